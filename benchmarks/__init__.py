@@ -1,0 +1,1 @@
+"""Measurements behind the figures in docs/benchmarks.md; each runs both sides in one run and prints a ratio."""

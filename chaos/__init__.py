@@ -1,0 +1,1 @@
+"""Proof of the promises: fault injection, request histories, and their comparison with a fault-free run."""

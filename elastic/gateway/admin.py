@@ -1,0 +1,194 @@
+"""The admin API, on a port of its own: look at the cluster and change it. Nothing here answers without the token."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from msgspec.structs import asdict
+from pydantic import Field
+
+from elastic.gateway.http import EventStream, json_response, new_app, read_body
+from elastic.gateway.schema import Shape, parse
+from elastic.status import cluster_status
+from membership.errors import (
+    ElasticError,
+    Fenced,
+    OperationConflict,
+    PlanRefused,
+    RequestError,
+    StoreUnavailable,
+    WaitTimeout,
+)
+from membership.events import FOLLOW_POLL_S, Tail
+from membership.mirror import Mirror
+from membership.operations import plan_scale, propose_scale
+from membership.store import Store
+from membership.types import ClusterState, Operation
+
+MAX_BODY_BYTES = 64 * 1024
+BLANK_EVERY_S = 1.0
+MAX_RANKS = 1_000_000  # of a request's field; what the cluster allows is the planner's to say
+
+
+class ScaleRequest(Shape):
+    """POST /admin/v1/scale. `plan`: only say what would change."""
+
+    ranks: int = Field(ge=-MAX_RANKS, le=MAX_RANKS)
+    op_id: str | None = Field(default=None, min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._-]+$")
+    if_epoch: int | None = Field(default=None, ge=0)
+    timeout_s: float = Field(default=300.0, gt=0, le=86_400)
+    plan: bool = False
+
+
+class VllmScaleRequest(Shape):
+    """POST /scale_elastic_ep, as vLLM has it."""
+
+    new_data_parallel_size: int = Field(ge=-MAX_RANKS, le=MAX_RANKS)
+    drain_timeout: float = Field(default=300.0, gt=0, le=86_400)
+
+
+@dataclass(frozen=True)
+class Admin:
+    """What administering takes."""
+
+    store: Store
+    cluster: str
+    mirror: Mirror
+    token: str
+    events: Path
+    stopping: Callable[[], bool]
+
+    def check(self, request: Request) -> None:
+        """Let only the bearer of the token pass; without a token nobody."""
+        if not self.token:
+            raise RequestError("the admin API is off: no token is set (ELASTIC_ADMIN_TOKEN)", status=403)
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        right = hmac.compare_digest(given.strip().encode(), self.token.encode())
+        if scheme.lower() != "bearer" or not right:
+            raise RequestError("the admin API needs its token: Authorization: Bearer TOKEN", status=401)
+
+    async def scale(self, wish: ScaleRequest) -> Response:
+        """Plan, or propose an operation."""
+        if wish.plan:
+            return json_response(plan_scale(self.mirror.state(), wish.ranks))
+        try:
+            operation = await asyncio.to_thread(
+                propose_scale,
+                self.store,
+                self.cluster,
+                wish.ranks,
+                op_id=wish.op_id,
+                if_epoch=wish.if_epoch,
+                timeout_s=wish.timeout_s,
+            )
+        except OperationConflict as error:
+            active = await asyncio.to_thread(_active_soon, self.mirror)
+            body = {"message": _words(error), "type": "conflict", "param": None, "code": "operation_active"}
+            return json_response({"error": body, "operation": asdict(active) if active else None}, 409)
+        except ElasticError as error:
+            _raise_as_http(error)
+        where = {"Location": f"/admin/v1/operations/{operation.id}"}
+        return json_response(asdict(operation), 202, where)
+
+
+def admin_app(admin: Admin) -> FastAPI:
+    """The application of the admin port."""
+    app = new_app("elastic-ep admin", admin.check)
+    _add_reading(app, admin)
+
+    @app.post("/admin/v1/scale")
+    async def scale(request: Request) -> Response:
+        return await admin.scale(parse(await read_body(request, MAX_BODY_BYTES), ScaleRequest))
+
+    @app.post("/scale_elastic_ep")
+    async def scale_as_vllm(request: Request) -> Response:
+        wish = parse(await read_body(request, MAX_BODY_BYTES), VllmScaleRequest)
+        return await admin.scale(ScaleRequest(ranks=wish.new_data_parallel_size, timeout_s=wish.drain_timeout))
+
+    return app
+
+
+def _add_reading(app: FastAPI, admin: Admin) -> None:
+    @app.get("/admin/v1/status")
+    async def status() -> Response:
+        age = {"Age": str(int(admin.mirror.staleness_s))}
+        return json_response(cluster_status(admin.mirror.state(), time.time()), headers=age)
+
+    @app.get("/admin/v1/operations")
+    async def operations() -> Response:
+        found = sorted(admin.mirror.state().operations.values(), key=lambda op: (op.started, op.id))
+        return json_response({"operations": [asdict(op) for op in found]})
+
+    @app.get("/admin/v1/operations/{name}")
+    async def operation(name: str) -> Response:
+        state = await asyncio.to_thread(_with_operation, admin.mirror, name)
+        return json_response(asdict(state.operations[name]))
+
+    @app.get("/admin/v1/events")
+    async def events(request: Request, follow: bool = False) -> Response:
+        return EventStream(_event_lines(admin.events, follow, admin.stopping), {}, "application/x-ndjson")
+
+    @app.get("/is_scaling_elastic_ep")
+    async def is_scaling() -> Response:
+        return json_response({"is_scaling_elastic_ep": _active(admin.mirror.state()) is not None})
+
+
+def _with_operation(mirror: Mirror, name: str) -> ClusterState:
+    """A state that has the operation: it may have been proposed a moment ago, through another gateway."""
+    try:
+        return mirror.wait(lambda state: name in state.operations, 0.5)
+    except WaitTimeout:
+        raise RequestError(f"no operation {name!r}", status=404, code="operation_not_found") from None
+
+
+def _active(state: ClusterState) -> Operation | None:
+    return next((op for op in state.operations.values() if op.active), None)
+
+
+def _active_soon(mirror: Mirror) -> Operation | None:
+    """The active operation; the mirror may be a moment behind whoever found it."""
+    try:
+        return _active(mirror.wait(lambda state: _active(state) is not None, 0.5))
+    except WaitTimeout:
+        return None
+
+
+def _raise_as_http(error: ElasticError) -> NoReturn:
+    message = _words(error)
+    if isinstance(error, Fenced):
+        raise RequestError(message, status=412, code="stale_epoch") from error
+    if isinstance(error, PlanRefused):
+        raise RequestError(message, status=422, code="plan_refused") from error
+    if isinstance(error, StoreUnavailable | WaitTimeout):
+        message += "; whether it took effect is unknown: look at the operations, or ask again with the same op_id"
+        raise RequestError(message, status=503, code="outcome_unknown", retry_after_s=1.0) from error
+    raise RequestError(message, status=500) from error
+
+
+def _words(error: ElasticError) -> str:
+    return f"{error} ({error.hint})" if error.hint else str(error)
+
+
+async def _event_lines(path: Path, follow: bool, stopping: Callable[[], bool]) -> AsyncGenerator[bytes, None]:
+    """The event history as it stands, line by line; with `follow`, then what is added, and blank lines meanwhile.
+
+    The blank ones tell the client that somebody is there, and let it look up. Damaged lines are left out.
+    """
+    tail, spoke_at = Tail(path), time.monotonic()
+    while True:
+        events = tail.read()
+        if events is None and (not follow or stopping()):
+            return
+        if events or time.monotonic() - spoke_at >= BLANK_EVERY_S:
+            spoke_at = time.monotonic()
+            yield b"".join(msgspec.json.encode(event) + b"\n" for event in events or ()) or b"\n"
+        if events is None:
+            await asyncio.sleep(FOLLOW_POLL_S)

@@ -1,0 +1,67 @@
+"""One choice of a response: tokens become text here, and here it ends at a stop string. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from elastic.gateway.text import Detokenizer, StopMatcher
+from elastic.journal import Delta
+from elastic.tokenizer import Tokenizer
+from workers.messages import TokenLogprobs
+
+
+class TokenEntry(NamedTuple):
+    """A token with its log-probabilities; `offset`: where its text begins, in characters."""
+
+    token: int
+    logprobs: TokenLogprobs
+    offset: int
+
+
+class Piece(NamedTuple):
+    """What a delta adds to the choice. `stopped`: at a stop string, which the engine does not know of."""
+
+    text: str
+    entries: tuple[TokenEntry, ...] = ()
+    finish_reason: str = ""
+    stopped: bool = False
+
+
+class Choice:
+    """What a choice amounts to so far."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str]) -> None:
+        self.text = ""
+        self.entries: list[TokenEntry] = []
+        self.tokens = 0
+        self.finish_reason = ""
+        self._detokenizer = Detokenizer(tokenizer.decode, prompt)
+        self._stops = StopMatcher(stops)
+        self._offset = 0  # characters of all tokens' text, held back ones included
+
+    def push(self, delta: Delta) -> Piece:
+        """Take the delta in; return what goes out because of it."""
+        text, stopped = "", False
+        entries: list[TokenEntry] = []
+        for number, token in enumerate(delta.tokens):
+            self.tokens += 1
+            if delta.logprobs is not None:
+                entries.append(TokenEntry(token, delta.logprobs[number], self._offset))
+            fresh, stopped = self._pass(self._detokenizer.push(token))
+            text += fresh
+            if stopped:
+                break
+        reason = "stop" if stopped else delta.finish_reason
+        if reason and not stopped:
+            fresh, stopped = self._pass(self._detokenizer.flush())
+            text += fresh if stopped else fresh + self._stops.flush()
+            reason = "stop" if stopped else reason
+        self.text += text
+        self.entries += entries
+        self.finish_reason = reason
+        return Piece(text, tuple(entries), reason, stopped)
+
+    def _pass(self, text: str) -> tuple[str, bool]:
+        self._offset += len(text)
+        return self._stops.push(text)

@@ -1,0 +1,386 @@
+"""The gateway's connection to whichever engine holds the token, and the open requests that wait for its tokens.
+
+One socket per engine and connection. Whenever the engine or the connection is replaced, every open request is submitted
+again as the journal has it; a client only sees a pause. No wait here is endless: without an engine, or without
+progress, a request fails with a 503 that says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import msgspec
+import structlog
+import zmq
+import zmq.asyncio
+from zmq.utils.monitor import recv_monitor_message
+
+from elastic.journal import Delta, Journal, Request
+from elastic.protocol import Hello, Rejected, ToEngine, ToGateway, Tokens, Welcome
+from membership.errors import JournalError, RequestError
+from membership.types import ClusterState
+
+TICK_S = 0.2
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class LinkSettings:
+    """Deadlines and caps."""
+
+    engine_wait_s: float = 60.0  # how long a request waits for an engine
+    stall_s: float = 300.0  # how long a request may go without a token while there is one
+    ping_every_s: float = 1.0
+    silence_s: float = 5.0  # an engine that answers no ping for this long is connected to anew
+    resubmit_after_s: float = 5.0  # how long faulty output is ignored after its request was submitted again
+    max_faults: int = 3
+    max_open: int = 2048  # requests
+
+
+@dataclass(frozen=True)
+class Target:
+    """An engine to talk to."""
+
+    token: int
+    address: str
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A request's output was faulty `times` times in a row, last at `at`; it was submitted again then."""
+
+    times: int
+    at: float
+    error: JournalError
+
+
+class Generation:
+    """The requests behind one response, as one stream of (position, Delta). Leaving the block aborts what is open."""
+
+    def __init__(self, link: EngineLink, requests: Sequence[Request], timeout_s: float) -> None:
+        self._link = link
+        self._position = {request.id: position for position, request in enumerate(requests)}
+        self._requests = requests
+        self._running = {request.id for request in requests}
+        self._timeout_s = timeout_s
+        self._inbox: deque[tuple[str, Delta | RequestError]] = deque()
+        self._wake: asyncio.Future[None] | None = None
+
+    def __enter__(self) -> Generation:
+        try:
+            self._link.open(self, self._requests)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        for request in self._requests:
+            self._link.close(request.id)
+
+    def deliver(self, request_id: str, news: Delta | RequestError) -> None:
+        """Called by the link."""
+        self._inbox.append((request_id, news))
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+    async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
+        """Everything that arrives until each request has ended; RequestError if one fails."""
+        while self._running:
+            while not self._inbox:
+                self._wake = asyncio.get_running_loop().create_future()
+                try:
+                    await asyncio.wait_for(self._wake, self._timeout_s)
+                except TimeoutError:
+                    raise RequestError(f"no news of the request for {self._timeout_s:g} s", status=503) from None
+            request_id, news = self._inbox.popleft()
+            if isinstance(news, RequestError):
+                raise news
+            if news.finish_reason:
+                self._running.discard(request_id)
+            yield self._position[request_id], news
+
+    def stop(self, position: int) -> None:
+        """One of the requests has said enough; nothing more of it will arrive."""
+        request_id = self._requests[position].id
+        self._link.close(request_id)
+        self._inbox = deque(each for each in self._inbox if each[0] != request_id)
+        self._running.discard(request_id)
+
+
+class EngineLink:
+    """All methods run in the event loop's thread. `run` does the talking and never returns by itself."""
+
+    def __init__(
+        self,
+        gateway: str,
+        settings: LinkSettings | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        note: Callable[..., Any] = lambda kind, **fields: None,
+    ) -> None:
+        self.journal = Journal()
+        self.settings = settings or LinkSettings()
+        self.ready = False
+        self.was_ready = False
+        self.refusal = ""  # set when no more requests are taken
+        self._gateway = gateway
+        self._clock = clock
+        self._note = note
+        self._target: Target | None = None
+        self._moved: asyncio.Future[None] | None = None
+        self._idle: asyncio.Future[None] | None = None
+        self._socket: zmq.asyncio.Socket | None = None
+        self._heard_at = self._down_since = self._token_at = clock()
+        self._generations: dict[str, Generation] = {}
+        self._faults: dict[str, Fault] = {}  # by request
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(ToGateway)
+
+    # -- requests --------------------------------------------------------------------------------------------------
+
+    def generation(self, requests: Sequence[Request]) -> Generation:
+        """A response's requests; enter the block to submit them."""
+        settings = self.settings
+        return Generation(self, requests, settings.engine_wait_s + settings.stall_s + settings.silence_s)
+
+    def open(self, generation: Generation, requests: Sequence[Request]) -> None:
+        """Admit requests; they are submitted now, or as soon as there is an engine."""
+        if self.refusal:
+            raise RequestError(self.refusal, status=503, code="shutting_down", retry_after_s=1.0)
+        if len(self.journal) + len(requests) > self.settings.max_open:
+            message = f"{len(self.journal)} requests are open, which is all this gateway takes"
+            raise RequestError(message, status=503, code="overloaded", retry_after_s=1.0)
+        for request in requests:
+            submit = self.journal.admit(request, self._clock())
+            self._generations[request.id] = generation
+            if self.ready:
+                self._send(submit)
+
+    def close(self, request_id: str) -> None:
+        """Forget a request; the engine is told if it was still open."""
+        abort = self.journal.close(request_id)
+        if abort is not None and self.ready:
+            self._send(abort)
+        self._forget(request_id)
+
+    def fail_open(self, error: RequestError) -> None:
+        """End every open request with an error."""
+        for request in self.journal.open_requests():
+            self._fail(request.id, error)
+
+    async def drained(self, timeout_s: float) -> bool:
+        """Wait until no request is open; False if some still are after `timeout_s`."""
+        if len(self.journal):
+            self._idle = asyncio.get_running_loop().create_future()
+            await asyncio.wait({self._idle}, timeout=timeout_s)
+        return not len(self.journal)
+
+    def down_s(self) -> float:
+        """For how long there has been no engine to talk to; 0 while there is one."""
+        return 0.0 if self.ready else self._clock() - self._down_since
+
+    def stuck_s(self) -> float:
+        """For how long an engine that answers pings has brought no open request any further; 0 if it has none."""
+        requests = self.journal.open_requests()
+        return self._clock() - max(self._token_at, requests[0].admitted_at) if self.ready and requests else 0.0
+
+    # -- the engine ------------------------------------------------------------------------------------------------
+
+    def on_state(self, state: ClusterState) -> None:
+        """Follow the token: connect to the engine that the store names. While it names none, stay where we are."""
+        if state.engine is None:
+            return
+        target = Target(state.engine_token, state.engine.address)
+        if target != self._target:
+            self._target = target
+            if self._moved is not None and not self._moved.done():
+                self._moved.set_result(None)
+
+    async def run(self) -> None:
+        """Talk to the current engine until cancelled."""
+        context = zmq.asyncio.Context()
+        expiry = asyncio.create_task(self._expire(), name="request-expiry")
+        try:
+            while True:
+                self._moved = asyncio.get_running_loop().create_future()
+                if self._target is None:
+                    await asyncio.wait(
+                        {self._moved, expiry}, timeout=self.settings.silence_s, return_when="FIRST_COMPLETED"
+                    )
+                else:
+                    await self._session(context, self._target, self._moved, expiry)
+                if expiry.done():
+                    await expiry
+        finally:
+            expiry.cancel()
+            await asyncio.gather(expiry, return_exceptions=True)
+            context.destroy(linger=0)
+
+    async def _session(
+        self, context: zmq.asyncio.Context, target: Target, moved: asyncio.Future[None], expiry: asyncio.Task[None]
+    ) -> None:
+        """One connection to one engine, until it breaks, falls silent or is superseded."""
+        socket = context.socket(zmq.DEALER)
+        monitor: Any = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._heard_at = self._clock()
+        jobs = [
+            asyncio.ensure_future(job)
+            for job in (self._listen(socket, target), self._ping(), recv_monitor_message(monitor))
+        ]
+        try:
+            self._connect(socket, target)
+            self._socket = socket
+            done, _ = await asyncio.wait({*jobs, moved, expiry}, return_when="FIRST_COMPLETED")
+            for job in done:
+                await job  # an error of ours ends the gateway; a broken connection is none
+        except zmq.ZMQError as error:
+            log.warning("cannot talk to the engine", address=target.address, error=str(error))
+            await asyncio.wait({moved}, timeout=self.settings.ping_every_s)
+        finally:
+            self._detach(target)
+            for job in jobs:
+                job.cancel()
+            await asyncio.gather(*jobs, return_exceptions=True)
+            with contextlib.suppress(zmq.ZMQError):
+                socket.disable_monitor()
+            monitor.close(linger=0)
+            socket.close(linger=0)
+
+    def _connect(self, socket: zmq.asyncio.Socket, target: Target) -> None:
+        """The routing id is new for each connection, so what an engine still sends to the last one goes nowhere."""
+        socket.set(zmq.ROUTING_ID, f"{self._gateway[:200]}/{secrets.token_hex(8)}".encode())
+        for option in (zmq.SNDHWM, zmq.RCVHWM, zmq.LINGER):
+            socket.set(option, 0)
+        socket.set(zmq.RECONNECT_IVL, 20)
+        socket.set(zmq.RECONNECT_IVL_MAX, 500)
+        socket.connect(target.address)
+
+    def _detach(self, target: Target) -> None:
+        self._socket = None
+        self.journal.detach()
+        if self.ready:
+            self.ready, self._down_since = False, self._clock()
+            self._note("engine_lost", engine_token=target.token, open_requests=len(self.journal))
+            log.warning("engine lost", token=target.token, open_requests=len(self.journal))
+
+    async def _ping(self) -> None:
+        while self._clock() - self._heard_at < self.settings.silence_s:
+            self._send(Hello(self._gateway))
+            await asyncio.sleep(self.settings.ping_every_s)
+        log.warning("engine is silent", silent_s=round(self._clock() - self._heard_at, 1))
+
+    async def _listen(self, socket: zmq.asyncio.Socket, target: Target) -> None:
+        while True:
+            frames = await socket.recv_multipart()
+            try:
+                message = self._decoder.decode(frames[-1])
+            except msgspec.MsgspecError as error:
+                log.warning("malformed message from the engine", error=str(error))
+                continue
+            if message.engine_token == target.token:
+                self._heard_at = self._clock()
+                self._handle(message)
+
+    def _handle(self, message: ToGateway) -> None:
+        if isinstance(message, Welcome):
+            if not self.ready:
+                self._attach(message.engine_token)
+        elif isinstance(message, Tokens):
+            self._on_tokens(message)
+        elif self.journal.reject(message):
+            self._deliver(message.request_id, _refused(message))
+
+    def _attach(self, engine_token: int) -> None:
+        self.ready = self.was_ready = True
+        self._faults.clear()
+        self._token_at = self._clock()
+        submits = self.journal.resubmissions(engine_token, self._clock())
+        for submit in submits:
+            self._send(submit)
+        self._note("engine_attached", engine_token=engine_token, resubmitted=len(submits))
+        log.info("engine attached", token=engine_token, resubmitted=len(submits))
+
+    def _on_tokens(self, message: Tokens) -> None:
+        try:
+            delta = self.journal.accept(message, self._clock())
+        except JournalError as error:
+            self._on_fault(self.journal.request(message.request_id), error)
+            return
+        if delta is not None:
+            self._token_at = self._clock()
+            self._deliver(message.request_id, delta)
+
+    def _on_fault(self, request: Request, error: JournalError) -> None:
+        """Submit again what the journal has: the engine replaces its copy. Messages under way may be faulty as well."""
+        fault = self._faults.get(request.id)
+        if fault is not None and request.progress_at > fault.at:
+            fault = None
+        if fault is not None and self._clock() - fault.at < self.settings.resubmit_after_s:
+            return
+        times = 1 if fault is None else fault.times + 1
+        log.error("faulty output", request=request.id, times=times, error=str(error))
+        if times > self.settings.max_faults:
+            self._fail(request.id, RequestError(f"the engine's output is faulty: {error}", status=500))
+            return
+        self._faults[request.id] = Fault(times, self._clock(), error)
+        self._send(request.submission())
+
+    # -- details ---------------------------------------------------------------------------------------------------
+
+    async def _expire(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            now, settings = self._clock(), self.settings
+            for request in self.journal.open_requests():
+                fault = self._faults.get(request.id)
+                if self.ready and fault is not None and request.progress_at <= fault.at:
+                    self._on_fault(request, fault.error)  # submitted again, in vain
+                waited_s = now - max(request.admitted_at, self._down_since)
+                if not self.ready and waited_s > settings.engine_wait_s:
+                    message = f"no engine for {waited_s:.0f} s"
+                    self._fail(request.id, RequestError(message, status=503, code="no_engine", retry_after_s=5.0))
+                elif self.ready and now - request.progress_at > settings.stall_s:
+                    message = f"no token from the engine for {settings.stall_s:g} s"
+                    self._fail(request.id, RequestError(message, status=503, code="stalled", retry_after_s=5.0))
+
+    def _fail(self, request_id: str, error: RequestError) -> None:
+        generation = self._generations.get(request_id)
+        self.close(request_id)
+        if generation is not None:
+            generation.deliver(request_id, error)
+
+    def _deliver(self, request_id: str, news: Delta | RequestError) -> None:
+        self._generations[request_id].deliver(request_id, news)
+        if isinstance(news, RequestError) or news.finish_reason:
+            self._forget(request_id)
+
+    def _forget(self, request_id: str) -> None:
+        self._generations.pop(request_id, None)
+        self._faults.pop(request_id, None)
+        if self._idle is not None and not self._idle.done() and not len(self.journal):
+            self._idle.set_result(None)
+
+    def _send(self, message: ToEngine) -> None:
+        if self._socket is not None:
+            sent: Any = self._socket.send(self._encoder.encode(message))
+            sent.add_done_callback(_report)
+
+
+def _report(sent: asyncio.Future[Any]) -> None:
+    if not sent.cancelled() and sent.exception() is not None:
+        log.warning("could not send to the engine", error=str(sent.exception()))
+
+
+def _refused(message: Rejected) -> RequestError:
+    status = message.status if 400 <= message.status < 600 else 503
+    return RequestError(message.message, status=status, retry_after_s=message.retry_after_s)

@@ -1,0 +1,80 @@
+"""Probes and metrics. Ready means: a request sent here would be answered; a degraded cluster still answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fastapi import FastAPI, Response
+
+from elastic.gateway.engine_link import EngineLink
+from elastic.gateway.http import json_response
+from elastic.metrics import GatewayMetrics
+from elastic.status import cluster_status
+from membership.errors import ElasticError, SchemaError
+from membership.types import ClusterState
+
+STUCK_S = 60.0  # without a token for anybody: longer than the engine itself waits for a rank that hangs
+ENGINE_GRACE_S = 10.0  # an engine is replaced within this time, and requests wait meanwhile
+
+
+@dataclass
+class Readiness:
+    """Says why requests should go elsewhere; empty: they are welcome."""
+
+    link: EngineLink
+    state: Callable[[], ClusterState]
+    stopping: bool = False
+
+    def reasons(self) -> list[str]:
+        """One sentence per obstacle."""
+        try:
+            state = self.state()
+        except ElasticError as error:
+            return [f"the cluster's state can no longer be followed: {error}"]
+        return obstacles(state, self.link, self.stopping)
+
+
+def obstacles(state: ClusterState, link: EngineLink, stopping: bool) -> list[str]:
+    """The reasons, from what is known."""
+    found = ["this gateway is shutting down"] if stopping else []
+    status = cluster_status(state, time.time())
+    if not status.epoch:
+        found.append("no epoch is committed yet")
+    if status.coverage.uncovered:
+        found.append(f"{status.coverage.uncovered} (layer, expert) pairs have no live replica")
+    if link.stuck_s() > STUCK_S:
+        found.append(f"the engine has brought no request any further for {link.stuck_s():.0f} s")
+    patient = link.was_ready and link.down_s() < ENGINE_GRACE_S
+    if not (link.ready or patient):
+        found.append("no engine answers" if state.engine else "there is no engine")
+    elif status.epoch and not patient and (state.engine_status is None or not state.engine_status.epoch):
+        found.append("the engine has not taken up the view yet")
+    return found
+
+
+def add_routes(app: FastAPI, readiness: Readiness, metrics: GatewayMetrics) -> None:
+    """Serve /livez, /readyz, /health and /metrics."""
+
+    @app.get("/livez")
+    async def livez() -> Response:
+        try:
+            readiness.state()
+        except SchemaError as error:  # a restart would not help to read it, and would end all streams
+            return json_response({"status": "alive", "reasons": [str(error)]})
+        except ElasticError as error:
+            return json_response({"status": "dead", "reasons": [str(error)]}, 503)
+        return json_response({"status": "alive"})
+
+    @app.get("/readyz")
+    @app.get("/health")
+    async def readyz() -> Response:
+        reasons = readiness.reasons()
+        if reasons:
+            return json_response({"status": "not ready", "reasons": reasons}, 503, {"Retry-After": "1"})
+        return json_response({"status": "ready", "state": cluster_status(readiness.state(), time.time()).state})
+
+    @app.get("/metrics")
+    async def exposition() -> Response:
+        return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -1,0 +1,128 @@
+"""What the gateway's two ports share: reading a body within limits, errors in OpenAI's shape, clients that go away."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from typing import Any, TypeVar
+
+import msgspec
+import structlog
+from fastapi import Depends, FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from elastic.gateway.render import error_body
+from elastic.gateway.schema import MAX_BODY_BYTES
+from membership.errors import RequestError
+
+BODY_TIMEOUT_S = 30.0
+CLIENT_GONE_STATUS = 499  # nobody reads it, except the access log
+
+log = structlog.get_logger(__name__)
+T = TypeVar("T")
+
+
+def new_app(title: str, *checks: Callable[[Request], None]) -> FastAPI:
+    """An application without generated pages, whose errors are OpenAI's. Each route is guarded by `checks`."""
+    guards = [Depends(check) for check in checks]
+    app = FastAPI(title=title, docs_url=None, redoc_url=None, openapi_url=None, dependencies=guards)
+
+    @app.exception_handler(RequestError)
+    async def refused(request: Request, error: RequestError) -> Response:
+        return error_response(error)
+
+    @app.exception_handler(HTTPException)
+    async def no_route(request: Request, error: HTTPException) -> Response:
+        found = RequestError(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code)
+        return error_response(found, dict(error.headers or {}))
+
+    @app.exception_handler(ClientDisconnect)
+    async def client_gone(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=CLIENT_GONE_STATUS)
+
+    @app.exception_handler(Exception)
+    async def bug(request: Request, error: Exception) -> Response:
+        log.exception("request failed", path=request.url.path, exc_info=error)
+        return error_response(internal_error())
+
+    return app
+
+
+def internal_error() -> RequestError:
+    """What a client is told of a bug of ours."""
+    return RequestError("internal error; the gateway's log has the details", status=500)
+
+
+def json_response(data: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """Anything msgspec can encode."""
+    return Response(msgspec.json.encode(data), status, headers, media_type="application/json")
+
+
+def error_response(error: RequestError, headers: dict[str, str] | None = None) -> Response:
+    """An error as clients expect it, with Retry-After where it makes sense."""
+    headers = dict(headers or {})
+    if error.retry_after_s > 0:
+        headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+    return json_response(error_body(error), error.status, headers)
+
+
+async def read_body(request: Request, limit: int = MAX_BODY_BYTES) -> bytes:
+    """The body, unless it is too large or too slow."""
+    declared = request.headers.get("content-length", "0")
+    if declared.isdigit() and int(declared) > limit:
+        raise _too_large(limit)
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for part in request.stream():
+                body += part
+                if len(body) > limit:
+                    raise _too_large(limit)
+    except TimeoutError:
+        raise RequestError(f"the body did not arrive within {BODY_TIMEOUT_S:g} s", status=408) from None
+    return bytes(body)
+
+
+def _too_large(limit: int) -> RequestError:
+    return RequestError(f"the body is larger than {limit} bytes", status=413, code="body_too_large")
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled if the client goes away first (ClientDisconnect)."""
+    job, gone = asyncio.create_task(work), asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({job, gone}, return_when="FIRST_COMPLETED")
+        if not job.done():
+            raise ClientDisconnect
+        return await job
+    finally:
+        for task in (job, gone):
+            task.cancel()
+        await asyncio.gather(job, gone, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        continue
+
+
+class EventStream(StreamingResponse):
+    """A stream of events. The generator is closed when the response ends, however it ends."""
+
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], headers: dict[str, str], media_type: str = "text/event-stream"
+    ) -> None:
+        self._events = events
+        plain = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, headers=plain | headers, media_type=media_type)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._events.aclose()

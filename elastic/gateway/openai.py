@@ -1,0 +1,249 @@
+"""The OpenAI API: a request becomes one engine request per choice, their tokens become a response or a stream.
+
+A stream sends its headers with its first event, so whatever goes wrong before that is a plain HTTP error; afterwards
+it is an error event, never a bare end of the stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+
+import structlog
+from fastapi import FastAPI, Request, Response
+
+from elastic.gateway.choice import Choice, Piece
+from elastic.gateway.engine_link import EngineLink, Generation
+from elastic.gateway.http import EventStream, internal_error, json_response, read_body, unless_gone
+from elastic.gateway.render import DONE, ChatRenderer, CompletionRenderer, Json, Renderer, error_body, event
+from elastic.gateway.schema import MAX_SEED, ChatRequest, CommonRequest, CompletionRequest, parse, seed_for
+from elastic.journal import Request as Sequence
+from elastic.metrics import GatewayMetrics
+from elastic.tokenizer import Tokenizer
+from membership.errors import RequestError
+from membership.types import ClusterConfig
+from workers.messages import Sampling
+
+COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Service:
+    """What answering takes."""
+
+    config: ClusterConfig
+    tokenizer: Tokenizer
+    link: EngineLink
+    metrics: GatewayMetrics
+    started: float
+    now: Callable[[], float] = time.time
+    random_seed: Callable[[], int] = lambda: secrets.randbelow(MAX_SEED)
+
+    @property
+    def context(self) -> int:
+        """How many tokens a sequence may have: the model's limit, or what one rank's KV cache holds."""
+        return min(self.config.max_model_len, self.config.kv_blocks * self.config.block_size)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A parsed request: what to run, and how to answer."""
+
+    sequences: list[Sequence]
+    choices: list[Choice]
+    renderer: Renderer
+    prompt_tokens: int
+
+
+def add_routes(app: FastAPI, service: Service) -> None:
+    """Serve /v1/models, /v1/completions and /v1/chat/completions."""
+    model = {
+        "id": service.config.served_model_name,
+        "object": "model",
+        "created": int(service.started),
+        "owned_by": "elastic-ep",
+        "max_model_len": service.context,
+    }
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return json_response({"object": "list", "data": [model]})
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> Response:
+        _require_model(service, name)
+        return json_response(model)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        asked = parse(await read_body(request), CompletionRequest)
+        _require_model(service, asked.model)
+        prompts = [await _token_ids(service, prompt) for prompt in asked.prompts]
+        return await _answer(request, service, asked, _job(service, asked, prompts, CompletionRenderer))
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        asked = parse(await read_body(request), ChatRequest)
+        _require_model(service, asked.model)
+        messages = [message.plain() for message in asked.messages]
+        length = sum(len(message["content"]) for message in messages)
+        if length > service.context * service.tokenizer.longest_token:
+            raise _too_long(f"the messages have {length} characters", service, "messages")
+        prompt = await asyncio.to_thread(service.tokenizer.encode_chat, messages)
+        return await _answer(request, service, asked, _job(service, asked, [prompt], ChatRenderer))
+
+
+def _require_model(service: Service, name: str) -> None:
+    served = service.config.served_model_name
+    if name != served:
+        message = f"the model {name!r} does not exist here; this is {served!r}"
+        raise RequestError(message, status=404, param="model", code="model_not_found")
+
+
+async def _token_ids(service: Service, prompt: str | list[int]) -> list[int]:
+    if isinstance(prompt, str):
+        if len(prompt) > service.context * service.tokenizer.longest_token:  # not worth seconds of tokenizing
+            raise _too_long(f"the prompt has {len(prompt)} characters", service, "prompt")
+        return await asyncio.to_thread(service.tokenizer.encode, prompt)
+    size = service.config.vocab_size or service.tokenizer.vocab_size
+    beyond = next((token for token in prompt if token >= size), None)
+    if beyond is not None:
+        raise RequestError(f"prompt: token id {beyond} is not in the vocabulary of {size}", param="prompt")
+    return prompt
+
+
+def _job(service: Service, asked: CommonRequest, prompts: list[list[int]], kind: type[Renderer]) -> Job:
+    """One sequence and one choice per prompt and n, in OpenAI's order: all choices of the first prompt first."""
+    response_id = kind.id_prefix + secrets.token_hex(12)
+    seed = service.random_seed() if asked.seed is None else asked.seed
+    job = Job(
+        sequences=[],
+        choices=[],
+        renderer=kind(service.tokenizer, response_id, asked.model, int(service.now()), asked.include_usage),
+        prompt_tokens=sum(map(len, prompts)),
+    )
+    for prompt in prompts:
+        max_tokens = _max_tokens(service, asked, prompt)
+        for _ in range(asked.n):
+            index = len(job.sequences)
+            sampling = Sampling(
+                temperature=asked.temperature,
+                top_p=asked.top_p,
+                top_k=max(asked.top_k, 0),
+                seed=seed_for(seed, index),
+                logprobs=asked.wanted_logprobs,
+            )
+            sequence = Sequence(
+                id=f"{response_id}-{index}",
+                prompt=prompt,
+                sampling=sampling,
+                max_tokens=max_tokens,
+                stop_token_ids=asked.stop_token_ids,
+                ignore_eos=asked.ignore_eos,
+            )
+            job.sequences.append(sequence)
+            job.choices.append(Choice(service.tokenizer, prompt, asked.stop))
+    return job
+
+
+def _max_tokens(service: Service, asked: CommonRequest, prompt: list[int]) -> int:
+    """How many tokens to generate; RequestError if prompt and answer do not fit into the context."""
+    chat = isinstance(asked, ChatRequest)
+    field = "messages" if chat else "prompt"
+    room = service.context - len(prompt)
+    if not prompt:
+        raise RequestError(f"{field} must not be empty", param=field)
+    if room < 1:
+        raise _too_long(f"the prompt has {len(prompt)} tokens", service, field)
+    limit = asked.token_limit if isinstance(asked, ChatRequest) else asked.max_tokens
+    if limit is None:
+        return room if chat else min(room, COMPLETION_TOKENS)
+    if limit > room:
+        message = f"{len(prompt)} prompt tokens and max_tokens={limit} do not fit into a context of {service.context}"
+        raise RequestError(message, param="max_tokens", code="context_length_exceeded")
+    return limit
+
+
+def _too_long(what: str, service: Service, field: str) -> RequestError:
+    message = f"{what}; with an answer it must fit into {service.context} tokens"
+    return RequestError(message, param=field, code="context_length_exceeded")
+
+
+async def _answer(request: Request, service: Service, asked: CommonRequest, job: Job) -> Response:
+    headers = {"X-Request-Id": job.renderer.id}
+    if not asked.stream:
+        return json_response(await unless_gone(request, _whole(service, job)), headers=headers)
+    events = _events(service, job)
+    try:
+        first = await unless_gone(request, _first(events))
+    except BaseException:
+        await events.aclose()
+        raise
+    return EventStream(_never_bare(first, events, job.renderer.id), headers)
+
+
+async def _first(events: AsyncGenerator[bytes, None]) -> bytes:
+    return await anext(events)
+
+
+async def _whole(service: Service, job: Job) -> Json:
+    async with aclosing(_pieces(service, job)) as pieces:
+        async for _ in pieces:
+            continue
+    return job.renderer.whole(job.prompt_tokens, job.choices)
+
+
+async def _events(service: Service, job: Job) -> AsyncGenerator[bytes, None]:
+    """The stream's events up to [DONE]."""
+    opened: set[int] = set()
+    async with aclosing(_pieces(service, job)) as pieces:
+        async for index, piece in pieces:
+            opening = None if index in opened else job.renderer.opening(index)
+            opened.add(index)
+            for chunk in (opening, job.renderer.chunk(index, piece)):
+                if chunk is not None:
+                    yield event(chunk)
+    usage = job.renderer.usage_chunk(job.prompt_tokens, job.choices)
+    if usage is not None:
+        yield event(usage)
+    yield DONE
+
+
+async def _never_bare(first: bytes, events: AsyncGenerator[bytes, None], name: str) -> AsyncGenerator[bytes, None]:
+    """The events; if they break off, the reason as an event."""
+    try:
+        yield first
+        async for data in events:
+            yield data
+    except RequestError as error:
+        yield event(error_body(error)) + DONE
+    except Exception:
+        log.exception("stream failed", request=name)
+        yield event(error_body(internal_error())) + DONE
+    finally:
+        await events.aclose()
+
+
+async def _pieces(service: Service, job: Job) -> AsyncGenerator[tuple[int, Piece], None]:
+    """Run the job; what does not come to its end is aborted at the engine."""
+    timers = [service.metrics.timer() for _ in job.choices]
+    with service.link.generation(job.sequences) as generation:
+        try:
+            async for index, delta in generation.deltas():
+                timers[index].tokens(len(delta.tokens))
+                yield index, _piece(generation, index, job.choices[index].push(delta))
+        finally:
+            for timer in timers:
+                timer.end()
+
+
+def _piece(generation: Generation, index: int, piece: Piece) -> Piece:
+    if piece.stopped:
+        generation.stop(index)
+    return piece

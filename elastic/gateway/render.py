@@ -1,0 +1,158 @@
+"""OpenAI's response shapes for both APIs: a whole response, a stream's chunks, log-probabilities, usage, errors."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import msgspec
+
+from elastic.gateway.choice import Choice, Piece, TokenEntry
+from elastic.tokenizer import Tokenizer
+from membership.errors import RequestError
+
+Json = dict[str, Any]
+DONE = b"data: [DONE]\n\n"
+
+
+class Renderer(ABC):
+    """One response's shape: its id, model and time are the same in every chunk."""
+
+    id_prefix: ClassVar[str]
+    whole_object: ClassVar[str]
+    chunk_object: ClassVar[str]
+
+    def __init__(self, tokenizer: Tokenizer, response_id: str, model: str, created: int, include_usage: bool) -> None:
+        self.id = response_id
+        self._tokenizer = tokenizer
+        self._model = model
+        self._created = created
+        self._include_usage = include_usage
+
+    def opening(self, index: int) -> Json | None:
+        """The chunk that begins a choice, if this API has one."""
+        return None
+
+    def chunk(self, index: int, piece: Piece) -> Json | None:
+        """The chunk for a piece; None if there is nothing to say."""
+        if not (piece.text or piece.entries or piece.finish_reason):
+            return None
+        return self._envelope(self.chunk_object, [self._chunk_choice(index, piece)])
+
+    def usage_chunk(self, prompt_tokens: int, choices: Sequence[Choice]) -> Json | None:
+        """The last chunk, if usage was asked for."""
+        if not self._include_usage:
+            return None
+        return self._envelope(self.chunk_object, []) | {"usage": usage(prompt_tokens, choices)}
+
+    def whole(self, prompt_tokens: int, choices: Sequence[Choice]) -> Json:
+        """The response in one go."""
+        found = [self._whole_choice(index, choice) for index, choice in enumerate(choices)]
+        return self._envelope(self.whole_object, found) | {"usage": usage(prompt_tokens, choices)}
+
+    def _envelope(self, kind: str, choices: list[Json]) -> Json:
+        envelope = {
+            "id": self.id, "object": kind, "created": self._created, "model": self._model, "choices": choices,
+        }  # fmt: skip
+        return envelope | {"usage": None} if self._include_usage else envelope
+
+    @abstractmethod
+    def _chunk_choice(self, index: int, piece: Piece) -> Json: ...
+
+    @abstractmethod
+    def _whole_choice(self, index: int, choice: Choice) -> Json: ...
+
+    def _name(self, token: int) -> str:
+        """A token as text; what is not whole characters is written as OpenAI writes it."""
+        data = self._tokenizer.token_bytes(token)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+class CompletionRenderer(Renderer):
+    """/v1/completions."""
+
+    id_prefix = "cmpl-"
+    whole_object = chunk_object = "text_completion"
+
+    def _chunk_choice(self, index: int, piece: Piece) -> Json:
+        return self._choice(index, piece.text, piece.entries, piece.finish_reason)
+
+    def _whole_choice(self, index: int, choice: Choice) -> Json:
+        return self._choice(index, choice.text, choice.entries, choice.finish_reason)
+
+    def _choice(self, index: int, text: str, entries: Sequence[TokenEntry], finish_reason: str) -> Json:
+        logprobs = self._logprobs(entries) if entries else None
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason or None}
+
+    def _logprobs(self, entries: Sequence[TokenEntry]) -> Json:
+        return {
+            "text_offset": [entry.offset for entry in entries],
+            "token_logprobs": [entry.logprobs.logprob for entry in entries],
+            "tokens": [self._name(entry.token) for entry in entries],
+            "top_logprobs": [{self._name(t): value for t, value in reversed(e.logprobs.top)} for e in entries],
+        }
+
+
+class ChatRenderer(Renderer):
+    """/v1/chat/completions."""
+
+    id_prefix = "chatcmpl-"
+    whole_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def opening(self, index: int) -> Json:
+        """The role comes first."""
+        delta = {"role": "assistant", "content": ""}
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        return self._envelope(self.chunk_object, [choice])
+
+    def _chunk_choice(self, index: int, piece: Piece) -> Json:
+        return {
+            "index": index,
+            "delta": {"content": piece.text} if piece.text else {},
+            "logprobs": self._logprobs(piece.entries),
+            "finish_reason": piece.finish_reason or None,
+        }
+
+    def _whole_choice(self, index: int, choice: Choice) -> Json:
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "logprobs": self._logprobs(choice.entries),
+            "finish_reason": choice.finish_reason,
+        }
+
+    def _logprobs(self, entries: Sequence[TokenEntry]) -> Json | None:
+        if not entries:
+            return None
+        content = [
+            self._token(entry.token, entry.logprobs.logprob)
+            | {"top_logprobs": [self._token(token, value) for token, value in entry.logprobs.top]}
+            for entry in entries
+        ]
+        return {"content": content, "refusal": None}
+
+    def _token(self, token: int, logprob: float) -> Json:
+        return {"token": self._name(token), "logprob": logprob, "bytes": list(self._tokenizer.token_bytes(token))}
+
+
+def usage(prompt_tokens: int, choices: Sequence[Choice]) -> Json:
+    """Tokens read and written."""
+    written = sum(choice.tokens for choice in choices)
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": written, "total_tokens": prompt_tokens + written}
+
+
+def error_body(error: RequestError) -> Json:
+    """OpenAI's error object."""
+    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    message = f"{error} ({error.hint})" if error.hint else str(error)
+    return {"error": {"message": message, "type": kind, "param": error.param or None, "code": error.code or None}}
+
+
+def event(data: Json) -> bytes:
+    """A server-sent event."""
+    return b"data: " + msgspec.json.encode(data) + b"\n\n"

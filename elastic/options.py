@@ -1,0 +1,75 @@
+"""Flags that several commands share, and how a command reports errors: one line on stderr that says what to do next."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+
+from membership.errors import ElasticError
+
+
+class Output(StrEnum):
+    """What `-o` takes."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+StateDirFlag = Annotated[
+    Path | None,
+    typer.Option("--state-dir", envvar="ELASTIC_STATE_DIR", help="Directory of a cluster served from this machine."),
+]
+AdminFlag = Annotated[
+    str | None, typer.Option("--admin", envvar="ELASTIC_ADMIN", help="URL of a gateway's admin port.")
+]
+AdminTokenFlag = Annotated[
+    str | None, typer.Option("--admin-token", envvar="ELASTIC_ADMIN_TOKEN", help="Token of the admin port.")
+]
+EtcdFlag = Annotated[
+    str | None, typer.Option("--etcd", envvar="ELASTIC_ETCD", help="etcd URLs, comma-separated.", metavar="URLS")
+]
+ClusterFlag = Annotated[
+    str | None, typer.Option("--cluster", envvar="ELASTIC_CLUSTER", help="Name of the cluster in that etcd.")
+]
+OutputFlag = Annotated[Output, typer.Option("-o", "--output", help="text for people, json for programs.")]
+
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
+
+
+def seconds(text: str) -> float:
+    """`90`, `90s`, `5m`, `250ms`, `1h` as seconds; typer.BadParameter otherwise."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|)", text.strip())
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is not a duration; write it like 90s or 5m")
+    return float(match[1]) * _UNITS[match[2]]
+
+
+def write_json(value: Any) -> None:
+    """One line of JSON on stdout; a record with all its fields, also those that have their default."""
+    value = msgspec.structs.asdict(value) if isinstance(value, msgspec.Struct) else value
+    sys.stdout.write(msgspec.json.encode(value).decode() + "\n")
+    sys.stdout.flush()
+
+
+def fail(error: ElasticError) -> typer.Exit:
+    """Write the error as one line on stderr; raise what this returns."""
+    hint = f" ({error.hint})" if error.hint else ""
+    typer.echo(f"error: {error}{hint}".replace("\n", " "), err=True)
+    return typer.Exit(1)
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Turn our errors into that line and exit status 1."""
+    try:
+        yield
+    except ElasticError as error:
+        raise fail(error) from None

@@ -1,0 +1,66 @@
+"""What gateway and engine say to each other over ZeroMQ (gateway: DEALER, engine: ROUTER); msgpack, fixed schema.
+
+The gateway owns the request: it may submit it again, with what was emitted, to another engine at any time. The engine
+owns nothing. Both drop messages that carry another engine token than the one they know.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from workers.messages import Sampling, TokenLogprobs
+
+
+class Submit(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Run this request; go on after `emitted`. Submitting the same id again replaces the earlier submission."""
+
+    request_id: str
+    prompt: list[int]
+    sampling: Sampling
+    max_tokens: int
+    emitted: list[int] = []
+    stop_token_ids: list[int] = []
+    ignore_eos: bool = False
+
+
+class Abort(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The client went away, or the gateway has seen enough (stop string)."""
+
+    request_id: str
+
+
+class Hello(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """First message of a gateway on a connection; the engine answers Welcome."""
+
+    gateway: str
+
+
+class Welcome(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The engine is ready for submissions of this gateway."""
+
+    engine_token: int
+
+
+class Tokens(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Tokens index, index+1, … of the request's output (0 = first generated token, emitted ones counted)."""
+
+    engine_token: int
+    request_id: str
+    index: int
+    tokens: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: str = ""  # "" while running, else "stop" (eos or stop token, which is not in tokens) | "length"
+
+
+class Rejected(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The request cannot be run (now). `status` is the HTTP status that fits; `retry_after_s` > 0 asks to retry."""
+
+    engine_token: int
+    request_id: str
+    status: int
+    message: str
+    retry_after_s: float = 0.0
+
+
+ToEngine = Hello | Submit | Abort
+ToGateway = Welcome | Tokens | Rejected

@@ -1,0 +1,346 @@
+"""`elastic serve`: a whole cluster on one machine. A supervisor that owns etcd and one process per role.
+
+It only starts, watches and stops processes: every decision about ranks is the controller's. Whatever dies is started
+again; when the supervisor itself dies, all of it ends (death pipe; etcd by parent-death signal).
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import select
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import httpx
+import structlog
+
+from elastic.role import stop_signal
+from elastic.roles import RoleProcess, revoke_leases
+from elastic.statedir import ClusterAddress, StateDir, home
+from membership import codec
+from membership.census import scale_refusal
+from membership.errors import ConfigError, ElasticError, PlanRefused, StoreError, WaitTimeout
+from membership.etcd import connect
+from membership.events import EventLog, Tail
+from membership.keys import Keys
+from membership.store import Compare, Delete, Put, Store
+from membership.types import ClusterConfig, Desired
+from workers.etcd_server import EtcdServer, free_ports
+from workers.logs import configure
+from workers.model.info import read_model_info
+
+log = structlog.get_logger(__name__)
+
+# In the order in which roles are started; they are stopped in the opposite one, so that requests can end.
+STOP_GRACE_S = {"controller": 5.0, "agent": 15.0, "engine": 5.0, "gateway": 20.0}
+POLL_S = 0.25
+ETCD_RETRY_S = 2.0
+CHOICES = {
+    "dtype": ("auto", "float32", "bfloat16"),
+    "exactness": ("invariant", "stock"),
+    "device": ("auto", "cpu", "cuda"),
+}
+TROUBLES = {"rank_load_failed", "rank_prepare_failed", "rank_quarantined", "forkserver_ready"}
+ANY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104 - compared with, not bound
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What `elastic serve` was asked for."""
+
+    model: Path
+    ranks: int = 4
+    max_ranks: int | None = None
+    redundancy: float = 2.0
+    etcd: tuple[str, ...] = ()
+    cluster: str = ""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    admin_port: int = 8001
+    state_dir: Path | None = None
+    served_model_name: str = ""
+    dtype: str = "auto"
+    exactness: str = "invariant"
+    device: str = "auto"
+    max_model_len: int | None = None
+    kv_blocks: int = 1024
+    ready_timeout_s: float = 180.0
+    admin_token: str = field(default_factory=lambda: os.environ.get("ELASTIC_ADMIN_TOKEN") or secrets.token_urlsafe(24))
+
+
+def cluster_config(options: ServeOptions) -> ClusterConfig:
+    """Check the model and the wishes against each other; ModelError, ConfigError or PlanRefused say what is wrong."""
+    _check_flags(options)
+    info = read_model_info(options.model)
+    directory = options.model.resolve()
+    config = ClusterConfig(
+        cluster=options.cluster or directory.name,
+        model=str(directory),
+        served_model_name=options.served_model_name or directory.name,
+        moe_layers=info.moe_layers,
+        experts=info.experts,
+        redundancy=options.redundancy,
+        max_ranks=options.max_ranks or max(options.ranks, 64),
+        dtype=options.dtype,
+        exactness=options.exactness,
+        device=options.device,
+        max_model_len=min(info.max_position, options.max_model_len or 4096),
+        kv_blocks=options.kv_blocks,
+        eos_token_ids=info.eos_token_ids,
+        vocab_size=info.vocab_size,
+    )
+    refused = scale_refusal(config, options.ranks)
+    if refused:
+        raise PlanRefused(refused)
+    return config
+
+
+def _check_flags(options: ServeOptions) -> None:
+    """ConfigError naming the flag that cannot be meant, whatever the model."""
+    if options.ranks < 1:
+        raise ConfigError(f"--ranks {options.ranks}: at least one rank is needed", hint="use --ranks 1 or more")
+    for name, number in (("max-model-len", options.max_model_len), ("kv-blocks", options.kv_blocks)):
+        if number is not None and number < 1:
+            raise ConfigError(f"--{name} {number}: it must be at least 1")
+    for name, known in CHOICES.items():
+        if (given := getattr(options, name)) not in known:
+            raise ConfigError(f"--{name} {given}: there is no such choice", hint=f"choose among {', '.join(known)}")
+
+
+def require_free_port(host: str, port: int, flag: str) -> None:
+    """ConfigError naming the flag if nobody could listen there."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as error:
+            why = error.strerror if isinstance(error, OSError) else "ports go from 0 to 65535"
+            raise ConfigError(f"cannot listen on {host}:{port}: {why}", hint=f"choose another {flag}") from error
+
+
+class Supervisor:
+    """Starts, watches and stops etcd and the role processes. Use as a context manager; `run` until `stop` is set."""
+
+    def __init__(self, options: ServeOptions) -> None:
+        self.config = cluster_config(options)
+        require_free_port(options.host, options.port, "--port")
+        require_free_port(options.host, options.admin_port, "--admin-port")
+        free = free_ports(2)  # for a port of 0: whoever reads our address needs the number
+        self.options = replace(options, port=options.port or free[0], admin_port=options.admin_port or free[1])
+        self.state = StateDir(options.state_dir or home() / self.config.cluster)
+        self.keys = Keys(self.config.cluster)
+        self.node = os.environ.get("ELASTIC_NODE") or socket.gethostname()
+        self.etcd: EtcdServer | None = None
+        self._etcd_retry_at = 0.0
+        self._store: Store | None = None
+        self._roles: list[RoleProcess] = []
+        self._death_read = -1
+        self._opened = ExitStack()
+        self._events = EventLog(self.state.events, "supervisor")
+        self._history = Tail(self.state.events)
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Supervisor:
+        with ExitStack() as opened:
+            self.state.claim()
+            opened.callback(self.state.release)
+            for _ in self._troubles():
+                continue  # those of an earlier life
+            self._start(opened)
+            self._opened = opened.pop_all()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Stop everything in the order that lets requests finish: gateway, engine, ranks, controller, etcd."""
+        self._opened.close()
+
+    def _start(self, opened: ExitStack) -> None:
+        endpoints = self.options.etcd
+        if not endpoints:
+            self.etcd = EtcdServer(self.state.etcd_data)
+            opened.callback(self.etcd.stop)
+            self.etcd.start()
+            endpoints = (self.etcd.url,)
+        self._store = connect(list(endpoints))
+        opened.callback(self._store.close)
+        self._write_config(self._store)
+        self._death_read, death_write = os.pipe()
+        opened.callback(os.close, self._death_read)
+        opened.callback(os.close, death_write)
+        for name, grace_s in STOP_GRACE_S.items():
+            role = self._role(name, endpoints)
+            opened.callback(role.stop, grace_s)
+            self._roles.append(role)
+            role.start(self._death_read, time.monotonic())
+            self._emit("role_started", role)
+        self.state.publish(self.address(endpoints))
+
+    # -- watching --------------------------------------------------------------------------------------------------
+
+    def run(self, stop: threading.Event) -> None:
+        """Watch the processes until `stop` is set: reap, revoke, restart."""
+        while not stop.is_set():
+            self.tick()
+
+    def wait_ready(self, stop: threading.Event, on_progress: Callable[[str], None] = lambda _: None) -> None:
+        """Watch until the gateway says ready; WaitTimeout names what is missing."""
+        deadline = time.monotonic() + self.options.ready_timeout_s
+        reason = "the gateway to answer"
+        troubles: dict[str, None] = {}  # an ordered set
+        while not stop.is_set():
+            self.tick()
+            for trouble in self._troubles():
+                if trouble not in troubles:
+                    troubles[trouble] = None
+                    on_progress(trouble)
+            ready, told = self._readiness()
+            if ready:
+                return
+            if told != reason:
+                reason = told
+                on_progress(f"waiting for {reason}")
+            if time.monotonic() > deadline:
+                words = "; ".join(
+                    [*list(troubles)[-1:], *(f"{r.name}: {r.last_words()}" for r in self._roles if r.early_deaths)]
+                )
+                raise WaitTimeout(
+                    f"not ready within {self.options.ready_timeout_s:.0f} s, waiting for {reason}. {words}",
+                    hint=f"see {self.state.log('*')}",
+                )
+
+    def tick(self) -> None:
+        """One look at every process; returns within POLL_S, at once when one has died."""
+        poller = select.poll()
+        for role in self._roles:
+            if role.pidfd >= 0:
+                poller.register(role.pidfd, select.POLLIN)
+        dead = {fd for fd, _ in poller.poll(int(POLL_S * 1000))}
+        now = time.monotonic()
+        for role in self._roles:
+            if role.pidfd in dead:
+                self._on_role_exit(role, now)
+            if role.start_at is not None and now >= role.start_at:
+                role.start(self._death_read, now)
+                self._emit("role_started", role)
+        if self.etcd is not None and not self.etcd.alive and now >= self._etcd_retry_at:
+            self._restart_etcd(self.etcd, now)
+
+    def _restart_etcd(self, etcd: EtcdServer, now: float) -> None:
+        """Serving goes on without it, so an etcd that does not start is tried again and again."""
+        self._events.emit("etcd_died", cluster=self.config.cluster)
+        log.warning("etcd died, starting it again")
+        try:
+            etcd.restart()
+        except ElasticError as error:
+            self._etcd_retry_at = now + ETCD_RETRY_S
+            log.error("etcd did not start, serving goes on without it", error=str(error))
+
+    def _on_role_exit(self, role: RoleProcess, now: float) -> None:
+        pid = role.process.pid if role.process else 0
+        reason = role.on_exit(now)
+        log.warning("role died", name=role.name, pid=pid, reason=reason)
+        self._events.emit("role_died", cluster=self.config.cluster, name=role.name, pid=pid, reason=reason)
+        if self._store is not None:
+            revoke_leases(self._store, self.keys.prefix, pid, self.node)
+
+    # -- details ---------------------------------------------------------------------------------------------------
+
+    def address(self, endpoints: tuple[str, ...]) -> ClusterAddress:
+        """What client commands need to know."""
+        host = self.options.host if self.options.host not in ANY_ADDRESS else "127.0.0.1"
+        return ClusterAddress(
+            cluster=self.config.cluster,
+            etcd=endpoints,
+            url=f"http://{host}:{self.options.port}",
+            admin_url=f"http://{host}:{self.options.admin_port}",
+            admin_token=self.options.admin_token,
+            pid=os.getpid(),
+        )
+
+    def _role(self, name: str, endpoints: tuple[str, ...]) -> RoleProcess:
+        arguments = [name, "--etcd", ",".join(endpoints), "--cluster", self.config.cluster]
+        arguments += ["--state-dir", str(self.state.path)]
+        if name == "gateway":
+            arguments += ["--host", self.options.host, "--port", str(self.options.port)]
+            arguments += ["--admin-port", str(self.options.admin_port)]
+        else:
+            arguments += ["--node", self.node]
+        environment = {"ELASTIC_ADMIN_TOKEN": self.options.admin_token} if name == "gateway" else {}
+        return RoleProcess(name, arguments, self.state.log(name), environment=environment)
+
+    def _write_config(self, store: Store) -> None:
+        """Store config and desired size. A cluster that served the same model goes on from its last epoch."""
+        keys = self.keys
+        before = store.get(keys.config)
+        known = codec.decode(before.value, ClusterConfig) if before else None
+        if self.options.etcd and known is not None and store.get(keys.leader) is not None:
+            raise ConfigError(
+                f"cluster {self.config.cluster!r} is being served by somebody else on this etcd",
+                hint="choose another name with --cluster",
+            )
+        revoke_leases(store, keys.prefix)
+        puts = [
+            Put(keys.config, codec.encode(self.config)),
+            Put(keys.desired, codec.encode(Desired(ranks=self.options.ranks))),
+        ]
+        wipe = [Delete(key) for key in (keys.next,)] + [
+            Delete(f"{keys.prefix}{k}/", prefix=True) for k in ("assign", "exits", "ranks", "ops")
+        ]
+        if known is not None and _shape(known) != _shape(self.config):
+            wipe.append(Delete(keys.view))
+        outcome = store.txn([Compare(keys.config, "mod", "=", before.mod_revision if before else 0)], [*wipe, *puts])
+        if not outcome.succeeded:
+            raise StoreError("somebody else wrote this cluster's config at the same time", hint="try again")
+
+    def _troubles(self) -> Iterator[str]:
+        """What keeps ranks from getting ready, as they said since the last time."""
+        while (events := self._history.read()) is not None:
+            for event in events:
+                error = event.fields.get("error") or event.fields.get("reason")
+                if event.kind in TROUBLES and error:
+                    yield str(error)
+
+    def _readiness(self) -> tuple[bool, str]:
+        try:
+            answer = httpx.get(f"{self.address(()).url}/readyz", timeout=2.0)
+            if answer.status_code == 200:
+                return True, ""
+            reasons = answer.json().get("reasons") or [answer.text]
+            return False, "; ".join(str(r) for r in reasons)
+        except (httpx.HTTPError, ValueError):  # ValueError: it is not our gateway that answers there
+            return False, "the gateway to answer"
+
+    def _emit(self, kind: str, role: RoleProcess) -> None:
+        pid = role.process.pid if role.process else 0
+        self._events.emit(kind, cluster=self.config.cluster, name=role.name, pid=pid)
+
+
+def run_serve(options: ServeOptions) -> None:
+    """Serve until SIGTERM or Ctrl-C, telling on stderr what is waited for and where it serves."""
+    configure("supervisor")
+    with stop_signal() as stop, Supervisor(options) as supervisor:
+        where, name = supervisor.address(()), supervisor.config.served_model_name
+        tell(f"starting {supervisor.config.cluster} with {options.ranks} ranks; state in {supervisor.state.path}")
+        supervisor.wait_ready(stop, on_progress=tell)
+        if not stop.is_set():
+            tell(f"ready: OpenAI API at {where.url}/v1, model {name!r}, admin at {where.admin_url}")
+        supervisor.run(stop)
+        tell("stopping")
+
+
+def tell(line: str) -> None:
+    """A line for the person at the terminal; stdout stays for data."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def _shape(config: ClusterConfig) -> tuple[int, int]:
+    return config.moe_layers, config.experts

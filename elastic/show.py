@@ -1,0 +1,126 @@
+"""What people see in a terminal: the status view, a plan, an event, an operation's progress. Rendering only."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import msgspec
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+from membership.events import Event
+from membership.operations import ScalePlan
+from membership.phases import ORDER
+from membership.types import Operation, Phase
+
+COLOURS = {
+    "serving": "green", "standby": "cyan", "draining": "yellow", "launching": "blue", "handshaking": "blue",
+    "loading": "blue", "masked": "red", "dead": "red", "quarantined": "magenta",
+    "starting": "blue", "degraded": "yellow", "uncovered": "red", "stopped": "red",
+}  # fmt: skip
+
+
+def status_view(document: dict[str, Any]) -> RenderableType:
+    """The status document as a heading and a table of ranks."""
+    state = document["state"]
+    coverage, requests = document["coverage"], document["requests"]
+    serving = sum(rank["state"] == "serving" for rank in document["ranks"])
+    heading = Text.assemble(
+        (f"{document['cluster']} ", "bold"), (state, COLOURS.get(state, "")),
+        f"   epoch {document['epoch']}   ranks {serving}/{document['desired']}",
+        f"   live replicas >= {coverage['min_live_replicas']}",
+        f"   requests {requests['running']} running, {requests['waiting']} waiting",
+    )  # fmt: skip
+    if document.get("exactness", "invariant") != "invariant":
+        heading.append(f"   exactness {document['exactness']}: tokens may depend on the batch", "yellow")
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("rank", "state", "node", "pid", "incarnation", "slots", "heartbeat", "restarts"):
+        table.add_column(column, justify="left" if column in ("state", "node") else "right")
+    for rank in document["ranks"]:
+        age_ms = rank["heartbeat_age_ms"]
+        beat = "-" if age_ms is None else f"{age_ms:.0f} ms"
+        table.add_row(
+            str(rank["rank"]), Text(rank["state"], COLOURS.get(rank["state"], "")), rank["node"], str(rank["pid"]),
+            str(rank["incarnation"]), str(rank["slots"]), beat, str(rank["restarts"]),
+        )  # fmt: skip
+    lines: list[RenderableType] = [heading, table]
+    operation = document.get("operation")
+    if operation:
+        lines.append(
+            Text(f"{operation['kind']} to {operation['target']}: {operation['phase']} ({operation['id']})", "cyan")
+        )
+    return Group(*lines)
+
+
+def watch_status(read: Callable[[], dict[str, Any]], stop: threading.Event, interval_s: float = 0.5) -> None:
+    """Redraw the status until `stop` is set."""
+    with Live(status_view(read()), refresh_per_second=4, transient=False) as live:
+        while not stop.wait(interval_s):
+            live.update(status_view(read()))
+
+
+def plan_view(plan: ScalePlan) -> str:
+    """A plan in words, one fact a line."""
+    if plan.refused:
+        return f"refused: {plan.refused}"
+    if not plan.changes:
+        return f"nothing would change: epoch {plan.epoch}, ranks {_ranks(plan.ranks)}"
+    lines = [f"scale {len(plan.ranks)} -> {plan.target} (from epoch {plan.epoch})"]
+    lines += [f"  add ranks {_ranks(plan.add)}"] if plan.add else []
+    lines += [f"  remove ranks {_ranks(plan.remove)}; their requests move by replay"] if plan.remove else []
+    lines += [f"  rank {rank} loads {count} experts" for rank, count in sorted(plan.loads.items())]
+    lines.append(f"  replicas of every expert: >= {plan.replicas_before} -> >= {plan.replicas_after}")
+    lines.append(f"  experts per rank: <= {plan.slots_before} -> <= {plan.slots_after}")
+    return "\n".join(lines)
+
+
+def _ranks(ranks: Iterable[int]) -> str:
+    return ", ".join(map(str, ranks)) or "none"
+
+
+def event_line(event: Event) -> str:
+    """One event as one line: time, role, kind, then what it says."""
+    clock = time.strftime("%H:%M:%S", time.localtime(event.ts)) + f".{int(event.ts % 1 * 1000):03d}"
+    fields = {
+        k: v for k, v in msgspec.to_builtins(event).items() if k not in ("ts", "role", "kind", "cluster", "fields")
+    }
+    fields |= event.fields
+    return f"{clock} {event.role:<10} {event.kind:<20} " + " ".join(
+        f"{k}={v}" for k, v in fields.items() if v is not None
+    )
+
+
+class Progress:
+    """A bar per operation phase on stderr; silent when not enabled."""
+
+    def __init__(self, *, enabled: bool) -> None:
+        self._bars = Bars(
+            TextColumn("{task.description:<12}"), BarColumn(), TimeElapsedColumn(),
+            console=Console(stderr=True), disable=not enabled,
+        )  # fmt: skip
+        self._task = self._bars.add_task("proposed", total=len(ORDER) - 1)
+
+    def __enter__(self) -> Progress:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bars.stop()
+
+    def update(self, operation: Operation) -> None:
+        """Show where the operation is; its end tells the measured pause."""
+        done = operation.progress * (len(ORDER) - 1)
+        self._bars.update(self._task, description=str(operation.phase), completed=done)
+        if operation.phase is Phase.DONE:
+            took = operation.finished - operation.started
+            self._bars.console.print(
+                f"{operation.kind} to {operation.target} done in {took:.2f} s, epoch {operation.epoch}, "
+                f"pause {operation.pause_ms:.1f} ms"
+            )

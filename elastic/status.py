@@ -1,0 +1,198 @@
+"""The status document: the cluster as operators, probes and tests see it. Pure; CLI and gateway share it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import msgspec
+
+from membership.census import Census
+from membership.placement import coverage
+from membership.types import ClusterState, Member, Operation, Phase, RankState
+
+Health = Literal["starting", "serving", "degraded", "uncovered", "stopped"]
+
+
+class RankStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One rank slot. `pid` 0 and `slots` 0: it has none. `heartbeat_age_ms` (since its agent last saw it
+    beat, and told once per second) null: no agent has told."""
+
+    rank: int
+    node: str
+    pid: int
+    incarnation: int
+    state: RankState
+    slots: int  # experts held, over all layers
+    heartbeat_age_ms: float | None
+    restarts: int
+
+
+class CoverageStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """How many live ranks hold the expert that the fewest hold; (layer, expert) pairs that none holds."""
+
+    min_live_replicas: int
+    uncovered: int
+
+
+class OperationStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """The operation under way."""
+
+    id: str
+    kind: str
+    target: int
+    phase: Phase
+    progress: float
+    started: float
+    deadline: float
+
+
+class RequestsStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """Load, as the engine last said."""
+
+    running: int = 0
+    waiting: int = 0
+
+
+class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """The document."""
+
+    cluster: str
+    state: Health
+    epoch: int
+    desired: int
+    ranks: tuple[RankStatus, ...]
+    coverage: CoverageStatus
+    operation: OperationStatus | None
+    requests: RequestsStatus
+    exactness: str = "invariant"  # or stock: tokens may depend on the batch
+
+
+def cluster_status(state: ClusterState, now: float) -> ClusterStatus:
+    """Describe this state of the cluster."""
+    if state.config is None:
+        nothing = CoverageStatus(min_live_replicas=0, uncovered=0)
+        return ClusterStatus(
+            cluster="", state="starting", epoch=0, desired=0, ranks=(), coverage=nothing, operation=None,
+            requests=RequestsStatus(),
+        )  # fmt: skip
+    census = Census(state, now)
+    covered = _coverage(census)
+    load = state.engine_status
+    operation = next((op for op in state.operations.values() if op.active), None)
+    return ClusterStatus(
+        cluster=state.config.cluster,
+        state=_health(census, covered),
+        epoch=census.view.epoch,
+        desired=census.desired.ranks,
+        ranks=tuple(sorted(_ranks(census), key=lambda r: (r.rank, r.incarnation))),
+        coverage=covered,
+        operation=None if operation is None else _operation(operation),
+        requests=RequestsStatus() if load is None else RequestsStatus(running=load.running, waiting=load.waiting),
+        exactness=state.config.exactness,
+    )
+
+
+def _health(census: Census, covered: CoverageStatus) -> Health:
+    state = census.state
+    if not (state.agents or state.engine or state.ranks) and census.view.epoch:
+        return "stopped"
+    if not census.members:
+        return "starting"
+    if covered.uncovered:
+        return "uncovered"
+    if not _driven(state):
+        return "degraded"  # requests wait for an engine: the old one's successor, or the first
+    whole = len(census.alive) == len(census.members)
+    scaling = census.operation is not None
+    return "serving" if whole and (scaling or len(census.alive) >= census.target) else "degraded"
+
+
+def _driven(state: ClusterState) -> bool:
+    """Whether the engine in office has taken up a view."""
+    status = state.engine_status
+    return state.engine is not None and status is not None and status.token == state.engine_token and status.epoch > 0
+
+
+def _coverage(census: Census) -> CoverageStatus:
+    if not census.members:
+        return CoverageStatus(min_live_replicas=0, uncovered=0)
+    found = coverage(census.view.placement, (m.rank for m in census.alive), census.config.experts)
+    return CoverageStatus(min_live_replicas=found.min_live_replicas, uncovered=len(found.uncovered))
+
+
+def _ranks(census: Census) -> Iterator[RankStatus]:
+    alive = set(census.alive)
+    shown: set[int] = set()
+    for member in census.members:
+        shown.add(member.rank)
+        yield _rank(census, member, _member_state(census, member, member in alive))
+    for rank, newcomer in census.newcomers.items():
+        if rank not in shown:
+            shown.add(rank)
+            yield _rank(census, newcomer.member, _newcomer_state(census, newcomer.member))
+    for key in census.lingering:
+        record = census.state.ranks[key]
+        member = Member(rank=record.rank, node=record.node, incarnation=record.incarnation)
+        if record.rank not in shown and not census.exited(member):
+            shown.add(record.rank)
+            yield _rank(census, member, RankState.DRAINING)
+    for rank, last in census.state.exits.items():
+        wanted = rank in census.desired.slots if census.desired.slots else rank < census.desired.ranks
+        if rank not in shown and (wanted or last.quarantined):
+            gone = Member(rank=rank, node="", incarnation=last.incarnation)
+            yield _rank(census, gone, RankState.QUARANTINED if last.quarantined else RankState.DEAD)
+
+
+def _newcomer_state(census: Census, member: Member) -> RankState:
+    if census.exited(member):
+        return RankState.QUARANTINED if census.state.exits[member.rank].quarantined else RankState.DEAD
+    record = census.record(member)
+    return RankState.LAUNCHING if record is None else record.state
+
+
+def _member_state(census: Census, member: Member, alive: bool) -> RankState:
+    last = census.state.exits.get(member.rank)
+    if not alive and last is not None and last.quarantined and last.incarnation == member.incarnation:
+        return RankState.QUARANTINED
+    if member.rank in census.masked and not census.exited(member):
+        return RankState.MASKED
+    if not alive:
+        return RankState.DEAD
+    staged = census.state.next
+    leaving = census.operation is not None and staged is not None and staged.member(member.rank) is None
+    return RankState.DRAINING if leaving else RankState.SERVING
+
+
+def _rank(census: Census, member: Member, state: RankState) -> RankStatus:
+    record = census.record(member)
+    last = census.state.exits.get(member.rank)
+    held = census.view.placement.get(member.rank, ()) if member in census.members else ()
+    return RankStatus(
+        rank=member.rank,
+        node=member.node,
+        pid=0 if record is None else record.pid,
+        incarnation=member.incarnation,
+        state=state,
+        slots=sum(len(layer) for layer in held),
+        heartbeat_age_ms=_heartbeat_age_ms(census, member),
+        restarts=0 if last is None else last.restarts,
+    )
+
+
+def _heartbeat_age_ms(census: Census, member: Member) -> float | None:
+    told = census.state.heartbeats.get(member.node)
+    beat = None if told is None else told.beats.get(member.incarnation)
+    return None if beat is None else round(max(0.0, census.now - beat) * 1000, 1)
+
+
+def _operation(operation: Operation) -> OperationStatus:
+    return OperationStatus(
+        id=operation.id,
+        kind=operation.kind,
+        target=operation.target,
+        phase=operation.phase,
+        progress=operation.progress,
+        started=operation.started,
+        deadline=operation.deadline,
+    )

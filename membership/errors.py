@@ -1,0 +1,129 @@
+"""The error tree of the whole project. `definite` says whether the thing certainly did not happen.
+
+A caller may retry after a definite error; after an indefinite one it must read back first (a timed-out
+transaction is *unknown*).
+"""
+
+from __future__ import annotations
+
+
+class ElasticError(Exception):
+    """Root of all errors this project raises on purpose. `hint` tells the operator what to do next."""
+
+    definite: bool = True
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class ConfigError(ElasticError):
+    """What the user asked for cannot work: a bad flag, model or environment. Retrying the same is useless."""
+
+
+class WaitTimeout(ElasticError):
+    """A wait passed its deadline. The message names who was waited for, and in which phase."""
+
+    definite = False
+
+
+class NoAnswer(ElasticError):
+    """Who was asked did not answer; whether it did what was asked is unknown."""
+
+    definite = False
+
+
+class StoreError(ElasticError):
+    """The membership store could not do what was asked."""
+
+
+class StoreUnavailable(StoreError, NoAnswer):
+    """The store did not answer; whether a write took effect is unknown."""
+
+    definite = False  # StoreError, which comes first, would say otherwise
+
+
+class StoreCompacted(StoreError):
+    """The revision asked for is gone; list again, then watch from there."""
+
+
+class SchemaError(StoreError):
+    """A stored record cannot be read by this version: damaged, of another kind, or written by a newer version."""
+
+
+class LeaseLost(StoreError):
+    """The lease expired or was revoked: whatever it guarded is no longer ours."""
+
+
+class Fenced(ElasticError):
+    """We acted under a token, epoch or incarnation that is no longer current. Nothing took effect; stand down."""
+
+
+class OperationConflict(ElasticError):
+    """Another operation is active; the message names it."""
+
+
+class PlanRefused(ElasticError):
+    """The planner will not do this; the message says why."""
+
+
+class IllegalPhase(ElasticError):
+    """An operation cannot go from the phase it is in to the one asked for."""
+
+
+class RankError(ElasticError):
+    """A rank failed in a way its peers survive."""
+
+
+class RankDied(RankError):
+    """The rank's process is gone. Replies already received stay valid."""
+
+
+class RankFailed(RankError):
+    """The rank is alive and answered with an error; the message carries its traceback."""
+
+
+class PeerTimeout(RankError, WaitTimeout):
+    """A rank neither answered nor died nor was masked before the deadline; the message names it."""
+
+    definite = False
+
+
+class QueueError(ElasticError):
+    """A message queue could not do what was asked."""
+
+
+class QueueClosed(QueueError):
+    """The queue was shut down, or its writer is gone."""
+
+
+class QueueTimeout(QueueError, WaitTimeout):
+    """Nothing came (or no room was made) before the deadline."""
+
+    definite = True
+
+
+class MessageTooLarge(QueueError):
+    """The message exceeds what this queue may carry."""
+
+
+class CoverageLost(ElasticError):
+    """Some expert has no live replica: no answer may be computed until it is repaired."""
+
+
+class ModelError(ConfigError):
+    """The checkpoint cannot be served: missing, damaged, of the wrong type, or not a Mixture-of-Experts model."""
+
+
+class JournalError(ElasticError):
+    """An engine's output for a request has a gap or contradicts what was already sent: it must not reach the client."""
+
+
+class RequestError(ElasticError):
+    """A client's request cannot be served. `status` is the HTTP status that fits; `param` names the offending field."""
+
+    def __init__(
+        self, message: str, *, status: int = 400, param: str = "", code: str = "", retry_after_s: float = 0.0
+    ) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code, self.retry_after_s = status, param, code, retry_after_s

@@ -1,0 +1,177 @@
+"""Where each record lives in the store, and the way back: from keys to the typed state of the cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from membership import types
+from membership.codec import decode
+from membership.errors import ConfigError, SchemaError
+from membership.store import KeyValue
+from membership.types import ClusterState, Record
+
+ROOT = "/elastic-ep/"
+
+_SINGLES: dict[str, tuple[str, type[Record]]] = {
+    "config": ("config", types.ClusterConfig),
+    "desired": ("desired", types.Desired),
+    "view": ("view", types.View),
+    "next": ("next", types.View),
+    "engine": ("engine", types.EngineRecord),
+    "engine-status": ("engine_status", types.EngineStatus),
+    "incarnation": ("incarnation", types.Counter),
+}
+_FAMILIES: dict[str, tuple[str, type[Record]]] = {
+    "agents": ("agents", types.AgentRecord),
+    "assign": ("assignments", types.Assignment),
+    "ranks": ("ranks", types.RankRecord),
+    "exits": ("exits", types.RankExit),
+    "heartbeats": ("heartbeats", types.Heartbeats),
+    "gateways": ("gateways", types.GatewayRecord),
+    "ops": ("operations", types.Operation),
+}
+_REVISIONS = {
+    "view": ("view_revision", "mod_revision"),
+    "next": ("next_revision", "mod_revision"),
+    "leader": ("leader_revision", "create_revision"),
+    "engine": ("engine_token", "create_revision"),
+}
+
+DecodeCache = dict[str, tuple[int, Record]]
+"""key -> (mod revision, record): spares a reader that follows the store decoding again what has not changed."""
+
+
+def _segment(name: str, what: str) -> str:
+    if not name or "/" in name:
+        raise ConfigError(f"{what} {name!r} must be non-empty and without '/'")
+    return name
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys of one cluster."""
+
+    cluster: str
+    prefix: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prefix", f"{ROOT}{_segment(self.cluster, 'cluster name')}/")
+
+    @property
+    def config(self) -> str:
+        """ClusterConfig."""
+        return self.prefix + "config"
+
+    @property
+    def desired(self) -> str:
+        """Desired."""
+        return self.prefix + "desired"
+
+    @property
+    def view(self) -> str:
+        """The committed View."""
+        return self.prefix + "view"
+
+    @property
+    def next(self) -> str:
+        """The staged View."""
+        return self.prefix + "next"
+
+    @property
+    def leader(self) -> str:
+        """The controller in charge; its create revision is the fencing token."""
+        return self.prefix + "leader"
+
+    @property
+    def engine(self) -> str:
+        """EngineRecord; its create revision is the engine token."""
+        return self.prefix + "engine"
+
+    @property
+    def engine_status(self) -> str:
+        """EngineStatus."""
+        return self.prefix + "engine-status"
+
+    @property
+    def incarnation(self) -> str:
+        """Counter: the last incarnation given out."""
+        return self.prefix + "incarnation"
+
+    def agent(self, node: str) -> str:
+        """AgentRecord."""
+        return f"{self.prefix}agents/{_segment(node, 'node name')}"
+
+    def assign(self, node: str) -> str:
+        """Assignment."""
+        return f"{self.prefix}assign/{_segment(node, 'node name')}"
+
+    def rank(self, rank: int, incarnation: int) -> str:
+        """RankRecord."""
+        return f"{self.prefix}ranks/{rank}/{incarnation}"
+
+    def exit(self, rank: int) -> str:
+        """RankExit."""
+        return f"{self.prefix}exits/{rank}"
+
+    def heartbeats(self, node: str) -> str:
+        """Heartbeats."""
+        return f"{self.quiet}{_segment(node, 'node name')}"
+
+    @property
+    def quiet(self) -> str:
+        """Prefix of what is only looked at, by people: its changes wake nobody."""
+        return self.prefix + "heartbeats/"
+
+    def gateway(self, name: str) -> str:
+        """GatewayRecord."""
+        return f"{self.prefix}gateways/{_segment(name, 'gateway name')}"
+
+    def op(self, operation: str) -> str:
+        """Operation."""
+        return f"{self.prefix}ops/{_segment(operation, 'operation id')}"
+
+
+def state_from(items: Iterable[KeyValue], revision: int, cache: DecodeCache | None = None) -> ClusterState:
+    """Return the typed state of the one cluster that `items` (all keys under its prefix) describe.
+
+    Keys of an unknown name are left alone: a newer version may have put them there.
+    """
+    fields: dict[str, Any] = {attribute: {} for attribute, _ in _FAMILIES.values()}
+    for kv in items:
+        name, _, rest = kv.key.removeprefix(ROOT).partition("/")[2].partition("/")
+        if not rest and name in _REVISIONS:
+            attribute, source = _REVISIONS[name]
+            fields[attribute] = getattr(kv, source)
+        if not rest and name in _SINGLES:
+            attribute, kind = _SINGLES[name]
+            record = _decoded(kv, kind, cache)
+            fields[attribute] = record.value if isinstance(record, types.Counter) else record
+        elif rest and name in _FAMILIES:
+            attribute, kind = _FAMILIES[name]
+            fields[attribute][_family_key(kv.key, name, rest)] = _decoded(kv, kind, cache)
+    return ClusterState(revision=revision, **fields)
+
+
+def _family_key(key: str, name: str, rest: str) -> str | int | tuple[int, int]:
+    try:
+        if name == "ranks":
+            rank, incarnation = rest.split("/")
+            return int(rank), int(incarnation)
+        return int(rest) if name == "exits" else rest
+    except ValueError as error:
+        raise SchemaError(f"malformed key {key!r}") from error
+
+
+def _decoded(kv: KeyValue, kind: type[Record], cache: DecodeCache | None) -> Record:
+    hit = cache.get(kv.key) if cache is not None else None
+    if hit is not None and hit[0] == kv.mod_revision:
+        return hit[1]
+    try:
+        record = decode(kv.value, kind)
+    except SchemaError as error:
+        raise SchemaError(f"{kv.key}: {error}", hint=error.hint) from error
+    if cache is not None:
+        cache[kv.key] = (kv.mod_revision, record)
+    return record

@@ -1,0 +1,250 @@
+"""A role's own copy of the cluster's state, kept current by list and watch. Every role decides from this.
+
+It outlives store outages: the last state stays readable (serving goes on under the last view), `staleness_s` grows, and
+the watch resumes where it stopped. Where the store has forgotten that point (compaction, or a history that went back),
+it lists again. Heartbeats are in the state too, but wake nobody: no decision rests on them.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import structlog
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    sleep_using_event,
+    stop_when_event_set,
+    wait_random_exponential,
+)
+
+from membership.errors import ElasticError, StoreCompacted, StoreUnavailable, WaitTimeout
+from membership.keys import DecodeCache, Keys, state_from
+from membership.store import KeyValue, Store, Watch, WatchEvent
+from membership.types import ClusterState
+
+PROBE_EVERY_S = 1.0
+CLOSE_TIMEOUT_S = 10.0
+Until = int | Callable[[ClusterState], bool]
+
+log = structlog.get_logger(__name__)
+
+
+class Mirror:
+    """The cluster's state as of a moment ago. Construction lists the store, so there is a state from the start."""
+
+    def __init__(
+        self,
+        store: Store,
+        cluster: str,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        probe_every_s: float = PROBE_EVERY_S,
+    ) -> None:
+        self._store = store
+        self._keys = Keys(cluster)
+        self._clock = clock
+        self._probe_every_s = probe_every_s
+        self._changed = threading.Condition()
+        self._stop = threading.Event()
+        self._watch: Watch | None = None
+        self._items: dict[str, KeyValue] = {}
+        self._cache: DecodeCache = {}
+        self._revision = 0
+        self._generation = 0
+        self._state = ClusterState(revision=0)
+        self._failure: Exception | None = None
+        self._subscribers: list[Callable[[ClusterState], None]] = []
+        self._heard_at = clock()
+        self._synced = False
+        self._relist = True
+        self._list()
+        if self._failure is not None:
+            raise self._failure
+        self._thread = threading.Thread(target=self._run, name=f"mirror-{cluster}", daemon=True)
+        self._thread.start()
+
+    def state(self) -> ClusterState:
+        """Return the latest state. Raise what went wrong if it can no longer be followed (say, a newer schema)."""
+        with self._changed:
+            return self._current()
+
+    def wait(self, until: Until, timeout_s: float, what: str = "") -> ClusterState:
+        """Return the first state that is newer than a revision, or for which a predicate holds; else WaitTimeout."""
+        deadline = time.monotonic() + timeout_s
+        seen = -1
+        while True:
+            with self._changed:
+                state = self._current()
+                if self._generation == seen:
+                    if not self._changed.wait_for(partial(self._moved, seen), deadline - time.monotonic()):
+                        stale = "" if self._synced else f"; the store has been silent for {self.staleness_s:.1f} s"
+                        what = what or f"a change of cluster {self._keys.cluster} after revision {state.revision}"
+                        raise WaitTimeout(f"waited {timeout_s:g} s for {what}{stale}")
+                    state = self._current()
+                seen = self._generation
+            if state.revision > until if isinstance(until, int) else until(state):
+                return state
+
+    def poll(self, after_revision: int, timeout_s: float) -> ClusterState:
+        """Return the state once it is newer than `after_revision`, or what there is after `timeout_s`."""
+        try:
+            return self.wait(after_revision, timeout_s)
+        except WaitTimeout:
+            return self.state()
+
+    def subscribe(self, callback: Callable[[ClusterState], None]) -> Callable[[], None]:
+        """Call `callback` with each new state, in the mirror's thread; return what ends that."""
+        with self._changed:
+            self._subscribers.append(callback)
+
+        def unsubscribe() -> None:
+            with self._changed:
+                self._subscribers.remove(callback)
+
+        return unsubscribe
+
+    @property
+    def synced(self) -> bool:
+        """Whether the store is being watched right now."""
+        return self._synced
+
+    @property
+    def staleness_s(self) -> float:
+        """How long ago the store was last heard of: the state may lack what was written since then."""
+        return max(0.0, self._clock() - self._heard_at)
+
+    def close(self) -> None:
+        """Stop following."""
+        self._stop.set()
+        with self._changed:
+            watch = self._watch
+            self._changed.notify_all()
+        if watch is not None:
+            watch.close()
+        self._thread.join(CLOSE_TIMEOUT_S)
+        if self._thread.is_alive():
+            raise WaitTimeout(f"mirror of cluster {self._keys.cluster} did not stop within {CLOSE_TIMEOUT_S:g} s")
+
+    def __enter__(self) -> Mirror:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _current(self) -> ClusterState:
+        if self._failure is not None:
+            raise self._failure
+        return self._state
+
+    def _moved(self, seen: int) -> bool:
+        return self._generation != seen or self._failure is not None
+
+    def _run(self) -> None:
+        """Follow until closed. An outage is waited out with growing pauses."""
+        try:
+            while not self._stop.is_set():
+                Retrying(
+                    retry=retry_if_exception_type((StoreUnavailable, StoreCompacted)),
+                    wait=wait_random_exponential(multiplier=0.05, max=1.0),
+                    stop=stop_when_event_set(self._stop),
+                    sleep=sleep_using_event(self._stop),
+                    before_sleep=self._log_retry,
+                    reraise=True,
+                )(self._open)
+                self._follow()
+        except Exception as error:
+            if not self._stop.is_set():  # state() and wait() raise it in the owner's threads
+                log.exception("mirror failed", cluster=self._keys.cluster)
+                self._fail(error)
+
+    def _open(self) -> None:
+        """Start watching; list first where the store no longer has the changes since our revision.
+
+        The watch starts *at* the last known revision, not after it: etcd before 3.4.34 / 3.5.16 loses a delete at
+        exactly the compacted revision, and this way a compaction there shows. What is known already is skipped.
+        """
+        if self._relist:
+            self._list()
+        try:
+            watch = self._store.watch(self._keys.prefix, self._revision)
+        except StoreCompacted:
+            self._relist = True
+            raise
+        self._heard_at = self._clock()
+        with self._changed:
+            self._watch, self._synced = watch, True
+
+    def _follow(self) -> None:
+        watch = self._watch
+        if watch is None:
+            return
+        try:
+            while not self._stop.is_set():
+                before = self._clock()
+                batch = watch.next(self._probe_every_s)
+                if batch is None:
+                    before = self._clock()
+                    self._store.get(self._keys.config)  # the watch is silent: is the store there at all?
+                elif batch.revision > self._revision:
+                    self._apply(batch.events, batch.revision)
+                self._heard_at = before
+        except StoreCompacted:
+            self._relist = True
+        except StoreUnavailable as error:
+            if not self._stop.is_set():
+                log.warning("mirror lost the store", cluster=self._keys.cluster, error=str(error))
+        finally:
+            with self._changed:
+                self._watch, self._synced = None, False
+            watch.close()
+
+    def _list(self) -> None:
+        before = self._clock()
+        self._revision, items = self._store.range(self._keys.prefix)
+        self._items = {kv.key: kv for kv in items}
+        self._cache = {key: hit for key, hit in self._cache.items() if key in self._items}
+        self._heard_at = before
+        self._relist = False
+        self._publish()
+
+    def _apply(self, events: Iterable[WatchEvent], revision: int) -> None:
+        news = [event for event in events if event.kv.mod_revision > self._revision]
+        for event in news:
+            if event.kind == "put":
+                self._items[event.kv.key] = event.kv
+            else:
+                self._items.pop(event.kv.key, None)
+                self._cache.pop(event.kv.key, None)
+        self._revision = revision
+        self._publish(quietly=bool(news) and all(event.kv.key.startswith(self._keys.quiet) for event in news))
+
+    def _publish(self, *, quietly: bool = False) -> None:
+        try:
+            state, failure = state_from(self._items.values(), self._revision, self._cache), None
+        except ElasticError as error:
+            state, failure = self._state, error
+        with self._changed:
+            quietly = quietly and self._failure is failure is None
+            self._state, self._failure = state, failure
+            if quietly:
+                return
+            self._generation += 1
+            self._changed.notify_all()
+            subscribers = tuple(self._subscribers) if failure is None else ()
+        for subscriber in subscribers:
+            subscriber(state)
+
+    def _log_retry(self, retry: RetryCallState) -> None:
+        if retry.attempt_number == 1 and retry.outcome is not None:
+            log.warning("mirror reopens its watch", cluster=self._keys.cluster, error=str(retry.outcome.exception()))
+
+    def _fail(self, error: Exception) -> None:
+        with self._changed:
+            self._failure = error
+            self._synced = False
+            self._changed.notify_all()

@@ -1,0 +1,246 @@
+"""Which rank holds which experts: coverage first, then balance, then fewest moves. Pure and deterministic.
+
+Every layer has the same number of slots: `redundancy` per expert, at most one per rank. Each expert gets the whole
+part of the redundancy as replicas on distinct ranks; what is left over goes where loads need it. Ranks get equal
+numbers of slots (within one, in each layer and over all), and keep what they hold now as far as that allows: after a
+loss only orphans move, and when a rank joins it takes its share and little else moves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from membership.errors import PlanRefused
+from membership.types import Placement
+
+Loads = Sequence[Sequence[float]]
+"""For each MoE layer, how much work each expert had."""
+
+_ROUNDING = 1e-9  # 1.1 * 10 slots are 11, whatever the floating point says
+
+
+class Move(NamedTuple):
+    """A rank takes an expert of a layer that it did not hold."""
+
+    rank: int
+    layer: int
+    expert: int
+
+
+class Coverage(NamedTuple):
+    """How well live ranks hold the experts: the fewest replicas of any, and the (layer, expert) pairs without one."""
+
+    min_live_replicas: int
+    uncovered: tuple[tuple[int, int], ...]
+
+
+def max_ranks_allowed(experts: int, redundancy: float) -> int:
+    """Return how many ranks can hold at least one expert of each layer."""
+    return int(experts * redundancy + _ROUNDING)
+
+
+def refusal(experts: int, redundancy: float, ranks: int) -> str:
+    """Return why this many ranks cannot share the experts, or "" if they can."""
+    if experts < 1:
+        return f"a model with {experts} experts per layer cannot be placed"
+    if not 1 <= redundancy < math.inf:
+        return f"redundancy {redundancy:g} would leave experts without a holder; it must be at least 1"
+    if ranks < 1:
+        return f"{ranks} ranks cannot hold anything; at least 1 is needed"
+    most = max_ranks_allowed(experts, redundancy)
+    if ranks > most:
+        return (
+            f"{ranks} ranks are more than the {most} slots per layer ({experts} experts x redundancy {redundancy:g}): "
+            "a rank would hold no expert"
+        )
+    return ""
+
+
+def plan(
+    moe_layers: int,
+    experts: int,
+    ranks: Collection[int],
+    redundancy: float,
+    current: Placement | None = None,
+    loads: Loads | None = None,
+) -> Placement:
+    """Return who is to hold what. `current` has only what live ranks hold; a rank that is not in it holds nothing."""
+    reason = refusal(experts, redundancy, len(ranks))
+    if reason:
+        raise PlanRefused(reason)
+    order = sorted(ranks)
+    holds = _held(moe_layers, experts, order, current or {})
+    slots = min(max_ranks_allowed(experts, redundancy), experts * len(order))
+    odd = _OddSlots(slots, holds.sum(axis=2))
+    alike = loads is None and not holds.any()
+    for layer in range(moe_layers):
+        if alike and layer:  # all layers are the same problem: turn the first one's answer
+            holds[layer] = np.roll(holds[0], layer * (slots % len(order) or 1), axis=0)
+            continue
+        weights = np.ones(experts) if loads is None else np.asarray(loads[layer], dtype=np.float64)
+        _Layer(holds[layer], slots, weights, odd.capacity(layer), layer).solve()
+    return {
+        rank: tuple(tuple(np.flatnonzero(holds[layer, row]).tolist()) for layer in range(moe_layers))
+        for row, rank in enumerate(order)
+    }
+
+
+def _held(moe_layers: int, experts: int, order: Sequence[int], current: Placement) -> NDArray[np.bool_]:
+    """Return [layer, row, expert]: whether the rank in that row holds the expert now."""
+    holds = np.zeros((moe_layers, len(order), experts), dtype=np.bool_)
+    for row, rank in enumerate(order):
+        for layer, mine in enumerate(current.get(rank, ())):
+            holds[layer, row, list(mine)] = True
+    return holds
+
+
+class _OddSlots:
+    """Slots per layer rarely divide by the ranks. Says who gets the odd ones, such that they even out over all layers.
+
+    Each rank has a budget of odd slots; within it, layers prefer who holds one now. A rank whose budget is as large as
+    the number of layers left must get one in each: so all budgets come out exactly.
+    """
+
+    def __init__(self, slots: int, size: NDArray[np.int64]) -> None:
+        self.layers, rows = size.shape
+        self.whole, self.odd = divmod(slots, rows)
+        self.extra = size > self.whole
+        least, rest = divmod(self.layers * self.odd, rows)
+        self.budget = np.full(rows, least, dtype=np.int64)
+        self.budget[np.argsort(-self.extra.sum(axis=0), kind="stable")[:rest]] += 1
+
+    def capacity(self, layer: int) -> NDArray[np.int64]:
+        """Return how many slots each rank gets in this layer; layers are asked for in order."""
+        forced = self.budget == self.layers - layer
+        order = np.lexsort((-self.budget, ~self.extra[layer], ~forced, self.budget == 0))
+        capacity = np.full(self.budget.size, self.whole, dtype=np.int64)
+        capacity[order[: self.odd]] += 1
+        self.budget[order[: self.odd]] -= 1
+        return capacity
+
+
+class _Layer:
+    """One layer being planned. `holds[row, expert]` is changed in place from what is to what shall be."""
+
+    def __init__(
+        self,
+        holds: NDArray[np.bool_],
+        slots: int,
+        weights: NDArray[np.float64],
+        capacity: NDArray[np.int64],
+        shift: int,
+    ) -> None:
+        self.holds = holds
+        self.rows, self.experts = holds.shape
+        self.shift = shift
+        self.replicas = self._replicas(slots, weights)
+        self.share = weights / self.replicas  # load of one replica
+        self.size = holds.sum(axis=1)
+        self.capacity = capacity
+        self.load: NDArray[np.float64] = holds @ self.share
+        self.meets = np.zeros((self.rows, self.rows), dtype=np.int64)  # replicas placed together: spread them evenly
+
+    def solve(self) -> None:
+        """Drop what is too much, then place what is missing."""
+        for expert in np.flatnonzero(self.holds.sum(axis=0) > self.replicas).tolist():
+            self._drop_surplus(expert)
+        for row in np.flatnonzero(self.size > self.capacity).tolist():
+            self._shrink(row)
+        missing = self.replicas - self.holds.sum(axis=0)
+        for expert in np.argsort(-self.share, kind="stable").tolist():
+            for _ in range(missing[expert]):
+                self._place(expert)
+
+    def _replicas(self, slots: int, weights: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Return each expert's number of replicas: the whole part for all, the rest by load per replica."""
+        whole, rest = divmod(slots, self.experts)
+        replicas = np.full(self.experts, whole, dtype=np.int64)
+        now = self.holds.sum(axis=0)
+        for _ in range(rest):
+            hot = np.where(replicas < self.rows, weights / replicas, -1.0)
+            best = np.flatnonzero(hot >= hot.max())
+            kept = best[now[best] > replicas[best]]  # a replica that exists already costs nothing
+            replicas[(kept if kept.size else best)[0]] += 1
+        return replicas
+
+    def _drop_surplus(self, expert: int) -> None:
+        """Take an expert from its fullest holders until it has as many replicas as it shall."""
+        holders = np.flatnonzero(self.holds[:, expert])
+        fullest = holders[np.argsort(self.capacity[holders] - self.size[holders], kind="stable")]
+        for row in fullest[: holders.size - self.replicas[expert]].tolist():
+            self._set(row, expert, False)
+
+    def _shrink(self, row: int) -> None:
+        """Take from a rank what is above its share: experts with the most replicas left, so that losses spread."""
+        excess = int(self.size[row] - self.capacity[row])
+        mine = np.flatnonzero(self.holds[row])
+        left = self.holds[:, mine].sum(axis=0) - self.replicas[mine]
+        for expert in mine[np.lexsort((mine, -left))][:excess].tolist():
+            self._set(row, expert, False)
+
+    def _place(self, expert: int) -> None:
+        """Give an expert one more replica, on the rank with most room, least load, fewest experts shared already."""
+        lacks = ~self.holds[:, expert]
+        room = self.capacity - self.size
+        able = np.flatnonzero(lacks & (room > 0))
+        if able.size == 0:
+            self._swap_in(expert, np.flatnonzero(lacks), int(np.argmax(room)))
+            return
+        shared = self.meets[able][:, self.holds[:, expert]].sum(axis=1)
+        turn = (able - expert - self.shift) % self.rows
+        best = able[np.lexsort((turn, shared, self.load[able], -room[able]))[0]]
+        self._give(int(best), expert)
+
+    def _swap_in(self, expert: int, lacking: NDArray[np.int64], roomy: int) -> None:
+        """All room is on ranks that hold the expert already: a full rank takes it, and hands one of its own on.
+
+        There always is one to hand on: a full rank holds at least as many as one with room, and not this expert.
+        """
+        host = int(lacking[np.lexsort((lacking, self.load[lacking]))[0]])
+        able = np.flatnonzero(self.holds[host] & ~self.holds[roomy])
+        handed = int(able[np.argmin(self.share[able])])
+        self._set(host, handed, False)
+        self._give(roomy, handed)
+        self._give(host, expert)
+
+    def _give(self, row: int, expert: int) -> None:
+        others = self.holds[:, expert]
+        self.meets[row, others] += 1
+        self.meets[others, row] += 1
+        self._set(row, expert, True)
+
+    def _set(self, row: int, expert: int, value: bool) -> None:
+        self.holds[row, expert] = value
+        self.size[row] += 1 if value else -1
+        self.load[row] += self.share[expert] if value else -self.share[expert]
+
+
+def coverage(placement: Placement, live_ranks: Iterable[int], experts: int | None = None) -> Coverage:
+    """Return how well `live_ranks` cover all experts of `placement` (of the model, if its number is given)."""
+    live = set(live_ranks) & placement.keys()
+    pairs = {(layer, e) for held in placement.values() for layer, row in enumerate(held) for e in row}
+    if experts is not None:
+        layers = max((len(held) for held in placement.values()), default=0)
+        pairs = {(layer, expert) for layer in range(layers) for expert in range(experts)}
+    count = dict.fromkeys(pairs, 0)
+    for rank in live:
+        for layer, row in enumerate(placement[rank]):
+            for expert in row:
+                count[layer, expert] += 1
+    return Coverage(min(count.values(), default=0), tuple(sorted(pair for pair, n in count.items() if n == 0)))
+
+
+def moves(before: Mapping[int, tuple[tuple[int, ...], ...]], after: Placement) -> list[Move]:
+    """Return what ranks must load to get from one placement to the other, in order of rank, layer and expert."""
+    found: list[Move] = []
+    for rank in sorted(after):
+        old = before.get(rank, ())
+        for layer, row in enumerate(after[rank]):
+            had = set(old[layer]) if layer < len(old) else set()
+            found += [Move(rank, layer, expert) for expert in row if expert not in had]
+    return found

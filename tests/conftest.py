@@ -1,0 +1,113 @@
+"""Fixtures that every test gets: nothing may leak, and what is random prints its seed.
+
+The leak check compares the process's children, threads, open files and /dev/shm before and after each test. What a
+wider-scoped fixture holds is there before and after, so only what the test itself left behind is reported.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from workers.handover import Handover
+
+SETTLE_S = 5.0
+# Owned by the process, not by a test: started once on first use and stopped at exit.
+PROCESS_WIDE_THREADS = ("handover", "asyncio_", "ThreadPoolExecutor", "pytest_timeout", "tqdm_monitor")
+PROCESS_WIDE_CHILDREN = ("multiprocessing.resource_tracker",)
+PROCESS_WIDE_FILES = ("anon_inode:[eventpoll]", "anon_inode:[eventfd]", "/dev/urandom", "/dev/null", "memfd:handover")
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """What this process holds right now."""
+
+    children: frozenset[str]
+    threads: frozenset[str]
+    files: Counter[str]
+    shm: frozenset[str]
+
+    @classmethod
+    def now(cls) -> Holdings:
+        """Look at /proc."""
+        return cls(_children(), _threads(), _files(), frozenset(os.listdir("/dev/shm")))
+
+    def left_since(self, before: Holdings) -> list[str]:
+        """What is here now and was not before, one line each."""
+        return [
+            *(f"child process: {c}" for c in sorted(self.children - before.children)),
+            *(f"thread: {t}" for t in sorted(self.threads - before.threads)),
+            *(f"open file: {f} (x{n})" for f, n in sorted((self.files - before.files).items())),
+            *(f"/dev/shm/{s}" for s in sorted(self.shm - before.shm) if not _strangers(s)),
+        ]
+
+
+def _children() -> frozenset[str]:
+    found = set()
+    for child in psutil.Process().children(recursive=True):
+        try:
+            command = " ".join(child.cmdline())
+            if child.status() != psutil.STATUS_ZOMBIE and not any(p in command for p in PROCESS_WIDE_CHILDREN):
+                found.add(f"{child.pid} {command[:120]}")
+        except psutil.NoSuchProcess:
+            continue
+    return frozenset(found)
+
+
+def _threads() -> frozenset[str]:
+    return frozenset(
+        f"{t.name} ({t.ident})" for t in threading.enumerate() if not t.name.startswith(PROCESS_WIDE_THREADS)
+    )
+
+
+def _files() -> Counter[str]:
+    found: Counter[str] = Counter()
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            target = os.readlink(entry)
+        except FileNotFoundError:
+            continue
+        kind = target.split(":[")[0] if target.startswith(("socket:", "pipe:")) else target
+        if not kind.startswith(PROCESS_WIDE_FILES):
+            found[kind] += 1
+    return found
+
+
+@pytest.fixture(autouse=True, scope="session")
+def process_wide_handover() -> None:
+    """The process's one handover socket is no test's leak: have it before the first test looks."""
+    Handover.default()
+
+
+def _strangers(name: str) -> bool:
+    """Whether a process that is not ours uses this entry of /dev/shm: then it is not our leak."""
+    ours = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
+    for process in psutil.process_iter():
+        try:
+            if process.pid not in ours and name in Path(f"/proc/{process.pid}/maps").read_text():
+                return True
+        except (OSError, psutil.Error):
+            continue
+    return False
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks() -> Iterator[None]:
+    """Fail a test that leaves a process, thread, open file or /dev/shm entry behind."""
+    before = Holdings.now()
+    yield
+    deadline = time.monotonic() + SETTLE_S
+    left = Holdings.now().left_since(before)
+    while left and time.monotonic() < deadline:
+        time.sleep(0.02)
+        left = Holdings.now().left_since(before)
+    if left:
+        pytest.fail("left behind:\n  " + "\n  ".join(left))

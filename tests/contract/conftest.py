@@ -1,0 +1,32 @@
+"""The two stores that the contract suite runs against, and a place of its own in them for each test."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+
+import pytest
+
+from membership.etcd import connect
+from membership.memory import MemoryStore
+from membership.store import Store
+from workers.etcd_server import EtcdServer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer]:
+    with EtcdServer(tmp_path_factory.mktemp("etcd")) as server:
+        yield server
+
+
+@pytest.fixture(params=["memory", "etcd"])
+def store(request: pytest.FixtureRequest, etcd: EtcdServer) -> Iterator[Store]:
+    found: Store = MemoryStore() if request.param == "memory" else connect([etcd.url])
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def prefix() -> str:
+    """Where this test's keys live: the etcd is shared."""
+    return f"/test/{uuid.uuid4().hex}/"

@@ -1,0 +1,41 @@
+"""A served cluster for the end-to-end tests, and the checkpoints that they serve."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from chaos.cluster import ServedCluster
+from elastic.demo_model import write_demo_model
+
+Serve = Callable[..., ServedCluster]
+
+
+@pytest.fixture(scope="session")
+def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped checkpoint, written out once."""
+    directory = tmp_path_factory.mktemp("model") / "demo-moe"
+    write_demo_model(directory)
+    return directory
+
+
+@pytest.fixture
+def serve(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Serve]:
+    """`serve(model, ranks, flags=())` starts a cluster; it is stopped at the end and its logs are written to stderr."""
+    started: list[ServedCluster] = []
+
+    def start(model: Path, ranks: int, flags: tuple[str, ...] = ()) -> ServedCluster:
+        cluster = ServedCluster(model, ranks, state_dir=tmp_path / f"state{len(started)}", flags=flags)
+        started.append(cluster.__enter__())
+        return cluster
+
+    yield start
+    for cluster in started:
+        cluster.__exit__()
+        for log in sorted((cluster.state.path / "logs").glob("*.log")):
+            tail = log.read_text(errors="replace")[-3000:]
+            if tail:
+                os.write(2, f"--- {log.name}\n{tail}\n".encode())

@@ -1,0 +1,147 @@
+"""SIGKILL each role in turn under load: the service comes back by itself, and requests survive."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from chaos.cluster import ServedCluster
+from chaos.history import compare
+from chaos.inject import kill
+from chaos.workload import Workload
+from membership.types import ClusterState
+from tests.e2e.conftest import Serve
+from tests.helpers import eventually
+from workers.etcd_server import free_ports
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+
+RANKS = 2
+
+
+def streaming(workload: Workload) -> bool:
+    return sum(count > 2 for count in workload.open_streams().values()) >= 2
+
+
+def role_pid(cluster: ServedCluster, role: str) -> int:
+    """Process id of a role, by the command line of the supervisor's children."""
+    for child in psutil.Process(cluster.pid).children(recursive=True):
+        try:
+            command = child.cmdline()
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+        if role == "etcd" and command and Path(command[0]).name == "etcd":
+            return child.pid
+        if command[1:4] == ["-m", "elastic.cli", role]:
+            return child.pid
+    raise AssertionError(f"no process of role {role}")
+
+
+def replaced(state: ClusterState, role: str, pid: int) -> bool:
+    """Whether another process holds the role, as the store says."""
+    if role == "engine":
+        return state.engine is not None and state.engine.pid != pid
+    if role == "agent":
+        return any(record.pid != pid for record in state.agents.values())
+    return True
+
+
+@pytest.mark.parametrize("role", ["controller", "engine", "agent", "etcd"])
+def test_the_service_comes_back_and_requests_survive(serve: Serve, demo_model: Path, role: str) -> None:
+    cluster = serve(demo_model, RANKS)
+    cluster.wait_serving(RANKS)
+    model = cluster.model_name()
+    oracle = {r.prompt: r for r in Workload(cluster.url, model).run_once()}
+    workload = Workload(cluster.url, model)
+    workload.start()
+    try:
+        eventually(lambda: streaming(workload), 30.0, "two streams under way")
+        pid = role_pid(cluster, role)
+        kill(pid)
+        eventually(lambda: role_pid_or_zero(cluster, role) not in (0, pid), 30.0, f"a new {role} process")
+        eventually(lambda: answered(lambda: replaced(cluster.client().state(), role, pid)), 30.0, f"a new {role}")
+        cluster.wait_serving(RANKS)
+        ended = len(workload.records())
+        eventually(lambda: len(workload.records()) > ended + 4, 60.0, "requests ending again")
+    finally:
+        history = workload.stop()
+    verdict = compare(history, oracle)
+    assert verdict.ok, verdict.differences
+    # The service can still change: a repair that only looks alive would show here.
+    cluster.scale(RANKS + 1)
+    cluster.wait_serving(RANKS + 1)
+
+
+def role_pid_or_zero(cluster: ServedCluster, role: str) -> int:
+    try:
+        return role_pid(cluster, role)
+    except AssertionError:
+        return 0
+
+
+def answered(ask: Callable[[], bool]) -> bool:
+    """False while the store cannot be asked."""
+    from membership.errors import StoreError
+
+    try:
+        return ask()
+    except StoreError:
+        return False
+
+
+def test_a_gateway_dies_and_its_neighbour_serves_on(serve: Serve, demo_model: Path) -> None:
+    cluster = serve(demo_model, RANKS)
+    cluster.wait_serving(RANKS)
+    port, admin_port = free_ports(2)
+    command = [sys.executable, "-m", "elastic.cli", "gateway", "--state-dir", str(cluster.state.path)]
+    neighbour = subprocess.Popen(
+        [*command, "--port", str(port), "--admin-port", str(admin_port)], env={**os.environ, "ELASTIC_ADMIN_TOKEN": "t"}
+    )
+    try:
+        other = f"http://127.0.0.1:{port}"
+        eventually(lambda: reachable(other), 30.0, "the second gateway to be ready")
+        model = cluster.model_name()
+        oracle = {r.prompt: r for r in Workload(other, model).run_once()}
+        workload = Workload(other, model)
+        workload.start()
+        try:
+            eventually(lambda: streaming(workload), 30.0, "two streams under way")
+            first = role_pid(cluster, "gateway")
+            kill(first)
+            eventually(lambda: role_pid_or_zero(cluster, "gateway") not in (0, first), 30.0, "a new first gateway")
+            eventually(lambda: reachable(cluster.url), 30.0, "the first gateway to answer again")
+        finally:
+            history = workload.stop()
+        verdict = compare(history, oracle)
+        assert verdict.ok, verdict.differences
+    finally:
+        neighbour.send_signal(signal.SIGTERM)
+        neighbour.wait(timeout=30)
+
+
+def reachable(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/readyz", timeout=2.0).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def test_killing_the_supervisor_leaves_nothing(serve: Serve, demo_model: Path) -> None:
+    cluster = serve(demo_model, RANKS)
+    cluster.wait_serving(RANKS)
+    shm_before = set(os.listdir("/dev/shm"))
+    family = psutil.Process(cluster.pid).children(recursive=True)
+    ranks = [psutil.Process(r["pid"]) for r in cluster.status()["ranks"]]
+    assert len(family) >= 5
+    os.kill(cluster.pid, signal.SIGKILL)
+    _, alive = psutil.wait_procs([*family, *ranks], timeout=30)
+    assert not alive, [p.cmdline() for p in alive]
+    assert set(os.listdir("/dev/shm")) <= shm_before

@@ -1,0 +1,126 @@
+"""Scale up and down while sixteen OpenAI clients stream, with a kill between: all equal the fault-free run."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from chaos.cluster import ServedCluster
+from chaos.inject import kill
+from chaos.workload import PROMPTS
+from tests.e2e.conftest import Serve
+from tests.helpers import eventually
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+
+
+def elastic(cluster: ServedCluster, *arguments: str) -> dict[str, Any]:
+    outcome = subprocess.run(
+        [sys.executable, "-m", "elastic.cli", *arguments, "--state-dir", str(cluster.state.path), "-o", "json"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert outcome.returncode == 0, outcome.stderr
+    return dict(json.loads(outcome.stdout.strip().splitlines()[-1]))
+
+
+def stream_all(cluster: ServedCluster, model: str, max_tokens: int) -> list[concurrent.futures.Future[str]]:
+    client = openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0, timeout=180.0)
+
+    def one(prompt: str) -> str:
+        stream = client.completions.create(
+            model=model,
+            prompt=prompt,
+            max_tokens=max_tokens,
+            temperature=0,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        return "".join(chunk.choices[0].text for chunk in stream if chunk.choices)
+
+    pool = concurrent.futures.ThreadPoolExecutor(16, thread_name_prefix="asyncio_client")
+    futures = [pool.submit(one, prompt) for prompt in PROMPTS[:16]]
+    pool.shutdown(wait=False)
+    return futures
+
+
+def test_scale_under_load_with_a_kill(serve: Serve, demo_model: Path) -> None:
+    cluster = serve(demo_model, 4)
+    cluster.wait_serving(4)
+    model = cluster.model_name()
+    expected = [f.result(timeout=180) for f in stream_all(cluster, model, 400)]
+    assert all(expected)
+
+    streams = stream_all(cluster, model, 400)
+    eventually(lambda: elastic(cluster, "status")["requests"]["running"] > 8, 30.0, "streams under way")
+    up = elastic(cluster, "scale", "6", "--wait")
+    assert up["phase"] == "done"
+    status = cluster.wait_serving(6)
+    victim = status["ranks"][2]
+    kill(victim["pid"])
+    eventually(
+        lambda: all(
+            r["state"] == "serving" and (r["rank"] != 2 or r["incarnation"] > victim["incarnation"])
+            for r in cluster.wait_serving(6)["ranks"]
+        ),
+        60.0,
+        "rank 2 serving again",
+    )
+    down = elastic(cluster, "scale", "3", "--wait")
+    assert down["phase"] == "done"
+    assert [f.result(timeout=180) for f in streams] == expected
+    cluster.wait_serving(3)
+    assert [r["rank"] for r in elastic(cluster, "status")["ranks"]] == [0, 1, 2]
+    assert down["epoch"] > up["epoch"]
+
+
+def test_steps_go_on_while_new_ranks_load(serve: Serve, demo_model: Path) -> None:
+    cluster = serve(demo_model, 2)
+    cluster.wait_serving(2)
+    client = openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0)
+    before = cluster.client().state().engine_status
+    stream = client.completions.create(
+        model=cluster.model_name(), prompt="The", max_tokens=1000, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    operation = cluster.scale(4)
+    assert operation.phase_times["committed"] > operation.phase_times["loading"]
+    after = cluster.client().state().engine_status
+    assert before is not None
+    assert after is not None
+    assert after.step > before.step
+    stream.close()
+    client.close()
+
+
+def test_scale_is_idempotent_and_refuses_what_cannot_be(serve: Serve, demo_model: Path) -> None:
+    cluster = serve(demo_model, 2)
+    cluster.wait_serving(2)
+    first = elastic(cluster, "scale", "3", "--op-id", "grow")
+    again = elastic(cluster, "scale", "3", "--op-id", "grow")
+    assert first["id"] == again["id"] == "grow"
+    assert first["epoch"] == again["epoch"]
+
+    def refused(*arguments: str) -> str:
+        command = [sys.executable, "-m", "elastic.cli", "scale", *arguments, "--state-dir", str(cluster.state.path)]
+        outcome = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert outcome.returncode == 1, outcome
+        assert outcome.stderr.startswith("error: ")
+        assert outcome.stderr.count("\n") == 1
+        return outcome.stderr
+
+    assert "0" in refused("0")
+    assert "1000" in refused("1000", "--plan")
+    assert "epoch" in refused("4", "--if-epoch", "1")
+    planned = subprocess.run(
+        [sys.executable, "-m", "elastic.cli", "scale", "4", "--plan", "--state-dir", str(cluster.state.path)],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert planned.returncode == 2, planned
+    assert cluster.status()["desired"] == 3

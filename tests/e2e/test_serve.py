@@ -1,0 +1,85 @@
+"""`elastic serve` itself: goes on from its last epoch, serves on somebody else's etcd, stops cleanly."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from chaos.cluster import ServedCluster
+from tests.e2e.conftest import Serve
+from workers.etcd_server import EtcdServer
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+
+def completion(cluster: ServedCluster) -> str:
+    body = {"model": cluster.model_name(), "prompt": "The for statement", "max_tokens": 8, "temperature": 0}
+    answer = httpx.post(f"{cluster.url}/v1/completions", json=body, timeout=60.0)
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["choices"][0]["text"])
+
+
+def test_a_restarted_cluster_goes_on_from_its_last_epoch(demo_model: Path, tmp_path: Path) -> None:
+    with ServedCluster(demo_model, 2, state_dir=tmp_path / "state") as cluster:
+        before = cluster.wait_serving(2)
+        text = completion(cluster)
+        family = psutil.Process(cluster.pid).children(recursive=True)
+        ranks = [psutil.Process(r["pid"]) for r in before["ranks"]]
+    assert not [p for p in (*family, *ranks) if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    with ServedCluster(demo_model, 3, state_dir=tmp_path / "state") as cluster:
+        after = cluster.wait_serving(3)
+        assert after["epoch"] > before["epoch"]
+        assert min(r["incarnation"] for r in after["ranks"]) > max(r["incarnation"] for r in before["ranks"])
+        assert completion(cluster) == text
+        epochs = [e.epoch for e in cluster.events() if e.kind == "epoch_committed"]
+        assert epochs == list(range(1, len(epochs) + 1))
+
+
+def test_an_etcd_of_somebody_else(serve: Serve, demo_model: Path, tmp_path: Path) -> None:
+    with EtcdServer(tmp_path / "etcd") as etcd:
+        flags = ("--etcd", etcd.url, "--cluster", "mine")
+        cluster = serve(demo_model, 2, flags)
+        cluster.wait_serving(2)
+        assert completion(cluster)
+        second = subprocess.run(
+            [sys.executable, "-m", "elastic.cli", "serve", str(demo_model), *flags,
+             "--state-dir", str(tmp_path / "two"), "--port", "0", "--admin-port", "0"],
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert second.returncode == 1
+        assert "being served by somebody else" in second.stderr
+        assert cluster.wait_serving(2)["state"] == "serving"
+        status = subprocess.run(
+            [sys.executable, "-m", "elastic.cli", "status", "--etcd", etcd.url, "--cluster", "mine", "-o", "json"],
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert status.returncode == 0, status.stderr
+        cluster.__exit__()
+        assert etcd.alive
+
+
+@pytest.mark.parametrize("flags", [("--exactness", "stock"), ("--dtype", "float32"), ("--redundancy", "1.25")])
+def test_other_ways_to_serve(serve: Serve, demo_model: Path, flags: tuple[str, ...]) -> None:
+    cluster = serve(demo_model, 3, flags)
+    cluster.wait_serving(3)
+    assert completion(cluster)
+
+
+def test_a_term_signal_lets_requests_end(serve: Serve, demo_model: Path) -> None:
+    cluster = serve(demo_model, 2)
+    cluster.wait_serving(2)
+    body = {"model": cluster.model_name(), "prompt": "The", "max_tokens": 300, "stream": True, "ignore_eos": True}
+    lines = []
+    with httpx.stream("POST", f"{cluster.url}/v1/completions", json=body, timeout=60.0) as answer:
+        for line in answer.iter_lines():
+            if not lines:
+                psutil.Process(cluster.pid).send_signal(signal.SIGTERM)
+            lines.append(line)
+    assert "data: [DONE]" in lines
+    assert not any('"error"' in line for line in lines)

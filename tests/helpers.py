@@ -1,0 +1,21 @@
+"""What tests share: waiting for something to become true, with a deadline that says what was waited for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def eventually(predicate: Callable[[], T], timeout_s: float, what: str, interval_s: float = 0.01) -> T:
+    """Return the first truthy value of `predicate`; AssertionError naming `what` after `timeout_s` seconds."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        value = predicate()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout_s} s: {what} (last value: {value!r})")
+        time.sleep(interval_s)

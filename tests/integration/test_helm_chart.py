@@ -1,0 +1,96 @@
+"""The chart renders to manifests that Kubernetes accepts, passes what the values say, and refuses bad values."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+pytestmark = pytest.mark.integration
+
+ROOT = Path(__file__).parents[2]
+CHART = ROOT / "helm" / "elastic-ep"
+KUBERNETES = "1.30"
+
+
+def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
+    binary = ROOT / ".cache" / "helm"
+    if not binary.exists():
+        pytest.fail("no .cache/helm: run `make test`, which fetches it")
+    return subprocess.run([str(binary), *arguments], capture_output=True, text=True, timeout=60)
+
+
+def render(*settings: str) -> dict[str, dict[str, Any]]:
+    flags = [flag for setting in settings for flag in ("--set", setting)]
+    outcome = helm("template", "demo", str(CHART), *flags)
+    assert outcome.returncode == 0, outcome.stderr
+    return {document["kind"]: document for document in yaml.safe_load_all(outcome.stdout) if document}
+
+
+def arguments_of(manifests: dict[str, dict[str, Any]]) -> list[str]:
+    container = manifests["StatefulSet"]["spec"]["template"]["spec"]["containers"][0]
+    return [*container["command"], *container["args"]]
+
+
+def test_lint_is_clean() -> None:
+    outcome = helm("lint", "--strict", str(CHART))
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        ("state.persistence.enabled=true",),
+        (
+            "model.volume.persistentVolumeClaim.claimName=models",
+            "etcd.endpoints={http://etcd-0:2379,http://etcd-1:2379}",
+        ),
+        ("admin.existingSecret=token", "serviceAccount.create=false"),
+    ],
+)
+def test_manifests_are_valid(settings: tuple[str, ...]) -> None:
+    for manifest in render(*settings).values():
+        kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+
+
+def test_values_reach_the_command_line() -> None:
+    arguments = arguments_of(
+        render("ranks=6", "redundancy=1.5", "etcd.endpoints={http://etcd-0:2379}", "model.path=/models/x")
+    )
+    assert arguments[:3] == ["elastic", "serve", "/models/x"]
+    assert {"--ranks=6", "--redundancy=1.5", "--etcd=http://etcd-0:2379", "--host=0.0.0.0"} <= set(arguments)
+
+
+def test_the_command_line_is_one_that_serve_takes() -> None:
+    """Every flag the chart passes exists, so that a renamed flag cannot break a deployment unseen."""
+    import typer.main
+
+    from elastic.cli import app
+
+    command = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
+    known = {flag for parameter in command.params for flag in parameter.opts}
+    rendered = arguments_of(render("model.servedName=m", "maxModelLen=512", "etcd.endpoints={http://e:2379}"))
+    passed = {argument.split("=")[0] for argument in rendered if argument.startswith("--")}
+    assert passed <= known, passed - known
+
+
+def test_probes_and_drain() -> None:
+    pod = render("preStopSeconds=7")["StatefulSet"]["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+    assert container["readinessProbe"]["httpGet"]["path"] == "/readyz"
+    assert container["livenessProbe"]["httpGet"]["path"] == "/livez"
+    assert container["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", "7"]
+    assert pod["terminationGracePeriodSeconds"] > 7
+    assert {"name": "shm", "mountPath": "/dev/shm"} in container["volumeMounts"]
+
+
+@pytest.mark.parametrize("setting", ["ranks=0", "redundancy=0.5", "exactness=maybe", "etcd.endpoints={nonsense}"])
+def test_bad_values_are_refused(setting: str) -> None:
+    outcome = helm("template", "demo", str(CHART), "--set", setting)
+    assert outcome.returncode != 0
+    assert setting.split("=")[0].split(".")[0] in outcome.stderr

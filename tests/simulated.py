@@ -1,0 +1,269 @@
+"""A cluster in miniature for tests of the planner: agents, ranks and engine act on a MemoryStore under a virtual clock.
+
+Controllers are real as far as it matters: the product's planner, transactions and fences. Whenever a view is committed
+the invariants are checked: epochs rise by one, every expert has a holder, members have prepared it, nobody who was
+evicted is back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from random import Random
+
+from msgspec.structs import replace
+
+from membership.codec import encode
+from membership.controller import transaction
+from membership.keys import Keys, state_from
+from membership.memory import MemoryStore
+from membership.operations import propose_scale
+from membership.placement import coverage
+from membership.planner import Effect, due, reconcile
+from membership.store import Compare, Store
+from membership.types import (
+    AgentRecord,
+    ClusterConfig,
+    ClusterState,
+    Desired,
+    EngineRecord,
+    EngineStatus,
+    LeaderRecord,
+    Operation,
+    Phase,
+    RankExit,
+    RankRecord,
+    RankSpec,
+    RankState,
+)
+
+CONFIG = ClusterConfig(
+    cluster="sim", model="/m", served_model_name="m", moe_layers=2, experts=8, max_ranks=12, launch_deadline_s=20.0
+)
+Rank = tuple[int, int]
+
+
+@dataclass
+class World:
+    """Everything outside the controller, and the controllers that were ever elected."""
+
+    desired: int = 4
+    store: Store = field(default_factory=MemoryStore)
+    nodes: tuple[str, ...] = ("a",)
+    config: ClusterConfig = CONFIG
+    now: float = 1000.0
+    epochs: list[int] = field(default_factory=list)
+    effects: list[Effect] = field(default_factory=list)
+    bad: set[int] = field(default_factory=set)  # slots whose ranks cannot prepare anything
+    mute: set[int] = field(default_factory=set)  # slots whose ranks never register
+    engine: bool = True
+    elected: bool = True  # False: controllers run elsewhere
+
+    def __post_init__(self) -> None:
+        self.keys = Keys(self.config.cluster)
+        self.put(self.keys.config, self.config)
+        self.put(self.keys.desired, Desired(ranks=self.desired))
+        self.evicted: set[Rank] = set()
+        self.gone: set[Rank] = set()  # members that died with their agent: only the engine can tell
+        self.deaths: dict[int, int] = {}
+        for node in self.nodes:
+            self.start_agent(node)
+        if self.engine:
+            self.start_engine()
+        self.token = 0
+        if self.elected:
+            self.elect()
+
+    def put(self, key: str, record: object) -> int:
+        return self.store.put(key, encode(record))  # type: ignore[arg-type]
+
+    @property
+    def state(self) -> ClusterState:
+        revision, items = self.store.range(self.keys.prefix)
+        return state_from(items, revision)
+
+    @property
+    def serving(self) -> tuple[int, ...]:
+        view = self.state.view
+        return view.ranks if view else ()
+
+    # --- who can come and go
+
+    def start_agent(self, node: str) -> None:
+        self.now += 0.001
+        self.put(self.keys.agent(node), AgentRecord(node=node, pid=1, started=self.now, capacity=12))
+
+    def stop_agent(self, node: str) -> None:
+        """The agent dies, and its ranks by their death pipes; all leases run out."""
+        self.lapse(node)
+        view = self.state.view
+        self.gone |= {(m.rank, m.incarnation) for m in (view.members if view else ()) if m.node == node}
+
+    def lapse(self, node: str) -> None:
+        """All leases of a node run out, whether or not its agent and ranks live."""
+        self.store.delete(self.keys.agent(node))
+        for (rank, incarnation), record in self.state.ranks.items():
+            if record.node == node:
+                self.store.delete(self.keys.rank(rank, incarnation))
+
+    def start_engine(self) -> None:
+        self.store.delete(self.keys.engine)
+        self.store.delete(self.keys.engine_status)
+        record = EngineRecord(node="a", pid=1, address="x", broadcast_handle=b"", mask_handle=b"")
+        self.put(self.keys.engine, record)
+
+    def elect(self) -> None:
+        """Another controller takes over; the one before does not know yet."""
+        self.store.delete(self.keys.leader)
+        self.token = self.put(self.keys.leader, LeaderRecord(node="a", pid=1))
+
+    def kill(self, rank: int, quarantined: bool = False, backoff_s: float = 0.3) -> None:
+        """SIGKILL whatever runs in the slot now; its agent notices."""
+        for slot, incarnation in sorted(self.state.ranks):
+            if slot == rank:
+                self.deaths[rank] = self.deaths.get(rank, 0) + 1
+                last = RankExit(
+                    rank=rank,
+                    incarnation=incarnation,
+                    reason="killed by signal 9",
+                    at=self.now,
+                    restarts=self.deaths[rank],
+                    not_before=self.now + backoff_s,
+                    quarantined=quarantined,
+                )
+                self.put(self.keys.exit(rank), last)
+                self.store.delete(self.keys.rank(rank, incarnation))
+
+    def mask(self, *ranks: int) -> None:
+        status = EngineStatus(token=self.state.engine_token, epoch=self.epochs[-1], masked=ranks)
+        self.put(self.keys.engine_status, status)
+
+    def scale(self, target: int, timeout_s: float = 60.0, op_id: str | None = None) -> Operation:
+        return propose_scale(
+            self.store, self.keys.cluster, target, op_id=op_id, timeout_s=timeout_s, clock=lambda: self.now
+        )
+
+    # --- what everyone does
+
+    def agents_act(self, random: Random | None = None) -> bool:
+        """Each agent does what it is due to, or by chance only some of it. Return whether anything changed."""
+        before = self.state.revision
+        for node, agent in self.state.agents.items():
+            assignment = self.state.assignments.get(node)
+            if assignment is None or assignment.agent_started != agent.started:
+                continue
+            wanted = {(spec.rank, spec.incarnation): spec for spec in assignment.ranks}
+            for (rank, incarnation), record in self.state.ranks.items():
+                if record.node == node and (rank, incarnation) not in wanted:
+                    self.store.delete(self.keys.rank(rank, incarnation))
+            for spec in wanted.values():
+                if random is None or random.random() < 0.7:
+                    self._rank_acts(node, spec)
+        return self.state.revision != before
+
+    def _rank_acts(self, node: str, spec: RankSpec) -> None:
+        state, key = self.state, (spec.rank, spec.incarnation)
+        last = state.exits.get(spec.rank)
+        if spec.rank in self.mute or (last is not None and last.incarnation >= spec.incarnation):
+            return
+        record = state.ranks.get(key)
+        if record is None:
+            record = RankRecord(rank=key[0], node=node, incarnation=key[1], pid=1, state=RankState.LAUNCHING)
+        elif record.state is RankState.LAUNCHING:
+            record = replace(record, state=RankState.HANDSHAKING)
+        elif state.next is not None and any(key == (m.rank, m.incarnation) for m in state.next.members):
+            if spec.rank in self.bad and record.failed_revision != state.next_revision:
+                record = replace(record, failed_revision=state.next_revision, prepare_error="no memory")
+            elif spec.rank not in self.bad and record.prepared_revision != state.next_revision:
+                record = replace(record, prepared_revision=state.next_revision, state=RankState.STANDBY)
+        if record != state.ranks.get(key):
+            self.put(self.keys.rank(*key), record)
+
+    def engine_acts(self) -> bool:
+        state = self.state
+        if state.engine is None or state.view is None:
+            return False
+        status = state.engine_status
+        masked = {m.rank for m in state.view.members if (m.rank, m.incarnation) in self.gone}
+        if status is not None and (status.token, status.epoch) == (state.engine_token, state.view.epoch):
+            if masked <= set(status.masked):
+                return False
+            masked |= set(status.masked)
+        told = EngineStatus(token=state.engine_token, epoch=state.view.epoch, masked=tuple(sorted(masked)))
+        self.put(self.keys.engine_status, told)
+        return True
+
+    def controller_acts(self, state: ClusterState | None = None, token: int = 0) -> bool:
+        """The controller that holds (or held) `token` looks at `state` and does one thing. True: it took effect."""
+        state = state or self.state
+        acted = False
+        for effect in reconcile(state, self.now):
+            compares, ops = transaction(effect, state, self.keys)
+            fence = Compare(self.keys.leader, "create", "=", token or self.token)
+            before = self.state
+            if self.store.txn([fence, *compares], ops).succeeded:
+                acted = True
+                self.effects.append(effect)
+                self._check(before, self.state)
+        return acted
+
+    def settle(self, random: Random | None = None, rounds: int = 600) -> None:
+        """Let everybody act, and time pass, until nothing happens any more. Fails if that never comes."""
+        for _ in range(rounds):
+            busy = self.controller_acts()
+            busy |= self.agents_act(random)
+            busy |= self.engine_acts()
+            if not busy and (random is None or not self.agents_act()):
+                at = due(self.state, self.now)
+                if at is None:
+                    return
+                self.now = at
+            self.now += 0.001
+        raise AssertionError(f"never settles: {[e.reason for e in self.effects[-12:]]}")
+
+    # --- what must hold
+
+    def _check(self, before: ClusterState, after: ClusterState) -> None:
+        for state in (before, after):
+            self.evicted |= self._left(state)
+        active = [op for op in after.operations.values() if op.active]
+        assert len(active) <= 1, active
+        placed = [(s.rank, s.incarnation) for a in after.assignments.values() for s in a.ranks]
+        assert len({rank for rank, _ in placed}) == len(placed), f"two incarnations of a slot: {placed}"
+        view = after.view
+        if view is None or view == before.view:
+            return
+        assert view.epoch == (before.view.epoch if before.view else 0) + 1
+        assert after.next is None
+        self.epochs.append(view.epoch)
+        assert coverage(view.placement, view.ranks, self.config.experts).min_live_replicas >= 1
+        assert set(view.placement) == set(view.ranks)
+        for member in view.members:
+            record = after.ranks.get((member.rank, member.incarnation))
+            assert record is not None, f"{member} is committed, but dead"
+            assert record.prepared_revision == before.next_revision
+            assert (member.rank, member.incarnation) not in self.evicted, f"{member} is back"
+
+    @staticmethod
+    def _left(state: ClusterState) -> set[Rank]:
+        """Members that are out of the assignments: they must never come back."""
+        kept = {(s.rank, s.incarnation) for a in state.assignments.values() for s in a.ranks}
+        members = state.view.members if state.view else ()
+        return {(m.rank, m.incarnation) for m in members} - kept
+
+    def assert_whole(self, count: int) -> None:
+        """The cluster is as asked for, with nothing left over."""
+        state = self.state
+        assert state.view is not None
+        assert len(state.view.members) == count, f"{state.view.ranks} serve, not {count}"
+        assert state.next is None
+        members = {(m.rank, m.incarnation) for m in state.view.members}
+        assert {(s.rank, s.incarnation) for a in state.assignments.values() for s in a.ranks} == members
+        assert set(state.ranks) == members
+        assert not [op for op in state.operations.values() if op.active]
+        full = coverage(state.view.placement, state.view.ranks, self.config.experts)
+        assert full.min_live_replicas == min(2, count)
+
+
+def phases(operation: Operation) -> list[Phase]:
+    """The phases that it went through, in order."""
+    return [Phase(name) for name in operation.phase_times]

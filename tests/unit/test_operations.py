@@ -1,0 +1,172 @@
+"""Operations: proposed once, refused in words, planned without doing, waited for with a deadline."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from elastic.show import plan_view
+from membership.errors import ConfigError, Fenced, OperationConflict, PlanRefused, StoreUnavailable
+from membership.operations import KEPT, plan_scale, propose_scale
+from membership.phases import advance
+from membership.store import Compare, Op, TxnResult
+from membership.types import ClusterState, Phase
+from tests.simulated import CONFIG, World
+
+pytestmark = pytest.mark.unit
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "plan"
+
+
+@pytest.fixture
+def world() -> World:
+    world = World(config=replace(CONFIG, expert_bytes=1000))
+    world.settle()
+    return world
+
+
+def test_a_proposal_is_stored_with_its_wish(world: World) -> None:
+    operation = world.scale(6, timeout_s=60.0)
+    assert world.state.operations[operation.id] == operation
+    assert (operation.phase, operation.previous, operation.deadline) == (Phase.PROPOSED, 4, operation.started + 60.0)
+    desired = world.state.desired
+    assert desired is not None
+    assert (desired.ranks, desired.operation, desired.slots) == (6, operation.id, (0, 1, 2, 3))
+
+
+def test_the_same_id_is_the_same_operation(world: World) -> None:
+    first = world.scale(6, op_id="x")
+    assert world.scale(6, op_id="x") == first
+    world.settle()
+    assert world.scale(6, op_id="x").phase is Phase.DONE
+    with pytest.raises(OperationConflict, match="operation x exists already, with target 6, not 5"):
+        world.scale(5, op_id="x")
+
+
+def test_a_second_operation_names_the_active_one(world: World) -> None:
+    world.scale(6, op_id="first")
+    with pytest.raises(OperationConflict, match=r"operation first \(scale to 6, proposed\) is active"):
+        world.scale(5)
+
+
+def test_of_two_proposals_at_once_one_wins(world: World) -> None:
+    class Late:
+        """A store in which somebody else proposes between our look and our transaction."""
+
+        def __init__(self) -> None:
+            self.raced = False
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(world.store, name)
+
+        def txn(self, compares: list[Compare], success: list[Op]) -> TxnResult:
+            if not self.raced:
+                self.raced = True
+                world.scale(5, op_id="other")
+            return world.store.txn(compares, success)
+
+    with pytest.raises(OperationConflict, match="other"):
+        propose_scale(Late(), "sim", 6, timeout_s=5.0, clock=lambda: world.now)  # type: ignore[arg-type]
+    assert list(world.state.operations) == ["other"]
+
+
+@pytest.mark.parametrize("landed", [True, False])
+def test_an_answer_that_was_lost_is_read_back(world: World, landed: bool) -> None:
+    class Lossy:
+        def __getattr__(self, name: str) -> object:
+            return getattr(world.store, name)
+
+        def txn(self, compares: list[Compare], success: list[Op]) -> TxnResult:
+            if landed:
+                world.store.txn(compares, success)
+            raise StoreUnavailable("no answer")
+
+    store = Lossy()
+    if landed:
+        found = propose_scale(store, "sim", 6, op_id="x", timeout_s=5.0, clock=lambda: world.now)  # type: ignore[arg-type]
+        assert found == world.state.operations["x"]
+    else:
+        with pytest.raises(StoreUnavailable):
+            propose_scale(store, "sim", 6, op_id="x", timeout_s=5.0, clock=lambda: world.now)  # type: ignore[arg-type]
+
+
+def test_an_epoch_that_has_passed_is_refused(world: World) -> None:
+    with pytest.raises(Fenced, match="the epoch is 1, not 7"):
+        propose_scale(world.store, "sim", 6, if_epoch=7, timeout_s=5.0)
+    assert propose_scale(world.store, "sim", 6, if_epoch=1, timeout_s=5.0).if_epoch == 1
+
+
+@pytest.mark.parametrize(("target", "words"), [(0, "0 ranks"), (13, "more than the 12"), (-1, "-1 ranks")])
+def test_what_cannot_be_is_refused_before_anything_changes(world: World, target: int, words: str) -> None:
+    before = world.state
+    with pytest.raises(PlanRefused, match=words):
+        world.scale(target)
+    assert world.state == before
+
+
+def test_a_cluster_that_starts_cannot_be_scaled_yet() -> None:
+    with pytest.raises(PlanRefused, match="still starting"):
+        World().scale(6)
+
+
+def test_no_such_cluster(world: World) -> None:
+    with pytest.raises(ConfigError, match="no cluster 'elsewhere'"):
+        propose_scale(world.store, "elsewhere", 6, timeout_s=5.0)
+
+
+def test_old_operations_are_forgotten(world: World) -> None:
+    for number in range(KEPT + 5):
+        world.scale(4, op_id=f"op{number}")
+        world.settle()
+    kept = world.state.operations
+    assert len(kept) == KEPT + 1
+    assert "op0" not in kept
+    assert f"op{KEPT + 4}" in kept
+
+
+def after_loss(world: World) -> ClusterState:
+    world.kill(1, backoff_s=1e6)
+    while world.epochs == [1]:
+        world.controller_acts()
+        world.agents_act()
+    return world.state
+
+
+@pytest.mark.parametrize("name", ["up", "down", "same", "loss_up", "to_one", "too_many", "zero", "starting"])
+def test_plans_read_as_they_did(world: World, name: str) -> None:
+    """Set UPDATE_GOLDEN=1 to write them anew, and look at the difference."""
+    target = {"up": 6, "down": 3, "same": 4, "loss_up": 4, "to_one": 1, "too_many": 17, "zero": 0, "starting": 4}[name]
+    state = world.state
+    if name == "loss_up":
+        state = after_loss(world)
+    elif name == "starting":
+        state = replace(state, view=None)
+    elif name == "too_many":
+        state = replace(state, config=replace(world.config, max_ranks=64))
+    plan = plan_scale(state, target)
+    text = f"$ elastic scale {target} --plan\n{plan_view(plan)}\n"
+    path = GOLDEN / f"{name}.txt"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(text)
+    assert text == path.read_text()
+    assert plan.changes == (name in ("up", "down", "loss_up", "to_one"))
+
+
+def test_a_plan_says_what_then_happens(world: World) -> None:
+    for target in (6, 3, 5):
+        plan = plan_scale(world.state, target)
+        name = world.scale(target).id
+        world.settle()
+        operation = world.state.operations[name]
+        assert operation.bytes_moved == plan.bytes_moved > 0
+        assert set(world.serving) == set(plan.ranks) - set(plan.remove) | set(plan.add)
+
+
+def test_an_operation_that_is_over_leaves_room_for_the_next(world: World) -> None:
+    operation = world.scale(6)
+    ended = advance(operation, Phase.ABORTED, now=world.now, error="test")
+    world.put(world.keys.op(operation.id), ended)
+    assert world.scale(5).id != operation.id

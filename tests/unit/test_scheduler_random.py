@@ -1,0 +1,95 @@
+"""The scheduler under random histories of requests, aborts, resubmissions, deaths, view changes and bad answers."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from elastic.scheduler import Scheduler
+from tests.rank_model import TOKEN, Client, Ranks, ask, config, drive, pool_is_whole, reply, view
+from workers.messages import StepStatus
+
+pytestmark = pytest.mark.unit
+
+SLOTS = 4
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(seed=st.integers(0, 2**32), kv_blocks=st.integers(12, 30), max_seqs=st.integers(1, 5), budget=st.integers(1, 20))
+def test_random_histories_lose_duplicate_and_alter_nothing(
+    seed: int, kv_blocks: int, max_seqs: int, budget: int
+) -> None:
+    chance = random.Random(seed)
+    scheduler = Scheduler(config(kv_blocks=kv_blocks, max_seqs=max_seqs, max_batched_tokens=budget), TOKEN)
+    ranks, client, now = Ranks(4), Client(), 0.0
+    epoch, incarnation, members = 0, 0, dict[int, int]()
+    for _ in range(chance.randint(20, 150)):
+        now += 1.0
+        event = chance.random()
+        if event < 0.25:
+            prompt = [chance.randrange(50) for _ in range(chance.randint(1, 25))]
+            client.submit(scheduler, ask(f"r{len(client.outputs)}", prompt, chance.randint(1, 20)), now)
+        elif event < 0.35:
+            epoch += 1
+            kept = {r: i for r, i in members.items() if chance.random() < 0.7 and r not in scheduler.masked}
+            for rank in chance.sample(range(SLOTS), 2):
+                incarnation += 1
+                kept.setdefault(rank, incarnation)
+            members = kept
+            scheduler.set_view(view(epoch, members), [r for r in members if chance.random() < 0.1], now)
+        elif event < 0.4:
+            _random_change_of_mind(chance, scheduler, client, now)
+        else:
+            _random_step(chance, scheduler, ranks, client, members, now)
+        pool_is_whole(scheduler)
+    epoch += 1
+    incarnation += 1
+    members = {0: incarnation}
+    scheduler.set_view(view(epoch, members), [], now)
+    drive(scheduler, ranks, client, members, now + 10.0)
+    client.check()
+    pool_is_whole(scheduler)
+    assert scheduler.running == scheduler.waiting == 0
+
+
+def _random_change_of_mind(chance: random.Random, scheduler: Scheduler, client: Client, now: float) -> None:
+    """A client goes away, or a gateway submits a request again with what it has."""
+    open_requests = [name for name in client.requests if name not in client.ends]
+    if not open_requests:
+        return
+    name = chance.choice(open_requests)
+    if chance.random() < 0.3:
+        scheduler.abort(name)
+        del client.requests[name]
+        client.ends[name] = "aborted"
+    else:
+        old = client.requests[name]
+        again = ask(name, old.prompt, old.max_tokens, emitted=client.outputs[name].copy())
+        client.take(scheduler.submit(again, now))
+
+
+def _random_step(
+    chance: random.Random, scheduler: Scheduler, ranks: Ranks, client: Client, members: dict[int, int], now: float
+) -> None:
+    """One step in which ranks may answer badly, twice, or die before or after they answered."""
+    batch = scheduler.schedule(now)
+    if batch is None:
+        return
+    results = ranks.run(batch, members)
+    chance.shuffle(results)
+    if chance.random() < 0.3:
+        _random_change_of_mind(chance, scheduler, client, now)
+    for result in results:
+        fate = chance.random()
+        if fate < 0.1:
+            scheduler.lose_ranks([result.rank], now)
+            client.take(scheduler.apply(result, now))
+        elif fate < 0.2:
+            status = chance.choice([StepStatus.COVERAGE_LOST, StepStatus.STALE, StepStatus.FAILED])
+            client.take(scheduler.apply(reply(batch, result.rank, result.incarnation, [], status, "e", [9]), now))
+        else:
+            client.take(scheduler.apply(result, now))
+            client.take(scheduler.apply(result, now))

@@ -1,0 +1,400 @@
+"""A node's agent: runs the ranks that the controller assigned to this node, as a kubelet runs pods, and records them.
+
+Light: no torch. One thread decides and acts (`Agent.run`); what others notice (the store's mirror, the executor, the
+end of a call) they post to it. What to do is `agent_state.decide`; what stands in the store is the registrar's. The
+agent's end is its ranks' end: they read its death pipes, and no other process has a copy of the write ends.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import structlog
+
+from membership.errors import ElasticError, Fenced, WaitTimeout
+from membership.events import EventLog
+from membership.keys import Keys
+from membership.mirror import Mirror
+from membership.store import Store
+from membership.types import AgentRecord, ClusterConfig, ClusterState, RankExit
+from workers.agent_state import (
+    Attach,
+    Effect,
+    Heartbeat,
+    Life,
+    Load,
+    LocalRank,
+    Prepare,
+    RankKey,
+    Retire,
+    RetireEpoch,
+    Spawn,
+    advancing,
+    decide,
+    heartbeats,
+    hung,
+    observe,
+    record_of,
+    stale_records,
+)
+from workers.executor import Death, MultiprocExecutor
+from workers.forkserver import Serving
+from workers.handles import WorkerProcHandle
+from workers.preload import preload_for
+from workers.registrar import Registrar
+from workers.restart import RestartPolicy, judge, recent_deaths
+from workers.rpc import Outcome
+
+TICK_S = 0.1
+CONFIG_POLL_S = 0.5
+TAKEOVER_S = 30.0
+ATTACH_TIMEOUT_S = 10.0
+ATTACH_RETRY_S = 0.3
+RETIRE_TIMEOUT_S = 60.0
+BEATS_PER_TTL = 8
+HEARTBEATS_EVERY_S = 1.0
+
+log = structlog.get_logger(__name__)
+
+
+class Agent:
+    """One life of a node's agent."""
+
+    def __init__(
+        self, store: Store, mirror: Mirror, keys: Keys, config: ClusterConfig, node: str, events: EventLog,
+        worker_class: str, policy: RestartPolicy,
+    ) -> None:  # fmt: skip
+        self.me = AgentRecord(node=node, pid=os.getpid(), started=time.time(), capacity=config.max_ranks)
+        self._mirror, self._config, self._policy, self._events = mirror, config, policy, events
+        self._ranks: dict[RankKey, LocalRank] = {}
+        self._beats: dict[RankKey, Heartbeat] = {}
+        self._next_beat_check = 0.0
+        self._heartbeats_at = 0.0
+        self._buried: set[RankKey] = set()
+        self._deaths: dict[int, tuple[float, ...]] = {}
+        self._exits: dict[int, RankExit] = {}
+        self._pids: dict[int, RankKey] = {}
+        self._endings: dict[RankKey, str] = {}
+        self._chance = random.Random()  # spreads restarts; nothing else rests on it
+        self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._keys = keys
+        self._registrar = Registrar(store, keys, config.lease_ttl_s)
+        self._executor = MultiprocExecutor(
+            config,
+            node,
+            worker_class=worker_class,
+            preload=preload_for(worker_class, config.model),
+            on_serving=lambda serving: self._post(self._forkserver_serves, serving),
+        )
+        self._executor.register_failure_callback(lambda death: self._post(self._died, death))
+        self._executor.register_exit_callback(lambda pid, status: self._post(self._exited, pid, status))
+        self._unsubscribe = mirror.subscribe(lambda state: self._post(_nothing))
+        self._registrar.publish(keys.agent(node), self.me)
+
+    def run(self, stop: threading.Event) -> None:
+        """Do what is assigned until asked to stop."""
+        while not stop.is_set():
+            self._take_posted()
+            now = time.time()
+            self._check_heartbeats(time.monotonic())
+            state = self._mirror.state()
+            for key in stale_records(state, self.me.node, self._ranks):
+                self._registrar.withdraw(key)
+            self._act(decide(state, self.me, self._ranks, self._buried, now))
+
+    def close(self) -> None:
+        """End the ranks, then give up the leases."""
+        self._unsubscribe()
+        self._executor.shutdown()
+        self._registrar.close()
+
+    def _post(self, work: Callable[..., None], *args: Any) -> None:
+        self._posted.put(partial(work, *args))
+
+    def _take_posted(self) -> None:
+        try:
+            self._posted.get(timeout=TICK_S)()
+            while True:
+                self._posted.get_nowait()()
+        except queue.Empty:
+            return
+
+    # --- acting -------------------------------------------------------------------------------------------------
+
+    def _act(self, effects: list[Effect]) -> None:
+        self._spawn([e.key for e in effects if isinstance(e, Spawn)])
+        for effect in effects:
+            if isinstance(effect, Retire):
+                self._retire(effect)
+            elif isinstance(effect, Attach):
+                self._attach(effect)
+            elif isinstance(effect, Load):
+                self._update(effect.key, loading=True)
+                self._call(effect.key, "initialise", (), self._config.launch_deadline_s, self._loaded, effect.revision)
+            elif isinstance(effect, Prepare):
+                self._update(effect.key, preparing_revision=effect.revision)
+                args, limit_s = (effect.view, effect.peers), self._config.launch_deadline_s
+                self._call(effect.key, "prepare_epoch", args, limit_s, self._prepared, effect.revision)
+            elif isinstance(effect, RetireEpoch):
+                self._update(effect.key, retired=effect.mark)
+                epoch = effect.epoch
+                self._call(effect.key, "retire_epoch", (epoch,), RETIRE_TIMEOUT_S, self._retired_epoch, epoch)
+
+    def _spawn(self, keys: list[RankKey]) -> None:
+        for key in keys:
+            self._ranks[key] = LocalRank(*key, started=time.time())
+            self._update(key)
+            self._emit("rank_spawned", key)
+        if not keys:
+            return
+        limit_s = self._config.launch_deadline_s
+        try:
+            self._executor.start(keys, limit_s, lambda key, outcome: self._post(self._started, key, outcome))
+        except OSError as error:  # no process, descriptor or memory to be had: others must go on
+            for key in keys:
+                self._emit("rank_died", key, detected_by="start", reason=str(error))
+                self._bury(key, f"cannot be started: {error}")
+
+    def _retire(self, effect: Retire) -> None:
+        key = effect.key
+        self._emit("rank_retiring", key, reason=effect.failure or "not assigned any more")
+        if effect.failure:
+            self._bury(key, effect.failure)
+        else:
+            self._update(key, life=Life.ENDING)
+        self._executor.retire([key], lambda key: self._post(self._ended, key), kill=bool(effect.failure))
+
+    def _attach(self, effect: Attach) -> None:
+        self._update(effect.key, attaching_token=effect.token)
+        args = (effect.token, effect.broadcast_handle, effect.mask_handle)
+        self._call(effect.key, "attach_engine", args, ATTACH_TIMEOUT_S, self._attached, effect.token)
+
+    def _call(
+        self, key: RankKey, method: str, args: tuple[Any, ...], limit_s: float,
+        then: Callable[[RankKey, int, Any, str], None], subject: int,
+    ) -> None:  # fmt: skip
+        """Call one rank; `then` gets (key, subject, result, "") or (key, subject, None, error) in our thread."""
+
+        def done(future: Future[Outcome]) -> None:
+            error = future.exception(timeout=0)
+            result = None if error else future.result(timeout=0)[key]
+            self._post(self._called, key, then, subject, result, str(error) if error else "")
+
+        pending = self._executor.submit(method, args, keys=[key], timeout_s=limit_s)
+        pending.future.add_done_callback(done)
+
+    def _called(
+        self, key: RankKey, then: Callable[[RankKey, int, Any, str], None], subject: int, result: Any, error: str
+    ) -> None:
+        if key in self._ranks:
+            then(key, subject, result, error)
+
+    # --- what came of it ----------------------------------------------------------------------------------------
+
+    def _started(self, key: RankKey, outcome: WorkerProcHandle | ElasticError) -> None:
+        rank = self._ranks.get(key)
+        if isinstance(outcome, ElasticError):
+            if rank is not None and rank.life is Life.ENDING:
+                self._ended(key)
+            elif rank is not None:
+                self._emit("rank_died", key, detected_by="start", reason=str(outcome))
+                self._bury(key, str(outcome))
+            return
+        self._pids[outcome.child.pid] = key
+        if rank is None or rank.life is Life.ENDING:
+            self._executor.retire([key], lambda key: self._post(self._ended, key), kill=True)
+            return
+        self._beats[key] = Heartbeat(-1, time.monotonic())
+        self._update(
+            key, life=Life.READY, pid=outcome.child.pid,
+            liveness_handle=outcome.liveness_handle, exchange_handle=outcome.exchange_handle,
+        )  # fmt: skip
+        self._emit("rank_ready", key, pid=outcome.child.pid, took_ms=_ms(time.time() - rank.started))
+
+    def _attached(self, key: RankKey, token: int, handle: Any, error: str) -> None:
+        if error:
+            log.warning("attach_failed", rank=key[0], token=token, error=error)
+            self._update(key, attaching_token=0, attach_not_before=time.time() + ATTACH_RETRY_S)
+        else:
+            self._update(key, attaching_token=0, attached_token=token, response_handle=handle)
+            self._emit("rank_attached", key, token=token)
+
+    def _loaded(self, key: RankKey, revision: int, fingerprint: Any, error: str) -> None:
+        if error:
+            self._emit("rank_load_failed", key, error=error)
+            self._update(key, loading=False, failed_revision=revision, prepare_error=error)
+        else:
+            self._update(key, loading=False, loaded=True, fingerprint=fingerprint)
+            self._emit("rank_loaded", key, took_ms=_ms(time.time() - self._ranks[key].started))
+
+    def _prepared(self, key: RankKey, revision: int, result: Any, error: str) -> None:
+        if error:
+            self._emit("rank_prepare_failed", key, revision=revision, error=error)
+            self._update(key, failed_revision=revision, prepare_error=error)
+        else:
+            self._update(key, prepared_revision=revision, prepare_error="")
+            self._emit("rank_prepared", key, revision=revision)
+
+    def _retired_epoch(self, key: RankKey, epoch: int, result: Any, error: str) -> None:
+        if error:
+            log.warning("retire_epoch_failed", rank=key[0], epoch=epoch, error=error)
+
+    def _died(self, death: Death) -> None:
+        if death.key in self._ranks:
+            self._emit("rank_died", death.key, pid=death.pid, detected_by=death.detected_by)
+            self._bury(death.key, f"detected by {death.detected_by}")
+        self._executor.forget(death.key)
+
+    def _exited(self, pid: int, status: int) -> None:
+        """The exit status, which comes after the death was noticed: put it into the exit record."""
+        key = self._pids.pop(pid, None)
+        if key is None:
+            return
+        how = {"signal": -status} if status < 0 else {"exit_code": status}
+        self._emit("rank_exited", key, pid=pid, **how)
+        self._endings[key] = f"killed by signal {-status}" if status < 0 else f"exited with status {status}"
+        written = self._exits.get(key[0])
+        if written is not None and written.incarnation == key[1]:
+            self._exits[key[0]] = told = _with_reason(written, f"{self._endings[key]}; {written.reason}")
+            self._registrar.record_exit(told)
+
+    def _ended(self, key: RankKey) -> None:
+        """A rank that was asked to go has gone."""
+        if self._ranks.pop(key, None) is not None:
+            self._beats.pop(key, None)
+            self._buried.add(key)
+            self._registrar.withdraw(key)
+            self._emit("rank_retired", key)
+
+    def _bury(self, key: RankKey, reason: str) -> None:
+        """The rank is dead: its record goes at once, together with the restart policy's verdict."""
+        del self._ranks[key]
+        self._beats.pop(key, None)
+        self._buried.add(key)
+        slot, now = key[0], time.time()
+        stored = self._exits.get(slot) or self._mirror.state().exits.get(slot)
+        deaths = self._deaths.get(slot, ())
+        if (ending := self._endings.get(key)) is not None:
+            reason = f"{ending}; {reason}"
+        verdict = judge(
+            self._policy, rank=slot, incarnation=key[1], reason=reason, deaths=deaths,
+            restarts=stored.restarts if stored else 0, now=now, chance=self._chance.random(),
+        )  # fmt: skip
+        self._deaths[slot] = (*recent_deaths(self._policy, deaths, now), now)
+        self._exits[slot] = verdict
+        self._registrar.withdraw(key, verdict)
+        if verdict.quarantined:
+            self._emit("rank_quarantined", key, reason=verdict.reason)
+
+    def _check_heartbeats(self, now: float) -> None:
+        ttl_s = self._config.lease_ttl_s
+        if now < self._next_beat_check:
+            return
+        self._next_beat_check = now + ttl_s / BEATS_PER_TTL
+        for key, seen in list(self._beats.items()):
+            worker = self._executor.workers.get(key)
+            if worker is None:
+                continue
+            self._beats[key] = beat = observe(seen, worker.liveness.beats, now)
+            self._registrar.set_renewing(key, advancing(beat))
+            if hung(beat, now, after_s=ttl_s) and self._ranks[key].life is Life.READY:
+                silence = f"no heartbeat for {now - beat.advanced_at:.1f} s"
+                self._emit("rank_died", key, pid=worker.child.pid, detected_by="heartbeat", reason=silence)
+                self._bury(key, silence)
+                self._executor.retire([key], lambda key: self._post(self._ended, key), kill=True)
+        if now >= self._heartbeats_at:
+            self._heartbeats_at = now + HEARTBEATS_EVERY_S
+            told = heartbeats(self.me.node, self._beats, now, time.time())
+            self._registrar.note(self._keys.heartbeats(self.me.node), told, beside=self._keys.agent(self.me.node))
+
+    # --- small things -------------------------------------------------------------------------------------------
+
+    def _update(self, key: RankKey, **changes: Any) -> None:
+        self._ranks[key] = rank = replace(self._ranks[key], **changes)
+        self._registrar.publish_rank(record_of(rank, self.me.node))
+
+    def _emit(self, kind: str, key: RankKey, **fields: Any) -> None:
+        view = self._mirror.state().view
+        self._events.emit(
+            kind, cluster=self._config.cluster, epoch=view.epoch if view else 0, rank=key[0],
+            incarnation=key[1], node=self.me.node, **fields,
+        )  # fmt: skip
+
+    def _forkserver_serves(self, serving: Serving) -> None:
+        if serving.error:
+            log.error("forkserver_cannot_serve", error=serving.error)
+        self._events.emit(
+            "forkserver_ready", cluster=self._config.cluster, node=self.me.node,
+            error=serving.error, import_ms=_ms(serving.import_s),
+        )  # fmt: skip
+
+
+def run_agent(
+    store: Store,
+    cluster: str,
+    node: str,
+    stop: threading.Event,
+    events: EventLog,
+    worker_class: str = "workers.worker:EPWorker",
+    policy: RestartPolicy | None = None,
+) -> None:
+    """Be the agent of `node` until `stop` is set."""
+    keys = Keys(cluster)
+    with Mirror(store, cluster) as mirror:
+        config = _wait_for_config(mirror, stop)
+        if config is None:
+            return
+        _wait_for_name(mirror, node, stop)
+        agent = Agent(store, mirror, keys, config, node, events, worker_class, policy or RestartPolicy())
+        try:
+            agent.run(stop)
+        finally:
+            agent.close()
+
+
+def _wait_for_config(mirror: Mirror, stop: threading.Event) -> ClusterConfig | None:
+    while not stop.is_set():
+        state = mirror.poll(mirror.state().revision, CONFIG_POLL_S) if mirror.state().config is None else mirror.state()
+        if state.config is not None:
+            return state.config
+    return None
+
+
+def _wait_for_name(mirror: Mirror, node: str, stop: threading.Event) -> None:
+    """Wait until an earlier life's record is gone: two agents of one node would undo each other's work."""
+
+    def free(state: ClusterState) -> bool:
+        return node not in state.agents or stop.is_set()
+
+    try:
+        mirror.wait(free, TAKEOVER_S, f"the earlier agent of node {node} to be gone")
+    except WaitTimeout as error:
+        other = mirror.state().agents.get(node)
+        pid = other.pid if other else 0
+        raise Fenced(
+            f"another agent (pid {pid}) runs as node {node}", hint="give each host its own --node name"
+        ) from error
+
+
+def _with_reason(record: RankExit, reason: str) -> RankExit:
+    return RankExit(
+        rank=record.rank, incarnation=record.incarnation, reason=reason, at=record.at,
+        restarts=record.restarts, not_before=record.not_before, quarantined=record.quarantined,
+    )  # fmt: skip
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1e3, 1)
+
+
+def _nothing() -> None:
+    """Only to wake the agent's thread."""

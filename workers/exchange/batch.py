@@ -1,0 +1,113 @@
+"""Run each expert once over all rows that want it now, whoever asked: its weights are read once for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import structlog
+import torch
+from torch import Tensor
+
+from membership.errors import ModelError, RankFailed
+from workers.exchange.base import ExpertBank
+from workers.exchange.router import Ints
+from workers.exchange.wire import DTYPES, Rows, bits
+
+log = structlog.get_logger("exchange")
+
+TOGETHER = 128 * 1024
+"""Elements up to which one call for all experts is faster; above, what lies between their products leaves the cache."""
+
+
+class Work(NamedTuple):
+    """Pairs of one asker: the first `counts[0]` are for `experts[0]` and so on; pair i is over `rows[row_of[i]]`."""
+
+    experts: list[int]
+    counts: list[int]
+    row_of: Ints
+    rows: Rows
+
+
+class ExpertFailed(RankFailed):
+    """One expert could not be computed here; the others can."""
+
+    def __init__(self, layer: int, expert: int, why: str) -> None:
+        super().__init__(f"layer {layer}, expert {expert}: {why}")
+        self.expert = expert
+
+
+class Outputs(NamedTuple):
+    """All outputs, and for each asker where its pairs are in them (None: it is alone, in its order)."""
+
+    rows: Rows
+    places: list[Ints | None]
+
+
+def run(bank: ExpertBank, layer: int, works: Sequence[Work], dtype: int, device: torch.device) -> Outputs:
+    """Compute all pairs of all askers, each expert once. ExpertFailed names the first that cannot be computed."""
+    places: list[Ints | None] = [None]
+    if len(works) == 1:
+        experts, counts, row_of, rows = works[0]
+    else:
+        (experts, counts, row_of, rows), places = _together(works)
+    sizes = [bank.padded(count) for count in counts]
+    if sizes != counts:
+        row_of, place = _pad(row_of, counts, sizes)
+        places = [place if p is None else place[p] for p in places]
+    gathered = torch.from_numpy(rows.take(row_of, 0)).view(DTYPES[dtype][0])
+    if device.type != "cpu":
+        gathered = gathered.to(device)
+    compute = _compute if gathered.numel() <= TOGETHER else _one_by_one
+    whole = compute(bank, layer, experts, sizes, gathered)
+    return Outputs(bits(whole.cpu().contiguous()), places)
+
+
+def _compute(bank: ExpertBank, layer: int, experts: Sequence[int], sizes: Sequence[int], rows: Tensor) -> Tensor:
+    """All experts in one call; one by one if that fails, so that only the one to blame is refused."""
+    try:
+        outputs = bank.compute_many(layer, experts, sizes, rows)
+        if outputs.shape != rows.shape or outputs.dtype != rows.dtype:
+            raise ModelError(f"{outputs.dtype}{list(outputs.shape)} for {rows.dtype}{list(rows.shape)}")
+    except Exception as error:
+        if len(experts) == 1:
+            raise ExpertFailed(layer, experts[0], repr(error)) from error
+        log.warning("experts failed together, trying one by one", layer=layer, experts=experts, error=repr(error))
+    else:
+        return outputs
+    return _one_by_one(bank, layer, experts, sizes, rows)
+
+
+def _one_by_one(bank: ExpertBank, layer: int, experts: Sequence[int], sizes: Sequence[int], rows: Tensor) -> Tensor:
+    parts = zip(experts, sizes, torch.split_with_sizes(rows, list(sizes)), strict=True)
+    return torch.cat([_compute(bank, layer, [expert], [size], part) for expert, size, part in parts])
+
+
+def _together(works: Sequence[Work]) -> tuple[Work, list[Ints | None]]:
+    """All askers' pairs ascending by expert, over the rows of all of them; and where each asker's pairs went."""
+    totals: dict[int, int] = {}
+    for work in works:
+        for expert, count in zip(work.experts, work.counts, strict=True):
+            totals[expert] = totals.get(expert, 0) + count
+    expert_of = np.concatenate([np.repeat(work.experts, work.counts) for work in works])
+    order = expert_of.argsort(kind="stable")
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    row_of, places, rows, pairs = [], list[Ints | None](), 0, 0
+    for work in works:
+        row_of.append(work.row_of + rows)
+        places.append(place[pairs : pairs + len(work.row_of)])
+        rows, pairs = rows + len(work.rows), pairs + len(work.row_of)
+    experts = sorted(totals)
+    together = np.concatenate(row_of)[order]
+    return Work(experts, [totals[e] for e in experts], together, np.concatenate([w.rows for w in works])), places
+
+
+def _pad(row_of: Ints, counts: list[int], sizes: list[int]) -> tuple[Ints, Ints]:
+    """Fill each expert's rows up to the size it computes anyway: saves it a copy. What row 0 adds is dropped."""
+    added = np.subtract(sizes, counts)
+    place = np.arange(len(row_of)) + (added.cumsum() - added).repeat(counts)
+    padded = np.zeros(sum(sizes), dtype=np.int64)
+    padded[place] = row_of
+    return padded, place

@@ -1,0 +1,37 @@
+"""The one way in which a token's expert outputs are summed: in fp32, by ascending expert, on the token's owner.
+
+Every exchange uses it, so that the sum's bits do not depend on where the experts live.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def ascending(topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Each token's experts and weights, reordered by ascending logical expert id; weights in fp32."""
+    ids, order = topk_ids.sort(dim=-1)
+    return ids, topk_weights.gather(-1, order).float()
+
+
+SMALL = 32 * 1024
+"""Elements up to which one large product is faster; above, its memory is mapped and faulted in anew at each call."""
+
+
+def combine(outputs: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weighted sum [T, H] of `outputs` [T, K, H], which are in ascending expert order as `weights` [T, K] are.
+
+    Each product and each sum is rounded by itself, so that both ways give the same bits.
+    """
+    weights = weights.unsqueeze(-1)
+    if outputs.numel() <= SMALL:
+        weighted = outputs * weights  # fp32 by promotion
+        total = weighted[:, 0]
+        for k in range(1, weighted.shape[1]):
+            total = total + weighted[:, k]
+    else:
+        total = outputs[:, 0] * weights[:, 0]
+        for k in range(1, outputs.shape[1]):
+            total += outputs[:, k] * weights[:, k]
+    return total.to(dtype)

@@ -1,0 +1,169 @@
+"""Which rank computes which (row, expert) pair: pure, the same for every transport.
+
+A rank prefers itself; other holders are ranked by rendezvous hashing, so that load spreads over replicas, each choice
+is the same whenever it is made again, and a loss moves only what the lost rank would have answered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from membership.errors import CoverageLost
+from membership.types import Placement
+
+Ints = npt.NDArray[np.int64]
+Refusal = tuple[int, int]  # (rank, expert): the rank said that it cannot answer for the expert in this layer
+
+_NOBODY = -1
+FEW = 24
+"""Up to so many pairs plain Python is faster than numpy, whose calls cost a microsecond each."""
+_SELF = np.uint64(2**64 - 1)
+_GOLDEN, _MIX1, _MIX2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What one rank is asked: each row once, and per pair which of them; the first `counts[0]` pairs are of
+    `experts[0]` and so on, ascending. A pair's number is `row * top_k + k`: its place in the result.
+    """
+
+    rank: int
+    pairs: Ints
+    rows: Ints
+    row_of: Ints
+    experts: list[int]
+    counts: list[int]
+
+
+class Router:
+    """One rank's choices under one placement."""
+
+    def __init__(self, me: int, placement: Placement) -> None:
+        self._me = me
+        self._ranks = np.array(sorted(placement), dtype=np.int64)
+        layers = max((len(held) for held in placement.values()), default=0)
+        experts = 1 + max((e for held in placement.values() for layer in held for e in layer), default=-1)
+        held = np.zeros((layers, experts, len(self._ranks)), dtype=bool)
+        for column, rank in enumerate(self._ranks.tolist()):
+            for layer, of_layer in enumerate(placement[rank]):
+                held[layer, list(of_layer), column] = True
+        self._held = held
+        self._tables: dict[tuple[int, int], Ints] = {}
+        self._mine = [frozenset(of_layer) for of_layer in placement.get(me, ())]
+
+    def all_mine(self, layer: int, experts: list[int]) -> bool:
+        """Whether this rank holds all of them."""
+        return 0 <= layer < len(self._mine) and self._mine[layer].issuperset(experts)
+
+    def owners(self, layer: int, excluded: int, refused: frozenset[Refusal] = frozenset()) -> Ints:
+        """For each expert the rank that answers for it (-1: nobody) without the ranks of the bit set `excluded`."""
+        if refused:
+            return self._choose(layer, excluded, refused)
+        table = self._tables.get((layer, excluded))
+        if table is None:
+            table = self._tables[layer, excluded] = self._choose(layer, excluded, ())
+        return table
+
+    def _choose(self, layer: int, excluded: int, refused: Iterable[Refusal]) -> Ints:
+        if not 0 <= layer < len(self._held):
+            raise CoverageLost(f"layer {layer} is not in the placement")
+        usable = self._held[layer] & np.array([not excluded >> r & 1 for r in self._ranks.tolist()], dtype=bool)
+        for rank, expert in refused:
+            usable[expert, self._ranks == rank] = False
+        if not usable.size:
+            return np.full(len(usable), _NOBODY)
+        preference = np.where(usable, self._preference(layer, len(usable)), np.uint64(0))
+        return np.where(usable.any(axis=1), self._ranks[preference.argmax(axis=1)], _NOBODY)
+
+    def _preference(self, layer: int, experts: int) -> npt.NDArray[np.uint64]:
+        """[experts, ranks]: a hash of (layer, source, expert, rank) >= 1; this rank itself comes first."""
+        seed = np.uint64((layer << 40 | self._me << 20) & (2**64 - 1))
+        x = np.arange(experts, dtype=np.uint64)[:, None] * _GOLDEN + self._ranks.astype(np.uint64)[None, :] + seed
+        x = (x ^ (x >> np.uint64(30))) * _MIX1
+        x = (x ^ (x >> np.uint64(27))) * _MIX2
+        x = (x ^ (x >> np.uint64(31))) >> np.uint64(1) | np.uint64(1)
+        return np.where(self._ranks[None, :] == self._me, _SELF, x)
+
+    def parcels(
+        self,
+        layer: int,
+        experts: Ints,
+        top_k: int,
+        excluded: int,
+        refused: frozenset[Refusal] = frozenset(),
+        pairs: Ints | None = None,
+    ) -> list[Parcel]:
+        """Who is asked for what: for all pairs of `experts` (flat [T * top_k]), or again for `pairs` of them."""
+        wanted = experts if pairs is None else experts[pairs]
+        numbers = np.arange(len(wanted)) if pairs is None else pairs
+        table = self.owners(layer, excluded, refused)
+        if len(wanted) <= FEW:
+            return _few(layer, wanted.tolist(), numbers.tolist(), top_k, table)
+        return _many(layer, wanted, numbers, top_k, table)
+
+
+def split(parcel: Parcel, most_pairs: int, top_k: int) -> list[Parcel]:
+    """The same in parcels of at most `most_pairs` pairs."""
+    if len(parcel.pairs) <= most_pairs:
+        return [parcel]
+    ends = np.cumsum(parcel.counts).tolist()
+    whole = list(zip(parcel.experts, [0, *ends], ends, strict=False))
+    parts = []
+    for first in range(0, len(parcel.pairs), most_pairs):
+        last = min(first + most_pairs, len(parcel.pairs))
+        inside = [(expert, max(a, first), min(b, last)) for expert, a, b in whole if a < last and b > first]
+        parts.append(_pack(parcel.rank, inside, parcel.pairs[first:last], top_k))
+    return parts
+
+
+def _few(layer: int, wanted: list[int], numbers: list[int], top_k: int, table: Ints) -> list[Parcel]:
+    asked: dict[int, list[tuple[int, int]]] = {}
+    for expert, pair in zip(wanted, numbers, strict=True):
+        owner = table.item(expert) if 0 <= expert < len(table) else _NOBODY
+        if owner == _NOBODY:
+            raise _lost(layer, [e for e in wanted if not 0 <= e < len(table) or table[e] == _NOBODY])
+        asked.setdefault(owner, []).append((expert, pair))
+    parcels = []
+    for rank, pairs in asked.items():
+        pairs.sort()
+        rows = sorted({pair // top_k for _, pair in pairs})
+        row_of = [rows.index(pair // top_k) for _, pair in pairs]
+        counts: dict[int, int] = {}
+        for expert, _ in pairs:
+            counts[expert] = counts.get(expert, 0) + 1
+        arrays = np.array([pair for _, pair in pairs]), np.array(rows), np.array(row_of)
+        parcels.append(Parcel(rank, *arrays, list(counts), list(counts.values())))
+    return parcels
+
+
+def _many(layer: int, wanted: Ints, numbers: Ints, top_k: int, table: Ints) -> list[Parcel]:
+    unknown = (wanted < 0) | (wanted >= len(table))
+    owners = table[np.where(unknown, 0, wanted)] if len(table) else np.full(len(wanted), _NOBODY)
+    if unknown.any() or owners.min() == _NOBODY:
+        raise _lost(layer, wanted[unknown | (owners == _NOBODY)].tolist())
+    keys = owners * len(table) + wanted
+    order = keys.argsort(kind="stable")
+    keys, numbers = keys[order], numbers[order]
+    cuts = [0, *((keys[1:] != keys[:-1]).nonzero()[0] + 1).tolist(), len(keys)]
+    segments: dict[int, list[tuple[int, int, int]]] = {}  # rank -> (expert, first pair, end)
+    for key, a, b in zip(keys[cuts[:-1]].tolist(), cuts[:-1], cuts[1:], strict=True):
+        segments.setdefault(key // len(table), []).append((key % len(table), a, b))
+    return [_pack(rank, found, numbers[found[0][1] : found[-1][2]], top_k) for rank, found in segments.items()]
+
+
+def _pack(rank: int, segments: list[tuple[int, int, int]], pairs: Ints, top_k: int) -> Parcel:
+    rows = pairs // top_k
+    first = int(rows.min())
+    seen = np.zeros(int(rows.max()) - first + 1, dtype=bool)
+    seen[rows - first] = True
+    row_of = seen.cumsum()[rows - first] - 1
+    counts = [end - start for _, start, end in segments]
+    return Parcel(rank, pairs, seen.nonzero()[0] + first, row_of, [expert for expert, _, _ in segments], counts)
+
+
+def _lost(layer: int, experts: list[int]) -> CoverageLost:
+    return CoverageLost(f"layer {layer}: no live rank holds experts {sorted(set(experts))}")

@@ -1,0 +1,152 @@
+"""The owner's side of the forkserver: starts it, asks it for processes, learns of their ends, stops it.
+
+Light: none of what the server imports is imported here.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+
+import msgspec
+
+from membership.errors import RankError, WaitTimeout
+from workers.forkserver import MAX_FDS, MAX_MESSAGE, Exited, Fork, Forked, Serve, Serving, ToOwner
+
+STOP_TIMEOUT_S = 5.0
+ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+PROGRAM = "from workers.forkserver import main; main()"
+
+
+@dataclass(frozen=True)
+class Child:
+    """A process that the server forked. Who gets it closes `pidfd`, which means this process and never a later one."""
+
+    pid: int
+    pidfd: int
+
+
+class ForkServer:
+    """Owns one server process and the thread that listens to it. Make it in a thread that lives as long as it shall."""
+
+    def __init__(
+        self,
+        preload: Sequence[str],
+        *,
+        on_exit: Callable[[int, int], None],
+        on_serving: Callable[[Serving], None] | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        self._on_exit = on_exit
+        self._on_serving = on_serving
+        self._lock = threading.Lock()
+        self._pending: dict[int, Future[Child]] = {}
+        self._requests = 0
+        self._refusal = ""
+        self._link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", PROGRAM, str(theirs.fileno()), str(os.getpid())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=_environment(environ),
+            )
+        self._thread = threading.Thread(target=self._listen, name="forkserver-link", daemon=True)
+        self._thread.start()
+        self._link.send(msgspec.msgpack.encode(Serve(tuple(preload))))
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can still be asked."""
+        return not self._refusal
+
+    def fork(self, target: str, payload: bytes, fds: Sequence[int]) -> Future[Child]:
+        """Ask for a process running `target` ("module:function") with `payload` and copies of `fds`.
+
+        The future fails with RankError if the server cannot; cancel it or wait for it, or its pidfd stays open.
+        """
+        answer: Future[Child] = Future()
+        with self._lock:
+            self._requests += 1
+            message = msgspec.msgpack.encode(Fork(self._requests, target, payload))
+            if self._refusal:
+                answer.set_exception(RankError(self._refusal))
+            elif len(message) > MAX_MESSAGE or len(fds) > MAX_FDS:
+                answer.set_exception(RankError(f"fork request of {len(message)} bytes, {len(fds)} descriptors refused"))
+            else:
+                self._pending[self._requests] = answer
+                with suppress(BrokenPipeError, ConnectionError):  # then the listener fails it
+                    socket.send_fds(self._link, [message], list(fds))
+        return answer
+
+    def close(self) -> None:
+        """Stop the server; its children, if any are left, see their death pipes close and then SIGKILL."""
+        with suppress(OSError):
+            self._link.shutdown(socket.SHUT_RDWR)
+        try:
+            self.process.wait(timeout=STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait(timeout=STOP_TIMEOUT_S)
+        self._thread.join(timeout=STOP_TIMEOUT_S)
+        if self._thread.is_alive():
+            raise WaitTimeout("the forkserver's listener thread did not end")
+        self._link.close()
+
+    def __enter__(self) -> ForkServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                data, fds, _, _ = socket.recv_fds(self._link, MAX_MESSAGE, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+            except ConnectionResetError:
+                continue  # it closed with a request of ours unread; what it said before that is still to come
+            if not data:
+                return self._refuse("the forkserver is gone")
+            message = msgspec.msgpack.decode(data, type=ToOwner)
+            if isinstance(message, Forked):
+                self._forked(message, fds[0])
+            elif isinstance(message, Exited):
+                self._on_exit(message.pid, message.status)
+            else:
+                if message.error:
+                    self._refuse(f"the forkserver cannot serve: {message.error}")
+                if self._on_serving is not None:
+                    self._on_serving(message)
+
+    def _forked(self, message: Forked, pidfd: int) -> None:
+        with self._lock:
+            answer = self._pending.pop(message.request)
+        if answer.set_running_or_notify_cancel():
+            answer.set_result(Child(message.pid, pidfd))
+        else:
+            os.close(pidfd)
+
+    def _refuse(self, reason: str) -> None:
+        with self._lock:
+            self._refusal = self._refusal or reason
+            pending, self._pending = self._pending, {}
+        for answer in pending.values():
+            if answer.set_running_or_notify_cancel():
+                answer.set_exception(RankError(self._refusal))
+
+
+def _environment(environ: Mapping[str, str] | None) -> dict[str, str]:
+    """One thread per maths library (ranks outnumber cores), and this process's import path."""
+    found = dict(os.environ if environ is None else environ)
+    for name in ONE_THREAD:
+        found.setdefault(name, "1")
+    found.setdefault("TOKENIZERS_PARALLELISM", "false")
+    found["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(os.path.abspath(entry) for entry in sys.path))
+    return found

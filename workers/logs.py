@@ -1,0 +1,56 @@
+"""Structured logs for every process: people read them on a terminal, machines read JSON lines. Always on stderr.
+
+Tracebacks are plain text in both: no frames drawn around them, no local variables (which may hold what clients said).
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+import structlog
+
+from workers.environment import PrefixedStream
+
+
+def configure(role: str, *, json_lines: bool | None = None, level: str = "info", **fields: object) -> None:
+    """Send structlog's and the standard library's records to stderr; JSON unless that is a terminal or you say so.
+
+    `role` and `fields` are in every line, whichever thread wrote it.
+    """
+    stream: Any = sys.stderr
+    as_json = not stream.isatty() if json_lines is None else json_lines
+    if as_json and isinstance(stream, PrefixedStream):
+        stream = stream.stream  # a prefix would spoil the JSON; the fields tell as much
+    renderer: Any = structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer()
+    always: dict[str, Any] = {"role": role, **fields}
+
+    def add_fields(logger: object, method: str, event: dict[str, Any]) -> dict[str, Any]:
+        return {**always, **event}
+
+    shared: list[Any] = [
+        add_fields,
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+    ]
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    for chatty in ("httpx", "httpcore", "uvicorn.access", "grpc"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)

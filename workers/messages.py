@@ -1,0 +1,98 @@
+"""What the engine and the ranks say to each other in a step. Fixed schema (msgpack); small arrays only, no tensors.
+
+A step is idempotent: positions, KV blocks and the sampler's counter are set by the scheduler, so running the same
+chunk again writes the same cells and yields the same token.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+
+class Sampling(msgspec.Struct, frozen=True, array_like=True):
+    """How to choose the next token. `temperature` 0 is greedy. The RNG is a counter keyed by (seed, position)."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    seed: int = 0
+    logprobs: int = -1  # -1: none; n: the chosen token's and the n most likely ones'
+
+
+class SeqChunk(msgspec.Struct, frozen=True, array_like=True):
+    """Consecutive tokens of one sequence to run in this step; `sample` is set if the last one yields a token."""
+
+    seq: int  # unique under one engine token
+    start: int  # position of tokens[0]; positions before it are in the KV cache already
+    tokens: list[int]
+    blocks: list[int]  # the sequence's block table, long enough for start + len(tokens)
+    sample: Sampling | None = None
+
+
+class StepBatch(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """One step of the whole cluster, broadcast to all ranks. Ranks without chunks only serve experts."""
+
+    engine_token: int
+    epoch: int
+    step: int
+    attempt: int
+    masked: list[int]  # ranks of the epoch's view that must not be used
+    ranks: dict[int, list[SeqChunk]]
+
+
+class Ping(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Asks every rank that has joined the queue for an empty StepResult: proves the queues after a handshake."""
+
+    engine_token: int
+    step: int
+
+
+EngineMessage = StepBatch | Ping
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Natural-log probability of the chosen token, and of the most likely ones, best first."""
+
+    logprob: float
+    top: list[tuple[int, float]] = []
+
+
+class SampledToken(msgspec.Struct, frozen=True, array_like=True):
+    """The token chosen for the position after the chunk's last one."""
+
+    seq: int
+    token: int
+    logprobs: TokenLogprobs | None = None
+
+
+class StepStatus(StrEnum):
+    """How a rank's part of a step ended; anything but OK yields no token and changes nothing that a retry would see."""
+
+    OK = "ok"
+    COVERAGE_LOST = "coverage_lost"  # an expert had no live owner
+    STALE = "stale"  # the batch's epoch or engine token is not current on this rank
+    FAILED = "failed"  # `error` says why
+
+
+class StepResult(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """A rank's answer to a StepBatch (only ranks with chunks answer) or to a Ping."""
+
+    rank: int
+    incarnation: int
+    engine_token: int
+    epoch: int
+    step: int
+    attempt: int
+    status: StepStatus
+    tokens: list[SampledToken] = []
+    error: str = ""
+    suspects: list[int] = []  # ranks that stopped answering during this step
+    retried_rows: int = 0  # rows sent again to a replica
+    load: bytes = b""  # uint32[moe_layers, experts]: rows routed by this rank in this step
+
+
+def reader_id(rank: int, incarnation: int) -> str:
+    """The name under which a rank reads the engine's queue."""
+    return f"{rank}.{incarnation}"

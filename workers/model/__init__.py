@@ -1,0 +1,1 @@
+"""The model on one rank: Hugging Face modules, our experts, our KV cache, our sampler."""

@@ -1,0 +1,41 @@
+"""The two public hooks through which transformers' model code calls ours: attention and routed experts.
+
+Each module carries the object that does the work, so several models can live in one process. No mask function is
+registered for our attention: transformers then builds no masks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+NAME = "elastic_ep"
+
+
+def register() -> None:
+    """Make both implementations known to transformers; harmless to repeat."""
+    from transformers.integrations.moe import ExpertsInterface
+    from transformers.modeling_utils import AttentionInterface
+
+    AttentionInterface.register(NAME, _attention)
+    ExpertsInterface.register(NAME, _experts)
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    window = sliding_window or module.elastic_window or None  # some families say 0 for none, or do not pass it
+    return module.elastic_attention.forward(module.layer_idx, query, key, value, scaling, window), None
+
+
+def _experts(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    result: Tensor = module.elastic_experts.forward(module.elastic_layer, hidden, top_k_index, top_k_weights)
+    return result

@@ -1,0 +1,175 @@
+"""Row tiles: makes the bits of each row of a matrix product independent of how many rows share the call.
+
+CPU kernels choose their method by the number of rows, so a token's result can change with its batch mates. The
+reference is the 16-row call. At load we try, for each matrix of the model, other row counts against it, and then use
+only counts that gave the same bits on this very machine: small batches are padded up to one, large ones are cut.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+
+from membership.errors import ModelError
+
+REFERENCE = 16
+VECTOR = 64  # no narrower than two vectors of any type: what elementwise kernels handle at once
+CANDIDATES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+
+
+def cut(rows: Tensor, size: int) -> list[Tensor]:
+    """Consecutive pieces of `size` rows; the last may be shorter."""
+    return [rows[start : start + size] for start in range(0, rows.shape[0], size)]
+
+
+@dataclass(frozen=True)
+class RowTiles:
+    """Row counts, ascending, whose results are known to agree."""
+
+    sizes: tuple[int, ...]
+
+    def padded(self, rows: int) -> int:
+        """The smallest number of rows >= `rows` made of whole largest tiles and one more tile."""
+        largest = self.sizes[-1]
+        whole, rest = divmod(rows, largest)
+        return whole * largest + (self.sizes[bisect_left(self.sizes, rest)] if rest else 0)
+
+    def run(self, fn: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        """`fn` of all rows, called with agreeing row counts only."""
+        count = rows.shape[0]
+        padded = self.padded(count)
+        if padded != count:
+            rows = torch.cat((rows, rows.new_zeros(padded - count, *rows.shape[1:])))
+        largest = self.sizes[-1]
+        out = fn(rows) if padded <= largest else torch.cat([fn(part) for part in cut(rows, largest)])
+        return out if padded == count else out[:count]
+
+
+def calibrate(fn: Callable[[Tensor], Tensor], sample: Tensor, what: str) -> RowTiles:
+    """Find the row counts on which `fn` agrees with its 16-row results on the 128 rows of `sample`."""
+    reference = torch.cat([fn(part) for part in cut(sample, REFERENCE)])
+    turned = torch.cat([fn(part.flip(0)).flip(0) for part in cut(sample, REFERENCE)])
+    if not torch.equal(reference, turned):
+        hint = "--exactness stock serves without the guarantee"
+        raise ModelError(f"{what}: a row's result depends on its place in the batch on this machine", hint=hint)
+    agreed = []
+    for size in CANDIDATES:
+        count = len(sample) // size * size
+        out = torch.cat([fn(part) for part in cut(sample[:count], size)])
+        if torch.equal(out, reference[:count]):
+            agreed.append(size)
+    return RowTiles(tuple(agreed))
+
+
+def calibrate_product(product: Callable[[Tensor, Tensor], Tensor], weight: Tensor, what: str) -> RowTiles:
+    """Find the row counts on which `product(rows, weight)`, for `weight` [N, K], sums in the same order.
+
+    The numbers are chosen so that every true sum is zero: what comes out is rounding error alone, which betrays the
+    order of summation in nearly every element. With ordinary numbers bfloat16's rounding would hide it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    out_width, width = weight.shape
+    pairs = width // 2
+    order = torch.randperm(width, generator=generator)
+    left, right = order[:pairs], order[pairs : 2 * pairs]
+    rows, columns = torch.zeros(128, width), torch.zeros(out_width, width)
+    rows[:, left] = torch.randn(128, pairs, generator=generator)
+    rows[:, right] = -rows[:, left]
+    columns[:, left] = torch.randn(out_width, pairs, generator=generator)
+    columns[:, right] = columns[:, left]
+    made = columns.to(weight.device, weight.dtype)
+    return calibrate(lambda part: product(part, made), rows.to(weight.device, weight.dtype), what)
+
+
+def _row_outputs(output: object) -> Tensor:
+    """All of a module's outputs for its rows side by side: routers return logits, weights and indices."""
+    parts = output if isinstance(output, tuple) else (output,)
+    return torch.cat([part.reshape(-1, part.shape[-1]).double() for part in parts], dim=-1)
+
+
+def _spaced(out: Tensor) -> Tensor:
+    """A narrow result with gaps between its rows, so that what follows works row by row and not across rows: over
+    contiguous memory, vectorised functions treat the elements that fill no whole vector differently."""
+    width = out.shape[-1]
+    wide = out.new_empty(*out.shape[:-1], VECTOR)
+    return wide[..., :width].copy_(out)
+
+
+def _tile(module: nn.Module, tiles: RowTiles) -> None:
+    """Make `module` compute in tiles. Steps are padded to common sizes, so mostly this only looks at the shape."""
+    forward = module.forward
+    known = frozenset(tiles.sizes)
+    narrow = isinstance(module, nn.Linear) and module.out_features < VECTOR
+
+    def tiled(hidden: Tensor) -> object:
+        rows = hidden.shape[-2]
+        if rows in known and not narrow:
+            return forward(hidden)
+        flat = hidden.reshape(rows, hidden.shape[-1])
+        padded = tiles.padded(rows)
+        if padded != rows:
+            flat = torch.cat((flat, flat.new_zeros(padded - rows, flat.shape[-1])))
+        outputs = [forward(part) for part in cut(flat, tiles.sizes[-1])]
+        if isinstance(outputs[0], tuple):
+            return tuple(torch.cat(column)[:rows] for column in zip(*outputs, strict=True))
+        whole = (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[:rows].view(*hidden.shape[:-1], -1)
+        return _spaced(whole) if narrow else whole
+
+    module.forward = tiled
+
+
+def _calibrate_module(module: nn.Module, name: str) -> RowTiles:
+    """Row counts on which a projection, router or norm agrees with its 16-row results."""
+    weight = module._parameters["weight"]
+    if weight is None:
+        raise ModelError(f"{name} has no weight")
+    if isinstance(module, nn.Linear):
+        bias = None if module.bias is None else torch.zeros_like(module.bias)
+        return calibrate_product(lambda rows, w: functional.linear(rows, w, bias), weight, name)
+    # Norms compute in fp32 whatever they are given, and show it when given fp32.
+    dtype = weight.dtype if weight.dim() == 2 else torch.float32
+    sample = torch.randn(128, weight.shape[-1], generator=torch.Generator().manual_seed(0)).to(weight.device, dtype)
+    tiles = calibrate(lambda rows: _row_outputs(module(rows)), sample, name)
+    if weight.dim() < 2:
+        return tiles
+    product = calibrate_product(
+        lambda rows, w: _row_outputs(functional_call(module, {"weight": w}, (rows,))), weight, name
+    )
+    return RowTiles(tuple(size for size in tiles.sizes if size in product.sizes))
+
+
+def _fits_vectors(model: nn.Module, size: int) -> bool:
+    """Whether `size` rows fill whole vectors at every activation function of the dense MLPs."""
+    gates = [m._modules.get("gate_proj") for m in model.modules()]
+    return all(size * gate.out_features % VECTOR == 0 for gate in gates if isinstance(gate, nn.Linear))
+
+
+def make_invariant(model: nn.Module) -> RowTiles:
+    """Calibrate and tile every module of `model` that owns a matrix; returns the row counts for whole steps.
+
+    Small steps must suit every module; large ones only what is not cut into tiles: norms and activations.
+    """
+    done: dict[tuple[object, ...], RowTiles] = {}
+    step_sizes = {size for size in CANDIDATES if _fits_vectors(model, size)}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is None or isinstance(module, nn.Embedding):
+            continue
+        key = (type(module), tuple(weight.shape), weight.dtype, module._parameters.get("bias") is not None)
+        if key not in done:
+            done[key] = _calibrate_module(module, name)
+        agreed = set(done[key].sizes)
+        if weight.dim() == 2:
+            _tile(module, done[key])
+            narrow = weight.shape[0] < VECTOR  # cheap enough to be padded alone
+            agreed |= {size for size in CANDIDATES if size > REFERENCE or narrow}
+        step_sizes &= agreed
+    if REFERENCE not in step_sizes:
+        raise ModelError("a width of this model does not fill vectors", hint="--exactness stock serves it")
+    return RowTiles(tuple(sorted(step_sizes)))

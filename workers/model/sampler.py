@@ -1,0 +1,84 @@
+"""Chooses tokens from logits, each row by itself: its result depends on its logits, its settings and its position only.
+
+The random number is a counter-based hash of (seed, position): no state, so any rank that runs a step again, or takes a
+request over, draws the same token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from workers.messages import Sampling, TokenLogprobs
+
+_MASK = (1 << 64) - 1
+Row = npt.NDArray[np.float64]
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) that is a pure function of (seed, position): two rounds of the SplitMix64 finaliser."""
+    x = _mix((seed & _MASK) + 0x9E3779B97F4A7C15)
+    x = _mix((x ^ (position & _MASK)) + 0x9E3779B97F4A7C15)
+    return (x >> 11) * 2.0**-53
+
+
+def _mix(x: int) -> int:
+    x &= _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+def log_softmax(logits: Row) -> Row:
+    """Natural-log probabilities of one row."""
+    shifted = logits - logits.max()
+    result: Row = shifted - np.log(np.exp(shifted).sum())
+    return result
+
+
+def choose(logits: Row, sampling: Sampling, position: int) -> int:
+    """The token for `position` (that of the new token) under temperature, top-k and top-p, in this order."""
+    scaled = logits / sampling.temperature
+    order = np.argsort(-scaled, kind="stable")  # ties by token id
+    if 0 < sampling.top_k < order.size:
+        order = order[: sampling.top_k]
+    weights = np.exp(scaled[order] - scaled[order[0]])
+    cumulative = np.cumsum(weights)
+    if sampling.top_p < 1.0:
+        kept = int(np.searchsorted(cumulative, sampling.top_p * cumulative[-1], side="left")) + 1
+        cumulative = cumulative[:kept]
+    draw = uniform(sampling.seed, position) * cumulative[-1]
+    index = int(np.searchsorted(cumulative, draw, side="right"))
+    return int(order[min(index, cumulative.size - 1)])
+
+
+def logprobs_of(logits: Row, token: int, wanted: int) -> TokenLogprobs:
+    """The chosen token's log probability and the `wanted` best ones, before temperature."""
+    logs = log_softmax(logits)
+    wanted = min(wanted, logs.size)
+    if wanted <= 0:
+        return TokenLogprobs(float(logs[token]))
+    best = np.argpartition(-logs, wanted - 1)[:wanted]
+    best = best[np.lexsort((best, -logs[best]))]
+    return TokenLogprobs(float(logs[token]), [(int(t), float(logs[t])) for t in best])
+
+
+def sample(
+    logits: Tensor, settings: Sequence[Sampling], positions: Sequence[int]
+) -> list[tuple[int, TokenLogprobs | None]]:
+    """One token per row of `logits` [S, V]; `positions[i]` is where row i's new token will stand."""
+    greedy = logits.argmax(dim=-1).tolist()
+    chosen: list[tuple[int, TokenLogprobs | None]] = []
+    for row, (sampling, position) in enumerate(zip(settings, positions, strict=True)):
+        token = int(greedy[row])
+        if sampling.temperature <= 0 and sampling.logprobs < 0:
+            chosen.append((token, None))
+            continue
+        values = logits[row].double().cpu().numpy()
+        if sampling.temperature > 0:
+            token = choose(values, sampling, position)
+        chosen.append((token, logprobs_of(values, token, sampling.logprobs) if sampling.logprobs >= 0 else None))
+    return chosen

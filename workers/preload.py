@@ -1,0 +1,48 @@
+"""What the forkserver imports before it forks ranks: all that a rank of this model imports, nothing with threads."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+OURS = (
+    "torch",
+    "transformers",
+    "transformers.integrations.moe",
+    "safetensors.torch",
+    "workers.model.load",
+    "workers.model.runner",
+    "workers.model.experts",
+    "workers.model.fingerprint",
+    "workers.exchange.shm",
+    "workers.livemask",
+    "workers.preload:warm_transformers",
+)
+OUR_MODULE = "workers.worker"
+
+
+def preload_for(worker_class: str, model: str) -> tuple[str, ...]:
+    """What to import, or call ("module:function"), for ranks with this worker and this checkpoint directory."""
+    module = worker_class.partition(":")[0]
+    base = ("workers.proc", module)
+    if module != OUR_MODULE:
+        return base
+    family = _family(Path(model) / "config.json")
+    return (*base, *OURS, f"transformers.models.{family}.modeling_{family}") if family else (*base, *OURS)
+
+
+def warm_transformers() -> None:
+    """Have transformers make its table of weight names now: 0.1 s in every rank otherwise."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    get_checkpoint_conversion_mapping("mixtral")  # whichever: it makes the whole table
+
+
+def _family(config: Path) -> str:
+    """The model type; empty if it cannot be read (loading the model then says why)."""
+    try:
+        found = json.loads(config.read_text()).get("model_type", "")
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return found if isinstance(found, str) and re.fullmatch(r"[a-z0-9_]+", found) else ""
