@@ -30,7 +30,7 @@ PROCESS_WIDE_FILES = ("anon_inode:[eventpoll]", "anon_inode:[eventfd]", "/dev/ur
 class Holdings:
     """What this process holds right now."""
 
-    children: frozenset[str]
+    children: dict[int, str]
     threads: frozenset[str]
     files: Counter[str]
     shm: frozenset[str]
@@ -43,23 +43,27 @@ class Holdings:
     def left_since(self, before: Holdings) -> list[str]:
         """What is here now and was not before, one line each."""
         return [
-            *(f"child process: {c}" for c in sorted(self.children - before.children)),
+            *(
+                f"child process: {pid} {self.children[pid]}"
+                for pid in sorted(self.children.keys() - before.children.keys())
+            ),
             *(f"thread: {t}" for t in sorted(self.threads - before.threads)),
             *(f"open file: {f} (x{n})" for f, n in sorted((self.files - before.files).items())),
             *(f"/dev/shm/{s}" for s in sorted(self.shm - before.shm) if not _strangers(s)),
         ]
 
 
-def _children() -> frozenset[str]:
-    found = set()
+def _children() -> dict[int, str]:
+    """Our children by pid alone: what a process says of its command line changes while it starts."""
+    found = {}
     for child in psutil.Process().children(recursive=True):
         try:
             command = " ".join(child.cmdline())
             if child.status() != psutil.STATUS_ZOMBIE and not any(p in command for p in PROCESS_WIDE_CHILDREN):
-                found.add(f"{child.pid} {command[:120]}")
+                found[child.pid] = command[:120]
         except psutil.NoSuchProcess:
             continue
-    return frozenset(found)
+    return found
 
 
 def _threads() -> frozenset[str]:
