@@ -17,6 +17,7 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     prompt: int  # index of the prompt, the key into the oracle
     started: float
+    id: str = ""  # of the response
     token_times: tuple[float, ...] = ()
     tokens: tuple[str, ...] = ()
     finish_reason: str = ""

@@ -137,6 +137,7 @@ class Workload:
         return RequestRecord(
             prompt=prompt,
             started=started,
+            id=seen.id,
             token_times=tuple(seen.times),
             tokens=tuple(seen.tokens),
             finish_reason=seen.finish_reason if seen.done else "",
@@ -150,6 +151,7 @@ class _Seen:
 
     times: list[float] = field(default_factory=list)
     tokens: list[str] = field(default_factory=list)
+    id: str = ""
     finish_reason: str = ""
     error: str = ""
     done: bool = False  # a stream without [DONE] broke off, whatever it said before
@@ -163,6 +165,7 @@ class _Seen:
         if "error" in event:
             self.error = str(event["error"].get("message"))
             return
+        self.id = str(event.get("id", ""))
         for choice in event.get("choices", ()):
             new = (choice.get("logprobs") or {}).get("tokens") or []
             self.tokens += new

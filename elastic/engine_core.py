@@ -170,6 +170,8 @@ class Engine:
             self._outcome = str(result.status)
             log.warning("a rank did not complete its part", rank=result.rank, step=result.step, status=result.status)
             self._emit("step_setback", result.rank, status=str(result.status), error=result.error[-2000:])
+        if result.retried_rows:
+            self._emit("rows_retried", result.rank, rows=result.retried_rows, answered_at=result.retried_at)
         if result.suspects:
             self._emit("ranks_suspected", result.rank, suspects=result.suspects)
             self._fleet.probe()
@@ -206,7 +208,9 @@ class Engine:
             ms=round(masked_ms, 3),
             silent_ms=round(loss.silent_s * 1000, 3),
             requests=len(moved),
+            request_ids=moved,
             uncovered=self._scheduler.uncovered,
+            noticed_at=loss.at,
         )
         self._report()
 

@@ -24,6 +24,7 @@ from membership.store import Store
 
 log = structlog.get_logger(__name__)
 
+ENTRY = "elastic.cli"  # the module that runs a role
 STABLE_S = 30.0  # a role that lived this long starts with a clean record
 MAX_DELAY_S = 5.0
 
@@ -52,7 +53,7 @@ class RoleProcess:
         environment = {**os.environ, **self.environment, DEATH_FD: str(death_fd)}
         with self.log_path.open("ab") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "elastic.cli", *self.arguments],
+                [sys.executable, "-m", ENTRY, *self.arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,

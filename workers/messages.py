@@ -91,6 +91,9 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True, tag=True):
     suspects: list[int] = []  # ranks that stopped answering during this step
     retried_rows: int = 0  # rows sent again to a replica
     load: bytes = b""  # uint32[moe_layers, experts]: rows routed by this rank in this step
+    retried_at: float = (
+        0.0  # when the last of those rows was answered (monotonic clock of its host); 0: there were none
+    )
 
 
 def reader_id(rank: int, incarnation: int) -> str:

@@ -267,6 +267,7 @@ class EPWorker:
             suspects=sorted(self.exchange.suspects),
             retried_rows=self.exchange.retried_rows,
             load=self._runner.take_load() if self._runner is not None else b"",
+            retried_at=self.exchange.retried_at,
         )
 
     def pending(self) -> bool:

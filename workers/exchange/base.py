@@ -56,6 +56,7 @@ class Exchange(Protocol):
 
     device: torch.device  # where the experts compute
     retried_rows: int  # rows sent again to a replica in this step
+    retried_at: float  # when the last of them was answered (time.monotonic); 0: there were none
     suspects: set[int]  # ranks that stopped answering in this step
 
     def handle(self) -> bytes:

@@ -44,6 +44,7 @@ class Call:
         self.asked = 0  # bits of the ranks that something is or was asked of
         self.failed: ExpertFailed | None = None  # why `redo` has to go elsewhere
         self.redo: Ints = np.empty(0, dtype=np.int64)
+        self.retried = False  # whether rows that a rank had been sent went to another
         self._refused: frozenset[Refusal] = frozenset()
 
     @property

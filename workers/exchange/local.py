@@ -22,6 +22,7 @@ class LocalExchange:
         self._bank = bank
         self.device = torch.device("cpu")
         self.retried_rows = 0
+        self.retried_at = 0.0
         self.suspects: set[int] = set()
 
     def handle(self) -> bytes:

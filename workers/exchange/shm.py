@@ -59,6 +59,7 @@ class ShmExchange:
         area: int = AREA,
     ) -> None:
         self.retried_rows = 0
+        self.retried_at = 0.0
         self.suspects: set[int] = set()
         self._rank = rank
         self._incarnation = incarnation
@@ -107,6 +108,7 @@ class ShmExchange:
             self._seen = (-1, -1)
         self._ctx = ctx
         self.retried_rows = 0
+        self.retried_at = 0.0
         self.suspects.clear()
         self._links.sweep()
         self._excluded(ctx)
@@ -146,6 +148,8 @@ class ShmExchange:
             moved = self._answer(call)
             moved += self._collect(self._ctx, call)
             if call.done():
+                if call.retried:
+                    self.retried_at = time.monotonic()
                 return call.combined()
             if not moved and not self._doorbell.wait(lambda: self._stirred(call), deadline - time.monotonic()):
                 raise PeerTimeout(
@@ -196,6 +200,7 @@ class ShmExchange:
     def _again(self, ctx: StepContext, call: Call, rank: int) -> None:
         """Whatever `rank` has not answered goes to the next holders."""
         pairs, rows_sent = call.forget(rank)
+        call.retried = call.retried or rows_sent > 0
         self.retried_rows += rows_sent
         self._place(ctx, call, pairs)
 
