@@ -10,7 +10,7 @@ from __future__ import annotations
 from itertools import pairwise
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from membership.events import Event, Tail
 from membership.types import ClusterState, Operation
@@ -54,6 +54,10 @@ class HistoryMetrics:
         self._migrated = Counter(
             prefix + "requests_migrated", "Requests that went on on another rank.", registry=registry
         )
+        self._weights = Gauge(
+            prefix + "weight_store_bytes", "Memory of each host's weight store, counted once.",
+            ["node"], registry=registry,
+        )  # fmt: skip
 
     def update(self, state: ClusterState) -> None:
         """Take in what is new."""
@@ -89,6 +93,8 @@ class HistoryMetrics:
             self._detection.labels(fields["source"].replace(" ", "_")).observe(took_ms / 1000)
         elif event.kind == "rank_recovered":
             self._recovery.observe(fields["ms"] / 1000)
+        elif event.kind == "weights_held":
+            self._weights.labels(fields["node"]).set(fields["bytes"])
 
     def _take_commit(self, event: Event) -> None:
         before, self._members = self._members, set(event.fields["ranks"])

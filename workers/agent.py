@@ -92,8 +92,9 @@ class Agent:
             config,
             node,
             worker_class=worker_class,
-            preload=preload_for(worker_class, config.model),
+            preload=preload_for(worker_class, config.model, config.dtype),
             on_serving=lambda serving: self._post(self._forkserver_serves, serving),
+            on_weights=partial(events.emit, cluster=config.cluster, node=node),
         )
         self._executor.register_failure_callback(lambda death: self._post(self._died, death))
         self._executor.register_exit_callback(lambda pid, status: self._post(self._exited, pid, status))
@@ -146,8 +147,8 @@ class Agent:
                 self._call(effect.key, "prepare_epoch", args, limit_s, self._prepared, effect.revision)
             elif isinstance(effect, RetireEpoch):
                 self._update(effect.key, retired=effect.mark)
-                epoch = effect.epoch
-                self._call(effect.key, "retire_epoch", (epoch,), RETIRE_TIMEOUT_S, self._retired_epoch, epoch)
+                key, epoch = effect.key, effect.epoch
+                self._call(key, "retire_epoch", (epoch,), RETIRE_TIMEOUT_S, self._retired_epoch, epoch)
 
     def _spawn(self, keys: list[RankKey]) -> None:
         for key in keys:
@@ -189,8 +190,7 @@ class Agent:
             result = None if error else future.result(timeout=0)[key]
             self._post(self._called, key, then, subject, result, str(error) if error else "")
 
-        pending = self._executor.submit(method, args, keys=[key], timeout_s=limit_s)
-        pending.future.add_done_callback(done)
+        self._executor.submit(method, args, keys=[key], timeout_s=limit_s).future.add_done_callback(done)
 
     def _called(
         self, key: RankKey, then: Callable[[RankKey, int, Any, str], None], subject: int, result: Any, error: str
@@ -242,7 +242,7 @@ class Agent:
             self._update(key, failed_revision=revision, prepare_error=error)
         else:
             self._update(key, prepared_revision=revision, prepare_error="")
-            self._emit("rank_prepared", key, revision=revision)
+            self._emit("rank_prepared", key, revision=revision, **(result if isinstance(result, dict) else {}))
 
     def _retired_epoch(self, key: RankKey, epoch: int, result: Any, error: str) -> None:
         if error:

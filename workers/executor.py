@@ -33,6 +33,7 @@ from workers.messages import reader_id
 from workers.proc import Launch, Ready, WorkerProc
 from workers.queue import MessageQueue
 from workers.rpc import Call, CallTable, PendingCall, RankKey, Reply, name_of
+from workers.weights import OnEvent, WeightStore
 
 COLLECT_S = 0.1
 SEND_TIMEOUT_S = 2.0
@@ -67,6 +68,7 @@ class MultiprocExecutor:
         scale_up: bool = True,
         external_handles: Sequence[bytes] = (),
         on_serving: Callable[[Serving], None] | None = None,
+        on_weights: OnEvent | None = None,
     ) -> None:
         self.workers: dict[RankKey, WorkerProcHandle] = {}
         self._config, self._node, self._worker_class, self._scale_up = config, node, worker_class, scale_up
@@ -82,6 +84,7 @@ class MultiprocExecutor:
         self._stopping = threading.Event()
         self._host_lock = HostLock.create()
         self._doorbell = Doorbell()
+        self.weights = WeightStore(on_weights)
         self.rpc_broadcast_mq = MessageQueue(f"{node}-calls")
         self._new_forkserver = partial(ForkServer, preload, on_exit=self._on_exit, on_serving=on_serving)
         self._forkserver = self._new_forkserver()
@@ -100,8 +103,9 @@ class MultiprocExecutor:
         try:
             for key in keys:
                 launch = Launch(
-                    key, self._node, self._config, self._worker_class, handle, self._external_handles, self._scale_up
-                )
+                    key, self._node, self._config, self._worker_class, handle, self._external_handles, self._scale_up,
+                    self.weights.handle(),
+                )  # fmt: skip
                 unready.append(WorkerProc.make_worker_process(launch, self._forkserver, self._host_lock))
         except OSError:
             for made in unready:
@@ -335,5 +339,6 @@ class MultiprocExecutor:
         for key in list(self.workers):
             self._forget(key)
         self.rpc_broadcast_mq.shutdown()
+        self.weights.close()
         self._doorbell.close()
         os.close(self._host_lock)

@@ -89,12 +89,14 @@ def die_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
 
 
 def preload(modules: Sequence[str]) -> None:
-    """Import what ranks need, and make ("module:function") what would otherwise be made lazily in each of them."""
+    """Import what ranks need, and make ("module:function", a JSON list of its arguments may follow after another colon)
+    what would otherwise be made lazily in each of them."""
     for entry in modules:
-        name, _, function = entry.partition(":")
+        name, _, call = entry.partition(":")
+        function, _, arguments = call.partition(":")
         module = importlib.import_module(name)
         if function:
-            getattr(module, function)()
+            getattr(module, function)(*msgspec.json.decode(arguments or "[]"))
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.set_num_threads(1)

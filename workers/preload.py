@@ -22,14 +22,18 @@ OURS = (
 OUR_MODULE = "workers.worker"
 
 
-def preload_for(worker_class: str, model: str) -> tuple[str, ...]:
+def preload_for(worker_class: str, model: str, dtype: str = "auto") -> tuple[str, ...]:
     """What to import, or call ("module:function"), for ranks with this worker and this checkpoint directory."""
     module = worker_class.partition(":")[0]
     base = ("workers.proc", module)
     if module != OUR_MODULE:
         return base
     family = _family(Path(model) / "config.json")
-    return (*base, *OURS, f"transformers.models.{family}.modeling_{family}") if family else (*base, *OURS)
+    if not family:
+        return (*base, *OURS)
+    arguments = json.dumps([model, dtype])
+    modeling = f"transformers.models.{family}.modeling_{family}"
+    return (*base, *OURS, modeling, f"workers.model.load:prebuild:{arguments}")
 
 
 def warm_transformers() -> None:

@@ -63,6 +63,7 @@ class Launch:
     input_handle: bytes  # queue of its parent's calls
     external_input_handles: tuple[bytes, ...] = ()  # queues of callers on other hosts (nnodes > 1)
     scale_up: bool = True  # elastic launch: the device and the model come later, by calls
+    weights: bytes = b""  # the host's weight store
 
 
 class Ready(msgspec.Struct, frozen=True):
@@ -95,14 +96,9 @@ class WorkerProc:
             self.liveness = LivenessPage.create()
             undo.callback(self.liveness.close)
             context = WorkerContext(
-                rank=self.rank,
-                incarnation=launch.key[1],
-                node=launch.node,
-                config=launch.config,
-                doorbell=self.doorbell,
-                environ=frozen_environment(),
-                host_lock=host_lock,
-            )
+                rank=self.rank, incarnation=launch.key[1], node=launch.node, config=launch.config,
+                doorbell=self.doorbell, environ=frozen_environment(), host_lock=host_lock, weights=launch.weights,
+            )  # fmt: skip
             self.worker: Worker = load_worker_class(launch.worker_class)(context)
             undo.callback(self.worker.shutdown)
             if not launch.scale_up:

@@ -38,7 +38,8 @@ class Preparation:
         self, worker: EPWorker, view: View, peers: dict[int, tuple[int, bytes]], older: Preparation | None
     ) -> None:
         self.view = view
-        self.bytes_loaded = 0
+        self.bytes_loaded = 0  # read from the checkpoint
+        self.bytes_mapped = 0  # found in the host's weight store
         self._worker = worker
         self._peers = peers
         self._older = older
@@ -58,15 +59,15 @@ class Preparation:
         """Whether the view may be used."""
         return self._ended.is_set() and self._error is None and not self._stopped.is_set()
 
-    def get_output(self, timeout_s: float) -> int:
-        """Bytes of expert weights that were loaded, once everything is ready."""
+    def get_output(self, timeout_s: float) -> dict[str, int]:
+        """How many bytes of expert weights were loaded and mapped, once everything is ready."""
         if not self._ended.wait(timeout_s):
             raise WaitTimeout(f"rank {self._worker.rank} still loads for epoch {self.view.epoch} after {timeout_s} s")
         if self._error is not None:
             raise self._error
         if self._stopped.is_set():
             raise Fenced(f"epoch {self.view.epoch} was replaced while rank {self._worker.rank} prepared it")
-        return self.bytes_loaded
+        return {"bytes_loaded": self.bytes_loaded, "bytes_mapped": self.bytes_mapped}
 
     def stop(self) -> None:
         """Have it give up before the next expert, or while peers keep it waiting. Does not wait."""
@@ -85,7 +86,9 @@ class Preparation:
                 self._older.join(self._worker.connect_timeout_s)
                 self._older = None
             wanted = sorted(experts_of(self.view, self._worker.rank))
+            mapped = self._worker.bank.bytes_mapped
             self.bytes_loaded = self._worker.bank.load_all(wanted, self._stopped.is_set)
+            self.bytes_mapped = self._worker.bank.bytes_mapped - mapped
             if not self._stopped.is_set():
                 self._worker.exchange.connect(self._peers, self._worker.connect_timeout_s, self._stopped.is_set)
         except BaseException as error:  # noqa: BLE001 - handed to whoever waits for the output
@@ -147,12 +150,14 @@ class EPWorker:
         """Load everything but the experts."""
         from workers.model.load import load_model
         from workers.model.runner import ModelRunner
+        from workers.weights import WeightClient
 
         if self._device is None:
             raise ConfigError("load_model before init_device")
         config = self._ctx.config
         started = time.monotonic()
-        loaded = load_model(config.model, config.dtype, str(self._device))
+        store = WeightClient(self._ctx.weights) if self._ctx.weights else None
+        loaded = load_model(config.model, config.dtype, str(self._device), store)
         self._runner = ModelRunner(
             loaded, self.bank, kv_blocks=config.kv_blocks, block_size=config.block_size, max_len=config.max_model_len
         )

@@ -31,6 +31,7 @@ class WorkerContext:
     doorbell: Doorbell
     environ: Mapping[str, str]
     host_lock: AbstractContextManager[object]  # held by at most one worker of this host; freed if its holder dies
+    weights: bytes = b""  # handle of this host's weight store (`workers/weights.py`); empty if there is none
 
 
 @runtime_checkable

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from membership.codec import encode
-from membership.events import EventLog
+from membership.events import Event, EventLog
 from membership.memory import MemoryStore
 from membership.placement import plan
 from membership.types import ClusterConfig, ClusterState, EngineRecord, Member, View
@@ -31,9 +31,9 @@ RANKS = 2
 CHUNK = SeqChunk(seq=1, start=0, tokens=[1, 2, 3], blocks=[0], sample=Sampling())
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("model"), "mixtral")
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "model", "mixtral")
 
 
 @pytest.fixture
@@ -123,3 +123,76 @@ def test_ranks_serve_a_real_model_and_a_dead_one_is_replaced(scene: Scene) -> No
         eventually(lambda: len(scene.events("rank_ready")) == 3, 5, "the events")
         again = next(event for event in scene.events("rank_ready") if event.fields["incarnation"] == 3)
         print(f"a rank from the warm forkserver was ready after {again.fields['took_ms']} ms")
+
+
+def test_weights_outlive_their_ranks_and_are_there_once(scene: Scene, checkpoint: Path) -> None:
+    """Both ranks that loaded are killed, the file is turned to zeros, and new ranks say the same: from the store."""
+    a, b, later, last = (0, 1), (1, 2), (1, 3), (0, 4)
+    with ExitStack() as stack:
+        scene.assign(a, b)
+        driver = Driver(scene, stack)
+        driver.prepare(1, a, b)
+        first = driver.step(1, a, b)
+        assert sum(event.fields["bytes_loaded"] for event in prepared(scene, 1, 2)) > 0
+        store = scene.events("weights_held")[-1].fields
+        assert store["node"] == "n"
+        overwrite(checkpoint / "model.safetensors")
+
+        os.kill(scene.state().ranks[b].pid, signal.SIGKILL)
+        scene.until(lambda s: b not in s.ranks, "the death told")
+        driver.prepare(2, a)
+        (survivor,) = prepared(scene, 2, 1)
+        moved = survivor.fields["bytes_loaded"] + survivor.fields["bytes_mapped"]
+        assert moved == 0, "every expert had its replica where it was needed"
+        assert driver.step(2, a) == first[:1]
+
+        scene.assign(a, later)
+        driver.prepare(3, a, later)
+        assert driver.step(3, a, later) == first
+        os.kill(scene.state().ranks[a].pid, signal.SIGKILL)
+        scene.until(lambda s: a not in s.ranks, "the death told")
+        scene.assign(later, last)
+        driver.prepare(4, later, last)
+        assert driver.step(4, later, last) == first
+        for event in [*prepared(scene, 3, 2), *prepared(scene, 4, 2)]:
+            assert event.fields["bytes_loaded"] == 0, "nothing is read while the store has it"
+        new = [e for e in prepared(scene, 3, 2) if e.rank == later[0]] + [
+            e for e in prepared(scene, 4, 2) if not e.rank
+        ]
+        assert all(event.fields["bytes_mapped"] > 0 for event in new)
+
+        maps = [weight_maps(scene.state().ranks[key].pid) for key in (later, last)]
+        both = maps[0].keys() & maps[1].keys()
+        assert sum(maps[0][inode] for inode in both) > store["bytes"] / 2, "the same memory in both"
+        assert scene.events("weights_held")[-1].fields["bytes"] == store["bytes"]
+
+
+def prepared(scene: Scene, epoch: int, count: int) -> list[Event]:
+    """The events of ranks that are prepared for the view of `epoch` (the views were staged in this order)."""
+
+    def found() -> list[Event]:
+        events = scene.events("rank_prepared")
+        revisions = sorted({event.fields["revision"] for event in events})
+        return [e for e in events if len(revisions) >= epoch and e.fields["revision"] == revisions[epoch - 1]]
+
+    return eventually(lambda: found() if len(found()) == count else [], 10, f"{count} events of epoch {epoch}")
+
+
+def overwrite(file: Path) -> None:
+    """Zeros in place; size and times stay, so that to a rank it is the same checkpoint."""
+    found = file.stat()
+    with file.open("r+b") as opened:
+        opened.write(bytes(found.st_size))
+    os.utime(file, ns=(found.st_atime_ns, found.st_mtime_ns))
+
+
+def weight_maps(pid: int) -> dict[int, int]:
+    """Size of each mapped entry of the weight store, by the inode of its memory."""
+    sizes: dict[int, int] = {}
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        if "memfd:elastic-ep-weights" in line:
+            span, rights, _, _, inode, *_ = line.split()
+            assert rights.startswith("r--"), line
+            start, end = (int(edge, 16) for edge in span.split("-"))
+            sizes[int(inode)] = sizes.get(int(inode), 0) + end - start
+    return sizes

@@ -121,7 +121,7 @@ def test_is_a_worker(worker: TestedWorker) -> None:
 def test_a_step_after_prepare(worker: TestedWorker) -> None:
     assert worker.execute_model(batch(1)).status is StepStatus.STALE  # type: ignore[union-attr]
     loaded = worker.prepare_epoch(view(1, WHOLE), {0: (1, b"me")}).get_output(20)
-    assert loaded == sum(w.nbytes for w in worker.bank._held.values())
+    assert loaded["bytes_loaded"] == sum(w.nbytes for w in worker.bank._held.values())
     assert worker.script.connected == [{}]
     result = worker.execute_model(batch(1, masked=(2, 3)))
     assert result is not None
@@ -153,7 +153,7 @@ def test_steps_go_on_while_the_next_epoch_is_prepared(worker: TestedWorker) -> N
     with pytest.raises(Fenced):
         worker.commit_epoch(2)
     worker.script.hold.set()
-    assert coming.get_output(20) == 0
+    assert coming.get_output(20)["bytes_loaded"] == 0
     assert worker.execute_model(batch(1)).status is StepStatus.OK  # type: ignore[union-attr]
     worker.commit_epoch(2)
     assert worker.execute_model(batch(1)).status is StepStatus.STALE  # type: ignore[union-attr]

@@ -133,3 +133,10 @@ def test_what_is_promised_is_there_from_the_start(world: World) -> None:
         " time_to_first_token_seconds inter_token_seconds worker_restarts"
     )
     assert {f"elastic_ep_{name}" for name in promised.split()} <= names
+
+
+def test_memory_of_the_weight_stores(world: World) -> None:
+    for node, size in (("a", 10), ("b", 5), ("a", 20), ("b", 0)):
+        world.log.emit("weights_held", node=node, entries=1, bytes=size)
+    found = world.scrape()
+    assert (found["weight_store_bytes{a}"], found["weight_store_bytes{b}"]) == (20, 0)

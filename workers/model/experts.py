@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -34,6 +35,7 @@ class LocalExpertBank:
         self._source: ExpertSource | None = None
         self._activation: Callable[[Tensor], Tensor] = functional.silu
         self.invariant = invariant
+        self.bytes_mapped = 0  # from the host's weight store, in all
         self._held: dict[tuple[int, int], ExpertWeights] = {}
         self._tiles: RowTiles | None = None  # known once the first expert is here; never in stock mode
         self._calibrating = threading.Lock()
@@ -96,24 +98,31 @@ class LocalExpertBank:
                 torch.mm(group[first : first + most], weight, out=into[first : first + most])
 
     def load(self, layer: int, expert: int) -> int:
-        """Read an expert if it is not here yet; the bytes added. May run in any thread."""
-        if (layer, expert) in self._held:
-            return 0
-        if self._source is None:
-            raise ModelError("experts were asked for before the model was loaded")
-        weights = self._source.load(layer, expert)
-        self._calibrate(weights)
-        self._held[layer, expert] = weights
-        return weights.nbytes
+        """Get an expert if it is not here yet; the bytes read for it. May run in any thread."""
+        return self.load_all([(layer, expert)])
 
     def load_all(self, wanted: Iterable[tuple[int, int]], stop: Callable[[], bool] = lambda: False) -> int:
-        """Load what is missing of `wanted`, in order, until `stop` says to give up; the bytes added."""
-        added = 0
-        for layer, expert in wanted:
-            if stop():
-                break
-            added += self.load(layer, expert)
-        return added
+        """Get what is missing of `wanted`, in order, until `stop` says to give up; the bytes read from the checkpoint.
+
+        What the host's weight store had is not read: it adds to `bytes_mapped`.
+        """
+        missing = [key for key in dict.fromkeys(wanted) if key not in self._held]
+        if missing and self._source is None:
+            raise ModelError("experts were asked for before the model was loaded")
+        read = 0
+        if not missing or self._source is None or stop():
+            return read
+        with closing(self._source.load_many(missing)) as coming:
+            for key, weights in coming:
+                self._calibrate(weights)
+                self._held[key] = weights
+                if weights.mapped:
+                    self.bytes_mapped += weights.nbytes
+                else:
+                    read += weights.nbytes
+                if stop():
+                    break
+        return read
 
     def drop(self, keep: frozenset[tuple[int, int]]) -> int:
         """Forget every expert that is not in `keep`; how many."""

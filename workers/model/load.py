@@ -1,7 +1,8 @@
 """Builds a transformers model without its routed experts, and reads single experts on demand.
 
 The model is laid out on the `meta` device, names are mapped with transformers' own conversion rules, and only what a
-rank needs is read: everything but experts at once, an expert when the placement gives it to the rank.
+rank needs is read: everything but experts at once, an expert when the placement gives it to the rank. Where the host
+has a weight store, what it holds is mapped instead, and a rank that finds everything there opens no weight file at all.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import re
 import threading
 from collections import defaultdict
+from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +24,13 @@ from torch import Tensor, nn
 from membership.errors import ModelError
 from workers.model import hooks
 from workers.model.info import ModelInfo, read_model_info, weight_files
+from workers.model.shared_weights import SharedWeights, identity
+from workers.weights import WeightClient
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PARAMETERS = ("gate_up_proj", "down_proj")
+DENSE = "dense"  # the store's entry of all that is not a routed expert
+AT_ONCE = 16  # experts that are asked of the store before any of them is used
 _EXPERT_INDEX = re.compile(r"\.experts\.(\d+)\.")
 
 
@@ -32,6 +40,7 @@ class ExpertWeights:
 
     gate_up: Tensor
     down: Tensor
+    mapped: bool = False  # from the host's store, without reading the checkpoint
 
     @property
     def nbytes(self) -> int:
@@ -44,11 +53,14 @@ class Checkpoint:
 
     def __init__(self, info: ModelInfo) -> None:
         self._root = Path(info.path)
-        self._file_of = weight_files(self._root)
         self._open: dict[str, Any] = {}
         self._stack = ExitStack()
         self._lock = threading.Lock()
         self.bytes_read = 0
+
+    @cached_property
+    def _file_of(self) -> dict[str, str]:
+        return weight_files(self._root)
 
     @property
     def names(self) -> list[str]:
@@ -73,13 +85,28 @@ class Checkpoint:
             self._stack.close()
 
 
-class ExpertSource:
-    """Knows which tensors make up each expert, and assembles one at a time."""
+def _expert_name(layer: int, expert: int) -> str:
+    return f"expert/{layer}/{expert}"
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+
+class ExpertSource:
+    """Knows which tensors make up each expert, and assembles one at a time, unless the host's store has it."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        fill: Callable[[ExpertSource], object],
+        shared: SharedWeights | None = None,
+    ) -> None:
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._device = device
+        self._fill = fill  # calls `add` for all; only once something has to be read
+        self._filled = False
+        self._filling = threading.Lock()
+        self._shared = shared
         self._fused: dict[tuple[int, str], str] = {}  # (layer, parameter) -> a tensor with all experts
         self._parts: dict[tuple[int, int, str], list[tuple[str, str]]] = defaultdict(list)  # -> (pattern, tensor)
         self._converters: dict[str, Any] = {}  # parameter -> transformers' rule that merges its parts
@@ -96,9 +123,37 @@ class ExpertSource:
         self._converters[parameter] = converter
 
     def load(self, layer: int, expert: int) -> ExpertWeights:
-        """Read expert `expert` of MoE layer `layer`, and nothing else."""
-        gate_up, down = (self._parameter(layer, expert, name) for name in ("gate_up_proj", "down_proj"))
-        return ExpertWeights(gate_up.t(), down.t())
+        """Get expert `expert` of MoE layer `layer`, and nothing else."""
+        ((_, weights),) = self.load_many([(layer, expert)])
+        return weights
+
+    def load_many(self, wanted: Iterable[tuple[int, int]]) -> Generator[tuple[tuple[int, int], ExpertWeights]]:
+        """Get experts one after the other, in order."""
+        left = list(wanted)
+        try:
+            while left:
+                some, left = left[:AT_ONCE], left[AT_ONCE:]
+                there = self._shared.find([_expert_name(*key) for key in some]) if self._shared else {}
+                for key in some:
+                    found = there.get(_expert_name(*key))
+                    yield key, self._placed(found.tensors, mapped=True) if found else self._read(*key)
+        finally:
+            if self._shared is not None:
+                self._shared.report()
+
+    def _read(self, layer: int, expert: int) -> ExpertWeights:
+        """Read an expert from the checkpoint, and leave it to the host's store."""
+        with self._filling:
+            if not self._filled:
+                self._fill(self)
+                self._filled = True
+        made = {name: self._parameter(layer, expert, name) for name in PARAMETERS}
+        kept = self._shared.put(_expert_name(layer, expert), made) if self._shared else None
+        return self._placed(kept.tensors if kept else made, mapped=False)
+
+    def _placed(self, tensors: dict[str, Tensor], *, mapped: bool) -> ExpertWeights:
+        gate_up, down = (tensors[name].to(self._device) for name in PARAMETERS)
+        return ExpertWeights(gate_up.t(), down.t(), mapped)
 
     def _parameter(self, layer: int, expert: int, parameter: str) -> Tensor:
         fused = self._fused.get((layer, parameter))
@@ -109,7 +164,7 @@ class ExpertSource:
             if not parts:
                 raise ModelError(f"the checkpoint lacks {parameter} of expert {expert} in MoE layer {layer}")
             merged = self._merge(parameter, {pattern: [self._checkpoint.read(name)] for pattern, name in parts})
-        return merged.to(self._device, self._dtype).contiguous()
+        return merged.to(self._dtype).contiguous()
 
     def _merge(self, parameter: str, tensors: dict[str, Any]) -> Tensor:
         """Apply transformers' merge rule to the parts of a single expert."""
@@ -139,6 +194,7 @@ class LoadedModel:
     checkpoint: Checkpoint
     dtype: torch.dtype
     device: torch.device
+    shared: SharedWeights | None = None
 
 
 def resolve_dtype(info: ModelInfo, dtype: str, device: torch.device) -> torch.dtype:
@@ -150,13 +206,34 @@ def resolve_dtype(info: ModelInfo, dtype: str, device: torch.device) -> torch.dt
     return TORCH_DTYPES[dtype]
 
 
-def load_model(path: str | Path, dtype: str = "auto", device: str = "cpu") -> LoadedModel:
-    """Load everything but the routed experts."""
+@dataclass
+class Skeleton:
+    """A model on `meta`, before it has weights."""
+
+    identity: str
+    info: ModelInfo
+    model: Any
+    expert_modules: list[nn.Module]
+    dtype: torch.dtype
+
+
+_prebuilt: list[Skeleton] = []  # by the forkserver; whoever takes it uses it up
+
+
+def prebuild(path: str, dtype: str = "auto") -> None:
+    """In the forkserver: build the model without weights once, so that no rank has to. Ranks tell of faults."""
+    try:
+        _prebuilt[:] = [_build(path, dtype, torch.device("cpu"))]
+    except (ModelError, OSError, ValueError):
+        _prebuilt.clear()
+
+
+def _build(path: str | Path, dtype: str, device: torch.device) -> Skeleton:
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    found = identity(path)
     info = read_model_info(path)
-    place = torch.device(device)
-    kind = resolve_dtype(info, dtype, place)
+    kind = resolve_dtype(info, dtype, device)
     config = AutoConfig.from_pretrained(info.path)
     hooks.register()
     with torch.device("meta"):
@@ -165,16 +242,37 @@ def load_model(path: str | Path, dtype: str = "auto", device: str = "cpu") -> Lo
     expert_modules = _detach_experts(model)
     if len(expert_modules) != info.moe_layers:
         raise ModelError(f"found {len(expert_modules)} expert modules where config.json promises {info.moe_layers}")
+    return Skeleton(found, info, model, expert_modules, kind)
+
+
+def _skeleton(path: str | Path, dtype: str, device: torch.device) -> Skeleton:
+    """The prebuilt one, if it is of this very checkpoint and type; else a new one."""
+    while _prebuilt:
+        made = _prebuilt.pop()
+        if made.identity == identity(path) and made.dtype == resolve_dtype(made.info, dtype, device):
+            return made
+    return _build(path, dtype, device)
+
+
+def load_model(
+    path: str | Path, dtype: str = "auto", device: str = "cpu", store: WeightClient | None = None
+) -> LoadedModel:
+    """Load everything but the routed experts; from the host's `store` where it has it."""
+    place = torch.device(device)
+    made = _skeleton(path, dtype, place)
+    info, model, kind = made.info, made.model, made.dtype
+    shared = SharedWeights(store, f"{made.identity}/{kind}") if store is not None else None
     checkpoint = Checkpoint(info)
-    source = ExpertSource(checkpoint, kind, place)
+    files = _Files(made, checkpoint)
+    source = ExpertSource(checkpoint, kind, place, files.tell_experts, shared)
     try:
-        _load_weights(model, checkpoint, source, kind, place, info)
+        _load_weights(made, files, shared, place)
     except BaseException:
         checkpoint.close()
         raise
     attention = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")]
     model.set_experts_implementation(hooks.NAME)
-    return LoadedModel(info, model, expert_modules, attention, source, checkpoint, kind, place)
+    return LoadedModel(info, model, made.expert_modules, attention, source, checkpoint, kind, place, shared)
 
 
 def _detach_experts(model: nn.Module) -> list[nn.Module]:
@@ -188,35 +286,73 @@ def _detach_experts(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _load_weights(
-    model: Any, checkpoint: Checkpoint, source: ExpertSource, dtype: torch.dtype, device: torch.device, info: ModelInfo
-) -> None:
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+class _Files:
+    """What each stored tensor is to the model, by transformers' own rules; looked up only when something is read."""
 
-    rules = get_model_conversion_mapping(model)
-    renamings = [r for r in rules if isinstance(r, WeightRenaming)]
-    converters = [r for r in rules if isinstance(r, WeightConverter)]
-    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    layer_of = {f"model.layers.{layer}.": i for i, layer in enumerate(info.moe_layer_ids)}
-    expected = model.state_dict()
-    strict = [re.compile(p) for p in model._keep_in_fp32_modules_strict or ()]
-    for name in checkpoint.names:
-        key, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
-        if ".experts." in key:
-            prefix = ".".join(key.split(".")[:3]) + "."
-            if prefix in layer_of:
-                source.add(layer_of[prefix], key.rsplit(".", 1)[1], name, pattern, by_pattern.get(pattern or ""))
-        elif pattern is not None:
-            raise ModelError(f"{name} needs a conversion that is not supported", hint="re-save the checkpoint")
-        elif key in expected:
-            kind = torch.float32 if any(p.search(key) for p in strict) else dtype
-            _assign(model, key, checkpoint.read(name).to(device, kind))
+    def __init__(self, made: Skeleton, checkpoint: Checkpoint) -> None:
+        self._made, self._model, self._checkpoint = made, made.model, checkpoint
+
+    @cached_property
+    def _sorted(self) -> tuple[dict[str, str], list[tuple[int, str, str, str | None, Any]]]:
+        """Stored names of the dense tensors, by the model's name; and what `ExpertSource.add` takes."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        model, info = self._model, self._made.info
+        if identity(info.path) != self._made.identity:
+            raise ModelError(f"the checkpoint in {info.path} changed under a running rank", hint="restart the cluster")
+        rules = get_model_conversion_mapping(model)
+        renamings = [r for r in rules if isinstance(r, WeightRenaming)]
+        converters = [r for r in rules if isinstance(r, WeightConverter)]
+        by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+        layer_of = {f"model.layers.{layer}.": i for i, layer in enumerate(info.moe_layer_ids)}
+        expected = model.state_dict()
+        dense: dict[str, str] = {}
+        experts: list[tuple[int, str, str, str | None, Any]] = []
+        for name in self._checkpoint.names:
+            key, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
+            if ".experts." in key:
+                prefix = ".".join(key.split(".")[:3]) + "."
+                if prefix in layer_of:
+                    rule = by_pattern.get(pattern or "")
+                    experts.append((layer_of[prefix], key.rsplit(".", 1)[1], name, pattern, rule))
+            elif pattern is not None:
+                raise ModelError(f"{name} needs a conversion that is not supported", hint="re-save the checkpoint")
+            elif key in expected:
+                dense[key] = name
+        return dense, experts
+
+    def tell_experts(self, source: ExpertSource) -> None:
+        """Tell where all experts are."""
+        for entry in self._sorted[1]:
+            source.add(*entry)
+
+    def read_dense(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Read everything but the routed experts, in the type it is computed in."""
+        strict = [re.compile(p) for p in self._model._keep_in_fp32_modules_strict or ()]
+        kinds = {key: torch.float32 if any(p.search(key) for p in strict) else dtype for key in self._sorted[0]}
+        return {key: self._checkpoint.read(name).to(kinds[key]) for key, name in self._sorted[0].items()}
+
+
+def _load_weights(made: Skeleton, files: _Files, shared: SharedWeights | None, device: torch.device) -> None:
+    model = made.model
+    found = shared.find([DENSE]).get(DENSE) if shared is not None else None
+    tensors = found.tensors if found is not None else files.read_dense(made.dtype)
+    _assign_all(model, tensors, device)
+    if found is None and shared is not None and (kept := shared.put(DENSE, tensors)) is not None:
+        _assign_all(model, kept.tensors, device)
+    if shared is not None:
+        shared.report()
     model.tie_weights()
     _rebuild_computed_buffers(model, device)
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if left:
         raise ModelError(f"the checkpoint lacks {len(left)} tensors, first {left[0]}", hint="is it complete?")
+
+
+def _assign_all(model: Any, tensors: dict[str, Tensor], device: torch.device) -> None:
+    for key, tensor in tensors.items():
+        _assign(model, key, tensor.to(device))
 
 
 def _assign(model: nn.Module, key: str, tensor: Tensor) -> None:
