@@ -1,0 +1,62 @@
+"""The roles of a cluster as `recovery.py` runs them: `python -m benchmarks.recovery_roles serve` is `elastic serve`.
+
+A hundred kills in a row are each treated as a slot's (or role's) first death, without the backoff and quarantine that
+would follow in life. By environment, all inherited: RECOVERY_BALLAST_MB (touched memory in each rank), RECOVERY_TTL_S
+(of leases) and RECOVERY_SWITCH (file of a page that turns detection and masking off and on while they run).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+import workers.preload as preload
+import workers.restart as restart
+from benchmarks import recovery_switch
+from elastic import cli, roles
+
+BALLAST_MB = "RECOVERY_BALLAST_MB"
+TTL_S = "RECOVERY_TTL_S"
+WORKER = "benchmarks.recovery_worker:BenchWorker"
+
+
+def every_death_is_the_first() -> None:
+    """No backoff beyond the first one's, no quarantine, no delay of roles."""
+    roles.ENTRY = "benchmarks.recovery_roles"
+    roles.STABLE_S = 0.0
+    restart.recent_deaths = lambda policy, deaths, now: ()
+
+
+def with_ttl(ttl_s: float) -> None:
+    """Have the supervisor write this lease TTL into the cluster's configuration."""
+    from elastic import serve
+
+    made: Callable[..., Any] = serve.cluster_config
+    serve.cluster_config = lambda options: msgspec.structs.replace(made(options), lease_ttl_s=ttl_s)
+
+
+def with_our_worker() -> None:
+    """Ranks run our subclass of the worker, forked from a forkserver that has imported all that the product's has."""
+    usual = preload.preload_for
+    ours = WORKER.partition(":")[0]
+    preload.preload_for = lambda worker, model: (*usual("workers.worker:EPWorker", model), ours)
+    sys.argv += ["--worker-class", WORKER]
+
+
+def main() -> None:
+    """Change what the environment says, then be the `elastic` command."""
+    every_death_is_the_first()
+    if sys.argv[1:2] == ["serve"] and os.environ.get(TTL_S):
+        with_ttl(float(os.environ[TTL_S]))
+    recovery_switch.install()
+    if sys.argv[1:2] == ["agent"] and (os.environ.get(BALLAST_MB) or os.environ.get(recovery_switch.SWITCH)):
+        with_our_worker()
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()
