@@ -39,7 +39,8 @@ from workers.model.info import read_model_info
 log = structlog.get_logger(__name__)
 
 # In the order in which roles are started; they are stopped in the opposite one, so that requests can end.
-STOP_GRACE_S = {"controller": 5.0, "agent": 15.0, "engine": 5.0, "gateway": 20.0}
+# The standby engine has everything imported and waits for the office: streams do not wait for a process to start.
+STOP_GRACE_S = {"controller": 5.0, "agent": 15.0, "engine": 5.0, "engine-standby": 5.0, "gateway": 20.0}
 POLL_S = 0.25
 ETCD_RETRY_S = 2.0
 CHOICES = {
@@ -266,7 +267,8 @@ class Supervisor:
         )
 
     def _role(self, name: str, endpoints: tuple[str, ...]) -> RoleProcess:
-        arguments = [name, "--etcd", ",".join(endpoints), "--cluster", self.config.cluster]
+        command = name.removesuffix("-standby")
+        arguments = [command, "--etcd", ",".join(endpoints), "--cluster", self.config.cluster]
         arguments += ["--state-dir", str(self.state.path)]
         if name == "gateway":
             arguments += ["--host", self.options.host, "--port", str(self.options.port)]

@@ -32,7 +32,11 @@ def streaming(workload: Workload) -> bool:
 
 
 def role_pid(cluster: ServedCluster, role: str) -> int:
-    """Process id of a role, by the command line of the supervisor's children."""
+    """Process id of a role, by the command line of the supervisor's children; of two engines, the one in office."""
+    if role == "engine":
+        record = cluster.client().state().engine
+        assert record is not None, "no engine in office"
+        return record.pid
     for child in psutil.Process(cluster.pid).children(recursive=True):
         try:
             command = child.cmdline()
@@ -78,6 +82,43 @@ def test_the_service_comes_back_and_requests_survive(serve: Serve, demo_model: P
     # The service can still change: a repair that only looks alive would show here.
     cluster.scale(RANKS + 1)
     cluster.wait_serving(RANKS + 1)
+
+
+def test_a_standby_engine_takes_over_and_ranks_live_on(serve: Serve, demo_model: Path) -> None:
+    """Who takes over is a process that ran before the kill; the ranks are the same processes; requests are exact."""
+    cluster = serve(demo_model, RANKS)
+    cluster.wait_serving(RANKS)
+    model = cluster.model_name()
+    oracle = {r.prompt: r for r in Workload(cluster.url, model).run_once()}
+    workload = Workload(cluster.url, model)
+    workload.start()
+    try:
+        eventually(lambda: streaming(workload), 30.0, "two streams under way")
+        first = role_pid(cluster, "engine")
+        standby = eventually(lambda: set(engine_pids(cluster)) - {first}, 30.0, "a standby engine process")
+        ranks = {r["pid"] for r in cluster.status()["ranks"]}
+        kill(first)
+        eventually(lambda: role_pid_or_zero(cluster, "engine") in standby, 60.0, "the standby in office")
+        cluster.wait_serving(RANKS)
+        ended = len(workload.records())
+        eventually(lambda: len(workload.records()) > ended + 4, 60.0, "requests ending again")
+        assert {r["pid"] for r in cluster.status()["ranks"]} == ranks
+        eventually(lambda: len(set(engine_pids(cluster)) - {first}) == 2, 30.0, "a new standby")
+    finally:
+        history = workload.stop()
+    verdict = compare(history, oracle)
+    assert verdict.ok, verdict.differences
+
+
+def engine_pids(cluster: ServedCluster) -> list[int]:
+    """Engines the supervisor has started, in office or standing by."""
+    return [
+        e.fields["pid"]
+        for e in cluster.events()
+        if e.kind == "role_started"
+        and str(e.fields["name"]).startswith("engine")
+        and psutil.pid_exists(e.fields["pid"])
+    ]
 
 
 def role_pid_or_zero(cluster: ServedCluster, role: str) -> int:
