@@ -43,7 +43,7 @@ def with_our_worker() -> None:
     """Ranks run our subclass of the worker, forked from a forkserver that has imported all that the product's has."""
     usual = preload.preload_for
     ours = WORKER.partition(":")[0]
-    preload.preload_for = lambda worker, model: (*usual("workers.worker:EPWorker", model), ours)
+    preload.preload_for = lambda worker, *rest: (*usual("workers.worker:EPWorker", *rest), ours)
     sys.argv += ["--worker-class", WORKER]
 
 
