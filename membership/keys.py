@@ -21,6 +21,7 @@ _SINGLES: dict[str, tuple[str, type[Record]]] = {
     "next": ("next", types.View),
     "engine": ("engine", types.EngineRecord),
     "engine-status": ("engine_status", types.EngineStatus),
+    "expert-load": ("expert_load", types.ExpertLoad),
     "incarnation": ("incarnation", types.Counter),
 }
 _FAMILIES: dict[str, tuple[str, type[Record]]] = {
@@ -117,12 +118,17 @@ class Keys:
 
     def heartbeats(self, node: str) -> str:
         """Heartbeats."""
-        return f"{self.quiet}{_segment(node, 'node name')}"
+        return f"{self.prefix}heartbeats/{_segment(node, 'node name')}"
 
     @property
-    def quiet(self) -> str:
-        """Prefix of what is only looked at, by people: its changes wake nobody."""
-        return self.prefix + "heartbeats/"
+    def expert_load(self) -> str:
+        """ExpertLoad."""
+        return self.prefix + "expert-load"
+
+    @property
+    def quiet(self) -> tuple[str, ...]:
+        """Prefixes of what nobody has to act on at once: changes there wake nobody."""
+        return self.prefix + "heartbeats/", self.expert_load
 
     def gateway(self, name: str) -> str:
         """GatewayRecord."""

@@ -2,7 +2,8 @@
 
 It outlives store outages: the last state stays readable (serving goes on under the last view), `staleness_s` grows, and
 the watch resumes where it stopped. Where the store has forgotten that point (compaction, or a history that went back),
-it lists again. Heartbeats are in the state too, but wake nobody: no decision rests on them.
+it lists again. Heartbeats and expert loads are in the state too, but
+wake nobody: no decision waits for them.
 """
 
 from __future__ import annotations

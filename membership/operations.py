@@ -25,8 +25,8 @@ from membership.errors import (
 )
 from membership.keys import Keys, state_from
 from membership.placement import coverage, moves
-from membership.planner import next_view
 from membership.store import Compare, Delete, Op, Put, Store
+from membership.succession import next_view
 from membership.types import ClusterState, Desired, Member, Operation, Phase
 
 KEPT = 32  # finished operations that stay readable

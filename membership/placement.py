@@ -1,9 +1,10 @@
 """Which rank holds which experts: coverage first, then balance, then fewest moves. Pure and deterministic.
 
 Every layer has the same number of slots: `redundancy` per expert, at most one per rank. Each expert gets the whole
-part of the redundancy as replicas on distinct ranks; what is left over goes where loads need it. Ranks get equal
-numbers of slots (within one, in each layer and over all), and keep what they hold now as far as that allows: after a
-loss only orphans move, and when a rank joins it takes its share and little else moves.
+part of the redundancy as replicas on distinct ranks, and on two hosts or more wherever the hosts' slots allow; what is
+left over goes where loads need it. Ranks get equal numbers of slots (within one, in each layer and over all), and keep
+what they hold now as far as that allows: when a rank joins it takes its share and little else moves. After a loss
+`repair` moves orphans only: redundancy and balance come back later (`membership/rebalance.py`).
 """
 
 from __future__ import annotations
@@ -68,29 +69,56 @@ def plan(
     redundancy: float,
     current: Placement | None = None,
     loads: Loads | None = None,
+    nodes: Mapping[int, str] | None = None,
 ) -> Placement:
-    """Return who is to hold what. `current` has only what live ranks hold; a rank that is not in it holds nothing."""
+    """Return who is to hold what. `current` has only what live ranks hold; a rank that is not in it holds nothing.
+
+    `nodes` says on which host each rank is; without it all are on one.
+    """
     reason = refusal(experts, redundancy, len(ranks))
     if reason:
         raise PlanRefused(reason)
     order = sorted(ranks)
-    holds = _held(moe_layers, experts, order, current or {})
+    holds = held_by(moe_layers, experts, order, current or {})
+    hosts = host_numbers(order, nodes or {})
     slots = min(max_ranks_allowed(experts, redundancy), experts * len(order))
     odd = _OddSlots(slots, holds.sum(axis=2))
-    alike = loads is None and not holds.any()
+    alike = loads is None and not holds.any() and hosts.max() == 0
     for layer in range(moe_layers):
         if alike and layer:  # all layers are the same problem: turn the first one's answer
             holds[layer] = np.roll(holds[0], layer * (slots % len(order) or 1), axis=0)
             continue
         weights = np.ones(experts) if loads is None else np.asarray(loads[layer], dtype=np.float64)
-        _Layer(holds[layer], slots, weights, odd.capacity(layer), layer).solve()
+        _Layer(holds[layer], slots, weights, odd.capacity(layer), layer, hosts).solve()
+    return placement_of(holds, order)
+
+
+def repair(moe_layers: int, experts: int, current: Placement) -> Placement:
+    """Return the least that covers every expert again: what live ranks hold, and the orphans on who holds least."""
+    order = sorted(current)
+    holds = held_by(moe_layers, experts, order, current)
+    total = holds.sum(axis=(0, 2))
+    for layer, expert in np.argwhere(~holds.any(axis=1)).tolist():
+        row = int(np.lexsort((total, holds[layer].sum(axis=1)))[0])
+        holds[layer, row, expert] = True
+        total[row] += 1
+    return placement_of(holds, order)
+
+
+def placement_of(holds: NDArray[np.bool_], order: Sequence[int]) -> Placement:
+    """Return [layer, row, expert] as a placement of the ranks in `order`."""
     return {
-        rank: tuple(tuple(np.flatnonzero(holds[layer, row]).tolist()) for layer in range(moe_layers))
-        for row, rank in enumerate(order)
+        rank: tuple(tuple(np.flatnonzero(layer).tolist()) for layer in holds[:, row]) for row, rank in enumerate(order)
     }
 
 
-def _held(moe_layers: int, experts: int, order: Sequence[int], current: Placement) -> NDArray[np.bool_]:
+def host_numbers(order: Sequence[int], nodes: Mapping[int, str]) -> NDArray[np.int64]:
+    """Return for each rank in `order` the number of its host, from 0 in order of the hosts' names."""
+    names = sorted({nodes.get(rank, "") for rank in order})
+    return np.array([names.index(nodes.get(rank, "")) for rank in order], dtype=np.int64)
+
+
+def held_by(moe_layers: int, experts: int, order: Sequence[int], current: Placement) -> NDArray[np.bool_]:
     """Return [layer, row, expert]: whether the rank in that row holds the expert now."""
     holds = np.zeros((moe_layers, len(order), experts), dtype=np.bool_)
     for row, rank in enumerate(order):
@@ -134,6 +162,7 @@ class _Layer:
         weights: NDArray[np.float64],
         capacity: NDArray[np.int64],
         shift: int,
+        hosts: NDArray[np.int64],
     ) -> None:
         self.holds = holds
         self.rows, self.experts = holds.shape
@@ -143,6 +172,9 @@ class _Layer:
         self.size = holds.sum(axis=1)
         self.capacity = capacity
         self.load: NDArray[np.float64] = holds @ self.share
+        self.hosts = hosts
+        self.on_host = np.zeros((int(hosts.max()) + 1, self.experts), dtype=np.int64)  # replicas on each host
+        np.add.at(self.on_host, hosts, holds)
         self.meets = np.zeros((self.rows, self.rows), dtype=np.int64)  # replicas placed together: spread them evenly
 
     def solve(self) -> None:
@@ -155,6 +187,9 @@ class _Layer:
         for expert in np.argsort(-self.share, kind="stable").tolist():
             for _ in range(missing[expert]):
                 self._place(expert)
+        if len(self.on_host) > 1:
+            for expert in np.flatnonzero((self.on_host > 0).sum(axis=0) < np.minimum(self.replicas, 2)).tolist():
+                self._spread(expert)
 
     def _replicas(self, slots: int, weights: NDArray[np.float64]) -> NDArray[np.int64]:
         """Return each expert's number of replicas: the whole part for all, the rest by load per replica."""
@@ -171,20 +206,24 @@ class _Layer:
     def _drop_surplus(self, expert: int) -> None:
         """Take an expert from its fullest holders until it has as many replicas as it shall."""
         holders = np.flatnonzero(self.holds[:, expert])
-        fullest = holders[np.argsort(self.capacity[holders] - self.size[holders], kind="stable")]
-        for row in fullest[: holders.size - self.replicas[expert]].tolist():
+        for _ in range(holders.size - int(self.replicas[expert])):
+            alone = self.on_host[self.hosts[holders], expert] == 1
+            row = int(holders[np.lexsort((self.capacity[holders] - self.size[holders], alone))[0]])
             self._set(row, expert, False)
+            holders = holders[holders != row]
 
     def _shrink(self, row: int) -> None:
         """Take from a rank what is above its share: experts with the most replicas left, so that losses spread."""
         excess = int(self.size[row] - self.capacity[row])
         mine = np.flatnonzero(self.holds[row])
         left = self.holds[:, mine].sum(axis=0) - self.replicas[mine]
-        for expert in mine[np.lexsort((mine, -left))][:excess].tolist():
+        alone = self.on_host[self.hosts[row], mine] == 1
+        for expert in mine[np.lexsort((mine, alone, -left))][:excess].tolist():
             self._set(row, expert, False)
 
     def _place(self, expert: int) -> None:
-        """Give an expert one more replica, on the rank with most room, least load, fewest experts shared already."""
+        """Give an expert one more replica: on a host without it, then on the rank with most room, least load, fewest
+        experts shared already."""
         lacks = ~self.holds[:, expert]
         room = self.capacity - self.size
         able = np.flatnonzero(lacks & (room > 0))
@@ -193,7 +232,8 @@ class _Layer:
             return
         shared = self.meets[able][:, self.holds[:, expert]].sum(axis=1)
         turn = (able - expert - self.shift) % self.rows
-        best = able[np.lexsort((turn, shared, self.load[able], -room[able]))[0]]
+        same_host = self.on_host[self.hosts[able], expert] > 0
+        best = able[np.lexsort((turn, shared, self.load[able], -room[able], same_host))[0]]
         self._give(int(best), expert)
 
     def _swap_in(self, expert: int, lacking: NDArray[np.int64], roomy: int) -> None:
@@ -208,6 +248,53 @@ class _Layer:
         self._give(roomy, handed)
         self._give(host, expert)
 
+    def _spread(self, expert: int) -> None:
+        """Bring one replica of an expert that lives on one host only to another, by the shortest chain of exchanges.
+
+        The expert leaves `start` for a rank elsewhere, which hands one of its own on, and so on back to `start`. No
+        expert in the chain ends on fewer hosts than two (or than it had).
+        """
+        start = int(np.flatnonzero(self.holds[:, expert])[-1])
+        away = np.flatnonzero(self.hosts != self.hosts[start])
+        came: dict[int, tuple[int, int]] = {int(row): (-1, expert) for row in away}  # row -> (from, what it takes)
+        queue = list(came)
+        for row in queue:
+            chain = {came[row][1]}
+            back = row
+            while came[back][0] >= 0:
+                back = came[back][0]
+                chain.add(came[back][1])
+            for to in [start, *(r for r in range(self.rows) if r not in came)]:
+                handed = next((e for e in self._may_go(row, to) if e not in chain), None)
+                if handed is None or to in came:
+                    continue
+                came[to] = (row, handed)
+                if to == start:
+                    self._follow(came, start, expert)
+                    return
+                queue.append(to)
+
+    def _may_go(self, row: int, to: int) -> list[int]:
+        """Experts that `row` could hand to `to`, the least loaded first."""
+        able = np.flatnonzero(self.holds[row] & ~self.holds[to])
+        if self.hosts[row] != self.hosts[to]:
+            had = (self.on_host[:, able] > 0).sum(axis=0)
+            after = had - (self.on_host[self.hosts[row], able] == 1) + (self.on_host[self.hosts[to], able] == 0)
+            able = able[after >= np.minimum(had, 2)]
+        return [int(e) for e in able[np.argsort(self.share[able], kind="stable")]]
+
+    def _follow(self, came: dict[int, tuple[int, int]], start: int, expert: int) -> None:
+        """Do the chain of exchanges that ends at `start`."""
+        steps: list[tuple[int, int, int]] = []  # (from, to, expert)
+        to = start
+        while came[to][0] >= 0:
+            row, handed = came[to]
+            steps.append((row, to, handed))
+            to = row
+        for row, into, handed in [*steps, (start, to, expert)]:
+            self._set(row, handed, False)
+            self._give(into, handed)
+
     def _give(self, row: int, expert: int) -> None:
         others = self.holds[:, expert]
         self.meets[row, others] += 1
@@ -217,6 +304,7 @@ class _Layer:
     def _set(self, row: int, expert: int, value: bool) -> None:
         self.holds[row, expert] = value
         self.size[row] += 1 if value else -1
+        self.on_host[self.hosts[row], expert] += 1 if value else -1
         self.load[row] += self.share[expert] if value else -self.share[expert]
 
 

@@ -15,8 +15,10 @@ from msgspec.structs import replace
 
 from membership.census import Census, scale_refusal
 from membership.phases import ORDER, advance
-from membership.placement import coverage, moves, plan
-from membership.types import Assignment, ClusterState, Desired, Member, Operation, Phase, Placement, RankSpec, View
+from membership.placement import moves
+from membership.rebalance import FAILED_REST_S, rebalance
+from membership.succession import covers, next_view
+from membership.types import Assignment, ClusterState, Desired, Member, Operation, Phase, RankSpec, View
 
 RETRY_S = 0.5  # before a view that could not be prepared is staged again; doubles with each attempt
 RETRY_MAX_S = 10.0
@@ -58,6 +60,10 @@ def due(state: ClusterState, now: float) -> float | None:
     times += [spec.launched + limit for a in state.assignments.values() for spec in a.ranks]
     if state.next is not None:
         times += [state.next.staged + limit, state.next.staged + _pause(state.next.attempt)]
+        times += [state.next.staged + FAILED_REST_S] if _same_members(Census(state, now)) else []
+    elif state.desired is not None and _quiet(census := Census(state, now)):
+        better = rebalance(census)
+        times += [better.at] if better is not None else []
     return min((at for at in times if at > now), default=None)
 
 
@@ -173,17 +179,31 @@ def _without(census: Census, gone: Iterable[Member]) -> tuple[Assignment, ...]:
 
 
 def sound(census: Census) -> bool:
-    """Whether the staged view may be committed once it is prepared: right epoch, live wanted members, full coverage."""
+    """Whether the staged view may be committed once it is prepared: right epoch, live wanted members, full coverage.
+
+    One with the same members (a rebalance) gives way to everything else.
+    """
     staged, keep = census.state.next, set(census.keep)
-    if staged is None or staged.epoch != census.view.epoch + 1 or set(staged.members) == set(census.members):
+    if staged is None or staged.epoch != census.view.epoch + 1:
+        return False
+    if _same_members(census) and (staged.placement == census.view.placement or not _quiet(census)):
         return False
     if not staged.members or not keep <= set(staged.members) <= keep | set(census.ready):
         return False
-    return set(staged.placement) == set(staged.ranks) and _covers(census, staged.placement)
+    return set(staged.placement) == set(staged.ranks) and covers(census, staged.placement)
 
 
-def _covers(census: Census, placement: Placement) -> bool:
-    return coverage(placement, placement, census.config.experts).min_live_replicas >= 1
+def _same_members(census: Census) -> bool:
+    return census.state.next is not None and set(census.state.next.members) == set(census.members)
+
+
+def _quiet(census: Census) -> bool:
+    """Whether nothing goes on: no operation, all members alive and wanted, nobody on the way or about to be."""
+    if census.operation or census.finishing or census.newcomers:
+        return False
+    if not census.members or not census.members == census.alive == census.keep:
+        return False
+    return all(_quarantined(census, slot) or not _room(census) for slot in census.fill)
 
 
 def _goal(census: Census) -> tuple[Member, ...]:
@@ -232,6 +252,9 @@ def _stage(census: Census) -> Effect | None:
 def _retry(census: Census, staged: View) -> Effect | None:
     """Stage a view again whose members failed to prepare it or took too long; in the end replace who alone fails."""
     overdue = census.now >= staged.staged + census.config.launch_deadline_s
+    if _same_members(census):  # nobody is blamed for a rebalance: all serve as they are
+        late = census.now >= staged.staged + FAILED_REST_S and (overdue or census.failed)
+        return Effect(reason=f"rebalance to epoch {staged.epoch} failed", unstage=True) if late else None
     blamed = set(census.failed) | ({m for m in census.unprepared if census.record(m) is None} if overdue else set())
     if not overdue and (not blamed or census.now < staged.staged + _pause(staged.attempt)):
         return None
@@ -263,18 +286,6 @@ def _staging(census: Census, members: tuple[Member, ...], attempt: int) -> Effec
         stage=replace(view, staged=census.now, attempt=attempt),
         operation=operation if operation != census.operation else None,
     )
-
-
-def next_view(census: Census, members: tuple[Member, ...], *, bare: bool = False) -> View:
-    """The next epoch with these members. `bare`: nobody loads anything, if what members hold covers all experts."""
-    old = {m.rank: census.view.placement[m.rank] for m in members if m in census.members}
-    config, ranks = census.config, [m.rank for m in members]
-    if bare and len(old) == len(members) and _covers(census, old):
-        placement = old
-    else:
-        placement = plan(config.moe_layers, config.experts, ranks, config.redundancy, old)
-    ordered = tuple(sorted(members, key=lambda m: m.rank))
-    return View(epoch=census.view.epoch + 1, members=ordered, placement=placement)
 
 
 def _until(operation: Operation, phase: Phase, now: float) -> Operation:
@@ -363,4 +374,15 @@ def _moved(census: Census, operation: Operation) -> Operation | None:
     return None
 
 
-RULES: tuple[Callable[[Census], Effect | None], ...] = (_commit, _abort, _drop, _stage, _assign, _progress)
+def _rebalance(census: Census) -> Effect | None:
+    """In a quiet cluster: the same members with a better placement, a budget's worth at a time."""
+    if census.state.next is not None or not _quiet(census):
+        return None
+    better = rebalance(census)
+    if better is None or census.now < better.at:
+        return None
+    view = replace(census.view, epoch=census.view.epoch + 1, placement=better.placement, staged=census.now, attempt=0)
+    return Effect(reason=f"epoch {view.epoch}: {better.reason}", stage=view)
+
+
+RULES: tuple[Callable[[Census], Effect | None], ...] = (_commit, _abort, _drop, _stage, _assign, _progress, _rebalance)

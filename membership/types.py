@@ -68,6 +68,7 @@ class ClusterConfig(Record, frozen=True, kw_only=True):
     vocab_size: int = 0
     lease_ttl_s: float = 3.0
     expert_bytes: int = 0  # weights of one expert in one layer; for reports of what a change would move
+    rebalance_bytes: int = 2 << 30  # weights that one background rebalance may have ranks load; 0: never rebalance
     launch_deadline_s: float = 60.0
     coverage_deadline_s: float = 30.0  # how long a request waits for lost experts before it gets a 503
 
@@ -201,6 +202,16 @@ class EngineStatus(Record, frozen=True, kw_only=True):
     pause_ms: float = 0.0  # how long tokens had to wait at the flip to `epoch`
 
 
+class ExpertLoad(Record, frozen=True, kw_only=True):
+    """How much work each expert had lately, as the engine saw it. Key `expert-load`, under the engine's lease.
+
+    Written every few seconds, when it says something new; a mirror takes it over without waking its readers.
+    """
+
+    at: float
+    loads: tuple[tuple[int, ...], ...] = ()  # [MoE layer][expert], in 16ths of the layer's mean
+
+
 class GatewayRecord(Record, frozen=True, kw_only=True):
     """A live gateway. Key `gateways/<name>`, under its lease."""
 
@@ -262,6 +273,7 @@ class ClusterState(msgspec.Struct, frozen=True, kw_only=True):
     engine: EngineRecord | None = None
     engine_token: int = 0
     engine_status: EngineStatus | None = None
+    expert_load: ExpertLoad | None = None
     agents: dict[str, AgentRecord] = {}
     assignments: dict[str, Assignment] = {}
     ranks: dict[tuple[int, int], RankRecord] = {}  # (rank, incarnation) -> record
