@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -160,11 +160,8 @@ def find_cluster(
 ) -> Iterator[Client]:
     """The cluster that the flags (or ELASTIC_* variables) name; without any, the one served last on this machine."""
     if admin:
-        client = AdminClient(admin, admin_token or os.environ.get("ELASTIC_ADMIN_TOKEN", ""))
-        try:
+        with closing(AdminClient(admin, admin_token or os.environ.get("ELASTIC_ADMIN_TOKEN", ""))) as client:
             yield client
-        finally:
-            client.close()
         return
     from membership.etcd import connect
 
@@ -175,6 +172,10 @@ def find_cluster(
     else:
         where = StateDir(state_dir) if state_dir else StateDir.last_served()
         address = where.address()
+        if address.trouble:  # its gateway still knows the cluster as it is served; the store does not
+            with closing(AdminClient(address.admin_url, address.admin_token)) as client:
+                yield client
+            return
         endpoints, name, events = list(address.etcd), address.cluster, where.events
     store = connect(endpoints)
     try:

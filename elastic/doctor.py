@@ -12,7 +12,8 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
-from membership.errors import ElasticError
+from elastic.statedir import StateDir
+from membership.errors import ConfigError, ElasticError
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -26,7 +27,7 @@ class Finding(msgspec.Struct, frozen=True):
 
 def examine(model: Path | None, ranks: int, redundancy: float) -> list[Finding]:
     """All findings; nothing raises."""
-    checks: list[Callable[[], Iterator[Finding]]] = [_python, _packages, _kernel, _etcd, _machine]
+    checks: list[Callable[[], Iterator[Finding]]] = [_python, _packages, _kernel, _etcd, _store, _machine]
     if model is not None:
         checks.append(lambda: _model(model, ranks, redundancy))
     return [finding for check in checks for finding in check()]
@@ -88,6 +89,15 @@ def _etcd() -> Iterator[Finding]:
             "etcd", "warn", "3.5.1 of the wheel may lose a commit when killed under load",
             "fine on one machine; for production use --etcd with etcd >= 3.5.33 or 3.6.14",
         )  # fmt: skip
+
+
+def _store() -> Iterator[Finding]:
+    """Of the cluster that is served from this machine, if there is one."""
+    try:
+        trouble = StateDir.last_served().address().trouble
+    except ConfigError:
+        return
+    yield Finding("store", "fail" if trouble else "ok", trouble or "no loss of data is known to the served cluster")
 
 
 def _machine() -> Iterator[Finding]:

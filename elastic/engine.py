@@ -18,7 +18,7 @@ from elastic.engine_server import EngineServer
 from elastic.engine_status import StatusWriter
 from membership.codec import encode
 from membership.election import Election
-from membership.errors import Fenced, LeaseLost, StoreUnavailable, WaitTimeout
+from membership.errors import Fenced, LeaseLost, StoreReplaced, StoreUnavailable, WaitTimeout
 from membership.events import EventLog
 from membership.keys import Keys
 from membership.lease import LeaseKeeper
@@ -28,6 +28,7 @@ from membership.types import ClusterConfig, EngineRecord
 from workers.fleet import Fleet
 
 CAMPAIGN_SLICE_S = 1.0
+REMIND_S = 60.0
 
 log = structlog.get_logger(__name__)
 
@@ -42,6 +43,10 @@ def run_terms(store: Store, cluster: str, node: str, stop: threading.Event, even
             run_engine(store, cluster, node, stop, events)
         except Fenced as fenced:
             log.warning("stood down, standing by again", reason=str(fenced))
+        except StoreReplaced as replaced:  # nobody can be elected; who is in office serves on
+            log.error("cannot stand by", error=str(replaced), hint=replaced.hint)
+            while not stop.wait(REMIND_S):
+                log.error("still cannot stand by", error=str(replaced), hint=replaced.hint)
 
 
 def run_engine(store: Store, cluster: str, node: str, stop: threading.Event, events: EventLog) -> None:

@@ -20,6 +20,7 @@ from membership.events import EventLog
 from membership.store import Store
 
 DEATH_FD = "ELASTIC_DEATH_FD"
+STORE_SEEN = "ELASTIC_STORE_SEEN"  # what the supervisor knows of the store: a role must not start on another one
 GRACE_S = 20.0
 
 log = structlog.get_logger(__name__)
@@ -89,7 +90,7 @@ def run_role(
 
     configure(role)
     with stop_signal() as stop:
-        store = connect(list(endpoints))
+        store = connect(list(endpoints), seen=os.environ.get(STORE_SEEN, ""))
         try:
             body(store, stop, EventLog(events_path, role))
         finally:

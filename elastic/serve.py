@@ -19,14 +19,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import httpx
+import msgspec
 import structlog
 
-from elastic.role import stop_signal
+from elastic.role import STORE_SEEN, stop_signal
 from elastic.roles import RoleProcess, revoke_leases
 from elastic.statedir import ClusterAddress, StateDir, home
+from elastic.store_guard import StoreGuard
 from membership import codec
 from membership.census import scale_refusal
-from membership.errors import ConfigError, ElasticError, PlanRefused, StoreError, WaitTimeout
+from membership.errors import ConfigError, ElasticError, PlanRefused, StoreError, StoreReplaced, WaitTimeout
 from membership.etcd import connect
 from membership.events import EventLog, Tail
 from membership.keys import Keys
@@ -183,6 +185,8 @@ class Supervisor:
             role.start(self._death_read, time.monotonic())
             self._emit("role_started", role)
         self.state.publish(self.address(endpoints))
+        guard = StoreGuard(self._store, self.keys.config, lambda replaced: self._on_replaced(replaced, endpoints))
+        opened.callback(guard.close)
 
     # -- watching --------------------------------------------------------------------------------------------------
 
@@ -229,6 +233,8 @@ class Supervisor:
             if role.pidfd in dead:
                 self._on_role_exit(role, now)
             if role.start_at is not None and now >= role.start_at:
+                if self._store is not None:
+                    role.environment[STORE_SEEN] = self._store.seen
                 role.start(self._death_read, now)
                 self._emit("role_started", role)
         if self.etcd is not None and not self.etcd.alive and now >= self._etcd_retry_at:
@@ -243,6 +249,13 @@ class Supervisor:
         except ElasticError as error:
             self._etcd_retry_at = now + ETCD_RETRY_S
             log.error("etcd did not start, serving goes on without it", error=str(error))
+
+    def _on_replaced(self, replaced: StoreReplaced, endpoints: tuple[str, ...]) -> None:
+        """The store lost data: roles refuse it by themselves; here it is told to people and to client commands."""
+        log.error("membership is frozen", error=str(replaced), hint=replaced.hint)
+        self._events.emit("store_replaced", cluster=self.config.cluster, error=str(replaced))
+        trouble = f"{replaced}: {replaced.hint}"
+        self.state.publish(msgspec.structs.replace(self.address(endpoints), trouble=trouble))
 
     def _on_role_exit(self, role: RoleProcess, now: float) -> None:
         pid = role.process.pid if role.process else 0

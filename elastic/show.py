@@ -40,6 +40,8 @@ def status_view(document: dict[str, Any]) -> RenderableType:
     )  # fmt: skip
     if document.get("exactness", "invariant") != "invariant":
         heading.append(f"   exactness {document['exactness']}: tokens may depend on the batch", "yellow")
+    if document.get("store"):
+        heading.append(f"\n{document['store']}", "red")
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("rank", "state", "node", "pid", "incarnation", "slots", "heartbeat", "restarts"):
         table.add_column(column, justify="left" if column in ("state", "node") else "right")

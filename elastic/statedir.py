@@ -25,6 +25,7 @@ class ClusterAddress(msgspec.Struct, frozen=True, kw_only=True):
     admin_url: str = ""
     admin_token: str = ""
     pid: int = 0
+    trouble: str = ""  # why the store must not be asked any more: it was wiped, or holds older data
 
 
 def home() -> Path:

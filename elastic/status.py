@@ -66,15 +66,16 @@ class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
     operation: OperationStatus | None
     requests: RequestsStatus
     exactness: str = "invariant"  # or stock: tokens may depend on the batch
+    store: str = ""  # what is wrong with the store, and what follows from it; empty: nothing
 
 
-def cluster_status(state: ClusterState, now: float) -> ClusterStatus:
-    """Describe this state of the cluster."""
+def cluster_status(state: ClusterState, now: float, store: str = "") -> ClusterStatus:
+    """Describe this state of the cluster. `store`: what is wrong with the store that it was read from."""
     if state.config is None:
         nothing = CoverageStatus(min_live_replicas=0, uncovered=0)
         return ClusterStatus(
             cluster="", state="starting", epoch=0, desired=0, ranks=(), coverage=nothing, operation=None,
-            requests=RequestsStatus(),
+            requests=RequestsStatus(), store=store,
         )  # fmt: skip
     census = Census(state, now)
     covered = _coverage(census)
@@ -90,6 +91,7 @@ def cluster_status(state: ClusterState, now: float) -> ClusterStatus:
         operation=None if operation is None else _operation(operation),
         requests=RequestsStatus() if load is None else RequestsStatus(running=load.running, waiting=load.waiting),
         exactness=state.config.exactness,
+        store=store,
     )
 
 

@@ -18,7 +18,7 @@ import structlog
 from membership import planner
 from membership.codec import encode
 from membership.election import Election
-from membership.errors import Fenced, LeaseLost, StoreUnavailable, WaitTimeout
+from membership.errors import Fenced, LeaseLost, StoreReplaced, StoreUnavailable, WaitTimeout
 from membership.events import EventLog
 from membership.keys import Keys
 from membership.lease import LeaseKeeper
@@ -30,6 +30,7 @@ from membership.types import ClusterState, Counter, LeaderRecord, Record
 TTL_S = 3.0  # until the cluster's config is known
 LOOK_S = 0.5  # between looks at a quiet cluster; also bounds how late a stop is noticed
 PAUSE_S = 0.2  # after an answer that did not come
+REMIND_S = 60.0
 
 log = structlog.get_logger(__name__)
 
@@ -37,8 +38,9 @@ log = structlog.get_logger(__name__)
 def transaction(effect: Effect, state: ClusterState, keys: Keys) -> tuple[list[Compare], list[Op]]:
     """Return the effect as a transaction on the store that `state` was read from; the leader's fence is not in it.
 
-    Whatever is written must be unchanged since `state`. Of view and staged view the exact revision is known; the
-    other keys must have none later than the state's.
+    Whatever is written must be unchanged since `state`: its keys must have no later revision than the state's. Views
+    and incarnations must never be given out twice, so these must be at exactly the revisions known, whatever is
+    written: a store that was set back to before our last change of them refuses, even before anybody has noticed.
     """
     writes: dict[str, Record | None] = {}
     if effect.commit is not None:
@@ -54,11 +56,13 @@ def transaction(effect: Effect, state: ClusterState, keys: Keys) -> tuple[list[C
     if effect.operation is not None:
         writes[keys.op(effect.operation.id)] = effect.operation
     writes |= {keys.assign(a.node): a for a in effect.assignments}
-    known = {keys.view: state.view_revision, keys.next: state.next_revision}
-    compares = [
-        Compare(key, "mod", "=", known[key]) if key in known else Compare(key, "mod", "<", state.revision + 1)
-        for key in writes
-    ]
+    known = {
+        keys.view: state.view_revision,
+        keys.next: state.next_revision,
+        keys.incarnation: state.incarnation_revision,
+    }
+    compares = [Compare(key, "mod", "=", revision) for key, revision in known.items()]
+    compares += [Compare(key, "mod", "<", state.revision + 1) for key in writes if key not in known]
     return compares, [Delete(key) if record is None else Put(key, encode(record)) for key, record in writes.items()]
 
 
@@ -70,7 +74,10 @@ def run_controller(
     events: EventLog,
     clock: Callable[[], float] = time.time,
 ) -> None:
-    """Stand by, lead, and stand by again until `stop` is set. Outages of the store are waited out."""
+    """Stand by, lead, and stand by again until `stop` is set. Outages of the store are waited out.
+
+    A store that was replaced ends it: nothing is decided from other data than those that were lost.
+    """
     while not stop.is_set():
         try:
             with Mirror(store, cluster) as mirror:
@@ -79,6 +86,11 @@ def run_controller(
         except StoreUnavailable as error:
             log.warning("controller waits for the store", cluster=cluster, error=str(error))
             stop.wait(PAUSE_S)
+        except StoreReplaced as replaced:
+            events.emit("store_replaced", cluster=cluster, error=str(replaced))
+            log.error("membership is frozen", cluster=cluster, error=str(replaced), hint=replaced.hint)
+            while not stop.wait(REMIND_S):
+                log.error("membership is still frozen", cluster=cluster, error=str(replaced), hint=replaced.hint)
 
 
 class _Term:

@@ -47,6 +47,10 @@ class StoreCompacted(StoreError):
     """The revision asked for is gone; list again, then watch from there."""
 
 
+class StoreReplaced(StoreError):
+    """The store lost what we have seen in it: wiped, or older data. Nothing was changed; do not use it any further."""
+
+
 class SchemaError(StoreError):
     """A stored record cannot be read by this version: damaged, of another kind, or written by a newer version."""
 

@@ -1,7 +1,8 @@
 """The store on a real etcd, through etcd3's channel and stubs. Its watcher and locks are not used: see etcd_watch.py.
 
 Reads are tried again within their deadline. Writes are sent once: one that was not answered is *unknown*, and only the
-caller can tell by reading back. The channel's keepalive notices a server that is stopped or cut off.
+caller can tell by reading back. The channel's keepalive notices a server that is stopped or cut off. After a loss of
+connection the first call is a read: a store that was replaced meanwhile is refused before anything is written to it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from tenacity import (
 from membership.errors import ConfigError, LeaseLost, StoreUnavailable
 from membership.etcd3_compat import etcd3, etcdrpc
 from membership.etcd_watch import EtcdWatch, key_value, translated
+from membership.provenance import Provenance
 from membership.store import (
     Compare,
     Delete,
@@ -74,8 +76,12 @@ def connect(
     ca: str | None = None,
     cert: str | None = None,
     key: str | None = None,
+    seen: str = "",
 ) -> EtcdStore:
-    """Connect to etcd and prove that it answers. `ca`, `cert` and `key` are paths of PEM files."""
+    """Connect to etcd and prove that it answers. `ca`, `cert` and `key` are paths of PEM files.
+
+    `seen`: what another process knows of this store (`EtcdStore.seen`); StoreReplaced if it is not that one any more.
+    """
     urls = _parsed(endpoints)
     secure = urls[0].scheme == "https"
     if secure and ca is None:
@@ -92,7 +98,7 @@ def connect(
         client = etcd3.Etcd3Client(host, port, ca_cert=ca, cert_cert=cert, cert_key=key, grpc_options=options)
     except OSError as error:
         raise ConfigError(f"cannot read the etcd certificates: {error}") from error
-    store = EtcdStore(client, ",".join(url.geturl() for url in urls), timeout_s)
+    store = EtcdStore(client, ",".join(url.geturl() for url in urls), timeout_s, Provenance(seen))
     try:
         store.probe(connect_timeout_s)
     except BaseException:
@@ -141,13 +147,19 @@ def _target(urls: Sequence[SplitResult]) -> str:
 class EtcdStore:
     """See Store. Made by `connect`."""
 
-    def __init__(self, client: Any, where: str, timeout_s: float) -> None:
+    def __init__(self, client: Any, where: str, timeout_s: float, provenance: Provenance) -> None:
         self._client = client
+        self._provenance = provenance
         self._where = where
         self._timeout_s = timeout_s
         self._closed = threading.Event()
         self._watches: set[EtcdWatch] = set()
         self._watch_stub = etcdrpc.WatchStub(client.channel)
+
+    @property
+    def seen(self) -> str:
+        """See Provenance."""
+        return self._provenance.seen
 
     def probe(self, timeout_s: float) -> None:
         """Read something, anything; StoreUnavailable if there is no answer."""
@@ -187,21 +199,20 @@ class EtcdStore:
     def grant(self, ttl_s: float) -> int:
         """See Store."""
         request = etcdrpc.LeaseGrantRequest(TTL=max(1, math.ceil(ttl_s)))
-        return int(self._call(self._client.leasestub.LeaseGrant, request, "grant a lease").ID)
+        return int(self._call(self._client.leasestub.LeaseGrant, request, "grant a lease", ordered=False).ID)
 
     def keepalive(self, lease: int, timeout_s: float | None = None) -> float:
         """See Store. A stream per renewal: nothing to repair after an outage."""
-        ttl = self._call(self._renew, lease, f"renew lease {lease:x}", timeout_s)
-        if ttl <= 0:
+        answer = self._call(self._renew, lease, f"renew lease {lease:x}", timeout_s, ordered=False)
+        if answer.TTL <= 0:
             raise LeaseLost(f"lease {lease:x} has ended")
-        return float(ttl)
+        return float(answer.TTL)
 
     def revoke(self, lease: int) -> None:
         """See Store."""
+        request = etcdrpc.LeaseRevokeRequest(ID=lease)
         try:
-            self._call(
-                self._client.leasestub.LeaseRevoke, etcdrpc.LeaseRevokeRequest(ID=lease), f"revoke lease {lease:x}"
-            )
+            self._call(self._client.leasestub.LeaseRevoke, request, f"revoke lease {lease:x}", ordered=False)
         except LeaseLost:
             return  # it has ended already, which is what was asked for
 
@@ -209,14 +220,15 @@ class EtcdStore:
         """See Store."""
         if self._closed.is_set():
             raise StoreUnavailable(f"the connection to etcd at {self._where} is closed")
-        watch = EtcdWatch(self._watch_stub, prefix, start_revision, self._timeout_s, self._where)
+        self._ask_if_doubtful(self._timeout_s)
+        watch = EtcdWatch(self._watch_stub, prefix, start_revision, self._timeout_s, self._where, self._provenance)
         self._watches = {old for old in self._watches if not old.closed} | {watch}
         return watch
 
     def compact(self, revision: int) -> None:
         """See Store."""
         request = etcdrpc.CompactionRequest(revision=revision, physical=True)
-        self._call(self._client.kvstub.Compact, request, f"compact at {revision}")
+        self._call(self._client.kvstub.Compact, request, f"compact at {revision}", ordered=False)
 
     def close(self) -> None:
         """See Store."""
@@ -225,11 +237,11 @@ class EtcdStore:
             watch.close()
         self._client.close()
 
-    def _renew(self, lease: int, timeout: float) -> int:
+    def _renew(self, lease: int, timeout: float) -> Any:
         call = self._client.leasestub.LeaseKeepAlive(iter([etcdrpc.LeaseKeepAliveRequest(ID=lease)]), timeout=timeout)
         try:
             for response in call:
-                return int(response.TTL)
+                return response
         finally:
             call.cancel()
         raise StoreUnavailable(f"etcd at {self._where} did not answer: renew lease {lease:x}")
@@ -241,7 +253,8 @@ class EtcdStore:
 
         def attempt() -> Any:
             left = max(0.05, min(timeout_s / 2, deadline - time.monotonic()))
-            return self._call(self._client.kvstub.Range, request, f"read {op.key.strip(chr(0)) or 'anything'}", left)
+            what = f"read {op.key.strip(chr(0)) or 'anything'}"
+            return self._call(self._client.kvstub.Range, request, what, left, reads=True)
 
         return Retrying(
             retry=retry_if_exception_type(StoreUnavailable),
@@ -251,15 +264,41 @@ class EtcdStore:
             reraise=True,
         )(attempt)
 
-    def _call(self, method: Any, request: Any, what: str, timeout_s: float | None = None) -> Any:
+    def _ask_if_doubtful(self, timeout_s: float) -> None:
+        """Before anything is changed: is this still the store we know? Asked once after each loss of connection."""
+        self._provenance.floor()
+        if self._provenance.doubtful:
+            self.probe(timeout_s)
+
+    def _call(
+        self,
+        method: Any,
+        request: Any,
+        what: str,
+        timeout_s: float | None = None,
+        *,
+        ordered: bool = True,
+        reads: bool = False,
+    ) -> Any:
+        """One call. `ordered`: the answer's revision is linearizable, not that of a member that may lag behind."""
         if self._closed.is_set():
             raise StoreUnavailable(f"the connection to etcd at {self._where} is closed")
+        timeout_s = timeout_s or self._timeout_s
+        if not reads:
+            self._ask_if_doubtful(timeout_s)
+        floor = self._provenance.floor()
         try:
-            return method(request, timeout=timeout_s or self._timeout_s)
+            answer = method(request, timeout=timeout_s)
         except grpc.RpcError as error:
-            raise translated(error, what, self._where) from error
+            ours = translated(error, what, self._where)
+            if isinstance(ours, StoreUnavailable):
+                self._provenance.doubt()
+            raise ours from error
         except ValueError as error:  # gRPC's word for a channel closed meanwhile
             raise StoreUnavailable(f"etcd at {self._where}: {what}: {error}") from error
+        header = answer.header
+        self._provenance.heard(header.cluster_id, header.revision, floor if ordered else 0, settled=reads)
+        return answer
 
 
 def _range_request(op: Get) -> Any:

@@ -13,8 +13,9 @@ from typing import Any
 
 import grpc
 
-from membership.errors import LeaseLost, StoreCompacted, StoreError, StoreUnavailable
+from membership.errors import LeaseLost, StoreCompacted, StoreError, StoreReplaced, StoreUnavailable
 from membership.etcd3_compat import etcdrpc
+from membership.provenance import Provenance
 from membership.store import KeyValue, WatchBatch, WatchEvent, key_bytes, key_text, prefix_end
 
 HAS_LEADER = (("hasleader", "true"),)  # etcd ends the stream of a member that has lost its quorum
@@ -59,7 +60,10 @@ def key_value(kv: Any) -> KeyValue:
 class EtcdWatch:
     """See Watch. Constructed means: the server has confirmed it."""
 
-    def __init__(self, stub: Any, prefix: str, start_revision: int, timeout_s: float, where: str) -> None:
+    def __init__(
+        self, stub: Any, prefix: str, start_revision: int, timeout_s: float, where: str, provenance: Provenance
+    ) -> None:
+        self._provenance = provenance
         self._prefix = prefix
         self._start_revision = start_revision
         self._where = where
@@ -131,12 +135,19 @@ class EtcdWatch:
                 if isinstance(item, StoreError):
                     return
         except grpc.RpcError as error:
+            if not self._closed.is_set():
+                self._provenance.doubt()
             self._inbox.put(translated(error, what, self._where))
         finally:
             self._inbox.put(StoreUnavailable(f"etcd at {self._where} ended the {what}"))
 
     def _understood(self, response: Any) -> WatchBatch | StoreError | None:
         what = f"watch of {self._prefix} from revision {self._start_revision}"
+        try:  # what a watch delivers is committed: no later answer may be from before it
+            last = response.events[-1].kv.mod_revision if response.events else 0
+            self._provenance.heard(response.header.cluster_id, last)
+        except StoreReplaced as replaced:
+            return replaced
         if response.compact_revision:
             return StoreCompacted(f"{what}: compacted at {response.compact_revision}")
         if response.canceled:

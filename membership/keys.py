@@ -36,6 +36,7 @@ _FAMILIES: dict[str, tuple[str, type[Record]]] = {
 _REVISIONS = {
     "view": ("view_revision", "mod_revision"),
     "next": ("next_revision", "mod_revision"),
+    "incarnation": ("incarnation_revision", "mod_revision"),
     "leader": ("leader_revision", "create_revision"),
     "engine": ("engine_token", "create_revision"),
 }

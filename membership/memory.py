@@ -1,11 +1,13 @@
 """A store in this process's memory with etcd's semantics: for unit tests and for simulation under a virtual clock.
 
-It passes the same contract suite as etcd. `outage` makes it unreachable, as a stopped or partitioned etcd would be.
+It passes the same contract suite as etcd. `outage` makes it unreachable, as a stopped or partitioned etcd would be;
+`wipe` and `restore` are what an operator may do to etcd's data directory.
 """
 
 from __future__ import annotations
 
 import math
+import secrets
 import threading
 import time
 from bisect import bisect_left
@@ -13,7 +15,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
+import msgspec
+
 from membership.errors import LeaseLost, StoreCompacted, StoreError, StoreUnavailable
+from membership.provenance import Provenance
 from membership.store import (
     Compare,
     Delete,
@@ -36,11 +41,22 @@ class _Lease:
     keys: set[str] = field(default_factory=set)
 
 
+@dataclass(frozen=True)
+class Backup:
+    """What a copy of the data directory holds."""
+
+    store_id: int
+    revision: int
+    items: dict[str, KeyValue]
+
+
 class MemoryStore:
     """The fake. Threads may share one; they then see each other as clients of one etcd would."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self._store_id = secrets.randbits(63)
+        self._provenance = Provenance()
         self._changed = threading.Condition()
         self._items: dict[str, KeyValue] = {}
         self._history: list[WatchBatch] = []  # one batch per revision
@@ -63,6 +79,29 @@ class MemoryStore:
             self._outage = down
             self._breaks += down
             self._changed.notify_all()
+
+    @property
+    def seen(self) -> str:
+        """See Store."""
+        return self._provenance.seen
+
+    def backup(self) -> Backup:
+        """Copy the data, to be restored later. Leases are not copied: what they held has no lease afterwards."""
+        with self._changed:
+            items = {key: msgspec.structs.replace(kv, lease=0) for key, kv in self._items.items()}
+            return Backup(self._store_id, self._revision, items)
+
+    def restore(self, backup: Backup) -> None:
+        """Begin anew with older data. Watches break, as at any restart."""
+        with self._changed:
+            self._store_id, self._revision, self._items = backup.store_id, backup.revision, dict(backup.items)
+            self._history, self._leases, self._compacted = [], {}, backup.revision
+            self._breaks += 1
+            self._changed.notify_all()
+
+    def wipe(self) -> None:
+        """Begin anew with nothing."""
+        self.restore(Backup(secrets.randbits(63), 1, {}))
 
     def get(self, key: str) -> KeyValue | None:
         """See Store."""
@@ -154,6 +193,7 @@ class MemoryStore:
             self._end(lease)
         if self._outage or self._closed:
             raise StoreUnavailable("memory store: " + ("closed" if self._closed else "outage"))
+        self._provenance.heard(self._store_id, self._revision, self._provenance.floor())
 
     def _end(self, lease: int) -> None:
         held = self._leases.get(lease)
@@ -192,6 +232,7 @@ class MemoryStore:
                 responses.append(len(gone))
         if events:
             self._revision = revision
+            self._provenance.heard(self._store_id, revision)
             self._history.append(WatchBatch(revision, tuple(events)))
             self._changed.notify_all()
         return tuple(responses)

@@ -1,9 +1,9 @@
 """A role's own copy of the cluster's state, kept current by list and watch. Every role decides from this.
 
 It outlives store outages: the last state stays readable (serving goes on under the last view), `staleness_s` grows, and
-the watch resumes where it stopped. Where the store has forgotten that point (compaction, or a history that went back),
-it lists again. Heartbeats and expert loads are in the state too, but
-wake nobody: no decision waits for them.
+the watch resumes where it stopped. Where the store has forgotten that point (compaction), it lists again. A store that
+was replaced (wiped, or set back) is not followed: the last state stays for good, and `trouble` says why. Heartbeats and
+expert loads are in the state too, but wake nobody: no decision waits for them.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from membership.errors import ElasticError, StoreCompacted, StoreUnavailable, WaitTimeout
+from membership.errors import ElasticError, StoreCompacted, StoreReplaced, StoreUnavailable, WaitTimeout
 from membership.keys import DecodeCache, Keys, state_from
 from membership.store import KeyValue, Store, Watch, WatchEvent
 from membership.types import ClusterState
 
 PROBE_EVERY_S = 1.0
+SILENCE_S = 3.0  # without a word from the store: worth telling
 CLOSE_TIMEOUT_S = 10.0
 Until = int | Callable[[ClusterState], bool]
 
@@ -59,6 +60,7 @@ class Mirror:
         self._generation = 0
         self._state = ClusterState(revision=0)
         self._failure: Exception | None = None
+        self._replaced: StoreReplaced | None = None
         self._subscribers: list[Callable[[ClusterState], None]] = []
         self._heard_at = clock()
         self._synced = False
@@ -119,6 +121,16 @@ class Mirror:
         """How long ago the store was last heard of: the state may lack what was written since then."""
         return max(0.0, self._clock() - self._heard_at)
 
+    @property
+    def trouble(self) -> str:
+        """Why the state may not be the present one; empty while the store answers."""
+        if self._replaced is not None:
+            return f"{self._replaced}: {self._replaced.hint}"
+        silent_s = self.staleness_s
+        if silent_s < SILENCE_S:
+            return ""
+        return f"the store has been silent for {silent_s:.0f} s: serving goes on, and membership is frozen"
+
     def close(self) -> None:
         """Stop following."""
         self._stop.set()
@@ -158,6 +170,10 @@ class Mirror:
                     reraise=True,
                 )(self._open)
                 self._follow()
+        except StoreReplaced as replaced:
+            log.error("membership is frozen", cluster=self._keys.cluster, error=str(replaced), hint=replaced.hint)
+            with self._changed:
+                self._replaced = replaced
         except Exception as error:
             if not self._stop.is_set():  # state() and wait() raise it in the owner's threads
                 log.exception("mirror failed", cluster=self._keys.cluster)

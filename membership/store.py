@@ -102,7 +102,15 @@ class Watch(Protocol):
 
 
 class Store(Protocol):
-    """All calls may raise StoreUnavailable (no answer in time) or another StoreError (refused: did not happen)."""
+    """All calls may raise StoreUnavailable (no answer in time) or another StoreError (refused: did not happen).
+
+    StoreReplaced, once raised, is raised by every later call: what answers lost data that this client has seen.
+    """
+
+    @property
+    def seen(self) -> str:
+        """Which store this is and how far we have seen it, for a process that connects later; see Provenance."""
+        ...
 
     def get(self, key: str) -> KeyValue | None:
         """Return the key, or None."""

@@ -282,3 +282,4 @@ class ClusterState(msgspec.Struct, frozen=True, kw_only=True):
     gateways: dict[str, GatewayRecord] = {}
     operations: dict[str, Operation] = {}
     incarnation: int = 0  # the last incarnation given out (key `incarnation`, a Counter)
+    incarnation_revision: int = 0

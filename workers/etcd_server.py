@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import importlib.util
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -192,6 +193,7 @@ class EtcdServer:
             "listen-peer-urls": peer,
             "initial-advertise-peer-urls": peer,
             "initial-cluster": f"embedded={peer}",
+            "initial-cluster-token": secrets.token_hex(8),  # of new data: they must not look like those that were here
             "heartbeat-interval": "100",
             "election-timeout": "500",
             "grpc-keepalive-min-time": "1s",

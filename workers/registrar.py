@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import structlog
 
 from membership.codec import encode
-from membership.errors import LeaseLost, StoreError, StoreUnavailable, WaitTimeout
+from membership.errors import LeaseLost, StoreError, StoreReplaced, StoreUnavailable, WaitTimeout
 from membership.keys import Keys
 from membership.store import Delete, Op, Put, Store
 from membership.types import RankExit, RankRecord, Record
@@ -139,6 +139,9 @@ class Registrar:
             try:
                 self._sync()
                 self._heard(True)
+            except StoreReplaced as replaced:  # the ranks live on
+                log.error("records_frozen", error=str(replaced), hint=replaced.hint)
+                return
             except StoreUnavailable as error:
                 self._heard(False, str(error))
                 with self._changed:

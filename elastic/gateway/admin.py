@@ -24,6 +24,7 @@ from membership.errors import (
     OperationConflict,
     PlanRefused,
     RequestError,
+    StoreReplaced,
     StoreUnavailable,
     WaitTimeout,
 )
@@ -120,7 +121,8 @@ def _add_reading(app: FastAPI, admin: Admin) -> None:
     @app.get("/admin/v1/status")
     async def status() -> Response:
         age = {"Age": str(int(admin.mirror.staleness_s))}
-        return json_response(cluster_status(admin.mirror.state(), time.time()), headers=age)
+        status = cluster_status(admin.mirror.state(), time.time(), admin.mirror.trouble)
+        return json_response(status, headers=age)
 
     @app.get("/admin/v1/operations")
     async def operations() -> Response:
@@ -170,6 +172,8 @@ def _raise_as_http(error: ElasticError) -> NoReturn:
     if isinstance(error, StoreUnavailable | WaitTimeout):
         message += "; whether it took effect is unknown: look at the operations, or ask again with the same op_id"
         raise RequestError(message, status=503, code="outcome_unknown", retry_after_s=1.0) from error
+    if isinstance(error, StoreReplaced):
+        raise RequestError(message, status=503, code="store_replaced") from error
     raise RequestError(message, status=500) from error
 
 

@@ -90,7 +90,7 @@ def run_gateway(
         if config is None:
             raise ConfigError(f"cluster {cluster!r} has no config")
         link = EngineLink(name, settings.link, note=note)
-        readiness = health.Readiness(link, mirror.state)
+        readiness = health.Readiness(link, mirror.state, lambda: mirror.trouble)
         history = StateDir(state_dir).events
         public = _public_app(config, link, readiness, history)
         admin = admin_app(Admin(store, cluster, mirror, admin_token, history, lambda: readiness.stopping))

@@ -25,6 +25,7 @@ class Readiness:
 
     link: EngineLink
     state: Callable[[], ClusterState]
+    trouble: Callable[[], str] = str  # what is wrong with the store: requests are answered all the same
     stopping: bool = False
 
     def reasons(self) -> list[str]:
@@ -73,7 +74,9 @@ def add_routes(app: FastAPI, readiness: Readiness, metrics: GatewayMetrics) -> N
         reasons = readiness.reasons()
         if reasons:
             return json_response({"status": "not ready", "reasons": reasons}, 503, {"Retry-After": "1"})
-        return json_response({"status": "ready", "state": cluster_status(readiness.state(), time.time()).state})
+        told = {"status": "ready", "state": cluster_status(readiness.state(), time.time()).state}
+        trouble = readiness.trouble()
+        return json_response({**told, "store": trouble} if trouble else told)
 
     @app.get("/metrics")
     async def exposition() -> Response:

@@ -71,6 +71,7 @@ def test_every_key_finds_its_place_in_the_state() -> None:
         engine_token=14,
         engine_status=EngineStatus(token=5, epoch=1),
         incarnation=9,
+        incarnation_revision=56,
         agents={"n": AgentRecord(node="n", pid=1, started=1.0)},
         assignments={"n": Assignment(node="n")},
         ranks={(2, 9): rank},
