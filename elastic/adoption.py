@@ -1,7 +1,8 @@
 """When the engine may go on under a newer view, and which of its members it must not use. Pure.
 
 A member is usable once it has proved its queues to this engine. Until each member is usable or gone, the present view
-stays in use: it serves well meanwhile.
+stays in use: it serves well meanwhile. No record in the store is no death: after an outage an agent may be about to
+write it again. But who has none is waited for only as long as that takes: a dead host writes nothing any more.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Set
 from dataclasses import dataclass
 
+from membership.census import Census
 from membership.types import ClusterState, Member, View
 
 RankId = tuple[int, int]
@@ -35,13 +37,26 @@ def absent(view: View, state: ClusterState) -> set[RankId]:
 
 
 def adoption(
-    state: ClusterState, epoch: int, ready: Set[RankId], lost: Set[RankId], *, overdue: bool = False
+    state: ClusterState,
+    epoch: int,
+    ready: Set[RankId],
+    lost: Set[RankId],
+    *,
+    patient: bool = False,
+    overdue: bool = False,
 ) -> Adoption | None:
-    """The newer view in the store, if there is one. Who is not ready when it is `overdue` counts as lost."""
+    """The newer view in the store, if there is one. Who is not ready when it is `overdue` counts as lost.
+
+    Who has no record either counts as lost sooner: once its end is certain, or when we are not `patient` any more.
+    """
     view = state.view
     if view is None or view.epoch <= epoch:
         return None
-    gone = (absent(view, state) - ready) | lost
+    gone = absent(view, state) - ready
+    if patient:
+        census = Census(state, 0.0)
+        gone &= {of_member(member) for member in view.members if census.ended(member)}
+    gone |= lost
     missing = [member for member in view.members if of_member(member) not in gone | ready]
     masked = {member.rank for member in view.members if of_member(member) in gone}
     if overdue:

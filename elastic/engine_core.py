@@ -6,6 +6,7 @@ The store being slow or away never delays a step; only being replaced as the eng
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter
@@ -28,6 +29,7 @@ from workers.messages import StepBatch, StepResult, StepStatus
 
 IDLE_S = 0.5
 EXPIRE_EVERY_S = 0.25
+PATIENCE_TTLS = 2.0  # for a member without a record: its agent needs one at most to write it again
 
 log = structlog.get_logger(__name__)
 
@@ -61,6 +63,7 @@ class Engine:
         self._unrecorded = False  # whether the store has no record of a rank that we use
         self._membership_changed = True
         self._newer_view_since: tuple[int, float] = (0, 0.0)  # (epoch, when it was first seen)
+        self._patient_until = math.inf  # when members of it that have no record are given up
         self._last_step_end: float | None = None  # None: there was nothing to run since
         self._pause_since: float | None = None  # since when a flip has kept tokens waiting
         self._expire_at = 0.0
@@ -227,6 +230,8 @@ class Engine:
         since = self._newer_view_since
         now = self._clock()
         overdue = since[0] > 0 and now - since[1] > self._config.launch_deadline_s
+        if now >= self._patient_until:
+            self._patient_until, self._membership_changed = math.inf, True
         if not self._membership_changed and not overdue:
             return
         self._membership_changed = False
@@ -240,12 +245,15 @@ class Engine:
         self._attach_ranks(state)
         view = self._scheduler.view
         self._unrecorded = view is not None and not absent(view, state).isdisjoint(self._ready)
-        newer = adoption(state, self._epoch, self._ready, self._lost, overdue=overdue)
+        began = since[1] if state.view is not None and state.view.epoch == since[0] else now
+        patience_s = PATIENCE_TTLS * self._config.lease_ttl_s
+        patient = now < began + patience_s
+        newer = adoption(state, self._epoch, self._ready, self._lost, patient=patient, overdue=overdue)
         if newer is None:
             self._newer_view_since = (0, 0.0)
         elif newer.waiting_for:
             if since[0] != newer.view.epoch:
-                self._newer_view_since = (newer.view.epoch, now)
+                self._newer_view_since, self._patient_until = (newer.view.epoch, now), now + patience_s
                 log.info("newer view waits for ranks", epoch=newer.view.epoch, ranks=newer.waiting_for)
         else:
             self._newer_view_since = (0, 0.0)

@@ -113,10 +113,14 @@ class Census:
         return tuple(m for m in self.members if self._alive(m))
 
     def _alive(self, member: Member) -> bool:
+        return not self.ended(member) and member.rank not in self.masked
+
+    def ended(self, member: Member) -> bool:
+        """Whether it certainly does not run, or must not: its exit is known, or nobody is to run it any more."""
         node, spec = self.assigned.get(member.rank, ("", None))
         if spec is None or (node, spec.incarnation) != (member.node, member.incarnation):
-            return False
-        return not self.exited(member) and member.rank not in self.masked
+            return True
+        return self.exited(member)
 
     def exited(self, member: Member) -> bool:
         """Whether its agent saw it die."""

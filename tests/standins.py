@@ -23,7 +23,7 @@ from membership.errors import Fenced
 from membership.events import Event, EventLog
 from membership.keys import Keys, state_from
 from membership.store import Store
-from membership.types import ClusterConfig, ClusterState, Member, RankRecord, RankState, View
+from membership.types import Assignment, ClusterConfig, ClusterState, Member, RankRecord, RankSpec, RankState, View
 from tests.helpers import eventually
 from tests.rank_process import VOCAB, next_token
 from workers.messages import Sampling
@@ -143,6 +143,11 @@ class StandInCluster:
         held = experts or dict.fromkeys(ranks, range(self.config.experts))
         placement = {rank: (tuple(held[rank]),) * self.config.moe_layers for rank in ranks}
         self.store.put(self.keys.view, encode(View(epoch=self.epoch, members=members, placement=placement)))
+
+    def assign(self) -> None:
+        """Tell node "n" to run the ranks that it runs."""
+        specs = tuple(RankSpec(rank=r, incarnation=mine.record.incarnation) for r, mine in sorted(self.ranks.items()))
+        self.store.put(self.keys.assign("n"), encode(Assignment(node="n", ranks=specs)))
 
     def bury(self, rank: int) -> None:
         """What the agent does about a dead rank: its record goes."""

@@ -24,11 +24,11 @@ def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def serve(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Serve]:
-    """`serve(model, ranks, flags=())` starts a cluster; it is stopped at the end and its logs are written to stderr."""
+    """`serve(model, ranks, flags=(), state_dir=None)` starts a cluster; it is stopped at the end, logs go to stderr."""
     started: list[ServedCluster] = []
 
-    def start(model: Path, ranks: int, flags: tuple[str, ...] = ()) -> ServedCluster:
-        cluster = ServedCluster(model, ranks, state_dir=tmp_path / f"state{len(started)}", flags=flags)
+    def start(model: Path, ranks: int, flags: tuple[str, ...] = (), state_dir: Path | None = None) -> ServedCluster:
+        cluster = ServedCluster(model, ranks, state_dir=state_dir or tmp_path / f"state{len(started)}", flags=flags)
         started.append(cluster.__enter__())
         return cluster
 

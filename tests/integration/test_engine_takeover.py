@@ -115,6 +115,42 @@ def test_a_standby_takes_over_from_a_killed_engine(etcd: EtcdServer, store: Stor
             second.close()
 
 
+def test_a_standby_elected_before_the_records_are_back_masks_nobody(
+    etcd: EtcdServer, store: Store, tmp_path: Path
+) -> None:
+    """An outage let the ranks' records lapse; the engine died in it; the agents write again only after the election."""
+    cluster = StandInCluster(store, cluster_config(lease_ttl_s=15.0))
+    first = EngineProcess(etcd.url, tmp_path / "first.jsonl")
+    with streaming(cluster, first, requests=4, tokens=60) as (token, gateway):
+        second = EngineProcess(etcd.url, tmp_path / "second.jsonl")
+        try:
+            cluster.assign()
+            for rank, mine in cluster.ranks.items():
+                store.delete(cluster.keys.rank(rank, mine.record.incarnation))
+            first.kill()
+            end_the_term(store, cluster)
+            assert elected(second) > token
+            eventually(lambda: told(store, cluster) > 2, 30.0, "the second engine to look, and look again")
+            status = cluster.state().engine_status
+            assert status is not None
+            assert (status.epoch, status.masked) == (0, ())
+            cluster.attach()
+            cluster.adopted()
+            status = cluster.state().engine_status
+            assert status is not None
+            assert status.masked == ()
+            gateway.connect()
+            gateway.finish()
+        finally:
+            second.close()
+
+
+def told(store: Store, cluster: StandInCluster) -> int:
+    """How often the engine in office has told its status."""
+    found = store.get(cluster.keys.engine_status)
+    return found.version if found is not None else 0
+
+
 def test_an_engine_that_lost_its_lease_takes_office_again_in_the_same_process(
     etcd: EtcdServer, store: Store, tmp_path: Path
 ) -> None:

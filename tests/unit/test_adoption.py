@@ -2,22 +2,47 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from elastic.adoption import Adoption, adoption
 from elastic.recovery import Recovered, Recovery
-from membership.types import ClusterState, Member, RankRecord, RankState, View
+from membership.types import (
+    AgentRecord,
+    Assignment,
+    ClusterState,
+    Member,
+    RankExit,
+    RankRecord,
+    RankSpec,
+    RankState,
+    View,
+)  # fmt: skip
 
 pytestmark = pytest.mark.unit
 
 VIEW = View(epoch=5, members=tuple(Member(rank=r, node="n", incarnation=10 + r) for r in range(3)))
 
 
-def state(*present: int, view: View | None = VIEW) -> ClusterState:
+def state(*present: int, view: View | None = VIEW, **more: Any) -> ClusterState:
     ranks = {
         (r, 10 + r): RankRecord(rank=r, node="n", incarnation=10 + r, pid=1, state=RankState.STANDBY) for r in present
     }
-    return ClusterState(revision=9, view=view, ranks=ranks)
+    return ClusterState(revision=9, view=view, ranks=ranks, **more)
+
+
+def assigned(*ranks: int, agent_started: float = 1.0) -> dict[str, Assignment]:
+    specs = tuple(RankSpec(rank=r, incarnation=10 + r) for r in ranks)
+    return {"n": Assignment(node="n", ranks=specs, agent_started=agent_started)}
+
+
+def agent(started: float) -> dict[str, AgentRecord]:
+    return {"n": AgentRecord(node="n", pid=1, started=started)}
+
+
+def exit_of(rank: int, incarnation: int) -> dict[int, RankExit]:
+    return {rank: RankExit(rank=rank, incarnation=incarnation, reason="killed", at=1.0)}
 
 
 def test_no_newer_view_no_adoption() -> None:
@@ -43,6 +68,33 @@ def test_a_ready_member_is_used_though_its_record_is_missing_for_now() -> None:
 
 def test_who_is_overdue_counts_as_lost() -> None:
     assert adoption(state(0, 1, 2), 4, {(0, 10)}, set(), overdue=True) == Adoption(VIEW, (1, 2), ())
+
+
+def test_who_has_no_record_for_now_is_waited_for_while_patient() -> None:
+    """An engine elected after an outage, before the agents have written the records that lapsed in it."""
+    found = adoption(state(0, assignments=assigned(0, 1, 2)), 4, {(0, 10)}, set(), patient=True)
+    assert found == Adoption(VIEW, (), (1, 2))
+    found = adoption(state(0, assignments=assigned(0, 1, 2)), 4, {(0, 10)}, {(1, 11)}, patient=True)
+    assert found == Adoption(VIEW, (1,), (2,))
+
+
+@pytest.mark.parametrize(
+    "certain",
+    [
+        {"assignments": assigned(0, 1, 2), "exits": exit_of(2, 12)},
+        {"assignments": assigned(0, 1)},  # the controller gave it up; `elastic serve` begins with no assignments at all
+        {"assignments": {"n": Assignment(node="n", ranks=(RankSpec(rank=2, incarnation=99),))}},
+        {"assignments": assigned(0, 1, 2), "agents": agent(started=2.0)},  # its agent's life is over, and it with it
+    ],
+)
+def test_who_has_certainly_ended_is_masked_at_once(certain: dict[str, Any]) -> None:
+    found = adoption(state(0, 1, **certain), 4, {(0, 10), (1, 11)}, set(), patient=True)
+    assert found == Adoption(VIEW, (2,), ())
+
+
+def test_an_exit_of_an_earlier_life_in_the_slot_is_not_the_members() -> None:
+    known = state(0, 1, assignments=assigned(0, 1, 2), agents=agent(started=1.0), exits=exit_of(2, 8))
+    assert adoption(known, 4, {(0, 10), (1, 11)}, set(), patient=True) == Adoption(VIEW, (), (2,))
 
 
 def test_a_loss_is_over_when_each_moved_request_has_a_token_or_has_ended() -> None:

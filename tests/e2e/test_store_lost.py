@@ -1,0 +1,75 @@
+"""etcd's data are lost under a served cluster: requests go on, a rank's death is masked, nothing else changes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from chaos.cluster import ServedCluster
+from chaos.history import compare
+from chaos.inject import kill
+from chaos.workload import Workload
+from elastic.client import AdminClient
+from membership.errors import NoAnswer
+from tests.e2e.conftest import Serve
+from tests.e2e.test_roles_die import role_pid, streaming
+from tests.helpers import eventually
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+
+RANKS = 2
+
+
+def wipe(cluster: ServedCluster) -> None:
+    """Kill etcd and delete its data before the supervisor starts it again."""
+    etcd, supervisor = role_pid(cluster, "etcd"), psutil.Process(cluster.pid)
+    supervisor.suspend()
+    try:
+        eventually(lambda: supervisor.status() == psutil.STATUS_STOPPED, 10.0, "the supervisor to be stopped")
+        os.kill(etcd, signal.SIGKILL)
+        eventually(lambda: psutil.Process(etcd).status() == psutil.STATUS_ZOMBIE, 10.0, "etcd to be dead")
+        shutil.rmtree(cluster.state.etcd_data / "data")
+    finally:
+        supervisor.resume()
+
+
+def test_wiped_data_are_refused_while_serving_goes_on(serve: Serve, demo_model: Path) -> None:
+    cluster = serve(demo_model, RANKS)
+    before = cluster.wait_serving(RANKS)
+    model = cluster.model_name()
+    oracle = {r.prompt: r for r in Workload(cluster.url, model).run_once()}
+    workload = Workload(cluster.url, model)
+    workload.start()
+    try:
+        eventually(lambda: streaming(workload), 30.0, "two streams under way")
+        wipe(cluster)
+        eventually(lambda: cluster.state.address().trouble, 60.0, "the supervisor to notice")
+        address = cluster.state.address()
+        client = AdminClient(address.admin_url, address.admin_token)
+        eventually(lambda: "replaced" in client.status()["store"], 60.0, "the gateway to say so")
+        ready = httpx.get(f"{cluster.url}/readyz", timeout=10.0)
+        assert ready.status_code == 200
+        assert "membership is frozen" in ready.json()["store"]
+        with pytest.raises(NoAnswer, match="replaced"):
+            client.scale(RANKS + 1, op_id=None, if_epoch=None, timeout_s=10.0)
+        eventually(lambda: streaming(workload), 30.0, "two streams under way")
+        kill(before["ranks"][1]["pid"])
+        cluster.wait_event(lambda e: e.kind == "rank_masked" and e.rank == 1, "rank 1 masked")
+        ended = len(workload.records())
+        eventually(lambda: len(workload.records()) > ended + 4, 60.0, "requests ending")
+        assert client.status()["epoch"] == before["epoch"]
+        client.close()
+    finally:
+        history = workload.stop()
+    verdict = compare(history, oracle)
+    assert verdict.ok, verdict.differences
+    cluster.__exit__()
+    again = serve(demo_model, RANKS, state_dir=cluster.state.path)
+    assert again.wait_serving(RANKS)["store"] == ""
+    assert not again.state.address().trouble
