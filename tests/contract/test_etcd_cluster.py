@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,8 +16,8 @@ from membership.keys import Keys
 from membership.lease import LeaseKeeper
 from membership.mirror import Mirror
 from membership.types import Desired
+from tests.etcd_members import Member, three_members
 from tests.helpers import eventually
-from workers.etcd_server import find_binary, free_ports
 
 pytestmark = pytest.mark.contract
 
@@ -27,33 +25,10 @@ T = 30.0
 KEYS = Keys("cluster")
 
 
-@dataclass
-class Member:
-    url: str
-    process: subprocess.Popen[bytes]
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait(T)
-
-
 @pytest.fixture
 def members(tmp_path: Path) -> Iterator[list[Member]]:
-    ports = free_ports(6)
-    peers = {f"m{i}": f"http://127.0.0.1:{port}" for i, port in enumerate(ports[3:])}
-    started: list[Member] = []
-    try:
-        for (name, peer), port in zip(peers.items(), ports, strict=False):
-            url = f"http://127.0.0.1:{port}"
-            flags = [f"--name={name}", f"--data-dir={tmp_path}/{name}", f"--listen-client-urls={url}"]
-            flags += [f"--advertise-client-urls={url}", f"--listen-peer-urls={peer}", "--log-level=error"]
-            flags += [f"--initial-advertise-peer-urls={peer}", "--heartbeat-interval=100", "--election-timeout=500"]
-            flags += ["--initial-cluster=" + ",".join(f"{n}={p}" for n, p in peers.items())]
-            started.append(Member(url, subprocess.Popen([find_binary(), *flags])))
+    with three_members(tmp_path) as started:
         yield started
-    finally:
-        for member in started:
-            member.kill()
 
 
 def put_desired(store: EtcdStore, ranks: int) -> None:

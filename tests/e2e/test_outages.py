@@ -1,0 +1,137 @@
+"""Whatever is away, serving goes on: the controller, etcd, its leader, a whole agent with its ranks."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from chaos.cluster import ServedCluster
+from chaos.history import RequestRecord, compare
+from chaos.inject import kill
+from chaos.workload import Workload
+from membership.etcd import connect
+from tests.e2e.conftest import Serve
+from tests.e2e.test_roles_die import answered, role_pid, streaming
+from tests.etcd_members import three_members
+from tests.helpers import eventually
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+
+RANKS = 3
+T = 60.0
+OUTAGE_S = float(os.environ.get("ELASTIC_TEST_OUTAGE_S", "0"))  # a longer one, by hand
+
+
+@contextmanager
+def under_load(cluster: ServedCluster, ranks: int) -> Iterator[Workload]:
+    """Requests stream during the block; each of them must come out as without any fault."""
+    cluster.wait_serving(ranks)
+    oracle = {r.prompt: r for r in Workload(cluster.url, cluster.model_name()).run_once()}
+    workload = Workload(cluster.url, cluster.model_name())
+    workload.start()
+    history: list[RequestRecord] = []
+    try:
+        eventually(lambda: streaming(workload), T, "two streams under way")
+        yield workload
+    finally:
+        history += workload.stop()
+    verdict = compare(history, oracle)
+    assert verdict.ok, verdict.differences
+
+
+def masks_a_death(cluster: ServedCluster, workload: Workload, rank: int, pid: int) -> None:
+    """Kill a rank; requests go on without it."""
+    kill(pid)
+    cluster.wait_event(lambda e: e.kind == "rank_masked" and e.rank == rank, f"rank {rank} masked", T)
+    ended = len(workload.records())
+    eventually(lambda: len(workload.records()) > ended + 4, T, "requests ending without it")
+
+
+def seen(cluster: ServedCluster, kind: str) -> list[int | None]:
+    """The ranks that events of a kind tell of."""
+    return [event.rank for event in cluster.events() if event.kind == kind]
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    process = psutil.Process(pid)
+    process.suspend()
+    try:
+        eventually(lambda: process.status() == psutil.STATUS_STOPPED, T, f"process {pid} to be stopped")
+        yield
+    finally:
+        process.resume()
+
+
+def test_without_a_controller_steps_go_on_and_a_death_is_masked(serve: Serve, demo_model: Path) -> None:
+    cluster = serve(demo_model, RANKS)
+
+    def step() -> int:
+        status = cluster.client().state().engine_status
+        return status.step if status is not None else 0
+
+    with under_load(cluster, RANKS) as workload:
+        before = cluster.status()
+        with stopped(cluster.pid):  # who would start another one
+            kill(role_pid(cluster, "controller"))
+            eventually(lambda: cluster.client().state().leader_revision == 0, T, "nobody to lead")
+            first = step()
+            eventually(lambda: step() > first + 50, T, "fifty more steps")
+            masks_a_death(cluster, workload, 1, before["ranks"][1]["pid"])
+            state = cluster.client().state()
+            assert state.leader_revision == 0
+            assert state.view is not None
+            assert state.view.epoch == before["epoch"]
+        eventually(lambda: cluster.status()["epoch"] > before["epoch"], T, "the next controller to commit the loss")
+        after = cluster.wait_serving(RANKS)
+    pids = [{r["rank"]: r["pid"] for r in status["ranks"]} for status in (before, after)]
+    assert [pids[0][rank] == pids[1][rank] for rank in range(RANKS)] == [True, False, True]
+
+
+def test_an_etcd_stopped_for_long_freezes_membership_and_nothing_else(serve: Serve, demo_model: Path) -> None:
+    """All leases run out meanwhile. The ranks that lived through it are the same processes afterwards."""
+    cluster = serve(demo_model, RANKS)
+    with under_load(cluster, RANKS) as workload:
+        before, config = cluster.status(), cluster.client().state().config
+        assert config is not None
+        until = time.monotonic() + (OUTAGE_S or 3 * config.lease_ttl_s)
+        commits = len(seen(cluster, "epoch_committed"))
+        with stopped(role_pid(cluster, "etcd")):
+            masks_a_death(cluster, workload, 1, before["ranks"][1]["pid"])
+            eventually(lambda: time.monotonic() > until, until, "the outage to have lasted", interval_s=0.1)
+            ended = len(workload.records())
+            eventually(lambda: len(workload.records()) > ended + 4, T, "requests ending all the while")
+            assert len(seen(cluster, "epoch_committed")) == commits
+        eventually(lambda: answered(lambda: cluster.status()["epoch"] > before["epoch"]), T, "the loss to be committed")
+        after = cluster.wait_serving(RANKS)
+    pids = [{r["rank"]: r["pid"] for r in status["ranks"]} for status in (before, after)]
+    assert [pids[0][rank] == pids[1][rank] for rank in range(RANKS)] == [True, False, True]
+    assert set(seen(cluster, "rank_masked")) == {1}
+
+
+def test_etcd_loses_its_leader(serve: Serve, demo_model: Path, tmp_path: Path) -> None:
+    """And then forgets its history, as a compaction does: who follows it, follows on."""
+    with three_members(tmp_path) as members:
+        urls = [member.url for member in members]
+        connect(urls, connect_timeout_s=T).close()  # they have a leader
+        cluster = serve(demo_model, 2, ("--etcd", ",".join(urls)))
+        with under_load(cluster, 2) as workload:
+            old = members[0].status()[1]
+            leader = next(member for member in members if member.status()[0] == old)
+            leader.kill()
+            left = [member for member in members if member is not leader]
+            eventually(lambda: all(m.status()[1] not in (0, old) for m in left), T, "another leader")
+            with closing(connect([left[0].url])) as store:
+                store.compact(store.range("/")[0])
+            ended = len(workload.records())
+            eventually(lambda: len(workload.records()) > ended + 4, T, "requests ending")
+            cluster.scale(3)
+            cluster.wait_serving(3)
+        assert not seen(cluster, "rank_masked")
+        cluster.__exit__()
