@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -135,3 +138,49 @@ def test_etcd_loses_its_leader(serve: Serve, demo_model: Path, tmp_path: Path) -
             cluster.wait_serving(3)
         assert not seen(cluster, "rank_masked")
         cluster.__exit__()
+
+
+@contextmanager
+def second_agent(cluster: ServedCluster) -> Iterator[int]:
+    """Another agent, as if of a second host; its process id."""
+    command = [sys.executable, "-m", "elastic.cli", "agent", "--node", "second", "--state-dir", str(cluster.state.path)]
+    process = subprocess.Popen(command)
+    try:
+        eventually(lambda: "second" in cluster.client().state().agents, T, "the second agent's record")
+        yield process.pid
+    finally:
+        process.terminate()
+        process.wait(T)
+
+
+def test_an_agents_death_takes_its_ranks_and_only_those(serve: Serve, demo_model: Path) -> None:
+    cluster = serve(demo_model, 2)
+    cluster.wait_serving(2)
+    with second_agent(cluster) as agent:
+        cluster.scale(4)
+        with under_load(cluster, 4):
+            before = cluster.status()["ranks"]
+            lost = [r for r in before if r["node"] == "second"]
+            assert len(lost) == 2, before
+            theirs = processes(lost)
+            kill(agent)
+            _, alive = psutil.wait_procs(theirs, timeout=T)
+            assert not alive
+            eventually(lambda: placed(cluster, "second") == set(), T, "the lost ranks to be placed elsewhere")
+            after = cluster.wait_serving(4)["ranks"]
+        kept = {r["rank"]: r["pid"] for r in before if r not in lost}
+        assert {r["rank"]: r["pid"] for r in after if r["rank"] in kept} == kept
+        assert set(seen(cluster, "rank_masked")) == {r["rank"] for r in lost}
+
+
+def placed(cluster: ServedCluster, node: str) -> set[int]:
+    return {r["rank"] for r in cluster.status()["ranks"] if r["node"] == node}
+
+
+def processes(ranks: list[dict[str, Any]]) -> list[psutil.Process]:
+    """Those that still run."""
+    found = []
+    for rank in ranks:
+        with suppress(psutil.NoSuchProcess):
+            found.append(psutil.Process(rank["pid"]))
+    return found

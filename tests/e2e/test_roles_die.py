@@ -156,7 +156,9 @@ def test_a_gateway_dies_and_its_neighbour_serves_on(serve: Serve, demo_model: Pa
         try:
             eventually(lambda: streaming(workload), 30.0, "two streams under way")
             first = role_pid(cluster, "gateway")
+            cut = Cut(cluster.url, workload.body(0))
             kill(first)
+            cut.ended_unfinished()
             eventually(lambda: role_pid_or_zero(cluster, "gateway") not in (0, first), 30.0, "a new first gateway")
             eventually(lambda: reachable(cluster.url), 30.0, "the first gateway to answer again")
         finally:
@@ -166,6 +168,27 @@ def test_a_gateway_dies_and_its_neighbour_serves_on(serve: Serve, demo_model: Pa
     finally:
         neighbour.send_signal(signal.SIGTERM)
         neighbour.wait(timeout=30)
+
+
+class Cut:
+    """A stream through a gateway that dies. Its client must be able to tell that it is not the whole answer."""
+
+    def __init__(self, url: str, body: dict[str, object]) -> None:
+        self._context = httpx.stream("POST", f"{url}/v1/completions", json={**body, "max_tokens": 2000}, timeout=60.0)
+        self._answer = self._context.__enter__()
+        assert self._answer.status_code == 200
+        self._lines = self._answer.iter_lines()
+        assert next(self._lines).startswith("data: ")
+
+    def ended_unfinished(self) -> None:
+        """The body breaks off: no end of the chunked encoding, no last event."""
+        seen: list[str] = []
+        try:
+            with pytest.raises(httpx.TransportError):
+                seen.extend(self._lines)
+        finally:
+            self._context.__exit__(None, None, None)
+        assert not any("[DONE]" in line or '"finish_reason":"' in line for line in seen)
 
 
 def reachable(url: str) -> bool:

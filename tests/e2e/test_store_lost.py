@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import httpx
@@ -39,6 +41,13 @@ def wipe(cluster: ServedCluster) -> None:
         supervisor.resume()
 
 
+def said(cluster: ServedCluster, command: str) -> str:
+    """What a command says of the cluster served last."""
+    environment = {**os.environ, "XDG_STATE_HOME": str(cluster.state.path / "home"), "COLUMNS": "1000"}
+    words = [sys.executable, "-m", "elastic.cli", command]
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60, check=False).stdout
+
+
 def test_wiped_data_are_refused_while_serving_goes_on(serve: Serve, demo_model: Path) -> None:
     cluster = serve(demo_model, RANKS)
     before = cluster.wait_serving(RANKS)
@@ -56,6 +65,8 @@ def test_wiped_data_are_refused_while_serving_goes_on(serve: Serve, demo_model: 
         ready = httpx.get(f"{cluster.url}/readyz", timeout=10.0)
         assert ready.status_code == 200
         assert "membership is frozen" in ready.json()["store"]
+        for command in ("status", "doctor"):
+            assert "membership is frozen" in said(cluster, command)
         with pytest.raises(NoAnswer, match="replaced"):
             client.scale(RANKS + 1, op_id=None, if_epoch=None, timeout_s=10.0)
         eventually(lambda: streaming(workload), 30.0, "two streams under way")
