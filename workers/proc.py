@@ -197,7 +197,6 @@ class WorkerProc:
             proc = WorkerProc(launch, death_reader, HostLock(host_lock))
             _tell(ready_writer, proc.ready())
             os.close(ready_writer)
-            proc.ports[0].replies.wait_until_ready([PARENT_READER], timeout_s=JOIN_TIMEOUT_S)
             proc.worker_busy_loop()
         except Exception as error:
             if proc is None:
@@ -224,7 +223,8 @@ class WorkerProc:
     def _init_message_queues(self, launch: Launch) -> None:
         """Join our parent's queue of calls, then those of callers on other hosts; make a queue of replies to each.
 
-        Nobody waits here for others to join: who calls waits for us (`wait_until_ready` on its side).
+        A rank waits for nobody here or later: who calls has joined its replies, and waits for it (`wait_until_ready`).
+        If it waited for its parent too, it would miss one that comes and goes.
         """
         for number, handle in enumerate((launch.input_handle, *launch.external_input_handles)):
             self.ports.append(CallPort(self.key, handle, number, self.doorbell))
