@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,11 @@ def masks_a_death(cluster: ServedCluster, workload: Workload, rank: int, pid: in
     cluster.wait_event(lambda e: e.kind == "rank_masked" and e.rank == rank, f"rank {rank} masked", T)
     ended = len(workload.records())
     eventually(lambda: len(workload.records()) > ended + 4, T, "requests ending without it")
+
+
+def insist(ask: Callable[[], object], what: str) -> None:
+    """Ask until there is an answer: a cluster of etcd that is electing a leader may give none."""
+    eventually(lambda: answered(lambda: (ask(), True)[1]), T, what)
 
 
 def seen(cluster: ServedCluster, kind: str) -> list[int | None]:
@@ -130,11 +135,11 @@ def test_etcd_loses_its_leader(serve: Serve, demo_model: Path, tmp_path: Path) -
             leader.kill()
             left = [member for member in members if member is not leader]
             eventually(lambda: all(m.status()[1] not in (0, old) for m in left), T, "another leader")
-            with closing(connect([left[0].url])) as store:
-                store.compact(store.range("/")[0])
+            with closing(connect([left[0].url], connect_timeout_s=T)) as store:
+                insist(lambda: store.compact(store.range("/")[0]), "a compaction")
             ended = len(workload.records())
             eventually(lambda: len(workload.records()) > ended + 4, T, "requests ending")
-            cluster.scale(3)
+            insist(lambda: cluster.client().scale(3, op_id="grow", if_epoch=None, timeout_s=120.0), "a scale to 3")
             cluster.wait_serving(3)
         assert not seen(cluster, "rank_masked")
         cluster.__exit__()
