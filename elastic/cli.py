@@ -93,13 +93,14 @@ def doctor(
     model: Annotated[Path | None, typer.Argument(help="Also check this checkpoint.")] = None,
     ranks: Annotated[int, typer.Option(help="Check coverage for this many ranks.")] = 4,
     redundancy: Annotated[float, typer.Option(help="Check coverage for this redundancy.")] = 2.0,
+    hosts: Annotated[int, typer.Option(min=1, help="Check coverage for ranks on this many hosts.")] = 1,
     output: OutputFlag = Output.TEXT,
 ) -> None:
     """Check that this machine (and MODEL) can be served, and what a lost rank would cost. Exit 1 if it can't."""
     with reported():
         from elastic.doctor import examine, show
 
-        findings = examine(model, ranks, redundancy)
+        findings = examine(model, ranks, redundancy, hosts)
         if output is Output.JSON:
             write_json(findings)
         else:

@@ -12,8 +12,11 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
+from elastic.show import in_bytes
 from elastic.statedir import StateDir
 from membership.errors import ConfigError, ElasticError
+from membership.resilience import needed_slots, resilience, told
+from membership.types import Placement
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -25,11 +28,11 @@ class Finding(msgspec.Struct, frozen=True):
     hint: str = ""
 
 
-def examine(model: Path | None, ranks: int, redundancy: float) -> list[Finding]:
+def examine(model: Path | None, ranks: int, redundancy: float, hosts: int = 1) -> list[Finding]:
     """All findings; nothing raises."""
     checks: list[Callable[[], Iterator[Finding]]] = [_python, _packages, _kernel, _etcd, _store, _machine]
     if model is not None:
-        checks.append(lambda: _model(model, ranks, redundancy))
+        checks.append(lambda: _model(model, ranks, redundancy, hosts))
     return [finding for check in checks for finding in check()]
 
 
@@ -110,23 +113,35 @@ def _machine() -> Iterator[Finding]:
     )
 
 
-def _model(model: Path, ranks: int, redundancy: float) -> Iterator[Finding]:
-    from membership.placement import coverage, plan
+def _model(model: Path, ranks: int, redundancy: float, hosts: int) -> Iterator[Finding]:
+    from membership.placement import plan
     from workers.model.info import read_model_info
 
+    nodes = {rank: f"host{rank % hosts}" for rank in range(ranks)}  # as the planner spreads ranks over agents
     try:
         info = read_model_info(model)
         yield Finding(
             "model", "ok", f"{info.family}: {info.moe_layers} MoE layers x {info.experts} experts, top {info.top_k}"
         )
-        placement = plan(info.moe_layers, info.experts, range(ranks), redundancy)
+        placement = plan(info.moe_layers, info.experts, nodes, redundancy, nodes=nodes)
     except ElasticError as error:
         yield Finding("model", "fail", str(error), error.hint)
         return
-    worst = min((coverage(placement, [r for r in range(ranks) if r != lost])[0] for lost in range(ranks)), default=0)
-    if worst > 0:
-        yield Finding("coverage", "ok", f"any of {ranks} ranks may die: every expert keeps >= {worst} live replica(s)")
-    else:
-        told = f"with {ranks} rank(s) and redundancy {redundancy:g}, a death loses experts until repair"
-        yield Finding("coverage", "warn", told,
-                      "use --redundancy 2 and at least 2 ranks")  # fmt: skip
+    yield from _coverage(placement, nodes, info.moe_layers, info.experts, info.expert_bytes("auto"))
+
+
+def _coverage(
+    placement: Placement, nodes: dict[int, str], moe_layers: int, experts: int, expert_bytes: int
+) -> Iterator[Finding]:
+    """Whose death leaves every expert alive, and how many slots that needs."""
+    found = resilience(placement, nodes, moe_layers, experts)
+    slots = sum(len(layer) for held in placement.values() for layer in held)
+    memory = f"{slots} slots, {in_bytes(slots * expert_bytes)} of experts"
+    safe = not found.vital_ranks and not found.vital_hosts
+    hint = ""
+    if not safe:
+        about_hosts = not found.vital_ranks
+        needed = needed_slots(nodes, moe_layers, experts, hosts=about_hosts)
+        who = "host" if about_hosts else "rank"
+        hint = f"needs {needed} slots: --redundancy {needed // (experts * moe_layers)}" if needed else f"add a {who}"
+    yield Finding("coverage", "ok" if safe else "warn", f"{told(found)}; {memory}", hint)

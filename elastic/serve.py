@@ -89,6 +89,7 @@ def cluster_config(options: ServeOptions) -> ClusterConfig:
         served_model_name=options.served_model_name or directory.name,
         moe_layers=info.moe_layers,
         experts=info.experts,
+        expert_bytes=info.expert_bytes(options.dtype),
         redundancy=options.redundancy,
         max_ranks=options.max_ranks or max(options.ranks, 64),
         dtype=options.dtype,

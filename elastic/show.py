@@ -18,6 +18,7 @@ from rich.text import Text
 from membership.events import Event
 from membership.operations import ScalePlan
 from membership.phases import ORDER
+from membership.resilience import told
 from membership.types import Operation, Phase
 
 COLOURS = {
@@ -80,7 +81,37 @@ def plan_view(plan: ScalePlan) -> str:
     lines += [f"  rank {rank} loads {count} experts" for rank, count in sorted(plan.loads.items())]
     lines.append(f"  replicas of every expert: >= {plan.replicas_before} -> >= {plan.replicas_after}")
     lines.append(f"  experts per rank: <= {plan.slots_before} -> <= {plan.slots_after}")
+    moved = f"  to load: {sum(plan.loads.values())} experts, {in_bytes(plan.bytes_moved)}"
+    lines.append(
+        moved + ("" if plan.estimated_s is None else f", about {plan.estimated_s:.1f} s as the last scale went")
+    )
+    if plan.survives is not None:
+        lines.append(f"  afterwards {told(plan.survives)}")
+        lines += _needs(plan)
     return "\n".join(lines)
+
+
+def in_bytes(number: float) -> str:
+    """So many bytes, with three digits."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 999.5:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB"
+
+
+def _needs(plan: ScalePlan) -> list[str]:
+    """What it would take, where somebody must not die."""
+    found, lines = plan.survives, []
+    if found is not None and found.vital_ranks:
+        lines.append(f"  to survive any one rank's death: {_slots(plan.slots_for_rank_loss, 'a second rank')}")
+    if found is not None and found.vital_hosts:
+        lines.append(f"  to survive any one host's death: {_slots(plan.slots_for_host_loss, 'a second host')}")
+    return lines
+
+
+def _slots(number: int | None, other: str) -> str:
+    return f"no number of slots suffices without {other} that holds the same" if number is None else f"{number} slots"
 
 
 def _ranks(ranks: Iterable[int]) -> str:

@@ -25,6 +25,8 @@ from membership.errors import (
 )
 from membership.keys import Keys, state_from
 from membership.placement import coverage, moves
+from membership.resilience import Resilience, needed_slots, resilience
+from membership.seating import seats
 from membership.store import Compare, Delete, Op, Put, Store
 from membership.succession import next_view
 from membership.types import ClusterState, Desired, Member, Operation, Phase
@@ -46,6 +48,10 @@ class ScalePlan(msgspec.Struct, frozen=True, kw_only=True):
     replicas_after: int = 0
     slots_before: int = 0  # the most that any rank holds
     slots_after: int = 0
+    survives: Resilience | None = None  # what may die once it is done
+    slots_for_rank_loss: int | None = None  # slots in all with which any one rank may die; None: no number suffices
+    slots_for_host_loss: int | None = None  # and any one host
+    estimated_s: float | None = None  # as long as the last such operation took per byte; None: nothing to go by yet
     refused: str = ""
 
     @property
@@ -77,22 +83,51 @@ def _with_changes(plan: ScalePlan, state: ClusterState) -> ScalePlan:
     slots = state.desired.slots if state.desired else ()
     wished = replace(state, desired=Desired(ranks=plan.target, slots=slots), operations={wish.id: wish})
     census = Census(wished, 0.0)
-    members = census.keep + tuple(Member(rank=slot, node="", incarnation=0) for slot in census.fill)
+    seated = {slot: newcomer.member.node for slot, newcomer in census.newcomers.items()}
+    seated |= seats(census, (slot for slot in census.fill if slot not in seated))
+    members = census.keep + tuple(Member(rank=slot, node=seated.get(slot, ""), incarnation=0) for slot in census.fill)
     after = next_view(census, members)
     needed = moves(census.view.placement, after.placement)
     fresh = {m.rank for m in members if m not in census.members}
     loads = {rank: sum(move.rank == rank for move in needed) for rank in after.ranks if rank not in fresh}
     loads |= {rank: sum(map(len, after.placement[rank])) for rank in fresh}
-    config = census.config
+    config, nodes = census.config, {m.rank: m.node for m in members}
+    bytes_moved = sum(loads.values()) * config.expert_bytes
     return replace(
         plan,
         add=tuple(sorted(fresh)),
         remove=tuple(rank for rank in plan.ranks if rank not in after.ranks),
         loads={rank: number for rank, number in sorted(loads.items()) if number},
-        bytes_moved=sum(loads.values()) * config.expert_bytes,
+        bytes_moved=bytes_moved,
         replicas_after=coverage(after.placement, after.ranks, config.experts).min_live_replicas,
         slots_after=max(sum(map(len, held)) for held in after.placement.values()),
+        survives=resilience(after.placement, nodes, config.moe_layers, config.experts),
+        slots_for_rank_loss=needed_slots(nodes, config.moe_layers, config.experts),
+        slots_for_host_loss=needed_slots(nodes, config.moe_layers, config.experts, hosts=True),
+        estimated_s=_estimated_s(state, bytes_moved, launches=bool(fresh)),
     )
+
+
+def _estimated_s(state: ClusterState, bytes_moved: int, *, launches: bool) -> float | None:
+    """How long it takes, from the last operations that are done: one that launched ranks too, and one that loaded."""
+    done = sorted((op for op in state.operations.values() if op.phase is Phase.DONE), key=lambda op: op.finished)
+    total_s = 0.0
+    if launches:
+        took = [_between(op, Phase.PROPOSED, Phase.LOADING) for op in done if Phase.SPAWNING in op.phase_times]
+        if not took:
+            return None
+        total_s += took[-1]
+    if bytes_moved:
+        paces = [_between(op, Phase.LOADING, Phase.READY) / op.bytes_moved for op in done if op.bytes_moved]
+        if not paces:
+            return None
+        total_s += paces[-1] * bytes_moved
+    return total_s
+
+
+def _between(operation: Operation, first: Phase, last: Phase) -> float:
+    times = operation.phase_times
+    return max(0.0, times.get(last, 0.0) - times.get(first, 0.0)) if last in times else 0.0
 
 
 def propose_scale(

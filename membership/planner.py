@@ -17,6 +17,7 @@ from membership.census import Census, scale_refusal
 from membership.phases import ORDER, advance
 from membership.placement import moves
 from membership.rebalance import FAILED_REST_S, rebalance
+from membership.seating import room, seats
 from membership.succession import covers, next_view
 from membership.types import Assignment, ClusterState, Desired, Member, Operation, Phase, RankSpec, View
 
@@ -203,7 +204,7 @@ def _quiet(census: Census) -> bool:
         return False
     if not census.members or not census.members == census.alive == census.keep:
         return False
-    return all(_quarantined(census, slot) or not _room(census) for slot in census.fill)
+    return all(_quarantined(census, slot) or not room(census) for slot in census.fill)
 
 
 def _goal(census: Census) -> tuple[Member, ...]:
@@ -229,7 +230,7 @@ def _quarantined(census: Census, slot: int) -> bool:
 
 def _coming(census: Census, slot: int) -> bool:
     """Whether a rank is on its way into the slot, or could be sent at once."""
-    return slot in census.newcomers or (_may_start(census, slot) and bool(_room(census)))
+    return slot in census.newcomers or (_may_start(census, slot) and bool(room(census)))
 
 
 def _stuck(census: Census) -> bool:
@@ -304,27 +305,12 @@ def _may_start(census: Census, slot: int) -> bool:
     return not lost or not census.keep or _stuck(census)
 
 
-def _room(census: Census) -> dict[str, int]:
-    """node -> how many more ranks it takes, for the live agents that take any."""
-    running = [node for node, _ in census.assigned.values()]
-    room = {node: agent.capacity - running.count(node) for node, agent in sorted(census.state.agents.items())}
-    return {node: left for node, left in room.items() if left > 0}
-
-
 def _assign(census: Census) -> Effect | None:
     """Send new incarnations into the slots to fill, each to the live agent with the fewest ranks."""
-    state, room = census.state, _room(census)
-    running = [node for node, _ in census.assigned.values()]
+    state = census.state
     incarnation = max([state.incarnation, *(m.incarnation for m in census.members), *(i for _, i in state.ranks)])
     sent: dict[str, list[RankSpec]] = {}
-    for slot in census.fill:
-        if not room or not _may_start(census, slot):
-            continue
-        node = min(room, key=lambda name: (running.count(name), name))
-        running.append(node)
-        room[node] -= 1
-        if not room[node]:
-            del room[node]
+    for slot, node in seats(census, (slot for slot in census.fill if _may_start(census, slot))).items():
         incarnation += 1
         sent.setdefault(node, []).append(RankSpec(rank=slot, incarnation=incarnation, launched=census.now))
     if not sent:

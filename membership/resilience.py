@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import msgspec
 import numpy as np
@@ -54,12 +54,28 @@ def needed_redundancy(nodes: Mapping[int, str], experts: int, *, hosts: bool = F
     return None
 
 
-def told(found: Resilience, ranks: int, slots: int) -> str:
-    """The same in one line."""
-    line = f"{ranks} ranks x {slots} slots: every expert on {found.min_replicas} ranks or more: "
-    line += "any one rank may die" if not found.vital_ranks else f"the death of one of {len(found.vital_ranks)} ranks"
-    line += "" if not found.vital_ranks else " leaves experts without a replica"
-    if found.after_host_loss is not None:
-        line += "; any one host may die" if not found.vital_hosts else "; the death of one of the hosts "
-        line += "" if not found.vital_hosts else ", ".join(found.vital_hosts) + " leaves experts without a replica"
-    return line
+def needed_slots(nodes: Mapping[int, str], moe_layers: int, experts: int, *, hosts: bool = False) -> int | None:
+    """The same as slots over all ranks and layers."""
+    redundancy = needed_redundancy(nodes, experts, hosts=hosts)
+    return None if redundancy is None else int(redundancy) * experts * moe_layers
+
+
+def told(found: Resilience) -> str:
+    """The same in words."""
+    if found.vital_ranks:
+        line = f"the death of rank {_either(found.vital_ranks)} leaves experts without a replica"
+    else:
+        line = f"any one rank may die (every expert keeps {found.after_rank_loss} or more replicas)"
+    if found.after_host_loss is None:
+        return line + "; all ranks are on one host"
+    if found.vital_hosts:
+        return (
+            line + f"; so does that of host {_either(found.vital_hosts)}"
+            if found.vital_ranks
+            else (line + f"; the death of host {_either(found.vital_hosts)} leaves experts without a replica")
+        )
+    return line + f"; any one host may die ({found.after_host_loss} or more)"
+
+
+def _either(names: Iterable[object]) -> str:
+    return " or ".join(map(str, names))

@@ -12,8 +12,9 @@ from elastic.show import plan_view
 from membership.errors import ConfigError, Fenced, OperationConflict, PlanRefused, StoreUnavailable
 from membership.operations import KEPT, plan_scale, propose_scale
 from membership.phases import advance
+from membership.resilience import resilience
 from membership.store import Compare, Op, TxnResult
-from membership.types import ClusterState, Phase
+from membership.types import ClusterState, Operation, Phase
 from tests.simulated import CONFIG, World
 
 pytestmark = pytest.mark.unit
@@ -163,6 +164,41 @@ def test_a_plan_says_what_then_happens(world: World) -> None:
         operation = world.state.operations[name]
         assert operation.bytes_moved == plan.bytes_moved > 0
         assert set(world.serving) == set(plan.ranks) - set(plan.remove) | set(plan.add)
+
+
+def test_a_plan_says_whose_death_would_cost_experts() -> None:
+    world = World(desired=3, config=replace(CONFIG, expert_bytes=1000), nodes=("a", "b"))
+    world.settle()
+    before = world.state
+    pair = plan_scale(before, 2)
+    assert pair.survives is not None
+    assert (pair.survives.vital_ranks, pair.survives.vital_hosts) == ((), ())
+    alone = plan_scale(before, 1)
+    assert alone.survives is not None
+    assert (alone.survives.vital_ranks, alone.slots_for_rank_loss) == ((0,), None)
+    assert world.state == before, "a plan changes nothing"
+
+
+def test_a_plan_that_adds_ranks_knows_their_hosts() -> None:
+    world = World(desired=1, config=replace(CONFIG, expert_bytes=1000), nodes=("a", "b"))
+    world.settle()
+    plan = plan_scale(world.state, 4)
+    world.scale(4)
+    world.settle()
+    view = world.state.view
+    assert view is not None
+    nodes = {m.rank: m.node for m in view.members}
+    assert plan.survives == resilience(view.placement, nodes, CONFIG.moe_layers, CONFIG.experts)
+    assert plan.survives.after_host_loss == 1
+
+
+def test_a_plan_takes_as_long_as_the_last_one_took(world: World) -> None:
+    assert plan_scale(world.state, 6).estimated_s is None, "nothing was measured yet"
+    times = {"proposed": 10.0, "spawning": 10.5, "loading": 12.0, "ready": 16.0, "done": 17.0}
+    done = Operation(id="o", kind="scale", target=4, phase=Phase.DONE, bytes_moved=20_000, phase_times=times)
+    state = replace(world.state, operations={"o": done})
+    assert plan_scale(state, 6).estimated_s == pytest.approx(2.0 + 10_000 * 4.0 / 20_000)
+    assert plan_scale(state, 3).estimated_s == pytest.approx(8_000 * 4.0 / 20_000), "nobody is launched"
 
 
 def test_an_operation_that_is_over_leaves_room_for_the_next(world: World) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from membership.placement import coverage, max_ranks_allowed, moves, plan, repair
-from membership.resilience import needed_redundancy, resilience, told
+from membership.resilience import needed_redundancy, needed_slots, resilience, told
 from membership.types import Placement
 
 pytestmark = pytest.mark.unit
@@ -95,8 +95,9 @@ def test_what_it_would_take_is_said() -> None:
     assert needed_redundancy(uneven, 8, hosts=True) == 4.0
     assert needed_redundancy({0: "a"}, 8) is None
     assert needed_redundancy({0: "a", 1: "a"}, 8, hosts=True) is None
-    three = plan(1, 8, range(3), 2.0)
-    assert (
-        told(resilience(three, {}, 1, 8), 3, 6)
-        == "3 ranks x 6 slots: every expert on 2 ranks or more: any one rank may die"
-    )
+    line = "any one rank may die (every expert keeps 1 or more replicas); the death of host a leaves experts"
+    assert told(found) == f"{line} without a replica"
+    three = resilience(plan(1, 8, range(3), 2.0), {}, 1, 8)
+    assert told(three) == "any one rank may die (every expert keeps 1 or more replicas); all ranks are on one host"
+    assert (needed_slots(uneven, 3, 8), needed_slots(uneven, 3, 8, hosts=True)) == (48, 96)
+    assert needed_slots({0: "a"}, 3, 8) is None

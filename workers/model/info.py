@@ -16,6 +16,7 @@ from membership.errors import ModelError
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3")
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 EXPERT_COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
+EXPERT_WIDTH_KEYS = ("moe_intermediate_size", "intermediate_size")
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 256 << 20
@@ -34,6 +35,7 @@ class ModelInfo:
     moe_layer_ids: tuple[int, ...]
     experts: int
     top_k: int
+    expert_width: int  # of the inner layer of one expert; 0: not told
     vocab_size: int
     max_position: int
     eos_token_ids: tuple[int, ...]
@@ -43,6 +45,11 @@ class ModelInfo:
     def moe_layers(self) -> int:
         """How many layers have experts."""
         return len(self.moe_layer_ids)
+
+    def expert_bytes(self, dtype: str) -> int:
+        """Weights of one expert in one layer, as `dtype` (auto: as stored)."""
+        stored = self.dtype if dtype == "auto" else dtype
+        return 3 * self.hidden * self.expert_width * (4 if stored == "float32" else 2)
 
 
 def read_model_info(path: str | Path) -> ModelInfo:
@@ -67,6 +74,7 @@ def read_model_info(path: str | Path) -> ModelInfo:
         moe_layer_ids=moe_layer_ids,
         experts=_count(config, *EXPERT_COUNT_KEYS),
         top_k=_count(config, "num_experts_per_tok"),
+        expert_width=next((int(config[key]) for key in EXPERT_WIDTH_KEYS if config.get(key)), 0),
         vocab_size=_count(config, "vocab_size"),
         max_position=_count(config, "max_position_embeddings"),
         eos_token_ids=_eos(root, config),
