@@ -1,8 +1,9 @@
 """A switch that turns detection and masking off and on in a running cluster, for paired runs of what they cost.
 
-Off: watchers do not wait on the robust futex, hearts do not beat, agents do not judge them, and ranks do not look at
-the live mask. One page, mapped by all processes, says which; reading it costs both sides the same. Only for benchmarks:
-while it is off, a dead rank is not noticed.
+Off: watchers do not wait on the robust futex, hearts do not beat, agents do not judge them, the engine's watchdog does
+not follow steps, main threads do not count their sleeps, and ranks do not look at the live mask. One page, mapped by
+all processes, says which; reading it costs both sides the same. Only for benchmarks: while it is off, a dead rank is
+not noticed.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ def install() -> None:
         return
     import workers.agent_state as agent_state
     import workers.liveness as liveness
+    from workers.watchdog import Watchdog
 
     switch = Switch(Path(path))
     look, hung, advancing = liveness.DeathWatcher._look, agent_state.hung, agent_state.advancing
@@ -72,6 +74,9 @@ def install() -> None:
             if switch.on:
                 page._counters[0] += 1
 
+    began, slept = Watchdog.began, liveness.LivenessPage.slept
+    Watchdog.began = lambda dog, step, ranks, now: began(dog, step, ranks if switch.judging else (), now)
+    liveness.LivenessPage.slept = lambda page, ns: slept(page, ns) if switch.on else None
     liveness.DeathWatcher._look = look_if_on
     liveness.LivenessPage._beat = beat_if_on
     agent_state.hung = lambda *given, **named: switch.judging and hung(*given, **named)

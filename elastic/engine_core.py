@@ -281,7 +281,7 @@ class Engine:
         now = self._clock()
         before = self._epoch
         self._pause_since = self._last_step_end if self._last_step_end is not None else now
-        self._fleet.adopt(newer.masked)
+        self._fleet.adopt(newer.masked, map(of_member, newer.view.members))
         moved = self._scheduler.set_view(newer.view, newer.masked, now)
         log.info("view adopted", epoch=newer.view.epoch, ranks=newer.view.ranks, masked=newer.masked)
         self._flip = (before, len(moved))

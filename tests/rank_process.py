@@ -6,6 +6,7 @@ token anywhere shows in the output. It obeys JSON lines on stdin: attach, answer
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import queue
@@ -45,10 +46,13 @@ class StandIn:
         self.rank, self.incarnation, self.block_size, self.step_s = rank, incarnation, block_size, step_s
         self.doorbell = Doorbell()
         self.page = LivenessPage.create()
+        self.doorbell.on_slept = self.page.slept
         self.commands: queue.Queue[dict[str, Any]] = queue.Queue()
         self.cells: dict[tuple[int, int], tuple[int, int]] = {}
         self.status = StepStatus.OK
         self.token = 0
+        self.evicted = False
+        self.hang = ""
         self.steps: MessageQueue | None = None
         self.answers: MessageQueue | None = None
         self.mask: LiveMask | None = None
@@ -87,6 +91,12 @@ class StandIn:
         elif command["do"] == "masked":
             self.say(masked=self.mask.masked() if self.mask is not None else -1)
 
+        elif command["do"] == "evicted":
+            mask = self.mask
+            self.say(evicted=self.evicted or (mask is not None and mask.evicted(self.rank, self.incarnation)))
+        elif command["do"] == "hang":
+            self.hang = command["how"]
+
     def attach(self, command: dict[str, Any]) -> None:
         self.leave()
         self.token = command["token"]
@@ -114,6 +124,7 @@ class StandIn:
             try:
                 message = self.steps.try_dequeue()
             except QueueClosed:
+                self.evicted = self.mask is not None and self.mask.evicted(self.rank, self.incarnation)
                 self.leave()
                 return
             if message is None:
@@ -124,6 +135,15 @@ class StandIn:
                 self.answers.enqueue(self.step(message), timeout_s=1.0)
 
     def step(self, batch: StepBatch) -> StepResult:
+        if self.hang == "free":  # natively, the interpreter's lock given back
+            ctypes.CDLL(None).pause()
+        elif self.hang == "locked":
+            ctypes.PyDLL(None).pause()
+        elif self.hang == "busy":
+            until = time.monotonic() + 3.0
+            while time.monotonic() < until:
+                pass
+            self.hang = ""
         if self.step_s > 0:
             time.sleep(self.step_s)
         if self.status is not StepStatus.OK:

@@ -53,6 +53,7 @@ class Doorbell(Bell):
     def __init__(self, spin_us: float = SPIN_US) -> None:
         super().__init__(Segment.create(PAGE, "elastic-ep-doorbell"))
         futex.sem_init(self.address)
+        self.on_slept: Callable[[int], None] | None = None  # gets the nanoseconds of each sleep
         self._waiting = False
         self._spin_ns = int(spin_us * 1000)
         self._began_ns = 0
@@ -84,6 +85,8 @@ class Doorbell(Bell):
                             return True
                         now = _now_ns()
                 rung = futex.sem_wait_until(self.address, min(deadline, now + SLICE_NS))
+                if self.on_slept is not None:
+                    self.on_slept(_now_ns() - now)
                 if ready():
                     return True
                 if rung:  # for another source, or for what was found without waiting: forget all such rings

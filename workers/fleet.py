@@ -1,8 +1,9 @@
 """The engine's hold on all ranks: one queue to them, one from each, their death notices and the live mask.
 
 Nothing here waits for a rank that is gone, and nothing waits without a deadline: joining happens in a thread of its
-own, a dead rank's queue ends with its process, and who neither answers nor dies is given up after a deadline (a longer
-one while its heart beats: it may have a lot to do on a busy machine).
+own, a dead rank's queue ends with its process, and who neither answers nor dies is given up: soon if it is seen
+to do nothing (`watchdog.py`), else after a deadline (a longer one while its heart beats: it may have a lot to do on a
+busy machine).
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from workers.doorbell import Doorbell
 from workers.livemask import LiveMask
 from workers.liveness import DeathWatcher, LivenessPage, watch_death
 from workers.messages import EngineMessage, Ping, StepResult, reader_id
+from workers.procstat import threads
 from workers.queue import MessageQueue, MsgpackCodec, SlowReaders
+from workers.watchdog import Look, Watchdog
 
 STEP_DEADLINE_S = 10.0
 MAX_OWED_PINGS = 8  # a stopped rank's queue is not to be filled with them
@@ -53,7 +56,7 @@ class RankLost:
 
     rank: int
     incarnation: int
-    source: str  # which sign came first: futex | pidfd | queue | deadline
+    source: str  # which sign came first: robust futex | pidfd | queue | stopped | hung | deadline
     at: float
     silent_s: float = 0.0  # how long it had owed an answer by then, if that was the sign
 
@@ -79,6 +82,13 @@ class _Link:
             self.beats = self.page.beats
         self.owed[step] = now
 
+    def look(self) -> Look | None:
+        """What it does at this moment; None if it is gone."""
+        seen, page = threads(self.page.pid), self.page
+        if seen is None:
+            return None
+        return Look(seen.state, seen.main_s, seen.others_run, seen.all_s, page.beats, page.steps, page.turns)
+
     def due(self, deadline_s: float) -> float:
         """When its answer is overdue; infinity if it owes none."""
         if not self.owed:
@@ -96,6 +106,8 @@ class Fleet:
         self._doorbell = Doorbell()
         self._steps = MessageQueue("engine-steps", MsgpackCodec(EngineMessage))
         self._mask = LiveMask.create()
+        self._watchdog = Watchdog()
+        self._members: frozenset[Key] = frozenset()
         self._token = 0
         self._pings = 0
         self._links: dict[Key, _Link] = {}
@@ -149,9 +161,10 @@ class Fleet:
         self._mask.mask(rank)
         self._ping()
 
-    def adopt(self, masked: Iterable[int]) -> None:
+    def adopt(self, masked: Iterable[int], members: Iterable[Key] = ()) -> None:
         """At a flip, between two steps: exactly these ranks of the new view are masked."""
         self._mask.reset(masked)
+        self._members = frozenset(members)
 
     def broadcast(self, message: EngineMessage) -> None:
         """Send to all ranks. Who has chunks in a batch, and everybody in case of a Ping, owes an answer."""
@@ -159,6 +172,8 @@ class Fleet:
         for key, link in self._links.items():
             if isinstance(message, Ping) or key[0] in message.ranks:
                 link.owe(message.step, now)
+        if not isinstance(message, Ping):
+            self._watchdog.began(message.step, (key for key in self._links if key[0] in message.ranks), now)
         while True:
             try:
                 self._steps.enqueue(message, self._step_deadline_s)
@@ -179,12 +194,14 @@ class Fleet:
     def collect(self, timeout_s: float, or_when: Callable[[], bool]) -> list[FleetEvent]:
         """Wait until something has happened, or `or_when()`; return what has, answers before their rank's death."""
         due = min((link.due(self._step_deadline_s) for link in self._links.values()), default=math.inf)
+        due = min(due, self._watchdog.due)
         self._doorbell.wait(lambda: self._pending() or or_when(), max(0.0, min(timeout_s, due - self._clock())))
         happened = [event for link in list(self._links.values()) for event in self._drain(link)]
         while self._deaths:
             key, source, at = self._deaths.popleft()
             happened += self._lose(key, source, at)
         happened += self._overdue()
+        happened += self._watch()
         self._take_over_joined()
         return happened
 
@@ -224,6 +241,7 @@ class Fleet:
             return []
         link.owed.pop(result.step, None)
         if result.step >= 0:
+            self._watchdog.answered(link.key, result.step, self._clock())
             return [result]
         if link.joined:
             return []
@@ -239,6 +257,7 @@ class Fleet:
     def _lose(self, key: Key, source: str, at: float) -> list[RankLost]:
         if key not in self._links:
             return []
+        self._mask.evict(*key)  # before it hears that it is dropped: should it live, it looks there
         self._drop(key)
         return [RankLost(*key, source, at)]
 
@@ -247,6 +266,17 @@ class Fleet:
         late = [(key, link) for key, link in self._links.items() if link.due(self._step_deadline_s) <= now]
         silent_s = {key: now - min(link.owed.values()) for key, link in late}
         return [replace(loss, silent_s=silent_s[key]) for key, _ in late for loss in self._lose(key, "deadline", now)]
+
+    def _watch(self) -> list[RankLost]:
+        """Whoever keeps the step waiting and does nothing; members without work too, whose experts others wait for."""
+        now = self._clock()
+        if now < self._watchdog.due:
+            return []
+        watched = [link for key, link in self._links.items() if key in self._members or self._watchdog.waits_for(key)]
+        looks = {link.key: look for link in watched if (look := link.look()) is not None}
+        evicted = self._watchdog.watch(looks, now)
+        silent_s = now - self._watchdog.since
+        return [replace(loss, silent_s=silent_s) for key, sign in evicted for loss in self._lose(key, sign, now)]
 
     def _take_over_joined(self) -> None:
         while self._joined:
@@ -261,6 +291,7 @@ class Fleet:
         self._known.discard(key)
         link = self._links.pop(key, None)
         if link is not None:
+            self._watchdog.gone(key)
             self._steps.drop_reader(reader_id(*key))
             self._close_later(link)
 

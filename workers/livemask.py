@@ -1,7 +1,9 @@
 """The live mask: a page that the engine writes and all its ranks map. It says at once which ranks must not be used.
 
-Within an epoch ranks are only added to it. Whoever masks a rank rings the others' doorbells afterwards; readers look at
-the page whenever they wake. Its memory has no name; ranks get it over the engine's handover.
+Within an epoch ranks are only added to it. Beside the mask stands, for each rank, the last incarnation that its engine
+has given up: one that lives on all the same finds there that it has been evicted, in any later epoch too. Whoever masks
+a rank rings the others' doorbells afterwards; readers look at the page whenever they wake. Its memory has no name;
+ranks get it over the engine's handover.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from workers.handover import Grant, Handover
 from workers.segment import PAGE, Segment
 
 MAX_RANKS = 256
-_WORDS = MAX_RANKS // 64  # 64-bit words of the set; the generation follows
+_WORDS = MAX_RANKS // 64  # 64-bit words of the set; the generation follows, then each rank's last evicted incarnation
 
 
 class MaskHandle(msgspec.Struct, frozen=True, array_like=True):
@@ -35,7 +37,7 @@ class LiveMask:
     def __init__(self, segment: Segment, resource: str = "") -> None:
         self._segment = segment
         self._resource = resource
-        self._words = segment.view(0, 8 * (_WORDS + 1), "Q")
+        self._words = segment.view(0, 8 * (_WORDS + 1 + MAX_RANKS), "Q")
         self._known = (-1, 0)
 
     @classmethod
@@ -77,6 +79,16 @@ class LiveMask:
     def mask(self, rank: int) -> None:
         """Add a rank."""
         self._write(self._bits([rank]) | self._now())
+
+    def evict(self, rank: int, incarnation: int) -> None:
+        """This incarnation, and any before it, is given up for good."""
+        self._bits([rank])
+        at = _WORDS + 1 + rank
+        self._words[at] = max(self._words[at], incarnation)
+
+    def evicted(self, rank: int, incarnation: int) -> bool:
+        """Whether this incarnation was given up."""
+        return incarnation <= self._words[_WORDS + 1 + rank]
 
     def reset(self, ranks: Iterable[int] = ()) -> None:
         """Make these the whole set: a new epoch begins."""

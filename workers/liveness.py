@@ -3,8 +3,9 @@
 The page holds a robust mutex that the rank's main thread takes at the start and keeps: when that thread ends, in
 whatever way, the kernel hands the mutex over before it tears the process down. That takes 0.25 ms whatever the size
 of the process, where a pidfd or a pipe's end of file wait for the memory to be freed (90 ms and more at 2 GB). The
-pidfd is the second opinion: it also knows of a rank that let the mutex go. Two counters tell a rank that is alive
-from one that is stuck: `beats` rises with time (the interpreter runs), `steps` with work.
+pidfd is the second opinion: it also knows of a rank that let the mutex go. Counters tell a rank that is alive from
+one that is stuck: `beats` rises with time (the interpreter runs), `steps` with work, `turns` whenever the main thread
+wakes on its doorbell.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from workers.segment import PAGE, Segment
 BEAT_S = 0.1
 SLICE_S = 0.2  # how long a watcher sleeps at most before it looks whether it should stop
 STOP_TIMEOUT_S = 5.0
-_BEATS, _STEPS = 0, 1  # 64-bit words behind the mutex
+_BEATS, _STEPS, _TURNS, _WAITED = range(4)  # 64-bit words behind the mutex
 
 
 class LivenessHandle(msgspec.Struct, frozen=True, array_like=True):
@@ -46,7 +47,7 @@ class LivenessPage:
         self.mutex = RobustMutex(segment.address)
         self._segment = segment
         self._resource = resource
-        self._counters = segment.view(MUTEX_BYTES, 16, "Q")
+        self._counters = segment.view(MUTEX_BYTES, 32, "Q")
         self._stop = threading.Event()
         self._beating: threading.Thread | None = None
         self._holder = 0
@@ -88,6 +89,21 @@ class LivenessPage:
     def steps(self) -> int:
         """Rises with each piece of work that the rank's main loop has done."""
         return self._counters[_STEPS]
+
+    @property
+    def turns(self) -> int:
+        """Rises whenever the rank's main thread wakes on its doorbell: at least twice per second while it waits."""
+        return self._counters[_TURNS]
+
+    @property
+    def waited_s(self) -> float:
+        """How long the rank's main thread has slept on its doorbell so far."""
+        return self._counters[_WAITED] / 1e9
+
+    def slept(self, ns: int) -> None:
+        """Count one sleep on the doorbell; in the rank's main thread."""
+        self._counters[_TURNS] += 1
+        self._counters[_WAITED] += ns
 
     def progress(self) -> None:
         """Count one piece of work; in the rank's main loop."""

@@ -95,6 +95,7 @@ class WorkerProc:
             self.monitor_death_pipe(death_reader, self.shutdown_requested)
             self.liveness = LivenessPage.create()
             undo.callback(self.liveness.close)
+            self.doorbell.on_slept = self.liveness.slept
             context = WorkerContext(
                 rank=self.rank, incarnation=launch.key[1], node=launch.node, config=launch.config,
                 doorbell=self.doorbell, environ=frozen_environment(), host_lock=host_lock, weights=launch.weights,

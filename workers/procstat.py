@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
 from pathlib import Path
 
 _PF_EXITING = 0x4
-_STATE, _FLAGS = 0, 6  # fields of /proc/<pid>/stat behind the process's name
+_TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+_STATE, _FLAGS, _UTIME, _STIME = 0, 6, 11, 12  # fields of /proc/<pid>/stat behind the process's name
 
 
 def is_dying(pid: int) -> bool:
@@ -21,3 +24,37 @@ def is_dying(pid: int) -> bool:
         return True
     fields = stat[stat.rindex(b")") + 2 :].split()
     return fields[_STATE] in (b"Z", b"X") or bool(int(fields[_FLAGS]) & _PF_EXITING)
+
+
+@dataclass(frozen=True)
+class Threads:
+    """What the threads of a process do at this moment."""
+
+    state: str  # of the main thread: R running, S sleeping, D waiting for a disk, T stopped, ...
+    main_s: float  # processor time of the main thread
+    all_s: float  # and of all of them
+    others_run: bool  # whether another one runs, wants to, or waits for a disk
+
+
+def threads(pid: int) -> Threads | None:
+    """Look at the threads of a process of this host; None if it is gone."""
+    try:
+        tasks = [int(name) for name in os.listdir(f"/proc/{pid}/task")]
+        seen = {task: _task(pid, task) for task in tasks}
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    main = seen.pop(pid, None)
+    if main is None:
+        return None
+    all_s = main[1] + sum(used_s for _, used_s in seen.values())
+    return Threads(main[0], main[1], all_s, any(state in "RD" for state, _ in seen.values()))
+
+
+def _task(pid: int, task: int) -> tuple[str, float]:
+    """State and processor time of a thread; one that has ended meanwhile counts as dead."""
+    try:
+        stat = Path(f"/proc/{pid}/task/{task}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return "X", 0.0
+    fields = stat[stat.rindex(b")") + 2 :].split()
+    return fields[_STATE].decode(), (int(fields[_UTIME]) + int(fields[_STIME])) * _TICK_S

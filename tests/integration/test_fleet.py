@@ -130,3 +130,49 @@ def test_masking_reaches_the_ranks_page(three: Ranks) -> None:
     three.fleet.adopt([])
     three.ranks[0].tell(do="masked")
     assert three.ranks[0].hear() == {"masked": 0}
+
+
+@pytest.mark.parametrize("how", ["free", "locked"])
+def test_a_native_hang_is_found_with_the_interpreters_lock_held_and_without(three: Ranks, how: str) -> None:
+    three.fleet._step_deadline_s = 60.0
+    three.attach()
+    three.ranks[1].tell(do="hang", how=how)
+    seen: list[FleetEvent] = []
+    for step in range(100):  # until it has taken note
+        three.fleet.broadcast(three.batch(step, 0, 1, 2))
+        seen = three.collect(lambda seen: len(seen) == 3, 30.0)
+        if any(isinstance(event, RankLost) for event in seen):
+            break
+    assert [(e.rank, e.source) for e in seen if isinstance(e, RankLost)] == [(1, "hung")]
+
+
+def test_a_rank_that_computes_for_long_is_waited_for(three: Ranks) -> None:
+    three.fleet._step_deadline_s = 60.0
+    three.attach()
+    three.ranks[1].tell(do="hang", how="busy")
+    for step in range(100):
+        three.fleet.broadcast(three.batch(step, 0, 1, 2))
+        began = time.monotonic()
+        seen = three.collect(lambda seen: len(seen) == 3, 30.0)
+        assert all(isinstance(event, StepResult) for event in seen), seen
+        if time.monotonic() - began > 2.0:
+            return
+    raise AssertionError("it has never computed for long")
+
+
+def test_a_stopped_rank_is_given_up_long_before_the_deadline_and_learns_it(three: Ranks) -> None:
+    three.fleet._step_deadline_s = 60.0
+    three.attach()
+    for step in range(10):
+        three.fleet.broadcast(three.batch(step, 0, 1, 2))
+        three.collect(lambda seen: len(seen) == 3)
+    three.ranks[2].process.send_signal(signal.SIGSTOP)
+    three.fleet.broadcast(three.batch(10, 0, 1, 2))
+    seen = three.collect(lambda seen: len(seen) == 3, 30.0)
+    (lost,) = [event for event in seen if isinstance(event, RankLost)]
+    assert (lost.rank, lost.source) == (2, "stopped")
+    three.ranks[2].process.send_signal(signal.SIGCONT)
+    three.ranks[2].tell(do="evicted")
+    assert three.ranks[2].hear() == {"evicted": True}
+    three.ranks[1].tell(do="evicted")
+    assert three.ranks[1].hear() == {"evicted": False}

@@ -1,0 +1,159 @@
+"""Which rank keeps a step waiting: the rung of failure detection between a process's death and the end of its lease.
+
+Ranks wait for each other inside a step, so who has not answered need not be who hangs. Only a rank that does nothing
+is evicted: one that the kernel holds stopped (SIGSTOP), or one whose main thread sleeps elsewhere than on its doorbell
+(a native hang, with the interpreter's lock or without). A rank that computes, waits for a processor or for a disk, or
+wakes on its doorbell is at work or waits for another one: it may be slow, and is then flagged, never evicted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from statistics import median
+
+Key = tuple[int, int]
+"""(rank, incarnation)"""
+
+TICK_S = 0.05  # between two looks at ranks that keep a step waiting
+LATE_S, LATE_MAX_S = 0.1, 0.4  # a step is late after 3 x its usual time, within these bounds: then ranks are looked at
+LATE_FACTOR = 3.0
+STOPPED_S = 0.25  # a debugger's short stop is no reason
+HUNG_S = 0.8  # beyond the longest sleep on a doorbell (0.5 s)
+HUNG_FACTOR = 8.0  # x the usual step: a long kernel may keep the main thread waiting
+STEPS_KEPT = 200
+BUSY_SHARE = 0.1  # of one processor: what a hung process's other threads may use
+WINDOW_S = 2.0  # over which the ranks' pace is compared
+SLOW_FACTOR, RECOVERED_FACTOR = 4.0, 2.0  # x the others' median time per chunk
+MIN_SHARE, MIN_CHUNKS = 0.3, 10  # a rank that hardly works is not compared
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one look at a rank saw: in /proc, and on its liveness page."""
+
+    state: str  # of its main thread, as /proc says: R running, S sleeping, D disk, T stopped
+    main_s: float = 0.0  # processor time of its main thread
+    others_run: bool = False  # whether another thread of it runs, wants to, or waits for a disk
+    all_s: float = 0.0  # processor time of all its threads
+    beats: int = 0
+    steps: int = 0
+    turns: int = 0  # how often its main thread woke on its doorbell; 0: it does not tell
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """One rank since it last gave a sign of life."""
+
+    first: Look
+    quiet_s: float = 0.0
+    stopped_s: float = 0.0
+    looks: int = 0
+    others_ran: int = 0  # in so many of them
+
+
+def judge(suspect: Suspect | None, look: Look, passed_s: float, hung_s: float) -> tuple[Suspect, str]:
+    """What the look changes, and the sign by which the rank must be evicted ("": none)."""
+    if suspect is None:
+        return Suspect(look), ""
+    first = suspect.first
+    if look.state in "Tt":
+        stopped = replace(suspect, stopped_s=suspect.stopped_s + passed_s)
+        return stopped, "stopped" if stopped.stopped_s >= STOPPED_S else ""
+    moved = (look.turns, look.steps) != (first.turns, first.steps) or look.main_s > first.main_s
+    if moved or look.state != "S" or not look.turns:
+        return Suspect(look), ""
+    quiet = replace(
+        suspect, quiet_s=suspect.quiet_s + passed_s, stopped_s=0.0, looks=suspect.looks + 1,
+        others_ran=suspect.others_ran + look.others_run,
+    )  # fmt: skip
+    if quiet.quiet_s < hung_s:
+        return quiet, ""
+    interpreter_free = look.beats > first.beats + 1
+    idle = quiet.others_ran * 2 < quiet.looks and look.all_s - first.all_s < BUSY_SHARE * quiet.quiet_s
+    return quiet, "hung" if interpreter_free or idle else ""
+
+
+def late_after_s(usual_s: float) -> float:
+    """When a step is late, of which 99 of 100 take `usual_s` at most."""
+    return min(LATE_MAX_S, max(LATE_S, LATE_FACTOR * usual_s))
+
+
+def slow_ranks(busy_s: Mapping[int, float], chunks: Mapping[int, int], now_slow: Collection[int]) -> dict[int, float]:
+    """Ranks far slower than the others by their time per chunk, and by what factor. Who was slow stays so for longer.
+
+    `busy_s` is the time in which a rank did not wait for others; only ranks that had work are compared.
+    """
+    pace = {rank: busy / chunks[rank] for rank, busy in busy_s.items() if chunks.get(rank, 0) >= MIN_CHUNKS}
+    found = {}
+    for rank, mine in pace.items():
+        others = [theirs for other, theirs in pace.items() if other != rank]
+        if not others or busy_s[rank] < MIN_SHARE * WINDOW_S:
+            continue
+        factor = mine / max(median(others), 1e-9)
+        if factor >= (RECOVERED_FACTOR if rank in now_slow else SLOW_FACTOR):
+            found[rank] = factor
+    return found
+
+
+@dataclass
+class Watchdog:
+    """The step under way and whom it waits for. Pure but for its memory: the caller looks, and tells the time."""
+
+    due: float = math.inf  # when to call `watch`
+    since: float = math.inf  # when the step under way began
+    _waiting: set[Key] = field(default_factory=set)
+    _step: int = -1
+    _took: deque[float] = field(default_factory=lambda: deque(maxlen=STEPS_KEPT))
+    _suspects: dict[Key, Suspect] = field(default_factory=dict)
+    _watched_at: float = math.inf
+    _hung_s: float = HUNG_S
+
+    def began(self, step: int, ranks: Iterable[Key], now: float) -> None:
+        """These ranks owe an answer to this step."""
+        self._waiting = set(ranks)
+        self._step, self.since = step, now
+        self._suspects.clear()
+        self.due = now + LATE_S if self._waiting else math.inf
+
+    def answered(self, key: Key, step: int, now: float) -> None:
+        """One of them has answered."""
+        if step == self._step:
+            self._waiting.discard(key)
+            if not self._waiting and self.due < math.inf:
+                self._took.append(now - self.since)
+                self.due = math.inf
+
+    def gone(self, key: Key) -> None:
+        """The rank is out of use."""
+        self._waiting.discard(key)
+        self._suspects.pop(key, None)
+        if not self._waiting:
+            self.due = math.inf
+
+    def waits_for(self, key: Key) -> bool:
+        """Whether this rank has not answered."""
+        return key in self._waiting
+
+    def watch(self, looks: Mapping[Key, Look], now: float) -> list[tuple[Key, str]]:
+        """Whom these looks show to do nothing, and by what sign. Time in which we were kept waiting does not count."""
+        if not self._suspects:
+            usual_s = self._usual_s()
+            if now < (late := self.since + late_after_s(usual_s)):
+                self.due = late
+                return []
+            self._watched_at, self._hung_s = now, max(HUNG_S, HUNG_FACTOR * usual_s)
+        passed_s = min(now - self._watched_at, 2 * TICK_S)
+        self._watched_at, self.due = now, now + TICK_S
+        evicted = []
+        for key, look in looks.items():
+            self._suspects[key], sign = judge(self._suspects.get(key), look, passed_s, self._hung_s)
+            if sign:
+                evicted.append((key, sign))
+        return evicted
+
+    def _usual_s(self) -> float:
+        took = sorted(self._took)
+        return took[int(0.99 * (len(took) - 1))] if took else 0.0
