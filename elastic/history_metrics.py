@@ -17,6 +17,7 @@ from membership.types import ClusterState, Operation
 
 MAX_READS = 64  # per scrape, of 64 KiB each: the gateway streams tokens meanwhile; the rest comes with the next scrape
 SHORT_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 10.0, 30.0)
+ALIVE = ("stopped", "hung", "deadline")  # signs of a rank that is not dead
 LONG_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
 
@@ -29,6 +30,7 @@ class HistoryMetrics:
         self._staged: dict[int, float] = {}  # epoch -> when it was (last) staged
         self._committed: dict[int, tuple[float, str]] = {}  # epoch -> when, and what for, until the engine has it
         self._members: set[int] | None = None
+        self._evicted: set[int] = set()  # incarnations that were given up alive
         self._told: set[str] = set()  # operations that were counted
         self._phases = Histogram(
             prefix + "reconfiguration_seconds",
@@ -54,6 +56,10 @@ class HistoryMetrics:
         self._migrated = Counter(
             prefix + "requests_migrated", "Requests that went on on another rank.", registry=registry
         )
+        self._fenced = Counter(
+            prefix + "fenced", "Who lived on after having been replaced, or given up, and was kept from acting.",
+            ["what"], registry=registry,
+        )  # fmt: skip
         self._weights = Gauge(
             prefix + "weight_store_bytes", "Memory of each host's weight store, counted once.",
             ["node"], registry=registry,
@@ -90,11 +96,25 @@ class HistoryMetrics:
         elif event.kind == "rank_masked":
             self._migrated.inc(fields.get("requests", 0))
             took_ms = fields["ms"] + fields.get("silent_ms", 0.0)
+            self._take_eviction(event, alive=fields["source"] in ALIVE)
             self._detection.labels(fields["source"].replace(" ", "_")).observe(took_ms / 1000)
+        elif event.kind == "rank_died":
+            self._take_eviction(event, alive=fields.get("detected_by") == "heartbeat")
+        elif event.kind == "engine_stood_down":
+            self._fenced.labels("engine").inc()
+        elif event.kind == "leader_left" and fields.get("fenced"):
+            self._fenced.labels("controller").inc()
         elif event.kind == "rank_recovered":
             self._recovery.observe(fields["ms"] / 1000)
         elif event.kind == "weights_held":
             self._weights.labels(fields["node"]).set(fields["bytes"])
+
+    def _take_eviction(self, event: Event, *, alive: bool) -> None:
+        """A rank was given up without being dead: by the engine, by its agent, or by one after the other."""
+        incarnation = event.fields.get("incarnation", 0)
+        if alive and incarnation not in self._evicted:
+            self._evicted.add(incarnation)
+            self._fenced.labels("rank").inc()
 
     def _take_commit(self, event: Event) -> None:
         before, self._members = self._members, set(event.fields["ranks"])

@@ -126,7 +126,10 @@ class _Term:
             except (Fenced, LeaseLost) as error:
                 log.warning("controller stands down", cluster=self._cluster, error=str(error))
             if election.token:
-                self._events.emit("leader_left", cluster=self._cluster, node=self._node, token=election.token)
+                fenced = not self._stop.is_set()
+                self._events.emit(
+                    "leader_left", cluster=self._cluster, node=self._node, token=election.token, fenced=fenced
+                )
 
     def _campaign(self, election: Election) -> None:
         try:

@@ -134,6 +134,9 @@ class SmallWorker:
     def exchange_handle(self) -> bytes:
         return b"exchange-%d-%d" % (self.ctx.rank, self.ctx.incarnation)
 
+    def evicted(self) -> bool:
+        return False
+
     def attach_mask(self, handle: bytes) -> None:
         self.mask = handle
 

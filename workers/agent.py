@@ -51,7 +51,7 @@ from workers.forkserver import Serving
 from workers.handles import WorkerProcHandle
 from workers.preload import preload_for
 from workers.registrar import Registrar
-from workers.restart import RestartPolicy, judge, recent_deaths
+from workers.restart import RestartPolicy, ending, judge, recent_deaths
 from workers.rpc import Outcome
 
 TICK_S = 0.1
@@ -261,7 +261,7 @@ class Agent:
             return
         how = {"signal": -status} if status < 0 else {"exit_code": status}
         self._emit("rank_exited", key, pid=pid, **how)
-        self._endings[key] = f"killed by signal {-status}" if status < 0 else f"exited with status {status}"
+        self._endings[key] = ending(status)
         written = self._exits.get(key[0])
         if written is not None and written.incarnation == key[1]:
             self._exits[key[0]] = told = _with_reason(written, f"{self._endings[key]}; {written.reason}")

@@ -90,6 +90,12 @@ class EnginePort:
         except QueueClosed as closed:
             log.info("engine_gone", token=self.token, reason=str(closed))
             self.leave()
+            if self._worker.evicted():
+                rank, incarnation = self._key
+                why = f"engine {self.token} has evicted rank {rank}, incarnation {incarnation}"
+                raise Fenced(
+                    why, hint="it was stopped or hung for too long; its slot goes on as a new incarnation"
+                ) from None
             return True
         if message is None:
             return False

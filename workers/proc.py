@@ -28,7 +28,7 @@ import msgspec
 import structlog
 from opentelemetry import trace
 
-from membership.errors import QueueClosed, RankDied, RankError, WaitTimeout
+from membership.errors import Fenced, QueueClosed, RankDied, RankError, WaitTimeout
 from membership.types import ClusterConfig
 from workers.call_port import CallPort
 from workers.doorbell import Doorbell
@@ -39,6 +39,7 @@ from workers.handles import UnreadyWorkerProcHandle, WorkerProcHandle
 from workers.liveness import LivenessPage
 from workers.logs import configure
 from workers.queue import MessageQueue, MsgpackCodec
+from workers.restart import FENCED_STATUS
 from workers.rpc import Call, RankKey, ResponseStatus, WireCall, WireReply, failure_of
 from workers.worker_base import AsyncOutput, Worker, WorkerContext, load_worker_class
 
@@ -203,9 +204,11 @@ class WorkerProc:
             if proc is None:
                 why = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
                 _tell(ready_writer, Ready("FAILED", error=why))
+            elif isinstance(error, Fenced):
+                log.warning("rank_fenced", reason=str(error))
             else:
                 log.exception("rank_failed")
-            sys.exit(1)
+            sys.exit(FENCED_STATUS if isinstance(error, Fenced) else 1)
         finally:
             signals.set()
             if proc is not None:

@@ -11,6 +11,16 @@ from dataclasses import dataclass
 
 from membership.types import RankExit
 
+FENCED_STATUS = 75
+"""Exit status of a rank that found itself evicted: it was taken for dead, and lived."""
+
+
+def ending(status: int) -> str:
+    """A process's exit status (negative: the signal) in words."""
+    if status < 0:
+        return f"killed by signal {-status}"
+    return "found itself evicted" if status == FENCED_STATUS else f"exited with status {status}"
+
 
 @dataclass(frozen=True)
 class RestartPolicy:

@@ -296,6 +296,10 @@ class EPWorker:
         if old is not None:
             old.close()
 
+    def evicted(self) -> bool:
+        """Whether the engine has given this incarnation up."""
+        return self._mask is not None and self._mask.evicted(self.rank, self._ctx.incarnation)
+
     def shutdown(self) -> None:
         """Stop the background thread, drop links, memory and files."""
         if self._latest is not None:

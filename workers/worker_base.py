@@ -77,6 +77,9 @@ class Worker(Protocol):
     def attach_mask(self, handle: bytes) -> None:
         """Use this engine's live mask from now on."""
 
+    def evicted(self) -> bool:
+        """Whether the engine has given this incarnation up, by its live mask. Asked when the engine has dropped us."""
+
     def shutdown(self) -> None:
         """Free everything."""
 

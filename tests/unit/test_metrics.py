@@ -68,6 +68,21 @@ def test_a_loss_from_its_first_sign_to_the_last_migrated_request(world: World) -
     assert found["requests_migrated_total"] == 5
 
 
+def test_who_was_given_up_alive_is_counted_once(world: World) -> None:
+    world.log.emit("rank_masked", rank=1, incarnation=7, source="stopped", ms=0.5, silent_ms=400.0, requests=0)
+    world.log.emit("rank_died", rank=1, incarnation=7, detected_by="heartbeat")
+    world.log.emit("rank_masked", rank=2, incarnation=8, source="pidfd", ms=0.5, silent_ms=0.0, requests=0)
+    world.log.emit("rank_died", rank=2, incarnation=8, detected_by="pidfd")
+    world.log.emit("rank_died", rank=3, incarnation=9, detected_by="heartbeat")
+    world.log.emit("leader_left", fenced=False)
+    world.log.emit("engine_stood_down", token=3)
+    found = world.scrape()
+    assert (found["fenced_total{rank}"], found["fenced_total{engine}"]) == (2, 1)
+    assert "fenced_total{controller}" not in found
+    world.log.emit("leader_left", fenced=True)
+    assert world.scrape()["fenced_total{controller}"] == 1
+
+
 def test_changes_of_membership_by_what_caused_them(world: World) -> None:
     world.view(1, [0, 1, 2], took_s=1.0)
     world.view(2, [0, 2])

@@ -1,0 +1,80 @@
+"""A rank that is stopped for longer than its lease is given up, and is harmless when it wakes up again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from chaos.cluster import ServedCluster
+from chaos.history import compare
+from chaos.workload import Workload
+from tests.e2e.conftest import Serve
+from tests.e2e.test_kill_rank import RANKS, back_as_new, streaming
+from tests.helpers import eventually
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+
+
+@contextlib.contextmanager
+def loaded(cluster: ServedCluster) -> Iterator[None]:
+    """Streams all the while; each must be exact."""
+    model = cluster.model_name()
+    oracle = {r.prompt: r for r in Workload(cluster.url, model).run_once()}
+    workload = Workload(cluster.url, model)
+    workload.start()
+    try:
+        eventually(lambda: streaming(workload), 60.0, "four streams under way")
+        yield
+    finally:
+        history = workload.stop()
+    verdict = compare(history, oracle)
+    assert verdict.ok, verdict.differences
+
+
+def masked(cluster: ServedCluster, incarnation: int) -> str:
+    """By what sign this incarnation was masked; "" if it was not."""
+    found = (e for e in cluster.events() if e.kind == "rank_masked" and e.fields["incarnation"] == incarnation)
+    return next((str(e.fields["source"]) for e in found), "")
+
+
+def fenced(cluster: ServedCluster) -> float:
+    for line in httpx.get(f"{cluster.url}/metrics", timeout=10.0).text.splitlines():
+        if line.startswith("elastic_ep_fenced_total") and 'what="rank"' in line:
+            return float(line.split()[-1])
+    return 0.0
+
+
+def test_stopped_past_its_lease_then_continued(serve: Serve, demo_model: Path) -> None:
+    cluster = serve(demo_model, RANKS)
+    cluster.wait_serving(RANKS)
+    with loaded(cluster):
+        # One wakes as soon as it is masked, and finds itself evicted; one stays stopped beyond its lease.
+        for rank, wakes in ((1, True), (2, False)):
+            victim = next(r for r in cluster.status()["ranks"] if r["rank"] == rank)
+            process = psutil.Process(victim["pid"])
+            os.kill(victim["pid"], signal.SIGSTOP)
+            sign = eventually(lambda i=victim["incarnation"]: masked(cluster, i), 60.0, f"mask of rank {rank}")
+            assert sign in ("stopped", "robust futex", "pidfd", "queue"), sign
+            if wakes:
+                os.kill(victim["pid"], signal.SIGCONT)
+            else:
+                eventually(lambda p=process: not alive(p), 60.0, "the stopped rank to be ended")
+            eventually(
+                lambda r=rank, v=victim: back_as_new(cluster, r, v["incarnation"]), 60.0, f"rank {rank} serving again"
+            )
+            assert not alive(process), "the zombie is still there"
+        assert fenced(cluster) >= 1
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
