@@ -17,6 +17,7 @@ import structlog
 from elastic.adoption import Adoption, RankId, absent, adoption, of_member
 from elastic.engine_server import EngineServer
 from elastic.engine_status import StatusWriter
+from elastic.expert_load import LoadWindow
 from elastic.protocol import Abort
 from elastic.recovery import Recovery
 from elastic.scheduler import Output, Scheduler
@@ -57,6 +58,7 @@ class Engine:
         self._clock = time.monotonic
         self._scheduler = Scheduler(config, token, self._clock())
         self._recovery = Recovery()
+        self._loads = LoadWindow(config.moe_layers, config.experts, self._clock())
         self._outbox: list[Output] = []
         self._ready: set[RankId] = set()
         self._lost: set[RankId] = set()
@@ -139,6 +141,9 @@ class Engine:
             self._outbox += self._scheduler.expire(now)
             if self._unrecorded:
                 self._fleet.probe()
+            loads = self._loads.due(now, time.time())
+            if loads is not None:
+                self._status.tell_loads(loads)
 
     def _report(self) -> None:
         scheduler = self._scheduler
@@ -173,6 +178,7 @@ class Engine:
             self._outcome = str(result.status)
             log.warning("a rank did not complete its part", rank=result.rank, step=result.step, status=result.status)
             self._emit("step_setback", result.rank, status=str(result.status), error=result.error[-2000:])
+        self._loads.add(result.load)
         if result.retried_rows:
             self._emit("rows_retried", result.rank, rows=result.retried_rows, answered_at=result.retried_at)
         if result.suspects:

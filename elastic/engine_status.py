@@ -10,8 +10,8 @@ import structlog
 from membership.codec import encode
 from membership.errors import LeaseLost, StoreError, WaitTimeout
 from membership.keys import Keys
-from membership.store import Compare, Put, Store
-from membership.types import EngineStatus
+from membership.store import Compare, Op, Put, Store
+from membership.types import EngineStatus, ExpertLoad
 
 PERIOD_S = 1.0
 
@@ -23,12 +23,13 @@ class StatusWriter:
 
     def __init__(self, store: Store, keys: Keys, token: int, lease: int, on_fenced: Callable[[], None]) -> None:
         self._store = store
-        self._key = keys.engine_status
+        self._key, self._loads_key = keys.engine_status, keys.expert_load
         self._fence = Compare(keys.engine, "create", "=", token)
         self._lease = lease
         self._on_fenced = on_fenced
         self._changed = threading.Condition()
         self._status = EngineStatus(token=token, epoch=0)
+        self._loads: ExpertLoad | None = None
         self._urgent = True
         self._stop = False
         self._reachable = True
@@ -43,6 +44,11 @@ class StatusWriter:
             if (before.epoch, before.masked, before.uncovered) != (status.epoch, status.masked, status.uncovered):
                 self._urgent = True
                 self._changed.notify_all()
+
+    def tell_loads(self, loads: ExpertLoad) -> None:
+        """Have the experts' loads written with the next status. Lost if the store is away: they are told again."""
+        with self._changed:
+            self._loads = loads
 
     def close(self) -> None:
         """Stop writing."""
@@ -60,15 +66,19 @@ class StatusWriter:
                 if self._stop:
                     return
                 self._urgent, status = False, self._status
-            if not self._write(status):
+                loads, self._loads = self._loads, None
+            if not self._write(status, loads):
                 self.fenced = True
                 self._on_fenced()
                 return
 
-    def _write(self, status: EngineStatus) -> bool:
+    def _write(self, status: EngineStatus, loads: ExpertLoad | None) -> bool:
         """False if this engine has been replaced, or its lease has ended, which lets others replace it."""
+        puts: list[Op] = [Put(self._key, encode(status), self._lease)]
+        if loads is not None:
+            puts.append(Put(self._loads_key, encode(loads), self._lease))
         try:
-            outcome = self._store.txn([self._fence], [Put(self._key, encode(status), self._lease)])
+            outcome = self._store.txn([self._fence], puts)
         except LeaseLost:
             return False
         except StoreError as error:

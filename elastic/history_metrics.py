@@ -60,6 +60,11 @@ class HistoryMetrics:
             prefix + "fenced", "Who lived on after having been replaced, or given up, and was kept from acting.",
             ["what"], registry=registry,
         )  # fmt: skip
+        self._taken = Counter(
+            prefix + "weight_bytes_moved",
+            "Expert weights that members had to get before a view was committed, by what the view was for.",
+            ["trigger"], registry=registry,
+        )  # fmt: skip
         self._weights = Gauge(
             prefix + "weight_store_bytes", "Memory of each host's weight store, counted once.",
             ["node"], registry=registry,
@@ -124,7 +129,8 @@ class HistoryMetrics:
         elif before is None or event.epoch == 1:
             trigger = "start"
         else:
-            trigger = "loss" if before - self._members else "join"
+            trigger = "loss" if before - self._members else "join" if self._members - before else "rebalance"
+        self._taken.labels(trigger).inc(event.fields.get("weight_bytes", 0))
         staged = self._staged.get(event.epoch)
         if staged is not None and trigger != "scale":
             self._phases.labels("loading", trigger).observe(max(0.0, event.ts - staged))

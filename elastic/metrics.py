@@ -103,6 +103,9 @@ class ClusterGauges(Collector):
         covered = status.coverage
         yield _gauge("expert_live_replicas_min", "Live replicas of the expert with fewest.", covered.min_live_replicas)
         yield _gauge("experts_uncovered", "(layer, expert) pairs without a live replica.", covered.uncovered)
+        if status.imbalance is not None:
+            text = "The busiest rank's measured expert load over the mean rank's, averaged over the layers."
+            yield _gauge("expert_imbalance_ratio", text, status.imbalance)
         restarts = CounterMetricFamily(PREFIX + "worker_restarts", "Deaths in a rank slot.", labels=["rank"])
         for rank, last in sorted(state.exits.items()):
             restarts.add_metric([str(rank)], last.restarts)

@@ -7,8 +7,10 @@ from typing import Literal
 
 import msgspec
 
+from membership.balance import imbalance
 from membership.census import Census
 from membership.placement import coverage
+from membership.rebalance import loads_of
 from membership.types import ClusterState, Member, Operation, Phase, RankState
 
 Health = Literal["starting", "serving", "degraded", "uncovered", "stopped"]
@@ -66,6 +68,7 @@ class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
     operation: OperationStatus | None
     requests: RequestsStatus
     exactness: str = "invariant"  # or stock: tokens may depend on the batch
+    imbalance: float | None = None  # the busiest rank's measured expert load over the mean; null: not measured yet
     store: str = ""  # what is wrong with the store, and what follows from it; empty: nothing
 
 
@@ -91,6 +94,7 @@ def cluster_status(state: ClusterState, now: float, store: str = "") -> ClusterS
         operation=None if operation is None else _operation(operation),
         requests=RequestsStatus() if load is None else RequestsStatus(running=load.running, waiting=load.waiting),
         exactness=state.config.exactness,
+        imbalance=_imbalance(census),
         store=store,
     )
 
@@ -121,6 +125,11 @@ def _coverage(census: Census) -> CoverageStatus:
         return CoverageStatus(min_live_replicas=0, uncovered=0)
     found = coverage(census.view.placement, (m.rank for m in census.alive), census.config.experts)
     return CoverageStatus(min_live_replicas=found.min_live_replicas, uncovered=len(found.uncovered))
+
+
+def _imbalance(census: Census) -> float | None:
+    loads = loads_of(census.config, census.state.expert_load)
+    return round(imbalance(census.view.placement, loads), 3) if loads is not None and census.members else None
 
 
 def _ranks(census: Census) -> Iterator[RankStatus]:

@@ -23,6 +23,7 @@ from membership.events import EventLog
 from membership.keys import Keys
 from membership.lease import LeaseKeeper
 from membership.mirror import Mirror
+from membership.placement import moves
 from membership.planner import Effect
 from membership.store import Compare, Delete, Get, Op, Put, Store
 from membership.types import ClusterState, Counter, LeaderRecord, Record
@@ -163,7 +164,7 @@ class _Term:
         compares, ops = transaction(effect, state, self._keys)
         result = self._store.txn([election.fence(), *compares], ops, [Get(self._keys.leader)])
         if result.succeeded:
-            self._report(effect)
+            self._report(effect, state)
             return result.revision
         leader = result.responses[0]
         if isinstance(leader, int) or not leader or leader[0].create_revision != election.token:
@@ -171,14 +172,21 @@ class _Term:
         log.info("the cluster changed meanwhile", cluster=self._cluster, what=effect.reason)
         return state.revision + 1
 
-    def _report(self, effect: Effect) -> None:
+    def _report(self, effect: Effect, state: ClusterState) -> None:
         """Tell the history what was done."""
         log.info("done", cluster=self._cluster, what=effect.reason)
         operation = effect.operation.id if effect.operation is not None else ""
         for kind, view in (("epoch_committed", effect.commit), ("epoch_staged", effect.stage)):
             if view is not None:
-                ranks = list(view.ranks)
-                self._emit(kind, effect, epoch=view.epoch, ranks=ranks, attempt=view.attempt, operation=operation)
+                taken = len(moves(state.view.placement if state.view else {}, view.placement))
+                fields: dict[str, Any] = {
+                    "ranks": list(view.ranks),
+                    "attempt": view.attempt,
+                    "operation": operation,
+                    "experts_taken": taken,
+                    "weight_bytes": taken * (state.config.expert_bytes if state.config else 0),
+                }
+                self._emit(kind, effect, epoch=view.epoch, **fields)
         if effect.unstage:
             self._emit("epoch_unstaged", effect, operation=operation)
         if effect.assignments:
@@ -186,7 +194,7 @@ class _Term:
             self._emit("ranks_assigned", effect, nodes=nodes)
         if effect.operation is not None:
             op = effect.operation
-            fields: dict[str, Any] = {
+            fields = {
                 "operation": op.id,
                 "phase": op.phase.value,
                 "target": op.target,

@@ -140,6 +140,25 @@ def test_a_large_parcel_splits_without_loss(scene: tuple[int, Placement, np.ndar
             check_shape(part, ids)
 
 
+@given(scenes())
+def test_a_row_goes_where_it_would_go_alone_whenever_it_is_asked_again(
+    scene: tuple[int, Placement, np.ndarray, int],
+) -> None:
+    """The replica depends on (layer, home rank, expert, who is alive): not on batch mates, nor on what came before."""
+    me, placement, ids, excluded = scene
+    router = Router(me, placement)
+    flat, top_k = np.tile(ids, (FEW, 1)).reshape(-1), ids.shape[1]
+    if any(not holders_of(placement, e, excluded) for e in flat.tolist()):
+        return
+    together = {p: parcel.rank for parcel in router.parcels(0, flat, top_k, excluded) for p in parcel.pairs.tolist()}
+    for number, row in enumerate(ids):
+        alone = Router(me, dict(reversed(placement.items()))).parcels(0, row, top_k, excluded)
+        chosen = {p: parcel.rank for parcel in alone for p in parcel.pairs.tolist()}
+        for copy in range(FEW):
+            first = (copy * len(ids) + number) * top_k
+            assert {p - first: together[p] for p in range(first, first + top_k)} == chosen
+
+
 def test_replicas_share_the_load() -> None:
     everywhere: Placement = {r: (tuple(range(240)) if r else (),) for r in range(5)}
     owners = Counter(Router(0, everywhere).owners(0, 0).tolist())

@@ -89,6 +89,7 @@ def test_the_document_is_exactly_as_promised() -> None:
         "operation": None,
         "requests": {"running": 5, "waiting": 1},
         "exactness": "invariant",
+        "imbalance": None,
         "store": "",
     }
     assert document["ranks"][1] == {

@@ -1,0 +1,95 @@
+"""What a death and uneven load make ranks load: nothing at once, a bounded part in the background."""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+from pathlib import Path
+
+import httpx
+import pytest
+
+from chaos.cluster import ServedCluster
+from chaos.history import compare
+from chaos.inject import kill
+from chaos.workload import Workload
+from membership.codec import encode
+from membership.etcd import connect
+from membership.events import Event
+from membership.keys import Keys
+from membership.resilience import resilience
+from membership.types import ExpertLoad
+from tests.e2e.conftest import Serve
+from tests.helpers import eventually
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+
+RANKS = 4
+
+
+def commits(cluster: ServedCluster, after: int) -> list[Event]:
+    return [e for e in cluster.events() if e.kind == "epoch_committed" and e.epoch > after]
+
+
+def skew(cluster: ServedCluster) -> None:
+    """Claim that what rank 0 holds is asked for 20 times as often as the rest."""
+    state = cluster.client().state()
+    assert state.config is not None
+    assert state.view is not None
+    experts = range(state.config.experts)
+    loads = tuple(tuple(160 if e in held else 8 for e in experts) for held in state.view.placement[0])
+    address = cluster.state.address()
+    with closing(connect(list(address.etcd))) as store:
+        store.put(Keys(address.cluster).expert_load, encode(ExpertLoad(at=time.time(), loads=loads)))
+
+
+def test_a_death_moves_no_weights_and_the_rest_comes_in_the_background(serve: Serve, demo_model: Path) -> None:
+    cluster = serve(demo_model, RANKS)
+    before = cluster.wait_serving(RANKS)
+    oracle = {r.prompt: r for r in Workload(cluster.url, cluster.model_name()).run_once()}
+    assert all(r.complete for r in oracle.values()), [r.error for r in oracle.values() if not r.complete]
+    workload = Workload(cluster.url, cluster.model_name())
+    workload.start()
+    try:
+        eventually(lambda: cluster.status()["imbalance"], 60.0, "measured expert load", interval_s=0.5)
+        assert "elastic_ep_expert_imbalance_ratio" in httpx.get(cluster.url + "/metrics", timeout=10.0).text
+        epoch = cluster.status()["epoch"]
+        kill(before["ranks"][1]["pid"])
+        eventually(lambda: len(commits(cluster, epoch)) >= 2, 60.0, "loss and replacement", interval_s=0.2)
+        loss, joined = commits(cluster, epoch)[:2]
+        assert loss.fields["ranks"] == [0, 2, 3]
+        assert (loss.fields["experts_taken"], loss.fields["weight_bytes"]) == (0, 0)
+        assert joined.fields["ranks"] == [0, 1, 2, 3]
+        assert joined.fields["weight_bytes"] > 0
+        cluster.wait_serving(RANKS)
+
+        def evened() -> Event | None:
+            found = [e for e in commits(cluster, joined.epoch) if "load is evened out" in str(staging(cluster, e))]
+            if not found:
+                skew(cluster)
+            return found[0] if found else None
+
+        moved = eventually(evened, 90.0, "a rebalance", interval_s=1.0)
+        assert moved is not None
+        config = cluster.client().state().config
+        assert config is not None
+        assert 0 < moved.fields["weight_bytes"] <= config.rebalance_bytes
+        assert moved.fields["ranks"] == [0, 1, 2, 3]
+        taken = 'elastic_ep_weight_bytes_moved_total{trigger="rebalance"}'
+        assert taken in httpx.get(cluster.url + "/metrics", timeout=10.0).text
+    finally:
+        history = workload.stop()
+    verdict = compare(history, oracle)
+    assert verdict.ok, verdict.differences
+    state = cluster.client().state()
+    assert state.config is not None
+    assert state.view is not None
+    nodes = {m.rank: m.node for m in state.view.members}
+    found = resilience(state.view.placement, nodes, state.config.moe_layers, state.config.experts)
+    assert (found.min_replicas, found.vital_ranks) == (2, ())
+
+
+def staging(cluster: ServedCluster, committed: Event) -> object:
+    """Why the epoch was staged."""
+    staged = [e for e in cluster.events() if e.kind == "epoch_staged" and e.epoch == committed.epoch]
+    return staged[-1].fields.get("reason") if staged else None
