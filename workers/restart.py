@@ -1,8 +1,8 @@
 """When a rank slot may run again after a death: exponential backoff with jitter, then quarantine.
 
 Pure: the caller passes the clock and the random number, so that a simulation can replay every decision. A first death
-costs almost no delay (the common case is a machine's hiccup or somebody's chaos test); deaths that follow one another
-back off; `intensity` deaths within `window_s` mean that restarting does not help, and the slot is set aside.
+costs no delay (the common case is a machine's hiccup or somebody's chaos test); deaths that follow one another back
+off, from `base_s`; `intensity` deaths within `window_s` mean that restarting does not help, and the slot is set aside.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def recent_deaths(policy: RestartPolicy, deaths: tuple[float, ...], now: float) 
 
 def backoff_s(policy: RestartPolicy, recent: int, chance: float) -> float:
     """How long to hold the slot back at its `recent`-th death in the window; `chance` is uniform in [0, 1)."""
-    exponent = min(max(recent, 1) - 1, 32)  # beyond that every sane policy is at max_s, and floats stay finite
+    if recent <= 1:
+        return 0.0
+    exponent = min(recent - 2, 32)  # beyond that every sane policy is at max_s, and floats stay finite
     delay = min(policy.max_s, policy.base_s * policy.factor**exponent)
     return delay * (1.0 + policy.jitter * chance)
 

@@ -1,4 +1,4 @@
-"""The restart policy: nearly at once, then ever later, then never."""
+"""The restart policy: at once, then ever later, then never."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def die(deaths: tuple[float, ...], now: float, restarts: int = 0, chance: float 
     return judge(POLICY, rank=3, incarnation=7, reason="gone", deaths=deaths, restarts=restarts, now=now, chance=chance)
 
 
-def test_the_first_death_costs_almost_nothing() -> None:
+def test_the_first_death_costs_no_delay() -> None:
     verdict = die((), 1000.0)
     assert (verdict.rank, verdict.incarnation, verdict.restarts, verdict.quarantined) == (3, 7, 1, False)
-    assert verdict.not_before == pytest.approx(1000.1)
+    assert verdict.not_before == 1000.0
 
 
 def test_deaths_that_follow_one_another_back_off() -> None:
-    delays = [backoff_s(POLICY, n, 0.0) for n in (1, 2, 3, 10)]
-    assert delays == pytest.approx([0.1, 0.2, 0.4, 2.0])
+    delays = [backoff_s(POLICY, n, 0.0) for n in (1, 2, 3, 4, 10)]
+    assert delays == pytest.approx([0.0, 0.1, 0.2, 0.4, 2.0])
 
 
 def test_enough_deaths_in_the_window_mean_quarantine_with_a_reason() -> None:
@@ -40,10 +40,10 @@ def test_old_deaths_are_forgiven_but_counted() -> None:
     verdict = die((100.0, 200.0, 300.0), 1000.0, restarts=3)
     assert not verdict.quarantined
     assert verdict.restarts == 4
-    assert verdict.not_before == pytest.approx(1000.1)
+    assert verdict.not_before == 1000.0
     assert recent_deaths(POLICY, (100.0, 950.0), 1000.0) == (950.0,)
 
 
-@given(st.integers(0, 10**6), st.floats(0, 0.999))
+@given(st.integers(2, 10**6), st.floats(0, 0.999))
 def test_a_backoff_is_finite_and_bounded(recent: int, chance: float) -> None:
     assert POLICY.base_s <= backoff_s(POLICY, recent, chance) <= POLICY.max_s * (1 + POLICY.jitter)
