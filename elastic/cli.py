@@ -53,6 +53,10 @@ def serve(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt plus output, in tokens.")] = None,
     kv_blocks: Annotated[int, typer.Option(help="KV-cache blocks of 16 tokens per rank.")] = 1024,
+    restart_intensity: Annotated[
+        int, typer.Option(help="Set a rank's slot aside at so many deaths within --restart-window.")
+    ] = 6,
+    restart_window: Annotated[str, typer.Option(help="How long a death counts.")] = "60s",
     ready_timeout: Annotated[str, typer.Option(help="Give up when not ready by then.")] = "3m",
 ) -> None:
     """Serve MODEL on this machine: etcd, controller, agent with its ranks, engine and gateway."""
@@ -66,6 +70,7 @@ def serve(
                 etcd=tuple(etcd.split(",")) if etcd else (), cluster=cluster, host=host, port=port,
                 admin_port=admin_port, state_dir=state_dir, served_model_name=served_model_name, dtype=dtype,
                 exactness=exactness, device=device, max_model_len=max_model_len, kv_blocks=kv_blocks,
+                restart_intensity=restart_intensity, restart_window_s=seconds(restart_window),
                 ready_timeout_s=seconds(ready_timeout),
             )
         )  # fmt: skip

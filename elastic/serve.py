@@ -74,6 +74,8 @@ class ServeOptions:
     device: str = "auto"
     max_model_len: int | None = None
     kv_blocks: int = 1024
+    restart_intensity: int = 6
+    restart_window_s: float = 60.0
     ready_timeout_s: float = 180.0
     admin_token: str = field(default_factory=lambda: os.environ.get("ELASTIC_ADMIN_TOKEN") or secrets.token_urlsafe(24))
 
@@ -97,6 +99,8 @@ def cluster_config(options: ServeOptions) -> ClusterConfig:
         device=options.device,
         max_model_len=min(info.max_position, options.max_model_len or 4096),
         kv_blocks=options.kv_blocks,
+        restart_intensity=options.restart_intensity,
+        restart_window_s=options.restart_window_s,
         eos_token_ids=info.eos_token_ids,
         vocab_size=info.vocab_size,
     )
@@ -110,7 +114,11 @@ def _check_flags(options: ServeOptions) -> None:
     """ConfigError naming the flag that cannot be meant, whatever the model."""
     if options.ranks < 1:
         raise ConfigError(f"--ranks {options.ranks}: at least one rank is needed", hint="use --ranks 1 or more")
-    for name, number in (("max-model-len", options.max_model_len), ("kv-blocks", options.kv_blocks)):
+    for name, number in (
+        ("max-model-len", options.max_model_len),
+        ("kv-blocks", options.kv_blocks),
+        ("restart-intensity", options.restart_intensity),
+    ):
         if number is not None and number < 1:
             raise ConfigError(f"--{name} {number}: it must be at least 1")
     for name, known in CHOICES.items():

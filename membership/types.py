@@ -69,6 +69,8 @@ class ClusterConfig(Record, frozen=True, kw_only=True):
     lease_ttl_s: float = 3.0
     expert_bytes: int = 0  # weights of one expert in one layer; for reports of what a change would move
     rebalance_bytes: int = 2 << 30  # weights that one background rebalance may have ranks load; 0: never rebalance
+    restart_intensity: int = 6  # so many deaths of a slot within the window set it aside
+    restart_window_s: float = 60.0
     launch_deadline_s: float = 60.0
     coverage_deadline_s: float = 30.0  # how long a request waits for lost experts before it gets a 503
 

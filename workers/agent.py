@@ -51,7 +51,7 @@ from workers.forkserver import Serving
 from workers.handles import WorkerProcHandle
 from workers.preload import preload_for
 from workers.registrar import Registrar
-from workers.restart import RestartPolicy, ending, judge, recent_deaths
+from workers.restart import RestartPolicy, ending, judge, policy_of, recent_deaths
 from workers.rpc import Outcome
 
 TICK_S = 0.1
@@ -354,7 +354,7 @@ def run_agent(
         if config is None:
             return
         _wait_for_name(mirror, node, stop)
-        agent = Agent(store, mirror, keys, config, node, events, worker_class, policy or RestartPolicy())
+        agent = Agent(store, mirror, keys, config, node, events, worker_class, policy or policy_of(config))
         try:
             agent.run(stop)
         finally:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from membership.types import RankExit
+from membership.types import ClusterConfig, RankExit
 
 FENCED_STATUS = 75
 """Exit status of a rank that found itself evicted: it was taken for dead, and lived."""
@@ -32,6 +32,11 @@ class RestartPolicy:
     jitter: float = 0.5  # up to this fraction is added to a delay
     intensity: int = 6
     window_s: float = 60.0
+
+
+def policy_of(config: ClusterConfig) -> RestartPolicy:
+    """As the cluster is configured."""
+    return RestartPolicy(intensity=config.restart_intensity, window_s=config.restart_window_s)
 
 
 def recent_deaths(policy: RestartPolicy, deaths: tuple[float, ...], now: float) -> tuple[float, ...]:

@@ -1,0 +1,92 @@
+"""What a cluster's long-lived processes hold (memory, open files, threads), and whether that grows with the kills."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import psutil
+
+ROLES = ("controller", "agent", "engine", "gateway")
+MB = float(1 << 20)
+
+
+class Footprint(msgspec.Struct, frozen=True):
+    """One process at one moment."""
+
+    rss_mb: float
+    files: int
+    threads: int
+
+
+class Growth(msgspec.Struct, frozen=True):
+    """One process over the run, from its first look after the warm-up to its last."""
+
+    process: str
+    rss_mb: tuple[float, float]
+    rss_mb_per_100_kills: float
+    files: tuple[int, int]
+    threads: tuple[int, int]
+
+
+def look(supervisor: int) -> dict[str, Footprint]:
+    """Every process of the cluster that should outlive its ranks, by name."""
+    parent = psutil.Process(supervisor)
+    found = {"supervisor": _footprint(parent)}
+    for child in parent.children(recursive=True):
+        try:
+            name = _name(child)
+            if name:
+                found[name] = _footprint(child)
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue  # a rank that is just dying
+    return found
+
+
+def processes(supervisor: int) -> int:
+    """How many processes the cluster consists of, supervisor included."""
+    return 1 + len(psutil.Process(supervisor).children(recursive=True))
+
+
+def slope(points: Sequence[tuple[float, float]]) -> float:
+    """Least-squares slope of y over x; 0.0 where there is none to be had."""
+    n = len(points)
+    if n < 2:
+        return 0.0
+    mean_x, mean_y = sum(x for x, _ in points) / n, sum(y for _, y in points) / n
+    spread = sum((x - mean_x) ** 2 for x, _ in points)
+    return sum((x - mean_x) * (y - mean_y) for x, y in points) / spread if spread else 0.0
+
+
+def growth(looks: Sequence[tuple[int, dict[str, Footprint]]]) -> tuple[Growth, ...]:
+    """Of each process that is in all `looks`: (kills so far, who holds what)."""
+    if not looks:
+        return ()
+    names = sorted(set.intersection(*(set(found) for _, found in looks)))
+    return tuple(_growth(name, [(kills, found[name]) for kills, found in looks]) for name in names)
+
+
+def _growth(name: str, points: Sequence[tuple[int, Footprint]]) -> Growth:
+    first, last = points[0][1], points[-1][1]
+    return Growth(
+        name,
+        (round(first.rss_mb, 1), round(last.rss_mb, 1)),
+        round(100 * slope([(kills, found.rss_mb) for kills, found in points]), 2),
+        (first.files, last.files),
+        (first.threads, last.threads),
+    )
+
+
+def _name(process: psutil.Process) -> str:
+    command = process.cmdline()
+    if command[1:3] == ["-m", "elastic.cli"] and command[3:4] and command[3] in ROLES:
+        return f"{command[3]} {process.pid}"
+    if command and Path(command[0]).name == "etcd":
+        return "etcd"
+    return "forkserver" if any("forkserver" in word for word in command) else ""
+
+
+def _footprint(process: psutil.Process) -> Footprint:
+    with process.oneshot():
+        return Footprint(process.memory_info().rss / MB, process.num_fds(), process.num_threads())
