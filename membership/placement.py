@@ -249,12 +249,17 @@ class _Layer:
         self._give(host, expert)
 
     def _spread(self, expert: int) -> None:
-        """Bring one replica of an expert that lives on one host only to another, by the shortest chain of exchanges.
+        """Bring one replica of an expert that lives on one host to another, from whichever holder can let go."""
+        for start in np.flatnonzero(self.holds[:, expert])[::-1].tolist():
+            if self._exchange_round(start, expert):
+                return
+
+    def _exchange_round(self, start: int, expert: int) -> bool:
+        """Bring the expert to another host by the shortest chain of exchanges; False if there is none.
 
         The expert leaves `start` for a rank elsewhere, which hands one of its own on, and so on back to `start`. No
         expert in the chain ends on fewer hosts than two (or than it had).
         """
-        start = int(np.flatnonzero(self.holds[:, expert])[-1])
         away = np.flatnonzero(self.hosts != self.hosts[start])
         came: dict[int, tuple[int, int]] = {int(row): (-1, expert) for row in away}  # row -> (from, what it takes)
         queue = list(came)
@@ -271,8 +276,9 @@ class _Layer:
                 came[to] = (row, handed)
                 if to == start:
                     self._follow(came, start, expert)
-                    return
+                    return True
                 queue.append(to)
+        return False
 
     def _may_go(self, row: int, to: int) -> list[int]:
         """Experts that `row` could hand to `to`, the least loaded first."""

@@ -53,6 +53,13 @@ def test_any_one_death_leaves_every_expert_alive_where_slots_are_enough(
     assert plan(layers, experts, nodes, redundancy, placement, nodes=nodes) == placement, "and then it is stable"
 
 
+def test_an_expert_leaves_its_host_from_whichever_holder_can_exchange_it() -> None:
+    nodes = {0: "a", 1: "c", 2: "c", 3: "c", 4: "b"}
+    current = plan(1, 2, {3: "c"}, 3.0, nodes={3: "c"})
+    placement = plan(1, 2, nodes, 3.0, current, nodes=nodes)
+    assert resilience(placement, nodes, 1, 2).vital_hosts == ()
+
+
 @settings(max_examples=100, deadline=None)
 @given(clusters(), st.data())
 def test_a_repair_loads_each_orphan_once_and_nothing_else(
