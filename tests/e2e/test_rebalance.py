@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from contextlib import closing
 from pathlib import Path
@@ -93,3 +95,42 @@ def staging(cluster: ServedCluster, committed: Event) -> object:
     """Why the epoch was staged."""
     staged = [e for e in cluster.events() if e.kind == "epoch_staged" and e.epoch == committed.epoch]
     return staged[-1].fields.get("reason") if staged else None
+
+
+def test_both_holders_dead_only_orphans_are_loaded_and_every_request_goes_on(serve: Serve, demo_model: Path) -> None:
+    cluster = serve(demo_model, RANKS)
+    before = cluster.wait_serving(RANKS)
+    oracle = {r.prompt: r for r in Workload(cluster.url, cluster.model_name()).run_once()}
+    view = cluster.client().state().view
+    assert view is not None
+    left = [{e for rank in (0, 3) for e in view.placement[rank][layer]} for layer in range(len(view.placement[0]))]
+    held = [{e for rank in view.ranks for e in view.placement[rank][layer]} for layer in range(len(left))]
+    orphans = sum(len(all_of - kept) for all_of, kept in zip(held, left, strict=True))
+    assert orphans, "ranks 1 and 2 alone hold nothing: choose others"
+    workload = Workload(cluster.url, cluster.model_name())
+    workload.start()
+    try:
+        eventually(lambda: len(workload.open_streams()) >= 4, 30.0, "four streams under way", interval_s=0.1)
+        at = time.time()
+        for rank in (1, 2):  # at once: not waiting for the first to be gone
+            os.kill(before["ranks"][rank]["pid"], signal.SIGKILL)
+        eventually(lambda: [e for e in commits(cluster, view.epoch) if 1 in e.fields["ranks"]], 60.0, "rank 1 again")
+        cluster.wait_serving(RANKS)
+        ended = len(workload.records())
+        eventually(lambda: len(workload.records()) > ended + 4, 60.0, "requests ending again", interval_s=0.1)
+    finally:
+        history = workload.stop()
+    verdict = compare(history, oracle)
+    assert verdict.ok, verdict.differences
+    masked = [e for e in cluster.events() if e.kind == "rank_masked"]
+    assert max(e.fields["uncovered"] for e in masked) == orphans
+    losses = [e for e in commits(cluster, view.epoch) if not {1, 2} & set(e.fields["ranks"])]
+    assert losses[-1].fields["ranks"] == [0, 3]
+    assert (
+        sum(e.fields["experts_taken"] for e in commits(cluster, view.epoch) if e.epoch <= losses[-1].epoch) == orphans
+    )
+    repaired = [
+        e for e in cluster.events() if e.kind == "rank_prepared" and e.rank in (0, 3) and at < e.ts <= losses[-1].ts
+    ]
+    assert sum(e.fields["bytes_mapped"] for e in repaired) > 0
+    assert sum(e.fields["bytes_loaded"] for e in repaired) == 0, "the host's store has them all"

@@ -15,7 +15,7 @@ import pytest
 from membership.errors import Fenced
 from membership.memory import MemoryStore
 from tests.helpers import eventually
-from tests.standins import EngineThread, Gateway, StandInCluster, cluster_config
+from tests.standins import EngineThread, Gateway, StandInCluster, cluster_config, oracle
 
 pytestmark = pytest.mark.integration
 
@@ -200,6 +200,34 @@ def test_coverage_that_does_not_come_back_ends_in_503(tmp_path: Path) -> None:
         service.gateway.submit(2, 10)
         service.gateway.pump(lambda: len(service.gateway.ends) == 2, what="rejections")
         assert all(end.startswith("503 experts were not available") for end in service.gateway.ends.values())
+    finally:
+        service.close()
+
+
+def test_experts_that_nobody_brings_back_cost_a_503_and_the_next_requests_nothing(tmp_path: Path) -> None:
+    service = Service(tmp_path, coverage_deadline_s=2.0)
+    try:
+        service.cluster.spawn(0, 1)
+        service.cluster.attach()
+        service.cluster.commit(0, 1, experts={0: (0, 1), 1: (1, 2, 3)})
+        service.cluster.adopted()
+        service.gateway.connect()
+        service.gateway.submit(4, 190)
+        service.underway(20)
+        service.cluster.ranks[1].kill()
+        service.gateway.pump(lambda: len(service.gateway.ends) == 4, what="all requests to end")
+        cut = [name for name, end in service.gateway.ends.items() if end != "length"]
+        assert cut, "nothing was left to hold"
+        assert all(service.gateway.ends[name].startswith("503 experts were not available") for name in cut)
+        for name in cut:
+            told = service.gateway.outputs[name]
+            assert told == oracle(service.gateway.requests[name])[: len(told)], "no token without its experts"
+            del service.gateway.requests[name], service.gateway.ends[name], service.gateway.outputs[name]
+        service.cluster.bury(1)
+        service.cluster.commit(0)
+        service.cluster.adopted()
+        service.gateway.submit(4, 20)
+        service.gateway.finish()
     finally:
         service.close()
 
