@@ -59,6 +59,7 @@ class Engine:
         self._scheduler = Scheduler(config, token, self._clock())
         self._recovery = Recovery()
         self._loads = LoadWindow(config.moe_layers, config.experts, self._clock())
+        self._slow: set[int] = set()
         self._outbox: list[Output] = []
         self._ready: set[RankId] = set()
         self._lost: set[RankId] = set()
@@ -145,7 +146,18 @@ class Engine:
             if loads is not None:
                 self._status.tell_loads(loads)
 
+    def _note_slow(self) -> None:
+        """Tell of ranks that have become far slower than the others, or are so no longer."""
+        slow = self._fleet.slow
+        for rank in slow.keys() - self._slow:
+            log.warning("a rank is far slower than the others", rank=rank, factor=round(slow[rank], 1))
+            self._emit("rank_slow", rank, factor=round(slow[rank], 1))
+        for rank in self._slow - slow.keys():
+            self._emit("rank_slow_no_more", rank)
+        self._slow = set(slow)
+
     def _report(self) -> None:
+        self._note_slow()
         scheduler = self._scheduler
         view = scheduler.view
         self._status.update(
@@ -159,6 +171,7 @@ class Engine:
                 step=scheduler.step,
                 steps=dict(self._steps),
                 pause_ms=self._pause_ms,
+                slow=tuple(sorted(self._slow)),
             )
         )
 

@@ -100,6 +100,8 @@ class ClusterGauges(Collector):
             ranks.add_metric([kind.value], tally[kind])
         yield ranks
         yield _gauge("membership_epoch", "The committed epoch.", status.epoch)
+        slow = sum(rank.slow for rank in status.ranks)
+        yield _gauge("ranks_slow", "Serving ranks far slower than the others (flagged, not evicted).", slow)
         covered = status.coverage
         yield _gauge("expert_live_replicas_min", "Live replicas of the expert with fewest.", covered.min_live_replicas)
         yield _gauge("experts_uncovered", "(layer, expert) pairs without a live replica.", covered.uncovered)

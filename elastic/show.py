@@ -51,8 +51,11 @@ def status_view(document: dict[str, Any]) -> RenderableType:
     for rank in document["ranks"]:
         age_ms = rank["heartbeat_age_ms"]
         beat = "-" if age_ms is None else f"{age_ms:.0f} ms"
+        state = Text(rank["state"], COLOURS.get(rank["state"], ""))
+        if rank.get("slow"):
+            state.append(" slow", "yellow")
         table.add_row(
-            str(rank["rank"]), Text(rank["state"], COLOURS.get(rank["state"], "")), rank["node"], str(rank["pid"]),
+            str(rank["rank"]), state, rank["node"], str(rank["pid"]),
             str(rank["incarnation"]), str(rank["slots"]), beat, str(rank["restarts"]),
         )  # fmt: skip
     lines: list[RenderableType] = [heading, table]

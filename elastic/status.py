@@ -16,7 +16,7 @@ from membership.types import ClusterState, Member, Operation, Phase, RankState
 Health = Literal["starting", "serving", "degraded", "uncovered", "stopped"]
 
 
-class RankStatus(msgspec.Struct, frozen=True, kw_only=True):
+class RankStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One rank slot. `pid` 0 and `slots` 0: it has none. `heartbeat_age_ms` (since its agent last saw it
     beat, and told once per second) null: no agent has told."""
 
@@ -28,6 +28,7 @@ class RankStatus(msgspec.Struct, frozen=True, kw_only=True):
     slots: int  # experts held, over all layers
     heartbeat_age_ms: float | None
     restarts: int
+    slow: bool = False  # far slower than the others, but it serves on; left out if it is not
 
 
 class CoverageStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -177,7 +178,7 @@ def _member_state(census: Census, member: Member, alive: bool) -> RankState:
 
 def _rank(census: Census, member: Member, state: RankState) -> RankStatus:
     record = census.record(member)
-    last = census.state.exits.get(member.rank)
+    last, load = census.state.exits.get(member.rank), census.state.engine_status
     held = census.view.placement.get(member.rank, ()) if member in census.members else ()
     return RankStatus(
         rank=member.rank,
@@ -188,6 +189,7 @@ def _rank(census: Census, member: Member, state: RankState) -> RankStatus:
         slots=sum(len(layer) for layer in held),
         heartbeat_age_ms=_heartbeat_age_ms(census, member),
         restarts=0 if last is None else last.restarts,
+        slow=state is RankState.SERVING and load is not None and member.rank in load.slow,
     )
 
 

@@ -202,6 +202,7 @@ class EngineStatus(Record, frozen=True, kw_only=True):
     step: int = 0
     steps: dict[str, int] = {}  # how many ended how, since this engine began: ok | rank_lost | a StepStatus
     pause_ms: float = 0.0  # how long tokens had to wait at the flip to `epoch`
+    slow: tuple[int, ...] = ()  # ranks far slower than the others
 
 
 class ExpertLoad(Record, frozen=True, kw_only=True):

@@ -94,6 +94,8 @@ class StandIn:
         elif command["do"] == "evicted":
             mask = self.mask
             self.say(evicted=self.evicted or (mask is not None and mask.evicted(self.rank, self.incarnation)))
+        elif command["do"] == "pace":
+            self.step_s = command["step_s"]
         elif command["do"] == "hang":
             self.hang = command["how"]
 

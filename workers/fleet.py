@@ -26,6 +26,7 @@ from workers.doorbell import Doorbell
 from workers.livemask import LiveMask
 from workers.liveness import DeathWatcher, LivenessPage, watch_death
 from workers.messages import EngineMessage, Ping, StepResult, reader_id
+from workers.pace import Pace
 from workers.procstat import threads
 from workers.queue import MessageQueue, MsgpackCodec, SlowReaders
 from workers.watchdog import Look, Watchdog
@@ -107,6 +108,7 @@ class Fleet:
         self._steps = MessageQueue("engine-steps", MsgpackCodec(EngineMessage))
         self._mask = LiveMask.create()
         self._watchdog = Watchdog()
+        self._pace = Pace(clock())
         self._members: frozenset[Key] = frozenset()
         self._token = 0
         self._pings = 0
@@ -131,6 +133,11 @@ class Fleet:
     def mask_handle(self) -> bytes:
         """What ranks need to map the live mask."""
         return self._mask.handle()
+
+    @property
+    def slow(self) -> dict[int, float]:
+        """Ranks far slower than the others, and by what factor."""
+        return self._pace.slow
 
     def ring(self) -> None:
         """Wake the engine's thread; from any thread."""
@@ -173,6 +180,7 @@ class Fleet:
             if isinstance(message, Ping) or key[0] in message.ranks:
                 link.owe(message.step, now)
         if not isinstance(message, Ping):
+            self._pace.worked(message.ranks)
             self._watchdog.began(message.step, (key for key in self._links if key[0] in message.ranks), now)
         while True:
             try:
@@ -270,6 +278,8 @@ class Fleet:
     def _watch(self) -> list[RankLost]:
         """Whoever keeps the step waiting and does nothing; members without work too, whose experts others wait for."""
         now = self._clock()
+        if now >= self._pace.due:
+            self._pace.compare({key[0]: link.page.waited_s for key, link in self._links.items()}, now)
         if now < self._watchdog.due:
             return []
         watched = [link for key, link in self._links.items() if key in self._members or self._watchdog.waits_for(key)]
@@ -292,6 +302,7 @@ class Fleet:
         link = self._links.pop(key, None)
         if link is not None:
             self._watchdog.gone(key)
+            self._pace.gone(key[0])
             self._steps.drop_reader(reader_id(*key))
             self._close_later(link)
 

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from statistics import median
 
 Key = tuple[int, int]
 """(rank, incarnation)"""
@@ -25,9 +24,6 @@ HUNG_S = 0.8  # beyond the longest sleep on a doorbell (0.5 s)
 HUNG_FACTOR = 8.0  # x the usual step: a long kernel may keep the main thread waiting
 STEPS_KEPT = 200
 BUSY_SHARE = 0.1  # of one processor: what a hung process's other threads may use
-WINDOW_S = 2.0  # over which the ranks' pace is compared
-SLOW_FACTOR, RECOVERED_FACTOR = 4.0, 2.0  # x the others' median time per chunk
-MIN_SHARE, MIN_CHUNKS = 0.3, 10  # a rank that hardly works is not compared
 
 
 @dataclass(frozen=True)
@@ -79,23 +75,6 @@ def judge(suspect: Suspect | None, look: Look, passed_s: float, hung_s: float) -
 def late_after_s(usual_s: float) -> float:
     """When a step is late, of which 99 of 100 take `usual_s` at most."""
     return min(LATE_MAX_S, max(LATE_S, LATE_FACTOR * usual_s))
-
-
-def slow_ranks(busy_s: Mapping[int, float], chunks: Mapping[int, int], now_slow: Collection[int]) -> dict[int, float]:
-    """Ranks far slower than the others by their time per chunk, and by what factor. Who was slow stays so for longer.
-
-    `busy_s` is the time in which a rank did not wait for others; only ranks that had work are compared.
-    """
-    pace = {rank: busy / chunks[rank] for rank, busy in busy_s.items() if chunks.get(rank, 0) >= MIN_CHUNKS}
-    found = {}
-    for rank, mine in pace.items():
-        others = [theirs for other, theirs in pace.items() if other != rank]
-        if not others or busy_s[rank] < MIN_SHARE * WINDOW_S:
-            continue
-        factor = mine / max(median(others), 1e-9)
-        if factor >= (RECOVERED_FACTOR if rank in now_slow else SLOW_FACTOR):
-            found[rank] = factor
-    return found
 
 
 @dataclass

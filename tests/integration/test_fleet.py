@@ -132,6 +132,21 @@ def test_masking_reaches_the_ranks_page(three: Ranks) -> None:
     assert three.ranks[0].hear() == {"masked": 0}
 
 
+def test_a_rank_ten_times_slower_is_flagged_and_kept(three: Ranks) -> None:
+    three.attach()
+    for rank in three.ranks:
+        rank.tell(do="pace", step_s=0.05 if rank is three.ranks[1] else 0.005)
+    deadline = time.monotonic() + 60.0
+    step = 0
+    while not three.fleet.slow:
+        assert time.monotonic() < deadline, "it is not flagged"
+        step += 1
+        three.fleet.broadcast(three.batch(step, 0, 1, 2))
+        seen = three.collect(lambda seen: len(seen) == 3, 30.0)
+        assert all(isinstance(event, StepResult) for event in seen), seen
+    assert set(three.fleet.slow) == {1}
+
+
 @pytest.mark.parametrize("how", ["free", "locked"])
 def test_a_native_hang_is_found_with_the_interpreters_lock_held_and_without(three: Ranks, how: str) -> None:
     three.fleet._step_deadline_s = 60.0

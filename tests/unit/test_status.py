@@ -116,6 +116,14 @@ def test_a_heartbeat_ages_from_when_it_was_seen() -> None:
     assert ages(10.0, heartbeats={"n": other}) == [500.0, None], "another incarnation's beat is not this one's"
 
 
+def test_a_slow_rank_is_shown_and_counts_as_serving() -> None:
+    state = healthy()
+    assert state.engine_status is not None
+    status = cluster_status(replace(state, engine_status=replace(state.engine_status, slow=(2,))), 10.0)
+    assert status.state == "serving"
+    assert [rank.rank for rank in status.ranks if rank.slow] == [2]
+
+
 def test_starting() -> None:
     assert cluster_status(ClusterState(revision=1), 0.0).state == "starting"
     assert cluster_status(ClusterState(revision=1, config=CONFIG), 0.0).state == "starting"

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from workers.watchdog import HUNG_S, LATE_MAX_S, LATE_S, STOPPED_S, TICK_S, Look, Watchdog, slow_ranks
+from workers.pace import WINDOW_S, Pace, slow_ranks
+from workers.watchdog import HUNG_S, LATE_MAX_S, LATE_S, STOPPED_S, TICK_S, Look, Watchdog
 
 pytestmark = pytest.mark.unit
 
@@ -113,3 +114,21 @@ def test_a_rank_ten_times_slower_than_the_others_is_flagged() -> None:
     assert slow_ranks(half, chunks, ()) == {}
     assert slow_ranks(half, chunks, {1}).keys() == {1}
     assert slow_ranks({0: 0.01, 1: 0.1}, {0: 100, 1: 100}, ()) == {}, "who hardly works is not compared"
+
+
+def test_a_slow_rank_is_flagged_after_two_windows_until_it_is_as_fast_again() -> None:
+    pace = Pace(0.0)
+    waited = {0: 0.0, 1: 0.0, 2: 0.0}
+
+    def window(number: int, slow: int) -> set[int]:
+        pace.worked({rank: [1] * 50 for rank in waited})
+        for rank in waited:
+            waited[rank] += 0.0 if rank == slow else 0.9 * WINDOW_S
+        pace.compare(dict(waited), WINDOW_S * (number + 1))
+        return set(pace.slow)
+
+    assert [window(number, 1) for number in range(4)] == [set(), set(), {1}, {1}], "the first window only begins"
+    pace.gone(1)
+    assert set(pace.slow) == set()
+    assert [window(number, 2) for number in range(4, 7)] == [set(), {2}, {2}]
+    assert window(7, -1) == set()
