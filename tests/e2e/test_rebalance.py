@@ -134,3 +134,27 @@ def test_both_holders_dead_only_orphans_are_loaded_and_every_request_goes_on(ser
     ]
     assert sum(e.fields["bytes_mapped"] for e in repaired) > 0
     assert sum(e.fields["bytes_loaded"] for e in repaired) == 0, "the host's store has them all"
+
+
+def test_where_nobody_comes_redundancy_is_restored_in_the_background(serve: Serve, demo_model: Path) -> None:
+    cluster = serve(demo_model, 3, ("--restart-intensity", "1"))
+    before = cluster.wait_serving(3)
+    oracle = {r.prompt: r for r in Workload(cluster.url, cluster.model_name()).run_once()}
+    workload = Workload(cluster.url, cluster.model_name())
+    workload.start()
+    try:
+        eventually(lambda: len(workload.open_streams()) >= 4, 30.0, "four streams under way", interval_s=0.1)
+        kill(before["ranks"][1]["pid"])
+        eventually(lambda: len(commits(cluster, before["epoch"])) >= 2, 90.0, "the loss, then more", interval_s=0.2)
+        ended = len(workload.records())
+        eventually(lambda: len(workload.records()) > ended + 4, 60.0, "requests ending", interval_s=0.1)
+    finally:
+        history = workload.stop()
+    loss, restored = commits(cluster, before["epoch"])[:2]
+    assert (loss.fields["ranks"], loss.fields["weight_bytes"]) == ([0, 2], 0)
+    assert restored.fields["ranks"] == [0, 2]
+    assert "redundancy is restored" in str(staging(cluster, restored))
+    assert restored.fields["weight_bytes"] > 0
+    assert cluster.status()["coverage"] == {"min_live_replicas": 2, "uncovered": 0}
+    verdict = compare(history, oracle)
+    assert verdict.ok, verdict.differences
