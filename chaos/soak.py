@@ -159,6 +159,8 @@ def _strike(cluster: ServedCluster, soak: Soak, strike: Strike) -> None:
         victims = holders(view.placement, strike.chance) if view is not None else ()
     began = time.monotonic()
     for number, rank in enumerate(victims):
+        if number and strike.kind == "commit":
+            _wait_staged(cluster, before[victims[0]])
         if number and strike.delay_s:
             time.sleep(strike.delay_s)
         soak.killed.append(kill(before[rank].pid))
@@ -189,6 +191,19 @@ def _newcomer(cluster: ServedCluster, victim: RankRecord, delay_s: float, timeou
                 return record
         if time.monotonic() > deadline:
             raise WaitTimeout(f"no successor of rank {victim.rank} within {timeout_s:.0f} s")
+        time.sleep(POLL_S)
+
+
+def _wait_staged(cluster: ServedCluster, victim: RankRecord, timeout_s: float = 60.0) -> None:
+    """Until a view with the victim's successor is staged, or, if that was too quick to be seen, committed."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        state = cluster.client().state()
+        members = [view.member(victim.rank) for view in (state.next, state.view) if view is not None]
+        if any(member is not None and member.incarnation > victim.incarnation for member in members):
+            return
+        if time.monotonic() > deadline:
+            raise WaitTimeout(f"no view with a successor of rank {victim.rank} within {timeout_s:.0f} s")
         time.sleep(POLL_S)
 
 

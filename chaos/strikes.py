@@ -10,8 +10,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["one", "second", "newcomer", "holders", "all"]
-SHARES: dict[Kind, float] = {"one": 0.58, "second": 0.2, "newcomer": 0.12, "holders": 0.07, "all": 0.03}
+Kind = Literal["one", "second", "newcomer", "commit", "holders", "all"]
+SHARES: dict[Kind, float] = {
+    "one": 0.52,
+    "second": 0.18,
+    "newcomer": 0.12,
+    "commit": 0.08,
+    "holders": 0.07,
+    "all": 0.03,
+}
 RECOVERY_S = 0.6  # a second death falls into the first one's recovery, which takes about so long
 
 
@@ -19,6 +26,7 @@ RECOVERY_S = 0.6  # a second death falls into the first one's recovery, which ta
 class Strike:
     """One blow. `ranks` die in this order, `delay_s` after one another; of a newcomer, the same slot dies twice.
 
+    `commit`: the second dies `delay_s` after the view with the first one's successor was staged.
     `holders`: both replicas of some expert, so that coverage is lost; the cluster's placement says which ranks.
     """
 
@@ -51,6 +59,8 @@ def _strike(chooser: random.Random, ranks: int) -> Strike:
         return Strike("one", pause_s, victims[:1])
     if kind == "second":
         return Strike(kind, pause_s, victims[:2], delay_s)
+    if kind == "commit":
+        return Strike(kind, pause_s, victims[:2], delay_s / 6)
     if kind == "newcomer":
         return Strike(kind, pause_s, victims[:1], delay_s / 2)
     if kind == "all":

@@ -21,7 +21,7 @@ def test_a_short_soak(demo_model: Path) -> None:
         "--kills",
         "14",
         "--seed",
-        "5",
+        "29",
         "-o",
         "json",
     ]
@@ -33,5 +33,5 @@ def test_a_short_soak(demo_model: Path) -> None:
     assert receipt["ok"]
     assert receipt["kills"] >= 14
     assert receipt["requests"] >= 8
-    assert set(receipt["strikes"]) >= {"second", "newcomer", "holders"}
+    assert set(receipt["strikes"]) >= {"second", "newcomer", "commit", "holders", "all"}
     assert {each["process"].split()[0] for each in receipt["growth"]} >= {"agent", "engine", "controller", "gateway"}

@@ -146,6 +146,21 @@ def test_a_peer_killed_inside_a_dispatch_is_replaced(context: Any, lost: int) ->
         assert all(r == 0 for r, _ in run_all(group, masked=1 << lost).values())
 
 
+def test_a_second_peer_killed_while_the_firsts_rows_are_sent_again(context: Any) -> None:
+    """Both hold rows of others; the second dies right after the first, whose rows may have gone to it."""
+    with RankGroup(context, spread(range(6), LAYERS, EXPERTS, 3)) as group:
+        lost, others = (1, 2), [0, 3, 4, 5]
+        group.ranks[lost[1]].call("stop_before", 1)
+        stop_inside_a_dispatch(group, lost[0], others)
+        second = psutil.Process(group.ranks[lost[1]].pid)
+        eventually(lambda: second.status() == psutil.STATUS_STOPPED, 20, "the second stops with rows of others")
+        for rank in lost:
+            group.ranks[rank].kill()
+        retried, suspects = check_results(group, others)
+        assert retried > 0
+        assert suspects == set(lost)
+
+
 def test_a_stopped_peer_is_masked_and_its_waking_changes_nothing(context: Any) -> None:
     with RankGroup(context, spread(range(4), LAYERS, EXPERTS, 2)) as group:
         stop_inside_a_dispatch(group, 1, [0, 2, 3])
