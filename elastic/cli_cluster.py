@@ -1,15 +1,16 @@
-"""Commands of somebody who looks at or changes a running cluster: status, events, scale."""
+"""Commands of somebody who looks at or changes a running cluster: status, explain, events, scale, unquarantine."""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Annotated
 
 import typer
 
-from elastic.client import Client, find_cluster, wait_for
+from elastic.client import POLL_S, Client, find_cluster, wait_for
 from elastic.options import (
     AdminFlag,
     AdminTokenFlag,
@@ -22,8 +23,8 @@ from elastic.options import (
     seconds,
     write_json,
 )  # fmt: skip
-from membership.errors import PlanRefused
-from membership.types import Operation, Phase
+from membership.errors import PlanRefused, WaitTimeout
+from membership.types import Operation, Phase, RankState
 
 
 def status(
@@ -72,6 +73,64 @@ def events(
                 write_json(event)
             else:
                 typer.echo(event_line(event))
+
+
+def explain(
+    rank: Annotated[
+        int | None, typer.Argument(help="Only this rank; default: the cluster and all that is not well.")
+    ] = None,
+    state_dir: StateDirFlag = None,
+    admin: AdminFlag = None,
+    admin_token: AdminTokenFlag = None,
+    etcd: EtcdFlag = None,
+    cluster: ClusterFlag = None,
+    output: OutputFlag = Output.TEXT,
+) -> None:
+    """Say why the cluster or a rank is as it is, what happens next, and what to do."""
+    with reported(), find_cluster(state_dir, admin, admin_token, etcd, cluster) as client:
+        from elastic.explain import explained
+
+        found = client.explain(rank)
+        if output is Output.JSON:
+            write_json(found)
+        else:
+            typer.echo(explained(found))
+
+
+def unquarantine(
+    rank: Annotated[int, typer.Argument(help="The slot that was set aside.")],
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it serves or is set aside again.")] = True,
+    timeout: Annotated[str, typer.Option(help="Wait no longer.")] = "2m",
+    state_dir: StateDirFlag = None,
+    admin: AdminFlag = None,
+    admin_token: AdminTokenFlag = None,
+    etcd: EtcdFlag = None,
+    cluster: ClusterFlag = None,
+    output: OutputFlag = Output.TEXT,
+) -> None:
+    """Let a slot whose ranks kept dying be filled again. Exit 1 if it is set aside again."""
+    with reported(), find_cluster(state_dir, admin, admin_token, etcd, cluster) as client, _interruptible() as stop:
+        pardoned = client.unquarantine(rank)
+        state = _settled(client, rank, seconds(timeout), stop) if wait else ""
+        if output is Output.JSON:
+            write_json({"rank": rank, "forgiven": pardoned.forgiven, "state": state or None})
+        else:
+            typer.echo(f"rank {rank}: {state or 'may start again'}")
+        if state == RankState.QUARANTINED:
+            raise typer.Exit(1)
+
+
+def _settled(client: Client, rank: int, timeout_s: float, stop: threading.Event) -> str:
+    """The slot's state once it serves or is set aside again; "" if it is not wanted (any more) or Ctrl-C came."""
+    deadline, state = time.monotonic() + timeout_s, ""
+    while not stop.wait(POLL_S):
+        states = {each["rank"]: str(each["state"]) for each in client.status()["ranks"]}
+        state = states.get(rank, "")
+        if state in ("", RankState.SERVING, RankState.QUARANTINED):
+            return state
+        if time.monotonic() > deadline:
+            raise WaitTimeout(f"rank {rank} is {state} after {timeout_s:g} s", hint=f"see: elastic explain {rank}")
+    return ""
 
 
 def scale(
@@ -155,5 +214,5 @@ class _interruptible:
 
 def add_to(app: typer.Typer) -> None:
     """Register these commands."""
-    for command in (status, events, scale):
+    for command in (status, explain, events, scale, unquarantine):
         app.command(rich_help_panel="Operations")(command)

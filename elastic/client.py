@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import httpx
 import msgspec
 
+from elastic.explain import Explanation, explain
 from elastic.statedir import StateDir
 from elastic.status import cluster_status
 from membership.codec import decode
@@ -23,8 +24,9 @@ from membership.errors import ConfigError, ElasticError, Fenced, NoAnswer, Opera
 from membership.events import Event, EventLog
 from membership.keys import Keys, state_from
 from membership.operations import ScalePlan, plan_scale, propose_scale
+from membership.quarantine import unquarantine
 from membership.store import Store
-from membership.types import ClusterState, Operation
+from membership.types import ClusterState, Operation, RankExit
 
 POLL_S = 0.1
 
@@ -37,6 +39,8 @@ class Client(Protocol):
     def scale(self, target: int, *, op_id: str | None, if_epoch: int | None, timeout_s: float) -> Operation: ...
     def operation(self, op_id: str) -> Operation: ...
     def events(self, follow: bool, stop: threading.Event) -> Iterator[Event]: ...
+    def explain(self, rank: int | None) -> tuple[Explanation, ...]: ...
+    def unquarantine(self, rank: int) -> RankExit: ...
 
 
 class StoreClient:
@@ -74,6 +78,14 @@ class StoreClient:
             )
         return decode(found.value, Operation)
 
+    def explain(self, rank: int | None) -> tuple[Explanation, ...]:
+        """Why things are as they are."""
+        return explain(self.state(), time.time(), rank)
+
+    def unquarantine(self, rank: int) -> RankExit:
+        """Let a slot be filled again."""
+        return unquarantine(self._store, self._cluster, rank)
+
     def events(self, follow: bool, stop: threading.Event) -> Iterator[Event]:
         """The event history."""
         if self._events is None:
@@ -108,6 +120,15 @@ class AdminClient:
     def operation(self, op_id: str) -> Operation:
         """GET one operation."""
         return msgspec.convert(self._call("GET", f"operations/{op_id}"), Operation)
+
+    def explain(self, rank: int | None) -> tuple[Explanation, ...]:
+        """GET explain, of one rank or of all that is not well."""
+        which = {} if rank is None else {"rank": rank}
+        return msgspec.convert(self._call("GET", "explain", params=which), tuple[Explanation, ...])
+
+    def unquarantine(self, rank: int) -> RankExit:
+        """POST unquarantine."""
+        return msgspec.convert(self._call("POST", f"ranks/{rank}/unquarantine"), RankExit)
 
     def events(self, follow: bool, stop: threading.Event) -> Iterator[Event]:
         """GET the event history; `follow` streams it, with blank lines while nothing happens."""

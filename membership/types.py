@@ -167,6 +167,7 @@ class RankExit(Record, frozen=True, kw_only=True):
     restarts: int = 0  # deaths in this slot so far
     not_before: float = 0.0  # the controller must not relaunch the slot earlier (backoff)
     quarantined: bool = False
+    forgiven: float = 0.0  # deaths up to then do not count any more: when an operator ended the quarantine
 
 
 class Heartbeats(Record, frozen=True, kw_only=True):

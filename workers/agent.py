@@ -51,7 +51,7 @@ from workers.forkserver import Serving
 from workers.handles import WorkerProcHandle
 from workers.preload import preload_for
 from workers.registrar import Registrar
-from workers.restart import RestartPolicy, ending, judge, policy_of, recent_deaths
+from workers.restart import RestartPolicy, counted, ending, judge, policy_of, recent_deaths
 from workers.rpc import Outcome
 
 TICK_S = 0.1
@@ -282,7 +282,7 @@ class Agent:
         self._buried.add(key)
         slot, now = key[0], time.time()
         stored = self._exits.get(slot) or self._mirror.state().exits.get(slot)
-        deaths = self._deaths.get(slot, ())
+        deaths = counted(self._deaths.get(slot, ()), self._mirror.state().exits.get(slot))
         if (ending := self._endings.get(key)) is not None:
             reason = f"{ending}; {reason}"
         verdict = judge(

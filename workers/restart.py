@@ -39,6 +39,11 @@ def policy_of(config: ClusterConfig) -> RestartPolicy:
     return RestartPolicy(intensity=config.restart_intensity, window_s=config.restart_window_s)
 
 
+def counted(deaths: tuple[float, ...], last: RankExit | None) -> tuple[float, ...]:
+    """The slot's deaths without those that an operator has forgiven."""
+    return deaths if last is None else tuple(at for at in deaths if at > last.forgiven)
+
+
 def recent_deaths(policy: RestartPolicy, deaths: tuple[float, ...], now: float) -> tuple[float, ...]:
     """The deaths that still count at `now`."""
     return tuple(at for at in deaths if now - at < policy.window_s)

@@ -15,10 +15,12 @@ from fastapi import FastAPI, Request, Response
 from msgspec.structs import asdict
 from pydantic import Field
 
+from elastic.explain import explain
 from elastic.gateway.http import EventStream, json_response, new_app, read_body
 from elastic.gateway.schema import Shape, parse
 from elastic.status import cluster_status
 from membership.errors import (
+    ConfigError,
     ElasticError,
     Fenced,
     OperationConflict,
@@ -31,6 +33,7 @@ from membership.errors import (
 from membership.events import FOLLOW_POLL_S, Tail
 from membership.mirror import Mirror
 from membership.operations import plan_scale, propose_scale
+from membership.quarantine import unquarantine
 from membership.store import Store
 from membership.types import ClusterState, Operation
 
@@ -109,6 +112,13 @@ def admin_app(admin: Admin) -> FastAPI:
     async def scale(request: Request) -> Response:
         return await admin.scale(parse(await read_body(request, MAX_BODY_BYTES), ScaleRequest))
 
+    @app.post("/admin/v1/ranks/{rank}/unquarantine")
+    async def end_quarantine(rank: int) -> Response:
+        try:
+            return json_response(asdict(await asyncio.to_thread(unquarantine, admin.store, admin.cluster, rank)))
+        except ElasticError as error:
+            _raise_as_http(error)
+
     @app.post("/scale_elastic_ep")
     async def scale_as_vllm(request: Request) -> Response:
         wish = parse(await read_body(request, MAX_BODY_BYTES), VllmScaleRequest)
@@ -123,6 +133,13 @@ def _add_reading(app: FastAPI, admin: Admin) -> None:
         age = {"Age": str(int(admin.mirror.staleness_s))}
         status = cluster_status(admin.mirror.state(), time.time(), admin.mirror.trouble)
         return json_response(status, headers=age)
+
+    @app.get("/admin/v1/explain")
+    async def explained(rank: int | None = None) -> Response:
+        try:
+            return json_response(explain(admin.mirror.state(), time.time(), rank, admin.mirror.trouble))
+        except ElasticError as error:
+            _raise_as_http(error)
 
     @app.get("/admin/v1/operations")
     async def operations() -> Response:
@@ -165,6 +182,10 @@ def _active_soon(mirror: Mirror) -> Operation | None:
 
 def _raise_as_http(error: ElasticError) -> NoReturn:
     message = _words(error)
+    if isinstance(error, ConfigError):
+        raise RequestError(message, status=404, code="not_found") from error
+    if isinstance(error, OperationConflict):
+        raise RequestError(message, status=409, code="conflict") from error
     if isinstance(error, Fenced):
         raise RequestError(message, status=412, code="stale_epoch") from error
     if isinstance(error, PlanRefused):

@@ -14,11 +14,12 @@ import httpx
 import msgspec
 import pytest
 
-from elastic.client import find_cluster
+from elastic.client import AdminClient, find_cluster
 from membership import codec
 from membership.errors import ConfigError, ElasticError, ModelError
 from membership.events import Event, EventLog
-from membership.types import EngineStatus, GatewayRecord, Operation, Phase, View
+from membership.store import Put
+from membership.types import EngineStatus, GatewayRecord, Operation, Phase, RankExit, View
 from tests.gateway_cluster import MODEL, TOKEN, GatewayCluster, RunningGateway, wait_ready
 from tests.helpers import eventually
 
@@ -49,6 +50,8 @@ ROUTES = [
     ("GET", "/admin/v1/operations"),
     ("GET", "/admin/v1/operations/x"),
     ("GET", "/admin/v1/events"),
+    ("GET", "/admin/v1/explain"),
+    ("POST", "/admin/v1/ranks/1/unquarantine"),
     ("GET", "/is_scaling_elastic_ep"),
     ("POST", "/admin/v1/scale"),
     ("POST", "/scale_elastic_ep"),
@@ -122,6 +125,20 @@ def test_scale_as_vllm_clients_do(gateway: RunningGateway) -> None:
     wish = {"new_data_parallel_size": 3, "drain_timeout": 120}
     answer = admin(gateway, "POST", "/scale_elastic_ep", json=wish)
     assert (answer.status_code, answer.json()["target"]) == (202, 3)
+
+
+def test_quarantine_is_explained_and_ended(gateway: RunningGateway, cluster: GatewayCluster) -> None:
+    last = RankExit(rank=1, incarnation=2, reason="SIGSEGV", at=1.0, restarts=6, quarantined=True)
+    cluster.store.txn([], [Put(cluster.keys.exit(1), codec.encode(last))])
+    client = AdminClient(gateway.admin_url, TOKEN)
+    eventually(lambda: client.explain(1)[0].state == "quarantined", 10.0, "the gateway's mirror to see it")
+    assert client.unquarantine(1).quarantined is False
+    eventually(lambda: client.explain(1)[0].state == "dead", 10.0, "the gateway's mirror to see that")
+    with pytest.raises(ConfigError, match="rank 0 is not in quarantine"):
+        client.unquarantine(0)
+    with pytest.raises(ConfigError, match="there is no rank 9"):
+        client.explain(9)
+    client.close()
 
 
 def test_unknown_operation(gateway: RunningGateway) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from membership.types import RankExit
-from workers.restart import RestartPolicy, backoff_s, judge, recent_deaths
+from workers.restart import RestartPolicy, backoff_s, counted, judge, recent_deaths
 
 pytestmark = pytest.mark.unit
 
@@ -34,6 +34,12 @@ def test_enough_deaths_in_the_window_mean_quarantine_with_a_reason() -> None:
     verdict = die((980.0, 990.0, 995.0), 1000.0)
     assert verdict.quarantined
     assert "4 deaths within 60 s" in verdict.reason
+
+
+def test_deaths_that_an_operator_forgave_count_no_more() -> None:
+    last = RankExit(rank=3, incarnation=7, reason="gone", at=995.0, forgiven=995.5)
+    assert counted((980.0, 995.0, 996.0), last) == (996.0,)
+    assert counted((980.0,), None) == (980.0,)
 
 
 def test_old_deaths_are_forgiven_but_counted() -> None:

@@ -1,0 +1,136 @@
+"""`elastic explain`: why the cluster, or a rank slot, is as it is; what comes next by itself; what somebody should do.
+
+Pure: everything comes from the records that the decisions themselves are made from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from elastic.status import ClusterStatus, RankStatus, cluster_status
+from membership.census import Census
+from membership.errors import ConfigError
+from membership.types import ClusterState, RankExit, RankState
+
+
+class Explanation(msgspec.Struct, frozen=True, kw_only=True):
+    """`subject` is "cluster" or "rank N". `because`: facts; `next`: what follows; `do`: for somebody to do."""
+
+    subject: str
+    state: str
+    because: tuple[str, ...] = ()
+    next: str = ""
+    do: str = ""
+
+
+def explain(state: ClusterState, now: float, rank: int | None = None, store: str = "") -> tuple[Explanation, ...]:
+    """Of the cluster and each rank that does not serve, or of one rank. ConfigError: there is no such rank."""
+    status = cluster_status(state, now, store)
+    ranks = {each.rank: each for each in status.ranks}
+    if rank is not None:
+        if rank not in ranks:
+            known = ", ".join(map(str, ranks)) or "none"
+            raise ConfigError(f"there is no rank {rank}", hint=f"the ranks are: {known}")
+        return (_rank(state, now, ranks[rank]),)
+    ailing = [each for each in status.ranks if each.state is not RankState.SERVING]
+    return (_cluster(state, status, ailing), *(_rank(state, now, each) for each in ailing))
+
+
+def _cluster(state: ClusterState, status: ClusterStatus, ailing: list[RankStatus]) -> Explanation:
+    because, do, follows = [], "", ""
+    if status.store:
+        because.append(status.store)
+        do = "serving goes on, membership is frozen; restore the store or start the cluster anew"
+    serving = len(status.ranks) - len(ailing)
+    because.append(f"{serving} of {status.desired} wanted ranks serve, in epoch {status.epoch}")
+    if status.coverage.uncovered:
+        because.append(f"{status.coverage.uncovered} experts have no live replica: requests that need them wait")
+        follows = "the orphans are loaded by the ranks that live; requests that waited too long get a 503"
+    elif serving:
+        because.append(f"every expert has at least {status.coverage.min_live_replicas} live replicas")
+    if state.engine is None:
+        because.append("no engine is in office: requests wait")
+        follows = "the standby takes over, or the supervisor starts one"
+    if not state.agents:
+        because.append("no agent is registered: nobody could start a rank")
+        do = do or "start an agent: elastic agent"
+    if status.operation is not None:
+        follows = f"{status.operation.kind} to {status.operation.target} goes on ({status.operation.phase})"
+    finished = [op for op in state.operations.values() if not op.active and op.error]
+    if finished:
+        last = max(finished, key=lambda op: op.finished)
+        because.append(f"operation {last.id} ({last.kind} to {last.target}) was rolled back: {last.error}")
+    return Explanation(subject="cluster", state=status.state, because=tuple(because), next=follows, do=do)
+
+
+def _rank(state: ClusterState, now: float, rank: RankStatus) -> Explanation:
+    last = state.exits.get(rank.rank)
+    because = [*_facts(state, now, rank), *(_history(last, now) if last is not None else ())]
+    follows, do = _outlook(rank, last, now)
+    return Explanation(subject=f"rank {rank.rank}", state=rank.state.value, because=tuple(because), next=follows, do=do)
+
+
+def _facts(state: ClusterState, now: float, rank: RankStatus) -> Iterator[str]:
+    """What there is now."""
+    if rank.pid:
+        yield f"incarnation {rank.incarnation} is process {rank.pid} on node {rank.node} with {rank.slots} experts"
+    if rank.heartbeat_age_ms is not None and rank.pid:
+        yield f"its agent saw it beat {rank.heartbeat_age_ms:.0f} ms ago"
+    newcomer = Census(state, now).newcomers.get(rank.rank)
+    if newcomer is not None and newcomer.trouble:
+        yield newcomer.trouble
+    record = state.ranks.get((rank.rank, rank.incarnation))
+    if record is not None and record.prepare_error:
+        yield f"it could not prepare the next view: {record.prepare_error}"
+    if rank.state is RankState.MASKED:
+        yield "the engine has taken it out of use; its agent has not reported an exit"
+
+
+def _history(last: RankExit, now: float) -> Iterator[str]:
+    """What there was."""
+    yield (
+        f"incarnation {last.incarnation} died {_ago(now - last.at)} ago: {last.reason}; "
+        f"{last.restarts} {'death' if last.restarts == 1 else 'deaths'} in this slot so far"
+    )
+    if last.forgiven:
+        yield f"an operator ended its quarantine {_ago(now - last.forgiven)} ago"
+
+
+def _outlook(rank: RankStatus, last: RankExit | None, now: float) -> tuple[str, str]:
+    """What follows by itself, and what to do."""
+    if rank.state is RankState.QUARANTINED:
+        return (
+            "the slot stays empty; the others serve on",
+            f"find the cause (elastic events, the agent's log), then: elastic unquarantine {rank.rank}",
+        )
+    if rank.state is RankState.DEAD:
+        wait_s = (last.not_before if last is not None else 0.0) - now
+        return (f"a new incarnation in {wait_s:.1f} s (backoff)" if wait_s > 0 else "a new incarnation at once"), ""
+    if rank.state is RankState.MASKED:
+        return "its lease is revoked; once the loss is committed, a new incarnation follows", ""
+    if rank.state is RankState.DRAINING:
+        return "it ends when the operation has", ""
+    if rank.state is RankState.SERVING:
+        return "", ""
+    return "it joins the next view once it is loaded and prepared", ""
+
+
+def _ago(seconds: float) -> str:
+    """A duration in the unit that suits it."""
+    seconds = max(0.0, seconds)
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def explained(found: tuple[Explanation, ...]) -> str:
+    """For people."""
+    lines: list[str] = []
+    for each in found:
+        lines.append(f"{each.subject}: {each.state}")
+        lines += [f"  {fact}" for fact in each.because]
+        lines += [f"  next: {each.next}"] if each.next else []
+        lines += [f"  do: {each.do}"] if each.do else []
+    return "\n".join(lines)

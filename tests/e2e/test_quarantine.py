@@ -1,0 +1,75 @@
+"""A slot whose ranks keep dying is set aside, says why, survives its agent's death so, and comes back when told to."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chaos.cluster import ServedCluster
+from chaos.history import compare
+from chaos.inject import kill
+from chaos.workload import Workload
+from tests.e2e.conftest import Serve
+from tests.helpers import eventually
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+
+RANKS, VICTIM, INTENSITY = 3, 1, 3
+
+
+def elastic(cluster: ServedCluster, *arguments: str) -> Any:
+    command = [sys.executable, "-m", "elastic.cli", *arguments, "--state-dir", str(cluster.state.path), "-o", "json"]
+    outcome = subprocess.run(command, capture_output=True, text=True, timeout=150, check=True)
+    return json.loads(outcome.stdout)
+
+
+def state_of(cluster: ServedCluster, rank: int = VICTIM) -> str:
+    return {each["rank"]: str(each["state"]) for each in cluster.status()["ranks"]}.get(rank, "")
+
+
+def kill_until_set_aside(cluster: ServedCluster) -> None:
+    for _ in range(INTENSITY):
+        eventually(lambda: state_of(cluster) == "serving", 60.0, "the victim serving")
+        (rank,) = [each for each in cluster.status()["ranks"] if each["rank"] == VICTIM]
+        kill(rank["pid"])
+        eventually(lambda: state_of(cluster) not in ("serving", "masked"), 60.0, "its death noticed")
+    eventually(lambda: state_of(cluster) == "quarantined", 60.0, "the slot in quarantine")
+
+
+def test_a_slot_is_set_aside_and_comes_back(serve: Serve, demo_model: Path) -> None:
+    cluster = serve(demo_model, RANKS, flags=("--restart-intensity", str(INTENSITY)))
+    cluster.wait_serving(RANKS)
+    oracle = {r.prompt: r for r in Workload(cluster.url, cluster.model_name()).run_once()}
+    workload = Workload(cluster.url, cluster.model_name())
+    workload.start()
+    try:
+        kill_until_set_aside(cluster)
+        (told,) = elastic(cluster, "explain", str(VICTIM))
+        assert (told["state"], told["do"][-len("elastic unquarantine 1") :]) == (
+            "quarantined",
+            "elastic unquarantine 1",
+        )
+        assert f"{INTENSITY} deaths within 60 s" in told["because"][-1]
+        assert "killed by signal 9" in told["because"][-1]
+
+        (agent,) = cluster.client().state().agents.values()
+        kill(agent.pid)
+        eventually(lambda: [state_of(cluster, rank) for rank in (0, 2)] == ["serving"] * 2, 60.0, "the others back")
+        eventually(lambda: all(a.pid != agent.pid for a in cluster.client().state().agents.values()), 60.0, "an agent")
+        assert state_of(cluster) == "quarantined", "also of a new agent"
+
+        assert elastic(cluster, "unquarantine", str(VICTIM))["state"] == "serving"
+        cluster.wait_serving(RANKS)
+        (rank,) = [each for each in cluster.status()["ranks"] if each["rank"] == VICTIM]
+        kill(rank["pid"])
+        cluster.wait_serving(RANKS)
+        assert elastic(cluster, "explain")[0]["state"] == "serving", "one more death is a first one"
+    finally:
+        history = workload.stop()
+    verdict = compare(history, oracle)
+    assert verdict.ok, verdict.differences
