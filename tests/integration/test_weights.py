@@ -16,6 +16,7 @@ from tests.helpers import eventually
 from workers.exchange.local import LocalExchange
 from workers.handover import HandoverRefused
 from workers.messages import Sampling, SeqChunk
+from workers.model.calibrations import Calibrations
 from workers.model.experts import LocalExpertBank
 from workers.model.load import LoadedModel, load_model
 from workers.model.runner import ModelRunner
@@ -208,6 +209,25 @@ def test_without_the_store_a_rank_loads_by_itself(tmp_path: Path) -> None:
     client = gone.client()
     gone.store.close()
     assert run(load_model(path, store=client))[0] == run(load_model(path))[0]
+
+
+def test_kernels_are_measured_once_per_host(host: Host) -> None:
+    measured: list[str] = []
+
+    def measure() -> tuple[int, ...]:
+        measured.append("products")
+        return 16, 32
+
+    first = Calibrations(SharedWeights(host.client(), "m/bf16"), "this-kernel/model")
+    assert first.of("products", measure) == first.of("products", measure) == (16, 32)
+    first.keep()
+    for name, times in (("this-kernel/model", 1), ("another-kernel/model", 2)):
+        assert Calibrations(SharedWeights(host.client(), "m/bf16"), name).of("products", measure) == (16, 32)
+        assert len(measured) == times
+    alone = Calibrations()
+    alone.of("products", measure)
+    alone.keep()
+    assert len(measured) == 3, "without a store each measures by itself"
 
 
 def test_a_store_leaves_nothing(host: Host) -> None:

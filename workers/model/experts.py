@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
+from functools import partial
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from membership.errors import ModelError
+from workers.model.calibrations import Calibrations
 from workers.model.linear import RowTiles, calibrate_product
 from workers.model.load import ExpertSource, ExpertWeights
 
@@ -37,13 +39,20 @@ class LocalExpertBank:
         self.invariant = invariant
         self.bytes_mapped = 0  # from the host's weight store, in all
         self._held: dict[tuple[int, int], ExpertWeights] = {}
+        self._calibrations = Calibrations()
         self._tiles: RowTiles | None = None  # known once the first expert is here; never in stock mode
         self._calibrating = threading.Lock()
 
-    def open(self, source: ExpertSource, activation: Callable[[Tensor], Tensor]) -> None:
+    def open(
+        self,
+        source: ExpertSource,
+        activation: Callable[[Tensor], Tensor],
+        calibrations: Calibrations | None = None,
+    ) -> None:
         """Say where experts come from, and how [R, 2I] becomes [R, I] between an expert's two products."""
         self._source = source
         self._activation = activation
+        self._calibrations = calibrations or self._calibrations
 
     def holds(self, layer: int, expert: int) -> bool:
         """Whether `compute` would work."""
@@ -135,9 +144,15 @@ class LocalExpertBank:
         """Find the agreeing row counts once; all experts of a model have the same shape."""
         with self._calibrating:
             if self._tiles is None and self.invariant:
-                up = calibrate_product(_product, weights.gate_up.t(), "experts")
-                down = calibrate_product(_product, weights.down.t(), "experts")
-                self._tiles = RowTiles(tuple(size for size in up.sizes if size in down.sizes))
+                shapes = f"{tuple(weights.gate_up.shape)} {tuple(weights.down.shape)}"
+                self._tiles = RowTiles(self._calibrations.of(shapes, partial(_expert_sizes, weights)))
+                self._calibrations.keep()
+
+
+def _expert_sizes(weights: ExpertWeights) -> list[int]:
+    up = calibrate_product(_product, weights.gate_up.t(), "experts")
+    down = calibrate_product(_product, weights.down.t(), "experts")
+    return [size for size in up.sizes if size in down.sizes]
 
 
 def _product(rows: Tensor, weight: Tensor) -> Tensor:

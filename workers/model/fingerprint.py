@@ -7,11 +7,13 @@ if and only if their arithmetic does (as far as the samples can tell).
 from __future__ import annotations
 
 import hashlib
+from functools import cache
 
 import torch
 from torch.nn import functional
 
 
+@cache
 @torch.inference_mode()
 def kernel_fingerprint(dtype: torch.dtype, device: torch.device) -> str:
     """A short hex string; equal on ranks that compute alike."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from membership.errors import ModelError
+from workers.model.calibrations import Calibrations
 
 REFERENCE = 16
 VECTOR = 64  # no narrower than two vectors of any type: what elementwise kernels handle at once
@@ -144,13 +146,17 @@ def _calibrate_module(module: nn.Module, name: str) -> RowTiles:
     return RowTiles(tuple(size for size in tiles.sizes if size in product.sizes))
 
 
+def _sizes(module: nn.Module, name: str) -> tuple[int, ...]:
+    return _calibrate_module(module, name).sizes
+
+
 def _fits_vectors(model: nn.Module, size: int) -> bool:
     """Whether `size` rows fill whole vectors at every activation function of the dense MLPs."""
     gates = [m._modules.get("gate_proj") for m in model.modules()]
     return all(size * gate.out_features % VECTOR == 0 for gate in gates if isinstance(gate, nn.Linear))
 
 
-def make_invariant(model: nn.Module) -> RowTiles:
+def make_invariant(model: nn.Module, calibrations: Calibrations) -> RowTiles:
     """Calibrate and tile every module of `model` that owns a matrix; returns the row counts for whole steps.
 
     Small steps must suit every module; large ones only what is not cut into tiles: norms and activations.
@@ -163,7 +169,8 @@ def make_invariant(model: nn.Module) -> RowTiles:
             continue
         key = (type(module), tuple(weight.shape), weight.dtype, module._parameters.get("bias") is not None)
         if key not in done:
-            done[key] = _calibrate_module(module, name)
+            measure = partial(_sizes, module, name)
+            done[key] = RowTiles(calibrations.of(" ".join(str(part) for part in key), measure))
         agreed = set(done[key].sizes)
         if weight.dim() == 2:
             _tile(module, done[key])

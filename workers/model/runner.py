@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 from membership.errors import ModelError
 from workers.messages import SampledToken, Sampling, SeqChunk
 from workers.model.attention import AttentionHook, check_tiles
+from workers.model.calibrations import Calibrations
 from workers.model.experts import Dispatcher, LocalExpertBank, MoeHook, activation_of
+from workers.model.fingerprint import kernel_fingerprint
 from workers.model.kv import KVCache
 from workers.model.linear import RowTiles, make_invariant
 from workers.model.load import LoadedModel
@@ -38,25 +41,29 @@ class ModelRunner:
         self.moe = MoeHook(loaded.expert_modules, loaded.info.experts)
         self.attention = AttentionHook(loaded.attention_modules, self.cache)
         self.activation = activation_of(loaded.expert_modules[0])
-        bank.open(loaded.source, self.activation)
+        kernels = f"{kernel_fingerprint(loaded.dtype, loaded.device)}/{loaded.device.type}"
+        bank.open(loaded.source, self.activation, Calibrations(loaded.shared, f"{kernels}/experts"))
         self._tiles: RowTiles | None = None
         self._done: StepPlan | None = None  # of the step that just completed
         with torch.inference_mode():
             longest = min(max_len, loaded.info.max_position)
             tabulate(loaded.model, longest, loaded.dtype, loaded.device)
             if self.invariant:
-                self._tiles = make_invariant(loaded.model)
-                self.attention.min_rows = self._check_attention(max_len)
+                calibrations = Calibrations(loaded.shared, f"{kernels}/model")
+                self._tiles = make_invariant(loaded.model, calibrations)
+                measure = partial(self._check_attention, max_len)
+                (self.attention.min_rows,) = calibrations.of(f"attention over {max_len}", measure)
+                calibrations.keep()
 
-    def _check_attention(self, max_len: int) -> int:
+    def _check_attention(self, max_len: int) -> tuple[int]:
         """Shapes as the config gives them; latent attention (DeepSeek) has keys wider than values."""
         config = self.loaded.model.config
         heads = config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
         latent = getattr(config, "qk_nope_head_dim", None)
         if latent is not None:
-            return check_tiles(1, latent + config.qk_rope_head_dim, config.v_head_dim, max_len)
-        return check_tiles(heads // config.num_key_value_heads, width, width, max_len)
+            return (check_tiles(1, latent + config.qk_rope_head_dim, config.v_head_dim, max_len),)
+        return (check_tiles(heads // config.num_key_value_heads, width, width, max_len),)
 
     def attach(self, exchange: Dispatcher) -> None:
         """Where routed experts' rows go from now on."""
