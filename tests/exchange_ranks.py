@@ -175,8 +175,8 @@ class RankServer:
         calls, self.bank.calls = self.bank.calls, []
         return calls
 
-    def disconnect(self, ranks: list[int]) -> None:
-        self.exchange.disconnect(ranks)
+    def disconnect(self, peers: list[tuple[int, int]]) -> None:
+        self.exchange.disconnect(peers)
 
     def census(self) -> tuple[int, int]:
         """(open descriptors, threads)"""

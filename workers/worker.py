@@ -103,6 +103,10 @@ def experts_of(view: View, rank: int) -> frozenset[tuple[int, int]]:
     return frozenset((layer, expert) for layer, experts in enumerate(layers) for expert in experts)
 
 
+def _identities(view: View) -> set[tuple[int, int]]:
+    return {(member.rank, member.incarnation) for member in view.members}
+
+
 class EPWorker:
     """One expert-parallel rank."""
 
@@ -122,6 +126,7 @@ class EPWorker:
         self._preparing: dict[int, Preparation] = {}  # by epoch, later than the view in use
         self._latest: Preparation | None = None
         self._engine_token = 0
+        self._left: set[tuple[int, int]] = set()  # (rank, incarnation) of earlier views since the last retire_epoch
 
     def make_exchange(self) -> Exchange:
         """The link to the other ranks; tests put another one here."""
@@ -200,13 +205,16 @@ class EPWorker:
         found = self._preparing.get(epoch)
         if epoch < self._view.epoch or found is None or not found.ready:
             raise Fenced(f"rank {self.rank} is in epoch {self._view.epoch} and has not prepared epoch {epoch}")
+        self._left |= _identities(self._view)
         self._view = found.view
         self._preparing = {e: p for e, p in self._preparing.items() if e > epoch}
 
     def retire_epoch(self, epoch: int) -> None:
-        """All ranks use `epoch` now and nothing is staged: drop the experts and links that its view does not need.
+        """All ranks use `epoch` now and nothing is staged: drop the experts that its view does not need, and the links
+        with those who have left for good.
 
-        What was prepared beyond it has been aborted: the agent asks for this in the order of the store's changes.
+        What was prepared beyond it has been aborted: the agent asks for this in the order of the store's changes. Links
+        with ranks that no view had yet stay: a newcomer may have dialled already for the next one, and dials once.
         """
         found = self._preparing.get(epoch)
         current = self._view if found is None else found.view
@@ -215,8 +223,8 @@ class EPWorker:
         for later in [e for e in self._preparing if e > epoch]:
             self._preparing.pop(later).stop()
         self.bank.drop(experts_of(current, self.rank))
-        linked = {self.rank, *current.ranks}
-        self.exchange.disconnect(rank for rank in range(self._ctx.config.max_ranks) if rank not in linked)
+        self.exchange.disconnect((self._left | _identities(self._view)) - _identities(current))
+        self._left.clear()
 
     def execute_model(self, batch: StepBatch) -> StepResult | None:
         """This rank's part of a step; None if it has none. Errors become statuses: the engine decides what follows."""

@@ -176,7 +176,7 @@ def test_a_stopped_peer_is_masked_and_its_waking_changes_nothing(context: Any) -
                 zombie.send("steps", group.context_of(), works(0, "bfloat16"))
                 run_all(group)
                 zombie.result()
-            group.all("disconnect", [1])
+            group.all("disconnect", [(1, zombie.incarnation)])
             run_all(group)
         finally:
             zombie.close()
@@ -306,7 +306,7 @@ def test_a_rank_joins_while_the_others_exchange(context: Any) -> None:
         group.placement = later
         run_all(group)
         group.ranks.pop(2).close()
-        group.all("disconnect", [2])
+        group.all("disconnect", [(2, process.incarnation)])
         group.placement = spread(range(2), LAYERS, EXPERTS, 1)
         run_all(group)
         assert group.all("census") == census

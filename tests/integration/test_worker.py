@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ class ScriptedExchange(LocalExchange):
     def __init__(self, worker: EPWorker) -> None:
         super().__init__(worker.bank)
         self.connected: list[dict[int, tuple[int, bytes]]] = []
-        self.gone: set[int] = set()
+        self.gone: set[tuple[int, int]] = set()
         self.hold = threading.Event()
         self.hold.set()
         self.fail: Exception | None = None
@@ -54,8 +54,8 @@ class ScriptedExchange(LocalExchange):
         self.steps.append(ctx)
         self.suspects = {1}
 
-    def disconnect(self, ranks: object) -> None:
-        self.gone = set(ranks)  # type: ignore[call-overload]
+    def disconnect(self, peers: Iterable[tuple[int, int]]) -> None:
+        self.gone = set(peers)
 
 
 class TestedWorker(EPWorker):
@@ -181,9 +181,23 @@ def test_an_aborted_preparation_leaves_nothing(worker: TestedWorker) -> None:
     assert len(worker.bank.held()) == 16
     worker.retire_epoch(1)
     assert worker.bank.held() == {(layer, e) for layer in (0, 1) for e in (0, 1, 2, 3)}
-    assert worker.script.gone == {2, 3}
+    assert worker.script.gone == set()
     with pytest.raises(Fenced):
         worker.commit_epoch(2)
+
+
+def test_retire_lets_go_of_those_who_left_and_of_no_newcomer(worker: TestedWorker) -> None:
+    worker.prepare_epoch(view(1, HALF), {1: (2, b"x")}).get_output(20)
+    worker.commit_epoch(1)
+    alone = view(2, WHOLE)
+    worker.prepare_epoch(alone, {}).get_output(20)
+    worker.commit_epoch(2)
+    worker.retire_epoch(2)
+    left = {(m.rank, m.incarnation) for m in view(1, HALF).members} - {(m.rank, m.incarnation) for m in alone.members}
+    assert left
+    assert worker.script.gone == left, "a slot's next incarnation may have dialled already"
+    worker.retire_epoch(2)
+    assert worker.script.gone == set()
 
 
 def test_a_replaced_preparation_is_never_used(worker: TestedWorker) -> None:

@@ -85,8 +85,8 @@ class Exchange(Protocol):
     def pending(self) -> bool:
         """Whether `serve` has something to do."""
 
-    def disconnect(self, ranks: Iterable[int]) -> None:
-        """Drop the links with these ranks: nothing that they still write can be seen."""
+    def disconnect(self, peers: Iterable[tuple[int, int]]) -> None:
+        """Drop the links with these (rank, incarnation): nothing that they still write can be seen."""
 
     def close(self) -> None:
         """Drop all links."""

@@ -114,10 +114,10 @@ class Links:
         with self._changed:
             self._changed.notify_all()
 
-    def drop(self, ranks: Iterable[int]) -> None:
-        """Let go of these ranks."""
-        unwanted = set(ranks)
-        for link in [p for p in self.live if p.rank in unwanted]:
+    def drop(self, peers: Iterable[tuple[int, int]]) -> None:
+        """Let go of these (rank, incarnation)."""
+        unwanted = set(peers)
+        for link in [p for p in self.live if (p.rank, p.incarnation) in unwanted]:
             self._retire(link)
 
     def sweep(self) -> None:

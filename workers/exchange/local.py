@@ -48,7 +48,7 @@ class LocalExchange:
         """Nobody asks."""
         return False
 
-    def disconnect(self, ranks: Iterable[int]) -> None:
+    def disconnect(self, peers: Iterable[tuple[int, int]]) -> None:
         """There are no peers."""
 
     def close(self) -> None:

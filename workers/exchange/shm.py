@@ -92,9 +92,9 @@ class ShmExchange:
         """Have `connect` ask again whether it is given up."""
         self._links.stir()
 
-    def disconnect(self, ranks: Iterable[int]) -> None:
-        """Drop the links with these ranks: nothing that they still write can be seen."""
-        self._links.drop(ranks)
+    def disconnect(self, peers: Iterable[tuple[int, int]]) -> None:
+        """Drop the links with these (rank, incarnation): nothing that they still write can be seen."""
+        self._links.drop(peers)
 
     def close(self) -> None:
         """Drop all links."""
