@@ -85,9 +85,7 @@ def engine(
     """Batch requests and drive steps over all ranks. One is active, others stand by."""
     with reported():
         from elastic.engine import run_terms
-        from workers.scheduling import run_in_short_turns
 
-        run_in_short_turns()  # before there are threads: a lost rank is masked at once, however busy the others are
         endpoints, name, state = _where(etcd, cluster, state_dir)
         run_role(
             "engine", endpoints, str(state.events),

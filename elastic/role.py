@@ -87,8 +87,10 @@ def run_role(
     """Connect to the store, run `body(store, stop, events)` until it returns, and close what was opened."""
     from membership.etcd import connect
     from workers.logs import configure
+    from workers.scheduling import run_in_short_turns
 
     configure(role)
+    run_in_short_turns()  # before there are threads: a role reacts at once, however busy the ranks are
     with stop_signal() as stop:
         store = connect(list(endpoints), seen=os.environ.get(STORE_SEEN, ""))
         try:

@@ -37,6 +37,7 @@ from membership.types import ClusterConfig, Desired
 from workers.etcd_server import EtcdServer, free_ports
 from workers.logs import configure
 from workers.model.info import read_model_info
+from workers.scheduling import run_in_short_turns
 
 log = structlog.get_logger(__name__)
 
@@ -350,6 +351,7 @@ class Supervisor:
 def run_serve(options: ServeOptions) -> None:
     """Serve until SIGTERM or Ctrl-C, telling on stderr what is waited for and where it serves."""
     configure("supervisor")
+    run_in_short_turns()  # etcd and all roles inherit it
     with stop_signal() as stop, Supervisor(options) as supervisor:
         where, name = supervisor.address(()), supervisor.config.served_model_name
         tell(f"starting {supervisor.config.cluster} with {options.ranks} ranks; state in {supervisor.state.path}")

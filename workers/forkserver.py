@@ -30,6 +30,8 @@ from pathlib import Path
 import msgspec
 import setproctitle
 
+from workers.scheduling import run_in_usual_turns
+
 MAX_MESSAGE = 256 * 1024
 MAX_FDS = 8
 CHILDREN_GRACE_S = 2.0
@@ -210,6 +212,7 @@ def main() -> None:
     die_with_parent(owner)  # while we import, nobody listens to the socket
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole foreground group; our owner decides
     setproctitle.setproctitle("elastic-ep::forkserver")
+    run_in_usual_turns()
     link = socket.socket(fileno=int(sys.argv[1]))
     first = link.recv(MAX_MESSAGE)
     if not first:

@@ -26,11 +26,20 @@ class _SchedAttr(ctypes.Structure):
 
 
 def run_in_short_turns(slice_us: int = SLICE_US) -> bool:
-    """Ask for short turns for this thread and those that it starts; False if the kernel refuses.
+    """Ask for short turns for this thread and the threads and processes that it starts; False if the kernel refuses.
 
-    Who asks for little is let in sooner when it wakes: what reacts (engine, agent) then does not wait for the end of
-    a computing rank's turn. It gets no larger share of the cores. Kernels before 6.12 take no notice.
+    Who asks for little is let in sooner when it wakes: what reacts (every role, and etcd) then does not wait for the
+    end of a computing rank's turn. It gets no larger share of the cores. Kernels before 6.12 take no notice.
     """
+    return _ask_for(slice_us)
+
+
+def run_in_usual_turns() -> bool:
+    """Undo what a parent asked for: this process computes."""
+    return _ask_for(0)
+
+
+def _ask_for(slice_us: int) -> bool:
     number = _SYS_SCHED_SETATTR.get(platform.machine())
     if number is None:
         return False
