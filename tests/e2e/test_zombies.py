@@ -64,12 +64,10 @@ def test_stopped_past_its_lease_then_continued(serve: Serve, demo_model: Path) -
             assert sign in ("stopped", "robust futex", "pidfd", "queue"), sign
             if wakes:
                 os.kill(victim["pid"], signal.SIGCONT)
-            else:
-                eventually(lambda p=process: not alive(p), 60.0, "the stopped rank to be ended")
+            eventually(lambda p=process: not alive(p), 60.0, f"the evicted process of rank {rank} to be ended")
             eventually(
                 lambda r=rank, v=victim: back_as_new(cluster, r, v["incarnation"]), 60.0, f"rank {rank} serving again"
             )
-            assert not alive(process), "the zombie is still there"
         assert fenced(cluster) >= 1
 
 
