@@ -117,6 +117,17 @@ class Scene:
             raise ElasticError(f"rank {rank} is not in the view")
         return state.ranks[rank, member.incarnation].pid
 
+    def spare(self, timeout_s: float = 90.0) -> int:
+        """The process of a spare, once one waits."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            waiting = [pid for agent in self.state().agents.values() for pid in agent.spares]
+            if waiting:
+                return waiting[0]
+            if time.monotonic() > deadline:
+                raise WaitTimeout(f"no spare within {timeout_s:.0f} s")
+            time.sleep(POLL_S)
+
     def pause(self) -> None:
         """A random while, so that a fault hits any moment of a step."""
         time.sleep(self.random.uniform(0.25, 0.55))

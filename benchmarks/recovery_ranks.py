@@ -155,7 +155,10 @@ def row_kills(report: Report, kills: int, seed: int, flags: tuple[str, ...] = ()
     with scene(RANKS, STREAMS, seed, flags=flags) as at:
         deaths = []
         for number in range(kills):
+            spare = at.spare() if flags else 0
             deaths.append(death := kill_rank(at, number % RANKS))
+            if spare and at.pid_of(death.rank) != spare:
+                raise ElasticError(f"rank {death.rank} is back without the spare, process {spare}")
             tell(f"kill {number}: rank {death.rank}, full after {(death.full_at - death.at) * 1000:.0f} ms")
     name = "kills with a spare" if flags else "kills"
     figures: list[dict[str, float | None]] = []

@@ -30,6 +30,9 @@ def serve(
     model: Annotated[Path, typer.Argument(help="Checkpoint directory in Hugging Face format.")],
     ranks: Annotated[int, typer.Option(help="Expert-parallel ranks to start with.")] = 4,
     max_ranks: Annotated[int | None, typer.Option(help="Never more ranks than this.")] = None,
+    spares: Annotated[
+        int, typer.Option(help="Warm spares: processes with the model loaded that take a dead rank's place at once.")
+    ] = 0,
     redundancy: Annotated[
         float, typer.Option(help="Each expert lives on this many ranks (1.25: 25% more slots).")
     ] = 2.0,
@@ -66,7 +69,7 @@ def serve(
 
         run_serve(
             ServeOptions(
-                model=model, ranks=ranks, max_ranks=max_ranks, redundancy=redundancy,
+                model=model, ranks=ranks, max_ranks=max_ranks, spares=spares, redundancy=redundancy,
                 etcd=tuple(etcd.split(",")) if etcd else (), cluster=cluster, host=host, port=port,
                 admin_port=admin_port, state_dir=state_dir, served_model_name=served_model_name, dtype=dtype,
                 exactness=exactness, device=device, max_model_len=max_model_len, kv_blocks=kv_blocks,

@@ -64,6 +64,7 @@ def agent(
     worker_class: Annotated[
         str, typer.Option(help="module:Class of the worker that ranks run.")
     ] = "workers.worker:EPWorker",
+    spares: Annotated[int, typer.Option(min=0, help="Keep so many warm spares on this host.")] = 0,
 ) -> None:
     """Spawn and supervise this host's ranks as assigned."""
     with reported():
@@ -72,7 +73,7 @@ def agent(
         endpoints, name, state = _where(etcd, cluster, state_dir)
         run_role(
             "agent", endpoints, str(state.events),
-            lambda store, stop, events: run_agent(store, name, node, stop, events, worker_class),
+            lambda store, stop, events: run_agent(store, name, node, stop, events, worker_class, spares=spares),
         )  # fmt: skip
 
 

@@ -50,6 +50,8 @@ def _cluster(state: ClusterState, status: ClusterStatus, ailing: list[RankStatus
         follows = "the orphans are loaded by the ranks that live; requests that waited too long get a 503"
     elif serving:
         because.append(f"every expert has at least {status.coverage.min_live_replicas} live replicas")
+    if status.spares.wanted:
+        because.append(f"{status.spares.ready} of {status.spares.wanted} spares wait for a rank's death")
     if state.engine is None:
         because.append("no engine is in office: requests wait")
         follows = "the standby takes over, or the supervisor starts one"

@@ -62,6 +62,7 @@ class ServeOptions:
     model: Path
     ranks: int = 4
     max_ranks: int | None = None
+    spares: int = 0
     redundancy: float = 2.0
     etcd: tuple[str, ...] = ()
     cluster: str = ""
@@ -115,6 +116,8 @@ def _check_flags(options: ServeOptions) -> None:
     """ConfigError naming the flag that cannot be meant, whatever the model."""
     if options.ranks < 1:
         raise ConfigError(f"--ranks {options.ranks}: at least one rank is needed", hint="use --ranks 1 or more")
+    if options.spares < 0:
+        raise ConfigError(f"--spares {options.spares}: it cannot be negative", hint="use --spares 0 or more")
     for name, number in (
         ("max-model-len", options.max_model_len),
         ("kv-blocks", options.kv_blocks),
@@ -298,6 +301,8 @@ class Supervisor:
             arguments += ["--admin-port", str(self.options.admin_port)]
         else:
             arguments += ["--node", self.node]
+        if name == "agent":
+            arguments += ["--spares", str(self.options.spares)]
         environment = {"ELASTIC_ADMIN_TOKEN": self.options.admin_token} if name == "gateway" else {}
         return RoleProcess(name, arguments, self.state.log(name), environment=environment)
 

@@ -43,6 +43,8 @@ def status_view(document: dict[str, Any]) -> RenderableType:
         heading.append(f"   exactness {document['exactness']}: tokens may depend on the batch", "yellow")
     if document.get("imbalance") is not None:
         heading.append(f"   expert load {document['imbalance']:.2f}x the mean on the busiest rank")
+    if (spares := document.get("spares", {})).get("wanted"):
+        heading.append(f"   spares {spares['ready']}/{spares['wanted']}")
     if document.get("store"):
         heading.append(f"\n{document['store']}", "red")
     table = Table(box=None, pad_edge=False, header_style="dim")

@@ -57,6 +57,13 @@ class RequestsStatus(msgspec.Struct, frozen=True, kw_only=True):
     waiting: int = 0
 
 
+class SparesStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """Warm spares, over all hosts: how many are to be kept, how many wait."""
+
+    wanted: int = 0
+    ready: int = 0
+
+
 class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
     """The document."""
 
@@ -68,6 +75,7 @@ class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
     coverage: CoverageStatus
     operation: OperationStatus | None
     requests: RequestsStatus
+    spares: SparesStatus = SparesStatus()
     exactness: str = "invariant"  # or stock: tokens may depend on the batch
     imbalance: float | None = None  # the busiest rank's measured expert load over the mean; null: not measured yet
     store: str = ""  # what is wrong with the store, and what follows from it; empty: nothing
@@ -94,10 +102,16 @@ def cluster_status(state: ClusterState, now: float, store: str = "") -> ClusterS
         coverage=covered,
         operation=None if operation is None else _operation(operation),
         requests=RequestsStatus() if load is None else RequestsStatus(running=load.running, waiting=load.waiting),
+        spares=_spares(state),
         exactness=state.config.exactness,
         imbalance=_imbalance(census),
         store=store,
     )
+
+
+def _spares(state: ClusterState) -> SparesStatus:
+    agents = state.agents.values()
+    return SparesStatus(wanted=sum(a.spares_wanted for a in agents), ready=sum(len(a.spares) for a in agents))
 
 
 def _health(census: Census, covered: CoverageStatus) -> Health:

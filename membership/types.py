@@ -133,6 +133,8 @@ class AgentRecord(Record, frozen=True, kw_only=True):
     pid: int
     started: float
     capacity: int = 64
+    spares_wanted: int = 0
+    spares: tuple[int, ...] = ()  # the processes that wait for a slot
 
 
 class RankRecord(Record, frozen=True, kw_only=True):

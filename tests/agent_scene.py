@@ -94,14 +94,14 @@ class Scene:
 
 
 @contextmanager
-def agent(scene: Scene) -> Iterator[threading.Thread]:
+def agent(scene: Scene, spares: int = 0) -> Iterator[threading.Thread]:
     """A running agent, in a thread; what it raised is raised here."""
     stop = threading.Event()
     failures: list[BaseException] = []
 
     def run() -> None:
         try:
-            run_agent(scene.store, "c", scene.node, stop, EventLog(scene.path, "agent", "c"), WORKER)
+            run_agent(scene.store, "c", scene.node, stop, EventLog(scene.path, "agent", "c"), WORKER, spares=spares)
         except BaseException as error:  # noqa: BLE001 - handed to the test
             failures.append(error)
 

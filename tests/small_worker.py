@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -130,6 +131,11 @@ class SmallWorker:
 
     def pending(self) -> bool:
         return False
+
+    def become(self, rank: int, incarnation: int) -> None:
+        if "fail-become" in self.faults:
+            raise ValueError("this worker stays what it is")
+        self.ctx = replace(self.ctx, rank=rank, incarnation=incarnation)
 
     def exchange_handle(self) -> bytes:
         return b"exchange-%d-%d" % (self.ctx.rank, self.ctx.incarnation)

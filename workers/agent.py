@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import queue
-import random
 import threading
 import time
 from collections.abc import Callable
@@ -19,13 +18,15 @@ from functools import partial
 from typing import Any
 
 import structlog
+from msgspec.structs import replace as changed
 
-from membership.errors import ElasticError, Fenced, WaitTimeout
+from membership.errors import ElasticError
 from membership.events import EventLog
 from membership.keys import Keys
 from membership.mirror import Mirror
 from membership.store import Store
-from membership.types import AgentRecord, ClusterConfig, ClusterState, RankExit
+from membership.types import AgentRecord, ClusterConfig
+from workers.agent_begin import wait_for_config, wait_for_name
 from workers.agent_state import (
     Attach,
     Effect,
@@ -47,16 +48,16 @@ from workers.agent_state import (
     stale_records,
 )
 from workers.executor import Death, MultiprocExecutor
+from workers.exits import Exits
 from workers.forkserver import Serving
 from workers.handles import WorkerProcHandle
 from workers.preload import preload_for
 from workers.registrar import Registrar
-from workers.restart import RestartPolicy, counted, ending, judge, policy_of, recent_deaths
+from workers.restart import RestartPolicy, policy_of
 from workers.rpc import Outcome
+from workers.spares import Spares
 
 TICK_S = 0.1
-CONFIG_POLL_S = 0.5
-TAKEOVER_S = 30.0
 ATTACH_TIMEOUT_S = 10.0
 ATTACH_RETRY_S = 0.3
 RETIRE_TIMEOUT_S = 60.0
@@ -71,20 +72,18 @@ class Agent:
 
     def __init__(
         self, store: Store, mirror: Mirror, keys: Keys, config: ClusterConfig, node: str, events: EventLog,
-        worker_class: str, policy: RestartPolicy,
+        worker_class: str, policy: RestartPolicy, spares: int = 0,
     ) -> None:  # fmt: skip
-        self.me = AgentRecord(node=node, pid=os.getpid(), started=time.time(), capacity=config.max_ranks)
-        self._mirror, self._config, self._policy, self._events = mirror, config, policy, events
+        me = AgentRecord(node=node, pid=os.getpid(), started=time.time(), capacity=config.max_ranks)
+        self.me = changed(me, spares_wanted=spares)
+        self._mirror, self._config, self._events = mirror, config, events
         self._ranks: dict[RankKey, LocalRank] = {}
         self._beats: dict[RankKey, Heartbeat] = {}
         self._next_beat_check = 0.0
         self._heartbeats_at = 0.0
         self._buried: set[RankKey] = set()
-        self._deaths: dict[int, tuple[float, ...]] = {}
-        self._exits: dict[int, RankExit] = {}
+        self._exits = Exits(policy)
         self._pids: dict[int, RankKey] = {}
-        self._endings: dict[RankKey, str] = {}
-        self._chance = random.Random()  # spreads restarts; nothing else rests on it
         self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._keys = keys
         self._registrar = Registrar(store, keys, config.lease_ttl_s)
@@ -98,6 +97,11 @@ class Agent:
         )
         self._executor.register_failure_callback(lambda death: self._post(self._died, death))
         self._executor.register_exit_callback(lambda pid, status: self._post(self._exited, pid, status))
+        self._spares = Spares(
+            spares, self._executor, config, policy, self._post,
+            lambda pids: self._registrar.publish(keys.agent(node), changed(self.me, spares=pids)),
+            partial(events.emit, cluster=config.cluster, node=node),
+        )  # fmt: skip
         self._unsubscribe = mirror.subscribe(lambda state: self._post(_nothing))
         self._registrar.publish(keys.agent(node), self.me)
 
@@ -111,6 +115,7 @@ class Agent:
             for key in stale_records(state, self.me.node, self._ranks):
                 self._registrar.withdraw(key)
             self._act(decide(state, self.me, self._ranks, self._buried, now))
+            self._spares.tend(state, now)
 
     def close(self) -> None:
         """End the ranks, then give up the leases."""
@@ -155,8 +160,11 @@ class Agent:
             self._ranks[key] = LocalRank(*key, started=time.time())
             self._update(key)
             self._emit("rank_spawned", key)
-        if not keys:
-            return
+        left = [key for key in keys if not self._spares.take(key, self._adopted)]
+        if left:
+            self._fork(left)
+
+    def _fork(self, keys: list[RankKey]) -> None:
         limit_s = self._config.launch_deadline_s
         try:
             self._executor.start(keys, limit_s, lambda key, outcome: self._post(self._started, key, outcome))
@@ -220,6 +228,19 @@ class Agent:
         )  # fmt: skip
         self._emit("rank_ready", key, pid=outcome.child.pid, took_ms=_ms(time.time() - rank.started))
 
+    def _adopted(self, key: RankKey, outcome: WorkerProcHandle | ElasticError, fingerprint: str) -> None:
+        """A spare has become this rank; or it has not, and the rank starts as any other."""
+        if isinstance(outcome, ElasticError):
+            rank = self._ranks.get(key)
+            if rank is not None and rank.life is Life.STARTING:
+                self._fork([key])
+            elif rank is not None:
+                self._ended(key)
+            return
+        self._started(key, outcome)
+        if key in self._ranks:
+            self._update(key, loaded=True, fingerprint=fingerprint)
+
     def _attached(self, key: RankKey, token: int, handle: Any, error: str) -> None:
         if error:
             log.warning("attach_failed", rank=key[0], token=token, error=error)
@@ -252,6 +273,7 @@ class Agent:
         if death.key in self._ranks:
             self._emit("rank_died", death.key, pid=death.pid, detected_by=death.detected_by)
             self._bury(death.key, f"detected by {death.detected_by}")
+        self._spares.died(death.key, f"detected by {death.detected_by}")
         self._executor.forget(death.key)
 
     def _exited(self, pid: int, status: int) -> None:
@@ -261,10 +283,7 @@ class Agent:
             return
         how = {"signal": -status} if status < 0 else {"exit_code": status}
         self._emit("rank_exited", key, pid=pid, **how)
-        self._endings[key] = ending(status)
-        written = self._exits.get(key[0])
-        if written is not None and written.incarnation == key[1]:
-            self._exits[key[0]] = told = _with_reason(written, f"{self._endings[key]}; {written.reason}")
+        if (told := self._exits.ended(key, status)) is not None:
             self._registrar.record_exit(told)
 
     def _ended(self, key: RankKey) -> None:
@@ -280,17 +299,7 @@ class Agent:
         del self._ranks[key]
         self._beats.pop(key, None)
         self._buried.add(key)
-        slot, now = key[0], time.time()
-        stored = self._exits.get(slot) or self._mirror.state().exits.get(slot)
-        deaths = counted(self._deaths.get(slot, ()), self._mirror.state().exits.get(slot))
-        if (ending := self._endings.get(key)) is not None:
-            reason = f"{ending}; {reason}"
-        verdict = judge(
-            self._policy, rank=slot, incarnation=key[1], reason=reason, deaths=deaths,
-            restarts=stored.restarts if stored else 0, now=now, chance=self._chance.random(),
-        )  # fmt: skip
-        self._deaths[slot] = (*recent_deaths(self._policy, deaths, now), now)
-        self._exits[slot] = verdict
+        verdict = self._exits.died(key, reason, self._mirror.state().exits, time.time())
         self._registrar.withdraw(key, verdict)
         if verdict.quarantined:
             self._emit("rank_quarantined", key, reason=verdict.reason)
@@ -311,6 +320,7 @@ class Agent:
                 self._emit("rank_died", key, pid=worker.child.pid, detected_by="heartbeat", reason=silence)
                 self._bury(key, silence)
                 self._executor.retire([key], lambda key: self._post(self._ended, key), kill=True)
+        self._spares.check(now)
         if now >= self._heartbeats_at:
             self._heartbeats_at = now + HEARTBEATS_EVERY_S
             told = heartbeats(self.me.node, self._beats, now, time.time())
@@ -346,50 +356,20 @@ def run_agent(
     events: EventLog,
     worker_class: str = "workers.worker:EPWorker",
     policy: RestartPolicy | None = None,
+    spares: int = 0,
 ) -> None:
     """Be the agent of `node` until `stop` is set."""
     keys = Keys(cluster)
     with Mirror(store, cluster) as mirror:
-        config = _wait_for_config(mirror, stop)
+        config = wait_for_config(mirror, stop)
         if config is None:
             return
-        _wait_for_name(mirror, node, stop)
-        agent = Agent(store, mirror, keys, config, node, events, worker_class, policy or policy_of(config))
+        wait_for_name(mirror, node, stop)
+        agent = Agent(store, mirror, keys, config, node, events, worker_class, policy or policy_of(config), spares)
         try:
             agent.run(stop)
         finally:
             agent.close()
-
-
-def _wait_for_config(mirror: Mirror, stop: threading.Event) -> ClusterConfig | None:
-    while not stop.is_set():
-        state = mirror.poll(mirror.state().revision, CONFIG_POLL_S) if mirror.state().config is None else mirror.state()
-        if state.config is not None:
-            return state.config
-    return None
-
-
-def _wait_for_name(mirror: Mirror, node: str, stop: threading.Event) -> None:
-    """Wait until an earlier life's record is gone: two agents of one node would undo each other's work."""
-
-    def free(state: ClusterState) -> bool:
-        return node not in state.agents or stop.is_set()
-
-    try:
-        mirror.wait(free, TAKEOVER_S, f"the earlier agent of node {node} to be gone")
-    except WaitTimeout as error:
-        other = mirror.state().agents.get(node)
-        pid = other.pid if other else 0
-        raise Fenced(
-            f"another agent (pid {pid}) runs as node {node}", hint="give each host its own --node name"
-        ) from error
-
-
-def _with_reason(record: RankExit, reason: str) -> RankExit:
-    return RankExit(
-        rank=record.rank, incarnation=record.incarnation, reason=reason, at=record.at,
-        restarts=record.restarts, not_before=record.not_before, quarantined=record.quarantined,
-    )  # fmt: skip
 
 
 def _ms(seconds: float) -> float:

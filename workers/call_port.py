@@ -31,7 +31,7 @@ class CallPort:
     """Made by joining the caller's queue. Replies may come from two threads; the output thread is its own."""
 
     def __init__(self, key: RankKey, calls_handle: bytes, number: int, doorbell: Doorbell) -> None:
-        self._key = key
+        self.key = key  # changes once, when a spare becomes a rank
         self._wire = Handle.decode(calls_handle).codec != PickleCodec.name
         self._replying = threading.Lock()
         self.outputs = OutputThread(f"outputs-{number}")
@@ -52,7 +52,7 @@ class CallPort:
     def take(self) -> Call | WireCall | None:
         """The next call for this rank. QueueClosed when the caller is gone."""
         while (call := self.calls.try_dequeue()) is not None:
-            if self._key in call.ranks:
+            if self.key in call.ranks:
                 return call  # type: ignore[no-any-return]
         return None
 
@@ -62,13 +62,13 @@ class CallPort:
 
     def reply(self, call: Call | WireCall, output: Any) -> None:
         """Reply, if a reply is wanted of this rank; a failure is always told."""
-        if not isinstance(output, Failure) and call.output_rank not in (None, self._key[0]):
+        if not isinstance(output, Failure) and call.output_rank not in (None, self.key[0]):
             return
         with self._replying:
             try:
                 self._send(call.id, output)
             except QueueError as error:
-                log.warning("reply_dropped", call=call.id, rank=self._key[0], reason=str(error))
+                log.warning("reply_dropped", call=call.id, rank=self.key[0], reason=str(error))
             except Exception as error:  # noqa: BLE001 - a result that cannot travel
                 self._send(call.id, failure_of(error, traceback.format_exc()))
 
@@ -76,10 +76,10 @@ class CallPort:
         failure = output if isinstance(output, Failure) else None
         message: Reply | WireReply
         if self._wire:
-            message = WireReply(number, self._key, None if failure else output, failure)
+            message = WireReply(number, self.key, None if failure else output, failure)
         else:
             status = ResponseStatus.FAILURE if failure else ResponseStatus.SUCCESS
-            message = Reply(number, self._key, status, output)
+            message = Reply(number, self.key, status, output)
         self.replies.enqueue(message, timeout_s=REPLY_TIMEOUT_S)
 
     def close(self) -> None:

@@ -33,7 +33,7 @@ class EnginePort:
     def __init__(self, key: RankKey, worker: Worker, doorbell: Doorbell, on_step: Callable[[], None]) -> None:
         self.token = 0
         self.epoch = 0  # the last one committed here
-        self._key = key
+        self.key = key  # a spare's changes before it joins an engine
         self._worker = worker
         self._doorbell = doorbell
         self._on_step = on_step
@@ -51,14 +51,14 @@ class EnginePort:
         self.token = token
         steps = MessageQueue.create_from_handle(
             broadcast_handle,
-            reader_id=reader_id(*self._key),
+            reader_id=reader_id(*self.key),
             doorbell=self._doorbell,
             codec=MsgpackCodec(EngineMessage),
             timeout_s=JOIN_TIMEOUT_S,
         )
         try:
             self._worker.attach_mask(mask_handle)
-            answers = MessageQueue(f"rank-{self._key[0]}.{self._key[1]}-to-{token}", codec=MsgpackCodec(StepResult))
+            answers = MessageQueue(f"rank-{self.key[0]}.{self.key[1]}-to-{token}", codec=MsgpackCodec(StepResult))
         except BaseException:
             steps.shutdown()
             raise
@@ -91,7 +91,7 @@ class EnginePort:
             log.info("engine_gone", token=self.token, reason=str(closed))
             self.leave()
             if self._worker.evicted():
-                rank, incarnation = self._key
+                rank, incarnation = self.key
                 why = f"engine {self.token} has evicted rank {rank}, incarnation {incarnation}"
                 raise Fenced(
                     why, hint="it was stopped or hung for too long; its slot goes on as a new incarnation"
@@ -108,7 +108,7 @@ class EnginePort:
         return True
 
     def _run(self, batch: StepBatch) -> None:
-        chunks = batch.ranks.get(self._key[0], [])
+        chunks = batch.ranks.get(self.key[0], [])
         result = self._step(batch)
         if isinstance(result, AsyncOutput):
             self._outputs.put(result, STEP_TIMEOUT_S, partial(self._deliver, batch))
@@ -149,7 +149,7 @@ class EnginePort:
     def _failed(self, batch: StepBatch, status: StepStatus, error: str) -> StepResult:
         if status is StepStatus.FAILED:
             log.error("step_failed", step=batch.step, epoch=batch.epoch, error=error)
-        return StepResult(*self._key, batch.engine_token, batch.epoch, batch.step, batch.attempt, status, error=error)
+        return StepResult(*self.key, batch.engine_token, batch.epoch, batch.step, batch.attempt, status, error=error)
 
     def _result_of_ping(self, ping: Ping) -> StepResult:
-        return StepResult(*self._key, ping.engine_token, self.epoch, ping.step, 0, StepStatus.OK)
+        return StepResult(*self.key, ping.engine_token, self.epoch, ping.step, 0, StepStatus.OK)

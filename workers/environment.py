@@ -1,15 +1,17 @@
-"""A rank process's surroundings: its name for people, its frozen environment, the lock that a host's ranks share."""
+"""A rank process's surroundings: its name for people, its frozen environment, the lock that a host's ranks share, its
+signals and groups."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from types import MappingProxyType
+from types import FrameType, MappingProxyType
 from typing import TextIO
 
 import setproctitle
@@ -94,3 +96,25 @@ class HostLock:
     def close(self) -> None:
         """Let go of the file."""
         os.close(self._file)
+
+
+def signals_end_it_once() -> threading.Event:
+    """SIGTERM and SIGINT raise SystemExit in the main thread, the first time; during the shutdown they do nothing."""
+    ending = threading.Event()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if ending.is_set():
+            return
+        ending.set()
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    return ending
+
+
+def destroy_parallel_groups() -> None:
+    """Leave whatever groups a worker has joined with torch.distributed."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()

@@ -14,6 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,10 +30,9 @@ from workers.forkserver import Serving
 from workers.forkserver_link import ForkServer
 from workers.handles import UnreadyWorkerProcHandle, WorkerProcHandle, ended, send_signal
 from workers.liveness import watch_death
-from workers.messages import reader_id
 from workers.proc import Launch, Ready, WorkerProc
 from workers.queue import MessageQueue
-from workers.rpc import Call, CallTable, PendingCall, RankKey, Reply, name_of
+from workers.rpc import SPARE, Call, CallTable, Outcome, PendingCall, RankKey, Reply, name_of
 from workers.weights import OnEvent, WeightStore
 
 COLLECT_S = 0.1
@@ -154,7 +154,7 @@ class MultiprocExecutor:
         """The parent's half of the handshake: first the replies' queue, then the calls' one knows the new reader."""
         worker = WorkerProc.wait_for_response_handle_ready(ready, unready, self._doorbell)
         try:
-            self.rpc_broadcast_mq.wait_until_ready([reader_id(*worker.key)], timeout_s=SEND_TIMEOUT_S)
+            self.rpc_broadcast_mq.wait_until_ready([worker.reader], timeout_s=SEND_TIMEOUT_S)
         except ElasticError:
             send_signal(worker.child, signal.SIGKILL)
             worker.close()
@@ -163,6 +163,22 @@ class MultiprocExecutor:
             self.workers[worker.key] = worker
         worker.watcher = watch_death(worker.liveness, worker.child.pid, partial(self._on_death, worker))
         return worker
+
+    def adopt(self, spare: RankKey, key: RankKey, timeout_s: float, on_adopted: OnStarted) -> None:
+        """Make this spare, which was started as (SPARE, number), a rank; `on_adopted` gets it, or why that failed."""
+        called = self.submit("become", (key,), keys=[spare], timeout_s=timeout_s).future
+        called.add_done_callback(lambda _: self._post(partial(self._adopted, spare, key, called, on_adopted)))
+
+    def _adopted(self, spare: RankKey, key: RankKey, called: Future[Outcome], on_adopted: OnStarted) -> None:
+        error, worker = called.exception(timeout=0), self.workers.get(spare)
+        if error is not None or worker is None or worker.dead:
+            why = error or (worker.dead if worker else "it was let go")
+            on_adopted(key, RankError(f"{name_of(spare)} could not become {name_of(key)}: {why}"))
+            return
+        worker.key, worker.exchange_handle = key, called.result(timeout=0)[spare]
+        with self._lock:
+            self.workers[key] = self.workers.pop(spare)
+        on_adopted(key, worker)
 
     # --- calls --------------------------------------------------------------------------------------------------
 
@@ -177,7 +193,8 @@ class MultiprocExecutor:
         timeout_s: float = 60.0,
     ) -> PendingCall:
         """Begin a call on `keys` (default: all ranks but those asked to go). Its future ends by the deadline."""
-        targets = frozenset(self.workers.keys() - self._going if keys is None else keys)
+        everybody = (key for key in list(self.workers) if key[0] != SPARE and key not in self._going)
+        targets = frozenset(everybody if keys is None else keys)
         name = method if isinstance(method, str) else getattr(method, "__name__", "a callable")
         number, pending = self._calls.open(name, targets, output_rank, timeout_s, time.monotonic())
         for key in targets:
@@ -264,7 +281,7 @@ class MultiprocExecutor:
             return
         self._read_replies(worker)  # what it said before it died stays valid
         worker.dead = f"its process ended (detected by {detected_by})"
-        self.rpc_broadcast_mq.drop_reader(reader_id(*worker.key))
+        self.rpc_broadcast_mq.drop_reader(worker.reader)
         self._calls.on_death(worker.key, worker.dead)
         if worker.key not in self._going:
             for callback in self._failure_callbacks:
@@ -308,7 +325,7 @@ class MultiprocExecutor:
         self._going.discard(key)
         if worker is not None:
             worker.dead = worker.dead or "it was ended"
-            self.rpc_broadcast_mq.drop_reader(reader_id(*key))
+            self.rpc_broadcast_mq.drop_reader(worker.reader)
             self._calls.on_death(key, worker.dead)
             worker.close()
 

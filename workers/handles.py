@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from membership.errors import ElasticError
 from workers.forkserver_link import Child
 from workers.liveness import DeathWatcher, LivenessPage
+from workers.messages import reader_id
 from workers.queue import MessageQueue
 from workers.rpc import RankKey, name_of
 
@@ -87,6 +88,7 @@ class WorkerProcHandle:
     liveness: LivenessPage
     liveness_handle: bytes
     exchange_handle: bytes
+    reader: str  # its name as a reader of its parent's calls: a spare keeps it when it becomes a rank
     watcher: DeathWatcher | None = None
     dead: str = ""  # how, once it is
     _closed: bool = field(default=False, repr=False)
@@ -112,6 +114,7 @@ class WorkerProcHandle:
             liveness,
             liveness_handle,
             exchange_handle,
+            reader_id(*unready.key),
         )
 
     @property

@@ -13,6 +13,8 @@ import structlog
 
 from workers.environment import PrefixedStream
 
+_always: dict[str, object] = {}  # one for all loggers, which keep the processors that they first had
+
 
 def configure(role: str, *, json_lines: bool | None = None, level: str = "info", **fields: object) -> None:
     """Send structlog's and the standard library's records to stderr; JSON unless that is a terminal or you say so.
@@ -24,10 +26,11 @@ def configure(role: str, *, json_lines: bool | None = None, level: str = "info",
     if as_json and isinstance(stream, PrefixedStream):
         stream = stream.stream  # a prefix would spoil the JSON; the fields tell as much
     renderer: Any = structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer()
-    always: dict[str, Any] = {"role": role, **fields}
+    _always.clear()
+    identify(role=role, **fields)
 
     def add_fields(logger: object, method: str, event: dict[str, Any]) -> dict[str, Any]:
-        return {**always, **event}
+        return {**_always, **event}
 
     shared: list[Any] = [
         add_fields,
@@ -54,3 +57,8 @@ def configure(role: str, *, json_lines: bool | None = None, level: str = "info",
     root.setLevel(level.upper())
     for chatty in ("httpx", "httpcore", "uvicorn.access", "grpc"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def identify(**fields: object) -> None:
+    """Have these fields in every line from now on."""
+    _always.update(fields)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import pickle
 import select
-import signal
 import sys
 import threading
 import time
@@ -20,7 +19,6 @@ from concurrent.futures import CancelledError
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
-from types import FrameType
 from typing import Any
 
 import cloudpickle
@@ -33,14 +31,21 @@ from membership.types import ClusterConfig
 from workers.call_port import CallPort
 from workers.doorbell import Doorbell
 from workers.engine_port import EnginePort
-from workers.environment import HostLock, frozen_environment, set_name
+from workers.environment import (
+    HostLock,
+    destroy_parallel_groups,
+    frozen_environment,
+    set_name,
+    signals_end_it_once,
+)
 from workers.forkserver_link import ForkServer
 from workers.handles import UnreadyWorkerProcHandle, WorkerProcHandle
 from workers.liveness import LivenessPage
-from workers.logs import configure
+from workers.logs import configure, identify
 from workers.queue import MessageQueue, MsgpackCodec
 from workers.restart import FENCED_STATUS
-from workers.rpc import Call, RankKey, ResponseStatus, WireCall, WireReply, failure_of
+from workers.rpc import SPARE, Call, RankKey, ResponseStatus, WireCall, WireReply, failure_of
+from workers.scheduling import at_low_priority
 from workers.worker_base import AsyncOutput, Worker, WorkerContext, load_worker_class
 
 PARENT_READER = "parent"
@@ -90,7 +95,7 @@ class WorkerProc:
         self.shutdown_requested = threading.Event()
         self._ended = threading.Event()
         self.ports: list[CallPort] = []
-        self._initialised = not launch.scale_up
+        self._initialised, self._limit_s = not launch.scale_up, launch.config.launch_deadline_s
         with ExitStack() as undo, trace.get_tracer("elastic_ep.workers").start_as_current_span("Worker init"):
             self.doorbell = undo.enter_context(Doorbell())
             self.monitor_death_pipe(death_reader, self.shutdown_requested)
@@ -191,7 +196,7 @@ class WorkerProc:
     @staticmethod
     def worker_main(launch: Launch, ready_writer: int, death_reader: int, host_lock: int) -> None:
         """A rank's whole life, from its birth to its exit status."""
-        signals = _signals_end_it_once()
+        signals = signals_end_it_once()
         WorkerProc.setup_proc_title_and_log_prefix(launch.key[0], grouped=False)
         configure("worker", rank=launch.key[0], incarnation=launch.key[1], pid=os.getpid())
         proc = None
@@ -300,14 +305,15 @@ class WorkerProc:
         except Exception as error:  # noqa: BLE001 - it goes to the caller
             output = failure_of(error, traceback.format_exc())
         self.handle_output(port, call, output)
+        port.key = self.key  # a spare has replied under its own before it goes by the rank's
 
     def _method(self, method: str | bytes) -> Callable[..., Any]:
         """A method by name, or a callable that takes the worker: only our own parent can send one."""
         return self._named(method) if isinstance(method, str) else partial(cloudpickle.loads(method), self.worker)
 
     def _named(self, method: str) -> Callable[..., Any]:
-        if method in ("attach_engine", "initialise"):
-            return self.engine.attach if method == "attach_engine" else self.initialise
+        if method in ("attach_engine", "initialise", "become"):
+            return self.engine.attach if method == "attach_engine" else getattr(self, method)
         if method.startswith("_"):
             raise AttributeError(f"{method} is private")
         return getattr(self.worker, method)  # type: ignore[no-any-return]
@@ -316,9 +322,23 @@ class WorkerProc:
         """What an elastic launch left out: the device and the model. Returns the worker's fingerprint, if any."""
         if not self._initialised:
             self.worker.init_device()
-            self.worker.load_model()
+            if self.rank == SPARE:  # nobody waits for it, and the ranks have work to do
+                at_low_priority(self.worker.load_model, self._limit_s, "a spare's model")
+            else:
+                self.worker.load_model()
             self._initialised = True
         return str(getattr(self.worker, "fingerprint", str)())
+
+    def become(self, key: RankKey) -> bytes:
+        """A spare becomes this rank, as whom its parent calls it from the next call on; where peers reach it."""
+        if self.rank != SPARE:
+            raise RankError(f"rank {self.rank} cannot become rank {key[0]}")
+        self.worker.become(*key)
+        self.key, self.rank = key, key[0]
+        self.engine.key = key
+        identify(rank=key[0], incarnation=key[1])
+        self.setup_proc_title_and_log_prefix(self.rank, grouped=True)
+        return self.worker.exchange_handle()
 
     def handle_output(self, port: CallPort, call: Call | WireCall, output: Any) -> None:
         """Reply now, or have the output thread reply when the output is there."""
@@ -340,7 +360,7 @@ class WorkerProc:
         self.shutdown_requested.set()
         self.engine.close()
         self.worker.shutdown()
-        _destroy_parallel_groups()
+        destroy_parallel_groups()
         self._close_queues()
         self.liveness.close()
         self.doorbell.close()
@@ -353,7 +373,8 @@ class WorkerProc:
     @staticmethod
     def setup_proc_title_and_log_prefix(rank: int, *, grouped: bool) -> None:
         """Name the process. Attention is data-parallel and experts are spread, both over all ranks: DP and EP agree."""
-        set_name(f"Worker_DP{rank}_EP{rank}" if grouped else f"Worker_{rank}")
+        name = f"Worker_DP{rank}_EP{rank}" if grouped else f"Worker_{rank}"
+        set_name("Spare" if rank == SPARE else name)
 
 
 def run_rank(payload: bytes, fds: list[int]) -> None:
@@ -377,24 +398,3 @@ def _ready_from(handle: UnreadyWorkerProcHandle) -> Ready | RankError:
 def _tell(ready_writer: int, message: Ready) -> None:
     with suppress(BrokenPipeError):  # the parent gave up on us: its death pipe says so
         os.write(ready_writer, msgspec.msgpack.encode(message))
-
-
-def _signals_end_it_once() -> threading.Event:
-    """SIGTERM and SIGINT raise SystemExit in the main thread, the first time; during the shutdown they do nothing."""
-    ending = threading.Event()
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        if ending.is_set():
-            return
-        ending.set()
-        raise SystemExit(128 + number)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
-    return ending
-
-
-def _destroy_parallel_groups() -> None:
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()

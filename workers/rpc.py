@@ -21,6 +21,8 @@ import msgspec
 from membership.errors import ElasticError, RankDied, RankFailed, WaitTimeout
 
 RankKey = tuple[int, int]
+SPARE = -1
+"""The rank in the key of a spare, which has no slot yet; its agent's number for it is in the incarnation's place."""
 Outcome = dict[RankKey, Any]
 
 
@@ -96,7 +98,7 @@ def failure_of(error: BaseException, trace: str) -> Failure:
 
 def name_of(key: RankKey) -> str:
     """How people are told of a rank."""
-    return f"rank {key[0]} (incarnation {key[1]})"
+    return f"spare {key[1]}" if key[0] == SPARE else f"rank {key[0]} (incarnation {key[1]})"
 
 
 @dataclass

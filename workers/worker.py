@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 import traceback
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import structlog
@@ -291,6 +292,16 @@ class EPWorker:
         """Compute what peers have asked for."""
         if self.exchange.pending():
             self.exchange.serve()
+
+    def become(self, rank: int, incarnation: int) -> None:
+        """A spare is this rank from now on. Its exchange, which has no links, gives way to one of the rank's name."""
+        self._ctx, self.rank = replace(self._ctx, rank=rank, incarnation=incarnation), rank
+        self.exchange.close()
+        self.exchange = self.make_exchange()
+        if self._device is not None:
+            self.exchange.device = self._device
+        if self._runner is not None:
+            self._runner.attach(self.exchange)
 
     def exchange_handle(self) -> bytes:
         """Where peers reach this rank."""

@@ -71,6 +71,9 @@ class Worker(Protocol):
     def pending(self) -> bool:
         """Whether `poll` would find something. Cheap: asked before every sleep."""
 
+    def become(self, rank: int, incarnation: int) -> None:
+        """This was a spare, which no peer or engine has heard of, and is this rank from now on."""
+
     def exchange_handle(self) -> bytes:
         """Where peers reach this rank."""
 

@@ -247,7 +247,7 @@ def test_records_of_an_earlier_life_are_removed_and_its_assignment_is_not_run(sc
 def test_a_second_agent_of_the_same_node_is_refused(
     scene: Scene, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workers.agent.TAKEOVER_S", 0.3)
+    monkeypatch.setattr("workers.agent_begin.TAKEOVER_S", 0.3)
     store.put(KEYS.agent("n"), encode(AgentRecord(node="n", pid=os.getpid(), started=1.0)))
     with pytest.raises(Fenced, match=r"another agent \(pid \d+\) runs as node n"), agent(scene) as thread:
         eventually(lambda: not thread.is_alive(), 5, "the second agent to stand down")

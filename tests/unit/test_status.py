@@ -88,6 +88,7 @@ def test_the_document_is_exactly_as_promised() -> None:
         "coverage": {"min_live_replicas": 2, "uncovered": 0},
         "operation": None,
         "requests": {"running": 5, "waiting": 1},
+        "spares": {"wanted": 0, "ready": 0},
         "exactness": "invariant",
         "imbalance": None,
         "store": "",
@@ -102,6 +103,21 @@ def test_the_document_is_exactly_as_promised() -> None:
         "heartbeat_age_ms": 250.0,
         "restarts": 0,
     }
+
+
+def test_spares_are_counted_over_all_hosts_and_shown_where_there_shall_be_some() -> None:
+    hosts = {
+        node: AgentRecord(node=node, pid=3, started=1.0, spares_wanted=2, spares=pids)
+        for node, pids in (("n", (7, 8)), ("o", (9,)))
+    }
+    for agents, shown in ((hosts, True), (healthy().agents, False)):
+        document = json.loads(msgspec.json.encode(cluster_status(healthy(agents=agents), 10.0)))
+        assert document["spares"] == ({"wanted": 4, "ready": 3} if shown else {"wanted": 0, "ready": 0})
+        console = Console(width=200)
+        with console.capture() as told:
+            console.print(status_view(document))
+        assert ("spares 3/4" in told.get()) == shown
+        assert ("spares" in told.get()) == shown
 
 
 def test_a_heartbeat_ages_from_when_it_was_seen() -> None:

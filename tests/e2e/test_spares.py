@@ -1,0 +1,57 @@
+"""`elastic serve --spares 1`: a killed rank's place is taken by the process that waited, and every stream is exact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chaos.cluster import ServedCluster
+from chaos.history import compare
+from chaos.inject import kill
+from chaos.workload import Workload
+from tests.e2e.conftest import Serve
+from tests.helpers import eventually
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+
+RANKS = 3
+
+
+def spare(cluster: ServedCluster) -> int:
+    """The spare's pid, once one waits."""
+
+    def waits() -> int:
+        return next((pid for agent in cluster.client().state().agents.values() for pid in agent.spares), 0)
+
+    return eventually(waits, 90.0, "a spare")
+
+
+def rank_of(cluster: ServedCluster, rank: int) -> dict[str, Any]:
+    return next((each for each in cluster.status()["ranks"] if each["rank"] == rank), {})
+
+
+def test_a_spare_takes_over(serve: Serve, demo_model: Path) -> None:
+    cluster = serve(demo_model, RANKS, flags=("--spares", "1"))
+    cluster.wait_serving(RANKS)
+    oracle = {r.prompt: r for r in Workload(cluster.url, cluster.model_name()).run_once()}
+    workload = Workload(cluster.url, cluster.model_name())
+    workload.start()
+    try:
+        for victim in (1, 0):
+            waiting = spare(cluster)
+            assert cluster.status()["spares"] == {"wanted": 1, "ready": 1}
+            eventually(lambda: sum(n > 2 for n in workload.open_streams().values()) >= 4, 30.0, "four streams")
+            kill(rank_of(cluster, victim)["pid"])
+
+            def taken(victim: int = victim, pid: int = waiting) -> bool:
+                rank = rank_of(cluster, victim)
+                return (rank.get("pid"), rank.get("state")) == (pid, "serving")
+
+            eventually(taken, 60.0, "the spare serving in the victim's slot")
+    finally:
+        history = workload.stop()
+    verdict = compare(history, oracle)
+    assert verdict.ok, verdict.differences
+    assert not [event for event in cluster.events() if event.kind == "spare_lost"]
