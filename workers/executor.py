@@ -292,10 +292,14 @@ class MultiprocExecutor:
             callback(pid, status)
 
     def retire(self, keys: Collection[RankKey], on_ended: Callable[[RankKey], None], *, kill: bool = False) -> None:
-        """End ranks, in a thread: close the pipe, then SIGTERM, then SIGKILL (`kill`: that at once)."""
+        """End ranks, in a thread: close the pipe, then SIGTERM, then SIGKILL (`kill`: that at once).
+
+        A rank that has died before is told of as any death, and not to `on_ended`: others may have seen it first.
+        """
         with self._lock:
-            self._going |= set(keys)
-        self._job(f"retire-{len(keys)}-ranks", partial(self._climb_down, list(keys), on_ended, kill))
+            living = [key for key in keys if key not in self.workers or not self.workers[key].has_died()]
+            self._going |= set(living)
+        self._job(f"retire-{len(living)}-ranks", partial(self._climb_down, living, on_ended, kill))
 
     def _climb_down(self, keys: list[RankKey], on_ended: Callable[[RankKey], None], kill: bool = False) -> None:
         for key in keys:

@@ -126,6 +126,10 @@ class WorkerProcHandle:
         """Whether the process has ended, after waiting for that as long as told."""
         return ended(self.child, timeout_s)
 
+    def has_died(self) -> bool:
+        """Whether it is dead already, by what the kernel says first: the process may still be unmapping its memory."""
+        return bool(self.dead or self.liveness.mutex.owner_died(0.0) or self.ended())
+
     def close_death_pipe(self) -> None:
         """The gentlest way to ask it to go."""
         if self.death_writer >= 0:

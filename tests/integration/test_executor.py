@@ -262,6 +262,29 @@ def test_a_closed_death_pipe_ends_one_rank_orderly_and_no_sibling(
         made.shutdown()
 
 
+def test_a_rank_that_died_before_it_was_retired_is_told_of_as_a_death(three: MultiprocExecutor) -> None:
+    deaths: list[Death] = []
+    ended: list[tuple[int, int]] = []
+    three.register_failure_callback(deaths.append)
+    held, go_on = threading.Event(), threading.Event()
+
+    def hold_up() -> None:
+        held.set()
+        go_on.wait(timeout=20)
+
+    three._post(hold_up)  # who would notice the death first
+    assert held.wait(timeout=5)
+    worker = three.workers[(1, 2)]
+    os.kill(worker.child.pid, signal.SIGKILL)
+    eventually(worker.has_died, 5, "the kernel to say so")
+    three.retire([(1, 2)], ended.append)
+    go_on.set()
+    eventually(lambda: [death.key for death in deaths] == [(1, 2)], 5, "the death to be told")
+    three.retire([(2, 3)], ended.append)
+    eventually(lambda: ended == [(2, 3)], 15, "the living one to end")
+    assert len(deaths) == 1, "one that was asked to go has not died"
+
+
 def test_the_ladder_ends_even_a_rank_that_ignores_everything(three: MultiprocExecutor) -> None:
     os.kill(pid_of(three, 1), signal.SIGSTOP)
     ended: list[tuple[int, int]] = []
