@@ -162,7 +162,8 @@ def _drop(census: Census) -> Effect | None:
     if not assignments:
         return None
     ranks = sorted(m.rank for m in gone if m.rank in census.assigned)
-    return Effect(reason=f"ranks {ranks} are dead or not wanted", assignments=assignments)
+    others = f"nodes {', '.join(a.node for a in assignments)} have another agent"
+    return Effect(reason=f"ranks {ranks} are dead or not wanted" if ranks else others, assignments=assignments)
 
 
 def _without(census: Census, gone: Iterable[Member]) -> tuple[Assignment, ...]:

@@ -7,6 +7,7 @@ evicted is back.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
@@ -206,9 +207,13 @@ class World:
                 self._check(before, self.state)
         return acted
 
-    def settle(self, random: Random | None = None, rounds: int = 600) -> None:
-        """Let everybody act, and time pass, until nothing happens any more. Fails if that never comes."""
+    def settle(
+        self, random: Random | None = None, rounds: int = 600, until: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Let everybody act, and time pass, until nothing happens any more (or `until`). Fails if that never comes."""
         for _ in range(rounds):
+            if until():
+                return
             busy = self.controller_acts()
             busy |= self.agents_act(random)
             busy |= self.engine_acts()
