@@ -19,6 +19,7 @@ from chaos.inject import kill
 from chaos.workload import Workload
 from elastic.client import AdminClient
 from membership.errors import NoAnswer
+from membership.wish import scale
 from tests.e2e.conftest import Serve
 from tests.e2e.test_roles_die import role_pid, streaming
 from tests.helpers import eventually
@@ -68,7 +69,7 @@ def test_wiped_data_are_refused_while_serving_goes_on(serve: Serve, demo_model: 
         for command in ("status", "doctor"):
             assert "membership is frozen" in said(cluster, command)
         with pytest.raises(NoAnswer, match="replaced"):
-            client.scale(RANKS + 1, op_id=None, if_epoch=None, timeout_s=10.0)
+            client.propose(scale(RANKS + 1), op_id=None, if_epoch=None, timeout_s=10.0)
         eventually(lambda: streaming(workload), 30.0, "two streams under way")
         kill(before["ranks"][1]["pid"])
         cluster.wait_event(lambda e: e.kind == "rank_masked" and e.rank == 1, "rank 1 masked")

@@ -1,0 +1,112 @@
+"""Drain, undrain, cancel and pause by the command line, under streaming load: any rank, nobody notices."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chaos.cluster import ServedCluster
+from chaos.inject import kill
+from membership.types import Phase
+from membership.wish import scale
+from tests.e2e.conftest import Serve
+from tests.e2e.test_scale import elastic, stream_all
+from tests.helpers import eventually
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+
+def refused(cluster: ServedCluster, *arguments: str) -> str:
+    command = [sys.executable, "-m", "elastic.cli", *arguments, "--state-dir", str(cluster.state.path)]
+    outcome = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert outcome.returncode == 1, outcome
+    assert (outcome.stderr.startswith("error: "), outcome.stderr.count("\n")) == (True, 1), outcome.stderr
+    return outcome.stderr
+
+
+def serving(cluster: ServedCluster) -> list[int]:
+    return [rank["rank"] for rank in elastic(cluster, "status")["ranks"] if rank["state"] == "serving"]
+
+
+def planned(cluster: ServedCluster, *arguments: str) -> tuple[int, dict[str, Any]]:
+    command = [sys.executable, "-m", "elastic.cli", *arguments, "--plan", "-o", "json"]
+    outcome = subprocess.run([*command, "--state-dir", str(cluster.state.path)], capture_output=True, timeout=60)
+    return outcome.returncode, json.loads(outcome.stdout)
+
+
+def test_rank_0_is_drained_and_comes_back_while_requests_stream(serve: Serve, demo_model: Path) -> None:
+    cluster = serve(demo_model, 4)
+    cluster.wait_serving(4)
+    model = cluster.model_name()
+    expected = [f.result(timeout=180) for f in stream_all(cluster, model, 300)]
+
+    streams = stream_all(cluster, model, 300)
+    eventually(lambda: elastic(cluster, "status")["requests"]["running"] > 8, 30.0, "streams under way")
+    status, plan = planned(cluster, "drain", "0")
+    assert (status, plan["remove"], plan["target"]) == (2, [0], 3)
+    drained = elastic(cluster, "drain", "0", "--op-id", "out")
+    assert (drained["phase"], drained["kind"], drained["ranks"]) == ("done", "drain", [0])
+    assert serving(cluster) == [1, 2, 3]
+    assert elastic(cluster, "status")["drained"] == [0]
+    assert "rank 0 is drained already" in refused(cluster, "drain", "0")
+    assert "elastic undrain 0" in elastic_text(cluster, "explain", "0")
+    assert "drain of rank 0" in elastic_text(cluster, "ops", "ls")
+    assert f"epoch {drained['epoch']};" in elastic_text(cluster, "ops", "show", "out")
+    assert elastic(cluster, "undrain", "0")["phase"] == "done"
+    assert [f.result(timeout=180) for f in streams] == expected
+    assert serving(cluster) == [0, 1, 2, 3]
+    assert "is done, and stands" in refused(cluster, "ops", "cancel", "out")
+
+
+def elastic_text(cluster: ServedCluster, *arguments: str) -> str:
+    command = [sys.executable, "-m", "elastic.cli", *arguments, "--state-dir", str(cluster.state.path)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+def test_a_scale_is_cancelled_while_its_ranks_start(serve: Serve, demo_model: Path) -> None:
+    """The agent is stopped for a moment, shorter than its lease, so that no rank starts before the answer comes."""
+    cluster = serve(demo_model, 2)
+    before = cluster.wait_serving(2)
+    client = cluster.client()
+    (agent,) = client.state().agents.values()
+    os.kill(agent.pid, signal.SIGSTOP)
+    try:
+        client.propose(scale(4), op_id="up", if_epoch=None, timeout_s=60.0)
+        eventually(lambda: client.operation("up").phase is Phase.SPAWNING, 5.0, "the controller to send ranks")
+        client.cancel("up", "a test")
+    finally:
+        os.kill(agent.pid, signal.SIGCONT)
+    eventually(lambda: client.operation("up").phase is Phase.ABORTED, 10.0, "the operation to be rolled back")
+    assert client.operation("up").error == "cancelled by a test"
+    after = cluster.wait_serving(2)
+    assert (after["epoch"], after["desired"]) == (before["epoch"], 2)
+    assert [rank["incarnation"] for rank in after["ranks"]] == [rank["incarnation"] for rank in before["ranks"]]
+    assert elastic(cluster, "ops", "cancel", "up")["phase"] == "aborted"
+    assert elastic(cluster, "scale", "3")["phase"] == "done"
+
+
+def test_a_pause_refuses_changes_and_mends_losses(serve: Serve, demo_model: Path) -> None:
+    cluster = serve(demo_model, 2)
+    cluster.wait_serving(2)
+    elastic(cluster, "pause", "--ttl", "10m", "--reason", "new switches")
+    assert "new switches" in refused(cluster, "scale", "3")
+    assert "new switches" in elastic_text(cluster, "status")
+    assert "new switches" in elastic_text(cluster, "explain")
+    victim = elastic(cluster, "status")["ranks"][1]
+    kill(victim["pid"])
+    eventually(lambda: _reborn(cluster, victim["incarnation"]), 60.0, "rank 1 serving again")
+    assert elastic(cluster, "resume") == {"resumed": True}
+    assert elastic(cluster, "resume") == {"resumed": False}
+    assert elastic(cluster, "scale", "3")["phase"] == "done"
+
+
+def _reborn(cluster: ServedCluster, before: int) -> bool:
+    ranks = {rank["rank"]: rank for rank in elastic(cluster, "status")["ranks"]}
+    return ranks[1]["state"] == "serving" and ranks[1]["incarnation"] > before
