@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,21 @@ from membership.etcd import connect
 from membership.events import Event, EventLog
 from membership.store import Store
 from membership.types import Operation, Phase
-from membership.wish import Wish, scale
 from workers.etcd_server import free_ports
 
 
 class ServedCluster:
     """Owns an `elastic serve` process. A context manager: on exit all of it is stopped."""
 
-    def __init__(self, model: Path, ranks: int, *, state_dir: Path | None = None, flags: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        model: Path,
+        ranks: int,
+        *,
+        state_dir: Path | None = None,
+        flags: Sequence[str] = (),
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
         self._temporary = tempfile.TemporaryDirectory(prefix="elastic-ep-") if state_dir is None else None
         self.state = StateDir(state_dir or Path(self._temporary.name if self._temporary else ""))
         self.port, self.admin_port = free_ports(2)
@@ -39,13 +46,14 @@ class ServedCluster:
         self._store: Store | None = None
         self._connecting = threading.Lock()
         self._output = self.state.path / "serve.log"
+        self._environ = {**os.environ, "XDG_STATE_HOME": str(self.state.path / "home"), **(environ or {})}
 
     def __enter__(self) -> ServedCluster:
         self.state.path.mkdir(parents=True, exist_ok=True)
         with self._output.open("ab") as out:
             self._process = subprocess.Popen(
                 self._command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
-                env={**os.environ, "XDG_STATE_HOME": str(self.state.path / "home")},
+                env=self._environ,
             )  # fmt: skip
         return self
 
@@ -120,15 +128,11 @@ class ServedCluster:
 
     def scale(self, target: int, timeout_s: float = 120.0) -> Operation:
         """Scale and wait for the end; ElasticError if it was rolled back."""
-        return self.change(scale(target), timeout_s)
-
-    def change(self, wish: Wish, timeout_s: float = 120.0) -> Operation:
-        """Have it done and wait for the end; ElasticError if it was rolled back."""
         client = self.client()
-        operation = client.propose(wish, op_id=None, if_epoch=None, timeout_s=timeout_s)
+        operation = client.scale(target, op_id=None, if_epoch=None, timeout_s=timeout_s)
         *_, operation = wait_for(client, operation, timeout_s + 10.0, threading.Event())
         if operation.phase is not Phase.DONE:
-            raise ElasticError(f"{wish} ended {operation.phase}: {operation.error}")
+            raise ElasticError(f"scale to {target} ended {operation.phase}: {operation.error}")
         return operation
 
     def wait_event(self, wanted: Callable[[Event], bool], what: str, timeout_s: float = 60.0) -> Event:

@@ -21,6 +21,7 @@ from elastic.expert_load import LoadWindow
 from elastic.protocol import Abort
 from elastic.recovery import Recovery
 from elastic.scheduler import Output, Scheduler
+from membership import failpoints
 from membership.errors import Fenced, SchemaError
 from membership.events import EventLog
 from membership.mirror import Mirror
@@ -297,6 +298,7 @@ class Engine:
 
     def _adopt(self, newer: Adoption) -> None:
         """Flip to the view: the next batch carries its epoch. Requests of ranks that left go on elsewhere."""
+        failpoints.hit("engine.before.flip")
         now = self._clock()
         before = self._epoch
         self._pause_since = self._last_step_end if self._last_step_end is not None else now
@@ -304,6 +306,7 @@ class Engine:
         moved = self._scheduler.set_view(newer.view, newer.masked, now)
         log.info("view adopted", epoch=newer.view.epoch, ranks=newer.view.ranks, masked=newer.masked)
         self._flip = (before, len(moved))
+        failpoints.hit("engine.after.flip")
 
     def _note_flip(self, now: float) -> None:
         """The first step under a new view is over, or there is none to run: say what the flip cost."""

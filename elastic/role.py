@@ -16,6 +16,7 @@ from types import FrameType
 
 import structlog
 
+from membership import failpoints
 from membership.events import EventLog
 from membership.store import Store
 
@@ -90,6 +91,7 @@ def run_role(
     from workers.scheduling import run_in_short_turns
 
     configure(role)
+    failpoints.arm(role, events_path)
     run_in_short_turns()  # before there are threads: a role reacts at once, however busy the ranks are
     with stop_signal() as stop:
         store = connect(list(endpoints), seen=os.environ.get(STORE_SEEN, ""))

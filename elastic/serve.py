@@ -26,7 +26,7 @@ from elastic.role import STORE_SEEN, stop_signal
 from elastic.roles import RoleProcess, revoke_leases
 from elastic.statedir import ClusterAddress, StateDir, home
 from elastic.store_guard import StoreGuard
-from membership import codec
+from membership import codec, failpoints
 from membership.census import scale_refusal
 from membership.errors import ConfigError, ElasticError, PlanRefused, StoreError, StoreReplaced, WaitTimeout
 from membership.etcd import connect
@@ -356,6 +356,7 @@ class Supervisor:
 def run_serve(options: ServeOptions) -> None:
     """Serve until SIGTERM or Ctrl-C, telling on stderr what is waited for and where it serves."""
     configure("supervisor")
+    failpoints.parse(os.environ.get(failpoints.ENV, ""))  # each role would refuse a wrong one, again and again
     run_in_short_turns()  # etcd and all roles inherit it
     with stop_signal() as stop, Supervisor(options) as supervisor:
         where, name = supervisor.address(()), supervisor.config.served_model_name

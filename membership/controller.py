@@ -15,7 +15,7 @@ from typing import Any
 
 import structlog
 
-from membership import planner
+from membership import failpoints, planner
 from membership.codec import encode
 from membership.election import Election
 from membership.errors import Fenced, LeaseLost, StoreReplaced, StoreUnavailable, WaitTimeout
@@ -65,6 +65,15 @@ def transaction(effect: Effect, state: ClusterState, keys: Keys) -> tuple[list[C
     compares = [Compare(key, "mod", "=", revision) for key, revision in known.items()]
     compares += [Compare(key, "mod", "<", state.revision + 1) for key in writes if key not in known]
     return compares, [Delete(key) if record is None else Put(key, encode(record)) for key, record in writes.items()]
+
+
+def edge(effect: Effect) -> str:
+    """What its failpoints are named after: the operation's phase if it moves one, else what it does to the view."""
+    if effect.operation is not None:
+        return effect.operation.phase.value
+    if effect.commit is not None:
+        return "committed"
+    return "staged" if effect.stage is not None else "unstaged" if effect.unstage else "assigned"
 
 
 def run_controller(
@@ -162,8 +171,10 @@ class _Term:
     def _apply(self, effect: Effect, state: ClusterState, election: Election) -> int:
         """Do it; return the revision that the mirror must have reached before the next look."""
         compares, ops = transaction(effect, state, self._keys)
+        failpoints.hit(f"controller.before.{edge(effect)}")
         result = self._store.txn([election.fence(), *compares], ops, [Get(self._keys.leader)])
         if result.succeeded:
+            failpoints.hit(f"controller.after.{edge(effect)}")
             self._report(effect, state)
             return result.revision
         leader = result.responses[0]

@@ -20,6 +20,7 @@ from typing import Any
 import structlog
 from msgspec.structs import replace as changed
 
+from membership import failpoints
 from membership.errors import ElasticError
 from membership.events import EventLog
 from membership.keys import Keys
@@ -157,6 +158,7 @@ class Agent:
 
     def _spawn(self, keys: list[RankKey]) -> None:
         for key in keys:
+            failpoints.hit("agent.before.spawn", key[0])
             self._ranks[key] = LocalRank(*key, started=time.time())
             self._update(key)
             self._emit("rank_spawned", key)

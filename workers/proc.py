@@ -26,18 +26,13 @@ import msgspec
 import structlog
 from opentelemetry import trace
 
+from membership import failpoints
 from membership.errors import Fenced, QueueClosed, RankDied, RankError, WaitTimeout
 from membership.types import ClusterConfig
 from workers.call_port import CallPort
 from workers.doorbell import Doorbell
 from workers.engine_port import EnginePort
-from workers.environment import (
-    HostLock,
-    destroy_parallel_groups,
-    frozen_environment,
-    set_name,
-    signals_end_it_once,
-)
+from workers.environment import HostLock, destroy_parallel_groups, frozen_environment, set_name, signals_end_it_once
 from workers.forkserver_link import ForkServer
 from workers.handles import UnreadyWorkerProcHandle, WorkerProcHandle
 from workers.liveness import LivenessPage
@@ -199,11 +194,13 @@ class WorkerProc:
         signals = signals_end_it_once()
         WorkerProc.setup_proc_title_and_log_prefix(launch.key[0], grouped=False)
         configure("worker", rank=launch.key[0], incarnation=launch.key[1], pid=os.getpid())
+        failpoints.arm("rank")
         proc = None
         try:
             proc = WorkerProc(launch, death_reader, HostLock(host_lock))
             _tell(ready_writer, proc.ready())
             os.close(ready_writer)
+            failpoints.hit("rank.registered", proc.rank)
             proc.worker_busy_loop()
         except Exception as error:
             if proc is None:

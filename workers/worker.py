@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from membership import failpoints
 from membership.errors import ConfigError, CoverageLost, Fenced, WaitTimeout
 from membership.types import View
 from workers.messages import StepBatch, StepResult, StepStatus
@@ -86,12 +87,14 @@ class Preparation:
             if self._older is not None:
                 self._older.join(self._worker.connect_timeout_s)
                 self._older = None
+            failpoints.hit("rank.before.prepare", self._worker.rank)
             wanted = sorted(experts_of(self.view, self._worker.rank))
             mapped = self._worker.bank.bytes_mapped
             self.bytes_loaded = self._worker.bank.load_all(wanted, self._stopped.is_set)
             self.bytes_mapped = self._worker.bank.bytes_mapped - mapped
             if not self._stopped.is_set():
                 self._worker.exchange.connect(self._peers, self._worker.connect_timeout_s, self._stopped.is_set)
+            failpoints.hit("rank.prepared", self._worker.rank)
         except BaseException as error:  # noqa: BLE001 - handed to whoever waits for the output
             self._error = error
         finally:
