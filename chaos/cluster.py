@@ -20,6 +20,7 @@ from membership.etcd import connect
 from membership.events import Event, EventLog
 from membership.store import Store
 from membership.types import Operation, Phase
+from membership.wish import Wish, scale
 from workers.etcd_server import free_ports
 
 
@@ -128,11 +129,15 @@ class ServedCluster:
 
     def scale(self, target: int, timeout_s: float = 120.0) -> Operation:
         """Scale and wait for the end; ElasticError if it was rolled back."""
+        return self.change(scale(target), timeout_s)
+
+    def change(self, wish: Wish, timeout_s: float = 120.0) -> Operation:
+        """Have it done and wait for the end; ElasticError if it was rolled back."""
         client = self.client()
-        operation = client.scale(target, op_id=None, if_epoch=None, timeout_s=timeout_s)
+        operation = client.propose(wish, op_id=None, if_epoch=None, timeout_s=timeout_s)
         *_, operation = wait_for(client, operation, timeout_s + 10.0, threading.Event())
         if operation.phase is not Phase.DONE:
-            raise ElasticError(f"scale to {target} ended {operation.phase}: {operation.error}")
+            raise ElasticError(f"{wish} ended {operation.phase}: {operation.error}")
         return operation
 
     def wait_event(self, wanted: Callable[[Event], bool], what: str, timeout_s: float = 60.0) -> Event:

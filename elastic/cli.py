@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from elastic import cli_cluster, cli_roles
+from elastic import cli_changes, cli_cluster, cli_roles
 from elastic.options import Output, OutputFlag, reported, write_json
 
 app = typer.Typer(
@@ -118,6 +118,7 @@ def doctor(
 
 
 cli_cluster.add_to(app)
+cli_changes.add_to(app)
 cli_roles.add_to(app)
 
 

@@ -23,10 +23,13 @@ from membership.codec import decode
 from membership.errors import ConfigError, ElasticError, Fenced, NoAnswer, OperationConflict, PlanRefused, WaitTimeout
 from membership.events import Event, EventLog
 from membership.keys import Keys, state_from
-from membership.operations import ScalePlan, plan_scale, propose_scale
+from membership.operations import cancel, propose
+from membership.pause import pause, resume
+from membership.preview import Plan, plan_of
 from membership.quarantine import unquarantine
 from membership.store import Store
-from membership.types import ClusterState, Operation, RankExit
+from membership.types import ClusterState, Operation, Pause, RankExit
+from membership.wish import Wish
 
 POLL_S = 0.1
 
@@ -35,11 +38,15 @@ class Client(Protocol):
     """What commands need of a cluster."""
 
     def status(self) -> dict[str, Any]: ...
-    def plan(self, target: int) -> ScalePlan: ...
-    def scale(self, target: int, *, op_id: str | None, if_epoch: int | None, timeout_s: float) -> Operation: ...
+    def plan(self, wish: Wish) -> Plan: ...
+    def propose(self, wish: Wish, *, op_id: str | None, if_epoch: int | None, timeout_s: float) -> Operation: ...
     def operation(self, op_id: str) -> Operation: ...
+    def operations(self) -> tuple[Operation, ...]: ...
+    def cancel(self, op_id: str, by: str) -> Operation: ...
+    def pause(self, ttl_s: float, by: str, reason: str) -> Pause: ...
+    def resume(self) -> bool: ...
     def events(self, follow: bool, stop: threading.Event) -> Iterator[Event]: ...
-    def explain(self, rank: int | None) -> tuple[Explanation, ...]: ...
+    def explain(self, subject: str | None) -> tuple[Explanation, ...]: ...
     def unquarantine(self, rank: int) -> RankExit: ...
 
 
@@ -61,26 +68,40 @@ class StoreClient:
         """The status document: see elastic/status.py."""
         return dict(msgspec.to_builtins(cluster_status(self.state(), time.time())))
 
-    def plan(self, target: int) -> ScalePlan:
-        """What a scale to `target` would do."""
-        return plan_scale(self.state(), target)
+    def plan(self, wish: Wish) -> Plan:
+        """What granting the wish would do."""
+        return plan_of(wish, self.state())
 
-    def scale(self, target: int, *, op_id: str | None, if_epoch: int | None, timeout_s: float) -> Operation:
-        """Ask for `target` ranks."""
-        return propose_scale(self._store, self._cluster, target, op_id=op_id, if_epoch=if_epoch, timeout_s=timeout_s)
+    def propose(self, wish: Wish, *, op_id: str | None, if_epoch: int | None, timeout_s: float) -> Operation:
+        """Ask for it."""
+        return propose(self._store, self._cluster, wish, op_id=op_id, if_epoch=if_epoch, timeout_s=timeout_s)
+
+    def cancel(self, op_id: str, by: str) -> Operation:
+        """Have an operation rolled back."""
+        return cancel(self._store, self._cluster, op_id, by)
+
+    def operations(self) -> tuple[Operation, ...]:
+        """Those on record, the latest last."""
+        return self.state().history
+
+    def pause(self, ttl_s: float, by: str, reason: str) -> Pause:
+        """No planned change for a while."""
+        return pause(self._store, self._cluster, ttl_s, by=by, reason=reason)
+
+    def resume(self) -> bool:
+        """End the pause."""
+        return resume(self._store, self._cluster)
 
     def operation(self, op_id: str) -> Operation:
         """One operation by id."""
         found = self._store.get(Keys(self._cluster).op(op_id))
         if found is None:
-            raise ConfigError(
-                f"no operation {op_id!r}", hint="its record may have been forgotten; see `elastic events`"
-            )
+            raise ConfigError(f"no operation {op_id!r}", hint="see: elastic ops ls; older ones: elastic events")
         return decode(found.value, Operation)
 
-    def explain(self, rank: int | None) -> tuple[Explanation, ...]:
+    def explain(self, subject: str | None) -> tuple[Explanation, ...]:
         """Why things are as they are."""
-        return explain(self.state(), time.time(), rank)
+        return explain(self.state(), time.time(), subject)
 
     def unquarantine(self, rank: int) -> RankExit:
         """Let a slot be filled again."""
@@ -107,23 +128,39 @@ class AdminClient:
         """GET status."""
         return dict(self._call("GET", "status"))
 
-    def plan(self, target: int) -> ScalePlan:
-        """POST scale with plan=true: changes nothing."""
-        return msgspec.convert(self._call("POST", "scale", json={"ranks": target, "plan": True}), ScalePlan)
+    def plan(self, wish: Wish) -> Plan:
+        """POST with plan=true: changes nothing."""
+        return msgspec.convert(self._call("POST", wish.kind, json={"ranks": _ranks(wish), "plan": True}), Plan)
 
-    def scale(self, target: int, *, op_id: str | None, if_epoch: int | None, timeout_s: float) -> Operation:
-        """POST scale."""
-        wish = {"ranks": target, "op_id": op_id, "if_epoch": if_epoch, "timeout_s": timeout_s}
-        answer = self._call("POST", "scale", json={k: v for k, v in wish.items() if v is not None})
+    def propose(self, wish: Wish, *, op_id: str | None, if_epoch: int | None, timeout_s: float) -> Operation:
+        """POST scale, drain or undrain."""
+        asked = {"ranks": _ranks(wish), "op_id": op_id, "if_epoch": if_epoch, "timeout_s": timeout_s}
+        answer = self._call("POST", wish.kind, json={k: v for k, v in asked.items() if v is not None})
         return msgspec.convert(answer, Operation)
+
+    def cancel(self, op_id: str, by: str) -> Operation:
+        """POST operations/<id>/cancel."""
+        return msgspec.convert(self._call("POST", f"operations/{op_id}/cancel", json={"by": by}), Operation)
+
+    def operations(self) -> tuple[Operation, ...]:
+        """GET operations."""
+        return msgspec.convert(self._call("GET", "operations")["operations"], tuple[Operation, ...])
+
+    def pause(self, ttl_s: float, by: str, reason: str) -> Pause:
+        """POST pause."""
+        return msgspec.convert(self._call("POST", "pause", json={"ttl_s": ttl_s, "by": by, "reason": reason}), Pause)
+
+    def resume(self) -> bool:
+        """POST resume."""
+        return bool(self._call("POST", "resume")["resumed"])
 
     def operation(self, op_id: str) -> Operation:
         """GET one operation."""
         return msgspec.convert(self._call("GET", f"operations/{op_id}"), Operation)
 
-    def explain(self, rank: int | None) -> tuple[Explanation, ...]:
-        """GET explain, of one rank or of all that is not well."""
-        which = {} if rank is None else {"rank": rank}
+    def explain(self, subject: str | None) -> tuple[Explanation, ...]:
+        """GET explain, of one rank, of one operation, or of all that is not well."""
+        which = {} if subject is None else {"subject": subject}
         return msgspec.convert(self._call("GET", "explain", params=which), tuple[Explanation, ...])
 
     def unquarantine(self, rank: int) -> RankExit:
@@ -156,6 +193,10 @@ class AdminClient:
 
     def _silence(self, error: httpx.HTTPError) -> NoAnswer:
         return NoAnswer(f"no answer from {self._http.base_url}: {error}", hint="is the gateway up?")
+
+
+def _ranks(wish: Wish) -> int | tuple[int, ...]:
+    return wish.target if wish.kind == "scale" else wish.ranks
 
 
 def _error_of(answer: httpx.Response) -> ElasticError:
@@ -221,7 +262,5 @@ def wait_for(client: Client, operation: Operation, timeout_s: float, stop: threa
         except NoAnswer as error:
             silence = f" ({error})"
         if operation.active and time.monotonic() > deadline:
-            again = f"elastic scale {operation.target} --op-id {operation.id} --wait"
-            raise WaitTimeout(
-                f"operation {operation.id} is still {operation.phase}{silence}", hint=f"it goes on; watch: {again}"
-            )
+            again = f"it goes on; watch: elastic ops show {operation.id} --wait"
+            raise WaitTimeout(f"operation {operation.id} is still {operation.phase}{silence}", hint=again)

@@ -12,11 +12,16 @@ import msgspec
 from elastic.status import ClusterStatus, RankStatus, cluster_status
 from membership.census import Census
 from membership.errors import ConfigError
-from membership.types import ClusterState, RankExit, RankState
+from membership.phases import before_commit
+from membership.planner import awaited
+from membership.types import ClusterState, Operation, Phase, RankExit, RankState
+from membership.wish import told
+
+ENDS = (Phase.DONE, Phase.ABORTED)
 
 
 class Explanation(msgspec.Struct, frozen=True, kw_only=True):
-    """`subject` is "cluster" or "rank N". `because`: facts; `next`: what follows; `do`: for somebody to do."""
+    """`subject`: "cluster", "rank N" or "operation ID". `because`: facts; `next`: what follows; `do`: for somebody."""
 
     subject: str
     state: str
@@ -25,14 +30,24 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     do: str = ""
 
 
-def explain(state: ClusterState, now: float, rank: int | None = None, store: str = "") -> tuple[Explanation, ...]:
-    """Of the cluster and each rank that does not serve, or of one rank. ConfigError: there is no such rank."""
+def explain(state: ClusterState, now: float, subject: str | None = None, store: str = "") -> tuple[Explanation, ...]:
+    """Of the cluster and each rank that does not serve, or of one rank (a number) or operation (its id).
+
+    ConfigError: there is no such rank or operation.
+    """
     status = cluster_status(state, now, store)
     ranks = {each.rank: each for each in status.ranks}
-    if rank is not None:
+    if subject is not None and subject in state.operations:
+        return (explain_operation(state, now, state.operations[subject]),)
+    if subject is not None:
+        rank = int(subject) if subject.isdecimal() else -1
+        if rank in status.drained and rank not in ranks:
+            return (_drained(state, now, rank),)
         if rank not in ranks:
             known = ", ".join(map(str, ranks)) or "none"
-            raise ConfigError(f"there is no rank {rank}", hint=f"the ranks are: {known}")
+            raise ConfigError(
+                f"there is no rank or operation {subject}", hint=f"the ranks are: {known}; elastic ops ls"
+            )
         return (_rank(state, now, ranks[rank]),)
     ailing = [each for each in status.ranks if each.state is not RankState.SERVING]
     return (_cluster(state, status, ailing), *(_rank(state, now, each) for each in ailing))
@@ -58,12 +73,17 @@ def _cluster(state: ClusterState, status: ClusterStatus, ailing: list[RankStatus
     if not state.agents:
         because.append("no agent is registered: nobody could start a rank")
         do = do or "start an agent: elastic agent"
+    if status.drained:
+        because.append(f"drained, and counted no more: rank {', '.join(map(str, status.drained))}")
+    if status.pause is not None:
+        because.append(status.pause.words)
+        do = do or "when the maintenance is over: elastic resume"
     if status.operation is not None:
-        follows = f"{status.operation.kind} to {status.operation.target} goes on ({status.operation.phase})"
+        follows = f"{status.operation.what} goes on ({status.operation.phase}); elastic explain {status.operation.id}"
     finished = [op for op in state.operations.values() if not op.active and op.error]
     if finished:
         last = max(finished, key=lambda op: op.finished)
-        because.append(f"operation {last.id} ({last.kind} to {last.target}) was rolled back: {last.error}")
+        because.append(f"operation {last.id} ({told(last)}) was rolled back: {last.error}")
     return Explanation(subject="cluster", state=status.state, because=tuple(because), next=follows, do=do)
 
 
@@ -72,6 +92,42 @@ def _rank(state: ClusterState, now: float, rank: RankStatus) -> Explanation:
     because = [*_facts(state, now, rank), *(_history(last, now) if last is not None else ())]
     follows, do = _outlook(rank, last, now)
     return Explanation(subject=f"rank {rank.rank}", state=rank.state.value, because=tuple(because), next=follows, do=do)
+
+
+def explain_operation(state: ClusterState, now: float, operation: Operation) -> Explanation:
+    """What it is for, how long each phase took, whom it waits for or how it ended."""
+    because = [f"{told(operation)}, from {operation.previous} ranks, asked for {ago(now - operation.started)} ago"]
+    times = sorted(operation.phase_times.items(), key=lambda item: item[1])
+    spans = zip(times, [*times[1:], ("", operation.finished or now)], strict=True)
+    because += [f"{phase}: {ago(end - start)}" for (phase, start), (_, end) in spans if phase not in ENDS]
+    if operation.bytes_moved:
+        because.append(f"{operation.bytes_moved / 1e6:.1f} MB of weights to load")
+    if operation.error:
+        because.append(f"rolled back: {operation.error}")
+    follows, do = "", ""
+    if operation.phase is Phase.ABORTED:
+        follows = "nothing that served has changed"
+        do = "ask again once the reason is gone"
+    elif operation.phase is Phase.DONE:
+        because.append(f"epoch {operation.epoch}; tokens waited {operation.pause_ms:.1f} ms at its commit")
+    elif before_commit(operation):
+        census = Census(state, now)
+        because.append(f"waits for {awaited(census)}")
+        follows = f"rolled back in {ago(operation.deadline - now)} if it is not committed by then"
+        do = f"to give it up: elastic ops cancel {operation.id}"
+    else:
+        follows = "it is committed; those who left end, then it is done"
+    return Explanation(
+        subject=f"operation {operation.id}", state=operation.phase.value, because=tuple(because), next=follows, do=do
+    )
+
+
+def _drained(state: ClusterState, now: float, rank: int) -> Explanation:
+    by = [op for op in state.history if op.kind == "drain" and rank in op.ranks and op.phase is Phase.DONE]
+    because = [f"operation {by[-1].id} drained it {ago(now - by[-1].finished)} ago"] if by else []
+    because.append("the slot is empty, nobody's count, and no rank is started in it")
+    do = f"to fill it again: elastic undrain {rank}"
+    return Explanation(subject=f"rank {rank}", state="drained", because=tuple(because), do=do)
 
 
 def _facts(state: ClusterState, now: float, rank: RankStatus) -> Iterator[str]:
@@ -93,11 +149,11 @@ def _facts(state: ClusterState, now: float, rank: RankStatus) -> Iterator[str]:
 def _history(last: RankExit, now: float) -> Iterator[str]:
     """What there was."""
     yield (
-        f"incarnation {last.incarnation} died {_ago(now - last.at)} ago: {last.reason}; "
+        f"incarnation {last.incarnation} died {ago(now - last.at)} ago: {last.reason}; "
         f"{last.restarts} {'death' if last.restarts == 1 else 'deaths'} in this slot so far"
     )
     if last.forgiven:
-        yield f"an operator ended its quarantine {_ago(now - last.forgiven)} ago"
+        yield f"an operator ended its quarantine {ago(now - last.forgiven)} ago"
 
 
 def _outlook(rank: RankStatus, last: RankExit | None, now: float) -> tuple[str, str]:
@@ -119,7 +175,7 @@ def _outlook(rank: RankStatus, last: RankExit | None, now: float) -> tuple[str, 
     return "it joins the next view once it is loaded and prepared", ""
 
 
-def _ago(seconds: float) -> str:
+def ago(seconds: float) -> str:
     """A duration in the unit that suits it."""
     seconds = max(0.0, seconds)
     if seconds < 120:

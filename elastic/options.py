@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import msgspec
@@ -73,3 +76,18 @@ def reported() -> Iterator[None]:
         yield
     except ElasticError as error:
         raise fail(error) from None
+
+
+@contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """A stop event that Ctrl-C sets, for the length of a block."""
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    before = signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)

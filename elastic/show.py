@@ -16,10 +16,11 @@ from rich.table import Table
 from rich.text import Text
 
 from membership.events import Event
-from membership.operations import ScalePlan
 from membership.phases import ORDER
+from membership.preview import Plan
 from membership.resilience import told
 from membership.types import Operation, Phase
+from membership.wish import told as words
 
 COLOURS = {
     "serving": "green", "standby": "cyan", "draining": "yellow", "launching": "blue", "handshaking": "blue",
@@ -45,6 +46,14 @@ def status_view(document: dict[str, Any]) -> RenderableType:
         heading.append(f"   expert load {document['imbalance']:.2f}x the mean on the busiest rank")
     if (spares := document.get("spares", {})).get("wanted"):
         heading.append(f"   spares {spares['ready']}/{spares['wanted']}")
+    if document.get("pause"):
+        heading.append(f"\n{document['pause']['words']}; elastic resume ends it", "yellow")
+    if document.get("drained"):
+        heading.append(
+            f"\ndrained: {', '.join(map(str, document['drained']))}; elastic undrain fills them again", "yellow"
+        )
+    if free := [node["node"] for node in document.get("nodes", ()) if node["safe_to_delete"]]:
+        heading.append(f"\nsafe to delete: node {', '.join(free)}", "yellow")
     if document.get("store"):
         heading.append(f"\n{document['store']}", "red")
     table = Table(box=None, pad_edge=False, header_style="dim")
@@ -63,9 +72,7 @@ def status_view(document: dict[str, Any]) -> RenderableType:
     lines: list[RenderableType] = [heading, table]
     operation = document.get("operation")
     if operation:
-        lines.append(
-            Text(f"{operation['kind']} to {operation['target']}: {operation['phase']} ({operation['id']})", "cyan")
-        )
+        lines.append(Text(f"{operation['what']}: {operation['phase']} ({operation['id']})", "cyan"))
     return Group(*lines)
 
 
@@ -76,13 +83,13 @@ def watch_status(read: Callable[[], dict[str, Any]], stop: threading.Event, inte
             live.update(status_view(read()))
 
 
-def plan_view(plan: ScalePlan) -> str:
+def plan_view(plan: Plan) -> str:
     """A plan in words, one fact a line."""
     if plan.refused:
         return f"refused: {plan.refused}"
     if not plan.changes:
         return f"nothing would change: epoch {plan.epoch}, ranks {_ranks(plan.ranks)}"
-    lines = [f"scale {len(plan.ranks)} -> {plan.target} (from epoch {plan.epoch})"]
+    lines = [f"{plan.kind} {len(plan.ranks)} -> {plan.target} (from epoch {plan.epoch})"]
     lines += [f"  add ranks {_ranks(plan.add)}"] if plan.add else []
     lines += [f"  remove ranks {_ranks(plan.remove)}; their requests move by replay"] if plan.remove else []
     lines += [f"  rank {rank} loads {count} experts" for rank, count in sorted(plan.loads.items())]
@@ -107,7 +114,7 @@ def in_bytes(number: float) -> str:
     return f"{number:.3g} TB"
 
 
-def _needs(plan: ScalePlan) -> list[str]:
+def _needs(plan: Plan) -> list[str]:
     """What it would take, where somebody must not die."""
     found, lines = plan.survives, []
     if found is not None and found.vital_ranks:
@@ -137,6 +144,13 @@ def event_line(event: Event) -> str:
     )
 
 
+def operation_line(operation: Operation, now: float) -> str:
+    """An operation as one line of `elastic ops ls`."""
+    ago = f"{now - operation.started:.0f} s ago"
+    end = f"  {operation.error}" if operation.error else ""
+    return f"{operation.id:<14} {words(operation):<22} {operation.phase:<12} epoch {operation.epoch:<5} {ago}{end}"
+
+
 class Progress:
     """A bar per operation phase on stderr; silent when not enabled."""
 
@@ -161,6 +175,5 @@ class Progress:
         if operation.phase is Phase.DONE:
             took = operation.finished - operation.started
             self._bars.console.print(
-                f"{operation.kind} to {operation.target} done in {took:.2f} s, epoch {operation.epoch}, "
-                f"pause {operation.pause_ms:.1f} ms"
+                f"{words(operation)} done in {took:.2f} s, epoch {operation.epoch}, pause {operation.pause_ms:.1f} ms"
             )

@@ -9,9 +9,11 @@ import msgspec
 
 from membership.balance import imbalance
 from membership.census import Census
+from membership.pause import paused_words
 from membership.placement import coverage
 from membership.rebalance import loads_of
 from membership.types import ClusterState, Member, Operation, Phase, RankState
+from membership.wish import told
 
 Health = Literal["starting", "serving", "degraded", "uncovered", "stopped"]
 
@@ -38,12 +40,31 @@ class CoverageStatus(msgspec.Struct, frozen=True, kw_only=True):
     uncovered: int
 
 
+class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """A host with an agent: how many ranks it runs or is to run. None, and none that ends: it can go."""
+
+    node: str
+    ranks: int
+    safe_to_delete: bool
+
+
+class PauseStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """Planned changes wait until then."""
+
+    until: float
+    by: str
+    reason: str
+    words: str
+
+
 class OperationStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """The operation under way."""
+    """The operation under way; `what` is it in words."""
 
     id: str
     kind: str
     target: int
+    ranks: tuple[int, ...]
+    what: str
     phase: Phase
     progress: float
     started: float
@@ -76,6 +97,9 @@ class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
     operation: OperationStatus | None
     requests: RequestsStatus
     spares: SparesStatus = SparesStatus()
+    drained: tuple[int, ...] = ()  # slots that stay empty until they are undrained
+    nodes: tuple[NodeStatus, ...] = ()
+    pause: PauseStatus | None = None
     exactness: str = "invariant"  # or stock: tokens may depend on the batch
     imbalance: float | None = None  # the busiest rank's measured expert load over the mean; null: not measured yet
     store: str = ""  # what is wrong with the store, and what follows from it; empty: nothing
@@ -92,7 +116,7 @@ def cluster_status(state: ClusterState, now: float, store: str = "") -> ClusterS
     census = Census(state, now)
     covered = _coverage(census)
     load = state.engine_status
-    operation = next((op for op in state.operations.values() if op.active), None)
+    operation = state.active
     return ClusterStatus(
         cluster=state.config.cluster,
         state=_health(census, covered),
@@ -103,6 +127,9 @@ def cluster_status(state: ClusterState, now: float, store: str = "") -> ClusterS
         operation=None if operation is None else _operation(operation),
         requests=RequestsStatus() if load is None else RequestsStatus(running=load.running, waiting=load.waiting),
         spares=_spares(state),
+        drained=census.desired.cordoned,
+        nodes=tuple(_node(census, node) for node in sorted(state.agents)),
+        pause=_pause(state, now),
         exactness=state.config.exactness,
         imbalance=_imbalance(census),
         store=store,
@@ -112,6 +139,19 @@ def cluster_status(state: ClusterState, now: float, store: str = "") -> ClusterS
 def _spares(state: ClusterState) -> SparesStatus:
     agents = state.agents.values()
     return SparesStatus(wanted=sum(a.spares_wanted for a in agents), ready=sum(len(a.spares) for a in agents))
+
+
+def _node(census: Census, node: str) -> NodeStatus:
+    ranks = sum(where == node for where, _ in census.assigned.values())
+    ending = any(census.state.ranks[key].node == node for key in census.lingering)
+    return NodeStatus(node=node, ranks=ranks, safe_to_delete=not ranks and not ending and bool(census.members))
+
+
+def _pause(state: ClusterState, now: float) -> PauseStatus | None:
+    pause = state.pause
+    if pause is None or not state.paused(now):
+        return None
+    return PauseStatus(until=pause.until, by=pause.by, reason=pause.reason, words=paused_words(pause, now))
 
 
 def _health(census: Census, covered: CoverageStatus) -> Health:
@@ -218,6 +258,8 @@ def _operation(operation: Operation) -> OperationStatus:
         id=operation.id,
         kind=operation.kind,
         target=operation.target,
+        ranks=operation.ranks,
+        what=told(operation),
         phase=operation.phase,
         progress=operation.progress,
         started=operation.started,

@@ -171,16 +171,21 @@ class Census:
         """Live members that shall stay: the lowest ranks, if there are too many."""
         if self._settled:
             return tuple(m for m in self.alive if m.rank in self.desired.slots)
-        return self.alive[: self.target]
+        return tuple(m for m in self.alive if m.rank not in self.desired.cordoned)[: self.target]
 
     @cached_property
     def fill(self) -> tuple[int, ...]:
-        """Slots that shall get a new rank. An operation steers clear of quarantined slots; a repair never does."""
+        """Slots that shall get a new rank, never drained ones: those named, then those there were, then the lowest.
+
+        An operation steers clear of quarantined slots; a repair never does.
+        """
         kept = {m.rank for m in self.keep}
         if self._settled:
             return tuple(slot for slot in self.desired.slots if slot not in kept)
-        barred = {rank for rank, last in self.state.exits.items() if last.quarantined} if self.operation else set()
-        order = dict.fromkeys(chain(self.desired.slots, range(self.target + len(kept) + len(barred))))
+        barred, named = set(self.desired.cordoned), self.operation.ranks if self.operation is not None else ()
+        if self.operation is not None:
+            barred |= {rank for rank, last in self.state.exits.items() if last.quarantined}
+        order = dict.fromkeys(chain(named, self.desired.slots, range(self.target + len(kept) + len(barred))))
         free = (slot for slot in order if slot not in kept | barred)
         return tuple(sorted(islice(free, self.target - len(kept))))
 

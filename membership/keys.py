@@ -17,6 +17,7 @@ ROOT = "/elastic-ep/"
 _SINGLES: dict[str, tuple[str, type[Record]]] = {
     "config": ("config", types.ClusterConfig),
     "desired": ("desired", types.Desired),
+    "pause": ("pause", types.Pause),
     "view": ("view", types.View),
     "next": ("next", types.View),
     "engine": ("engine", types.EngineRecord),
@@ -70,6 +71,11 @@ class Keys:
     def desired(self) -> str:
         """Desired."""
         return self.prefix + "desired"
+
+    @property
+    def pause(self) -> str:
+        """Pause."""
+        return self.prefix + "pause"
 
     @property
     def view(self) -> str:

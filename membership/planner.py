@@ -20,6 +20,7 @@ from membership.rebalance import FAILED_REST_S, rebalance
 from membership.seating import room, seats
 from membership.succession import covers, next_view
 from membership.types import Assignment, ClusterState, Desired, Member, Operation, Phase, RankSpec, View
+from membership.wish import desired_without
 
 RETRY_S = 0.5  # before a view that could not be prepared is staged again; doubles with each attempt
 RETRY_MAX_S = 10.0
@@ -64,14 +65,15 @@ def due(state: ClusterState, now: float) -> float | None:
         times += [state.next.staged + FAILED_REST_S] if _same_members(Census(state, now)) else []
     elif state.desired is not None and _quiet(census := Census(state, now)):
         better = rebalance(census)
-        times += [better.at] if better is not None else []
+        paused_until = state.pause.until if state.pause is not None else 0.0
+        times += [max(better.at, paused_until)] if better is not None else []
     return min((at for at in times if at > now), default=None)
 
 
 def _commit(census: Census) -> Effect | None:
     """All members have prepared the staged view: it becomes the view."""
     staged, operation = census.state.next, census.operation
-    if staged is None or census.unprepared or not sound(census):
+    if staged is None or census.unprepared or not sound(census) or (operation is not None and operation.cancelled):
         return None
     if operation is not None and len(staged.members) == operation.target:
         operation = _until(operation, Phase.READY, census.now)
@@ -100,7 +102,7 @@ def _abort(census: Census) -> Effect | None:
         return None
     state = census.state
     aborted = advance(operation, Phase.ABORTED, now=census.now, error=reason)
-    desired = Desired(ranks=operation.previous or len(census.members) or 1, slots=census.desired.slots)
+    desired = desired_without(operation, census.desired, len(census.members))
     rolled_back = replace(state, desired=desired, operations={**state.operations, operation.id: aborted})
     wanted = Census(rolled_back, census.now).fill
     needless = {n.member for rank, n in census.newcomers.items() if rank not in wanted}
@@ -115,6 +117,8 @@ def _abort(census: Census) -> Effect | None:
 
 def _obstacle(census: Census, operation: Operation) -> str:
     """Why the operation cannot succeed any more, or "" if it still may."""
+    if operation.cancelled:
+        return f"cancelled by {operation.cancelled}"
     refused = scale_refusal(census.config, operation.target)
     if refused:
         return refused
@@ -129,7 +133,7 @@ def _obstacle(census: Census, operation: Operation) -> str:
     if _stages(census, operation) and census.failed:
         return "; ".join(f"rank {m.rank} could not prepare: {why}" for m, why in census.failed.items())
     if _late(census, operation):
-        return f"not done by its deadline; waited for {_awaited(census)}"
+        return f"not done by its deadline; waited for {awaited(census)}"
     return ""
 
 
@@ -137,7 +141,7 @@ def _late(census: Census, operation: Operation) -> bool:
     return bool(operation.deadline) and census.now >= operation.deadline
 
 
-def _awaited(census: Census) -> str:
+def awaited(census: Census) -> str:
     """Whom an operation waits for."""
     ready = {m.rank for m in census.ready}
     absent = [slot for slot in census.fill if slot not in ready]
@@ -363,7 +367,7 @@ def _moved(census: Census, operation: Operation) -> Operation | None:
 
 def _rebalance(census: Census) -> Effect | None:
     """In a quiet cluster: the same members with a better placement, a budget's worth at a time."""
-    if census.state.next is not None or not _quiet(census):
+    if census.state.next is not None or census.state.paused(census.now) or not _quiet(census):
         return None
     better = rebalance(census)
     if better is None or census.now < better.at:

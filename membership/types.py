@@ -108,6 +108,16 @@ class Desired(Record, frozen=True, kw_only=True):
     ranks: int
     operation: str = ""
     slots: tuple[int, ...] = ()  # the rank slots that make it up, once the controller has chosen; who scales keeps them
+    cordoned: tuple[int, ...] = ()  # drained slots: not counted in `ranks`, and empty until they are undrained
+
+
+class Pause(Record, frozen=True, kw_only=True):
+    """Planned changes are refused, and none begins by itself, until then. Key `pause`. Faults are handled as ever."""
+
+    until: float
+    since: float
+    by: str = ""
+    reason: str = ""
 
 
 class RankSpec(Record, frozen=True, kw_only=True):
@@ -244,8 +254,9 @@ class Operation(Record, frozen=True, kw_only=True):
     """A change somebody asked for. Key `ops/<id>`; at most one has a phase other than DONE or ABORTED."""
 
     id: str
-    kind: str  # scale
-    target: int
+    kind: str  # scale | drain | undrain
+    target: int  # ranks desired once it is done
+    ranks: tuple[int, ...] = ()  # whom a drain or undrain names
     previous: int = 0  # ranks desired before, restored if it aborts
     phase: Phase = Phase.PROPOSED
     progress: float = 0.0
@@ -258,6 +269,7 @@ class Operation(Record, frozen=True, kw_only=True):
     bytes_moved: int = 0
     pause_ms: float = 0.0  # measured by the engine at the flip
     error: str = ""
+    cancelled: str = ""  # by whom; the controller rolls it back
 
     @property
     def active(self) -> bool:
@@ -271,6 +283,7 @@ class ClusterState(msgspec.Struct, frozen=True, kw_only=True):
     revision: int
     config: ClusterConfig | None = None
     desired: Desired | None = None
+    pause: Pause | None = None
     view: View | None = None
     view_revision: int = 0
     next: View | None = None
@@ -289,3 +302,17 @@ class ClusterState(msgspec.Struct, frozen=True, kw_only=True):
     operations: dict[str, Operation] = {}
     incarnation: int = 0  # the last incarnation given out (key `incarnation`, a Counter)
     incarnation_revision: int = 0
+
+    def paused(self, now: float) -> bool:
+        """Whether planned changes wait."""
+        return self.pause is not None and now < self.pause.until
+
+    @property
+    def active(self) -> Operation | None:
+        """The operation under way."""
+        return next((op for op in self.operations.values() if op.active), None)
+
+    @property
+    def history(self) -> tuple[Operation, ...]:
+        """All operations on record, the latest last."""
+        return tuple(sorted(self.operations.values(), key=lambda op: (op.started, op.id)))

@@ -17,7 +17,7 @@ from membership.codec import encode
 from membership.controller import transaction
 from membership.keys import Keys, state_from
 from membership.memory import MemoryStore
-from membership.operations import propose_scale
+from membership.operations import propose
 from membership.placement import coverage
 from membership.planner import Effect, due, reconcile
 from membership.store import Compare, Store
@@ -36,6 +36,7 @@ from membership.types import (
     RankSpec,
     RankState,
 )
+from membership.wish import Wish, scale
 
 CONFIG = ClusterConfig(
     cluster="sim", model="/m", served_model_name="m", moe_layers=2, experts=8, max_ranks=12, launch_deadline_s=20.0
@@ -139,9 +140,10 @@ class World:
         self.put(self.keys.engine_status, status)
 
     def scale(self, target: int, timeout_s: float = 60.0, op_id: str | None = None) -> Operation:
-        return propose_scale(
-            self.store, self.keys.cluster, target, op_id=op_id, timeout_s=timeout_s, clock=lambda: self.now
-        )
+        return self.ask(scale(target), timeout_s, op_id)
+
+    def ask(self, wish: Wish, timeout_s: float = 60.0, op_id: str | None = None) -> Operation:
+        return propose(self.store, self.keys.cluster, wish, op_id=op_id, timeout_s=timeout_s, clock=lambda: self.now)
 
     # --- what everyone does
 

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import takewhile
 
 from msgspec.structs import replace
 
 from elastic.show import plan_view
 from membership.errors import ElasticError
-from membership.operations import plan_scale
+from membership.operations import cancel
 from membership.planner import Effect
-from membership.types import ClusterState, Desired, ExpertLoad, Member, Operation, Phase, Placement, RankSpec, View
+from membership.preview import plan_of
+from membership.types import ClusterState, Desired, ExpertLoad, Member, Phase, Placement, RankSpec, View
+from membership.wish import Wish, drain, scale, told, undrain
 from tests.simulated import CONFIG, World
 
 EXPERT_BYTES = 1000
@@ -99,23 +102,43 @@ class _Commands:
 
     def scale(self, target: str, flag: str = "", value: str = "60") -> list[str]:
         """`elastic scale N [--plan | --timeout S]`."""
-        if flag == "--plan":
-            return plan_view(plan_scale(self.world.state, int(target))).splitlines()
-        return self._asked(lambda name: self.world.scale(int(target), timeout_s=float(value), op_id=name))
+        return self._ask(scale(int(target)), flag, value)
 
-    def _asked(self, ask: Callable[[str], Operation]) -> list[str]:
+    def drain(self, *arguments: str) -> list[str]:
+        """`elastic drain RANK… [--plan | --timeout S]`."""
+        return self._name(drain, *arguments)
+
+    def undrain(self, *arguments: str) -> list[str]:
+        """`elastic undrain RANK… [--plan | --timeout S]`."""
+        return self._name(undrain, *arguments)
+
+    def _name(self, wish: Callable[..., Wish], *arguments: str) -> list[str]:
+        ranks = list(map(int, takewhile(str.isdecimal, arguments)))
+        return self._ask(wish(*ranks), *arguments[len(ranks) :])
+
+    def _ask(self, wish: Wish, flag: str = "", value: str = "60") -> list[str]:
+        if flag == "--plan":
+            return plan_view(plan_of(wish, self.world.state)).splitlines()
         try:
-            operation = ask(f"op{self.operations + 1}")
+            operation = self.world.ask(wish, timeout_s=float(value), op_id=f"op{self.operations + 1}")
         except ElasticError as refused:
             return [f"error: {refused}"]
         self.operations += 1
-        return [f"{operation.id}: {operation.kind} to {operation.target}, {operation.phase}"]
+        return [f"{operation.id}: {told(operation)}, {operation.phase}"]
+
+    def ops(self, what: str, name: str) -> list[str]:
+        """`elastic ops cancel ID`."""
+        try:
+            operation = {"cancel": cancel}[what](self.world.store, CONFIG.cluster, name, "somebody")
+        except ElasticError as refused:
+            return [f"error: {refused}"]
+        return [f"{operation.id}: cancelled by {operation.cancelled}"]
 
     def operation(self) -> list[str]:
         """The last operation's end."""
         op = self.world.state.operations[f"op{self.operations}"]
         return [
-            f"{op.id}: {op.kind} {op.previous} -> {op.target}, {op.phase}",
+            f"{op.id}: {told(op)} (from {op.previous}), {op.phase}",
             *([f"  {op.error}"] if op.error else []),
         ]
 
@@ -190,7 +213,8 @@ def _names(ranks: tuple[Member | RankSpec, ...]) -> str:
 
 def _desired(desired: Desired) -> str:
     slots = f" in slots {' '.join(map(str, desired.slots))}" if desired.slots else ""
-    return f"{desired.ranks} ranks{slots}"
+    drained = f", drained {' '.join(map(str, desired.cordoned))}" if desired.cordoned else ""
+    return f"{desired.ranks} ranks{slots}{drained}"
 
 
 def _holds(member: Member, placement: Placement) -> str:

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import msgspec
 from fastapi import FastAPI, Request, Response
@@ -32,31 +32,62 @@ from membership.errors import (
 )
 from membership.events import FOLLOW_POLL_S, Tail
 from membership.mirror import Mirror
-from membership.operations import plan_scale, propose_scale
+from membership.operations import cancel, propose
+from membership.pause import pause, resume
+from membership.preview import plan_of
 from membership.quarantine import unquarantine
 from membership.store import Store
 from membership.types import ClusterState, Operation
+from membership.wish import Wish, drain, scale, undrain
 
+S = TypeVar("S", bound=Shape)
+T = TypeVar("T")
 MAX_BODY_BYTES = 64 * 1024
 BLANK_EVERY_S = 1.0
+MAX_TIMEOUT_S = 86_400.0
 MAX_RANKS = 1_000_000  # of a request's field; what the cluster allows is the planner's to say
 
 
-class ScaleRequest(Shape):
-    """POST /admin/v1/scale. `plan`: only say what would change."""
+class ChangeRequest(Shape):
+    """What every change takes. `plan`: only say what would change."""
 
-    ranks: int = Field(ge=-MAX_RANKS, le=MAX_RANKS)
     op_id: str | None = Field(default=None, min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._-]+$")
     if_epoch: int | None = Field(default=None, ge=0)
-    timeout_s: float = Field(default=300.0, gt=0, le=86_400)
+    timeout_s: float = Field(default=300.0, gt=0, le=MAX_TIMEOUT_S)
     plan: bool = False
+
+
+class ScaleRequest(ChangeRequest):
+    """POST /admin/v1/scale."""
+
+    ranks: int = Field(ge=-MAX_RANKS, le=MAX_RANKS)
+
+
+class SlotsRequest(ChangeRequest):
+    """POST /admin/v1/drain and undrain."""
+
+    ranks: list[int] = Field(min_length=1, max_length=1024)
+
+
+class PauseRequest(Shape):
+    """POST /admin/v1/pause."""
+
+    ttl_s: float = Field(gt=0, le=MAX_TIMEOUT_S)
+    by: str = Field(default="admin API", max_length=128)
+    reason: str = Field(default="", max_length=512)
+
+
+class CancelRequest(Shape):
+    """POST /admin/v1/operations/<id>/cancel."""
+
+    by: str = Field(default="admin API", min_length=1, max_length=128)
 
 
 class VllmScaleRequest(Shape):
     """POST /scale_elastic_ep, as vLLM has it."""
 
     new_data_parallel_size: int = Field(ge=-MAX_RANKS, le=MAX_RANKS)
-    drain_timeout: float = Field(default=300.0, gt=0, le=86_400)
+    drain_timeout: float = Field(default=300.0, gt=0, le=MAX_TIMEOUT_S)
 
 
 @dataclass(frozen=True)
@@ -79,19 +110,26 @@ class Admin:
         if scheme.lower() != "bearer" or not right:
             raise RequestError("the admin API needs its token: Authorization: Bearer TOKEN", status=401)
 
-    async def scale(self, wish: ScaleRequest) -> Response:
+    async def told(self, act: Callable[..., T], *arguments: Any, **options: Any) -> T:
+        """What `act` on this cluster's store returns; its errors as HTTP has them."""
+        try:
+            return await asyncio.to_thread(act, self.store, self.cluster, *arguments, **options)
+        except ElasticError as error:
+            _raise_as_http(error)
+
+    async def change(self, wish: Wish, asked: ChangeRequest) -> Response:
         """Plan, or propose an operation."""
-        if wish.plan:
-            return json_response(plan_scale(self.mirror.state(), wish.ranks))
+        if asked.plan:
+            return json_response(plan_of(wish, self.mirror.state()))
         try:
             operation = await asyncio.to_thread(
-                propose_scale,
+                propose,
                 self.store,
                 self.cluster,
-                wish.ranks,
-                op_id=wish.op_id,
-                if_epoch=wish.if_epoch,
-                timeout_s=wish.timeout_s,
+                wish,
+                op_id=asked.op_id,
+                if_epoch=asked.if_epoch,
+                timeout_s=asked.timeout_s,
             )
         except OperationConflict as error:
             active = await asyncio.to_thread(_active_soon, self.mirror)
@@ -108,23 +146,52 @@ def admin_app(admin: Admin) -> FastAPI:
     app = new_app("elastic-ep admin", admin.check)
     _add_reading(app, admin)
 
+    _add_changes(app, admin)
+    return app
+
+
+def _add_changes(app: FastAPI, admin: Admin) -> None:
+    async def read(request: Request, shape: type[S]) -> S:
+        return parse(await read_body(request, MAX_BODY_BYTES) or b"{}", shape)
+
     @app.post("/admin/v1/scale")
-    async def scale(request: Request) -> Response:
-        return await admin.scale(parse(await read_body(request, MAX_BODY_BYTES), ScaleRequest))
+    async def scale_to(request: Request) -> Response:
+        asked = await read(request, ScaleRequest)
+        return await admin.change(scale(asked.ranks), asked)
+
+    @app.post("/admin/v1/drain")
+    async def drain_ranks(request: Request) -> Response:
+        asked = await read(request, SlotsRequest)
+        return await admin.change(drain(*asked.ranks), asked)
+
+    @app.post("/admin/v1/undrain")
+    async def undrain_ranks(request: Request) -> Response:
+        asked = await read(request, SlotsRequest)
+        return await admin.change(undrain(*asked.ranks), asked)
+
+    @app.post("/admin/v1/operations/{name}/cancel")
+    async def cancel_operation(request: Request, name: str) -> Response:
+        asked = await read(request, CancelRequest)
+        return json_response(asdict(await admin.told(cancel, name, asked.by)), 202)
+
+    @app.post("/admin/v1/pause")
+    async def pause_changes(request: Request) -> Response:
+        asked = await read(request, PauseRequest)
+        return json_response(asdict(await admin.told(pause, asked.ttl_s, by=asked.by, reason=asked.reason)))
+
+    @app.post("/admin/v1/resume")
+    async def resume_changes() -> Response:
+        return json_response({"resumed": await admin.told(resume)})
 
     @app.post("/admin/v1/ranks/{rank}/unquarantine")
     async def end_quarantine(rank: int) -> Response:
-        try:
-            return json_response(asdict(await asyncio.to_thread(unquarantine, admin.store, admin.cluster, rank)))
-        except ElasticError as error:
-            _raise_as_http(error)
+        return json_response(asdict(await admin.told(unquarantine, rank)))
 
     @app.post("/scale_elastic_ep")
     async def scale_as_vllm(request: Request) -> Response:
-        wish = parse(await read_body(request, MAX_BODY_BYTES), VllmScaleRequest)
-        return await admin.scale(ScaleRequest(ranks=wish.new_data_parallel_size, timeout_s=wish.drain_timeout))
-
-    return app
+        asked = await read(request, VllmScaleRequest)
+        wish = ScaleRequest(ranks=asked.new_data_parallel_size, timeout_s=asked.drain_timeout)
+        return await admin.change(scale(wish.ranks), wish)
 
 
 def _add_reading(app: FastAPI, admin: Admin) -> None:
@@ -135,16 +202,15 @@ def _add_reading(app: FastAPI, admin: Admin) -> None:
         return json_response(status, headers=age)
 
     @app.get("/admin/v1/explain")
-    async def explained(rank: int | None = None) -> Response:
+    async def explained(subject: str | None = None) -> Response:
         try:
-            return json_response(explain(admin.mirror.state(), time.time(), rank, admin.mirror.trouble))
+            return json_response(explain(admin.mirror.state(), time.time(), subject, admin.mirror.trouble))
         except ElasticError as error:
             _raise_as_http(error)
 
     @app.get("/admin/v1/operations")
     async def operations() -> Response:
-        found = sorted(admin.mirror.state().operations.values(), key=lambda op: (op.started, op.id))
-        return json_response({"operations": [asdict(op) for op in found]})
+        return json_response({"operations": [asdict(op) for op in admin.mirror.state().history]})
 
     @app.get("/admin/v1/operations/{name}")
     async def operation(name: str) -> Response:
@@ -157,7 +223,7 @@ def _add_reading(app: FastAPI, admin: Admin) -> None:
 
     @app.get("/is_scaling_elastic_ep")
     async def is_scaling() -> Response:
-        return json_response({"is_scaling_elastic_ep": _active(admin.mirror.state()) is not None})
+        return json_response({"is_scaling_elastic_ep": admin.mirror.state().active is not None})
 
 
 def _with_operation(mirror: Mirror, name: str) -> ClusterState:
@@ -168,14 +234,10 @@ def _with_operation(mirror: Mirror, name: str) -> ClusterState:
         raise RequestError(f"no operation {name!r}", status=404, code="operation_not_found") from None
 
 
-def _active(state: ClusterState) -> Operation | None:
-    return next((op for op in state.operations.values() if op.active), None)
-
-
 def _active_soon(mirror: Mirror) -> Operation | None:
     """The active operation; the mirror may be a moment behind whoever found it."""
     try:
-        return _active(mirror.wait(lambda state: _active(state) is not None, 0.5))
+        return mirror.wait(lambda state: state.active is not None, 0.5).active
     except WaitTimeout:
         return None
 

@@ -16,10 +16,11 @@ import pytest
 
 from elastic.client import AdminClient, find_cluster
 from membership import codec
-from membership.errors import ConfigError, ElasticError, ModelError
+from membership.errors import ConfigError, ElasticError, ModelError, PlanRefused
 from membership.events import Event, EventLog
 from membership.store import Put
 from membership.types import EngineStatus, GatewayRecord, Operation, Phase, RankExit, View
+from membership.wish import drain, scale
 from tests.gateway_cluster import MODEL, TOKEN, GatewayCluster, RunningGateway, wait_ready
 from tests.helpers import eventually
 
@@ -55,6 +56,11 @@ ROUTES = [
     ("GET", "/is_scaling_elastic_ep"),
     ("POST", "/admin/v1/scale"),
     ("POST", "/scale_elastic_ep"),
+    ("POST", "/admin/v1/drain"),
+    ("POST", "/admin/v1/undrain"),
+    ("POST", "/admin/v1/pause"),
+    ("POST", "/admin/v1/resume"),
+    ("POST", "/admin/v1/operations/x/cancel"),
 ]
 
 
@@ -127,17 +133,45 @@ def test_scale_as_vllm_clients_do(gateway: RunningGateway) -> None:
     assert (answer.status_code, answer.json()["target"]) == (202, 3)
 
 
+def test_drain_cancel_and_pause(gateway: RunningGateway, cluster: GatewayCluster) -> None:
+    client = AdminClient(gateway.admin_url, TOKEN)
+    assert client.plan(drain(0)).target == 1
+    asked = client.propose(drain(0), op_id="out", if_epoch=1, timeout_s=60.0)
+    assert (asked.kind, asked.ranks, asked.target, asked.previous) == ("drain", (0,), 1, 2)
+    assert client.cancel("out", "ann").cancelled == "ann"
+    assert admin(gateway, "POST", "/admin/v1/operations/out/cancel").json()["cancelled"] == "ann", "it needs no body"
+    eventually(lambda: [op.id for op in client.operations()] == ["out"], 10.0, "the gateway's mirror to see it")
+    assert "operation out" in client.explain("out")[0].subject
+    cluster.store.delete(cluster.keys.op("out"))
+    paused = client.pause(600.0, "ann", "new switches")
+    assert paused.until - paused.since == 600.0
+    with pytest.raises(PlanRefused, match="paused by ann"):
+        client.propose(scale(4), op_id=None, if_epoch=None, timeout_s=60.0)
+    eventually(lambda: client.status()["pause"] is not None, 10.0, "the gateway's mirror to see that")
+    assert client.resume()
+    assert not client.resume()
+    for path, body, words in (
+        ("drain", {"ranks": []}, "at least 1"), ("drain", {}, "ranks is required"),
+        ("undrain", {"ranks": [0, "x"]}, "valid integer"), ("pause", {"ttl_s": 0}, "greater than 0"),
+    ):  # fmt: skip
+        answer = admin(gateway, "POST", f"/admin/v1/{path}", json=body)
+        assert (answer.status_code, words in answer.json()["error"]["message"]) == (400, True), answer.text
+    with pytest.raises(ConfigError, match="no operation 'none'"):
+        client.cancel("none", "ann")
+    client.close()
+
+
 def test_quarantine_is_explained_and_ended(gateway: RunningGateway, cluster: GatewayCluster) -> None:
     last = RankExit(rank=1, incarnation=2, reason="SIGSEGV", at=1.0, restarts=6, quarantined=True)
     cluster.store.txn([], [Put(cluster.keys.exit(1), codec.encode(last))])
     client = AdminClient(gateway.admin_url, TOKEN)
-    eventually(lambda: client.explain(1)[0].state == "quarantined", 10.0, "the gateway's mirror to see it")
+    eventually(lambda: client.explain("1")[0].state == "quarantined", 10.0, "the gateway's mirror to see it")
     assert client.unquarantine(1).quarantined is False
-    eventually(lambda: client.explain(1)[0].state == "dead", 10.0, "the gateway's mirror to see that")
+    eventually(lambda: client.explain("1")[0].state == "dead", 10.0, "the gateway's mirror to see that")
     with pytest.raises(ConfigError, match="rank 0 is not in quarantine"):
         client.unquarantine(0)
-    with pytest.raises(ConfigError, match="there is no rank 9"):
-        client.explain(9)
+    with pytest.raises(ConfigError, match="there is no rank or operation 9"):
+        client.explain("9")
     client.close()
 
 

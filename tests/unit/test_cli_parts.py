@@ -17,7 +17,7 @@ from membership.codec import encode
 from membership.errors import ConfigError
 from membership.events import Event
 from membership.memory import MemoryStore
-from membership.operations import ScalePlan
+from membership.preview import Plan
 from membership.types import AgentRecord
 
 pytestmark = pytest.mark.unit
@@ -110,11 +110,11 @@ def test_leases_of_a_dead_process_are_found_by_its_pid_on_its_node() -> None:
 
 
 def test_a_plan_in_words() -> None:
-    plan = ScalePlan(target=3, epoch=2, ranks=(0, 1), add=(2,), loads={2: 10}, replicas_before=2, replicas_after=2)
+    plan = Plan(target=3, epoch=2, ranks=(0, 1), add=(2,), loads={2: 10}, replicas_before=2, replicas_after=2)
     assert "add ranks 2" in plan_view(plan)
     assert "rank 2 loads 10 experts" in plan_view(plan)
-    assert plan_view(ScalePlan(target=0, epoch=2, refused="no ranks")) == "refused: no ranks"
-    assert "nothing would change" in plan_view(ScalePlan(target=2, epoch=2, ranks=(0, 1)))
+    assert plan_view(Plan(target=0, epoch=2, refused="no ranks")) == "refused: no ranks"
+    assert "nothing would change" in plan_view(Plan(target=2, epoch=2, ranks=(0, 1)))
 
 
 def test_an_event_in_one_line() -> None:

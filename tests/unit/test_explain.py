@@ -39,12 +39,12 @@ def test_a_dead_rank_says_when_its_successor_starts() -> None:
 
 
 def test_one_rank_of_them() -> None:
-    (rank,) = explain(healthy(), NOW, 3)
+    (rank,) = explain(healthy(), NOW, "3")
     assert (rank.subject, rank.state, rank.do) == ("rank 3", "serving", "")
     assert "incarnation 4 is process 103 on node n with 4 experts" in rank.because
-    with pytest.raises(ConfigError, match="there is no rank 9") as refused:
-        explain(healthy(), NOW, 9)
-    assert refused.value.hint == "the ranks are: 0, 1, 2, 3"
+    with pytest.raises(ConfigError, match="there is no rank or operation 9") as refused:
+        explain(healthy(), NOW, "9")
+    assert refused.value.hint == "the ranks are: 0, 1, 2, 3; elastic ops ls"
 
 
 def test_lost_experts_a_missing_engine_and_no_agent_are_told() -> None:

@@ -6,11 +6,13 @@ import pytest
 from msgspec.structs import replace
 
 from membership.errors import ConfigError, Fenced, OperationConflict, PlanRefused, StoreUnavailable
-from membership.operations import KEPT, plan_scale, propose_scale
+from membership.operations import KEPT, propose
 from membership.phases import advance
+from membership.preview import plan_of
 from membership.resilience import resilience
 from membership.store import Compare, Op, TxnResult
 from membership.types import Operation, Phase
+from membership.wish import scale
 from tests.simulated import CONFIG, World
 
 pytestmark = pytest.mark.unit
@@ -37,7 +39,7 @@ def test_the_same_id_is_the_same_operation(world: World) -> None:
     assert world.scale(6, op_id="x") == first
     world.settle()
     assert world.scale(6, op_id="x").phase is Phase.DONE
-    with pytest.raises(OperationConflict, match="operation x exists already, with target 6, not 5"):
+    with pytest.raises(OperationConflict, match="operation x exists already: scale to 6, not scale to 5"):
         world.scale(5, op_id="x")
 
 
@@ -64,7 +66,7 @@ def test_of_two_proposals_at_once_one_wins(world: World) -> None:
             return world.store.txn(compares, success)
 
     with pytest.raises(OperationConflict, match="other"):
-        propose_scale(Late(), "sim", 6, timeout_s=5.0, clock=lambda: world.now)  # type: ignore[arg-type]
+        propose(Late(), "sim", scale(6), timeout_s=5.0, clock=lambda: world.now)  # type: ignore[arg-type]
     assert list(world.state.operations) == ["other"]
 
 
@@ -81,17 +83,17 @@ def test_an_answer_that_was_lost_is_read_back(world: World, landed: bool) -> Non
 
     store = Lossy()
     if landed:
-        found = propose_scale(store, "sim", 6, op_id="x", timeout_s=5.0, clock=lambda: world.now)  # type: ignore[arg-type]
+        found = propose(store, "sim", scale(6), op_id="x", timeout_s=5.0, clock=lambda: world.now)  # type: ignore[arg-type]
         assert found == world.state.operations["x"]
     else:
         with pytest.raises(StoreUnavailable):
-            propose_scale(store, "sim", 6, op_id="x", timeout_s=5.0, clock=lambda: world.now)  # type: ignore[arg-type]
+            propose(store, "sim", scale(6), op_id="x", timeout_s=5.0, clock=lambda: world.now)  # type: ignore[arg-type]
 
 
 def test_an_epoch_that_has_passed_is_refused(world: World) -> None:
     with pytest.raises(Fenced, match="the epoch is 1, not 7"):
-        propose_scale(world.store, "sim", 6, if_epoch=7, timeout_s=5.0)
-    assert propose_scale(world.store, "sim", 6, if_epoch=1, timeout_s=5.0).if_epoch == 1
+        propose(world.store, "sim", scale(6), if_epoch=7, timeout_s=5.0)
+    assert propose(world.store, "sim", scale(6), if_epoch=1, timeout_s=5.0).if_epoch == 1
 
 
 @pytest.mark.parametrize(("target", "words"), [(0, "0 ranks"), (13, "more than the 12"), (-1, "-1 ranks")])
@@ -109,7 +111,7 @@ def test_a_cluster_that_starts_cannot_be_scaled_yet() -> None:
 
 def test_no_such_cluster(world: World) -> None:
     with pytest.raises(ConfigError, match="no cluster 'elsewhere'"):
-        propose_scale(world.store, "elsewhere", 6, timeout_s=5.0)
+        propose(world.store, "elsewhere", scale(6), timeout_s=5.0)
 
 
 def test_old_operations_are_forgotten(world: World) -> None:
@@ -124,7 +126,7 @@ def test_old_operations_are_forgotten(world: World) -> None:
 
 def test_a_plan_says_what_then_happens(world: World) -> None:
     for target in (6, 3, 5):
-        plan = plan_scale(world.state, target)
+        plan = plan_of(scale(target), world.state)
         name = world.scale(target).id
         world.settle()
         operation = world.state.operations[name]
@@ -136,10 +138,10 @@ def test_a_plan_says_whose_death_would_cost_experts() -> None:
     world = World(desired=3, config=replace(CONFIG, expert_bytes=1000), nodes=("a", "b"))
     world.settle()
     before = world.state
-    pair = plan_scale(before, 2)
+    pair = plan_of(scale(2), before)
     assert pair.survives is not None
     assert (pair.survives.vital_ranks, pair.survives.vital_hosts) == ((), ())
-    alone = plan_scale(before, 1)
+    alone = plan_of(scale(1), before)
     assert alone.survives is not None
     assert (alone.survives.vital_ranks, alone.slots_for_rank_loss) == ((0,), None)
     assert world.state == before, "a plan changes nothing"
@@ -148,7 +150,7 @@ def test_a_plan_says_whose_death_would_cost_experts() -> None:
 def test_a_plan_that_adds_ranks_knows_their_hosts() -> None:
     world = World(desired=1, config=replace(CONFIG, expert_bytes=1000), nodes=("a", "b"))
     world.settle()
-    plan = plan_scale(world.state, 4)
+    plan = plan_of(scale(4), world.state)
     world.scale(4)
     world.settle()
     view = world.state.view
@@ -159,12 +161,12 @@ def test_a_plan_that_adds_ranks_knows_their_hosts() -> None:
 
 
 def test_a_plan_takes_as_long_as_the_last_one_took(world: World) -> None:
-    assert plan_scale(world.state, 6).estimated_s is None, "nothing was measured yet"
+    assert plan_of(scale(6), world.state).estimated_s is None, "nothing was measured yet"
     times = {"proposed": 10.0, "spawning": 10.5, "loading": 12.0, "ready": 16.0, "done": 17.0}
     done = Operation(id="o", kind="scale", target=4, phase=Phase.DONE, bytes_moved=20_000, phase_times=times)
     state = replace(world.state, operations={"o": done})
-    assert plan_scale(state, 6).estimated_s == pytest.approx(2.0 + 10_000 * 4.0 / 20_000)
-    assert plan_scale(state, 3).estimated_s == pytest.approx(8_000 * 4.0 / 20_000), "nobody is launched"
+    assert plan_of(scale(6), state).estimated_s == pytest.approx(2.0 + 10_000 * 4.0 / 20_000)
+    assert plan_of(scale(3), state).estimated_s == pytest.approx(8_000 * 4.0 / 20_000), "nobody is launched"
 
 
 def test_an_operation_that_is_over_leaves_room_for_the_next(world: World) -> None:

@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from random import Random
 
 import pytest
 
-from membership.types import ClusterState
+from membership.errors import OperationConflict
+from membership.operations import cancel
+from membership.preview import plan_of
+from membership.types import ClusterState, Operation
+from membership.wish import drain, scale, undrain
 from tests.simulated import World
 
 pytestmark = pytest.mark.unit
 
 CHANCES = {
-    "agents": 30, "control": 30, "engine": 15, "kill": 2, "scale": 2, "elect": 4, "old": 3, "agent": 0.7,
+    "agents": 30, "control": 30, "engine": 15, "kill": 2, "change": 4, "cancel": 1, "elect": 4, "old": 3, "agent": 0.7,
     "new engine": 1, "mask": 1, "bad": 1, "wait": 6,
 }  # fmt: skip
+
+
+def ask_for_something(world: World, random: Random) -> None:
+    """Scale, drain or undrain, within what is possible."""
+    desired, some = world.state.desired, random.randint(1, 2)
+    assert desired is not None
+    wish = scale(random.randint(1, 7))
+    if random.random() < 0.4 and len(desired.slots) > some:
+        wish = drain(*random.sample(desired.slots, some))
+    elif desired.cordoned and random.random() < 0.7:
+        wish = undrain(random.choice(desired.cordoned))
+    if not plan_of(wish, world.state).refused:
+        world.ask(wish, timeout_s=random.choice([0.5, 5.0, 60.0]))
+
+
+def give_up(world: World, active: Operation) -> None:
+    """Cancel, if it is not too late."""
+    with suppress(OperationConflict):
+        cancel(world.store, world.config.cluster, active.id, "somebody")
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -34,8 +58,10 @@ def test_any_life(seed: int) -> None:
                 world.engine_acts()
             case "kill":
                 world.kill(random.randrange(7), backoff_s=random.choice([0.0, 0.3, 5.0]))
-            case "scale" if world.serving and not any(op.active for op in world.state.operations.values()):
-                world.scale(random.randint(1, 7), timeout_s=random.choice([0.5, 5.0, 60.0]))
+            case "change" if world.serving and world.state.active is None:
+                ask_for_something(world, random)
+            case "cancel" if (active := world.state.active) is not None:
+                give_up(world, active)
             case "elect":
                 world.elect()
             case "old" if past:
@@ -61,4 +87,5 @@ def test_any_life(seed: int) -> None:
     desired = world.state.desired
     assert desired is not None
     world.assert_whole(desired.ranks)
+    assert not set(world.serving) & set(desired.cordoned), "a drained slot stays empty"
     assert world.epochs == list(range(1, len(world.epochs) + 1))
