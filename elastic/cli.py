@@ -30,6 +30,9 @@ def serve(
     model: Annotated[Path, typer.Argument(help="Checkpoint directory in Hugging Face format.")],
     ranks: Annotated[int, typer.Option(help="Expert-parallel ranks to start with.")] = 4,
     max_ranks: Annotated[int | None, typer.Option(help="Never more ranks than this.")] = None,
+    follow_agents: Annotated[
+        int, typer.Option(min=0, help="So many ranks per agent: whoever starts or stops agents sets the size.")
+    ] = 0,
     spares: Annotated[
         int, typer.Option(help="Warm spares: processes with the model loaded that take a dead rank's place at once.")
     ] = 0,
@@ -69,8 +72,9 @@ def serve(
 
         run_serve(
             ServeOptions(
-                model=model, ranks=ranks, max_ranks=max_ranks, spares=spares, redundancy=redundancy,
-                etcd=tuple(etcd.split(",")) if etcd else (), cluster=cluster, host=host, port=port,
+                model=model, ranks=ranks, max_ranks=max_ranks, follow_agents=follow_agents, spares=spares,
+                redundancy=redundancy, etcd=tuple(etcd.split(",")) if etcd else (), cluster=cluster, host=host,
+                port=port,
                 admin_port=admin_port, state_dir=state_dir, served_model_name=served_model_name, dtype=dtype,
                 exactness=exactness, device=device, max_model_len=max_model_len, kv_blocks=kv_blocks,
                 restart_intensity=restart_intensity, restart_window_s=seconds(restart_window),

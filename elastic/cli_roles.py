@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from elastic.options import reported
+from elastic.options import reported, seconds
 from elastic.role import run_role
 from elastic.statedir import StateDir, home
 from membership.errors import ConfigError
@@ -65,15 +65,22 @@ def agent(
         str, typer.Option(help="module:Class of the worker that ranks run.")
     ] = "workers.worker:EPWorker",
     spares: Annotated[int, typer.Option(min=0, help="Keep so many warm spares on this host.")] = 0,
+    drain_grace: Annotated[
+        str,
+        typer.Option(help="On SIGTERM, hand over to ranks of other hosts first, for so long; 0: end at once."),
+    ] = "60s",
 ) -> None:
-    """Spawn and supervise this host's ranks as assigned."""
+    """Spawn and supervise this host's ranks as assigned. SIGTERM drains them, if others serve; a second one ends it."""
     with reported():
         from workers.agent import run_agent
 
         endpoints, name, state = _where(etcd, cluster, state_dir)
+        grace_s = seconds(drain_grace)
         run_role(
             "agent", endpoints, str(state.events),
-            lambda store, stop, events: run_agent(store, name, node, stop, events, worker_class, spares=spares),
+            lambda store, stop, events: run_agent(
+                store, name, node, stop, events, worker_class, spares=spares, drain_grace_s=grace_s
+            ),
         )  # fmt: skip
 
 

@@ -76,6 +76,7 @@ class ServeOptions:
     device: str = "auto"
     max_model_len: int | None = None
     kv_blocks: int = 1024
+    follow_agents: int = 0
     restart_intensity: int = 6
     restart_window_s: float = 60.0
     ready_timeout_s: float = 180.0
@@ -101,6 +102,7 @@ def cluster_config(options: ServeOptions) -> ClusterConfig:
         device=options.device,
         max_model_len=min(info.max_position, options.max_model_len or 4096),
         kv_blocks=options.kv_blocks,
+        follow_agents=options.follow_agents,
         restart_intensity=options.restart_intensity,
         restart_window_s=options.restart_window_s,
         eos_token_ids=info.eos_token_ids,
@@ -302,7 +304,7 @@ class Supervisor:
         else:
             arguments += ["--node", self.node]
         if name == "agent":
-            arguments += ["--spares", str(self.options.spares)]
+            arguments += ["--spares", str(self.options.spares), "--drain-grace", "0"]  # it ends with everything else
         environment = {"ELASTIC_ADMIN_TOKEN": self.options.admin_token} if name == "gateway" else {}
         return RoleProcess(name, arguments, self.state.log(name), environment=environment)
 

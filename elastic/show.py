@@ -37,6 +37,7 @@ def status_view(document: dict[str, Any]) -> RenderableType:
     heading = Text.assemble(
         (f"{document['cluster']} ", "bold"), (state, COLOURS.get(state, "")),
         f"   epoch {document['epoch']}   ranks {serving}/{document['desired']}",
+        " (set by the agents)" if document.get("owner") == "agents" else "",
         f"   live replicas >= {coverage['min_live_replicas']}",
         f"   requests {requests['running']} running, {requests['waiting']} waiting",
     )  # fmt: skip

@@ -97,6 +97,7 @@ class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
     operation: OperationStatus | None
     requests: RequestsStatus
     spares: SparesStatus = SparesStatus()
+    owner: Literal["operator", "agents"] = "operator"  # who sets `desired`
     drained: tuple[int, ...] = ()  # slots that stay empty until they are undrained
     nodes: tuple[NodeStatus, ...] = ()
     pause: PauseStatus | None = None
@@ -127,6 +128,7 @@ def cluster_status(state: ClusterState, now: float, store: str = "") -> ClusterS
         operation=None if operation is None else _operation(operation),
         requests=RequestsStatus() if load is None else RequestsStatus(running=load.running, waiting=load.waiting),
         spares=_spares(state),
+        owner="agents" if state.config.follow_agents else "operator",
         drained=census.desired.cordoned,
         nodes=tuple(_node(census, node) for node in sorted(state.agents)),
         pause=_pause(state, now),
@@ -226,7 +228,8 @@ def _member_state(census: Census, member: Member, alive: bool) -> RankState:
     if not alive:
         return RankState.DEAD
     staged = census.state.next
-    leaving = census.operation is not None and staged is not None and staged.member(member.rank) is None
+    planned = census.operation is not None or member in census.relieved
+    leaving = planned and staged is not None and staged.member(member.rank) is None
     return RankState.DRAINING if leaving else RankState.SERVING
 
 

@@ -96,6 +96,12 @@ class Census:
         agent = self.state.agents.get(assignment.node)
         return agent is None or agent.started == assignment.agent_started
 
+    @cached_property
+    def leaving(self) -> frozenset[str]:
+        """Nodes that are to be relieved of their ranks: their agents ask for it, and somebody lives elsewhere."""
+        asking = {node for node, agent in self.state.agents.items() if agent.leaving}
+        return frozenset(asking) if any(m.node not in asking for m in self.alive) else frozenset()
+
     def record(self, member: Member) -> RankRecord | None:
         """What the member's agent says of it."""
         return self.state.ranks.get((member.rank, member.incarnation))
@@ -169,9 +175,15 @@ class Census:
     @cached_property
     def keep(self) -> tuple[Member, ...]:
         """Live members that shall stay: the lowest ranks, if there are too many."""
+        staying = tuple(m for m in self.alive if m.node not in self.leaving)
         if self._settled:
-            return tuple(m for m in self.alive if m.rank in self.desired.slots)
-        return tuple(m for m in self.alive if m.rank not in self.desired.cordoned)[: self.target]
+            return tuple(m for m in staying if m.rank in self.desired.slots)
+        return tuple(m for m in staying if m.rank not in self.desired.cordoned)[: self.target]
+
+    @cached_property
+    def relieved(self) -> tuple[Member, ...]:
+        """Live members whom their node is to be relieved of."""
+        return tuple(m for m in self.alive if m.node in self.leaving)
 
     @cached_property
     def fill(self) -> tuple[int, ...]:
@@ -197,8 +209,13 @@ class Census:
     @cached_property
     def ready(self) -> tuple[Member, ...]:
         """Wanted newcomers that have registered and may be staged."""
-        found = (self.newcomers.get(slot) for slot in self.fill)
-        return tuple(n.member for n in found if n is not None and n.registered and not n.trouble)
+        return tuple(n.member for n in self.coming.values() if n.registered and not n.trouble)
+
+    @cached_property
+    def coming(self) -> dict[int, Newcomer]:
+        """Newcomers that are wanted where they are."""
+        found = {slot: self.newcomers[slot] for slot in self.fill if slot in self.newcomers}
+        return {slot: n for slot, n in found.items() if n.member.node not in self.leaving}
 
     @cached_property
     def flipped(self) -> bool:
@@ -211,7 +228,7 @@ class Census:
     @cached_property
     def surplus(self) -> tuple[Member, ...]:
         """Assigned ranks that nobody wants any more."""
-        return tuple(n.member for rank, n in sorted(self.newcomers.items()) if rank not in self.fill)
+        return tuple(n.member for rank, n in sorted(self.newcomers.items()) if rank not in self.coming)
 
     @cached_property
     def lingering(self) -> tuple[tuple[int, int], ...]:

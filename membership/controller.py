@@ -203,6 +203,8 @@ class _Term:
         if effect.assignments:
             nodes = {a.node: {s.rank: s.incarnation for s in a.ranks} for a in effect.assignments}
             self._emit("ranks_assigned", effect, nodes=nodes)
+        if effect.desired is not None and state.desired is not None and effect.desired.ranks != state.desired.ranks:
+            self._emit("desired_changed", effect, ranks=effect.desired.ranks)
         if effect.operation is not None:
             op = effect.operation
             fields = {

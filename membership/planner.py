@@ -14,6 +14,7 @@ import msgspec
 from msgspec.structs import replace
 
 from membership.census import Census, scale_refusal
+from membership.following import followed
 from membership.phases import ORDER, advance
 from membership.placement import moves
 from membership.rebalance import FAILED_REST_S, rebalance
@@ -66,6 +67,7 @@ def due(state: ClusterState, now: float) -> float | None:
     elif state.desired is not None and _quiet(census := Census(state, now)):
         better = rebalance(census)
         paused_until = state.pause.until if state.pause is not None else 0.0
+        times += [paused_until] if state.config.follow_agents else []
         times += [max(better.at, paused_until)] if better is not None else []
     return min((at for at in times if at > now), default=None)
 
@@ -215,8 +217,8 @@ def _quiet(census: Census) -> bool:
 def _goal(census: Census) -> tuple[Member, ...]:
     """The members that the next view should have; empty if none should be staged now."""
     keep, ready, fill = census.keep, census.ready, census.fill
-    dead = set(census.members) - set(census.alive)
-    if dead and keep and not (_stuck(census) and ready):
+    gone = (set(census.members) - set(census.alive)) | set(census.relieved)
+    if gone and keep and not (_stuck(census) and ready):
         return keep  # first make a loss durable with those who are left: that depends on nobody new
     if fill:
         missing = [slot for slot in fill if slot not in {m.rank for m in ready}]
@@ -235,7 +237,7 @@ def _quarantined(census: Census, slot: int) -> bool:
 
 def _coming(census: Census, slot: int) -> bool:
     """Whether a rank is on its way into the slot, or could be sent at once."""
-    return slot in census.newcomers or (_may_start(census, slot) and bool(room(census)))
+    return slot in census.coming or (_may_start(census, slot) and bool(room(census)))
 
 
 def _stuck(census: Census) -> bool:
@@ -365,6 +367,14 @@ def _moved(census: Census, operation: Operation) -> Operation | None:
     return None
 
 
+def _follow(census: Census) -> Effect | None:
+    """The number of agents sets the size, where it is to."""
+    desired = followed(census)
+    if desired is None:
+        return None
+    return Effect(reason=f"{len(desired.nodes)} agents, so {desired.ranks} ranks", desired=desired)
+
+
 def _rebalance(census: Census) -> Effect | None:
     """In a quiet cluster: the same members with a better placement, a budget's worth at a time."""
     if census.state.next is not None or census.state.paused(census.now) or not _quiet(census):
@@ -376,4 +386,6 @@ def _rebalance(census: Census) -> Effect | None:
     return Effect(reason=f"epoch {view.epoch}: {better.reason}", stage=view)
 
 
-RULES: tuple[Callable[[Census], Effect | None], ...] = (_commit, _abort, _drop, _stage, _assign, _progress, _rebalance)
+RULES: tuple[Callable[[Census], Effect | None], ...] = (
+    _commit, _abort, _follow, _drop, _stage, _assign, _progress, _rebalance,
+)  # fmt: skip

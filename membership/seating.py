@@ -10,7 +10,8 @@ from membership.census import Census
 def room(census: Census) -> dict[str, int]:
     """node -> how many more ranks it takes, for the live agents that take any."""
     running = [node for node, _ in census.assigned.values()]
-    left = {node: agent.capacity - running.count(node) for node, agent in sorted(census.state.agents.items())}
+    staying = {node: agent for node, agent in sorted(census.state.agents.items()) if not agent.leaving}
+    left = {node: agent.capacity - running.count(node) for node, agent in staying.items()}
     return {node: number for node, number in left.items() if number > 0}
 
 

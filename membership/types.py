@@ -66,6 +66,7 @@ class ClusterConfig(Record, frozen=True, kw_only=True):
     max_seqs: int = 64  # per rank and step
     eos_token_ids: tuple[int, ...] = ()
     vocab_size: int = 0
+    follow_agents: int = 0  # ranks per agent, if their number is to set the size; 0: operators do
     lease_ttl_s: float = 3.0
     expert_bytes: int = 0  # weights of one expert in one layer; for reports of what a change would move
     rebalance_bytes: int = 2 << 30  # weights that one background rebalance may have ranks load; 0: never rebalance
@@ -108,6 +109,7 @@ class Desired(Record, frozen=True, kw_only=True):
     ranks: int
     operation: str = ""
     slots: tuple[int, ...] = ()  # the rank slots that make it up, once the controller has chosen; who scales keeps them
+    nodes: tuple[str, ...] = ()  # whom `follow_agents` counts; a node whose agent died is still counted
     cordoned: tuple[int, ...] = ()  # drained slots: not counted in `ranks`, and empty until they are undrained
 
 
@@ -145,6 +147,7 @@ class AgentRecord(Record, frozen=True, kw_only=True):
     capacity: int = 64
     spares_wanted: int = 0
     spares: tuple[int, ...] = ()  # the processes that wait for a slot
+    leaving: bool = False  # it asks to be relieved of its ranks, and ends once it has none
 
 
 class RankRecord(Record, frozen=True, kw_only=True):

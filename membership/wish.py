@@ -73,6 +73,8 @@ def desired_without(operation: Operation, present: Desired, members: int) -> Des
 def refusal(wish: Wish, state: ClusterState, config: ClusterConfig) -> str:
     """Return why this cannot be granted in this state, or "" if it can."""
     before = state.desired or Desired(ranks=0)
+    if wish.kind == "scale" and config.follow_agents:
+        return f"the size follows the agents, {config.follow_agents} ranks for each: start or stop one (elastic agent)"
     if wish.kind == "scale":
         return scale_refusal(config, wish.target)
     if not wish.ranks:

@@ -57,6 +57,7 @@ class World:
     effects: list[Effect] = field(default_factory=list)
     bad: set[int] = field(default_factory=set)  # slots whose ranks cannot prepare anything
     mute: set[int] = field(default_factory=set)  # slots whose ranks never register
+    capacity: int = 12  # ranks that an agent takes
     engine: bool = True
     elected: bool = True  # False: controllers run elsewhere
 
@@ -92,7 +93,11 @@ class World:
 
     def start_agent(self, node: str) -> None:
         self.now += 0.001
-        self.put(self.keys.agent(node), AgentRecord(node=node, pid=1, started=self.now, capacity=12))
+        self.put(self.keys.agent(node), AgentRecord(node=node, pid=1, started=self.now, capacity=self.capacity))
+
+    def leave(self, node: str) -> None:
+        """The agent asks to be relieved of its ranks."""
+        self.put(self.keys.agent(node), replace(self.state.agents[node], leaving=True))
 
     def stop_agent(self, node: str) -> None:
         """The agent dies, and its ranks by their death pipes; all leases run out."""

@@ -172,8 +172,8 @@ class _Commands:
         return []
 
     def agent(self, what: str, node: str) -> list[str]:
-        """`agent dies NODE`, its ranks too; `agent starts NODE`: another life of it."""
-        (self.world.stop_agent if what == "dies" else self.world.start_agent)(node)
+        """`agent dies NODE`, its ranks too; `agent starts NODE`: another life of it; `agent leaves NODE`: it asks to."""
+        {"dies": self.world.stop_agent, "starts": self.world.start_agent, "leaves": self.world.leave}[what](node)
         return []
 
     def load(self, rank: str) -> list[str]:

@@ -46,6 +46,7 @@ from workers.agent_state import (
     hung,
     observe,
     record_of,
+    relief,
     stale_records,
 )
 from workers.executor import Death, MultiprocExecutor
@@ -109,14 +110,29 @@ class Agent:
     def run(self, stop: threading.Event) -> None:
         """Do what is assigned until asked to stop."""
         while not stop.is_set():
-            self._take_posted()
-            now = time.time()
-            self._check_heartbeats(time.monotonic())
-            state = self._mirror.state()
-            for key in stale_records(state, self.me.node, self._ranks):
-                self._registrar.withdraw(key)
-            self._act(decide(state, self.me, self._ranks, self._buried, now))
-            self._spares.tend(state, now)
+            self._turn()
+
+    def leave(self, grace_s: float) -> None:
+        """Ask to be relieved of all ranks, and go on until none is left; at most `grace_s`, and only if it can be."""
+        if not grace_s:
+            return
+        self.me = changed(self.me, leaving=True)
+        self._registrar.publish(self._keys.agent(self.me.node), self.me)
+        ranks = sorted(rank for rank, _ in self._ranks)
+        self._events.emit("agent_leaving", cluster=self._config.cluster, node=self.me.node, ranks=ranks)
+        deadline = time.monotonic() + grace_s
+        while time.monotonic() < deadline and relief(self._mirror.state(), self.me, self._ranks):
+            self._turn()
+
+    def _turn(self) -> None:
+        self._take_posted()
+        now = time.time()
+        self._check_heartbeats(time.monotonic())
+        state = self._mirror.state()
+        for key in stale_records(state, self.me.node, self._ranks):
+            self._registrar.withdraw(key)
+        self._act(decide(state, self.me, self._ranks, self._buried, now))
+        self._spares.tend(state, now)
 
     def close(self) -> None:
         """End the ranks, then give up the leases."""
@@ -359,8 +375,9 @@ def run_agent(
     worker_class: str = "workers.worker:EPWorker",
     policy: RestartPolicy | None = None,
     spares: int = 0,
+    drain_grace_s: float = 0.0,
 ) -> None:
-    """Be the agent of `node` until `stop` is set."""
+    """Be the agent of `node` until `stop` is set, then, for up to `drain_grace_s`, until others do its ranks' work."""
     keys = Keys(cluster)
     with Mirror(store, cluster) as mirror:
         config = wait_for_config(mirror, stop)
@@ -370,6 +387,7 @@ def run_agent(
         agent = Agent(store, mirror, keys, config, node, events, worker_class, policy or policy_of(config), spares)
         try:
             agent.run(stop)
+            agent.leave(drain_grace_s)
         finally:
             agent.close()
 

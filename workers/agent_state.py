@@ -230,6 +230,13 @@ def record_of(rank: LocalRank, node: str) -> RankRecord:
     )
 
 
+def relief(state: ClusterState, me: AgentRecord, ranks: Iterable[RankKey]) -> bool:
+    """Whether an agent that leaves should go on waiting: it has ranks still, and others serve that can take over."""
+    staying = {node for node, agent in state.agents.items() if not agent.leaving}
+    others = any(m.node in staying and m.node != me.node for m in (state.view.members if state.view else ()))
+    return others and any(True for _ in ranks)
+
+
 def stale_records(state: ClusterState, node: str, ranks: Mapping[RankKey, LocalRank]) -> list[RankKey]:
     """Records of this node that no process of ours stands behind: left by an earlier life of the agent."""
     return [key for key, record in state.ranks.items() if record.node == node and key not in ranks]

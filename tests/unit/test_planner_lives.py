@@ -18,7 +18,7 @@ pytestmark = pytest.mark.unit
 
 CHANCES = {
     "agents": 30, "control": 30, "engine": 15, "kill": 2, "change": 4, "cancel": 1, "elect": 4, "old": 3, "agent": 0.7,
-    "new engine": 1, "mask": 1, "bad": 1, "wait": 6,
+    "new engine": 1, "leave": 0.7, "mask": 1, "bad": 1, "wait": 6,
 }  # fmt: skip
 
 
@@ -71,6 +71,8 @@ def test_any_life(seed: int) -> None:
                 world.stop_agent(node)
                 if random.random() < 0.8:
                     world.start_agent(node)
+            case "leave" if world.state.agents:
+                world.leave(random.choice(sorted(world.state.agents)))
             case "new engine":
                 world.start_engine()
             case "mask" if world.epochs:
@@ -81,7 +83,8 @@ def test_any_life(seed: int) -> None:
                 world.now += random.choice([0.05, 0.5, 3.0])
     world.bad = set()
     for node in world.nodes:
-        if node not in world.state.agents:
+        if node not in world.state.agents or world.state.agents[node].leaving:
+            world.stop_agent(node)
             world.start_agent(node)
     world.settle(random)
     desired = world.state.desired

@@ -89,6 +89,7 @@ def test_the_document_is_exactly_as_promised() -> None:
         "operation": None,
         "requests": {"running": 5, "waiting": 1},
         "spares": {"wanted": 0, "ready": 0},
+        "owner": "operator",
         "drained": [],
         "nodes": [{"node": "n", "ranks": 4, "safe_to_delete": False}],
         "pause": None,

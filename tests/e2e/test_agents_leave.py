@@ -1,0 +1,82 @@
+"""A second agent joins and leaves by SIGTERM while clients stream; the size follows the agents, if it is to."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from chaos.cluster import ServedCluster
+from tests.e2e.conftest import Serve
+from tests.e2e.test_scale import elastic, stream_all
+from tests.helpers import eventually
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+T = 60.0
+
+
+@contextmanager
+def agent(cluster: ServedCluster, node: str) -> Iterator[subprocess.Popen[bytes]]:
+    """`elastic agent` of another node, on this machine."""
+    address = cluster.state.address()
+    where = ["--etcd", ",".join(address.etcd), "--cluster", address.cluster, "--state-dir", str(cluster.state.path)]
+    with cluster.state.log(f"agent-{node}").open("ab") as out:
+        command = [sys.executable, "-m", "elastic.cli", "agent", "--node", node, *where]
+        process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait(timeout=10.0)
+
+
+def where(cluster: ServedCluster) -> dict[int, str]:
+    return {rank["rank"]: rank["node"] for rank in elastic(cluster, "status")["ranks"] if rank["state"] == "serving"}
+
+
+def of(cluster: ServedCluster, node: str) -> Callable[[], int]:
+    return lambda: list(where(cluster).values()).count(node)
+
+
+def test_sigterm_hands_an_agents_work_over(serve: Serve, demo_model: Path) -> None:
+    cluster = serve(demo_model, 2)
+    cluster.wait_serving(2)
+    model = cluster.model_name()
+    expected = [f.result(timeout=180) for f in stream_all(cluster, model, 300)]
+    with agent(cluster, "other") as other:
+        eventually(lambda: "other" in cluster.client().state().agents, T, "the second agent to register")
+        assert elastic(cluster, "scale", "4")["phase"] == "done"
+        assert of(cluster, "other")() == 2
+        streams = stream_all(cluster, model, 300)
+        eventually(lambda: elastic(cluster, "status")["requests"]["running"] > 8, T, "streams under way")
+        other.send_signal(signal.SIGTERM)
+        assert other.wait(timeout=T) == 0
+    assert [f.result(timeout=180) for f in streams] == expected
+    leaving = [event for event in cluster.events() if event.kind == "agent_leaving"]
+    assert len(leaving[0].fields["ranks"]) == 2
+    died = [event for event in cluster.events() if event.kind == "rank_died"]
+    assert not died, "they were retired, none was lost"
+    status = cluster.wait_serving(4)
+    assert {rank["node"] for rank in status["ranks"]} == {node["node"] for node in status["nodes"]}
+    assert status["desired"] == 4
+
+
+def test_the_size_follows_the_agents(serve: Serve, demo_model: Path) -> None:
+    cluster = serve(demo_model, 2, flags=("--follow-agents", "2"))
+    cluster.wait_serving(2)
+    assert elastic(cluster, "status")["owner"] == "agents"
+    with ExitStack() as stack:
+        other = stack.enter_context(agent(cluster, "other"))
+        cluster.wait_serving(4, timeout_s=T)
+        assert of(cluster, "other")() == 2
+        other.send_signal(signal.SIGTERM)
+        assert other.wait(timeout=T) == 0
+        status = cluster.wait_serving(2, timeout_s=T)
+        assert status["desired"] == 2
