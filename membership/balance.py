@@ -11,11 +11,10 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from membership.evening import Evening
 from membership.placement import Loads, held_by, host_numbers, placement_of
 from membership.types import Placement
 
-EVEN = 1.05  # a layer whose busiest rank has so many times the mean is left alone
-PARTNERS = 8  # so many of the least busy ranks are tried for an exchange
 PRIOR = 0.02  # part of the mean load that every expert is taken to have at least: nothing is for free
 
 
@@ -39,11 +38,19 @@ def balanced(
     holds = held_by(weights.shape[0], weights.shape[1], order, placement)
     hosts = host_numbers(order, nodes)
     floor = min(int(redundancy), len(order))
+    worst_first = np.argsort(-_uneven(holds, weights), kind="stable").tolist()
+    steps = list(Evening(holds, weights, hosts, floor, exchanges=most_moves > 1).steps())
     left = most_moves
-    for layer in np.argsort(-_uneven(holds, weights), kind="stable").tolist():
-        evening = _Evening(holds[layer], weights[layer], hosts, floor)
-        while left > 0 and (moved := evening.step(left)):
-            left -= moved
+    for layer in worst_first:
+        for step in steps:
+            mine = step.layer == layer
+            if not mine.any():
+                break
+            left -= int(mine.sum())
+            if left < 0:
+                return placement_of(holds, order)
+            for row, old, new in zip(step.row[mine], step.old[mine], step.new[mine], strict=True):
+                holds[layer, row, old], holds[layer, row, new] = False, True
     return placement_of(holds, order)
 
 
@@ -59,93 +66,6 @@ def _uneven(holds: NDArray[np.bool_], weights: NDArray[np.float64]) -> NDArray[n
     load = np.einsum("lre,le->lr", holds, share)
     uneven: NDArray[np.float64] = load.max(axis=1) / load.mean(axis=1)
     return uneven
-
-
-class _Evening:
-    """One layer being evened out; `holds[row, expert]` is changed in place."""
-
-    def __init__(
-        self, holds: NDArray[np.bool_], weights: NDArray[np.float64], hosts: NDArray[np.int64], floor: int
-    ) -> None:
-        self.holds, self.weights, self.hosts, self.floor = holds, weights, hosts, floor
-        self.rows_of = hosts[None, :] == np.arange(int(hosts.max()) + 1)[:, None]  # [host, row]
-
-    def step(self, most_moves: int) -> int:
-        """Do what lowers the busiest rank's load most, by at least 1%; return how many experts move, 0 if nothing."""
-        now = self._load(self.holds)
-        if now.max() <= EVEN * now.mean():
-            return 0
-        self.on_host = self.rows_of.astype(np.int64) @ self.holds.astype(np.int64)  # [host, expert]: replicas there
-        self.spread = (self.on_host > 0).sum(axis=0)
-        found = [self._extra_replica(now)] + ([self._exchange(now)] if most_moves >= 2 else [])
-        able = [(self._cost(new), moves, new) for moves, new in filter(None, found)]
-        best = min(able, key=lambda option: option[:2], default=None)
-        if best is None or best[0] > 0.99 * float(now.max()):
-            return 0
-        self.holds[:] = best[2]
-        return best[1]
-
-    def _load(self, holds: NDArray[np.bool_]) -> NDArray[np.float64]:
-        load: NDArray[np.float64] = holds @ (self.weights / np.maximum(holds.sum(axis=0), 1))
-        return load
-
-    def _cost(self, holds: NDArray[np.bool_]) -> float:
-        return float(self._load(holds).max())
-
-    def _exchange(self, load: NDArray[np.float64]) -> tuple[int, NDArray[np.bool_]] | None:
-        """The busiest rank gives an expert for a lighter one, such that the two come closest to each other."""
-        share = self.weights / self.holds.sum(axis=0)
-        busy = int(load.argmax())
-        best: tuple[float, int, int, int] | None = None
-        for other in np.argsort(load, kind="stable")[:PARTNERS].tolist():
-            gap = float(load[busy] - load[other])
-            gives = np.flatnonzero(self.holds[busy] & ~self.holds[other] & self._may_go(busy, other))
-            takes = np.flatnonzero(self.holds[other] & ~self.holds[busy] & self._may_go(other, busy))
-            if gap <= 0 or not gives.size or not takes.size:
-                continue
-            moved = share[gives][:, None] - share[takes][None, :]
-            higher = np.maximum(load[busy] - moved, load[other] + moved)  # of the two, afterwards
-            at = int(higher.argmin())
-            option = (float(higher.flat[at]), other, int(gives[at // len(takes)]), int(takes[at % len(takes)]))
-            best = option if best is None or option < best else best
-        if best is None:
-            return None
-        _, other, given, taken = best
-        new = self.holds.copy()
-        new[busy, given] = new[other, taken] = False
-        new[other, given] = new[busy, taken] = True
-        return 2, new
-
-    def _extra_replica(self, load: NDArray[np.float64]) -> tuple[int, NDArray[np.bool_]] | None:
-        """The busiest rank's hottest expert gets one more replica, in place of a replica that its expert can spare."""
-        replicas = self.holds.sum(axis=0)
-        share = self.weights / replicas
-        spare = replicas > max(self.floor, 1)
-        hot = max(np.flatnonzero(self.holds[int(load.argmax())]).tolist(), key=lambda e: share[e], default=None)
-        if hot is None or not spare.any():
-            return None
-        spare[hot] = False
-        options = []
-        for row in np.flatnonzero(~self.holds[:, hot]).tolist():
-            alone = (self.on_host[self.hosts[row]] == 1) & (self.spread == 2)  # it would be on one host only
-            for expert in np.flatnonzero(self.holds[row] & spare & ~alone).tolist():
-                new = self.holds.copy()
-                new[row, expert], new[row, hot] = False, True
-                options.append((self._cost(new), row, expert))
-        if not options:
-            return None
-        _, row, expert = min(options)
-        new = self.holds.copy()
-        new[row, expert], new[row, hot] = False, True
-        return 1, new
-
-    def _may_go(self, row: int, to: int) -> NDArray[np.bool_]:
-        """Experts that keep their hosts, or two of them, when `row` gives them to `to`."""
-        if self.hosts[row] == self.hosts[to]:
-            return np.ones(self.holds.shape[1], dtype=np.bool_)
-        after = self.spread - (self.on_host[self.hosts[row]] == 1) + (self.on_host[self.hosts[to]] == 0)
-        may: NDArray[np.bool_] = after >= np.minimum(self.spread, 2)
-        return may
 
 
 def cut(current: Placement, wanted: Placement, moe_layers: int, experts: int, most_moves: int) -> Placement:

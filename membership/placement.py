@@ -16,12 +16,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from membership.dealing import deal, replica_counts
 from membership.errors import PlanRefused
 from membership.types import Placement
 
 Loads = Sequence[Sequence[float]]
 """For each MoE layer, how much work each expert had."""
 
+MANY = 4000  # missing replicas that are dealt out rather than placed one by one with care
 _ROUNDING = 1e-9  # 1.1 * 10 slots are 11, whatever the floating point says
 
 
@@ -83,13 +85,23 @@ def plan(
     hosts = host_numbers(order, nodes or {})
     slots = min(max_ranks_allowed(experts, redundancy), experts * len(order))
     odd = _OddSlots(slots, holds.sum(axis=2))
-    alike = loads is None and not holds.any() and hosts.max() == 0
-    for layer in range(moe_layers):
-        if alike and layer:  # all layers are the same problem: turn the first one's answer
+    weights = np.ones((moe_layers, experts)) if loads is None else np.asarray(loads, dtype=np.float64)
+    replicas = replica_counts(slots, weights, holds.sum(axis=1), len(order))
+    planned = [
+        _Layer(holds[layer], replicas[layer], weights[layer], odd.capacity(layer), layer, hosts)
+        for layer in range(moe_layers)
+    ]
+    if loads is None and not holds.any() and hosts.max() == 0:  # all layers are the same problem
+        planned[0].place()
+        for layer in range(1, moe_layers):
             holds[layer] = np.roll(holds[0], layer * (slots % len(order) or 1), axis=0)
-            continue
-        weights = np.ones(experts) if loads is None else np.asarray(loads[layer], dtype=np.float64)
-        _Layer(holds[layer], slots, weights, odd.capacity(layer), layer, hosts).solve()
+        return placement_of(holds, order)
+    for each in planned:
+        each.drop()
+    if slots * moe_layers - holds.sum() > MANY:
+        deal(holds, replicas, weights / replicas, np.array([each.capacity for each in planned]), hosts)
+    for each in planned:
+        each.place()
     return placement_of(holds, order)
 
 
@@ -107,9 +119,12 @@ def repair(moe_layers: int, experts: int, current: Placement) -> Placement:
 
 def placement_of(holds: NDArray[np.bool_], order: Sequence[int]) -> Placement:
     """Return [layer, row, expert] as a placement of the ranks in `order`."""
-    return {
-        rank: tuple(tuple(np.flatnonzero(layer).tolist()) for layer in holds[:, row]) for row, rank in enumerate(order)
-    }
+    by_row = holds.swapaxes(0, 1)
+    experts = np.nonzero(by_row)[2].tolist()
+    ends = np.cumsum(by_row.sum(axis=2)).tolist()
+    held = [tuple(experts[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+    layers = len(holds)
+    return {rank: tuple(held[row * layers : (row + 1) * layers]) for row, rank in enumerate(order)}
 
 
 def host_numbers(order: Sequence[int], nodes: Mapping[int, str]) -> NDArray[np.int64]:
@@ -158,7 +173,7 @@ class _Layer:
     def __init__(
         self,
         holds: NDArray[np.bool_],
-        slots: int,
+        replicas: NDArray[np.int64],
         weights: NDArray[np.float64],
         capacity: NDArray[np.int64],
         shift: int,
@@ -167,22 +182,33 @@ class _Layer:
         self.holds = holds
         self.rows, self.experts = holds.shape
         self.shift = shift
-        self.replicas = self._replicas(slots, weights)
-        self.share = weights / self.replicas  # load of one replica
-        self.size = holds.sum(axis=1)
+        self.replicas = replicas
+        self.share = weights / replicas  # load of one replica
         self.capacity = capacity
-        self.load: NDArray[np.float64] = holds @ self.share
         self.hosts = hosts
-        self.on_host = np.zeros((int(hosts.max()) + 1, self.experts), dtype=np.int64)  # replicas on each host
-        np.add.at(self.on_host, hosts, holds)
+        rows_of = hosts[None, :] == np.arange(int(hosts.max()) + 1)[:, None]
+        self.rows_of = rows_of.astype(np.float64)  # [host, row]
         self.meets = np.zeros((self.rows, self.rows), dtype=np.int64)  # replicas placed together: spread them evenly
 
-    def solve(self) -> None:
-        """Drop what is too much, then place what is missing."""
+        self._look()
+
+    def _look(self) -> None:
+        """Count what is there."""
+        self.size = self.holds.sum(axis=1)
+        held = self.holds.astype(np.float64)  # numpy multiplies no other kind of matrices fast
+        self.load: NDArray[np.float64] = held @ self.share
+        self.on_host = (self.rows_of @ held).astype(np.int64)  # replicas on each host
+
+    def drop(self) -> None:
+        """Drop what is too much."""
         for expert in np.flatnonzero(self.holds.sum(axis=0) > self.replicas).tolist():
             self._drop_surplus(expert)
         for row in np.flatnonzero(self.size > self.capacity).tolist():
             self._shrink(row)
+
+    def place(self) -> None:
+        """Place what is missing."""
+        self._look()
         missing = self.replicas - self.holds.sum(axis=0)
         for expert in np.argsort(-self.share, kind="stable").tolist():
             for _ in range(missing[expert]):
@@ -190,18 +216,6 @@ class _Layer:
         if len(self.on_host) > 1:
             for expert in np.flatnonzero((self.on_host > 0).sum(axis=0) < np.minimum(self.replicas, 2)).tolist():
                 self._spread(expert)
-
-    def _replicas(self, slots: int, weights: NDArray[np.float64]) -> NDArray[np.int64]:
-        """Return each expert's number of replicas: the whole part for all, the rest by load per replica."""
-        whole, rest = divmod(slots, self.experts)
-        replicas = np.full(self.experts, whole, dtype=np.int64)
-        now = self.holds.sum(axis=0)
-        for _ in range(rest):
-            hot = np.where(replicas < self.rows, weights / replicas, -1.0)
-            best = np.flatnonzero(hot >= hot.max())
-            kept = best[now[best] > replicas[best]]  # a replica that exists already costs nothing
-            replicas[(kept if kept.size else best)[0]] += 1
-        return replicas
 
     def _drop_surplus(self, expert: int) -> None:
         """Take an expert from its fullest holders until it has as many replicas as it shall."""
@@ -250,6 +264,8 @@ class _Layer:
 
     def _spread(self, expert: int) -> None:
         """Bring one replica of an expert that lives on one host to another, from whichever holder can let go."""
+        if (self.on_host[:, expert] > 0).sum() > 1:
+            return  # another expert's exchange did it
         for start in np.flatnonzero(self.holds[:, expert])[::-1].tolist():
             if self._exchange_round(start, expert):
                 return

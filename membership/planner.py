@@ -382,7 +382,10 @@ def _rebalance(census: Census) -> Effect | None:
     better = rebalance(census)
     if better is None or census.now < better.at:
         return None
-    view = replace(census.view, epoch=census.view.epoch + 1, placement=better.placement, staged=census.now, attempt=0)
+    view = replace(
+        census.view, epoch=census.view.epoch + 1, placement=better.placement, staged=census.now, attempt=0,
+        unfinished=better.unfinished,
+    )  # fmt: skip
     return Effect(reason=f"epoch {view.epoch}: {better.reason}", stage=view)
 
 

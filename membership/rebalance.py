@@ -2,7 +2,8 @@
 
 After a loss ranks load orphans only; what else is missing comes back here, a byte budget at a time, while steps go on.
 It must not flap: after each view there is a rest, balance is left alone until it is clearly bad and can get clearly
-better, and loads are those of a long window.
+better, and loads are those of a long window. What was begun is finished: a view that is a step on the way says so, also
+when redundancy was restored and balance has yet to follow.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 
 from membership.balance import balanced, cut, imbalance
 from membership.census import Census
+from membership.evening import EVEN
 from membership.placement import Loads, held_by, host_numbers, plan
 from membership.types import ClusterConfig, ExpertLoad, Member, Placement
 
@@ -24,14 +26,16 @@ BALANCE_REST_S = 10.0  # and before load is evened out
 FAILED_REST_S = 60.0  # before a rebalance that ranks could not prepare is tried again
 UNEVEN = 1.3  # imbalance above which something is done
 BETTER = 0.9  # of which at most this much must be left once all is done
+GOING_ON = 0.99  # the same, once begun
 
 
 class Rebalance(NamedTuple):
-    """A better placement of the same members, from when on it may be staged, and what it is for."""
+    """A better placement of the same members, when it may be staged, what it is for, whether more is to come."""
 
     placement: Placement
     at: float
     reason: str
+    unfinished: bool = False
 
 
 def loads_of(config: ClusterConfig, record: ExpertLoad | None) -> Loads | None:
@@ -47,13 +51,11 @@ def rebalance(census: Census) -> Rebalance | None:
         return None
     placement = census.view.placement
     problem = _Problem(
-        census.config, census.members, tuple(sorted(placement.items())), census.state.expert_load, placement
-    )
+        census.config, census.members, tuple(sorted(placement.items())), census.state.expert_load,
+        census.view.unfinished, placement,
+    )  # fmt: skip
     found = _better(problem)
-    if found is None:
-        return None
-    wanted, rest_s, reason = found
-    return Rebalance(wanted, census.view.staged + rest_s, reason)
+    return found._replace(at=census.view.staged + found.at) if found is not None else None
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class _Problem:
     members: tuple[Member, ...]
     key: tuple[tuple[int, tuple[tuple[int, ...], ...]], ...]
     record: ExpertLoad | None
+    begun: bool
     placement: Placement = field(compare=False)
 
     @property
@@ -73,23 +76,25 @@ class _Problem:
 
 
 @lru_cache(maxsize=4)
-def _better(problem: _Problem) -> tuple[Placement, float, str] | None:
+def _better(problem: _Problem) -> Rebalance | None:
+    """The answer, with `at` counted from when the view was staged."""
     config, now, nodes = problem.config, problem.placement, problem.nodes
     loads = loads_of(config, problem.record)
     most = config.rebalance_bytes // config.expert_bytes if config.expert_bytes else sys.maxsize
     whole = plan(config.moe_layers, config.experts, now, config.redundancy, now, loads, nodes)
     if any(b > a for a, b in zip(_strength(problem, now), _strength(problem, whole), strict=True)):
         step = cut(now, whole, config.moe_layers, config.experts, most)
-        return (step, RESTORE_REST_S, "redundancy is restored") if step != now else None
-    if loads is None or (uneven := imbalance(now, loads)) <= UNEVEN:
+        return Rebalance(step, RESTORE_REST_S, "redundancy is restored", unfinished=True) if step != now else None
+    if loads is None or (uneven := imbalance(now, loads)) <= (EVEN if problem.begun else UNEVEN):
         return None
-    best = balanced(now, loads, nodes, config.redundancy, sys.maxsize)
-    if imbalance(best, loads) > BETTER * uneven:
+    goal = balanced(now, loads, nodes, config.redundancy, sys.maxsize)
+    if imbalance(goal, loads) > (GOING_ON if problem.begun else BETTER) * uneven:
         return None
     step = balanced(now, loads, nodes, config.redundancy, most)
     if imbalance(step, loads) >= uneven:
         return None
-    return step, BALANCE_REST_S, f"load is evened out, imbalance {uneven:.2f} -> {imbalance(step, loads):.2f}"
+    words = f"load is evened out, imbalance {uneven:.2f} -> {imbalance(step, loads):.2f}"
+    return Rebalance(step, BALANCE_REST_S, words, step != goal)
 
 
 def _strength(problem: _Problem, placement: Placement) -> tuple[int, int, int]:

@@ -92,6 +92,7 @@ class View(Record, frozen=True, kw_only=True):
     placement: Placement = {}
     staged: float = 0.0  # when the controller staged it
     attempt: int = 0  # how often the same membership was staged before, after failures to prepare
+    unfinished: bool = False  # a step of a rebalance of which more is to come
 
     def member(self, rank: int) -> Member | None:
         """The member in slot `rank`, if any."""

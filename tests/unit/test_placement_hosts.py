@@ -6,9 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from membership.balance import imbalance
 from membership.placement import coverage, max_ranks_allowed, moves, plan, repair
 from membership.resilience import needed_redundancy, needed_slots, resilience, told
 from membership.types import Placement
+from tests.unit.test_placement import check
 
 pytestmark = pytest.mark.unit
 
@@ -58,6 +60,35 @@ def test_an_expert_leaves_its_host_from_whichever_holder_can_exchange_it() -> No
     current = plan(1, 2, {3: "c"}, 3.0, nodes={3: "c"})
     placement = plan(1, 2, nodes, 3.0, current, nodes=nodes)
     assert resilience(placement, nodes, 1, 2).vital_hosts == ()
+
+
+def test_an_exchange_that_helps_another_expert_too_is_not_undone() -> None:
+    nodes = {0: "a", 1: "b", 2: "b", 3: "a", 4: "b", 5: "a"}
+    before = {rank: nodes[rank] for rank in (0, 3, 4, 5)}
+    current = plan(2, 3, before, 2.5, nodes=before)
+    placement = plan(2, 3, nodes, 2.5, current, nodes=nodes)
+    found = resilience(placement, nodes, 2, 3)
+    assert (found.min_replicas, found.vital_ranks, found.vital_hosts) == (2, (), ())
+
+
+@pytest.mark.parametrize("redundancy", [1.25, 2.0, 3.1])
+@pytest.mark.parametrize(("ranks", "hosts"), [(32, "abc"), (31, "abc"), (31, "a")])
+def test_many_experts_that_are_dealt_out_are_as_safe(
+    redundancy: float, ranks: int, hosts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("membership.placement.MANY", 100)
+    layers, experts = 12, 64
+    nodes = {rank: hosts[rank % 7 % len(hosts)] for rank in range(ranks)}
+    loads = [[float(1 + (e * e + layer) % 97) for e in range(experts)] for layer in range(layers)]
+    half = {rank: nodes[rank] for rank in range(ranks // 2)}
+    current = plan(layers, experts, half, redundancy, loads=loads, nodes=half)
+    for kept in ({}, current):
+        placement = plan(layers, experts, nodes, redundancy, kept, loads, nodes)
+        check(placement, layers, experts, redundancy)
+        found = resilience(placement, nodes, layers, experts)
+        assert redundancy < 2 or (found.vital_ranks, found.vital_hosts) == ((), ())
+        assert imbalance(placement, loads) < 1.7
+        assert plan(layers, experts, nodes, redundancy, kept, loads, nodes) == placement
 
 
 @settings(max_examples=100, deadline=None)

@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from membership.balance import balanced, cut, imbalance
-from membership.placement import coverage, moves, plan
-from membership.rebalance import FAILED_REST_S
+from membership.census import Census
+from membership.placement import coverage, moves, plan, repair
+from membership.rebalance import FAILED_REST_S, rebalance
 from membership.resilience import resilience
-from membership.types import ExpertLoad
+from membership.types import ClusterState, ExpertLoad, Member, View
 from tests.simulated import CONFIG, World
 
 pytestmark = pytest.mark.unit
@@ -132,6 +133,34 @@ def test_load_is_evened_out_once_and_then_left_alone() -> None:
         world.put(world.keys.expert_load, ExpertLoad(at=world.now, loads=noisy))
         world.settle()
     assert world.epochs == done, "it does not flap"
+
+
+def test_what_was_begun_is_finished_and_a_loss_ends_in_balance() -> None:
+    """As many experts as it takes until every rank has its share again: few of all, and within the budget each time."""
+    layers, experts, ranks = 6, 64, 16
+    config = replace(
+        CONFIG, moe_layers=layers, experts=experts, expert_bytes=MEMORY, rebalance_bytes=9 * MEMORY, redundancy=1.25
+    )
+    loads = tuple(tuple(4 + (e * e * 7 + layer) % 41 for e in range(experts)) for layer in range(layers))
+    nodes = {rank: "a" for rank in range(ranks)}
+    whole = plan(layers, experts, nodes, 1.25, loads=loads)
+    view = View(
+        epoch=1, members=tuple(Member(rank=r, node="a", incarnation=r + 1) for r in range(1, ranks)),
+        placement=repair(layers, experts, {r: held for r, held in whole.items() if r}),
+    )  # fmt: skip
+    moved, steps = 0, 0
+    while True:
+        state = ClusterState(revision=1, config=config, view=view, expert_load=ExpertLoad(at=1.0, loads=loads))
+        better = rebalance(Census(state, 0.0))
+        if better is None:
+            break
+        assert len(moves(view.placement, better.placement)) <= 9
+        moved += len(moves(view.placement, better.placement))
+        steps += 1
+        view = replace(view, placement=better.placement, unfinished=better.unfinished)
+    assert steps > 3
+    assert 1 / imbalance(view.placement, loads) >= 0.95
+    assert moved <= 0.2 * layers * experts * 1.25, "a third of it to have what the dead rank had"
 
 
 def test_nothing_is_moved_where_it_is_off_or_loads_are_even() -> None:

@@ -1,0 +1,155 @@
+"""Steps that lower the load of each layer's busiest rank, in all layers at once, since numpy pays per call. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+EVEN = 1.05  # a layer whose busiest rank has so many times the mean is left alone
+PARTNERS = 8  # so many of the least busy ranks are tried for an exchange
+WORTH = 0.99  # a step must bring the busiest rank's load down to so much of it, and bring nobody else above that
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+Kind = TypeVar("Kind", bound=np.generic)
+
+
+class Swap(NamedTuple):
+    """Changes of slots, one or two for each of some layers: in `layer`, slot `slot` of `row` has `new` for `old`."""
+
+    layer: Ints
+    row: Ints
+    slot: Ints
+    old: Ints
+    new: Ints
+
+
+class _Options(NamedTuple):
+    """The best change of one kind for each layer that was looked at: what it leaves the ranks it touches at most."""
+
+    cost: Floats
+    swaps: tuple[Swap, ...]
+
+
+class Evening:
+    """Layers being evened out. A rank keeps its number of slots: `slots` has what each holds (-1: no such slot).
+
+    `floor` is the least number of replicas; where `exchanges` is false, steps that move two experts are left out.
+    """
+
+    def __init__(self, holds: Bools, weights: Floats, hosts: Ints, floor: int, *, exchanges: bool) -> None:
+        self.holds, self.weights, self.hosts = holds.copy(), weights, hosts
+        self.floor, self.exchanges = max(floor, 1), exchanges
+        self.replicas = holds.sum(axis=1)
+        size = holds.sum(axis=2)
+        layer, row, expert = np.nonzero(holds)
+        first = np.cumsum(size.ravel()) - size.ravel()
+        self.slots = np.full((*size.shape, int(size.max(initial=1))), -1, dtype=np.int64)
+        self.slots[layer, row, np.arange(layer.size) - first[layer * size.shape[1] + row]] = expert
+        there = [holds[:, hosts == host].sum(axis=1) for host in range(int(hosts.max(initial=0)) + 1)]
+        self.on_host = np.stack(there, axis=1)  # [layer, host, expert]: replicas there
+        self.load = self._loads(np.arange(len(holds)))
+
+    def steps(self) -> Iterator[Swap]:
+        """Do and tell step after step, at most one a layer at a time, until no layer gets better."""
+        at = np.arange(len(self.load))
+        while (at := at[self.load[at].max(axis=1) > EVEN * self.load[at].mean(axis=1)]).size:
+            peak = self.load[at].max(axis=1)
+            share = self.weights[at] / np.maximum(self.replicas[at], 1)
+            options = [(1, self._extra_replica(at, share))] + ([(2, self._exchange(at, share))] * self.exchanges)
+            gains = np.array([np.where(o.cost <= WORTH * peak, (peak - o.cost) / moves, 0) for moves, o in options])
+            best = gains.argmax(axis=0)
+            better = gains.max(axis=0, initial=0) > 0
+            chosen = [_only(swap, better & (best == k)) for k, (_, o) in enumerate(options) for swap in o.swaps]
+            at = at[better]
+            if not at.size:
+                return
+            swap = Swap(*map(np.concatenate, zip(*chosen, strict=True)))
+            self._apply(swap, at)
+            yield swap
+
+    def _loads(self, at: Ints) -> Floats:
+        share = self.weights[at] / np.maximum(self.replicas[at], 1)
+        loads: Floats = np.where(self.slots[at] >= 0, _of(share, self.slots[at]), 0.0).sum(axis=2)
+        return loads
+
+    def _apply(self, swap: Swap, at: Ints) -> None:
+        layer, row, slot, old, new = swap
+        self.slots[layer, row, slot] = new
+        for expert, more in ((old, -1), (new, 1)):
+            self.holds[layer, row, expert] = more > 0
+            np.add.at(self.replicas, (layer, expert), more)
+            np.add.at(self.on_host, (layer, self.hosts[row], expert), more)
+        self.load[at] = self._loads(at)
+
+    def _exchange(self, at: Ints, share: Floats) -> _Options:
+        """The busiest rank gives an expert for a lighter one, such that the two come closest to each other."""
+        load, each = self.load[at], np.arange(at.size)
+        busy = load.argmax(axis=1)
+        others = np.argsort(load, axis=1, kind="stable")[:, :PARTNERS]
+        gives, takes = self.slots[at, busy], self.slots[at[:, None], others]
+        to, row = others[:, :, None], busy[:, None, None]
+        offered = np.broadcast_to(gives[:, None, :], (*others.shape, gives.shape[1]))
+        may_give = self._may_go(at, offered, row, to) & (others != busy[:, None])[:, :, None]
+        may_take = self._may_go(at, takes, to, row)
+        moved = _of(share, gives)[:, None, :, None] - _of(share, takes)[:, :, None, :]
+        theirs = np.take_along_axis(load, others, axis=1)[:, :, None, None] + moved
+        higher = np.maximum(load[each, busy][:, None, None, None] - moved, theirs)  # of the two, afterwards
+        higher = np.where(may_give[:, :, :, None] & may_take[:, :, None, :], higher, np.inf).reshape(at.size, -1)
+        best = higher.argmin(axis=1)
+        partner, give, take = np.unravel_index(best, (others.shape[1], gives.shape[1], takes.shape[2]))
+        other, given, taken = others[each, partner], gives[each, give], takes[each, partner, take]
+        there, back = Swap(at, other, take, taken, given), Swap(at, busy, give, given, taken)
+        return _Options(higher[each, best], (there, back))
+
+    def _may_go(self, at: Ints, expert: Ints, row: Ints, to: Ints) -> Bools:
+        """Whether `row` could give what it has to `to`, and it keeps its hosts, or two of them."""
+        layer = at[:, None, None]
+        may = (expert >= 0) & ~self.holds[layer, to, expert]
+        if self.on_host.shape[1] > 1:
+            spread = _of((self.on_host[at] > 0).sum(axis=1), expert)
+            left = self.on_host[layer, self.hosts[row], expert] == 1
+            new = self.on_host[layer, self.hosts[to], expert] == 0
+            may &= (self.hosts[row] == self.hosts[to]) | (spread - left + new >= np.minimum(spread, 2))
+        return may
+
+    def _extra_replica(self, at: Ints, share: Floats) -> _Options:
+        """The busiest rank's hottest expert gets one more replica, in place of a replica that its expert can spare."""
+        load, slots, each = self.load[at], self.slots[at], np.arange(at.size)
+        busy, replicas = load.argmax(axis=1), self.replicas[at]
+        mine = slots[each, busy]
+        hot = mine[each, np.where(mine >= 0, _of(share, mine), -1.0).argmax(axis=1)]
+        spare = replicas > self.floor
+        spare[each, hot] = False
+        may = (
+            (slots >= 0)
+            & _of(spare, slots)
+            & ~self.holds[at[:, None], np.arange(load.shape[1]), hot[:, None]][..., None]
+        )
+        if self.on_host.shape[1] > 1:  # it would be on one host only
+            there = self.on_host[at[:, None, None], self.hosts[:, None], slots] == 1
+            may &= ~(there & (_of((self.on_host[at] > 0).sum(axis=1), slots) == 2))
+        grown = self.weights[at] / np.maximum(replicas - 1, 1)  # share of an expert with one replica less
+        top = np.zeros_like(share)  # load of its busiest holder
+        np.maximum.at(top, (each[:, None, None], slots), np.where(slots >= 0, load[:, :, None], 0.0))
+        less = self.weights[at, hot] / (replicas[each, hot] + 1)
+        peak = load[each, busy] - share[each, hot] + less
+        cost = np.maximum(load[:, :, None] - _of(share, slots) + less[:, None, None], _of(top + grown - share, slots))
+        cost = np.where(may, np.maximum(cost, peak[:, None, None]), np.inf).reshape(at.size, -1)
+        best = cost.argmin(axis=1)
+        row, slot = np.unravel_index(best, slots.shape[1:])
+        return _Options(cost[each, best], (Swap(at, row, slot, slots[each, row, slot], hot),))
+
+
+def _of(values: NDArray[Kind], experts: Ints) -> NDArray[Kind]:
+    """Each expert's value in its layer; that of -1 means nothing."""
+    found: NDArray[Kind] = np.take_along_axis(values, experts.reshape(len(experts), -1), axis=1)
+    return found.reshape(experts.shape)
+
+
+def _only(swap: Swap, which: Bools) -> Swap:
+    return Swap(*(each[which] for each in swap))
