@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -26,11 +27,11 @@ PROMPTS, PROMPT_TOKENS, MAX_TOKENS = 16, 224, 64  # a context is about 256 token
 
 
 class OurCluster(ServedCluster):
-    """`elastic serve` by way of recovery_roles."""
+    """`elastic serve`, by way of recovery_roles or as it is."""
 
-    def __init__(self, model: Path, ranks: int, *, state_dir: Path, flags: Sequence[str] = ()) -> None:
-        super().__init__(model, ranks, state_dir=state_dir, flags=flags)
-        self._command[self._command.index("elastic.cli")] = "benchmarks.recovery_roles"
+    def __init__(self, *arguments: Any, roles: str = "benchmarks.recovery_roles", **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._command[self._command.index("elastic.cli")] = roles
 
     def read(self, key: str) -> bytes:
         """A record as it is stored."""
@@ -168,6 +169,13 @@ class Scene:
             if b > since and a < until
         ]  # fmt: skip
 
+    def pace(self, since: float, until: float) -> float:
+        """Tokens per second of all streams together; of a token whose gap lies partly within, that part."""
+        return sum(
+            (min(b, until) - max(a, since)) / (b - a)
+            for record in self.records for a, b in pairwise(record.token_times) if b > max(a, since) and a < until
+        ) / (until - since)  # fmt: skip
+
     def steady_p99_ms(self) -> float:
         """Of the gaps while nothing was injected."""
         return percentile(self.gaps(*self.steady), 0.99)
@@ -186,8 +194,9 @@ class Scene:
 
 @contextmanager
 def scene(
-    ranks: int, streams: int, seed: int, *, steady_s: float = 15.0, flags: Sequence[str] = (), **environment: Any
-) -> Iterator[Scene]:
+    ranks: int, streams: int, seed: int, *, steady_s: float = 15.0, flags: Sequence[str] = (),
+    roles: str = "benchmarks.recovery_roles", **environment: Any,
+) -> Iterator[Scene]:  # fmt: skip
     """Serve, begin, and at the end judge and stop. `environment` is for recovery_roles."""
     changes = {name: str(value) for name, value in environment.items()}
     before = {name: os.environ.get(name) for name in (*changes, "PYTHONPATH")}
@@ -196,7 +205,8 @@ def scene(
     try:
         with tempfile.TemporaryDirectory(prefix="elastic-ep-recovery-") as folder:
             write_demo_model(Path(folder) / "model")
-            with OurCluster(Path(folder) / "model", ranks, state_dir=Path(folder) / "state", flags=flags) as cluster:
+            here, state_dir = Path(folder) / "model", Path(folder) / "state"
+            with OurCluster(here, ranks, state_dir=state_dir, flags=flags, roles=roles) as cluster:
                 cluster.wait_serving(ranks, timeout_s=180.0)
                 made = Scene(cluster, History(cluster.state.events), ranks, streams, seed)
                 made.begin(steady_s)

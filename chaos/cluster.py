@@ -35,10 +35,11 @@ class ServedCluster:
         state_dir: Path | None = None,
         flags: Sequence[str] = (),
         environ: Mapping[str, str] | None = None,
+        ports: tuple[int, int] | None = None,
     ) -> None:
         self._temporary = tempfile.TemporaryDirectory(prefix="elastic-ep-") if state_dir is None else None
         self.state = StateDir(state_dir or Path(self._temporary.name if self._temporary else ""))
-        self.port, self.admin_port = free_ports(2)
+        self.port, self.admin_port = ports or free_ports(2)
         self._command = [
             sys.executable, "-m", "elastic.cli", "serve", str(model), "--ranks", str(ranks),
             "--port", str(self.port), "--admin-port", str(self.admin_port), "--state-dir", str(self.state.path), *flags,
