@@ -1,4 +1,4 @@
-"""Commands that change a running cluster on purpose: scale, drain, undrain, ops, pause, resume."""
+"""Commands that change a running cluster on purpose: scale, drain, undrain, rollout, ops, pause, resume."""
 
 from __future__ import annotations
 
@@ -254,12 +254,43 @@ def resume(
             typer.echo("planned changes go on" if resumed else "nothing was paused")
 
 
+def rollout(
+    before: Annotated[
+        int | None, typer.Option(help="Replace this incarnation and earlier ones; default: all that serve now.")
+    ] = None,
+    timeout: Annotated[str, typer.Option(help="Of each step: roll it back if not committed by then.")] = "5m",
+    state_dir: StateDirFlag = None,
+    admin: AdminFlag = None,
+    admin_token: AdminTokenFlag = None,
+    etcd: EtcdFlag = None,
+    cluster: ClusterFlag = None,
+    output: OutputFlag = Output.TEXT,
+) -> None:
+    """Replace all ranks by new ones, one after the other, while requests stream on."""
+    with reported(), find_cluster(state_dir, admin, admin_token, etcd, cluster) as client, interruptible() as stop:
+        from elastic.rollout import go_on, last_incarnation, rollout
+        from elastic.show import Progress
+
+        last = last_incarnation(client) if before is None else before
+        operation = None
+        with Progress(enabled=output is Output.TEXT) as progress:
+            for operation in rollout(client, last, seconds(timeout), stop):
+                progress.update(operation)
+                if output is Output.JSON and not operation.active:
+                    write_json(operation)
+        if stop.is_set():
+            typer.echo(f"stopped between two ranks; {go_on(last)}", err=True)
+            raise typer.Exit(1)
+        if operation is None and output is Output.TEXT:
+            typer.echo(f"nothing to replace: no rank is of incarnation {last} or earlier")
+
+
 def _somebody() -> str:
     return f"{getpass.getuser()}@{socket.gethostname()}"
 
 
 def add_to(app: typer.Typer) -> None:
     """Register these commands."""
-    for command in (scale, drain, undrain, pause, resume):
+    for command in (scale, drain, undrain, rollout, pause, resume):
         app.command(rich_help_panel="Operations")(command)
     app.add_typer(ops, name="ops", rich_help_panel="Operations")

@@ -30,7 +30,7 @@ from membership.types import ClusterState, Desired, Operation, Phase
 from membership.wish import Wish, desired_by, told
 
 ATTEMPTS = 5
-KEPT = 32  # finished operations that stay readable
+KEPT = 128  # finished operations that stay readable: a rollout of 60 ranks can be gone on with
 
 
 def propose(

@@ -172,7 +172,7 @@ class _Commands:
         return []
 
     def agent(self, what: str, node: str) -> list[str]:
-        """`agent dies NODE`, its ranks too; `agent starts NODE`: another life of it; `agent leaves NODE`: it asks to."""
+        """`agent dies NODE`, its ranks too; `agent starts NODE`: another life of it; `agent leaves NODE`."""
         {"dies": self.world.stop_agent, "starts": self.world.start_agent, "leaves": self.world.leave}[what](node)
         return []
 

@@ -1,0 +1,40 @@
+"""All ranks are replaced one by one under streaming load; a rollout that was interrupted is gone on with."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from elastic.rollout import last_incarnation, rollout
+from tests.e2e.conftest import Serve
+from tests.e2e.test_scale import elastic, stream_all
+from tests.helpers import eventually
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+
+def test_ranks_are_replaced_one_by_one_with_a_break_in_between(serve: Serve, demo_model: Path) -> None:
+    cluster = serve(demo_model, 3)
+    cluster.wait_serving(3)
+    model = cluster.model_name()
+    expected = [f.result(timeout=180) for f in stream_all(cluster, model, 300)]
+    streams = stream_all(cluster, model, 300)
+    eventually(lambda: elastic(cluster, "status")["requests"]["running"] > 8, 60.0, "streams under way")
+
+    client, stop, seen = cluster.client(), threading.Event(), list[str]()
+    last = last_incarnation(client)
+    for operation in rollout(client, last, 60.0, stop):
+        seen.append(operation.id)
+        if operation.kind == "drain" and not operation.active:
+            stop.set()  # with a slot empty: the worst moment to give up
+    assert seen[-1] == f"rollout-{last}-drain-0"
+    assert elastic(cluster, "status")["drained"] == [0]
+
+    elastic(cluster, "rollout", "--before", str(last))
+    assert [f.result(timeout=180) for f in streams] == expected
+    status = cluster.wait_serving(3)
+    assert all(rank["incarnation"] > last for rank in status["ranks"])
+    assert (status["desired"], status["drained"]) == (3, ())
+    assert not [event for event in cluster.events() if event.kind == "rank_died"]
