@@ -14,7 +14,15 @@ from typing import Annotated
 import typer
 
 from elastic import cli_changes, cli_cluster, cli_roles
-from elastic.options import Output, OutputFlag, reported, write_json
+from elastic.options import (
+    CoverageDeadlineFlag,
+    Output,
+    OutputFlag,
+    RebalanceBudgetFlag,
+    RestartIntensityFlag,
+    reported,
+    write_json,
+)
 
 app = typer.Typer(
     name="elastic",
@@ -59,25 +67,25 @@ def serve(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt plus output, in tokens.")] = None,
     kv_blocks: Annotated[int, typer.Option(help="KV-cache blocks of 16 tokens per rank.")] = 1024,
-    restart_intensity: Annotated[
-        int, typer.Option(help="Set a rank's slot aside at so many deaths within --restart-window.")
-    ] = 6,
+    restart_intensity: RestartIntensityFlag = 6,
     restart_window: Annotated[str, typer.Option(help="How long a death counts.")] = "60s",
+    rebalance_budget: RebalanceBudgetFlag = "2GiB",
+    coverage_deadline: CoverageDeadlineFlag = "30s",
     ready_timeout: Annotated[str, typer.Option(help="Give up when not ready by then.")] = "3m",
 ) -> None:
     """Serve MODEL on this machine: etcd, controller, agent with its ranks, engine and gateway."""
     with reported():
-        from elastic.options import seconds
+        from elastic.options import seconds, size
         from elastic.serve import ServeOptions, run_serve
 
         run_serve(
             ServeOptions(
                 model=model, ranks=ranks, max_ranks=max_ranks, follow_agents=follow_agents, spares=spares,
                 redundancy=redundancy, etcd=tuple(etcd.split(",")) if etcd else (), cluster=cluster, host=host,
-                port=port,
-                admin_port=admin_port, state_dir=state_dir, served_model_name=served_model_name, dtype=dtype,
+                port=port, admin_port=admin_port, state_dir=state_dir, served_model_name=served_model_name, dtype=dtype,
                 exactness=exactness, device=device, max_model_len=max_model_len, kv_blocks=kv_blocks,
                 restart_intensity=restart_intensity, restart_window_s=seconds(restart_window),
+                rebalance_bytes=size(rebalance_budget), coverage_deadline_s=seconds(coverage_deadline),
                 ready_timeout_s=seconds(ready_timeout),
             )
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Commands that change a running cluster on purpose: scale, drain, undrain, rollout, ops, pause, resume."""
+"""Commands that change a running cluster on purpose: scale, drain, undrain, rollout, rebalance, ops, pause, resume."""
 
 from __future__ import annotations
 
@@ -237,6 +237,29 @@ def pause(
             typer.echo(paused_words(paused, time.time()))
 
 
+def rebalance(
+    plan: PlanFlag = False,
+    state_dir: StateDirFlag = None,
+    admin: AdminFlag = None,
+    admin_token: AdminTokenFlag = None,
+    etcd: EtcdFlag = None,
+    cluster: ClusterFlag = None,
+    output: OutputFlag = Output.TEXT,
+) -> None:
+    """Even measured load out now, rather than when it is clearly worth it: one budget's worth, in the background."""
+    with reported(), find_cluster(state_dir, admin, admin_token, etcd, cluster) as client:
+        from elastic.show import rebalance_view
+
+        planned = client.plan_rebalance() if plan else client.rebalance(_somebody())
+        if output is Output.JSON:
+            write_json(planned)
+        elif not planned.refused:
+            typer.echo(rebalance_view(planned, asked=not plan))
+        if planned.refused:
+            raise PlanRefused(planned.refused)
+        raise typer.Exit(2 if plan and planned.changes else 0)
+
+
 def resume(
     state_dir: StateDirFlag = None,
     admin: AdminFlag = None,
@@ -291,6 +314,6 @@ def _somebody() -> str:
 
 def add_to(app: typer.Typer) -> None:
     """Register these commands."""
-    for command in (scale, drain, undrain, rollout, pause, resume):
+    for command in (scale, drain, undrain, rollout, rebalance, pause, resume):
         app.command(rich_help_panel="Operations")(command)
     app.add_typer(ops, name="ops", rich_help_panel="Operations")

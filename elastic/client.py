@@ -27,6 +27,7 @@ from membership.operations import cancel, propose
 from membership.pause import pause, resume
 from membership.preview import Plan, plan_of
 from membership.quarantine import unquarantine
+from membership.rebalance_now import RebalancePlan, ask_rebalance, plan_rebalance
 from membership.store import Store
 from membership.types import ClusterState, Operation, Pause, RankExit
 from membership.wish import Wish
@@ -45,6 +46,8 @@ class Client(Protocol):
     def cancel(self, op_id: str, by: str) -> Operation: ...
     def pause(self, ttl_s: float, by: str, reason: str) -> Pause: ...
     def resume(self) -> bool: ...
+    def plan_rebalance(self) -> RebalancePlan: ...
+    def rebalance(self, by: str) -> RebalancePlan: ...
     def events(self, follow: bool, stop: threading.Event) -> Iterator[Event]: ...
     def explain(self, subject: str | None) -> tuple[Explanation, ...]: ...
     def unquarantine(self, rank: int) -> RankExit: ...
@@ -91,6 +94,14 @@ class StoreClient:
     def resume(self) -> bool:
         """End the pause."""
         return resume(self._store, self._cluster)
+
+    def plan_rebalance(self) -> RebalancePlan:
+        """What a rebalance would do now."""
+        return plan_rebalance(self.state(), time.time())
+
+    def rebalance(self, by: str) -> RebalancePlan:
+        """Ask for a rebalance now."""
+        return ask_rebalance(self._store, self._cluster, by)
 
     def operation(self, op_id: str) -> Operation:
         """One operation by id."""
@@ -153,6 +164,14 @@ class AdminClient:
     def resume(self) -> bool:
         """POST resume."""
         return bool(self._call("POST", "resume")["resumed"])
+
+    def plan_rebalance(self) -> RebalancePlan:
+        """POST rebalance with plan=true: changes nothing."""
+        return msgspec.convert(self._call("POST", "rebalance", json={"plan": True}), RebalancePlan, strict=False)
+
+    def rebalance(self, by: str) -> RebalancePlan:
+        """POST rebalance."""
+        return msgspec.convert(self._call("POST", "rebalance", json={"by": by}), RebalancePlan, strict=False)
 
     def operation(self, op_id: str) -> Operation:
         """GET one operation."""

@@ -44,6 +44,16 @@ ClusterFlag = Annotated[
 ]
 OutputFlag = Annotated[Output, typer.Option("-o", "--output", help="text for people, json for programs.")]
 
+RestartIntensityFlag = Annotated[
+    int, typer.Option("--restart-intensity", help="Set a slot aside at so many deaths within --restart-window.")
+]
+RebalanceBudgetFlag = Annotated[
+    str, typer.Option("--rebalance-budget", help="Weights that one background rebalance may load; 0: never rebalance.")
+]
+CoverageDeadlineFlag = Annotated[
+    str, typer.Option("--coverage-deadline", help="How long a request waits for lost experts before it gets a 503.")
+]
+
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
 
 
@@ -53,6 +63,14 @@ def seconds(text: str) -> float:
     if match is None:
         raise typer.BadParameter(f"{text!r} is not a duration; write it like 90s or 5m")
     return float(match[1]) * _UNITS[match[2]]
+
+
+def size(text: str) -> int:
+    """`0`, `500MB`, `2GiB`, `1.5G` as bytes; typer.BadParameter otherwise."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kMGT])(i?)B?|B?)", text.strip())
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is not a size; write it like 500MB or 2GiB")
+    return round(float(match[1]) * (1024.0 if match[3] else 1000.0) ** " kMGT".index(match[2] or " "))
 
 
 def write_json(value: Any) -> None:

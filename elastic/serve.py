@@ -79,6 +79,8 @@ class ServeOptions:
     follow_agents: int = 0
     restart_intensity: int = 6
     restart_window_s: float = 60.0
+    rebalance_bytes: int = 2 << 30
+    coverage_deadline_s: float = 30.0
     ready_timeout_s: float = 180.0
     admin_token: str = field(default_factory=lambda: os.environ.get("ELASTIC_ADMIN_TOKEN") or secrets.token_urlsafe(24))
 
@@ -105,6 +107,8 @@ def cluster_config(options: ServeOptions) -> ClusterConfig:
         follow_agents=options.follow_agents,
         restart_intensity=options.restart_intensity,
         restart_window_s=options.restart_window_s,
+        rebalance_bytes=options.rebalance_bytes,
+        coverage_deadline_s=options.coverage_deadline_s,
         eos_token_ids=info.eos_token_ids,
         vocab_size=info.vocab_size,
     )

@@ -18,6 +18,7 @@ from rich.text import Text
 from membership.events import Event
 from membership.phases import ORDER
 from membership.preview import Plan
+from membership.rebalance_now import RebalancePlan
 from membership.resilience import told
 from membership.types import Operation, Phase
 from membership.wish import told as words
@@ -104,6 +105,24 @@ def plan_view(plan: Plan) -> str:
         lines.append(f"  afterwards {told(plan.survives)}")
         lines += _needs(plan)
     return "\n".join(lines)
+
+
+def rebalance_view(plan: RebalancePlan, *, asked: bool) -> str:
+    """What a rebalance moves, one fact a line."""
+    before = "not measured yet" if plan.imbalance_before is None else f"{plan.imbalance_before:.2f}"
+    if not plan.changes:
+        return f"nothing to move: epoch {plan.epoch}, busiest rank's load over the mean: {before}"
+    after = "" if plan.imbalance_after is None else f" -> {plan.imbalance_after:.2f}"
+    lines = [
+        f"rebalance from epoch {plan.epoch}: {plan.reason}",
+        f"  busiest rank's load over the mean: {before}{after}",
+        f"  to load: {plan.slots} experts in layers {_ranks(plan.layers)}, {in_bytes(plan.bytes_moved)}",
+    ]
+    lines += [f"  rank {rank} loads {count} experts" for rank, count in plan.loads.items()]
+    lines += ["  more follows by itself: the budget of one change does not suffice"] if plan.unfinished else []
+    lines += ["  it would be done without asking"] if plan.unasked and not asked else []
+    lines += ["  it waits for what goes on now"] if plan.waits else []
+    return "\n".join([*lines, "asked for; see: elastic events"] if asked else lines)
 
 
 def in_bytes(number: float) -> str:

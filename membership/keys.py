@@ -18,6 +18,7 @@ _SINGLES: dict[str, tuple[str, type[Record]]] = {
     "config": ("config", types.ClusterConfig),
     "desired": ("desired", types.Desired),
     "pause": ("pause", types.Pause),
+    "rebalance": ("rebalance", types.RebalanceWish),
     "view": ("view", types.View),
     "next": ("next", types.View),
     "engine": ("engine", types.EngineRecord),
@@ -76,6 +77,11 @@ class Keys:
     def pause(self) -> str:
         """Pause."""
         return self.prefix + "pause"
+
+    @property
+    def rebalance(self) -> str:
+        """Whether load shall be evened out now."""
+        return self.prefix + "rebalance"
 
     @property
     def view(self) -> str:

@@ -64,7 +64,7 @@ def due(state: ClusterState, now: float) -> float | None:
     if state.next is not None:
         times += [state.next.staged + limit, state.next.staged + _pause(state.next.attempt)]
         times += [state.next.staged + FAILED_REST_S] if _same_members(Census(state, now)) else []
-    elif state.desired is not None and _quiet(census := Census(state, now)):
+    elif state.desired is not None and quiet(census := Census(state, now)):
         better = rebalance(census)
         paused_until = state.pause.until if state.pause is not None else 0.0
         times += [paused_until] if state.config.follow_agents else []
@@ -194,7 +194,7 @@ def sound(census: Census) -> bool:
     staged, keep = census.state.next, set(census.keep)
     if staged is None or staged.epoch != census.view.epoch + 1:
         return False
-    if _same_members(census) and (staged.placement == census.view.placement or not _quiet(census)):
+    if _same_members(census) and (staged.placement == census.view.placement or not quiet(census)):
         return False
     if not staged.members or not keep <= set(staged.members) <= keep | set(census.ready):
         return False
@@ -205,7 +205,7 @@ def _same_members(census: Census) -> bool:
     return census.state.next is not None and set(census.state.next.members) == set(census.members)
 
 
-def _quiet(census: Census) -> bool:
+def quiet(census: Census) -> bool:
     """Whether nothing goes on: no operation, all members alive and wanted, nobody on the way or about to be."""
     if census.operation or census.finishing or census.newcomers:
         return False
@@ -377,7 +377,7 @@ def _follow(census: Census) -> Effect | None:
 
 def _rebalance(census: Census) -> Effect | None:
     """In a quiet cluster: the same members with a better placement, a budget's worth at a time."""
-    if census.state.next is not None or census.state.paused(census.now) or not _quiet(census):
+    if census.state.next is not None or census.state.paused(census.now) or not quiet(census):
         return None
     better = rebalance(census)
     if better is None or census.now < better.at:

@@ -3,7 +3,7 @@
 After a loss ranks load orphans only; what else is missing comes back here, a byte budget at a time, while steps go on.
 It must not flap: after each view there is a rest, balance is left alone until it is clearly bad and can get clearly
 better, and loads are those of a long window. What was begun is finished: a view that is a step on the way says so, also
-when redundancy was restored and balance has yet to follow.
+when redundancy was restored and balance has yet to follow. Who asks (`membership/rebalance_now.py`) need not wait.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ BALANCE_REST_S = 10.0  # and before load is evened out
 FAILED_REST_S = 60.0  # before a rebalance that ranks could not prepare is tried again
 UNEVEN = 1.3  # imbalance above which something is done
 BETTER = 0.9  # of which at most this much must be left once all is done
-GOING_ON = 0.99  # the same, once begun
+GOING_ON = 0.99  # the same, once begun or asked for
+ASKED_S = 60.0  # so long somebody's wish counts; then the background decides again
 
 
 class Rebalance(NamedTuple):
@@ -50,12 +51,16 @@ def rebalance(census: Census) -> Rebalance | None:
     if not census.config.rebalance_bytes or not census.members:
         return None
     placement = census.view.placement
+    wish = census.state.rebalance
+    asked = wish is not None and census.view.staged < wish.at and census.now < wish.at + ASKED_S
     problem = _Problem(
         census.config, census.members, tuple(sorted(placement.items())), census.state.expert_load,
-        census.view.unfinished, placement,
+        census.view.unfinished or asked, placement,
     )  # fmt: skip
     found = _better(problem)
-    return found._replace(at=census.view.staged + found.at) if found is not None else None
+    if found is None:
+        return None
+    return found._replace(at=0.0 if asked else census.view.staged + found.at)
 
 
 @dataclass(frozen=True)

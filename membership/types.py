@@ -123,6 +123,13 @@ class Pause(Record, frozen=True, kw_only=True):
     reason: str = ""
 
 
+class RebalanceWish(Record, frozen=True, kw_only=True):
+    """Somebody wants load evened out now rather than when it is worth it. Key `rebalance`; for a view staged before."""
+
+    at: float
+    by: str = ""
+
+
 class RankSpec(Record, frozen=True, kw_only=True):
     """One rank that a node's agent must run."""
 
@@ -288,6 +295,7 @@ class ClusterState(msgspec.Struct, frozen=True, kw_only=True):
     config: ClusterConfig | None = None
     desired: Desired | None = None
     pause: Pause | None = None
+    rebalance: RebalanceWish | None = None
     view: View | None = None
     view_revision: int = 0
     next: View | None = None

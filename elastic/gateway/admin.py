@@ -36,6 +36,7 @@ from membership.operations import cancel, propose
 from membership.pause import pause, resume
 from membership.preview import plan_of
 from membership.quarantine import unquarantine
+from membership.rebalance_now import ask_rebalance, plan_rebalance
 from membership.store import Store
 from membership.types import ClusterState, Operation
 from membership.wish import Wish, drain, scale, undrain
@@ -75,6 +76,13 @@ class PauseRequest(Shape):
     ttl_s: float = Field(gt=0, le=MAX_TIMEOUT_S)
     by: str = Field(default="admin API", max_length=128)
     reason: str = Field(default="", max_length=512)
+
+
+class RebalanceRequest(Shape):
+    """POST /admin/v1/rebalance. `plan`: only say what would change."""
+
+    by: str = Field(default="admin API", max_length=128)
+    plan: bool = False
 
 
 class CancelRequest(Shape):
@@ -173,6 +181,13 @@ def _add_changes(app: FastAPI, admin: Admin) -> None:
     async def cancel_operation(request: Request, name: str) -> Response:
         asked = await read(request, CancelRequest)
         return json_response(asdict(await admin.told(cancel, name, asked.by)), 202)
+
+    @app.post("/admin/v1/rebalance")
+    async def rebalance_now(request: Request) -> Response:
+        asked = await read(request, RebalanceRequest)
+        if asked.plan:
+            return json_response(asdict(plan_rebalance(admin.mirror.state(), time.time())))
+        return json_response(asdict(await admin.told(ask_rebalance, asked.by)), 202)
 
     @app.post("/admin/v1/pause")
     async def pause_changes(request: Request) -> Response:

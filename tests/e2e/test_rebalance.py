@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from contextlib import closing
 from pathlib import Path
@@ -158,3 +161,34 @@ def test_where_nobody_comes_redundancy_is_restored_in_the_background(serve: Serv
     assert cluster.status()["coverage"] == {"min_live_replicas": 2, "uncovered": 0}
     verdict = compare(history, oracle)
     assert verdict.ok, verdict.differences
+
+
+def test_who_asks_need_not_wait_for_the_background(serve: Serve, demo_model: Path) -> None:
+    cluster = serve(demo_model, RANKS, ("--rebalance-budget", "12MiB", "--coverage-deadline", "20s"))
+    cluster.wait_serving(RANKS)
+    config = cluster.client().state().config
+    assert config is not None
+    assert (config.rebalance_bytes, config.coverage_deadline_s) == (12 << 20, 20.0)
+    before = elastic(cluster, "rebalance", "--plan")
+    assert before.returncode == 0, "nothing is measured yet, nothing is missing"
+    skew(cluster)
+    planned = elastic(cluster, "rebalance", "--plan", "-o", "json")
+    assert planned.returncode == 2, planned.stderr
+    plan = json.loads(planned.stdout)
+    assert plan["bytes_moved"] == plan["slots"] * config.expert_bytes <= config.rebalance_bytes
+    assert plan["imbalance_before"] > 1.3 > plan["imbalance_after"]
+    elastic(cluster, "pause", "--ttl", "1m")
+    refused = elastic(cluster, "rebalance")
+    assert (refused.returncode, refused.stderr.count("paused")) == (1, 1)
+    elastic(cluster, "resume")
+    skew(cluster)
+    asked = elastic(cluster, "rebalance")
+    assert (asked.returncode, "asked for" in asked.stdout) == (0, True), asked.stderr
+    (moved,) = eventually(lambda: commits(cluster, plan["epoch"])[:1], 60.0, "a rebalance", interval_s=0.1)
+    assert "load is evened out" in str(staging(cluster, moved))
+    assert moved.fields["experts_taken"] > 0
+
+
+def elastic(cluster: ServedCluster, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "elastic.cli", *arguments, "--state-dir", str(cluster.state.path)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)

@@ -60,6 +60,7 @@ ROUTES = [
     ("POST", "/admin/v1/undrain"),
     ("POST", "/admin/v1/pause"),
     ("POST", "/admin/v1/resume"),
+    ("POST", "/admin/v1/rebalance"),
     ("POST", "/admin/v1/operations/x/cancel"),
 ]
 
@@ -85,6 +86,19 @@ def test_status(gateway: RunningGateway) -> None:
     status = admin(gateway, "GET", "/admin/v1/status").json()
     assert (status["cluster"], status["epoch"], status["desired"]) == ("test", 1, 2)
     assert [rank["state"] for rank in status["ranks"]] == ["serving", "serving"]
+
+
+def test_rebalance_is_planned_and_asked_for(gateway: RunningGateway, cluster: GatewayCluster) -> None:
+    plan = admin(gateway, "POST", "/admin/v1/rebalance", json={"plan": True})
+    assert (plan.status_code, plan.json()["epoch"], plan.json()["refused"]) == (200, 1, "")
+    assert cluster.store.get(cluster.keys.rebalance) is None
+    asked = admin(gateway, "POST", "/admin/v1/rebalance", json={"by": "me"})
+    assert (asked.status_code, asked.json()) == (202, plan.json())
+    assert (cluster.store.get(cluster.keys.rebalance) is not None) == (plan.json()["slots"] > 0)
+    admin(gateway, "POST", "/admin/v1/pause", json={"ttl_s": 60})
+    refused = admin(gateway, "POST", "/admin/v1/rebalance", json={})
+    assert refused.status_code == 422
+    assert "paused" in refused.json()["error"]["message"]
 
 
 def test_scale_is_an_operation_that_others_find(gateway: RunningGateway, cluster: GatewayCluster) -> None:

@@ -9,7 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from elastic.cli import app, wanted
-from elastic.options import reported, seconds
+from elastic.options import reported, seconds, size
 from elastic.roles import leases_of, restart_delay_s
 from elastic.show import event_line, plan_view
 from elastic.statedir import ClusterAddress, StateDir
@@ -36,6 +36,20 @@ def test_what_is_not_a_duration(text: str) -> None:
         seconds(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("0", 0), ("512", 512), ("500MB", 500_000_000), ("2GiB", 2 << 30), ("1.5k", 1500), ("1Ti", 1 << 40)],
+)
+def test_sizes(text: str, value: int) -> None:
+    assert size(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1GB", "2XB", "1iB"])
+def test_what_is_not_a_size(text: str) -> None:
+    with pytest.raises(typer.BadParameter):
+        size(text)
+
+
 def test_an_error_is_one_line_with_what_to_do_next(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(typer.Exit) as raised, reported():
         raise ConfigError("no such\nthing", hint="do this")
@@ -49,6 +63,7 @@ def test_every_command_explains_itself() -> None:
         "demo-model",
         "status",
         "scale",
+        "rebalance",
         "events",
         "doctor",
         "agent",
