@@ -1,18 +1,23 @@
-"""The `elastic-chaos` command: the kill-rank scenario, the soak of many kills, and a saved history judged again."""
+"""The `elastic-chaos` command: the kill-rank scenario, many kills, many changes, and a saved history judged again."""
 
 from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from chaos.churn import Churn, ChurnReceipt, run_churn
+from chaos.churn import judge as judge_churn
 from chaos.cluster import ServedCluster
 from chaos.demo import demo
+from chaos.endurance import Tell, seed_of
 from chaos.history import compare, load, save
-from chaos.soak import FLAGS, Soak, SoakReceipt, judge, run_soak, seed_of
+from chaos.soak import FLAGS, Soak, SoakReceipt, judge, run_soak
 from elastic.options import Output, OutputFlag, reported, write_json
 
 app = typer.Typer(
@@ -24,48 +29,87 @@ app = typer.Typer(
 app.command("kill-rank")(demo)
 
 
+SeedFlag = Annotated[int | None, typer.Option(help="Chooses what happens, and the sampled requests.")]
+RanksFlag = Annotated[int, typer.Option(min=1, help="Ranks to serve with.")]
+StreamsFlag = Annotated[int, typer.Option(min=1, help="Requests under way at a time.")]
+ModelFlag = Annotated[Path | None, typer.Option(help="Serve this checkpoint instead of the shipped one.")]
+HistoryFlag = Annotated[Path | None, typer.Option(help="Also save what the clients saw, for elastic-chaos check.")]
+
+
 @app.command()
 def soak(
     kills: Annotated[int, typer.Option(min=1, help="SIGKILLs, at least.")] = 300,
-    seed: Annotated[int | None, typer.Option(help="Chooses victims, moments and the sampled requests.")] = None,
-    ranks: Annotated[int, typer.Option(min=1, help="Ranks to serve with.")] = 4,
-    streams: Annotated[int, typer.Option(min=1, help="Requests under way at a time.")] = 8,
-    model: Annotated[Path | None, typer.Option(help="Serve this checkpoint instead of the shipped one.")] = None,
-    history: Annotated[
-        Path | None, typer.Option(help="Also save what the clients saw, for elastic-chaos check.")
-    ] = None,
+    seed: SeedFlag = None,
+    ranks: RanksFlag = 4,
+    streams: StreamsFlag = 8,
+    model: ModelFlag = None,
+    history: HistoryFlag = None,
     output: OutputFlag = Output.TEXT,
 ) -> None:
     """Kill random ranks at random moments under load, nested deaths too. Exit 1 if anything was lost or leaks."""
-    with reported(), tempfile.TemporaryDirectory(prefix="elastic-ep-soak-") as folder:
+    with reported():
+        run = Soak(seed=seed_of(seed), ranks=ranks)
+        with _served(model, ranks, run.seed, FLAGS) as (cluster, tell):
+            run_soak(cluster, run, kills, streams, tell)
+        if history is not None:
+            save(history, run.history, run.oracle)
+        receipt = judge(run, kills)
+        _print(receipt, f"{receipt.kills} kills", output)
+
+
+@app.command()
+def churn(
+    changes: Annotated[int, typer.Option(min=1, help="Scales, drains and undrains.")] = 1000,
+    seed: SeedFlag = None,
+    ranks: RanksFlag = 4,
+    most: Annotated[int, typer.Option(min=2, help="Never more ranks than these.")] = 6,
+    streams: StreamsFlag = 8,
+    model: ModelFlag = None,
+    history: HistoryFlag = None,
+    output: OutputFlag = Output.TEXT,
+) -> None:
+    """Change size and ranks at random under load, some changes cancelled. Exit 1 if anything was lost or leaks."""
+    with reported():
+        run = Churn(seed=seed_of(seed), ranks=ranks, most=most)
+        with _served(model, ranks, run.seed) as (cluster, tell):
+            run_churn(cluster, run, changes, streams, tell)
+        if history is not None:
+            save(history, run.history, run.oracle)
+        receipt = judge_churn(run, changes)
+        _print(receipt, f"{receipt.changes} changes", output)
+
+
+@contextmanager
+def _served(
+    model: Path | None, ranks: int, seed: int, flags: Sequence[str] = ()
+) -> Iterator[tuple[ServedCluster, Tell]]:
+    """A cluster of its own, and how to tell people on stderr what goes on."""
+    with tempfile.TemporaryDirectory(prefix="elastic-ep-chaos-") as folder:
         path = model or Path(folder) / "demo-moe"
         if model is None:
             from elastic.demo_model import write_demo_model
 
             write_demo_model(path)
-        run = Soak(seed=seed_of(seed), ranks=ranks)
-        typer.echo(f"seed {run.seed}", err=True)
+        typer.echo(f"seed {seed}", err=True)
         started = time.monotonic()
-        with ServedCluster(path, ranks, state_dir=Path(folder) / "state", flags=FLAGS) as cluster:
-            run_soak(
-                cluster, run, kills, streams,
-                lambda step: typer.echo(f"{time.monotonic() - started:6.1f} s  {step}", err=True),
-            )  # fmt: skip
-        if history is not None:
-            save(history, run.history, run.oracle)
-        receipt = judge(run, kills)
-        _print(receipt, output)
-        raise typer.Exit(0 if receipt.ok else 1)
+
+        def tell(step: str) -> None:
+            typer.echo(f"{time.monotonic() - started:6.1f} s  {step}", err=True)
+
+        with ServedCluster(path, ranks, state_dir=Path(folder) / "state", flags=flags) as cluster:
+            yield cluster, tell
 
 
-def _print(receipt: SoakReceipt, output: Output) -> None:
+def _print(receipt: SoakReceipt | ChurnReceipt, done: str, output: Output) -> None:
+    """Say what came of it; exit 1 if a promise broke."""
     if output is Output.TEXT:
-        typer.echo(f"{'every promise held' if receipt.ok else 'a promise broke'}: {receipt.kills} kills, "
+        typer.echo(f"{'every promise held' if receipt.ok else 'a promise broke'}: {done}, "
                    f"{receipt.requests} requests, {receipt.lost} lost, {receipt.duplicated} duplicated, "
                    f"{receipt.altered} altered")  # fmt: skip
         for line in receipt.broken:
             typer.echo(f"  - {line}")
     write_json(receipt)
+    raise typer.Exit(0 if receipt.ok else 1)
 
 
 @app.command()

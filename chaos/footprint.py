@@ -1,4 +1,4 @@
-"""What a cluster's long-lived processes hold (memory, open files, threads), and whether that grows with the kills."""
+"""What a cluster's long-lived processes hold (memory, open files, threads), and whether that grows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Growth(msgspec.Struct, frozen=True):
 
     process: str
     rss_mb: tuple[float, float]
-    rss_mb_per_100_kills: float
+    rss_mb_per_100: float
     files: tuple[int, int]
     threads: tuple[int, int]
 
@@ -60,11 +60,11 @@ def slope(points: Sequence[tuple[float, float]]) -> float:
 
 
 def growth(looks: Sequence[tuple[int, dict[str, Footprint]]]) -> tuple[Growth, ...]:
-    """Of each process that is in all `looks`: (kills so far, who holds what)."""
+    """Of each process that is in all `looks`: (how often it was done so far, who holds what)."""
     if not looks:
         return ()
     names = sorted(set.intersection(*(set(found) for _, found in looks)))
-    return tuple(_growth(name, [(kills, found[name]) for kills, found in looks]) for name in names)
+    return tuple(_growth(name, [(done, found[name]) for done, found in looks]) for name in names)
 
 
 def _growth(name: str, points: Sequence[tuple[int, Footprint]]) -> Growth:
@@ -72,7 +72,7 @@ def _growth(name: str, points: Sequence[tuple[int, Footprint]]) -> Growth:
     return Growth(
         name,
         (round(first.rss_mb, 1), round(last.rss_mb, 1)),
-        round(100 * slope([(kills, found.rss_mb) for kills, found in points]), 2),
+        round(100 * slope([(done, found.rss_mb) for done, found in points]), 2),
         (first.files, last.files),
         (first.threads, last.threads),
     )

@@ -24,7 +24,7 @@ def finished(kills: int = 100, grown_mb: float = 0.0, grown_files: int = 0) -> S
         return {"engine 7": Footprint(80.0 + grown_mb * at / 100, 30 + grown_files * at // 100, 9)}
 
     return Soak(
-        1, 4, killed=[Killed(9, 0.0, 0.1)] * kills, looks=[(at, held(at)) for at in range(20, 101, 20)],
+        seed=1, ranks=4, killed=[Killed(9, 0.0, 0.1)] * kills, looks=[(at, held(at)) for at in range(20, 101, 20)],
         oracle={0: WHOLE}, history=[WHOLE], restored_ms=[500.0], processes=(12, 12),
     )  # fmt: skip
 
@@ -58,7 +58,7 @@ def test_a_slope_is_found_among_noise() -> None:
 def test_growth_is_told_of_processes_that_lived_throughout() -> None:
     held = Footprint(10.0, 5, 3)
     (only,) = growth([(20, {"a": held, "b": held}), (40, {"a": Footprint(11.0, 6, 3)})])
-    assert (only.process, only.rss_mb_per_100_kills, only.files) == ("a", 5.0, (5, 6))
+    assert (only.process, only.rss_mb_per_100, only.files) == ("a", 5.0, (5, 6))
 
 
 def test_a_clean_soak_holds() -> None:

@@ -1,0 +1,121 @@
+"""What is done to a cluster hundreds of times under load, and whether anything was lost, altered or is left of it.
+
+Streams run all the while and are held against a fault-free run; the processes that live on are watched for what they
+hold. The soak (`soak.py`) and the churn (`churn.py`) say what is done.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from chaos.cluster import ServedCluster
+from chaos.footprint import Footprint, Growth, growth, look, processes
+from chaos.history import RequestRecord, Verdict, compare
+from chaos.workload import Workload
+
+Tell = Callable[[str], None]
+LOOK_EVERY = 20  # times that it was done
+WARM_UP = 0.2  # of the run: caches and allocators fill up
+SLOPE_MB = 1.0  # per 100 times
+SLOPE_TIMES = 100  # of fewer a slope says nothing
+SLACK = 8  # open files and threads that may come and go
+POLL_S = 0.01
+OURS = ("supervisor", "controller", "agent", "engine", "gateway", "forkserver")  # etcd's memory is its own affair
+
+
+@dataclass(kw_only=True)
+class Endurance:
+    """What has been gathered so far. Everything random comes from the seed (the cluster's own timing does not)."""
+
+    seed: int
+    looks: list[tuple[int, dict[str, Footprint]]] = field(default_factory=list)
+    oracle: dict[int, RequestRecord] = field(default_factory=dict)
+    history: list[RequestRecord] = field(default_factory=list)
+    processes: tuple[int, int] = (0, 0)
+    shm: tuple[int, int] = (0, 0)
+    epochs: int = 0
+    seconds: float = 0.0
+
+    @contextmanager
+    def under_load(self, cluster: ServedCluster, ranks: int, streams: int, tell: Tell) -> Iterator[Workload]:
+        """Take the oracle, then stream for the length of the block; afterwards all `ranks` must serve again."""
+        cluster.wait_serving(ranks, tell=tell)
+        tell("fault-free run of every prompt (the oracle)")
+        workload = Workload(cluster.url, cluster.model_name(), seed=self.seed)
+        self.oracle = {record.prompt: record for record in workload.run_once()}
+        before, shm, epoch = processes(cluster.pid), _shm(), cluster.status()["epoch"]
+        workload = Workload(cluster.url, cluster.model_name(), concurrency=streams, seed=self.seed)
+        started = time.monotonic()
+        workload.start()
+        try:
+            yield workload
+        finally:
+            self.history = workload.stop()
+            self.seconds = time.monotonic() - started
+        cluster.wait_serving(ranks)
+        self.epochs = cluster.status()["epoch"] - epoch
+        self.processes = (before, _settled(cluster, before))
+        self.shm = (shm, _shm())
+
+    def look(self, cluster: ServedCluster, done: int, wanted: int) -> None:
+        """See what the processes hold, now and then."""
+        since = self.looks[-1][0] if self.looks else 0
+        if done >= WARM_UP * wanted and done - since >= min(LOOK_EVERY, wanted / 10):
+            self.looks.append((done, look(cluster.pid)))
+
+    def verdict(self) -> Verdict:
+        """The history beside the oracle."""
+        return compare(self.history, self.oracle)
+
+    def growth(self) -> tuple[Growth, ...]:
+        """What grew."""
+        return growth(self.looks)
+
+    def broken(self, times: int, what: str) -> list[str]:
+        """What did not hold, a line each; `times` that it was to be done, `what` it is called."""
+        verdict = self.verdict()
+        broken = [f"request {d.prompt} {d.kind}: {d.explanation}" for d in verdict.differences[:10]]
+        failed = [record for record in self.oracle.values() if not record.complete]
+        broken += [f"the fault-free run of prompt {record.prompt} failed: {record.error}" for record in failed]
+        if not verdict.requests:
+            broken.append("no request was compared")
+        if self.processes[1] > self.processes[0]:
+            broken.append(f"{self.processes[0]} processes before, {self.processes[1]} after")
+        if self.shm[1] > self.shm[0]:
+            broken.append(f"{self.shm[0]} files in /dev/shm before, {self.shm[1]} after")
+        return broken + _outgrown(self.growth(), times, what)
+
+
+def _outgrown(grown: Sequence[Growth], times: int, what: str) -> list[str]:
+    broken = []
+    for each in grown:
+        if not each.process.startswith(OURS):
+            continue
+        if times >= SLOPE_TIMES and each.rss_mb_per_100 > SLOPE_MB:
+            broken.append(f"memory of {each.process} grows by {each.rss_mb_per_100} MB per 100 {what}")
+        for kind, (first, last) in (("open files", each.files), ("threads", each.threads)):
+            if last > first + SLACK:
+                broken.append(f"{kind} of {each.process}: {first} at first, {last} at last")
+    return broken
+
+
+def _settled(cluster: ServedCluster, expected: int, timeout_s: float = 10.0) -> int:
+    """The number of processes, once those that are ending have ended."""
+    deadline = time.monotonic() + timeout_s
+    while (count := processes(cluster.pid)) > expected and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    return count
+
+
+def _shm() -> int:
+    return len(os.listdir("/dev/shm"))  # noqa: S108 - only looked at
+
+
+def seed_of(given: int | None) -> int:
+    """The seed that was asked for, or a fresh one."""
+    return random.SystemRandom().randrange(100_000) if given is None else given
