@@ -1,0 +1,45 @@
+"""docs/OPERATIONS.md line by line, as an operator types it, while clients are served."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import Serve
+from tests.e2e.test_scale import stream_all
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+
+RUNBOOK = Path(__file__).parents[2] / "docs" / "OPERATIONS.md"
+LINE = re.compile(r"^\$ (?P<command>.*?)(?:\s+# exit (?P<exits>[0-9 or]+):.*)?$")
+
+
+def commands() -> list[tuple[str, set[int]]]:
+    """(command line, exit statuses that it may have), in order."""
+    found = [match for line in RUNBOOK.read_text().splitlines() if (match := LINE.match(line))]
+    return [(match["command"], set(map(int, (match["exits"] or "0").split(" or ")))) for match in found]
+
+
+def test_the_runbook_line_by_line(serve: Serve, demo_model: Path) -> None:
+    cluster = serve(demo_model, 4)
+    cluster.wait_serving(4)
+    expected = [f.result(timeout=180) for f in stream_all(cluster, cluster.model_name(), 200)]
+    streams = stream_all(cluster, cluster.model_name(), 200)
+    binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": binaries, "ELASTIC_STATE_DIR": str(cluster.state.path)}
+    lines = commands()
+    assert len(lines) > 25
+    for command, exits in lines:
+        outcome = subprocess.run(
+            ["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert outcome.returncode in exits, f"$ {command}\n{outcome.stdout}{outcome.stderr}"
+        if 1 in exits:
+            assert outcome.stderr.startswith("error: "), outcome.stderr
+    assert [f.result(timeout=180) for f in streams] == expected
+    cluster.wait_serving(4)
