@@ -101,6 +101,8 @@ def plan_view(plan: Plan) -> str:
     lines.append(
         moved + ("" if plan.estimated_s is None else f", about {plan.estimated_s:.1f} s as the last scale went")
     )
+    if plan.expected_pause_ms is not None:
+        lines.append(f"  tokens wait about {plan.expected_pause_ms:.0f} ms at the commit, as they did before")
     if plan.survives is not None:
         lines.append(f"  afterwards {told(plan.survives)}")
         lines += _needs(plan)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import median
+
 import msgspec
 from msgspec.structs import replace
 
@@ -33,6 +35,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     slots_for_rank_loss: int | None = None  # slots in all with which any one rank may die; None: no number suffices
     slots_for_host_loss: int | None = None  # and any one host
     estimated_s: float | None = None  # as long as the last such operation took per byte; None: nothing to go by yet
+    expected_pause_ms: float | None = None  # of tokens at the commit: the median of those on record
     refused: str = ""
 
     @property
@@ -84,6 +87,7 @@ def _with_changes(plan: Plan, wish: Wish, state: ClusterState, desired: Desired)
         survives=resilience(after.placement, nodes, config.moe_layers, config.experts),
         slots_for_rank_loss=needed_slots(nodes, config.moe_layers, config.experts),
         slots_for_host_loss=needed_slots(nodes, config.moe_layers, config.experts, hosts=True),
+        expected_pause_ms=_expected_pause_ms(state),
         estimated_s=_estimated_s(state, bytes_moved, launches=bool(fresh)),
     )
 
@@ -103,6 +107,11 @@ def _estimated_s(state: ClusterState, bytes_moved: int, *, launches: bool) -> fl
             return None
         total_s += paces[-1] * bytes_moved
     return total_s
+
+
+def _expected_pause_ms(state: ClusterState) -> float | None:
+    paused = [op.pause_ms for op in state.operations.values() if op.phase is Phase.DONE and op.pause_ms]
+    return median(paused) if paused else None
 
 
 def _between(operation: Operation, first: Phase, last: Phase) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
+from elastic.show import plan_view
 from membership.errors import ConfigError, Fenced, OperationConflict, PlanRefused, StoreUnavailable
 from membership.operations import KEPT, propose
 from membership.phases import advance
@@ -163,8 +164,11 @@ def test_a_plan_that_adds_ranks_knows_their_hosts() -> None:
 def test_a_plan_takes_as_long_as_the_last_one_took(world: World) -> None:
     assert plan_of(scale(6), world.state).estimated_s is None, "nothing was measured yet"
     times = {"proposed": 10.0, "spawning": 10.5, "loading": 12.0, "ready": 16.0, "done": 17.0}
-    done = Operation(id="o", kind="scale", target=4, phase=Phase.DONE, bytes_moved=20_000, phase_times=times)
+    done = Operation(
+        id="o", kind="scale", target=4, phase=Phase.DONE, bytes_moved=20_000, phase_times=times, pause_ms=21.0
+    )
     state = replace(world.state, operations={"o": done})
+    assert "tokens wait about 21 ms at the commit" in plan_view(plan_of(scale(6), state))
     assert plan_of(scale(6), state).estimated_s == pytest.approx(2.0 + 10_000 * 4.0 / 20_000)
     assert plan_of(scale(3), state).estimated_s == pytest.approx(8_000 * 4.0 / 20_000), "nobody is launched"
 
