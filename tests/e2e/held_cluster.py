@@ -1,0 +1,187 @@
+"""A served cluster whose roles wait at failpoints while a test strikes: each has a gate, a file that is there or not.
+
+Shared by many cases: streams run all the time, and every case holds what ended in it against the fault-free run.
+A second controller stands by, so that a case need not wait for the supervisor's delay before it starts one again.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import psutil
+
+from chaos.cluster import ServedCluster
+from chaos.history import compare
+from chaos.inject import kill
+from chaos.workload import PROMPTS, Workload
+from elastic.client import wait_for
+from elastic.roles import revoke_leases
+from membership import codec
+from membership.etcd import connect
+from membership.events import Tail
+from membership.failpoints import ENV, KIND
+from membership.keys import Keys
+from membership.types import ClusterState, LeaderRecord, Operation, RankRecord
+from membership.wish import Wish
+from tests.e2e.test_roles_die import role_pid
+from tests.helpers import eventually
+
+T = 60.0
+DEADLINE_S = 30.0  # of an operation
+FLAGS = ("--restart-intensity", "1000", "--restart-window", "1s", "--max-ranks", "4")  # slots die often, on purpose
+STREAMS = 3
+
+
+class HeldCluster:
+    """Owns the cluster, the standby controller and the streams. A context manager."""
+
+    def __init__(self, model: Path, ranks: int, folder: Path, points: Iterable[str]) -> None:
+        self.ranks = ranks
+        self._gates = {point: folder / point for point in points}
+        for gate in self._gates.values():
+            gate.touch()
+        faults = ";".join(f"{point}=wait:{gate}" for point, gate in self._gates.items())
+        self._environ = {**os.environ, ENV: faults}
+        self.cluster = ServedCluster(model, ranks, state_dir=folder / "state", flags=FLAGS, environ={ENV: faults})
+        self._opened = ExitStack()
+        self._standby: subprocess.Popen[bytes] | None = None
+        self._judged = 0
+        self.broken = ""  # the case that left it in a state which no other can start from
+
+    def __enter__(self) -> HeldCluster:
+        with ExitStack() as opened:
+            cluster = opened.enter_context(self.cluster)
+            cluster.wait_serving(self.ranks)
+            self._store = connect(list(cluster.state.address().etcd))
+            opened.callback(self._store.close)
+            self._keys = Keys(cluster.state.address().cluster)
+            opened.callback(self._end_standby)
+            self._stand_by()
+            self._tail = Tail(cluster.state.events)
+            self._oracle = {record.prompt: record for record in self._streams().run_once()}
+            self.workload = self._streams()
+            self.workload.start()
+            opened.callback(self.workload.stop)
+            self._opened = opened.pop_all()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._opened.close()
+
+    def _streams(self) -> Workload:
+        model = self.cluster.model_name()
+        return Workload(self.cluster.url, model, prompts=PROMPTS[:8], concurrency=STREAMS, max_tokens=32)
+
+    @property
+    def state(self) -> ClusterState:
+        """What the store says."""
+        return self.cluster.client().state()
+
+    # --- striking
+
+    @contextmanager
+    def held(self, point: str) -> Iterator[None]:
+        """Whoever comes to `point` waits there until the block is left."""
+        while self._tail.read() is not None:
+            continue
+        self._gates[point].unlink()
+        try:
+            yield
+        finally:
+            self._gates[point].touch()
+
+    def wait_held(self, point: str) -> None:
+        """Until somebody waits there: the history says so."""
+
+        def there() -> bool:
+            return any(e.kind == KIND and e.fields["name"] == point.partition("@")[0] for e in self._tail.read() or ())
+
+        eventually(there, T, f"somebody to wait at {point}")
+
+    @property
+    def leader(self) -> LeaderRecord:
+        """The controller that leads."""
+        item = eventually(lambda: self._store.get(self._keys.leader), T, "somebody to lead")
+        return codec.decode(item.value, LeaderRecord)
+
+    def depose_controller(self) -> None:
+        """Another one leads, and the one that did does not know."""
+        deposed = self.leader
+        revoke_leases(self._store, self._keys.prefix, deposed.pid, deposed.node)
+        eventually(lambda: self.leader.pid != deposed.pid, T, "another controller to lead")
+
+    def kill_controller(self) -> None:
+        """The one that leads; its leases end at once, as its supervisor sees to."""
+        leader = self.leader
+        kill(leader.pid)
+        revoke_leases(self._store, self._keys.prefix, leader.pid, leader.node)
+        if self._standby is not None and leader.pid == self._standby.pid:
+            self._end_standby()
+            self._stand_by()
+
+    def _stand_by(self) -> None:
+        self._standby = subprocess.Popen(
+            [sys.executable, "-m", "elastic.cli", "controller", "--state-dir", str(self.cluster.state.path)],
+            env=self._environ, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def _end_standby(self) -> None:
+        if self._standby is not None:
+            self._standby.terminate()
+            self._standby.wait(timeout=T)
+
+    def process_of(self, rank: int) -> RankRecord:
+        """The latest process in a slot."""
+
+        def found() -> RankRecord | None:
+            known = [record for (slot, _), record in sorted(self.state.ranks.items()) if slot == rank]
+            return known[-1] if known and known[-1].pid else None
+
+        return eventually(found, T, f"rank {rank} to have a process")
+
+    def stop_etcd(self, seconds: float, point: str) -> None:
+        """etcd answers nobody for so long; who waits at `point` goes on meanwhile."""
+        etcd = psutil.Process(role_pid(self.cluster, "etcd"))
+        etcd.suspend()
+        try:
+            self._gates[point].touch()
+            until = time.monotonic() + seconds
+            eventually(lambda: time.monotonic() > until, T, "the outage to have lasted")
+        finally:
+            etcd.resume()
+
+    # --- what must hold
+
+    def propose(self, wish: Wish, timeout_s: float) -> Operation:
+        """Ask for it."""
+        return self.cluster.client().propose(wish, op_id=None, if_epoch=None, timeout_s=timeout_s)
+
+    def end_of(self, operation: Operation) -> Operation:
+        """The operation once it has ended: within its deadline, save for the time that the last look takes."""
+        *_, operation = wait_for(self.cluster.client(), operation, 2 * DEADLINE_S, threading.Event())
+        assert operation.finished <= operation.deadline + 1.0, operation
+        return operation
+
+    def judge(self) -> None:
+        """All that streams at this moment ends, and all that has ended since the last time is as without a fault."""
+        open_now = len(self.workload.records()) + STREAMS
+        eventually(lambda: len(self.workload.records()) >= open_now, T, "streams to end")
+        records = self.workload.records()
+        verdict = compare(records[self._judged :], self._oracle)
+        self._judged = len(records)
+        assert verdict.ok, verdict.differences
+
+
+def hang(pid: int) -> None:
+    """It does nothing from now on."""
+    process = psutil.Process(pid)
+    os.kill(pid, signal.SIGSTOP)
+    eventually(lambda: process.status() == psutil.STATUS_STOPPED, T, f"process {pid} to be stopped")

@@ -1,0 +1,152 @@
+"""Every fault at every edge of an operation: it ends, done or rolled back, and nobody who streams notices.
+
+Who passes a failpoint waits there while the test strikes, then may go on. All cases share one cluster; each changes it
+from two ranks to three and back, or from three to two and back, the first of the two changes under fire.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from chaos.inject import kill
+from membership.types import Member, Operation, Phase
+from membership.wish import Wish, drain, scale, undrain
+from tests.e2e.held_cluster import DEADLINE_S, HeldCluster, T, hang
+from tests.e2e.test_roles_die import role_pid
+from tests.helpers import eventually
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+SMALL, LARGE = 2, 3
+NEWCOMER = 2  # the slot that comes and goes
+BEFORE_COMMIT = ("spawning", "handshaking", "loading")
+UP = (*BEFORE_COMMIT, "committed", "retiring", "done")
+DOWN = ("loading", "committed", "assigned", "retiring", "done")
+FAULTS = ("kill controller", "depose controller", "kill newcomer", "hang newcomer", "stop etcd")
+CHANGES = {  # the change and the way back, and who serves all the while
+    "up": (scale(LARGE), scale(SMALL), (0, 1)),
+    "down": (scale(SMALL), scale(LARGE), (0, 1)),
+    "drain": (drain(0), undrain(0), (1, 2)),
+}
+OUTAGE_S = {"up": 3.5, "down": 1.0}  # longer than any lease, and shorter
+OVERDUE_S = 4.0  # a deadline, for what never gets ready
+INSIDE = (  # others than the controller, in the middle of their part
+    ("kill newcomer", f"rank.registered@{NEWCOMER}"),
+    ("kill newcomer", f"rank.before.prepare@{NEWCOMER}"),
+    ("kill newcomer", f"rank.prepared@{NEWCOMER}"),
+    ("leave it there", f"rank.registered@{NEWCOMER}"),
+    ("leave it there", f"rank.before.prepare@{NEWCOMER}"),
+    ("kill controller", "agent.before.spawn"),
+    ("kill engine", "engine.before.flip"),
+    ("kill engine", "engine.after.flip"),
+)
+
+
+def edges(*phases: str) -> list[str]:
+    return [f"controller.{when}.{phase}" for phase in phases for when in ("before", "after")]
+
+
+def cells() -> Iterator[tuple[str, str, str]]:
+    """(change, failpoint, fault)."""
+    for point in edges(*UP):
+        for fault in FAULTS:
+            if "newcomer" not in fault or point != "controller.before.spawning":  # there is none yet
+                yield "up", point, fault
+    yield from (("up", point, fault) for point in edges("aborted") for fault in ("kill controller", "stop etcd"))
+    yield from (("up", point, fault) for fault, point in INSIDE)
+    for point in edges(*DOWN):
+        yield from (("drain", point, "kill controller"), ("down", point, "stop etcd"))
+
+
+@pytest.fixture(scope="module")
+def stage(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HeldCluster]:
+    points = dict.fromkeys(point for _, point, _ in cells())
+    with HeldCluster(demo_model, SMALL, tmp_path_factory.mktemp("faults"), points) as held:
+        yield held
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks(stage: HeldCluster, request: pytest.FixtureRequest) -> Iterator[None]:
+    """Not the usual check (what a shared cluster starts is no leak): each case leaves one that serves."""
+    assert not stage.broken, f"{stage.broken} left a cluster that cannot be used"
+    yield
+    stage.broken = request.node.name
+    stage.cluster.wait_serving(size(stage))
+    stage.broken = ""
+
+
+def size(stage: HeldCluster) -> int:
+    desired = stage.state.desired
+    return desired.ranks if desired is not None else 0
+
+
+def members(stage: HeldCluster, *ranks: int) -> list[Member | None]:
+    view = stage.state.view
+    return [view.member(rank) if view is not None else None for rank in ranks]
+
+
+def change(stage: HeldCluster, wish: Wish) -> None:
+    operation = stage.end_of(stage.propose(wish, DEADLINE_S))
+    assert operation.phase is Phase.DONE, operation
+    stage.cluster.wait_serving(size(stage))
+
+
+def strike(stage: HeldCluster, fault: str, point: str, outage_s: float) -> None:
+    if fault == "kill controller":
+        stage.kill_controller()
+    elif fault == "depose controller":
+        stage.depose_controller()
+    elif fault == "kill newcomer":
+        kill(stage.process_of(NEWCOMER).pid)
+    elif fault == "hang newcomer":
+        hang(stage.process_of(NEWCOMER).pid)
+    elif fault == "kill engine":
+        kill(role_pid(stage.cluster, "engine"))
+    elif fault == "stop etcd":
+        stage.stop_etcd(outage_s, point)
+
+
+def under_fire(stage: HeldCluster, name: str, point: str, fault: str) -> tuple[Operation, int]:
+    """Change, and strike while somebody waits at the failpoint. How it ended; the incarnation that was struck."""
+    left = fault == "leave it there"
+    with stage.held(point):
+        operation = stage.propose(CHANGES[name][0], OVERDUE_S if left else DEADLINE_S)
+        if "aborted" in point:
+            kill(stage.process_of(NEWCOMER).pid)
+        stage.wait_held(point)
+        struck = stage.process_of(NEWCOMER).incarnation if "newcomer" in fault else 0
+        strike(stage, fault, point, OUTAGE_S.get(name, 0.0))
+        ended = stage.end_of(operation) if left else None
+    return ended or stage.end_of(operation), struck
+
+
+def ends(point: str, fault: str) -> tuple[Phase, ...]:
+    """How it may end: one way, but where it depends on who is faster."""
+    phase = point.rpartition(".")[2]
+    if fault == "stop etcd" or (point, fault) == ("controller.before.committed", "kill newcomer"):
+        return Phase.DONE, Phase.ABORTED
+    early = phase in BEFORE_COMMIT and "newcomer" in fault
+    return (Phase.ABORTED,) if early or phase == "aborted" or point.startswith("rank.") else (Phase.DONE,)
+
+
+@pytest.mark.parametrize(("name", "point", "fault"), cells())
+def test_it_ends_and_nobody_notices(stage: HeldCluster, name: str, point: str, fault: str) -> None:
+    wish, back, stay = CHANGES[name]
+    if size(stage) != (SMALL if name == "up" else LARGE):
+        change(stage, scale(SMALL if name == "up" else LARGE))
+    before, wanted, served = stage.state.view, size(stage), members(stage, *stay)
+    operation, struck = under_fire(stage, name, point, fault)
+    assert operation.phase in ends(point, fault), operation
+    if operation.phase is Phase.ABORTED:
+        assert operation.error
+        assert (stage.state.view, size(stage)) == (before, wanted), "nothing has changed"
+        change(stage, wish)
+    elif struck:
+        eventually(lambda: (m := members(stage, NEWCOMER)[0]) and m.incarnation > struck, T, "another newcomer")
+    stage.cluster.wait_serving(size(stage))
+    assert members(stage, *stay) == served, "who served goes on as it was"
+    change(stage, back)
+    stage.judge()
