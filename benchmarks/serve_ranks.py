@@ -1,4 +1,4 @@
-"""Rank processes for `serve.py`: real workers over the real exchange, which share the streams and the experts."""
+"""Rank processes for benchmarks: real workers over the real exchange, which share the streams and the experts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from membership.placement import plan
 from membership.types import ClusterConfig, Member, View
 from workers.doorbell import Bell, Doorbell
-from workers.messages import Sampling, SeqChunk, StepBatch, StepResult, StepStatus
+from workers.messages import CopyBlocks, Sampling, SeqChunk, StepBatch, StepResult, StepStatus
 
 DEADLINE_S = 120.0
 
@@ -42,6 +42,8 @@ def rank_main(pipe: Connection, rank: int, config: ClusterConfig) -> None:
             result = worker.execute_model(message)
             if result is not None:
                 pipe.send(result)
+        elif isinstance(message, CopyBlocks):
+            pipe.send(worker.copy_blocks(message))
         else:
             preparation = worker.prepare_epoch(*message)
             while preparation.running:
@@ -77,7 +79,7 @@ class Ranks:
         self._send((View(epoch=1, members=members, placement=placement), peers))
         for pipe in self.pipes:
             self._receive(pipe)
-        self._step = 0
+        self._step = self._copies = 0
 
     def _send(self, message: object) -> None:
         for pipe, bell in zip(self.pipes, self.bells, strict=True):
@@ -99,6 +101,21 @@ class Ranks:
             if result.status is not StepStatus.OK:
                 raise RuntimeError(result.error)
         return {sampled.seq: sampled.token for result in results for sampled in result.tokens}
+
+    def copy(self, source: int, target: int, blocks: list[int], to: list[int]) -> None:
+        """Copy KV blocks as the engine has it done: piece by piece, one half after the other."""
+        ends, done = ((source, source + 1), (target, target + 1)), 0
+        while done < len(blocks):
+            self._copies += 1
+            left = blocks[done:]
+            count = self._ask(source, CopyBlocks(1, self._copies, *ends, left))
+            self._ask(target, CopyBlocks(1, self._copies, *ends, to[done : done + count], arriving=True))
+            done += count
+
+    def _ask(self, rank: int, message: object) -> Any:
+        self.pipes[rank].send(message)
+        self.bells[rank].ring()
+        return self._receive(self.pipes[rank])
 
     def close(self) -> None:
         """Have all ranks end."""

@@ -63,3 +63,9 @@ def adoption(
         masked |= {member.rank for member in missing}
         missing = []
     return Adoption(view, tuple(sorted(masked)), tuple(sorted(member.rank for member in missing)))
+
+
+def leaving(view: View, state: ClusterState) -> tuple[int, ...]:
+    """Ranks of the view in use that the next one leaves out: the committed one where that is newer, else the staged."""
+    newer = next((v for v in (state.view, state.next) if v is not None and v.epoch > view.epoch), view)
+    return tuple(member.rank for member in view.members if member not in newer.members)

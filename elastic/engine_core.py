@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 import structlog
 
-from elastic.adoption import Adoption, RankId, absent, adoption, of_member
+from elastic.adoption import Adoption, RankId, absent, adoption, leaving, of_member
 from elastic.engine_server import EngineServer
 from elastic.engine_status import StatusWriter
 from elastic.expert_load import LoadWindow
@@ -27,7 +27,7 @@ from membership.events import EventLog
 from membership.mirror import Mirror
 from membership.types import ClusterConfig, ClusterState, EngineStatus
 from workers.fleet import Fleet, FleetEvent, RankJoined, RankLost
-from workers.messages import StepBatch, StepResult, StepStatus
+from workers.messages import BlocksCopied, CopyBlocks, StepBatch, StepResult, StepStatus
 
 IDLE_S = 0.5
 EXPIRE_EVERY_S = 0.25
@@ -69,6 +69,8 @@ class Engine:
         self._newer_view_since: tuple[int, float] = (0, 0.0)  # (epoch, when it was first seen)
         self._patient_until = math.inf  # when members of it that have no record are given up
         self._last_step_end: float | None = None  # None: there was nothing to run since
+        self._leaving: tuple[int, ...] = ()  # ranks of the view that the next one leaves out
+        self._staged_revision = 0  # of that next view, while it is staged
         self._pause_since: float | None = None  # since when a flip has kept tokens waiting
         self._expire_at = 0.0
         self._pause_ms = 0.0
@@ -88,6 +90,7 @@ class Engine:
         while not stop.is_set():
             self._take_requests()
             self._follow_membership()
+            self._copy(self._scheduler.copies(self._clock()))
             batch = self._scheduler.schedule(self._clock())
             if batch is None:
                 self._idle()
@@ -173,8 +176,13 @@ class Engine:
                 steps=dict(self._steps),
                 pause_ms=self._pause_ms,
                 slow=tuple(sorted(self._slow)),
+                vacated_revision=self._vacated_revision(),
             )
         )
+
+    def _vacated_revision(self) -> int:
+        """The staged view, if it leaves out ranks and none of their requests can still be moved."""
+        return self._staged_revision if self._leaving and not self._scheduler.waited_for else 0
 
     # ---- what the ranks say
 
@@ -182,10 +190,26 @@ class Engine:
         for event in happened:
             if isinstance(event, StepResult):
                 self._take_result(event)
+            elif isinstance(event, BlocksCopied):
+                self._copy(self._scheduler.copied(event, self._clock()))
             elif isinstance(event, RankLost):
                 self._lose(event)
             else:
                 self._welcome(event)
+
+    def _copy(self, orders: Iterable[CopyBlocks]) -> None:
+        """Have ranks copy KV blocks, and tell of the requests that have moved with theirs."""
+        for order in orders:
+            self._fleet.copy(order)
+        for moved in self._scheduler.moved():
+            self._emit(
+                "request_moved",
+                moved.target,
+                source=moved.source,
+                request_id=moved.request_id,
+                tokens=moved.tokens,
+                ms=round(moved.ms, 3),
+            )
 
     def _take_result(self, result: StepResult) -> None:
         if result.status is not StepStatus.OK:
@@ -264,6 +288,7 @@ class Engine:
             raise Fenced(f"engine {self._token} has been replaced by {state.engine_token or 'nobody yet'}")
         self._attach_ranks(state)
         view = self._scheduler.view
+        self._follow_leavers(state)
         self._unrecorded = view is not None and not absent(view, state).isdisjoint(self._ready)
         began = since[1] if state.view is not None and state.view.epoch == since[0] else now
         patience_s = PATIENCE_TTLS * self._config.lease_ttl_s
@@ -278,6 +303,13 @@ class Engine:
         else:
             self._newer_view_since = (0, 0.0)
             self._adopt(newer)
+
+    def _follow_leavers(self, state: ClusterState) -> None:
+        """Whose requests are to move before the next view is committed, which waits until they have."""
+        view, staged = self._scheduler.view, state.next
+        self._leaving = leaving(view, state) if view is not None else ()
+        self._staged_revision = state.next_revision if staged is not None and staged.epoch == self._epoch + 1 else 0
+        self._scheduler.leave(self._leaving)
 
     @property
     def _epoch(self) -> int:

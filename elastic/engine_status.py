@@ -41,7 +41,7 @@ class StatusWriter:
         """Take over the latest status; cheap, never blocks on the store."""
         with self._changed:
             before, self._status = self._status, status
-            if (before.epoch, before.masked, before.uncovered) != (status.epoch, status.masked, status.uncovered):
+            if _urgent(before) != _urgent(status):
                 self._urgent = True
                 self._changed.notify_all()
 
@@ -88,3 +88,8 @@ class StatusWriter:
             return True
         self._reachable = True
         return outcome.succeeded
+
+
+def _urgent(status: EngineStatus) -> tuple[object, ...]:
+    """What others act on."""
+    return status.epoch, status.masked, status.uncovered, status.vacated_revision

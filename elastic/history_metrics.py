@@ -54,8 +54,12 @@ class HistoryMetrics:
             buckets=SHORT_S, registry=registry,
         )  # fmt: skip
         self._migrated = Counter(
-            prefix + "requests_migrated", "Requests that went on on another rank.", registry=registry
-        )
+            prefix + "requests_migrated",
+            "Requests that went on on another rank: with their KV blocks copied, or computed again there.",
+            ["how"], registry=registry,
+        )  # fmt: skip
+        for how in ("copied", "replayed"):
+            self._migrated.labels(how)
         self._fenced = Counter(
             prefix + "fenced", "Who lived on after having been replaced, or given up, and was kept from acting.",
             ["what"], registry=registry,
@@ -92,14 +96,16 @@ class HistoryMetrics:
         elif event.kind == "epoch_committed":
             self._take_commit(event)
         elif event.kind == "epoch_adopted":
-            self._migrated.inc(fields.get("requests", 0))
+            self._migrated.labels("replayed").inc(fields.get("requests", 0))
             self._take_adoption(event)
+        elif event.kind == "request_moved":
+            self._migrated.labels("copied").inc()
         elif event.kind == "epoch_unstaged" and not fields.get("operation"):
             self._changes.labels("withdrawn").inc()
         elif event.kind == "operation_phase" and fields.get("phase") == "aborted":
             self._changes.labels("aborted").inc()
         elif event.kind == "rank_masked":
-            self._migrated.inc(fields.get("requests", 0))
+            self._migrated.labels("replayed").inc(fields.get("requests", 0))
             took_ms = fields["ms"] + fields.get("silent_ms", 0.0)
             self._take_eviction(event, alive=fields["source"] in ALIVE)
             self._detection.labels(fields["source"].replace(" ", "_")).observe(took_ms / 1000)

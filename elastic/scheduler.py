@@ -10,11 +10,12 @@ from bisect import insort
 from collections.abc import Iterable
 
 from elastic.blocks import BlockPool, blocks_for
+from elastic.migration import Migration, Moved
 from elastic.protocol import Rejected, Submit, Tokens
-from elastic.sequence import Home, Sequence, refusal
+from elastic.sequence import Home, Sequence, by_age, refusal
 from membership.errors import ElasticError
 from membership.types import ClusterConfig, View
-from workers.messages import SampledToken, SeqChunk, StepBatch, StepResult, StepStatus
+from workers.messages import BlocksCopied, CopyBlocks, SampledToken, SeqChunk, StepBatch, StepResult, StepStatus
 
 Output = Tokens | Rejected
 
@@ -34,10 +35,6 @@ def uncovered(view: View, masked: Iterable[int], config: ClusterConfig) -> int:
     )
 
 
-def _age(sequence: Sequence) -> int:
-    return sequence.seq
-
-
 def _prefilling(sequence: Sequence) -> bool:
     return sequence.remaining > 1
 
@@ -55,6 +52,7 @@ class Scheduler:
         self.uncovered = config.moe_layers * config.experts
         self._held_since: float | None = now  # since when no step may run at all
         self._homes: dict[int, Home] = {}
+        self._migration = Migration(config, engine_token)
         self._sequences: dict[str, Sequence] = {}  # by request id
         self._waiting: list[Sequence] = []  # oldest first
         self._arrivals = 0
@@ -67,11 +65,12 @@ class Scheduler:
         KV caches stay with their ranks: only ranks that left, were masked or come back as another incarnation are lost.
         """
         self.view, self.masked = view, {rank for rank in masked if view.member(rank)}
-        kept = {m.rank: m.incarnation for m in view.members if m.rank not in self.masked}
-        moved = self._evict(home for home in self._homes.values() if kept.get(home.rank) != home.incarnation)
-        for rank, incarnation in sorted(kept.items()):
+        kept = {m.rank: m for m in view.members if m.rank not in self.masked}
+        stay = {(m.rank, m.incarnation) for m in kept.values()}
+        moved = self._evict(home for home in self._homes.values() if (home.rank, home.incarnation) not in stay)
+        for rank, member in sorted(kept.items()):
             if rank not in self._homes:
-                self._homes[rank] = Home(rank, incarnation, BlockPool(self.config.kv_blocks))
+                self._homes[rank] = Home(rank, member.incarnation, BlockPool(self.config.kv_blocks), member.node)
         self._review_coverage(now)
         return moved
 
@@ -90,6 +89,30 @@ class Scheduler:
             for sequence in home.running.copy():
                 self._requeue(sequence)
                 moved.append(sequence.request.request_id)
+        return moved
+
+    # ---- ranks that are about to leave
+
+    def leave(self, ranks: Iterable[int]) -> None:
+        """These ranks of the view are not in the next one: they get no new requests, and theirs move to the others."""
+        self._migration.leave(ranks)
+
+    @property
+    def waited_for(self) -> set[int]:
+        """Leaving ranks with requests that may still be moved with their KV blocks."""
+        return self._migration.waited_for(self._homes)
+
+    def copies(self, now: float) -> list[CopyBlocks]:
+        """What ranks are to copy before they hear of the next step."""
+        return self._migration.orders(self._homes, now)
+
+    def copied(self, answer: BlocksCopied, now: float) -> list[CopyBlocks]:
+        """Take in what a rank has copied, and say what is to be copied next."""
+        return self._migration.take(answer, self._homes, now)
+
+    def moved(self) -> list[Moved]:
+        """Requests that have moved with their blocks since the last call."""
+        moved, self._migration.moved = self._migration.moved, []
         return moved
 
     def _review_coverage(self, now: float) -> None:
@@ -164,7 +187,7 @@ class Scheduler:
     def _requeue(self, sequence: Sequence) -> None:
         """Back to the queue, in order of arrival: that is before everything that has not run yet."""
         sequence.leave()
-        insort(self._waiting, sequence, key=_age)
+        insort(self._waiting, sequence, key=by_age)
 
     # ---- steps
 
@@ -183,6 +206,7 @@ class Scheduler:
             raise ElasticError(f"step {self.step} is not answered by ranks {sorted(self.unanswered)}")
         if self.view is None or self.held:
             return None
+        self._migration.review(self._homes, now)
         self._admit()
         ranks: dict[int, list[SeqChunk]] = {}
         for home in self._homes.values():
@@ -205,18 +229,20 @@ class Scheduler:
         while self._waiting:
             sequence = self._waiting[0]
             blocks = blocks_for(len(sequence.tokens), self.config.block_size)
-            homes = self._homes.values()
+            every = self._homes.values()
+            homes = [home for home in every if home.rank not in self._migration.leaving] or every
             fitting = [
                 home
                 for home in [home for home in homes if home.rank not in sequence.failed_on] or homes
-                if len(home.running) < self.config.max_seqs and blocks + len(home.running) <= home.pool.free
+                if len(home.running) + self._migration.arriving(home) < self.config.max_seqs
+                and blocks + len(home.running) <= home.pool.free
             ]
             if not fitting:
                 return
             home = min(fitting, key=lambda home: (len(home.running), home.pool.used, home.rank))
             del self._waiting[0]
             sequence.home, sequence.blocks = home, home.pool.take(blocks)
-            insort(home.running, sequence, key=_age)
+            insort(home.running, sequence, key=by_age)
 
     def _fill(self, home: Home) -> None:
         """Choose the rank's chunks: decodes first, then prefills, oldest first within each, under the token budget.
@@ -229,7 +255,9 @@ class Scheduler:
         for sequence in order:
             if budget == 0:
                 return
-            if sequence.home is home and self._make_room(home, sequence):
+            if sequence.home is not home or self._migration.pauses(sequence):
+                continue
+            if self._make_room(home, sequence):
                 chunk = sequence.next_chunk(budget)
                 budget -= len(chunk.tokens)
                 home.in_flight.append((sequence, chunk))

@@ -17,6 +17,7 @@ class Home:
     rank: int
     incarnation: int
     pool: BlockPool
+    node: str = ""
     running: list[Sequence] = field(default_factory=list)
     in_flight: list[tuple[Sequence, SeqChunk]] = field(default_factory=list)
     setbacks: int = 0  # consecutive answers other than OK
@@ -59,12 +60,23 @@ class Sequence:
         sample = self.request.sampling if end == len(self.tokens) else None
         return SeqChunk(self.seq, self.computed, self.tokens[self.computed : end], self.blocks.copy(), sample)
 
+    def move(self, home: Home, blocks: list[int]) -> None:
+        """Go on at another home, whose `blocks` hold what this one's do; that home is to count it in."""
+        computed = self.computed
+        self.leave()
+        self.home, self.blocks, self.computed = home, blocks, computed
+
     def leave(self) -> None:
         """Give the blocks back and forget the home: what was computed there is lost."""
         if self.home is not None:
             self.home.pool.give_back(self.blocks)
             self.home.running.remove(self)
         self.home, self.computed, self.failures, self.stalled_since = None, 0, 0, None
+
+
+def by_age(sequence: Sequence) -> int:
+    """Sorts the oldest first."""
+    return sequence.seq
 
 
 def refusal(request: Submit, config: ClusterConfig, token: int) -> Rejected | None:

@@ -93,7 +93,7 @@ def plan_view(plan: Plan) -> str:
         return f"nothing would change: epoch {plan.epoch}, ranks {_ranks(plan.ranks)}"
     lines = [f"{plan.kind} {len(plan.ranks)} -> {plan.target} (from epoch {plan.epoch})"]
     lines += [f"  add ranks {_ranks(plan.add)}"] if plan.add else []
-    lines += [f"  remove ranks {_ranks(plan.remove)}; their requests move by replay"] if plan.remove else []
+    lines += [f"  remove ranks {_ranks(plan.remove)}; their requests move with their KV blocks"] if plan.remove else []
     lines += [f"  rank {rank} loads {count} experts" for rank, count in sorted(plan.loads.items())]
     lines.append(f"  replicas of every expert: >= {plan.replicas_before} -> >= {plan.replicas_after}")
     lines.append(f"  experts per rank: <= {plan.slots_before} -> <= {plan.slots_after}")

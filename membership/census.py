@@ -28,6 +28,8 @@ from membership.types import (
     View,
 )
 
+VACATE_S = 30.0  # so long after its staging a view is not committed for the sake of requests that move off its leavers
+
 
 @dataclass(frozen=True)
 class Newcomer:
@@ -243,6 +245,26 @@ class Census:
         staged = self.state.next.members if self.state.next else ()
         revision = self.state.next_revision
         return tuple(m for m in staged if (r := self.record(m)) is None or r.prepared_revision != revision)
+
+    @cached_property
+    def vacated_by(self) -> float:
+        """When requests that the engine still moves off ranks that the staged view leaves out hold it up no longer.
+
+        In the past if there are none. A repair waits for nobody, and no operation is held up past its deadline.
+        """
+        state, status = self.state, self.state.engine_status
+        staged = state.next
+        if (
+            staged is None
+            or state.engine is None
+            or self.alive != self.members
+            or set(self.alive) <= set(staged.members)
+        ):
+            return 0.0
+        if status is not None and (status.token, status.vacated_revision) == (state.engine_token, state.next_revision):
+            return 0.0
+        limit = staged.staged + min(VACATE_S, self.config.launch_deadline_s / 2)
+        return min(limit, self.operation.deadline or limit) if self.operation is not None else limit
 
     @cached_property
     def failed(self) -> dict[Member, str]:

@@ -62,8 +62,9 @@ def due(state: ClusterState, now: float) -> float | None:
     times += [last.not_before for last in state.exits.values()]
     times += [spec.launched + limit for a in state.assignments.values() for spec in a.ranks]
     if state.next is not None:
-        times += [state.next.staged + limit, state.next.staged + _pause(state.next.attempt)]
-        times += [state.next.staged + FAILED_REST_S] if _same_members(Census(state, now)) else []
+        census = Census(state, now)
+        times += [state.next.staged + limit, state.next.staged + _pause(state.next.attempt), census.vacated_by]
+        times += [state.next.staged + FAILED_REST_S] if _same_members(census) else []
     elif state.desired is not None and quiet(census := Census(state, now)):
         better = rebalance(census)
         paused_until = state.pause.until if state.pause is not None else 0.0
@@ -75,7 +76,9 @@ def due(state: ClusterState, now: float) -> float | None:
 def _commit(census: Census) -> Effect | None:
     """All members have prepared the staged view: it becomes the view."""
     staged, operation = census.state.next, census.operation
-    if staged is None or census.unprepared or not sound(census) or (operation is not None and operation.cancelled):
+    if staged is None or census.unprepared or census.now < census.vacated_by or not sound(census):
+        return None
+    if operation is not None and operation.cancelled:
         return None
     if operation is not None and len(staged.members) == operation.target:
         operation = _until(operation, Phase.READY, census.now)

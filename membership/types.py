@@ -227,6 +227,7 @@ class EngineStatus(Record, frozen=True, kw_only=True):
     steps: dict[str, int] = {}  # how many ended how, since this engine began: ok | rank_lost | a StepStatus
     pause_ms: float = 0.0  # how long tokens had to wait at the flip to `epoch`
     slow: tuple[int, ...] = ()  # ranks far slower than the others
+    vacated_revision: int = 0  # mod revision of the staged view (`next`) whose leavers have no request left to move
 
 
 class ExpertLoad(Record, frozen=True, kw_only=True):

@@ -7,7 +7,16 @@ import hashlib
 from elastic.protocol import Rejected, Submit
 from elastic.scheduler import Output, Scheduler
 from membership.types import ClusterConfig, Member, View
-from workers.messages import SampledToken, Sampling, SeqChunk, StepBatch, StepResult, StepStatus
+from workers.messages import (
+    BlocksCopied,
+    CopyBlocks,
+    SampledToken,
+    Sampling,
+    SeqChunk,
+    StepBatch,
+    StepResult,
+    StepStatus,
+)
 
 TOKEN, EOS = 77, 3
 
@@ -48,12 +57,17 @@ def view(epoch: int, members: dict[int, int], *, covered: bool = True) -> View:
     return View(epoch=epoch, members=placed, placement=dict.fromkeys(members, layers))
 
 
+Cell = tuple[int, int]
+"""(position, token)"""
+
+
 class Ranks:
     """All ranks' KV caches: writes each chunk's cells, and reads back the whole sequence before it samples."""
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
-        self.cells: dict[tuple[int, int, int, int], tuple[int, int]] = {}
+        self.cells: dict[tuple[int, int, int, int], Cell] = {}
+        self.on_the_way: dict[tuple[tuple[int, int], tuple[int, int]], tuple[int, list[list[Cell | None]]]] = {}
 
     def run(self, batch: StepBatch, incarnations: dict[int, int]) -> list[StepResult]:
         taken: set[tuple[int, int]] = set()
@@ -77,6 +91,27 @@ class Ranks:
         stored = [self.cells[self.cell(rank, incarnation, chunk, p)] for p in range(chunk.start + len(chunk.tokens))]
         assert [position for position, _ in stored] == list(range(len(stored))), "another sequence's cells"
         return [token for _, token in stored]
+
+    def copy(self, order: CopyBlocks, piece: int = 100, error: str = "") -> BlocksCopied:
+        """Half of a move: at most `piece` blocks into or out of the one place for what is on its way."""
+        count = 0 if error else min(len(order.blocks), piece)
+        key = order.source, order.target
+        if order.arriving and count:
+            number, blocks = self.on_the_way[key]
+            count = len(blocks) if number == order.copy else 0
+            for block, cells in zip(order.blocks, blocks, strict=True) if count else ():
+                for offset, cell in enumerate(cells):
+                    if cell is not None:
+                        self.cells[*order.target, block, offset] = cell
+        elif count:
+            self.on_the_way[key] = (
+                order.copy,
+                [
+                    [self.cells.get((*order.source, block, offset)) for offset in range(self.block_size)]
+                    for block in order.blocks[:count]
+                ],
+            )
+        return BlocksCopied(*order.addressee, order.engine_token, order.copy, count, error)
 
     def cell(self, rank: int, incarnation: int, chunk: SeqChunk, position: int) -> tuple[int, int, int, int]:
         block, offset = divmod(position, self.block_size)
@@ -146,5 +181,6 @@ def drive(scheduler: Scheduler, ranks: Ranks, client: Client, members: dict[int,
 def pool_is_whole(scheduler: Scheduler) -> None:
     for home in scheduler._homes.values():
         held = [block for sequence in home.running for block in sequence.blocks]
+        held += scheduler._migration.reserved(home)
         assert len(set(held)) == len(held) == home.pool.used
         assert sorted(held + home.pool._free) == list(range(home.pool.size))

@@ -13,6 +13,7 @@ import queue
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from membership.errors import QueueClosed
@@ -20,8 +21,11 @@ from workers.doorbell import Doorbell
 from workers.livemask import LiveMask
 from workers.liveness import LivenessPage
 from workers.messages import (
+    BlocksCopied,
+    CopyBlocks,
     EngineMessage,
     Ping,
+    RankMessage,
     SampledToken,
     SeqChunk,
     StepBatch,
@@ -42,13 +46,15 @@ def next_token(tokens: list[int]) -> int:
 class StandIn:
     """One rank."""
 
-    def __init__(self, rank: int, incarnation: int, block_size: int, step_s: float) -> None:
+    def __init__(self, rank: int, incarnation: int, block_size: int, step_s: float, mail: str) -> None:
+        self.mail = mail
         self.rank, self.incarnation, self.block_size, self.step_s = rank, incarnation, block_size, step_s
         self.doorbell = Doorbell()
         self.page = LivenessPage.create()
         self.doorbell.on_slept = self.page.slept
         self.commands: queue.Queue[dict[str, Any]] = queue.Queue()
         self.cells: dict[tuple[int, int], tuple[int, int]] = {}
+        self.silent = False
         self.status = StepStatus.OK
         self.token = 0
         self.evicted = False
@@ -98,6 +104,9 @@ class StandIn:
             self.step_s = command["step_s"]
         elif command["do"] == "hang":
             self.hang = command["how"]
+        elif command["do"] == "copy nothing":
+            self.silent = True
+            self.say(done=True)
 
     def attach(self, command: dict[str, Any]) -> None:
         self.leave()
@@ -110,7 +119,7 @@ class StandIn:
             codec=MsgpackCodec(EngineMessage),
             timeout_s=5.0,
         )
-        self.answers = MessageQueue(f"answers-{self.rank}", MsgpackCodec(StepResult))
+        self.answers = MessageQueue(f"answers-{self.rank}", MsgpackCodec(RankMessage))
         self.say(response=self.answers.export_handle().encode().hex())
 
     def leave(self) -> None:
@@ -133,6 +142,9 @@ class StandIn:
                 return
             if isinstance(message, Ping):
                 self.answers.enqueue(self.reply(0, message.step, 0, StepStatus.OK, []), timeout_s=1.0)
+            elif isinstance(message, CopyBlocks):
+                if message.addressee == (self.rank, self.incarnation) and not self.silent:
+                    self.answers.enqueue(self.copy(message), timeout_s=1.0)
             elif message.ranks.get(self.rank):
                 self.answers.enqueue(self.step(message), timeout_s=1.0)
 
@@ -169,13 +181,33 @@ class StandIn:
         block, offset = divmod(position, self.block_size)
         return chunk.blocks[block], offset
 
+    def copy(self, order: CopyBlocks) -> BlocksCopied:
+        """Half of a move, by a file that only the two ranks know."""
+        (source, incarnation), (target, _) = order.source, order.target
+        path = Path(self.mail) / f"{source}.{incarnation}-{target}"
+        if order.arriving:
+            number, cells = json.loads(path.read_text())
+            if number != order.copy:
+                return BlocksCopied(self.rank, self.incarnation, self.token, order.copy, 0, "another's")
+            for index, offset, position, token in cells:
+                self.cells[order.blocks[index], offset] = (position, token)
+        else:
+            cells = [
+                (index, offset, *self.cells[block, offset])
+                for index, block in enumerate(order.blocks)
+                for offset in range(self.block_size)
+                if (block, offset) in self.cells
+            ]
+            path.write_text(json.dumps((order.copy, cells)))
+        return BlocksCopied(self.rank, self.incarnation, self.token, order.copy, len(order.blocks))
+
     def reply(self, epoch: int, step: int, attempt: int, status: StepStatus, tokens: list[SampledToken]) -> StepResult:
         return StepResult(self.rank, self.incarnation, self.token, epoch, step, attempt, status, tokens)
 
 
 def main() -> None:
-    rank, incarnation, block_size, step_s = sys.argv[1:]
-    stand_in = StandIn(int(rank), int(incarnation), int(block_size), float(step_s))
+    rank, incarnation, block_size, step_s, mail = sys.argv[1:]
+    stand_in = StandIn(int(rank), int(incarnation), int(block_size), float(step_s), mail)
     try:
         stand_in.run()
     finally:

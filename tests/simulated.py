@@ -58,6 +58,7 @@ class World:
     bad: set[int] = field(default_factory=set)  # slots whose ranks cannot prepare anything
     mute: set[int] = field(default_factory=set)  # slots whose ranks never register
     capacity: int = 12  # ranks that an agent takes
+    crowded: bool = False  # the engine has requests on ranks that leave
     engine: bool = True
     elected: bool = True  # False: controllers run elsewhere
 
@@ -193,12 +194,16 @@ class World:
         status = state.engine_status
         masked = {m.rank for m in state.view.members if (m.rank, m.incarnation) in self.gone}
         if status is not None and (status.token, status.epoch) == (state.engine_token, state.view.epoch):
-            if masked <= set(status.masked):
-                return False
             masked |= set(status.masked)
-        told = EngineStatus(token=state.engine_token, epoch=state.view.epoch, masked=tuple(sorted(masked)))
-        self.put(self.keys.engine_status, told)
-        return True
+        told = EngineStatus(
+            token=state.engine_token,
+            epoch=state.view.epoch,
+            masked=tuple(sorted(masked)),
+            vacated_revision=0 if self.crowded or state.next is None else state.next_revision,
+        )
+        if told != status:
+            self.put(self.keys.engine_status, told)
+        return told != status
 
     def controller_acts(self, state: ClusterState | None = None, token: int = 0) -> bool:
         """The controller that holds (or held) `token` looks at `state` and does one thing. True: it took effect."""

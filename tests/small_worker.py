@@ -13,7 +13,7 @@ from typing import Any
 
 from membership.errors import CoverageLost, Fenced, WaitTimeout
 from membership.types import View
-from workers.messages import SampledToken, StepBatch, StepResult, StepStatus
+from workers.messages import CopyBlocks, SampledToken, StepBatch, StepResult, StepStatus
 from workers.worker_base import WorkerContext
 
 
@@ -123,6 +123,11 @@ class SmallWorker:
             StepStatus.OK, [SampledToken(chunk.seq, sum(chunk.tokens)) for chunk in chunks],
         )  # fmt: skip
         return Preparing(0.05, value=result) if chunks[0].tokens == [15] else result
+
+    def copy_blocks(self, order: CopyBlocks) -> int:
+        if order.blocks == [13]:
+            raise ValueError("block 13 cannot be copied")
+        return len(order.blocks)
 
     def poll(self) -> None:
         self.polls += 1

@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterable
@@ -55,8 +56,8 @@ def oracle(request: Submit) -> list[int]:
 class StandInRank:
     """One rank process."""
 
-    def __init__(self, rank: int, incarnation: int, block_size: int, step_s: float) -> None:
-        arguments = [str(rank), str(incarnation), str(block_size), str(step_s)]
+    def __init__(self, rank: int, incarnation: int, block_size: int, step_s: float, mail: str = "") -> None:
+        arguments = [str(rank), str(incarnation), str(block_size), str(step_s), mail]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.rank_process", *arguments],
             stdin=subprocess.PIPE,
@@ -102,6 +103,7 @@ class StandInCluster:
         self.epoch = 0
         self._incarnations = 0
         self._closed: list[StandInRank] = []
+        self._mail = tempfile.TemporaryDirectory()  # for KV blocks that ranks copy
 
     def state(self) -> ClusterState:
         revision, items = self.store.range(self.keys.prefix)
@@ -114,7 +116,9 @@ class StandInCluster:
         """Start ranks; they are registered, but attached to no engine."""
         for rank in ranks:
             self._incarnations += 1
-            self.ranks[rank] = StandInRank(rank, self._incarnations, self.config.block_size, self.step_s)
+            self.ranks[rank] = StandInRank(
+                rank, self._incarnations, self.config.block_size, self.step_s, self._mail.name
+            )
         for rank in ranks:
             liveness = bytes.fromhex(self.ranks[rank].hear()["liveness"])
             self.record(rank, liveness_handle=liveness)
@@ -139,10 +143,17 @@ class StandInCluster:
     def commit(self, *ranks: int, experts: dict[int, Iterable[int]] | None = None) -> None:
         """Write the next view: these members; each holds all experts unless told otherwise."""
         self.epoch += 1
+        self.store.put(self.keys.view, encode(self.view(self.epoch, ranks, experts)))
+
+    def stage(self, *ranks: int) -> int:
+        """Write the next view as a staged one; its revision."""
+        return self.store.put(self.keys.next, encode(self.view(self.epoch + 1, ranks)))
+
+    def view(self, epoch: int, ranks: Iterable[int], experts: dict[int, Iterable[int]] | None = None) -> View:
         members = tuple(Member(rank=r, node="n", incarnation=self.ranks[r].record.incarnation) for r in ranks)
         held = experts or dict.fromkeys(ranks, range(self.config.experts))
         placement = {rank: (tuple(held[rank]),) * self.config.moe_layers for rank in ranks}
-        self.store.put(self.keys.view, encode(View(epoch=self.epoch, members=members, placement=placement)))
+        return View(epoch=epoch, members=members, placement=placement)
 
     def assign(self) -> None:
         """Tell node "n" to run the ranks that it runs."""
@@ -168,6 +179,7 @@ class StandInCluster:
     def close(self) -> None:
         for rank in [*self.ranks.values(), *self._closed]:
             rank.close()
+        self._mail.cleanup()
 
 
 class EngineThread:

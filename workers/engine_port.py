@@ -14,7 +14,17 @@ import structlog
 
 from membership.errors import CoverageLost, ElasticError, Fenced, QueueClosed, QueueError
 from workers.doorbell import Doorbell
-from workers.messages import EngineMessage, Ping, StepBatch, StepResult, StepStatus, reader_id
+from workers.messages import (
+    BlocksCopied,
+    CopyBlocks,
+    EngineMessage,
+    Ping,
+    RankMessage,
+    StepBatch,
+    StepResult,
+    StepStatus,
+    reader_id,
+)
 from workers.output import OutputThread
 from workers.queue import MessageQueue, MsgpackCodec
 from workers.rpc import Failure, RankKey
@@ -58,7 +68,7 @@ class EnginePort:
         )
         try:
             self._worker.attach_mask(mask_handle)
-            answers = MessageQueue(f"rank-{self.key[0]}.{self.key[1]}-to-{token}", codec=MsgpackCodec(StepResult))
+            answers = MessageQueue(f"rank-{self.key[0]}.{self.key[1]}-to-{token}", codec=MsgpackCodec(RankMessage))
         except BaseException:
             steps.shutdown()
             raise
@@ -102,6 +112,9 @@ class EnginePort:
         if message.engine_token == self.token:
             if isinstance(message, Ping):
                 self._answer(self._result_of_ping(message))
+            elif isinstance(message, CopyBlocks):
+                if message.addressee == self.key:
+                    self._answer(self._copied(message))
             else:
                 self._run(message)
                 self._on_step()
@@ -137,14 +150,24 @@ class EnginePort:
         if value is not None:
             self._answer(value)
 
-    def _answer(self, result: StepResult) -> None:
+    def _answer(self, result: RankMessage) -> None:
         answers = self._answers
         if answers is None or result.engine_token != self.token:
             return
         try:
             answers.enqueue(result, timeout_s=ANSWER_TIMEOUT_S)
         except QueueError as error:  # the engine is going, or never came; it asks again if it still cares
-            log.warning("answer_dropped", token=self.token, step=result.step, reason=str(error))
+            log.warning("answer_dropped", token=self.token, answer=type(result).__name__, reason=str(error))
+
+    def _copied(self, order: CopyBlocks) -> BlocksCopied:
+        """Where it cannot be done the engine hears of it: the request stays where it is, or is computed again."""
+        blocks, failed = 0, ""
+        try:
+            blocks = self._worker.copy_blocks(order)
+        except Exception as error:  # noqa: BLE001 - whatever it was, the rank serves on
+            failed = f"{type(error).__name__}: {error}"
+            log.warning("blocks_not_copied", copy=order.copy, arriving=order.arriving, error=failed)
+        return BlocksCopied(*self.key, order.engine_token, order.copy, blocks, failed)
 
     def _failed(self, batch: StepBatch, status: StepStatus, error: str) -> StepResult:
         if status is StepStatus.FAILED:

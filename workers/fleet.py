@@ -25,7 +25,15 @@ from membership.types import RankRecord
 from workers.doorbell import Doorbell
 from workers.livemask import LiveMask
 from workers.liveness import DeathWatcher, LivenessPage, watch_death
-from workers.messages import EngineMessage, Ping, StepResult, reader_id
+from workers.messages import (
+    BlocksCopied,
+    CopyBlocks,
+    EngineMessage,
+    Ping,
+    RankMessage,
+    StepBatch,
+    reader_id,
+)
 from workers.pace import Pace
 from workers.procstat import threads
 from workers.queue import MessageQueue, MsgpackCodec, SlowReaders
@@ -62,7 +70,7 @@ class RankLost:
     silent_s: float = 0.0  # how long it had owed an answer by then, if that was the sign
 
 
-FleetEvent = StepResult | RankJoined | RankLost
+FleetEvent = RankMessage | RankJoined | RankLost
 
 
 @dataclass(eq=False)
@@ -173,7 +181,7 @@ class Fleet:
         self._mask.reset(masked)
         self._members = frozenset(members)
 
-    def broadcast(self, message: EngineMessage) -> None:
+    def broadcast(self, message: StepBatch | Ping) -> None:
         """Send to all ranks. Who has chunks in a batch, and everybody in case of a Ping, owes an answer."""
         now = self._clock()
         for key, link in self._links.items():
@@ -182,6 +190,13 @@ class Fleet:
         if not isinstance(message, Ping):
             self._pace.worked(message.ranks)
             self._watchdog.began(message.step, (key for key in self._links if key[0] in message.ranks), now)
+        self._send(message)
+
+    def copy(self, order: CopyBlocks) -> None:
+        """Send half of a move of KV blocks. Who asked sees to it that the answer comes: steps show who hangs."""
+        self._send(order)
+
+    def _send(self, message: EngineMessage) -> None:
         while True:
             try:
                 self._steps.enqueue(message, self._step_deadline_s)
@@ -243,10 +258,12 @@ class Fleet:
             said += self._lose(link.key, "queue", self._clock())
         return said
 
-    def _answered(self, link: _Link, result: StepResult) -> list[FleetEvent]:
+    def _answered(self, link: _Link, result: RankMessage) -> list[FleetEvent]:
         if (result.rank, result.incarnation) != link.key or result.engine_token != self._token:
             log.warning("dropped a rank's answer to somebody else", rank=link.key[0], token=result.engine_token)
             return []
+        if isinstance(result, BlocksCopied):
+            return [result]
         link.owed.pop(result.step, None)
         if result.step >= 0:
             self._watchdog.answered(link.key, result.step, self._clock())
@@ -345,7 +362,7 @@ class Fleet:
                 reader_id=f"engine-{self._token}",
                 doorbell=self._doorbell,
                 timeout_s=JOIN_TIMEOUT_S,
-                codec=MsgpackCodec(StepResult),
+                codec=MsgpackCodec(RankMessage),
             )
             opened.callback(answers.shutdown)
             page = LivenessPage.attach(record.liveness_handle)

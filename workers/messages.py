@@ -49,7 +49,25 @@ class Ping(msgspec.Struct, frozen=True, array_like=True, tag=True):
     step: int
 
 
-EngineMessage = StepBatch | Ping
+class CopyBlocks(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Half of a move of KV blocks between two (rank, incarnation): the source writes its own out; later, once it has
+    answered, the target takes them in where its own `blocks` are. Only the rank whose turn it is answers.
+    """
+
+    engine_token: int
+    copy: int  # unique under one engine token
+    source: tuple[int, int]
+    target: tuple[int, int]
+    blocks: list[int]
+    arriving: bool = False  # the target's turn
+
+    @property
+    def addressee(self) -> tuple[int, int]:
+        """Whose turn it is."""
+        return self.target if self.arriving else self.source
+
+
+EngineMessage = StepBatch | Ping | CopyBlocks
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -94,6 +112,20 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True, tag=True):
     retried_at: float = (
         0.0  # when the last of those rows was answered (monotonic clock of its host); 0: there were none
     )
+
+
+class BlocksCopied(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """A rank's answer to CopyBlocks: it has copied the first `blocks` of them, as many as fit; none if `error`."""
+
+    rank: int
+    incarnation: int
+    engine_token: int
+    copy: int
+    blocks: int
+    error: str = ""
+
+
+RankMessage = StepResult | BlocksCopied
 
 
 def reader_id(rank: int, incarnation: int) -> str:

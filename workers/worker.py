@@ -10,6 +10,7 @@ import threading
 import time
 import traceback
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import structlog
@@ -17,7 +18,7 @@ import structlog
 from membership import failpoints
 from membership.errors import ConfigError, CoverageLost, Fenced, WaitTimeout
 from membership.types import View
-from workers.messages import StepBatch, StepResult, StepStatus
+from workers.messages import CopyBlocks, StepBatch, StepResult, StepStatus
 from workers.worker_base import WorkerContext
 
 if TYPE_CHECKING:
@@ -252,6 +253,15 @@ class EPWorker:
         result = self._result(batch, StepStatus.OK)
         result.tokens.extend(tokens)
         return result
+
+    def copy_blocks(self, order: CopyBlocks) -> int:
+        """Write out KV blocks for a peer, or take in those that it has written for us; how many."""
+        if self._runner is None:
+            raise ConfigError("copy_blocks before load_model")
+        stamp = (order.engine_token, order.copy)
+        if order.arriving:
+            return self._runner.take_in(order.blocks, self.exchange.inbox(*order.source), stamp)
+        return self._runner.write_out(order.blocks, partial(self.exchange.outbox, *order.target), stamp)
 
     def _refuse(self, batch: StepBatch) -> str:
         """Why this batch must have no effect, else empty. Flips to the batch's epoch if that is prepared."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from membership.errors import ConfigError
 from membership.types import ClusterConfig, View
-from workers.messages import StepBatch, StepResult
+from workers.messages import CopyBlocks, StepBatch, StepResult
 
 if TYPE_CHECKING:
     from workers.doorbell import Doorbell
@@ -64,6 +64,9 @@ class Worker(Protocol):
 
     def execute_model(self, batch: StepBatch) -> StepResult | AsyncOutput | None:
         """This rank's part of a step; None if it has none."""
+
+    def copy_blocks(self, order: CopyBlocks) -> int:
+        """This rank's half of a move of KV blocks, between two steps; how many of them, from the first, it did."""
 
     def poll(self) -> None:
         """Serve peers; called whenever the doorbell rang."""

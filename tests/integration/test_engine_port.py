@@ -12,7 +12,18 @@ from membership.errors import QueueClosed, RankFailed
 from membership.types import View
 from tests.integration.test_executor import executor
 from workers.executor import MultiprocExecutor
-from workers.messages import EngineMessage, Ping, SeqChunk, StepBatch, StepResult, StepStatus, reader_id
+from workers.messages import (
+    BlocksCopied,
+    CopyBlocks,
+    EngineMessage,
+    Ping,
+    RankMessage,
+    SeqChunk,
+    StepBatch,
+    StepResult,
+    StepStatus,
+    reader_id,
+)
 from workers.queue import MessageQueue, MsgpackCodec
 
 pytestmark = pytest.mark.integration
@@ -27,7 +38,7 @@ class Engine:
         self.token = token
         self.steps = MessageQueue(f"steps-{token}", codec=MsgpackCodec(EngineMessage))
         self.handle = attach(made, self)
-        self.answers = MessageQueue.create_from_handle(self.handle, f"engine-{token}", codec=MsgpackCodec(StepResult))
+        self.answers = MessageQueue.create_from_handle(self.handle, f"engine-{token}", codec=MsgpackCodec(RankMessage))
 
     def step(self, number: int, tokens: list[int], epoch: int = 1, rank: int = 0) -> None:
         chunks = {rank: [SeqChunk(seq=5, start=0, tokens=tokens, blocks=[])]}
@@ -148,3 +159,20 @@ def test_an_engine_that_died_costs_the_rank_nothing(made: MultiprocExecutor) -> 
     with engine(made, 9) as second:
         second.step(1, [4])
         assert second.answer().tokens[0].token == 4
+
+
+def test_blocks_are_copied_by_whose_turn_it_is(made: MultiprocExecutor) -> None:
+    other = (1, 2)
+    with engine(made, 7) as first:
+        for order in (
+            CopyBlocks(7, 1, other, KEY, [3, 4]),
+            CopyBlocks(7, 2, KEY, other, [3, 4], arriving=True),
+            CopyBlocks(6, 3, KEY, other, [3, 4]),
+            CopyBlocks(7, 4, KEY, other, [3, 4]),
+            CopyBlocks(7, 5, other, KEY, [13], arriving=True),
+        ):
+            first.steps.enqueue(order)
+        assert first.answers.dequeue(timeout_s=10) == BlocksCopied(*KEY, 7, 4, 2)
+        error = "ValueError: block 13 cannot be copied"
+        assert first.answers.dequeue(timeout_s=10) == BlocksCopied(*KEY, 7, 5, 0, error)
+        assert first.silent()

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from membership.errors import ElasticError
 from membership.placement import plan
 from membership.types import ClusterConfig, Member, View
 from tests.families import VOCAB, write_checkpoint
 from tests.model_helpers import prompts
 from workers.doorbell import Doorbell
-from workers.messages import Sampling, SeqChunk, StepBatch, StepResult, StepStatus
+from workers.messages import CopyBlocks, Sampling, SeqChunk, StepBatch, StepResult, StepStatus
 from workers.worker import EPWorker
 from workers.worker_base import WorkerContext
 
@@ -38,8 +39,8 @@ class RankThread:
         self.worker = EPWorker(WorkerContext(rank, rank + 1, "n", config, self.doorbell, {}, contextlib.nullcontext()))
         self.worker.init_device()
         self.worker.load_model()
-        self.batches: queue.SimpleQueue[StepBatch] = queue.SimpleQueue()
-        self.results: queue.SimpleQueue[StepResult] = queue.SimpleQueue()
+        self.batches: queue.SimpleQueue[StepBatch | CopyBlocks] = queue.SimpleQueue()
+        self.results: queue.SimpleQueue[StepResult | int | str] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop)
         self._thread.start()
@@ -49,9 +50,17 @@ class RankThread:
             self.doorbell.wait(self._awake, 1.0)
             self.worker.poll()
             with contextlib.suppress(queue.Empty):
-                result = self.worker.execute_model(self.batches.get_nowait())
+                result = self._take(self.batches.get_nowait())
                 if result is not None:
                     self.results.put(result)
+
+    def _take(self, message: StepBatch | CopyBlocks) -> StepResult | int | str | None:
+        if isinstance(message, StepBatch):
+            return self.worker.execute_model(message)
+        try:
+            return self.worker.copy_blocks(message)
+        except ElasticError as error:
+            return str(error)  # the error itself would hold on to the lanes' memory
 
     def _awake(self) -> bool:
         return self.worker.pending() or not self.batches.empty() or self._stop.is_set()
@@ -96,9 +105,21 @@ class Fleet:
         found = {}
         for rank in chunks:
             result = self.ranks[rank].results.get(timeout=DEADLINE_S)
+            assert isinstance(result, StepResult)
             assert (result.status, result.step) == (StepStatus.OK, self.step), result.error
             found.update({t.seq: (t.token, t.logprobs) for t in result.tokens})
         return found
+
+    def copy(self, order: CopyBlocks) -> int:
+        """Have the rank whose turn it is do its half of a copy; how many blocks it did."""
+        rank = self.ranks[order.addressee[0]]
+        rank.batches.put(order)
+        rank.doorbell.ring()
+        done = rank.results.get(timeout=DEADLINE_S)
+        if isinstance(done, str):
+            raise ElasticError(done)
+        assert isinstance(done, int)
+        return done
 
     def close(self) -> None:
         for rank in self.ranks:

@@ -61,11 +61,12 @@ def test_a_loss_from_its_first_sign_to_the_last_migrated_request(world: World) -
     world.log.emit("rank_masked", rank=1, source="robust futex", ms=0.5, silent_ms=0.0, requests=3)
     world.log.emit("rank_masked", rank=2, source="deadline", ms=0.0, silent_ms=10_000.0, requests=2)
     world.log.emit("rank_recovered", rank=1, ms=12.0, requests=3)
+    world.log.emit("request_moved", rank=0, source=3, request_id="r", tokens=40, ms=5.0)
     found = world.scrape()
     assert found["detection_seconds_sum{robust_futex}"] == pytest.approx(0.0005)
     assert found["detection_seconds_sum{deadline}"] == pytest.approx(10.0)
     assert (found["recovery_seconds_count"], found["recovery_seconds_sum"]) == (1, pytest.approx(0.012))
-    assert found["requests_migrated_total"] == 5
+    assert (found["requests_migrated_total{replayed}"], found["requests_migrated_total{copied}"]) == (5, 1)
 
 
 def test_who_was_given_up_alive_is_counted_once(world: World) -> None:

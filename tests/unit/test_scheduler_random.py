@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from elastic.scheduler import Scheduler
 from tests.rank_model import TOKEN, Client, Ranks, ask, config, drive, pool_is_whole, reply, view
-from workers.messages import StepStatus
+from workers.messages import BlocksCopied, CopyBlocks, StepStatus
 
 pytestmark = pytest.mark.unit
 
@@ -26,8 +26,9 @@ def test_random_histories_lose_duplicate_and_alter_nothing(
     scheduler = Scheduler(config(kv_blocks=kv_blocks, max_seqs=max_seqs, max_batched_tokens=budget), TOKEN)
     ranks, client, now = Ranks(4), Client(), 0.0
     epoch, incarnation, members = 0, 0, dict[int, int]()
+    orders, answers = list[CopyBlocks](), list[BlocksCopied]()
     for _ in range(chance.randint(20, 150)):
-        now += 1.0
+        now += 0.3
         event = chance.random()
         if event < 0.25:
             prompt = [chance.randrange(50) for _ in range(chance.randint(1, 25))]
@@ -42,7 +43,12 @@ def test_random_histories_lose_duplicate_and_alter_nothing(
             scheduler.set_view(view(epoch, members), [r for r in members if chance.random() < 0.1], now)
         elif event < 0.4:
             _random_change_of_mind(chance, scheduler, client, now)
+        elif event < 0.43:
+            scheduler.leave(chance.sample(range(SLOTS), chance.randint(0, 2)))
         else:
+            orders += scheduler.copies(now)
+            answers += [_copy(chance, ranks, order) for order in orders]  # each rank hears all in order
+            orders = _random_answers(chance, scheduler, answers, now)
             _random_step(chance, scheduler, ranks, client, members, now)
         pool_is_whole(scheduler)
     epoch += 1
@@ -69,6 +75,21 @@ def _random_change_of_mind(chance: random.Random, scheduler: Scheduler, client: 
         old = client.requests[name]
         again = ask(name, old.prompt, old.max_tokens, emitted=client.outputs[name].copy())
         client.take(scheduler.submit(again, now))
+
+
+def _copy(chance: random.Random, ranks: Ranks, order: CopyBlocks) -> BlocksCopied:
+    """A rank does its half of a copy: all of it, a part, or nothing."""
+    return ranks.copy(order, chance.choice((1, 2, 100)) if not order.arriving else 100, "e" * (chance.random() < 0.05))
+
+
+def _random_answers(
+    chance: random.Random, scheduler: Scheduler, answers: list[BlocksCopied], now: float
+) -> list[CopyBlocks]:
+    """Some answers of ranks come now, out of order, twice or not at all; what the scheduler asks next."""
+    chance.shuffle(answers)
+    come = [answers.pop() for _ in range(chance.randint(0, len(answers)))]
+    come = [answer for answer in come for _ in range(chance.choice((0, 1, 1, 1, 1, 2)))]
+    return [order for answer in come for order in scheduler.copied(answer, now)]
 
 
 def _random_step(

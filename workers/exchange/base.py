@@ -85,6 +85,12 @@ class Exchange(Protocol):
     def pending(self) -> bool:
         """Whether `serve` has something to do."""
 
+    def outbox(self, rank: int, incarnation: int, nbytes: int) -> memoryview[int]:
+        """Host memory that this peer can read, `nbytes` or as much as there is. RankError if it cannot be reached."""
+
+    def inbox(self, rank: int, incarnation: int) -> memoryview[int]:
+        """What this peer has put into its outbox for us; it may change if the peer writes again."""
+
     def disconnect(self, peers: Iterable[tuple[int, int]]) -> None:
         """Drop the links with these (rank, incarnation): nothing that they still write can be seen."""
 

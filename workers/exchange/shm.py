@@ -15,7 +15,7 @@ import structlog
 import torch
 from torch import Tensor
 
-from membership.errors import CoverageLost, Fenced, PeerTimeout
+from membership.errors import CoverageLost, Fenced, PeerTimeout, RankError
 from workers.doorbell import Doorbell
 from workers.exchange.base import ExpertBank, StepContext
 from workers.exchange.batch import ExpertFailed, Work, run
@@ -91,6 +91,20 @@ class ShmExchange:
     def stir(self) -> None:
         """Have `connect` ask again whether it is given up."""
         self._links.stir()
+
+    def outbox(self, rank: int, incarnation: int, nbytes: int) -> memoryview[int]:
+        """Memory that this peer can read, `nbytes` or as much as there is. RankError if it is not linked."""
+        return self._linked(rank, incarnation).ours.room_for_bulk(nbytes)
+
+    def inbox(self, rank: int, incarnation: int) -> memoryview[int]:
+        """What this peer has put into its outbox for us; it may change if the peer writes again."""
+        return self._linked(rank, incarnation).theirs.bulk()
+
+    def _linked(self, rank: int, incarnation: int) -> PeerLink:
+        link = self._links.of(rank, incarnation)
+        if link is None:
+            raise RankError(f"rank {self._rank} has no link with rank {rank} (incarnation {incarnation})")
+        return link
 
     def disconnect(self, peers: Iterable[tuple[int, int]]) -> None:
         """Drop the links with these (rank, incarnation): nothing that they still write can be seen."""

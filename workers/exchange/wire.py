@@ -22,6 +22,7 @@ from workers.segment import PAGE, Segment, SegmentError
 Rows = npt.NDArray[Any]  # [R, H]; the bits of a float type as integers of its width, which numpy can copy for any type
 
 AREA = 32 << 20  # bytes for the rows of one request, and of one answer; memory is taken as it is first used
+BULK = 8 << 20  # bytes for what belongs to no step (`workers/kv_transfer.py`): so much is copied in one go at most
 MAX_PAIRS = 1 << 15
 _INDEX = 3 * 8 * MAX_PAIRS
 _ASK, _ANSWER = 0, 8  # published sequence numbers, in words; each in its own cache line
@@ -74,7 +75,7 @@ class Refusal(NamedTuple):
 
 def lane_bytes(area: int = AREA) -> int:
     """Size of a lane's segment."""
-    return PAGE + _INDEX + 2 * area
+    return PAGE + _INDEX + 2 * area + BULK
 
 
 def most_pairs(area: int, row_bytes: int) -> int:
@@ -91,11 +92,12 @@ class Lane:
         self._words = self._map[:PAGE].cast("Q")
         index = np.frombuffer(self._map, np.int64, 3 * MAX_PAIRS, PAGE).reshape(3, MAX_PAIRS)
         self._row_of, self._experts, self._counts = index
-        self.area = (segment.size - PAGE - _INDEX) // 2 // PAGE * PAGE
+        self.area = (segment.size - PAGE - _INDEX - BULK) // 2 // PAGE * PAGE
         self._ask_at = PAGE + _INDEX
         self._answer_at = self._ask_at + self.area
+        self._bulk_at = segment.size - BULK
         self._rows: dict[tuple[int, int, int], Rows] = {}
-        self._reserved = {self._ask_at: 0, self._answer_at: 0}
+        self._reserved = {self._ask_at: 0, self._answer_at: 0, self._bulk_at: 0}
 
     def close(self) -> None:
         """Let go of the memory; it is unmapped when the last view of it goes."""
@@ -118,10 +120,25 @@ class Lane:
         rows = self._view(at, hidden, dtype)[:count]
         if len(rows) < count:
             raise SegmentError(f"{count} rows of {hidden} do not fit in a lane of {self.area} bytes")
-        if rows.nbytes > self._reserved[at]:
-            self._reserved[at] = min(-(-rows.nbytes // (1 << 20)) << 20, self.area)
-            self._segment.reserve(at, self._reserved[at])
+        self._reserve(at, rows.nbytes, self.area)
         return rows
+
+    def _reserve(self, at: int, nbytes: int, most: int) -> None:
+        if nbytes > self._reserved[at]:
+            self._reserved[at] = min(-(-nbytes // (1 << 20)) << 20, most)
+            self._segment.reserve(at, self._reserved[at])
+
+    # -- bulk --------------------------------------------------------------------------------------------------------
+
+    def room_for_bulk(self, nbytes: int) -> memoryview[int]:
+        """Writer: where so many bytes belong, or as many as fit. Who reads them knows when from elsewhere."""
+        nbytes = min(nbytes, BULK)
+        self._reserve(self._bulk_at, nbytes, BULK)
+        return self._map[self._bulk_at : self._bulk_at + nbytes]
+
+    def bulk(self) -> memoryview[int]:
+        """Reader: what was written there last."""
+        return self._map[self._bulk_at :]
 
     # -- requests ----------------------------------------------------------------------------------------------------
 

@@ -72,3 +72,13 @@ class KVCache:
         self.blocks = blocks
         self.block_size = block_size
         self.layers = [LayerCache(blocks, block_size, dtype) for _ in range(layers)]
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """All layers' keys and values, each [heads * blocks, cells]; empty before the first step (or warm-up)."""
+        return [part for layer in self.layers for part in (layer.keys, layer.values)]
+
+    @property
+    def block_bytes(self) -> int:
+        """Memory of one block in all layers."""
+        return sum(part.nbytes for part in self.parts) // self.blocks

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from membership.errors import ModelError
+from workers.kv_transfer import Outbox, Stamp, take_in, write_out
 from workers.messages import SampledToken, Sampling, SeqChunk
 from workers.model.attention import AttentionHook, check_tiles
 from workers.model.calibrations import Calibrations
@@ -98,8 +99,11 @@ class ModelRunner:
     def _check_blocks(self, chunks: Sequence[SeqChunk]) -> None:
         """A block number past the cache would land in another head's cells."""
         for chunk in chunks:
-            if not 0 <= min(chunk.blocks) <= max(chunk.blocks) < self.cache.blocks:
-                raise ModelError(f"sequence {chunk.seq} names a KV block outside of 0..{self.cache.blocks - 1}")
+            self._check_known(chunk.blocks)
+
+    def _check_known(self, blocks: Sequence[int]) -> None:
+        if not 0 <= min(blocks) <= max(blocks) < self.cache.blocks:
+            raise ModelError(f"KV blocks {blocks} are not all within 0..{self.cache.blocks - 1}")
 
     def run(self, chunks: Sequence[SeqChunk]) -> list[SampledToken]:
         """Run one step's chunks and sample after those that ask for it."""
@@ -109,6 +113,19 @@ class ModelRunner:
         settings = [cast("Sampling", chunk.sample) for chunk in asked]
         chosen = sample(logits, settings, [c.start + len(c.tokens) for c in asked])
         return [SampledToken(c.seq, token, logs) for c, (token, logs) in zip(asked, chosen, strict=True)]
+
+    @torch.inference_mode()
+    def write_out(self, blocks: Sequence[int], outbox: Outbox, stamp: Stamp) -> int:
+        """Copy KV blocks, as many as there is room for; how many that were."""
+        self._check_known(blocks)
+        return write_out(self.cache, blocks, outbox, stamp)
+
+    @torch.inference_mode()
+    def take_in(self, blocks: Sequence[int], room: memoryview[int], stamp: Stamp) -> int:
+        """Fill KV blocks with what another rank has written out."""
+        self._check_known(blocks)
+        self._done = None  # what the last step gathered may be of sequences that had these blocks before
+        return take_in(self.cache, blocks, room, stamp)
 
     def take_load(self) -> bytes:
         """Rows routed to each (MoE layer, expert) since the last call, as uint32 in C order."""

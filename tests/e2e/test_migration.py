@@ -1,0 +1,42 @@
+"""A scale-down under load recomputes nothing: running requests move with their KV blocks, and no output changes."""
+
+from __future__ import annotations
+
+import urllib.request
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from chaos.cluster import ServedCluster
+from tests.e2e.conftest import Serve
+from tests.e2e.test_scale import elastic, stream_all
+from tests.helpers import eventually
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+
+
+def migrated(cluster: ServedCluster) -> dict[str, float]:
+    """What `elastic_ep_requests_migrated_total` says, by how."""
+    with urllib.request.urlopen(f"{cluster.url}/metrics", timeout=30) as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+    (family,) = [f for f in families if f.name == "elastic_ep_requests_migrated"]
+    return {sample.labels["how"]: sample.value for sample in family.samples if sample.name.endswith("_total")}
+
+
+def test_a_scale_down_recomputes_nothing(serve: Serve, demo_model: Path) -> None:
+    cluster = serve(demo_model, 4)
+    cluster.wait_serving(4)
+    model = cluster.model_name()
+    expected = [f.result(timeout=180) for f in stream_all(cluster, model, 400)]
+
+    streams = stream_all(cluster, model, 400)
+    eventually(lambda: elastic(cluster, "status")["requests"]["running"] > 12, 30.0, "streams under way")
+    assert elastic(cluster, "scale", "2", "--wait")["phase"] == "done"
+    running = elastic(cluster, "status")["requests"]["running"]
+    assert [f.result(timeout=180) for f in streams] == expected
+    assert running > 0, "the requests ended before the scale did"
+    moved = [event for event in cluster.events() if event.kind == "request_moved"]
+    assert {event.fields["source"] for event in moved} == {2, 3}
+    assert {event.rank for event in moved} == {0, 1}
+    assert migrated(cluster) == {"copied": len(moved), "replayed": 0}
