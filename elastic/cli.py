@@ -16,6 +16,7 @@ import typer
 from elastic import cli_changes, cli_cluster, cli_roles
 from elastic.options import (
     CoverageDeadlineFlag,
+    LoadBandwidthFlag,
     Output,
     OutputFlag,
     RebalanceBudgetFlag,
@@ -70,6 +71,7 @@ def serve(
     restart_intensity: RestartIntensityFlag = 6,
     restart_window: Annotated[str, typer.Option(help="How long a death counts.")] = "60s",
     rebalance_budget: RebalanceBudgetFlag = "2GiB",
+    load_bandwidth: LoadBandwidthFlag = "0",
     coverage_deadline: CoverageDeadlineFlag = "30s",
     ready_timeout: Annotated[str, typer.Option(help="Give up when not ready by then.")] = "3m",
 ) -> None:
@@ -86,6 +88,7 @@ def serve(
                 exactness=exactness, device=device, max_model_len=max_model_len, kv_blocks=kv_blocks,
                 restart_intensity=restart_intensity, restart_window_s=seconds(restart_window),
                 rebalance_bytes=size(rebalance_budget), coverage_deadline_s=seconds(coverage_deadline),
+                load_bytes_per_s=size(load_bandwidth),
                 ready_timeout_s=seconds(ready_timeout),
             )
         )  # fmt: skip

@@ -50,6 +50,9 @@ RestartIntensityFlag = Annotated[
 RebalanceBudgetFlag = Annotated[
     str, typer.Option("--rebalance-budget", help="Weights that one background rebalance may load; 0: never rebalance.")
 ]
+LoadBandwidthFlag = Annotated[
+    str, typer.Option("--load-bandwidth", help="Of the checkpoint, per second and host, while serving; 0: no cap.")
+]
 CoverageDeadlineFlag = Annotated[
     str, typer.Option("--coverage-deadline", help="How long a request waits for lost experts before it gets a 503.")
 ]
@@ -66,8 +69,8 @@ def seconds(text: str) -> float:
 
 
 def size(text: str) -> int:
-    """`0`, `500MB`, `2GiB`, `1.5G` as bytes; typer.BadParameter otherwise."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kMGT])(i?)B?|B?)", text.strip())
+    """`0`, `500MB`, `2GiB`, `1.5G/s` as bytes; typer.BadParameter otherwise."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kMGT])(i?)B?|B?)(?:/s)?", text.strip())
     if match is None:
         raise typer.BadParameter(f"{text!r} is not a size; write it like 500MB or 2GiB")
     return round(float(match[1]) * (1024.0 if match[3] else 1000.0) ** " kMGT".index(match[2] or " "))

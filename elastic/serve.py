@@ -81,6 +81,7 @@ class ServeOptions:
     restart_window_s: float = 60.0
     rebalance_bytes: int = 2 << 30
     coverage_deadline_s: float = 30.0
+    load_bytes_per_s: int = 0
     ready_timeout_s: float = 180.0
     admin_token: str = field(default_factory=lambda: os.environ.get("ELASTIC_ADMIN_TOKEN") or secrets.token_urlsafe(24))
 
@@ -109,6 +110,7 @@ def cluster_config(options: ServeOptions) -> ClusterConfig:
         restart_window_s=options.restart_window_s,
         rebalance_bytes=options.rebalance_bytes,
         coverage_deadline_s=options.coverage_deadline_s,
+        load_bytes_per_s=options.load_bytes_per_s,
         eos_token_ids=info.eos_token_ids,
         vocab_size=info.vocab_size,
     )

@@ -387,7 +387,7 @@ def _rebalance(census: Census) -> Effect | None:
         return None
     view = replace(
         census.view, epoch=census.view.epoch + 1, placement=better.placement, staged=census.now, attempt=0,
-        unfinished=better.unfinished,
+        unfinished=better.unfinished, urgent=False,
     )  # fmt: skip
     return Effect(reason=f"epoch {view.epoch}: {better.reason}", stage=view)
 

@@ -22,7 +22,9 @@ def next_view(census: Census, members: tuple[Member, ...], *, bare: bool = False
         loads = loads_of(config, census.state.expert_load)
         placement = plan(config.moe_layers, config.experts, nodes, config.redundancy, old, loads, nodes)
     ordered = tuple(sorted(members, key=lambda m: m.rank))
-    return View(epoch=census.view.epoch + 1, members=ordered, placement=placement)
+    alive = {m.rank: census.view.placement[m.rank] for m in census.alive}
+    urgent = not covers(census, alive)
+    return View(epoch=census.view.epoch + 1, members=ordered, placement=placement, urgent=urgent)
 
 
 def covers(census: Census, placement: Placement) -> bool:

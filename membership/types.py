@@ -70,6 +70,7 @@ class ClusterConfig(Record, frozen=True, kw_only=True):
     lease_ttl_s: float = 3.0
     expert_bytes: int = 0  # weights of one expert in one layer; for reports of what a change would move
     rebalance_bytes: int = 2 << 30  # weights that one background rebalance may have ranks load; 0: never rebalance
+    load_bytes_per_s: int = 0  # so much of the checkpoint the ranks of a host read while they prepare a view; 0: no cap
     restart_intensity: int = 6  # so many deaths of a slot within the window set it aside
     restart_window_s: float = 60.0
     launch_deadline_s: float = 60.0
@@ -93,6 +94,7 @@ class View(Record, frozen=True, kw_only=True):
     staged: float = 0.0  # when the controller staged it
     attempt: int = 0  # how often the same membership was staged before, after failures to prepare
     unfinished: bool = False  # a step of a rebalance of which more is to come
+    urgent: bool = False  # requests wait for what it has ranks load: no cap of their bandwidth
 
     def member(self, rank: int) -> Member | None:
         """The member in slot `rank`, if any."""

@@ -84,7 +84,7 @@ class MultiprocExecutor:
         self._stopping = threading.Event()
         self._host_lock = HostLock.create()
         self._doorbell = Doorbell()
-        self.weights = WeightStore(on_weights)
+        self.weights = WeightStore(on_weights, config.load_bytes_per_s)
         self.rpc_broadcast_mq = MessageQueue(f"{node}-calls")
         self._new_forkserver = partial(ForkServer, preload, on_exit=self._on_exit, on_serving=on_serving)
         self._forkserver = self._new_forkserver()

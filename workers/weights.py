@@ -14,6 +14,7 @@ import os
 import resource
 import secrets
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ import msgspec
 import structlog
 
 from membership.errors import ConfigError, QueueError
+from workers.bandwidth import Bucket
 from workers.handover import JOIN_TIMEOUT_S, MAX_FDS, Grant, Handover, HandoverRefused, Link
 
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
@@ -67,14 +69,23 @@ class Held(msgspec.Struct, frozen=True, array_like=True):
     verified: bool
 
 
-_Request = Find | Deposit | Checked
+class Book(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Rank to store: so many bytes of the checkpoint I am about to read. The answer is how long to wait first."""
+
+    nbytes: int
+
+
+_Request = Find | Deposit | Checked | Book
 
 
 class WeightStore:
     """The store of one host. `close` it: what no rank maps is then free."""
 
-    def __init__(self, on_event: OnEvent | None = None) -> None:
+    def __init__(
+        self, on_event: OnEvent | None = None, bytes_per_s: int = 0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._on_event = on_event
+        self._bucket, self._clock = Bucket(bytes_per_s) if bytes_per_s else None, clock
         self._lock = threading.Lock()
         self._held: dict[str, tuple[Held, int]] = {}  # with the descriptor
         self._told = -1
@@ -116,6 +127,10 @@ class WeightStore:
         if isinstance(asked, Deposit):
             self._take(asked, fds)
             return self._grant([asked.key])
+        if isinstance(asked, Book):
+            with self._lock:
+                wait_s = self._bucket.book(asked.nbytes, self._clock()) if self._bucket is not None else 0.0
+            return Grant(msgspec.msgpack.encode(wait_s))
         self._note(asked)
         return Grant()
 
@@ -183,18 +198,29 @@ class WeightClient:
             raise QueueError(f"the weight store dropped {key} while it was deposited")
         return found[key]
 
+    def book(self, nbytes: int) -> float:
+        """Say that so much is about to be read of the checkpoint; how many seconds to wait first."""
+        link = self._connect(Book(nbytes))
+        try:
+            return msgspec.msgpack.decode(link.reply, type=float)
+        finally:
+            link.close()
+
     def checked(self, right: list[tuple[str, int]], wrong: list[tuple[str, int]]) -> None:
         """Say what came of comparing checksums."""
         for start in range(0, max(len(right), len(wrong), 1), 100):
             self._ask(Checked(right[start : start + 100], wrong[start : start + 100]))
 
     def _ask(self, request: _Request, fds: Sequence[int] = ()) -> dict[str, tuple[Held, int]]:
-        link = Handover.default().connect(
-            self._where.address, self._where.resource, msgspec.msgpack.encode(request), fds, timeout_s=self._timeout_s
-        )
+        link = self._connect(request, fds)
         try:
             held = msgspec.msgpack.decode(link.reply, type=list[Held]) if link.reply else []
             got, link.reply_fds = link.reply_fds, []
             return {entry.key: (entry, fd) for entry, fd in zip(held, got, strict=True)}
         finally:
             link.close()
+
+    def _connect(self, request: _Request, fds: Sequence[int] = ()) -> Link:
+        return Handover.default().connect(
+            self._where.address, self._where.resource, msgspec.msgpack.encode(request), fds, timeout_s=self._timeout_s
+        )

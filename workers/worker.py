@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ import structlog
 from membership import failpoints
 from membership.errors import ConfigError, CoverageLost, Fenced, WaitTimeout
 from membership.types import View
+from workers.bandwidth import Brake
 from workers.messages import CopyBlocks, StepBatch, StepResult, StepStatus
 from workers.worker_base import WorkerContext
 
@@ -91,7 +93,8 @@ class Preparation:
             failpoints.hit("rank.before.prepare", self._worker.rank)
             wanted = sorted(experts_of(self.view, self._worker.rank))
             mapped = self._worker.bank.bytes_mapped
-            self.bytes_loaded = self._worker.bank.load_all(wanted, self._stopped.is_set)
+            brake = self._worker.brake(self.view, self._stopped.wait)
+            self.bytes_loaded = self._worker.bank.load_all(wanted, self._stopped.is_set, brake)
             self.bytes_mapped = self._worker.bank.bytes_mapped - mapped
             if not self._stopped.is_set():
                 self._worker.exchange.connect(self._peers, self._worker.connect_timeout_s, self._stopped.is_set)
@@ -197,6 +200,15 @@ class EPWorker:
         others = {rank: peer for rank, peer in peers.items() if rank != self.rank}
         self._preparing[view.epoch] = self._latest = Preparation(self, view, others, older)
         return self._latest
+
+    def brake(self, view: View, wait: Callable[[float], object]) -> Callable[[], object]:
+        """What to call before an expert is read for this view, so that its host's ranks keep to their bandwidth."""
+        config = self._ctx.config
+        shared = self._runner.loaded.shared if self._runner is not None else None
+        if not config.load_bytes_per_s or view.urgent or shared is None:
+            return lambda: None
+        until = time.monotonic() + config.launch_deadline_s / 2
+        return Brake(partial(shared.book, config.expert_bytes), wait, until, time.monotonic)
 
     @property
     def connect_timeout_s(self) -> float:

@@ -164,11 +164,12 @@ def test_where_nobody_comes_redundancy_is_restored_in_the_background(serve: Serv
 
 
 def test_who_asks_need_not_wait_for_the_background(serve: Serve, demo_model: Path) -> None:
-    cluster = serve(demo_model, RANKS, ("--rebalance-budget", "12MiB", "--coverage-deadline", "20s"))
+    flags = ("--rebalance-budget", "12MiB", "--coverage-deadline", "20s", "--load-bandwidth", "1GB/s")
+    cluster = serve(demo_model, RANKS, flags)
     cluster.wait_serving(RANKS)
     config = cluster.client().state().config
     assert config is not None
-    assert (config.rebalance_bytes, config.coverage_deadline_s) == (12 << 20, 20.0)
+    assert (config.rebalance_bytes, config.coverage_deadline_s, config.load_bytes_per_s) == (12 << 20, 20.0, 10**9)
     before = elastic(cluster, "rebalance", "--plan")
     assert before.returncode == 0, "nothing is measured yet, nothing is missing"
     skew(cluster, 22, 12)  # the background leaves that alone

@@ -252,3 +252,17 @@ def _memfds() -> int:
         except FileNotFoundError:
             continue  # closed meanwhile
     return count
+
+
+def test_all_ranks_of_a_host_share_one_bandwidth() -> None:
+    store = WeightStore(bytes_per_s=1000, clock=lambda: 50.0)
+    try:
+        first, second = WeightClient(store.handle()), WeightClient(store.handle())
+        assert [first.book(100), second.book(400), first.book(1)] == [0.0, 0.0, pytest.approx(0.4)]
+    finally:
+        store.close()
+    free = WeightStore()
+    try:
+        assert [WeightClient(free.handle()).book(1 << 40) for _ in range(3)] == [0.0, 0.0, 0.0]
+    finally:
+        free.close()

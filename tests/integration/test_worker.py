@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from membership.errors import ConfigError, Fenced, PeerTimeout, WaitTimeout
 from membership.types import ClusterConfig, Member, Placement, View
@@ -17,6 +18,8 @@ from workers.doorbell import Doorbell
 from workers.exchange.base import Exchange, StepContext
 from workers.exchange.local import LocalExchange
 from workers.messages import Sampling, SeqChunk, StepBatch, StepStatus
+from workers.model.shared_weights import SharedWeights
+from workers.weights import WeightStore
 from workers.worker import EPWorker
 from workers.worker_base import Worker, WorkerContext
 
@@ -87,8 +90,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def worker(checkpoint: Path) -> Iterator[TestedWorker]:
-    config = ClusterConfig(
+def config(checkpoint: Path) -> ClusterConfig:
+    return ClusterConfig(
         cluster="c",
         model=str(checkpoint),
         served_model_name="m",
@@ -98,8 +101,19 @@ def worker(checkpoint: Path) -> Iterator[TestedWorker]:
         max_ranks=4,
         launch_deadline_s=5.0,
     )
+
+
+@pytest.fixture
+def worker(config: ClusterConfig) -> Iterator[TestedWorker]:
+    with a_rank(config) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def a_rank(config: ClusterConfig, weights: bytes = b"") -> Iterator[TestedWorker]:
+    """A rank with its model loaded, and perhaps a weight store."""
     doorbell = Doorbell()
-    made = TestedWorker(WorkerContext(0, 1, "n", config, doorbell, {}, contextlib.nullcontext()))
+    made = TestedWorker(WorkerContext(0, 1, "n", config, doorbell, {}, contextlib.nullcontext(), weights))
     made.init_device()
     made.load_model()
     try:
@@ -268,3 +282,35 @@ def test_order_of_calls_is_checked(checkpoint: Path) -> None:
     finally:
         worker.shutdown()
         doorbell.close()
+
+
+def test_only_what_is_read_of_the_checkpoint_waits_its_turn(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, config: ClusterConfig
+) -> None:
+    store, booked = WeightStore(), list[int]()
+    monkeypatch.setattr(SharedWeights, "book", lambda self, nbytes: booked.append(nbytes) or 0.0)
+    capped = replace(config, load_bytes_per_s=1, expert_bytes=123)
+
+    def loaded(config: ClusterConfig, view: View) -> int:
+        """How many reads were booked by a new rank that prepares this view."""
+        with a_rank(config, store.handle()) as worker:
+            booked.clear()
+            worker.prepare_epoch(view, {}).get_output(20)
+            return len(booked)
+
+    half: Placement = {0: ((0, 1, 2, 3), ())}
+    try:
+        assert loaded(config, view(2, half)) == 0, "no cap"
+        assert loaded(capped, view(2, WHOLE)) == 12, "four are in the store already"
+        assert set(booked) == {123}
+        assert loaded(capped, view(2, WHOLE)) == 0
+    finally:
+        store.close()
+    fresh = WeightStore()
+    try:
+        with a_rank(capped, fresh.handle()) as worker:
+            booked.clear()
+            worker.prepare_epoch(replace(view(1, WHOLE), urgent=True), {}).get_output(20)
+            assert not booked, "requests wait for it"
+    finally:
+        fresh.close()

@@ -112,6 +112,26 @@ def test_lost_experts_are_all_that_is_loaded_at_first() -> None:
     assert loaded(world, seen)[0] == orphans
 
 
+@pytest.mark.parametrize("redundancy", [1.0, 2.0])
+def test_only_what_requests_wait_for_is_urgent(redundancy: float) -> None:
+    world = up(redundancy=redundancy)
+    assert [view.urgent for view in staged(world)] == [True], "the first view: nobody holds anything yet"
+    seen = len(world.effects)
+    world.kill(2, quarantined=True)
+    world.settle()
+    skew(world)
+    world.now += 60.0
+    world.settle()
+    loss, *rest = staged(world, seen)
+    assert loss.urgent == (redundancy == 1.0)
+    assert rest
+    assert not any(view.urgent for view in rest)
+
+
+def staged(world: World, since: int = 0) -> list[View]:
+    return [effect.stage for effect in world.effects[since:] if effect.stage is not None]
+
+
 def test_load_is_evened_out_once_and_then_left_alone() -> None:
     world = up(budget=2 * MEMORY)
     view = world.state.view

@@ -110,7 +110,12 @@ class LocalExpertBank:
         """Get an expert if it is not here yet; the bytes read for it. May run in any thread."""
         return self.load_all([(layer, expert)])
 
-    def load_all(self, wanted: Iterable[tuple[int, int]], stop: Callable[[], bool] = lambda: False) -> int:
+    def load_all(
+        self,
+        wanted: Iterable[tuple[int, int]],
+        stop: Callable[[], bool] = lambda: False,
+        before_read: Callable[[], object] = lambda: None,
+    ) -> int:
         """Get what is missing of `wanted`, in order, until `stop` says to give up; the bytes read from the checkpoint.
 
         What the host's weight store had is not read: it adds to `bytes_mapped`.
@@ -121,7 +126,7 @@ class LocalExpertBank:
         read = 0
         if not missing or self._source is None or stop():
             return read
-        with closing(self._source.load_many(missing)) as coming:
+        with closing(self._source.load_many(missing, before_read)) as coming:
             for key, weights in coming:
                 self._calibrate(weights)
                 self._held[key] = weights

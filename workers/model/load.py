@@ -127,8 +127,10 @@ class ExpertSource:
         ((_, weights),) = self.load_many([(layer, expert)])
         return weights
 
-    def load_many(self, wanted: Iterable[tuple[int, int]]) -> Generator[tuple[tuple[int, int], ExpertWeights]]:
-        """Get experts one after the other, in order."""
+    def load_many(
+        self, wanted: Iterable[tuple[int, int]], before_read: Callable[[], object] = lambda: None
+    ) -> Generator[tuple[tuple[int, int], ExpertWeights]]:
+        """Get experts one after the other, in order; `before_read` is called before each that the store lacks."""
         left = list(wanted)
         try:
             while left:
@@ -136,6 +138,8 @@ class ExpertSource:
                 there = self._shared.find([_expert_name(*key) for key in some]) if self._shared else {}
                 for key in some:
                     found = there.get(_expert_name(*key))
+                    if found is None:
+                        before_read()
                     yield key, self._placed(found.tensors, mapped=True) if found else self._read(*key)
         finally:
             if self._shared is not None:

@@ -106,6 +106,10 @@ class SharedWeights:
         answer = self._ask(lambda: self._deposit(self._key(name), tensors, note))
         return self._open(*answer) if answer is not None else None
 
+    def book(self, nbytes: int) -> float:
+        """How many seconds to wait before so much is read of the checkpoint, for the sake of who serves."""
+        return float(self._ask(lambda: self._client.book(nbytes)) or 0.0)
+
     def report(self) -> None:
         """Tell the store which checksums were compared since the last report; at the end of each load."""
         with self._lock:
