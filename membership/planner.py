@@ -152,6 +152,8 @@ def awaited(census: Census) -> str:
     absent = [slot for slot in census.fill if slot not in ready]
     if absent:
         return f"ranks {absent} to register"
+    if census.now < census.vacated_by and not census.unprepared:
+        return "requests to move off the ranks that leave"
     return f"ranks {[m.rank for m in census.unprepared]} to prepare"
 
 

@@ -1,4 +1,4 @@
-"""A scale-down under load recomputes nothing: running requests move with their KV blocks, and no output changes."""
+"""A scale-down or drain under load recomputes nothing: requests move with their KV blocks, and no output changes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,12 @@ def migrated(cluster: ServedCluster) -> dict[str, float]:
     return {sample.labels["how"]: sample.value for sample in family.samples if sample.name.endswith("_total")}
 
 
-def test_a_scale_down_recomputes_nothing(serve: Serve, demo_model: Path) -> None:
+@pytest.mark.parametrize(
+    ("command", "leave", "stay"), [(("scale", "2", "--wait"), {2, 3}, {0, 1}), (("drain", "0"), {0}, {1, 2, 3})]
+)
+def test_ranks_leave_and_nothing_is_recomputed(
+    serve: Serve, demo_model: Path, command: tuple[str, ...], leave: set[int], stay: set[int]
+) -> None:
     cluster = serve(demo_model, 4)
     cluster.wait_serving(4)
     model = cluster.model_name()
@@ -32,11 +37,11 @@ def test_a_scale_down_recomputes_nothing(serve: Serve, demo_model: Path) -> None
 
     streams = stream_all(cluster, model, 400)
     eventually(lambda: elastic(cluster, "status")["requests"]["running"] > 12, 30.0, "streams under way")
-    assert elastic(cluster, "scale", "2", "--wait")["phase"] == "done"
+    assert elastic(cluster, *command)["phase"] == "done"
     running = elastic(cluster, "status")["requests"]["running"]
     assert [f.result(timeout=180) for f in streams] == expected
-    assert running > 0, "the requests ended before the scale did"
+    assert running > 0, "the requests ended before the change did"
     moved = [event for event in cluster.events() if event.kind == "request_moved"]
-    assert {event.fields["source"] for event in moved} == {2, 3}
-    assert {event.rank for event in moved} == {0, 1}
+    assert {event.fields["source"] for event in moved} == leave
+    assert {event.rank for event in moved} == stay
     assert migrated(cluster) == {"copied": len(moved), "replayed": 0}

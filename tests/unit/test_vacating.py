@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from elastic.explain import explain_operation
 from membership.census import VACATE_S, Census
 from membership.types import EngineStatus, Phase
 from tests.simulated import CONFIG, World
@@ -38,6 +39,8 @@ def test_the_commit_waits_for_requests_to_move() -> None:
     world.now += LIMIT_S / 2
     act(world)
     assert world.epochs == [1]
+    (operation,) = world.state.operations.values()
+    assert "waits for requests to move" in str(explain_operation(world.state, world.now, operation).because)
     world.crowded = False
     world.settle()
     world.assert_whole(2)
