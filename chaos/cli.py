@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -108,6 +109,32 @@ def _print(receipt: SoakReceipt | ChurnReceipt, done: str, output: Output) -> No
                    f"{receipt.altered} altered")  # fmt: skip
         for line in receipt.broken:
             typer.echo(f"  - {line}")
+    write_json(receipt)
+    raise typer.Exit(0 if receipt.ok else 1)
+
+
+@app.command()
+def simulate(
+    faults: Annotated[int, typer.Option(min=1, help="Until there were so many.")] = 20_000,
+    seed: Annotated[int | None, typer.Option(help="The first life's; the next ones follow.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
+    replay: Annotated[bool, typer.Option("--replay", help="Only the life of --seed; tell what happens.")] = False,
+    output: OutputFlag = Output.TEXT,
+) -> None:
+    """Live whole lives of a cluster under a virtual clock, with faults of all kinds. Exit 1 if a promise breaks."""
+    from chaos.simulation.life import live
+    from chaos.simulation.swarm import simulate
+
+    first = seed_of(seed)
+    if replay:
+        life = live(first, lambda line: typer.echo(line, err=True))
+        write_json(life)
+        raise typer.Exit(1 if life.violation else 0)
+    typer.echo(f"seed {first}", err=True)
+    receipt = simulate(first, faults, jobs, lambda lives, made: typer.echo(f"{lives} lives, {made} faults", err=True))
+    if output is Output.TEXT:
+        for broken, how in receipt.violations:
+            typer.echo(f"  - {how}\n    again: elastic-chaos simulate --replay --seed {broken}")
     write_json(receipt)
     raise typer.Exit(0 if receipt.ok else 1)
 

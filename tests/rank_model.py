@@ -1,40 +1,14 @@
-"""A model of all ranks and of a gateway for scheduler tests: it checks every KV cell and every token index."""
+"""Scheduler tests: modelled ranks (chaos/simulation/ranks.py) and a gateway that checks every token index."""
 
 from __future__ import annotations
 
-import hashlib
-
+from chaos.simulation.ranks import EOS, Ranks, oracle
 from elastic.protocol import Rejected, Submit
 from elastic.scheduler import Output, Scheduler
 from membership.types import ClusterConfig, Member, View
-from workers.messages import (
-    BlocksCopied,
-    CopyBlocks,
-    SampledToken,
-    Sampling,
-    SeqChunk,
-    StepBatch,
-    StepResult,
-    StepStatus,
-)
+from workers.messages import Sampling
 
-TOKEN, EOS = 77, 3
-
-
-def next_token(tokens: list[int], vocab: int = 50) -> int:
-    """The pretended model: depends on every token before."""
-    return hashlib.blake2b(repr(tokens).encode()).digest()[0] % vocab
-
-
-def oracle(request: Submit) -> tuple[list[int], str]:
-    """What the request must yield, whatever happens on the way."""
-    output: list[int] = []
-    while len(output) < request.max_tokens:
-        token = next_token([*request.prompt, *output])
-        if (token == EOS and not request.ignore_eos) or token in request.stop_token_ids:
-            return output, "stop"
-        output.append(token)
-    return output, "length"
+TOKEN = 77
 
 
 def config(**changes: object) -> ClusterConfig:
@@ -55,82 +29,6 @@ def view(epoch: int, members: dict[int, int], *, covered: bool = True) -> View:
     layers = ((0, 1), (0, 1)) if covered else ((0,), (0,))
     placed = tuple(Member(rank=r, node="n", incarnation=i) for r, i in members.items())
     return View(epoch=epoch, members=placed, placement=dict.fromkeys(members, layers))
-
-
-Cell = tuple[int, int]
-"""(position, token)"""
-
-
-class Ranks:
-    """All ranks' KV caches: writes each chunk's cells, and reads back the whole sequence before it samples."""
-
-    def __init__(self, block_size: int) -> None:
-        self.block_size = block_size
-        self.cells: dict[tuple[int, int, int, int], Cell] = {}
-        self.on_the_way: dict[tuple[tuple[int, int], tuple[int, int]], tuple[int, list[list[Cell | None]]]] = {}
-
-    def run(self, batch: StepBatch, incarnations: dict[int, int]) -> list[StepResult]:
-        taken: set[tuple[int, int]] = set()
-        for rank, chunks in batch.ranks.items():
-            for chunk in chunks:
-                mine = {(rank, block) for block in chunk.blocks}
-                assert not taken & mine, "two sequences share a block"
-                taken |= mine
-        return [self.answer(batch, rank, incarnations[rank]) for rank in batch.ranks]
-
-    def answer(self, batch: StepBatch, rank: int, incarnation: int) -> StepResult:
-        sampled = []
-        for chunk in batch.ranks[rank]:
-            for offset, token in enumerate(chunk.tokens):
-                self.cells[self.cell(rank, incarnation, chunk, chunk.start + offset)] = (chunk.start + offset, token)
-            if chunk.sample is not None:
-                sampled.append(SampledToken(chunk.seq, next_token(self.read(rank, incarnation, chunk))))
-        return reply(batch, rank, incarnation, sampled)
-
-    def read(self, rank: int, incarnation: int, chunk: SeqChunk) -> list[int]:
-        stored = [self.cells[self.cell(rank, incarnation, chunk, p)] for p in range(chunk.start + len(chunk.tokens))]
-        assert [position for position, _ in stored] == list(range(len(stored))), "another sequence's cells"
-        return [token for _, token in stored]
-
-    def copy(self, order: CopyBlocks, piece: int = 100, error: str = "") -> BlocksCopied:
-        """Half of a move: at most `piece` blocks into or out of the one place for what is on its way."""
-        count = 0 if error else min(len(order.blocks), piece)
-        key = order.source, order.target
-        if order.arriving and count:
-            number, blocks = self.on_the_way[key]
-            count = len(blocks) if number == order.copy else 0
-            for block, cells in zip(order.blocks, blocks, strict=True) if count else ():
-                for offset, cell in enumerate(cells):
-                    if cell is not None:
-                        self.cells[*order.target, block, offset] = cell
-        elif count:
-            self.on_the_way[key] = (
-                order.copy,
-                [
-                    [self.cells.get((*order.source, block, offset)) for offset in range(self.block_size)]
-                    for block in order.blocks[:count]
-                ],
-            )
-        return BlocksCopied(*order.addressee, order.engine_token, order.copy, count, error)
-
-    def cell(self, rank: int, incarnation: int, chunk: SeqChunk, position: int) -> tuple[int, int, int, int]:
-        block, offset = divmod(position, self.block_size)
-        return rank, incarnation, chunk.blocks[block], offset
-
-
-def reply(
-    batch: StepBatch,
-    rank: int,
-    incarnation: int,
-    tokens: list[SampledToken] | None = None,
-    status: StepStatus = StepStatus.OK,
-    error: str = "",
-    suspects: list[int] | None = None,
-) -> StepResult:
-    return StepResult(
-        rank, incarnation, batch.engine_token, batch.epoch, batch.step, batch.attempt, status, tokens or [], error,
-        suspects or [],
-    )  # fmt: skip
 
 
 class Client:

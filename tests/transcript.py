@@ -13,6 +13,7 @@ from itertools import takewhile
 
 from msgspec.structs import replace
 
+from chaos.simulation.world import CONFIG, World
 from elastic.show import plan_view
 from membership.errors import ElasticError
 from membership.operations import cancel
@@ -20,7 +21,6 @@ from membership.planner import Effect
 from membership.preview import plan_of
 from membership.types import ClusterState, Desired, ExpertLoad, Member, Phase, Placement, RankSpec, View
 from membership.wish import Wish, drain, scale, told, undrain
-from tests.simulated import CONFIG, World
 
 EXPERT_BYTES = 1000
 

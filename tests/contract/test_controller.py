@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from chaos.simulation.world import CONFIG, World
 from membership.controller import run_controller
 from membership.etcd import connect
 from membership.events import Event, EventLog
@@ -20,7 +21,6 @@ from membership.memory import MemoryStore
 from membership.store import Store
 from membership.types import Phase
 from tests.helpers import eventually
-from tests.simulated import CONFIG, World
 from workers.etcd_server import EtcdServer
 
 pytestmark = pytest.mark.contract

@@ -157,7 +157,7 @@ def test_the_mirror_keeps_the_last_state_and_says_why(ground: Ground, how: str) 
 @pytest.mark.parametrize("how", ["wiped", "older"])
 def test_a_controller_in_office_writes_nothing_to_it(etcd_ground: EtcdGround, tmp_path: Path, how: str) -> None:
     """In the older copy it is still the leader, by its own token, and there is something to be done."""
-    from tests.simulated import CONFIG
+    from chaos.simulation.world import CONFIG
 
     store, keys, stop = etcd_ground.store, Keys(CONFIG.cluster), threading.Event()
     store.put(keys.config, encode(CONFIG))

@@ -10,12 +10,12 @@ import pytest
 from msgspec.structs import replace
 from rich.console import Console
 
+from chaos.simulation.world import CONFIG, World
 from elastic.expert_load import DIFFERENT, ENOUGH, PERIOD_S, PERIODS, REPEAT, LoadWindow
 from elastic.metrics import GatewayMetrics
 from elastic.show import status_view
 from elastic.status import cluster_status
 from membership.types import ExpertLoad
-from tests.simulated import CONFIG, World
 
 pytestmark = pytest.mark.unit
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from chaos.simulation.world import World
 from membership import failpoints
 from membership.controller import edge
 from membership.errors import ConfigError
 from membership.events import Event, EventLog
 from membership.failpoints import ENV, POINTS, Fault, FaultInjected, arm, hit, parse
-from tests.simulated import World
 
 pytestmark = pytest.mark.unit
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
+from chaos.simulation.world import CONFIG, World
 from elastic.status import cluster_status
 from membership.errors import PlanRefused
 from membership.pause import pause
 from membership.types import RankState
 from membership.wish import drain
-from tests.simulated import CONFIG, World
 from workers.agent_state import relief
 
 pytestmark = pytest.mark.unit

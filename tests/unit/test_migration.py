@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from chaos.simulation.ranks import Ranks
 from elastic.adoption import leaving
 from elastic.migration import COPY_TIMEOUT_S
 from elastic.scheduler import Scheduler
 from membership.types import ClusterState, Member, View
-from tests.rank_model import TOKEN, Client, Ranks, ask, config, drive, pool_is_whole, view
+from tests.rank_model import TOKEN, Client, ask, config, drive, pool_is_whole, view
 from workers.messages import CopyBlocks, StepBatch
 
 pytestmark = pytest.mark.unit

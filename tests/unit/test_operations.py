@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
+from chaos.simulation.world import CONFIG, World
 from elastic.show import plan_view
 from membership.errors import ConfigError, Fenced, OperationConflict, PlanRefused, StoreUnavailable
 from membership.operations import KEPT, propose
@@ -14,7 +15,6 @@ from membership.resilience import resilience
 from membership.store import Compare, Op, TxnResult
 from membership.types import Operation, Phase
 from membership.wish import scale
-from tests.simulated import CONFIG, World
 
 pytestmark = pytest.mark.unit
 

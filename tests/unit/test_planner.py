@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
+from chaos.simulation.world import CONFIG, World, phases
 from membership.census import Census
 from membership.planner import due, reconcile, sound
 from membership.types import Assignment, ClusterState, Desired, Operation, Phase
-from tests.simulated import CONFIG, World, phases
 
 pytestmark = pytest.mark.unit
 

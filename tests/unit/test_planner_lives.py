@@ -7,12 +7,12 @@ from random import Random
 
 import pytest
 
+from chaos.simulation.world import World
 from membership.errors import OperationConflict
 from membership.operations import cancel
 from membership.preview import plan_of
 from membership.types import ClusterState, Operation
 from membership.wish import drain, scale, undrain
-from tests.simulated import World
 
 pytestmark = pytest.mark.unit
 

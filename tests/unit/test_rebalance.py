@@ -7,13 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from chaos.simulation.world import CONFIG, World
 from membership.balance import balanced, cut, imbalance
 from membership.census import Census
 from membership.placement import coverage, moves, plan, repair
 from membership.rebalance import FAILED_REST_S, rebalance
 from membership.resilience import resilience
 from membership.types import ClusterState, ExpertLoad, Member, View
-from tests.simulated import CONFIG, World
 
 pytestmark = pytest.mark.unit
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
+from chaos.simulation.world import CONFIG, World
 from membership.balance import imbalance
 from membership.errors import PlanRefused
 from membership.pause import pause
 from membership.rebalance import ASKED_S, UNEVEN
 from membership.rebalance_now import ask_rebalance, plan_rebalance
 from membership.types import ExpertLoad
-from tests.simulated import CONFIG, World
 
 pytestmark = pytest.mark.unit
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from chaos.simulation.ranks import Ranks, oracle, reply
 from elastic.protocol import Rejected, Submit, Tokens
 from elastic.scheduler import MAX_FAILURES, Scheduler, uncovered
 from membership.errors import ElasticError
 from membership.types import View
-from tests.rank_model import TOKEN, Client, Ranks, ask, config, drive, oracle, pool_is_whole, reply, view
+from tests.rank_model import TOKEN, Client, ask, config, drive, pool_is_whole, view
 from workers.messages import StepBatch, StepStatus
 
 pytestmark = pytest.mark.unit

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from chaos.simulation.ranks import Ranks, reply
 from elastic.scheduler import Scheduler
-from tests.rank_model import TOKEN, Client, Ranks, ask, config, drive, pool_is_whole, reply, view
+from tests.rank_model import TOKEN, Client, ask, config, drive, pool_is_whole, view
 from workers.messages import BlocksCopied, CopyBlocks, StepStatus
 
 pytestmark = pytest.mark.unit

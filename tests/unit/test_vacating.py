@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from chaos.simulation.world import CONFIG, World
 from elastic.explain import explain_operation
 from membership.census import VACATE_S, Census
 from membership.types import EngineStatus, Phase
-from tests.simulated import CONFIG, World
 
 pytestmark = pytest.mark.unit
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from chaos.simulation.world import World
 from elastic.explain import explain, explained
 from elastic.status import cluster_status
 from membership.errors import ConfigError, OperationConflict, PlanRefused
@@ -12,7 +13,6 @@ from membership.pause import pause, resume
 from membership.preview import plan_of
 from membership.types import Desired, Operation, Phase
 from membership.wish import drain, scale, undrain
-from tests.simulated import World
 
 pytestmark = pytest.mark.unit
 

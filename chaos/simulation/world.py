@@ -1,4 +1,4 @@
-"""A cluster in miniature for tests of the planner: agents, ranks and engine act on a MemoryStore under a virtual clock.
+"""A cluster in miniature: agents, ranks and an engine act on a MemoryStore under a virtual clock.
 
 Controllers are real as far as it matters: the product's planner, transactions and fences. Whenever a view is committed
 the invariants are checked: epochs rise by one, every expert has a holder, members have prepared it, nobody who was
@@ -15,7 +15,8 @@ from msgspec.structs import replace
 
 from membership.codec import encode
 from membership.controller import transaction
-from membership.keys import Keys, state_from
+from membership.errors import ElasticError
+from membership.keys import DecodeCache, Keys, state_from
 from membership.memory import MemoryStore
 from membership.operations import propose
 from membership.placement import coverage
@@ -42,6 +43,17 @@ CONFIG = ClusterConfig(
     cluster="sim", model="/m", served_model_name="m", moe_layers=2, experts=8, max_ranks=12, launch_deadline_s=20.0
 )
 Rank = tuple[int, int]
+"""(rank, incarnation)"""
+
+
+class Violation(ElasticError):
+    """A promise is broken, or the model of the world is."""
+
+
+def require(holds: object, what: str) -> None:
+    """Violation unless it holds."""
+    if not holds:
+        raise Violation(what)
 
 
 @dataclass
@@ -64,6 +76,8 @@ class World:
 
     def __post_init__(self) -> None:
         self.keys = Keys(self.config.cluster)
+        self._decoded: DecodeCache = {}
+        self.processes: set[Rank] = set()  # that run, whatever their records say
         self.put(self.keys.config, self.config)
         self.put(self.keys.desired, Desired(ranks=self.desired))
         self.evicted: set[Rank] = set()
@@ -83,7 +97,7 @@ class World:
     @property
     def state(self) -> ClusterState:
         revision, items = self.store.range(self.keys.prefix)
-        return state_from(items, revision)
+        return state_from(items, revision, self._decoded)
 
     @property
     def serving(self) -> tuple[int, ...]:
@@ -102,6 +116,7 @@ class World:
 
     def stop_agent(self, node: str) -> None:
         """The agent dies, and its ranks by their death pipes; all leases run out."""
+        self.processes -= {key for key, record in self.state.ranks.items() if record.node == node}
         self.lapse(node)
         view = self.state.view
         self.gone |= {(m.rank, m.incarnation) for m in (view.members if view else ()) if m.node == node}
@@ -138,6 +153,7 @@ class World:
                     not_before=self.now + backoff_s,
                     quarantined=quarantined,
                 )
+                self.processes.discard((slot, incarnation))
                 self.put(self.keys.exit(rank), last)
                 self.store.delete(self.keys.rank(rank, incarnation))
 
@@ -163,6 +179,7 @@ class World:
             wanted = {(spec.rank, spec.incarnation): spec for spec in assignment.ranks}
             for (rank, incarnation), record in self.state.ranks.items():
                 if record.node == node and (rank, incarnation) not in wanted:
+                    self.processes.discard((rank, incarnation))
                     self.store.delete(self.keys.rank(rank, incarnation))
             for spec in wanted.values():
                 if random is None or random.random() < 0.7:
@@ -177,6 +194,7 @@ class World:
         record = state.ranks.get(key)
         if record is None:
             record = RankRecord(rank=key[0], node=node, incarnation=key[1], pid=1, state=RankState.LAUNCHING)
+            self.processes.add(key)
         elif record.state is RankState.LAUNCHING:
             record = replace(record, state=RankState.HANDSHAKING)
         elif state.next is not None and any(key == (m.rank, m.incarnation) for m in state.next.members):
@@ -235,7 +253,7 @@ class World:
                     return
                 self.now = at
             self.now += 0.001
-        raise AssertionError(f"never settles: {[e.reason for e in self.effects[-12:]]}")
+        raise Violation(f"never settles: {[e.reason for e in self.effects[-12:]]}")
 
     # --- what must hold
 
@@ -243,22 +261,23 @@ class World:
         for state in (before, after):
             self.evicted |= self._left(state)
         active = [op for op in after.operations.values() if op.active]
-        assert len(active) <= 1, active
+        require(len(active) <= 1, f"two operations at once: {active}")
         placed = [(s.rank, s.incarnation) for a in after.assignments.values() for s in a.ranks]
-        assert len({rank for rank, _ in placed}) == len(placed), f"two incarnations of a slot: {placed}"
+        require(len({rank for rank, _ in placed}) == len(placed), f"two incarnations of a slot: {placed}")
         view = after.view
         if view is None or view == before.view:
             return
-        assert view.epoch == (before.view.epoch if before.view else 0) + 1
-        assert after.next is None
+        require(view.epoch == (before.view.epoch if before.view else 0) + 1, f"epoch {view.epoch} follows another")
+        require(after.next is None, "a view is committed, and still staged")
         self.epochs.append(view.epoch)
-        assert coverage(view.placement, view.ranks, self.config.experts).min_live_replicas >= 1
-        assert set(view.placement) == set(view.ranks)
+        covered = coverage(view.placement, view.ranks, self.config.experts).min_live_replicas >= 1
+        require(covered, f"epoch {view.epoch} lacks experts")
+        require(set(view.placement) == set(view.ranks), f"epoch {view.epoch} places experts on others than its members")
         for member in view.members:
             record = after.ranks.get((member.rank, member.incarnation))
-            assert record is not None, f"{member} is committed, but dead"
-            assert record.prepared_revision == before.next_revision
-            assert (member.rank, member.incarnation) not in self.evicted, f"{member} is back"
+            prepared = record is not None and record.prepared_revision == before.next_revision
+            require(prepared, f"{member} is committed, and has not prepared, or is dead")
+            require((member.rank, member.incarnation) not in self.evicted, f"{member} is back")
 
     @staticmethod
     def _left(state: ClusterState) -> set[Rank]:
@@ -270,15 +289,16 @@ class World:
     def assert_whole(self, count: int) -> None:
         """The cluster is as asked for, with nothing left over."""
         state = self.state
-        assert state.view is not None
-        assert len(state.view.members) == count, f"{state.view.ranks} serve, not {count}"
-        assert state.next is None
-        members = {(m.rank, m.incarnation) for m in state.view.members}
-        assert {(s.rank, s.incarnation) for a in state.assignments.values() for s in a.ranks} == members
-        assert set(state.ranks) == members
-        assert not [op for op in state.operations.values() if op.active]
-        full = coverage(state.view.placement, state.view.ranks, self.config.experts)
-        assert full.min_live_replicas == min(2, count)
+        serving = state.view.ranks if state.view is not None else ()
+        require(len(serving) == count, f"{serving} serve, not {count}")
+        require(state.next is None, "a view is left staged")
+        members = {(m.rank, m.incarnation) for m in (state.view.members if state.view else ())}
+        assigned = {(s.rank, s.incarnation) for a in state.assignments.values() for s in a.ranks}
+        require(assigned == members, f"{assigned} are assigned, {members} serve")
+        require(set(state.ranks) == members, f"{set(state.ranks)} have records, {members} serve")
+        require(state.active is None, f"{state.active} goes on")
+        full = coverage(state.view.placement if state.view else {}, serving, self.config.experts)
+        require(full.min_live_replicas == min(2, count), f"{full.min_live_replicas} replicas among {count} ranks")
 
 
 def phases(operation: Operation) -> list[Phase]:

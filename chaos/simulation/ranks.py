@@ -1,0 +1,114 @@
+"""A model of all ranks' KV caches: each chunk's cells are written, a whole sequence is read before it is sampled."""
+
+from __future__ import annotations
+
+import hashlib
+
+from chaos.simulation.world import require
+from elastic.protocol import Submit
+from workers.messages import (
+    BlocksCopied,
+    CopyBlocks,
+    SampledToken,
+    SeqChunk,
+    StepBatch,
+    StepResult,
+    StepStatus,
+)
+
+EOS = 3
+
+Cell = tuple[int, int]
+"""(position, token)"""
+
+
+def next_token(tokens: list[int], vocab: int = 50) -> int:
+    """The pretended model: depends on every token before."""
+    return hashlib.blake2b(repr(tokens).encode()).digest()[0] % vocab
+
+
+def oracle(request: Submit) -> tuple[list[int], str]:
+    """What the request must yield, whatever happens on the way."""
+    output: list[int] = []
+    while len(output) < request.max_tokens:
+        token = next_token([*request.prompt, *output])
+        if (token == EOS and not request.ignore_eos) or token in request.stop_token_ids:
+            return output, "stop"
+        output.append(token)
+    return output, "length"
+
+
+class Ranks:
+    """All ranks' KV caches, by (rank, incarnation, block, offset)."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.cells: dict[tuple[int, int, int, int], Cell] = {}
+        self.on_the_way: dict[tuple[tuple[int, int], tuple[int, int]], tuple[int, list[list[Cell | None]]]] = {}
+
+    def run(self, batch: StepBatch, incarnations: dict[int, int]) -> list[StepResult]:
+        """All ranks' answers."""
+        taken: set[tuple[int, int]] = set()
+        for rank, chunks in batch.ranks.items():
+            for chunk in chunks:
+                mine = {(rank, block) for block in chunk.blocks}
+                require(not taken & mine, "two sequences share a block")
+                taken |= mine
+        return [self.answer(batch, rank, incarnations[rank]) for rank in batch.ranks]
+
+    def answer(self, batch: StepBatch, rank: int, incarnation: int) -> StepResult:
+        """One rank's answer."""
+        sampled = []
+        for chunk in batch.ranks[rank]:
+            for offset, token in enumerate(chunk.tokens):
+                self.cells[self._cell(rank, incarnation, chunk, chunk.start + offset)] = (chunk.start + offset, token)
+            if chunk.sample is not None:
+                sampled.append(SampledToken(chunk.seq, next_token(self._read(rank, incarnation, chunk))))
+        return reply(batch, rank, incarnation, sampled)
+
+    def _read(self, rank: int, incarnation: int, chunk: SeqChunk) -> list[int]:
+        wanted = range(chunk.start + len(chunk.tokens))
+        stored = [self.cells.get(self._cell(rank, incarnation, chunk, p), (-1, -1)) for p in wanted]
+        require([position for position, _ in stored] == list(wanted), "another sequence's cells, or none")
+        return [token for _, token in stored]
+
+    def copy(self, order: CopyBlocks, piece: int = 100, error: str = "") -> BlocksCopied:
+        """Half of a move: at most `piece` blocks into or out of the one place for what is on its way."""
+        count = 0 if error else min(len(order.blocks), piece)
+        key = order.source, order.target
+        if order.arriving and count:
+            number, blocks = self.on_the_way[key]
+            count = len(blocks) if number == order.copy else 0
+            for block, cells in zip(order.blocks, blocks, strict=True) if count else ():
+                for offset, cell in enumerate(cells):
+                    if cell is not None:
+                        self.cells[*order.target, block, offset] = cell
+        elif count:
+            self.on_the_way[key] = (
+                order.copy,
+                [
+                    [self.cells.get((*order.source, block, offset)) for offset in range(self.block_size)]
+                    for block in order.blocks[:count]
+                ],
+            )
+        return BlocksCopied(*order.addressee, order.engine_token, order.copy, count, error)
+
+    def _cell(self, rank: int, incarnation: int, chunk: SeqChunk, position: int) -> tuple[int, int, int, int]:
+        block, offset = divmod(position, self.block_size)
+        return rank, incarnation, chunk.blocks[block], offset
+
+
+def reply(
+    batch: StepBatch,
+    rank: int,
+    incarnation: int,
+    tokens: list[SampledToken] | None = None,
+    status: StepStatus = StepStatus.OK,
+    error: str = "",
+    suspects: list[int] | None = None,
+) -> StepResult:
+    """An answer to this batch."""
+    return StepResult(
+        rank, incarnation, batch.engine_token, batch.epoch, batch.step, batch.attempt, status, tokens or [], error,
+        suspects or [],
+    )  # fmt: skip
