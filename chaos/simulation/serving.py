@@ -202,13 +202,14 @@ class Served(World):
         self._submit([self.journal.admit(request, self.now)])
 
     def deliver(self, engine: Engine, most: int = 1 << 30) -> bool:
-        """The oldest messages of an engine reach the gateway; whether there were any."""
-        if engine is self.engines[-1] and self.journal.engine_token != engine.token:
+        """The oldest messages of an engine reach the gateway; whether anything came of it."""
+        turned = engine is self.engines[-1] and self.journal.engine_token != engine.token
+        if turned:
             self._submit(self.journal.resubmissions(engine.token, self.now))
         count = min(most, len(engine.outbox))
         for _ in range(count):
             self._take(engine.outbox.popleft())
-        return bool(count)
+        return turned or bool(count)
 
     def reconnect(self) -> None:
         """The gateway's connection breaks: it submits everything again; what was on its way may come all the same."""
