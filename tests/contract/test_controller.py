@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from chaos.simulation.world import CONFIG, World
+from chaos.simulation.world import CONFIG, Violation, World
 from membership.controller import run_controller
 from membership.etcd import connect
 from membership.events import Event, EventLog
@@ -100,7 +100,7 @@ class Driver:
         def is_whole() -> bool:
             try:
                 self.world.assert_whole(count)
-            except AssertionError:
+            except Violation:
                 return False
             return True
 
