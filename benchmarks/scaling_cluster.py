@@ -131,11 +131,14 @@ class Felt:
                 found += [max(0.0, max(gaps) - self.p99_ms(each.before))] if gaps else []
         return found
 
-    def slower(self, scale: Scaled) -> float:
-        """How many times longer streams waited for a token, on average, while it was prepared than before."""
+    def slower(self, scale: Scaled) -> float | None:
+        """How many times longer streams waited for a token, on average, while it was prepared than before.
+
+        None if no request was under way: one that waits for its next token counts, however long.
+        """
         during = self.scene.pace(scale.asked_at, scale.committed_at)
         before = self.scene.pace(*scale.rest)
-        return before / during
+        return before / during if during else None
 
 
 def row_commit(report: Report, cycles: int, seed: int) -> None:
@@ -155,7 +158,7 @@ def row_commit(report: Report, cycles: int, seed: int) -> None:
         beyond = [gap for each in some if (gap := felt.beyond_ms(each)) is not None]
         report.add(f"pause at commit {way}: largest gap beyond steady p99", load, "10 / 50 ms", beyond)
         report.add("- by the engine: last old step to end of first new one", load, "", [each.pause_ms for each in some])
-        slower = [felt.slower(each) for each in some]
+        slower = [ratio for each in some if (ratio := felt.slower(each)) is not None]
         report.add(f"mean token gap while preparing {way} / before it", load, "1.5 x", slower, 2, "x")
     window_s = statistics.fmean(each.adopted_at - each.committed_at for each in scales)
     report.add(
