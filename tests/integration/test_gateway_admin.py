@@ -223,14 +223,13 @@ def test_events_are_followed_until_the_client_leaves(gateway: RunningGateway, cl
         file.write(b"damaged\n")
     plain = admin(gateway, "GET", "/admin/v1/events").text.splitlines()
     kinds = [msgspec.json.decode(line, type=Event).kind for line in plain]
-    assert kinds[-1] == "before"
-    assert "gateway_started" in kinds
+    assert {"before", "gateway_started"} <= set(kinds)
     url = f"{gateway.admin_url}/admin/v1/events"
     with httpx.stream("GET", url, params={"follow": "true"}, headers=GOOD, timeout=10) as answer:
         lines = filter(None, answer.iter_lines())
         assert [next(lines) for _ in kinds] == plain
         log.emit("after")
-        assert msgspec.json.decode(next(lines), type=Event).kind == "after"
+        assert "after" in (msgspec.json.decode(line, type=Event).kind for line in lines)  # the gateway may speak too
 
 
 def test_the_admin_client_follows_events_and_can_be_interrupted_while_nothing_happens(
