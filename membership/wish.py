@@ -75,6 +75,11 @@ def refusal(wish: Wish, state: ClusterState, config: ClusterConfig) -> str:
     before = state.desired or Desired(ranks=0)
     if wish.kind == "scale" and config.follow_agents:
         return f"the size follows the agents, {config.follow_agents} ranks for each: start or stop one (elastic agent)"
+    if wish.kind == "scale" and wish.target + len(before.cordoned) > config.max_ranks and before.cordoned:
+        return (
+            f"{wish.target} ranks and {len(before.cordoned)} drained slots are more than the {config.max_ranks} slots "
+            "that the cluster was started for (--max-ranks): undrain some, or have fewer ranks"
+        )
     if wish.kind == "scale":
         return scale_refusal(config, wish.target)
     if not wish.ranks:

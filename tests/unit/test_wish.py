@@ -69,6 +69,24 @@ def test_a_drained_slot_is_neither_restarted_nor_taken_by_a_scale(world: World) 
     assert world.state.desired.cordoned == (1,)
 
 
+def test_draining_and_scaling_in_turn_never_leaves_the_slots_there_are(world: World) -> None:
+    """Each drain leaves a slot empty and each scale takes another: at --max-ranks that ends."""
+    most = world.config.max_ranks
+    for _ in range(most - 4):
+        world.ask(drain(world.serving[0]))
+        world.settle()
+        world.scale(4)
+        world.settle()
+    world.ask(drain(world.serving[0]))
+    world.settle()
+    with pytest.raises(PlanRefused, match=f"4 ranks and {most - 3} drained slots are more than the {most} slots"):
+        world.scale(4)
+    assert max(world.serving) < most
+    world.ask(undrain(0))
+    world.settle()
+    world.assert_whole(4)
+
+
 def test_a_dead_rank_can_be_drained_instead_of_restarted(world: World) -> None:
     world.kill(1, backoff_s=1e6)
     while world.epochs == [1]:
