@@ -57,10 +57,10 @@ class _Life:
     def happen(self) -> None:
         """One thing happens."""
         kind = self.random.choices(list(self.weights), list(self.weights.values()))[0]
-        getattr(self, kind)()
+        happened = getattr(self, kind)()
         world = self.world
         self.trace.append(f"{world.now:.3f} {kind} {world.store.range('')[0]} {world.tokens}")
-        world.faults += kind in FAULTS and kind not in PLANNED
+        world.faults += bool(happened)
 
     def peace(self) -> None:
         """The faults cease, and everything must come to its end."""
@@ -134,43 +134,56 @@ class _Life:
         if self.world.state.agents:
             self.world.leave(self.random.choice(sorted(self.world.state.agents)))
 
-    # --- faults
+    # --- faults: each says whether it happened
 
-    def kill(self) -> None:
-        self.world.kill(self.random.randrange(7), backoff_s=self.random.choice([0.0, 0.3, 5.0]))
+    def kill(self) -> bool:
+        before, rank = len(self.world.processes), self.random.randrange(7)
+        self.world.kill(rank, backoff_s=self.random.choice([0.0, 0.3, 5.0]))
+        return len(self.world.processes) < before
 
-    def elect(self) -> None:
+    def elect(self) -> bool:
         self.world.elect()
+        return True
 
-    def zombie(self) -> None:
+    def zombie(self) -> bool:
         """A controller acts on what it saw a while ago, perhaps under a token that leads no more."""
-        if self.past:
-            self.world.controller_acts(*self.random.choice(self.past[-8:]))
+        if not self.past:
+            return False
+        state, token = self.random.choice(self.past[-8:])
+        stale = (state.revision, token) != (self.world.state.revision, self.world.token)
+        self.world.controller_acts(state, token)
+        return stale
 
-    def agent(self) -> None:
+    def agent(self) -> bool:
         node = self.random.choice(self.world.nodes)
+        there = node in self.world.state.agents
         self.world.stop_agent(node)
         if self.random.random() < 0.8:
             self.world.start_agent(node)
+        return there
 
-    def depose(self) -> None:
+    def depose(self) -> bool:
         """Another engine takes office; the old one goes on until it looks."""
         self.world.start_engine()
+        return True
 
-    def crash(self) -> None:
+    def crash(self) -> bool:
         self.world.kill_engine()
+        return True
 
-    def reconnect(self) -> None:
-        self.world.reconnect()
+    def reconnect(self) -> bool:
+        return self.world.reconnect()
 
-    def unable(self) -> None:
+    def unable(self) -> bool:
         self.world.bad = {self.random.randrange(7)} if self.random.random() < 0.5 else set()
+        return bool(self.world.bad)
 
-    def late(self) -> None:
+    def late(self) -> bool:
+        heard = bool(self.world.late)
         self.world.speak_late()
+        return heard
 
 
-PLANNED = ("change", "cancel", "pause", "leave")
 FAULTS: dict[str, float] = {
     "change": 4, "cancel": 1, "pause": 0.5, "leave": 0.7,
     "kill": 4, "elect": 4, "zombie": 4, "agent": 1, "depose": 1, "crash": 1, "reconnect": 1, "unable": 1, "late": 2,

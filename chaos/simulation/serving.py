@@ -211,10 +211,12 @@ class Served(World):
             self._take(engine.outbox.popleft())
         return turned or bool(count)
 
-    def reconnect(self) -> None:
+    def reconnect(self) -> bool:
         """The gateway's connection breaks: it submits everything again; what was on its way may come all the same."""
         if self.journal.engine_token == self.engines[-1].token:
             self._submit(self.journal.resubmissions(self.journal.engine_token, self.now))
+            return len(self.journal) > 0
+        return False
 
     def _submit(self, submissions: Iterable[Submit]) -> None:
         engine = self.engines[-1]
