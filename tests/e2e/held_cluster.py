@@ -152,6 +152,7 @@ class HeldCluster:
         etcd = psutil.Process(role_pid(self.cluster, "etcd"))
         etcd.suspend()
         try:
+            eventually(lambda: etcd.status() == psutil.STATUS_STOPPED, T, "etcd to be stopped")
             self._gates[point].touch()
             until = time.monotonic() + seconds
             eventually(lambda: time.monotonic() > until, T, "the outage to have lasted")

@@ -17,6 +17,7 @@ from chaos.inject import kill
 from membership.types import Phase
 from membership.wish import scale
 from tests.e2e.conftest import Serve
+from tests.e2e.held_cluster import hang
 from tests.e2e.test_scale import elastic, stream_all
 from tests.helpers import eventually
 
@@ -76,7 +77,7 @@ def test_a_scale_is_cancelled_while_its_ranks_start(serve: Serve, demo_model: Pa
     before = cluster.wait_serving(2)
     client = cluster.client()
     (agent,) = client.state().agents.values()
-    os.kill(agent.pid, signal.SIGSTOP)
+    hang(agent.pid)
     try:
         client.propose(scale(4), op_id="up", if_epoch=None, timeout_s=60.0)
         eventually(lambda: client.operation("up").phase is Phase.SPAWNING, 5.0, "the controller to send ranks")
