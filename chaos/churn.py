@@ -14,6 +14,7 @@ import msgspec
 from chaos.cluster import ServedCluster
 from chaos.endurance import Endurance, Tell
 from chaos.footprint import Growth
+from chaos.history import percentile
 from elastic.client import StoreClient, wait_for
 from membership.errors import OperationConflict
 from membership.types import Operation, Phase
@@ -114,8 +115,8 @@ def judge(churn: Churn, changes: int) -> ChurnReceipt:
     if len(churn.operations) < changes:
         broken.append(f"{len(churn.operations)} changes instead of {changes}")
     done = [operation for operation in churn.operations if operation.phase is Phase.DONE]
-    took = sorted(1000 * (operation.finished - operation.started) for operation in done)
-    paused = sorted(operation.pause_ms for operation in done)
+    took = [1000 * (operation.finished - operation.started) for operation in done]
+    paused = [operation.pause_ms for operation in done]
     return ChurnReceipt(
         ok=not broken,
         seed=churn.seed,
@@ -128,16 +129,12 @@ def judge(churn: Churn, changes: int) -> ChurnReceipt:
         duplicated=verdict.count("duplicated"),
         altered=verdict.count("altered"),
         seconds=round(churn.seconds, 1),
-        took_p50_ms=_share(took, 0.5),
-        took_p99_ms=_share(took, 0.99),
-        pause_p50_ms=_share(paused, 0.5),
-        pause_p99_ms=_share(paused, 0.99),
+        took_p50_ms=round(percentile(took, 0.5), 1),
+        took_p99_ms=round(percentile(took, 0.99), 1),
+        pause_p50_ms=round(percentile(paused, 0.5), 1),
+        pause_p99_ms=round(percentile(paused, 0.99), 1),
         epochs=churn.epochs,
         processes=churn.processes,
         growth=churn.growth(),
         broken=tuple(broken),
     )
-
-
-def _share(ordered: Sequence[float], share: float) -> float:
-    return round(ordered[min(len(ordered) - 1, int(share * len(ordered)))], 1) if ordered else 0.0
