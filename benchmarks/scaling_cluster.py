@@ -168,7 +168,7 @@ def row_commit(report: Report, cycles: int, seed: int) -> None:
     report.add(f"{NEW} new ranks, asked -> full size, forkserver", load, "1000 ms", up, 0)
     moved = sum(each.moved for each in scales)
     steady = ", ".join(f"{felt.p99_ms(size):.1f} ms with {size} ranks" for size in felt.steady)
-    report.note(f"commit: steady p99 of gaps {steady}; {moved} requests changed their rank in {len(scales)} scales")
+    report.note(f"commit: steady p99 of gaps {steady}; {moved} requests computed again after {len(scales)} scales")
     report.judged("commit", at.verdict)
 
 
