@@ -1,0 +1,53 @@
+"""A cluster on this machine as injectors see it: who is which process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+
+from chaos.cluster import ServedCluster
+from chaos.inject.base import NotInjected
+
+ROLES = ("gateway", "engine", "engine-standby", "controller", "agent", "etcd", "supervisor")
+
+
+class ServedSite:
+    """The site of a ServedCluster."""
+
+    def __init__(self, cluster: ServedCluster) -> None:
+        self.cluster = cluster
+
+    def pid(self, victim: str) -> int:
+        """Process id of a rank ("rank 2") or a role; NotInjected if there is none now."""
+        found = self._rank(int(victim.split()[1])) if victim.startswith("rank ") else self._role(victim)
+        if not found:
+            raise NotInjected(f"there is no process of {victim} now")
+        return found
+
+    def _rank(self, rank: int) -> int:
+        """The latest process in the slot."""
+        known = [
+            record.pid for (slot, _), record in sorted(self.cluster.client().state().ranks.items()) if slot == rank
+        ]
+        return known[-1] if known else 0
+
+    def _role(self, role: str) -> int:
+        if role not in ROLES:
+            raise NotInjected(f"there is no role {role!r}", hint=f"there are {', '.join(ROLES)} and 'rank N'")
+        if role == "supervisor":
+            return self.cluster.pid
+        engine = self.cluster.client().state().engine if role.startswith("engine") else None
+        if role == "engine":
+            return engine.pid if engine is not None else 0
+        for child in psutil.Process(self.cluster.pid).children(recursive=True):
+            try:
+                command = child.cmdline()
+            except (psutil.NoSuchProcess, psutil.ZombieProcess):
+                continue
+            if role == "etcd" and command and Path(command[0]).name == "etcd":
+                return child.pid
+            standby = engine is not None and child.pid == engine.pid
+            if command[1:4] == ["-m", "elastic.cli", role.removesuffix("-standby")] and not standby:
+                return child.pid
+        return 0
