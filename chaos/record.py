@@ -1,7 +1,8 @@
 """The record of a chaos run: JSON lines with all that clients saw, what was done, and what the store said.
 
-`elastic-chaos check` judges it offline and `elastic-chaos report` draws it; nothing else of the run is needed. All times
-are `time.time()` seconds but those inside a RequestRecord, which are seconds of the monotonic clock: add `Header.wall`.
+`elastic-chaos check` judges it offline and `elastic-chaos report` draws it; nothing else of the run is needed.
+All times are `time.time()` seconds but those inside a RequestRecord, which are seconds of the
+monotonic clock: add `Header.wall`.
 """
 
 from __future__ import annotations
