@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 
 from chaos.churn import Churn, ChurnReceipt, run_churn
@@ -17,6 +18,7 @@ from chaos.cluster import ServedCluster
 from chaos.endurance import Tell, seed_of
 from chaos.history import save
 from chaos.soak import FLAGS, Soak, SoakReceipt, judge, run_soak
+from chaos.strikes import Dose
 from elastic.options import Output, OutputFlag, reported, write_json
 
 SeedFlag = Annotated[int | None, typer.Option(help="Chooses what happens, and the sampled requests.")]
@@ -27,23 +29,34 @@ HistoryFlag = Annotated[Path | None, typer.Option(help="Also save what the clien
 
 
 def soak(
-    kills: Annotated[int, typer.Option(min=1, help="SIGKILLs, at least.")] = 300,
+    kills: Annotated[int, typer.Option(min=1, help="SIGKILLs of ranks, at least.")] = 300,
+    zombies: Annotated[
+        int | None, typer.Option(min=0, help="Ranks stopped until given up. [default: by --kills]")
+    ] = None,
+    outages: Annotated[
+        int | None, typer.Option(min=0, help="Freezes and restarts of etcd. [default: by --kills]")
+    ] = None,
+    requests: Annotated[int | None, typer.Option(min=0, help="Requests that must end.  [50 per kill]")] = None,
+    minutes: Annotated[float, typer.Option(min=0.0, help="Go on for so long, instead of so many faults.")] = 0.0,
     seed: SeedFlag = None,
     ranks: RanksFlag = 4,
-    streams: StreamsFlag = 8,
+    streams: StreamsFlag = 24,
     model: ModelFlag = None,
     history: HistoryFlag = None,
     output: OutputFlag = Output.TEXT,
 ) -> None:
-    """Kill random ranks at random moments under load, nested deaths too. Exit 1 if anything was lost or leaks."""
+    """Strike ranks, roles and etcd at random moments under load, nested too. Exit 1 if anything was lost or leaks."""
     with reported():
-        run = Soak(seed=seed_of(seed), ranks=ranks)
+        given = {"zombies": zombies, "outages": outages, "requests": requests}
+        dose = msgspec.structs.replace(Dose.of(kills), **{k: v for k, v in given.items() if v is not None})
+        run = Soak(seed=seed_of(seed), ranks=ranks, minutes=minutes)
         with _served(model, ranks, run.seed, FLAGS) as (cluster, tell):
-            run_soak(cluster, run, kills, streams, tell)
+            run_soak(cluster, run, dose, streams, tell)
         if history is not None:
             save(history, run.history, run.oracle)
-        receipt = judge(run, kills)
-        _print(receipt, f"{receipt.kills} kills", output)
+        receipt = judge(run, dose)
+        done = f"{receipt.kills} kills, {receipt.zombies} zombies, {receipt.outages} outages, {receipt.roles} roles"
+        _print(receipt, done, output)
 
 
 def churn(

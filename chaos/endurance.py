@@ -42,14 +42,16 @@ class Endurance:
     seconds: float = 0.0
 
     @contextmanager
-    def under_load(self, cluster: ServedCluster, ranks: int, streams: int, tell: Tell) -> Iterator[Workload]:
+    def under_load(
+        self, cluster: ServedCluster, ranks: int, streams: int, tell: Tell, lengths: Sequence[int] = ()
+    ) -> Iterator[Workload]:
         """Take the oracle, then stream for the length of the block; afterwards all `ranks` must serve again."""
         cluster.wait_serving(ranks, tell=tell)
-        tell("fault-free run of every prompt (the oracle)")
-        workload = Workload(cluster.url, cluster.model_name(), seed=self.seed)
+        tell("fault-free run of every request (the oracle)")
+        workload = Workload(cluster.url, cluster.model_name(), lengths=lengths, concurrency=streams, seed=self.seed)
         self.oracle = {record.prompt: record for record in workload.run_once()}
         before, shm, epoch = processes(cluster.pid), _shm(), cluster.status()["epoch"]
-        workload = Workload(cluster.url, cluster.model_name(), concurrency=streams, seed=self.seed)
+        workload = Workload(cluster.url, cluster.model_name(), lengths=lengths, concurrency=streams, seed=self.seed)
         started = time.monotonic()
         workload.start()
         try:

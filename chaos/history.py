@@ -22,6 +22,7 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
     tokens: tuple[str, ...] = ()
     finish_reason: str = ""
     error: str = ""
+    status: int = 200  # of the HTTP answer; 0: there was none
 
     @property
     def complete(self) -> bool:

@@ -1,6 +1,7 @@
-"""The soak: hundreds of SIGKILLs of random ranks at random moments under load, many of them nested, then judgement.
+"""The soak: hundreds of faults at random moments under load, many of them nested, then judgement.
 
-Each kill is proven by the injector.
+Ranks and other roles are killed, ranks are stopped until they are given up and then wake as zombies, etcd freezes or is
+started again. Each fault is proven by its injector; one that was not seen to happen does not count.
 """
 
 from __future__ import annotations
@@ -12,29 +13,39 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from chaos import waiting
 from chaos.cluster import ServedCluster
-from chaos.endurance import POLL_S, Endurance, Tell
+from chaos.endurance import Endurance, Tell
 from chaos.footprint import Growth
-from chaos.inject import Killed, kill
-from chaos.strikes import Strike, holders, strikes
-from membership.errors import ElasticError, WaitTimeout
+from chaos.inject import kill
+from chaos.inject.base import Injected, NotInjected
+from chaos.inject.catalogue import injector
+from chaos.inject.site import ServedSite
+from chaos.strikes import Dose, Strike, holders, strikes
+from chaos.workload import Workload
+from membership.errors import ElasticError
 from membership.types import RankRecord
 
 FLAGS = ("--restart-intensity", "1000", "--restart-window", "1s")  # the soak means to go on; see restart.py
+LENGTHS = (2, 3, 2, 4, 2, 3, 2, 3, 2, 4, 48)  # of answers: many requests, and some that live through several faults
 
 
 class SoakReceipt(msgspec.Struct, frozen=True, kw_only=True):
-    """What the soak proved; `broken` says which promises broke."""
+    """What the soak proved; `broken` says which promises broke. All faults that are counted were seen to happen."""
 
     ok: bool
     seed: int
     kills: int
+    zombies: int
+    outages: int
+    roles: int
     strikes: dict[str, int]
     requests: int
     tokens: int
     lost: int
     duplicated: int
     altered: int
+    non_2xx: int
     seconds: float
     restored_p50_ms: float
     restored_max_ms: float
@@ -49,38 +60,71 @@ class Soak(Endurance):
     """What a soak has gathered so far."""
 
     ranks: int
-    killed: list[Killed] = field(default_factory=list)
+    minutes: float = 0.0  # how long it goes on; 0: until the dose is dealt
+    dealt: list[Injected] = field(default_factory=list)
     done: Counter[str] = field(default_factory=Counter)
     restored_ms: list[float] = field(default_factory=list)
 
+    def count(self, group: str) -> int:
+        """How many faults of a group (a field of Dose) were dealt."""
+        return sum(_group(fault) == group for fault in self.dealt)
 
-def run_soak(cluster: ServedCluster, soak: Soak, kills: int, streams: int, tell: Tell) -> None:
-    """Strikes under load until there were `kills` kills, full strength at the end."""
-    with soak.under_load(cluster, soak.ranks, streams, tell) as workload:
-        for strike in strikes(soak.seed, kills, soak.ranks):
-            _strike(cluster, soak, strike)
-            soak.look(cluster, len(soak.killed), kills)
-            tell(f"{len(soak.killed)}/{kills} kills, {strike.kind}: whole again after {soak.restored_ms[-1]:.0f} ms; "
+
+def _group(fault: Injected) -> str:
+    if fault.victim == "etcd":
+        return "outages"
+    if fault.fault == "stop":
+        return "zombies"
+    return "kills" if fault.victim.startswith("rank") else "roles"
+
+
+def run_soak(cluster: ServedCluster, soak: Soak, dose: Dose, streams: int, tell: Tell) -> None:
+    """Strikes under load until the dose is dealt, or the minutes are over; full strength at the end."""
+    with soak.under_load(cluster, soak.ranks, streams, tell, LENGTHS) as workload:
+        until = time.monotonic() + 60 * soak.minutes
+        for strike in strikes(soak.seed, dose, soak.ranks):
+            if time.monotonic() > until if soak.minutes else not missing(soak, dose, workload):
+                break
+            _Blow(cluster, soak, strike).deal()
+            if strike.kind != "role":
+                soak.look(cluster, soak.count("kills"), dose.kills)
+            tell(f"{soak.count('kills')} kills, {soak.count('zombies')} zombies, {soak.count('outages')} outages; "
+                 f"{strike.kind}: whole again after {soak.restored_ms[-1]:.0f} ms; "
                  f"{len(workload.records())} requests ended")  # fmt: skip
 
 
-def judge(soak: Soak, kills: int) -> SoakReceipt:
+def missing(soak: Soak, dose: Dose, workload: Workload | None = None) -> list[str]:
+    """What of the dose is not dealt yet."""
+    had = {group: soak.count(group) for group in ("kills", "zombies", "outages", "roles")}
+    had["requests"] = len(workload.records() if workload is not None else soak.history)
+    wanted: dict[str, int] = msgspec.structs.asdict(dose)
+    return [f"{had[name]} {name} instead of {number}" for name, number in wanted.items() if had[name] < number]
+
+
+def judge(soak: Soak, dose: Dose) -> SoakReceipt:
     """Judge a finished soak. Pure."""
     verdict = soak.verdict()
     restored = sorted(soak.restored_ms)
-    broken = soak.broken(kills, "kills")
-    if len(soak.killed) < kills:
-        broken.append(f"{len(soak.killed)} kills instead of {kills}")
+    broken = soak.broken(soak.count("kills"), "kills")
+    if not soak.minutes:
+        broken += missing(soak, dose)
+    refused = sum(record.status != 200 for record in soak.history)
+    if refused:
+        broken.append(f"{refused} requests were refused, though every expert came back in time")
     return SoakReceipt(
         ok=not broken,
         seed=soak.seed,
-        kills=len(soak.killed),
+        kills=soak.count("kills"),
+        zombies=soak.count("zombies"),
+        outages=soak.count("outages"),
+        roles=soak.count("roles"),
         strikes=dict(soak.done),
         requests=verdict.requests,
         tokens=sum(len(record.tokens) for record in soak.history),
         lost=verdict.count("lost"),
         duplicated=verdict.count("duplicated"),
         altered=verdict.count("altered"),
+        non_2xx=refused,
         seconds=round(soak.seconds, 1),
         restored_p50_ms=round(restored[len(restored) // 2], 1) if restored else 0.0,
         restored_max_ms=round(restored[-1], 1) if restored else 0.0,
@@ -91,71 +135,88 @@ def judge(soak: Soak, kills: int) -> SoakReceipt:
     )
 
 
-def _strike(cluster: ServedCluster, soak: Soak, strike: Strike) -> None:
-    """Kill as the strike says, then wait until every slot serves again with a new incarnation."""
-    time.sleep(strike.pause_s)
-    before = _serving(cluster)
-    victims = strike.ranks
-    if strike.kind == "holders":
-        view = cluster.client().state().view
-        victims = holders(view.placement, strike.chance) if view is not None else ()
-    began = time.monotonic()
-    for number, rank in enumerate(victims):
-        if number and strike.kind == "commit":
-            _wait_staged(cluster, before[victims[0]])
-        if number and strike.delay_s:
-            time.sleep(strike.delay_s)
-        soak.killed.append(kill(before[rank].pid))
-    if strike.kind == "newcomer":
-        newcomer = _newcomer(cluster, before[victims[0]], strike.delay_s)
+class _Blow:
+    """One strike on its way: each method named after a kind deals it, and says which incarnations must be replaced."""
+
+    def __init__(self, cluster: ServedCluster, soak: Soak, strike: Strike) -> None:
+        self.cluster, self.soak, self.strike = cluster, soak, strike
+        self.site = ServedSite(cluster)
+        self.dead: dict[int, int] = {}  # rank -> incarnation that has to be followed by another one
+
+    def deal(self) -> None:
+        """Strike, then wait until every slot serves again, those that were struck with a new incarnation."""
+        time.sleep(self.strike.pause_s)
+        self.before = waiting.serving(self.cluster)
+        began = time.monotonic()
+        getattr(self, f"_{self.strike.kind}", self._deaths)()
+        self.soak.done[self.strike.kind] += 1
+        waiting.whole(self.cluster, self.soak.ranks, self.dead)
+        self.soak.restored_ms.append((time.monotonic() - began) * 1000)
+
+    def _kill(self, victim: str, pid: int) -> None:
+        killed = kill(pid)
+        self.soak.dealt.append(Injected(
+            fault="kill", victim=victim, at=killed.sent_at, seen_at=killed.gone_at, pid=pid,
+            proof="its pidfd is readable: it is gone",
+        ))  # fmt: skip
+
+    def _kill_rank(self, record: RankRecord) -> None:
+        self._kill(f"rank {record.rank}", record.pid)
+        self.dead[record.rank] = record.incarnation
+
+    def _deaths(self) -> None:
+        """One rank after the other."""
+        for number, rank in enumerate(self.strike.ranks):
+            if number and self.strike.kind == "commit":
+                waiting.staged(self.cluster, self.before[self.strike.ranks[0]])
+            if number and self.strike.delay_s:
+                time.sleep(self.strike.delay_s)
+            self._kill_rank(self.before[rank])
+
+    def _holders(self) -> None:
+        view = self.cluster.client().state().view
+        for rank in holders(view.placement, self.strike.chance) if view is not None else ():
+            self._kill_rank(self.before[rank])
+
+    def _newcomer(self) -> None:
+        self._deaths()
+        newcomer = waiting.successor(self.cluster, self.before[self.strike.ranks[0]], self.strike.delay_s)
         with suppress(ElasticError):  # it may fail by itself meanwhile; only a proven kill counts
-            soak.killed.append(kill(newcomer.pid))
-            before[victims[0]] = newcomer
-    soak.done[strike.kind] += 1
-    _wait_whole(cluster, soak.ranks, {rank: before[rank].incarnation for rank in victims})
-    soak.restored_ms.append((time.monotonic() - began) * 1000)
+            self._kill_rank(newcomer)
 
+    def _role(self) -> None:
+        """The supervisor starts another one; an agent takes its ranks along."""
+        self._kill(self.strike.role, self.site.pid(self.strike.role))
+        if self.strike.role == "agent":
+            self.dead |= {rank: record.incarnation for rank, record in self.before.items()}
 
-def _serving(cluster: ServedCluster) -> dict[int, RankRecord]:
-    """The records of the ranks in the view."""
-    state = cluster.client().state()
-    members = state.view.members if state.view is not None else ()
-    return {member.rank: state.ranks[member.rank, member.incarnation] for member in members}
+    def _zombie(self) -> None:
+        """Stopped until it is given up; awake again, it must find itself evicted and end."""
+        (rank,) = self.strike.ranks
+        stop = injector("stop", self.site, f"rank {rank}")
+        stopped = stop.inject()
+        try:
+            self.dead[rank] = self.before[rank].incarnation
+            waiting.given_up(self.cluster, self.before[rank])
+            time.sleep(self.strike.delay_s)
+        finally:
+            with suppress(NotInjected):  # its agent was faster, and has ended it: no zombie, and not counted
+                stop.heal()
+                self.soak.dealt.append(stopped)
 
+    def _freeze(self) -> None:
+        """etcd answers nobody for a while; who dies meanwhile is masked, and replaced afterwards."""
+        stop = injector("stop", self.site, "etcd")
+        self.soak.dealt.append(stop.inject())
+        try:
+            until = time.monotonic() + self.strike.delay_s
+            for rank in self.strike.ranks:
+                self._kill_rank(self.before[rank])
+            time.sleep(max(0.0, until - time.monotonic()))
+        finally:
+            stop.heal()
 
-def _newcomer(cluster: ServedCluster, victim: RankRecord, delay_s: float, timeout_s: float = 60.0) -> RankRecord:
-    """The victim's successor, `delay_s` after it was first seen: handshaking, loading, or just committed."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        for (rank, incarnation), record in cluster.client().state().ranks.items():
-            if rank == victim.rank and incarnation > victim.incarnation and record.pid:
-                time.sleep(delay_s)
-                return record
-        if time.monotonic() > deadline:
-            raise WaitTimeout(f"no successor of rank {victim.rank} within {timeout_s:.0f} s")
-        time.sleep(POLL_S)
-
-
-def _wait_staged(cluster: ServedCluster, victim: RankRecord, timeout_s: float = 60.0) -> None:
-    """Until a view with the victim's successor is staged, or, if that was too quick to be seen, committed."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        state = cluster.client().state()
-        members = [view.member(victim.rank) for view in (state.next, state.view) if view is not None]
-        if any(member is not None and member.incarnation > victim.incarnation for member in members):
-            return
-        if time.monotonic() > deadline:
-            raise WaitTimeout(f"no view with a successor of rank {victim.rank} within {timeout_s:.0f} s")
-        time.sleep(POLL_S)
-
-
-def _wait_whole(cluster: ServedCluster, ranks: int, dead: dict[int, int], timeout_s: float = 120.0) -> None:
-    """Until all slots serve, those of `dead` (rank -> incarnation) with a later incarnation."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        status = cluster.wait_serving(ranks, timeout_s=max(1.0, deadline - time.monotonic()))
-        if all(each["incarnation"] > dead.get(each["rank"], -1) for each in status["ranks"]):
-            return
-        if time.monotonic() > deadline:
-            raise WaitTimeout(f"not whole within {timeout_s:.0f} s of the deaths of ranks {sorted(dead)}")
-        time.sleep(POLL_S)
+    def _restart(self) -> None:
+        restart = injector("etcd-restart", self.site, "etcd")
+        self.soak.dealt.append(restart.inject())
+        restart.heal()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +26,8 @@ PROMPTS = (
 class Workload:
     """Streams `prompts` at `concurrency` until stopped (or once through), and keeps what it saw.
 
-    Greedy for even prompts, seeded sampling for odd ones: both must come out as in a fault-free run.
+    Greedy for even requests, seeded sampling for odd ones: both must come out as in a fault-free run. A request is
+    known by its number, which stands for a prompt and a length; `lengths` are dealt out in turn, as the prompts are.
     """
 
     def __init__(
@@ -36,12 +38,15 @@ class Workload:
         prompts: Sequence[str] = PROMPTS,
         concurrency: int = 8,
         max_tokens: int = 96,
+        lengths: Sequence[int] = (),
         seed: int = 0,
         timeout_s: float = 120.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.url, self.model, self.prompts = url, model, prompts
-        self.concurrency, self.max_tokens, self.seed, self.timeout_s = concurrency, max_tokens, seed, timeout_s
+        self.concurrency, self.seed, self.timeout_s = concurrency, seed, timeout_s
+        self.lengths = tuple(lengths) or (max_tokens,)
+        self.distinct = math.lcm(len(self.prompts), len(self.lengths))
         self._clock = clock
         self._lock = threading.Lock()
         self._done: list[RequestRecord] = []
@@ -55,8 +60,8 @@ class Workload:
     # -- running ---------------------------------------------------------------------------------------------------
 
     def run_once(self) -> list[RequestRecord]:
-        """Each prompt exactly once; returns when all have ended."""
-        self._limit = len(self.prompts)
+        """Each distinct request exactly once; returns when all have ended."""
+        self._limit = self.distinct
         asyncio.run(self._run())
         return self.records()
 
@@ -105,18 +110,19 @@ class Workload:
 
     async def _stream(self, client: httpx.AsyncClient, number: int) -> None:
         while not self._stop.is_set() and (self._limit is None or self._next < self._limit):
-            prompt, self._next = self._next % len(self.prompts), self._next + 1
+            prompt, self._next = self._next % self.distinct, self._next + 1
             record = await self._request(client, number, prompt)
             with self._lock:
                 self._done.append(record)
                 self._open.pop(number, None)
 
     def body(self, prompt: int) -> dict[str, object]:
-        """The request for one prompt, the same in every run."""
+        """The request of this number, the same in every run."""
         sampled = prompt % 2 == 1
         return {
-            "model": self.model, "prompt": self.prompts[prompt], "max_tokens": self.max_tokens, "stream": True,
-            "logprobs": 0, "temperature": 0.8 if sampled else 0.0, "seed": self.seed + prompt,
+            "model": self.model, "prompt": self.prompts[prompt % len(self.prompts)],
+            "max_tokens": self.lengths[prompt % len(self.lengths)], "stream": True, "logprobs": 0,
+            "temperature": 0.8 if sampled else 0.0, "seed": self.seed + prompt,
         }  # fmt: skip
 
     async def _request(self, client: httpx.AsyncClient, number: int, prompt: int) -> RequestRecord:
@@ -124,6 +130,7 @@ class Workload:
         started = self._clock()
         try:
             async with client.stream("POST", "/v1/completions", json=self.body(prompt)) as answer:
+                seen.status = answer.status_code
                 if answer.status_code != 200:
                     await answer.aread()
                     seen.error = f"HTTP {answer.status_code}: {answer.text[:200]}"
@@ -142,6 +149,7 @@ class Workload:
             tokens=tuple(seen.tokens),
             finish_reason=seen.finish_reason if seen.done else "",
             error=seen.error,
+            status=seen.status,
         )
 
 
@@ -154,6 +162,7 @@ class _Seen:
     id: str = ""
     finish_reason: str = ""
     error: str = ""
+    status: int = 0
     done: bool = False  # a stream without [DONE] broke off, whatever it said before
 
     def read(self, line: str, now: float) -> None:
