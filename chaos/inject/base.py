@@ -6,11 +6,13 @@ A fault that cannot be proven is no fault: `inject` raises NotInjected, and whoe
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Protocol
 
 import msgspec
 
 from membership.errors import ElasticError
+from membership.events import Event
 
 
 class NotInjected(ElasticError):
@@ -43,7 +45,16 @@ class Site(Protocol):
 
     def pid(self, victim: str) -> int:
         """Process id of "rank 2", "engine" (the one in office), "engine-standby", "gateway", "controller", "agent",
-        "etcd" or "supervisor"; NotInjected if there is none now."""
+        "etcd", "supervisor" or "forkserver"; NotInjected if there is none now."""
 
     def arm(self, failpoints: str) -> None:
         """Have all processes pass these failpoints from now on (`membership/failpoints.py`); "" disarms them."""
+
+    def events(self) -> list[Event]:
+        """The cluster's history so far."""
+
+    def state_dir(self) -> Path:
+        """Its state directory."""
+
+    def url(self) -> str:
+        """Base URL of its API."""

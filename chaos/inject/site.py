@@ -8,8 +8,9 @@ import psutil
 
 from chaos.cluster import ServedCluster
 from chaos.inject.base import NotInjected
+from membership.events import Event
 
-ROLES = ("gateway", "engine", "engine-standby", "controller", "agent", "etcd", "supervisor")
+ROLES = ("gateway", "engine", "engine-standby", "controller", "agent", "etcd", "supervisor", "forkserver")
 
 
 class ServedSite:
@@ -21,9 +22,28 @@ class ServedSite:
     def pid(self, victim: str) -> int:
         """Process id of a rank ("rank 2") or a role; NotInjected if there is none now."""
         found = self._rank(int(victim.split()[1])) if victim.startswith("rank ") else self._role(victim)
-        if not found:
+        if not found or not self._ours(found):
             raise NotInjected(f"there is no process of {victim} now")
         return found
+
+    def _ours(self, pid: int) -> bool:
+        """Whether it is a process of this cluster: a record may outlive its process, and the pid be somebody else's."""
+        try:
+            return pid == self.cluster.pid or self.cluster.pid in (each.pid for each in psutil.Process(pid).parents())
+        except psutil.NoSuchProcess:
+            return False
+
+    def events(self) -> list[Event]:
+        """The history so far."""
+        return self.cluster.events()
+
+    def state_dir(self) -> Path:
+        """Where the cluster keeps what is its own."""
+        return self.cluster.state.path
+
+    def url(self) -> str:
+        """Base URL of the API."""
+        return self.cluster.url
 
     def _rank(self, rank: int) -> int:
         """The latest process in the slot."""
@@ -46,6 +66,8 @@ class ServedSite:
             except (psutil.NoSuchProcess, psutil.ZombieProcess):
                 continue
             if role == "etcd" and command and Path(command[0]).name == "etcd":
+                return child.pid
+            if role == "forkserver" and any("forkserver" in word for word in command):
                 return child.pid
             standby = engine is not None and child.pid == engine.pid
             if command[1:4] == ["-m", "elastic.cli", role.removesuffix("-standby")] and not standby:

@@ -1,0 +1,20 @@
+"""All faults that can be dealt, by name. Each file of injectors has a table of its own; here they are put together."""
+
+from __future__ import annotations
+
+from chaos.inject import signals
+from chaos.inject.base import Injector, NotInjected, Site
+from chaos.inject.fault import Fault, Params
+
+__all__ = ["FAULTS", "Fault", "injector"]
+
+FAULTS: dict[str, Fault] = {
+    **signals.FAULTS,
+}
+
+
+def injector(name: str, site: Site, victim: str, params: Params | None = None) -> Injector:
+    """What deals the fault of this name; NotInjected if there is none, or if it does not befall the victim."""
+    if name not in FAULTS:
+        raise NotInjected(f"there is no fault {name!r}", hint=f"there are {', '.join(FAULTS)}")
+    return FAULTS[name].injector(site, victim, params)
