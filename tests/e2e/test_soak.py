@@ -20,8 +20,10 @@ def test_a_short_soak(demo_model: Path) -> None:
         "soak",
         "--kills",
         "14",
+        "--requests",
+        "200",
         "--seed",
-        "29",
+        "45",
         "-o",
         "json",
     ]
@@ -32,6 +34,8 @@ def test_a_short_soak(demo_model: Path) -> None:
     receipt = json.loads(outcome.stdout)
     assert receipt["ok"]
     assert receipt["kills"] >= 14
-    assert receipt["requests"] >= 8
-    assert set(receipt["strikes"]) >= {"second", "newcomer", "commit", "holders", "all"}
+    assert receipt["zombies"] >= 2
+    assert receipt["outages"] >= 1
+    assert receipt["requests"] >= 200
+    assert set(receipt["strikes"]) >= {"second", "newcomer", "commit", "holders", "all", "role", "zombie", "freeze"}
     assert {each["process"].split()[0] for each in receipt["growth"]} >= {"agent", "engine", "controller", "gateway"}
