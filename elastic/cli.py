@@ -74,6 +74,9 @@ def serve(
     load_bandwidth: LoadBandwidthFlag = "0",
     coverage_deadline: CoverageDeadlineFlag = "30s",
     ready_timeout: Annotated[str, typer.Option(help="Give up when not ready by then.")] = "3m",
+    chaos: Annotated[
+        bool, typer.Option("--chaos", help="For tests only: let faults be armed at run time, by file or admin API.")
+    ] = False,
 ) -> None:
     """Serve MODEL on this machine: etcd, controller, agent with its ranks, engine and gateway."""
     with reported():
@@ -89,7 +92,7 @@ def serve(
                 restart_intensity=restart_intensity, restart_window_s=seconds(restart_window),
                 rebalance_bytes=size(rebalance_budget), coverage_deadline_s=seconds(coverage_deadline),
                 load_bytes_per_s=size(load_bandwidth),
-                ready_timeout_s=seconds(ready_timeout),
+                ready_timeout_s=seconds(ready_timeout), chaos=chaos,
             )
         )  # fmt: skip
 

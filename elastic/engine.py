@@ -16,6 +16,7 @@ import structlog
 from elastic.engine_core import Engine
 from elastic.engine_server import EngineServer
 from elastic.engine_status import StatusWriter
+from membership import failpoints
 from membership.codec import encode
 from membership.election import Election
 from membership.errors import Fenced, LeaseLost, StoreReplaced, StoreUnavailable, WaitTimeout
@@ -118,6 +119,7 @@ def _take_office(
 def _campaign(election: Election, keeper: LeaseKeeper, stop: threading.Event) -> int:
     """Our token; 0 if stopped, or if the lease has ended."""
     while not stop.is_set():
+        failpoints.hit("engine.before.campaign")
         try:
             return election.campaign(CAMPAIGN_SLICE_S)
         except WaitTimeout:

@@ -103,6 +103,7 @@ class Engine:
     def _run_step(self, batch: StepBatch, stop: threading.Event) -> None:
         """While the ranks compute this step, the last one's tokens leave and new requests come in."""
         self._outcome = "ok"
+        failpoints.hit("engine.before.step")
         self._fleet.broadcast(batch)
         self._flush()
         self._take_requests()
@@ -200,6 +201,7 @@ class Engine:
     def _copy(self, orders: Iterable[CopyBlocks]) -> None:
         """Have ranks copy KV blocks, and tell of the requests that have moved with theirs."""
         for order in orders:
+            failpoints.hit("engine.before.copy")
             self._fleet.copy(order)
         for moved in self._scheduler.moved():
             self._emit(

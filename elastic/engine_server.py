@@ -17,6 +17,7 @@ import structlog
 import zmq
 
 from elastic.protocol import Abort, Hello, Rejected, Submit, ToEngine, ToGateway, Tokens, Welcome
+from membership import failpoints
 from membership.errors import WaitTimeout
 
 MAX_MESSAGE_BYTES = 16 << 20
@@ -127,13 +128,16 @@ class EngineServer:
 
     def _receive(self, gateway: bytes, message: ToEngine) -> None:
         if isinstance(message, Hello):
+            failpoints.hit("engine.hello")
             self._send_to(gateway, Welcome(self._token))  # also the answer to a gateway's ping
             return
         if isinstance(message, Submit):
+            failpoints.hit("engine.submit")
             self._routes[message.request_id] = gateway
         elif self._routes.get(message.request_id) != gateway:
             return  # ended, or somebody else's by now
         else:
+            failpoints.hit("engine.abort")
             del self._routes[message.request_id]
         self._inbox.append(message)
         self._on_message()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import structlog
 
+from membership import failpoints
 from membership.codec import encode
 from membership.errors import LeaseLost, StoreError, WaitTimeout
 from membership.keys import Keys
@@ -77,6 +78,7 @@ class StatusWriter:
         puts: list[Op] = [Put(self._key, encode(status), self._lease)]
         if loads is not None:
             puts.append(Put(self._loads_key, encode(loads), self._lease))
+        failpoints.hit("engine.before.status")
         try:
             outcome = self._store.txn([self._fence], puts)
         except LeaseLost:

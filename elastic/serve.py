@@ -22,11 +22,12 @@ import httpx
 import msgspec
 import structlog
 
+from elastic import chaos_mode
 from elastic.role import STORE_SEEN, stop_signal
 from elastic.roles import RoleProcess, revoke_leases
 from elastic.statedir import ClusterAddress, StateDir, home
 from elastic.store_guard import StoreGuard
-from membership import codec, failpoints
+from membership import codec
 from membership.census import scale_refusal
 from membership.errors import ConfigError, ElasticError, PlanRefused, StoreError, StoreReplaced, WaitTimeout
 from membership.etcd import connect
@@ -83,6 +84,7 @@ class ServeOptions:
     coverage_deadline_s: float = 30.0
     load_bytes_per_s: int = 0
     ready_timeout_s: float = 180.0
+    chaos: bool = False
     admin_token: str = field(default_factory=lambda: os.environ.get("ELASTIC_ADMIN_TOKEN") or secrets.token_urlsafe(24))
 
 
@@ -165,6 +167,7 @@ class Supervisor:
         self._etcd_retry_at = 0.0
         self._store: Store | None = None
         self._roles: list[RoleProcess] = []
+        self._environment: dict[str, str] = {}
         self._death_read = -1
         self._opened = ExitStack()
         self._events = EventLog(self.state.events, "supervisor")
@@ -178,6 +181,8 @@ class Supervisor:
             opened.callback(self.state.release)
             for _ in self._troubles():
                 continue  # those of an earlier life
+            self._environment = chaos_mode.begin(self.state, self.options.chaos)
+            opened.callback(self.state.failpoints.unlink, missing_ok=True)
             self._start(opened)
             self._opened = opened.pop_all()
         return self
@@ -311,8 +316,8 @@ class Supervisor:
             arguments += ["--node", self.node]
         if name == "agent":
             arguments += ["--spares", str(self.options.spares), "--drain-grace", "0"]  # it ends with everything else
-        environment = {"ELASTIC_ADMIN_TOKEN": self.options.admin_token} if name == "gateway" else {}
-        return RoleProcess(name, arguments, self.state.log(name), environment=environment)
+        token = {"ELASTIC_ADMIN_TOKEN": self.options.admin_token} if name == "gateway" else {}
+        return RoleProcess(name, arguments, self.state.log(name), environment={**self._environment, **token})
 
     def _write_config(self, store: Store) -> None:
         """Store config and desired size. A cluster that served the same model goes on from its last epoch."""
@@ -364,10 +369,12 @@ class Supervisor:
 def run_serve(options: ServeOptions) -> None:
     """Serve until SIGTERM or Ctrl-C, telling on stderr what is waited for and where it serves."""
     configure("supervisor")
-    failpoints.parse(os.environ.get(failpoints.ENV, ""))  # each role would refuse a wrong one, again and again
+    chaos_mode.check(options.chaos)
     run_in_short_turns()  # etcd and all roles inherit it
     with stop_signal() as stop, Supervisor(options) as supervisor:
         where, name = supervisor.address(()), supervisor.config.served_model_name
+        if options.chaos:
+            tell(chaos_mode.WARNING.format(supervisor.state.failpoints))
         tell(f"starting {supervisor.config.cluster} with {options.ranks} ranks; state in {supervisor.state.path}")
         supervisor.wait_ready(stop, on_progress=tell)
         if not stop.is_set():

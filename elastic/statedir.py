@@ -58,6 +58,11 @@ class StateDir:
         return self.path / "events.jsonl"
 
     @property
+    def failpoints(self) -> Path:
+        """What faults the roles read, if the cluster is served with --chaos; else there is no such file."""
+        return self.path / "failpoints"
+
+    @property
     def etcd_data(self) -> Path:
         """Data directory of the embedded etcd."""
         return self.path / "etcd"

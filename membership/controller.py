@@ -142,6 +142,7 @@ class _Term:
                 )
 
     def _campaign(self, election: Election) -> None:
+        failpoints.hit("controller.before.campaign")
         try:
             election.campaign(LOOK_S)
         except WaitTimeout as error:

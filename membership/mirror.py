@@ -23,6 +23,7 @@ from tenacity import (
     wait_random_exponential,
 )
 
+from membership import failpoints
 from membership.errors import ElasticError, StoreCompacted, StoreReplaced, StoreUnavailable, WaitTimeout
 from membership.keys import DecodeCache, Keys, state_from
 from membership.store import KeyValue, Store, Watch, WatchEvent
@@ -187,6 +188,7 @@ class Mirror:
         """
         if self._relist:
             self._list()
+        failpoints.hit("mirror.before.watch")
         try:
             watch = self._store.watch(self._keys.prefix, self._revision)
         except StoreCompacted:
@@ -221,6 +223,7 @@ class Mirror:
             watch.close()
 
     def _list(self) -> None:
+        failpoints.hit("mirror.before.list")
         before = self._clock()
         self._revision, items = self._store.range(self._keys.prefix)
         self._items = {kv.key: kv for kv in items}

@@ -12,6 +12,7 @@ from functools import partial
 
 import structlog
 
+from membership import failpoints
 from membership.errors import CoverageLost, ElasticError, Fenced, QueueClosed, QueueError
 from workers.doorbell import Doorbell
 from workers.messages import (
@@ -138,6 +139,7 @@ class EnginePort:
         except ElasticError as error:
             return self._failed(batch, StepStatus.STALE, str(error))
         try:
+            failpoints.hit("rank.step", self.key[0])
             return self._worker.execute_model(batch)
         except CoverageLost as error:
             return self._failed(batch, StepStatus.COVERAGE_LOST, str(error))
@@ -163,6 +165,7 @@ class EnginePort:
         """Where it cannot be done the engine hears of it: the request stays where it is, or is computed again."""
         blocks, failed = 0, ""
         try:
+            failpoints.hit("rank.copy", self.key[0])
             blocks = self._worker.copy_blocks(order)
         except Exception as error:  # noqa: BLE001 - whatever it was, the rank serves on
             failed = f"{type(error).__name__}: {error}"

@@ -22,6 +22,7 @@ from typing import Any
 import cloudpickle
 import structlog
 
+from membership import failpoints
 from membership.errors import ElasticError, QueueClosed, QueueError, RankDied, RankError, WaitTimeout
 from membership.types import ClusterConfig
 from workers.doorbell import Doorbell
@@ -196,6 +197,7 @@ class MultiprocExecutor:
         everybody = (key for key in list(self.workers) if key[0] != SPARE and key not in self._going)
         targets = frozenset(everybody if keys is None else keys)
         name = method if isinstance(method, str) else getattr(method, "__name__", "a callable")
+        failpoints.hit(f"agent.before.{name}", min(targets)[0] if len(targets) == 1 else None)
         number, pending = self._calls.open(name, targets, output_rank, timeout_s, time.monotonic())
         for key in targets:
             worker = self.workers.get(key)
@@ -296,6 +298,8 @@ class MultiprocExecutor:
 
         A rank that has died before is told of as any death, and not to `on_ended`: others may have seen it first.
         """
+        for rank, _ in keys:
+            failpoints.hit("agent.before.retire", rank)
         with self._lock:
             living = [key for key in keys if key not in self.workers or not self.workers[key].has_died()]
             self._going |= set(living)

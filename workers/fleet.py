@@ -20,6 +20,7 @@ from functools import partial
 import msgspec
 import structlog
 
+from membership import failpoints
 from membership.errors import ElasticError, QueueClosed, WaitTimeout
 from membership.types import RankRecord
 from workers.doorbell import Doorbell
@@ -160,6 +161,7 @@ class Fleet:
         key = (record.rank, record.incarnation)
         if key in self._known:
             return
+        failpoints.hit("engine.before.attach", record.rank)
         self._known.add(key)
         with self._lock:
             self._wanted[key] = record

@@ -294,6 +294,7 @@ class WorkerProc:
 
     def _run(self, port: CallPort, call: Call | WireCall) -> None:
         try:
+            failpoints.hit(f"rank.{call.method!s}", self.rank)
             if isinstance(call, WireCall):
                 output = self._named(call.method)(*call.args, **call.kwargs)
             else:
@@ -354,6 +355,7 @@ class WorkerProc:
 
     def shutdown(self) -> None:
         """Free everything, in the reverse order of its making."""
+        failpoints.hit("rank.shutdown", self.rank)
         self.shutdown_requested.set()
         self.engine.close()
         self.worker.shutdown()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from membership import failpoints
 from membership.codec import encode
 from membership.errors import LeaseLost, StoreError, StoreReplaced, StoreUnavailable, WaitTimeout
 from membership.keys import Keys
@@ -178,6 +179,7 @@ class Registrar:
             exits = dict(self._exits)
         operations: list[Op] = [Delete(key) for key, _ in going]
         operations += [Put(key, value) for key, value in exits.items()]
+        failpoints.hit("agent.before.withdraw")
         self._store.txn((), operations)
         with self._changed:
             for key, value in exits.items():
@@ -194,6 +196,7 @@ class Registrar:
         try:
             if not entry.lease:
                 begun = self._clock()
+                failpoints.hit("agent.before.grant")
                 entry.lease = self._store.grant(self._ttl_s)
                 entry.renew_at = begun + self._ttl_s / 3
             elif self._clock() >= entry.renew_at:
@@ -202,6 +205,7 @@ class Registrar:
                 entry.renew_at = begun + self._ttl_s / 3
             if entry.written != value:
                 entry.written = None  # if the write's outcome stays unknown, it is written again
+                failpoints.hit("agent.before.publish")
                 self._store.put(key, value, entry.lease)
                 entry.written = value
         except LeaseLost:

@@ -28,6 +28,13 @@ _RING0 = _HELD0 + EXTENTS * SLOTS
 _PAD = 0xFF  # record kind: nothing here, go on at the ring's start
 
 
+def places(memory: memoryview) -> tuple[int, dict[int, int]]:
+    """Where the writer of a ring is, and each reader, by its slot: for who looks at its memory from outside."""
+    words = memory[:_RING0].cast("Q")
+    tails = {slot: _SLOT0 + slot * _SLOT_WORDS for slot in range(SLOTS)}
+    return words[_HEAD], {slot: words[word] for slot, word in tails.items() if words[word + 1]}
+
+
 class RingWriter:
     """Creates the memory and writes. Not thread-safe: its owner locks."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from chaos.inject import signals
+from chaos.inject import checkpoint, clock, disk, ipc, oom, parent, signals, step
 from chaos.inject.base import Injector, NotInjected, Site
 from chaos.inject.fault import Fault, Params
 
@@ -10,6 +10,13 @@ __all__ = ["FAULTS", "Fault", "injector"]
 
 FAULTS: dict[str, Fault] = {
     **signals.FAULTS,
+    **oom.FAULTS,
+    **step.FAULTS,
+    **parent.FAULTS,
+    **ipc.FAULTS,
+    **disk.FAULTS,
+    **checkpoint.FAULTS,
+    **clock.FAULTS,
 }
 
 

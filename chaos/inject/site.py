@@ -9,6 +9,7 @@ import psutil
 from chaos.cluster import ServedCluster
 from chaos.inject.base import NotInjected
 from membership.events import Event
+from membership.failpoints import write
 
 ROLES = ("gateway", "engine", "engine-standby", "controller", "agent", "etcd", "supervisor", "forkserver")
 
@@ -44,6 +45,12 @@ class ServedSite:
     def url(self) -> str:
         """Base URL of the API."""
         return self.cluster.url
+
+    def arm(self, failpoints: str) -> None:
+        """Arm these failpoints in all processes from now on; "" disarms them. NotInjected if the cluster reads none."""
+        if not self.cluster.state.failpoints.exists():
+            raise NotInjected("the cluster reads no failpoints", hint="serve it with --chaos")
+        write(self.cluster.state.failpoints, failpoints)
 
     def _rank(self, rank: int) -> int:
         """The latest process in the slot."""

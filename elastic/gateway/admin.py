@@ -19,6 +19,7 @@ from elastic.explain import explain
 from elastic.gateway.http import EventStream, json_response, new_app, read_body
 from elastic.gateway.schema import Shape, parse
 from elastic.status import cluster_status
+from membership import failpoints
 from membership.errors import (
     ConfigError,
     ElasticError,
@@ -91,6 +92,12 @@ class CancelRequest(Shape):
     by: str = Field(default="admin API", min_length=1, max_length=128)
 
 
+class FailpointsRequest(Shape):
+    """PUT /admin/v1/failpoints: what is armed from now on, and nothing else."""
+
+    failpoints: str = Field(max_length=MAX_BODY_BYTES)
+
+
 class VllmScaleRequest(Shape):
     """POST /scale_elastic_ep, as vLLM has it."""
 
@@ -129,6 +136,7 @@ class Admin:
         """Plan, or propose an operation."""
         if asked.plan:
             return json_response(plan_of(wish, self.mirror.state()))
+        failpoints.hit("gateway.before.propose")
         try:
             operation = await asyncio.to_thread(
                 propose,
@@ -155,6 +163,7 @@ def admin_app(admin: Admin) -> FastAPI:
     _add_reading(app, admin)
 
     _add_changes(app, admin)
+    _add_failpoints(app)
     return app
 
 
@@ -180,6 +189,7 @@ def _add_changes(app: FastAPI, admin: Admin) -> None:
     @app.post("/admin/v1/operations/{name}/cancel")
     async def cancel_operation(request: Request, name: str) -> Response:
         asked = await read(request, CancelRequest)
+        failpoints.hit("gateway.before.cancel")
         return json_response(asdict(await admin.told(cancel, name, asked.by)), 202)
 
     @app.post("/admin/v1/rebalance")
@@ -207,6 +217,34 @@ def _add_changes(app: FastAPI, admin: Admin) -> None:
         asked = await read(request, VllmScaleRequest)
         wish = ScaleRequest(ranks=asked.new_data_parallel_size, timeout_s=asked.drain_timeout)
         return await admin.change(scale(wish.ranks), wish)
+
+
+def _add_failpoints(app: FastAPI) -> None:
+    """Faults on purpose, for a cluster that is served with --chaos."""
+
+    def source() -> Path:
+        found = failpoints.source()
+        if found is None:
+            raise RequestError("failpoints are off (serve with --chaos)", status=403, code="not_in_chaos_mode")
+        return found
+
+    def told(path: Path) -> Response:
+        return json_response(
+            {"failpoints": failpoints.read(path), "points": failpoints.POINTS, "actions": failpoints.ACTIONS}
+        )
+
+    @app.get("/admin/v1/failpoints")
+    async def armed() -> Response:
+        return told(source())
+
+    @app.put("/admin/v1/failpoints")
+    async def arm(request: Request) -> Response:
+        path, asked = source(), parse(await read_body(request, MAX_BODY_BYTES) or b"{}", FailpointsRequest)
+        try:
+            failpoints.write(path, asked.failpoints)
+        except ConfigError as error:
+            raise RequestError(_words(error), status=400, code="bad_failpoints") from error
+        return told(path)
 
 
 def _add_reading(app: FastAPI, admin: Admin) -> None:

@@ -25,6 +25,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from elastic.journal import Delta, Journal, Request
 from elastic.protocol import Hello, Rejected, ToEngine, ToGateway, Tokens, Welcome
+from membership import failpoints
 from membership.errors import JournalError, RequestError
 from membership.types import ClusterState
 
@@ -161,6 +162,7 @@ class EngineLink:
             message = f"{len(self.journal)} requests are open, which is all this gateway takes"
             raise RequestError(message, status=503, code="overloaded", retry_after_s=1.0)
         for request in requests:
+            failpoints.hit("gateway.before.submit")
             submit = self.journal.admit(request, self._clock())
             self._generations[request.id] = generation
             if self.ready:
@@ -170,6 +172,7 @@ class EngineLink:
         """Forget a request; the engine is told if it was still open."""
         abort = self.journal.close(request_id)
         if abort is not None and self.ready:
+            failpoints.hit("gateway.before.abort")
             self._send(abort)
         self._forget(request_id)
 
@@ -275,6 +278,7 @@ class EngineLink:
 
     async def _ping(self) -> None:
         while self._clock() - self._heard_at < self.settings.silence_s:
+            failpoints.hit("gateway.before.hello")
             self._send(Hello(self._gateway))
             await asyncio.sleep(self.settings.ping_every_s)
         log.warning("engine is silent", silent_s=round(self._clock() - self._heard_at, 1))

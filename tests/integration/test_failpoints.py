@@ -7,16 +7,29 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from membership.events import EventLog
-from membership.failpoints import ENV
+from membership.failpoints import ENV, write
+from tests.helpers import eventually
+from workers.procstat import threads
 
 pytestmark = pytest.mark.integration
 
 PROGRAM = "import sys; from membership.failpoints import arm, hit; arm('test', sys.argv[1]); hit('rank.prepared', 2)"
+
+TICKING = """
+import sys, threading, time
+def tick():
+    while True:
+        with open(sys.argv[2], "a") as file: file.write(".")
+        time.sleep(0.01)
+threading.Thread(target=tick, daemon=True).start()
+"""
+ROOT = Path(__file__).parents[2]
 
 
 def started(history: Path, faults: str) -> subprocess.Popen[bytes]:
@@ -38,6 +51,28 @@ def test_who_hangs_does_so_until_it_is_killed(tmp_path: Path) -> None:
     assert process.poll() is None
     process.terminate()
     assert process.wait(timeout=60.0) == -signal.SIGTERM
+
+
+@pytest.mark.parametrize(("action", "others_run"), [("hang", True), ("hang-gil", False)])
+def test_a_native_hang_ends_when_it_is_disarmed(tmp_path: Path, action: str, others_run: bool) -> None:
+    history, armed, ticker = tmp_path / "events.jsonl", tmp_path / "failpoints", tmp_path / "ticks"
+    write(armed, f"rank.prepared@2=1*{action}")
+    process = subprocess.Popen(
+        [sys.executable, "-c", TICKING + PROGRAM, str(history), str(ticker)],
+        env={**os.environ, ENV: f"@{armed}"}, cwd=ROOT,
+    )  # fmt: skip
+    assert next(iter(EventLog.follow(history, threading.Event()))).fields["action"] == action
+    eventually(lambda: threads(process.pid).state == "S", 10.0, "its main thread to sleep")
+    before, until = ticker.stat().st_size, time.monotonic() + 0.3
+    eventually(lambda: time.monotonic() > until, 10.0, "some time to pass")
+    assert (ticker.stat().st_size > before) == others_run
+    assert process.poll() is None
+    write(armed, "")
+    assert process.wait(timeout=60.0) == 0
+
+
+def test_it_may_die_of_a_bad_address(tmp_path: Path) -> None:
+    assert started(tmp_path / "events.jsonl", "rank.prepared=segv").wait(timeout=60.0) == -signal.SIGSEGV
 
 
 def test_what_there_is_not_ends_it_at_the_start(tmp_path: Path) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import os
-import re
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from membership import failpoints
 from membership.controller import edge
 from membership.errors import ConfigError
 from membership.events import Event, EventLog
-from membership.failpoints import ENV, POINTS, Fault, FaultInjected, arm, hit, parse
+from membership.failpoints import EDGES, ENV, POINTS, Fault, FaultInjected, arm, hit, parse
 
 pytestmark = pytest.mark.unit
 
@@ -44,12 +45,17 @@ def test_what_may_be_asked_for() -> None:
         Fault(name="rank.prepared", action="hang", rank=2, limit=1),
         Fault(name="engine.after.flip", action="wait", file="/a=b"),
     )
+    assert [f.action for f in parse("rank.step=hang-gil;rank.step=segv;rank.step=delay:5")] == [
+        "hang-gil", "segv", "delay",
+    ]  # fmt: skip
+    assert parse("rank.step=delay:50")[0].ms == 50
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [("rank.nowhere=kill", "rank.prepared"), ("rank.prepared=explode", "wait:FILE"), ("rank.prepared", "kill"),
-     ("rank.prepared=wait:", "wait:FILE"), ("rank.prepared@x=kill", "kill"), ("rank.prepared=0x1*kill", "kill")],
+     ("rank.prepared=wait:", "wait:FILE"), ("rank.prepared=delay:soon", "delay:MS"),
+     ("rank.prepared@x=kill", "kill"), ("rank.prepared=0x1*kill", "kill")],
 )  # fmt: skip
 def test_what_there_is_not_is_refused_with_a_list(text: str, words: str) -> None:
     with pytest.raises(ConfigError) as refused:
@@ -107,12 +113,101 @@ def test_it_waits_for_a_file(history: Path, tmp_path: Path) -> None:
     assert len(blows(history)) == 1, "whoever does not have to wait says nothing"
 
 
-def test_each_is_passed_somewhere() -> None:
-    product = [
-        path.read_text() for folder in ("membership", "workers", "elastic") for path in (ROOT / folder).rglob("*.py")
-    ]
-    passed = {name for text in product for name in re.findall(r'failpoints\.hit\("([a-z.]+)"', text)}
-    assert passed == {name for name in POINTS if not name.startswith("controller.")}
+def armed_by_file(path: Path, faults: str) -> None:
+    failpoints.write(path, faults)
+    arm("test", environ={**os.environ, ENV: f"@{path}"})
+
+
+def test_a_file_may_change_while_the_process_runs(history: Path, tmp_path: Path) -> None:
+    path = tmp_path / "failpoints"
+    arm("test", environ={**os.environ, ENV: f"@{path}"})
+    assert failpoints.source() == path
+    hit("rank.prepared")  # there is no such file yet
+    failpoints.write(path, "rank.prepared=raise")
+    with pytest.raises(FaultInjected):
+        hit("rank.prepared")
+    assert failpoints.read(path) == "rank.prepared=raise"
+    failpoints.write(path, "")
+    hit("rank.prepared")
+    path.unlink()
+    hit("rank.prepared")
+    assert len(blows(history)) == 1
+    with pytest.raises(ConfigError):
+        failpoints.write(path, "rank.nowhere=raise")
+    path.write_text("rank.prepared=nonsense")  # spoiled by hand: nothing is armed
+    hit("rank.prepared")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["events.jsonl", "failpoints"], "no draft is left"
+
+
+def test_so_many_times_since_it_was_armed(history: Path, tmp_path: Path) -> None:
+    path = tmp_path / "failpoints"
+    for _ in range(2):
+        armed_by_file(path, "rank.prepared=1*raise")
+        with pytest.raises(FaultInjected):
+            hit("rank.prepared", 3)
+        hit("rank.prepared")
+        arm("test", environ={**os.environ, ENV: f"@{path}"})  # as another process does
+        hit("rank.prepared")
+    first, second = blows(history)
+    assert first.fields["armed"] < second.fields["armed"]
+    assert first.rank == 3
+
+
+def test_each_rank_is_counted_by_itself(history: Path) -> None:
+    armed("rank.prepared@1=1*raise;rank.prepared@2=1*raise")
+    for rank in (1, 2):
+        with pytest.raises(FaultInjected):
+            hit("rank.prepared", rank)
+        hit("rank.prepared", rank)
+
+
+@pytest.mark.parametrize("action", ["hang", "wait:/nowhere", "delay:60000"])
+def test_what_lasts_ends_when_it_is_disarmed(action: str, history: Path, tmp_path: Path) -> None:
+    path = tmp_path / "failpoints"
+    armed_by_file(path, f"rank.step={action}")
+    passed = threading.Thread(target=hit, args=("rank.step",))
+    passed.start()
+    stop = threading.Event()
+    next(event for event in EventLog.follow(history, stop) if event.kind == "failpoint")
+    failpoints.write(path, f"rank.prepared=raise;rank.step={action}")  # it is still armed
+    passed.join(timeout=0.05)
+    assert passed.is_alive()
+    failpoints.write(path, "rank.prepared=raise")
+    passed.join(timeout=10.0)
+    assert not passed.is_alive()
+
+
+def calls() -> Iterator[tuple[str, ast.expr]]:
+    """Each name that the product passes, with the file."""
+    for folder in ("membership", "workers", "elastic"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) == "failpoints.hit":
+                    yield path.name, node.args[0]
+
+
+def test_each_is_passed_somewhere_and_no_other() -> None:
+    names = [(file, ast.literal_eval(name)) for file, name in calls() if isinstance(name, ast.Constant)]
+    made = {(file, ast.unparse(name)) for file, name in calls() if not isinstance(name, ast.Constant)}
+    assert made == {
+        ("controller.py", "f'controller.before.{edge(effect)}'"),  # see the next test
+        ("controller.py", "f'controller.after.{edge(effect)}'"),
+        ("executor.py", "f'agent.before.{name}'"),  # the agent's calls to ranks, and the ranks' side of them
+        ("proc.py", "f'rank.{call.method!s}'"),
+    }
+    edges = [f"controller.{when}.{edge}" for edge in EDGES for when in ("before", "after")]
+    called = [f"{side}.{rpc}" for rpc in agents_calls() for side in ("agent.before", "rank")]
+    assert sorted(POINTS) == sorted([*edges, *called, *{name for _, name in names}])
+
+
+def agents_calls() -> set[str]:
+    """What an agent asks of its ranks: the names that it gives to its executor."""
+    found = set()
+    for file in ("agent.py", "spares.py", "executor.py"):
+        for node in ast.walk(ast.parse((ROOT / "workers" / file).read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ("submit", "_call"):
+                found |= {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
+    return found
 
 
 def test_the_controller_passes_its_own_as_its_effects_say() -> None:
@@ -131,5 +226,5 @@ def test_the_controller_passes_its_own_as_its_effects_say() -> None:
     assert passed == {
         "spawning", "handshaking", "loading", "committed", "retiring", "done", "aborted", "staged", "assigned",
     }  # fmt: skip
-    assert {f"controller.before.{name}" for name in passed} <= set(POINTS)
+    assert passed | {"unstaged"} == set(EDGES)
     assert edge(replace(world.effects[0], operation=None, commit=None, stage=None, unstage=True)) == "unstaged"

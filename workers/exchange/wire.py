@@ -25,8 +25,8 @@ AREA = 32 << 20  # bytes for the rows of one request, and of one answer; memory 
 BULK = 8 << 20  # bytes for what belongs to no step (`workers/kv_transfer.py`): so much is copied in one go at most
 MAX_PAIRS = 1 << 15
 _INDEX = 3 * 8 * MAX_PAIRS
-_ASK, _ANSWER = 0, 8  # published sequence numbers, in words; each in its own cache line
-_ASK_AT, _ANSWER_AT = 128, 256  # headers, in bytes
+ASK, ANSWER = 0, 8  # published sequence numbers, in words; each in its own cache line
+ASK_AT, ANSWER_AT = 128, 256  # headers, in bytes
 _ASK_HEADER = struct.Struct("<12q")
 _ANSWER_HEADER = struct.Struct("<9q")
 
@@ -144,32 +144,32 @@ class Lane:
 
     def ask(self, tag: Tag, incarnation: int, parcel: Parcel, rows: Rows, dtype: int) -> None:
         """Writer: open a request in place of any earlier one, whose number is taken away first."""
-        self._words[_ASK] = 0
+        self._words[ASK] = 0
         fence()
         count, pairs, experts, hidden = len(parcel.rows), len(parcel.pairs), len(parcel.experts), rows.shape[1]
         rows.take(parcel.rows, 0, self._room(self._ask_at, count, hidden, dtype), "clip")
         self._row_of[:pairs] = parcel.row_of
         self._experts[:experts] = parcel.experts
         self._counts[:experts] = parcel.counts
-        _ASK_HEADER.pack_into(self._map, _ASK_AT, *tag, incarnation, count, pairs, experts, hidden, dtype)
+        _ASK_HEADER.pack_into(self._map, ASK_AT, *tag, incarnation, count, pairs, experts, hidden, dtype)
         fence()
-        self._words[_ASK] = tag.sequence
+        self._words[ASK] = tag.sequence
 
     def asked(self) -> int:
         """Reader: number of the newest request (0: none yet, or it is being written)."""
-        return self._words[_ASK]
+        return self._words[ASK]
 
     def request(self, sequence: int, incarnation: int) -> Request | None:
         """Reader: the request of this number, or None if it is being replaced or is not from `incarnation`."""
         fence()
-        *tag, sender, count, pairs, experts, hidden, dtype = _ASK_HEADER.unpack_from(self._map, _ASK_AT)
+        *tag, sender, count, pairs, experts, hidden, dtype = _ASK_HEADER.unpack_from(self._map, ASK_AT)
         row_of = self._row_of[:pairs].copy()
         found = Request(
             Tag(*tag), self._experts[:experts].tolist(), self._counts[:experts].tolist(), row_of,
             self._view(self._ask_at, hidden, dtype)[:count], dtype,
         )  # fmt: skip
         fence()
-        return found if self._words[_ASK] == sequence == tag[0] and sender == incarnation else None
+        return found if self._words[ASK] == sequence == tag[0] and sender == incarnation else None
 
     # -- answers -----------------------------------------------------------------------------------------------------
 
@@ -185,18 +185,18 @@ class Lane:
             size = len(text)
             self._room(self._answer_at, -(-size // 4), 1, 0)
             self._map[self._answer_at : self._answer_at + size] = text
-        _ANSWER_HEADER.pack_into(self._map, _ANSWER_AT, *tag, incarnation, refusal is not None, size)
+        _ANSWER_HEADER.pack_into(self._map, ANSWER_AT, *tag, incarnation, refusal is not None, size)
         fence()
-        self._words[_ANSWER] = tag.sequence
+        self._words[ANSWER] = tag.sequence
 
     def answered(self) -> int:
         """Reader: number of the newest answer."""
-        return self._words[_ANSWER]
+        return self._words[ANSWER]
 
     def refusal(self, tag: Tag, incarnation: int) -> Refusal | None:
         """Reader: None if the newest answer is rows for the request `tag` from `incarnation`; else why it is not."""
         fence()
-        *echo, sender, refused, size = _ANSWER_HEADER.unpack_from(self._map, _ANSWER_AT)
+        *echo, sender, refused, size = _ANSWER_HEADER.unpack_from(self._map, ANSWER_AT)
         if tuple(echo) != tag or sender != incarnation:
             return Refusal([], f"answer to {echo} of incarnation {sender} instead of {tag} of {incarnation}")
         if not refused:
