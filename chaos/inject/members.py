@@ -146,7 +146,7 @@ class EtcdMembers:
 
 
 class ProxiedEtcd:
-    """An etcd of one member behind a proxy: `elastic serve --etcd URL` then lives in that network. A context manager."""
+    """An etcd of one member behind a proxy, the network in which `elastic serve --etcd URL` lives. A context manager."""
 
     def __init__(self, folder: Path, *, flags: Mapping[str, str] | None = None) -> None:
         self.server = EtcdServer(folder, flags=flags)

@@ -1,4 +1,4 @@
-"""A look at a server through whatever is between: how long one question takes, and how it fails. Independent of clients.
+"""A look at a server through whatever is between: how long one question takes, and how it fails. Clients have no part.
 
 Injectors of network faults ask before and after: what cannot be felt from outside did not happen.
 """
@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 PROBE_TIMEOUT_S = 1.0
+CUT_SHORT = "IncompleteHeaders"  # http.client takes the end of the stream for the end of the headers
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,12 +34,14 @@ def ask(url: str, timeout_s: float = PROBE_TIMEOUT_S) -> Answer:
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout_s)
     try:
         connection.request("GET", parts.path or "/")
-        size = len(connection.getresponse().read())
+        answer = connection.getresponse()
+        whole = answer.chunked or answer.length is not None
+        size = len(answer.read())
     except (OSError, http.client.HTTPException) as error:
         return Answer(seconds=time.monotonic() - began, error=type(error).__name__)
     finally:
         connection.close()
-    return Answer(seconds=time.monotonic() - began, size=size)
+    return Answer(seconds=time.monotonic() - began, size=size, error="" if whole else CUT_SHORT)
 
 
 def reach(host: str, port: int, timeout_s: float = PROBE_TIMEOUT_S) -> Answer:
