@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
-from chaos.inject.base import Injected, NotInjected
-from chaos.inject.netns import PROBE_PORT, Host, inside, ip
+from chaos.inject.base import Injected, Injector, NotInjected, Site
+from chaos.inject.fault import Fault, Params
+from chaos.inject.netns import PROBE_PORT, Host, Network, inside, ip
 from chaos.inject.nftables import Rule, Table
 from chaos.inject.probe import Answer, reach
 from membership.errors import ElasticError
@@ -22,7 +24,7 @@ Pair = tuple[Host, Host]  # from, to
 class NetworkFault:
     """Packets that `rules` match. `cut`: pairs that can no longer connect, first to second."""
 
-    fault = "net-drop"
+    fault = ""
 
     def __init__(self, cut: Sequence[Pair], rules: Sequence[tuple[Host, Rule]]) -> None:
         self._cut, self._rules = tuple(cut), tuple(rules)
@@ -67,7 +69,9 @@ class NetworkFault:
             _there(host, table.drop)
 
     def _proof(self) -> str:
-        said = [self._felt(one, other, probe(one, other)) for one, other in self._cut]
+        with ThreadPoolExecutor(len(self._cut)) as probes:
+            answers = list(probes.map(lambda pair: probe(*pair), self._cut))
+        said = [self._felt(one, other, answer) for (one, other), answer in zip(self._cut, answers, strict=True)]
         counted = [
             f"{packets} packets {rule.hook} {rule.peer} {rule.verdict} at {host.name}"
             for host, table in self._tables
@@ -84,32 +88,38 @@ class NetworkFault:
 
 
 class Drop(NetworkFault):
-    """Nothing passes between two hosts."""
+    """Nothing passes between a host and others."""
 
-    def __init__(self, one: Host, other: Host) -> None:
-        rules = [(one, Rule("input", other.address, "drop")), (other, Rule("input", one.address, "drop"))]
-        super().__init__([(one, other), (other, one)], rules)
+    fault = "host-cut-off"
+
+    def __init__(self, host: Host, others: Sequence[Host]) -> None:
+        pairs = [(host, other) for other in others]
+        pairs += [(other, host) for other in others]
+        super().__init__(pairs, [(two, Rule("input", one.address, "drop")) for one, two in pairs])
 
 
 class OneWay(NetworkFault):
-    """What one host sends does not arrive at the other; what the other sends arrives, and that is counted too."""
+    """What the sources send does not arrive at the targets; what the targets send arrives, and that is counted too."""
 
-    fault = "net-one-way"
-
-    def __init__(self, source: Host, target: Host) -> None:
-        rules = [(target, Rule("input", source.address, "drop")), (source, Rule("input", target.address, "count"))]
-        super().__init__([(source, target), (target, source)], rules)  # neither can connect: that takes both ways
+    def __init__(self, fault: str, sources: Sequence[Host], targets: Sequence[Host]) -> None:
+        self.fault = fault
+        pairs = [(source, target) for source in sources for target in targets]
+        back = [(target, source) for source, target in pairs]
+        rules = [(target, Rule("input", source.address, "drop")) for source, target in pairs]
+        rules += [(source, Rule("input", target.address, "count")) for source, target in pairs]
+        super().__init__(pairs + back, rules)  # neither can connect to the other: that takes both ways
 
 
 class Reset(NetworkFault):
-    """TCP between two hosts is answered by RST, both ways; connections that are open end with their next packet."""
+    """TCP between a host and others is answered by RST; connections that are open end with their next packet."""
 
-    fault = "net-reset"
+    fault = "host-reset"
 
-    def __init__(self, one: Host, other: Host) -> None:
+    def __init__(self, host: Host, others: Sequence[Host]) -> None:
+        pairs = [(host, other) for other in others]
+        pairs += [(other, host) for other in others]
         # At each sender: at the receiver, the RST for one would be held back by the rule of the other.
-        rules = [(one, Rule("output", other.address, "reset")), (other, Rule("output", one.address, "reset"))]
-        super().__init__([(one, other), (other, one)], rules)
+        super().__init__(pairs, [(one, Rule("output", two.address, "reset")) for one, two in pairs])
 
     def _felt(self, one: Host, other: Host, answer: Answer) -> str:
         if answer.error not in ("ConnectionRefusedError", "ConnectionResetError"):
@@ -120,7 +130,7 @@ class Reset(NetworkFault):
 class LinkDown(NetworkFault):
     """The switch's end of a host's link is down: the host has no carrier."""
 
-    fault = "net-link-down"
+    fault = "host-link-down"
 
     def __init__(self, host: Host, others: Sequence[Host]) -> None:
         super().__init__([(host, other) for other in others], [])
@@ -171,3 +181,43 @@ def _there(host: Host, work: Callable[[], T]) -> T:
         raise
     except Exception as error:  # pyroute2's own, which say what the kernel said
         raise NotInjected(f"nftables in {host.namespace}: {error}") from error
+
+
+@runtime_checkable
+class Networked(Protocol):
+    """A site whose hosts are namespaces."""
+
+    network: Network
+
+
+CUTS: dict[str, tuple[str, Callable[[Host, Sequence[Host]], Injector]]] = {
+    "host-cut-off": ("nothing passes between it and the others", Drop),
+    "host-deaf": (
+        "what others send does not reach it; what it sends arrives",
+        lambda h, o: OneWay("host-deaf", o, [h]),
+    ),
+    "host-mute": ("what it sends does not arrive; it hears the others", lambda h, o: OneWay("host-mute", [h], o)),
+    "host-reset": ("connections with others are reset", Reset),
+    "host-link-down": ("its link is down", LinkDown),
+}
+
+
+def _make(fault: str, site: Site, victim: str, params: Params) -> Injector:
+    """`victim`: "host NAME"; `from`: the others, comma-separated, or all."""
+    name = victim.partition(" ")[2]
+    if not isinstance(site, Networked) or name not in site.network.hosts:
+        raise NotInjected(f"there is no {victim} in a namespace", hint="see chaos.inject.netns.Network")
+    hosts = site.network.hosts
+    others = str(params["from"]).split(",") if params["from"] else [other for other in hosts if other != name]
+    if missing := [other for other in others if other not in hosts]:
+        raise NotInjected(f"there is no host {', '.join(missing)} in a namespace")
+    return CUTS[fault][1](hosts[name], [hosts[other] for other in others])
+
+
+FAULTS = {
+    name: Fault(
+        about=f"a host in a network namespace: {about}", victims=("host",), heals=True, make=partial(_make, name),
+        needs=("root", "iproute2", "nf_tables", "pyroute2"), params={"from": ""},
+    )
+    for name, (about, _) in CUTS.items()
+}  # fmt: skip

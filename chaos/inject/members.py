@@ -13,7 +13,9 @@ from urllib.parse import urlsplit
 import httpx
 import msgspec
 
+from chaos.cluster import ServedCluster
 from chaos.inject.proxy import TcpProxy
+from chaos.inject.site import ServedSite
 from membership.errors import ConfigError, StoreUnavailable
 from workers.etcd_server import START_TIMEOUT_S, EtcdServer, free_ports
 
@@ -146,7 +148,7 @@ class EtcdMembers:
 
 
 class ProxiedEtcd:
-    """An etcd of one member behind a proxy, the network in which `elastic serve --etcd URL` lives. A context manager."""
+    """An etcd of one member behind a proxy, the network that `elastic serve --etcd URL` lives in. A context manager."""
 
     def __init__(self, folder: Path, *, flags: Mapping[str, str] | None = None) -> None:
         self.server = EtcdServer(folder, flags=flags)
@@ -166,6 +168,19 @@ class ProxiedEtcd:
 
     def __exit__(self, *exc: object) -> None:
         self._opened.close()
+
+
+class ProxiedSite(ServedSite):
+    """A cluster that was started with `--etcd` through a proxy. `gateway`: one that clients of the API go through."""
+
+    def __init__(self, cluster: ServedCluster, etcd: ProxiedEtcd, gateway: TcpProxy | None = None) -> None:
+        super().__init__(cluster)
+        self.etcd = etcd.server
+        self.proxies = {"etcd": etcd.proxy} | ({"gateway": gateway} if gateway is not None else {})
+
+    def pid(self, victim: str) -> int:
+        """See Site; etcd is not the cluster's own."""
+        return self.etcd.pid if victim == "etcd" else super().pid(victim)
 
 
 def _address(url: str) -> tuple[str, int]:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from functools import partial
+from typing import Protocol, runtime_checkable
 
-from chaos.inject.base import Injected, NotInjected
+from chaos.inject.base import Injected, Injector, NotInjected, Site
+from chaos.inject.fault import Fault, Params
 from chaos.inject.probe import PROBE_TIMEOUT_S, Answer, ask
 from chaos.inject.proxy import Counters, Faults, TcpProxy, Way
 
@@ -13,18 +17,28 @@ LEAST_TRANSFER_S = 0.05  # an answer that is shorter says nothing about bandwidt
 SHARE = 0.8  # of a time that was asked for must be felt: a busy machine makes probes slower, never faster
 
 HOLE = Way(hole=True)
-FAULTS: dict[str, Faults] = {
-    "net-delay": Faults(up=Way(delay_s=0.025), down=Way(delay_s=0.025)),
-    "net-jitter": Faults(up=Way(delay_s=0.01, jitter_s=0.05), down=Way(delay_s=0.01, jitter_s=0.05)),
-    "net-slow": Faults(down=Way(bytes_per_s=200_000), up=Way(bytes_per_s=200_000)),
-    "net-loss": Faults(up=Way(loss=0.2), down=Way(loss=0.2)),
-    "net-black-hole": Faults(up=HOLE, down=HOLE),
-    "net-deaf": Faults(down=HOLE),  # what is asked arrives, answers do not
-    "net-mute": Faults(up=HOLE),
-    "net-reset": Faults(reset=True),
-    "net-refuse": Faults(refuse=True, reset=True),
-    "net-cut": Faults(down=Way(cut_after=64)),
+SETTINGS: dict[str, tuple[str, Faults]] = {
+    "net-delay": ("50 ms more per round trip", Faults(up=Way(delay_s=0.025), down=Way(delay_s=0.025))),
+    "net-jitter": (
+        "20 to 120 ms more per round trip",
+        Faults(up=Way(delay_s=0.01, jitter_s=0.05), down=Way(delay_s=0.01, jitter_s=0.05)),
+    ),
+    "net-slow": ("200 kB/s", Faults(down=Way(bytes_per_s=200_000), up=Way(bytes_per_s=200_000))),
+    "net-loss": ("every fifth packet lost, as TCP shows it", Faults(up=Way(loss=0.2), down=Way(loss=0.2))),
+    "net-black-hole": ("nothing passes, and nobody says so", Faults(up=HOLE, down=HOLE)),
+    "net-deaf": ("what is asked arrives, answers do not", Faults(down=HOLE)),
+    "net-mute": ("what is asked does not arrive", Faults(up=HOLE)),
+    "net-reset": ("every connection is reset, each new one too", Faults(reset=True)),
+    "net-refuse": ("connections are reset, new ones refused", Faults(refuse=True, reset=True)),
+    "net-cut": ("connections end in the middle of an answer", Faults(down=Way(cut_after=64))),
 }
+
+
+@runtime_checkable
+class Proxied(Protocol):
+    """A site with proxies before some of its servers: victim -> proxy."""
+
+    proxies: Mapping[str, TcpProxy]
 
 
 class ProxyFault:
@@ -34,7 +48,7 @@ class ProxyFault:
         self, proxy: TcpProxy, fault: str, victim: str, faults: Faults | None = None, path: str = "/metrics"
     ) -> None:
         self._proxy, self._fault, self._victim, self._path = proxy, fault, victim, path
-        self._faults = faults or FAULTS[fault]
+        self._faults = faults or SETTINGS[fault][1]
 
     def inject(self) -> Injected:
         """Deal it and see that it happened; NotInjected, and nothing left of it, if it did not."""
@@ -96,3 +110,18 @@ def shown(faults: Faults, before: Answer, after: Answer, counted: Counters, stil
     if not slow or ((up.loss or down.loss) and not stalled):
         return ""
     return f"{felt}; {stalled} pieces late" if stalled else felt
+
+
+def _make(fault: str, site: Site, victim: str, params: Params) -> Injector:
+    if not isinstance(site, Proxied) or victim not in site.proxies:
+        raise NotInjected(f"there is no proxy before the {victim}", hint="see chaos.inject.members.ProxiedSite")
+    return ProxyFault(site.proxies[victim], fault, victim)
+
+
+FAULTS = {
+    name: Fault(
+        about=f"between clients and the server: {about}", victims=("etcd", "gateway"), heals=True,
+        make=partial(_make, name), needs=("a proxy before the victim",),
+    )
+    for name, (about, _) in SETTINGS.items()
+}  # fmt: skip
