@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -78,12 +79,26 @@ def free_ports(count: int) -> list[int]:
 
 
 class EtcdServer:
-    """One etcd process. A context manager, or `start` and `stop`; data stays in `data_dir` and is used again."""
+    """One etcd process. A context manager, or `start` and `stop`; data stays in `data_dir` and is used again.
 
-    def __init__(self, data_dir: str | os.PathLike[str], *, binary: str | None = None) -> None:
+    `address`: where it listens; `ports`: for clients and for peers (free ones otherwise); `flags`: more of etcd's own.
+    """
+
+    def __init__(
+        self,
+        data_dir: str | os.PathLike[str],
+        *,
+        binary: str | None = None,
+        address: str = "127.0.0.1",
+        ports: tuple[int, int] | None = None,
+        flags: Mapping[str, str] | None = None,
+    ) -> None:
         self._folder = Path(data_dir)
         self._binary = binary or find_binary()
-        self._ports: list[int] = []
+        self._address = address
+        self._given_ports = ports
+        self._more_flags = dict(flags or {})
+        self._ports: list[int] = list(ports or ())
         self._process: subprocess.Popen[bytes] | None = None
         self._starter: ThreadPoolExecutor | None = None
         self._pause = threading.Event()
@@ -94,7 +109,7 @@ class EtcdServer:
         """Where clients connect."""
         if not self._ports:
             raise ConfigError("etcd has not been started")
-        return f"http://127.0.0.1:{self._ports[0]}"
+        return f"http://{self._address}:{self._ports[0]}"
 
     @property
     def pid(self) -> int:
@@ -104,9 +119,19 @@ class EtcdServer:
         return self._process.pid
 
     @property
+    def started(self) -> bool:
+        """Whether there is or was a process of it."""
+        return self._process is not None
+
+    @property
     def alive(self) -> bool:
         """Whether the process runs. A stopped (SIGSTOP) one counts as running."""
         return self._process is not None and self._process.poll() is None
+
+    @property
+    def data(self) -> Path:
+        """Its data directory."""
+        return self._folder / "data"
 
     @property
     def log_path(self) -> Path:
@@ -120,19 +145,25 @@ class EtcdServer:
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         deadline = time.monotonic() + timeout_s
         for attempt in range(1, PORT_ATTEMPTS + 1):
-            self._ports = free_ports(2)
+            self._ports = list(self._given_ports or free_ports(2))
             try:
                 return self._launch(deadline, timeout_s)
             except StoreUnavailable:
-                if attempt == PORT_ATTEMPTS or "address already in use" not in self._last_words():
+                if attempt == PORT_ATTEMPTS or self._given_ports or "address already in use" not in self._last_words():
                     raise
 
     def restart(self, timeout_s: float = START_TIMEOUT_S) -> None:
         """Start it again on the same ports and data, after it crashed or was killed."""
         if not self._ports:
             raise ConfigError("etcd has not been started")
-        self._kill()
+        self.kill()
         self._launch(time.monotonic() + timeout_s, timeout_s)
+
+    def kill(self) -> None:
+        """SIGKILL it. `restart` brings it back."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(STOP_TIMEOUT_S)
 
     def stop(self) -> None:
         """Stop it: SIGTERM, then SIGKILL. Its data stays."""
@@ -144,7 +175,7 @@ class EtcdServer:
                 process.wait(STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 log.warning("etcd did not stop in time, killing it", pid=process.pid)
-        self._kill()
+        self.kill()
         if self._starter is not None:
             self._starter.shutdown()
             self._starter = None
@@ -155,11 +186,6 @@ class EtcdServer:
 
     def __exit__(self, *exc: object) -> None:
         self.stop()
-
-    def _kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait(STOP_TIMEOUT_S)
 
     def _launch(self, deadline: float, timeout_s: float) -> None:
         if self._starter is None:
@@ -184,10 +210,10 @@ class EtcdServer:
             )
 
     def _flags(self) -> list[str]:
-        client, peer = (f"http://127.0.0.1:{port}" for port in self._ports)
+        client, peer = (f"http://{self._address}:{port}" for port in self._ports)
         flags = {
             "name": "embedded",
-            "data-dir": str(self._folder / "data"),
+            "data-dir": str(self.data),
             "listen-client-urls": client,
             "advertise-client-urls": client,
             "listen-peer-urls": peer,
@@ -201,6 +227,7 @@ class EtcdServer:
             "auto-compaction-retention": "10000",
             "logger": "zap",
             "log-level": "warn",
+            **self._more_flags,
         }
         return [f"--{name}={value}" for name, value in flags.items()]
 
@@ -216,7 +243,7 @@ class EtcdServer:
             self._pause.wait(POLL_S)
 
     def _healthy(self) -> bool:
-        connection = http.client.HTTPConnection("127.0.0.1", self._ports[0], timeout=1.0)
+        connection = http.client.HTTPConnection(self._address, self._ports[0], timeout=1.0)
         try:
             connection.request("GET", "/health")
             answer = connection.getresponse()

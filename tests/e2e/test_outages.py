@@ -138,11 +138,11 @@ def test_etcd_loses_its_leader(serve: Serve, demo_model: Path, tmp_path: Path) -
         connect(urls, connect_timeout_s=T).close()  # they have a leader
         cluster = serve(demo_model, 2, ("--etcd", ",".join(urls)))
         with under_load(cluster, 2) as workload:
-            old = members[0].status()[1]
-            leader = next(member for member in members if member.status()[0] == old)
+            old = members[0].status().leader
+            leader = next(member for member in members if member.status().member_id == old)
             leader.kill()
             left = [member for member in members if member is not leader]
-            eventually(lambda: all(m.status()[1] not in (0, old) for m in left), T, "another leader")
+            eventually(lambda: all(m.status().leader not in (0, old) for m in left), T, "another leader")
             with closing(connect([left[0].url], connect_timeout_s=T)) as store:
                 insist(lambda: store.compact(store.range("/")[0]), "a compaction")
             ended = len(workload.records())
