@@ -7,6 +7,7 @@ from collections.abc import Callable
 import typer
 
 from chaos.cli_endurance import churn, soak
+from chaos.cli_failpoints import failpoint_matrix, failpoints
 from chaos.cli_history import check
 from chaos.cli_simulate import simulate
 from chaos.demo import demo
@@ -17,6 +18,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "churn": churn,
     "simulate": simulate,
     "check": check,
+    "failpoints": failpoints,
+    "failpoint-matrix": failpoint_matrix,
 }
 
 app = typer.Typer(
