@@ -8,6 +8,7 @@ import typer
 
 from chaos.cli_endurance import churn, soak
 from chaos.cli_faults import faults
+from chaos.cli_failpoints import failpoint_matrix, failpoints
 from chaos.cli_history import check
 from chaos.cli_simulate import simulate
 from chaos.demo import demo
@@ -19,6 +20,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "simulate": simulate,
     "check": check,
     "faults": faults,
+    "failpoints": failpoints,
+    "failpoint-matrix": failpoint_matrix,
 }
 
 app = typer.Typer(

@@ -50,7 +50,7 @@ def soak(
         given = {"zombies": zombies, "outages": outages, "requests": requests}
         dose = msgspec.structs.replace(Dose.of(kills), **{k: v for k, v in given.items() if v is not None})
         run = Soak(seed=seed_of(seed), ranks=ranks, minutes=minutes)
-        with _served(model, ranks, run.seed, FLAGS) as (cluster, tell):
+        with served(model, ranks, FLAGS, seed=run.seed) as (cluster, tell):
             run_soak(cluster, run, dose, streams, tell)
         if history is not None:
             save(history, run.history, run.oracle)
@@ -72,7 +72,7 @@ def churn(
     """Change size and ranks at random under load, some changes cancelled. Exit 1 if anything was lost or leaks."""
     with reported():
         run = Churn(seed=seed_of(seed), ranks=ranks, most=most)
-        with _served(model, ranks, run.seed) as (cluster, tell):
+        with served(model, ranks, seed=run.seed) as (cluster, tell):
             run_churn(cluster, run, changes, streams, tell)
         if history is not None:
             save(history, run.history, run.oracle)
@@ -81,8 +81,8 @@ def churn(
 
 
 @contextmanager
-def _served(
-    model: Path | None, ranks: int, seed: int, flags: Sequence[str] = ()
+def served(
+    model: Path | None, ranks: int, flags: Sequence[str] = (), *, seed: int | None = None
 ) -> Iterator[tuple[ServedCluster, Tell]]:
     """A cluster of its own, and how to tell people on stderr what goes on."""
     with tempfile.TemporaryDirectory(prefix="elastic-ep-chaos-") as folder:
@@ -91,7 +91,8 @@ def _served(
             from elastic.demo_model import write_demo_model
 
             write_demo_model(path)
-        typer.echo(f"seed {seed}", err=True)
+        if seed is not None:
+            typer.echo(f"seed {seed}", err=True)
         started = time.monotonic()
 
         def tell(step: str) -> None:

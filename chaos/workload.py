@@ -22,6 +22,8 @@ PROMPTS = (
     "Comparison operators", "A context manager", "The return statement", "Integer literals", "The while statement",
 )  # fmt: skip
 
+PAUSE_S = 0.05  # before the next request of a stream whose last one failed: whoever listens there may be starting
+
 
 class Workload:
     """Streams `prompts` at `concurrency` until stopped (or once through), and keeps what it saw.
@@ -115,6 +117,8 @@ class Workload:
             with self._lock:
                 self._done.append(record)
                 self._open.pop(number, None)
+            if record.error:
+                await asyncio.sleep(PAUSE_S)
 
     def body(self, prompt: int) -> dict[str, object]:
         """The request of this number, the same in every run."""

@@ -128,8 +128,8 @@ class StoreClient:
 class AdminClient:
     """Talks to a gateway's admin port with a bearer token."""
 
-    def __init__(self, url: str, token: str) -> None:
-        self._http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {token}"}, timeout=10.0)
+    def __init__(self, url: str, token: str, timeout_s: float = 10.0) -> None:
+        self._http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {token}"}, timeout=timeout_s)
 
     def close(self) -> None:
         """Close the connections."""
@@ -186,6 +186,14 @@ class AdminClient:
         """POST unquarantine."""
         return msgspec.convert(self._call("POST", f"ranks/{rank}/unquarantine"), RankExit)
 
+    def failpoints(self) -> dict[str, Any]:
+        """GET failpoints: which are armed, and what there is."""
+        return dict(self._call("GET", "failpoints"))
+
+    def arm(self, failpoints: str) -> dict[str, Any]:
+        """PUT failpoints: these are armed from now on, and no others."""
+        return dict(self._call("PUT", "failpoints", json={"failpoints": failpoints}))
+
     def events(self, follow: bool, stop: threading.Event) -> Iterator[Event]:
         """GET the event history; `follow` streams it, with blank lines while nothing happens."""
         try:
@@ -220,6 +228,7 @@ def _ranks(wish: Wish) -> int | tuple[int, ...]:
 
 def _error_of(answer: httpx.Response) -> ElasticError:
     kinds = {
+        400: ConfigError,
         401: ConfigError,
         403: ConfigError,
         404: ConfigError,
@@ -236,12 +245,23 @@ def _error_of(answer: httpx.Response) -> ElasticError:
 
 
 @contextmanager
+def find_admin(state_dir: Path | None, admin: str | None, admin_token: str | None) -> Iterator[AdminClient]:
+    """The admin port that the flags name; without any, that of the cluster served last on this machine."""
+    url, token = admin or "", admin_token or os.environ.get("ELASTIC_ADMIN_TOKEN", "")
+    if not admin:
+        address = (StateDir(state_dir) if state_dir else StateDir.last_served()).address()
+        url, token = address.admin_url, address.admin_token
+    with closing(AdminClient(url, token)) as client:
+        yield client
+
+
+@contextmanager
 def find_cluster(
     state_dir: Path | None, admin: str | None, admin_token: str | None, etcd: str | None, cluster: str | None
 ) -> Iterator[Client]:
     """The cluster that the flags (or ELASTIC_* variables) name; without any, the one served last on this machine."""
     if admin:
-        with closing(AdminClient(admin, admin_token or os.environ.get("ELASTIC_ADMIN_TOKEN", ""))) as client:
+        with find_admin(state_dir, admin, admin_token) as client:
             yield client
         return
     from membership.etcd import connect

@@ -46,6 +46,7 @@ class RoleProcess:
     early_deaths: int = 0
     started_at: float = 0.0
     start_at: float | None = None  # when to start it again; None while it runs
+    stable_s: float = STABLE_S
     environment: dict[str, str] = field(default_factory=dict)
 
     def start(self, death_fd: int, now: float) -> None:
@@ -71,7 +72,7 @@ class RoleProcess:
             return "was not running"
         code = process.wait(timeout=5.0)
         self._forget()
-        self.early_deaths = 1 if now - self.started_at > STABLE_S else self.early_deaths + 1
+        self.early_deaths = 1 if now - self.started_at > self.stable_s else self.early_deaths + 1
         self.start_at = now + restart_delay_s(self.early_deaths)
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 

@@ -24,7 +24,7 @@ import structlog
 
 from elastic import chaos_mode
 from elastic.role import STORE_SEEN, stop_signal
-from elastic.roles import RoleProcess, revoke_leases
+from elastic.roles import STABLE_S, RoleProcess, revoke_leases
 from elastic.statedir import ClusterAddress, StateDir, home
 from elastic.store_guard import StoreGuard
 from membership import codec
@@ -317,7 +317,10 @@ class Supervisor:
         if name == "agent":
             arguments += ["--spares", str(self.options.spares), "--drain-grace", "0"]  # it ends with everything else
         token = {"ELASTIC_ADMIN_TOKEN": self.options.admin_token} if name == "gateway" else {}
-        return RoleProcess(name, arguments, self.state.log(name), environment={**self._environment, **token})
+        stable_s = min(STABLE_S, self.options.restart_window_s)  # a death that does not count for ranks does not here
+        return RoleProcess(
+            name, arguments, self.state.log(name), environment={**self._environment, **token}, stable_s=stable_s
+        )  # fmt: skip
 
     def _write_config(self, store: Store) -> None:
         """Store config and desired size. A cluster that served the same model goes on from its last epoch."""
