@@ -8,10 +8,13 @@ import typer
 
 from chaos.cli_endurance import churn, soak
 from chaos.cli_history import check
+from chaos.cli_run import run, scenarios
 from chaos.cli_simulate import simulate
 from chaos.demo import demo
 
 COMMANDS: dict[str, Callable[..., None]] = {
+    "run": run,
+    "scenarios": scenarios,
     "kill-rank": demo,
     "soak": soak,
     "churn": churn,

@@ -38,7 +38,7 @@ def soak(
     """Kill random ranks at random moments under load, nested deaths too. Exit 1 if anything was lost or leaks."""
     with reported():
         run = Soak(seed=seed_of(seed), ranks=ranks)
-        with _served(model, ranks, run.seed, FLAGS) as (cluster, tell):
+        with served(model, ranks, run.seed, FLAGS) as (cluster, tell):
             run_soak(cluster, run, kills, streams, tell)
         if history is not None:
             save(history, run.history, run.oracle)
@@ -59,7 +59,7 @@ def churn(
     """Change size and ranks at random under load, some changes cancelled. Exit 1 if anything was lost or leaks."""
     with reported():
         run = Churn(seed=seed_of(seed), ranks=ranks, most=most)
-        with _served(model, ranks, run.seed) as (cluster, tell):
+        with served(model, ranks, run.seed) as (cluster, tell):
             run_churn(cluster, run, changes, streams, tell)
         if history is not None:
             save(history, run.history, run.oracle)
@@ -68,7 +68,7 @@ def churn(
 
 
 @contextmanager
-def _served(
+def served(
     model: Path | None, ranks: int, seed: int, flags: Sequence[str] = ()
 ) -> Iterator[tuple[ServedCluster, Tell]]:
     """A cluster of its own, and how to tell people on stderr what goes on."""
