@@ -7,13 +7,16 @@ from collections.abc import Callable
 import typer
 
 from chaos.cli_endurance import churn, soak
-from chaos.cli_faults import faults
 from chaos.cli_failpoints import failpoint_matrix, failpoints
+from chaos.cli_faults import faults
 from chaos.cli_history import check
+from chaos.cli_run import run, scenarios
 from chaos.cli_simulate import simulate
 from chaos.demo import demo
 
 COMMANDS: dict[str, Callable[..., None]] = {
+    "run": run,
+    "scenarios": scenarios,
     "kill-rank": demo,
     "soak": soak,
     "churn": churn,

@@ -1,4 +1,4 @@
-"""A real cluster for a scenario: `elastic serve` as a child process with a state directory of its own."""
+"""A real cluster for a scenario: served from this machine, or by `elastic serve` as a child process of ours."""
 
 from __future__ import annotations
 
@@ -24,64 +24,28 @@ from membership.wish import Wish, scale
 from workers.etcd_server import free_ports
 
 
-class ServedCluster:
-    """Owns an `elastic serve` process. A context manager: on exit all of it is stopped."""
+class Cluster:
+    """A cluster that is being served from this machine, known by its state directory."""
 
-    def __init__(
-        self,
-        model: Path,
-        ranks: int,
-        *,
-        state_dir: Path | None = None,
-        flags: Sequence[str] = (),
-        environ: Mapping[str, str] | None = None,
-        ports: tuple[int, int] | None = None,
-    ) -> None:
-        self._temporary = tempfile.TemporaryDirectory(prefix="elastic-ep-") if state_dir is None else None
-        self.state = StateDir(state_dir or Path(self._temporary.name if self._temporary else ""))
-        self.port, self.admin_port = ports or free_ports(2)
-        self._command = [
-            sys.executable, "-m", "elastic.cli", "serve", str(model), "--ranks", str(ranks),
-            "--port", str(self.port), "--admin-port", str(self.admin_port), "--state-dir", str(self.state.path), *flags,
-        ]  # fmt: skip
-        self._process: subprocess.Popen[bytes] | None = None
+    def __init__(self, state: StateDir) -> None:
+        self.state = state
         self._store: Store | None = None
         self._connecting = threading.Lock()
-        self._output = self.state.path / "serve.log"
-        self._environ = {**os.environ, "XDG_STATE_HOME": str(self.state.path / "home"), **(environ or {})}
 
-    def __enter__(self) -> ServedCluster:
-        self.state.path.mkdir(parents=True, exist_ok=True)
-        with self._output.open("ab") as out:
-            self._process = subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
-                env=self._environ,
-            )  # fmt: skip
-        return self
-
-    def __exit__(self, *exc: object) -> None:
+    def close(self) -> None:
+        """Let go of the store."""
         if self._store is not None:
             self._store.close()
-        process = self._process
-        if process is not None and process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(timeout=60.0)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait(timeout=10.0)
-        if self._temporary is not None:
-            self._temporary.cleanup()
 
     @property
     def url(self) -> str:
         """Base URL of the OpenAI-compatible API."""
-        return f"http://127.0.0.1:{self.port}"
+        return self.state.address().url
 
     @property
     def pid(self) -> int:
         """Process id of the supervisor."""
-        return self._process.pid if self._process else 0
+        return self.state.address().pid
 
     def client(self) -> StoreClient:
         """Client of the cluster's store; connects on first use."""
@@ -111,7 +75,7 @@ class ServedCluster:
         deadline = time.monotonic() + timeout_s
         last = ""
         while True:
-            self._require_alive()
+            self.require_alive()
             if (self.state.path / "cluster.json").exists():
                 status = self.status()
                 states = [r["state"] for r in status["ranks"]]
@@ -154,7 +118,69 @@ class ServedCluster:
             timer.cancel()
         raise WaitTimeout(f"no event within {timeout_s:.0f} s: {what}")
 
-    def _require_alive(self) -> None:
+    def require_alive(self) -> None:
+        """ElasticError if it is served no more."""
+        self.state.address()
+
+
+class ServedCluster(Cluster):
+    """Owns an `elastic serve` process. A context manager: on exit all of it is stopped."""
+
+    def __init__(
+        self,
+        model: Path,
+        ranks: int,
+        *,
+        state_dir: Path | None = None,
+        flags: Sequence[str] = (),
+        environ: Mapping[str, str] | None = None,
+        ports: tuple[int, int] | None = None,
+    ) -> None:
+        self._temporary = tempfile.TemporaryDirectory(prefix="elastic-ep-") if state_dir is None else None
+        super().__init__(StateDir(state_dir or Path(self._temporary.name if self._temporary else "")))
+        self.port, self.admin_port = ports or free_ports(2)
+        self._command = [
+            sys.executable, "-m", "elastic.cli", "serve", str(model), "--ranks", str(ranks),
+            "--port", str(self.port), "--admin-port", str(self.admin_port), "--state-dir", str(self.state.path), *flags,
+        ]  # fmt: skip
+        self._process: subprocess.Popen[bytes] | None = None
+        self._output = self.state.path / "serve.log"
+        self._environ = {**os.environ, "XDG_STATE_HOME": str(self.state.path / "home"), **(environ or {})}
+
+    def __enter__(self) -> ServedCluster:
+        self.state.path.mkdir(parents=True, exist_ok=True)
+        with self._output.open("ab") as out:
+            self._process = subprocess.Popen(
+                self._command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
+                env=self._environ,
+            )  # fmt: skip
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+        process = self._process
+        if process is not None and process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(timeout=60.0)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(timeout=10.0)
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+    @property
+    def url(self) -> str:
+        """Base URL of the OpenAI-compatible API."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        """Process id of the supervisor."""
+        return self._process.pid if self._process else 0
+
+    def require_alive(self) -> None:
+        """ElasticError with its last words if it has ended."""
         if self._process is not None and self._process.poll() is not None:
             said = self._output.read_text(errors="replace").strip().splitlines()[-3:]
             raise ElasticError(f"`elastic serve` ended with code {self._process.returncode}: {' | '.join(said)}")

@@ -29,7 +29,7 @@ from membership.preview import Plan, plan_of
 from membership.quarantine import unquarantine
 from membership.rebalance_now import RebalancePlan, ask_rebalance, plan_rebalance
 from membership.store import Store
-from membership.types import ClusterState, Operation, Pause, RankExit
+from membership.types import ClusterState, Operation, Pause, RankExit, View
 from membership.wish import Wish
 
 POLL_S = 0.1
@@ -39,6 +39,7 @@ class Client(Protocol):
     """What commands need of a cluster."""
 
     def status(self) -> dict[str, Any]: ...
+    def view(self) -> View: ...
     def plan(self, wish: Wish) -> Plan: ...
     def propose(self, wish: Wish, *, op_id: str | None, if_epoch: int | None, timeout_s: float) -> Operation: ...
     def operation(self, op_id: str) -> Operation: ...
@@ -70,6 +71,10 @@ class StoreClient:
     def status(self) -> dict[str, Any]:
         """The status document: see elastic/status.py."""
         return dict(msgspec.to_builtins(cluster_status(self.state(), time.time())))
+
+    def view(self) -> View:
+        """The committed membership; epoch 0: none yet."""
+        return self.state().view or View(epoch=0)
 
     def plan(self, wish: Wish) -> Plan:
         """What granting the wish would do."""
@@ -138,6 +143,10 @@ class AdminClient:
     def status(self) -> dict[str, Any]:
         """GET status."""
         return dict(self._call("GET", "status"))
+
+    def view(self) -> View:
+        """GET view."""
+        return msgspec.convert(self._call("GET", "view"), View, strict=False)  # JSON has ranks, as keys, in words
 
     def plan(self, wish: Wish) -> Plan:
         """POST with plan=true: changes nothing."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 
-from chaos.cluster import ServedCluster
+from chaos.cluster import Cluster
 from chaos.inject.base import NotInjected
 from membership.events import Event
 from membership.failpoints import write
@@ -15,9 +15,9 @@ ROLES = ("gateway", "engine", "engine-standby", "controller", "agent", "etcd", "
 
 
 class ServedSite:
-    """The site of a ServedCluster."""
+    """The site of a cluster that is served from this machine."""
 
-    def __init__(self, cluster: ServedCluster) -> None:
+    def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
 
     def pid(self, victim: str) -> int:

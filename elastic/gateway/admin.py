@@ -39,7 +39,7 @@ from membership.preview import plan_of
 from membership.quarantine import unquarantine
 from membership.rebalance_now import ask_rebalance, plan_rebalance
 from membership.store import Store
-from membership.types import ClusterState, Operation
+from membership.types import ClusterState, Operation, View
 from membership.wish import Wish, drain, scale, undrain
 
 S = TypeVar("S", bound=Shape)
@@ -253,6 +253,10 @@ def _add_reading(app: FastAPI, admin: Admin) -> None:
         age = {"Age": str(int(admin.mirror.staleness_s))}
         status = cluster_status(admin.mirror.state(), time.time(), admin.mirror.trouble)
         return json_response(status, headers=age)
+
+    @app.get("/admin/v1/view")
+    async def view() -> Response:
+        return json_response(admin.mirror.state().view or View(epoch=0))
 
     @app.get("/admin/v1/explain")
     async def explained(subject: str | None = None) -> Response:
