@@ -22,6 +22,7 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
     tokens: tuple[str, ...] = ()
     finish_reason: str = ""
     error: str = ""
+    ended: float = 0.0  # 0: not known
 
     @property
     def complete(self) -> bool:

@@ -142,6 +142,7 @@ class Workload:
             tokens=tuple(seen.tokens),
             finish_reason=seen.finish_reason if seen.done else "",
             error=seen.error,
+            ended=self._clock(),
         )
 
 
