@@ -23,6 +23,7 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: str = ""
     error: str = ""
     status: int = 200  # of the HTTP answer; 0: there was none
+    ended: float = 0.0  # 0: not known
 
     @property
     def complete(self) -> bool:

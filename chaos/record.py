@@ -65,15 +65,28 @@ class Happened(Line, frozen=True, kw_only=True, tag="happened"):
 
 
 class Changed(Line, frozen=True, kw_only=True, tag="changed"):
-    """One key of the cluster's prefix after one revision of the store, as a watch told it, in the watch's order."""
+    """One key of the cluster's prefix after one revision of the store, as a watch told it, in the watch's order.
+
+    `listed`: a listing told it, at the start or after a Gap; what led to it was not seen.
+    """
 
     revision: int
     key: str
     at: float  # when the watch told it
     deleted: bool = False
+    listed: bool = False
     create_revision: int = 0
     version: int = 0
     value: Any = None  # the record as plain data; left out for keys that hold no membership
+
+
+class Gap(Line, frozen=True, kw_only=True, tag="gap"):
+    """What was written between two revisions was not told: nothing may be concluded from it, nor against it."""
+
+    at: float
+    after: int  # the last revision that was told
+    until: int = 0  # the first one known again, from a listing; 0: nothing was told any more
+    why: str = ""
 
 
 class Read(Line, frozen=True, kw_only=True, tag="read"):
@@ -85,7 +98,8 @@ class Read(Line, frozen=True, kw_only=True, tag="read"):
     revision: int  # of the store, as the answer says
     epoch: int = 0
     view_revision: int = 0  # mod revision of the view; 0: there was none
-    leader_revision: int = 0
+    leader_revision: int = 0  # create revision of the leader's key
+    next_revision: int = 0  # mod revision of the staged view
 
 
 class Verified(Line, frozen=True, kw_only=True, tag="verified"):
@@ -96,7 +110,7 @@ class Verified(Line, frozen=True, kw_only=True, tag="verified"):
     said: str
 
 
-AnyLine = Header | Expected | Answered | Dealt | Happened | Changed | Read | Verified
+AnyLine = Header | Expected | Answered | Dealt | Happened | Changed | Gap | Read | Verified
 
 _decoder: msgspec.json.Decoder[AnyLine] = msgspec.json.Decoder(AnyLine)
 

@@ -154,6 +154,7 @@ class Workload:
             finish_reason=seen.finish_reason if seen.done else "",
             error=seen.error,
             status=seen.status,
+            ended=self._clock(),
         )
 
 

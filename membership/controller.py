@@ -176,7 +176,7 @@ class _Term:
         result = self._store.txn([election.fence(), *compares], ops, [Get(self._keys.leader)])
         if result.succeeded:
             failpoints.hit(f"controller.after.{edge(effect)}")
-            self._report(effect, state)
+            self._report(effect, state, election.token, result.revision)
             return result.revision
         leader = result.responses[0]
         if isinstance(leader, int) or not leader or leader[0].create_revision != election.token:
@@ -184,8 +184,8 @@ class _Term:
         log.info("the cluster changed meanwhile", cluster=self._cluster, what=effect.reason)
         return state.revision + 1
 
-    def _report(self, effect: Effect, state: ClusterState) -> None:
-        """Tell the history what was done."""
+    def _report(self, effect: Effect, state: ClusterState, token: int, revision: int) -> None:
+        """Tell the history what was done; of a view also by whom and where, so that its commit can be judged later."""
         log.info("done", cluster=self._cluster, what=effect.reason)
         operation = effect.operation.id if effect.operation is not None else ""
         for kind, view in (("epoch_committed", effect.commit), ("epoch_staged", effect.stage)):
@@ -193,6 +193,8 @@ class _Term:
                 taken = len(moves(state.view.placement if state.view else {}, view.placement))
                 fields: dict[str, Any] = {
                     "ranks": list(view.ranks),
+                    "token": token,
+                    "revision": revision,
                     "attempt": view.attempt,
                     "operation": operation,
                     "experts_taken": taken,
