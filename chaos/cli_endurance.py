@@ -16,7 +16,6 @@ from chaos.churn import Churn, ChurnReceipt, run_churn
 from chaos.churn import judge as judge_churn
 from chaos.cluster import ServedCluster
 from chaos.endurance import Tell, seed_of
-from chaos.history import save
 from chaos.soak import FLAGS, Soak, SoakReceipt, judge, run_soak
 from chaos.strikes import Dose
 from elastic.options import Output, OutputFlag, reported, write_json
@@ -25,7 +24,7 @@ SeedFlag = Annotated[int | None, typer.Option(help="Chooses what happens, and th
 RanksFlag = Annotated[int, typer.Option(min=1, help="Ranks to serve with.")]
 StreamsFlag = Annotated[int, typer.Option(min=1, help="Requests under way at a time.")]
 ModelFlag = Annotated[Path | None, typer.Option(help="Serve this checkpoint instead of the shipped one.")]
-HistoryFlag = Annotated[Path | None, typer.Option(help="Also save what the clients saw, for elastic-chaos check.")]
+RecordFlag = Annotated[Path | None, typer.Option(help="Also save all that happened, for check and report.")]
 
 
 def soak(
@@ -42,18 +41,20 @@ def soak(
     ranks: RanksFlag = 4,
     streams: StreamsFlag = 24,
     model: ModelFlag = None,
-    history: HistoryFlag = None,
+    record: RecordFlag = None,
     output: OutputFlag = Output.TEXT,
 ) -> None:
     """Strike ranks, roles and etcd at random moments under load, nested too. Exit 1 if anything was lost or leaks."""
     with reported():
         given = {"zombies": zombies, "outages": outages, "requests": requests}
         dose = msgspec.structs.replace(Dose.of(kills), **{k: v for k, v in given.items() if v is not None})
-        run = Soak(seed=seed_of(seed), ranks=ranks, minutes=minutes)
+        chosen = seed_of(seed)
+        again = f"elastic-chaos soak --minutes {minutes:g}" if minutes else f"elastic-chaos soak --kills {dose.kills}"
+        run = Soak(seed=chosen, ranks=ranks, minutes=minutes, replay=f"{again} --ranks {ranks} --seed {chosen}")
         with served(model, ranks, FLAGS, seed=run.seed) as (cluster, tell):
             run_soak(cluster, run, dose, streams, tell)
-        if history is not None:
-            save(history, run.history, run.oracle)
+        if record is not None and run.recorder is not None:
+            run.recorder.write(record)
         receipt = judge(run, dose)
         done = f"{receipt.kills} kills, {receipt.zombies} zombies, {receipt.outages} outages, {receipt.roles} roles"
         _print(receipt, done, output)
@@ -66,16 +67,18 @@ def churn(
     most: Annotated[int, typer.Option(min=2, help="Never more ranks than these.")] = 6,
     streams: StreamsFlag = 8,
     model: ModelFlag = None,
-    history: HistoryFlag = None,
+    record: RecordFlag = None,
     output: OutputFlag = Output.TEXT,
 ) -> None:
     """Change size and ranks at random under load, some changes cancelled. Exit 1 if anything was lost or leaks."""
     with reported():
-        run = Churn(seed=seed_of(seed), ranks=ranks, most=most)
+        chosen = seed_of(seed)
+        again = f"elastic-chaos churn --changes {changes} --ranks {ranks} --most {most} --seed {chosen}"
+        run = Churn(seed=chosen, ranks=ranks, most=most, replay=again)
         with served(model, ranks, seed=run.seed) as (cluster, tell):
             run_churn(cluster, run, changes, streams, tell)
-        if history is not None:
-            save(history, run.history, run.oracle)
+        if record is not None and run.recorder is not None:
+            run.recorder.write(record)
         receipt = judge_churn(run, changes)
         _print(receipt, f"{receipt.changes} changes", output)
 

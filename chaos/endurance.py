@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from chaos.check import judge
 from chaos.cluster import ServedCluster
 from chaos.footprint import Footprint, Growth, growth, look, processes
 from chaos.history import RequestRecord, Verdict, compare
+from chaos.recorder import Recorder
 from chaos.workload import Workload
 
 Tell = Callable[[str], None]
@@ -40,6 +42,8 @@ class Endurance:
     shm: tuple[int, int] = (0, 0)
     epochs: int = 0
     seconds: float = 0.0
+    replay: str = ""  # the command that runs it again
+    recorder: Recorder | None = None  # of all that happens under load
 
     @contextmanager
     def under_load(
@@ -52,14 +56,18 @@ class Endurance:
         self.oracle = {record.prompt: record for record in workload.run_once()}
         before, shm, epoch = processes(cluster.pid), _shm(), cluster.status()["epoch"]
         workload = Workload(cluster.url, cluster.model_name(), lengths=lengths, concurrency=streams, seed=self.seed)
-        started = time.monotonic()
-        workload.start()
-        try:
-            yield workload
-        finally:
-            self.history = workload.stop()
-            self.seconds = time.monotonic() - started
-        cluster.wait_serving(ranks)
+        what = type(self).__name__.lower()
+        with Recorder.of(cluster, what=what, seed=self.seed, replay=self.replay) as self.recorder:
+            started = time.monotonic()
+            workload.start()
+            try:
+                yield workload
+            finally:
+                self.history = workload.stop()
+                self.seconds = time.monotonic() - started
+            cluster.wait_serving(ranks)
+        self.recorder.expected(self.oracle.values())
+        self.recorder.answered(self.history)
         self.epochs = cluster.status()["epoch"] - epoch
         self.processes = (before, _settled(cluster, before))
         self.shm = (shm, _shm())
@@ -90,7 +98,15 @@ class Endurance:
             broken.append(f"{self.processes[0]} processes before, {self.processes[1]} after")
         if self.shm[1] > self.shm[0]:
             broken.append(f"{self.shm[0]} files in /dev/shm before, {self.shm[1]} after")
-        return broken + _outgrown(self.growth(), times, what)
+        return broken + self._found() + _outgrown(self.growth(), times, what)
+
+    def _found(self) -> list[str]:
+        """What the checks of the record found, beyond the requests, which are judged above."""
+        if self.recorder is None:
+            return []
+        outcomes = judge(self.recorder.lines()).outcomes
+        found = [finding for outcome in outcomes if outcome.title != "requests" for finding in outcome.findings]
+        return [f"{each.promise}: {each.what}" for each in found]
 
 
 def _outgrown(grown: Sequence[Growth], times: int, what: str) -> list[str]:

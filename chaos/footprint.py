@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import psutil
 
 ROLES = ("controller", "agent", "engine", "gateway")
 MB = float(1 << 20)
+SETTLED_S = 10.0  # a younger process is still starting, and says nothing of those that live on
 
 
 class Footprint(msgspec.Struct, frozen=True):
@@ -37,7 +39,7 @@ def look(supervisor: int) -> dict[str, Footprint]:
     for child in parent.children(recursive=True):
         try:
             name = _name(child)
-            if name:
+            if name and time.time() - child.create_time() > SETTLED_S:
                 found[name] = _footprint(child)
         except (psutil.NoSuchProcess, psutil.ZombieProcess):
             continue  # a rank that is just dying

@@ -155,10 +155,19 @@ class _Blow:
 
     def _kill(self, victim: str, pid: int) -> None:
         killed = kill(pid)
-        self.soak.dealt.append(Injected(
+        self._note(Injected(
             fault="kill", victim=victim, at=killed.sent_at, seen_at=killed.gone_at, pid=pid,
             proof="its pidfd is readable: it is gone",
         ))  # fmt: skip
+
+    def _note(self, fault: Injected) -> None:
+        self.soak.dealt.append(fault)
+        if self.soak.recorder is not None:
+            self.soak.recorder.dealt(fault)
+
+    def _healed(self, fault: Injected) -> None:
+        if self.soak.recorder is not None:
+            self.soak.recorder.healed(fault)
 
     def _kill_rank(self, record: RankRecord) -> None:
         self._kill(f"rank {record.rank}", record.pid)
@@ -202,12 +211,14 @@ class _Blow:
         finally:
             with suppress(NotInjected):  # its agent was faster, and has ended it: no zombie, and not counted
                 stop.heal()
-                self.soak.dealt.append(stopped)
+                self._note(stopped)
+                self._healed(stopped)
 
     def _freeze(self) -> None:
         """etcd answers nobody for a while; who dies meanwhile is masked, and replaced afterwards."""
         stop = injector("stop", self.site, "etcd")
-        self.soak.dealt.append(stop.inject())
+        frozen = stop.inject()
+        self._note(frozen)
         try:
             until = time.monotonic() + self.strike.delay_s
             for rank in self.strike.ranks:
@@ -215,8 +226,11 @@ class _Blow:
             time.sleep(max(0.0, until - time.monotonic()))
         finally:
             stop.heal()
+            self._healed(frozen)
 
     def _restart(self) -> None:
-        restart = injector("etcd-restart", self.site, "etcd")
-        self.soak.dealt.append(restart.inject())
+        restart = injector("etcd-down", self.site, "etcd")
+        ended = restart.inject()
+        self._note(ended)
         restart.heal()
+        self._healed(ended)

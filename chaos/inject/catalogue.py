@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from chaos.inject import checkpoint, clock, disk, ipc, oom, parent, signals, step
+from chaos.inject import checkpoint, clock, cuts, disk, ipc, oom, parent, proxied, signals, step, store
 from chaos.inject.base import Injector, NotInjected, Site
 from chaos.inject.fault import Fault, Params
 
@@ -17,6 +17,9 @@ FAULTS: dict[str, Fault] = {
     **disk.FAULTS,
     **checkpoint.FAULTS,
     **clock.FAULTS,
+    **store.FAULTS,
+    **proxied.FAULTS,
+    **cuts.FAULTS,
 }
 
 
