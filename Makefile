@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check matrix bench format clean
+.PHONY: help setup demo test check matrix chaos bench format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -44,6 +44,9 @@ check: setup  ## lint, types, import law, unit tests (under 90 s)
 
 matrix: setup  ## every fault at every edge of an operation; `test` has each edge and each fault once or more
 	@ELASTIC_WHOLE_MATRIX=1 $(BIN)/python -m pytest tests/e2e/test_operation_faults.py
+
+chaos: setup  ## prove the promises: simulation, planted bugs, every fault for every role, a soak; one table (20 minutes)
+	@$(BIN)/elastic-chaos suite $(if $(SEED),--seed $(SEED))
 
 bench: setup  ## the benchmarks whose figures stand in docs/benchmarks.md
 	@$(BIN)/python -m benchmarks.mq

@@ -12,11 +12,13 @@ from chaos.cli_faults import faults
 from chaos.cli_history import check
 from chaos.cli_run import run, scenarios
 from chaos.cli_simulate import simulate
+from chaos.cli_suite import suite
 from chaos.demo import demo
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "run": run,
     "scenarios": scenarios,
+    "suite": suite,
     "kill-rank": demo,
     "soak": soak,
     "churn": churn,

@@ -1,0 +1,76 @@
+"""What the suite consists of, and what each part must reach (figures of `make chaos`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+
+from chaos.suite import Goal, Part, Receipt, all_of, at_least, at_most, none_of
+
+FAULTS = 120_000  # simulated
+FAULTS_PER_MINUTE = 20_000
+REPLAYS = 500
+BUGS = 25
+EVENTS = 6  # median of the minimised schedules
+KILLS, ZOMBIES, OUTAGES, REQUESTS = 300, 40, 20, 15_000
+SCENARIOS = ("kill-during-recovery", "kill-both-holders")
+
+
+def parts(seed: int, folder: Path) -> tuple[Part, ...]:
+    """All of it, in the order in which it runs."""
+    drawn, record = ("--seed", str(seed), "-o", "json"), str(folder / "soak.jsonl")
+    return (
+        Part("simulate", "whole lives under a virtual clock",
+             ("simulate", "--faults", str(FAULTS), "--replays", str(REPLAYS), *drawn), _simulated, 600.0),
+        Part("planted", "guards taken out one by one: each must be missed", ("planted", "-o", "json"), _planted, 300.0),
+        Part("roles", "each process fault for each role", ("role-matrix", "-o", "json"), _roles, 400.0),
+        Part("failpoints", "death, error and hang at each failpoint", ("failpoint-matrix", "-o", "json"), _points, 500.0),
+        Part("soak", "random and nested faults under load",
+             ("soak", "--kills", str(KILLS), "--zombies", str(ZOMBIES), "--outages", str(OUTAGES), "--requests",
+              str(REQUESTS), "--record", record, *drawn), _soaked, 900.0),
+        Part("check", "the soak's record, judged offline", ("check", record, "-o", "json"), _checked, 120.0),
+    )  # fmt: skip
+
+
+def _simulated(receipt: Receipt) -> Iterator[Goal]:
+    seen, _, total = str(receipt["pairs"]).partition("/")
+    yield at_least("faults", FAULTS, receipt["faults"])
+    yield at_least("faults per minute", FAULTS_PER_MINUTE, receipt["faults_per_minute"])
+    yield none_of("violations", len(receipt["violations"]))
+    yield at_least("seeds that replay identically", REPLAYS, receipt["replayed"])
+    yield all_of("ordered pairs of faults", int(total), int(seen))
+
+
+def _planted(receipt: Receipt) -> Iterator[Goal]:
+    bugs = receipt["bugs"]
+    yield at_least("planted bugs", BUGS, len(bugs))
+    yield all_of("caught", len(bugs), sum(bug["caught"] for bug in bugs))
+    events = [bug["events"] for bug in bugs if bug.get("events")]
+    yield at_most("events of a minimised schedule, median", EVENTS, median(events) if events else float("inf"))
+
+
+def _roles(receipt: Receipt) -> Iterator[Goal]:
+    yield all_of("role x fault", receipt["cells"], receipt["passed"])
+
+
+def _points(receipt: Receipt) -> Iterator[Goal]:
+    passed = sum(cell["ok"] for cell in receipt["results"])
+    yield all_of("failpoint x {kill, raise, hang}", receipt["cells"], passed)
+
+
+def _soaked(receipt: Receipt) -> Iterator[Goal]:
+    yield at_least("SIGKILLs of ranks", KILLS, receipt["kills"])
+    yield at_least("zombies", ZOMBIES, receipt["zombies"])
+    yield at_least("etcd faults", OUTAGES, receipt["outages"])
+    yield at_least("requests", REQUESTS, receipt["requests"])
+    for name in ("lost", "duplicated", "altered", "non_2xx"):
+        yield none_of(name, receipt[name])
+    yield none_of("promises broken, and leaks", len(receipt["broken"]))
+
+
+def _checked(receipt: Receipt) -> Iterator[Goal]:
+    judged = [outcome for outcome in receipt["outcomes"] if outcome["promise"] != "-"]
+    broken = [outcome for outcome in judged if outcome["findings"]]
+    yield at_least("checks that found something to judge", 7, sum(outcome["judged"] > 0 for outcome in judged))
+    yield none_of("checks that found a promise broken", len(broken))
