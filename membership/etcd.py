@@ -291,7 +291,7 @@ class EtcdStore:
             answer = method(request, timeout=timeout_s)
         except grpc.RpcError as error:
             ours = translated(error, what, self._where)
-            if isinstance(ours, StoreUnavailable):
+            if isinstance(ours, StoreUnavailable) and not ours.definite:
                 self._provenance.doubt()
             raise ours from error
         except ValueError as error:  # gRPC's word for a channel closed meanwhile
