@@ -140,7 +140,7 @@ class EtcdStore:
         self._where = where
         self._timeout_s = timeout_s
         self._closed = threading.Event()
-        self._watches: set[EtcdWatch] = set()
+        self._watches: dict[EtcdWatch, int] = {}  # and the endpoint of each
 
     @property
     def seen(self) -> str:
@@ -209,9 +209,10 @@ class EtcdStore:
         if self._closed.is_set():
             raise StoreUnavailable(f"the connection to etcd at {self._where} is closed")
         self._ask_if_doubtful(self._timeout_s)
-        stub = etcdrpc.WatchStub(self._clients[self._turn].channel)
+        turn = self._turn
+        stub = etcdrpc.WatchStub(self._clients[turn].channel)
         watch = EtcdWatch(stub, prefix, start_revision, self._timeout_s, self._where, self._provenance)
-        self._watches = {old for old in self._watches if not old.closed} | {watch}
+        self._watches = {old: endpoint for old, endpoint in self._watches.items() if not old.closed} | {watch: turn}
         return watch
 
     def compact(self, revision: int) -> None:
@@ -229,8 +230,11 @@ class EtcdStore:
 
     def _pass_on(self, turn: int) -> None:
         """The endpoint whose turn it was did not answer; another thread may have seen that first."""
-        if self._turn == turn:
+        if self._turn == turn and len(self._clients) > 1:
             self._turn = (turn + 1) % len(self._clients)
+            for watch, endpoint in list(self._watches.items()):  # its silence would pass for calm
+                if endpoint == turn:
+                    watch.break_off()
 
     def _renew(self, client: Any, lease: int, timeout: float) -> Any:
         call = client.leasestub.LeaseKeepAlive(iter([etcdrpc.LeaseKeepAliveRequest(ID=lease)]), timeout=timeout)

@@ -103,6 +103,10 @@ class EtcdWatch:
             raise item
         return item
 
+    def break_off(self) -> None:
+        """End the stream as if it had broken."""
+        self._call.cancel()
+
     def close(self) -> None:
         """See Watch."""
         self._closed.set()

@@ -140,18 +140,25 @@ def test_the_mirror_the_lease_and_the_office_under_each_cut(etcd: ProxiedEtcd, f
         next_keeper.close()
 
 
-def test_an_endpoint_that_does_not_answer_costs_one_call(etcd: ProxiedEtcd) -> None:
-    """Not every second one: it is reached, so only its silence tells."""
+def test_an_endpoint_that_does_not_answer_costs_one_call(etcd: ProxiedEtcd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not every second one: it is reached, so only its silence tells. Watches leave it too."""
+    monkeypatch.setattr("random.randrange", lambda _: 0)  # it is the one that is used
+    keys = Keys("proxied-endpoint")
     with closing(connect([etcd.url, etcd.server.url], timeout_s=0.5, connect_timeout_s=T)) as store:
+        watch = store.watch(keys.prefix, 0)
         with dealt(etcd.proxy, "net-deaf"):
             unanswered = 0
-            for _ in range(20):
+            for ranks in range(20):
                 try:
-                    store.put("/endpoint", b"")
+                    store.put(keys.desired, encode(Desired(ranks=ranks)))
                 except StoreUnavailable:
                     unanswered += 1
-            assert unanswered <= 1
-        store.put("/endpoint", b"")
+            assert unanswered == 1
+            with pytest.raises(StoreUnavailable):
+                watch.next(0.5)
+            with Mirror(store, keys.cluster) as mirror:
+                assert mirror.state().desired == Desired(ranks=19)
+        watch.close()
 
 
 @contextmanager
