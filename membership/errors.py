@@ -43,6 +43,12 @@ class StoreUnavailable(StoreError, NoAnswer):
     definite = False  # StoreError, which comes first, would say otherwise
 
 
+class StoreFull(StoreUnavailable):
+    """The store refused for want of room (or of time, under load). Nothing was changed; it may do it later."""
+
+    definite = True
+
+
 class StoreCompacted(StoreError):
     """The revision asked for is gone; list again, then watch from there."""
 

@@ -3,15 +3,19 @@
 Reads are tried again within their deadline. Writes are sent once: one that was not answered is *unknown*, and only the
 caller can tell by reading back. The channel's keepalive notices a server that is stopped or cut off. After a loss of
 connection the first call is a read: a store that was replaced meanwhile is refused before anything is written to it.
+
+Of several endpoints one is used until it does not answer, then the next: a member that can be reached but is cut off
+from its peers costs one call, not every third.
 """
 
 from __future__ import annotations
 
 import math
-import socket
+import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
@@ -90,15 +94,20 @@ def connect(
         raise ConfigError("certificates were given for an http etcd endpoint", hint="use https:// endpoints")
     if bool(cert) != bool(key):
         raise ConfigError("an etcd client certificate needs its key, and the key its certificate")
-    options = list(CHANNEL_OPTIONS)
-    if secure and len(urls) > 1 and urls[0].hostname:  # addressed by number, yet certified by name
-        options.append(("grpc.ssl_target_name_override", urls[0].hostname))
-    host, _, port = _target(urls).rpartition(":")
+    clients: list[Any] = []
     try:
-        client = etcd3.Etcd3Client(host, port, ca_cert=ca, cert_cert=cert, cert_key=key, grpc_options=options)
+        for url in urls:
+            host, _, port = f"dns:///{url.netloc}".rpartition(":")  # gRPC resolves the name, again and again
+            clients.append(
+                etcd3.Etcd3Client(
+                    host, port, ca_cert=ca, cert_cert=cert, cert_key=key, grpc_options=list(CHANNEL_OPTIONS)
+                )
+            )
     except OSError as error:
+        for client in clients:
+            client.close()
         raise ConfigError(f"cannot read the etcd certificates: {error}") from error
-    store = EtcdStore(client, ",".join(url.geturl() for url in urls), timeout_s, Provenance(seen))
+    store = EtcdStore(clients, ",".join(url.geturl() for url in urls), timeout_s, Provenance(seen))
     try:
         store.probe(connect_timeout_s)
     except BaseException:
@@ -121,40 +130,17 @@ def _parsed(endpoints: Sequence[str]) -> list[SplitResult]:
     return urls
 
 
-def _target(urls: Sequence[SplitResult]) -> str:
-    """One endpoint is left for gRPC to resolve again and again; several must be given to it as addresses."""
-    if len(urls) == 1:
-        return f"dns:///{urls[0].netloc}"
-    v6 = all(":" in (url.hostname or "") for url in urls)
-    addresses: dict[str, None] = {}
-    failure: OSError | None = None
-    for url in urls:
-        try:
-            found = socket.getaddrinfo(
-                url.hostname, url.port, socket.AF_INET6 if v6 else socket.AF_INET, socket.SOCK_STREAM
-            )
-        except OSError as error:
-            failure = error
-            continue
-        for *_, address in found:
-            host, port = str(address[0]), int(address[1])
-            addresses[f"[{host}]:{port}" if v6 else f"{host}:{port}"] = None
-    if not addresses:
-        raise StoreUnavailable(f"no etcd endpoint of {[url.netloc for url in urls]} resolves: {failure}")
-    return ("ipv6:" if v6 else "ipv4:") + ",".join(addresses)
-
-
 class EtcdStore:
     """See Store. Made by `connect`."""
 
-    def __init__(self, client: Any, where: str, timeout_s: float, provenance: Provenance) -> None:
-        self._client = client
+    def __init__(self, clients: Sequence[Any], where: str, timeout_s: float, provenance: Provenance) -> None:
+        self._clients = clients
+        self._turn = random.randrange(len(clients))  # clients spread over the members
         self._provenance = provenance
         self._where = where
         self._timeout_s = timeout_s
         self._closed = threading.Event()
-        self._watches: set[EtcdWatch] = set()
-        self._watch_stub = etcdrpc.WatchStub(client.channel)
+        self._watches: dict[EtcdWatch, int] = {}  # and the endpoint of each
 
     @property
     def seen(self) -> str:
@@ -178,12 +164,12 @@ class EtcdStore:
     def put(self, key: str, value: bytes, lease: int = 0) -> int:
         """See Store."""
         request = etcdrpc.PutRequest(key=key_bytes(key), value=value, lease=lease)
-        return int(self._call(self._client.kvstub.Put, request, f"put {key}").header.revision)
+        return int(self._call(lambda etcd: etcd.kvstub.Put, request, f"put {key}").header.revision)
 
     def delete(self, key: str) -> bool:
         """See Store."""
         request = etcdrpc.DeleteRangeRequest(key=key_bytes(key))
-        return bool(self._call(self._client.kvstub.DeleteRange, request, f"delete {key}").deleted)
+        return bool(self._call(lambda etcd: etcd.kvstub.DeleteRange, request, f"delete {key}").deleted)
 
     def txn(self, compares: Sequence[Compare], success: Sequence[Op], failure: Sequence[Op] = ()) -> TxnResult:
         """See Store."""
@@ -192,18 +178,20 @@ class EtcdStore:
             success=[_operation(op) for op in success],
             failure=[_operation(op) for op in failure],
         )
-        done = self._call(self._client.kvstub.Txn, request, f"txn on {_subject(compares, success)}")
+        done = self._call(lambda etcd: etcd.kvstub.Txn, request, f"txn on {_subject(compares, success)}")
         revision = int(done.header.revision)
         return TxnResult(done.succeeded, revision, tuple(_response(response, revision) for response in done.responses))
 
     def grant(self, ttl_s: float) -> int:
         """See Store."""
         request = etcdrpc.LeaseGrantRequest(TTL=max(1, math.ceil(ttl_s)))
-        return int(self._call(self._client.leasestub.LeaseGrant, request, "grant a lease", ordered=False).ID)
+        return int(self._call(lambda etcd: etcd.leasestub.LeaseGrant, request, "grant a lease", ordered=False).ID)
 
     def keepalive(self, lease: int, timeout_s: float | None = None) -> float:
         """See Store. A stream per renewal: nothing to repair after an outage."""
-        answer = self._call(self._renew, lease, f"renew lease {lease:x}", timeout_s, ordered=False)
+        answer = self._call(
+            lambda etcd: partial(self._renew, etcd), lease, f"renew lease {lease:x}", timeout_s, ordered=False
+        )
         if answer.TTL <= 0:
             raise LeaseLost(f"lease {lease:x} has ended")
         return float(answer.TTL)
@@ -212,7 +200,7 @@ class EtcdStore:
         """See Store."""
         request = etcdrpc.LeaseRevokeRequest(ID=lease)
         try:
-            self._call(self._client.leasestub.LeaseRevoke, request, f"revoke lease {lease:x}", ordered=False)
+            self._call(lambda etcd: etcd.leasestub.LeaseRevoke, request, f"revoke lease {lease:x}", ordered=False)
         except LeaseLost:
             return  # it has ended already, which is what was asked for
 
@@ -221,24 +209,35 @@ class EtcdStore:
         if self._closed.is_set():
             raise StoreUnavailable(f"the connection to etcd at {self._where} is closed")
         self._ask_if_doubtful(self._timeout_s)
-        watch = EtcdWatch(self._watch_stub, prefix, start_revision, self._timeout_s, self._where, self._provenance)
-        self._watches = {old for old in self._watches if not old.closed} | {watch}
+        turn = self._turn
+        stub = etcdrpc.WatchStub(self._clients[turn].channel)
+        watch = EtcdWatch(stub, prefix, start_revision, self._timeout_s, self._where, self._provenance)
+        self._watches = {old: endpoint for old, endpoint in self._watches.items() if not old.closed} | {watch: turn}
         return watch
 
     def compact(self, revision: int) -> None:
         """See Store."""
         request = etcdrpc.CompactionRequest(revision=revision, physical=True)
-        self._call(self._client.kvstub.Compact, request, f"compact at {revision}", ordered=False)
+        self._call(lambda etcd: etcd.kvstub.Compact, request, f"compact at {revision}", ordered=False)
 
     def close(self) -> None:
         """See Store."""
         self._closed.set()
         for watch in self._watches:
             watch.close()
-        self._client.close()
+        for client in self._clients:
+            client.close()
 
-    def _renew(self, lease: int, timeout: float) -> Any:
-        call = self._client.leasestub.LeaseKeepAlive(iter([etcdrpc.LeaseKeepAliveRequest(ID=lease)]), timeout=timeout)
+    def _pass_on(self, turn: int) -> None:
+        """The endpoint whose turn it was did not answer; another thread may have seen that first."""
+        if self._turn == turn and len(self._clients) > 1:
+            self._turn = (turn + 1) % len(self._clients)
+            for watch, endpoint in list(self._watches.items()):  # its silence would pass for calm
+                if endpoint == turn:
+                    watch.break_off()
+
+    def _renew(self, client: Any, lease: int, timeout: float) -> Any:
+        call = client.leasestub.LeaseKeepAlive(iter([etcdrpc.LeaseKeepAliveRequest(ID=lease)]), timeout=timeout)
         try:
             for response in call:
                 return response
@@ -254,7 +253,7 @@ class EtcdStore:
         def attempt() -> Any:
             left = max(0.05, min(timeout_s / 2, deadline - time.monotonic()))
             what = f"read {op.key.strip(chr(0)) or 'anything'}"
-            return self._call(self._client.kvstub.Range, request, what, left, reads=True)
+            return self._call(lambda etcd: etcd.kvstub.Range, request, what, left, reads=True)
 
         return Retrying(
             retry=retry_if_exception_type(StoreUnavailable),
@@ -272,7 +271,7 @@ class EtcdStore:
 
     def _call(
         self,
-        method: Any,
+        method: Callable[[Any], Any],
         request: Any,
         what: str,
         timeout_s: float | None = None,
@@ -286,13 +285,14 @@ class EtcdStore:
         timeout_s = timeout_s or self._timeout_s
         if not reads:
             self._ask_if_doubtful(timeout_s)
-        floor = self._provenance.floor()
+        floor, turn = self._provenance.floor(), self._turn
         try:
-            answer = method(request, timeout=timeout_s)
+            answer = method(self._clients[turn])(request, timeout=timeout_s)
         except grpc.RpcError as error:
             ours = translated(error, what, self._where)
-            if isinstance(ours, StoreUnavailable):
+            if isinstance(ours, StoreUnavailable) and not ours.definite:
                 self._provenance.doubt()
+                self._pass_on(turn)
             raise ours from error
         except ValueError as error:  # gRPC's word for a channel closed meanwhile
             raise StoreUnavailable(f"etcd at {self._where}: {what}: {error}") from error

@@ -13,13 +13,17 @@ from typing import Any
 
 import grpc
 
-from membership.errors import LeaseLost, StoreCompacted, StoreError, StoreReplaced, StoreUnavailable
+from membership.errors import LeaseLost, StoreCompacted, StoreError, StoreFull, StoreReplaced, StoreUnavailable
 from membership.etcd3_compat import etcdrpc
 from membership.provenance import Provenance
 from membership.store import KeyValue, WatchBatch, WatchEvent, key_bytes, key_text, prefix_end
 
 HAS_LEADER = (("hasleader", "true"),)  # etcd ends the stream of a member that has lost its quorum
 JOIN_TIMEOUT_S = 5.0
+FULL_HINT = (
+    "etcd is out of room: compact and defragment it, or raise --quota-backend-bytes; then `etcdctl alarm disarm`. "
+    "Until then membership is frozen, and serving goes on"
+)
 _DELETE = 1  # etcd's event type
 _UNKNOWN_OUTCOME = (
     grpc.StatusCode.UNAVAILABLE,
@@ -38,6 +42,8 @@ def translated(error: grpc.RpcError, what: str, where: str) -> StoreError:
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
             message = f"etcd at {where} did not answer in time: {what}"
         return StoreUnavailable(message, hint="check that etcd runs and can be reached there")
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and details.startswith("etcdserver: "):  # not gRPC's own limits
+        return StoreFull(message, hint=FULL_HINT if "space" in details else "")
     if code is grpc.StatusCode.NOT_FOUND and "lease" in details:
         return LeaseLost(message)
     if code is grpc.StatusCode.OUT_OF_RANGE and "compacted" in details:
@@ -96,6 +102,10 @@ class EtcdWatch:
             self._end = item
             raise item
         return item
+
+    def break_off(self) -> None:
+        """End the stream as if it had broken."""
+        self._call.cancel()
 
     def close(self) -> None:
         """See Watch."""

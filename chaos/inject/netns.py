@@ -7,6 +7,7 @@ function there, and a process or server started by it lives there. It takes root
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import socket
 import subprocess
@@ -27,6 +28,8 @@ RUN_TIMEOUT_S = 60.0
 CLONE_NEWNET = 0x40000000
 PROBE_PORT = 7
 T = TypeVar("T")
+
+_numbers = itertools.count(1)
 
 
 class Host:
@@ -50,7 +53,7 @@ class Network:
     """Hosts by name, all on one switch. A context manager; at its end every namespace is gone."""
 
     def __init__(self, hosts: Sequence[str]) -> None:
-        self._prefix = f"{PREFIX}{os.getpid()}-"
+        self._prefix = f"{PREFIX}{os.getpid()}-{next(_numbers)}-"
         self.hosts = {name: Host(self, name, f"{SUBNET}.{i}") for i, name in enumerate(hosts, 1)}
         self._made: list[str] = []
 

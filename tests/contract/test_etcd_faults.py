@@ -224,7 +224,7 @@ def test_tls(tmp_path: Path) -> None:
     process = subprocess.Popen([find_binary(), *flags])
     try:
         ca = tmp_path / "data" / "fixtures" / "client" / "cert.pem"
-        eventually(ca.exists, T, "etcd to write its certificate")
+        eventually(lambda: ca.exists() and "END" in ca.read_text(), T, "etcd to write its certificate")
         with closing(connect([client], ca=str(ca), connect_timeout_s=T)) as store:
             assert store.put("/a", b"") == 2
         with pytest.raises(ElasticError):
