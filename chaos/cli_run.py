@@ -42,7 +42,7 @@ UncoveredFlag = Annotated[
 ]
 RolesFlag = Annotated[str, typer.Option("--only-roles", help="Target: strike nobody else (comma-separated).")]
 UnreadyFlag = Annotated[str, typer.Option("--max-unready", help="Target: stop if it is not ready for longer.")]
-BudgetFlag = Annotated[str, typer.Option("--max-time", help="Target: stop after this time.")]
+BudgetFlag = Annotated[float, typer.Option("--max-seconds", min=1, help="Target: stop after this time.")]
 
 DEFAULT_ROLES = ",".join(HARMLESS)
 
@@ -74,7 +74,7 @@ def run(
     allow_uncovered: UncoveredFlag = False,
     only_roles: RolesFlag = DEFAULT_ROLES,
     max_unready: UnreadyFlag = "10s",
-    max_time: BudgetFlag = "10m",
+    max_seconds: BudgetFlag = 600.0,
     yes: Annotated[bool, typer.Option("--yes", help="Target: do not ask before each fault.")] = False,
     output: OutputFlag = Output.TEXT,
 ) -> None:
@@ -88,7 +88,7 @@ def run(
             return
         limits = Limits(
             max_ranks_down=max_ranks_down, allow_uncovered=allow_uncovered, max_unready_s=seconds(max_unready),
-            max_seconds=seconds(max_time), only_roles=_roles(only_roles),
+            max_seconds=max_seconds, only_roles=_roles(only_roles),
         )  # fmt: skip
         with _target(target, admin, token, state_dir) as stage:
             _play_there(played, stage, limits, dry_run, yes, record, output)
