@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from chaos.play.reading import LIBRARY, find, library, parse, read
-from chaos.play.rehearsal import Scene, needs_chaos, rehearse
+from chaos.play.rehearsal import CHAOS, Scene, rehearse
 from chaos.play.script import Blow, Change, Expect, Heal, Load, Release, Scenario, Wait
 from membership.errors import ConfigError
 
@@ -66,7 +66,7 @@ def test_every_kind_of_step_is_read() -> None:
     assert scenario.expect == Expect(lost=None, non_2xx=3)
     assert (scenario.cluster.ranks, scenario.cluster.redundancy) == (3, 1.5)
     assert scenario.cluster.flags == ("--spares", "1")
-    assert needs_chaos(scenario)
+    assert CHAOS in rehearse(scenario, 7, Scene([0, 1, 2])).steps[2].needs
 
 
 STEP = "name: n\nabout: a\nsteps:\n  - wait: whole\n  - "
