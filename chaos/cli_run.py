@@ -12,14 +12,15 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from chaos.cli_endurance import ModelFlag, served
+from chaos.cli_endurance import ModelFlag
 from chaos.cluster import Cluster
 from chaos.endurance import Tell
 from chaos.inject.catalogue import FAULTS
+from chaos.play.bed import bed, unable_here
 from chaos.play.blast import HARMLESS, Limits, unfit
 from chaos.play.keeping import keeping
 from chaos.play.reading import find, library
-from chaos.play.rehearsal import Rehearsal, Scene, needs_chaos, rehearse
+from chaos.play.rehearsal import Rehearsal, Scene, rehearse
 from chaos.play.stage import LocalStage, RemoteStage, Stage
 from chaos.play.verdict import Played, RunReceipt, receipt
 from chaos.run import Player
@@ -42,7 +43,7 @@ UncoveredFlag = Annotated[
 ]
 RolesFlag = Annotated[str, typer.Option("--only-roles", help="Target: strike nobody else (comma-separated).")]
 UnreadyFlag = Annotated[str, typer.Option("--max-unready", help="Target: stop if it is not ready for longer.")]
-BudgetFlag = Annotated[str, typer.Option("--max-time", help="Target: stop after this time.")]
+BudgetFlag = Annotated[float, typer.Option("--max-seconds", min=1, help="Target: stop after this time.")]
 
 DEFAULT_ROLES = ",".join(HARMLESS)
 
@@ -74,7 +75,7 @@ def run(
     allow_uncovered: UncoveredFlag = False,
     only_roles: RolesFlag = DEFAULT_ROLES,
     max_unready: UnreadyFlag = "10s",
-    max_time: BudgetFlag = "10m",
+    max_seconds: BudgetFlag = 600.0,
     yes: Annotated[bool, typer.Option("--yes", help="Target: do not ask before each fault.")] = False,
     output: OutputFlag = Output.TEXT,
 ) -> None:
@@ -88,7 +89,7 @@ def run(
             return
         limits = Limits(
             max_ranks_down=max_ranks_down, allow_uncovered=allow_uncovered, max_unready_s=seconds(max_unready),
-            max_seconds=seconds(max_time), only_roles=_roles(only_roles),
+            max_seconds=max_seconds, only_roles=_roles(only_roles),
         )  # fmt: skip
         with _target(target, admin, token, state_dir) as stage:
             _play_there(played, stage, limits, dry_run, yes, record, output)
@@ -97,13 +98,14 @@ def run(
 def _play_own(played: Played, model: Path | None, dry_run: bool, record: Path | None, output: Output) -> None:
     """On a cluster of its own."""
     scenario = played.scenario
+    ranks, tell = scenario.cluster.ranks, _teller()
+    rehearsal = rehearse(scenario, played.seed, Scene(list(range(ranks)), unable=unable_here))
     if dry_run:
-        _show(rehearse(scenario, played.seed, Scene(list(range(scenario.cluster.ranks)))), output)
-    bed = scenario.cluster
-    flags = ("--redundancy", f"{bed.redundancy:g}", *bed.flags, *(("--chaos",) if needs_chaos(scenario) else ()))
-    with interruptible() as stop, served(model, bed.ranks, flags, seed=played.seed) as (cluster, tell):
-        tell(f"{scenario.name}: {scenario.about}")
-        cluster.wait_serving(bed.ranks, tell=tell)
+        _show(rehearsal, output)
+    _require_accepted(rehearsal)
+    tell(f"{scenario.name}, seed {played.seed}: {scenario.about}")
+    with interruptible() as stop, bed(scenario, model) as cluster:
+        cluster.wait_serving(ranks, tell=tell)
         _finish(played, LocalStage(cluster), tell, stop, record, output)
 
 
@@ -118,16 +120,10 @@ def _play_there(
     rehearsal = rehearse(played.scenario, played.seed, scene)
     if dry_run:
         _show(rehearsal, output)
-    if rehearsal.refused:
-        first, more = rehearsal.refused[0], len(rehearsal.refused) - 1
-        others = f"; so are {more} more steps: see --dry-run" if more else ""
-        raise PlanRefused(f"nothing was done: step {first.step} ({first.does}) is refused: {first.refused}{others}")
+    _require_accepted(rehearsal)
     if not yes and not sys.stdin.isatty():
         raise ConfigError("nobody is here to be asked before each fault", hint="say --yes, or look first: --dry-run")
-    started = time.monotonic()
-
-    def tell(step: str) -> None:
-        typer.echo(f"{time.monotonic() - started:6.1f} s  {step}", err=True)
+    tell = _teller()
 
     def confirm(deed: str) -> bool:
         return yes or typer.confirm(f"{deed} on {stage.url}?", err=True)
@@ -163,6 +159,19 @@ def _counts(outcome: RunReceipt) -> str:
     kinds = {"lost": outcome.lost, "duplicated": outcome.duplicated, "altered": outcome.altered}
     told = (f"{count} {kind}" for kind, count in {**kinds, "refused": outcome.non_2xx}.items())
     return ", ".join((f"{outcome.requests} requests", *told))
+
+
+def _teller() -> Tell:
+    """How to say on stderr what goes on."""
+    started = time.monotonic()
+    return lambda step: typer.echo(f"{time.monotonic() - started:6.1f} s  {step}", err=True)
+
+
+def _require_accepted(rehearsal: Rehearsal) -> None:
+    if rehearsal.refused:
+        first, more = rehearsal.refused[0], len(rehearsal.refused) - 1
+        others = f"; so are {more} more steps: see --dry-run" if more else ""
+        raise PlanRefused(f"nothing was done: step {first.step} ({first.does}) is refused: {first.refused}{others}")
 
 
 def _show(rehearsal: Rehearsal, output: Output) -> NoReturn:

@@ -21,7 +21,7 @@ from chaos.play.stage import Stage, model_of
 from chaos.play.verdict import Played
 from chaos.play.victims import Chooser
 from chaos.play.watch import Interrupted, Streaming, TooFar, Watch
-from chaos.workload import Workload
+from chaos.workload import PROMPTS, Workload
 from membership.errors import ElasticError, OperationConflict
 from membership.types import Operation, Phase
 from membership.wish import Wish, drain, scale, undrain
@@ -77,8 +77,14 @@ class Player:
         """The fault-free run first; then streams for the length of the block."""
         load, seed = self.played.scenario.load, self.played.seed
         url, model = self._stage.url, model_of(self._stage.url)
-        made = [Workload(url, model, concurrency=load.streams, max_tokens=load.max_tokens, seed=seed) for _ in range(2)]
-        oracle, workload = made
+        prompts = PROMPTS[: load.prompts]
+
+        def streams() -> Workload:
+            return Workload(
+                url, model, prompts=prompts, concurrency=load.streams, max_tokens=load.max_tokens, seed=seed
+            )
+
+        oracle, workload = streams(), streams()
         self._tell("fault-free run of every prompt (the oracle)")
         self.played.oracle = {record.prompt: record for record in oracle.run_once()}
         self._keeper.expected(self.played.oracle.values())

@@ -11,6 +11,7 @@ from chaos.inject.catalogue import FAULTS
 from chaos.play.blast import Limits, too_much
 from chaos.play.keeping import Keeper
 from chaos.play.props import Props, Share
+from chaos.play.rehearsal import CHAOS
 from chaos.play.script import WAIT_S, Blow
 from chaos.play.verdict import Played
 from chaos.play.victims import Chooser
@@ -77,6 +78,7 @@ class Dealer:
     @contextmanager
     def held(self, blows: Sequence[Blow]) -> Iterator[dict[str, Share]]:
         """Whoever comes to the failpoints of these waits there, until its share is disarmed or the block is left."""
+        self._let_go()
         shares = {blow.at: self._props.share() for blow in blows if blow.at}
         try:
             for point, share in shares.items():
@@ -101,15 +103,25 @@ class Dealer:
         self._props.remember(*(f"rank {rank}" for rank in self._watch.sight().ranks), "engine", "engine-standby")
 
     def _strike(self, blow: Blow, victim: str) -> Open:
-        injector = self._watch.stage.make(blow.fault, self._props.share(), victim, blow.params)
+        share = self._props.share()
+        injector = self._watch.stage.make(blow.fault, share, victim, blow.params)
         found = Open(injector, injector.inject())
+        share.settle()
         self._keeper.dealt(found.injected)
         self._played.faults.append(found.injected)
-        if FAULTS[blow.fault].heals:
+        if FAULTS[blow.fault].heals or CHAOS in FAULTS[blow.fault].needs:
             self._open.append(found)
-        elif victim.startswith("rank "):
+        if not FAULTS[blow.fault].heals and victim.startswith("rank "):
             self._watch.died(int(victim.split()[1]))
         return found
+
+    def _let_go(self) -> None:
+        """Disarm what has ended its rank: the next one in the slot must not suffer it too."""
+        for each in tuple(self._open):
+            fault = each.injected
+            ended = not FAULTS[fault.fault].heals and fault.victim.startswith("rank ")
+            if ended and self._watch.replaced(int(fault.victim.split()[1])):
+                self._take_back(each)
 
     def _take_back(self, found: Open) -> None:
         if found not in self._open:

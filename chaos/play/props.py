@@ -27,6 +27,7 @@ class Props:
         self.site = site
         self._sleep = sleep
         self._armed: dict[int, str] = {}  # share -> its failpoints
+        self._written = ""
         self._known: dict[str, psutil.Process] = {}
         self._shares = 0
 
@@ -37,12 +38,18 @@ class Props:
 
     def arm(self, share: int, failpoints: str) -> None:
         """What this share has armed is now this."""
-        before = dict(self._armed)
-        self._armed.pop(share, None)
-        if failpoints:
-            self._armed[share] = failpoints
-        if self._armed != before:
-            self.site.arm(";".join(self._armed.values()))
+        self._armed[share] = failpoints
+        wanted = ";".join(filter(None, self._armed.values()))
+        if wanted != self._written:
+            self.site.arm(wanted)
+            self._written = wanted
+
+    def settle(self, share: int) -> None:
+        """What this share has armed has happened. What was to happen once must not do so again when others arm: then it
+        is left out. A hang stays, as long as it is to last."""
+        parts = self._armed.get(share, "").split(";")
+        lasting = [part for part in parts if part and ("=1*" not in part or "hang" in part)]
+        self._armed[share] = ";".join(lasting)
 
     def remember(self, *victims: str) -> None:
         """Who they are, for the time when nobody can be asked; those that are not there are left out."""
@@ -86,6 +93,10 @@ class Share:
     def arm(self, failpoints: str) -> None:
         """Arm these, and leave what others armed."""
         self._props.arm(self._number, failpoints)
+
+    def settle(self) -> None:
+        """What was armed has happened."""
+        self._props.settle(self._number)
 
     def events(self) -> list[Event]:
         """The history so far."""

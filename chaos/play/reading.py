@@ -222,7 +222,9 @@ def _victims(entry: Fault) -> tuple[str, ...]:
 
 def _victim(at: _Place, fault: str, entry: Fault, found: Any) -> str:
     known = _victims(entry)
-    if isinstance(found, str) and (found in known[1:] or ("rank" in entry.victims and _is_rank(found))):
+    if isinstance(found, str) and (
+        (found in known and found in entry.victims) or ("rank" in entry.victims and _is_rank(found))
+    ):
         return found
     raise at.wrong(f"{fault} cannot befall {found!r}", _near(str(found), known))
 

@@ -140,8 +140,3 @@ def _change(name: str, change: Change, chooser: Chooser, scene: Scene) -> Planne
 def needs_of(blow: Blow) -> tuple[str, ...]:
     """What a fault needs of the machine or the cluster."""
     return tuple(dict.fromkeys((*((CHAOS,) if blow.at else ()), *FAULTS[blow.fault].needs)))
-
-
-def needs_chaos(scenario: Scenario) -> bool:
-    """Whether the cluster must be one that lets failpoints be armed while it serves."""
-    return any(CHAOS in needs_of(blow) for blow in scenario.blows)

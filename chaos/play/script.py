@@ -123,10 +123,11 @@ class Bed(Part, frozen=True, kw_only=True):
 
 
 class Load(Part, frozen=True, kw_only=True):
-    """Requests under way at a time, and how long their answers are."""
+    """Requests under way at a time, how long their answers are, and of how many prompts they are."""
 
     streams: int = 8
-    max_tokens: int = 96
+    max_tokens: int = 64
+    prompts: int = 12
 
 
 class Expect(Part, frozen=True, kw_only=True):

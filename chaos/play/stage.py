@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,8 +15,8 @@ from chaos.inject.base import Injector, NotInjected, Site
 from chaos.inject.catalogue import injector
 from chaos.inject.fault import Params
 from chaos.inject.site import ServedSite
+from chaos.play import remote
 from chaos.play.rehearsal import CHAOS, needs_of
-from chaos.play.remote import AtStep, unable_remotely
 from chaos.play.script import Blow
 from elastic.client import AdminClient, Client
 from membership.errors import ConfigError, ElasticError, NoAnswer
@@ -58,7 +57,7 @@ class LocalStage:
         self.url = cluster.url
         self.client: Client = cluster.client()
         self.site: Site = ServedSite(cluster)
-        self.chaos = _has_failpoints(cluster)
+        self.chaos = cluster.state.failpoints.exists()
         self._tail = Tail(cluster.state.events)
 
     def events(self) -> list[Event]:
@@ -134,13 +133,13 @@ class RemoteStage:
 
     def make(self, fault: str, site: Site, victim: str, params: Params) -> Injector:
         """A failpoint in the rank's step."""
-        return AtStep(fault, site, victim, params)
+        return remote.injector(fault, site, victim, params)
 
     def unable(self, blow: Blow, victim: str) -> str:
         """Only ranks, and only what a failpoint can do."""
         if not self.chaos:
             return "faults of a remote deployment go through its failpoints, which are off; serve it with --chaos"
-        return unable_remotely(blow.fault, victim)
+        return remote.unable_remotely(blow.fault, victim)
 
     def settled(self, status: Mapping[str, Any]) -> bool:
         """Nothing more is known than what it says."""
@@ -188,12 +187,6 @@ def in_chaos_mode(client: AdminClient) -> bool:
     except ElasticError:
         return False
     return True
-
-
-def _has_failpoints(cluster: Cluster) -> bool:
-    address = cluster.state.address()
-    with closing(AdminClient(address.admin_url, address.admin_token)) as client:
-        return in_chaos_mode(client)
 
 
 def unready(url: str) -> str:

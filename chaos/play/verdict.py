@@ -105,7 +105,7 @@ def beyond(counts: dict[str, int], expect: Expect, verdict: Verdict) -> list[str
         most = getattr(expect, kind)
         if most is None or count <= most:
             continue
-        found.append(f"{count} requests {kind.replace('_', '-')}, at most {most} may be")
+        found.append(f"requests {kind.replace('_', '-')}: {count}, and at most {most} may be")
         sort = "lost" if kind == "non_2xx" else kind
         found += [f"request {d.prompt} {d.kind}: {d.explanation}" for d in verdict.differences if d.kind == sort][:TOLD]
     return found

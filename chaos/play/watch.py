@@ -127,6 +127,11 @@ class Watch:
         """The rank's present incarnation was struck dead; whoever comes next is later."""
         self.dead[rank] = max(self.dead.get(rank, 0), self.incarnation(rank))
 
+    def replaced(self, rank: int) -> bool:
+        """Whether the slot of a rank that was struck dead has another process."""
+        self.sight()
+        return self.incarnation(rank) > self.dead.get(rank, 0)
+
     def is_whole(self) -> bool:
         """Every rank that is wanted serves, none of them one that was struck dead, and nothing else goes on."""
         status = self.stage.client.status()

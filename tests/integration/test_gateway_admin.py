@@ -48,6 +48,7 @@ def admin(gateway: RunningGateway, method: str, path: str, **options: Any) -> ht
 
 ROUTES = [
     ("GET", "/admin/v1/status"),
+    ("GET", "/admin/v1/view"),
     ("GET", "/admin/v1/operations"),
     ("GET", "/admin/v1/operations/x"),
     ("GET", "/admin/v1/events"),
@@ -86,6 +87,12 @@ def test_status(gateway: RunningGateway) -> None:
     status = admin(gateway, "GET", "/admin/v1/status").json()
     assert (status["cluster"], status["epoch"], status["desired"]) == ("test", 1, 2)
     assert [rank["state"] for rank in status["ranks"]] == ["serving", "serving"]
+
+
+def test_view(gateway: RunningGateway) -> None:
+    view = AdminClient(gateway.admin_url, TOKEN).view()
+    assert (view.epoch, view.ranks) == (1, (0, 1))
+    assert view.placement == {0: ((0, 1, 2, 3),), 1: ((0, 1, 2, 3),)}
 
 
 def test_rebalance_is_planned_and_asked_for(gateway: RunningGateway, cluster: GatewayCluster) -> None:
