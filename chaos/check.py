@@ -57,7 +57,7 @@ def table(verdict: Verdict) -> Iterator[str]:
     yield f"{verdict.what or 'a record'}, seed {verdict.seed}, {verdict.lines} lines"
     yield ""
     for outcome in verdict.outcomes:
-        figures = ", ".join(f"{value:g} {name}" if isinstance(value, float) else f"{value} {name}"
+        figures = ", ".join(f"{name.replace('_', ' ')} {value}".removeprefix("said ")
                             for name, value in outcome.figures.items())  # fmt: skip
         yield f"{outcome.promise:<3} {outcome.title:<14} {outcome.verdict:<12} {figures}".rstrip()
     for outcome in verdict.outcomes:

@@ -37,7 +37,7 @@ class _Coverage:
                 self.trial.judged += 1
                 self._judge(config, before, revision, view)
             self._note(before, revision)
-        self.trial.figures |= {"losses": self.losses, "fewest replicas": self.fewest}
+        self.trial.figures |= {"losses": self.losses, "fewest_replicas": self.fewest}
         return self.trial.outcome()
 
     def _judge(self, config: ClusterConfig, before: Keyspace, revision: Revision, line: Changed) -> None:

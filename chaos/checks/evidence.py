@@ -246,4 +246,8 @@ def _value(changed: Changed) -> str:
     if "phase" in value or {"id", "kind", "target"} <= value.keys():
         ended = f": {value['error']}" if value.get("error") else ""
         return f"= {value['kind']} to {value['target']}, {value.get('phase', 'proposed')}{ended}"
+    if changed.key.endswith(("/leader", "/engine")):
+        return f"= token {changed.create_revision}, node {value.get('node')}, pid {value.get('pid')}"
+    if "/assign/" in changed.key:
+        return "= ranks " + (" ".join(f"{s['rank']}/{s['incarnation']}" for s in value.get("ranks", ())) or "none")
     return "= " + _short(", ".join(f"{k} {v}" for k, v in value.items()), 120)

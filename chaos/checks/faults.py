@@ -54,9 +54,9 @@ def check_faults(evidence: Evidence) -> Outcome:
     for name in ("noticed_ms", "recovered_ms", "restored_ms"):
         values = [value for after in followed if (value := getattr(after, name)) >= 0]
         if values:
-            trial.figures[f"{name.removesuffix('_ms')} ms, p50"] = round(percentile(values, 0.5), 1)
-            trial.figures[f"{name.removesuffix('_ms')} ms, max"] = round(max(values), 1)
-    trial.figures["longest pause ms"] = round(max((after.pause_ms for after in followed), default=0.0), 1)
+            trial.figures[name.replace("_ms", "_p50_ms")] = round(percentile(values, 0.5), 1)
+            trial.figures[name.replace("_ms", "_max_ms")] = round(max(values), 1)
+    trial.figures["pause_max_ms"] = round(max((after.pause_ms for after in followed), default=0.0), 1)
     return trial.outcome()
 
 

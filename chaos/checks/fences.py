@@ -56,7 +56,7 @@ def _rising(trial: Trial, events: list[Event], who: str) -> int:
         token = int(event.fields.get("token", 0))
         if token in known:
             lines = (Happened(event=known[token]), Happened(event=event))
-            trial.found(f"token {token} elected a {who} twice", *lines)
+            trial.found(f"token {token} elected the {who} twice", *lines)
         known[token] = event
     return len(known)
 

@@ -39,7 +39,7 @@ class _Operations:
                 if name.startswith("ops/"):
                     self._operation(before, revision, before.get(name), changed)
         self._in_time()
-        self.trial.figures |= {"done": self.done, "rolled back": self.aborted}
+        self.trial.figures |= {"done": self.done, "rolled_back": self.aborted}
         return self.trial.outcome()
 
     def _operation(self, before: Keyspace, revision: Revision, old: Changed | None, new: Changed) -> None:

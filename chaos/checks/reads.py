@@ -13,8 +13,8 @@ operations by revision for the same reason. The order is legal if
   other direction (a read of a change before it was made) shows as a read that ended before another one, older, began.
 
 These three are also sufficient: put the writes at their revisions, each read after the write it names and, among
-equals, in the order in which they began: then no two that did not overlap are the wrong way round. A store that answers right
-and names a wrong revision is found as well, as it should be: whoever compares revisions would be misled.
+equals, in the order in which they began: then no two that did not overlap are the wrong way round. A store that
+answers right and names a wrong revision is found as well, as it should be: who compares revisions would be misled.
 `tests/unit/test_check_reads.py` holds this against a search through all orders. What falls into a gap is not judged.
 """
 
@@ -67,7 +67,7 @@ def _follows(trial: Trial, old: Changed | None, new: Changed) -> None:
 
 
 def _without_gaps(evidence: Evidence) -> list[Read]:
-    """The reads of revisions at which all keys are known, in the order of revisions."""
+    """The reads of revisions at which all keys are known, in the order of the record (each client's is its own)."""
     first = evidence.revisions[0].number if evidence.revisions else 0
     listed = [r.number for r in evidence.revisions if r.listed]
     spans = [(gap.after, gap.until or float("inf")) for gap in evidence.gaps]
@@ -75,14 +75,13 @@ def _without_gaps(evidence: Evidence) -> list[Read]:
         head = next((i for i, r in enumerate(evidence.revisions) if not r.listed), len(evidence.revisions))
         first = evidence.revisions[head - 1].number
     reads = [read for read in evidence.reads if read.revision >= first]
-    reads = [read for read in reads if not any(after < read.revision < until for after, until in spans)]
-    return sorted(reads, key=lambda read: (read.revision, read.began))
+    return [read for read in reads if not any(after < read.revision < until for after, until in spans)]
 
 
 def _right(trial: Trial, evidence: Evidence, reads: list[Read]) -> None:
     """Replay the changes beside the reads, both in the order of revisions."""
     last: Keyspace = {}
-    rest = iter(reads)
+    rest = iter(sorted(reads, key=lambda read: read.revision))
     read = next(rest, None)
     for before, revision in evidence.walk():
         while read is not None and read.revision < revision.number:
