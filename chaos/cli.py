@@ -11,6 +11,7 @@ from chaos.cli_failpoints import failpoint_matrix, failpoints
 from chaos.cli_faults import faults
 from chaos.cli_history import check
 from chaos.cli_run import run, scenarios
+from chaos.cli_report import report
 from chaos.cli_simulate import simulate
 from chaos.demo import demo
 
@@ -25,6 +26,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "faults": faults,
     "failpoints": failpoints,
     "failpoint-matrix": failpoint_matrix,
+    "report": report,
 }
 
 app = typer.Typer(
