@@ -22,7 +22,7 @@ def report(
     ] = None,
     json: Annotated[Path | None, typer.Option("--json", help="Also write the figures here, as JSON.")] = None,
 ) -> None:
-    """Draw a run: one self-contained HTML file with its verdict, timeline, faults and gaps. Exit 1 if a promise broke."""
+    """Draw a run as one self-contained HTML file: verdict, timeline, faults, gaps. Exit 1 if a promise broke."""
     with reported():
         found = figures(read(record))
         target = output or record.with_suffix(".html")

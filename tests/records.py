@@ -106,7 +106,7 @@ class Life:
         self.epoch += 1
         ranks = sorted(self.serving)
         self.lines += [
-            happened(at, "epoch_committed", "controller", self.epoch, ranks=ranks, reason=why, experts_taken=4, **fields),
+            happened(at, "epoch_committed", "controller", self.epoch, ranks=ranks, reason=why, **fields),
             happened(at + 0.05, "epoch_adopted", "engine", self.epoch, previous=self.epoch - 1, pause_ms=24.0),
         ]  # fmt: skip
 

@@ -17,8 +17,16 @@ from membership.errors import ConfigError
 from membership.events import Event
 
 
+class Spread(msgspec.Struct, frozen=True, kw_only=True):
+    """How long something took, over those faults after which it happened."""
+
+    count: int
+    p50_ms: float
+    p99_ms: float
+
+
 class Totals(msgspec.Struct, frozen=True, kw_only=True):
-    """The numbers at the top. Percentiles are of the faults of which something was noticed, and 0 if there are none."""
+    """The numbers at the top."""
 
     faults: int
     kinds: int
@@ -27,15 +35,9 @@ class Totals(msgspec.Struct, frozen=True, kw_only=True):
     lost: int
     duplicated: int
     altered: int
-    noticed: int
-    noticed_p50_ms: float
-    noticed_p99_ms: float
-    resumed: int
-    resumed_p50_ms: float
-    resumed_p99_ms: float
-    whole: int
-    whole_p50_ms: float
-    whole_p99_ms: float
+    noticed: Spread
+    resumed: Spread
+    whole: Spread
     epochs: int
     operations: int
     rolled_back: int
@@ -104,9 +106,9 @@ def figures(lines: Iterable[AnyLine], judged: Sequence[Judged] = ()) -> Figures:
             epochs=sum(each.at >= 0 for each in epochs),
             operations=len(operations),
             rolled_back=sum(each.ended == "aborted" for each in operations),
-            **_spread("noticed", faults),
-            **_spread("resumed", faults),
-            **_spread("whole", faults),
+            noticed=_spread([each.noticed_ms for each in faults]),
+            resumed=_spread([each.resumed_ms for each in faults]),
+            whole=_spread([each.whole_ms for each in faults]),
         ),
         seen=clients,
         ranks=ranks,
@@ -119,7 +121,9 @@ def figures(lines: Iterable[AnyLine], judged: Sequence[Judged] = ()) -> Figures:
 
 
 def _name(number: int, record: RequestRecord, zero: float) -> str:
-    return f"request {number + 1} (prompt {record.prompt}{record.id and ', '}{record.id}) of {record.started - zero:.3f} s"
+    return (
+        f"request {number + 1} (prompt {record.prompt}{record.id and ', '}{record.id}) of {record.started - zero:.3f} s"
+    )
 
 
 def _answered(history: Iterable[RequestRecord], wall: float) -> float:
@@ -138,10 +142,6 @@ def _verdict(kept: Sequence[Promise]) -> str:
     return "broke" if "broke" in found else "held" if "held" in found else "unjudged"
 
 
-def _spread(what: str, faults: Sequence[Followed]) -> dict[str, float]:
-    values = [value for each in faults if (value := float(getattr(each, f"{what}_ms"))) >= 0]
-    return {
-        what: len(values),
-        f"{what}_p50_ms": percentile(values, 0.5),
-        f"{what}_p99_ms": percentile(values, 0.99),
-    }
+def _spread(found: Sequence[float]) -> Spread:
+    values = [value for value in found if value >= 0]
+    return Spread(count=len(values), p50_ms=percentile(values, 0.5), p99_ms=percentile(values, 0.99))

@@ -192,9 +192,7 @@ def _bucket(times: Floats, width: float, count: int) -> npt.NDArray[np.int64]:
     return np.clip((times / width).astype(np.int64), 0, count - 1)
 
 
-def _requests(
-    history: Sequence[RequestRecord], times: Sequence[Floats], zero: float, wrong: Sequence[int]
-) -> Requests:
+def _requests(history: Sequence[RequestRecord], times: Sequence[Floats], zero: float, wrong: Sequence[int]) -> Requests:
     began = [record.started - zero for record in history]
     ends = [float(each[-1]) if each.size else start for each, start in zip(times, began, strict=True)]
     lane, lanes = _lanes(began, ends)
