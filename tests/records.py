@@ -9,7 +9,7 @@ from typing import Any
 
 from chaos.history import RequestRecord
 from chaos.inject.base import Injected
-from chaos.record import AnyLine, Answered, Dealt, Expected, Happened, Header, Verified
+from chaos.record import Answered, AnyLine, Dealt, Expected, Happened, Header, Verified
 from membership.events import Event
 
 STARTED = 1_700_000_000.0
@@ -18,8 +18,8 @@ PROMPTS = 20
 STEP_S = 0.03
 WORDS = {
     "kill": "pidfd says process {} is gone", "stop": "/proc says process {} is stopped",
-    "segv": "the kernel says process {} ended by SIGSEGV", "hang-gil": "process {} has not beaten since",
-    "drop-packets": "nft counted 41 dropped packets", "slow-disk": "a write of etcd took 1.2 s",
+    "segv": "the kernel says process {} ended by SIGSEGV", "step-hang-gil": "process {} has not beaten since",
+    "host-cut-off": "nft counted 41 dropped packets", "disk-full": "a write of etcd took 1.2 s",
     "torn-write": "the reader of the queue said so", "clock-jump": "the clock of process {} reads an hour more",
 }  # fmt: skip
 
@@ -46,11 +46,11 @@ def dealt(at: float, fault: str, victim: str, *, pid: int = 0, healed: float = 0
     return Dealt(fault=injected, healed_at=STARTED + healed if healed else 0.0)
 
 
-def answered(at: float, tokens: list[float], prompt: int = 0, **changed: Any) -> RequestRecord:
+def answered(at: float, times: list[float], prompt: int = 0, **changed: Any) -> RequestRecord:
     """A request that began `at` seconds after the run began, and its tokens at those times."""
-    facts: dict[str, Any] = {"tokens": tuple(f"t{i}" for i in range(len(tokens))), "finish_reason": "stop", "id": "r"}
+    facts: dict[str, Any] = {"tokens": tuple(f"t{i}" for i in range(len(times))), "finish_reason": "stop", "id": "r"}
     return RequestRecord(
-        prompt=prompt, started=1000.0 + at, token_times=tuple(1000.0 + each for each in tokens), **{**facts, **changed}
+        prompt=prompt, started=1000.0 + at, token_times=tuple(1000.0 + each for each in times), **{**facts, **changed}
     )
 
 
@@ -85,9 +85,9 @@ class Life:
         rank = self.chooser.choice(sorted(self.serving))
         pid, healed = self.chooser.randrange(1000, 30_000), 0.0 if name in ("kill", "segv") else at + 0.8
         self.lines.append(dealt(at, name, f"rank {rank}", pid=pid, healed=healed, proof=WORDS[name].format(pid)))
-        if name in ("drop-packets", "slow-disk", "torn-write", "clock-jump"):
+        if name in ("host-cut-off", "disk-full", "torn-write", "clock-jump"):
             return
-        noticed = at + (self.chooser.uniform(0.4, 0.9) if name in ("stop", "hang-gil") else 0.001)
+        noticed = at + (self.chooser.uniform(0.4, 0.9) if name in ("stop", "step-hang-gil") else 0.001)
         incarnation = self.serving.pop(rank)
         pause = self.chooser.lognormvariate(-1.6, 0.6)
         self.blocked.append((at, noticed + pause))

@@ -20,13 +20,13 @@ from membership.events import Event
 GAP_WINDOW_S = 1.0  # a gap that was open within so long after a fault, and before the next one, counts as its own
 FOLLOW_S = 120.0  # whatever happens to a victim later than this is not put down to the fault
 NOTICED = ("rank_masked", "rank_died", "rank_left", "rank_slow", "rank_exited")
-FAMILIES: dict[str, tuple[str, ...]] = {  # by words in the fault's name or the victim's; the first that fits
-    "clock": ("clock", "skew", "jump"),
-    "network": ("net", "drop", "cut", "reset", "partition", "loss", "delay", "proxy", "latency", "flap"),
-    "memory": ("bit", "flip", "torn", "shm", "oversize", "reader", "ipc"),
-    "disk": ("disk", "checkpoint", "truncat", "hash", "quota", "compact", "wipe", "enospc"),
-    "freeze": ("stop", "hang", "slow", "freeze", "pause"),
-    "death": ("kill", "segv", "oom", "exit", "abort", "raise", "die", "death", "parent", "crash"),
+FAMILIES: dict[str, tuple[str, ...]] = {  # by words in the fault's name; the first that fits
+    "death": ("kill", "segv", "oom", "raise", "death"),
+    "network": ("net-", "host-", "link", "cut", "drop", "partition", "proxy"),
+    "clock": ("clock", "skew"),
+    "store": ("etcd", "lease", "disk", "checkpoint"),
+    "memory": ("bit-flip", "torn", "shm", "oversize", "reader", "fd-"),
+    "freeze": ("stop", "hang", "slow", "delay", "wait"),
 }
 
 

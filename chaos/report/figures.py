@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from chaos.history import RequestRecord, difference, percentile
-from chaos.record import AnyLine, Answered, Dealt, Expected, Happened, Header, Verified
+from chaos.record import Answered, AnyLine, Dealt, Expected, Happened, Header, Verified
 from chaos.report import lanes
 from chaos.report.faults import Followed, Kind, followed, kinds
 from chaos.report.promises import Judged, Promise, exactness, promises
@@ -35,6 +35,7 @@ class Totals(msgspec.Struct, frozen=True, kw_only=True):
     lost: int
     duplicated: int
     altered: int
+    refused: int  # answered with another status than 200, or not at all
     noticed: Spread
     resumed: Spread
     whole: Spread
@@ -86,7 +87,7 @@ def figures(lines: Iterable[AnyLine], judged: Sequence[Judged] = ()) -> Figures:
     kept = promises([*said, *judged, *own])
 
     clients, gaps = seen(history, tuple(oracle.values()), zero - header.wall, duration_s, sorted(wrong))
-    ranks, roles = lanes.ranks(events, zero, duration_s), lanes.roles(events, lines, zero, duration_s)
+    ranks, roles = lanes.ranks(events, lines, header, duration_s), lanes.roles(events, lines, zero, duration_s)
     faults = followed(dealt, events, (*ranks, *roles), gaps, zero)
     epochs = lanes.epochs(events, zero)
     operations = lanes.operations(events, lines, zero, duration_s)
@@ -103,6 +104,7 @@ def figures(lines: Iterable[AnyLine], judged: Sequence[Judged] = ()) -> Figures:
             lost=kinds_wrong["lost"],
             duplicated=kinds_wrong["duplicated"],
             altered=kinds_wrong["altered"],
+            refused=sum(record.status != 200 for record in history),
             epochs=sum(each.at >= 0 for each in epochs),
             operations=len(operations),
             rolled_back=sum(each.ended == "aborted" for each in operations),

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from chaos.record import AnyLine, Changed, Read
+from chaos.record import AnyLine, Changed, Dealt, Header, Read
 from membership.events import Event
 
 JOINING = ("launching", "handshaking", "loading", "standby")
-UP = ("serving", "absent", "up", "leading", "in office", "ready", "waiting")  # states in which nothing is wrong
+PLACE = "place"  # no process: a disk, a host's network, memory; only its faults are told
+UP = ("serving", "absent", PLACE, "up", "leading", "in office", "ready", "waiting")  # states in which nothing is wrong
 ROLES = ("gateway", "engine", "engine-standby", "controller", "agent", "etcd", "supervisor")
 STORE_EVENTS = ("leader_elected", "epoch_staged", "epoch_committed", "ranks_assigned", "operation_phase")
 
@@ -97,9 +98,13 @@ class Track:
         return Lane(name=self.name, spans=tuple(span for span in spans if span.until > span.since))
 
 
-def ranks(events: Iterable[Event], zero: float, end: float) -> tuple[Lane, ...]:
+def ranks(events: Sequence[Event], lines: Iterable[AnyLine], header: Header, end: float) -> tuple[Lane, ...]:
     """One lane per rank slot, by number."""
-    tracks: dict[int, Track] = {}
+    zero = header.started
+    tracks = {
+        rank: Track(f"rank {rank}", zero, [(0.0, "serving", "since before the run")])
+        for rank in _serving_before(events, lines, header)
+    }
     for event in events:
         if event.rank is not None and event.kind.startswith("rank_"):
             track = tracks.setdefault(event.rank, Track(f"rank {event.rank}", zero))
@@ -112,6 +117,15 @@ def ranks(events: Iterable[Event], zero: float, end: float) -> tuple[Lane, ...]:
                 elif rank not in members and track.state == "serving":
                     track.mark(event.ts, "draining", f"left out of epoch {event.epoch}")
     return tuple(tracks[rank].lane(end) for rank in sorted(tracks))
+
+
+def _serving_before(events: Sequence[Event], lines: Iterable[AnyLine], header: Header) -> tuple[int, ...]:
+    """Who served when the run began, where no event from before it tells: the view as first listed, else 0, 1, 2, …"""
+    if events and events[0].ts < header.started:
+        return ()
+    listed = (line.value for line in lines if isinstance(line, Changed) and line.key.endswith("/view"))
+    view = next((value for value in listed if isinstance(value, dict)), None)
+    return tuple(int(each["rank"]) for each in view["members"]) if view else tuple(range(header.ranks))
 
 
 def _rank_event(track: Track, event: Event) -> None:
@@ -153,7 +167,7 @@ def roles(events: Iterable[Event], lines: Iterable[AnyLine], zero: float, end: f
             tracks.setdefault(name, Track(name, zero)).mark(event.ts, _fresh(name), f"process {pid}")
         elif event.kind == "role_died":
             said = f"process {pid}: {event.fields.get('reason', '')}"
-            tracks.setdefault(name, Track(name, zero)).mark(event.ts, "down", said)
+            tracks.setdefault(name, Track(name, zero, [(0.0, "up", "")])).mark(event.ts, "down", said)
         elif event.kind == "engine_elected" and pid in pids:
             said = f"process {pid}, token {event.fields.get('token')}"
             tracks[pids[pid]].mark(event.ts, "in office", said)
@@ -170,6 +184,9 @@ def roles(events: Iterable[Event], lines: Iterable[AnyLine], zero: float, end: f
                 etcd.mark(back, "up", "")
         if event.kind in STORE_EVENTS and "etcd" in tracks and tracks["etcd"].state == "down":
             tracks["etcd"].mark(event.ts, "up", f"first sign: {event.kind}")
+    for victim in {line.fault.victim for line in lines if isinstance(line, Dealt)} - tracks.keys():
+        if not victim.startswith("rank "):
+            tracks[victim] = Track(victim, zero, [(0.0, "up" if victim in ROLES else PLACE, "")])
     order = {role: number for number, role in enumerate(ROLES)}
     return tuple(tracks[name].lane(end) for name in sorted(tracks, key=lambda n: (order.get(n, len(order)), n)))
 
