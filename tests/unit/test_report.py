@@ -28,7 +28,7 @@ def killed() -> list[AnyLine]:
     for rank in (0, 1):
         for kind in ("rank_spawned", "rank_ready", "rank_attached", "rank_prepared"):
             lines.append(happened(-2.0, kind, "agent", rank=rank, incarnation=rank + 1))
-    return lines + [
+    lines += [
         happened(-1.0, "epoch_committed", "controller", 1, ranks=[0, 1], reason="all are ready"),
         happened(-0.9, "epoch_adopted", "engine", 1, pause_ms=1.5),
         happened(1.002, "rank_masked", rank=1, incarnation=2, source="robust futex", requests=1),
@@ -50,6 +50,7 @@ def killed() -> list[AnyLine]:
         Answered(record=answered(0.5, [0.6, 0.98, 1.38, 2.0])),
         Answered(record=answered(0.55, [0.65, 0.66, 0.67, 0.68])),
     ]
+    return lines
 
 
 def test_each_fault_has_what_followed_from_it() -> None:
