@@ -8,8 +8,10 @@ from typing import Annotated
 import msgspec
 import typer
 
+from chaos.check import judge
 from chaos.record import read
 from chaos.report import figures, page
+from chaos.report.promises import checked
 from chaos.report.render import headline
 from elastic.options import reported
 from membership.errors import ConfigError
@@ -24,7 +26,8 @@ def report(
 ) -> None:
     """Draw a run as one self-contained HTML file: verdict, timeline, faults, gaps. Exit 1 if a promise broke."""
     with reported():
-        found = figures(read(record))
+        lines = list(read(record))
+        found = figures(lines, checked(judge(lines).outcomes))
         target = output or record.with_suffix(".html")
         _write(target, page(found).encode())
         if json is not None:

@@ -48,7 +48,7 @@ def dealt(at: float, fault: str, victim: str, *, pid: int = 0, healed: float = 0
 
 def answered(at: float, times: list[float], prompt: int = 0, **changed: Any) -> RequestRecord:
     """A request that began `at` seconds after the run began, and its tokens at those times."""
-    facts: dict[str, Any] = {"tokens": tuple(f"t{i}" for i in range(len(times))), "finish_reason": "stop", "id": "r"}
+    facts: dict[str, Any] = {"tokens": tuple(f"t{i}" for i in range(len(times))), "finish_reason": "stop"}
     return RequestRecord(
         prompt=prompt, started=1000.0 + at, token_times=tuple(1000.0 + each for each in times), **{**facts, **changed}
     )
@@ -132,7 +132,7 @@ class Life:
                 stall = next((until for since, until in blocked[:4] if since <= now[stream] < until), 0.0)
                 now[stream] = max(now[stream], stall)
                 times.append(round(now[stream], 6))
-            yield answered(began, times, number % PROMPTS)
+            yield answered(began, times, number % PROMPTS, id=f"cmpl-{number}")
 
 
 def soak(requests: int = 200, faults: int = 12, *, streams: int = 8, tokens: int = 24, seed: int = 7) -> list[AnyLine]:

@@ -82,7 +82,8 @@ def figures(lines: Iterable[AnyLine], judged: Sequence[Judged] = ()) -> Figures:
     kinds_wrong = Counter(each.kind for each in wrong.values())
     unmatched = sum(record.prompt not in oracle for record in history)
     named = {_name(number, history[number], zero - header.wall): each for number, each in wrong.items()}
-    own = [exactness(named, len(history) - unmatched, unmatched)] if history or oracle else []
+    mine = (history or oracle) and all(each.promise != "G3" for each in judged)  # the checker's says more
+    own = [exactness(named, len(history) - unmatched, unmatched)] if mine else []
     said = [Judged(promise=line.promise, ok=line.ok, said=line.said) for line in lines if isinstance(line, Verified)]
     kept = promises([*said, *judged, *own])
 

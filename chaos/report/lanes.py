@@ -18,6 +18,7 @@ JOINING = ("launching", "handshaking", "loading", "standby")
 PLACE = "place"  # no process: a disk, a host's network, memory; only its faults are told
 UP = ("serving", "absent", PLACE, "up", "leading", "in office", "ready", "waiting")  # states in which nothing is wrong
 ROLES = ("gateway", "engine", "engine-standby", "controller", "agent", "etcd", "supervisor")
+HOLDERS = {"gateways": "gateway", "agents": "agent", "leader": "controller", "engine": "engine"}  # of keys
 STORE_EVENTS = ("leader_elected", "epoch_staged", "epoch_committed", "ranks_assigned", "operation_phase")
 
 
@@ -155,9 +156,11 @@ def _rank_event(track: Track, event: Event) -> None:
         track.mark(event.ts, "absent")
 
 
-def roles(events: Iterable[Event], lines: Iterable[AnyLine], zero: float, end: float) -> tuple[Lane, ...]:
+def roles(events: Sequence[Event], lines: Iterable[AnyLine], zero: float, end: float) -> tuple[Lane, ...]:
     """One lane per role, in the order of `ROLES`."""
     tracks: dict[str, Track] = {}
+    if not events or events[0].ts >= zero:
+        tracks = {name: Track(name, zero, [(0.0, "up", "")]) for name in _seen_roles(lines)}
     pids: dict[int, str] = {}
     looks = sorted(_store_looks(lines))
     for event in events:
@@ -189,6 +192,13 @@ def roles(events: Iterable[Event], lines: Iterable[AnyLine], zero: float, end: f
             tracks[victim] = Track(victim, zero, [(0.0, "up" if victim in ROLES else PLACE, "")])
     order = {role: number for number, role in enumerate(ROLES)}
     return tuple(tracks[name].lane(end) for name in sorted(tracks, key=lambda n: (order.get(n, len(order)), n)))
+
+
+def _seen_roles(lines: Iterable[AnyLine]) -> set[str]:
+    """The roles that a listing of the store shows at work."""
+    names = (line.key.split("/")[3] for line in lines if isinstance(line, Changed) and line.key.count("/") >= 3)
+    found = {role for name in names if (role := HOLDERS.get(name))}
+    return found | {"etcd"} if found else set()
 
 
 def _fresh(name: str) -> str:

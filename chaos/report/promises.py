@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
+from chaos.checks.evidence import Outcome
 from chaos.history import Difference
 
 SHOWN = 20  # lines of evidence per promise; the rest is counted
@@ -64,6 +65,32 @@ def exactness(differences: Mapping[str, Difference], requests: int, unmatched: i
         said=f"{requests:,} requests held against the fault-free run, token by token: {counts}",
         evidence=(*without, *found),
     )
+
+
+def checked(outcomes: Iterable[Outcome]) -> tuple[Judged, ...]:
+    """What the offline checker (`chaos/check.py`) found; a check that had nothing to look at has judged nothing."""
+    return tuple(_checked(outcome) for outcome in outcomes if outcome.judged or outcome.broken)
+
+
+def _checked(outcome: Outcome) -> Judged:
+    figures = outcome.figures
+    counted = ", ".join(_figure(name, value) for name, value in figures.items())
+    return Judged(
+        # What belongs to no promise makes the record itself worth something: it stands below under its own name.
+        promise=outcome.promise if outcome.promise in PROMISES else outcome.title.capitalize(),
+        ok=not outcome.broken,
+        said=str(figures.get("said", counted if outcome.title in figures else f"{outcome.title}: {counted}")),
+        evidence=tuple("\n    ".join((finding.what, *finding.lines)) for finding in outcome.findings),
+    )
+
+
+def _figure(name: str, value: int | float | str) -> str:
+    """`3 epochs`, `noticed p50 8.3 ms`."""
+    number = f"{value:,}" if isinstance(value, int | float) else value
+    if "_ms" in name or " ms" in name:
+        words = name.replace("_", " ").replace(" ms", "").replace(",", "")
+        return f"{words} {number} ms"
+    return f"{number} {name.replace('_', ' ')}"
 
 
 def promises(judged: Iterable[Judged]) -> tuple[Promise, ...]:

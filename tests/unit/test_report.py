@@ -161,7 +161,7 @@ def test_a_failing_run_shows_the_evidence() -> None:
     assert found.seen.requests.wrong == (2, 3)
     shown = page(found)
     assert "A promise broke" in shown
-    assert "request 3 (prompt 0, r) of 0.700 s: lost, after 2 of 4 tokens: ReadTimeout" in shown
+    assert "request 3 (prompt 0) of 0.700 s: lost, after 2 of 4 tokens: ReadTimeout" in shown
     assert "request 4 (prompt 0, cmpl-9) of 0.800 s: altered, token 1: got" in shown
 
 
@@ -230,8 +230,10 @@ def test_the_command_writes_page_and_figures(tmp_path: Path) -> None:
     done = run.invoke(app, ["report", str(record), "--json", str(saved)])
     assert (done.exit_code, (tmp_path / "run.html").read_text()[:15]) == (0, "<!doctype html>")
     assert msgspec.json.decode(saved.read_bytes())["totals"]["faults"] == 1
-    write(record, [*killed(), Verified(promise="G7", ok=False, said="2 processes left")])
+    twice = Answered(record=answered(0.7, [0.8, 0.9, 1.0, 1.1], id="cmpl-9"))
+    write(record, [*killed(), twice, twice])
     assert run.invoke(app, ["report", str(record), "--output", str(tmp_path / "x.html")]).exit_code == 1
+    assert "two requests had the id cmpl-9" in (tmp_path / "x.html").read_text()  # as the checker says
     record.write_text('{"line": "nonsense"}\n')
     failed = run.invoke(app, ["report", str(record)])
     assert (failed.exit_code, "run.jsonl:1" in failed.output) == (1, True)
