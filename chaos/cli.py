@@ -10,6 +10,7 @@ from chaos.cli_endurance import churn, soak
 from chaos.cli_failpoints import failpoint_matrix, failpoints
 from chaos.cli_faults import faults
 from chaos.cli_history import check
+from chaos.cli_report import report
 from chaos.cli_run import run, scenarios
 from chaos.cli_simulate import simulate
 from chaos.cli_suite import suite
@@ -27,6 +28,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "faults": faults,
     "failpoints": failpoints,
     "failpoint-matrix": failpoint_matrix,
+    "report": report,
 }
 
 app = typer.Typer(

@@ -1,0 +1,191 @@
+"""Each fault and what followed from it: when it was noticed, when requests went on, when all was whole again. Pure.
+
+What a fault caused is read off the events of its victim; nothing is guessed: where no event tells, there is no figure.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from chaos.history import percentile
+from chaos.record import Dealt
+from chaos.report.lanes import UP, Lane
+from chaos.report.streams import Gaps
+from membership.events import Event
+
+GAP_WINDOW_S = 1.0  # a gap that was open within so long after a fault, and before the next one, counts as its own
+FOLLOW_S = 120.0  # whatever happens to a victim later than this is not put down to the fault
+NOTICED = ("rank_masked", "rank_died", "rank_left", "rank_slow", "rank_exited")
+FAMILIES: dict[str, tuple[str, ...]] = {  # by words in the fault's name; the first that fits
+    "death": ("kill", "segv", "oom", "raise", "death"),
+    "network": ("net-", "host-", "link", "cut", "drop", "partition", "proxy"),
+    "clock": ("clock", "skew"),
+    "store": ("etcd", "lease", "disk", "checkpoint"),
+    "memory": ("bit-flip", "torn", "shm", "oversize", "reader", "fd-"),
+    "freeze": ("stop", "hang", "slow", "delay", "wait"),
+}
+
+
+class Followed(msgspec.Struct, frozen=True, kw_only=True):
+    """One fault as the page shows it. Times in seconds since the run began; -1: it did not happen, or nobody told."""
+
+    number: int
+    fault: str
+    family: str
+    victim: str
+    lane: str  # where it stands on the timeline: the engine in office may be either of two processes
+    at: float
+    proven_ms: float  # until it was seen to have taken effect
+    proof: str
+    pid: int = 0
+    healed: float = -1.0
+    noticed_ms: float = -1.0  # until the first event that tells of it
+    noticed_by: str = ""
+    resumed_ms: float = -1.0  # until every request that lived there had a new token
+    whole_ms: float = -1.0  # until the victim's place was filled again
+    gap_ms: float = 0.0  # the longest that any stream waited for a token around it
+
+
+class Kind(msgspec.Struct, frozen=True, kw_only=True):
+    """All faults of one name together."""
+
+    fault: str
+    family: str
+    count: int
+    victims: tuple[str, ...]
+    noticed: int
+    noticed_p50_ms: float
+    noticed_max_ms: float
+    whole: int
+    whole_p50_ms: float
+    whole_max_ms: float
+    gap_max_ms: float
+
+
+def family(fault: str) -> str:
+    """What sort of fault that is, for its sign on the timeline."""
+    return next((name for name, words in FAMILIES.items() if any(word in fault.lower() for word in words)), "other")
+
+
+def followed(
+    dealt: Sequence[Dealt], events: Sequence[Event], lanes: Sequence[Lane], gaps: Gaps, zero: float
+) -> tuple[Followed, ...]:
+    """All faults, by time."""
+    dealt = sorted(dealt, key=lambda line: line.fault.at)
+    story = _Story(events, [event.ts for event in events], {lane.name: lane for lane in lanes}, gaps, zero)
+    found = []
+    for number, line in enumerate(dealt):
+        at, later = line.fault.at, dealt[number + 1 :]
+        again = next((other.fault.at for other in later if other.fault.victim == line.fault.victim), at + FOLLOW_S)
+        after = min([at + GAP_WINDOW_S, *(other.fault.at for other in later[:1])])
+        found.append(story.followed(number + 1, line, min(again, at + FOLLOW_S), after))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class _Story:
+    """All that is known of a run, to be asked what followed from one fault."""
+
+    events: Sequence[Event]
+    times: Sequence[float]
+    lanes: Mapping[str, Lane]
+    gaps: Gaps
+    zero: float
+
+    def followed(self, number: int, line: Dealt, until: float, gap_until: float) -> Followed:
+        """Of the events of the victim, those from the fault to `until` count."""
+        fault, zero = line.fault, self.zero
+        events = self.events[bisect_left(self.times, fault.at) : bisect_left(self.times, until)]
+        noticed = next((event for event in events if _tells(event, fault.victim, fault.pid)), None)
+        resumed = self._resumed(fault.victim, events)
+        whole = self._whole(fault.at - zero, fault.victim, noticed) if noticed is not None else None
+        return Followed(
+            number=number,
+            fault=fault.fault,
+            family=family(fault.fault),
+            victim=fault.victim,
+            lane=_lane(fault.victim, noticed),
+            at=round(fault.at - zero, 3),
+            proven_ms=_ms(fault.seen_at - fault.at),
+            proof=fault.proof,
+            pid=fault.pid,
+            healed=round(line.healed_at - zero, 3) if line.healed_at else -1.0,
+            noticed_ms=_ms(noticed.ts - fault.at) if noticed is not None else -1.0,
+            noticed_by=_by(noticed) if noticed is not None else "",
+            resumed_ms=_ms(resumed + zero - fault.at) if resumed is not None else -1.0,
+            whole_ms=_ms(whole + zero - fault.at) if whole is not None else -1.0,
+            gap_ms=round(self.gaps.largest(fault.at - zero, gap_until - zero), 1),
+        )
+
+    def _resumed(self, victim: str, events: Sequence[Event]) -> float | None:
+        """When requests went on: those that lived on the rank; of an engine, any, under its successor."""
+        if victim.startswith("engine"):
+            elected = next((event.ts for event in events if event.kind == "engine_elected"), None)
+            return self.gaps.next_token(elected - self.zero) if elected is not None else None
+        recovered = (e.ts for e in events if e.kind == "rank_recovered" and f"rank {e.rank}" == victim)
+        return next((ts - self.zero for ts in recovered), None)
+
+    def _whole(self, at: float, victim: str, noticed: Event) -> float | None:
+        """When the victim's place was filled again; of an agent, also those of the ranks that died with it."""
+        wanted = [_lane(victim, noticed)]
+        if wanted == ["agent"]:
+            wanted += [each for each, lane in self.lanes.items() if each.startswith("rank ") and lane.at(at) in UP]
+        # Lanes are rounded to a millisecond: what the victim was until it was noticed must not pass for its return.
+        since = noticed.ts - self.zero + 0.002
+        back = [self.lanes[each].up_after(since) for each in wanted if each in self.lanes]
+        return None if None in back else max((each for each in back if each is not None), default=None)
+
+
+def _tells(event: Event, victim: str, pid: int) -> bool:
+    """Whether the event is the first word of what was done to this victim."""
+    if victim.startswith("rank "):
+        return event.kind in NOTICED and f"rank {event.rank}" == victim
+    if event.kind == "role_died":
+        # The engine in office may be either process: its pid says which.
+        return event.fields.get("pid") == pid if pid else event.fields.get("name") == victim
+    return victim == "etcd" and event.kind in ("etcd_died", "store_replaced")
+
+
+def _lane(victim: str, noticed: Event | None) -> str:
+    if noticed is None or noticed.kind != "role_died":
+        return victim
+    return str(noticed.fields.get("name", victim))
+
+
+def _by(event: Event) -> str:
+    how = event.fields.get("source") or event.fields.get("detected_by") or event.fields.get("reason") or ""
+    return f"{event.role}: {event.kind}" + (f" ({how})" if how else "")
+
+
+def kinds(faults: Sequence[Followed]) -> tuple[Kind, ...]:
+    """By name, the most frequent first."""
+    groups: dict[str, list[Followed]] = {}
+    for each in faults:
+        groups.setdefault(each.fault, []).append(each)
+    return tuple(_kind(name, groups[name]) for name in sorted(groups, key=lambda name: (-len(groups[name]), name)))
+
+
+def _kind(name: str, faults: Sequence[Followed]) -> Kind:
+    noticed = [each.noticed_ms for each in faults if each.noticed_ms >= 0]
+    whole = [each.whole_ms for each in faults if each.whole_ms >= 0]
+    return Kind(
+        fault=name,
+        family=family(name),
+        count=len(faults),
+        victims=tuple(sorted({each.victim for each in faults})),
+        noticed=len(noticed),
+        noticed_p50_ms=percentile(noticed, 0.5),
+        noticed_max_ms=max(noticed, default=0.0),
+        whole=len(whole),
+        whole_p50_ms=percentile(whole, 0.5),
+        whole_max_ms=max(whole, default=0.0),
+        gap_max_ms=max((each.gap_ms for each in faults), default=0.0),
+    )
+
+
+def _ms(seconds: float) -> float:
+    return round(max(0.0, seconds) * 1000.0, 1)

@@ -1,0 +1,150 @@
+"""A record of a run as the figures that its report shows: one frozen struct, also written as JSON. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from chaos.history import RequestRecord, difference, percentile
+from chaos.record import Answered, AnyLine, Dealt, Expected, Happened, Header, Verified
+from chaos.report import lanes
+from chaos.report.faults import Followed, Kind, followed, kinds
+from chaos.report.promises import Judged, Promise, exactness, promises
+from chaos.report.streams import Seen, seen
+from membership.errors import ConfigError
+from membership.events import Event
+
+
+class Spread(msgspec.Struct, frozen=True, kw_only=True):
+    """How long something took, over those faults after which it happened."""
+
+    count: int
+    p50_ms: float
+    p99_ms: float
+
+
+class Totals(msgspec.Struct, frozen=True, kw_only=True):
+    """The numbers at the top."""
+
+    faults: int
+    kinds: int
+    requests: int
+    tokens: int
+    lost: int
+    duplicated: int
+    altered: int
+    refused: int  # answered with another status than 200, or not at all
+    noticed: Spread
+    resumed: Spread
+    whole: Spread
+    epochs: int
+    operations: int
+    rolled_back: int
+
+
+class Figures(msgspec.Struct, frozen=True, kw_only=True):
+    """All that the page shows. Times are seconds since `run.started`, unless a name says milliseconds."""
+
+    run: Header
+    duration_s: float
+    verdict: str  # held | broke | unjudged
+    promises: tuple[Promise, ...]
+    totals: Totals
+    seen: Seen
+    ranks: tuple[lanes.Lane, ...]
+    roles: tuple[lanes.Lane, ...]
+    epochs: tuple[lanes.Epoch, ...]
+    operations: tuple[lanes.Change, ...]
+    faults: tuple[Followed, ...]
+    kinds: tuple[Kind, ...]
+
+
+def figures(lines: Iterable[AnyLine], judged: Sequence[Judged] = ()) -> Figures:
+    """The figures of a record. `judged`: what others found in it, beside what the run itself wrote down."""
+    lines = list(lines)
+    header = next((line for line in lines if isinstance(line, Header)), None)
+    if header is None:
+        raise ConfigError("the record has no header", hint="its first line says what was run")
+    oracle = {line.record.prompt: line.record for line in lines if isinstance(line, Expected)}
+    history = sorted((line.record for line in lines if isinstance(line, Answered)), key=lambda record: record.started)
+    dealt = [line for line in lines if isinstance(line, Dealt)]
+    events = sorted((line.event for line in lines if isinstance(line, Happened)), key=lambda event: event.ts)
+    zero = header.started
+    duration_s = _duration(header, _answered(history, header.wall), dealt, events)
+
+    wrong = {
+        number: found
+        for number, record in enumerate(history)
+        if record.prompt in oracle and (found := difference(record, oracle[record.prompt])) is not None
+    }
+    kinds_wrong = Counter(each.kind for each in wrong.values())
+    unmatched = sum(record.prompt not in oracle for record in history)
+    named = {_name(number, history[number], zero - header.wall): each for number, each in wrong.items()}
+    mine = (history or oracle) and all(each.promise != "G3" for each in judged)  # the checker's says more
+    own = [exactness(named, len(history) - unmatched, unmatched)] if mine else []
+    said = [Judged(promise=line.promise, ok=line.ok, said=line.said) for line in lines if isinstance(line, Verified)]
+    kept = promises([*said, *judged, *own])
+
+    clients, gaps = seen(history, tuple(oracle.values()), zero - header.wall, duration_s, sorted(wrong))
+    ranks, roles = lanes.ranks(events, lines, header, duration_s), lanes.roles(events, lines, zero, duration_s)
+    faults = followed(dealt, events, (*ranks, *roles), gaps, zero)
+    epochs = lanes.epochs(events, zero)
+    operations = lanes.operations(events, lines, zero, duration_s)
+    return Figures(
+        run=header,
+        duration_s=duration_s,
+        verdict=_verdict(kept),
+        promises=kept,
+        totals=Totals(
+            faults=len(faults),
+            kinds=len({each.fault for each in faults}),
+            requests=len(history),
+            tokens=clients.tokens,
+            lost=kinds_wrong["lost"],
+            duplicated=kinds_wrong["duplicated"],
+            altered=kinds_wrong["altered"],
+            refused=sum(record.status != 200 for record in history),
+            epochs=sum(each.at >= 0 for each in epochs),
+            operations=len(operations),
+            rolled_back=sum(each.ended == "aborted" for each in operations),
+            noticed=_spread([each.noticed_ms for each in faults]),
+            resumed=_spread([each.resumed_ms for each in faults]),
+            whole=_spread([each.whole_ms for each in faults]),
+        ),
+        seen=clients,
+        ranks=ranks,
+        roles=roles,
+        epochs=epochs,
+        operations=operations,
+        faults=faults,
+        kinds=kinds(faults),
+    )
+
+
+def _name(number: int, record: RequestRecord, zero: float) -> str:
+    return (
+        f"request {number + 1} (prompt {record.prompt}{record.id and ', '}{record.id}) of {record.started - zero:.3f} s"
+    )
+
+
+def _answered(history: Iterable[RequestRecord], wall: float) -> float:
+    """When the last token came, on the wall clock; 0 if there was none."""
+    return max((record.token_times[-1] + wall for record in history if record.token_times), default=0.0)
+
+
+def _duration(header: Header, answered: float, dealt: Sequence[Dealt], events: Sequence[Event]) -> float:
+    """From the run's begin to the last that is known of it."""
+    ends = [line.fault.at for line in dealt] + [line.healed_at for line in dealt] + [event.ts for event in events[-1:]]
+    return round(max(0.001, max([answered, *ends], default=0.0) - header.started), 3)
+
+
+def _verdict(kept: Sequence[Promise]) -> str:
+    found = {each.verdict for each in kept}
+    return "broke" if "broke" in found else "held" if "held" in found else "unjudged"
+
+
+def _spread(found: Sequence[float]) -> Spread:
+    values = [value for value in found if value >= 0]
+    return Spread(count=len(values), p50_ms=percentile(values, 0.5), p99_ms=percentile(values, 0.99))

@@ -1,0 +1,274 @@
+"""Events of the cluster as lanes over time: what state each rank and each role was in, epochs, operations. Pure.
+
+Events come from several processes, so of two that are milliseconds apart the later one may stand first: what a
+state may follow is checked, and what an older incarnation says is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from chaos.record import AnyLine, Changed, Dealt, Header, Read
+from membership.events import Event
+
+JOINING = ("launching", "handshaking", "loading", "standby")
+PLACE = "place"  # no process: a disk, a host's network, memory; only its faults are told
+UP = ("serving", "absent", PLACE, "up", "leading", "in office", "ready", "waiting")  # states in which nothing is wrong
+ROLES = ("gateway", "engine", "engine-standby", "controller", "agent", "etcd", "supervisor")
+HOLDERS = {"gateways": "gateway", "agents": "agent", "leader": "controller", "engine": "engine"}  # of keys
+STORE_EVENTS = ("leader_elected", "epoch_staged", "epoch_committed", "ranks_assigned", "operation_phase")
+
+
+class Span(msgspec.Struct, frozen=True, array_like=True):
+    """A state from one moment to another, in seconds since the run began, and words for it."""
+
+    since: float
+    until: float
+    state: str
+    said: str = ""
+
+
+class Lane(msgspec.Struct, frozen=True, kw_only=True):
+    """What one rank or role was, from the run's begin to its end."""
+
+    name: str
+    spans: tuple[Span, ...]
+
+    def at(self, when: float) -> str:
+        """Its state then."""
+        return next((span.state for span in reversed(self.spans) if span.since <= when), "absent")
+
+    def up_after(self, when: float) -> float | None:
+        """The first moment from `when` on at which nothing was wrong with it."""
+        good = (span for span in self.spans if span.until > when and span.state in UP)
+        return next((max(when, span.since) for span in good), None)
+
+
+class Epoch(msgspec.Struct, frozen=True, kw_only=True):
+    """One committed epoch."""
+
+    epoch: int
+    at: float
+    ranks: tuple[int, ...]
+    why: str = ""
+    adopted: float = -1.0  # when the engine went on with it; -1: it never did
+    pause_ms: float = 0.0
+    experts_taken: int = 0
+
+
+class Change(msgspec.Struct, frozen=True, kw_only=True):
+    """One operation: the phases that it went through."""
+
+    id: str
+    kind: str  # scale, drain, undrain; "change" where the record does not say
+    target: int
+    ended: str  # done | aborted | "" (it had not ended)
+    phases: tuple[Span, ...]
+    error: str = ""
+
+
+@dataclass
+class Track:
+    """A lane that is being written."""
+
+    name: str
+    zero: float
+    marks: list[tuple[float, str, str]] = field(default_factory=list)
+    incarnation: int = 0
+
+    @property
+    def state(self) -> str:
+        """What it is now."""
+        return self.marks[-1][1] if self.marks else "absent"
+
+    def mark(self, ts: float, state: str, said: str = "") -> None:
+        """From now on it is this."""
+        if state != self.state:
+            self.marks.append((ts - self.zero, state, said))
+
+    def lane(self, end: float) -> Lane:
+        """What it was within the run; what was before counts as its beginning."""
+        ends = [at for at, _, _ in self.marks[1:]] + [end]
+        spans = (
+            Span(round(max(0.0, since), 3), round(min(end, until), 3), state, said)
+            for (since, state, said), until in zip(self.marks, ends, strict=True)
+        )
+        return Lane(name=self.name, spans=tuple(span for span in spans if span.until > span.since))
+
+
+def ranks(events: Sequence[Event], lines: Iterable[AnyLine], header: Header, end: float) -> tuple[Lane, ...]:
+    """One lane per rank slot, by number."""
+    zero = header.started
+    tracks = {
+        rank: Track(f"rank {rank}", zero, [(0.0, "serving", "since before the run")])
+        for rank in _serving_before(events, lines, header)
+    }
+    for event in events:
+        if event.rank is not None and event.kind.startswith("rank_"):
+            track = tracks.setdefault(event.rank, Track(f"rank {event.rank}", zero))
+            _rank_event(track, event)
+        elif event.kind == "epoch_committed":
+            members = set(event.fields.get("ranks", ()))
+            for rank, track in tracks.items():
+                if rank in members and track.state in JOINING:
+                    track.mark(event.ts, "serving", f"incarnation {track.incarnation}, since epoch {event.epoch}")
+                elif rank not in members and track.state == "serving":
+                    track.mark(event.ts, "draining", f"left out of epoch {event.epoch}")
+    return tuple(tracks[rank].lane(end) for rank in sorted(tracks))
+
+
+def _serving_before(events: Sequence[Event], lines: Iterable[AnyLine], header: Header) -> tuple[int, ...]:
+    """Who served when the run began, where no event from before it tells: the view as first listed, else 0, 1, 2, …"""
+    if events and events[0].ts < header.started:
+        return ()
+    listed = (line.value for line in lines if isinstance(line, Changed) and line.key.endswith("/view"))
+    view = next((value for value in listed if isinstance(value, dict)), None)
+    return tuple(int(each["rank"]) for each in view["members"]) if view else tuple(range(header.ranks))
+
+
+def _rank_event(track: Track, event: Event) -> None:
+    incarnation = int(event.fields.get("incarnation", track.incarnation))
+    if incarnation < track.incarnation:
+        return
+    if incarnation > track.incarnation and event.kind in ("rank_spawned", "rank_ready"):
+        track.incarnation = incarnation
+        track.mark(event.ts, "launching", f"incarnation {incarnation}")
+    said, state = f"incarnation {incarnation}", track.state
+    if event.kind == "rank_ready" and state == "launching":
+        track.mark(event.ts, "handshaking", said)
+    elif event.kind == "rank_attached" and state in ("launching", "handshaking"):
+        track.mark(event.ts, "loading", said)
+    elif event.kind == "rank_prepared" and state in JOINING:
+        track.mark(event.ts, "standby", said)
+    elif event.kind == "rank_masked" and state != "dead":
+        track.mark(event.ts, "masked", f"{said}, told by {event.fields.get('source', '?')}")
+    elif event.kind == "rank_died":
+        why = event.fields.get("reason") or event.fields.get("detected_by", "?")
+        track.mark(event.ts, "dead", f"{said}, told by {why}")
+    elif event.kind == "rank_quarantined":
+        track.mark(event.ts, "quarantined", str(event.fields.get("reason", "")))
+    elif event.kind == "rank_retiring" and state not in ("masked", "dead"):
+        track.mark(event.ts, "draining", f"{said}, {event.fields.get('reason', '')}")
+    elif event.kind == "rank_retired" and state in ("draining", "serving", *JOINING):
+        track.mark(event.ts, "absent")
+
+
+def roles(events: Sequence[Event], lines: Iterable[AnyLine], zero: float, end: float) -> tuple[Lane, ...]:
+    """One lane per role, in the order of `ROLES`."""
+    tracks: dict[str, Track] = {}
+    if not events or events[0].ts >= zero:
+        tracks = {name: Track(name, zero, [(0.0, "up", "")]) for name in _seen_roles(lines)}
+    pids: dict[int, str] = {}
+    looks = sorted(_store_looks(lines))
+    for event in events:
+        name, pid = str(event.fields.get("name", "")), int(event.fields.get("pid", 0) or 0)
+        if event.kind == "role_started":
+            pids[pid] = name
+            tracks.setdefault(name, Track(name, zero)).mark(event.ts, _fresh(name), f"process {pid}")
+        elif event.kind == "role_died":
+            said = f"process {pid}: {event.fields.get('reason', '')}"
+            tracks.setdefault(name, Track(name, zero, [(0.0, "up", "")])).mark(event.ts, "down", said)
+        elif event.kind == "engine_elected" and pid in pids:
+            said = f"process {pid}, token {event.fields.get('token')}"
+            tracks[pids[pid]].mark(event.ts, "in office", said)
+        elif event.kind == "leader_elected" and "controller" in tracks:
+            tracks["controller"].mark(event.ts, "leading", f"token {event.fields.get('token')}")
+        elif event.kind in ("forkserver_ready", "gateway_started"):
+            role = "agent" if event.kind == "forkserver_ready" else "gateway"
+            if role in tracks:
+                tracks[role].mark(event.ts, "ready", tracks[role].marks[-1][2])
+        elif event.kind == "etcd_died":
+            etcd = tracks.setdefault("etcd", Track("etcd", zero, [(0.0, "up", "")]))
+            etcd.mark(event.ts, "down", "until the first sign of it, at most")
+            if back := next((look for look in looks if look > event.ts), 0.0):
+                etcd.mark(back, "up", "")
+        if event.kind in STORE_EVENTS and "etcd" in tracks and tracks["etcd"].state == "down":
+            tracks["etcd"].mark(event.ts, "up", f"first sign: {event.kind}")
+    for victim in {line.fault.victim for line in lines if isinstance(line, Dealt)} - tracks.keys():
+        if not victim.startswith("rank "):
+            tracks[victim] = Track(victim, zero, [(0.0, "up" if victim in ROLES else PLACE, "")])
+    order = {role: number for number, role in enumerate(ROLES)}
+    return tuple(tracks[name].lane(end) for name in sorted(tracks, key=lambda n: (order.get(n, len(order)), n)))
+
+
+def _seen_roles(lines: Iterable[AnyLine]) -> set[str]:
+    """The roles that a listing of the store shows at work."""
+    names = (line.key.split("/")[3] for line in lines if isinstance(line, Changed) and line.key.count("/") >= 3)
+    found = {role for name in names if (role := HOLDERS.get(name))}
+    return found | {"etcd"} if found else set()
+
+
+def _fresh(name: str) -> str:
+    return "waiting" if name.startswith("engine") else "starting"
+
+
+def _store_looks(lines: Iterable[AnyLine]) -> list[float]:
+    """When the store was seen to answer."""
+    return [line.at if isinstance(line, Changed) else line.ended for line in lines if isinstance(line, Changed | Read)]
+
+
+def epochs(events: Iterable[Event], zero: float) -> tuple[Epoch, ...]:
+    """All committed epochs; those from before the run at negative times, the last of which holds at its begin."""
+    found: dict[int, Epoch] = {}
+    for event in events:
+        if event.kind == "epoch_committed":
+            found[event.epoch] = Epoch(
+                epoch=event.epoch,
+                at=round(event.ts - zero, 3),
+                ranks=tuple(event.fields.get("ranks", ())),
+                why=str(event.fields.get("reason", "")),
+                experts_taken=int(event.fields.get("experts_taken", 0)),
+            )
+    for event in events:
+        if event.kind == "epoch_adopted":
+            # A controller that dies between its commit and its event tells nobody: then this is the proof.
+            known = found.get(event.epoch) or Epoch(epoch=event.epoch, at=round(event.ts - zero, 3), ranks=())
+            if known.adopted < 0:
+                found[event.epoch] = msgspec.structs.replace(
+                    known,
+                    adopted=round(event.ts - zero, 3),
+                    pause_ms=float(event.fields.get("pause_ms", 0.0)),
+                )
+    return tuple(found[epoch] for epoch in sorted(found))
+
+
+def operations(events: Sequence[Event], lines: Iterable[AnyLine], zero: float, end: float) -> tuple[Change, ...]:
+    """All operations with the times of their phases: from the store's own record where it was watched, else events."""
+    phases: dict[str, dict[str, float]] = {}
+    facts: dict[str, dict[str, object]] = {}
+    for event in events:
+        if event.kind == "operation_phase":
+            name = str(event.fields.get("operation", ""))
+            phases.setdefault(name, {}).setdefault(str(event.fields.get("phase")), event.ts)
+            facts.setdefault(name, {}).update(target=event.fields.get("target", 0), error=event.fields.get("error", ""))
+    for line in lines:
+        if isinstance(line, Changed) and "/ops/" in line.key and isinstance(line.value, dict):
+            name = line.key.rpartition("/")[2]
+            phases.setdefault(name, {}).update(line.value.get("phase_times", {}))
+            facts.setdefault(name, {}).update(
+                {key: line.value[key] for key in ("kind", "target", "error") if key in line.value}
+            )
+    found = [_change(name, times, facts[name], zero, end) for name, times in phases.items()]
+    return tuple(sorted((each for each in found if each.phases), key=lambda each: each.phases[0].since))
+
+
+def _change(name: str, times: dict[str, float], facts: dict[str, object], zero: float, end: float) -> Change:
+    entered = sorted((ts - zero, phase) for phase, ts in times.items())
+    ended = entered[-1][1] if entered[-1][1] in ("done", "aborted") else ""
+    ends = [at for at, _ in entered[1:]] + [end]
+    spans = (
+        Span(round(max(0.0, since), 3), round(until, 3), phase)
+        for (since, phase), until in zip(entered, ends, strict=True)
+        if phase not in ("done", "aborted") and until >= 0
+    )
+    return Change(
+        id=name,
+        kind=str(facts.get("kind", "change")),
+        target=int(str(facts.get("target", 0))),
+        ended=ended,
+        phases=tuple(spans),
+        error=str(facts.get("error", "")),
+    )

@@ -1,0 +1,115 @@
+"""The nine promises in one sentence each, and what a run says about them. Pure.
+
+Several may judge the same promise (the run itself at its end, the offline checker, this report from what clients
+saw): it held if all say so. What nobody judged is shown as that, and never as held.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+import msgspec
+
+from chaos.checks.evidence import Outcome
+from chaos.history import Difference
+
+SHOWN = 20  # lines of evidence per promise; the rest is counted
+
+PROMISES: dict[str, tuple[str, str]] = {
+    "G1": ("One truth", "Epochs rise by exactly one; of two controllers that believe they lead, one can act."),
+    "G2": ("Fencing", "Whoever was replaced or evicted has no effect any more, even if it lives on."),
+    "G3": ("Exactly once, token exact", "No token is lost, doubled or altered: streams equal a run without faults."),
+    "G4": ("Coverage", "No answer lacks an expert, and none is refused while a replica lives."),
+    "G5": ("Atomic operations", "A scale, drain or undrain ends done or rolled back, by its deadline."),
+    "G6": ("No single point of failure", "Whatever role dies comes back by itself, and serving goes on."),
+    "G7": ("Nothing leaks", "No process, memory, file or thread is left behind or grows."),
+    "G8": ("Every wait has a deadline", "Whatever waits gives up in time, and says who was waited for."),
+    "G9": ("No false eviction", "A rank that beats and advances is never evicted."),
+}  # fmt: skip
+
+
+class Judged(msgspec.Struct, frozen=True, kw_only=True):
+    """One judgement of one promise: what was found, in words, and the events that show it if it broke."""
+
+    promise: str
+    ok: bool
+    said: str = ""
+    evidence: tuple[str, ...] = ()
+
+
+class Promise(msgspec.Struct, frozen=True, kw_only=True):
+    """One promise as the page shows it."""
+
+    id: str
+    name: str
+    states: str
+    verdict: str  # held | broke | unjudged
+    said: tuple[str, ...] = ()
+    evidence: tuple[str, ...] = ()
+    unshown: int = 0  # lines of evidence that were left out
+
+
+def exactness(differences: Mapping[str, Difference], requests: int, unmatched: int) -> Judged:
+    """G3 from what clients saw: the differences from the fault-free run by a name for the request.
+
+    `unmatched`: requests whose prompt has no fault-free answer to be held against.
+    """
+    kinds = Counter(each.kind for each in differences.values())
+    counts = ", ".join(f"{kinds[kind]:,} {kind}" for kind in ("lost", "duplicated", "altered"))
+    without = [f"{unmatched:,} requests have no fault-free answer to be held against"] if unmatched else []
+    found = [f"{name}: {each.kind}, {each.explanation}" for name, each in differences.items()]
+    return Judged(
+        promise="G3",
+        ok=requests > 0 and not differences and not unmatched,
+        said=f"{requests:,} requests held against the fault-free run, token by token: {counts}",
+        evidence=(*without, *found),
+    )
+
+
+def checked(outcomes: Iterable[Outcome]) -> tuple[Judged, ...]:
+    """What the offline checker (`chaos/check.py`) found; a check that had nothing to look at has judged nothing."""
+    return tuple(_checked(outcome) for outcome in outcomes if outcome.judged or outcome.broken)
+
+
+def _checked(outcome: Outcome) -> Judged:
+    figures = outcome.figures
+    counted = ", ".join(_figure(name, value) for name, value in figures.items())
+    return Judged(
+        # What belongs to no promise makes the record itself worth something: it stands below under its own name.
+        promise=outcome.promise if outcome.promise in PROMISES else outcome.title.capitalize(),
+        ok=not outcome.broken,
+        said=str(figures.get("said", counted if outcome.title in figures else f"{outcome.title}: {counted}")),
+        evidence=tuple("\n    ".join((finding.what, *finding.lines)) for finding in outcome.findings),
+    )
+
+
+def _figure(name: str, value: int | float | str) -> str:
+    """`3 epochs`, `noticed p50 8.3 ms`."""
+    number = f"{value:,}" if isinstance(value, int | float) else value
+    if "_ms" in name or " ms" in name:
+        words = name.replace("_", " ").replace(" ms", "").replace(",", "")
+        return f"{words} {number} ms"
+    return f"{number} {name.replace('_', ' ')}"
+
+
+def promises(judged: Iterable[Judged]) -> tuple[Promise, ...]:
+    """All nine, and any other that was judged, in order."""
+    found: dict[str, list[Judged]] = {name: [] for name in PROMISES}
+    for each in judged:
+        found.setdefault(each.promise, []).append(each)
+    return tuple(_promise(name, each) for name, each in found.items())
+
+
+def _promise(name: str, judged: Sequence[Judged]) -> Promise:
+    title, states = PROMISES.get(name, (name, ""))
+    evidence = list(dict.fromkeys(line for each in judged if not each.ok for line in each.evidence))
+    return Promise(
+        id=name if name in PROMISES else "",
+        name=title,
+        states=states,
+        verdict="unjudged" if not judged else "held" if all(each.ok for each in judged) else "broke",
+        said=tuple(dict.fromkeys(each.said for each in judged if each.said)),
+        evidence=tuple(evidence[:SHOWN]),
+        unshown=max(0, len(evidence) - SHOWN),
+    )
