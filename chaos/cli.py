@@ -8,7 +8,7 @@ import typer
 
 from chaos.cli_endurance import churn, soak
 from chaos.cli_failpoints import failpoint_matrix, failpoints
-from chaos.cli_faults import faults
+from chaos.cli_faults import faults, role_matrix
 from chaos.cli_history import check
 from chaos.cli_run import run, scenarios
 from chaos.cli_simulate import simulate
@@ -25,6 +25,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "faults": faults,
     "failpoints": failpoints,
     "failpoint-matrix": failpoint_matrix,
+    "role-matrix": role_matrix,
 }
 
 app = typer.Typer(
