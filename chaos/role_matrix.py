@@ -39,7 +39,7 @@ FLAGS = (
     "4",
 )  # slots die often, on purpose
 STREAMS, TOKENS = 6, 32
-HELD_S = 1.5  # how long a fault lasts that ends only by healing
+HELD_S = 1.0  # how long a fault lasts that ends only by healing
 WHOLE_S = 60.0  # by when everything must be as before
 POLL_S = 0.02
 
