@@ -20,15 +20,23 @@ from chaos.history import RequestRecord, difference
 from chaos.inject.base import Injected, Injector, NotInjected
 from chaos.inject.catalogue import injector
 from chaos.inject.site import ServedSite
+from chaos.waiting import eventually
 from chaos.workload import PROMPTS, Workload
 from membership.errors import ElasticError, StoreError, WaitTimeout
 
 Tell = Callable[[str], None]
 
 ROLES = ("gateway", "engine", "engine-standby", "controller", "agent", "rank", "etcd", "supervisor")
-DEADLY = ("kill", "segv")
-EVERYWHERE = (*DEADLY, "stop", "slow", "fd-exhaustion", "oom")
-IN_STEPS = ("step-raise", "step-hang", "step-hang-gil", "step-delay")
+EVERYWHERE = ("kill", "segv", "stop", "slow", "fd-exhaustion", "oom")
+BESIDES = {  # what only some can suffer
+    "rank": ("step-raise", "step-hang", "step-hang-gil", "step-delay",
+             "torn-write", "dead-reader", "bit-flip-answer", "bit-flip-liveness"),
+    "agent": ("host-death",),
+    "forkserver": ("parent-death",),
+    "gateway": ("oversize",),
+}  # fmt: skip
+DEADLY = ("kill", "segv", "torn-write", "host-death", "parent-death")
+GIVEN_UP = ("stop", "dead-reader", "step-hang", "step-hang-gil")  # held until the product gives the rank up
 FLAGS = (
     "--chaos",
     "--restart-intensity",
@@ -76,13 +84,8 @@ class CellResult(msgspec.Struct, frozen=True, kw_only=True):
 def all_cells() -> list[Cell]:
     """Every cell, those that end the cluster last."""
     cells = [Cell(role, fault) for role in ROLES for fault in EVERYWHERE]
-    cells += [Cell("rank", fault) for fault in IN_STEPS]
+    cells += [Cell(role, fault) for role, faults in BESIDES.items() for fault in faults]
     return sorted(cells, key=lambda cell: cell.fatal)
-
-
-def lasting(cell: Cell) -> bool:
-    """Whether the fault is held until the product has given the victim up, instead of for a while."""
-    return cell.role == "rank" and cell.fault in ("stop", "step-hang", "step-hang-gil")
 
 
 def misfits(records: Sequence[RequestRecord], oracle: dict[int, RequestRecord], gateway: bool) -> tuple[list[str], int]:
@@ -151,7 +154,7 @@ class _Streams:
     def round(self) -> None:
         """Until everything that streams now has ended, and as much that began later, well."""
         begun = time.monotonic()
-        _wait(
+        eventually(
             lambda: sum(r.complete and r.started > begun for r in self.workload.records()) >= STREAMS,
             f"{STREAMS} requests to begin and end",
         )
@@ -172,7 +175,7 @@ class _Run:
 
     def run(self, streams: _Streams) -> CellResult:
         began, injected, said = time.monotonic(), None, ""
-        _wait(lambda: sum(n > 1 for n in streams.workload.open_streams().values()) >= 2, "streams under way")
+        eventually(lambda: sum(n > 1 for n in streams.workload.open_streams().values()) >= 2, "streams under way")
         family = psutil.Process(self.cluster.pid).children(recursive=True) if self.cell.fatal else []
         try:
             with self._healed() as fault:
@@ -203,7 +206,7 @@ class _Run:
         """What must come of it before it is healed."""
         if self.cell.fatal:
             return
-        if self.cell.fault in DEADLY or lasting(self.cell):
+        if self.cell.fault in DEADLY or (self.cell.role == "rank" and self.cell.fault in GIVEN_UP):
             self._replaced(injected.pid)
         else:
             time.sleep(HELD_S)
@@ -212,10 +215,10 @@ class _Run:
         def there() -> bool:
             try:
                 return self.site.pid(self.victim) != pid
-            except (NotInjected, StoreError):
+            except NotInjected:
                 return False
 
-        _wait(there, f"another process of {self.victim} than {pid}")
+        eventually(there, f"another process of {self.victim} than {pid}")
 
     def _whole(self, injected: Injected) -> None:
         """Everybody is there, all ranks serve, and the gateway says so."""
@@ -231,14 +234,6 @@ class _Run:
             if time.monotonic() > deadline:
                 raise WaitTimeout(f"not whole within {WHOLE_S:g} s of {injected.fault} of {self.victim}")
             time.sleep(POLL_S)
-
-
-def _wait(sign: Callable[[], bool], what: str, timeout_s: float = WHOLE_S) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not sign():
-        if time.monotonic() > deadline:
-            raise WaitTimeout(f"not within {timeout_s:g} s: {what}")
-        time.sleep(POLL_S)
 
 
 def _require_gone(family: Sequence[psutil.Process]) -> None:

@@ -2,8 +2,8 @@
 
 Ranks wait for each other inside a step, so who has not answered need not be who hangs. Only a rank that does nothing
 is evicted: one that the kernel holds stopped (SIGSTOP) and does not let go in between, or one whose main thread sleeps
-elsewhere than on its doorbell (a native hang, with the interpreter's lock or without). A rank that computes, waits for a
-processor or for a disk, or wakes on its doorbell is at work or waits for another one: it may be slow, and is then
+elsewhere than on its doorbell (a native hang, with the interpreter's lock or without). A rank that computes, waits for
+a processor or for a disk, or wakes on its doorbell is at work or waits for another one: it may be slow, and is then
 flagged, never evicted.
 """
 
