@@ -8,7 +8,7 @@ import typer
 
 from chaos.cli_endurance import churn, soak
 from chaos.cli_failpoints import failpoint_matrix, failpoints
-from chaos.cli_faults import faults
+from chaos.cli_faults import faults, role_matrix
 from chaos.cli_history import check
 from chaos.cli_report import report
 from chaos.cli_run import run, scenarios
@@ -29,6 +29,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "failpoints": failpoints,
     "failpoint-matrix": failpoint_matrix,
     "report": report,
+    "role-matrix": role_matrix,
 }
 
 app = typer.Typer(

@@ -1,9 +1,10 @@
 """Which rank keeps a step waiting: the rung of failure detection between a process's death and the end of its lease.
 
 Ranks wait for each other inside a step, so who has not answered need not be who hangs. Only a rank that does nothing
-is evicted: one that the kernel holds stopped (SIGSTOP), or one whose main thread sleeps elsewhere than on its doorbell
-(a native hang, with the interpreter's lock or without). A rank that computes, waits for a processor or for a disk, or
-wakes on its doorbell is at work or waits for another one: it may be slow, and is then flagged, never evicted.
+is evicted: one that the kernel holds stopped (SIGSTOP) and does not let go in between, or one whose main thread sleeps
+elsewhere than on its doorbell (a native hang, with the interpreter's lock or without). A rank that computes, waits for
+a processor or for a disk, or wakes on its doorbell is at work or waits for another one: it may be slow, and is then
+flagged, never evicted.
 """
 
 from __future__ import annotations
@@ -55,10 +56,10 @@ def judge(suspect: Suspect | None, look: Look, passed_s: float, hung_s: float) -
     if suspect is None:
         return Suspect(look), ""
     first = suspect.first
-    if look.state in "Tt":
+    moved = (look.turns, look.steps) != (first.turns, first.steps) or look.main_s > first.main_s
+    if look.state in "Tt" and not moved:
         stopped = replace(suspect, stopped_s=suspect.stopped_s + passed_s)
         return stopped, "stopped" if stopped.stopped_s >= STOPPED_S else ""
-    moved = (look.turns, look.steps) != (first.turns, first.steps) or look.main_s > first.main_s
     if moved or look.state != "S" or not look.turns:
         return Suspect(look), ""
     quiet = replace(

@@ -104,10 +104,12 @@ class AnswerFlip(OnProcess):
             see(lambda: hold.state() == "T", f"{self.victim} stopped")
             until = time.monotonic() + ANSWER_S
             for peer, asking, answering in lanes:
-                numbers = asking.cast("B")[: 8 * 16].cast("Q"), answering.cast("B")[: 8 * 16].cast("Q")
-                while numbers[0][ask] and numbers[1][answer] != numbers[0][ask] and time.monotonic() < until:
+                asks, answers = asking[: 8 * 16].cast("Q"), answering[: 8 * 16].cast("Q")
+                if not asks[ask] or answers[answer] == asks[ask]:
+                    continue  # nothing is open, or it has been answered before and may be read already
+                while answers[answer] != asks[ask] and time.monotonic() < until:
                     time.sleep(POLL_S / 4)
-                if not numbers[0][ask] or numbers[1][answer] != numbers[0][ask]:
+                if answers[answer] != asks[ask]:
                     continue
                 before = answering[at]
                 answering[at] = before ^ 1

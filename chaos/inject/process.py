@@ -106,6 +106,8 @@ class OnProcess:
         except BaseException:
             self.heal()
             raise
+        if hold.gone():
+            hold.close()  # who is dead needs no hold; whoever forgets to heal him then keeps no descriptor
         return Injected(
             fault=self.name, victim=self.victim, at=at, seen_at=time.time(), proof=proof, pid=hold.pid,
         )  # fmt: skip

@@ -18,7 +18,7 @@ from chaos.inject.fault import PROCESSES, Fault, Params
 from chaos.inject.process import POLL_S, SEEN_S, Hold, Limit, OnProcess, see
 from membership.errors import ElasticError, WaitTimeout
 
-SLOW_TURN_S = 0.02  # of stopping and running, once
+SLOW_RUN_S = 0.002  # a slow process runs for so long at a time
 SLOW_LOOK_S = 0.4
 
 
@@ -94,7 +94,7 @@ class Slow(OnProcess):
 
     def __init__(self, site: Site, victim: str, params: Params) -> None:
         super().__init__(site, victim, params)
-        self._share = 1.0 / float(params["factor"])  # of the time in which it may run
+        self._stop_s = SLOW_RUN_S * (float(params["factor"]) - 1.0)
         self._ending = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -102,21 +102,20 @@ class Slow(OnProcess):
         self._thread = threading.Thread(target=self._take_turns, args=(hold,), name=f"slow-{hold.pid}", daemon=True)
         self._thread.start()
         looks = []
-        until = time.monotonic() + SLOW_LOOK_S
+        until = time.monotonic() + max(SLOW_LOOK_S, 5 * self._stop_s)
         while time.monotonic() < until:
             looks.append(hold.state())
-            self._ending.wait(timeout=SLOW_TURN_S / 7)
+            self._ending.wait(timeout=self._stop_s / 6.5)
         stopped = looks.count("T") / len(looks)
-        if stopped < 1.0 - 2.5 * self._share:
+        if stopped < 0.75:
             raise NotInjected(f"{self.victim} was seen stopped in {stopped:.0%} of {len(looks)} looks only")
         return f"/proc says stopped in {stopped:.0%} of {len(looks)} looks"
 
     def _take_turns(self, hold: Hold) -> None:
-        run_s = SLOW_TURN_S * self._share
         while not self._ending.is_set() and hold.send(signal.SIGSTOP):
-            self._ending.wait(timeout=SLOW_TURN_S - run_s)
+            self._ending.wait(timeout=self._stop_s)
             hold.send(signal.SIGCONT)
-            time.sleep(run_s)
+            time.sleep(SLOW_RUN_S)
 
     def _heal(self, hold: Hold) -> None:
         self._ending.set()

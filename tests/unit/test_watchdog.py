@@ -57,6 +57,8 @@ def test_a_native_hang_is_evicted_with_the_interpreters_lock_and_without() -> No
         lambda n: replace(WAITING, others_run=True),  # another thread has the interpreter, and gets no processor
         lambda n: replace(WAITING, all_s=n * 0.04),  # another thread has the interpreter, and works
         lambda n: replace(WAITING, turns=0),  # a worker that does not tell
+        lambda n: replace(WAITING, state="T", main_s=n // 3 * 0.01),  # runs between stops, though never when looked at
+        lambda n: replace(WAITING, state="T", turns=7 + n // 3),
     ],
 )
 def test_who_works_starves_or_waits_is_not_evicted(story: Story) -> None:

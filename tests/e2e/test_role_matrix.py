@@ -1,0 +1,23 @@
+"""A sample of the matrix of roles and faults (all of it: `elastic-chaos role-matrix`): dealt, proven, healed, exact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from chaos.role_matrix import FLAGS, all_cells, run_role_matrix
+from tests.e2e.conftest import Serve
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+SAMPLE = ("gateway/oom", "engine/segv", "rank/step-hang-gil", "rank/bit-flip-answer", "etcd/stop")
+
+
+def test_a_sample_of_the_role_matrix(serve: Serve, demo_model: Path) -> None:
+    cells = [cell for cell in all_cells() if cell.name in SAMPLE]
+    assert len(cells) == len(SAMPLE)
+    told: list[str] = []
+    results = run_role_matrix(serve(demo_model, 3, flags=FLAGS), cells, told.append)
+    assert [(result.cell, result.ok) for result in results] == [(cell.name, True) for cell in cells], told
+    assert all(result.injected is not None and result.requests for result in results), told
