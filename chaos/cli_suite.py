@@ -20,9 +20,7 @@ from membership.errors import ConfigError
 def suite(
     only: Annotated[list[str] | None, typer.Option(help="Only these parts.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of all that is drawn.")] = None,
-    out: Annotated[Path, typer.Option(help="Where receipts, logs, the record and the report go.")] = Path(
-        "chaos-report"
-    ),
+    out: Annotated[Path, typer.Option(help="Where receipts, logs and the record go.")] = Path("chaos-report"),
     output: OutputFlag = Output.TEXT,
 ) -> None:
     """Everything that proves the promises, part by part, and one table of it. Exit 1 if any goal was missed."""
