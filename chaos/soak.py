@@ -6,6 +6,7 @@ started again. Each fault is proven by its injector; one that was not seen to ha
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from contextlib import suppress
@@ -23,8 +24,10 @@ from chaos.inject.catalogue import injector
 from chaos.inject.site import ServedSite
 from chaos.strikes import Dose, Strike, holders, strikes
 from chaos.workload import Workload
+from elastic.client import wait_for
 from membership.errors import ElasticError
 from membership.types import RankRecord
+from membership.wish import scale
 
 FLAGS = ("--restart-intensity", "1000", "--restart-window", "1s")  # the soak means to go on; see restart.py
 LENGTHS = (2, 3, 2, 4, 2, 3, 2, 3, 2, 4, 48)  # of answers: many requests, and some that live through several faults
@@ -192,6 +195,16 @@ class _Blow:
         newcomer = waiting.successor(self.cluster, self.before[self.strike.ranks[0]], self.strike.delay_s)
         with suppress(ElasticError):  # it may fail by itself meanwhile; only a proven kill counts
             self._kill_rank(newcomer)
+
+    def _scale(self) -> None:
+        """A rank dies while one more is on its way; the operation ends, one way or the other."""
+        client, (rank,) = self.cluster.client(), self.strike.ranks
+        growing = client.propose(scale(self.soak.ranks + 1), op_id=None, if_epoch=None, timeout_s=waiting.LIMIT_S)
+        time.sleep(self.strike.delay_s)
+        self._kill_rank(self.before[rank])
+        for _ in wait_for(client, growing, 2 * waiting.LIMIT_S, threading.Event()):
+            continue
+        self.cluster.scale(self.soak.ranks)
 
     def _role(self) -> None:
         """The supervisor starts another one; an agent takes its ranks along."""

@@ -12,14 +12,15 @@ from typing import Literal, get_args
 
 import msgspec
 
-Kind = Literal["one", "second", "newcomer", "commit", "holders", "all", "zombie", "freeze", "restart", "role"]
+Kind = Literal["one", "second", "newcomer", "commit", "holders", "all", "scale", "zombie", "freeze", "restart", "role"]
 SHARES: dict[Kind, float] = {  # of the strikes that kill ranks
-    "one": 0.52,
+    "one": 0.49,
     "second": 0.18,
     "newcomer": 0.12,
     "commit": 0.08,
     "holders": 0.07,
     "all": 0.03,
+    "scale": 0.03,
 }
 RECOVERY_S = 0.6  # a second death falls into the first one's recovery, which takes about so long
 FREEZES_S = ((0.3, 1.5), (3.5, 5.0))  # of etcd: shorter than any lease, and longer
@@ -47,6 +48,7 @@ class Strike(msgspec.Struct, frozen=True):
     """One blow. `ranks` die in this order, `delay_s` after one another; of a newcomer, the same slot dies twice.
 
     `commit`: the second dies `delay_s` after the view with the first one's successor was staged.
+    `scale`: the rank dies `delay_s` after one more rank was asked for; afterwards the size is as before.
     `holders`: both replicas of some expert, so that coverage is lost; the cluster's placement says which ranks.
     `zombie`: the rank is stopped, and continued `delay_s` after it was given up.
     `freeze`: etcd is stopped for `delay_s`, and the ranks die meanwhile; `restart`: it is ended, and started again.
@@ -102,7 +104,7 @@ def _strike(chooser: random.Random, group: str, ranks: int) -> Strike:
         return Strike(kind, pause_s, victims[:2], delay_s)
     if kind == "commit":
         return Strike(kind, pause_s, victims[:2], delay_s / 6)
-    if kind == "newcomer":
+    if kind in ("newcomer", "scale"):
         return Strike(kind, pause_s, victims[:1], delay_s / 2)
     if kind == "all":
         return Strike(kind, pause_s, victims)

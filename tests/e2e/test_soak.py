@@ -37,5 +37,5 @@ def test_a_short_soak(demo_model: Path) -> None:
     assert receipt["zombies"] >= 2
     assert receipt["outages"] >= 1
     assert receipt["requests"] >= 200
-    assert set(receipt["strikes"]) >= {"second", "newcomer", "commit", "holders", "all", "role", "zombie", "freeze"}
+    assert set(receipt["strikes"]) >= {"second", "newcomer", "holders", "all", "scale", "role", "zombie", "freeze"}
     assert {each["process"].split()[0] for each in receipt["growth"]} >= {"agent", "engine", "controller", "gateway"}
