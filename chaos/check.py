@@ -13,6 +13,7 @@ import msgspec
 
 from chaos.checks.commits import check_commits, check_incarnations
 from chaos.checks.coverage import check_coverage
+from chaos.checks.evictions import check_evictions
 from chaos.checks.evidence import Evidence, Outcome, Trial
 from chaos.checks.faults import check_faults
 from chaos.checks.fences import check_fences
@@ -23,7 +24,7 @@ from chaos.record import AnyLine
 
 CHECKS: tuple[Callable[[Evidence], Outcome], ...] = (
     check_commits, check_incarnations, check_watch, check_reads, check_fences, check_requests, check_coverage,
-    check_operations, check_faults,
+    check_operations, check_evictions, check_faults,
 )  # fmt: skip
 TOLD = 5  # findings of one check that the text shows
 

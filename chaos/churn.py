@@ -89,6 +89,7 @@ def run_churn(cluster: ServedCluster, churn: Churn, changes: int, streams: int, 
         drained = client.status()["drained"]
         for wish in ([scale(1)] if drained else []) + [undrain(slot) for slot in drained] + [scale(churn.ranks)]:
             _done(client, wish, churn, cancel=False)
+    churn.verify(len(churn.operations), "changes")
 
 
 def _done(client: StoreClient, wish: Wish, churn: Churn, *, cancel: bool) -> Operation:

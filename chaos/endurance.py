@@ -19,6 +19,7 @@ from chaos.footprint import Footprint, Growth, growth, look, processes
 from chaos.history import RequestRecord, Verdict, compare
 from chaos.recorder import Recorder
 from chaos.workload import Workload
+from membership.errors import ElasticError
 
 Tell = Callable[[str], None]
 LOOK_EVERY = 20  # times that it was done
@@ -42,6 +43,7 @@ class Endurance:
     shm: tuple[int, int] = (0, 0)
     epochs: int = 0
     seconds: float = 0.0
+    stuck: str = ""  # what was waited for in vain
     replay: str = ""  # the command that runs it again
     recorder: Recorder | None = None  # of all that happens under load
 
@@ -62,12 +64,17 @@ class Endurance:
             workload.start()
             try:
                 yield workload
+                cluster.wait_serving(ranks)
+            except ElasticError as error:  # whatever was waited for in vain: it is judged, and the record is kept
+                self.stuck = str(error)
+                tell(self.stuck)
             finally:
                 self.history = workload.stop()
                 self.seconds = time.monotonic() - started
-            cluster.wait_serving(ranks)
         self.recorder.expected(self.oracle.values())
         self.recorder.answered(self.history)
+        if self.stuck:
+            return
         self.epochs = cluster.status()["epoch"] - epoch
         self.processes = (before, _settled(cluster, before))
         self.shm = (shm, _shm())
@@ -86,26 +93,43 @@ class Endurance:
         """What grew."""
         return growth(self.looks)
 
+    def verify(self, times: int, what: str) -> None:
+        """Say in the record what only the run itself can know: whether anything leaks."""
+        if self.recorder is not None:
+            leaks = self._leaks(times, what)
+            grown = max((each.rss_mb_per_100 for each in self.growth() if each.process.startswith(OURS)), default=0.0)
+            said = (
+                f"{self.processes[0]} processes before, {self.processes[1]} after; memory grows by at most {grown:g} MB"
+            )
+            self.recorder.verified("G7", not leaks, "; ".join(leaks) or f"{said} per 100 {what}")
+
     def broken(self, times: int, what: str) -> list[str]:
         """What did not hold, a line each; `times` that it was to be done, `what` it is called."""
         verdict = self.verdict()
         broken = [f"request {d.prompt} {d.kind}: {d.explanation}" for d in verdict.differences[:10]]
         failed = [record for record in self.oracle.values() if not record.complete]
         broken += [f"the fault-free run of prompt {record.prompt} failed: {record.error}" for record in failed]
+        if self.stuck:
+            broken.append(self.stuck)
         if not verdict.requests:
             broken.append("no request was compared")
+        return broken + self._found() + self._leaks(times, what)
+
+    def _leaks(self, times: int, what: str) -> list[str]:
+        """What is left, or grows."""
+        leaks = []
         if self.processes[1] > self.processes[0]:
-            broken.append(f"{self.processes[0]} processes before, {self.processes[1]} after")
+            leaks.append(f"{self.processes[0]} processes before, {self.processes[1]} after")
         if self.shm[1] > self.shm[0]:
-            broken.append(f"{self.shm[0]} files in /dev/shm before, {self.shm[1]} after")
-        return broken + self._found() + _outgrown(self.growth(), times, what)
+            leaks.append(f"{self.shm[0]} files in /dev/shm before, {self.shm[1]} after")
+        return leaks + _outgrown(self.growth(), times, what)
 
     def _found(self) -> list[str]:
         """What the checks of the record found, beyond the requests, which are judged above."""
         if self.recorder is None:
             return []
         outcomes = judge(self.recorder.lines()).outcomes
-        found = [finding for outcome in outcomes if outcome.title != "requests" for finding in outcome.findings]
+        found = [f for outcome in outcomes if outcome.title not in ("requests", "by the run") for f in outcome.findings]
         return [f"{each.promise}: {each.what}" for each in found]
 
 

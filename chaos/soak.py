@@ -94,6 +94,13 @@ def run_soak(cluster: ServedCluster, soak: Soak, dose: Dose, streams: int, tell:
             tell(f"{soak.count('kills')} kills, {soak.count('zombies')} zombies, {soak.count('outages')} outages; "
                  f"{strike.kind}: whole again after {soak.restored_ms[-1]:.0f} ms; "
                  f"{len(workload.records())} requests ended")  # fmt: skip
+    soak.verify(soak.count("kills"), "kills")
+    if soak.recorder is not None:
+        others = f"{soak.count('roles')} roles killed, {soak.count('outages')} outages of etcd: full strength each time"
+        soak.recorder.verified("G6", not soak.stuck, soak.stuck or others)
+        longest_s = max(soak.restored_ms, default=0.0) / 1000
+        waits = f"{len(soak.restored_ms)} waits for full strength, the longest {longest_s:.1f} s"
+        soak.recorder.verified("G8", not soak.stuck, soak.stuck or waits)
 
 
 def missing(soak: Soak, dose: Dose, workload: Workload | None = None) -> list[str]:

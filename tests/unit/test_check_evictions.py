@@ -1,0 +1,41 @@
+"""G9 from a record: who was masked had been struck, itself or its agent; else it was evicted for nothing."""
+
+from __future__ import annotations
+
+import pytest
+from msgspec.structs import replace
+
+from chaos.checks.evictions import check_evictions
+from chaos.checks.evidence import Evidence
+from chaos.record import AnyLine, Dealt
+from tests.recorded_run import good_lines
+
+pytestmark = pytest.mark.unit
+
+
+def with_fault(**changes: object) -> list[AnyLine]:
+    """The good run, its fault changed."""
+    return [
+        replace(line, fault=replace(line.fault, **changes)) if isinstance(line, Dealt) else line
+        for line in good_lines()
+    ]
+
+
+def test_who_was_struck_may_be_given_up() -> None:
+    outcome = check_evictions(Evidence(good_lines()))
+    assert (outcome.verdict, outcome.judged, outcome.promise) == ("held", 1, "G9")
+    assert check_evictions(Evidence(with_fault(victim="agent", pid=1))).verdict == "held"
+
+
+def test_who_was_not_may_not() -> None:
+    lines = [line for line in good_lines() if not isinstance(line, Dealt)]
+    assert check_evictions(Evidence(lines)).verdict == "broken"
+    (finding,) = check_evictions(Evidence(with_fault(pid=1))).findings
+    assert "rank 1 was given up" in finding.what
+    assert "rank_masked" in finding.lines[0]
+
+
+def test_a_fault_that_came_later_does_not_explain_it() -> None:
+    outcome = check_evictions(Evidence(with_fault(at=2e9, seen_at=2e9)))
+    assert outcome.verdict == "broken"
+    assert len(outcome.findings[0].lines) == 2
