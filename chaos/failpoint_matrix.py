@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
+import psutil
 
 from chaos.cluster import ServedCluster
 from chaos.failpoint_stimuli import SMALL, STIMULI, Scene, Stimulus
@@ -29,8 +30,7 @@ ACTIONS = ("kill", "raise", "hang")
 STRUCK_S = 15.0  # a fault that has not struck by then was not dealt
 HANG_S = 0.4
 RANK_HANG_S = 1.2  # longer than the watchdog is patient
-RAISED_S = 0.3  # for whom it ends to be gone
-WHOLE_S = 30.0
+WHOLE_S = 60.0
 STREAMS = 3
 
 Tell = Callable[[str], None]
@@ -130,6 +130,7 @@ class _Matrix:
     def _strike(self, point: str, action: str, stimulus: Stimulus, began: float) -> str:
         while self._tail.read() is not None:
             continue
+        ranks = self.scene.rank_pids()
         extra = "".join(f";{each}" for each in stimulus.also)
         self._site.arm(f"{point}=1*{action}{extra}")
         with stimulus.under_way(self.scene) as under_way:
@@ -137,10 +138,9 @@ class _Matrix:
             if action.startswith("hang"):
                 time.sleep(RANK_HANG_S if struck.role == "rank" else HANG_S)
                 self._site.arm("")
-            elif action == "raise":
-                time.sleep(RAISED_S)
+            dead = self._dead(struck, action, ranks)
             told = under_way.ended()
-        self._whole(struck if action in ("kill", "segv") else None)
+        self._whole(dead)
         if struck.role == "gateway":
             self._outages.append((began, time.monotonic()))
         who = f"rank {struck.rank}" if struck.role == "rank" else struck.role
@@ -155,9 +155,20 @@ class _Matrix:
 
         return eventually(there, f"somebody to pass {point} ({stimulus.words})", STRUCK_S)
 
-    def _whole(self, dead: Event | None) -> None:
-        """Until all serve, without the process that was killed, and tokens come."""
-        self.scene.wait_whole(int(dead.fields["pid"]) if dead is not None else 0, WHOLE_S)
+    def _dead(self, struck: Event, action: str, ranks: set[int]) -> set[int]:
+        """The processes that have ended by the blow: the one that was struck and, if that was an agent, its ranks.
+
+        An exception ends a role that drives others; ranks answer with it, and a gateway may.
+        """
+        pid = int(struck.fields["pid"])
+        if action.startswith("hang") or (action == "raise" and struck.role in ("rank", "gateway")):
+            return set()
+        eventually(lambda: not psutil.pid_exists(pid), f"the end of {struck.role}, process {pid}", STRUCK_S)
+        return {pid, *ranks} if struck.role == "agent" else {pid}
+
+    def _whole(self, dead: set[int]) -> None:
+        """Until all serve, without those who are dead, and tokens come."""
+        self.scene.wait_whole(dead, WHOLE_S)
         done, streams = self._done(), self.workload.open_streams()
 
         def more() -> bool:
@@ -172,7 +183,7 @@ class _Matrix:
     def _recovered(self) -> bool:
         self._site.arm("")
         try:
-            self._whole(None)
+            self._whole(set())
         except WaitTimeout:
             return False
         return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
@@ -12,6 +13,7 @@ import httpx
 
 from chaos.cluster import ServedCluster
 from chaos.inject import kill
+from chaos.inject.base import NotInjected
 from chaos.inject.site import ServedSite
 from chaos.waiting import eventually
 from elastic.client import AdminClient
@@ -25,7 +27,7 @@ DEADLINE_S = 15.0  # of an operation
 SLACK_S = 1.0  # for who looks whether it has ended
 READY_S = 30.0  # for the scene to be as a stimulus needs it
 VICTIM = 1  # the rank that is killed where one is to be
-HTTP_S = 3.0
+HTTP_S = 1.5
 
 
 class Scene:
@@ -50,24 +52,35 @@ class Scene:
         """What a change makes of it."""
         return LARGE if self.size == SMALL else SMALL
 
-    def wait_whole(self, dead: int, timeout_s: float) -> None:
-        """Until as many serve as are wanted, nothing goes on, and no record names the process `dead`."""
+    def pid(self, victim: str) -> int:
+        """Its process; 0 if there is none now."""
+        with suppress(NotInjected):
+            return self.site.pid(victim)
+        return 0
+
+    def rank_pids(self) -> set[int]:
+        """The processes of ranks that are recorded."""
+        return {record.pid for record in self.state.ranks.values() if record.pid}
+
+    def wait_whole(self, dead: AbstractSet[int], timeout_s: float) -> None:
+        """Until somebody leads, as many serve as are wanted, nothing goes on, and no record names a `dead` process."""
         deadline = time.monotonic() + timeout_s
 
         def quiet() -> bool:
             state = self.state
-            pids = {record.pid for record in state.ranks.values()} | {record.pid for record in state.agents.values()}
+            pids = {record.pid for record in state.ranks.values()}
+            pids |= {record.pid for record in state.agents.values()}
             pids |= {record.pid for record in state.gateways.values()}
             pids |= {state.engine.pid} if state.engine is not None else set()
-            return state.active is None and (not dead or dead not in pids)
+            return state.active is None and state.leader_revision > 0 and pids.isdisjoint(dead)
 
-        eventually(quiet, f"the operation to end, and process {dead} to be forgotten", timeout_s)
+        eventually(quiet, f"a leader, no operation, and no record of processes {sorted(dead)}", timeout_s)
         self.cluster.wait_serving(self.size, timeout_s=max(1.0, deadline - time.monotonic()))
 
     def change(self) -> None:
         """Change the size, without a fault."""
         self.cluster.scale(self.other_size, DEADLINE_S)
-        self.wait_whole(0, READY_S)
+        self.wait_whole(frozenset(), READY_S)
 
     def wait_spare(self) -> None:
         """Until a warm spare waits."""
@@ -110,7 +123,7 @@ class Stimulus:
 
     def prepare(self, scene: Scene) -> None:
         """See that it can be begun."""
-        scene.wait_whole(0, READY_S)
+        scene.wait_whole(frozenset(), READY_S)
         if self.needs not in (0, scene.size):
             scene.change()
         if self.spare:
@@ -132,7 +145,8 @@ class Stimulus:
 
     def _repeat(self, scene: Scene, stop: threading.Event) -> None:
         while self.again_s and not stop.wait(self.again_s):
-            self.begin(scene)
+            with suppress(ElasticError):  # the last one is not over yet
+                self.begin(scene)
 
 
 # --- what is set off
@@ -156,7 +170,7 @@ def _change_and_cancel(scene: Scene) -> UnderWay:
 
 def _kill(victim: str) -> Begin:
     def begin(scene: Scene) -> UnderWay:
-        kill(scene.site.pid(victim))
+        kill(eventually(lambda: scene.pid(victim), f"a process of {victim}", READY_S))
         return UnderWay(scene)
 
     return begin
@@ -198,6 +212,7 @@ CHANGE = Stimulus("a change of size", _change)
 UP = Stimulus("scale up", _change, needs=SMALL)
 UP_BY_SPARE = Stimulus("scale up, with a spare", _change, needs=SMALL, spare=True)
 DOWN = Stimulus("scale down", _change, needs=LARGE)
+DOWN_BUSY = Stimulus("scale down, of ranks with requests", _change, needs=LARGE, again_s=1.0)
 CANCEL = Stimulus("a change that is cancelled", _change_and_cancel)
 ADMIN_CHANGE = Stimulus("a change through the gateway", _by_gateway(cancelled=False))
 ADMIN_CANCEL = Stimulus("a change that is cancelled through the gateway", _by_gateway(cancelled=True))
@@ -225,12 +240,12 @@ STIMULI: Mapping[str, Stimulus] = {
     "rank.before.prepare": CHANGE,
     "rank.prepared": CHANGE,
     "rank.step": LOAD,
-    "rank.copy": DOWN,
+    "rank.copy": DOWN_BUSY,
     "rank.shutdown": DOWN,
     "engine.before.campaign": LOAD,  # the standby's
     "engine.before.attach": UP,
     "engine.before.step": LOAD,
-    "engine.before.copy": DOWN,
+    "engine.before.copy": DOWN_BUSY,
     "engine.before.flip": CHANGE,
     "engine.after.flip": CHANGE,
     "engine.before.status": LOAD,

@@ -16,7 +16,7 @@ import structlog
 from elastic.engine_core import Engine
 from elastic.engine_server import EngineServer
 from elastic.engine_status import StatusWriter
-from membership import failpoints
+from membership import failpoints, progress
 from membership.codec import encode
 from membership.election import Election
 from membership.errors import Fenced, LeaseLost, StoreReplaced, StoreUnavailable, WaitTimeout
@@ -84,7 +84,8 @@ def run_engine(store: Store, cluster: str, node: str, stop: threading.Event, eve
         gc.collect()
         gc.freeze()  # what is here now stays: the collector need not look at it between steps
         try:
-            engine.run(stop)
+            with progress.watched():
+                engine.run(stop)
         except Fenced as fenced:
             events.emit("engine_stood_down", cluster=cluster, token=token, reason=str(fenced))
             raise
@@ -109,7 +110,8 @@ def _take_office(
             log.warning("no lease to campaign with, trying again", error=str(error))
             stop.wait(timeout=CAMPAIGN_SLICE_S)
             continue
-        token = _campaign(Election(store, keys.engine, encode(record), keeper), keeper, stop)
+        with progress.watched():
+            token = _campaign(Election(store, keys.engine, encode(record), keeper), keeper, stop)
         if token:
             return keeper, token
         keeper.close()
@@ -119,6 +121,7 @@ def _take_office(
 def _campaign(election: Election, keeper: LeaseKeeper, stop: threading.Event) -> int:
     """Our token; 0 if stopped, or if the lease has ended."""
     while not stop.is_set():
+        progress.beat()
         failpoints.hit("engine.before.campaign")
         try:
             return election.campaign(CAMPAIGN_SLICE_S)

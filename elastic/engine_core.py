@@ -21,7 +21,7 @@ from elastic.expert_load import LoadWindow
 from elastic.protocol import Abort
 from elastic.recovery import Recovery
 from elastic.scheduler import Output, Scheduler
-from membership import failpoints
+from membership import failpoints, progress
 from membership.errors import Fenced, SchemaError
 from membership.events import EventLog
 from membership.mirror import Mirror
@@ -88,6 +88,7 @@ class Engine:
     def run(self, stop: threading.Event) -> None:
         """Serve until stopped; Fenced if replaced."""
         while not stop.is_set():
+            progress.beat()
             self._take_requests()
             self._follow_membership()
             self._copy(self._scheduler.copies(self._clock()))
@@ -108,6 +109,7 @@ class Engine:
         self._flush()
         self._take_requests()
         while self._scheduler.unanswered and not stop.is_set():
+            progress.beat()
             self._handle(self._fleet.collect(IDLE_S, self._has_news))
             self._take_requests()
         self._steps[self._outcome] += not self._scheduler.unanswered

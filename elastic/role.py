@@ -16,7 +16,7 @@ from types import FrameType
 
 import structlog
 
-from membership import failpoints
+from membership import failpoints, progress
 from membership.events import EventLog
 from membership.store import Store
 
@@ -79,6 +79,22 @@ def stop_signal() -> Iterator[threading.Event]:
         stop.close()
 
 
+def end_with_any_thread() -> None:
+    """From now on, a thread that ends by an exception which nobody handles ends the process.
+
+    What the thread did would be missed by nobody who could tell: leases lapse, deaths go unheard. Whoever started the
+    role starts it again.
+    """
+
+    def end(failed: threading.ExceptHookArgs) -> None:
+        name = failed.thread.name if failed.thread is not None else "a thread"
+        info = (failed.exc_type, failed.exc_value or failed.exc_type(), failed.exc_traceback)
+        log.critical("a thread failed, ending the process", thread=name, exc_info=info)
+        os._exit(1)
+
+    threading.excepthook = end
+
+
 def run_role(
     role: str,
     endpoints: Sequence[str],
@@ -92,6 +108,8 @@ def run_role(
 
     configure(role)
     failpoints.arm(role, events_path)
+    end_with_any_thread()
+    progress.require()
     run_in_short_turns()  # before there are threads: a role reacts at once, however busy the ranks are
     with stop_signal() as stop:
         store = connect(list(endpoints), seen=os.environ.get(STORE_SEEN, ""))

@@ -15,7 +15,7 @@ from typing import Any
 
 import structlog
 
-from membership import failpoints, planner
+from membership import failpoints, planner, progress
 from membership.codec import encode
 from membership.election import Election
 from membership.errors import Fenced, LeaseLost, StoreReplaced, StoreUnavailable, WaitTimeout
@@ -127,12 +127,8 @@ class _Term:
         with LeaseKeeper(self._store, config.lease_ttl_s if config else TTL_S) as keeper:
             election = Election(self._store, self._keys.leader, value, keeper)
             try:
-                while not self._stop.is_set() and not election.token:
-                    self._campaign(election)
-                if election.token:
-                    self._events.emit("leader_elected", cluster=self._cluster, node=self._node, token=election.token)
-                while election.held and not self._stop.is_set():
-                    self._look(election)
+                with progress.watched():
+                    self._hold(election)
             except (Fenced, LeaseLost) as error:
                 log.warning("controller stands down", cluster=self._cluster, error=str(error))
             if election.token:
@@ -140,6 +136,16 @@ class _Term:
                 self._events.emit(
                     "leader_left", cluster=self._cluster, node=self._node, token=election.token, fenced=fenced
                 )
+
+    def _hold(self, election: Election) -> None:
+        while not self._stop.is_set() and not election.token:
+            progress.beat()
+            self._campaign(election)
+        if election.token:
+            self._events.emit("leader_elected", cluster=self._cluster, node=self._node, token=election.token)
+        while election.held and not self._stop.is_set():
+            progress.beat()
+            self._look(election)
 
     def _campaign(self, election: Election) -> None:
         failpoints.hit("controller.before.campaign")

@@ -8,12 +8,22 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from chaos.cluster import ServedCluster
+from chaos.inject.base import NotInjected
+from chaos.inject.site import ServedSite
+from elastic import chaos_mode
+from elastic.client import AdminClient
+from elastic.statedir import StateDir
+from membership import failpoints
+from membership.errors import ConfigError
 from membership.events import EventLog
-from membership.failpoints import ENV, write
+from membership.failpoints import ENV, arm, write
+from tests.gateway_cluster import TOKEN, GatewayCluster
 from tests.helpers import eventually
 from workers.procstat import threads
 
@@ -77,3 +87,44 @@ def test_it_may_die_of_a_bad_address(tmp_path: Path) -> None:
 
 def test_what_there_is_not_ends_it_at_the_start(tmp_path: Path) -> None:
     assert started(tmp_path / "events.jsonl", "rank.nowhere=kill").wait(timeout=60.0) == 1
+
+
+def test_the_admin_api_arms_them_in_chaos_mode_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster, armed = GatewayCluster(tmp_path), tmp_path / "failpoints"
+    monkeypatch.setattr(failpoints, "_armed", None)
+    with cluster.gateway() as gateway, closing(AdminClient(gateway.admin_url, TOKEN)) as client:
+        for refused in (client.failpoints, lambda: client.arm("rank.step=hang")):
+            with pytest.raises(ConfigError, match="--chaos"):
+                refused()
+        arm("test", str(tmp_path / "events.jsonl"), environ={ENV: f"@{armed}"})
+        told = client.failpoints()
+        assert (told["failpoints"], "rank.step" in told["points"], "hang-gil" in told["actions"]) == ("", True, True)
+        assert client.arm("rank.step@1=hang")["failpoints"] == armed.read_text() == "rank.step@1=hang"
+        with pytest.raises(ConfigError, match=r"no failpoint 'rank\.nowhere'.*rank\.prepared"):
+            client.arm("rank.nowhere=hang")
+        with pytest.raises(ConfigError, match="failpoints"):
+            client._call("PUT", "failpoints", json={})
+        assert armed.read_text() == "rank.step@1=hang"
+        assert client.arm("")["failpoints"] == ""
+
+
+@pytest.mark.parametrize("chaos", [True, False])
+def test_what_serving_with_chaos_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chaos: bool) -> None:
+    monkeypatch.setenv(ENV, "rank.step=hang")
+    state = StateDir(tmp_path)
+    state.failpoints.write_text("of an earlier life")
+    asked = chaos_mode.begin(state, chaos)
+    assert asked == ({ENV: f"@{state.failpoints}"} if chaos else {})
+    assert failpoints.read(state.failpoints) == ("rank.step=hang" if chaos else "")
+    site = ServedSite(ServedCluster(tmp_path, 1, state_dir=tmp_path))
+    if chaos:
+        site.arm("rank.copy=raise")
+        assert failpoints.read(state.failpoints) == "rank.copy=raise"
+    else:
+        with pytest.raises(NotInjected) as refused:
+            site.arm("rank.copy=raise")
+        assert "--chaos" in refused.value.hint
+    monkeypatch.setenv(ENV, "@/elsewhere")
+    chaos_mode.check(chaos=False)
+    with pytest.raises(ConfigError):
+        chaos_mode.check(chaos=True)

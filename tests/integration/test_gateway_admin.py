@@ -63,6 +63,8 @@ ROUTES = [
     ("POST", "/admin/v1/resume"),
     ("POST", "/admin/v1/rebalance"),
     ("POST", "/admin/v1/operations/x/cancel"),
+    ("GET", "/admin/v1/failpoints"),
+    ("PUT", "/admin/v1/failpoints"),
 ]
 
 

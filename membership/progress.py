@@ -1,0 +1,46 @@
+"""Ends a role whose loop stands still, while its threads go on renewing leases as if it worked.
+
+The timer is the interpreter's own (`faulthandler`) and needs no lock of it: a loop that hangs in native code is ended
+too, and where it hung stands in the role's log. Only a role's own process asks for it; elsewhere `beat` does nothing.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+LIMIT_S = 30.0  # far beyond any turn of a loop: a full queue, a store that does not answer, a busy machine
+BEAT_S = 1.0  # more often it would only cost
+
+_limit_s = 0.0  # 0: nobody asked for it
+_next = 0.0
+
+
+def require(limit_s: float = LIMIT_S) -> None:
+    """From now on, a loop of this process that stands still for so long ends the process."""
+    global _limit_s
+    _limit_s = limit_s
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """For the length of the block `beat` must be called again and again. One loop per process."""
+    global _next
+    _next = 0.0
+    beat()
+    try:
+        yield
+    finally:
+        if _limit_s:
+            faulthandler.cancel_dump_traceback_later()
+
+
+def beat() -> None:
+    """The loop goes on."""
+    global _next
+    if _limit_s and (now := time.monotonic()) >= _next:
+        _next = now + min(BEAT_S, _limit_s / 2)
+        faulthandler.dump_traceback_later(_limit_s, exit=True, file=sys.__stderr__ or sys.stderr)

@@ -1,0 +1,35 @@
+"""A sample of the failpoint matrix; all of it is `elastic-chaos failpoint-matrix`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from chaos.cluster import ServedCluster
+from chaos.failpoint_matrix import FLAGS, every_cell, run_matrix
+from chaos.failpoint_stimuli import SMALL, STIMULI
+from membership.failpoints import POINTS
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
+
+SAMPLE = (
+    ("controller.after.committed", "kill"),
+    ("rank.step", "hang"),
+    ("rank.prepare_epoch", "raise"),
+    ("agent.before.publish", "raise"),
+    ("engine.before.status", "raise"),
+    ("gateway.before.propose", "hang"),
+)
+
+
+def test_every_point_has_a_stimulus() -> None:
+    assert STIMULI.keys() == set(POINTS)
+    assert len(every_cell()) == 3 * len(POINTS)
+
+
+def test_a_sample_of_cells(demo_model: Path, tmp_path: Path) -> None:
+    with ServedCluster(demo_model, SMALL, state_dir=tmp_path / "state", flags=FLAGS) as cluster:
+        results = run_matrix(cluster, SAMPLE)
+    assert sorted((each.point, each.action) for each in results) == sorted(SAMPLE)
+    assert [each for each in results if not each.ok] == []
