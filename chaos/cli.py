@@ -8,6 +8,7 @@ import typer
 
 from chaos.cli_endurance import churn, soak
 from chaos.cli_history import check
+from chaos.cli_planted import planted
 from chaos.cli_simulate import simulate
 from chaos.demo import demo
 
@@ -16,6 +17,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "soak": soak,
     "churn": churn,
     "simulate": simulate,
+    "planted": planted,
     "check": check,
 }
 

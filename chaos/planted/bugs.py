@@ -1,75 +1,8 @@
-"""The catalogue."""
+"""The catalogue of planted bugs: each removes one guard of the product, as somebody might who saw no use in it."""
+
 from __future__ import annotations
-import msgspec
 
-class Bug(msgspec.Struct, frozen=True, kw_only=True):
-    name: str
-    guards: str
-    file: str
-    before: str
-    after: str
-    caught_by: str = "simulate"
+from chaos.planted import bugs_membership, bugs_ranks, bugs_serving
+from chaos.planted.bug import Bug
 
-B=[]
-def b(name, file, before, after): B.append(Bug(name=name, guards="", file=file, before=before, after=after))
-c="membership/controller.py"; p="membership/planner.py"; ce="membership/census.py"; s="elastic/scheduler.py"; m="elastic/migration.py"; j="elastic/journal.py"; a="elastic/adoption.py"
-b("stale_view", c, '    compares = [Compare(key, "mod", "=", revision) for key, revision in known.items()]\n', '    compares: list[Compare] = []\n')
-b("stale_writes", c, '    compares += [Compare(key, "mod", "<", state.revision + 1) for key in writes if key not in known]\n', '')
-b("unprepared", p, "census.unprepared or census.now < census.vacated_by", "census.now < census.vacated_by")
-b("sound_members", p, "    if not staged.members or not keep <= set(staged.members) <= keep | set(census.ready):\n        return False\n", "")
-b("sound_cover", p, "    return set(staged.placement) == set(staged.ranks) and covers(census, staged.placement)", "    return True")
-b("sound_epoch", p, "staged is None or staged.epoch != census.view.epoch + 1", "staged is None")
-b("commit_unsound", p, "or census.now < census.vacated_by or not sound(census):", "or census.now < census.vacated_by:")
-b("commit_cancelled", p, "    if operation is not None and operation.cancelled:\n        return None\n", "")
-b("exits_ignored", ce, "            return True\n        return self.exited(member)", "            return True\n        return False")
-b("mask_ignored", ce, "not self.ended(member) and member.rank not in self.masked", "not self.ended(member)")
-b("mask_other_epoch", ce, "and status.token == self.state.engine_token and status.epoch == self.view.epoch", "and status.token == self.state.engine_token")
-b("mask_other_engine", ce, "status is not None and status.token == self.state.engine_token and status.epoch == self.view.epoch", "status is not None and status.epoch == self.view.epoch")
-b("agent_life", ce, "agent is None or agent.started == assignment.agent_started", "True")
-b("backoff_ignored", p, "(last is not None and (last.quarantined or census.now < last.not_before))", "(last is not None and last.quarantined)")
-b("quarantine_ignored", p, "(last is not None and (last.quarantined or census.now < last.not_before))", "(last is not None and census.now < last.not_before)")
-b("incarnation_reuse", p, "incarnation = max([state.incarnation, *(m.incarnation", "incarnation = max([0, *(m.incarnation")
-b("deadline_ignored", p, '    if _late(census, operation):\n        return f"not done by its deadline; waited for {awaited(census)}"\n', "")
-b("rollback_desired", p, "    desired = desired_without(operation, census.desired, len(census.members))\n", "    desired = census.desired\n")
-b("rollback_unstage", p, "        unstage=_stages(census, operation),\n", "")
-b("cordoned", ce, "barred, named = set(self.desired.cordoned), ", "barred, named = set[int](), ")
-b("cordoned_keep", ce, "tuple(m for m in staying if m.rank not in self.desired.cordoned)[: self.target]", "staying[: self.target]")
-b("orphans", "membership/succession.py", "        placement = repair(config.moe_layers, config.experts, old)", "        placement = old")
-b("never_done", p, "return advance(operation, Phase.DONE, now=now) if retired or late else None", "return None")
-b("drop_dead", p, "    gone = set(census.members) - set(census.alive)\n    gone |=", "    gone = set[Member]()\n    gone |=")
-b("needless", p, "        assignments=_without(census, needless),\n", "")
-b("flip_ignored", p, "if census.flipped or (census.finishing is not None and _late(census, census.finishing)):", "if True:")
-b("any_step", s, "(result.engine_token, result.epoch, result.step, result.incarnation) != expected", "(result.engine_token, result.epoch, result.incarnation) != (*expected[:2], expected[3])")
-b("any_engine", s, "(result.engine_token, result.epoch, result.step, result.incarnation) != expected", "(result.epoch, result.step, result.incarnation) != expected[1:]")
-b("any_epoch", s, "(result.engine_token, result.epoch, result.step, result.incarnation) != expected", "(result.engine_token, result.step, result.incarnation) != (expected[0], *expected[2:])")
-b("any_incarnation", s, "(result.engine_token, result.epoch, result.step, result.incarnation) != expected", "(result.engine_token, result.epoch, result.step) != expected[:3]")
-b("any_answer", s, "home is None or (result.engine_token, result.epoch, result.step, result.incarnation) != expected", "home is None")
-b("aborted_in_flight", s, "[(sequence, chunk) for sequence, chunk in in_flight if sequence.home is home]", "in_flight")
-b("requeue", s, "                self._requeue(sequence)\n                moved", "                self._forget(sequence)\n                moved")
-b("mask_returns", s, "self.masked |= gone", "self.masked = gone")
-b("set_view_incarnation", s, "if (home.rank, home.incarnation) not in stay", "if home.rank not in kept")
-b("not_ok", s, "        if result.status is not StepStatus.OK:\n            return self._set_back(home, [sequence for sequence, _ in current], result, now)\n", "")
-b("blocks_twice", "elastic/blocks.py", "        blocks.clear()\n", "")
-b("no_abort", s, "        self.abort(request.request_id)\n        if refused", "        if refused")
-b("unpaused", m, "        if move.pausing and any(other is sequence for other, _ in move.source.in_flight):\n            return\n", "")
-b("flip_first", m, "        if move.copied >= total:\n", "        if True:\n")
-b("any_copy", m, "if order is None or (order.copy, order.addressee) != (answer.copy, identity):", "if order is None or order.addressee != identity:")
-b("any_copier", m, "if order is None or (order.copy, order.addressee) != (answer.copy, identity):", "if order is None:")
-b("copy_error", m, "            if answer.error or not 0 < answer.blocks <= len(order.blocks):\n                self._staying.add(move.sequence.seq)\n                self._give_up(move)\n                return []\n", "")
-b("review_target", m, "there = move.sequence.home is move.source and homes.get(move.target.rank) is move.target", "there = move.sequence.home is move.source")
-b("review_source", m, "there = move.sequence.home is move.source and homes.get(move.target.rank) is move.target", "there = homes.get(move.target.rank) is move.target")
-b("pauses", m, "return any(move.sequence is sequence and move.pausing for move in self._moves)", "return False")
-b("leaving_admit", s, "homes = [home for home in every if home.rank not in self._migration.leaving] or every", "homes = every")
-b("journal_dup", j, "        return message.tokens[overlap - message.index :]", "        return message.tokens")
-b("journal_gap", j, "if not 0 <= message.index <= known:", "if message.index < 0:")
-b("journal_engine", j, "ours = self.engine_token != 0 and message.engine_token == self.engine_token", "ours = self.engine_token != 0")
-b("journal_ended", j, "        if reason:\n            self._end(request, RequestState.FINISHED)\n", "")
-b("adopt_lost", a, "    gone |= lost\n", "")
-b("adopt_early", a, "    missing = [member for member in view.members if of_member(member) not in gone | ready]\n", "    missing: list[Member] = []\n")
-b("adopt_absent", a, "    gone = absent(view, state) - ready\n", "    gone = set[RankId]()\n")
-b("emitted_lost", j, "            emitted=list(self.emitted),\n", "")
-b("leave_computed", "elastic/sequence.py", "self.home, self.computed, self.failures, self.stalled_since = None, 0, 0, None", "self.home, self.failures, self.stalled_since = None, 0, None")
-b("phase_table", "membership/phases.py", "        if phase not in TRANSITIONS[operation.phase]:\n            raise IllegalPhase", "        if False:\n            raise IllegalPhase")
-b("lost_first", p, "    if gone and keep and not (_stuck(census) and ready):\n        return keep", "    if False:\n        return keep")
-b("ops_two", "membership/operations.py", "    if state.active is not None:\n", "    if False and state.active is not None:\n")
-BUGS=tuple(B)
+BUGS: tuple[Bug, ...] = (*bugs_membership.BUGS, *bugs_serving.BUGS, *bugs_ranks.BUGS)

@@ -13,21 +13,24 @@ from pathlib import Path
 
 import msgspec
 
+from chaos.planted.bug import SIMULATE
 from chaos.planted.checks import CHECKS
 from chaos.planted.plant import PACKAGES
 from membership.errors import ConfigError
 
-SIMULATE = "simulate"
-
 
 class Catch(msgspec.Struct, frozen=True, kw_only=True):
-    """What came of it. `how`: the promise that broke, "" if none did. `seed`: the life in which it did."""
+    """What came of it. `how`: the promise that broke, "" if none did. `seed`: the life in which it did.
+
+    Not `sure`: the catcher itself did not come to its end, so that nothing is known; `how` says why.
+    """
 
     how: str = ""
     lives: int = 0
     seed: int = 0
     seconds: float = 0.0
-    events: int = 0  # things that have to happen for it, once the minimiser is through; 0: not known
+    events: int = 0  # in the shortest schedule that shows it; 0: not known
+    sure: bool = True
 
 
 def main(tree: str, catcher: str, first: str, lives: str) -> None:

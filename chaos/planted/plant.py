@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from chaos.planted.bugs import Bug
+from chaos.planted.bug import Bug
 from membership.errors import ConfigError
 
 PACKAGES = ("membership", "workers", "elastic", "chaos")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from chaos.planted.checks import decisions, exchange, files, membership, queues, silence, streams
+from chaos.planted.checks import decisions, exchange, files, membership, queues, silence, steps, streams
 
 CHECKS: dict[str, Callable[[], None]] = {
     check.__name__: check
@@ -16,7 +16,7 @@ CHECKS: dict[str, Callable[[], None]] = {
         membership.leases, membership.fence, membership.elections, membership.proposals, membership.mirrors,
         membership.replaced_store, files.records, files.kv_copies,
         decisions.pauses_of_the_machine, decisions.crash_loop, silence.silent_ranks,
-        streams.journal, streams.draws, streams.late_answers,
+        streams.journal, streams.draws, streams.late_answers, steps.steps,
         exchange.rows, exchange.torn_requests, exchange.strangers, queues.older_engines, queues.evicted,
     )
 }  # fmt: skip

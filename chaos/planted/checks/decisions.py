@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from chaos.simulation.world import require
+from chaos.planted.checks.promise import require
 from workers.agent_state import Heartbeat, hung, observe
 from workers.restart import RestartPolicy, judge
 from workers.watchdog import Look, Watchdog

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from chaos.simulation.world import require
+from chaos.planted.checks.promise import require
 from membership.errors import CoverageLost, ElasticError
 from membership.types import Member, Placement, View
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from chaos.simulation.world import require
+from chaos.planted.checks.promise import require
 from membership.codec import decode, encode
 from membership.errors import RankError, SchemaError
 from membership.types import Desired

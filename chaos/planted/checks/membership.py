@@ -9,7 +9,8 @@ from random import Random
 from typing import cast
 
 from chaos.planted.checks.between import Between, Slow
-from chaos.simulation.world import World, require
+from chaos.planted.checks.promise import require
+from chaos.simulation.world import World
 from membership.codec import encode
 from membership.controller import run_controller
 from membership.election import Election

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any, cast
 
-from chaos.simulation.world import require
+from chaos.planted.checks.promise import require
 from workers.messages import EngineMessage, SampledToken, SeqChunk, StepBatch, StepResult, StepStatus, reader_id
 from workers.worker_base import Worker
 

@@ -9,7 +9,7 @@ import sys
 import time
 from threading import Event
 
-from chaos.simulation.world import require
+from chaos.planted.checks.promise import require
 from workers.procstat import threads
 from workers.watchdog import TICK_S, Look, Watchdog
 
