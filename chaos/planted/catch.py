@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -17,6 +19,9 @@ from chaos.planted.bug import SIMULATE
 from chaos.planted.checks import CHECKS
 from chaos.planted.plant import PACKAGES
 from membership.errors import ConfigError
+
+MINIMISER = "chaos.simulation.minimise"
+SHRINK_S = 15.0
 
 
 class Catch(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,12 +55,21 @@ def _simulate(first: int, lives: int) -> Catch:
     began = time.monotonic()
     for done, seed in enumerate(range(first, first + lives), start=1):
         try:
-            how = live(seed).violation
+            life = live(seed)
         except Exception as error:  # noqa: BLE001 - the planted bug may raise whatever it likes
             how = f"{type(error).__name__}: {error}"
-        if how:
             return Catch(how=how, lives=done, seed=seed, seconds=time.monotonic() - began)
+        if life.violation:
+            took_s = time.monotonic() - began
+            return Catch(how=life.violation, lives=done, seed=seed, seconds=took_s, events=_events(life))
     return Catch(lives=lives, seconds=time.monotonic() - began)
+
+
+def _events(life: Any) -> int:
+    """How many things have to happen for what broke in this life."""
+    if find_spec(MINIMISER) is None:
+        return 0
+    return len(importlib.import_module(MINIMISER).minimise(life, SHRINK_S).happenings)
 
 
 def _check(name: str) -> Catch:

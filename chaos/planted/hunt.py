@@ -1,4 +1,4 @@
-"""The hunt: each planted bug until it is caught or the budget of lives is spent; and the product as it is, which passes.
+"""The hunt for each planted bug, until it is caught or the lives are spent; and the product as it is, which must pass.
 
 Without that control a catch would mean nothing: a suite that fails anyway catches everything.
 """

@@ -23,17 +23,17 @@ def broken(before: ClusterState, after: ClusterState, now: float) -> Iterator[st
         if last is not None and now < last.not_before:
             yield f"rank {spec.rank} is started {last.not_before - now:.3f} s before its slot may be filled again"
     view, staged = after.view, after.next
-    if before.paused(now) and before.next is None and view is not None and staged is not None:
-        if set(staged.members) == set(view.members):
-            yield f"epoch {staged.epoch} rebalances during a pause"
+    rebalances = view is not None and staged is not None and set(staged.members) == set(view.members)
+    if before.paused(now) and before.next is None and rebalances:
+        yield f"a rebalance is staged during a pause: {staged}"
 
 
 def _of_phase(was: Operation, operation: Operation, after: ClusterState) -> Iterator[str]:
     if was.cancelled and operation.phase in FORWARD and was.phase not in FORWARD:
         yield f"operation {operation.id} was cancelled, and is {operation.phase}"
-    if operation.phase is Phase.ABORTED and operation.previous and after.desired is not None:
-        if after.desired.ranks != operation.previous:
-            yield f"operation {operation.id} was rolled back, and {after.desired.ranks} ranks are wanted"
+    wanted = after.desired.ranks if after.desired is not None else 0
+    if operation.phase is Phase.ABORTED and operation.previous not in (0, wanted):
+        yield f"operation {operation.id} was rolled back, and {wanted} ranks are wanted, not {operation.previous}"
 
 
 def idle(state: ClusterState, now: float) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Three ranks exchange rows in one process, each with a thread: whoever is lost on the way, the sums are the same bits."""
+"""Three ranks exchange rows in one process, a thread each: whoever is lost on the way, the sums are the same bits."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class _Experts:
         import torch
 
         self.computed += len(rows)
-        parts = zip(experts, rows.split(list(sizes)), strict=True)
+        parts = zip(experts, torch.split_with_sizes(rows, list(sizes)), strict=True)
         return torch.cat([(part * (1.0 + 0.37 * e)).tanh() * 3.7**e for e, part in parts])
 
 
@@ -157,7 +157,7 @@ def rows() -> None:
 
 
 def strangers() -> None:
-    """Who means another incarnation of a rank, or is an older one itself, is not linked: it would be a zombie's link."""
+    """Who means another incarnation of a rank, or is an older one itself, is not linked: one of them is a zombie."""
     from workers.doorbell import Doorbell
     from workers.exchange.links import Links
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any, cast
+from typing import cast
 
 from chaos.planted.checks.promise import require
 from workers.messages import EngineMessage, SampledToken, SeqChunk, StepBatch, StepResult, StepStatus, reader_id
@@ -47,7 +47,7 @@ def older_engines() -> None:
         ends.callback(bell.close)
         port = EnginePort(KEY, cast(Worker, worker), bell, lambda: None)
         ends.callback(port.close)
-        steps: MessageQueue[Any] = MessageQueue("check-steps", MsgpackCodec(EngineMessage))
+        steps = MessageQueue("check-steps", MsgpackCodec(EngineMessage))
         ends.callback(steps.shutdown)
         handle = steps.export_handle().encode()
         port.attach(20, handle, b"")

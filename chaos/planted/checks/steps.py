@@ -10,9 +10,9 @@ from collections import deque
 from collections.abc import Iterable
 from random import Random
 
+from chaos.planted.checks.promise import require
 from chaos.planted.checks.serving import SERVED
 from chaos.simulation.ranks import Ranks, oracle, reply
-from chaos.planted.checks.promise import require
 from elastic.journal import Journal, Request
 from elastic.protocol import Rejected
 from elastic.scheduler import Output, Scheduler

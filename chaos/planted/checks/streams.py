@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from random import Random
 
+from chaos.planted.checks.promise import require
 from chaos.planted.checks.serving import SERVED
 from chaos.simulation.ranks import Ranks, oracle
-from chaos.planted.checks.promise import require
 from elastic.journal import Journal, Request
 from elastic.protocol import Rejected, Submit, Tokens
 from elastic.scheduler import Output, Scheduler
