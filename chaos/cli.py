@@ -12,6 +12,7 @@ from chaos.cli_faults import faults, role_matrix
 from chaos.cli_history import check
 from chaos.cli_report import report
 from chaos.cli_run import run, scenarios
+from chaos.cli_planted import planted
 from chaos.cli_simulate import simulate
 from chaos.cli_suite import suite
 from chaos.demo import demo
@@ -24,6 +25,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "soak": soak,
     "churn": churn,
     "simulate": simulate,
+    "planted": planted,
     "check": check,
     "faults": faults,
     "failpoints": failpoints,

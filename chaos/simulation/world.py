@@ -7,12 +7,13 @@ evicted is back.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from random import Random
 
 from msgspec.structs import replace
 
+from chaos.simulation import promises
 from membership.codec import encode
 from membership.controller import transaction
 from membership.errors import ElasticError
@@ -226,8 +227,10 @@ class World:
     def controller_acts(self, state: ClusterState | None = None, token: int = 0) -> bool:
         """The controller that holds (or held) `token` looks at `state` and does one thing. True: it took effect."""
         state = state or self.state
-        acted = False
-        for effect in reconcile(state, self.now):
+        acted, effects = False, reconcile(state, self.now)
+        if not effects and state.revision == self.state.revision:
+            self._keep(promises.idle(state, self.now))
+        for effect in effects:
             compares, ops = transaction(effect, state, self.keys)
             fence = Compare(self.keys.leader, "create", "=", token or self.token)
             before = self.state
@@ -264,6 +267,7 @@ class World:
         require(len(active) <= 1, f"two operations at once: {active}")
         placed = [(s.rank, s.incarnation) for a in after.assignments.values() for s in a.ranks]
         require(len({rank for rank, _ in placed}) == len(placed), f"two incarnations of a slot: {placed}")
+        self._keep(promises.broken(before, after, self.now))
         view = after.view
         if view is None or view == before.view:
             return
@@ -278,6 +282,11 @@ class World:
             prepared = record is not None and record.prepared_revision == before.next_revision
             require(prepared, f"{member} is committed, and has not prepared, or is dead")
             require((member.rank, member.incarnation) not in self.evicted, f"{member} is back")
+
+    @staticmethod
+    def _keep(broken: Iterable[str]) -> None:
+        for promise in broken:
+            raise Violation(promise)
 
     @staticmethod
     def _left(state: ClusterState) -> set[Rank]:
@@ -297,6 +306,7 @@ class World:
         require(assigned == members, f"{assigned} are assigned, {members} serve")
         require(set(state.ranks) == members, f"{set(state.ranks)} have records, {members} serve")
         require(state.active is None, f"{state.active} goes on")
+        self._keep(promises.settled(state))
         full = coverage(state.view.placement if state.view else {}, serving, self.config.experts)
         require(full.min_live_replicas == min(2, count), f"{full.min_live_replicas} replicas among {count} ranks")
 

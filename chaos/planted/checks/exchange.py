@@ -1,0 +1,236 @@
+"""Three ranks exchange rows in one process, a thread each: whoever is lost on the way, the sums are the same bits."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+from chaos.planted.checks.promise import require
+from membership.errors import CoverageLost, ElasticError
+from membership.types import Member, Placement, View
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from workers.exchange.wire import Lane
+
+EXPERTS = 4
+WITHIN_S = 5.0
+PLACEMENT: Placement = {0: ((0, 1),), 1: ((2, 3),), 2: ((1, 2),)}  # expert 3: on rank 1 alone
+REPLICATED: Placement = {0: ((0, 1),), 1: ((2, 3),), 2: ((0, 2, 3),)}
+
+
+class _Experts:
+    """Cheap experts that are no linear maps: a row summed in another order or by another expert shows in the bits."""
+
+    def __init__(self, held: Sequence[int]) -> None:
+        self.held = set(held)
+        self.computed = 0
+
+    def holds(self, layer: int, expert: int) -> bool:
+        return expert in self.held
+
+    def padded(self, rows: int) -> int:
+        return rows
+
+    def compute_many(self, layer: int, experts: Sequence[int], sizes: Sequence[int], rows: Tensor) -> Tensor:
+        import torch
+
+        self.computed += len(rows)
+        parts = zip(experts, torch.split_with_sizes(rows, list(sizes)), strict=True)
+        return torch.cat([(part * (1.0 + 0.37 * e)).tanh() * 3.7**e for e, part in parts])
+
+
+class _Rank:
+    """One rank. Its thread answers its peers, unless it hangs."""
+
+    def __init__(self, rank: int, placement: Placement) -> None:
+        from workers.doorbell import Doorbell
+        from workers.exchange.shm import ShmExchange
+
+        self.bank = _Experts(placement[rank][0])
+        self.bell, self.masked, self._stop = Doorbell(), 0, threading.Event()
+        self.key = (rank, rank + 1)
+        self.exchange = ShmExchange(
+            rank, rank + 1, self.bank, self.bell, lambda: self.masked, answer_timeout_s=2 * WITHIN_S, area=1 << 20
+        )
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+
+    def answer(self) -> None:
+        """Begin to answer peers."""
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while not self._stop.is_set():
+            self.bell.wait(self.exchange.pending, 0.05)
+            self.exchange.serve()
+
+    def end(self) -> None:
+        """As when its process ends: its peers' links break."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(WITHIN_S)
+        self.exchange.close()
+
+
+@contextmanager
+def _ranks(placement: Placement, *, hanging: int = -1) -> Iterator[list[_Rank]]:
+    """Three ranks that are linked; all but the first, which asks, and the one that hangs, answer."""
+    from workers.exchange.base import StepContext
+
+    ranks = [_Rank(rank, placement) for rank in sorted(placement)]
+    with ExitStack() as ends:
+        for rank in ranks:
+            ends.callback(rank.end)
+        handles = {rank.key[0]: (rank.key[1], rank.exchange.handle()) for rank in ranks}
+        for rank in reversed(ranks):  # the newer dials
+            older = {r: peer for r, peer in handles.items() if r < rank.key[0]}
+            rank.exchange.connect(older, WITHIN_S)
+        ranks[0].exchange.connect(handles, WITHIN_S)
+        members = tuple(Member(rank=rank.key[0], node="a", incarnation=rank.key[1]) for rank in ranks)
+        ranks[0].exchange.begin_step(StepContext(View(epoch=1, members=members, placement=placement), 7, 1, 0))
+        for rank in ranks[1:]:
+            if rank.key[0] != hanging:
+                rank.answer()
+        yield ranks
+
+
+def _rows() -> tuple[Tensor, Tensor, Tensor]:
+    """(hidden, ids, weights): the last row wants expert 3 too."""
+    import torch
+
+    g = torch.Generator().manual_seed(5)
+    ids = torch.tensor([[2, 0, 1], [1, 2, 0], [0, 1, 2], [3, 0, 2]])
+    return torch.randn(4, 16, generator=g), ids, torch.rand(4, 3, generator=g)
+
+
+def _right(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """What one rank that holds everything computes."""
+    from workers.exchange.local import LocalExchange
+
+    return LocalExchange(_Experts(range(EXPERTS))).dispatch_combine(0, hidden, *_sorted(ids, weights))
+
+
+def _sorted(ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """In an order that the product has no say in."""
+    order = [sorted(range(ids.shape[1]), key=row.__getitem__) for row in ids.tolist()]
+    return ids.gather(1, ids.new_tensor(order)), weights.gather(1, ids.new_tensor(order))
+
+
+def rows() -> None:
+    """All alive; one masked; one that stops answering and then dies; the only holder of an expert dead."""
+    import torch
+
+    hidden, ids, weights = _rows()
+    right = _right(hidden, ids, weights)
+
+    def same(asker: _Rank, what: str) -> None:
+        began = time.monotonic()
+        got = asker.exchange.dispatch_combine(0, hidden, ids, weights)
+        require(torch.equal(got, right), f"the sums differ {what}")
+        require(time.monotonic() - began < WITHIN_S, f"{time.monotonic() - began:.1f} s {what}")
+
+    with _ranks(PLACEMENT) as ranks:
+        same(ranks[0], "with all ranks alive")
+        ranks[1].end()
+        try:
+            ranks[0].exchange.dispatch_combine(0, hidden, ids, weights)
+        except CoverageLost as lost:
+            require("3" in str(lost), f"it is not said what is lost: {lost}")
+        else:
+            require(False, "an answer was computed without an expert")
+    with _ranks(REPLICATED) as ranks:
+        ranks[0].masked = 1 << 2
+        same(ranks[0], "with a rank masked")
+        require(not ranks[2].bank.computed, "a masked rank was asked")
+    with _ranks(REPLICATED, hanging=2) as ranks:
+        dies = threading.Timer(0.3, ranks[2].end)
+        dies.start()
+        try:
+            same(ranks[0], "after a rank died that had been asked")
+        finally:
+            dies.join(WITHIN_S)
+
+
+def strangers() -> None:
+    """Who means another incarnation of a rank, or is an older one itself, is not linked: one of them is a zombie."""
+    from workers.doorbell import Doorbell
+    from workers.exchange.links import Links
+
+    with ExitStack() as ends:
+
+        def links(rank: int, incarnation: int) -> Links:
+            bell = Doorbell()
+            made = Links(rank, incarnation, bell, 1 << 16)
+            ends.callback(bell.close)
+            ends.callback(made.close)
+            return made
+
+        here, newer, older = links(0, 5), links(1, 9), links(1, 8)
+        newer.connect({0: (5, here.handle())}, WITHIN_S)
+        for dialler, means in ((older, 5), (links(2, 7), 4)):
+            try:
+                dialler.connect({0: (means, here.handle())}, 0.5)
+            except ElasticError as refused:
+                require(str(refused), "a refusal without a reason")
+            else:
+                require(False, f"a link was made with incarnation {means} of a rank that is 5, or from an older one")
+        require(here.of(1, 9) is not None, "the newest incarnation's link is gone")
+
+
+def torn_requests() -> None:
+    """A rank puts one request after another into a lane while its peer reads: each is seen whole, or not at all."""
+    from workers.exchange.wire import Lane, lane_bytes
+    from workers.segment import Segment
+
+    before = sys.getswitchinterval()
+    stop = threading.Event()
+    with Segment.create(lane_bytes(1 << 16), "elastic-ep-check-lane") as segment:
+        writer, reader = Lane(segment), Lane(Segment.attach(segment.fileno()))
+        asking = threading.Thread(target=_ask, args=(writer, stop), daemon=True)
+        sys.setswitchinterval(1e-6)
+        try:
+            asking.start()
+            seen = _read(reader)
+        finally:
+            stop.set()
+            asking.join(WITHIN_S)
+            sys.setswitchinterval(before)
+            reader.close()
+            writer.close()
+    require(seen > 50, f"only {seen} requests were seen")
+
+
+def _ask(lane: Lane, stop: threading.Event) -> None:
+    """Requests in which everything is the request's number: 1 to 9 experts, rows and pairs."""
+    import numpy as np
+
+    from workers.exchange.router import Parcel
+    from workers.exchange.wire import Tag
+
+    number = 0
+    while not stop.is_set():
+        number += 1
+        size = 1 + number % 9
+        pairs = np.arange(size)
+        parcel = Parcel(1, pairs, pairs, pairs, [size] * size, [size] * size)
+        content = np.full((size, 8), size, dtype=np.int32)
+        lane.ask(Tag(number, 1, 7, number, 0, 0), 3, parcel, content, 0)
+
+
+def _read(lane: Lane) -> int:
+    """Look for two seconds; how many different requests were seen."""
+    seen, until = set[int](), time.monotonic() + 2.0
+    while time.monotonic() < until:
+        number = lane.asked()
+        request = lane.request(number, 3) if number else None
+        if request is not None:
+            size = 1 + request.tag.sequence % 9
+            whole = request.experts == request.counts == [size] * size and len(request.row_of) == size
+            require(whole, f"request {request.tag.sequence} was seen torn: {request.experts}, {request.counts}")
+            seen.add(request.tag.sequence)
+    return len(seen)

@@ -1,0 +1,119 @@
+"""The hunt for each planted bug, until it is caught or the lives are spent; and the product as it is, which must pass.
+
+Without that control a catch would mean nothing: a suite that fails anyway catches everything.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from statistics import median
+
+import msgspec
+
+from chaos.planted.bug import SIMULATE, Bug
+from chaos.planted.catch import Catch
+from chaos.planted.plant import planted
+
+FIRST = 1  # seed of the first life: a bug is caught in the same life each time
+LIVES = 120  # in which a planted bug must show
+SHARE = 30  # lives of the control in one process
+LIMIT_S = 240.0  # for one catcher
+SAID = 300  # characters of what broke
+
+
+class Hunted(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of one bug. `how`: what broke; or, if it was not caught, why it is not known whether it would be."""
+
+    bug: str
+    guards: str
+    caught_by: str
+    caught: bool
+    how: str = ""
+    seed: int = 0
+    lives: int = 0
+    seconds: float = 0.0
+    events: int = 0  # in the shortest schedule that shows it; 0: not known
+
+
+class HuntReceipt(msgspec.Struct, frozen=True, kw_only=True):
+    """`control` says what broke though nothing was planted; then no catch means anything."""
+
+    ok: bool
+    planted: int
+    caught: int
+    lives: int  # the budget
+    control: tuple[str, ...] = ()
+    median_events: float = 0.0
+    seconds: float
+    bugs: tuple[Hunted, ...] = ()
+
+
+def hunt(
+    bugs: Sequence[Bug], jobs: int, tell: Callable[[Hunted], None] = lambda found: None, lives: int = LIVES
+) -> HuntReceipt:
+    """Hunt for all of them in `jobs` processes; `tell` hears of each."""
+    began = time.monotonic()
+    with ThreadPoolExecutor(jobs) as pool:
+        checks = sorted({bug.caught_by for bug in bugs} - {SIMULATE})
+        shares = [(SIMULATE, FIRST + done, min(SHARE, lives - done)) for done in range(0, lives, SHARE)]
+        wanted = [*(shares if any(bug.caught_by == SIMULATE for bug in bugs) else ()), *((c, 0, 0) for c in checks)]
+        controls = [pool.submit(_catch, None, *each) for each in wanted]
+        hunts = [pool.submit(_hunt, bug, lives, tell) for bug in bugs]
+        control = tuple(f"{name}: {how}" for (name, *_), done in zip(wanted, controls, strict=True)
+                        if (how := done.result(timeout=LIMIT_S * len(wanted)).how))  # fmt: skip
+        found = tuple(each.result(timeout=LIMIT_S * len(bugs)) for each in hunts)
+    caught = sum(each.caught for each in found)
+    return HuntReceipt(
+        ok=caught == len(bugs) and not control,
+        planted=len(bugs),
+        caught=caught,
+        lives=lives,
+        control=control,
+        median_events=_median(each.events for each in found),
+        seconds=round(time.monotonic() - began, 1),
+        bugs=found,
+    )
+
+
+def _median(events: Iterable[int]) -> float:
+    known = [number for number in events if number]
+    return float(median(known)) if known else 0.0
+
+
+def _hunt(bug: Bug, lives: int, tell: Callable[[Hunted], None]) -> Hunted:
+    catch = _catch(bug, bug.caught_by, FIRST, lives)
+    found = Hunted(
+        bug=bug.name,
+        guards=bug.guards,
+        caught_by=bug.caught_by,
+        caught=bool(catch.how) and catch.sure,
+        how=catch.how[:SAID],
+        seed=catch.seed,
+        lives=catch.lives,
+        seconds=round(catch.seconds, 2),
+        events=catch.events,
+    )
+    tell(found)
+    return found
+
+
+def _catch(bug: Bug | None, catcher: str, first: int, lives: int) -> Catch:
+    """Try to catch it in a process of its own, which finds the planted tree first."""
+    with planted(bug) as tree:
+        program = [sys.executable, "-m", "chaos.planted.catch", str(tree), catcher, str(first), str(lives)]
+        environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+        try:
+            ended = subprocess.run(
+                program, cwd=tree, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return Catch(how=f"{catcher} did not end within {LIMIT_S:g} s", sure=False, seconds=LIMIT_S)
+        if ended.returncode:
+            last = (ended.stderr.strip().splitlines() or ["it said nothing"])[-1]
+            return Catch(how=f"{catcher} ended with status {ended.returncode}: {last}", sure=False)
+        return msgspec.json.decode(ended.stdout.splitlines()[-1], type=Catch)
