@@ -101,10 +101,15 @@ class Oom(OnProcess):
 
     def _deal(self, hold: Hold) -> str:
         parent = delegated() if self._how in ("auto", "cgroup") else None
-        if parent is not None:
-            return self._by_kernel(hold, parent)
-        if self._how == "cgroup":
+        if parent is None and self._how == "cgroup":
             raise NotInjected("no memory cgroup was delegated to us", hint=f"name one in {ENV}")
+        if parent is not None:
+            try:
+                return self._by_kernel(hold, parent)
+            except NotInjected:  # it wanted no memory
+                if self._how == "cgroup":
+                    raise
+                self._heal(hold)
         return self._by_limit(hold)
 
     def _by_kernel(self, hold: Hold, parent: Path) -> str:
