@@ -138,7 +138,7 @@ def _finish(
     limits: Limits | None = None, confirm: Callable[[str], bool] = lambda deed: True,
 ) -> None:  # fmt: skip
     """Play, judge, print; exit 1 if a promise broke."""
-    with keeping(stage, played) as keeper:
+    with keeping(stage, played, recorded=record is not None) as keeper:
         Player(played, stage, keeper, tell=tell, stop=stop, limits=limits, confirm=confirm).play()
         outcome = receipt(played)
         keeper.verified("G3", not outcome.lost + outcome.duplicated + outcome.altered, _counts(outcome))
