@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -80,6 +80,7 @@ def run(
     output: OutputFlag = Output.TEXT,
 ) -> None:
     """Play a scenario under load and judge what clients saw. Exit 1 if a promise broke. Ctrl-C takes faults back."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing is left behind
     with reported():
         wanted = find(scenario)
         played = Played(wanted, wanted.seed if seed is None else seed)
@@ -104,9 +105,9 @@ def _play_own(played: Played, model: Path | None, dry_run: bool, record: Path | 
         _show(rehearsal, output)
     _require_accepted(rehearsal)
     tell(f"{scenario.name}, seed {played.seed}: {scenario.about}")
-    with interruptible() as stop, bed(scenario, model) as cluster:
+    with bed(scenario, model) as cluster:
         cluster.wait_serving(ranks, tell=tell)
-        _finish(played, LocalStage(cluster), tell, stop, record, output)
+        _finish(played, LocalStage(cluster), tell, record, output)
 
 
 def _play_there(
@@ -128,17 +129,17 @@ def _play_there(
     def confirm(deed: str) -> bool:
         return yes or typer.confirm(f"{deed} on {stage.url}?", err=True)
 
-    with interruptible() as stop:
-        tell(f"{played.scenario.name}, seed {played.seed}: {played.scenario.about}")
-        _finish(played, stage, tell, stop, record, output, limits, confirm)
+    tell(f"{played.scenario.name}, seed {played.seed}: {played.scenario.about}")
+    _finish(played, stage, tell, record, output, limits, confirm)
 
 
 def _finish(
-    played: Played, stage: Stage, tell: Tell, stop: threading.Event, record: Path | None, output: Output,
+    played: Played, stage: Stage, tell: Tell, record: Path | None, output: Output,
     limits: Limits | None = None, confirm: Callable[[str], bool] = lambda deed: True,
 ) -> None:  # fmt: skip
     """Play, judge, print; exit 1 if a promise broke."""
-    with keeping(stage, played) as keeper:
+    asked = interruptible(signal.SIGINT, signal.SIGTERM)
+    with asked as stop, keeping(stage, played, recorded=record is not None) as keeper:
         Player(played, stage, keeper, tell=tell, stop=stop, limits=limits, confirm=confirm).play()
         outcome = receipt(played)
         keeper.verified("G3", not outcome.lost + outcome.duplicated + outcome.altered, _counts(outcome))

@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from chaos.cluster import ServedCluster
+from chaos.cluster import Cluster
 from chaos.history import RequestRecord
 from chaos.inject.base import Injected
 from chaos.record import Answered, AnyLine, Changed, Dealt, Expected, Gap, Happened, Header, Read, Verified, write
@@ -169,7 +169,7 @@ class Recorder:
         self.unread = 0  # reads that the store did not answer
 
     @classmethod
-    def of(cls, cluster: ServedCluster, *, what: str, seed: int, replay: str = "", **options: Any) -> Recorder:
+    def of(cls, cluster: Cluster, *, what: str, seed: int, replay: str = "", **options: Any) -> Recorder:
         """The recorder of a cluster that serves (it must have been asked for its state once: `wait_serving`)."""
         state, address = cluster.client().state(), cluster.state.address()
         header = Header(

@@ -100,15 +100,16 @@ def reported() -> Iterator[None]:
 
 
 @contextmanager
-def interruptible() -> Iterator[threading.Event]:
-    """A stop event that Ctrl-C sets, for the length of a block."""
+def interruptible(*numbers: signal.Signals) -> Iterator[threading.Event]:
+    """A stop event that Ctrl-C (or these signals) sets, for the length of a block."""
     stop = threading.Event()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         stop.set()
 
-    before = signal.signal(signal.SIGINT, on_signal)
+    before = {number: signal.signal(number, on_signal) for number in numbers or (signal.SIGINT,)}
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

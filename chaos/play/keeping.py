@@ -1,4 +1,4 @@
-"""Who keeps what a run has seen, for the record. `Notebook` takes what it is told; the recorder also asks the store."""
+"""Who keeps what a run has seen: the recorder, which also asks the store, or a notebook, where that is out of reach."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Protocol
 
 from chaos.history import RequestRecord
 from chaos.inject.base import Injected
-from chaos.play.stage import Stage
+from chaos.play.stage import LocalStage, Stage
 from chaos.play.verdict import Played
 from chaos.record import Answered, AnyLine, Dealt, Expected, Happened, Header, Verified, write
+from chaos.recorder import Recorder
 from membership.events import Event
 
 
@@ -71,11 +72,16 @@ class Notebook:
 
 
 @contextmanager
-def keeping(stage: Stage, played: Played) -> Iterator[Keeper]:
-    """Keep what the run on this stage sees, with the cluster's own history."""
+def keeping(stage: Stage, played: Played, *, recorded: bool) -> Iterator[Keeper]:
+    """Keep what the run sees; if it is to be recorded, also what the store says, where it can be asked."""
+    what = f"scenario {played.scenario.name}"
+    if recorded and isinstance(stage, LocalStage):
+        with Recorder.of(stage.cluster, what=what, seed=played.seed, replay=played.replay) as recorder:
+            yield recorder
+        return
     now, status = time.time(), stage.client.status()
     header = Header(
-        what=f"scenario {played.scenario.name}", seed=played.seed, replay=played.replay, cluster=status["cluster"],
+        what=what, seed=played.seed, replay=played.replay, cluster=status["cluster"],
         started=now, wall=now - time.monotonic(), ranks=status["desired"],
     )  # fmt: skip
     notebook = Notebook(header)

@@ -39,7 +39,7 @@ def test_on_a_cluster_of_its_own(demo_model: Path, tmp_path: Path) -> None:
     lines = [json.loads(line)["line"] for line in record.read_text().splitlines()]
     assert lines[0] == "header"
     assert lines.count("dealt") == 4
-    assert {"expected", "answered", "happened", "verified"} <= set(lines)
+    assert {"expected", "answered", "changed", "read", "happened", "verified"} <= set(lines)
 
 
 def test_on_a_running_deployment(serve: Serve, demo_model: Path) -> None:

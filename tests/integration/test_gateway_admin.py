@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,8 @@ def test_status(gateway: RunningGateway) -> None:
 
 
 def test_view(gateway: RunningGateway) -> None:
-    view = AdminClient(gateway.admin_url, TOKEN).view()
+    with closing(AdminClient(gateway.admin_url, TOKEN)) as client:
+        view = client.view()
     assert (view.epoch, view.ranks) == (1, (0, 1))
     assert view.placement == {0: ((0, 1, 2, 3),), 1: ((0, 1, 2, 3),)}
 

@@ -13,7 +13,14 @@ from elastic.cli import app
 pytestmark = pytest.mark.unit
 
 ROOT = Path(__file__).parents[2]
-DOCS = ("README.md", "CONTRIBUTING.md", "docs/ARCHITECTURE.md", "docs/GUARANTEES.md", "docs/OPERATIONS.md")
+DOCS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/ARCHITECTURE.md",
+    "docs/GUARANTEES.md",
+    "docs/OPERATIONS.md",
+    "docs/SCENARIOS.md",
+)
 OTHER_PACKAGES = {"demo"}  # commands that join by entry point
 
 

@@ -141,3 +141,8 @@ def test_the_same_seed_chooses_the_same_victims() -> None:
     for turn in range(3):
         one, two = (first.steps[4 * turn + at].victims for at in (0, 2))
         assert one != two
+
+
+def test_the_example_in_the_docs_is_a_scenario() -> None:
+    (example,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/SCENARIOS.md").read_text(), re.DOTALL)
+    assert parse(example, "docs").steps == find("kill-during-recovery").steps
