@@ -1,4 +1,4 @@
-"""The recorder on a store that changes, goes away and forgets: what it writes down is whole, or says what is missing."""
+"""The recorder on a store that changes, goes away and forgets: what it writes is whole, or says what is missing."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_what_happens_is_told_whole_and_read_rightly(
             store.put(keys.next, encode(View(epoch=epoch)))
             store.txn((), [Put(keys.view, encode(View(epoch=epoch))), Delete(keys.next)])
             if epoch % 10 == 0:
-                eventually(lambda: sum(isinstance(line, Read) for line in recorder.lines()) > epoch, T, "reads")
+                wait_reads(recorder, more_than=epoch)
         store.put(keys.heartbeats("a"), b"no record")
         fault = Injected(fault="kill", victim="etcd", at=1.0, seen_at=1.0, proof="none")
         recorder.dealt(fault)
@@ -75,17 +75,14 @@ def test_an_outage_is_outlived_and_a_compaction_leaves_a_gap_that_is_told(etcd: 
     with recorder_of(store, "x", etcd) as recorder:
         for compacted in (False, True):
             store.outage = True
-            unread = recorder.unread
-            eventually(lambda: recorder.unread > unread, T, "a read that is not answered")
+            wait_unread(recorder, more_than=recorder.unread)
             with store._changed:  # nobody may look in between
                 store.outage = False
                 for epoch in (2, 3):
                     store.put(keys.view, encode(View(epoch=epoch)))
                 if compacted:
                     store.compact(store.put(keys.view, encode(View(epoch=4))))
-            eventually(
-                lambda: Evidence(recorder.lines()).told[-1].at and told(recorder) == store_says(store), T, "it all"
-            )
+            eventually(lambda: told(recorder) == store.range("")[0], T, "all to be told")
     found = rows(recorder)
     assert found["watch"].verdict == "held"
     assert found["watch"].figures == {"gaps": 1}
@@ -97,9 +94,14 @@ def told(recorder: Recorder) -> int:
     return max(line.revision for line in recorder.lines() if isinstance(line, Changed))
 
 
-def store_says(store: MemoryStore) -> int:
-    """The latest revision there is."""
-    return store.range("")[0]
+def wait_reads(recorder: Recorder, more_than: int) -> None:
+    """Until so many were answered."""
+    eventually(lambda: sum(isinstance(line, Read) for line in recorder.lines()) > more_than, T, "reads")
+
+
+def wait_unread(recorder: Recorder, more_than: int) -> None:
+    """Until so many were not."""
+    eventually(lambda: recorder.unread > more_than, T, "a read that is not answered")
 
 
 def test_a_store_that_ends_leaves_a_gap_at_the_end(etcd: EtcdServer) -> None:
@@ -114,6 +116,9 @@ def test_a_store_that_ends_leaves_a_gap_at_the_end(etcd: EtcdServer) -> None:
 
 def test_what_cannot_be_read_is_raised_when_the_run_ends(etcd: EtcdServer) -> None:
     store = MemoryStore()
-    with pytest.raises(SchemaError, match="view cannot be read"), recorder_of(store, "x", etcd) as recorder:
-        store.put(Keys("x").view, b"no record")
-        eventually(lambda: recorder._failure, T, "the watch to find it")
+    recorder = recorder_of(store, "x", etcd)
+    recorder.__enter__()
+    store.put(Keys("x").view, b"no record")
+    eventually(lambda: recorder._failure, T, "the watch to find it")
+    with pytest.raises(SchemaError, match="view cannot be read"):
+        recorder.__exit__(None)
