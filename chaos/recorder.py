@@ -49,16 +49,16 @@ class _Envelope(msgspec.Struct):
     data: dict[str, Any]
 
 
-class _Epoch(msgspec.Struct):
+class _OfView(msgspec.Struct):
     epoch: int
 
 
 class _ViewEnvelope(msgspec.Struct):
-    data: _Epoch
+    data: _OfView
 
 
 _plain = msgspec.json.Decoder(_Envelope)
-_epoch = msgspec.json.Decoder(_ViewEnvelope)
+_view = msgspec.json.Decoder(_ViewEnvelope)
 
 
 def kept(name: str, value: bytes) -> dict[str, Any] | None:
@@ -128,11 +128,18 @@ def look(store: Store, keys: Keys, client: str, clock: Callable[[], float]) -> R
     view, leader, staged = (_only(response) for response in answer.responses)
     return Read(
         client=client, began=began, ended=ended, revision=answer.revision,
-        epoch=_epoch.decode(view.value).data.epoch if view else 0,
+        epoch=_epoch(view.value) if view else 0,
         view_revision=view.mod_revision if view else 0,
         leader_revision=leader.create_revision if leader else 0,
         next_revision=staged.mod_revision if staged else 0,
     )  # fmt: skip
+
+
+def _epoch(value: bytes) -> int:
+    try:
+        return _view.decode(value).data.epoch
+    except msgspec.MsgspecError as error:
+        raise SchemaError(f"the record at view cannot be read: {error}") from error
 
 
 def _only(response: Response) -> KeyValue | None:
@@ -265,7 +272,7 @@ class Recorder:
             else:
                 self._read(store, name)
         except BaseException as error:  # noqa: BLE001 - raised when the run ends
-            self._failure = error
+            self._failure = self._failure or error
 
     def _watch(self, store: Store) -> None:
         """Follow until stopped. As in Mirror, a watch starts at the last revision known, not after it."""

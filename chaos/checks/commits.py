@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from chaos.checks.evidence import Evidence, Keyspace, Outcome, Revision, Trial, typed
+from chaos.checks.evidence import Evidence, Keyspace, Outcome, Revision, Trial, epoch_of, typed
 from chaos.record import Changed, Happened
 from membership.events import Event
 from membership.types import Assignment, View
@@ -75,7 +75,7 @@ class _Commits:
             self._claimed(before, view)
 
     def _epoch(self, before: Keyspace, view: Changed) -> None:
-        epoch, last = typed(view, View).epoch, before.get("view")
+        epoch, last = epoch_of(view), before.get("view")
         first = self.commits.get(epoch)
         if first is not None:
             self.trial.found(
@@ -83,13 +83,13 @@ class _Commits:
                 f"revision {view.revision} by leader token {leader_of(before)}",
                 first[0], before.get("leader"), view,
             )  # fmt: skip
-        elif epoch != (typed(last, View).epoch if last is not None else 0) + 1:
-            follows = f"epoch {typed(last, View).epoch}" if last is not None else "nothing"
+        elif epoch != epoch_of(last) + 1:
+            follows = f"epoch {epoch_of(last)}" if last is not None else "nothing"
             self.trial.found(f"epoch {epoch} follows {follows}", last, view)
 
     def _staged(self, before: Keyspace, revision: Revision, view: Changed) -> None:
         """What is committed is what was staged, and is staged no more."""
-        epoch, staged, cleared = typed(view, View).epoch, before.get("next"), revision.changes.get("next")
+        epoch, staged, cleared = epoch_of(view), before.get("next"), revision.changes.get("next")
         if staged is None:
             self.trial.found(f"epoch {epoch} was committed without having been staged", view)
         elif staged.value != view.value:
@@ -135,7 +135,7 @@ class _Commits:
         if view is not None:
             for member in _members(before.get("view")) - _members(view):
                 self.out.setdefault(member, view)
-            self.commits[typed(view, View).epoch] = (view, leader_of(before))
+            self.commits[epoch_of(view)] = (view, leader_of(before))
 
 
 class _Incarnations:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import product, repeat
 
 from chaos.checks.commits import specs_of
-from chaos.checks.evidence import Evidence, Keyspace, Outcome, Revision, Trial, typed
+from chaos.checks.evidence import Evidence, Keyspace, Outcome, Revision, Trial, epoch_of, typed
 from chaos.record import Changed, Happened
 from membership.events import Event
 from membership.placement import moves
-from membership.types import ClusterConfig, EngineStatus, Operation, Phase, Placement, RankExit, View
+from membership.types import ClusterConfig, Operation, Phase, Placement, RankExit, View
 
 
 def check_coverage(evidence: Evidence) -> Outcome:
@@ -103,10 +104,10 @@ class _Coverage:
                 for key in specs_of(before.get(name)) - specs_of(changed):
                     self.dead.setdefault(key, changed)
         status, view = revision.put("engine-status"), before.get("view")
-        if status is not None and view is not None:
-            now, used = typed(status, EngineStatus), typed(view, View)
-            for member in used.members if now.epoch == used.epoch else ():
-                if member.rank in now.masked:
+        masked = status.value.get("masked") if status is not None else ()
+        if status is not None and masked and view is not None and status.value.get("epoch") == epoch_of(view):
+            for member in typed(view, View).members:
+                if member.rank in masked:
                     self.dead.setdefault((member.rank, member.incarnation), status)
 
 
@@ -122,8 +123,8 @@ def _commits(revision: Revision) -> bool:
 
 def _replicas(config: ClusterConfig, placement: Placement) -> Counter[tuple[int, int]]:
     """(layer, expert) -> how many ranks hold it."""
-    found = Counter({(layer, expert): 0 for layer in range(config.moe_layers) for expert in range(config.experts)})
+    found = Counter(dict.fromkeys(product(range(config.moe_layers), range(config.experts)), 0))
     for held in placement.values():
         for layer, experts in enumerate(held):
-            found.update((layer, expert) for expert in experts)
+            found.update(zip(repeat(layer), experts, strict=False))
     return found

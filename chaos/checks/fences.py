@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from chaos.checks.evidence import Evidence, Keyspace, Outcome, Trial, typed
+from chaos.checks.evidence import Evidence, Keyspace, Outcome, Trial, epoch_of, typed
 from chaos.record import Changed, Happened
 from membership.events import Event
-from membership.types import EngineStatus, View
+from membership.types import EngineStatus
 
 
 def check_fences(evidence: Evidence) -> Outcome:
@@ -35,7 +35,7 @@ def _status(trial: Trial, before: Keyspace, changed: Changed) -> None:
         what = f"engine {status.token} told the status when {f'engine {token}' if token else 'no engine'} was in office"
         trial.found(what, office, changed)
         return
-    epoch = typed(view, View).epoch if view is not None else 0
+    epoch = epoch_of(view)
     if status.epoch > epoch:
         trial.found(f"engine {token} uses epoch {status.epoch}, and only {epoch} is committed", view, changed)
     last = before.get("engine-status")

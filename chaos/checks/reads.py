@@ -20,9 +20,8 @@ answers right and names a wrong revision is found as well, as it should be: who 
 
 from __future__ import annotations
 
-from chaos.checks.evidence import Evidence, Keyspace, Outcome, Revision, Trial, typed
+from chaos.checks.evidence import Evidence, Keyspace, Outcome, Revision, Trial, epoch_of
 from chaos.record import Changed, Read
-from membership.types import View
 
 
 def check_watch(evidence: Evidence) -> Outcome:
@@ -98,7 +97,7 @@ def _compare(trial: Trial, read: Read, state: Keyspace) -> None:
     said = (read.view_revision, read.epoch, read.leader_revision, read.next_revision)
     true = (
         view.revision if view is not None else 0,
-        typed(view, View).epoch if view is not None else 0,
+        epoch_of(view),
         leader.create_revision if leader is not None else 0,
         staged.revision if staged is not None else 0,
     )

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from bisect import bisect_right
 
-from chaos.checks.evidence import QUOTED_FINDINGS, Evidence, Outcome, Trial, typed
+from chaos.checks.evidence import QUOTED_FINDINGS, Evidence, Outcome, Trial
 from chaos.history import RequestRecord, difference
 from chaos.record import Answered, Dealt, Expected, Happened
-from membership.types import ClusterConfig, EngineStatus
+from membership.types import ClusterConfig
 
 FRONT = ("gateway", "supervisor", "host", "client")  # whose faults break connections
 FRONT_RECOVERY_S = 15.0  # until there is a gateway again
@@ -77,7 +77,7 @@ def _uncovered(evidence: Evidence) -> list[Span]:
         status = revision.put("engine-status")
         if status is None:
             continue
-        lacking = typed(status, EngineStatus).uncovered > 0
+        lacking = bool(status.value.get("uncovered"))
         if lacking and since is None:
             since = status.at
         elif not lacking and since is not None:
