@@ -28,6 +28,8 @@ PROMISES: dict[str, tuple[str, str]] = {
     "G9": ("No false eviction", "A rank that beats and advances is never evicted."),
 }  # fmt: skip
 
+BESIDE = {"Faults": "What makes the rest worth something: each fault was seen to happen."}  # judged, but no promises
+
 
 class Judged(msgspec.Struct, frozen=True, kw_only=True):
     """One judgement of one promise: what was found, in words, and the events that show it if it broke."""
@@ -102,7 +104,7 @@ def promises(judged: Iterable[Judged]) -> tuple[Promise, ...]:
 
 
 def _promise(name: str, judged: Sequence[Judged]) -> Promise:
-    title, states = PROMISES.get(name, (name, ""))
+    title, states = PROMISES.get(name) or (name, BESIDE.get(name, ""))
     evidence = list(dict.fromkeys(line for each in judged if not each.ok for line in each.evidence))
     return Promise(
         id=name if name in PROMISES else "",
