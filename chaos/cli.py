@@ -10,9 +10,9 @@ from chaos.cli_endurance import churn, soak
 from chaos.cli_failpoints import failpoint_matrix, failpoints
 from chaos.cli_faults import faults, role_matrix
 from chaos.cli_history import check
+from chaos.cli_planted import planted
 from chaos.cli_report import report
 from chaos.cli_run import run, scenarios
-from chaos.cli_planted import planted
 from chaos.cli_simulate import simulate
 from chaos.cli_suite import suite
 from chaos.demo import demo
