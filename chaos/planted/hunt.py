@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from statistics import median
 
 import msgspec
@@ -58,15 +58,11 @@ def hunt(
 ) -> HuntReceipt:
     """Hunt for all of them in `jobs` processes; `tell` hears of each."""
     began = time.monotonic()
-    with ThreadPoolExecutor(jobs) as pool:
-        checks = sorted({bug.caught_by for bug in bugs} - {SIMULATE})
-        shares = [(SIMULATE, FIRST + done, min(SHARE, lives - done)) for done in range(0, lives, SHARE)]
-        wanted = [*(shares if any(bug.caught_by == SIMULATE for bug in bugs) else ()), *((c, 0, 0) for c in checks)]
-        controls = [pool.submit(_catch, None, *each) for each in wanted]
-        hunts = [pool.submit(_hunt, bug, lives, tell) for bug in bugs]
-        control = tuple(f"{name}: {how}" for (name, *_), done in zip(wanted, controls, strict=True)
-                        if (how := done.result(timeout=LIMIT_S * len(wanted)).how))  # fmt: skip
-        found = tuple(each.result(timeout=LIMIT_S * len(bugs)) for each in hunts)
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        control, found = _all(bugs, pool, tell, lives)
+    finally:
+        pool.shutdown(cancel_futures=True)
     caught = sum(each.caught for each in found)
     return HuntReceipt(
         ok=caught == len(bugs) and not control,
@@ -78,6 +74,21 @@ def hunt(
         seconds=round(time.monotonic() - began, 1),
         bugs=found,
     )
+
+
+def _all(
+    bugs: Sequence[Bug], pool: Executor, tell: Callable[[Hunted], None], lives: int
+) -> tuple[tuple[str, ...], tuple[Hunted, ...]]:
+    """What broke where nothing is planted; and what became of each bug."""
+    shares = [(SIMULATE, FIRST + done, min(SHARE, lives - done)) for done in range(0, lives, SHARE)]
+    catchers = {bug.caught_by for bug in bugs}
+    wanted = [*(shares if SIMULATE in catchers else ()), *((name, 0, 0) for name in sorted(catchers - {SIMULATE}))]
+    controls = [(name, pool.submit(_catch, None, name, first, count)) for name, first, count in wanted]
+    hunts = [pool.submit(_hunt, bug, lives, tell) for bug in bugs]
+    limit_s = LIMIT_S * (len(controls) + len(hunts))
+    found = tuple(each.result(timeout=limit_s) for each in hunts)
+    broken = ((name, done.result(timeout=limit_s).how) for name, done in controls)
+    return tuple(f"{name}: {how}" for name, how in broken if how), found
 
 
 def _median(events: Iterable[int]) -> float:
