@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from chaos.inject import clock, disk, ipc, oom, parent, signals, step
 from chaos.inject.base import NotInjected
 from chaos.inject.catalogue import FAULTS, injector
 from membership.events import Event
@@ -72,7 +73,14 @@ def test_every_entry_says_what_it_is_in_a_line() -> None:
     for name, fault in FAULTS.items():
         assert len(fault.about.splitlines()) == 1, name
         assert fault.victims, name
-        for victim in fault.victims:
-            made = injector(name, Armed(), f"{victim} 0" if victim == "rank" else victim)
-            assert getattr(made, "name", getattr(made, "fault", name)) == name
-            made.heal()  # of what was never dealt: nothing
+
+
+def test_an_injector_bears_the_name_of_its_entry_and_heals_what_was_never_dealt() -> None:
+    for table in (signals.FAULTS, oom.FAULTS, step.FAULTS, parent.FAULTS, ipc.FAULTS, disk.FAULTS, clock.FAULTS):
+        for name, fault in table.items():
+            for victim in fault.victims:
+                site = Armed()
+                made = injector(name, site, f"{victim} 0" if victim == "rank" else victim)
+                assert getattr(made, "name", getattr(made, "fault", name)) == name
+                made.heal()
+                assert site.armed == []
