@@ -82,7 +82,7 @@ class ProxyFault:
 def shown(faults: Faults, before: Answer, after: Answer, counted: Counters, still: Counters, now: Counters) -> str:
     """How it shows that the faults happened, in words; "" if it does not. Pure.
 
-    `counted`: before they were set, `still`: before the last probe. What was being sent as they were set may still pass.
+    `counted`: before they were set, `still`: before the last probe (what was under way as they were set may pass).
     """
     up, down = faults.up, faults.down
     felt = f"a round trip through the proxy: {before} before, {after} after"
