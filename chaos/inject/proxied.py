@@ -57,9 +57,9 @@ class ProxyFault:
             raise NotInjected(f"{self._victim} does not answer through the proxy as it is: {before}")
         counted, at = self._proxy.counters(), time.time()
         self._proxy.set(self._faults)
-        still = self._proxy.counters()
         deadline = time.monotonic() + PROOF_TIMEOUT_S
         while True:
+            still = self._proxy.counters()
             after = self._ask()
             if proof := shown(self._faults, before, after, counted, still, self._proxy.counters()):
                 return Injected(fault=self._fault, victim=self._victim, at=at, seen_at=time.time(), proof=proof)
@@ -82,7 +82,7 @@ class ProxyFault:
 def shown(faults: Faults, before: Answer, after: Answer, counted: Counters, still: Counters, now: Counters) -> str:
     """How it shows that the faults happened, in words; "" if it does not. Pure.
 
-    `counted`: before they were set, `still`: right after.
+    `counted`: before they were set, `still`: before the last probe (what was under way as they were set may pass).
     """
     up, down = faults.up, faults.down
     felt = f"a round trip through the proxy: {before} before, {after} after"

@@ -12,6 +12,7 @@ import random
 import socket
 import struct
 import threading
+from collections import deque
 from collections.abc import Coroutine
 from typing import Any, Literal, TypeVar
 
@@ -71,7 +72,7 @@ class TcpProxy:
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"tcp-proxy-{name or port}", daemon=True)
         self._server: asyncio.Server | None = None
         self._connections: dict[_Connection, asyncio.Task[None]] = {}
-        self._changed = asyncio.Event()
+        self._changed = asyncio.Condition()
         self._counters: dict[str, int] = dict.fromkeys(Counters.__struct_fields__, 0)
         self.faults = Faults()
         self.port = 0
@@ -128,8 +129,9 @@ class TcpProxy:
 
     async def passable(self, direction: Direction) -> None:
         """Wait until bytes of a direction are passed on."""
-        while self.way(direction).hole:
-            await self._changed.wait()
+        if self.way(direction).hole:
+            async with self._changed:  # whoever waits here is cancelled when the proxy ends
+                await self._changed.wait_for(lambda: not self.way(direction).hole)
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -144,9 +146,9 @@ class TcpProxy:
         self.port = int(self._server.sockets[0].getsockname()[1])
 
     async def _set(self, faults: Faults) -> None:
-        self.faults = faults
-        woken, self._changed = self._changed, asyncio.Event()
-        woken.set()
+        async with self._changed:
+            self.faults = faults
+            self._changed.notify_all()
         for connection in self._connections:
             connection.begin(faults)
         if faults.refuse and self._server is not None:
@@ -209,14 +211,12 @@ class _Connection:
 
     async def _pass(self, direction: Direction, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """What was read waits in a queue until it is due, so that delay costs no bandwidth."""
-        flight: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(PIECES_IN_FLIGHT)
+        flight = _Flight()
         async with asyncio.TaskGroup() as both:
             both.create_task(self._take(direction, reader, flight))
             both.create_task(self._give(direction, flight, writer))
 
-    async def _take(
-        self, direction: Direction, reader: asyncio.StreamReader, flight: asyncio.Queue[tuple[float, bytes]]
-    ) -> None:
+    async def _take(self, direction: Direction, reader: asyncio.StreamReader, flight: _Flight) -> None:
         clock, due, piece = asyncio.get_running_loop().time, 0.0, b"more"
         while piece:
             piece = await reader.read(PIECE)
@@ -227,12 +227,10 @@ class _Connection:
                 due += way.stall_s
             await flight.put((due, piece))
 
-    async def _give(
-        self, direction: Direction, flight: asyncio.Queue[tuple[float, bytes]], writer: asyncio.StreamWriter
-    ) -> None:
+    async def _give(self, direction: Direction, flight: _Flight, writer: asyncio.StreamWriter) -> None:
         clock = asyncio.get_running_loop().time
         while True:
-            due, piece = await flight.get()
+            due, piece = await flight.take()
             await asyncio.sleep(max(0.0, due - clock()))
             await self._proxy.passable(direction)
             if not piece:
@@ -265,6 +263,28 @@ class _Connection:
             if not writer.transport.is_closing():
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RST_ON_CLOSE)
             writer.transport.abort()
+
+
+class _Flight:
+    """Pieces on their way, each with the time at which it is due."""
+
+    def __init__(self) -> None:
+        self._pieces: deque[tuple[float, bytes]] = deque()
+        self._changed = asyncio.Condition()
+
+    async def put(self, piece: tuple[float, bytes]) -> None:
+        """Send one off as soon as there is room."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: len(self._pieces) < PIECES_IN_FLIGHT)
+            self._pieces.append(piece)
+            self._changed.notify_all()
+
+    async def take(self) -> tuple[float, bytes]:
+        """The first, once there is one."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: bool(self._pieces))
+            self._changed.notify_all()
+            return self._pieces.popleft()
 
 
 class _Cut(ElasticError):

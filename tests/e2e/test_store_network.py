@@ -1,0 +1,73 @@
+"""A cluster whose way to etcd is bad in every way, one after another: serving goes on, and so does membership after."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+from chaos.inject.members import ProxiedEtcd, ProxiedSite
+from chaos.inject.proxied import FAULTS as PROXY_FAULTS
+from chaos.inject.store import FAULTS as STORE_FAULTS
+from chaos.workload import Workload
+from elastic.client import StoreClient
+from membership.errors import StoreUnavailable
+from membership.etcd import connect
+from membership.wish import scale
+from tests.e2e.conftest import Serve
+from tests.e2e.test_outages import grown, seen, under_load
+from tests.helpers import eventually
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+
+RANKS = 2
+T = 60.0
+HOLE_S = 5.0  # leases run out meanwhile
+STORM_S = 2.0
+
+
+@contextmanager
+def dealt(site: ProxiedSite, fault: str) -> Iterator[None]:
+    """The fault during the block."""
+    injector = (PROXY_FAULTS | STORE_FAULTS)[fault].injector(site, "etcd")
+    injector.inject()
+    try:
+        yield
+    finally:
+        injector.heal()
+
+
+def served(workload: Workload, for_s: float) -> None:
+    """Requests end, and so much time passes."""
+    ended, until = len(workload.records()), time.monotonic() + for_s
+    eventually(lambda: len(workload.records()) > ended + 4, T, "requests ending")
+    eventually(lambda: time.monotonic() > until, T, "the fault to have lasted")
+
+
+def test_serving_goes_on_whatever_the_way_to_etcd_is_like(serve: Serve, demo_model: Path, tmp_path: Path) -> None:
+    with ProxiedEtcd(tmp_path / "etcd", flags={"quota-backend-bytes": str(8 << 20)}) as etcd:
+        cluster = serve(demo_model, RANKS, ("--etcd", etcd.url))
+        with under_load(cluster, RANKS) as workload, closing(connect([etcd.server.url])) as store:
+            site, before = ProxiedSite(cluster, etcd), cluster.status()
+            past = StoreClient(store, cluster.state.address().cluster, cluster.state.events)  # the proxy
+            with dealt(site, "net-black-hole"):
+                served(workload, HOLE_S)
+                assert past.status()["epoch"] == before["epoch"]
+            with dealt(site, "net-reset"):
+                served(workload, STORM_S)
+            with dealt(site, "net-delay"):
+                eventually(lambda: grown(cluster, RANKS + 1), T, "a scale up over a slow way")
+                cluster.wait_serving(RANKS + 1)
+            with dealt(site, "etcd-full"):
+                served(workload, STORM_S)
+                with pytest.raises(StoreUnavailable, match="space exceeded"):
+                    past.propose(scale(RANKS), op_id=None, if_epoch=None, timeout_s=T)
+            eventually(lambda: grown(cluster, RANKS), T, "a scale down when there is room")
+            after = cluster.wait_serving(RANKS)
+        assert not seen(cluster, "rank_masked")
+        pids = [[rank["pid"] for rank in status["ranks"]] for status in (before, after)]
+        assert pids[0] == pids[1]
+        cluster.__exit__()
