@@ -27,7 +27,7 @@ class Props:
         self.site = site
         self._sleep = sleep
         self._armed: dict[int, str] = {}  # share -> its failpoints
-        self._written = ""
+        self._written: str | None = ""  # None: more than is to be armed from now on
         self._known: dict[str, psutil.Process] = {}
         self._shares = 0
 
@@ -49,7 +49,9 @@ class Props:
         is left out. A hang stays, as long as it is to last."""
         parts = self._armed.get(share, "").split(";")
         lasting = [part for part in parts if part and ("=1*" not in part or "hang" in part)]
-        self._armed[share] = ";".join(lasting)
+        if ";".join(lasting) != self._armed.get(share, ""):
+            self._armed[share] = ";".join(lasting)
+            self._written = None
 
     def remember(self, *victims: str) -> None:
         """Who they are, for the time when nobody can be asked; those that are not there are left out."""

@@ -127,7 +127,7 @@ class Load(Part, frozen=True, kw_only=True):
 
     streams: int = 8
     max_tokens: int = 64
-    prompts: int = 12
+    prompts: int = 8
 
 
 class Expect(Part, frozen=True, kw_only=True):
