@@ -11,6 +11,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from chaos.check import judge
 from chaos.history import RequestRecord
 from chaos.inject.base import Injected
 from chaos.record import Answered, AnyLine, Changed, Dealt, Expected, Happened, Header, Verified
@@ -129,3 +130,14 @@ def changed(lines: list[AnyLine], name: str, which: Callable[[Changed], bool] = 
     """Where the lines are that change a key, and for which `which` holds."""
     key = f"/elastic-ep/sim/{name}"
     return [i for i, line in enumerate(lines) if isinstance(line, Changed) and line.key == key and which(line)]
+
+
+def alarms(world: World) -> list[str]:
+    """What the checks say against all that a world has written. (Controllers of a random life look seldom: some
+    operations end late.)"""
+    prefix = world.keys.prefix
+    batch = world.store.watch(prefix, 1).next(0.0)
+    lines = Told(prefix).watched(batch, world.now) if batch is not None else []
+    header = Header(what="a life", seed=0, started=START, wall=0.0, replay="", cluster=world.keys.cluster)
+    found = [finding.what for row in judge([header, *lines]).outcomes for finding in row.findings]
+    return [what for what in found if "after its deadline" not in what]

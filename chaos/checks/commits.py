@@ -36,7 +36,7 @@ class _Commits:
         self.trial = Trial("G1", "commits", evidence)
         self.commits: dict[int, tuple[Changed, int]] = {}  # epoch -> where, the leader's token
         self.prepared: dict[Rank, Changed] = {}  # the last record of a rank that says what it has prepared
-        self.out: dict[Rank, Changed] = {}  # who may not come back, and what put it out
+        self.out: dict[Rank, Changed] = {}  # who is not to run any more, and since when: they may not come back
         self.claims: dict[int, list[Event]] = {}  # revision -> who says to have committed there
         for event in evidence.events:
             if event.kind == "epoch_committed" and "revision" in event.fields:
@@ -133,8 +133,6 @@ class _Commits:
                     self.out.setdefault(key, changed)
         view = revision.put("view")
         if view is not None:
-            for member in _members(before.get("view")) - _members(view):
-                self.out.setdefault(member, view)
             self.commits[epoch_of(view)] = (view, leader_of(before))
 
 
@@ -203,9 +201,3 @@ def specs_of(changed: Changed | None) -> set[Rank]:
     if changed is None or changed.deleted:
         return set()
     return {(spec.rank, spec.incarnation) for spec in typed(changed, Assignment).ranks}
-
-
-def _members(changed: Changed | None) -> set[Rank]:
-    if changed is None or changed.deleted:
-        return set()
-    return {(member.rank, member.incarnation) for member in typed(changed, View).members}

@@ -26,7 +26,7 @@ class _Operations:
         self.evidence = evidence
         self.trial = Trial("G5", "operations", evidence)
         self.active: dict[str, Changed] = {}
-        self.ended: list[tuple[Operation, Changed, float]] = []  # when it was seen to end
+        self.ended: list[tuple[Operation, Changed, float]] = []  # when it did
         self.held_up: list[tuple[float, float]] = []  # when nobody could end an operation
         self.done = self.aborted = 0
         self.leaderless: float | None = None
@@ -59,7 +59,7 @@ class _Operations:
         else:
             self.active.pop(new.key, None)
             if old is None or typed(old, Operation).active:
-                self.ended.append((operation, new, new.at))
+                self.ended.append((operation, new, min(new.at, operation.finished or new.at)))
 
     def _proposed(self, revision: Revision, operation: Operation, new: Changed) -> None:
         self.trial.judged += 1

@@ -159,7 +159,11 @@ class World:
                 self.store.delete(self.keys.rank(rank, incarnation))
 
     def mask(self, *ranks: int) -> None:
-        status = EngineStatus(token=self.state.engine_token, epoch=self.epochs[-1], masked=ranks)
+        state, epoch = self.state, self.epochs[-1]
+        told = state.engine_status
+        if told is not None and (told.token, told.epoch) == (state.engine_token, epoch):
+            ranks = tuple(sorted({*ranks, *told.masked}))  # within an epoch nobody is unmasked
+        status = EngineStatus(token=state.engine_token, epoch=epoch, masked=ranks)
         self.put(self.keys.engine_status, status)
 
     def scale(self, target: int, timeout_s: float = 60.0, op_id: str | None = None) -> Operation:

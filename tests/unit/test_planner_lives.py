@@ -13,6 +13,7 @@ from membership.operations import cancel
 from membership.preview import plan_of
 from membership.types import ClusterState, Operation
 from membership.wish import drain, scale, undrain
+from tests.recorded_run import alarms
 
 pytestmark = pytest.mark.unit
 
@@ -92,3 +93,4 @@ def test_any_life(seed: int) -> None:
     world.assert_whole(desired.ranks)
     assert not set(world.serving) & set(desired.cordoned), "a drained slot stays empty"
     assert world.epochs == list(range(1, len(world.epochs) + 1))
+    assert not alarms(world), "the checks of a record find nothing in a life without violation"
