@@ -136,14 +136,18 @@ class _Story:
             wanted += [each for each, lane in self.lanes.items() if each.startswith("rank ") and lane.at(at) in UP]
         # Lanes are rounded to a millisecond: what the victim was until it was noticed must not pass for its return.
         since = noticed.ts - self.zero + 0.002
-        back = [self.lanes[each].up_after(since) for each in wanted if each in self.lanes]
+        lanes = [self.lanes[each] for each in wanted if each in self.lanes]
+        if all(lane.at(since) in UP for lane in lanes):
+            return None  # nothing had to be replaced
+        back = [lane.up_after(since) for lane in lanes]
         return None if None in back else max((each for each in back if each is not None), default=None)
 
 
 def _tells(event: Event, victim: str, pid: int) -> bool:
     """Whether the event is the first word of what was done to this victim."""
     if victim.startswith("rank "):
-        return event.kind in NOTICED and f"rank {event.rank}" == victim
+        failed = event.kind == "step_setback" and event.fields.get("status") == "failed"
+        return (failed or event.kind in NOTICED) and f"rank {event.rank}" == victim
     if event.kind == "role_died":
         # The engine in office may be either process: its pid says which.
         return event.fields.get("pid") == pid if pid else event.fields.get("name") == victim

@@ -6,7 +6,7 @@ state may follow is checked, and what an older incarnation says is left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -169,13 +169,17 @@ def roles(events: Sequence[Event], lines: Iterable[AnyLine], zero: float, end: f
             pids[pid] = name
             tracks.setdefault(name, Track(name, zero)).mark(event.ts, _fresh(name), f"process {pid}")
         elif event.kind == "role_died":
-            said = f"process {pid}: {event.fields.get('reason', '')}"
+            pids[pid], said = name, f"process {pid}: {event.fields.get('reason', '')}"
             tracks.setdefault(name, Track(name, zero, [(0.0, "up", "")])).mark(event.ts, "down", said)
-        elif event.kind == "engine_elected" and pid in pids:
+        elif event.kind == "engine_elected" and (elected := _engine(pid, pids)):
             said = f"process {pid}, token {event.fields.get('token')}"
-            tracks[pids[pid]].mark(event.ts, "in office", said)
+            for other in [track for track in tracks.values() if track.state == "in office" and track.name != elected]:
+                other.mark(event.ts, "waiting", "another engine is in office")
+            tracks.setdefault(elected, Track(elected, zero, [(0.0, "up", "")])).mark(event.ts, "in office", said)
         elif event.kind == "leader_elected" and "controller" in tracks:
             tracks["controller"].mark(event.ts, "leading", f"token {event.fields.get('token')}")
+        elif event.kind == "leader_left" and "controller" in tracks and tracks["controller"].state != "down":
+            tracks["controller"].mark(event.ts, "waiting", "stands for election")
         elif event.kind in ("forkserver_ready", "gateway_started"):
             role = "agent" if event.kind == "forkserver_ready" else "gateway"
             if role in tracks:
@@ -192,6 +196,12 @@ def roles(events: Sequence[Event], lines: Iterable[AnyLine], zero: float, end: f
             tracks[victim] = Track(victim, zero, [(0.0, "up" if victim in ROLES else PLACE, "")])
     order = {role: number for number, role in enumerate(ROLES)}
     return tuple(tracks[name].lane(end) for name in sorted(tracks, key=lambda n: (order.get(n, len(order)), n)))
+
+
+def _engine(pid: int, pids: Mapping[int, str]) -> str:
+    """Which of the two engines that is; one that nobody told of is the other one. "" if that is not enough to tell."""
+    untold = {"engine", "engine-standby"} - set(pids.values())
+    return pids.get(pid) or (untold.pop() if len(untold) == 1 else "")
 
 
 def _seen_roles(lines: Iterable[AnyLine]) -> set[str]:

@@ -132,6 +132,24 @@ def test_an_engine_that_took_over_and_an_etcd_that_was_away() -> None:
     assert spans["host b"] == [(0.0, "place")]
 
 
+def test_an_engine_that_stands_down_and_a_step_that_fails() -> None:
+    found = figures([
+        header(ranks=1), dealt(0.5, "stop", "engine-standby", healed=0.9), dealt(1.5, "step-raise", "rank 0"),
+        Changed(revision=1, key="/elastic-ep/demo/leader", at=STARTED, listed=True),
+        happened(0.2, "role_died", "supervisor", name="engine", pid=6, reason="killed by SIGKILL"),
+        happened(0.3, "role_started", "supervisor", name="engine", pid=8),
+        happened(0.4, "engine_elected", token=9, pid=7),  # of whom nobody has told: the other one
+        happened(0.6, "leader_left", "controller", token=3, fenced=True),
+        happened(0.8, "engine_elected", token=11, pid=8),
+        happened(1.6, "step_setback", rank=0, status="failed"),
+    ])  # fmt: skip
+    spans = {lane.name: [(span.since, span.state) for span in lane.spans] for lane in found.roles}
+    assert spans["engine-standby"] == [(0.0, "up"), (0.4, "in office"), (0.8, "waiting")]
+    assert spans["engine"] == [(0.0, "up"), (0.2, "down"), (0.3, "waiting"), (0.8, "in office")]
+    assert spans["controller"] == [(0.0, "up"), (0.6, "waiting")]
+    assert [(each.noticed_ms, each.whole_ms) for each in found.faults] == [(-1.0, -1.0), (100.0, -1.0)]
+
+
 def test_without_events_from_before_the_run_the_ranks_of_its_header_serve() -> None:
     found = figures([header(ranks=2), happened(1.0, "rank_masked", rank=1, incarnation=2, source="queue")])
     assert [[span.state for span in lane.spans] for lane in found.ranks] == [["serving"], ["serving"]]
