@@ -244,12 +244,14 @@ def test_a_long_soak_is_a_small_page() -> None:
 
 def test_the_command_writes_page_and_figures(tmp_path: Path) -> None:
     record, saved, run = tmp_path / "run.jsonl", tmp_path / "run.json", CliRunner()
-    write(record, killed())
+    ran = {"rank": 1, "incarnation": 2, "pid": 42}  # so the checker knows whom the fault befell
+    lines = [*killed(), Changed(revision=5, key="/elastic-ep/demo/ranks/1/2", at=STARTED, value=ran, listed=True)]
+    write(record, lines)
     done = run.invoke(app, ["report", str(record), "--json", str(saved)])
     assert (done.exit_code, (tmp_path / "run.html").read_text()[:15]) == (0, "<!doctype html>")
     assert msgspec.json.decode(saved.read_bytes())["totals"]["faults"] == 1
     twice = Answered(record=answered(0.7, [0.8, 0.9, 1.0, 1.1], id="cmpl-9"))
-    write(record, [*killed(), twice, twice])
+    write(record, [*lines, twice, twice])
     assert run.invoke(app, ["report", str(record), "--output", str(tmp_path / "x.html")]).exit_code == 1
     assert "two requests had the id cmpl-9" in (tmp_path / "x.html").read_text()  # as the checker says
     record.write_text('{"line": "nonsense"}\n')
