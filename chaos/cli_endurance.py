@@ -49,7 +49,8 @@ def soak(
         given = {"zombies": zombies, "outages": outages, "requests": requests}
         dose = msgspec.structs.replace(Dose.of(kills), **{k: v for k, v in given.items() if v is not None})
         chosen = seed_of(seed)
-        again = f"elastic-chaos soak --minutes {minutes:g}" if minutes else f"elastic-chaos soak --kills {dose.kills}"
+        exactly = f"--kills {kills} --zombies {dose.zombies} --outages {dose.outages} --requests {dose.requests}"
+        again = f"elastic-chaos soak {f'--minutes {minutes:g}' if minutes else exactly}"
         run = Soak(seed=chosen, ranks=ranks, minutes=minutes, replay=f"{again} --ranks {ranks} --seed {chosen}")
         with served(model, ranks, FLAGS, seed=run.seed) as (cluster, tell):
             run_soak(cluster, run, dose, streams, tell)
