@@ -28,6 +28,7 @@ SLACK_S = 1.0  # for who looks whether it has ended
 READY_S = 30.0  # for the scene to be as a stimulus needs it
 VICTIM = 1  # the rank that is killed where one is to be
 HTTP_S = 1.5
+LONG_REQUESTS, LONG_TOKENS = 6, 200
 
 
 class Scene:
@@ -161,6 +162,25 @@ def _change(scene: Scene) -> UnderWay:
     return UnderWay(scene, scene.cluster.client().propose(wish, op_id=None, if_epoch=None, timeout_s=DEADLINE_S))
 
 
+def _change_when_busy(scene: Scene) -> UnderWay:
+    """Change with so many long requests under way that each rank has some."""
+    for number in range(LONG_REQUESTS):
+        threading.Thread(target=_complete, args=(scene, number), name="long-request", daemon=True).start()
+
+    def busy() -> bool:
+        status = scene.state.engine_status
+        return status is not None and status.running >= LONG_REQUESTS
+
+    eventually(busy, f"{LONG_REQUESTS} requests to run", READY_S)
+    return _change(scene)
+
+
+def _complete(scene: Scene, number: int) -> None:
+    body = {"model": scene.cluster.model_name(), "prompt": "Numbers " * (number + 1), "max_tokens": LONG_TOKENS}
+    with suppress(httpx.HTTPError):  # only a gateway's death is its end, which is no matter here
+        httpx.post(f"{scene.cluster.url}/v1/completions", json=body, timeout=READY_S)
+
+
 def _change_and_cancel(scene: Scene) -> UnderWay:
     begun = _change(scene)
     if begun.operation is not None:
@@ -212,7 +232,7 @@ CHANGE = Stimulus("a change of size", _change)
 UP = Stimulus("scale up", _change, needs=SMALL)
 UP_BY_SPARE = Stimulus("scale up, with a spare", _change, needs=SMALL, spare=True)
 DOWN = Stimulus("scale down", _change, needs=LARGE)
-DOWN_BUSY = Stimulus("scale down, of ranks with requests", _change, needs=LARGE, again_s=1.0)
+DOWN_BUSY = Stimulus("scale down, of ranks with requests", _change_when_busy, needs=LARGE)
 CANCEL = Stimulus("a change that is cancelled", _change_and_cancel)
 ADMIN_CHANGE = Stimulus("a change through the gateway", _by_gateway(cancelled=False))
 ADMIN_CANCEL = Stimulus("a change that is cancelled through the gateway", _by_gateway(cancelled=True))

@@ -48,25 +48,13 @@ def admin(gateway: RunningGateway, method: str, path: str, **options: Any) -> ht
 
 
 ROUTES = [
-    ("GET", "/admin/v1/status"),
-    ("GET", "/admin/v1/view"),
-    ("GET", "/admin/v1/operations"),
-    ("GET", "/admin/v1/operations/x"),
-    ("GET", "/admin/v1/events"),
-    ("GET", "/admin/v1/explain"),
-    ("POST", "/admin/v1/ranks/1/unquarantine"),
-    ("GET", "/is_scaling_elastic_ep"),
-    ("POST", "/admin/v1/scale"),
-    ("POST", "/scale_elastic_ep"),
-    ("POST", "/admin/v1/drain"),
-    ("POST", "/admin/v1/undrain"),
-    ("POST", "/admin/v1/pause"),
-    ("POST", "/admin/v1/resume"),
-    ("POST", "/admin/v1/rebalance"),
-    ("POST", "/admin/v1/operations/x/cancel"),
-    ("GET", "/admin/v1/failpoints"),
-    ("PUT", "/admin/v1/failpoints"),
-]
+    ("GET", "/admin/v1/status"), ("GET", "/admin/v1/view"), ("GET", "/admin/v1/operations"),
+    ("GET", "/admin/v1/operations/x"), ("GET", "/admin/v1/events"), ("GET", "/admin/v1/explain"),
+    ("GET", "/is_scaling_elastic_ep"), ("GET", "/admin/v1/failpoints"), ("POST", "/admin/v1/ranks/1/unquarantine"),
+    ("POST", "/admin/v1/scale"), ("POST", "/scale_elastic_ep"), ("POST", "/admin/v1/drain"),
+    ("POST", "/admin/v1/undrain"), ("POST", "/admin/v1/pause"), ("POST", "/admin/v1/resume"),
+    ("POST", "/admin/v1/rebalance"), ("POST", "/admin/v1/operations/x/cancel"), ("PUT", "/admin/v1/failpoints"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {TOKEN}"}])
