@@ -156,7 +156,7 @@ BUGS: tuple[Bug, ...] = (
         name="lane-reused-in-use",
         guards="G2: a request's number is taken away before its place is used again",
         file="workers/exchange/wire.py",
-        before="        self._words[_ASK] = 0\n        fence()\n",
+        before="        self._words[ASK] = 0\n        fence()\n",
         caught_by="torn_requests",
     ),
 )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from membership.memory import MemoryStore
+from membership.errors import StoreCompacted
+from membership.memory import MemoryStore, MemoryWatch
 from membership.store import Compare, Op, TxnResult
 
 
@@ -28,6 +29,16 @@ class Between:
         self.before_txn = None
         self.outcome = self._store.txn(compares, success, failure)
         return self.outcome
+
+
+class Prompt(MemoryStore):
+    """Says at once that it no longer has what a watch begins with, and not only when that is read: both are allowed."""
+
+    def watch(self, prefix: str, start_revision: int) -> MemoryWatch:
+        """See Store."""
+        if 0 < start_revision < self._compacted:
+            raise StoreCompacted(f"revision {start_revision} was compacted (at {self._compacted})")
+        return super().watch(prefix, start_revision)
 
 
 class Slow(MemoryStore):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from random import Random
 from typing import cast
 
-from chaos.planted.checks.between import Between, Slow
+from chaos.planted.checks.between import Between, Prompt, Slow
 from chaos.planted.checks.promise import require
 from chaos.simulation.world import World
 from membership.codec import encode
@@ -18,7 +18,7 @@ from membership.errors import LeaseLost, OperationConflict, PlanRefused, WaitTim
 from membership.events import EventLog
 from membership.keys import Keys
 from membership.lease import LeaseKeeper
-from membership.memory import MemoryStore
+from membership.memory import Backup, MemoryStore
 from membership.mirror import Mirror
 from membership.operations import propose
 from membership.pause import pause
@@ -143,8 +143,8 @@ def _refused(ask: Callable[[], object], before: ClusterState, when: str) -> None
 
 def mirrors() -> None:
     """A client that was cut off has, soon after, what the store has, also where the store forgot what lies between."""
-    for compacted in (False, True):
-        store, keys = MemoryStore(), Keys("c")
+    for kind, compacted in ((MemoryStore, False), (MemoryStore, True), (Prompt, True)):
+        store, keys = kind(), Keys("c")
         store.put(keys.agent("gone"), b'{"v":1,"kind":"AgentRecord","data":{"node":"gone","pid":1,"started":1}}')
         store.put(keys.desired, encode(Desired(ranks=1)))
         with Mirror(store, "c", probe_every_s=0.02) as mirror:
@@ -169,15 +169,23 @@ def _cut(store: MemoryStore) -> None:
     store._outage = False  # others still reach it; the mirror's watch is broken for good
 
 
+def _another() -> Backup:
+    """The data of another store, which has been written to often enough to look right."""
+    other = MemoryStore()
+    for number in range(20):
+        other.put(Keys("c").desired, encode(Desired(ranks=9 + number)))
+    return other.backup()
+
+
 def replaced_store() -> None:
-    """A store that comes back wiped, or with older data, is followed by nobody: membership stays as it was."""
+    """Another store, or the same one with older data, is followed by nobody: membership stays as it was."""
     for wiped in (False, True):
         store, keys = MemoryStore(), Keys("c")
         store.put(keys.desired, encode(Desired(ranks=1)))
         older = store.backup()
         store.put(keys.desired, encode(Desired(ranks=2)))
         with Mirror(store, "c", probe_every_s=0.02) as mirror:
-            store.wipe() if wiped else store.restore(older)
+            store.restore(_another() if wiped else older)
             told = threading.Event()
             for _ in range(int(WAIT_S / 0.05)):
                 if "replaced" in mirror.trouble or "went back" in mirror.trouble or told.wait(0.05):

@@ -17,9 +17,9 @@ WATCHED_S = 4.0
 COMPUTES = """
 import time
 while True:
-    until = time.thread_time() + 0.0015
+    until = time.thread_time() + 0.004
     while time.thread_time() < until: pass
-    time.sleep(0.03)
+    time.sleep(0.05)
 """
 SLEEPS = "import time; time.sleep(60)"
 
@@ -49,6 +49,12 @@ def silent_ranks() -> None:
 
 
 def _look(pid: int) -> Look | None:
-    """As the engine looks at a rank; its pages are not there, so it counts no beat and no turn."""
-    seen = threads(pid)
+    """As the engine looks at a rank, at a bad moment: when it sleeps, if it does so soon. It counts no beat and no turn
+    (its pages are not there).
+    """
+    for _ in range(20):
+        seen = threads(pid)
+        if seen is None or seen.state != "R":
+            break
+        time.sleep(0.002)
     return None if seen is None else Look(seen.state, seen.main_s, seen.others_run, seen.all_s, turns=1)

@@ -52,7 +52,8 @@ class _Life:
         """A client asks."""
         self.asked += 1
         prompt = [self.random.randrange(50) for _ in range(self.random.randint(1, 9))]
-        request = Request(id=f"r{self.asked}", prompt=prompt, sampling=Sampling(), max_tokens=24, ignore_eos=True)
+        tokens = self.random.choice([2, 4, 24])
+        request = Request(id=f"r{self.asked}", prompt=prompt, sampling=Sampling(), max_tokens=tokens, ignore_eos=True)
         self.requests[request.id], self.got[request.id] = request, []
         self.take(self.scheduler.submit(self.journal.admit(request, self.now), self.now))
 
@@ -149,7 +150,16 @@ class _Life:
     def live(self) -> None:
         """Things happen; then only what has to, until all requests have ended."""
         usual = [self.step, self.rank, self.rank, self.hear] * 8
-        seldom = [self.request, self.request, self.resubmit, self.again, self.again, self.leave]
+        seldom = [
+            self.request,
+            self.request,
+            self.request,
+            self.resubmit,
+            self.resubmit,
+            self.again,
+            self.again,
+            self.leave,
+        ]
         seldom += [self.die, self.come, self.come]
         for _ in range(MOMENTS):
             self.now += 0.05

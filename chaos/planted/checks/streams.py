@@ -61,7 +61,9 @@ def late_answers() -> None:
         scheduler, ranks, got = Scheduler(SERVED, token), Ranks(SERVED.block_size), dict[str, list[int]]()
         scheduler.set_view(view, (), 0.0)
         requests = [
-            Submit(request_id=f"r{n}", prompt=[n, *range(9 * n)], sampling=Sampling(), max_tokens=9, ignore_eos=True)
+            Submit(
+                request_id=f"r{n}", prompt=[token, *range(9 * n)], sampling=Sampling(), max_tokens=9, ignore_eos=True
+            )
             for n in range(3)
         ]
         for request in requests:
