@@ -48,7 +48,7 @@ FLAGS = (
 )  # slots die often, on purpose
 STREAMS, TOKENS = 6, 32
 HELD_S = 1.0  # how long a fault lasts that ends only by healing
-WHOLE_S = 60.0  # by when everything must be as before
+WHOLE_S = 90.0  # by when everything must be as before
 POLL_S = 0.02
 
 
