@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
+from types import FrameType
 
 import typer
 
@@ -46,4 +48,10 @@ for name, command in COMMANDS.items():
 
 def main() -> None:
     """Entry point of the `elastic-chaos` script."""
+    signal.signal(signal.SIGTERM, _end)
     app()
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """SIGTERM ends a command as an error would: whatever it started is stopped on the way."""
+    raise SystemExit(128 + number)
