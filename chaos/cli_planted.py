@@ -38,7 +38,7 @@ def planted(
         else:
             for broken in receipt.control:
                 typer.echo(f"control failed, so that no catch means anything: {broken}")
-            shortest = f", median of {receipt.median_events:g} events" if receipt.median_events else ""
+            shortest = f", median of {receipt.median_events:g} events" if receipt.median_events is not None else ""
             typer.echo(f"{receipt.caught} of {receipt.planted} planted bugs caught{shortest}, {receipt.seconds:g} s")
         raise typer.Exit(0 if receipt.ok else 1)
 
@@ -46,6 +46,6 @@ def planted(
 def _row(found: Hunted) -> None:
     by = found.caught_by if found.caught else "NOT CAUGHT"
     after = f"{found.lives} lives" if found.lives else f"{found.seconds:.1f} s"
-    typer.echo(ROW.format(found.bug, by, after, found.events or "", found.guards))
+    typer.echo(ROW.format(found.bug, by, after, "" if found.events is None else found.events, found.guards))
     if not found.caught and found.how:
         typer.echo(f"    {found.how}")

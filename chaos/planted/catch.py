@@ -21,7 +21,7 @@ from chaos.planted.plant import PACKAGES
 from membership.errors import ConfigError
 
 MINIMISER = "chaos.simulation.minimise"
-SHRINK_S = 15.0
+SHRINK_S = 40.0
 
 
 class Catch(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,7 +34,7 @@ class Catch(msgspec.Struct, frozen=True, kw_only=True):
     lives: int = 0
     seed: int = 0
     seconds: float = 0.0
-    events: int = 0  # in the shortest schedule that shows it; 0: not known
+    events: int | None = None  # in the shortest schedule that shows it; None: not known
     sure: bool = True
 
 
@@ -65,10 +65,10 @@ def _simulate(first: int, lives: int) -> Catch:
     return Catch(lives=lives, seconds=time.monotonic() - began)
 
 
-def _events(life: Any) -> int:
+def _events(life: Any) -> int | None:
     """How many things have to happen for what broke in this life."""
     if find_spec(MINIMISER) is None:
-        return 0
+        return None
     return len(importlib.import_module(MINIMISER).minimise(life, SHRINK_S).happenings)
 
 

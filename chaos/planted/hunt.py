@@ -37,7 +37,7 @@ class Hunted(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0
     lives: int = 0
     seconds: float = 0.0
-    events: int = 0  # in the shortest schedule that shows it; 0: not known
+    events: int | None = None  # in the shortest schedule that shows it; None: not known
 
 
 class HuntReceipt(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,7 +48,7 @@ class HuntReceipt(msgspec.Struct, frozen=True, kw_only=True):
     caught: int
     lives: int  # the budget
     control: tuple[str, ...] = ()
-    median_events: float = 0.0
+    median_events: float | None = None
     seconds: float
     bugs: tuple[Hunted, ...] = ()
 
@@ -91,9 +91,9 @@ def _all(
     return tuple(f"{name}: {how}" for name, how in broken if how), found
 
 
-def _median(events: Iterable[int]) -> float:
-    known = [number for number in events if number]
-    return float(median(known)) if known else 0.0
+def _median(events: Iterable[int | None]) -> float | None:
+    known = [number for number in events if number is not None]
+    return float(median(known)) if known else None
 
 
 def _hunt(bug: Bug, lives: int, tell: Callable[[Hunted], None]) -> Hunted:

@@ -9,12 +9,16 @@ from membership.types import ClusterState, Operation, Phase
 FORWARD = (Phase.COMMITTED, Phase.RETIRING, Phase.DONE)
 
 
-def broken(before: ClusterState, after: ClusterState, now: float) -> Iterator[str]:
+def broken(before: ClusterState, after: ClusterState) -> Iterator[str]:
     """What the change from one state to the other breaks, in words."""
     for operation in after.operations.values():
         was = before.operations.get(operation.id)
         if was is not None and was.phase is not operation.phase:
             yield from _of_phase(was, operation, after)
+
+
+def early(before: ClusterState, after: ClusterState, now: float) -> Iterator[str]:
+    """What the change breaks if it was made at `now`, by the clock of the controller that made it."""
     placed = {(s.rank, s.incarnation) for a in before.assignments.values() for s in a.ranks}
     for spec in (s for a in after.assignments.values() for s in a.ranks if (s.rank, s.incarnation) not in placed):
         last = before.exits.get(spec.rank)

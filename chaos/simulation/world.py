@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from random import Random
 
 from msgspec.structs import replace
@@ -271,7 +272,7 @@ class World:
         require(len(active) <= 1, f"two operations at once: {active}")
         placed = [(s.rank, s.incarnation) for a in after.assignments.values() for s in a.ranks]
         require(len({rank for rank, _ in placed}) == len(placed), f"two incarnations of a slot: {placed}")
-        self._keep(promises.broken(before, after, self.now))
+        self._keep(chain(promises.broken(before, after), promises.early(before, after, self.now)))
         view = after.view
         if view is None or view == before.view:
             return
