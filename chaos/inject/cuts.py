@@ -29,6 +29,7 @@ class NetworkFault:
     def __init__(self, cut: Sequence[Pair], rules: Sequence[tuple[Host, Rule]]) -> None:
         self._cut, self._rules = tuple(cut), tuple(rules)
         self._tables: list[tuple[Host, Table]] = []
+        self._dealt = False
 
     @property
     def victim(self) -> str:
@@ -40,23 +41,26 @@ class NetworkFault:
         for one, other in self._cut:
             if (before := probe(one, other)).error:
                 raise NotInjected(f"{one.name} does not reach {other.name} as it is: {before}")
-        at = time.time()
+        at, self._dealt = time.time(), True
         try:
             self._deal()
             proof = self._proof()
         except BaseException:
-            self._undo()
+            self.heal()
             raise
         return Injected(fault=self.fault, victim=self.victim, at=at, seen_at=time.time(), proof=proof)
 
     def heal(self) -> None:
         """Take it back and see that probes pass again."""
+        if not self._dealt:
+            return
         self._undo()
         deadline = time.monotonic() + HEAL_TIMEOUT_S
         for one, other in self._cut:
             while (answer := probe(one, other)).error:
                 if time.monotonic() > deadline:
                     raise NotInjected(f"{one.name} does not reach {other.name} after the fault: {answer}")
+        self._dealt = False
 
     def _deal(self) -> None:
         for host in dict.fromkeys(host for host, _ in self._rules):

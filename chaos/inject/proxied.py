@@ -47,33 +47,38 @@ class ProxyFault:
     def __init__(
         self, proxy: TcpProxy, fault: str, victim: str, faults: Faults | None = None, path: str = "/metrics"
     ) -> None:
-        self._proxy, self._fault, self._victim, self._path = proxy, fault, victim, path
+        self._proxy, self.fault, self.victim, self._path = proxy, fault, victim, path
+        self._dealt = False
         self._faults = faults or SETTINGS[fault][1]
 
     def inject(self) -> Injected:
         """Deal it and see that it happened; NotInjected, and nothing left of it, if it did not."""
         before = self._ask()
         if before.error:
-            raise NotInjected(f"{self._victim} does not answer through the proxy as it is: {before}")
+            raise NotInjected(f"{self.victim} does not answer through the proxy as it is: {before}")
         counted, at = self._proxy.counters(), time.time()
+        self._dealt = True
         self._proxy.set(self._faults)
         deadline = time.monotonic() + PROOF_TIMEOUT_S
         while True:
             still = self._proxy.counters()
             after = self._ask()
             if proof := shown(self._faults, before, after, counted, still, self._proxy.counters()):
-                return Injected(fault=self._fault, victim=self._victim, at=at, seen_at=time.time(), proof=proof)
+                return Injected(fault=self.fault, victim=self.victim, at=at, seen_at=time.time(), proof=proof)
             if time.monotonic() > deadline:
                 self.heal()
-                raise NotInjected(f"{self._fault} was not felt through the proxy: {before} before, {after} after")
+                raise NotInjected(f"{self.fault} was not felt through the proxy: {before} before, {after} after")
 
     def heal(self) -> None:
         """Have the proxy pass everything as it is, and see that it does."""
+        if not self._dealt:
+            return
         self._proxy.set(Faults())
         deadline = time.monotonic() + PROOF_TIMEOUT_S
         while (answer := self._ask()).error:
             if time.monotonic() > deadline:
-                raise NotInjected(f"{self._victim} does not answer through the healed proxy: {answer}")
+                raise NotInjected(f"{self.victim} does not answer through the healed proxy: {answer}")
+        self._dealt = False
 
     def _ask(self) -> Answer:
         return ask(self._proxy.url + self._path, PROBE_TIMEOUT_S)

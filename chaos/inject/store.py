@@ -11,13 +11,14 @@ import socket
 import subprocess
 import time
 from contextlib import closing
+from functools import cached_property
 
 import httpx
 
 from chaos.inject.base import Injected, NotInjected, Site
-from chaos.inject.etcd_process import START_TIMEOUT_S, OwnsMembers, answers, etcd_of
+from chaos.inject.etcd_process import START_TIMEOUT_S, Etcd, OwnsMembers, answers, etcd_of
 from chaos.inject.fault import ROLES, Fault, Params
-from chaos.inject.members import ASK_TIMEOUT_S, call, status
+from chaos.inject.members import ASK_TIMEOUT_S, EtcdMembers, call, status
 from chaos.inject.process import SEEN_S, see
 from elastic.roles import leases_of
 from elastic.statedir import StateDir
@@ -31,16 +32,22 @@ FILLING = 1 << 20  # bytes of one value; etcd's limit of a request is 1.5 MB
 
 
 class OnStore:
-    """Base of the faults of the store: `_deal` returns the proof, `_heal` may be called more than once."""
+    """Base of the faults of the store: `_deal` does it and returns the proof, `_heal` takes back what was dealt."""
 
     name = ""
 
     def __init__(self, site: Site, victim: str, params: Params) -> None:
         self.site, self.victim, self.params = site, victim, params
+        self._dealt = False
+
+    @cached_property
+    def etcd(self) -> Etcd:
+        """The site's."""
+        return etcd_of(self.site)
 
     def inject(self) -> Injected:
         """Deal it and see that it happened; NotInjected, and healed, if it did not."""
-        at = time.time()
+        at, self._dealt = time.time(), True
         try:
             proof = self._deal()
         except BaseException:
@@ -49,14 +56,20 @@ class OnStore:
         return Injected(fault=self.name, victim=self.victim, at=at, seen_at=time.time(), proof=proof)
 
     def heal(self) -> None:
-        """Take back what can be taken back. Nothing, unless the fault says otherwise."""
+        """Take back what was dealt, once."""
+        if self._dealt:
+            self._heal()
+            self._dealt = False
 
     def _deal(self) -> str:
         raise NotImplementedError
 
+    def _heal(self) -> None:
+        """Nothing, unless the fault says otherwise. It may have been dealt in part only."""
+
     def _store(self) -> EtcdStore:
         """A client of our own."""
-        return connect([etcd_of(self.site).url], connect_timeout_s=ASK_TIMEOUT_S)
+        return connect([self.etcd.url], connect_timeout_s=ASK_TIMEOUT_S)
 
 
 class Down(OnStore):
@@ -64,50 +77,48 @@ class Down(OnStore):
 
     name = "etcd-down"
 
-    def __init__(self, site: Site, victim: str, params: Params) -> None:
-        super().__init__(site, victim, params)
-        self._etcd = etcd_of(site)
-        self._before = 0
+    _before = 0  # cluster id
 
     def _deal(self) -> str:
-        self._before = status(self._etcd.url).cluster_id
-        self._etcd.down()
-        if answers(self._etcd.url):
-            raise NotInjected(f"something answers at {self._etcd.url}, though etcd has ended")
-        return f"nothing answers at {self._etcd.url}"
+        self._before = status(self.etcd.url).cluster_id
+        self.etcd.down()
+        if answers(self.etcd.url):
+            raise NotInjected(f"something answers at {self.etcd.url}, though etcd has ended")
+        return f"nothing answers at {self.etcd.url}"
 
-    def heal(self) -> None:
+    def _heal(self) -> None:
         """Start it again with its data."""
-        self._etcd.up()
-        if self._before and status(self._etcd.url).cluster_id != self._before:
-            raise NotInjected(f"etcd at {self._etcd.url} came back with other data")
+        if not self._before:
+            return
+        self.etcd.up()
+        if status(self.etcd.url).cluster_id != self._before:
+            raise NotInjected(f"etcd at {self.etcd.url} came back with other data")
 
 
 class Wiped(OnStore):
     """Its data are deleted while it is down: it comes back as another store. Nothing brings them back."""
 
     name = "etcd-wiped"
-
-    def __init__(self, site: Site, victim: str, params: Params) -> None:
-        super().__init__(site, victim, params)
-        self._etcd = etcd_of(site)
+    _ended = False
 
     def _deal(self) -> str:
-        before = status(self._etcd.url)
-        self._etcd.down()
-        shutil.rmtree(self._etcd.data)
-        self._etcd.up()
-        after = status(self._etcd.url)
+        before = status(self.etcd.url)
+        self._ended = True
+        self.etcd.down()
+        shutil.rmtree(self.etcd.data)
+        self.etcd.up()
+        after = status(self.etcd.url)
         if after.cluster_id == before.cluster_id:
-            raise NotInjected(f"etcd at {self._etcd.url} still says that it is {before.cluster_id:x}")
+            raise NotInjected(f"etcd at {self.etcd.url} still says that it is {before.cluster_id:x}")
         return (
             f"etcd was {before.cluster_id:x} at revision {before.revision}, "
             f"and is {after.cluster_id:x} at revision {after.revision}"
         )
 
-    def heal(self) -> None:
+    def _heal(self) -> None:
         """See that it runs, if we were interrupted."""
-        self._etcd.up()
+        if self._ended:
+            self.etcd.up()
 
 
 class Compacted(OnStore):
@@ -133,12 +144,10 @@ class SlowDisk(OnStore):
 
     name = "etcd-slow-disk"
 
-    def __init__(self, site: Site, victim: str, params: Params) -> None:
-        super().__init__(site, victim, params)
-        self._tracer: subprocess.Popen[bytes] | None = None
+    _tracer: subprocess.Popen[bytes] | None = None
 
     def _deal(self) -> str:
-        delay_s, url = float(self.params["delay_s"]), etcd_of(self.site).url
+        delay_s, url = float(self.params["delay_s"]), self.etcd.url
         pid = self.site.pid("etcd")
         what = f"inject=fdatasync:delay_enter={round(delay_s * 1e6)}"
         command = ["strace", "-qq", "-f", "-p", str(pid), "-o", "/dev/null", "-e", "trace=fdatasync", "-e", what]
@@ -160,7 +169,7 @@ class SlowDisk(OnStore):
             store.delete(OURS + "slow-disk")
         return f"{FSYNC}: {mean_s * 1000:.0f} ms in the mean of the last {after[0] - before[0]:.0f}"
 
-    def heal(self) -> None:
+    def _heal(self) -> None:
         """End the tracer, which lets etcd go."""
         tracer, self._tracer = self._tracer, None
         if tracer is not None:
@@ -192,7 +201,7 @@ class Full(OnStore):
     name = "etcd-full"
 
     def _deal(self) -> str:
-        url, most = etcd_of(self.site).url, int(self.params["most_bytes"])
+        url, most = self.etcd.url, int(self.params["most_bytes"])
         filling = bytes(FILLING)
         with closing(self._store()) as store:
             for number in range(1 + most // FILLING):
@@ -204,9 +213,9 @@ class Full(OnStore):
                     raise NotInjected(f"etcd refused the filling, without an alarm: {error}") from error
         raise NotInjected(f"{most} bytes did not fill etcd", hint="give it --quota-backend-bytes")
 
-    def heal(self) -> None:
+    def _heal(self) -> None:
         """Make room, and have etcd take writes again: an alarm stays until somebody takes it back."""
-        url = etcd_of(self.site).url
+        url = self.etcd.url
         with closing(self._store()) as store:
             for kv in store.range(OURS + "filling/")[1]:
                 store.delete(kv.key)
@@ -229,11 +238,11 @@ class LeaderMoved(OnStore):
 
     name = "etcd-leader"
 
-    def __init__(self, site: Site, victim: str, params: Params) -> None:
-        super().__init__(site, victim, params)
-        if not isinstance(site, OwnsMembers):
+    @cached_property
+    def _members(self) -> EtcdMembers:
+        if not isinstance(self.site, OwnsMembers):
             raise NotInjected("this etcd is no EtcdMembers of the scenario's", hint="see chaos.inject.members")
-        self._members = site.members
+        return self.site.members
 
     def _deal(self) -> str:
         old = self._members.leader()
@@ -245,8 +254,10 @@ class LeaderMoved(OnStore):
         see(lambda: all(each.status().leader not in (0, was) for each in others), "another leader", START_TIMEOUT_S)
         return f"{old.name} ({was:x}) led, {others[0].status().leader:x} leads"
 
-    def heal(self) -> None:
+    def _heal(self) -> None:
         """Start the member that was killed."""
+        if not isinstance(self.site, OwnsMembers):
+            return
         for member in self._members.members:
             if not member.server.alive:
                 member.restart()
@@ -266,7 +277,7 @@ class LeasesRevoked(OnStore):
                 raise NotInjected(f"{self.victim}, process {pid}, has no lease")
             for lease in leases:
                 store.revoke(lease)
-        url = etcd_of(self.site).url
+        url = self.etcd.url
         for lease in leases:
             if (left := int(call(url, "lease/timetolive", {"ID": str(lease)})["TTL"])) >= 0:
                 raise NotInjected(f"lease {lease:x} of {self.victim} still has {left} s")

@@ -38,7 +38,7 @@ class OwnSite:
     """An etcd, and at most one role; no cluster around them."""
 
     def __init__(self, etcd: EtcdServer, folder: Path) -> None:
-        self.etcd, self.folder, self.pids = etcd, folder, {"etcd": etcd.pid}
+        self.etcd, self.folder, self.pids = etcd, folder, {"etcd": etcd.pid if etcd.started else 0}
 
     def pid(self, victim: str) -> int:
         return self.pids[victim]
@@ -212,3 +212,19 @@ def test_a_controller_outlives_a_revoked_lease_and_a_full_store(site: OwnSite) -
             eventually(lambda: "controller waits for the store" in log.read_text(), T, "the controller to ask for room")
             assert not token(store, pid)
         eventually(lambda: token(store, pid) > second, T, "the controller to lead after the store had room")
+
+
+@pytest.mark.parametrize("fault", ["etcd-down", "etcd-wiped"])
+def test_what_was_not_ended_is_not_started(tmp_path: Path, fault: str) -> None:
+    site = OwnSite(EtcdServer(tmp_path / "etcd", ports=(1, 2)), tmp_path)
+    with pytest.raises(StoreUnavailable):
+        FAULTS[fault].injector(site, "etcd").inject()
+    assert not site.etcd.started
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_healing_what_was_never_dealt_touches_nothing(tmp_path: Path, fault: str) -> None:
+    """There is no etcd here, and nobody asks for one."""
+    site = OwnSite(EtcdServer(tmp_path / "etcd", ports=(1, 2)), tmp_path)
+    FAULTS[fault].injector(site, FAULTS[fault].victims[0]).heal()
+    assert not site.etcd.started

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from chaos.inject import clock, disk, ipc, oom, parent, signals, step
+from chaos.inject import clock, disk, ipc, oom, parent, signals, step, store
 from chaos.inject.base import NotInjected
 from chaos.inject.catalogue import FAULTS, injector
 from membership.events import Event
@@ -76,7 +76,16 @@ def test_every_entry_says_what_it_is_in_a_line() -> None:
 
 
 def test_an_injector_bears_the_name_of_its_entry_and_heals_what_was_never_dealt() -> None:
-    for table in (signals.FAULTS, oom.FAULTS, step.FAULTS, parent.FAULTS, ipc.FAULTS, disk.FAULTS, clock.FAULTS):
+    for table in (
+        signals.FAULTS,
+        oom.FAULTS,
+        step.FAULTS,
+        parent.FAULTS,
+        ipc.FAULTS,
+        disk.FAULTS,
+        clock.FAULTS,
+        store.FAULTS,
+    ):
         for name, fault in table.items():
             for victim in fault.victims:
                 site = Armed()
