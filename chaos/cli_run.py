@@ -80,7 +80,6 @@ def run(
     output: OutputFlag = Output.TEXT,
 ) -> None:
     """Play a scenario under load and judge what clients saw. Exit 1 if a promise broke. Ctrl-C takes faults back."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing is left behind
     with reported():
         wanted = find(scenario)
         played = Played(wanted, wanted.seed if seed is None else seed)
