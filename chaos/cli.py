@@ -8,7 +8,7 @@ import typer
 
 from chaos.cli_endurance import churn, soak
 from chaos.cli_history import check
-from chaos.cli_simulate import simulate
+from chaos.cli_simulate import replay, simulate
 from chaos.demo import demo
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -16,6 +16,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "soak": soak,
     "churn": churn,
     "simulate": simulate,
+    "replay": replay,
     "check": check,
 }
 
