@@ -15,7 +15,7 @@ from chaos.cli_history import check
 from chaos.cli_planted import planted
 from chaos.cli_report import report
 from chaos.cli_run import run, scenarios
-from chaos.cli_simulate import simulate
+from chaos.cli_simulate import replay, simulate
 from chaos.cli_suite import suite
 from chaos.demo import demo
 
@@ -28,6 +28,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "churn": churn,
     "simulate": simulate,
     "planted": planted,
+    "replay": replay,
     "check": check,
     "faults": faults,
     "failpoints": failpoints,

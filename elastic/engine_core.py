@@ -10,7 +10,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import structlog
 
@@ -48,6 +48,9 @@ class Engine:
         server: EngineServer,
         status: StatusWriter,
         events: EventLog,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
     ) -> None:
         self._config = config
         self._token = token
@@ -56,7 +59,7 @@ class Engine:
         self._server = server
         self._status = status
         self._events = events
-        self._clock = time.monotonic
+        self._clock, self._wall = clock, wall
         self._scheduler = Scheduler(config, token, self._clock())
         self._recovery = Recovery()
         self._loads = LoadWindow(config.moe_layers, config.experts, self._clock())
@@ -89,30 +92,40 @@ class Engine:
         """Serve until stopped; Fenced if replaced."""
         while not stop.is_set():
             progress.beat()
+            self.turn()
+        self._flush()
+
+    def turn(self) -> None:
+        """Begin a step, or go on with the one under way, or wait for something to do."""
+        if not self._scheduler.unanswered:
             self._take_requests()
             self._follow_membership()
             self._copy(self._scheduler.copies(self._clock()))
             batch = self._scheduler.schedule(self._clock())
             if batch is None:
                 self._idle()
-            else:
-                self._run_step(batch, stop)
+                self._expire()
+                self._report()
+                return
+            self._begin_step(batch)
+        if self._scheduler.unanswered:
+            self._handle(self._fleet.collect(IDLE_S, self._has_news))
+            self._take_requests()
+        if not self._scheduler.unanswered:
+            self._end_step()
             self._expire()
             self._report()
-        self._flush()
 
-    def _run_step(self, batch: StepBatch, stop: threading.Event) -> None:
+    def _begin_step(self, batch: StepBatch) -> None:
         """While the ranks compute this step, the last one's tokens leave and new requests come in."""
         self._outcome = "ok"
         failpoints.hit("engine.before.step")
         self._fleet.broadcast(batch)
         self._flush()
         self._take_requests()
-        while self._scheduler.unanswered and not stop.is_set():
-            progress.beat()
-            self._handle(self._fleet.collect(IDLE_S, self._has_news))
-            self._take_requests()
-        self._steps[self._outcome] += not self._scheduler.unanswered
+
+    def _end_step(self) -> None:
+        self._steps[self._outcome] += 1
         self._last_step_end = self._clock()
         self._note_flip(self._last_step_end)
         self._note_recoveries()
@@ -149,7 +162,7 @@ class Engine:
             self._outbox += self._scheduler.expire(now)
             if self._unrecorded:
                 self._fleet.probe()
-            loads = self._loads.due(now, time.time())
+            loads = self._loads.due(now, self._wall())
             if loads is not None:
                 self._status.tell_loads(loads)
 

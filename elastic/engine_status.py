@@ -22,7 +22,16 @@ log = structlog.get_logger(__name__)
 class StatusWriter:
     """Writes the latest status at once when it says something new, and every second. Fenced by the engine token."""
 
-    def __init__(self, store: Store, keys: Keys, token: int, lease: int, on_fenced: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        keys: Keys,
+        token: int,
+        lease: int,
+        on_fenced: Callable[[], None],
+        *,
+        background: bool = True,
+    ) -> None:
         self._store = store
         self._key, self._loads_key = keys.engine_status, keys.expert_load
         self._fence = Compare(keys.engine, "create", "=", token)
@@ -36,7 +45,8 @@ class StatusWriter:
         self._reachable = True
         self.fenced = False  # the store says that another engine is in charge, or may be
         self._thread = threading.Thread(target=self._run, name="engine-status", daemon=True)
-        self._thread.start()
+        if background:
+            self._thread.start()
 
     def update(self, status: EngineStatus) -> None:
         """Take over the latest status; cheap, never blocks on the store."""
@@ -56,7 +66,8 @@ class StatusWriter:
         with self._changed:
             self._stop = True
             self._changed.notify_all()
-        self._thread.join(timeout=15.0)
+        if self._thread.ident is not None:
+            self._thread.join(timeout=15.0)
         if self._thread.is_alive():
             raise WaitTimeout("the engine's status writer did not stop within 15 s")
 
@@ -66,12 +77,23 @@ class StatusWriter:
                 self._changed.wait_for(lambda: self._urgent or self._stop, timeout=PERIOD_S)
                 if self._stop:
                     return
-                self._urgent, status = False, self._status
-                loads, self._loads = self._loads, None
-            if not self._write(status, loads):
-                self.fenced = True
-                self._on_fenced()
+            if not self.turn():
                 return
+
+    @property
+    def urgent(self) -> bool:
+        """Whether there is something that others act on and have not been told."""
+        return self._urgent
+
+    def turn(self) -> bool:
+        """Write the latest status; False once this engine is fenced."""
+        with self._changed:
+            self._urgent, status = False, self._status
+            loads, self._loads = self._loads, None
+        if not self._write(status, loads):
+            self.fenced = True
+            self._on_fenced()
+        return not self.fenced
 
     def _write(self, status: EngineStatus, loads: ExpertLoad | None) -> bool:
         """False if this engine has been replaced, or its lease has ended, which lets others replace it."""

@@ -92,7 +92,7 @@ def run_controller(
         try:
             with Mirror(store, cluster) as mirror:
                 while not stop.is_set():
-                    _Term(store, cluster, node, stop, events, clock, mirror).serve()
+                    Term(store, cluster, node, stop, events, clock, mirror).serve()
         except StoreUnavailable as error:
             log.warning("controller waits for the store", cluster=cluster, error=str(error))
             stop.wait(PAUSE_S)
@@ -103,7 +103,7 @@ def run_controller(
                 log.error("membership is still frozen", cluster=cluster, error=str(replaced), hint=replaced.hint)
 
 
-class _Term:
+class Term:
     """One candidacy and, if it succeeds, the time in office."""
 
     def __init__(
@@ -157,15 +157,13 @@ class _Term:
     def _look(self, election: Election) -> None:
         """Look once: do what is to be done, or wait for a change or the next due time."""
         state, now = self._mirror.state(), self._clock()
-        if state.leader_revision != election.token:
-            if state.leader_revision > election.token:
-                raise Fenced(f"token {election.token} was superseded by {state.leader_revision}")
-            self._mirror.poll(state.revision, LOOK_S)  # the mirror has yet to see us elected, and all before it
+        effects = self.decide(state, election, now)
+        if effects is None:
+            self._mirror.poll(state.revision, LOOK_S)
             return
-        effects = planner.reconcile(state, now)
         for effect in effects:
             try:
-                written = self._apply(effect, state, election)
+                written = self.apply(effect, state, election)
             except StoreUnavailable as error:
                 log.warning("unknown whether it was done", what=effect.reason, error=str(error))
                 self._stop.wait(PAUSE_S)
@@ -175,7 +173,13 @@ class _Term:
             at = planner.due(state, now)
             self._mirror.poll(state.revision, LOOK_S if at is None else min(LOOK_S, at - now))
 
-    def _apply(self, effect: Effect, state: ClusterState, election: Election) -> int:
+    def decide(self, state: ClusterState, election: Election, now: float) -> list[Effect] | None:
+        """What is to be done; None while the mirror has yet to see us elected. Fenced: others are."""
+        if state.leader_revision > election.token:
+            raise Fenced(f"token {election.token} was superseded by {state.leader_revision}")
+        return planner.reconcile(state, now) if state.leader_revision == election.token else None
+
+    def apply(self, effect: Effect, state: ClusterState, election: Election) -> int:
         """Do it; return the revision that the mirror must have reached before the next look."""
         compares, ops = transaction(effect, state, self._keys)
         failpoints.hit(f"controller.before.{edge(effect)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from membership import types
@@ -159,18 +160,23 @@ def state_from(items: Iterable[KeyValue], revision: int, cache: DecodeCache | No
     """
     fields: dict[str, Any] = {attribute: {} for attribute, _ in _FAMILIES.values()}
     for kv in items:
-        name, _, rest = kv.key.removeprefix(ROOT).partition("/")[2].partition("/")
-        if not rest and name in _REVISIONS:
-            attribute, source = _REVISIONS[name]
-            fields[attribute] = getattr(kv, source)
-        if not rest and name in _SINGLES:
-            attribute, kind = _SINGLES[name]
-            record = _decoded(kv, kind, cache)
-            fields[attribute] = record.value if isinstance(record, types.Counter) else record
-        elif rest and name in _FAMILIES:
-            attribute, kind = _FAMILIES[name]
-            fields[attribute][_family_key(kv.key, name, rest)] = _decoded(kv, kind, cache)
+        name, rest, place = _parsed(kv.key)
+        if not rest:
+            if (numbered := _REVISIONS.get(name)) is not None:
+                fields[numbered[0]] = getattr(kv, numbered[1])
+            if (single := _SINGLES.get(name)) is not None:
+                record = _decoded(kv, single[1], cache)
+                fields[single[0]] = record.value if isinstance(record, types.Counter) else record
+        elif (family := _FAMILIES.get(name)) is not None:
+            fields[family[0]][place] = _decoded(kv, family[1], cache)
     return ClusterState(revision=revision, **fields)
+
+
+@lru_cache(maxsize=4096)
+def _parsed(key: str) -> tuple[str, str, str | int | tuple[int, int]]:
+    """The name under the cluster's prefix, what follows it, and what that stands for in a family."""
+    name, _, rest = key.removeprefix(ROOT).partition("/")[2].partition("/")
+    return name, rest, _family_key(key, name, rest) if rest and name in _FAMILIES else rest
 
 
 def _family_key(key: str, name: str, rest: str) -> str | int | tuple[int, int]:

@@ -99,12 +99,19 @@ class LeaseKeeper:
     def _run(self) -> None:
         pause = self._ttl_s / 3
         while not self._stop.wait(pause):
-            try:
-                pause = self._ttl_s / 3 if self.renew() else RETRY_S
-            except StoreError as error:
-                self._lose(error)
+            again = self.turn()
+            if again is None:
                 return
-            pause = max(RETRY_S, min(pause, self.remaining_s)) if self._persistent else min(pause, self.remaining_s)
+            pause = again
+
+    def turn(self) -> float | None:
+        """Renew, or find it lost; in how many seconds to do so again, None: never."""
+        try:
+            pause = self._ttl_s / 3 if self.renew() else RETRY_S
+        except StoreError as error:
+            self._lose(error)
+            return None
+        return max(RETRY_S, min(pause, self.remaining_s)) if self._persistent else min(pause, self.remaining_s)
 
     def _lose(self, error: StoreError) -> None:
         self._lost = True

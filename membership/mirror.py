@@ -24,7 +24,14 @@ from tenacity import (
 )
 
 from membership import failpoints
-from membership.errors import ElasticError, StoreCompacted, StoreReplaced, StoreUnavailable, WaitTimeout
+from membership.errors import (
+    ElasticError,
+    StoreCompacted,
+    StoreError,
+    StoreReplaced,
+    StoreUnavailable,
+    WaitTimeout,
+)
 from membership.keys import DecodeCache, Keys, state_from
 from membership.store import KeyValue, Store, Watch, WatchEvent
 from membership.types import ClusterState
@@ -47,6 +54,7 @@ class Mirror:
         *,
         clock: Callable[[], float] = time.monotonic,
         probe_every_s: float = PROBE_EVERY_S,
+        background: bool = True,
     ) -> None:
         self._store = store
         self._keys = Keys(cluster)
@@ -70,7 +78,18 @@ class Mirror:
         if self._failure is not None:
             raise self._failure
         self._thread = threading.Thread(target=self._run, name=f"mirror-{cluster}", daemon=True)
-        self._thread.start()
+        if background:
+            self._thread.start()
+
+    def turn(self) -> None:
+        """Take over what has happened since the last turn, if there is no thread (`background`); never waits."""
+        try:
+            if self._watch is None:
+                self._open()
+            while self._watch is not None and self._take(self._watch, 0.0):
+                pass
+        except (StoreCompacted, StoreUnavailable) as error:
+            self._lose(self._watch, error)
 
     def state(self) -> ClusterState:
         """Return the latest state. Raise what went wrong if it can no longer be followed (say, a newer schema)."""
@@ -140,7 +159,8 @@ class Mirror:
             self._changed.notify_all()
         if watch is not None:
             watch.close()
-        self._thread.join(CLOSE_TIMEOUT_S)
+        if self._thread.ident is not None:
+            self._thread.join(CLOSE_TIMEOUT_S)
         if self._thread.is_alive():
             raise WaitTimeout(f"mirror of cluster {self._keys.cluster} did not stop within {CLOSE_TIMEOUT_S:g} s")
 
@@ -204,22 +224,33 @@ class Mirror:
             return
         try:
             while not self._stop.is_set():
-                before = self._clock()
-                batch = watch.next(self._probe_every_s)
-                if batch is None:
-                    before = self._clock()
-                    self._store.get(self._keys.config)  # the watch is silent: is the store there at all?
-                elif batch.revision > self._revision:
-                    self._apply(batch.events, batch.revision)
-                self._heard_at = before
-        except StoreCompacted:
-            self._relist = True
-        except StoreUnavailable as error:
-            if not self._stop.is_set():
-                log.warning("mirror lost the store", cluster=self._keys.cluster, error=str(error))
+                self._take(watch, self._probe_every_s)
+        except (StoreCompacted, StoreUnavailable) as error:
+            self._lose(watch, error)
         finally:
-            with self._changed:
-                self._watch, self._synced = None, False
+            self._lose(watch)
+
+    def _take(self, watch: Watch, timeout_s: float) -> bool:
+        """Take over the next changes; False if none came in time."""
+        before = self._clock()
+        batch = watch.next(timeout_s)
+        if batch is None:
+            before = self._clock()
+            self._store.get(self._keys.config)  # the watch is silent: is the store there at all?
+        elif batch.revision > self._revision:
+            self._apply(batch.events, batch.revision)
+        self._heard_at = before
+        return batch is not None
+
+    def _lose(self, watch: Watch | None, error: StoreError | None = None) -> None:
+        """The watch has ended, and why."""
+        if isinstance(error, StoreCompacted):
+            self._relist = True
+        elif error is not None and not self._stop.is_set():
+            log.warning("mirror lost the store", cluster=self._keys.cluster, error=str(error))
+        with self._changed:
+            self._watch, self._synced = None, False
+        if watch is not None:
             watch.close()
 
     def _list(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import queue
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from membership.keys import Keys
 from membership.mirror import Mirror
 from membership.store import Store
 from membership.types import AgentRecord, ClusterConfig
+from workers import agent_state
 from workers.agent_begin import wait_for_config, wait_for_name
 from workers.agent_state import (
     Attach,
@@ -40,14 +42,6 @@ from workers.agent_state import (
     Retire,
     RetireEpoch,
     Spawn,
-    advancing,
-    decide,
-    heartbeats,
-    hung,
-    observe,
-    record_of,
-    relief,
-    stale_records,
 )
 from workers.executor import Death, MultiprocExecutor
 from workers.exits import Exits
@@ -74,9 +68,13 @@ class Agent:
 
     def __init__(
         self, store: Store, mirror: Mirror, keys: Keys, config: ClusterConfig, node: str, events: EventLog,
-        worker_class: str, policy: RestartPolicy, spares: int = 0,
+        worker_class: str, policy: RestartPolicy, spares: int = 0, *,
+        executor: Callable[..., MultiprocExecutor] = MultiprocExecutor, registrar: Callable[..., Registrar] = Registrar,
+        clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time,
+        chance: random.Random | None = None,
     ) -> None:  # fmt: skip
-        me = AgentRecord(node=node, pid=os.getpid(), started=time.time(), capacity=config.max_ranks)
+        self._clock, self._wall = clock, wall
+        me = AgentRecord(node=node, pid=os.getpid(), started=wall(), capacity=config.max_ranks)
         self.me = changed(me, spares_wanted=spares)
         self._mirror, self._config, self._events = mirror, config, events
         self._ranks: dict[RankKey, LocalRank] = {}
@@ -84,12 +82,12 @@ class Agent:
         self._next_beat_check = 0.0
         self._heartbeats_at = 0.0
         self._buried: set[RankKey] = set()
-        self._exits = Exits(policy)
+        self._exits = Exits(policy, chance)
         self._pids: dict[int, RankKey] = {}
         self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._keys = keys
-        self._registrar = Registrar(store, keys, config.lease_ttl_s)
-        self._executor = MultiprocExecutor(
+        self._registrar = registrar(store, keys, config.lease_ttl_s)
+        self._executor = executor(
             config,
             node,
             worker_class=worker_class,
@@ -110,7 +108,7 @@ class Agent:
     def run(self, stop: threading.Event) -> None:
         """Do what is assigned until asked to stop."""
         while not stop.is_set():
-            self._turn()
+            self.turn()
 
     def leave(self, grace_s: float) -> None:
         """Ask to be relieved of all ranks, and go on until none is left; at most `grace_s`, and only if it can be."""
@@ -121,17 +119,18 @@ class Agent:
         ranks = sorted(rank for rank, _ in self._ranks)
         self._events.emit("agent_leaving", cluster=self._config.cluster, node=self.me.node, ranks=ranks)
         deadline = time.monotonic() + grace_s
-        while time.monotonic() < deadline and relief(self._mirror.state(), self.me, self._ranks):
-            self._turn()
+        while time.monotonic() < deadline and agent_state.relief(self._mirror.state(), self.me, self._ranks):
+            self.turn()
 
-    def _turn(self) -> None:
-        self._take_posted()
-        now = time.time()
-        self._check_heartbeats(time.monotonic())
+    def turn(self, timeout_s: float = TICK_S) -> None:
+        """Take what was posted, waiting a little for something, and do what is due."""
+        self._take_posted(timeout_s)
+        now = self._wall()
+        self._check_heartbeats(self._clock())
         state = self._mirror.state()
-        for key in stale_records(state, self.me.node, self._ranks):
+        for key in agent_state.stale_records(state, self.me.node, self._ranks):
             self._registrar.withdraw(key)
-        self._act(decide(state, self.me, self._ranks, self._buried, now))
+        self._act(agent_state.decide(state, self.me, self._ranks, self._buried, now))
         self._spares.tend(state, now)
 
     def close(self) -> None:
@@ -143,9 +142,10 @@ class Agent:
     def _post(self, work: Callable[..., None], *args: Any) -> None:
         self._posted.put(partial(work, *args))
 
-    def _take_posted(self) -> None:
+    def _take_posted(self, timeout_s: float) -> None:
         try:
-            self._posted.get(timeout=TICK_S)()
+            if timeout_s:
+                self._posted.get(timeout=timeout_s)()
             while True:
                 self._posted.get_nowait()()
         except queue.Empty:
@@ -175,7 +175,7 @@ class Agent:
     def _spawn(self, keys: list[RankKey]) -> None:
         for key in keys:
             failpoints.hit("agent.before.spawn", key[0])
-            self._ranks[key] = LocalRank(*key, started=time.time())
+            self._ranks[key] = LocalRank(*key, started=self._wall())
             self._update(key)
             self._emit("rank_spawned", key)
         left = [key for key in keys if not self._spares.take(key, self._adopted)]
@@ -239,12 +239,12 @@ class Agent:
         if rank is None or rank.life is Life.ENDING:
             self._executor.retire([key], lambda key: self._post(self._ended, key), kill=True)
             return
-        self._beats[key] = Heartbeat(-1, time.monotonic())
+        self._beats[key] = Heartbeat(-1, self._clock())
         self._update(
             key, life=Life.READY, pid=outcome.child.pid,
             liveness_handle=outcome.liveness_handle, exchange_handle=outcome.exchange_handle,
         )  # fmt: skip
-        self._emit("rank_ready", key, pid=outcome.child.pid, took_ms=_ms(time.time() - rank.started))
+        self._emit("rank_ready", key, pid=outcome.child.pid, took_ms=_ms(self._wall() - rank.started))
 
     def _adopted(self, key: RankKey, outcome: WorkerProcHandle | ElasticError, fingerprint: str) -> None:
         """A spare has become this rank; or it has not, and the rank starts as any other."""
@@ -262,7 +262,7 @@ class Agent:
     def _attached(self, key: RankKey, token: int, handle: Any, error: str) -> None:
         if error:
             log.warning("attach_failed", rank=key[0], token=token, error=error)
-            self._update(key, attaching_token=0, attach_not_before=time.time() + ATTACH_RETRY_S)
+            self._update(key, attaching_token=0, attach_not_before=self._wall() + ATTACH_RETRY_S)
         else:
             self._update(key, attaching_token=0, attached_token=token, response_handle=handle)
             self._emit("rank_attached", key, token=token)
@@ -273,7 +273,7 @@ class Agent:
             self._update(key, loading=False, failed_revision=revision, prepare_error=error)
         else:
             self._update(key, loading=False, loaded=True, fingerprint=fingerprint)
-            self._emit("rank_loaded", key, took_ms=_ms(time.time() - self._ranks[key].started))
+            self._emit("rank_loaded", key, took_ms=_ms(self._wall() - self._ranks[key].started))
 
     def _prepared(self, key: RankKey, revision: int, result: Any, error: str) -> None:
         if error:
@@ -317,7 +317,7 @@ class Agent:
         del self._ranks[key]
         self._beats.pop(key, None)
         self._buried.add(key)
-        verdict = self._exits.died(key, reason, self._mirror.state().exits, time.time())
+        verdict = self._exits.died(key, reason, self._mirror.state().exits, self._wall())
         self._registrar.withdraw(key, verdict)
         if verdict.quarantined:
             self._emit("rank_quarantined", key, reason=verdict.reason)
@@ -331,9 +331,9 @@ class Agent:
             worker = self._executor.workers.get(key)
             if worker is None:
                 continue
-            self._beats[key] = beat = observe(seen, worker.liveness.beats, now)
-            self._registrar.set_renewing(key, advancing(beat))
-            if hung(beat, now, after_s=ttl_s) and self._ranks[key].life is Life.READY:
+            self._beats[key] = beat = agent_state.observe(seen, worker.liveness.beats, now)
+            self._registrar.set_renewing(key, agent_state.advancing(beat))
+            if agent_state.hung(beat, now, after_s=ttl_s) and self._ranks[key].life is Life.READY:
                 silence = f"no heartbeat for {now - beat.advanced_at:.1f} s"
                 self._emit("rank_died", key, pid=worker.child.pid, detected_by="heartbeat", reason=silence)
                 self._bury(key, silence)
@@ -341,14 +341,14 @@ class Agent:
         self._spares.check(now)
         if now >= self._heartbeats_at:
             self._heartbeats_at = now + HEARTBEATS_EVERY_S
-            told = heartbeats(self.me.node, self._beats, now, time.time())
+            told = agent_state.heartbeats(self.me.node, self._beats, now, self._wall())
             self._registrar.note(self._keys.heartbeats(self.me.node), told, beside=self._keys.agent(self.me.node))
 
     # --- small things -------------------------------------------------------------------------------------------
 
     def _update(self, key: RankKey, **changes: Any) -> None:
         self._ranks[key] = rank = replace(self._ranks[key], **changes)
-        self._registrar.publish_rank(record_of(rank, self.me.node))
+        self._registrar.publish_rank(agent_state.record_of(rank, self.me.node))
 
     def _emit(self, kind: str, key: RankKey, **fields: Any) -> None:
         view = self._mirror.state().view

@@ -18,12 +18,12 @@ from workers.restart import RestartPolicy, counted, ending, judge, recent_deaths
 class Exits:
     """Remembers what the store may not have been told yet."""
 
-    def __init__(self, policy: RestartPolicy) -> None:
+    def __init__(self, policy: RestartPolicy, chance: random.Random | None = None) -> None:
         self._policy = policy
         self._deaths: dict[int, tuple[float, ...]] = {}
         self._records: dict[int, RankExit] = {}
         self._endings: dict[RankKey, str] = {}
-        self._chance = random.Random()  # spreads restarts; nothing else rests on it
+        self._chance = chance or random.Random()  # spreads restarts; nothing else rests on it
 
     def died(self, key: RankKey, reason: str, stored: Mapping[int, RankExit], now: float) -> RankExit:
         """The exit record, with the verdict, of a rank that is dead; `stored` are the records in the store."""

@@ -110,12 +110,20 @@ class _Link:
 class Fleet:
     """Made before the election; `open(token)` after it. All but `ring` belongs to the engine's thread."""
 
-    def __init__(self, step_deadline_s: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        step_deadline_s: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        parts: tuple[Doorbell, MessageQueue, LiveMask] | None = None,
+    ) -> None:
+        """`parts` are others than its own; then it has no thread either, and somebody calls `join_wanted`."""
         self._clock = clock
         self._step_deadline_s = STEP_DEADLINE_S if step_deadline_s is None else step_deadline_s
-        self._doorbell = Doorbell()
-        self._steps = MessageQueue("engine-steps", MsgpackCodec(EngineMessage))
-        self._mask = LiveMask.create()
+        self._doorbell, self._steps, self._mask = parts or (
+            Doorbell(),
+            MessageQueue("engine-steps", MsgpackCodec(EngineMessage)),
+            LiveMask.create(),
+        )
         self._watchdog = Watchdog()
         self._pace = Pace(clock())
         self._members: frozenset[Key] = frozenset()
@@ -130,8 +138,9 @@ class Fleet:
         self._deaths: deque[tuple[Key, str, float]] = deque()
         self._wake = threading.Event()
         self._stop = threading.Event()
-        self._joiner = threading.Thread(target=self._join_wanted, name="fleet-joiner", daemon=True)
-        self._joiner.start()
+        self._joiner = threading.Thread(target=self._run_joiner, name="fleet-joiner", daemon=True)
+        if parts is None:
+            self._joiner.start()
 
     @property
     def broadcast_handle(self) -> bytes:
@@ -234,7 +243,8 @@ class Fleet:
         """Let go of everything."""
         self._stop.set()
         self._wake.set()
-        self._joiner.join(timeout=2 * JOIN_TIMEOUT_S)
+        if self._joiner.ident is not None:
+            self._joiner.join(timeout=2 * JOIN_TIMEOUT_S)
         if self._joiner.is_alive():
             raise WaitTimeout("the fleet's joining thread did not stop")
         self._take_over_joined()
@@ -331,26 +341,30 @@ class Fleet:
 
     # ---- the joining thread
 
-    def _join_wanted(self) -> None:
+    def _run_joiner(self) -> None:
         while not self._stop.is_set():
             self._wake.wait(timeout=RETRY_S if self._wanted else 60.0)
             self._wake.clear()
-            self._close_dropped()
+            self.join_wanted()
+
+    def join_wanted(self) -> None:
+        """Join whoever is to be joined, as far as that works now, and close who was dropped."""
+        self._close_dropped()
+        with self._lock:
+            wanted = list(self._wanted.items())
+        for key, record in wanted:
+            try:
+                link = self._join(record)
+            except (ElasticError, msgspec.MsgspecError, OSError) as error:
+                log.warning("cannot join a rank's queue yet", rank=record.rank, error=str(error))
+                continue
             with self._lock:
-                wanted = list(self._wanted.items())
-            for key, record in wanted:
-                try:
-                    link = self._join(record)
-                except (ElasticError, msgspec.MsgspecError, OSError) as error:
-                    log.warning("cannot join a rank's queue yet", rank=record.rank, error=str(error))
-                    continue
-                with self._lock:
-                    still_wanted = self._wanted.pop(key, None) is not None
-                if not still_wanted:
-                    link.resources.close()
-                    continue
-                self._joined.append(link)
-                self._doorbell.ring()
+                still_wanted = self._wanted.pop(key, None) is not None
+            if not still_wanted:
+                link.resources.close()
+                continue
+            self._joined.append(link)
+            self._doorbell.ring()
 
     def _close_dropped(self) -> None:
         while self._closing:

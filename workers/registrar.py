@@ -42,7 +42,15 @@ class _Entry:
 class Registrar:
     """Owns the leases of one node's keys and the thread that writes them."""
 
-    def __init__(self, store: Store, keys: Keys, ttl_s: float, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        store: Store,
+        keys: Keys,
+        ttl_s: float,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        background: bool = True,
+    ) -> None:
         self._store = store
         self._keys = keys
         self._ttl_s = ttl_s
@@ -55,7 +63,8 @@ class Registrar:
         self._closing = False
         self._reachable = True
         self._thread = threading.Thread(target=self._run, name="registrar", daemon=True)
-        self._thread.start()
+        if background:
+            self._thread.start()
 
     def publish(self, key: str, record: Record) -> None:
         """Have `record` stand under `key`, under a lease of its own, from now on."""
@@ -116,7 +125,8 @@ class Registrar:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._thread.join(CLOSE_TIMEOUT_S)
+        if self._thread.ident is not None:
+            self._thread.join(CLOSE_TIMEOUT_S)
         if self._thread.is_alive():
             raise WaitTimeout("the registrar did not stop: a store call outlived its deadline")
         try:
@@ -136,23 +146,38 @@ class Registrar:
                 self._changed.wait_for(lambda: self._dirty or self._closing, self._idle_s())
                 if self._closing:
                     return
-                self._dirty = False
             try:
-                self._sync()
-                self._heard(True)
+                reached = self.turn()
             except StoreReplaced as replaced:  # the ranks live on
                 log.error("records_frozen", error=str(replaced), hint=replaced.hint)
                 return
-            except StoreUnavailable as error:
-                self._heard(False, str(error))
+            if not reached:
                 with self._changed:
-                    self._dirty = True
                     self._changed.wait_for(lambda: self._closing, RETRY_S)
+
+    def turn(self) -> bool:
+        """Write and renew what is due; whether the store could be reached. StoreReplaced ends it."""
+        with self._changed:
+            self._dirty = False
+        try:
+            self._sync()
+        except StoreUnavailable as error:
+            self._heard(False, str(error))
+            with self._changed:
+                self._dirty = True
+            return False
+        self._heard(True)
+        return True
 
     def _heard(self, reachable: bool, error: str = "") -> None:
         if reachable != self._reachable:
             self._reachable = reachable
             log.info("store_back") if reachable else log.warning("store_unreachable", error=error)
+
+    @property
+    def due(self) -> bool:
+        """Whether a turn would find something to do."""
+        return self._dirty or self._idle_s() <= 0
 
     def _idle_s(self) -> float:
         now = self._clock()

@@ -1,30 +1,61 @@
-"""One life of a simulated cluster, drawn from a seed: faults and changes while clients are served, then peace.
+"""One life of a simulated cluster: happenings drawn from a seed, lived while clients are served, then peace.
 
-Safety is checked at every commit, token and step; liveness in the end, when the faults have ceased. Swarm testing
-(Groce et al., 2012): each life has only some kinds of faults, each with a weight of its own, so that rare kinds meet
-without common ones drowning them. The same seed is the same life, to the bit: `digest` says so.
+Safety is checked at every commit, step, token and eviction; liveness in the end, when the faults have ceased. Each
+happening has a seed of its own: leaving some out changes nothing about what the others draw (`keep`). Most lives have
+only some kinds, each with a weight of its own (swarm testing, Groce et al., 2012), so that rare kinds meet without
+common ones drowning them; every third walks along all ordered pairs of kinds (`pairs.py`). The same seed is the same
+life, to the bit: `digest` says so.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from random import Random
 
 import msgspec
+import structlog
 
-from chaos.simulation.serving import SERVED, Served
-from chaos.simulation.world import Violation
-from membership.errors import ElasticError, OperationConflict
-from membership.operations import cancel
-from membership.pause import pause, resume
-from membership.preview import plan_of
-from membership.types import ClusterState
-from membership.wish import drain, scale, undrain
+from chaos.simulation.clock import WALL_S
+from chaos.simulation.cluster import Cluster
+from chaos.simulation.deeds import DEEDS
+from chaos.simulation.faults import FAULTS
+from chaos.simulation.laws import require
+from chaos.simulation.pairs import walk
+from membership import failpoints
+from membership.errors import ElasticError
+from membership.pause import resume
+from membership.quarantine import unquarantine
 
-MOMENTS = 150
-ALWAYS = {"agents": 30, "control": 30, "engine": 25, "look": 12, "deliver": 12, "request": 4, "wait": 6}
+HAPPENINGS, WALKED = 60, 50
+GAPS_S = (0.0, 0.005, 0.05, 0.15, 0.4, 0.9)
+SETTLED_WITHIN_S, PEACE_WITHIN_S, POLL_S = 20.0, 60.0, 0.5
+REQUEST_EVERY_S = 0.35
+STAGED = 40  # views in peace: that is no progress
+LATE_S = 15.0  # after its deadline, and the faults, an operation must have ended
+PAIRED_EVERY = 3
+USUAL = {
+    "unable": 0.4, "skew": 0.4, "lag": 0.4, "outage": 0.3, "kill-agent": 0.4, "kill-two": 0.3, "kill-gateway": 0.3,
+    "change": 2.5,
+}  # fmt: skip
+
+
+class Happening(msgspec.Struct, frozen=True):
+    """One thing to happen: when, what, and the seed of what exactly."""
+
+    at: float  # seconds after the beginning
+    kind: str
+    seed: int
+
+
+class Step(msgspec.Struct, frozen=True):
+    """A happening that was lived; `told` is what it did, "" if there was nothing to do it to."""
+
+    index: int
+    at: float
+    kind: str
+    told: str
 
 
 class Life(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,185 +64,177 @@ class Life(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     faults: int
     kinds: tuple[str, ...]
+    steps: tuple[Step, ...] = ()
     epochs: int = 0
     requests: int = 0
     tokens: int = 0
     refused: int = 0
+    seconds: float = 0.0  # of virtual time
+    points: tuple[str, ...] = ()  # failpoints that struck
     digest: str = ""
     violation: str = ""
 
 
+class Setup(msgspec.Struct, frozen=True, kw_only=True):
+    """What a life begins with, and what will happen."""
+
+    seed: int
+    nodes: tuple[str, ...]
+    desired: int
+    fresh: bool  # the first happenings meet a cluster that is still starting
+    schedule: tuple[Happening, ...]
+
+
+def setup(seed: int) -> Setup:
+    """What the seed stands for."""
+    random = Random(seed)
+    nodes = ("a", "b", "c")[: random.choice([1, 2, 2, 3])]
+    desired, fresh = random.choice([1, 2, 3, 4, 4, 5]), random.random() < 0.15
+    kinds = sorted({*FAULTS, *DEEDS})
+    if seed % PAIRED_EVERY == 0:
+        faults = walk(sorted(FAULTS), seed // PAIRED_EVERY, WALKED)
+        names = [name for at, each in enumerate(faults) for name in ([each, "change"] if at % 5 == 4 else [each])]
+    else:
+        some = random.sample(kinds, random.choice([2, 4, 6, 8, 12, len(kinds)]))
+        weights = [random.choice([1, 1, 3]) * USUAL.get(kind, 1.0) for kind in some]
+        names = random.choices(some, weights, k=HAPPENINGS)
+    at, schedule = 0.0, list[Happening]()
+    for name in names:
+        at += random.choice(GAPS_S) * random.uniform(0.5, 1.0)
+        schedule.append(Happening(round(at, 4), name, random.getrandbits(48)))
+    return Setup(seed=seed, nodes=nodes, desired=desired, fresh=fresh, schedule=tuple(schedule))
+
+
 class _Life:
-    """The world, what may happen to it, and what did. Each method named in FAULTS or ALWAYS is one thing to happen."""
+    """A cluster, and what has happened to it."""
 
-    def __init__(self, seed: int) -> None:
-        self.random = Random(seed)
-        self.kinds = tuple(sorted(self.random.sample(sorted(FAULTS), self.random.randint(1, len(FAULTS)))))
-        self.weights = ALWAYS | {kind: FAULTS[kind] * self.random.choice([1, 1, 3]) for kind in self.kinds}
-        nodes = ("a", "b", "c")[: self.random.randint(1, 3)]
-        self.world = Served(desired=self.random.choice([1, 2, 4]), nodes=nodes, config=SERVED)
-        self.world.mortality = self.random.choice([0.0, 0.01, 0.05]) if "kill" in self.kinds else 0.0
-        self.past: list[tuple[ClusterState, int]] = []
+    def __init__(self, plan: Setup, tell: Callable[[Step], None]) -> None:
+        self.plan, self.tell = plan, tell
+        self.cluster = Cluster(plan.seed, plan.nodes, plan.desired)
+        self.random = Random(f"{plan.seed} clients")
         self.trace: list[str] = []
+        self.steps: list[Step] = []
+        self.loaded = True
+        self.asked = 0
 
-    def happen(self) -> None:
-        """One thing happens."""
-        kind = self.random.choices(list(self.weights), list(self.weights.values()))[0]
-        happened = getattr(self, kind)()
-        world = self.world
-        self.trace.append(f"{world.now:.3f} {kind} {world.store.range('')[0]} {world.tokens}")
-        world.faults += bool(happened)
+    def live(self, keep: Collection[int] | None) -> None:
+        """Everything that is to happen, then peace."""
+        cluster = self.cluster
+        failpoints._armed = cluster.failpoints  # type: ignore[assignment]
+        if not self.plan.fresh:
+            self._until(SETTLED_WITHIN_S, "the cluster does not come up")
+        began = cluster.clock.now
+        cluster.clock.after(0.01, self._request)
+        for index, happening in enumerate(self.plan.schedule):
+            if keep is None or index in keep:
+                self._run(began + happening.at)
+                self._happen(index, happening, began)
+        self._run(cluster.clock.now + 0.5)
+        self._peace()
 
-    def peace(self) -> None:
-        """The faults cease, and everything must come to its end."""
-        world = self.world
-        world.bad, world.mortality = set(), 0.0
-        resume(world.store, world.config.cluster)
-        for node in world.nodes:
-            if node not in world.state.agents or world.state.agents[node].leaving:
-                world.stop_agent(node)
-                world.start_agent(node)
-        world.speak_late()
-        world.settle(self.random)
-        desired = world.state.desired
-        world.assert_whole(desired.ranks if desired else 0)
-        if desired is not None and set(world.serving) & set(desired.cordoned):
-            raise Violation(f"drained slots {desired.cordoned} are filled: {world.serving}")
-        if world.epochs != list(range(1, len(world.epochs) + 1)):
-            raise Violation(f"epochs {world.epochs}")
-        world.assert_served()
+    def _happen(self, index: int, happening: Happening, began: float) -> None:
+        cluster = self.cluster
+        told = (FAULTS.get(happening.kind) or DEEDS[happening.kind])(cluster, Random(happening.seed))
+        step = Step(index, round(cluster.clock.now - began, 3), happening.kind, told)
+        self.steps.append(step)
+        self.trace.append(f"{step} {cluster.store.state.revision} {cluster.tokens} {cluster.clock.calls}")
+        self.tell(step)
+        self._check()
 
-    # --- what always goes on
+    def _run(self, until: float) -> None:
+        self.cluster.clock.run(until)
+        self._check()
 
-    def agents(self) -> None:
-        self.world.agents_act(self.random)
+    def _check(self) -> None:
+        if self.cluster.violation is not None:
+            raise self.cluster.violation
 
-    def control(self) -> None:
-        self.past.append((self.world.state, self.world.token))
-        self.world.controller_acts()
+    def _request(self) -> None:
+        if self.loaded:
+            self.ask()
+            self.cluster.clock.after(self.random.uniform(0.2, 2.0) * REQUEST_EVERY_S, self._request)
 
-    def engine(self) -> None:
-        self.world.step(self.random.choice(self.world.engines), self.random)
-
-    def look(self) -> None:
-        self.world.look(self.random.choice(self.world.engines))
-
-    def deliver(self) -> None:
-        self.world.deliver(self.random.choice(self.world.engines), self.random.randint(1, 9))
-
-    def request(self) -> None:
+    def ask(self) -> str:
+        """A client asks for something."""
+        self.asked += 1
         prompt = [self.random.randrange(50) for _ in range(self.random.randint(1, 25))]
-        self.world.request(prompt, self.random.randint(1, 20))
+        tokens, gateway = self.random.randint(1, 20), self.cluster.gateway
+        if gateway.alive and not gateway.stopped:
+            gateway.ask(f"r{self.asked}", prompt, tokens)
+        return f"r{self.asked}"
 
-    def wait(self) -> None:
-        self.world.now += self.random.choice([0.05, 0.5, 3.0])
+    def _peace(self) -> None:
+        """The faults cease, and everything must come to its end."""
+        self.loaded = False
+        self.cluster.heal()
+        with suppress(ElasticError):
+            resume(self.cluster.gateway.client, self.cluster.keys.cluster)
+        self._until(PEACE_WITHIN_S, "the faults are over, and it never settles")
+        last = self.ask()
+        self._until(PEACE_WITHIN_S, "it has settled, and does not serve")
+        require(self.cluster.asks[last].ended in ("stop", "length"), f"{last} ended as {self.cluster.asks[last].ended}")
+        epochs = self.cluster.laws.epochs
+        require(epochs == list(range(1, len(epochs) + 1)), f"epochs {epochs}")
 
-    # --- what people do
+    def _until(self, limit_s: float, what: str) -> None:
+        cluster = self.cluster
+        deadline, before = cluster.clock.now + limit_s, cluster.events.counts["epoch_staged"]
+        while (trouble := cluster.trouble()) and cluster.clock.now < deadline:
+            cluster.supervise()
+            for slot, last in cluster.store.state.exits.items():
+                if last.quarantined and not self.loaded:
+                    with suppress(ElasticError):
+                        unquarantine(cluster.gateway.client, cluster.keys.cluster, slot, clock=cluster.gateway.wall)
+            self._run(cluster.clock.now + POLL_S)
+            staged = cluster.events.counts["epoch_staged"] - before
+            require(staged < STAGED, f"{what}: views are staged again and again")
+            active = cluster.store.state.active
+            if active is not None and not self.loaded:
+                due = max(active.deadline - WALL_S, deadline - limit_s) + LATE_S
+                require(cluster.clock.now < due, f"operation {active.id} outlives its deadline: {active.phase}")
+        require(not trouble, f"{what}: {trouble}")
 
-    def change(self) -> None:
-        world, random, desired = self.world, self.random, self.world.state.desired
-        if not world.serving or world.state.active is not None or desired is None:
-            return
-        some, wish = random.randint(1, 2), scale(random.randint(1, 7))
-        if random.random() < 0.4 and len(desired.slots) > some:
-            wish = drain(*random.sample(desired.slots, some))
-        elif desired.cordoned and random.random() < 0.7:
-            wish = undrain(random.choice(desired.cordoned))
-        if not plan_of(wish, world.state).refused and not world.state.paused(world.now):
-            world.ask(wish, timeout_s=random.choice([0.5, 5.0, 60.0]), op_id=f"op{len(self.trace)}")
-
-    def cancel(self) -> None:
-        active = self.world.state.active
-        if active is not None:
-            with suppress(OperationConflict):
-                cancel(self.world.store, self.world.config.cluster, active.id, "somebody")
-
-    def pause(self) -> None:
-        world, ttl_s = self.world, self.random.choice([1.0, 20.0])
-        pause(world.store, world.config.cluster, ttl_s, clock=lambda: world.now)
-
-    def leave(self) -> None:
-        if self.world.state.agents:
-            self.world.leave(self.random.choice(sorted(self.world.state.agents)))
-
-    # --- faults: each says whether it happened
-
-    def kill(self) -> bool:
-        before, rank = len(self.world.processes), self.random.randrange(7)
-        self.world.kill(rank, backoff_s=self.random.choice([0.0, 0.3, 5.0]))
-        return len(self.world.processes) < before
-
-    def elect(self) -> bool:
-        self.world.elect()
-        return True
-
-    def zombie(self) -> bool:
-        """A controller acts on what it saw a while ago, perhaps under a token that leads no more."""
-        if not self.past:
-            return False
-        state, token = self.random.choice(self.past[-8:])
-        stale = (state.revision, token) != (self.world.state.revision, self.world.token)
-        self.world.controller_acts(state, token)
-        return stale
-
-    def agent(self) -> bool:
-        node = self.random.choice(self.world.nodes)
-        there = node in self.world.state.agents
-        self.world.stop_agent(node)
-        if self.random.random() < 0.8:
-            self.world.start_agent(node)
-        return there
-
-    def depose(self) -> bool:
-        """Another engine takes office; the old one goes on until it looks."""
-        self.world.start_engine()
-        return True
-
-    def crash(self) -> bool:
-        self.world.kill_engine()
-        return True
-
-    def reconnect(self) -> bool:
-        return self.world.reconnect()
-
-    def unable(self) -> bool:
-        self.world.bad = {self.random.randrange(7)} if self.random.random() < 0.5 else set()
-        return bool(self.world.bad)
-
-    def late(self) -> bool:
-        heard = bool(self.world.late)
-        self.world.speak_late()
-        return heard
+    def outcome(self, violation: str) -> Life:
+        """What came of it."""
+        cluster, steps = self.cluster, tuple(self.steps)
+        asks = [f"{name} {ask.tokens} {ask.ended}" for name, ask in cluster.asks.items()]
+        counted = [f"{cluster.events.counts} {cluster.clock.now} {cluster.clock.calls} {cluster.laws.epochs}"]
+        digest = hashlib.blake2b("\n".join([*self.trace, *asks, *counted, violation]).encode(), digest_size=8)
+        return Life(
+            seed=self.plan.seed,
+            faults=sum(1 for step in steps if step.kind in FAULTS and step.told and not step.told.startswith("armed"))
+            + len(cluster.failpoints.struck),
+            kinds=tuple(sorted({step.kind for step in steps if step.told})),
+            steps=steps,
+            epochs=len(cluster.laws.epochs),
+            requests=len(cluster.asks),
+            tokens=cluster.tokens,
+            refused=sum(ask.ended == "refused" for ask in cluster.asks.values()),
+            seconds=round(cluster.clock.now, 3),
+            points=tuple(cluster.failpoints.struck),
+            digest=digest.hexdigest(),
+            violation=violation,
+        )
 
 
-FAULTS: dict[str, float] = {
-    "change": 4, "cancel": 1, "pause": 0.5, "leave": 0.7,
-    "kill": 4, "elect": 4, "zombie": 4, "agent": 1, "depose": 1, "crash": 1, "reconnect": 1, "unable": 1, "late": 2,
-}  # fmt: skip
+def live(seed: int, keep: Collection[int] | None = None, tell: Callable[[Step], None] = lambda step: None) -> Life:
+    """The life that the seed stands for, or only the happenings `keep` of it; `tell` hears of each."""
+    with _silence():
+        life, violation = _Life(setup(seed), tell), ""
+        try:
+            life.live(keep)
+        except ElasticError as broken:
+            violation = f"{type(broken).__name__}: {broken}"
+        return life.outcome(violation)
 
 
-def live(seed: int, tell: Callable[[str], None] = lambda line: None) -> Life:
-    """The life that the seed stands for; `tell` hears of each thing that happens."""
-    life, violation = _Life(seed), ""
+@contextmanager
+def _silence() -> Iterator[None]:
+    """What the product logs is of no interest here, and takes time; its failpoints are given back as they were."""
+    before, armed = structlog.get_config(), failpoints._armed
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
     try:
-        for _ in range(MOMENTS):
-            life.happen()
-            tell(life.trace[-1])
-        life.peace()
-    except ElasticError as broken:
-        violation = f"{type(broken).__name__}: {broken}"
-    world = life.world
-    effects = [f"{effect.reason}" for effect in world.effects]
-    outcome = [f"{name} {world.outputs[name]} {world.ends.get(name)}" for name in world.requests]
-    digest = hashlib.blake2b("\n".join([*life.trace, *effects, *outcome, violation]).encode(), digest_size=8)
-    return Life(
-        seed=seed,
-        faults=world.faults,
-        kinds=life.kinds,
-        epochs=len(world.epochs),
-        requests=len(world.requests),
-        tokens=world.tokens,
-        refused=world.refused,
-        digest=digest.hexdigest(),
-        violation=violation,
-    )
+        yield
+    finally:
+        structlog.configure(**before)
+        failpoints._armed = armed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-from chaos.simulation.world import require
+from chaos.simulation.laws import require
 from elastic.protocol import Submit
 from workers.messages import (
     BlocksCopied,

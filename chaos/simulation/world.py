@@ -7,21 +7,20 @@ evicted is back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import chain
 from random import Random
 
 from msgspec.structs import replace
 
 from chaos.simulation import promises
+from chaos.simulation.laws import Laws, Rank, keep, require
+from chaos.simulation.laws import Violation as Violation
 from membership.codec import encode
 from membership.controller import transaction
-from membership.errors import ElasticError
 from membership.keys import DecodeCache, Keys, state_from
 from membership.memory import MemoryStore
 from membership.operations import propose
-from membership.placement import coverage
 from membership.planner import Effect, due, reconcile
 from membership.store import Compare, Store
 from membership.types import (
@@ -44,18 +43,6 @@ from membership.wish import Wish, scale
 CONFIG = ClusterConfig(
     cluster="sim", model="/m", served_model_name="m", moe_layers=2, experts=8, max_ranks=12, launch_deadline_s=20.0
 )
-Rank = tuple[int, int]
-"""(rank, incarnation)"""
-
-
-class Violation(ElasticError):
-    """A promise is broken, or the model of the world is."""
-
-
-def require(holds: object, what: str) -> None:
-    """Violation unless it holds."""
-    if not holds:
-        raise Violation(what)
 
 
 @dataclass
@@ -82,7 +69,7 @@ class World:
         self.processes: set[Rank] = set()  # that run, whatever their records say
         self.put(self.keys.config, self.config)
         self.put(self.keys.desired, Desired(ranks=self.desired))
-        self.evicted: set[Rank] = set()
+        self.laws = Laws(self.config, self.epochs)
         self.gone: set[Rank] = set()  # members that died with their agent: only the engine can tell
         self.deaths: dict[int, int] = {}
         for node in self.nodes:
@@ -100,6 +87,11 @@ class World:
     def state(self) -> ClusterState:
         revision, items = self.store.range(self.keys.prefix)
         return state_from(items, revision, self._decoded)
+
+    @property
+    def evicted(self) -> set[Rank]:
+        """Members that are out for good."""
+        return self.laws.evicted
 
     @property
     def serving(self) -> tuple[int, ...]:
@@ -234,7 +226,7 @@ class World:
         state = state or self.state
         acted, effects = False, reconcile(state, self.now)
         if not effects and state.revision == self.state.revision:
-            self._keep(promises.idle(state, self.now))
+            keep(promises.idle(state, self.now))
         for effect in effects:
             compares, ops = transaction(effect, state, self.keys)
             fence = Compare(self.keys.leader, "create", "=", token or self.token)
@@ -266,54 +258,17 @@ class World:
     # --- what must hold
 
     def _check(self, before: ClusterState, after: ClusterState) -> None:
-        for state in (before, after):
-            self.evicted |= self._left(state)
-        active = [op for op in after.operations.values() if op.active]
-        require(len(active) <= 1, f"two operations at once: {active}")
-        placed = [(s.rank, s.incarnation) for a in after.assignments.values() for s in a.ranks]
-        require(len({rank for rank, _ in placed}) == len(placed), f"two incarnations of a slot: {placed}")
-        self._keep(chain(promises.broken(before, after), promises.early(before, after, self.now)))
+        keep(promises.early(before, after, self.now))
         view = after.view
-        if view is None or view == before.view:
-            return
-        require(view.epoch == (before.view.epoch if before.view else 0) + 1, f"epoch {view.epoch} follows another")
-        require(after.next is None, "a view is committed, and still staged")
-        self.epochs.append(view.epoch)
-        covered = coverage(view.placement, view.ranks, self.config.experts).min_live_replicas >= 1
-        require(covered, f"epoch {view.epoch} lacks experts")
-        require(set(view.placement) == set(view.ranks), f"epoch {view.epoch} places experts on others than its members")
-        for member in view.members:
-            record = after.ranks.get((member.rank, member.incarnation))
-            prepared = record is not None and record.prepared_revision == before.next_revision
-            require(prepared, f"{member} is committed, and has not prepared, or is dead")
-            require((member.rank, member.incarnation) not in self.evicted, f"{member} is back")
-
-    @staticmethod
-    def _keep(broken: Iterable[str]) -> None:
-        for promise in broken:
-            raise Violation(promise)
-
-    @staticmethod
-    def _left(state: ClusterState) -> set[Rank]:
-        """Members that are out of the assignments: they must never come back."""
-        kept = {(s.rank, s.incarnation) for a in state.assignments.values() for s in a.ranks}
-        members = state.view.members if state.view else ()
-        return {(m.rank, m.incarnation) for m in members} - kept
+        if self.laws.changed(before, after) and view is not None:
+            for member in view.members:
+                record = after.ranks.get((member.rank, member.incarnation))
+                prepared = record is not None and record.prepared_revision == before.next_revision
+                require(prepared, f"{member} is committed, and has not prepared, or is dead")
 
     def assert_whole(self, count: int) -> None:
         """The cluster is as asked for, with nothing left over."""
-        state = self.state
-        serving = state.view.ranks if state.view is not None else ()
-        require(len(serving) == count, f"{serving} serve, not {count}")
-        require(state.next is None, "a view is left staged")
-        members = {(m.rank, m.incarnation) for m in (state.view.members if state.view else ())}
-        assigned = {(s.rank, s.incarnation) for a in state.assignments.values() for s in a.ranks}
-        require(assigned == members, f"{assigned} are assigned, {members} serve")
-        require(set(state.ranks) == members, f"{set(state.ranks)} have records, {members} serve")
-        require(state.active is None, f"{state.active} goes on")
-        self._keep(promises.settled(state))
-        full = coverage(state.view.placement if state.view else {}, serving, self.config.experts)
-        require(full.min_live_replicas == min(2, count), f"{full.min_live_replicas} replicas among {count} ranks")
+        self.laws.whole(self.state, count)
 
 
 def phases(operation: Operation) -> list[Phase]:

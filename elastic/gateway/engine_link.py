@@ -344,18 +344,22 @@ class EngineLink:
     async def _expire(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
-            now, settings = self._clock(), self.settings
-            for request in self.journal.open_requests():
-                fault = self._faults.get(request.id)
-                if self.ready and fault is not None and request.progress_at <= fault.at:
-                    self._on_fault(request, fault.error)  # submitted again, in vain
-                waited_s = now - max(request.admitted_at, self._down_since)
-                if not self.ready and waited_s > settings.engine_wait_s:
-                    message = f"no engine for {waited_s:.0f} s"
-                    self._fail(request.id, RequestError(message, status=503, code="no_engine", retry_after_s=5.0))
-                elif self.ready and now - request.progress_at > settings.stall_s:
-                    message = f"no token from the engine for {settings.stall_s:g} s"
-                    self._fail(request.id, RequestError(message, status=503, code="stalled", retry_after_s=5.0))
+            self.expire(self._clock())
+
+    def expire(self, now: float) -> None:
+        """Give up what has waited for too long."""
+        settings = self.settings
+        for request in self.journal.open_requests():
+            fault = self._faults.get(request.id)
+            if self.ready and fault is not None and request.progress_at <= fault.at:
+                self._on_fault(request, fault.error)  # submitted again, in vain
+            waited_s = now - max(request.admitted_at, self._down_since)
+            if not self.ready and waited_s > settings.engine_wait_s:
+                message = f"no engine for {waited_s:.0f} s"
+                self._fail(request.id, RequestError(message, status=503, code="no_engine", retry_after_s=5.0))
+            elif self.ready and now - request.progress_at > settings.stall_s:
+                message = f"no token from the engine for {settings.stall_s:g} s"
+                self._fail(request.id, RequestError(message, status=503, code="stalled", retry_after_s=5.0))
 
     def _fail(self, request_id: str, error: RequestError) -> None:
         generation = self._generations.get(request_id)

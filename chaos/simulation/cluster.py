@@ -1,0 +1,289 @@
+"""A whole simulated cluster: all roles as shipped, under one clock, with everything that may go wrong between them.
+
+It only puts things together: who is started when, who restarts whom, who hears of whose end, and what is checked when.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from random import Random
+from typing import Any
+
+from msgspec.structs import replace
+
+from chaos.simulation import promises
+from chaos.simulation.clock import Clock
+from chaos.simulation.controller import ControllerProcess
+from chaos.simulation.engine import EngineProcess, SimServer
+from chaos.simulation.exchange import SimMask
+from chaos.simulation.fleet import Broadcast
+from chaos.simulation.gateway import Ask, GatewayProcess
+from chaos.simulation.host import Host
+from chaos.simulation.laws import Laws, Rank, Violation, keep, require
+from chaos.simulation.process import Died, Process
+from chaos.simulation.rank import Outbox, RankProcess
+from chaos.simulation.ranks import EOS, Ranks
+from chaos.simulation.store import SimStore
+from chaos.simulation.world import CONFIG
+from membership.codec import encode
+from membership.failpoints import FaultInjected
+from membership.keys import Keys
+from membership.types import ClusterConfig, ClusterState, Desired
+
+SERVED = replace(
+    CONFIG, block_size=4, kv_blocks=12, max_batched_tokens=9, max_seqs=4, max_model_len=48, eos_token_ids=(EOS,),
+    vocab_size=50, coverage_deadline_s=20.0, lease_ttl_s=1.0, launch_deadline_s=8.0, restart_window_s=15.0,
+)  # fmt: skip
+RESTART_S = (0.1, 0.6)
+DELAY_S = (0.0005, 0.004)
+
+
+class Events:
+    """The history of events, of which only the kinds are counted."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    def emit(self, kind: str, **fields: Any) -> None:
+        """See membership/events.py."""
+        self.counts[kind] += 1
+
+
+class Failpoints:
+    """What happens at the product's failpoints: at the next one of that name, once."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.armed: dict[str, tuple[str, float]] = {}
+        self.struck: list[str] = []
+        self._cluster = cluster
+
+    def hit(self, name: str, rank: int | None) -> None:
+        """A process passes it."""
+        action, seconds = self.armed.get(name, ("", 0.0))
+        if not action or (action == "hang" and name.startswith("controller.")):
+            return
+        self._strike(name)
+        if action == "kill":
+            raise Died(name)
+        if action == "raise":
+            raise FaultInjected(f"failpoint {name}")
+        if self._cluster.running is not None:
+            self._cluster.freeze(self._cluster.running, seconds)
+
+    def hang_s(self, name: str) -> float:
+        """How long a controller hangs here."""
+        action, seconds = self.armed.get(name, ("", 0.0))
+        if action != "hang":
+            return 0.0
+        self._strike(name)
+        return seconds
+
+    def _strike(self, name: str) -> None:
+        del self.armed[name]
+        self.struck.append(name)
+
+
+class Cluster:
+    """Everything there is. `chance` is used up by the cluster's own affairs, never by what is done to it."""
+
+    def __init__(self, seed: int, nodes: tuple[str, ...], desired: int, config: ClusterConfig = SERVED) -> None:
+        self.seed, self.nodes, self.config = seed, nodes, config
+        self.chance = Random(f"{seed} cluster")
+        self.clock = Clock()
+        self.keys = Keys(config.cluster)
+        self.store = SimStore(self.clock, self.keys)
+        self.laws = Laws(config)
+        self.events: Any = Events()
+        self.failpoints = Failpoints(self)
+        self.kv = Ranks(config.block_size)
+        self.ranks: dict[Rank, RankProcess] = {}  # that live
+        self.broadcasts: dict[bytes, Broadcast] = {}
+        self.masks: dict[bytes, SimMask] = {}
+        self.outboxes: dict[bytes, Outbox] = {}
+        self.servers: dict[str, SimServer] = {}
+        self.bad: set[int] = set()  # slots whose ranks cannot prepare
+        self.delay_s = DELAY_S
+        self.running: Process | None = None
+        self.violation: Violation | None = None
+        self.tokens = 0
+        self.asks: dict[str, Ask] = {}
+        self.killed: set[Rank] = set()
+        self._prepared: set[tuple[Rank, int]] = set()
+        self._tokens: dict[str, int] = {}
+        self._pids = self._lives = 0
+        self.store.put(self.keys.config, encode(config))
+        self.store.put(self.keys.desired, encode(Desired(ranks=desired)))
+        self.store.on_change = self._changed
+        self.hosts = {node: self._host(node) for node in nodes}
+        self.controllers = [self._controller(), self._controller()]
+        self.engines = [self._engine(), self._engine()]
+        self.gateway = self._gateway()
+
+    # --- processes
+
+    def _life(self) -> int:
+        self._lives += 1
+        return self._lives
+
+    def _host(self, node: str) -> Host:
+        return Host(self, node, self._life())
+
+    def _controller(self) -> ControllerProcess:
+        return ControllerProcess(self, self._life())
+
+    def _engine(self) -> EngineProcess:
+        return EngineProcess(self, self._life())
+
+    def _gateway(self) -> GatewayProcess:
+        return GatewayProcess(self, self._life())
+
+    def next_pid(self) -> int:
+        """Unique over the cluster's life."""
+        self._pids += 1
+        return self._pids
+
+    def fork(self, key: Rank, host: Host) -> RankProcess:
+        """A rank's process begins."""
+        require(key not in self.ranks and key not in self.killed, f"rank {key} is started twice")
+        self.killed.add(key)
+        self.ranks[key] = RankProcess(self, key, host)
+        return self.ranks[key]
+
+    def rank_died(self, rank: RankProcess) -> None:
+        """Its agent and the engines are told by the kernel."""
+        self.ranks.pop(rank.key, None)
+        rank.host.executor.died(rank)
+        for process in self.engines:
+            if process.fleet is not None:
+                process.after(0.001, process.fleet.on_death, rank.key)
+
+    def supervise(self, delay_s: float = 0.0) -> None:
+        """Start again whoever has ended, as `elastic serve` does."""
+        for node, host in self.hosts.items():
+            if not host.alive:
+                self.hosts[node] = self._host(node)
+        self.controllers = [each if each.alive else self._controller() for each in self.controllers]
+        self.engines = [each if each.alive else self._engine() for each in self.engines]
+        if not self.gateway.alive:
+            self.gateway = self._gateway()
+
+    def kill(self, process: Process) -> bool:
+        """SIGKILL; it is started again a little later. False if it was gone."""
+        was = process.alive
+        process.die()
+        if was:
+            self.clock.after(self.chance.uniform(*RESTART_S), self.supervise)
+        return was
+
+    def freeze(self, process: Process, seconds: float) -> bool:
+        """SIGSTOP, and SIGCONT later. False if it was gone or stopped."""
+        if not process.alive or process.stopped:
+            return False
+        process.stop()
+        self.clock.after(seconds, process.resume)
+        return True
+
+    @property
+    def everybody(self) -> list[Process]:
+        """All processes but ranks."""
+        return [*self.hosts.values(), *self.controllers, *self.engines, self.gateway]
+
+    @property
+    def engine(self) -> EngineProcess | None:
+        """Who is in office as the store has it."""
+        token = self.store.state.engine_token
+        return next((e for e in self.engines if e.engine is not None and e.token == token), None)
+
+    @property
+    def leader(self) -> ControllerProcess | None:
+        """Who leads as the store has it."""
+        token = self.store.state.leader_revision
+        return next((c for c in self.controllers if c.election is not None and c.election.token == token), None)
+
+    def delay(self) -> float:
+        """How long a message takes."""
+        return self.chance.uniform(*self.delay_s)
+
+    def slow_down(self, most_s: float, seconds: float) -> None:
+        """Messages take up to `most_s` for a while."""
+        self.delay_s = (0.0, most_s)
+        self.clock.after(seconds, setattr, self, "delay_s", DELAY_S)
+
+    def heal(self) -> None:
+        """Nothing is wrong any more, and nothing more goes wrong."""
+        self.failpoints.armed.clear()
+        self.bad.clear()
+        self.delay_s, self.store.outage = DELAY_S, False
+        for process in (*self.everybody, *self.ranks.values()):
+            process.client.cut, process.client.doubtful, process.skew_s = False, 0, 0.0
+        for process in self.everybody:
+            process.resume()
+        for rank in list(self.ranks.values()):
+            rank.slow = 1.0
+            rank.resume()
+        self.supervise()
+
+    # --- what is checked
+
+    def broken(self, violation: Violation) -> None:
+        """A promise is broken; the first counts."""
+        self.violation = self.violation or violation
+
+    def keeps(self, broken: Iterable[str]) -> None:
+        """Note what is broken, if anything is."""
+        for promise in broken:
+            self.broken(Violation(promise))
+
+    def count_tokens(self, number: int) -> None:
+        """Clients got so many."""
+        self.tokens += number
+
+    def elected(self, office: str, token: int) -> None:
+        """Somebody took office, as engine or controller: under a token that nobody had, higher than all before."""
+        latest = self._tokens.get(office, 0)
+        require(token > latest, f"an {office} was elected under token {token}, after one with {latest}")
+        self._tokens[office] = token
+
+    def _changed(self, author: str, before: ClusterState, after: ClusterState) -> None:
+        try:
+            self._check(author, before, after)
+        except Violation as violation:
+            self.broken(violation)
+        if any(event.kv.key.startswith(self.keys.quiet) is False for event in self.store._history[-1].events):
+            for process in (*self.hosts.values(), *self.controllers, *self.engines, self.gateway):
+                if process.alive and not process.client.cut:
+                    process.wake(0.001 + 4 * self.delay())
+
+    def _check(self, author: str, before: ClusterState, after: ClusterState) -> None:
+        if after.ranks is not before.ranks:
+            self._prepared |= {(key, record.prepared_revision) for key, record in after.ranks.items()}
+        if not author.startswith("controller"):
+            return
+        committed = self.laws.changed(before, after)
+        by = next((c for c in self.controllers if c.name == author), None)
+        if by is not None and by.decided is not None:
+            keep(promises.early(by.decided, after, by.wall()))
+        if committed and after.view is not None:
+            for member in after.view.members:
+                key = (member.rank, member.incarnation)
+                require((key, before.next_revision) in self._prepared, f"{member} is committed, and never prepared")
+            token = by.election.token if by is not None and by.election is not None else 0
+            require(token == before.leader_revision, f"{author} committed under token {token}, and leads no more")
+
+    def trouble(self) -> str:
+        """What is not yet as it should be once the faults are over; "" if all is well."""
+        state = self.store.state
+        desired = state.desired
+        try:
+            self.laws.whole(state, desired.ranks if desired else 0)
+            if desired is not None and state.view is not None and set(state.view.ranks) & set(desired.cordoned):
+                raise Violation(f"drained slots {desired.cordoned} are filled: {state.view.ranks}")
+            status, view = state.engine_status, state.view
+            current = (state.engine_token, view.epoch if view is not None else 0)
+            adopted = status is not None and (status.token, status.epoch) == current and not status.masked
+            require(adopted, f"the engine has not adopted the view: {status}")
+        except Violation as violation:
+            return str(violation)
+        lost = {name: len(ask.tokens) for name, ask in self.asks.items() if not ask.ended}
+        return f"requests have not ended (tokens so far): {lost}" if lost else ""

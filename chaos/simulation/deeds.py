@@ -1,0 +1,99 @@
+"""What people do with a simulated cluster. No faults, and not counted as such; each says in words what it did."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from random import Random
+
+from chaos.simulation.cluster import Cluster
+from chaos.simulation.faults import NOTHING, Happen
+from membership.errors import ElasticError, OperationConflict, PlanRefused, StoreError
+from membership.operations import cancel, propose
+from membership.pause import pause
+from membership.preview import plan_of
+from membership.quarantine import unquarantine
+from membership.wish import drain, scale, undrain
+
+DEEDS: dict[str, Happen] = {}
+
+
+def deed(happen: Happen) -> Happen:
+    """Its name is its kind."""
+    DEEDS[happen.__name__.replace("_", "-")] = happen
+    return happen
+
+
+@deed
+def change(cluster: Cluster, random: Random) -> str:
+    """Scale, drain or undrain, as far as it is possible."""
+    state, some = cluster.store.state, random.randint(1, 2)
+    desired = state.desired
+    wish = scale(random.randint(1, 6))
+    timeout_s = random.choice([0.5, 5.0, 60.0])
+    if desired is None or state.view is None:
+        return NOTHING
+    if random.random() < 0.4 and len(desired.slots) > some:
+        wish = drain(*random.sample(desired.slots, some))
+    elif desired.cordoned and random.random() < 0.7:
+        wish = undrain(random.choice(desired.cordoned))
+    if plan_of(wish, state).refused:
+        return NOTHING
+    wall = cluster.gateway.wall
+    try:
+        name = f"op{random.randrange(1 << 30)}"
+        propose(cluster.gateway.client, cluster.keys.cluster, wish, op_id=name, timeout_s=timeout_s, clock=wall)
+    except (OperationConflict, PlanRefused, StoreError):
+        return NOTHING
+    return f"somebody asks for {wish} within {timeout_s:g} s"
+
+
+@deed
+def call_off(cluster: Cluster, random: Random) -> str:
+    """Cancel the operation under way."""
+    active = cluster.store.state.active
+    if active is None:
+        return NOTHING
+    with suppress(ElasticError):
+        cancel(cluster.gateway.client, cluster.keys.cluster, active.id, "somebody")
+        return f"somebody cancels {active.id}"
+    return NOTHING
+
+
+@deed
+def halt(cluster: Cluster, random: Random) -> str:
+    """A pause of planned changes."""
+    ttl_s = random.choice([1.0, 20.0])
+    with suppress(StoreError):
+        pause(cluster.gateway.client, cluster.keys.cluster, ttl_s, clock=cluster.gateway.wall)
+        return f"somebody pauses changes for {ttl_s:g} s"
+    return NOTHING
+
+
+@deed
+def leave(cluster: Cluster, random: Random) -> str:
+    """SIGTERM of an agent."""
+    host = cluster.hosts[random.choice(cluster.nodes)]
+    return f"{host.name} is asked to leave" if host.alive and host.leave() else NOTHING
+
+
+@deed
+def pardon(cluster: Cluster, random: Random) -> str:
+    """End a quarantine."""
+    aside = [slot for slot, last in cluster.store.state.exits.items() if last.quarantined]
+    with suppress(ElasticError):
+        if aside:
+            slot = random.choice(sorted(aside))
+            unquarantine(cluster.gateway.client, cluster.keys.cluster, slot, clock=cluster.gateway.wall)
+            return f"somebody ends the quarantine of rank {slot}"
+    return NOTHING
+
+
+@deed
+def hang_up(cluster: Cluster, random: Random) -> str:
+    """A client goes away."""
+    waiting = cluster.gateway.open
+    if not waiting:
+        return NOTHING
+    name = random.choice(waiting)
+    cluster.gateway.abort(name)
+    return f"the client of {name} goes away"

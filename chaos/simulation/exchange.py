@@ -1,0 +1,160 @@
+"""What a simulated rank computes with: the shipped router over links, experts and a live mask that are only names.
+
+Rows are asked of peers by the router's choice, refused where a peer does not hold the expert, asked again elsewhere,
+and no token is given where nobody answers for an expert: as in `workers/exchange/shm.py`, without the arithmetic.
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from chaos.simulation.laws import Rank, Violation, require
+from membership.errors import CoverageLost
+from workers.exchange.base import StepContext
+from workers.exchange.router import Parcel, Refusal, Router
+from workers.livemask import LiveMask
+from workers.messages import SampledToken, SeqChunk, StepBatch
+from workers.segment import Segment
+
+if TYPE_CHECKING:
+    from chaos.simulation.rank import RankProcess
+
+LAYERS, EXPERTS = 2, 8
+Pair = tuple[int, int]
+"""(layer, expert)"""
+
+
+class Page:
+    """Memory for a live mask."""
+
+    def view(self, offset: int, size: int, kind: str) -> Any:
+        """The words."""
+        return array("Q", bytes(size))
+
+
+class SimMask(LiveMask):
+    """A live mask that needs no shared memory."""
+
+    def __init__(self, name: bytes) -> None:
+        super().__init__(cast(Segment, Page()))
+        self.name = name
+
+    def handle(self) -> bytes:
+        """Its name."""
+        return self.name
+
+    def close(self) -> None:
+        """Nothing is mapped."""
+
+
+class Bank:
+    """The experts that a rank holds."""
+
+    def __init__(self) -> None:
+        self.held: set[Pair] = set()
+
+    def drop(self, kept: frozenset[Pair]) -> None:
+        """Keep only these."""
+        self.held &= kept
+
+
+class SimExchange:
+    """A rank's links to its peers."""
+
+    def __init__(self, rank: RankProcess) -> None:
+        self.suspects: set[int] = set()
+        self.retried_rows, self.retried_at = 0, 0.0
+        self.links: set[Rank] = set()
+        self._rank = rank
+        self._ctx: StepContext | None = None
+        self._router: Router | None = None
+
+    def begin_step(self, ctx: StepContext) -> None:
+        """See workers/exchange/base.py."""
+        if self._ctx is None or ctx.view is not self._ctx.view:
+            self._router = Router(self._rank.key[0], ctx.view.placement)
+        self._ctx = ctx
+        self.suspects.clear()
+
+    def disconnect(self, left: set[Rank]) -> None:
+        """Let go of links."""
+        self.links -= left
+
+    def stir(self) -> None:
+        """Nobody sleeps here."""
+
+    def asked(self, ctx: StepContext, chunks: list[SeqChunk]) -> list[tuple[int, Parcel]]:
+        """(layer, what one rank is asked), after all refusals. CoverageLost."""
+        self.begin_step(ctx)
+        router, excluded = self._router, ctx.masked | self._rank.worker.masked() | self._unlinked(ctx)
+        if router is None:
+            raise CoverageLost("no view")
+        tokens = {token for chunk in chunks for token in chunk.tokens}
+        answered: list[tuple[int, Parcel]] = []
+        for layer in range(LAYERS):
+            wanted = np.array(sorted({(token * 3 + layer + k * 5) % EXPERTS for token in tokens for k in (0, 1)}))
+            answered += self._settled(router, layer, wanted, excluded, ctx)
+        return answered
+
+    def _unlinked(self, ctx: StepContext) -> int:
+        excluded = 0
+        for rank, incarnation in ctx.incarnations.items():
+            key = (rank, incarnation)
+            if key != self._rank.key and (key not in self.links or key not in self._rank.cluster.ranks):
+                excluded |= 1 << rank
+                if not ctx.masked >> rank & 1:
+                    self.suspects.add(rank)
+        return excluded
+
+    def _settled(
+        self, router: Router, layer: int, wanted: Any, excluded: int, ctx: StepContext
+    ) -> list[tuple[int, Parcel]]:
+        refused: frozenset[Refusal] = frozenset()
+        while True:
+            parcels = router.parcels(layer, wanted, 1, excluded, refused)
+            more = {
+                (parcel.rank, expert)
+                for parcel in parcels
+                if (peer := self._rank.cluster.ranks.get((parcel.rank, ctx.incarnations.get(parcel.rank, -1))))
+                for expert in parcel.experts
+                if (layer, expert) not in peer.worker.names.held
+            }
+            if more <= refused:
+                return [(layer, parcel) for parcel in parcels]
+            refused |= more
+
+
+class Runner:
+    """A rank's model: the pretended one of `ranks.py`, with the experts of `asked`."""
+
+    def __init__(self, rank: RankProcess) -> None:
+        self._rank = rank
+        self.batch: StepBatch | None = None
+
+    def run(self, chunks: list[SeqChunk]) -> list[SampledToken]:
+        """The tokens. CoverageLost where an expert has no owner: the commit gate."""
+        try:
+            return self._run(chunks)
+        except Violation as violation:  # whoever runs this takes any error for the model's
+            self._rank.cluster.broken(violation)
+            raise
+
+    def _run(self, chunks: list[SeqChunk]) -> list[SampledToken]:
+        rank, batch, view = self._rank, self.batch, self._rank.worker._view
+        if batch is None:
+            raise CoverageLost("no step")
+        masked = sum(1 << r for r in set(batch.masked))
+        ctx = StepContext(view, batch.engine_token, batch.step, batch.attempt, masked)
+        for layer, parcel in rank.exchange.asked(ctx, chunks):
+            peer = rank.cluster.ranks.get((parcel.rank, ctx.incarnations.get(parcel.rank, -1)))
+            require(peer is not None, f"rank {rank.key[0]} asked rank {parcel.rank}, which is dead or another now")
+            held = peer is not None and all((layer, e) in peer.worker.names.held for e in parcel.experts)
+            require(held, f"rank {rank.key[0]} was answered without experts {parcel.experts} of layer {layer}")
+        return rank.cluster.kv.answer(batch, *rank.key).tokens
+
+    def take_load(self) -> bytes:
+        """Nothing is counted."""
+        return b""

@@ -1,0 +1,124 @@
+"""The engine's fleet as shipped, over simulated queues; whom it evicts is looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, cast
+
+from chaos.simulation.exchange import SimMask
+from chaos.simulation.laws import Rank, require
+from chaos.simulation.rank import Inbox, RankProcess
+from membership.errors import QueueClosed
+from membership.types import RankRecord
+from workers.fleet import Fleet, RankLost, _Link
+from workers.messages import reader_id
+from workers.watchdog import Look
+
+if TYPE_CHECKING:
+    from chaos.simulation.engine import EngineProcess
+
+JOIN_S, RETRY_S = 0.005, 0.5
+
+
+class Bell:
+    """Wakes the engine; nobody sleeps on it."""
+
+    def __init__(self, ring: Callable[[], None]) -> None:
+        self.ring = ring
+
+    def wait(self, until: Callable[[], bool], timeout_s: float) -> None:
+        """The engine's turn is over soon, and it is called again."""
+
+    def set(self) -> None:
+        """As an event that wakes a thread."""
+        self.ring()
+
+    def close(self) -> None:
+        """Nothing is mapped."""
+
+
+class Broadcast:
+    """The engine's queue to all ranks. It is also its own handle."""
+
+    def __init__(self, process: EngineProcess, name: bytes) -> None:
+        self.name = name
+        self._process = process
+        self._readers: dict[str, Inbox] = {}
+
+    def export_handle(self) -> Broadcast:
+        """See workers/queue.py."""
+        return self
+
+    def encode(self) -> bytes:
+        """Its name."""
+        return self.name
+
+    def join(self, rank: RankProcess) -> Inbox:
+        """A rank reads from now on."""
+        inbox = self._readers[reader_id(*rank.key)] = Inbox(rank)
+        return inbox
+
+    def enqueue(self, message: Any, timeout_s: float) -> None:
+        """To everybody, each in its own time."""
+        for inbox in self._readers.values():
+            inbox.deliver(message, self._process.cluster.delay())
+
+    def drop_reader(self, reader: str) -> None:
+        """This one hears no more."""
+        inbox = self._readers.pop(reader, None)
+        if inbox is not None:
+            inbox.close("dropped by the engine")
+
+    def shutdown(self) -> None:
+        """The engine goes."""
+        for inbox in self._readers.values():
+            inbox.close("the engine is gone")
+        self._readers.clear()
+
+
+class Link(_Link):
+    """A rank, attached."""
+
+    def look(self) -> Look | None:
+        """See _Link."""
+        rank = cast(RankProcess, self.page)
+        return rank.look() if rank.alive else None
+
+
+class SimFleet(Fleet):
+    """See workers/fleet.py."""
+
+    def __init__(self, process: EngineProcess, number: int) -> None:
+        self._process = process
+        self.bell, self.steps = Bell(process.wake_now), Broadcast(process, b"steps-%d" % number)
+        self.mask_page = SimMask(b"mask-%d" % number)
+        super().__init__(clock=process.clock, parts=(cast(Any, self.bell), cast(Any, self.steps), self.mask_page))
+        self._wake = cast(Any, Bell(self._join_soon))
+
+    def on_death(self, key: Rank) -> None:
+        """The robust futex of a rank was let go of."""
+        self._on_death(key, "robust futex")
+
+    def _join_soon(self) -> None:
+        self._process.after(JOIN_S, self._join_all)
+
+    def _join_all(self) -> None:
+        self.join_wanted()
+        if self._wanted:
+            self._process.after(RETRY_S, self._join_all)
+
+    def _join(self, record: RankRecord) -> _Link:
+        cluster = self._process.cluster
+        answers = cluster.outboxes.get(record.response_handle)
+        if answers is None or not answers.rank.alive:
+            raise QueueClosed(f"rank {record.rank} is gone")
+        answers.ring = self._doorbell.ring
+        return Link(answers.rank.key, cast(Any, answers), cast(Any, answers.rank), ExitStack())
+
+    def _lose(self, key: Rank, source: str, at: float) -> list[RankLost]:
+        rank = self._process.cluster.ranks.get(key)
+        if rank is not None and key in self._links:
+            ill = rank.stopped or rank.ill_until > self._clock() - 1.0
+            require(ill, f"rank {key[0]} beats and advances, and was evicted: {source}")
+        return super()._lose(key, source, at)

@@ -1,0 +1,384 @@
+"""A simulated rank process: the shipped worker and engine port, in a main loop that does one thing at a time.
+
+Calls of its agent and messages of its engine wait for each other; a step waits for peers that do not answer. It may be
+stopped, hang in native code, be slow, or die at any moment.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, cast
+
+from chaos.simulation.exchange import Bank, Runner, SimExchange
+from chaos.simulation.laws import Rank, Violation
+from chaos.simulation.process import Process
+from membership import failpoints
+from membership.errors import CoverageLost, ElasticError, Fenced, QueueClosed
+from membership.types import View
+from workers.engine_port import EnginePort
+from workers.exchange.base import StepContext
+from workers.messages import CopyBlocks, StepBatch
+from workers.restart import FENCED_STATUS
+from workers.watchdog import Look
+from workers.worker import EPWorker, Preparation, experts_of
+from workers.worker_base import WorkerContext
+
+if TYPE_CHECKING:
+    from chaos.simulation.cluster import Cluster
+    from chaos.simulation.host import Host
+
+BEAT_S, TURN_S, RETRY_S = 0.1, 0.4, 0.03
+TOOK_S = {"initialise": (0.05, 0.3), "prepare_epoch": (0.05, 0.3)}
+STEP_S = (0.01, 0.05)
+Reply = Callable[[Any, str], None]
+
+
+class SimPreparation:
+    """A view that is being prepared."""
+
+    def __init__(self, view: View) -> None:
+        self.view, self.ready, self.running, self.stopped = view, False, True, False
+
+    def stop(self) -> None:
+        """Give it up."""
+        self.stopped, self.ready, self.running = True, False, False
+
+
+class SimWorker(EPWorker):
+    """The shipped worker around a model, experts and links that are only names."""
+
+    def __init__(self, rank: RankProcess) -> None:
+        slot, incarnation = rank.key
+        self._ctx = WorkerContext(
+            slot, incarnation, rank.host.node, rank.cluster.config, cast(Any, None), {}, nullcontext()
+        )
+        self.rank = rank.key[0]
+        self._process = rank
+        self.names = Bank()
+        self.bank = cast(Any, self.names)
+        self.exchange = cast(Any, rank.exchange)
+        self.runner = Runner(rank)
+        self._runner = cast(Any, self.runner)
+        self._device = self._latest = self._mask = None
+        self._view, self._preparing, self._engine_token, self._left = View(epoch=0), {}, 0, set()
+
+    def attach_mask(self, handle: bytes) -> None:
+        """Use this engine's live mask."""
+        self._mask = self._process.cluster.masks[handle]
+
+    def prepare_epoch(self, view: View, peers: dict[int, tuple[int, bytes]]) -> Preparation:
+        """As shipped, but for the thread."""
+        for epoch, preparation in list(self._preparing.items()):
+            if preparation.running:
+                preparation.stop()
+            if not preparation.ready or epoch == view.epoch:
+                del self._preparing[epoch]
+        made = cast(Preparation, SimPreparation(view))
+        self._preparing[view.epoch] = self._latest = made
+        return made
+
+    def copy_blocks(self, order: CopyBlocks) -> int:
+        """As far as the host has room: two blocks at a time."""
+        try:
+            return self._process.cluster.kv.copy(order, piece=2).blocks
+        except Violation as violation:  # whoever asked takes any error for the copy's
+            self._process.cluster.broken(violation)
+            raise
+
+    def execute_model(self, batch: StepBatch) -> Any:
+        """As shipped."""
+        self.runner.batch = batch
+        return super().execute_model(batch)
+
+
+class Inbox:
+    """The rank's end of an engine's queue of steps."""
+
+    def __init__(self, rank: RankProcess) -> None:
+        self.messages: deque[Any] = deque()
+        self.closed = ""
+        self._rank, self._last = rank, 0.0
+
+    def deliver(self, message: Any, delay_s: float) -> None:
+        """In order, after a while."""
+        clock = self._rank.clock
+        self._last = max(self._last, clock.now + delay_s)
+        clock.after(self._last - clock.now, self._put, message)
+
+    def _put(self, message: Any) -> None:
+        if not self.closed:
+            self.messages.append(message)
+            self._rank.wake(0.0)
+
+    def close(self, why: str) -> None:
+        """The engine is gone, or has dropped us: known at once."""
+        self.closed = why
+        self._rank.wake(0.001)
+
+    def pending(self) -> bool:
+        """Whether there is anything to hear."""
+        return bool(self.messages or self.closed)
+
+    def try_dequeue(self) -> Any:
+        """See workers/queue.py."""
+        if self.closed:
+            raise QueueClosed(self.closed)
+        return self.messages.popleft() if self.messages else None
+
+    def shutdown(self) -> None:
+        """We leave."""
+        self.closed = "left"
+
+
+class Outbox:
+    """The rank's answers to one engine."""
+
+    def __init__(self, rank: RankProcess, name: bytes) -> None:
+        self.name, self.rank = name, rank
+        self.items: deque[Any] = deque()
+        self.ring: Callable[[], None] = lambda: None
+        self._last = 0.0
+
+    def enqueue(self, message: Any, timeout_s: float) -> None:
+        """What was said before a death stays said."""
+        clock = self.rank.clock
+        self._last = max(self._last, clock.now + self.rank.cluster.delay())
+        clock.after(self._last - clock.now, self._put, message)
+
+    def _put(self, message: Any) -> None:
+        self.items.append(message)
+        self.ring()
+
+    def pending(self) -> bool:
+        """Whether something has arrived."""
+        return bool(self.items)
+
+    def try_dequeue(self) -> Any:
+        """See workers/queue.py."""
+        return self.items.popleft() if self.items else None
+
+    def shutdown(self) -> None:
+        """The rank leaves, or the engine."""
+        self.ring = lambda: None
+
+
+class Port(EnginePort):
+    """As shipped, on simulated queues."""
+
+    def __init__(self, rank: RankProcess) -> None:
+        super().__init__(rank.key, rank.worker, cast(Any, None), lambda: None)
+        self._process = rank
+
+    def attach(self, token: int, broadcast_handle: bytes, mask_handle: bytes) -> bytes:
+        """See EnginePort."""
+        cluster = self._process.cluster
+        if token < self.token:
+            raise Fenced(f"engine token {token} is older than {self.token}")
+        if token == self.token and self._answers is not None:
+            return cast(Outbox, self._answers).name
+        self.leave()
+        self.token = token
+        if broadcast_handle not in cluster.broadcasts:
+            raise QueueClosed(f"engine {token} is gone")
+        self._worker.attach_mask(mask_handle)
+        answers = Outbox(self._process, b"%d.%d-to-%d" % (*self.key, token))
+        cluster.outboxes[answers.name] = answers
+        self._steps = cast(Any, cluster.broadcasts[broadcast_handle].join(self._process))
+        self._answers = cast(Any, answers)
+        return answers.name
+
+    @property
+    def head(self) -> Any:
+        """The next message, left where it is."""
+        inbox = cast(Inbox, self._steps)
+        return inbox.messages[0] if self._steps is not None and inbox.messages and not inbox.closed else None
+
+
+class RankProcess(Process):
+    """One incarnation of a rank. It is also its own liveness page."""
+
+    def __init__(self, cluster: Cluster, key: Rank, host: Host) -> None:
+        super().__init__(cluster, f"rank {key[0]}.{key[1]}")
+        self.key, self.host, self.pid = key, host, cluster.next_pid()
+        self.born, self.steps, self.slow, self.hang = self.clock.now, 0, 1.0, ""
+        self.exchange = SimExchange(self)
+        self.worker = SimWorker(self)
+        self.port = Port(self)
+        self.status = 0
+        self._calls: deque[tuple[str, tuple[Any, ...], Reply]] = deque()
+        self._busy = self._waits = False
+        self._heard = 0
+        self._paused_at, self._paused_s = 0.0, 0.0
+
+    # --- its liveness page
+
+    @property
+    def _ran_s(self) -> float:
+        paused_s = self._paused_s + (self.clock.now - self._paused_at if self.stopped else 0.0)
+        return self.clock.now - self.born - paused_s
+
+    @property
+    def beats(self) -> int:
+        """See workers/liveness.py."""
+        return int((self.clock.now - self.born if self.hang == "native" else self._ran_s) / BEAT_S)
+
+    @property
+    def turns(self) -> int:
+        """See workers/liveness.py."""
+        return 1 + self._heard + int(self._ran_s / TURN_S)
+
+    @property
+    def waited_s(self) -> float:
+        """See workers/liveness.py."""
+        return self._ran_s / 2
+
+    def look(self) -> Look:
+        """What /proc and the page say now."""
+        computes = self._busy and not self._waits and not self.stopped
+        state = "S" if self.hang else "T" if self.stopped else "R" if computes else "S"
+        return Look(state, self._ran_s if computes else 0.0, False, 0.0, self.beats, self.steps, self.turns)
+
+    # --- what is done to it
+
+    @property
+    def busy(self) -> bool:
+        """Whether it computes a step, or a call."""
+        return self._busy
+
+    def stop(self, hang: str = "") -> None:
+        """SIGSTOP, or a native hang: `native` without the interpreter's lock, `gil` with it."""
+        if self.alive and not self.stopped:
+            super().stop()
+            self.hang, self._paused_at = hang, self.clock.now
+
+    def resume(self) -> None:
+        """It goes on."""
+        if self.stopped:
+            self._paused_s += self.clock.now - self._paused_at
+            self.hang = ""
+            super().resume()
+            if self.alive and not self.host.alive:
+                self.die()  # it reads its death pipe
+
+    def die(self, status: int = -9) -> None:
+        """Its process ends; the kernel tells whoever watches."""
+        if self.alive:
+            super().die()
+            self.status = status
+            self.port.leave()
+            self.cluster.rank_died(self)
+
+    def call(self, method: str, args: tuple[Any, ...], reply: Reply) -> None:
+        """Its agent asks for something."""
+        self._calls.append((method, args, reply))
+        self.wake(0.0)
+
+    # --- its main loop
+
+    def turn(self) -> None:
+        """Take what there is, one after the other, until something takes time."""
+        while self.alive and not self._busy:
+            if self._calls:
+                self._begin_call(*self._calls.popleft())
+            elif (message := self.port.head) is not None and isinstance(message, StepBatch) and self._mine(message):
+                self._busy = True
+                self.after(self.random.uniform(*STEP_S) * self.slow, self._step)
+            elif not self._serve():
+                return
+
+    def _mine(self, batch: StepBatch) -> bool:
+        return bool(batch.ranks.get(self.key[0])) and batch.engine_token == self.port.token
+
+    def _serve(self) -> bool:
+        self._heard += 1
+        try:
+            return self.port.serve()
+        except Fenced:
+            self.die(FENCED_STATUS)
+            return False
+
+    def _step(self) -> None:
+        """The step's end, unless a peer keeps it waiting, or the queue is gone."""
+        batch = self.port.head
+        self._waits = isinstance(batch, StepBatch) and self._mine(batch) and self._kept_waiting(batch)
+        if self._waits:
+            self.after(RETRY_S, self._step)
+            return
+        self._busy = False
+        if self.port.pending():
+            self._serve()
+            self.steps += 1
+        self.turn()
+
+    def _kept_waiting(self, batch: StepBatch) -> bool:
+        """Whether a peer that is asked for rows does nothing."""
+        found = self.worker._preparing.get(batch.epoch)
+        view = self.worker._view if self.worker._view.epoch == batch.epoch else found.view if found else None
+        if view is None or self.worker._refuse(batch):
+            return False
+        ctx = StepContext(view, batch.engine_token, batch.step, batch.attempt, sum(1 << r for r in set(batch.masked)))
+        try:
+            asked = self.exchange.asked(ctx, batch.ranks[self.key[0]])
+        except CoverageLost:
+            return False
+        peers = {(parcel.rank, ctx.incarnations[parcel.rank]) for _, parcel in asked} - {self.key}
+        return any(self.cluster.ranks[peer].stopped for peer in peers)
+
+    def _begin_call(self, method: str, args: tuple[Any, ...], reply: Reply) -> None:
+        low, high = TOOK_S.get(method, (0.001, 0.01))
+        took_s = self.random.uniform(low, high) * self.slow
+        if method == "prepare_epoch":  # in the background: the rank goes on
+            made = self.worker.prepare_epoch(*args)
+            limit = self.clock.now + self.cluster.config.launch_deadline_s
+            self.after(took_s, self._prepared, made, args, reply, limit)
+            return
+        self._busy = True
+        self.after(took_s, self._end_call, method, args, reply)
+
+    def _end_call(self, method: str, args: tuple[Any, ...], reply: Reply) -> None:
+        self._busy = False
+        try:
+            value = self._called(method, args)
+        except ElasticError as error:
+            reply(None, str(error))
+        else:
+            reply(value, "")
+        self.turn()
+
+    def _called(self, method: str, args: tuple[Any, ...]) -> Any:
+        if method == "attach_engine":
+            return self.port.attach(*args)
+        if method == "retire_epoch":
+            return self.worker.retire_epoch(*args)
+        return "kernel"
+
+    def _prepared(self, made: Preparation, args: tuple[Any, ...], reply: Reply, limit: float) -> None:
+        """Experts are loaded; links to all peers take as long as the peers do."""
+        view, peers = args
+        try:
+            failpoints.hit("rank.before.prepare", self.key[0])
+        except failpoints.FaultInjected as error:
+            cast(Any, made).running = False
+            reply(None, str(error))
+            return
+        if cast(Any, made).stopped:
+            reply(None, f"epoch {view.epoch} was replaced")
+            return
+        if self.key[0] in self.cluster.bad:
+            cast(Any, made).running = False
+            reply(None, "no memory")
+            return
+        others = {(rank, incarnation) for rank, (incarnation, _) in peers.items()} - {self.key}
+        reached = {peer for peer in others if peer in self.cluster.ranks and not self.cluster.ranks[peer].stopped}
+        if reached == others:
+            self.exchange.links |= others
+            self.worker.names.held |= experts_of(view, self.key[0])
+            cast(Any, made).ready, cast(Any, made).running = True, False
+            reply({}, "")
+        elif self.clock.now >= limit:
+            cast(Any, made).running = False
+            reply(None, f"no link to {sorted(others - reached)}")
+        else:
+            self.after(0.2, self._prepared, made, args, reply, limit)

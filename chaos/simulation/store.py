@@ -1,0 +1,196 @@
+"""The simulated store, and each process's own way to it: cut off, or answering with "unknown" after it did it, or not.
+
+The store is the in-memory fake with its leases on virtual time. Who wrote last is noted: promises are about writers.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import TypeVar, cast
+
+from chaos.simulation.clock import Clock
+from membership.errors import StoreUnavailable
+from membership.keys import DecodeCache, Keys, state_from
+from membership.memory import MemoryStore
+from membership.mirror import Mirror
+from membership.store import Compare, KeyValue, Op, Response, TxnResult, Watch, WatchBatch
+from membership.types import ClusterState
+
+R = TypeVar("R")
+
+
+class Unlocked:
+    """In place of a lock: there is one thread, and nobody waits."""
+
+    def __enter__(self) -> None:
+        """Enter."""
+
+    def __exit__(self, *exc: object) -> None:
+        """Leave."""
+
+    def notify_all(self) -> None:
+        """Nobody waits."""
+
+
+class SimStore(MemoryStore):
+    """Tells of each change, and who made it."""
+
+    def __init__(self, clock: Clock, keys: Keys) -> None:
+        super().__init__(clock)
+        self._sim_clock = clock
+        self._changed = cast(threading.Condition, Unlocked())
+        self.author = ""
+        self.on_change: Callable[[str, ClusterState, ClusterState], None] = lambda author, before, after: None
+        self._keys = keys
+        self._decoded: DecodeCache = {}
+        self._known = ClusterState(revision=0)
+        self._expired_at = -1.0
+
+    @property
+    def state(self) -> ClusterState:
+        """The truth at this moment."""
+        if self._known.revision != self._revision:
+            self._known = state_from(self._items.values(), self._revision, self._decoded)
+        return self._known
+
+    def renew_all(self) -> None:
+        """As a new leader of etcd does."""
+        for held in self._leases.values():
+            held.expires_at = self._clock() + held.ttl_s
+
+    def lapse(self, random: Random) -> str:
+        """End a lease; a key that was under it, "" if there is none."""
+        held = [(sorted(lease.keys)[0], number) for number, lease in self._leases.items() if lease.keys]
+        if not held:
+            return ""
+        key, number = random.choice(held)
+        self.author = "the store"
+        with self._changed:
+            self._end(number)
+        return key.removeprefix(self._keys.prefix)
+
+    def pass_time(self) -> None:
+        """Leases run out, whoever asks for what."""
+        if not self._outage:
+            self._enter()
+
+    def _enter(self) -> None:
+        """As in the fake, but that leases are looked at once in a moment."""
+        if self._expired_at != self._sim_clock.now:
+            self._expired_at = self._sim_clock.now
+            for lease in [lease for lease, held in self._leases.items() if held.expires_at <= self._expired_at]:
+                self.author = "the store"
+                self._end(lease)
+        if self._outage:
+            raise StoreUnavailable("the store is out")
+
+    def _commit(self, ops: Sequence[Op]) -> tuple[Response, ...]:
+        before, revision = self.state, self._revision
+        responses = super()._commit(ops)
+        if self._revision != revision:
+            self.on_change(self.author, before, self.state)
+        return responses
+
+
+class Client:
+    """One process's connection to the store: a Store."""
+
+    def __init__(self, store: SimStore, name: str, random: Random) -> None:
+        self._store, self._name, self._random = store, name, random
+        self.cut = False  # no way to the store
+        self._current = (-1, -1)  # (revision, breaks) of the store when a mirror last took its turn here
+        self.doubtful = 0  # so many more writes are answered by silence, whether they took effect or not
+
+    @property
+    def seen(self) -> str:
+        """See Store."""
+        return self._store.seen
+
+    def get(self, key: str) -> KeyValue | None:
+        """See Store."""
+        return self._reach().get(key)
+
+    def range(self, prefix: str) -> tuple[int, tuple[KeyValue, ...]]:
+        """See Store."""
+        return self._reach().range(prefix)
+
+    def put(self, key: str, value: bytes, lease: int = 0) -> int:
+        """See Store."""
+        return self._write(lambda store: store.put(key, value, lease))
+
+    def delete(self, key: str) -> bool:
+        """See Store."""
+        return self._write(lambda store: store.delete(key))
+
+    def txn(self, compares: Sequence[Compare], success: Sequence[Op], failure: Sequence[Op] = ()) -> TxnResult:
+        """See Store."""
+        return self._write(lambda store: store.txn(compares, success, failure))
+
+    def grant(self, ttl_s: float) -> int:
+        """See Store."""
+        return self._write(lambda store: store.grant(ttl_s))
+
+    def keepalive(self, lease: int, timeout_s: float | None = None) -> float:
+        """See Store."""
+        return self._write(lambda store: store.keepalive(lease, timeout_s))
+
+    def revoke(self, lease: int) -> None:
+        """See Store."""
+        self._write(lambda store: store.revoke(lease))
+
+    def watch(self, prefix: str, start_revision: int) -> Watch:
+        """See Store."""
+        return SimWatch(self, self._reach().watch(prefix, start_revision))
+
+    def compact(self, revision: int) -> None:
+        """See Store."""
+        self._reach().compact(revision)
+
+    def close(self) -> None:
+        """See Store; others go on using the store."""
+
+    def follow(self, mirror: Mirror) -> None:
+        """Have the process's mirror take its turn, unless nothing has happened since its last."""
+        store = self._store
+        store.pass_time()
+        current = (store._revision, store._breaks)
+        if self.cut or store.outage or current != self._current or not mirror.synced:
+            mirror.turn()
+            self._current = (mirror.state().revision, store._breaks)
+
+    def check(self) -> None:
+        """StoreUnavailable while there is no way."""
+        if self.cut:
+            raise StoreUnavailable(f"{self._name} is cut off from the store")
+
+    def _reach(self) -> SimStore:
+        self.check()
+        self._store.pass_time()  # what runs out now is nobody's doing
+        self._store.author = self._name
+        return self._store
+
+    def _write(self, write: Callable[[SimStore], R]) -> R:
+        if not self.doubtful:
+            return write(self._reach())
+        self.doubtful -= 1
+        if self._random.random() < 0.5:
+            write(self._reach())
+        raise StoreUnavailable(f"{self._name} has no answer from the store")
+
+
+class SimWatch:
+    """A watch that ends when the way to the store is cut."""
+
+    def __init__(self, client: Client, watch: Watch) -> None:
+        self._client, self._watch = client, watch
+
+    def next(self, timeout_s: float) -> WatchBatch | None:
+        """See Watch."""
+        self._client.check()
+        return self._watch.next(timeout_s)
+
+    def close(self) -> None:
+        """See Watch."""
+        self._watch.close()
