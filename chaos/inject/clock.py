@@ -19,9 +19,9 @@ from chaos.inject.fault import Fault, Params
 from chaos.inject.process import Hold, OnProcess, see
 
 ENV = "ELASTIC_CHAOS_CLOCKS"
-NOTICED_S = 10.0  # a process notices when it looks at its clock
+NOTICED_S = 5.0  # a process notices when it looks at its clock
 SLACK_S = 0.5
-VICTIMS = ("gateway", "engine", "engine-standby", "controller", "agent", "rank", "supervisor", "forkserver")
+VICTIMS = ("gateway", "engine", "engine-standby", "controller", "agent", "supervisor")  # ranks look at no wall clock
 
 
 def environment(state_dir: Path) -> dict[str, str]:
@@ -45,6 +45,7 @@ class ClockShift(OnProcess):
         super().__init__(site, victim, params)
         self._seconds, self._rate = float(params["seconds"]), float(params["rate"])
         self._file = _offsets(site.state_dir())
+        self._noticed = False
 
     def _deal(self, hold: Hold) -> str:
         if self._seconds == 0 and self._rate == 0:
@@ -53,6 +54,7 @@ class ClockShift(OnProcess):
         told.unlink(missing_ok=True)
         self._give({"seconds": self._seconds, "rate": self._rate}, hold.pid)
         see(told.exists, f"{self.victim}, process {hold.pid}, looking at its clock (was it started so?)", NOTICED_S)
+        self._noticed = True
         see(lambda: bool(told.read_text()), f"{self.victim} saying what time it believes")
         ahead = float(told.read_text()) - told.stat().st_mtime
         if abs(ahead - self._seconds) > SLACK_S:
@@ -65,7 +67,7 @@ class ClockShift(OnProcess):
         told = Path(f"{self._file}.{hold.pid}")
         told.unlink(missing_ok=True)
         self._give(None, hold.pid)
-        if not hold.gone():
+        if self._noticed and not hold.gone():
             see(
                 lambda: told.exists() or hold.gone(),
                 f"{self.victim}, process {hold.pid}, seeing its clock right",

@@ -214,7 +214,11 @@ def test_a_damaged_liveness_page_leaves_the_pidfd_to_tell_of_the_death(start: St
         page.close()
 
 
-def test_a_clock_that_jumps_and_drifts(start: Start, tmp_path: Path) -> None:
+def test_a_clock_that_jumps_and_drifts(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(clock, "NOTICED_S", 0.2)
+        with pytest.raises(NotInjected, match="looking at its clock"):
+            injector("clock-jump", start(), "agent").inject()  # it was not started so
     child = start(clock.environment(tmp_path))
     ahead = "str(time.time())"
     child.tell(f"[time.time() for _ in range(20) if not time.sleep(0.02)] and {ahead}")
