@@ -37,7 +37,8 @@ log = structlog.get_logger(__name__)
 def run_terms(store: Store, cluster: str, node: str, stop: threading.Event, events: EventLog) -> None:
     """Serve term after term until `stop`: an engine that was replaced, or whose lease was lost, stands by again.
 
-    So does one that cannot begin its term because the store is away. In the same process, since starting another one costs a second that requests would wait.
+    So does one that cannot begin its term because the store is away. In the same process, since starting another one
+    costs a second that requests would wait.
     """
     while not stop.is_set():
         try:
