@@ -37,13 +37,17 @@ log = structlog.get_logger(__name__)
 def run_terms(store: Store, cluster: str, node: str, stop: threading.Event, events: EventLog) -> None:
     """Serve term after term until `stop`: an engine that was replaced, or whose lease was lost, stands by again.
 
-    In the same process, since starting another one costs a second that requests would wait.
+    So does one that cannot begin its term because the store is away. In the same process, since starting another one
+    costs a second that requests would wait.
     """
     while not stop.is_set():
         try:
             run_engine(store, cluster, node, stop, events)
         except Fenced as fenced:
             log.warning("stood down, standing by again", reason=str(fenced))
+        except StoreUnavailable as error:
+            log.warning("cannot stand by yet", error=str(error))
+            stop.wait(timeout=CAMPAIGN_SLICE_S)
         except StoreReplaced as replaced:  # nobody can be elected; who is in office serves on
             log.error("cannot stand by", error=str(replaced), hint=replaced.hint)
             while not stop.wait(REMIND_S):

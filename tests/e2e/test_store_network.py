@@ -47,6 +47,12 @@ def served(workload: Workload, for_s: float) -> None:
     eventually(lambda: time.monotonic() > until, T, "the fault to have lasted")
 
 
+def thawed(past: StoreClient) -> bool:
+    """Whether the offices that lapsed in an outage are taken again, or by others."""
+    state = past.state()
+    return bool(state.leader_revision and state.engine_token and state.agents)
+
+
 def test_serving_goes_on_whatever_the_way_to_etcd_is_like(serve: Serve, demo_model: Path, tmp_path: Path) -> None:
     with ProxiedEtcd(tmp_path / "etcd", flags={"quota-backend-bytes": str(8 << 20)}) as etcd:
         cluster = serve(demo_model, RANKS, ("--etcd", etcd.url))
@@ -56,8 +62,10 @@ def test_serving_goes_on_whatever_the_way_to_etcd_is_like(serve: Serve, demo_mod
             with dealt(site, "net-black-hole"):
                 served(workload, HOLE_S)
                 assert past.status()["epoch"] == before["epoch"]
+            eventually(lambda: thawed(past), T, "the offices to be taken after the hole")
             with dealt(site, "net-reset"):
                 served(workload, STORM_S)
+            eventually(lambda: thawed(past), T, "the offices to be taken after the resets")
             with dealt(site, "net-delay"):
                 eventually(lambda: grown(cluster, RANKS + 1), T, "a scale up over a slow way")
                 cluster.wait_serving(RANKS + 1)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from elastic.engine import run_terms
+from membership.errors import StoreUnavailable
 from membership.etcd import connect
 from membership.events import EventLog
-from membership.store import Store
+from membership.memory import MemoryStore
+from membership.store import KeyValue, Store
 from tests.helpers import eventually
 from tests.standins import Gateway, StandInCluster, cluster_config
 from workers.etcd_server import EtcdServer
@@ -179,3 +183,30 @@ def test_serving_goes_on_while_etcd_is_down_for_longer_than_the_lease(
             20.0,
             "the same engine's status after the outage",
         )
+
+
+class Away(MemoryStore):
+    """A store that does not answer the first questions."""
+
+    def __init__(self, answered: threading.Event) -> None:
+        super().__init__()
+        self.asked, self.answered = 0, answered
+
+    def range(self, prefix: str) -> tuple[int, tuple[KeyValue, ...]]:
+        self.asked += 1
+        if self.asked < 3:
+            raise StoreUnavailable("it is away")
+        self.answered.set()
+        return super().range(prefix)
+
+
+def test_a_term_that_cannot_begin_without_the_store_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine that stood down while the store is away does not die of it."""
+    monkeypatch.setattr("elastic.engine.CAMPAIGN_SLICE_S", 0.01)
+    answered = threading.Event()
+    store = Away(answered)
+    run_terms(store, "test", "n", answered, EventLog(tmp_path / "events.jsonl", "engine"))
+    assert store.asked == 3
+    store.close()
