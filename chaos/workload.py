@@ -24,8 +24,6 @@ PROMPTS = (
 
 PAUSE_S = 0.05  # before the next request of a stream whose last one failed: whoever listens there may be starting
 
-RETRY_S = 0.2  # a client that finds nobody there does not ask again at once
-
 
 class Workload:
     """Streams `prompts` at `concurrency` until stopped (or once through), and keeps what it saw.
@@ -119,8 +117,6 @@ class Workload:
             with self._lock:
                 self._done.append(record)
                 self._open.pop(number, None)
-            if record.error and not record.id:
-                await asyncio.sleep(RETRY_S)
             if record.error:
                 await asyncio.sleep(PAUSE_S)
 
