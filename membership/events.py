@@ -1,7 +1,7 @@
 """The history of a cluster: one file of JSON lines that all processes of a machine append to, and its readers.
 
 Metrics, the live view and the checker read this. A line is one `write` to a file opened for appending, so lines of
-several processes never mix; a line that was cut short (full disk, crash) is skipped by readers.
+several processes never mix; what was cut short (full disk, crash) is skipped by readers, and what follows on it is not.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(Event)
+_BEGIN = b'{"ts":'  # of every line
 
 FilePath = str | os.PathLike[str]
 
@@ -139,4 +140,5 @@ def _event(line: bytes) -> Event | None:
         return _decoder.decode(line)
     except msgspec.MsgspecError as error:
         log.warning("skipped a damaged event", line=line[:80].decode(errors="replace"), error=str(error))
-        return None
+        whole = line.find(_BEGIN, 1)  # what another process wrote right behind it
+        return _event(line[whole:]) if whole > 0 else None

@@ -60,6 +60,8 @@ class Props:
                 self._known[victim] = psutil.Process(self.site.pid(victim))
             except (NotInjected, psutil.NoSuchProcess):
                 self._known.pop(victim, None)
+            except NoAnswer:
+                return  # that time has come
 
     def pid(self, victim: str) -> int:
         """The process of the victim, once there is one that lives."""

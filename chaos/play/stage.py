@@ -78,10 +78,12 @@ class LocalStage:
         return ""
 
     def settled(self, status: Mapping[str, Any]) -> bool:
-        """Whether all of its ranks and its engine live."""
+        """Whether all of its ranks, its engine and its agent live: a dead agent's ranks are about to end."""
         state = self.cluster.client().state()
-        pids = [each["pid"] for each in status["ranks"]] + ([state.engine.pid] if state.engine else [0])
-        return all(pid and _lives(pid) for pid in pids)
+        if state.engine is None or not state.agents:
+            return False
+        pids = [state.engine.pid, *(agent.pid for agent in state.agents.values())]
+        return all(pid and _lives(pid) for pid in (*pids, *(each["pid"] for each in status["ranks"])))
 
     def close(self) -> None:
         """Let go of the store."""

@@ -16,6 +16,7 @@ from membership.events import Event
 
 POLL_S = 0.02
 PROBE_EVERY_S = 0.5
+SILENCE_S = 3.0  # a question that nobody answers takes seconds
 T = TypeVar("T")
 
 
@@ -36,6 +37,7 @@ class Watch:
         self.acted_at = time.time()  # the last deed
         self.dead: dict[int, int] = {}  # rank -> the incarnation that was struck dead
         self._seen = Sight(())
+        self._silent_at = -SILENCE_S
         self._incarnations: dict[int, int] = {}
         self._began = time.monotonic()
         self._unready_since: float | None = None
@@ -100,10 +102,13 @@ class Watch:
         return [event for event in self.history[first:] if event.ts >= at]
 
     def sight(self) -> Sight:
-        """The ranks now; as they were, if the store does not answer."""
+        """The ranks now; as they were, if the store does not answer (then it is not asked again at once)."""
+        if time.monotonic() - self._silent_at < SILENCE_S:
+            return self._seen
         try:
             status, view = self.stage.client.status(), self.stage.client.view()
         except NoAnswer:
+            self._silent_at = time.monotonic()
             return self._seen
         self._incarnations = {each["rank"]: each["incarnation"] for each in status["ranks"]}
         running = [each for each in status["ranks"] if each["pid"]]

@@ -103,6 +103,14 @@ def test_a_damaged_line_is_skipped_and_an_unfinished_one_left_for_later(path: Pa
     assert [e.kind for e in EventLog.read(path)] == ["a", "b", "c"]
 
 
+def test_what_one_process_left_unfinished_costs_no_event_of_the_next(path: Path) -> None:
+    EventLog(path, "agent").emit("a")
+    path.write_bytes(path.read_bytes()[:-12])  # its disk was full
+    EventLog(path, "controller").emit("b")
+    EventLog(path, "engine").emit("c")
+    assert [event.kind for event in EventLog.read(path)] == ["b", "c"]
+
+
 def test_a_line_cut_short_costs_only_itself(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log, real_write = EventLog(path, "r"), os.write
     monkeypatch.setattr(os, "write", lambda fd, data: real_write(fd, data[:10]))

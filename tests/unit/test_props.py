@@ -89,6 +89,7 @@ def test_while_the_store_is_away_the_last_known_process_holds() -> None:
     props = Props(site)
     props.remember("rank 1")
     site.answers = [StoreUnavailable("no answer")]
+    props.remember("rank 1")
     assert props.share().pid("rank 1") == os.getpid()
     with pytest.raises(StoreUnavailable):
         props.share().pid("rank 2")
