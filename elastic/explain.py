@@ -164,7 +164,7 @@ def _outlook(rank: RankStatus, last: RankExit | None, now: float) -> tuple[str, 
             f"find the cause (elastic events, the agent's log), then: elastic unquarantine {rank.rank}",
         )
     if rank.state is RankState.DEAD:
-        wait_s = (last.not_before if last is not None else 0.0) - now
+        wait_s = last.held_back_s(now) if last is not None else 0.0
         return (f"a new incarnation in {wait_s:.1f} s (backoff)" if wait_s > 0 else "a new incarnation at once"), ""
     if rank.state is RankState.MASKED:
         return "its lease is revoked; once the loss is committed, a new incarnation follows", ""

@@ -10,6 +10,8 @@ from enum import StrEnum
 
 import msgspec
 
+CLOCKS_DIFFER_S = 2.0  # so much the clocks of nodes may, without a record of one counting as wrong
+
 Placement = dict[int, tuple[tuple[int, ...], ...]]
 """rank -> for each MoE layer (0-based among MoE layers) the logical experts that the rank holds, ascending."""
 
@@ -193,6 +195,11 @@ class RankExit(Record, frozen=True, kw_only=True):
     not_before: float = 0.0  # the controller must not relaunch the slot earlier (backoff)
     quarantined: bool = False
     forgiven: float = 0.0  # deaths up to then do not count any more: when an operator ended the quarantine
+
+    def held_back_s(self, now: float) -> float:
+        """How much longer the slot must be left empty. Where its agent's clock is far ahead of ours: not at all."""
+        backoff_s, left_s = self.not_before - self.at, self.not_before - now
+        return left_s if backoff_s > 0 and 0 < left_s <= backoff_s + CLOCKS_DIFFER_S else 0.0
 
 
 class Heartbeats(Record, frozen=True, kw_only=True):

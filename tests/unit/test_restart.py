@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from membership.types import RankExit
 from workers.restart import RestartPolicy, backoff_s, counted, judge, recent_deaths
 
+NOW = 1000.0
+
 pytestmark = pytest.mark.unit
 
 POLICY = RestartPolicy(base_s=0.1, factor=2, max_s=2.0, jitter=0.5, intensity=4, window_s=60)
@@ -53,3 +55,17 @@ def test_old_deaths_are_forgiven_but_counted() -> None:
 @given(st.integers(2, 10**6), st.floats(0, 0.999))
 def test_a_backoff_is_finite_and_bounded(recent: int, chance: float) -> None:
     assert POLICY.base_s <= backoff_s(POLICY, recent, chance) <= POLICY.max_s * (1 + POLICY.jitter)
+
+
+@pytest.mark.parametrize("ahead_s", [0.0, 1.0, 60.0, 3600.0])
+def test_an_agent_whose_clock_is_ahead_does_not_keep_its_slots_empty(ahead_s: float) -> None:
+    """Found by `elastic-chaos replay --seed 351`: the only rank died, and was not replaced for as long as that."""
+    first, second = (
+        judge(
+            RestartPolicy(), rank=0, incarnation=1, reason="", deaths=deaths, restarts=0, now=NOW + ahead_s, chance=0.0
+        )
+        for deaths in ((), (NOW + ahead_s - 1,))
+    )
+    assert not first.held_back_s(NOW), "a first death costs no delay"
+    assert second.held_back_s(NOW) == pytest.approx(ahead_s + 0.1 if ahead_s <= 1.0 else 0.0)
+    assert not second.held_back_s(second.not_before)
