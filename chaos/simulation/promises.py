@@ -24,8 +24,8 @@ def early(before: ClusterState, after: ClusterState, now: float) -> Iterator[str
         last = before.exits.get(spec.rank)
         if last is not None and last.quarantined:
             yield f"rank {spec.rank} is started, and its slot is in quarantine"
-        if last is not None and now < last.not_before:
-            yield f"rank {spec.rank} is started {last.not_before - now:.3f} s before its slot may be filled again"
+        if last is not None and last.held_back_s(now):
+            yield f"rank {spec.rank} is started {last.held_back_s(now):.3f} s before its slot may be filled again"
     view, staged = after.view, after.next
     rebalances = view is not None and staged is not None and set(staged.members) == set(view.members)
     if before.paused(now) and before.next is None and rebalances:
