@@ -164,21 +164,28 @@ def _change(scene: Scene) -> UnderWay:
 
 def _change_when_busy(scene: Scene) -> UnderWay:
     """Change with so many long requests under way that each rank has some."""
+    running = threading.Semaphore(0)
     for number in range(LONG_REQUESTS):
-        threading.Thread(target=_complete, args=(scene, number), name="long-request", daemon=True).start()
-
-    def busy() -> bool:
-        status = scene.state.engine_status
-        return status is not None and status.running >= LONG_REQUESTS
-
-    eventually(busy, f"{LONG_REQUESTS} requests to run", READY_S)
+        threading.Thread(target=_stream, args=(scene, number, running), name="long-request", daemon=True).start()
+    for _ in range(LONG_REQUESTS):
+        if not running.acquire(timeout=READY_S):
+            raise WaitTimeout(f"not all of {LONG_REQUESTS} requests run after {READY_S:g} s")
     return _change(scene)
 
 
-def _complete(scene: Scene, number: int) -> None:
-    body = {"model": scene.cluster.model_name(), "prompt": "Numbers " * (number + 1), "max_tokens": LONG_TOKENS}
-    with suppress(httpx.HTTPError):  # only a gateway's death is its end, which is no matter here
-        httpx.post(f"{scene.cluster.url}/v1/completions", json=body, timeout=READY_S)
+def _stream(scene: Scene, number: int, running: threading.Semaphore) -> None:
+    """One request to its end; it tells once it runs."""
+    body = {"model": scene.cluster.model_name(), "prompt": "Numbers " * (number + 1), "max_tokens": LONG_TOKENS,
+            "stream": True}  # fmt: skip
+    with (
+        suppress(httpx.HTTPError),  # only a gateway's death is its end, which is no matter here
+        httpx.stream("POST", f"{scene.cluster.url}/v1/completions", json=body, timeout=READY_S) as answer,
+    ):
+        lines = answer.iter_lines()
+        next(lines, "")
+        running.release()
+        for _ in lines:
+            continue
 
 
 def _change_and_cancel(scene: Scene) -> UnderWay:

@@ -17,7 +17,7 @@ SAMPLE = (
     ("controller.after.committed", "kill"),
     ("rank.step", "hang"),
     ("rank.prepare_epoch", "raise"),
-    ("agent.before.publish", "raise"),
+    ("agent.before.retire_epoch", "hang"),
     ("engine.before.status", "raise"),
     ("gateway.before.propose", "hang"),
 )
