@@ -22,12 +22,14 @@ from membership.types import (
     Desired,
     Member,
     Operation,
+    RankExit,
     RankRecord,
     RankSpec,
     RankState,
     View,
 )
 
+CLOCK_SLACK_S = 1.0  # by which the clocks of hosts may differ
 VACATE_S = 30.0  # so long after its staging a view is not committed for the sake of requests that move off its leavers
 
 
@@ -134,6 +136,11 @@ class Census:
         """Whether its agent saw it die."""
         last = self.state.exits.get(member.rank)
         return last is not None and last.incarnation == member.incarnation
+
+    def backs_off(self, last: RankExit) -> bool:
+        """Whether a slot is not to be filled again yet. Its agent set the end of the wait by its own clock: if that is
+        further off than clocks that are about right can have it, one of them is wrong, and nobody waits for hours."""
+        return 0.0 < last.not_before - self.now <= 2 * (last.not_before - last.at) + CLOCK_SLACK_S
 
     @cached_property
     def newcomers(self) -> dict[int, Newcomer]:

@@ -311,7 +311,7 @@ def _until(operation: Operation, phase: Phase, now: float) -> Operation:
 def _may_start(census: Census, slot: int) -> bool:
     """Whether a new rank may be sent into the slot now."""
     last = census.state.exits.get(slot)
-    if slot in census.assigned or (last is not None and (last.quarantined or census.now < last.not_before)):
+    if slot in census.assigned or (last is not None and (last.quarantined or census.backs_off(last))):
         return False
     lost = census.view.member(slot) is not None  # not before the loss is durable, unless that needs help
     return not lost or not census.keep or _stuck(census)

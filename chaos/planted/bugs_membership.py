@@ -148,7 +148,7 @@ BUGS: tuple[Bug, ...] = (
         name="no-backoff",
         guards="G8: a slot is not filled again before its backoff is over",
         file="membership/planner.py",
-        before="(last.quarantined or census.now < last.not_before)",
+        before="(last.quarantined or census.backs_off(last))",
         after="last.quarantined",
     ),
     # --- operations
