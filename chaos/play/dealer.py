@@ -59,6 +59,7 @@ class Dealer:
             placement = self._watch.stage.client.view().placement
             if why := too_much(victims, self._watch.down() | self._struck(), placement, self._limits):
                 raise PlanRefused(why)
+        self._watch.guard()  # to choose may have taken long
         self._watch.act()
         dealt = [self._strike(blow, victim) for victim in victims]
         if blow.for_s:
