@@ -45,14 +45,15 @@ def simulate(
 def replay(
     seed: Annotated[int, typer.Option(help="Of the life.")],
     keep: Annotated[str, typer.Option(help="Only these of its happenings: 3,17,40; `none`: none of them.")] = "",
+    timing: Annotated[int, typer.Option(min=0, help="Other delays between the same happenings.")] = 0,
     output: OutputFlag = Output.TEXT,
 ) -> None:
     """Live one life of `simulate` again, or only some of what happens in it; tell what happens. Exit 1 as that does."""
-    _replay(seed, kept(keep), output)
+    _replay(seed, kept(keep), output, timing)
 
 
-def _replay(seed: int, keep: list[int] | None, output: Output) -> None:
-    life = live(seed, keep, lambda step: typer.echo(told(step), err=output is Output.JSON))
+def _replay(seed: int, keep: list[int] | None, output: Output, timing: int = 0) -> None:
+    life = live(seed, keep, lambda step: typer.echo(told(step), err=output is Output.JSON), timing)
     if output is Output.JSON:
         write_json(life)
     else:

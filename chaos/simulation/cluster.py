@@ -87,7 +87,7 @@ class Failpoints:
 class Cluster:
     """Everything there is. `chance` is used up by the cluster's own affairs, never by what is done to it."""
 
-    def __init__(self, seed: int, nodes: tuple[str, ...], desired: int, config: ClusterConfig = SERVED) -> None:
+    def __init__(self, seed: str, nodes: tuple[str, ...], desired: int, config: ClusterConfig = SERVED) -> None:
         self.seed, self.nodes, self.config = seed, nodes, config
         self.chance = Random(f"{seed} cluster")
         self.clock = Clock()

@@ -28,8 +28,10 @@ from membership.errors import ElasticError
 from membership.pause import resume
 from membership.quarantine import unquarantine
 
-HAPPENINGS, WALKED = 60, 50
+PACES = ((120, 0.3), (120, 0.3), (60, 1.0))  # happenings, and what the gaps between them are multiplied by
 GAPS_S = (0.0, 0.005, 0.05, 0.15, 0.4, 0.9)
+GAP_S = 1.0  # of what is left out nothing is left but so long a gap at most
+WALKED = 100
 SETTLED_WITHIN_S, PEACE_WITHIN_S, POLL_S = 20.0, 60.0, 0.5
 REQUEST_EVERY_S = 0.35
 STAGED = 40  # views in peace: that is no progress
@@ -90,6 +92,7 @@ def setup(seed: int) -> Setup:
     random = Random(seed)
     nodes = ("a", "b", "c")[: random.choice([1, 2, 2, 3])]
     desired, fresh = random.choice([1, 2, 3, 4, 4, 5]), random.random() < 0.15
+    happenings, pace = random.choice(PACES)
     kinds = sorted({*FAULTS, *DEEDS})
     if seed % PAIRED_EVERY == 0:
         faults = walk(sorted(FAULTS), seed // PAIRED_EVERY, WALKED)
@@ -97,10 +100,10 @@ def setup(seed: int) -> Setup:
     else:
         some = random.sample(kinds, random.choice([2, 4, 6, 8, 12, len(kinds)]))
         weights = [random.choice([1, 1, 3]) * USUAL.get(kind, 1.0) for kind in some]
-        names = random.choices(some, weights, k=HAPPENINGS)
+        names = random.choices(some, weights, k=happenings)
     at, schedule = 0.0, list[Happening]()
     for name in names:
-        at += random.choice(GAPS_S) * random.uniform(0.5, 1.0)
+        at += pace * random.choice(GAPS_S) * random.uniform(0.5, 1.0)
         schedule.append(Happening(round(at, 4), name, random.getrandbits(48)))
     return Setup(seed=seed, nodes=nodes, desired=desired, fresh=fresh, schedule=tuple(schedule))
 
@@ -108,10 +111,11 @@ def setup(seed: int) -> Setup:
 class _Life:
     """A cluster, and what has happened to it."""
 
-    def __init__(self, plan: Setup, tell: Callable[[Step], None]) -> None:
+    def __init__(self, plan: Setup, tell: Callable[[Step], None], timing: int) -> None:
         self.plan, self.tell = plan, tell
-        self.cluster = Cluster(plan.seed, plan.nodes, plan.desired)
-        self.random = Random(f"{plan.seed} clients")
+        seed = f"{plan.seed}.{timing}" if timing else str(plan.seed)
+        self.cluster = Cluster(seed, plan.nodes, plan.desired)
+        self.random = Random(f"{seed} clients")
         self.trace: list[str] = []
         self.steps: list[Step] = []
         self.loaded = True
@@ -125,9 +129,11 @@ class _Life:
             self._until(SETTLED_WITHIN_S, "the cluster does not come up")
         began = cluster.clock.now
         cluster.clock.after(0.01, self._request)
+        now = before = 0.0
         for index, happening in enumerate(self.plan.schedule):
             if keep is None or index in keep:
-                self._run(began + happening.at)
+                now, before = now + min(happening.at - before, GAP_S), happening.at
+                self._run(began + now)
                 self._happen(index, happening, began)
         self._run(cluster.clock.now + 0.5)
         self._peace()
@@ -217,10 +223,15 @@ class _Life:
         )
 
 
-def live(seed: int, keep: Collection[int] | None = None, tell: Callable[[Step], None] = lambda step: None) -> Life:
-    """The life that the seed stands for, or only the happenings `keep` of it; `tell` hears of each."""
+def live(
+    seed: int, keep: Collection[int] | None = None, tell: Callable[[Step], None] = lambda step: None, timing: int = 0
+) -> Life:
+    """The life that the seed stands for, or only the happenings `keep` of it; `tell` hears of each.
+
+    `timing`: the same happenings at the same moments, and other delays of messages and turns between them.
+    """
     with _silence():
-        life, violation = _Life(setup(seed), tell), ""
+        life, violation = _Life(setup(seed), tell, timing), ""
         try:
             life.live(keep)
         except ElasticError as broken:

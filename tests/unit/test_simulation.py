@@ -101,7 +101,7 @@ def test_the_walk_passes_every_ordered_pair_of_kinds() -> None:
 def test_only_the_happenings_that_it_takes_are_left() -> None:
     """Of those that break the promise only together, none is lost; another broken promise is another finding."""
 
-    def lived(seed: int, keep: Sequence[int]) -> Life:
+    def lived(seed: int, keep: Sequence[int], timing: int) -> Life:
         steps = tuple(Step(i, float(i), "kill", "done") for i in keep)
         broken = "Violation: epoch 3 follows another" if {3, 17, 40} <= set(keep) else "Violation: other" * (3 in keep)
         return Life(seed=seed, faults=0, kinds=(), steps=steps, violation=broken)
