@@ -263,7 +263,8 @@ class Cluster:
         committed = self.laws.changed(before, after)
         by = next((c for c in self.controllers if c.name == author), None)
         if by is not None and by.decided is not None:
-            keep(promises.early(by.decided, after, by.wall()))
+            state, now = by.decided
+            keep(promises.early(state, after, now))
         if committed and after.view is not None:
             for member in after.view.members:
                 key = (member.rank, member.incarnation)

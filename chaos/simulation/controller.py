@@ -35,13 +35,15 @@ class ControllerProcess(Process):
         super().__init__(cluster, f"controller {life}")
         self.mirror: Mirror | None = None
         self.election: Election | None = None
-        self.past: deque[tuple[Effect, ClusterState, Term, Election]] = deque(maxlen=8)
+        self.past: deque[tuple[Effect, ClusterState, Term, Election, float]] = deque(maxlen=8)
         self._keeper: LeaseKeeper | None = None
         self._term: Term | None = None
         self._written = 0  # the mirror must have reached this before the next look
         self._wait_until = 0.0
         self._acting = False
-        self.decided: ClusterState | None = None  # the state behind the transaction under way
+        self.decided: tuple[ClusterState, float] | None = (
+            None  # what the transaction under way was decided from, and when
+        )
         self.after(self.random.uniform(0.0, 0.05), self._tick)
 
     @property
@@ -91,17 +93,17 @@ class ControllerProcess(Process):
             self.cluster.keeps(promises.idle(state, now))
         for effect in effects or ():
             self._acting = True
-            self.past.append((effect, state, term, election))
+            self.past.append((effect, state, term, election, now))
             think_s = self.random.uniform(*THINK_S)
             hang_s = self.cluster.failpoints.hang_s(f"controller.before.{edge(effect)}")
             if hang_s:
                 self.cluster.freeze(self, hang_s)
-            self.after(think_s, self._apply, effect, state, term, election)
+            self.after(think_s, self._apply, effect, state, term, election, now)
         if not effects and (at := due(state, now)) is not None and at - now < LOOK_S:
             self.wake(max(0.001, at - now))
 
-    def _apply(self, effect: Effect, state: ClusterState, term: Term, election: Election) -> None:
-        self._acting, self.decided = False, state
+    def _apply(self, effect: Effect, state: ClusterState, term: Term, election: Election, now: float) -> None:
+        self._acting, self.decided = False, (state, now)
         point = f"controller.after.{edge(effect)}"
         try:
             self._written = max(term.apply(effect, state, election), state.revision + 1)
@@ -118,9 +120,9 @@ class ControllerProcess(Process):
             self.cluster.freeze(self, hang_s)
         self.wake()
 
-    def repeat(self, effect: Effect, state: ClusterState, term: Term, election: Election) -> None:
+    def repeat(self, effect: Effect, state: ClusterState, term: Term, election: Election, now: float) -> None:
         """Carry out what was decided a while ago."""
-        self.decided = state
+        self.decided = (state, now)
         with suppress(Fenced, StoreError):
             term.apply(effect, state, election)
 

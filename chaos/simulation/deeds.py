@@ -10,7 +10,6 @@ from chaos.simulation.faults import NOTHING, Happen
 from membership.errors import ElasticError, OperationConflict, PlanRefused, StoreError
 from membership.operations import cancel, propose
 from membership.pause import pause
-from membership.preview import plan_of
 from membership.quarantine import unquarantine
 from membership.wish import drain, scale, undrain
 
@@ -36,8 +35,6 @@ def change(cluster: Cluster, random: Random) -> str:
         wish = drain(*random.sample(desired.slots, some))
     elif desired.cordoned and random.random() < 0.7:
         wish = undrain(random.choice(desired.cordoned))
-    if plan_of(wish, state).refused:
-        return NOTHING
     wall = cluster.gateway.wall
     try:
         name = f"op{random.randrange(1 << 30)}"

@@ -28,7 +28,7 @@ from membership.errors import ElasticError
 from membership.pause import resume
 from membership.quarantine import unquarantine
 
-PACES = ((120, 0.3), (120, 0.3), (60, 1.0))  # happenings, and what the gaps between them are multiplied by
+PACES = ((120, 0.3), (120, 0.3), (120, 0.2), (60, 1.0))  # happenings, and what the gaps between them are multiplied by
 GAPS_S = (0.0, 0.005, 0.05, 0.15, 0.4, 0.9)
 GAP_S = 1.0  # of what is left out nothing is left but so long a gap at most
 WALKED = 100

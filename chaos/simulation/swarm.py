@@ -6,6 +6,7 @@ ordered pairs of faults. What breaks a promise is shrunk to the few happenings t
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import time
 from collections import Counter, deque
@@ -214,5 +215,10 @@ def _in_processes(batches: Iterator[list[int]], jobs: int) -> Generator[list[Lif
 
 
 def _batch(seeds: Iterable[int]) -> list[Life]:
-    """Some lives, in this process."""
-    return [live(seed) for seed in seeds]
+    """Some lives, in this process. A life's garbage is little, and looking for it takes a tenth of the time."""
+    gc.disable()
+    try:
+        return [live(seed) for seed in seeds]
+    finally:
+        gc.enable()
+        gc.collect()
