@@ -10,6 +10,7 @@ import os
 import shutil
 import struct
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import msgspec
@@ -27,7 +28,7 @@ def copy_model(model: Path, to: Path) -> Path:
     return to
 
 
-class Damage:
+class Damage(ABC):
     """Base: one safetensors file of a copy is changed, and restored from what was kept of it."""
 
     name = ""
@@ -65,8 +66,9 @@ class Damage:
             raise NotInjected(f"{path} was not restored")
         self._kept = None
 
+    @abstractmethod
     def _damage(self, path: Path, whole: bytes) -> str:
-        raise NotImplementedError
+        """Deal it; the proof that it happened, in words."""
 
 
 class Truncated(Damage):

@@ -10,6 +10,7 @@ import errno
 import os
 import subprocess
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +40,7 @@ def _run(command: list[str]) -> None:
         raise NotInjected(f"`{' '.join(command)}` failed: {done.stderr.strip()}", hint="a small disk needs root")
 
 
-class Full:
+class Full(ABC):
     """Ballast that leaves no byte free; a subclass says where."""
 
     name = ""
@@ -48,9 +49,9 @@ class Full:
         self.site, self.victim = site, victim
         self._ballast: Path | None = None
 
+    @abstractmethod
     def folder(self) -> Path:
         """The root of the small file system."""
-        raise NotImplementedError
 
     def inject(self) -> Injected:
         """Fill it, and see that another file cannot be written."""

@@ -10,6 +10,7 @@ import resource
 import select
 import signal
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def see(sign: Callable[[], bool], what: str, within_s: float = SEEN_S) -> None:
         time.sleep(POLL_S)
 
 
-class OnProcess:
+class OnProcess(ABC):
     """Base of the faults of one process: whoever is the victim when it is dealt. `heal` may be called any number of
     times; what there is to take back stands in `_heal`, which is called once, for a process that lives."""
 
@@ -121,11 +122,11 @@ class OnProcess:
             finally:
                 hold.close()
 
+    @abstractmethod
     def _deal(self, hold: Hold) -> str:
         """Do it and see it; the proof, in words."""
-        raise NotImplementedError
 
-    def _heal(self, hold: Hold) -> None:
+    def _heal(self, hold: Hold) -> None:  # noqa: B027 - of most faults nothing can be taken back
         """Take it back; the process may be gone by now. Nothing, unless there is something to take back."""
 
 

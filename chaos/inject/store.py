@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import time
+from abc import ABC, abstractmethod
 from contextlib import closing
 from functools import cached_property
 
@@ -31,7 +32,7 @@ OURS = "/elastic-chaos/"  # keys that injectors write
 FILLING = 1 << 20  # bytes of one value; etcd's limit of a request is 1.5 MB
 
 
-class OnStore:
+class OnStore(ABC):
     """Base of the faults of the store: `_deal` does it and returns the proof, `_heal` takes back what was dealt."""
 
     name = ""
@@ -61,10 +62,11 @@ class OnStore:
             self._heal()
             self._dealt = False
 
+    @abstractmethod
     def _deal(self) -> str:
-        raise NotImplementedError
+        """Deal it; the proof that it happened, in words."""
 
-    def _heal(self) -> None:
+    def _heal(self) -> None:  # noqa: B027 - of most faults nothing can be taken back
         """Nothing, unless the fault says otherwise. It may have been dealt in part only."""
 
     def _store(self) -> EtcdStore:

@@ -63,10 +63,10 @@ def cells() -> list[Cell]:
 
 
 def sample(whole: list[Cell]) -> list[Cell]:
-    """Each failpoint once on the way up and once on the way down, with the fault that came up least so far."""
-    choices: dict[tuple[bool, str], list[Cell]] = {}
+    """Each failpoint once, with the fault that came up least so far."""
+    choices: dict[str, list[Cell]] = {}
     for cell in whole:
-        choices.setdefault((cell[0] == "up", cell[1]), []).append(cell)
+        choices.setdefault(cell[1], []).append(cell)
     times: Counter[str] = Counter()
     for choice in choices.values():
         choice.sort(key=lambda cell: times[cell[2]])
