@@ -20,7 +20,7 @@ from chaos.planted.catch import Catch
 from chaos.planted.plant import planted
 
 FIRST = 1  # seed of the first life: a bug is caught in the same life each time
-LIVES = 400  # in which a planted bug must show
+LIVES = 250  # in which a planted bug must show
 SHARE = 30  # lives of the control in one process
 LIMIT_S = 240.0  # for one catcher
 SAID = 300  # characters of what broke

@@ -258,6 +258,7 @@ class Cluster:
     def _check(self, author: str, before: ClusterState, after: ClusterState) -> None:
         if after.ranks is not before.ranks:
             self._prepared |= {(key, record.prepared_revision) for key, record in after.ranks.items()}
+        keep(promises.unmasked(before, after))
         if not author.startswith("controller"):
             return
         committed = self.laws.changed(before, after)

@@ -17,6 +17,14 @@ def broken(before: ClusterState, after: ClusterState) -> Iterator[str]:
             yield from _of_phase(was, operation, after)
 
 
+def unmasked(before: ClusterState, after: ClusterState) -> Iterator[str]:
+    """Ranks that an engine took back into use within the epoch in which it had given them up."""
+    was, now = before.engine_status, after.engine_status
+    if was is not None and now is not None and (was.token, was.epoch) == (now.token, now.epoch):
+        for rank in sorted(set(was.masked) - set(now.masked)):
+            yield f"rank {rank} was masked in epoch {now.epoch}, and is in use again"
+
+
 def early(before: ClusterState, after: ClusterState, now: float) -> Iterator[str]:
     """What the change breaks if it was made at `now`, by the clock of the controller that made it."""
     placed = {(s.rank, s.incarnation) for a in before.assignments.values() for s in a.ranks}
