@@ -35,7 +35,7 @@ BESIDES = {  # what only some can suffer
     "forkserver": ("parent-death",),
     "gateway": ("oversize",),
 }  # fmt: skip
-DEADLY = ("kill", "segv", "torn-write", "host-death", "parent-death")
+DEADLY = ("kill", "segv", "oom", "torn-write", "host-death", "parent-death")
 GIVEN_UP = ("stop", "dead-reader", "step-hang", "step-hang-gil")  # held until the product gives the rank up
 # Slots die often, on purpose; and with the only agent all ranks go, whose return may take long where others work too.
 FLAGS = ("--chaos", "--restart-intensity", "1000", "--restart-window", "1s", "--max-ranks", "4",

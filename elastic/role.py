@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import select
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -84,7 +83,7 @@ def end_with_any_thread() -> None:
     """From now on, a thread that ends by an exception which nobody handles ends the process.
 
     What the thread did would be missed by nobody who could tell: leases lapse, deaths go unheard. Whoever started the
-    role starts it again. A thread for which there is no memory does not even begin: then it is the same.
+    role starts it again.
     """
 
     def end(failed: threading.ExceptHookArgs) -> None:
@@ -93,14 +92,7 @@ def end_with_any_thread() -> None:
         log.critical("a thread failed, ending the process", thread=name, exc_info=info)
         os._exit(1)
 
-    def end_without_memory(failed: sys.UnraisableHookArgs) -> None:
-        if not issubclass(failed.exc_type, MemoryError):
-            sys.__unraisablehook__(failed)
-            return
-        log.critical("out of memory where nobody could be told, ending the process", where=failed.err_msg)
-        os._exit(1)
-
-    threading.excepthook, sys.unraisablehook = end, end_without_memory
+    threading.excepthook = end
 
 
 def run_role(

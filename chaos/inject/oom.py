@@ -1,5 +1,6 @@
 """Out of memory, in two ways. Where a memory cgroup was delegated to us, the kernel's OOM killer does it; elsewhere
-the process's address space is limited to less than it has, so that whatever it wants next is refused (MemoryError).
+the process's address space is limited to less than it has, so that whatever it wants next is refused (MemoryError);
+if it still lives then, it is killed, as the kernel would (`starve`: it lives on with the limit until it is healed).
 
 A cgroup is ours if its owner says so: by the variable ELASTIC_CHAOS_CGROUP, or by systemd's mark for delegated groups.
 Groups of others are left alone: who manages a group may rely on what is in it.
@@ -11,6 +12,7 @@ import errno
 import os
 import resource
 import secrets
+import signal
 from pathlib import Path
 
 from chaos.inject.base import NotInjected, Site
@@ -123,9 +125,14 @@ class Oom(OnProcess):
         has = _address_space(hold.pid)
         self._limit = Limit(hold.pid, resource.RLIMIT_AS)
         self._limit.lower(has // 2)
+        proof = f"a limit of {has // 2} bytes of address space reads back; it had {has}"
         if hold.gone(ENDED_S):
-            return f"an address space of {has // 2} bytes was left to {has}; pidfd says gone"
-        return f"a limit of {has // 2} bytes of address space reads back; it has {_address_space(hold.pid)}"
+            return f"{proof}; pidfd says gone"
+        if self._how == "starve":
+            return proof
+        hold.send(signal.SIGKILL)
+        see(lambda: hold.gone(), f"{self.victim} killed for want of memory", KILLED_S)
+        return f"{proof}; it lived on for {ENDED_S:g} s, and was killed as the kernel would; pidfd says gone"
 
     def _heal(self, hold: Hold) -> None:
         if self._limit is not None:

@@ -165,11 +165,12 @@ def test_with_no_descriptor_left_it_opens_nothing(start: Start) -> None:
 
 def test_with_no_address_space_left_it_gets_no_memory(start: Start) -> None:
     child = start()
-    fault = injector("oom", child, "engine", {"how": "limit"})
+    fault = injector("oom", child, "engine", {"how": "starve"})
     assert "reads back" in fault.inject().proof
     assert child.ask("len(bytearray(100 << 20))") == "MemoryError"
     healed(fault)
     assert child.ask("len(bytearray(100 << 20))") == str(100 << 20)
+    assert "pidfd says gone" in injector("oom", child, "engine", {"how": "limit"}).inject().proof
 
 
 @pytest.mark.skipif(delegated() is None, reason="no memory cgroup was delegated to us")

@@ -38,15 +38,6 @@ def fail():
 threading.Thread(target=fail).start()
 threading.Event().wait(timeout=float(sys.argv[2]))
 """
-UNHEARD = """
-import sys
-from elastic.role import end_with_any_thread
-end_with_any_thread()
-class Held:
-    def __del__(self):
-        raise MemoryError if sys.argv[1] else ValueError
-del [Held()][0]
-"""
 
 
 def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -71,9 +62,3 @@ def test_a_thread_that_fails_ends_the_process() -> None:
     assert ended.returncode == 1
     assert "by accident" in ended.stdout + ended.stderr
     assert run(FAILED, "", "0").returncode == 0
-
-
-def test_memory_that_is_missed_where_nobody_hears_of_it_ends_the_process() -> None:
-    """As where a thread cannot begin: the interpreter says so, and goes on. Found by agent/oom of the role matrix."""
-    assert run(UNHEARD, "memory").returncode == 1
-    assert run(UNHEARD, "").returncode == 0
