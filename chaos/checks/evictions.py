@@ -17,7 +17,7 @@ def check_evictions(evidence: Evidence) -> Outcome:
     struck = _struck(evidence)
     parents = [dealt for dealt in evidence.faults if dealt.fault.victim.startswith(PARENTS)]
     for event in evidence.events:
-        if event.kind != "rank_masked":
+        if event.kind != "rank_masked" or evidence.moved_on(event):
             continue
         trial.judged += 1
         fault = struck.get(int(event.fields.get("incarnation", 0)))

@@ -22,6 +22,7 @@ from membership.types import ClusterConfig, Record
 
 QUOTED_FINDINGS = 100  # of one check; more are counted
 QUOTED_LINES = 6  # of one finding
+MOVE_S = 10.0  # between a rank's leaving one engine's queue and its joining the next one's
 
 R = TypeVar("R", bound=Record)
 Figure = int | float | str
@@ -173,6 +174,20 @@ class Evidence:
         times = [line.at for line in self.told[-1:]] + [read.ended for read in self.reads[-1:]]
         times += [event.ts for event in self.events[-1:]] + [dealt.fault.seen_at for dealt in self.faults[-1:]]
         return max([*times, self.header.started])
+
+    @cached_property
+    def _attached(self) -> dict[int, list[float]]:
+        """Incarnation -> when it joined an engine's queues, by its agent's word."""
+        found: dict[int, list[float]] = {}
+        for event in self.events:
+            if event.kind == "rank_attached":
+                found.setdefault(int(event.fields.get("incarnation", 0)), []).append(event.ts)
+        return found
+
+    def moved_on(self, masked: Event) -> bool:
+        """Whether a mask is a deposed engine's word for a rank that left its queue, to join its successor's."""
+        joins = self._attached.get(int(masked.fields.get("incarnation", 0)), [])
+        return masked.fields.get("source") == "queue" and any(abs(at - masked.ts) < MOVE_S for at in joins)
 
     def wall(self, monotonic: float) -> float:
         """A time of a RequestRecord as `time.time()` seconds."""

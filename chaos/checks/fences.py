@@ -20,7 +20,9 @@ def check_fences(evidence: Evidence) -> Outcome:
     trial.judged = statuses
     for kind, who in (("engine_elected", "engine"), ("leader_elected", "controller")):
         elected += _rising(trial, [e for e in evidence.events if e.kind == kind], who)
-    _unmasked(trial, evidence.events)
+    _unmasked(
+        trial, [event for event in evidence.events if event.kind != "rank_masked" or not evidence.moved_on(event)]
+    )
     trial.figures |= {"statuses": statuses, "elections": elected}
     stood_down = [e for e in evidence.events if e.kind == "engine_stood_down" or e.fields.get("fenced")]
     trial.figures["fenced"] = len(stood_down)

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from chaos.checks.evictions import check_evictions
 from chaos.checks.evidence import Evidence
-from chaos.record import AnyLine, Dealt
+from chaos.record import AnyLine, Dealt, Happened
 from tests.recorded_run import good_lines
 
 pytestmark = pytest.mark.unit
@@ -39,3 +39,15 @@ def test_a_fault_that_came_later_does_not_explain_it() -> None:
     outcome = check_evictions(Evidence(with_fault(at=2e9, seen_at=2e9)))
     assert outcome.verdict == "broken"
     assert len(outcome.findings[0].lines) == 2
+
+
+def test_a_rank_that_left_a_deposed_engines_queue_for_its_successors_was_not_evicted() -> None:
+    lines: list[AnyLine] = []
+    for line in with_fault(pid=1):
+        if isinstance(line, Happened) and line.event.kind == "rank_masked":
+            fields = {**line.event.fields, "source": "queue"}
+            attached = replace(line.event, ts=line.event.ts + 1.0, kind="rank_attached", role="agent")
+            lines += [Happened(event=replace(line.event, fields=fields)), Happened(event=attached)]
+        else:
+            lines.append(line)
+    assert not check_evictions(Evidence(lines)).broken
