@@ -23,7 +23,7 @@ def test_every_process_fault_befalls_every_role_and_those_that_end_the_cluster_c
     assert all(FAULTS[cell.fault].fits(cell.role) for cell in cells)
     assert len({cell.name for cell in cells}) == len(cells)
     assert [cell.fatal for cell in cells] == sorted(cell.fatal for cell in cells)
-    assert {cell.name for cell in cells if cell.fatal} == {"supervisor/kill", "supervisor/segv"}
+    assert {cell.name for cell in cells if cell.fatal} == {"supervisor/kill", "supervisor/segv", "supervisor/oom"}
 
 
 def test_a_broken_stream_is_forgiven_only_if_its_gateway_had_the_fault_and_it_was_right_so_far() -> None:
