@@ -38,4 +38,8 @@ def test_a_short_soak(demo_model: Path) -> None:
     assert receipt["outages"] >= 1
     assert receipt["requests"] >= 200
     assert set(receipt["strikes"]) >= {"second", "newcomer", "holders", "all", "scale", "role", "zombie", "freeze"}
-    assert {each["process"].split()[0] for each in receipt["growth"]} >= {"agent", "engine", "controller", "gateway"}
+    assert {each["process"].split()[0] for each in receipt["growth"]} >= {
+        "agent",
+        "controller",
+        "gateway",
+    }  # the engine was killed
