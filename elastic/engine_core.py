@@ -333,11 +333,15 @@ class Engine:
         return self._scheduler.view.epoch if self._scheduler.view else 0
 
     def _attach_ranks(self, state: ClusterState) -> None:
-        """Join the queues of ranks that have joined ours; let go of ranks that neither a record nor the view names."""
+        """Join the queues of ranks that have joined ours; let go of those that nothing names any more.
+
+        A record that is away shows nothing: its agent's lease has run out, and it may write the same record again.
+        """
         for identity, record in state.ranks.items():
             if record.engine_token == self._token and identity not in self._lost:
                 self._fleet.attach(record)
         named = set(state.ranks) | {of_member(m) for m in (state.view.members if state.view else ())}
+        named |= {(spec.rank, spec.incarnation) for each in state.assignments.values() for spec in each.ranks}
         if self._scheduler.view is not None:
             named |= set(map(of_member, self._scheduler.view.members))
         for identity in self._ready - named:

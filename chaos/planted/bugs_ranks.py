@@ -56,6 +56,12 @@ BUGS: tuple[Bug, ...] = (
     ),
     # --- between engine and rank
     Bug(
+        name="let-go-without-a-record",
+        guards="G9: a record that is away shows nothing: the engine keeps a rank that is assigned",
+        file="elastic/engine_core.py",
+        before="named |= {(spec.rank, spec.incarnation) for each in state.assignments.values() for spec in each.ranks}",
+    ),
+    Bug(
         name="older-engine-obeyed",
         guards="G2: a rank does what the engine says that it has joined, and no other",
         file="workers/engine_port.py",

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from chaos.simulation import promises
@@ -41,9 +42,7 @@ class ControllerProcess(Process):
         self._written = 0  # the mirror must have reached this before the next look
         self._wait_until = 0.0
         self._acting = False
-        self.decided: tuple[ClusterState, float] | None = (
-            None  # what the transaction under way was decided from, and when
-        )
+        self.decided: tuple[ClusterState, float] | None = None  # what the transaction under way came of, and when
         self.after(self.random.uniform(0.0, 0.05), self._tick)
 
     @property
@@ -103,10 +102,11 @@ class ControllerProcess(Process):
             self.wake(max(0.001, at - now))
 
     def _apply(self, effect: Effect, state: ClusterState, term: Term, election: Election, now: float) -> None:
-        self._acting, self.decided = False, (state, now)
+        self._acting = False
         point = f"controller.after.{edge(effect)}"
         try:
-            self._written = max(term.apply(effect, state, election), state.revision + 1)
+            with self._deciding(state, now):
+                self._written = max(term.apply(effect, state, election), state.revision + 1)
             self._wait_until = self.clock.now + LOOK_S
         except StoreUnavailable:
             self._wait_until = 0.0
@@ -122,9 +122,17 @@ class ControllerProcess(Process):
 
     def repeat(self, effect: Effect, state: ClusterState, term: Term, election: Election, now: float) -> None:
         """Carry out what was decided a while ago."""
-        self.decided = (state, now)
-        with suppress(Fenced, StoreError):
+        with suppress(Fenced, StoreError), self._deciding(state, now):
             term.apply(effect, state, election)
+
+    @contextmanager
+    def _deciding(self, state: ClusterState, now: float) -> Iterator[None]:
+        """What is written meanwhile was decided then; of its campaign, say, nothing was."""
+        self.decided = (state, now)
+        try:
+            yield
+        finally:
+            self.decided = None
 
     def _renew(self, keeper: LeaseKeeper) -> None:
         pause = keeper.turn() if keeper is self._keeper else None

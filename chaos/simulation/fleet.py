@@ -100,6 +100,14 @@ class SimFleet(Fleet):
         """The robust futex of a rank was let go of."""
         self._on_death(key, "robust futex")
 
+    def detach(self, rank: int, incarnation: int) -> None:
+        """See Fleet. Who lives and has its place is not let go of: it would never come back."""
+        for assignment in self._process.cluster.store.state.assignments.values():
+            kept = any((spec.rank, spec.incarnation) == (rank, incarnation) for spec in assignment.ranks)
+            lives = (rank, incarnation) in self._process.cluster.ranks
+            require(not (kept and lives), f"the engine lets go of rank {rank}, which lives and has its place")
+        super().detach(rank, incarnation)
+
     def _join_soon(self) -> None:
         self._process.after(JOIN_S, self._join_all)
 
@@ -111,8 +119,8 @@ class SimFleet(Fleet):
     def _join(self, record: RankRecord) -> _Link:
         cluster = self._process.cluster
         answers = cluster.outboxes.get(record.response_handle)
-        if answers is None or not answers.rank.alive:
-            raise QueueClosed(f"rank {record.rank} is gone")
+        if answers is None or answers.left or not answers.rank.alive:
+            raise QueueClosed(f"rank {record.rank} is gone, or has left")
         answers.ring = self._doorbell.ring
         return Link(answers.rank.key, cast(Any, answers), cast(Any, answers.rank), ExitStack())
 

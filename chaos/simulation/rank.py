@@ -139,6 +139,7 @@ class Outbox:
         self.name, self.rank = name, rank
         self.items: deque[Any] = deque()
         self.ring: Callable[[], None] = lambda: None
+        self.left = False
         self._last = 0.0
 
     def enqueue(self, message: Any, timeout_s: float) -> None:
@@ -160,8 +161,8 @@ class Outbox:
         return self.items.popleft() if self.items else None
 
     def shutdown(self) -> None:
-        """The rank leaves, or the engine."""
-        self.ring = lambda: None
+        """The rank leaves."""
+        self.ring, self.left = lambda: None, True
 
 
 class Port(EnginePort):

@@ -48,9 +48,14 @@ def served(workload: Workload, for_s: float) -> None:
 
 
 def thawed(past: StoreClient) -> bool:
-    """Whether the offices that lapsed in an outage are taken again, or by others."""
+    """Whether the offices that lapsed in an outage are taken again, or by others, and ranks follow the engine.
+
+    An engine that has just taken office needs the store to attach ranks: another outage before that ends serving.
+    """
     state = past.state()
-    return bool(state.leader_revision and state.engine_token and state.agents)
+    if not (state.leader_revision and state.agents and state.view is not None and state.engine_status is not None):
+        return False
+    return (state.engine_status.token, state.engine_status.epoch) == (state.engine_token, state.view.epoch)
 
 
 def test_serving_goes_on_whatever_the_way_to_etcd_is_like(serve: Serve, demo_model: Path, tmp_path: Path) -> None:
