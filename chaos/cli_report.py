@@ -22,7 +22,9 @@ def report(
     output: Annotated[
         Path | None, typer.Option("--output", help="The page; beside the record, as .html, if left out.")
     ] = None,
-    json: Annotated[Path | None, typer.Option("--json", help="Also write the figures here, as JSON.")] = None,
+    json: Annotated[
+        Path | None, typer.Option("--json", help="Also write the figures here, as JSON; -: on stdout.")
+    ] = None,
 ) -> None:
     """Draw a run as one self-contained HTML file: verdict, timeline, faults, gaps. Exit 1 if a promise broke."""
     with reported():
@@ -30,9 +32,10 @@ def report(
         found = figures(lines, checked(judge(lines).outcomes))
         target = output or record.with_suffix(".html")
         _write(target, page(found).encode())
-        if json is not None:
-            _write(json, msgspec.json.encode(found))
-        typer.echo(f"{headline(found)}: {target}")
+        figured = msgspec.json.encode(found)
+        if json is not None and str(json) != "-":
+            _write(json, figured)
+        typer.echo(figured if str(json) == "-" else f"{headline(found)}: {target}")
         raise typer.Exit(1 if found.verdict == "broke" else 0)
 
 

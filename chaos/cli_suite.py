@@ -27,8 +27,8 @@ def suite(
     with reported():
         chosen = seed_of(seed)
         out.mkdir(parents=True, exist_ok=True)
-        whole = parts(chosen, out)
-        names = [part.name for part in whole]
+        stages = parts(chosen, out)
+        names = [part.name for stage in stages for part in stage]
         for name in only or ():
             if name not in names:
                 raise ConfigError(f"there is no part {name!r}", hint=f"there are {', '.join(names)}")
@@ -38,7 +38,8 @@ def suite(
         def tell(step: str) -> None:
             typer.echo(f"{time.monotonic() - began:6.1f} s  {step}", err=True)
 
-        receipt = run_suite(tuple(part for part in whole if part.name in (only or names)), chosen, out, tell)
+        wanted = [[part for part in stage if part.name in (only or names)] for stage in stages]
+        receipt = run_suite(wanted, chosen, out, tell)
         if output is Output.JSON:
             write_json(receipt)
         else:

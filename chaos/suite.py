@@ -1,14 +1,17 @@
 """The whole suite: each part is a command of `elastic-chaos` in its own process; its receipt is held against goals.
 
-A part that does not end in time, or leaves no receipt, has failed. Nothing here knows how a part works.
+Parts of one stage run side by side: those that mostly wait, and one that computes at the lowest priority meanwhile. A
+part that does not end in time, or leaves no receipt, has failed. Nothing here knows how a part works.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from chaos.endurance import Tell
 
 Receipt = Mapping[str, Any]
 KILL_GRACE_S = 30.0
+LOWEST = 19  # priority, as `nice` counts
 
 
 class Goal(msgspec.Struct, frozen=True):
@@ -39,6 +43,11 @@ class Part:
     arguments: tuple[str, ...]
     goals: Callable[[Receipt], Iterator[Goal]]
     limit_s: float
+    yields: bool = False  # to whatever runs beside it
+
+
+Stages = Sequence[Sequence[Part]]
+"""Stages one after the other, the parts of each side by side."""
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,14 +90,20 @@ def all_of(what: str, total: int, reached: int) -> Goal:
     return Goal(what, f"all of {total:,}", f"{reached:,}", reached == total > 0)
 
 
-def run_suite(parts: tuple[Part, ...], seed: int, folder: Path, tell: Tell) -> SuiteReceipt:
-    """One part after the other; what each says goes to a log in `folder`, its receipt to a file beside it."""
+def run_suite(stages: Stages, seed: int, folder: Path, tell: Tell) -> SuiteReceipt:
+    """Stage by stage; what each part says goes to a log in `folder`, its receipt to a file beside it."""
     began = time.monotonic()
-    outcomes = []
-    for part in parts:
+
+    def done(part: Part) -> Outcome:
         tell(f"{part.name}: {part.about}")
-        outcomes.append(_run(part, folder))
-        tell(f"{part.name}: {'held' if outcomes[-1].ok else 'BROKEN'} after {outcomes[-1].seconds:.0f} s")
+        outcome = _run(part, folder)
+        tell(f"{part.name}: {'held' if outcome.ok else 'BROKEN'} after {outcome.seconds:.0f} s")
+        return outcome
+
+    outcomes: list[Outcome] = []
+    for stage in filter(None, stages):
+        with ThreadPoolExecutor(len(stage)) as side_by_side:
+            outcomes += side_by_side.map(done, stage)
     return SuiteReceipt(
         ok=all(outcome.ok for outcome in outcomes),
         seed=seed,
@@ -102,6 +117,8 @@ def _run(part: Part, folder: Path) -> Outcome:
     with log.open("wb") as errors:
         command = [sys.executable, "-c", "from chaos.cli import main; main()", *part.arguments]
         with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors) as process:
+            if part.yields:
+                os.setpriority(os.PRIO_PROCESS, process.pid, LOWEST)
             try:
                 output, _ = process.communicate(timeout=part.limit_s)
                 said = ""

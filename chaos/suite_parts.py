@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from chaos.suite import Goal, Part, Receipt, all_of, at_least, at_most, none_of
+from chaos.suite import Goal, Part, Receipt, Stages, all_of, at_least, at_most, none_of
 
 FAULTS = 120_000  # simulated
 FAULTS_PER_MINUTE = 20_000
@@ -15,20 +15,27 @@ EVENTS = 6  # median of the minimised schedules
 KILLS, ZOMBIES, OUTAGES, REQUESTS = 300, 40, 20, 15_000
 
 
-def parts(seed: int, folder: Path) -> tuple[Part, ...]:
+def parts(seed: int, folder: Path) -> Stages:
     """All of it, in the order in which it runs."""
-    drawn, record = ("--seed", str(seed), "-o", "json"), str(folder / "soak.jsonl")
-    return (
-        Part("simulate", "whole lives under a virtual clock",
-             ("simulate", "--faults", str(FAULTS), "--replays", str(REPLAYS), *drawn), _simulated, 600.0),
-        Part("planted", "guards taken out one by one", ("planted", "-o", "json"), _planted, 600.0),
-        Part("roles", "each process fault for each role", ("role-matrix", "-o", "json"), _roles, 900.0),
-        Part("failpoints", "each failpoint", ("failpoint-matrix", "-o", "json"), _points, 1200.0),
-        Part("soak", "random and nested faults under load",
-             ("soak", "--kills", str(KILLS), "--zombies", str(ZOMBIES), "--outages", str(OUTAGES), "--requests",
-              str(REQUESTS), "--record", record, *drawn), _soaked, 900.0),
-        Part("check", "the soak's record, judged offline", ("check", record, "-o", "json"), _checked, 120.0),
+    drawn, record = ("--seed", str(seed), "-o", "json"), folder / "soak.jsonl"
+    page = folder / "report.html"
+    simulate = Part(
+        "simulate", "whole lives under a virtual clock",
+        ("simulate", "--faults", str(FAULTS), "--replays", str(REPLAYS), *drawn), _simulated, 600.0,
     )  # fmt: skip
+    planted = Part("planted", "guards taken out one by one", ("planted", "-o", "json"), _planted, 900.0, yields=True)
+    roles = Part("roles", "each process fault for each role", ("role-matrix", "-o", "json"), _roles, 900.0)
+    points = Part("failpoints", "each failpoint", ("failpoint-matrix", "-o", "json"), _points, 900.0)
+    soak = Part(
+        "soak", "random and nested faults under load",
+        ("soak", "--kills", str(KILLS), "--zombies", str(ZOMBIES), "--outages", str(OUTAGES),
+         "--requests", str(REQUESTS), "--record", str(record), *drawn), _soaked, 900.0,
+    )  # fmt: skip
+    check = Part("check", "the soak's record, judged offline", ("check", str(record), "-o", "json"), _checked, 120.0)
+    report = Part(
+        "report", f"and drawn: {page}", ("report", str(record), "--output", str(page), "--json", "-"), _drawn, 120.0
+    )
+    return (simulate,), (points, roles, planted), (soak,), (check, report)
 
 
 def _simulated(receipt: Receipt) -> Iterator[Goal]:
@@ -73,3 +80,8 @@ def _checked(receipt: Receipt) -> Iterator[Goal]:
     broken = [outcome for outcome in judged if outcome["findings"]]
     yield at_least("checks that found something to judge", 7, sum(outcome["judged"] > 0 for outcome in judged))
     yield none_of("checks that found a promise broken", len(broken))
+
+
+def _drawn(receipt: Receipt) -> Iterator[Goal]:
+    promises = receipt["promises"]
+    yield all_of("promises on the page that held", len(promises), sum(each["verdict"] == "held" for each in promises))

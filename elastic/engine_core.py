@@ -268,6 +268,7 @@ class Engine:
             "rank_masked",
             loss.rank,
             incarnation=loss.incarnation,
+            token=self._token,
             source=loss.source,
             ms=round(masked_ms, 3),
             silent_ms=round(loss.silent_s * 1000, 3),

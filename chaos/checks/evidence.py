@@ -22,7 +22,6 @@ from membership.types import ClusterConfig, Record
 
 QUOTED_FINDINGS = 100  # of one check; more are counted
 QUOTED_LINES = 6  # of one finding
-MOVE_S = 10.0  # between a rank's leaving one engine's queue and its joining the next one's
 
 R = TypeVar("R", bound=Record)
 Figure = int | float | str
@@ -176,18 +175,19 @@ class Evidence:
         return max([*times, self.header.started])
 
     @cached_property
-    def _attached(self) -> dict[int, list[float]]:
-        """Incarnation -> when it joined an engine's queues, by its agent's word."""
-        found: dict[int, list[float]] = {}
+    def _attached(self) -> dict[int, int]:
+        """Incarnation -> the last engine whose queues it joined, by its agent's word."""
+        found: dict[int, int] = {}
         for event in self.events:
             if event.kind == "rank_attached":
-                found.setdefault(int(event.fields.get("incarnation", 0)), []).append(event.ts)
+                incarnation, token = int(event.fields.get("incarnation", 0)), int(event.fields.get("token", 0))
+                found[incarnation] = max(token, found.get(incarnation, 0))
         return found
 
     def moved_on(self, masked: Event) -> bool:
-        """Whether a mask is a deposed engine's word for a rank that left its queue, to join its successor's."""
-        joins = self._attached.get(int(masked.fields.get("incarnation", 0)), [])
-        return masked.fields.get("source") == "queue" and any(abs(at - masked.ts) < MOVE_S for at in joins)
+        """Whether a mask is an engine's word on a rank that left its queue, and went to that engine's successor."""
+        latest = self._attached.get(int(masked.fields.get("incarnation", 0)), 0)
+        return masked.fields.get("source") == "queue" and latest > int(masked.fields.get("token", latest))
 
     def wall(self, monotonic: float) -> float:
         """A time of a RequestRecord as `time.time()` seconds."""

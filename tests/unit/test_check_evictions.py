@@ -41,13 +41,17 @@ def test_a_fault_that_came_later_does_not_explain_it() -> None:
     assert len(outcome.findings[0].lines) == 2
 
 
-def test_a_rank_that_left_a_deposed_engines_queue_for_its_successors_was_not_evicted() -> None:
+@pytest.mark.parametrize(("successor", "broken"), [(5, False), (4, True)])
+def test_a_rank_that_left_a_deposed_engines_queue_for_its_successors_was_not_evicted(
+    successor: int, broken: bool
+) -> None:
     lines: list[AnyLine] = []
     for line in with_fault(pid=1):
         if isinstance(line, Happened) and line.event.kind == "rank_masked":
-            fields = {**line.event.fields, "source": "queue"}
-            attached = replace(line.event, ts=line.event.ts + 1.0, kind="rank_attached", role="agent")
+            fields = {**line.event.fields, "source": "queue", "token": 4}
+            joined = {**line.event.fields, "token": successor}
+            attached = replace(line.event, ts=line.event.ts + 1.0, kind="rank_attached", role="agent", fields=joined)
             lines += [Happened(event=replace(line.event, fields=fields)), Happened(event=attached)]
         else:
             lines.append(line)
-    assert not check_evictions(Evidence(lines)).broken
+    assert bool(check_evictions(Evidence(lines)).broken) is broken
