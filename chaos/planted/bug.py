@@ -16,3 +16,4 @@ class Bug(msgspec.Struct, frozen=True, kw_only=True):
     before: str
     after: str = ""
     caught_by: str = SIMULATE  # or the name of a check in `chaos/planted/checks`
+    shown_by: int = 0  # a life in which it showed once, looked at first: only to be quick

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 import time
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -38,22 +39,22 @@ class Catch(msgspec.Struct, frozen=True, kw_only=True):
     sure: bool = True
 
 
-def main(tree: str, catcher: str, first: str, lives: str) -> None:
+def main(tree: str, catcher: str, *seeds: str) -> None:
     """Try; one line of JSON on stdout says what came of it."""
     for package in PACKAGES:
         found = Path(importlib.import_module(package).__file__ or "")
         if found.parent != Path(tree) / package:
             raise ConfigError(f"{package} was imported from {found.parent}, not from the planted tree {tree}")
-    caught = _simulate(int(first), int(lives)) if catcher == SIMULATE else _check(catcher)
+    caught = _simulate([int(seed) for seed in seeds]) if catcher == SIMULATE else _check(catcher)
     sys.stdout.write(msgspec.json.encode(caught).decode() + "\n")
 
 
-def _simulate(first: int, lives: int) -> Catch:
+def _simulate(seeds: Sequence[int]) -> Catch:
     """Live until a promise breaks. A life that ends in any other error has noticed something too."""
     from chaos.simulation.life import live
 
     began = time.monotonic()
-    for done, seed in enumerate(range(first, first + lives), start=1):
+    for done, seed in enumerate(seeds, start=1):
         try:
             life = live(seed)
         except Exception as error:  # noqa: BLE001 - the planted bug may raise whatever it likes
@@ -62,7 +63,7 @@ def _simulate(first: int, lives: int) -> Catch:
         if life.violation:
             took_s = time.monotonic() - began
             return Catch(how=life.violation, lives=done, seed=seed, seconds=took_s, events=_events(life))
-    return Catch(lives=lives, seconds=time.monotonic() - began)
+    return Catch(lives=len(seeds), seconds=time.monotonic() - began)
 
 
 def _events(life: Any) -> int | None:

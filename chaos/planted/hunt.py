@@ -80,15 +80,21 @@ def _all(
     bugs: Sequence[Bug], pool: Executor, tell: Callable[[Hunted], None], lives: int
 ) -> tuple[tuple[str, ...], tuple[Hunted, ...]]:
     """What broke where nothing is planted; and what became of each bug."""
-    shares = [(SIMULATE, FIRST + done, min(SHARE, lives - done)) for done in range(0, lives, SHARE)]
     catchers = {bug.caught_by for bug in bugs}
-    wanted = [*(shares if SIMULATE in catchers else ()), *((name, 0, 0) for name in sorted(catchers - {SIMULATE}))]
-    controls = [(name, pool.submit(_catch, None, name, first, count)) for name, first, count in wanted]
+    seeds = _seeds(lives, bugs) if SIMULATE in catchers else []
+    wanted = [(SIMULATE, seeds[done : done + SHARE]) for done in range(0, len(seeds), SHARE)]
+    wanted += [(name, []) for name in sorted(catchers - {SIMULATE})]
+    controls = [(name, pool.submit(_catch, None, name, share)) for name, share in wanted]
     hunts = [pool.submit(_hunt, bug, lives, tell) for bug in bugs]
     limit_s = LIMIT_S * (len(controls) + len(hunts))
     found = tuple(each.result(timeout=limit_s) for each in hunts)
     broken = ((name, done.result(timeout=limit_s).how) for name, done in controls)
     return tuple(f"{name}: {how}" for name, how in broken if how), found
+
+
+def _seeds(lives: int, bugs: Iterable[Bug] = ()) -> list[int]:
+    """Which lives are lived: those that showed a bug once, and so many others, the same each time."""
+    return list(dict.fromkeys([*(bug.shown_by for bug in bugs if bug.shown_by), *range(FIRST, FIRST + lives)]))
 
 
 def _median(events: Iterable[int | None]) -> float | None:
@@ -97,7 +103,7 @@ def _median(events: Iterable[int | None]) -> float | None:
 
 
 def _hunt(bug: Bug, lives: int, tell: Callable[[Hunted], None]) -> Hunted:
-    catch = _catch(bug, bug.caught_by, FIRST, lives)
+    catch = _catch(bug, bug.caught_by, _seeds(lives, [bug]))
     found = Hunted(
         bug=bug.name,
         guards=bug.guards,
@@ -113,10 +119,10 @@ def _hunt(bug: Bug, lives: int, tell: Callable[[Hunted], None]) -> Hunted:
     return found
 
 
-def _catch(bug: Bug | None, catcher: str, first: int, lives: int) -> Catch:
+def _catch(bug: Bug | None, catcher: str, seeds: Sequence[int]) -> Catch:
     """Try to catch it in a process of its own, which finds the planted tree first."""
     with planted(bug) as tree:
-        program = [sys.executable, "-m", "chaos.planted.catch", str(tree), catcher, str(first), str(lives)]
+        program = [sys.executable, "-m", "chaos.planted.catch", str(tree), catcher, *map(str, seeds)]
         environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
         try:
             ended = subprocess.run(
