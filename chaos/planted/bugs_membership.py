@@ -213,4 +213,12 @@ BUGS: tuple[Bug, ...] = (
         before="barred, named = set(self.desired.cordoned), ",
         after="barred, named = set[int](), ",
     ),
+    Bug(
+        name="quarantine-ignored",
+        guards="G8: no rank is started in a slot that is set aside",
+        file="membership/planner.py",
+        before="(last.quarantined or last.held_back_s(census.now))",
+        after="last.held_back_s(census.now)",
+        shown_by=77,
+    ),
 )
