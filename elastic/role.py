@@ -33,6 +33,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.event = threading.Event()
         self._closed = threading.Event()
+        self._wake = -1  # an eventfd that ends the watcher's wait
         self._watcher: threading.Thread | None = None
 
     def install(self) -> None:
@@ -42,6 +43,7 @@ class StopSignal:
         inherited = os.environ.pop(DEATH_FD, "")
         if inherited:
             os.set_inheritable(int(inherited), False)
+            self._wake = os.eventfd(0)
             self._watcher = threading.Thread(target=self._watch, args=(int(inherited),), name="death-pipe", daemon=True)
             self._watcher.start()
 
@@ -49,7 +51,9 @@ class StopSignal:
         """Stop watching the death pipe."""
         self._closed.set()
         if self._watcher is not None:
+            os.eventfd_write(self._wake, 1)
             self._watcher.join(timeout=2.0)
+            os.close(self._wake)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.event.is_set():
@@ -58,13 +62,14 @@ class StopSignal:
 
     def _watch(self, fd: int) -> None:
         poller = select.poll()
-        poller.register(fd, select.POLLIN | select.POLLHUP)
-        while not self._closed.is_set():
-            if poller.poll(500):
-                log.warning("supervisor is gone, stopping")
-                self.event.set()
-                if not self._closed.wait(timeout=GRACE_S):
-                    os._exit(1)
+        for source in (fd, self._wake):
+            poller.register(source, select.POLLIN | select.POLLHUP)
+        poller.poll()
+        if not self._closed.is_set():
+            log.warning("supervisor is gone, stopping")
+            self.event.set()
+            if not self._closed.wait(timeout=GRACE_S):
+                os._exit(1)
         os.close(fd)
 
 

@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -76,11 +76,15 @@ class RoleProcess:
         self.start_at = now + restart_delay_s(self.early_deaths)
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
-    def stop(self, grace_s: float) -> None:
-        """SIGTERM, and SIGKILL after `grace_s` seconds."""
+    def terminate(self) -> None:
+        """SIGTERM, if it runs. Not twice: a role takes the second one for impatience."""
+        if self.process is not None:
+            self.process.terminate()
+
+    def wait(self, grace_s: float) -> None:
+        """Until it has ended, by SIGKILL after `grace_s` seconds."""
         if self.process is None:
             return
-        self.process.terminate()
         try:
             self.process.wait(timeout=grace_s)
         except subprocess.TimeoutExpired:
@@ -99,6 +103,14 @@ class RoleProcess:
     def _forget(self) -> None:
         os.close(self.pidfd)
         self.process, self.pidfd = None, -1
+
+
+def stop_together(roles: Sequence[RoleProcess], grace_s: Mapping[str, float]) -> None:
+    """SIGTERM to all of them, then SIGKILL to whoever takes longer than its grace."""
+    for role in roles:
+        role.terminate()
+    for role in roles:
+        role.wait(grace_s[role.name])
 
 
 def _tail(file: IO[bytes], lines: int) -> list[str]:

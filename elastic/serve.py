@@ -24,7 +24,7 @@ import structlog
 
 from elastic import chaos_mode
 from elastic.role import STORE_SEEN, stop_signal
-from elastic.roles import STABLE_S, RoleProcess, revoke_leases
+from elastic.roles import STABLE_S, RoleProcess, revoke_leases, stop_together
 from elastic.statedir import ClusterAddress, StateDir, home
 from elastic.store_guard import StoreGuard
 from membership import codec
@@ -45,6 +45,7 @@ log = structlog.get_logger(__name__)
 # In the order in which roles are started; they are stopped in the opposite one, so that requests can end.
 # The standby engine has everything imported and waits for the office: streams do not wait for a process to start.
 STOP_GRACE_S = {"controller": 5.0, "agent": 15.0, "engine": 5.0, "engine-standby": 5.0, "gateway": 20.0}
+STOPPED_TOGETHER = (("gateway", "engine-standby"), ("engine",), ("agent", "controller"))  # in this order
 POLL_S = 0.25
 ETCD_RETRY_S = 2.0
 CHOICES = {
@@ -188,8 +189,12 @@ class Supervisor:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Stop everything in the order that lets requests finish: gateway, engine, ranks, controller, etcd."""
+        """Stop everything in the order that lets requests finish: gateway, engine, ranks, etcd."""
         self._opened.close()
+
+    def _stop_roles(self) -> None:
+        for names in STOPPED_TOGETHER:
+            stop_together([role for role in self._roles if role.name in names], STOP_GRACE_S)
 
     def _start(self, opened: ExitStack) -> None:
         endpoints = self.options.etcd
@@ -204,9 +209,9 @@ class Supervisor:
         self._death_read, death_write = os.pipe()
         opened.callback(os.close, self._death_read)
         opened.callback(os.close, death_write)
-        for name, grace_s in STOP_GRACE_S.items():
+        opened.callback(self._stop_roles)
+        for name in STOP_GRACE_S:
             role = self._role(name, endpoints)
-            opened.callback(role.stop, grace_s)
             self._roles.append(role)
             role.start(self._death_read, time.monotonic())
             self._emit("role_started", role)
