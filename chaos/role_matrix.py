@@ -41,6 +41,7 @@ GIVEN_UP = ("stop", "dead-reader", "step-hang", "step-hang-gil")  # held until t
 FLAGS = ("--chaos", "--restart-intensity", "1000", "--restart-window", "1s", "--max-ranks", "4",
          "--coverage-deadline", "100s")  # fmt: skip
 STREAMS, TOKENS = 6, 32
+REST_S = 0.3  # of a stream between two requests: the load is there, and leaves room for what is started again
 HELD_S = 1.0  # how long a fault lasts that ends only by healing
 WHOLE_S = 90.0  # by when everything must be as before
 POLL_S = 0.02
@@ -143,7 +144,9 @@ class _Streams:
 
     def _workload(self) -> Workload:
         model = self.cluster.model_name()
-        return Workload(self.cluster.url, model, prompts=PROMPTS[:8], concurrency=STREAMS, max_tokens=TOKENS)
+        return Workload(
+            self.cluster.url, model, prompts=PROMPTS[:8], concurrency=STREAMS, max_tokens=TOKENS, rest_s=REST_S
+        )
 
     def round(self) -> None:
         """Until everything that streams now has ended, and as much that began later, well."""

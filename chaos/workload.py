@@ -30,6 +30,7 @@ class Workload:
 
     Greedy for even requests, seeded sampling for odd ones: both must come out as in a fault-free run. A request is
     known by its number, which stands for a prompt and a length; `lengths` are dealt out in turn, as the prompts are.
+    A stream rests `rest_s` between two requests: without, it takes as much of the machine as there is.
     """
 
     def __init__(
@@ -42,11 +43,12 @@ class Workload:
         max_tokens: int = 96,
         lengths: Sequence[int] = (),
         seed: int = 0,
+        rest_s: float = 0.0,
         timeout_s: float = 120.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.url, self.model, self.prompts = url, model, prompts
-        self.concurrency, self.seed, self.timeout_s = concurrency, seed, timeout_s
+        self.concurrency, self.seed, self.rest_s, self.timeout_s = concurrency, seed, rest_s, timeout_s
         self.lengths = tuple(lengths) or (max_tokens,)
         self.distinct = math.lcm(len(self.prompts), len(self.lengths))
         self._clock = clock
@@ -117,8 +119,8 @@ class Workload:
             with self._lock:
                 self._done.append(record)
                 self._open.pop(number, None)
-            if record.error:
-                await asyncio.sleep(PAUSE_S)
+            if self._limit is None:
+                await asyncio.sleep(max(self.rest_s, PAUSE_S if record.error else 0.0))
 
     def body(self, prompt: int) -> dict[str, object]:
         """The request of this number, the same in every run."""

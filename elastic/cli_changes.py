@@ -5,11 +5,10 @@ from __future__ import annotations
 import getpass
 import socket
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from elastic.client import Client, find_cluster, wait_for
 from elastic.options import (
     AdminFlag,
     AdminTokenFlag,
@@ -18,6 +17,7 @@ from elastic.options import (
     Output,
     OutputFlag,
     StateDirFlag,
+    find_cluster,
     interruptible,
     reported,
     seconds,
@@ -27,6 +27,9 @@ from membership import wish as wishes
 from membership.errors import PlanRefused
 from membership.types import Operation, Phase
 from membership.wish import Wish, told
+
+if TYPE_CHECKING:
+    from elastic.client import Client
 
 PlanFlag = Annotated[
     bool, typer.Option("--plan", help="Only show what would change: exit 0 nothing, 2 something, 1 refused.")
@@ -122,6 +125,7 @@ def _show_plan(client: Client, wish: Wish, output: Output) -> int:
 
 def _wait(client: Client, operation: Operation, timeout_s: float, output: Output) -> Operation:
     """Follow the operation to its end; Ctrl-C detaches and says how to come back."""
+    from elastic.client import wait_for
     from elastic.show import Progress
 
     with interruptible() as stop, Progress(enabled=output is Output.TEXT) as progress:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from elastic.client import POLL_S, Client, find_cluster
 from elastic.options import (
     AdminFlag,
     AdminTokenFlag,
@@ -17,6 +16,7 @@ from elastic.options import (
     Output,
     OutputFlag,
     StateDirFlag,
+    find_cluster,
     interruptible,
     reported,
     seconds,
@@ -24,6 +24,9 @@ from elastic.options import (
 )  # fmt: skip
 from membership.errors import WaitTimeout
 from membership.types import RankState
+
+if TYPE_CHECKING:
+    from elastic.client import Client
 
 
 def status(
@@ -122,6 +125,8 @@ def unquarantine(
 
 def _settled(client: Client, rank: int, timeout_s: float, stop: threading.Event) -> str:
     """The slot's state once it serves or is set aside again; "" if it is not wanted (any more) or Ctrl-C came."""
+    from elastic.client import POLL_S
+
     deadline, state = time.monotonic() + timeout_s, ""
     while not stop.wait(POLL_S):
         states = {each["rank"]: str(each["state"]) for each in client.status()["ranks"]}

@@ -7,16 +7,19 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
 
 from membership.errors import ElasticError
+
+if TYPE_CHECKING:
+    from elastic.client import Client
 
 
 class Output(StrEnum):
@@ -113,3 +116,12 @@ def interruptible(*numbers: signal.Signals) -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def find_cluster(
+    state_dir: Path | None, admin: str | None, admin_token: str | None, etcd: str | None, cluster: str | None
+) -> AbstractContextManager[Client]:
+    """See elastic/client.py, which takes long to import: most processes of a cluster never need it."""
+    from elastic import client
+
+    return client.find_cluster(state_dir, admin, admin_token, etcd, cluster)

@@ -19,6 +19,7 @@ BUGS: tuple[Bug, ...] = (
         guards="G1: what a controller replaces is unchanged since it looked",
         file="membership/controller.py",
         before='    compares += [Compare(key, "mod", "<", state.revision + 1) for key in writes if key not in known]\n',
+        shown_by=97,
     ),
     Bug(
         name="two-holders",
@@ -114,6 +115,7 @@ BUGS: tuple[Bug, ...] = (
         guards="G5: an operation that was cancelled before its commit is not committed",
         file="membership/planner.py",
         before="    if operation is not None and operation.cancelled:\n        return None\n",
+        shown_by=64,
     ),
     Bug(
         name="orphans-left",
@@ -129,6 +131,7 @@ BUGS: tuple[Bug, ...] = (
         file="membership/census.py",
         before="return not self.ended(member) and member.rank not in self.masked",
         after="return not self.ended(member)",
+        caught_by="given_up",
     ),
     Bug(
         name="dead-stay-assigned",
@@ -219,6 +222,6 @@ BUGS: tuple[Bug, ...] = (
         file="membership/planner.py",
         before="(last.quarantined or last.held_back_s(census.now))",
         after="last.held_back_s(census.now)",
-        shown_by=77,
+        caught_by="given_up",
     ),
 )

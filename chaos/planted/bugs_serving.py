@@ -12,6 +12,7 @@ BUGS: tuple[Bug, ...] = (
         file="elastic/journal.py",
         before="return message.tokens[overlap - message.index :]",
         after="return message.tokens",
+        shown_by=202,
     ),
     Bug(
         name="gap-accepted",
@@ -51,6 +52,14 @@ BUGS: tuple[Bug, ...] = (
         before="(result.engine_token, result.epoch, result.step, result.incarnation) != expected",
         after="(result.epoch, result.step, result.incarnation) != expected[1:]",
         caught_by="late_answers",
+    ),
+    Bug(
+        name="another-incarnation-answered",
+        guards="G2: what somebody says who was never a member of the epoch has no effect",
+        file="elastic/scheduler.py",
+        before="(result.engine_token, result.epoch, result.step, result.incarnation) != expected",
+        after="(result.engine_token, result.epoch, result.step) != expected[:3]",
+        caught_by="steps",
     ),
     Bug(
         name="aborted-goes-on",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from chaos.simulation.rank import RankProcess
 
 LAYERS, EXPERTS = 2, 8
+NONSENSE = 49  # a token
 Pair = tuple[int, int]
 """(layer, expert)"""
 
@@ -146,6 +147,9 @@ class Runner:
         rank, batch, view = self._rank, self.batch, self._rank.worker._view
         if batch is None:
             raise CoverageLost("no step")
+        if rank.key not in rank.cluster.laws.members.get(batch.epoch, ()):
+            # It prepared an epoch of this number that was never committed. Whatever it says, nobody may believe it.
+            return [SampledToken(chunk.seq, NONSENSE) for chunk in chunks if chunk.sample is not None]
         masked = sum(1 << r for r in set(batch.masked))
         ctx = StepContext(view, batch.engine_token, batch.step, batch.attempt, masked)
         for layer, parcel in rank.exchange.asked(ctx, chunks):

@@ -31,6 +31,7 @@ class Laws:
     config: ClusterConfig
     epochs: list[int] = field(default_factory=list)
     evicted: set[Rank] = field(default_factory=set)
+    members: dict[int, set[Rank]] = field(default_factory=dict)  # by committed epoch
 
     def changed(self, before: ClusterState, after: ClusterState) -> bool:
         """Check what follows from a controller's transaction; whether it committed a view."""
@@ -47,6 +48,7 @@ class Laws:
         require(view.epoch == (before.view.epoch if before.view else 0) + 1, f"epoch {view.epoch} follows another")
         require(after.next is None, "a view is committed, and still staged")
         self.epochs.append(view.epoch)
+        self.members[view.epoch] = {(member.rank, member.incarnation) for member in view.members}
         covered = coverage(view.placement, view.ranks, self.config.experts).min_live_replicas >= 1
         require(covered, f"epoch {view.epoch} lacks experts")
         require(set(view.placement) == set(view.ranks), f"epoch {view.epoch} places experts on others than its members")

@@ -14,7 +14,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     check.__name__: check
     for check in (
         membership.leases, membership.fence, membership.elections, membership.proposals, membership.mirrors,
-        membership.replaced_store, files.records, files.kv_copies,
+        membership.given_up, membership.replaced_store, files.records, files.kv_copies,
         decisions.pauses_of_the_machine, decisions.crash_loop, silence.silent_ranks,
         streams.journal, streams.draws, streams.late_answers, steps.steps,
         exchange.rows, exchange.torn_requests, exchange.strangers, queues.older_engines, queues.evicted,

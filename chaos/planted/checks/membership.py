@@ -52,6 +52,24 @@ def leases() -> None:
             require(not believed or store.now < 1e9, "the clock ran away")
 
 
+def given_up() -> None:
+    """An engine gives up ranks whose processes live on: others take their places. Who is set aside stays aside."""
+    for given in ((2,), (0, 3)):
+        world = World(desired=4)
+        world.settle()
+        world.mask(*given)
+        world.settle()
+        view = world.state.view
+        left = [m.rank for m in view.members if m.incarnation <= 4] if view is not None else []
+        require(left == [r for r in range(4) if r not in given], f"ranks {given} were given up, and {left} are left")
+        world.assert_whole(4)
+    world = World(desired=4)
+    world.settle()
+    world.kill(1, quarantined=True, backoff_s=0.0)
+    world.settle()
+    require(world.serving == (0, 2, 3), f"slot 1 was set aside, and {world.serving} serve")
+
+
 def fence() -> None:
     """A controller is stopped just before it writes; when it goes on, another one leads. It must change nothing."""
     store = MemoryStore()

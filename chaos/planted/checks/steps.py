@@ -17,7 +17,7 @@ from elastic.journal import Journal, Request
 from elastic.protocol import Rejected
 from elastic.scheduler import Output, Scheduler
 from membership.types import Member, Placement, View
-from workers.messages import BlocksCopied, CopyBlocks, Sampling, StepBatch, StepResult, StepStatus
+from workers.messages import BlocksCopied, CopyBlocks, SampledToken, Sampling, StepBatch, StepResult, StepStatus
 
 ENGINE = 7
 LIVES, MOMENTS = 40, 600
@@ -38,6 +38,7 @@ class _Life:
         self.journal.resubmissions(ENGINE, 0.0)
         self.inboxes = {rank: deque[StepBatch | CopyBlocks]() for rank in range(3)}
         self.answers, self.said = deque[Answer](), list[Answer]()
+        self.batch: StepBatch | None = None  # the last one
         self.view()
 
     def view(self) -> None:
@@ -70,6 +71,7 @@ class _Life:
             self.send(self.scheduler.copies(self.now))
             batch = self.scheduler.schedule(self.now)
             if batch is not None:
+                self.batch = batch
                 self.send([batch])
 
     def rank(self) -> None:
@@ -100,6 +102,15 @@ class _Life:
         old = [answer for answer in self.said[-40:] if answer not in self.answers]
         if old:
             self.apply(self.random.choice(old))
+
+    def stranger(self) -> None:
+        """A rank answers that prepared another view of this number, and was never a member."""
+        batch = self.batch
+        if batch is None or not self.scheduler.unanswered:
+            return
+        for rank, chunks in batch.ranks.items():
+            nonsense = [SampledToken(chunk.seq, 49) for chunk in chunks if chunk.sample is not None]
+            self.apply(reply(batch, rank, 10_000, nonsense))
 
     def leave(self) -> None:
         """A rank is about to leave, or is not any more."""
@@ -158,6 +169,7 @@ class _Life:
             self.resubmit,
             self.again,
             self.again,
+            self.stranger,
             self.leave,
         ]
         seldom += [self.die, self.come, self.come]
