@@ -31,8 +31,8 @@ STRUCK_S = 15.0  # a fault that has not struck by then was not dealt
 HANG_S = 0.4
 RANK_HANG_S = 1.2  # longer than the watchdog is patient
 WHOLE_S = 60.0
-STREAMS = 3
-REST_S = 0.3  # of a stream between two requests: the load is there, and leaves room for what is started again
+STREAMS = 2
+REST_S = 0.8  # of a stream between two requests: the load is there, and leaves room for what is started again
 
 Tell = Callable[[str], None]
 Cell = tuple[str, str]
@@ -83,7 +83,7 @@ def run_matrix(cluster: ServedCluster, cells: Iterable[Cell], tell: Tell = lambd
 
 def _streams(cluster: ServedCluster) -> Workload:
     model = cluster.model_name()
-    return Workload(cluster.url, model, prompts=PROMPTS[:8], concurrency=STREAMS, max_tokens=32, rest_s=REST_S)
+    return Workload(cluster.url, model, prompts=PROMPTS[:8], concurrency=STREAMS, max_tokens=24, rest_s=REST_S)
 
 
 def _next(left: list[Cell], size: int) -> Cell:

@@ -40,8 +40,8 @@ GIVEN_UP = ("stop", "dead-reader", "step-hang", "step-hang-gil")  # held until t
 # Slots die often, on purpose; and with the only agent all ranks go, whose return may take long where others work too.
 FLAGS = ("--chaos", "--restart-intensity", "1000", "--restart-window", "1s", "--max-ranks", "4",
          "--coverage-deadline", "100s")  # fmt: skip
-STREAMS, TOKENS = 6, 32
-REST_S = 0.3  # of a stream between two requests: the load is there, and leaves room for what is started again
+STREAMS, TOKENS = 3, 32
+REST_S = 0.5  # of a stream between two requests: the load is there, and leaves room for what is started again
 HELD_S = 1.0  # how long a fault lasts that ends only by healing
 WHOLE_S = 90.0  # by when everything must be as before
 POLL_S = 0.02

@@ -30,7 +30,7 @@ from membership.types import RankRecord
 from membership.wish import scale
 
 FLAGS = ("--restart-intensity", "1000", "--restart-window", "1s")  # the soak means to go on; see restart.py
-LENGTHS = (2, 3, 2, 4, 2, 3, 2, 3, 2, 4, 48)  # of answers: many requests, and some that live through several faults
+LENGTHS = (2, 1, 2, 3, 1, 2, 1, 3, 2, 1, 2, 40)  # of answers: many requests, and some that live through several faults
 
 
 class SoakReceipt(msgspec.Struct, frozen=True, kw_only=True):

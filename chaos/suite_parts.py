@@ -29,7 +29,8 @@ def parts(seed: int, folder: Path) -> Stages:
     soak = Part(
         "soak", "random and nested faults under load",
         ("soak", "--kills", str(KILLS), "--zombies", str(ZOMBIES), "--outages", str(OUTAGES),
-         "--requests", str(REQUESTS), "--record", str(record), *drawn), _soaked, 900.0,
+         "--requests", str(REQUESTS), "--ranks", "3", "--streams", "32", "--record", str(record), *drawn),
+        _soaked, 900.0,
     )  # fmt: skip
     check = Part("check", "the soak's record, judged offline", ("check", str(record), "-o", "json"), _checked, 120.0)
     report = Part(

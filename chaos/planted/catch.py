@@ -22,7 +22,7 @@ from chaos.planted.plant import PACKAGES
 from membership.errors import ConfigError
 
 MINIMISER = "chaos.simulation.minimise"
-SHRINK_S = 15.0
+SHRINK_S = 8.0
 
 
 class Catch(msgspec.Struct, frozen=True, kw_only=True):

@@ -21,6 +21,7 @@ from chaos.workload import Workload
 from membership.errors import ElasticError
 from membership.etcd import connect
 from tests.e2e.conftest import Serve
+from tests.e2e.fault_free import fault_free
 from tests.e2e.test_roles_die import answered, role_pid, streaming
 from tests.etcd_members import three_members
 from tests.helpers import eventually
@@ -36,7 +37,7 @@ OUTAGE_S = float(os.environ.get("ELASTIC_TEST_OUTAGE_S", "0"))  # a longer one, 
 def under_load(cluster: ServedCluster, ranks: int) -> Iterator[Workload]:
     """Requests stream during the block; each of them must come out as without any fault."""
     cluster.wait_serving(ranks)
-    oracle = {r.prompt: r for r in Workload(cluster.url, cluster.model_name()).run_once()}
+    oracle = fault_free(cluster)
     workload = Workload(cluster.url, cluster.model_name())
     workload.start()
     history: list[RequestRecord] = []

@@ -15,6 +15,7 @@ from chaos.history import compare
 from chaos.inject import kill
 from chaos.workload import Workload
 from tests.e2e.conftest import Serve
+from tests.e2e.fault_free import fault_free
 from tests.helpers import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
@@ -44,7 +45,7 @@ def kill_until_set_aside(cluster: ServedCluster) -> None:
 def test_a_slot_is_set_aside_and_comes_back(serve: Serve, demo_model: Path) -> None:
     cluster = serve(demo_model, RANKS, flags=("--restart-intensity", str(INTENSITY)))
     cluster.wait_serving(RANKS)
-    oracle = {r.prompt: r for r in Workload(cluster.url, cluster.model_name()).run_once()}
+    oracle = fault_free(cluster)
     workload = Workload(cluster.url, cluster.model_name())
     workload.start()
     try:

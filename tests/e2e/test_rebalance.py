@@ -25,6 +25,7 @@ from membership.keys import Keys
 from membership.resilience import resilience
 from membership.types import ExpertLoad
 from tests.e2e.conftest import Serve
+from tests.e2e.fault_free import fault_free
 from tests.helpers import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
@@ -51,8 +52,7 @@ def skew(cluster: ServedCluster, hot: int = 160, cold: int = 8) -> None:
 def test_a_death_moves_no_weights_and_the_rest_comes_in_the_background(serve: Serve, demo_model: Path) -> None:
     cluster = serve(demo_model, RANKS)
     before = cluster.wait_serving(RANKS)
-    oracle = {r.prompt: r for r in Workload(cluster.url, cluster.model_name()).run_once()}
-    assert all(r.complete for r in oracle.values()), [r.error for r in oracle.values() if not r.complete]
+    oracle = fault_free(cluster)
     workload = Workload(cluster.url, cluster.model_name())
     workload.start()
     try:
@@ -103,7 +103,7 @@ def staging(cluster: ServedCluster, committed: Event) -> object:
 def test_both_holders_dead_only_orphans_are_loaded_and_every_request_goes_on(serve: Serve, demo_model: Path) -> None:
     cluster = serve(demo_model, RANKS, ("--rebalance-budget", "0"))  # the placement stays as it is read
     before = cluster.wait_serving(RANKS)
-    oracle = {r.prompt: r for r in Workload(cluster.url, cluster.model_name()).run_once()}
+    oracle = fault_free(cluster)
     view = cluster.client().state().view
     assert view is not None
     left = [{e for rank in (0, 3) for e in view.placement[rank][layer]} for layer in range(len(view.placement[0]))]
@@ -142,7 +142,7 @@ def test_both_holders_dead_only_orphans_are_loaded_and_every_request_goes_on(ser
 def test_where_nobody_comes_redundancy_is_restored_in_the_background(serve: Serve, demo_model: Path) -> None:
     cluster = serve(demo_model, 3, ("--restart-intensity", "1"))
     before = cluster.wait_serving(3)
-    oracle = {r.prompt: r for r in Workload(cluster.url, cluster.model_name()).run_once()}
+    oracle = fault_free(cluster)
     workload = Workload(cluster.url, cluster.model_name())
     workload.start()
     try:

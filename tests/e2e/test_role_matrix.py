@@ -11,13 +11,16 @@ from tests.e2e.conftest import Serve
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
-SAMPLE = ("engine/segv", "rank/step-hang-gil", "etcd/stop")
+SAMPLE = ("engine/kill", "controller/kill", "agent/kill", "rank/step-hang-gil", "etcd/kill", "etcd/stop")
 
 
 def test_a_sample_of_the_role_matrix(serve: Serve, demo_model: Path) -> None:
     cells = [cell for cell in all_cells() if cell.name in SAMPLE]
     assert len(cells) == len(SAMPLE)
     told: list[str] = []
-    results = run_role_matrix(serve(demo_model, 3, flags=FLAGS), cells, told.append)
+    cluster = serve(demo_model, 3, flags=FLAGS)
+    results = run_role_matrix(cluster, cells, told.append)
     assert [(result.cell, result.ok) for result in results] == [(cell.name, True) for cell in cells], told
     assert all(result.injected is not None and result.requests for result in results), told
+    cluster.scale(4)  # it can still change: a repair that only looks alive would show here
+    cluster.wait_serving(4)

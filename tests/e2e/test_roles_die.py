@@ -1,4 +1,4 @@
-"""SIGKILL each role in turn under load: the service comes back by itself, and requests survive."""
+"""Who takes over when a role dies, and what is left of it. (Each role and each fault: test_role_matrix.py.)"""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from chaos.cluster import ServedCluster
 from chaos.history import compare
 from chaos.inject import kill
 from chaos.workload import Workload
-from membership.types import ClusterState
 from tests.e2e.conftest import Serve
+from tests.e2e.fault_free import fault_free
 from tests.helpers import eventually
 from workers.etcd_server import free_ports
 
@@ -49,47 +49,12 @@ def role_pid(cluster: ServedCluster, role: str) -> int:
     raise AssertionError(f"no process of role {role}")
 
 
-def replaced(state: ClusterState, role: str, pid: int) -> bool:
-    """Whether another process holds the role, as the store says."""
-    if role == "engine":
-        return state.engine is not None and state.engine.pid != pid
-    if role == "agent":
-        return any(record.pid != pid for record in state.agents.values())
-    return True
-
-
-@pytest.mark.parametrize("role", ["controller", "engine", "agent", "etcd"])
-def test_the_service_comes_back_and_requests_survive(serve: Serve, demo_model: Path, role: str) -> None:
-    cluster = serve(demo_model, RANKS)
-    cluster.wait_serving(RANKS)
-    model = cluster.model_name()
-    oracle = {r.prompt: r for r in Workload(cluster.url, model).run_once()}
-    workload = Workload(cluster.url, model)
-    workload.start()
-    try:
-        eventually(lambda: streaming(workload), 30.0, "two streams under way")
-        pid = role_pid(cluster, role)
-        kill(pid)
-        eventually(lambda: role_pid_or_zero(cluster, role) not in (0, pid), 30.0, f"a new {role} process")
-        eventually(lambda: answered(lambda: replaced(cluster.client().state(), role, pid)), 30.0, f"a new {role}")
-        cluster.wait_serving(RANKS)
-        ended = len(workload.records())
-        eventually(lambda: len(workload.records()) > ended + 4, 60.0, "requests ending again")
-    finally:
-        history = workload.stop()
-    verdict = compare(history, oracle)
-    assert verdict.ok, verdict.differences
-    # The service can still change: a repair that only looks alive would show here.
-    cluster.scale(RANKS + 1)
-    cluster.wait_serving(RANKS + 1)
-
-
 def test_a_standby_engine_takes_over_and_ranks_live_on(serve: Serve, demo_model: Path) -> None:
     """Who takes over is a process that ran before the kill; the ranks are the same processes; requests are exact."""
     cluster = serve(demo_model, RANKS)
     cluster.wait_serving(RANKS)
     model = cluster.model_name()
-    oracle = {r.prompt: r for r in Workload(cluster.url, model).run_once()}
+    oracle = fault_free(cluster)
     workload = Workload(cluster.url, model)
     workload.start()
     try:
@@ -150,7 +115,7 @@ def test_a_gateway_dies_and_its_neighbour_serves_on(serve: Serve, demo_model: Pa
         other = f"http://127.0.0.1:{port}"
         eventually(lambda: reachable(other), 30.0, "the second gateway to be ready")
         model = cluster.model_name()
-        oracle = {r.prompt: r for r in Workload(other, model).run_once()}
+        oracle = fault_free(cluster)
         workload = Workload(other, model)
         workload.start()
         try:

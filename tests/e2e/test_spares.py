@@ -12,6 +12,7 @@ from chaos.history import compare
 from chaos.inject import kill
 from chaos.workload import Workload
 from tests.e2e.conftest import Serve
+from tests.e2e.fault_free import fault_free
 from tests.helpers import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
@@ -35,7 +36,7 @@ def rank_of(cluster: ServedCluster, rank: int) -> dict[str, Any]:
 def test_a_spare_takes_over(serve: Serve, demo_model: Path) -> None:
     cluster = serve(demo_model, RANKS, flags=("--spares", "1"))
     cluster.wait_serving(RANKS)
-    oracle = {r.prompt: r for r in Workload(cluster.url, cluster.model_name()).run_once()}
+    oracle = fault_free(cluster)
     workload = Workload(cluster.url, cluster.model_name())
     workload.start()
     try:

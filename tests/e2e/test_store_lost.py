@@ -21,6 +21,7 @@ from elastic.client import AdminClient
 from membership.errors import NoAnswer
 from membership.wish import scale
 from tests.e2e.conftest import Serve
+from tests.e2e.fault_free import fault_free
 from tests.e2e.test_roles_die import role_pid, streaming
 from tests.helpers import eventually
 
@@ -53,7 +54,7 @@ def test_wiped_data_are_refused_while_serving_goes_on(serve: Serve, demo_model: 
     cluster = serve(demo_model, RANKS)
     before = cluster.wait_serving(RANKS)
     model = cluster.model_name()
-    oracle = {r.prompt: r for r in Workload(cluster.url, model).run_once()}
+    oracle = fault_free(cluster)
     workload = Workload(cluster.url, model)
     workload.start()
     try:

@@ -16,6 +16,7 @@ from chaos.cluster import ServedCluster
 from chaos.history import compare
 from chaos.workload import Workload
 from tests.e2e.conftest import Serve
+from tests.e2e.fault_free import fault_free
 from tests.e2e.test_kill_rank import RANKS, back_as_new, streaming
 from tests.helpers import eventually
 
@@ -26,7 +27,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 def loaded(cluster: ServedCluster) -> Iterator[None]:
     """Streams all the while; each must be exact."""
     model = cluster.model_name()
-    oracle = {r.prompt: r for r in Workload(cluster.url, model).run_once()}
+    oracle = fault_free(cluster)
     workload = Workload(cluster.url, model)
     workload.start()
     try:
