@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import msgspec
 import psutil
 
 from chaos.cluster import ServedCluster
-from chaos.failpoint_stimuli import SMALL, STIMULI, Scene, Stimulus
+from chaos.failpoint_stimuli import SMALL, STIMULI, Scene, Stimulus, UnderWay
 from chaos.history import RequestRecord, difference
 from chaos.inject.site import ServedSite
 from chaos.waiting import eventually
@@ -28,6 +29,8 @@ from membership.failpoints import KIND, POINTS
 FLAGS = ("--chaos", "--max-ranks", "4", "--spares", "1", "--restart-intensity", "1000", "--restart-window", "1s")
 ACTIONS = ("kill", "raise", "hang")
 STRUCK_S = 15.0  # a fault that has not struck by then was not dealt
+PASSED_S = 2.0  # after the end of what was set off, somebody may still come by
+TRIES = 4  # a controller that finds two things done goes through both edges in one transaction: nobody passes the first
 HANG_S = 0.4
 RANK_HANG_S = 1.2  # longer than the watchdog is patient
 WHOLE_S = 60.0
@@ -37,6 +40,10 @@ REST_S = 0.8  # of a stream between two requests: the load is there, and leaves 
 Tell = Callable[[str], None]
 Cell = tuple[str, str]
 """(failpoint, action)"""
+
+
+class _Passed(WaitTimeout):
+    """What was set off has ended, and nobody came to the point."""
 
 
 class CellResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,9 +123,16 @@ class _Matrix:
         stimulus = STIMULI[point]
         began, said = time.monotonic(), ""
         try:
-            stimulus.prepare(self.scene)
-            began = time.monotonic()
-            said = self._strike(point, action, stimulus, began)
+            for left in reversed(range(TRIES)):
+                stimulus.prepare(self.scene)
+                began = time.monotonic()
+                try:
+                    said = self._strike(point, action, stimulus, began)
+                    break
+                except _Passed:
+                    self._site.arm("")
+                    if not left:
+                        raise
             wrong = self.streams_broken()
         except ElasticError as error:
             wrong = [f"{said}{error}"]
@@ -135,7 +149,7 @@ class _Matrix:
         extra = "".join(f";{each}" for each in stimulus.also)
         self._site.arm(f"{point}=1*{action}{extra}")
         with stimulus.under_way(self.scene) as under_way:
-            struck = self._struck(point, stimulus)
+            struck = self._struck(point, stimulus, under_way)
             if action.startswith("hang"):
                 time.sleep(RANK_HANG_S if struck.role == "rank" else HANG_S)
                 self._site.arm("")
@@ -147,14 +161,20 @@ class _Matrix:
         who = f"rank {struck.rank}" if struck.role == "rank" else struck.role
         return f"struck {who}{told}"
 
-    def _struck(self, point: str, stimulus: Stimulus) -> Event:
+    def _struck(self, point: str, stimulus: Stimulus, under_way: UnderWay) -> Event:
         """The event that says that somebody was struck at the point; WaitTimeout if nobody passes it."""
+        what, until = f"somebody to pass {point} ({stimulus.words})", time.monotonic() + STRUCK_S
+        while time.monotonic() < until:
+            over = under_way.over
+            with suppress(WaitTimeout):
+                return eventually(lambda: self._seen(point), what, PASSED_S)
+            if over:
+                raise _Passed(f"in vain: {what}")
+        raise WaitTimeout(f"not within {STRUCK_S:g} s: {what}")
 
-        def there() -> Event | None:
-            more = self._tail.read() or ()
-            return next((e for e in more if e.kind == KIND and e.fields["name"] == point), None)
-
-        return eventually(there, f"somebody to pass {point} ({stimulus.words})", STRUCK_S)
+    def _seen(self, point: str) -> Event | None:
+        more = self._tail.read() or ()
+        return next((e for e in more if e.kind == KIND and e.fields["name"] == point), None)
 
     def _dead(self, struck: Event, action: str, ranks: set[int]) -> set[int]:
         """The processes that have ended by the blow: the one that was struck and, if that was an agent, its ranks.

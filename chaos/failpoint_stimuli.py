@@ -94,6 +94,12 @@ class UnderWay:
     def __init__(self, scene: Scene, operation: Operation | None = None) -> None:
         self._scene, self.operation = scene, operation
 
+    @property
+    def over(self) -> bool:
+        """Whether it is known to have ended."""
+        found = self._scene.state.operations.get(self.operation.id) if self.operation is not None else None
+        return found is not None and not found.active
+
     def ended(self) -> str:
         """Wait until it has ended, in words; WaitTimeout if it is still active at its deadline."""
         if self.operation is None:
