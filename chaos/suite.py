@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,9 +117,11 @@ def _run(part: Part, folder: Path) -> Outcome:
     began, log = time.monotonic(), folder / f"{part.name}.log"
     with log.open("wb") as errors:
         command = [sys.executable, "-c", "from chaos.cli import main; main()", *part.arguments]
-        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors) as process:
+        with subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, start_new_session=part.yields
+        ) as process:
             if part.yields:
-                os.setpriority(os.PRIO_PROCESS, process.pid, LOWEST)
+                _yield(process.pid)
             try:
                 output, _ = process.communicate(timeout=part.limit_s)
                 said = ""
@@ -126,6 +129,9 @@ def _run(part: Part, folder: Path) -> Outcome:
                 said = f"not done within {part.limit_s:.0f} s"
                 process.terminate()  # it stops its cluster
                 output = _last(process)
+            except BaseException:
+                process.terminate()  # Ctrl-C does not reach another session
+                raise
     receipt = _receipt(output)
     goals = tuple(part.goals(receipt)) if receipt else ()
     if receipt:
@@ -136,6 +142,14 @@ def _run(part: Part, folder: Path) -> Outcome:
     return Outcome(
         name=part.name, about=part.about, ok=ok, seconds=round(time.monotonic() - began, 1), goals=goals, said=said
     )
+
+
+def _yield(pid: int) -> None:
+    """Lowest priority for a session's leader and whoever it starts: where sessions share the processors as groups
+    (sched(7), autogroup), a process's own priority counts within its group only."""
+    os.setpriority(os.PRIO_PROCESS, pid, LOWEST)
+    with suppress(OSError):  # no such groups here
+        Path(f"/proc/{pid}/autogroup").write_text(str(LOWEST))
 
 
 def _last(process: subprocess.Popen[bytes]) -> bytes:
