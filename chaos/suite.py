@@ -1,18 +1,16 @@
 """The whole suite: each part is a command of `elastic-chaos` in its own process; its receipt is held against goals.
 
-Parts of one stage run side by side: those that mostly wait, and one that computes at the lowest priority meanwhile. A
-part that does not end in time, or leaves no receipt, has failed. Nothing here knows how a part works.
+Parts of one stage run side by side: those that wait more than they compute. A part that does not end in time, or
+leaves no receipt, has failed. Nothing here knows how a part works.
 """
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,6 @@ from chaos.endurance import Tell
 
 Receipt = Mapping[str, Any]
 KILL_GRACE_S = 30.0
-LOWEST = 19  # priority, as `nice` counts
 
 
 class Goal(msgspec.Struct, frozen=True):
@@ -44,7 +41,6 @@ class Part:
     arguments: tuple[str, ...]
     goals: Callable[[Receipt], Iterator[Goal]]
     limit_s: float
-    yields: bool = False  # to whatever runs beside it
 
 
 Stages = Sequence[Sequence[Part]]
@@ -117,11 +113,7 @@ def _run(part: Part, folder: Path) -> Outcome:
     began, log = time.monotonic(), folder / f"{part.name}.log"
     with log.open("wb") as errors:
         command = [sys.executable, "-c", "from chaos.cli import main; main()", *part.arguments]
-        with subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, start_new_session=part.yields
-        ) as process:
-            if part.yields:
-                _yield(process.pid)
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors) as process:
             try:
                 output, _ = process.communicate(timeout=part.limit_s)
                 said = ""
@@ -129,9 +121,6 @@ def _run(part: Part, folder: Path) -> Outcome:
                 said = f"not done within {part.limit_s:.0f} s"
                 process.terminate()  # it stops its cluster
                 output = _last(process)
-            except BaseException:
-                process.terminate()  # Ctrl-C does not reach another session
-                raise
     receipt = _receipt(output)
     goals = tuple(part.goals(receipt)) if receipt else ()
     if receipt:
@@ -142,14 +131,6 @@ def _run(part: Part, folder: Path) -> Outcome:
     return Outcome(
         name=part.name, about=part.about, ok=ok, seconds=round(time.monotonic() - began, 1), goals=goals, said=said
     )
-
-
-def _yield(pid: int) -> None:
-    """Lowest priority for a session's leader and whoever it starts: where sessions share the processors as groups
-    (sched(7), autogroup), a process's own priority counts within its group only."""
-    os.setpriority(os.PRIO_PROCESS, pid, LOWEST)
-    with suppress(OSError):  # no such groups here
-        Path(f"/proc/{pid}/autogroup").write_text(str(LOWEST))
 
 
 def _last(process: subprocess.Popen[bytes]) -> bytes:

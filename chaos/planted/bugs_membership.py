@@ -109,6 +109,7 @@ BUGS: tuple[Bug, ...] = (
             "    if not staged.members or not keep <= set(staged.members) <= keep | set(census.ready):\n"
             "        return False\n"
         ),
+        shown_by=96,
     ),
     Bug(
         name="cancelled-commit",

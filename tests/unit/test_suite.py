@@ -20,7 +20,7 @@ def lived(receipt: Receipt) -> Iterator[Goal]:
 
 
 def part(name: str, *arguments: str, limit_s: float = 60.0) -> Part:
-    return Part(name, "", arguments, lived, limit_s, yields=True)
+    return Part(name, "", arguments, lived, limit_s)
 
 
 def test_parts_side_by_side_and_what_each_reached(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
