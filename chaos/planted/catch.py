@@ -22,7 +22,7 @@ from chaos.planted.plant import PACKAGES
 from membership.errors import ConfigError
 
 MINIMISER = "chaos.simulation.minimise"
-SHRINK_S = 8.0  # of processor time: what is found must not depend on what else runs
+SHRINK_S = 15.0  # of processor time: what is found must not depend on what else runs
 
 
 class Catch(msgspec.Struct, frozen=True, kw_only=True):
