@@ -42,10 +42,9 @@ from workers.scheduling import run_in_short_turns
 
 log = structlog.get_logger(__name__)
 
-# In the order in which roles are started; they are stopped in the opposite one, so that requests can end.
-# The standby engine has everything imported and waits for the office: streams do not wait for a process to start.
+# As they are started. The standby engine has everything imported: streams do not wait for a process to start.
 STOP_GRACE_S = {"controller": 5.0, "agent": 15.0, "engine": 5.0, "engine-standby": 5.0, "gateway": 20.0}
-STOPPED_TOGETHER = (("gateway", "engine-standby"), ("engine",), ("agent", "controller"))  # in this order
+STOPPED_TOGETHER = (("gateway", "engine-standby"), ("engine",), ("agent", "controller"))  # so that requests can end
 POLL_S = 0.25
 ETCD_RETRY_S = 2.0
 CHOICES = {
