@@ -64,7 +64,7 @@ class StopSignal:
         poller = select.poll()
         for source in (fd, self._wake):
             poller.register(source, select.POLLIN | select.POLLHUP)
-        poller.poll()
+        poller.poll()  # for as long as the role lives: `close` ends it
         if not self._closed.is_set():
             log.warning("supervisor is gone, stopping")
             self.event.set()

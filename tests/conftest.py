@@ -28,7 +28,7 @@ PROCESS_WIDE_FILES = ("anon_inode:[eventpoll]", "anon_inode:[eventfd]", "/dev/ur
 
 
 def pytest_collection_finish() -> None:
-    """What is imported by now stays: the collector need not look at it again and again (a tenth of the unit tier)."""
+    """What is imported by now stays: the collector need not look at it again and again."""
     gc.collect()
     gc.freeze()
 
