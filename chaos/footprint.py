@@ -86,7 +86,7 @@ def _name(process: psutil.Process) -> str:
         return f"{command[3]} {process.pid}"
     if command and Path(command[0]).name == "etcd":
         return "etcd"
-    return "forkserver" if any("forkserver" in word for word in command) else ""
+    return next((name for name in ("forkserver", "zygote") if command and f"elastic-ep::{name}" in command[0]), "")
 
 
 def _footprint(process: psutil.Process) -> Footprint:

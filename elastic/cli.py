@@ -81,7 +81,8 @@ def serve(
     """Serve MODEL on this machine: etcd, controller, agent with its ranks, engine and gateway."""
     with reported():
         from elastic.options import seconds, size
-        from elastic.serve import ServeOptions, run_serve
+        from elastic.serve import run_serve
+        from elastic.serve_options import ServeOptions
 
         run_serve(
             ServeOptions(

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -21,6 +23,7 @@ import structlog
 from elastic.role import DEATH_FD
 from membership.errors import StoreError
 from membership.store import Store
+from workers.forkserver_link import FORKSERVER_FD
 
 log = structlog.get_logger(__name__)
 
@@ -48,17 +51,22 @@ class RoleProcess:
     start_at: float | None = None  # when to start it again; None while it runs
     stable_s: float = STABLE_S
     environment: dict[str, str] = field(default_factory=dict)
+    forkserver: Callable[[], socket.socket] | None = None  # makes the one that it is given at each start
 
     def start(self, death_fd: int, now: float) -> None:
         """Start the process with the supervisor's death pipe, in a session of its own (Ctrl-C is the supervisor's)."""
         environment = {**os.environ, **self.environment, DEATH_FD: str(death_fd)}
-        with self.log_path.open("ab") as out:
+        with self.log_path.open("ab") as out, ExitStack() as given:
+            fds = [death_fd]
+            if self.forkserver is not None:
+                fds.append(given.enter_context(self.forkserver()).fileno())
+                environment[FORKSERVER_FD] = str(fds[-1])
             self.process = subprocess.Popen(
                 [sys.executable, "-m", ENTRY, *self.arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
-                pass_fds=(death_fd,),
+                pass_fds=fds,
                 env=environment,
                 start_new_session=True,
             )

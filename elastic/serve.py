@@ -7,7 +7,6 @@ again; when the supervisor itself dies, all of it ends (death pipe; etcd by pare
 from __future__ import annotations
 
 import os
-import secrets
 import select
 import socket
 import sys
@@ -15,8 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 
 import httpx
 import msgspec
@@ -25,11 +23,12 @@ import structlog
 from elastic import chaos_mode
 from elastic.role import STORE_SEEN, stop_signal
 from elastic.roles import STABLE_S, RoleProcess, revoke_leases, stop_together
+from elastic.serve_options import ServeOptions, cluster_config, require_free_port
 from elastic.statedir import ClusterAddress, StateDir, home
 from elastic.store_guard import StoreGuard
+from elastic.zygote import Zygote
 from membership import codec
-from membership.census import scale_refusal
-from membership.errors import ConfigError, ElasticError, PlanRefused, StoreError, StoreReplaced, WaitTimeout
+from membership.errors import ConfigError, ElasticError, StoreError, StoreReplaced, WaitTimeout
 from membership.etcd import connect
 from membership.events import EventLog, Tail
 from membership.keys import Keys
@@ -37,7 +36,6 @@ from membership.store import Compare, Delete, Put, Store
 from membership.types import ClusterConfig, Desired
 from workers.etcd_server import EtcdServer, free_ports
 from workers.logs import configure
-from workers.model.info import read_model_info
 from workers.scheduling import run_in_short_turns
 
 log = structlog.get_logger(__name__)
@@ -47,108 +45,8 @@ STOP_GRACE_S = {"controller": 5.0, "agent": 15.0, "engine": 5.0, "engine-standby
 STOPPED_TOGETHER = (("gateway", "engine-standby"), ("engine",), ("agent", "controller"))  # so that requests can end
 POLL_S = 0.25
 ETCD_RETRY_S = 2.0
-CHOICES = {
-    "dtype": ("auto", "float32", "bfloat16"),
-    "exactness": ("invariant", "stock"),
-    "device": ("auto", "cpu", "cuda"),
-}
 TROUBLES = {"rank_load_failed", "rank_prepare_failed", "rank_quarantined", "forkserver_ready"}
 ANY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104 - compared with, not bound
-
-
-@dataclass(frozen=True)
-class ServeOptions:
-    """What `elastic serve` was asked for."""
-
-    model: Path
-    ranks: int = 4
-    max_ranks: int | None = None
-    spares: int = 0
-    redundancy: float = 2.0
-    etcd: tuple[str, ...] = ()
-    cluster: str = ""
-    host: str = "127.0.0.1"
-    port: int = 8000
-    admin_port: int = 8001
-    state_dir: Path | None = None
-    served_model_name: str = ""
-    dtype: str = "auto"
-    exactness: str = "invariant"
-    device: str = "auto"
-    max_model_len: int | None = None
-    kv_blocks: int = 1024
-    follow_agents: int = 0
-    restart_intensity: int = 6
-    restart_window_s: float = 60.0
-    rebalance_bytes: int = 2 << 30
-    coverage_deadline_s: float = 30.0
-    load_bytes_per_s: int = 0
-    ready_timeout_s: float = 180.0
-    chaos: bool = False
-    admin_token: str = field(default_factory=lambda: os.environ.get("ELASTIC_ADMIN_TOKEN") or secrets.token_urlsafe(24))
-
-
-def cluster_config(options: ServeOptions) -> ClusterConfig:
-    """Check the model and the wishes against each other; ModelError, ConfigError or PlanRefused say what is wrong."""
-    _check_flags(options)
-    info = read_model_info(options.model)
-    directory = options.model.resolve()
-    config = ClusterConfig(
-        cluster=options.cluster or directory.name,
-        model=str(directory),
-        served_model_name=options.served_model_name or directory.name,
-        moe_layers=info.moe_layers,
-        experts=info.experts,
-        expert_bytes=info.expert_bytes(options.dtype),
-        redundancy=options.redundancy,
-        max_ranks=options.max_ranks or max(options.ranks, 64),
-        dtype=options.dtype,
-        exactness=options.exactness,
-        device=options.device,
-        max_model_len=min(info.max_position, options.max_model_len or 4096),
-        kv_blocks=options.kv_blocks,
-        follow_agents=options.follow_agents,
-        restart_intensity=options.restart_intensity,
-        restart_window_s=options.restart_window_s,
-        rebalance_bytes=options.rebalance_bytes,
-        coverage_deadline_s=options.coverage_deadline_s,
-        load_bytes_per_s=options.load_bytes_per_s,
-        eos_token_ids=info.eos_token_ids,
-        vocab_size=info.vocab_size,
-    )
-    refused = scale_refusal(config, options.ranks)
-    if refused:
-        raise PlanRefused(refused)
-    return config
-
-
-def _check_flags(options: ServeOptions) -> None:
-    """ConfigError naming the flag that cannot be meant, whatever the model."""
-    if options.ranks < 1:
-        raise ConfigError(f"--ranks {options.ranks}: at least one rank is needed", hint="use --ranks 1 or more")
-    if options.spares < 0:
-        raise ConfigError(f"--spares {options.spares}: it cannot be negative", hint="use --spares 0 or more")
-    for name, number in (
-        ("max-model-len", options.max_model_len),
-        ("kv-blocks", options.kv_blocks),
-        ("restart-intensity", options.restart_intensity),
-    ):
-        if number is not None and number < 1:
-            raise ConfigError(f"--{name} {number}: it must be at least 1")
-    for name, known in CHOICES.items():
-        if (given := getattr(options, name)) not in known:
-            raise ConfigError(f"--{name} {given}: there is no such choice", hint=f"choose among {', '.join(known)}")
-
-
-def require_free_port(host: str, port: int, flag: str) -> None:
-    """ConfigError naming the flag if nobody could listen there."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except (OSError, OverflowError) as error:
-            why = error.strerror if isinstance(error, OSError) else "ports go from 0 to 65535"
-            raise ConfigError(f"cannot listen on {host}:{port}: {why}", hint=f"choose another {flag}") from error
 
 
 class Supervisor:
@@ -169,6 +67,7 @@ class Supervisor:
         self._roles: list[RoleProcess] = []
         self._environment: dict[str, str] = {}
         self._death_read = -1
+        self._zygote: Zygote | None = None
         self._opened = ExitStack()
         self._events = EventLog(self.state.events, "supervisor")
         self._history = Tail(self.state.events)
@@ -196,6 +95,9 @@ class Supervisor:
             stop_together([role for role in self._roles if role.name in names], STOP_GRACE_S)
 
     def _start(self, opened: ExitStack) -> None:
+        zygote = Zygote(self.config, {**os.environ, **self._environment}, self.state.log("agent"))
+        opened.callback(zygote.close)
+        self._zygote = zygote  # at its imports while the others start
         endpoints = self.options.etcd
         if not endpoints:
             self.etcd = EtcdServer(self.state.etcd_data)
@@ -323,7 +225,8 @@ class Supervisor:
         token = {"ELASTIC_ADMIN_TOKEN": self.options.admin_token} if name == "gateway" else {}
         stable_s = min(STABLE_S, self.options.restart_window_s)  # a death that does not count for ranks does not here
         return RoleProcess(
-            name, arguments, self.state.log(name), environment={**self._environment, **token}, stable_s=stable_s
+            name, arguments, self.state.log(name), environment={**self._environment, **token}, stable_s=stable_s,
+            forkserver=self._zygote.forkserver if self._zygote is not None and name == "agent" else None,
         )  # fmt: skip
 
     def _write_config(self, store: Store) -> None:

@@ -49,11 +49,15 @@ class Serve(msgspec.Struct, frozen=True, tag=True):
 
 
 class Fork(msgspec.Struct, frozen=True, tag=True):
-    """Owner to server: run `target` ("module:function") with this payload and the descriptors that came along."""
+    """Owner to server: run `target` ("module:function") with this payload and the descriptors that came along.
+
+    `outlives`: it has another owner, and goes on when the server ends.
+    """
 
     request: int
     target: str
     payload: bytes
+    outlives: bool = False
 
 
 class Serving(msgspec.Struct, frozen=True, tag=True):
@@ -90,6 +94,9 @@ def die_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
         os._exit(1)
 
 
+_preloaded: set[str] = set()  # in this process, or in the one that it is a fork of
+
+
 def preload(modules: Sequence[str]) -> None:
     """Import what ranks need, and make ("module:function", a JSON list of its arguments may follow after another colon)
     what would otherwise be made lazily in each of them.
@@ -98,6 +105,9 @@ def preload(modules: Sequence[str]) -> None:
     """
     gc.disable()
     for entry in modules:
+        if entry in _preloaded:
+            continue
+        _preloaded.add(entry)
         name, _, call = entry.partition(":")
         function, _, arguments = call.partition(":")
         module = importlib.import_module(name)
@@ -129,6 +139,7 @@ class Server:
     def __init__(self, link: socket.socket) -> None:
         self.link = link
         self.children: dict[int, int] = {}  # pidfd -> pid
+        self.others: set[int] = set()  # pidfds of those who have another owner
         self.poll = select.poll()
         self.poll.register(link.fileno(), select.POLLIN)
 
@@ -160,11 +171,14 @@ class Server:
             run_child(request, fds, parent)
         pidfd = os.pidfd_open(pid)
         self.children[pidfd] = pid
+        if request.outlives:
+            self.others.add(pidfd)
         self.poll.register(pidfd, select.POLLIN)
         self._tell(Forked(request.request, pid), [pidfd])
 
     def _reap(self, pidfd: int) -> None:
         pid = self.children.pop(pidfd)
+        self.others.discard(pidfd)
         self.poll.unregister(pidfd)
         os.close(pidfd)
         _, status = os.waitpid(pid, 0)
@@ -182,10 +196,10 @@ class Server:
     def _let_children_go(self) -> None:
         self.poll.unregister(self.link.fileno())
         deadline = time.monotonic() + CHILDREN_GRACE_S
-        while self.children and (left := deadline - time.monotonic()) > 0:
+        while self.children.keys() - self.others and (left := deadline - time.monotonic()) > 0:
             for fd, _ in self.poll.poll(left * 1000):
                 self._reap(fd)
-        for pidfd in self.children:
+        for pidfd in self.children.keys() - self.others:
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
 
@@ -193,7 +207,8 @@ def run_child(request: Fork, fds: list[int], parent: int) -> None:
     """In the forked child: run the target and leave; never returns."""
     status = 1
     try:
-        die_with_parent(parent)
+        if not request.outlives:
+            die_with_parent(parent)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         module, _, name = request.target.partition(":")
@@ -212,13 +227,22 @@ def run_child(request: Fork, fds: list[int], parent: int) -> None:
 
 
 def main() -> None:
-    """The server's program: the owner's socket is argv[1], the owner's pid argv[2]."""
+    """The server's program: the owner's socket is argv[1], the owner's pid argv[2], the server's name argv[3]."""
     owner = int(sys.argv[2])
     die_with_parent(owner)  # while we import, nobody listens to the socket
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole foreground group; our owner decides
-    setproctitle.setproctitle("elastic-ep::forkserver")
     run_in_usual_turns()
-    link = socket.socket(fileno=int(sys.argv[1]))
+    serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[3], on_serving=lambda: die_with_parent(owner, 0))
+
+
+def serve_link(payload: bytes, fds: list[int]) -> None:
+    """A forkserver's target: be another one, with what is imported, for whoever has the other end of the socket."""
+    serve(socket.socket(fileno=fds[0]), "forkserver")
+
+
+def serve(link: socket.socket, name: str, on_serving: Callable[[], object] = lambda: None) -> None:
+    """Import what the owner names, then fork for it until it is gone, whose end of the socket says it from here on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is our owner's to decide about
+    setproctitle.setproctitle(f"elastic-ep::{name}")
     first = link.recv(MAX_MESSAGE)
     if not first:
         return
@@ -229,5 +253,5 @@ def main() -> None:
         link.send(msgspec.msgpack.encode(Serving(error=f"{type(error).__name__}: {error}")))
         return
     link.send(msgspec.msgpack.encode(Serving(import_s=time.monotonic() - begun)))
-    die_with_parent(owner, 0)  # from here on the socket's end of file says it, and leaves time for the children
+    on_serving()
     Server(link).serve()

@@ -1,5 +1,7 @@
 """The owner's side of the forkserver: starts it, asks it for processes, learns of their ends, stops it.
 
+A process that was started with one (the descriptor in ELASTIC_FORKSERVER_FD) uses that before it starts any.
+
 Light: none of what the server imports is imported here.
 """
 
@@ -14,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import IO
 
 import msgspec
 
@@ -22,6 +25,7 @@ from workers.forkserver import MAX_FDS, MAX_MESSAGE, Exited, Fork, Forked, Serve
 
 STOP_TIMEOUT_S = 5.0
 ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+FORKSERVER_FD = "ELASTIC_FORKSERVER_FD"
 PROGRAM = "from workers.forkserver import main; main()"
 
 
@@ -43,6 +47,8 @@ class ForkServer:
         on_exit: Callable[[int, int], None],
         on_serving: Callable[[Serving], None] | None = None,
         environ: Mapping[str, str] | None = None,
+        output: IO[bytes] | None = None,
+        name: str = "forkserver",
     ) -> None:
         self._on_exit = on_exit
         self._on_serving = on_serving
@@ -50,32 +56,42 @@ class ForkServer:
         self._pending: dict[int, Future[Child]] = {}
         self._requests = 0
         self._refusal = ""
-        self._link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, str(theirs.fileno()), str(os.getpid())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env=_environment(environ),
-            )
+        self.process: subprocess.Popen[bytes] | None = None  # None if it came with this process
+        if inherited := os.environ.pop(FORKSERVER_FD, ""):
+            self._link = socket.socket(fileno=int(inherited))
+            self._link.set_inheritable(False)
+        else:
+            self._link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with theirs:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-c", PROGRAM, str(theirs.fileno()), str(os.getpid()), name],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    env=_environment(environ),
+                    start_new_session=True,  # a terminal's signals are our business
+                )
         self._thread = threading.Thread(target=self._listen, name="forkserver-link", daemon=True)
         self._thread.start()
-        self._link.send(msgspec.msgpack.encode(Serve(tuple(preload))))
+        with suppress(BrokenPipeError, ConnectionError):  # then the listener says so
+            self._link.send(msgspec.msgpack.encode(Serve(tuple(preload))))
 
     @property
     def alive(self) -> bool:
         """Whether it can still be asked."""
         return not self._refusal
 
-    def fork(self, target: str, payload: bytes, fds: Sequence[int]) -> Future[Child]:
+    def fork(self, target: str, payload: bytes, fds: Sequence[int], *, outlives: bool = False) -> Future[Child]:
         """Ask for a process running `target` ("module:function") with `payload` and copies of `fds`.
 
+        It ends with the server unless it `outlives` it.
         The future fails with RankError if the server cannot; cancel it or wait for it, or its pidfd stays open.
         """
         answer: Future[Child] = Future()
         with self._lock:
             self._requests += 1
-            message = msgspec.msgpack.encode(Fork(self._requests, target, payload))
+            message = msgspec.msgpack.encode(Fork(self._requests, target, payload, outlives))
             if self._refusal:
                 answer.set_exception(RankError(self._refusal))
             elif len(message) > MAX_MESSAGE or len(fds) > MAX_FDS:
@@ -89,12 +105,13 @@ class ForkServer:
     def close(self) -> None:
         """Stop the server; its children, if any are left, see their death pipes close and then SIGKILL."""
         with suppress(OSError):
-            self._link.shutdown(socket.SHUT_RDWR)
-        try:
-            self.process.wait(timeout=STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait(timeout=STOP_TIMEOUT_S)
+            self._link.shutdown(socket.SHUT_WR)  # it answers with its own end, which ends the listener
+        if self.process is not None:
+            try:
+                self.process.wait(timeout=STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait(timeout=STOP_TIMEOUT_S)
         self._thread.join(timeout=STOP_TIMEOUT_S)
         if self._thread.is_alive():
             raise WaitTimeout("the forkserver's listener thread did not end")

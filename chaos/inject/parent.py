@@ -6,11 +6,11 @@ That the children end too is the product's promise and is judged by whoever deal
 from __future__ import annotations
 
 import signal
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import psutil
 
-from chaos.inject.base import NotInjected
+from chaos.inject.base import NotInjected, Site
 from chaos.inject.fault import Fault
 from chaos.inject.process import SEEN_S, Hold, OnProcess
 
@@ -21,7 +21,7 @@ class ParentDeath(OnProcess):
     name = "parent-death"
 
     def _deal(self, hold: Hold) -> str:
-        children = len(_children(hold.pid))
+        children = len(_below(self.site, hold.pid))
         if not children:
             raise NotInjected(f"{self.victim} has no children now")
         hold.send(signal.SIGKILL)
@@ -39,7 +39,7 @@ class HostDeath(OnProcess):
         with ExitStack() as holds:
             family = [hold]
             for number in (signal.SIGSTOP, signal.SIGKILL):
-                for pid in _children(hold.pid):
+                for pid in _below(self.site, hold.pid):
                     if pid not in [each.pid for each in family]:
                         family.append(Hold(pid, f"{self.victim}'s process {pid}"))
                         holds.callback(family[-1].close)
@@ -54,11 +54,16 @@ class HostDeath(OnProcess):
         hold.send(signal.SIGCONT)
 
 
-def _children(pid: int) -> list[int]:
-    try:
-        return [child.pid for child in psutil.Process(pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
+def _below(site: Site, pid: int) -> set[int]:
+    """Children and grandchildren; an agent's forkserver may be a fork of a process that is above both."""
+    parents = {pid}
+    with suppress(NotInjected):
+        parents.add(site.pid("forkserver"))
+    found = parents
+    for parent in parents:
+        with suppress(psutil.NoSuchProcess):
+            found = found | {child.pid for child in psutil.Process(parent).children(recursive=True)}
+    return found - {pid}
 
 
 FAULTS = {

@@ -11,6 +11,7 @@ from chaos.inject.base import NotInjected
 from membership.events import Event
 from membership.failpoints import write
 
+FORKSERVER = "elastic-ep::forkserver"  # its process title
 ROLES = ("gateway", "engine", "engine-standby", "controller", "agent", "etcd", "supervisor", "forkserver")
 
 
@@ -74,7 +75,7 @@ class ServedSite:
                 continue
             if role == "etcd" and command and Path(command[0]).name == "etcd":
                 return child.pid
-            if role == "forkserver" and any("forkserver" in word for word in command):
+            if role == "forkserver" and command and command[0].startswith(FORKSERVER):
                 return child.pid
             standby = engine is not None and child.pid == engine.pid
             if command[1:4] == ["-m", "elastic.cli", role.removesuffix("-standby")] and not standby:

@@ -25,6 +25,7 @@ from workers.etcd_server import free_ports
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
 RANKS = 2
+FORKSERVER, ZYGOTE = "elastic-ep::forkserver", "elastic-ep::zygote"
 
 
 def streaming(workload: Workload) -> bool:
@@ -163,9 +164,31 @@ def reachable(url: str) -> bool:
         return False
 
 
-def test_killing_the_supervisor_leaves_nothing(serve: Serve, demo_model: Path) -> None:
+def titled(cluster: ServedCluster, title: str) -> psutil.Process:
+    """The cluster's only process with this title."""
+    family = psutil.Process(cluster.pid).children(recursive=True)
+    (found,) = [child for child in family if child.cmdline()[0].startswith(title)]
+    return found
+
+
+def test_agents_die_with_and_without_a_zygote_and_a_supervisors_death_leaves_nothing(
+    serve: Serve, demo_model: Path
+) -> None:
+    """Its forkserver is a fork of the zygote, whose own death nobody notices: the next agent waits for another one."""
     cluster = serve(demo_model, RANKS)
     cluster.wait_serving(RANKS)
+    zygote, forkserver = titled(cluster, ZYGOTE), titled(cluster, FORKSERVER)
+    assert forkserver.ppid() == zygote.pid
+    kill(zygote.pid)
+    assert forkserver.is_running()
+    for _ in range(2):
+        ranks = {r["pid"] for r in cluster.status()["ranks"]}
+        kill(role_pid(cluster, "agent"))
+        eventually(lambda: not any(psutil.pid_exists(pid) for pid in ranks), 10.0, "the agent's ranks to end")  # noqa: B023
+        cluster.wait_serving(RANKS)
+        assert not forkserver.is_running(), "a forkserver outlives its agent"
+        forkserver = titled(cluster, FORKSERVER)
+        assert forkserver.ppid() == titled(cluster, ZYGOTE).pid != zygote.pid
     shm_before = set(os.listdir("/dev/shm"))
     family = psutil.Process(cluster.pid).children(recursive=True)
     ranks = [psutil.Process(r["pid"]) for r in cluster.status()["ranks"]]

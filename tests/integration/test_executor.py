@@ -130,6 +130,7 @@ def test_a_dead_rank_does_not_stall_the_queue(three: MultiprocExecutor) -> None:
 def test_a_forkserver_that_died_takes_its_ranks_along_and_is_replaced(three: MultiprocExecutor) -> None:
     deaths: list[Death] = []
     three.register_failure_callback(deaths.append)
+    assert three._forkserver.process is not None
     three._forkserver.process.kill()
     eventually(lambda: len(deaths) == 3, 10, "all deaths")
     eventually(lambda: not three._forkserver.alive, 5, "the forkserver's end noticed")
@@ -246,6 +247,7 @@ def test_a_closed_death_pipe_ends_one_rank_orderly_and_no_sibling(
     made = executor()
     try:
         made.launch([(0, 1), (1, 2)], 30)
+        assert made._forkserver.process is not None
         for worker in made.workers.values():
             ours = os.readlink(f"/proc/self/fd/{worker.death_writer}")
             for child in psutil.Process(made._forkserver.process.pid).children():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import pytest
 
 from membership.errors import RankError
 from tests.helpers import eventually
-from workers.forkserver_link import Child, ForkServer
+from workers.forkserver_link import FORKSERVER_FD, Child, ForkServer
 
 pytestmark = pytest.mark.integration
 
@@ -50,6 +51,20 @@ def forward(payload: bytes, fds: list[int]) -> None:
         model = MixtralForCausalLM(config)
     model.to_empty(device="cpu")(torch.zeros(1, 4, dtype=torch.long))
     os.write(fds[0], b"%.6f" % time.time())
+
+
+def note_the_process() -> None:
+    """For preload: what is to be made once, and comes along in every fork."""
+    global _preloaded_in
+    _preloaded_in = os.getpid()
+
+
+def tell_who_preloaded(payload: bytes, fds: list[int]) -> None:
+    """Target: write the process id that `note_the_process` has seen."""
+    os.write(fds[0], b"%d" % _preloaded_in)
+
+
+_preloaded_in = 0
 
 
 class Ends:
@@ -126,6 +141,7 @@ def test_a_killed_server_takes_its_children_along_and_fails_requests() -> None:
     read, write = os.pipe()
     with ForkServer([], on_exit=Ends()) as server:
         child = server.fork(f"{HERE}:wait_for_end_of_file", b"", [read]).result(timeout=20)
+        assert server.process is not None
         server.process.kill()
         eventually(lambda: not psutil.pid_exists(child.pid), 5, "the child gone with its server")
         eventually(lambda: not server.alive, 5, "the owner to notice")
@@ -153,6 +169,38 @@ time.sleep(60)
     owner.wait(timeout=5)
     owner.stdout.close()
     eventually(lambda: not any(psutil.pid_exists(pid) for pid in pids), 10, f"{pids} gone")
+
+
+def test_a_server_forks_another_one_for_another_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is imported comes along, and the second one goes on when the first has ended."""
+    ends, preload = Ends(), ["torch", f"{HERE}:note_the_process"]
+    with ForkServer(preload, on_exit=ends) as first:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            made = first.fork("workers.forkserver:serve_link", b"", [theirs.fileno()], outlives=True)
+        os.close(made.result(timeout=60).pidfd)
+        monkeypatch.setenv(FORKSERVER_FD, str(ours.detach()))
+        second = ForkServer(preload, on_exit=ends)
+        assert second.process is None
+        assert first.process is not None
+        assert FORKSERVER_FD not in os.environ, "the next one is started as usual"
+    with second:
+        read, write = os.pipe()
+        child = second.fork(f"{HERE}:tell_who_preloaded", b"", [write]).result(timeout=20)
+        os.close(write)
+        assert int(os.read(read, 100)) == first.process.pid
+        os.close(read)
+        eventually(lambda: ends.seen.get(child.pid) == 0, 5, "the child's end told by the second server")
+        os.close(child.pidfd)
+    eventually(lambda: not psutil.pid_exists(made.result(timeout=0).pid), 5, "the second server gone with its owner")
+
+
+def test_an_inherited_server_that_is_none_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    theirs.close()
+    monkeypatch.setenv(FORKSERVER_FD, str(ours.detach()))
+    with ForkServer([], on_exit=Ends()) as server:
+        eventually(lambda: not server.alive, 5, "the owner to notice")
 
 
 def test_a_child_is_at_its_first_forward_at_once() -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from elastic.demo_model import shipped_demo_model
-from elastic.serve import ServeOptions, Supervisor, cluster_config
+from elastic.serve import Supervisor
+from elastic.serve_options import ServeOptions, cluster_config
 from membership.errors import ConfigError, PlanRefused, StoreUnavailable
 
 pytestmark = pytest.mark.unit
