@@ -44,9 +44,6 @@ _REVISIONS = {
     "engine": ("engine_token", "create_revision"),
 }
 
-DecodeCache = dict[str, tuple[int, Record]]
-"""key -> (mod revision, record): spares a reader that follows the store decoding again what has not changed."""
-
 
 def _segment(name: str, what: str) -> str:
     if not name or "/" in name:
@@ -153,23 +150,83 @@ class Keys:
         return f"{self.prefix}ops/{_segment(operation, 'operation id')}"
 
 
-def state_from(items: Iterable[KeyValue], revision: int, cache: DecodeCache | None = None) -> ClusterState:
-    """Return the typed state of the one cluster that `items` (all keys under its prefix) describe.
+class Reading:
+    """The typed state of one cluster, kept current key by key: a change costs its own record, however many there are.
 
     Keys of an unknown name are left alone: a newer version may have put them there.
     """
-    fields: dict[str, Any] = {attribute: {} for attribute, _ in _FAMILIES.values()}
-    for kv in items:
+
+    def __init__(self) -> None:
+        self._fields: dict[str, Any] = {attribute: {} for attribute, _ in _FAMILIES.values()}
+        self._own: set[str] = set()  # families that no state has been given: only these may be changed in place
+        self._seen: dict[str, int] = {}  # key -> mod revision
+        self._unreadable: dict[str, SchemaError] = {}
+
+    def list(self, items: Iterable[KeyValue]) -> None:
+        """Take over all keys that there are. What has not changed is not decoded again."""
+        there = {kv.key: kv for kv in items}
+        for key in self._seen.keys() - there.keys():
+            self.delete(key)
+        for key, kv in there.items():
+            if self._seen.get(key) != kv.mod_revision:
+                self.put(kv)
+
+    def put(self, kv: KeyValue) -> None:
+        """Take over one key. One that cannot be read bars `state` until it is put again or deleted."""
+        self._seen[kv.key] = kv.mod_revision
+        try:
+            self._put(kv)
+        except SchemaError as error:
+            self._unreadable[kv.key] = error
+        else:
+            self._unreadable.pop(kv.key, None)
+
+    def _put(self, kv: KeyValue) -> None:
         name, rest, place = _parsed(kv.key)
         if not rest:
             if (numbered := _REVISIONS.get(name)) is not None:
-                fields[numbered[0]] = getattr(kv, numbered[1])
+                self._fields[numbered[0]] = getattr(kv, numbered[1])
             if (single := _SINGLES.get(name)) is not None:
-                record = _decoded(kv, single[1], cache)
-                fields[single[0]] = record.value if isinstance(record, types.Counter) else record
+                record = _decoded(kv, single[1])
+                self._fields[single[0]] = record.value if isinstance(record, types.Counter) else record
         elif (family := _FAMILIES.get(name)) is not None:
-            fields[family[0]][place] = _decoded(kv, family[1], cache)
-    return ClusterState(revision=revision, **fields)
+            self._family(family[0])[place] = _decoded(kv, family[1])
+
+    def delete(self, key: str) -> None:
+        """Take one key out."""
+        self._seen.pop(key, None)
+        self._unreadable.pop(key, None)
+        try:
+            name, rest, place = _parsed(key)
+        except SchemaError:
+            return  # it never got in
+        if rest and name in _FAMILIES:
+            self._family(_FAMILIES[name][0]).pop(place, None)
+        elif not rest:
+            for table in (_REVISIONS, _SINGLES):
+                self._fields.pop(table.get(name, ("",))[0], None)
+
+    def _family(self, attribute: str) -> dict[Any, Record]:
+        """A family that may be changed in place."""
+        if attribute not in self._own:
+            self._own.add(attribute)
+            self._fields[attribute] = dict(self._fields[attribute])
+        found: dict[Any, Record] = self._fields[attribute]
+        return found
+
+    def state(self, revision: int) -> ClusterState:
+        """All of it, as of `revision`; SchemaError names a key that cannot be read."""
+        for error in self._unreadable.values():
+            raise error
+        self._own.clear()
+        return ClusterState(revision=revision, **self._fields)
+
+
+def state_from(items: Iterable[KeyValue], revision: int) -> ClusterState:
+    """Return the typed state of the one cluster that `items` (all keys under its prefix) describe."""
+    reading = Reading()
+    reading.list(items)
+    return reading.state(revision)
 
 
 @lru_cache(maxsize=4096)
@@ -189,14 +246,8 @@ def _family_key(key: str, name: str, rest: str) -> str | int | tuple[int, int]:
         raise SchemaError(f"malformed key {key!r}") from error
 
 
-def _decoded(kv: KeyValue, kind: type[Record], cache: DecodeCache | None) -> Record:
-    hit = cache.get(kv.key) if cache is not None else None
-    if hit is not None and hit[0] == kv.mod_revision:
-        return hit[1]
+def _decoded(kv: KeyValue, kind: type[Record]) -> Record:
     try:
-        record = decode(kv.value, kind)
+        return decode(kv.value, kind)
     except SchemaError as error:
         raise SchemaError(f"{kv.key}: {error}", hint=error.hint) from error
-    if cache is not None:
-        cache[kv.key] = (kv.mod_revision, record)
-    return record

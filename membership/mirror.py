@@ -32,8 +32,8 @@ from membership.errors import (
     StoreUnavailable,
     WaitTimeout,
 )
-from membership.keys import DecodeCache, Keys, state_from
-from membership.store import KeyValue, Store, Watch, WatchEvent
+from membership.keys import Keys, Reading
+from membership.store import Store, Watch, WatchEvent
 from membership.types import ClusterState
 
 PROBE_EVERY_S = 1.0
@@ -63,8 +63,7 @@ class Mirror:
         self._changed = threading.Condition()
         self._stop = threading.Event()
         self._watch: Watch | None = None
-        self._items: dict[str, KeyValue] = {}
-        self._cache: DecodeCache = {}
+        self._reading = Reading()
         self._revision = 0
         self._generation = 0
         self._state = ClusterState(revision=0)
@@ -257,8 +256,7 @@ class Mirror:
         failpoints.hit("mirror.before.list")
         before = self._clock()
         self._revision, items = self._store.range(self._keys.prefix)
-        self._items = {kv.key: kv for kv in items}
-        self._cache = {key: hit for key, hit in self._cache.items() if key in self._items}
+        self._reading.list(items)
         self._heard_at = before
         self._relist = False
         self._publish()
@@ -267,16 +265,15 @@ class Mirror:
         news = [event for event in events if event.kv.mod_revision > self._revision]
         for event in news:
             if event.kind == "put":
-                self._items[event.kv.key] = event.kv
+                self._reading.put(event.kv)
             else:
-                self._items.pop(event.kv.key, None)
-                self._cache.pop(event.kv.key, None)
+                self._reading.delete(event.kv.key)
         self._revision = revision
         self._publish(quietly=bool(news) and all(event.kv.key.startswith(self._keys.quiet) for event in news))
 
     def _publish(self, *, quietly: bool = False) -> None:
         try:
-            state, failure = state_from(self._items.values(), self._revision, self._cache), None
+            state, failure = self._reading.state(self._revision), None
         except ElasticError as error:
             state, failure = self._state, error
         with self._changed:

@@ -124,7 +124,7 @@ class EnginePort:
     def _run(self, batch: StepBatch) -> None:
         chunks = batch.ranks.get(self.key[0], [])
         result = self._step(batch)
-        if isinstance(result, AsyncOutput):
+        if result is not None and not isinstance(result, StepResult):
             self._outputs.put(result, STEP_TIMEOUT_S, partial(self._deliver, batch))
         elif result is not None and (chunks or result.status is StepStatus.OK):
             self._answer(result)

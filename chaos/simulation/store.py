@@ -12,7 +12,7 @@ from typing import TypeVar, cast
 
 from chaos.simulation.clock import Clock
 from membership.errors import StoreUnavailable
-from membership.keys import DecodeCache, Keys, state_from
+from membership.keys import Keys, Reading
 from membership.memory import MemoryStore
 from membership.mirror import Mirror
 from membership.store import Compare, KeyValue, Op, Response, TxnResult, Watch, WatchBatch
@@ -44,7 +44,7 @@ class SimStore(MemoryStore):
         self.author = ""
         self.on_change: Callable[[str, ClusterState, ClusterState], None] = lambda author, before, after: None
         self._keys = keys
-        self._decoded: DecodeCache = {}
+        self._reading = Reading()
         self._known = ClusterState(revision=0)
         self._expired_at = -1.0
 
@@ -52,7 +52,8 @@ class SimStore(MemoryStore):
     def state(self) -> ClusterState:
         """The truth at this moment."""
         if self._known.revision != self._revision:
-            self._known = state_from(self._items.values(), self._revision, self._decoded)
+            self._reading.list(self._items.values())
+            self._known = self._reading.state(self._revision)
         return self._known
 
     def renew_all(self) -> None:

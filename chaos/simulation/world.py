@@ -18,7 +18,7 @@ from chaos.simulation.laws import Laws, Rank, keep, require
 from chaos.simulation.laws import Violation as Violation
 from membership.codec import encode
 from membership.controller import transaction
-from membership.keys import DecodeCache, Keys, state_from
+from membership.keys import Keys, Reading
 from membership.memory import MemoryStore
 from membership.operations import propose
 from membership.planner import Effect, due, reconcile
@@ -65,7 +65,7 @@ class World:
 
     def __post_init__(self) -> None:
         self.keys = Keys(self.config.cluster)
-        self._decoded: DecodeCache = {}
+        self._reading = Reading()
         self.processes: set[Rank] = set()  # that run, whatever their records say
         self.put(self.keys.config, self.config)
         self.put(self.keys.desired, Desired(ranks=self.desired))
@@ -86,7 +86,8 @@ class World:
     @property
     def state(self) -> ClusterState:
         revision, items = self.store.range(self.keys.prefix)
-        return state_from(items, revision, self._decoded)
+        self._reading.list(items)
+        return self._reading.state(revision)
 
     @property
     def evicted(self) -> set[Rank]:
