@@ -76,8 +76,8 @@ class Endurance:
         if self.stuck:
             return
         self.epochs = cluster.status()["epoch"] - epoch
-        self.processes = (before, _settled(cluster, before))
-        self.shm = (shm, _shm())
+        self.processes = (before, _settled(lambda: processes(cluster.pid), before))
+        self.shm = (shm, _settled(_shm, shm))
 
     def look(self, cluster: ServedCluster, done: int, wanted: int) -> None:
         """See what the processes hold, now and then."""
@@ -150,12 +150,12 @@ def _outgrown(grown: Sequence[Growth], times: int, what: str) -> list[str]:
     return broken
 
 
-def _settled(cluster: ServedCluster, expected: int, timeout_s: float = 10.0) -> int:
-    """The number of processes, once those that are ending have ended."""
+def _settled(number: Callable[[], int], expected: int, timeout_s: float = 10.0) -> int:
+    """The number, once what is ending has ended."""
     deadline = time.monotonic() + timeout_s
-    while (count := processes(cluster.pid)) > expected and time.monotonic() < deadline:
+    while (found := number()) > expected and time.monotonic() < deadline:
         time.sleep(POLL_S)
-    return count
+    return found
 
 
 def _shm() -> int:

@@ -31,6 +31,7 @@ from membership import codec
 from membership.errors import ConfigError, ElasticError, StoreError, StoreReplaced, WaitTimeout
 from membership.etcd import connect
 from membership.events import EventLog, Tail
+from membership.failpoints import HISTORY_ENV
 from membership.keys import Keys
 from membership.store import Compare, Delete, Put, Store
 from membership.types import ClusterConfig, Desired
@@ -95,7 +96,8 @@ class Supervisor:
             stop_together([role for role in self._roles if role.name in names], STOP_GRACE_S)
 
     def _start(self, opened: ExitStack) -> None:
-        zygote = Zygote(self.config, {**os.environ, **self._environment}, self.state.log("agent"))
+        environ = {**os.environ, **self._environment, HISTORY_ENV: str(self.state.events)}  # an agent's, for its ranks
+        zygote = Zygote(self.config, environ, self.state.log("agent"))
         opened.callback(zygote.close)
         self._zygote = zygote  # at its imports while the others start
         endpoints = self.options.etcd

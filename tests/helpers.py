@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
 T = TypeVar("T")
+
+
+def shm_as_before(before: set[str]) -> None:
+    """Nothing is left in /dev/shm. Other processes of this machine may have something there for a moment."""
+    eventually(lambda: set(os.listdir("/dev/shm")) <= before, 5.0, f"nothing in /dev/shm but {before}")
 
 
 def eventually(predicate: Callable[[], T], timeout_s: float, what: str, interval_s: float = 0.01) -> T:

@@ -19,7 +19,7 @@ from chaos.inject import kill
 from chaos.workload import Workload
 from tests.e2e.conftest import Serve
 from tests.e2e.fault_free import fault_free
-from tests.helpers import eventually
+from tests.helpers import eventually, shm_as_before
 from workers.etcd_server import free_ports
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
@@ -196,4 +196,4 @@ def test_agents_die_with_and_without_a_zygote_and_a_supervisors_death_leaves_not
     os.kill(cluster.pid, signal.SIGKILL)
     _, alive = psutil.wait_procs([*family, *ranks], timeout=30)
     assert not alive, [p.cmdline() for p in alive]
-    assert set(os.listdir("/dev/shm")) <= shm_before
+    shm_as_before(shm_before)

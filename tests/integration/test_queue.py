@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -299,17 +300,18 @@ def test_a_full_host_is_told_by_enqueue_and_the_queue_goes_on(monkeypatch: pytes
         assert reader.dequeue(5).sum() == 1 << 20
 
 
-def test_kill_minus_nine_of_the_whole_group_leaves_nothing() -> None:
+def test_kill_minus_nine_of_the_whole_group_leaves_nothing(tmp_path: Path) -> None:
     script = (
         "import time\nfrom workers.queue import MessageQueue\nfrom tests.queue_process import ReaderProcess\n"
         "queue = MessageQueue('q')\nreaders = [ReaderProcess(queue, str(i)) for i in range(2)]\n"
         "queue.enqueue(bytes(100_000))\n[r.answer() for r in readers]\n"
         "print(*(r.process.pid for r in readers), flush=True)\ntime.sleep(60)\n"
     )
-    shm, run = set(os.listdir("/dev/shm")), set(os.listdir("/tmp"))
+    shm = set(os.listdir("/dev/shm"))
     owner = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
-    )
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )  # fmt: skip
     assert owner.stdout is not None
     pids = [owner.pid, *map(int, owner.stdout.readline().split())]
     assert len(pids) == 3
@@ -317,4 +319,4 @@ def test_kill_minus_nine_of_the_whole_group_leaves_nothing() -> None:
     owner.communicate(timeout=10)
     eventually(lambda: not any(os.path.exists(f"/proc/{pid}/fd/0") for pid in pids), 10, "all to be gone")
     assert not [name for name in set(os.listdir("/dev/shm")) - shm if "elastic" in name]
-    assert not [name for name in set(os.listdir("/tmp")) - run if "elastic" in name]
+    assert not os.listdir(tmp_path)
