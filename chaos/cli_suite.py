@@ -21,13 +21,16 @@ def suite(
     only: Annotated[list[str] | None, typer.Option(help="Only these parts.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of all that is drawn.")] = None,
     out: Annotated[Path, typer.Option(help="Where receipts, logs and the record go.")] = Path("chaos-report"),
+    pace: Annotated[
+        bool, typer.Option(help="Judge how fast the simulation is, too: it wants two cores for itself.")
+    ] = True,
     output: OutputFlag = Output.TEXT,
 ) -> None:
     """Everything that proves the promises, part by part, and one table of it. Exit 1 if any goal was missed."""
     with reported():
         chosen = seed_of(seed)
         out.mkdir(parents=True, exist_ok=True)
-        stages = parts(chosen, out)
+        stages = parts(chosen, out, pace)
         names = [part.name for stage in stages for part in stage]
         for name in only or ():
             if name not in names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from chaos.suite import Goal, Part, Receipt, Stages, all_of, at_least, at_most, none_of
@@ -15,13 +16,14 @@ EVENTS = 6  # median of the minimised schedules
 KILLS, ZOMBIES, OUTAGES, REQUESTS = 300, 40, 20, 15_000
 
 
-def parts(seed: int, folder: Path) -> Stages:
-    """All of it, in the order in which it runs."""
+def parts(seed: int, folder: Path, pace: bool = True) -> Stages:
+    """All of it, in the order in which it runs; `pace`: how fast it is, on two cores that nobody else uses, too."""
     drawn, record = ("--seed", str(seed), "-o", "json"), folder / "soak.jsonl"
     page = folder / "report.html"
     simulate = Part(
         "simulate", "whole lives under a virtual clock",
-        ("simulate", "--faults", str(FAULTS), "--replays", str(REPLAYS), *drawn), _simulated, 600.0,
+        ("simulate", "--faults", str(FAULTS), "--replays", str(REPLAYS), *drawn),
+        partial(_simulated, pace), 600.0,
     )  # fmt: skip
     planted = Part("planted", "guards taken out one by one", ("planted", "-o", "json"), _planted, 600.0)
     roles = Part("roles", "each process fault for each role", ("role-matrix", "-o", "json"), _roles, 900.0)
@@ -39,10 +41,11 @@ def parts(seed: int, folder: Path) -> Stages:
     return (simulate,), (planted,), (points, roles), (soak,), (check, report)
 
 
-def _simulated(receipt: Receipt) -> Iterator[Goal]:
+def _simulated(pace: bool, receipt: Receipt) -> Iterator[Goal]:
     seen, _, total = str(receipt["pairs"]).partition("/")
     yield at_least("faults", FAULTS, receipt["faults"])
-    yield at_least("faults per minute", FAULTS_PER_MINUTE, receipt["faults_per_minute"])
+    if pace:
+        yield at_least("faults per minute", FAULTS_PER_MINUTE, receipt["faults_per_minute"])
     yield none_of("violations", len(receipt["violations"]))
     yield at_least("seeds that replay identically", REPLAYS, receipt["replayed"])
     yield all_of("ordered pairs of faults", int(total), int(seen))
