@@ -19,6 +19,7 @@ from membership.events import Event
 
 GAP_WINDOW_S = 1.0  # a gap that was open within so long after a fault, and before the next one, counts as its own
 FOLLOW_S = 120.0  # whatever happens to a victim later than this is not put down to the fault
+HEALED_S = 5.0  # nor is what is first told of so long after it was healed
 NOTICED = ("rank_masked", "rank_died", "rank_left", "rank_slow", "rank_exited")
 FAMILIES: dict[str, tuple[str, ...]] = {  # by words in the fault's name; the first that fits
     "death": ("kill", "segv", "oom", "raise", "death"),
@@ -100,7 +101,8 @@ class _Story:
         """Of the events of the victim, those from the fault to `until` count."""
         fault, zero = line.fault, self.zero
         events = self.events[bisect_left(self.times, fault.at) : bisect_left(self.times, until)]
-        noticed = next((event for event in events if _tells(event, fault.victim, fault.pid)), None)
+        over = line.healed_at + HEALED_S if line.healed_at else until
+        noticed = next((e for e in events if e.ts < over and _tells(e, fault.victim, fault.pid)), None)
         resumed = self._resumed(fault.victim, events)
         whole = self._whole(fault.at - zero, fault.victim, noticed) if noticed is not None else None
         return Followed(

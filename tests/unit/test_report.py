@@ -118,6 +118,7 @@ def test_an_engine_that_took_over_and_an_etcd_that_was_away() -> None:
         happened(1.04, "role_started", "supervisor", name="engine-standby", pid=8),
         happened(2.1, "etcd_died", "supervisor"),
         happened(2.4, "epoch_staged", "controller", 5),
+        happened(9.0, "etcd_died", "supervisor"),  # of another cause than the stop, long healed
         Answered(record=answered(0.5, [0.9, 1.3, 2.2])),
     ])  # fmt: skip
     engine, etcd, stopped, cut = found.faults
