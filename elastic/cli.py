@@ -92,8 +92,7 @@ def serve(
                 exactness=exactness, device=device, max_model_len=max_model_len, kv_blocks=kv_blocks,
                 restart_intensity=restart_intensity, restart_window_s=seconds(restart_window),
                 rebalance_bytes=size(rebalance_budget), coverage_deadline_s=seconds(coverage_deadline),
-                load_bytes_per_s=size(load_bandwidth),
-                ready_timeout_s=seconds(ready_timeout), chaos=chaos,
+                load_bytes_per_s=size(load_bandwidth), ready_timeout_s=seconds(ready_timeout), chaos=chaos,
             )
         )  # fmt: skip
 

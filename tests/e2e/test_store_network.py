@@ -47,11 +47,18 @@ def served(workload: Workload, for_s: float) -> None:
     eventually(lambda: time.monotonic() > until, T, "the fault to have lasted")
 
 
-def thawed(past: StoreClient) -> bool:
-    """Whether the offices that lapsed in an outage are taken again, or by others, and ranks follow the engine.
+def thaw(past: StoreClient, workload: Workload) -> None:
+    """Wait until the offices that lapsed in an outage are taken again, or by others, and requests end under them.
 
-    An engine that has just taken office needs the store to attach ranks: another outage before that ends serving.
+    An engine that has just taken office needs the store to attach ranks, and the gateway to learn of the engine:
+    another outage before that ends serving.
     """
+    eventually(lambda: thawed(past), T, "the offices to be taken after an outage")
+    served(workload, 0.0)
+
+
+def thawed(past: StoreClient) -> bool:
+    """Whether somebody leads, agents are on record, and ranks follow the engine in office."""
     state = past.state()
     if not (state.leader_revision and state.agents and state.view is not None and state.engine_status is not None):
         return False
@@ -67,10 +74,10 @@ def test_serving_goes_on_whatever_the_way_to_etcd_is_like(serve: Serve, demo_mod
             with dealt(site, "net-black-hole"):
                 served(workload, HOLE_S)
                 assert past.status()["epoch"] == before["epoch"]
-            eventually(lambda: thawed(past), T, "the offices to be taken after the hole")
+            thaw(past, workload)
             with dealt(site, "net-reset"):
                 served(workload, STORM_S)
-            eventually(lambda: thawed(past), T, "the offices to be taken after the resets")
+            thaw(past, workload)
             with dealt(site, "net-delay"):
                 eventually(lambda: grown(cluster, RANKS + 1), T, "a scale up over a slow way")
                 cluster.wait_serving(RANKS + 1)
