@@ -27,7 +27,7 @@ from membership.events import EventLog
 from membership.mirror import Mirror
 from membership.types import ClusterConfig, ClusterState, EngineStatus
 from workers.fleet import Fleet, FleetEvent, RankJoined, RankLost
-from workers.messages import BlocksCopied, CopyBlocks, StepBatch, StepResult, StepStatus
+from workers.messages import BlocksCopied, CopyBlocks, Farewell, StepBatch, StepResult, StepStatus
 
 IDLE_S = 0.5
 EXPIRE_EVERY_S = 0.25
@@ -210,6 +210,8 @@ class Engine:
                 self._copy(self._scheduler.copied(event, self._clock()))
             elif isinstance(event, RankLost):
                 self._lose(event)
+            elif isinstance(event, Farewell):
+                raise Fenced(f"engine {self._token} has been replaced: rank {event.rank} follows {event.successor}")
             else:
                 self._welcome(event)
 

@@ -19,6 +19,7 @@ from workers.messages import (
     BlocksCopied,
     CopyBlocks,
     EngineMessage,
+    Farewell,
     Ping,
     RankMessage,
     StepBatch,
@@ -53,13 +54,19 @@ class EnginePort:
         self._outputs = OutputThread("engine-outputs")
 
     def attach(self, token: int, broadcast_handle: bytes, mask_handle: bytes) -> bytes:
-        """Join this engine's queue and leave any older one's; return the handle of our answers to it."""
+        """Join this engine's queue and leave any older one's, who is told; return the handle of our answers to it."""
         if token < self.token:
             raise Fenced(f"engine token {token} is older than {self.token}")
         if token == self.token and self._answers is not None:
             return self._answers.export_handle().encode()  # asked again: the same answer
+        self._answer(Farewell(*self.key, self.token, successor=token))
         self.leave()
         self.token = token
+        self._steps, self._answers = self._open(token, broadcast_handle, mask_handle)
+        return self._answers.export_handle().encode()
+
+    def _open(self, token: int, broadcast_handle: bytes, mask_handle: bytes) -> tuple[MessageQueue, MessageQueue]:
+        """The engine's steps and our answers to it."""
         steps = MessageQueue.create_from_handle(
             broadcast_handle,
             reader_id=reader_id(*self.key),
@@ -69,12 +76,11 @@ class EnginePort:
         )
         try:
             self._worker.attach_mask(mask_handle)
-            answers = MessageQueue(f"rank-{self.key[0]}.{self.key[1]}-to-{token}", codec=MsgpackCodec(RankMessage))
+            name = f"rank-{self.key[0]}.{self.key[1]}-to-{token}"
+            return steps, MessageQueue(name, codec=MsgpackCodec(RankMessage))
         except BaseException:
             steps.shutdown()
             raise
-        self._steps, self._answers = steps, answers
-        return answers.export_handle().encode()
 
     def leave(self) -> None:
         """Let go of the engine's queues; another may be joined later."""

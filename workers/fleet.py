@@ -27,12 +27,13 @@ from workers.doorbell import Doorbell
 from workers.livemask import LiveMask
 from workers.liveness import DeathWatcher, LivenessPage, watch_death
 from workers.messages import (
-    BlocksCopied,
     CopyBlocks,
     EngineMessage,
+    Farewell,
     Ping,
     RankMessage,
     StepBatch,
+    StepResult,
     reader_id,
 )
 from workers.pace import Pace
@@ -264,7 +265,7 @@ class Fleet:
         """What the rank has said; its end, if its queue says that it is gone."""
         said: list[FleetEvent] = []
         try:
-            while (result := link.answers.try_dequeue()) is not None:
+            while link.key in self._links and (result := link.answers.try_dequeue()) is not None:
                 said += self._answered(link, result)
         except QueueClosed:
             said += self._lose(link.key, "queue", self._clock())
@@ -274,7 +275,9 @@ class Fleet:
         if (result.rank, result.incarnation) != link.key or result.engine_token != self._token:
             log.warning("dropped a rank's answer to somebody else", rank=link.key[0], token=result.engine_token)
             return []
-        if isinstance(result, BlocksCopied):
+        if isinstance(result, Farewell):
+            self._drop(link.key)  # that its queue ends now is no news
+        if not isinstance(result, StepResult):
             return [result]
         link.owed.pop(result.step, None)
         if result.step >= 0:

@@ -125,7 +125,16 @@ class BlocksCopied(msgspec.Struct, frozen=True, array_like=True, tag=True):
     error: str = ""
 
 
-RankMessage = StepResult | BlocksCopied
+class Farewell(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """A rank's last word to an engine that has been replaced: it leaves the queue, and follows the `successor`."""
+
+    rank: int
+    incarnation: int
+    engine_token: int
+    successor: int  # its engine token
+
+
+RankMessage = StepResult | BlocksCopied | Farewell
 
 
 def reader_id(rank: int, incarnation: int) -> str:

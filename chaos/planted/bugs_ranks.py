@@ -62,6 +62,13 @@ BUGS: tuple[Bug, ...] = (
         before="named |= {(spec.rank, spec.incarnation) for each in state.assignments.values() for spec in each.ranks}",
     ),
     Bug(
+        name="left-without-a-word",
+        guards="G9: an engine that is replaced hears so from the ranks, and takes none that leaves it for a dead one",
+        file="workers/engine_port.py",
+        before="self._answer(Farewell(*self.key, self.token, successor=token))",
+        after="pass",
+    ),
+    Bug(
         name="older-engine-obeyed",
         guards="G2: a rank does what the engine says that it has joined, and no other",
         file="workers/engine_port.py",

@@ -140,6 +140,7 @@ class Outbox:
         self.items: deque[Any] = deque()
         self.ring: Callable[[], None] = lambda: None
         self.left = False
+        self.ended = False  # and whoever listens can know it
         self._last = 0.0
 
     def enqueue(self, message: Any, timeout_s: float) -> None:
@@ -152,17 +153,32 @@ class Outbox:
         self.items.append(message)
         self.ring()
 
+    def export_handle(self) -> Outbox:
+        """See workers/queue.py: it is also its own handle."""
+        return self
+
+    def encode(self) -> bytes:
+        """Its name."""
+        return self.name
+
     def pending(self) -> bool:
-        """Whether something has arrived."""
-        return bool(self.items)
+        """Whether something has arrived, or nothing more will."""
+        return bool(self.items) or self.ended
 
     def try_dequeue(self) -> Any:
         """See workers/queue.py."""
+        if not self.items and self.ended:
+            raise QueueClosed("the rank has left")
         return self.items.popleft() if self.items else None
 
     def shutdown(self) -> None:
-        """The rank leaves."""
-        self.ring, self.left = lambda: None, True
+        """The rank leaves; what it has said arrives before that shows."""
+        self.left = True
+        self.rank.clock.after(max(0.0, self._last - self.rank.clock.now), self._end)
+
+    def _end(self) -> None:
+        self.ended = True
+        self.ring()
 
 
 class Port(EnginePort):
@@ -172,23 +188,14 @@ class Port(EnginePort):
         super().__init__(rank.key, rank.worker, cast(Any, None), lambda: None)
         self._process = rank
 
-    def attach(self, token: int, broadcast_handle: bytes, mask_handle: bytes) -> bytes:
-        """See EnginePort."""
+    def _open(self, token: int, broadcast_handle: bytes, mask_handle: bytes) -> tuple[Any, Any]:
         cluster = self._process.cluster
-        if token < self.token:
-            raise Fenced(f"engine token {token} is older than {self.token}")
-        if token == self.token and self._answers is not None:
-            return cast(Outbox, self._answers).name
-        self.leave()
-        self.token = token
         if broadcast_handle not in cluster.broadcasts:
             raise QueueClosed(f"engine {token} is gone")
         self._worker.attach_mask(mask_handle)
         answers = Outbox(self._process, b"%d.%d-to-%d" % (*self.key, token))
         cluster.outboxes[answers.name] = answers
-        self._steps = cast(Any, cluster.broadcasts[broadcast_handle].join(self._process))
-        self._answers = cast(Any, answers)
-        return answers.name
+        return cluster.broadcasts[broadcast_handle].join(self._process), answers
 
     @property
     def head(self) -> Any:

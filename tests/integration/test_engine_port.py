@@ -16,6 +16,7 @@ from workers.messages import (
     BlocksCopied,
     CopyBlocks,
     EngineMessage,
+    Farewell,
     Ping,
     RankMessage,
     SeqChunk,
@@ -124,6 +125,7 @@ def test_a_new_engine_takes_over_without_loading_and_the_old_one_has_no_effect(m
         first.answer()
         with engine(made, 8) as second:
             first.step(2, [1])
+            assert first.answers.dequeue(timeout_s=5) == Farewell(*KEY, 7, successor=8)
             with pytest.raises(QueueClosed):
                 first.answers.dequeue(timeout_s=5)
             assert first.steps.drop_reader(reader_id(*KEY)) is False, "it left the older queue"
