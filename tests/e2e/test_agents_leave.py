@@ -13,7 +13,7 @@ import pytest
 
 from chaos.cluster import ServedCluster
 from tests.e2e.conftest import Serve
-from tests.e2e.test_scale import elastic, stream_all
+from tests.e2e.test_scale import elastic, stream_all, texts_of
 from tests.helpers import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
@@ -49,7 +49,7 @@ def test_sigterm_hands_an_agents_work_over(serve: Serve, demo_model: Path) -> No
     cluster = serve(demo_model, 2)
     cluster.wait_serving(2)
     model = cluster.model_name()
-    expected = [f.result(timeout=180) for f in stream_all(cluster, model, 300)]
+    expected = texts_of(cluster, model, 300)
     with agent(cluster, "other") as other:
         eventually(lambda: "other" in cluster.client().state().agents, T, "the second agent to register")
         assert elastic(cluster, "scale", "4")["phase"] == "done"

@@ -18,7 +18,7 @@ from membership.types import Phase
 from membership.wish import scale
 from tests.e2e.conftest import Serve
 from tests.e2e.held_cluster import hang
-from tests.e2e.test_scale import elastic, stream_all
+from tests.e2e.test_scale import elastic, stream_all, texts_of
 from tests.helpers import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
@@ -46,7 +46,7 @@ def test_rank_0_is_drained_and_comes_back_while_requests_stream(serve: Serve, de
     cluster = serve(demo_model, 4)
     cluster.wait_serving(4)
     model = cluster.model_name()
-    expected = [f.result(timeout=180) for f in stream_all(cluster, model, 300)]
+    expected = texts_of(cluster, model, 300)
 
     streams = stream_all(cluster, model, 300)
     eventually(lambda: elastic(cluster, "status")["requests"]["running"] > 8, 30.0, "streams under way")

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from chaos.cluster import ServedCluster
 from tests.e2e.conftest import Serve
-from tests.e2e.test_scale import elastic, stream_all
+from tests.e2e.test_scale import elastic, stream_all, texts_of
 from tests.helpers import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
@@ -33,7 +33,7 @@ def test_ranks_leave_and_nothing_is_recomputed(
     cluster = serve(demo_model, 4)
     cluster.wait_serving(4)
     model = cluster.model_name()
-    expected = [f.result(timeout=180) for f in stream_all(cluster, model, 400)]
+    expected = texts_of(cluster, model, 400)
 
     streams = stream_all(cluster, model, 400)
     eventually(lambda: elastic(cluster, "status")["requests"]["running"] > 12, 30.0, "streams under way")

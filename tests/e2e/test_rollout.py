@@ -9,7 +9,7 @@ import pytest
 
 from elastic.rollout import last_incarnation, rollout
 from tests.e2e.conftest import Serve
-from tests.e2e.test_scale import elastic, stream_all
+from tests.e2e.test_scale import elastic, stream_all, texts_of
 from tests.helpers import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
@@ -19,7 +19,7 @@ def test_ranks_are_replaced_one_by_one_with_a_break_in_between(serve: Serve, dem
     cluster = serve(demo_model, 3)
     cluster.wait_serving(3)
     model = cluster.model_name()
-    expected = [f.result(timeout=180) for f in stream_all(cluster, model, 300)]
+    expected = texts_of(cluster, model, 300)
     streams = stream_all(cluster, model, 300)
     eventually(lambda: elastic(cluster, "status")["requests"]["running"] > 8, 60.0, "streams under way")
 

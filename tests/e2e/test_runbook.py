@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import Serve
-from tests.e2e.test_scale import stream_all
+from tests.e2e.test_scale import stream_all, texts_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
@@ -28,7 +28,7 @@ def commands() -> list[tuple[str, set[int]]]:
 def test_the_runbook_line_by_line(serve: Serve, demo_model: Path) -> None:
     cluster = serve(demo_model, 4)
     cluster.wait_serving(4)
-    expected = [f.result(timeout=180) for f in stream_all(cluster, cluster.model_name(), 200)]
+    expected = texts_of(cluster, cluster.model_name(), 200)
     streams = stream_all(cluster, cluster.model_name(), 200)
     binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": binaries, "ELASTIC_STATE_DIR": str(cluster.state.path)}
