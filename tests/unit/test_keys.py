@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from membership.codec import encode
 from membership.errors import ConfigError, SchemaError
-from membership.keys import Keys, state_from
+from membership.keys import Keys, Reading, state_from
 from membership.store import KeyValue, prefix_end
 from membership.types import (
     AgentRecord,
@@ -95,6 +99,54 @@ def test_keys_of_another_version_are_left_alone() -> None:
 def test_a_malformed_key_is_named(name: str) -> None:
     with pytest.raises(SchemaError, match=name):
         state_from([KeyValue(key=KEYS.prefix + name, value=b"{}")], 1)
+
+
+WRITTEN: dict[str, list[bytes]] = {  # what may stand there, as whoever reads it may find it
+    KEYS.desired: [encode(Desired(ranks=n)) for n in (1, 2)],
+    KEYS.view: [encode(View(epoch=n)) for n in (1, 2)] + [b"damaged"],
+    KEYS.leader: [b"{}"],
+    KEYS.incarnation: [encode(Counter(value=n)) for n in (1, 2)],
+    KEYS.exit(2): [encode(RankExit(rank=2, incarnation=n, reason="killed", at=1.0)) for n in (8, 9)] + [b"damaged"],
+    KEYS.assign("n"): [encode(Assignment(node="n"))],
+    KEYS.assign("m"): [encode(Assignment(node="m"))],
+    KEYS.prefix + "exits/x": [b"{}"],
+    KEYS.prefix + "new": [b"?"],
+}
+Change = tuple[str, int]
+"""A key, and which of its values is put; -1: it is deleted."""
+CHANGES = st.lists(
+    st.sampled_from([(key, n) for key, values in WRITTEN.items() for n in range(-1, len(values))]), max_size=30
+)
+
+
+@given(CHANGES)
+def test_a_state_kept_current_is_the_state_of_all_keys(changes: list[Change]) -> None:
+    there: dict[str, KeyValue] = {}
+    following, relisting, given_out = Reading(), Reading(), list[tuple[ClusterState, str]]()
+    for revision, (key, which) in enumerate(changes, 1):
+        if which < 0:
+            there.pop(key, None)
+            following.delete(key)
+        else:
+            value = WRITTEN[key][which]
+            there[key] = KeyValue(key=key, value=value, create_revision=revision, mod_revision=revision)
+            following.put(there[key])
+        relisting.list(there.values())
+        expected = _state_or_error(lambda: state_from(there.values(), revision))  # noqa: B023 - called at once
+        for reading in (following, relisting):
+            found = _state_or_error(lambda: reading.state(revision))  # noqa: B023
+            assert type(found) is type(expected)
+            if isinstance(found, ClusterState):
+                assert found == expected
+                given_out.append((found, repr(found)))
+    assert all(repr(state) == as_given for state, as_given in given_out), "who was given a state sees it change"
+
+
+def _state_or_error(ask: Callable[[], ClusterState]) -> ClusterState | SchemaError:
+    try:
+        return ask()
+    except SchemaError as error:
+        return error
 
 
 @pytest.mark.parametrize("name", ["", "a/b"])
