@@ -50,8 +50,8 @@ def soak(
         dose = msgspec.structs.replace(Dose.of(kills), **{k: v for k, v in given.items() if v is not None})
         chosen = seed_of(seed)
         exactly = f"--kills {kills} --zombies {dose.zombies} --outages {dose.outages} --requests {dose.requests}"
-        again = f"elastic-chaos soak {f'--minutes {minutes:g}' if minutes else exactly}"
-        run = Soak(seed=chosen, ranks=ranks, minutes=minutes, replay=f"{again} --ranks {ranks} --seed {chosen}")
+        again = f"elastic-chaos soak {f'--minutes {minutes:g}' if minutes else exactly} --ranks {ranks}"
+        run = Soak(seed=chosen, ranks=ranks, minutes=minutes, replay=f"{again} --streams {streams} --seed {chosen}")
         with served(model, ranks, FLAGS, seed=run.seed) as (cluster, tell):
             run_soak(cluster, run, dose, streams, tell)
         if record is not None and run.recorder is not None:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import msgspec
 
 from chaos.checks.evidence import Evidence, Outcome, Trial, typed
 from chaos.history import percentile
-from chaos.record import Changed
+from chaos.record import Changed, Dealt
 from membership.events import Event
 from membership.types import RankExit, View
 
 LETHAL = ("kill", "segv", "oom", "abort", "crash")  # what these names begin with ends the process
 NOTICED_S = 60.0  # so long after a death at the latest the membership knows of it
+HEALED_S = 5.0  # what is first told of so long after a fault was healed has another cause
 AFTER_S = 5.0  # a pause of tokens that begins later is not this fault's
 PAUSE_MS = 20.0  # what is shorter is no pause
 
-NOTICED = ("rank_masked", "rank_left", "rank_died", "rank_exited", "role_died", "etcd_died")
+DIED = "role_died"
+NOTICED = ("rank_masked", "rank_left", "rank_died", "rank_exited", DIED, "etcd_died")
 IN_OFFICE = {"engine": "engine_elected", "controller": "leader_elected"}
 
 
@@ -64,12 +68,15 @@ def aftermaths(evidence: Evidence) -> list[Aftermath]:
     """What followed each fault, in the order of `evidence.faults`."""
     events = _Index(evidence.events)
     processes, returns, pauses = _processes(evidence), _returns(evidence), _pauses(evidence)
+    until = _over(evidence.faults)
     found = []
     for number, dealt in enumerate(evidence.faults):
         fault = dealt.fault
         rank = int(fault.victim.split()[1]) if fault.victim.startswith("rank ") else None
         incarnation = processes.get(fault.pid, 0) if rank is not None else 0
-        noticed = events.first(NOTICED, fault.at, rank, incarnation, fault.victim)
+        noticed = events.first(NOTICED, fault.at, rank, incarnation, fault.victim, fault.pid)
+        if noticed is not None and noticed > until[number]:
+            noticed = None
         if rank is not None:
             recovered = events.first(("rank_recovered",), fault.at, rank)
             back = returns.get(rank, [])
@@ -89,6 +96,17 @@ def aftermaths(evidence: Evidence) -> list[Aftermath]:
     return found
 
 
+def _over(faults: Sequence[Dealt]) -> list[float]:
+    """For each fault when the story of it is over: it was healed, or the next one befell the same victim."""
+    again: dict[str, float] = {}
+    over = []
+    for dealt in reversed(faults):
+        healed = dealt.healed_at + HEALED_S if dealt.healed_at else math.inf
+        over.append(min(healed, again.get(dealt.fault.victim, math.inf)))
+        again[dealt.fault.victim] = dealt.fault.at
+    return over[::-1]
+
+
 def _ms(since: float, at: float | None) -> float:
     return -1.0 if at is None or at < since else round((at - since) * 1000.0, 3)
 
@@ -97,18 +115,22 @@ class _Index:
     """The events by kind and whom they are of, to find the first one after a moment."""
 
     def __init__(self, events: list[Event]) -> None:
-        self._events: dict[tuple[str, int | str | None], list[Event]] = {}
+        self._events: dict[tuple[str, Any], list[Event]] = {}
         for event in events:
-            whom = event.rank if event.rank is not None else str(event.fields.get("name", ""))
+            whom = (
+                event.rank if event.rank is not None else event.fields.get("pid" if event.kind == DIED else "name", "")
+            )
             self._events.setdefault((event.kind, whom), []).append(event)
 
     def first(
-        self, kinds: tuple[str, ...], since: float, rank: int | None = None, incarnation: int = 0, name: str = ""
-    ) -> float | None:
-        """When the first such event was."""
+        self, kinds: tuple[str, ...], since: float, rank: int | None = None, incarnation: int = 0, name: str = "",
+        pid: int = 0,
+    ) -> float | None:  # fmt: skip
+        """When the first such event was. The engine in office may be either of two processes: a pid says who died."""
         times = []
         for kind in kinds:
-            events = self._events.get((kind, rank if rank is not None else name if kind != "etcd_died" else ""), [])
+            whom = rank if rank is not None else {DIED: pid, "etcd_died": ""}.get(kind, name)
+            events = self._events.get((kind, whom), [])
             for event in events[bisect_left(events, since, key=lambda event: event.ts) :]:
                 if not incarnation or event.fields.get("incarnation") == incarnation:
                     times.append(event.ts)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from chaos.checks.faults import HEALED_S
 from chaos.history import percentile
 from chaos.record import Dealt
 from chaos.report.lanes import UP, Lane
@@ -19,7 +20,6 @@ from membership.events import Event
 
 GAP_WINDOW_S = 1.0  # a gap that was open within so long after a fault, and before the next one, counts as its own
 FOLLOW_S = 120.0  # whatever happens to a victim later than this is not put down to the fault
-HEALED_S = 5.0  # nor is what is first told of so long after it was healed
 NOTICED = ("rank_masked", "rank_died", "rank_left", "rank_slow", "rank_exited")
 FAMILIES: dict[str, tuple[str, ...]] = {  # by words in the fault's name; the first that fits
     "death": ("kill", "segv", "oom", "raise", "death"),

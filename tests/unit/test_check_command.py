@@ -20,7 +20,8 @@ from chaos.checks.faults import aftermaths
 from chaos.cli import app
 from chaos.history import RequestRecord, save
 from chaos.inject.base import Injected
-from chaos.record import Answered, AnyLine, Changed, Dealt, write
+from chaos.record import Answered, AnyLine, Changed, Dealt, Happened, write
+from membership.events import Event
 from tests.damage import DAMAGES
 from tests.recorded_run import START, good_lines, tokens
 
@@ -139,3 +140,21 @@ def test_what_followed_a_fault_is_measured() -> None:
     assert after.restored_ms == pytest.approx(310.0)
     assert after.pause_ms == pytest.approx(400.0)
     assert after.recovered_ms == -1.0  # nobody said so
+
+
+@pytest.mark.parametrize(("told_at", "noticed_ms"), [(1.5, 500.0), (20.0, -1.0)])
+def test_what_is_first_told_of_long_after_a_fault_was_healed_is_not_of_it(told_at: float, noticed_ms: float) -> None:
+    stop = Injected(fault="stop", victim="etcd", at=START + 1.0, seen_at=START + 1.1, proof="stopped", pid=9)
+    died = Event(ts=START + told_at, role="supervisor", kind="etcd_died", epoch=0, fields={})
+    (after,) = aftermaths(Evidence([Dealt(fault=stop, healed_at=START + 2.0), Happened(event=died)]))
+    assert after.noticed_ms == pytest.approx(noticed_ms)
+
+
+def test_of_two_engines_the_one_that_died_is_told_by_its_pid() -> None:
+    kill = Injected(fault="kill", victim="engine", at=START + 1.0, seen_at=START + 1.1, proof="gone", pid=7)
+    died = [
+        Event(ts=START + at, role="supervisor", kind="role_died", epoch=0, fields={"name": name, "pid": pid})
+        for at, name, pid in ((0.5, "engine", 5), (1.2, "engine-standby", 7), (9.0, "engine", 6))
+    ]
+    (after,) = aftermaths(Evidence([Dealt(fault=kill), *map(Happened, died)]))
+    assert after.noticed_ms == pytest.approx(200.0)
