@@ -156,5 +156,5 @@ def test_of_two_engines_the_one_that_died_is_told_by_its_pid() -> None:
         Event(ts=START + at, role="supervisor", kind="role_died", epoch=0, fields={"name": name, "pid": pid})
         for at, name, pid in ((0.5, "engine", 5), (1.2, "engine-standby", 7), (9.0, "engine", 6))
     ]
-    (after,) = aftermaths(Evidence([Dealt(fault=kill), *map(Happened, died)]))
+    (after,) = aftermaths(Evidence([Dealt(fault=kill), *(Happened(event=event) for event in died)]))
     assert after.noticed_ms == pytest.approx(200.0)
