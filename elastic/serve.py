@@ -171,6 +171,8 @@ class Supervisor:
                     role.environment[STORE_SEEN] = self._store.seen
                 role.start(self._death_read, now)
                 self._emit("role_started", role)
+        if self._zygote is not None:
+            self._zygote.tend()
         if self.etcd is not None and not self.etcd.alive and now >= self._etcd_retry_at:
             self._restart_etcd(self.etcd, now)
 

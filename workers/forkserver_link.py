@@ -102,6 +102,11 @@ class ForkServer:
                     socket.send_fds(self._link, [message], list(fds))
         return answer
 
+    def kill(self) -> None:
+        """End it at once, if it was started here; what was asked of it fails."""
+        if self.process is not None:
+            self.process.kill()
+
     def close(self) -> None:
         """Stop the server; its children, if any are left, see their death pipes close and then SIGKILL."""
         with suppress(OSError):
