@@ -177,9 +177,11 @@ def test_an_agent_dies_without_a_zygote_and_a_supervisors_death_leaves_nothing(s
     cluster.wait_serving(RANKS)
     zygote, forkserver = titled(cluster, ZYGOTE), titled(cluster, FORKSERVER)
     assert forkserver.ppid() == zygote.pid
-    kill(zygote.pid)
-    assert forkserver.is_running()
     ranks = {r["pid"] for r in cluster.status()["ranks"]}
+    kill(zygote.pid)
+    assert fault_free(cluster), "requests end"
+    assert forkserver.is_running()
+    assert {r["pid"] for r in cluster.status()["ranks"] if r["state"] == "serving"} == ranks
     kill(role_pid(cluster, "agent"))
     eventually(lambda: not any(psutil.pid_exists(pid) for pid in ranks), 10.0, "the agent's ranks to end")
     cluster.wait_serving(RANKS)
