@@ -68,7 +68,7 @@ def aftermaths(evidence: Evidence) -> list[Aftermath]:
     """What followed each fault, in the order of `evidence.faults`."""
     events = _Index(evidence.events)
     processes, returns, pauses = _processes(evidence), _returns(evidence), _pauses(evidence)
-    until = _over(evidence.faults)
+    until = over(evidence.faults)
     found = []
     for number, dealt in enumerate(evidence.faults):
         fault = dealt.fault
@@ -96,15 +96,15 @@ def aftermaths(evidence: Evidence) -> list[Aftermath]:
     return found
 
 
-def _over(faults: Sequence[Dealt]) -> list[float]:
-    """For each fault when the story of it is over: it was healed, or the next one befell the same victim."""
+def over(faults: Sequence[Dealt]) -> list[float]:
+    """For each fault, by time, when the story of it is over: it was healed, or the next one befell the same victim."""
     again: dict[str, float] = {}
-    over = []
+    found = []
     for dealt in reversed(faults):
         healed = dealt.healed_at + HEALED_S if dealt.healed_at else math.inf
-        over.append(min(healed, again.get(dealt.fault.victim, math.inf)))
+        found.append(min(healed, again.get(dealt.fault.victim, math.inf)))
         again[dealt.fault.victim] = dealt.fault.at
-    return over[::-1]
+    return found[::-1]
 
 
 def _ms(since: float, at: float | None) -> float:

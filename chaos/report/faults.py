@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from chaos.checks.faults import HEALED_S
+from chaos.checks.faults import over
 from chaos.history import percentile
 from chaos.record import Dealt
 from chaos.report.lanes import UP, Lane
@@ -79,11 +79,10 @@ def followed(
     dealt = sorted(dealt, key=lambda line: line.fault.at)
     story = _Story(events, [event.ts for event in events], {lane.name: lane for lane in lanes}, gaps, zero)
     found = []
-    for number, line in enumerate(dealt):
-        at, later = line.fault.at, dealt[number + 1 :]
-        again = next((other.fault.at for other in later if other.fault.victim == line.fault.victim), at + FOLLOW_S)
-        after = min([at + GAP_WINDOW_S, *(other.fault.at for other in later[:1])])
-        found.append(story.followed(number + 1, line, min(again, at + FOLLOW_S), after))
+    for number, (line, until) in enumerate(zip(dealt, over(dealt), strict=True), 1):
+        at = line.fault.at
+        after = min([at + GAP_WINDOW_S, *(other.fault.at for other in dealt[number : number + 1])])
+        found.append(story.followed(number, line, min(until, at + FOLLOW_S), after))
     return tuple(found)
 
 
@@ -101,8 +100,7 @@ class _Story:
         """Of the events of the victim, those from the fault to `until` count."""
         fault, zero = line.fault, self.zero
         events = self.events[bisect_left(self.times, fault.at) : bisect_left(self.times, until)]
-        over = line.healed_at + HEALED_S if line.healed_at else until
-        noticed = next((e for e in events if e.ts < over and _tells(e, fault.victim, fault.pid)), None)
+        noticed = next((event for event in events if _tells(event, fault.victim, fault.pid)), None)
         resumed = self._resumed(fault.victim, events)
         whole = self._whole(fault.at - zero, fault.victim, noticed) if noticed is not None else None
         return Followed(
