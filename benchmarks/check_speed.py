@@ -15,9 +15,9 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-from chaos.check import judge, table
-from chaos.history import RequestRecord
-from chaos.record import Answered, AnyLine, Changed, Expected, Header, Read, read, write
+from chaos.check.checker import judge, table
+from chaos.record.record import Answered, AnyLine, Changed, Expected, Header, Read, read, write
+from chaos.workload.history import RequestRecord
 
 RANKS, LAYERS, EXPERTS = 4, 4, 8
 READS = 12  # for each round of a scale, which takes some twenty changes

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import httpx
 
-from chaos.cluster import ServedCluster
-from chaos.inject import kill
-from chaos.workload import Workload
-from elastic.demo_model import write_demo_model
-from membership.events import Event
+from chaos.faults import kill
+from chaos.target.cluster import ServedCluster
+from chaos.workload.streams import Workload
+from elastic.demo.model import write_demo_model
+from membership.base.events import Event
 
 SYS_SCHED_SETATTR = 314
 SETTINGS: dict[str, dict[str, int]] = {

@@ -13,9 +13,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from membership.etcd import connect
-from tests.standins import Gateway, StandInCluster, cluster_config
-from workers.etcd_server import EtcdServer
+from elastic.serve.etcd_server import EtcdServer
+from membership.store.etcd import connect
+from tests.support.standins import Gateway, StandInCluster, cluster_config
 
 
 def measure(ranks: int, per_rank: int, tokens: int) -> dict[str, float]:
@@ -25,7 +25,7 @@ def measure(ranks: int, per_rank: int, tokens: int) -> dict[str, float]:
         store = connect([etcd.url])
         cluster = StandInCluster(store, config, step_s=-1.0)
         cluster.configure()
-        command = [sys.executable, "-m", "tests.engine_process", etcd.url, f"{folder}/events"]
+        command = [sys.executable, "-m", "tests.support.engine_process", etcd.url, f"{folder}/events"]
         engine = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         gateway = Gateway(cluster)
         try:

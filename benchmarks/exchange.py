@@ -29,12 +29,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from membership.types import Member, Placement, View
-from workers.doorbell import Bell, Doorbell
+from membership.store.records import Member, Placement, View
 from workers.exchange.base import StepContext
 from workers.exchange.combine import ascending, combine
 from workers.exchange.shm import ShmExchange
-from workers.livemask import LiveMask
+from workers.ipc.doorbell import Bell, Doorbell
+from workers.protocol.live_mask import LiveMask
 
 HIDDEN, EXPERTS, TURNS = 1024, 16, 5
 CASES = ((1, 2), (32, 2), (32, 8))  # tokens per rank, experts per token

@@ -10,7 +10,7 @@ import timeit
 from collections.abc import Callable
 from pathlib import Path
 
-from membership import failpoints
+from membership.base import failpoints
 
 CALLS = 200_000
 ROUNDS = 7

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 
 from benchmarks.recovery_cluster import scene
 from benchmarks.recovery_report import tell
-from chaos.history import percentile
-from membership.events import Event
+from chaos.workload.history import percentile
+from membership.base.events import Event
 
 EVICTIONS = ("rank_masked", "rank_died", "rank_quarantined")
 TOLD_EVERY_S = 30.0

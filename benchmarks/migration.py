@@ -19,10 +19,10 @@ from typing import Any
 
 from benchmarks.serve import BLOCK, prompt_token
 from benchmarks.serve_ranks import Ranks
-from elastic.blocks import blocks_for
-from membership.types import ClusterConfig
-from workers.messages import Sampling, SeqChunk
-from workers.model.info import read_model_info
+from elastic.engine.kv_blocks import blocks_for
+from membership.store.records import ClusterConfig
+from workers.model.families import read_model_info
+from workers.protocol.messages import Sampling, SeqChunk
 
 SOURCE, TARGET = 0, 1
 
@@ -68,7 +68,7 @@ def main() -> None:
     """Parse, measure, print one JSON line per context length."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default=str(Path(__file__).parents[1] / "elastic" / "demo_checkpoint"))
+    parser.add_argument("--model", default=str(Path(__file__).parents[1] / "elastic" / "demo" / "checkpoint"))
     parser.add_argument("--contexts", default="64,128,256,512,1024")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--redundancy", type=float, default=2.0)

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from statistics import median
 
 from benchmarks.mq_transports import ROOT, line
-from workers.liveness import LivenessPage, watch_death
-from workers.queue import MessageQueue, SlowReaders
+from workers.protocol.liveness import LivenessPage, watch_death
+from workers.queue.message_queue import MessageQueue, SlowReaders
 
 Fault = tuple[str, float, str, float | None, str]
 """Measure, value, unit, target, which direction is better."""
@@ -32,7 +32,7 @@ with MessageQueue("answers") as answers:
 """
 RANK = """
 import sys, time
-from workers.liveness import LivenessPage
+from workers.protocol.liveness import LivenessPage
 ballast = bytearray(int(sys.argv[1]) << 20)
 for at in range(0, len(ballast), 4096): ballast[at] = 1
 page = LivenessPage.create()

@@ -17,10 +17,10 @@ from typing import Any, Protocol
 
 import zmq
 
-from workers.doorbell import Doorbell
-from workers.futex import futex_wait, futex_wake
-from workers.queue import Handle, MessageQueue
-from workers.segment import Segment
+from workers.ipc.doorbell import Doorbell
+from workers.ipc.futex import futex_wait, futex_wake
+from workers.ipc.shared_memory import Segment
+from workers.queue.message_queue import Handle, MessageQueue
 
 ANSWER = bytes(200)
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

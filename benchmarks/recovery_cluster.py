@@ -13,14 +13,14 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-from chaos.cluster import ServedCluster
-from chaos.history import RequestRecord, Verdict, compare, percentile
-from chaos.workload import Workload
-from elastic.demo_model import write_demo_model
-from elastic.tokenizer import Tokenizer
-from membership.errors import ElasticError, WaitTimeout
-from membership.events import Event, Tail
-from membership.types import ClusterState
+from chaos.target.cluster import ServedCluster
+from chaos.workload.history import RequestRecord, Verdict, compare, percentile
+from chaos.workload.streams import Workload
+from elastic.demo.model import write_demo_model
+from elastic.gateway.tokenizer import Tokenizer
+from membership.base.errors import ElasticError, WaitTimeout
+from membership.base.events import Event, Tail
+from membership.store.records import ClusterState
 
 POLL_S = 0.01
 PROMPTS, PROMPT_TOKENS, MAX_TOKENS = 16, 224, 64  # a context is about 256 tokens long when its rank dies

@@ -16,15 +16,18 @@ import psutil
 from benchmarks.recovery_cluster import Scene, scene
 from benchmarks.recovery_ranks import RANKS, STREAMS
 from benchmarks.recovery_report import Report, tell
-from chaos.inject import Killed, kill
-from membership import codec
-from membership.errors import ElasticError, WaitTimeout
-from membership.events import Event
-from membership.keys import Keys
-from membership.types import LeaderRecord
+from chaos.faults import Killed, kill
+from membership.base.errors import ElasticError, WaitTimeout
+from membership.base.events import Event
+from membership.store import codec
+from membership.store.keys import Keys
+from membership.store.records import LeaderRecord
 
 TTL_S = 2.0
-AS_A_CONTROLLER_STARTS = "import elastic.cli, elastic.cli_roles, elastic.role, membership.controller, membership.etcd"
+AS_A_CONTROLLER_STARTS = (
+    "import elastic.cli.main, elastic.cli.roles, elastic.serve.role_main, "
+    "membership.planning.controller, membership.store.etcd"
+)
 
 
 def of_role(event: Event, pid: int) -> bool:

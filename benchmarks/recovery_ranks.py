@@ -15,20 +15,20 @@ from typing import Any
 
 from benchmarks.recovery_cluster import Scene, scene
 from benchmarks.recovery_report import Report, tell
-from chaos.inject import kill
-from membership.errors import ElasticError
-from membership.events import Event
-from workers.futex import RobustMutex
-from workers.scheduling import run_in_short_turns
-from workers.segment import PAGE, Segment
+from chaos.faults import kill
+from membership.base.errors import ElasticError
+from membership.base.events import Event
+from workers.ipc.cpu_priority import run_in_short_turns
+from workers.ipc.futex import RobustMutex
+from workers.ipc.shared_memory import PAGE, Segment
 
 BALLAST_MB = 2048
 RANKS, STREAMS = 4, 8
 FLOOR_VICTIM = """
 import sys, time
 from benchmarks.recovery_worker import ballast
-from workers.futex import RobustMutex
-from workers.segment import PAGE, Segment
+from workers.ipc.futex import RobustMutex
+from workers.ipc.shared_memory import PAGE, Segment
 keep = ballast(int(sys.argv[2]))
 segment = Segment.attach(int(sys.argv[1]), PAGE)
 mutex = RobustMutex(segment.address)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from chaos.history import Verdict, percentile
+from chaos.workload.history import Verdict, percentile
 
 HEAD = "| what | condition | target p50 / p99 | p50 | p99 | n |\n|---|---|---|---|---|---|"
 

@@ -14,10 +14,11 @@ from typing import Any
 
 import msgspec
 
-import workers.preload as preload
-import workers.restart as restart
+import workers.agent.preload as preload
+import workers.protocol.restart_policy as restart
 from benchmarks import recovery_switch
-from elastic import cli, roles
+from elastic.cli import main as cli
+from elastic.serve import role_process
 
 BALLAST_MB = "RECOVERY_BALLAST_MB"
 TTL_S = "RECOVERY_TTL_S"
@@ -26,24 +27,24 @@ WORKER = "benchmarks.recovery_worker:BenchWorker"
 
 def every_death_is_the_first() -> None:
     """No backoff beyond the first one's, no quarantine, no delay of roles."""
-    roles.ENTRY = "benchmarks.recovery_roles"
-    roles.STABLE_S = 0.0
+    role_process.ENTRY = "benchmarks.recovery_roles"
+    role_process.STABLE_S = 0.0
     restart.recent_deaths = lambda policy, deaths, now: ()
 
 
 def with_ttl(ttl_s: float) -> None:
     """Have the supervisor write this lease TTL into the cluster's configuration."""
-    from elastic import serve
+    from elastic.serve import supervisor
 
-    made: Callable[..., Any] = serve.cluster_config
-    serve.cluster_config = lambda options: msgspec.structs.replace(made(options), lease_ttl_s=ttl_s)
+    made: Callable[..., Any] = supervisor.cluster_config
+    supervisor.cluster_config = lambda options: msgspec.structs.replace(made(options), lease_ttl_s=ttl_s)
 
 
 def with_our_worker() -> None:
     """Ranks run our subclass of the worker, forked from a forkserver that has imported all that the product's has."""
     usual = preload.preload_for
     ours = WORKER.partition(":")[0]
-    preload.preload_for = lambda worker, *rest: (*usual("workers.worker:EPWorker", *rest), ours)
+    preload.preload_for = lambda worker, *rest: (*usual("workers.rank.worker:EPWorker", *rest), ours)
     sys.argv += ["--worker-class", WORKER]
 
 

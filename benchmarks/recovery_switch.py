@@ -56,9 +56,9 @@ def install() -> None:
     path = os.environ.get(SWITCH)
     if not path:
         return
-    import workers.agent_state as agent_state
-    import workers.liveness as liveness
-    from workers.watchdog import Watchdog
+    import workers.agent.decide as agent_state
+    import workers.protocol.liveness as liveness
+    from workers.fleet.watchdog import Watchdog
 
     switch = Switch(Path(path))
     look, hung, advancing = liveness.DeathWatcher._look, agent_state.hung, agent_state.advancing
@@ -85,7 +85,7 @@ def install() -> None:
 
 
 def _mask_if_on(switch: Switch) -> None:
-    import workers.worker as worker
+    import workers.rank.worker as worker
 
     masked = worker.EPWorker.masked
     worker.EPWorker.masked = lambda rank: masked(rank) if switch.on else 0

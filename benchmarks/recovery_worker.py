@@ -6,7 +6,7 @@ import mmap
 import os
 
 from benchmarks import recovery_switch
-from workers.worker import EPWorker
+from workers.rank.worker import EPWorker
 
 
 def ballast(megabytes: int) -> mmap.mmap:
@@ -20,7 +20,7 @@ def ballast(megabytes: int) -> mmap.mmap:
 
 
 class BenchWorker(EPWorker):
-    """See workers.worker."""
+    """See workers.rank.worker."""
 
     def load_model(self) -> None:
         """The model, and the ballast."""

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 from benchmarks.recovery_cluster import POLL_S, Scene, scene
 from benchmarks.recovery_report import Report, tell
-from chaos.history import percentile
-from membership.errors import ElasticError, WaitTimeout
-from membership.types import Phase
+from chaos.workload.history import percentile
+from membership.base.errors import ElasticError, WaitTimeout
+from membership.store.records import Phase
 
 SMALL, LARGE, STREAMS = 4, 8, 8
 NEW = LARGE - SMALL

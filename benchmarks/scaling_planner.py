@@ -13,12 +13,12 @@ import numpy as np
 from msgspec.structs import replace
 
 from benchmarks.recovery_report import Report, tell
-from membership.balance import imbalance
-from membership.census import Census
-from membership.errors import ElasticError
-from membership.placement import Loads, coverage, moves, plan, repair
-from membership.rebalance import rebalance
-from membership.types import ClusterConfig, ClusterState, ExpertLoad, Member, Placement, View
+from membership.base.errors import ElasticError
+from membership.placement.balance import imbalance
+from membership.placement.plan import Loads, coverage, moves, plan, repair
+from membership.planning.cluster_facts import Census
+from membership.planning.rebalance import rebalance
+from membership.store.records import ClusterConfig, ClusterState, ExpertLoad, Member, Placement, View
 
 LAYERS, EXPERTS, RANKS, HOSTS = 58, 256, 64, 8
 REDUNDANCY = 1.25  # 320 slots a layer

@@ -16,11 +16,11 @@ import httpx
 from benchmarks.recovery_cluster import MAX_TOKENS, POLL_S, OurCluster
 from benchmarks.recovery_report import Report, tell
 from benchmarks.scaling_cluster import LARGE, OPS_S, SMALL, STREAMS, Span
-from chaos.history import RequestRecord, compare, percentile
-from chaos.workload import PROMPTS, Workload
-from elastic.demo_model import write_demo_model
-from membership.errors import WaitTimeout
-from workers.etcd_server import free_ports
+from chaos.workload.history import RequestRecord, compare, percentile
+from chaos.workload.streams import PROMPTS, Workload
+from elastic.demo.model import write_demo_model
+from elastic.serve.etcd_server import free_ports
+from membership.base.errors import WaitTimeout
 
 RETRY_S = 0.02
 RESTARTS = 6  # cycles of the other rows per pair of restarts

@@ -25,10 +25,10 @@ Step = Callable[[], object]
 def ours(path: str, dtype: str, exactness: str, streams: int, context: int, total: int) -> Step:
     """A decode step of our runner for `streams` sequences that have `context` tokens already."""
     from workers.exchange.local import LocalExchange
-    from workers.messages import Sampling, SeqChunk
     from workers.model.experts import LocalExpertBank
     from workers.model.load import load_model
     from workers.model.runner import ModelRunner
+    from workers.protocol.messages import Sampling, SeqChunk
 
     per_seq = -(-total // BLOCK)
     loaded = load_model(path, dtype)
@@ -79,8 +79,8 @@ def plain(path: str, dtype: str, streams: int, context: int) -> Step:
 def over_ranks(stack: ExitStack, path: str, args: argparse.Namespace, streams: int, total: int) -> Step:
     """A decode step of two rank processes in invariant mode, each expert on one of them."""
     from benchmarks.serve_ranks import Ranks, decode_step
-    from membership.types import ClusterConfig
-    from workers.model.info import read_model_info
+    from membership.store.records import ClusterConfig
+    from workers.model.families import read_model_info
 
     info = read_model_info(path)
     per_seq = -(-total // BLOCK)
@@ -146,7 +146,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default=str(Path(__file__).parents[1] / "elastic" / "demo_checkpoint"))
+    parser.add_argument("--model", default=str(Path(__file__).parents[1] / "elastic" / "demo" / "checkpoint"))
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--streams", default="1,8,32")
     parser.add_argument("--context", type=int, default=128)

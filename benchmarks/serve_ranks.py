@@ -10,18 +10,18 @@ from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any
 
-from membership.placement import plan
-from membership.types import ClusterConfig, Member, View
-from workers.doorbell import Bell, Doorbell
-from workers.messages import CopyBlocks, Sampling, SeqChunk, StepBatch, StepResult, StepStatus
+from membership.placement.plan import plan
+from membership.store.records import ClusterConfig, Member, View
+from workers.ipc.doorbell import Bell, Doorbell
+from workers.protocol.messages import CopyBlocks, Sampling, SeqChunk, StepBatch, StepResult, StepStatus
 
 DEADLINE_S = 120.0
 
 
 def rank_main(pipe: Connection, rank: int, config: ClusterConfig) -> None:
     """One rank: load, link, then a step per message."""
-    from workers.worker import EPWorker
-    from workers.worker_base import WorkerContext
+    from workers.rank.worker import EPWorker
+    from workers.rank.worker_api import WorkerContext
 
     doorbell = Doorbell()
     worker = EPWorker(WorkerContext(rank, rank + 1, "n", config, doorbell, {}, contextlib.nullcontext()))

@@ -17,12 +17,12 @@ import time
 from collections import defaultdict
 
 from benchmarks.detection import schedule
-from workers.liveness import LivenessPage, watch_death
-from workers.scheduling import SLICE_US
+from workers.ipc.cpu_priority import SLICE_US
+from workers.protocol.liveness import LivenessPage, watch_death
 
 VICTIM = """
 import sys, time
-from workers.liveness import LivenessPage
+from workers.protocol.liveness import LivenessPage
 page = LivenessPage.create()
 print(page.export_handle().hex(), flush=True)
 while sys.argv[1] == "computes":

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 import msgspec
 
 from elastic.status import ClusterStatus, RankStatus, cluster_status
-from membership.census import Census
-from membership.errors import ConfigError
-from membership.phases import before_commit
-from membership.planner import awaited
-from membership.types import ClusterState, Operation, Phase, RankExit, RankState
-from membership.wish import told
+from membership.base.errors import ConfigError
+from membership.operations.change import told
+from membership.planning.cluster_facts import Census
+from membership.planning.planner import awaited
+from membership.store.phases import before_commit
+from membership.store.records import ClusterState, Operation, Phase, RankExit, RankState
 
 ENDS = (Phase.DONE, Phase.ABORTED)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from workers.messages import Sampling, TokenLogprobs
+from workers.protocol.messages import Sampling, TokenLogprobs
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag=True):

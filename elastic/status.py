@@ -7,13 +7,13 @@ from typing import Literal
 
 import msgspec
 
-from membership.balance import imbalance
-from membership.census import Census
-from membership.pause import paused_words
-from membership.placement import coverage
-from membership.rebalance import loads_of
-from membership.types import ClusterState, Member, Operation, Phase, RankState
-from membership.wish import told
+from membership.operations.change import told
+from membership.operations.pause import paused_words
+from membership.placement.balance import imbalance
+from membership.placement.plan import coverage
+from membership.planning.cluster_facts import Census
+from membership.planning.rebalance import loads_of
+from membership.store.records import ClusterState, Member, Operation, Phase, RankState
 
 Health = Literal["starting", "serving", "degraded", "uncovered", "stopped"]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from workers.handover import Handover
+from workers.ipc.handover import Handover
 
 SETTLE_S = 5.0
 # Owned by the process, not by a test: started once on first use and stopped at exit.

@@ -1,4 +1,4 @@
-"""The report of a run: a record (`chaos/record.py`) as figures, and the figures as one page for people."""
+"""The report of a run: a record (`chaos/record/record.py`) as figures, and the figures as one page for people."""
 
 from chaos.report.figures import Figures, figures
 from chaos.report.promises import Judged

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import msgspec
 
-from chaos.checks.faults import over
-from chaos.history import percentile
-from chaos.record import Dealt
+from chaos.check.faults import over
+from chaos.record.record import Dealt
 from chaos.report.lanes import UP, Lane
 from chaos.report.streams import Gaps
-from membership.events import Event
+from chaos.workload.history import percentile
+from membership.base.events import Event
 
 GAP_WINDOW_S = 1.0  # a gap that was open within so long after a fault, and before the next one, counts as its own
 FOLLOW_S = 120.0  # whatever happens to a victim later than this is not put down to the fault

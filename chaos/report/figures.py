@@ -7,14 +7,14 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from chaos.history import RequestRecord, difference, percentile
-from chaos.record import Answered, AnyLine, Dealt, Expected, Happened, Header, Verified
+from chaos.record.record import Answered, AnyLine, Dealt, Expected, Happened, Header, Verified
 from chaos.report import lanes
 from chaos.report.faults import Followed, Kind, followed, kinds
 from chaos.report.promises import Judged, Promise, exactness, promises
 from chaos.report.streams import Seen, seen
-from membership.errors import ConfigError
-from membership.events import Event
+from chaos.workload.history import RequestRecord, difference, percentile
+from membership.base.errors import ConfigError
+from membership.base.events import Event
 
 
 class Spread(msgspec.Struct, frozen=True, kw_only=True):

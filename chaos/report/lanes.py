@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from chaos.record import AnyLine, Changed, Dealt, Header, Read
-from membership.events import Event
+from chaos.record.record import AnyLine, Changed, Dealt, Header, Read
+from membership.base.events import Event
 
 JOINING = ("launching", "handshaking", "loading", "standby")
 PLACE = "place"  # no process: a disk, a host's network, memory; only its faults are told

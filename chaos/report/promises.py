@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
-from chaos.checks.evidence import Outcome
-from chaos.history import Difference
+from chaos.check.evidence import Outcome
+from chaos.workload.history import Difference
 
 SHOWN = 20  # lines of evidence per promise; the rest is counted
 
@@ -70,7 +70,7 @@ def exactness(differences: Mapping[str, Difference], requests: int, unmatched: i
 
 
 def checked(outcomes: Iterable[Outcome]) -> tuple[Judged, ...]:
-    """What the offline checker (`chaos/check.py`) found; a check that had nothing to look at has judged nothing."""
+    """What the offline checker (`chaos/check/`) found; a check that had nothing to look at has judged nothing."""
     return tuple(_checked(outcome) for outcome in outcomes if outcome.judged or outcome.broken)
 
 

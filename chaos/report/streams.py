@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from chaos.history import RequestRecord, percentile
+from chaos.workload.history import RequestRecord, percentile
 
 MOST_BUCKETS = 3000
 MOST_STALLS = 4000

@@ -26,10 +26,10 @@ from chaos.simulation.rank import Outbox, RankProcess
 from chaos.simulation.ranks import EOS, Ranks
 from chaos.simulation.store import SimStore
 from chaos.simulation.world import CONFIG
-from membership.codec import encode
-from membership.failpoints import FaultInjected
-from membership.keys import Keys
-from membership.types import ClusterConfig, ClusterState, Desired
+from membership.base.failpoints import FaultInjected
+from membership.store.codec import encode
+from membership.store.keys import Keys
+from membership.store.records import ClusterConfig, ClusterState, Desired
 
 SERVED = replace(
     CONFIG, block_size=4, kv_blocks=12, max_batched_tokens=9, max_seqs=4, max_model_len=48, eos_token_ids=(EOS,),
@@ -46,7 +46,7 @@ class Events:
         self.counts: Counter[str] = Counter()
 
     def emit(self, kind: str, **fields: Any) -> None:
-        """See membership/events.py."""
+        """See membership/base/events.py."""
         self.counts[kind] += 1
 
 

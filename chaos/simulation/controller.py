@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 
 from chaos.simulation import promises
 from chaos.simulation.process import Process
-from membership.codec import encode
-from membership.controller import Term, edge
-from membership.election import Election
-from membership.errors import Fenced, LeaseLost, StoreError, StoreUnavailable, WaitTimeout
-from membership.lease import LeaseKeeper
-from membership.mirror import Mirror
-from membership.planner import Effect, due
-from membership.types import ClusterState, LeaderRecord
+from membership.base.errors import Fenced, LeaseLost, StoreError, StoreUnavailable, WaitTimeout
+from membership.planning.controller import Term, edge
+from membership.planning.planner import Effect, due
+from membership.store.codec import encode
+from membership.store.election import Election
+from membership.store.lease import LeaseKeeper
+from membership.store.mirror import Mirror
+from membership.store.records import ClusterState, LeaderRecord
 
 if TYPE_CHECKING:
     from chaos.simulation.cluster import Cluster

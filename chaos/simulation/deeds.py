@@ -7,11 +7,11 @@ from random import Random
 
 from chaos.simulation.cluster import Cluster
 from chaos.simulation.faults import NOTHING, Happen
-from membership.errors import ElasticError, OperationConflict, PlanRefused, StoreError
-from membership.operations import cancel, propose
-from membership.pause import pause
-from membership.quarantine import unquarantine
-from membership.wish import drain, scale, undrain
+from membership.base.errors import ElasticError, OperationConflict, PlanRefused, StoreError
+from membership.operations.change import drain, scale, undrain
+from membership.operations.operations import cancel, propose
+from membership.operations.pause import pause
+from membership.operations.quarantine import unquarantine
 
 DEEDS: dict[str, Happen] = {}
 

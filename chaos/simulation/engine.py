@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from chaos.simulation.fleet import SimFleet
 from chaos.simulation.process import Process
-from elastic.engine_core import Engine
-from elastic.engine_server import EngineServer
-from elastic.engine_status import StatusWriter
-from membership.codec import encode
-from membership.election import Election
-from membership.errors import Fenced, LeaseLost, StoreUnavailable, WaitTimeout
-from membership.lease import LeaseKeeper
-from membership.mirror import Mirror
-from membership.types import EngineRecord
+from elastic.engine.gateway_server import EngineServer
+from elastic.engine.loop import Engine
+from elastic.engine.status_writer import StatusWriter
+from membership.base.errors import Fenced, LeaseLost, StoreUnavailable, WaitTimeout
+from membership.store.codec import encode
+from membership.store.election import Election
+from membership.store.lease import LeaseKeeper
+from membership.store.mirror import Mirror
+from membership.store.records import EngineRecord
 
 if TYPE_CHECKING:
     from chaos.simulation.cluster import Cluster

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from chaos.simulation.laws import Rank, Violation, require
-from membership.errors import CoverageLost
+from membership.base.errors import CoverageLost
 from workers.exchange.base import StepContext
 from workers.exchange.router import Parcel, Refusal, Router
-from workers.livemask import LiveMask
-from workers.messages import SampledToken, SeqChunk, StepBatch
-from workers.segment import Segment
+from workers.ipc.shared_memory import Segment
+from workers.protocol.live_mask import LiveMask
+from workers.protocol.messages import SampledToken, SeqChunk, StepBatch
 
 if TYPE_CHECKING:
     from chaos.simulation.rank import RankProcess

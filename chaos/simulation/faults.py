@@ -12,8 +12,8 @@ from random import Random
 from chaos.simulation.cluster import Cluster
 from chaos.simulation.process import Process
 from chaos.simulation.rank import RankProcess
-from membership.errors import StoreError
-from membership.failpoints import EDGES
+from membership.base.errors import StoreError
+from membership.base.failpoints import EDGES
 
 Happen = Callable[[Cluster, Random], str]
 NOTHING = ""

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, cast
 from chaos.simulation.exchange import SimMask
 from chaos.simulation.laws import Rank, require
 from chaos.simulation.rank import Inbox, RankProcess
-from membership.errors import QueueClosed
-from membership.types import RankRecord
-from workers.fleet import Fleet, RankLost, _Link
-from workers.messages import reader_id
-from workers.watchdog import Look
+from membership.base.errors import QueueClosed
+from membership.store.records import RankRecord
+from workers.fleet.fleet import Fleet, RankLost, _Link
+from workers.fleet.watchdog import Look
+from workers.protocol.messages import reader_id
 
 if TYPE_CHECKING:
     from chaos.simulation.engine import EngineProcess
@@ -47,7 +47,7 @@ class Broadcast:
         self._readers: dict[str, Inbox] = {}
 
     def export_handle(self) -> Broadcast:
-        """See workers/queue.py."""
+        """See workers/queue/message_queue.py."""
         return self
 
     def encode(self) -> bytes:
@@ -87,7 +87,7 @@ class Link(_Link):
 
 
 class SimFleet(Fleet):
-    """See workers/fleet.py."""
+    """See workers/fleet/fleet.py."""
 
     def __init__(self, process: EngineProcess, number: int) -> None:
         self._process = process

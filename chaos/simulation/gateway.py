@@ -11,11 +11,11 @@ from chaos.simulation.laws import require
 from chaos.simulation.process import Process
 from chaos.simulation.ranks import oracle
 from elastic.gateway.engine_link import EngineLink, LinkSettings, Target
-from elastic.journal import Delta, Request
+from elastic.gateway.journal import Delta, Request
 from elastic.protocol import Hello, Submit, ToEngine, ToGateway
-from membership.errors import RequestError, StoreUnavailable
-from membership.mirror import Mirror
-from workers.messages import Sampling
+from membership.base.errors import RequestError, StoreUnavailable
+from membership.store.mirror import Mirror
+from workers.protocol.messages import Sampling
 
 if TYPE_CHECKING:
     from chaos.simulation.cluster import Cluster

@@ -13,13 +13,13 @@ from msgspec.structs import replace as changed
 from chaos.simulation.laws import Rank, require
 from chaos.simulation.process import Process
 from chaos.simulation.rank import RankProcess
-from membership.errors import ElasticError, RankDied, RankFailed, StoreUnavailable, WaitTimeout
-from membership.mirror import Mirror
-from workers.agent import Agent
-from workers.agent_state import relief
-from workers.executor import Death
-from workers.registrar import Registrar
-from workers.restart import policy_of
+from membership.base.errors import ElasticError, RankDied, RankFailed, StoreUnavailable, WaitTimeout
+from membership.store.mirror import Mirror
+from workers.agent.agent import Agent
+from workers.agent.decide import relief
+from workers.agent.executor import Death
+from workers.agent.registrar import Registrar
+from workers.protocol.restart_policy import policy_of
 
 if TYPE_CHECKING:
     from chaos.simulation.cluster import Cluster
@@ -49,7 +49,7 @@ class Pending:
 
 
 class SimExecutor:
-    """The agent's hands (see workers/executor.py)."""
+    """The agent's hands (see workers/agent/executor.py)."""
 
     def __init__(self, host: Host, *args: Any, **kwargs: Any) -> None:
         self.workers: dict[Rank, Handle] = {}

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from chaos.simulation import promises
-from membership.errors import ElasticError
-from membership.placement import coverage
-from membership.types import ClusterConfig, ClusterState
+from membership.base.errors import ElasticError
+from membership.placement.plan import coverage
+from membership.store.records import ClusterConfig, ClusterState
 
 Rank = tuple[int, int]
 """(rank, incarnation)"""

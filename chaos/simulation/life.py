@@ -23,10 +23,10 @@ from chaos.simulation.deeds import DEEDS
 from chaos.simulation.faults import FAULTS
 from chaos.simulation.laws import require
 from chaos.simulation.pairs import walk
-from membership import failpoints
-from membership.errors import ElasticError
-from membership.pause import resume
-from membership.quarantine import unquarantine
+from membership.base import failpoints
+from membership.base.errors import ElasticError
+from membership.operations.pause import resume
+from membership.operations.quarantine import unquarantine
 
 PACES = ((120, 0.3), (120, 0.3), (120, 0.2), (60, 1.0))  # happenings, and what the gaps between them are multiplied by
 GAPS_S = (0.0, 0.005, 0.05, 0.15, 0.4, 0.9)

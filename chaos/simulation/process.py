@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from chaos.simulation.clock import WALL_S, Call
 from chaos.simulation.store import Client
-from membership.failpoints import FaultInjected
+from membership.base.failpoints import FaultInjected
 
 if TYPE_CHECKING:
     from chaos.simulation.cluster import Cluster

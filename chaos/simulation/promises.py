@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from membership.types import ClusterState, Operation, Phase
+from membership.store.records import ClusterState, Operation, Phase
 
 FORWARD = (Phase.COMMITTED, Phase.RETIRING, Phase.DONE)
 

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any, cast
 from chaos.simulation.exchange import Bank, Runner, SimExchange
 from chaos.simulation.laws import Rank, Violation
 from chaos.simulation.process import Process
-from membership import failpoints
-from membership.errors import CoverageLost, ElasticError, Fenced, QueueClosed
-from membership.types import View
-from workers.engine_port import EnginePort
+from membership.base import failpoints
+from membership.base.errors import CoverageLost, ElasticError, Fenced, QueueClosed
+from membership.store.records import View
 from workers.exchange.base import StepContext
-from workers.messages import CopyBlocks, StepBatch
-from workers.restart import FENCED_STATUS
-from workers.watchdog import Look
-from workers.worker import EPWorker, Preparation, experts_of
-from workers.worker_base import WorkerContext
+from workers.fleet.watchdog import Look
+from workers.protocol.messages import CopyBlocks, StepBatch
+from workers.protocol.restart_policy import FENCED_STATUS
+from workers.rank.engine_port import EnginePort
+from workers.rank.worker import EPWorker, Preparation, experts_of
+from workers.rank.worker_api import WorkerContext
 
 if TYPE_CHECKING:
     from chaos.simulation.cluster import Cluster
@@ -122,7 +122,7 @@ class Inbox:
         return bool(self.messages or self.closed)
 
     def try_dequeue(self) -> Any:
-        """See workers/queue.py."""
+        """See workers/queue/message_queue.py."""
         if self.closed:
             raise QueueClosed(self.closed)
         return self.messages.popleft() if self.messages else None
@@ -154,7 +154,7 @@ class Outbox:
         self.ring()
 
     def export_handle(self) -> Outbox:
-        """See workers/queue.py: it is also its own handle."""
+        """See workers/queue/message_queue.py: it is also its own handle."""
         return self
 
     def encode(self) -> bytes:
@@ -166,7 +166,7 @@ class Outbox:
         return bool(self.items) or self.ended
 
     def try_dequeue(self) -> Any:
-        """See workers/queue.py."""
+        """See workers/queue/message_queue.py."""
         if not self.items and self.ended:
             raise QueueClosed("the rank has left")
         return self.items.popleft() if self.items else None
@@ -229,17 +229,17 @@ class RankProcess(Process):
 
     @property
     def beats(self) -> int:
-        """See workers/liveness.py."""
+        """See workers/protocol/liveness.py."""
         return int((self.clock.now - self.born if self.hang == "native" else self._ran_s) / BEAT_S)
 
     @property
     def turns(self) -> int:
-        """See workers/liveness.py."""
+        """See workers/protocol/liveness.py."""
         return 1 + self._heard + int(self._ran_s / TURN_S)
 
     @property
     def waited_s(self) -> float:
-        """See workers/liveness.py."""
+        """See workers/protocol/liveness.py."""
         return self._ran_s / 2
 
     def look(self) -> Look:

@@ -6,7 +6,7 @@ import hashlib
 
 from chaos.simulation.laws import require
 from elastic.protocol import Submit
-from workers.messages import (
+from workers.protocol.messages import (
     BlocksCopied,
     CopyBlocks,
     SampledToken,

@@ -11,12 +11,12 @@ from random import Random
 from typing import TypeVar, cast
 
 from chaos.simulation.clock import Clock
-from membership.errors import StoreUnavailable
-from membership.keys import Keys, Reading
-from membership.memory import MemoryStore
-from membership.mirror import Mirror
-from membership.store import Compare, KeyValue, Op, Response, TxnResult, Watch, WatchBatch
-from membership.types import ClusterState
+from membership.base.errors import StoreUnavailable
+from membership.store.in_memory import MemoryStore
+from membership.store.interface import Compare, KeyValue, Op, Response, TxnResult, Watch, WatchBatch
+from membership.store.keys import Keys, Reading
+from membership.store.mirror import Mirror
+from membership.store.records import ClusterState
 
 R = TypeVar("R")
 

@@ -16,14 +16,15 @@ from msgspec.structs import replace
 from chaos.simulation import promises
 from chaos.simulation.laws import Laws, Rank, keep, require
 from chaos.simulation.laws import Violation as Violation
-from membership.codec import encode
-from membership.controller import transaction
-from membership.keys import Keys, Reading
-from membership.memory import MemoryStore
-from membership.operations import propose
-from membership.planner import Effect, due, reconcile
-from membership.store import Compare, Store
-from membership.types import (
+from membership.operations.change import Wish, scale
+from membership.operations.operations import propose
+from membership.planning.controller import transaction
+from membership.planning.planner import Effect, due, reconcile
+from membership.store.codec import encode
+from membership.store.in_memory import MemoryStore
+from membership.store.interface import Compare, Store
+from membership.store.keys import Keys, Reading
+from membership.store.records import (
     AgentRecord,
     ClusterConfig,
     ClusterState,
@@ -38,7 +39,6 @@ from membership.types import (
     RankSpec,
     RankState,
 )
-from membership.wish import Wish, scale
 
 CONFIG = ClusterConfig(
     cluster="sim", model="/m", served_model_name="m", moe_layers=2, experts=8, max_ranks=12, launch_deadline_s=20.0

@@ -1,1 +1,4 @@
-"""The HTTP face: OpenAI API, health, metrics, admin; it owns the clients' connections and the request journal."""
+"""HTTP: the OpenAI API, admin, health, metrics; the journal of open requests.
+
+Imports `elastic/protocol.py`, `status.py`, `explain.py`; never the engine. Start with `app.py`.
+"""

@@ -19,8 +19,8 @@ from elastic.explain import explain
 from elastic.gateway.http import EventStream, json_response, new_app, read_body
 from elastic.gateway.schema import Shape, parse
 from elastic.status import cluster_status
-from membership import failpoints
-from membership.errors import (
+from membership.base import failpoints
+from membership.base.errors import (
     ConfigError,
     ElasticError,
     Fenced,
@@ -31,16 +31,16 @@ from membership.errors import (
     StoreUnavailable,
     WaitTimeout,
 )
-from membership.events import FOLLOW_POLL_S, Tail
-from membership.mirror import Mirror
-from membership.operations import cancel, propose
-from membership.pause import pause, resume
-from membership.preview import plan_of
-from membership.quarantine import unquarantine
-from membership.rebalance_now import ask_rebalance, plan_rebalance
-from membership.store import Store
-from membership.types import ClusterState, Operation, View
-from membership.wish import Wish, drain, scale, undrain
+from membership.base.events import FOLLOW_POLL_S, Tail
+from membership.operations.change import Wish, drain, scale, undrain
+from membership.operations.dry_run import plan_of
+from membership.operations.operations import cancel, propose
+from membership.operations.pause import pause, resume
+from membership.operations.quarantine import unquarantine
+from membership.operations.rebalance_now import ask_rebalance, plan_rebalance
+from membership.store.interface import Store
+from membership.store.mirror import Mirror
+from membership.store.records import ClusterState, Operation, View
 
 S = TypeVar("S", bound=Shape)
 T = TypeVar("T")

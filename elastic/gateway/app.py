@@ -21,15 +21,15 @@ from elastic.gateway import health, openai
 from elastic.gateway.admin import Admin, admin_app
 from elastic.gateway.engine_link import EngineLink, LinkSettings
 from elastic.gateway.http import new_app
+from elastic.gateway.metrics import GatewayMetrics
 from elastic.gateway.registration import Registration
-from elastic.metrics import GatewayMetrics
-from elastic.statedir import StateDir
-from elastic.tokenizer import Tokenizer
-from membership.errors import ConfigError, ElasticError, RequestError
-from membership.events import EventLog
-from membership.mirror import Mirror
-from membership.store import Store
-from membership.types import ClusterConfig, ClusterState, GatewayRecord
+from elastic.gateway.tokenizer import Tokenizer
+from elastic.serve.state_dir import StateDir
+from membership.base.errors import ConfigError, ElasticError, RequestError
+from membership.base.events import EventLog
+from membership.store.interface import Store
+from membership.store.mirror import Mirror
+from membership.store.records import ClusterConfig, ClusterState, GatewayRecord
 
 CONFIG_TIMEOUT_S = 60.0
 STOP_POLL_S = 0.5

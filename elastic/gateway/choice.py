@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from elastic.gateway.journal import Delta
 from elastic.gateway.text import Detokenizer, StopMatcher
-from elastic.journal import Delta
-from elastic.tokenizer import Tokenizer
-from workers.messages import TokenLogprobs
+from elastic.gateway.tokenizer import Tokenizer
+from workers.protocol.messages import TokenLogprobs
 
 
 class TokenEntry(NamedTuple):

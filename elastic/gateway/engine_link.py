@@ -23,11 +23,11 @@ import zmq
 import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
-from elastic.journal import Delta, Journal, Request
+from elastic.gateway.journal import Delta, Journal, Request
 from elastic.protocol import Hello, Rejected, ToEngine, ToGateway, Tokens, Welcome
-from membership import failpoints
-from membership.errors import JournalError, RequestError
-from membership.types import ClusterState
+from membership.base import failpoints
+from membership.base.errors import JournalError, RequestError
+from membership.store.records import ClusterState
 
 TICK_S = 0.2
 

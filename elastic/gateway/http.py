@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from elastic.gateway.render import error_body
 from elastic.gateway.schema import MAX_BODY_BYTES
-from membership.errors import RequestError
+from membership.base.errors import RequestError
 
 BODY_TIMEOUT_S = 30.0
 CLIENT_GONE_STATUS = 499  # nobody reads it, except the access log

@@ -19,14 +19,14 @@ from fastapi import FastAPI, Request, Response
 from elastic.gateway.choice import Choice, Piece
 from elastic.gateway.engine_link import EngineLink, Generation
 from elastic.gateway.http import EventStream, internal_error, json_response, read_body, unless_gone
+from elastic.gateway.journal import Request as Sequence
+from elastic.gateway.metrics import GatewayMetrics
 from elastic.gateway.render import DONE, ChatRenderer, CompletionRenderer, Json, Renderer, error_body, event
 from elastic.gateway.schema import MAX_SEED, ChatRequest, CommonRequest, CompletionRequest, parse, seed_for
-from elastic.journal import Request as Sequence
-from elastic.metrics import GatewayMetrics
-from elastic.tokenizer import Tokenizer
-from membership.errors import RequestError
-from membership.types import ClusterConfig
-from workers.messages import Sampling
+from elastic.gateway.tokenizer import Tokenizer
+from membership.base.errors import RequestError
+from membership.store.records import ClusterConfig
+from workers.protocol.messages import Sampling
 
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 

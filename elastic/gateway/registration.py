@@ -7,12 +7,12 @@ from types import TracebackType
 
 import structlog
 
-from membership import codec
-from membership.errors import StoreError, WaitTimeout
-from membership.keys import Keys
-from membership.lease import LeaseKeeper
-from membership.store import Store
-from membership.types import GatewayRecord
+from membership.base.errors import StoreError, WaitTimeout
+from membership.store import codec
+from membership.store.interface import Store
+from membership.store.keys import Keys
+from membership.store.lease import LeaseKeeper
+from membership.store.records import GatewayRecord
 
 RETRY_S = 1.0
 CLOSE_TIMEOUT_S = 15.0

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import msgspec
 
 from elastic.gateway.choice import Choice, Piece, TokenEntry
-from elastic.tokenizer import Tokenizer
-from membership.errors import RequestError
+from elastic.gateway.tokenizer import Tokenizer
+from membership.base.errors import RequestError
 
 Json = dict[str, Any]
 DONE = b"data: [DONE]\n\n"

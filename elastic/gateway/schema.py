@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from membership.errors import RequestError
+from membership.base.errors import RequestError
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
 MAX_N = 16

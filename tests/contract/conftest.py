@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from membership.etcd import connect
-from membership.memory import MemoryStore
-from membership.store import Store
-from workers.etcd_server import EtcdServer
+from elastic.serve.etcd_server import EtcdServer
+from membership.store.etcd import connect
+from membership.store.in_memory import MemoryStore
+from membership.store.interface import Store
 
 
 @pytest.fixture(scope="session", autouse=True)

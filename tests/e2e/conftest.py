@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from chaos.cluster import ServedCluster
-from elastic.demo_model import write_demo_model
+from chaos.target.cluster import ServedCluster
+from elastic.demo.model import write_demo_model
 
 Serve = Callable[..., ServedCluster]
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from chaos.cluster import ServedCluster
-from chaos.history import RequestRecord
-from chaos.workload import Workload
+from chaos.target.cluster import ServedCluster
+from chaos.workload.history import RequestRecord
+from chaos.workload.streams import Workload
 
 _known: dict[str, dict[int, RequestRecord]] = {}
 

@@ -18,21 +18,21 @@ from pathlib import Path
 
 import psutil
 
-from chaos.cluster import ServedCluster
-from chaos.history import compare
-from chaos.inject import kill
-from chaos.workload import PROMPTS, Workload
-from elastic.client import wait_for
-from elastic.roles import revoke_leases
-from membership import codec
-from membership.etcd import connect
-from membership.events import Tail
-from membership.failpoints import ENV, KIND
-from membership.keys import Keys
-from membership.types import ClusterState, LeaderRecord, Operation, RankRecord
-from membership.wish import Wish
+from chaos.faults import kill
+from chaos.target.cluster import ServedCluster
+from chaos.workload.history import compare
+from chaos.workload.streams import PROMPTS, Workload
+from elastic.cli.client import wait_for
+from elastic.serve.role_process import revoke_leases
+from membership.base.events import Tail
+from membership.base.failpoints import ENV, KIND
+from membership.operations.change import Wish
+from membership.store import codec
+from membership.store.etcd import connect
+from membership.store.keys import Keys
+from membership.store.records import ClusterState, LeaderRecord, Operation, RankRecord
 from tests.e2e.test_roles_die import role_pid
-from tests.helpers import eventually
+from tests.support.helpers import eventually
 
 T = 60.0
 DEADLINE_S = 30.0  # of an operation

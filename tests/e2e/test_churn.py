@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 
 def test_a_short_churn(demo_model: Path) -> None:
-    main = [sys.executable, "-c", "from chaos.cli import main; main()"]
+    main = [sys.executable, "-c", "from chaos.cli.main import main; main()"]
     command = [*main, "churn", "--changes", "20", "--seed", "5", "-o", "json", "--model", str(demo_model)]
     outcome = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr[-2000:]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import shm_as_before
+from tests.support.helpers import shm_as_before
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
@@ -37,7 +37,7 @@ def test_the_receipt_is_measured_and_good(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("elastic-ep-*"))
 
     checked = subprocess.run(
-        [sys.executable, "-c", "from chaos.cli import main; main()", "check", str(saved), "-o", "json"],
+        [sys.executable, "-c", "from chaos.cli.main import main; main()", "check", str(saved), "-o", "json"],
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert checked.returncode == 0, checked.stderr

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from chaos.cluster import ServedCluster
-from chaos.inject import kill
-from membership.types import Phase
-from membership.wish import scale
+from chaos.faults import kill
+from chaos.target.cluster import ServedCluster
+from membership.operations.change import scale
+from membership.store.records import Phase
 from tests.e2e.conftest import Serve
 from tests.e2e.held_cluster import hang
 from tests.e2e.test_scale import elastic, stream_all, texts_of
-from tests.helpers import eventually
+from tests.support.helpers import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from chaos.cluster import ServedCluster
-from chaos.failpoint_matrix import FLAGS, every_cell, run_matrix
-from chaos.failpoint_stimuli import SMALL, STIMULI
-from membership.failpoints import POINTS
+from chaos.campaigns.failpoint_matrix import FLAGS, every_cell, run_matrix
+from chaos.campaigns.failpoint_stimuli import SMALL, STIMULI
+from chaos.target.cluster import ServedCluster
+from membership.base.failpoints import POINTS
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 

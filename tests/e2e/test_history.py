@@ -10,16 +10,16 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from chaos.checks.evidence import Evidence
-from chaos.checks.faults import aftermaths
-from chaos.cli import app
-from chaos.inject import kill
-from chaos.inject.base import Injected
-from chaos.record import read
-from chaos.recorder import Recorder
-from chaos.workload import PROMPTS, Workload
+from chaos.check.evidence import Evidence
+from chaos.check.faults import aftermaths
+from chaos.cli.main import app
+from chaos.faults import kill
+from chaos.faults.base import Injected
+from chaos.record.record import read
+from chaos.record.recorder import Recorder
+from chaos.workload.streams import PROMPTS, Workload
 from tests.e2e.conftest import Serve
-from tests.helpers import eventually
+from tests.support.helpers import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from chaos.cluster import ServedCluster
-from chaos.history import compare
-from chaos.inject import kill
-from chaos.workload import Workload
-from membership.events import Event
-from membership.failpoints import ENV
+from chaos.faults import kill
+from chaos.target.cluster import ServedCluster
+from chaos.workload.history import compare
+from chaos.workload.streams import Workload
+from membership.base.events import Event
+from membership.base.failpoints import ENV
 from tests.e2e.fault_free import fault_free
-from tests.helpers import eventually
+from tests.support.helpers import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 

@@ -11,9 +11,9 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from chaos.cluster import ServedCluster
+from chaos.target.cluster import ServedCluster
 from tests.e2e.conftest import Serve
-from tests.families import FAMILIES, VOCAB, write_checkpoint
+from tests.support.families import FAMILIES, VOCAB, write_checkpoint
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from chaos.inject import kill
-from membership.types import Member, Operation, Phase
-from membership.wish import Wish, drain, scale, undrain
+from chaos.faults import kill
+from membership.operations.change import Wish, drain, scale, undrain
+from membership.store.records import Member, Operation, Phase
 from tests.e2e.held_cluster import DEADLINE_S, HeldCluster, T, hang
 from tests.e2e.test_roles_die import role_pid
-from tests.helpers import eventually
+from tests.support.helpers import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 

@@ -14,17 +14,17 @@ from typing import Any
 import psutil
 import pytest
 
-from chaos.cluster import ServedCluster
-from chaos.history import RequestRecord, compare
-from chaos.inject import kill
-from chaos.workload import Workload
-from membership.errors import ElasticError
-from membership.etcd import connect
+from chaos.faults import kill
+from chaos.target.cluster import ServedCluster
+from chaos.workload.history import RequestRecord, compare
+from chaos.workload.streams import Workload
+from membership.base.errors import ElasticError
+from membership.store.etcd import connect
 from tests.e2e.conftest import Serve
 from tests.e2e.fault_free import fault_free
 from tests.e2e.test_roles_die import answered, role_pid, streaming
-from tests.etcd_members import three_members
-from tests.helpers import eventually
+from tests.support.etcd_members import three_members
+from tests.support.helpers import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 

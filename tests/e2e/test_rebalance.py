@@ -14,19 +14,19 @@ from pathlib import Path
 import httpx
 import pytest
 
-from chaos.cluster import ServedCluster
-from chaos.history import compare
-from chaos.inject import kill
-from chaos.workload import Workload
-from membership.codec import encode
-from membership.etcd import connect
-from membership.events import Event
-from membership.keys import Keys
-from membership.resilience import resilience
-from membership.types import ExpertLoad
+from chaos.faults import kill
+from chaos.target.cluster import ServedCluster
+from chaos.workload.history import compare
+from chaos.workload.streams import Workload
+from membership.base.events import Event
+from membership.placement.survivability import resilience
+from membership.store.codec import encode
+from membership.store.etcd import connect
+from membership.store.keys import Keys
+from membership.store.records import ExpertLoad
 from tests.e2e.conftest import Serve
 from tests.e2e.fault_free import fault_free
-from tests.helpers import eventually
+from tests.support.helpers import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 

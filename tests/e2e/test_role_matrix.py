@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from chaos.role_matrix import FLAGS, all_cells, run_role_matrix
+from chaos.campaigns.role_matrix import FLAGS, all_cells, run_role_matrix
 from tests.e2e.conftest import Serve
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]

@@ -13,15 +13,15 @@ import httpx
 import psutil
 import pytest
 
-from chaos.cluster import ServedCluster
-from chaos.history import compare
-from chaos.inject import kill
-from chaos.workload import Workload
+from chaos.faults import kill
+from chaos.target.cluster import ServedCluster
+from chaos.workload.history import compare
+from chaos.workload.streams import Workload
+from elastic.serve.etcd_server import free_ports
 from tests.e2e.conftest import Serve
 from tests.e2e.fault_free import fault_free
 from tests.e2e.test_serve import completion
-from tests.helpers import eventually, shm_as_before
-from workers.etcd_server import free_ports
+from tests.support.helpers import eventually, shm_as_before
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
@@ -97,7 +97,7 @@ def role_pid_or_zero(cluster: ServedCluster, role: str) -> int:
 
 def answered(ask: Callable[[], bool]) -> bool:
     """False while the store cannot be asked."""
-    from membership.errors import StoreError
+    from membership.base.errors import StoreError
 
     try:
         return ask()

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from elastic.rollout import last_incarnation, rollout
+from elastic.cli.rollout import last_incarnation, rollout
 from tests.e2e.conftest import Serve
 from tests.e2e.test_scale import elastic, stream_all, texts_of
-from tests.helpers import eventually
+from tests.support.helpers import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 

@@ -12,10 +12,11 @@ import pytest
 
 from tests.e2e.conftest import Serve
 from tests.e2e.test_scale import stream_all, texts_of
+from tests.support import ROOT
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
-RUNBOOK = Path(__file__).parents[2] / "docs" / "OPERATIONS.md"
+RUNBOOK = ROOT / "docs" / "OPERATIONS.md"
 LINE = re.compile(r"^\$ (?P<command>.*?)(?:\s+# exit (?P<exits>[0-9 or]+):.*)?$")
 
 

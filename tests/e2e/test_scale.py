@@ -12,11 +12,11 @@ from typing import Any
 import openai
 import pytest
 
-from chaos.cluster import ServedCluster
-from chaos.inject import kill
-from chaos.workload import PROMPTS
+from chaos.faults import kill
+from chaos.target.cluster import ServedCluster
+from chaos.workload.streams import PROMPTS
 from tests.e2e.conftest import Serve
-from tests.helpers import eventually
+from tests.support.helpers import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 

@@ -17,7 +17,7 @@ from tests.e2e.conftest import Serve
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
-COMMAND = [sys.executable, "-c", "from chaos.cli import main; main()", "run"]
+COMMAND = [sys.executable, "-c", "from chaos.cli.main import main; main()", "run"]
 
 
 def played(*arguments: str) -> tuple[int, dict[str, Any], str]:

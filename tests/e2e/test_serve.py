@@ -11,9 +11,9 @@ import httpx
 import psutil
 import pytest
 
-from chaos.cluster import ServedCluster
+from chaos.target.cluster import ServedCluster
+from elastic.serve.etcd_server import EtcdServer
 from tests.e2e.conftest import Serve
-from workers.etcd_server import EtcdServer
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 

@@ -16,7 +16,7 @@ def test_a_short_soak(demo_model: Path) -> None:
     command = [
         sys.executable,
         "-c",
-        "from chaos.cli import main; main()",
+        "from chaos.cli.main import main; main()",
         "soak",
         "--kills",
         "14",

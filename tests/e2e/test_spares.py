@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from chaos.cluster import ServedCluster
-from chaos.history import compare
-from chaos.inject import kill
-from chaos.workload import Workload
+from chaos.faults import kill
+from chaos.target.cluster import ServedCluster
+from chaos.workload.history import compare
+from chaos.workload.streams import Workload
 from tests.e2e.conftest import Serve
 from tests.e2e.fault_free import fault_free
-from tests.helpers import eventually
+from tests.support.helpers import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 

@@ -13,17 +13,17 @@ import httpx
 import psutil
 import pytest
 
-from chaos.cluster import ServedCluster
-from chaos.history import compare
-from chaos.inject import kill
-from chaos.workload import Workload
-from elastic.client import AdminClient
-from membership.errors import NoAnswer
-from membership.wish import scale
+from chaos.faults import kill
+from chaos.target.cluster import ServedCluster
+from chaos.workload.history import compare
+from chaos.workload.streams import Workload
+from elastic.cli.client import AdminClient
+from membership.base.errors import NoAnswer
+from membership.operations.change import scale
 from tests.e2e.conftest import Serve
 from tests.e2e.fault_free import fault_free
 from tests.e2e.test_roles_die import role_pid, streaming
-from tests.helpers import eventually
+from tests.support.helpers import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from chaos.inject.members import ProxiedEtcd, ProxiedSite
-from chaos.inject.proxied import FAULTS as PROXY_FAULTS
-from chaos.inject.store import FAULTS as STORE_FAULTS
-from chaos.workload import Workload
-from elastic.client import StoreClient
-from membership.errors import StoreUnavailable
-from membership.etcd import connect
-from membership.wish import scale
+from chaos.faults.members import ProxiedEtcd, ProxiedSite
+from chaos.faults.proxied import FAULTS as PROXY_FAULTS
+from chaos.faults.store import FAULTS as STORE_FAULTS
+from chaos.workload.streams import Workload
+from elastic.cli.client import StoreClient
+from membership.base.errors import StoreUnavailable
+from membership.operations.change import scale
+from membership.store.etcd import connect
 from tests.e2e.conftest import Serve
 from tests.e2e.test_outages import grown, under_load
-from tests.helpers import eventually
+from tests.support.helpers import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 

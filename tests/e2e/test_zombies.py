@@ -12,13 +12,13 @@ import httpx
 import psutil
 import pytest
 
-from chaos.cluster import ServedCluster
-from chaos.history import compare
-from chaos.workload import Workload
+from chaos.target.cluster import ServedCluster
+from chaos.workload.history import compare
+from chaos.workload.streams import Workload
 from tests.e2e.conftest import Serve
 from tests.e2e.fault_free import fault_free
 from tests.e2e.test_kill_rank import RANKS, back_as_new, streaming
-from tests.helpers import eventually
+from tests.support.helpers import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 

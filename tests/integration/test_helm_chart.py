@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
 import yaml
 
+from tests.support import ROOT
+
 pytestmark = pytest.mark.integration
 
-ROOT = Path(__file__).parents[2]
 CHART = ROOT / "helm" / "elastic-ep"
 KUBERNETES = "1.30"
 
@@ -70,7 +70,7 @@ def test_the_command_line_is_one_that_serve_takes() -> None:
     """Every flag the chart passes exists, so that a renamed flag cannot break a deployment unseen."""
     import typer.main
 
-    from elastic.cli import app
+    from elastic.cli.main import app
 
     command = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
     known = {flag for parameter in command.params for flag in parameter.opts}

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 import typer.main
 
-from elastic.cli import app
+from elastic.cli.main import app
+from tests.support import ROOT
 
 pytestmark = pytest.mark.unit
 
-ROOT = Path(__file__).parents[2]
 DOCS = (
     "README.md",
     "CONTRIBUTING.md",

@@ -1,1 +1,4 @@
-"""Dispatch and combine: how a token's row reaches the ranks that hold its experts, and comes back."""
+"""Dispatch and combine: rows travel to the ranks that hold their experts, and back.
+
+Imports ipc, queue and protocol. Start with `base.py`.
+"""

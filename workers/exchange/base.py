@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
-from membership.types import View
+from membership.store.records import View
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@ import structlog
 import torch
 from torch import Tensor
 
-from membership.errors import ModelError, RankFailed
+from membership.base.errors import ModelError, RankFailed
 from workers.exchange.base import ExpertBank
 from workers.exchange.router import Ints
 from workers.exchange.wire import DTYPES, Rows, bits

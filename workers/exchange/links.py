@@ -15,12 +15,12 @@ from dataclasses import dataclass
 
 import msgspec
 
-from membership.errors import Fenced, PeerTimeout, QueueError, RankDied, RankError
-from workers import handover
-from workers.doorbell import Bell, Doorbell
+from membership.base.errors import Fenced, PeerTimeout, QueueError, RankDied, RankError
 from workers.exchange.wire import AREA, Lane, Request, lane_bytes
-from workers.handover import Grant, Handover
-from workers.segment import Segment
+from workers.ipc import handover
+from workers.ipc.doorbell import Bell, Doorbell
+from workers.ipc.handover import Grant, Handover
+from workers.ipc.shared_memory import Segment
 
 
 class ExchangeHandle(msgspec.Struct, frozen=True, array_like=True):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from membership.errors import CoverageLost
+from membership.base.errors import CoverageLost
 from workers.exchange.base import ExpertBank, StepContext
 from workers.exchange.combine import ascending, combine
 from workers.exchange.router import FEW, Ints

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from membership.errors import CoverageLost
-from membership.types import Placement
+from membership.base.errors import CoverageLost
+from membership.store.records import Placement
 
 Ints = npt.NDArray[np.int64]
 Refusal = tuple[int, int]  # (rank, expert): the rank said that it cannot answer for the expert in this layer

@@ -15,8 +15,7 @@ import structlog
 import torch
 from torch import Tensor
 
-from membership.errors import CoverageLost, Fenced, PeerTimeout, RankError
-from workers.doorbell import Doorbell
+from membership.base.errors import CoverageLost, Fenced, PeerTimeout, RankError
 from workers.exchange.base import ExpertBank, StepContext
 from workers.exchange.batch import ExpertFailed, Work, run
 from workers.exchange.call import Call, Flight
@@ -25,6 +24,7 @@ from workers.exchange.links import Links, PeerLink
 from workers.exchange.local import compute_here
 from workers.exchange.router import Ints, Parcel, Router
 from workers.exchange.wire import AREA, Refusal, Request, Tag, most_pairs
+from workers.ipc.doorbell import Doorbell
 
 log = structlog.get_logger("exchange")
 Key = tuple[int, int, int]  # layer, hidden size, dtype

@@ -16,13 +16,13 @@ import numpy.typing as npt
 import torch
 
 from workers.exchange.router import Ints, Parcel
-from workers.fence import fence
-from workers.segment import PAGE, Segment, SegmentError
+from workers.ipc.fence import fence
+from workers.ipc.shared_memory import PAGE, Segment, SegmentError
 
 Rows = npt.NDArray[Any]  # [R, H]; the bits of a float type as integers of its width, which numpy can copy for any type
 
 AREA = 32 << 20  # bytes for the rows of one request, and of one answer; memory is taken as it is first used
-BULK = 8 << 20  # bytes for what belongs to no step (`workers/kv_transfer.py`): so much is copied in one go at most
+BULK = 8 << 20  # bytes for what belongs to no step (`model/kv_transfer.py`): so much is copied in one go at most
 MAX_PAIRS = 1 << 15
 _INDEX = 3 * 8 * MAX_PAIRS
 ASK, ANSWER = 0, 8  # published sequence numbers, in words; each in its own cache line

@@ -1,1 +1,4 @@
-"""The model on one rank: Hugging Face modules, our experts, our KV cache, our sampler."""
+"""A Hugging Face MoE model with our experts, KV cache and arithmetic.
+
+Imports exchange and below. Start with `runner.py`.
+"""

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from membership.errors import ModelError
+from membership.base.errors import ModelError
+from workers.model.attention_plan import TILE_POSITIONS, StepPlan, Tiles
 from workers.model.kv import Context, KVCache, LayerCache
-from workers.model.plan import TILE_POSITIONS, StepPlan, Tiles
 
 SLICE = 128  # cells per accumulated product with the values
 REFERENCE_ROWS = 16

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from membership.errors import ModelError
+from membership.base.errors import ModelError
 from workers.model.calibrations import Calibrations
 from workers.model.linear import RowTiles, calibrate_product
 from workers.model.load import ExpertSource, ExpertWeights

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from membership.errors import ModelError
+from membership.base.errors import ModelError
 from workers.model.calibrations import Calibrations
 
 REFERENCE = 16

@@ -9,19 +9,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from membership.errors import ModelError
-from workers.kv_transfer import Outbox, Stamp, take_in, write_out
-from workers.messages import SampledToken, Sampling, SeqChunk
+from membership.base.errors import ModelError
 from workers.model.attention import AttentionHook, check_tiles
+from workers.model.attention_plan import StepPlan, plan_step
 from workers.model.calibrations import Calibrations
 from workers.model.experts import Dispatcher, LocalExpertBank, MoeHook, activation_of
 from workers.model.fingerprint import kernel_fingerprint
 from workers.model.kv import KVCache
+from workers.model.kv_transfer import Outbox, Stamp, take_in, write_out
 from workers.model.linear import RowTiles, make_invariant
 from workers.model.load import LoadedModel
-from workers.model.plan import StepPlan, plan_step
 from workers.model.rotary import tabulate
 from workers.model.sampler import sample
+from workers.protocol.messages import SampledToken, Sampling, SeqChunk
 
 
 class ModelRunner:

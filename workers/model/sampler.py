@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from workers.messages import Sampling, TokenLogprobs
+from workers.protocol.messages import Sampling, TokenLogprobs
 
 _MASK = (1 << 64) - 1
 Row = npt.NDArray[np.float64]

@@ -1,4 +1,4 @@
-"""A rank's side of its host's weight store (`workers/weights.py`): maps what is there, deposits what it had to load.
+"""A rank's side of its host's weight store (`agent/weight_store.py`): maps what is there, deposits what it had to load.
 
 An entry holds named tensors in the very layout that the kernels use: first a header, then each tensor at a multiple of
 64 bytes, which is also what torch's own allocator gives, so kernels that choose by alignment choose alike. Mapped
@@ -31,9 +31,9 @@ import structlog
 import torch
 from torch import Tensor
 
-from membership.errors import ModelError, QueueError, WaitTimeout
-from workers.model.info import INDEX_FILE
-from workers.weights import BATCH, SEALS, Held, WeightClient
+from membership.base.errors import ModelError, QueueError, WaitTimeout
+from workers.agent.weight_store import BATCH, SEALS, Held, WeightClient
+from workers.model.families import INDEX_FILE
 
 ALIGN = 64
 LAYOUT = 1  # of entries; a rank with another one asks for other keys

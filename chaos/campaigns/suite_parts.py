@@ -1,0 +1,91 @@
+"""What the suite consists of, and what each part must reach (figures of `make chaos`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from chaos.campaigns.suite import Goal, Part, Receipt, Stages, all_of, at_least, at_most, none_of
+
+FAULTS = 120_000  # simulated
+FAULTS_PER_MINUTE = 20_000
+REPLAYS = 500
+BUGS = 25
+EVENTS = 6  # median of the minimised schedules
+KILLS, ZOMBIES, OUTAGES, REQUESTS = 300, 40, 20, 15_000
+
+
+def parts(seed: int, folder: Path, pace: bool = True) -> Stages:
+    """All of it, in the order in which it runs; `pace`: how fast it is, on two cores that nobody else uses, too."""
+    drawn, record = ("--seed", str(seed), "-o", "json"), folder / "soak.jsonl"
+    page = folder / "report.html"
+    simulate = Part(
+        "simulate", "whole lives under a virtual clock",
+        ("simulate", "--faults", str(FAULTS), "--replays", str(REPLAYS), *drawn),
+        partial(_simulated, pace), 600.0,
+    )  # fmt: skip
+    planted = Part("planted", "guards taken out one by one", ("planted", "-o", "json"), _planted, 600.0)
+    roles = Part("roles", "each process fault for each role", ("role-matrix", "-o", "json"), _roles, 900.0)
+    points = Part("failpoints", "each failpoint", ("failpoint-matrix", "-o", "json"), _points, 900.0)
+    soak = Part(
+        "soak", "random and nested faults under load",
+        ("soak", "--kills", str(KILLS), "--zombies", str(ZOMBIES), "--outages", str(OUTAGES),
+         "--requests", str(REQUESTS), "--ranks", "3", "--streams", "32", "--record", str(record), *drawn),
+        _soaked, 900.0,
+    )  # fmt: skip
+    check = Part("check", "the soak's record, judged offline", ("check", str(record), "-o", "json"), _checked, 120.0)
+    report = Part(
+        "report", f"and drawn: {page}", ("report", str(record), "--output", str(page), "--json", "-"), _drawn, 120.0
+    )
+    return (simulate,), (planted,), (points, roles), (soak,), (check, report)
+
+
+def _simulated(pace: bool, receipt: Receipt) -> Iterator[Goal]:
+    seen, _, total = str(receipt["pairs"]).partition("/")
+    yield at_least("faults", FAULTS, receipt["faults"])
+    if pace:
+        yield at_least("faults per minute", FAULTS_PER_MINUTE, receipt["faults_per_minute"])
+    yield none_of("violations", len(receipt["violations"]))
+    yield at_least("seeds that replay identically", REPLAYS, receipt["replayed"])
+    yield all_of("ordered pairs of faults", int(total), int(seen))
+
+
+def _planted(receipt: Receipt) -> Iterator[Goal]:
+    bugs = receipt["bugs"]
+    yield at_least("planted bugs", BUGS, len(bugs))
+    yield all_of("caught", len(bugs), sum(bug["caught"] for bug in bugs))
+    events = receipt["median_events"]
+    yield at_most("events of a minimised schedule, median", EVENTS, float("inf") if events is None else events)
+    yield none_of("alarms where nothing is planted", len(receipt["control"]))
+
+
+def _roles(receipt: Receipt) -> Iterator[Goal]:
+    yield all_of("role x fault", receipt["cells"], receipt["passed"])
+
+
+def _points(receipt: Receipt) -> Iterator[Goal]:
+    passed = sum(cell["ok"] for cell in receipt["results"])
+    yield all_of("failpoint x {kill, raise, hang}", receipt["cells"], passed)
+
+
+def _soaked(receipt: Receipt) -> Iterator[Goal]:
+    yield at_least("SIGKILLs of ranks", KILLS, receipt["kills"])
+    yield at_least("zombies", ZOMBIES, receipt["zombies"])
+    yield at_least("etcd faults", OUTAGES, receipt["outages"])
+    yield at_least("requests", REQUESTS, receipt["requests"])
+    for name in ("lost", "duplicated", "altered", "non_2xx"):
+        yield none_of(name, receipt[name])
+    yield none_of("promises broken, and leaks", len(receipt["broken"]))
+
+
+def _checked(receipt: Receipt) -> Iterator[Goal]:
+    judged = [outcome for outcome in receipt["outcomes"] if outcome["promise"] != "-"]
+    broken = [outcome for outcome in judged if outcome["findings"]]
+    yield at_least("checks that found something to judge", 7, sum(outcome["judged"] > 0 for outcome in judged))
+    yield none_of("checks that found a promise broken", len(broken))
+
+
+def _drawn(receipt: Receipt) -> Iterator[Goal]:
+    promises = receipt["promises"]
+    yield all_of("promises on the page that held", len(promises), sum(each["verdict"] == "held" for each in promises))

@@ -1,0 +1,195 @@
+"""Each fault was proven, and what followed it: when it was noticed and made good, and how long tokens paused."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import msgspec
+
+from chaos.check.evidence import Evidence, Outcome, Trial, typed
+from chaos.record.record import Changed, Dealt
+from chaos.workload.history import percentile
+from membership.base.events import Event
+from membership.store.records import RankExit, View
+
+LETHAL = ("kill", "segv", "oom", "abort", "crash")  # what these names begin with ends the process
+NOTICED_S = 60.0  # so long after a death at the latest the membership knows of it
+HEALED_S = 5.0  # what is first told of so long after a fault was healed has another cause
+AFTER_S = 5.0  # a pause of tokens that begins later is not this fault's
+PAUSE_MS = 20.0  # what is shorter is no pause
+
+DIED = "role_died"
+NOTICED = ("rank_masked", "rank_left", "rank_died", "rank_exited", DIED, "etcd_died")
+IN_OFFICE = {"engine": "engine_elected", "controller": "leader_elected"}
+
+
+class Aftermath(msgspec.Struct, frozen=True, kw_only=True):
+    """What followed one fault, in milliseconds since it was dealt; -1: it did not, or does not belong to the fault."""
+
+    fault: str
+    victim: str
+    at: float
+    incarnation: int = 0
+    noticed_ms: float = -1.0  # the first word of it in the cluster's history
+    recovered_ms: float = -1.0  # its requests have tokens again; for a role: there is one in office again
+    restored_ms: float = -1.0  # its slot serves again
+    pause_ms: float = 0.0  # the longest wait of any stream for a token
+
+
+def check_faults(evidence: Evidence) -> Outcome:
+    """Faults without proof, deaths that nobody noticed, and figures of all that followed."""
+    trial = Trial("-", "faults", evidence)
+    followed = aftermaths(evidence)
+    gone = _gone(evidence)
+    for dealt, after in zip(evidence.faults, followed, strict=True):
+        trial.judged += 1
+        fault = dealt.fault
+        if not fault.proof or fault.seen_at < fault.at:
+            trial.found(f"{fault.fault} of {fault.victim} was counted without proof that it happened", dealt)
+        mortal = fault.fault.startswith(LETHAL) and after.incarnation
+        if mortal and evidence.ended > fault.at + NOTICED_S and after.incarnation not in gone:
+            what = f"{fault.fault} of {fault.victim} (incarnation {after.incarnation}) was never noticed"
+            trial.found(what, dealt)
+    trial.figures["faults"] = len(followed)
+    for name in ("noticed_ms", "recovered_ms", "restored_ms"):
+        values = [value for after in followed if (value := getattr(after, name)) >= 0]
+        if values:
+            trial.figures[name.replace("_ms", "_p50_ms")] = round(percentile(values, 0.5), 1)
+            trial.figures[name.replace("_ms", "_max_ms")] = round(max(values), 1)
+    trial.figures["pause_max_ms"] = round(max((after.pause_ms for after in followed), default=0.0), 1)
+    return trial.outcome()
+
+
+def aftermaths(evidence: Evidence) -> list[Aftermath]:
+    """What followed each fault, in the order of `evidence.faults`."""
+    events = _Index(evidence.events)
+    processes, returns, pauses = _processes(evidence), _returns(evidence), _pauses(evidence)
+    until = over(evidence.faults)
+    found = []
+    for number, dealt in enumerate(evidence.faults):
+        fault = dealt.fault
+        rank = int(fault.victim.split()[1]) if fault.victim.startswith("rank ") else None
+        incarnation = processes.get(fault.pid, 0) if rank is not None else 0
+        noticed = events.first(NOTICED, fault.at, rank, incarnation, fault.victim, fault.pid)
+        if noticed is not None and noticed > until[number]:
+            noticed = None
+        if rank is not None:
+            recovered = events.first(("rank_recovered",), fault.at, rank)
+            back = returns.get(rank, [])
+            after = bisect_right(back, (incarnation, float("inf"))) if incarnation else len(back)
+            restored = back[after][1] if after < len(back) else None
+        else:
+            kind = IN_OFFICE.get(fault.victim, "role_started")
+            recovered = events.first((kind,), fault.at, name="" if kind != "role_started" else fault.victim)
+            restored = None
+        found.append(
+            Aftermath(
+                fault=fault.fault, victim=fault.victim, at=fault.at, incarnation=incarnation,
+                noticed_ms=_ms(fault.at, noticed), recovered_ms=_ms(fault.at, recovered),
+                restored_ms=_ms(fault.at, restored), pause_ms=pauses[number],
+            )
+        )  # fmt: skip
+    return found
+
+
+def over(faults: Sequence[Dealt]) -> list[float]:
+    """For each fault, by time, when the story of it is over: it was healed, or the next one befell the same victim."""
+    again: dict[str, float] = {}
+    found = []
+    for dealt in reversed(faults):
+        healed = dealt.healed_at + HEALED_S if dealt.healed_at else math.inf
+        found.append(min(healed, again.get(dealt.fault.victim, math.inf)))
+        again[dealt.fault.victim] = dealt.fault.at
+    return found[::-1]
+
+
+def _ms(since: float, at: float | None) -> float:
+    return -1.0 if at is None or at < since else round((at - since) * 1000.0, 3)
+
+
+class _Index:
+    """The events by kind and whom they are of, to find the first one after a moment."""
+
+    def __init__(self, events: list[Event]) -> None:
+        self._events: dict[tuple[str, Any], list[Event]] = {}
+        for event in events:
+            whom = (
+                event.rank if event.rank is not None else event.fields.get("pid" if event.kind == DIED else "name", "")
+            )
+            self._events.setdefault((event.kind, whom), []).append(event)
+
+    def first(
+        self, kinds: tuple[str, ...], since: float, rank: int | None = None, incarnation: int = 0, name: str = "",
+        pid: int = 0,
+    ) -> float | None:  # fmt: skip
+        """When the first such event was. The engine in office may be either of two processes: a pid says who died."""
+        times = []
+        for kind in kinds:
+            whom = rank if rank is not None else {DIED: pid, "etcd_died": ""}.get(kind, name)
+            events = self._events.get((kind, whom), [])
+            for event in events[bisect_left(events, since, key=lambda event: event.ts) :]:
+                if not incarnation or event.fields.get("incarnation") == incarnation:
+                    times.append(event.ts)
+                    break
+        return min(times, default=None)
+
+
+def _processes(evidence: Evidence) -> dict[int, int]:
+    """Process id -> the incarnation that ran as it. (Ids may come again; the latest counts.)"""
+    puts = (c for line in evidence.told if isinstance(c := line, Changed) and _rank_record(evidence, c))
+    return {int(put.value.get("pid", 0)): int(put.value["incarnation"]) for put in puts}
+
+
+def _rank_record(evidence: Evidence, changed: Changed) -> bool:
+    return not changed.deleted and changed.key.startswith(evidence.prefix + "ranks/")
+
+
+def _returns(evidence: Evidence) -> dict[int, list[tuple[int, float]]]:
+    """Rank -> (incarnation, when the first view with it was committed), rising."""
+    found: dict[int, dict[int, float]] = {}
+    for revision in evidence.revisions:
+        view = revision.put("view")
+        for member in typed(view, View).members if view is not None else ():
+            found.setdefault(member.rank, {}).setdefault(member.incarnation, revision.at)
+    return {rank: sorted(back.items()) for rank, back in found.items()}
+
+
+def _gone(evidence: Evidence) -> set[int]:
+    """Incarnations whose end the membership knows of: they have an exit, or a view leaves them out again."""
+    gone: set[int] = set()
+    members: set[int] = set()
+    for revision in evidence.revisions:
+        view = revision.put("view")
+        if view is not None:
+            now = {member.incarnation for member in typed(view, View).members}
+            gone |= members - now
+            members = now
+        for name, changed in revision.changes.items():
+            if name.startswith("exits/") and not changed.deleted:
+                gone.add(typed(changed, RankExit).incarnation)
+            elif name.startswith("ranks/") and changed.deleted:
+                gone.add(int(name.rpartition("/")[2]))
+    return gone
+
+
+def _pauses(evidence: Evidence) -> list[float]:
+    """For each fault the longest pause of a stream that it may have caused: the last one before the pause ended."""
+    times = [dealt.fault.at for dealt in evidence.faults]
+    longest = [0.0] * len(times)
+    for began, ended in _waits(evidence):
+        number = bisect_right(times, ended) - 1
+        if number >= 0 and began <= times[number] + AFTER_S:
+            longest[number] = max(longest[number], round((ended - began) * 1000.0, 3))
+    return longest
+
+
+def _waits(evidence: Evidence) -> Iterator[tuple[float, float]]:
+    """From token to token, where that took long."""
+    for record in evidence.answered:
+        for before, after in pairwise(record.token_times):
+            if after - before > PAUSE_MS / 1000.0:
+                yield evidence.wall(before), evidence.wall(after)

@@ -1,0 +1,155 @@
+"""Linearizability of the membership, judged from the store's revisions: what reads and the watch said fits one order.
+
+To decide whether a history of reads and writes is linearizable one has in general to search for an order that explains
+it: NP-complete (Gibbons and Korach, 1997), and what Knossos and Porcupine do. Here no order has to be searched for. The
+store names it itself: every answer carries the revision as of which it was given, and the watch tells every write with
+its own. So it is enough to see that this one order is legal, which takes one pass; etcd's own robustness tests order
+operations by revision for the same reason. The order is legal if
+
+* the watch is whole: revisions rise, and each key's version says that no change of it is missing,
+* each read says what the writes up to its revision have made of the keys (the state is replayed beside the reads), and
+* no read is older than what was certainly known before it began: than a read that had ended by then, or a change that
+  the watch had told by then. When a change was told bounds from above when it was made, so that this is sound; the
+  other direction (a read of a change before it was made) shows as a read that ended before another one, older, began.
+
+These three are also sufficient: put the writes at their revisions, each read after the write it names and, among
+equals, in the order in which they began: then no two that did not overlap are the wrong way round. A store that
+answers right and names a wrong revision is found as well, as it should be: who compares revisions would be misled.
+`test_check_reads.py` holds this against a search through all orders. What falls into a gap is not judged.
+"""
+
+from __future__ import annotations
+
+from chaos.check.evidence import Evidence, Keyspace, Outcome, Revision, Trial, epoch_of
+from chaos.record.record import Changed, Read
+
+
+def check_watch(evidence: Evidence) -> Outcome:
+    """What the watch told is whole and in order."""
+    trial = Trial("G1", "watch", evidence)
+    last: Revision | None = None
+    for before, revision in evidence.walk():
+        if not revision.listed:
+            trial.judged += 1
+            if last is not None and revision.number <= last.number:
+                trial.found(f"the watch told revision {revision.number} after {last.number}", last, revision)
+            for name, changed in revision.changes.items():
+                _follows(trial, before.get(name), changed)
+        last = revision
+    trial.figures["gaps"] = len(evidence.gaps)
+    return trial.outcome()
+
+
+def check_reads(evidence: Evidence) -> Outcome:
+    """Every read says what was so at its revision, and none is older than what was known when it began."""
+    trial = Trial("G1", "linearizable", evidence)
+    known = _without_gaps(evidence)
+    trial.judged = len(known)
+    trial.figures["reads"], trial.figures["clients"] = len(known), len({read.client for read in known})
+    _right(trial, evidence, known)
+    _recent(trial, evidence, known)
+    return trial.outcome()
+
+
+def _follows(trial: Trial, old: Changed | None, new: Changed) -> None:
+    """A change follows from what the key was before; else something is missing between."""
+    if new.deleted:
+        if old is None:
+            trial.found(f"the watch told that {new.key} was deleted, and never that it was there", new)
+        return
+    fresh = old is None and (new.version, new.create_revision) == (1, new.revision)
+    again = old is not None and (new.version, new.create_revision) == (old.version + 1, old.create_revision)
+    if not (fresh or again):
+        was = f"version {old.version}" if old is not None else "not there"
+        now = f"version {new.version} of what was made at revision {new.create_revision}"
+        trial.found(f"the watch missed a change of {new.key}: it was {was}, then {now}", old, new)
+
+
+def _without_gaps(evidence: Evidence) -> list[Read]:
+    """The reads of revisions at which all keys are known, in the order of the record (each client's is its own)."""
+    first = evidence.revisions[0].number if evidence.revisions else 0
+    listed = [r.number for r in evidence.revisions if r.listed]
+    spans = [(gap.after, gap.until or float("inf")) for gap in evidence.gaps]
+    if listed and evidence.revisions[0].listed:  # the first listing is as of its latest change
+        head = next((i for i, r in enumerate(evidence.revisions) if not r.listed), len(evidence.revisions))
+        first = evidence.revisions[head - 1].number
+    reads = [read for read in evidence.reads if read.revision >= first]
+    return [read for read in reads if not any(after < read.revision < until for after, until in spans)]
+
+
+def _right(trial: Trial, evidence: Evidence, reads: list[Read]) -> None:
+    """Replay the changes beside the reads, both in the order of revisions."""
+    last: Keyspace = {}
+    rest = iter(sorted(reads, key=lambda read: read.revision))
+    read = next(rest, None)
+    for before, revision in evidence.walk():
+        while read is not None and read.revision < revision.number:
+            _compare(trial, read, before)
+            read = next(rest, None)
+        last = before
+    while read is not None:  # the walk has taken in the last revision by now
+        _compare(trial, read, last)
+        read = next(rest, None)
+
+
+def _compare(trial: Trial, read: Read, state: Keyspace) -> None:
+    view, leader, staged = state.get("view"), state.get("leader"), state.get("next")
+    said = (read.view_revision, read.epoch, read.leader_revision, read.next_revision)
+    true = (
+        view.revision if view is not None else 0,
+        epoch_of(view),
+        leader.create_revision if leader is not None else 0,
+        staged.revision if staged is not None else 0,
+    )
+    if said == true:
+        return
+    names = ("view", "view", "leader", "next")
+    wrong = next(name for name, a, b in zip(names, said, true, strict=True) if a != b)
+    words = {
+        "view": f"epoch {said[1]} of revision {said[0]}, where it was epoch {true[1]} of revision {true[0]}",
+        "leader": f"{_leader(read.leader_revision)}, where it was {_leader(true[2])}",
+        "next": f"{_staged(read.next_revision)}, where it was {_staged(true[3])}",
+    }
+    what = f"{read.client} was told as of revision {read.revision} that the {wrong} was {words[wrong]}"
+    trial.found(what, state.get(wrong), read)
+
+
+def _leader(token: int) -> str:
+    return f"token {token}" if token else "nobody"
+
+
+def _staged(revision: int) -> str:
+    return f"that of revision {revision}" if revision else "none"
+
+
+def _recent(trial: Trial, evidence: Evidence, reads: list[Read]) -> None:
+    """One sweep over time: what was the highest revision known when each read began, and who knew it."""
+    known: list[tuple[float, int, Read | Changed]] = [(read.ended, read.revision, read) for read in reads]
+    for revision in evidence.revisions:
+        if not revision.listed:
+            known.append((revision.at, revision.number, next(iter(revision.changes.values()))))
+    known.sort(key=lambda each: each[0])
+    mine: dict[str, Read] = {}
+    newest: tuple[int, Read | Changed | None] = (0, None)
+    told = iter(known)
+    ahead = next(told, None)
+    for read in sorted(reads, key=lambda read: read.began):
+        while ahead is not None and ahead[0] < read.began:
+            newest = max(newest, ahead[1:], key=lambda each: each[0])
+            ahead = next(told, None)
+        before = mine.get(read.client)
+        if before is not None and before.ended <= read.began and before.revision > read.revision:
+            what = f"{read.client} read revision {before.revision} and then, in another read, revision {read.revision}"
+            trial.found(what, before, read)
+        elif newest[0] > read.revision and isinstance(newest[1], Read):
+            what = (
+                f"{read.client} read revision {read.revision} after {newest[1].client} had read {newest[0]}: "
+                "the read is stale"
+            )
+            trial.found(what, newest[1], read)
+        elif newest[0] > read.revision:
+            what = (
+                f"{read.client} read revision {read.revision} after the watch had told {newest[0]}: the read is stale"
+            )
+            trial.found(what, newest[1], read)
+        mine[read.client] = read

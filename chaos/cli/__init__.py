@@ -1,0 +1,1 @@
+"""The `elastic-chaos` command: parse, call, render. Start with `main.py`."""

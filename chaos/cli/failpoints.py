@@ -1,0 +1,62 @@
+"""`elastic-chaos failpoints` and `failpoint-matrix`: faults at exact moments, one by hand or all of them."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from chaos.campaigns.failpoint_matrix import ACTIONS, FLAGS, every_cell, run_matrix
+from chaos.campaigns.failpoint_stimuli import SMALL
+from chaos.cli.endurance import served
+from elastic.cli.client import find_admin
+from elastic.cli.flags import AdminFlag, AdminTokenFlag, Output, OutputFlag, StateDirFlag, reported, write_json
+from membership.base.errors import ConfigError
+from membership.base.failpoints import POINTS
+
+
+def failpoints(
+    spec: Annotated[str | None, typer.Argument(help="NAME[@RANK]=[N*]ACTION;…  Empty: disarm. Left out: show.")] = None,
+    state_dir: StateDirFlag = None,
+    admin: AdminFlag = None,
+    admin_token: AdminTokenFlag = None,
+    output: OutputFlag = Output.TEXT,
+) -> None:
+    """Arm faults in a cluster that is served with --chaos, or show which are armed and which there are."""
+    with reported():
+        with find_admin(state_dir, admin, admin_token) as client:
+            told = client.failpoints() if spec is None else client.arm(spec)
+        if output is Output.JSON:
+            write_json(told)
+            return
+        typer.echo(f"armed: {told['failpoints'] or 'nothing'}")
+        if spec is None:
+            typer.echo(f"actions: {' '.join(told['actions'])}\npoints:\n  " + "\n  ".join(told["points"]))
+
+
+def failpoint_matrix(
+    only: Annotated[str | None, typer.Option(help="Only the failpoints whose names begin so.")] = None,
+    action: Annotated[list[str] | None, typer.Option(help="Only these actions; default: all three.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Serve this checkpoint instead of the shipped one.")] = None,
+    output: OutputFlag = Output.TEXT,
+) -> None:
+    """A role that dies, raises or hangs at every failpoint, under load. Exit 1 if a promise broke, or none came by."""
+    with reported():
+        cells = every_cell([point for point in POINTS if point.startswith(only or "")], tuple(action or ACTIONS))
+        if not cells:
+            raise ConfigError(f"there is no failpoint {only!r}", hint="see: elastic-chaos failpoints")
+        started = time.monotonic()
+        with served(model, SMALL, FLAGS) as (cluster, tell):
+            results = run_matrix(cluster, cells, tell)
+        failed = [each for each in results if not each.ok]
+        ok = not failed and len(results) == len(cells)
+        if output is Output.TEXT:
+            typer.echo(f"{'every promise held' if ok else 'a promise broke'}: {len(results)} of {len(cells)} cells "
+                       f"in {time.monotonic() - started:.0f} s, {len(failed)} failed")  # fmt: skip
+            for each in failed:
+                typer.echo(f"  - {each.point} {each.action}: {each.said}")
+        else:
+            write_json({"ok": ok, "cells": len(cells), "results": results})
+        raise typer.Exit(0 if ok else 1)

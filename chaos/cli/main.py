@@ -1,0 +1,58 @@
+"""The `elastic-chaos` command. Each command stands in the file of its kind; here they are put together."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from types import FrameType
+
+import typer
+
+from chaos.campaigns.demo import demo
+from chaos.cli.endurance import churn, soak
+from chaos.cli.failpoints import failpoint_matrix, failpoints
+from chaos.cli.faults import faults, role_matrix
+from chaos.cli.history import check
+from chaos.cli.planted import planted
+from chaos.cli.report import report
+from chaos.cli.run import run, scenarios
+from chaos.cli.simulate import replay, simulate
+from chaos.cli.suite import suite
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "run": run,
+    "scenarios": scenarios,
+    "suite": suite,
+    "kill-rank": demo,
+    "soak": soak,
+    "churn": churn,
+    "simulate": simulate,
+    "planted": planted,
+    "replay": replay,
+    "check": check,
+    "faults": faults,
+    "failpoints": failpoints,
+    "failpoint-matrix": failpoint_matrix,
+    "report": report,
+    "role-matrix": role_matrix,
+}
+
+app = typer.Typer(
+    name="elastic-chaos",
+    help="Prove that a killed rank loses, duplicates and alters nothing.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+for name, command in COMMANDS.items():
+    app.command(name)(command)
+
+
+def main() -> None:
+    """Entry point of the `elastic-chaos` script."""
+    signal.signal(signal.SIGTERM, _end)
+    app()
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """SIGTERM ends a command as an error would: whatever it started is stopped on the way."""
+    raise SystemExit(128 + number)

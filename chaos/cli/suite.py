@@ -1,0 +1,69 @@
+"""`elastic-chaos suite`: all of it, and one table. `make chaos` runs this."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from chaos.campaigns.endurance import seed_of
+from chaos.campaigns.suite import SuiteReceipt, run_suite
+from chaos.campaigns.suite_parts import parts
+from elastic.cli.flags import Output, OutputFlag, reported, write_json
+from membership.base.errors import ConfigError
+
+
+def suite(
+    only: Annotated[list[str] | None, typer.Option(help="Only these parts.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of all that is drawn.")] = None,
+    out: Annotated[Path, typer.Option(help="Where receipts, logs and the record go.")] = Path("chaos-report"),
+    pace: Annotated[
+        bool, typer.Option(help="Judge how fast the simulation is, too: it wants two cores for itself.")
+    ] = True,
+    output: OutputFlag = Output.TEXT,
+) -> None:
+    """Everything that proves the promises, part by part, and one table of it. Exit 1 if any goal was missed."""
+    with reported():
+        chosen = seed_of(seed)
+        out.mkdir(parents=True, exist_ok=True)
+        stages = parts(chosen, out, pace)
+        names = [part.name for stage in stages for part in stage]
+        for name in only or ():
+            if name not in names:
+                raise ConfigError(f"there is no part {name!r}", hint=f"there are {', '.join(names)}")
+        typer.echo(f"seed {chosen}", err=True)
+        began = time.monotonic()
+
+        def tell(step: str) -> None:
+            typer.echo(f"{time.monotonic() - began:6.1f} s  {step}", err=True)
+
+        wanted = [[part for part in stage if part.name in (only or names)] for stage in stages]
+        receipt = run_suite(wanted, chosen, out, tell)
+        if output is Output.JSON:
+            write_json(receipt)
+        else:
+            show(receipt, Console())
+        raise typer.Exit(0 if receipt.ok else 1)
+
+
+def show(receipt: SuiteReceipt, console: Console) -> None:
+    """The table: a line per goal, and what a part that failed has said."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("part", "what", "must be", "is", ""):
+        table.add_column(name, justify="right" if name in ("must be", "is") else "left")
+    for part in receipt.parts:
+        title = f"{part.name} ({part.seconds:.0f} s)"
+        for goal in part.goals:
+            table.add_row(
+                title, goal.what, goal.wanted, goal.reached, "[green]held[/]" if goal.ok else "[red]MISSED[/]"
+            )
+            title = ""
+        if not part.ok:
+            table.add_row(title, f"[red]{part.said or 'it failed'}[/]")
+    console.print(table)
+    verdict = "[green]every promise held[/]" if receipt.ok else "[red]the suite failed[/]"
+    console.print(f"\n{verdict} in {receipt.seconds / 60:.1f} minutes; again: make chaos SEED={receipt.seed}")

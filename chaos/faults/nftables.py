@@ -1,0 +1,89 @@
+"""Rules of nftables in a network namespace, over netlink: what a fault drops, resets or counts.
+
+Each fault has a table of its own: a packet must pass all tables, and a table goes with all its rules. pyroute2 speaks
+to the kernel; the program `nft` is not needed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from contextlib import closing
+from typing import Any, Literal
+
+import msgspec
+
+from chaos.faults.base import NotInjected
+
+HINT = "it takes root, a kernel with nf_tables, and `pip install pyroute2`"
+IPV4 = 2  # NFPROTO_IPV4
+DROP, ACCEPT = 0, 1
+META_L4PROTO, TCP, TCP_RST = 16, b"\x06", 1
+Expression = dict[str, Any]
+
+_numbers = itertools.count(1)
+
+
+class Rule(msgspec.Struct, frozen=True):
+    """What happens to packets from a peer (`input`) or to a peer (`output`)."""
+
+    hook: Literal["input", "output"]
+    peer: str  # IPv4 address
+    verdict: Literal["drop", "reset", "count"]
+
+
+class Table:
+    """Rules while they stand. All calls are to be made in the namespace that they are for."""
+
+    def __init__(self, rules: Sequence[Rule]) -> None:
+        """Set the rules; NotInjected if that cannot be."""
+        self.rules = tuple(rules)
+        self.name = f"chaos{next(_numbers)}"
+        with closing(_nftables()) as nft:
+            nft.table("add", name=self.name)
+            try:
+                for hook in sorted({rule.hook for rule in rules}):
+                    nft.chain("add", table=self.name, name=hook, hook=hook, type="filter", policy=ACCEPT)
+                for rule in rules:
+                    nft.rule("add", table=self.name, chain=rule.hook, expressions=_expressions(rule))
+            except BaseException:
+                nft.table("del", name=self.name)
+                raise
+
+    def packets(self) -> tuple[int, ...]:
+        """How many packets each rule has matched."""
+        with closing(_nftables()) as nft:
+            found = [rule for rule in nft.get_rules() if rule.get_attr("NFTA_RULE_TABLE") == self.name]
+        counted: dict[str, list[int]] = {"input": [], "output": []}
+        for rule in found:
+            for expression in rule.get_attr("NFTA_RULE_EXPRESSIONS"):
+                if expression.get_attr("NFTA_EXPR_NAME") == "counter":
+                    data = expression.get_attr("NFTA_EXPR_DATA")
+                    counted[rule.get_attr("NFTA_RULE_CHAIN")].append(int(data.get_attr("NFTA_COUNTER_PACKETS")))
+        return tuple(counted[rule.hook].pop(0) for rule in self.rules)
+
+    def drop(self) -> None:
+        """Take the rules away."""
+        with closing(_nftables()) as nft:
+            nft.table("del", name=self.name)
+
+
+def _nftables() -> Any:
+    try:
+        from pyroute2.nftables.main import NFTables  # type: ignore[import-untyped]
+
+        return NFTables(nfgen_family=IPV4)
+    except (ImportError, OSError) as error:
+        raise NotInjected(f"no rules of nftables can be set here: {error}", hint=HINT) from error
+
+
+def _expressions(rule: Rule) -> Sequence[Sequence[Expression]]:
+    from pyroute2.nftables.expressions import genex, ipv4addr, verdict  # type: ignore[import-untyped]
+
+    whom = ipv4addr(src=rule.peer) if rule.hook == "input" else ipv4addr(dst=rule.peer)
+    counter = [genex("counter", {"bytes": 0, "packets": 0})]
+    if rule.verdict == "reset":
+        is_tcp = {"attrs": [("NFTA_DATA_VALUE", TCP)]}
+        tcp = [genex("meta", {"key": META_L4PROTO, "dreg": 1}), genex("cmp", {"sreg": 1, "op": 0, "data": is_tcp})]
+        return tcp, whom, counter, [genex("reject", {"type": TCP_RST})]
+    return (whom, counter, verdict(DROP)) if rule.verdict == "drop" else (whom, counter)

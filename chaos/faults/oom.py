@@ -1,0 +1,156 @@
+"""Out of memory, in two ways. Where a memory cgroup was delegated to us, the kernel's OOM killer does it; elsewhere
+the process's address space is limited to less than it has, so that whatever it wants next is refused (MemoryError);
+if it still lives then, it is killed, as the kernel would (`starve`: it lives on with the limit until it is healed).
+
+A cgroup is ours if its owner says so: by the variable ELASTIC_CHAOS_CGROUP, or by systemd's mark for delegated groups.
+Groups of others are left alone: who manages a group may rely on what is in it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import secrets
+import signal
+from pathlib import Path
+
+from chaos.faults.base import NotInjected, Site
+from chaos.faults.fault import PROCESSES, Fault, Params
+from chaos.faults.process import Hold, Limit, OnProcess, see
+
+ENV = "ELASTIC_CHAOS_CGROUP"
+MARK = "user.delegate"  # set to 1 by systemd (Delegate=yes)
+KILLED_S = 20.0  # a process that wants no memory is not killed for it
+LEAVE_S = 5.0
+ENDED_S = 1.0
+
+
+class Group:
+    """A memory cgroup of our own, below one that was delegated to us, with no memory to give."""
+
+    def __init__(self, parent: Path) -> None:
+        self.path = parent / f"elastic-ep-oom-{secrets.token_hex(4)}"
+        self.path.mkdir()
+        self._limit, self._counter = (
+            (self.path / "memory.max", self.path / "memory.events")
+            if (self.path / "memory.max").exists()
+            else (self.path / "memory.limit_in_bytes", self.path / "memory.oom_control")
+        )
+        self._limit.write_text("0")
+
+    def take(self, pid: int) -> None:
+        """The process belongs here from now on; what it has counts where it was, what it wants next counts here."""
+        (self.path / "cgroup.procs").write_text(str(pid))
+
+    def kills(self) -> int:
+        """How many the kernel has killed here for want of memory."""
+        return next(
+            int(line.split()[1]) for line in self._counter.read_text().splitlines() if line.startswith("oom_kill ")
+        )
+
+    def give_back(self, to: Path) -> None:
+        """Who lives here goes to the group `to`; then this one goes."""
+        for pid in (self.path / "cgroup.procs").read_text().split():
+            try:
+                (to / "cgroup.procs").write_text(pid)
+            except ProcessLookupError:
+                continue
+        see(self._removed, f"cgroup {self.path.name} removed", LEAVE_S)
+
+    def _removed(self) -> bool:
+        try:
+            self.path.rmdir()
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            return False
+        return True
+
+
+def delegated() -> Path | None:
+    """The memory cgroup in which we may make groups, if there is one."""
+    if given := os.environ.get(ENV):
+        return Path(given)
+    mine = _group_of(os.getpid())
+    try:
+        return mine if mine is not None and os.getxattr(mine, MARK) == b"1" else None
+    except OSError:
+        return None
+
+
+def _group_of(pid: int) -> Path | None:
+    """The memory cgroup of a process: version 1's, or the only one of version 2."""
+    for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+        _, kinds, path = line.split(":", 2)
+        root = Path("/sys/fs/cgroup/memory" if "memory" in kinds.split(",") else "/sys/fs/cgroup")
+        if ("memory" in kinds.split(",") or not kinds) and (found := root / path.lstrip("/")).is_dir():
+            return found
+    return None
+
+
+class Oom(OnProcess):
+    """See the top of this file; `how` is cgroup, limit, or auto: whichever can be had."""
+
+    name = "oom"
+
+    def __init__(self, site: Site, victim: str, params: Params) -> None:
+        super().__init__(site, victim, params)
+        self._how = str(params["how"])
+        self._limit: Limit | None = None
+        self._group: Group | None = None
+        self._home: Path | None = None
+
+    def _deal(self, hold: Hold) -> str:
+        parent = delegated() if self._how in ("auto", "cgroup") else None
+        if parent is None and self._how == "cgroup":
+            raise NotInjected("no memory cgroup was delegated to us", hint=f"name one in {ENV}")
+        if parent is not None:
+            try:
+                return self._by_kernel(hold, parent)
+            except NotInjected:  # it wanted no memory
+                if self._how == "cgroup":
+                    raise
+                self._heal(hold)
+        return self._by_limit(hold)
+
+    def _by_kernel(self, hold: Hold, parent: Path) -> str:
+        self._home = _group_of(hold.pid)
+        self._group = group = Group(parent)
+        group.take(hold.pid)
+        see(lambda: group.kills() > 0 and hold.gone(), f"{self.victim} killed for want of memory", KILLED_S)
+        return f"the cgroup counts {group.kills()} OOM kill; pidfd says gone"
+
+    def _by_limit(self, hold: Hold) -> str:
+        has = _address_space(hold.pid)
+        self._limit = Limit(hold.pid, resource.RLIMIT_AS)
+        self._limit.lower(has // 2)
+        proof = f"a limit of {has // 2} bytes of address space reads back; it had {has}"
+        if hold.gone(ENDED_S):
+            return f"{proof}; pidfd says gone"
+        if self._how == "starve":
+            return proof
+        hold.send(signal.SIGKILL)
+        see(lambda: hold.gone(), f"{self.victim} killed for want of memory", KILLED_S)
+        return f"{proof}; it lived on for {ENDED_S:g} s, and was killed as the kernel would; pidfd says gone"
+
+    def _heal(self, hold: Hold) -> None:
+        if self._limit is not None:
+            self._limit.restore()
+        group, self._group = self._group, None
+        if group is not None and self._home is not None:
+            group.give_back(self._home)
+
+
+def _address_space(pid: int) -> int:
+    """Bytes of address space that a process has."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
+
+
+FAULTS = {
+    "oom": Fault(
+        about="out of memory: the kernel's OOM killer, or no address space left (MemoryError)",
+        victims=PROCESSES, heals=True, make=Oom, params={"how": "auto"},
+        needs=("a delegated memory cgroup, for the OOM killer",),
+    ),
+}  # fmt: skip

@@ -1,5 +1,0 @@
-"""Faults, one kind per file; each is dealt by an injector that proves that it happened and can take it back."""
-
-from chaos.inject.signals import Killed, kill
-
-__all__ = ["Killed", "kill"]

@@ -1,0 +1,228 @@
+"""Planted bugs in the membership: store, controller, planner, operations."""
+
+from __future__ import annotations
+
+from chaos.mutants.bug import Bug
+
+BUGS: tuple[Bug, ...] = (
+    # --- one truth: who may write, and over what
+    Bug(
+        name="unfenced-controller",
+        guards="G1: a controller's transaction holds only while the leader's key has its create revision",
+        file="membership/planning/controller.py",
+        before="self._store.txn([election.fence(), *compares], ops,",
+        after="self._store.txn(compares, ops,",
+        caught_by="fence",
+    ),
+    Bug(
+        name="stale-writes",
+        guards="G1: what a controller replaces is unchanged since it looked",
+        file="membership/planning/controller.py",
+        before='    compares += [Compare(key, "mod", "<", state.revision + 1) for key in writes if key not in known]\n',
+        shown_by=97,
+    ),
+    Bug(
+        name="two-holders",
+        guards="G1: an office is taken only if nobody holds it",
+        file="membership/store/election.py",
+        before='self._store.txn([Compare(self._key, "create", "=", 0)], [',
+        after="self._store.txn([], [",
+        caught_by="elections",
+    ),
+    Bug(
+        name="lease-from-the-answer",
+        guards="G1: a lease's deadline counts from before its renewal was sent",
+        file="membership/store/lease.py",
+        before="max(self._deadline, before + min(ttl_s, self._ttl_s))",
+        after="max(self._deadline, self._clock() + min(ttl_s, self._ttl_s))",
+        caught_by="leases",
+    ),
+    Bug(
+        name="lease-believed",
+        guards="G1: whoever rests on a lease asks its own clock whether it certainly holds",
+        file="membership/store/lease.py",
+        before="return not self._lost and self._clock() < self._deadline",
+        after="return not self._lost",
+        caught_by="leases",
+    ),
+    Bug(
+        name="incarnation-twice",
+        guards="G2: an incarnation is never given out twice, also not after all traces of its rank are gone",
+        file="membership/planning/planner.py",
+        before="incarnation = max([state.incarnation, *(m.incarnation",
+        after="incarnation = max([0, *(m.incarnation",
+    ),
+    # --- what a process takes for the store's state
+    Bug(
+        name="watch-from-now",
+        guards="G6: a client that was cut off goes on from the revision that it has",
+        file="membership/store/mirror.py",
+        before="self._store.watch(self._keys.prefix, self._revision)",
+        after="self._store.watch(self._keys.prefix, 0)",
+        caught_by="mirrors",
+    ),
+    Bug(
+        name="compaction-ignored",
+        guards="G6: where the store forgot what lies between, a client lists again",
+        file="membership/store/mirror.py",
+        before="        except StoreCompacted:\n            self._relist = True\n            raise\n",
+        after="        except StoreCompacted:\n            raise\n",
+        caught_by="mirrors",
+    ),
+    Bug(
+        name="wiped-store-believed",
+        guards="G6: a store of another id is refused",
+        file="membership/store/provenance.py",
+        before="if self._store_id and store_id != self._store_id:",
+        after="if False:",
+        caught_by="replaced_store",
+    ),
+    Bug(
+        name="older-store-believed",
+        guards="G6: a store that went back to an earlier revision is refused",
+        file="membership/store/provenance.py",
+        before="elif revision < floor:",
+        after="elif False:",
+        caught_by="replaced_store",
+    ),
+    Bug(
+        name="newer-schema-read",
+        guards="G1: a record of a later schema version is acted on by nobody",
+        file="membership/store/codec.py",
+        before="if envelope.v > SCHEMA_VERSION:",
+        after="if False:",
+        caught_by="records",
+    ),
+    # --- what may be committed
+    Bug(
+        name="unprepared-commit",
+        guards="G5: a view is committed once all its members have prepared it",
+        file="membership/planning/planner.py",
+        before="staged is None or census.unprepared or census.now",
+        after="staged is None or census.now",
+    ),
+    Bug(
+        name="unwanted-commit",
+        guards="G1: a staged view is committed only with members that live and are wanted still",
+        file="membership/planning/planner.py",
+        before=(
+            "    if not staged.members or not keep <= set(staged.members) <= keep | set(census.ready):\n"
+            "        return False\n"
+        ),
+        shown_by=96,
+    ),
+    Bug(
+        name="cancelled-commit",
+        guards="G5: an operation that was cancelled before its commit is not committed",
+        file="membership/planning/planner.py",
+        before="    if operation is not None and operation.cancelled:\n        return None\n",
+        shown_by=64,
+    ),
+    Bug(
+        name="orphans-left",
+        guards="G4: after a loss the survivors load what nobody holds any more",
+        file="membership/planning/next_view.py",
+        before="placement = repair(config.moe_layers, config.experts, old)",
+        after="placement = old",
+    ),
+    # --- who is dead, and what follows
+    Bug(
+        name="mask-ignored",
+        guards="G2: whom the engine has given up is replaced, though its process lives",
+        file="membership/planning/cluster_facts.py",
+        before="return not self.ended(member) and member.rank not in self.masked",
+        after="return not self.ended(member)",
+        caught_by="given_up",
+    ),
+    Bug(
+        name="dead-stay-assigned",
+        guards="G2: who was taken for dead leaves the assignments, and can never come back",
+        file="membership/planning/planner.py",
+        before="    gone = set(census.members) - set(census.alive)\n    gone |=",
+        after="    gone = set[Member]()\n    gone |=",
+    ),
+    Bug(
+        name="loss-not-first",
+        guards="G4: a loss is made durable with those who are left, before anybody new is waited for",
+        file="membership/planning/planner.py",
+        before="    if gone and keep and not (_stuck(census) and ready):\n",
+        after="    if False:\n",
+    ),
+    Bug(
+        name="no-backoff",
+        guards="G8: a slot is not filled again before its backoff is over",
+        file="membership/planning/planner.py",
+        before="(last.quarantined or last.held_back_s(census.now))",
+        after="last.quarantined",
+    ),
+    # --- operations
+    Bug(
+        name="two-operations",
+        guards="G5: one operation at a time",
+        file="membership/operations/operations.py",
+        before="    if state.active is not None:\n",
+        after="    if False:\n",
+        caught_by="proposals",
+    ),
+    Bug(
+        name="proposals-race",
+        guards="G5: of two operations that are proposed at once one wins, and a pause counts from when it is written",
+        file="membership/operations/operations.py",
+        before='    unchanged = [Compare(key, "mod", "<", revision + 1) for key in watched]\n',
+        after="    unchanged: list[Compare] = []\n",
+        caught_by="proposals",
+    ),
+    Bug(
+        name="id-again",
+        guards="G5: the same id is the same operation",
+        file="membership/operations/operations.py",
+        before="        if known is not None:\n            return _same(known, wish)\n",
+        caught_by="proposals",
+    ),
+    Bug(
+        name="pause-ignored",
+        guards="G5: no planned change begins during a pause",
+        file="membership/operations/operations.py",
+        before="    if state.pause is not None and state.paused(now):\n",
+        after="    if False:\n",
+        caught_by="proposals",
+    ),
+    Bug(
+        name="deadline-ignored",
+        guards="G5: an operation that is not done by its deadline is rolled back",
+        file="membership/planning/planner.py",
+        before=(
+            "    if _late(census, operation):\n"
+            '        return f"not done by its deadline; waited for {awaited(census)}"\n'
+        ),
+    ),
+    Bug(
+        name="rollback-keeps-the-wish",
+        guards="G5: an operation that is rolled back leaves no wish behind",
+        file="membership/planning/planner.py",
+        before="    desired = desired_without(operation, census.desired, len(census.members))\n",
+        after="    desired = census.desired\n",
+    ),
+    Bug(
+        name="never-done",
+        guards="G5: an operation ends once nobody lingers",
+        file="membership/planning/planner.py",
+        before="return advance(operation, Phase.DONE, now=now) if retired or late else None",
+        after="return None",
+    ),
+    Bug(
+        name="drained-slot-filled",
+        guards="G5: a drained slot stays empty until it is undrained",
+        file="membership/planning/cluster_facts.py",
+        before="barred, named = set(self.desired.cordoned), ",
+        after="barred, named = set[int](), ",
+    ),
+    Bug(
+        name="quarantine-ignored",
+        guards="G8: no rank is started in a slot that is set aside",
+        file="membership/planning/planner.py",
+        before="(last.quarantined or last.held_back_s(census.now))",
+        after="last.held_back_s(census.now)",
+        caught_by="given_up",
+    ),
+)

@@ -1,0 +1,125 @@
+"""Planted bugs between clients and ranks: journal, scheduler, moves."""
+
+from __future__ import annotations
+
+from chaos.mutants.bug import Bug
+
+BUGS: tuple[Bug, ...] = (
+    # --- the journal
+    Bug(
+        name="tokens-twice",
+        guards="G3: a token index is sent to the client once",
+        file="elastic/gateway/journal.py",
+        before="return message.tokens[overlap - message.index :]",
+        after="return message.tokens",
+        shown_by=202,
+    ),
+    Bug(
+        name="gap-accepted",
+        guards="G3: a token that leaves a gap before it is an error",
+        file="elastic/gateway/journal.py",
+        before="if not 0 <= message.index <= known:",
+        after="if message.index < 0:",
+        caught_by="journal",
+    ),
+    Bug(
+        name="former-engine-heard",
+        guards="G2: only the engine that a gateway has turned to is heard",
+        file="elastic/gateway/journal.py",
+        before="ours = self.engine_token != 0 and message.engine_token == self.engine_token",
+        after="ours = self.engine_token != 0",
+        caught_by="journal",
+    ),
+    Bug(
+        name="no-end",
+        guards="G3: a request ends once",
+        file="elastic/gateway/journal.py",
+        before="        if reason:\n            self._end(request, RequestState.FINISHED)\n",
+    ),
+    # --- steps
+    Bug(
+        name="any-step-answered",
+        guards="G2: an answer counts for the step under way only",
+        file="elastic/engine/scheduler.py",
+        before="(result.engine_token, result.epoch, result.step, result.incarnation) != expected",
+        after="(result.engine_token, result.epoch, result.incarnation) != (*expected[:2], expected[3])",
+        caught_by="steps",
+    ),
+    Bug(
+        name="any-engine-answered",
+        guards="G2: an answer to another engine has no effect",
+        file="elastic/engine/scheduler.py",
+        before="(result.engine_token, result.epoch, result.step, result.incarnation) != expected",
+        after="(result.epoch, result.step, result.incarnation) != expected[1:]",
+        caught_by="late_answers",
+    ),
+    Bug(
+        name="another-incarnation-answered",
+        guards="G2: what somebody says who was never a member of the epoch has no effect",
+        file="elastic/engine/scheduler.py",
+        before="(result.engine_token, result.epoch, result.step, result.incarnation) != expected",
+        after="(result.engine_token, result.epoch, result.step) != expected[:3]",
+        caught_by="steps",
+    ),
+    Bug(
+        name="aborted-goes-on",
+        guards="G3: the chunk in flight of a request that was aborted, or submitted again, has no effect",
+        file="elastic/engine/scheduler.py",
+        before="[(sequence, chunk) for sequence, chunk in in_flight if sequence.home is home]",
+        after="in_flight",
+        caught_by="steps",
+    ),
+    Bug(
+        name="failure-counts",
+        guards="G4: what a rank could not compute is not counted as computed",
+        file="elastic/engine/scheduler.py",
+        before="        if result.status is not StepStatus.OK:\n            return self._set_back(",
+        after="        if False:\n            return self._set_back(",
+        caught_by="steps",
+    ),
+    Bug(
+        name="lost-with-the-rank",
+        guards="G3: requests of a dead rank are computed elsewhere",
+        file="elastic/engine/scheduler.py",
+        before="                self._requeue(sequence)\n                moved",
+        after="                self._forget(sequence)\n                moved",
+    ),
+    Bug(
+        name="mask-comes-back",
+        guards="G2: a masked rank never comes back within the epoch",
+        file="elastic/engine/scheduler.py",
+        before="self.masked |= gone",
+        after="self.masked = gone",
+    ),
+    Bug(
+        name="submitted-twice",
+        guards="G3: a request that is submitted again takes the place of the earlier one",
+        file="elastic/engine/scheduler.py",
+        before="        self.abort(request.request_id)\n        if refused",
+        after="        if refused",
+    ),
+    Bug(
+        name="cache-believed",
+        guards="G3: a request that loses its home is computed from its first token on",
+        file="elastic/engine/sequence.py",
+        before="self.home, self.computed, self.failures, self.stalled_since = None, 0, 0, None",
+        after="self.home, self.failures, self.stalled_since = None, 0, None",
+    ),
+    # --- moves
+    Bug(
+        name="home-flips-first",
+        guards="G3: a request moves once its KV blocks have been copied",
+        file="elastic/engine/migration.py",
+        before="        if move.copied >= total:\n",
+        after="        if True:\n",
+        caught_by="steps",
+    ),
+    Bug(
+        name="runs-while-it-moves",
+        guards="G3: a request pauses while its last blocks are copied",
+        file="elastic/engine/migration.py",
+        before="return any(move.sequence is sequence and move.pausing for move in self._moves)",
+        after="return False",
+        caught_by="steps",
+    ),
+)

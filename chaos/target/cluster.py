@@ -1,0 +1,188 @@
+"""A real cluster for a scenario: served from this machine, or by `elastic serve` as a child process of ours."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from elastic.cli.client import StoreClient, wait_for
+from elastic.serve.etcd_server import free_ports
+from elastic.serve.state_dir import StateDir
+from membership.base.errors import ElasticError, WaitTimeout
+from membership.base.events import Event, EventLog
+from membership.operations.change import Wish, scale
+from membership.store.etcd import connect
+from membership.store.interface import Store
+from membership.store.records import Operation, Phase
+
+
+class Cluster:
+    """A cluster that is being served from this machine, known by its state directory."""
+
+    def __init__(self, state: StateDir) -> None:
+        self.state = state
+        self._store: Store | None = None
+        self._connecting = threading.Lock()
+
+    def close(self) -> None:
+        """Let go of the store."""
+        if self._store is not None:
+            self._store.close()
+
+    @property
+    def url(self) -> str:
+        """Base URL of the OpenAI-compatible API."""
+        return self.state.address().url
+
+    @property
+    def pid(self) -> int:
+        """Process id of the supervisor."""
+        return self.state.address().pid
+
+    def client(self) -> StoreClient:
+        """Client of the cluster's store; connects on first use."""
+        address = self.state.address()
+        with self._connecting:
+            if self._store is None:
+                self._store = connect(list(address.etcd))
+        return StoreClient(self._store, address.cluster, self.state.events)
+
+    def status(self) -> dict[str, Any]:
+        """The status document."""
+        return self.client().status()
+
+    def model_name(self) -> str:
+        """Name under which the model is served."""
+        config = self.client().state().config
+        return config.served_model_name if config else ""
+
+    def events(self) -> list[Event]:
+        """The history so far."""
+        return EventLog.read(self.state.events)
+
+    def wait_serving(
+        self, ranks: int, timeout_s: float = 120.0, tell: Callable[[str], None] = lambda _: None
+    ) -> dict[str, Any]:
+        """Wait until the cluster serves with exactly `ranks` serving ranks and nothing masked; the status then."""
+        deadline = time.monotonic() + timeout_s
+        last = ""
+        while True:
+            self.require_alive()
+            if (self.state.path / "cluster.json").exists():
+                status = self.status()
+                states = [r["state"] for r in status["ranks"]]
+                if status["state"] == "serving" and states.count("serving") == ranks == len(states):
+                    return status
+                now = f"{status['state']}, ranks {', '.join(states) or 'none yet'}"
+                if now != last:
+                    last = now
+                    tell(now)
+            if time.monotonic() > deadline:
+                raise WaitTimeout(
+                    f"not serving with {ranks} ranks within {timeout_s:.0f} s; last seen: {last}",
+                    hint=f"see {self.state.path}/logs",
+                )
+            time.sleep(0.05)
+
+    def scale(self, target: int, timeout_s: float = 120.0) -> Operation:
+        """Scale and wait for the end; ElasticError if it was rolled back."""
+        return self.change(scale(target), timeout_s)
+
+    def change(self, wish: Wish, timeout_s: float = 120.0) -> Operation:
+        """Have it done and wait for the end; ElasticError if it was rolled back."""
+        client = self.client()
+        operation = client.propose(wish, op_id=None, if_epoch=None, timeout_s=timeout_s)
+        *_, operation = wait_for(client, operation, timeout_s + 10.0, threading.Event())
+        if operation.phase is not Phase.DONE:
+            raise ElasticError(f"{wish} ended {operation.phase}: {operation.error}")
+        return operation
+
+    def wait_event(self, wanted: Callable[[Event], bool], what: str, timeout_s: float = 60.0) -> Event:
+        """The first event that `wanted` accepts."""
+        stop = threading.Event()
+        timer = threading.Timer(timeout_s, stop.set)
+        timer.start()
+        try:
+            for event in EventLog.follow(self.state.events, stop):
+                if wanted(event):
+                    return event
+        finally:
+            timer.cancel()
+        raise WaitTimeout(f"no event within {timeout_s:.0f} s: {what}")
+
+    def require_alive(self) -> None:
+        """ElasticError if it is served no more."""
+        self.state.address()
+
+
+class ServedCluster(Cluster):
+    """Owns an `elastic serve` process. A context manager: on exit all of it is stopped."""
+
+    def __init__(
+        self,
+        model: Path,
+        ranks: int,
+        *,
+        state_dir: Path | None = None,
+        flags: Sequence[str] = (),
+        environ: Mapping[str, str] | None = None,
+        ports: tuple[int, int] | None = None,
+        under: Sequence[str] = (),
+    ) -> None:
+        """`under`: a command that runs the one given to it, such as `chaos.faults.disk.OWN_SHM`."""
+        self._temporary = tempfile.TemporaryDirectory(prefix="elastic-ep-") if state_dir is None else None
+        super().__init__(StateDir(state_dir or Path(self._temporary.name if self._temporary else "")))
+        self.port, self.admin_port = ports or free_ports(2)
+        self._command = [
+            *under, sys.executable, "-m", "elastic.cli", "serve", str(model), "--ranks", str(ranks),
+            "--port", str(self.port), "--admin-port", str(self.admin_port), "--state-dir", str(self.state.path), *flags,
+        ]  # fmt: skip
+        self._process: subprocess.Popen[bytes] | None = None
+        self._output = self.state.path / "serve.log"
+        self._environ = {**os.environ, "XDG_STATE_HOME": str(self.state.path / "home"), **(environ or {})}
+
+    def __enter__(self) -> ServedCluster:
+        self.state.path.mkdir(parents=True, exist_ok=True)
+        with self._output.open("ab") as out:
+            self._process = subprocess.Popen(
+                self._command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
+                env=self._environ,
+            )  # fmt: skip
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+        process = self._process
+        if process is not None and process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(timeout=60.0)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(timeout=10.0)
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+    @property
+    def url(self) -> str:
+        """Base URL of the OpenAI-compatible API."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        """Process id of the supervisor."""
+        return self._process.pid if self._process else 0
+
+    def require_alive(self) -> None:
+        """ElasticError with its last words if it has ended."""
+        if self._process is not None and self._process.poll() is not None:
+            said = self._output.read_text(errors="replace").strip().splitlines()[-3:]
+            raise ElasticError(f"`elastic serve` ended with code {self._process.returncode}: {' | '.join(said)}")

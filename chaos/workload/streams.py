@@ -1,0 +1,189 @@
+"""Real streaming requests over HTTP, recorded token by token; each stream starts its next request when one ends."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import httpx
+
+from chaos.workload.history import RequestRecord
+from membership.base.errors import WaitTimeout
+
+PROMPTS = (
+    "The for statement", "A function definition", "Lists are mutable", "The import statement", "Exceptions are",
+    "A class definition", "The with statement is", "Strings are", "A generator", "The try statement",
+    "Dictionaries map", "The yield expression", "Operators such as", "The global statement", "Modules are",
+    "Comparison operators", "A context manager", "The return statement", "Integer literals", "The while statement",
+)  # fmt: skip
+
+PAUSE_S = 0.05  # before the next request of a stream whose last one failed: whoever listens there may be starting
+
+
+class Workload:
+    """Streams `prompts` at `concurrency` until stopped (or once through), and keeps what it saw.
+
+    Greedy for even requests, seeded sampling for odd ones: both must come out as in a fault-free run. A request is
+    known by its number, which stands for a prompt and a length; `lengths` are dealt out in turn, as the prompts are.
+    A stream rests `rest_s` between two requests: without, it takes as much of the machine as there is.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        prompts: Sequence[str] = PROMPTS,
+        concurrency: int = 8,
+        max_tokens: int = 96,
+        lengths: Sequence[int] = (),
+        seed: int = 0,
+        rest_s: float = 0.0,
+        timeout_s: float = 120.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.url, self.model, self.prompts = url, model, prompts
+        self.concurrency, self.seed, self.rest_s, self.timeout_s = concurrency, seed, rest_s, timeout_s
+        self.lengths = tuple(lengths) or (max_tokens,)
+        self.distinct = math.lcm(len(self.prompts), len(self.lengths))
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._done: list[RequestRecord] = []
+        self._open: dict[int, int] = {}  # stream -> tokens so far
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._next = 0
+        self._limit: int | None = None
+
+    # -- running ---------------------------------------------------------------------------------------------------
+
+    def run_once(self) -> list[RequestRecord]:
+        """Each distinct request exactly once; returns when all have ended."""
+        self._limit = self.distinct
+        asyncio.run(self._run())
+        return self.records()
+
+    def start(self) -> None:
+        """Stream in the background until `stop`."""
+        self._thread = threading.Thread(target=self._run_in_thread, name="workload", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> list[RequestRecord]:
+        """Start no more requests, wait for those under way, return all records: every request that was begun.
+
+        WaitTimeout names the streams that do not end; whatever ended the workload itself is raised.
+        """
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(timeout=self.timeout_s + 10.0)
+            if self._thread.is_alive():
+                raise WaitTimeout(f"streams {sorted(self.open_streams())} did not end; tokens: {self.open_streams()}")
+            self._thread = None
+        if self._failure is not None:
+            raise self._failure
+        return self.records()
+
+    def records(self) -> list[RequestRecord]:
+        """What has ended so far."""
+        with self._lock:
+            return list(self._done)
+
+    def open_streams(self) -> dict[int, int]:
+        """Streams under way: stream -> tokens received of the current request."""
+        with self._lock:
+            return dict(self._open)
+
+    def _run_in_thread(self) -> None:
+        try:
+            asyncio.run(self._run())
+        except BaseException as error:  # noqa: BLE001 - raised by `stop`
+            self._failure = error
+
+    # -- one stream --------------------------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        limits = httpx.Limits(max_connections=self.concurrency)
+        async with httpx.AsyncClient(base_url=self.url, timeout=self.timeout_s, limits=limits) as client:
+            await asyncio.gather(*(self._stream(client, number) for number in range(self.concurrency)))
+
+    async def _stream(self, client: httpx.AsyncClient, number: int) -> None:
+        while not self._stop.is_set() and (self._limit is None or self._next < self._limit):
+            prompt, self._next = self._next % self.distinct, self._next + 1
+            record = await self._request(client, number, prompt)
+            with self._lock:
+                self._done.append(record)
+                self._open.pop(number, None)
+            if self._limit is None:
+                await asyncio.sleep(max(self.rest_s, PAUSE_S if record.error else 0.0))
+
+    def body(self, prompt: int) -> dict[str, object]:
+        """The request of this number, the same in every run."""
+        sampled = prompt % 2 == 1
+        return {
+            "model": self.model, "prompt": self.prompts[prompt % len(self.prompts)],
+            "max_tokens": self.lengths[prompt % len(self.lengths)], "stream": True, "logprobs": 0,
+            "temperature": 0.8 if sampled else 0.0, "seed": self.seed + prompt,
+        }  # fmt: skip
+
+    async def _request(self, client: httpx.AsyncClient, number: int, prompt: int) -> RequestRecord:
+        seen = _Seen()
+        started = self._clock()
+        try:
+            async with client.stream("POST", "/v1/completions", json=self.body(prompt)) as answer:
+                seen.status = answer.status_code
+                if answer.status_code != 200:
+                    await answer.aread()
+                    seen.error = f"HTTP {answer.status_code}: {answer.text[:200]}"
+                else:
+                    async for line in answer.aiter_lines():
+                        seen.read(line, self._clock())
+                        with self._lock:
+                            self._open[number] = len(seen.tokens)
+        except (httpx.HTTPError, ValueError) as problem:  # ValueError: an event that is no JSON
+            seen.error = f"{type(problem).__name__}: {problem}"
+        return RequestRecord(
+            prompt=prompt,
+            started=started,
+            id=seen.id,
+            token_times=tuple(seen.times),
+            tokens=tuple(seen.tokens),
+            finish_reason=seen.finish_reason if seen.done else "",
+            error=seen.error,
+            status=seen.status,
+            ended=self._clock(),
+        )
+
+
+@dataclass
+class _Seen:
+    """What one stream has brought so far."""
+
+    times: list[float] = field(default_factory=list)
+    tokens: list[str] = field(default_factory=list)
+    id: str = ""
+    finish_reason: str = ""
+    error: str = ""
+    status: int = 0
+    done: bool = False  # a stream without [DONE] broke off, whatever it said before
+
+    def read(self, line: str, now: float) -> None:
+        """Take in one line of the event stream."""
+        self.done = self.done or line == "data: [DONE]"
+        if not line.startswith("data: ") or line == "data: [DONE]":
+            return
+        event = json.loads(line.removeprefix("data: "))
+        if "error" in event:
+            self.error = str(event["error"].get("message"))
+            return
+        self.id = str(event.get("id", ""))
+        for choice in event.get("choices", ()):
+            new = (choice.get("logprobs") or {}).get("tokens") or []
+            self.tokens += new
+            self.times += [now] * len(new)
+            self.finish_reason = choice.get("finish_reason") or self.finish_reason

@@ -1,0 +1,322 @@
+"""How client commands talk to a cluster: through its store when they can reach it, else through the admin API.
+
+The store path works with every gateway dead; the admin path works from anywhere with a token.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import httpx
+import msgspec
+
+from elastic.explain import Explanation, explain
+from elastic.serve.state_dir import StateDir
+from elastic.status import cluster_status
+from membership.base.errors import (
+    ConfigError,
+    ElasticError,
+    Fenced,
+    NoAnswer,
+    OperationConflict,
+    PlanRefused,
+    WaitTimeout,
+)
+from membership.base.events import Event, EventLog
+from membership.operations.change import Wish
+from membership.operations.dry_run import Plan, plan_of
+from membership.operations.operations import cancel, propose
+from membership.operations.pause import pause, resume
+from membership.operations.quarantine import unquarantine
+from membership.operations.rebalance_now import RebalancePlan, ask_rebalance, plan_rebalance
+from membership.store.codec import decode
+from membership.store.interface import Store
+from membership.store.keys import Keys, state_from
+from membership.store.records import ClusterState, Operation, Pause, RankExit, View
+
+POLL_S = 0.1
+
+
+class Client(Protocol):
+    """What commands need of a cluster."""
+
+    def status(self) -> dict[str, Any]: ...
+    def view(self) -> View: ...
+    def plan(self, wish: Wish) -> Plan: ...
+    def propose(self, wish: Wish, *, op_id: str | None, if_epoch: int | None, timeout_s: float) -> Operation: ...
+    def operation(self, op_id: str) -> Operation: ...
+    def operations(self) -> tuple[Operation, ...]: ...
+    def cancel(self, op_id: str, by: str) -> Operation: ...
+    def pause(self, ttl_s: float, by: str, reason: str) -> Pause: ...
+    def resume(self) -> bool: ...
+    def plan_rebalance(self) -> RebalancePlan: ...
+    def rebalance(self, by: str) -> RebalancePlan: ...
+    def events(self, follow: bool, stop: threading.Event) -> Iterator[Event]: ...
+    def explain(self, subject: str | None) -> tuple[Explanation, ...]: ...
+    def unquarantine(self, rank: int) -> RankExit: ...
+
+
+class StoreClient:
+    """Talks to the cluster's store; events come from the state directory."""
+
+    def __init__(self, store: Store, cluster: str, events: Path | None) -> None:
+        self._store, self._cluster, self._events = store, cluster, events
+
+    def state(self) -> ClusterState:
+        """Read everything once."""
+        revision, items = self._store.range(Keys(self._cluster).prefix)
+        state = state_from(items, revision)
+        if state.config is None:
+            raise ConfigError(f"no cluster named {self._cluster!r} in this store", hint="check --cluster and --etcd")
+        return state
+
+    def status(self) -> dict[str, Any]:
+        """The status document: see elastic/status.py."""
+        return dict(msgspec.to_builtins(cluster_status(self.state(), time.time())))
+
+    def view(self) -> View:
+        """The committed membership; epoch 0: none yet."""
+        return self.state().view or View(epoch=0)
+
+    def plan(self, wish: Wish) -> Plan:
+        """What granting the wish would do."""
+        return plan_of(wish, self.state())
+
+    def propose(self, wish: Wish, *, op_id: str | None, if_epoch: int | None, timeout_s: float) -> Operation:
+        """Ask for it."""
+        return propose(self._store, self._cluster, wish, op_id=op_id, if_epoch=if_epoch, timeout_s=timeout_s)
+
+    def cancel(self, op_id: str, by: str) -> Operation:
+        """Have an operation rolled back."""
+        return cancel(self._store, self._cluster, op_id, by)
+
+    def operations(self) -> tuple[Operation, ...]:
+        """Those on record, the latest last."""
+        return self.state().history
+
+    def pause(self, ttl_s: float, by: str, reason: str) -> Pause:
+        """No planned change for a while."""
+        return pause(self._store, self._cluster, ttl_s, by=by, reason=reason)
+
+    def resume(self) -> bool:
+        """End the pause."""
+        return resume(self._store, self._cluster)
+
+    def plan_rebalance(self) -> RebalancePlan:
+        """What a rebalance would do now."""
+        return plan_rebalance(self.state(), time.time())
+
+    def rebalance(self, by: str) -> RebalancePlan:
+        """Ask for a rebalance now."""
+        return ask_rebalance(self._store, self._cluster, by)
+
+    def operation(self, op_id: str) -> Operation:
+        """One operation by id."""
+        found = self._store.get(Keys(self._cluster).op(op_id))
+        if found is None:
+            raise ConfigError(f"no operation {op_id!r}", hint="see: elastic ops ls; older ones: elastic events")
+        return decode(found.value, Operation)
+
+    def explain(self, subject: str | None) -> tuple[Explanation, ...]:
+        """Why things are as they are."""
+        return explain(self.state(), time.time(), subject)
+
+    def unquarantine(self, rank: int) -> RankExit:
+        """Let a slot be filled again."""
+        return unquarantine(self._store, self._cluster, rank)
+
+    def events(self, follow: bool, stop: threading.Event) -> Iterator[Event]:
+        """The event history."""
+        if self._events is None:
+            raise ConfigError("the event history lies with the cluster", hint="use --state-dir or --admin")
+        return EventLog.follow(self._events, stop) if follow else iter(EventLog.read(self._events))
+
+
+class AdminClient:
+    """Talks to a gateway's admin port with a bearer token."""
+
+    def __init__(self, url: str, token: str, timeout_s: float = 10.0) -> None:
+        self._http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {token}"}, timeout=timeout_s)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def status(self) -> dict[str, Any]:
+        """GET status."""
+        return dict(self._call("GET", "status"))
+
+    def view(self) -> View:
+        """GET view."""
+        return msgspec.convert(self._call("GET", "view"), View, strict=False)  # JSON has ranks, as keys, in words
+
+    def plan(self, wish: Wish) -> Plan:
+        """POST with plan=true: changes nothing."""
+        return msgspec.convert(self._call("POST", wish.kind, json={"ranks": _ranks(wish), "plan": True}), Plan)
+
+    def propose(self, wish: Wish, *, op_id: str | None, if_epoch: int | None, timeout_s: float) -> Operation:
+        """POST scale, drain or undrain."""
+        asked = {"ranks": _ranks(wish), "op_id": op_id, "if_epoch": if_epoch, "timeout_s": timeout_s}
+        answer = self._call("POST", wish.kind, json={k: v for k, v in asked.items() if v is not None})
+        return msgspec.convert(answer, Operation)
+
+    def cancel(self, op_id: str, by: str) -> Operation:
+        """POST operations/<id>/cancel."""
+        return msgspec.convert(self._call("POST", f"operations/{op_id}/cancel", json={"by": by}), Operation)
+
+    def operations(self) -> tuple[Operation, ...]:
+        """GET operations."""
+        return msgspec.convert(self._call("GET", "operations")["operations"], tuple[Operation, ...])
+
+    def pause(self, ttl_s: float, by: str, reason: str) -> Pause:
+        """POST pause."""
+        return msgspec.convert(self._call("POST", "pause", json={"ttl_s": ttl_s, "by": by, "reason": reason}), Pause)
+
+    def resume(self) -> bool:
+        """POST resume."""
+        return bool(self._call("POST", "resume")["resumed"])
+
+    def plan_rebalance(self) -> RebalancePlan:
+        """POST rebalance with plan=true: changes nothing."""
+        return msgspec.convert(self._call("POST", "rebalance", json={"plan": True}), RebalancePlan, strict=False)
+
+    def rebalance(self, by: str) -> RebalancePlan:
+        """POST rebalance."""
+        return msgspec.convert(self._call("POST", "rebalance", json={"by": by}), RebalancePlan, strict=False)
+
+    def operation(self, op_id: str) -> Operation:
+        """GET one operation."""
+        return msgspec.convert(self._call("GET", f"operations/{op_id}"), Operation)
+
+    def explain(self, subject: str | None) -> tuple[Explanation, ...]:
+        """GET explain, of one rank, of one operation, or of all that is not well."""
+        which = {} if subject is None else {"subject": subject}
+        return msgspec.convert(self._call("GET", "explain", params=which), tuple[Explanation, ...])
+
+    def unquarantine(self, rank: int) -> RankExit:
+        """POST unquarantine."""
+        return msgspec.convert(self._call("POST", f"ranks/{rank}/unquarantine"), RankExit)
+
+    def failpoints(self) -> dict[str, Any]:
+        """GET failpoints: which are armed, and what there is."""
+        return dict(self._call("GET", "failpoints"))
+
+    def arm(self, failpoints: str) -> dict[str, Any]:
+        """PUT failpoints: these are armed from now on, and no others."""
+        return dict(self._call("PUT", "failpoints", json={"failpoints": failpoints}))
+
+    def events(self, follow: bool, stop: threading.Event) -> Iterator[Event]:
+        """GET the event history; `follow` streams it, with blank lines while nothing happens."""
+        try:
+            with self._http.stream("GET", "/admin/v1/events", params={"follow": follow}) as answer:
+                if not answer.is_success:
+                    answer.read()
+                    raise _error_of(answer)
+                for line in answer.iter_lines():
+                    if stop.is_set():
+                        return
+                    if line:
+                        yield msgspec.json.decode(line, type=Event)
+        except httpx.HTTPError as error:
+            raise self._silence(error) from error
+
+    def _call(self, method: str, path: str, **options: Any) -> Any:
+        try:
+            answer = self._http.request(method, f"/admin/v1/{path}", **options)
+        except httpx.HTTPError as error:
+            raise self._silence(error) from error
+        if answer.is_success:
+            return answer.json()
+        raise _error_of(answer)
+
+    def _silence(self, error: httpx.HTTPError) -> NoAnswer:
+        return NoAnswer(f"no answer from {self._http.base_url}: {error}", hint="is the gateway up?")
+
+
+def _ranks(wish: Wish) -> int | tuple[int, ...]:
+    return wish.target if wish.kind == "scale" else wish.ranks
+
+
+def _error_of(answer: httpx.Response) -> ElasticError:
+    kinds = {
+        400: ConfigError,
+        401: ConfigError,
+        403: ConfigError,
+        404: ConfigError,
+        409: OperationConflict,
+        412: Fenced,
+        422: PlanRefused,
+        503: NoAnswer,
+    }
+    try:
+        message = str(answer.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        message = answer.text
+    return kinds.get(answer.status_code, ElasticError)(message)
+
+
+@contextmanager
+def find_admin(state_dir: Path | None, admin: str | None, admin_token: str | None) -> Iterator[AdminClient]:
+    """The admin port that the flags name; without any, that of the cluster served last on this machine."""
+    url, token = admin or "", admin_token or os.environ.get("ELASTIC_ADMIN_TOKEN", "")
+    if not admin:
+        address = (StateDir(state_dir) if state_dir else StateDir.last_served()).address()
+        url, token = address.admin_url, address.admin_token
+    with closing(AdminClient(url, token)) as client:
+        yield client
+
+
+@contextmanager
+def find_cluster(
+    state_dir: Path | None, admin: str | None, admin_token: str | None, etcd: str | None, cluster: str | None
+) -> Iterator[Client]:
+    """The cluster that the flags (or ELASTIC_* variables) name; without any, the one served last on this machine."""
+    if admin:
+        with find_admin(state_dir, admin, admin_token) as client:
+            yield client
+        return
+    from membership.store.etcd import connect
+
+    if etcd:
+        if not cluster:
+            raise ConfigError("--etcd needs --cluster", hint="name the cluster: --cluster NAME")
+        endpoints, name, events = etcd.split(","), cluster, state_dir and StateDir(state_dir).events
+    else:
+        where = StateDir(state_dir) if state_dir else StateDir.last_served()
+        address = where.address()
+        if address.trouble:  # its gateway still knows the cluster as it is served; the store does not
+            with closing(AdminClient(address.admin_url, address.admin_token)) as client:
+                yield client
+            return
+        endpoints, name, events = list(address.etcd), address.cluster, where.events
+    store = connect(endpoints)
+    try:
+        yield StoreClient(store, name, events)
+    finally:
+        store.close()
+
+
+def wait_for(client: Client, operation: Operation, timeout_s: float, stop: threading.Event) -> Iterator[Operation]:
+    """The operation each time it has changed, until it has ended or `stop` is set; WaitTimeout after `timeout_s`.
+
+    A store or a gateway that does not answer is asked again: the operation goes on meanwhile.
+    """
+    deadline = time.monotonic() + timeout_s
+    yield operation
+    while operation.active and not stop.wait(POLL_S):
+        silence = ""
+        try:
+            seen, operation = operation, client.operation(operation.id)
+            if operation != seen:
+                yield operation
+        except NoAnswer as error:
+            silence = f" ({error})"
+        if operation.active and time.monotonic() > deadline:
+            again = f"it goes on; watch: elastic ops show {operation.id} --wait"
+            raise WaitTimeout(f"operation {operation.id} is still {operation.phase}{silence}", hint=again)

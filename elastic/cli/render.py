@@ -1,0 +1,201 @@
+"""What people see in a terminal: the status view, a plan, an event, an operation's progress. Rendering only."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import msgspec
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+from membership.base.events import Event
+from membership.operations.change import told as words
+from membership.operations.dry_run import Plan
+from membership.operations.rebalance_now import RebalancePlan
+from membership.placement.survivability import told
+from membership.store.phases import ORDER
+from membership.store.records import Operation, Phase
+
+COLOURS = {
+    "serving": "green", "standby": "cyan", "draining": "yellow", "launching": "blue", "handshaking": "blue",
+    "loading": "blue", "masked": "red", "dead": "red", "quarantined": "magenta",
+    "starting": "blue", "degraded": "yellow", "uncovered": "red", "stopped": "red",
+}  # fmt: skip
+
+
+def status_view(document: dict[str, Any]) -> RenderableType:
+    """The status document as a heading and a table of ranks."""
+    state = document["state"]
+    coverage, requests = document["coverage"], document["requests"]
+    serving = sum(rank["state"] == "serving" for rank in document["ranks"])
+    heading = Text.assemble(
+        (f"{document['cluster']} ", "bold"), (state, COLOURS.get(state, "")),
+        f"   epoch {document['epoch']}   ranks {serving}/{document['desired']}",
+        " (set by the agents)" if document.get("owner") == "agents" else "",
+        f"   live replicas >= {coverage['min_live_replicas']}",
+        f"   requests {requests['running']} running, {requests['waiting']} waiting",
+    )  # fmt: skip
+    if document.get("exactness", "invariant") != "invariant":
+        heading.append(f"   exactness {document['exactness']}: tokens may depend on the batch", "yellow")
+    if document.get("imbalance") is not None:
+        heading.append(f"   expert load {document['imbalance']:.2f}x the mean on the busiest rank")
+    if (spares := document.get("spares", {})).get("wanted"):
+        heading.append(f"   spares {spares['ready']}/{spares['wanted']}")
+    if document.get("pause"):
+        heading.append(f"\n{document['pause']['words']}; elastic resume ends it", "yellow")
+    if document.get("drained"):
+        heading.append(
+            f"\ndrained: {', '.join(map(str, document['drained']))}; elastic undrain fills them again", "yellow"
+        )
+    if free := [node["node"] for node in document.get("nodes", ()) if node["safe_to_delete"]]:
+        heading.append(f"\nsafe to delete: node {', '.join(free)}", "yellow")
+    if document.get("store"):
+        heading.append(f"\n{document['store']}", "red")
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("rank", "state", "node", "pid", "incarnation", "slots", "heartbeat", "restarts"):
+        table.add_column(column, justify="left" if column in ("state", "node") else "right")
+    for rank in document["ranks"]:
+        age_ms = rank["heartbeat_age_ms"]
+        beat = "-" if age_ms is None else f"{age_ms:.0f} ms"
+        state = Text(rank["state"], COLOURS.get(rank["state"], ""))
+        if rank.get("slow"):
+            state.append(" slow", "yellow")
+        table.add_row(
+            str(rank["rank"]), state, rank["node"], str(rank["pid"]),
+            str(rank["incarnation"]), str(rank["slots"]), beat, str(rank["restarts"]),
+        )  # fmt: skip
+    lines: list[RenderableType] = [heading, table]
+    operation = document.get("operation")
+    if operation:
+        lines.append(Text(f"{operation['what']}: {operation['phase']} ({operation['id']})", "cyan"))
+    return Group(*lines)
+
+
+def watch_status(read: Callable[[], dict[str, Any]], stop: threading.Event, interval_s: float = 0.5) -> None:
+    """Redraw the status until `stop` is set."""
+    with Live(status_view(read()), refresh_per_second=4, transient=False) as live:
+        while not stop.wait(interval_s):
+            live.update(status_view(read()))
+
+
+def plan_view(plan: Plan) -> str:
+    """A plan in words, one fact a line."""
+    if plan.refused:
+        return f"refused: {plan.refused}"
+    if not plan.changes:
+        return f"nothing would change: epoch {plan.epoch}, ranks {_ranks(plan.ranks)}"
+    lines = [f"{plan.kind} {len(plan.ranks)} -> {plan.target} (from epoch {plan.epoch})"]
+    lines += [f"  add ranks {_ranks(plan.add)}"] if plan.add else []
+    lines += [f"  remove ranks {_ranks(plan.remove)}; their requests move with their KV blocks"] if plan.remove else []
+    lines += [f"  rank {rank} loads {count} experts" for rank, count in sorted(plan.loads.items())]
+    lines.append(f"  replicas of every expert: >= {plan.replicas_before} -> >= {plan.replicas_after}")
+    lines.append(f"  experts per rank: <= {plan.slots_before} -> <= {plan.slots_after}")
+    moved = f"  to load: {sum(plan.loads.values())} experts, {in_bytes(plan.bytes_moved)}"
+    lines.append(
+        moved + ("" if plan.estimated_s is None else f", about {plan.estimated_s:.1f} s as the last scale went")
+    )
+    if plan.expected_pause_ms is not None:
+        lines.append(f"  tokens wait about {plan.expected_pause_ms:.0f} ms at the commit, as they did before")
+    if plan.survives is not None:
+        lines.append(f"  afterwards {told(plan.survives)}")
+        lines += _needs(plan)
+    return "\n".join(lines)
+
+
+def rebalance_view(plan: RebalancePlan, *, asked: bool) -> str:
+    """What a rebalance moves, one fact a line."""
+    before = "not measured yet" if plan.imbalance_before is None else f"{plan.imbalance_before:.2f}"
+    if not plan.changes:
+        return f"nothing to move: epoch {plan.epoch}, busiest rank's load over the mean: {before}"
+    after = "" if plan.imbalance_after is None else f" -> {plan.imbalance_after:.2f}"
+    lines = [
+        f"rebalance from epoch {plan.epoch}: {plan.reason}",
+        f"  busiest rank's load over the mean: {before}{after}",
+        f"  to load: {plan.slots} experts in layers {_ranks(plan.layers)}, {in_bytes(plan.bytes_moved)}",
+    ]
+    lines += [f"  rank {rank} loads {count} experts" for rank, count in plan.loads.items()]
+    lines += ["  more follows by itself: the budget of one change does not suffice"] if plan.unfinished else []
+    lines += ["  it would be done without asking"] if plan.unasked and not asked else []
+    lines += ["  it waits for what goes on now"] if plan.waits else []
+    return "\n".join([*lines, "asked for; see: elastic events"] if asked else lines)
+
+
+def in_bytes(number: float) -> str:
+    """So many bytes, with three digits."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 999.5:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB"
+
+
+def _needs(plan: Plan) -> list[str]:
+    """What it would take, where somebody must not die."""
+    found, lines = plan.survives, []
+    if found is not None and found.vital_ranks:
+        lines.append(f"  to survive any one rank's death: {_slots(plan.slots_for_rank_loss, 'a second rank')}")
+    if found is not None and found.vital_hosts:
+        lines.append(f"  to survive any one host's death: {_slots(plan.slots_for_host_loss, 'a second host')}")
+    return lines
+
+
+def _slots(number: int | None, other: str) -> str:
+    return f"no number of slots suffices without {other} that holds the same" if number is None else f"{number} slots"
+
+
+def _ranks(ranks: Iterable[int]) -> str:
+    return ", ".join(map(str, ranks)) or "none"
+
+
+def event_line(event: Event) -> str:
+    """One event as one line: time, role, kind, then what it says."""
+    clock = time.strftime("%H:%M:%S", time.localtime(event.ts)) + f".{int(event.ts % 1 * 1000):03d}"
+    fields = {
+        k: v for k, v in msgspec.to_builtins(event).items() if k not in ("ts", "role", "kind", "cluster", "fields")
+    }
+    fields |= event.fields
+    return f"{clock} {event.role:<10} {event.kind:<20} " + " ".join(
+        f"{k}={v}" for k, v in fields.items() if v is not None
+    )
+
+
+def operation_line(operation: Operation, now: float) -> str:
+    """An operation as one line of `elastic ops ls`."""
+    ago = f"{now - operation.started:.0f} s ago"
+    end = f"  {operation.error}" if operation.error else ""
+    return f"{operation.id:<14} {words(operation):<22} {operation.phase:<12} epoch {operation.epoch:<5} {ago}{end}"
+
+
+class Progress:
+    """A bar per operation phase on stderr; silent when not enabled."""
+
+    def __init__(self, *, enabled: bool) -> None:
+        self._bars = Bars(
+            TextColumn("{task.description:<12}"), BarColumn(), TimeElapsedColumn(),
+            console=Console(stderr=True), disable=not enabled,
+        )  # fmt: skip
+        self._task = self._bars.add_task("proposed", total=len(ORDER) - 1)
+
+    def __enter__(self) -> Progress:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bars.stop()
+
+    def update(self, operation: Operation) -> None:
+        """Show where the operation is; its end tells the measured pause."""
+        done = operation.progress * (len(ORDER) - 1)
+        self._bars.update(self._task, description=str(operation.phase), completed=done)
+        if operation.phase is Phase.DONE:
+            took = operation.finished - operation.started
+            self._bars.console.print(
+                f"{words(operation)} done in {took:.2f} s, epoch {operation.epoch}, pause {operation.pause_ms:.1f} ms"
+            )

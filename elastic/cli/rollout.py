@@ -1,0 +1,73 @@
+"""Replacing all ranks by new ones, one after the other, while requests stream on: `elastic rollout`.
+
+Nothing here is special: one more rank is added first, then each old one is drained and its slot filled again, then the
+one too many goes. Every step is an operation that ends done or rolled back by itself, under an id that is told from
+`before`: the last incarnation that is to be replaced. So whoever was interrupted goes on with the same `before`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+from elastic.cli.client import Client, wait_for
+from membership.base.errors import ElasticError, OperationConflict
+from membership.operations.change import Wish, drain, scale, told, undrain
+from membership.store.records import Operation, Phase, RankState
+
+
+def last_incarnation(client: Client) -> int:
+    """The newest incarnation that serves now."""
+    return max((rank["incarnation"] for rank in client.status()["ranks"]), default=0)
+
+
+def rollout(client: Client, before: int, timeout_s: float, stop: threading.Event) -> Iterator[Operation]:
+    """Replace all ranks of incarnation `before` or earlier; yields the present operation whenever it has changed.
+
+    Returns early, between two operations, once `stop` is set. Raises what `Client.propose` raises, WaitTimeout, and
+    ElasticError if a step was rolled back.
+    """
+    surge = f"rollout-{before}-surge"
+    size = _size(client, surge)
+    steps = _steps(client, before, surge, size)
+    for name, wish in steps:
+        if stop.is_set():
+            return
+        operation = client.propose(wish, op_id=name, if_epoch=None, timeout_s=timeout_s)
+        for latest in wait_for(client, operation, timeout_s + 30.0, stop):
+            operation = latest
+            yield operation
+        if operation.phase is Phase.ABORTED:
+            raise ElasticError(f"{told(operation)} was rolled back: {operation.error}", hint=go_on(before))
+
+
+def go_on(before: int) -> str:
+    """How to go on with a rollout that stopped."""
+    return f"once the cause is gone, go on with: elastic rollout --before {before}"
+
+
+def _size(client: Client, surge: str) -> int:
+    """How many ranks there are to be in the end: as many as before the rollout began."""
+    begun = [operation for operation in client.operations() if operation.id == surge]
+    if begun and begun[0].phase is Phase.ABORTED:
+        raise OperationConflict(f"{surge} was rolled back: {begun[0].error}", hint="begin anew: elastic rollout")
+    return begun[0].previous if begun else int(client.status()["desired"])
+
+
+def _steps(client: Client, before: int, surge: str, size: int) -> Iterator[tuple[str, Wish]]:
+    """(id, wish) of each operation, as the cluster stands when it is its turn."""
+    if not client.plan(scale(size + 1)).refused:
+        yield surge, scale(size + 1)
+    while True:
+        status = client.status()
+        taken_out = {op.ranks[0] for op in client.operations() if op.id.startswith(f"rollout-{before}-drain-")}
+        if empty := sorted(taken_out & set(status["drained"])):
+            yield f"rollout-{before}-undrain-{empty[0]}", undrain(empty[0])
+            continue
+        serving = [rank for rank in status["ranks"] if rank["state"] == RankState.SERVING]
+        old = [rank["rank"] for rank in serving if rank["incarnation"] <= before]
+        if not old:
+            break
+        yield f"rollout-{before}-drain-{old[0]}", drain(old[0])
+    if int(client.status()["desired"]) != size:
+        yield f"rollout-{before}-end", scale(size)

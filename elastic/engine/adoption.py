@@ -1,0 +1,71 @@
+"""When the engine may go on under a newer view, and which of its members it must not use. Pure.
+
+A member is usable once it has proved its queues to this engine. Until each member is usable or gone, the present view
+stays in use: it serves well meanwhile. No record in the store is no death: after an outage an agent may be about to
+write it again. But who has none is waited for only as long as that takes: a dead host writes nothing any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from dataclasses import dataclass
+
+from membership.planning.cluster_facts import Census
+from membership.store.records import ClusterState, Member, View
+
+RankId = tuple[int, int]
+"""(rank, incarnation)"""
+
+
+@dataclass(frozen=True)
+class Adoption:
+    """What to do about the view in the store: adopt it if `waiting_for` is empty."""
+
+    view: View
+    masked: tuple[int, ...]
+    waiting_for: tuple[int, ...]
+
+
+def of_member(member: Member) -> RankId:
+    """The member's identity."""
+    return member.rank, member.incarnation
+
+
+def absent(view: View, state: ClusterState) -> set[RankId]:
+    """Members without a record in the store. Who has joined is used all the same: its agent may be writing it again."""
+    return {of_member(member) for member in view.members} - state.ranks.keys()
+
+
+def adoption(
+    state: ClusterState,
+    epoch: int,
+    ready: Set[RankId],
+    lost: Set[RankId],
+    *,
+    patient: bool = False,
+    overdue: bool = False,
+) -> Adoption | None:
+    """The newer view in the store, if there is one. Who is not ready when it is `overdue` counts as lost.
+
+    Who has no record either counts as lost sooner: once its end is certain, or when we are not `patient` any more.
+    """
+    view = state.view
+    if view is None or view.epoch <= epoch:
+        return None
+    gone = absent(view, state) - ready
+    if patient:
+        census = Census(state, 0.0)
+        gone &= {of_member(member) for member in view.members if census.ended(member)}
+    gone |= lost
+    missing = [member for member in view.members if of_member(member) not in gone | ready]
+    masked = {member.rank for member in view.members if of_member(member) in gone}
+    if overdue:
+        masked |= {member.rank for member in missing}
+        missing = []
+    return Adoption(view, tuple(sorted(masked)), tuple(sorted(member.rank for member in missing)))
+
+
+def leaving(view: View, state: ClusterState) -> tuple[int, ...]:
+    """Ranks of the view in use that the next one leaves out: the committed one where that is newer, else the staged."""
+    newer = next((v for v in (state.view, state.next) if v is not None and v.epoch > view.epoch), view)
+    return tuple(member.rank for member in view.members if member not in newer.members)

@@ -1,0 +1,54 @@
+"""How often each expert was asked for lately: summed up from the ranks' answers, told now and then for the planner.
+
+A sliding window, so that a change of what people ask shows, and a burst does not. It is told when it differs clearly
+from what was told last: the planner's answer depends on nothing else, and the store need not hold noise.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+
+from membership.store.records import ExpertLoad
+
+PERIOD_S = 5.0
+PERIODS = 12  # that make up the window
+ENOUGH = 32  # rows per expert of a layer, on average, before the window says anything
+DIFFERENT = 4  # of an expert's load, in 16ths of the mean
+REPEAT = 12  # periods after which it is told again all the same: the last time may not have reached the store
+
+
+class LoadWindow:
+    """The rows routed to each (MoE layer, expert) over the last minute."""
+
+    def __init__(self, moe_layers: int, experts: int, now: float) -> None:
+        self._shape = (moe_layers, experts)
+        self._now = np.zeros(moe_layers * experts, dtype=np.int64)
+        self._past: deque[np.ndarray] = deque(maxlen=PERIODS)
+        self._ends = now + PERIOD_S
+        self._told: np.ndarray | None = None
+        self._silent = 0  # periods since it was told
+
+    def add(self, load: bytes) -> None:
+        """One rank's count of one step: uint32[moe_layers, experts]; empty if it counts nothing."""
+        if len(load) == 4 * self._now.size:
+            self._now += np.frombuffer(load, dtype=np.uint32)
+
+    def due(self, now: float, wall: float) -> ExpertLoad | None:
+        """What is to be told now, if anything. Call it often; it is over at once between the ends of periods."""
+        if now < self._ends:
+            return None
+        self._ends = now + PERIOD_S
+        self._silent += 1
+        self._past.append(self._now)
+        self._now = np.zeros_like(self._now)
+        total = np.sum(self._past, axis=0).reshape(self._shape)
+        mean = total.mean(axis=1, keepdims=True)
+        if mean.min(initial=np.inf) < ENOUGH:
+            return None
+        loads = np.rint(16 * total / mean).astype(np.int64)
+        if self._told is not None and self._silent < REPEAT and np.abs(loads - self._told).max() < DIFFERENT:
+            return None
+        self._told, self._silent = loads, 0
+        return ExpertLoad(at=wall, loads=tuple(map(tuple, loads.tolist())))

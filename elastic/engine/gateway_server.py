@@ -1,0 +1,168 @@
+"""The engine's door for gateways: a ZeroMQ ROUTER in a thread of its own, so that no gateway can slow a step down.
+
+Only processes of this user reach it (abstract socket, peer uid checked). What does not decode is dropped with a log.
+A request belongs to whoever submitted it last; when that gateway is gone, its requests are aborted.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+
+import msgspec
+import structlog
+import zmq
+
+from elastic.protocol import Abort, Hello, Rejected, Submit, ToEngine, ToGateway, Tokens, Welcome
+from membership.base import failpoints
+from membership.base.errors import WaitTimeout
+
+MAX_MESSAGE_BYTES = 16 << 20
+MAX_QUEUED_MESSAGES = 100_000  # per gateway; one that reads so slowly loses its requests
+_POLL_MS = 1000
+
+log = structlog.get_logger(__name__)
+
+
+class EngineServer:
+    """`take` and `send` never block; `on_message` is called in the server's thread when there is something to take."""
+
+    def __init__(self, on_message: Callable[[], None]) -> None:
+        self.address = f"ipc://@elastic-ep-{secrets.token_hex(12)}"
+        self._on_message = on_message
+        self._inbox: deque[Submit | Abort] = deque()
+        self._outbox: deque[Tokens | Rejected] = deque()
+        self._routes: dict[str, bytes] = {}  # request id -> its gateway's routing id
+        self._decoder = msgspec.msgpack.Decoder(ToEngine)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._stop = threading.Event()
+        self._token = 0
+        self._failure: Exception | None = None
+        self._thread: threading.Thread | None = None
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.set(zmq.LINGER, 500)
+        self._socket.set(zmq.ROUTER_MANDATORY, 1)
+        self._socket.set(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        self._socket.set(zmq.SNDHWM, MAX_QUEUED_MESSAGES)
+        self._socket.set(zmq.IPC_FILTER_UID, os.getuid())
+        self._socket.bind(self.address)
+
+    def serve(self, engine_token: int) -> None:
+        """Answer gateways from now on; what they have sent before waits in the socket."""
+        self._token = engine_token
+        self._thread = threading.Thread(target=self._run, name="engine-server", daemon=True)
+        self._thread.start()
+
+    @property
+    def pending(self) -> bool:
+        """Whether `take` has something."""
+        return bool(self._inbox) or self._failure is not None
+
+    def take(self) -> list[Submit | Abort]:
+        """What has come since the last call, in order. Raises what has ended the server's thread, if anything has."""
+        if self._failure is not None:
+            raise self._failure
+        taken = []
+        while self._inbox:
+            taken.append(self._inbox.popleft())
+        return taken
+
+    def send(self, outputs: Iterable[Tokens | Rejected]) -> None:
+        """Hand outputs over to be sent, in order."""
+        before = len(self._outbox)
+        self._outbox.extend(outputs)
+        if len(self._outbox) > before:
+            os.eventfd_write(self._wake, 1)
+
+    def close(self) -> None:
+        """Send what is handed over, then close."""
+        self._stop.set()
+        os.eventfd_write(self._wake, 1)
+        if self._thread is not None:
+            self._thread.join(timeout=5.0)
+            if self._thread.is_alive():
+                raise WaitTimeout("the engine's server thread did not stop within 5 s")
+        self._socket.close()
+        self._context.term()
+        os.close(self._wake)
+
+    def _run(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:
+            log.exception("the engine's server failed")
+            self._failure = error
+            self._on_message()
+
+    def _serve(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._wake, zmq.POLLIN)
+        while not self._stop.is_set():
+            ready = dict(poller.poll(_POLL_MS))
+            if self._wake in ready:
+                os.eventfd_read(self._wake)
+            self._send_all()
+            if self._socket in ready:
+                self._receive_all()
+        self._send_all()
+
+    def _receive_all(self) -> None:
+        while True:
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            if len(frames) != 2:
+                log.warning("dropped a message of the wrong shape", frames=len(frames))
+                continue
+            try:
+                self._receive(frames[0], self._decoder.decode(frames[1]))
+            except msgspec.DecodeError as error:
+                log.warning("dropped a malformed message", error=str(error), size=len(frames[1]))
+
+    def _receive(self, gateway: bytes, message: ToEngine) -> None:
+        if isinstance(message, Hello):
+            failpoints.hit("engine.hello")
+            self._send_to(gateway, Welcome(self._token))  # also the answer to a gateway's ping
+            return
+        if isinstance(message, Submit):
+            failpoints.hit("engine.submit")
+            self._routes[message.request_id] = gateway
+        elif self._routes.get(message.request_id) != gateway:
+            return  # ended, or somebody else's by now
+        else:
+            failpoints.hit("engine.abort")
+            del self._routes[message.request_id]
+        self._inbox.append(message)
+        self._on_message()
+
+    def _send_all(self) -> None:
+        while self._outbox:
+            output = self._outbox.popleft()
+            gateway = self._routes.get(output.request_id)
+            if gateway is None:
+                continue  # aborted meanwhile
+            ended = isinstance(output, Rejected) or bool(output.finish_reason)
+            if ended:
+                del self._routes[output.request_id]
+            if not self._send_to(gateway, output) and not ended:
+                del self._routes[output.request_id]
+                self._inbox.append(Abort(output.request_id))
+                self._on_message()
+
+    def _send_to(self, gateway: bytes, message: ToGateway) -> bool:
+        """False if that gateway is gone, or does not read."""
+        try:
+            self._socket.send_multipart([gateway, self._encoder.encode(message)], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                raise
+            log.warning("gateway does not take messages", error=str(error))
+            return False
+        return True

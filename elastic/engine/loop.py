@@ -1,0 +1,377 @@
+"""One engine in office: one step of all ranks after the other, through the loss of ranks and changes of the view.
+
+The loop decides nothing itself: the scheduler says what runs, the fleet moves it, the store's mirror says who belongs.
+The store being slow or away never delays a step; only being replaced as the engine ends the service of this process.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+import structlog
+
+from elastic.engine.adoption import Adoption, RankId, absent, adoption, leaving, of_member
+from elastic.engine.expert_load import LoadWindow
+from elastic.engine.gateway_server import EngineServer
+from elastic.engine.recovery import Recovery
+from elastic.engine.scheduler import Output, Scheduler
+from elastic.engine.status_writer import StatusWriter
+from elastic.protocol import Abort
+from membership.base import failpoints, loop_watchdog
+from membership.base.errors import Fenced, SchemaError
+from membership.base.events import EventLog
+from membership.store.mirror import Mirror
+from membership.store.records import ClusterConfig, ClusterState, EngineStatus
+from workers.fleet.fleet import Fleet, FleetEvent, RankJoined, RankLost
+from workers.protocol.messages import BlocksCopied, CopyBlocks, Farewell, StepBatch, StepResult, StepStatus
+
+IDLE_S = 0.5
+EXPIRE_EVERY_S = 0.25
+PATIENCE_TTLS = 2.0  # for a member without a record: its agent needs one at most to write it again
+
+log = structlog.get_logger(__name__)
+
+
+class Engine:
+    """One engine's time in office, under one token."""
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        token: int,
+        mirror: Mirror,
+        fleet: Fleet,
+        server: EngineServer,
+        status: StatusWriter,
+        events: EventLog,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._config = config
+        self._token = token
+        self._mirror = mirror
+        self._fleet = fleet
+        self._server = server
+        self._status = status
+        self._events = events
+        self._clock, self._wall = clock, wall
+        self._scheduler = Scheduler(config, token, self._clock())
+        self._recovery = Recovery()
+        self._loads = LoadWindow(config.moe_layers, config.experts, self._clock())
+        self._slow: set[int] = set()
+        self._outbox: list[Output] = []
+        self._ready: set[RankId] = set()
+        self._lost: set[RankId] = set()
+        self._unrecorded = False  # whether the store has no record of a rank that we use
+        self._membership_changed = True
+        self._newer_view_since: tuple[int, float] = (0, 0.0)  # (epoch, when it was first seen)
+        self._patient_until = math.inf  # when members of it that have no record are given up
+        self._last_step_end: float | None = None  # None: there was nothing to run since
+        self._leaving: tuple[int, ...] = ()  # ranks of the view that the next one leaves out
+        self._staged_revision = 0  # of that next view, while it is staged
+        self._pause_since: float | None = None  # since when a flip has kept tokens waiting
+        self._expire_at = 0.0
+        self._pause_ms = 0.0
+        self._outcome = "ok"  # of the step under way
+        self._steps: Counter[str] = Counter()  # how many ended how
+        self._flip = (0, 0)  # (previous epoch, requests that lost their home)
+
+    def on_membership(self, state: ClusterState) -> None:
+        """The mirror has a new state; called in its thread."""
+        self._membership_changed = True
+        self._fleet.ring()
+
+    # ---- the loop
+
+    def run(self, stop: threading.Event) -> None:
+        """Serve until stopped; Fenced if replaced."""
+        while not stop.is_set():
+            loop_watchdog.beat()
+            self.turn()
+        self._flush()
+
+    def turn(self) -> None:
+        """Begin a step, or go on with the one under way, or wait for something to do."""
+        if not self._scheduler.unanswered:
+            self._take_requests()
+            self._follow_membership()
+            self._copy(self._scheduler.copies(self._clock()))
+            batch = self._scheduler.schedule(self._clock())
+            if batch is None:
+                self._idle()
+                self._expire()
+                self._report()
+                return
+            self._begin_step(batch)
+        if self._scheduler.unanswered:
+            self._handle(self._fleet.collect(IDLE_S, self._has_news))
+            self._take_requests()
+        if not self._scheduler.unanswered:
+            self._end_step()
+            self._expire()
+            self._report()
+
+    def _begin_step(self, batch: StepBatch) -> None:
+        """While the ranks compute this step, the last one's tokens leave and new requests come in."""
+        self._outcome = "ok"
+        failpoints.hit("engine.before.step")
+        self._fleet.broadcast(batch)
+        self._flush()
+        self._take_requests()
+
+    def _end_step(self) -> None:
+        self._steps[self._outcome] += 1
+        self._last_step_end = self._clock()
+        self._note_flip(self._last_step_end)
+        self._note_recoveries()
+
+    def _idle(self) -> None:
+        """Nothing can run: wait for requests, ranks, a view, or the end of a rank's back-off."""
+        self._flush()
+        self._last_step_end = None
+        self._note_flip(self._clock())
+        self._note_recoveries()
+        self._report()
+        retry = self._scheduler.next_retry()
+        timeout_s = IDLE_S if retry is None else max(0.0, min(IDLE_S, retry - self._clock()))
+        self._handle(self._fleet.collect(timeout_s, self._has_news))
+
+    def _has_news(self) -> bool:
+        return self._server.pending or self._membership_changed or self._status.fenced
+
+    def _take_requests(self) -> None:
+        for message in self._server.take():
+            if isinstance(message, Abort):
+                self._scheduler.abort(message.request_id)
+            else:
+                self._outbox += self._scheduler.submit(message, self._clock())
+
+    def _flush(self) -> None:
+        self._server.send(self._outbox)
+        self._outbox.clear()
+
+    def _expire(self) -> None:
+        now = self._clock()
+        if now >= self._expire_at:
+            self._expire_at = now + EXPIRE_EVERY_S
+            self._outbox += self._scheduler.expire(now)
+            if self._unrecorded:
+                self._fleet.probe()
+            loads = self._loads.due(now, self._wall())
+            if loads is not None:
+                self._status.tell_loads(loads)
+
+    def _note_slow(self) -> None:
+        """Tell of ranks that have become far slower than the others, or are so no longer."""
+        slow = self._fleet.slow
+        for rank in slow.keys() - self._slow:
+            log.warning("a rank is far slower than the others", rank=rank, factor=round(slow[rank], 1))
+            self._emit("rank_slow", rank, factor=round(slow[rank], 1))
+        for rank in self._slow - slow.keys():
+            self._emit("rank_slow_no_more", rank)
+        self._slow = set(slow)
+
+    def _report(self) -> None:
+        self._note_slow()
+        scheduler = self._scheduler
+        view = scheduler.view
+        self._status.update(
+            EngineStatus(
+                token=self._token,
+                epoch=view.epoch if view else 0,
+                masked=tuple(sorted(scheduler.masked)),
+                uncovered=scheduler.uncovered,
+                running=scheduler.running,
+                waiting=scheduler.waiting,
+                step=scheduler.step,
+                steps=dict(self._steps),
+                pause_ms=self._pause_ms,
+                slow=tuple(sorted(self._slow)),
+                vacated_revision=self._vacated_revision(),
+            )
+        )
+
+    def _vacated_revision(self) -> int:
+        """The staged view, if it leaves out ranks and none of their requests can still be moved."""
+        return self._staged_revision if self._leaving and not self._scheduler.waited_for else 0
+
+    # ---- what the ranks say
+
+    def _handle(self, happened: Iterable[FleetEvent]) -> None:
+        for event in happened:
+            if isinstance(event, StepResult):
+                self._take_result(event)
+            elif isinstance(event, BlocksCopied):
+                self._copy(self._scheduler.copied(event, self._clock()))
+            elif isinstance(event, RankLost):
+                self._lose(event)
+            elif isinstance(event, Farewell):
+                raise Fenced(f"engine {self._token} has been replaced: rank {event.rank} follows {event.successor}")
+            else:
+                self._welcome(event)
+
+    def _copy(self, orders: Iterable[CopyBlocks]) -> None:
+        """Have ranks copy KV blocks, and tell of the requests that have moved with theirs."""
+        for order in orders:
+            failpoints.hit("engine.before.copy")
+            self._fleet.copy(order)
+        for moved in self._scheduler.moved():
+            self._emit(
+                "request_moved",
+                moved.target,
+                source=moved.source,
+                request_id=moved.request_id,
+                tokens=moved.tokens,
+                ms=round(moved.ms, 3),
+            )
+
+    def _take_result(self, result: StepResult) -> None:
+        if result.status is not StepStatus.OK:
+            self._outcome = str(result.status)
+            log.warning("a rank did not complete its part", rank=result.rank, step=result.step, status=result.status)
+            self._emit("step_setback", result.rank, status=str(result.status), error=result.error[-2000:])
+        self._loads.add(result.load)
+        if result.retried_rows:
+            self._emit("rows_retried", result.rank, rows=result.retried_rows, answered_at=result.retried_at)
+        if result.suspects:
+            self._emit("ranks_suspected", result.rank, suspects=result.suspects)
+            self._fleet.probe()
+        self._outbox += self._scheduler.apply(result, self._clock())
+
+    def _welcome(self, joined: RankJoined) -> None:
+        self._ready.add((joined.rank, joined.incarnation))
+        self._membership_changed = True
+        self._emit("rank_joined", joined.rank, incarnation=joined.incarnation)
+
+    def _lose(self, loss: RankLost) -> None:
+        """Take a rank out of use: first for the survivors in mid-step, then in the books."""
+        identity = (loss.rank, loss.incarnation)
+        self._ready.discard(identity)
+        self._lost.add(identity)
+        self._membership_changed = True
+        view = self._scheduler.view
+        if view is None or identity not in map(of_member, view.members):
+            self._emit("rank_left", loss.rank, incarnation=loss.incarnation, source=loss.source)
+            return
+        self._fleet.mask(loss.rank)
+        now = self._clock()
+        moved = self._scheduler.lose_ranks([loss.rank], now)
+        self._recovery.lost(loss.rank, loss.at, moved)
+        if self._outcome == "ok":
+            self._outcome = "rank_lost"  # the survivors' step goes on all the same
+        masked_ms = (now - loss.at) * 1000
+        log.warning("rank masked", rank=loss.rank, source=loss.source, requests=len(moved))
+        self._emit(
+            "rank_masked",
+            loss.rank,
+            incarnation=loss.incarnation,
+            token=self._token,
+            source=loss.source,
+            ms=round(masked_ms, 3),
+            silent_ms=round(loss.silent_s * 1000, 3),
+            requests=len(moved),
+            request_ids=moved,
+            uncovered=self._scheduler.uncovered,
+            noticed_at=loss.at,
+        )
+        self._report()
+
+    def _note_recoveries(self) -> None:
+        emitted = (output.request_id for output in self._outbox)
+        for recovered in self._recovery.progress(emitted, self._scheduler.knows, self._clock()):
+            self._emit("rank_recovered", recovered.rank, ms=round(recovered.ms, 3), requests=recovered.moved)
+
+    # ---- what the store says
+
+    def _follow_membership(self) -> None:
+        if self._status.fenced:
+            raise Fenced(f"engine {self._token} has been replaced")
+        since = self._newer_view_since
+        now = self._clock()
+        overdue = since[0] > 0 and now - since[1] > self._config.launch_deadline_s
+        if now >= self._patient_until:
+            self._patient_until, self._membership_changed = math.inf, True
+        if not self._membership_changed and not overdue:
+            return
+        self._membership_changed = False
+        try:
+            state = self._mirror.state()
+        except SchemaError as error:  # the next state that can be read is heard of like any other
+            log.error("the cluster's state cannot be read, serving goes on under the last view", error=str(error))
+            return
+        if state.engine_token != self._token:
+            raise Fenced(f"engine {self._token} has been replaced by {state.engine_token or 'nobody yet'}")
+        self._attach_ranks(state)
+        view = self._scheduler.view
+        self._follow_leavers(state)
+        self._unrecorded = view is not None and not absent(view, state).isdisjoint(self._ready)
+        began = since[1] if state.view is not None and state.view.epoch == since[0] else now
+        patience_s = PATIENCE_TTLS * self._config.lease_ttl_s
+        patient = now < began + patience_s
+        newer = adoption(state, self._epoch, self._ready, self._lost, patient=patient, overdue=overdue)
+        if newer is None:
+            self._newer_view_since = (0, 0.0)
+        elif newer.waiting_for:
+            if since[0] != newer.view.epoch:
+                self._newer_view_since, self._patient_until = (newer.view.epoch, now), now + patience_s
+                log.info("newer view waits for ranks", epoch=newer.view.epoch, ranks=newer.waiting_for)
+        else:
+            self._newer_view_since = (0, 0.0)
+            self._adopt(newer)
+
+    def _follow_leavers(self, state: ClusterState) -> None:
+        """Whose requests are to move before the next view is committed, which waits until they have."""
+        view, staged = self._scheduler.view, state.next
+        self._leaving = leaving(view, state) if view is not None else ()
+        self._staged_revision = state.next_revision if staged is not None and staged.epoch == self._epoch + 1 else 0
+        self._scheduler.leave(self._leaving)
+
+    @property
+    def _epoch(self) -> int:
+        return self._scheduler.view.epoch if self._scheduler.view else 0
+
+    def _attach_ranks(self, state: ClusterState) -> None:
+        """Join the queues of ranks that have joined ours; let go of those that nothing names any more.
+
+        A record that is away shows nothing: its agent's lease has run out, and it may write the same record again.
+        """
+        for identity, record in state.ranks.items():
+            if record.engine_token == self._token and identity not in self._lost:
+                self._fleet.attach(record)
+        named = set(state.ranks) | {of_member(m) for m in (state.view.members if state.view else ())}
+        named |= {(spec.rank, spec.incarnation) for each in state.assignments.values() for spec in each.ranks}
+        if self._scheduler.view is not None:
+            named |= set(map(of_member, self._scheduler.view.members))
+        for identity in self._ready - named:
+            self._ready.discard(identity)
+            self._fleet.detach(*identity)
+        self._lost &= named
+
+    def _adopt(self, newer: Adoption) -> None:
+        """Flip to the view: the next batch carries its epoch. Requests of ranks that left go on elsewhere."""
+        failpoints.hit("engine.before.flip")
+        now = self._clock()
+        before = self._epoch
+        self._pause_since = self._last_step_end if self._last_step_end is not None else now
+        self._fleet.adopt(newer.masked, map(of_member, newer.view.members))
+        moved = self._scheduler.set_view(newer.view, newer.masked, now)
+        log.info("view adopted", epoch=newer.view.epoch, ranks=newer.view.ranks, masked=newer.masked)
+        self._flip = (before, len(moved))
+        failpoints.hit("engine.after.flip")
+
+    def _note_flip(self, now: float) -> None:
+        """The first step under a new view is over, or there is none to run: say what the flip cost."""
+        if self._pause_since is None:
+            return
+        self._pause_ms = round((now - self._pause_since) * 1000, 3)
+        self._pause_since = None
+        before, moved = self._flip
+        self._emit("epoch_adopted", None, previous=before, requests=moved, pause_ms=self._pause_ms)
+
+    def _emit(self, kind: str, rank: int | None, **fields: object) -> None:
+        self._events.emit(kind, cluster=self._config.cluster, epoch=self._epoch, rank=rank, **fields)

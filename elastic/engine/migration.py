@@ -1,0 +1,203 @@
+"""Requests move off ranks that are about to leave, KV blocks and all, so that nothing is computed again. Pure.
+
+A move goes between steps, a piece at a time: the source writes blocks out, the target takes them in; in the end the
+target is the request's home. Full blocks do not change any more, so the request pauses only for its last piece. One at
+a time leaves a rank and one enters a rank: a step waits for one piece at most. Whatever goes wrong leaves the request
+where it was; if it is still there when its rank leaves, it is computed again elsewhere.
+"""
+
+from __future__ import annotations
+
+import sys
+from bisect import insort
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from elastic.engine.kv_blocks import blocks_for
+from elastic.engine.sequence import Home, Sequence, by_age
+from membership.store.records import ClusterConfig
+from workers.protocol.messages import BlocksCopied, CopyBlocks
+
+COPY_TIMEOUT_S = 5.0  # for one half of a copy; a step that is under way comes first
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A request has another home, with everything that was computed for it."""
+
+    request_id: str
+    source: int
+    target: int
+    tokens: int
+    ms: float
+
+
+@dataclass(slots=True, eq=False)
+class _Move:
+    """One request on its way. The first `copied` of its blocks are in `blocks`, the target's."""
+
+    sequence: Sequence
+    source: Home
+    target: Home
+    blocks: list[int]
+    began: float
+    copied: int = 0
+    piece: int = sys.maxsize  # how many blocks the source writes out at once; not known before it did
+    pausing: bool = True
+    order: CopyBlocks | None = None  # not answered yet
+    deadline: float = 0.0
+
+
+class Migration:
+    """The moves under way. It takes blocks from and returns them to the homes' pools."""
+
+    def __init__(self, config: ClusterConfig, engine_token: int) -> None:
+        self._config = config
+        self._token = engine_token
+        self._moves: list[_Move] = []
+        self._staying: set[int] = set()  # sequences that could not be moved
+        self._copies = 0
+        self.leaving: frozenset[int] = frozenset()  # ranks
+        self.moved: list[Moved] = []  # since somebody cleared it
+
+    def leave(self, ranks: Iterable[int]) -> None:
+        """These ranks, and no others, are about to leave."""
+        leaving = frozenset(ranks)
+        if leaving != self.leaving:
+            self.leaving = leaving
+            self._staying.clear()
+
+    def pauses(self, sequence: Sequence) -> bool:
+        """Whether its last blocks are being copied: it must not run meanwhile."""
+        return any(move.sequence is sequence and move.pausing for move in self._moves)
+
+    def arriving(self, home: Home) -> int:
+        """How many requests are on their way to this home."""
+        return sum(move.target is home for move in self._moves)
+
+    def reserved(self, home: Home) -> list[int]:
+        """Blocks of this home that wait for what is on its way."""
+        return [block for move in self._moves if move.target is home for block in move.blocks]
+
+    def waited_for(self, homes: Mapping[int, Home]) -> set[int]:
+        """Leaving ranks with requests that may still be moved."""
+        return {
+            home.rank
+            for home in homes.values()
+            if home.rank in self.leaving
+            and any(sequence.seq not in self._staying for sequence in home.running)
+            and any(self._reaches(home, other) for other in homes.values())
+        }
+
+    def _reaches(self, source: Home, target: Home) -> bool:
+        """Whether blocks can be copied there: within a host."""
+        return target.rank not in self.leaving and target.node == source.node
+
+    # ---- moves
+
+    def review(self, homes: Mapping[int, Home], now: float) -> None:
+        """Give up moves that make no sense any more: one end is gone, or stays, or says nothing."""
+        for move in self._moves.copy():
+            there = move.sequence.home is move.source and homes.get(move.target.rank) is move.target
+            wanted = move.source.rank in self.leaving and move.target.rank not in self.leaving
+            if move.order is not None and now >= move.deadline:
+                self._staying.add(move.sequence.seq)
+                self._give_up(move)
+            elif not there or not wanted:
+                self._give_up(move)
+
+    def orders(self, homes: Mapping[int, Home], now: float) -> list[CopyBlocks]:
+        """What ranks should copy now; they are to hear of it before they hear of the next step."""
+        self.review(homes, now)
+        if self.leaving:
+            busy = {move.source.rank for move in self._moves}
+            for home in [h for h in homes.values() if h.rank in self.leaving and h.rank not in busy]:
+                self._begin(home, homes, now)
+        return [order for move in self._moves.copy() if move.order is None for order in self._next(move, now)]
+
+    def take(self, answer: BlocksCopied, homes: Mapping[int, Home], now: float) -> list[CopyBlocks]:
+        """Go on with what a rank has copied; answers to other than what was asked last have no effect."""
+        self.review(homes, now)
+        identity = (answer.rank, answer.incarnation)
+        for move in self._moves:
+            order = move.order
+            if order is None or (order.copy, order.addressee) != (answer.copy, identity):
+                continue
+            if answer.error or not 0 < answer.blocks <= len(order.blocks):
+                self._staying.add(move.sequence.seq)
+                self._give_up(move)
+                return []
+            if order.arriving:
+                move.copied += answer.blocks
+                return list(self._next(move, now))
+            if answer.blocks < len(order.blocks):
+                move.piece = answer.blocks
+            arrived = move.blocks[move.copied : move.copied + answer.blocks]
+            return [self._ask(move, order.copy, arrived, now, arriving=True)]
+        return []
+
+    def _begin(self, source: Home, homes: Mapping[int, Home], now: float) -> None:
+        """Choose the oldest request that fits somewhere, and take the blocks for it."""
+        for sequence in source.running:
+            if sequence.failures or sequence.seq in self._staying:
+                continue
+            blocks = blocks_for(len(sequence.tokens), self._config.block_size)
+            fitting = [
+                home
+                for home in homes.values()
+                if self._reaches(source, home)
+                and home.rank not in sequence.failed_on
+                and not self.arriving(home)
+                and len(home.running) < self._config.max_seqs
+                and blocks + len(home.running) <= home.pool.free
+            ]
+            if fitting:
+                target = min(fitting, key=lambda home: (len(home.running), home.pool.used, home.rank))
+                self._moves.append(_Move(sequence, source, target, target.pool.take(blocks), now))
+                return
+
+    def _next(self, move: _Move, now: float) -> Iterator[CopyBlocks]:
+        """Ask for the next piece, once the request has paused if it is the last; or it is done."""
+        sequence = move.sequence
+        total = blocks_for(sequence.computed, self._config.block_size)
+        move.pausing = total - move.copied <= move.piece
+        move.order = None
+        if move.pausing and any(other is sequence for other, _ in move.source.in_flight):
+            return
+        if move.copied >= total:
+            self._finish(move, now)
+        elif self._has_room(move, total):
+            end = min(total, move.copied + move.piece)
+            self._copies += 1
+            yield self._ask(move, self._copies, sequence.blocks[move.copied : end], now, arriving=False)
+        else:
+            self._give_up(move)
+
+    def _has_room(self, move: _Move, total: int) -> bool:
+        """Take the blocks that it has come to need on the way."""
+        missing = total - len(move.blocks)
+        if missing > move.target.pool.free:
+            return False
+        move.blocks += move.target.pool.take(max(0, missing))
+        return True
+
+    def _ask(self, move: _Move, copy: int, blocks: list[int], now: float, *, arriving: bool) -> CopyBlocks:
+        """Both halves of a copy go by one number."""
+        source, target = ((home.rank, home.incarnation) for home in (move.source, move.target))
+        move.order = CopyBlocks(self._token, copy, source, target, blocks.copy(), arriving)
+        move.deadline = now + COPY_TIMEOUT_S
+        return move.order
+
+    def _finish(self, move: _Move, now: float) -> None:
+        """From here on the request lives at the target, and its blocks at the source are free."""
+        sequence = move.sequence
+        self._moves.remove(move)
+        sequence.move(move.target, move.blocks)
+        insort(move.target.running, sequence, key=by_age)
+        ms = (now - move.began) * 1000
+        request = sequence.request.request_id
+        self.moved.append(Moved(request, move.source.rank, move.target.rank, sequence.computed, ms))
+
+    def _give_up(self, move: _Move) -> None:
+        self._moves.remove(move)
+        move.target.pool.give_back(move.blocks)

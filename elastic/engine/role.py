@@ -1,0 +1,140 @@
+"""The engine role: takes the office in the store when it is free, serves, and stands down when it is replaced.
+
+The office is the key `engine`; its create revision is the token that everything carries. Its lease is renewed for as
+long as the store knows it: an outage of the store ends nobody's service, only a successor does.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from contextlib import ExitStack
+
+import structlog
+
+from elastic.engine.gateway_server import EngineServer
+from elastic.engine.loop import Engine
+from elastic.engine.status_writer import StatusWriter
+from membership.base import failpoints, loop_watchdog
+from membership.base.errors import Fenced, LeaseLost, StoreReplaced, StoreUnavailable, WaitTimeout
+from membership.base.events import EventLog
+from membership.store.codec import encode
+from membership.store.election import Election
+from membership.store.interface import Store
+from membership.store.keys import Keys
+from membership.store.lease import LeaseKeeper
+from membership.store.mirror import Mirror
+from membership.store.records import ClusterConfig, EngineRecord
+from workers.fleet.fleet import Fleet
+
+CAMPAIGN_SLICE_S = 1.0
+REMIND_S = 60.0
+
+log = structlog.get_logger(__name__)
+
+
+def run_terms(store: Store, cluster: str, node: str, stop: threading.Event, events: EventLog) -> None:
+    """Serve term after term until `stop`: an engine that was replaced, or whose lease was lost, stands by again.
+
+    So does one that cannot begin its term because the store is away. In the same process, since starting another one
+    costs a second that requests would wait.
+    """
+    while not stop.is_set():
+        try:
+            run_engine(store, cluster, node, stop, events)
+        except Fenced as fenced:
+            log.warning("stood down, standing by again", reason=str(fenced))
+        except StoreUnavailable as error:
+            log.warning("cannot stand by yet", error=str(error))
+            stop.wait(timeout=CAMPAIGN_SLICE_S)
+        except StoreReplaced as replaced:  # nobody can be elected; who is in office serves on
+            log.error("cannot stand by", error=str(replaced), hint=replaced.hint)
+            while not stop.wait(REMIND_S):
+                log.error("still cannot stand by", error=str(replaced), hint=replaced.hint)
+
+
+def run_engine(store: Store, cluster: str, node: str, stop: threading.Event, events: EventLog) -> None:
+    """Stand by, then serve for one term, until `stop`. Fenced if another engine has taken over."""
+    with Mirror(store, cluster) as mirror, ExitStack() as opened:
+        config = _config(mirror, stop)
+        if config is None:
+            return
+        fleet = Fleet()
+        opened.callback(fleet.close)
+        server = EngineServer(fleet.ring)
+        opened.callback(server.close)
+        record = EngineRecord(
+            node=node,
+            pid=os.getpid(),
+            address=server.address,
+            broadcast_handle=fleet.broadcast_handle,
+            mask_handle=fleet.mask_handle,
+        )
+        keys = Keys(cluster)
+        office = _take_office(store, keys, record, config.lease_ttl_s, stop)
+        if office is None:
+            return
+        keeper, token = office
+        opened.callback(keeper.close)
+        events.emit("engine_elected", cluster=cluster, token=token, pid=os.getpid())
+        fleet.open(token)
+        mirror.wait(lambda state: state.revision >= token, timeout_s=config.launch_deadline_s, what="our own election")
+        status = StatusWriter(store, keys, token, keeper.lease, on_fenced=fleet.ring)
+        opened.callback(status.close)
+        engine = Engine(config, token, mirror, fleet, server, status, events)
+        opened.callback(mirror.subscribe(engine.on_membership))
+        server.serve(token)
+        gc.collect()
+        gc.freeze()  # what is here now stays: the collector need not look at it between steps
+        try:
+            with loop_watchdog.watched():
+                engine.run(stop)
+        except Fenced as fenced:
+            events.emit("engine_stood_down", cluster=cluster, token=token, reason=str(fenced))
+            raise
+
+
+def _config(mirror: Mirror, stop: threading.Event) -> ClusterConfig | None:
+    """The cluster's configuration, once there is one; None if stopped first."""
+    state = mirror.state()
+    while state.config is None and not stop.is_set():
+        state = mirror.poll(state.revision, CAMPAIGN_SLICE_S)
+    return state.config
+
+
+def _take_office(
+    store: Store, keys: Keys, record: EngineRecord, ttl_s: float, stop: threading.Event
+) -> tuple[LeaseKeeper, int] | None:
+    """Campaign until elected, with a new lease where the old one ran out meanwhile; None if stopped first."""
+    while not stop.is_set():
+        try:
+            keeper = LeaseKeeper(store, ttl_s, persistent=True)
+        except StoreUnavailable as error:
+            log.warning("no lease to campaign with, trying again", error=str(error))
+            stop.wait(timeout=CAMPAIGN_SLICE_S)
+            continue
+        with loop_watchdog.watched():
+            token = _campaign(Election(store, keys.engine, encode(record), keeper), keeper, stop)
+        if token:
+            return keeper, token
+        keeper.close()
+    return None
+
+
+def _campaign(election: Election, keeper: LeaseKeeper, stop: threading.Event) -> int:
+    """Our token; 0 if stopped, or if the lease has ended."""
+    while not stop.is_set():
+        loop_watchdog.beat()
+        failpoints.hit("engine.before.campaign")
+        try:
+            return election.campaign(CAMPAIGN_SLICE_S)
+        except WaitTimeout:
+            continue  # somebody is in office: stand by
+        except LeaseLost as lost:
+            log.info("lease ended while standing by", error=str(lost))
+            return 0
+        except StoreUnavailable as error:
+            log.warning("cannot campaign now, trying again", error=str(error))
+            stop.wait(timeout=CAMPAIGN_SLICE_S)
+    return 0

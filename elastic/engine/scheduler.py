@@ -1,0 +1,350 @@
+"""What runs next, where, and what the answers mean: continuous batching over all ranks as pure bookkeeping.
+
+No I/O, no clock, no threads: the engine passes events and `now` in and gets messages out. A step is idempotent, so
+an answer other than OK changes nothing here, and the same chunk is simply scheduled again.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterable
+
+from elastic.engine.kv_blocks import BlockPool, blocks_for
+from elastic.engine.migration import Migration, Moved
+from elastic.engine.sequence import Home, Sequence, by_age, refusal
+from elastic.protocol import Rejected, Submit, Tokens
+from membership.base.errors import ElasticError
+from membership.store.records import ClusterConfig, View
+from workers.protocol.messages import (
+    BlocksCopied,
+    CopyBlocks,
+    SampledToken,
+    SeqChunk,
+    StepBatch,
+    StepResult,
+    StepStatus,
+)
+
+Output = Tokens | Rejected
+
+MAX_FAILURES = 3  # FAILED answers in a row, while running alone on its rank, before a rank gives a request up
+MAX_FAILED_RANKS = 2  # so many ranks may try: the first may be the one that is ill
+RETRY_AFTER_S = 5.0
+_BACKOFF_S, _BACKOFF_MAX_S = 0.001, 0.1
+
+
+def uncovered(view: View, masked: Iterable[int], config: ClusterConfig) -> int:
+    """How many (layer, expert) pairs have no usable owner."""
+    usable = set(view.ranks) - set(masked)
+    owners = [layers for rank, layers in view.placement.items() if rank in usable]
+    return sum(
+        config.experts - len(set[int]().union(*(layers[layer] for layers in owners)))
+        for layer in range(config.moe_layers)
+    )
+
+
+def _prefilling(sequence: Sequence) -> bool:
+    return sequence.remaining > 1
+
+
+class Scheduler:
+    """Requests, KV blocks and the step in flight. One step at a time; every rank with chunks answers or is lost."""
+
+    def __init__(self, config: ClusterConfig, engine_token: int, now: float = 0.0) -> None:
+        self.config = config
+        self.token = engine_token
+        self.view: View | None = None
+        self.masked: set[int] = set()
+        self.step = 0
+        self.attempt = 0
+        self.uncovered = config.moe_layers * config.experts
+        self._held_since: float | None = now  # since when no step may run at all
+        self._homes: dict[int, Home] = {}
+        self._migration = Migration(config, engine_token)
+        self._sequences: dict[str, Sequence] = {}  # by request id
+        self._waiting: list[Sequence] = []  # oldest first
+        self._arrivals = 0
+
+    # ---- membership
+
+    def set_view(self, view: View, masked: Iterable[int], now: float) -> list[str]:
+        """Go on under `view` from the next step. Returns the requests that lose their home.
+
+        KV caches stay with their ranks: only ranks that left, were masked or come back as another incarnation are lost.
+        """
+        self.view, self.masked = view, {rank for rank in masked if view.member(rank)}
+        kept = {m.rank: m for m in view.members if m.rank not in self.masked}
+        stay = {(m.rank, m.incarnation) for m in kept.values()}
+        moved = self._evict(home for home in self._homes.values() if (home.rank, home.incarnation) not in stay)
+        for rank, member in sorted(kept.items()):
+            if rank not in self._homes:
+                self._homes[rank] = Home(rank, member.incarnation, BlockPool(self.config.kv_blocks), member.node)
+        self._review_coverage(now)
+        return moved
+
+    def lose_ranks(self, ranks: Iterable[int], now: float) -> list[str]:
+        """Mask ranks of the view for good. Returns their requests, which wait at the front to be computed elsewhere."""
+        gone = set(ranks) & set(self.view.ranks if self.view else ())
+        self.masked |= gone
+        moved = self._evict(home for home in self._homes.values() if home.rank in gone)
+        self._review_coverage(now)
+        return moved
+
+    def _evict(self, homes: Iterable[Home]) -> list[str]:
+        moved = []
+        for home in list(homes):
+            del self._homes[home.rank]
+            for sequence in home.running.copy():
+                self._requeue(sequence)
+                moved.append(sequence.request.request_id)
+        return moved
+
+    # ---- ranks that are about to leave
+
+    def leave(self, ranks: Iterable[int]) -> None:
+        """These ranks of the view are not in the next one: they get no new requests, and theirs move to the others."""
+        self._migration.leave(ranks)
+
+    @property
+    def waited_for(self) -> set[int]:
+        """Leaving ranks with requests that may still be moved with their KV blocks."""
+        return self._migration.waited_for(self._homes)
+
+    def copies(self, now: float) -> list[CopyBlocks]:
+        """What ranks are to copy before they hear of the next step."""
+        return self._migration.orders(self._homes, now)
+
+    def copied(self, answer: BlocksCopied, now: float) -> list[CopyBlocks]:
+        """Take in what a rank has copied, and say what is to be copied next."""
+        return self._migration.take(answer, self._homes, now)
+
+    def moved(self) -> list[Moved]:
+        """Requests that have moved with their blocks since the last call."""
+        moved, self._migration.moved = self._migration.moved, []
+        return moved
+
+    def _review_coverage(self, now: float) -> None:
+        if self.view is not None:
+            self.uncovered = uncovered(self.view, self.masked, self.config)
+        if self._homes and not self.uncovered:
+            self._held_since = None
+        elif self._held_since is None:
+            self._held_since = now
+
+    # ---- requests
+
+    @property
+    def running(self) -> int:
+        """How many requests have a home."""
+        return len(self._sequences) - len(self._waiting)
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for room."""
+        return len(self._waiting)
+
+    @property
+    def held(self) -> bool:
+        """Whether no step may run, because some expert has no usable owner."""
+        return self._held_since is not None
+
+    def knows(self, request_id: str) -> bool:
+        """Whether the request is still under way."""
+        return request_id in self._sequences
+
+    def submit(self, request: Submit, now: float) -> list[Output]:
+        """Take a request on; an earlier one with the same id is dropped."""
+        self.abort(request.request_id)
+        if refused := refusal(request, self.config, self.token):
+            return [refused]
+        if len(request.emitted) >= request.max_tokens:
+            return [Tokens(self.token, request.request_id, len(request.emitted), [], finish_reason="length")]
+        self._arrivals += 1
+        sequence = Sequence.of(request, self._arrivals, now)
+        self._sequences[request.request_id] = sequence
+        self._waiting.append(sequence)
+        return []
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request, if it is known. Its chunk in flight has no effect any more."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self._forget(sequence)
+
+    def expire(self, now: float) -> list[Output]:
+        """Reject what has waited longer than the coverage deadline for lost experts to come back."""
+        expired = []
+        for sequence in self._sequences.values():
+            held = max(self._held_since, sequence.submitted) if self._held_since is not None else now
+            since = held if sequence.stalled_since is None else min(held, sequence.stalled_since)
+            if now - since >= self.config.coverage_deadline_s:
+                expired.append(sequence)
+        message = f"experts were not available for {self.config.coverage_deadline_s:g} s"
+        return [self._reject(sequence, 503, message, RETRY_AFTER_S) for sequence in expired]
+
+    def _forget(self, sequence: Sequence) -> None:
+        if sequence.home is None:
+            self._waiting.remove(sequence)
+        sequence.leave()
+        del self._sequences[sequence.request.request_id]
+
+    def _reject(self, sequence: Sequence, status: int, message: str, retry_after_s: float = 0.0) -> Rejected:
+        self._forget(sequence)
+        return Rejected(self.token, sequence.request.request_id, status, message, retry_after_s)
+
+    def _requeue(self, sequence: Sequence) -> None:
+        """Back to the queue, in order of arrival: that is before everything that has not run yet."""
+        sequence.leave()
+        insort(self._waiting, sequence, key=by_age)
+
+    # ---- steps
+
+    @property
+    def unanswered(self) -> set[int]:
+        """Ranks that have not answered the step in flight."""
+        return {home.rank for home in self._homes.values() if home.in_flight}
+
+    def next_retry(self) -> float | None:
+        """When a rank that backs off may be tried again, if any does."""
+        return min((home.retry_at for home in self._homes.values() if home.setbacks), default=None)
+
+    def schedule(self, now: float) -> StepBatch | None:
+        """The next step, or None if there is nothing (or nobody) to run."""
+        if self.unanswered:
+            raise ElasticError(f"step {self.step} is not answered by ranks {sorted(self.unanswered)}")
+        if self.view is None or self.held:
+            return None
+        self._migration.review(self._homes, now)
+        self._admit()
+        ranks: dict[int, list[SeqChunk]] = {}
+        for home in self._homes.values():
+            if home.running and home.retry_at <= now:
+                self._fill(home)
+            if home.in_flight:
+                ranks[home.rank] = [chunk for _, chunk in home.in_flight]
+        if not ranks:
+            return None
+        self.step += 1
+        self.attempt = max(self._homes[rank].setbacks for rank in ranks)
+        return StepBatch(self.token, self.view.epoch, self.step, self.attempt, sorted(self.masked), ranks)
+
+    def _admit(self) -> None:
+        """Give waiting requests homes, oldest first, as long as the oldest fits somewhere.
+
+        A home must have blocks for all tokens known so far, plus one spare for each sequence there, so that what is
+        admitted is not thrown out again by the next few decode steps.
+        """
+        while self._waiting:
+            sequence = self._waiting[0]
+            blocks = blocks_for(len(sequence.tokens), self.config.block_size)
+            every = self._homes.values()
+            homes = [home for home in every if home.rank not in self._migration.leaving] or every
+            fitting = [
+                home
+                for home in [home for home in homes if home.rank not in sequence.failed_on] or homes
+                if len(home.running) + self._migration.arriving(home) < self.config.max_seqs
+                and blocks + len(home.running) <= home.pool.free
+            ]
+            if not fitting:
+                return
+            home = min(fitting, key=lambda home: (len(home.running), home.pool.used, home.rank))
+            del self._waiting[0]
+            sequence.home, sequence.blocks = home, home.pool.take(blocks)
+            insort(home.running, sequence, key=by_age)
+
+    def _fill(self, home: Home) -> None:
+        """Choose the rank's chunks: decodes first, then prefills, oldest first within each, under the token budget.
+
+        A sequence whose chunk failed runs alone until it succeeds or is given up: others must not fail with it.
+        """
+        suspect = next((sequence for sequence in home.running if sequence.failures), None)
+        order: list[Sequence] = [suspect] if suspect else sorted(home.running, key=_prefilling)
+        budget = self.config.max_batched_tokens
+        for sequence in order:
+            if budget == 0:
+                return
+            if sequence.home is not home or self._migration.pauses(sequence):
+                continue
+            if self._make_room(home, sequence):
+                chunk = sequence.next_chunk(budget)
+                budget -= len(chunk.tokens)
+                home.in_flight.append((sequence, chunk))
+
+    def _make_room(self, home: Home, sequence: Sequence) -> bool:
+        """See to blocks for all known tokens; the youngest of the rank make room, perhaps `sequence` itself."""
+        missing = blocks_for(len(sequence.tokens), self.config.block_size) - len(sequence.blocks)
+        while missing > home.pool.free:
+            victim = home.running[-1]
+            self._requeue(victim)
+            if victim is sequence:
+                return False
+        if missing > 0:
+            sequence.blocks.extend(home.pool.take(missing))
+        return True
+
+    def apply(self, result: StepResult, now: float) -> list[Output]:
+        """Take a rank's answer in; answers to anything but the step in flight have no effect."""
+        home = self._homes.get(result.rank)
+        epoch = self.view.epoch if self.view else 0
+        expected = (self.token, epoch, self.step, home.incarnation if home else 0)
+        if home is None or (result.engine_token, result.epoch, result.step, result.incarnation) != expected:
+            return []
+        in_flight, home.in_flight = home.in_flight, []
+        current = [(sequence, chunk) for sequence, chunk in in_flight if sequence.home is home]
+        if result.status is not StepStatus.OK:
+            return self._set_back(home, [sequence for sequence, _ in current], result, now)
+        home.setbacks, home.retry_at = 0, 0.0
+        outputs: list[Output] = []
+        sampled = {token.seq: token for token in result.tokens}
+        for sequence, chunk in current:
+            token = sampled.get(chunk.seq)
+            if chunk.sample is not None and token is None:
+                outputs += self._strike([sequence], f"rank {home.rank} returned no token")
+                continue
+            sequence.computed += len(chunk.tokens)
+            sequence.failures, sequence.stalled_since = 0, None
+            if chunk.sample is not None and token is not None:
+                outputs.append(self._append(sequence, token))
+        return outputs
+
+    def _append(self, sequence: Sequence, sampled: SampledToken) -> Tokens:
+        """Add one token to the output; end tokens end it and are not part of it."""
+        request, index, token = sequence.request, sequence.emitted, sampled.token
+        is_eos = token in self.config.eos_token_ids and not request.ignore_eos
+        if is_eos or token in request.stop_token_ids:
+            self._forget(sequence)
+            return Tokens(self.token, request.request_id, index, [], finish_reason="stop")
+        sequence.tokens.append(token)
+        reason = "length" if sequence.emitted >= request.max_tokens else ""
+        if reason:
+            self._forget(sequence)
+        logprobs = [sampled.logprobs] if sampled.logprobs is not None else None
+        return Tokens(self.token, request.request_id, index, [token], logprobs, reason)
+
+    def _set_back(self, home: Home, sequences: list[Sequence], result: StepResult, now: float) -> list[Output]:
+        """Nothing happened: wait a little longer each time, and blame the sequences only if no peer is suspected."""
+        home.setbacks += 1
+        home.retry_at = now + min(_BACKOFF_S * 2**home.setbacks, _BACKOFF_MAX_S)
+        for sequence in sequences:
+            sequence.stalled_since = now if sequence.stalled_since is None else sequence.stalled_since
+        if result.status is StepStatus.FAILED and not result.suspects:
+            return self._strike(sequences, result.error)
+        return []
+
+    def _strike(self, sequences: list[Sequence], error: str) -> list[Output]:
+        """Count a failure; who fails alone again and again goes to another rank, and then is given up."""
+        alone = len(sequences) == 1
+        for sequence in sequences:
+            sequence.failures = sequence.failures + 1 if alone else max(sequence.failures, 1)
+        last = error.strip().rsplit("\n", 1)[-1]
+        rejected: list[Output] = []
+        for sequence in sequences:
+            home = sequence.home
+            if home is None or sequence.failures <= MAX_FAILURES:
+                continue
+            sequence.failed_on.add(home.rank)
+            if len(sequence.failed_on) < MAX_FAILED_RANKS and self._homes.keys() - sequence.failed_on:
+                self._requeue(sequence)
+            else:
+                rejected.append(self._reject(sequence, 500, f"the model failed on this request: {last}"))
+        return rejected

@@ -1,0 +1,100 @@
+"""A request under way in the engine: its tokens, how far they are computed, and where its KV blocks are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from elastic.engine.kv_blocks import BlockPool, blocks_for
+from elastic.protocol import Rejected, Submit
+from membership.store.records import ClusterConfig
+from workers.protocol.messages import SeqChunk
+
+
+@dataclass(slots=True, eq=False)
+class Home:
+    """One usable rank: its KV pool, the sequences that live there (oldest first) and what it is computing now."""
+
+    rank: int
+    incarnation: int
+    pool: BlockPool
+    node: str = ""
+    running: list[Sequence] = field(default_factory=list)
+    in_flight: list[tuple[Sequence, SeqChunk]] = field(default_factory=list)
+    setbacks: int = 0  # consecutive answers other than OK
+    retry_at: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """`tokens` is prompt + emitted; positions below `computed` are in the KV cache of `home`."""
+
+    request: Submit
+    seq: int  # also the order of arrival: lower is older
+    submitted: float
+    tokens: list[int]
+    home: Home | None = None
+    blocks: list[int] = field(default_factory=list)
+    computed: int = 0
+    failures: int = 0  # consecutive FAILED answers on this home
+    failed_on: set[int] = field(default_factory=set)  # ranks that failed on it to the end
+    stalled_since: float | None = None  # since when its rank answers something other than OK
+
+    @classmethod
+    def of(cls, request: Submit, seq: int, now: float) -> Sequence:
+        """A new sequence that goes on after what the request has already emitted."""
+        return cls(request, seq, now, [*request.prompt, *request.emitted])
+
+    @property
+    def emitted(self) -> int:
+        """How many output tokens there are so far."""
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def remaining(self) -> int:
+        """How many known tokens are not computed yet: 1 while decoding, more while prefilling."""
+        return len(self.tokens) - self.computed
+
+    def next_chunk(self, budget: int) -> SeqChunk:
+        """The next at most `budget` tokens; the last known token yields a sample."""
+        end = min(self.computed + budget, len(self.tokens))
+        sample = self.request.sampling if end == len(self.tokens) else None
+        return SeqChunk(self.seq, self.computed, self.tokens[self.computed : end], self.blocks.copy(), sample)
+
+    def move(self, home: Home, blocks: list[int]) -> None:
+        """Go on at another home, whose `blocks` hold what this one's do; that home is to count it in."""
+        computed = self.computed
+        self.leave()
+        self.home, self.blocks, self.computed = home, blocks, computed
+
+    def leave(self) -> None:
+        """Give the blocks back and forget the home: what was computed there is lost."""
+        if self.home is not None:
+            self.home.pool.give_back(self.blocks)
+            self.home.running.remove(self)
+        self.home, self.computed, self.failures, self.stalled_since = None, 0, 0, None
+
+
+def by_age(sequence: Sequence) -> int:
+    """Sorts the oldest first."""
+    return sequence.seq
+
+
+def refusal(request: Submit, config: ClusterConfig, token: int) -> Rejected | None:
+    """Why this request can never run here, if so."""
+    prompt, total = len(request.prompt), len(request.prompt) + request.max_tokens
+    known = [*request.prompt, *request.emitted]
+    capacity = config.kv_blocks * config.block_size
+    message = ""
+    if not request.prompt:
+        message = "the prompt is empty"
+    elif request.max_tokens < 1:
+        message = f"max_tokens must be at least 1, not {request.max_tokens}"
+    elif total > config.max_model_len:
+        message = f"prompt ({prompt} tokens) plus max_tokens ({request.max_tokens}) exceed the context length of "
+        message += f"{config.max_model_len} tokens"
+    elif blocks_for(total, config.block_size) > config.kv_blocks:
+        message = f"prompt ({prompt} tokens) plus max_tokens ({request.max_tokens}) exceed the KV cache of one rank "
+        message += f"({capacity} tokens)"
+    elif min(known) < 0 or (config.vocab_size and max(known) >= config.vocab_size):
+        message = f"token ids must be between 0 and {config.vocab_size - 1}"
+    return Rejected(token, request.request_id, 400, message) if message else None

@@ -1,0 +1,119 @@
+"""Tells the store what the engine is doing, from a thread of its own: a slow or absent store never delays a step."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import structlog
+
+from membership.base import failpoints
+from membership.base.errors import LeaseLost, StoreError, WaitTimeout
+from membership.store.codec import encode
+from membership.store.interface import Compare, Op, Put, Store
+from membership.store.keys import Keys
+from membership.store.records import EngineStatus, ExpertLoad
+
+PERIOD_S = 1.0
+
+log = structlog.get_logger(__name__)
+
+
+class StatusWriter:
+    """Writes the latest status at once when it says something new, and every second. Fenced by the engine token."""
+
+    def __init__(
+        self,
+        store: Store,
+        keys: Keys,
+        token: int,
+        lease: int,
+        on_fenced: Callable[[], None],
+        *,
+        background: bool = True,
+    ) -> None:
+        self._store = store
+        self._key, self._loads_key = keys.engine_status, keys.expert_load
+        self._fence = Compare(keys.engine, "create", "=", token)
+        self._lease = lease
+        self._on_fenced = on_fenced
+        self._changed = threading.Condition()
+        self._status = EngineStatus(token=token, epoch=0)
+        self._loads: ExpertLoad | None = None
+        self._urgent = True
+        self._stop = False
+        self._reachable = True
+        self.fenced = False  # the store says that another engine is in charge, or may be
+        self._thread = threading.Thread(target=self._run, name="engine-status", daemon=True)
+        if background:
+            self._thread.start()
+
+    def update(self, status: EngineStatus) -> None:
+        """Take over the latest status; cheap, never blocks on the store."""
+        with self._changed:
+            before, self._status = self._status, status
+            if _urgent(before) != _urgent(status):
+                self._urgent = True
+                self._changed.notify_all()
+
+    def tell_loads(self, loads: ExpertLoad) -> None:
+        """Have the experts' loads written with the next status. Lost if the store is away: they are told again."""
+        with self._changed:
+            self._loads = loads
+
+    def close(self) -> None:
+        """Stop writing."""
+        with self._changed:
+            self._stop = True
+            self._changed.notify_all()
+        if self._thread.ident is not None:
+            self._thread.join(timeout=15.0)
+        if self._thread.is_alive():
+            raise WaitTimeout("the engine's status writer did not stop within 15 s")
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._urgent or self._stop, timeout=PERIOD_S)
+                if self._stop:
+                    return
+            if not self.turn():
+                return
+
+    @property
+    def urgent(self) -> bool:
+        """Whether there is something that others act on and have not been told."""
+        return self._urgent
+
+    def turn(self) -> bool:
+        """Write the latest status; False once this engine is fenced."""
+        with self._changed:
+            self._urgent, status = False, self._status
+            loads, self._loads = self._loads, None
+        if not self._write(status, loads):
+            self.fenced = True
+            self._on_fenced()
+        return not self.fenced
+
+    def _write(self, status: EngineStatus, loads: ExpertLoad | None) -> bool:
+        """False if this engine has been replaced, or its lease has ended, which lets others replace it."""
+        puts: list[Op] = [Put(self._key, encode(status), self._lease)]
+        if loads is not None:
+            puts.append(Put(self._loads_key, encode(loads), self._lease))
+        failpoints.hit("engine.before.status")
+        try:
+            outcome = self._store.txn([self._fence], puts)
+        except LeaseLost:
+            return False
+        except StoreError as error:
+            if self._reachable:
+                log.warning("engine status not written, serving goes on", error=str(error))
+            self._reachable = False
+            return True
+        self._reachable = True
+        return outcome.succeeded
+
+
+def _urgent(status: EngineStatus) -> tuple[object, ...]:
+    """What others act on."""
+    return status.epoch, status.masked, status.uncovered, status.vacated_revision

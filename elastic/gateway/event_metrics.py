@@ -1,0 +1,156 @@
+"""Metrics of what has happened to the cluster: read off its event history and its operations, at each scrape.
+
+Every gateway that sees the history says the same, and goes on where it was after a restart: the history is the memory.
+Each number was measured by who did it (engine, controller); nothing is timed here. The engine and the gateway of
+a cluster on several hosts write separate histories: there each gateway tells of its own host's.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from membership.base.events import Event, Tail
+from membership.store.records import ClusterState, Operation
+
+MAX_READS = 64  # per scrape, of 64 KiB each: the gateway streams tokens meanwhile; the rest comes with the next scrape
+SHORT_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 10.0, 30.0)
+ALIVE = ("stopped", "hung", "deadline")  # signs of a rank that is not dead
+LONG_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+
+
+class HistoryMetrics:
+    """Counters and histograms in `registry`, brought up to date by `update`."""
+
+    def __init__(self, prefix: str, path: Path, cluster: str, registry: CollectorRegistry) -> None:
+        self._tail = Tail(path)
+        self._cluster = cluster
+        self._staged: dict[int, float] = {}  # epoch -> when it was (last) staged
+        self._committed: dict[int, tuple[float, str]] = {}  # epoch -> when, and what for, until the engine has it
+        self._members: set[int] | None = None
+        self._evicted: set[int] = set()  # incarnations that were given up alive
+        self._told: set[str] = set()  # operations that were counted
+        self._phases = Histogram(
+            prefix + "reconfiguration_seconds",
+            "How long each phase of a change of membership took (ready and proposed: of operations only).",
+            ["phase", "trigger"], buckets=LONG_S, registry=registry,
+        )  # fmt: skip
+        self._changes = Counter(
+            prefix + "reconfigurations",
+            "Changes of membership: committed epochs, aborted operations, and views withdrawn before their commit.",
+            ["outcome"], registry=registry,
+        )  # fmt: skip
+        self._detection = Histogram(
+            prefix + "detection_seconds",
+            "From the first sign of a rank's loss (the kernel's notice, its queue's end, or the question that it left"
+            " unanswered) to its mask. What passed before the first sign is not known.",
+            ["source"], buckets=SHORT_S, registry=registry,
+        )  # fmt: skip
+        self._recovery = Histogram(
+            prefix + "recovery_seconds",
+            "From the first sign of a rank's loss until every request that lived on it had a new token.",
+            buckets=SHORT_S, registry=registry,
+        )  # fmt: skip
+        self._migrated = Counter(
+            prefix + "requests_migrated",
+            "Requests that went on on another rank: with their KV blocks copied, or computed again there.",
+            ["how"], registry=registry,
+        )  # fmt: skip
+        for how in ("copied", "replayed"):
+            self._migrated.labels(how)
+        self._fenced = Counter(
+            prefix + "fenced", "Who lived on after having been replaced, or given up, and was kept from acting.",
+            ["what"], registry=registry,
+        )  # fmt: skip
+        self._taken = Counter(
+            prefix + "weight_bytes_moved",
+            "Expert weights that members had to get before a view was committed, by what the view was for.",
+            ["trigger"], registry=registry,
+        )  # fmt: skip
+        self._weights = Gauge(
+            prefix + "weight_store_bytes", "Memory of each host's weight store, counted once.",
+            ["node"], registry=registry,
+        )  # fmt: skip
+
+    def update(self, state: ClusterState) -> None:
+        """Take in what is new."""
+        for _ in range(MAX_READS):
+            events = self._tail.read()
+            if events is None:
+                break
+            for event in events:
+                if event.cluster == self._cluster:
+                    self._take(event)
+        for operation in state.operations.values():
+            if not operation.active and operation.id not in self._told:
+                self._told.add(operation.id)
+                self._take_operation(operation)
+        self._told &= state.operations.keys()
+
+    def _take(self, event: Event) -> None:
+        fields = event.fields
+        if event.kind == "epoch_staged":
+            self._staged[event.epoch] = event.ts
+        elif event.kind == "epoch_committed":
+            self._take_commit(event)
+        elif event.kind == "epoch_adopted":
+            self._migrated.labels("replayed").inc(fields.get("requests", 0))
+            self._take_adoption(event)
+        elif event.kind == "request_moved":
+            self._migrated.labels("copied").inc()
+        elif event.kind == "epoch_unstaged" and not fields.get("operation"):
+            self._changes.labels("withdrawn").inc()
+        elif event.kind == "operation_phase" and fields.get("phase") == "aborted":
+            self._changes.labels("aborted").inc()
+        elif event.kind == "rank_masked":
+            self._migrated.labels("replayed").inc(fields.get("requests", 0))
+            took_ms = fields["ms"] + fields.get("silent_ms", 0.0)
+            self._take_eviction(event, alive=fields["source"] in ALIVE)
+            self._detection.labels(fields["source"].replace(" ", "_")).observe(took_ms / 1000)
+        elif event.kind == "rank_died":
+            self._take_eviction(event, alive=fields.get("detected_by") == "heartbeat")
+        elif event.kind == "engine_stood_down":
+            self._fenced.labels("engine").inc()
+        elif event.kind == "leader_left" and fields.get("fenced"):
+            self._fenced.labels("controller").inc()
+        elif event.kind == "rank_recovered":
+            self._recovery.observe(fields["ms"] / 1000)
+        elif event.kind == "weights_held":
+            self._weights.labels(fields["node"]).set(fields["bytes"])
+
+    def _take_eviction(self, event: Event, *, alive: bool) -> None:
+        """A rank was given up without being dead: by the engine, by its agent, or by one after the other."""
+        incarnation = event.fields.get("incarnation", 0)
+        if alive and incarnation not in self._evicted:
+            self._evicted.add(incarnation)
+            self._fenced.labels("rank").inc()
+
+    def _take_commit(self, event: Event) -> None:
+        before, self._members = self._members, set(event.fields["ranks"])
+        self._changes.labels("committed").inc()
+        if event.fields.get("operation"):
+            trigger = "scale"  # its phases are in its record
+        elif before is None or event.epoch == 1:
+            trigger = "start"
+        else:
+            trigger = "loss" if before - self._members else "join" if self._members - before else "rebalance"
+        self._taken.labels(trigger).inc(event.fields.get("weight_bytes", 0))
+        staged = self._staged.get(event.epoch)
+        if staged is not None and trigger != "scale":
+            self._phases.labels("loading", trigger).observe(max(0.0, event.ts - staged))
+        self._staged.clear()
+        self._committed[event.epoch] = (event.ts, trigger)
+
+    def _take_adoption(self, event: Event) -> None:
+        """An engine has the epoch; the first to have it ends the change (a successor adopts it once more)."""
+        at, trigger = self._committed.pop(event.epoch, (0.0, "scale"))
+        if trigger != "scale":
+            self._phases.labels("committed", trigger).observe(max(0.0, event.ts - at))
+        self._committed = {epoch: entry for epoch, entry in self._committed.items() if epoch > event.epoch}
+
+    def _take_operation(self, operation: Operation) -> None:
+        entered = sorted(operation.phase_times.items(), key=lambda entry: entry[1])
+        for (phase, since), (_, until) in pairwise(entered):
+            self._phases.labels(phase, operation.kind).observe(until - since)

@@ -1,0 +1,164 @@
+"""The request journal: what each open request asked for and what was emitted, so that any engine can go on with it.
+
+Pure. It is the reason why an engine may die: the gateway submits every open request again, with its emitted tokens, to
+the next engine, and drops whatever the old one may still say. A client's stream gets each index once, in order.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+from elastic.protocol import Abort, Rejected, Submit, Tokens
+from membership.base.errors import JournalError
+from workers.protocol.messages import Sampling, TokenLogprobs
+
+
+class RequestState(StrEnum):
+    """OPEN, or how it ended."""
+
+    OPEN = "open"
+    FINISHED = "finished"  # the engine or max_tokens ended it
+    REJECTED = "rejected"  # the engine refused it, or the gateway gave up
+    CLOSED = "closed"  # the client went away, or the gateway has seen enough
+
+
+class Request(msgspec.Struct, kw_only=True):
+    """One sequence to generate, and what is known of it."""
+
+    id: str
+    prompt: list[int]
+    sampling: Sampling
+    max_tokens: int
+    stop_token_ids: list[int] = []
+    ignore_eos: bool = False
+    emitted: list[int] = []
+    state: RequestState = RequestState.OPEN
+    admitted_at: float = 0.0
+    progress_at: float = 0.0  # when it was admitted, submitted or last grew
+
+    def submission(self) -> Submit:
+        """What an engine needs to go on with it."""
+        return Submit(
+            request_id=self.id,
+            prompt=self.prompt,
+            sampling=self.sampling,
+            max_tokens=self.max_tokens,
+            emitted=list(self.emitted),
+            stop_token_ids=self.stop_token_ids,
+            ignore_eos=self.ignore_eos,
+        )
+
+
+class Delta(msgspec.Struct, frozen=True):
+    """What one message added to a request. With a finish reason it is the request's last."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    finish_reason: str = ""
+
+
+class Journal:
+    """All open requests of one gateway."""
+
+    def __init__(self) -> None:
+        self.engine_token = 0  # 0: no engine; nothing is accepted
+        self._open: dict[str, Request] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def open_requests(self) -> list[Request]:
+        """All open requests, oldest first."""
+        return list(self._open.values())
+
+    def request(self, request_id: str) -> Request:
+        """An open request."""
+        return self._open[request_id]
+
+    def admit(self, request: Request, now: float) -> Submit:
+        """Take responsibility for a request; return what to tell the engine."""
+        if request.id in self._open:
+            raise JournalError(f"request {request.id} is open already")
+        request.admitted_at = request.progress_at = now
+        self._open[request.id] = request
+        return request.submission()
+
+    def resubmissions(self, engine_token: int, now: float) -> list[Submit]:
+        """Turn to this engine: from now on only its output counts. Return every open request as it stands."""
+        self.engine_token = engine_token
+        for request in self._open.values():
+            request.progress_at = now
+        return [request.submission() for request in self._open.values()]
+
+    def detach(self) -> None:
+        """Listen to no engine until the next `resubmissions`."""
+        self.engine_token = 0
+
+    def accept(self, message: Tokens, now: float) -> Delta | None:
+        """What is new in the message; None if nothing is, or if it is not from our engine or not about an open request.
+
+        JournalError if it would leave a gap or contradicts what was emitted; the request stays open and unchanged.
+        """
+        request = self._addressed(message)
+        if request is None:
+            return None
+        fresh = self._fresh(request, message)
+        full = len(request.emitted) + len(fresh) >= request.max_tokens
+        reason = message.finish_reason or ("length" if full else "")
+        if not fresh and not reason:
+            return None
+        request.emitted.extend(fresh)
+        request.progress_at = now
+        if reason:
+            self._end(request, RequestState.FINISHED)
+        logprobs = message.logprobs
+        return Delta(tuple(fresh), None if logprobs is None else tuple(logprobs[len(logprobs) - len(fresh) :]), reason)
+
+    def reject(self, message: Rejected) -> bool:
+        """Whether this message ended an open request."""
+        request = self._addressed(message)
+        if request is None:
+            return False
+        self._end(request, RequestState.REJECTED)
+        return True
+
+    def fail(self, request_id: str) -> bool:
+        """Give up on a request; whether it was open."""
+        return self._close(request_id, RequestState.REJECTED)
+
+    def close(self, request_id: str) -> Abort | None:
+        """End a request from the client's side; return what to tell the engine if it was still open."""
+        return Abort(request_id) if self._close(request_id, RequestState.CLOSED) else None
+
+    def _addressed(self, message: Tokens | Rejected) -> Request | None:
+        ours = self.engine_token != 0 and message.engine_token == self.engine_token
+        return self._open.get(message.request_id) if ours else None
+
+    def _close(self, request_id: str, state: RequestState) -> bool:
+        request = self._open.get(request_id)
+        if request is not None:
+            self._end(request, state)
+        return request is not None
+
+    def _end(self, request: Request, state: RequestState) -> None:
+        request.state = state
+        del self._open[request.id]
+
+    def _fresh(self, request: Request, message: Tokens) -> list[int]:
+        """The tokens of the message that were not emitted yet."""
+        known, end = len(request.emitted), message.index + len(message.tokens)
+        where = f"request {request.id}, engine {message.engine_token}"
+        if not 0 <= message.index <= known:
+            raise JournalError(f"{where}: tokens from index {message.index} leave a gap after {known} emitted ones")
+        overlap = min(end, known)
+        if message.tokens[: overlap - message.index] != request.emitted[message.index : overlap]:
+            raise JournalError(f"{where}: tokens {message.index}..{overlap - 1} differ from the ones already emitted")
+        if end > request.max_tokens:
+            raise JournalError(f"{where}: {end} tokens are more than max_tokens={request.max_tokens}")
+        if message.finish_reason and end < known:
+            raise JournalError(f"{where}: ends after {end} tokens, but {known} were emitted")
+        if message.logprobs is not None and len(message.logprobs) != len(message.tokens):
+            raise JournalError(f"{where}: {len(message.logprobs)} logprobs for {len(message.tokens)} tokens")
+        return message.tokens[overlap - message.index :]

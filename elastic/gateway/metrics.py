@@ -1,0 +1,126 @@
+"""What Prometheus reads from a gateway: its streams' latencies, and the cluster's shape and past as of the scrape."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter as Tally
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from elastic.gateway.event_metrics import HistoryMetrics
+from elastic.status import cluster_status
+from membership.store.records import ClusterState, RankState
+
+PREFIX = "elastic_ep_"
+LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class GatewayMetrics:
+    """One gateway's registry (its own, so that several gateways fit into one process)."""
+
+    def __init__(
+        self,
+        state: Callable[[], ClusterState],
+        history: Path,
+        cluster: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
+        self._state = state
+        self._registry = CollectorRegistry()
+        self._history = HistoryMetrics(PREFIX, history, cluster, self._registry)
+        self._registry.register(ClusterGauges(state))
+        self.first_token_s = self._histogram("time_to_first_token_seconds", "From a request's arrival to its token 0.")
+        self.inter_token_s = self._histogram("inter_token_seconds", "Between tokens of one stream.")
+        self.max_gap_s = self._histogram("stream_max_gap_seconds", "Longest gap between two tokens of a stream.")
+        self.tokens = Counter(PREFIX + "tokens", "Tokens sent to clients.", registry=self._registry)
+
+    def timer(self) -> StreamTimer:
+        """Start timing a stream."""
+        return StreamTimer(self, self._clock)
+
+    def exposition(self) -> bytes:
+        """Everything, in Prometheus' text format."""
+        self._history.update(self._state())
+        return generate_latest(self._registry)
+
+    def _histogram(self, name: str, text: str) -> Histogram:
+        return Histogram(PREFIX + name, text, buckets=LATENCY_BUCKETS_S, registry=self._registry)
+
+
+class StreamTimer:
+    """The pace of one choice's tokens."""
+
+    def __init__(self, metrics: GatewayMetrics, clock: Callable[[], float]) -> None:
+        self._metrics = metrics
+        self._clock = clock
+        self._last = clock()
+        self._started = False
+        self._max_gap_s = 0.0
+
+    def tokens(self, count: int) -> None:
+        """So many tokens arrived now. Several at once count as one wait, then none."""
+        if not count:
+            return
+        now = self._clock()
+        gap_s, self._last = now - self._last, now
+        if self._started:
+            self._metrics.inter_token_s.observe(gap_s)
+            self._max_gap_s = max(self._max_gap_s, gap_s)
+        else:
+            self._metrics.first_token_s.observe(gap_s)
+            self._started = True
+        for _ in range(count - 1):
+            self._metrics.inter_token_s.observe(0.0)
+        self._metrics.tokens.inc(count)
+
+    def end(self) -> None:
+        """The stream is over."""
+        if self._started:
+            self._metrics.max_gap_s.observe(self._max_gap_s)
+
+
+class ClusterGauges(Collector):
+    """The cluster's shape, worked out from the store's state when somebody asks."""
+
+    def __init__(self, state: Callable[[], ClusterState]) -> None:
+        self._state = state
+
+    def collect(self) -> Iterable[Metric]:
+        """Called by the registry at each scrape."""
+        state = self._state()
+        status = cluster_status(state, time.time())
+        ranks = GaugeMetricFamily(PREFIX + "ranks", "Rank slots by state.", labels=["state"])
+        tally = Tally(rank.state for rank in status.ranks)
+        for kind in RankState:
+            ranks.add_metric([kind.value], tally[kind])
+        yield ranks
+        yield _gauge("membership_epoch", "The committed epoch.", status.epoch)
+        slow = sum(rank.slow for rank in status.ranks)
+        yield _gauge("ranks_slow", "Serving ranks far slower than the others (flagged, not evicted).", slow)
+        covered = status.coverage
+        yield _gauge("expert_live_replicas_min", "Live replicas of the expert with fewest.", covered.min_live_replicas)
+        yield _gauge("experts_uncovered", "(layer, expert) pairs without a live replica.", covered.uncovered)
+        if status.imbalance is not None:
+            text = "The busiest rank's measured expert load over the mean rank's, averaged over the layers."
+            yield _gauge("expert_imbalance_ratio", text, status.imbalance)
+        restarts = CounterMetricFamily(PREFIX + "worker_restarts", "Deaths in a rank slot.", labels=["rank"])
+        for rank, last in sorted(state.exits.items()):
+            restarts.add_metric([str(rank)], last.restarts)
+        yield restarts
+        steps = CounterMetricFamily(PREFIX + "steps", "Steps of the engine in office, by outcome.", labels=["outcome"])
+        for outcome, count in (state.engine_status.steps if state.engine_status else {}).items():
+            steps.add_metric([outcome], count)
+        yield steps
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: names are known at collection."""
+        return []
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(PREFIX + name, text, value=value)

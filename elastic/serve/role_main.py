@@ -1,0 +1,124 @@
+"""Running one role as a process: signals, the death pipe from the supervisor, the store and the event log.
+
+A role started by `elastic serve` inherits a pipe (file descriptor in ELASTIC_DEATH_FD); end of file on it means that
+the supervisor is gone: the role stops as on SIGTERM, and is ended hard after GRACE_S. A second signal ends it at once.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+import structlog
+
+from membership.base import failpoints, loop_watchdog
+from membership.base.events import EventLog
+from membership.store.interface import Store
+
+DEATH_FD = "ELASTIC_DEATH_FD"
+STORE_SEEN = "ELASTIC_STORE_SEEN"  # what the supervisor knows of the store: a role must not start on another one
+GRACE_S = 20.0
+
+log = structlog.get_logger(__name__)
+
+
+class StopSignal:
+    """An event set by SIGTERM, SIGINT or the supervisor's death; a second signal exits at once."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+        self._closed = threading.Event()
+        self._wake = -1  # an eventfd that ends the watcher's wait
+        self._watcher: threading.Thread | None = None
+
+    def install(self) -> None:
+        """Take over SIGTERM and SIGINT, and watch the death pipe if there is one."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        inherited = os.environ.pop(DEATH_FD, "")
+        if inherited:
+            os.set_inheritable(int(inherited), False)
+            self._wake = os.eventfd(0)
+            self._watcher = threading.Thread(target=self._watch, args=(int(inherited),), name="death-pipe", daemon=True)
+            self._watcher.start()
+
+    def close(self) -> None:
+        """Stop watching the death pipe."""
+        self._closed.set()
+        if self._watcher is not None:
+            os.eventfd_write(self._wake, 1)
+            self._watcher.join(timeout=2.0)
+            os.close(self._wake)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.event.is_set():
+            os._exit(128 + number)
+        self.event.set()
+
+    def _watch(self, fd: int) -> None:
+        poller = select.poll()
+        for source in (fd, self._wake):
+            poller.register(source, select.POLLIN | select.POLLHUP)
+        poller.poll()  # for as long as the role lives: `close` ends it
+        if not self._closed.is_set():
+            log.warning("supervisor is gone, stopping")
+            self.event.set()
+            if not self._closed.wait(timeout=GRACE_S):
+                os._exit(1)
+        os.close(fd)
+
+
+@contextmanager
+def stop_signal() -> Iterator[threading.Event]:
+    """The process's stop event, for the length of a block."""
+    stop = StopSignal()
+    stop.install()
+    try:
+        yield stop.event
+    finally:
+        stop.close()
+
+
+def end_with_any_thread() -> None:
+    """From now on, a thread that ends by an exception which nobody handles ends the process.
+
+    What the thread did would be missed by nobody who could tell: leases lapse, deaths go unheard. Whoever started the
+    role starts it again.
+    """
+
+    def end(failed: threading.ExceptHookArgs) -> None:
+        name = failed.thread.name if failed.thread is not None else "a thread"
+        info = (failed.exc_type, failed.exc_value or failed.exc_type(), failed.exc_traceback)
+        log.critical("a thread failed, ending the process", thread=name, exc_info=info)
+        os._exit(1)
+
+    threading.excepthook = end
+
+
+def run_role(
+    role: str,
+    endpoints: Sequence[str],
+    events_path: str,
+    body: Callable[[Store, threading.Event, EventLog], None],
+) -> None:
+    """Connect to the store, run `body(store, stop, events)` until it returns, and close what was opened."""
+    from membership.base.logs import configure
+    from membership.store.etcd import connect
+    from workers.ipc.cpu_priority import run_in_short_turns
+
+    configure(role)
+    failpoints.arm(role, events_path)
+    end_with_any_thread()
+    loop_watchdog.require()
+    run_in_short_turns()  # before there are threads: a role reacts at once, however busy the ranks are
+    with stop_signal() as stop:
+        store = connect(list(endpoints), seen=os.environ.get(STORE_SEEN, ""))
+        try:
+            body(store, stop, EventLog(events_path, role))
+        finally:
+            store.close()

@@ -1,0 +1,160 @@
+"""The role processes of a one-machine cluster as their supervisor sees them: how each is started, and when again.
+
+A role that dies is started again at once, then with a growing delay while it keeps dying young. Whatever lease it
+held is revoked right away, so that nobody waits for a TTL to run out.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import msgspec
+import structlog
+
+from elastic.serve.role_main import DEATH_FD
+from membership.base.errors import StoreError
+from membership.store.interface import Store
+from workers.agent.forkserver_client import FORKSERVER_FD
+
+log = structlog.get_logger(__name__)
+
+ENTRY = "elastic.cli"  # the module that runs a role
+STABLE_S = 30.0  # a role that lived this long starts with a clean record
+MAX_DELAY_S = 5.0
+
+
+def restart_delay_s(early_deaths: int) -> float:
+    """Seconds to wait before the next start after `early_deaths` deaths in a row: 0, 0.2, 0.4, … 5."""
+    return 0.0 if early_deaths <= 1 else min(0.1 * 2.0 ** (early_deaths - 1), MAX_DELAY_S)
+
+
+@dataclass
+class RoleProcess:
+    """One role: its command line, and its process while it has one."""
+
+    name: str
+    arguments: Sequence[str]
+    log_path: Path
+    process: subprocess.Popen[bytes] | None = None
+    pidfd: int = -1
+    early_deaths: int = 0
+    started_at: float = 0.0
+    start_at: float | None = None  # when to start it again; None while it runs
+    stable_s: float = STABLE_S
+    environment: dict[str, str] = field(default_factory=dict)
+    forkserver: Callable[[], socket.socket] | None = None  # makes the one that it is given at each start
+
+    def start(self, death_fd: int, now: float) -> None:
+        """Start the process with the supervisor's death pipe, in a session of its own (Ctrl-C is the supervisor's)."""
+        environment = {**os.environ, **self.environment, DEATH_FD: str(death_fd)}
+        with self.log_path.open("ab") as out, ExitStack() as given:
+            fds = [death_fd]
+            if self.forkserver is not None:
+                fds.append(given.enter_context(self.forkserver()).fileno())
+                environment[FORKSERVER_FD] = str(fds[-1])
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", ENTRY, *self.arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                pass_fds=fds,
+                env=environment,
+                start_new_session=True,
+            )
+        self.pidfd = os.pidfd_open(self.process.pid)
+        self.started_at, self.start_at = now, None
+
+    def on_exit(self, now: float) -> str:
+        """Reap it, plan the next start, and say how it ended."""
+        process = self.process
+        if process is None:
+            return "was not running"
+        code = process.wait(timeout=5.0)
+        self._forget()
+        self.early_deaths = 1 if now - self.started_at > self.stable_s else self.early_deaths + 1
+        self.start_at = now + restart_delay_s(self.early_deaths)
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+    def terminate(self) -> None:
+        """SIGTERM, if it runs. Not twice: a role takes the second one for impatience."""
+        if self.process is not None:
+            self.process.terminate()
+
+    def wait(self, grace_s: float) -> None:
+        """Until it has ended, by SIGKILL after `grace_s` seconds."""
+        if self.process is None:
+            return
+        try:
+            self.process.wait(timeout=grace_s)
+        except subprocess.TimeoutExpired:
+            log.warning("role did not stop in time, killing it", name=self.name, grace_s=grace_s)
+            self.process.kill()
+            self.process.wait(timeout=5.0)
+        self._forget()
+
+    def last_words(self, lines: int = 3) -> str:
+        """The end of its log, for an error message."""
+        try:
+            return " | ".join(_tail(self.log_path.open("rb"), lines))
+        except FileNotFoundError:
+            return ""
+
+    def _forget(self) -> None:
+        os.close(self.pidfd)
+        self.process, self.pidfd = None, -1
+
+
+def stop_together(roles: Sequence[RoleProcess], grace_s: Mapping[str, float]) -> None:
+    """SIGTERM to all of them, then SIGKILL to whoever takes longer than its grace."""
+    for role in roles:
+        role.terminate()
+    for role in roles:
+        role.wait(grace_s[role.name])
+
+
+def _tail(file: IO[bytes], lines: int) -> list[str]:
+    with file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
+        return file.read().decode(errors="replace").splitlines()[-lines:]
+
+
+class _Owner(msgspec.Struct):
+    pid: int = 0
+    node: str = ""
+
+
+class _Owned(msgspec.Struct):
+    data: _Owner
+
+
+def leases_of(store: Store, prefix: str, pid: int | None = None, node: str = "") -> set[int]:
+    """Leases under `prefix` whose record names process `pid` (None: all of them), and no other node than `node`."""
+    _, items = store.range(prefix)
+    return {item.lease for item in items if item.lease and (pid is None or _names(item.value, pid, node))}
+
+
+def _names(record: bytes, pid: int, node: str) -> bool:
+    try:
+        owner = msgspec.json.decode(record, type=_Owned).data
+    except msgspec.MsgspecError as error:
+        log.warning("cannot tell whose record this is", error=str(error))
+        return False
+    return owner.pid == pid and owner.node in ("", node)
+
+
+def revoke_leases(store: Store, prefix: str, pid: int | None = None, node: str = "") -> None:
+    """End at once whatever a dead process still holds in the store; the store being away only costs the TTL."""
+    try:
+        for lease in leases_of(store, prefix, pid, node):
+            store.revoke(lease)
+    except StoreError as error:
+        log.warning("could not revoke leases, they will expire", pid=pid, error=str(error))

@@ -1,0 +1,112 @@
+"""The directory in which a one-machine cluster keeps its address, events, logs and etcd data.
+
+`cluster.json` (mode 0600: it holds the admin token) is how client commands find a running cluster; `last` beside the
+default directories points at the one served last.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from typing import IO
+
+import msgspec
+
+from membership.base.errors import ConfigError
+
+
+class ClusterAddress(msgspec.Struct, frozen=True, kw_only=True):
+    """How to reach a cluster: enough for a client command."""
+
+    cluster: str
+    etcd: tuple[str, ...] = ()
+    url: str = ""
+    admin_url: str = ""
+    admin_token: str = ""
+    pid: int = 0
+    trouble: str = ""  # why the store must not be asked any more: it was wiped, or holds older data
+
+
+def home() -> Path:
+    """Where state directories live by default: $XDG_STATE_HOME/elastic-ep, else ~/.local/state/elastic-ep."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "elastic-ep"
+
+
+class StateDir:
+    """One cluster's directory. Only the supervisor writes `cluster.json`; each role appends to the event log."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: IO[str] | None = None
+
+    @classmethod
+    def last_served(cls) -> StateDir:
+        """The directory of the cluster served last on this machine; ConfigError if there was none."""
+        pointer = home() / "last"
+        try:
+            return cls(Path(pointer.read_text().strip()))
+        except FileNotFoundError:
+            raise ConfigError(
+                "no cluster was served from this machine yet",
+                hint="start one with `elastic serve MODEL`, or name one with --state-dir, --admin or --etcd",
+            ) from None
+
+    @property
+    def events(self) -> Path:
+        """The cluster's one event history, JSON lines."""
+        return self.path / "events.jsonl"
+
+    @property
+    def failpoints(self) -> Path:
+        """What faults the roles read, if the cluster is served with --chaos; else there is no such file."""
+        return self.path / "failpoints"
+
+    @property
+    def etcd_data(self) -> Path:
+        """Data directory of the embedded etcd."""
+        return self.path / "etcd"
+
+    def log(self, role: str) -> Path:
+        """Where a role's stderr goes."""
+        return self.path / "logs" / f"{role}.log"
+
+    def claim(self) -> None:
+        """Make the directory ours until `release` or death; ConfigError if a live supervisor has it."""
+        (self.path / "logs").mkdir(parents=True, exist_ok=True)
+        self.path.chmod(0o700)
+        self._lock = (self.path / "lock").open("a+")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise ConfigError(
+                f"another `elastic serve` uses {self.path}", hint="stop it, or choose another --state-dir"
+            ) from None
+
+    def release(self) -> None:
+        """Forget the address and let others claim the directory; events, logs and etcd data stay."""
+        (self.path / "cluster.json").unlink(missing_ok=True)
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def publish(self, address: ClusterAddress) -> None:
+        """Write `cluster.json` for client commands, and make this the directory served last."""
+        target = self.path / "cluster.json"
+        draft = self.path / f".cluster.json.{os.getpid()}"
+        draft.touch(mode=0o600)
+        draft.write_bytes(msgspec.json.encode(address))
+        draft.replace(target)
+        home().mkdir(parents=True, exist_ok=True)
+        (home() / "last").write_text(str(self.path.resolve()))
+
+    def address(self) -> ClusterAddress:
+        """Read `cluster.json`; ConfigError if no cluster is being served from here."""
+        try:
+            return msgspec.json.decode((self.path / "cluster.json").read_bytes(), type=ClusterAddress)
+        except FileNotFoundError:
+            raise ConfigError(
+                f"no cluster is being served from {self.path}",
+                hint="start one with `elastic serve MODEL --state-dir DIR`, or name another with --state-dir",
+            ) from None

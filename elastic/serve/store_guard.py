@@ -1,0 +1,45 @@
+"""Asks the store once per second whether it is still the one we know. For a supervisor, which otherwise rarely asks:
+the roles that it starts again begin with what it has seen, and people are told in the cluster's address file.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import structlog
+
+from membership.base.errors import StoreError, StoreReplaced, WaitTimeout
+from membership.store.interface import Store
+
+PERIOD_S = 1.0
+CLOSE_TIMEOUT_S = 15.0
+
+log = structlog.get_logger(__name__)
+
+
+class StoreGuard:
+    """Calls `on_replaced` once, in its own thread, if the store was wiped or set back."""
+
+    def __init__(self, store: Store, key: str, on_replaced: Callable[[StoreReplaced], None]) -> None:
+        self._store, self._key, self._on_replaced = store, key, on_replaced
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="store-guard", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop asking."""
+        self._stop.set()
+        self._thread.join(CLOSE_TIMEOUT_S)
+        if self._thread.is_alive():
+            raise WaitTimeout(f"the guard of the store did not end within {CLOSE_TIMEOUT_S:g} s")
+
+    def _run(self) -> None:
+        while not self._stop.wait(PERIOD_S):
+            try:
+                self._store.get(self._key)
+            except StoreReplaced as replaced:
+                self._on_replaced(replaced)
+                return
+            except StoreError as error:
+                log.debug("the store does not answer", error=str(error))

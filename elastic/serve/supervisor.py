@@ -1,0 +1,307 @@
+"""`elastic serve`: a whole cluster on one machine. A supervisor that owns etcd and one process per role.
+
+It only starts, watches and stops processes: every decision about ranks is the controller's. Whatever dies is started
+again; when the supervisor itself dies, all of it ends (death pipe; etcd by parent-death signal).
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+
+import httpx
+import msgspec
+import structlog
+
+from elastic.serve import chaos_mode
+from elastic.serve.etcd_server import EtcdServer, free_ports
+from elastic.serve.options import ServeOptions, cluster_config, require_free_port
+from elastic.serve.role_main import STORE_SEEN, stop_signal
+from elastic.serve.role_process import STABLE_S, RoleProcess, revoke_leases, stop_together
+from elastic.serve.state_dir import ClusterAddress, StateDir, home
+from elastic.serve.store_guard import StoreGuard
+from membership.base.errors import ConfigError, ElasticError, StoreError, StoreReplaced, WaitTimeout
+from membership.base.events import EventLog, Tail
+from membership.base.failpoints import HISTORY_ENV
+from membership.base.logs import configure
+from membership.store import codec
+from membership.store.etcd import connect
+from membership.store.interface import Compare, Delete, Put, Store
+from membership.store.keys import Keys
+from membership.store.records import ClusterConfig, Desired
+from workers.agent.zygote import Zygote
+from workers.ipc.cpu_priority import run_in_short_turns
+
+log = structlog.get_logger(__name__)
+
+# As they are started. The standby engine has everything imported: streams do not wait for a process to start.
+STOP_GRACE_S = {"controller": 5.0, "agent": 15.0, "engine": 5.0, "engine-standby": 5.0, "gateway": 20.0}
+STOPPED_TOGETHER = (("gateway", "engine-standby"), ("engine",), ("agent", "controller"))  # so that requests can end
+POLL_S = 0.25
+ETCD_RETRY_S = 2.0
+TROUBLES = {"rank_load_failed", "rank_prepare_failed", "rank_quarantined", "forkserver_ready"}
+ANY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104 - compared with, not bound
+
+
+class Supervisor:
+    """Starts, watches and stops etcd and the role processes. Use as a context manager; `run` until `stop` is set."""
+
+    def __init__(self, options: ServeOptions) -> None:
+        self.config = cluster_config(options)
+        require_free_port(options.host, options.port, "--port")
+        require_free_port(options.host, options.admin_port, "--admin-port")
+        free = free_ports(2)  # for a port of 0: whoever reads our address needs the number
+        self.options = replace(options, port=options.port or free[0], admin_port=options.admin_port or free[1])
+        self.state = StateDir(options.state_dir or home() / self.config.cluster)
+        self.keys = Keys(self.config.cluster)
+        self.node = os.environ.get("ELASTIC_NODE") or socket.gethostname()
+        self.etcd: EtcdServer | None = None
+        self._etcd_retry_at = 0.0
+        self._store: Store | None = None
+        self._roles: list[RoleProcess] = []
+        self._environment: dict[str, str] = {}
+        self._death_read = -1
+        self._zygote: Zygote | None = None
+        self._opened = ExitStack()
+        self._events = EventLog(self.state.events, "supervisor")
+        self._history = Tail(self.state.events)
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Supervisor:
+        with ExitStack() as opened:
+            self.state.claim()
+            opened.callback(self.state.release)
+            for _ in self._troubles():
+                continue  # those of an earlier life
+            self._environment = chaos_mode.begin(self.state, self.options.chaos)
+            opened.callback(self.state.failpoints.unlink, missing_ok=True)
+            self._start(opened)
+            self._opened = opened.pop_all()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Stop everything in the order that lets requests finish: gateway, engine, ranks, etcd."""
+        self._opened.close()
+
+    def _stop_roles(self) -> None:
+        for names in STOPPED_TOGETHER:
+            stop_together([role for role in self._roles if role.name in names], STOP_GRACE_S)
+
+    def _start(self, opened: ExitStack) -> None:
+        environ = {**os.environ, **self._environment, HISTORY_ENV: str(self.state.events)}  # an agent's, for its ranks
+        zygote = Zygote(self.config, environ, self.state.log("agent"))
+        opened.callback(zygote.close)
+        self._zygote = zygote  # at its imports while the others start
+        endpoints = self.options.etcd
+        if not endpoints:
+            self.etcd = EtcdServer(self.state.etcd_data)
+            opened.callback(self.etcd.stop)
+            self.etcd.start()
+            endpoints = (self.etcd.url,)
+        self._store = connect(list(endpoints))
+        opened.callback(self._store.close)
+        self._write_config(self._store)
+        self._death_read, death_write = os.pipe()
+        opened.callback(os.close, self._death_read)
+        opened.callback(os.close, death_write)
+        opened.callback(self._stop_roles)
+        for name in STOP_GRACE_S:
+            role = self._role(name, endpoints)
+            self._roles.append(role)
+            role.start(self._death_read, time.monotonic())
+            self._emit("role_started", role)
+        self.state.publish(self.address(endpoints))
+        guard = StoreGuard(self._store, self.keys.config, lambda replaced: self._on_replaced(replaced, endpoints))
+        opened.callback(guard.close)
+
+    # -- watching --------------------------------------------------------------------------------------------------
+
+    def run(self, stop: threading.Event) -> None:
+        """Watch the processes until `stop` is set: reap, revoke, restart."""
+        while not stop.is_set():
+            self.tick()
+
+    def wait_ready(self, stop: threading.Event, on_progress: Callable[[str], None] = lambda _: None) -> None:
+        """Watch until the gateway says ready; WaitTimeout names what is missing."""
+        deadline = time.monotonic() + self.options.ready_timeout_s
+        reason = "the gateway to answer"
+        troubles: dict[str, None] = {}  # an ordered set
+        while not stop.is_set():
+            self.tick()
+            for trouble in self._troubles():
+                if trouble not in troubles:
+                    troubles[trouble] = None
+                    on_progress(trouble)
+            ready, told = self._readiness()
+            if ready:
+                return
+            if told != reason:
+                reason = told
+                on_progress(f"waiting for {reason}")
+            if time.monotonic() > deadline:
+                words = "; ".join(
+                    [*list(troubles)[-1:], *(f"{r.name}: {r.last_words()}" for r in self._roles if r.early_deaths)]
+                )
+                raise WaitTimeout(
+                    f"not ready within {self.options.ready_timeout_s:.0f} s, waiting for {reason}. {words}",
+                    hint=f"see {self.state.log('*')}",
+                )
+
+    def tick(self) -> None:
+        """One look at every process; returns within POLL_S, at once when one has died."""
+        poller = select.poll()
+        for role in self._roles:
+            if role.pidfd >= 0:
+                poller.register(role.pidfd, select.POLLIN)
+        dead = {fd for fd, _ in poller.poll(int(POLL_S * 1000))}
+        now = time.monotonic()
+        for role in self._roles:
+            if role.pidfd in dead:
+                self._on_role_exit(role, now)
+            if role.start_at is not None and now >= role.start_at:
+                if self._store is not None:
+                    role.environment[STORE_SEEN] = self._store.seen
+                role.start(self._death_read, now)
+                self._emit("role_started", role)
+        if self._zygote is not None:
+            self._zygote.tend()
+        if self.etcd is not None and not self.etcd.alive and now >= self._etcd_retry_at:
+            self._restart_etcd(self.etcd, now)
+
+    def _restart_etcd(self, etcd: EtcdServer, now: float) -> None:
+        """Serving goes on without it, so an etcd that does not start is tried again and again."""
+        self._events.emit("etcd_died", cluster=self.config.cluster)
+        log.warning("etcd died, starting it again")
+        try:
+            etcd.restart()
+        except ElasticError as error:
+            self._etcd_retry_at = now + ETCD_RETRY_S
+            log.error("etcd did not start, serving goes on without it", error=str(error))
+
+    def _on_replaced(self, replaced: StoreReplaced, endpoints: tuple[str, ...]) -> None:
+        """The store lost data: roles refuse it by themselves; here it is told to people and to client commands."""
+        log.error("membership is frozen", error=str(replaced), hint=replaced.hint)
+        self._events.emit("store_replaced", cluster=self.config.cluster, error=str(replaced))
+        trouble = f"{replaced}: {replaced.hint}"
+        self.state.publish(msgspec.structs.replace(self.address(endpoints), trouble=trouble))
+
+    def _on_role_exit(self, role: RoleProcess, now: float) -> None:
+        pid = role.process.pid if role.process else 0
+        reason = role.on_exit(now)
+        log.warning("role died", name=role.name, pid=pid, reason=reason)
+        self._events.emit("role_died", cluster=self.config.cluster, name=role.name, pid=pid, reason=reason)
+        if self._store is not None:
+            revoke_leases(self._store, self.keys.prefix, pid, self.node)
+
+    # -- details ---------------------------------------------------------------------------------------------------
+
+    def address(self, endpoints: tuple[str, ...]) -> ClusterAddress:
+        """What client commands need to know."""
+        host = self.options.host if self.options.host not in ANY_ADDRESS else "127.0.0.1"
+        return ClusterAddress(
+            cluster=self.config.cluster,
+            etcd=endpoints,
+            url=f"http://{host}:{self.options.port}",
+            admin_url=f"http://{host}:{self.options.admin_port}",
+            admin_token=self.options.admin_token,
+            pid=os.getpid(),
+        )
+
+    def _role(self, name: str, endpoints: tuple[str, ...]) -> RoleProcess:
+        command = name.removesuffix("-standby")
+        arguments = [command, "--etcd", ",".join(endpoints), "--cluster", self.config.cluster]
+        arguments += ["--state-dir", str(self.state.path)]
+        if name == "gateway":
+            arguments += ["--host", self.options.host, "--port", str(self.options.port)]
+            arguments += ["--admin-port", str(self.options.admin_port)]
+        else:
+            arguments += ["--node", self.node]
+        if name == "agent":
+            arguments += ["--spares", str(self.options.spares), "--drain-grace", "0"]  # it ends with everything else
+        token = {"ELASTIC_ADMIN_TOKEN": self.options.admin_token} if name == "gateway" else {}
+        stable_s = min(STABLE_S, self.options.restart_window_s)  # a death that does not count for ranks does not here
+        return RoleProcess(
+            name, arguments, self.state.log(name), environment={**self._environment, **token}, stable_s=stable_s,
+            forkserver=self._zygote.forkserver if self._zygote is not None and name == "agent" else None,
+        )  # fmt: skip
+
+    def _write_config(self, store: Store) -> None:
+        """Store config and desired size. A cluster that served the same model goes on from its last epoch."""
+        keys = self.keys
+        before = store.get(keys.config)
+        known = codec.decode(before.value, ClusterConfig) if before else None
+        if self.options.etcd and known is not None and store.get(keys.leader) is not None:
+            raise ConfigError(
+                f"cluster {self.config.cluster!r} is being served by somebody else on this etcd",
+                hint="choose another name with --cluster",
+            )
+        revoke_leases(store, keys.prefix)
+        puts = [
+            Put(keys.config, codec.encode(self.config)),
+            Put(keys.desired, codec.encode(Desired(ranks=self.options.ranks))),
+        ]
+        wipe = [Delete(key) for key in (keys.next,)] + [
+            Delete(f"{keys.prefix}{k}/", prefix=True) for k in ("assign", "exits", "ranks", "ops")
+        ]
+        if known is not None and _shape(known) != _shape(self.config):
+            wipe.append(Delete(keys.view))
+        outcome = store.txn([Compare(keys.config, "mod", "=", before.mod_revision if before else 0)], [*wipe, *puts])
+        if not outcome.succeeded:
+            raise StoreError("somebody else wrote this cluster's config at the same time", hint="try again")
+
+    def _troubles(self) -> Iterator[str]:
+        """What keeps ranks from getting ready, as they said since the last time."""
+        while (events := self._history.read()) is not None:
+            for event in events:
+                error = event.fields.get("error") or event.fields.get("reason")
+                if event.kind in TROUBLES and error:
+                    yield str(error)
+
+    def _readiness(self) -> tuple[bool, str]:
+        try:
+            answer = httpx.get(f"{self.address(()).url}/readyz", timeout=2.0)
+            if answer.status_code == 200:
+                return True, ""
+            reasons = answer.json().get("reasons") or [answer.text]
+            return False, "; ".join(str(r) for r in reasons)
+        except (httpx.HTTPError, ValueError):  # ValueError: it is not our gateway that answers there
+            return False, "the gateway to answer"
+
+    def _emit(self, kind: str, role: RoleProcess) -> None:
+        pid = role.process.pid if role.process else 0
+        self._events.emit(kind, cluster=self.config.cluster, name=role.name, pid=pid)
+
+
+def run_serve(options: ServeOptions) -> None:
+    """Serve until SIGTERM or Ctrl-C, telling on stderr what is waited for and where it serves."""
+    configure("supervisor")
+    chaos_mode.check(options.chaos)
+    run_in_short_turns()  # etcd and all roles inherit it
+    with stop_signal() as stop, Supervisor(options) as supervisor:
+        where, name = supervisor.address(()), supervisor.config.served_model_name
+        if options.chaos:
+            tell(chaos_mode.WARNING.format(supervisor.state.failpoints))
+        tell(f"starting {supervisor.config.cluster} with {options.ranks} ranks; state in {supervisor.state.path}")
+        supervisor.wait_ready(stop, on_progress=tell)
+        if not stop.is_set():
+            tell(f"ready: OpenAI API at {where.url}/v1, model {name!r}, admin at {where.admin_url}")
+        supervisor.run(stop)
+        tell("stopping")
+
+
+def tell(line: str) -> None:
+    """A line for the person at the terminal; stdout stays for data."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def _shape(config: ClusterConfig) -> tuple[int, int]:
+    return config.moe_layers, config.experts

@@ -1,0 +1,119 @@
+"""What a wish would do if it were granted now: who comes and goes, what is loaded, what may die afterwards. Pure."""
+
+from __future__ import annotations
+
+from statistics import median
+
+import msgspec
+from msgspec.structs import replace
+
+from membership.operations.change import Wish, desired_by, refusal
+from membership.placement.plan import coverage, moves
+from membership.placement.survivability import Resilience, needed_slots, resilience
+from membership.planning.cluster_facts import Census
+from membership.planning.next_view import next_view
+from membership.planning.node_selection import seats
+from membership.store.records import ClusterState, Desired, Member, Operation, Phase
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What a wish would do. `refused` says why it would be refused; "" if it would not."""
+
+    kind: str = "scale"
+    target: int  # ranks desired afterwards
+    epoch: int  # the present one
+    ranks: tuple[int, ...] = ()  # serving now
+    add: tuple[int, ...] = ()
+    remove: tuple[int, ...] = ()
+    loads: dict[int, int] = {}  # rank -> experts (over all layers) that it would load
+    bytes_moved: int = 0
+    replicas_before: int = 0  # the fewest of any expert
+    replicas_after: int = 0
+    slots_before: int = 0  # the most that any rank holds
+    slots_after: int = 0
+    survives: Resilience | None = None  # what may die once it is done
+    slots_for_rank_loss: int | None = None  # slots in all with which any one rank may die; None: no number suffices
+    slots_for_host_loss: int | None = None  # and any one host
+    estimated_s: float | None = None  # as long as the last such operation took per byte; None: nothing to go by yet
+    expected_pause_ms: float | None = None  # of tokens at the commit: the median of those on record
+    refused: str = ""
+
+    @property
+    def changes(self) -> bool:
+        """Whether it would change anything."""
+        return not self.refused and bool(self.add or self.remove or self.loads)
+
+
+def plan_of(wish: Wish, state: ClusterState) -> Plan:
+    """Return what granting the wish would do, from this state on, if nothing fails. Changes nothing."""
+    if state.config is None or state.view is None or state.desired is None:
+        return Plan(target=wish.target, epoch=0, refused="the cluster is still starting: it has no view yet")
+    view, config = state.view, state.config
+    before = coverage(view.placement, view.ranks, config.experts)
+    plan = Plan(
+        kind=wish.kind,
+        target=desired_by(wish, state.desired).ranks,
+        epoch=view.epoch,
+        ranks=view.ranks,
+        replicas_before=before.min_live_replicas,
+        slots_before=max((sum(map(len, held)) for held in view.placement.values()), default=0),
+        refused=refusal(wish, state, config),
+    )
+    return plan if plan.refused else _with_changes(plan, wish, state, desired_by(wish, state.desired))
+
+
+def _with_changes(plan: Plan, wish: Wish, state: ClusterState, desired: Desired) -> Plan:
+    operation = Operation(id="plan", kind=wish.kind, target=plan.target, ranks=wish.ranks)
+    wished = replace(state, desired=desired, operations={operation.id: operation})
+    census = Census(wished, 0.0)
+    seated = {slot: newcomer.member.node for slot, newcomer in census.newcomers.items()}
+    seated |= seats(census, (slot for slot in census.fill if slot not in seated))
+    members = census.keep + tuple(Member(rank=slot, node=seated.get(slot, ""), incarnation=0) for slot in census.fill)
+    after = next_view(census, members)
+    needed = moves(census.view.placement, after.placement)
+    fresh = {m.rank for m in members if m not in census.members}
+    loads = {rank: sum(move.rank == rank for move in needed) for rank in after.ranks if rank not in fresh}
+    loads |= {rank: sum(map(len, after.placement[rank])) for rank in fresh}
+    config, nodes = census.config, {m.rank: m.node for m in members}
+    bytes_moved = sum(loads.values()) * config.expert_bytes
+    return replace(
+        plan,
+        add=tuple(sorted(fresh)),
+        remove=tuple(rank for rank in plan.ranks if rank not in after.ranks),
+        loads={rank: number for rank, number in sorted(loads.items()) if number},
+        bytes_moved=bytes_moved,
+        replicas_after=coverage(after.placement, after.ranks, config.experts).min_live_replicas,
+        slots_after=max(sum(map(len, held)) for held in after.placement.values()),
+        survives=resilience(after.placement, nodes, config.moe_layers, config.experts),
+        slots_for_rank_loss=needed_slots(nodes, config.moe_layers, config.experts),
+        slots_for_host_loss=needed_slots(nodes, config.moe_layers, config.experts, hosts=True),
+        expected_pause_ms=_expected_pause_ms(state),
+        estimated_s=_estimated_s(state, bytes_moved, launches=bool(fresh)),
+    )
+
+
+def _estimated_s(state: ClusterState, bytes_moved: int, *, launches: bool) -> float | None:
+    """How long it takes, from the last operations that are done: one that launched ranks too, and one that loaded."""
+    done = sorted((op for op in state.operations.values() if op.phase is Phase.DONE), key=lambda op: op.finished)
+    total_s = 0.0
+    if launches:
+        took = [_between(op, Phase.PROPOSED, Phase.LOADING) for op in done if Phase.SPAWNING in op.phase_times]
+        if not took:
+            return None
+        total_s += took[-1]
+    if bytes_moved:
+        paces = [_between(op, Phase.LOADING, Phase.READY) / op.bytes_moved for op in done if op.bytes_moved]
+        if not paces:
+            return None
+        total_s += paces[-1] * bytes_moved
+    return total_s
+
+
+def _expected_pause_ms(state: ClusterState) -> float | None:
+    paused = [op.pause_ms for op in state.operations.values() if op.phase is Phase.DONE and op.pause_ms]
+    return median(paused) if paused else None
+
+
+def _between(operation: Operation, first: Phase, last: Phase) -> float:
+    times = operation.phase_times
+    return max(0.0, times.get(last, 0.0) - times.get(first, 0.0)) if last in times else 0.0

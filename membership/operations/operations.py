@@ -1,0 +1,146 @@
+"""Operations as those who ask for them see them: propose one, or cancel it.
+
+An operation and the wish it carries (`desired`) are written in one transaction that compares `desired`: of two that
+are proposed at once, one wins and the other finds it. The controller does the rest.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable
+
+from msgspec.structs import replace
+
+from membership.base.errors import (
+    ConfigError,
+    Fenced,
+    OperationConflict,
+    PlanRefused,
+    StoreUnavailable,
+    WaitTimeout,
+)
+from membership.operations.change import Wish, desired_by, told
+from membership.operations.dry_run import plan_of
+from membership.operations.pause import paused_words
+from membership.store.codec import decode, encode
+from membership.store.interface import Compare, Delete, Op, Put, Store
+from membership.store.keys import Keys, state_from
+from membership.store.phases import before_commit
+from membership.store.records import ClusterState, Desired, Operation, Phase
+
+ATTEMPTS = 5
+KEPT = 128  # finished operations that stay readable: a rollout of 60 ranks can be gone on with
+
+
+def propose(
+    store: Store,
+    cluster: str,
+    wish: Wish,
+    *,
+    op_id: str | None = None,
+    if_epoch: int | None = None,
+    timeout_s: float = 300.0,
+    clock: Callable[[], float] = time.time,
+) -> Operation:
+    """Ask for it; return the operation, which ends within `timeout_s`. The same id returns the same one.
+
+    OperationConflict names the operation that is in the way; Fenced: the epoch is not `if_epoch`; PlanRefused says why.
+    """
+    keys, name = Keys(cluster), op_id or uuid.uuid4().hex[:12]
+    deadline = clock() + timeout_s
+    while True:
+        revision, items = store.range(keys.prefix)
+        state = state_from(items, revision)
+        known = state.operations.get(name)
+        if known is not None:
+            return _same(known, wish)
+        now = clock()
+        _admit(state, cluster, wish, if_epoch, now)
+        if now >= deadline:
+            raise WaitTimeout(f"operation {name} could not be proposed within {timeout_s:g} s: others kept changing")
+        operation, desired = _granted(state, name, wish, if_epoch or 0, now, deadline)
+        watched = (keys.desired, keys.op(name), keys.view, keys.pause)
+        unchanged = [Compare(key, "mod", "<", revision + 1) for key in watched]
+        ops: list[Op] = [Put(keys.op(name), encode(operation)), Put(keys.desired, encode(desired))]
+        ops += _forgotten(state, keys)
+        try:
+            if store.txn(unchanged, ops).succeeded:
+                return operation
+        except StoreUnavailable:  # unknown whether it took effect: read back
+            found = store.get(keys.op(name))
+            if found is None:
+                raise
+            return decode(found.value, Operation)
+
+
+def _granted(
+    state: ClusterState, name: str, wish: Wish, if_epoch: int, now: float, deadline: float
+) -> tuple[Operation, Desired]:
+    before = state.desired or Desired(ranks=0)
+    desired = replace(desired_by(wish, before), operation=name)
+    operation = Operation(
+        id=name,
+        kind=wish.kind,
+        target=desired.ranks,
+        ranks=wish.ranks,
+        previous=before.ranks,
+        started=now,
+        deadline=deadline,
+        if_epoch=if_epoch,
+        phase_times={Phase.PROPOSED.value: now},
+    )
+    return operation, desired
+
+
+def _same(known: Operation, wish: Wish) -> Operation:
+    if known.kind != wish.kind or known.ranks != wish.ranks or (wish.kind == "scale" and known.target != wish.target):
+        raise OperationConflict(f"operation {known.id} exists already: {told(known)}, not {wish}")
+    return known
+
+
+def _admit(state: ClusterState, cluster: str, wish: Wish, if_epoch: int | None, now: float) -> None:
+    """Raise if the operation must not be proposed now."""
+    if state.config is None:
+        raise ConfigError(f"there is no cluster {cluster!r} in this store", hint="check --cluster and --etcd")
+    epoch = state.view.epoch if state.view else 0
+    if if_epoch is not None and if_epoch != epoch:
+        raise Fenced(f"the epoch is {epoch}, not {if_epoch}", hint="look at the new state, then decide again")
+    if state.active is not None:
+        raise OperationConflict(
+            f"operation {state.active.id} ({told(state.active)}, {state.active.phase}) is active",
+            hint=f"wait for it: elastic ops show {state.active.id} --wait",
+        )
+    if state.pause is not None and state.paused(now):
+        raise PlanRefused(paused_words(state.pause, now), hint="end it: elastic resume")
+    refused = plan_of(wish, state).refused
+    if refused:
+        raise PlanRefused(refused)
+
+
+def cancel(store: Store, cluster: str, name: str, by: str) -> Operation:
+    """Have the operation rolled back; return it, unchanged if it was rolled back already.
+
+    ConfigError: there is no such operation. OperationConflict: it is committed, or its record kept changing.
+    """
+    key = Keys(cluster).op(name)
+    for _ in range(ATTEMPTS):
+        found = store.get(key)
+        if found is None:
+            raise ConfigError(f"no operation {name!r}", hint="see: elastic ops ls")
+        operation = decode(found.value, Operation)
+        if operation.cancelled or operation.phase is Phase.ABORTED:
+            return operation
+        if not before_commit(operation):
+            undo = f"elastic scale {operation.previous}" if operation.kind == "scale" else "the opposite operation"
+            raise OperationConflict(f"operation {name} is {operation.phase}, and stands", hint=f"undo it by: {undo}")
+        cancelled = replace(operation, cancelled=by)
+        if store.txn([Compare(key, "mod", "=", found.mod_revision)], [Put(key, encode(cancelled))]).succeeded:
+            return cancelled
+    raise OperationConflict(f"operation {name} keeps changing", hint="ask again")
+
+
+def _forgotten(state: ClusterState, keys: Keys) -> list[Delete]:
+    """The oldest finished operations, as far as they are too many."""
+    finished = sorted((op for op in state.operations.values() if not op.active), key=lambda op: op.started)
+    return [Delete(keys.op(op.id)) for op in finished[:-KEPT]]

@@ -1,0 +1,96 @@
+"""A rebalance that somebody asks for: what it would move from what was measured, and asking. The rest is as ever.
+
+The wish is a record that the background rebalance looks at: for a minute, or until a view is staged, it neither rests
+nor leaves small imbalances alone. One budget's worth is moved; what is left follows by itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import msgspec
+from msgspec.structs import replace
+
+from membership.base.errors import PlanRefused
+from membership.operations.pause import paused_words
+from membership.placement.balance import imbalance
+from membership.placement.plan import moves
+from membership.planning.cluster_facts import Census
+from membership.planning.planner import quiet
+from membership.planning.rebalance import loads_of, rebalance
+from membership.store.codec import encode
+from membership.store.interface import Compare, Put, Store
+from membership.store.keys import Keys, state_from
+from membership.store.records import ClusterState, RebalanceWish
+
+
+class RebalancePlan(msgspec.Struct, frozen=True, kw_only=True):
+    """What a rebalance would do now. `refused` says why it would be refused; "" if it would not."""
+
+    epoch: int = 0  # the present one
+    reason: str = ""  # what it is for
+    layers: dict[int, int] = {}  # MoE layer -> experts that are loaded in it
+    loads: dict[int, int] = {}  # rank -> experts that it loads
+    slots: int = 0  # experts loaded in all
+    bytes_moved: int = 0
+    imbalance_before: float | None = None  # the busiest rank's load over the mean; None: not measured yet
+    imbalance_after: float | None = None
+    unfinished: bool = False  # more is to come: the budget of one change does not suffice
+    unasked: bool = False  # the background is about to do it by itself
+    waits: bool = False  # for what goes on now
+    refused: str = ""
+
+    @property
+    def changes(self) -> bool:
+        """Whether it would change anything."""
+        return not self.refused and self.slots > 0
+
+
+def plan_rebalance(state: ClusterState, now: float) -> RebalancePlan:
+    """Return what asking for a rebalance would do, from this state on. Pure; changes nothing."""
+    if state.config is None or state.view is None or not state.view.members:
+        return RebalancePlan(refused="the cluster is still starting: it has no view yet")
+    config, view = state.config, state.view
+    loads = loads_of(config, state.expert_load)
+    plan = RebalancePlan(epoch=view.epoch, imbalance_before=imbalance(view.placement, loads) if loads else None)
+    if not config.rebalance_bytes:
+        return replace(plan, refused="this cluster never rebalances (it was started with --rebalance-budget 0)")
+    if state.pause is not None and state.paused(now):
+        return replace(plan, refused=paused_words(state.pause, now))
+    better = rebalance(Census(replace(state, rebalance=_wish(state, now)), now))
+    if better is None:
+        return plan
+    needed = moves(view.placement, better.placement)
+    return replace(
+        plan,
+        reason=better.reason,
+        layers=dict(sorted(Counter(move.layer for move in needed).items())),
+        loads=dict(sorted(Counter(move.rank for move in needed).items())),
+        slots=len(needed),
+        bytes_moved=len(needed) * config.expert_bytes,
+        imbalance_after=imbalance(better.placement, loads) if loads else None,
+        unfinished=better.unfinished,
+        unasked=rebalance(Census(replace(state, rebalance=None), now)) is not None,
+        waits=not quiet(Census(state, now)),
+    )
+
+
+def ask_rebalance(store: Store, cluster: str, by: str = "", clock: Callable[[], float] = time.time) -> RebalancePlan:
+    """Ask for a rebalance now; return what it does if nothing changes first. PlanRefused says why it is refused."""
+    keys, now = Keys(cluster), clock()
+    revision, items = store.range(keys.prefix)
+    state = state_from(items, revision)
+    plan = plan_rebalance(state, now)
+    if plan.refused:
+        raise PlanRefused(plan.refused)
+    if plan.changes:
+        wish = replace(_wish(state, now), by=by)
+        store.txn([Compare(keys.config, "mod", ">", 0)], [Put(keys.rebalance, encode(wish))])
+    return plan
+
+
+def _wish(state: ClusterState, now: float) -> RebalanceWish:
+    """A wish that is later than the view, whoever's clock is behind."""
+    return RebalanceWish(at=max(now, state.view.staged + 0.001) if state.view is not None else now)

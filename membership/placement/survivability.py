@@ -1,0 +1,81 @@
+"""What a placement survives: whose death would leave an expert without a replica, and what it would take. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import msgspec
+import numpy as np
+
+from membership.placement.plan import held_by, max_ranks_allowed, plan
+from membership.store.records import Placement
+
+
+class Resilience(msgspec.Struct, frozen=True, kw_only=True):
+    """How many replicas any expert has left at least, and who must not die. Hosts count only where there are two."""
+
+    min_replicas: int  # with everybody alive
+    after_rank_loss: int  # the fewest, after the worst death of one rank
+    after_host_loss: int | None  # of one host with all its ranks; None: all ranks are on one host
+    vital_ranks: tuple[int, ...] = ()  # the death of any of them leaves an expert without a replica
+    vital_hosts: tuple[str, ...] = ()
+
+
+def resilience(placement: Placement, nodes: Mapping[int, str], moe_layers: int, experts: int) -> Resilience:
+    """Return what the placement survives."""
+    order = sorted(placement)
+    holds = held_by(moe_layers, experts, order, placement)
+    total = holds.sum(axis=1)
+    by_rank = {rank: int((total - holds[:, row]).min(initial=experts)) for row, rank in enumerate(order)}
+    hosts = sorted({nodes.get(rank, "") for rank in order})
+    by_host: dict[str, int] = {}
+    for host in hosts if len(hosts) > 1 else []:
+        there = np.array([nodes.get(rank, "") == host for rank in order])
+        by_host[host] = int((total - holds[:, there].sum(axis=1)).min(initial=experts))
+    return Resilience(
+        min_replicas=int(total.min(initial=experts)),
+        after_rank_loss=min(by_rank.values(), default=0),
+        after_host_loss=min(by_host.values()) if by_host else None,
+        vital_ranks=tuple(rank for rank, left in by_rank.items() if not left),
+        vital_hosts=tuple(host for host, left in by_host.items() if not left),
+    )
+
+
+def needed_redundancy(nodes: Mapping[int, str], experts: int, *, hosts: bool = False) -> float | None:
+    """Return the least whole redundancy with which any one rank (or host) may die; None if no redundancy suffices."""
+    if len(set(nodes.values()) if hosts else nodes) < 2:
+        return None
+    for redundancy in range(2, len(nodes) + 1):
+        if len(nodes) <= max_ranks_allowed(experts, redundancy):
+            placement = plan(1, experts, nodes, redundancy, nodes=nodes)
+            found = resilience(placement, nodes, 1, experts)
+            if not (found.vital_hosts if hosts else found.vital_ranks):
+                return float(redundancy)
+    return None
+
+
+def needed_slots(nodes: Mapping[int, str], moe_layers: int, experts: int, *, hosts: bool = False) -> int | None:
+    """The same as slots over all ranks and layers."""
+    redundancy = needed_redundancy(nodes, experts, hosts=hosts)
+    return None if redundancy is None else int(redundancy) * experts * moe_layers
+
+
+def told(found: Resilience) -> str:
+    """The same in words."""
+    if found.vital_ranks:
+        line = f"the death of rank {_either(found.vital_ranks)} leaves experts without a replica"
+    else:
+        line = f"any one rank may die (every expert keeps {found.after_rank_loss} or more replicas)"
+    if found.after_host_loss is None:
+        return line + "; all ranks are on one host"
+    if found.vital_hosts:
+        return (
+            line + f"; so does that of host {_either(found.vital_hosts)}"
+            if found.vital_ranks
+            else (line + f"; the death of host {_either(found.vital_hosts)} leaves experts without a replica")
+        )
+    return line + f"; any one host may die ({found.after_host_loss} or more)"
+
+
+def _either(names: Iterable[object]) -> str:
+    return " or ".join(map(str, names))

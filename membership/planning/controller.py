@@ -1,0 +1,233 @@
+"""The controller: whoever is elected looks at the cluster and does what the planner says, until it is no longer leader.
+
+A thin loop. Everything it writes goes through `transaction`: the store itself checks that we still lead and that what
+is replaced is what we looked at. So a controller that was stopped for a while, or one that missed a change, changes
+nothing; and a write whose answer was lost is simply looked for again.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import structlog
+
+from membership.base import failpoints, loop_watchdog
+from membership.base.errors import Fenced, LeaseLost, StoreReplaced, StoreUnavailable, WaitTimeout
+from membership.base.events import EventLog
+from membership.placement.plan import moves
+from membership.planning import planner
+from membership.planning.planner import Effect
+from membership.store.codec import encode
+from membership.store.election import Election
+from membership.store.interface import Compare, Delete, Get, Op, Put, Store
+from membership.store.keys import Keys
+from membership.store.lease import LeaseKeeper
+from membership.store.mirror import Mirror
+from membership.store.records import ClusterState, Counter, LeaderRecord, Record
+
+TTL_S = 3.0  # until the cluster's config is known
+LOOK_S = 0.5  # between looks at a quiet cluster; also bounds how late a stop is noticed
+PAUSE_S = 0.2  # after an answer that did not come
+REMIND_S = 60.0
+
+log = structlog.get_logger(__name__)
+
+
+def transaction(effect: Effect, state: ClusterState, keys: Keys) -> tuple[list[Compare], list[Op]]:
+    """Return the effect as a transaction on the store that `state` was read from; the leader's fence is not in it.
+
+    Whatever is written must be unchanged since `state`: its keys must have no later revision than the state's. Views
+    and incarnations must never be given out twice, so these must be at exactly the revisions known, whatever is
+    written: a store that was set back to before our last change of them refuses, even before anybody has noticed.
+    """
+    writes: dict[str, Record | None] = {}
+    if effect.commit is not None:
+        writes[keys.view], writes[keys.next] = effect.commit, None
+    if effect.unstage and state.next is not None:
+        writes[keys.next] = None
+    if effect.stage is not None:
+        writes[keys.next] = effect.stage
+    if effect.incarnation is not None:
+        writes[keys.incarnation] = Counter(value=effect.incarnation)
+    if effect.desired is not None:
+        writes[keys.desired] = effect.desired
+    if effect.operation is not None:
+        writes[keys.op(effect.operation.id)] = effect.operation
+    writes |= {keys.assign(a.node): a for a in effect.assignments}
+    known = {
+        keys.view: state.view_revision,
+        keys.next: state.next_revision,
+        keys.incarnation: state.incarnation_revision,
+    }
+    compares = [Compare(key, "mod", "=", revision) for key, revision in known.items()]
+    compares += [Compare(key, "mod", "<", state.revision + 1) for key in writes if key not in known]
+    return compares, [Delete(key) if record is None else Put(key, encode(record)) for key, record in writes.items()]
+
+
+def edge(effect: Effect) -> str:
+    """What its failpoints are named after: the operation's phase if it moves one, else what it does to the view."""
+    if effect.operation is not None:
+        return effect.operation.phase.value
+    if effect.commit is not None:
+        return "committed"
+    return "staged" if effect.stage is not None else "unstaged" if effect.unstage else "assigned"
+
+
+def run_controller(
+    store: Store,
+    cluster: str,
+    node: str,
+    stop: threading.Event,
+    events: EventLog,
+    clock: Callable[[], float] = time.time,
+) -> None:
+    """Stand by, lead, and stand by again until `stop` is set. Outages of the store are waited out.
+
+    A store that was replaced ends it: nothing is decided from other data than those that were lost.
+    """
+    while not stop.is_set():
+        try:
+            with Mirror(store, cluster) as mirror:
+                while not stop.is_set():
+                    Term(store, cluster, node, stop, events, clock, mirror).serve()
+        except StoreUnavailable as error:
+            log.warning("controller waits for the store", cluster=cluster, error=str(error))
+            stop.wait(PAUSE_S)
+        except StoreReplaced as replaced:
+            events.emit("store_replaced", cluster=cluster, error=str(replaced))
+            log.error("membership is frozen", cluster=cluster, error=str(replaced), hint=replaced.hint)
+            while not stop.wait(REMIND_S):
+                log.error("membership is still frozen", cluster=cluster, error=str(replaced), hint=replaced.hint)
+
+
+class Term:
+    """One candidacy and, if it succeeds, the time in office."""
+
+    def __init__(
+        self,
+        store: Store,
+        cluster: str,
+        node: str,
+        stop: threading.Event,
+        events: EventLog,
+        clock: Callable[[], float],
+        mirror: Mirror,
+    ) -> None:
+        self._store, self._cluster, self._node = store, cluster, node
+        self._stop, self._events, self._clock, self._mirror = stop, events, clock, mirror
+        self._keys = Keys(cluster)
+
+    def serve(self) -> None:
+        """Campaign, and lead while we hold the office."""
+        config = self._mirror.state().config
+        value = encode(LeaderRecord(node=self._node, pid=os.getpid()))
+        with LeaseKeeper(self._store, config.lease_ttl_s if config else TTL_S) as keeper:
+            election = Election(self._store, self._keys.leader, value, keeper)
+            try:
+                with loop_watchdog.watched():
+                    self._hold(election)
+            except (Fenced, LeaseLost) as error:
+                log.warning("controller stands down", cluster=self._cluster, error=str(error))
+            if election.token:
+                fenced = not self._stop.is_set()
+                self._events.emit(
+                    "leader_left", cluster=self._cluster, node=self._node, token=election.token, fenced=fenced
+                )
+
+    def _hold(self, election: Election) -> None:
+        while not self._stop.is_set() and not election.token:
+            loop_watchdog.beat()
+            self._campaign(election)
+        if election.token:
+            self._events.emit("leader_elected", cluster=self._cluster, node=self._node, token=election.token)
+        while election.held and not self._stop.is_set():
+            loop_watchdog.beat()
+            self._look(election)
+
+    def _campaign(self, election: Election) -> None:
+        failpoints.hit("controller.before.campaign")
+        try:
+            election.campaign(LOOK_S)
+        except WaitTimeout as error:
+            log.debug("another controller leads", cluster=self._cluster, error=str(error))
+
+    def _look(self, election: Election) -> None:
+        """Look once: do what is to be done, or wait for a change or the next due time."""
+        state, now = self._mirror.state(), self._clock()
+        effects = self.decide(state, election, now)
+        if effects is None:
+            self._mirror.poll(state.revision, LOOK_S)
+            return
+        for effect in effects:
+            try:
+                written = self.apply(effect, state, election)
+            except StoreUnavailable as error:
+                log.warning("unknown whether it was done", what=effect.reason, error=str(error))
+                self._stop.wait(PAUSE_S)
+                return
+            self._mirror.poll(max(written - 1, state.revision), LOOK_S)
+        if not effects:
+            at = planner.due(state, now)
+            self._mirror.poll(state.revision, LOOK_S if at is None else min(LOOK_S, at - now))
+
+    def decide(self, state: ClusterState, election: Election, now: float) -> list[Effect] | None:
+        """What is to be done; None while the mirror has yet to see us elected. Fenced: others are."""
+        if state.leader_revision > election.token:
+            raise Fenced(f"token {election.token} was superseded by {state.leader_revision}")
+        return planner.reconcile(state, now) if state.leader_revision == election.token else None
+
+    def apply(self, effect: Effect, state: ClusterState, election: Election) -> int:
+        """Do it; return the revision that the mirror must have reached before the next look."""
+        compares, ops = transaction(effect, state, self._keys)
+        failpoints.hit(f"controller.before.{edge(effect)}")
+        result = self._store.txn([election.fence(), *compares], ops, [Get(self._keys.leader)])
+        if result.succeeded:
+            failpoints.hit(f"controller.after.{edge(effect)}")
+            self._report(effect, state, election.token, result.revision)
+            return result.revision
+        leader = result.responses[0]
+        if isinstance(leader, int) or not leader or leader[0].create_revision != election.token:
+            raise Fenced(f"token {election.token} no longer leads cluster {self._cluster}")
+        log.info("the cluster changed meanwhile", cluster=self._cluster, what=effect.reason)
+        return state.revision + 1
+
+    def _report(self, effect: Effect, state: ClusterState, token: int, revision: int) -> None:
+        """Tell the history what was done; of a view also by whom and where, so that its commit can be judged later."""
+        log.info("done", cluster=self._cluster, what=effect.reason)
+        operation = effect.operation.id if effect.operation is not None else ""
+        for kind, view in (("epoch_committed", effect.commit), ("epoch_staged", effect.stage)):
+            if view is not None:
+                taken = len(moves(state.view.placement if state.view else {}, view.placement))
+                fields: dict[str, Any] = {
+                    "ranks": list(view.ranks),
+                    "token": token,
+                    "revision": revision,
+                    "attempt": view.attempt,
+                    "operation": operation,
+                    "experts_taken": taken,
+                    "weight_bytes": taken * (state.config.expert_bytes if state.config else 0),
+                }
+                self._emit(kind, effect, epoch=view.epoch, **fields)
+        if effect.unstage:
+            self._emit("epoch_unstaged", effect, operation=operation)
+        if effect.assignments:
+            nodes = {a.node: {s.rank: s.incarnation for s in a.ranks} for a in effect.assignments}
+            self._emit("ranks_assigned", effect, nodes=nodes)
+        if effect.desired is not None and state.desired is not None and effect.desired.ranks != state.desired.ranks:
+            self._emit("desired_changed", effect, ranks=effect.desired.ranks)
+        if effect.operation is not None:
+            op = effect.operation
+            fields = {
+                "operation": op.id,
+                "phase": op.phase.value,
+                "target": op.target,
+                "error": op.error,
+            }
+            self._emit("operation_phase", effect, epoch=op.epoch, **fields)
+
+    def _emit(self, kind: str, effect: Effect, *, epoch: int = 0, **fields: Any) -> None:
+        self._events.emit(kind, cluster=self._cluster, epoch=epoch, reason=effect.reason, **fields)

@@ -1,0 +1,4 @@
+"""The store: its interface and two implementations (etcd, in memory), leases, elections, records and keys, the mirror.
+
+Imports base. Start with `records.py` (what is stored), then `interface.py`.
+"""

@@ -1,0 +1,100 @@
+"""One holder at a time of one key, under a lease. The key's create revision is the fencing token.
+
+Two may *believe* that they hold it (one was stopped past its lease); only one may *act*: every write of the holder
+carries `fence()`, which the store checks in the same transaction.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from membership.base.errors import Fenced, LeaseLost, StoreCompacted, StoreUnavailable, WaitTimeout
+from membership.store.interface import Compare, Delete, KeyValue, Put, Store
+from membership.store.lease import LeaseKeeper
+
+RETRY_S = 0.1
+
+
+class Election:
+    """A candidate for `key`. `value` is what the key holds while we do; the keeper's lease bounds how long we do."""
+
+    def __init__(self, store: Store, key: str, value: bytes | Callable[[], bytes], keeper: LeaseKeeper) -> None:
+        self._store = store
+        self._key = key
+        self._value = value
+        self._keeper = keeper
+        self._token = 0
+        self._pause = threading.Event()
+
+    @property
+    def token(self) -> int:
+        """Our fencing token; 0 before `campaign` and after `resign`."""
+        return self._token
+
+    @property
+    def held(self) -> bool:
+        """Whether we won and the lease still certainly holds. Writes need the fence all the same."""
+        return self._token != 0 and self._keeper.alive
+
+    def fence(self) -> Compare:
+        """The condition for every transaction that only the holder may make."""
+        if not self._token:
+            raise Fenced(f"{self._key} is not held")
+        return Compare(self._key, "create", "=", self._token)
+
+    def campaign(self, timeout_s: float) -> int:
+        """Return our token once the key is ours. WaitTimeout if it is not by then; LeaseLost if our lease ends first.
+
+        An unanswered attempt is settled by reading back: a key under our lease is ours, whenever it was written.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            if not self._keeper.alive:
+                raise LeaseLost(f"lease {self._keeper.lease:x} ended while campaigning for {self._key}")
+            left = deadline - time.monotonic()
+            try:
+                holder = self._take() or self._store.get(self._key)
+                if holder is not None and holder.lease == self._keeper.lease:
+                    self._token = holder.create_revision
+                    return self._token
+                reason = f"held by lease {holder.lease:x}" if holder else "free again just now"
+                if holder is not None and left > 0:
+                    self._wait_gone(holder, min(left, max(RETRY_S, self._keeper.remaining_s)))
+            except StoreUnavailable as error:
+                reason = str(error)
+                self._pause.wait(max(0.0, min(RETRY_S, left)))
+            if left <= 0:
+                raise WaitTimeout(f"waited {timeout_s:g} s for {self._key}: {reason}")
+
+    def resign(self) -> None:
+        """Let go of the key if it is still ours."""
+        if self._token:
+            fence, self._token = self.fence(), 0
+            self._store.txn([fence], [Delete(self._key)])
+
+    def _take(self) -> KeyValue | None:
+        """Create the key; None if somebody has it. Safe to repeat: it only ever succeeds on an absent key."""
+        value = self._value() if callable(self._value) else self._value
+        done = self._store.txn([Compare(self._key, "create", "=", 0)], [Put(self._key, value, self._keeper.lease)])
+        if not done.succeeded:
+            return None
+        return KeyValue(key=self._key, create_revision=done.revision, lease=self._keeper.lease)
+
+    def _wait_gone(self, holder: KeyValue, timeout_s: float) -> None:
+        """Wait until `holder` may be gone. The watch starts at its own revision, for the reason given in Mirror."""
+        deadline = time.monotonic() + timeout_s
+        try:
+            watch = self._store.watch(self._key, holder.mod_revision)
+        except StoreCompacted:
+            return
+        try:
+            while (left := deadline - time.monotonic()) > 0:
+                batch = watch.next(left)
+                if batch and any(e.kind == "delete" and e.kv.key == self._key for e in batch.events):
+                    return
+        except StoreCompacted:
+            return
+        finally:
+            watch.close()

@@ -1,0 +1,336 @@
+"""The store on a real etcd, through etcd3's channel and stubs. Its watcher and locks are not used: see etcd_watch.py.
+
+Reads are tried again within their deadline. Writes are sent once: one that was not answered is *unknown*, and only the
+caller can tell by reading back. The channel's keepalive notices a server that is stopped or cut off. After a loss of
+connection the first call is a read: a store that was replaced meanwhile is refused before anything is written to it.
+
+Of several endpoints one is used until it does not answer, then the next: a member that can be reached but is cut off
+from its peers costs one call, not every third.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+from urllib.parse import SplitResult, urlsplit
+
+import grpc
+from tenacity import (
+    Retrying,
+    retry_if_exception_type,
+    sleep_using_event,
+    stop_after_delay,
+    stop_when_event_set,
+    wait_random_exponential,
+)
+
+from membership.base.errors import ConfigError, LeaseLost, StoreUnavailable
+from membership.store.etcd3_compat import etcd3, etcdrpc
+from membership.store.etcd_watch import EtcdWatch, key_value, translated
+from membership.store.interface import (
+    Compare,
+    Delete,
+    Get,
+    KeyValue,
+    Op,
+    Put,
+    Response,
+    TxnResult,
+    key_bytes,
+    prefix_end,
+)
+from membership.store.provenance import Provenance
+
+CALL_TIMEOUT_S = 5.0
+CONNECT_TIMEOUT_S = 2.0
+CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
+    ("grpc.keepalive_time_ms", 5000),
+    ("grpc.keepalive_timeout_ms", 2000),
+    ("grpc.http2.ping_timeout_ms", 2000),
+    ("grpc.keepalive_permit_without_calls", 0),  # etcd answers pings without a stream by "too many pings"
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.lb_policy_name", "round_robin"),  # over the addresses of one name
+    ("grpc.use_local_subchannel_pool", 1),  # each store its own connections: one store's trouble is not another's
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.max_receive_message_length", -1),  # a list of the whole prefix may exceed the default 4 MiB
+)
+_OPERATORS = {"=": "EQUAL", "!=": "NOT_EQUAL", "<": "LESS", ">": "GREATER"}
+_TARGETS = {
+    "create": "create_revision",
+    "mod": "mod_revision",
+    "version": "version",
+    "value": "value",
+    "lease": "lease",
+}
+
+
+def connect(
+    endpoints: Sequence[str],
+    *,
+    timeout_s: float = CALL_TIMEOUT_S,
+    connect_timeout_s: float = CONNECT_TIMEOUT_S,
+    ca: str | None = None,
+    cert: str | None = None,
+    key: str | None = None,
+    seen: str = "",
+) -> EtcdStore:
+    """Connect to etcd and prove that it answers. `ca`, `cert` and `key` are paths of PEM files.
+
+    `seen`: what another process knows of this store (`EtcdStore.seen`); StoreReplaced if it is not that one any more.
+    """
+    urls = _parsed(endpoints)
+    secure = urls[0].scheme == "https"
+    if secure and ca is None:
+        raise ConfigError("an https etcd endpoint needs a CA certificate", hint="give the CA's PEM file")
+    if not secure and (ca or cert or key):
+        raise ConfigError("certificates were given for an http etcd endpoint", hint="use https:// endpoints")
+    if bool(cert) != bool(key):
+        raise ConfigError("an etcd client certificate needs its key, and the key its certificate")
+    clients: list[Any] = []
+    try:
+        for url in urls:
+            host, _, port = f"dns:///{url.netloc}".rpartition(":")  # gRPC resolves the name, again and again
+            clients.append(
+                etcd3.Etcd3Client(
+                    host, port, ca_cert=ca, cert_cert=cert, cert_key=key, grpc_options=list(CHANNEL_OPTIONS)
+                )
+            )
+    except OSError as error:
+        for client in clients:
+            client.close()
+        raise ConfigError(f"cannot read the etcd certificates: {error}") from error
+    store = EtcdStore(clients, ",".join(url.geturl() for url in urls), timeout_s, Provenance(seen))
+    try:
+        store.probe(connect_timeout_s)
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
+def _parsed(endpoints: Sequence[str]) -> list[SplitResult]:
+    urls = [urlsplit(e if "://" in e else f"http://{e}") for e in endpoints]
+    for url in urls:
+        try:
+            good = url.scheme in ("http", "https") and bool(url.hostname) and (url.port or 0) > 0
+        except ValueError:
+            good = False
+        if not good:
+            raise ConfigError(f"bad etcd endpoint {url.geturl()!r}", hint="give URLs such as http://127.0.0.1:2379")
+    if not urls or len({url.scheme for url in urls}) > 1:
+        raise ConfigError("give one or more etcd endpoints, either all http or all https")
+    return urls
+
+
+class EtcdStore:
+    """See Store. Made by `connect`."""
+
+    def __init__(self, clients: Sequence[Any], where: str, timeout_s: float, provenance: Provenance) -> None:
+        self._clients = clients
+        self._turn = random.randrange(len(clients))  # clients spread over the members
+        self._provenance = provenance
+        self._where = where
+        self._timeout_s = timeout_s
+        self._closed = threading.Event()
+        self._watches: dict[EtcdWatch, int] = {}  # and the endpoint of each
+
+    @property
+    def seen(self) -> str:
+        """See Provenance."""
+        return self._provenance.seen
+
+    def probe(self, timeout_s: float) -> None:
+        """Read something, anything; StoreUnavailable if there is no answer."""
+        self._read(Get("\0"), timeout_s)
+
+    def get(self, key: str) -> KeyValue | None:
+        """See Store."""
+        found = self._read(Get(key), self._timeout_s)
+        return key_value(found.kvs[0]) if found.kvs else None
+
+    def range(self, prefix: str) -> tuple[int, tuple[KeyValue, ...]]:
+        """See Store."""
+        found = self._read(Get(prefix, prefix=True), self._timeout_s)
+        return found.header.revision, tuple(key_value(kv) for kv in found.kvs)
+
+    def put(self, key: str, value: bytes, lease: int = 0) -> int:
+        """See Store."""
+        request = etcdrpc.PutRequest(key=key_bytes(key), value=value, lease=lease)
+        return int(self._call(lambda etcd: etcd.kvstub.Put, request, f"put {key}").header.revision)
+
+    def delete(self, key: str) -> bool:
+        """See Store."""
+        request = etcdrpc.DeleteRangeRequest(key=key_bytes(key))
+        return bool(self._call(lambda etcd: etcd.kvstub.DeleteRange, request, f"delete {key}").deleted)
+
+    def txn(self, compares: Sequence[Compare], success: Sequence[Op], failure: Sequence[Op] = ()) -> TxnResult:
+        """See Store."""
+        request = etcdrpc.TxnRequest(
+            compare=[_compare(compare) for compare in compares],
+            success=[_operation(op) for op in success],
+            failure=[_operation(op) for op in failure],
+        )
+        done = self._call(lambda etcd: etcd.kvstub.Txn, request, f"txn on {_subject(compares, success)}")
+        revision = int(done.header.revision)
+        return TxnResult(done.succeeded, revision, tuple(_response(response, revision) for response in done.responses))
+
+    def grant(self, ttl_s: float) -> int:
+        """See Store."""
+        request = etcdrpc.LeaseGrantRequest(TTL=max(1, math.ceil(ttl_s)))
+        return int(self._call(lambda etcd: etcd.leasestub.LeaseGrant, request, "grant a lease", ordered=False).ID)
+
+    def keepalive(self, lease: int, timeout_s: float | None = None) -> float:
+        """See Store. A stream per renewal: nothing to repair after an outage."""
+        answer = self._call(
+            lambda etcd: partial(self._renew, etcd), lease, f"renew lease {lease:x}", timeout_s, ordered=False
+        )
+        if answer.TTL <= 0:
+            raise LeaseLost(f"lease {lease:x} has ended")
+        return float(answer.TTL)
+
+    def revoke(self, lease: int) -> None:
+        """See Store."""
+        request = etcdrpc.LeaseRevokeRequest(ID=lease)
+        try:
+            self._call(lambda etcd: etcd.leasestub.LeaseRevoke, request, f"revoke lease {lease:x}", ordered=False)
+        except LeaseLost:
+            return  # it has ended already, which is what was asked for
+
+    def watch(self, prefix: str, start_revision: int) -> EtcdWatch:
+        """See Store."""
+        if self._closed.is_set():
+            raise StoreUnavailable(f"the connection to etcd at {self._where} is closed")
+        self._ask_if_doubtful(self._timeout_s)
+        turn = self._turn
+        stub = etcdrpc.WatchStub(self._clients[turn].channel)
+        watch = EtcdWatch(stub, prefix, start_revision, self._timeout_s, self._where, self._provenance)
+        self._watches = {old: endpoint for old, endpoint in self._watches.items() if not old.closed} | {watch: turn}
+        return watch
+
+    def compact(self, revision: int) -> None:
+        """See Store."""
+        request = etcdrpc.CompactionRequest(revision=revision, physical=True)
+        self._call(lambda etcd: etcd.kvstub.Compact, request, f"compact at {revision}", ordered=False)
+
+    def close(self) -> None:
+        """See Store."""
+        self._closed.set()
+        for watch in self._watches:
+            watch.close()
+        for client in self._clients:
+            client.close()
+
+    def _pass_on(self, turn: int) -> None:
+        """The endpoint whose turn it was did not answer; another thread may have seen that first."""
+        if self._turn == turn and len(self._clients) > 1:
+            self._turn = (turn + 1) % len(self._clients)
+            for watch, endpoint in list(self._watches.items()):  # its silence would pass for calm
+                if endpoint == turn:
+                    watch.break_off()
+
+    def _renew(self, client: Any, lease: int, timeout: float) -> Any:
+        call = client.leasestub.LeaseKeepAlive(iter([etcdrpc.LeaseKeepAliveRequest(ID=lease)]), timeout=timeout)
+        try:
+            for response in call:
+                return response
+        finally:
+            call.cancel()
+        raise StoreUnavailable(f"etcd at {self._where} did not answer: renew lease {lease:x}")
+
+    def _read(self, op: Get, timeout_s: float) -> Any:
+        """Read, trying again within `timeout_s`; an attempt takes half of it, so that a second member is asked too."""
+        deadline = time.monotonic() + timeout_s
+        request = _range_request(op)
+
+        def attempt() -> Any:
+            left = max(0.05, min(timeout_s / 2, deadline - time.monotonic()))
+            what = f"read {op.key.strip(chr(0)) or 'anything'}"
+            return self._call(lambda etcd: etcd.kvstub.Range, request, what, left, reads=True)
+
+        return Retrying(
+            retry=retry_if_exception_type(StoreUnavailable),
+            stop=stop_after_delay(timeout_s) | stop_when_event_set(self._closed),
+            wait=wait_random_exponential(multiplier=0.02, max=0.3),
+            sleep=sleep_using_event(self._closed),
+            reraise=True,
+        )(attempt)
+
+    def _ask_if_doubtful(self, timeout_s: float) -> None:
+        """Before anything is changed: is this still the store we know? Asked once after each loss of connection."""
+        self._provenance.floor()
+        if self._provenance.doubtful:
+            self.probe(timeout_s)
+
+    def _call(
+        self,
+        method: Callable[[Any], Any],
+        request: Any,
+        what: str,
+        timeout_s: float | None = None,
+        *,
+        ordered: bool = True,
+        reads: bool = False,
+    ) -> Any:
+        """One call. `ordered`: the answer's revision is linearizable, not that of a member that may lag behind."""
+        if self._closed.is_set():
+            raise StoreUnavailable(f"the connection to etcd at {self._where} is closed")
+        timeout_s = timeout_s or self._timeout_s
+        if not reads:
+            self._ask_if_doubtful(timeout_s)
+        floor, turn = self._provenance.floor(), self._turn
+        try:
+            answer = method(self._clients[turn])(request, timeout=timeout_s)
+        except grpc.RpcError as error:
+            ours = translated(error, what, self._where)
+            if isinstance(ours, StoreUnavailable) and not ours.definite:
+                self._provenance.doubt()
+                self._pass_on(turn)
+            raise ours from error
+        except ValueError as error:  # gRPC's word for a channel closed meanwhile
+            raise StoreUnavailable(f"etcd at {self._where}: {what}: {error}") from error
+        header = answer.header
+        self._provenance.heard(header.cluster_id, header.revision, floor if ordered else 0, settled=reads)
+        return answer
+
+
+def _range_request(op: Get) -> Any:
+    key = key_bytes(op.key)
+    return etcdrpc.RangeRequest(key=key or b"\0", range_end=prefix_end(key) if op.prefix else b"")
+
+
+def _compare(compare: Compare) -> Any:
+    return etcdrpc.Compare(
+        key=key_bytes(compare.key),
+        result=etcdrpc.Compare.CompareResult.Value(_OPERATORS[compare.op]),
+        target=etcdrpc.Compare.CompareTarget.Value(compare.target.upper()),
+        **{_TARGETS[compare.target]: compare.value},
+    )
+
+
+def _operation(op: Op) -> Any:
+    key = key_bytes(op.key)
+    if isinstance(op, Put):
+        return etcdrpc.RequestOp(request_put=etcdrpc.PutRequest(key=key, value=op.value, lease=op.lease))
+    if isinstance(op, Delete):
+        end = prefix_end(key) if op.prefix else b""
+        return etcdrpc.RequestOp(request_delete_range=etcdrpc.DeleteRangeRequest(key=key or b"\0", range_end=end))
+    return etcdrpc.RequestOp(request_range=_range_request(op))
+
+
+def _response(response: Any, revision: int) -> Response:
+    kind = response.WhichOneof("response")
+    if kind == "response_range":
+        return tuple(key_value(kv) for kv in response.response_range.kvs)
+    return int(response.response_delete_range.deleted) if kind == "response_delete_range" else revision
+
+
+def _subject(compares: Sequence[Compare], ops: Sequence[Op]) -> str:
+    return ", ".join(dict.fromkeys(part.key for part in (*ops, *compares))) or "nothing"

@@ -1,0 +1,172 @@
+"""A watch on etcd over its own stream, read by its own thread; and how etcd's words become ours.
+
+etcd3's watcher is not used: it spins and drops its watches while the server is down. This one ends with an error that
+says why, and who owns it (Mirror) starts another from the revision it has reached.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+
+from membership.base.errors import LeaseLost, StoreCompacted, StoreError, StoreFull, StoreReplaced, StoreUnavailable
+from membership.store.etcd3_compat import etcdrpc
+from membership.store.interface import KeyValue, WatchBatch, WatchEvent, key_bytes, key_text, prefix_end
+from membership.store.provenance import Provenance
+
+HAS_LEADER = (("hasleader", "true"),)  # etcd ends the stream of a member that has lost its quorum
+JOIN_TIMEOUT_S = 5.0
+FULL_HINT = (
+    "etcd is out of room: compact and defragment it, or raise --quota-backend-bytes; then `etcdctl alarm disarm`. "
+    "Until then membership is frozen, and serving goes on"
+)
+_DELETE = 1  # etcd's event type
+_UNKNOWN_OUTCOME = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.INTERNAL,
+)
+
+
+def translated(error: grpc.RpcError, what: str, where: str) -> StoreError:
+    """Return our error for gRPC's."""
+    code, details = error.code(), error.details() or ""
+    message = f"etcd at {where}: {what}: {details or code.name.lower()}"
+    if code in _UNKNOWN_OUTCOME:
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            message = f"etcd at {where} did not answer in time: {what}"
+        return StoreUnavailable(message, hint="check that etcd runs and can be reached there")
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and details.startswith("etcdserver: "):  # not gRPC's own limits
+        return StoreFull(message, hint=FULL_HINT if "space" in details else "")
+    if code is grpc.StatusCode.NOT_FOUND and "lease" in details:
+        return LeaseLost(message)
+    if code is grpc.StatusCode.OUT_OF_RANGE and "compacted" in details:
+        return StoreCompacted(message)
+    return StoreError(message)
+
+
+def key_value(kv: Any) -> KeyValue:
+    """Return our KeyValue for etcd's."""
+    return KeyValue(
+        key=key_text(kv.key),
+        value=kv.value,
+        create_revision=kv.create_revision,
+        mod_revision=kv.mod_revision,
+        version=kv.version,
+        lease=kv.lease,
+    )
+
+
+class EtcdWatch:
+    """See Watch. Constructed means: the server has confirmed it."""
+
+    def __init__(
+        self, stub: Any, prefix: str, start_revision: int, timeout_s: float, where: str, provenance: Provenance
+    ) -> None:
+        self._provenance = provenance
+        self._prefix = prefix
+        self._start_revision = start_revision
+        self._where = where
+        self._inbox: queue.SimpleQueue[WatchBatch | StoreError | None] = queue.SimpleQueue()
+        self._end: StoreError | None = None
+        self._closed = threading.Event()
+        self._call = stub.Watch(self._requests(), metadata=HAS_LEADER)
+        self._thread = threading.Thread(target=self._read, name=f"etcd-watch-{prefix}", daemon=True)
+        self._thread.start()
+        try:
+            self._confirm(timeout_s)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed.is_set()
+
+    def next(self, timeout_s: float) -> WatchBatch | None:
+        """See Watch."""
+        if self._end is not None:
+            raise self._end
+        try:
+            item = self._inbox.get(timeout=max(0.0, timeout_s))
+        except queue.Empty:
+            return None
+        if isinstance(item, StoreError):
+            self._end = item
+            raise item
+        return item
+
+    def break_off(self) -> None:
+        """End the stream as if it had broken."""
+        self._call.cancel()
+
+    def close(self) -> None:
+        """See Watch."""
+        self._closed.set()
+        self._call.cancel()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(JOIN_TIMEOUT_S)
+
+    def _confirm(self, timeout_s: float) -> None:
+        try:
+            first = self._inbox.get(timeout=timeout_s)
+        except queue.Empty:
+            raise StoreUnavailable(
+                f"etcd at {self._where} did not confirm a watch of {self._prefix} within {timeout_s:g} s"
+            ) from None
+        if isinstance(first, StoreError):
+            raise first
+
+    def _requests(self) -> Iterator[Any]:
+        key = key_bytes(self._prefix)
+        yield etcdrpc.WatchRequest(
+            create_request=etcdrpc.WatchCreateRequest(
+                key=key or b"\0", range_end=prefix_end(key), start_revision=self._start_revision
+            )
+        )
+        while not self._closed.wait(60.0):  # the stream lasts as long as this iterator
+            continue
+
+    def _read(self) -> None:
+        """Read until the stream ends. The first item is None: the server's confirmation."""
+        what = f"watch of {self._prefix}"
+        try:
+            for response in self._call:
+                item = self._understood(response)
+                if item is not None or response.created:
+                    self._inbox.put(item)
+                if isinstance(item, StoreError):
+                    return
+        except grpc.RpcError as error:
+            if not self._closed.is_set():
+                self._provenance.doubt()
+            self._inbox.put(translated(error, what, self._where))
+        finally:
+            self._inbox.put(StoreUnavailable(f"etcd at {self._where} ended the {what}"))
+
+    def _understood(self, response: Any) -> WatchBatch | StoreError | None:
+        what = f"watch of {self._prefix} from revision {self._start_revision}"
+        try:  # what a watch delivers is committed: no later answer may be from before it
+            last = response.events[-1].kv.mod_revision if response.events else 0
+            self._provenance.heard(response.header.cluster_id, last)
+        except StoreReplaced as replaced:
+            return replaced
+        if response.compact_revision:
+            return StoreCompacted(f"{what}: compacted at {response.compact_revision}")
+        if response.canceled:
+            return StoreUnavailable(f"etcd at {self._where} cancelled the {what}: {response.cancel_reason}")
+        if response.created and self._start_revision > response.header.revision + 1:
+            return StoreCompacted(f"{what}: the store's history ends at {response.header.revision}")
+        if not response.events:
+            return None
+        events = tuple(
+            WatchEvent("delete" if event.type == _DELETE else "put", key_value(event.kv)) for event in response.events
+        )
+        return WatchBatch(events[-1].kv.mod_revision, events)

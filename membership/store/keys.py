@@ -1,0 +1,253 @@
+"""Where each record lives in the store, and the way back: from keys to the typed state of the cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from membership.base.errors import ConfigError, SchemaError
+from membership.store import records
+from membership.store.codec import decode
+from membership.store.interface import KeyValue
+from membership.store.records import ClusterState, Record
+
+ROOT = "/elastic-ep/"
+
+_SINGLES: dict[str, tuple[str, type[Record]]] = {
+    "config": ("config", records.ClusterConfig),
+    "desired": ("desired", records.Desired),
+    "pause": ("pause", records.Pause),
+    "rebalance": ("rebalance", records.RebalanceWish),
+    "view": ("view", records.View),
+    "next": ("next", records.View),
+    "engine": ("engine", records.EngineRecord),
+    "engine-status": ("engine_status", records.EngineStatus),
+    "expert-load": ("expert_load", records.ExpertLoad),
+    "incarnation": ("incarnation", records.Counter),
+}
+_FAMILIES: dict[str, tuple[str, type[Record]]] = {
+    "agents": ("agents", records.AgentRecord),
+    "assign": ("assignments", records.Assignment),
+    "ranks": ("ranks", records.RankRecord),
+    "exits": ("exits", records.RankExit),
+    "heartbeats": ("heartbeats", records.Heartbeats),
+    "gateways": ("gateways", records.GatewayRecord),
+    "ops": ("operations", records.Operation),
+}
+_REVISIONS = {
+    "view": ("view_revision", "mod_revision"),
+    "next": ("next_revision", "mod_revision"),
+    "incarnation": ("incarnation_revision", "mod_revision"),
+    "leader": ("leader_revision", "create_revision"),
+    "engine": ("engine_token", "create_revision"),
+}
+
+
+def _segment(name: str, what: str) -> str:
+    if not name or "/" in name:
+        raise ConfigError(f"{what} {name!r} must be non-empty and without '/'")
+    return name
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys of one cluster."""
+
+    cluster: str
+    prefix: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prefix", f"{ROOT}{_segment(self.cluster, 'cluster name')}/")
+
+    @property
+    def config(self) -> str:
+        """ClusterConfig."""
+        return self.prefix + "config"
+
+    @property
+    def desired(self) -> str:
+        """Desired."""
+        return self.prefix + "desired"
+
+    @property
+    def pause(self) -> str:
+        """Pause."""
+        return self.prefix + "pause"
+
+    @property
+    def rebalance(self) -> str:
+        """Whether load shall be evened out now."""
+        return self.prefix + "rebalance"
+
+    @property
+    def view(self) -> str:
+        """The committed View."""
+        return self.prefix + "view"
+
+    @property
+    def next(self) -> str:
+        """The staged View."""
+        return self.prefix + "next"
+
+    @property
+    def leader(self) -> str:
+        """The controller in charge; its create revision is the fencing token."""
+        return self.prefix + "leader"
+
+    @property
+    def engine(self) -> str:
+        """EngineRecord; its create revision is the engine token."""
+        return self.prefix + "engine"
+
+    @property
+    def engine_status(self) -> str:
+        """EngineStatus."""
+        return self.prefix + "engine-status"
+
+    @property
+    def incarnation(self) -> str:
+        """Counter: the last incarnation given out."""
+        return self.prefix + "incarnation"
+
+    def agent(self, node: str) -> str:
+        """AgentRecord."""
+        return f"{self.prefix}agents/{_segment(node, 'node name')}"
+
+    def assign(self, node: str) -> str:
+        """Assignment."""
+        return f"{self.prefix}assign/{_segment(node, 'node name')}"
+
+    def rank(self, rank: int, incarnation: int) -> str:
+        """RankRecord."""
+        return f"{self.prefix}ranks/{rank}/{incarnation}"
+
+    def exit(self, rank: int) -> str:
+        """RankExit."""
+        return f"{self.prefix}exits/{rank}"
+
+    def heartbeats(self, node: str) -> str:
+        """Heartbeats."""
+        return f"{self.prefix}heartbeats/{_segment(node, 'node name')}"
+
+    @property
+    def expert_load(self) -> str:
+        """ExpertLoad."""
+        return self.prefix + "expert-load"
+
+    @property
+    def quiet(self) -> tuple[str, ...]:
+        """Prefixes of what nobody has to act on at once: changes there wake nobody."""
+        return self.prefix + "heartbeats/", self.expert_load
+
+    def gateway(self, name: str) -> str:
+        """GatewayRecord."""
+        return f"{self.prefix}gateways/{_segment(name, 'gateway name')}"
+
+    def op(self, operation: str) -> str:
+        """Operation."""
+        return f"{self.prefix}ops/{_segment(operation, 'operation id')}"
+
+
+class Reading:
+    """The typed state of one cluster, kept current key by key: a change costs its own record, however many there are.
+
+    Keys of an unknown name are left alone: a newer version may have put them there.
+    """
+
+    def __init__(self) -> None:
+        self._fields: dict[str, Any] = {attribute: {} for attribute, _ in _FAMILIES.values()}
+        self._own: set[str] = set()  # families that no state has been given: only these may be changed in place
+        self._seen: dict[str, int] = {}  # key -> mod revision
+        self._unreadable: dict[str, SchemaError] = {}
+
+    def list(self, items: Iterable[KeyValue]) -> None:
+        """Take over all keys that there are. What has not changed is not decoded again."""
+        there = {kv.key: kv for kv in items}
+        for key in self._seen.keys() - there.keys():
+            self.delete(key)
+        for key, kv in there.items():
+            if self._seen.get(key) != kv.mod_revision:
+                self.put(kv)
+
+    def put(self, kv: KeyValue) -> None:
+        """Take over one key. One that cannot be read bars `state` until it is put again or deleted."""
+        self._seen[kv.key] = kv.mod_revision
+        try:
+            self._put(kv)
+        except SchemaError as error:
+            self._unreadable[kv.key] = error
+        else:
+            self._unreadable.pop(kv.key, None)
+
+    def _put(self, kv: KeyValue) -> None:
+        name, rest, place = _parsed(kv.key)
+        if not rest:
+            if (numbered := _REVISIONS.get(name)) is not None:
+                self._fields[numbered[0]] = getattr(kv, numbered[1])
+            if (single := _SINGLES.get(name)) is not None:
+                record = _decoded(kv, single[1])
+                self._fields[single[0]] = record.value if isinstance(record, records.Counter) else record
+        elif (family := _FAMILIES.get(name)) is not None:
+            self._family(family[0])[place] = _decoded(kv, family[1])
+
+    def delete(self, key: str) -> None:
+        """Take one key out."""
+        self._seen.pop(key, None)
+        self._unreadable.pop(key, None)
+        try:
+            name, rest, place = _parsed(key)
+        except SchemaError:
+            return  # it never got in
+        if rest and name in _FAMILIES:
+            self._family(_FAMILIES[name][0]).pop(place, None)
+        elif not rest:
+            for table in (_REVISIONS, _SINGLES):
+                self._fields.pop(table.get(name, ("",))[0], None)
+
+    def _family(self, attribute: str) -> dict[Any, Record]:
+        """A family that may be changed in place."""
+        if attribute not in self._own:
+            self._own.add(attribute)
+            self._fields[attribute] = dict(self._fields[attribute])
+        found: dict[Any, Record] = self._fields[attribute]
+        return found
+
+    def state(self, revision: int) -> ClusterState:
+        """All of it, as of `revision`; SchemaError names a key that cannot be read."""
+        for error in self._unreadable.values():
+            raise error
+        self._own.clear()
+        return ClusterState(revision=revision, **self._fields)
+
+
+def state_from(items: Iterable[KeyValue], revision: int) -> ClusterState:
+    """Return the typed state of the one cluster that `items` (all keys under its prefix) describe."""
+    reading = Reading()
+    reading.list(items)
+    return reading.state(revision)
+
+
+@lru_cache(maxsize=4096)
+def _parsed(key: str) -> tuple[str, str, str | int | tuple[int, int]]:
+    """The name under the cluster's prefix, what follows it, and what that stands for in a family."""
+    name, _, rest = key.removeprefix(ROOT).partition("/")[2].partition("/")
+    return name, rest, _family_key(key, name, rest) if rest and name in _FAMILIES else rest
+
+
+def _family_key(key: str, name: str, rest: str) -> str | int | tuple[int, int]:
+    try:
+        if name == "ranks":
+            rank, incarnation = rest.split("/")
+            return int(rank), int(incarnation)
+        return int(rest) if name == "exits" else rest
+    except ValueError as error:
+        raise SchemaError(f"malformed key {key!r}") from error
+
+
+def _decoded(kv: KeyValue, kind: type[Record]) -> Record:
+    try:
+        return decode(kv.value, kind)
+    except SchemaError as error:
+        raise SchemaError(f"{kv.key}: {error}", hint=error.hint) from error

@@ -1,0 +1,122 @@
+"""Keeps one lease alive, and knows by this process's own clock when it may no longer be relied on.
+
+The deadline counts from *before* a renewal was sent: whatever the answer's delay, the store cannot have expired the
+lease earlier than that. What rests on the lease must ask `alive` each time; `on_lost` says it once.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import structlog
+
+from membership.base.errors import LeaseLost, StoreError, StoreUnavailable, WaitTimeout
+from membership.store.interface import Store
+
+CLOSE_TIMEOUT_S = 10.0
+RETRY_S = 0.1
+
+log = structlog.get_logger(__name__)
+
+
+class LeaseKeeper:
+    """Grants a lease and renews it three times per time to live. A lost lease stays lost: make a new keeper.
+
+    A `persistent` one goes on trying past its deadline, until the store itself says that the lease has ended: after
+    an outage the store gives leases their full time again. `alive` is as careful as ever.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        ttl_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        on_lost: Callable[[], None] | None = None,
+        background: bool = True,
+        persistent: bool = False,
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self._ttl_s = ttl_s
+        self.on_lost = on_lost
+        self._persistent = persistent
+        self._lost = False
+        self._stop = threading.Event()
+        before = clock()
+        self.lease = store.grant(ttl_s)
+        self._deadline = before + ttl_s
+        self._thread = threading.Thread(target=self._run, name=f"lease-{self.lease:x}", daemon=True)
+        if background:
+            self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the lease certainly still holds."""
+        return not self._lost and self._clock() < self._deadline
+
+    @property
+    def remaining_s(self) -> float:
+        """How much longer it certainly holds."""
+        return 0.0 if self._lost else max(0.0, self._deadline - self._clock())
+
+    def renew(self) -> bool:
+        """Renew once; return whether the store said yes. LeaseLost once it is certain, or too late, that it is over."""
+        before = self._clock()
+        timeout_s = self._ttl_s / 3 if self._persistent else min(self._ttl_s / 3, self._deadline - before)
+        if timeout_s <= 0:
+            raise LeaseLost(f"lease {self.lease:x} was not renewed within its {self._ttl_s:g} s")
+        try:
+            ttl_s = self._store.keepalive(self.lease, timeout_s)
+        except StoreUnavailable as error:
+            log.warning("lease not renewed", lease=f"{self.lease:x}", remaining_s=self.remaining_s, error=str(error))
+            return False
+        self._deadline = max(self._deadline, before + min(ttl_s, self._ttl_s))
+        return True
+
+    def close(self, revoke: bool = True) -> None:
+        """Stop renewing; end the lease, and with it its keys, unless told not to."""
+        self._stop.set()
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
+            self._thread.join(CLOSE_TIMEOUT_S)
+            if self._thread.is_alive():
+                raise WaitTimeout(f"keeper of lease {self.lease:x} did not stop within {CLOSE_TIMEOUT_S:g} s")
+        if revoke and not self._lost:
+            self._lost = True
+            try:
+                self._store.revoke(self.lease)
+            except StoreError as error:
+                log.warning("lease not revoked, it will expire", lease=f"{self.lease:x}", error=str(error))
+
+    def __enter__(self) -> LeaseKeeper:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        pause = self._ttl_s / 3
+        while not self._stop.wait(pause):
+            again = self.turn()
+            if again is None:
+                return
+            pause = again
+
+    def turn(self) -> float | None:
+        """Renew, or find it lost; in how many seconds to do so again, None: never."""
+        try:
+            pause = self._ttl_s / 3 if self.renew() else RETRY_S
+        except StoreError as error:
+            self._lose(error)
+            return None
+        return max(RETRY_S, min(pause, self.remaining_s)) if self._persistent else min(pause, self.remaining_s)
+
+    def _lose(self, error: StoreError) -> None:
+        self._lost = True
+        if self._stop.is_set():
+            return
+        log.warning("lease lost", lease=f"{self.lease:x}", error=str(error))
+        if self.on_lost is not None:
+            self.on_lost()

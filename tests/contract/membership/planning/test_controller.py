@@ -1,0 +1,192 @@
+"""The running controller on both stores: it leads a cluster through its life, and of two only one ever acts."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from chaos.simulation.world import CONFIG, Violation, World
+from elastic.serve.etcd_server import EtcdServer
+from membership.base.events import Event, EventLog
+from membership.planning.controller import run_controller
+from membership.store.etcd import connect
+from membership.store.in_memory import MemoryStore
+from membership.store.interface import Store
+from membership.store.records import Phase
+from tests.support.helpers import eventually
+
+pytestmark = pytest.mark.contract
+
+T = 30.0
+
+
+class Frozen:
+    """A store as a process sees it that may be stopped: while `freeze` is set no call leaves it; then it goes on."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.thaw = threading.Event()
+        self.thaw.set()
+        self.held = threading.Event()  # a transaction is waiting to be sent
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._store, name)
+        if name not in ("get", "range", "put", "txn", "grant", "keepalive", "revoke"):
+            return method
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if name == "txn" and not self.thaw.is_set():
+                self.held.set()
+            assert self.thaw.wait(T), "frozen for too long"
+            return method(*args, **kwargs)
+
+        return call
+
+
+class Driver:
+    """A simulated cluster in real time, with real controllers as threads."""
+
+    def __init__(self, store: Store, path: Path) -> None:
+        config = replace(CONFIG, cluster=uuid.uuid4().hex, lease_ttl_s=1.0)
+        self.world = World(store=store, config=config, elected=False, now=time.time())
+        self.path = path
+
+    @contextmanager
+    def controller(self, name: str, store: Store | None = None) -> Iterator[threading.Event]:
+        """Run a controller; yields what stops it before the end of the block."""
+        stop = threading.Event()
+        events = EventLog(self.path, "controller")
+        args = (store or self.world.store, self.world.keys.cluster, name, stop, events)
+        failed: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                run_controller(*args)
+            except BaseException as error:  # noqa: BLE001
+                failed.append(error)
+
+        thread = threading.Thread(target=run, name=f"controller-{name}")
+        thread.start()
+        try:
+            yield stop
+        finally:
+            stop.set()
+            thread.join(T)
+            assert not thread.is_alive()
+        assert not failed, failed
+
+    def until(self, done: Callable[[], object], what: str) -> None:
+        """Let agents, ranks and engine act until something is so."""
+
+        def act() -> bool:
+            self.world.now = time.time()
+            self.world.agents_act()
+            self.world.engine_acts()
+            return bool(done())
+
+        eventually(act, T, what)
+
+    def whole(self, count: int) -> None:
+        """Wait until that many ranks serve and nothing is left over."""
+
+        def is_whole() -> bool:
+            try:
+                self.world.assert_whole(count)
+            except Violation:
+                return False
+            return True
+
+        self.until(is_whole, f"{count} ranks to serve: {self.world.state.view}")
+
+    def events(self, kind: str) -> list[Event]:
+        return [event for event in EventLog.read(self.path) if event.kind == kind]
+
+
+@pytest.fixture
+def driver(store: Store, tmp_path: Path) -> Driver:
+    return Driver(store, tmp_path / "events")
+
+
+def test_a_life(driver: Driver) -> None:
+    with driver.controller("one"):
+        driver.whole(4)
+        for count in (6, 3):
+            name = driver.world.scale(count).id
+            driver.whole(count)
+            driver.until(lambda name=name: driver.world.state.operations[name].phase is Phase.DONE, f"scale to {count}")
+        driver.world.kill(1)
+        driver.until(lambda: driver.world.serving == (0, 2), "the loss to be durable")
+        driver.whole(3)
+    assert [event.epoch for event in driver.events("epoch_committed")] == [1, 2, 3, 4, 5]
+    assert [e.fields["phase"] for e in driver.events("operation_phase")][:3] == ["spawning", "handshaking", "loading"]
+    assert len(driver.events("leader_elected")) == 1
+
+
+def test_a_standby_takes_over_at_once_from_one_that_stops(driver: Driver) -> None:
+    with driver.controller("one") as stop:
+        driver.whole(4)
+        with driver.controller("two"):
+            stop.set()
+            eventually(lambda: len(driver.events("leader_elected")) == 2, T, "the other to be elected")
+            driver.world.scale(5)
+            driver.whole(5)
+    tokens = [event.fields["token"] for event in driver.events("leader_elected")]
+    assert tokens[0] < tokens[1]
+
+
+def test_a_controller_that_was_frozen_while_it_acted_is_fenced(driver: Driver) -> None:
+    frozen = Frozen(driver.world.store)
+    with driver.controller("one", frozen):  # type: ignore[arg-type]
+        driver.whole(4)
+        frozen.thaw.clear()
+        driver.world.kill(2, backoff_s=0.0)
+        try:
+            assert frozen.held.wait(T), "it wants to act, and is stopped just before"
+            with driver.controller("two"):
+                driver.whole(4)
+                before = driver.world.state
+                frozen.thaw.set()
+                eventually(lambda: driver.events("leader_left"), T, "the frozen one to stand down")
+                after = driver.world.state
+        finally:
+            frozen.thaw.set()
+    assert (after.view, after.assignments, after.next) == (before.view, before.assignments, before.next)
+    elected = [event.fields["node"] for event in driver.events("leader_elected")]
+    assert elected[:2] == ["one", "two"]
+    assert [event.epoch for event in driver.events("epoch_committed")] == [1, 2, 3]
+
+
+def test_an_outage_longer_than_the_lease_freezes_membership_and_no_more(tmp_path: Path) -> None:
+    store = MemoryStore()
+    driver = Driver(store, tmp_path / "events")
+    with driver.controller("one"):
+        driver.whole(4)
+        driver.world.kill(0)
+        store.outage = True
+        eventually(lambda: driver.events("leader_left"), T, "the leader to notice that its lease is over")
+        store.outage = False
+        driver.whole(4)
+    assert [event.epoch for event in driver.events("epoch_committed")] == [1, 2, 3]
+
+
+def test_a_killed_etcd_comes_back_and_the_controller_goes_on(tmp_path: Path) -> None:
+    with EtcdServer(tmp_path / "etcd") as server:
+        store = connect([server.url])
+        try:
+            driver = Driver(store, tmp_path / "events")
+            with driver.controller("one"):
+                driver.whole(4)
+                driver.world.kill(0)
+                server.restart()
+                driver.whole(4)
+            assert [event.epoch for event in driver.events("epoch_committed")] == [1, 2, 3]
+        finally:
+            store.close()

@@ -1,6 +1,0 @@
-"""Ways to damage the record of a run, each with what the check that guards against it must say and show."""
-
-from tests.damage import membership, promises
-from tests.damage.tools import DAMAGES
-
-__all__ = ["DAMAGES", "membership", "promises"]

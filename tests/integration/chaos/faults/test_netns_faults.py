@@ -1,0 +1,186 @@
+"""Hosts in network namespaces: a leader that is cut off, also one way only, leaves office before the next has it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chaos.faults import netns
+from chaos.faults.base import NotInjected
+from chaos.faults.cuts import CUTS
+from chaos.faults.members import EtcdMembers, Member
+from chaos.faults.netns import Host, Network
+from membership.base.errors import StoreUnavailable
+from tests.support.helpers import eventually
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="namespaces take root and iproute2"),
+]
+
+T = 30.0
+CANDIDATES = ("a", "b")
+
+
+class Scene:
+    """Three members and two candidates, each a host."""
+
+    def __init__(self, network: Network, etcd: EtcdMembers, folder: Path) -> None:
+        self.network, self.etcd, self.folder = network, etcd, folder
+
+    @property
+    def members(self) -> list[Host]:
+        return [self.network[member.name] for member in self.etcd.members]
+
+    def told(self, name: str, kind: str = "") -> list[dict[str, Any]]:
+        """What a candidate has told, whole lines only."""
+        lines = (self.folder / name).read_text().split("\n")[:-1]
+        return [line for line in map(json.loads, lines) if kind in ("", line["kind"])]
+
+    def term(self, name: str) -> int:
+        """A candidate's token while it believes itself in office, else 0."""
+        terms = [line for line in self.told(name) if line["kind"] in ("won", "left")]
+        return int(terms[-1]["token"]) if terms and terms[-1]["kind"] == "won" else 0
+
+    def synced(self, name: str) -> bool:
+        states = [line["kind"] for line in self.told(name) if line["kind"] in ("synced", "unsynced")]
+        return bool(states) and states[-1] == "synced"
+
+    def leader(self) -> str:
+        """The candidate in office."""
+        return eventually(lambda: next((name for name in CANDIDATES if self.term(name)), ""), T, "somebody in office")
+
+    def judge(self) -> None:
+        """Terms do not overlap, and what was done was done by ever later holders."""
+        lines = sorted((line for name in CANDIDATES for line in self.told(name)), key=lambda line: line["at"])
+        terms = {line["token"]: [line["at"], float("inf")] for line in lines if line["kind"] == "won"}
+        for line in lines:
+            if line["kind"] == "left":
+                terms[line["token"]][1] = line["at"]
+        order = sorted(terms.items())
+        for (before, (_, left)), (after, (won, _)) in pairwise(order):
+            assert left < won, f"{before} and {after} were in office at once, for {left - won:.3f} s"
+        acts = sorted((line["revision"], line["token"]) for line in lines if line["kind"] == "acted")
+        assert [token for _, token in acts] == sorted(token for _, token in acts)
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    folder = tmp_path_factory.mktemp("scene")
+    before = netns.namespaces()
+    with ExitStack() as opened:
+        network = opened.enter_context(Network(["m0", "m1", "m2", *CANDIDATES]))
+        etcd = opened.enter_context(EtcdMembers(folder, places=[network[f"m{i}"] for i in range(3)]))
+        for name in CANDIDATES:
+            opened.enter_context(candidate(network[name], etcd.urls, folder / name))
+        yield Scene(network, etcd, folder)
+    assert netns.namespaces() == before
+
+
+@contextmanager
+def candidate(host: Host, urls: Sequence[str], output: Path) -> Iterator[None]:
+    command = [sys.executable, "-m", "tests.support.candidate_process", ",".join(urls)]
+    with output.open("wb") as out:
+        process = host.run(lambda: subprocess.Popen(command, stdout=out))
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait(T)
+
+
+@contextmanager
+def dealt(fault: str, host: Host, others: Sequence[Host]) -> Iterator[str]:
+    """The cut during the block; what proves it."""
+    injector = CUTS[fault][1](host, others)
+    proof = injector.inject().proof
+    try:
+        yield proof
+    finally:
+        injector.heal()
+        injector.heal()  # once more changes nothing
+
+
+@pytest.mark.parametrize("fault", CUTS)
+def test_each_cut_is_proven_and_healed(scene: Scene, fault: str) -> None:
+    m0, a, b = scene.network["m0"], scene.network["a"], scene.network["b"]
+    with dealt(fault, a, [b]) as proof:
+        assert " to " in proof
+        with pytest.raises(NotInjected, match="as it is"):
+            CUTS[fault][1](a, [b]).inject()
+        with dealt("host-reset", m0, [b]):  # another fault beside it, which ends first
+            assert proof
+
+
+@pytest.mark.parametrize("fault", ["host-deaf", "host-mute", "host-link-down"])
+def test_a_leader_that_is_cut_off_leaves_office_before_the_next_takes_it(scene: Scene, fault: str) -> None:
+    cut_off = scene.leader()
+    other = next(name for name in CANDIDATES if name != cut_off)
+    token = scene.term(cut_off)
+    with dealt(fault, scene.network[cut_off], scene.members):
+        eventually(lambda: scene.term(other) > token, T, "the other candidate in office")
+        assert not scene.term(cut_off)
+        eventually(lambda: not scene.synced(cut_off), T, "the mirror that is cut off to say so")
+        assert scene.synced(other)
+    eventually(lambda: scene.synced(cut_off), T, "the mirror to be back")
+    scene.judge()
+
+
+@pytest.mark.parametrize("fault", ["host-deaf", "host-mute"])
+def test_an_etcd_leader_that_is_cut_off_from_its_members_is_done_without(scene: Scene, fault: str) -> None:
+    """Clients reach all three, and are told by one that it is no use."""
+    leading = eventually(lambda: etcd_leader(scene), T, "a leader of etcd")
+    others = [member for member in scene.etcd.members if member is not leading]
+    with dealt(fault, scene.network[leading.name], [scene.network[each.name] for each in others]):
+        was = leading.status().member_id
+        eventually(lambda: all(each.status().leader not in (0, was) for each in others), T, "another leader of etcd")
+        acted = max(line["revision"] for name in CANDIDATES for line in scene.told(name, "acted"))
+        eventually(lambda: acts_after(scene, acted) >= 5, T, "somebody to act")
+    eventually(lambda: all(map(scene.synced, CANDIDATES)), T, "the mirrors to follow")
+    scene.judge()
+
+
+def acts_after(scene: Scene, revision: int) -> int:
+    return sum(line["revision"] > revision for name in CANDIDATES for line in scene.told(name, "acted"))
+
+
+def etcd_leader(scene: Scene) -> Member | None:
+    try:
+        return scene.etcd.leader()
+    except StoreUnavailable:
+        return None
+
+
+def test_what_a_killed_owner_left_is_swept(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = f"{netns.PREFIX}{2**22 + 1}-m0"  # of a process that cannot be
+    netns.ip("netns", "add", left)
+    with Network([]):
+        assert left not in netns.namespaces()
+
+
+def without_ip(words: Sequence[str], **_: Any) -> Any:
+    raise FileNotFoundError(words[0])
+
+
+def refused(words: Sequence[str], **_: Any) -> Any:
+    return subprocess.CompletedProcess(words, 1, "", "Operation not permitted")
+
+
+@pytest.mark.parametrize("run", [without_ip, refused])
+def test_without_the_right_or_the_tool_nothing_is_injected(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(NotInjected) as caught, Network(["a"]):
+        pass
+    assert "root" in caught.value.hint

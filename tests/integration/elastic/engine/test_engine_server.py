@@ -1,0 +1,129 @@
+"""The engine's ZeroMQ door, with real sockets."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+import zmq
+
+from elastic.engine.gateway_server import EngineServer
+from elastic.protocol import Abort, Hello, Rejected, Submit, ToGateway, Tokens, Welcome
+from tests.support.helpers import eventually
+from workers.protocol.messages import Sampling
+
+pytestmark = pytest.mark.integration
+TOKEN = 42
+
+
+class Peer:
+    """A gateway's socket."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
+        self.socket = context.socket(zmq.DEALER)
+        self.socket.set(zmq.LINGER, 0)
+        self.socket.connect(address)
+
+    def send(self, message: object) -> None:
+        self.socket.send(msgspec.msgpack.encode(message))
+
+    def receive(self) -> ToGateway:
+        assert self.socket.poll(5000), "nothing came"
+        return msgspec.msgpack.decode(self.socket.recv(), type=ToGateway)  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def rung() -> threading.Event:
+    return threading.Event()
+
+
+@pytest.fixture
+def server(rung: threading.Event) -> Iterator[EngineServer]:
+    server = EngineServer(rung.set)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
+    context = zmq.Context()
+    yield context
+    context.destroy(0)
+
+
+def submit(name: str) -> Submit:
+    return Submit(name, [1, 2], Sampling(), 5)
+
+
+def taken(server: EngineServer) -> list[Submit | Abort]:
+    return eventually(server.take, 5.0, "a message for the engine")
+
+
+def test_hello_before_serving_is_welcomed_with_the_token(
+    server: EngineServer, context: zmq.Context[zmq.Socket[bytes]]
+) -> None:
+    peer = Peer(context, server.address)
+    peer.send(Hello("g"))
+    server.serve(TOKEN)
+    assert peer.receive() == Welcome(TOKEN)
+
+
+def test_outputs_go_to_the_gateway_that_submitted_last(
+    server: EngineServer, context: zmq.Context[zmq.Socket[bytes]], rung: threading.Event
+) -> None:
+    server.serve(TOKEN)
+    first, second = Peer(context, server.address), Peer(context, server.address)
+    first.send(submit("a"))
+    assert taken(server) == [submit("a")]
+    assert rung.is_set()
+    second.send(submit("a"))
+    assert taken(server) == [submit("a")]
+    first.send(Abort("a"))  # not its request any more
+    first.send(submit("b"))
+    assert taken(server) == [submit("b")]
+    server.send([Tokens(TOKEN, "a", 0, [7]), Rejected(TOKEN, "b", 503, "no", 1.0)])
+    assert second.receive() == Tokens(TOKEN, "a", 0, [7])
+    assert first.receive() == Rejected(TOKEN, "b", 503, "no", 1.0)
+
+
+def test_malformed_messages_are_dropped(server: EngineServer, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    server.serve(TOKEN)
+    peer = Peer(context, server.address)
+    for bad in (b"", b"\xc1", msgspec.msgpack.encode(["Submit", 1]), msgspec.msgpack.encode(Welcome(1))):
+        peer.socket.send(bad)
+    peer.socket.send_multipart([b"a", b"b", b"c"])
+    peer.send(submit("good"))
+    assert taken(server) == [submit("good")]
+
+
+def test_the_requests_of_a_gateway_that_is_gone_are_aborted(
+    server: EngineServer, context: zmq.Context[zmq.Socket[bytes]]
+) -> None:
+    server.serve(TOKEN)
+    peer = Peer(context, server.address)
+    peer.send(submit("a"))
+    assert taken(server) == [submit("a")]
+    peer.socket.close()
+
+    def sent() -> list[Submit | Abort]:
+        server.send([Tokens(TOKEN, "a", 0, [7])])
+        return server.take()
+
+    assert eventually(sent, 5.0, "the abort of the lost gateway's request") == [Abort("a")]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_other_users_are_not_let_in(server: EngineServer) -> None:
+    server.serve(TOKEN)
+    script = "import os, sys, zmq; os.setuid(65534); s = zmq.Context().socket(zmq.DEALER); s.connect(sys.argv[1]);"
+    script += "s.send(bytes.fromhex(sys.argv[2])); print(s.poll(500)); s.close(0)"
+    hello = msgspec.msgpack.encode(Hello("stranger")).hex()
+    stranger = subprocess.run(
+        [sys.executable, "-c", script, server.address, hello], capture_output=True, text=True, timeout=20, check=True
+    )
+    assert stranger.stdout.strip() == "0", "a stranger got an answer"

@@ -1,0 +1,235 @@
+"""The gateway when engines die, fall silent or misbehave, and when clients go away: streams go on, or end clearly."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from msgspec.structs import replace
+from openai import OpenAI
+
+from elastic.gateway.engine_link import LinkSettings
+from elastic.protocol import ToGateway, Tokens
+from tests.support.gateway_cluster import MODEL, QUICK, GatewayCluster, RunningGateway
+from tests.support.helpers import eventually
+from tests.support.scripted_engine import ScriptedEngine
+
+pytestmark = pytest.mark.integration
+
+TEXT = "the quick brown fox jumps over the lazy dog and some more"
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> GatewayCluster:
+    cluster = GatewayCluster(tmp_path)
+    cluster.publish_view()
+    return cluster
+
+
+@pytest.fixture
+def gateway(cluster: GatewayCluster) -> Iterator[RunningGateway]:
+    with cluster.gateway() as running:
+        yield running
+
+
+@pytest.fixture
+def client(gateway: RunningGateway) -> Iterator[OpenAI]:
+    with gateway.client() as client:
+        yield client
+
+
+class Reader:
+    """A streaming client in a thread."""
+
+    def __init__(self, client: OpenAI, **options: object) -> None:
+        self.text, self.reasons, self.error = "", [], None
+        self._client, self._options = client, {"max_tokens": 60, "prompt": "x"} | options
+        self._thread = threading.Thread(target=self._run, name="reader")
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            for chunk in self._client.completions.create(model=MODEL, stream=True, **self._options):
+                self.text += chunk.choices[0].text
+                self.reasons += [chunk.choices[0].finish_reason] if chunk.choices[0].finish_reason else []
+        except openai.APIError as error:
+            self.error = error
+
+    def join(self) -> Reader:
+        self._thread.join(20.0)
+        assert not self._thread.is_alive()
+        return self
+
+
+def test_a_stream_goes_on_with_the_next_engine(cluster: GatewayCluster, client: OpenAI) -> None:
+    answer = cluster.says(TEXT)
+    with cluster.engine(answer, pause_after=5) as first:
+        readers = [Reader(client) for _ in range(4)]
+        begun = cluster.tokenizer.decode(cluster.tokenizer.encode(TEXT)[1:6])
+        eventually(lambda: all(reader.text == begun for reader in readers), 10.0, "the streams to begin")
+        first.close()
+    with cluster.engine(answer, pause_after=9) as second:
+        eventually(lambda: len(second.submits) == 4, 10.0, "the requests to be submitted again")
+        assert {len(submit.emitted) for submit in second.submits} == {5}
+        assert all(submit.emitted == answer(submit)[:5] for submit in second.submits)
+    with cluster.engine(answer):
+        for reader in readers:
+            reader.join()
+    assert [(reader.text, reader.reasons, reader.error) for reader in readers] == [(TEXT, ["stop"], None)] * 4
+
+
+def test_a_zombie_engine_is_not_listened_to(cluster: GatewayCluster, client: OpenAI) -> None:
+    """The old engine lives on and talks after another has the token (stopped past its lease, then continued)."""
+    wrong = cluster.says("something else entirely, that nobody must ever see at all")
+    with cluster.engine(wrong, pause_after=0) as zombie:
+        reader = Reader(client)
+        eventually(lambda: zombie.submits, 10.0, "the request to arrive")
+        with cluster.engine(cluster.says(TEXT), pause_after=5) as engine:
+            eventually(lambda: engine.submits, 10.0, "the request to be submitted again")
+            zombie.pause_after = None
+            time.sleep(0.1)
+            engine.pause_after = None
+            assert reader.join().text == TEXT
+
+
+def test_a_broken_connection_is_made_anew(cluster: GatewayCluster, client: OpenAI) -> None:
+    """The engine's process restarts with the same token and address (or a network cut): nothing else changes."""
+    with cluster.engine(cluster.says(TEXT), pause_after=5) as engine:
+        reader = Reader(client)
+        begun = cluster.tokenizer.decode(cluster.tokenizer.encode(TEXT)[1:6])
+        eventually(lambda: reader.text == begun, 10.0, "the stream to begin")
+        token, address = engine.token, engine.address
+    with ScriptedEngine(token, cluster.says(TEXT), address=address) as same:
+        assert reader.join().text == TEXT
+        assert len(same.submits[0].emitted) == 5
+
+
+def test_an_engine_that_falls_silent_is_connected_to_anew(cluster: GatewayCluster, client: OpenAI) -> None:
+    with cluster.engine(cluster.says(TEXT), pause_after=5) as engine:
+        reader = Reader(client)
+        eventually(lambda: len(reader.text) > 5, 10.0, "the stream to begin")
+        engine.mute = True
+        time.sleep(2 * QUICK.silence_s)
+        engine.mute, engine.pause_after = False, None
+        assert reader.join().text == TEXT
+        assert len(engine.submits) > 1
+
+
+@pytest.mark.parametrize("fault", ["gap", "duplicate", "stale"])
+def test_faulty_output_never_reaches_the_client(cluster: GatewayCluster, client: OpenAI, fault: str) -> None:
+    lost: list[str] = []
+
+    def mangle(message: ToGateway) -> list[ToGateway]:
+        if not isinstance(message, Tokens):
+            return [message]
+        if fault == "duplicate":
+            return [message, message]
+        if fault == "stale":
+            return [replace(message, engine_token=message.engine_token - 1, tokens=[7]), message]
+        if message.index == 4 and not lost:
+            lost.append(message.request_id)
+            return []
+        return [message]
+
+    with cluster.engine(cluster.says(TEXT), mangle=mangle) as engine:
+        reader = Reader(client).join()
+        assert (reader.text, reader.reasons, reader.error) == (TEXT, ["stop"], None)
+        assert [len(submit.emitted) for submit in engine.submits] == ([0, 4] if fault == "gap" else [0])
+
+
+def test_an_engine_that_goes_on_contradicting_itself_ends_the_stream_with_an_error(cluster: GatewayCluster) -> None:
+    def mangle(message: ToGateway) -> list[ToGateway]:
+        broken = isinstance(message, Tokens) and message.index >= 3
+        return [replace(message, index=message.index + 1)] if broken else [message]
+
+    quick = LinkSettings(resubmit_after_s=0.05, max_faults=2)
+    with (
+        cluster.engine(cluster.says(TEXT), mangle=mangle),
+        cluster.gateway("strict", link=quick) as gateway,
+        gateway.client() as client,
+    ):
+        reader = Reader(client).join()
+        assert TEXT.startswith(reader.text)
+        assert reader.reasons == []
+        assert "leave a gap" in str(reader.error)
+
+
+def test_without_an_engine_a_request_waits_then_gets_a_503(cluster: GatewayCluster, client: OpenAI) -> None:
+    started = time.monotonic()
+    with pytest.raises(openai.InternalServerError, match="no engine") as refusal:
+        client.completions.create(model=MODEL, prompt="x")
+    assert time.monotonic() - started >= QUICK.engine_wait_s
+    assert refusal.value.status_code == 503
+    assert int(refusal.value.response.headers["retry-after"]) > 0
+
+
+def test_a_request_waits_for_the_engine_that_comes(cluster: GatewayCluster, client: OpenAI) -> None:
+    reader = Reader(client)
+    with cluster.engine(cluster.says(TEXT)):
+        assert reader.join().text == TEXT
+
+
+def test_a_stream_without_an_engine_ends_with_an_error_event(cluster: GatewayCluster, gateway: RunningGateway) -> None:
+    body = {"model": MODEL, "prompt": "x", "stream": True, "max_tokens": 60}
+    with (
+        cluster.engine(cluster.says(TEXT), pause_after=3) as engine,
+        httpx.stream("POST", f"{gateway.url}/v1/completions", json=body, timeout=20) as answer,
+    ):
+        lines = answer.iter_lines()
+        assert next(lines).startswith("data: {")
+        engine.close()
+        rest = [line for line in lines if line]
+    assert '"no_engine"' in rest[-2]
+    assert '"server_error"' in rest[-2]
+    assert rest[-1] == "data: [DONE]"
+
+
+def test_no_progress_has_a_deadline(cluster: GatewayCluster) -> None:
+    with (
+        cluster.engine(cluster.says(TEXT), pause_after=3) as engine,
+        cluster.gateway("impatient", link=LinkSettings(stall_s=0.5)) as gateway,
+        gateway.client() as client,
+    ):
+        reader = Reader(client).join()
+        assert "no token from the engine for 0.5 s" in str(reader.error)
+        eventually(lambda: engine.aborts, 5.0, "the abort to arrive")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_client_that_leaves_ends_its_request(
+    cluster: GatewayCluster, gateway: RunningGateway, stream: bool, begun: bool
+) -> None:
+    body = {"model": MODEL, "prompt": ["x", "y"], "stream": stream, "max_tokens": 60}
+    with cluster.engine(cluster.says(TEXT), pause_after=3 if begun else 0) as engine:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{gateway.url}/v1/completions", json=body, timeout=0.5)
+        eventually(lambda: len(engine.aborts) == 2, 5.0, "the aborts to arrive")
+        assert sorted(engine.aborts) == sorted(submit.request_id for submit in engine.submits)
+
+
+def test_more_requests_than_the_gateway_takes(cluster: GatewayCluster) -> None:
+    with (
+        cluster.engine(cluster.says(TEXT), pause_after=1) as engine,
+        cluster.gateway("small", link=LinkSettings(max_open=2)) as gateway,
+        gateway.client() as client,
+    ):
+        readers = [Reader(client) for _ in range(2)]
+        eventually(lambda: all(reader.text for reader in readers), 10.0, "the streams to begin")
+        with pytest.raises(openai.InternalServerError, match="all this gateway takes"):
+            client.completions.create(model=MODEL, prompt="x")
+        engine.pause_after = None
+        assert [reader.join().text for reader in readers] == [TEXT] * 2
+
+
+def test_many_streams_at_once(cluster: GatewayCluster, client: OpenAI) -> None:
+    with cluster.engine(cluster.says(TEXT)):
+        readers = [Reader(client, n=2) for _ in range(16)]
+        for reader in readers:
+            reader.join()
+    assert all(reader.error is None and reader.reasons == ["stop", "stop"] for reader in readers)

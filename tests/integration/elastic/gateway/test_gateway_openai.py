@@ -1,0 +1,306 @@
+"""The OpenAI API over real sockets, with the official client and a scripted engine behind real ZeroMQ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from openai import OpenAI
+
+from elastic.protocol import Rejected
+from tests.support.gateway_cluster import MODEL, GatewayCluster, RunningGateway
+from tests.support.helpers import eventually
+from tests.support.scripted_engine import ScriptedEngine
+
+pytestmark = pytest.mark.integration
+
+TEXT = "hello wörld, this is 😀 a test"
+USER = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> GatewayCluster:
+    cluster = GatewayCluster(tmp_path_factory.mktemp("gateway"))
+    cluster.publish_view()
+    return cluster
+
+
+@pytest.fixture(scope="module")
+def engine(cluster: GatewayCluster) -> Iterator[ScriptedEngine]:
+    def refuse(submit: object) -> Rejected | None:
+        if "full" not in cluster.tokenizer.decode(submit.prompt):
+            return None
+        return Rejected(running.token, submit.request_id, 503, "no room for it", 7.0)
+
+    with cluster.engine(cluster.says(TEXT), reject=refuse) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def gateway(cluster: GatewayCluster, engine: ScriptedEngine) -> Iterator[RunningGateway]:
+    with cluster.gateway() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(gateway: RunningGateway) -> Iterator[OpenAI]:
+    with gateway.client() as client:
+        yield client
+
+
+def test_models(client: OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == [MODEL]
+    assert client.models.retrieve(MODEL).id == MODEL
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        client.models.retrieve("org/other")
+
+
+def test_completion(client: OpenAI, cluster: GatewayCluster, engine: ScriptedEngine) -> None:
+    answer = client.completions.create(model=MODEL, prompt="say hello", max_tokens=60, temperature=0, top_p=0.9, seed=3)
+    prompt = cluster.tokenizer.encode("say hello")
+    words = cluster.tokenizer.encode(TEXT)[1:]
+    assert answer.choices[0].text == TEXT
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(prompt), len(words))
+    submit = engine.submits[-1]
+    assert (submit.prompt, submit.max_tokens, submit.emitted) == (prompt, 60, [])
+    assert (submit.sampling.temperature, submit.sampling.top_p, submit.sampling.seed) == (0, 0.9, 3)
+    assert submit.sampling.logprobs == -1
+
+
+def test_completion_of_default_length(client: OpenAI, cluster: GatewayCluster) -> None:
+    answer = client.completions.create(model=MODEL, prompt="say hello")
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 16
+    assert TEXT.startswith(answer.choices[0].text.rstrip("\ufffd"))
+
+
+def test_completion_stream(client: OpenAI) -> None:
+    stream = client.completions.create(
+        model=MODEL, prompt="x", max_tokens=60, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == TEXT
+    assert not any("\ufffd" in chunk.choices[0].text for chunk in chunks[:-1])
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 2) + ["stop"]
+    assert chunks[-1].choices == []
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens > 10
+
+
+def test_chat(client: OpenAI, cluster: GatewayCluster, engine: ScriptedEngine) -> None:
+    answer = client.chat.completions.create(model=MODEL, messages=USER)
+    assert answer.choices[0].message.content == TEXT
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.object == "chat.completion"
+    assert cluster.tokenizer.decode(engine.submits[-1].prompt) == "<user>hello\n<assistant>"
+    assert engine.submits[-1].max_tokens == 128 - len(engine.submits[-1].prompt)
+
+
+def test_chat_stream(client: OpenAI, gateway: RunningGateway) -> None:
+    parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+    chunks = list(
+        client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": parts}], stream=True)
+    )
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == TEXT
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
+    raw = httpx.post(
+        f"{gateway.url}/v1/chat/completions", json={"model": MODEL, "messages": USER, "stream": True}, timeout=20
+    )
+    assert raw.headers["content-type"].startswith("text/event-stream")
+    assert raw.text.endswith("\n\ndata: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_several_choices_differ_in_seed_only(client: OpenAI, engine: ScriptedEngine, stream: bool) -> None:
+    before = len(engine.submits)
+    asked = {"model": MODEL, "prompt": ["one", "two three"], "n": 2, "seed": 5, "max_tokens": 60}
+    answer = client.completions.create(**asked, stream=stream)
+    texts = {index: "" for index in range(4)}
+    for choice in [c for chunk in answer for c in chunk.choices] if stream else answer.choices:
+        texts[choice.index] += choice.text
+    assert texts == dict.fromkeys(range(4), TEXT)
+    submits = sorted(engine.submits[before:], key=lambda s: s.request_id)
+    assert [s.sampling.seed for s in submits] == [5, 6, 7, 8]
+    assert submits[0].prompt == submits[1].prompt != submits[2].prompt
+
+
+def test_without_a_seed_one_is_drawn_so_that_a_replay_is_exact(client: OpenAI, engine: ScriptedEngine) -> None:
+    for _ in range(2):
+        client.completions.create(model=MODEL, prompt="x", max_tokens=1)
+    assert engine.submits[-1].sampling.seed != engine.submits[-2].sampling.seed
+
+
+def test_prompt_as_token_ids(client: OpenAI, engine: ScriptedEngine) -> None:
+    client.completions.create(model=MODEL, prompt=[5, 6, 7], max_tokens=1)
+    assert engine.submits[-1].prompt == [5, 6, 7]
+    client.completions.create(model=MODEL, prompt=[[5], [6, 7]], max_tokens=1)
+    assert sorted(s.prompt for s in engine.submits[-2:]) == [[5], [6, 7]]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_string(client: OpenAI, engine: ScriptedEngine, stream: bool) -> None:
+    engine.pause_after = 12  # the stop string is complete by then; the engine does not know that it is over
+    answer = client.completions.create(model=MODEL, prompt="x", max_tokens=60, stop=["zzz", "rld, t"], stream=stream)
+    choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
+    assert "".join(choice.text for choice in choices) == "hello wö"
+    assert choices[-1].finish_reason == "stop"
+    eventually(lambda: engine.submits[-1].request_id in engine.aborts, 10.0, "the engine is told to stop")
+    engine.pause_after = None  # only now: an engine that may go on can end before it is told to
+
+
+def test_completion_logprobs(client: OpenAI, cluster: GatewayCluster) -> None:
+    answer = client.completions.create(model=MODEL, prompt="x", max_tokens=60, logprobs=2)
+    found = answer.choices[0].logprobs
+    words = cluster.tokenizer.encode(TEXT)[1:]
+    assert found is not None
+    assert found.tokens is not None
+    assert len(found.tokens) == len(words)
+    assert found.token_logprobs == [-0.5] * len(words)
+    assert all(len(top) == 2 for top in found.top_logprobs)
+    assert found.text_offset[0] == 0
+    assert found.text_offset == sorted(found.text_offset)
+    whole = [(name, offset) for name, offset in zip(found.tokens, found.text_offset, strict=True) if "\\x" not in name]
+    assert all(TEXT[offset:].startswith(name) for name, offset in whole)
+
+
+def test_chat_logprobs_add_up_to_the_bytes_of_the_text(client: OpenAI) -> None:
+    asked = {"model": MODEL, "messages": USER, "logprobs": True, "top_logprobs": 1}
+    answer = client.chat.completions.create(**asked)
+    content = answer.choices[0].logprobs.content
+    assert b"".join(bytes(entry.bytes) for entry in content).decode() == TEXT
+    assert all(len(entry.top_logprobs) == 1 for entry in content)
+    chunks = list(client.chat.completions.create(**asked, stream=True))
+    streamed = [entry for chunk in chunks if chunk.choices[0].logprobs for entry in chunk.choices[0].logprobs.content]
+    assert streamed == content
+
+
+def test_the_engines_refusal_reaches_the_client(client: OpenAI) -> None:
+    for stream in (False, True):
+        with pytest.raises(openai.InternalServerError, match="no room for it") as refusal:
+            client.completions.create(model=MODEL, prompt="full", stream=stream)
+        assert refusal.value.status_code == 503
+        assert refusal.value.response.headers["retry-after"] == "7"
+
+
+BAD = [
+    (b"{", 400, "not valid JSON", None),
+    (b'{"model": "tiny", "prompt": "\xff"}', 400, "not valid JSON", None),
+    (b"[" * 50_000, 400, "not valid JSON", None),
+    ({"model": MODEL, "prompt": "x", "colour": "red"}, 400, "unknown field: colour", "colour"),
+    ({"model": MODEL, "prompt": "x", "n": 100_000}, 400, "less than or equal to 16", "n"),
+    ({"model": MODEL, "prompt": "x", "best_of": 3}, 400, "best_of other than n", "best_of"),
+    ({"model": MODEL, "prompt": "x", "echo": True}, 400, "echo is not supported", "echo"),
+    ({"model": MODEL, "prompt": "x", "temperature": "hot"}, 400, "valid number", "temperature"),
+    ({"model": MODEL, "prompt": "x", "top_k": 2**70}, 400, "less than or equal to", "top_k"),
+    ({"model": MODEL, "prompt": "x", "stop_token_ids": [2**70]}, 400, "less than or equal to", "stop_token_ids.0"),
+    ({"model": MODEL, "prompt": "x", "stop_token_ids": [-1]}, 400, "greater than or equal to 0", "stop_token_ids.0"),
+    ({"model": MODEL, "prompt": "x", "max_tokens": 0}, 400, "greater than or equal to 1", "max_tokens"),
+    ({"model": MODEL, "prompt": "x", "max_tokens": 1.5}, 400, "valid integer", "max_tokens"),
+    ({"model": MODEL, "prompt": "x", "logprobs": 21}, 400, "less than or equal to 20", "logprobs"),
+    ({"model": MODEL, "prompt": "x", "stop": ["a"] * 17}, 400, "at most 16", "stop"),
+    ({"model": MODEL, "prompt": "x", "stop": [""]}, 400, "at least 1 character", "stop.0"),
+    ({"model": MODEL, "prompt": {"a": 1}}, 400, "prompt must be", "prompt"),
+    ({"model": MODEL, "prompt": []}, 400, "must not be empty", "prompt"),
+    ({"model": MODEL, "prompt": ["x"] * 40, "n": 2}, 400, "more than 64 choices", "prompt"),
+    ({"model": MODEL, "prompt": [10**6]}, 400, "not in the vocabulary", "prompt"),
+    ({"model": MODEL, "prompt": [1] * 128}, 400, "must fit into 128", "prompt"),
+    ({"model": MODEL, "prompt": "long " * 200}, 400, "must fit into 128", "prompt"),
+    ({"model": MODEL, "prompt": "long " * 800_000}, 400, "4000000 characters; with an answer it must fit", "prompt"),
+    ({"model": MODEL, "prompt": [1] * 100, "max_tokens": 29}, 400, "do not fit", "max_tokens"),
+    (
+        {"model": MODEL, "prompt": "x", "stream_options": {"include_usage": True}},
+        400,
+        "stream is true",
+        "stream_options",
+    ),
+    ({"model": "gpt-5", "prompt": "x"}, 404, "does not exist", "model"),
+    ({"prompt": "x"}, 400, "model is required", "model"),
+    ([1, 2], 400, "object", None),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "message", "param"), BAD)
+def test_bad_completion(gateway: RunningGateway, body: object, status: int, message: str, param: str | None) -> None:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    answer = httpx.post(f"{gateway.url}/v1/completions", content=content, timeout=20)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["type"]) == (status, param, "invalid_request_error")
+    assert message in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "message", "param"),
+    [
+        ({"messages": []}, "at least 1 item", "messages"),
+        ({"messages": [{"role": "boss", "content": "x"}]}, "'user'", "messages.0.role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "text parts", "messages.0.content"),
+        ({"messages": USER, "tools": [{"type": "function"}]}, "tools is not supported", "tools"),
+        ({"messages": USER, "top_logprobs": 3}, "needs logprobs", "top_logprobs"),
+        ({"messages": [{"role": "user", "content": "x", "mood": 1}]}, "unknown field", "messages.0.mood"),
+    ],
+)
+def test_bad_chat(gateway: RunningGateway, extra: dict[str, object], message: str, param: str) -> None:
+    answer = httpx.post(f"{gateway.url}/v1/chat/completions", json={"model": MODEL, **extra}, timeout=20)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+    assert message in answer.json()["error"]["message"]
+
+
+def test_a_huge_body_is_refused_unread(gateway: RunningGateway) -> None:
+    def endless() -> Iterator[bytes]:
+        for _ in range(5 * 16):
+            yield b"x" * 65536
+
+    for content in (b"x" * (5 << 20), endless()):
+        try:
+            answer = httpx.post(f"{gateway.url}/v1/completions", content=content, timeout=20)
+        except httpx.NetworkError:  # answered, and closed, before we had sent it all
+            continue
+        assert answer.status_code == 413
+        assert "larger than" in answer.json()["error"]["message"]
+
+
+def test_unknown_path_and_method(gateway: RunningGateway) -> None:
+    assert httpx.get(f"{gateway.url}/v2/models").json()["error"]["message"] == "GET /v2/models: Not Found"
+    assert httpx.get(f"{gateway.url}/v1/completions").status_code == 405
+    assert httpx.get(f"{gateway.url}/admin/v1/status").status_code == 404, "the admin API has its own port"
+
+
+def test_what_is_off_may_be_said(client: OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=MODEL, messages=USER, presence_penalty=0, frequency_penalty=0, logit_bias={}, tools=[], user="me",
+        response_format={"type": "text"}, max_completion_tokens=3, store=False, tool_choice="none",
+    )  # fmt: skip
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 3
+
+
+def test_metrics_count_what_was_served(gateway: RunningGateway, client: OpenAI) -> None:
+    def value(name: str) -> float:
+        lines = httpx.get(f"{gateway.url}/metrics").text.splitlines()
+        return next(float(line.split()[-1]) for line in lines if line.startswith(f"elastic_ep_{name}"))
+
+    before = value("tokens_total"), value("time_to_first_token_seconds_count"), value("stream_max_gap_seconds_count")
+    client.completions.create(model=MODEL, prompt="x", max_tokens=5)
+    after = value("tokens_total"), value("time_to_first_token_seconds_count"), value("stream_max_gap_seconds_count")
+    assert [b - a for a, b in zip(before, after, strict=True)] == [5, 1, 1]
+    assert value("inter_token_seconds_count") > 0
+    assert value("membership_epoch") == 1
+    assert value('ranks{state="serving"}') == 2
+    assert (value("expert_live_replicas_min"), value("experts_uncovered")) == (2, 0)
+
+
+def test_nothing_stays_open(gateway: RunningGateway, client: OpenAI, tmp_path: Path) -> None:
+    """After all of the above the gateway still answers, and no request is left at the engine."""
+    assert client.completions.create(model=MODEL, prompt="x", max_tokens=60).choices[0].text == TEXT
+    assert gateway.failures == []

@@ -1,0 +1,143 @@
+"""`elastic gateway` as a process of its own, on a real etcd: it registers, streams, obeys SIGTERM, and dies alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from elastic.serve.etcd_server import EtcdServer
+from membership.store import codec
+from membership.store.etcd import connect
+from membership.store.keys import Keys
+from membership.store.records import ClusterConfig, EngineRecord
+from tests.support.helpers import eventually
+from tests.support.scripted_engine import ScriptedEngine
+from tests.support.tiny_tokenizer import write_tokenizer
+
+pytestmark = pytest.mark.integration
+
+CLUSTER = "real"
+BODY = {"model": "tiny", "prompt": "x", "max_tokens": 60, "stream": True}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def etcd(tmp_path: Path) -> Iterator[EtcdServer]:
+    with EtcdServer(tmp_path / "etcd") as server:
+        yield server
+
+
+@contextmanager
+def engine_in(etcd: EtcdServer, tmp_path: Path) -> Iterator[ScriptedEngine]:
+    """A cluster with a scripted engine that holds the token."""
+    from elastic.gateway.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(write_tokenizer(tmp_path / "model"))
+    config = ClusterConfig(
+        cluster=CLUSTER, model=str(tmp_path / "model"), served_model_name="tiny", moe_layers=1, experts=4, lease_ttl_s=2
+    )
+    words = tokenizer.encode("the quick brown fox jumps over the lazy dog")[1:]
+    store, keys = connect([etcd.url]), Keys(CLUSTER)
+    engine = ScriptedEngine(0, lambda submit: words, pause_after=3)
+    record = EngineRecord(node="n", pid=1, address=engine.address, broadcast_handle=b"", mask_handle=b"")
+    try:
+        store.put(keys.config, codec.encode(config))
+        engine.token = store.put(keys.engine, codec.encode(record))
+        with engine:
+            yield engine
+    finally:
+        store.close()
+
+
+@contextmanager
+def gateway(etcd: EtcdServer, state_dir: Path, port: int) -> Iterator[subprocess.Popen[str]]:
+    """The command, killed at the end if it still runs."""
+    command = [str(Path(sys.executable).with_name("elastic")), "gateway", "--etcd", etcd.url, "--cluster", CLUSTER]
+    command += ["--state-dir", str(state_dir), "--name", "g", "--port", str(port), "--admin-port", str(free_port())]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=os.environ | {"ELASTIC_ADMIN_TOKEN": "t"}
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate(timeout=10)
+
+
+def alive(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/livez", timeout=2).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def test_sigterm_lets_the_stream_end(etcd: EtcdServer, tmp_path: Path) -> None:
+    port = free_port()
+    with engine_in(etcd, tmp_path) as engine, gateway(etcd, tmp_path, port) as process:
+        eventually(lambda: alive(port), 30.0, "the gateway to answer")
+        mapped = Path(f"/proc/{process.pid}/maps").read_text()
+        assert "libtorch" not in mapped
+        with httpx.stream("POST", f"http://127.0.0.1:{port}/v1/completions", json=BODY, timeout=30) as answer:
+            lines = answer.iter_lines()
+            assert next(lines).startswith("data: {")
+            process.send_signal(signal.SIGTERM)
+            eventually(lambda: not alive(port) or _stopping(port), 10.0, "the gateway to hear of it")
+            engine.pause_after = None
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert '"finish_reason":"stop"' in rest[-2]
+        assert process.wait(timeout=20) == 0
+        assert _registered(etcd) is None, "its lease is revoked, not left to expire"
+
+
+def _stopping(port: int) -> bool:
+    return "shutting down" in httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=2).text
+
+
+def test_a_killed_gateway_is_forgotten_and_its_clients_requests_end(etcd: EtcdServer, tmp_path: Path) -> None:
+    port = free_port()
+    with engine_in(etcd, tmp_path) as engine, gateway(etcd, tmp_path, port) as process:
+        eventually(lambda: alive(port) and _registered(etcd), 30.0, "the gateway to register")
+        with httpx.stream("POST", f"http://127.0.0.1:{port}/v1/completions", json=BODY, timeout=30) as answer:
+            lines = answer.iter_lines()
+            assert next(lines).startswith("data: {")
+            process.kill()
+            with pytest.raises(httpx.RemoteProtocolError):
+                list(lines)
+        eventually(lambda: _registered(etcd) is None, 15.0, "its lease to expire")
+        with gateway(etcd, tmp_path, port) as successor:
+            eventually(lambda: alive(port), 30.0, "a gateway on the same port")
+            assert successor.poll() is None
+        assert len(engine.submits) == 1
+
+
+def test_a_busy_port_is_one_clear_line(etcd: EtcdServer, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with gateway(etcd, tmp_path, port) as process:
+            _, said = process.communicate(timeout=30)
+        assert process.returncode == 1
+        assert said.splitlines()[-1].startswith(f"error: cannot listen on 127.0.0.1:{port}: Address already in use")
+
+
+def _registered(etcd: EtcdServer) -> object | None:
+    store = connect([etcd.url])
+    try:
+        return store.get(Keys(CLUSTER).gateway("g"))
+    finally:
+        store.close()

@@ -1,0 +1,64 @@
+"""A role that does only part of its work is worse than none: it ends when its loop stands still or a thread fails."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.integration
+
+HUNG = """
+import ctypes
+from membership.base import loop_watchdog
+loop_watchdog.require(0.5)
+with loop_watchdog.watched():
+    for _ in range(20):
+        loop_watchdog.beat()
+        ctypes.CDLL(None).usleep(50_000)  # for longer than the limit, all in all
+    print("beating", flush=True)
+    ctypes.{library}(None).usleep(60_000_000)
+"""
+LEFT = """
+import time
+from membership.base import loop_watchdog
+loop_watchdog.require(0.2)
+with loop_watchdog.watched():
+    loop_watchdog.beat()
+time.sleep(0.6)
+"""
+FAILED = """
+import sys, threading
+from elastic.serve.role_main import end_with_any_thread
+end_with_any_thread()
+def fail():
+    if sys.argv[1]:
+        raise ValueError(sys.argv[1])
+threading.Thread(target=fail).start()
+threading.Event().wait(timeout=float(sys.argv[2]))
+"""
+
+
+def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=30, check=False
+    )
+
+
+@pytest.mark.parametrize("library", ["CDLL", "PyDLL"])  # without the interpreter's lock, and with it
+def test_a_loop_that_stands_still_ends_the_process_and_says_where(library: str) -> None:
+    ended = run(HUNG.format(library=library))
+    assert (ended.returncode, ended.stdout) == (1, "beating\n")
+    assert "line 10" in ended.stderr
+
+
+def test_who_has_left_its_loop_may_take_its_time() -> None:
+    assert run(LEFT).returncode == 0
+
+
+def test_a_thread_that_fails_ends_the_process() -> None:
+    ended = run(FAILED, "by accident", "20")
+    assert ended.returncode == 1
+    assert "by accident" in ended.stdout + ended.stderr
+    assert run(FAILED, "", "0").returncode == 0

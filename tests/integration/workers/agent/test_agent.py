@@ -1,0 +1,253 @@
+"""The agent with real rank processes: from an assignment to ranks that serve, and what it does when they die."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from membership.base.errors import Fenced
+from membership.store.codec import encode
+from membership.store.in_memory import MemoryStore
+from membership.store.records import AgentRecord, ClusterState, RankRecord, RankState
+from tests.support.agent_scene import KEYS, Scene, agent
+from tests.support.helpers import eventually
+from workers.protocol.messages import EngineMessage, StepResult
+from workers.queue.message_queue import MessageQueue, MsgpackCodec
+
+pytestmark = pytest.mark.integration
+
+A, B, C, D = (0, 1), (1, 2), (2, 3), (3, 4)
+
+
+@pytest.fixture
+def store() -> Iterator[MemoryStore]:
+    made = MemoryStore()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def scene(store: MemoryStore, tmp_path: Path) -> Scene:
+    made = Scene(store, tmp_path / "events.jsonl")
+    made.configure()
+    return made
+
+
+@pytest.fixture
+def steps() -> Iterator[MessageQueue]:
+    made = MessageQueue("steps", codec=MsgpackCodec(EngineMessage))
+    yield made
+    made.shutdown()
+
+
+def test_assigned_ranks_get_registered_attached_prepared_and_cleaned_up(scene: Scene, steps: MessageQueue) -> None:
+    with agent(scene):
+        scene.assign(A, B, C, D)
+        state = scene.until_registered(A, B, C, D)
+        assert {record.state for record in state.ranks.values()} == {RankState.HANDSHAKING}
+        assert state.ranks[B].exchange_handle == b"exchange-1-2"
+        assert all(psutil.pid_exists(record.pid) for record in state.ranks.values())
+        token = scene.elect(steps)
+        state = scene.until(lambda s: all(r.engine_token == token for r in s.ranks.values()), "all attached")
+        answers = MessageQueue.create_from_handle(state.ranks[A].response_handle, "e", codec=MsgpackCodec(StepResult))
+        answers.shutdown()
+        revision = scene.stage(1, A, B, C)
+        state = scene.until(lambda s: all(s.ranks[k].prepared_revision == revision for k in (A, B, C)), "prepared")
+        assert state.ranks[A].state is RankState.STANDBY
+        assert state.ranks[A].fingerprint == "small"
+        assert (state.ranks[D].state, state.ranks[D].prepared_revision) == (RankState.HANDSHAKING, 0)
+        scene.commit()
+        scene.engine_runs(token, 1)
+        eventually(lambda: len(scene.events("rank_prepared")) == 3, 5, "prepared events")
+    state = scene.state()
+    assert state.ranks == {}
+    assert state.agents == {}
+    assert len(scene.events("rank_spawned")) == len(scene.events("rank_ready")) == 4
+
+
+def test_a_killed_rank_leaves_an_exit_and_is_not_started_again_under_its_name(scene: Scene) -> None:
+    with agent(scene):
+        scene.assign(A, B, C, D)
+        pid = scene.until_registered(A, B, C, D).ranks[B].pid
+        os.kill(pid, signal.SIGKILL)
+        state = scene.until(lambda s: B not in s.ranks, "the record gone", 2)
+        assert state.exits[1].incarnation == 2
+        assert state.exits[1].restarts == 1
+        state = scene.until(lambda s: "killed by signal 9" in s.exits[1].reason, "the signal in the exit")
+        assert not state.exits[1].quarantined
+        assert state.ranks.keys() == {A, C, D}, "the others stay"
+        [died] = scene.events("rank_died")
+        assert (died.rank, died.fields["detected_by"]) == (1, "robust futex")
+        eventually(lambda: scene.events("rank_exited"), 5, "the exit event")
+        assert scene.events("rank_exited")[0].fields["signal"] == 9
+        scene.assign(A, B, C, D)
+        scene.assign(A, (1, 9), C, D)
+        scene.until_registered((1, 9))
+        assert [e.fields["incarnation"] for e in scene.events("rank_spawned") if e.rank == 1] == [2, 9]
+
+
+def test_a_rank_that_is_not_assigned_any_more_ends_without_an_exit(scene: Scene) -> None:
+    with agent(scene):
+        scene.assign(A, B)
+        pid = scene.until_registered(A, B).ranks[B].pid
+        scene.assign(A)
+        state = scene.until(lambda s: B not in s.ranks, "the rank retired")
+        assert state.exits == {}
+        assert not psutil.pid_exists(pid)
+        assert A in state.ranks
+
+
+def test_a_stopped_rank_loses_its_lease_and_is_killed(scene: Scene) -> None:
+    scene.configure(lease_ttl_s=1.0)
+    with agent(scene):
+        scene.assign(A, B)
+        pid = scene.until_registered(A, B).ranks[B].pid
+        os.kill(pid, signal.SIGSTOP)
+        state = scene.until(lambda s: B not in s.ranks and 1 in s.exits, "the stopped rank out")
+        assert "no heartbeat" in state.exits[1].reason
+        eventually(lambda: not psutil.pid_exists(pid), 10, "the stopped rank killed")
+        assert scene.state().ranks.keys() == {A}
+
+
+def test_the_heartbeat_of_a_stopped_rank_ages_and_the_others_stay_young(scene: Scene) -> None:
+    scene.configure(lease_ttl_s=10.0)
+    with agent(scene):
+        scene.assign(A, B)
+        pid = scene.until_registered(A, B).ranks[B].pid
+        scene.until(lambda s: set(beats(s)) == {1, 2}, "both heartbeats")
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            state = scene.until(lambda s: beats(s)[1] > beats(s)[2] + 2.5, "the stopped rank's heartbeat left behind")
+            assert state.heartbeats["n"].at - beats(state)[2] > 2.5
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        scene.until(lambda s: beats(s)[2] > beats(state)[2] + 2.5, "it beats again")
+    assert scene.state().heartbeats == {}
+
+
+def beats(state: ClusterState) -> dict[int, float]:
+    """Incarnation -> when it was last seen to beat."""
+    return state.heartbeats["n"].beats if "n" in state.heartbeats else {}
+
+
+def test_preparing_is_done_again_for_a_newer_view_and_failures_are_told(scene: Scene) -> None:
+    scene.configure("fail-prepare")
+    with agent(scene):
+        scene.assign(A, B)
+        scene.until_registered(A, B)
+        for epoch in (1, 2):
+            revision = scene.stage(epoch, A, B)
+            state = scene.until(lambda s, r=revision: s.ranks[A].failed_revision == r, "A's failure")  # type: ignore[misc]
+            assert "no room for experts" in state.ranks[A].prepare_error
+            scene.until(lambda s, r=revision: s.ranks[B].prepared_revision == r, "B prepared")  # type: ignore[misc]
+
+
+def test_preparing_waits_for_every_member(scene: Scene) -> None:
+    with agent(scene):
+        scene.assign(A)
+        scene.until_registered(A)
+        revision = scene.stage(1, A, B)
+        eventually(lambda: scene.events("rank_loaded"), 10, "A to have loaded")
+        assert scene.state().ranks[A].prepared_revision == 0
+        scene.assign(A, B)
+        scene.until(lambda s: B in s.ranks and s.ranks[B].prepared_revision == revision, "B prepared")
+        scene.until(lambda s: s.ranks[A].prepared_revision == revision, "A prepared")
+
+
+def test_a_model_that_does_not_load_is_told_and_the_rank_lives(scene: Scene) -> None:
+    scene.configure("fail-load")
+    with agent(scene):
+        scene.assign(A)
+        scene.until_registered(A)
+        revision = scene.stage(1, A)
+        state = scene.until(lambda s: s.ranks[A].failed_revision == revision, "the failure")
+        assert "no such checkpoint" in state.ranks[A].prepare_error
+
+
+def test_a_rank_that_cannot_start_backs_off(scene: Scene) -> None:
+    scene.configure("fail-at-start-1")
+    with agent(scene):
+        scene.assign(A, B)
+        scene.until_registered(A)
+        first = scene.until(lambda s: 1 in s.exits, "the first exit").exits[1]
+        assert "this worker fails at its start" in first.reason
+        scene.assign(A, (1, 5))
+        second = scene.until(lambda s: s.exits[1].incarnation == 5, "the second exit").exits[1]
+        assert second.restarts == 2
+        assert second.not_before - second.at > first.not_before - first.at - 0.06
+
+
+def test_a_host_without_room_for_another_process_keeps_the_ranks_it_has(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    with agent(scene):
+        scene.assign(A)
+        scene.until_registered(A)
+        monkeypatch.setattr("workers.agent.executor.WorkerProc.make_worker_process", refuse)
+        scene.assign(A, B)
+        state = scene.until(lambda s: 1 in s.exits, "the failure told")
+        assert "Too many open files" in state.exits[1].reason
+        assert state.ranks.keys() == {A}
+
+
+def test_ranks_join_each_new_engine(scene: Scene, steps: MessageQueue) -> None:
+    with agent(scene):
+        scene.assign(A)
+        scene.until_registered(A)
+        first = scene.elect(steps)
+        handle = scene.until(lambda s: s.ranks[A].engine_token == first, "attached").ranks[A].response_handle
+        later = MessageQueue("steps-later", codec=MsgpackCodec(EngineMessage))
+        second = scene.elect(later)
+        state = scene.until(lambda s: s.ranks[A].engine_token == second, "attached to the next")
+        assert state.ranks[A].response_handle != handle
+        assert later.readers
+        later.shutdown()
+
+
+def test_an_outage_of_the_store_leaves_ranks_running_and_registers_them_after_it(
+    scene: Scene, store: MemoryStore
+) -> None:
+    with agent(scene):
+        scene.assign(A, B)
+        before = scene.until_registered(A, B)
+        store.outage = True
+        os.kill(before.ranks[B].pid, signal.SIGKILL)
+        eventually(lambda: scene.events("rank_died"), 5, "the death noticed without the store")
+        for lease in [kv.lease for kv in list(store._items.values()) if kv.lease]:
+            with store._changed:
+                store._end(lease)  # all leases run out meanwhile
+        store.outage = False
+        state = scene.until(lambda s: "n" in s.agents and A in s.ranks and 1 in s.exits, "all told after the outage")
+        assert state.ranks[A].pid == before.ranks[A].pid
+        assert B not in state.ranks
+
+
+def test_records_of_an_earlier_life_are_removed_and_its_assignment_is_not_run(scene: Scene, store: MemoryStore) -> None:
+    with agent(scene):
+        scene.assign(A)
+        scene.until_registered(A)
+    store.put(KEYS.rank(*A), encode(RankRecord(rank=0, node="n", incarnation=1, pid=1, state=RankState.STANDBY)))
+    store.put(KEYS.rank(*B), encode(RankRecord(rank=1, node="m", incarnation=2, pid=1, state=RankState.STANDBY)))
+    with agent(scene):
+        state = scene.until(lambda s: "n" in s.agents and A not in s.ranks, "the stale record gone")
+        assert B in state.ranks, "another node's"
+        assert len(scene.events("rank_spawned")) == 1
+        scene.assign((0, 5))
+        scene.until_registered((0, 5))
+
+
+def test_a_second_agent_of_the_same_node_is_refused(
+    scene: Scene, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.agent.begin.TAKEOVER_S", 0.3)
+    store.put(KEYS.agent("n"), encode(AgentRecord(node="n", pid=os.getpid(), started=1.0)))
+    with pytest.raises(Fenced, match=r"another agent \(pid \d+\) runs as node n"), agent(scene) as thread:
+        eventually(lambda: not thread.is_alive(), 5, "the second agent to stand down")

@@ -1,0 +1,163 @@
+"""Handover between real processes: memory and descriptors arrive, death is noticed, refusals are typed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from membership.base.errors import QueueClosed
+from tests.support.helpers import eventually
+from workers.ipc.doorbell import Bell, Doorbell
+from workers.ipc.handover import Grant, Handover, HandoverRefused, Link
+from workers.ipc.shared_memory import Segment
+
+pytestmark = pytest.mark.integration
+
+CHILD = """
+import sys, time
+from workers.ipc.handover import Handover
+from workers.ipc.shared_memory import Segment
+from workers.ipc.doorbell import Bell
+link = Handover.default().connect(sys.argv[1], "thing", b"hi")
+segment = Segment.attach(link.reply_fds[0])
+bell = Bell.attach(link.reply_fds[1])
+segment.view()[:2] = link.reply
+bell.ring()
+time.sleep(60)
+"""
+
+
+def test_a_process_gets_memory_rings_and_its_death_is_noticed() -> None:
+    gone, links = threading.Event(), []
+    with Segment.create(100) as segment, Doorbell() as bell:
+
+        def grant(link: Link, request: bytes, fds: list[int]) -> Grant:
+            links.append(link)
+            assert request == b"hi"
+            return Grant(b"ok", [segment.fileno(), bell.fileno()], on_gone=lambda _: gone.set())
+
+        Handover.default().serve("thing", grant)
+        child = subprocess.Popen([sys.executable, "-c", CHILD, Handover.default().address])
+        try:
+            view = segment.view()
+            assert bell.wait(lambda: view[0], timeout_s=20)
+            assert bytes(view[:2]) == b"ok"
+            assert links[0].peer_pid == child.pid
+            assert not links[0].peer_closed()
+            child.send_signal(signal.SIGKILL)
+            assert gone.wait(5)
+        finally:
+            Handover.default().withdraw("thing")
+            child.kill()
+            child.wait(10)
+
+
+def test_refusals_and_absence_are_typed() -> None:
+    with pytest.raises(HandoverRefused, match="no such resource"):
+        Handover.default().connect(Handover.default().address, "nothing")
+    with pytest.raises(QueueClosed, match="is gone"):
+        Handover.default().connect("elastic-ep-never-was", "nothing")
+
+    def refuse(link: Link, request: bytes, fds: list[int]) -> Grant:
+        raise HandoverRefused("not for you")
+
+    Handover.default().serve("mine", refuse)
+    with pytest.raises(HandoverRefused, match="not for you"):
+        Handover.default().connect(Handover.default().address, "mine")
+    Handover.default().withdraw("mine")
+
+
+def test_a_dismissed_peer_lets_go() -> None:
+    links: list[Link] = []
+    ended, dismissed = threading.Event(), threading.Event()
+
+    def grant(link: Link, request: bytes, fds: list[int]) -> Grant:
+        links.append(link)
+        return Grant(on_gone=lambda _: ended.set())
+
+    Handover.default().serve("thing", grant)
+    Handover.default().connect(Handover.default().address, "thing", on_gone=lambda _: dismissed.set())
+    links[0].dismiss()
+    assert dismissed.wait(5)
+    assert ended.wait(5)
+    Handover.default().withdraw("thing")
+
+
+def test_messages_and_descriptors_travel_both_ways() -> None:
+    heard: list[bytes] = []
+    answers: list[bytes] = []
+
+    def on_message(link: Link, data: bytes, fds: list[int]) -> None:
+        with open(os.dup(fds[0]), "rb") as file:
+            heard.append(data + file.read(3))
+        link.send(b"thanks")
+
+    Handover.default().serve("post", lambda link, request, fds: Grant(on_message=on_message))
+    link = Handover.default().connect(
+        Handover.default().address, "post", on_message=lambda link, data, fds: answers.append(data)
+    )
+    with open("/dev/zero", "rb") as zero:
+        link.send(b"read", [zero.fileno()])
+    eventually(lambda: answers == [b"thanks"], 5, "the answer")
+    assert heard == [b"read\0\0\0"]
+    link.close()
+    Handover.default().withdraw("post")
+
+
+def test_a_bare_fork_keeps_no_hidden_copy_of_a_link() -> None:
+    gone = threading.Event()
+    Handover.default().serve("thing", lambda link, request, fds: Grant(on_gone=lambda _: gone.set()))
+    script = (
+        "import os,sys,time\nfrom workers.ipc.handover import Handover\n"
+        "Handover.default().connect(sys.argv[1], 'thing')\n"
+        "if os.fork() == 0:\n    print(os.getpid(), flush=True); time.sleep(60)\n"
+        "time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", script, Handover.default().address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        grandchild = int(child.stdout.readline())
+        try:
+            child.kill()
+            child.wait(10)
+            assert gone.wait(5), "the forked copy of the socket hid the death of its owner"
+            assert Path(f"/proc/{grandchild}").exists()
+        finally:
+            os.kill(grandchild, signal.SIGKILL)
+            Handover.default().withdraw("thing")
+
+
+def test_many_ringers_no_lost_wakeup() -> None:
+    """Rings race with the waiter's way to sleep; a lost one would show as a wait that runs into its deadline."""
+    rounds, ringers = 3000, 3
+    with Doorbell(spin_us=0) as bell, Segment.create(4096) as segment:
+        words = segment.view(format="Q")
+
+        def ring(who: int) -> None:
+            ringer = Bell.attach(bell.fileno())
+            for turn in range(1, rounds + 1):
+                words[who * 8] = turn
+                ringer.ring()
+                if turn % 7 == who:
+                    time.sleep(0)
+            ringer.close()
+
+        threads = [threading.Thread(target=ring, args=(who,)) for who in range(ringers)]
+        for thread in threads:
+            thread.start()
+        seen = 0
+        while seen < rounds * ringers:
+            total = sum(words[who * 8] for who in range(ringers))
+            if total == seen:
+                before = seen
+                assert bell.wait(lambda before=before: sum(words[w * 8] for w in range(ringers)) > before, 5)
+            seen = sum(words[who * 8] for who in range(ringers))
+        for thread in threads:
+            thread.join(10)

@@ -1,0 +1,106 @@
+"""A death is told to every watcher, by the mutex first, whatever way the process ends; and only a death is."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from tests.support.helpers import eventually
+from workers.protocol.liveness import LivenessPage, watch_death
+
+pytestmark = pytest.mark.integration
+
+RANK = """
+import sys
+from workers.protocol.liveness import LivenessPage
+page = LivenessPage.create()
+sys.stdout.write(page.export_handle().hex() + "\\n"); sys.stdout.flush()
+for line in sys.stdin:
+    if line == "work\\n": page.progress()
+    if line == "let go\\n": page.close(); sys.stdout.write("gone\\n"); sys.stdout.flush()
+    if line == "end\\n": break
+"""
+
+
+class Rank:
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", RANK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+        assert self.process.stdout is not None
+        self.handle = bytes.fromhex(self.process.stdout.readline())
+
+    def say(self, line: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def __enter__(self) -> Rank:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.process.kill()
+        self.process.communicate(timeout=10)
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGSEGV", "end"])
+def test_every_watcher_learns_of_it_by_the_mutex(how: str) -> None:
+    with Rank() as rank, LivenessPage.attach(rank.handle) as first, LivenessPage.attach(rank.handle) as second:
+        told: queue.Queue[str] = queue.Queue()
+        watchers = [watch_death(page, rank.process.pid, told.put) for page in (first, second)]
+        if how == "end":
+            rank.say("end")
+        else:
+            os.kill(rank.process.pid, getattr(signal, how))
+        assert [told.get(timeout=5.0) for _ in watchers] == ["robust futex"] * 2
+        for watcher in watchers:
+            watcher.stop()
+        assert told.empty()
+
+
+def test_a_watcher_that_comes_late_is_told_too() -> None:
+    with Rank() as rank, LivenessPage.attach(rank.handle) as page:
+        rank.process.kill()
+        rank.process.wait(timeout=5)
+        told: queue.Queue[str] = queue.Queue()
+        watcher = watch_death(page, rank.process.pid, told.put)
+        assert told.get(timeout=5.0)
+        watcher.stop()
+
+
+def test_a_rank_that_let_the_mutex_go_is_watched_by_pidfd() -> None:
+    with Rank() as rank, LivenessPage.attach(rank.handle) as page:
+        told: queue.Queue[str] = queue.Queue()
+        watcher = watch_death(page, rank.process.pid, told.put)
+        rank.say("let go")
+        assert rank.process.stdout is not None
+        assert rank.process.stdout.readline() == "gone\n"
+        rank.process.kill()
+        assert told.get(timeout=5.0) == "pidfd"
+        watcher.stop()
+
+
+def test_beats_stop_with_the_process_and_steps_count_work() -> None:
+    with Rank() as rank, LivenessPage.attach(rank.handle) as page:
+        assert page.steps == 0
+        rank.say("work")
+        eventually(lambda: page.steps == 1, 5.0, "a step")
+        before = page.beats
+        eventually(lambda: page.beats > before, 5.0, "a beat")
+        os.kill(rank.process.pid, signal.SIGSTOP)
+        process = psutil.Process(rank.process.pid)
+        eventually(lambda: process.status() == psutil.STATUS_STOPPED, 5.0, "the process to be stopped")
+        stopped_at = page.beats
+        told: queue.Queue[str] = queue.Queue()
+        watcher = watch_death(page, rank.process.pid, told.put)
+        assert page.beats == stopped_at
+        os.kill(rank.process.pid, signal.SIGCONT)
+        eventually(lambda: page.beats > stopped_at, 5.0, "the beat to go on")
+        watcher.stop()
+        assert told.empty(), "a stopped process is not a dead one"

@@ -1,0 +1,156 @@
+"""Remote readers over ZeroMQ TCP: order, acknowledgement, encryption with a list of keys, reconnects, silence, ends."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+import zmq
+
+from membership.base.errors import QueueClosed, QueueError, WaitTimeout
+from tests.support.helpers import eventually
+from tests.support.queue_process import ROOT
+from workers.ipc.handover import HandoverRefused
+from workers.queue import remote_wire, remote_writer
+from workers.queue.curve import new_keys
+from workers.queue.handle import CurveKeys
+from workers.queue.message_queue import Handle, MessageQueue, MsgpackCodec, PickleCodec, Remote, SlowReaders
+
+pytestmark = pytest.mark.integration
+
+OURS, THEIRS, STRANGER = new_keys(), new_keys(), new_keys()
+
+
+@pytest.fixture
+def queue() -> Iterator[MessageQueue]:
+    remote = Remote("127.0.0.1", OURS, frozenset([THEIRS.public]))
+    with MessageQueue("far", MsgpackCodec(), remote=remote) as made:
+        yield made
+
+
+def elsewhere(writer: MessageQueue, **changes: object) -> Handle:
+    """The handle as a process on another host would get it."""
+    return msgspec.structs.replace(writer.export_handle(), host="another host", **changes)
+
+
+def join(handle: Handle, reader_id: str = "far", keys: CurveKeys = THEIRS, timeout_s: float = 10) -> MessageQueue:
+    return MessageQueue.create_from_handle(handle, reader_id, timeout_s=timeout_s, keys=keys)
+
+
+def test_local_and_remote_readers_get_the_same_in_the_same_order(queue: MessageQueue) -> None:
+    queue.enqueue("before anybody joined")
+    with join(elsewhere(queue)) as far, MessageQueue.create_from_handle(queue.export_handle(), "near") as near:
+        queue.wait_until_ready(["far", "near"], 5)
+        assert set(queue.readers) == {"far", "near"}
+        for number in range(3000):  # more than a window
+            assert queue.enqueue({"number": number, "data": bytes(100)}) == 2
+            assert near.dequeue(5)["number"] == number
+            if number % 500 == 499:
+                assert [far.dequeue(5)["number"] for _ in range(500)] == list(range(number - 499, number + 1))
+    eventually(lambda: queue.readers == (), 5, "both to have left")
+
+
+def test_strangers_and_wrong_servers_stay_out(queue: MessageQueue) -> None:
+    with pytest.raises(WaitTimeout, match="did not let us in"):
+        join(elsewhere(queue), keys=STRANGER, timeout_s=0.5)
+    with pytest.raises(WaitTimeout, match="did not let us in"):
+        join(elsewhere(queue, remote_key=STRANGER.public), timeout_s=0.5)
+    with pytest.raises(HandoverRefused, match="no such queue"):
+        join(elsewhere(queue, queue="queue/other/1"))
+    plain = zmq.Context()
+    socket = plain.socket(zmq.DEALER)
+    socket.connect(queue.export_handle().remote)
+    socket.send(b"hello")
+    assert not socket.poll(300)
+    plain.destroy(linger=0)
+    assert queue.readers == ()
+
+
+def test_the_same_id_twice_is_refused_and_pickle_never_crosses(queue: MessageQueue) -> None:
+    with join(elsewhere(queue)), pytest.raises(HandoverRefused, match="far has joined already"):
+        join(elsewhere(queue))
+    with pytest.raises(HandoverRefused, match="only msgpack"):
+        MessageQueue.create_from_handle(elsewhere(queue), "x", codec=PickleCodec(), keys=THEIRS)
+    with pytest.raises(QueueError, match="only msgpack"):
+        MessageQueue("far", remote=Remote("127.0.0.1", OURS, frozenset()))
+    with pytest.raises(QueueError, match="another host and we have no keys"):
+        MessageQueue.create_from_handle(elsewhere(queue), "x")
+    assert "secret" not in repr(OURS)
+
+
+def test_a_reader_that_does_not_acknowledge_is_named(queue: MessageQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_writer, "WINDOW", 10)
+    with join(elsewhere(queue), "lazy") as lazy:
+        for number in range(10):
+            queue.enqueue(number)
+        with pytest.raises(SlowReaders, match="do not acknowledge: lazy") as caught:
+            queue.enqueue(10, timeout_s=0.1)
+        assert caught.value.readers == ("lazy",)
+        timer = threading.Timer(0.1, lazy.dequeue, [5])
+        timer.start()
+        assert queue.enqueue(10, timeout_s=10) == 1
+        timer.join(5)
+        assert queue.drop_reader("lazy")
+        assert queue.enqueue(11) == 0
+        for number in range(1, 10):
+            assert lazy.dequeue(5) == number
+        with pytest.raises(QueueClosed, match="dropped"):
+            assert [lazy.dequeue(10), lazy.dequeue(10)] == [10, "never"]
+
+
+def test_readers_learn_of_the_writers_end(queue: MessageQueue) -> None:
+    with join(elsewhere(queue)) as far:
+        queue.enqueue("last words")
+        queue.shutdown()
+        assert far.dequeue(5) == "last words"
+        with pytest.raises(QueueClosed, match="writer has ended it"):
+            far.dequeue(5)
+
+
+def test_a_killed_reader_is_forgotten(queue: MessageQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_writer, "SILENT_S", 1.5)
+    script = (
+        "import sys, msgspec\nfrom workers.queue.message_queue import *\nfrom workers.queue.remote_reader import *\n"
+        "handle = msgspec.structs.replace(Handle.decode(bytes.fromhex(sys.argv[1])), host='another host')\n"
+        "keys = CurveKeys(*(a.encode() for a in sys.argv[2:4]))\n"
+        "queue = MessageQueue.create_from_handle(handle, 'dies', keys=keys)\nprint(queue.dequeue(20), flush=True)\n"
+        "queue.dequeue(60)\n"
+    )
+    arguments = [queue.export_handle().encode().hex(), THEIRS.public.decode(), THEIRS.secret.decode()]
+    reader = subprocess.Popen([sys.executable, "-c", script, *arguments], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        queue.wait_until_ready(["dies"], 20)
+        queue.enqueue("hello")
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == "hello\n"
+    finally:
+        reader.kill()
+        reader.communicate(timeout=10)
+    eventually(lambda: queue.readers == (), 10, "the silent reader to be forgotten")
+
+
+def test_what_a_broken_connection_lost_is_sent_again_once_and_in_order(queue: MessageQueue) -> None:
+    with join(elsewhere(queue)) as far:
+        reader = far._end
+        queue.enqueue(0)
+        assert far.dequeue(5) == 0
+        for turn in range(5):
+            reader._io.call(lambda: reader._dealer.disconnect(reader._handle.remote))  # type: ignore[union-attr]
+            for number in range(20):
+                queue.enqueue(turn * 20 + number)
+            reader._io.call(lambda: reader._dealer.connect(reader._handle.remote))  # type: ignore[union-attr]
+            assert [far.dequeue(10) for _ in range(20)] == list(range(turn * 20, turn * 20 + 20))
+
+
+def test_silence_ends_a_reader(queue: MessageQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    from workers.queue import remote_reader
+
+    with join(elsewhere(queue)) as far:
+        monkeypatch.setattr(remote_reader, "SILENT_S", 0.0)
+        with pytest.raises(QueueClosed, match="silent"):
+            far.dequeue(5)
+    assert remote_wire.SILENT_S == 5.0

@@ -1,0 +1,316 @@
+"""EPWorker by itself: epochs prepared in the background, flipped at step boundaries, retired; errors as statuses."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from msgspec.structs import replace
+
+from membership.base.errors import ConfigError, Fenced, PeerTimeout, WaitTimeout
+from membership.store.records import ClusterConfig, Member, Placement, View
+from tests.support.families import write_checkpoint
+from workers.agent.weight_store import WeightStore
+from workers.exchange.base import Exchange, StepContext
+from workers.exchange.local import LocalExchange
+from workers.ipc.doorbell import Doorbell
+from workers.model.shared_weights import SharedWeights
+from workers.protocol.messages import Sampling, SeqChunk, StepBatch, StepStatus
+from workers.rank.worker import EPWorker
+from workers.rank.worker_api import Worker, WorkerContext
+
+pytestmark = pytest.mark.integration
+
+ALL = tuple(range(8))
+WHOLE: Placement = {0: (ALL, ALL)}
+HALF: Placement = {0: ((0, 1, 2, 3), (0, 1, 2, 3)), 1: ((4, 5, 6, 7), (4, 5, 6, 7))}
+
+
+class ScriptedExchange(LocalExchange):
+    """The local exchange, with peers that tests hold back."""
+
+    def __init__(self, worker: EPWorker) -> None:
+        super().__init__(worker.bank)
+        self.connected: list[dict[int, tuple[int, bytes]]] = []
+        self.gone: set[tuple[int, int]] = set()
+        self.hold = threading.Event()
+        self.hold.set()
+        self.fail: Exception | None = None
+        self.steps: list[StepContext] = []
+
+    def connect(
+        self, peers: Mapping[int, tuple[int, bytes]], timeout_s: float, given_up: Callable[[], bool] = lambda: False
+    ) -> None:
+        if not self.hold.wait(timeout_s):
+            raise PeerTimeout("peers did not answer")
+        if given_up():
+            raise Fenced("nobody waits for these peers any more")
+        if self.fail is not None:
+            raise self.fail
+        self.connected.append(dict(peers))
+
+    def begin_step(self, ctx: StepContext) -> None:
+        self.steps.append(ctx)
+        self.suspects = {1}
+
+    def disconnect(self, peers: Iterable[tuple[int, int]]) -> None:
+        self.gone = set(peers)
+
+
+class TestedWorker(EPWorker):
+    """With the scripted exchange."""
+
+    __test__ = False
+
+    def make_exchange(self) -> Exchange:
+        self.script = ScriptedExchange(self)
+        return self.script
+
+
+def view(epoch: int, placement: Placement) -> View:
+    return View(
+        epoch=epoch, members=tuple(Member(rank=r, node="n", incarnation=r + 1) for r in placement), placement=placement
+    )
+
+
+def batch(
+    epoch: int, *, token: int = 1, step: int = 1, chunks: list[SeqChunk] | None = None, masked: tuple[int, ...] = ()
+) -> StepBatch:
+    chunk = SeqChunk(1, 0, [5, 6, 7], [0], Sampling())
+    return StepBatch(token, epoch, step, 0, list(masked), {0: [chunk] if chunks is None else chunks})
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("m"), "mixtral", "bfloat16")
+
+
+@pytest.fixture
+def config(checkpoint: Path) -> ClusterConfig:
+    return ClusterConfig(
+        cluster="c",
+        model=str(checkpoint),
+        served_model_name="m",
+        moe_layers=2,
+        experts=8,
+        kv_blocks=8,
+        max_ranks=4,
+        launch_deadline_s=5.0,
+    )
+
+
+@pytest.fixture
+def worker(config: ClusterConfig) -> Iterator[TestedWorker]:
+    with a_rank(config) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def a_rank(config: ClusterConfig, weights: bytes = b"") -> Iterator[TestedWorker]:
+    """A rank with its model loaded, and perhaps a weight store."""
+    doorbell = Doorbell()
+    made = TestedWorker(WorkerContext(0, 1, "n", config, doorbell, {}, contextlib.nullcontext(), weights))
+    made.init_device()
+    made.load_model()
+    try:
+        yield made
+    finally:
+        made.script.hold.set()
+        made.shutdown()
+        doorbell.close()
+
+
+def test_is_a_worker(worker: TestedWorker) -> None:
+    as_worker: Worker = worker
+    assert as_worker.exchange_handle() == b""
+    assert not as_worker.pending()
+    assert worker.fingerprint() == worker.fingerprint()
+    assert len(worker.fingerprint()) == 16
+
+
+def test_a_step_after_prepare(worker: TestedWorker) -> None:
+    assert worker.execute_model(batch(1)).status is StepStatus.STALE  # type: ignore[union-attr]
+    loaded = worker.prepare_epoch(view(1, WHOLE), {0: (1, b"me")}).get_output(20)
+    assert loaded["bytes_loaded"] == sum(w.nbytes for w in worker.bank._held.values())
+    assert worker.script.connected == [{}]
+    result = worker.execute_model(batch(1, masked=(2, 3)))
+    assert result is not None
+    assert (result.status, result.epoch, result.rank, result.incarnation) == (StepStatus.OK, 1, 0, 1)
+    assert [t.seq for t in result.tokens] == [1]
+    assert result.suspects == [1]
+    load = np.frombuffer(result.load, dtype=np.uint32).reshape(2, 8)
+    assert load.sum(axis=1).tolist() == [3 * 2, 3 * 2]
+    assert worker.script.steps[-1].masked == 0b1100
+    again = worker.execute_model(batch(1, step=2))
+    assert again is not None
+    assert again.tokens == result.tokens
+
+
+def test_a_rank_without_chunks_says_nothing_but_flips(worker: TestedWorker) -> None:
+    worker.prepare_epoch(view(1, WHOLE), {}).get_output(20)
+    assert worker.execute_model(batch(1, chunks=[])) is None
+    assert worker.execute_model(batch(1)).status is StepStatus.OK  # type: ignore[union-attr]
+
+
+def test_steps_go_on_while_the_next_epoch_is_prepared(worker: TestedWorker) -> None:
+    worker.prepare_epoch(view(1, WHOLE), {}).get_output(20)
+    worker.script.hold.clear()
+    coming = worker.prepare_epoch(view(2, HALF), {1: (2, b"x")})
+    with pytest.raises(WaitTimeout, match="epoch 2"):
+        coming.get_output(0.05)
+    assert worker.execute_model(batch(1)).status is StepStatus.OK  # type: ignore[union-attr]
+    assert worker.execute_model(batch(2)).status is StepStatus.STALE  # type: ignore[union-attr]
+    with pytest.raises(Fenced):
+        worker.commit_epoch(2)
+    worker.script.hold.set()
+    assert coming.get_output(20)["bytes_loaded"] == 0
+    assert worker.execute_model(batch(1)).status is StepStatus.OK  # type: ignore[union-attr]
+    worker.commit_epoch(2)
+    assert worker.execute_model(batch(1)).status is StepStatus.STALE  # type: ignore[union-attr]
+
+
+def test_retire_drops_what_nobody_needs(worker: TestedWorker) -> None:
+    worker.prepare_epoch(view(1, WHOLE), {}).get_output(20)
+    worker.execute_model(batch(1))
+    worker.prepare_epoch(view(2, HALF), {1: (2, b"x")}).get_output(20)
+    with pytest.raises(Fenced):
+        worker.retire_epoch(3)
+    worker.retire_epoch(2)  # all others are there; this rank flips with its next batch
+    assert worker.bank.held() == {(layer, e) for layer in (0, 1) for e in (0, 1, 2, 3)}
+    result = worker.execute_model(batch(2))
+    assert result is not None
+    assert result.status is StepStatus.COVERAGE_LOST  # the local exchange has no peers
+    assert not result.tokens
+
+
+def test_an_aborted_preparation_leaves_nothing(worker: TestedWorker) -> None:
+    worker.prepare_epoch(view(1, HALF), {1: (2, b"x")}).get_output(20)
+    worker.commit_epoch(1)
+    aborted = worker.prepare_epoch(view(2, WHOLE), {})
+    aborted.get_output(20)
+    assert len(worker.bank.held()) == 16
+    worker.retire_epoch(1)
+    assert worker.bank.held() == {(layer, e) for layer in (0, 1) for e in (0, 1, 2, 3)}
+    assert worker.script.gone == set()
+    with pytest.raises(Fenced):
+        worker.commit_epoch(2)
+
+
+def test_retire_lets_go_of_those_who_left_and_of_no_newcomer(worker: TestedWorker) -> None:
+    worker.prepare_epoch(view(1, HALF), {1: (2, b"x")}).get_output(20)
+    worker.commit_epoch(1)
+    alone = view(2, WHOLE)
+    worker.prepare_epoch(alone, {}).get_output(20)
+    worker.commit_epoch(2)
+    worker.retire_epoch(2)
+    left = {(m.rank, m.incarnation) for m in view(1, HALF).members} - {(m.rank, m.incarnation) for m in alone.members}
+    assert left
+    assert worker.script.gone == left, "a slot's next incarnation may have dialled already"
+    worker.retire_epoch(2)
+    assert worker.script.gone == set()
+
+
+def test_a_replaced_preparation_is_never_used(worker: TestedWorker) -> None:
+    worker.script.hold.clear()
+    first = worker.prepare_epoch(view(1, HALF), {1: (2, b"x")})
+    second = worker.prepare_epoch(view(1, WHOLE), {})
+    worker.script.hold.set()
+    second.get_output(20)
+    with pytest.raises(Fenced):
+        first.get_output(20)
+    result = worker.execute_model(batch(1))
+    assert result is not None
+    assert (result.status, worker.script.steps[-1].view.placement) == (StepStatus.OK, WHOLE)
+
+
+def test_a_failed_preparation_says_why_and_may_be_repeated(worker: TestedWorker) -> None:
+    worker.script.fail = PeerTimeout("rank 1 did not answer")
+    with pytest.raises(PeerTimeout, match="rank 1"):
+        worker.prepare_epoch(view(1, WHOLE), {1: (2, b"x")}).get_output(20)
+    assert worker.execute_model(batch(1)).status is StepStatus.STALE  # type: ignore[union-attr]
+    worker.script.fail = None
+    worker.prepare_epoch(view(1, WHOLE), {1: (2, b"x")}).get_output(20)
+    assert worker.execute_model(batch(1)).status is StepStatus.OK  # type: ignore[union-attr]
+
+
+def test_an_older_engine_has_no_effect(worker: TestedWorker) -> None:
+    worker.prepare_epoch(view(1, WHOLE), {}).get_output(20)
+    assert worker.execute_model(batch(1, token=9)).status is StepStatus.OK  # type: ignore[union-attr]
+    assert worker.execute_model(batch(1, token=8)).status is StepStatus.STALE  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("chunk", [SeqChunk(1, 0, [10**6], [0], Sampling()), SeqChunk(1, 0, [5], [9], Sampling())])
+def test_a_broken_chunk_fails_its_step_only(worker: TestedWorker, chunk: SeqChunk) -> None:
+    worker.prepare_epoch(view(1, WHOLE), {}).get_output(20)
+    failed = worker.execute_model(batch(1, chunks=[chunk]))
+    assert failed is not None
+    assert failed.status is StepStatus.FAILED
+    assert "Error" in failed.error
+    assert worker.execute_model(batch(1)).status is StepStatus.OK  # type: ignore[union-attr]
+
+
+def test_coverage_lost_inside_a_step_leaves_no_trace(worker: TestedWorker) -> None:
+    worker.prepare_epoch(view(1, WHOLE), {}).get_output(20)
+    prefill = worker.execute_model(batch(1))
+    assert prefill is not None
+    decode = [SeqChunk(1, 3, [prefill.tokens[0].token], [0], Sampling(logprobs=2))]
+    expected = worker.execute_model(batch(1, chunks=decode))
+    worker.bank.drop(frozenset((0, e) for e in range(8)))  # the second layer's experts are gone
+    lost = worker.execute_model(batch(1, chunks=decode))
+    assert lost is not None
+    assert lost.status is StepStatus.COVERAGE_LOST
+    worker.bank.load_all([(1, e) for e in range(8)])
+    again = worker.execute_model(batch(1, chunks=decode))
+    assert again is not None
+    assert expected is not None
+    assert again.tokens == expected.tokens
+
+
+def test_order_of_calls_is_checked(checkpoint: Path) -> None:
+    config = ClusterConfig(cluster="c", model=str(checkpoint), served_model_name="m", moe_layers=2, experts=8)
+    doorbell = Doorbell()
+    worker = TestedWorker(WorkerContext(0, 1, "n", config, doorbell, {}, contextlib.nullcontext()))
+    try:
+        with pytest.raises(ConfigError, match="before init_device"):
+            worker.load_model()
+        with pytest.raises(ConfigError, match="before load_model"):
+            worker.prepare_epoch(view(1, WHOLE), {})
+    finally:
+        worker.shutdown()
+        doorbell.close()
+
+
+def test_only_what_is_read_of_the_checkpoint_waits_its_turn(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, config: ClusterConfig
+) -> None:
+    store, booked = WeightStore(), list[int]()
+    monkeypatch.setattr(SharedWeights, "book", lambda self, nbytes: booked.append(nbytes) or 0.0)
+    capped = replace(config, load_bytes_per_s=1, expert_bytes=123)
+
+    def loaded(config: ClusterConfig, view: View) -> int:
+        """How many reads were booked by a new rank that prepares this view."""
+        with a_rank(config, store.handle()) as worker:
+            booked.clear()
+            worker.prepare_epoch(view, {}).get_output(20)
+            return len(booked)
+
+    half: Placement = {0: ((0, 1, 2, 3), ())}
+    try:
+        assert loaded(config, view(2, half)) == 0, "no cap"
+        assert loaded(capped, view(2, WHOLE)) == 12, "four are in the store already"
+        assert set(booked) == {123}
+        assert loaded(capped, view(2, WHOLE)) == 0
+    finally:
+        store.close()
+    fresh = WeightStore()
+    try:
+        with a_rank(capped, fresh.handle()) as worker:
+            booked.clear()
+            worker.prepare_epoch(replace(view(1, WHOLE), urgent=True), {}).get_output(20)
+            assert not booked, "requests wait for it"
+    finally:
+        fresh.close()

@@ -1,0 +1,158 @@
+"""A cluster as the gateway sees it, for tests: a store in memory, a tokenizer on disk, and gateways in threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+from openai import OpenAI
+
+from elastic.gateway.app import GatewaySettings, run_gateway
+from elastic.gateway.engine_link import LinkSettings
+from elastic.gateway.tokenizer import Tokenizer
+from membership.base.events import EventLog
+from membership.store import codec
+from membership.store.in_memory import MemoryStore
+from membership.store.keys import Keys
+from membership.store.records import (
+    AgentRecord,
+    Assignment,
+    ClusterConfig,
+    Desired,
+    EngineRecord,
+    EngineStatus,
+    GatewayRecord,
+    Member,
+    RankRecord,
+    RankSpec,
+    RankState,
+    View,
+)
+from tests.support.helpers import eventually
+from tests.support.scripted_engine import Answer, ScriptedEngine
+from tests.support.tiny_tokenizer import write_tokenizer
+
+NAME = "test"
+MODEL = "tiny"
+TOKEN = "s3cret"
+QUICK = LinkSettings(engine_wait_s=1.0, ping_every_s=0.1, silence_s=0.6, resubmit_after_s=0.3)
+
+
+@dataclass
+class RunningGateway:
+    """A gateway in a thread."""
+
+    url: str
+    admin_url: str
+    stop: threading.Event
+    thread: threading.Thread
+    failures: list[BaseException]
+
+    def client(self) -> OpenAI:
+        """The official client; close it."""
+        fleeting = httpx.Client(limits=httpx.Limits(max_keepalive_connections=0))  # nothing open between tests
+        return OpenAI(base_url=f"{self.url}/v1", api_key="x", max_retries=0, timeout=20.0, http_client=fleeting)
+
+
+@dataclass
+class GatewayCluster:
+    """Writes the records that a gateway reads."""
+
+    path: Path
+    max_model_len: int = 128
+    store: MemoryStore = field(default_factory=MemoryStore)
+    keys: Keys = field(default_factory=lambda: Keys(NAME))
+
+    def __post_init__(self) -> None:
+        self.tokenizer = Tokenizer(write_tokenizer(self.path / "model"))
+        self.config = ClusterConfig(
+            cluster=NAME,
+            model=str(self.path / "model"),
+            served_model_name=MODEL,
+            moe_layers=1,
+            experts=4,
+            max_model_len=self.max_model_len,
+            vocab_size=self.tokenizer.vocab_size,
+        )
+        self.store.put(self.keys.config, codec.encode(self.config))
+
+    @property
+    def events(self) -> Path:
+        """The event history's file."""
+        return self.path / "events.jsonl"
+
+    def publish_view(self, dead: tuple[int, ...] = ()) -> None:
+        """Epoch 1: two ranks that hold all experts, on one node, without those that are dead."""
+        members = tuple(Member(rank=rank, node="n", incarnation=rank + 1) for rank in (0, 1))
+        alive = tuple(m for m in members if m.rank not in dead)
+        everything = {m.rank: (tuple(range(4)),) for m in members}
+        specs = tuple(RankSpec(rank=m.rank, incarnation=m.incarnation) for m in alive)
+        put, keys = self.store.put, self.keys
+        put(keys.view, codec.encode(View(epoch=1, members=members, placement=everything)))
+        put(keys.desired, codec.encode(Desired(ranks=2)))
+        put(keys.agent("n"), codec.encode(AgentRecord(node="n", pid=1, started=1.0)))
+        put(keys.assign("n"), codec.encode(Assignment(node="n", ranks=specs, agent_started=1.0)))
+        for member in alive:
+            record = RankRecord(
+                rank=member.rank, node="n", incarnation=member.incarnation, pid=100, state=RankState.STANDBY
+            )
+            put(keys.rank(member.rank, member.incarnation), codec.encode(record))
+
+    @contextmanager
+    def engine(self, answer: Answer, **options: object) -> Iterator[ScriptedEngine]:
+        """A new engine that holds the token, until the block ends."""
+        self.store.delete(self.keys.engine)
+        engine = ScriptedEngine(0, answer, **options)  # type: ignore[arg-type]
+        record = EngineRecord(node="n", pid=1, address=engine.address, broadcast_handle=b"", mask_handle=b"")
+        engine.token = self.store.put(self.keys.engine, codec.encode(record))
+        status = EngineStatus(token=engine.token, epoch=1)
+        self.store.put(self.keys.engine_status, codec.encode(status))
+        with engine:
+            yield engine
+
+    def says(self, text: str) -> Answer:
+        """An engine's script: always this text."""
+        ids = self.tokenizer.encode(text)[1:]
+        return lambda submit: ids
+
+    @contextmanager
+    def gateway(
+        self, name: str = "g", *, port: int = 0, token: str = TOKEN, grace_s: float = 2.0, link: LinkSettings = QUICK
+    ) -> Iterator[RunningGateway]:
+        """A gateway that serves, until the block ends."""
+        stop, failures = threading.Event(), []
+        settings = GatewaySettings(grace_s=grace_s, link=link)
+        log = EventLog(self.events, "gateway")
+
+        def run() -> None:
+            try:
+                where = ("127.0.0.1", port, "127.0.0.1", 0)
+                run_gateway(self.store, NAME, name, *where, token, stop, log, self.path, settings)
+            except BaseException as error:  # noqa: BLE001 - raised by whoever owns the thread
+                failures.append(error)
+
+        thread = threading.Thread(target=run, name=f"gateway-{name}")
+        thread.start()
+        try:
+            record = eventually(lambda: failures or self._record(name), 20.0, f"gateway {name} to register")
+            if not isinstance(record, GatewayRecord):
+                raise failures[0]
+            yield RunningGateway(record.url, record.admin_url, stop, thread, failures)
+        finally:
+            stop.set()
+            thread.join(30.0)
+        if failures:
+            raise failures[0]
+
+    def _record(self, name: str) -> GatewayRecord | None:
+        found = self.store.get(self.keys.gateway(name))
+        return None if found is None else codec.decode(found.value, GatewayRecord)
+
+
+def wait_ready(gateway: RunningGateway) -> None:
+    """Until /readyz says so."""
+    eventually(lambda: httpx.get(f"{gateway.url}/readyz").status_code == 200, 10.0, "the gateway to be ready")

@@ -1,0 +1,125 @@
+"""An engine for gateway tests: real ZeroMQ, scripted tokens. It answers as the protocol says, or as a test wants it."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+import zmq
+
+from elastic.protocol import Abort, Hello, Rejected, Submit, ToEngine, ToGateway, Tokens, Welcome
+from workers.protocol.messages import TokenLogprobs
+
+Answer = Callable[[Submit], list[int]]
+Mangle = Callable[[ToGateway], list[ToGateway]]
+
+
+@dataclass
+class Running:
+    """A request being answered, one token at a time."""
+
+    peer: bytes
+    submit: Submit
+    tokens: list[int]
+    sent: int
+
+
+class ScriptedEngine:
+    """Runs in a thread until closed. `pause_after`: how many tokens of each request it gives out before it waits."""
+
+    def __init__(
+        self,
+        token: int,
+        answer: Answer,
+        *,
+        address: str = "",
+        pause_after: int | None = None,
+        mangle: Mangle = lambda message: [message],
+        reject: Callable[[Submit], Rejected | None] = lambda submit: None,
+    ) -> None:
+        self.token = token
+        self.address = address or f"ipc://@elastic-ep-test-{uuid.uuid4().hex}"
+        self.pause_after = pause_after
+        self.mute = False  # deaf and dumb, but connected
+        self.submits: list[Submit] = []
+        self.aborts: list[str] = []
+        self.hellos = 0
+        self._answer, self._mangle, self._reject = answer, mangle, reject
+        self._running: dict[str, Running] = {}
+        self._decoder = msgspec.msgpack.Decoder(ToEngine)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="scripted-engine", daemon=True)
+
+    def __enter__(self) -> ScriptedEngine:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Vanish at once, as a killed engine does."""
+        self._stop.set()
+        self._thread.join(5.0)
+
+    def _run(self) -> None:
+        context = zmq.Context()
+        self._socket = context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.bind(self.address)
+        while not self._stop.is_set():
+            while not self.mute and self._socket.poll(2):
+                peer, body = self._socket.recv_multipart()
+                self._on(peer, self._decoder.decode(body))
+            if self.mute:
+                time.sleep(0.002)
+            else:
+                self._step()
+        context.destroy(linger=0)
+
+    def _on(self, peer: bytes, message: ToEngine) -> None:
+        if isinstance(message, Hello):
+            self.hellos += 1
+            self._send(peer, Welcome(self.token))
+        elif isinstance(message, Abort):
+            self.aborts.append(message.request_id)
+            self._running.pop(message.request_id, None)
+        else:
+            self.submits.append(message)
+            refused = self._reject(message)
+            if refused is not None:
+                self._send(peer, refused)
+                return
+            tokens = self._answer(message)[: message.max_tokens]
+            self._running[message.request_id] = Running(peer, message, tokens, len(message.emitted))
+
+    def _step(self) -> None:
+        """One token of each request."""
+        for running in list(self._running.values()):
+            if self.pause_after is not None and running.sent >= self.pause_after:
+                continue
+            index = running.sent
+            fresh = running.tokens[index : index + 1]
+            running.sent += len(fresh)
+            last = running.sent >= len(running.tokens)
+            full = running.sent >= running.submit.max_tokens
+            reason = ("length" if full else "stop") if last else ""
+            logprobs = [_logprobs(token, running.submit) for token in fresh]
+            wanted = running.submit.sampling.logprobs >= 0
+            name = running.submit.request_id
+            self._send(running.peer, Tokens(self.token, name, index, fresh, logprobs if wanted else None, reason))
+            if last:
+                self._running.pop(name, None)
+
+    def _send(self, peer: bytes, message: ToGateway) -> None:
+        for each in self._mangle(message):
+            self._socket.send_multipart([peer, self._encoder.encode(each)])
+
+
+def _logprobs(token: int, submit: Submit) -> TokenLogprobs:
+    return TokenLogprobs(-0.5, [(token + n, -0.5 - n) for n in range(submit.sampling.logprobs)])

@@ -1,0 +1,95 @@
+"""The catalogue of faults: whom each befalls, what it takes, and the step faults' way through failpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from chaos.faults import clock, disk, ipc, oom, parent, signals, step, store
+from chaos.faults.base import NotInjected
+from chaos.faults.catalogue import FAULTS, injector
+from membership.base.events import Event
+from membership.base.failpoints import KIND
+
+pytestmark = pytest.mark.unit
+
+
+class Armed:
+    """A site whose only rank passes `rank.step` as soon as it is armed."""
+
+    def __init__(self) -> None:
+        self.armed: list[str] = []
+        self.history = [
+            Event(ts=1.0, role="rank", kind=KIND, rank=2, fields={"name": "rank.step", "action": "hang", "pid": 6})
+        ]
+
+    def pid(self, victim: str) -> int:
+        raise NotInjected(f"there is no process of {victim}")
+
+    def arm(self, failpoints: str) -> None:
+        self.armed.append(failpoints)
+        if failpoints:
+            action = failpoints.partition("*")[2].partition(":")[0]
+            fields = {"name": "rank.step", "action": action, "pid": 7}
+            self.history.append(Event(ts=2.0, role="rank", kind=KIND, rank=2, fields=fields))
+
+    def events(self) -> list[Event]:
+        return list(self.history)
+
+    def state_dir(self) -> Path:
+        return Path()
+
+    def url(self) -> str:
+        return ""
+
+
+@pytest.mark.parametrize(
+    ("name", "armed"),
+    [("step-raise", "raise"), ("step-hang", "hang"), ("step-hang-gil", "hang-gil"), ("step-delay", "delay:200")],
+)
+def test_a_step_fault_is_armed_seen_in_the_history_and_disarmed(name: str, armed: str) -> None:
+    site = Armed()
+    fault = injector(name, site, "rank 2")
+    dealt = fault.inject()
+    assert (dealt.fault, dealt.pid, dealt.seen_at) == (name, 7, 2.0)  # not the one of before
+    fault.heal()
+    fault.heal()
+    assert site.armed == [f"rank.step@2=1*{armed}", ""]
+
+
+def test_what_does_not_fit_is_refused_by_name() -> None:
+    with pytest.raises(NotInjected, match="no fault 'flood'"):
+        injector("flood", Armed(), "engine")
+    with pytest.raises(NotInjected, match="engine is no victim"):
+        injector("step-hang", Armed(), "engine")
+    with pytest.raises(NotInjected, match="no such parameter: speed"):
+        injector("slow", Armed(), "engine", {"speed": 2})
+    with pytest.raises(NotInjected, match="no process of rank 2"):
+        injector("kill", Armed(), "rank 2").inject()
+
+
+def test_every_entry_says_what_it_is_in_a_line() -> None:
+    for name, fault in FAULTS.items():
+        assert len(fault.about.splitlines()) == 1, name
+        assert fault.victims, name
+
+
+def test_an_injector_bears_the_name_of_its_entry_and_heals_what_was_never_dealt() -> None:
+    for table in (
+        signals.FAULTS,
+        oom.FAULTS,
+        step.FAULTS,
+        parent.FAULTS,
+        ipc.FAULTS,
+        disk.FAULTS,
+        clock.FAULTS,
+        store.FAULTS,
+    ):
+        for name, fault in table.items():
+            for victim in fault.victims:
+                site = Armed()
+                made = injector(name, site, f"{victim} 0" if victim == "rank" else victim)
+                assert getattr(made, "name", getattr(made, "fault", name)) == name
+                made.heal()
+                assert site.armed == []

@@ -1,0 +1,114 @@
+"""When a newer view may be adopted, and how long a loss is felt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from elastic.engine.adoption import Adoption, adoption
+from elastic.engine.recovery import Recovered, Recovery
+from membership.store.records import (
+    AgentRecord,
+    Assignment,
+    ClusterState,
+    Member,
+    RankExit,
+    RankRecord,
+    RankSpec,
+    RankState,
+    View,
+)  # fmt: skip
+
+pytestmark = pytest.mark.unit
+
+VIEW = View(epoch=5, members=tuple(Member(rank=r, node="n", incarnation=10 + r) for r in range(3)))
+
+
+def state(*present: int, view: View | None = VIEW, **more: Any) -> ClusterState:
+    ranks = {
+        (r, 10 + r): RankRecord(rank=r, node="n", incarnation=10 + r, pid=1, state=RankState.STANDBY) for r in present
+    }
+    return ClusterState(revision=9, view=view, ranks=ranks, **more)
+
+
+def assigned(*ranks: int, agent_started: float = 1.0) -> dict[str, Assignment]:
+    specs = tuple(RankSpec(rank=r, incarnation=10 + r) for r in ranks)
+    return {"n": Assignment(node="n", ranks=specs, agent_started=agent_started)}
+
+
+def agent(started: float) -> dict[str, AgentRecord]:
+    return {"n": AgentRecord(node="n", pid=1, started=started)}
+
+
+def exit_of(rank: int, incarnation: int) -> dict[int, RankExit]:
+    return {rank: RankExit(rank=rank, incarnation=incarnation, reason="killed", at=1.0)}
+
+
+def test_no_newer_view_no_adoption() -> None:
+    assert adoption(state(0, 1, 2), 5, set(), set()) is None
+    assert adoption(state(0, view=None), 0, set(), set()) is None
+
+
+def test_waits_for_members_that_have_a_record_but_no_queue() -> None:
+    assert adoption(state(0, 1, 2), 4, {(0, 10), (2, 12)}, set()) == Adoption(VIEW, (), (1,))
+
+
+def test_another_incarnation_of_the_slot_is_not_the_member() -> None:
+    assert adoption(state(0, 1, 2), 4, {(0, 10), (1, 99), (2, 12)}, {(2, 7)}) == Adoption(VIEW, (), (1,))
+
+
+def test_the_lost_and_the_absent_are_masked() -> None:
+    assert adoption(state(0, 1), 4, {(0, 10)}, {(1, 11)}) == Adoption(VIEW, (1, 2), ())
+
+
+def test_a_ready_member_is_used_though_its_record_is_missing_for_now() -> None:
+    assert adoption(state(0), 4, {(0, 10), (1, 11), (2, 12)}, set()) == Adoption(VIEW, (), ())
+
+
+def test_who_is_overdue_counts_as_lost() -> None:
+    assert adoption(state(0, 1, 2), 4, {(0, 10)}, set(), overdue=True) == Adoption(VIEW, (1, 2), ())
+
+
+def test_who_has_no_record_for_now_is_waited_for_while_patient() -> None:
+    """An engine elected after an outage, before the agents have written the records that lapsed in it."""
+    found = adoption(state(0, assignments=assigned(0, 1, 2)), 4, {(0, 10)}, set(), patient=True)
+    assert found == Adoption(VIEW, (), (1, 2))
+    found = adoption(state(0, assignments=assigned(0, 1, 2)), 4, {(0, 10)}, {(1, 11)}, patient=True)
+    assert found == Adoption(VIEW, (1,), (2,))
+
+
+@pytest.mark.parametrize(
+    "certain",
+    [
+        {"assignments": assigned(0, 1, 2), "exits": exit_of(2, 12)},
+        {"assignments": assigned(0, 1)},  # the controller gave it up; `elastic serve` begins with no assignments at all
+        {"assignments": {"n": Assignment(node="n", ranks=(RankSpec(rank=2, incarnation=99),))}},
+        {"assignments": assigned(0, 1, 2), "agents": agent(started=2.0)},  # its agent's life is over, and it with it
+    ],
+)
+def test_who_has_certainly_ended_is_masked_at_once(certain: dict[str, Any]) -> None:
+    found = adoption(state(0, 1, **certain), 4, {(0, 10), (1, 11)}, set(), patient=True)
+    assert found == Adoption(VIEW, (2,), ())
+
+
+def test_an_exit_of_an_earlier_life_in_the_slot_is_not_the_members() -> None:
+    known = state(0, 1, assignments=assigned(0, 1, 2), agents=agent(started=1.0), exits=exit_of(2, 8))
+    assert adoption(known, 4, {(0, 10), (1, 11)}, set(), patient=True) == Adoption(VIEW, (), (2,))
+
+
+def test_a_loss_is_over_when_each_moved_request_has_a_token_or_has_ended() -> None:
+    recovery = Recovery()
+    under_way = {"a", "b", "c"}
+    recovery.lost(2, 100.0, ["a", "b", "c"])
+    assert recovery.progress(["a", "x"], under_way.__contains__, 100.1) == []
+    under_way.remove("b")
+    assert recovery.progress([], under_way.__contains__, 100.2) == []
+    assert recovery.progress(["c"], under_way.__contains__, 100.5) == [Recovered(2, pytest.approx(500.0), 3)]
+    assert recovery.progress(["c"], under_way.__contains__, 101.0) == []
+
+
+def test_a_loss_that_moved_nothing_is_over_at_once() -> None:
+    recovery = Recovery()
+    recovery.lost(1, 1.0, [])
+    assert recovery.progress([], lambda name: True, 1.002) == [Recovered(1, pytest.approx(2.0), 0)]

@@ -1,0 +1,87 @@
+"""Requests as parsed and choices as they grow: what the wire tests do not pin down."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elastic.gateway.choice import Choice
+from elastic.gateway.journal import Delta
+from elastic.gateway.schema import MAX_SEED, OFF, ChatRequest, CompletionRequest, parse, seed_for
+from elastic.gateway.tokenizer import Tokenizer
+from membership.base.errors import RequestError
+from tests.support.tiny_tokenizer import write_tokenizer
+from workers.protocol.messages import TokenLogprobs
+
+pytestmark = pytest.mark.unit
+
+TEXT = "hello wörld, this is 😀 a test of the gateway"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+@given(st.lists(st.integers(0, 60)), st.sampled_from([[], ["wör"], [" test", "gate"], ["y"], ["😀 a"]]))
+def test_how_tokens_are_cut_into_messages_does_not_matter(
+    tokenizer: Tokenizer, cuts: list[int], stops: list[str]
+) -> None:
+    ids = tokenizer.encode(TEXT)[1:]
+    edges = sorted({0, len(ids), *(cut for cut in cuts if cut < len(ids))})
+    choice, text, entries = Choice(tokenizer, [1], stops), "", 0
+    for start, end in pairwise(edges):
+        tokens = tuple(ids[start:end])
+        logprobs = tuple(TokenLogprobs(-1.0) for _ in tokens)
+        piece = choice.push(Delta(tokens, logprobs, "stop" if end == len(ids) else ""))
+        text, entries = text + piece.text, entries + len(piece.entries)
+        if piece.finish_reason:
+            break
+    found = [TEXT.find(stop) for stop in stops if stop in TEXT]
+    assert text == choice.text == (TEXT[: min(found)] if found else TEXT)
+    assert choice.finish_reason == "stop"
+    assert entries == choice.tokens == len(choice.entries)
+
+
+def test_an_unfinished_character_comes_out_at_the_end(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("ab😀")[1:-1]
+    choice = Choice(tokenizer, [], [])
+    assert choice.push(Delta(tuple(ids))).text == "ab"
+    assert choice.push(Delta((), None, "length")).text == "\ufffd"
+
+
+def test_seeds_of_choices_differ_and_stay_in_range() -> None:
+    assert len({seed_for(MAX_SEED, n) for n in range(64)}) == 64
+    assert all(0 <= seed_for(seed, 3) <= MAX_SEED for seed in (-MAX_SEED - 1, -1, 0, MAX_SEED))
+
+
+def test_null_means_not_given() -> None:
+    asked = parse(
+        b'{"model":"m","prompt":"x","temperature":null,"stop":null,"seed":null,"echo":null}', CompletionRequest
+    )
+    assert (asked.temperature, asked.stop, asked.seed) == (1.0, [], None)
+
+
+def test_the_newer_name_of_the_token_limit_wins() -> None:
+    body = b'{"model":"m","messages":[{"role":"user","content":"x"}],"max_tokens":5,"max_completion_tokens":7}'
+    assert parse(body, ChatRequest).token_limit == 7
+
+
+def test_developer_messages_are_the_systems() -> None:
+    body = b'{"model":"m","messages":[{"role":"developer","content":[{"type":"text","text":"x"}],"name":null}]}'
+    assert parse(body, ChatRequest).messages[0].plain() == {"role": "system", "content": "x"}
+
+
+@pytest.mark.parametrize("name", sorted(OFF))
+def test_what_is_not_offered_is_refused_by_name(name: str) -> None:
+    with pytest.raises(RequestError, match=f"{name} is not supported"):
+        parse(f'{{"model":"m","prompt":"x","{name}":"on"}}'.encode(), CompletionRequest)
+
+
+def test_a_million_wrong_items_are_one_error() -> None:
+    body = b'{"model":"m","prompt":[' + b",".join([b"1.5"] * 500_000) + b"]}"
+    with pytest.raises(RequestError, match="prompt must be"):
+        parse(body, CompletionRequest)

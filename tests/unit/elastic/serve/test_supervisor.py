@@ -1,0 +1,81 @@
+"""What `elastic serve` refuses before it starts anything, and what its supervisor survives."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from elastic.demo.model import shipped_demo_model
+from elastic.serve.options import ServeOptions, cluster_config
+from elastic.serve.supervisor import Supervisor
+from membership.base.errors import ConfigError, PlanRefused, StoreUnavailable
+
+pytestmark = pytest.mark.unit
+
+OPTIONS = ServeOptions(model=shipped_demo_model(), port=0, admin_port=0)
+
+
+@pytest.mark.parametrize(
+    ("wish", "says"),
+    [
+        ({"ranks": 0}, "--ranks 0"),
+        ({"dtype": "float8"}, "--dtype float8"),
+        ({"exactness": "perhaps"}, "--exactness perhaps"),
+        ({"device": "tpu"}, "--device tpu"),
+        ({"kv_blocks": 0}, "--kv-blocks 0"),
+        ({"max_model_len": -5}, "--max-model-len -5"),
+        ({"ranks": 4, "max_ranks": 2}, "--max-ranks"),
+        ({"ranks": 1000, "max_ranks": 1000}, "slots"),
+        ({"redundancy": 0.5}, "redundancy"),
+        ({"redundancy": float("nan")}, "redundancy"),
+        ({"redundancy": float("inf")}, "redundancy"),
+    ],
+)
+def test_a_wish_that_cannot_be(wish: dict[str, object], says: str) -> None:
+    with pytest.raises((ConfigError, PlanRefused)) as raised:
+        cluster_config(replace(OPTIONS, **wish))  # type: ignore[arg-type]
+    assert says in str(raised.value)
+
+
+@pytest.mark.parametrize(("port", "says"), [(65_536, "65535"), (-1, "65535")])
+def test_a_port_that_cannot_be(port: int, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        Supervisor(replace(OPTIONS, port=port))
+
+
+def test_a_model_may_be_served_under_a_name_with_a_slash() -> None:
+    config = cluster_config(replace(OPTIONS, served_model_name="org/model"))
+    assert (config.served_model_name, config.cluster) == ("org/model", shipped_demo_model().name)
+
+
+def test_port_0_becomes_a_port_that_clients_can_be_told() -> None:
+    address = Supervisor(OPTIONS).address(())
+    assert not address.url.endswith(":0")
+    assert not address.admin_url.endswith(":0")
+    assert address.url != address.admin_url
+
+
+class DeadEtcd:
+    """An etcd that does not start before the third time."""
+
+    alive = False
+    restarts = 0
+
+    def restart(self) -> None:
+        self.restarts += 1
+        if self.restarts < 3:
+            raise StoreUnavailable("not healthy")
+        self.alive = True
+
+
+def test_an_etcd_that_does_not_start_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("elastic.serve.supervisor.ETCD_RETRY_S", 0.0)
+    monkeypatch.setattr("elastic.serve.supervisor.POLL_S", 0.001)
+    supervisor = Supervisor(replace(OPTIONS, state_dir=tmp_path))
+    etcd = DeadEtcd()
+    supervisor.etcd = etcd  # type: ignore[assignment]
+    for _ in range(5):
+        supervisor.tick()
+    assert (etcd.alive, etcd.restarts) == (True, 3)

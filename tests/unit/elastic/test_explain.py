@@ -1,0 +1,81 @@
+"""Why things are as they are, told from the records alone."""
+
+from __future__ import annotations
+
+import pytest
+from msgspec.structs import replace
+
+from elastic.explain import Explanation, explain, explained
+from membership.base.errors import ConfigError
+from membership.store.records import ClusterState, Operation, Phase, RankExit
+from tests.unit.elastic.test_status import healthy, without
+
+pytestmark = pytest.mark.unit
+
+NOW = 10.0
+
+
+def of(state: ClusterState, subject: str) -> Explanation:
+    (found,) = [each for each in explain(state, NOW) if each.subject == subject]
+    return found
+
+
+def test_a_healthy_cluster_needs_nothing() -> None:
+    (cluster,) = explain(healthy(), NOW)
+    assert (cluster.state, cluster.next, cluster.do) == ("serving", "", "")
+    assert "4 of 4 wanted ranks serve, in epoch 3" in cluster.because
+
+
+def test_a_slot_in_quarantine_says_why_and_what_to_do() -> None:
+    rank = of(without(healthy(), 2, quarantined=True), "rank 2")
+    assert rank.state == "quarantined"
+    assert "died 9.0 s ago: killed; 2 deaths in this slot so far" in rank.because[-1]
+    assert rank.do.endswith("elastic unquarantine 2")
+
+
+def test_a_dead_rank_says_when_its_successor_starts() -> None:
+    assert of(without(healthy(), 1, not_before=12.5), "rank 1").next == "a new incarnation in 2.5 s (backoff)"
+    assert of(without(healthy(), 1), "rank 1").next == "a new incarnation at once"
+
+
+def test_one_rank_of_them() -> None:
+    (rank,) = explain(healthy(), NOW, "3")
+    assert (rank.subject, rank.state, rank.do) == ("rank 3", "serving", "")
+    assert "incarnation 4 is process 103 on node n with 4 experts" in rank.because
+    with pytest.raises(ConfigError, match="there is no rank or operation 9") as refused:
+        explain(healthy(), NOW, "9")
+    assert refused.value.hint == "the ranks are: 0, 1, 2, 3; elastic ops ls"
+
+
+def test_lost_experts_a_missing_engine_and_no_agent_are_told() -> None:
+    cluster = of(replace(without(healthy(), 0, 2), engine=None, agents={}), "cluster")
+    told = " | ".join(cluster.because)
+    assert "4 experts have no live replica" in told
+    assert "no engine is in office" in told
+    assert cluster.do == "start an agent: elastic agent"
+
+
+def test_what_is_wrong_with_the_store_comes_first() -> None:
+    cluster = explain(healthy(), NOW, store="the store was wiped")[0]
+    assert cluster.because[0] == "the store was wiped"
+    assert "membership is frozen" in cluster.do
+
+
+def test_a_scale_that_was_rolled_back_is_told() -> None:
+    failed = Operation(
+        id="grow", kind="scale", target=6, previous=4, started=1.0, deadline=9.0, phase=Phase.ABORTED, error="no room"
+    )
+    assert (
+        "operation grow (scale to 6) was rolled back: no room"
+        in of(replace(healthy(), operations={"grow": failed}), "cluster").because
+    )
+
+
+def test_people_read_it_line_by_line() -> None:
+    text = explained(explain(without(healthy(), 2, quarantined=True), NOW))
+    assert text.splitlines()[0].startswith("cluster: ")
+    assert "  do: find the cause" in text
+    pardoned = RankExit(rank=2, incarnation=3, reason="killed", at=1.0, restarts=6, forgiven=8.0)
+    assert "an operator ended its quarantine 2.0 s ago" in explained(
+        explain(replace(without(healthy(), 2), exits={2: pardoned}), NOW)
+    )

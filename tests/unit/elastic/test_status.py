@@ -1,0 +1,236 @@
+"""The status document: each state of the cluster and of a rank, from the records alone."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+from msgspec.structs import replace
+from rich.console import Console
+
+from elastic.cli.render import status_view
+from elastic.status import ClusterStatus, cluster_status
+from membership.store.records import (
+    AgentRecord,
+    Assignment,
+    ClusterConfig,
+    ClusterState,
+    Desired,
+    EngineRecord,
+    EngineStatus,
+    Heartbeats,
+    Member,
+    Operation,
+    Phase,
+    RankExit,
+    RankRecord,
+    RankSpec,
+    RankState,
+    View,
+)
+
+pytestmark = pytest.mark.unit
+
+CONFIG = ClusterConfig(
+    cluster="c", model="/m", served_model_name="m", moe_layers=2, experts=4, redundancy=2.0, max_ranks=8
+)
+TOKEN = 50
+HALVES = (((0, 1), (0, 1)), ((2, 3), (2, 3)))
+
+
+def record(rank: int, state: RankState = RankState.STANDBY, incarnation: int = 0) -> RankRecord:
+    return RankRecord(rank=rank, node="n", incarnation=incarnation or rank + 1, pid=100 + rank, state=state)
+
+
+def healthy(size: int = 4, **changes: Any) -> ClusterState:
+    """`size` members; each expert on two of them."""
+    members = tuple(Member(rank=rank, node="n", incarnation=rank + 1) for rank in range(size))
+    specs = tuple(RankSpec(rank=m.rank, incarnation=m.incarnation) for m in members)
+    state = ClusterState(
+        revision=9,
+        config=CONFIG,
+        desired=Desired(ranks=size, slots=tuple(range(size))),
+        view=View(epoch=3, members=members, placement={rank: HALVES[rank % 2] for rank in range(size)}),
+        engine=EngineRecord(node="n", pid=2, address="a", broadcast_handle=b"", mask_handle=b""),
+        engine_token=TOKEN,
+        engine_status=EngineStatus(token=TOKEN, epoch=3, running=5, waiting=1),
+        agents={"n": AgentRecord(node="n", pid=3, started=1.0)},
+        assignments={"n": Assignment(node="n", ranks=specs, agent_started=1.0)},
+        ranks={(rank, rank + 1): record(rank) for rank in range(size)},
+        heartbeats={"n": Heartbeats(node="n", at=9.9, beats={rank + 1: 9.75 for rank in range(size)})},
+    )
+    return replace(state, **changes)
+
+
+def without(state: ClusterState, *dead: int, **exit_fields: Any) -> ClusterState:
+    """The agent has seen these ranks die."""
+    ranks = {key: r for key, r in state.ranks.items() if key[0] not in dead}
+    exits = {
+        rank: RankExit(rank=rank, incarnation=rank + 1, reason="killed", at=1.0, restarts=2, **exit_fields)
+        for rank in dead
+    }
+    return replace(state, ranks=ranks, exits=exits)
+
+
+def states(status: ClusterStatus) -> list[str]:
+    return [rank.state.value for rank in status.ranks]
+
+
+def test_the_document_is_exactly_as_promised() -> None:
+    document = json.loads(msgspec.json.encode(cluster_status(healthy(), 10.0)))
+    assert {key: value for key, value in document.items() if key != "ranks"} == {
+        "cluster": "c",
+        "state": "serving",
+        "epoch": 3,
+        "desired": 4,
+        "coverage": {"min_live_replicas": 2, "uncovered": 0},
+        "operation": None,
+        "requests": {"running": 5, "waiting": 1},
+        "spares": {"wanted": 0, "ready": 0},
+        "owner": "operator",
+        "drained": [],
+        "nodes": [{"node": "n", "ranks": 4, "safe_to_delete": False}],
+        "pause": None,
+        "exactness": "invariant",
+        "imbalance": None,
+        "store": "",
+    }
+    assert document["ranks"][1] == {
+        "rank": 1,
+        "node": "n",
+        "pid": 101,
+        "incarnation": 2,
+        "state": "serving",
+        "slots": 4,
+        "heartbeat_age_ms": 250.0,
+        "restarts": 0,
+    }
+
+
+def test_spares_are_counted_over_all_hosts_and_shown_where_there_shall_be_some() -> None:
+    hosts = {
+        node: AgentRecord(node=node, pid=3, started=1.0, spares_wanted=2, spares=pids)
+        for node, pids in (("n", (7, 8)), ("o", (9,)))
+    }
+    for agents, shown in ((hosts, True), (healthy().agents, False)):
+        document = json.loads(msgspec.json.encode(cluster_status(healthy(agents=agents), 10.0)))
+        assert document["spares"] == ({"wanted": 4, "ready": 3} if shown else {"wanted": 0, "ready": 0})
+        console = Console(width=200)
+        with console.capture() as told:
+            console.print(status_view(document))
+        assert ("spares 3/4" in told.get()) == shown
+        assert ("spares" in told.get()) == shown
+
+
+def test_a_heartbeat_ages_from_when_it_was_seen() -> None:
+    def ages(now: float, **changes: Any) -> list[float | None]:
+        return [rank.heartbeat_age_ms for rank in cluster_status(healthy(2, **changes), now).ranks]
+
+    assert ages(10.0) == [250.0, 250.0]
+    assert ages(12.5) == [2750.0, 2750.0], "nobody has told of a beat since"
+    assert ages(9.0) == [0.0, 0.0], "our clock is behind the agent's"
+    assert ages(10.0, heartbeats={}) == [None, None]
+    other = Heartbeats(node="n", at=9.9, beats={1: 9.5, 77: 9.9})
+    assert ages(10.0, heartbeats={"n": other}) == [500.0, None], "another incarnation's beat is not this one's"
+
+
+def test_a_slow_rank_is_shown_and_counts_as_serving() -> None:
+    state = healthy()
+    assert state.engine_status is not None
+    status = cluster_status(replace(state, engine_status=replace(state.engine_status, slow=(2,))), 10.0)
+    assert status.state == "serving"
+    assert [rank.rank for rank in status.ranks if rank.slow] == [2]
+
+
+def test_starting() -> None:
+    assert cluster_status(ClusterState(revision=1), 0.0).state == "starting"
+    assert cluster_status(ClusterState(revision=1, config=CONFIG), 0.0).state == "starting"
+    assert cluster_status(healthy(view=None), 0.0).state == "starting"
+
+
+def test_without_an_engine_that_runs_the_view_a_cluster_is_degraded() -> None:
+    assert cluster_status(healthy(engine=None, engine_token=0, engine_status=None), 0.0).state == "degraded", "it died"
+    assert cluster_status(healthy(engine_status=None), 0.0).state == "degraded", "its successor has just begun"
+    young = EngineStatus(token=TOKEN, epoch=0)
+    assert cluster_status(healthy(engine_status=young), 0.0).state == "degraded", "and has not yet taken up the view"
+    assert cluster_status(healthy(engine_token=TOKEN + 1), 0.0).state == "degraded", "the status is its predecessor's"
+    assert cluster_status(without(healthy(engine=None, engine_status=None), 1, 3), 0.0).state == "uncovered"
+
+
+def test_stopped() -> None:
+    assert cluster_status(healthy(engine=None, engine_status=None, agents={}, ranks={}), 0.0).state == "stopped"
+
+
+def test_a_dead_rank_degrades() -> None:
+    status = cluster_status(without(healthy(), 1), 0.0)
+    assert (status.state, states(status)) == ("degraded", ["serving", "dead", "serving", "serving"])
+    assert (status.coverage.min_live_replicas, status.coverage.uncovered) == (1, 0)
+    assert (status.ranks[1].pid, status.ranks[1].restarts) == (0, 2)
+
+
+def test_experts_without_a_holder() -> None:
+    status = cluster_status(without(healthy(), 1, 3), 0.0)
+    assert (status.state, status.coverage.min_live_replicas, status.coverage.uncovered) == ("uncovered", 0, 4)
+
+
+def test_masked_by_the_present_engine_only() -> None:
+    masked = EngineStatus(token=TOKEN, epoch=3, masked=(2,))
+    assert states(cluster_status(healthy(engine_status=masked), 0.0))[2] == "masked"
+    earlier = replace(masked, epoch=2)
+    assert states(cluster_status(healthy(engine_status=earlier), 0.0))[2] == "serving"
+
+
+def test_the_slot_of_a_dead_rank_stays_in_sight_until_it_is_filled() -> None:
+    state = without(healthy(), 3)
+    view = View(epoch=4, members=healthy(3).view.members, placement=state.view.placement)  # type: ignore[union-attr]
+    status = cluster_status(replace(state, view=view), 0.0)
+    assert (states(status)[3], status.state) == ("dead", "degraded")
+    quarantined = without(healthy(), 3, quarantined=True)
+    assert states(cluster_status(replace(quarantined, view=view), 0.0))[3] == "quarantined"
+    shrunk = replace(state, view=view, desired=Desired(ranks=3, slots=(0, 1, 2)), assignments=healthy(3).assignments)
+    assert len(cluster_status(shrunk, 0.0).ranks) == 3
+
+
+@pytest.mark.parametrize("state", [RankState.LAUNCHING, RankState.HANDSHAKING, RankState.LOADING, RankState.STANDBY])
+def test_ranks_on_their_way_and_the_operation(state: RankState) -> None:
+    before = healthy()
+    specs = (*before.assignments["n"].ranks, RankSpec(rank=4, incarnation=9), RankSpec(rank=5, incarnation=10))
+    operation = Operation(id="op", kind="scale", target=6, phase=Phase.LOADING, started=1.0, deadline=60.0)
+    status = cluster_status(
+        replace(
+            before,
+            desired=Desired(ranks=6),
+            assignments={"n": Assignment(node="n", ranks=specs, agent_started=1.0)},
+            ranks=before.ranks | {(4, 9): record(4, state, 9)},
+            operations={"op": operation, "old": Operation(id="old", kind="scale", target=4, phase=Phase.DONE)},
+        ),
+        5.0,
+    )
+    assert states(status)[4:] == [state.value, "launching"]
+    assert status.state == "serving", "scaling is no trouble"
+    assert (status.ranks[4].slots, status.ranks[4].pid) == (0, 104)
+    assert status.operation is not None
+    assert (status.operation.id, status.operation.phase, status.operation.target) == ("op", "loading", 6)
+
+
+def test_ranks_that_leave() -> None:
+    before = healthy()
+    leaving = replace(
+        before,
+        desired=Desired(ranks=3),
+        next=View(epoch=4, members=healthy(3).view.members),  # type: ignore[union-attr]
+        operations={"op": Operation(id="op", kind="scale", target=3, phase=Phase.LOADING)},
+    )
+    assert states(cluster_status(leaving, 0.0))[3] == "draining"
+    gone = healthy(3, ranks=before.ranks)
+    assert states(cluster_status(gone, 0.0))[3] == "draining", "out of the view, not yet ended"
+
+
+def test_a_cluster_that_gave_exactness_up_says_so() -> None:
+    document = json.loads(msgspec.json.encode(cluster_status(healthy(config=replace(CONFIG, exactness="stock")), 10.0)))
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(status_view(document))
+    assert "exactness stock" in shown.get()

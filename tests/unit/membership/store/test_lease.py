@@ -1,0 +1,111 @@
+"""The lease's local deadline, under a virtual clock: it counts from before the renewal was sent."""
+
+from __future__ import annotations
+
+import pytest
+
+from membership.base.errors import LeaseLost
+from membership.store.in_memory import MemoryStore
+from membership.store.lease import LeaseKeeper
+
+pytestmark = pytest.mark.unit
+
+
+class Slow(MemoryStore):
+    """A store whose answers to lease calls take `delay_s`, which is when the clock moves."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.delay_s = 0.0
+        self.timeouts: list[float | None] = []
+        super().__init__(lambda: self.now)
+
+    def grant(self, ttl_s: float) -> int:
+        lease = super().grant(ttl_s)
+        self.now += self.delay_s
+        return lease
+
+    def keepalive(self, lease: int, timeout_s: float | None = None) -> float:
+        self.timeouts.append(timeout_s)
+        ttl = super().keepalive(lease)
+        self.now += self.delay_s
+        return ttl
+
+
+@pytest.fixture
+def store() -> Slow:
+    return Slow()
+
+
+def keeper(store: Slow, ttl_s: float = 3.0) -> LeaseKeeper:
+    return LeaseKeeper(store, ttl_s, lambda: store.now, background=False)
+
+
+def test_the_deadline_counts_from_before_the_grant_was_sent(store: Slow) -> None:
+    store.delay_s = 1.0
+    assert keeper(store).remaining_s == 2.0
+
+
+def test_the_deadline_counts_from_before_the_renewal_was_sent(store: Slow) -> None:
+    kept = keeper(store)
+    store.now += 1.0
+    store.delay_s = 2.5
+    assert kept.renew()
+    assert kept.remaining_s == 0.5
+    store.now += 0.5
+    assert not kept.alive  # by the store's clock too: expiry comes 3 s after it received the renewal
+
+
+def test_a_store_that_grants_more_does_not_extend_what_was_asked(store: Slow) -> None:
+    """etcd rounds up and raises short times to live; nothing local may rest on that."""
+    kept = keeper(store, ttl_s=1.2)
+    assert store.keepalive(kept.lease) == 2.0
+    assert kept.renew()
+    assert kept.remaining_s == pytest.approx(1.2)
+
+
+def test_an_unanswered_renewal_changes_nothing(store: Slow) -> None:
+    kept = keeper(store)
+    store.now += 1.0
+    store.outage = True
+    assert not kept.renew()
+    assert kept.remaining_s == 2.0
+    store.outage = False
+    assert kept.renew()
+    assert kept.remaining_s == 3.0
+
+
+def test_it_gives_up_at_its_deadline_without_asking(store: Slow) -> None:
+    kept = keeper(store)
+    store.outage = True
+    store.now += 3.0
+    assert not kept.alive
+    with pytest.raises(LeaseLost, match="not renewed within its 3 s"):
+        kept.renew()
+
+
+def test_a_renewal_never_waits_beyond_the_deadline(store: Slow) -> None:
+    kept = keeper(store)
+    store.now += 2.75
+    kept.renew()
+    kept.renew()
+    assert store.timeouts == [0.25, 1.0]
+    kept.close()
+
+
+def test_a_lease_that_the_store_ended_is_lost(store: Slow) -> None:
+    kept = keeper(store)
+    store.revoke(kept.lease)
+    with pytest.raises(LeaseLost):
+        kept.renew()
+
+
+def test_closing_during_an_outage_leaves_the_lease_to_expire(store: Slow) -> None:
+    kept = keeper(store)
+    store.put("/a", b"", kept.lease)
+    store.outage = True
+    kept.close()
+    store.outage = False
+    assert store.get("/a") is not None
+    store.now += 3.0
+    assert store.get("/a") is None

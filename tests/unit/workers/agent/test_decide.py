@@ -1,0 +1,229 @@
+"""The agent's decisions: from the cluster's state and its own ranks to what to do, and its failure detector."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import msgspec
+import pytest
+
+from membership.store.records import (
+    AgentRecord,
+    Assignment,
+    ClusterConfig,
+    ClusterState,
+    EngineRecord,
+    EngineStatus,
+    Member,
+    RankExit,
+    RankRecord,
+    RankSpec,
+    RankState,
+    View,
+)
+from workers.agent.decide import (
+    Attach,
+    Effect,
+    Heartbeat,
+    Life,
+    Load,
+    LocalRank,
+    Prepare,
+    RankKey,
+    Retire,
+    RetireEpoch,
+    Spawn,
+    advancing,
+    decide,
+    heartbeats,
+    hung,
+    observe,
+    peers_of,
+    record_of,
+    stale_records,
+)
+
+pytestmark = pytest.mark.unit
+
+ME = AgentRecord(node="n", pid=1, started=10.0)
+CONFIG = ClusterConfig(cluster="c", model="/m", served_model_name="m", moe_layers=1, experts=2, launch_deadline_s=60)
+A, B = (0, 1), (1, 2)
+
+
+def assigned(*keys: RankKey, **more: object) -> ClusterState:
+    assignment = Assignment(node="n", ranks=tuple(RankSpec(rank=r, incarnation=i) for r, i in keys), agent_started=10.0)
+    return ClusterState(revision=1, config=CONFIG, assignments={"n": assignment}, **more)  # type: ignore[arg-type]
+
+
+def ready(key: RankKey, **more: object) -> LocalRank:
+    return LocalRank(*key, started=0.0, life=Life.READY, exchange_handle=b"x%d" % key[0], **more)  # type: ignore[arg-type]
+
+
+def run(state: ClusterState, *ranks: LocalRank, buried: tuple[RankKey, ...] = (), now: float = 1.0) -> list[Effect]:
+    return decide(state, ME, {rank.key: rank for rank in ranks}, buried, now)
+
+
+def staged(*ranks: LocalRank, revision: int = 7, **more: object) -> ClusterState:
+    """A state with a staged view of A and B, where `ranks` are registered."""
+    view = View(epoch=3, members=tuple(Member(rank=r, node="n", incarnation=i) for r, i in (A, B)))
+    records = {rank.key: record_of(rank, "n") for rank in ranks}
+    return assigned(A, B, next=view, next_revision=revision, ranks=records, **more)
+
+
+# --- processes
+
+
+def test_what_is_assigned_and_not_there_is_spawned_all_at_once() -> None:
+    assert run(assigned(A, B)) == [Spawn(A), Spawn(B)]
+    assert run(assigned(A, B), LocalRank(*A, started=0.0)) == [Spawn(B)]
+
+
+def test_an_incarnation_never_runs_twice() -> None:
+    assert run(assigned(A), buried=(A,)) == []
+    dead = RankExit(rank=0, incarnation=1, reason="", at=0.0)
+    assert run(assigned(A, exits={0: dead})) == []
+    assert run(assigned((0, 2), exits={0: dead})) == [Spawn((0, 2))]
+
+
+def test_an_assignment_of_an_earlier_life_changes_nothing() -> None:
+    earlier = msgspec.structs.replace(assigned(A).assignments["n"], agent_started=9.0)
+    state = msgspec.structs.replace(assigned(A), assignments={"n": earlier})
+    assert run(state) == []
+    assert run(state, ready(B)) == []
+    assert run(ClusterState(revision=1, config=CONFIG), ready(A)) == []
+
+
+def test_what_is_not_assigned_any_more_is_retired_once() -> None:
+    assert run(assigned(), ready(A)) == [Retire(A)]
+    assert run(assigned(), replace(ready(A), life=Life.ENDING)) == []
+    assert run(assigned((0, 9)), ready(A)) == [Spawn((0, 9)), Retire(A)]
+
+
+def test_a_rank_that_never_gets_ready_is_given_up() -> None:
+    starting = LocalRank(*A, started=0.0)
+    assert run(assigned(A), starting, now=59.0) == []
+    assert run(assigned(A), starting, now=61.0) == [Retire(A, failure="not ready within 60 s")]
+
+
+# --- engine
+
+
+def with_engine(token: int = 5, **more: object) -> ClusterState:
+    engine = EngineRecord(node="n", pid=2, address="", broadcast_handle=b"q", mask_handle=b"m")
+    return assigned(A, engine=engine, engine_token=token, **more)
+
+
+def test_ready_ranks_join_the_engine_and_a_newer_one_after_it() -> None:
+    assert run(with_engine(), ready(A)) == [Attach(A, 5, b"q", b"m")]
+    assert run(with_engine(), LocalRank(*A, started=0.0)) == []
+    assert run(with_engine(), ready(A, attaching_token=5)) == []
+    assert run(with_engine(), ready(A, attached_token=5)) == []
+    assert run(with_engine(8), ready(A, attached_token=5)) == [Attach(A, 8, b"q", b"m")]
+    assert run(with_engine(4), ready(A, attached_token=5)) == []
+
+
+def test_a_failed_join_is_tried_again_later() -> None:
+    failed = ready(A, attach_not_before=2.0)
+    assert run(with_engine(), failed, now=1.9) == []
+    assert run(with_engine(), failed, now=2.0) == [Attach(A, 5, b"q", b"m")]
+
+
+# --- the staged view
+
+
+def test_new_members_load_as_soon_as_a_view_names_them() -> None:
+    assert run(staged(), ready(A)) == [Load(A, 7), Spawn(B)] or run(staged(), ready(A)) == [Spawn(B), Load(A, 7)]
+    assert Load(A, 7) not in run(staged(), ready(A, loading=True))
+    outsider = (5, 9)
+    state = msgspec.structs.replace(staged(), assignments=assigned(outsider).assignments)
+    assert run(state, ready(outsider)) == []
+
+
+def test_preparing_waits_until_every_member_is_registered() -> None:
+    a, b = ready(A, loaded=True), ready(B, loaded=True)
+    assert run(staged(a), a, b) == []
+    launching = LocalRank(*B, started=0.0)
+    assert run(staged(a, launching), a, launching) == []
+    state = staged(a, b)
+    peers = {0: (1, b"x0"), 1: (2, b"x1")}
+    assert state.next is not None
+    assert run(state, a, b) == [Prepare(A, 7, state.next, peers), Prepare(B, 7, state.next, peers)]
+
+
+def test_preparing_is_asked_again_only_for_a_newer_revision() -> None:
+    b = ready(B, loaded=True, prepared_revision=7)
+    for done in ({"preparing_revision": 7}, {"prepared_revision": 7}, {"failed_revision": 7}):
+        a = ready(A, loaded=True, **done)
+        assert run(staged(a, b), a, b) == []
+        again = run(staged(a, b, revision=8), a, b)
+        assert [e.revision for e in again if isinstance(e, Prepare)] == [8, 8]
+
+
+def test_another_incarnation_of_a_member_is_no_peer() -> None:
+    a, b = ready(A), ready((1, 99))
+    state = staged(a, b)
+    assert state.next is not None
+    assert peers_of(state.next, state) is None
+
+
+# --- retiring an epoch
+
+
+def test_an_epoch_is_retired_when_the_engine_uses_it_and_nothing_is_staged() -> None:
+    view = View(epoch=3, members=(Member(rank=0, node="n", incarnation=1),))
+    status = EngineStatus(token=5, epoch=3)
+    a = ready(A, attached_token=5, prepared_revision=7, loaded=True)
+    asked = [RetireEpoch(A, 3, (3, 7))]
+    assert run(with_engine(view=view, engine_status=status), a) == asked
+    assert run(with_engine(view=view, engine_status=EngineStatus(token=5, epoch=2)), a) == []
+    assert run(with_engine(view=view, engine_status=EngineStatus(token=4, epoch=3)), a) == []
+    assert run(with_engine(view=view, engine_status=status), replace(a, retired=(3, 7))) == []
+    aborted_since = replace(a, retired=(3, 7), prepared_revision=9)
+    assert run(with_engine(view=view, engine_status=status), aborted_since) == [RetireEpoch(A, 3, (3, 9))]
+    during = with_engine(view=view, engine_status=status, next=view, next_revision=7)
+    assert run(during, a) == []
+
+
+# --- records and the failure detector
+
+
+def test_the_record_tells_how_far_a_rank_is() -> None:
+    steps = [
+        (LocalRank(*A, started=0.0), RankState.LAUNCHING),
+        (ready(A), RankState.HANDSHAKING),
+        (ready(A, loading=True), RankState.LOADING),
+        (ready(A, loaded=True, preparing_revision=7), RankState.LOADING),
+        (ready(A, loaded=True, prepared_revision=7), RankState.STANDBY),
+    ]
+    assert [record_of(rank, "n").state for rank, _ in steps] == [state for _, state in steps]
+
+
+def test_records_of_an_earlier_life_are_stale() -> None:
+    mine, other = record_of(ready(A), "n"), RankRecord(rank=1, node="m", incarnation=2, pid=1, state=RankState.STANDBY)
+    state = assigned(A, ranks={A: mine, B: other})
+    assert stale_records(state, "n", {}) == [A]
+    assert stale_records(state, "n", {A: ready(A)}) == []
+
+
+def test_a_rank_that_stands_still_is_hung_only_after_several_looks_over_the_whole_time() -> None:
+    heartbeat = observe(Heartbeat(-1, 0.0), 5, 1.0)
+    assert advancing(heartbeat)
+    for at in (2.0, 3.0, 4.0):
+        heartbeat = observe(heartbeat, 5, at)
+        assert not advancing(heartbeat)
+        assert not hung(heartbeat, at, after_s=3.0)
+    heartbeat = observe(heartbeat, 5, 4.5)
+    assert hung(heartbeat, 4.5, after_s=3.0)
+    assert advancing(observe(heartbeat, 6, 5.0))
+
+
+def test_an_agent_that_was_itself_stopped_does_not_blame_its_ranks() -> None:
+    heartbeat = observe(Heartbeat(-1, 0.0), 5, 1.0)
+    assert not hung(observe(heartbeat, 5, 100.0), 100.0, after_s=3.0), "one look after a long pause proves nothing"
+
+
+def test_heartbeats_are_told_in_the_time_of_day() -> None:
+    ranks = {A: Heartbeat(7, 90.0), B: Heartbeat(-1, 95.0)}
+    told = heartbeats("n", ranks, now=100.0, wall=5000.0)
+    assert (told.node, told.at) == ("n", 5000.0)
+    assert told.beats == {A[1]: 4990.0}, "a rank that was not looked at yet has not been seen to beat"

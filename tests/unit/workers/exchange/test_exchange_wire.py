@@ -1,0 +1,84 @@
+"""What a lane lets through: whole messages of the right pair of incarnations, and answers to the open request only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from workers.exchange.router import Parcel
+from workers.exchange.wire import Lane, Refusal, Tag, bits, lane_bytes, most_pairs
+from workers.ipc.shared_memory import Segment, SegmentError
+
+pytestmark = pytest.mark.unit
+
+TAG = Tag(sequence=5, epoch=3, engine_token=70, step=11, attempt=1, layer=2)
+ME, PEER = 8, 9  # incarnations
+ROWS = np.arange(12, dtype=np.int16).reshape(4, 3)
+PARCEL = Parcel(1, np.array([0, 2, 5]), np.array([0, 3]), np.array([1, 0, 1]), [4, 6], [1, 2])
+BF16 = 1
+
+
+@pytest.fixture
+def lanes() -> Iterator[tuple[Lane, Lane]]:
+    """The same lane as its writer and as its reader see it."""
+    with Segment.create(lane_bytes(1 << 16), "test-lane") as segment:
+        writer = Lane(segment)
+        reader = Lane(Segment.attach(segment.fileno()))
+        yield writer, reader
+        reader.close()
+        writer.close()
+
+
+def test_a_request_arrives_whole(lanes: tuple[Lane, Lane]) -> None:
+    writer, reader = lanes
+    assert reader.asked() == 0
+    writer.ask(TAG, ME, PARCEL, ROWS, BF16)
+    request = reader.request(reader.asked(), ME)
+    assert request is not None
+    assert (request.tag, request.experts, request.counts) == (TAG, [4, 6], [1, 2])
+    assert request.rows[request.row_of].tolist() == ROWS[PARCEL.rows[PARCEL.row_of]].tolist()
+    del request
+
+
+def test_a_replaced_or_foreign_request_is_not_seen(lanes: tuple[Lane, Lane]) -> None:
+    writer, reader = lanes
+    writer.ask(TAG, ME, PARCEL, ROWS, BF16)
+    assert reader.request(TAG.sequence, ME + 1) is None
+    writer.ask(TAG._replace(sequence=6), ME, PARCEL, ROWS, BF16)
+    assert reader.request(TAG.sequence, ME) is None
+    assert reader.request(6, ME) is not None
+
+
+@pytest.mark.parametrize("field", Tag._fields)
+def test_an_answer_to_anything_else_has_no_effect(lanes: tuple[Lane, Lane], field: str) -> None:
+    writer, reader = lanes
+    writer.answer(TAG, PEER)
+    assert reader.answered() == TAG.sequence
+    assert reader.refusal(TAG, PEER) is None
+    assert reader.refusal(TAG, PEER + 1) is not None
+    assert reader.refusal(TAG._replace(**{field: getattr(TAG, field) + 1}), PEER) is not None
+
+
+def test_a_refusal_names_experts_and_reason(lanes: tuple[Lane, Lane]) -> None:
+    writer, reader = lanes
+    writer.answer(TAG, PEER, Refusal([4], "not here"))
+    assert reader.refusal(TAG, PEER) == Refusal([4], "not here")
+
+
+def test_what_does_not_fit_is_an_error_and_not_a_crash(lanes: tuple[Lane, Lane]) -> None:
+    writer, _ = lanes
+    assert most_pairs(1 << 16, 2 * 3) == (1 << 16) // 6
+    wide = np.zeros((1, 1 << 16), dtype=np.int16)
+    one = Parcel(1, np.array([0]), np.array([0]), np.array([0]), [4], [1])
+    with pytest.raises(SegmentError, match="do not fit"):
+        writer.ask(TAG, ME, one, wide, BF16)
+
+
+def test_bits_are_the_same_memory() -> None:
+    import torch
+
+    rows = torch.tensor([[1.0, -0.0]], dtype=torch.bfloat16)
+    bits(rows)[0, 0] = 0
+    assert rows[0, 0] == 0

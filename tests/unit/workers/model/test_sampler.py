@@ -1,0 +1,81 @@
+"""Choosing tokens: greedy, temperature, top-k, top-p, seeds, log probabilities; each row by itself."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from workers.model.sampler import choose, logprobs_of, sample, uniform
+from workers.protocol.messages import Sampling
+
+pytestmark = pytest.mark.unit
+
+settings = st.builds(
+    Sampling,
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 2.5]),
+    top_p=st.sampled_from([0.05, 0.7, 1.0]),
+    top_k=st.sampled_from([0, 1, 5]),
+    seed=st.integers(0, 2**63),
+    logprobs=st.sampled_from([-1, 0, 3]),
+)
+
+
+@given(st.lists(st.tuples(settings, st.integers(0, 5000)), min_size=1, max_size=8), st.integers(0, 2**31))
+def test_rows_do_not_depend_on_each_other(rows: list[tuple[Sampling, int]], seed: int) -> None:
+    logits = torch.randn(len(rows), 50, generator=torch.Generator().manual_seed(seed))
+    together = sample(logits, [s for s, _ in rows], [p for _, p in rows])
+    alone = [sample(logits[i : i + 1], [s], [p])[0] for i, (s, p) in enumerate(rows)]
+    assert together == alone
+
+
+def test_uniform_is_a_fixed_function() -> None:
+    assert uniform(7, 3) == uniform(7, 3)
+    assert uniform(0, 0) == pytest.approx(0.65244849, abs=1e-8)  # a change would change seeded outputs across versions
+    draws = np.array([uniform(s, p) for s in range(100) for p in range(100)])
+    assert draws.min() >= 0
+    assert draws.max() < 1
+    assert abs(draws.mean() - 0.5) < 0.01
+    counts = np.histogram(draws, bins=10, range=(0, 1))[0]
+    assert ((counts - 1000) ** 2 / 1000).sum() < 30  # chi-square, 9 degrees of freedom, p < 0.0005
+
+
+def test_frequencies_follow_the_probabilities() -> None:
+    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05]))
+    draws = [choose(logits, Sampling(temperature=1.0, seed=1), position) for position in range(4000)]
+    assert np.allclose(np.bincount(draws, minlength=4) / 4000, [0.5, 0.3, 0.15, 0.05], atol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("limits", "allowed"),
+    [
+        ({"top_k": 1}, {0}),
+        ({"top_k": 2}, {0, 1}),
+        ({"top_p": 0.5}, {0}),
+        ({"top_p": 0.79}, {0, 1}),
+        ({"top_p": 0.81}, {0, 1, 2}),
+    ],
+)
+def test_limits(limits: dict[str, float], allowed: set[int]) -> None:
+    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05]))
+    sampling = Sampling(temperature=1.0, seed=3, **limits)  # type: ignore[arg-type]
+    assert {choose(logits, sampling, p) for p in range(500)} == allowed
+
+
+def test_greedy_takes_the_first_of_equals() -> None:
+    logits = torch.tensor([[1.0, 3.0, 3.0], [2.0, 2.0, 2.0]], dtype=torch.bfloat16)
+    assert [token for token, _ in sample(logits, [Sampling(), Sampling()], [0, 0])] == [1, 0]
+
+
+def test_logprobs() -> None:
+    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05])) + 4.0
+    found = logprobs_of(logits, 2, 2)
+    assert found.logprob == pytest.approx(math.log(0.15))
+    assert [t for t, _ in found.top] == [0, 1]
+    assert [p for _, p in found.top] == pytest.approx([math.log(0.5), math.log(0.3)])
+    assert logprobs_of(logits, 0, 0).top == []
+    assert len(logprobs_of(logits, 0, 99).top) == 4

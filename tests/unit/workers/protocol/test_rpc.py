@@ -1,0 +1,78 @@
+"""Calls under way: which replies, failures and deaths end which call."""
+
+from __future__ import annotations
+
+import pytest
+
+from membership.base.errors import RankDied, RankFailed, WaitTimeout
+from workers.protocol.rpc import CallTable, Failure, PendingCall, RankKey, Reply, ResponseStatus
+
+pytestmark = pytest.mark.unit
+
+A, B = (0, 1), (1, 2)
+
+
+def ok(number: int, key: RankKey, value: object) -> Reply:
+    return Reply(number, key, ResponseStatus.SUCCESS, value)
+
+
+def bad(number: int, key: RankKey) -> Reply:
+    return Reply(number, key, ResponseStatus.FAILURE, Failure("ValueError", "no", ("the traceback",)))
+
+
+def opened(table: CallTable, output_rank: int | None = None) -> tuple[int, PendingCall]:
+    return table.open("work", {A, B}, output_rank, 5.0, 100.0)
+
+
+def test_a_call_ends_with_all_replies() -> None:
+    table = CallTable()
+    number, call = opened(table)
+    assert table.on_reply(ok(number, B, "b"))
+    assert not call.future.done()
+    assert table.on_reply(ok(number, A, "a"))
+    assert call.future.result(timeout=0) == {A: "a", B: "b"}
+    assert len(table) == 0
+
+
+def test_a_reply_to_a_call_that_has_ended_reaches_nobody() -> None:
+    table = CallTable()
+    first, call = opened(table)
+    table.expire(105.0)
+    with pytest.raises(WaitTimeout, match=r"work: no answer within 5 s from rank 0 .*, rank 1"):
+        call.future.result(timeout=0)
+    second, next_call = opened(table)
+    assert not table.on_reply(ok(first, A, "late"))
+    table.on_reply(ok(second, A, "a"))
+    table.on_reply(ok(second, B, "b"))
+    assert next_call.future.result(timeout=0) == {A: "a", B: "b"}
+
+
+def test_a_failure_of_any_rank_ends_the_call_at_once() -> None:
+    table = CallTable()
+    number, call = opened(table, output_rank=0)
+    table.on_reply(bad(number, B))
+    with pytest.raises(RankFailed, match=r"rank 1 \(incarnation 2\): work: ValueError: no") as caught:
+        call.future.result(timeout=0)
+    assert caught.value.__notes__ == ["the traceback"]
+
+
+def test_a_death_ends_only_calls_that_wait_for_that_rank() -> None:
+    table = CallTable()
+    _, both = opened(table)
+    _, only_a = table.open("other", {A}, None, 5.0, 100.0)
+    answered, half = opened(table)
+    table.on_reply(ok(answered, B, "b"))
+    table.on_death(B, "killed")
+    with pytest.raises(RankDied, match="rank 1"):
+        both.future.result(timeout=0)
+    assert not only_a.future.done()
+    assert not half.future.done(), "what it answered before it died stays valid"
+    table.on_reply(ok(answered, A, "a"))
+    assert half.future.result(timeout=0) == {A: "a", B: "b"}
+
+
+def test_only_the_output_rank_is_waited_for() -> None:
+    table = CallTable()
+    number, call = opened(table, output_rank=1)
+    table.on_reply(ok(number, B, "b"))
+    assert call.future.result(timeout=0) == {B: "b"}

@@ -1,0 +1,37 @@
+"""What an agent waits for before its life begins: the cluster's config, and the end of an earlier agent of its node."""
+
+from __future__ import annotations
+
+import threading
+
+from membership.base.errors import Fenced, WaitTimeout
+from membership.store.mirror import Mirror
+from membership.store.records import ClusterConfig, ClusterState
+
+CONFIG_POLL_S = 0.5
+TAKEOVER_S = 30.0
+
+
+def wait_for_config(mirror: Mirror, stop: threading.Event) -> ClusterConfig | None:
+    """The cluster's config, once somebody has written it; None if asked to stop first."""
+    while not stop.is_set():
+        state = mirror.poll(mirror.state().revision, CONFIG_POLL_S) if mirror.state().config is None else mirror.state()
+        if state.config is not None:
+            return state.config
+    return None
+
+
+def wait_for_name(mirror: Mirror, node: str, stop: threading.Event) -> None:
+    """Wait until an earlier life's record is gone: two agents of one node would undo each other's work."""
+
+    def free(state: ClusterState) -> bool:
+        return node not in state.agents or stop.is_set()
+
+    try:
+        mirror.wait(free, TAKEOVER_S, f"the earlier agent of node {node} to be gone")
+    except WaitTimeout as error:
+        other = mirror.state().agents.get(node)
+        pid = other.pid if other else 0
+        raise Fenced(
+            f"another agent (pid {pid}) runs as node {node}", hint="give each host its own --node name"
+        ) from error

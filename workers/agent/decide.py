@@ -1,0 +1,278 @@
+"""What a node's agent should do next: a pure function of the cluster's state and of what its ranks have done so far.
+
+Level-triggered, as a kubelet is: `decide` is asked again after every change, names everything that is missing now, and
+leaves out what is already under way (each fact about a rank carries its `…ing` mark). So nothing depends on having seen
+every event, and an agent that missed some is right again after one look.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from enum import Enum, auto
+
+from membership.store.records import AgentRecord, ClusterState, Heartbeats, RankRecord, RankState, View
+
+RankKey = tuple[int, int]
+"""(rank, incarnation)"""
+Peers = dict[int, tuple[int, bytes]]
+"""rank -> (incarnation, exchange handle)"""
+
+
+class Life(Enum):
+    """Where a local process is: STARTING until its ready pipe spoke, ENDING once we asked it to go."""
+
+    STARTING = auto()
+    READY = auto()
+    ENDING = auto()
+
+
+@dataclass(frozen=True)
+class LocalRank:
+    """Everything the agent knows about one of its processes."""
+
+    rank: int
+    incarnation: int
+    started: float
+    pid: int = 0
+    life: Life = Life.STARTING
+    liveness_handle: bytes = b""
+    exchange_handle: bytes = b""
+    fingerprint: str = ""
+    attached_token: int = 0
+    response_handle: bytes = b""
+    attaching_token: int = 0
+    attach_not_before: float = 0.0
+    loading: bool = False
+    loaded: bool = False  # device and model; experts come with a view
+    preparing_revision: int = 0
+    prepared_revision: int = 0
+    failed_revision: int = 0
+    prepare_error: str = ""
+    retired: tuple[int, int] = (0, 0)  # (epoch, prepared revision) at the last retire_epoch
+
+    @property
+    def key(self) -> RankKey:
+        """Unique over the cluster's life."""
+        return (self.rank, self.incarnation)
+
+
+@dataclass(frozen=True)
+class Spawn:
+    """Start this rank."""
+
+    key: RankKey
+
+
+@dataclass(frozen=True)
+class Retire:
+    """End this rank's process; it is no longer wanted, or (`failure`) it never got ready."""
+
+    key: RankKey
+    failure: str = ""
+
+
+@dataclass(frozen=True)
+class Attach:
+    """Join the queues of the engine that holds `token`."""
+
+    key: RankKey
+    token: int
+    broadcast_handle: bytes
+    mask_handle: bytes
+
+
+@dataclass(frozen=True)
+class Load:
+    """Take the device and load the model, for the staged view with this mod revision."""
+
+    key: RankKey
+    revision: int
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Make ready for the staged view, whose key has this mod revision."""
+
+    key: RankKey
+    revision: int
+    view: View
+    peers: Peers
+
+
+@dataclass(frozen=True)
+class RetireEpoch:
+    """Drop what `epoch` does not need. `mark` is what LocalRank.retired becomes."""
+
+    key: RankKey
+    epoch: int
+    mark: tuple[int, int]
+
+
+Effect = Spawn | Retire | Attach | Load | Prepare | RetireEpoch
+
+
+def decide(
+    state: ClusterState, me: AgentRecord, ranks: Mapping[RankKey, LocalRank], buried: Iterable[RankKey], now: float
+) -> list[Effect]:
+    """All that is to be done now. `buried` are incarnations that have died here and must not run again."""
+    effects: list[Effect] = []
+    effects += _processes(state, me, ranks, frozenset(buried), now)
+    going = {e.key for e in effects if isinstance(e, Retire)}
+    ready = [r for r in ranks.values() if r.life is Life.READY and r.key not in going]
+    effects += _attachments(state, ready, now)
+    effects += _preparations(state, ready)
+    effects += _retired_epochs(state, ready)
+    return effects
+
+
+def _processes(
+    state: ClusterState, me: AgentRecord, ranks: Mapping[RankKey, LocalRank], buried: frozenset[RankKey], now: float
+) -> list[Effect]:
+    assignment, config = state.assignments.get(me.node), state.config
+    if assignment is None or config is None or assignment.agent_started != me.started:
+        return []  # nobody has said yet what this life of the agent should run: change nothing
+    wanted = {(spec.rank, spec.incarnation) for spec in assignment.ranks}
+    effects: list[Effect] = []
+    for key in sorted(wanted - ranks.keys() - buried):
+        last = state.exits.get(key[0])
+        if last is None or last.incarnation < key[1]:
+            effects.append(Spawn(key))
+    for rank in ranks.values():
+        if rank.life is Life.ENDING:
+            continue
+        if rank.key not in wanted:
+            effects.append(Retire(rank.key))
+        elif rank.life is Life.STARTING and now - rank.started > config.launch_deadline_s:
+            effects.append(Retire(rank.key, failure=f"not ready within {config.launch_deadline_s:g} s"))
+    return effects
+
+
+def _attachments(state: ClusterState, ready: list[LocalRank], now: float) -> list[Effect]:
+    engine, token = state.engine, state.engine_token
+    if engine is None or token == 0:
+        return []
+    return [
+        Attach(r.key, token, engine.broadcast_handle, engine.mask_handle)
+        for r in ready
+        if max(r.attached_token, r.attaching_token) < token and now >= r.attach_not_before
+    ]
+
+
+def _preparations(state: ClusterState, ready: list[LocalRank]) -> list[Effect]:
+    view, revision = state.next, state.next_revision
+    if view is None:
+        return []
+    members = [r for r in ready if _is_member(view, r) and r.failed_revision < revision]
+    effects: list[Effect] = [Load(r.key, revision) for r in members if not r.loaded and not r.loading]
+    peers = peers_of(view, state)
+    if peers is not None:
+        effects += [
+            Prepare(r.key, revision, view, peers)
+            for r in members
+            if r.loaded and max(r.preparing_revision, r.prepared_revision) < revision
+        ]
+    return effects
+
+
+def _retired_epochs(state: ClusterState, ready: list[LocalRank]) -> list[Effect]:
+    view, status = state.view, state.engine_status
+    if view is None or status is None or status.epoch != view.epoch or status.token != state.engine_token:
+        return []
+    if state.next is not None:
+        return []  # what is being prepared must not be dropped
+    return [
+        RetireEpoch(r.key, view.epoch, (view.epoch, r.prepared_revision))
+        for r in ready
+        if _is_member(view, r) and r.retired != (view.epoch, r.prepared_revision)
+    ]
+
+
+def _is_member(view: View, rank: LocalRank) -> bool:
+    member = view.member(rank.rank)
+    return member is not None and member.incarnation == rank.incarnation
+
+
+def peers_of(view: View, state: ClusterState) -> Peers | None:
+    """Where each member of `view` is reached; None while some member has not published that yet."""
+    peers: Peers = {}
+    for member in view.members:
+        record = state.ranks.get((member.rank, member.incarnation))
+        if record is None or not record.exchange_handle:
+            return None
+        peers[member.rank] = (member.incarnation, record.exchange_handle)
+    return peers
+
+
+def record_of(rank: LocalRank, node: str) -> RankRecord:
+    """The rank as the rest of the cluster may see it."""
+    if not rank.exchange_handle:
+        state = RankState.LAUNCHING
+    elif rank.prepared_revision:
+        state = RankState.STANDBY
+    else:
+        state = RankState.LOADING if rank.loading or rank.loaded else RankState.HANDSHAKING
+    return RankRecord(
+        rank=rank.rank,
+        node=node,
+        incarnation=rank.incarnation,
+        pid=rank.pid,
+        state=state,
+        started=rank.started,
+        prepared_revision=rank.prepared_revision,
+        prepare_error=rank.prepare_error,
+        failed_revision=rank.failed_revision,
+        engine_token=rank.attached_token,
+        response_handle=rank.response_handle,
+        liveness_handle=rank.liveness_handle,
+        exchange_handle=rank.exchange_handle,
+        fingerprint=rank.fingerprint,
+    )
+
+
+def relief(state: ClusterState, me: AgentRecord, ranks: Iterable[RankKey]) -> bool:
+    """Whether an agent that leaves should go on waiting: it has ranks still, and others serve that can take over."""
+    staying = {node for node, agent in state.agents.items() if not agent.leaving}
+    others = any(m.node in staying and m.node != me.node for m in (state.view.members if state.view else ()))
+    return others and any(True for _ in ranks)
+
+
+def stale_records(state: ClusterState, node: str, ranks: Mapping[RankKey, LocalRank]) -> list[RankKey]:
+    """Records of this node that no process of ours stands behind: left by an earlier life of the agent."""
+    return [key for key, record in state.ranks.items() if record.node == node and key not in ranks]
+
+
+# --- the failure detector -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """The agent's view of one rank's beat counter. Only observations count, never the clock alone: an agent that was
+    itself held up for a while has observed nothing, and must not blame its ranks."""
+
+    beat: int
+    advanced_at: float
+    misses: int = 0  # observations since then without advance
+
+
+def observe(heartbeat: Heartbeat, beat: int, now: float) -> Heartbeat:
+    """The view after reading `beat` at `now`."""
+    if beat != heartbeat.beat:
+        return Heartbeat(beat, now)
+    return replace(heartbeat, misses=heartbeat.misses + 1)
+
+
+def advancing(heartbeat: Heartbeat) -> bool:
+    """Whether the last observation saw an advance: only then is the rank's lease renewed."""
+    return heartbeat.misses == 0
+
+
+def hung(heartbeat: Heartbeat, now: float, *, after_s: float, misses: int = 4) -> bool:
+    """Whether the process must be taken for stopped: several observations in a row, over at least `after_s`."""
+    return heartbeat.misses >= misses and now - heartbeat.advanced_at >= after_s
+
+
+def heartbeats(node: str, ranks: Mapping[RankKey, Heartbeat], now: float, wall: float) -> Heartbeats:
+    """What the cluster may know of it. `now` is on the observations' clock, `wall` the time of day at that moment."""
+    beats = {key[1]: wall - (now - seen.advanced_at) for key, seen in ranks.items() if seen.beat >= 0}
+    return Heartbeats(node=node, at=wall, beats=beats)

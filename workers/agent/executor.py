@@ -1,0 +1,369 @@
+"""All ranks of one host, as their parent has them: starts them, calls them, learns of their deaths, ends them.
+
+Ranks come and go; a death is the business of the calls that asked that rank and of nobody else. One thread (the
+collector) owns what is read from them: replies, deaths, the letting go. It waits on one doorbell; whatever has to wait
+for a process (starting, ending) runs in threads of its own and posts to the collector.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import cloudpickle
+import structlog
+
+from membership.base import failpoints
+from membership.base.errors import ElasticError, QueueClosed, QueueError, RankDied, RankError, WaitTimeout
+from membership.store.records import ClusterConfig
+from workers.agent.forkserver import Serving
+from workers.agent.forkserver_client import ForkServer
+from workers.agent.handles import UnreadyWorkerProcHandle, WorkerProcHandle, ended, send_signal
+from workers.agent.weight_store import OnEvent, WeightStore
+from workers.ipc.doorbell import Doorbell
+from workers.protocol.liveness import watch_death
+from workers.protocol.rpc import SPARE, Call, CallTable, Outcome, PendingCall, RankKey, Reply, name_of
+from workers.queue.message_queue import MessageQueue
+from workers.rank.environment import HostLock
+from workers.rank.worker_proc import Launch, Ready, WorkerProc
+
+COLLECT_S = 0.1
+SEND_TIMEOUT_S = 2.0
+LADDER_S = (2.0, 1.0, 5.0)  # how long each rung (closed pipe, SIGTERM, SIGKILL) is given
+STOP_TIMEOUT_S = 10.0
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Death:
+    """A rank that ended unasked."""
+
+    key: RankKey
+    pid: int
+    detected_by: str  # robust_futex | pidfd | start
+
+
+OnStarted = Callable[[RankKey, WorkerProcHandle | ElasticError], None]
+
+
+class MultiprocExecutor:
+    """Owns the forkserver, the queue of calls, and every rank made through it."""
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        node: str,
+        *,
+        worker_class: str,
+        preload: Sequence[str] = (),
+        scale_up: bool = True,
+        external_handles: Sequence[bytes] = (),
+        on_serving: Callable[[Serving], None] | None = None,
+        on_weights: OnEvent | None = None,
+    ) -> None:
+        self.workers: dict[RankKey, WorkerProcHandle] = {}
+        self._config, self._node, self._worker_class, self._scale_up = config, node, worker_class, scale_up
+        self._lock = threading.Lock()
+        self._calls = CallTable()
+        self._external_handles = tuple(external_handles)
+        self._failure_callbacks: list[Callable[[Death], None]] = []
+        self._exit_callbacks: list[Callable[[int, int], None]] = []
+        self._going: set[RankKey] = set()
+        self._starting: dict[RankKey, UnreadyWorkerProcHandle] = {}
+        self._jobs: set[threading.Thread] = set()
+        self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._stopping = threading.Event()
+        self._host_lock = HostLock.create()
+        self._doorbell = Doorbell()
+        self.weights = WeightStore(on_weights, config.load_bytes_per_s)
+        self.rpc_broadcast_mq = MessageQueue(f"{node}-calls")
+        self._new_forkserver = partial(ForkServer, preload, on_exit=self._on_exit, on_serving=on_serving)
+        self._forkserver = self._new_forkserver()
+        self._collector = threading.Thread(target=self._collect, name="executor-replies", daemon=True)
+        self._collector.start()
+
+    # --- ranks come ---------------------------------------------------------------------------------------------
+
+    def start(self, keys: Collection[RankKey], timeout_s: float, on_started: OnStarted) -> None:
+        """Start ranks, all at once; `on_started` gets each, or why it failed, in a thread of ours."""
+        if not self._forkserver.alive:  # its ranks went with it; the next ones need another
+            self._forkserver.close()
+            self._forkserver = self._new_forkserver()
+        handle = self.rpc_broadcast_mq.export_handle().encode()
+        unready: list[UnreadyWorkerProcHandle] = []
+        try:
+            for key in keys:
+                launch = Launch(
+                    key, self._node, self._config, self._worker_class, handle, self._external_handles, self._scale_up,
+                    self.weights.handle(),
+                )  # fmt: skip
+                unready.append(WorkerProc.make_worker_process(launch, self._forkserver, self._host_lock))
+        except OSError:
+            for made in unready:
+                made.close()
+            raise
+        with self._lock:
+            self._starting |= {handle.key: handle for handle in unready}
+        self._job(f"start-{len(unready)}-ranks", partial(self._wait_for_start, unready, timeout_s, on_started))
+
+    def launch(self, keys: Collection[RankKey], timeout_s: float) -> list[WorkerProcHandle]:
+        """Start ranks and wait until all are ready; the first failure is raised."""
+        outcomes: dict[RankKey, WorkerProcHandle | ElasticError] = {}
+        heard = threading.Condition()
+
+        def on_started(key: RankKey, outcome: WorkerProcHandle | ElasticError) -> None:
+            with heard:
+                outcomes[key] = outcome
+                heard.notify_all()
+
+        self.start(keys, timeout_s, on_started)
+        with heard:
+            if not heard.wait_for(lambda: len(outcomes) == len(keys), timeout_s + STOP_TIMEOUT_S):
+                missing = ", ".join(name_of(key) for key in keys if key not in outcomes)
+                raise WaitTimeout(f"no word from {missing} after {timeout_s:g} s")
+        for outcome in outcomes.values():
+            if isinstance(outcome, ElasticError):
+                raise outcome
+        return [self.workers[key] for key in keys]
+
+    def _wait_for_start(self, unready: list[UnreadyWorkerProcHandle], timeout_s: float, on_started: OnStarted) -> None:
+        for handle, ready in WorkerProc.wait_each(unready, timeout_s):
+            try:
+                if not isinstance(ready, Ready):
+                    raise ready
+                if handle.forked.cancelled():
+                    raise RankDied(f"{handle.name} was given up before it was ready")
+                outcome: WorkerProcHandle | ElasticError = self._join(ready, handle)
+            except ElasticError as error:
+                handle.close()
+                outcome = error
+            with self._lock:
+                self._starting.pop(handle.key, None)
+            on_started(handle.key, outcome)
+
+    def _join(self, ready: Ready, unready: UnreadyWorkerProcHandle) -> WorkerProcHandle:
+        """The parent's half of the handshake: first the replies' queue, then the calls' one knows the new reader."""
+        worker = WorkerProc.wait_for_response_handle_ready(ready, unready, self._doorbell)
+        try:
+            self.rpc_broadcast_mq.wait_until_ready([worker.reader], timeout_s=SEND_TIMEOUT_S)
+        except ElasticError:
+            send_signal(worker.child, signal.SIGKILL)
+            worker.close()
+            raise
+        with self._lock:
+            self.workers[worker.key] = worker
+        worker.watcher = watch_death(worker.liveness, worker.child.pid, partial(self._on_death, worker))
+        return worker
+
+    def adopt(self, spare: RankKey, key: RankKey, timeout_s: float, on_adopted: OnStarted) -> None:
+        """Make this spare, which was started as (SPARE, number), a rank; `on_adopted` gets it, or why that failed."""
+        called = self.submit("become", (key,), keys=[spare], timeout_s=timeout_s).future
+        called.add_done_callback(lambda _: self._post(partial(self._adopted, spare, key, called, on_adopted)))
+
+    def _adopted(self, spare: RankKey, key: RankKey, called: Future[Outcome], on_adopted: OnStarted) -> None:
+        error, worker = called.exception(timeout=0), self.workers.get(spare)
+        if error is not None or worker is None or worker.dead:
+            why = error or (worker.dead if worker else "it was let go")
+            on_adopted(key, RankError(f"{name_of(spare)} could not become {name_of(key)}: {why}"))
+            return
+        worker.key, worker.exchange_handle = key, called.result(timeout=0)[spare]
+        with self._lock:
+            self.workers[key] = self.workers.pop(spare)
+        on_adopted(key, worker)
+
+    # --- calls --------------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        method: str | Callable[..., Any],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        *,
+        keys: Collection[RankKey] | None = None,
+        output_rank: int | None = None,
+        timeout_s: float = 60.0,
+    ) -> PendingCall:
+        """Begin a call on `keys` (default: all ranks but those asked to go). Its future ends by the deadline."""
+        everybody = (key for key in list(self.workers) if key[0] != SPARE and key not in self._going)
+        targets = frozenset(everybody if keys is None else keys)
+        name = method if isinstance(method, str) else getattr(method, "__name__", "a callable")
+        failpoints.hit(f"agent.before.{name}", min(targets)[0] if len(targets) == 1 else None)
+        number, pending = self._calls.open(name, targets, output_rank, timeout_s, time.monotonic())
+        for key in targets:
+            worker = self.workers.get(key)
+            if worker is None or worker.dead:
+                pending.on_death(key, worker.dead if worker else "no such rank here")
+        if not pending.expected:
+            pending.fail(RankError(f"{name}: no rank to reply (output rank {output_rank}, asked {sorted(targets)})"))
+        if pending.future.done():
+            return pending
+        try:
+            wire = method if isinstance(method, str) else cloudpickle.dumps(method)
+            arguments = cloudpickle.dumps((args, kwargs or {}))
+            call = Call(number, targets, wire, arguments, output_rank, timeout_s)
+            self.rpc_broadcast_mq.enqueue(call, timeout_s=min(timeout_s, SEND_TIMEOUT_S))
+        except QueueError as error:
+            pending.fail(error)
+        except (pickle.PicklingError, TypeError) as error:
+            pending.fail(RankError(f"{name}: its arguments cannot be sent: {error}"))
+        return pending
+
+    def collective_rpc(
+        self,
+        method: str | Callable[..., Any],
+        timeout_s: float = 60.0,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        *,
+        output_rank: int | None = None,
+        ranks: Collection[int] | None = None,
+    ) -> list[Any]:
+        """Call and wait: the results in rank order, or only `output_rank`'s. The first error of any rank is raised."""
+        keys = None if ranks is None else [key for key in self.workers if key[0] in ranks]
+        pending = self.submit(method, args, kwargs, keys=keys, output_rank=output_rank, timeout_s=timeout_s)
+        outcome = pending.future.result(timeout=timeout_s + STOP_TIMEOUT_S)
+        return [outcome[key] for key in sorted(outcome)]
+
+    def register_failure_callback(self, callback: Callable[[Death], None]) -> None:
+        """Call `callback` when a rank ends unasked, in the thread that noticed."""
+        self._failure_callbacks.append(callback)
+
+    def register_exit_callback(self, callback: Callable[[int, int], None]) -> None:
+        """Call `callback` with pid and status (negative: the signal) whenever a process of ours has ended."""
+        self._exit_callbacks.append(callback)
+
+    def _collect(self) -> None:
+        while not self._stopping.is_set():
+            self._doorbell.wait(self._anything, COLLECT_S)
+            while not self._posted.empty():
+                self._posted.get_nowait()()
+            for worker in list(self.workers.values()):
+                self._read_replies(worker)
+            self._calls.expire(time.monotonic())
+
+    def _anything(self) -> bool:
+        if self._stopping.is_set() or not self._posted.empty():
+            return True
+        queues = (worker.worker_response_mq for worker in list(self.workers.values()))
+        return any(replies is not None and replies.pending() for replies in queues)
+
+    def _post(self, work: Callable[[], None]) -> None:
+        self._posted.put(work)
+        self._doorbell.ring()
+
+    def _read_replies(self, worker: WorkerProcHandle) -> None:
+        replies = worker.worker_response_mq
+        if replies is None:
+            return
+        try:
+            while (reply := replies.try_dequeue()) is not None:
+                if isinstance(reply, Reply) and not self._calls.on_reply(reply):
+                    log.info("late_reply_dropped", call=reply.id, rank=reply.key[0])
+        except QueueClosed:
+            worker.worker_response_mq = None  # its death is told by the watcher
+            replies.shutdown()
+
+    # --- ranks go -----------------------------------------------------------------------------------------------
+
+    def _on_death(self, worker: WorkerProcHandle, detected_by: str) -> None:
+        self._post(partial(self._bury, worker, detected_by))
+
+    def _bury(self, worker: WorkerProcHandle, detected_by: str) -> None:
+        if worker.dead:
+            return
+        self._read_replies(worker)  # what it said before it died stays valid
+        worker.dead = f"its process ended (detected by {detected_by})"
+        self.rpc_broadcast_mq.drop_reader(worker.reader)
+        self._calls.on_death(worker.key, worker.dead)
+        if worker.key not in self._going:
+            for callback in self._failure_callbacks:
+                callback(Death(worker.key, worker.child.pid, detected_by))
+
+    def _on_exit(self, pid: int, status: int) -> None:
+        for callback in self._exit_callbacks:
+            callback(pid, status)
+
+    def retire(self, keys: Collection[RankKey], on_ended: Callable[[RankKey], None], *, kill: bool = False) -> None:
+        """End ranks, in a thread: close the pipe, then SIGTERM, then SIGKILL (`kill`: that at once).
+
+        A rank that has died before is told of as any death, and not to `on_ended`: others may have seen it first.
+        """
+        for rank, _ in keys:
+            failpoints.hit("agent.before.retire", rank)
+        with self._lock:
+            living = [key for key in keys if key not in self.workers or not self.workers[key].has_died()]
+            self._going |= set(living)
+        self._job(f"retire-{len(living)}-ranks", partial(self._climb_down, living, on_ended, kill))
+
+    def _climb_down(self, keys: list[RankKey], on_ended: Callable[[RankKey], None], kill: bool = False) -> None:
+        for key in keys:
+            if (unready := self._starting.get(key)) is not None:
+                unready.abandon()  # who waits for its ready pipe sees its end
+        left = [self.workers[key] for key in keys if key in self.workers]
+        gone = [worker.key for worker in left]
+        for number, grace_s in zip((0, signal.SIGTERM, signal.SIGKILL), LADDER_S, strict=True):
+            if kill and number != signal.SIGKILL:
+                continue
+            for worker in left:
+                worker.close_death_pipe() if number == 0 else send_signal(worker.child, number)
+            deadline = time.monotonic() + grace_s
+            left = [w for w in left if not ended(w.child, max(0.0, deadline - time.monotonic()))]
+        for worker in left:
+            log.error("rank_does_not_end", rank=worker.key[0], pid=worker.child.pid)
+        for key in gone:
+            self.forget(key)
+            self._post(partial(on_ended, key))
+
+    def forget(self, key: RankKey) -> None:
+        """Let go of a rank that has ended."""
+        self._post(partial(self._forget, key))
+
+    def _forget(self, key: RankKey) -> None:
+        worker = self.workers.pop(key, None)
+        self._going.discard(key)
+        if worker is not None:
+            worker.dead = worker.dead or "it was ended"
+            self.rpc_broadcast_mq.drop_reader(worker.reader)
+            self._calls.on_death(key, worker.dead)
+            worker.close()
+
+    def _job(self, name: str, work: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                work()
+            finally:
+                self._jobs.discard(threading.current_thread())
+
+        thread = threading.Thread(target=run, name=name, daemon=True)
+        self._jobs.add(thread)
+        thread.start()
+
+    def shutdown(self) -> None:
+        """End all ranks by the ladder, then everything else."""
+        with self._lock:
+            keys = [*self.workers, *self._starting]
+            self._going |= set(keys)
+        self._climb_down(keys, lambda key: None)
+        self._forkserver.close()
+        for thread in list(self._jobs):
+            thread.join(timeout=STOP_TIMEOUT_S)
+        self._calls.close(RankDied("the executor was shut down"))
+        self._stopping.set()
+        self._doorbell.ring()
+        self._collector.join(timeout=STOP_TIMEOUT_S)
+        for key in list(self.workers):
+            self._forget(key)
+        self.rpc_broadcast_mq.shutdown()
+        self.weights.close()
+        self._doorbell.close()
+        os.close(self._host_lock)

@@ -1,0 +1,52 @@
+"""What the forkserver imports before it forks ranks: all that a rank of this model imports, nothing with threads."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+OURS = (
+    "torch",
+    "transformers",
+    "transformers.integrations.moe",
+    "safetensors.torch",
+    "workers.model.load",
+    "workers.model.runner",
+    "workers.model.experts",
+    "workers.model.fingerprint",
+    "workers.exchange.shm",
+    "workers.protocol.live_mask",
+    "workers.agent.preload:warm_transformers",
+)
+OUR_MODULE = "workers.rank.worker"
+
+
+def preload_for(worker_class: str, model: str, dtype: str = "auto") -> tuple[str, ...]:
+    """What to import, or call ("module:function"), for ranks with this worker and this checkpoint directory."""
+    module = worker_class.partition(":")[0]
+    base = ("workers.rank.worker_proc", module)
+    if module != OUR_MODULE:
+        return base
+    family = _family(Path(model) / "config.json")
+    if not family:
+        return (*base, *OURS)
+    arguments = json.dumps([model, dtype])
+    modeling = f"transformers.models.{family}.modeling_{family}"
+    return (*base, *OURS, modeling, f"workers.model.load:prebuild:{arguments}")
+
+
+def warm_transformers() -> None:
+    """Have transformers make its table of weight names now: 0.1 s in every rank otherwise."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    get_checkpoint_conversion_mapping("mixtral")  # whichever: it makes the whole table
+
+
+def _family(config: Path) -> str:
+    """The model type; empty if it cannot be read (loading the model then says why)."""
+    try:
+        found = json.loads(config.read_text()).get("model_type", "")
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return found if isinstance(found, str) and re.fullmatch(r"[a-z0-9_]+", found) else ""

@@ -1,0 +1,168 @@
+"""Warm spares: rank processes without a slot, with the model's skeleton loaded, that wait to become whichever rank.
+
+A death (or a scale-up) takes one at once, where a fork and a model's load would have to come first. The next one is
+made afterwards, one at a time, when the cluster is as it should be, and in the background (`WorkerProc.initialise`): so
+no spare competes with a repair. All calls come from the agent's thread; what others notice is posted to it.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from itertools import count
+
+import structlog
+
+from membership.base.errors import ElasticError
+from membership.store.records import ClusterConfig, ClusterState
+from workers.agent.decide import Heartbeat, RankKey, hung, observe
+from workers.agent.executor import MultiprocExecutor
+from workers.agent.handles import WorkerProcHandle
+from workers.protocol.restart_policy import RestartPolicy, backoff_s, recent_deaths
+from workers.protocol.rpc import SPARE, Outcome
+
+ADOPT_TIMEOUT_S = 1.0  # then the rank is forked as if there had been no spare
+DOUBTS = 2  # observations without a heartbeat after which a spare is not taken any more
+
+log = structlog.get_logger(__name__)
+
+Adopted = Callable[[RankKey, WorkerProcHandle | ElasticError, str], None]
+"""(rank, its process or why there is none, its fingerprint)"""
+
+
+def settled(state: ClusterState) -> bool:
+    """Whether all is as it should be: the engine uses a view that has all who are wanted, and nothing goes on."""
+    view, engine = state.view, state.engine_status
+    if view is None or state.next is not None or any(op.active for op in state.operations.values()):
+        return False
+    if state.engine is not None and (engine is None or engine.token != state.engine_token or engine.epoch < view.epoch):
+        return False
+    members = {(m.rank, m.incarnation) for m in view.members}
+    if any((last.rank, last.incarnation) in members for last in state.exits.values()):
+        return False
+    wanted = {slot for slot in (state.desired.slots if state.desired else ()) if not _set_aside(state, slot)}
+    assigned = {(spec.rank, spec.incarnation) for a in state.assignments.values() for spec in a.ranks}
+    return assigned <= members and wanted <= set(view.ranks)
+
+
+def _set_aside(state: ClusterState, slot: int) -> bool:
+    last = state.exits.get(slot)
+    return last is not None and last.quarantined
+
+
+@dataclass
+class _Spare:
+    """One process, from the asking for it on."""
+
+    begun: float
+    ready: bool = False
+    pid: int = 0
+    fingerprint: str = ""
+    beat: Heartbeat = field(default_factory=lambda: Heartbeat(-1, 0.0))
+
+
+class Spares:
+    """This node's spares: makes up to `wanted` of them and gives them away."""
+
+    def __init__(
+        self, wanted: int, executor: MultiprocExecutor, config: ClusterConfig, policy: RestartPolicy,
+        post: Callable[..., None], publish: Callable[[tuple[int, ...]], None], emit: Callable[..., object],
+    ) -> None:  # fmt: skip
+        self._wanted, self._executor, self._config, self._policy = wanted, executor, config, policy
+        self._post, self._publish, self._emit = post, publish, emit
+        self._spares: dict[RankKey, _Spare] = {}
+        self._numbers = count(1)
+        self._deaths: tuple[float, ...] = ()
+        self._not_before = 0.0
+        self._chance = random.Random()
+
+    def tend(self, state: ClusterState, now: float) -> None:
+        """Make a spare if one is missing and nothing else is to be done."""
+        short = len(self._spares) < self._wanted and all(spare.ready for spare in self._spares.values())
+        if not short or now < self._not_before or not settled(state):
+            return
+        key = (SPARE, next(self._numbers))
+        self._spares[key] = _Spare(now)
+        limit_s = self._config.launch_deadline_s
+        try:
+            self._executor.start([key], limit_s, lambda key, outcome: self._post(self._started, key, outcome))
+        except OSError as error:  # no process, descriptor or memory to be had
+            self.lost(key, f"cannot be started: {error}")
+
+    def take(self, key: RankKey, adopted: Adopted) -> bool:
+        """Whether a spare is to become this rank; then `adopted` is called in the agent's thread."""
+        there = (number for number, spare in self._spares.items() if spare.ready and spare.beat.misses < DOUBTS)
+        found = next(there, None)
+        if found is None:
+            return False
+        fingerprint = self._spares.pop(found).fingerprint
+        self._tell()
+        self._executor.adopt(
+            found,
+            key,
+            ADOPT_TIMEOUT_S,
+            lambda key, outcome: self._post(self._taken, found, key, outcome, adopted, fingerprint),
+        )
+        return True
+
+    def _taken(
+        self, spare: RankKey, key: RankKey, outcome: WorkerProcHandle | ElasticError, adopted: Adopted, fingerprint: str
+    ) -> None:
+        if isinstance(outcome, ElasticError):
+            self.lost(spare, str(outcome))
+        adopted(key, outcome, fingerprint)
+
+    def lost(self, key: RankKey, reason: str) -> None:
+        """A spare has died, or is of no use: end what is left of it; the next waits as the restart policy says."""
+        known = self._spares.pop(key, None)
+        now = time.time()
+        recent = recent_deaths(self._policy, self._deaths, now)
+        self._deaths = (*recent, now)
+        self._not_before = now + backoff_s(self._policy, len(recent) + 1, self._chance.random())
+        self._emit("spare_lost", number=key[1], pid=known.pid if known else 0, reason=reason)
+        worker = self._executor.workers.get(key)
+        if worker is None or not worker.dead:
+            self._executor.retire([key], lambda key: None, kill=True)
+        self._tell()
+
+    def died(self, key: RankKey, reason: str) -> None:
+        """A process with a spare's key has ended unasked; if it was being taken, who takes it hears of it otherwise."""
+        if key in self._spares:
+            self.lost(key, reason)
+
+    def check(self, now: float) -> None:
+        """Look at the heartbeats: who is stopped is no spare. Not while it loads, which is gentle and so slow."""
+        for key, spare in list(self._spares.items()):
+            worker = self._executor.workers.get(key)
+            if worker is None or not spare.ready:
+                continue
+            spare.beat = observe(spare.beat, worker.liveness.beats, now)
+            if hung(spare.beat, now, after_s=self._config.lease_ttl_s):
+                self.lost(key, f"no heartbeat for {now - spare.beat.advanced_at:.1f} s")
+
+    def _started(self, key: RankKey, outcome: WorkerProcHandle | ElasticError) -> None:
+        spare = self._spares.get(key)
+        if isinstance(outcome, ElasticError):
+            self.lost(key, str(outcome))
+        elif spare is not None:
+            spare.pid = outcome.child.pid
+            called = self._executor.submit("initialise", keys=[key], timeout_s=self._config.launch_deadline_s).future
+            called.add_done_callback(lambda _: self._post(self._loaded, key, called))
+
+    def _loaded(self, key: RankKey, called: Future[Outcome]) -> None:
+        spare, error = self._spares.get(key), called.exception(timeout=0)
+        if spare is None:
+            return  # its death was told first
+        if error is not None:
+            self.lost(key, str(error))
+            return
+        spare.ready, spare.fingerprint = True, called.result(timeout=0)[key]
+        spare.beat = Heartbeat(-1, time.monotonic())
+        self._emit("spare_ready", number=key[1], pid=spare.pid, took_ms=round((time.time() - spare.begun) * 1e3, 1))
+        self._tell()
+
+    def _tell(self) -> None:
+        self._publish(tuple(spare.pid for spare in self._spares.values() if spare.ready))

@@ -1,0 +1,226 @@
+"""The host's weight store: what its ranks have loaded, in sealed anonymous memory that outlives them. Light: no torch.
+
+It lives in the process that starts the ranks (the agent, through its executor) and is reached like every other page:
+over the handover, by descriptor. It reads no checkpoint itself: the first rank that needs something loads and deposits
+it, all later ones map it. An entry is one memfd, sealed before the store takes it, so nobody can change it any more,
+its maker included. The store holds the descriptor: a rank's death takes nothing with it, and the memory is there once,
+however many ranks map it. `workers/model/shared_weights.py` is the ranks' side.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import resource
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+import structlog
+
+from membership.base.errors import ConfigError, QueueError
+from workers.ipc.handover import JOIN_TIMEOUT_S, MAX_FDS, Grant, Handover, HandoverRefused, Link
+from workers.protocol.bandwidth import Bucket
+
+SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+BATCH = MAX_FDS  # keys per question
+log = structlog.get_logger(__name__)
+
+OnEvent = Callable[..., object]
+"""Called as (kind, **fields), in the store's listener thread."""
+
+
+class WeightsHandle(msgspec.Struct, frozen=True, array_like=True):
+    """Where a store is reached."""
+
+    address: str
+    resource: str
+
+
+class Find(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Rank to store: which of these do you hold? At most BATCH."""
+
+    keys: list[str]
+
+
+class Deposit(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Rank to store: keep this; its memfd came along. The answer is what the store holds: the first deposit wins."""
+
+    key: str
+    checksum: int
+
+
+class Checked(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Rank to store: what came of comparing checksums, as (key, checksum); the end of one load."""
+
+    right: list[tuple[str, int]]
+    wrong: list[tuple[str, int]]
+
+
+class Held(msgspec.Struct, frozen=True, array_like=True):
+    """Store to rank: one entry; its memfd came along, in the order of the keys. `verified`: a rank has checked it."""
+
+    key: str
+    size: int
+    checksum: int
+    verified: bool
+
+
+class Book(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Rank to store: so many bytes of the checkpoint I am about to read. The answer is how long to wait first."""
+
+    nbytes: int
+
+
+_Request = Find | Deposit | Checked | Book
+
+
+class WeightStore:
+    """The store of one host. `close` it: what no rank maps is then free."""
+
+    def __init__(
+        self, on_event: OnEvent | None = None, bytes_per_s: int = 0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._on_event = on_event
+        self._bucket, self._clock = Bucket(bytes_per_s) if bytes_per_s else None, clock
+        self._lock = threading.Lock()
+        self._held: dict[str, tuple[Held, int]] = {}  # with the descriptor
+        self._told = -1
+        self._resource = f"weights-{secrets.token_hex(8)}"
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # one descriptor per expert of a whole model
+        Handover.default().serve(self._resource, self._answer)
+
+    def handle(self) -> bytes:
+        """What ranks need to reach it."""
+        return msgspec.msgpack.encode(WeightsHandle(Handover.default().address, self._resource))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held, counted once."""
+        with self._lock:
+            return sum(held.size for held, _ in self._held.values())
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """All entries."""
+        with self._lock:
+            return frozenset(self._held)
+
+    def close(self) -> None:
+        """Stop answering and let go of everything; ranks keep what they map."""
+        Handover.default().withdraw(self._resource)
+        with self._lock:
+            fds = [fd for _, fd in self._held.values()]
+            self._held.clear()
+        for fd in fds:
+            os.close(fd)
+        self._tell()
+
+    def _answer(self, link: Link, request: bytes, fds: list[int]) -> Grant:
+        asked = msgspec.msgpack.decode(request, type=_Request)
+        if isinstance(asked, Find):
+            return self._grant(asked.keys)
+        if isinstance(asked, Deposit):
+            self._take(asked, fds)
+            return self._grant([asked.key])
+        if isinstance(asked, Book):
+            with self._lock:
+                wait_s = self._bucket.book(asked.nbytes, self._clock()) if self._bucket is not None else 0.0
+            return Grant(msgspec.msgpack.encode(wait_s))
+        self._note(asked)
+        return Grant()
+
+    def _grant(self, keys: Sequence[str]) -> Grant:
+        with self._lock:
+            found = [self._held[key] for key in keys[:BATCH] if key in self._held]
+        return Grant(msgspec.msgpack.encode([held for held, _ in found]), [fd for _, fd in found])
+
+    def _take(self, asked: Deposit, fds: list[int]) -> None:
+        if len(fds) != 1 or fcntl.fcntl(fds[0], fcntl.F_GET_SEALS) & SEALS != SEALS:
+            raise HandoverRefused(f"deposit of {asked.key}: not one sealed piece of memory")
+        with self._lock:
+            if asked.key not in self._held:
+                size = os.fstat(fds[0]).st_size
+                held = Held(asked.key, size, asked.checksum, verified=False)
+                self._held[asked.key] = held, fcntl.fcntl(fds[0], fcntl.F_DUPFD_CLOEXEC, 0)
+
+    def _note(self, asked: Checked) -> None:
+        dropped = []
+        with self._lock:
+            for key, checksum in asked.right:
+                held, fd = self._held.get(key, (None, -1))
+                if held is not None and held.checksum == checksum:
+                    self._held[key] = msgspec.structs.replace(held, verified=True), fd
+            for key, checksum in asked.wrong:
+                held, fd = self._held.get(key, (None, -1))
+                if held is not None and held.checksum == checksum:
+                    del self._held[key]
+                    os.close(fd)
+                    dropped.append(key)
+        for key in dropped:
+            log.error("weights_dropped", key=key, reason="checksum")
+            self._emit("weights_dropped", key=key, reason="checksum")
+        self._tell()
+
+    def _tell(self) -> None:
+        nbytes = self.nbytes
+        if nbytes != self._told:
+            self._told = nbytes
+            self._emit("weights_held", entries=len(self.keys), bytes=nbytes)
+
+    def _emit(self, kind: str, **fields: Any) -> None:
+        if self._on_event is not None:
+            self._on_event(kind, **fields)
+
+
+class WeightClient:
+    """A rank's way to its host's store. Every call is one short question; who gets descriptors closes them."""
+
+    def __init__(self, handle: bytes, timeout_s: float = JOIN_TIMEOUT_S) -> None:
+        try:
+            self._where = msgspec.msgpack.decode(handle, type=WeightsHandle)
+        except msgspec.MsgspecError as error:
+            raise ConfigError("this is not the handle of a weight store") from error
+        self._timeout_s = timeout_s
+
+    def find(self, keys: Sequence[str]) -> dict[str, tuple[Held, int]]:
+        """What the store holds of `keys` (at most BATCH), with a descriptor each."""
+        return self._ask(Find(list(keys)))
+
+    def deposit(self, key: str, checksum: int, fd: int) -> tuple[Held, int]:
+        """Hand over a sealed memfd; what the store holds now under that key: this, or what came first."""
+        found = self._ask(Deposit(key, checksum), [fd])
+        if key not in found:
+            raise QueueError(f"the weight store dropped {key} while it was deposited")
+        return found[key]
+
+    def book(self, nbytes: int) -> float:
+        """Say that so much is about to be read of the checkpoint; how many seconds to wait first."""
+        link = self._connect(Book(nbytes))
+        try:
+            return msgspec.msgpack.decode(link.reply, type=float)
+        finally:
+            link.close()
+
+    def checked(self, right: list[tuple[str, int]], wrong: list[tuple[str, int]]) -> None:
+        """Say what came of comparing checksums."""
+        for start in range(0, max(len(right), len(wrong), 1), 100):
+            self._ask(Checked(right[start : start + 100], wrong[start : start + 100]))
+
+    def _ask(self, request: _Request, fds: Sequence[int] = ()) -> dict[str, tuple[Held, int]]:
+        link = self._connect(request, fds)
+        try:
+            held = msgspec.msgpack.decode(link.reply, type=list[Held]) if link.reply else []
+            got, link.reply_fds = link.reply_fds, []
+            return {entry.key: (entry, fd) for entry, fd in zip(held, got, strict=True)}
+        finally:
+            link.close()
+
+    def _connect(self, request: _Request, fds: Sequence[int] = ()) -> Link:
+        return Handover.default().connect(
+            self._where.address, self._where.resource, msgspec.msgpack.encode(request), fds, timeout_s=self._timeout_s
+        )

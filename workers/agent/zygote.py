@@ -1,0 +1,81 @@
+"""The process that has imported what ranks need, kept from one life of the agent to the next.
+
+An agent's forkserver is a fork of it, there at once; else each death of the agent would cost the imports again (a few
+seconds, in which its ranks are away). Nothing depends on it: when it is dead, ranks and their forkserver live on, and
+the next agent waits until another one has its imports done. One that hangs is ended.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
+from pathlib import Path
+
+import structlog
+
+from membership.base.errors import RankError
+from membership.store.records import ClusterConfig
+from workers.agent.forkserver_client import Child, ForkServer
+from workers.agent.preload import preload_for
+
+FORK_S, IMPORTS_S = 5.0, 120.0  # within which it forks; if its imports are not done yet
+WORKER_CLASS = "workers.rank.worker:EPWorker"  # what agents of `elastic serve` run
+
+log = structlog.get_logger(__name__)
+
+
+class Zygote:
+    """Owns the process. Make it in a thread that lives as long as it shall."""
+
+    def __init__(
+        self, config: ClusterConfig, environ: Mapping[str, str], log_path: Path, *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self._clock = clock
+        self._preload = preload_for(WORKER_CLASS, config.model, config.dtype)
+        self._environ, self._log_path = environ, log_path
+        self._forked: Future[Child] = Future()  # what was asked for last
+        self._due = math.inf  # when it has to be there
+        self._server = self._start()
+
+    def _start(self) -> ForkServer:
+        self._serving = threading.Event()
+        with self._log_path.open("ab") as out:  # where the ranks' words go
+            return ForkServer(
+                self._preload, on_exit=lambda pid, status: None, on_serving=lambda _: self._serving.set(),
+                environ=self._environ, output=out, name="zygote",
+            )  # fmt: skip
+
+    def forkserver(self) -> socket.socket:
+        """The owner's end of a forkserver of its own. If none can be made it reads as closed, and says so by that."""
+        if not self._server.alive:
+            self._server.close()
+            self._server = self._start()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            forked = self._server.fork("workers.agent.forkserver:serve_link", b"", [theirs.fileno()], outlives=True)
+        forked.add_done_callback(_let_go)
+        self._forked, self._due = forked, self._clock() + (FORK_S if self._serving.is_set() else IMPORTS_S)
+        return ours
+
+    def tend(self) -> None:
+        """End a zygote that does not fork: the agent that waits for it reads so, and makes a forkserver of its own."""
+        if self._clock() > self._due and not self._forked.done():
+            log.warning("the zygote does not fork, ending it", pid=self._server.process and self._server.process.pid)
+            self._server.kill()
+            self._due = math.inf
+
+    def close(self) -> None:
+        """End it; the forkservers that it made end with their owners."""
+        self._server.close()
+
+
+def _let_go(forked: Future[Child]) -> None:
+    with suppress(RankError):
+        os.close(forked.result(timeout=0).pidfd)

@@ -1,0 +1,396 @@
+"""The engine's hold on all ranks: one queue to them, one from each, their death notices and the live mask.
+
+Nothing here waits for a rank that is gone, and nothing waits without a deadline: joining happens in a thread of its
+own, a dead rank's queue ends with its process, and who neither answers nor dies is given up: soon if it is seen
+to do nothing (`watchdog.py`), else after a deadline (a longer one while its heart beats: it may have a lot to do on a
+busy machine).
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import msgspec
+import structlog
+
+from membership.base import failpoints
+from membership.base.errors import ElasticError, QueueClosed, WaitTimeout
+from membership.base.process_stats import threads
+from membership.store.records import RankRecord
+from workers.fleet.pace import Pace
+from workers.fleet.watchdog import Look, Watchdog
+from workers.ipc.doorbell import Doorbell
+from workers.protocol.live_mask import LiveMask
+from workers.protocol.liveness import DeathWatcher, LivenessPage, watch_death
+from workers.protocol.messages import (
+    CopyBlocks,
+    EngineMessage,
+    Farewell,
+    Ping,
+    RankMessage,
+    StepBatch,
+    StepResult,
+    reader_id,
+)
+from workers.queue.message_queue import MessageQueue, MsgpackCodec, SlowReaders
+
+STEP_DEADLINE_S = 10.0
+MAX_OWED_PINGS = 8  # a stopped rank's queue is not to be filled with them
+BEATING_FACTOR = 3.0  # so much longer a rank gets whose interpreter runs
+JOIN_TIMEOUT_S = 5.0
+RETRY_S = 0.5
+
+Key = tuple[int, int]
+"""(rank, incarnation)"""
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class RankJoined:
+    """The rank has answered on its queues: it can be used."""
+
+    rank: int
+    incarnation: int
+
+
+@dataclass(frozen=True)
+class RankLost:
+    """The rank is gone or given up; nothing more will come from it. `at` is on the monotonic clock."""
+
+    rank: int
+    incarnation: int
+    source: str  # which sign came first: robust futex | pidfd | queue | stopped | hung | deadline
+    at: float
+    silent_s: float = 0.0  # how long it had owed an answer by then, if that was the sign
+
+
+FleetEvent = RankMessage | RankJoined | RankLost
+
+
+@dataclass(eq=False)
+class _Link:
+    """One rank, attached."""
+
+    key: Key
+    answers: MessageQueue
+    page: LivenessPage
+    resources: ExitStack
+    joined: bool = False
+    owed: dict[int, float] = field(default_factory=dict)  # step or ping not answered yet -> when it was sent
+    beats: int = 0  # of the rank's heart when it last owed nothing
+
+    def owe(self, step: int, now: float) -> None:
+        """It was asked something."""
+        if not self.owed:
+            self.beats = self.page.beats
+        self.owed[step] = now
+
+    def look(self) -> Look | None:
+        """What it does at this moment; None if it is gone."""
+        seen, page = threads(self.page.pid), self.page
+        if seen is None:
+            return None
+        return Look(seen.state, seen.main_s, seen.others_run, seen.all_s, page.beats, page.steps, page.turns)
+
+    def due(self, deadline_s: float) -> float:
+        """When its answer is overdue; infinity if it owes none."""
+        if not self.owed:
+            return math.inf
+        beating = self.page.beats > self.beats + 1
+        return min(self.owed.values()) + deadline_s * (BEATING_FACTOR if beating else 1.0)
+
+
+class Fleet:
+    """Made before the election; `open(token)` after it. All but `ring` belongs to the engine's thread."""
+
+    def __init__(
+        self,
+        step_deadline_s: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        parts: tuple[Doorbell, MessageQueue, LiveMask] | None = None,
+    ) -> None:
+        """`parts` are others than its own; then it has no thread either, and somebody calls `join_wanted`."""
+        self._clock = clock
+        self._step_deadline_s = STEP_DEADLINE_S if step_deadline_s is None else step_deadline_s
+        self._doorbell, self._steps, self._mask = parts or (
+            Doorbell(),
+            MessageQueue("engine-steps", MsgpackCodec(EngineMessage)),
+            LiveMask.create(),
+        )
+        self._watchdog = Watchdog()
+        self._pace = Pace(clock())
+        self._members: frozenset[Key] = frozenset()
+        self._token = 0
+        self._pings = 0
+        self._links: dict[Key, _Link] = {}
+        self._known: set[Key] = set()  # attached, or on the way there
+        self._wanted: dict[Key, RankRecord] = {}  # to be joined; shared with the joining thread, under the lock
+        self._lock = threading.Lock()
+        self._joined: deque[_Link] = deque()  # joined by that thread, not yet taken over
+        self._closing: deque[_Link] = deque()  # to be closed by that thread: stopping a watcher takes a moment
+        self._deaths: deque[tuple[Key, str, float]] = deque()
+        self._wake = threading.Event()
+        self._stop = threading.Event()
+        self._joiner = threading.Thread(target=self._run_joiner, name="fleet-joiner", daemon=True)
+        if parts is None:
+            self._joiner.start()
+
+    @property
+    def broadcast_handle(self) -> bytes:
+        """What ranks need to join the queue of steps."""
+        return self._steps.export_handle().encode()
+
+    @property
+    def mask_handle(self) -> bytes:
+        """What ranks need to map the live mask."""
+        return self._mask.handle()
+
+    @property
+    def slow(self) -> dict[int, float]:
+        """Ranks far slower than the others, and by what factor."""
+        return self._pace.slow
+
+    def ring(self) -> None:
+        """Wake the engine's thread; from any thread."""
+        self._doorbell.ring()
+
+    def open(self, token: int) -> None:
+        """Act under this engine token from now on."""
+        self._token = token
+
+    def attach(self, record: RankRecord) -> None:
+        """Begin to join a rank that has joined our queue; RankJoined follows. Asking again changes nothing."""
+        key = (record.rank, record.incarnation)
+        if key in self._known:
+            return
+        failpoints.hit("engine.before.attach", record.rank)
+        self._known.add(key)
+        with self._lock:
+            self._wanted[key] = record
+        self._wake.set()
+
+    def detach(self, rank: int, incarnation: int) -> None:
+        """Let go of a rank that belongs to the cluster no longer."""
+        with self._lock:
+            self._wanted.pop((rank, incarnation), None)
+        self._drop((rank, incarnation))
+
+    def mask(self, rank: int) -> None:
+        """Take a rank out of use at once, in the middle of a step too: the Ping wakes all ranks to look at the mask."""
+        self._mask.mask(rank)
+        self._ping()
+
+    def adopt(self, masked: Iterable[int], members: Iterable[Key] = ()) -> None:
+        """At a flip, between two steps: exactly these ranks of the new view are masked."""
+        self._mask.reset(masked)
+        self._members = frozenset(members)
+
+    def broadcast(self, message: StepBatch | Ping) -> None:
+        """Send to all ranks. Who has chunks in a batch, and everybody in case of a Ping, owes an answer."""
+        now = self._clock()
+        for key, link in self._links.items():
+            if isinstance(message, Ping) or key[0] in message.ranks:
+                link.owe(message.step, now)
+        if not isinstance(message, Ping):
+            self._pace.worked(message.ranks)
+            self._watchdog.began(message.step, (key for key in self._links if key[0] in message.ranks), now)
+        self._send(message)
+
+    def copy(self, order: CopyBlocks) -> None:
+        """Send half of a move of KV blocks. Who asked sees to it that the answer comes: steps show who hangs."""
+        self._send(order)
+
+    def _send(self, message: EngineMessage) -> None:
+        while True:
+            try:
+                self._steps.enqueue(message, self._step_deadline_s)
+                return
+            except SlowReaders as slow:  # they have not read for so long that the queue has no room left
+                self._give_up(slow.readers)
+
+    def probe(self) -> None:
+        """Have every rank prove that it still answers, unless that is under way for each of them."""
+        owed = [sum(step < 0 for step in link.owed) for link in self._links.values()]
+        if owed and min(owed) == 0 and max(owed) < MAX_OWED_PINGS:
+            self._ping()
+
+    def _ping(self) -> None:
+        self._pings += 1
+        self.broadcast(Ping(self._token, -self._pings))
+
+    def collect(self, timeout_s: float, or_when: Callable[[], bool]) -> list[FleetEvent]:
+        """Wait until something has happened, or `or_when()`; return what has, answers before their rank's death."""
+        due = min((link.due(self._step_deadline_s) for link in self._links.values()), default=math.inf)
+        due = min(due, self._watchdog.due)
+        self._doorbell.wait(lambda: self._pending() or or_when(), max(0.0, min(timeout_s, due - self._clock())))
+        happened = [event for link in list(self._links.values()) for event in self._drain(link)]
+        while self._deaths:
+            key, source, at = self._deaths.popleft()
+            happened += self._lose(key, source, at)
+        happened += self._overdue()
+        happened += self._watch()
+        self._take_over_joined()
+        return happened
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self._stop.set()
+        self._wake.set()
+        if self._joiner.ident is not None:
+            self._joiner.join(timeout=2 * JOIN_TIMEOUT_S)
+        if self._joiner.is_alive():
+            raise WaitTimeout("the fleet's joining thread did not stop")
+        self._take_over_joined()
+        for key in list(self._links):
+            self._drop(key)
+        self._close_dropped()
+        self._steps.shutdown()
+        self._mask.close()
+        self._doorbell.close()
+
+    # ---- the engine's thread
+
+    def _pending(self) -> bool:
+        return bool(self._deaths or self._joined) or any(link.answers.pending() for link in self._links.values())
+
+    def _drain(self, link: _Link) -> list[FleetEvent]:
+        """What the rank has said; its end, if its queue says that it is gone."""
+        said: list[FleetEvent] = []
+        try:
+            while link.key in self._links and (result := link.answers.try_dequeue()) is not None:
+                said += self._answered(link, result)
+        except QueueClosed:
+            said += self._lose(link.key, "queue", self._clock())
+        return said
+
+    def _answered(self, link: _Link, result: RankMessage) -> list[FleetEvent]:
+        if (result.rank, result.incarnation) != link.key or result.engine_token != self._token:
+            log.warning("dropped a rank's answer to somebody else", rank=link.key[0], token=result.engine_token)
+            return []
+        if isinstance(result, Farewell):
+            self._drop(link.key)  # that its queue ends now is no news
+        if not isinstance(result, StepResult):
+            return [result]
+        link.owed.pop(result.step, None)
+        if result.step >= 0:
+            self._watchdog.answered(link.key, result.step, self._clock())
+            return [result]
+        if link.joined:
+            return []
+        link.joined = True
+        return [RankJoined(*link.key)]
+
+    def _give_up(self, readers: Iterable[str]) -> None:
+        late = set(readers)
+        for reader in late:
+            self._steps.drop_reader(reader)
+        self._deaths.extend((key, "deadline", self._clock()) for key in self._links if reader_id(*key) in late)
+
+    def _lose(self, key: Key, source: str, at: float) -> list[RankLost]:
+        if key not in self._links:
+            return []
+        self._mask.evict(*key)  # before it hears that it is dropped: should it live, it looks there
+        self._drop(key)
+        return [RankLost(*key, source, at)]
+
+    def _overdue(self) -> list[FleetEvent]:
+        now = self._clock()
+        late = [(key, link) for key, link in self._links.items() if link.due(self._step_deadline_s) <= now]
+        silent_s = {key: now - min(link.owed.values()) for key, link in late}
+        return [replace(loss, silent_s=silent_s[key]) for key, _ in late for loss in self._lose(key, "deadline", now)]
+
+    def _watch(self) -> list[RankLost]:
+        """Whoever keeps the step waiting and does nothing; members without work too, whose experts others wait for."""
+        now = self._clock()
+        if now >= self._pace.due:
+            self._pace.compare({key[0]: link.page.waited_s for key, link in self._links.items()}, now)
+        if now < self._watchdog.due:
+            return []
+        watched = [link for key, link in self._links.items() if key in self._members or self._watchdog.waits_for(key)]
+        looks = {link.key: look for link in watched if (look := link.look()) is not None}
+        evicted = self._watchdog.watch(looks, now)
+        silent_s = now - self._watchdog.since
+        return [replace(loss, silent_s=silent_s) for key, sign in evicted for loss in self._lose(key, sign, now)]
+
+    def _take_over_joined(self) -> None:
+        while self._joined:
+            link = self._joined.popleft()
+            if link.key not in self._known:
+                self._close_later(link)  # detached meanwhile
+                continue
+            self._links[link.key] = link
+            self._ping()
+
+    def _drop(self, key: Key) -> None:
+        self._known.discard(key)
+        link = self._links.pop(key, None)
+        if link is not None:
+            self._watchdog.gone(key)
+            self._pace.gone(key[0])
+            self._steps.drop_reader(reader_id(*key))
+            self._close_later(link)
+
+    def _close_later(self, link: _Link) -> None:
+        self._closing.append(link)
+        self._wake.set()
+
+    # ---- the joining thread
+
+    def _run_joiner(self) -> None:
+        while not self._stop.is_set():
+            self._wake.wait(timeout=RETRY_S if self._wanted else 60.0)
+            self._wake.clear()
+            self.join_wanted()
+
+    def join_wanted(self) -> None:
+        """Join whoever is to be joined, as far as that works now, and close who was dropped."""
+        self._close_dropped()
+        with self._lock:
+            wanted = list(self._wanted.items())
+        for key, record in wanted:
+            try:
+                link = self._join(record)
+            except (ElasticError, msgspec.MsgspecError, OSError) as error:
+                log.warning("cannot join a rank's queue yet", rank=record.rank, error=str(error))
+                continue
+            with self._lock:
+                still_wanted = self._wanted.pop(key, None) is not None
+            if not still_wanted:
+                link.resources.close()
+                continue
+            self._joined.append(link)
+            self._doorbell.ring()
+
+    def _close_dropped(self) -> None:
+        while self._closing:
+            self._closing.popleft().resources.close()
+
+    def _join(self, record: RankRecord) -> _Link:
+        key = (record.rank, record.incarnation)
+        with ExitStack() as opened:
+            answers = MessageQueue.create_from_handle(
+                record.response_handle,
+                reader_id=f"engine-{self._token}",
+                doorbell=self._doorbell,
+                timeout_s=JOIN_TIMEOUT_S,
+                codec=MsgpackCodec(RankMessage),
+            )
+            opened.callback(answers.shutdown)
+            page = LivenessPage.attach(record.liveness_handle)
+            opened.callback(page.close)
+            watcher: DeathWatcher = watch_death(page, record.pid, partial(self._on_death, key))
+            opened.callback(watcher.stop)
+            return _Link(key, answers, page, opened.pop_all())
+
+    def _on_death(self, key: Key, source: str) -> None:
+        """In the watcher's thread."""
+        self._deaths.append((key, source, self._clock()))
+        self._doorbell.ring()

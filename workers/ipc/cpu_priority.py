@@ -1,0 +1,84 @@
+"""How the kernel shares cores among our processes, where they are fewer than our threads. Needs no privilege."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+
+import structlog
+
+from membership.base.errors import WaitTimeout
+
+SLICE_US = 100
+"""The shortest that the kernel grants."""
+LOW_NICE = 10
+"""About a tenth of the share of the others; the lowest (19) would be next to nothing on a busy machine."""
+_SYS_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}
+
+log = structlog.get_logger(__name__)
+
+
+class _SchedAttr(ctypes.Structure):
+    """struct sched_attr of sched_setattr(2), its first version."""
+
+    _fields_ = (
+        ("size", ctypes.c_uint32), ("policy", ctypes.c_uint32), ("flags", ctypes.c_uint64), ("nice", ctypes.c_int32),
+        ("priority", ctypes.c_uint32), ("runtime", ctypes.c_uint64), ("deadline", ctypes.c_uint64),
+        ("period", ctypes.c_uint64),
+    )  # fmt: skip
+
+
+def run_in_short_turns(slice_us: int = SLICE_US) -> bool:
+    """Ask for short turns for this thread and the threads and processes that it starts; False if the kernel refuses.
+
+    Who asks for little is let in sooner when it wakes: what reacts (every role, and etcd) then does not wait for the
+    end of a computing rank's turn. It gets no larger share of the cores. Kernels before 6.12 take no notice.
+    """
+    return _ask_for(slice_us)
+
+
+def run_in_usual_turns() -> bool:
+    """Undo what a parent asked for: this process computes."""
+    return _ask_for(0)
+
+
+def _ask_for(slice_us: int) -> bool:
+    number = _SYS_SCHED_SETATTR.get(platform.machine())
+    if number is None:
+        return False
+    nice = os.getpriority(os.PRIO_PROCESS, 0)
+    attributes = _SchedAttr(size=ctypes.sizeof(_SchedAttr), nice=nice, runtime=slice_us * 1000)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(number, 0, ctypes.byref(attributes), 0):
+        log.info("no short turns", error=os.strerror(ctypes.get_errno()))
+        return False
+    return True
+
+
+def at_low_priority(work: Callable[[], None], timeout_s: float, what: str) -> None:
+    """Do it, and whatever it raises raise here, in a thread that gets out of others' way; WaitTimeout names `what`.
+
+    A thread of its own, since without privilege nobody gets back the priority that was given away.
+    """
+    done: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOW_NICE)
+            work()
+        except BaseException as error:  # noqa: BLE001 - handed to who waits
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    threading.Thread(target=run, name="low-priority", daemon=True).start()
+    try:
+        done.result(timeout=timeout_s)
+    except TimeoutError as error:
+        if done.done():
+            raise
+        raise WaitTimeout(f"{what} was not there within {timeout_s:g} s") from error

@@ -1,0 +1,350 @@
+"""How processes of one host meet: one listening socket per process, which hands out memory by name.
+
+The socket is abstract (AF_UNIX, random name: nothing is left in any file system) and keeps message boundaries. Who
+connects is checked by the kernel's credentials (same user). The connection stays open and *is* the membership: its end
+means that the other side let go or died, whichever way. One thread per process listens to all of them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import secrets
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import msgspec
+import structlog
+
+from membership.base.errors import ElasticError, QueueClosed, QueueError, WaitTimeout
+
+MAX_MESSAGE = 64 * 1024
+MAX_FDS = 16
+JOIN_TIMEOUT_S = 5.0
+_UCRED = struct.Struct("3i")
+_READ = select.EPOLLIN | select.EPOLLRDHUP
+log = structlog.get_logger("handover")
+
+
+class HandoverRefused(QueueError):
+    """The other process answered that it will not hand over; the message says why."""
+
+
+class _Hello(msgspec.Struct, frozen=True, array_like=True):
+    """First message of who connects."""
+
+    resource: str
+    request: bytes
+
+
+class _Answer(msgspec.Struct, frozen=True, array_like=True):
+    """First message of who accepts."""
+
+    ok: bool
+    reply: bytes = b""
+    error: str = ""
+
+
+OnMessage = Callable[["Link", bytes, list[int]], None]
+OnGone = Callable[["Link"], None]
+
+
+@dataclass(frozen=True)
+class Grant:
+    """What a handler answers: reply bytes, descriptors (they stay the handler's), and what to do later on this link."""
+
+    reply: bytes = b""
+    fds: Sequence[int] = field(default_factory=tuple)
+    on_message: OnMessage | None = None
+    on_gone: OnGone | None = None
+
+
+Handler = Callable[["Link", bytes, list[int]], Grant]
+"""Called in the listener thread: be quick, never block. The descriptors are closed when it returns: map or dup them."""
+
+
+class Link:
+    """One connection between two processes. `on_gone` runs once, in the listener thread, unless this side closed it."""
+
+    def __init__(self, owner: Handover, sock: socket.socket, on_message: OnMessage | None, on_gone: OnGone | None):
+        self._owner = owner
+        self._sock = sock
+        self.on_message = on_message
+        self.on_gone = on_gone
+        self.peer_pid, self.peer_uid, _ = _UCRED.unpack(
+            sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        )
+        self.reply = b""
+        self.reply_fds: list[int] = []
+        self.gone = False
+
+    def fileno(self) -> int:
+        """The socket's descriptor, -1 once closed."""
+        return self._sock.fileno()
+
+    def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Send one message (meant for rare control messages); never blocks."""
+        try:
+            socket.send_fds(self._sock, [data], list(fds), socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+        except BlockingIOError as error:
+            raise QueueError(f"process {self.peer_pid} does not read its link: message not sent") from error
+        except OSError as error:
+            raise QueueClosed(f"link to process {self.peer_pid} is gone: {error.strerror}") from error
+
+    def dismiss(self) -> None:
+        """Tell the other side to let go, and keep the link until it has (then `on_gone` runs as for any end)."""
+        with suppress(OSError):  # gone already
+            self._sock.shutdown(socket.SHUT_WR)
+
+    def peer_closed(self) -> bool:
+        """Whether the other side is gone, asked of the kernel now (the listener may not have got to it yet)."""
+        poller = select.poll()
+        poller.register(self._sock, select.POLLRDHUP)
+        return bool(poller.poll(0))
+
+    def release_fds(self) -> None:
+        """Close the descriptors that came with the reply; once they are mapped."""
+        while self.reply_fds:
+            os.close(self.reply_fds.pop())
+
+    def close(self) -> None:
+        """Let go: the other side sees the end. Safe from any thread, and twice."""
+        self.gone = True
+        self.release_fds()
+        self._owner._let_go(self)
+
+
+class Handover:
+    """This process's listener. Use `Handover.default()`; make another only in tests."""
+
+    _default: Handover | None = None
+    _default_lock = threading.Lock()
+
+    def __init__(self) -> None:
+        self.address = f"elastic-ep-{secrets.token_hex(16)}"
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.bind("\0" + self.address)
+        self._listener.listen(512)
+        self._listener.setblocking(False)
+        self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll = select.epoll()
+        self._epoll.register(self._listener, select.EPOLLIN)
+        self._epoll.register(self._stop, select.EPOLLIN)
+        self._lock = threading.Lock()
+        self._links: dict[int, Link] = {}
+        self._resources: dict[str, Handler] = {}
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="handover", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def default(cls) -> Handover:
+        """The process-wide one, started on first use and closed at exit. A forked child gets its own."""
+        with cls._default_lock:
+            if cls._default is None or cls._default._closed:
+                cls._default = cls()
+            return cls._default
+
+    def serve(self, resource: str, handler: Handler) -> None:
+        """Answer those who connect for `resource` with `handler`."""
+        with self._lock:
+            if resource in self._resources:
+                raise QueueError(f"resource {resource} is served already")
+            self._resources[resource] = handler
+
+    def withdraw(self, resource: str) -> None:
+        """Stop answering for `resource`; links already granted are their owner's to close."""
+        with self._lock:
+            self._resources.pop(resource, None)
+
+    def connect(
+        self,
+        address: str,
+        resource: str,
+        request: bytes = b"",
+        fds: Sequence[int] = (),
+        *,
+        timeout_s: float = JOIN_TIMEOUT_S,
+        on_message: OnMessage | None = None,
+        on_gone: OnGone | None = None,
+    ) -> Link:
+        """Ask the process at `address` for `resource`. The link carries `reply` and `reply_fds` (`release_fds` them).
+
+        QueueClosed: that process or resource is gone. HandoverRefused: it said no. WaitTimeout: it did not answer.
+        """
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            sock.settimeout(timeout_s)
+            sock.connect("\0" + address)
+            link = Link(self, sock, on_message, on_gone)
+            _check_user(link)
+            socket.send_fds(sock, [msgspec.msgpack.encode(_Hello(resource, request))], list(fds), socket.MSG_NOSIGNAL)
+            data, link.reply_fds = _receive(sock)
+        except TimeoutError as error:
+            sock.close()
+            raise WaitTimeout(f"process behind {address} did not answer for {resource} in {timeout_s} s") from error
+        except OSError as error:
+            sock.close()
+            raise QueueClosed(f"process behind {address} ({resource}) is gone: {error.strerror}") from error
+        except ElasticError:
+            sock.close()
+            raise
+        answer = msgspec.msgpack.decode(data, type=_Answer) if data else _Answer(False, error="it went away")
+        if not answer.ok:
+            link.close()
+            raise HandoverRefused(f"{resource}: {answer.error}")
+        link.reply = answer.reply
+        self._watch(link)
+        return link
+
+    def close(self) -> None:
+        """Stop the listener and end all links."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            links = list(self._links.values())
+        os.eventfd_write(self._stop, 1)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=JOIN_TIMEOUT_S)
+        for link in links:
+            link.close()
+        self._close_files()
+
+    def _close_files(self) -> None:
+        for link in list(self._links.values()):
+            link._sock.close()
+        self._links.clear()
+        self._listener.close()
+        self._epoll.close()
+        os.close(self._stop)
+
+    # ---- listener thread
+
+    def _run(self) -> None:
+        while not self._closed:
+            for fd, _ in self._epoll.poll(60.0):
+                if fd == self._listener.fileno():
+                    self._accept()
+                elif fd != self._stop:
+                    self._serve_link(fd)
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except OSError as error:
+            log.warning("cannot accept a link", error=str(error))
+            time.sleep(0.01)  # out of descriptors: do not spin on the pending connection
+            return
+        link = Link(self, sock, self._first_message, None)
+        try:
+            _check_user(link)
+        except HandoverRefused as error:
+            log.warning("link refused", error=str(error))
+            sock.close()
+            return
+        self._watch(link)
+
+    def _serve_link(self, fd: int) -> None:
+        link = self._links.get(fd)
+        if link is None:
+            return
+        try:
+            data, fds = _receive(link._sock, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:  # reset: the peer died with unread messages
+            data, fds = b"", []
+        try:
+            if not data:
+                self._end(link)
+            elif link.on_message is not None:
+                link.on_message(link, data, fds)
+        except Exception:  # a callback's fault must not deafen the whole process
+            log.exception("link callback failed", peer=link.peer_pid)
+        finally:
+            for received in fds:
+                os.close(received)
+
+    def _end(self, link: Link) -> None:
+        closed_here, link.gone = link.gone, True
+        with self._lock:
+            self._links.pop(link.fileno(), None)
+            link._sock.close()  # leaves the epoll set by itself
+        if link.on_gone is not None and not closed_here:
+            link.on_gone(link)
+
+    def _first_message(self, link: Link, data: bytes, fds: list[int]) -> None:
+        link.on_message = None
+        grant = Grant()
+        try:
+            hello = msgspec.msgpack.decode(data, type=_Hello)
+            handler = self._resources.get(hello.resource)
+            if handler is None:
+                raise HandoverRefused("no such resource here (any more)")
+            grant = handler(link, hello.request, fds)
+            answer = _Answer(True, grant.reply)
+        except (ElasticError, msgspec.MsgspecError, OSError) as error:
+            answer = _Answer(False, error=str(error))
+        link.on_message, link.on_gone = grant.on_message, grant.on_gone
+        try:
+            link.send(msgspec.msgpack.encode(answer), grant.fds)
+        except QueueError:
+            return self._end(link)
+        if not answer.ok:
+            link.dismiss()
+
+    def _watch(self, link: Link) -> None:
+        link._sock.setblocking(False)
+        with self._lock:
+            if self._closed:
+                link._sock.close()
+                raise QueueClosed("this process's handover is closed")
+            self._links[link.fileno()] = link
+            self._epoll.register(link.fileno(), _READ)
+
+    def _let_go(self, link: Link) -> None:
+        """End it now; the listener thread, which may be reading from it, closes the descriptor."""
+        with self._lock:
+            if self._links.get(link.fileno()) is not link or self._closed:
+                link._sock.close()
+            else:
+                with suppress(OSError):
+                    link._sock.shutdown(socket.SHUT_RDWR)
+
+
+def _receive(sock: socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
+    data, fds, message_flags, _ = socket.recv_fds(sock, MAX_MESSAGE, MAX_FDS, flags | socket.MSG_CMSG_CLOEXEC)
+    if message_flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        for fd in fds:
+            os.close(fd)
+        raise OSError(0, "message or descriptors truncated")
+    return data, fds
+
+
+def _check_user(link: Link) -> None:
+    if link.peer_uid != os.geteuid():
+        raise HandoverRefused(f"process {link.peer_pid} belongs to another user ({link.peer_uid})")
+
+
+def _after_fork() -> None:
+    """A copied socket would hide its owner's death from the other side: the child closes all of them at once."""
+    inherited, Handover._default, Handover._default_lock = Handover._default, None, threading.Lock()
+    if inherited is not None and not inherited._closed:
+        inherited._closed = True
+        inherited._close_files()
+
+
+def _at_exit() -> None:
+    if Handover._default is not None:
+        Handover._default.close()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+atexit.register(_at_exit)

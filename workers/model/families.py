@@ -1,0 +1,199 @@
+"""What a checkpoint is, read from its JSON and safetensors headers alone: the CLI and controller never import torch.
+
+Everything wrong with a checkpoint that can be seen without computing is found here, before any process is started.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from membership.base.errors import ModelError
+
+FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3")
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+EXPERT_COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
+EXPERT_WIDTH_KEYS = ("moe_intermediate_size", "intermediate_size")
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 256 << 20
+_SUPPORTED = "supported: " + ", ".join(FAMILIES)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The shape of a servable checkpoint. `moe_layer_ids[i]` is the decoder layer that holds MoE layer i."""
+
+    path: str
+    family: str
+    dtype: str  # of the stored weights
+    hidden: int
+    layers: int
+    moe_layer_ids: tuple[int, ...]
+    experts: int
+    top_k: int
+    expert_width: int  # of the inner layer of one expert; 0: not told
+    vocab_size: int
+    max_position: int
+    eos_token_ids: tuple[int, ...]
+    files: tuple[str, ...]
+
+    @property
+    def moe_layers(self) -> int:
+        """How many layers have experts."""
+        return len(self.moe_layer_ids)
+
+    def expert_bytes(self, dtype: str) -> int:
+        """Weights of one expert in one layer, as `dtype` (auto: as stored)."""
+        stored = self.dtype if dtype == "auto" else dtype
+        return 3 * self.hidden * self.expert_width * (4 if stored == "float32" else 2)
+
+
+def read_model_info(path: str | Path) -> ModelInfo:
+    """Describe the checkpoint in directory `path`; ModelError says what is wrong with it and what to do."""
+    root = Path(path)
+    if not root.is_dir():
+        hint = "give the directory of a Hugging Face checkpoint; `elastic demo-model DIR` writes a small one"
+        raise ModelError(f"no such model directory: {root}", hint=hint)
+    config = _read_json(root / "config.json", hint="a checkpoint directory has config.json beside its weights")
+    family = _family(config)
+    layers = _count(config, "num_hidden_layers")
+    moe_layer_ids = _moe_layers(config, family, layers)
+    if not moe_layer_ids:
+        raise ModelError(f"{root}: no layer of this {family} model has experts", hint="only MoE models can be served")
+    files, dtype = _check_weights(root)
+    return ModelInfo(
+        path=str(root.resolve()),
+        family=family,
+        dtype=dtype,
+        hidden=_count(config, "hidden_size"),
+        layers=layers,
+        moe_layer_ids=moe_layer_ids,
+        experts=_count(config, *EXPERT_COUNT_KEYS),
+        top_k=_count(config, "num_experts_per_tok"),
+        expert_width=next((int(config[key]) for key in EXPERT_WIDTH_KEYS if config.get(key)), 0),
+        vocab_size=_count(config, "vocab_size"),
+        max_position=_count(config, "max_position_embeddings"),
+        eos_token_ids=_eos(root, config),
+        files=files,
+    )
+
+
+def _family(config: dict[str, Any]) -> str:
+    family = str(config.get("model_type", ""))
+    if family in FAMILIES:
+        if config.get("quantization_config"):
+            raise ModelError("the checkpoint is quantized", hint="use the bfloat16 or float32 checkpoint")
+        return family
+    if any(key in config for key in EXPERT_COUNT_KEYS):
+        raise ModelError(f"model type {family!r} is not supported", hint=_SUPPORTED)
+    raise ModelError(f"{family or 'this'} is a dense model, without experts", hint=f"serve an MoE model; {_SUPPORTED}")
+
+
+def _moe_layers(config: dict[str, Any], family: str, layers: int) -> tuple[int, ...]:
+    if family in ("qwen2_moe", "qwen3_moe"):
+        dense = config.get("mlp_only_layers") or []
+        step = config.get("decoder_sparse_step", 1)
+        return tuple(i for i in range(layers) if i not in dense and (i + 1) % step == 0)
+    if family in ("deepseek_v2", "deepseek_v3"):
+        if config.get("moe_layer_freq", 1) != 1:
+            raise ModelError("moe_layer_freq other than 1 is not supported", hint="transformers does not support it")
+        first = config.get("first_k_dense_replace")
+        return tuple(range((3 if family == "deepseek_v3" else 0) if first is None else first, layers))
+    return tuple(range(layers))
+
+
+def _eos(root: Path, config: dict[str, Any]) -> tuple[int, ...]:
+    """The generation config's end tokens, else the model config's: one number, a list, or none."""
+    path = root / "generation_config.json"
+    generation = _read_json(path, hint="") if path.exists() else {}
+    found = generation.get("eos_token_id", config.get("eos_token_id"))
+    if found is None:
+        return ()
+    return tuple(found) if isinstance(found, list) else (int(found),)
+
+
+def _count(config: dict[str, Any], *names: str) -> int:
+    for name in names:
+        value = config.get(name)
+        if isinstance(value, int) and value > 0:
+            return value
+    raise ModelError(f"config.json has no positive {' or '.join(names)}", hint="is the checkpoint complete?")
+
+
+def _read_json(path: Path, *, hint: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"no {path.name} in {path.parent}", hint=hint) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} is not valid JSON: {error}", hint="download the file again") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{path} is not a JSON object", hint="download the file again")
+    return found
+
+
+def weight_files(root: Path) -> dict[str, str]:
+    """Tensor name -> file name, for every weight of the checkpoint, from the headers alone."""
+    if (root / INDEX_FILE).exists():
+        index = _read_json(root / INDEX_FILE, hint="")
+        found = index.get("weight_map")
+        if not isinstance(found, dict) or not found:
+            raise ModelError(f"{root / INDEX_FILE} has no weight_map", hint="download the file again")
+        return found
+    if (root / SINGLE_FILE).exists():
+        return dict.fromkeys(read_header(root / SINGLE_FILE), SINGLE_FILE)
+    other = sorted(p.name for p in root.glob("*.bin")) + sorted(p.name for p in root.glob("*.gguf"))
+    hint = f"convert {other[0]} to safetensors" if other else f"expected {SINGLE_FILE} or {INDEX_FILE}"
+    raise ModelError(f"no safetensors weights in {root}", hint=hint)
+
+
+def read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Names, types and places of a safetensors file's tensors, after checking that the file is whole."""
+    hint = "the file is damaged or was not downloaded completely"
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else MAX_HEADER_BYTES + 1
+        if length > min(size - 8, MAX_HEADER_BYTES):
+            raise ModelError(f"{path} is not a whole safetensors file", hint=hint)
+        try:
+            header: dict[str, dict[str, Any]] = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise ModelError(f"{path} has a broken header: {error}", hint=hint) from error
+    if 8 + length + end != size:
+        raise ModelError(f"{path} is truncated: {size} bytes instead of {8 + length + end}", hint=hint)
+    return header
+
+
+def _check_weights(root: Path) -> tuple[tuple[str, ...], str]:
+    """Every file that the index names is there, whole, holds what it should, and in a type we can compute with."""
+    names = weight_files(root)
+    missing = sorted({file for file in names.values() if not (root / file).is_file()})
+    if missing:
+        raise ModelError(f"{INDEX_FILE} names shards that are missing: {', '.join(missing)}", hint="download them")
+    seen: dict[str, int] = {}
+    files = sorted(set(names.values()))
+    for file in files:
+        header = read_header(root / file)
+        absent = [name for name, where in names.items() if where == file and name not in header]
+        if absent:
+            raise ModelError(
+                f"{root / file} lacks {absent[0]}, which the index says it holds", hint="download it again"
+            )
+        for name, tensor in header.items():
+            dtype = str(tensor.get("dtype"))
+            if dtype not in DTYPES and name.endswith(("weight", "bias", "proj")):
+                raise ModelError(
+                    f"{root / file}: {name} is of type {dtype}", hint="weights must be float32, bfloat16 or float16"
+                )
+            seen[dtype] = seen.get(dtype, 0) + 1
+    counts = {dtype: count for dtype, count in seen.items() if dtype in DTYPES}
+    if not counts:
+        raise ModelError(f"{root} holds no floating-point weights", hint="is the checkpoint complete?")
+    return tuple(files), DTYPES[max(counts, key=lambda dtype: counts[dtype])]

@@ -1,0 +1,46 @@
+"""How fast a host's ranks may read weights while they serve: one bucket per host, and how a rank keeps to it.
+
+The bucket lies in the host's weight store (`agent/weight_store.py`), since only that knows all ranks of the host.
+Reading is booked ahead: who asks is told how long to wait first, and nobody is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+class Bucket:
+    """A token bucket that goes into debt. Pure: the time is passed in."""
+
+    def __init__(self, per_s: float, burst_s: float = 0.1) -> None:
+        self._per_s, self._burst_s = per_s, burst_s
+        self._free_at = 0.0  # when all that was booked has been paid for
+
+    def book(self, amount: float, now: float) -> float:
+        """Book an amount; return after how many seconds it may be used. What is unused is kept for `burst_s`."""
+        self._free_at = max(self._free_at, now - self._burst_s)
+        wait_s = max(0.0, self._free_at - now)
+        self._free_at += amount / self._per_s
+        return wait_s
+
+
+class Brake:
+    """Called before each read while a rank prepares: waits as long as the host's bucket says.
+
+    Not beyond `until`: rather a step that took longer than a change of view that fails at its deadline.
+    """
+
+    def __init__(
+        self,
+        book: Callable[[], float],
+        wait: Callable[[float], object],
+        until: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._book, self._wait, self._until, self._clock = book, wait, until, clock
+
+    def __call__(self) -> None:
+        """Wait, if need be."""
+        left_s = self._until - self._clock()
+        if left_s > 0:
+            self._wait(min(self._book(), left_s))

@@ -1,0 +1,85 @@
+"""When a rank slot may run again after a death: exponential backoff with jitter, then quarantine.
+
+Pure: the caller passes the clock and the random number, so that a simulation can replay every decision. A first death
+costs no delay (the common case is a machine's hiccup or somebody's chaos test); deaths that follow one another back
+off, from `base_s`; `intensity` deaths within `window_s` mean that restarting does not help, and the slot is set aside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from membership.store.records import ClusterConfig, RankExit
+
+FENCED_STATUS = 75
+"""Exit status of a rank that found itself evicted: it was taken for dead, and lived."""
+
+
+def ending(status: int) -> str:
+    """A process's exit status (negative: the signal) in words."""
+    if status < 0:
+        return f"killed by signal {-status}"
+    return "found itself evicted" if status == FENCED_STATUS else f"exited with status {status}"
+
+
+@dataclass(frozen=True)
+class RestartPolicy:
+    """How patient to be. A slot is quarantined at its `intensity`-th death within `window_s`."""
+
+    base_s: float = 0.1
+    factor: float = 2.0
+    max_s: float = 30.0
+    jitter: float = 0.5  # up to this fraction is added to a delay
+    intensity: int = 6
+    window_s: float = 60.0
+
+
+def policy_of(config: ClusterConfig) -> RestartPolicy:
+    """As the cluster is configured."""
+    return RestartPolicy(intensity=config.restart_intensity, window_s=config.restart_window_s)
+
+
+def counted(deaths: tuple[float, ...], last: RankExit | None) -> tuple[float, ...]:
+    """The slot's deaths without those that an operator has forgiven."""
+    return deaths if last is None else tuple(at for at in deaths if at > last.forgiven)
+
+
+def recent_deaths(policy: RestartPolicy, deaths: tuple[float, ...], now: float) -> tuple[float, ...]:
+    """The deaths that still count at `now`."""
+    return tuple(at for at in deaths if now - at < policy.window_s)
+
+
+def backoff_s(policy: RestartPolicy, recent: int, chance: float) -> float:
+    """How long to hold the slot back at its `recent`-th death in the window; `chance` is uniform in [0, 1)."""
+    if recent <= 1:
+        return 0.0
+    exponent = min(recent - 2, 32)  # beyond that every sane policy is at max_s, and floats stay finite
+    delay = min(policy.max_s, policy.base_s * policy.factor**exponent)
+    return delay * (1.0 + policy.jitter * chance)
+
+
+def judge(
+    policy: RestartPolicy,
+    *,
+    rank: int,
+    incarnation: int,
+    reason: str,
+    deaths: tuple[float, ...],
+    restarts: int,
+    now: float,
+    chance: float,
+) -> RankExit:
+    """The exit record for a death at `now`. `deaths` are the slot's earlier deaths, `restarts` how many ever."""
+    recent = len(recent_deaths(policy, deaths, now)) + 1
+    quarantined = recent >= policy.intensity
+    if quarantined:
+        reason = f"{reason}; {recent} deaths within {policy.window_s:g} s, slot set aside"
+    return RankExit(
+        rank=rank,
+        incarnation=incarnation,
+        reason=reason,
+        at=now,
+        restarts=restarts + 1,
+        not_before=now + backoff_s(policy, recent, chance),
+        quarantined=quarantined,
+    )

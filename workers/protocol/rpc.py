@@ -1,0 +1,207 @@
+"""Calls from an executor to its ranks: what travels, and what the caller still waits for.
+
+Every call has an id and every reply names it. Without that, one late reply would be taken for the answer to the next
+call, and so on for ever. A call ends as soon as its outcome is certain: at the first error of any rank, whoever was to
+reply, at the death of a rank that was asked, or with all replies.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from itertools import count
+from typing import Any
+
+import msgspec
+
+from membership.base.errors import ElasticError, RankDied, RankFailed, WaitTimeout
+
+RankKey = tuple[int, int]
+SPARE = -1
+"""The rank in the key of a spare, which has no slot yet; its agent's number for it is in the incarnation's place."""
+Outcome = dict[RankKey, Any]
+
+
+class ResponseStatus(Enum):
+    """How a call went on one rank."""
+
+    SUCCESS = auto()
+    FAILURE = auto()
+
+
+@dataclass(frozen=True)
+class Call:
+    """To the ranks: run `method` (a name, or a cloudpickled callable that takes the worker)."""
+
+    id: int
+    ranks: frozenset[RankKey]
+    method: str | bytes
+    arguments: bytes  # cloudpickled (args, kwargs): who is not asked need not open them
+    output_rank: int | None = None  # only this rank replies; a failure is told by whoever has it
+    timeout_s: float = 60.0  # how long an output that is still being made is waited for
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An exception as plain data: exceptions themselves need not survive pickling."""
+
+    kind: str
+    message: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """From a rank."""
+
+    id: int
+    key: RankKey
+    status: ResponseStatus
+    value: Any  # the result, or a Failure
+
+
+class WireCall(msgspec.Struct, frozen=True, array_like=True):
+    """A call from another host: plain data, methods by name."""
+
+    id: int
+    ranks: frozenset[RankKey]
+    method: str
+    args: list[Any]
+    kwargs: dict[str, Any]
+    output_rank: int | None = None
+    timeout_s: float = 60.0
+
+
+class WireReply(msgspec.Struct, frozen=True, array_like=True):
+    """The reply to another host."""
+
+    id: int
+    key: RankKey
+    value: Any = None
+    failure: Failure | None = None
+
+    def local(self) -> Reply:
+        """As a reply of this host's kind."""
+        if self.failure is not None:
+            return Reply(self.id, self.key, ResponseStatus.FAILURE, self.failure)
+        return Reply(self.id, self.key, ResponseStatus.SUCCESS, self.value)
+
+
+def failure_of(error: BaseException, trace: str) -> Failure:
+    """Describe an exception of a rank, with its notes and traceback."""
+    return Failure(type(error).__name__, str(error), (*getattr(error, "__notes__", ()), trace))
+
+
+def name_of(key: RankKey) -> str:
+    """How people are told of a rank."""
+    return f"spare {key[1]}" if key[0] == SPARE else f"rank {key[0]} (incarnation {key[1]})"
+
+
+@dataclass
+class PendingCall:
+    """One call under way."""
+
+    method: str
+    waiting: set[RankKey]
+    expected: set[RankKey]  # whose results make up the outcome
+    timeout_s: float
+    deadline: float
+    future: Future[Outcome] = field(default_factory=Future)
+    results: Outcome = field(default_factory=dict)
+
+    def on_reply(self, reply: Reply) -> None:
+        """Take one rank's answer."""
+        if isinstance(reply.value, Failure) and reply.status is ResponseStatus.FAILURE:
+            error = RankFailed(f"{name_of(reply.key)}: {self.method}: {reply.value.kind}: {reply.value.message}")
+            for note in reply.value.notes:
+                error.add_note(note)
+            return self._fail(error)
+        self.waiting.discard(reply.key)
+        if reply.key in self.expected:
+            self.results[reply.key] = reply.value
+        if self.expected <= self.results.keys():
+            self._finish()
+
+    def on_death(self, key: RankKey, reason: str) -> None:
+        """A rank has died; if it was asked and has not answered, the call cannot be known to have worked."""
+        if key in self.waiting:
+            self._fail(RankDied(f"{name_of(key)} died during {self.method}: {reason}"))
+
+    def expire(self, now: float) -> None:
+        """End the call if its deadline has passed, and say who has not answered."""
+        if now >= self.deadline:
+            missing = ", ".join(name_of(key) for key in sorted(self.waiting & self.expected)) or "nobody"
+            self._fail(WaitTimeout(f"{self.method}: no answer within {self.timeout_s:g} s from {missing}"))
+
+    def fail(self, error: ElasticError) -> None:
+        """End the call with an error of the caller's side."""
+        self._fail(error)
+
+    def _finish(self) -> None:
+        with suppress(InvalidStateError):  # somebody else has ended it
+            self.future.set_result(self.results)
+
+    def _fail(self, error: ElasticError) -> None:
+        with suppress(InvalidStateError):
+            self.future.set_exception(error)
+
+
+class CallTable:
+    """All calls of one executor that are under way. Thread-safe; completions run in the thread that brought them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._ids = count(1)
+        self._pending: dict[int, PendingCall] = {}
+
+    def open(
+        self, method: str, targets: Collection[RankKey], output_rank: int | None, timeout_s: float, now: float
+    ) -> tuple[int, PendingCall]:
+        """Register a call before it is sent."""
+        expected = {key for key in targets if output_rank is None or key[0] == output_rank}
+        call = PendingCall(method, set(targets), expected, timeout_s, now + timeout_s)
+        with self._lock:
+            number = next(self._ids)
+            self._pending[number] = call
+        call.future.add_done_callback(lambda _: self._forget(number))
+        return number, call
+
+    def on_reply(self, reply: Reply) -> bool:
+        """Hand a reply to its call; False if nobody waits for it any more."""
+        with self._lock:
+            call = self._pending.get(reply.id)
+        if call is None:
+            return False
+        call.on_reply(reply)
+        return True
+
+    def on_death(self, key: RankKey, reason: str) -> None:
+        """Tell all calls."""
+        for call in self._all():
+            call.on_death(key, reason)
+
+    def expire(self, now: float) -> None:
+        """End what is past its deadline."""
+        for call in self._all():
+            call.expire(now)
+
+    def close(self, error: ElasticError) -> None:
+        """Fail whatever is left."""
+        for call in self._all():
+            call.fail(error)
+
+    def __len__(self) -> int:
+        with self._lock:
+            return len(self._pending)
+
+    def _all(self) -> list[PendingCall]:
+        with self._lock:
+            return list(self._pending.values())
+
+    def _forget(self, number: int) -> None:
+        with self._lock:
+            self._pending.pop(number, None)

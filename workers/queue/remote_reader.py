@@ -1,0 +1,139 @@
+"""The reading end of a queue on another host; see remote_queue.py."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections import deque
+from typing import Any
+
+import msgspec
+import zmq
+
+from membership.base.errors import QueueClosed, QueueTimeout, WaitTimeout
+from workers.ipc.doorbell import Doorbell
+from workers.ipc.handover import HandoverRefused
+from workers.queue.codec import Codec, MsgpackCodec
+from workers.queue.curve import use_curve
+from workers.queue.handle import CurveKeys, Handle
+from workers.queue.remote_wire import BEAT_S, END, SILENT_S, SocketThread, ToReader, ToWriter
+
+
+class RemoteReader:
+    """The reading end on another host; has the methods of QueueReader."""
+
+    def __init__(
+        self,
+        handle: Handle,
+        reader_id: str,
+        codec: Codec,
+        doorbell: Doorbell | None,
+        timeout_s: float,
+        keys: CurveKeys,
+    ) -> None:
+        self.name = f"{handle.queue.split('/')[1]} (remote reader {reader_id})"
+        self.codec = codec
+        if not isinstance(codec, MsgpackCodec):
+            raise HandoverRefused(f"queue {self.name}: only msgpack crosses the network, not {codec.name}")
+        self._handle = handle
+        self._id = reader_id
+        self._session = secrets.token_bytes(16)
+        self._own_bell = doorbell is None
+        self._bell = Doorbell() if doorbell is None else doorbell
+        self._inbox: deque[bytes] = deque()
+        self._received = self._done = self._said = 0
+        self._joined = threading.Event()
+        self._ended = ""  # why
+        self._heard = time.monotonic()
+        self._beat_at = 0.0
+        self._io = SocketThread("queue-remote-reader")
+        self._dealer = self._io.context.socket(zmq.DEALER)
+        self._dealer.setsockopt(zmq.RCVHWM, 0)  # the window limits
+        self._dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        use_curve(self._dealer, keys, handle.remote_key)
+        self._dealer.connect(handle.remote)
+        self._io.start(self._turn, {self._dealer: self._hear})
+        if not self._joined.wait(timeout_s):
+            why = self._ended
+            self.shutdown()
+            raise WaitTimeout(f"queue {self.name}: {handle.remote} did not let us in within {timeout_s} s {why}")
+        if self._ended:
+            refusal = self._ended
+            self.shutdown()
+            raise HandoverRefused(f"queue {self.name}: {refusal}")
+
+    def pending(self) -> bool:
+        """See MessageQueue."""
+        return bool(self._inbox) or bool(self._ended)
+
+    def try_dequeue(self) -> Any:
+        """See MessageQueue."""
+        if not self._inbox:
+            if self._ended:
+                raise QueueClosed(f"queue {self.name}: {self._ended}")
+            return None
+        data = self._inbox.popleft()
+        self._done += 1
+        self._io.wake()
+        return self.codec.decode(data, ())
+
+    def dequeue(self, timeout_s: float) -> Any:
+        """See MessageQueue."""
+        if not self._bell.wait(self.pending, timeout_s):
+            raise QueueTimeout(f"queue {self.name}: no message from {self._handle.remote} within {timeout_s} s")
+        return self.try_dequeue()
+
+    def shutdown(self) -> None:
+        """Leave. Idempotent."""
+        if self._io.stopping:
+            return
+        self._ended = self._ended or "shut down"
+        self._io.stop()
+        self._bell.ring()
+        if self._own_bell:
+            self._bell.close()
+
+    # ---- socket thread
+
+    def _hear(self) -> None:
+        head_data, data = self._dealer.recv_multipart(zmq.NOBLOCK)
+        head = msgspec.msgpack.decode(head_data, type=ToReader)
+        self._heard = time.monotonic()
+        if head.refused:
+            self._end(head.refused)
+        elif head.number == 0:
+            if not self._joined.is_set():
+                self._received = self._done = head.start
+                self._joined.set()
+        elif head.number == END:
+            self._end("the writer has ended it")
+        elif head.number == self._received + 1:
+            self._received += 1
+            self._inbox.append(data)
+            self._bell.ring()
+
+    def _end(self, why: str) -> None:
+        self._ended = self._ended or why
+        self._joined.set()
+        self._bell.ring()
+
+    def _turn(self) -> None:
+        now = time.monotonic()
+        if self._joined.is_set() and not self._ended and now - self._heard > SILENT_S:
+            self._end(f"its writer has been silent for {SILENT_S} s")
+        if now >= self._beat_at or self._done != self._said or self._io.stopping:
+            self._beat_at, self._said = now + BEAT_S / 2, self._done
+            said = ToWriter(
+                self._handle.queue,
+                self._id,
+                self._session,
+                joined=self._joined.is_set(),
+                received=self._received,
+                done=self._said,
+                leaving=self._io.stopping,
+            )
+            try:
+                self._dealer.send(msgspec.msgpack.encode(said), zmq.NOBLOCK)
+            except zmq.Again:
+                self._beat_at = now + BEAT_S / 4

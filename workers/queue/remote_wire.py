@@ -1,0 +1,103 @@
+"""What both sides of a remote queue share: what they say to each other, and the thread that owns the sockets."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import zmq
+
+from membership.base.errors import WaitTimeout
+from workers.queue.writer import STOP_TIMEOUT_S
+
+BEAT_S = 1.0
+SILENT_S = 5.0
+END = 2**62  # number of the message that ends the queue
+
+
+class ToWriter(msgspec.Struct, frozen=True, array_like=True):
+    """All a reader says: who it is, what it has received and what its owner has dequeued; at least every BEAT_S."""
+
+    queue: str
+    reader_id: str
+    session: bytes  # of this reader object: a second one with the same id is refused
+    joined: bool
+    received: int
+    done: int
+    leaving: bool = False
+
+
+class ToReader(msgspec.Struct, frozen=True, array_like=True):
+    """Precedes each payload; number 0 has none and is a beat, which says where the reader starts."""
+
+    number: int
+    start: int = 0
+    refused: str = ""
+
+
+class SocketThread:
+    """A thread that owns a ZeroMQ context and sockets; others wake it by an eventfd."""
+
+    def __init__(self, name: str) -> None:
+        self.context: zmq.Context[Any] = zmq.Context(io_threads=1)
+        self.context.setsockopt(zmq.LINGER, 200)
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._poller = zmq.Poller()
+        self._poller.register(self._wake, zmq.POLLIN)
+        self._actions: dict[Any, Callable[[], None]] = {}
+        self._calls: deque[Callable[[], object]] = deque()
+        self.stopping = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self, turn: Callable[[], None], sockets: dict[zmq.Socket[Any], Callable[[], None]]) -> None:
+        """Call `turn` after every wake and at least every quarter of BEAT_S, and actions for readable sockets."""
+        self._turn = turn
+        for socket, action in sockets.items():
+            self._poller.register(socket, zmq.POLLIN)
+            self._actions[socket] = action
+        self._thread.start()
+
+    def wake(self) -> None:
+        os.eventfd_write(self._wake, 1)
+
+    def call(self, action: Callable[[], object]) -> None:
+        """Do this in the thread, on its next turn."""
+        self._calls.append(action)
+        self.wake()
+
+    def stop(self) -> None:
+        """One more turn, then the end."""
+        self.stopping = True
+        self.wake()
+        self._thread.join(timeout=STOP_TIMEOUT_S)
+        if self._thread.is_alive():
+            raise WaitTimeout(f"thread {self._thread.name} did not end")
+        os.close(self._wake)
+
+    def _run(self) -> None:
+        last = False
+        try:
+            while not last:
+                last = self.stopping
+                for ready, _ in self._poller.poll(0 if last else int(BEAT_S * 250)):
+                    if ready == self._wake:
+                        os.eventfd_read(self._wake)
+                    else:
+                        _until_again(self._actions[ready])
+                while self._calls:
+                    self._calls.popleft()()
+                self._turn()
+        finally:
+            self.context.destroy()
+
+
+def _until_again(action: Callable[[], None]) -> None:
+    try:
+        for _ in range(64):
+            action()
+    except zmq.Again:
+        return

@@ -1,0 +1,190 @@
+"""Readers on other hosts: the same queue over ZeroMQ TCP, encrypted (CURVE), acknowledged, msgpack only.
+
+Each message has a number. The writer keeps what a reader has not acknowledged and sends it again after a reconnect;
+a reader takes each number once, in order, and acknowledges when its owner has dequeued it. So a window of
+unacknowledged messages is all that a lagging reader can hold up. Who is silent for SILENT_S is gone.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+
+import msgspec
+import structlog
+import zmq
+
+from workers.queue.curve import DoorKeeper, serve_curve
+from workers.queue.handle import Remote
+from workers.queue.remote_wire import BEAT_S, END, SILENT_S, SocketThread, ToReader, ToWriter
+from workers.queue.writer import SlowReaders
+
+WINDOW = 1024  # messages that a reader may be behind
+WINDOW_BYTES = 64 << 20
+log = structlog.get_logger("remote-queue")
+
+
+@dataclass
+class _Peer:
+    session: bytes
+    route: bytes
+    start: int  # it gets the messages behind this number
+    heard: float
+    sent: int  # highest number given to ZeroMQ on this connection
+    unacknowledged: deque[tuple[int, bytes]] = field(default_factory=deque)
+    nbytes: int = 0  # of these
+
+    def unsent(self) -> Iterator[tuple[int, bytes]]:
+        """What was not sent on this connection; numbers follow each other."""
+        if not self.unacknowledged:
+            return iter(())
+        first, _ = self.unacknowledged[0]
+        return islice(list(self.unacknowledged), max(0, self.sent - first + 1), None)
+
+
+class RemoteWriter:
+    """The writer's side. `sending(timeout_s)` waits for room; what is added within it goes to all readers."""
+
+    def __init__(self, queue: str, remote: Remote, on_change: Callable[[], None]) -> None:
+        """`on_change` runs in the socket's thread when somebody has joined or left."""
+        self._queue = queue
+        self._on_change = on_change
+        self._one_sender = threading.Lock()
+        self._changed = threading.Condition()
+        self._peers: dict[str, _Peer] = {}
+        self._number = 0
+        self._beat_at = 0.0
+        self._io = SocketThread("queue-remote-writer")
+        self._door = DoorKeeper(self._io.context, remote.allowed)
+        self._router = self._io.context.socket(zmq.ROUTER)
+        self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self._router.setsockopt(zmq.SNDHWM, 0)  # the window limits
+        serve_curve(self._router, remote.keys)
+        port = self._router.bind_to_random_port(f"tcp://{remote.host}")
+        self.address = f"tcp://{remote.host}:{port}"
+        self.public_key = remote.keys.public
+        self._io.start(self._turn, {self._router: self._hear, self._door.socket: self._door.answer})
+
+    def readers(self) -> tuple[str, ...]:
+        """Ids of those that are in."""
+        with self._changed:
+            return tuple(self._peers)
+
+    @contextmanager
+    def sending(self, timeout_s: float) -> Iterator[Callable[[bytes], int]]:
+        """Room for one message at every reader; call what is yielded to send it: to how many."""
+        with self._one_sender:
+            with self._changed:
+                if not self._changed.wait_for(lambda: not self._full(), timeout_s):
+                    slow = self._full()
+                    names = ", ".join(slow)
+                    raise SlowReaders(f"queue {self._queue}: remote readers do not acknowledge: {names}", slow)
+            yield self._append
+
+    def drop(self, reader_id: str) -> bool:
+        """Forget a reader; it is told when it speaks next."""
+        with self._changed:
+            found = self._peers.pop(reader_id, None) is not None
+            self._changed.notify_all()
+        return found
+
+    def close(self) -> None:
+        """Tell the readers, and end. Idempotent."""
+        if self._io.stopping:
+            return
+        with self._changed:
+            for peer in self._peers.values():
+                peer.unacknowledged.append((END, b""))
+        self._io.stop()
+
+    def _append(self, data: bytes) -> int:
+        with self._changed:
+            self._number += 1
+            for peer in self._peers.values():
+                peer.unacknowledged.append((self._number, data))
+                peer.nbytes += len(data)
+            count = len(self._peers)
+        if count:
+            self._io.wake()
+        return count
+
+    def _full(self) -> list[str]:
+        return [
+            reader_id
+            for reader_id, peer in self._peers.items()
+            if len(peer.unacknowledged) >= WINDOW or peer.nbytes >= WINDOW_BYTES
+        ]
+
+    # ---- socket thread
+
+    def _hear(self) -> None:
+        route, data = self._router.recv_multipart(zmq.NOBLOCK)
+        try:
+            said = msgspec.msgpack.decode(data, type=ToWriter)
+        except msgspec.MsgspecError as error:
+            log.warning("nonsense from an allowed peer", error=str(error))
+            return
+        with self._changed:
+            before = len(self._peers)
+            refusal = self._listen(route, said)
+            changed = len(self._peers) != before
+        if refusal:
+            self._say(route, ToReader(0, refused=refusal))
+        if changed:
+            self._on_change()
+
+    def _listen(self, route: bytes, said: ToWriter) -> str:
+        peer = self._peers.get(said.reader_id)
+        if said.queue != self._queue:
+            return "no such queue here"
+        if peer is not None and peer.session != said.session:
+            return f"reader {said.reader_id} has joined already"
+        if said.leaving:
+            self._peers.pop(said.reader_id, None)
+        elif peer is None:
+            if said.joined:
+                return "the writer has dropped this reader"
+            peer = _Peer(said.session, route, self._number, time.monotonic(), self._number)
+            self._peers[said.reader_id] = peer
+            self._say(route, ToReader(0, peer.start))
+        else:
+            peer.heard = time.monotonic()
+            if route != peer.route:  # a new connection: what was on its way in the old one is lost
+                peer.route, peer.sent = route, max(said.received, peer.start)
+            while peer.unacknowledged and peer.unacknowledged[0][0] <= said.done:
+                peer.nbytes -= len(peer.unacknowledged.popleft()[1])
+        self._changed.notify_all()
+        return ""
+
+    def _turn(self) -> None:
+        now = time.monotonic()
+        beat = now >= self._beat_at
+        if beat:
+            self._beat_at = now + BEAT_S
+        with self._changed:
+            for reader_id, peer in list(self._peers.items()):
+                if now - peer.heard > SILENT_S:
+                    log.warning("remote reader is silent", queue=self._queue, reader=reader_id)
+                    del self._peers[reader_id]
+                    self._changed.notify_all()
+                    continue
+                if beat:
+                    self._say(peer.route, ToReader(0, peer.start))
+                for number, data in peer.unsent():
+                    if not self._say(peer.route, ToReader(number), data):
+                        break
+                    peer.sent = number
+
+    def _say(self, route: bytes, head: ToReader, data: bytes = b"") -> bool:
+        try:
+            self._router.send_multipart([route, msgspec.msgpack.encode(head), data], zmq.NOBLOCK)
+        except (zmq.Again, zmq.ZMQError) as error:  # not connected (now): it comes back, or falls silent
+            log.debug("remote reader unreachable", error=str(error))
+            return False
+        return True

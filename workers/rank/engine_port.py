@@ -1,0 +1,187 @@
+"""A rank's side of the one engine that may drive it now: its queue of steps, our answers, its live mask.
+
+The engine is named by its token. A newer one's `attach` ends the older one's queues; whatever an older one still says
+has no effect. So an engine may die and be replaced while the weights stay loaded.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from functools import partial
+
+import structlog
+
+from membership.base import failpoints
+from membership.base.errors import CoverageLost, ElasticError, Fenced, QueueClosed, QueueError
+from workers.ipc.doorbell import Doorbell
+from workers.protocol.messages import (
+    BlocksCopied,
+    CopyBlocks,
+    EngineMessage,
+    Farewell,
+    Ping,
+    RankMessage,
+    StepBatch,
+    StepResult,
+    StepStatus,
+    reader_id,
+)
+from workers.protocol.rpc import Failure, RankKey
+from workers.queue.message_queue import MessageQueue, MsgpackCodec
+from workers.rank.output import OutputThread
+from workers.rank.worker_api import AsyncOutput, Worker
+
+JOIN_TIMEOUT_S = 5.0
+ANSWER_TIMEOUT_S = 1.0
+STEP_TIMEOUT_S = 120.0
+
+log = structlog.get_logger(__name__)
+
+
+class EnginePort:
+    """All calls come from the rank's main thread; only answers to asynchronous steps leave from another."""
+
+    def __init__(self, key: RankKey, worker: Worker, doorbell: Doorbell, on_step: Callable[[], None]) -> None:
+        self.token = 0
+        self.epoch = 0  # the last one committed here
+        self.key = key  # a spare's changes before it joins an engine
+        self._worker = worker
+        self._doorbell = doorbell
+        self._on_step = on_step
+        self._steps: MessageQueue | None = None
+        self._answers: MessageQueue | None = None
+        self._outputs = OutputThread("engine-outputs")
+
+    def attach(self, token: int, broadcast_handle: bytes, mask_handle: bytes) -> bytes:
+        """Join this engine's queue and leave any older one's, who is told; return the handle of our answers to it."""
+        if token < self.token:
+            raise Fenced(f"engine token {token} is older than {self.token}")
+        if token == self.token and self._answers is not None:
+            return self._answers.export_handle().encode()  # asked again: the same answer
+        self._answer(Farewell(*self.key, self.token, successor=token))
+        self.leave()
+        self.token = token
+        self._steps, self._answers = self._open(token, broadcast_handle, mask_handle)
+        return self._answers.export_handle().encode()
+
+    def _open(self, token: int, broadcast_handle: bytes, mask_handle: bytes) -> tuple[MessageQueue, MessageQueue]:
+        """The engine's steps and our answers to it."""
+        steps = MessageQueue.create_from_handle(
+            broadcast_handle,
+            reader_id=reader_id(*self.key),
+            doorbell=self._doorbell,
+            codec=MsgpackCodec(EngineMessage),
+            timeout_s=JOIN_TIMEOUT_S,
+        )
+        try:
+            self._worker.attach_mask(mask_handle)
+            name = f"rank-{self.key[0]}.{self.key[1]}-to-{token}"
+            return steps, MessageQueue(name, codec=MsgpackCodec(RankMessage))
+        except BaseException:
+            steps.shutdown()
+            raise
+
+    def leave(self) -> None:
+        """Let go of the engine's queues; another may be joined later."""
+        for queue in (self._steps, self._answers):
+            if queue is not None:
+                queue.shutdown()
+        self._steps = self._answers = None
+
+    def close(self) -> None:
+        """Leave, and stop the thread."""
+        self._outputs.close()
+        self.leave()
+
+    def pending(self) -> bool:
+        """Whether `serve` would find something."""
+        return self._steps is not None and self._steps.pending()
+
+    def serve(self) -> bool:
+        """Take one message, if there is any; whether there was."""
+        if self._steps is None:
+            return False
+        try:
+            message = self._steps.try_dequeue()
+        except QueueClosed as closed:
+            log.info("engine_gone", token=self.token, reason=str(closed))
+            self.leave()
+            if self._worker.evicted():
+                rank, incarnation = self.key
+                why = f"engine {self.token} has evicted rank {rank}, incarnation {incarnation}"
+                raise Fenced(
+                    why, hint="it was stopped or hung for too long; its slot goes on as a new incarnation"
+                ) from None
+            return True
+        if message is None:
+            return False
+        if message.engine_token == self.token:
+            if isinstance(message, Ping):
+                self._answer(self._result_of_ping(message))
+            elif isinstance(message, CopyBlocks):
+                if message.addressee == self.key:
+                    self._answer(self._copied(message))
+            else:
+                self._run(message)
+                self._on_step()
+        return True
+
+    def _run(self, batch: StepBatch) -> None:
+        chunks = batch.ranks.get(self.key[0], [])
+        result = self._step(batch)
+        if result is not None and not isinstance(result, StepResult):
+            self._outputs.put(result, STEP_TIMEOUT_S, partial(self._deliver, batch))
+        elif result is not None and (chunks or result.status is StepStatus.OK):
+            self._answer(result)
+
+    def _step(self, batch: StepBatch) -> StepResult | AsyncOutput | None:
+        try:
+            if batch.epoch < self.epoch:
+                return self._failed(batch, StepStatus.STALE, f"epoch {self.epoch} is committed")
+            if batch.epoch > self.epoch:
+                self._worker.commit_epoch(batch.epoch)
+                self.epoch = batch.epoch
+        except ElasticError as error:
+            return self._failed(batch, StepStatus.STALE, str(error))
+        try:
+            failpoints.hit("rank.step", self.key[0])
+            return self._worker.execute_model(batch)
+        except CoverageLost as error:
+            return self._failed(batch, StepStatus.COVERAGE_LOST, str(error))
+        except Exception as error:  # noqa: BLE001 - a step's failure is an answer, not the end of the rank
+            return self._failed(batch, StepStatus.FAILED, f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
+
+    def _deliver(self, batch: StepBatch, value: StepResult | Failure | None) -> None:
+        if isinstance(value, Failure):
+            value = self._failed(batch, StepStatus.FAILED, f"{value.kind}: {value.message}")
+        if value is not None:
+            self._answer(value)
+
+    def _answer(self, result: RankMessage) -> None:
+        answers = self._answers
+        if answers is None or result.engine_token != self.token:
+            return
+        try:
+            answers.enqueue(result, timeout_s=ANSWER_TIMEOUT_S)
+        except QueueError as error:  # the engine is going, or never came; it asks again if it still cares
+            log.warning("answer_dropped", token=self.token, answer=type(result).__name__, reason=str(error))
+
+    def _copied(self, order: CopyBlocks) -> BlocksCopied:
+        """Where it cannot be done the engine hears of it: the request stays where it is, or is computed again."""
+        blocks, failed = 0, ""
+        try:
+            failpoints.hit("rank.copy", self.key[0])
+            blocks = self._worker.copy_blocks(order)
+        except Exception as error:  # noqa: BLE001 - whatever it was, the rank serves on
+            failed = f"{type(error).__name__}: {error}"
+            log.warning("blocks_not_copied", copy=order.copy, arriving=order.arriving, error=failed)
+        return BlocksCopied(*self.key, order.engine_token, order.copy, blocks, failed)
+
+    def _failed(self, batch: StepBatch, status: StepStatus, error: str) -> StepResult:
+        if status is StepStatus.FAILED:
+            log.error("step_failed", step=batch.step, epoch=batch.epoch, error=error)
+        return StepResult(*self.key, batch.engine_token, batch.epoch, batch.step, batch.attempt, status, error=error)
+
+    def _result_of_ping(self, ping: Ping) -> StepResult:
+        return StepResult(*self.key, ping.engine_token, self.epoch, ping.step, 0, StepStatus.OK)

@@ -1,0 +1,359 @@
+"""The worker that a rank process hosts: one rank of the expert-parallel model.
+
+It loads what the placement gives it, runs its own requests' tokens, computes experts for its peers, and changes views
+only at step boundaries. What an epoch needs is prepared by a background thread while steps go on.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import structlog
+
+from membership.base import failpoints
+from membership.base.errors import ConfigError, CoverageLost, Fenced, WaitTimeout
+from membership.store.records import View
+from workers.protocol.bandwidth import Brake
+from workers.protocol.messages import CopyBlocks, StepBatch, StepResult, StepStatus
+from workers.rank.worker_api import WorkerContext
+
+if TYPE_CHECKING:
+    import torch
+
+    from workers.exchange.base import Exchange
+    from workers.model.experts import LocalExpertBank
+    from workers.model.runner import ModelRunner
+    from workers.protocol.live_mask import LiveMask
+
+log = structlog.get_logger(__name__)
+
+SHUTDOWN_S = 5.0
+
+
+class Preparation:
+    """Getting ready for one view in a background thread, after an `older` one has ended."""
+
+    def __init__(
+        self, worker: EPWorker, view: View, peers: dict[int, tuple[int, bytes]], older: Preparation | None
+    ) -> None:
+        self.view = view
+        self.bytes_loaded = 0  # read from the checkpoint
+        self.bytes_mapped = 0  # found in the host's weight store
+        self._worker = worker
+        self._peers = peers
+        self._older = older
+        self._error: BaseException | None = None
+        self._stopped = threading.Event()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"prepare-epoch-{view.epoch}", daemon=True)
+        self._thread.start()
+
+    @property
+    def running(self) -> bool:
+        """Whether it still may load or link."""
+        return not self._ended.is_set()
+
+    @property
+    def ready(self) -> bool:
+        """Whether the view may be used."""
+        return self._ended.is_set() and self._error is None and not self._stopped.is_set()
+
+    def get_output(self, timeout_s: float) -> dict[str, int]:
+        """How many bytes of expert weights were loaded and mapped, once everything is ready."""
+        if not self._ended.wait(timeout_s):
+            raise WaitTimeout(f"rank {self._worker.rank} still loads for epoch {self.view.epoch} after {timeout_s} s")
+        if self._error is not None:
+            raise self._error
+        if self._stopped.is_set():
+            raise Fenced(f"epoch {self.view.epoch} was replaced while rank {self._worker.rank} prepared it")
+        return {"bytes_loaded": self.bytes_loaded, "bytes_mapped": self.bytes_mapped}
+
+    def stop(self) -> None:
+        """Have it give up before the next expert, or while peers keep it waiting. Does not wait."""
+        self._stopped.set()
+        self._worker.exchange.stir()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait until the thread has ended."""
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            raise WaitTimeout(f"rank {self._worker.rank} did not stop preparing epoch {self.view.epoch}")
+
+    def _run(self) -> None:
+        try:
+            if self._older is not None:
+                self._older.join(self._worker.connect_timeout_s)
+                self._older = None
+            failpoints.hit("rank.before.prepare", self._worker.rank)
+            wanted = sorted(experts_of(self.view, self._worker.rank))
+            mapped = self._worker.bank.bytes_mapped
+            brake = self._worker.brake(self.view, self._stopped.wait)
+            self.bytes_loaded = self._worker.bank.load_all(wanted, self._stopped.is_set, brake)
+            self.bytes_mapped = self._worker.bank.bytes_mapped - mapped
+            if not self._stopped.is_set():
+                self._worker.exchange.connect(self._peers, self._worker.connect_timeout_s, self._stopped.is_set)
+            failpoints.hit("rank.prepared", self._worker.rank)
+        except BaseException as error:  # noqa: BLE001 - handed to whoever waits for the output
+            self._error = error
+        finally:
+            self._ended.set()
+
+
+def experts_of(view: View, rank: int) -> frozenset[tuple[int, int]]:
+    """The (MoE layer, expert) pairs that `view` gives to `rank`."""
+    layers = view.placement.get(rank, ())
+    return frozenset((layer, expert) for layer, experts in enumerate(layers) for expert in experts)
+
+
+def _identities(view: View) -> set[tuple[int, int]]:
+    return {(member.rank, member.incarnation) for member in view.members}
+
+
+class EPWorker:
+    """One expert-parallel rank."""
+
+    def __init__(self, ctx: WorkerContext) -> None:
+        from workers.model.experts import LocalExpertBank
+
+        if ctx.config.exactness not in ("invariant", "stock"):
+            raise ConfigError(f"unknown exactness {ctx.config.exactness!r}", hint="use invariant or stock")
+        self._ctx = ctx
+        self.rank = ctx.rank
+        self.bank: LocalExpertBank = LocalExpertBank(invariant=ctx.config.exactness == "invariant")
+        self._mask: LiveMask | None = None
+        self.exchange = self.make_exchange()
+        self._device: torch.device | None = None
+        self._runner: ModelRunner | None = None
+        self._view = View(epoch=0)
+        self._preparing: dict[int, Preparation] = {}  # by epoch, later than the view in use
+        self._latest: Preparation | None = None
+        self._engine_token = 0
+        self._left: set[tuple[int, int]] = set()  # (rank, incarnation) of earlier views since the last retire_epoch
+
+    def make_exchange(self) -> Exchange:
+        """The link to the other ranks; tests put another one here."""
+        from workers.exchange.shm import ShmExchange
+
+        ctx = self._ctx
+        return ShmExchange(ctx.rank, ctx.incarnation, self.bank, ctx.doorbell, self.masked)
+
+    def masked(self) -> int:
+        """The engine's live mask as bits."""
+        return self._mask.masked() if self._mask is not None else 0
+
+    def init_device(self) -> None:
+        """Take the device; one compute thread, as ranks outnumber cores."""
+        import torch
+
+        wanted = self._ctx.config.device
+        if wanted == "auto":
+            wanted = "cuda" if torch.cuda.is_available() else "cpu"
+        if wanted.startswith("cuda") and not torch.cuda.is_available():
+            raise ConfigError("device cuda was asked for, but there is none", hint="use --device cpu")
+        torch.set_num_threads(1)
+        self._device = self.exchange.device = torch.device(wanted)
+
+    def load_model(self) -> None:
+        """Load everything but the experts."""
+        from workers.agent.weight_store import WeightClient
+        from workers.model.load import load_model
+        from workers.model.runner import ModelRunner
+
+        if self._device is None:
+            raise ConfigError("load_model before init_device")
+        config = self._ctx.config
+        started = time.monotonic()
+        store = WeightClient(self._ctx.weights) if self._ctx.weights else None
+        loaded = load_model(config.model, config.dtype, str(self._device), store)
+        self._runner = ModelRunner(
+            loaded, self.bank, kv_blocks=config.kv_blocks, block_size=config.block_size, max_len=config.max_model_len
+        )
+        self._runner.attach(self.exchange)
+        self._runner.warm_up()
+        log.info("model loaded", rank=self.rank, seconds=round(time.monotonic() - started, 3))
+
+    def fingerprint(self) -> str:
+        """How this rank rounds; ranks of one view must agree."""
+        from workers.model.fingerprint import kernel_fingerprint
+
+        if self._runner is None or self._device is None:
+            raise ConfigError("fingerprint before load_model")
+        return kernel_fingerprint(self._runner.dtype, self._device)
+
+    def prepare_epoch(self, view: View, peers: dict[int, tuple[int, bytes]]) -> Preparation:
+        """Load the experts that `view` adds and link to all peers, in the background; replaces what was under way."""
+        if self._runner is None:
+            raise ConfigError("prepare_epoch before load_model")
+        older = None
+        for epoch, preparation in list(self._preparing.items()):
+            if preparation.running:
+                preparation.stop()
+                older = preparation
+            if not preparation.ready or epoch == view.epoch:
+                del self._preparing[epoch]
+        others = {rank: peer for rank, peer in peers.items() if rank != self.rank}
+        self._preparing[view.epoch] = self._latest = Preparation(self, view, others, older)
+        return self._latest
+
+    def brake(self, view: View, wait: Callable[[float], object]) -> Callable[[], object]:
+        """What to call before an expert is read for this view, so that its host's ranks keep to their bandwidth."""
+        config = self._ctx.config
+        shared = self._runner.loaded.shared if self._runner is not None else None
+        if not config.load_bytes_per_s or view.urgent or shared is None:
+            return lambda: None
+        until = time.monotonic() + config.launch_deadline_s / 2
+        return Brake(partial(shared.book, config.expert_bytes), wait, until, time.monotonic)
+
+    @property
+    def connect_timeout_s(self) -> float:
+        """How long peers may take to answer."""
+        return self._ctx.config.launch_deadline_s
+
+    def commit_epoch(self, epoch: int) -> None:
+        """Use the prepared view of `epoch` from now on."""
+        if epoch == self._view.epoch:
+            return
+        found = self._preparing.get(epoch)
+        if epoch < self._view.epoch or found is None or not found.ready:
+            raise Fenced(f"rank {self.rank} is in epoch {self._view.epoch} and has not prepared epoch {epoch}")
+        self._left |= _identities(self._view)
+        self._view = found.view
+        self._preparing = {e: p for e, p in self._preparing.items() if e > epoch}
+
+    def retire_epoch(self, epoch: int) -> None:
+        """All ranks use `epoch` now and nothing is staged: drop the experts that its view does not need, and the links
+        with those who have left for good.
+
+        What was prepared beyond it has been aborted: the agent asks for this in the order of the store's changes. Links
+        with ranks that no view had yet stay: a newcomer may have dialled already for the next one, and dials once.
+        """
+        found = self._preparing.get(epoch)
+        current = self._view if found is None else found.view
+        if current.epoch < epoch:
+            raise Fenced(f"rank {self.rank} is in epoch {current.epoch} and does not know epoch {epoch}")
+        for later in [e for e in self._preparing if e > epoch]:
+            self._preparing.pop(later).stop()
+        self.bank.drop(experts_of(current, self.rank))
+        self.exchange.disconnect((self._left | _identities(self._view)) - _identities(current))
+        self._left.clear()
+
+    def execute_model(self, batch: StepBatch) -> StepResult | None:
+        """This rank's part of a step; None if it has none. Errors become statuses: the engine decides what follows."""
+        stale = self._refuse(batch)
+        chunks = batch.ranks.get(self.rank)
+        if not chunks:
+            return None
+        if stale:
+            return self._result(batch, StepStatus.STALE, error=stale)
+        runner = self._runner
+        if runner is None:
+            return self._result(batch, StepStatus.FAILED, error="no model is loaded")
+        self._begin(batch)
+        try:
+            tokens = runner.run(chunks)
+        except CoverageLost as error:
+            return self._result(batch, StepStatus.COVERAGE_LOST, error=str(error))
+        except Exception as error:  # noqa: BLE001 - whatever it was, the engine must hear of it and the rank serve on
+            log.error("step failed", rank=self.rank, step=batch.step, error=traceback.format_exc())
+            return self._result(batch, StepStatus.FAILED, error=f"{type(error).__name__}: {error}")
+        result = self._result(batch, StepStatus.OK)
+        result.tokens.extend(tokens)
+        return result
+
+    def copy_blocks(self, order: CopyBlocks) -> int:
+        """Write out KV blocks for a peer, or take in those that it has written for us; how many."""
+        if self._runner is None:
+            raise ConfigError("copy_blocks before load_model")
+        stamp = (order.engine_token, order.copy)
+        if order.arriving:
+            return self._runner.take_in(order.blocks, self.exchange.inbox(*order.source), stamp)
+        return self._runner.write_out(order.blocks, partial(self.exchange.outbox, *order.target), stamp)
+
+    def _refuse(self, batch: StepBatch) -> str:
+        """Why this batch must have no effect, else empty. Flips to the batch's epoch if that is prepared."""
+        if batch.engine_token < self._engine_token:
+            return f"engine token {batch.engine_token} is older than {self._engine_token}"
+        self._engine_token = batch.engine_token
+        try:
+            self.commit_epoch(batch.epoch)
+        except Fenced as error:
+            return str(error)
+        return ""
+
+    def _begin(self, batch: StepBatch) -> None:
+        from workers.exchange.base import StepContext
+
+        masked = sum(1 << rank for rank in set(batch.masked))
+        self.exchange.begin_step(StepContext(self._view, batch.engine_token, batch.step, batch.attempt, masked))
+
+    def _result(self, batch: StepBatch, status: StepStatus, error: str = "") -> StepResult:
+        return StepResult(
+            rank=self.rank,
+            incarnation=self._ctx.incarnation,
+            engine_token=batch.engine_token,
+            epoch=batch.epoch,
+            step=batch.step,
+            attempt=batch.attempt,
+            status=status,
+            tokens=[],
+            error=error,
+            suspects=sorted(self.exchange.suspects),
+            retried_rows=self.exchange.retried_rows,
+            load=self._runner.take_load() if self._runner is not None else b"",
+            retried_at=self.exchange.retried_at,
+        )
+
+    def pending(self) -> bool:
+        """Whether a peer has asked for something."""
+        return self.exchange.pending()
+
+    def poll(self) -> None:
+        """Compute what peers have asked for."""
+        if self.exchange.pending():
+            self.exchange.serve()
+
+    def become(self, rank: int, incarnation: int) -> None:
+        """A spare is this rank from now on. Its exchange, which has no links, gives way to one of the rank's name."""
+        self._ctx, self.rank = replace(self._ctx, rank=rank, incarnation=incarnation), rank
+        self.exchange.close()
+        self.exchange = self.make_exchange()
+        if self._device is not None:
+            self.exchange.device = self._device
+        if self._runner is not None:
+            self._runner.attach(self.exchange)
+
+    def exchange_handle(self) -> bytes:
+        """Where peers reach this rank."""
+        return self.exchange.handle()
+
+    def attach_mask(self, handle: bytes) -> None:
+        """Use this engine's live mask from now on."""
+        from workers.protocol.live_mask import LiveMask
+
+        old, self._mask = self._mask, LiveMask.attach(handle)
+        if old is not None:
+            old.close()
+
+    def evicted(self) -> bool:
+        """Whether the engine has given this incarnation up."""
+        return self._mask is not None and self._mask.evicted(self.rank, self._ctx.incarnation)
+
+    def shutdown(self) -> None:
+        """Stop the background thread, drop links, memory and files."""
+        if self._latest is not None:
+            self._latest.stop()
+        self.exchange.close()
+        if self._latest is not None:
+            self._latest.join(SHUTDOWN_S)
+        if self._mask is not None:
+            self._mask.close()
+            self._mask = None
+        if self._runner is not None:
+            self._runner.close()
+            self._runner = None
