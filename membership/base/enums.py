@@ -1,0 +1,45 @@
+"""Settings and facts that have a few legal values. On the wire and on the command line they are their strings."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Exactness(StrEnum):
+    """Whether a row's arithmetic may depend on the rows beside it."""
+
+    INVARIANT = "invariant"  # never: a request's tokens are the same in any batch
+    STOCK = "stock"  # it may: the library's fastest kernels
+
+
+class Dtype(StrEnum):
+    """Type of weights and activations."""
+
+    AUTO = "auto"  # the checkpoint's
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class Device(StrEnum):
+    """Where ranks compute."""
+
+    AUTO = "auto"  # a GPU if there is one
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class OperationKind(StrEnum):
+    """What an operation changes."""
+
+    SCALE = "scale"
+    DRAIN = "drain"
+    UNDRAIN = "undrain"
+
+
+class DetectedBy(StrEnum):
+    """How a rank's death was noticed."""
+
+    ROBUST_FUTEX = "robust_futex"
+    PIDFD = "pidfd"
+    START = "start"  # it never came up
+    HEARTBEAT = "heartbeat"  # it was alive, and silent for too long
