@@ -21,7 +21,7 @@ Fault = tuple[str, float, str, float | None, str]
 
 COUNTER = """
 import sys
-from workers.queue import MessageQueue
+from workers.queue.message_queue import MessageQueue
 with MessageQueue("answers") as answers:
     print(answers.export_handle().encode().hex(), flush=True)
     answers.wait_until_ready(["parent"], 30)
@@ -41,7 +41,7 @@ time.sleep(600)
 """
 GROUP = """
 import time
-from workers.queue import MessageQueue
+from workers.queue.message_queue import MessageQueue
 from benchmarks.mq_transports import Ours
 ours = Ours(4)
 for _ in range(10): ours.send(bytes(100_000)); ours.receive()

@@ -17,10 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from tests.support import ROOT
 from workers.ipc.doorbell import Doorbell
 from workers.queue.message_queue import MessageQueue
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def describe(message: Any) -> Any:

@@ -28,7 +28,7 @@ import signal, sys, threading
 from pathlib import Path
 from membership.store.etcd import connect
 from membership.base.events import EventLog
-from workers.agent import run_agent
+from workers.agent.agent import run_agent
 stop = threading.Event()
 signal.signal(signal.SIGTERM, lambda *_: stop.set())
 store = connect([sys.argv[1]])

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from membership.base.errors import MessageTooLarge, QueueClosed, QueueError, QueueTimeout, WaitTimeout
+from tests.support import ROOT
 from tests.support.helpers import eventually
-from tests.support.queue_process import ROOT, ReaderProcess, describe
+from tests.support.queue_process import ReaderProcess, describe
 from workers.ipc.doorbell import Doorbell
 from workers.ipc.handover import HandoverRefused
 from workers.queue.message_queue import Handle, MessageQueue, MsgpackCodec, SlowReaders

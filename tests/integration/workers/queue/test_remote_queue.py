@@ -12,8 +12,8 @@ import pytest
 import zmq
 
 from membership.base.errors import QueueClosed, QueueError, WaitTimeout
+from tests.support import ROOT
 from tests.support.helpers import eventually
-from tests.support.queue_process import ROOT
 from workers.ipc.handover import HandoverRefused
 from workers.queue import remote_wire, remote_writer
 from workers.queue.curve import new_keys
