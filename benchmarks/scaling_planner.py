@@ -16,7 +16,7 @@ from benchmarks.recovery_report import Report, tell
 from membership.base.errors import ElasticError
 from membership.placement.balance import imbalance
 from membership.placement.plan import Loads, coverage, moves, plan, repair
-from membership.planning.cluster_facts import Census
+from membership.planning.cluster_facts import ClusterFacts
 from membership.planning.rebalance import rebalance
 from membership.store.records import ClusterConfig, ClusterState, ExpertLoad, Member, Placement, View
 
@@ -63,8 +63,8 @@ def restored(left: Placement, loads: tuple[tuple[int, ...], ...]) -> Restored:
     view, looks, moved, steps = View(epoch=1, members=members, placement=left), list[float](), 0, 0
     while True:
         state = ClusterState(revision=1, config=config, view=view, expert_load=ExpertLoad(at=0.0, loads=loads))
-        census = Census(state, 0.0)
-        better = timed(looks, lambda census=census: rebalance(census))  # type: ignore[misc]
+        facts = ClusterFacts(state, 0.0)
+        better = timed(looks, lambda facts=facts: rebalance(facts))  # type: ignore[misc]
         if better is None:
             return Restored(moved, steps, tuple(looks), view.placement)
         moved += len(moves(view.placement, better.placement))

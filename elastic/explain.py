@@ -11,8 +11,8 @@ import msgspec
 
 from elastic.status import ClusterStatus, RankStatus, cluster_status
 from membership.base.errors import ConfigError
-from membership.operations.change import told
-from membership.planning.cluster_facts import Census
+from membership.operations.change import describe_change
+from membership.planning.cluster_facts import ClusterFacts
 from membership.planning.planner import awaited
 from membership.store.phases import before_commit
 from membership.store.records import ClusterState, Operation, Phase, RankExit, RankState
@@ -83,7 +83,7 @@ def _cluster(state: ClusterState, status: ClusterStatus, ailing: list[RankStatus
     finished = [op for op in state.operations.values() if not op.active and op.error]
     if finished:
         last = max(finished, key=lambda op: op.finished)
-        because.append(f"operation {last.id} ({told(last)}) was rolled back: {last.error}")
+        because.append(f"operation {last.id} ({describe_change(last)}) was rolled back: {last.error}")
     return Explanation(subject="cluster", state=status.state, because=tuple(because), next=follows, do=do)
 
 
@@ -96,7 +96,8 @@ def _rank(state: ClusterState, now: float, rank: RankStatus) -> Explanation:
 
 def explain_operation(state: ClusterState, now: float, operation: Operation) -> Explanation:
     """What it is for, how long each phase took, whom it waits for or how it ended."""
-    because = [f"{told(operation)}, from {operation.previous} ranks, asked for {ago(now - operation.started)} ago"]
+    asked = ago(now - operation.started)
+    because = [f"{describe_change(operation)}, from {operation.previous} ranks, asked for {asked} ago"]
     times = sorted(operation.phase_times.items(), key=lambda item: item[1])
     spans = zip(times, [*times[1:], ("", operation.finished or now)], strict=True)
     because += [f"{phase}: {ago(end - start)}" for (phase, start), (_, end) in spans if phase not in ENDS]
@@ -111,8 +112,8 @@ def explain_operation(state: ClusterState, now: float, operation: Operation) -> 
     elif operation.phase is Phase.DONE:
         because.append(f"epoch {operation.epoch}; tokens waited {operation.pause_ms:.1f} ms at its commit")
     elif before_commit(operation):
-        census = Census(state, now)
-        because.append(f"waits for {awaited(census)}")
+        facts = ClusterFacts(state, now)
+        because.append(f"waits for {awaited(facts)}")
         follows = f"rolled back in {ago(operation.deadline - now)} if it is not committed by then"
         do = f"to give it up: elastic ops cancel {operation.id}"
     else:
@@ -136,7 +137,7 @@ def _facts(state: ClusterState, now: float, rank: RankStatus) -> Iterator[str]:
         yield f"incarnation {rank.incarnation} is process {rank.pid} on node {rank.node} with {rank.slots} experts"
     if rank.heartbeat_age_ms is not None and rank.pid:
         yield f"its agent saw it beat {rank.heartbeat_age_ms:.0f} ms ago"
-    newcomer = Census(state, now).newcomers.get(rank.rank)
+    newcomer = ClusterFacts(state, now).newcomers.get(rank.rank)
     if newcomer is not None and newcomer.trouble:
         yield newcomer.trouble
     record = state.ranks.get((rank.rank, rank.incarnation))

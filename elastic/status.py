@@ -7,11 +7,11 @@ from typing import Literal
 
 import msgspec
 
-from membership.operations.change import told
+from membership.operations.change import describe_change
 from membership.operations.pause import paused_words
 from membership.placement.balance import imbalance
 from membership.placement.plan import coverage
-from membership.planning.cluster_facts import Census
+from membership.planning.cluster_facts import ClusterFacts
 from membership.planning.rebalance import loads_of
 from membership.store.records import ClusterState, Member, Operation, Phase, RankState
 
@@ -19,8 +19,8 @@ Health = Literal["starting", "serving", "degraded", "uncovered", "stopped"]
 
 
 class RankStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One rank slot. `pid` 0 and `slots` 0: it has none. `heartbeat_age_ms` (since its agent last saw it
-    beat, and told once per second) null: no agent has told."""
+    """One rank slot. `pid` 0 and `slots` 0: it has none. `heartbeat_age_ms` (age of the last heartbeat
+    that its agent observed, published once per second) null: no agent has published one."""
 
     rank: int
     node: str
@@ -114,26 +114,26 @@ def cluster_status(state: ClusterState, now: float, store: str = "") -> ClusterS
             cluster="", state="starting", epoch=0, desired=0, ranks=(), coverage=nothing, operation=None,
             requests=RequestsStatus(), store=store,
         )  # fmt: skip
-    census = Census(state, now)
-    covered = _coverage(census)
+    facts = ClusterFacts(state, now)
+    covered = _coverage(facts)
     load = state.engine_status
     operation = state.active
     return ClusterStatus(
         cluster=state.config.cluster,
-        state=_health(census, covered),
-        epoch=census.view.epoch,
-        desired=census.desired.ranks,
-        ranks=tuple(sorted(_ranks(census), key=lambda r: (r.rank, r.incarnation))),
+        state=_health(facts, covered),
+        epoch=facts.view.epoch,
+        desired=facts.desired.ranks,
+        ranks=tuple(sorted(_ranks(facts), key=lambda r: (r.rank, r.incarnation))),
         coverage=covered,
         operation=None if operation is None else _operation(operation),
         requests=RequestsStatus() if load is None else RequestsStatus(running=load.running, waiting=load.waiting),
         spares=_spares(state),
         owner="agents" if state.config.follow_agents else "operator",
-        drained=census.desired.cordoned,
-        nodes=tuple(_node(census, node) for node in sorted(state.agents)),
+        drained=facts.desired.cordoned,
+        nodes=tuple(_node(facts, node) for node in sorted(state.agents)),
         pause=_pause(state, now),
         exactness=state.config.exactness,
-        imbalance=_imbalance(census),
+        imbalance=_imbalance(facts),
         store=store,
     )
 
@@ -143,10 +143,10 @@ def _spares(state: ClusterState) -> SparesStatus:
     return SparesStatus(wanted=sum(a.spares_wanted for a in agents), ready=sum(len(a.spares) for a in agents))
 
 
-def _node(census: Census, node: str) -> NodeStatus:
-    ranks = sum(where == node for where, _ in census.assigned.values())
-    ending = any(census.state.ranks[key].node == node for key in census.lingering)
-    return NodeStatus(node=node, ranks=ranks, safe_to_delete=not ranks and not ending and bool(census.members))
+def _node(facts: ClusterFacts, node: str) -> NodeStatus:
+    ranks = sum(where == node for where, _ in facts.assigned.values())
+    ending = any(facts.state.ranks[key].node == node for key in facts.lingering)
+    return NodeStatus(node=node, ranks=ranks, safe_to_delete=not ranks and not ending and bool(facts.members))
 
 
 def _pause(state: ClusterState, now: float) -> PauseStatus | None:
@@ -156,19 +156,19 @@ def _pause(state: ClusterState, now: float) -> PauseStatus | None:
     return PauseStatus(until=pause.until, by=pause.by, reason=pause.reason, words=paused_words(pause, now))
 
 
-def _health(census: Census, covered: CoverageStatus) -> Health:
-    state = census.state
-    if not (state.agents or state.engine or state.ranks) and census.view.epoch:
+def _health(facts: ClusterFacts, covered: CoverageStatus) -> Health:
+    state = facts.state
+    if not (state.agents or state.engine or state.ranks) and facts.view.epoch:
         return "stopped"
-    if not census.members:
+    if not facts.members:
         return "starting"
     if covered.uncovered:
         return "uncovered"
     if not _driven(state):
         return "degraded"  # requests wait for an engine: the old one's successor, or the first
-    whole = len(census.alive) == len(census.members)
-    scaling = census.operation is not None
-    return "serving" if whole and (scaling or len(census.alive) >= census.target) else "degraded"
+    whole = len(facts.alive) == len(facts.members)
+    scaling = facts.operation is not None
+    return "serving" if whole and (scaling or len(facts.alive) >= facts.target) else "degraded"
 
 
 def _driven(state: ClusterState) -> bool:
@@ -177,66 +177,66 @@ def _driven(state: ClusterState) -> bool:
     return state.engine is not None and status is not None and status.token == state.engine_token and status.epoch > 0
 
 
-def _coverage(census: Census) -> CoverageStatus:
-    if not census.members:
+def _coverage(facts: ClusterFacts) -> CoverageStatus:
+    if not facts.members:
         return CoverageStatus(min_live_replicas=0, uncovered=0)
-    found = coverage(census.view.placement, (m.rank for m in census.alive), census.config.experts)
+    found = coverage(facts.view.placement, (m.rank for m in facts.alive), facts.config.experts)
     return CoverageStatus(min_live_replicas=found.min_live_replicas, uncovered=len(found.uncovered))
 
 
-def _imbalance(census: Census) -> float | None:
-    loads = loads_of(census.config, census.state.expert_load)
-    return round(imbalance(census.view.placement, loads), 3) if loads is not None and census.members else None
+def _imbalance(facts: ClusterFacts) -> float | None:
+    loads = loads_of(facts.config, facts.state.expert_load)
+    return round(imbalance(facts.view.placement, loads), 3) if loads is not None and facts.members else None
 
 
-def _ranks(census: Census) -> Iterator[RankStatus]:
-    alive = set(census.alive)
+def _ranks(facts: ClusterFacts) -> Iterator[RankStatus]:
+    alive = set(facts.alive)
     shown: set[int] = set()
-    for member in census.members:
+    for member in facts.members:
         shown.add(member.rank)
-        yield _rank(census, member, _member_state(census, member, member in alive))
-    for rank, newcomer in census.newcomers.items():
+        yield _rank(facts, member, _member_state(facts, member, member in alive))
+    for rank, newcomer in facts.newcomers.items():
         if rank not in shown:
             shown.add(rank)
-            yield _rank(census, newcomer.member, _newcomer_state(census, newcomer.member))
-    for key in census.lingering:
-        record = census.state.ranks[key]
+            yield _rank(facts, newcomer.member, _newcomer_state(facts, newcomer.member))
+    for key in facts.lingering:
+        record = facts.state.ranks[key]
         member = Member(rank=record.rank, node=record.node, incarnation=record.incarnation)
-        if record.rank not in shown and not census.exited(member):
+        if record.rank not in shown and not facts.exited(member):
             shown.add(record.rank)
-            yield _rank(census, member, RankState.DRAINING)
-    for rank, last in census.state.exits.items():
-        wanted = rank in census.desired.slots if census.desired.slots else rank < census.desired.ranks
+            yield _rank(facts, member, RankState.DRAINING)
+    for rank, last in facts.state.exits.items():
+        wanted = rank in facts.desired.slots if facts.desired.slots else rank < facts.desired.ranks
         if rank not in shown and (wanted or last.quarantined):
             gone = Member(rank=rank, node="", incarnation=last.incarnation)
-            yield _rank(census, gone, RankState.QUARANTINED if last.quarantined else RankState.DEAD)
+            yield _rank(facts, gone, RankState.QUARANTINED if last.quarantined else RankState.DEAD)
 
 
-def _newcomer_state(census: Census, member: Member) -> RankState:
-    if census.exited(member):
-        return RankState.QUARANTINED if census.state.exits[member.rank].quarantined else RankState.DEAD
-    record = census.record(member)
+def _newcomer_state(facts: ClusterFacts, member: Member) -> RankState:
+    if facts.exited(member):
+        return RankState.QUARANTINED if facts.state.exits[member.rank].quarantined else RankState.DEAD
+    record = facts.record(member)
     return RankState.LAUNCHING if record is None else record.state
 
 
-def _member_state(census: Census, member: Member, alive: bool) -> RankState:
-    last = census.state.exits.get(member.rank)
+def _member_state(facts: ClusterFacts, member: Member, alive: bool) -> RankState:
+    last = facts.state.exits.get(member.rank)
     if not alive and last is not None and last.quarantined and last.incarnation == member.incarnation:
         return RankState.QUARANTINED
-    if member.rank in census.masked and not census.exited(member):
+    if member.rank in facts.masked and not facts.exited(member):
         return RankState.MASKED
     if not alive:
         return RankState.DEAD
-    staged = census.state.next
-    planned = census.operation is not None or member in census.relieved
+    staged = facts.state.next
+    planned = facts.operation is not None or member in facts.relieved
     leaving = planned and staged is not None and staged.member(member.rank) is None
     return RankState.DRAINING if leaving else RankState.SERVING
 
 
-def _rank(census: Census, member: Member, state: RankState) -> RankStatus:
-    record = census.record(member)
-    last, load = census.state.exits.get(member.rank), census.state.engine_status
-    held = census.view.placement.get(member.rank, ()) if member in census.members else ()
+def _rank(facts: ClusterFacts, member: Member, state: RankState) -> RankStatus:
+    record = facts.record(member)
+    last, load = facts.state.exits.get(member.rank), facts.state.engine_status
+    held = facts.view.placement.get(member.rank, ()) if member in facts.members else ()
     return RankStatus(
         rank=member.rank,
         node=member.node,
@@ -244,16 +244,16 @@ def _rank(census: Census, member: Member, state: RankState) -> RankStatus:
         incarnation=member.incarnation,
         state=state,
         slots=sum(len(layer) for layer in held),
-        heartbeat_age_ms=_heartbeat_age_ms(census, member),
+        heartbeat_age_ms=_heartbeat_age_ms(facts, member),
         restarts=0 if last is None else last.restarts,
         slow=state is RankState.SERVING and load is not None and member.rank in load.slow,
     )
 
 
-def _heartbeat_age_ms(census: Census, member: Member) -> float | None:
-    told = census.state.heartbeats.get(member.node)
-    beat = None if told is None else told.beats.get(member.incarnation)
-    return None if beat is None else round(max(0.0, census.now - beat) * 1000, 1)
+def _heartbeat_age_ms(facts: ClusterFacts, member: Member) -> float | None:
+    heartbeats = facts.state.heartbeats.get(member.node)
+    beat = None if heartbeats is None else heartbeats.beats.get(member.incarnation)
+    return None if beat is None else round(max(0.0, facts.now - beat) * 1000, 1)
 
 
 def _operation(operation: Operation) -> OperationStatus:
@@ -262,7 +262,7 @@ def _operation(operation: Operation) -> OperationStatus:
         kind=operation.kind,
         target=operation.target,
         ranks=operation.ranks,
-        what=told(operation),
+        what=describe_change(operation),
         phase=operation.phase,
         progress=operation.progress,
         started=operation.started,

@@ -17,7 +17,7 @@ from chaos.target.footprint import Growth
 from chaos.workload.history import percentile
 from elastic.cli.client import StoreClient, wait_for
 from membership.base.errors import OperationConflict
-from membership.operations.change import Wish, drain, scale, undrain
+from membership.operations.change import Change, drain, scale, undrain
 from membership.store.records import Operation, Phase
 
 CANCELLED = 0.1  # of the changes: somebody changes their mind
@@ -58,7 +58,7 @@ class Churn(Endurance):
     cancelled: set[str] = field(default_factory=set)
 
 
-def change(chooser: random.Random, slots: Sequence[int], drained: Sequence[int], most: int) -> Wish:
+def change(chooser: random.Random, slots: Sequence[int], drained: Sequence[int], most: int) -> Change:
     """Any change that is possible now: another size, some ranks drained, or a drained one back. Pure."""
     kinds = ["scale"]
     kinds += ["drain"] if len(slots) > 1 else []
@@ -79,22 +79,22 @@ def run_churn(cluster: ServedCluster, churn: Churn, changes: int, streams: int, 
         while len(churn.operations) < changes:
             desired = client.state().desired
             if desired is not None:
-                wish = change(chooser, desired.slots, desired.cordoned, churn.most)
-                operation = _done(client, wish, churn, cancel=chooser.random() < CANCELLED)
+                request = change(chooser, desired.slots, desired.cordoned, churn.most)
+                operation = _done(client, request, churn, cancel=chooser.random() < CANCELLED)
                 if operation.target == churn.ranks and operation.phase is Phase.DONE:  # only the same size compares
                     churn.look(cluster, len(churn.operations), changes)
                 took_ms = 1000 * (operation.finished - operation.started)
-                tell(f"{len(churn.operations)}/{changes} {wish}: {operation.phase} after {took_ms:.0f} ms; "
+                tell(f"{len(churn.operations)}/{changes} {request}: {operation.phase} after {took_ms:.0f} ms; "
                      f"{len(workload.records())} requests ended")  # fmt: skip
         drained = client.status()["drained"]
-        for wish in ([scale(1)] if drained else []) + [undrain(slot) for slot in drained] + [scale(churn.ranks)]:
-            _done(client, wish, churn, cancel=False)
+        for request in ([scale(1)] if drained else []) + [undrain(slot) for slot in drained] + [scale(churn.ranks)]:
+            _done(client, request, churn, cancel=False)
     churn.verify(len(churn.operations), "changes")
 
 
-def _done(client: StoreClient, wish: Wish, churn: Churn, *, cancel: bool) -> Operation:
+def _done(client: StoreClient, request: Change, churn: Churn, *, cancel: bool) -> Operation:
     """Have it done, or called off again at once, unless it was too quick; the operation once it has ended."""
-    operation = client.propose(wish, op_id=None, if_epoch=None, timeout_s=TIMEOUT_S)
+    operation = client.propose(request, op_id=None, if_epoch=None, timeout_s=TIMEOUT_S)
     if cancel:
         with suppress(OperationConflict):
             client.cancel(operation.id, "churn")

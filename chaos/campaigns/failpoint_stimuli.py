@@ -164,8 +164,8 @@ def _nothing(scene: Scene) -> UnderWay:
 
 
 def _change(scene: Scene) -> UnderWay:
-    wish = scale(scene.other_size)
-    return UnderWay(scene, scene.cluster.client().propose(wish, op_id=None, if_epoch=None, timeout_s=DEADLINE_S))
+    request = scale(scene.other_size)
+    return UnderWay(scene, scene.cluster.client().propose(request, op_id=None, if_epoch=None, timeout_s=DEADLINE_S))
 
 
 def _change_when_busy(scene: Scene) -> UnderWay:
@@ -213,12 +213,12 @@ def _by_gateway(cancelled: bool) -> Begin:
     """Change through the admin API; a client whose gateway does not answer asks elsewhere, by the same id."""
 
     def begin(scene: Scene) -> UnderWay:
-        address, wish, name = scene.cluster.state.address(), scale(scene.other_size), f"matrix-{time.time_ns()}"
+        address, request, name = scene.cluster.state.address(), scale(scene.other_size), f"matrix-{time.time_ns()}"
         admin = AdminClient(address.admin_url, address.admin_token, timeout_s=HTTP_S)
         try:
             with suppress(ElasticError):
-                admin.propose(wish, op_id=name, if_epoch=None, timeout_s=DEADLINE_S)
-            operation = scene.cluster.client().propose(wish, op_id=name, if_epoch=None, timeout_s=DEADLINE_S)
+                admin.propose(request, op_id=name, if_epoch=None, timeout_s=DEADLINE_S)
+            operation = scene.cluster.client().propose(request, op_id=name, if_epoch=None, timeout_s=DEADLINE_S)
             if cancelled:
                 with suppress(ElasticError):
                     admin.cancel(name, "the failpoint matrix")

@@ -23,7 +23,8 @@ from chaos.scenarios.watch import Interrupted, Streaming, TooFar, Watch
 from chaos.target.stage import Stage, model_of
 from chaos.workload.streams import PROMPTS, Workload
 from membership.base.errors import ElasticError, OperationConflict
-from membership.operations.change import Wish, drain, scale, undrain
+from membership.operations.change import Change as ClusterChange
+from membership.operations.change import drain, scale, undrain
 from membership.store.records import Operation, Phase
 
 START_S = 120.0
@@ -176,12 +177,12 @@ class Player:
         desired = self._stage.client.status()["desired"]
         last = self._watch.incarnation(self._watch.sight().newest)
         victims = [each for victim in change.victims if victim != BACK for each in self._dealer.choose(victim)]
-        wish = self._wish(change, [int(each.split()[1]) for each in victims], desired)
-        grows = wish.kind == "undrain" or (wish.kind == "scale" and wish.target > desired)
+        request = self._request(change, [int(each.split()[1]) for each in victims], desired)
+        grows = request.kind == "undrain" or (request.kind == "scale" and request.target > desired)
         told = []
         with self._dealer.held(change.strikes) as held:
             began = self._watch.act()
-            operation = self._propose(wish, change.within_s)
+            operation = self._propose(request, change.within_s)
             for strike in change.strikes:
                 self._dealer.wait_held(strike.at, began, change.within_s)
                 told.append(f"at {strike.at}: {self._dealer.deal(strike, last if grows else 0)}")
@@ -190,25 +191,25 @@ class Player:
         if change.ends not in ("any", operation.phase.value):
             raise ElasticError(f"it ended {operation.phase}: {operation.error or 'it should not have been done'}")
         took_ms = 1000 * (operation.finished - operation.started)
-        return "; ".join((f"{wish}: {operation.phase} after {took_ms:.0f} ms", *told))
+        return "; ".join((f"{request}: {operation.phase} after {took_ms:.0f} ms", *told))
 
-    def _wish(self, change: Change, slots: list[int], desired: int) -> Wish:
+    def _request(self, change: Change, slots: list[int], desired: int) -> ClusterChange:
         if change.kind == "scale":
             return scale(change.size_from(desired, self._first_size))
         if change.kind == "drain":
             return drain(*slots)
         return undrain(*(slots or sorted(self._drained)))
 
-    def _propose(self, wish: Wish, within_s: float) -> Operation:
+    def _propose(self, request: ClusterChange, within_s: float) -> Operation:
         """Ask for it; a repair that goes on is waited for, as is an operation that is just ending."""
 
         def asked() -> Operation | None:
             try:
-                return self._stage.client.propose(wish, op_id=None, if_epoch=None, timeout_s=within_s)
+                return self._stage.client.propose(request, op_id=None, if_epoch=None, timeout_s=within_s)
             except OperationConflict:
                 return None
 
-        return self._watch.until(asked, within_s, f"{wish} to be accepted")
+        return self._watch.until(asked, within_s, f"{request} to be accepted")
 
     def _end_of(self, operation: Operation, within_s: float) -> Operation:
         def ended() -> Operation | None:
@@ -238,9 +239,9 @@ class Player:
 
     def _restore(self) -> None:
         """What was drained is back, and the size is the first one."""
-        wishes = [undrain(*sorted(self._drained))] if self._drained else []
+        requests = [undrain(*sorted(self._drained))] if self._drained else []
         if self._stage.client.status()["desired"] + len(self._drained) != self._first_size:
-            wishes.append(scale(self._first_size))
-        for wish in wishes:
-            self._tell(f"as it was: {wish}")
-            self._end_of(self._propose(wish, END_S), END_S)
+            requests.append(scale(self._first_size))
+        for request in requests:
+            self._tell(f"as it was: {request}")
+            self._end_of(self._propose(request, END_S), END_S)

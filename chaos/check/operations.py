@@ -70,8 +70,8 @@ class _Operations:
             self.trial.found(what, other, new)
         if operation.phase is not Phase.PROPOSED:
             self.trial.found(f"{name} begins as {operation.phase}", new)
-        wish = revision.put("desired")
-        if wish is None or typed(wish, Desired).operation != operation.id:
+        asked = revision.put("desired")
+        if asked is None or typed(asked, Desired).operation != operation.id:
             self.trial.found(f"{name} was proposed without what it makes desired: not one transaction", new)
 
     def _moved(self, before: Keyspace, revision: Revision, old: Changed, new: Changed) -> None:

@@ -98,15 +98,15 @@ BUGS: tuple[Bug, ...] = (
         name="unprepared-commit",
         guards="G5: a view is committed once all its members have prepared it",
         file="membership/planning/planner.py",
-        before="staged is None or census.unprepared or census.now",
-        after="staged is None or census.now",
+        before="staged is None or facts.unprepared or facts.now",
+        after="staged is None or facts.now",
     ),
     Bug(
         name="unwanted-commit",
         guards="G1: a staged view is committed only with members that live and are wanted still",
         file="membership/planning/planner.py",
         before=(
-            "    if not staged.members or not keep <= set(staged.members) <= keep | set(census.ready):\n"
+            "    if not staged.members or not keep <= set(staged.members) <= keep | set(facts.ready):\n"
             "        return False\n"
         ),
         shown_by=96,
@@ -138,21 +138,21 @@ BUGS: tuple[Bug, ...] = (
         name="dead-stay-assigned",
         guards="G2: who was taken for dead leaves the assignments, and can never come back",
         file="membership/planning/planner.py",
-        before="    gone = set(census.members) - set(census.alive)\n    gone |=",
+        before="    gone = set(facts.members) - set(facts.alive)\n    gone |=",
         after="    gone = set[Member]()\n    gone |=",
     ),
     Bug(
         name="loss-not-first",
         guards="G4: a loss is made durable with those who are left, before anybody new is waited for",
         file="membership/planning/planner.py",
-        before="    if gone and keep and not (_stuck(census) and ready):\n",
+        before="    if gone and keep and not (_stuck(facts) and ready):\n",
         after="    if False:\n",
     ),
     Bug(
         name="no-backoff",
         guards="G8: a slot is not filled again before its backoff is over",
         file="membership/planning/planner.py",
-        before="(last.quarantined or last.held_back_s(census.now))",
+        before="(last.quarantined or last.held_back_s(facts.now))",
         after="last.quarantined",
     ),
     # --- operations
@@ -176,7 +176,7 @@ BUGS: tuple[Bug, ...] = (
         name="id-again",
         guards="G5: the same id is the same operation",
         file="membership/operations/operations.py",
-        before="        if known is not None:\n            return _same(known, wish)\n",
+        before="        if known is not None:\n            return _same(known, change)\n",
         caught_by="proposals",
     ),
     Bug(
@@ -192,16 +192,15 @@ BUGS: tuple[Bug, ...] = (
         guards="G5: an operation that is not done by its deadline is rolled back",
         file="membership/planning/planner.py",
         before=(
-            "    if _late(census, operation):\n"
-            '        return f"not done by its deadline; waited for {awaited(census)}"\n'
+            '    if _late(facts, operation):\n        return f"not done by its deadline; waited for {awaited(facts)}"\n'
         ),
     ),
     Bug(
-        name="rollback-keeps-the-wish",
-        guards="G5: an operation that is rolled back leaves no wish behind",
+        name="rollback-keeps-the-desired-size",
+        guards="G5: an operation that is rolled back leaves the desired size as it was",
         file="membership/planning/planner.py",
-        before="    desired = desired_without(operation, census.desired, len(census.members))\n",
-        after="    desired = census.desired\n",
+        before="    desired = desired_without(operation, facts.desired, len(facts.members))\n",
+        after="    desired = facts.desired\n",
     ),
     Bug(
         name="never-done",
@@ -221,8 +220,8 @@ BUGS: tuple[Bug, ...] = (
         name="quarantine-ignored",
         guards="G8: no rank is started in a slot that is set aside",
         file="membership/planning/planner.py",
-        before="(last.quarantined or last.held_back_s(census.now))",
-        after="last.held_back_s(census.now)",
+        before="(last.quarantined or last.held_back_s(facts.now))",
+        after="last.held_back_s(facts.now)",
         caught_by="given_up",
     ),
 )

@@ -27,21 +27,21 @@ def change(cluster: Cluster, random: Random) -> str:
     """Scale, drain or undrain, as far as it is possible."""
     state, some = cluster.store.state, random.randint(1, 2)
     desired = state.desired
-    wish = scale(random.randint(1, 6))
+    request = scale(random.randint(1, 6))
     timeout_s = random.choice([0.5, 5.0, 60.0])
     if desired is None or state.view is None:
         return NOTHING
     if random.random() < 0.4 and len(desired.slots) > some:
-        wish = drain(*random.sample(desired.slots, some))
+        request = drain(*random.sample(desired.slots, some))
     elif desired.cordoned and random.random() < 0.7:
-        wish = undrain(random.choice(desired.cordoned))
+        request = undrain(random.choice(desired.cordoned))
     wall = cluster.gateway.wall
     try:
         name = f"op{random.randrange(1 << 30)}"
-        propose(cluster.gateway.client, cluster.keys.cluster, wish, op_id=name, timeout_s=timeout_s, clock=wall)
+        propose(cluster.gateway.client, cluster.keys.cluster, request, op_id=name, timeout_s=timeout_s, clock=wall)
     except (OperationConflict, PlanRefused, StoreError):
         return NOTHING
-    return f"somebody asks for {wish} within {timeout_s:g} s"
+    return f"somebody asks for {request} within {timeout_s:g} s"
 
 
 @deed

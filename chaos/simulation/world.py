@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from chaos.simulation import promises
 from chaos.simulation.laws import Laws, Rank, keep, require
 from chaos.simulation.laws import Violation as Violation
-from membership.operations.change import Wish, scale
+from membership.operations.change import Change, scale
 from membership.operations.operations import propose
 from membership.planning.controller import transaction
 from membership.planning.planner import Effect, due, reconcile
@@ -163,8 +163,8 @@ class World:
     def scale(self, target: int, timeout_s: float = 60.0, op_id: str | None = None) -> Operation:
         return self.ask(scale(target), timeout_s, op_id)
 
-    def ask(self, wish: Wish, timeout_s: float = 60.0, op_id: str | None = None) -> Operation:
-        return propose(self.store, self.keys.cluster, wish, op_id=op_id, timeout_s=timeout_s, clock=lambda: self.now)
+    def ask(self, change: Change, timeout_s: float = 60.0, op_id: str | None = None) -> Operation:
+        return propose(self.store, self.keys.cluster, change, op_id=op_id, timeout_s=timeout_s, clock=lambda: self.now)
 
     # --- what everyone does
 

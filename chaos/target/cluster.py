@@ -18,7 +18,7 @@ from elastic.serve.etcd_server import free_ports
 from elastic.serve.state_dir import StateDir
 from membership.base.errors import ElasticError, WaitTimeout
 from membership.base.events import Event, EventLog
-from membership.operations.change import Wish, scale
+from membership.operations.change import Change, scale
 from membership.store.etcd import connect
 from membership.store.interface import Store
 from membership.store.records import Operation, Phase
@@ -96,13 +96,13 @@ class Cluster:
         """Scale and wait for the end; ElasticError if it was rolled back."""
         return self.change(scale(target), timeout_s)
 
-    def change(self, wish: Wish, timeout_s: float = 120.0) -> Operation:
+    def change(self, change: Change, timeout_s: float = 120.0) -> Operation:
         """Have it done and wait for the end; ElasticError if it was rolled back."""
         client = self.client()
-        operation = client.propose(wish, op_id=None, if_epoch=None, timeout_s=timeout_s)
+        operation = client.propose(change, op_id=None, if_epoch=None, timeout_s=timeout_s)
         *_, operation = wait_for(client, operation, timeout_s + 10.0, threading.Event())
         if operation.phase is not Phase.DONE:
-            raise ElasticError(f"{wish} ended {operation.phase}: {operation.error}")
+            raise ElasticError(f"{change} ended {operation.phase}: {operation.error}")
         return operation
 
     def wait_event(self, wanted: Callable[[Event], bool], what: str, timeout_s: float = 60.0) -> Event:

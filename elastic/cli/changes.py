@@ -24,8 +24,8 @@ from elastic.cli.flags import (
     write_json,
 )  # fmt: skip
 from membership.base.errors import PlanRefused
-from membership.operations import change as wishes
-from membership.operations.change import Wish, told
+from membership.operations import change as changes
+from membership.operations.change import Change, describe_change
 from membership.store.records import Operation, Phase
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def scale(
 ) -> None:
     """Change the number of ranks while requests stream on."""
     with reported(), find_cluster(state_dir, admin, admin_token, etcd, cluster) as client:
-        _change(client, wishes.scale(target), plan, wait, timeout, if_epoch, op_id, output)
+        _change(client, changes.scale(target), plan, wait, timeout, if_epoch, op_id, output)
 
 
 def drain(
@@ -77,7 +77,7 @@ def drain(
 ) -> None:
     """Take ranks out of service, whichever: experts and requests move first. Their slots stay empty until undrained."""
     with reported(), find_cluster(state_dir, admin, admin_token, etcd, cluster) as client:
-        _change(client, wishes.drain(*ranks), plan, wait, deadline, if_epoch, op_id, output)
+        _change(client, changes.drain(*ranks), plan, wait, deadline, if_epoch, op_id, output)
 
 
 def undrain(
@@ -96,24 +96,24 @@ def undrain(
 ) -> None:
     """Fill drained slots again."""
     with reported(), find_cluster(state_dir, admin, admin_token, etcd, cluster) as client:
-        _change(client, wishes.undrain(*ranks), plan, wait, timeout, if_epoch, op_id, output)
+        _change(client, changes.undrain(*ranks), plan, wait, timeout, if_epoch, op_id, output)
 
 
 def _change(
-    client: Client, wish: Wish, plan: bool, wait: bool, timeout: str, if_epoch: int | None, op_id: str | None,
+    client: Client, change: Change, plan: bool, wait: bool, timeout: str, if_epoch: int | None, op_id: str | None,
     output: Output,
 ) -> None:  # fmt: skip
     if plan:
-        raise typer.Exit(_show_plan(client, wish, output))
+        raise typer.Exit(_show_plan(client, change, output))
     timeout_s = seconds(timeout)
-    operation = client.propose(wish, op_id=op_id, if_epoch=if_epoch, timeout_s=timeout_s)
+    operation = client.propose(change, op_id=op_id, if_epoch=if_epoch, timeout_s=timeout_s)
     _end(_wait(client, operation, timeout_s + 30.0, output) if wait else operation, output)
 
 
-def _show_plan(client: Client, wish: Wish, output: Output) -> int:
+def _show_plan(client: Client, change: Change, output: Output) -> int:
     from elastic.cli.render import plan_view
 
-    planned = client.plan(wish)
+    planned = client.plan(change)
     if output is Output.JSON:
         write_json(planned)
     elif not planned.refused:
@@ -214,7 +214,7 @@ def cancel_operation(
         if output is Output.JSON:
             write_json(operation)
         else:
-            typer.echo(f"operation {operation.id} ({told(operation)}): {operation.phase}")
+            typer.echo(f"operation {operation.id} ({describe_change(operation)}): {operation.phase}")
         if not operation.active and operation.phase is not Phase.ABORTED:
             typer.echo(f"error: operation {operation.id} was committed before it could be cancelled", err=True)
             raise typer.Exit(1)

@@ -29,12 +29,12 @@ from membership.base.errors import (
     WaitTimeout,
 )
 from membership.base.events import Event, EventLog
-from membership.operations.change import Wish
-from membership.operations.dry_run import Plan, plan_of
+from membership.operations.change import Change
+from membership.operations.dry_run import Plan, plan_change
 from membership.operations.operations import cancel, propose
 from membership.operations.pause import pause, resume
 from membership.operations.quarantine import unquarantine
-from membership.operations.rebalance_now import RebalancePlan, ask_rebalance, plan_rebalance
+from membership.operations.rebalance_now import RebalancePlan, plan_rebalance, request_rebalance
 from membership.store.codec import decode
 from membership.store.interface import Store
 from membership.store.keys import Keys, state_from
@@ -48,8 +48,8 @@ class Client(Protocol):
 
     def status(self) -> dict[str, Any]: ...
     def view(self) -> View: ...
-    def plan(self, wish: Wish) -> Plan: ...
-    def propose(self, wish: Wish, *, op_id: str | None, if_epoch: int | None, timeout_s: float) -> Operation: ...
+    def plan(self, change: Change) -> Plan: ...
+    def propose(self, change: Change, *, op_id: str | None, if_epoch: int | None, timeout_s: float) -> Operation: ...
     def operation(self, op_id: str) -> Operation: ...
     def operations(self) -> tuple[Operation, ...]: ...
     def cancel(self, op_id: str, by: str) -> Operation: ...
@@ -84,13 +84,13 @@ class StoreClient:
         """The committed membership; epoch 0: none yet."""
         return self.state().view or View(epoch=0)
 
-    def plan(self, wish: Wish) -> Plan:
-        """What granting the wish would do."""
-        return plan_of(wish, self.state())
+    def plan(self, change: Change) -> Plan:
+        """What granting the change would do."""
+        return plan_change(change, self.state())
 
-    def propose(self, wish: Wish, *, op_id: str | None, if_epoch: int | None, timeout_s: float) -> Operation:
+    def propose(self, change: Change, *, op_id: str | None, if_epoch: int | None, timeout_s: float) -> Operation:
         """Ask for it."""
-        return propose(self._store, self._cluster, wish, op_id=op_id, if_epoch=if_epoch, timeout_s=timeout_s)
+        return propose(self._store, self._cluster, change, op_id=op_id, if_epoch=if_epoch, timeout_s=timeout_s)
 
     def cancel(self, op_id: str, by: str) -> Operation:
         """Have an operation rolled back."""
@@ -114,7 +114,7 @@ class StoreClient:
 
     def rebalance(self, by: str) -> RebalancePlan:
         """Ask for a rebalance now."""
-        return ask_rebalance(self._store, self._cluster, by)
+        return request_rebalance(self._store, self._cluster, by)
 
     def operation(self, op_id: str) -> Operation:
         """One operation by id."""
@@ -156,14 +156,14 @@ class AdminClient:
         """GET view."""
         return msgspec.convert(self._call("GET", "view"), View, strict=False)  # JSON has ranks, as keys, in words
 
-    def plan(self, wish: Wish) -> Plan:
+    def plan(self, change: Change) -> Plan:
         """POST with plan=true: changes nothing."""
-        return msgspec.convert(self._call("POST", wish.kind, json={"ranks": _ranks(wish), "plan": True}), Plan)
+        return msgspec.convert(self._call("POST", change.kind, json={"ranks": _ranks(change), "plan": True}), Plan)
 
-    def propose(self, wish: Wish, *, op_id: str | None, if_epoch: int | None, timeout_s: float) -> Operation:
+    def propose(self, change: Change, *, op_id: str | None, if_epoch: int | None, timeout_s: float) -> Operation:
         """POST scale, drain or undrain."""
-        asked = {"ranks": _ranks(wish), "op_id": op_id, "if_epoch": if_epoch, "timeout_s": timeout_s}
-        answer = self._call("POST", wish.kind, json={k: v for k, v in asked.items() if v is not None})
+        asked = {"ranks": _ranks(change), "op_id": op_id, "if_epoch": if_epoch, "timeout_s": timeout_s}
+        answer = self._call("POST", change.kind, json={k: v for k, v in asked.items() if v is not None})
         return msgspec.convert(answer, Operation)
 
     def cancel(self, op_id: str, by: str) -> Operation:
@@ -239,8 +239,8 @@ class AdminClient:
         return NoAnswer(f"no answer from {self._http.base_url}: {error}", hint="is the gateway up?")
 
 
-def _ranks(wish: Wish) -> int | tuple[int, ...]:
-    return wish.target if wish.kind == "scale" else wish.ranks
+def _ranks(change: Change) -> int | tuple[int, ...]:
+    return change.target if change.kind == "scale" else change.ranks
 
 
 def _error_of(answer: httpx.Response) -> ElasticError:

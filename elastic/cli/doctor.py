@@ -15,7 +15,7 @@ from rich.console import Console
 from elastic.cli.render import in_bytes
 from elastic.serve.state_dir import StateDir
 from membership.base.errors import ConfigError, ElasticError
-from membership.placement.survivability import needed_slots, resilience, told
+from membership.placement.survivability import describe_survivability, needed_slots, survivability
 from membership.store.records import Placement
 
 
@@ -134,7 +134,7 @@ def _coverage(
     placement: Placement, nodes: dict[int, str], moe_layers: int, experts: int, expert_bytes: int
 ) -> Iterator[Finding]:
     """Whose death leaves every expert alive, and how many slots that needs."""
-    found = resilience(placement, nodes, moe_layers, experts)
+    found = survivability(placement, nodes, moe_layers, experts)
     slots = sum(len(layer) for held in placement.values() for layer in held)
     memory = f"{slots} slots, {in_bytes(slots * expert_bytes)} of experts"
     safe = not found.vital_ranks and not found.vital_hosts
@@ -144,4 +144,4 @@ def _coverage(
         needed = needed_slots(nodes, moe_layers, experts, hosts=about_hosts)
         who = "host" if about_hosts else "rank"
         hint = f"needs {needed} slots: --redundancy {needed // (experts * moe_layers)}" if needed else f"add a {who}"
-    yield Finding("coverage", "ok" if safe else "warn", f"{told(found)}; {memory}", hint)
+    yield Finding("coverage", "ok" if safe else "warn", f"{describe_survivability(found)}; {memory}", hint)

@@ -16,10 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from membership.base.events import Event
-from membership.operations.change import told as words
+from membership.operations.change import describe_change as words
 from membership.operations.dry_run import Plan
 from membership.operations.rebalance_now import RebalancePlan
-from membership.placement.survivability import told
+from membership.placement.survivability import describe_survivability
 from membership.store.phases import ORDER
 from membership.store.records import Operation, Phase
 
@@ -104,7 +104,7 @@ def plan_view(plan: Plan) -> str:
     if plan.expected_pause_ms is not None:
         lines.append(f"  tokens wait about {plan.expected_pause_ms:.0f} ms at the commit, as they did before")
     if plan.survives is not None:
-        lines.append(f"  afterwards {told(plan.survives)}")
+        lines.append(f"  afterwards {describe_survivability(plan.survives)}")
         lines += _needs(plan)
     return "\n".join(lines)
 

@@ -1,7 +1,7 @@
 """Replacing all ranks by new ones, one after the other, while requests stream on: `elastic rollout`.
 
 Nothing here is special: one more rank is added first, then each old one is drained and its slot filled again, then the
-one too many goes. Every step is an operation that ends done or rolled back by itself, under an id that is told from
+one too many goes. Every step is an operation that ends done or rolled back by itself, under an id that is made from
 `before`: the last incarnation that is to be replaced. So whoever was interrupted goes on with the same `before`.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from elastic.cli.client import Client, wait_for
 from membership.base.errors import ElasticError, OperationConflict
-from membership.operations.change import Wish, drain, scale, told, undrain
+from membership.operations.change import Change, describe_change, drain, scale, undrain
 from membership.store.records import Operation, Phase, RankState
 
 
@@ -30,15 +30,15 @@ def rollout(client: Client, before: int, timeout_s: float, stop: threading.Event
     surge = f"rollout-{before}-surge"
     size = _size(client, surge)
     steps = _steps(client, before, surge, size)
-    for name, wish in steps:
+    for name, change in steps:
         if stop.is_set():
             return
-        operation = client.propose(wish, op_id=name, if_epoch=None, timeout_s=timeout_s)
+        operation = client.propose(change, op_id=name, if_epoch=None, timeout_s=timeout_s)
         for latest in wait_for(client, operation, timeout_s + 30.0, stop):
             operation = latest
             yield operation
         if operation.phase is Phase.ABORTED:
-            raise ElasticError(f"{told(operation)} was rolled back: {operation.error}", hint=go_on(before))
+            raise ElasticError(f"{describe_change(operation)} was rolled back: {operation.error}", hint=go_on(before))
 
 
 def go_on(before: int) -> str:
@@ -54,8 +54,8 @@ def _size(client: Client, surge: str) -> int:
     return begun[0].previous if begun else int(client.status()["desired"])
 
 
-def _steps(client: Client, before: int, surge: str, size: int) -> Iterator[tuple[str, Wish]]:
-    """(id, wish) of each operation, as the cluster stands when it is its turn."""
+def _steps(client: Client, before: int, surge: str, size: int) -> Iterator[tuple[str, Change]]:
+    """(id, change) of each operation, as the cluster stands when it is its turn."""
     if not client.plan(scale(size + 1)).refused:
         yield surge, scale(size + 1)
     while True:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Set
 from dataclasses import dataclass
 
-from membership.planning.cluster_facts import Census
+from membership.planning.cluster_facts import ClusterFacts
 from membership.store.records import ClusterState, Member, View
 
 RankId = tuple[int, int]
@@ -54,8 +54,8 @@ def adoption(
         return None
     gone = absent(view, state) - ready
     if patient:
-        census = Census(state, 0.0)
-        gone &= {of_member(member) for member in view.members if census.ended(member)}
+        facts = ClusterFacts(state, 0.0)
+        gone &= {of_member(member) for member in view.members if facts.ended(member)}
     gone |= lost
     missing = [member for member in view.members if of_member(member) not in gone | ready]
     masked = {member.rank for member in view.members if of_member(member) in gone}

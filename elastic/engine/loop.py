@@ -91,7 +91,7 @@ class Engine:
     def run(self, stop: threading.Event) -> None:
         """Serve until stopped; Fenced if replaced."""
         while not stop.is_set():
-            loop_watchdog.beat()
+            loop_watchdog.heartbeat()
             self.turn()
         self._flush()
 

@@ -125,7 +125,7 @@ def _take_office(
 def _campaign(election: Election, keeper: LeaseKeeper, stop: threading.Event) -> int:
     """Our token; 0 if stopped, or if the lease has ended."""
     while not stop.is_set():
-        loop_watchdog.beat()
+        loop_watchdog.heartbeat()
         failpoints.hit("engine.before.campaign")
         try:
             return election.campaign(CAMPAIGN_SLICE_S)

@@ -32,12 +32,12 @@ from membership.base.errors import (
     WaitTimeout,
 )
 from membership.base.events import FOLLOW_POLL_S, Tail
-from membership.operations.change import Wish, drain, scale, undrain
-from membership.operations.dry_run import plan_of
+from membership.operations.change import Change, drain, scale, undrain
+from membership.operations.dry_run import plan_change
 from membership.operations.operations import cancel, propose
 from membership.operations.pause import pause, resume
 from membership.operations.quarantine import unquarantine
-from membership.operations.rebalance_now import ask_rebalance, plan_rebalance
+from membership.operations.rebalance_now import plan_rebalance, request_rebalance
 from membership.store.interface import Store
 from membership.store.mirror import Mirror
 from membership.store.records import ClusterState, Operation, View
@@ -132,17 +132,17 @@ class Admin:
         except ElasticError as error:
             _raise_as_http(error)
 
-    async def change(self, wish: Wish, asked: ChangeRequest) -> Response:
+    async def change(self, change: Change, asked: ChangeRequest) -> Response:
         """Plan, or propose an operation."""
         if asked.plan:
-            return json_response(plan_of(wish, self.mirror.state()))
+            return json_response(plan_change(change, self.mirror.state()))
         failpoints.hit("gateway.before.propose")
         try:
             operation = await asyncio.to_thread(
                 propose,
                 self.store,
                 self.cluster,
-                wish,
+                change,
                 op_id=asked.op_id,
                 if_epoch=asked.if_epoch,
                 timeout_s=asked.timeout_s,
@@ -197,7 +197,7 @@ def _add_changes(app: FastAPI, admin: Admin) -> None:
         asked = await read(request, RebalanceRequest)
         if asked.plan:
             return json_response(asdict(plan_rebalance(admin.mirror.state(), time.time())))
-        return json_response(asdict(await admin.told(ask_rebalance, asked.by)), 202)
+        return json_response(asdict(await admin.told(request_rebalance, asked.by)), 202)
 
     @app.post("/admin/v1/pause")
     async def pause_changes(request: Request) -> Response:
@@ -215,8 +215,8 @@ def _add_changes(app: FastAPI, admin: Admin) -> None:
     @app.post("/scale_elastic_ep")
     async def scale_as_vllm(request: Request) -> Response:
         asked = await read(request, VllmScaleRequest)
-        wish = ScaleRequest(ranks=asked.new_data_parallel_size, timeout_s=asked.drain_timeout)
-        return await admin.change(scale(wish.ranks), wish)
+        change = ScaleRequest(ranks=asked.new_data_parallel_size, timeout_s=asked.drain_timeout)
+        return await admin.change(scale(change.ranks), change)
 
 
 def _add_failpoints(app: FastAPI) -> None:

@@ -1,7 +1,8 @@
-"""Ends a role whose loop stands still, while its threads go on renewing leases as if it worked.
+"""Ends a role whose main loop hangs while its other threads go on renewing leases.
 
-The timer is the interpreter's own (`faulthandler`) and needs no lock of it: a loop that hangs in native code is ended
-too, and where it hung stands in the role's log. Only a role's own process asks for it; elsewhere `beat` does nothing.
+The timer is `faulthandler`'s, which does not need the interpreter's lock: a loop that hangs in native code is ended
+too, and its traceback is in the role's log. Only a role's own process calls `require`; elsewhere `heartbeat` does
+nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 LIMIT_S = 30.0  # far beyond any turn of a loop: a full queue, a store that does not answer, a busy machine
-BEAT_S = 1.0  # more often it would only cost
+HEARTBEAT_S = 1.0  # more often it would only cost
 
 _limit_s = 0.0  # 0: nobody asked for it
 _next = 0.0
@@ -27,10 +28,10 @@ def require(limit_s: float = LIMIT_S) -> None:
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """For the length of the block `beat` must be called again and again. One loop per process."""
+    """For the length of the block `heartbeat` must be called again and again. One loop per process."""
     global _next
     _next = 0.0
-    beat()
+    heartbeat()
     try:
         yield
     finally:
@@ -38,9 +39,9 @@ def watched() -> Iterator[None]:
             faulthandler.cancel_dump_traceback_later()
 
 
-def beat() -> None:
+def heartbeat() -> None:
     """The loop goes on."""
     global _next
     if _limit_s and (now := time.monotonic()) >= _next:
-        _next = now + min(BEAT_S, _limit_s / 2)
+        _next = now + min(HEARTBEAT_S, _limit_s / 2)
         faulthandler.dump_traceback_later(_limit_s, exit=True, file=sys.__stderr__ or sys.stderr)

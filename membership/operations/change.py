@@ -16,7 +16,7 @@ from membership.store.records import ClusterConfig, ClusterState, Desired, Opera
 Kind = Literal["scale", "drain", "undrain"]
 
 
-class Wish(msgspec.Struct, frozen=True, kw_only=True):
+class Change(msgspec.Struct, frozen=True, kw_only=True):
     """`scale` to `target` ranks; `drain` these `ranks`, or `undrain` them."""
 
     kind: Kind = "scale"
@@ -24,66 +24,67 @@ class Wish(msgspec.Struct, frozen=True, kw_only=True):
     ranks: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        return told(self)
+        return describe_change(self)
 
 
-def told(change: Wish | Operation) -> str:
-    """The wish, or the operation made of it, in words."""
+def describe_change(change: Change | Operation) -> str:
+    """The change, or the operation made of it, in words."""
     named = ", ".join(map(str, change.ranks))
     return f"{change.kind} of rank {named}" if named else f"{change.kind} to {change.target}"
 
 
-def scale(target: int) -> Wish:
+def scale(target: int) -> Change:
     """So many ranks."""
-    return Wish(target=target)
+    return Change(target=target)
 
 
-def drain(*ranks: int) -> Wish:
+def drain(*ranks: int) -> Change:
     """These ranks leave; their slots stay empty."""
-    return Wish(kind="drain", ranks=tuple(sorted(set(ranks))))
+    return Change(kind="drain", ranks=tuple(sorted(set(ranks))))
 
 
-def undrain(*ranks: int) -> Wish:
+def undrain(*ranks: int) -> Change:
     """These slots are filled again."""
-    return Wish(kind="undrain", ranks=tuple(sorted(set(ranks))))
+    return Change(kind="undrain", ranks=tuple(sorted(set(ranks))))
 
 
-def desired_by(wish: Wish, before: Desired) -> Desired:
-    """What is desired once the wish is granted."""
-    if wish.kind == "drain":
-        cordoned = tuple(sorted({*before.cordoned, *wish.ranks}))
-        return replace(before, ranks=before.ranks - len(wish.ranks), cordoned=cordoned)
-    if wish.kind == "undrain":
-        cordoned = tuple(slot for slot in before.cordoned if slot not in wish.ranks)
-        return replace(before, ranks=before.ranks + len(wish.ranks), cordoned=cordoned)
-    return replace(before, ranks=wish.target)
+def desired_by(change: Change, before: Desired) -> Desired:
+    """What is desired once the change is granted."""
+    if change.kind == "drain":
+        cordoned = tuple(sorted({*before.cordoned, *change.ranks}))
+        return replace(before, ranks=before.ranks - len(change.ranks), cordoned=cordoned)
+    if change.kind == "undrain":
+        cordoned = tuple(slot for slot in before.cordoned if slot not in change.ranks)
+        return replace(before, ranks=before.ranks + len(change.ranks), cordoned=cordoned)
+    return replace(before, ranks=change.target)
 
 
-def refusal(wish: Wish, state: ClusterState, config: ClusterConfig) -> str:
+def refusal(change: Change, state: ClusterState, config: ClusterConfig) -> str:
     """Return why this cannot be granted in this state, or "" if it can."""
     before = state.desired or Desired(ranks=0)
-    if wish.kind == "scale" and config.follow_agents:
+    if change.kind == "scale" and config.follow_agents:
         return f"the size follows the agents, {config.follow_agents} ranks for each: start or stop one (elastic agent)"
-    if wish.kind == "scale" and wish.target + len(before.cordoned) > config.max_ranks and before.cordoned:
+    if change.kind == "scale" and change.target + len(before.cordoned) > config.max_ranks and before.cordoned:
         return (
-            f"{wish.target} ranks and {len(before.cordoned)} drained slots are more than the {config.max_ranks} slots "
-            "that the cluster was started for (--max-ranks): undrain some, or have fewer ranks"
+            f"{change.target} ranks and {len(before.cordoned)} drained slots are more than the "
+            f"{config.max_ranks} slots that the cluster was started for (--max-ranks): "
+            "undrain some, or have fewer ranks"
         )
-    if wish.kind == "scale":
-        return scale_refusal(config, wish.target)
-    if not wish.ranks:
+    if change.kind == "scale":
+        return scale_refusal(config, change.target)
+    if not change.ranks:
         return "no rank is named"
-    for rank in wish.ranks:
-        if trouble := _trouble(wish, rank, state, before):
+    for rank in change.ranks:
+        if trouble := _trouble(change, rank, state, before):
             return trouble
-    if wish.kind == "drain" and len(wish.ranks) >= before.ranks:
+    if change.kind == "drain" and len(change.ranks) >= before.ranks:
         return f"nobody would be left: the cluster has {before.ranks} ranks"
-    return scale_refusal(config, desired_by(wish, before).ranks)
+    return scale_refusal(config, desired_by(change, before).ranks)
 
 
-def _trouble(wish: Wish, rank: int, state: ClusterState, before: Desired) -> str:
+def _trouble(change: Change, rank: int, state: ClusterState, before: Desired) -> str:
     drained = rank in before.cordoned
-    if wish.kind == "drain":
+    if change.kind == "drain":
         known = before.slots or (state.view.ranks if state.view else ())
         return f"rank {rank} is drained already" if drained else "" if rank in known else f"there is no rank {rank}"
     last = state.exits.get(rank)

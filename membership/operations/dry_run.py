@@ -1,4 +1,4 @@
-"""What a wish would do if it were granted now: who comes and goes, what is loaded, what may die afterwards. Pure."""
+"""What a change would do if it were granted now: who comes and goes, what is loaded, what may die afterwards. Pure."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from statistics import median
 import msgspec
 from msgspec.structs import replace
 
-from membership.operations.change import Wish, desired_by, refusal
+from membership.operations.change import Change, desired_by, refusal
 from membership.placement.plan import coverage, moves
-from membership.placement.survivability import Resilience, needed_slots, resilience
-from membership.planning.cluster_facts import Census
+from membership.placement.survivability import Survivability, needed_slots, survivability
+from membership.planning.cluster_facts import ClusterFacts
 from membership.planning.next_view import next_view
-from membership.planning.node_selection import seats
+from membership.planning.node_selection import choose_nodes
 from membership.store.records import ClusterState, Desired, Member, Operation, Phase
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """What a wish would do. `refused` says why it would be refused; "" if it would not."""
+    """What a change would do. `refused` says why it would be refused; "" if it would not."""
 
     kind: str = "scale"
     target: int  # ranks desired afterwards
@@ -31,7 +31,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     replicas_after: int = 0
     slots_before: int = 0  # the most that any rank holds
     slots_after: int = 0
-    survives: Resilience | None = None  # what may die once it is done
+    survives: Survivability | None = None  # what may die once it is done
     slots_for_rank_loss: int | None = None  # slots in all with which any one rank may die; None: no number suffices
     slots_for_host_loss: int | None = None  # and any one host
     estimated_s: float | None = None  # as long as the last such operation took per byte; None: nothing to go by yet
@@ -44,37 +44,37 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         return not self.refused and bool(self.add or self.remove or self.loads)
 
 
-def plan_of(wish: Wish, state: ClusterState) -> Plan:
-    """Return what granting the wish would do, from this state on, if nothing fails. Changes nothing."""
+def plan_change(change: Change, state: ClusterState) -> Plan:
+    """Return what granting the change would do, from this state on, if nothing fails. Changes nothing."""
     if state.config is None or state.view is None or state.desired is None:
-        return Plan(target=wish.target, epoch=0, refused="the cluster is still starting: it has no view yet")
+        return Plan(target=change.target, epoch=0, refused="the cluster is still starting: it has no view yet")
     view, config = state.view, state.config
     before = coverage(view.placement, view.ranks, config.experts)
     plan = Plan(
-        kind=wish.kind,
-        target=desired_by(wish, state.desired).ranks,
+        kind=change.kind,
+        target=desired_by(change, state.desired).ranks,
         epoch=view.epoch,
         ranks=view.ranks,
         replicas_before=before.min_live_replicas,
         slots_before=max((sum(map(len, held)) for held in view.placement.values()), default=0),
-        refused=refusal(wish, state, config),
+        refused=refusal(change, state, config),
     )
-    return plan if plan.refused else _with_changes(plan, wish, state, desired_by(wish, state.desired))
+    return plan if plan.refused else _with_changes(plan, change, state, desired_by(change, state.desired))
 
 
-def _with_changes(plan: Plan, wish: Wish, state: ClusterState, desired: Desired) -> Plan:
-    operation = Operation(id="plan", kind=wish.kind, target=plan.target, ranks=wish.ranks)
+def _with_changes(plan: Plan, change: Change, state: ClusterState, desired: Desired) -> Plan:
+    operation = Operation(id="plan", kind=change.kind, target=plan.target, ranks=change.ranks)
     wished = replace(state, desired=desired, operations={operation.id: operation})
-    census = Census(wished, 0.0)
-    seated = {slot: newcomer.member.node for slot, newcomer in census.newcomers.items()}
-    seated |= seats(census, (slot for slot in census.fill if slot not in seated))
-    members = census.keep + tuple(Member(rank=slot, node=seated.get(slot, ""), incarnation=0) for slot in census.fill)
-    after = next_view(census, members)
-    needed = moves(census.view.placement, after.placement)
-    fresh = {m.rank for m in members if m not in census.members}
+    facts = ClusterFacts(wished, 0.0)
+    nodes_of = {slot: newcomer.member.node for slot, newcomer in facts.newcomers.items()}
+    nodes_of |= choose_nodes(facts, (slot for slot in facts.fill if slot not in nodes_of))
+    members = facts.keep + tuple(Member(rank=slot, node=nodes_of.get(slot, ""), incarnation=0) for slot in facts.fill)
+    after = next_view(facts, members)
+    needed = moves(facts.view.placement, after.placement)
+    fresh = {m.rank for m in members if m not in facts.members}
     loads = {rank: sum(move.rank == rank for move in needed) for rank in after.ranks if rank not in fresh}
     loads |= {rank: sum(map(len, after.placement[rank])) for rank in fresh}
-    config, nodes = census.config, {m.rank: m.node for m in members}
+    config, nodes = facts.config, {m.rank: m.node for m in members}
     bytes_moved = sum(loads.values()) * config.expert_bytes
     return replace(
         plan,
@@ -84,7 +84,7 @@ def _with_changes(plan: Plan, wish: Wish, state: ClusterState, desired: Desired)
         bytes_moved=bytes_moved,
         replicas_after=coverage(after.placement, after.ranks, config.experts).min_live_replicas,
         slots_after=max(sum(map(len, held)) for held in after.placement.values()),
-        survives=resilience(after.placement, nodes, config.moe_layers, config.experts),
+        survives=survivability(after.placement, nodes, config.moe_layers, config.experts),
         slots_for_rank_loss=needed_slots(nodes, config.moe_layers, config.experts),
         slots_for_host_loss=needed_slots(nodes, config.moe_layers, config.experts, hosts=True),
         expected_pause_ms=_expected_pause_ms(state),

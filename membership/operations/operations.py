@@ -1,6 +1,6 @@
 """Operations as those who ask for them see them: propose one, or cancel it.
 
-An operation and the wish it carries (`desired`) are written in one transaction that compares `desired`: of two that
+An operation and the change it carries (`desired`) are written in one transaction that compares `desired`: of two that
 are proposed at once, one wins and the other finds it. The controller does the rest.
 """
 
@@ -20,8 +20,8 @@ from membership.base.errors import (
     StoreUnavailable,
     WaitTimeout,
 )
-from membership.operations.change import Wish, desired_by, told
-from membership.operations.dry_run import plan_of
+from membership.operations.change import Change, describe_change, desired_by
+from membership.operations.dry_run import plan_change
 from membership.operations.pause import paused_words
 from membership.store.codec import decode, encode
 from membership.store.interface import Compare, Delete, Op, Put, Store
@@ -36,7 +36,7 @@ KEPT = 128  # finished operations that stay readable: a rollout of 60 ranks can 
 def propose(
     store: Store,
     cluster: str,
-    wish: Wish,
+    change: Change,
     *,
     op_id: str | None = None,
     if_epoch: int | None = None,
@@ -54,12 +54,12 @@ def propose(
         state = state_from(items, revision)
         known = state.operations.get(name)
         if known is not None:
-            return _same(known, wish)
+            return _same(known, change)
         now = clock()
-        _admit(state, cluster, wish, if_epoch, now)
+        _admit(state, cluster, change, if_epoch, now)
         if now >= deadline:
             raise WaitTimeout(f"operation {name} could not be proposed within {timeout_s:g} s: others kept changing")
-        operation, desired = _granted(state, name, wish, if_epoch or 0, now, deadline)
+        operation, desired = _granted(state, name, change, if_epoch or 0, now, deadline)
         watched = (keys.desired, keys.op(name), keys.view, keys.pause)
         unchanged = [Compare(key, "mod", "<", revision + 1) for key in watched]
         ops: list[Op] = [Put(keys.op(name), encode(operation)), Put(keys.desired, encode(desired))]
@@ -75,15 +75,15 @@ def propose(
 
 
 def _granted(
-    state: ClusterState, name: str, wish: Wish, if_epoch: int, now: float, deadline: float
+    state: ClusterState, name: str, change: Change, if_epoch: int, now: float, deadline: float
 ) -> tuple[Operation, Desired]:
     before = state.desired or Desired(ranks=0)
-    desired = replace(desired_by(wish, before), operation=name)
+    desired = replace(desired_by(change, before), operation=name)
     operation = Operation(
         id=name,
-        kind=wish.kind,
+        kind=change.kind,
         target=desired.ranks,
-        ranks=wish.ranks,
+        ranks=change.ranks,
         previous=before.ranks,
         started=now,
         deadline=deadline,
@@ -93,13 +93,14 @@ def _granted(
     return operation, desired
 
 
-def _same(known: Operation, wish: Wish) -> Operation:
-    if known.kind != wish.kind or known.ranks != wish.ranks or (wish.kind == "scale" and known.target != wish.target):
-        raise OperationConflict(f"operation {known.id} exists already: {told(known)}, not {wish}")
+def _same(known: Operation, change: Change) -> Operation:
+    other_size = change.kind == "scale" and known.target != change.target
+    if known.kind != change.kind or known.ranks != change.ranks or other_size:
+        raise OperationConflict(f"operation {known.id} exists already: {describe_change(known)}, not {change}")
     return known
 
 
-def _admit(state: ClusterState, cluster: str, wish: Wish, if_epoch: int | None, now: float) -> None:
+def _admit(state: ClusterState, cluster: str, change: Change, if_epoch: int | None, now: float) -> None:
     """Raise if the operation must not be proposed now."""
     if state.config is None:
         raise ConfigError(f"there is no cluster {cluster!r} in this store", hint="check --cluster and --etcd")
@@ -108,12 +109,12 @@ def _admit(state: ClusterState, cluster: str, wish: Wish, if_epoch: int | None, 
         raise Fenced(f"the epoch is {epoch}, not {if_epoch}", hint="look at the new state, then decide again")
     if state.active is not None:
         raise OperationConflict(
-            f"operation {state.active.id} ({told(state.active)}, {state.active.phase}) is active",
+            f"operation {state.active.id} ({describe_change(state.active)}, {state.active.phase}) is active",
             hint=f"wait for it: elastic ops show {state.active.id} --wait",
         )
     if state.pause is not None and state.paused(now):
         raise PlanRefused(paused_words(state.pause, now), hint="end it: elastic resume")
-    refused = plan_of(wish, state).refused
+    refused = plan_change(change, state).refused
     if refused:
         raise PlanRefused(refused)
 

@@ -1,7 +1,7 @@
-"""A rebalance that somebody asks for: what it would move from what was measured, and asking. The rest is as ever.
+"""A rebalance on request: what it would move, given the measured loads, and how to request it.
 
-The wish is a record that the background rebalance looks at: for a minute, or until a view is staged, it neither rests
-nor leaves small imbalances alone. One budget's worth is moved; what is left follows by itself.
+The request is a record that the background rebalance reads. For a minute, or until a view is staged, the rebalance
+neither rests nor ignores small imbalances. It moves one budget's worth; the remainder follows in the background.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from membership.base.errors import PlanRefused
 from membership.operations.pause import paused_words
 from membership.placement.balance import imbalance
 from membership.placement.plan import moves
-from membership.planning.cluster_facts import Census
+from membership.planning.cluster_facts import ClusterFacts
 from membership.planning.planner import quiet
 from membership.planning.rebalance import loads_of, rebalance
 from membership.store.codec import encode
 from membership.store.interface import Compare, Put, Store
 from membership.store.keys import Keys, state_from
-from membership.store.records import ClusterState, RebalanceWish
+from membership.store.records import ClusterState, RebalanceRequest
 
 
 class RebalancePlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,7 +59,7 @@ def plan_rebalance(state: ClusterState, now: float) -> RebalancePlan:
         return replace(plan, refused="this cluster never rebalances (it was started with --rebalance-budget 0)")
     if state.pause is not None and state.paused(now):
         return replace(plan, refused=paused_words(state.pause, now))
-    better = rebalance(Census(replace(state, rebalance=_wish(state, now)), now))
+    better = rebalance(ClusterFacts(replace(state, rebalance=_request(state, now)), now))
     if better is None:
         return plan
     needed = moves(view.placement, better.placement)
@@ -72,12 +72,14 @@ def plan_rebalance(state: ClusterState, now: float) -> RebalancePlan:
         bytes_moved=len(needed) * config.expert_bytes,
         imbalance_after=imbalance(better.placement, loads) if loads else None,
         unfinished=better.unfinished,
-        unasked=rebalance(Census(replace(state, rebalance=None), now)) is not None,
-        waits=not quiet(Census(state, now)),
+        unasked=rebalance(ClusterFacts(replace(state, rebalance=None), now)) is not None,
+        waits=not quiet(ClusterFacts(state, now)),
     )
 
 
-def ask_rebalance(store: Store, cluster: str, by: str = "", clock: Callable[[], float] = time.time) -> RebalancePlan:
+def request_rebalance(
+    store: Store, cluster: str, by: str = "", clock: Callable[[], float] = time.time
+) -> RebalancePlan:
     """Ask for a rebalance now; return what it does if nothing changes first. PlanRefused says why it is refused."""
     keys, now = Keys(cluster), clock()
     revision, items = store.range(keys.prefix)
@@ -86,11 +88,11 @@ def ask_rebalance(store: Store, cluster: str, by: str = "", clock: Callable[[], 
     if plan.refused:
         raise PlanRefused(plan.refused)
     if plan.changes:
-        wish = replace(_wish(state, now), by=by)
-        store.txn([Compare(keys.config, "mod", ">", 0)], [Put(keys.rebalance, encode(wish))])
+        request = replace(_request(state, now), by=by)
+        store.txn([Compare(keys.config, "mod", ">", 0)], [Put(keys.rebalance, encode(request))])
     return plan
 
 
-def _wish(state: ClusterState, now: float) -> RebalanceWish:
-    """A wish that is later than the view, whoever's clock is behind."""
-    return RebalanceWish(at=max(now, state.view.staged + 0.001) if state.view is not None else now)
+def _request(state: ClusterState, now: float) -> RebalanceRequest:
+    """A request that is later than the view, whoever's clock is behind."""
+    return RebalanceRequest(at=max(now, state.view.staged + 0.001) if state.view is not None else now)

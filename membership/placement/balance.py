@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from membership.placement.local_search import Evening
+from membership.placement.local_search import LocalSearch
 from membership.placement.plan import Loads, held_by, host_numbers, placement_of
 from membership.store.records import Placement
 
@@ -39,7 +39,7 @@ def balanced(
     hosts = host_numbers(order, nodes)
     floor = min(int(redundancy), len(order))
     worst_first = np.argsort(-_uneven(holds, weights), kind="stable").tolist()
-    steps = list(Evening(holds, weights, hosts, floor, exchanges=most_moves > 1).steps())
+    steps = list(LocalSearch(holds, weights, hosts, floor, exchanges=most_moves > 1).steps())
     left = most_moves
     for layer in worst_first:
         for step in steps:

@@ -29,7 +29,7 @@ def replica_counts(slots: int, weights: NDArray[np.float64], now: NDArray[np.int
     return replicas
 
 
-def deal(
+def bulk_fill(
     holds: NDArray[np.bool_],
     replicas: NDArray[np.int64],
     share: NDArray[np.float64],

@@ -35,7 +35,7 @@ class _Options(NamedTuple):
     swaps: tuple[Swap, ...]
 
 
-class Evening:
+class LocalSearch:
     """Layers being evened out. A rank keeps its number of slots: `slots` has what each holds (-1: no such slot).
 
     `floor` is the least number of replicas; where `exchanges` is false, steps that move two experts are left out.

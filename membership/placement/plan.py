@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from membership.base.errors import PlanRefused
-from membership.placement.bulk_fill import deal, replica_counts
+from membership.placement.bulk_fill import bulk_fill, replica_counts
 from membership.store.records import Placement
 
 Loads = Sequence[Sequence[float]]
@@ -99,7 +99,7 @@ def plan(
     for each in planned:
         each.drop()
     if slots * moe_layers - holds.sum() > MANY:
-        deal(holds, replicas, weights / replicas, np.array([each.capacity for each in planned]), hosts)
+        bulk_fill(holds, replicas, weights / replicas, np.array([each.capacity for each in planned]), hosts)
     for each in planned:
         each.place()
     return placement_of(holds, order)

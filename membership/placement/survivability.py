@@ -11,7 +11,7 @@ from membership.placement.plan import held_by, max_ranks_allowed, plan
 from membership.store.records import Placement
 
 
-class Resilience(msgspec.Struct, frozen=True, kw_only=True):
+class Survivability(msgspec.Struct, frozen=True, kw_only=True):
     """How many replicas any expert has left at least, and who must not die. Hosts count only where there are two."""
 
     min_replicas: int  # with everybody alive
@@ -21,7 +21,7 @@ class Resilience(msgspec.Struct, frozen=True, kw_only=True):
     vital_hosts: tuple[str, ...] = ()
 
 
-def resilience(placement: Placement, nodes: Mapping[int, str], moe_layers: int, experts: int) -> Resilience:
+def survivability(placement: Placement, nodes: Mapping[int, str], moe_layers: int, experts: int) -> Survivability:
     """Return what the placement survives."""
     order = sorted(placement)
     holds = held_by(moe_layers, experts, order, placement)
@@ -32,7 +32,7 @@ def resilience(placement: Placement, nodes: Mapping[int, str], moe_layers: int, 
     for host in hosts if len(hosts) > 1 else []:
         there = np.array([nodes.get(rank, "") == host for rank in order])
         by_host[host] = int((total - holds[:, there].sum(axis=1)).min(initial=experts))
-    return Resilience(
+    return Survivability(
         min_replicas=int(total.min(initial=experts)),
         after_rank_loss=min(by_rank.values(), default=0),
         after_host_loss=min(by_host.values()) if by_host else None,
@@ -48,7 +48,7 @@ def needed_redundancy(nodes: Mapping[int, str], experts: int, *, hosts: bool = F
     for redundancy in range(2, len(nodes) + 1):
         if len(nodes) <= max_ranks_allowed(experts, redundancy):
             placement = plan(1, experts, nodes, redundancy, nodes=nodes)
-            found = resilience(placement, nodes, 1, experts)
+            found = survivability(placement, nodes, 1, experts)
             if not (found.vital_hosts if hosts else found.vital_ranks):
                 return float(redundancy)
     return None
@@ -60,7 +60,7 @@ def needed_slots(nodes: Mapping[int, str], moe_layers: int, experts: int, *, hos
     return None if redundancy is None else int(redundancy) * experts * moe_layers
 
 
-def told(found: Resilience) -> str:
+def describe_survivability(found: Survivability) -> str:
     """The same in words."""
     if found.vital_ranks:
         line = f"the death of rank {_either(found.vital_ranks)} leaves experts without a replica"

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from membership.planning.cluster_facts import Census
+from membership.planning.cluster_facts import ClusterFacts
 from membership.store.records import Desired
 
 
-def followed(census: Census) -> Desired | None:
+def desired_by_agents(facts: ClusterFacts) -> Desired | None:
     """What the agents make desired, if that is something new."""
-    per_agent, agents, before = census.config.follow_agents, census.state.agents, census.desired
-    if not per_agent or census.state.active is not None or census.state.paused(census.now):
+    per_agent, agents, before = facts.config.follow_agents, facts.state.agents, facts.desired
+    if not per_agent or facts.state.active is not None or facts.state.paused(facts.now):
         return None
     leaving = {node for node, agent in agents.items() if agent.leaving}
     nodes = tuple(sorted({*before.nodes, *agents} - leaving))

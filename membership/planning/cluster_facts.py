@@ -41,7 +41,7 @@ class Newcomer:
 
 
 @dataclass(frozen=True)
-class Census:
+class ClusterFacts:
     """One cluster state, looked at."""
 
     state: ClusterState

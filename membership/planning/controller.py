@@ -140,12 +140,12 @@ class Term:
 
     def _hold(self, election: Election) -> None:
         while not self._stop.is_set() and not election.token:
-            loop_watchdog.beat()
+            loop_watchdog.heartbeat()
             self._campaign(election)
         if election.token:
             self._events.emit("leader_elected", cluster=self._cluster, node=self._node, token=election.token)
         while election.held and not self._stop.is_set():
-            loop_watchdog.beat()
+            loop_watchdog.heartbeat()
             self._look(election)
 
     def _campaign(self, election: Election) -> None:

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 from membership.placement.plan import coverage, plan, repair
-from membership.planning.cluster_facts import Census
+from membership.planning.cluster_facts import ClusterFacts
 from membership.planning.rebalance import loads_of
 from membership.store.records import Member, Placement, View
 
 
-def next_view(census: Census, members: tuple[Member, ...], *, bare: bool = False) -> View:
+def next_view(facts: ClusterFacts, members: tuple[Member, ...], *, bare: bool = False) -> View:
     """The next epoch with these members. `bare`: nobody loads anything, if what members hold covers all experts.
 
     After a loss its members load the orphans only: redundancy is restored by those who come, or in the background.
     """
-    old = {m.rank: census.view.placement[m.rank] for m in members if m in census.members}
-    config, nodes = census.config, {m.rank: m.node for m in members}
-    lost = len(old) == len(members) and census.members != census.alive
-    if lost or (bare and len(old) == len(members) and covers(census, old)):
+    old = {m.rank: facts.view.placement[m.rank] for m in members if m in facts.members}
+    config, nodes = facts.config, {m.rank: m.node for m in members}
+    lost = len(old) == len(members) and facts.members != facts.alive
+    if lost or (bare and len(old) == len(members) and covers(facts, old)):
         placement = repair(config.moe_layers, config.experts, old)
     else:
-        loads = loads_of(config, census.state.expert_load)
+        loads = loads_of(config, facts.state.expert_load)
         placement = plan(config.moe_layers, config.experts, nodes, config.redundancy, old, loads, nodes)
     ordered = tuple(sorted(members, key=lambda m: m.rank))
-    alive = {m.rank: census.view.placement[m.rank] for m in census.alive}
-    urgent = not covers(census, alive)
-    return View(epoch=census.view.epoch + 1, members=ordered, placement=placement, urgent=urgent)
+    alive = {m.rank: facts.view.placement[m.rank] for m in facts.alive}
+    urgent = not covers(facts, alive)
+    return View(epoch=facts.view.epoch + 1, members=ordered, placement=placement, urgent=urgent)
 
 
-def covers(census: Census, placement: Placement) -> bool:
+def covers(facts: ClusterFacts, placement: Placement) -> bool:
     """Whether the placement has a holder for every expert."""
-    return coverage(placement, placement, census.config.experts).min_live_replicas >= 1
+    return coverage(placement, placement, facts.config.experts).min_live_replicas >= 1

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from membership.planning.cluster_facts import Census
+from membership.planning.cluster_facts import ClusterFacts
 
 
-def room(census: Census) -> dict[str, int]:
+def room(facts: ClusterFacts) -> dict[str, int]:
     """node -> how many more ranks it takes, for the live agents that take any."""
-    running = [node for node, _ in census.assigned.values()]
-    staying = {node: agent for node, agent in sorted(census.state.agents.items()) if not agent.leaving}
+    running = [node for node, _ in facts.assigned.values()]
+    staying = {node: agent for node, agent in sorted(facts.state.agents.items()) if not agent.leaving}
     left = {node: agent.capacity - running.count(node) for node, agent in staying.items()}
     return {node: number for node, number in left.items() if number > 0}
 
 
-def seats(census: Census, slots: Iterable[int]) -> dict[int, str]:
+def choose_nodes(facts: ClusterFacts, slots: Iterable[int]) -> dict[int, str]:
     """slot -> node, for as many of the slots as there is room for, in their order."""
-    left, running = room(census), [node for node, _ in census.assigned.values()]
+    left, running = room(facts), [node for node, _ in facts.assigned.values()]
     found: dict[int, str] = {}
     for slot in slots:
         if not left:

@@ -18,7 +18,7 @@ import numpy as np
 from membership.placement.balance import balanced, cut, imbalance
 from membership.placement.local_search import EVEN
 from membership.placement.plan import Loads, held_by, host_numbers, plan
-from membership.planning.cluster_facts import Census
+from membership.planning.cluster_facts import ClusterFacts
 from membership.store.records import ClusterConfig, ExpertLoad, Member, Placement
 
 RESTORE_REST_S = 5.0  # since the last view was staged, before lost redundancy is restored
@@ -27,7 +27,7 @@ FAILED_REST_S = 60.0  # before a rebalance that ranks could not prepare is tried
 UNEVEN = 1.3  # imbalance above which something is done
 BETTER = 0.9  # of which at most this much must be left once all is done
 GOING_ON = 0.99  # the same, once begun or asked for
-ASKED_S = 60.0  # so long somebody's wish counts; then the background decides again
+ASKED_S = 60.0  # so long somebody's request counts; then the background decides again
 
 
 class Rebalance(NamedTuple):
@@ -46,21 +46,21 @@ def loads_of(config: ClusterConfig, record: ExpertLoad | None) -> Loads | None:
     return record.loads if all(len(layer) == config.experts for layer in record.loads) else None
 
 
-def rebalance(census: Census) -> Rebalance | None:
+def rebalance(facts: ClusterFacts) -> Rebalance | None:
     """The next step to a better placement, as far as one change's budget goes; None if there is none."""
-    if not census.config.rebalance_bytes or not census.members:
+    if not facts.config.rebalance_bytes or not facts.members:
         return None
-    placement = census.view.placement
-    wish = census.state.rebalance
-    asked = wish is not None and census.view.staged < wish.at and census.now < wish.at + ASKED_S
+    placement = facts.view.placement
+    request = facts.state.rebalance
+    asked = request is not None and facts.view.staged < request.at and facts.now < request.at + ASKED_S
     problem = _Problem(
-        census.config, census.members, tuple(sorted(placement.items())), census.state.expert_load,
-        census.view.unfinished or asked, placement,
+        facts.config, facts.members, tuple(sorted(placement.items())), facts.state.expert_load,
+        facts.view.unfinished or asked, placement,
     )  # fmt: skip
     found = _better(problem)
     if found is None:
         return None
-    return found._replace(at=0.0 if asked else census.view.staged + found.at)
+    return found._replace(at=0.0 if asked else facts.view.staged + found.at)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ SCHEMA_VERSION = 1
 
 R = TypeVar("R", bound=Record)
 
+_STORED_NAMES = {"RebalanceRequest": "RebalanceWish"}  # classes renamed since their first record was stored
+
 
 class _Envelope(msgspec.Struct, frozen=True):
     v: int
@@ -36,7 +38,7 @@ _encoder = msgspec.json.Encoder()
 
 def encode(record: Record) -> bytes:
     """Return the record as stored."""
-    return _encoder.encode(_Outgoing(SCHEMA_VERSION, type(record).__name__, record))
+    return _encoder.encode(_Outgoing(SCHEMA_VERSION, _stored_name(type(record)), record))
 
 
 def decode(data: bytes, kind: type[R]) -> R:
@@ -48,8 +50,12 @@ def decode(data: bytes, kind: type[R]) -> R:
                 f"{envelope.kind} record has schema version {envelope.v}; this version reads up to {SCHEMA_VERSION}",
                 hint="upgrade this process to the version that wrote it",
             )
-        if envelope.kind != kind.__name__:
-            raise SchemaError(f"expected a {kind.__name__} record, found {envelope.kind}")
+        if envelope.kind != _stored_name(kind):
+            raise SchemaError(f"expected a {_stored_name(kind)} record, found {envelope.kind}")
         return msgspec.json.decode(envelope.data, type=kind)
     except msgspec.MsgspecError as error:
         raise SchemaError(f"damaged {kind.__name__} record: {error}") from error
+
+
+def _stored_name(kind: type[Record]) -> str:
+    return _STORED_NAMES.get(kind.__name__, kind.__name__)

@@ -297,7 +297,7 @@ class EtcdStore:
         except ValueError as error:  # gRPC's word for a channel closed meanwhile
             raise StoreUnavailable(f"etcd at {self._where}: {what}: {error}") from error
         header = answer.header
-        self._provenance.heard(header.cluster_id, header.revision, floor if ordered else 0, settled=reads)
+        self._provenance.observed(header.cluster_id, header.revision, floor if ordered else 0, settled=reads)
         return answer
 
 

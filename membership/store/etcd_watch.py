@@ -155,7 +155,7 @@ class EtcdWatch:
         what = f"watch of {self._prefix} from revision {self._start_revision}"
         try:  # what a watch delivers is committed: no later answer may be from before it
             last = response.events[-1].kv.mod_revision if response.events else 0
-            self._provenance.heard(response.header.cluster_id, last)
+            self._provenance.observed(response.header.cluster_id, last)
         except StoreReplaced as replaced:
             return replaced
         if response.compact_revision:

@@ -193,7 +193,7 @@ class MemoryStore:
             self._end(lease)
         if self._outage or self._closed:
             raise StoreUnavailable("memory store: " + ("closed" if self._closed else "outage"))
-        self._provenance.heard(self._store_id, self._revision, self._provenance.floor())
+        self._provenance.observed(self._store_id, self._revision, self._provenance.floor())
 
     def _end(self, lease: int) -> None:
         held = self._leases.get(lease)
@@ -232,7 +232,7 @@ class MemoryStore:
                 responses.append(len(gone))
         if events:
             self._revision = revision
-            self._provenance.heard(self._store_id, revision)
+            self._provenance.observed(self._store_id, revision)
             self._history.append(WatchBatch(revision, tuple(events)))
             self._changed.notify_all()
         return tuple(responses)

@@ -19,7 +19,7 @@ _SINGLES: dict[str, tuple[str, type[Record]]] = {
     "config": ("config", records.ClusterConfig),
     "desired": ("desired", records.Desired),
     "pause": ("pause", records.Pause),
-    "rebalance": ("rebalance", records.RebalanceWish),
+    "rebalance": ("rebalance", records.RebalanceRequest),
     "view": ("view", records.View),
     "next": ("next", records.View),
     "engine": ("engine", records.EngineRecord),

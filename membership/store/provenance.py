@@ -52,7 +52,7 @@ class Provenance:
                 raise self._replaced
             return self._revision
 
-    def heard(self, store_id: int, revision: int = 0, floor: int = 0, *, settled: bool = False) -> None:
+    def observed(self, store_id: int, revision: int = 0, floor: int = 0, *, settled: bool = False) -> None:
         """Take note of an answer; StoreReplaced if it comes from another store, or from below `floor`.
 
         `settled`: it answered a read, which may end a doubt.

@@ -127,7 +127,7 @@ class Pause(Record, frozen=True, kw_only=True):
     reason: str = ""
 
 
-class RebalanceWish(Record, frozen=True, kw_only=True):
+class RebalanceRequest(Record, frozen=True, kw_only=True):
     """Somebody wants load evened out now rather than when it is worth it. Key `rebalance`; for a view staged before."""
 
     at: float
@@ -305,7 +305,7 @@ class ClusterState(msgspec.Struct, frozen=True, kw_only=True):
     config: ClusterConfig | None = None
     desired: Desired | None = None
     pause: Pause | None = None
-    rebalance: RebalanceWish | None = None
+    rebalance: RebalanceRequest | None = None
     view: View | None = None
     view_revision: int = 0
     next: View | None = None

@@ -26,7 +26,7 @@ from elastic.cli.client import wait_for
 from elastic.serve.role_process import revoke_leases
 from membership.base.events import Tail
 from membership.base.failpoints import ENV, KIND
-from membership.operations.change import Wish
+from membership.operations.change import Change
 from membership.store import codec
 from membership.store.etcd import connect
 from membership.store.keys import Keys
@@ -161,9 +161,9 @@ class HeldCluster:
 
     # --- what must hold
 
-    def propose(self, wish: Wish, timeout_s: float) -> Operation:
+    def propose(self, change: Change, timeout_s: float) -> Operation:
         """Ask for it."""
-        return self.cluster.client().propose(wish, op_id=None, if_epoch=None, timeout_s=timeout_s)
+        return self.cluster.client().propose(change, op_id=None, if_epoch=None, timeout_s=timeout_s)
 
     def end_of(self, operation: Operation) -> Operation:
         """The operation once it has ended: within its deadline, save for the time that the last look takes."""

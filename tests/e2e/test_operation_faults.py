@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from chaos.faults import kill
-from membership.operations.change import Wish, drain, scale, undrain
+from membership.operations.change import Change, drain, scale, undrain
 from membership.store.records import Member, Operation, Phase
 from tests.e2e.held_cluster import DEADLINE_S, HeldCluster, T, hang
 from tests.e2e.test_roles_die import role_pid
@@ -113,8 +113,8 @@ def members(stage: HeldCluster, *ranks: int) -> list[Member | None]:
     return [view.member(rank) if view is not None else None for rank in ranks]
 
 
-def change(stage: HeldCluster, wish: Wish) -> None:
-    operation = stage.end_of(stage.propose(wish, DEADLINE_S))
+def change(stage: HeldCluster, request: Change) -> None:
+    operation = stage.end_of(stage.propose(request, DEADLINE_S))
     assert operation.phase is Phase.DONE, operation
     stage.cluster.wait_serving(size(stage))
 
@@ -159,7 +159,7 @@ def ends(point: str, fault: str) -> tuple[Phase, ...]:
 
 @pytest.mark.parametrize(("name", "point", "fault"), cells())
 def test_it_ends_and_nobody_notices(stage: HeldCluster, name: str, point: str, fault: str) -> None:
-    wish, back, stay = CHANGES[name]
+    request, back, stay = CHANGES[name]
     if size(stage) != (SMALL if name == "up" else LARGE):
         change(stage, scale(SMALL if name == "up" else LARGE))
     before, wanted, served = stage.state.view, size(stage), members(stage, *stay)
@@ -168,7 +168,7 @@ def test_it_ends_and_nobody_notices(stage: HeldCluster, name: str, point: str, f
     if operation.phase is Phase.ABORTED:
         assert operation.error
         assert (stage.state.view, size(stage)) == (before, wanted), "nothing has changed"
-        change(stage, wish)
+        change(stage, request)
     elif struck:
         eventually(lambda: (m := members(stage, NEWCOMER)[0]) and m.incarnation > struck, T, "another newcomer")
     stage.cluster.wait_serving(size(stage))

@@ -19,7 +19,7 @@ from chaos.target.cluster import ServedCluster
 from chaos.workload.history import compare
 from chaos.workload.streams import Workload
 from membership.base.events import Event
-from membership.placement.survivability import resilience
+from membership.placement.survivability import survivability
 from membership.store.codec import encode
 from membership.store.etcd import connect
 from membership.store.keys import Keys
@@ -90,7 +90,7 @@ def test_a_death_moves_no_weights_and_the_rest_comes_in_the_background(serve: Se
     assert state.config is not None
     assert state.view is not None
     nodes = {m.rank: m.node for m in state.view.members}
-    found = resilience(state.view.placement, nodes, state.config.moe_layers, state.config.experts)
+    found = survivability(state.view.placement, nodes, state.config.moe_layers, state.config.experts)
     assert (found.min_replicas, found.vital_ranks) == (2, ())
 
 

@@ -178,7 +178,7 @@ class RankServer:
     def disconnect(self, peers: list[tuple[int, int]]) -> None:
         self.exchange.disconnect(peers)
 
-    def census(self) -> tuple[int, int]:
+    def facts(self) -> tuple[int, int]:
         """(open descriptors, threads)"""
         return len(os.listdir("/proc/self/fd")), threading.active_count()
 

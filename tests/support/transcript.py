@@ -16,8 +16,8 @@ from msgspec.structs import replace
 from chaos.simulation.world import CONFIG, World
 from elastic.cli.render import plan_view
 from membership.base.errors import ElasticError
-from membership.operations.change import Wish, drain, scale, told, undrain
-from membership.operations.dry_run import plan_of
+from membership.operations.change import Change, describe_change, drain, scale, undrain
+from membership.operations.dry_run import plan_change
 from membership.operations.operations import cancel
 from membership.planning.planner import Effect
 from membership.store.records import ClusterState, Desired, ExpertLoad, Member, Phase, Placement, RankSpec, View
@@ -112,19 +112,19 @@ class _Commands:
         """`elastic undrain RANK… [--plan | --timeout S]`."""
         return self._name(undrain, *arguments)
 
-    def _name(self, wish: Callable[..., Wish], *arguments: str) -> list[str]:
+    def _name(self, change: Callable[..., Change], *arguments: str) -> list[str]:
         ranks = list(map(int, takewhile(str.isdecimal, arguments)))
-        return self._ask(wish(*ranks), *arguments[len(ranks) :])
+        return self._ask(change(*ranks), *arguments[len(ranks) :])
 
-    def _ask(self, wish: Wish, flag: str = "", value: str = "60") -> list[str]:
+    def _ask(self, change: Change, flag: str = "", value: str = "60") -> list[str]:
         if flag == "--plan":
-            return plan_view(plan_of(wish, self.world.state)).splitlines()
+            return plan_view(plan_change(change, self.world.state)).splitlines()
         try:
-            operation = self.world.ask(wish, timeout_s=float(value), op_id=f"op{self.operations + 1}")
+            operation = self.world.ask(change, timeout_s=float(value), op_id=f"op{self.operations + 1}")
         except ElasticError as refused:
             return [f"error: {refused}"]
         self.operations += 1
-        return [f"{operation.id}: {told(operation)}, {operation.phase}"]
+        return [f"{operation.id}: {describe_change(operation)}, {operation.phase}"]
 
     def ops(self, what: str, name: str) -> list[str]:
         """`elastic ops cancel ID`."""
@@ -138,7 +138,7 @@ class _Commands:
         """The last operation's end."""
         op = self.world.state.operations[f"op{self.operations}"]
         return [
-            f"{op.id}: {told(op)} (from {op.previous}), {op.phase}",
+            f"{op.id}: {describe_change(op)} (from {op.previous}), {op.phase}",
             *([f"  {op.error}"] if op.error else []),
         ]
 

@@ -13,7 +13,7 @@ from chaos.mutants.checks.promise import require
 from chaos.simulation.world import World
 from membership.base.errors import LeaseLost, OperationConflict, PlanRefused, WaitTimeout
 from membership.base.events import EventLog
-from membership.operations.change import Wish, scale
+from membership.operations.change import Change, scale
 from membership.operations.operations import propose
 from membership.operations.pause import pause
 from membership.planning.controller import run_controller
@@ -138,8 +138,8 @@ def proposals() -> None:
         client.before_txn = lambda ops: happens() is not None
         return cast(Store, client)
 
-    def ask(client: Store, wish: Wish) -> None:
-        propose(client, world.keys.cluster, wish, clock=lambda: world.now)
+    def ask(client: Store, change: Change) -> None:
+        propose(client, world.keys.cluster, change, clock=lambda: world.now)
 
     racing = meanwhile(lambda: world.ask(scale(5)))
     _refused(lambda: ask(racing, scale(4)), world.state, "at the same moment as another one")

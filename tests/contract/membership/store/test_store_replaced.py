@@ -229,11 +229,11 @@ def test_a_role_that_starts_later_knows_what_its_supervisor_has_seen(etcd_ground
 def test_answers_that_overtake_each_other_or_come_from_a_member_behind_are_no_loss() -> None:
     provenance = Provenance()
     early = provenance.floor()
-    provenance.heard(7, 12)
-    provenance.heard(7, 11, early)  # asked before 12 was seen, answered after
-    provenance.heard(7, 5)  # a lease's or a watch's answer, whose revision is its member's
+    provenance.observed(7, 12)
+    provenance.observed(7, 11, early)  # asked before 12 was seen, answered after
+    provenance.observed(7, 5)  # a lease's or a watch's answer, whose revision is its member's
     assert provenance.seen == "7:c"
     with pytest.raises(StoreReplaced, match="from revision 12 to 11"):
-        provenance.heard(7, 11, provenance.floor())
+        provenance.observed(7, 11, provenance.floor())
     with pytest.raises(StoreReplaced):  # it stays refused, however far it has got meanwhile
-        provenance.heard(7, 99)
+        provenance.observed(7, 99)

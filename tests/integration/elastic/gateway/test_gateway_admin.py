@@ -104,10 +104,10 @@ def test_scale_is_an_operation_that_others_find(gateway: RunningGateway, cluster
     plan = admin(gateway, "POST", "/admin/v1/scale", json={"ranks": 4, "plan": True})
     assert (plan.status_code, plan.json()["add"]) == (200, [2, 3])
     assert admin(gateway, "GET", "/is_scaling_elastic_ep").json() == {"is_scaling_elastic_ep": False}
-    wish = {"ranks": 4, "op_id": "grow", "if_epoch": 1, "timeout_s": 60}
-    first = admin(gateway, "POST", "/admin/v1/scale", json=wish)
+    body = {"ranks": 4, "op_id": "grow", "if_epoch": 1, "timeout_s": 60}
+    first = admin(gateway, "POST", "/admin/v1/scale", json=body)
     assert (first.status_code, first.json()["phase"], first.json()["target"]) == (202, "proposed", 4)
-    again = admin(gateway, "POST", "/admin/v1/scale", json=wish)
+    again = admin(gateway, "POST", "/admin/v1/scale", json=body)
     assert (again.status_code, again.json()) == (202, first.json()), "the same id is the same operation"
     other = admin(gateway, "POST", "/admin/v1/scale", json={"ranks": 3})
     assert (other.status_code, other.json()["operation"]["id"]) == (409, "grow")
@@ -122,7 +122,7 @@ def test_scale_is_an_operation_that_others_find(gateway: RunningGateway, cluster
 
 
 @pytest.mark.parametrize(
-    ("wish", "status", "message"),
+    ("body", "status", "message"),
     [
         ({"ranks": 4, "if_epoch": 7}, 412, "the epoch is 1, not 7"),
         ({"ranks": 0}, 422, "at least 1"),
@@ -133,16 +133,16 @@ def test_scale_is_an_operation_that_others_find(gateway: RunningGateway, cluster
         ({}, 400, "ranks is required"),
     ],
 )
-def test_refused_scale(gateway: RunningGateway, wish: dict[str, object], status: int, message: str) -> None:
-    answer = admin(gateway, "POST", "/admin/v1/scale", json=wish)
+def test_refused_scale(gateway: RunningGateway, body: dict[str, object], status: int, message: str) -> None:
+    answer = admin(gateway, "POST", "/admin/v1/scale", json=body)
     assert answer.status_code == status
     assert message in answer.json()["error"]["message"]
     assert admin(gateway, "GET", "/admin/v1/operations").json() == {"operations": []}
 
 
 def test_scale_as_vllm_clients_do(gateway: RunningGateway) -> None:
-    wish = {"new_data_parallel_size": 3, "drain_timeout": 120}
-    answer = admin(gateway, "POST", "/scale_elastic_ep", json=wish)
+    body = {"new_data_parallel_size": 3, "drain_timeout": 120}
+    answer = admin(gateway, "POST", "/scale_elastic_ep", json=body)
     assert (answer.status_code, answer.json()["target"]) == (202, 3)
 
 

@@ -15,7 +15,7 @@ from membership.base import loop_watchdog
 loop_watchdog.require(0.5)
 with loop_watchdog.watched():
     for _ in range(20):
-        loop_watchdog.beat()
+        loop_watchdog.heartbeat()
         ctypes.CDLL(None).usleep(50_000)  # for longer than the limit, all in all
     print("beating", flush=True)
     ctypes.{library}(None).usleep(60_000_000)
@@ -25,7 +25,7 @@ import time
 from membership.base import loop_watchdog
 loop_watchdog.require(0.2)
 with loop_watchdog.watched():
-    loop_watchdog.beat()
+    loop_watchdog.heartbeat()
 time.sleep(0.6)
 """
 FAILED = """

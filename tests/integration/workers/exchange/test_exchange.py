@@ -293,7 +293,7 @@ def test_each_expert_runs_once_for_all_who_wait(context: Any) -> None:
 
 def test_a_rank_joins_while_the_others_exchange(context: Any) -> None:
     with RankGroup(context, spread(range(2), LAYERS, EXPERTS, 1)) as group:
-        census = group.all("census")
+        facts = group.all("facts")
         for rank in (0, 1):
             group.ranks[rank].send("loop", group.context_of(), works(rank, "bfloat16"), 300)
         later = spread(range(3), LAYERS, EXPERTS, 2)
@@ -309,7 +309,7 @@ def test_a_rank_joins_while_the_others_exchange(context: Any) -> None:
         group.all("disconnect", [(2, process.incarnation)])
         group.placement = spread(range(2), LAYERS, EXPERTS, 1)
         run_all(group)
-        assert group.all("census") == census
+        assert group.all("facts") == facts
 
 
 def test_a_newer_incarnation_takes_the_slot(context: Any) -> None:

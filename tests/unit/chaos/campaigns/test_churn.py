@@ -20,15 +20,15 @@ WHOLE = RequestRecord(prompt=0, started=0.0, tokens=("a", "b"), token_times=(0.1
 @given(st.integers(0, 10_000), st.integers(1, 6), st.integers(0, 3))
 def test_every_change_is_possible_and_changes_something(seed: int, size: int, out: int) -> None:
     slots, drained = tuple(range(size)), tuple(range(10, 10 + out))
-    wish = change(random.Random(seed), slots, drained, 6)
-    if wish.kind == "scale":
-        assert wish.target != size
-        assert 1 <= wish.target <= 6
-    elif wish.kind == "drain":
-        assert set(wish.ranks) < set(slots)
+    request = change(random.Random(seed), slots, drained, 6)
+    if request.kind == "scale":
+        assert request.target != size
+        assert 1 <= request.target <= 6
+    elif request.kind == "drain":
+        assert set(request.ranks) < set(slots)
     else:
         assert size < 6
-        assert set(wish.ranks) <= set(drained)
+        assert set(request.ranks) <= set(drained)
 
 
 def finished(phase: Phase = Phase.DONE, *, cancelled: bool = False) -> Churn:

@@ -18,7 +18,7 @@ OPTIONS = ServeOptions(model=shipped_demo_model(), port=0, admin_port=0)
 
 
 @pytest.mark.parametrize(
-    ("wish", "says"),
+    ("settings", "says"),
     [
         ({"ranks": 0}, "--ranks 0"),
         ({"dtype": "float8"}, "--dtype float8"),
@@ -33,9 +33,9 @@ OPTIONS = ServeOptions(model=shipped_demo_model(), port=0, admin_port=0)
         ({"redundancy": float("inf")}, "redundancy"),
     ],
 )
-def test_a_wish_that_cannot_be(wish: dict[str, object], says: str) -> None:
+def test_settings_that_cannot_be_served(settings: dict[str, object], says: str) -> None:
     with pytest.raises((ConfigError, PlanRefused)) as raised:
-        cluster_config(replace(OPTIONS, **wish))  # type: ignore[arg-type]
+        cluster_config(replace(OPTIONS, **settings))  # type: ignore[arg-type]
     assert says in str(raised.value)
 
 

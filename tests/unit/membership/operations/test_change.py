@@ -9,7 +9,7 @@ from elastic.explain import explain, explained
 from elastic.status import cluster_status
 from membership.base.errors import ConfigError, OperationConflict, PlanRefused
 from membership.operations.change import drain, scale, undrain
-from membership.operations.dry_run import plan_of
+from membership.operations.dry_run import plan_change
 from membership.operations.operations import cancel
 from membership.operations.pause import pause, resume
 from membership.store.records import Desired, Operation, Phase
@@ -109,7 +109,7 @@ def test_a_death_during_a_drain_is_made_good_and_the_drain_goes_on(world: World)
 
 
 @pytest.mark.parametrize(
-    ("wish", "words"),
+    ("change", "words"),
     [
         (drain(9), "there is no rank 9"),
         (drain(1), "rank 1 is drained already"),
@@ -118,11 +118,11 @@ def test_a_death_during_a_drain_is_made_good_and_the_drain_goes_on(world: World)
         (undrain(0), "rank 0 is not drained"),
     ],
 )
-def test_what_makes_no_sense_is_refused(world: World, wish: object, words: str) -> None:
+def test_what_makes_no_sense_is_refused(world: World, change: object, words: str) -> None:
     world.ask(drain(1))
     world.settle()
     with pytest.raises(PlanRefused, match=words):
-        world.ask(wish)  # type: ignore[arg-type]
+        world.ask(change)  # type: ignore[arg-type]
 
 
 def test_a_slot_in_quarantine_is_not_undrained(world: World) -> None:
@@ -134,14 +134,14 @@ def test_a_slot_in_quarantine_is_not_undrained(world: World) -> None:
         world.ask(undrain(1))
 
 
-@pytest.mark.parametrize("wish", [scale(6), drain(0), undrain(3)])
+@pytest.mark.parametrize("change", [scale(6), drain(0), undrain(3)])
 @pytest.mark.parametrize("steps", range(5))
-def test_cancelled_before_its_commit_it_leaves_nothing_behind(world: World, wish: object, steps: int) -> None:
+def test_cancelled_before_its_commit_it_leaves_nothing_behind(world: World, change: object, steps: int) -> None:
     world.ask(drain(3))
     world.settle()
     before, view = world.state.desired, world.state.view
     assert before is not None
-    name = world.ask(wish).id  # type: ignore[arg-type]
+    name = world.ask(change).id  # type: ignore[arg-type]
     for _ in range(steps):
         world.controller_acts()
         world.agents_act()
@@ -190,7 +190,7 @@ def test_while_paused_nothing_planned_begins_and_losses_are_made_good(world: Wor
     pause(world.store, "sim", 600.0, by="ann@desk", reason="new switches", clock=lambda: world.now)
     with pytest.raises(PlanRefused, match="paused by ann@desk for another 600 s: new switches"):
         world.scale(6)
-    assert plan_of(scale(6), world.state).changes, "planning is free"
+    assert plan_change(scale(6), world.state).changes, "planning is free"
     world.kill(1)
     world.settle()
     world.assert_whole(4)

@@ -9,9 +9,9 @@ from chaos.simulation.world import CONFIG, World
 from elastic.cli.render import plan_view
 from membership.base.errors import ConfigError, Fenced, OperationConflict, PlanRefused, StoreUnavailable
 from membership.operations.change import scale
-from membership.operations.dry_run import plan_of
+from membership.operations.dry_run import plan_change
 from membership.operations.operations import KEPT, propose
-from membership.placement.survivability import resilience
+from membership.placement.survivability import survivability
 from membership.store.interface import Compare, Op, TxnResult
 from membership.store.phases import advance
 from membership.store.records import Operation, Phase
@@ -127,7 +127,7 @@ def test_old_operations_are_forgotten(world: World) -> None:
 
 def test_a_plan_says_what_then_happens(world: World) -> None:
     for target in (6, 3, 5):
-        plan = plan_of(scale(target), world.state)
+        plan = plan_change(scale(target), world.state)
         name = world.scale(target).id
         world.settle()
         operation = world.state.operations[name]
@@ -139,10 +139,10 @@ def test_a_plan_says_whose_death_would_cost_experts() -> None:
     world = World(desired=3, config=replace(CONFIG, expert_bytes=1000), nodes=("a", "b"))
     world.settle()
     before = world.state
-    pair = plan_of(scale(2), before)
+    pair = plan_change(scale(2), before)
     assert pair.survives is not None
     assert (pair.survives.vital_ranks, pair.survives.vital_hosts) == ((), ())
-    alone = plan_of(scale(1), before)
+    alone = plan_change(scale(1), before)
     assert alone.survives is not None
     assert (alone.survives.vital_ranks, alone.slots_for_rank_loss) == ((0,), None)
     assert world.state == before, "a plan changes nothing"
@@ -151,26 +151,26 @@ def test_a_plan_says_whose_death_would_cost_experts() -> None:
 def test_a_plan_that_adds_ranks_knows_their_hosts() -> None:
     world = World(desired=1, config=replace(CONFIG, expert_bytes=1000), nodes=("a", "b"))
     world.settle()
-    plan = plan_of(scale(4), world.state)
+    plan = plan_change(scale(4), world.state)
     world.scale(4)
     world.settle()
     view = world.state.view
     assert view is not None
     nodes = {m.rank: m.node for m in view.members}
-    assert plan.survives == resilience(view.placement, nodes, CONFIG.moe_layers, CONFIG.experts)
+    assert plan.survives == survivability(view.placement, nodes, CONFIG.moe_layers, CONFIG.experts)
     assert plan.survives.after_host_loss == 1
 
 
 def test_a_plan_takes_as_long_as_the_last_one_took(world: World) -> None:
-    assert plan_of(scale(6), world.state).estimated_s is None, "nothing was measured yet"
+    assert plan_change(scale(6), world.state).estimated_s is None, "nothing was measured yet"
     times = {"proposed": 10.0, "spawning": 10.5, "loading": 12.0, "ready": 16.0, "done": 17.0}
     done = Operation(
         id="o", kind="scale", target=4, phase=Phase.DONE, bytes_moved=20_000, phase_times=times, pause_ms=21.0
     )
     state = replace(world.state, operations={"o": done})
-    assert "tokens wait about 21 ms at the commit" in plan_view(plan_of(scale(6), state))
-    assert plan_of(scale(6), state).estimated_s == pytest.approx(2.0 + 10_000 * 4.0 / 20_000)
-    assert plan_of(scale(3), state).estimated_s == pytest.approx(8_000 * 4.0 / 20_000), "nobody is launched"
+    assert "tokens wait about 21 ms at the commit" in plan_view(plan_change(scale(6), state))
+    assert plan_change(scale(6), state).estimated_s == pytest.approx(2.0 + 10_000 * 4.0 / 20_000)
+    assert plan_change(scale(3), state).estimated_s == pytest.approx(8_000 * 4.0 / 20_000), "nobody is launched"
 
 
 def test_an_operation_that_is_over_leaves_room_for_the_next(world: World) -> None:

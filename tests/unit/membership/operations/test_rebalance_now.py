@@ -1,4 +1,4 @@
-"""A rebalance that somebody asks for: what its plan says, that it does not wait, and that the wish does not linger."""
+"""A rebalance on request: its plan, that it does not wait, and that the request expires."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from chaos.simulation.world import CONFIG, World
 from membership.base.errors import PlanRefused
 from membership.operations.pause import pause
-from membership.operations.rebalance_now import ask_rebalance, plan_rebalance
+from membership.operations.rebalance_now import plan_rebalance, request_rebalance
 from membership.placement.balance import imbalance
 from membership.planning.rebalance import ASKED_S, UNEVEN
 from membership.store.records import ExpertLoad
@@ -34,7 +34,7 @@ def uneven(budget: int = 1 << 30) -> World:
 
 
 def ask(world: World) -> None:
-    ask_rebalance(world.store, world.config.cluster, "me", clock=lambda: world.now)
+    request_rebalance(world.store, world.config.cluster, "me", clock=lambda: world.now)
 
 
 def test_what_it_would_do_is_what_it_does() -> None:
@@ -72,7 +72,7 @@ def test_a_small_budget_goes_on_until_it_is_done() -> None:
     assert not plan_rebalance(world.state, world.now).changes
 
 
-def test_a_wish_is_forgotten_after_a_while() -> None:
+def test_a_request_is_forgotten_after_a_while() -> None:
     world = uneven()
     ask(world)
     world.now += ASKED_S
@@ -83,7 +83,7 @@ def test_a_wish_is_forgotten_after_a_while() -> None:
 def test_a_clock_that_is_behind_the_controller_s_is_heard_all_the_same() -> None:
     world = uneven()
     staged = world.state.view.staged if world.state.view else 0.0
-    ask_rebalance(world.store, world.config.cluster, clock=lambda: staged - 5.0)
+    request_rebalance(world.store, world.config.cluster, clock=lambda: staged - 5.0)
     world.now = staged + 1.0
     world.settle()
     assert world.epochs == [1, 2]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from membership.placement.balance import imbalance
 from membership.placement.plan import coverage, max_ranks_allowed, moves, plan, repair
-from membership.placement.survivability import needed_redundancy, needed_slots, resilience, told
+from membership.placement.survivability import describe_survivability, needed_redundancy, needed_slots, survivability
 from membership.store.records import Placement
 from tests.unit.membership.placement.test_placement import check
 
@@ -42,7 +42,7 @@ def test_any_one_death_leaves_every_expert_alive_where_slots_are_enough(
     before = {rank: nodes[rank] for rank in nodes if data.draw(st.booleans())}
     current = plan(layers, experts, before, redundancy, nodes=before) if before else {}
     placement = plan(layers, experts, nodes, redundancy, current, nodes=nodes)
-    found = resilience(placement, nodes, layers, experts)
+    found = survivability(placement, nodes, layers, experts)
     assert found.after_rank_loss >= 1
     assert found.vital_ranks == ()
     for rank in nodes:
@@ -59,7 +59,7 @@ def test_an_expert_leaves_its_host_from_whichever_holder_can_exchange_it() -> No
     nodes = {0: "a", 1: "c", 2: "c", 3: "c", 4: "b"}
     current = plan(1, 2, {3: "c"}, 3.0, nodes={3: "c"})
     placement = plan(1, 2, nodes, 3.0, current, nodes=nodes)
-    assert resilience(placement, nodes, 1, 2).vital_hosts == ()
+    assert survivability(placement, nodes, 1, 2).vital_hosts == ()
 
 
 def test_an_exchange_that_helps_another_expert_too_is_not_undone() -> None:
@@ -67,7 +67,7 @@ def test_an_exchange_that_helps_another_expert_too_is_not_undone() -> None:
     before = {rank: nodes[rank] for rank in (0, 3, 4, 5)}
     current = plan(2, 3, before, 2.5, nodes=before)
     placement = plan(2, 3, nodes, 2.5, current, nodes=nodes)
-    found = resilience(placement, nodes, 2, 3)
+    found = survivability(placement, nodes, 2, 3)
     assert (found.min_replicas, found.vital_ranks, found.vital_hosts) == (2, (), ())
 
 
@@ -85,7 +85,7 @@ def test_many_experts_that_are_dealt_out_are_as_safe(
     for kept in ({}, current):
         placement = plan(layers, experts, nodes, redundancy, kept, loads, nodes)
         check(placement, layers, experts, redundancy)
-        found = resilience(placement, nodes, layers, experts)
+        found = survivability(placement, nodes, layers, experts)
         assert redundancy < 2 or (found.vital_ranks, found.vital_hosts) == ((), ())
         assert imbalance(placement, loads) < 1.7
         assert plan(layers, experts, nodes, redundancy, kept, loads, nodes) == placement
@@ -119,14 +119,14 @@ def test_a_second_host_takes_one_replica_of_every_expert() -> None:
     alone = plan(2, 8, range(2), 2.0, nodes={0: "a", 1: "a"})
     nodes = {0: "a", 1: "a", 2: "b", 3: "b"}
     placement = plan(2, 8, nodes, 2.0, alone, nodes=nodes)
-    assert resilience(placement, nodes, 2, 8).vital_hosts == ()
+    assert survivability(placement, nodes, 2, 8).vital_hosts == ()
     assert {move.rank for move in moves(alone, placement)} <= {2, 3}, "who was there loads nothing"
 
 
 def test_what_it_would_take_is_said() -> None:
     uneven = {0: "a", 1: "a", 2: "a", 3: "b"}
     placement = plan(1, 8, uneven, 2.0, nodes=uneven)
-    found = resilience(placement, uneven, 1, 8)
+    found = survivability(placement, uneven, 1, 8)
     assert found.vital_ranks == ()
     assert found.vital_hosts == ("a",), "host b has slots for half of the experts only"
     assert needed_redundancy(uneven, 8) == 2.0
@@ -134,8 +134,9 @@ def test_what_it_would_take_is_said() -> None:
     assert needed_redundancy({0: "a"}, 8) is None
     assert needed_redundancy({0: "a", 1: "a"}, 8, hosts=True) is None
     line = "any one rank may die (every expert keeps 1 or more replicas); the death of host a leaves experts"
-    assert told(found) == f"{line} without a replica"
-    three = resilience(plan(1, 8, range(3), 2.0), {}, 1, 8)
-    assert told(three) == "any one rank may die (every expert keeps 1 or more replicas); all ranks are on one host"
+    assert describe_survivability(found) == f"{line} without a replica"
+    three = survivability(plan(1, 8, range(3), 2.0), {}, 1, 8)
+    kept = "every expert keeps 1 or more replicas"
+    assert describe_survivability(three) == f"any one rank may die ({kept}); all ranks are on one host"
     assert (needed_slots(uneven, 3, 8), needed_slots(uneven, 3, 8, hosts=True)) == (48, 96)
     assert needed_slots({0: "a"}, 3, 8) is None

@@ -28,5 +28,5 @@ def test_the_planner_does_what_it_did(path: Path) -> None:
 
 
 def test_another_plan_shows() -> None:
-    text = (TRANSCRIPTS / "life_loss.txt").read_text()
+    text = (TRANSCRIPTS / "run_loss.txt").read_text()
     assert replay(text.replace("kill 2", "kill 3")) != text.replace("kill 2", "kill 3")

@@ -6,7 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from chaos.simulation.world import CONFIG, World, phases
-from membership.planning.cluster_facts import Census
+from membership.planning.cluster_facts import ClusterFacts
 from membership.planning.planner import due, reconcile, sound
 from membership.store.records import Assignment, ClusterState, Desired, Operation, Phase
 
@@ -346,7 +346,7 @@ def test_a_view_staged_by_somebody_else_is_not_committed() -> None:
         world.controller_acts()
     staged = world.state.next
     world.put(world.keys.next, replace(staged, placement={rank: ((0,), (0,)) for rank in staged.placement}))
-    assert not sound(Census(world.state, world.now)), "most experts have no holder"
+    assert not sound(ClusterFacts(world.state, world.now)), "most experts have no holder"
     world.settle()
     world.assert_whole(4)
 

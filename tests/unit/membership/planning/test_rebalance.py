@@ -10,8 +10,8 @@ from msgspec.structs import replace
 from chaos.simulation.world import CONFIG, World
 from membership.placement.balance import balanced, cut, imbalance
 from membership.placement.plan import coverage, moves, plan, repair
-from membership.placement.survivability import resilience
-from membership.planning.cluster_facts import Census
+from membership.placement.survivability import survivability
+from membership.planning.cluster_facts import ClusterFacts
 from membership.planning.rebalance import FAILED_REST_S, rebalance
 from membership.store.records import ClusterState, ExpertLoad, Member, View
 
@@ -60,7 +60,7 @@ def test_balance_gets_better_and_nothing_else_worse(data: st.DataObject) -> None
     assert len(moves(before, after)) <= most
     assert [list(map(len, held)) for held in before.values()] == [list(map(len, held)) for held in after.values()]
     assert coverage(after, ranks, experts).min_live_replicas >= int(redundancy)
-    was, now = (resilience(p, nodes, layers, experts) for p in (before, after))
+    was, now = (survivability(p, nodes, layers, experts) for p in (before, after))
     assert set(now.vital_ranks) <= set(was.vital_ranks) or redundancy < 2
     assert set(now.vital_hosts) <= set(was.vital_hosts) or redundancy < 2
 
@@ -171,7 +171,7 @@ def test_what_was_begun_is_finished_and_a_loss_ends_in_balance() -> None:
     moved, steps = 0, 0
     while True:
         state = ClusterState(revision=1, config=config, view=view, expert_load=ExpertLoad(at=1.0, loads=loads))
-        better = rebalance(Census(state, 0.0))
+        better = rebalance(ClusterFacts(state, 0.0))
         if better is None:
             break
         assert len(moves(view.placement, better.placement)) <= 9
@@ -246,7 +246,7 @@ def test_another_host_is_used_as_soon_as_ranks_run_there() -> None:
     assert view is not None
     nodes = {m.rank: m.node for m in view.members}
     assert sorted(nodes.values()) == ["a", "a", "b", "b"]
-    assert resilience(view.placement, nodes, 2, 8).vital_hosts == ()
+    assert survivability(view.placement, nodes, 2, 8).vital_hosts == ()
     world.stop_agent("a")
     while world.epochs[-1] == view.epoch:
         assert world.controller_acts() | world.agents_act() | world.engine_acts()

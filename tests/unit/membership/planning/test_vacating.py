@@ -6,7 +6,7 @@ import pytest
 
 from chaos.simulation.world import CONFIG, World
 from elastic.explain import explain_operation
-from membership.planning.cluster_facts import VACATE_S, Census
+from membership.planning.cluster_facts import VACATE_S, ClusterFacts
 from membership.store.records import EngineStatus, Phase
 
 pytestmark = pytest.mark.unit
@@ -22,7 +22,7 @@ def shrinking(timeout_s: float = 60.0) -> World:
     world.scale(2, timeout_s)
     act(world)
     assert world.state.next is not None
-    assert not Census(world.state, world.now).unprepared
+    assert not ClusterFacts(world.state, world.now).unprepared
     assert world.serving == (0, 1, 2, 3)
     return world
 

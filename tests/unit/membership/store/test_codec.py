@@ -8,7 +8,17 @@ import pytest
 
 from membership.base.errors import SchemaError, StoreError
 from membership.store.codec import SCHEMA_VERSION, decode, encode
-from membership.store.records import Desired, Member, Operation, Phase, RankRecord, RankState, Record, View
+from membership.store.records import (
+    Desired,
+    Member,
+    Operation,
+    Phase,
+    RankRecord,
+    RankState,
+    RebalanceRequest,
+    Record,
+    View,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -31,6 +41,12 @@ def test_round_trip(record: Record) -> None:
 
 def test_an_operator_can_read_it() -> None:
     assert json.loads(encode(Desired(ranks=4))) == {"v": 1, "kind": "Desired", "data": {"ranks": 4}}
+
+
+def test_a_renamed_record_keeps_its_stored_name() -> None:
+    data = encode(RebalanceRequest(at=1.0))
+    assert json.loads(data)["kind"] == "RebalanceWish"
+    assert decode(data, RebalanceRequest) == RebalanceRequest(at=1.0)
 
 
 def test_unknown_fields_are_tolerated() -> None:

@@ -10,7 +10,7 @@ import pytest
 from chaos.simulation.world import World
 from membership.base.errors import OperationConflict
 from membership.operations.change import drain, scale, undrain
-from membership.operations.dry_run import plan_of
+from membership.operations.dry_run import plan_change
 from membership.operations.operations import cancel
 from membership.store.records import ClusterState, Operation
 from tests.support.recorded_run import alarms
@@ -27,13 +27,13 @@ def ask_for_something(world: World, random: Random) -> None:
     """Scale, drain or undrain, within what is possible."""
     desired, some = world.state.desired, random.randint(1, 2)
     assert desired is not None
-    wish = scale(random.randint(1, 7))
+    change = scale(random.randint(1, 7))
     if random.random() < 0.4 and len(desired.slots) > some:
-        wish = drain(*random.sample(desired.slots, some))
+        change = drain(*random.sample(desired.slots, some))
     elif desired.cordoned and random.random() < 0.7:
-        wish = undrain(random.choice(desired.cordoned))
-    if not plan_of(wish, world.state).refused:
-        world.ask(wish, timeout_s=random.choice([0.5, 5.0, 60.0]))
+        change = undrain(random.choice(desired.cordoned))
+    if not plan_change(change, world.state).refused:
+        world.ask(change, timeout_s=random.choice([0.5, 5.0, 60.0]))
 
 
 def give_up(world: World, active: Operation) -> None:
