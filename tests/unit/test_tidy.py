@@ -21,9 +21,9 @@ MAX_FUNCTION_LINES = 60
 UNTIMED = ("join", "get", "recv", "wait", "result", "acquire")
 PICKLE_ALLOWED = {
     "workers/queue/message_queue.py",
-    "workers/codec.py",
     "workers/queue/codec.py",
     "workers/rank/worker_proc.py",
+    "workers/rank/call_port.py",
     "workers/agent/executor.py",
 }
 

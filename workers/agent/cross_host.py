@@ -15,10 +15,10 @@ from typing import Any
 import structlog
 
 from membership.base.errors import QueueClosed, QueueError, RankDied, RankError
+from workers.agent.worker_proc import JOIN_TIMEOUT_S, PARENT_READER
 from workers.ipc.doorbell import Doorbell
-from workers.protocol.rpc import CallTable, PendingCall, RankKey, WireCall
+from workers.protocol.rpc import CallTable, PendingCall, RankKey, WireCall, WireReply
 from workers.queue.message_queue import MessageQueue, MsgpackCodec
-from workers.rank.worker_proc import WorkerProc
 
 COLLECT_S = 0.1
 SEND_TIMEOUT_S = 2.0
@@ -46,7 +46,13 @@ class CrossHostCaller:
 
     def adopt(self, key: RankKey, peer_response_handle: bytes) -> None:
         """Join this rank's replies to us."""
-        replies = WorkerProc.join_peer(key, peer_response_handle, self._doorbell)
+        replies = MessageQueue.create_from_handle(
+            peer_response_handle,
+            PARENT_READER,
+            self._doorbell,
+            timeout_s=JOIN_TIMEOUT_S,
+            codec=MsgpackCodec(WireReply),
+        )
         with self._lock:
             self._replies[key] = replies
 

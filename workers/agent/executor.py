@@ -29,12 +29,13 @@ from workers.agent.forkserver import Serving
 from workers.agent.forkserver_client import ForkServer
 from workers.agent.handles import UnreadyWorkerProcHandle, WorkerProcHandle, ended, send_signal
 from workers.agent.weight_store import OnEvent, WeightStore
+from workers.agent.worker_proc import WorkerProcParent
 from workers.ipc.doorbell import Doorbell
+from workers.ipc.host_lock import HostLock
+from workers.protocol.launch import Launch, Ready
 from workers.protocol.liveness import watch_death
 from workers.protocol.rpc import SPARE, Call, CallTable, Outcome, PendingCall, RankKey, Reply, name_of
 from workers.queue.message_queue import MessageQueue
-from workers.rank.environment import HostLock
-from workers.rank.worker_proc import Launch, Ready, WorkerProc
 
 COLLECT_S = 0.1
 SEND_TIMEOUT_S = 2.0
@@ -107,7 +108,7 @@ class MultiprocExecutor:
                     key, self._node, self._config, self._worker_class, handle, self._external_handles, self._scale_up,
                     self.weights.handle(),
                 )  # fmt: skip
-                unready.append(WorkerProc.make_worker_process(launch, self._forkserver, self._host_lock))
+                unready.append(WorkerProcParent.make_worker_process(launch, self._forkserver, self._host_lock))
         except OSError:
             for made in unready:
                 made.close()
@@ -137,7 +138,7 @@ class MultiprocExecutor:
         return [self.workers[key] for key in keys]
 
     def _wait_for_start(self, unready: list[UnreadyWorkerProcHandle], timeout_s: float, on_started: OnStarted) -> None:
-        for handle, ready in WorkerProc.wait_each(unready, timeout_s):
+        for handle, ready in WorkerProcParent.wait_each(unready, timeout_s):
             try:
                 if not isinstance(ready, Ready):
                     raise ready
@@ -153,7 +154,7 @@ class MultiprocExecutor:
 
     def _join(self, ready: Ready, unready: UnreadyWorkerProcHandle) -> WorkerProcHandle:
         """The parent's half of the handshake: first the replies' queue, then the calls' one knows the new reader."""
-        worker = WorkerProc.wait_for_response_handle_ready(ready, unready, self._doorbell)
+        worker = WorkerProcParent.wait_for_response_handle_ready(ready, unready, self._doorbell)
         try:
             self.rpc_broadcast_mq.wait_until_ready([worker.reader], timeout_s=SEND_TIMEOUT_S)
         except ElasticError:

@@ -6,6 +6,8 @@ import json
 import re
 from pathlib import Path
 
+from workers.protocol.launch import RANK_MODULE
+
 OURS = (
     "torch",
     "transformers",
@@ -25,7 +27,7 @@ OUR_MODULE = "workers.rank.worker"
 def preload_for(worker_class: str, model: str, dtype: str = "auto") -> tuple[str, ...]:
     """What to import, or call ("module:function"), for ranks with this worker and this checkpoint directory."""
     module = worker_class.partition(":")[0]
-    base = ("workers.rank.worker_proc", module)
+    base = (RANK_MODULE, module)
     if module != OUR_MODULE:
         return base
     family = _family(Path(model) / "config.json")

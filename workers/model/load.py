@@ -22,10 +22,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from membership.base.errors import ModelError
-from workers.agent.weight_store import WeightClient
 from workers.model import hooks
 from workers.model.families import ModelInfo, read_model_info, weight_files
 from workers.model.shared_weights import SharedWeights, identity
+from workers.protocol.weight_client import WeightClient
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PARAMETERS = ("gate_up_proj", "down_proj")

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from membership.base.errors import ModelError, QueueError, WaitTimeout
-from workers.agent.weight_store import BATCH, SEALS, Held, WeightClient
+from workers.protocol.weight_client import BATCH, SEALS, Held, WeightClient
 from workers.model.families import INDEX_FILE
 
 ALIGN = 64

@@ -1,6 +1,6 @@
 """How fast a host's ranks may read weights while they serve: one bucket per host, and how a rank keeps to it.
 
-The bucket lies in the host's weight store (`agent/weight_store.py`), since only that knows all ranks of the host.
+The bucket is in the host's weight store (`agent/weight_store.py`), since only that knows all ranks of the host.
 Reading is booked ahead: who asks is told how long to wait first, and nobody is refused.
 """
 

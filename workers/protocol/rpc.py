@@ -76,6 +76,9 @@ class WireCall(msgspec.Struct, frozen=True, array_like=True):
     timeout_s: float = 60.0
 
 
+AnyCall = Call | WireCall
+
+
 class WireReply(msgspec.Struct, frozen=True, array_like=True):
     """The reply to another host."""
 

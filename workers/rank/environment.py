@@ -1,24 +1,17 @@
-"""A rank process's surroundings: its name for people, its frozen environment, the lock that a host's ranks share, its
-signals and groups."""
+"""A rank process's surroundings: its title, its frozen environment, its signals and its parallel groups."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Mapping
 from types import FrameType, MappingProxyType
 
 import setproctitle
 
-from membership.base.errors import WaitTimeout
 from membership.base.logs import PrefixedStream
-
-LOCK_TIMEOUT_S = 600.0
-LOCK_POLL_S = 0.02
 
 
 def set_name(name: str) -> None:
@@ -36,41 +29,6 @@ def set_name(name: str) -> None:
 def frozen_environment() -> Mapping[str, str]:
     """The environment as it is now; later changes of `os.environ` do not show in it."""
     return MappingProxyType(dict(os.environ))
-
-
-class HostLock:
-    """A lock shared by all ranks of a host, for what they had better do one after the other.
-
-    A file lock on an anonymous file: the kernel frees it when its holder dies, however it dies.
-    """
-
-    def __init__(self, fd: int, timeout_s: float = LOCK_TIMEOUT_S) -> None:
-        self._file = os.open(f"/proc/self/fd/{fd}", os.O_RDWR)  # an open file of our own: locks belong to those
-        self._timeout_s = timeout_s
-
-    @staticmethod
-    def create() -> int:
-        """A descriptor to pass to the ranks."""
-        return os.memfd_create("elastic-ep-host-lock", os.MFD_CLOEXEC)
-
-    def __enter__(self) -> HostLock:
-        deadline = time.monotonic() + self._timeout_s
-        pause = threading.Event()
-        while True:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return self
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise WaitTimeout(f"another rank has held the host lock for {self._timeout_s:g} s") from None
-                pause.wait(LOCK_POLL_S)
-
-    def __exit__(self, *_: object) -> None:
-        fcntl.flock(self._file, fcntl.LOCK_UN)
-
-    def close(self) -> None:
-        """Let go of the file."""
-        os.close(self._file)
 
 
 def signals_end_it_once() -> threading.Event:

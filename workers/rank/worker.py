@@ -161,9 +161,9 @@ class EPWorker:
 
     def load_model(self) -> None:
         """Load everything but the experts."""
-        from workers.agent.weight_store import WeightClient
         from workers.model.load import load_model
         from workers.model.runner import ModelRunner
+        from workers.protocol.weight_client import WeightClient
 
         if self._device is None:
             raise ConfigError("load_model before init_device")

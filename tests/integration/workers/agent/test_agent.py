@@ -191,7 +191,7 @@ def test_a_host_without_room_for_another_process_keeps_the_ranks_it_has(
     with agent(scene):
         scene.assign(A)
         scene.until_registered(A)
-        monkeypatch.setattr("workers.agent.executor.WorkerProc.make_worker_process", refuse)
+        monkeypatch.setattr("workers.agent.executor.WorkerProcParent.make_worker_process", refuse)
         scene.assign(A, B)
         state = scene.until(lambda s: 1 in s.exits, "the failure told")
         assert "Too many open files" in state.exits[1].reason

@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.families import write_checkpoint
 from tests.support.helpers import eventually
-from workers.agent.weight_store import Held, WeightClient, WeightStore
+from workers.agent.weight_store import WeightStore
 from workers.exchange.local import LocalExchange
 from workers.ipc.handover import HandoverRefused
 from workers.model.calibrations import Calibrations
@@ -22,6 +22,7 @@ from workers.model.load import LoadedModel, load_model
 from workers.model.runner import ModelRunner
 from workers.model.shared_weights import SharedWeights, WeightsCorrupt, map_entry, write_entry
 from workers.protocol.messages import Sampling, SeqChunk
+from workers.protocol.weight_client import Held, WeightClient
 
 pytestmark = pytest.mark.integration
 

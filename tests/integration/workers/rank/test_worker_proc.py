@@ -16,10 +16,11 @@ from tests.support.helpers import eventually
 from workers.agent.forkserver_client import ForkServer
 from workers.agent.handles import UnreadyWorkerProcHandle, WorkerProcHandle
 from workers.ipc.doorbell import Doorbell
+from workers.ipc.host_lock import HostLock
+from workers.protocol.launch import Launch
 from workers.protocol.messages import reader_id
 from workers.queue.message_queue import MessageQueue
-from workers.rank.environment import HostLock
-from workers.rank.worker_proc import Launch, WorkerProc
+from workers.worker_proc import WorkerProc
 
 pytestmark = pytest.mark.integration
 
