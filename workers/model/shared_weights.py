@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 
 from membership.base.errors import ModelError, QueueError, WaitTimeout
-from workers.protocol.weight_client import BATCH, SEALS, Held, WeightClient
 from workers.model.families import INDEX_FILE
+from workers.protocol.weight_client import BATCH, SEALS, Held, WeightClient
 
 ALIGN = 64
 LAYOUT = 1  # of entries; a rank with another one asks for other keys
