@@ -15,10 +15,9 @@ from dataclasses import dataclass
 
 from elastic.engine.kv_blocks import blocks_for
 from elastic.engine.sequence import Home, Sequence, by_age
+from membership.base.timing import COPY_TIMEOUT_S
 from membership.store.records import ClusterConfig
 from workers.protocol.messages import BlocksCopied, CopyBlocks
-
-COPY_TIMEOUT_S = 5.0  # for one half of a copy; a step that is under way comes first
 
 
 @dataclass(frozen=True)

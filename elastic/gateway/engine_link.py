@@ -27,6 +27,7 @@ from elastic.gateway.journal import Delta, Journal, Request
 from elastic.protocol import Hello, Rejected, ToEngine, ToGateway, Tokens, Welcome
 from membership.base import failpoints
 from membership.base.errors import JournalError, RequestError
+from membership.base.timing import ENGINE_SILENCE_S, ENGINE_WAIT_S, STALL_S
 from membership.store.records import ClusterState
 
 TICK_S = 0.2
@@ -38,10 +39,10 @@ log = structlog.get_logger(__name__)
 class LinkSettings:
     """Deadlines and caps."""
 
-    engine_wait_s: float = 60.0  # how long a request waits for an engine
-    stall_s: float = 300.0  # how long a request may go without a token while there is one
+    engine_wait_s: float = ENGINE_WAIT_S  # how long a request waits for an engine
+    stall_s: float = STALL_S  # how long a request may go without a token while there is one
     ping_every_s: float = 1.0
-    silence_s: float = 5.0  # an engine that answers no ping for this long is connected to anew
+    silence_s: float = ENGINE_SILENCE_S  # an engine that answers no ping for this long is connected to anew
     resubmit_after_s: float = 5.0  # how long faulty output is ignored after its request was submitted again
     max_faults: int = 3
     max_open: int = 2048  # requests

@@ -13,10 +13,8 @@ from elastic.gateway.http import json_response
 from elastic.gateway.metrics import GatewayMetrics
 from elastic.status import cluster_status
 from membership.base.errors import ElasticError, SchemaError
+from membership.base.timing import ENGINE_GRACE_S, STUCK_S
 from membership.store.records import ClusterState
-
-STUCK_S = 60.0  # without a token for anybody: longer than the engine itself waits for a rank that hangs
-ENGINE_GRACE_S = 10.0  # an engine is replaced within this time, and requests wait meanwhile
 
 
 @dataclass

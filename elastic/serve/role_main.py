@@ -1,7 +1,8 @@
 """Running one role as a process: signals, the death pipe from the supervisor, the store and the event log.
 
 A role started by `elastic serve` inherits a pipe (file descriptor in ELASTIC_DEATH_FD); end of file on it means that
-the supervisor is gone: the role stops as on SIGTERM, and is ended hard after GRACE_S. A second signal ends it at once.
+the supervisor is gone: the role stops as on SIGTERM, and is ended hard after ROLE_GRACE_S. A second signal ends it
+at once.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import structlog
 
 from membership.base import failpoints, loop_watchdog
 from membership.base.events import EventLog
+from membership.base.timing import ROLE_GRACE_S
 from membership.store.interface import Store
 
 DEATH_FD = "ELASTIC_DEATH_FD"
 STORE_SEEN = "ELASTIC_STORE_SEEN"  # what the supervisor knows of the store: a role must not start on another one
-GRACE_S = 20.0
 
 log = structlog.get_logger(__name__)
 
@@ -68,7 +69,7 @@ class StopSignal:
         if not self._closed.is_set():
             log.warning("supervisor is gone, stopping")
             self.event.set()
-            if not self._closed.wait(timeout=GRACE_S):
+            if not self._closed.wait(timeout=ROLE_GRACE_S):
                 os._exit(1)
         os.close(fd)
 

@@ -22,19 +22,18 @@ import structlog
 
 from elastic.serve.role_main import DEATH_FD
 from membership.base.errors import StoreError
+from membership.base.timing import ROLE_RESTART_MAX_S, STABLE_S
 from membership.store.interface import Store
 from workers.agent.forkserver_client import FORKSERVER_FD
 
 log = structlog.get_logger(__name__)
 
 ENTRY = "elastic.cli"  # the module that runs a role
-STABLE_S = 30.0  # a role that lived this long starts with a clean record
-MAX_DELAY_S = 5.0
 
 
 def restart_delay_s(early_deaths: int) -> float:
     """Seconds to wait before the next start after `early_deaths` deaths in a row: 0, 0.2, 0.4, … 5."""
-    return 0.0 if early_deaths <= 1 else min(0.1 * 2.0 ** (early_deaths - 1), MAX_DELAY_S)
+    return 0.0 if early_deaths <= 1 else min(0.1 * 2.0 ** (early_deaths - 1), ROLE_RESTART_MAX_S)
 
 
 @dataclass

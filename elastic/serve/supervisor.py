@@ -24,13 +24,14 @@ from elastic.serve import chaos_mode
 from elastic.serve.etcd_server import EtcdServer, free_ports
 from elastic.serve.options import ServeOptions, cluster_config, require_free_port
 from elastic.serve.role_main import STORE_SEEN, stop_signal
-from elastic.serve.role_process import STABLE_S, RoleProcess, revoke_leases, stop_together
+from elastic.serve.role_process import RoleProcess, revoke_leases, stop_together
 from elastic.serve.state_dir import ClusterAddress, StateDir, home
 from elastic.serve.store_guard import StoreGuard
 from membership.base.errors import ConfigError, ElasticError, StoreError, StoreReplaced, WaitTimeout
 from membership.base.events import EventLog, Tail
 from membership.base.failpoints import HISTORY_ENV
 from membership.base.logs import configure
+from membership.base.timing import STABLE_S
 from membership.store import codec
 from membership.store.etcd import connect
 from membership.store.interface import Compare, Delete, Put, Store

@@ -13,14 +13,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-LIMIT_S = 30.0  # far beyond any turn of a loop: a full queue, a store that does not answer, a busy machine
+from membership.base.timing import LOOP_LIMIT_S
+
 HEARTBEAT_S = 1.0  # more often it would only cost
 
 _limit_s = 0.0  # 0: nobody asked for it
 _next = 0.0
 
 
-def require(limit_s: float = LIMIT_S) -> None:
+def require(limit_s: float = LOOP_LIMIT_S) -> None:
     """From now on, a loop of this process that stands still for so long ends the process."""
     global _limit_s
     _limit_s = limit_s

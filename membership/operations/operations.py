@@ -20,6 +20,7 @@ from membership.base.errors import (
     StoreUnavailable,
     WaitTimeout,
 )
+from membership.base.timing import OPERATION_TIMEOUT_S
 from membership.operations.change import Change, describe_change, desired_by
 from membership.operations.dry_run import plan_change
 from membership.operations.pause import paused_words
@@ -40,7 +41,7 @@ def propose(
     *,
     op_id: str | None = None,
     if_epoch: int | None = None,
-    timeout_s: float = 300.0,
+    timeout_s: float = OPERATION_TIMEOUT_S,
     clock: Callable[[], float] = time.time,
 ) -> Operation:
     """Ask for it; return the operation, which ends within `timeout_s`. The same id returns the same one.

@@ -13,6 +13,7 @@ from functools import cached_property
 from itertools import chain, islice
 
 from membership.base.errors import ConfigError
+from membership.base.timing import VACATE_S
 from membership.placement.plan import max_ranks_allowed, refusal
 from membership.store.phases import before_commit
 from membership.store.records import (
@@ -27,8 +28,6 @@ from membership.store.records import (
     RankState,
     View,
 )
-
-VACATE_S = 30.0  # so long after its staging a view is not committed for the sake of requests that move off its leavers
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import structlog
 from membership.base import failpoints, loop_watchdog
 from membership.base.errors import Fenced, LeaseLost, StoreReplaced, StoreUnavailable, WaitTimeout
 from membership.base.events import EventLog
+from membership.base.timing import LEASE_TTL_S
 from membership.placement.plan import moves
 from membership.planning import planner
 from membership.planning.planner import Effect
@@ -29,7 +30,6 @@ from membership.store.lease import LeaseKeeper
 from membership.store.mirror import Mirror
 from membership.store.records import ClusterState, Counter, LeaderRecord, Record
 
-TTL_S = 3.0  # until the cluster's config is known
 LOOK_S = 0.5  # between looks at a quiet cluster; also bounds how late a stop is noticed
 PAUSE_S = 0.2  # after an answer that did not come
 REMIND_S = 60.0
@@ -125,7 +125,7 @@ class Term:
         """Campaign, and lead while we hold the office."""
         config = self._mirror.state().config
         value = encode(LeaderRecord(node=self._node, pid=os.getpid()))
-        with LeaseKeeper(self._store, config.lease_ttl_s if config else TTL_S) as keeper:
+        with LeaseKeeper(self._store, config.lease_ttl_s if config else LEASE_TTL_S) as keeper:
             election = Election(self._store, self._keys.leader, value, keeper)
             try:
                 with loop_watchdog.watched():

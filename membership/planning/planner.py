@@ -13,17 +13,16 @@ from collections.abc import Callable, Iterable
 import msgspec
 from msgspec.structs import replace
 
+from membership.base.timing import FAILED_REST_S, PREPARE_RETRY_MAX_S, PREPARE_RETRY_S
 from membership.placement.plan import moves
 from membership.planning.autosize import desired_by_agents
 from membership.planning.cluster_facts import ClusterFacts, scale_refusal
 from membership.planning.next_view import covers, next_view
 from membership.planning.node_selection import choose_nodes, room
-from membership.planning.rebalance import FAILED_REST_S, rebalance
+from membership.planning.rebalance import rebalance
 from membership.store.phases import ORDER, advance
 from membership.store.records import Assignment, ClusterState, Desired, Member, Operation, Phase, RankSpec, View
 
-RETRY_S = 0.5  # before a view that could not be prepared is staged again; doubles with each attempt
-RETRY_MAX_S = 10.0
 EVICT_ATTEMPT = 3  # a member that failed this often to prepare what others could is replaced
 
 
@@ -292,7 +291,7 @@ def _retry(facts: ClusterFacts, staged: View) -> Effect | None:
 
 
 def _pause(attempt: int) -> float:
-    return min(RETRY_MAX_S, RETRY_S * 2.0 ** min(attempt, 10))
+    return min(PREPARE_RETRY_MAX_S, PREPARE_RETRY_S * 2.0 ** min(attempt, 10))
 
 
 def _staging(facts: ClusterFacts, members: tuple[Member, ...], attempt: int) -> Effect:

@@ -15,19 +15,16 @@ from typing import NamedTuple
 
 import numpy as np
 
+from membership.base.timing import BALANCE_REST_S, REQUEST_VALID_S, RESTORE_REST_S
 from membership.placement.balance import balanced, cut, imbalance
 from membership.placement.local_search import EVEN
 from membership.placement.plan import Loads, held_by, host_numbers, plan
 from membership.planning.cluster_facts import ClusterFacts
 from membership.store.records import ClusterConfig, ExpertLoad, Member, Placement
 
-RESTORE_REST_S = 5.0  # since the last view was staged, before lost redundancy is restored
-BALANCE_REST_S = 10.0  # and before load is evened out
-FAILED_REST_S = 60.0  # before a rebalance that ranks could not prepare is tried again
 UNEVEN = 1.3  # imbalance above which something is done
 BETTER = 0.9  # of which at most this much must be left once all is done
 GOING_ON = 0.99  # the same, once begun or asked for
-ASKED_S = 60.0  # so long somebody's request counts; then the background decides again
 
 
 class Rebalance(NamedTuple):
@@ -52,7 +49,7 @@ def rebalance(facts: ClusterFacts) -> Rebalance | None:
         return None
     placement = facts.view.placement
     request = facts.state.rebalance
-    asked = request is not None and facts.view.staged < request.at and facts.now < request.at + ASKED_S
+    asked = request is not None and facts.view.staged < request.at and facts.now < request.at + REQUEST_VALID_S
     problem = _Problem(
         facts.config, facts.members, tuple(sorted(placement.items())), facts.state.expert_load,
         facts.view.unfinished or asked, placement,

@@ -30,6 +30,7 @@ from tenacity import (
 )
 
 from membership.base.errors import ConfigError, LeaseLost, StoreUnavailable
+from membership.base.timing import STORE_CALL_TIMEOUT_S, STORE_CONNECT_TIMEOUT_S
 from membership.store.etcd3_compat import etcd3, etcdrpc
 from membership.store.etcd_watch import EtcdWatch, key_value, translated
 from membership.store.interface import (
@@ -46,8 +47,6 @@ from membership.store.interface import (
 )
 from membership.store.provenance import Provenance
 
-CALL_TIMEOUT_S = 5.0
-CONNECT_TIMEOUT_S = 2.0
 CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.keepalive_time_ms", 5000),
     ("grpc.keepalive_timeout_ms", 2000),
@@ -75,8 +74,8 @@ _TARGETS = {
 def connect(
     endpoints: Sequence[str],
     *,
-    timeout_s: float = CALL_TIMEOUT_S,
-    connect_timeout_s: float = CONNECT_TIMEOUT_S,
+    timeout_s: float = STORE_CALL_TIMEOUT_S,
+    connect_timeout_s: float = STORE_CONNECT_TIMEOUT_S,
     ca: str | None = None,
     cert: str | None = None,
     key: str | None = None,

@@ -32,12 +32,12 @@ from membership.base.errors import (
     StoreUnavailable,
     WaitTimeout,
 )
+from membership.base.timing import STORE_SILENCE_S
 from membership.store.interface import Store, Watch, WatchEvent
 from membership.store.keys import Keys, Reading
 from membership.store.records import ClusterState
 
 PROBE_EVERY_S = 1.0
-SILENCE_S = 3.0  # without a word from the store: worth telling
 CLOSE_TIMEOUT_S = 10.0
 Until = int | Callable[[ClusterState], bool]
 
@@ -146,7 +146,7 @@ class Mirror:
         if self._replaced is not None:
             return f"{self._replaced}: {self._replaced.hint}"
         silent_s = self.staleness_s
-        if silent_s < SILENCE_S:
+        if silent_s < STORE_SILENCE_S:
             return ""
         return f"the store has been silent for {silent_s:.0f} s: serving goes on, and membership is frozen"
 

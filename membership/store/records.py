@@ -10,7 +10,7 @@ from enum import StrEnum
 
 import msgspec
 
-CLOCKS_DIFFER_S = 2.0  # so much the clocks of nodes may, without a record of one counting as wrong
+from membership.base.timing import CLOCK_SKEW_S, COVERAGE_DEADLINE_S, LAUNCH_DEADLINE_S, LEASE_TTL_S, RESTART_WINDOW_S
 
 Placement = dict[int, tuple[tuple[int, ...], ...]]
 """rank -> for each MoE layer (0-based among MoE layers) the logical experts that the rank holds, ascending."""
@@ -69,14 +69,14 @@ class ClusterConfig(Record, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...] = ()
     vocab_size: int = 0
     follow_agents: int = 0  # ranks per agent, if their number is to set the size; 0: operators do
-    lease_ttl_s: float = 3.0
+    lease_ttl_s: float = LEASE_TTL_S
     expert_bytes: int = 0  # weights of one expert in one layer; for reports of what a change would move
     rebalance_bytes: int = 2 << 30  # weights that one background rebalance may have ranks load; 0: never rebalance
     load_bytes_per_s: int = 0  # so much of the checkpoint the ranks of a host read while they prepare a view; 0: no cap
     restart_intensity: int = 6  # so many deaths of a slot within the window set it aside
-    restart_window_s: float = 60.0
-    launch_deadline_s: float = 60.0
-    coverage_deadline_s: float = 30.0  # how long a request waits for lost experts before it gets a 503
+    restart_window_s: float = RESTART_WINDOW_S
+    launch_deadline_s: float = LAUNCH_DEADLINE_S
+    coverage_deadline_s: float = COVERAGE_DEADLINE_S  # how long a request waits for lost experts before it gets a 503
 
 
 class Member(Record, frozen=True, kw_only=True):
@@ -199,7 +199,7 @@ class RankExit(Record, frozen=True, kw_only=True):
     def held_back_s(self, now: float) -> float:
         """How much longer the slot must be left empty. Where its agent's clock is far ahead of ours: not at all."""
         backoff_s, left_s = self.not_before - self.at, self.not_before - now
-        return left_s if backoff_s > 0 and 0 < left_s <= backoff_s + CLOCKS_DIFFER_S else 0.0
+        return left_s if backoff_s > 0 and 0 < left_s <= backoff_s + CLOCK_SKEW_S else 0.0
 
 
 class Heartbeats(Record, frozen=True, kw_only=True):

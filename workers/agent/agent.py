@@ -24,6 +24,7 @@ from msgspec.structs import replace as changed
 from membership.base import failpoints
 from membership.base.errors import ElasticError
 from membership.base.events import EventLog
+from membership.base.timing import ATTACH_TIMEOUT_S, RETIRE_TIMEOUT_S
 from membership.store.interface import Store
 from membership.store.keys import Keys
 from membership.store.mirror import Mirror
@@ -54,9 +55,7 @@ from workers.protocol.restart_policy import RestartPolicy, policy_of
 from workers.protocol.rpc import Outcome
 
 TICK_S = 0.1
-ATTACH_TIMEOUT_S = 10.0
 ATTACH_RETRY_S = 0.3
-RETIRE_TIMEOUT_S = 60.0
 BEATS_PER_TTL = 8
 HEARTBEATS_EVERY_S = 1.0
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 
 from membership.base.errors import Fenced, WaitTimeout
+from membership.base.timing import TAKEOVER_S
 from membership.store.mirror import Mirror
 from membership.store.records import ClusterConfig, ClusterState
 
 CONFIG_POLL_S = 0.5
-TAKEOVER_S = 30.0
 
 
 def wait_for_config(mirror: Mirror, stop: threading.Event) -> ClusterConfig | None:

@@ -10,13 +10,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from membership.base.errors import ElasticError
+from membership.base.timing import FORK_TIMEOUT_S
 from workers.agent.forkserver_client import Child
 from workers.protocol.liveness import DeathWatcher, LivenessPage
 from workers.protocol.messages import reader_id
 from workers.protocol.rpc import RankKey, name_of
 from workers.queue.message_queue import MessageQueue
-
-FORK_TIMEOUT_S = 2.0
 
 
 @dataclass

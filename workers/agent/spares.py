@@ -17,6 +17,7 @@ from itertools import count
 import structlog
 
 from membership.base.errors import ElasticError
+from membership.base.timing import SPARE_ADOPT_TIMEOUT_S
 from membership.store.records import ClusterConfig, ClusterState
 from workers.agent.decide import Heartbeat, RankKey, hung, observe
 from workers.agent.executor import MultiprocExecutor
@@ -24,7 +25,6 @@ from workers.agent.handles import WorkerProcHandle
 from workers.protocol.restart_policy import RestartPolicy, backoff_s, recent_deaths
 from workers.protocol.rpc import SPARE, Outcome
 
-ADOPT_TIMEOUT_S = 1.0  # then the rank is forked as if there had been no spare
 DOUBTS = 2  # observations without a heartbeat after which a spare is not taken any more
 
 log = structlog.get_logger(__name__)
@@ -103,7 +103,7 @@ class Spares:
         self._executor.adopt(
             found,
             key,
-            ADOPT_TIMEOUT_S,
+            SPARE_ADOPT_TIMEOUT_S,
             lambda key, outcome: self._post(self._taken, found, key, outcome, adopted, fingerprint),
         )
         return True

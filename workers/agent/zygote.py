@@ -20,11 +20,11 @@ from pathlib import Path
 import structlog
 
 from membership.base.errors import RankError
+from membership.base.timing import FORKSERVER_FORK_S, FORKSERVER_IMPORTS_S
 from membership.store.records import ClusterConfig
 from workers.agent.forkserver_client import Child, ForkServer
 from workers.agent.preload import preload_for
 
-FORK_S, IMPORTS_S = 5.0, 120.0  # within which it forks; if its imports are not done yet
 WORKER_CLASS = "workers.rank.worker:EPWorker"  # what agents of `elastic serve` run
 
 log = structlog.get_logger(__name__)
@@ -61,7 +61,8 @@ class Zygote:
         with theirs:
             forked = self._server.fork("workers.agent.forkserver:serve_link", b"", [theirs.fileno()], outlives=True)
         forked.add_done_callback(_let_go)
-        self._forked, self._due = forked, self._clock() + (FORK_S if self._serving.is_set() else IMPORTS_S)
+        within_s = FORKSERVER_FORK_S if self._serving.is_set() else FORKSERVER_IMPORTS_S
+        self._forked, self._due = forked, self._clock() + within_s
         return ours
 
     def tend(self) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from membership.base.errors import CoverageLost, Fenced, PeerTimeout, RankError
+from membership.base.timing import EXCHANGE_ANSWER_TIMEOUT_S
 from workers.exchange.base import ExpertBank, StepContext
 from workers.exchange.batch import ExpertFailed, Work, run
 from workers.exchange.call import Call, Flight
@@ -54,7 +55,7 @@ class ShmExchange:
         doorbell: Doorbell,
         mask: Callable[[], int] = _nobody_masked,
         *,
-        answer_timeout_s: float = 30.0,
+        answer_timeout_s: float = EXCHANGE_ANSWER_TIMEOUT_S,
         device: torch.device | None = None,
         area: int = AREA,
     ) -> None:

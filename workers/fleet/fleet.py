@@ -23,6 +23,7 @@ import structlog
 from membership.base import failpoints
 from membership.base.errors import ElasticError, QueueClosed, WaitTimeout
 from membership.base.process_stats import threads
+from membership.base.timing import STEP_DEADLINE_S
 from membership.store.records import RankRecord
 from workers.fleet.pace import Pace
 from workers.fleet.watchdog import Look, Watchdog
@@ -41,7 +42,6 @@ from workers.protocol.messages import (
 )
 from workers.queue.message_queue import MessageQueue, MsgpackCodec, SlowReaders
 
-STEP_DEADLINE_S = 10.0
 MAX_OWED_PINGS = 8  # a stopped rank's queue is not to be filled with them
 BEATING_FACTOR = 3.0  # so much longer a rank gets whose interpreter runs
 JOIN_TIMEOUT_S = 5.0

@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from statistics import median
 
-WINDOW_S = 2.0  # over which the ranks' pace is compared
+from membership.base.timing import PACE_WINDOW_S
+
 WINDOWS = 2  # so many in a row: one may have held a rank's long prefill
 SLOW_FACTOR, RECOVERED_FACTOR = 4.0, 2.0  # x the others' median time per chunk
 MIN_SHARE, MIN_CHUNKS = 0.3, 10  # a rank that hardly works is not compared
@@ -25,7 +26,7 @@ def slow_ranks(busy_s: Mapping[int, float], chunks: Mapping[int, int], now_slow:
     found = {}
     for rank, mine in pace.items():
         others = [theirs for other, theirs in pace.items() if other != rank]
-        if not others or busy_s[rank] < MIN_SHARE * WINDOW_S:
+        if not others or busy_s[rank] < MIN_SHARE * PACE_WINDOW_S:
             continue
         factor = mine / max(median(others), 1e-9)
         if factor >= (RECOVERED_FACTOR if rank in now_slow else SLOW_FACTOR):
@@ -37,7 +38,7 @@ class Pace:
     """The window under way, and who is slow by the ones before. Pure but for its memory: the caller tells the time."""
 
     def __init__(self, now: float) -> None:
-        self.due = now + WINDOW_S  # when to call `compare`
+        self.due = now + PACE_WINDOW_S  # when to call `compare`
         self.slow: dict[int, float] = {}  # rank -> by what factor
         self._began = now
         self._chunks: Counter[int] = Counter()
@@ -61,7 +62,7 @@ class Pace:
         self.slow = {r: factor for r, factor in found.items() if r in self.slow or self._suspected[r] >= WINDOWS}
         self._chunks.clear()
         self._waited_s = dict(waited_s)
-        self._began, self.due = now, now + WINDOW_S
+        self._began, self.due = now, now + PACE_WINDOW_S
 
     def gone(self, rank: int) -> None:
         """The rank is out of use; another one may take its number."""

@@ -14,14 +14,13 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from membership.base.timing import HUNG_S, LATE_MAX_S, LATE_S, STOPPED_S
+
 Key = tuple[int, int]
 """(rank, incarnation)"""
 
 TICK_S = 0.05  # between two looks at ranks that keep a step waiting
-LATE_S, LATE_MAX_S = 0.1, 0.4  # a step is late after 3 x its usual time, within these bounds: then ranks are looked at
 LATE_FACTOR = 3.0
-STOPPED_S = 0.25  # a debugger's short stop is no reason
-HUNG_S = 0.8  # beyond the longest sleep on a doorbell (0.5 s)
 HUNG_FACTOR = 8.0  # x the usual step: a long kernel may keep the main thread waiting
 STEPS_KEPT = 200
 BUSY_SHARE = 0.1  # of one processor: what a hung process's other threads may use

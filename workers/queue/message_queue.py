@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 import msgspec
 
 from membership.base.errors import QueueError
+from membership.base.timing import ENQUEUE_TIMEOUT_S
 from workers.ipc.doorbell import Doorbell
 from workers.queue.arena import ARENA_BYTES
 from workers.queue.codec import Codec, MsgpackCodec, PickleCodec
 from workers.queue.handle import CurveKeys, Handle, Remote, this_host
 from workers.queue.reader import QueueReader
 from workers.queue.ring import RING_BYTES
-from workers.queue.writer import ENQUEUE_TIMEOUT_S, QueueWriter, SlowReaders
+from workers.queue.writer import QueueWriter, SlowReaders
 
 if TYPE_CHECKING:  # ZeroMQ is loaded only where it is used
     from workers.queue.remote_reader import RemoteReader

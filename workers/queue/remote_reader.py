@@ -12,12 +12,13 @@ import msgspec
 import zmq
 
 from membership.base.errors import QueueClosed, QueueTimeout, WaitTimeout
+from membership.base.timing import REMOTE_SILENCE_S
 from workers.ipc.doorbell import Doorbell
 from workers.ipc.handover import HandoverRefused
 from workers.queue.codec import Codec, MsgpackCodec
 from workers.queue.curve import use_curve
 from workers.queue.handle import CurveKeys, Handle
-from workers.queue.remote_wire import BEAT_S, END, SILENT_S, SocketThread, ToReader, ToWriter
+from workers.queue.remote_wire import BEAT_S, END, SocketThread, ToReader, ToWriter
 
 
 class RemoteReader:
@@ -120,8 +121,8 @@ class RemoteReader:
 
     def _turn(self) -> None:
         now = time.monotonic()
-        if self._joined.is_set() and not self._ended and now - self._heard > SILENT_S:
-            self._end(f"its writer has been silent for {SILENT_S} s")
+        if self._joined.is_set() and not self._ended and now - self._heard > REMOTE_SILENCE_S:
+            self._end(f"its writer has been silent for {REMOTE_SILENCE_S} s")
         if now >= self._beat_at or self._done != self._said or self._io.stopping:
             self._beat_at, self._said = now + BEAT_S / 2, self._done
             said = ToWriter(

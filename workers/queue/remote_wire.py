@@ -15,7 +15,6 @@ from membership.base.errors import WaitTimeout
 from workers.queue.writer import STOP_TIMEOUT_S
 
 BEAT_S = 1.0
-SILENT_S = 5.0
 END = 2**62  # number of the message that ends the queue
 
 

@@ -2,7 +2,7 @@
 
 Each message has a number. The writer keeps what a reader has not acknowledged and sends it again after a reconnect;
 a reader takes each number once, in order, and acknowledges when its owner has dequeued it. So a window of
-unacknowledged messages is all that a lagging reader can hold up. Who is silent for SILENT_S is gone.
+unacknowledged messages is all that a lagging reader can hold up. Who is silent for REMOTE_SILENCE_S is gone.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import msgspec
 import structlog
 import zmq
 
+from membership.base.timing import REMOTE_SILENCE_S
 from workers.queue.curve import DoorKeeper, serve_curve
 from workers.queue.handle import Remote
-from workers.queue.remote_wire import BEAT_S, END, SILENT_S, SocketThread, ToReader, ToWriter
+from workers.queue.remote_wire import BEAT_S, END, SocketThread, ToReader, ToWriter
 from workers.queue.writer import SlowReaders
 
 WINDOW = 1024  # messages that a reader may be behind
@@ -169,7 +170,7 @@ class RemoteWriter:
             self._beat_at = now + BEAT_S
         with self._changed:
             for reader_id, peer in list(self._peers.items()):
-                if now - peer.heard > SILENT_S:
+                if now - peer.heard > REMOTE_SILENCE_S:
                     log.warning("remote reader is silent", queue=self._queue, reader=reader_id)
                     del self._peers[reader_id]
                     self._changed.notify_all()

@@ -19,6 +19,7 @@ import msgspec
 
 from membership.base.errors import QueueClosed, QueueError, QueueTimeout, WaitTimeout
 from membership.base.process_stats import is_dying
+from membership.base.timing import ENQUEUE_TIMEOUT_S
 from workers.ipc.doorbell import Bell, Doorbell
 from workers.ipc.futex import sem_post
 from workers.ipc.handover import Grant, Handover, HandoverRefused, Link
@@ -30,7 +31,6 @@ from workers.queue.ring import RING_BYTES, SLOTS, RingWriter
 RAW, PLAIN, PARTS, FAR_RAW, FAR = range(5)
 """Kinds of record: `bytes` as they are; an encoded message; a size table, an encoded message and its buffers; where in
 the arena `bytes` lie; where in the arena an encoded message and its buffers lie."""
-ENQUEUE_TIMEOUT_S = 10.0
 LOOK_S = 0.001  # while waiting for room, look this often whether who is in the way is still alive
 STOP_TIMEOUT_S = 5.0
 T = TypeVar("T")

@@ -14,6 +14,7 @@ import cloudpickle
 import structlog
 
 from membership.base.errors import QueueError
+from membership.base.timing import REPLY_TIMEOUT_S
 from workers.ipc.doorbell import Doorbell
 from workers.protocol.messages import reader_id
 from workers.protocol.rpc import AnyCall, Failure, RankKey, Reply, ResponseStatus, failure_of
@@ -22,7 +23,6 @@ from workers.rank.output import OutputThread
 from workers.rank.worker_api import AsyncOutput
 
 JOIN_TIMEOUT_S = 10.0
-REPLY_TIMEOUT_S = 5.0
 
 log = structlog.get_logger(__name__)
 

@@ -14,6 +14,7 @@ import structlog
 
 from membership.base import failpoints
 from membership.base.errors import CoverageLost, ElasticError, Fenced, QueueClosed, QueueError
+from membership.base.timing import STEP_ANSWER_TIMEOUT_S, STEP_OUTPUT_TIMEOUT_S
 from workers.ipc.doorbell import Doorbell
 from workers.protocol.messages import (
     BlocksCopied,
@@ -33,8 +34,6 @@ from workers.rank.output import OutputThread
 from workers.rank.worker_api import AsyncOutput, Worker
 
 JOIN_TIMEOUT_S = 5.0
-ANSWER_TIMEOUT_S = 1.0
-STEP_TIMEOUT_S = 120.0
 
 log = structlog.get_logger(__name__)
 
@@ -131,7 +130,7 @@ class EnginePort:
         chunks = batch.ranks.get(self.key[0], [])
         result = self._step(batch)
         if result is not None and not isinstance(result, StepResult):
-            self._outputs.put(result, STEP_TIMEOUT_S, partial(self._deliver, batch))
+            self._outputs.put(result, STEP_OUTPUT_TIMEOUT_S, partial(self._deliver, batch))
         elif result is not None and (chunks or result.status is StepStatus.OK):
             self._answer(result)
 
@@ -163,7 +162,7 @@ class EnginePort:
         if answers is None or result.engine_token != self.token:
             return
         try:
-            answers.enqueue(result, timeout_s=ANSWER_TIMEOUT_S)
+            answers.enqueue(result, timeout_s=STEP_ANSWER_TIMEOUT_S)
         except QueueError as error:  # the engine is going, or never came; it asks again if it still cares
             log.warning("answer_dropped", token=self.token, answer=type(result).__name__, reason=str(error))
 

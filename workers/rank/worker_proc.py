@@ -26,6 +26,7 @@ from opentelemetry import trace
 from membership.base import failpoints
 from membership.base.errors import Fenced, QueueClosed, RankError
 from membership.base.logs import configure, identify
+from membership.base.timing import ORPHAN_GRACE_S
 from workers.ipc.cpu_priority import at_low_priority
 from workers.ipc.doorbell import Doorbell
 from workers.ipc.host_lock import HostLock
@@ -39,7 +40,6 @@ from workers.rank.environment import destroy_parallel_groups, frozen_environment
 from workers.rank.worker_api import AsyncOutput, Worker, WorkerContext, load_worker_class
 
 IDLE_S = 1.0
-ORPHAN_GRACE_S = 1.0
 
 log = structlog.get_logger(__name__)
 

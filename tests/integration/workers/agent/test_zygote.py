@@ -11,10 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from membership.base.timing import FORKSERVER_FORK_S
 from tests.support.helpers import eventually
 from tests.support.standins import cluster_config
 from workers.agent.forkserver_client import FORKSERVER_FD, ForkServer
-from workers.agent.zygote import FORK_S, Zygote
+from workers.agent.zygote import Zygote
 
 pytestmark = pytest.mark.integration
 
@@ -64,7 +65,7 @@ def test_one_that_hangs_is_ended_and_who_waits_for_it_reads_so(
     os.kill(process.pid, signal.SIGSTOP)
     eventually(lambda: psutil.Process(process.pid).status() == psutil.STATUS_STOPPED, 5.0, "it to be stopped")
     waiting = zygote.forkserver()
-    clock.now += FORK_S
+    clock.now += FORKSERVER_FORK_S
     zygote.tend()
     assert process.poll() is None, "it has until then"
     clock.now += 0.1

@@ -15,7 +15,7 @@ from membership.base.errors import QueueClosed, QueueError, WaitTimeout
 from tests.support import ROOT
 from tests.support.helpers import eventually
 from workers.ipc.handover import HandoverRefused
-from workers.queue import remote_wire, remote_writer
+from workers.queue import remote_writer
 from workers.queue.curve import new_keys
 from workers.queue.handle import CurveKeys
 from workers.queue.message_queue import Handle, MessageQueue, MsgpackCodec, PickleCodec, Remote, SlowReaders
@@ -112,7 +112,7 @@ def test_readers_learn_of_the_writers_end(queue: MessageQueue) -> None:
 
 
 def test_a_killed_reader_is_forgotten(queue: MessageQueue, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote_writer, "SILENT_S", 1.5)
+    monkeypatch.setattr(remote_writer, "REMOTE_SILENCE_S", 1.5)
     script = (
         "import sys, msgspec\nfrom workers.queue.message_queue import *\nfrom workers.queue.remote_reader import *\n"
         "handle = msgspec.structs.replace(Handle.decode(bytes.fromhex(sys.argv[1])), host='another host')\n"
@@ -150,7 +150,7 @@ def test_silence_ends_a_reader(queue: MessageQueue, monkeypatch: pytest.MonkeyPa
     from workers.queue import remote_reader
 
     with join(elsewhere(queue)) as far:
-        monkeypatch.setattr(remote_reader, "SILENT_S", 0.0)
+        monkeypatch.setattr(remote_reader, "REMOTE_SILENCE_S", 0.0)
         with pytest.raises(QueueClosed, match="silent"):
             far.dequeue(5)
-    assert remote_wire.SILENT_S == 5.0
+    assert remote_writer.REMOTE_SILENCE_S == 5.0

@@ -6,8 +6,8 @@ import pytest
 
 from chaos.simulation.ranks import Ranks
 from elastic.engine.adoption import leaving
-from elastic.engine.migration import COPY_TIMEOUT_S
 from elastic.engine.scheduler import Scheduler
+from membership.base.timing import COPY_TIMEOUT_S
 from membership.store.records import ClusterState, Member, View
 from tests.support.rank_model import TOKEN, Client, ask, config, drive, pool_is_whole, view
 from workers.protocol.messages import CopyBlocks, StepBatch

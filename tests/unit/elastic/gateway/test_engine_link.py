@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from elastic.gateway.engine_link import EngineLink
-from elastic.gateway.health import STUCK_S, obstacles
+from elastic.gateway.health import obstacles
 from elastic.gateway.journal import Request
 from membership.base.errors import JournalError
+from membership.base.timing import STUCK_S
 from membership.store.records import ClusterState
 from workers.protocol.messages import Sampling
 

@@ -7,10 +7,11 @@ from msgspec.structs import replace
 
 from chaos.simulation.world import CONFIG, World
 from membership.base.errors import PlanRefused
+from membership.base.timing import REQUEST_VALID_S
 from membership.operations.pause import pause
 from membership.operations.rebalance_now import plan_rebalance, request_rebalance
 from membership.placement.balance import imbalance
-from membership.planning.rebalance import ASKED_S, UNEVEN
+from membership.planning.rebalance import UNEVEN
 from membership.store.records import ExpertLoad
 
 pytestmark = pytest.mark.unit
@@ -75,7 +76,7 @@ def test_a_small_budget_goes_on_until_it_is_done() -> None:
 def test_a_request_is_forgotten_after_a_while() -> None:
     world = uneven()
     ask(world)
-    world.now += ASKED_S
+    world.now += REQUEST_VALID_S
     world.settle()
     assert world.epochs == [1]
 

@@ -6,7 +6,8 @@ import pytest
 
 from chaos.simulation.world import CONFIG, World
 from elastic.explain import explain_operation
-from membership.planning.cluster_facts import VACATE_S, ClusterFacts
+from membership.base.timing import VACATE_S
+from membership.planning.cluster_facts import ClusterFacts
 from membership.store.records import EngineStatus, Phase
 
 pytestmark = pytest.mark.unit

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from workers.fleet.pace import WINDOW_S, Pace, slow_ranks
-from workers.fleet.watchdog import HUNG_S, LATE_MAX_S, LATE_S, STOPPED_S, TICK_S, Look, Watchdog
+from membership.base.timing import HUNG_S, LATE_MAX_S, LATE_S, PACE_WINDOW_S, STOPPED_S
+from workers.fleet.pace import Pace, slow_ranks
+from workers.fleet.watchdog import TICK_S, Look, Watchdog
 
 pytestmark = pytest.mark.unit
 
@@ -125,8 +126,8 @@ def test_a_slow_rank_is_flagged_after_two_windows_until_it_is_as_fast_again() ->
     def window(number: int, slow: int) -> set[int]:
         pace.worked({rank: [1] * 50 for rank in waited})
         for rank in waited:
-            waited[rank] += 0.0 if rank == slow else 0.9 * WINDOW_S
-        pace.compare(dict(waited), WINDOW_S * (number + 1))
+            waited[rank] += 0.0 if rank == slow else 0.9 * PACE_WINDOW_S
+        pace.compare(dict(waited), PACE_WINDOW_S * (number + 1))
         return set(pace.slow)
 
     assert [window(number, 1) for number in range(4)] == [set(), set(), {1}, {1}], "the first window only begins"
