@@ -1,30 +1,19 @@
-"""All faults that can be dealt, by name. Each file of injectors has a table of its own; here they are put together."""
+"""The catalogue: all faults by name. Each file of injectors has a table of its own; here they are put together."""
 
 from __future__ import annotations
 
 from chaos.faults import checkpoint, clock, cuts, disk, ipc, oom, parent, proxied, signals, step, store
-from chaos.faults.base import Injector, NotInjected, Site
-from chaos.faults.fault import Fault, Params
+from chaos.faults.base import Fault, Injector, NotInjected, Params, Site
 
 __all__ = ["FAULTS", "Fault", "injector"]
 
-FAULTS: dict[str, Fault] = {
-    **signals.FAULTS,
-    **oom.FAULTS,
-    **step.FAULTS,
-    **parent.FAULTS,
-    **ipc.FAULTS,
-    **disk.FAULTS,
-    **checkpoint.FAULTS,
-    **clock.FAULTS,
-    **store.FAULTS,
-    **proxied.FAULTS,
-    **cuts.FAULTS,
-}
+_MODULES = (signals, oom, step, parent, ipc, disk, checkpoint, clock, store, proxied, cuts)
+
+FAULTS: dict[str, Fault] = {name: fault for module in _MODULES for name, fault in module.FAULTS.items()}
 
 
 def injector(name: str, site: Site, victim: str, params: Params | None = None) -> Injector:
-    """What deals the fault of this name; NotInjected if there is none, or if it does not befall the victim."""
+    """An injector for the fault of this name; NotInjected if there is none, or if it does not fit the victim."""
     if name not in FAULTS:
         raise NotInjected(f"there is no fault {name!r}", hint=f"there are {', '.join(FAULTS)}")
     return FAULTS[name].injector(site, victim, params)

@@ -1,6 +1,6 @@
-"""A damaged checkpoint: one that was cut short, or one with a bit flipped in a tensor. Only ever a copy of a model.
+"""A damaged checkpoint: one that was cut short, or one with a flipped bit in a tensor. Only copies are damaged.
 
-A model that has no file `chaos-copy` in its directory is not touched: `copy_model` makes one that has it.
+A model without a file `chaos-copy` in its directory is not touched: `copy_model` makes a copy that has it.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ import hashlib
 import os
 import shutil
 import struct
-import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from pathlib import Path
 
 import msgspec
 
-from chaos.faults.base import Injected, NotInjected, Site
-from chaos.faults.fault import Fault, Params
+from chaos.faults.base import Faults, NotInjected, Params, Site, SiteInjector
 
 MARK = "chaos-copy"
+
+FAULTS = Faults()
 
 
 def copy_model(model: Path, to: Path) -> Path:
@@ -28,53 +28,45 @@ def copy_model(model: Path, to: Path) -> Path:
     return to
 
 
-class Damage(ABC):
-    """Base: one safetensors file of a copy is changed, and restored from what was kept of it."""
+class Damage(SiteInjector):
+    """Changes the first safetensors file of a copy; healing restores it with its times."""
 
-    name = ""
+    _path, _whole, _times = Path(), b"", (0, 0)  # the file, its bytes, and its access and change times in ns
 
     def __init__(self, site: Site, victim: str, params: Params) -> None:
-        self.victim, self.folder = victim, Path(str(params["folder"]))
-        self._kept: tuple[Path, bytes, tuple[int, int]] | None = None
+        super().__init__(site, victim, params)
+        self.folder = Path(str(params["folder"]))
 
-    def inject(self) -> Injected:
-        """Damage it, and read back that it is damaged."""
+    def _prepare(self) -> None:
         if not (self.folder / MARK).exists():
             raise NotInjected(f"{self.folder} is not a copy made to be damaged", hint="use checkpoint.copy_model")
         files = sorted(self.folder.glob("*.safetensors"))
         if not files:
             raise NotInjected(f"there is no safetensors file in {self.folder}")
-        path, at = files[0], time.time()
-        before = path.stat()
-        whole = path.read_bytes()
-        self._kept = path, whole, (before.st_atime_ns, before.st_mtime_ns)
-        try:
-            proof = self._damage(path, whole)
-        except BaseException:
-            self.heal()
-            raise
-        return Injected(fault=self.name, victim=self.victim, at=at, seen_at=time.time(), proof=f"{path.name}: {proof}")
+        self._path = files[0]
+        before = self._path.stat()
+        self._whole, self._times = self._path.read_bytes(), (before.st_atime_ns, before.st_mtime_ns)
 
-    def heal(self) -> None:
-        """As it was, its time of change too; NotInjected if it does not read back so."""
-        if self._kept is None:
-            return
-        path, whole, times = self._kept
-        _replace(path, whole)
-        os.utime(path, ns=times)
-        if path.read_bytes() != whole:
-            raise NotInjected(f"{path} was not restored")
-        self._kept = None
+    def _inject(self) -> str:
+        return f"{self._path.name}: {self._damage(self._path, self._whole)}"
+
+    def _heal(self) -> None:
+        _replace(self._path, self._whole)
+        os.utime(self._path, ns=self._times)
+        if self._path.read_bytes() != self._whole:
+            raise NotInjected(f"{self._path} was not restored")
 
     @abstractmethod
     def _damage(self, path: Path, whole: bytes) -> str:
-        """Deal it; the proof that it happened, in words."""
+        """Damage the file and read back that it is damaged; returns the proof."""
 
 
+@FAULTS.entry(
+    "checkpoint-truncated", "the last tenth of a checkpoint file is missing", victims=("checkpoint",), heals=True,
+    params={"folder": ""},
+)  # fmt: skip
 class Truncated(Damage):
-    """The last tenth of the file is missing, as after a copy that broke off."""
-
-    name = "checkpoint-truncated"
+    """The last tenth of the file is missing, as after an interrupted copy."""
 
     def _damage(self, path: Path, whole: bytes) -> str:
         _replace(path, whole[: len(whole) * 9 // 10])
@@ -84,10 +76,12 @@ class Truncated(Damage):
         return f"{found} bytes, its header promises {wanted}"
 
 
+@FAULTS.entry(
+    "checkpoint-wrong-hash", "one bit of a tensor in a checkpoint is flipped", victims=("checkpoint",), heals=True,
+    params={"folder": ""},
+)  # fmt: skip
 class WrongHash(Damage):
-    """One bit of one tensor is flipped: size, names and shapes are as before."""
-
-    name = "checkpoint-wrong-hash"
+    """One bit of one tensor is flipped; size, names and shapes stay."""
 
     def _damage(self, path: Path, whole: bytes) -> str:
         at = _data_start(whole) + _data_size(whole) // 2
@@ -102,7 +96,7 @@ class WrongHash(Damage):
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """A new file in place of the old: who has mapped the old one keeps it whole."""
+    """Put a new file in place of the old one; processes that have mapped the old one keep it."""
     draft = path.with_name(f".{path.name}.draft")
     draft.write_bytes(data)
     draft.replace(path)
@@ -116,15 +110,3 @@ def _data_size(whole: bytes) -> int:
     header = msgspec.json.decode(whole[8 : _data_start(whole)], type=dict[str, dict[str, object]])
     ends = [each["data_offsets"][1] for name, each in header.items() if name != "__metadata__"]  # type: ignore[index]
     return max(int(end) for end in ends)
-
-
-FAULTS = {
-    "checkpoint-truncated": Fault(
-        about="the last tenth of a checkpoint file is missing", victims=("checkpoint",), heals=True, make=Truncated,
-        params={"folder": ""},
-    ),
-    "checkpoint-wrong-hash": Fault(
-        about="one bit of a tensor in a checkpoint is flipped", victims=("checkpoint",), heals=True, make=WrongHash,
-        params={"folder": ""},
-    ),
-}  # fmt: skip

@@ -1,94 +1,77 @@
-"""Faults between hosts in namespaces: packets dropped, one way or both, reset, or the link down. Probes show each."""
+"""Faults between hosts in namespaces: packets dropped one or both ways, connections reset, or the link down."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-from chaos.faults.base import Injected, Injector, NotInjected, Site
-from chaos.faults.fault import Fault, Params
-from chaos.faults.netns import PROBE_PORT, Host, Network, inside, ip
+from chaos.faults.base import Fault, Injector, NotInjected, Params, Site, see
+from chaos.faults.netns import PROBE_PORT, Host, Network
 from chaos.faults.nftables import Rule, Table
 from chaos.faults.probe import Answer, reach
-from membership.base.errors import ElasticError
 
 PROBE_S = 0.3
 HEAL_TIMEOUT_S = 10.0
-T = TypeVar("T")
 Pair = tuple[Host, Host]  # from, to
 
 
-class NetworkFault:
+class NetworkFault(Injector):
     """Packets that `rules` match. `cut`: pairs that can no longer connect, first to second."""
 
-    fault = ""
-
     def __init__(self, cut: Sequence[Pair], rules: Sequence[tuple[Host, Rule]]) -> None:
+        super().__init__(", ".join(f"{one.name} -> {other.name}" for one, other in cut))
         self._cut, self._rules = tuple(cut), tuple(rules)
         self._tables: list[tuple[Host, Table]] = []
-        self._dealt = False
 
-    @property
-    def victim(self) -> str:
-        """Who is cut off from whom."""
-        return ", ".join(f"{one.name} -> {other.name}" for one, other in self._cut)
-
-    def inject(self) -> Injected:
-        """Deal it and see by probes that it happened; NotInjected, and nothing left of it, if it did not."""
+    def _prepare(self) -> None:
         for one, other in self._cut:
             if (before := probe(one, other)).error:
                 raise NotInjected(f"{one.name} does not reach {other.name} as it is: {before}")
-        at, self._dealt = time.time(), True
-        try:
-            self._deal()
-            proof = self._proof()
-        except BaseException:
-            self.heal()
-            raise
-        return Injected(fault=self.fault, victim=self.victim, at=at, seen_at=time.time(), proof=proof)
 
-    def heal(self) -> None:
-        """Take it back and see that probes pass again."""
-        if not self._dealt:
-            return
-        self._undo()
-        deadline = time.monotonic() + HEAL_TIMEOUT_S
+    def _inject(self) -> str:
+        self._set()
+        return self._proof()
+
+    def _heal(self) -> None:
+        self._unset()
         for one, other in self._cut:
-            while (answer := probe(one, other)).error:
-                if time.monotonic() > deadline:
-                    raise NotInjected(f"{one.name} does not reach {other.name} after the fault: {answer}")
-        self._dealt = False
+            connected = partial(_connected, one, other)
+            see(connected, f"{one.name} reaching {other.name} after the fault", HEAL_TIMEOUT_S)
 
-    def _deal(self) -> None:
+    def _set(self) -> None:
         for host in dict.fromkeys(host for host, _ in self._rules):
             rules = [rule for where, rule in self._rules if where is host]
-            self._tables.append((host, _there(host, partial(Table, rules))))
+            self._tables.append((host, host.run(partial(Table, rules))))
 
-    def _undo(self) -> None:
+    def _unset(self) -> None:
         while self._tables:
             host, table = self._tables.pop()
-            _there(host, table.drop)
+            host.run(table.drop)
 
     def _proof(self) -> str:
         with ThreadPoolExecutor(len(self._cut)) as probes:
             answers = list(probes.map(lambda pair: probe(*pair), self._cut))
-        said = [self._felt(one, other, answer) for (one, other), answer in zip(self._cut, answers, strict=True)]
+        felt = [self._felt(one, other, answer) for (one, other), answer in zip(self._cut, answers, strict=True)]
         counted = [
             f"{packets} packets {rule.hook} {rule.peer} {rule.verdict} at {host.name}"
             for host, table in self._tables
-            for rule, packets in zip(table.rules, _there(host, table.packets), strict=True)
+            for rule, packets in zip(table.rules, host.run(table.packets), strict=True)
         ]
         if missing := [each for each in counted if each.startswith("0 ")]:
-            raise NotInjected(f"{self.fault}: rules that nothing met: {'; '.join(missing)}")
-        return "; ".join(said + counted)
+            raise NotInjected(f"{self.fault}: rules that no packet matched: {'; '.join(missing)}")
+        return "; ".join(felt + counted)
 
     def _felt(self, one: Host, other: Host, answer: Answer) -> str:
-        if answer.error != "TimeoutError":
-            raise NotInjected(f"{self.fault}: {one.name} to {other.name}: {answer}, not silence")
+        """How a probe shows the fault; NotInjected if it does not."""
+        if not self._shows(answer):
+            raise NotInjected(f"{self.fault} is not felt: {one.name} to {other.name}: {answer}")
         return f"{one.name} to {other.name}: {answer}"
+
+    def _shows(self, answer: Answer) -> bool:
+        """Whether this answer to a probe shows the fault."""
+        return answer.error == "TimeoutError"
 
 
 class Drop(NetworkFault):
@@ -103,7 +86,7 @@ class Drop(NetworkFault):
 
 
 class OneWay(NetworkFault):
-    """What the sources send does not arrive at the targets; what the targets send arrives, and that is counted too."""
+    """Packets from the sources to the targets are dropped; those of the other direction arrive, and are counted."""
 
     def __init__(self, fault: str, sources: Sequence[Host], targets: Sequence[Host]) -> None:
         self.fault = fault
@@ -111,24 +94,22 @@ class OneWay(NetworkFault):
         back = [(target, source) for source, target in pairs]
         rules = [(target, Rule("input", source.address, "drop")) for source, target in pairs]
         rules += [(source, Rule("input", target.address, "count")) for source, target in pairs]
-        super().__init__(pairs + back, rules)  # neither can connect to the other: that takes both ways
+        super().__init__(pairs + back, rules)  # a connection takes both directions
 
 
 class Reset(NetworkFault):
-    """TCP between a host and others is answered by RST; connections that are open end with their next packet."""
+    """TCP between a host and others is answered by RST; open connections end with their next packet."""
 
     fault = "host-reset"
 
     def __init__(self, host: Host, others: Sequence[Host]) -> None:
         pairs = [(host, other) for other in others]
         pairs += [(other, host) for other in others]
-        # At each sender: at the receiver, the RST for one would be held back by the rule of the other.
+        # Rules at each sender: at the receivers, one's rule would catch the RST that answers the other.
         super().__init__(pairs, [(one, Rule("output", two.address, "reset")) for one, two in pairs])
 
-    def _felt(self, one: Host, other: Host, answer: Answer) -> str:
-        if answer.error not in ("ConnectionRefusedError", "ConnectionResetError"):
-            raise NotInjected(f"{self.fault}: {one.name} to {other.name}: {answer}, no reset")
-        return f"{one.name} to {other.name}: {answer}"
+    def _shows(self, answer: Answer) -> bool:
+        return answer.error in ("ConnectionRefusedError", "ConnectionResetError")
 
 
 class LinkDown(NetworkFault):
@@ -140,26 +121,19 @@ class LinkDown(NetworkFault):
         super().__init__([(host, other) for other in others], [])
         self._host = host
 
-    def _deal(self) -> None:
-        self._set("down")
+    def _set(self) -> None:
+        self._host.plug(up=False)
 
-    def _undo(self) -> None:
-        self._set("up")
-
-    def _set(self, how: str) -> None:
-        network = self._host.network
-        ip("-n", network.switch, "link", "set", network.port(self._host), how)
+    def _unset(self) -> None:
+        self._host.plug(up=True)
 
     def _proof(self) -> str:
-        said = ip("-n", self._host.namespace, "-brief", "link", "show", "dev", "eth0").split()
-        if "NO-CARRIER" not in "".join(said):
-            raise NotInjected(f"{self.fault}: {self._host.name} still has a carrier: {' '.join(said)}")
-        return "; ".join([f"{self._host.name}: {' '.join(said)}", super()._proof()])
+        if self._host.has_carrier():
+            raise NotInjected(f"{self.fault}: {self._host.name} still has a carrier")
+        return f"{self._host.name}: eth0 has no carrier; {super()._proof()}"
 
-    def _felt(self, one: Host, other: Host, answer: Answer) -> str:
-        if not answer.error:
-            raise NotInjected(f"{self.fault}: {one.name} still reaches {other.name}")
-        return f"{one.name} to {other.name}: {answer}"
+    def _shows(self, answer: Answer) -> bool:
+        return bool(answer.error)
 
 
 def probe(one: Host, other: Host, timeout_s: float = PROBE_S) -> Answer:
@@ -178,13 +152,8 @@ def _take_all(host: Host) -> None:
             return
 
 
-def _there(host: Host, work: Callable[[], T]) -> T:
-    try:
-        return inside(host.namespace, work)
-    except ElasticError:
-        raise
-    except Exception as error:  # pyroute2's own, which say what the kernel said
-        raise NotInjected(f"nftables in {host.namespace}: {error}") from error
+def _connected(one: Host, other: Host) -> bool:
+    return not probe(one, other).error
 
 
 @runtime_checkable
@@ -221,7 +190,7 @@ def _make(fault: str, site: Site, victim: str, params: Params) -> Injector:
 FAULTS = {
     name: Fault(
         about=f"a host in a network namespace: {about}", victims=("host",), heals=True, make=partial(_make, name),
-        needs=("root", "iproute2", "nf_tables", "pyroute2"), params={"from": ""},
+        needs=("root", "nf_tables", "pyroute2"), params={"from": ""},
     )
     for name, (about, _) in CUTS.items()
 }  # fmt: skip

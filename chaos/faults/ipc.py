@@ -1,12 +1,12 @@
 """Faults in what a host's processes share: damaged shared memory, a reader that does not read, a message too large.
 
-Shared memory is damaged where the product has a check, and the check is what is tried:
+Shared memory is damaged where the product has a check, and the fault exercises that check:
 
-* an answer whose tag has a flipped bit: who asked compares the whole tag, refuses the answer, and asks a replica;
-* a liveness page whose mutex names another thread: the kernel then tells nobody of the death, but the pidfd does;
-* a request that its writer left half-written when it died: its number is published last, so nobody takes it.
+* an answer whose tag has a flipped bit: the asking rank compares the whole tag, refuses the answer, asks a replica;
+* a liveness page whose mutex names another thread: the kernel then reports no death, but the pidfd does;
+* a request that is half-written because its writer died: its number is published last, so no reader takes it.
 
-A bit that flips in the rows themselves is not noticed by anybody (as in any memory without ECC), and is not dealt here.
+A bit flip in the rows themselves goes unnoticed (as in any memory without ECC) and is not injected here.
 """
 
 from __future__ import annotations
@@ -21,20 +21,23 @@ from pathlib import Path
 
 import httpx
 
-from chaos.faults.base import Injected, NotInjected, Site
-from chaos.faults.fault import Fault, Params
-from chaos.faults.process import POLL_S, SEEN_S, Hold, OnProcess, see
+from chaos.faults.base import POLL_S, SEEN_S, Faults, NotInjected, SiteInjector, poll, see
+from chaos.faults.process import Hold, ProcessInjector
 from elastic.gateway.schema import MAX_BODY_BYTES
 
-ANSWER_S = 0.02  # a peer that lives has answered by then; a rank may be kept stopped for ten times as long
-TOLD_S = 0.15  # an event of a step is in the history by then
+ANSWER_S = 0.02  # a live peer has answered by then; a rank may be kept stopped ten times as long
+REPORTED_S = 0.15  # an event of a step is in the history by then
 TRY_S = 20.0
 PAUSE_S = 0.003
 OWNER_BIT = 1 << 4  # of the thread id in the mutex
 
+RANK = ("rank",)
+
+FAULTS = Faults()
+
 
 def memory_of(pid: int, name: str) -> list[tuple[str, Path]]:
-    """The segments with such a name that a process has made: name and descriptor."""
+    """The shared segments of a process whose names begin with `name`: full name and path of the descriptor."""
     found = []
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         try:
@@ -62,12 +65,13 @@ def mapped(path: Path) -> Iterator[memoryview]:
         memory.close()
 
 
-class AnswerFlip(OnProcess):
-    """A bit flips in the tag of an answer that a rank is about to read; it is tried until one is caught unread."""
+@FAULTS.entry(
+    "bit-flip-answer", "a bit flips in the tag of an answer between ranks", victims=RANK, heals=True, needs=("load",)
+)
+class AnswerFlip(ProcessInjector):
+    """A bit flips in the tag of an answer that a rank is about to read. Repeated until an unread answer is caught."""
 
-    name = "bit-flip-answer"
-
-    def _deal(self, hold: Hold) -> str:
+    def _affect(self, hold: Hold) -> str:
         from workers.exchange import wire  # imports torch
 
         rank, tries, deadline = int(self.victim.split()[1]), 0, time.monotonic() + TRY_S
@@ -78,13 +82,13 @@ class AnswerFlip(OnProcess):
                 tries += 1
                 known = len(self.site.events())
                 for flipped in self._flip(hold, lanes, wire.ASK, wire.ANSWER, step_at):
-                    if self._told(rank, known):
+                    if poll(lambda: self._retried(rank, known), REPORTED_S, POLL_S * 5):  # noqa: B023 - asked at once
                         return f"{flipped}; event rows_retried of rank {rank} in the history (try {tries})"
                 time.sleep(PAUSE_S)
         raise NotInjected(f"no answer to {self.victim} was caught unread in {tries} tries", hint="it needs load")
 
     def _lanes(self, hold: Hold, rank: int, opened: ExitStack) -> list[tuple[int, memoryview, memoryview]]:
-        """For each peer: its rank, the lane in which we ask it, and the one in which it answers."""
+        """For each peer: its rank, the lane in which we ask it, and the lane in which it answers."""
         lanes = []
         for name, asking in memory_of(hold.pid, f"elastic-ep-lane-{rank}-"):
             peer = int(name.rpartition("-")[2])
@@ -97,16 +101,15 @@ class AnswerFlip(OnProcess):
     def _flip(
         self, hold: Hold, lanes: list[tuple[int, memoryview, memoryview]], ask: int, answer: int, at: int
     ) -> Iterator[str]:
-        """Stop who asks, flip the answers to what is open now, let it go on."""
+        """Stop the asking rank, flip the answers to its open requests, resume it."""
         flipped = []
-        hold.send(signal.SIGSTOP)
         try:
-            see(lambda: hold.state() == "T", f"{self.victim} stopped")
+            hold.stop()
             until = time.monotonic() + ANSWER_S
             for peer, asking, answering in lanes:
                 asks, answers = asking[: 8 * 16].cast("Q"), answering[: 8 * 16].cast("Q")
                 if not asks[ask] or answers[answer] == asks[ask]:
-                    continue  # nothing is open, or it has been answered before and may be read already
+                    continue  # no request is open, or it was answered before and may have been read
                 while answers[answer] != asks[ask] and time.monotonic() < until:
                     time.sleep(POLL_S / 4)
                 if answers[answer] != asks[ask]:
@@ -119,37 +122,31 @@ class AnswerFlip(OnProcess):
             hold.send(signal.SIGCONT)
         yield from flipped
 
-    def _told(self, rank: int, known: int) -> bool:
-        until = time.monotonic() + TOLD_S
-        while time.monotonic() < until:
-            if any(e.kind == "rows_retried" and e.rank == rank for e in self.site.events()[known:]):
-                return True
-            time.sleep(POLL_S * 5)
-        return False
+    def _retried(self, rank: int, known: int) -> bool:
+        return any(event.kind == "rows_retried" and event.rank == rank for event in self.site.events()[known:])
 
-    def _heal(self, hold: Hold) -> None:
+    def _restore(self, hold: Hold) -> None:
         hold.send(signal.SIGCONT)
 
 
-class LivenessFlip(OnProcess):
+@FAULTS.entry(
+    "bit-flip-liveness", "a bit flips in a liveness page: the kernel tells nobody of the rank's death", victims=RANK,
+    heals=True,
+)  # fmt: skip
+class LivenessFlip(ProcessInjector):
     """A bit flips in the rank's liveness page: the mutex that it holds names another thread as its owner."""
 
-    name = "bit-flip-liveness"
+    _flipped = False
 
-    def __init__(self, site: Site, victim: str, params: Params) -> None:
-        super().__init__(site, victim, params)
-        self._flipped = False
-
-    def _deal(self, hold: Hold) -> str:
+    def _affect(self, hold: Hold) -> str:
         with mapped(self._page(hold)) as page:
             before = page[0]
             page[0] = before ^ OWNER_BIT
             self._flipped = True
             if page[0] == before:
                 raise NotInjected(f"the mutex of {self.victim} reads back as it was")
-        return (
-            f"bit 4 of the mutex in the liveness page reads back flipped ({before:#x} is now {before ^ OWNER_BIT:#x})"
-        )
+        values = f"{before:#x} is now {before ^ OWNER_BIT:#x}"
+        return f"bit 4 of the mutex in the liveness page reads back flipped ({values})"
 
     def _page(self, hold: Hold) -> Path:
         pages = memory_of(hold.pid, "elastic-ep-liveness")
@@ -157,19 +154,18 @@ class LivenessFlip(OnProcess):
             raise NotInjected(f"{self.victim} has no liveness page")
         return pages[0][1]
 
-    def _heal(self, hold: Hold) -> None:
+    def _restore(self, hold: Hold) -> None:
         if self._flipped and not hold.gone():
             with mapped(self._page(hold)) as page:
                 page[0] ^= OWNER_BIT
         self._flipped = False
 
 
-class TornWrite(OnProcess):
-    """A rank dies in the middle of writing a request: half a header stands there, its number was taken away."""
+@FAULTS.entry("torn-write", "a rank dies in the middle of writing a request to its peers", victims=RANK, heals=False)
+class TornWrite(ProcessInjector):
+    """A rank dies in the middle of writing a request: half a header is in memory, its number is not published."""
 
-    name = "torn-write"
-
-    def _deal(self, hold: Hold) -> str:
+    def _affect(self, hold: Hold) -> str:
         from workers.exchange import wire
 
         rank, half = int(self.victim.split()[1]), 6 * 8
@@ -177,8 +173,7 @@ class TornWrite(OnProcess):
             lanes = [opened.enter_context(mapped(path)) for _, path in memory_of(hold.pid, f"elastic-ep-lane-{rank}-")]
             if not lanes:
                 raise NotInjected(f"{self.victim} exchanges nothing with other ranks of this host")
-            hold.send(signal.SIGSTOP)
-            see(lambda: hold.state() == "T", f"{self.victim} stopped")
+            hold.stop()
             for lane in lanes:
                 lane[8 * wire.ASK : 8 * wire.ASK + 8] = bytes(8)
                 lane[wire.ASK_AT : wire.ASK_AT + half] = b"\xa5" * half
@@ -188,24 +183,22 @@ class TornWrite(OnProcess):
                 raise NotInjected(f"{self.victim} did not die with half a request written")
         return f"half a header reads back in {len(torn)} lanes; pidfd says gone"
 
-    def _heal(self, hold: Hold) -> None:
+    def _restore(self, hold: Hold) -> None:
         hold.send(signal.SIGCONT)
 
 
-class DeadReader(OnProcess):
-    """A reader of the engine's queue of steps lives and does not read; the writer must not wait for it for ever."""
+@FAULTS.entry("dead-reader", "a reader of the engine's queue does not read", victims=RANK, heals=True, needs=("load",))
+class DeadReader(ProcessInjector):
+    """A reader of the engine's step queue lives and does not read; the writer must not wait for it for ever."""
 
-    name = "dead-reader"
-
-    def _deal(self, hold: Hold) -> str:
+    def _affect(self, hold: Hold) -> str:
         from workers.queue.ring import places
 
         with ExitStack() as opened:
             rings = [
                 opened.enter_context(mapped(path)) for _, path in memory_of(self.site.pid("engine"), "elastic-ep-queue")
             ]
-            hold.send(signal.SIGSTOP)
-            see(lambda: hold.state() == "T", f"{self.victim} stopped")
+            hold.stop()
             before = [places(ring) for ring in rings]
 
             def left_behind() -> bool:
@@ -218,54 +211,22 @@ class DeadReader(OnProcess):
             see(left_behind, "the queue of steps going on without a reader (it needs load)")
         return "/proc says stopped (T); the writer of the queue of steps went on, one reader's place stands still"
 
-    def _heal(self, hold: Hold) -> None:
-        hold.send(signal.SIGCONT)
-        see(lambda: hold.state() not in ("T", "t"), f"{self.victim}, process {hold.pid}, running again")
+    def _restore(self, hold: Hold) -> None:
+        hold.resume()
 
 
-class Oversize:
-    """A request larger than the gateway takes."""
+@FAULTS.entry(
+    "oversize", "a request larger than the gateway takes", victims=("gateway",), heals=True, params={"extra_bytes": 1}
+)
+class Oversize(SiteInjector):
+    """A request larger than the gateway accepts; it must be refused for its size. There is nothing to heal."""
 
-    def __init__(self, site: Site, victim: str, params: Params) -> None:
-        self.site, self.victim, self._extra = site, victim, int(params["extra_bytes"])
-
-    def inject(self) -> Injected:
-        """Send it; NotInjected if it is not refused for its size."""
-        size, at = MAX_BODY_BYTES + self._extra, time.time()
+    def _inject(self) -> str:
+        size = MAX_BODY_BYTES + int(self.params["extra_bytes"])
         try:
             answer = httpx.post(f"{self.site.url()}/v1/completions", content=b" " * size, timeout=SEEN_S)
         except httpx.HTTPError as error:
             raise NotInjected(f"a request of {size} bytes was not answered: {error!r}") from error
         if answer.status_code != httpx.codes.REQUEST_ENTITY_TOO_LARGE:
             raise NotInjected(f"a request of {size} bytes was answered with {answer.status_code}")
-        return Injected(
-            fault="oversize", victim=self.victim, at=at, seen_at=time.time(),
-            proof=f"{size} bytes sent, answered with 413: {answer.json()['error']['code']}",
-        )  # fmt: skip
-
-    def heal(self) -> None:
-        """There is nothing to take back."""
-
-
-FAULTS = {
-    "bit-flip-answer": Fault(
-        about="a bit flips in the tag of an answer between ranks", victims=("rank",), heals=True, make=AnswerFlip,
-        needs=("load",),
-    ),
-    "bit-flip-liveness": Fault(
-        about="a bit flips in a liveness page: the kernel tells nobody of the rank's death", victims=("rank",),
-        heals=True, make=LivenessFlip,
-    ),
-    "torn-write": Fault(
-        about="a rank dies in the middle of writing a request to its peers", victims=("rank",), heals=False,
-        make=TornWrite,
-    ),
-    "dead-reader": Fault(
-        about="a reader of the engine's queue does not read", victims=("rank",), heals=True, make=DeadReader,
-        needs=("load",),
-    ),
-    "oversize": Fault(
-        about="a request larger than the gateway takes", victims=("gateway",), heals=True, make=Oversize,
-        params={"extra_bytes": 1},
-    ),
-}  # fmt: skip
+        return f"{size} bytes sent, answered with 413: {answer.json()['error']['code']}"

@@ -1,31 +1,27 @@
-"""Hosts as network namespaces, joined by a bridge in one of its own: nothing of it touches this machine's network.
+"""Hosts as network namespaces, joined by a bridge in a namespace of its own; this machine's network is not touched.
 
-A thread that enters a namespace gives it to whatever it starts: threads, processes, sockets. So `Host.run` runs a
-function there, and a process or server started by it lives there. It takes root and iproute2.
+A thread that enters a namespace passes it on to its threads, processes and sockets. So a process or server that is
+started by a function under `Host.run` lives in that namespace. It takes root and pyroute2.
 """
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import os
 import socket
-import subprocess
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from chaos.faults.base import NotInjected
 from membership.base.errors import WaitTimeout
 
-NAMESPACES = Path("/run/netns")
 SUBNET = "10.213.77"
-PREFIX = "chaos-"  # then the owner's process id: what a dead owner left is taken away by the next
-HINT = "network namespaces take root and iproute2 (`ip`)"
-COMMAND_TIMEOUT_S = 10.0
+PREFIX = "chaos-"  # then the owner's process id, so that namespaces of a dead owner are found and deleted
+HINT = "it takes root, nf_tables, and `pip install 'elastic-ep[chaos]'` (pyroute2)"
 RUN_TIMEOUT_S = 60.0
-CLONE_NEWNET = 0x40000000
 PROBE_PORT = 7
 T = TypeVar("T")
 
@@ -41,16 +37,43 @@ class Host:
 
     @property
     def namespace(self) -> str:
-        """Its name for `ip netns`."""
+        """The name of its namespace."""
         return self.network.namespace(self.name)
 
+    @property
+    def port(self) -> str:
+        """The name of the switch's end of its link."""
+        return f"to-{self.address.rpartition('.')[2]}"
+
     def run(self, work: Callable[[], T], timeout_s: float = RUN_TIMEOUT_S) -> T:
-        """Do it in this namespace, in a thread of its own."""
+        """Call `work` in this namespace, in a thread of its own."""
         return inside(self.namespace, work, timeout_s)
+
+    def plug(self, *, up: bool) -> None:
+        """Set the switch's end of its link up or down."""
+        with routes(self.network.switch) as switch:
+            switch.link("set", index=_index(switch, self.port), state="up" if up else "down")
+
+    def has_carrier(self) -> bool:
+        """Whether its link is up at both ends."""
+        with routes(self.namespace) as mine:
+            return bool(mine.get_links(_index(mine, "eth0"))[0].get_attr("IFLA_CARRIER"))
+
+    def join(self) -> None:
+        """Connect it to the switch and open its probe port."""
+        with routes(self.network.switch) as switch:
+            peer = {"ifname": "eth0", "net_ns_fd": self.namespace}
+            switch.link("add", ifname=self.port, kind="veth", peer=peer)
+            switch.link("set", index=_index(switch, self.port), master=_index(switch, "bridge"), state="up")
+        with routes(self.namespace) as mine:
+            mine.addr("add", index=_index(mine, "eth0"), address=self.address, prefixlen=24)
+            for device in ("lo", "eth0"):
+                mine.link("set", index=_index(mine, device), state="up")
+        self.listener = self.run(lambda: _listener(self.address))
 
 
 class Network:
-    """Hosts by name, all on one switch. A context manager; at its end every namespace is gone."""
+    """Hosts by name, all on one switch. A context manager; at its end every namespace is deleted."""
 
     def __init__(self, hosts: Sequence[str]) -> None:
         self._prefix = f"{PREFIX}{os.getpid()}-{next(_numbers)}-"
@@ -66,20 +89,19 @@ class Network:
 
     @property
     def switch(self) -> str:
-        """Name of the namespace that the bridge is in."""
+        """Name of the namespace of the bridge."""
         return self.namespace("switch")
-
-    def port(self, host: Host) -> str:
-        """Name of the switch's end of a host's link."""
-        return f"to-{host.address.rpartition('.')[2]}"
 
     def __enter__(self) -> Network:
         sweep()
         try:
             self._make(self.switch)
-            ip("-n", self.switch, "link", "add", "bridge", "up", "type", "bridge")
+            with routes(self.switch) as switch:
+                switch.link("add", ifname="bridge", kind="bridge")
+                switch.link("set", index=_index(switch, "bridge"), state="up")
             for host in self.hosts.values():
-                self._join(host)
+                self._make(host.namespace)
+                host.join()
         except BaseException:
             self.__exit__()
             raise
@@ -90,55 +112,73 @@ class Network:
             if host.listener is not None:
                 host.listener.close()
         while self._made:
-            ip("netns", "delete", self._made.pop())
+            delete(self._made.pop())
 
     def _make(self, namespace: str) -> None:
-        ip("netns", "add", namespace)
+        create(namespace)
         self._made.append(namespace)
 
-    def _join(self, host: Host) -> None:
-        self._make(host.namespace)
-        port = self.port(host)
-        ip("-n", self.switch, "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", host.namespace)
-        ip("-n", self.switch, "link", "set", port, "master", "bridge", "up")
-        ip("-n", host.namespace, "address", "add", f"{host.address}/24", "dev", "eth0")
-        for device in ("lo", "eth0"):
-            ip("-n", host.namespace, "link", "set", device, "up")
-        host.listener = host.run(lambda: _listener(host.address))
 
-
-def ip(*words: str) -> str:
-    """Run iproute2; what it says. NotInjected if it cannot be run or refuses."""
+@contextmanager
+def netlink(what: str) -> Iterator[Any]:
+    """The package pyroute2, for calls to the kernel; NotInjected if it is missing or the kernel refuses."""
     try:
-        done = subprocess.run(["ip", *words], capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False)
-    except FileNotFoundError as error:
-        raise NotInjected("there is no `ip` here", hint=HINT) from error
-    if done.returncode:
-        raise NotInjected(f"ip {' '.join(words)}: {done.stderr.strip()}", hint=HINT)
-    return done.stdout
+        import pyroute2
+    except ImportError as error:
+        raise NotInjected(f"{what}: pyroute2 is not installed", hint=HINT) from error
+    try:
+        yield pyroute2
+    except (pyroute2.NetlinkError, OSError) as error:
+        raise NotInjected(f"{what}: {error}", hint=HINT) from error
+
+
+@contextmanager
+def routes(namespace: str) -> Iterator[Any]:
+    """The links and addresses of a namespace, as pyroute2 has them."""
+    with netlink(f"network namespace {namespace}") as pyroute2, pyroute2.NetNS(namespace, flags=0) as found:
+        yield found
+
+
+def _index(found: Any, device: str) -> int:
+    """The index of a device."""
+    return int(found.link_lookup(ifname=device)[0])
+
+
+def create(namespace: str) -> None:
+    """Make a namespace."""
+    with netlink(f"network namespace {namespace}") as pyroute2:
+        pyroute2.netns.create(namespace)
+
+
+def delete(namespace: str) -> None:
+    """Delete a namespace."""
+    with netlink(f"network namespace {namespace}") as pyroute2:
+        pyroute2.netns.remove(namespace)
 
 
 def namespaces() -> set[str]:
     """All named namespaces of this machine."""
-    return set(os.listdir(NAMESPACES)) if NAMESPACES.is_dir() else set()
+    with netlink("network namespaces") as pyroute2:
+        return set(pyroute2.netns.listnetns())
 
 
 def sweep() -> None:
-    """Delete namespaces whose owner is gone: it was killed."""
+    """Delete namespaces whose owner was killed."""
     for name in namespaces():
         owner = name.removeprefix(PREFIX).partition("-")[0]
         if name.startswith(PREFIX) and owner.isdigit() and not Path(f"/proc/{owner}").exists():
-            ip("netns", "delete", name)
+            delete(name)
 
 
 def inside(namespace: str, work: Callable[[], T], timeout_s: float = RUN_TIMEOUT_S) -> T:
-    """Do it in a thread that is in a namespace; its result, or what it raises."""
+    """Call `work` in a thread that is in a namespace; returns its result or raises its exception."""
     done: list[T] = []
     failed: list[BaseException] = []
 
     def enter_and_work() -> None:
         try:
-            _enter(namespace)
+            with netlink(f"entering network namespace {namespace}") as pyroute2:
+                pyroute2.netns.setns(namespace, 0)  # of this thread only
             done.append(work())
         except BaseException as error:  # noqa: BLE001 - raised in the caller's thread
             failed.append(error)
@@ -149,21 +189,12 @@ def inside(namespace: str, work: Callable[[], T], timeout_s: float = RUN_TIMEOUT
     if failed:
         raise failed[0]
     if not done:
-        raise WaitTimeout(f"what was to be done in namespace {namespace} took more than {timeout_s:g} s")
+        raise WaitTimeout(f"work in network namespace {namespace} took more than {timeout_s:g} s")
     return done[0]
 
 
-def _enter(namespace: str) -> None:
-    descriptor = os.open(NAMESPACES / namespace, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        if ctypes.CDLL(None, use_errno=True).setns(descriptor, CLONE_NEWNET):
-            raise NotInjected(f"cannot enter {namespace}: {os.strerror(ctypes.get_errno())}", hint=HINT)
-    finally:
-        os.close(descriptor)
-
-
 def _listener(address: str) -> socket.socket:
-    """The kernel itself completes connections to it: no thread is needed."""
+    """A listening socket. The kernel completes connections by itself; no thread is needed."""
     listener = socket.create_server((address, PROBE_PORT), backlog=4096)
     listener.setblocking(False)
     return listener

@@ -1,21 +1,20 @@
-"""Rules of nftables in a network namespace, over netlink: what a fault drops, resets or counts.
+"""Rules of nftables in a network namespace, over netlink: packets that a fault drops, resets or counts.
 
-Each fault has a table of its own: a packet must pass all tables, and a table goes with all its rules. pyroute2 speaks
-to the kernel; the program `nft` is not needed.
+Each fault has a table of its own: a packet must pass all tables, and deleting a table deletes its rules. pyroute2
+talks to the kernel; the program `nft` is not needed.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import Any, Literal
 
 import msgspec
 
-from chaos.faults.base import NotInjected
+from chaos.faults.netns import netlink
 
-HINT = "it takes root, a kernel with nf_tables, and `pip install pyroute2`"
 IPV4 = 2  # NFPROTO_IPV4
 DROP, ACCEPT = 0, 1
 META_L4PROTO, TCP, TCP_RST = 16, b"\x06", 1
@@ -33,13 +32,12 @@ class Rule(msgspec.Struct, frozen=True):
 
 
 class Table:
-    """Rules while they stand. All calls are to be made in the namespace that they are for."""
+    """Rules in force. All methods must be called in the namespace of the rules; NotInjected if the kernel refuses."""
 
     def __init__(self, rules: Sequence[Rule]) -> None:
-        """Set the rules; NotInjected if that cannot be."""
         self.rules = tuple(rules)
         self.name = f"chaos{next(_numbers)}"
-        with closing(_nftables()) as nft:
+        with _nftables() as nft:
             nft.table("add", name=self.name)
             try:
                 for hook in sorted({rule.hook for rule in rules}):
@@ -51,8 +49,8 @@ class Table:
                 raise
 
     def packets(self) -> tuple[int, ...]:
-        """How many packets each rule has matched."""
-        with closing(_nftables()) as nft:
+        """Number of packets that each rule has matched."""
+        with _nftables() as nft:
             found = [rule for rule in nft.get_rules() if rule.get_attr("NFTA_RULE_TABLE") == self.name]
         counted: dict[str, list[int]] = {"input": [], "output": []}
         for rule in found:
@@ -63,27 +61,27 @@ class Table:
         return tuple(counted[rule.hook].pop(0) for rule in self.rules)
 
     def drop(self) -> None:
-        """Take the rules away."""
-        with closing(_nftables()) as nft:
+        """Delete the rules."""
+        with _nftables() as nft:
             nft.table("del", name=self.name)
 
 
-def _nftables() -> Any:
-    try:
-        from pyroute2.nftables.main import NFTables  # type: ignore[import-untyped]
+@contextmanager
+def _nftables() -> Iterator[Any]:
+    with netlink("rules of nftables"):
+        from pyroute2.nftables.main import NFTables
 
-        return NFTables(nfgen_family=IPV4)
-    except (ImportError, OSError) as error:
-        raise NotInjected(f"no rules of nftables can be set here: {error}", hint=HINT) from error
+        with closing(NFTables(nfgen_family=IPV4)) as found:
+            yield found
 
 
 def _expressions(rule: Rule) -> Sequence[Sequence[Expression]]:
-    from pyroute2.nftables.expressions import genex, ipv4addr, verdict  # type: ignore[import-untyped]
+    from pyroute2.nftables.expressions import genex, ipv4addr, verdict
 
-    whom = ipv4addr(src=rule.peer) if rule.hook == "input" else ipv4addr(dst=rule.peer)
+    address = ipv4addr(src=rule.peer) if rule.hook == "input" else ipv4addr(dst=rule.peer)
     counter = [genex("counter", {"bytes": 0, "packets": 0})]
     if rule.verdict == "reset":
         is_tcp = {"attrs": [("NFTA_DATA_VALUE", TCP)]}
         tcp = [genex("meta", {"key": META_L4PROTO, "dreg": 1}), genex("cmp", {"sreg": 1, "op": 0, "data": is_tcp})]
-        return tcp, whom, counter, [genex("reject", {"type": TCP_RST})]
-    return (whom, counter, verdict(DROP)) if rule.verdict == "drop" else (whom, counter)
+        return tcp, address, counter, [genex("reject", {"type": TCP_RST})]
+    return (address, counter, verdict(DROP)) if rule.verdict == "drop" else (address, counter)

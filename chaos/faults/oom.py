@@ -1,9 +1,9 @@
-"""Out of memory, in two ways. Where a memory cgroup was delegated to us, the kernel's OOM killer does it; elsewhere
-the process's address space is limited to less than it has, so that whatever it wants next is refused (MemoryError);
-if it still lives then, it is killed, as the kernel would (`starve`: it lives on with the limit until it is healed).
+"""Out of memory, in two ways. Where a memory cgroup was delegated to us, the kernel's OOM killer does it. Elsewhere the
+process's address space is limited to half of what it has, so that its next allocations fail (MemoryError); if it
+survives that, it is killed, as the kernel would (`starve`: it lives on with the limit until it is healed).
 
 A cgroup is ours if its owner says so: by the variable ELASTIC_CHAOS_CGROUP, or by systemd's mark for delegated groups.
-Groups of others are left alone: who manages a group may rely on what is in it.
+Other groups are left alone: their manager may rely on what is in them.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ import secrets
 import signal
 from pathlib import Path
 
-from chaos.faults.base import NotInjected, Site
-from chaos.faults.fault import PROCESSES, Fault, Params
-from chaos.faults.process import Hold, Limit, OnProcess, see
+from chaos.faults.base import PROCESSES, Faults, NotInjected, Params, Site, see
+from chaos.faults.process import Hold, Limit, ProcessInjector
 
 ENV = "ELASTIC_CHAOS_CGROUP"
 MARK = "user.delegate"  # set to 1 by systemd (Delegate=yes)
-KILLED_S = 20.0  # a process that wants no memory is not killed for it
+KILLED_S = 20.0  # a process that allocates nothing is never killed
 LEAVE_S = 5.0
 ENDED_S = 1.0
 
+FAULTS = Faults()
+
 
 class Group:
-    """A memory cgroup of our own, below one that was delegated to us, with no memory to give."""
+    """A memory cgroup of our own, below one that was delegated to us, with a limit of no memory."""
 
     def __init__(self, parent: Path) -> None:
         self.path = parent / f"elastic-ep-oom-{secrets.token_hex(4)}"
@@ -40,17 +41,17 @@ class Group:
         self._limit.write_text("0")
 
     def take(self, pid: int) -> None:
-        """The process belongs here from now on; what it has counts where it was, what it wants next counts here."""
+        """Move the process here. Its pages stay charged to its old group; new ones are charged to this one."""
         (self.path / "cgroup.procs").write_text(str(pid))
 
     def kills(self) -> int:
-        """How many the kernel has killed here for want of memory."""
+        """Number of processes that the OOM killer has killed here."""
         return next(
             int(line.split()[1]) for line in self._counter.read_text().splitlines() if line.startswith("oom_kill ")
         )
 
     def give_back(self, to: Path) -> None:
-        """Who lives here goes to the group `to`; then this one goes."""
+        """Move all remaining processes to the group `to` and remove this one."""
         for pid in (self.path / "cgroup.procs").read_text().split():
             try:
                 (to / "cgroup.procs").write_text(pid)
@@ -89,10 +90,16 @@ def _group_of(pid: int) -> Path | None:
     return None
 
 
-class Oom(OnProcess):
-    """See the top of this file; `how` is cgroup, limit, or auto: whichever can be had."""
-
-    name = "oom"
+@FAULTS.entry(
+    "oom",
+    "out of memory: the kernel's OOM killer, or no address space left (MemoryError)",
+    victims=PROCESSES,
+    heals=True,
+    needs=("a delegated memory cgroup, for the OOM killer",),
+    params={"how": "auto"},
+)
+class Oom(ProcessInjector):
+    """See the top of this file. `how`: cgroup, limit, starve, or auto (cgroup if one is available, else limit)."""
 
     def __init__(self, site: Site, victim: str, params: Params) -> None:
         super().__init__(site, victim, params)
@@ -101,7 +108,7 @@ class Oom(OnProcess):
         self._group: Group | None = None
         self._home: Path | None = None
 
-    def _deal(self, hold: Hold) -> str:
+    def _affect(self, hold: Hold) -> str:
         parent = delegated() if self._how in ("auto", "cgroup") else None
         if parent is None and self._how == "cgroup":
             raise NotInjected("no memory cgroup was delegated to us", hint=f"name one in {ENV}")
@@ -111,7 +118,7 @@ class Oom(OnProcess):
             except NotInjected:  # it wanted no memory
                 if self._how == "cgroup":
                     raise
-                self._heal(hold)
+                self._restore(hold)
         return self._by_limit(hold)
 
     def _by_kernel(self, hold: Hold, parent: Path) -> str:
@@ -130,11 +137,10 @@ class Oom(OnProcess):
             return f"{proof}; pidfd says gone"
         if self._how == "starve":
             return proof
-        hold.send(signal.SIGKILL)
-        see(lambda: hold.gone(), f"{self.victim} killed for want of memory", KILLED_S)
+        hold.end(signal.SIGKILL, KILLED_S)
         return f"{proof}; it lived on for {ENDED_S:g} s, and was killed as the kernel would; pidfd says gone"
 
-    def _heal(self, hold: Hold) -> None:
+    def _restore(self, hold: Hold) -> None:
         if self._limit is not None:
             self._limit.restore()
         group, self._group = self._group, None
@@ -145,12 +151,3 @@ class Oom(OnProcess):
 def _address_space(pid: int) -> int:
     """Bytes of address space that a process has."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
-
-
-FAULTS = {
-    "oom": Fault(
-        about="out of memory: the kernel's OOM killer, or no address space left (MemoryError)",
-        victims=PROCESSES, heals=True, make=Oom, params={"how": "auto"},
-        needs=("a delegated memory cgroup, for the OOM killer",),
-    ),
-}  # fmt: skip

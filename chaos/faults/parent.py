@@ -1,61 +1,57 @@
-"""Faults of whole families: a parent dies and leaves children behind; a host dies, with everybody on it at once.
+"""Faults of process trees: a parent dies and leaves children behind, or a host dies with all its processes at once.
 
-That the children end too is the product's promise and is judged by whoever deals this, not proven here.
+That the children end too is the product's promise. The campaign checks it; it is not part of the proof here.
 """
 
 from __future__ import annotations
 
 import signal
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 
 import psutil
 
-from chaos.faults.base import NotInjected, Site
-from chaos.faults.fault import Fault
-from chaos.faults.process import SEEN_S, Hold, OnProcess
+from chaos.faults.base import SEEN_S, Faults, NotInjected, Site
+from chaos.faults.process import Hold, ProcessInjector
+
+FAULTS = Faults()
 
 
-class ParentDeath(OnProcess):
+@FAULTS.entry(
+    "parent-death", "SIGKILL of a process with children", victims=("supervisor", "agent", "forkserver"), heals=False
+)
+class ParentDeath(ProcessInjector):
     """SIGKILL of a process that has children."""
 
-    name = "parent-death"
-
-    def _deal(self, hold: Hold) -> str:
+    def _affect(self, hold: Hold) -> str:
         children = len(_below(self.site, hold.pid))
         if not children:
             raise NotInjected(f"{self.victim} has no children now")
-        hold.send(signal.SIGKILL)
-        if not hold.gone(SEEN_S):
-            raise NotInjected(f"{self.victim}, process {hold.pid}, did not end within {SEEN_S:g} s of SIGKILL")
-        return f"pidfd says gone after SIGKILL; it left {children} children and grandchildren"
+        return f"{hold.end(signal.SIGKILL)}; it left {children} children and grandchildren"
 
 
-class HostDeath(OnProcess):
-    """A host goes: SIGKILL of an agent and of everything below it, all stopped first, so that nobody sees it coming."""
+@FAULTS.entry("host-death", "SIGKILL of an agent and all its ranks at once", victims=("agent",), heals=False)
+class HostDeath(ProcessInjector):
+    """SIGKILL of an agent and everything below it; all are stopped first, so that none can react to another's end."""
 
-    name = "host-death"
-
-    def _deal(self, hold: Hold) -> str:
+    def _affect(self, hold: Hold) -> str:
         with ExitStack() as holds:
-            family = [hold]
+            family = {hold.pid: hold}
             for number in (signal.SIGSTOP, signal.SIGKILL):
-                for pid in _below(self.site, hold.pid):
-                    if pid not in [each.pid for each in family]:
-                        family.append(Hold(pid, f"{self.victim}'s process {pid}"))
-                        holds.callback(family[-1].close)
-                for each in family:
+                for pid in _below(self.site, hold.pid) - family.keys():
+                    family[pid] = holds.enter_context(closing(Hold(pid, f"{self.victim}'s child")))
+                for each in family.values():
                     each.send(number)
-            left = [each.victim for each in family if not each.gone(SEEN_S)]
+            left = [str(each.pid) for each in family.values() if not each.gone(SEEN_S)]
         if left:
-            raise NotInjected(f"did not end within {SEEN_S:g} s of SIGKILL: {', '.join(left)}")
+            raise NotInjected(f"did not end within {SEEN_S:g} s of SIGKILL: processes {', '.join(left)}")
         return f"pidfds say that all {len(family)} processes are gone"
 
-    def _heal(self, hold: Hold) -> None:
+    def _restore(self, hold: Hold) -> None:
         hold.send(signal.SIGCONT)
 
 
 def _below(site: Site, pid: int) -> set[int]:
-    """Children and grandchildren; an agent's forkserver may be a fork of a process that is above both."""
+    """Children and grandchildren. An agent's forkserver may have been forked by a process above both: it counts too."""
     parents = {pid}
     with suppress(NotInjected):
         parents.add(site.pid("forkserver"))
@@ -64,14 +60,3 @@ def _below(site: Site, pid: int) -> set[int]:
         with suppress(psutil.NoSuchProcess):
             found = found | {child.pid for child in psutil.Process(parent).children(recursive=True)}
     return found - {pid}
-
-
-FAULTS = {
-    "parent-death": Fault(
-        about="SIGKILL of a process with children", victims=("supervisor", "agent", "forkserver"),
-        heals=False, make=ParentDeath,
-    ),
-    "host-death": Fault(
-        about="SIGKILL of an agent and all its ranks at once", victims=("agent",), heals=False, make=HostDeath
-    ),
-}  # fmt: skip

@@ -1,6 +1,6 @@
-"""What injectors of process faults share: a hold on one process that no other can be mistaken for, and looks at it.
+"""Faults of one process: a hold on it that cannot hit another process by mistake, and the base of its injectors.
 
-All looks go to the kernel (/proc, a pidfd), never to the process itself or to what the cluster believes of it.
+Whether a fault took effect is asked of the kernel (/proc, a pidfd), never of the process or of the cluster.
 """
 
 from __future__ import annotations
@@ -9,33 +9,28 @@ import os
 import resource
 import select
 import signal
-import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+from abc import abstractmethod
 from pathlib import Path
 
 import psutil
 
-from chaos.faults.base import Injected, NotInjected, Site
-from chaos.faults.fault import Params
+from chaos.faults.base import SEEN_S, NotInjected, SiteInjector, see
 
-SEEN_S = 5.0  # a fault that is not seen within this time has not happened
-POLL_S = 0.002
-_STATE, _EXIT_CODE = 0, 49  # fields of /proc/PID/stat behind the process's name
+_STATE, _EXIT_CODE = 0, 49  # fields of /proc/PID/stat after the process's name
 
 
 class Hold:
-    """One process, by pidfd: it is signalled as long as it lives, and its pid's next owner never."""
+    """One process, held by pidfd: signals never reach another process that got the same pid later."""
 
     def __init__(self, pid: int, victim: str) -> None:
-        self.pid, self.victim = pid, victim
+        self.pid, self.name = pid, f"{victim}, process {pid},"
         try:
             self._pidfd = os.pidfd_open(pid)
         except ProcessLookupError:
-            raise NotInjected(f"{victim}, process {pid}, is gone already") from None
+            raise NotInjected(f"{self.name} is gone already") from None
 
     def close(self) -> None:
-        """Let go."""
+        """Release the pidfd; the process then counts as gone."""
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
@@ -50,8 +45,26 @@ class Hold:
             return False
         return True
 
+    def end(self, number: signal.Signals, within_s: float = SEEN_S) -> str:
+        """End it by a signal and return the proof; NotInjected if it lives on."""
+        self.send(number)
+        if not self.gone(within_s):
+            raise NotInjected(f"{self.name} did not end within {within_s:g} s of {number.name}")
+        return f"pidfd says gone after {number.name}"
+
+    def stop(self) -> str:
+        """SIGSTOP it and return the proof."""
+        self.send(signal.SIGSTOP)
+        see(lambda: self.state() == "T", f"{self.name} stopped")
+        return "/proc says stopped (T)"
+
+    def resume(self) -> None:
+        """SIGCONT it and see it run (or gone)."""
+        self.send(signal.SIGCONT)
+        see(lambda: self.state() not in ("T", "t"), f"{self.name} running again")
+
     def gone(self, within_s: float = 0.0) -> bool:
-        """Whether the kernel says that it ended, now or within this time."""
+        """Whether it has ended by the kernel's word, now or within this time."""
         if self._pidfd < 0:
             return True
         poller = select.poll()
@@ -63,7 +76,7 @@ class Hold:
         return "" if self.gone() else (_stat(self.pid, _STATE) or "")
 
     def ended_by(self) -> str:
-        """How the kernel says it ended; "" if its parent has taken that away before we could look."""
+        """How it ended by the kernel's word; "" if its parent has reaped it already."""
         code = _stat(self.pid, _EXIT_CODE)
         if not self.gone() or code is None:
             return ""
@@ -79,59 +92,45 @@ def _stat(pid: int, field: int) -> str | None:
     return text[text.rindex(")") + 2 :].split()[field]
 
 
-def see(sign: Callable[[], bool], what: str, within_s: float = SEEN_S) -> None:
-    """Wait for the sign that the fault has happened; NotInjected says what was not seen."""
-    deadline = time.monotonic() + within_s
-    while not sign():
-        if time.monotonic() > deadline:
-            raise NotInjected(f"not seen within {within_s:g} s: {what}")
-        time.sleep(POLL_S)
+class ProcessInjector(SiteInjector):
+    """Base of the faults of one process: the one that is the victim when the fault is injected.
 
+    Subclasses implement `_affect` and `_restore`; `_restore` may find the process gone.
+    """
 
-class OnProcess(ABC):
-    """Base of the faults of one process: whoever is the victim when it is dealt. `heal` may be called any number of
-    times; what there is to take back stands in `_heal`, which is called once, for a process that lives."""
+    _hold: Hold | None = None
 
-    name = ""
+    def _prepare(self) -> None:
+        self._hold = Hold(self.site.pid(self.victim), self.victim)
+        self._pid = self._hold.pid
 
-    def __init__(self, site: Site, victim: str, params: Params) -> None:
-        self.site, self.victim, self.params = site, victim, params
-        self._hold: Hold | None = None
-
-    def inject(self) -> Injected:
-        """Deal it; NotInjected, and healed, if it is not seen."""
-        hold = self._hold = Hold(self.site.pid(self.victim), self.victim)
-        at = time.time()
-        try:
-            proof = self._deal(hold)
-        except BaseException:
-            self.heal()
-            raise
+    def _inject(self) -> str:
+        hold = self._hold
+        if hold is None:
+            raise NotInjected(f"{self.victim} was healed while the fault was injected")
+        proof = self._affect(hold)
         if hold.gone():
-            hold.close()  # who is dead needs no hold; whoever forgets to heal him then keeps no descriptor
-        return Injected(
-            fault=self.name, victim=self.victim, at=at, seen_at=time.time(), proof=proof, pid=hold.pid,
-        )  # fmt: skip
+            hold.close()  # so that no descriptor is left open if `heal` is never called
+        return proof
 
-    def heal(self) -> None:
-        """Take it back."""
+    def _heal(self) -> None:
         hold, self._hold = self._hold, None
         if hold is not None:
             try:
-                self._heal(hold)
+                self._restore(hold)
             finally:
                 hold.close()
 
     @abstractmethod
-    def _deal(self, hold: Hold) -> str:
-        """Do it and see it; the proof, in words."""
+    def _affect(self, hold: Hold) -> str:
+        """Inject the fault and see it; returns the proof."""
 
-    def _heal(self, hold: Hold) -> None:  # noqa: B027 - of most faults nothing can be taken back
-        """Take it back; the process may be gone by now. Nothing, unless there is something to take back."""
+    def _restore(self, hold: Hold) -> None:
+        """Undo the fault."""
 
 
 class Limit:
-    """A resource limit of a process, and of what it starts from now on, that can be taken back."""
+    """A resource limit of a process and of the children that it starts later, which can be restored."""
 
     def __init__(self, pid: int, kind: int) -> None:
         self.pid, self._kind = pid, kind
@@ -139,14 +138,14 @@ class Limit:
         self._set = -1
 
     def lower(self, to: int) -> None:
-        """From now on no more than this; NotInjected if it does not read back so."""
+        """Set the soft limit; NotInjected if it does not read back."""
         self._set = to
         resource.prlimit(self.pid, self._kind, (to, self._before[1]))
         if (found := resource.prlimit(self.pid, self._kind)[0]) != to:
             raise NotInjected(f"the limit of process {self.pid} was set to {to} and reads back as {found}")
 
     def restore(self) -> None:
-        """As it was, in the process and in what it has started meanwhile."""
+        """Restore the limit, also in children started meanwhile."""
         if self._set < 0:
             return
         try:

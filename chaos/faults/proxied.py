@@ -1,20 +1,18 @@
-"""Faults dealt by a TcpProxy, each proven twice: by a probe through the proxy and by the proxy's own counters."""
+"""Faults injected by a TcpProxy, proven twice: by a probe through the proxy and by the proxy's own counters."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from functools import partial
 from typing import Protocol, runtime_checkable
 
-from chaos.faults.base import Injected, Injector, NotInjected, Site
-from chaos.faults.fault import Fault, Params
+from chaos.faults.base import Fault, Injector, NotInjected, Params, Site, poll, see
 from chaos.faults.probe import PROBE_TIMEOUT_S, Answer, ask
 from chaos.faults.proxy import Counters, Faults, TcpProxy, Way
 
 PROOF_TIMEOUT_S = 10.0
-LEAST_TRANSFER_S = 0.05  # an answer that is shorter says nothing about bandwidth
-SHARE = 0.8  # of a time that was asked for must be felt: a busy machine makes probes slower, never faster
+LEAST_TRANSFER_S = 0.05  # a shorter answer says nothing about bandwidth
+SHARE = 0.8  # of a requested delay must be measured: a busy machine makes probes slower, never faster
 
 HOLE = Way(hole=True)
 SETTINGS: dict[str, tuple[str, Faults]] = {
@@ -41,53 +39,48 @@ class Proxied(Protocol):
     proxies: Mapping[str, TcpProxy]
 
 
-class ProxyFault:
+class ProxyFault(Injector):
     """One set of faults of one proxy. `path`: what to ask the server for to see that it happened."""
 
     def __init__(
         self, proxy: TcpProxy, fault: str, victim: str, faults: Faults | None = None, path: str = "/metrics"
     ) -> None:
-        self._proxy, self.fault, self.victim, self._path = proxy, fault, victim, path
-        self._dealt = False
+        super().__init__(victim)
+        self.fault, self._proxy, self._path = fault, proxy, path
         self._faults = faults or SETTINGS[fault][1]
+        self._before = Answer(seconds=0.0)
 
-    def inject(self) -> Injected:
-        """Deal it and see that it happened; NotInjected, and nothing left of it, if it did not."""
-        before = self._ask()
-        if before.error:
-            raise NotInjected(f"{self.victim} does not answer through the proxy as it is: {before}")
-        counted, at = self._proxy.counters(), time.time()
-        self._dealt = True
+    def _prepare(self) -> None:
+        self._before = self._ask()
+        if self._before.error:
+            raise NotInjected(f"{self.victim} does not answer through the proxy as it is: {self._before}")
+
+    def _inject(self) -> str:
+        counted, after = self._proxy.counters(), self._before
         self._proxy.set(self._faults)
-        deadline = time.monotonic() + PROOF_TIMEOUT_S
-        while True:
-            still = self._proxy.counters()
-            after = self._ask()
-            if proof := shown(self._faults, before, after, counted, still, self._proxy.counters()):
-                return Injected(fault=self.fault, victim=self.victim, at=at, seen_at=time.time(), proof=proof)
-            if time.monotonic() > deadline:
-                self.heal()
-                raise NotInjected(f"{self.fault} was not felt through the proxy: {before} before, {after} after")
 
-    def heal(self) -> None:
-        """Have the proxy pass everything as it is, and see that it does."""
-        if not self._dealt:
-            return
+        def proof() -> str:
+            nonlocal after
+            still, after = self._proxy.counters(), self._ask()
+            return shown(self._faults, self._before, after, counted, still, self._proxy.counters())
+
+        if found := poll(proof, PROOF_TIMEOUT_S, 0.0):
+            return found
+        raise NotInjected(f"{self.fault} was not felt through the proxy: {self._before} before, {after} after")
+
+    def _heal(self) -> None:
         self._proxy.set(Faults())
-        deadline = time.monotonic() + PROOF_TIMEOUT_S
-        while (answer := self._ask()).error:
-            if time.monotonic() > deadline:
-                raise NotInjected(f"{self.victim} does not answer through the healed proxy: {answer}")
-        self._dealt = False
+        see(lambda: not self._ask().error, f"{self.victim} answering through the healed proxy", PROOF_TIMEOUT_S)
 
     def _ask(self) -> Answer:
         return ask(self._proxy.url + self._path, PROBE_TIMEOUT_S)
 
 
 def shown(faults: Faults, before: Answer, after: Answer, counted: Counters, still: Counters, now: Counters) -> str:
-    """How it shows that the faults happened, in words; "" if it does not. Pure.
+    """The proof that the faults happened, in words; "" if there is none. Pure.
 
-    `counted`: before they were set, `still`: before the last probe (what was under way as they were set may pass).
+    `counted`: the counters before the faults were set. `still`: before the last probe, because bytes that were under
+    way when the faults were set may still pass.
     """
     up, down = faults.up, faults.down
     felt = f"a round trip through the proxy: {before} before, {after} after"

@@ -1,14 +1,13 @@
-"""Faults inside a rank's step, dealt by failpoints: it raises, hangs (with the interpreter's lock or not), is late.
+"""Faults inside a rank's step, by failpoints: it raises, hangs (with or without the interpreter's lock), or is late.
 
-The cluster must have been served with --chaos. Proof is the event `failpoint`, which a process writes before it fails.
+The cluster must be served with --chaos. Proof is the event `failpoint`, which a process writes before it fails.
 """
 
 from __future__ import annotations
 
-import time
+from functools import partial
 
-from chaos.faults.base import Injected, NotInjected, Site
-from chaos.faults.fault import Fault, Params
+from chaos.faults.base import Fault, Faults, Params, Site, SiteInjector, see
 from membership.base.events import Event
 from membership.base.failpoints import KIND
 
@@ -16,60 +15,49 @@ POINT = "rank.step"
 SEEN_S = 15.0  # a rank makes a step only if there are requests
 POLL_S = 0.02
 
+FAULTS = Faults()
 
-class AtStep:
-    """One failpoint at `rank.step` of one rank."""
+
+class AtStep(SiteInjector):
+    """One failpoint at `rank.step` of one rank; healing disarms it, and a hung step goes on."""
 
     def __init__(self, fault: str, action: str, site: Site, victim: str, params: Params) -> None:
-        self.fault, self.action, self.site, self.victim = fault, action, site, victim
-        self._times = int(params["times"])
-        self._armed = False
+        """`action`: what the failpoint does; it may name parameters, as in `delay:{ms}`."""
+        super().__init__(site, victim, params)
+        self.fault = fault
+        numbers = {name: int(value) for name, value in params.items()}
+        self._action = (f"{numbers['times']}*" if numbers["times"] else "") + action.format(**numbers)
 
-    def inject(self) -> Injected:
-        """Arm it, and wait until the history says that it happened."""
-        rank, limit = int(self.victim.split()[1]), f"{self._times}*" if self._times else ""
+    def _inject(self) -> str:
+        rank = int(self.victim.split()[1])
         known = len(self.site.events())
-        at = time.time()
-        self._armed = True
-        self.site.arm(f"{POINT}@{rank}={limit}{self.action}")
-        deadline = time.monotonic() + SEEN_S
-        while (found := self._dealt(rank, known)) is None:
-            if time.monotonic() > deadline:
-                self.heal()
-                raise NotInjected(
-                    f"{self.victim} did not pass {POINT} within {SEEN_S:g} s", hint="it makes steps only under load"
-                )
-            time.sleep(POLL_S)
-        return Injected(
-            fault=self.fault, victim=self.victim, at=at, seen_at=found.ts, pid=int(found.fields["pid"]),
-            proof=f"event {KIND} in the history: {POINT} {found.fields['action']}",
+        self.site.arm(f"{POINT}@{rank}={self._action}")
+        failed = see(
+            lambda: self._failed(rank, known), f"{self.victim} at {POINT}", SEEN_S, every_s=POLL_S,
+            hint="it makes steps only under load",
         )  # fmt: skip
+        self._seen_at, self._pid = failed.ts, int(failed.fields["pid"])
+        return f"event {KIND} in the history: {POINT} {failed.fields['action']}"
 
-    def heal(self) -> None:
-        """Disarm: who hangs goes on."""
-        if self._armed:
-            self.site.arm("")
-            self._armed = False
+    def _heal(self) -> None:
+        self.site.arm("")
 
-    def _dealt(self, rank: int, known: int) -> Event | None:
+    def _failed(self, rank: int, known: int) -> Event | None:
+        """The event of the failpoint, in the history after the first `known` events."""
         for event in self.site.events()[known:]:
             if event.kind == KIND and event.fields["name"] == POINT and event.rank == rank:
                 return event
         return None
 
 
-def _fault(name: str, about: str, action: str, heals: bool, **params: float) -> Fault:
-    def make(site: Site, victim: str, given: Params) -> AtStep:
-        return AtStep(name, action.format(**{key: int(value) for key, value in given.items()}), site, victim, given)
-
-    return Fault(
-        about=about, victims=("rank",), heals=heals, make=make, needs=("--chaos",), params={"times": 1, **params}
-    )
+def _enter(name: str, about: str, action: str, *, heals: bool, **params: float) -> None:
+    FAULTS[name] = Fault(
+        about=about, victims=("rank",), heals=heals, make=partial(AtStep, name, action), needs=("--chaos",),
+        params={"times": 1, **params},
+    )  # fmt: skip
 
 
-FAULTS = {
-    "step-raise": _fault("step-raise", "an exception in a step", "raise", True),
-    "step-hang": _fault("step-hang", "a native hang in a step, without the interpreter's lock", "hang", False),
-    "step-hang-gil": _fault("step-hang-gil", "a native hang in a step, with the interpreter's lock", "hang-gil", False),
-    "step-delay": _fault("step-delay", "a step that takes so much longer", "delay:{ms}", True, ms=200),
-}
+_enter("step-raise", "an exception in a step", "raise", heals=True)
+_enter("step-hang", "a native hang in a step, without the interpreter's lock", "hang", heals=False)
+_enter("step-hang-gil", "a native hang in a step, with the interpreter's lock", "hang-gil", heals=False)
+_enter("step-delay", "a step that takes so much longer", "delay:{ms}", heals=True, ms=200)

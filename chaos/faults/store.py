@@ -1,7 +1,7 @@
-"""Faults of the store itself: etcd down, its disk slow, its history forgotten, its room used up, its data gone.
+"""Faults of the store itself: etcd down, its disk slow, its history compacted, its space used up, its data gone.
 
-What every process may suffer (`kill`, `stop`, `slow`) is in `signals.py`; the victim is then called "etcd". Whether
-a fault happened is asked of etcd's own interface, past any proxy and not through the client that is under test.
+Faults of any process (`kill`, `stop`, `slow`) are in `signals.py`; their victim is then "etcd". Whether a fault
+happened is asked of etcd's own interface, past any proxy and not through the client under test.
 """
 
 from __future__ import annotations
@@ -10,17 +10,14 @@ import shutil
 import socket
 import subprocess
 import time
-from abc import ABC, abstractmethod
 from contextlib import closing
 from functools import cached_property
 
 import httpx
 
-from chaos.faults.base import Injected, NotInjected, Site
+from chaos.faults.base import ROLES, SEEN_S, Faults, NotInjected, SiteInjector, see
 from chaos.faults.etcd_process import START_TIMEOUT_S, Etcd, OwnsMembers, answers, etcd_of
-from chaos.faults.fault import ROLES, Fault, Params
 from chaos.faults.members import ASK_TIMEOUT_S, EtcdMembers, call, status
-from chaos.faults.process import SEEN_S, see
 from elastic.serve.role_process import leases_of
 from elastic.serve.state_dir import StateDir
 from membership.base.errors import StoreCompacted, StoreError, StoreUnavailable
@@ -30,58 +27,31 @@ from membership.store.keys import Keys
 FSYNC = "etcd_disk_wal_fsync_duration_seconds"
 OURS = "/elastic-chaos/"  # keys that injectors write
 FILLING = 1 << 20  # bytes of one value; etcd's limit of a request is 1.5 MB
+ETCD = ("etcd",)
+
+FAULTS = Faults()
 
 
-class OnStore(ABC):
-    """Base of the faults of the store: `_deal` does it and returns the proof, `_heal` takes back what was dealt."""
-
-    name = ""
-
-    def __init__(self, site: Site, victim: str, params: Params) -> None:
-        self.site, self.victim, self.params = site, victim, params
-        self._dealt = False
+class StoreInjector(SiteInjector):
+    """Base of the faults of the store."""
 
     @cached_property
     def etcd(self) -> Etcd:
         """The site's."""
         return etcd_of(self.site)
 
-    def inject(self) -> Injected:
-        """Deal it and see that it happened; NotInjected, and healed, if it did not."""
-        at, self._dealt = time.time(), True
-        try:
-            proof = self._deal()
-        except BaseException:
-            self.heal()
-            raise
-        return Injected(fault=self.name, victim=self.victim, at=at, seen_at=time.time(), proof=proof)
-
-    def heal(self) -> None:
-        """Take back what was dealt, once."""
-        if self._dealt:
-            self._heal()
-            self._dealt = False
-
-    @abstractmethod
-    def _deal(self) -> str:
-        """Deal it; the proof that it happened, in words."""
-
-    def _heal(self) -> None:  # noqa: B027 - of most faults nothing can be taken back
-        """Nothing, unless the fault says otherwise. It may have been dealt in part only."""
-
     def _store(self) -> EtcdStore:
         """A client of our own."""
         return connect([self.etcd.url], connect_timeout_s=ASK_TIMEOUT_S)
 
 
-class Down(OnStore):
-    """It ends in good order and stays away until healed; its data stay."""
-
-    name = "etcd-down"
+@FAULTS.entry("etcd-down", "etcd ends in good order, and is away until healed", victims=ETCD, heals=True)
+class Down(StoreInjector):
+    """It shuts down in good order and stays down until healed; its data stay."""
 
     _before = 0  # cluster id
 
-    def _deal(self) -> str:
+    def _inject(self) -> str:
         self._before = status(self.etcd.url).cluster_id
         self.etcd.down()
         if answers(self.etcd.url):
@@ -89,7 +59,6 @@ class Down(OnStore):
         return f"nothing answers at {self.etcd.url}"
 
     def _heal(self) -> None:
-        """Start it again with its data."""
         if not self._before:
             return
         self.etcd.up()
@@ -97,13 +66,13 @@ class Down(OnStore):
             raise NotInjected(f"etcd at {self.etcd.url} came back with other data")
 
 
-class Wiped(OnStore):
-    """Its data are deleted while it is down: it comes back as another store. Nothing brings them back."""
+@FAULTS.entry("etcd-wiped", "etcd comes back without its data", victims=ETCD, heals=False)
+class Wiped(StoreInjector):
+    """Its data are deleted while it is down: it comes back as another store."""
 
-    name = "etcd-wiped"
     _ended = False
 
-    def _deal(self) -> str:
+    def _inject(self) -> str:
         before = status(self.etcd.url)
         self._ended = True
         self.etcd.down()
@@ -118,17 +87,15 @@ class Wiped(OnStore):
         )
 
     def _heal(self) -> None:
-        """See that it runs, if we were interrupted."""
         if self._ended:
             self.etcd.up()
 
 
-class Compacted(OnStore):
-    """It forgets all that was overwritten: who was behind cannot follow any more, and must list anew."""
+@FAULTS.entry("etcd-compacted", "etcd forgets its history", victims=ETCD, heals=False)
+class Compacted(StoreInjector):
+    """It forgets all overwritten values: a watch that is behind cannot go on, its client must list again."""
 
-    name = "etcd-compacted"
-
-    def _deal(self) -> str:
+    def _inject(self) -> str:
         with closing(self._store()) as store:
             revision = max(store.put(OURS + "compaction", b"") for _ in range(2))
             store.delete(OURS + "compaction")
@@ -141,14 +108,16 @@ class Compacted(OnStore):
         raise NotInjected("a watch from revision 1 was served: nothing was compacted")
 
 
-class SlowDisk(OnStore):
-    """Each fdatasync of its log takes so much longer. strace does it, from outside."""
-
-    name = "etcd-slow-disk"
+@FAULTS.entry(
+    "etcd-slow-disk", "each write of etcd's log takes so much longer", victims=ETCD, heals=True,
+    needs=("strace", "root"), params={"delay_s": 0.2},
+)  # fmt: skip
+class SlowDisk(StoreInjector):
+    """Each fdatasync of its log takes `delay_s` longer, injected from outside by strace."""
 
     _tracer: subprocess.Popen[bytes] | None = None
 
-    def _deal(self) -> str:
+    def _inject(self) -> str:
         delay_s, url = float(self.params["delay_s"]), self.etcd.url
         pid = self.site.pid("etcd")
         what = f"inject=fdatasync:delay_enter={round(delay_s * 1e6)}"
@@ -161,7 +130,7 @@ class SlowDisk(OnStore):
         with closing(self._store()) as store:
             mean_s = 0.0
             deadline = time.monotonic() + SEEN_S + 10 * delay_s
-            while mean_s < 0.8 * delay_s:  # those before the tracer was there were quick
+            while mean_s < 0.8 * delay_s:  # syncs before the tracer was attached were quick
                 if self._tracer.poll() is not None or time.monotonic() > deadline:
                     raise NotInjected(f"etcd's disk is not slow: {mean_s:.3f} s per fsync; {self._said()}")
                 before = fsyncs(url)
@@ -172,7 +141,6 @@ class SlowDisk(OnStore):
         return f"{FSYNC}: {mean_s * 1000:.0f} ms in the mean of the last {after[0] - before[0]:.0f}"
 
     def _heal(self) -> None:
-        """End the tracer, which lets etcd go."""
         tracer, self._tracer = self._tracer, None
         if tracer is not None:
             tracer.terminate()
@@ -188,7 +156,7 @@ class SlowDisk(OnStore):
 
 
 def fsyncs(url: str) -> tuple[float, float]:
-    """How many times etcd has written its log to disk, and how long that took altogether, by its own metric."""
+    """Number of times etcd has synced its log to disk, and the seconds that took in all, by its own metric."""
     try:
         lines = httpx.get(f"{url}/metrics", timeout=ASK_TIMEOUT_S, trust_env=False).text.splitlines()
     except httpx.HTTPError as error:
@@ -197,12 +165,14 @@ def fsyncs(url: str) -> tuple[float, float]:
     return float(found[f"{FSYNC}_count"]), float(found[f"{FSYNC}_sum"])
 
 
-class Full(OnStore):
-    """Its room is used up: it refuses all writes, and new leases, until healed. It must have been given little room."""
+@FAULTS.entry(
+    "etcd-full", "etcd's room is used up: it refuses all writes", victims=ETCD, heals=True,
+    needs=("an etcd with little room (--quota-backend-bytes)",), params={"most_bytes": 64 << 20},
+)  # fmt: skip
+class Full(StoreInjector):
+    """Its space is used up: it refuses writes and new leases until healed. Its quota must be small."""
 
-    name = "etcd-full"
-
-    def _deal(self) -> str:
+    def _inject(self) -> str:
         url, most = self.etcd.url, int(self.params["most_bytes"])
         filling = bytes(FILLING)
         with closing(self._store()) as store:
@@ -216,7 +186,7 @@ class Full(OnStore):
         raise NotInjected(f"{most} bytes did not fill etcd", hint="give it --quota-backend-bytes")
 
     def _heal(self) -> None:
-        """Make room, and have etcd take writes again: an alarm stays until somebody takes it back."""
+        """Free space and clear the alarm, which etcd does not do by itself."""
         url = self.etcd.url
         with closing(self._store()) as store:
             for kv in store.range(OURS + "filling/")[1]:
@@ -235,10 +205,12 @@ class Full(OnStore):
             store.delete(OURS + "room")
 
 
-class LeaderMoved(OnStore):
-    """Another member leads, by order or because the leader was killed."""
-
-    name = "etcd-leader"
+@FAULTS.entry(
+    "etcd-leader", "another member of etcd leads; with `kill`, because the leader is dead", victims=ETCD, heals=True,
+    needs=("an etcd of several members that the scenario owns",), params={"kill": False},
+)  # fmt: skip
+class LeaderMoved(StoreInjector):
+    """Another member leads, by a transfer or because the leader was killed."""
 
     @cached_property
     def _members(self) -> EtcdMembers:
@@ -246,7 +218,7 @@ class LeaderMoved(OnStore):
             raise NotInjected("this etcd is no EtcdMembers of the scenario's", hint="see chaos.faults.members")
         return self.site.members
 
-    def _deal(self) -> str:
+    def _inject(self) -> str:
         old = self._members.leader()
         was, others = old.status().member_id, [each for each in self._members.members if each is not old]
         if self.params["kill"]:
@@ -257,7 +229,6 @@ class LeaderMoved(OnStore):
         return f"{old.name} ({was:x}) led, {others[0].status().leader:x} leads"
 
     def _heal(self) -> None:
-        """Start the member that was killed."""
         if not isinstance(self.site, OwnsMembers):
             return
         for member in self._members.members:
@@ -265,12 +236,11 @@ class LeaderMoved(OnStore):
                 member.restart()
 
 
-class LeasesRevoked(OnStore):
-    """The leases of a role end under it, as if they had run out. It lives."""
+@FAULTS.entry("lease-revoked", "the leases of a role end under it", victims=ROLES, heals=False, params={"node": ""})
+class LeasesRevoked(StoreInjector):
+    """The leases of a live role are revoked, as if they had expired."""
 
-    name = "lease-revoked"
-
-    def _deal(self) -> str:
+    def _inject(self) -> str:
         address = StateDir(self.site.state_dir()).address()
         pid, node = self.site.pid(self.victim), str(self.params["node"] or socket.gethostname())
         with closing(self._store()) as store:
@@ -284,26 +254,3 @@ class LeasesRevoked(OnStore):
             if (left := int(call(url, "lease/timetolive", {"ID": str(lease)})["TTL"])) >= 0:
                 raise NotInjected(f"lease {lease:x} of {self.victim} still has {left} s")
         return f"etcd knows no lease {', '.join(f'{lease:x}' for lease in leases)} of process {pid}"
-
-
-ETCD = ("etcd",)
-FAULTS = {
-    "etcd-down": Fault(about="etcd ends in good order, and is away until healed", victims=ETCD, heals=True, make=Down),
-    "etcd-wiped": Fault(about="etcd comes back without its data", victims=ETCD, heals=False, make=Wiped),
-    "etcd-compacted": Fault(about="etcd forgets its history", victims=ETCD, heals=False, make=Compacted),
-    "etcd-slow-disk": Fault(
-        about="each write of etcd's log takes so much longer", victims=ETCD, heals=True, make=SlowDisk,
-        needs=("strace", "root"), params={"delay_s": 0.2},
-    ),
-    "etcd-full": Fault(
-        about="etcd's room is used up: it refuses all writes", victims=ETCD, heals=True, make=Full,
-        needs=("an etcd with little room (--quota-backend-bytes)",), params={"most_bytes": 64 << 20},
-    ),
-    "etcd-leader": Fault(
-        about="another member of etcd leads; with `kill`, because the leader is dead", victims=ETCD, heals=True,
-        make=LeaderMoved, needs=("an etcd of several members that the scenario owns",), params={"kill": False},
-    ),
-    "lease-revoked": Fault(
-        about="the leases of a role end under it", victims=ROLES, heals=False, make=LeasesRevoked, params={"node": ""},
-    ),
-}  # fmt: skip

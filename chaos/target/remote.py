@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from chaos.faults import step
-from chaos.faults.base import Injector, NotInjected, Site
-from chaos.faults.fault import Params
+from chaos.faults.base import Injector, NotInjected, Params, Site
 
 ACTIONS = {"kill": "kill", "segv": "segv"}  # of the faults by a signal, those that a failpoint deals just as well
 FAULTS = (*ACTIONS, *step.FAULTS)

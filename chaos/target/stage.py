@@ -10,9 +10,8 @@ from typing import Any, Protocol
 import httpx
 import psutil
 
-from chaos.faults.base import Injector, NotInjected, Site
+from chaos.faults.base import Injector, NotInjected, Params, Site
 from chaos.faults.catalogue import injector
-from chaos.faults.fault import Params
 from chaos.faults.site import ServedSite
 from chaos.scenarios.dry_run import CHAOS, needs_of
 from chaos.scenarios.script import Blow

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pyroute2
 import pytest
 
 from chaos.faults import netns
@@ -25,7 +25,7 @@ from tests.support.helpers import eventually
 
 pytestmark = [
     pytest.mark.integration,
-    pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="namespaces take root and iproute2"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="namespaces take root"),
 ]
 
 T = 30.0
@@ -163,24 +163,26 @@ def etcd_leader(scene: Scene) -> Member | None:
 
 def test_what_a_killed_owner_left_is_swept(monkeypatch: pytest.MonkeyPatch) -> None:
     left = f"{netns.PREFIX}{2**22 + 1}-m0"  # of a process that cannot be
-    netns.ip("netns", "add", left)
+    netns.create(left)
     with Network([]):
         assert left not in netns.namespaces()
 
 
-def without_ip(words: Sequence[str], **_: Any) -> Any:
-    raise FileNotFoundError(words[0])
+def test_without_pyroute2_nothing_is_injected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyroute2", None)
+    with pytest.raises(NotInjected, match="pyroute2 is not installed") as caught, Network(["a"]):
+        pass
+    assert "elastic-ep[chaos]" in caught.value.hint
 
 
-def refused(words: Sequence[str], **_: Any) -> Any:
-    return subprocess.CompletedProcess(words, 1, "", "Operation not permitted")
+@pytest.mark.parametrize("refusal", [PermissionError(1, "no"), pyroute2.NetlinkError(1, "no")])
+def test_without_the_right_nothing_is_injected(refusal: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> None:
+        raise refusal
 
-
-@pytest.mark.parametrize("run", [without_ip, refused])
-def test_without_the_right_or_the_tool_nothing_is_injected(
-    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(subprocess, "run", run)
+    before = netns.namespaces()
+    monkeypatch.setattr(pyroute2.netns, "create", refused)
     with pytest.raises(NotInjected) as caught, Network(["a"]):
         pass
     assert "root" in caught.value.hint
+    assert netns.namespaces() == before
