@@ -59,7 +59,7 @@ class Host:
         with routes(self.namespace) as mine:
             return bool(mine.get_links(_index(mine, "eth0"))[0].get_attr("IFLA_CARRIER"))
 
-    def join(self) -> None:
+    def connect(self) -> None:
         """Connect it to the switch and open its probe port."""
         with routes(self.network.switch) as switch:
             peer = {"ifname": "eth0", "net_ns_fd": self.namespace}
@@ -101,7 +101,7 @@ class Network:
                 switch.link("set", index=_index(switch, "bridge"), state="up")
             for host in self.hosts.values():
                 self._make(host.namespace)
-                host.join()
+                host.connect()
         except BaseException:
             self.__exit__()
             raise
