@@ -11,29 +11,28 @@ import typer
 from chaos.campaigns.failpoint_matrix import ACTIONS, FLAGS, every_cell, run_matrix
 from chaos.campaigns.failpoint_stimuli import SMALL
 from chaos.cli.endurance import served
-from elastic.cli.client import find_admin
-from elastic.cli.flags import AdminFlag, AdminTokenFlag, Output, OutputFlag, StateDirFlag, reported, write_json
+from elastic.cli.command import command
+from elastic.cli.connection import AdminConnection
+from elastic.cli.flags import Output, OutputFlag, reported, write_json
 from membership.base.errors import ConfigError
 from membership.base.failpoints import POINTS
 
 
+@command
 def failpoints(
+    connection: AdminConnection,
     spec: Annotated[str | None, typer.Argument(help="NAME[@RANK]=[N*]ACTION;…  Empty: disarm. Left out: show.")] = None,
-    state_dir: StateDirFlag = None,
-    admin: AdminFlag = None,
-    admin_token: AdminTokenFlag = None,
     output: OutputFlag = Output.TEXT,
 ) -> None:
     """Arm faults in a cluster that is served with --chaos, or show which are armed and which there are."""
-    with reported():
-        with find_admin(state_dir, admin, admin_token) as client:
-            told = client.failpoints() if spec is None else client.arm(spec)
-        if output is Output.JSON:
-            write_json(told)
-            return
-        typer.echo(f"armed: {told['failpoints'] or 'nothing'}")
-        if spec is None:
-            typer.echo(f"actions: {' '.join(told['actions'])}\npoints:\n  " + "\n  ".join(told["points"]))
+    with connection.admin_client() as client:
+        told = client.failpoints() if spec is None else client.arm(spec)
+    if output is Output.JSON:
+        write_json(told)
+        return
+    typer.echo(f"armed: {told['failpoints'] or 'nothing'}")
+    if spec is None:
+        typer.echo(f"actions: {' '.join(told['actions'])}\npoints:\n  " + "\n  ".join(told["points"]))
 
 
 def failpoint_matrix(

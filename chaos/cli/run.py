@@ -25,17 +25,14 @@ from chaos.scenarios.verdict import Played, RunReceipt, receipt
 from chaos.target.cluster import Cluster
 from chaos.target.stage import LocalStage, RemoteStage, Stage
 from elastic.cli.client import AdminClient
+from elastic.cli.command import command
+from elastic.cli.connection import AdminConnection
 from elastic.cli.flags import Output, OutputFlag, interruptible, reported, seconds, write_json
 from elastic.serve.state_dir import StateDir
 from membership.base.errors import ConfigError, PlanRefused
 
 TargetFlag = Annotated[
     str | None, typer.Option("--target", help="Play on the deployment at this URL, not on a new one.")
-]
-AdminFlag = Annotated[str | None, typer.Option("--admin", envvar="ELASTIC_ADMIN", help="Its admin port's URL.")]
-TokenFlag = Annotated[str | None, typer.Option("--token", envvar="ELASTIC_ADMIN_TOKEN", help="Of its admin port.")]
-StateFlag = Annotated[
-    Path | None, typer.Option("--state-dir", envvar="ELASTIC_STATE_DIR", help="Its state directory, on this machine.")
 ]
 DownFlag = Annotated[int, typer.Option("--max-ranks-down", min=0, help="Target: never more ranks down at a time.")]
 UncoveredFlag = Annotated[
@@ -59,7 +56,9 @@ def scenarios(output: OutputFlag = Output.TEXT) -> None:
                 typer.echo(f"{scenario.name:26} {scenario.about}")
 
 
+@command
 def run(
+    connection: AdminConnection,
     scenario: Annotated[str, typer.Argument(help="A name (see: elastic-chaos scenarios), or a .yaml file.")],
     seed: Annotated[int | None, typer.Option(help="Makes the random choices; default: the scenario's.")] = None,
     record: Annotated[Path | None, typer.Option(help="Save all that was seen, for elastic-chaos check.")] = None,
@@ -68,9 +67,6 @@ def run(
     ] = False,
     model: ModelFlag = None,
     target: TargetFlag = None,
-    admin: AdminFlag = None,
-    token: TokenFlag = None,
-    state_dir: StateFlag = None,
     max_ranks_down: DownFlag = 1,
     allow_uncovered: UncoveredFlag = False,
     only_roles: RolesFlag = DEFAULT_ROLES,
@@ -80,19 +76,18 @@ def run(
     output: OutputFlag = Output.TEXT,
 ) -> None:
     """Play a scenario under load and judge what clients saw. Exit 1 if a promise broke. Ctrl-C takes faults back."""
-    with reported():
-        wanted = find(scenario)
-        played = Played(wanted, wanted.seed if seed is None else seed)
-        played.replay = f"elastic-chaos run {scenario} --seed {played.seed}"
-        if target is None:
-            _play_own(played, model, dry_run, record, output)
-            return
-        limits = Limits(
-            max_ranks_down=max_ranks_down, allow_uncovered=allow_uncovered, max_unready_s=seconds(max_unready),
-            max_seconds=max_seconds, only_roles=_roles(only_roles),
-        )  # fmt: skip
-        with _target(target, admin, token, state_dir) as stage:
-            _play_there(played, stage, limits, dry_run, yes, record, output)
+    wanted = find(scenario)
+    played = Played(wanted, wanted.seed if seed is None else seed)
+    played.replay = f"elastic-chaos run {scenario} --seed {played.seed}"
+    if target is None:
+        _play_own(played, model, dry_run, record, output)
+        return
+    limits = Limits(
+        max_ranks_down=max_ranks_down, allow_uncovered=allow_uncovered, max_unready_s=seconds(max_unready),
+        max_seconds=max_seconds, only_roles=_roles(only_roles),
+    )  # fmt: skip
+    with _target(target, connection) as stage:
+        _play_there(played, stage, limits, dry_run, yes, record, output)
 
 
 def _play_own(played: Played, model: Path | None, dry_run: bool, record: Path | None, output: Output) -> None:
@@ -198,16 +193,16 @@ def _roles(text: str) -> tuple[str, ...]:
 
 
 @contextmanager
-def _target(url: str, admin: str | None, token: str | None, state_dir: Path | None) -> Iterator[Stage]:
+def _target(url: str, connection: AdminConnection) -> Iterator[Stage]:
     """The deployment at `url`, through its state directory if it is on this machine, else through its admin API."""
     url = url.rstrip("/")
-    if state_dir is not None:
-        cluster = Cluster(StateDir(state_dir))
+    if connection.state_dir is not None:
+        cluster = Cluster(StateDir(connection.state_dir))
         if cluster.url.rstrip("/") != url:
-            raise ConfigError(f"the cluster in {state_dir} is served at {cluster.url}, not at {url}")
+            raise ConfigError(f"the cluster in {connection.state_dir} is served at {cluster.url}, not at {url}")
         stage: Stage = LocalStage(cluster)
-    elif admin:
-        stage = RemoteStage(url, AdminClient(admin, token or ""))
+    elif connection.admin:
+        stage = RemoteStage(url, AdminClient(connection.admin, connection.admin_token))
     else:
         raise ConfigError(
             "a target needs a way to be looked at and struck",

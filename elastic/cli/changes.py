@@ -1,28 +1,19 @@
-"""Commands that change a running cluster on purpose: scale, drain, undrain, rollout, rebalance, ops, pause, resume."""
+"""Commands that change a running cluster: scale, drain, undrain, rollout, rebalance, ops, pause, resume."""
 
 from __future__ import annotations
 
 import getpass
 import socket
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from elastic.cli.flags import (
-    AdminFlag,
-    AdminTokenFlag,
-    ClusterFlag,
-    EtcdFlag,
-    Output,
-    OutputFlag,
-    StateDirFlag,
-    find_cluster,
-    interruptible,
-    reported,
-    seconds,
-    write_json,
-)  # fmt: skip
+from elastic.cli.command import command
+from elastic.cli.connection import Connection
+from elastic.cli.flags import Output, OutputFlag, interruptible, seconds, write_json
+from elastic.serve.options import Kind, Option
 from membership.base.errors import PlanRefused
 from membership.operations import change as changes
 from membership.operations.change import Change, describe_change
@@ -31,83 +22,85 @@ from membership.store.records import Operation, Phase
 if TYPE_CHECKING:
     from elastic.cli.client import Client
 
-PlanFlag = Annotated[
-    bool, typer.Option("--plan", help="Only show what would change: exit 0 nothing, 2 something, 1 refused.")
-]
-WaitFlag = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it has ended.")]
-IfEpochFlag = Annotated[int | None, typer.Option(help="Only if this is the current epoch.")]
-OpIdFlag = Annotated[str | None, typer.Option(help="Id of the operation; the same id is the same operation.")]
-RanksArgument = Annotated[list[int], typer.Argument(metavar="RANK...", help="Which ranks.")]
+PLAN_HELP = "Dry run: only show what would change. Exit status: 0 nothing, 2 something, 1 refused."
+TIMEOUT_HELP = "Roll back if not committed within this time."
+WAIT_MARGIN_S = 30.0  # how much longer to wait for an operation than its own timeout
+PlanFlag = Annotated[bool, typer.Option("--plan", help=PLAN_HELP)]
+TtlFlag = Annotated[str, typer.Option(help="The pause ends by itself after this time.")]
+RanksArgument = Annotated[list[int], typer.Argument(metavar="RANK...", help="Rank slots.")]
+OpIdArgument = Annotated[str, typer.Argument(metavar="ID", help="Operation id.")]
 
-ops = typer.Typer(help="Look at operations, or cancel one.", no_args_is_help=True)
+ops = typer.Typer(help="Show operations, or cancel one.", no_args_is_help=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ChangeOptions:
+    """What every change takes."""
+
+    plan: Annotated[bool, Option(help=PLAN_HELP)] = False
+    wait: Annotated[bool, Option(names=("--wait/--no-wait",), help="Wait until the operation has ended.")] = True
+    if_epoch: Annotated[int | None, Option(help="Refuse unless this is the current epoch.")] = None
+    op_id: Annotated[
+        str | None, Option(help="Operation id, for safe retries: asking again with the same id changes nothing.")
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimedChange(ChangeOptions):
+    """What scale and undrain take."""
+
+    timeout_s: Annotated[float, Option(names=("--timeout",), kind=Kind.DURATION, help=TIMEOUT_HELP)] = 300.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrainChange(ChangeOptions):
+    """What drain takes."""
+
+    timeout_s: Annotated[float, Option(names=("--deadline",), kind=Kind.DURATION, help=TIMEOUT_HELP)] = 90.0
+
+
+@command
 def scale(
-    target: Annotated[int, typer.Argument(metavar="N", help="How many ranks.")],
-    plan: PlanFlag = False,
-    wait: WaitFlag = True,
-    timeout: Annotated[str, typer.Option(help="Roll back if not committed by then.")] = "5m",
-    if_epoch: IfEpochFlag = None,
-    op_id: OpIdFlag = None,
-    state_dir: StateDirFlag = None,
-    admin: AdminFlag = None,
-    admin_token: AdminTokenFlag = None,
-    etcd: EtcdFlag = None,
-    cluster: ClusterFlag = None,
+    target: Annotated[int, typer.Argument(metavar="N", help="Number of ranks.")],
+    options: TimedChange,
+    connection: Connection,
     output: OutputFlag = Output.TEXT,
 ) -> None:
-    """Change the number of ranks while requests stream on."""
-    with reported(), find_cluster(state_dir, admin, admin_token, etcd, cluster) as client:
-        _change(client, changes.scale(target), plan, wait, timeout, if_epoch, op_id, output)
+    """Change the number of ranks while requests keep streaming."""
+    _apply(connection, changes.scale(target), options, output)
 
 
+@command
 def drain(
     ranks: RanksArgument,
-    plan: PlanFlag = False,
-    wait: WaitFlag = True,
-    deadline: Annotated[str, typer.Option(help="Roll back if not committed by then.")] = "90s",
-    if_epoch: IfEpochFlag = None,
-    op_id: OpIdFlag = None,
-    state_dir: StateDirFlag = None,
-    admin: AdminFlag = None,
-    admin_token: AdminTokenFlag = None,
-    etcd: EtcdFlag = None,
-    cluster: ClusterFlag = None,
+    options: DrainChange,
+    connection: Connection,
     output: OutputFlag = Output.TEXT,
 ) -> None:
-    """Take ranks out of service, whichever: experts and requests move first. Their slots stay empty until undrained."""
-    with reported(), find_cluster(state_dir, admin, admin_token, etcd, cluster) as client:
-        _change(client, changes.drain(*ranks), plan, wait, deadline, if_epoch, op_id, output)
+    """Take ranks out of service: experts and requests move first. Their slots stay empty until undrained."""
+    _apply(connection, changes.drain(*ranks), options, output)
 
 
+@command
 def undrain(
     ranks: RanksArgument,
-    plan: PlanFlag = False,
-    wait: WaitFlag = True,
-    timeout: Annotated[str, typer.Option(help="Roll back if not committed by then.")] = "5m",
-    if_epoch: IfEpochFlag = None,
-    op_id: OpIdFlag = None,
-    state_dir: StateDirFlag = None,
-    admin: AdminFlag = None,
-    admin_token: AdminTokenFlag = None,
-    etcd: EtcdFlag = None,
-    cluster: ClusterFlag = None,
+    options: TimedChange,
+    connection: Connection,
     output: OutputFlag = Output.TEXT,
 ) -> None:
     """Fill drained slots again."""
-    with reported(), find_cluster(state_dir, admin, admin_token, etcd, cluster) as client:
-        _change(client, changes.undrain(*ranks), plan, wait, timeout, if_epoch, op_id, output)
+    _apply(connection, changes.undrain(*ranks), options, output)
 
 
-def _change(
-    client: Client, change: Change, plan: bool, wait: bool, timeout: str, if_epoch: int | None, op_id: str | None,
-    output: Output,
-) -> None:  # fmt: skip
-    if plan:
-        raise typer.Exit(_show_plan(client, change, output))
-    timeout_s = seconds(timeout)
-    operation = client.propose(change, op_id=op_id, if_epoch=if_epoch, timeout_s=timeout_s)
-    _end(_wait(client, operation, timeout_s + 30.0, output) if wait else operation, output)
+def _apply(connection: Connection, change: Change, options: TimedChange | DrainChange, output: Output) -> None:
+    with connection.client() as client:
+        if options.plan:
+            raise typer.Exit(_show_plan(client, change, output))
+        timeout_s = options.timeout_s
+        operation = client.propose(change, op_id=options.op_id, if_epoch=options.if_epoch, timeout_s=timeout_s)
+        if options.wait:
+            operation = _wait(client, operation, timeout_s + WAIT_MARGIN_S, output)
+        _end(operation, output)
 
 
 def _show_plan(client: Client, change: Change, output: Output) -> int:
@@ -124,7 +117,7 @@ def _show_plan(client: Client, change: Change, output: Output) -> int:
 
 
 def _wait(client: Client, operation: Operation, timeout_s: float, output: Output) -> Operation:
-    """Follow the operation to its end; Ctrl-C detaches and says how to come back."""
+    """Follow the operation to its end; Ctrl-C detaches and says how to resume watching."""
     from elastic.cli.client import wait_for
     from elastic.cli.render import Progress
 
@@ -138,7 +131,7 @@ def _wait(client: Client, operation: Operation, timeout_s: float, output: Output
 
 
 def _end(operation: Operation, output: Output) -> None:
-    """Say where the operation stands; exit status 1 if it was rolled back."""
+    """Print the operation's phase; exit status 1 if it was rolled back."""
     if output is Output.JSON:
         write_json(operation)
     elif operation.active:
@@ -149,16 +142,10 @@ def _end(operation: Operation, output: Output) -> None:
 
 
 @ops.command("ls")
-def list_operations(
-    state_dir: StateDirFlag = None,
-    admin: AdminFlag = None,
-    admin_token: AdminTokenFlag = None,
-    etcd: EtcdFlag = None,
-    cluster: ClusterFlag = None,
-    output: OutputFlag = Output.TEXT,
-) -> None:
-    """The operations on record, the latest last."""
-    with reported(), find_cluster(state_dir, admin, admin_token, etcd, cluster) as client:
+@command
+def list_operations(connection: Connection, output: OutputFlag = Output.TEXT) -> None:
+    """List recorded operations, newest last."""
+    with connection.client() as client:
         from elastic.cli.render import operation_line
 
         for operation in client.operations():
@@ -169,19 +156,16 @@ def list_operations(
 
 
 @ops.command("show")
+@command
 def show_operation(
-    op_id: Annotated[str, typer.Argument(metavar="ID", help="Of the operation.")],
-    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow it to its end.")] = False,
-    timeout: Annotated[str, typer.Option(help="Wait no longer.")] = "10m",
-    state_dir: StateDirFlag = None,
-    admin: AdminFlag = None,
-    admin_token: AdminTokenFlag = None,
-    etcd: EtcdFlag = None,
-    cluster: ClusterFlag = None,
+    op_id: OpIdArgument,
+    connection: Connection,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the operation to its end.")] = False,
+    timeout: Annotated[str, typer.Option(help="Maximum time to wait.")] = "10m",
     output: OutputFlag = Output.TEXT,
 ) -> None:
-    """An operation: its phases, whom it waits for, how it ended. With --wait, exit 1 if it was rolled back."""
-    with reported(), find_cluster(state_dir, admin, admin_token, etcd, cluster) as client:
+    """Show an operation: its phases, what it waits for, how it ended. With --wait, exit 1 if it was rolled back."""
+    with connection.client() as client:
         from elastic.explain import explained
 
         operation = client.operation(op_id)
@@ -196,19 +180,16 @@ def show_operation(
 
 
 @ops.command("cancel")
+@command
 def cancel_operation(
-    op_id: Annotated[str, typer.Argument(metavar="ID", help="Of the operation.")],
+    op_id: OpIdArgument,
+    connection: Connection,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it is rolled back.")] = True,
-    state_dir: StateDirFlag = None,
-    admin: AdminFlag = None,
-    admin_token: AdminTokenFlag = None,
-    etcd: EtcdFlag = None,
-    cluster: ClusterFlag = None,
     output: OutputFlag = Output.TEXT,
 ) -> None:
-    """Have an operation rolled back, as long as it is not committed."""
-    with reported(), find_cluster(state_dir, admin, admin_token, etcd, cluster) as client:
-        operation = client.cancel(op_id, _somebody())
+    """Roll an operation back, if it is not committed yet."""
+    with connection.client() as client:
+        operation = client.cancel(op_id, _user())
         if wait:
             operation = _wait(client, operation, 60.0, output)
         if output is Output.JSON:
@@ -220,41 +201,31 @@ def cancel_operation(
             raise typer.Exit(1)
 
 
+@command
 def pause(
-    ttl: Annotated[str, typer.Option(help="It ends by itself after this time.")] = "30m",
-    reason: Annotated[str, typer.Option(help="Shown to whoever looks or is refused.")] = "",
-    state_dir: StateDirFlag = None,
-    admin: AdminFlag = None,
-    admin_token: AdminTokenFlag = None,
-    etcd: EtcdFlag = None,
-    cluster: ClusterFlag = None,
+    connection: Connection,
+    ttl: TtlFlag = "30m",
+    reason: Annotated[str, typer.Option(help="Shown by status, and to anyone whose change is refused.")] = "",
     output: OutputFlag = Output.TEXT,
 ) -> None:
-    """Maintenance: refuse planned changes for a while. Faults are handled as ever; a running operation goes on."""
-    with reported(), find_cluster(state_dir, admin, admin_token, etcd, cluster) as client:
+    """Refuse planned changes for a while (maintenance). Faults are still repaired; a running operation goes on."""
+    with connection.client() as client:
         from membership.operations.pause import paused_words
 
-        paused = client.pause(seconds(ttl), _somebody(), reason)
+        paused = client.pause(seconds(ttl), _user(), reason)
         if output is Output.JSON:
             write_json(paused)
         else:
             typer.echo(paused_words(paused, time.time()))
 
 
-def rebalance(
-    plan: PlanFlag = False,
-    state_dir: StateDirFlag = None,
-    admin: AdminFlag = None,
-    admin_token: AdminTokenFlag = None,
-    etcd: EtcdFlag = None,
-    cluster: ClusterFlag = None,
-    output: OutputFlag = Output.TEXT,
-) -> None:
-    """Even measured load out now, rather than when it is clearly worth it: one budget's worth, in the background."""
-    with reported(), find_cluster(state_dir, admin, admin_token, etcd, cluster) as client:
+@command
+def rebalance(connection: Connection, plan: PlanFlag = False, output: OutputFlag = Output.TEXT) -> None:
+    """Balance measured expert load now, below the usual threshold: one byte budget, loaded in the background."""
+    with connection.client() as client:
         from elastic.cli.render import rebalance_view
 
-        planned = client.plan_rebalance() if plan else client.rebalance(_somebody())
+        planned = client.plan_rebalance() if plan else client.rebalance(_user())
         if output is Output.JSON:
             write_json(planned)
         elif not planned.refused:
@@ -264,16 +235,10 @@ def rebalance(
         raise typer.Exit(2 if plan and planned.changes else 0)
 
 
-def resume(
-    state_dir: StateDirFlag = None,
-    admin: AdminFlag = None,
-    admin_token: AdminTokenFlag = None,
-    etcd: EtcdFlag = None,
-    cluster: ClusterFlag = None,
-    output: OutputFlag = Output.TEXT,
-) -> None:
+@command
+def resume(connection: Connection, output: OutputFlag = Output.TEXT) -> None:
     """End a pause."""
-    with reported(), find_cluster(state_dir, admin, admin_token, etcd, cluster) as client:
+    with connection.client() as client:
         resumed = client.resume()
         if output is Output.JSON:
             write_json({"resumed": resumed})
@@ -281,22 +246,19 @@ def resume(
             typer.echo("planned changes go on" if resumed else "nothing was paused")
 
 
+@command
 def rollout(
+    connection: Connection,
     before: Annotated[
-        int | None, typer.Option(help="Replace this incarnation and earlier ones; default: all that serve now.")
+        int | None, typer.Option(help="Replace this incarnation and earlier ones. Default: all that serve now.")
     ] = None,
-    timeout: Annotated[str, typer.Option(help="Of each step: roll it back if not committed by then.")] = "5m",
-    state_dir: StateDirFlag = None,
-    admin: AdminFlag = None,
-    admin_token: AdminTokenFlag = None,
-    etcd: EtcdFlag = None,
-    cluster: ClusterFlag = None,
+    timeout: Annotated[str, typer.Option(help="Roll a step back if it is not committed within this time.")] = "5m",
     output: OutputFlag = Output.TEXT,
 ) -> None:
-    """Replace all ranks by new ones, one after the other, while requests stream on."""
-    with reported(), find_cluster(state_dir, admin, admin_token, etcd, cluster) as client, interruptible() as stop:
+    """Replace all rank processes by new ones, one after the other, while requests keep streaming."""
+    with connection.client() as client, interruptible() as stop:
         from elastic.cli.render import Progress
-        from elastic.cli.rollout import go_on, last_incarnation, rollout
+        from elastic.cli.rollout import last_incarnation, resume_hint, rollout
 
         last = last_incarnation(client) if before is None else before
         operation = None
@@ -306,18 +268,18 @@ def rollout(
                 if output is Output.JSON and not operation.active:
                     write_json(operation)
         if stop.is_set():
-            typer.echo(f"stopped between two ranks; {go_on(last)}", err=True)
+            typer.echo(f"stopped between two ranks; {resume_hint(last)}", err=True)
             raise typer.Exit(1)
         if operation is None and output is Output.TEXT:
             typer.echo(f"nothing to replace: no rank is of incarnation {last} or earlier")
 
 
-def _somebody() -> str:
+def _user() -> str:
     return f"{getpass.getuser()}@{socket.gethostname()}"
 
 
 def add_to(app: typer.Typer) -> None:
     """Register these commands."""
-    for command in (scale, drain, undrain, rollout, rebalance, pause, resume):
-        app.command(rich_help_panel="Operations")(command)
+    for each in (scale, drain, undrain, rollout, rebalance, pause, resume):
+        app.command(rich_help_panel="Operations")(each)
     app.add_typer(ops, name="ops", rich_help_panel="Operations")

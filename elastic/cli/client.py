@@ -5,11 +5,9 @@ The store path works with every gateway dead; the admin path works from anywhere
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +15,6 @@ import httpx
 import msgspec
 
 from elastic.explain import Explanation, explain
-from elastic.serve.state_dir import StateDir
 from elastic.status import cluster_status
 from membership.base.errors import (
     ConfigError,
@@ -259,47 +256,6 @@ def _error_of(answer: httpx.Response) -> ElasticError:
     except (ValueError, KeyError, TypeError):
         message = answer.text
     return kinds.get(answer.status_code, ElasticError)(message)
-
-
-@contextmanager
-def find_admin(state_dir: Path | None, admin: str | None, admin_token: str | None) -> Iterator[AdminClient]:
-    """The admin port that the flags name; without any, that of the cluster served last on this machine."""
-    url, token = admin or "", admin_token or os.environ.get("ELASTIC_ADMIN_TOKEN", "")
-    if not admin:
-        address = (StateDir(state_dir) if state_dir else StateDir.last_served()).address()
-        url, token = address.admin_url, address.admin_token
-    with closing(AdminClient(url, token)) as client:
-        yield client
-
-
-@contextmanager
-def find_cluster(
-    state_dir: Path | None, admin: str | None, admin_token: str | None, etcd: str | None, cluster: str | None
-) -> Iterator[Client]:
-    """The cluster that the flags (or ELASTIC_* variables) name; without any, the one served last on this machine."""
-    if admin:
-        with find_admin(state_dir, admin, admin_token) as client:
-            yield client
-        return
-    from membership.store.etcd import connect
-
-    if etcd:
-        if not cluster:
-            raise ConfigError("--etcd needs --cluster", hint="name the cluster: --cluster NAME")
-        endpoints, name, events = etcd.split(","), cluster, state_dir and StateDir(state_dir).events
-    else:
-        where = StateDir(state_dir) if state_dir else StateDir.last_served()
-        address = where.address()
-        if address.trouble:  # its gateway still knows the cluster as it is served; the store does not
-            with closing(AdminClient(address.admin_url, address.admin_token)) as client:
-                yield client
-            return
-        endpoints, name, events = list(address.etcd), address.cluster, where.events
-    store = connect(endpoints)
-    try:
-        yield StoreClient(store, name, events)
-    finally:
-        store.close()
 
 
 def wait_for(client: Client, operation: Operation, timeout_s: float, stop: threading.Event) -> Iterator[Operation]:

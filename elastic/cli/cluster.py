@@ -1,4 +1,4 @@
-"""Commands of somebody who looks at a running cluster: status, explain, events; and unquarantine."""
+"""Commands for looking at a running cluster: status, explain, events. Also unquarantine."""
 
 from __future__ import annotations
 
@@ -8,20 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from elastic.cli.flags import (
-    AdminFlag,
-    AdminTokenFlag,
-    ClusterFlag,
-    EtcdFlag,
-    Output,
-    OutputFlag,
-    StateDirFlag,
-    find_cluster,
-    interruptible,
-    reported,
-    seconds,
-    write_json,
-)  # fmt: skip
+from elastic.cli.command import command
+from elastic.cli.connection import Connection
+from elastic.cli.flags import Output, OutputFlag, interruptible, seconds, write_json
 from membership.base.errors import WaitTimeout
 from membership.store.records import RankState
 
@@ -29,17 +18,14 @@ if TYPE_CHECKING:
     from elastic.cli.client import Client
 
 
+@command
 def status(
-    state_dir: StateDirFlag = None,
-    admin: AdminFlag = None,
-    admin_token: AdminTokenFlag = None,
-    etcd: EtcdFlag = None,
-    cluster: ClusterFlag = None,
-    watch: Annotated[bool, typer.Option("-w", "--watch", help="Keep showing it.")] = False,
+    connection: Connection,
+    watch: Annotated[bool, typer.Option("-w", "--watch", help="Keep showing it until Ctrl-C.")] = False,
     output: OutputFlag = Output.TEXT,
 ) -> None:
     """Show epoch, ranks, coverage, the running operation and the load."""
-    with reported(), find_cluster(state_dir, admin, admin_token, etcd, cluster) as client, interruptible() as stop:
+    with connection.client() as client, interruptible() as stop:
         from elastic.cli.render import status_view, watch_status
 
         if watch and output is Output.TEXT:
@@ -57,17 +43,14 @@ def status(
                 return
 
 
+@command
 def events(
-    state_dir: StateDirFlag = None,
-    admin: AdminFlag = None,
-    admin_token: AdminTokenFlag = None,
-    etcd: EtcdFlag = None,
-    cluster: ClusterFlag = None,
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on as events happen.")] = False,
+    connection: Connection,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Keep printing events as they happen.")] = False,
     output: OutputFlag = Output.TEXT,
 ) -> None:
-    """Show what happened: the one event history of the cluster."""
-    with reported(), find_cluster(state_dir, admin, admin_token, etcd, cluster) as client, interruptible() as stop:
+    """Show the cluster's event history."""
+    with connection.client() as client, interruptible() as stop:
         from elastic.cli.render import event_line
 
         for event in client.events(follow, stop):
@@ -77,20 +60,19 @@ def events(
                 typer.echo(event_line(event))
 
 
+@command
 def explain(
+    connection: Connection,
     subject: Annotated[
         str | None,
-        typer.Argument(metavar="RANK|OP", help="Only this; default: the cluster and all that is not well."),
+        typer.Argument(
+            metavar="RANK|OP", help="A rank or an operation id. Default: the cluster and each rank that does not serve."
+        ),
     ] = None,
-    state_dir: StateDirFlag = None,
-    admin: AdminFlag = None,
-    admin_token: AdminTokenFlag = None,
-    etcd: EtcdFlag = None,
-    cluster: ClusterFlag = None,
     output: OutputFlag = Output.TEXT,
 ) -> None:
-    """Say why the cluster, a rank or an operation is as it is, what happens next, and what to do."""
-    with reported(), find_cluster(state_dir, admin, admin_token, etcd, cluster) as client:
+    """Explain the state of the cluster, a rank or an operation: the causes, what happens next, and what to do."""
+    with connection.client() as client:
         from elastic.explain import explained
 
         found = client.explain(subject)
@@ -100,23 +82,22 @@ def explain(
             typer.echo(explained(found))
 
 
+@command
 def unquarantine(
-    rank: Annotated[int, typer.Argument(help="The slot that was set aside.")],
-    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it serves or is set aside again.")] = True,
-    timeout: Annotated[str, typer.Option(help="Wait no longer.")] = "2m",
-    state_dir: StateDirFlag = None,
-    admin: AdminFlag = None,
-    admin_token: AdminTokenFlag = None,
-    etcd: EtcdFlag = None,
-    cluster: ClusterFlag = None,
+    connection: Connection,
+    rank: Annotated[int, typer.Argument(help="The quarantined rank slot.")],
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Wait until the rank serves, or is quarantined again.")
+    ] = True,
+    timeout: Annotated[str, typer.Option(help="Maximum time to wait.")] = "2m",
     output: OutputFlag = Output.TEXT,
 ) -> None:
-    """Let a slot whose ranks kept dying be filled again. Exit 1 if it is set aside again."""
-    with reported(), find_cluster(state_dir, admin, admin_token, etcd, cluster) as client, interruptible() as stop:
-        pardoned = client.unquarantine(rank)
+    """Fill a quarantined slot (one whose ranks kept dying) again. Exit 1 if it is quarantined again."""
+    with connection.client() as client, interruptible() as stop:
+        released = client.unquarantine(rank)
         state = _settled(client, rank, seconds(timeout), stop) if wait else ""
         if output is Output.JSON:
-            write_json({"rank": rank, "forgiven": pardoned.forgiven, "state": state or None})
+            write_json({"rank": rank, "forgiven": released.forgiven, "state": state or None})
         else:
             typer.echo(f"rank {rank}: {state or 'may start again'}")
         if state == RankState.QUARANTINED:
@@ -124,7 +105,7 @@ def unquarantine(
 
 
 def _settled(client: Client, rank: int, timeout_s: float, stop: threading.Event) -> str:
-    """The slot's state once it serves or is set aside again; "" if it is not wanted (any more) or Ctrl-C came."""
+    """The slot's state once it serves or is quarantined again; "" if it is not wanted any more, or on Ctrl-C."""
     from elastic.cli.client import POLL_S
 
     deadline, state = time.monotonic() + timeout_s, ""
@@ -140,5 +121,5 @@ def _settled(client: Client, rank: int, timeout_s: float, stop: threading.Event)
 
 def add_to(app: typer.Typer) -> None:
     """Register these commands."""
-    for command in (status, explain, events, unquarantine):
-        app.command(rich_help_panel="Operations")(command)
+    for each in (status, explain, events, unquarantine):
+        app.command(rich_help_panel="Operations")(each)

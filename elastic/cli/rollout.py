@@ -38,10 +38,12 @@ def rollout(client: Client, before: int, timeout_s: float, stop: threading.Event
             operation = latest
             yield operation
         if operation.phase is Phase.ABORTED:
-            raise ElasticError(f"{describe_change(operation)} was rolled back: {operation.error}", hint=go_on(before))
+            raise ElasticError(
+                f"{describe_change(operation)} was rolled back: {operation.error}", hint=resume_hint(before)
+            )
 
 
-def go_on(before: int) -> str:
+def resume_hint(before: int) -> str:
     """How to go on with a rollout that stopped."""
     return f"once the cause is gone, go on with: elastic rollout --before {before}"
 

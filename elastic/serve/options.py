@@ -1,115 +1,272 @@
-"""What `elastic serve` was asked for, whether it can be meant, and the cluster that it makes of a model."""
+"""The options of `elastic serve` and of the role commands: name, default, help and limits, each stated once.
+
+The command line (`elastic/cli/command.py`), the checks below, the Helm chart and docs/OPTIONS.md
+(`elastic/cli/reference.py`) are all made from these dataclasses. To add an option, add a field here. An option that
+becomes part of the stored cluster configuration takes its default from `ClusterConfig`.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import os
 import secrets
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
+from typing import Annotated, Any, get_type_hints
 
-from membership.base.errors import ConfigError, PlanRefused
-from membership.planning.cluster_facts import scale_refusal
+import msgspec
+
+from membership.base.enums import Device, Dtype, Exactness
+from membership.base.errors import ConfigError
 from membership.store.records import ClusterConfig
-from workers.model.families import read_model_info
 
-CHOICES = {
-    "dtype": ("auto", "float32", "bfloat16"),
-    "exactness": ("invariant", "stock"),
-    "device": ("auto", "cpu", "cuda"),
-}
+DEFAULTS = {each.name: each.default for each in msgspec.structs.fields(ClusterConfig)}
+MAX_PORT = 65_535
 
 
-@dataclass(frozen=True)
-class ServeOptions:
-    """What `elastic serve` was asked for."""
+class Kind(StrEnum):
+    """How the text of a flag is read, where its field's type does not say."""
 
-    model: Path
-    ranks: int = 4
-    max_ranks: int | None = None
-    spares: int = 0
-    redundancy: float = 2.0
-    etcd: tuple[str, ...] = ()
-    cluster: str = ""
-    host: str = "127.0.0.1"
-    port: int = 8000
-    admin_port: int = 8001
-    state_dir: Path | None = None
-    served_model_name: str = ""
-    dtype: str = "auto"
-    exactness: str = "invariant"
-    device: str = "auto"
-    max_model_len: int | None = None
-    kv_blocks: int = 1024
-    follow_agents: int = 0
-    restart_intensity: int = 6
-    restart_window_s: float = 60.0
-    rebalance_bytes: int = 2 << 30
-    coverage_deadline_s: float = 30.0
-    load_bytes_per_s: int = 0
-    ready_timeout_s: float = 180.0
-    chaos: bool = False
+    DURATION = "DURATION"  # 90s, 5m
+    SIZE = "SIZE"  # 500MB, 2GiB
+    URLS = "URLS"  # comma-separated
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """What is known of an option beside its field's name, type and default."""
+
+    help: str
+    names: tuple[str, ...] = ()  # of the flag, where it is not the field's name
+    argument: bool = False  # given by position, not by a flag
+    kind: Kind | None = None
+    env: str = ""
+    minimum: float | None = None
+    maximum: float | None = None
+    choices: type[StrEnum] | None = None
+    helm: str = ""  # path in the chart's values.yaml
+
+    def check(self, flag: str, value: Any) -> None:
+        """ConfigError naming the flag if the value is out of its limits."""
+        if self.choices is not None and value not in list(self.choices):
+            known = ", ".join(self.choices)
+            raise ConfigError(f"{flag} {value}: there is no such choice", hint=f"choose one of {known}")
+        if self.minimum is not None and value is not None and not value >= self.minimum:
+            raise ConfigError(f"{flag} {value}: it must be at least {self.minimum:g}")
+
+
+class Stated(msgspec.Struct, frozen=True):
+    """An option with its field's name, type and default. A default that is computed is None here."""
+
+    field: str
+    type: Any
+    default: Any
+    required: bool
+    option: Option
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """All names of the flag, the first one first."""
+        return self.option.names or (f"--{self.field.replace('_', '-')}",)
+
+
+def options_of(kind: type[Any]) -> Iterator[Stated]:
+    """Every option of a dataclass: its own in the order of the fields, then those of its bases.
+
+    Fields without an `Option` are left out.
+    """
+    hints = get_type_hints(kind, include_extras=True)
+    classes = [inspect.get_annotations(each) for each in kind.__mro__]
+
+    def inherited_from(each: dataclasses.Field[Any]) -> int:
+        return next(index for index, annotations in enumerate(classes) if each.name in annotations)
+
+    for each in sorted(dataclasses.fields(kind), key=inherited_from):
+        for option in getattr(hints[each.name], "__metadata__", ()):
+            if isinstance(option, Option):
+                computed = each.default_factory is not dataclasses.MISSING
+                required = each.default is dataclasses.MISSING and not computed
+                default = None if required or computed else each.default
+                yield Stated(each.name, hints[each.name].__origin__, default, required, option)
+
+
+def check_options(options: Any) -> None:
+    """ConfigError naming the first flag whose value is out of its limits, whatever the model is."""
+    for stated in options_of(type(options)):
+        stated.option.check(stated.flags[0], getattr(options, stated.field))
+
+
+Etcd = Annotated[
+    tuple[str, ...],
+    Option(
+        kind=Kind.URLS,
+        env="ELASTIC_ETCD",
+        helm="etcd.endpoints",
+        help="etcd endpoints, comma-separated. Default: an embedded etcd (serve), or the cluster served last.",
+    ),
+]
+Cluster = Annotated[
+    str,
+    Option(
+        env="ELASTIC_CLUSTER",
+        help="Name of the cluster. Default: the checkpoint directory's name (serve), or the cluster served last.",
+    ),
+]
+StateDirectory = Annotated[
+    Path | None,
+    Option(env="ELASTIC_STATE_DIR", help="Directory of the cluster's address, event history, logs and etcd data."),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreOptions:
+    """Which store, which cluster in it, and where its files are."""
+
+    etcd: Etcd = ()
+    cluster: Cluster = ""
+    state_dir: StateDirectory = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListenOptions:
+    """Where a gateway listens."""
+
+    host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1"
+    port: Annotated[
+        int,
+        Option(maximum=MAX_PORT, helm="service.port", help="Port of the OpenAI API (0 = any free port)."),
+    ] = 8000
+    admin_port: Annotated[
+        int, Option(maximum=MAX_PORT, helm="service.adminPort", help="Port of the admin API (0 = any free port).")
+    ] = 8001
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpareOptions:
+    """How many spares a host keeps."""
+
+    spares: Annotated[
+        int,
+        Option(minimum=0, help="Warm spares per host: processes with the model loaded, ready to replace a dead rank."),
+    ] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(StoreOptions, ListenOptions, SpareOptions):
+    """Options of `elastic serve`."""
+
+    model: Annotated[Path, Option(argument=True, helm="model.path", help="Checkpoint directory, Hugging Face format.")]
+    ranks: Annotated[int, Option(minimum=1, helm="ranks", help="Number of expert-parallel ranks at the start.")] = 4
+    max_ranks: Annotated[
+        int | None, Option(help="Upper limit for the number of ranks. Default: 64, or --ranks if that is more.")
+    ] = None
+    follow_agents: Annotated[
+        int, Option(minimum=0, help="Autoscale: run N ranks per registered agent (0 = size is set by `elastic scale`).")
+    ] = DEFAULTS["follow_agents"]
+    redundancy: Annotated[
+        float,
+        Option(minimum=1, helm="redundancy", help="Mean number of ranks that hold an expert (1.25 = 25% more slots)."),
+    ] = DEFAULTS["redundancy"]
+    served_model_name: Annotated[
+        str, Option(helm="model.servedName", help="Model name in the API. Default: name of the checkpoint directory.")
+    ] = ""
+    dtype: Annotated[str, Option(choices=Dtype, helm="dtype", help="Type of weights (auto = the checkpoint's).")] = (
+        DEFAULTS["dtype"]
+    )
+    exactness: Annotated[
+        str,
+        Option(
+            choices=Exactness,
+            helm="exactness",
+            help="invariant: a request's tokens are the same in any batch and placement. stock: faster kernels.",
+        ),
+    ] = DEFAULTS["exactness"]
+    device: Annotated[str, Option(choices=Device, help="Where ranks compute (auto = a GPU if there is one).")] = (
+        DEFAULTS["device"]
+    )
+    max_model_len: Annotated[
+        int | None,
+        Option(
+            minimum=1,
+            helm="maxModelLen",
+            help="Maximum tokens of prompt plus output. Default: the model's limit, at most "
+            f"{DEFAULTS['max_model_len']}.",
+        ),
+    ] = None
+    kv_blocks: Annotated[
+        int, Option(minimum=1, help=f"KV-cache blocks per rank, of {DEFAULTS['block_size']} tokens each.")
+    ] = DEFAULTS["kv_blocks"]
+    restart_intensity: Annotated[
+        int, Option(minimum=1, help="Quarantine a rank slot after this many deaths within --restart-window.")
+    ] = DEFAULTS["restart_intensity"]
+    restart_window_s: Annotated[
+        float, Option(names=("--restart-window",), kind=Kind.DURATION, help="Period in which deaths are counted.")
+    ] = DEFAULTS["restart_window_s"]
+    rebalance_bytes: Annotated[
+        int,
+        Option(
+            names=("--rebalance-budget",),
+            kind=Kind.SIZE,
+            help="Max weights that one background rebalance may load (0 = never rebalance).",
+        ),
+    ] = DEFAULTS["rebalance_bytes"]
+    load_bytes_per_s: Annotated[
+        int,
+        Option(
+            names=("--load-bandwidth",),
+            kind=Kind.SIZE,
+            help="Max checkpoint read rate per host while serving, e.g. 500MB/s (0 = unlimited).",
+        ),
+    ] = DEFAULTS["load_bytes_per_s"]
+    coverage_deadline_s: Annotated[
+        float,
+        Option(
+            names=("--coverage-deadline",),
+            kind=Kind.DURATION,
+            help="Max time a request waits for lost experts before it gets a 503.",
+        ),
+    ] = DEFAULTS["coverage_deadline_s"]
+    ready_timeout_s: Annotated[
+        float, Option(names=("--ready-timeout",), kind=Kind.DURATION, help="Exit if not ready within this time.")
+    ] = 180.0
+    chaos: Annotated[
+        bool, Option(help="For tests only: allow faults to be armed at run time, by file or admin API.")
+    ] = False
     admin_token: str = field(default_factory=lambda: os.environ.get("ELASTIC_ADMIN_TOKEN") or secrets.token_urlsafe(24))
 
 
-def cluster_config(options: ServeOptions) -> ClusterConfig:
-    """Check the model and the wishes against each other; ModelError, ConfigError or PlanRefused say what is wrong."""
-    _check_flags(options)
-    info = read_model_info(options.model)
-    directory = options.model.resolve()
-    config = ClusterConfig(
-        cluster=options.cluster or directory.name,
-        model=str(directory),
-        served_model_name=options.served_model_name or directory.name,
-        moe_layers=info.moe_layers,
-        experts=info.experts,
-        expert_bytes=info.expert_bytes(options.dtype),
-        redundancy=options.redundancy,
-        max_ranks=options.max_ranks or max(options.ranks, 64),
-        dtype=options.dtype,
-        exactness=options.exactness,
-        device=options.device,
-        max_model_len=min(info.max_position, options.max_model_len or 4096),
-        kv_blocks=options.kv_blocks,
-        follow_agents=options.follow_agents,
-        restart_intensity=options.restart_intensity,
-        restart_window_s=options.restart_window_s,
-        rebalance_bytes=options.rebalance_bytes,
-        coverage_deadline_s=options.coverage_deadline_s,
-        load_bytes_per_s=options.load_bytes_per_s,
-        eos_token_ids=info.eos_token_ids,
-        vocab_size=info.vocab_size,
+@dataclass(frozen=True, kw_only=True)
+class RoleOptions(StoreOptions):
+    """Options of the roles that run on a named host: controller and engine."""
+
+    node: Annotated[
+        str, Option(env="ELASTIC_NODE", help="Name of this host in the cluster. Default: the host name.")
+    ] = field(default_factory=socket.gethostname)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentOptions(RoleOptions, SpareOptions):
+    """Options of `elastic agent`."""
+
+    worker_class: Annotated[str, Option(help="Worker that ranks run, as module:Class.")] = (
+        "workers.rank.worker:EPWorker"
     )
-    refused = scale_refusal(config, options.ranks)
-    if refused:
-        raise PlanRefused(refused)
-    return config
+    drain_grace_s: Annotated[
+        float,
+        Option(
+            names=("--drain-grace",),
+            kind=Kind.DURATION,
+            help="On SIGTERM: max time to hand ranks over to other hosts before exit (0 = exit at once).",
+        ),
+    ] = 60.0
 
 
-def _check_flags(options: ServeOptions) -> None:
-    """ConfigError naming the flag that cannot be meant, whatever the model."""
-    if options.ranks < 1:
-        raise ConfigError(f"--ranks {options.ranks}: at least one rank is needed", hint="use --ranks 1 or more")
-    if options.spares < 0:
-        raise ConfigError(f"--spares {options.spares}: it cannot be negative", hint="use --spares 0 or more")
-    for name, number in (
-        ("max-model-len", options.max_model_len),
-        ("kv-blocks", options.kv_blocks),
-        ("restart-intensity", options.restart_intensity),
-    ):
-        if number is not None and number < 1:
-            raise ConfigError(f"--{name} {number}: it must be at least 1")
-    for name, known in CHOICES.items():
-        if (given := getattr(options, name)) not in known:
-            raise ConfigError(f"--{name} {given}: there is no such choice", hint=f"choose among {', '.join(known)}")
+@dataclass(frozen=True, kw_only=True)
+class GatewayOptions(StoreOptions, ListenOptions):
+    """Options of `elastic gateway`."""
 
-
-def require_free_port(host: str, port: int, flag: str) -> None:
-    """ConfigError naming the flag if nobody could listen there."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except (OSError, OverflowError) as error:
-            why = error.strerror if isinstance(error, OSError) else "ports go from 0 to 65535"
-            raise ConfigError(f"cannot listen on {host}:{port}: {why}", hint=f"choose another {flag}") from error
+    name: Annotated[str, Option(help="Name of this gateway. Default: host name and process id.")] = ""

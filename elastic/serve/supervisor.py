@@ -21,8 +21,9 @@ import msgspec
 import structlog
 
 from elastic.serve import chaos_mode
+from elastic.serve.cluster_config import cluster_config, require_free_port
 from elastic.serve.etcd_server import EtcdServer, free_ports
-from elastic.serve.options import ServeOptions, cluster_config, require_free_port
+from elastic.serve.options import ServeOptions
 from elastic.serve.role_main import STORE_SEEN, stop_signal
 from elastic.serve.role_process import RoleProcess, revoke_leases, stop_together
 from elastic.serve.state_dir import ClusterAddress, StateDir, home

@@ -61,7 +61,7 @@ class ClusterConfig(Record, frozen=True, kw_only=True):
     dtype: str = "auto"  # auto | float32 | bfloat16
     exactness: str = "invariant"  # invariant | stock
     device: str = "auto"
-    max_model_len: int = 2048
+    max_model_len: int = 4096
     block_size: int = 16  # tokens per KV block
     kv_blocks: int = 1024  # KV blocks per rank
     max_batched_tokens: int = 512  # per rank and step: decode tokens plus prefill chunk

@@ -15,7 +15,8 @@ import httpx
 import msgspec
 import pytest
 
-from elastic.cli.client import AdminClient, find_cluster
+from elastic.cli.client import AdminClient
+from elastic.cli.connection import Connection
 from membership.base.errors import ConfigError, ElasticError, ModelError, PlanRefused
 from membership.base.events import Event, EventLog
 from membership.operations.change import drain, scale
@@ -236,7 +237,7 @@ def test_the_admin_client_follows_events_and_can_be_interrupted_while_nothing_ha
 ) -> None:
     EventLog(cluster.events, "test").emit("marked")
     stop = threading.Event()
-    with find_cluster(None, gateway.admin_url, TOKEN, None, None) as client:
+    with Connection(admin=gateway.admin_url, admin_token=TOKEN).client() as client:
         events = client.events(True, stop)
         assert next(event for event in events if event.kind == "marked").role == "test"
         stop.set()
@@ -245,7 +246,7 @@ def test_the_admin_client_follows_events_and_can_be_interrupted_while_nothing_ha
 
 def test_the_admin_client_says_why_there_are_no_events(gateway: RunningGateway) -> None:
     def events(url: str, token: str) -> list[Event]:
-        with find_cluster(None, url, token, None, None) as client:
+        with Connection(admin=url, admin_token=token).client() as client:
             return list(client.events(True, threading.Event()))
 
     with pytest.raises(ConfigError, match="needs its token"):

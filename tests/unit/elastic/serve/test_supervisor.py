@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from elastic.demo.model import shipped_demo_model
-from elastic.serve.options import ServeOptions, cluster_config
+from elastic.serve.cluster_config import cluster_config
+from elastic.serve.options import ServeOptions
 from elastic.serve.supervisor import Supervisor
 from membership.base.errors import ConfigError, PlanRefused, StoreUnavailable
 

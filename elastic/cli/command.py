@@ -1,0 +1,85 @@
+"""How a command is made: dataclasses of options become flags, and errors become one line on stderr.
+
+A command takes an options dataclass (see `elastic/serve/options.py`) as if it were one parameter:
+
+    @command
+    def agent(options: AgentOptions) -> None: ...
+
+Its flags are the dataclass's fields. Typer reads them from the signature that `command` puts together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from elastic.cli.flags import reported, seconds, size
+from elastic.serve.options import Kind, Stated, options_of
+
+
+def urls(text: str) -> tuple[str, ...]:
+    """A comma-separated list; nothing given is an empty one."""
+    return tuple(text.split(",")) if text else ()
+
+
+PARSERS: dict[Kind, Callable[[str], Any]] = {Kind.DURATION: seconds, Kind.SIZE: size, Kind.URLS: urls}
+
+
+def as_text(kind: Kind | None, value: Any) -> Any:
+    """A default as it would be written on the command line: the inverse of the parsers. None: there is none."""
+    if value is None or value in ("", ()):
+        return None
+    if kind is Kind.DURATION:
+        return f"{value / 60:g}m" if value >= 120 and value % 60 == 0 else f"{value:g}s"
+    if kind is Kind.SIZE:
+        unit = next((unit for unit in (40, 30, 20, 10) if value and value % (1 << unit) == 0), 0)
+        return f"{value >> unit}{dict(zip((0, 10, 20, 30, 40), ('', 'kiB', 'MiB', 'GiB', 'TiB'), strict=True))[unit]}"
+    return value
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Make a Typer command: flags from the options dataclasses among its parameters; ElasticErrors are reported."""
+    hints = get_type_hints(function, include_extras=True)
+    groups: dict[str, tuple[type[Any], tuple[Stated, ...]]] = {}
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(function).parameters.values():
+        kind = hints[parameter.name]
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            groups[parameter.name] = kind, tuple(options_of(kind))
+            panel = getattr(kind, "PANEL", None)
+            parameters += [_parameter(stated, panel) for stated in groups[parameter.name][1]]
+        else:
+            by_name = inspect.Parameter.KEYWORD_ONLY
+            parameters.append(parameter.replace(annotation=kind, kind=by_name))
+
+    @wraps(function)
+    def run(**given: Any) -> None:
+        for name, (kind, stated) in groups.items():
+            values = {each.field: given.pop(each.field) for each in stated}
+            given[name] = kind(**{field: value for field, value in values.items() if value is not None})
+        with reported():
+            function(**given)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    return run
+
+
+def _parameter(stated: Stated, panel: str | None) -> inspect.Parameter:
+    """An option as a parameter that Typer understands, in a panel of the help page."""
+    option = stated.option
+    metavar = "|".join(option.choices) if option.choices else option.kind
+    settings: dict[str, Any] = {"help": option.help, "envvar": option.env or None, "metavar": metavar}
+    settings["rich_help_panel"] = panel
+    if option.kind is not None:
+        settings["parser"] = PARSERS[option.kind]
+    info = typer.Argument(**settings) if option.argument else typer.Option(*stated.flags, **settings)
+    default = inspect.Parameter.empty if stated.required else as_text(option.kind, stated.default)
+    keyword_only = inspect.Parameter.KEYWORD_ONLY
+    plain = str if option.kind is not None else stated.type
+    return inspect.Parameter(stated.field, keyword_only, default=default, annotation=Annotated[plain, info])

@@ -1,0 +1,95 @@
+"""Which cluster a client command talks to: its flags, and the client that they lead to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from elastic.serve.options import Cluster, Etcd, Option, StateDirectory
+from elastic.serve.state_dir import ClusterAddress, StateDir
+from membership.base.errors import ConfigError
+
+if TYPE_CHECKING:  # they take long to import, and most processes of a cluster never need them
+    from elastic.cli.client import AdminClient, Client
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdminConnection:
+    """How to reach a gateway's admin port. Without flags: that of the cluster served last on this machine."""
+
+    PANEL: ClassVar = "Connection"
+
+    state_dir: StateDirectory = None
+    admin: Annotated[str, Option(env="ELASTIC_ADMIN", help="URL of a gateway's admin port.")] = ""
+    admin_token: Annotated[
+        str,
+        Option(names=("--admin-token", "--token"), env="ELASTIC_ADMIN_TOKEN", help="Bearer token of the admin port."),
+    ] = ""
+
+    def state(self) -> StateDir:
+        """The state directory that was named, else that of the cluster served last."""
+        return StateDir(self.state_dir) if self.state_dir else StateDir.last_served()
+
+    @contextmanager
+    def admin_client(self) -> Iterator[AdminClient]:
+        """A client of the admin port. Raises ConfigError if no cluster was named or served."""
+        if self.admin:
+            address = ClusterAddress(cluster="", admin_url=self.admin, admin_token=self.admin_token)
+        else:
+            address = self.state().address()
+        with _admin_client(address) as client:
+            yield client
+
+
+@dataclass(frozen=True, kw_only=True)
+class Connection(AdminConnection):
+    """How to reach a cluster: through its store, or through a gateway's admin port."""
+
+    etcd: Etcd = ()
+    cluster: Cluster = ""
+
+    @contextmanager
+    def client(self) -> Iterator[Client]:
+        """A client of the cluster: the admin port if it was named, else the store. Raises ConfigError."""
+        if self.admin:
+            with self.admin_client() as client:
+                yield client
+            return
+        if self.etcd:
+            if not self.cluster:
+                raise ConfigError("--etcd needs --cluster", hint="name the cluster: --cluster NAME")
+            events = StateDir(self.state_dir).events if self.state_dir else None
+            with _store_client(self.etcd, self.cluster, events) as client:
+                yield client
+            return
+        state = self.state()
+        address = state.address()
+        if address.trouble:  # the store was wiped or set back; a gateway still knows the cluster as it is served
+            with _admin_client(address) as admin:
+                yield admin
+            return
+        with _store_client(address.etcd, address.cluster, state.events) as client:
+            yield client
+
+
+@contextmanager
+def _admin_client(address: ClusterAddress) -> Iterator[AdminClient]:
+    from elastic.cli.client import AdminClient
+
+    with closing(AdminClient(address.admin_url, address.admin_token)) as client:
+        yield client
+
+
+@contextmanager
+def _store_client(etcd: tuple[str, ...], cluster: str, events: Path | None) -> Iterator[Client]:
+    from elastic.cli.client import StoreClient
+    from membership.store.etcd import connect
+
+    store = connect(list(etcd))
+    try:
+        yield StoreClient(store, cluster, events)
+    finally:
+        store.close()

@@ -1,0 +1,56 @@
+"""The cluster configuration that `elastic serve` stores: made of its options and of what the checkpoint says."""
+
+from __future__ import annotations
+
+import socket
+
+from elastic.serve.options import DEFAULTS, MAX_PORT, ServeOptions, check_options
+from membership.base.errors import ConfigError, PlanRefused
+from membership.planning.cluster_facts import scale_refusal
+from membership.store.records import ClusterConfig
+from workers.model.families import read_model_info
+
+
+def cluster_config(options: ServeOptions) -> ClusterConfig:
+    """Check the options against the model. Raises ModelError, ConfigError or PlanRefused."""
+    check_options(options)
+    info = read_model_info(options.model)
+    directory = options.model.resolve()
+    config = ClusterConfig(
+        cluster=options.cluster or directory.name,
+        model=str(directory),
+        served_model_name=options.served_model_name or directory.name,
+        moe_layers=info.moe_layers,
+        experts=info.experts,
+        expert_bytes=info.expert_bytes(options.dtype),
+        redundancy=options.redundancy,
+        max_ranks=options.max_ranks or max(options.ranks, DEFAULTS["max_ranks"]),
+        dtype=options.dtype,
+        exactness=options.exactness,
+        device=options.device,
+        max_model_len=min(info.max_position, options.max_model_len or DEFAULTS["max_model_len"]),
+        kv_blocks=options.kv_blocks,
+        follow_agents=options.follow_agents,
+        restart_intensity=options.restart_intensity,
+        restart_window_s=options.restart_window_s,
+        rebalance_bytes=options.rebalance_bytes,
+        coverage_deadline_s=options.coverage_deadline_s,
+        load_bytes_per_s=options.load_bytes_per_s,
+        eos_token_ids=info.eos_token_ids,
+        vocab_size=info.vocab_size,
+    )
+    refused = scale_refusal(config, options.ranks)
+    if refused:
+        raise PlanRefused(refused)
+    return config
+
+
+def require_free_port(host: str, port: int, flag: str) -> None:
+    """ConfigError naming the flag if the port cannot be listened on."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as error:
+            why = error.strerror if isinstance(error, OSError) else f"ports go from 0 to {MAX_PORT}"
+            raise ConfigError(f"cannot listen on {host}:{port}: {why}", hint=f"choose another {flag}") from error
