@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check matrix chaos bench format clean
+.PHONY: help setup demo test check matrix chaos bench docs format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -55,6 +55,9 @@ bench: setup  ## the benchmarks whose figures stand in docs/benchmarks.md
 	@$(BIN)/python -m benchmarks.mq
 	@$(BIN)/python -m benchmarks.exchange
 	@$(BIN)/python -m benchmarks.serve
+
+docs: setup  ## write docs/OPTIONS.md and the chart's values from the table of options
+	@$(BIN)/python -m elastic.cli.reference
 
 format: setup  ## ruff format and the safe fixes
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .

@@ -15,14 +15,12 @@ import httpx
 import msgspec
 
 from elastic.explain import Explanation, explain
+from elastic.http_errors import from_http
 from elastic.status import cluster_status
 from membership.base.errors import (
     ConfigError,
     ElasticError,
-    Fenced,
     NoAnswer,
-    OperationConflict,
-    PlanRefused,
     WaitTimeout,
 )
 from membership.base.events import Event, EventLog
@@ -241,21 +239,12 @@ def _ranks(change: Change) -> int | tuple[int, ...]:
 
 
 def _error_of(answer: httpx.Response) -> ElasticError:
-    kinds = {
-        400: ConfigError,
-        401: ConfigError,
-        403: ConfigError,
-        404: ConfigError,
-        409: OperationConflict,
-        412: Fenced,
-        422: PlanRefused,
-        503: NoAnswer,
-    }
+    """The error in an answer of the admin API, or in that of something else at its address."""
     try:
-        message = str(answer.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        message = answer.text
-    return kinds.get(answer.status_code, ElasticError)(message)
+        error = answer.json()["error"]
+        return from_http(answer.status_code, str(error.get("code") or ""), str(error["message"]))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return from_http(answer.status_code, "", answer.text)
 
 
 def wait_for(client: Client, operation: Operation, timeout_s: float, stop: threading.Event) -> Iterator[Operation]:

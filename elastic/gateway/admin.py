@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from fastapi import FastAPI, Request, Response
@@ -18,17 +18,14 @@ from pydantic import Field
 from elastic.explain import explain
 from elastic.gateway.http import EventStream, json_response, new_app, read_body
 from elastic.gateway.schema import Shape, parse
+from elastic.http_errors import as_http, message_of
 from elastic.status import cluster_status
 from membership.base import failpoints
 from membership.base.errors import (
     ConfigError,
     ElasticError,
-    Fenced,
     OperationConflict,
-    PlanRefused,
     RequestError,
-    StoreReplaced,
-    StoreUnavailable,
     WaitTimeout,
 )
 from membership.base.events import FOLLOW_POLL_S, Tail
@@ -130,7 +127,7 @@ class Admin:
         try:
             return await asyncio.to_thread(act, self.store, self.cluster, *arguments, **options)
         except ElasticError as error:
-            _raise_as_http(error)
+            raise as_http(error) from error
 
     async def change(self, change: Change, asked: ChangeRequest) -> Response:
         """Plan, or propose an operation."""
@@ -149,10 +146,10 @@ class Admin:
             )
         except OperationConflict as error:
             active = await asyncio.to_thread(_active_soon, self.mirror)
-            body = {"message": _words(error), "type": "conflict", "param": None, "code": "operation_active"}
+            body = {"message": message_of(error), "type": "conflict", "param": None, "code": "operation_active"}
             return json_response({"error": body, "operation": asdict(active) if active else None}, 409)
         except ElasticError as error:
-            _raise_as_http(error)
+            raise as_http(error) from error
         where = {"Location": f"/admin/v1/operations/{operation.id}"}
         return json_response(asdict(operation), 202, where)
 
@@ -243,7 +240,7 @@ def _add_failpoints(app: FastAPI) -> None:
         try:
             failpoints.write(path, asked.failpoints)
         except ConfigError as error:
-            raise RequestError(_words(error), status=400, code="bad_failpoints") from error
+            raise RequestError(message_of(error), status=400, code="bad_failpoints") from error
         return told(path)
 
 
@@ -263,7 +260,7 @@ def _add_reading(app: FastAPI, admin: Admin) -> None:
         try:
             return json_response(explain(admin.mirror.state(), time.time(), subject, admin.mirror.trouble))
         except ElasticError as error:
-            _raise_as_http(error)
+            raise as_http(error) from error
 
     @app.get("/admin/v1/operations")
     async def operations() -> Response:
@@ -297,28 +294,6 @@ def _active_soon(mirror: Mirror) -> Operation | None:
         return mirror.wait(lambda state: state.active is not None, 0.5).active
     except WaitTimeout:
         return None
-
-
-def _raise_as_http(error: ElasticError) -> NoReturn:
-    message = _words(error)
-    if isinstance(error, ConfigError):
-        raise RequestError(message, status=404, code="not_found") from error
-    if isinstance(error, OperationConflict):
-        raise RequestError(message, status=409, code="conflict") from error
-    if isinstance(error, Fenced):
-        raise RequestError(message, status=412, code="stale_epoch") from error
-    if isinstance(error, PlanRefused):
-        raise RequestError(message, status=422, code="plan_refused") from error
-    if isinstance(error, StoreUnavailable | WaitTimeout):
-        message += "; whether it took effect is unknown: look at the operations, or ask again with the same op_id"
-        raise RequestError(message, status=503, code="outcome_unknown", retry_after_s=1.0) from error
-    if isinstance(error, StoreReplaced):
-        raise RequestError(message, status=503, code="store_replaced") from error
-    raise RequestError(message, status=500) from error
-
-
-def _words(error: ElasticError) -> str:
-    return f"{error} ({error.hint})" if error.hint else str(error)
 
 
 async def _event_lines(path: Path, follow: bool, stopping: Callable[[], bool]) -> AsyncGenerator[bytes, None]:

@@ -10,6 +10,7 @@ import msgspec
 
 from elastic.gateway.choice import Choice, Piece, TokenEntry
 from elastic.gateway.tokenizer import Tokenizer
+from elastic.http_errors import message_of
 from membership.base.errors import RequestError
 
 Json = dict[str, Any]
@@ -149,8 +150,9 @@ def usage(prompt_tokens: int, choices: Sequence[Choice]) -> Json:
 def error_body(error: RequestError) -> Json:
     """OpenAI's error object."""
     kind = "invalid_request_error" if error.status < 500 else "server_error"
-    message = f"{error} ({error.hint})" if error.hint else str(error)
-    return {"error": {"message": message, "type": kind, "param": error.param or None, "code": error.code or None}}
+    return {
+        "error": {"message": message_of(error), "type": kind, "param": error.param or None, "code": error.code or None}
+    }
 
 
 def event(data: Json) -> bytes:

@@ -162,7 +162,8 @@ class ServeOptions(StoreOptions, ListenOptions, SpareOptions):
     model: Annotated[Path, Option(argument=True, helm="model.path", help="Checkpoint directory, Hugging Face format.")]
     ranks: Annotated[int, Option(minimum=1, helm="ranks", help="Number of expert-parallel ranks at the start.")] = 4
     max_ranks: Annotated[
-        int | None, Option(help="Upper limit for the number of ranks. Default: 64, or --ranks if that is more.")
+        int | None,
+        Option(help=f"Upper limit for the number of ranks. Default: {DEFAULTS['max_ranks']}, or --ranks if higher."),
     ] = None
     follow_agents: Annotated[
         int, Option(minimum=0, help="Autoscale: run N ranks per registered agent (0 = size is set by `elastic scale`).")

@@ -18,7 +18,7 @@ from chaos.target.cluster import ServedCluster
 from chaos.workload.history import compare
 from chaos.workload.streams import Workload
 from elastic.cli.client import AdminClient
-from membership.base.errors import NoAnswer
+from membership.base.errors import StoreReplaced
 from membership.operations.change import scale
 from tests.e2e.conftest import Serve
 from tests.e2e.fault_free import fault_free
@@ -69,7 +69,7 @@ def test_wiped_data_are_refused_while_serving_goes_on(serve: Serve, demo_model: 
         assert "membership is frozen" in ready.json()["store"]
         for command in ("status", "doctor"):
             assert "membership is frozen" in said(cluster, command)
-        with pytest.raises(NoAnswer, match="replaced"):
+        with pytest.raises(StoreReplaced, match="replaced"):
             client.propose(scale(RANKS + 1), op_id=None, if_epoch=None, timeout_s=10.0)
         eventually(lambda: streaming(workload), 30.0, "two streams under way")
         kill(before["ranks"][1]["pid"])

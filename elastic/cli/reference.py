@@ -1,0 +1,135 @@
+"""What is written from the table of options: docs/OPTIONS.md and the Helm chart's values and schema.
+
+`python -m elastic.cli.reference` in a checkout (`make docs`) rewrites them; a test fails while they differ.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from elastic.cli.command import as_text
+from elastic.cli.connection import Connection
+from elastic.serve.options import (
+    AgentOptions,
+    GatewayOptions,
+    Kind,
+    RoleOptions,
+    ServeOptions,
+    Stated,
+    options_of,
+)
+
+PAGE = Path("docs/OPTIONS.md")
+VALUES = Path("helm/elastic-ep/values.yaml")
+SCHEMA = Path("helm/elastic-ep/values.schema.json")
+BEGIN, END = "# Options of `elastic serve`, written by `make docs`:", "# (end of what `make docs` writes)"
+SECTIONS = (
+    ("elastic serve MODEL", ServeOptions),
+    ("elastic controller, elastic engine", RoleOptions),
+    ("elastic agent", AgentOptions),
+    ("elastic gateway", GatewayOptions),
+    ("Client commands (status, scale, drain, ops, …)", Connection),
+)
+INTRODUCTION = """\
+# Options
+
+Written by `make docs` from `elastic/serve/options.py` and `elastic/cli/connection.py`: do not edit. Durations look like
+`90s` or `5m`, sizes like `500MB` or `2GiB`. The Helm chart passes other flags through `extraArgs`.
+"""
+
+
+def options_page() -> str:
+    """docs/OPTIONS.md."""
+    lines = [INTRODUCTION]
+    for title, kind in SECTIONS:
+        lines += [f"## {title}\n", "| flag | default | meaning | environment |", "|---|---|---|---|"]
+        lines += [_row(stated) for stated in options_of(kind) if not stated.option.argument]
+        lines.append("")
+    lines += ["## Values of the Helm chart\n", "| value | flag |", "|---|---|"]
+    for stated in chart_options():
+        flag = "MODEL" if stated.option.argument else f"`{stated.flags[0]}`"
+        lines.append(f"| `{stated.option.helm}` | {flag} |")
+    lines.append("")
+    return "\n".join(lines)
+
+
+def _row(stated: Stated) -> str:
+    option, default = stated.option, as_text(stated.option.kind, stated.default)
+    shown = "" if default is None else f"`{f'{default:g}' if isinstance(default, float) else default}`"
+    choices = f" One of {', '.join(f'`{each}`' for each in option.choices)}." if option.choices else ""
+    cells = (
+        ", ".join(f"`{flag}`" for flag in stated.flags),
+        "off" if default is False else shown,
+        option.help + choices,
+        f"`{option.env}`" if option.env else "",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def chart_options() -> Iterator[Stated]:
+    """The options that have a value in the chart."""
+    return (stated for stated in options_of(ServeOptions) if stated.option.helm)
+
+
+def chart_values(text: str) -> str:
+    """The text of values.yaml with its part for options written anew."""
+    lines = []
+    for stated in chart_options():
+        if "." not in stated.option.helm:
+            line = f"{stated.option.helm}: {json.dumps(plain_default(stated)).strip(chr(34))}"
+            lines.append(f"{line:<28} # {stated.option.help}")
+    part = "\n".join((BEGIN, *lines, END))
+    return re.sub(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda found: part, text, flags=re.DOTALL)
+
+
+def plain_default(stated: Stated) -> Any:
+    """The default as YAML and JSON have it; a whole number without a fraction."""
+    default = list(stated.default) if isinstance(stated.default, tuple) else stated.default
+    return int(default) if isinstance(default, float) and default.is_integer() else default
+
+
+def chart_schema(text: str) -> str:
+    """The text of values.schema.json with the properties of options written anew."""
+    schema = json.loads(text)
+    for stated in chart_options():
+        if (limits := _limits(stated)) is None:
+            continue
+        *path, name = stated.option.helm.split(".")
+        node = schema
+        for key in path:
+            node = node["properties"].setdefault(key, {"type": "object", "properties": {}})
+        node["properties"][name] = limits
+    return json.dumps(schema, indent=2) + "\n"
+
+
+def _limits(stated: Stated) -> dict[str, Any] | None:
+    """JSON schema of an option's value; None: any text will do."""
+    option = stated.option
+    if option.kind is Kind.URLS:
+        return {"type": "array", "items": {"type": "string", "pattern": "^https?://"}}
+    if option.choices is not None:
+        return {"enum": list(option.choices)}
+    if stated.required:
+        return {"type": "string", "minLength": 1}
+    bounds = {"minimum": option.minimum, "maximum": option.maximum}
+    given: dict[str, Any] = {name: int(bound) for name, bound in bounds.items() if bound is not None}
+    if stated.type is float:  # `helm --set` makes text of a fraction
+        return {"type": ["number", "string"], **given, "pattern": "^[1-9][0-9]*(\\.[0-9]+)?$"}
+    if stated.type in (int, int | None):
+        return {"type": "integer" if stated.type is int else ["integer", "null"], **given}
+    return None
+
+
+def main() -> None:
+    """Write all three files."""
+    PAGE.write_text(options_page())
+    VALUES.write_text(chart_values(VALUES.read_text()))
+    SCHEMA.write_text(chart_schema(SCHEMA.read_text()))
+
+
+if __name__ == "__main__":
+    main()
