@@ -1,4 +1,4 @@
-"""`elastic explain`: why the cluster, or a rank slot, is as it is; what comes next by itself; what somebody should do.
+"""`elastic explain`: causes of the state of the cluster, a rank or an operation; what happens next; what to do.
 
 Pure: everything comes from the records that the decisions themselves are made from.
 """
@@ -21,7 +21,7 @@ ENDS = (Phase.DONE, Phase.ABORTED)
 
 
 class Explanation(msgspec.Struct, frozen=True, kw_only=True):
-    """`subject`: "cluster", "rank N" or "operation ID". `because`: facts; `next`: what follows; `do`: for somebody."""
+    """`subject`: "cluster", "rank N" or "operation ID". `because`: facts; `next`: what follows; `do`: what to do."""
 
     subject: str
     state: str
@@ -71,7 +71,7 @@ def _cluster(state: ClusterState, status: ClusterStatus, ailing: list[RankStatus
         because.append("no engine is in office: requests wait")
         follows = "the standby takes over, or the supervisor starts one"
     if not state.agents:
-        because.append("no agent is registered: nobody could start a rank")
+        because.append("no agent is registered: no rank can be started")
         do = do or "start an agent: elastic agent"
     if status.drained:
         because.append(f"drained, and counted no more: rank {', '.join(map(str, status.drained))}")
@@ -95,7 +95,7 @@ def _rank(state: ClusterState, now: float, rank: RankStatus) -> Explanation:
 
 
 def explain_operation(state: ClusterState, now: float, operation: Operation) -> Explanation:
-    """What it is for, how long each phase took, whom it waits for or how it ended."""
+    """Its purpose, the duration of each phase, what it waits for or how it ended."""
     asked = ago(now - operation.started)
     because = [f"{describe_change(operation)}, from {operation.previous} ranks, asked for {asked} ago"]
     times = sorted(operation.phase_times.items(), key=lambda item: item[1])
@@ -117,7 +117,7 @@ def explain_operation(state: ClusterState, now: float, operation: Operation) -> 
         follows = f"rolled back in {ago(operation.deadline - now)} if it is not committed by then"
         do = f"to give it up: elastic ops cancel {operation.id}"
     else:
-        follows = "it is committed; those who left end, then it is done"
+        follows = "it is committed; it is done once the departed ranks have ended"
     return Explanation(
         subject=f"operation {operation.id}", state=operation.phase.value, because=tuple(because), next=follows, do=do
     )
@@ -126,17 +126,17 @@ def explain_operation(state: ClusterState, now: float, operation: Operation) -> 
 def _drained(state: ClusterState, now: float, rank: int) -> Explanation:
     by = [op for op in state.history if op.kind == "drain" and rank in op.ranks and op.phase is Phase.DONE]
     because = [f"operation {by[-1].id} drained it {ago(now - by[-1].finished)} ago"] if by else []
-    because.append("the slot is empty, nobody's count, and no rank is started in it")
+    because.append("the slot is empty: it does not count, and no rank is started in it")
     do = f"to fill it again: elastic undrain {rank}"
     return Explanation(subject=f"rank {rank}", state="drained", because=tuple(because), do=do)
 
 
 def _facts(state: ClusterState, now: float, rank: RankStatus) -> Iterator[str]:
-    """What there is now."""
+    """What the records say now."""
     if rank.pid:
         yield f"incarnation {rank.incarnation} is process {rank.pid} on node {rank.node} with {rank.slots} experts"
     if rank.heartbeat_age_ms is not None and rank.pid:
-        yield f"its agent saw it beat {rank.heartbeat_age_ms:.0f} ms ago"
+        yield f"its agent saw its heartbeat {rank.heartbeat_age_ms:.0f} ms ago"
     newcomer = ClusterFacts(state, now).newcomers.get(rank.rank)
     if newcomer is not None and newcomer.trouble:
         yield newcomer.trouble
@@ -148,7 +148,7 @@ def _facts(state: ClusterState, now: float, rank: RankStatus) -> Iterator[str]:
 
 
 def _history(last: RankExit, now: float) -> Iterator[str]:
-    """What there was."""
+    """How the last incarnation ended."""
     yield (
         f"incarnation {last.incarnation} died {ago(now - last.at)} ago: {last.reason}; "
         f"{last.restarts} {'death' if last.restarts == 1 else 'deaths'} in this slot so far"
@@ -185,7 +185,7 @@ def ago(seconds: float) -> str:
 
 
 def explained(found: tuple[Explanation, ...]) -> str:
-    """For people."""
+    """The explanations as text."""
     lines: list[str] = []
     for each in found:
         lines.append(f"{each.subject}: {each.state}")

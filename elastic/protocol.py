@@ -1,4 +1,4 @@
-"""What gateway and engine say to each other over ZeroMQ (gateway: DEALER, engine: ROUTER); msgpack, fixed schema.
+"""Messages between gateway and engine over ZeroMQ (gateway: DEALER, engine: ROUTER); msgpack, fixed schema.
 
 The gateway owns the request: it may submit it again, with what was emitted, to another engine at any time. The engine
 owns nothing. Both drop messages that carry another engine token than the one they know.
@@ -12,7 +12,7 @@ from workers.protocol.messages import Sampling, TokenLogprobs
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Run this request; go on after `emitted`. Submitting the same id again replaces the earlier submission."""
+    """Run this request; continue after `emitted`. Submitting the same id again replaces the earlier submission."""
 
     request_id: str
     prompt: list[int]

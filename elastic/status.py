@@ -34,14 +34,14 @@ class RankStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class CoverageStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """How many live ranks hold the expert that the fewest hold; (layer, expert) pairs that none holds."""
+    """The smallest number of live replicas of any expert; the number of (layer, expert) pairs without one."""
 
     min_live_replicas: int
     uncovered: int
 
 
 class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """A host with an agent: how many ranks it runs or is to run. None, and none that ends: it can go."""
+    """A host with an agent; `ranks`: present and planned. Safe to delete: no rank is there, planned or ending."""
 
     node: str
     ranks: int
@@ -49,7 +49,7 @@ class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PauseStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """Planned changes wait until then."""
+    """Planned changes are refused until then."""
 
     until: float
     by: str
@@ -58,7 +58,7 @@ class PauseStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class OperationStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """The operation under way; `what` is it in words."""
+    """The active operation; `what` describes it in words."""
 
     id: str
     kind: str
@@ -72,14 +72,14 @@ class OperationStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RequestsStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """Load, as the engine last said."""
+    """Load, as the engine last published it."""
 
     running: int = 0
     waiting: int = 0
 
 
 class SparesStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """Warm spares, over all hosts: how many are to be kept, how many wait."""
+    """Warm spares over all hosts: the wanted number, and the number ready."""
 
     wanted: int = 0
     ready: int = 0
@@ -97,7 +97,7 @@ class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
     operation: OperationStatus | None
     requests: RequestsStatus
     spares: SparesStatus = SparesStatus()
-    owner: Literal["operator", "agents"] = "operator"  # who sets `desired`
+    owner: Literal["operator", "agents"] = "operator"  # what sets `desired`
     drained: tuple[int, ...] = ()  # slots that stay empty until they are undrained
     nodes: tuple[NodeStatus, ...] = ()
     pause: PauseStatus | None = None
@@ -165,14 +165,14 @@ def _health(facts: ClusterFacts, covered: CoverageStatus) -> Health:
     if covered.uncovered:
         return "uncovered"
     if not _driven(state):
-        return "degraded"  # requests wait for an engine: the old one's successor, or the first
+        return "degraded"  # requests wait for an engine
     whole = len(facts.alive) == len(facts.members)
     scaling = facts.operation is not None
     return "serving" if whole and (scaling or len(facts.alive) >= facts.target) else "degraded"
 
 
 def _driven(state: ClusterState) -> bool:
-    """Whether the engine in office has taken up a view."""
+    """Whether the active engine has adopted a view."""
     status = state.engine_status
     return state.engine is not None and status is not None and status.token == state.engine_token and status.epoch > 0
 
@@ -252,8 +252,8 @@ def _rank(facts: ClusterFacts, member: Member, state: RankState) -> RankStatus:
 
 def _heartbeat_age_ms(facts: ClusterFacts, member: Member) -> float | None:
     heartbeats = facts.state.heartbeats.get(member.node)
-    beat = None if heartbeats is None else heartbeats.beats.get(member.incarnation)
-    return None if beat is None else round(max(0.0, facts.now - beat) * 1000, 1)
+    seen_at = None if heartbeats is None else heartbeats.beats.get(member.incarnation)
+    return None if seen_at is None else round(max(0.0, facts.now - seen_at) * 1000, 1)
 
 
 def _operation(operation: Operation) -> OperationStatus:

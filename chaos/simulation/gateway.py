@@ -143,14 +143,14 @@ class GatewayProcess(Process):
         if self.connection is None and server is not None and now >= self._retry_at:
             engine = server._process
             self.connection = Connection(self, server, engine, self.cluster.next_pid())
-            self.link._heard_at = now
+            self.link._last_message_at = now
             self.link._socket = cast(Any, self.connection)
             self._ping_at = now
 
     def heard(self, connection: Connection, message: ToGateway) -> None:
         """Something has arrived; what comes from others than our engine says nothing."""
         if connection is self.connection and self._target is not None and message.engine_token == self._target.token:
-            self.link._heard_at = self.clock.now
+            self.link._last_message_at = self.clock.now
             self.link._handle(message)
 
     def disconnected(self, connection: Connection) -> None:
@@ -212,7 +212,7 @@ class GatewayProcess(Process):
         now = self.clock.now
         if self.connection is not None and now >= self._ping_at:
             self._ping_at = now + PING_S
-            if now - self.link._heard_at >= SETTINGS.silence_s:
+            if now - self.link._last_message_at >= SETTINGS.silence_s:
                 self._disconnect()
             else:
                 self.link._send(Hello(self.name))

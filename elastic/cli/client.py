@@ -39,7 +39,7 @@ POLL_S = 0.1
 
 
 class Client(Protocol):
-    """What commands need of a cluster."""
+    """What the commands need from a cluster."""
 
     def status(self) -> dict[str, Any]: ...
     def view(self) -> View: ...
@@ -80,15 +80,15 @@ class StoreClient:
         return self.state().view or View(epoch=0)
 
     def plan(self, change: Change) -> Plan:
-        """What granting the change would do."""
+        """What the change would do."""
         return plan_change(change, self.state())
 
     def propose(self, change: Change, *, op_id: str | None, if_epoch: int | None, timeout_s: float) -> Operation:
-        """Ask for it."""
+        """Propose an operation."""
         return propose(self._store, self._cluster, change, op_id=op_id, if_epoch=if_epoch, timeout_s=timeout_s)
 
     def cancel(self, op_id: str, by: str) -> Operation:
-        """Have an operation rolled back."""
+        """Roll an operation back."""
         return cancel(self._store, self._cluster, op_id, by)
 
     def operations(self) -> tuple[Operation, ...]:
@@ -96,7 +96,7 @@ class StoreClient:
         return self.state().history
 
     def pause(self, ttl_s: float, by: str, reason: str) -> Pause:
-        """No planned change for a while."""
+        """Refuse planned changes for a while."""
         return pause(self._store, self._cluster, ttl_s, by=by, reason=reason)
 
     def resume(self) -> bool:
@@ -108,7 +108,7 @@ class StoreClient:
         return plan_rebalance(self.state(), time.time())
 
     def rebalance(self, by: str) -> RebalancePlan:
-        """Ask for a rebalance now."""
+        """Request a rebalance now."""
         return request_rebalance(self._store, self._cluster, by)
 
     def operation(self, op_id: str) -> Operation:
@@ -119,17 +119,17 @@ class StoreClient:
         return decode(found.value, Operation)
 
     def explain(self, subject: str | None) -> tuple[Explanation, ...]:
-        """Why things are as they are."""
+        """Causes of the present state."""
         return explain(self.state(), time.time(), subject)
 
     def unquarantine(self, rank: int) -> RankExit:
-        """Let a slot be filled again."""
+        """Allow a slot to be filled again."""
         return unquarantine(self._store, self._cluster, rank)
 
     def events(self, follow: bool, stop: threading.Event) -> Iterator[Event]:
         """The event history."""
         if self._events is None:
-            raise ConfigError("the event history lies with the cluster", hint="use --state-dir or --admin")
+            raise ConfigError("the event history is on the serving machine", hint="use --state-dir or --admin")
         return EventLog.follow(self._events, stop) if follow else iter(EventLog.read(self._events))
 
 
@@ -149,7 +149,7 @@ class AdminClient:
 
     def view(self) -> View:
         """GET view."""
-        return msgspec.convert(self._call("GET", "view"), View, strict=False)  # JSON has ranks, as keys, in words
+        return msgspec.convert(self._call("GET", "view"), View, strict=False)  # JSON has ranks, as keys, as strings
 
     def plan(self, change: Change) -> Plan:
         """POST with plan=true: changes nothing."""
@@ -190,7 +190,7 @@ class AdminClient:
         return msgspec.convert(self._call("GET", f"operations/{op_id}"), Operation)
 
     def explain(self, subject: str | None) -> tuple[Explanation, ...]:
-        """GET explain, of one rank, of one operation, or of all that is not well."""
+        """GET explain, of one rank, of one operation, or of the cluster and each rank that does not serve."""
         which = {} if subject is None else {"subject": subject}
         return msgspec.convert(self._call("GET", "explain", params=which), tuple[Explanation, ...])
 
@@ -199,15 +199,15 @@ class AdminClient:
         return msgspec.convert(self._call("POST", f"ranks/{rank}/unquarantine"), RankExit)
 
     def failpoints(self) -> dict[str, Any]:
-        """GET failpoints: which are armed, and what there is."""
+        """GET failpoints: the armed ones, and all known points and actions."""
         return dict(self._call("GET", "failpoints"))
 
     def arm(self, failpoints: str) -> dict[str, Any]:
-        """PUT failpoints: these are armed from now on, and no others."""
+        """PUT failpoints: arm these and disarm all others."""
         return dict(self._call("PUT", "failpoints", json={"failpoints": failpoints}))
 
     def events(self, follow: bool, stop: threading.Event) -> Iterator[Event]:
-        """GET the event history; `follow` streams it, with blank lines while nothing happens."""
+        """GET the event history; `follow` keeps streaming."""
         try:
             with self._http.stream("GET", "/admin/v1/events", params={"follow": follow}) as answer:
                 if not answer.is_success:

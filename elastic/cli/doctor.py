@@ -1,4 +1,4 @@
-"""`elastic doctor`: can this machine serve, and what would the death of a rank cost? Looks only; changes nothing."""
+"""`elastic doctor`: can this machine serve, and what would the death of a rank cost? Read-only."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from membership.store.records import Placement
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """One thing looked at. `level` is ok, warn or fail; `hint` says what to do about it."""
+    """The result of one check. `level` is ok, warn or fail; `hint` says what to do about it."""
 
     what: str
     level: str
@@ -95,7 +95,7 @@ def _etcd() -> Iterator[Finding]:
 
 
 def _store() -> Iterator[Finding]:
-    """Of the cluster that is served from this machine, if there is one."""
+    """The store of the cluster served from this machine, if there is one."""
     try:
         trouble = StateDir.last_served().address().trouble
     except ConfigError:
@@ -133,7 +133,7 @@ def _model(model: Path, ranks: int, redundancy: float, hosts: int) -> Iterator[F
 def _coverage(
     placement: Placement, nodes: dict[int, str], moe_layers: int, experts: int, expert_bytes: int
 ) -> Iterator[Finding]:
-    """Whose death leaves every expert alive, and how many slots that needs."""
+    """Which deaths leave every expert with a replica, and the number of slots that needs."""
     found = survivability(placement, nodes, moe_layers, experts)
     slots = sum(len(layer) for held in placement.values() for layer in held)
     memory = f"{slots} slots, {in_bytes(slots * expert_bytes)} of experts"
@@ -142,6 +142,6 @@ def _coverage(
     if not safe:
         about_hosts = not found.vital_ranks
         needed = needed_slots(nodes, moe_layers, experts, hosts=about_hosts)
-        who = "host" if about_hosts else "rank"
-        hint = f"needs {needed} slots: --redundancy {needed // (experts * moe_layers)}" if needed else f"add a {who}"
+        unit = "host" if about_hosts else "rank"
+        hint = f"needs {needed} slots: --redundancy {needed // (experts * moe_layers)}" if needed else f"add a {unit}"
     yield Finding("coverage", "ok" if safe else "warn", f"{describe_survivability(found)}; {memory}", hint)

@@ -122,13 +122,13 @@ def rebalance_view(plan: RebalancePlan, *, asked: bool) -> str:
     ]
     lines += [f"  rank {rank} loads {count} experts" for rank, count in plan.loads.items()]
     lines += ["  more follows by itself: the budget of one change does not suffice"] if plan.unfinished else []
-    lines += ["  it would be done without asking"] if plan.unasked and not asked else []
-    lines += ["  it waits for what goes on now"] if plan.waits else []
+    lines += ["  it would happen without a request, too"] if plan.unasked and not asked else []
+    lines += ["  it waits for the change that is under way"] if plan.waits else []
     return "\n".join([*lines, "asked for; see: elastic events"] if asked else lines)
 
 
 def in_bytes(number: float) -> str:
-    """So many bytes, with three digits."""
+    """A number of bytes, with three digits."""
     for unit in ("B", "kB", "MB", "GB"):
         if number < 999.5:
             return f"{number:.3g} {unit}"
@@ -137,7 +137,7 @@ def in_bytes(number: float) -> str:
 
 
 def _needs(plan: Plan) -> list[str]:
-    """What it would take, where somebody must not die."""
+    """The slots needed to survive the death of any rank or host, where one may not die now."""
     found, lines = plan.survives, []
     if found is not None and found.vital_ranks:
         lines.append(f"  to survive any one rank's death: {_slots(plan.slots_for_rank_loss, 'a second rank')}")
@@ -191,7 +191,7 @@ class Progress:
         self._bars.stop()
 
     def update(self, operation: Operation) -> None:
-        """Show where the operation is; its end tells the measured pause."""
+        """Show where the operation is; its end shows the measured pause."""
         done = operation.progress * (len(ORDER) - 1)
         self._bars.update(self._task, description=str(operation.phase), completed=done)
         if operation.phase is Phase.DONE:

@@ -1,8 +1,8 @@
 """Replacing all ranks by new ones, one after the other, while requests stream on: `elastic rollout`.
 
-Nothing here is special: one more rank is added first, then each old one is drained and its slot filled again, then the
-one too many goes. Every step is an operation that ends done or rolled back by itself, under an id that is made from
-`before`: the last incarnation that is to be replaced. So whoever was interrupted goes on with the same `before`.
+One extra rank is added first; then each old rank is drained and its slot filled again; then the extra rank is removed.
+Each step is an ordinary operation. Its id contains `before`, the last incarnation to be replaced: an interrupted
+rollout is continued by running it again with the same `before`.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def rollout(client: Client, before: int, timeout_s: float, stop: threading.Event
 
 
 def resume_hint(before: int) -> str:
-    """How to go on with a rollout that stopped."""
+    """How to continue a rollout that stopped."""
     return f"once the cause is gone, go on with: elastic rollout --before {before}"
 
 
 def _size(client: Client, surge: str) -> int:
-    """How many ranks there are to be in the end: as many as before the rollout began."""
+    """The number of ranks at the end, which is the number before the rollout began."""
     begun = [operation for operation in client.operations() if operation.id == surge]
     if begun and begun[0].phase is Phase.ABORTED:
         raise OperationConflict(f"{surge} was rolled back: {begun[0].error}", hint="begin anew: elastic rollout")

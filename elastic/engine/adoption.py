@@ -2,7 +2,7 @@
 
 A member is usable once it has proved its queues to this engine. Until each member is usable or gone, the present view
 stays in use: it serves well meanwhile. No record in the store is no death: after an outage an agent may be about to
-write it again. But who has none is waited for only as long as that takes: a dead host writes nothing any more.
+write it again. But a missing record is awaited only as long as that takes: a dead host writes nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def of_member(member: Member) -> RankId:
 
 
 def absent(view: View, state: ClusterState) -> set[RankId]:
-    """Members without a record in the store. Who has joined is used all the same: its agent may be writing it again."""
+    """Members without a record in the store. One that has joined is used anyway: its agent may be writing it again."""
     return {of_member(member) for member in view.members} - state.ranks.keys()
 
 
@@ -45,9 +45,9 @@ def adoption(
     patient: bool = False,
     overdue: bool = False,
 ) -> Adoption | None:
-    """The newer view in the store, if there is one. Who is not ready when it is `overdue` counts as lost.
+    """The newer view in the store, if there is one. A member that is not ready when it is `overdue` counts as lost.
 
-    Who has no record either counts as lost sooner: once its end is certain, or when we are not `patient` any more.
+    A member without a record counts as lost sooner: once its end is certain, or when not `patient` any more.
     """
     view = state.view
     if view is None or view.epoch <= epoch:

@@ -1,7 +1,7 @@
-"""How often each expert was asked for lately: summed up from the ranks' answers, told now and then for the planner.
+"""How often each expert was used recently: summed over the ranks' answers, published for the planner.
 
-A sliding window, so that a change of what people ask shows, and a burst does not. It is told when it differs clearly
-from what was told last: the planner's answer depends on nothing else, and the store need not hold noise.
+A sliding window, so that a lasting change of load shows and a burst does not. It is published only when it differs
+clearly from the last published load: the planner needs nothing else, and the store is spared the noise.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PERIOD_S = 5.0
 PERIODS = 12  # that make up the window
 ENOUGH = 32  # rows per expert of a layer, on average, before the window says anything
 DIFFERENT = 4  # of an expert's load, in 16ths of the mean
-REPEAT = 12  # periods after which it is told again all the same: the last time may not have reached the store
+REPEAT = 12  # periods after which it is published again anyway: the last one may not have reached the store
 
 
 class LoadWindow:
@@ -27,8 +27,8 @@ class LoadWindow:
         self._now = np.zeros(moe_layers * experts, dtype=np.int64)
         self._past: deque[np.ndarray] = deque(maxlen=PERIODS)
         self._ends = now + PERIOD_S
-        self._told: np.ndarray | None = None
-        self._silent = 0  # periods since it was told
+        self._published: np.ndarray | None = None
+        self._silent = 0  # periods since it was published
 
     def add(self, load: bytes) -> None:
         """One rank's count of one step: uint32[moe_layers, experts]; empty if it counts nothing."""
@@ -36,7 +36,7 @@ class LoadWindow:
             self._now += np.frombuffer(load, dtype=np.uint32)
 
     def due(self, now: float, wall: float) -> ExpertLoad | None:
-        """What is to be told now, if anything. Call it often; it is over at once between the ends of periods."""
+        """Return the load to publish, or None. Cheap: does nothing until the current period ends."""
         if now < self._ends:
             return None
         self._ends = now + PERIOD_S
@@ -48,7 +48,7 @@ class LoadWindow:
         if mean.min(initial=np.inf) < ENOUGH:
             return None
         loads = np.rint(16 * total / mean).astype(np.int64)
-        if self._told is not None and self._silent < REPEAT and np.abs(loads - self._told).max() < DIFFERENT:
+        if self._published is not None and self._silent < REPEAT and np.abs(loads - self._published).max() < DIFFERENT:
             return None
-        self._told, self._silent = loads, 0
+        self._published, self._silent = loads, 0
         return ExpertLoad(at=wall, loads=tuple(map(tuple, loads.tolist())))

@@ -1,7 +1,7 @@
-"""The engine's door for gateways: a ZeroMQ ROUTER in a thread of its own, so that no gateway can slow a step down.
+"""The engine's server for gateways: a ZeroMQ ROUTER in a thread of its own, so that no gateway can slow a step down.
 
 Only processes of this user reach it (abstract socket, peer uid checked). What does not decode is dropped with a log.
-A request belongs to whoever submitted it last; when that gateway is gone, its requests are aborted.
+A request belongs to the gateway that submitted it last; when that gateway is gone, its requests are aborted.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class EngineServer:
         try:
             self._serve()
         except Exception as error:
-            log.exception("the engine's server failed")
+            log.exception("gateway_server_failed")
             self._failure = error
             self._on_message()
 
@@ -119,12 +119,12 @@ class EngineServer:
             except zmq.Again:
                 return
             if len(frames) != 2:
-                log.warning("dropped a message of the wrong shape", frames=len(frames))
+                log.warning("gateway_message_misshapen", frames=len(frames))
                 continue
             try:
                 self._receive(frames[0], self._decoder.decode(frames[1]))
             except msgspec.DecodeError as error:
-                log.warning("dropped a malformed message", error=str(error), size=len(frames[1]))
+                log.warning("gateway_message_malformed", error=str(error), size=len(frames[1]))
 
     def _receive(self, gateway: bytes, message: ToEngine) -> None:
         if isinstance(message, Hello):
@@ -135,7 +135,7 @@ class EngineServer:
             failpoints.hit("engine.submit")
             self._routes[message.request_id] = gateway
         elif self._routes.get(message.request_id) != gateway:
-            return  # ended, or somebody else's by now
+            return  # ended, or another gateway's by now
         else:
             failpoints.hit("engine.abort")
             del self._routes[message.request_id]
@@ -163,6 +163,6 @@ class EngineServer:
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise
-            log.warning("gateway does not take messages", error=str(error))
+            log.warning("gateway_send_failed", error=str(error))
             return False
         return True

@@ -1,7 +1,7 @@
-"""One engine in office: one step of all ranks after the other, through the loss of ranks and changes of the view.
+"""The active engine: runs one step of all ranks after the other, through losses of ranks and changes of the view.
 
-The loop decides nothing itself: the scheduler says what runs, the fleet moves it, the store's mirror says who belongs.
-The store being slow or away never delays a step; only being replaced as the engine ends the service of this process.
+The loop decides nothing itself: the scheduler chooses what runs, the fleet sends it, the mirror has the members.
+A slow or unavailable store never delays a step. Only a successor ends the service of this process.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ log = structlog.get_logger(__name__)
 
 
 class Engine:
-    """One engine's time in office, under one token."""
+    """One engine's term, under one token."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class Engine:
         self._outbox: list[Output] = []
         self._ready: set[RankId] = set()
         self._lost: set[RankId] = set()
-        self._unrecorded = False  # whether the store has no record of a rank that we use
+        self._unrecorded = False  # whether the store has no record of a rank in use
         self._membership_changed = True
         self._newer_view_since: tuple[int, float] = (0, 0.0)  # (epoch, when it was first seen)
         self._patient_until = math.inf  # when members of it that have no record are given up
@@ -96,7 +96,7 @@ class Engine:
         self._flush()
 
     def turn(self) -> None:
-        """Begin a step, or go on with the one under way, or wait for something to do."""
+        """Begin a step, continue the running one, or wait for something to do."""
         if not self._scheduler.unanswered:
             self._take_requests()
             self._follow_membership()
@@ -117,7 +117,7 @@ class Engine:
             self._report()
 
     def _begin_step(self, batch: StepBatch) -> None:
-        """While the ranks compute this step, the last one's tokens leave and new requests come in."""
+        """Start a step. While ranks compute it, send the last step's tokens and take new requests."""
         self._outcome = "ok"
         failpoints.hit("engine.before.step")
         self._fleet.broadcast(batch)
@@ -164,13 +164,13 @@ class Engine:
                 self._fleet.probe()
             loads = self._loads.due(now, self._wall())
             if loads is not None:
-                self._status.tell_loads(loads)
+                self._status.publish_loads(loads)
 
     def _note_slow(self) -> None:
-        """Tell of ranks that have become far slower than the others, or are so no longer."""
+        """Report ranks that have become far slower than the others, or no longer are."""
         slow = self._fleet.slow
         for rank in slow.keys() - self._slow:
-            log.warning("a rank is far slower than the others", rank=rank, factor=round(slow[rank], 1))
+            log.warning("rank_slow", rank=rank, factor=round(slow[rank], 1))
             self._emit("rank_slow", rank, factor=round(slow[rank], 1))
         for rank in self._slow - slow.keys():
             self._emit("rank_slow_no_more", rank)
@@ -197,10 +197,10 @@ class Engine:
         )
 
     def _vacated_revision(self) -> int:
-        """The staged view, if it leaves out ranks and none of their requests can still be moved."""
+        """Revision of the staged view, if it removes ranks and no request of theirs can still be moved; else 0."""
         return self._staged_revision if self._leaving and not self._scheduler.waited_for else 0
 
-    # ---- what the ranks say
+    # ---- news from the ranks
 
     def _handle(self, happened: Iterable[FleetEvent]) -> None:
         for event in happened:
@@ -216,7 +216,7 @@ class Engine:
                 self._welcome(event)
 
     def _copy(self, orders: Iterable[CopyBlocks]) -> None:
-        """Have ranks copy KV blocks, and tell of the requests that have moved with theirs."""
+        """Have ranks copy KV blocks, and report the requests that have moved."""
         for order in orders:
             failpoints.hit("engine.before.copy")
             self._fleet.copy(order)
@@ -233,7 +233,7 @@ class Engine:
     def _take_result(self, result: StepResult) -> None:
         if result.status is not StepStatus.OK:
             self._outcome = str(result.status)
-            log.warning("a rank did not complete its part", rank=result.rank, step=result.step, status=result.status)
+            log.warning("step_setback", rank=result.rank, step=result.step, status=result.status)
             self._emit("step_setback", result.rank, status=str(result.status), error=result.error[-2000:])
         self._loads.add(result.load)
         if result.retried_rows:
@@ -249,7 +249,7 @@ class Engine:
         self._emit("rank_joined", joined.rank, incarnation=joined.incarnation)
 
     def _lose(self, loss: RankLost) -> None:
-        """Take a rank out of use: first for the survivors in mid-step, then in the books."""
+        """Take a rank out of use: first for the survivors in mid-step, then in the scheduler."""
         identity = (loss.rank, loss.incarnation)
         self._ready.discard(identity)
         self._lost.add(identity)
@@ -265,7 +265,7 @@ class Engine:
         if self._outcome == "ok":
             self._outcome = "rank_lost"  # the survivors' step goes on all the same
         masked_ms = (now - loss.at) * 1000
-        log.warning("rank masked", rank=loss.rank, source=loss.source, requests=len(moved))
+        log.warning("rank_masked", rank=loss.rank, source=loss.source, requests=len(moved))
         self._emit(
             "rank_masked",
             loss.rank,
@@ -286,7 +286,7 @@ class Engine:
         for recovered in self._recovery.progress(emitted, self._scheduler.knows, self._clock()):
             self._emit("rank_recovered", recovered.rank, ms=round(recovered.ms, 3), requests=recovered.moved)
 
-    # ---- what the store says
+    # ---- news from the store
 
     def _follow_membership(self) -> None:
         if self._status.fenced:
@@ -301,11 +301,11 @@ class Engine:
         self._membership_changed = False
         try:
             state = self._mirror.state()
-        except SchemaError as error:  # the next state that can be read is heard of like any other
-            log.error("the cluster's state cannot be read, serving goes on under the last view", error=str(error))
+        except SchemaError as error:  # the next readable state sets `_membership_changed` again
+            log.error("cluster_state_unreadable", error=str(error))
             return
         if state.engine_token != self._token:
-            raise Fenced(f"engine {self._token} has been replaced by {state.engine_token or 'nobody yet'}")
+            raise Fenced(f"engine {self._token} has been replaced by {state.engine_token or 'none yet'}")
         self._attach_ranks(state)
         view = self._scheduler.view
         self._follow_leavers(state)
@@ -319,13 +319,13 @@ class Engine:
         elif newer.waiting_for:
             if since[0] != newer.view.epoch:
                 self._newer_view_since, self._patient_until = (newer.view.epoch, now), now + patience_s
-                log.info("newer view waits for ranks", epoch=newer.view.epoch, ranks=newer.waiting_for)
+                log.info("view_waiting", epoch=newer.view.epoch, ranks=newer.waiting_for)
         else:
             self._newer_view_since = (0, 0.0)
             self._adopt(newer)
 
     def _follow_leavers(self, state: ClusterState) -> None:
-        """Whose requests are to move before the next view is committed, which waits until they have."""
+        """Note which ranks leave with the next view: its commit waits until their requests have moved."""
         view, staged = self._scheduler.view, state.next
         self._leaving = leaving(view, state) if view is not None else ()
         self._staged_revision = state.next_revision if staged is not None and staged.epoch == self._epoch + 1 else 0
@@ -336,9 +336,9 @@ class Engine:
         return self._scheduler.view.epoch if self._scheduler.view else 0
 
     def _attach_ranks(self, state: ClusterState) -> None:
-        """Join the queues of ranks that have joined ours; let go of those that nothing names any more.
+        """Attach to the queues of ranks that joined ours; detach from those that no record names any more.
 
-        A record that is away shows nothing: its agent's lease has run out, and it may write the same record again.
+        A missing record proves nothing: its agent's lease ran out, and the agent may write the same record again.
         """
         for identity, record in state.ranks.items():
             if record.engine_token == self._token and identity not in self._lost:
@@ -360,12 +360,12 @@ class Engine:
         self._pause_since = self._last_step_end if self._last_step_end is not None else now
         self._fleet.adopt(newer.masked, map(of_member, newer.view.members))
         moved = self._scheduler.set_view(newer.view, newer.masked, now)
-        log.info("view adopted", epoch=newer.view.epoch, ranks=newer.view.ranks, masked=newer.masked)
+        log.info("view_adopted", epoch=newer.view.epoch, ranks=newer.view.ranks, masked=newer.masked)
         self._flip = (before, len(moved))
         failpoints.hit("engine.after.flip")
 
     def _note_flip(self, now: float) -> None:
-        """The first step under a new view is over, or there is none to run: say what the flip cost."""
+        """The first step under a new view is over, or there is none to run: report the flip's pause."""
         if self._pause_since is None:
             return
         self._pause_ms = round((now - self._pause_since) * 1000, 3)

@@ -1,9 +1,9 @@
-"""Requests move off ranks that are about to leave, KV blocks and all, so that nothing is computed again. Pure.
+"""Moves requests with their KV blocks off ranks that are about to leave, so that nothing is computed again. Pure.
 
-A move goes between steps, a piece at a time: the source writes blocks out, the target takes them in; in the end the
-target is the request's home. Full blocks do not change any more, so the request pauses only for its last piece. One at
-a time leaves a rank and one enters a rank: a step waits for one piece at most. Whatever goes wrong leaves the request
-where it was; if it is still there when its rank leaves, it is computed again elsewhere.
+A move runs between steps, one piece at a time: the source writes blocks out, the target reads them in, and finally the
+target becomes the request's home. Full blocks do not change, so the request pauses only for its last piece. At most one
+request leaves and one enters a rank at a time, so a step waits for at most one piece. A failed move leaves the request
+where it was; if it is still there when its rank leaves, it is computed again on another rank.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Migration:
         self._staying: set[int] = set()  # sequences that could not be moved
         self._copies = 0
         self.leaving: frozenset[int] = frozenset()  # ranks
-        self.moved: list[Moved] = []  # since somebody cleared it
+        self.moved: list[Moved] = []  # since the list was last cleared
 
     def leave(self, ranks: Iterable[int]) -> None:
         """These ranks, and no others, are about to leave."""
@@ -95,7 +95,7 @@ class Migration:
     # ---- moves
 
     def review(self, homes: Mapping[int, Home], now: float) -> None:
-        """Give up moves that make no sense any more: one end is gone, or stays, or says nothing."""
+        """Give up moves that have become pointless: one end is gone, stays, or does not answer."""
         for move in self._moves.copy():
             there = move.sequence.home is move.source and homes.get(move.target.rank) is move.target
             wanted = move.source.rank in self.leaving and move.target.rank not in self.leaving
@@ -106,7 +106,7 @@ class Migration:
                 self._give_up(move)
 
     def orders(self, homes: Mapping[int, Home], now: float) -> list[CopyBlocks]:
-        """What ranks should copy now; they are to hear of it before they hear of the next step."""
+        """Copies to send to ranks now, before the next step."""
         self.review(homes, now)
         if self.leaving:
             busy = {move.source.rank for move in self._moves}
@@ -115,7 +115,7 @@ class Migration:
         return [order for move in self._moves.copy() if move.order is None for order in self._next(move, now)]
 
     def take(self, answer: BlocksCopied, homes: Mapping[int, Home], now: float) -> list[CopyBlocks]:
-        """Go on with what a rank has copied; answers to other than what was asked last have no effect."""
+        """Handle a copy's answer; answers to anything but the last order have no effect."""
         self.review(homes, now)
         identity = (answer.rank, answer.incarnation)
         for move in self._moves:
@@ -173,7 +173,7 @@ class Migration:
             self._give_up(move)
 
     def _has_room(self, move: _Move, total: int) -> bool:
-        """Take the blocks that it has come to need on the way."""
+        """Take the blocks that the request came to need since the move began."""
         missing = total - len(move.blocks)
         if missing > move.target.pool.free:
             return False
@@ -181,14 +181,14 @@ class Migration:
         return True
 
     def _ask(self, move: _Move, copy: int, blocks: list[int], now: float, *, arriving: bool) -> CopyBlocks:
-        """Both halves of a copy go by one number."""
+        """Both halves of a copy have the same number."""
         source, target = ((home.rank, home.incarnation) for home in (move.source, move.target))
         move.order = CopyBlocks(self._token, copy, source, target, blocks.copy(), arriving)
         move.deadline = now + COPY_TIMEOUT_S
         return move.order
 
     def _finish(self, move: _Move, now: float) -> None:
-        """From here on the request lives at the target, and its blocks at the source are free."""
+        """From here on the target is the request's home, and its blocks at the source are free."""
         sequence = move.sequence
         self._moves.remove(move)
         sequence.move(move.target, move.blocks)

@@ -1,4 +1,4 @@
-"""How long a lost rank was felt: from its detection until every request that lived there has a new token. Pure."""
+"""Time to recover from a lost rank: from its detection until each of its requests has a new token. Pure."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class _Recovering:
 
 @dataclass(frozen=True)
 class Recovered:
-    """One rank's loss is made good."""
+    """Recovery from one rank's loss is complete."""
 
     rank: int
     ms: float
-    moved: int  # requests that lived on it
+    moved: int  # requests that were on it
 
 
 class Recovery:
-    """The losses that are still felt."""
+    """The losses whose recovery is not complete."""
 
     def __init__(self) -> None:
         self._open: list[_Recovering] = []
@@ -35,7 +35,7 @@ class Recovery:
         self._open.append(_Recovering(rank, detected_at, requests, len(requests)))
 
     def progress(self, emitted: Iterable[str], under_way: Callable[[str], bool], now: float) -> list[Recovered]:
-        """These requests have new tokens; `under_way` says which still run. Returns what is over now."""
+        """Return the recoveries that these new tokens complete; `under_way` says which requests still run."""
         if not self._open:
             return []
         renewed = set(emitted)

@@ -1,7 +1,7 @@
-"""The engine role: takes the office in the store when it is free, serves, and stands down when it is replaced.
+"""The engine role: waits to be elected, serves, and stands down when it is replaced.
 
-The office is the key `engine`; its create revision is the token that everything carries. Its lease is renewed for as
-long as the store knows it: an outage of the store ends nobody's service, only a successor does.
+The elected engine holds the key `engine`; its create revision is the token that all messages carry. Its lease is
+renewed as long as the store knows it: an outage of the store ends no service, only a successor does.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ log = structlog.get_logger(__name__)
 def run_terms(store: Store, cluster: str, node: str, stop: threading.Event, events: EventLog) -> None:
     """Serve term after term until `stop`: an engine that was replaced, or whose lease was lost, stands by again.
 
-    So does one that cannot begin its term because the store is away. In the same process, since starting another one
-    costs a second that requests would wait.
+    So does one that cannot begin its term because the store is unavailable. It stays the same process: to start
+    another would make requests wait for a second.
     """
     while not stop.is_set():
         try:
             run_engine(store, cluster, node, stop, events)
         except Fenced as fenced:
-            log.warning("stood down, standing by again", reason=str(fenced))
+            log.warning("engine_stood_down", reason=str(fenced))
         except StoreUnavailable as error:
-            log.warning("cannot stand by yet", error=str(error))
+            log.warning("engine_standby_failed", error=str(error))
             stop.wait(timeout=CAMPAIGN_SLICE_S)
-        except StoreReplaced as replaced:  # nobody can be elected; who is in office serves on
-            log.error("cannot stand by", error=str(replaced), hint=replaced.hint)
+        except StoreReplaced as replaced:  # no engine can be elected; the active one serves on
+            log.error("store_replaced", error=str(replaced), hint=replaced.hint)
             while not stop.wait(REMIND_S):
-                log.error("still cannot stand by", error=str(replaced), hint=replaced.hint)
+                log.error("store_replaced", error=str(replaced), hint=replaced.hint)
 
 
 def run_engine(store: Store, cluster: str, node: str, stop: threading.Event, events: EventLog) -> None:
@@ -72,10 +72,10 @@ def run_engine(store: Store, cluster: str, node: str, stop: threading.Event, eve
             mask_handle=fleet.mask_handle,
         )
         keys = Keys(cluster)
-        office = _take_office(store, keys, record, config.lease_ttl_s, stop)
-        if office is None:
+        elected = _get_elected(store, keys, record, config.lease_ttl_s, stop)
+        if elected is None:
             return
-        keeper, token = office
+        keeper, token = elected
         opened.callback(keeper.close)
         events.emit("engine_elected", cluster=cluster, token=token, pid=os.getpid())
         fleet.open(token)
@@ -86,7 +86,7 @@ def run_engine(store: Store, cluster: str, node: str, stop: threading.Event, eve
         opened.callback(mirror.subscribe(engine.on_membership))
         server.serve(token)
         gc.collect()
-        gc.freeze()  # what is here now stays: the collector need not look at it between steps
+        gc.freeze()  # these objects stay: the collector need not scan them between steps
         try:
             with loop_watchdog.watched():
                 engine.run(stop)
@@ -103,7 +103,7 @@ def _config(mirror: Mirror, stop: threading.Event) -> ClusterConfig | None:
     return state.config
 
 
-def _take_office(
+def _get_elected(
     store: Store, keys: Keys, record: EngineRecord, ttl_s: float, stop: threading.Event
 ) -> tuple[LeaseKeeper, int] | None:
     """Campaign until elected, with a new lease where the old one ran out meanwhile; None if stopped first."""
@@ -111,7 +111,7 @@ def _take_office(
         try:
             keeper = LeaseKeeper(store, ttl_s, persistent=True)
         except StoreUnavailable as error:
-            log.warning("no lease to campaign with, trying again", error=str(error))
+            log.warning("engine_lease_failed", error=str(error))
             stop.wait(timeout=CAMPAIGN_SLICE_S)
             continue
         with loop_watchdog.watched():
@@ -130,11 +130,11 @@ def _campaign(election: Election, keeper: LeaseKeeper, stop: threading.Event) ->
         try:
             return election.campaign(CAMPAIGN_SLICE_S)
         except WaitTimeout:
-            continue  # somebody is in office: stand by
+            continue  # another engine is active: stand by
         except LeaseLost as lost:
-            log.info("lease ended while standing by", error=str(lost))
+            log.info("engine_lease_lost", error=str(lost))
             return 0
         except StoreUnavailable as error:
-            log.warning("cannot campaign now, trying again", error=str(error))
+            log.warning("engine_campaign_failed", error=str(error))
             stop.wait(timeout=CAMPAIGN_SLICE_S)
     return 0

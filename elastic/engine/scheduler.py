@@ -28,7 +28,7 @@ from workers.protocol.messages import (
 Output = Tokens | Rejected
 
 MAX_FAILURES = 3  # FAILED answers in a row, while running alone on its rank, before a rank gives a request up
-MAX_FAILED_RANKS = 2  # so many ranks may try: the first may be the one that is ill
+MAX_FAILED_RANKS = 2  # ranks that may try: the first one may itself be at fault
 RETRY_AFTER_S = 5.0
 _BACKOFF_S, _BACKOFF_MAX_S = 0.001, 0.1
 
@@ -111,11 +111,11 @@ class Scheduler:
         return self._migration.waited_for(self._homes)
 
     def copies(self, now: float) -> list[CopyBlocks]:
-        """What ranks are to copy before they hear of the next step."""
+        """Copies to send to ranks before the next step."""
         return self._migration.orders(self._homes, now)
 
     def copied(self, answer: BlocksCopied, now: float) -> list[CopyBlocks]:
-        """Take in what a rank has copied, and say what is to be copied next."""
+        """Handle a copy's answer; return the next copies to send."""
         return self._migration.take(answer, self._homes, now)
 
     def moved(self) -> list[Moved]:
@@ -209,7 +209,7 @@ class Scheduler:
         return min((home.retry_at for home in self._homes.values() if home.setbacks), default=None)
 
     def schedule(self, now: float) -> StepBatch | None:
-        """The next step, or None if there is nothing (or nobody) to run."""
+        """The next step, or None if there is nothing to run or no rank to run it."""
         if self.unanswered:
             raise ElasticError(f"step {self.step} is not answered by ranks {sorted(self.unanswered)}")
         if self.view is None or self.held:
@@ -255,7 +255,7 @@ class Scheduler:
     def _fill(self, home: Home) -> None:
         """Choose the rank's chunks: decodes first, then prefills, oldest first within each, under the token budget.
 
-        A sequence whose chunk failed runs alone until it succeeds or is given up: others must not fail with it.
+        A sequence whose chunk failed runs alone until it succeeds or is rejected: others must not fail with it.
         """
         suspect = next((sequence for sequence in home.running if sequence.failures), None)
         order: list[Sequence] = [suspect] if suspect else sorted(home.running, key=_prefilling)
@@ -271,7 +271,7 @@ class Scheduler:
                 home.in_flight.append((sequence, chunk))
 
     def _make_room(self, home: Home, sequence: Sequence) -> bool:
-        """See to blocks for all known tokens; the youngest of the rank make room, perhaps `sequence` itself."""
+        """Allocate blocks for all known tokens; evict the rank's youngest sequences, perhaps `sequence` itself."""
         missing = blocks_for(len(sequence.tokens), self.config.block_size) - len(sequence.blocks)
         while missing > home.pool.free:
             victim = home.running[-1]
@@ -299,7 +299,7 @@ class Scheduler:
         for sequence, chunk in current:
             token = sampled.get(chunk.seq)
             if chunk.sample is not None and token is None:
-                outputs += self._strike([sequence], f"rank {home.rank} returned no token")
+                outputs += self._count_failure([sequence], f"rank {home.rank} returned no token")
                 continue
             sequence.computed += len(chunk.tokens)
             sequence.failures, sequence.stalled_since = 0, None
@@ -322,17 +322,17 @@ class Scheduler:
         return Tokens(self.token, request.request_id, index, [token], logprobs, reason)
 
     def _set_back(self, home: Home, sequences: list[Sequence], result: StepResult, now: float) -> list[Output]:
-        """Nothing happened: wait a little longer each time, and blame the sequences only if no peer is suspected."""
+        """The step had no effect: back off, and count a failure of the sequences only if no peer is suspected."""
         home.setbacks += 1
         home.retry_at = now + min(_BACKOFF_S * 2**home.setbacks, _BACKOFF_MAX_S)
         for sequence in sequences:
             sequence.stalled_since = now if sequence.stalled_since is None else sequence.stalled_since
         if result.status is StepStatus.FAILED and not result.suspects:
-            return self._strike(sequences, result.error)
+            return self._count_failure(sequences, result.error)
         return []
 
-    def _strike(self, sequences: list[Sequence], error: str) -> list[Output]:
-        """Count a failure; who fails alone again and again goes to another rank, and then is given up."""
+    def _count_failure(self, sequences: list[Sequence], error: str) -> list[Output]:
+        """Count a failure. A sequence that keeps failing alone moves to another rank, then is rejected."""
         alone = len(sequences) == 1
         for sequence in sequences:
             sequence.failures = sequence.failures + 1 if alone else max(sequence.failures, 1)

@@ -12,7 +12,7 @@ from workers.protocol.messages import SeqChunk
 
 @dataclass(slots=True, eq=False)
 class Home:
-    """One usable rank: its KV pool, the sequences that live there (oldest first) and what it is computing now."""
+    """One usable rank: its KV pool, its sequences (oldest first) and what it is computing now."""
 
     rank: int
     incarnation: int
@@ -61,7 +61,7 @@ class Sequence:
         return SeqChunk(self.seq, self.computed, self.tokens[self.computed : end], self.blocks.copy(), sample)
 
     def move(self, home: Home, blocks: list[int]) -> None:
-        """Go on at another home, whose `blocks` hold what this one's do; that home is to count it in."""
+        """Continue at another home, whose `blocks` hold the same KV. The caller adds it to that home's `running`."""
         computed = self.computed
         self.leave()
         self.home, self.blocks, self.computed = home, blocks, computed

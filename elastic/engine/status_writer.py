@@ -1,4 +1,4 @@
-"""Tells the store what the engine is doing, from a thread of its own: a slow or absent store never delays a step."""
+"""Writes the engine's status to the store, in a thread of its own: a slow or unavailable store delays no step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = structlog.get_logger(__name__)
 
 
 class StatusWriter:
-    """Writes the latest status at once when it says something new, and every second. Fenced by the engine token."""
+    """Writes the latest status every second, and at once when an urgent field changes. Fenced by the engine token."""
 
     def __init__(
         self,
@@ -56,8 +56,8 @@ class StatusWriter:
                 self._urgent = True
                 self._changed.notify_all()
 
-    def tell_loads(self, loads: ExpertLoad) -> None:
-        """Have the experts' loads written with the next status. Lost if the store is away: they are told again."""
+    def publish_loads(self, loads: ExpertLoad) -> None:
+        """Write the experts' loads with the next status. Lost if the store is unavailable: they are published again."""
         with self._changed:
             self._loads = loads
 
@@ -82,7 +82,7 @@ class StatusWriter:
 
     @property
     def urgent(self) -> bool:
-        """Whether there is something that others act on and have not been told."""
+        """Whether there is something unwritten that other processes act on."""
         return self._urgent
 
     def turn(self) -> bool:
@@ -107,7 +107,7 @@ class StatusWriter:
             return False
         except StoreError as error:
             if self._reachable:
-                log.warning("engine status not written, serving goes on", error=str(error))
+                log.warning("engine_status_not_written", error=str(error))
             self._reachable = False
             return True
         self._reachable = True
@@ -115,5 +115,5 @@ class StatusWriter:
 
 
 def _urgent(status: EngineStatus) -> tuple[object, ...]:
-    """What others act on."""
+    """The fields that other processes act on."""
     return status.epoch, status.masked, status.uncovered, status.vacated_revision

@@ -44,7 +44,7 @@ T = TypeVar("T")
 MAX_BODY_BYTES = 64 * 1024
 BLANK_EVERY_S = 1.0
 MAX_TIMEOUT_S = 86_400.0
-MAX_RANKS = 1_000_000  # of a request's field; what the cluster allows is the planner's to say
+MAX_RANKS = 1_000_000  # of a request's field; the planner decides what the cluster allows
 
 
 class ChangeRequest(Shape):
@@ -104,7 +104,7 @@ class VllmScaleRequest(Shape):
 
 @dataclass(frozen=True)
 class Admin:
-    """What administering takes."""
+    """What the admin routes need."""
 
     store: Store
     cluster: str
@@ -114,7 +114,7 @@ class Admin:
     stopping: Callable[[], bool]
 
     def check(self, request: Request) -> None:
-        """Let only the bearer of the token pass; without a token nobody."""
+        """RequestError unless the request bears the token, or if no token is set."""
         if not self.token:
             raise RequestError("the admin API is off: no token is set (ELASTIC_ADMIN_TOKEN)", status=403)
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
@@ -122,8 +122,8 @@ class Admin:
         if scheme.lower() != "bearer" or not right:
             raise RequestError("the admin API needs its token: Authorization: Bearer TOKEN", status=401)
 
-    async def told(self, act: Callable[..., T], *arguments: Any, **options: Any) -> T:
-        """What `act` on this cluster's store returns; its errors as HTTP has them."""
+    async def call(self, act: Callable[..., T], *arguments: Any, **options: Any) -> T:
+        """Return what `act` on this cluster's store returns; its errors become RequestErrors."""
         try:
             return await asyncio.to_thread(act, self.store, self.cluster, *arguments, **options)
         except ElasticError as error:
@@ -187,27 +187,27 @@ def _add_changes(app: FastAPI, admin: Admin) -> None:
     async def cancel_operation(request: Request, name: str) -> Response:
         asked = await read(request, CancelRequest)
         failpoints.hit("gateway.before.cancel")
-        return json_response(asdict(await admin.told(cancel, name, asked.by)), 202)
+        return json_response(asdict(await admin.call(cancel, name, asked.by)), 202)
 
     @app.post("/admin/v1/rebalance")
     async def rebalance_now(request: Request) -> Response:
         asked = await read(request, RebalanceRequest)
         if asked.plan:
             return json_response(asdict(plan_rebalance(admin.mirror.state(), time.time())))
-        return json_response(asdict(await admin.told(request_rebalance, asked.by)), 202)
+        return json_response(asdict(await admin.call(request_rebalance, asked.by)), 202)
 
     @app.post("/admin/v1/pause")
     async def pause_changes(request: Request) -> Response:
         asked = await read(request, PauseRequest)
-        return json_response(asdict(await admin.told(pause, asked.ttl_s, by=asked.by, reason=asked.reason)))
+        return json_response(asdict(await admin.call(pause, asked.ttl_s, by=asked.by, reason=asked.reason)))
 
     @app.post("/admin/v1/resume")
     async def resume_changes() -> Response:
-        return json_response({"resumed": await admin.told(resume)})
+        return json_response({"resumed": await admin.call(resume)})
 
     @app.post("/admin/v1/ranks/{rank}/unquarantine")
     async def end_quarantine(rank: int) -> Response:
-        return json_response(asdict(await admin.told(unquarantine, rank)))
+        return json_response(asdict(await admin.call(unquarantine, rank)))
 
     @app.post("/scale_elastic_ep")
     async def scale_as_vllm(request: Request) -> Response:
@@ -217,7 +217,7 @@ def _add_changes(app: FastAPI, admin: Admin) -> None:
 
 
 def _add_failpoints(app: FastAPI) -> None:
-    """Faults on purpose, for a cluster that is served with --chaos."""
+    """Fault injection, for a cluster served with --chaos."""
 
     def source() -> Path:
         found = failpoints.source()
@@ -225,14 +225,14 @@ def _add_failpoints(app: FastAPI) -> None:
             raise RequestError("failpoints are off (serve with --chaos)", status=403, code="not_in_chaos_mode")
         return found
 
-    def told(path: Path) -> Response:
+    def armed_in(path: Path) -> Response:
         return json_response(
             {"failpoints": failpoints.read(path), "points": failpoints.POINTS, "actions": failpoints.ACTIONS}
         )
 
     @app.get("/admin/v1/failpoints")
     async def armed() -> Response:
-        return told(source())
+        return armed_in(source())
 
     @app.put("/admin/v1/failpoints")
     async def arm(request: Request) -> Response:
@@ -241,7 +241,7 @@ def _add_failpoints(app: FastAPI) -> None:
             failpoints.write(path, asked.failpoints)
         except ConfigError as error:
             raise RequestError(message_of(error), status=400, code="bad_failpoints") from error
-        return told(path)
+        return armed_in(path)
 
 
 def _add_reading(app: FastAPI, admin: Admin) -> None:
@@ -289,7 +289,7 @@ def _with_operation(mirror: Mirror, name: str) -> ClusterState:
 
 
 def _active_soon(mirror: Mirror) -> Operation | None:
-    """The active operation; the mirror may be a moment behind whoever found it."""
+    """The active operation; the mirror may be a moment behind the store."""
     try:
         return mirror.wait(lambda state: state.active is not None, 0.5).active
     except WaitTimeout:
@@ -297,9 +297,9 @@ def _active_soon(mirror: Mirror) -> Operation | None:
 
 
 async def _event_lines(path: Path, follow: bool, stopping: Callable[[], bool]) -> AsyncGenerator[bytes, None]:
-    """The event history as it stands, line by line; with `follow`, then what is added, and blank lines meanwhile.
+    """The event history, line by line. With `follow`, new events too, and blank lines while there are none.
 
-    The blank ones tell the client that somebody is there, and let it look up. Damaged lines are left out.
+    A blank line shows that the gateway is alive, and lets the client check whether to stop. Damaged lines are left out.
     """
     tail, spoke_at = Tail(path), time.monotonic()
     while True:

@@ -42,7 +42,7 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class GatewaySettings:
-    """What rarely needs to be changed."""
+    """Settings without a flag."""
 
     grace_s: float = 15.0  # for open streams when the gateway is stopped
     link: LinkSettings = field(default_factory=LinkSettings)
@@ -113,7 +113,7 @@ def _public_app(config: ClusterConfig, link: EngineLink, readiness: health.Readi
 
 
 async def _serve(gateway: Gateway, stop: threading.Event) -> None:
-    """Run all parts; when told to stop, drain. A part that ends by itself is a failure of the gateway."""
+    """Run all parts until `stop`, then drain. A part that ends by itself is a failure of the gateway."""
     async with _following(gateway.mirror, gateway.link):
         parts = {
             asyncio.create_task(gateway.link.run(), name="engine link"),
@@ -135,11 +135,11 @@ async def _serve(gateway: Gateway, stop: threading.Event) -> None:
 
 
 async def _drain(gateway: Gateway, parts: set[asyncio.Task[None]]) -> None:
-    """Take no more requests; let the open ones end, or tell them why they cannot."""
+    """Take no more requests. Let the open ones end within the grace, then fail those that are left."""
     link = gateway.link
     gateway.readiness.stopping = True
     link.refusal = "this gateway is shutting down"
-    log.info("draining", open_requests=len(link.journal), grace_s=gateway.grace_s)
+    log.info("gateway_draining", open_requests=len(link.journal), grace_s=gateway.grace_s)
     await link.drained(gateway.grace_s)
     link.fail_open(RequestError(link.refusal, status=503, code="shutting_down", retry_after_s=1.0))
     gateway.public.should_exit = gateway.admin.should_exit = True
@@ -158,7 +158,7 @@ async def _following(mirror: Mirror, link: EngineLink) -> AsyncIterator[None]:
     loop = asyncio.get_running_loop()
 
     def forward(state: ClusterState) -> None:
-        with suppress(RuntimeError):  # the loop has just been closed: nobody is interested any more
+        with suppress(RuntimeError):  # the loop has just been closed: no one needs the state
             loop.call_soon_threadsafe(link.on_state, state)
 
     end: Callable[[], None] = mirror.subscribe(forward)
@@ -196,13 +196,13 @@ class Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Signals are the role's business."""
+        """The role handles signals."""
         yield
 
 
 @contextmanager
 def listening(host: str, port: int, flag: str) -> Iterator[socket.socket]:
-    """A bound socket; ConfigError if somebody else has the port."""
+    """A bound socket; ConfigError if the port is taken."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except OSError as error:

@@ -29,7 +29,7 @@ class Piece(NamedTuple):
 
 
 class Choice:
-    """What a choice amounts to so far."""
+    """The text and token entries of a choice so far."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str]) -> None:
         self.text = ""
@@ -41,7 +41,7 @@ class Choice:
         self._offset = 0  # characters of all tokens' text, held back ones included
 
     def push(self, delta: Delta) -> Piece:
-        """Take the delta in; return what goes out because of it."""
+        """Add a delta; return the text that can be sent because of it."""
         text, stopped = "", False
         entries: list[TokenEntry] = []
         for number, token in enumerate(delta.tokens):

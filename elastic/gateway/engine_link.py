@@ -1,4 +1,4 @@
-"""The gateway's connection to whichever engine holds the token, and the open requests that wait for its tokens.
+"""The gateway's connection to the engine that holds the token, and the open requests that wait for its tokens.
 
 One socket per engine and connection. Whenever the engine or the connection is replaced, every open request is submitted
 again as the journal has it; a client only sees a pause. No wait here is endless: without an engine, or without
@@ -50,7 +50,7 @@ class LinkSettings:
 
 @dataclass(frozen=True)
 class Target:
-    """An engine to talk to."""
+    """An engine: its token and its address."""
 
     token: int
     address: str
@@ -89,9 +89,9 @@ class Generation:
         for request in self._requests:
             self._link.close(request.id)
 
-    def deliver(self, request_id: str, news: Delta | RequestError) -> None:
+    def deliver(self, request_id: str, update: Delta | RequestError) -> None:
         """Called by the link."""
-        self._inbox.append((request_id, news))
+        self._inbox.append((request_id, update))
         if self._wake is not None and not self._wake.done():
             self._wake.set_result(None)
 
@@ -104,15 +104,15 @@ class Generation:
                     await asyncio.wait_for(self._wake, self._timeout_s)
                 except TimeoutError:
                     raise RequestError(f"no news of the request for {self._timeout_s:g} s", status=503) from None
-            request_id, news = self._inbox.popleft()
-            if isinstance(news, RequestError):
-                raise news
-            if news.finish_reason:
+            request_id, update = self._inbox.popleft()
+            if isinstance(update, RequestError):
+                raise update
+            if update.finish_reason:
                 self._running.discard(request_id)
-            yield self._position[request_id], news
+            yield self._position[request_id], update
 
     def stop(self, position: int) -> None:
-        """One of the requests has said enough; nothing more of it will arrive."""
+        """Stop one of the requests; nothing more of it will arrive."""
         request_id = self._requests[position].id
         self._link.close(request_id)
         self._inbox = deque(each for each in self._inbox if each[0] != request_id)
@@ -120,7 +120,7 @@ class Generation:
 
 
 class EngineLink:
-    """All methods run in the event loop's thread. `run` does the talking and never returns by itself."""
+    """All methods run in the event loop's thread. `run` sends and receives, and never returns by itself."""
 
     def __init__(
         self,
@@ -142,7 +142,7 @@ class EngineLink:
         self._moved: asyncio.Future[None] | None = None
         self._idle: asyncio.Future[None] | None = None
         self._socket: zmq.asyncio.Socket | None = None
-        self._heard_at = self._down_since = self._token_at = clock()
+        self._last_message_at = self._down_since = self._token_at = clock()
         self._generations: dict[str, Generation] = {}
         self._faults: dict[str, Fault] = {}  # by request
         self._encoder = msgspec.msgpack.Encoder()
@@ -170,7 +170,7 @@ class EngineLink:
                 self._send(submit)
 
     def close(self, request_id: str) -> None:
-        """Forget a request; the engine is told if it was still open."""
+        """Forget a request; abort it at the engine if it was still open."""
         abort = self.journal.close(request_id)
         if abort is not None and self.ready:
             failpoints.hit("gateway.before.abort")
@@ -190,18 +190,18 @@ class EngineLink:
         return not len(self.journal)
 
     def down_s(self) -> float:
-        """For how long there has been no engine to talk to; 0 while there is one."""
+        """Seconds without an engine; 0 while there is one."""
         return 0.0 if self.ready else self._clock() - self._down_since
 
     def stuck_s(self) -> float:
-        """For how long an engine that answers pings has brought no open request any further; 0 if it has none."""
+        """Seconds in which an engine that answers pings sent no token for any open request; 0 if there are none."""
         requests = self.journal.open_requests()
         return self._clock() - max(self._token_at, requests[0].admitted_at) if self.ready and requests else 0.0
 
     # -- the engine ------------------------------------------------------------------------------------------------
 
     def on_state(self, state: ClusterState) -> None:
-        """Follow the token: connect to the engine that the store names. While it names none, stay where we are."""
+        """Connect to the engine that the store names. While it names none, keep the connection."""
         if state.engine is None:
             return
         target = Target(state.engine_token, state.engine.address)
@@ -236,7 +236,7 @@ class EngineLink:
         """One connection to one engine, until it breaks, falls silent or is superseded."""
         socket = context.socket(zmq.DEALER)
         monitor: Any = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self._heard_at = self._clock()
+        self._last_message_at = self._clock()
         jobs = [
             asyncio.ensure_future(job)
             for job in (self._listen(socket, target), self._ping(), recv_monitor_message(monitor))
@@ -246,9 +246,9 @@ class EngineLink:
             self._socket = socket
             done, _ = await asyncio.wait({*jobs, moved, expiry}, return_when="FIRST_COMPLETED")
             for job in done:
-                await job  # an error of ours ends the gateway; a broken connection is none
+                await job  # a bug ends the gateway; a broken connection does not
         except zmq.ZMQError as error:
-            log.warning("cannot talk to the engine", address=target.address, error=str(error))
+            log.warning("engine_unreachable", address=target.address, error=str(error))
             await asyncio.wait({moved}, timeout=self.settings.ping_every_s)
         finally:
             self._detach(target)
@@ -275,14 +275,14 @@ class EngineLink:
         if self.ready:
             self.ready, self._down_since = False, self._clock()
             self._note("engine_lost", engine_token=target.token, open_requests=len(self.journal))
-            log.warning("engine lost", token=target.token, open_requests=len(self.journal))
+            log.warning("engine_lost", token=target.token, open_requests=len(self.journal))
 
     async def _ping(self) -> None:
-        while self._clock() - self._heard_at < self.settings.silence_s:
+        while self._clock() - self._last_message_at < self.settings.silence_s:
             failpoints.hit("gateway.before.hello")
             self._send(Hello(self._gateway))
             await asyncio.sleep(self.settings.ping_every_s)
-        log.warning("engine is silent", silent_s=round(self._clock() - self._heard_at, 1))
+        log.warning("engine_silent", silent_s=round(self._clock() - self._last_message_at, 1))
 
     async def _listen(self, socket: zmq.asyncio.Socket, target: Target) -> None:
         while True:
@@ -290,10 +290,10 @@ class EngineLink:
             try:
                 message = self._decoder.decode(frames[-1])
             except msgspec.MsgspecError as error:
-                log.warning("malformed message from the engine", error=str(error))
+                log.warning("engine_message_malformed", error=str(error))
                 continue
             if message.engine_token == target.token:
-                self._heard_at = self._clock()
+                self._last_message_at = self._clock()
                 self._handle(message)
 
     def _handle(self, message: ToGateway) -> None:
@@ -313,7 +313,7 @@ class EngineLink:
         for submit in submits:
             self._send(submit)
         self._note("engine_attached", engine_token=engine_token, resubmitted=len(submits))
-        log.info("engine attached", token=engine_token, resubmitted=len(submits))
+        log.info("engine_attached", token=engine_token, resubmitted=len(submits))
 
     def _on_tokens(self, message: Tokens) -> None:
         try:
@@ -333,7 +333,7 @@ class EngineLink:
         if fault is not None and self._clock() - fault.at < self.settings.resubmit_after_s:
             return
         times = 1 if fault is None else fault.times + 1
-        log.error("faulty output", request=request.id, times=times, error=str(error))
+        log.error("engine_output_faulty", request=request.id, times=times, error=str(error))
         if times > self.settings.max_faults:
             self._fail(request.id, RequestError(f"the engine's output is faulty: {error}", status=500))
             return
@@ -348,7 +348,7 @@ class EngineLink:
             self.expire(self._clock())
 
     def expire(self, now: float) -> None:
-        """Give up what has waited for too long."""
+        """Fail requests that have waited too long."""
         settings = self.settings
         for request in self.journal.open_requests():
             fault = self._faults.get(request.id)
@@ -368,9 +368,9 @@ class EngineLink:
         if generation is not None:
             generation.deliver(request_id, error)
 
-    def _deliver(self, request_id: str, news: Delta | RequestError) -> None:
-        self._generations[request_id].deliver(request_id, news)
-        if isinstance(news, RequestError) or news.finish_reason:
+    def _deliver(self, request_id: str, update: Delta | RequestError) -> None:
+        self._generations[request_id].deliver(request_id, update)
+        if isinstance(update, RequestError) or update.finish_reason:
             self._forget(request_id)
 
     def _forget(self, request_id: str) -> None:
@@ -387,7 +387,7 @@ class EngineLink:
 
 def _report(sent: asyncio.Future[Any]) -> None:
     if not sent.cancelled() and sent.exception() is not None:
-        log.warning("could not send to the engine", error=str(sent.exception()))
+        log.warning("engine_send_failed", error=str(sent.exception()))
 
 
 def _refused(message: Rejected) -> RequestError:

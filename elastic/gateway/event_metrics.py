@@ -1,8 +1,8 @@
 """Metrics of what has happened to the cluster: read off its event history and its operations, at each scrape.
 
 Every gateway that sees the history says the same, and goes on where it was after a restart: the history is the memory.
-Each number was measured by who did it (engine, controller); nothing is timed here. The engine and the gateway of
-a cluster on several hosts write separate histories: there each gateway tells of its own host's.
+Each duration was measured where it happened (engine, controller); nothing is timed here. The engine and the gateway of
+a cluster on several hosts write separate histories: there each gateway counts those of its own host.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class HistoryMetrics:
         self._committed: dict[int, tuple[float, str]] = {}  # epoch -> when, and what for, until the engine has it
         self._members: set[int] | None = None
         self._evicted: set[int] = set()  # incarnations that were given up alive
-        self._told: set[str] = set()  # operations that were counted
+        self._counted: set[str] = set()  # operations that were counted
         self._phases = Histogram(
             prefix + "reconfiguration_seconds",
             "How long each phase of a change of membership took (ready and proposed: of operations only).",
@@ -61,7 +61,7 @@ class HistoryMetrics:
         for how in ("copied", "replayed"):
             self._migrated.labels(how)
         self._fenced = Counter(
-            prefix + "fenced", "Who lived on after having been replaced, or given up, and was kept from acting.",
+            prefix + "fenced", "Replaced or evicted processes that were still running and were kept from acting.",
             ["what"], registry=registry,
         )  # fmt: skip
         self._taken = Counter(
@@ -84,10 +84,10 @@ class HistoryMetrics:
                 if event.cluster == self._cluster:
                     self._take(event)
         for operation in state.operations.values():
-            if not operation.active and operation.id not in self._told:
-                self._told.add(operation.id)
+            if not operation.active and operation.id not in self._counted:
+                self._counted.add(operation.id)
                 self._take_operation(operation)
-        self._told &= state.operations.keys()
+        self._counted &= state.operations.keys()
 
     def _take(self, event: Event) -> None:
         fields = event.fields

@@ -19,11 +19,11 @@ from membership.store.records import ClusterState
 
 @dataclass
 class Readiness:
-    """Says why requests should go elsewhere; empty: they are welcome."""
+    """Why this gateway should get no requests; no reasons: it is ready."""
 
     link: EngineLink
     state: Callable[[], ClusterState]
-    trouble: Callable[[], str] = str  # what is wrong with the store: requests are answered all the same
+    trouble: Callable[[], str] = str  # what is wrong with the store; requests are answered anyway
     stopping: bool = False
 
     def reasons(self) -> list[str]:
@@ -36,7 +36,7 @@ class Readiness:
 
 
 def obstacles(state: ClusterState, link: EngineLink, stopping: bool) -> list[str]:
-    """The reasons, from what is known."""
+    """Why requests sent here would not be answered."""
     found = ["this gateway is shutting down"] if stopping else []
     status = cluster_status(state, time.time())
     if not status.epoch:
@@ -72,9 +72,9 @@ def add_routes(app: FastAPI, readiness: Readiness, metrics: GatewayMetrics) -> N
         reasons = readiness.reasons()
         if reasons:
             return json_response({"status": "not ready", "reasons": reasons}, 503, {"Retry-After": "1"})
-        told = {"status": "ready", "state": cluster_status(readiness.state(), time.time()).state}
+        answer = {"status": "ready", "state": cluster_status(readiness.state(), time.time()).state}
         trouble = readiness.trouble()
-        return json_response({**told, "store": trouble} if trouble else told)
+        return json_response({**answer, "store": trouble} if trouble else answer)
 
     @app.get("/metrics")
     async def exposition() -> Response:

@@ -20,14 +20,14 @@ from elastic.gateway.schema import MAX_BODY_BYTES
 from membership.base.errors import RequestError
 
 BODY_TIMEOUT_S = 30.0
-CLIENT_GONE_STATUS = 499  # nobody reads it, except the access log
+CLIENT_GONE_STATUS = 499  # only the access log shows it
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 
 def new_app(title: str, *checks: Callable[[Request], None]) -> FastAPI:
-    """An application without generated pages, whose errors are OpenAI's. Each route is guarded by `checks`."""
+    """An application without generated pages that answers errors in OpenAI's shape. `checks` run before each route."""
     guards = [Depends(check) for check in checks]
     app = FastAPI(title=title, docs_url=None, redoc_url=None, openapi_url=None, dependencies=guards)
 
@@ -46,14 +46,14 @@ def new_app(title: str, *checks: Callable[[Request], None]) -> FastAPI:
 
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> Response:
-        log.exception("request failed", path=request.url.path, exc_info=error)
+        log.exception("request_failed", path=request.url.path, exc_info=error)
         return error_response(internal_error())
 
     return app
 
 
 def internal_error() -> RequestError:
-    """What a client is told of a bug of ours."""
+    """The answer to a client when the gateway has a bug."""
     return RequestError("internal error; the gateway's log has the details", status=500)
 
 

@@ -1,7 +1,7 @@
-"""The request journal: what each open request asked for and what was emitted, so that any engine can go on with it.
+"""The request journal: each open request and the tokens it emitted, so that any engine can continue it.
 
-Pure. It is the reason why an engine may die: the gateway submits every open request again, with its emitted tokens, to
-the next engine, and drops whatever the old one may still say. A client's stream gets each index once, in order.
+Pure. It makes the death of an engine harmless: the gateway submits every open request again, with its emitted tokens,
+to the next engine, and drops late output of the old one. A client's stream gets each index once, in order.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Journal:
         return self._open[request_id]
 
     def admit(self, request: Request, now: float) -> Submit:
-        """Take responsibility for a request; return what to tell the engine."""
+        """Take responsibility for a request; return its submission to the engine."""
         if request.id in self._open:
             raise JournalError(f"request {request.id} is open already")
         request.admitted_at = request.progress_at = now
@@ -86,14 +86,14 @@ class Journal:
         return request.submission()
 
     def resubmissions(self, engine_token: int, now: float) -> list[Submit]:
-        """Turn to this engine: from now on only its output counts. Return every open request as it stands."""
+        """Switch to this engine: from now on only its output counts. Return a submission for every open request."""
         self.engine_token = engine_token
         for request in self._open.values():
             request.progress_at = now
         return [request.submission() for request in self._open.values()]
 
     def detach(self) -> None:
-        """Listen to no engine until the next `resubmissions`."""
+        """Accept nothing until the next `resubmissions`."""
         self.engine_token = 0
 
     def accept(self, message: Tokens, now: float) -> Delta | None:
@@ -129,7 +129,7 @@ class Journal:
         return self._close(request_id, RequestState.REJECTED)
 
     def close(self, request_id: str) -> Abort | None:
-        """End a request from the client's side; return what to tell the engine if it was still open."""
+        """End a request from the client's side; return the abort to send if it was still open."""
         return Abort(request_id) if self._close(request_id, RequestState.CLOSED) else None
 
     def _addressed(self, message: Tokens | Rejected) -> Request | None:

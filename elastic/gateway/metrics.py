@@ -63,7 +63,7 @@ class StreamTimer:
         self._max_gap_s = 0.0
 
     def tokens(self, count: int) -> None:
-        """So many tokens arrived now. Several at once count as one wait, then none."""
+        """Count tokens that arrived now. Of several at once, only the first one waited."""
         if not count:
             return
         now = self._clock()
@@ -85,7 +85,7 @@ class StreamTimer:
 
 
 class ClusterGauges(Collector):
-    """The cluster's shape, worked out from the store's state when somebody asks."""
+    """The cluster's shape, computed from the store's state at each scrape."""
 
     def __init__(self, state: Callable[[], ClusterState]) -> None:
         self._state = state

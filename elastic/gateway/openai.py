@@ -35,7 +35,7 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Service:
-    """What answering takes."""
+    """What the routes need to answer."""
 
     config: ClusterConfig
     tokenizer: Tokenizer
@@ -224,7 +224,7 @@ async def _never_bare(first: bytes, events: AsyncGenerator[bytes, None], name: s
     except RequestError as error:
         yield event(error_body(error)) + DONE
     except Exception:
-        log.exception("stream failed", request=name)
+        log.exception("stream_failed", request=name)
         yield event(error_body(internal_error())) + DONE
     finally:
         await events.aclose()

@@ -1,4 +1,4 @@
-"""A gateway's place in the store, so that others find it. It answers requests whether or not the store does."""
+"""A gateway's record in the store, so that others find it. The gateway serves requests even without the store."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Registration:
             try:
                 keeper = LeaseKeeper(self._store, self._ttl_s, on_lost=self._wake.set, persistent=True)
             except StoreError as error:
-                log.warning("not registered", error=str(error))
+                log.warning("registration_failed", error=str(error))
                 self._stop.wait(RETRY_S)
                 continue
             with keeper:
@@ -59,7 +59,7 @@ class Registration:
         try:
             self._store.put(self._key, codec.encode(self._record), keeper.lease)
         except StoreError as error:
-            log.warning("not registered", error=str(error))
+            log.warning("registration_failed", error=str(error))
             self._stop.wait(RETRY_S)
             return
         while not (self._stop.is_set() or self._wake.is_set()):

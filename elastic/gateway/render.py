@@ -36,7 +36,7 @@ class Renderer(ABC):
         return None
 
     def chunk(self, index: int, piece: Piece) -> Json | None:
-        """The chunk for a piece; None if there is nothing to say."""
+        """The chunk for a piece; None if it would be empty."""
         if not (piece.text or piece.entries or piece.finish_reason):
             return None
         return self._envelope(self.chunk_object, [self._chunk_choice(index, piece)])

@@ -89,7 +89,7 @@ class Tokenizer:
         return str(self._backend.decode(list(ids), skip_special_tokens=True))
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that one token stands for: not always whole characters."""
+        """The bytes of one token: not always whole characters."""
         piece = self._backend.id_to_token(token) or ""
         if token in self._special_ids:
             return piece.encode()

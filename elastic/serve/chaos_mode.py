@@ -1,7 +1,7 @@
-"""`elastic serve --chaos`: processes of the cluster may be made to fail on purpose, at run time (`failpoints.py`).
+"""`elastic serve --chaos`: faults can be injected into the cluster's processes at run time (`failpoints.py`).
 
-The roles read their faults from a file in the state directory. It is there as long as such a cluster serves, and says
-so; without --chaos there is none, and nothing can be armed from outside.
+The roles read their faults from a file in the state directory. It exists while such a cluster serves; without --chaos
+there is none, and nothing can be armed from outside.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from elastic.serve.state_dir import StateDir
 from membership.base import failpoints
 
 WARNING = """\
-*** CHAOS MODE: processes of this cluster fail on purpose as soon as somebody asks them to, by writing to
-*** {} or by PUT /admin/v1/failpoints. Not for production."""
+*** CHAOS MODE: anyone who may write to the file below, or has the admin token, can make processes of this
+*** cluster fail on purpose: {} or by PUT /admin/v1/failpoints. Not for production."""
 
 
 def check(chaos: bool) -> None:
-    """ConfigError if the environment asks for faults that there are not; each role would refuse them over and over."""
+    """ConfigError if the environment names unknown faults: each role would refuse them at every start."""
     asked = os.environ.get(failpoints.ENV, "")
     if chaos or not asked.startswith("@"):
         failpoints.parse(asked)
 
 
 def begin(state: StateDir, chaos: bool) -> dict[str, str]:
-    """Make the file, or see that there is none. What the roles' environment must have."""
+    """Create the file, or remove a stale one. Returns the environment that the roles need."""
     if not chaos:
         state.failpoints.unlink(missing_ok=True)
         return {}

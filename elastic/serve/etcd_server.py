@@ -1,7 +1,7 @@
-"""An etcd of our own, for one machine and for tests: started on free loopback ports, and gone when its owner is gone.
+"""An embedded etcd for one machine and for tests. It runs on free loopback ports and dies with its owner.
 
 The kernel kills it when the owner dies (PR_SET_PDEATHSIG), even by SIGKILL. That signal comes at the death of the
-*thread* that started it, so each server has a thread that lives as long as the server is wanted.
+*thread* that started it, so each server has a thread that exists as long as the server.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class EtcdServer:
         return self._folder / "etcd.log"
 
     def start(self, timeout_s: float = START_TIMEOUT_S) -> None:
-        """Start it and wait until it is healthy. Ports that somebody else took meanwhile are chosen anew."""
+        """Start it and wait until it is healthy. Ports that were taken in the meantime are chosen again."""
         if self.alive:
             return
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -174,7 +174,7 @@ class EtcdServer:
             try:
                 process.wait(STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
-                log.warning("etcd did not stop in time, killing it", pid=process.pid)
+                log.warning("etcd_stop_timeout", pid=process.pid)
         self.kill()
         if self._starter is not None:
             self._starter.shutdown()
@@ -206,7 +206,7 @@ class EtcdServer:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                process_group=0,  # the terminal's Ctrl-C is for the owner, who stops us last
+                process_group=0,  # Ctrl-C at the terminal goes to the owner, which stops etcd last
             )
 
     def _flags(self) -> list[str]:

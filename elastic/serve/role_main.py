@@ -1,7 +1,7 @@
 """Running one role as a process: signals, the death pipe from the supervisor, the store and the event log.
 
 A role started by `elastic serve` inherits a pipe (file descriptor in ELASTIC_DEATH_FD); end of file on it means that
-the supervisor is gone: the role stops as on SIGTERM, and is ended hard after ROLE_GRACE_S. A second signal ends it
+the supervisor is gone: the role stops as on SIGTERM, and is killed after ROLE_GRACE_S. A second signal ends it
 at once.
 """
 
@@ -23,7 +23,7 @@ from membership.base.timing import ROLE_GRACE_S
 from membership.store.interface import Store
 
 DEATH_FD = "ELASTIC_DEATH_FD"
-STORE_SEEN = "ELASTIC_STORE_SEEN"  # what the supervisor knows of the store: a role must not start on another one
+STORE_SEEN = "ELASTIC_STORE_SEEN"  # what the supervisor has seen of the store: a role must not start on another one
 
 log = structlog.get_logger(__name__)
 
@@ -65,9 +65,9 @@ class StopSignal:
         poller = select.poll()
         for source in (fd, self._wake):
             poller.register(source, select.POLLIN | select.POLLHUP)
-        poller.poll()  # for as long as the role lives: `close` ends it
+        poller.poll()  # without a deadline: `close` ends it
         if not self._closed.is_set():
-            log.warning("supervisor is gone, stopping")
+            log.warning("supervisor_died")
             self.event.set()
             if not self._closed.wait(timeout=ROLE_GRACE_S):
                 os._exit(1)
@@ -86,16 +86,16 @@ def stop_signal() -> Iterator[threading.Event]:
 
 
 def end_with_any_thread() -> None:
-    """From now on, a thread that ends by an exception which nobody handles ends the process.
+    """From now on, an unhandled exception in any thread ends the process.
 
-    What the thread did would be missed by nobody who could tell: leases lapse, deaths go unheard. Whoever started the
-    role starts it again.
+    A missing thread would go unnoticed otherwise: leases lapse, deaths are not reported. The supervisor starts the role
+    again.
     """
 
     def end(failed: threading.ExceptHookArgs) -> None:
         name = failed.thread.name if failed.thread is not None else "a thread"
         info = (failed.exc_type, failed.exc_value or failed.exc_type(), failed.exc_traceback)
-        log.critical("a thread failed, ending the process", thread=name, exc_info=info)
+        log.critical("thread_failed", thread=name, exc_info=info)
         os._exit(1)
 
     threading.excepthook = end

@@ -1,7 +1,7 @@
 """The role processes of a one-machine cluster as their supervisor sees them: how each is started, and when again.
 
-A role that dies is started again at once, then with a growing delay while it keeps dying young. Whatever lease it
-held is revoked right away, so that nobody waits for a TTL to run out.
+A role that dies is started again at once, then with a growing delay while it keeps dying early. Its leases are revoked
+right away, so that no process waits for a TTL to run out.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class RoleProcess:
     start_at: float | None = None  # when to start it again; None while it runs
     stable_s: float = STABLE_S
     environment: dict[str, str] = field(default_factory=dict)
-    forkserver: Callable[[], socket.socket] | None = None  # makes the one that it is given at each start
+    forkserver: Callable[[], socket.socket] | None = None  # makes a new one for each start
 
     def start(self, death_fd: int, now: float) -> None:
         """Start the process with the supervisor's death pipe, in a session of its own (Ctrl-C is the supervisor's)."""
@@ -73,7 +73,7 @@ class RoleProcess:
         self.started_at, self.start_at = now, None
 
     def on_exit(self, now: float) -> str:
-        """Reap it, plan the next start, and say how it ended."""
+        """Reap it, schedule the next start, and return how it ended."""
         process = self.process
         if process is None:
             return "was not running"
@@ -84,7 +84,7 @@ class RoleProcess:
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
     def terminate(self) -> None:
-        """SIGTERM, if it runs. Not twice: a role takes the second one for impatience."""
+        """SIGTERM, if it runs. Only once: a second one makes a role exit at once."""
         if self.process is not None:
             self.process.terminate()
 
@@ -95,7 +95,7 @@ class RoleProcess:
         try:
             self.process.wait(timeout=grace_s)
         except subprocess.TimeoutExpired:
-            log.warning("role did not stop in time, killing it", name=self.name, grace_s=grace_s)
+            log.warning("role_stop_timeout", name=self.name, grace_s=grace_s)
             self.process.kill()
             self.process.wait(timeout=5.0)
         self._forget()
@@ -113,7 +113,7 @@ class RoleProcess:
 
 
 def stop_together(roles: Sequence[RoleProcess], grace_s: Mapping[str, float]) -> None:
-    """SIGTERM to all of them, then SIGKILL to whoever takes longer than its grace."""
+    """SIGTERM to all of them, then SIGKILL to each that takes longer than its grace period."""
     for role in roles:
         role.terminate()
     for role in roles:
@@ -136,7 +136,7 @@ class _Owned(msgspec.Struct):
 
 
 def leases_of(store: Store, prefix: str, pid: int | None = None, node: str = "") -> set[int]:
-    """Leases under `prefix` whose record names process `pid` (None: all of them), and no other node than `node`."""
+    """Leases under `prefix` whose record names process `pid` (None: any process) and no node other than `node`."""
     _, items = store.range(prefix)
     return {item.lease for item in items if item.lease and (pid is None or _names(item.value, pid, node))}
 
@@ -145,15 +145,15 @@ def _names(record: bytes, pid: int, node: str) -> bool:
     try:
         owner = msgspec.json.decode(record, type=_Owned).data
     except msgspec.MsgspecError as error:
-        log.warning("cannot tell whose record this is", error=str(error))
+        log.warning("record_owner_unknown", error=str(error))
         return False
     return owner.pid == pid and owner.node in ("", node)
 
 
 def revoke_leases(store: Store, prefix: str, pid: int | None = None, node: str = "") -> None:
-    """End at once whatever a dead process still holds in the store; the store being away only costs the TTL."""
+    """Revoke the leases of a dead process. If the store is unavailable, they expire after their TTL."""
     try:
         for lease in leases_of(store, prefix, pid, node):
             store.revoke(lease)
     except StoreError as error:
-        log.warning("could not revoke leases, they will expire", pid=pid, error=str(error))
+        log.warning("lease_revoke_failed", pid=pid, error=str(error))

@@ -1,5 +1,5 @@
-"""Asks the store once per second whether it is still the one we know. For a supervisor, which otherwise rarely asks:
-the roles that it starts again begin with what it has seen, and people are told in the cluster's address file.
+"""Checks once per second that the store is still the same one. The supervisor rarely reads the store otherwise: roles
+that it restarts begin with what it has seen, and the cluster's address file reports a replaced store.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class StoreGuard:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop asking."""
+        """Stop checking."""
         self._stop.set()
         self._thread.join(CLOSE_TIMEOUT_S)
         if self._thread.is_alive():
@@ -42,4 +42,4 @@ class StoreGuard:
                 self._on_replaced(replaced)
                 return
             except StoreError as error:
-                log.debug("the store does not answer", error=str(error))
+                log.debug("store_unavailable", error=str(error))

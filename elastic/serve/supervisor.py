@@ -1,7 +1,7 @@
 """`elastic serve`: a whole cluster on one machine. A supervisor that owns etcd and one process per role.
 
-It only starts, watches and stops processes: every decision about ranks is the controller's. Whatever dies is started
-again; when the supervisor itself dies, all of it ends (death pipe; etcd by parent-death signal).
+It only starts, watches and stops processes; the controller decides about ranks. A process that dies is started again.
+When the supervisor itself dies, all of them end (death pipe; etcd by parent-death signal).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Supervisor:
         self.config = cluster_config(options)
         require_free_port(options.host, options.port, "--port")
         require_free_port(options.host, options.admin_port, "--admin-port")
-        free = free_ports(2)  # for a port of 0: whoever reads our address needs the number
+        free = free_ports(2)  # for a port of 0: clients that read the address need the number
         self.options = replace(options, port=options.port or free[0], admin_port=options.admin_port or free[1])
         self.state = StateDir(options.state_dir or home() / self.config.cluster)
         self.keys = Keys(self.config.cluster)
@@ -75,14 +75,14 @@ class Supervisor:
         self._events = EventLog(self.state.events, "supervisor")
         self._history = Tail(self.state.events)
 
-    # -- life ----------------------------------------------------------------------------------------------------
+    # -- start and stop ------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Supervisor:
         with ExitStack() as opened:
             self.state.claim()
             opened.callback(self.state.release)
             for _ in self._troubles():
-                continue  # those of an earlier life
+                continue  # those of an earlier run
             self._environment = chaos_mode.begin(self.state, self.options.chaos)
             opened.callback(self.state.failpoints.unlink, missing_ok=True)
             self._start(opened)
@@ -142,11 +142,11 @@ class Supervisor:
                 if trouble not in troubles:
                     troubles[trouble] = None
                     on_progress(trouble)
-            ready, told = self._readiness()
+            ready, missing = self._readiness()
             if ready:
                 return
-            if told != reason:
-                reason = told
+            if missing != reason:
+                reason = missing
                 on_progress(f"waiting for {reason}")
             if time.monotonic() > deadline:
                 words = "; ".join(
@@ -158,7 +158,7 @@ class Supervisor:
                 )
 
     def tick(self) -> None:
-        """One look at every process; returns within POLL_S, at once when one has died."""
+        """Check every process once; returns within POLL_S, or at once when one dies."""
         poller = select.poll()
         for role in self._roles:
             if role.pidfd >= 0:
@@ -179,18 +179,18 @@ class Supervisor:
             self._restart_etcd(self.etcd, now)
 
     def _restart_etcd(self, etcd: EtcdServer, now: float) -> None:
-        """Serving goes on without it, so an etcd that does not start is tried again and again."""
+        """Serving goes on without etcd, so a failed start is only retried later."""
         self._events.emit("etcd_died", cluster=self.config.cluster)
-        log.warning("etcd died, starting it again")
+        log.warning("etcd_died")
         try:
             etcd.restart()
         except ElasticError as error:
             self._etcd_retry_at = now + ETCD_RETRY_S
-            log.error("etcd did not start, serving goes on without it", error=str(error))
+            log.error("etcd_start_failed", error=str(error))
 
     def _on_replaced(self, replaced: StoreReplaced, endpoints: tuple[str, ...]) -> None:
-        """The store lost data: roles refuse it by themselves; here it is told to people and to client commands."""
-        log.error("membership is frozen", error=str(replaced), hint=replaced.hint)
+        """The store lost data. Roles refuse it by themselves; this reports it in the log and to client commands."""
+        log.error("store_replaced", error=str(replaced), hint=replaced.hint)
         self._events.emit("store_replaced", cluster=self.config.cluster, error=str(replaced))
         trouble = f"{replaced}: {replaced.hint}"
         self.state.publish(msgspec.structs.replace(self.address(endpoints), trouble=trouble))
@@ -198,7 +198,7 @@ class Supervisor:
     def _on_role_exit(self, role: RoleProcess, now: float) -> None:
         pid = role.process.pid if role.process else 0
         reason = role.on_exit(now)
-        log.warning("role died", name=role.name, pid=pid, reason=reason)
+        log.warning("role_died", name=role.name, pid=pid, reason=reason)
         self._events.emit("role_died", cluster=self.config.cluster, name=role.name, pid=pid, reason=reason)
         if self._store is not None:
             revoke_leases(self._store, self.keys.prefix, pid, self.node)
@@ -242,7 +242,7 @@ class Supervisor:
         known = codec.decode(before.value, ClusterConfig) if before else None
         if self.options.etcd and known is not None and store.get(keys.leader) is not None:
             raise ConfigError(
-                f"cluster {self.config.cluster!r} is being served by somebody else on this etcd",
+                f"cluster {self.config.cluster!r} is already being served from this etcd",
                 hint="choose another name with --cluster",
             )
         revoke_leases(store, keys.prefix)
@@ -257,10 +257,10 @@ class Supervisor:
             wipe.append(Delete(keys.view))
         outcome = store.txn([Compare(keys.config, "mod", "=", before.mod_revision if before else 0)], [*wipe, *puts])
         if not outcome.succeeded:
-            raise StoreError("somebody else wrote this cluster's config at the same time", hint="try again")
+            raise StoreError("this cluster's config was written by another process at the same time", hint="try again")
 
     def _troubles(self) -> Iterator[str]:
-        """What keeps ranks from getting ready, as they said since the last time."""
+        """Errors that keep ranks from getting ready, since the last call."""
         while (events := self._history.read()) is not None:
             for event in events:
                 error = event.fields.get("error") or event.fields.get("reason")
@@ -283,23 +283,23 @@ class Supervisor:
 
 
 def run_serve(options: ServeOptions) -> None:
-    """Serve until SIGTERM or Ctrl-C, telling on stderr what is waited for and where it serves."""
+    """Serve until SIGTERM or Ctrl-C; print on stderr what is awaited and the addresses."""
     configure("supervisor")
     chaos_mode.check(options.chaos)
     run_in_short_turns()  # etcd and all roles inherit it
     with stop_signal() as stop, Supervisor(options) as supervisor:
         where, name = supervisor.address(()), supervisor.config.served_model_name
         if options.chaos:
-            tell(chaos_mode.WARNING.format(supervisor.state.failpoints))
-        tell(f"starting {supervisor.config.cluster} with {options.ranks} ranks; state in {supervisor.state.path}")
-        supervisor.wait_ready(stop, on_progress=tell)
+            say(chaos_mode.WARNING.format(supervisor.state.failpoints))
+        say(f"starting {supervisor.config.cluster} with {options.ranks} ranks; state in {supervisor.state.path}")
+        supervisor.wait_ready(stop, on_progress=say)
         if not stop.is_set():
-            tell(f"ready: OpenAI API at {where.url}/v1, model {name!r}, admin at {where.admin_url}")
+            say(f"ready: OpenAI API at {where.url}/v1, model {name!r}, admin at {where.admin_url}")
         supervisor.run(stop)
-        tell("stopping")
+        say("stopping")
 
 
-def tell(line: str) -> None:
+def say(line: str) -> None:
     """A line for the person at the terminal; stdout stays for data."""
     sys.stderr.write(line + "\n")
     sys.stderr.flush()
