@@ -15,6 +15,7 @@ from elastic.cli.connection import Connection
 from elastic.cli.flags import Output, OutputFlag, interruptible, seconds, write_json
 from elastic.serve.options import Kind, Option
 from membership.base.errors import PlanRefused
+from membership.base.timing import OPERATION_TIMEOUT_S
 from membership.operations import change as changes
 from membership.operations.change import Change, describe_change
 from membership.store.records import Operation, Phase
@@ -49,7 +50,9 @@ class ChangeOptions:
 class TimedChange(ChangeOptions):
     """What scale and undrain take."""
 
-    timeout_s: Annotated[float, Option(names=("--timeout",), kind=Kind.DURATION, help=TIMEOUT_HELP)] = 300.0
+    timeout_s: Annotated[float, Option(names=("--timeout",), kind=Kind.DURATION, help=TIMEOUT_HELP)] = (
+        OPERATION_TIMEOUT_S
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,18 +5,23 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 
 import msgspec
 from rich.console import Console
+from rich.table import Table
 
 from elastic.cli.render import in_bytes
 from elastic.serve.state_dir import StateDir
 from membership.base.errors import ConfigError, ElasticError
+from membership.base.timing import TIMINGS
 from membership.placement.survivability import describe_survivability, needed_slots, survivability
 from membership.store.records import Placement
+
+DISTRIBUTION = "elastic-ep"
+OUR_PACKAGES = ("membership", "workers", "elastic", "chaos")
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -30,7 +35,7 @@ class Finding(msgspec.Struct, frozen=True):
 
 def examine(model: Path | None, ranks: int, redundancy: float, hosts: int = 1) -> list[Finding]:
     """All findings; nothing raises."""
-    checks: list[Callable[[], Iterator[Finding]]] = [_python, _packages, _kernel, _etcd, _store, _machine]
+    checks: list[Callable[[], Iterator[Finding]]] = [_python, _packages, _owners, _kernel, _etcd, _store, _machine]
     if model is not None:
         checks.append(lambda: _model(model, ranks, redundancy, hosts))
     return [finding for check in checks for finding in check()]
@@ -46,6 +51,16 @@ def show(findings: list[Finding]) -> None:
             f"[{colours[finding.level]}]{finding.level:<5}[/] {finding.what:<12} {finding.message}{hint}",
             soft_wrap=True,
         )
+
+
+def show_timing() -> None:
+    """Print the table of detection, eviction, commit and other times."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("group", "name", "seconds", "for"):
+        table.add_column(column, justify="right" if column == "seconds" else "left")
+    for timing in TIMINGS:
+        table.add_row(timing.group, timing.name, f"{timing.value_s:g}", timing.purpose)
+    Console().print(table)
 
 
 def _python() -> Iterator[Finding]:
@@ -67,6 +82,34 @@ def _packages() -> Iterator[Finding]:
         yield Finding(
             "etcd client", "fail", f"{type(error).__name__}: {error}", "report this with your protobuf version"
         )
+
+
+def _owners() -> Iterator[Finding]:
+    return foreign_packages(packages_distributions())
+
+
+def foreign_packages(owners: Mapping[str, Sequence[str]]) -> Iterator[Finding]:
+    """Distributions other than ours that install a package of one of our names. `owners`: package -> distributions."""
+    foreign: dict[str, list[str]] = {}  # distribution -> packages
+    for package in OUR_PACKAGES:
+        for owner in sorted(set(owners.get(package, ())) - {DISTRIBUTION}):
+            foreign.setdefault(owner, []).append(package)
+    for owner, packages in foreign.items():
+        yield Finding(
+            "imports",
+            "fail",
+            f"{owner} {_version(owner)} also installs {', '.join(packages)}: its files may be imported for ours",
+            f"pip uninstall {owner}, then pip install --force-reinstall {DISTRIBUTION}; or use a fresh environment",
+        )
+    if not foreign:
+        yield Finding("imports", "ok", f"no other distribution installs {', '.join(OUR_PACKAGES)}")
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return ""
 
 
 def _kernel() -> Iterator[Finding]:

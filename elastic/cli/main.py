@@ -60,11 +60,21 @@ def doctor(
     ranks: Annotated[int, typer.Option(help="Check coverage for this many ranks.")] = ServeOptions.ranks,
     redundancy: Annotated[float, typer.Option(help="Check coverage for this redundancy.")] = ServeOptions.redundancy,
     hosts: Annotated[int, typer.Option(min=1, help="Check coverage for ranks on this many hosts.")] = 1,
+    timing: Annotated[
+        bool, typer.Option("--timing", help="Print the times of detection, eviction and commit instead.")
+    ] = False,
     output: OutputFlag = Output.TEXT,
 ) -> None:
     """Check that this machine can serve (MODEL, if given), and what the death of a rank would cost. Exit 1 if not."""
-    from elastic.cli.doctor import examine, show
+    from elastic.cli.doctor import examine, show, show_timing
+    from membership.base.timing import TIMINGS
 
+    if timing:
+        if output is Output.JSON:
+            write_json(TIMINGS)
+        else:
+            show_timing()
+        return
     findings = examine(model, ranks, redundancy, hosts)
     if output is Output.JSON:
         write_json(findings)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
+from typer.testing import CliRunner
 
-from elastic.cli.doctor import Finding, examine
+from elastic.cli.doctor import Finding, examine, foreign_packages
+from elastic.cli.main import app
 from elastic.demo.model import write_demo_model
+from membership.base.timing import TIMINGS
 
 pytestmark = pytest.mark.unit
 
@@ -49,3 +53,33 @@ def test_hosts_of_unequal_size_need_more(model: Path) -> None:
 
 def test_one_rank_needs_another(model: Path) -> None:
     assert coverage(model, 1, 2.0).hint == "add a rank"
+
+
+def test_another_distribution_with_one_of_our_packages_is_a_failure() -> None:
+    owners = {"elastic": ["elastic-ep", "elastic"], "workers": ["elastic-ep"], "numpy": ["numpy"]}
+    (found,) = foreign_packages(owners)
+    assert (found.what, found.level) == ("imports", "fail")
+    assert "also installs elastic:" in found.message
+    assert found.hint.startswith("pip uninstall elastic, then pip install --force-reinstall elastic-ep")
+
+
+def test_one_finding_for_each_other_distribution() -> None:
+    owners = {"elastic": ["a"], "workers": ["a", "b"], "chaos": ["elastic-ep"]}
+    assert [(each.level, "workers, elastic" in each.message) for each in foreign_packages(owners)] == [
+        ("fail", True),
+        ("fail", False),
+    ]
+
+
+def test_packages_that_are_only_ours_are_ok() -> None:
+    assert [each.level for each in foreign_packages({"elastic": ["elastic-ep", "elastic-ep"]})] == ["ok"]
+    assert [each.level for each in examine(None, 4, 2.0) if each.what == "imports"] == ["ok"]
+
+
+def test_the_table_of_times() -> None:
+    shown = CliRunner().invoke(app, ["doctor", "--timing"], env={"COLUMNS": "200"})
+    assert shown.exit_code == 0
+    assert all(timing.name in shown.stdout for timing in TIMINGS)
+    as_json = msgspec.json.decode(CliRunner().invoke(app, ["doctor", "--timing", "-o", "json"]).stdout)
+    assert [(each["name"], each["value_s"]) for each in as_json] == [(each.name, each.value_s) for each in TIMINGS]
+    assert all(each["purpose"] and each["used_in"] for each in as_json)
