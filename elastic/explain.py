@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import msgspec
 
 from elastic.status import ClusterStatus, RankStatus, cluster_status
+from membership.base.enums import OperationKind
 from membership.base.errors import ConfigError
 from membership.operations.change import describe_change
 from membership.planning.cluster_facts import ClusterFacts
@@ -124,7 +125,7 @@ def explain_operation(state: ClusterState, now: float, operation: Operation) -> 
 
 
 def _drained(state: ClusterState, now: float, rank: int) -> Explanation:
-    by = [op for op in state.history if op.kind == "drain" and rank in op.ranks and op.phase is Phase.DONE]
+    by = [op for op in state.history if op.kind == OperationKind.DRAIN and rank in op.ranks and op.phase is Phase.DONE]
     because = [f"operation {by[-1].id} drained it {ago(now - by[-1].finished)} ago"] if by else []
     because.append("the slot is empty: it does not count, and no rank is started in it")
     do = f"to fill it again: elastic undrain {rank}"

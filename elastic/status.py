@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from enum import StrEnum
 
 import msgspec
 
@@ -15,7 +15,22 @@ from membership.planning.cluster_facts import ClusterFacts
 from membership.planning.rebalance import loads_of
 from membership.store.records import ClusterState, Member, Operation, Phase, RankState
 
-Health = Literal["starting", "serving", "degraded", "uncovered", "stopped"]
+
+class Health(StrEnum):
+    """State of the whole cluster."""
+
+    STARTING = "starting"  # no view yet
+    SERVING = "serving"
+    DEGRADED = "degraded"  # a rank or the engine is missing; every expert has a live replica
+    UNCOVERED = "uncovered"  # some expert has none
+    STOPPED = "stopped"
+
+
+class Owner(StrEnum):
+    """What sets the desired number of ranks."""
+
+    OPERATOR = "operator"
+    AGENTS = "agents"
 
 
 class RankStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -97,7 +112,7 @@ class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
     operation: OperationStatus | None
     requests: RequestsStatus
     spares: SparesStatus = SparesStatus()
-    owner: Literal["operator", "agents"] = "operator"  # what sets `desired`
+    owner: Owner = Owner.OPERATOR
     drained: tuple[int, ...] = ()  # slots that stay empty until they are undrained
     nodes: tuple[NodeStatus, ...] = ()
     pause: PauseStatus | None = None
@@ -111,7 +126,7 @@ def cluster_status(state: ClusterState, now: float, store: str = "") -> ClusterS
     if state.config is None:
         nothing = CoverageStatus(min_live_replicas=0, uncovered=0)
         return ClusterStatus(
-            cluster="", state="starting", epoch=0, desired=0, ranks=(), coverage=nothing, operation=None,
+            cluster="", state=Health.STARTING, epoch=0, desired=0, ranks=(), coverage=nothing, operation=None,
             requests=RequestsStatus(), store=store,
         )  # fmt: skip
     facts = ClusterFacts(state, now)
@@ -128,7 +143,7 @@ def cluster_status(state: ClusterState, now: float, store: str = "") -> ClusterS
         operation=None if operation is None else _operation(operation),
         requests=RequestsStatus() if load is None else RequestsStatus(running=load.running, waiting=load.waiting),
         spares=_spares(state),
-        owner="agents" if state.config.follow_agents else "operator",
+        owner=Owner.AGENTS if state.config.follow_agents else Owner.OPERATOR,
         drained=facts.desired.cordoned,
         nodes=tuple(_node(facts, node) for node in sorted(state.agents)),
         pause=_pause(state, now),
@@ -159,16 +174,17 @@ def _pause(state: ClusterState, now: float) -> PauseStatus | None:
 def _health(facts: ClusterFacts, covered: CoverageStatus) -> Health:
     state = facts.state
     if not (state.agents or state.engine or state.ranks) and facts.view.epoch:
-        return "stopped"
+        return Health.STOPPED
     if not facts.members:
-        return "starting"
+        return Health.STARTING
     if covered.uncovered:
-        return "uncovered"
+        return Health.UNCOVERED
     if not _driven(state):
-        return "degraded"  # requests wait for an engine
+        return Health.DEGRADED  # requests wait for an engine
     whole = len(facts.alive) == len(facts.members)
     scaling = facts.operation is not None
-    return "serving" if whole and (scaling or len(facts.alive) >= facts.target) else "degraded"
+    complete = whole and (scaling or len(facts.alive) >= facts.target)
+    return Health.SERVING if complete else Health.DEGRADED
 
 
 def _driven(state: ClusterState) -> bool:

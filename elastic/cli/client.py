@@ -242,9 +242,10 @@ def _error_of(answer: httpx.Response) -> ElasticError:
     """The error in an answer of the admin API, or in that of something else at its address."""
     try:
         error = answer.json()["error"]
-        return from_http(answer.status_code, str(error.get("code") or ""), str(error["message"]))
+        code, message = str(error.get("code") or ""), str(error["message"])
     except (ValueError, KeyError, TypeError, AttributeError):
-        return from_http(answer.status_code, "", answer.text)
+        code, message = "", answer.text
+    return from_http(answer.status_code, code, message)
 
 
 def wait_for(client: Client, operation: Operation, timeout_s: float, stop: threading.Event) -> Iterator[Operation]:

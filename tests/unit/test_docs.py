@@ -18,6 +18,7 @@ DOCS = (
     "docs/ARCHITECTURE.md",
     "docs/GUARANTEES.md",
     "docs/OPERATIONS.md",
+    "docs/OPTIONS.md",
     "docs/SCENARIOS.md",
 )
 OTHER_PACKAGES = {"demo"}  # commands that join by entry point
