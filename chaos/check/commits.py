@@ -1,66 +1,56 @@
-"""G1, one truth: each epoch is committed once, by who leads, as it was staged, with members that have prepared it."""
+"""G1, one truth: each epoch is committed once, by the leader, as it was staged, with members that have prepared it."""
 
 from __future__ import annotations
 
-from chaos.check.evidence import Evidence, Keyspace, Outcome, Revision, Trial, epoch_of, typed
+from chaos.check.evidence import Check, Evidence, Keyspace, Revision, epoch_of, typed
 from chaos.record.record import Changed, Happened
 from membership.base.events import Event
+from membership.base.rank_id import RankId
 from membership.store.records import Assignment, View
 
-Rank = tuple[int, int]
-"""(rank, incarnation)"""
-
-LED = ("view", "next", "incarnation")  # with `assign/…`: what the controller alone writes
-
-
-def check_commits(evidence: Evidence) -> Outcome:
-    """Epochs, and what each commit must go with in its one transaction."""
-    return _Commits(evidence).judge()
-
-
-def check_incarnations(evidence: Evidence) -> Outcome:
-    """Incarnations are given out once, rising, with their counter; a slot has one at a time."""
-    return _Incarnations(evidence).judge()
+LED = ("view", "next", "incarnation")  # with `assign/…`: keys that only the leading controller writes
 
 
 def leader_of(before: Keyspace) -> int:
-    """The fencing token of who led; 0: nobody did."""
+    """The fencing token of the leader; 0: there was none."""
     return before["leader"].create_revision if "leader" in before else 0
 
 
-class _Commits:
-    """Goes through the revisions with what it needs to remember of those before."""
+class Commits(Check):
+    """Epochs, and what must go with each commit in the same transaction."""
+
+    promise, title = "G1", "commits"
 
     def __init__(self, evidence: Evidence) -> None:
-        self.evidence = evidence
-        self.trial = Trial("G1", "commits", evidence)
+        super().__init__(evidence)
+        self.checked: list[int] = []  # revisions
         self.commits: dict[int, tuple[Changed, int]] = {}  # epoch -> where, the leader's token
-        self.prepared: dict[Rank, Changed] = {}  # the last record of a rank that says what it has prepared
-        self.out: dict[Rank, Changed] = {}  # who is not to run any more, and since when: they may not come back
-        self.claims: dict[int, list[Event]] = {}  # revision -> who says to have committed there
+        self.prepared: dict[RankId, Changed] = {}  # the last record of a rank with its prepared revision
+        self.out: dict[RankId, Changed] = {}  # ranks that were evicted, and by which change: they may not come back
+        self.claims: dict[int, list[Event]] = {}  # revision -> events that claim a commit there
         for event in evidence.events:
             if event.kind == "epoch_committed" and "revision" in event.fields:
                 self.claims.setdefault(event.fields["revision"], []).append(event)
 
-    def judge(self) -> Outcome:
-        """The outcome, once all is gone through."""
-        told: list[int] = []
-        for before, revision in self.evidence.walk():
-            if not revision.listed:
-                told.append(revision.number)
-                self._judge(before, revision)
-            self._note(before, revision)
+    def revision(self, before: Keyspace, revision: Revision) -> None:
+        """See Check."""
+        if not revision.listed:
+            self.checked.append(revision.number)
+            self._check(before, revision)
+        self._note(before, revision)
+
+    def finish(self) -> None:
+        """See Check."""
         for number, events in self.claims.items():
-            if told and told[0] <= number <= told[-1] and not self.evidence.gaps:
+            if self.checked and self.checked[0] <= number <= self.checked[-1] and not self.evidence.gaps:
                 for event in events:
                     what = f"somebody says to have committed epoch {event.epoch} at revision {number}, and did not"
-                    self.trial.found(what, Happened(event=event))
-        self.trial.figures["epochs"] = len(self.commits)
-        self.trial.figures["leaders"] = len({leader for _, leader in self.commits.values()})
-        return self.trial.outcome()
+                    self.found(what, Happened(event=event))
+        self.figures["epochs"] = len(self.commits)
+        self.figures["leaders"] = len({leader for _, leader in self.commits.values()})
 
-    def _judge(self, before: Keyspace, revision: Revision) -> None:
-        found = self.trial.found
+    def _check(self, before: Keyspace, revision: Revision) -> None:
+        found = self.found
         led = [name for name in revision.changes if name in LED or name.startswith("assign/")]
         if led and not leader_of(before):
             found(f"{led[0]} was changed while nobody led", before.get(led[0]), revision.changes[led[0]])
@@ -68,7 +58,7 @@ class _Commits:
         if view is not None and view.deleted:
             found("the view was deleted", before.get("view"), view)
         elif view is not None:
-            self.trial.judged += 1
+            self.judged += 1
             self._epoch(before, view)
             self._staged(before, revision, view)
             self._members(before, view)
@@ -78,34 +68,34 @@ class _Commits:
         epoch, last = epoch_of(view), before.get("view")
         first = self.commits.get(epoch)
         if first is not None:
-            self.trial.found(
+            self.found(
                 f"epoch {epoch} was committed twice: revision {first[0].revision} by leader token {first[1]}, "
                 f"revision {view.revision} by leader token {leader_of(before)}",
                 first[0], before.get("leader"), view,
             )  # fmt: skip
         elif epoch != epoch_of(last) + 1:
             follows = f"epoch {epoch_of(last)}" if last is not None else "nothing"
-            self.trial.found(f"epoch {epoch} follows {follows}", last, view)
+            self.found(f"epoch {epoch} follows {follows}", last, view)
 
     def _staged(self, before: Keyspace, revision: Revision, view: Changed) -> None:
-        """What is committed is what was staged, and is staged no more."""
+        """The commit equals the staged view and unstages it."""
         epoch, staged, cleared = epoch_of(view), before.get("next"), revision.changes.get("next")
         if staged is None:
-            self.trial.found(f"epoch {epoch} was committed without having been staged", view)
+            self.found(f"epoch {epoch} was committed without having been staged", view)
         elif staged.value != view.value:
-            self.trial.found(f"epoch {epoch} was committed otherwise than it was staged", staged, view)
+            self.found(f"epoch {epoch} was committed otherwise than it was staged", staged, view)
         elif cleared is None or not cleared.deleted:
-            self.trial.found(f"epoch {epoch} was committed and is still staged: not one transaction", staged, view)
+            self.found(f"epoch {epoch} was committed and is still staged: not one transaction", staged, view)
 
     def _members(self, before: Keyspace, view: Changed) -> None:
-        """All have prepared what was staged; none was given up before."""
+        """All members have prepared the staged view; none was evicted before."""
         committed, staged = typed(view, View), before.get("next")
         for member in committed.members:
-            key = (member.rank, member.incarnation)
+            key = RankId(member.rank, member.incarnation)
             name = f"rank {member.rank} (incarnation {member.incarnation})"
             if key in self.out:
                 what = f"{name} was evicted and is back in epoch {committed.epoch}"
-                self.trial.found(what, self.out[key], view)
+                self.found(what, self.out[key], view)
             record = self.prepared.get(key)
             prepared = record.value["prepared_revision"] if record is not None else 0
             if staged is not None and prepared != staged.revision:
@@ -113,21 +103,21 @@ class _Commits:
                     f"epoch {committed.epoch} was committed with {name}, which has not prepared it: "
                     f"it was staged at revision {staged.revision}, {name} has prepared {prepared or 'nothing'}"
                 )
-                self.trial.found(what, staged, record, view)
+                self.found(what, staged, record, view)
 
     def _claimed(self, before: Keyspace, view: Changed) -> None:
-        """Who says to have committed it is who led."""
+        """Events that claim this commit come from the leader."""
         leader = leader_of(before)
         for event in self.claims.pop(view.revision, ()):
             token = event.fields.get("token")
             if token != leader:
                 what = f"epoch {event.epoch} was committed by leader token {token}, when {leader or 'nobody'} led"
-                self.trial.found(what, before.get("leader"), view, Happened(event=event))
+                self.found(what, before.get("leader"), view, Happened(event=event))
 
     def _note(self, before: Keyspace, revision: Revision) -> None:
         for name, changed in revision.changes.items():
             if name.startswith("ranks/") and not changed.deleted and changed.value.get("prepared_revision"):
-                self.prepared[changed.value["rank"], changed.value["incarnation"]] = changed
+                self.prepared[RankId(changed.value["rank"], changed.value["incarnation"])] = changed
             elif name.startswith("assign/"):
                 for key in specs_of(before.get(name)) - specs_of(changed):
                     self.out.setdefault(key, changed)
@@ -136,40 +126,42 @@ class _Commits:
             self.commits[epoch_of(view)] = (view, leader_of(before))
 
 
-class _Incarnations:
-    """As above."""
+class Incarnations(Check):
+    """Each incarnation is assigned once, in rising order, with its counter; a slot has one at a time."""
+
+    promise, title = "G1", "incarnations"
 
     def __init__(self, evidence: Evidence) -> None:
-        self.evidence = evidence
-        self.trial = Trial("G1", "incarnations", evidence)
+        super().__init__(evidence)
         self.given: dict[int, tuple[int, str, Changed]] = {}  # incarnation -> rank, node, where
-        self.places: dict[str, set[Rank]] = {}  # node -> what its agent is to run
+        self.places: dict[str, set[RankId]] = {}  # node -> ranks assigned to its agent
 
-    def judge(self) -> Outcome:
-        """The outcome, once all is gone through."""
-        for before, revision in self.evidence.walk():
-            if not revision.listed:
-                self._counter(before.get("incarnation"), revision.changes.get("incarnation"))
-            for name, changed in revision.changes.items():
-                if name.startswith("assign/"):
-                    self._assigned(before, revision, name.removeprefix("assign/"), changed)
-        self.trial.figures["incarnations"] = len(self.given)
-        return self.trial.outcome()
+    def revision(self, before: Keyspace, revision: Revision) -> None:
+        """See Check."""
+        if not revision.listed:
+            self._counter(before.get("incarnation"), revision.changes.get("incarnation"))
+        for name, changed in revision.changes.items():
+            if name.startswith("assign/"):
+                self._assigned(before, revision, name.removeprefix("assign/"), changed)
+
+    def finish(self) -> None:
+        """See Check."""
+        self.figures["incarnations"] = len(self.given)
 
     def _counter(self, old: Changed | None, new: Changed | None) -> None:
         if new is not None and (new.deleted or (old is not None and _count(new) <= _count(old))):
-            self.trial.found("the counter of incarnations went back", old, new)
+            self.found("the counter of incarnations went back", old, new)
 
     def _assigned(self, before: Keyspace, revision: Revision, node: str, changed: Changed) -> None:
         old, new = specs_of(before.get("assign/" + node)), specs_of(changed)
         self.places[node] = new
         for rank, incarnation in sorted(new - old):
             first = self.given.setdefault(incarnation, (rank, node, changed))
-            self.trial.judged += 1
+            self.judged += 1
             if revision.listed:
                 continue
             if first[2] is not changed or first[:2] != (rank, node):
-                self.trial.found(
+                self.found(
                     f"incarnation {incarnation} was given out twice: to rank {first[0]} on {first[1]} at revision "
                     f"{first[2].revision}, to rank {rank} on {node} at revision {changed.revision}",
                     first[2], changed,
@@ -178,7 +170,7 @@ class _Incarnations:
             known, counter = before.get("incarnation"), revision.put("incarnation")
             if counter is None or not (_count(known) < incarnation <= _count(counter)):
                 what = f"incarnation {incarnation} of rank {rank} was given out without being counted"
-                self.trial.found(what, known, counter, changed)
+                self.found(what, known, counter, changed)
         if not revision.listed and new - old:
             self._slots(changed)
 
@@ -188,7 +180,7 @@ class _Incarnations:
         for rank, incarnation in sorted(key for place in self.places.values() for key in place):
             if rank in seen:
                 what = f"slot {rank} has two incarnations at once, {seen[rank]} and {incarnation}"
-                self.trial.found(what, self.given[seen[rank]][2], changed)
+                self.found(what, self.given[seen[rank]][2], changed)
             seen[rank] = incarnation
 
 
@@ -196,8 +188,8 @@ def _count(counter: Changed | None) -> int:
     return int(counter.value.get("value", 0)) if counter is not None and not counter.deleted else 0
 
 
-def specs_of(changed: Changed | None) -> set[Rank]:
+def specs_of(changed: Changed | None) -> set[RankId]:
     """The ranks of an assignment."""
     if changed is None or changed.deleted:
         return set()
-    return {(spec.rank, spec.incarnation) for spec in typed(changed, Assignment).ranks}
+    return {RankId(spec.rank, spec.incarnation) for spec in typed(changed, Assignment).ranks}

@@ -1,12 +1,12 @@
-"""The lines of a record, sorted out for the checks, and what a check answers: findings that quote the lines.
+"""The lines of a record by kind, what every check is, and its outcome: findings that quote the lines.
 
-Pure. Every check walks once over what it needs; nothing here or there looks back further than its own few tables.
+Pure. All checks go through the revisions together, once; each remembers only its own few tables.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from typing import Any, TypeVar
@@ -28,7 +28,7 @@ Figure = int | float | str
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing that must not be: what it is in words, and the few lines of the record that show it."""
+    """One broken rule: what happened, and the few lines of the record that show it."""
 
     promise: str
     what: str
@@ -36,9 +36,9 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """What one check found. `judged`: how many things it looked at; with none it has proven nothing."""
+    """The result of one check. `judged`: number of things checked; a check with none has proven nothing."""
 
-    promise: str  # "G1" … "G9", or "-" for what makes the record itself worth something
+    promise: str  # "G1" … "G9", or "-" for the soundness of the record itself
     title: str
     judged: int = 0
     broken: int = 0
@@ -51,38 +51,11 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
         return "broken" if self.broken else "held" if self.judged else "no evidence"
 
 
-@dataclass
-class Trial:
-    """An outcome in the making."""
-
-    promise: str
-    title: str
-    evidence: Evidence
-    judged: int = 0
-    broken: int = 0
-    figures: dict[str, Figure] = field(default_factory=dict)
-    findings: list[Finding] = field(default_factory=list)
-
-    def found(self, what: str, *lines: AnyLine | Revision | None) -> None:
-        """Something is broken; `lines` show it."""
-        self.broken += 1
-        if len(self.findings) < QUOTED_FINDINGS:
-            quoted = tuple(self.evidence.quote(line) for line in lines[:QUOTED_LINES] if line is not None)
-            self.findings.append(Finding(promise=self.promise, what=what, lines=quoted))
-
-    def outcome(self) -> Outcome:
-        """What it has come to."""
-        return Outcome(
-            promise=self.promise, title=self.title, judged=self.judged, broken=self.broken, figures=self.figures,
-            findings=tuple(self.findings),
-        )  # fmt: skip
-
-
 @dataclass(frozen=True)
 class Revision:
     """All that one revision of the store changed, by the key's name without the prefix.
 
-    `listed`: see Changed. Such a revision tells how things are, and nothing of how they came to be so: none is judged.
+    `listed`: see Changed. Such a revision shows a state without the changes that led to it, so it is not checked.
     """
 
     number: int
@@ -97,25 +70,26 @@ class Revision:
 
 
 Keyspace = dict[str, Changed]
-"""Name -> the key as it was last written. What was deleted is not there."""
+"""Name -> the key as it was last written; deleted keys are left out."""
 
 
 class Evidence:
-    """A record, sorted out."""
+    """A record by kind of line. Events and faults are sorted by time."""
 
     def __init__(self, lines: Iterable[AnyLine]) -> None:
+        self.count = 0  # of lines
         self.header = Header(what="", seed=0, started=0.0, wall=0.0, replay="")
         self.oracle: dict[int, RequestRecord] = {}
         self.answered: list[RequestRecord] = []
         self.faults: list[Dealt] = []
         self.events: list[Event] = []
-        self.told: list[Changed | Gap] = []
+        self.observed: list[Changed | Gap] = []
         self.reads: list[Read] = []
         self.verified: list[Verified] = []
-        for line in lines:
+        for self.count, line in enumerate(lines, 1):
             match line:
                 case Changed() | Gap():
-                    self.told.append(line)
+                    self.observed.append(line)
                 case Read():
                     self.reads.append(line)
                 case Answered():
@@ -136,14 +110,14 @@ class Evidence:
 
     @cached_property
     def gaps(self) -> list[Gap]:
-        """What the watch did not tell."""
-        return [line for line in self.told if isinstance(line, Gap)]
+        """The revisions that the watch missed."""
+        return [line for line in self.observed if isinstance(line, Gap)]
 
     @cached_property
     def revisions(self) -> list[Revision]:
-        """The changes, revision by revision, as told. Those of one listing stay apart by their own revisions."""
+        """The changes by revision, in the watch's order. Keys of one listing keep the revisions that wrote them."""
         found: list[Revision] = []
-        for _, lines in groupby(self.told, key=_belongs):
+        for _, lines in groupby(self.observed, key=_belongs):
             changes = {c.key.removeprefix(self.prefix): c for c in lines if isinstance(c, Changed)}
             if changes:
                 first = next(iter(changes.values()))
@@ -162,6 +136,13 @@ class Evidence:
                     before[name] = changed
 
     @cached_property
+    def rank_records(self) -> list[Changed]:
+        """The records that ranks have written of themselves, in order."""
+        key = self.prefix + "ranks/"
+        lines = (line for line in self.observed if isinstance(line, Changed) and not line.deleted)
+        return [line for line in lines if line.key.startswith(key)]
+
+    @cached_property
     def config(self) -> ClusterConfig | None:
         """The cluster's constants."""
         found = (put for revision in self.revisions if (put := revision.put("config")) is not None)
@@ -170,13 +151,13 @@ class Evidence:
     @cached_property
     def ended(self) -> float:
         """When the last thing of the record happened."""
-        times = [line.at for line in self.told[-1:]] + [read.ended for read in self.reads[-1:]]
+        times = [line.at for line in self.observed[-1:]] + [read.ended for read in self.reads[-1:]]
         times += [event.ts for event in self.events[-1:]] + [dealt.fault.seen_at for dealt in self.faults[-1:]]
         return max([*times, self.header.started])
 
     @cached_property
     def _attached(self) -> dict[int, int]:
-        """Incarnation -> the last engine whose queues it joined, by its agent's word."""
+        """Incarnation -> the last engine whose queues it joined, as its agent reports."""
         found: dict[int, int] = {}
         for event in self.events:
             if event.kind == "rank_attached":
@@ -185,7 +166,7 @@ class Evidence:
         return found
 
     def moved_on(self, masked: Event) -> bool:
-        """Whether a mask is an engine's word on a rank that left its queue, and went to that engine's successor."""
+        """Whether an engine masked a rank that had left its queue for its successor's. That is no eviction."""
         latest = self._attached.get(int(masked.fields.get("incarnation", 0)), 0)
         return masked.fields.get("source") == "queue" and latest > int(masked.fields.get("token", latest))
 
@@ -194,11 +175,11 @@ class Evidence:
         return monotonic + self.header.wall
 
     def since(self, at: float) -> str:
-        """A time as people read it: seconds since the start."""
+        """A time for people: seconds since the start."""
         return f"{at - self.header.started:+.3f} s"
 
     def quote(self, line: AnyLine | Revision) -> str:
-        """One line of the record in words."""
+        """One line of the record for people."""
         match line:
             case Changed():
                 how = ", listed" if line.listed else ""
@@ -232,6 +213,50 @@ class Evidence:
                 return _short(msgspec.json.encode(line).decode())
 
 
+class Check:
+    """One check of one promise. `run` calls `revision` for every revision, then `finish`, then `outcome`."""
+
+    promise = "-"
+    title = ""
+
+    def __init__(self, evidence: Evidence) -> None:
+        self.evidence = evidence
+        self.judged = self.broken = 0
+        self.figures: dict[str, Figure] = {}
+        self.findings: list[Finding] = []
+
+    def revision(self, before: Keyspace, revision: Revision) -> None:
+        """Check one revision; `before`: all keys as they were before it."""
+
+    def finish(self) -> None:
+        """Check what can only be checked when all revisions are known."""
+
+    def found(self, what: str, *lines: AnyLine | Revision | None) -> None:
+        """Report a broken rule; `lines` show it."""
+        self.broken += 1
+        if len(self.findings) < QUOTED_FINDINGS:
+            quoted = tuple(self.evidence.quote(line) for line in lines[:QUOTED_LINES] if line is not None)
+            self.findings.append(Finding(promise=self.promise, what=what, lines=quoted))
+
+    def outcome(self) -> Outcome:
+        """The result so far."""
+        return Outcome(
+            promise=self.promise, title=self.title, judged=self.judged, broken=self.broken, figures=self.figures,
+            findings=tuple(self.findings),
+        )  # fmt: skip
+
+
+def run(evidence: Evidence, *kinds: type[Check]) -> list[Outcome]:
+    """Run checks over a record."""
+    checks = [kind(evidence) for kind in kinds]
+    for before, revision in evidence.walk():
+        for check in checks:
+            check.revision(before, revision)
+    for check in checks:
+        check.finish()
+    return [check.outcome() for check in checks]
+
+
 def typed(changed: Changed, kind: type[R]) -> R:
     """A key's value as the record it is; ConfigError naming the key if it is none."""
     try:
@@ -241,7 +266,7 @@ def typed(changed: Changed, kind: type[R]) -> R:
 
 
 def epoch_of(view: Changed | None) -> int:
-    """The epoch of a view as told; 0 if there is none. (Asked far too often to make a whole View each time.)"""
+    """The epoch of a view; 0 if there is none. (Called too often to decode a whole View each time.)"""
     return int(view.value["epoch"]) if view is not None and not view.deleted else 0
 
 

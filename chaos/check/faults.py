@@ -1,4 +1,4 @@
-"""Each fault was proven, and what followed it: when it was noticed and made good, and how long tokens paused."""
+"""Each fault was proven, and what followed it: when it was noticed and recovered from, and how long tokens paused."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 
 import msgspec
 
-from chaos.check.evidence import Evidence, Outcome, Trial, typed
-from chaos.record.record import Changed, Dealt
+from chaos.check.evidence import Check, Evidence, typed
+from chaos.record.record import Dealt
 from chaos.workload.history import percentile
 from membership.base.events import Event
 from membership.store.records import RankExit, View
 
-LETHAL = ("kill", "segv", "oom", "abort", "crash")  # what these names begin with ends the process
-NOTICED_S = 60.0  # so long after a death at the latest the membership knows of it
-HEALED_S = 5.0  # what is first told of so long after a fault was healed has another cause
-AFTER_S = 5.0  # a pause of tokens that begins later is not this fault's
-PAUSE_MS = 20.0  # what is shorter is no pause
+LETHAL = ("kill", "segv", "oom", "abort", "crash")  # faults with such names end the process
+NOTICED_S = 60.0  # a death is in the membership by then
+HEALED_S = 5.0  # first reported later than this after healing: another cause
+AFTER_S = 5.0  # a pause that begins later after a fault has another cause
+PAUSE_MS = 20.0  # shorter gaps are not counted
 
 DIED = "role_died"
 NOTICED = ("rank_masked", "rank_left", "rank_died", "rank_exited", DIED, "etcd_died")
@@ -28,40 +28,42 @@ IN_OFFICE = {"engine": "engine_elected", "controller": "leader_elected"}
 
 
 class Aftermath(msgspec.Struct, frozen=True, kw_only=True):
-    """What followed one fault, in milliseconds since it was dealt; -1: it did not, or does not belong to the fault."""
+    """What followed one fault, in milliseconds since its injection; -1: it did not happen, or had another cause."""
 
     fault: str
     victim: str
     at: float
     incarnation: int = 0
-    noticed_ms: float = -1.0  # the first word of it in the cluster's history
+    noticed_ms: float = -1.0  # the first event about it in the cluster's history
     recovered_ms: float = -1.0  # its requests have tokens again; for a role: there is one in office again
     restored_ms: float = -1.0  # its slot serves again
     pause_ms: float = 0.0  # the longest wait of any stream for a token
 
 
-def check_faults(evidence: Evidence) -> Outcome:
-    """Faults without proof, deaths that nobody noticed, and figures of all that followed."""
-    trial = Trial("-", "faults", evidence)
-    followed = aftermaths(evidence)
-    gone = _gone(evidence)
-    for dealt, after in zip(evidence.faults, followed, strict=True):
-        trial.judged += 1
-        fault = dealt.fault
-        if not fault.proof or fault.seen_at < fault.at:
-            trial.found(f"{fault.fault} of {fault.victim} was counted without proof that it happened", dealt)
-        mortal = fault.fault.startswith(LETHAL) and after.incarnation
-        if mortal and evidence.ended > fault.at + NOTICED_S and after.incarnation not in gone:
-            what = f"{fault.fault} of {fault.victim} (incarnation {after.incarnation}) was never noticed"
-            trial.found(what, dealt)
-    trial.figures["faults"] = len(followed)
-    for name in ("noticed_ms", "recovered_ms", "restored_ms"):
-        values = [value for after in followed if (value := getattr(after, name)) >= 0]
-        if values:
-            trial.figures[name.replace("_ms", "_p50_ms")] = round(percentile(values, 0.5), 1)
-            trial.figures[name.replace("_ms", "_max_ms")] = round(max(values), 1)
-    trial.figures["pause_max_ms"] = round(max((after.pause_ms for after in followed), default=0.0), 1)
-    return trial.outcome()
+class FaultsProven(Check):
+    """Each fault has a proof, each death was noticed; figures of what followed."""
+
+    title = "faults"
+
+    def finish(self) -> None:
+        """See Check."""
+        followed, gone = aftermaths(self.evidence), _gone(self.evidence)
+        for dealt, after in zip(self.evidence.faults, followed, strict=True):
+            self.judged += 1
+            fault = dealt.fault
+            if not fault.proof or fault.seen_at < fault.at:
+                self.found(f"{fault.fault} of {fault.victim} was counted without proof that it happened", dealt)
+            lethal = fault.fault.startswith(LETHAL) and after.incarnation
+            if lethal and self.evidence.ended > fault.at + NOTICED_S and after.incarnation not in gone:
+                what = f"{fault.fault} of {fault.victim} (incarnation {after.incarnation}) was never noticed"
+                self.found(what, dealt)
+        self.figures["faults"] = len(followed)
+        for name in ("noticed_ms", "recovered_ms", "restored_ms"):
+            values = [value for after in followed if (value := getattr(after, name)) >= 0]
+            if values:
+                self.figures[name.replace("_ms", "_p50_ms")] = round(percentile(values, 0.5), 1)
+                self.figures[name.replace("_ms", "_max_ms")] = round(max(values), 1)
+        self.figures["pause_max_ms"] = round(max((after.pause_ms for after in followed), default=0.0), 1)
 
 
 def aftermaths(evidence: Evidence) -> list[Aftermath]:
@@ -97,7 +99,7 @@ def aftermaths(evidence: Evidence) -> list[Aftermath]:
 
 
 def over(faults: Sequence[Dealt]) -> list[float]:
-    """For each fault, by time, when the story of it is over: it was healed, or the next one befell the same victim."""
+    """For each fault, by time, until when events are attributed to it: its healing, or the victim's next fault."""
     again: dict[str, float] = {}
     found = []
     for dealt in reversed(faults):
@@ -112,7 +114,7 @@ def _ms(since: float, at: float | None) -> float:
 
 
 class _Index:
-    """The events by kind and whom they are of, to find the first one after a moment."""
+    """The events by kind and victim, to find the first one after a moment."""
 
     def __init__(self, events: list[Event]) -> None:
         self._events: dict[tuple[str, Any], list[Event]] = {}
@@ -123,10 +125,15 @@ class _Index:
             self._events.setdefault((event.kind, whom), []).append(event)
 
     def first(
-        self, kinds: tuple[str, ...], since: float, rank: int | None = None, incarnation: int = 0, name: str = "",
+        self,
+        kinds: tuple[str, ...],
+        since: float,
+        rank: int | None = None,
+        incarnation: int = 0,
+        name: str = "",
         pid: int = 0,
-    ) -> float | None:  # fmt: skip
-        """When the first such event was. The engine in office may be either of two processes: a pid says who died."""
+    ) -> float | None:
+        """When the first such event was. Two processes may be the engine in office: the pid says which one died."""
         times = []
         for kind in kinds:
             whom = rank if rank is not None else {DIED: pid, "etcd_died": ""}.get(kind, name)
@@ -139,13 +146,8 @@ class _Index:
 
 
 def _processes(evidence: Evidence) -> dict[int, int]:
-    """Process id -> the incarnation that ran as it. (Ids may come again; the latest counts.)"""
-    puts = (c for line in evidence.told if isinstance(c := line, Changed) and _rank_record(evidence, c))
-    return {int(put.value.get("pid", 0)): int(put.value["incarnation"]) for put in puts}
-
-
-def _rank_record(evidence: Evidence, changed: Changed) -> bool:
-    return not changed.deleted and changed.key.startswith(evidence.prefix + "ranks/")
+    """Process id -> the incarnation that ran as it. (A process id may be used again; the latest use counts.)"""
+    return {int(put.value.get("pid", 0)): int(put.value["incarnation"]) for put in evidence.rank_records}
 
 
 def _returns(evidence: Evidence) -> dict[int, list[tuple[int, float]]]:
@@ -159,7 +161,7 @@ def _returns(evidence: Evidence) -> dict[int, list[tuple[int, float]]]:
 
 
 def _gone(evidence: Evidence) -> set[int]:
-    """Incarnations whose end the membership knows of: they have an exit, or a view leaves them out again."""
+    """Incarnations whose end is in the membership: by an exit record, or by a view that leaves them out again."""
     gone: set[int] = set()
     members: set[int] = set()
     for revision in evidence.revisions:
@@ -177,7 +179,7 @@ def _gone(evidence: Evidence) -> set[int]:
 
 
 def _pauses(evidence: Evidence) -> list[float]:
-    """For each fault the longest pause of a stream that it may have caused: the last one before the pause ended."""
+    """For each fault the longest pause that it may have caused: it is the last fault before the pause ended."""
     times = [dealt.fault.at for dealt in evidence.faults]
     longest = [0.0] * len(times)
     for began, ended in _waits(evidence):
@@ -188,7 +190,7 @@ def _pauses(evidence: Evidence) -> list[float]:
 
 
 def _waits(evidence: Evidence) -> Iterator[tuple[float, float]]:
-    """From token to token, where that took long."""
+    """Gaps between tokens longer than `PAUSE_MS`: begin and end."""
     for record in evidence.answered:
         for before, after in pairwise(record.token_times):
             if after - before > PAUSE_MS / 1000.0:

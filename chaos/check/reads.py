@@ -20,49 +20,72 @@ answers right and names a wrong revision is found as well, as it should be: who 
 
 from __future__ import annotations
 
-from chaos.check.evidence import Evidence, Keyspace, Outcome, Revision, Trial, epoch_of
+from chaos.check.evidence import Check, Evidence, Keyspace, Revision, epoch_of
 from chaos.record.record import Changed, Read
 
 
-def check_watch(evidence: Evidence) -> Outcome:
-    """What the watch told is whole and in order."""
-    trial = Trial("G1", "watch", evidence)
-    last: Revision | None = None
-    for before, revision in evidence.walk():
-        if not revision.listed:
-            trial.judged += 1
-            if last is not None and revision.number <= last.number:
-                trial.found(f"the watch told revision {revision.number} after {last.number}", last, revision)
-            for name, changed in revision.changes.items():
-                _follows(trial, before.get(name), changed)
-        last = revision
-    trial.figures["gaps"] = len(evidence.gaps)
-    return trial.outcome()
+class Watch(Check):
+    """The watch missed nothing and kept the order."""
+
+    promise, title = "G1", "watch"
+    _last: Revision | None = None
+
+    def revision(self, before: Keyspace, revision: Revision) -> None:
+        """See Check."""
+        last, self._last = self._last, revision
+        if revision.listed:
+            return
+        self.judged += 1
+        if last is not None and revision.number <= last.number:
+            self.found(f"the watch told revision {revision.number} after {last.number}", last, revision)
+        for name, changed in revision.changes.items():
+            _follows(self, before.get(name), changed)
+
+    def finish(self) -> None:
+        """See Check."""
+        self.figures["gaps"] = len(self.evidence.gaps)
 
 
-def check_reads(evidence: Evidence) -> Outcome:
-    """Every read says what was so at its revision, and none is older than what was known when it began."""
-    trial = Trial("G1", "linearizable", evidence)
-    known = _without_gaps(evidence)
-    trial.judged = len(known)
-    trial.figures["reads"], trial.figures["clients"] = len(known), len({read.client for read in known})
-    _right(trial, evidence, known)
-    _recent(trial, evidence, known)
-    return trial.outcome()
+class Reads(Check):
+    """Each read returns the state at its revision, and none is older than what was known when it began."""
+
+    promise, title = "G1", "linearizable"
+
+    def __init__(self, evidence: Evidence) -> None:
+        super().__init__(evidence)
+        self._reads = _without_gaps(evidence)
+        self._left = sorted(self._reads, key=lambda read: read.revision)[::-1]  # taken from the end
+        self._state: Keyspace = {}
+
+    def revision(self, before: Keyspace, revision: Revision) -> None:
+        """Replay the changes beside the reads, both in the order of revisions."""
+        self._state = before
+        self._compare(until=revision.number)
+
+    def finish(self) -> None:
+        """See Check."""
+        self._compare()  # the state has the last revision by now
+        self.judged = len(self._reads)
+        self.figures |= {"reads": self.judged, "clients": len({read.client for read in self._reads})}
+        _recent(self, self.evidence, self._reads)
+
+    def _compare(self, until: float = float("inf")) -> None:
+        while self._left and self._left[-1].revision < until:
+            _compare(self, self._left.pop(), self._state)
 
 
-def _follows(trial: Trial, old: Changed | None, new: Changed) -> None:
+def _follows(check: Check, old: Changed | None, new: Changed) -> None:
     """A change follows from what the key was before; else something is missing between."""
     if new.deleted:
         if old is None:
-            trial.found(f"the watch told that {new.key} was deleted, and never that it was there", new)
+            check.found(f"the watch told that {new.key} was deleted, and never that it was there", new)
         return
     fresh = old is None and (new.version, new.create_revision) == (1, new.revision)
     again = old is not None and (new.version, new.create_revision) == (old.version + 1, old.create_revision)
     if not (fresh or again):
         was = f"version {old.version}" if old is not None else "not there"
         now = f"version {new.version} of what was made at revision {new.create_revision}"
-        trial.found(f"the watch missed a change of {new.key}: it was {was}, then {now}", old, new)
+        check.found(f"the watch missed a change of {new.key}: it was {was}, then {now}", old, new)
 
 
 def _without_gaps(evidence: Evidence) -> list[Read]:
@@ -77,22 +100,7 @@ def _without_gaps(evidence: Evidence) -> list[Read]:
     return [read for read in reads if not any(after < read.revision < until for after, until in spans)]
 
 
-def _right(trial: Trial, evidence: Evidence, reads: list[Read]) -> None:
-    """Replay the changes beside the reads, both in the order of revisions."""
-    last: Keyspace = {}
-    rest = iter(sorted(reads, key=lambda read: read.revision))
-    read = next(rest, None)
-    for before, revision in evidence.walk():
-        while read is not None and read.revision < revision.number:
-            _compare(trial, read, before)
-            read = next(rest, None)
-        last = before
-    while read is not None:  # the walk has taken in the last revision by now
-        _compare(trial, read, last)
-        read = next(rest, None)
-
-
-def _compare(trial: Trial, read: Read, state: Keyspace) -> None:
+def _compare(check: Check, read: Read, state: Keyspace) -> None:
     view, leader, staged = state.get("view"), state.get("leader"), state.get("next")
     said = (read.view_revision, read.epoch, read.leader_revision, read.next_revision)
     true = (
@@ -111,7 +119,7 @@ def _compare(trial: Trial, read: Read, state: Keyspace) -> None:
         "next": f"{_staged(read.next_revision)}, where it was {_staged(true[3])}",
     }
     what = f"{read.client} was told as of revision {read.revision} that the {wrong} was {words[wrong]}"
-    trial.found(what, state.get(wrong), read)
+    check.found(what, state.get(wrong), read)
 
 
 def _leader(token: int) -> str:
@@ -122,7 +130,7 @@ def _staged(revision: int) -> str:
     return f"that of revision {revision}" if revision else "none"
 
 
-def _recent(trial: Trial, evidence: Evidence, reads: list[Read]) -> None:
+def _recent(check: Check, evidence: Evidence, reads: list[Read]) -> None:
     """One sweep over time: what was the highest revision known when each read began, and who knew it."""
     known: list[tuple[float, int, Read | Changed]] = [(read.ended, read.revision, read) for read in reads]
     for revision in evidence.revisions:
@@ -140,16 +148,16 @@ def _recent(trial: Trial, evidence: Evidence, reads: list[Read]) -> None:
         before = mine.get(read.client)
         if before is not None and before.ended <= read.began and before.revision > read.revision:
             what = f"{read.client} read revision {before.revision} and then, in another read, revision {read.revision}"
-            trial.found(what, before, read)
+            check.found(what, before, read)
         elif newest[0] > read.revision and isinstance(newest[1], Read):
             what = (
                 f"{read.client} read revision {read.revision} after {newest[1].client} had read {newest[0]}: "
                 "the read is stale"
             )
-            trial.found(what, newest[1], read)
+            check.found(what, newest[1], read)
         elif newest[0] > read.revision:
             what = (
                 f"{read.client} read revision {read.revision} after the watch had told {newest[0]}: the read is stale"
             )
-            trial.found(what, newest[1], read)
+            check.found(what, newest[1], read)
         mine[read.client] = read

@@ -1,61 +1,69 @@
-"""G3, exactly once and token exact: every answer is that of the fault-free run, but for what is not promised.
+"""G3, exactly once and token exact: every answer equals that of the fault-free run.
 
-Not promised, and counted apart: a stream of a gateway that was killed (HTTP cannot hand a connection over), and a
-request that waited for lost experts longer than the coverage deadline.
+Two cases are not promised, and are counted as excused: a stream of a killed gateway (HTTP cannot hand a connection
+over), and a request that waited for lost experts longer than the coverage deadline.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 
-from chaos.check.evidence import QUOTED_FINDINGS, Evidence, Outcome, Trial
+from chaos.check.evidence import QUOTED_FINDINGS, Check, Evidence
 from chaos.record.record import Answered, Dealt, Expected, Happened
-from chaos.workload.history import RequestRecord, difference
+from chaos.workload.history import Difference, RequestRecord, difference
 from membership.store.records import ClusterConfig
 
-FRONT = ("gateway", "supervisor", "host", "client")  # whose faults break connections
+FRONT = ("gateway", "supervisor", "host", "client")  # their faults break connections
 FRONT_RECOVERY_S = 15.0  # until there is a gateway again
 COVERAGE_SLACK_S = 1.0
 
 Span = tuple[float, float]
 
 
-def check_requests(evidence: Evidence) -> Outcome:
-    """Each request beside the oracle."""
-    trial = Trial("G3", "requests", evidence)
-    counts = dict.fromkeys(("lost", "duplicated", "altered", "excused"), 0)
-    uncovered, broken = _uncovered(evidence), _broken_front(evidence)
-    for record in evidence.oracle.values():
-        if not record.complete:
-            trial.found(f"the fault-free run of prompt {record.prompt} failed: {record.error}", Expected(record=record))
-    ids: dict[str, RequestRecord] = {}
-    for record in evidence.answered:
-        expected = evidence.oracle.get(record.prompt)
-        if expected is None:
-            trial.found(f"there is no fault-free run of prompt {record.prompt}", Answered(record=record))
-            continue
-        trial.judged += 1
-        twin = ids.setdefault(record.id, record) if record.id else record
-        if twin is not record:
-            trial.found(f"two requests had the id {record.id}", Answered(record=twin), Answered(record=record))
-        found = difference(record, expected)
-        if found is None:
-            continue
-        if not record.complete and _excused(evidence, record, uncovered, broken):
-            counts["excused"] += 1
-            continue
-        counts[found.kind] += 1
+class Requests(Check):
+    """Each request against the oracle."""
+
+    promise, title = "G3", "requests"
+
+    def finish(self) -> None:
+        """See Check."""
+        evidence = self.evidence
+        counts = dict.fromkeys(("lost", "duplicated", "altered", "excused"), 0)
+        uncovered, broken = _uncovered(evidence), _broken_front(evidence)
+        for record in evidence.oracle.values():
+            if not record.complete:
+                what = f"the fault-free run of prompt {record.prompt} failed: {record.error}"
+                self.found(what, Expected(record=record))
+        ids: dict[str, RequestRecord] = {}
+        for record in evidence.answered:
+            expected = evidence.oracle.get(record.prompt)
+            if expected is None:
+                self.found(f"there is no fault-free run of prompt {record.prompt}", Answered(record=record))
+                continue
+            self.judged += 1
+            twin = ids.setdefault(record.id, record) if record.id else record
+            if twin is not record:
+                self.found(f"two requests had the id {record.id}", Answered(record=twin), Answered(record=record))
+            found = difference(record, expected)
+            if found is None:
+                continue
+            if not record.complete and _excused(evidence, record, uncovered, broken):
+                counts["excused"] += 1
+                continue
+            counts[found.kind] += 1
+            self._different(record, found)
+        tokens = sum(len(record.tokens) for record in evidence.answered)
+        self.figures |= {"requests": len(evidence.answered), "tokens": tokens, **counts}
+
+    def _different(self, record: RequestRecord, found: Difference) -> None:
         refused = "; every expert had a live replica" if record.error.startswith("HTTP ") else ""
         what = f"request {record.id or 'without id'} of prompt {record.prompt} was {found.kind}: {found.explanation}"
-        around = _around(evidence, record) if len(trial.findings) < QUOTED_FINDINGS else ()
-        trial.found(what + refused, Answered(record=record), *around)
-    tokens = sum(len(record.tokens) for record in evidence.answered)
-    trial.figures |= {"requests": len(evidence.answered), "tokens": tokens, **counts}
-    return trial.outcome()
+        around = _around(self.evidence, record) if len(self.findings) < QUOTED_FINDINGS else ()
+        self.found(what + refused, Answered(record=record), *around)
 
 
 def _span(evidence: Evidence, record: RequestRecord) -> Span:
-    """From when to when it went on, as far as is known."""
+    """When the request was under way, as far as is known."""
     last = record.ended or (record.token_times[-1] if record.token_times else record.started)
     return evidence.wall(record.started), evidence.wall(last)
 
@@ -70,7 +78,7 @@ def _excused(evidence: Evidence, record: RequestRecord, uncovered: list[Span], b
 
 
 def _uncovered(evidence: Evidence) -> list[Span]:
-    """When some expert had no live replica, as the engine told."""
+    """When some expert had no live replica, as the engine reported."""
     spans: list[Span] = []
     since: float | None = None
     for _, revision in evidence.walk():
@@ -87,13 +95,13 @@ def _uncovered(evidence: Evidence) -> list[Span]:
 
 
 def _broken_front(evidence: Evidence) -> list[Span]:
-    """When connections may have been broken by a fault that was dealt."""
+    """When connections may have been broken by a fault."""
     faults = [dealt for dealt in evidence.faults if dealt.fault.victim.startswith(FRONT)]
     return [(d.fault.at, max(d.fault.seen_at, d.healed_at) + FRONT_RECOVERY_S) for d in faults]
 
 
 def _around(evidence: Evidence, record: RequestRecord) -> list[Dealt | Happened]:
-    """What happened during the request: the faults dealt, and what the cluster did about them."""
+    """The faults and the cluster's reactions during the request."""
     began, ended = _span(evidence, record)
     times = [dealt.fault.at for dealt in evidence.faults]
     faults = evidence.faults[bisect_right(times, began) : bisect_right(times, ended)]

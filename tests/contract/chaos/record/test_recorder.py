@@ -59,8 +59,8 @@ def test_what_happens_is_told_whole_and_read_rightly(
     assert [r.number for r in evidence.revisions if r.put("view") is not None][-1] > 1
     views = [v.value["epoch"] for r in evidence.revisions if (v := r.put("view")) is not None]
     assert views == list(range(1, 30))
-    assert evidence.told[-1].key == keys.heartbeats("a")  # type: ignore[union-attr]
-    assert evidence.told[-1].value is None  # type: ignore[union-attr]
+    assert evidence.observed[-1].key == keys.heartbeats("a")  # type: ignore[union-attr]
+    assert evidence.observed[-1].value is None  # type: ignore[union-attr]
     assert evidence.faults == [Dealt(fault=fault, healed_at=2.0)]
     found = rows(recorder)
     assert (found["watch"].verdict, found["linearizable"].verdict) == ("held", "held")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 from msgspec.structs import replace
 
-from chaos.check.evictions import check_evictions
-from chaos.check.evidence import Evidence
+from chaos.check.evictions import Evictions
+from chaos.check.evidence import Evidence, Outcome, run
 from chaos.record.record import AnyLine, Dealt, Happened
 from tests.support.recorded_run import good_lines
 
@@ -21,22 +23,26 @@ def with_fault(**changes: object) -> list[AnyLine]:
     ]
 
 
+def checked(lines: Iterable[AnyLine]) -> Outcome:
+    return run(Evidence(lines), Evictions)[0]
+
+
 def test_who_was_struck_may_be_given_up() -> None:
-    outcome = check_evictions(Evidence(good_lines()))
+    outcome = checked(good_lines())
     assert (outcome.verdict, outcome.judged, outcome.promise) == ("held", 1, "G9")
-    assert check_evictions(Evidence(with_fault(victim="agent", pid=1))).verdict == "held"
+    assert checked(with_fault(victim="agent", pid=1)).verdict == "held"
 
 
 def test_who_was_not_may_not() -> None:
     lines = [line for line in good_lines() if not isinstance(line, Dealt)]
-    assert check_evictions(Evidence(lines)).verdict == "broken"
-    (finding,) = check_evictions(Evidence(with_fault(pid=1))).findings
+    assert checked(lines).verdict == "broken"
+    (finding,) = checked(with_fault(pid=1)).findings
     assert "rank 1 was given up" in finding.what
     assert "rank_masked" in finding.lines[0]
 
 
 def test_a_fault_that_came_later_does_not_explain_it() -> None:
-    outcome = check_evictions(Evidence(with_fault(at=2e9, seen_at=2e9)))
+    outcome = checked(with_fault(at=2e9, seen_at=2e9))
     assert outcome.verdict == "broken"
     assert len(outcome.findings[0].lines) == 2
 
@@ -54,4 +60,4 @@ def test_a_rank_that_left_a_deposed_engines_queue_for_its_successors_was_not_evi
             lines += [Happened(event=replace(line.event, fields=fields)), Happened(event=attached)]
         else:
             lines.append(line)
-    assert bool(check_evictions(Evidence(lines)).broken) is broken
+    assert bool(checked(lines).broken) is broken

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from chaos.check.checker import judge
-from chaos.check.evidence import Evidence
-from chaos.check.reads import check_reads
+from chaos.check.evidence import Evidence, run
+from chaos.check.reads import Reads
 from chaos.record.record import AnyLine, Changed, Gap, Header, Read
 from chaos.record.recorder import Told, look
 from membership.base.errors import StoreCompacted
@@ -81,7 +81,7 @@ def explained(changes: Sequence[Changed], reads: Sequence[Read]) -> bool:
 def test_one_pass_finds_what_a_search_finds(history: tuple[list[Changed], list[Read]]) -> None:
     changes, reads = history
     base = Changed(revision=1, key=KEYS.config, at=0.0, listed=True)
-    outcome = check_reads(Evidence([HEADER, base, *changes, *reads]))
+    (outcome,) = run(Evidence([HEADER, base, *changes, *reads]), Reads)
     assert outcome.judged == len(reads)
     assert (outcome.broken == 0) == explained(changes, reads), outcome
 
@@ -127,7 +127,7 @@ def test_a_compaction_leaves_a_gap_and_nothing_in_it_is_judged() -> None:
 
     evidence = Evidence(lines)
     assert evidence.gaps == [Gap(at=5.0, after=3, until=revision, why="compacted")]
-    assert [(c.key, c.deleted) for c in evidence.told if isinstance(c, Changed) and c.at == 5.0] == [
+    assert [(c.key, c.deleted) for c in evidence.observed if isinstance(c, Changed) and c.at == 5.0] == [
         (KEYS.view, False), (KEYS.leader, True),
     ]  # fmt: skip
     rows = {row.title: row for row in judge(lines).outcomes}
