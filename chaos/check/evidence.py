@@ -106,12 +106,21 @@ class Evidence:
                     self.header = line
         self.events.sort(key=lambda event: event.ts)
         self.faults.sort(key=lambda dealt: dealt.fault.at)
-        self.prefix = Keys(self.header.cluster or "unknown").prefix
+
+    @cached_property
+    def prefix(self) -> str:
+        """Of all keys of the cluster; ConfigError if its name cannot be one."""
+        return Keys(self.header.cluster or "unknown").prefix
 
     @cached_property
     def gaps(self) -> list[Gap]:
         """The revisions that the watch missed."""
         return [line for line in self.observed if isinstance(line, Gap)]
+
+    @cached_property
+    def changes(self) -> list[Changed]:
+        """All changes of keys, in the watch's order."""
+        return [line for line in self.observed if isinstance(line, Changed)]
 
     @cached_property
     def revisions(self) -> list[Revision]:
@@ -139,8 +148,7 @@ class Evidence:
     def rank_records(self) -> list[Changed]:
         """The records that ranks have written of themselves, in order."""
         key = self.prefix + "ranks/"
-        lines = (line for line in self.observed if isinstance(line, Changed) and not line.deleted)
-        return [line for line in lines if line.key.startswith(key)]
+        return [line for line in self.changes if line.key.startswith(key) and not line.deleted]
 
     @cached_property
     def config(self) -> ClusterConfig | None:

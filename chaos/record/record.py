@@ -1,8 +1,8 @@
-"""The record of a chaos run: JSON lines with all that clients saw, what was done, and what the store said.
+"""The record of a chaos run: JSON lines with the requests of clients, the injected faults, and the store's changes.
 
-`elastic-chaos check` judges it offline and `elastic-chaos report` draws it; nothing else of the run is needed.
-All times are `time.time()` seconds but those inside a RequestRecord, which are seconds of the
-monotonic clock: add `Header.wall`.
+`elastic-chaos check` checks it offline and `elastic-chaos report` draws it; nothing else of the run is needed.
+Times are `time.time()` seconds, except inside a RequestRecord: those are seconds of the monotonic clock; add
+`Header.wall`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Answered(Line, frozen=True, kw_only=True, tag="answered"):
 
 
 class Dealt(Line, frozen=True, kw_only=True, tag="dealt"):
-    """One fault. `healed_at` 0: there was nothing to take back."""
+    """One injected fault. `healed_at` 0: it was not healed."""
 
     fault: Injected
     healed_at: float = 0.0
@@ -65,14 +65,14 @@ class Happened(Line, frozen=True, kw_only=True, tag="happened"):
 
 
 class Changed(Line, frozen=True, kw_only=True, tag="changed"):
-    """One key of the cluster's prefix after one revision of the store, as a watch told it, in the watch's order.
+    """One key of the cluster's prefix after one revision of the store, in the order of the watch.
 
-    `listed`: a listing told it, at the start or after a Gap; what led to it was not seen.
+    `listed`: it comes from a listing, at the start or after a Gap; the changes that led to it were not seen.
     """
 
     revision: int
     key: str
-    at: float  # when the watch told it
+    at: float  # when the watch delivered it
     deleted: bool = False
     listed: bool = False
     create_revision: int = 0
@@ -81,16 +81,16 @@ class Changed(Line, frozen=True, kw_only=True, tag="changed"):
 
 
 class Gap(Line, frozen=True, kw_only=True, tag="gap"):
-    """What was written between two revisions was not told: nothing may be concluded from it, nor against it."""
+    """Changes between two revisions were not observed: nothing is concluded about them."""
 
     at: float
-    after: int  # the last revision that was told
-    until: int = 0  # the first one known again, from a listing; 0: nothing was told any more
+    after: int  # the last observed revision
+    until: int = 0  # the first one known again, from a listing; 0: none until the end
     why: str = ""
 
 
 class Read(Line, frozen=True, kw_only=True, tag="read"):
-    """One look at the membership by a client of the store: when it was asked and answered, and what it was told."""
+    """One read of the membership by a client of the store: its time span and its answer."""
 
     client: str
     began: float
@@ -103,7 +103,7 @@ class Read(Line, frozen=True, kw_only=True, tag="read"):
 
 
 class Verified(Line, frozen=True, kw_only=True, tag="verified"):
-    """What the run itself found at its end: one promise, whether it held, and the figures behind it."""
+    """One promise that the run itself checked at its end: whether it held, and the figures behind it."""
 
     promise: str  # "G1" … "G9"
     ok: bool

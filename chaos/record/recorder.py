@@ -1,8 +1,8 @@
-"""Gathers a run into a record: what the store told, what clients of it read, which faults were dealt, what clients saw.
+"""Records a run: the changes in the store, reads by clients of the store, injected faults, and what API clients saw.
 
-One thread follows the cluster's prefix from the start on, through outages; where the store has forgotten what comes
-next (compaction), it lists, and the record says what was not seen. A few clients with connections of their own read the
-membership all the while: their reads are held against the order of revisions later (`chaos/check/reads.py`).
+One thread watches the cluster's prefix through the whole run, outages included. After a compaction it lists instead,
+and the record names the gap. A few clients with connections of their own read the membership all the time; their reads
+are compared with the order of revisions later (`chaos/check/reads.py`).
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from membership.store.keys import Keys
 
 READERS = 3
 READS_PER_S = 20.0  # of all readers together
-NEXT_S = 0.5  # how long one wait for the watch takes; bounds how late a stop is noticed
+NEXT_S = 0.5  # one wait for the watch; a stop is noticed this late at most
 PAUSE_S = 0.1  # after the store did not answer
-DRAIN_S = 5.0  # at the end, until all that was written is told
-JOIN_S = 15.0  # a thread that waits for the store may take its time-out
+DRAIN_S = 5.0  # at the end, for the watch to deliver all that was written
+JOIN_S = 15.0  # a thread may have to wait for the store's timeout
 
 _KEPT: dict[str, tuple[str, ...]] = {
     "config": (), "desired": (), "pause": (), "rebalance": (), "view": (), "next": (), "leader": (),
@@ -54,7 +54,7 @@ _KEPT: dict[str, tuple[str, ...]] = {
     "ranks": ("rank", "node", "incarnation", "pid", "state", "started", "prepared_revision", "failed_revision",
               "prepare_error", "engine_token"),
 }  # fmt: skip
-"""First part of a key's name -> the fields of its record that are kept; none named: all. Other keys have no value."""
+"""First part of a key's name -> the fields of its record that are kept; (): all. Other keys are kept without value."""
 
 
 class _Envelope(msgspec.Struct):
@@ -74,7 +74,7 @@ _view = msgspec.json.Decoder(_ViewEnvelope)
 
 
 def kept(name: str, value: bytes) -> dict[str, Any] | None:
-    """What is kept of the value of the key with this name (without the cluster's prefix)."""
+    """The fields to keep of a key's value. `name`: the key without the cluster's prefix."""
     fields = _KEPT.get(name.partition("/")[0])
     if fields is None:
         return None
@@ -85,8 +85,8 @@ def kept(name: str, value: bytes) -> dict[str, Any] | None:
     return {field: data[field] for field in fields if field in data} if fields else data
 
 
-class Told:
-    """What a store has told of a prefix so far, and the lines that say so. Pure: give it what the store says."""
+class Observed:
+    """What was observed of a prefix so far, and the lines for it. Pure: it is given the store's answers."""
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
@@ -94,7 +94,7 @@ class Told:
         self.revision = 0
 
     def listed(self, revision: int, items: Iterable[KeyValue], at: float, why: str = "") -> list[AnyLine]:
-        """The lines for a listing: all that has changed since what is known. `why` it was needed again."""
+        """The lines for a listing: all changes since the last known state. `why`: the reason for listing again."""
         lines: list[AnyLine] = [Gap(at=at, after=self.revision, until=revision, why=why)] if self.revision else []
         there = {kv.key: kv for kv in items}
         new = [kv for kv in there.values() if self.known.get(kv.key) != kv.mod_revision]
@@ -106,7 +106,7 @@ class Told:
         return lines
 
     def watched(self, batch: WatchBatch, at: float) -> list[AnyLine]:
-        """The lines for what a watch told; what was known already is left out (a watch resumes where it stopped)."""
+        """The lines for a batch of a watch, without known changes (a watch resumes at the last known revision)."""
         lines: list[AnyLine] = []
         for event in batch.events:
             kv = event.kv
@@ -122,7 +122,7 @@ class Told:
         return lines
 
     def has(self, revision: int, items: Iterable[KeyValue]) -> bool:
-        """Whether all was told that a listing says."""
+        """Whether everything in a listing was observed."""
         return self.revision >= revision or self.known == {kv.key: kv.mod_revision for kv in items}
 
     def _put(self, kv: KeyValue, at: float, *, listed: bool) -> Changed:
@@ -159,7 +159,7 @@ def _only(response: Response) -> KeyValue | None:
 
 
 class Recorder:
-    """A context manager around a run; afterwards `lines()` or `write(path)`. All may be called from any thread."""
+    """A context manager around a run; then call `lines()` or `write(path)`. Methods may be called from any thread."""
 
     def __init__(
         self,
@@ -177,7 +177,7 @@ class Recorder:
         self._pause_s = readers / reads_per_s
         self._clock = clock or (lambda: header.wall + time.monotonic())
         self._keys = Keys(header.cluster)
-        self._told = Told(self._keys.prefix)
+        self._observed = Observed(self._keys.prefix)
         self._lock = threading.Condition()
         self._lines: list[AnyLine] = []
         self._faults: dict[Injected, float] = {}  # -> when it was healed
@@ -189,7 +189,7 @@ class Recorder:
 
     @classmethod
     def of(cls, cluster: Cluster, *, what: str, seed: int, replay: str = "", **options: Any) -> Recorder:
-        """The recorder of a cluster that serves (it must have been asked for its state once: `wait_serving`)."""
+        """The recorder of a serving cluster; call `wait_serving` before."""
         state, address = cluster.client().state(), cluster.state.address()
         header = Header(
             what=what, seed=seed, replay=replay, cluster=address.cluster, started=time.time(),
@@ -206,7 +206,7 @@ class Recorder:
                 name = f"reader {number}" if number else "watch"
                 self._threads.append(threading.Thread(target=self._run, args=(store, name), name=f"recorder {name}"))
             revision, items = self._stores[0].range(self._keys.prefix)
-            self._lines += self._told.listed(revision, items, self._clock())
+            self._lines += self._observed.listed(revision, items, self._clock())
         except BaseException:
             self._close()
             raise
@@ -230,7 +230,7 @@ class Recorder:
         if self._failure is not None and kind is None:
             raise self._failure
 
-    # --- what is put in from outside
+    # --- lines from the campaign
 
     def dealt(self, fault: Injected) -> None:
         """A fault was seen to happen."""
@@ -238,7 +238,7 @@ class Recorder:
             self._faults[fault] = 0.0
 
     def healed(self, fault: Injected, at: float | None = None) -> None:
-        """It was taken back."""
+        """It was healed."""
         with self._lock:
             self._faults[fault] = self._clock() if at is None else at
 
@@ -251,11 +251,11 @@ class Recorder:
         self._add(Answered(record=record) for record in requests)
 
     def happened(self, events: Iterable[Event]) -> None:
-        """The cluster's own history, as far as it is of this run. Done at the end by itself if `events` was given."""
+        """Events of the cluster's own history, of this run only. Called at the end by itself if `events` was given."""
         self._add(Happened(event=event) for event in events if event.ts >= self.header.started)
 
     def verified(self, promise: str, ok: bool, said: str) -> None:
-        """What the run itself has found out about a promise."""
+        """A promise that the run itself has checked."""
         self._add([Verified(promise=promise, ok=ok, said=said)])
 
     def lines(self) -> Iterator[AnyLine]:
@@ -275,7 +275,7 @@ class Recorder:
             self._lines += lines
             self._lock.notify_all()
 
-    # --- what is watched and read
+    # --- lines from the store
 
     def _run(self, store: Store, name: str) -> None:
         try:
@@ -287,34 +287,34 @@ class Recorder:
             self._failure = self._failure or error
 
     def _watch(self, store: Store) -> None:
-        """Follow until stopped. As in Mirror, a watch starts at the last revision known, not after it."""
+        """Watch until stopped. As in Mirror, a watch starts at the last known revision, not after it."""
         why = ""
         while not self._stop.is_set():
             try:
                 if why:
                     revision, items = store.range(self._keys.prefix)
                     with self._lock:
-                        self._add(self._told.listed(revision, items, self._clock(), why))
+                        self._add(self._observed.listed(revision, items, self._clock(), why))
                     why = ""
-                watch = store.watch(self._keys.prefix, self._told.revision)
+                watch = store.watch(self._keys.prefix, self._observed.revision)
                 try:
                     while not self._stop.is_set():
                         batch = watch.next(NEXT_S)
                         if batch is not None:
                             with self._lock:
-                                self._add(self._told.watched(batch, self._clock()))
+                                self._add(self._observed.watched(batch, self._clock()))
                 finally:
                     watch.close()
             except StoreCompacted as error:
                 why = str(error)
             except StoreUnavailable:
                 self._stop.wait(PAUSE_S)
-            except StoreReplaced as error:  # what the store says from now on is another history
-                self._add([Gap(at=self._clock(), after=self._told.revision, why=str(error))])
+            except StoreReplaced as error:  # from now on it is another store's history
+                self._add([Gap(at=self._clock(), after=self._observed.revision, why=str(error))])
                 return
 
     def _read(self, store: Store, client: str) -> None:
-        """Read now and then until stopped. What the store does not answer is counted."""
+        """Read at random times until stopped; count the reads that get no answer."""
         chance = random.Random(f"{self.header.seed} {client}")
         while not self._stop_reading.wait(self._pause_s * chance.uniform(0.5, 1.5)):
             try:
@@ -325,18 +325,18 @@ class Recorder:
                 return
 
     def _drain(self) -> None:
-        """Wait until the watch has told all that is there; a gap says so if it does not."""
+        """Wait until the watch has delivered everything; record a gap if it does not."""
         if not self._threads[0].is_alive():
             return
         try:
             revision, items = self._stores[0].range(self._keys.prefix)
             with self._lock:
-                done = self._lock.wait_for(lambda: self._told.has(revision, items), timeout=DRAIN_S)
+                done = self._lock.wait_for(lambda: self._observed.has(revision, items), timeout=DRAIN_S)
             why = "" if done else f"the watch did not tell all within {DRAIN_S:g} s of the end"
         except (StoreUnavailable, StoreReplaced) as error:
             why = str(error)
         if why:
-            self._add([Gap(at=self._clock(), after=self._told.revision, why=why)])
+            self._add([Gap(at=self._clock(), after=self._observed.revision, why=why)])
 
     def _join(self, threads: Iterable[threading.Thread]) -> None:
         for thread in threads:

@@ -1,6 +1,6 @@
 """Each fault and what followed from it: when it was noticed, when requests went on, when all was whole again. Pure.
 
-What a fault caused is read off the events of its victim; nothing is guessed: where no event tells, there is no figure.
+The effects of a fault are taken from the events of its victim. Without an event there is no figure: nothing is guessed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from chaos.check.evidence import Evidence
 from chaos.check.faults import over
 from chaos.record.record import Dealt
 from chaos.report.lanes import UP, Lane
@@ -18,8 +19,8 @@ from chaos.report.streams import Gaps
 from chaos.workload.history import percentile
 from membership.base.events import Event
 
-GAP_WINDOW_S = 1.0  # a gap that was open within so long after a fault, and before the next one, counts as its own
-FOLLOW_S = 120.0  # whatever happens to a victim later than this is not put down to the fault
+GAP_WINDOW_S = 1.0  # a gap that was open within this time after a fault, and before the next one, counts as its own
+FOLLOW_S = 120.0  # later events of a victim are not attributed to the fault
 NOTICED = ("rank_masked", "rank_died", "rank_left", "rank_slow", "rank_exited")
 FAMILIES: dict[str, tuple[str, ...]] = {  # by words in the fault's name; the first that fits
     "death": ("kill", "segv", "oom", "raise", "death"),
@@ -32,22 +33,22 @@ FAMILIES: dict[str, tuple[str, ...]] = {  # by words in the fault's name; the fi
 
 
 class Followed(msgspec.Struct, frozen=True, kw_only=True):
-    """One fault as the page shows it. Times in seconds since the run began; -1: it did not happen, or nobody told."""
+    """One fault as the page shows it. Times in seconds since the run began; -1: no event shows it."""
 
     number: int
     fault: str
     family: str
     victim: str
-    lane: str  # where it stands on the timeline: the engine in office may be either of two processes
+    lane: str  # on the timeline: the engine in office may be either of two processes
     at: float
     proven_ms: float  # until it was seen to have taken effect
     proof: str
     pid: int = 0
     healed: float = -1.0
-    noticed_ms: float = -1.0  # until the first event that tells of it
+    noticed_ms: float = -1.0  # until the first event about it
     noticed_by: str = ""
-    resumed_ms: float = -1.0  # until every request that lived there had a new token
-    whole_ms: float = -1.0  # until the victim's place was filled again
+    resumed_ms: float = -1.0  # until every request that ran there had a new token
+    whole_ms: float = -1.0  # until the victim was replaced
     gap_ms: float = 0.0  # the longest that any stream waited for a token around it
 
 
@@ -68,27 +69,27 @@ class Kind(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def family(fault: str) -> str:
-    """What sort of fault that is, for its sign on the timeline."""
+    """The family of a fault, for its sign on the timeline."""
     return next((name for name, words in FAMILIES.items() if any(word in fault.lower() for word in words)), "other")
 
 
-def followed(
-    dealt: Sequence[Dealt], events: Sequence[Event], lanes: Sequence[Lane], gaps: Gaps, zero: float
-) -> tuple[Followed, ...]:
+def followed(evidence: Evidence, lanes: Sequence[Lane], gaps: Gaps) -> tuple[Followed, ...]:
     """All faults, by time."""
-    dealt = sorted(dealt, key=lambda line: line.fault.at)
-    story = _Story(events, [event.ts for event in events], {lane.name: lane for lane in lanes}, gaps, zero)
+    faults, events = evidence.faults, evidence.events
+    run = _Run(
+        events, [event.ts for event in events], {lane.name: lane for lane in lanes}, gaps, evidence.header.started
+    )
     found = []
-    for number, (line, until) in enumerate(zip(dealt, over(dealt), strict=True), 1):
+    for number, (line, until) in enumerate(zip(faults, over(faults), strict=True), 1):
         at = line.fault.at
-        after = min([at + GAP_WINDOW_S, *(other.fault.at for other in dealt[number : number + 1])])
-        found.append(story.followed(number, line, min(until, at + FOLLOW_S), after))
+        gap_until = min([at + GAP_WINDOW_S, *(other.fault.at for other in faults[number : number + 1])])
+        found.append(run.followed(number, line, min(until, at + FOLLOW_S), gap_until))
     return tuple(found)
 
 
 @dataclass(frozen=True)
-class _Story:
-    """All that is known of a run, to be asked what followed from one fault."""
+class _Run:
+    """What is known of a run, to find what followed from one fault. `zero`: when it began."""
 
     events: Sequence[Event]
     times: Sequence[float]
@@ -97,32 +98,25 @@ class _Story:
     zero: float
 
     def followed(self, number: int, line: Dealt, until: float, gap_until: float) -> Followed:
-        """Of the events of the victim, those from the fault to `until` count."""
+        """Events of the victim count from the fault to `until`, gaps to `gap_until`."""
         fault, zero = line.fault, self.zero
         events = self.events[bisect_left(self.times, fault.at) : bisect_left(self.times, until)]
         noticed = next((event for event in events if _tells(event, fault.victim, fault.pid)), None)
         resumed = self._resumed(fault.victim, events)
         whole = self._whole(fault.at - zero, fault.victim, noticed) if noticed is not None else None
         return Followed(
-            number=number,
-            fault=fault.fault,
-            family=family(fault.fault),
-            victim=fault.victim,
-            lane=_lane(fault.victim, noticed),
-            at=round(fault.at - zero, 3),
-            proven_ms=_ms(fault.seen_at - fault.at),
-            proof=fault.proof,
-            pid=fault.pid,
-            healed=round(line.healed_at - zero, 3) if line.healed_at else -1.0,
+            number=number, fault=fault.fault, family=family(fault.fault), victim=fault.victim,
+            lane=_lane(fault.victim, noticed), at=round(fault.at - zero, 3), proven_ms=_ms(fault.seen_at - fault.at),
+            proof=fault.proof, pid=fault.pid, healed=round(line.healed_at - zero, 3) if line.healed_at else -1.0,
             noticed_ms=_ms(noticed.ts - fault.at) if noticed is not None else -1.0,
             noticed_by=_by(noticed) if noticed is not None else "",
             resumed_ms=_ms(resumed + zero - fault.at) if resumed is not None else -1.0,
             whole_ms=_ms(whole + zero - fault.at) if whole is not None else -1.0,
             gap_ms=round(self.gaps.largest(fault.at - zero, gap_until - zero), 1),
-        )
+        )  # fmt: skip
 
     def _resumed(self, victim: str, events: Sequence[Event]) -> float | None:
-        """When requests went on: those that lived on the rank; of an engine, any, under its successor."""
+        """When requests went on: those that ran on the rank; for an engine, any request under its successor."""
         if victim.startswith("engine"):
             elected = next((event.ts for event in events if event.kind == "engine_elected"), None)
             return self.gaps.next_token(elected - self.zero) if elected is not None else None
@@ -130,11 +124,11 @@ class _Story:
         return next((ts - self.zero for ts in recovered), None)
 
     def _whole(self, at: float, victim: str, noticed: Event) -> float | None:
-        """When the victim's place was filled again; of an agent, also those of the ranks that died with it."""
+        """When the victim was replaced; for an agent, also the ranks that died with it."""
         wanted = [_lane(victim, noticed)]
         if wanted == ["agent"]:
             wanted += [each for each, lane in self.lanes.items() if each.startswith("rank ") and lane.at(at) in UP]
-        # Lanes are rounded to a millisecond: what the victim was until it was noticed must not pass for its return.
+        # Lanes are rounded to a millisecond: the state before the fault was noticed must not count as the return.
         since = noticed.ts - self.zero + 0.002
         lanes = [self.lanes[each] for each in wanted if each in self.lanes]
         if all(lane.at(since) in UP for lane in lanes):
@@ -144,7 +138,7 @@ class _Story:
 
 
 def _tells(event: Event, victim: str, pid: int) -> bool:
-    """Whether the event is the first word of what was done to this victim."""
+    """Whether the event reports a fault of this victim."""
     if victim.startswith("rank "):
         failed = event.kind == "step_setback" and event.fields.get("status") == "failed"
         return (failed or event.kind in NOTICED) and f"rank {event.rank}" == victim
@@ -177,18 +171,11 @@ def _kind(name: str, faults: Sequence[Followed]) -> Kind:
     noticed = [each.noticed_ms for each in faults if each.noticed_ms >= 0]
     whole = [each.whole_ms for each in faults if each.whole_ms >= 0]
     return Kind(
-        fault=name,
-        family=family(name),
-        count=len(faults),
-        victims=tuple(sorted({each.victim for each in faults})),
-        noticed=len(noticed),
-        noticed_p50_ms=percentile(noticed, 0.5),
-        noticed_max_ms=max(noticed, default=0.0),
-        whole=len(whole),
-        whole_p50_ms=percentile(whole, 0.5),
-        whole_max_ms=max(whole, default=0.0),
+        fault=name, family=family(name), count=len(faults), victims=tuple(sorted({each.victim for each in faults})),
+        noticed=len(noticed), noticed_p50_ms=percentile(noticed, 0.5), noticed_max_ms=max(noticed, default=0.0),
+        whole=len(whole), whole_p50_ms=percentile(whole, 0.5), whole_max_ms=max(whole, default=0.0),
         gap_max_ms=max((each.gap_ms for each in faults), default=0.0),
-    )
+    )  # fmt: skip
 
 
 def _ms(seconds: float) -> float:

@@ -7,18 +7,18 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from chaos.record.record import Answered, AnyLine, Dealt, Expected, Happened, Header, Verified
+from chaos.check.evidence import Evidence
+from chaos.record.record import AnyLine, Header
 from chaos.report import lanes
 from chaos.report.faults import Followed, Kind, followed, kinds
 from chaos.report.promises import Judged, Promise, exactness, promises
 from chaos.report.streams import Seen, seen
 from chaos.workload.history import RequestRecord, difference, percentile
 from membership.base.errors import ConfigError
-from membership.base.events import Event
 
 
 class Spread(msgspec.Struct, frozen=True, kw_only=True):
-    """How long something took, over those faults after which it happened."""
+    """The durations of one thing, over those faults after which it happened."""
 
     count: int
     p50_ms: float
@@ -62,18 +62,13 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def figures(lines: Iterable[AnyLine], judged: Sequence[Judged] = ()) -> Figures:
-    """The figures of a record. `judged`: what others found in it, beside what the run itself wrote down."""
-    lines = list(lines)
-    header = next((line for line in lines if isinstance(line, Header)), None)
-    if header is None:
+    """The figures of a record. `judged`: the checker's findings, beside what the run itself verified."""
+    evidence = Evidence(lines)
+    header, oracle, zero = evidence.header, evidence.oracle, evidence.header.started
+    if not zero:
         raise ConfigError("the record has no header", hint="its first line says what was run")
-    oracle = {line.record.prompt: line.record for line in lines if isinstance(line, Expected)}
-    history = sorted((line.record for line in lines if isinstance(line, Answered)), key=lambda record: record.started)
-    dealt = [line for line in lines if isinstance(line, Dealt)]
-    events = sorted((line.event for line in lines if isinstance(line, Happened)), key=lambda event: event.ts)
-    zero = header.started
-    duration_s = _duration(header, _answered(history, header.wall), dealt, events)
-
+    history = sorted(evidence.answered, key=lambda record: record.started)
+    duration_s = _duration(evidence)
     wrong = {
         number: found
         for number, record in enumerate(history)
@@ -84,43 +79,29 @@ def figures(lines: Iterable[AnyLine], judged: Sequence[Judged] = ()) -> Figures:
     named = {_name(number, history[number], zero - header.wall): each for number, each in wrong.items()}
     mine = (history or oracle) and all(each.promise != "G3" for each in judged)  # the checker's says more
     own = [exactness(named, len(history) - unmatched, unmatched)] if mine else []
-    said = [Judged(promise=line.promise, ok=line.ok, said=line.said) for line in lines if isinstance(line, Verified)]
+    said = [Judged(promise=line.promise, ok=line.ok, said=line.said) for line in evidence.verified]
     kept = promises([*said, *judged, *own])
 
     clients, gaps = seen(history, tuple(oracle.values()), zero - header.wall, duration_s, sorted(wrong))
-    ranks, roles = lanes.ranks(events, lines, header, duration_s), lanes.roles(events, lines, zero, duration_s)
-    faults = followed(dealt, events, (*ranks, *roles), gaps, zero)
-    epochs = lanes.epochs(events, zero)
-    operations = lanes.operations(events, lines, zero, duration_s)
+    ranks, roles = lanes.ranks(evidence, duration_s), lanes.roles(evidence, duration_s)
+    faults = followed(evidence, (*ranks, *roles), gaps)
+    epochs, operations = lanes.epochs(evidence), lanes.operations(evidence, duration_s)
     return Figures(
-        run=header,
-        duration_s=duration_s,
-        verdict=_verdict(kept),
-        promises=kept,
+        run=header, duration_s=duration_s, verdict=_verdict(kept), promises=kept,
         totals=Totals(
-            faults=len(faults),
-            kinds=len({each.fault for each in faults}),
-            requests=len(history),
-            tokens=clients.tokens,
-            lost=kinds_wrong["lost"],
-            duplicated=kinds_wrong["duplicated"],
-            altered=kinds_wrong["altered"],
+            faults=len(faults), kinds=len({each.fault for each in faults}),
+            requests=len(history), tokens=clients.tokens,
+            lost=kinds_wrong["lost"], duplicated=kinds_wrong["duplicated"], altered=kinds_wrong["altered"],
             refused=sum(record.status != 200 for record in history),
             epochs=sum(each.at >= 0 for each in epochs),
-            operations=len(operations),
-            rolled_back=sum(each.ended == "aborted" for each in operations),
+            operations=len(operations), rolled_back=sum(each.ended == "aborted" for each in operations),
             noticed=_spread([each.noticed_ms for each in faults]),
             resumed=_spread([each.resumed_ms for each in faults]),
             whole=_spread([each.whole_ms for each in faults]),
         ),
-        seen=clients,
-        ranks=ranks,
-        roles=roles,
-        epochs=epochs,
-        operations=operations,
-        faults=faults,
+        seen=clients, ranks=ranks, roles=roles, epochs=epochs, operations=operations, faults=faults,
         kinds=kinds(faults),
-    )
+    )  # fmt: skip
 
 
 def _name(number: int, record: RequestRecord, zero: float) -> str:
@@ -129,15 +110,13 @@ def _name(number: int, record: RequestRecord, zero: float) -> str:
     )
 
 
-def _answered(history: Iterable[RequestRecord], wall: float) -> float:
-    """When the last token came, on the wall clock; 0 if there was none."""
-    return max((record.token_times[-1] + wall for record in history if record.token_times), default=0.0)
-
-
-def _duration(header: Header, answered: float, dealt: Sequence[Dealt], events: Sequence[Event]) -> float:
-    """From the run's begin to the last that is known of it."""
-    ends = [line.fault.at for line in dealt] + [line.healed_at for line in dealt] + [event.ts for event in events[-1:]]
-    return round(max(0.001, max([answered, *ends], default=0.0) - header.started), 3)
+def _duration(evidence: Evidence) -> float:
+    """From the begin of the run to the last thing that the record shows, in seconds."""
+    tokens = (record.token_times[-1] for record in evidence.answered if record.token_times)
+    ends = [evidence.wall(max(tokens, default=-evidence.header.wall))]
+    ends += [at for line in evidence.faults for at in (line.fault.at, line.healed_at)]
+    ends += [event.ts for event in evidence.events[-1:]]
+    return round(max(0.001, max(ends) - evidence.header.started), 3)
 
 
 def _verdict(kept: Sequence[Promise]) -> str:

@@ -1,21 +1,21 @@
-"""Events of the cluster as lanes over time: what state each rank and each role was in, epochs, operations. Pure.
+"""Events of the cluster as lanes over time: the state of each rank and role, epochs, operations. Pure.
 
-Events come from several processes, so of two that are milliseconds apart the later one may stand first: what a
-state may follow is checked, and what an older incarnation says is left out.
+Events come from several processes, so two that are milliseconds apart may be in the wrong order: a state is accepted
+only after certain others, and events of an older incarnation are ignored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import msgspec
 
-from chaos.record.record import AnyLine, Changed, Dealt, Header, Read
+from chaos.check.evidence import Evidence
 from membership.base.events import Event
 
 JOINING = ("launching", "handshaking", "loading", "standby")
-PLACE = "place"  # no process: a disk, a host's network, memory; only its faults are told
+PLACE = "place"  # no process but a disk, a host's network, memory: only its faults are known
 UP = ("serving", "absent", PLACE, "up", "leading", "in office", "ready", "waiting")  # states in which nothing is wrong
 ROLES = ("gateway", "engine", "engine-standby", "controller", "agent", "etcd", "supervisor")
 HOLDERS = {"gateways": "gateway", "agents": "agent", "leader": "controller", "engine": "engine"}  # of keys
@@ -32,13 +32,13 @@ class Span(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Lane(msgspec.Struct, frozen=True, kw_only=True):
-    """What one rank or role was, from the run's begin to its end."""
+    """The states of one rank or role, from the begin of the run to its end."""
 
     name: str
     spans: tuple[Span, ...]
 
     def at(self, when: float) -> str:
-        """Its state then."""
+        """Its state at this time."""
         return next((span.state for span in reversed(self.spans) if span.since <= when), "absent")
 
     def up_after(self, when: float) -> float | None:
@@ -81,16 +81,16 @@ class Track:
 
     @property
     def state(self) -> str:
-        """What it is now."""
+        """Its latest state."""
         return self.marks[-1][1] if self.marks else "absent"
 
     def mark(self, ts: float, state: str, said: str = "") -> None:
-        """From now on it is this."""
+        """It changed to this state."""
         if state != self.state:
             self.marks.append((ts - self.zero, state, said))
 
     def lane(self, end: float) -> Lane:
-        """What it was within the run; what was before counts as its beginning."""
+        """Its states within the run; the one from before counts from the begin."""
         ends = [at for at, _, _ in self.marks[1:]] + [end]
         spans = (
             Span(round(max(0.0, since), 3), round(min(end, until), 3), state, said)
@@ -99,17 +99,16 @@ class Track:
         return Lane(name=self.name, spans=tuple(span for span in spans if span.until > span.since))
 
 
-def ranks(events: Sequence[Event], lines: Iterable[AnyLine], header: Header, end: float) -> tuple[Lane, ...]:
+def ranks(evidence: Evidence, end: float) -> tuple[Lane, ...]:
     """One lane per rank slot, by number."""
-    zero = header.started
+    zero = evidence.header.started
     tracks = {
         rank: Track(f"rank {rank}", zero, [(0.0, "serving", "since before the run")])
-        for rank in _serving_before(events, lines, header)
+        for rank in _serving_before(evidence)
     }
-    for event in events:
+    for event in evidence.events:
         if event.rank is not None and event.kind.startswith("rank_"):
-            track = tracks.setdefault(event.rank, Track(f"rank {event.rank}", zero))
-            _rank_event(track, event)
+            _rank_event(tracks.setdefault(event.rank, Track(f"rank {event.rank}", zero)), event)
         elif event.kind == "epoch_committed":
             members = set(event.fields.get("ranks", ()))
             for rank, track in tracks.items():
@@ -120,13 +119,18 @@ def ranks(events: Sequence[Event], lines: Iterable[AnyLine], header: Header, end
     return tuple(tracks[rank].lane(end) for rank in sorted(tracks))
 
 
-def _serving_before(events: Sequence[Event], lines: Iterable[AnyLine], header: Header) -> tuple[int, ...]:
-    """Who served when the run began, where no event from before it tells: the view as first listed, else 0, 1, 2, …"""
-    if events and events[0].ts < header.started:
+def _serving_before(evidence: Evidence) -> tuple[int, ...]:
+    """The ranks that served when the run began, unless events from before show it: the first view, else 0, 1, 2, …"""
+    if _knows_before(evidence):
         return ()
-    listed = (line.value for line in lines if isinstance(line, Changed) and line.key.endswith("/view"))
+    listed = (line.value for line in evidence.changes if line.key.endswith("/view"))
     view = next((value for value in listed if isinstance(value, dict)), None)
-    return tuple(int(each["rank"]) for each in view["members"]) if view else tuple(range(header.ranks))
+    return tuple(int(each["rank"]) for each in view["members"]) if view else tuple(range(evidence.header.ranks))
+
+
+def _knows_before(evidence: Evidence) -> bool:
+    """Whether there are events from before the run."""
+    return bool(evidence.events) and evidence.events[0].ts < evidence.header.started
 
 
 def _rank_event(track: Track, event: Event) -> None:
@@ -156,26 +160,34 @@ def _rank_event(track: Track, event: Event) -> None:
         track.mark(event.ts, "absent")
 
 
-def roles(events: Sequence[Event], lines: Iterable[AnyLine], zero: float, end: float) -> tuple[Lane, ...]:
+def roles(evidence: Evidence, end: float) -> tuple[Lane, ...]:
     """One lane per role, in the order of `ROLES`."""
-    tracks: dict[str, Track] = {}
-    if not events or events[0].ts >= zero:
-        tracks = {name: Track(name, zero, [(0.0, "up", "")]) for name in _seen_roles(lines)}
+    zero, tracks = evidence.header.started, dict[str, Track]()
+
+    def track(name: str, state: str = "up") -> Track:
+        """The role's track. If it is new, it has been in this state since before the run."""
+        return tracks.setdefault(name, Track(name, zero, [(0.0, state, "")] if state else []))
+
+    if not _knows_before(evidence):
+        for name in _seen_roles(evidence):
+            track(name)
     pids: dict[int, str] = {}
-    looks = sorted(_store_looks(lines))
-    for event in events:
+    answers = sorted([line.at for line in evidence.changes] + [read.ended for read in evidence.reads])  # of the store
+    for event in evidence.events:
         name, pid = str(event.fields.get("name", "")), int(event.fields.get("pid", 0) or 0)
         if event.kind == "role_started":
             pids[pid] = name
-            tracks.setdefault(name, Track(name, zero)).mark(event.ts, _fresh(name), f"process {pid}")
+            fresh = "waiting" if name.startswith("engine") else "starting"
+            track(name, "").mark(event.ts, fresh, f"process {pid}")
         elif event.kind == "role_died":
             pids[pid], said = name, f"process {pid}: {event.fields.get('reason', '')}"
-            tracks.setdefault(name, Track(name, zero, [(0.0, "up", "")])).mark(event.ts, "down", said)
+            track(name).mark(event.ts, "down", said)
         elif event.kind == "engine_elected" and (elected := _engine(pid, pids)):
             said = f"process {pid}, token {event.fields.get('token')}"
-            for other in [track for track in tracks.values() if track.state == "in office" and track.name != elected]:
-                other.mark(event.ts, "waiting", "another engine is in office")
-            tracks.setdefault(elected, Track(elected, zero, [(0.0, "up", "")])).mark(event.ts, "in office", said)
+            for other in tracks.values():
+                if other.state == "in office" and other.name != elected:
+                    other.mark(event.ts, "waiting", "another engine is in office")
+            track(elected).mark(event.ts, "in office", said)
         elif event.kind == "leader_elected" and "controller" in tracks:
             tracks["controller"].mark(event.ts, "leading", f"token {event.fields.get('token')}")
         elif event.kind == "leader_left" and "controller" in tracks and tracks["controller"].state != "down":
@@ -185,82 +197,69 @@ def roles(events: Sequence[Event], lines: Iterable[AnyLine], zero: float, end: f
             if role in tracks:
                 tracks[role].mark(event.ts, "ready", tracks[role].marks[-1][2])
         elif event.kind == "etcd_died":
-            etcd = tracks.setdefault("etcd", Track("etcd", zero, [(0.0, "up", "")]))
-            etcd.mark(event.ts, "down", "until the first sign of it, at most")
-            if back := next((look for look in looks if look > event.ts), 0.0):
-                etcd.mark(back, "up", "")
+            track("etcd").mark(event.ts, "down", "until the first sign of it, at most")
+            if back := next((at for at in answers if at > event.ts), 0.0):
+                track("etcd").mark(back, "up", "")
         if event.kind in STORE_EVENTS and "etcd" in tracks and tracks["etcd"].state == "down":
             tracks["etcd"].mark(event.ts, "up", f"first sign: {event.kind}")
-    for victim in {line.fault.victim for line in lines if isinstance(line, Dealt)} - tracks.keys():
+    for victim in {line.fault.victim for line in evidence.faults}:
         if not victim.startswith("rank "):
-            tracks[victim] = Track(victim, zero, [(0.0, "up" if victim in ROLES else PLACE, "")])
+            track(victim, "up" if victim in ROLES else PLACE)
     order = {role: number for number, role in enumerate(ROLES)}
     return tuple(tracks[name].lane(end) for name in sorted(tracks, key=lambda n: (order.get(n, len(order)), n)))
 
 
 def _engine(pid: int, pids: Mapping[int, str]) -> str:
-    """Which of the two engines that is; one that nobody told of is the other one. "" if that is not enough to tell."""
-    untold = {"engine", "engine-standby"} - set(pids.values())
-    return pids.get(pid) or (untold.pop() if len(untold) == 1 else "")
+    """Which of the two engines this process is: one without an event is the other one. "" if that is not certain."""
+    unknown = {"engine", "engine-standby"} - set(pids.values())
+    return pids.get(pid) or (unknown.pop() if len(unknown) == 1 else "")
 
 
-def _seen_roles(lines: Iterable[AnyLine]) -> set[str]:
-    """The roles that a listing of the store shows at work."""
-    names = (line.key.split("/")[3] for line in lines if isinstance(line, Changed) and line.key.count("/") >= 3)
+def _seen_roles(evidence: Evidence) -> set[str]:
+    """The roles that have keys in the store."""
+    names = (line.key.split("/")[3] for line in evidence.changes if line.key.count("/") >= 3)
     found = {role for name in names if (role := HOLDERS.get(name))}
     return found | {"etcd"} if found else set()
 
 
-def _fresh(name: str) -> str:
-    return "waiting" if name.startswith("engine") else "starting"
-
-
-def _store_looks(lines: Iterable[AnyLine]) -> list[float]:
-    """When the store was seen to answer."""
-    return [line.at if isinstance(line, Changed) else line.ended for line in lines if isinstance(line, Changed | Read)]
-
-
-def epochs(events: Iterable[Event], zero: float) -> tuple[Epoch, ...]:
-    """All committed epochs; those from before the run at negative times, the last of which holds at its begin."""
+def epochs(evidence: Evidence) -> tuple[Epoch, ...]:
+    """All committed epochs. Those from before the run have negative times; the last of them holds at its begin."""
     found: dict[int, Epoch] = {}
-    for event in events:
+    for event in evidence.events:
         if event.kind == "epoch_committed":
             found[event.epoch] = Epoch(
-                epoch=event.epoch,
-                at=round(event.ts - zero, 3),
-                ranks=tuple(event.fields.get("ranks", ())),
-                why=str(event.fields.get("reason", "")),
-                experts_taken=int(event.fields.get("experts_taken", 0)),
-            )
-    for event in events:
+                epoch=event.epoch, at=_since(evidence, event), ranks=tuple(event.fields.get("ranks", ())),
+                why=str(event.fields.get("reason", "")), experts_taken=int(event.fields.get("experts_taken", 0)),
+            )  # fmt: skip
+    for event in evidence.events:
         if event.kind == "epoch_adopted":
-            # A controller that dies between its commit and its event tells nobody: then this is the proof.
-            known = found.get(event.epoch) or Epoch(epoch=event.epoch, at=round(event.ts - zero, 3), ranks=())
+            at, pause_ms = _since(evidence, event), float(event.fields.get("pause_ms", 0.0))
+            # A controller that dies between its commit and its event reports nothing: then this is the proof.
+            known = found.get(event.epoch) or Epoch(epoch=event.epoch, at=at, ranks=())
             if known.adopted < 0:
-                found[event.epoch] = msgspec.structs.replace(
-                    known,
-                    adopted=round(event.ts - zero, 3),
-                    pause_ms=float(event.fields.get("pause_ms", 0.0)),
-                )
+                found[event.epoch] = msgspec.structs.replace(known, adopted=at, pause_ms=pause_ms)
     return tuple(found[epoch] for epoch in sorted(found))
 
 
-def operations(events: Sequence[Event], lines: Iterable[AnyLine], zero: float, end: float) -> tuple[Change, ...]:
-    """All operations with the times of their phases: from the store's own record where it was watched, else events."""
+def _since(evidence: Evidence, event: Event) -> float:
+    return round(event.ts - evidence.header.started, 3)
+
+
+def operations(evidence: Evidence, end: float) -> tuple[Change, ...]:
+    """All operations with the times of their phases: from the store's record where it was watched, else from events."""
+    zero = evidence.header.started
     phases: dict[str, dict[str, float]] = {}
     facts: dict[str, dict[str, object]] = {}
-    for event in events:
+    for event in evidence.events:
         if event.kind == "operation_phase":
             name = str(event.fields.get("operation", ""))
             phases.setdefault(name, {}).setdefault(str(event.fields.get("phase")), event.ts)
             facts.setdefault(name, {}).update(target=event.fields.get("target", 0), error=event.fields.get("error", ""))
-    for line in lines:
-        if isinstance(line, Changed) and "/ops/" in line.key and isinstance(line.value, dict):
-            name = line.key.rpartition("/")[2]
-            phases.setdefault(name, {}).update(line.value.get("phase_times", {}))
-            facts.setdefault(name, {}).update(
-                {key: line.value[key] for key in ("kind", "target", "error") if key in line.value}
-            )
+    for line in evidence.changes:
+        if "/ops/" in line.key and isinstance(line.value, dict):
+            name, known = line.key.rpartition("/")[2], line.value
+            phases.setdefault(name, {}).update(known.get("phase_times", {}))
+            facts.setdefault(name, {}).update({key: known[key] for key in ("kind", "target", "error") if key in known})
     found = [_change(name, times, facts[name], zero, end) for name, times in phases.items()]
     return tuple(sorted((each for each in found if each.phases), key=lambda each: each.phases[0].since))
 

@@ -1,7 +1,7 @@
-"""The nine promises in one sentence each, and what a run says about them. Pure.
+"""The nine promises in one sentence each, and the verdict on each. Pure.
 
-Several may judge the same promise (the run itself at its end, the offline checker, this report from what clients
-saw): it held if all say so. What nobody judged is shown as that, and never as held.
+A promise may be checked by the run itself, by the offline checker, and by this report from what clients saw: it held
+if all of them say so. A promise without any check is shown as unjudged, never as held.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BESIDE = {"Faults": "What makes the rest worth something: each fault was seen to
 
 
 class Judged(msgspec.Struct, frozen=True, kw_only=True):
-    """One judgement of one promise: what was found, in words, and the events that show it if it broke."""
+    """One check of one promise: what was found, in words, and the events that show it if it broke."""
 
     promise: str
     ok: bool
@@ -70,7 +70,7 @@ def exactness(differences: Mapping[str, Difference], requests: int, unmatched: i
 
 
 def checked(outcomes: Iterable[Outcome]) -> tuple[Judged, ...]:
-    """What the offline checker (`chaos/check/`) found; a check that had nothing to look at has judged nothing."""
+    """The outcomes of the offline checker (`chaos/check/`), except of checks that had nothing to check."""
     return tuple(_checked(outcome) for outcome in outcomes if outcome.judged or outcome.broken)
 
 
@@ -78,7 +78,7 @@ def _checked(outcome: Outcome) -> Judged:
     figures = outcome.figures
     counted = ", ".join(_figure(name, value) for name, value in figures.items())
     return Judged(
-        # What belongs to no promise makes the record itself worth something: it stands below under its own name.
+        # A check of the record itself belongs to no promise: it is listed under its own name.
         promise=outcome.promise if outcome.promise in PROMISES else outcome.title.capitalize(),
         ok=not outcome.broken,
         said=str(figures.get("said", counted if outcome.title in figures else f"{outcome.title}: {counted}")),

@@ -36,7 +36,7 @@ class Series(msgspec.Struct, frozen=True, kw_only=True):
 class Requests(msgspec.Struct, frozen=True, kw_only=True):
     """All requests, column by column, by the time they began; times in milliseconds."""
 
-    lanes: int  # so many were under way at a time
+    lanes: int  # the most requests that were under way at a time
     lane: tuple[int, ...]
     began: tuple[int, ...]  # since the run began
     first: tuple[int, ...]  # until the first token; -1: there was none
@@ -120,6 +120,7 @@ def seen(
         for i in (0, -1)
     )
     ordered = np.sort(gaps.ms)
+    gap_ms = ordered.tolist()
     began = history[0].started - zero if history else 0.0
     clients = Seen(
         tokens=int(tokens.size),
@@ -127,15 +128,8 @@ def seen(
         series=_series(tokens, gaps, duration_s),
         requests=_requests(history, times, zero, wrong),
         stalls=_stalls(gaps, percentile(steady, 0.99)),
-        gap_p50_ms=_quantile(ordered, 0.5),
-        gap_p99_ms=_quantile(ordered, 0.99),
-        gap_max_ms=_quantile(ordered, 1.0),
-        steady_p50_ms=round(percentile(steady, 0.5), 1),
-        steady_p99_ms=round(percentile(steady, 0.99), 1),
-        first_p50_ms=round(percentile(first, 0.5), 1),
-        first_p99_ms=round(percentile(first, 0.99), 1),
-        lasted_p50_ms=round(percentile(lasted, 0.5), 1),
-        lasted_p99_ms=round(percentile(lasted, 0.99), 1),
+        gap_max_ms=round(max(gap_ms, default=0.0), 1),
+        **_p50_p99(gap=gap_ms, steady=steady, first=first, lasted=lasted),
         gap_counts=histogram(ordered),
         steady_counts=histogram(np.asarray(steady, np.float64)),
         lasted_counts=histogram(np.asarray(lasted, np.float64)),
@@ -232,8 +226,13 @@ def _stalls(gaps: Gaps, at_least_ms: float) -> Stalls:
     )
 
 
-def _quantile(ordered: Floats, q: float) -> float:
-    return round(float(ordered[min(ordered.size - 1, int(q * ordered.size))]), 1) if ordered.size else 0.0
+def _p50_p99(**values: Sequence[float]) -> dict[str, float]:
+    """`NAME_p50_ms` and `NAME_p99_ms` of each."""
+    return {
+        f"{name}_p{percent}_ms": round(percentile(each, percent / 100), 1)
+        for name, each in values.items()
+        for percent in (50, 99)
+    }
 
 
 def _ms(seconds: float) -> int:

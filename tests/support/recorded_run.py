@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from chaos.check.checker import judge
 from chaos.faults.base import Injected
 from chaos.record.record import Answered, AnyLine, Changed, Dealt, Expected, Happened, Header, Verified
-from chaos.record.recorder import Told, look
+from chaos.record.recorder import Observed, look
 from chaos.simulation.world import World
 from chaos.workload.history import RequestRecord
 from membership.base.events import Event
@@ -29,7 +29,7 @@ class RecordedRun:
 
     def __init__(self, ranks: int = 3) -> None:
         self.store = MemoryStore()
-        self.told = Told("/elastic-ep/sim/")
+        self.told = Observed("/elastic-ep/sim/")
         self.lines: list[AnyLine] = []
         self._turn = 0
         self.world = World(desired=ranks, store=self.store, now=START)
@@ -137,7 +137,7 @@ def alarms(world: World) -> list[str]:
     operations end late.)"""
     prefix = world.keys.prefix
     batch = world.store.watch(prefix, 1).next(0.0)
-    lines = Told(prefix).watched(batch, world.now) if batch is not None else []
+    lines = Observed(prefix).watched(batch, world.now) if batch is not None else []
     header = Header(what="a life", seed=0, started=START, wall=0.0, replay="", cluster=world.keys.cluster)
     found = [finding.what for row in judge([header, *lines]).outcomes for finding in row.findings]
     return [what for what in found if "after its deadline" not in what]

@@ -13,7 +13,7 @@ from chaos.check.checker import judge
 from chaos.check.evidence import Evidence, run
 from chaos.check.reads import Reads
 from chaos.record.record import AnyLine, Changed, Gap, Header, Read
-from chaos.record.recorder import Told, look
+from chaos.record.recorder import Observed, look
 from membership.base.errors import StoreCompacted
 from membership.store.codec import encode
 from membership.store.in_memory import MemoryStore
@@ -100,7 +100,7 @@ def test_a_search_finds_both() -> None:
 
 
 def test_a_compaction_leaves_a_gap_and_nothing_in_it_is_judged() -> None:
-    store, told = MemoryStore(), Told(KEYS.prefix)
+    store, told = MemoryStore(), Observed(KEYS.prefix)
     lines: list[AnyLine] = [HEADER]
 
     def read(at: float) -> None:
@@ -146,7 +146,7 @@ def watched(store: MemoryStore, since: int):  # type: ignore[no-untyped-def]
 
 
 def test_what_was_told_twice_is_kept_once() -> None:
-    store, told = MemoryStore(), Told(KEYS.prefix)
+    store, told = MemoryStore(), Observed(KEYS.prefix)
     store.put(KEYS.leader, encode(LeaderRecord(node="a", pid=1)))
     store.delete(KEYS.leader)
     batch = watched(store, 1)
