@@ -33,14 +33,12 @@ class Commits(Check):
                 self.claims.setdefault(event.fields["revision"], []).append(event)
 
     def revision(self, before: Keyspace, revision: Revision) -> None:
-        """See Check."""
         if not revision.listed:
             self.checked.append(revision.number)
             self._check(before, revision)
         self._note(before, revision)
 
     def finish(self) -> None:
-        """See Check."""
         for number, events in self.claims.items():
             if self.checked and self.checked[0] <= number <= self.checked[-1] and not self.evidence.gaps:
                 for event in events:
@@ -137,7 +135,6 @@ class Incarnations(Check):
         self.places: dict[str, set[RankId]] = {}  # node -> ranks assigned to its agent
 
     def revision(self, before: Keyspace, revision: Revision) -> None:
-        """See Check."""
         if not revision.listed:
             self._counter(before.get("incarnation"), revision.changes.get("incarnation"))
         for name, changed in revision.changes.items():
@@ -145,7 +142,6 @@ class Incarnations(Check):
                 self._assigned(before, revision, name.removeprefix("assign/"), changed)
 
     def finish(self) -> None:
-        """See Check."""
         self.figures["incarnations"] = len(self.given)
 
     def _counter(self, old: Changed | None, new: Changed | None) -> None:

@@ -27,7 +27,6 @@ class Coverage(Check):
         self.fewest = 0
 
     def revision(self, before: Keyspace, revision: Revision) -> None:
-        """See Check."""
         view, config = revision.put("view"), self.evidence.config
         if view is not None and not revision.listed and config is not None:
             self.judged += 1
@@ -35,7 +34,6 @@ class Coverage(Check):
         self._note(before, revision)
 
     def finish(self) -> None:
-        """See Check."""
         self.figures |= {"losses": self.losses, "fewest_replicas": self.fewest}
 
     def _check(self, config: ClusterConfig, before: Keyspace, revision: Revision, line: Changed) -> None:

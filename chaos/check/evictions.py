@@ -15,7 +15,6 @@ class Evictions(Check):
     promise, title = "G9", "evictions"
 
     def finish(self) -> None:
-        """See Check."""
         evidence = self.evidence
         if not evidence.revisions:
             return  # only the store's records say which process was which rank

@@ -46,7 +46,6 @@ class FaultsProven(Check):
     title = "faults"
 
     def finish(self) -> None:
-        """See Check."""
         followed, gone = aftermaths(self.evidence), _gone(self.evidence)
         for dealt, after in zip(self.evidence.faults, followed, strict=True):
             self.judged += 1

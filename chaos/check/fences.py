@@ -15,14 +15,12 @@ class Fences(Check):
     promise, title = "G2", "fences"
 
     def revision(self, before: Keyspace, revision: Revision) -> None:
-        """See Check."""
         status = revision.put("engine-status")
         if status is not None and not revision.listed:
             self.judged += 1
             _status(self, before, status)
 
     def finish(self) -> None:
-        """See Check."""
         events, elected = self.evidence.events, 0
         for kind, role in (("engine_elected", "engine"), ("leader_elected", "controller")):
             elected += _rising(self, [event for event in events if event.kind == kind], role)

@@ -28,14 +28,12 @@ class Operations(Check):
         self.leaderless: float | None = None
 
     def revision(self, before: Keyspace, revision: Revision) -> None:
-        """See Check."""
         self._leader(revision)
         for name, changed in revision.changes.items():
             if name.startswith("ops/"):
                 self._operation(before, revision, before.get(name), changed)
 
     def finish(self) -> None:
-        """See Check."""
         self._in_time()
         self.figures |= {"done": self.done, "rolled_back": self.aborted}
 

@@ -31,7 +31,6 @@ class Watch(Check):
     _last: Revision | None = None
 
     def revision(self, before: Keyspace, revision: Revision) -> None:
-        """See Check."""
         last, self._last = self._last, revision
         if revision.listed:
             return
@@ -42,7 +41,6 @@ class Watch(Check):
             _follows(self, before.get(name), changed)
 
     def finish(self) -> None:
-        """See Check."""
         self.figures["gaps"] = len(self.evidence.gaps)
 
 
@@ -63,7 +61,6 @@ class Reads(Check):
         self._compare(until=revision.number)
 
     def finish(self) -> None:
-        """See Check."""
         self._compare()  # the state has the last revision by now
         self.judged = len(self._reads)
         self.figures |= {"reads": self.judged, "clients": len({read.client for read in self._reads})}

@@ -26,7 +26,6 @@ class Requests(Check):
     promise, title = "G3", "requests"
 
     def finish(self) -> None:
-        """See Check."""
         evidence = self.evidence
         counts = dict.fromkeys(("lost", "duplicated", "altered", "excused"), 0)
         uncovered, broken = _uncovered(evidence), _broken_front(evidence)

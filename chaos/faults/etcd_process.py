@@ -42,11 +42,9 @@ class OwnEtcd:
         self.url, self.data = server.url, server.data
 
     def down(self) -> None:
-        """See Etcd."""
         self._server.stop()
 
     def up(self) -> None:
-        """See Etcd."""
         if not self._server.alive:
             self._server.restart()
 
@@ -61,7 +59,6 @@ class ServedEtcd:
         self._supervisor: Hold | None = None
 
     def down(self) -> None:
-        """See Etcd."""
         etcd = Hold(self._site.pid("etcd"), "etcd")
         supervisor = self._supervisor = Hold(self._site.pid("supervisor"), "supervisor")
         try:
@@ -71,7 +68,6 @@ class ServedEtcd:
             etcd.close()
 
     def up(self) -> None:
-        """See Etcd."""
         supervisor, self._supervisor = self._supervisor, None
         if supervisor is not None:
             supervisor.send(signal.SIGCONT)

@@ -1,4 +1,4 @@
-"""etcds that a scenario owns, so that it may do to them what it likes: one behind a proxy, or several members."""
+"""etcds that a scenario owns and may break at will: one behind a proxy, or one of several members."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Here:
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
-    """What a member says of itself."""
+    """A member's own status."""
 
     cluster_id: int
     member_id: int
@@ -66,7 +66,7 @@ def call(url: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str
 
 
 def status(url: str) -> Status:
-    """What the member at `url` says of itself."""
+    """The status of the member at `url`."""
     said = call(url, "maintenance/status")
     header = said["header"]
     return Status(
@@ -90,7 +90,7 @@ class Member:
         return self.server.url
 
     def status(self) -> Status:
-        """What it says of itself."""
+        """Its own status."""
         return self.place.run(lambda: status(self.url))
 
     def kill(self) -> None:
@@ -124,7 +124,7 @@ class EtcdMembers:
         return [member.url for member in self.members]
 
     def leader(self) -> Member:
-        """The member that says that it leads; StoreUnavailable if none does."""
+        """The member that leads by its own status; StoreUnavailable if there is none."""
         for member in self.members:
             if member.server.alive and (said := member.status()).leader == said.member_id:
                 return member
@@ -148,7 +148,7 @@ class EtcdMembers:
 
 
 class ProxiedEtcd:
-    """An etcd of one member behind a proxy, the network that `elastic serve --etcd URL` lives in. A context manager."""
+    """An etcd of one member behind a proxy, for `elastic serve --etcd URL`. A context manager."""
 
     def __init__(self, folder: Path, *, flags: Mapping[str, str] | None = None) -> None:
         self.server = EtcdServer(folder, flags=flags)
@@ -156,7 +156,7 @@ class ProxiedEtcd:
 
     @property
     def url(self) -> str:
-        """The proxy's: for those who shall feel its faults. `server.url` is for those who shall not."""
+        """The proxy's, for clients that the faults are meant for. `server.url` is for the others."""
         return self.proxy.url
 
     def __enter__(self) -> ProxiedEtcd:
@@ -171,7 +171,7 @@ class ProxiedEtcd:
 
 
 class ProxiedSite(ServedSite):
-    """A cluster that was started with `--etcd` through a proxy. `gateway`: one that clients of the API go through."""
+    """A cluster that was started with `--etcd` through a proxy. `gateway`: the proxy of the API's clients, if any."""
 
     def __init__(self, cluster: ServedCluster, etcd: ProxiedEtcd, gateway: TcpProxy | None = None) -> None:
         super().__init__(cluster)

@@ -1,6 +1,6 @@
-"""A look at a server through whatever is between: how long one question takes, and how it fails. Clients have no part.
+"""One request to a server over the network as it is: how long it takes, or how it fails.
 
-Injectors of network faults ask before and after: what cannot be felt from outside did not happen.
+Injectors of network faults probe before and after: a fault that a probe does not show did not happen.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CUT_SHORT = "IncompleteHeaders"  # http.client takes the end of the stream for t
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of one question."""
+    """The outcome of one probe."""
 
     seconds: float
     size: int = 0  # bytes of the answer

@@ -1,8 +1,8 @@
-"""A TCP proxy of our own, between clients and a server: late, slow, lossy, one-way, cut or reset as told at run time.
+"""A TCP proxy between clients and a server that delays, throttles, loses, drops, cuts or resets, as set at run time.
 
-It is for what TCP's users see of a bad network. A lost packet is a pause of the whole connection until the
-retransmission; a black hole takes bytes and keeps them (they come after `heal`, as retransmissions would). What only
-packets can show (a SYN without an answer, a link that is down) needs `chaos.faults.netns`.
+It shows what users of TCP see of a bad network. A lost packet is a pause of the whole connection until the
+retransmission; a black hole keeps the bytes (they arrive after healing, as retransmissions would). Faults that only
+packets can show (a SYN without an answer, a link that is down) need `chaos.faults.netns`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import random
 import socket
 import struct
 import threading
-from collections import deque
 from collections.abc import Coroutine
 from typing import Any, Literal, TypeVar
 
@@ -24,9 +23,10 @@ CALL_TIMEOUT_S = 10.0
 CONNECT_TIMEOUT_S = 5.0
 PIECE = 65536
 PIECES_IN_FLIGHT = 256
-SLICE_S = 0.05  # under a limit of bandwidth, so much at a time
+SLICE_S = 0.05  # under a bandwidth limit: one piece of this duration at a time
 RST_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER on, for 0 s
 Direction = Literal["up", "down"]  # to the server, to the client
+Flight = asyncio.Queue[tuple[float, bytes]]  # pieces under way, each with the time at which it is due
 T = TypeVar("T")
 
 
@@ -34,21 +34,21 @@ class Way(msgspec.Struct, frozen=True, kw_only=True):
     """What happens to the bytes of one direction."""
 
     delay_s: float = 0.0
-    jitter_s: float = 0.0  # up to so much more, drawn for each piece; the order stays
+    jitter_s: float = 0.0  # additional delay, drawn for each piece from 0 to this; the order stays
     bytes_per_s: float = 0.0  # 0: no limit
-    loss: float = 0.0  # share of pieces that must be sent again: they, and all behind them, are late by `stall_s`
+    loss: float = 0.0  # share of pieces that are retransmitted: they and all behind them are late by `stall_s`
     stall_s: float = 0.2  # Linux's least retransmission timeout
-    hole: bool = False  # taken, and not passed on
-    cut_after: int | None = None  # bytes, for each connection from now on: then it ends
+    hole: bool = False  # read and not passed on
+    cut_after: int | None = None  # bytes of each connection, counted from now; then it ends
 
 
 class Faults(msgspec.Struct, frozen=True, kw_only=True):
-    """What the proxy does wrong. Nothing, as it stands."""
+    """The faults of the proxy; none by default."""
 
     up: Way = Way()
     down: Way = Way()
     reset: bool = False  # every connection that is open, and each new one
-    refuse: bool = False  # nobody listens; open connections stay
+    refuse: bool = False  # new connections are refused; open ones stay
 
 
 class Counters(msgspec.Struct, frozen=True, kw_only=True):
@@ -130,7 +130,7 @@ class TcpProxy:
     async def passable(self, direction: Direction) -> None:
         """Wait until bytes of a direction are passed on."""
         if self.way(direction).hole:
-            async with self._changed:  # whoever waits here is cancelled when the proxy ends
+            async with self._changed:  # waiting tasks are cancelled when the proxy ends
                 await self._changed.wait_for(lambda: not self.way(direction).hole)
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
@@ -204,19 +204,19 @@ class _Connection:
         except* _Cut:
             self._proxy.count("cut")
         except* OSError:
-            self._reset()  # what one end sees, the other sees
+            self._reset()  # both ends see the same end
         finally:
             for writer in self._writers:
                 writer.close()
 
     async def _pass(self, direction: Direction, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """What was read waits in a queue until it is due, so that delay costs no bandwidth."""
-        flight = _Flight()
+        """Pieces wait in a queue until they are due, so that delay does not reduce bandwidth."""
+        flight: Flight = asyncio.Queue(PIECES_IN_FLIGHT)
         async with asyncio.TaskGroup() as both:
             both.create_task(self._take(direction, reader, flight))
             both.create_task(self._give(direction, flight, writer))
 
-    async def _take(self, direction: Direction, reader: asyncio.StreamReader, flight: _Flight) -> None:
+    async def _take(self, direction: Direction, reader: asyncio.StreamReader, flight: Flight) -> None:
         clock, due, piece = asyncio.get_running_loop().time, 0.0, b"more"
         while piece:
             piece = await reader.read(PIECE)
@@ -227,10 +227,10 @@ class _Connection:
                 due += way.stall_s
             await flight.put((due, piece))
 
-    async def _give(self, direction: Direction, flight: _Flight, writer: asyncio.StreamWriter) -> None:
+    async def _give(self, direction: Direction, flight: Flight, writer: asyncio.StreamWriter) -> None:
         clock = asyncio.get_running_loop().time
         while True:
-            due, piece = await flight.take()
+            due, piece = await flight.get()
             await asyncio.sleep(max(0.0, due - clock()))
             await self._proxy.passable(direction)
             if not piece:
@@ -265,27 +265,5 @@ class _Connection:
             writer.transport.abort()
 
 
-class _Flight:
-    """Pieces on their way, each with the time at which it is due."""
-
-    def __init__(self) -> None:
-        self._pieces: deque[tuple[float, bytes]] = deque()
-        self._changed = asyncio.Condition()
-
-    async def put(self, piece: tuple[float, bytes]) -> None:
-        """Send one off as soon as there is room."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: len(self._pieces) < PIECES_IN_FLIGHT)
-            self._pieces.append(piece)
-            self._changed.notify_all()
-
-    async def take(self) -> tuple[float, bytes]:
-        """The first, once there is one."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: bool(self._pieces))
-            self._changed.notify_all()
-            return self._pieces.popleft()
-
-
 class _Cut(ElasticError):
-    """A connection has passed on what it may."""
+    """A connection has passed on as many bytes as `cut_after` allows."""

@@ -1,4 +1,4 @@
-"""A cluster on this machine as injectors see it: who is which process."""
+"""A cluster on this machine as injectors see it: which process has which role."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ServedSite:
         return found
 
     def _ours(self, pid: int) -> bool:
-        """Whether it is a process of this cluster: a record may outlive its process, and the pid be somebody else's."""
+        """Whether it is a process of this cluster: a record may outlive its process, and the pid may be used again."""
         try:
             return pid == self.cluster.pid or self.cluster.pid in (each.pid for each in psutil.Process(pid).parents())
         except psutil.NoSuchProcess:

@@ -53,7 +53,7 @@ def headline(figures: Figures) -> str:
 
 
 def _data(figures: Figures) -> Markup:
-    """What the script draws, safe to stand inside a script element."""
+    """The data of the script, safe inside a script element."""
     text = msgspec.json.encode({name: getattr(figures, name) for name in DRAWN}).decode()
     for sign in "<>&\u2028\u2029":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
