@@ -1,1 +1,6 @@
-"""Who is in the cluster: records, the store they live in, and the decisions about them. No tensors, no processes."""
+"""Which ranks are in the cluster and what each one holds. No tensors, no child processes.
+
+Rooms, each importing only those before it: `base` (errors, events, failpoints, timing), `store` (records, etcd,
+leases, the mirror), `placement` (which rank holds which expert), `planning` (what the controller does next),
+`operations` (changes that people request). Start with `planning/planner.py`: one state in, one effect out.
+"""

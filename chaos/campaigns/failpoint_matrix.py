@@ -24,7 +24,8 @@ from chaos.workload.history import RequestRecord, difference
 from chaos.workload.streams import PROMPTS, Workload
 from membership.base.errors import ElasticError, WaitTimeout
 from membership.base.events import Event, Tail
-from membership.base.failpoints import KIND, POINTS
+from membership.base.failpoint_catalogue import POINTS
+from membership.base.failpoints import KIND
 
 FLAGS = ("--chaos", "--max-ranks", "4", "--spares", "1", "--restart-intensity", "1000", "--restart-window", "1s")
 ACTIONS = ("kill", "raise", "hang")

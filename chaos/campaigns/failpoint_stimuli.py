@@ -18,7 +18,7 @@ from chaos.target.cluster import ServedCluster
 from chaos.target.waiting import eventually
 from elastic.cli.client import AdminClient
 from membership.base.errors import ElasticError, WaitTimeout
-from membership.base.failpoints import EDGES, RPCS
+from membership.base.failpoint_catalogue import EDGES, RPCS
 from membership.operations.change import scale
 from membership.store.records import ClusterState, Operation
 

@@ -15,7 +15,7 @@ from elastic.cli.command import command
 from elastic.cli.connection import AdminConnection
 from elastic.cli.flags import Output, OutputFlag, reported, write_json
 from membership.base.errors import ConfigError
-from membership.base.failpoints import POINTS
+from membership.base.failpoint_catalogue import POINTS
 
 
 @command

@@ -34,7 +34,7 @@ from chaos.scenarios.script import (
 from chaos.scenarios.victims import RULES
 from elastic.cli.flags import seconds
 from membership.base.errors import ConfigError
-from membership.base.failpoints import POINTS
+from membership.base.failpoint_catalogue import POINTS
 
 LIBRARY = Path(__file__).parent
 CHANGES = ("scale", "drain", "undrain")

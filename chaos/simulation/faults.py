@@ -13,7 +13,7 @@ from chaos.simulation.cluster import Cluster
 from chaos.simulation.process import Process
 from chaos.simulation.rank import RankProcess
 from membership.base.errors import StoreError
-from membership.base.failpoints import EDGES
+from membership.base.failpoint_catalogue import EDGES
 
 Happen = Callable[[Cluster, Random], str]
 NOTHING = ""

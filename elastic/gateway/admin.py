@@ -29,6 +29,7 @@ from membership.base.errors import (
     WaitTimeout,
 )
 from membership.base.events import FOLLOW_POLL_S, Tail
+from membership.base.failpoint_catalogue import POINTS
 from membership.operations.change import Change, drain, scale, undrain
 from membership.operations.dry_run import plan_change
 from membership.operations.operations import cancel, propose
@@ -226,9 +227,7 @@ def _add_failpoints(app: FastAPI) -> None:
         return found
 
     def armed_in(path: Path) -> Response:
-        return json_response(
-            {"failpoints": failpoints.read(path), "points": failpoints.POINTS, "actions": failpoints.ACTIONS}
-        )
+        return json_response({"failpoints": failpoints.read(path), "points": POINTS, "actions": failpoints.ACTIONS})
 
     @app.get("/admin/v1/failpoints")
     async def armed() -> Response:

@@ -1,4 +1,4 @@
-"""The error tree of the whole project. `definite` says whether the thing certainly did not happen.
+"""The error tree of the whole project. `definite`: the thing certainly did not happen.
 
 A caller may retry after a definite error; after an indefinite one it must read back first (a timed-out
 transaction is *unknown*).
@@ -22,13 +22,13 @@ class ConfigError(ElasticError):
 
 
 class WaitTimeout(ElasticError):
-    """A wait passed its deadline. The message names who was waited for, and in which phase."""
+    """A wait passed its deadline. The message names what was waited for, and in which phase."""
 
     definite = False
 
 
 class NoAnswer(ElasticError):
-    """Who was asked did not answer; whether it did what was asked is unknown."""
+    """The other side did not answer; whether it did what was asked is unknown."""
 
     definite = False
 
@@ -44,7 +44,7 @@ class StoreUnavailable(StoreError, NoAnswer):
 
 
 class StoreFull(StoreUnavailable):
-    """The store refused for want of room (or of time, under load). Nothing was changed; it may do it later."""
+    """The store has no room (or is overloaded) and refused. Nothing was changed; a retry may succeed."""
 
     definite = True
 
@@ -54,7 +54,7 @@ class StoreCompacted(StoreError):
 
 
 class StoreReplaced(StoreError):
-    """The store lost what we have seen in it: wiped, or older data. Nothing was changed; do not use it any further."""
+    """The store lost data that we have seen in it (wiped, or set back). Nothing was changed; it must not be used."""
 
 
 class SchemaError(StoreError):
@@ -62,7 +62,7 @@ class SchemaError(StoreError):
 
 
 class LeaseLost(StoreError):
-    """The lease expired or was revoked: whatever it guarded is no longer ours."""
+    """The lease expired or was revoked: what it guarded is no longer ours."""
 
 
 class Fenced(ElasticError):

@@ -1,7 +1,7 @@
 """The history of a cluster: one file of JSON lines that all processes of a machine append to, and its readers.
 
 Metrics, the live view and the checker read this. A line is one `write` to a file opened for appending, so lines of
-several processes never mix; what was cut short (full disk, crash) is skipped by readers, and what follows on it is not.
+several processes never mix. Readers skip a line that was cut short (full disk, crash) and read on after it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ FilePath = str | os.PathLike[str]
 
 
 class EventLog:
-    """One role's pen. A full disk costs events, never the service: they are counted in `dropped`."""
+    """Writes one role's events. A full disk loses events, never the service; `dropped` counts them."""
 
     def __init__(self, path: FilePath, role: str, cluster: str = "", clock: Callable[[], float] = time.time) -> None:
         self._path = Path(path)
@@ -72,7 +72,7 @@ class EventLog:
         if self._torn:
             line = b"\n" + line  # end the line that was cut short
         try:
-            # Opened each time: nothing to close, and a file moved away by rotation is let go of.
+            # Opened each time: nothing to close, and a file moved away by rotation is released.
             fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 written = os.write(fd, line)
@@ -80,7 +80,7 @@ class EventLog:
                 os.close(fd)
         except OSError as error:
             self.dropped += 1
-            log.warning("event not written", path=str(self._path), error=str(error), dropped=self.dropped)
+            log.warning("event_not_written", path=str(self._path), error=str(error), dropped=self.dropped)
             return
         self._torn = written < len(line)
         self.dropped += self._torn
@@ -98,7 +98,7 @@ class EventLog:
         """Yield the events so far, then new ones as they come, until `stop` is set."""
         tail = Tail(path)
         while True:
-            stopping = stop.is_set()  # looked at before reading: what was written before `stop` is still yielded
+            stopping = stop.is_set()  # read first: what was written before `stop` is still yielded
             events = tail.read()
             yield from events or ()
             if events is None:
@@ -108,7 +108,7 @@ class EventLog:
 
 
 class Tail:
-    """Reads a history bit by bit. A line without its end is still being written: it waits for the next time."""
+    """Reads a history in chunks. A line without its end is still being written: it is returned by a later read."""
 
     def __init__(self, path: FilePath) -> None:
         self._path = Path(path)
@@ -116,7 +116,7 @@ class Tail:
         self._rest = b""
 
     def read(self) -> list[Event] | None:
-        """Return the events of the next bit, perhaps none; None if nothing was written since the last."""
+        """Return the events of the next chunk, perhaps none; None if nothing was written since the last read."""
         chunk = _chunk(self._path, self._position)
         if not chunk:
             return None
@@ -139,6 +139,6 @@ def _event(line: bytes) -> Event | None:
     try:
         return _decoder.decode(line)
     except msgspec.MsgspecError as error:
-        log.warning("skipped a damaged event", line=line[:80].decode(errors="replace"), error=str(error))
-        whole = line.find(_BEGIN, 1)  # what another process wrote right behind it
+        log.warning("damaged_event_skipped", line=line[:80].decode(errors="replace"), error=str(error))
+        whole = line.find(_BEGIN, 1)  # the line that another process wrote right after it
         return _event(line[whole:]) if whole > 0 else None

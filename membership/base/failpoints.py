@@ -5,10 +5,11 @@
 
 `NAME[@RANK]=[N*]ACTION`; the actions are `kill` (SIGKILL itself), `segv`, `raise`, `hang` (asleep in native code),
 `hang-gil` (with the interpreter's lock), `delay:MS` and `wait:FILE` (until FILE exists). What lasts ends when the fault
-is taken out of the file. `N*`: only the first N times since it was armed, over all processes and restarts. For tests
-only. Names begin with the role that passes them, so all roles and ranks may be given the same. Each blow is an event
-`failpoint` in the history, before it is dealt: that is what `N*` counts, and how a test knows that its fault happened.
-Without the variable, a failpoint is one comparison with None; armed by a file, it is one look at the file's age.
+is taken out of the file. `N*`: only the first N times since it was armed, counted over all processes and restarts. For
+tests only. A name begins with the role that passes it (`failpoint_catalogue.py`), so all roles and ranks may share one
+setting. Each fault is recorded as an event `failpoint` in the history before it is injected: `N*` counts these events,
+and a test reads there that its fault happened. Without the variable, a failpoint costs one comparison with None; with a
+file, one `stat`.
 """
 
 from __future__ import annotations
@@ -29,48 +30,10 @@ import structlog
 from membership.base import failpoint_actions
 from membership.base.errors import ConfigError, ElasticError, WaitTimeout
 from membership.base.events import Event, EventLog, Tail
+from membership.base.failpoint_catalogue import POINTS
 
 ENV = "ELASTIC_FAILPOINTS"
 HISTORY_ENV = "ELASTIC_FAILPOINTS_HISTORY"  # set by a role for the processes that it starts
-# What the controller's transactions do; an operation is never left in the phases that are not among them.
-EDGES = (
-    "spawning", "handshaking", "loading", "committed", "retiring", "done", "aborted", "staged", "unstaged", "assigned",
-)  # fmt: skip
-RPCS = ("initialise", "become", "attach_engine", "prepare_epoch", "retire_epoch")  # an agent's calls to a rank
-POINTS = (
-    *(f"controller.{when}.{edge}" for edge in EDGES for when in ("before", "after")),
-    "controller.before.campaign",
-    "agent.before.spawn",
-    "agent.before.retire",
-    "agent.before.grant",  # of the leases of its own record and of its ranks'
-    "agent.before.publish",
-    "agent.before.withdraw",
-    *(f"agent.before.{rpc}" for rpc in RPCS),
-    *(f"rank.{rpc}" for rpc in RPCS),
-    "rank.registered",
-    "rank.before.prepare",
-    "rank.prepared",
-    "rank.step",
-    "rank.copy",
-    "rank.shutdown",
-    "engine.before.campaign",
-    "engine.before.attach",
-    "engine.before.step",
-    "engine.before.copy",
-    "engine.before.flip",
-    "engine.after.flip",
-    "engine.before.status",
-    "engine.hello",
-    "engine.submit",
-    "engine.abort",
-    "gateway.before.hello",
-    "gateway.before.submit",
-    "gateway.before.abort",
-    "gateway.before.propose",
-    "gateway.before.cancel",
-    "mirror.before.list",  # of every role
-    "mirror.before.watch",
-)
 ACTIONS = ("kill", "segv", "raise", "hang", "hang-gil", "delay:MS", "wait:FILE")
 WAIT_LIMIT_S = 120.0
 KIND = "failpoint"
@@ -88,13 +51,13 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     action: str  # kill | segv | raise | hang | hang-gil | delay | wait
     rank: int | None = None  # None: any
-    limit: int | None = None  # None: each time
-    file: str = ""  # for which `wait` waits
-    ms: int = 0  # for how long `delay` does
+    limit: int | None = None  # None: every time
+    file: str = ""  # that `wait` waits for
+    ms: int = 0  # duration of `delay`
 
 
 def parse(text: str) -> tuple[Fault, ...]:
-    """The faults that a value of the variable, or a file, asks for; ConfigError lists what there is."""
+    """Parse the variable's value, or a file's text; ConfigError lists the known names and actions."""
     return tuple(_fault(part.strip()) for part in text.split(";") if part.strip())
 
 
@@ -123,9 +86,9 @@ def _fault(text: str) -> Fault:
 
 
 def write(path: Path, spec: str) -> None:
-    """Arm these faults, and no others, in all processes that read theirs from `path`; ConfigError if it names none.
+    """Arm exactly these faults in all processes that read `path`; ConfigError if a name or action is unknown.
 
-    The file's time of change is the arming's name: N* counts from there.
+    The file's modification time identifies the arming: `N*` counts from there.
     """
     parse(spec)
     draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
@@ -136,7 +99,7 @@ def write(path: Path, spec: str) -> None:
 
 
 def read(path: Path) -> str:
-    """What is armed there."""
+    """Return what is armed there; "" if nothing is."""
     try:
         return path.read_text()
     except FileNotFoundError:
@@ -152,7 +115,7 @@ class _Arming:
 
     at: int = 0  # the file's time of change; 0: by the environment
     faults: tuple[Fault, ...] = ()
-    spent: set[Fault] = field(default_factory=set)  # those that have happened as often as they were to
+    spent: set[Fault] = field(default_factory=set)  # those that have reached their limit
 
 
 class Failpoints:
@@ -163,18 +126,18 @@ class Failpoints:
         self._arming = _Arming(faults=faults)
         self._history = history
         self._events, self._tail = EventLog(history, role), Tail(history)
-        self._dealt: list[Event] = []  # by all processes
+        self._injected: list[Event] = []  # events of all processes
 
     def hit(self, name: str, rank: int | None) -> None:
-        """Deal the blows that are due here."""
+        """Inject the faults that are due here."""
         arming = self._armed()
         for fault in arming.faults:
             if fault.name == name and fault.rank in (None, rank) and self._due(fault, arming, rank):
                 log.warning("failpoint", name=name, action=fault.action)
-                self._strike(fault)
+                self._inject(fault)
 
     def _armed(self) -> _Arming:
-        """What is armed now."""
+        """Return what is armed now."""
         if self.source is None:
             return self._arming
         try:
@@ -185,26 +148,24 @@ class Failpoints:
         return self._arming
 
     def _due(self, fault: Fault, arming: _Arming, rank: int | None) -> bool:
-        """Whether it is to happen once more; then it is in the history."""
+        """Whether the fault is to happen once more. If so, it is recorded in the history first."""
         if fault in arming.spent or (fault.action == "wait" and Path(fault.file).exists()):
             return False
-        with _alone(self._history):
+        with _locked(self._history):
             if fault.limit is not None and self._times(fault, arming.at) >= fault.limit:
                 arming.spent.add(fault)
                 return False
-            self._events.emit(
-                KIND, rank=rank, name=fault.name, action=fault.action, pid=os.getpid(), armed=arming.at
-            )  # fmt: skip
+            self._events.emit(KIND, rank=rank, name=fault.name, action=fault.action, pid=os.getpid(), armed=arming.at)
         return True
 
     def _times(self, fault: Fault, armed_at: int) -> int:
-        """How often it has happened since it was armed."""
+        """How often it happened since it was armed, in any process."""
         while (more := self._tail.read()) is not None:
-            self._dealt += [event for event in more if event.kind == KIND]
+            self._injected += [event for event in more if event.kind == KIND]
         what = {"name": fault.name, "action": fault.action, "armed": armed_at}
-        return sum(e.fields.items() >= what.items() and fault.rank in (None, e.rank) for e in self._dealt)
+        return sum(e.fields.items() >= what.items() and fault.rank in (None, e.rank) for e in self._injected)
 
-    def _strike(self, fault: Fault) -> None:
+    def _inject(self, fault: Fault) -> None:
         def armed() -> bool:
             return fault in self._armed().faults
 
@@ -224,19 +185,19 @@ class Failpoints:
 
 
 def _load(source: Path) -> _Arming:
-    """What the file says, and since when. Nobody dies of a file that somebody spoiled by hand."""
+    """Read the file. A file that cannot be parsed arms nothing: a typing error must not end a process."""
     with source.open() as file:
         at = os.fstat(file.fileno()).st_mtime_ns
         try:
             return _Arming(at, parse(file.read()))
         except (ConfigError, UnicodeDecodeError) as error:
-            log.error("no failpoint is armed", source=str(source), error=str(error))
+            log.error("failpoints_unreadable", source=str(source), error=str(error))
             return _Arming(at)
 
 
 @contextmanager
-def _alone(history: str) -> Iterator[None]:
-    """One thread of one process at a time counts and adds; the kernel lets go for one that dies."""
+def _locked(history: str) -> Iterator[None]:
+    """Hold the history's lock, so that counting and recording are one step. The kernel unlocks it if we die."""
     fd = os.open(history, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
@@ -249,9 +210,9 @@ _armed: Failpoints | None = None
 
 
 def arm(role: str, history: str = "", environ: Mapping[str, str] = os.environ) -> None:
-    """Have this process pass its failpoints as its environment says; ConfigError if that names what there is not.
+    """Arm this process as its environment says; ConfigError if that names an unknown failpoint.
 
-    A role says where the history is, and so do the processes that it starts; once, before there are threads.
+    To be called once, before there are threads. Processes that this one starts inherit the path of the history.
     """
     global _armed
     asked, history = environ.get(ENV, ""), history or environ.get(HISTORY_ENV, "")
@@ -264,15 +225,15 @@ def arm(role: str, history: str = "", environ: Mapping[str, str] = os.environ) -
         raise ConfigError(f"{ENV} is set, but not where the history is", hint=f"set {HISTORY_ENV} to a file")
     _armed = Failpoints(source, faults, role, history)
     os.environ[HISTORY_ENV] = history
-    log.warning("failpoints are armed: this process may fail on purpose", faults=asked)
+    log.warning("failpoints_armed", faults=asked)
 
 
 def source() -> Path | None:
-    """The file from which this process reads its faults, if it was started so."""
+    """The file from which this process reads its faults, if there is one."""
     return _armed.source if _armed is not None else None
 
 
 def hit(name: str, rank: int | None = None) -> None:
-    """Pass the failpoint `name`: nothing, unless this process was armed."""
+    """Pass the failpoint `name`. Does nothing unless this process is armed."""
     if _armed is not None:
         _armed.hit(name, rank)

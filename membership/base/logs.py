@@ -12,11 +12,11 @@ from typing import Any, TextIO
 
 import structlog
 
-_always: dict[str, object] = {}  # one for all loggers, which keep the processors that they first had
+_always: dict[str, object] = {}  # shared by all loggers: each keeps the processors of its first use
 
 
 class PrefixedStream:
-    """A text stream that begins each line with a prefix: lines of many ranks on one terminal can be told apart."""
+    """A text stream that begins each line with a prefix: so lines of many ranks on one terminal are distinguishable."""
 
     def __init__(self, stream: TextIO, prefix: str) -> None:
         self.stream = stream
@@ -32,7 +32,7 @@ class PrefixedStream:
 
     def flush(self) -> None:
         """Flush what is below."""
-        with suppress(BrokenPipeError, ValueError):  # nobody reads our logs any more: no reason to fail
+        with suppress(BrokenPipeError, ValueError):  # the reader of our logs is gone: no reason to fail
             self.stream.flush()
 
     def __getattr__(self, name: str) -> object:
@@ -40,14 +40,14 @@ class PrefixedStream:
 
 
 def configure(role: str, *, json_lines: bool | None = None, level: str = "info", **fields: object) -> None:
-    """Send structlog's and the standard library's records to stderr; JSON unless that is a terminal or you say so.
+    """Send structlog's and the standard library's records to stderr; JSON unless that is a terminal.
 
     `role` and `fields` are in every line, whichever thread wrote it.
     """
     stream: Any = sys.stderr
     as_json = not stream.isatty() if json_lines is None else json_lines
     if as_json and isinstance(stream, PrefixedStream):
-        stream = stream.stream  # a prefix would spoil the JSON; the fields tell as much
+        stream = stream.stream  # a prefix would break the JSON; the fields carry the same facts
     renderer: Any = structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer()
     _always.clear()
     identify(role=role, **fields)
@@ -83,5 +83,5 @@ def configure(role: str, *, json_lines: bool | None = None, level: str = "info",
 
 
 def identify(**fields: object) -> None:
-    """Have these fields in every line from now on."""
+    """Add these fields to every line from now on."""
     _always.update(fields)

@@ -15,21 +15,21 @@ from contextlib import contextmanager
 
 from membership.base.timing import LOOP_LIMIT_S
 
-HEARTBEAT_S = 1.0  # more often it would only cost
+HEARTBEAT_S = 1.0  # the timer is restarted at most this often
 
-_limit_s = 0.0  # 0: nobody asked for it
+_limit_s = 0.0  # 0: not required
 _next = 0.0
 
 
 def require(limit_s: float = LOOP_LIMIT_S) -> None:
-    """From now on, a loop of this process that stands still for so long ends the process."""
+    """From now on, a watched loop that makes no progress for `limit_s` ends the process."""
     global _limit_s
     _limit_s = limit_s
 
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """For the length of the block `heartbeat` must be called again and again. One loop per process."""
+    """Within the block, `heartbeat` must be called regularly. One loop per process."""
     global _next
     _next = 0.0
     heartbeat()
@@ -41,7 +41,7 @@ def watched() -> Iterator[None]:
 
 
 def heartbeat() -> None:
-    """The loop goes on."""
+    """Report that the loop makes progress."""
     global _next
     if _limit_s and (now := time.monotonic()) >= _next:
         _next = now + min(HEARTBEAT_S, _limit_s / 2)

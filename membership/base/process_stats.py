@@ -8,13 +8,13 @@ from pathlib import Path
 
 _PF_EXITING = 0x4
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
-_STATE, _FLAGS, _UTIME, _STIME = 0, 6, 11, 12  # fields of /proc/<pid>/stat behind the process's name
+_STATE, _FLAGS, _UTIME, _STIME = 0, 6, 11, 12  # fields of /proc/<pid>/stat after the process's name
 
 
 def is_dying(pid: int) -> bool:
     """Whether the process has begun to exit (or is gone), which the kernel shows long before it closes its files.
 
-    False for pids of another namespace (0): then only the end of the link tells.
+    False for a pid of another namespace (0): then only the end of the connection shows it.
     """
     if pid == 0:
         return False
@@ -28,12 +28,12 @@ def is_dying(pid: int) -> bool:
 
 @dataclass(frozen=True)
 class Threads:
-    """What the threads of a process do at this moment."""
+    """What the threads of a process are doing."""
 
     state: str  # of the main thread: R running, S sleeping, D waiting for a disk, T stopped, ...
     main_s: float  # processor time of the main thread
-    all_s: float  # and of all of them
-    others_run: bool  # whether another one runs, wants to, or waits for a disk
+    all_s: float  # of all threads
+    others_run: bool  # whether another thread runs, is runnable, or waits for a disk
 
 
 def threads(pid: int) -> Threads | None:

@@ -7,6 +7,7 @@ from statistics import median
 import msgspec
 from msgspec.structs import replace
 
+from membership.base.enums import OperationKind
 from membership.operations.change import Change, desired_by, refusal
 from membership.placement.plan import coverage, moves
 from membership.placement.survivability import Survivability, needed_slots, survivability
@@ -19,7 +20,7 @@ from membership.store.records import ClusterState, Desired, Member, Operation, P
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """What a change would do. `refused` says why it would be refused; "" if it would not."""
 
-    kind: str = "scale"
+    kind: OperationKind = OperationKind.SCALE
     target: int  # ranks desired afterwards
     epoch: int  # the present one
     ranks: tuple[int, ...] = ()  # serving now

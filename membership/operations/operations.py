@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from msgspec.structs import replace
 
+from membership.base.enums import OperationKind
 from membership.base.errors import (
     ConfigError,
     Fenced,
@@ -95,7 +96,7 @@ def _granted(
 
 
 def _same(known: Operation, change: Change) -> Operation:
-    other_size = change.kind == "scale" and known.target != change.target
+    other_size = change.kind is OperationKind.SCALE and known.target != change.target
     if known.kind != change.kind or known.ranks != change.ranks or other_size:
         raise OperationConflict(f"operation {known.id} exists already: {describe_change(known)}, not {change}")
     return known
@@ -134,7 +135,11 @@ def cancel(store: Store, cluster: str, name: str, by: str) -> Operation:
         if operation.cancelled or operation.phase is Phase.ABORTED:
             return operation
         if not before_commit(operation):
-            undo = f"elastic scale {operation.previous}" if operation.kind == "scale" else "the opposite operation"
+            undo = (
+                f"elastic scale {operation.previous}"
+                if operation.kind is OperationKind.SCALE
+                else "the opposite operation"
+            )
             raise OperationConflict(f"operation {name} is {operation.phase}, and stands", hint=f"undo it by: {undo}")
         cancelled = replace(operation, cancelled=by)
         if store.txn([Compare(key, "mod", "=", found.mod_revision)], [Put(key, encode(cancelled))]).succeeded:

@@ -95,13 +95,13 @@ def run_controller(
                 while not stop.is_set():
                     Term(store, cluster, node, stop, events, clock, mirror).serve()
         except StoreUnavailable as error:
-            log.warning("controller waits for the store", cluster=cluster, error=str(error))
+            log.warning("store_unavailable", cluster=cluster, error=str(error))
             stop.wait(PAUSE_S)
         except StoreReplaced as replaced:
             events.emit("store_replaced", cluster=cluster, error=str(replaced))
-            log.error("membership is frozen", cluster=cluster, error=str(replaced), hint=replaced.hint)
+            log.error("membership_frozen", cluster=cluster, error=str(replaced), hint=replaced.hint)
             while not stop.wait(REMIND_S):
-                log.error("membership is still frozen", cluster=cluster, error=str(replaced), hint=replaced.hint)
+                log.error("membership_still_frozen", cluster=cluster, error=str(replaced), hint=replaced.hint)
 
 
 class Term:
@@ -131,7 +131,7 @@ class Term:
                 with loop_watchdog.watched():
                     self._hold(election)
             except (Fenced, LeaseLost) as error:
-                log.warning("controller stands down", cluster=self._cluster, error=str(error))
+                log.warning("controller_stood_down", cluster=self._cluster, error=str(error))
             if election.token:
                 fenced = not self._stop.is_set()
                 self._events.emit(
@@ -153,7 +153,7 @@ class Term:
         try:
             election.campaign(LOOK_S)
         except WaitTimeout as error:
-            log.debug("another controller leads", cluster=self._cluster, error=str(error))
+            log.debug("another_controller_leads", cluster=self._cluster, error=str(error))
 
     def _look(self, election: Election) -> None:
         """Look once: do what is to be done, or wait for a change or the next due time."""
@@ -166,7 +166,7 @@ class Term:
             try:
                 written = self.apply(effect, state, election)
             except StoreUnavailable as error:
-                log.warning("unknown whether it was done", what=effect.reason, error=str(error))
+                log.warning("effect_outcome_unknown", effect=effect.reason, error=str(error))
                 self._stop.wait(PAUSE_S)
                 return
             self._mirror.poll(max(written - 1, state.revision), LOOK_S)
@@ -192,12 +192,12 @@ class Term:
         leader = result.responses[0]
         if isinstance(leader, int) or not leader or leader[0].create_revision != election.token:
             raise Fenced(f"token {election.token} no longer leads cluster {self._cluster}")
-        log.info("the cluster changed meanwhile", cluster=self._cluster, what=effect.reason)
+        log.info("effect_outdated", cluster=self._cluster, effect=effect.reason)
         return state.revision + 1
 
     def _report(self, effect: Effect, state: ClusterState, token: int, revision: int) -> None:
         """Tell the history what was done; of a view also by whom and where, so that its commit can be judged later."""
-        log.info("done", cluster=self._cluster, what=effect.reason)
+        log.info("effect_applied", cluster=self._cluster, effect=effect.reason)
         operation = effect.operation.id if effect.operation is not None else ""
         for kind, view in (("epoch_committed", effect.commit), ("epoch_staged", effect.stage)):
             if view is not None:

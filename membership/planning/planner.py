@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 import msgspec
 from msgspec.structs import replace
 
+from membership.base.enums import OperationKind
 from membership.base.timing import FAILED_REST_S, PREPARE_RETRY_MAX_S, PREPARE_RETRY_S
 from membership.placement.plan import moves
 from membership.planning.autosize import desired_by_agents
@@ -121,9 +122,9 @@ def _abort(facts: ClusterFacts) -> Effect | None:
 def desired_without(operation: Operation, present: Desired, members: int) -> Desired:
     """What is desired once the operation is rolled back."""
     cordoned = set(present.cordoned)
-    if operation.kind == "drain":
+    if operation.kind is OperationKind.DRAIN:
         cordoned -= set(operation.ranks)
-    elif operation.kind == "undrain":
+    elif operation.kind is OperationKind.UNDRAIN:
         cordoned |= set(operation.ranks)
     ranks = operation.previous or members or 1
     return replace(present, ranks=ranks, operation="", cordoned=tuple(sorted(cordoned)))

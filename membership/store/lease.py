@@ -71,7 +71,7 @@ class LeaseKeeper:
         try:
             ttl_s = self._store.keepalive(self.lease, timeout_s)
         except StoreUnavailable as error:
-            log.warning("lease not renewed", lease=f"{self.lease:x}", remaining_s=self.remaining_s, error=str(error))
+            log.warning("lease_not_renewed", lease=f"{self.lease:x}", remaining_s=self.remaining_s, error=str(error))
             return False
         self._deadline = max(self._deadline, before + min(ttl_s, self._ttl_s))
         return True
@@ -88,7 +88,7 @@ class LeaseKeeper:
             try:
                 self._store.revoke(self.lease)
             except StoreError as error:
-                log.warning("lease not revoked, it will expire", lease=f"{self.lease:x}", error=str(error))
+                log.warning("lease_not_revoked", lease=f"{self.lease:x}", error=str(error))
 
     def __enter__(self) -> LeaseKeeper:
         return self
@@ -117,6 +117,6 @@ class LeaseKeeper:
         self._lost = True
         if self._stop.is_set():
             return
-        log.warning("lease lost", lease=f"{self.lease:x}", error=str(error))
+        log.warning("lease_lost", lease=f"{self.lease:x}", error=str(error))
         if self.on_lost is not None:
             self.on_lost()

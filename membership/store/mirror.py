@@ -191,12 +191,12 @@ class Mirror:
                 )(self._open)
                 self._follow()
         except StoreReplaced as replaced:
-            log.error("membership is frozen", cluster=self._keys.cluster, error=str(replaced), hint=replaced.hint)
+            log.error("membership_frozen", cluster=self._keys.cluster, error=str(replaced), hint=replaced.hint)
             with self._changed:
                 self._replaced = replaced
         except Exception as error:
             if not self._stop.is_set():  # state() and wait() raise it in the owner's threads
-                log.exception("mirror failed", cluster=self._keys.cluster)
+                log.exception("mirror_failed", cluster=self._keys.cluster)
                 self._fail(error)
 
     def _open(self) -> None:
@@ -246,7 +246,7 @@ class Mirror:
         if isinstance(error, StoreCompacted):
             self._relist = True
         elif error is not None and not self._stop.is_set():
-            log.warning("mirror lost the store", cluster=self._keys.cluster, error=str(error))
+            log.warning("mirror_lost_store", cluster=self._keys.cluster, error=str(error))
         with self._changed:
             self._watch, self._synced = None, False
         if watch is not None:
@@ -289,7 +289,7 @@ class Mirror:
 
     def _log_retry(self, retry: RetryCallState) -> None:
         if retry.attempt_number == 1 and retry.outcome is not None:
-            log.warning("mirror reopens its watch", cluster=self._keys.cluster, error=str(retry.outcome.exception()))
+            log.warning("mirror_reopens_watch", cluster=self._keys.cluster, error=str(retry.outcome.exception()))
 
     def _fail(self, error: Exception) -> None:
         with self._changed:

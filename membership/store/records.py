@@ -10,6 +10,7 @@ from enum import StrEnum
 
 import msgspec
 
+from membership.base.enums import OperationKind
 from membership.base.timing import CLOCK_SKEW_S, COVERAGE_DEADLINE_S, LAUNCH_DEADLINE_S, LEASE_TTL_S, RESTART_WINDOW_S
 
 Placement = dict[int, tuple[tuple[int, ...], ...]]
@@ -275,7 +276,7 @@ class Operation(Record, frozen=True, kw_only=True):
     """A change somebody asked for. Key `ops/<id>`; at most one has a phase other than DONE or ABORTED."""
 
     id: str
-    kind: str  # scale | drain | undrain
+    kind: OperationKind
     target: int  # ranks desired once it is done
     ranks: tuple[int, ...] = ()  # whom a drain or undrain names
     previous: int = 0  # ranks desired before, restored if it aborts

@@ -9,7 +9,7 @@ import pytest
 from chaos.campaigns.failpoint_matrix import FLAGS, every_cell, run_matrix
 from chaos.campaigns.failpoint_stimuli import SMALL, STIMULI
 from chaos.target.cluster import ServedCluster
-from membership.base.failpoints import POINTS
+from membership.base.failpoint_catalogue import POINTS
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 

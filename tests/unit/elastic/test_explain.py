@@ -6,6 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from elastic.explain import Explanation, explain, explained
+from membership.base.enums import OperationKind
 from membership.base.errors import ConfigError
 from membership.store.records import ClusterState, Operation, Phase, RankExit
 from tests.unit.elastic.test_status import healthy, without
@@ -63,7 +64,14 @@ def test_what_is_wrong_with_the_store_comes_first() -> None:
 
 def test_a_scale_that_was_rolled_back_is_told() -> None:
     failed = Operation(
-        id="grow", kind="scale", target=6, previous=4, started=1.0, deadline=9.0, phase=Phase.ABORTED, error="no room"
+        id="grow",
+        kind=OperationKind.SCALE,
+        target=6,
+        previous=4,
+        started=1.0,
+        deadline=9.0,
+        phase=Phase.ABORTED,
+        error="no room",
     )
     assert (
         "operation grow (scale to 6) was rolled back: no room"

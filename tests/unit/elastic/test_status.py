@@ -12,6 +12,7 @@ from rich.console import Console
 
 from elastic.cli.render import status_view
 from elastic.status import ClusterStatus, cluster_status
+from membership.base.enums import OperationKind
 from membership.store.records import (
     AgentRecord,
     Assignment,
@@ -197,14 +198,17 @@ def test_the_slot_of_a_dead_rank_stays_in_sight_until_it_is_filled() -> None:
 def test_ranks_on_their_way_and_the_operation(state: RankState) -> None:
     before = healthy()
     specs = (*before.assignments["n"].ranks, RankSpec(rank=4, incarnation=9), RankSpec(rank=5, incarnation=10))
-    operation = Operation(id="op", kind="scale", target=6, phase=Phase.LOADING, started=1.0, deadline=60.0)
+    operation = Operation(id="op", kind=OperationKind.SCALE, target=6, phase=Phase.LOADING, started=1.0, deadline=60.0)
     status = cluster_status(
         replace(
             before,
             desired=Desired(ranks=6),
             assignments={"n": Assignment(node="n", ranks=specs, agent_started=1.0)},
             ranks=before.ranks | {(4, 9): record(4, state, 9)},
-            operations={"op": operation, "old": Operation(id="old", kind="scale", target=4, phase=Phase.DONE)},
+            operations={
+                "op": operation,
+                "old": Operation(id="old", kind=OperationKind.SCALE, target=4, phase=Phase.DONE),
+            },
         ),
         5.0,
     )
@@ -221,7 +225,7 @@ def test_ranks_that_leave() -> None:
         before,
         desired=Desired(ranks=3),
         next=View(epoch=4, members=healthy(3).view.members),  # type: ignore[union-attr]
-        operations={"op": Operation(id="op", kind="scale", target=3, phase=Phase.LOADING)},
+        operations={"op": Operation(id="op", kind=OperationKind.SCALE, target=3, phase=Phase.LOADING)},
     )
     assert states(cluster_status(leaving, 0.0))[3] == "draining"
     gone = healthy(3, ranks=before.ranks)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from chaos.campaigns.churn import Churn, change, judge
 from chaos.workload.history import RequestRecord
+from membership.base.enums import OperationKind
 from membership.store.records import Operation, Phase
 
 pytestmark = pytest.mark.unit
@@ -32,7 +33,9 @@ def test_every_change_is_possible_and_changes_something(seed: int, size: int, ou
 
 
 def finished(phase: Phase = Phase.DONE, *, cancelled: bool = False) -> Churn:
-    operation = Operation(id="x", kind="scale", target=3, started=1.0, finished=1.5, pause_ms=7.0, phase=phase)
+    operation = Operation(
+        id="x", kind=OperationKind.SCALE, target=3, started=1.0, finished=1.5, pause_ms=7.0, phase=phase
+    )
     churn = Churn(seed=1, ranks=4, most=6, operations=[operation], oracle={0: WHOLE}, history=[WHOLE])
     churn.cancelled = {"x"} if cancelled else set()
     return churn

@@ -9,6 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from elastic.cli.client import StoreClient, wait_for
+from membership.base.enums import OperationKind
 from membership.base.errors import ConfigError, WaitTimeout
 from membership.store.codec import encode
 from membership.store.in_memory import MemoryStore
@@ -18,7 +19,7 @@ from membership.store.records import Operation, Phase
 pytestmark = pytest.mark.unit
 
 KEY = Keys("c").op("x")
-PROPOSED = Operation(id="x", kind="scale", target=6)
+PROPOSED = Operation(id="x", kind=OperationKind.SCALE, target=6)
 
 
 @pytest.fixture

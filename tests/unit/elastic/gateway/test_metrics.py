@@ -8,13 +8,14 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from elastic.gateway.metrics import GatewayMetrics
+from membership.base.enums import OperationKind
 from membership.base.events import EventLog
 from membership.store.records import ClusterState, EngineStatus, Operation, Phase, RankExit
 
 pytestmark = pytest.mark.unit
 
 OPERATION = Operation(
-    id="op", kind="scale", target=6, phase=Phase.DONE,
+    id="op", kind=OperationKind.SCALE, target=6, phase=Phase.DONE,
     phase_times={"proposed": 1.0, "spawning": 1.5, "loading": 2.0, "ready": 4.0, "committed": 4.0, "done": 4.5},
 )  # fmt: skip
 

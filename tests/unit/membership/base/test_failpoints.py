@@ -15,7 +15,8 @@ from chaos.simulation.world import World
 from membership.base import failpoints
 from membership.base.errors import ConfigError
 from membership.base.events import Event, EventLog
-from membership.base.failpoints import EDGES, ENV, POINTS, Fault, FaultInjected, arm, hit, parse
+from membership.base.failpoint_catalogue import EDGES, POINTS
+from membership.base.failpoints import ENV, Fault, FaultInjected, arm, hit, parse
 from membership.planning.controller import edge
 from tests.support import ROOT
 

@@ -113,7 +113,7 @@ def test_a_death_during_a_drain_is_made_good_and_the_drain_goes_on(world: World)
     [
         (drain(9), "there is no rank 9"),
         (drain(1), "rank 1 is drained already"),
-        (drain(0, 2, 3), "nobody would be left"),
+        (drain(0, 2, 3), "no rank would be left"),
         (drain(), "no rank is named"),
         (undrain(0), "rank 0 is not drained"),
     ],

@@ -7,6 +7,7 @@ from msgspec.structs import replace
 
 from chaos.simulation.world import CONFIG, World
 from elastic.cli.render import plan_view
+from membership.base.enums import OperationKind
 from membership.base.errors import ConfigError, Fenced, OperationConflict, PlanRefused, StoreUnavailable
 from membership.operations.change import scale
 from membership.operations.dry_run import plan_change
@@ -165,7 +166,13 @@ def test_a_plan_takes_as_long_as_the_last_one_took(world: World) -> None:
     assert plan_change(scale(6), world.state).estimated_s is None, "nothing was measured yet"
     times = {"proposed": 10.0, "spawning": 10.5, "loading": 12.0, "ready": 16.0, "done": 17.0}
     done = Operation(
-        id="o", kind="scale", target=4, phase=Phase.DONE, bytes_moved=20_000, phase_times=times, pause_ms=21.0
+        id="o",
+        kind=OperationKind.SCALE,
+        target=4,
+        phase=Phase.DONE,
+        bytes_moved=20_000,
+        phase_times=times,
+        pause_ms=21.0,
     )
     state = replace(world.state, operations={"o": done})
     assert "tokens wait about 21 ms at the commit" in plan_view(plan_change(scale(6), state))

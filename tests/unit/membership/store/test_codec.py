@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from membership.base.enums import OperationKind
 from membership.base.errors import SchemaError, StoreError
 from membership.store.codec import SCHEMA_VERSION, decode, encode
 from membership.store.records import (
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.unit
 RECORDS: list[Record] = [
     View(epoch=3, members=(Member(rank=0, node="n", incarnation=7),), placement={0: ((0, 1), ()), 255: ((2,), (0,))}),
     RankRecord(rank=1, node="n", incarnation=2, pid=3, state=RankState.STANDBY, liveness_handle=bytes(range(256))),
-    Operation(id="x", kind="scale", target=6, phase=Phase.LOADING, phase_times={"loading": 1.5}),
+    Operation(id="x", kind=OperationKind.SCALE, target=6, phase=Phase.LOADING, phase_times={"loading": 1.5}),
     Desired(ranks=4),
 ]
 

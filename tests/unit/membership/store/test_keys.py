@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from membership.base.enums import OperationKind
 from membership.base.errors import ConfigError, SchemaError
 from membership.store.codec import encode
 from membership.store.interface import KeyValue, prefix_end
@@ -55,7 +56,7 @@ def test_every_key_finds_its_place_in_the_state() -> None:
         KEYS.exit(2): RankExit(rank=2, incarnation=8, reason="killed", at=1.0),
         KEYS.heartbeats("n"): Heartbeats(node="n", at=2.0, beats={9: 1.5}),
         KEYS.gateway("g"): gateway,
-        KEYS.op("o"): Operation(id="o", kind="scale", target=6),
+        KEYS.op("o"): Operation(id="o", kind=OperationKind.SCALE, target=6),
     }
     items = [
         KeyValue(key=key, value=encode(record), create_revision=10 + n, mod_revision=50 + n)
@@ -82,7 +83,7 @@ def test_every_key_finds_its_place_in_the_state() -> None:
         exits={2: RankExit(rank=2, incarnation=8, reason="killed", at=1.0)},
         heartbeats={"n": Heartbeats(node="n", at=2.0, beats={9: 1.5})},
         gateways={"g": gateway},
-        operations={"o": Operation(id="o", kind="scale", target=6)},
+        operations={"o": Operation(id="o", kind=OperationKind.SCALE, target=6)},
     )
 
 

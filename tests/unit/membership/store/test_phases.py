@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from membership.base.enums import OperationKind
 from membership.base.errors import IllegalPhase
 from membership.store.phases import ORDER, TRANSITIONS, advance, before_commit
 from membership.store.records import Operation, Phase
@@ -12,7 +13,7 @@ pytestmark = pytest.mark.unit
 
 
 def operation(phase: Phase = Phase.PROPOSED) -> Operation:
-    return Operation(id="a", kind="scale", target=6, phase=phase)
+    return Operation(id="a", kind=OperationKind.SCALE, target=6, phase=phase)
 
 
 def test_every_phase_has_a_row_and_only_leads_forward() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from membership.base.enums import OperationKind
 from membership.store.records import (
     Assignment,
     Desired,
@@ -32,7 +33,7 @@ def test_a_whole_cluster_is_settled() -> None:
     [
         {"view": None},
         {"next": View(epoch=4)},
-        {"operations": {"o": Operation(id="o", kind="scale", target=5, phase=Phase.SPAWNING)}},
+        {"operations": {"o": Operation(id="o", kind=OperationKind.SCALE, target=5, phase=Phase.SPAWNING)}},
         {"engine_status": None},
         {"engine_status": EngineStatus(token=TOKEN, epoch=2)},
         {"engine_status": EngineStatus(token=TOKEN - 1, epoch=3)},
@@ -58,4 +59,4 @@ def test_not_between_a_death_and_the_view_with_its_successor() -> None:
 
 
 def test_an_operation_that_ended_is_no_hindrance() -> None:
-    assert settled(healthy(operations={"o": Operation(id="o", kind="scale", target=4, phase=Phase.DONE)}))
+    assert settled(healthy(operations={"o": Operation(id="o", kind=OperationKind.SCALE, target=4, phase=Phase.DONE)}))
