@@ -12,6 +12,7 @@ import msgspec
 from elastic.status import ClusterStatus, RankStatus, cluster_status
 from membership.base.enums import OperationKind
 from membership.base.errors import ConfigError
+from membership.base.rank_id import RankId
 from membership.operations.change import describe_change
 from membership.planning.cluster_facts import ClusterFacts
 from membership.planning.planner import awaited
@@ -141,7 +142,7 @@ def _facts(state: ClusterState, now: float, rank: RankStatus) -> Iterator[str]:
     newcomer = ClusterFacts(state, now).newcomers.get(rank.rank)
     if newcomer is not None and newcomer.trouble:
         yield newcomer.trouble
-    record = state.ranks.get((rank.rank, rank.incarnation))
+    record = state.ranks.get(RankId(rank.rank, rank.incarnation))
     if record is not None and record.prepare_error:
         yield f"it could not prepare the next view: {record.prepare_error}"
     if rank.state is RankState.MASKED:

@@ -190,7 +190,7 @@ class World:
         last = state.exits.get(spec.rank)
         if spec.rank in self.mute or (last is not None and last.incarnation >= spec.incarnation):
             return
-        record = state.ranks.get(key)
+        record = state.ranks.get(spec.id)
         if record is None:
             record = RankRecord(rank=key[0], node=node, incarnation=key[1], pid=1, state=RankState.LAUNCHING)
             self.processes.add(key)
@@ -201,7 +201,7 @@ class World:
                 record = replace(record, failed_revision=state.next_revision, prepare_error="no memory")
             elif spec.rank not in self.bad and record.prepared_revision != state.next_revision:
                 record = replace(record, prepared_revision=state.next_revision, state=RankState.STANDBY)
-        if record != state.ranks.get(key):
+        if record != state.ranks.get(spec.id):
             self.put(self.keys.rank(*key), record)
 
     def engine_acts(self) -> bool:
@@ -263,7 +263,7 @@ class World:
         view = after.view
         if self.laws.changed(before, after) and view is not None:
             for member in view.members:
-                record = after.ranks.get((member.rank, member.incarnation))
+                record = after.ranks.get(member.id)
                 prepared = record is not None and record.prepared_revision == before.next_revision
                 require(prepared, f"{member} is committed, and has not prepared, or is dead")
 

@@ -37,8 +37,8 @@ def serving(cluster: ServedCluster) -> dict[int, RankRecord]:
     def records() -> dict[int, RankRecord] | None:
         state = cluster.client().state()
         members = state.view.members if state.view is not None else ()
-        keys = [(member.rank, member.incarnation) for member in members]
-        return {key[0]: state.ranks[key] for key in keys} if all(key in state.ranks for key in keys) else None
+        keys = [member.id for member in members]
+        return {key.rank: state.ranks[key] for key in keys} if all(key in state.ranks for key in keys) else None
 
     return eventually(records, "a record of each rank in the view")
 

@@ -1,4 +1,4 @@
-"""What a change would do if it were granted now: who comes and goes, what is loaded, what may die afterwards. Pure."""
+"""Dry run of a change request: ranks added and removed, experts loaded, and what the result survives. Pure."""
 
 from __future__ import annotations
 
@@ -18,25 +18,27 @@ from membership.store.records import ClusterState, Desired, Member, Operation, P
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """What a change would do. `refused` says why it would be refused; "" if it would not."""
+    """What a change would do. `refused`: why it would be refused; "" if it would not."""
 
     kind: OperationKind = OperationKind.SCALE
-    target: int  # ranks desired afterwards
-    epoch: int  # the present one
-    ranks: tuple[int, ...] = ()  # serving now
+    target: int  # desired ranks afterwards
+    epoch: int  # the current one
+    ranks: tuple[int, ...] = ()  # members now
     add: tuple[int, ...] = ()
     remove: tuple[int, ...] = ()
-    loads: dict[int, int] = {}  # rank -> experts (over all layers) that it would load
+    loads: dict[int, int] = {}  # rank -> number of experts (over all layers) that it would load
     bytes_moved: int = 0
     replicas_before: int = 0  # the fewest of any expert
     replicas_after: int = 0
     slots_before: int = 0  # the most that any rank holds
     slots_after: int = 0
-    survives: Survivability | None = None  # what may die once it is done
-    slots_for_rank_loss: int | None = None  # slots in all with which any one rank may die; None: no number suffices
-    slots_for_host_loss: int | None = None  # and any one host
-    estimated_s: float | None = None  # as long as the last such operation took per byte; None: nothing to go by yet
-    expected_pause_ms: float | None = None  # of tokens at the commit: the median of those on record
+    survives: Survivability | None = None  # afterwards
+    slots_for_rank_loss: int | None = (
+        None  # total slots needed to survive the death of any one rank; None: none suffice
+    )
+    slots_for_host_loss: int | None = None  # the same for any one host
+    estimated_s: float | None = None  # from the last such operation, per byte; None: there was none
+    expected_pause_ms: float | None = None  # of tokens at the commit: median of past operations
     refused: str = ""
 
     @property
@@ -46,7 +48,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def plan_change(change: Change, state: ClusterState) -> Plan:
-    """Return what granting the change would do, from this state on, if nothing fails. Changes nothing."""
+    """Return what the change would do from this state, if nothing fails. Changes nothing."""
     if state.config is None or state.view is None or state.desired is None:
         return Plan(target=change.target, epoch=0, refused="the cluster is still starting: it has no view yet")
     view, config = state.view, state.config
@@ -94,7 +96,7 @@ def _with_changes(plan: Plan, change: Change, state: ClusterState, desired: Desi
 
 
 def _estimated_s(state: ClusterState, bytes_moved: int, *, launches: bool) -> float | None:
-    """How long it takes, from the last operations that are done: one that launched ranks too, and one that loaded."""
+    """Estimate the duration from the last completed operations that launched ranks and that loaded experts."""
     done = sorted((op for op in state.operations.values() if op.phase is Phase.DONE), key=lambda op: op.finished)
     total_s = 0.0
     if launches:

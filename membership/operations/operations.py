@@ -1,7 +1,7 @@
-"""Operations as those who ask for them see them: propose one, or cancel it.
+"""Propose a change as an operation, or cancel one.
 
-An operation and the change it carries (`desired`) are written in one transaction that compares `desired`: of two that
-are proposed at once, one wins and the other finds it. The controller does the rest.
+The operation and the new desired state are written in one transaction that compares `desired`: of two proposals at
+once, one wins and the other finds it there. The controller does the rest.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from membership.store.phases import before_commit
 from membership.store.records import ClusterState, Desired, Operation, Phase
 
 ATTEMPTS = 5
-KEPT = 128  # finished operations that stay readable: a rollout of 60 ranks can be gone on with
+KEPT = 128  # finished operations that stay readable: enough to resume a rollout of 60 ranks
 
 
 def propose(
@@ -45,9 +45,10 @@ def propose(
     timeout_s: float = OPERATION_TIMEOUT_S,
     clock: Callable[[], float] = time.time,
 ) -> Operation:
-    """Ask for it; return the operation, which ends within `timeout_s`. The same id returns the same one.
+    """Propose the change; return its operation, which ends within `timeout_s`. The same id gives the same operation.
 
-    OperationConflict names the operation that is in the way; Fenced: the epoch is not `if_epoch`; PlanRefused says why.
+    OperationConflict: another operation is active, or the id is used for another change. Fenced: the epoch is not
+    `if_epoch`. PlanRefused: the change is refused, or changes are paused. WaitTimeout: the state kept changing.
     """
     keys, name = Keys(cluster), op_id or uuid.uuid4().hex[:12]
     deadline = clock() + timeout_s
@@ -60,12 +61,12 @@ def propose(
         now = clock()
         _admit(state, cluster, change, if_epoch, now)
         if now >= deadline:
-            raise WaitTimeout(f"operation {name} could not be proposed within {timeout_s:g} s: others kept changing")
-        operation, desired = _granted(state, name, change, if_epoch or 0, now, deadline)
+            raise WaitTimeout(f"operation {name} could not be proposed within {timeout_s:g} s: the state kept changing")
+        operation, desired = _accepted(state, name, change, if_epoch or 0, now, deadline)
         watched = (keys.desired, keys.op(name), keys.view, keys.pause)
         unchanged = [Compare(key, "mod", "<", revision + 1) for key in watched]
         ops: list[Op] = [Put(keys.op(name), encode(operation)), Put(keys.desired, encode(desired))]
-        ops += _forgotten(state, keys)
+        ops += _expired(state, keys)
         try:
             if store.txn(unchanged, ops).succeeded:
                 return operation
@@ -76,7 +77,7 @@ def propose(
             return decode(found.value, Operation)
 
 
-def _granted(
+def _accepted(
     state: ClusterState, name: str, change: Change, if_epoch: int, now: float, deadline: float
 ) -> tuple[Operation, Desired]:
     before = state.desired or Desired(ranks=0)
@@ -103,7 +104,7 @@ def _same(known: Operation, change: Change) -> Operation:
 
 
 def _admit(state: ClusterState, cluster: str, change: Change, if_epoch: int | None, now: float) -> None:
-    """Raise if the operation must not be proposed now."""
+    """Raise if the change must not be proposed now."""
     if state.config is None:
         raise ConfigError(f"there is no cluster {cluster!r} in this store", hint="check --cluster and --etcd")
     epoch = state.view.epoch if state.view else 0
@@ -122,7 +123,7 @@ def _admit(state: ClusterState, cluster: str, change: Change, if_epoch: int | No
 
 
 def cancel(store: Store, cluster: str, name: str, by: str) -> Operation:
-    """Have the operation rolled back; return it, unchanged if it was rolled back already.
+    """Ask for the operation to be rolled back; return it, unchanged if it is cancelled already.
 
     ConfigError: there is no such operation. OperationConflict: it is committed, or its record kept changing.
     """
@@ -147,7 +148,7 @@ def cancel(store: Store, cluster: str, name: str, by: str) -> Operation:
     raise OperationConflict(f"operation {name} keeps changing", hint="ask again")
 
 
-def _forgotten(state: ClusterState, keys: Keys) -> list[Delete]:
-    """The oldest finished operations, as far as they are too many."""
+def _expired(state: ClusterState, keys: Keys) -> list[Delete]:
+    """Delete the oldest finished operations beyond KEPT."""
     finished = sorted((op for op in state.operations.values() if not op.active), key=lambda op: op.started)
     return [Delete(keys.op(op.id)) for op in finished[:-KEPT]]

@@ -1,6 +1,6 @@
-"""Maintenance: for a while nobody may begin a planned change, and none begins by itself. Faults are handled as ever.
+"""Maintenance: planned changes are refused, and none starts by itself, for a while. Faults are still handled.
 
-A pause always ends by itself (`ttl_s`): one that somebody forgot must not freeze a cluster for good.
+A pause always expires (`ttl_s`): a forgotten one must not freeze a cluster for good.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from membership.store.records import Pause
 def pause(
     store: Store, cluster: str, ttl_s: float, *, by: str = "", reason: str = "", clock: Callable[[], float] = time.time
 ) -> Pause:
-    """Refuse planned changes for `ttl_s`; a later pause takes the place of an earlier one. ConfigError: no cluster."""
+    """Refuse planned changes for `ttl_s`. Replaces an earlier pause. ConfigError: there is no such cluster."""
     keys, now = Keys(cluster), clock()
     record = Pause(until=now + ttl_s, since=now, by=by, reason=reason)
     if not store.txn([Compare(keys.config, "mod", ">", 0)], [Put(keys.pause, encode(record))]).succeeded:
@@ -27,7 +27,7 @@ def pause(
 
 
 def resume(store: Store, cluster: str) -> bool:
-    """End the pause; whether there was one on record."""
+    """End the pause; return whether there was one."""
     return store.delete(Keys(cluster).pause)
 
 

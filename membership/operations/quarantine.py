@@ -1,7 +1,7 @@
-"""Ending the quarantine of a rank slot: an operator says that what killed its ranks is gone.
+"""Ends the quarantine of a rank slot, once an operator has removed the cause of its deaths.
 
-The exit record is changed in place, so that nobody who reads it in between takes the dead rank for alive. Its agent
-forgets the slot's deaths up to then (`workers/protocol/restart_policy.py`), and the controller sends a new incarnation.
+The exit record is changed, not deleted: without it the dead rank would count as alive. The agent no longer counts the
+slot's earlier deaths (`workers/protocol/restart_policy.py`), and the controller starts a new incarnation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ATTEMPTS = 5
 
 
 def unquarantine(store: Store, cluster: str, rank: int, clock: Callable[[], float] = time.time) -> RankExit:
-    """Let the slot be filled again; return its exit record, unchanged if it was not in quarantine.
+    """Allow the slot to be filled again; return its exit record, unchanged if it was not in quarantine.
 
     ConfigError: no rank died in this slot. OperationConflict: its record kept changing.
     """

@@ -27,19 +27,19 @@ from membership.store.records import ClusterState, RebalanceRequest
 
 
 class RebalancePlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What a rebalance would do now. `refused` says why it would be refused; "" if it would not."""
+    """What a rebalance would do now. `refused`: why it would be refused; "" if it would not."""
 
-    epoch: int = 0  # the present one
-    reason: str = ""  # what it is for
-    layers: dict[int, int] = {}  # MoE layer -> experts that are loaded in it
-    loads: dict[int, int] = {}  # rank -> experts that it loads
+    epoch: int = 0  # the current one
+    reason: str = ""  # redundancy or balance
+    layers: dict[int, int] = {}  # MoE layer -> number of experts loaded in it
+    loads: dict[int, int] = {}  # rank -> number of experts that it loads
     slots: int = 0  # experts loaded in all
     bytes_moved: int = 0
     imbalance_before: float | None = None  # the busiest rank's load over the mean; None: not measured yet
     imbalance_after: float | None = None
-    unfinished: bool = False  # more is to come: the budget of one change does not suffice
-    unasked: bool = False  # the background is about to do it by itself
-    waits: bool = False  # for what goes on now
+    unfinished: bool = False  # more steps follow: one change's byte budget is too small
+    unasked: bool = False  # it is about to happen in the background anyway
+    waits: bool = False  # the cluster is not quiet: it starts afterwards
     refused: str = ""
 
     @property
@@ -49,7 +49,7 @@ class RebalancePlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def plan_rebalance(state: ClusterState, now: float) -> RebalancePlan:
-    """Return what asking for a rebalance would do, from this state on. Pure; changes nothing."""
+    """Return what a rebalance request would do from this state. Pure; changes nothing."""
     if state.config is None or state.view is None or not state.view.members:
         return RebalancePlan(refused="the cluster is still starting: it has no view yet")
     config, view = state.config, state.view
@@ -80,7 +80,7 @@ def plan_rebalance(state: ClusterState, now: float) -> RebalancePlan:
 def request_rebalance(
     store: Store, cluster: str, by: str = "", clock: Callable[[], float] = time.time
 ) -> RebalancePlan:
-    """Ask for a rebalance now; return what it does if nothing changes first. PlanRefused says why it is refused."""
+    """Request a rebalance now; return what it does if nothing changes first. PlanRefused: it is refused."""
     keys, now = Keys(cluster), clock()
     revision, items = store.range(keys.prefix)
     state = state_from(items, revision)
@@ -94,5 +94,5 @@ def request_rebalance(
 
 
 def _request(state: ClusterState, now: float) -> RebalanceRequest:
-    """A request that is later than the view, whoever's clock is behind."""
+    """A request with a time later than the view's, even if our clock is behind."""
     return RebalanceRequest(at=max(now, state.view.staged + 0.001) if state.view is not None else now)

@@ -1,7 +1,7 @@
-"""How evenly measured load falls on ranks, and exchanges of experts that even it out. Pure and deterministic.
+"""Load balance: the imbalance of a placement, and a better placement. Pure and deterministic.
 
-A replica is taken to get an equal part of its expert's load: so `workers/exchange/router.py` chooses among holders. A
-layer is as slow as its busiest rank, so imbalance is that rank's load over the mean rank's, averaged over the layers.
+Each replica is assumed to get an equal part of its expert's load, as `workers/exchange/router.py` distributes it. A
+layer is as slow as its busiest rank, so imbalance is the busiest rank's load over the mean, averaged over the layers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from membership.placement.local_search import LocalSearch
 from membership.placement.plan import Loads, held_by, host_numbers, placement_of
 from membership.store.records import Placement
 
-PRIOR = 0.02  # part of the mean load that every expert is taken to have at least: nothing is for free
+PRIOR = 0.02  # each expert counts for at least this part of the mean load: an idle one may become busy
 
 
 def imbalance(placement: Placement, loads: Loads) -> float:
@@ -28,10 +28,10 @@ def imbalance(placement: Placement, loads: Loads) -> float:
 def balanced(
     placement: Placement, loads: Loads, nodes: Mapping[int, str], redundancy: float, most_moves: int
 ) -> Placement:
-    """Return a better placement that `most_moves` loads of one expert lead to; the same one if there is none.
+    """Return a better placement within `most_moves` expert loads; the same placement if there is none.
 
-    Experts are exchanged between ranks, and replicas beyond the redundancy's whole part go from cold experts to hot
-    ones. No rank's number of slots changes, no expert comes to live on fewer hosts than two (or than it does now).
+    Ranks swap experts, and replicas beyond the redundancy's whole part go from cold experts to hot ones. No rank's
+    number of slots changes, and no expert ends on fewer than two hosts (or fewer than it has now).
     """
     order = sorted(placement)
     weights = _weights(loads)
@@ -69,10 +69,10 @@ def _uneven(holds: NDArray[np.bool_], weights: NDArray[np.float64]) -> NDArray[n
 
 
 def cut(current: Placement, wanted: Placement, moe_layers: int, experts: int, most_moves: int) -> Placement:
-    """Return how far `most_moves` loads lead from one placement to the other: experts with fewest replicas come first.
+    """Return the placement after the first `most_moves` loads from `current` to `wanted`, fewest replicas first.
 
-    A rank gives an expert up only once that leaves it as many replicas as it is to have; with all loads done, the
-    result is `wanted`.
+    A rank drops an expert only if the expert keeps its wanted number of replicas. With enough loads the result is
+    `wanted`.
     """
     order = sorted(wanted)
     now = held_by(moe_layers, experts, order, current)

@@ -1,4 +1,7 @@
-"""Steps that lower the load of each layer's busiest rank, in all layers at once, since numpy pays per call. Pure."""
+"""Local search: moves that lower the load of each layer's busiest rank. Pure.
+
+All layers are searched at once, because numpy's cost is per call.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,9 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-EVEN = 1.05  # a layer whose busiest rank has so many times the mean is left alone
-PARTNERS = 8  # so many of the least busy ranks are tried for an exchange
-WORTH = 0.99  # a step must bring the busiest rank's load down to so much of it, and bring nobody else above that
+EVEN = 1.05  # a layer is balanced if its busiest rank has at most this times the mean load
+PARTNERS = 8  # number of least busy ranks tried as partners of an exchange
+WORTH = 0.99  # accept a move only if the new peak load is at most this part of the old peak
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -19,7 +22,7 @@ Kind = TypeVar("Kind", bound=np.generic)
 
 
 class Swap(NamedTuple):
-    """Changes of slots, one or two for each of some layers: in `layer`, slot `slot` of `row` has `new` for `old`."""
+    """Slot changes: in `layer`, slot `slot` of rank `row` changes from expert `old` to `new`. Equal lengths."""
 
     layer: Ints
     row: Ints
@@ -29,16 +32,16 @@ class Swap(NamedTuple):
 
 
 class _Options(NamedTuple):
-    """The best change of one kind for each layer that was looked at: what it leaves the ranks it touches at most."""
+    """The best move of one kind per layer. `cost`: the highest load among the ranks it touches, afterwards."""
 
     cost: Floats
     swaps: tuple[Swap, ...]
 
 
 class LocalSearch:
-    """Layers being evened out. A rank keeps its number of slots: `slots` has what each holds (-1: no such slot).
+    """A search in progress. `slots` [layer, row, slot]: the expert held (-1: no such slot); slot counts never change.
 
-    `floor` is the least number of replicas; where `exchanges` is false, steps that move two experts are left out.
+    `floor`: the minimum number of replicas of an expert. `exchanges`: whether moves of two experts are allowed.
     """
 
     def __init__(self, holds: Bools, weights: Floats, hosts: Ints, floor: int, *, exchanges: bool) -> None:
@@ -55,7 +58,7 @@ class LocalSearch:
         self.load = self._loads(np.arange(len(holds)))
 
     def steps(self) -> Iterator[Swap]:
-        """Do and tell step after step, at most one a layer at a time, until no layer gets better."""
+        """Apply and yield moves, at most one per layer in each, until no layer improves."""
         at = np.arange(len(self.load))
         while (at := at[self.load[at].max(axis=1) > EVEN * self.load[at].mean(axis=1)]).size:
             peak = self.load[at].max(axis=1)
@@ -87,7 +90,7 @@ class LocalSearch:
         self.load[at] = self._loads(at)
 
     def _exchange(self, at: Ints, share: Floats) -> _Options:
-        """The busiest rank gives an expert for a lighter one, such that the two come closest to each other."""
+        """The busiest rank swaps an expert for a lighter one, so that the higher load of the two is lowest."""
         load, each = self.load[at], np.arange(at.size)
         busy = load.argmax(axis=1)
         others = np.argsort(load, axis=1, kind="stable")[:, :PARTNERS]
@@ -107,7 +110,7 @@ class LocalSearch:
         return _Options(higher[each, best], (there, back))
 
     def _may_go(self, at: Ints, expert: Ints, row: Ints, to: Ints) -> Bools:
-        """Whether `row` could give what it has to `to`, and it keeps its hosts, or two of them."""
+        """Whether `row` may give `expert` to `to`: the expert must keep its number of hosts, or at least two."""
         layer = at[:, None, None]
         may = (expert >= 0) & ~self.holds[layer, to, expert]
         if self.on_host.shape[1] > 1:
@@ -118,7 +121,7 @@ class LocalSearch:
         return may
 
     def _extra_replica(self, at: Ints, share: Floats) -> _Options:
-        """The busiest rank's hottest expert gets one more replica, in place of a replica that its expert can spare."""
+        """The busiest rank's hottest expert gets one more replica, in the slot of a replica that can be spared."""
         load, slots, each = self.load[at], self.slots[at], np.arange(at.size)
         busy, replicas = load.argmax(axis=1), self.replicas[at]
         mine = slots[each, busy]
@@ -130,7 +133,7 @@ class LocalSearch:
             & _of(spare, slots)
             & ~self.holds[at[:, None], np.arange(load.shape[1]), hot[:, None]][..., None]
         )
-        if self.on_host.shape[1] > 1:  # it would be on one host only
+        if self.on_host.shape[1] > 1:  # the expert would be left on one host
             there = self.on_host[at[:, None, None], self.hosts[:, None], slots] == 1
             may &= ~(there & (_of((self.on_host[at] > 0).sum(axis=1), slots) == 2))
         grown = self.weights[at] / np.maximum(replicas - 1, 1)  # share of an expert with one replica less
@@ -146,7 +149,7 @@ class LocalSearch:
 
 
 def _of(values: NDArray[Kind], experts: Ints) -> NDArray[Kind]:
-    """Each expert's value in its layer; that of -1 means nothing."""
+    """Return each expert's value in its layer; undefined for -1."""
     found: NDArray[Kind] = np.take_along_axis(values, experts.reshape(len(experts), -1), axis=1)
     return found.reshape(experts.shape)
 

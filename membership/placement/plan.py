@@ -1,10 +1,10 @@
-"""Which rank holds which experts: coverage first, then balance, then fewest moves. Pure and deterministic.
+"""The placement of experts on ranks: coverage first, then balance, then fewest moves. Pure and deterministic.
 
-Every layer has the same number of slots: `redundancy` per expert, at most one per rank. Each expert gets the whole
-part of the redundancy as replicas on distinct ranks, and on two hosts or more wherever the hosts' slots allow; what is
-left over goes where loads need it. Ranks get equal numbers of slots (within one, in each layer and over all), and keep
-what they hold now as far as that allows: when a rank joins it takes its share and little else moves. After a loss
-`repair` moves orphans only: redundancy and balance come back later (`membership/planning/rebalance.py`).
+Each layer has `redundancy` slots per expert, at most one per rank. An expert gets the whole part of the redundancy as
+replicas on distinct ranks, on two or more hosts where there is room; the remaining slots go to the hottest experts.
+Ranks have equal numbers of slots (within one, per layer and in total) and keep what they hold as far as possible: a
+rank that joins takes its share, and little else moves. After a loss, `repair` places orphaned experts only; redundancy
+and balance come back later (`membership/planning/rebalance.py`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from membership.store.records import Placement
 Loads = Sequence[Sequence[float]]
 """For each MoE layer, how much work each expert had."""
 
-MANY = 4000  # missing replicas that are dealt out rather than placed one by one with care
+MANY = 4000  # above this number of missing replicas, bulk fill comes first
 _ROUNDING = 1e-9  # 1.1 * 10 slots are 11, whatever the floating point says
 
 
@@ -36,19 +36,19 @@ class Move(NamedTuple):
 
 
 class Coverage(NamedTuple):
-    """How well live ranks hold the experts: the fewest replicas of any, and the (layer, expert) pairs without one."""
+    """How well live ranks cover the experts: the fewest live replicas, and the (layer, expert) pairs with none."""
 
     min_live_replicas: int
     uncovered: tuple[tuple[int, int], ...]
 
 
 def max_ranks_allowed(experts: int, redundancy: float) -> int:
-    """Return how many ranks can hold at least one expert of each layer."""
+    """Return the largest number of ranks that can each hold an expert of each layer."""
     return int(experts * redundancy + _ROUNDING)
 
 
 def refusal(experts: int, redundancy: float, ranks: int) -> str:
-    """Return why this many ranks cannot share the experts, or "" if they can."""
+    """Return why the experts cannot be placed on this number of ranks, or "" if they can."""
     if experts < 1:
         return f"a model with {experts} experts per layer cannot be placed"
     if not 1 <= redundancy < math.inf:
@@ -73,9 +73,10 @@ def plan(
     loads: Loads | None = None,
     nodes: Mapping[int, str] | None = None,
 ) -> Placement:
-    """Return who is to hold what. `current` has only what live ranks hold; a rank that is not in it holds nothing.
+    """Return the placement on `ranks`. `current`: what live ranks hold; a rank that is not in it holds nothing.
 
-    `nodes` says on which host each rank is; without it all are on one.
+    `loads` [layer][expert]: measured load; None: equal. `nodes`: rank -> host; None: all on one host. PlanRefused if
+    the experts cannot be placed.
     """
     reason = refusal(experts, redundancy, len(ranks))
     if reason:
@@ -106,7 +107,7 @@ def plan(
 
 
 def repair(moe_layers: int, experts: int, current: Placement) -> Placement:
-    """Return the least that covers every expert again: what live ranks hold, and the orphans on who holds least."""
+    """Return what live ranks hold plus each orphaned expert on the rank that holds least: the smallest full cover."""
     order = sorted(current)
     holds = held_by(moe_layers, experts, order, current)
     total = holds.sum(axis=(0, 2))
@@ -143,10 +144,10 @@ def held_by(moe_layers: int, experts: int, order: Sequence[int], current: Placem
 
 
 class _OddSlots:
-    """Slots per layer rarely divide by the ranks. Says who gets the odd ones, such that they even out over all layers.
+    """Assigns the odd slots (slots per layer modulo ranks), so that ranks have equal numbers over all layers.
 
-    Each rank has a budget of odd slots; within it, layers prefer who holds one now. A rank whose budget is as large as
-    the number of layers left must get one in each: so all budgets come out exactly.
+    Each rank has a budget of odd slots. Within it, a layer prefers ranks that hold an odd slot now. A rank whose budget
+    equals the number of layers left gets one in each, so all budgets are spent exactly.
     """
 
     def __init__(self, slots: int, size: NDArray[np.int64]) -> None:
@@ -158,7 +159,7 @@ class _OddSlots:
         self.budget[np.argsort(-self.extra.sum(axis=0), kind="stable")[:rest]] += 1
 
     def capacity(self, layer: int) -> NDArray[np.int64]:
-        """Return how many slots each rank gets in this layer; layers are asked for in order."""
+        """Return [row]: each rank's slots in this layer. To be called once per layer, in order."""
         forced = self.budget == self.layers - layer
         order = np.lexsort((-self.budget, ~self.extra[layer], ~forced, self.budget == 0))
         capacity = np.full(self.budget.size, self.whole, dtype=np.int64)
@@ -168,7 +169,7 @@ class _OddSlots:
 
 
 class _Layer:
-    """One layer being planned. `holds[row, expert]` is changed in place from what is to what shall be."""
+    """One layer being planned. `holds` [row, expert] is changed in place from current to planned."""
 
     def __init__(
         self,
@@ -190,25 +191,25 @@ class _Layer:
         self.rows_of = rows_of.astype(np.float64)  # [host, row]
         self.meets = np.zeros((self.rows, self.rows), dtype=np.int64)  # replicas placed together: spread them evenly
 
-        self._look()
+        self._recount()
 
-    def _look(self) -> None:
-        """Count what is there."""
+    def _recount(self) -> None:
+        """Count sizes, loads and replicas per host."""
         self.size = self.holds.sum(axis=1)
-        held = self.holds.astype(np.float64)  # numpy multiplies no other kind of matrices fast
+        held = self.holds.astype(np.float64)  # numpy multiplies float matrices fastest
         self.load: NDArray[np.float64] = held @ self.share
         self.on_host = (self.rows_of @ held).astype(np.int64)  # replicas on each host
 
     def drop(self) -> None:
-        """Drop what is too much."""
+        """Drop surplus replicas."""
         for expert in np.flatnonzero(self.holds.sum(axis=0) > self.replicas).tolist():
             self._drop_surplus(expert)
         for row in np.flatnonzero(self.size > self.capacity).tolist():
             self._shrink(row)
 
     def place(self) -> None:
-        """Place what is missing."""
-        self._look()
+        """Place missing replicas."""
+        self._recount()
         missing = self.replicas - self.holds.sum(axis=0)
         for expert in np.argsort(-self.share, kind="stable").tolist():
             for _ in range(missing[expert]):
@@ -218,7 +219,7 @@ class _Layer:
                 self._spread(expert)
 
     def _drop_surplus(self, expert: int) -> None:
-        """Take an expert from its fullest holders until it has as many replicas as it shall."""
+        """Drop an expert from its fullest holders until it has its planned number of replicas."""
         holders = np.flatnonzero(self.holds[:, expert])
         for _ in range(holders.size - int(self.replicas[expert])):
             alone = self.on_host[self.hosts[holders], expert] == 1
@@ -227,7 +228,7 @@ class _Layer:
             holders = holders[holders != row]
 
     def _shrink(self, row: int) -> None:
-        """Take from a rank what is above its share: experts with the most replicas left, so that losses spread."""
+        """Drop a rank's experts above its capacity: those with the most replicas left."""
         excess = int(self.size[row] - self.capacity[row])
         mine = np.flatnonzero(self.holds[row])
         left = self.holds[:, mine].sum(axis=0) - self.replicas[mine]
@@ -236,8 +237,8 @@ class _Layer:
             self._set(row, expert, False)
 
     def _place(self, expert: int) -> None:
-        """Give an expert one more replica: on a host without it, then on the rank with most room, least load, fewest
-        experts shared already."""
+        """Add a replica: preferably on a host without one, then on the rank with most room, least load, and fewest
+        experts in common with the other holders."""
         lacks = ~self.holds[:, expert]
         room = self.capacity - self.size
         able = np.flatnonzero(lacks & (room > 0))
@@ -251,9 +252,9 @@ class _Layer:
         self._give(int(best), expert)
 
     def _swap_in(self, expert: int, lacking: NDArray[np.int64], roomy: int) -> None:
-        """All room is on ranks that hold the expert already: a full rank takes it, and hands one of its own on.
+        """Only ranks that hold the expert have room: a full rank takes it, and hands another expert to one of them.
 
-        There always is one to hand on: a full rank holds at least as many as one with room, and not this expert.
+        Such an expert always exists: a full rank holds at least as many experts as one with room, and not this one.
         """
         host = int(lacking[np.lexsort((lacking, self.load[lacking]))[0]])
         able = np.flatnonzero(self.holds[host] & ~self.holds[roomy])
@@ -263,7 +264,7 @@ class _Layer:
         self._give(host, expert)
 
     def _spread(self, expert: int) -> None:
-        """Bring one replica of an expert that lives on one host to another, from whichever holder can let go."""
+        """Move one replica of an expert that is on a single host to another host, from any holder that can."""
         if (self.on_host[:, expert] > 0).sum() > 1:
             return  # another expert's exchange did it
         for start in np.flatnonzero(self.holds[:, expert])[::-1].tolist():
@@ -271,10 +272,10 @@ class _Layer:
                 return
 
     def _exchange_round(self, start: int, expert: int) -> bool:
-        """Bring the expert to another host by the shortest chain of exchanges; False if there is none.
+        """Move the expert to another host by the shortest cycle of exchanges; False if there is none.
 
-        The expert leaves `start` for a rank elsewhere, which hands one of its own on, and so on back to `start`. No
-        expert in the chain ends on fewer hosts than two (or than it had).
+        The expert goes from `start` to a rank on another host, which hands an expert on, and so on back to `start`. No
+        expert in the cycle ends on fewer than two hosts (or fewer than it had).
         """
         away = np.flatnonzero(self.hosts != self.hosts[start])
         came: dict[int, tuple[int, int]] = {int(row): (-1, expert) for row in away}  # row -> (from, what it takes)
@@ -297,7 +298,7 @@ class _Layer:
         return False
 
     def _may_go(self, row: int, to: int) -> list[int]:
-        """Experts that `row` could hand to `to`, the least loaded first."""
+        """Experts that `row` may hand to `to`, least loaded first."""
         able = np.flatnonzero(self.holds[row] & ~self.holds[to])
         if self.hosts[row] != self.hosts[to]:
             had = (self.on_host[:, able] > 0).sum(axis=0)
@@ -306,7 +307,7 @@ class _Layer:
         return [int(e) for e in able[np.argsort(self.share[able], kind="stable")]]
 
     def _follow(self, came: dict[int, tuple[int, int]], start: int, expert: int) -> None:
-        """Do the chain of exchanges that ends at `start`."""
+        """Apply the cycle of exchanges that ends at `start`."""
         steps: list[tuple[int, int, int]] = []  # (from, to, expert)
         to = start
         while came[to][0] >= 0:
@@ -331,7 +332,7 @@ class _Layer:
 
 
 def coverage(placement: Placement, live_ranks: Iterable[int], experts: int | None = None) -> Coverage:
-    """Return how well `live_ranks` cover all experts of `placement` (of the model, if its number is given)."""
+    """Return how `live_ranks` cover the experts of `placement`, or of a model with this number of experts per layer."""
     live = set(live_ranks) & placement.keys()
     pairs = {(layer, e) for held in placement.values() for layer, row in enumerate(held) for e in row}
     if experts is not None:
@@ -346,7 +347,7 @@ def coverage(placement: Placement, live_ranks: Iterable[int], experts: int | Non
 
 
 def moves(before: Mapping[int, tuple[tuple[int, ...], ...]], after: Placement) -> list[Move]:
-    """Return what ranks must load to get from one placement to the other, in order of rank, layer and expert."""
+    """Return the expert loads that lead from one placement to the other, sorted by rank, layer and expert."""
     found: list[Move] = []
     for rank in sorted(after):
         old = before.get(rank, ())

@@ -1,4 +1,4 @@
-"""What a placement survives: whose death would leave an expert without a replica, and what it would take. Pure."""
+"""Which deaths a placement survives, and the redundancy needed to survive any one. Pure."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from membership.store.records import Placement
 
 
 class Survivability(msgspec.Struct, frozen=True, kw_only=True):
-    """How many replicas any expert has left at least, and who must not die. Hosts count only where there are two."""
+    """The fewest replicas of any expert now and after a death, and the vital ranks and hosts (if there are two)."""
 
-    min_replicas: int  # with everybody alive
-    after_rank_loss: int  # the fewest, after the worst death of one rank
-    after_host_loss: int | None  # of one host with all its ranks; None: all ranks are on one host
+    min_replicas: int  # while all ranks live
+    after_rank_loss: int  # after the worst death of one rank
+    after_host_loss: int | None  # after the worst death of one host; None: all ranks are on one host
     vital_ranks: tuple[int, ...] = ()  # the death of any of them leaves an expert without a replica
     vital_hosts: tuple[str, ...] = ()
 
 
 def survivability(placement: Placement, nodes: Mapping[int, str], moe_layers: int, experts: int) -> Survivability:
-    """Return what the placement survives."""
+    """Return which deaths the placement survives. `nodes`: rank -> host."""
     order = sorted(placement)
     holds = held_by(moe_layers, experts, order, placement)
     total = holds.sum(axis=1)
@@ -42,7 +42,7 @@ def survivability(placement: Placement, nodes: Mapping[int, str], moe_layers: in
 
 
 def needed_redundancy(nodes: Mapping[int, str], experts: int, *, hosts: bool = False) -> float | None:
-    """Return the least whole redundancy with which any one rank (or host) may die; None if no redundancy suffices."""
+    """Return the smallest whole redundancy that survives the death of any one rank (or host); None if none does."""
     if len(set(nodes.values()) if hosts else nodes) < 2:
         return None
     for redundancy in range(2, len(nodes) + 1):
@@ -55,7 +55,7 @@ def needed_redundancy(nodes: Mapping[int, str], experts: int, *, hosts: bool = F
 
 
 def needed_slots(nodes: Mapping[int, str], moe_layers: int, experts: int, *, hosts: bool = False) -> int | None:
-    """The same as slots over all ranks and layers."""
+    """Return that redundancy as the number of slots over all ranks and layers."""
     redundancy = needed_redundancy(nodes, experts, hosts=hosts)
     return None if redundancy is None else int(redundancy) * experts * moe_layers
 

@@ -1,7 +1,7 @@
-"""The size of a cluster that follows its agents (`--follow-agents`): so many ranks for each node that joined. Pure.
+"""The size of a cluster with `--follow-agents`: N ranks per node. Pure.
 
-A node counts from when its agent first registers until its agent says that it leaves. An agent that is merely gone is a
-fault: its ranks stay wanted, and somebody else runs them, or it does when it is back.
+A node counts from when its agent first registers until its agent announces that it leaves. An agent that disappears
+without that is a fault: its ranks stay desired, and run on other nodes or, once it is back, on its own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from membership.store.records import Desired
 
 
 def desired_by_agents(facts: ClusterFacts) -> Desired | None:
-    """What the agents make desired, if that is something new."""
+    """Return the desired state that the registered agents imply, if it differs from the current one."""
     per_agent, agents, before = facts.config.follow_agents, facts.state.agents, facts.desired
     if not per_agent or facts.state.active is not None or facts.state.paused(facts.now):
         return None

@@ -1,9 +1,9 @@
-"""Who serves, who is on the way, who is wanted: the facts that the planner's rules decide from. Pure; no rule in here.
+"""Which ranks serve, start or are wanted: the facts that the planner's rules decide from. Pure; no rules in here.
 
-A rank counts as alive for as long as it is assigned: once the controller has taken it out of its node's assignment, it
-never counts again, whatever its records say later. A member is *dead* once its agent reported its exit, or the engine
-masked it, or its node has another agent now. Missing records never are enough: leases run out of ranks that serve well,
-all at once where the store or a machine was held up. The engine, which probes members without a record, knows better.
+A rank can be alive only while it is assigned. Once the controller has unassigned it, it never counts as alive again,
+whatever its records say later. A member is *dead* once its agent reported its exit, the engine masked it, or its node
+has another agent. A missing record is not enough: leases of healthy ranks expire, all at once, when the store or a
+machine was stalled. The engine probes members directly, so its mask is what counts.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from functools import cached_property
 from itertools import chain, islice
 
 from membership.base.errors import ConfigError
+from membership.base.rank_id import RankId
 from membership.base.timing import VACATE_S
 from membership.placement.plan import max_ranks_allowed, refusal
 from membership.store.phases import before_commit
@@ -32,7 +33,7 @@ from membership.store.records import (
 
 @dataclass(frozen=True)
 class Newcomer:
-    """A rank that is assigned but not in the view. `trouble` says why it will never be; "" if it still may."""
+    """A rank that is assigned but not in the view. `trouble`: why it can never join it; "" if it can."""
 
     member: Member
     registered: bool
@@ -41,7 +42,7 @@ class Newcomer:
 
 @dataclass(frozen=True)
 class ClusterFacts:
-    """One cluster state, looked at."""
+    """The facts of one cluster state at one time."""
 
     state: ClusterState
     now: float
@@ -55,7 +56,7 @@ class ClusterFacts:
 
     @cached_property
     def desired(self) -> Desired:
-        """What is asked for."""
+        """What operators (or the number of agents) ask for."""
         return self.state.desired or Desired(ranks=0)
 
     @cached_property
@@ -70,12 +71,12 @@ class ClusterFacts:
 
     @cached_property
     def operation(self) -> Operation | None:
-        """The operation that may still be rolled back, if one is under way."""
+        """The active operation that can still be rolled back, if any."""
         return next((op for op in self._active if before_commit(op)), None)
 
     @cached_property
     def finishing(self) -> Operation | None:
-        """The operation that is committed and not yet done, if any."""
+        """The active operation that is committed but not yet done, if any."""
         return next((op for op in self._active if not before_commit(op)), None)
 
     @cached_property
@@ -84,7 +85,7 @@ class ClusterFacts:
 
     @cached_property
     def assigned(self) -> dict[int, tuple[str, RankSpec]]:
-        """rank -> (node, spec), from the assignments that are for their node's present agent."""
+        """rank -> (node, spec), from the assignments that are addressed to their node's current agent."""
         return {
             spec.rank: (node, spec)
             for node, assignment in sorted(self.state.assignments.items())
@@ -93,23 +94,23 @@ class ClusterFacts:
         }
 
     def addressed(self, assignment: Assignment) -> bool:
-        """Whether the assignment is for the agent that the node has now (or had last)."""
+        """Whether the assignment is for the node's current (or last) agent."""
         agent = self.state.agents.get(assignment.node)
         return agent is None or agent.started == assignment.agent_started
 
     @cached_property
     def leaving(self) -> frozenset[str]:
-        """Nodes that are to be relieved of their ranks: their agents ask for it, and somebody lives elsewhere."""
+        """Nodes whose ranks are to move away: their agents ask for it, and some member is alive on another node."""
         asking = {node for node, agent in self.state.agents.items() if agent.leaving}
         return frozenset(asking) if any(m.node not in asking for m in self.alive) else frozenset()
 
     def record(self, member: Member) -> RankRecord | None:
-        """What the member's agent says of it."""
-        return self.state.ranks.get((member.rank, member.incarnation))
+        """The member's record, as its agent published it."""
+        return self.state.ranks.get(member.id)
 
     @cached_property
     def masked(self) -> frozenset[int]:
-        """Ranks of the view that the present engine has taken out of use."""
+        """Ranks of the view that the current engine has masked."""
         status = self.state.engine_status
         current = status is not None and status.token == self.state.engine_token and status.epoch == self.view.epoch
         return frozenset(status.masked) if status is not None and current else frozenset()
@@ -123,25 +124,23 @@ class ClusterFacts:
         return not self.ended(member) and member.rank not in self.masked
 
     def ended(self, member: Member) -> bool:
-        """Whether it certainly does not run, or must not: its exit is known, or nobody is to run it any more."""
+        """Whether it certainly does not run, or must not: its exit is known, or it is no longer assigned."""
         node, spec = self.assigned.get(member.rank, ("", None))
         if spec is None or (node, spec.incarnation) != (member.node, member.incarnation):
             return True
         return self.exited(member)
 
     def exited(self, member: Member) -> bool:
-        """Whether its agent saw it die."""
+        """Whether its agent reported its exit."""
         last = self.state.exits.get(member.rank)
         return last is not None and last.incarnation == member.incarnation
 
     @cached_property
     def newcomers(self) -> dict[int, Newcomer]:
         """Assigned ranks that are not members."""
-        known = {(m.rank, m.incarnation) for m in self.members}
+        known = {m.id for m in self.members}
         return {
-            rank: self._newcomer(node, spec)
-            for rank, (node, spec) in self.assigned.items()
-            if (rank, spec.incarnation) not in known
+            rank: self._newcomer(node, spec) for rank, (node, spec) in self.assigned.items() if spec.id not in known
         }
 
     def _newcomer(self, node: str, spec: RankSpec) -> Newcomer:
@@ -157,11 +156,11 @@ class ClusterFacts:
         elif not registered and self.now >= spec.launched + limit:
             trouble = f"rank {member.rank} did not register within {limit:g} s of its launch"
         elif record is not None and self._differs(record):
-            trouble = f"rank {member.rank} computes with another kernel than the others ({record.fingerprint})"
+            trouble = f"rank {member.rank} uses another kernel than the other ranks ({record.fingerprint})"
         return Newcomer(member, registered, trouble)
 
     def _differs(self, record: RankRecord) -> bool:
-        """Whether its kernel fingerprint would let outputs differ from what the serving ranks compute."""
+        """Whether its kernel fingerprint differs from a serving rank's, so that outputs could differ."""
         if self.config.exactness != "invariant" or not record.fingerprint:
             return False
         others = (self.record(m) for m in self.alive)
@@ -169,13 +168,13 @@ class ClusterFacts:
 
     @cached_property
     def target(self) -> int:
-        """How many ranks to aim at: what is desired, as far as it can be."""
+        """The number of ranks to aim for: the desired number, within the cluster's limits."""
         config = self.config
         return max(1, min(self.desired.ranks, config.max_ranks, max_ranks_allowed(config.experts, config.redundancy)))
 
     @cached_property
     def keep(self) -> tuple[Member, ...]:
-        """Live members that shall stay: the lowest ranks, if there are too many."""
+        """Live members to keep: the lowest ranks, if there are too many."""
         staying = tuple(m for m in self.alive if m.node not in self.leaving)
         if self._settled:
             return tuple(m for m in staying if m.rank in self.desired.slots)
@@ -183,14 +182,14 @@ class ClusterFacts:
 
     @cached_property
     def relieved(self) -> tuple[Member, ...]:
-        """Live members whom their node is to be relieved of."""
+        """Live members on nodes that are leaving."""
         return tuple(m for m in self.alive if m.node in self.leaving)
 
     @cached_property
     def fill(self) -> tuple[int, ...]:
-        """Slots that shall get a new rank, never drained ones: those named, then those there were, then the lowest.
+        """Slots to fill with a new rank: those the operation names, then earlier ones, then the lowest free ones.
 
-        An operation steers clear of quarantined slots; a repair never does.
+        Never a drained slot. An operation avoids quarantined slots; a repair does not.
         """
         kept = {m.rank for m in self.keep}
         if self._settled:
@@ -204,7 +203,7 @@ class ClusterFacts:
 
     @cached_property
     def _settled(self) -> bool:
-        """Whether the slots were chosen already (and no operation is choosing others)."""
+        """Whether the cluster's slots are fixed, and no operation is changing them."""
         return self.operation is None and len(self.desired.slots) == self.target
 
     @cached_property
@@ -214,13 +213,13 @@ class ClusterFacts:
 
     @cached_property
     def coming(self) -> dict[int, Newcomer]:
-        """Newcomers that are wanted where they are."""
+        """Newcomers in slots that are to be filled, on nodes that stay."""
         found = {slot: self.newcomers[slot] for slot in self.fill if slot in self.newcomers}
         return {slot: n for slot, n in found.items() if n.member.node not in self.leaving}
 
     @cached_property
     def flipped(self) -> bool:
-        """Whether no engine uses an older view any more."""
+        """Whether the engine (if there is one) uses the committed view."""
         status = self.state.engine_status
         if self.state.engine is None:
             return True
@@ -228,28 +227,27 @@ class ClusterFacts:
 
     @cached_property
     def surplus(self) -> tuple[Member, ...]:
-        """Assigned ranks that nobody wants any more."""
+        """Assigned ranks that are no longer wanted."""
         return tuple(n.member for rank, n in sorted(self.newcomers.items()) if rank not in self.coming)
 
     @cached_property
-    def lingering(self) -> tuple[tuple[int, int], ...]:
-        """Ranks that have left the view and the assignments, and have not ended yet."""
-        known = {(m.rank, m.incarnation) for m in self.members}
-        known |= {(spec.rank, spec.incarnation) for _, spec in self.assigned.values()}
+    def lingering(self) -> tuple[RankId, ...]:
+        """Ranks that are out of the view and the assignments but have not ended yet."""
+        known = {m.id for m in self.members} | {spec.id for _, spec in self.assigned.values()}
         return tuple(sorted(key for key in self.state.ranks if key not in known))
 
     @cached_property
     def unprepared(self) -> tuple[Member, ...]:
-        """Members of the staged view that have not prepared it."""
+        """Members of the staged view that have not prepared it yet."""
         staged = self.state.next.members if self.state.next else ()
         revision = self.state.next_revision
         return tuple(m for m in staged if (r := self.record(m)) is None or r.prepared_revision != revision)
 
     @cached_property
     def vacated_by(self) -> float:
-        """When requests that the engine still moves off ranks that the staged view leaves out hold it up no longer.
+        """When the commit stops waiting for requests to migrate off departing ranks; 0.0 if it need not wait.
 
-        In the past if there are none. A repair waits for nobody, and no operation is held up past its deadline.
+        A repair never waits, and no operation waits past its deadline.
         """
         state, status = self.state, self.state.engine_status
         staged = state.next
@@ -267,14 +265,14 @@ class ClusterFacts:
 
     @cached_property
     def failed(self) -> dict[Member, str]:
-        """Members of the staged view that could not prepare it, and why."""
+        """Members of the staged view that failed to prepare it, and why."""
         records = {m: self.record(m) for m in self.unprepared}
         revision = self.state.next_revision
         return {m: r.prepare_error for m, r in records.items() if r is not None and r.failed_revision == revision}
 
 
 def scale_refusal(config: ClusterConfig, ranks: int) -> str:
-    """Return why the cluster cannot have this many ranks, or "" if it can."""
+    """Return why the cluster cannot have this number of ranks, or "" if it can."""
     if ranks > config.max_ranks:
         return f"{ranks} ranks are more than the {config.max_ranks} that the cluster was started for (--max-ranks)"
     return refusal(config.experts, config.redundancy, ranks)

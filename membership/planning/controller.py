@@ -1,8 +1,8 @@
-"""The controller: whoever is elected looks at the cluster and does what the planner says, until it is no longer leader.
+"""The controller: the elected one reads the cluster's state, and applies what the planner returns, while it leads.
 
-A thin loop. Everything it writes goes through `transaction`: the store itself checks that we still lead and that what
-is replaced is what we looked at. So a controller that was stopped for a while, or one that missed a change, changes
-nothing; and a write whose answer was lost is simply looked for again.
+A thin loop. Each write is one `transaction`, in which the store checks that we still lead and that what we replace is
+what we read. So a controller that was stopped for a while, or missed a change, changes nothing; and if the answer to a
+write is lost, the next state shows whether it took effect.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from membership.store.lease import LeaseKeeper
 from membership.store.mirror import Mirror
 from membership.store.records import ClusterState, Counter, LeaderRecord, Record
 
-LOOK_S = 0.5  # between looks at a quiet cluster; also bounds how late a stop is noticed
-PAUSE_S = 0.2  # after an answer that did not come
+LOOK_S = 0.5  # between two reads of a quiet cluster; a stop is noticed within this
+PAUSE_S = 0.2  # after a call that the store did not answer
 REMIND_S = 60.0
 
 log = structlog.get_logger(__name__)
 
 
 def transaction(effect: Effect, state: ClusterState, keys: Keys) -> tuple[list[Compare], list[Op]]:
-    """Return the effect as a transaction on the store that `state` was read from; the leader's fence is not in it.
+    """Return the effect as a transaction (without the leader's fence).
 
-    Whatever is written must be unchanged since `state`: its keys must have no later revision than the state's. Views
-    and incarnations must never be given out twice, so these must be at exactly the revisions known, whatever is
-    written: a store that was set back to before our last change of them refuses, even before anybody has noticed.
+    Each key written must be unchanged since `state`: no later revision than the state's. Epochs and incarnations must
+    never be given out twice, so views and the counter must be at exactly the known revisions in every transaction: a
+    store that was set back to before our last change of them refuses it, even before that is detected.
     """
     writes: dict[str, Record | None] = {}
     if effect.commit is not None:
@@ -69,7 +69,7 @@ def transaction(effect: Effect, state: ClusterState, keys: Keys) -> tuple[list[C
 
 
 def edge(effect: Effect) -> str:
-    """What its failpoints are named after: the operation's phase if it moves one, else what it does to the view."""
+    """The name in its failpoints: the phase that an operation enters, else what happens to the view."""
     if effect.operation is not None:
         return effect.operation.phase.value
     if effect.commit is not None:
@@ -85,9 +85,9 @@ def run_controller(
     events: EventLog,
     clock: Callable[[], float] = time.time,
 ) -> None:
-    """Stand by, lead, and stand by again until `stop` is set. Outages of the store are waited out.
+    """Stand by, lead, and stand by again, until `stop` is set. Waits while the store is unavailable.
 
-    A store that was replaced ends it: nothing is decided from other data than those that were lost.
+    A replaced store ends the work: nothing may be decided from other data than the lost ones.
     """
     while not stop.is_set():
         try:
@@ -105,7 +105,7 @@ def run_controller(
 
 
 class Term:
-    """One candidacy and, if it succeeds, the time in office."""
+    """One candidacy and, if it wins, the time as leader."""
 
     def __init__(
         self,
@@ -122,14 +122,14 @@ class Term:
         self._keys = Keys(cluster)
 
     def serve(self) -> None:
-        """Campaign, and lead while we hold the office."""
+        """Campaign, then lead while the election is held."""
         config = self._mirror.state().config
         value = encode(LeaderRecord(node=self._node, pid=os.getpid()))
         with LeaseKeeper(self._store, config.lease_ttl_s if config else LEASE_TTL_S) as keeper:
             election = Election(self._store, self._keys.leader, value, keeper)
             try:
                 with loop_watchdog.watched():
-                    self._hold(election)
+                    self._campaign_and_lead(election)
             except (Fenced, LeaseLost) as error:
                 log.warning("controller_stood_down", cluster=self._cluster, error=str(error))
             if election.token:
@@ -138,7 +138,7 @@ class Term:
                     "leader_left", cluster=self._cluster, node=self._node, token=election.token, fenced=fenced
                 )
 
-    def _hold(self, election: Election) -> None:
+    def _campaign_and_lead(self, election: Election) -> None:
         while not self._stop.is_set() and not election.token:
             loop_watchdog.heartbeat()
             self._campaign(election)
@@ -146,7 +146,7 @@ class Term:
             self._events.emit("leader_elected", cluster=self._cluster, node=self._node, token=election.token)
         while election.held and not self._stop.is_set():
             loop_watchdog.heartbeat()
-            self._look(election)
+            self._reconcile(election)
 
     def _campaign(self, election: Election) -> None:
         failpoints.hit("controller.before.campaign")
@@ -155,8 +155,8 @@ class Term:
         except WaitTimeout as error:
             log.debug("another_controller_leads", cluster=self._cluster, error=str(error))
 
-    def _look(self, election: Election) -> None:
-        """Look once: do what is to be done, or wait for a change or the next due time."""
+    def _reconcile(self, election: Election) -> None:
+        """Reconcile once: apply the effects; if there are none, wait for a change or the next due time."""
         state, now = self._mirror.state(), self._clock()
         effects = self.decide(state, election, now)
         if effects is None:
@@ -175,13 +175,13 @@ class Term:
             self._mirror.poll(state.revision, LOOK_S if at is None else min(LOOK_S, at - now))
 
     def decide(self, state: ClusterState, election: Election, now: float) -> list[Effect] | None:
-        """What is to be done; None while the mirror has yet to see us elected. Fenced: others are."""
+        """Return the effects; None while the mirror has not seen our election yet. Fenced: another one leads."""
         if state.leader_revision > election.token:
             raise Fenced(f"token {election.token} was superseded by {state.leader_revision}")
         return planner.reconcile(state, now) if state.leader_revision == election.token else None
 
     def apply(self, effect: Effect, state: ClusterState, election: Election) -> int:
-        """Do it; return the revision that the mirror must have reached before the next look."""
+        """Apply one effect; return the revision that the mirror must reach before the next decision."""
         compares, ops = transaction(effect, state, self._keys)
         failpoints.hit(f"controller.before.{edge(effect)}")
         result = self._store.txn([election.fence(), *compares], ops, [Get(self._keys.leader)])
@@ -196,7 +196,7 @@ class Term:
         return state.revision + 1
 
     def _report(self, effect: Effect, state: ClusterState, token: int, revision: int) -> None:
-        """Tell the history what was done; of a view also by whom and where, so that its commit can be judged later."""
+        """Write events to the history; a view's with token and revision, so that its commit can be checked later."""
         log.info("effect_applied", cluster=self._cluster, effect=effect.reason)
         operation = effect.operation.id if effect.operation is not None else ""
         for kind, view in (("epoch_committed", effect.commit), ("epoch_staged", effect.stage)):

@@ -1,4 +1,4 @@
-"""The view that follows the present one, given its members: who keeps, loads and drops what. Pure."""
+"""The next view, given its members: what each of them keeps, loads and drops. Pure."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from membership.store.records import Member, Placement, View
 
 
 def next_view(facts: ClusterFacts, members: tuple[Member, ...], *, bare: bool = False) -> View:
-    """The next epoch with these members. `bare`: nobody loads anything, if what members hold covers all experts.
+    """Return the view of the next epoch. `bare`: nothing is loaded if what the members hold covers all experts.
 
-    After a loss its members load the orphans only: redundancy is restored by those who come, or in the background.
+    After a loss members load orphaned experts only. Redundancy comes back with new ranks, or in the background.
     """
     old = {m.rank: facts.view.placement[m.rank] for m in members if m in facts.members}
     config, nodes = facts.config, {m.rank: m.node for m in members}
@@ -28,5 +28,5 @@ def next_view(facts: ClusterFacts, members: tuple[Member, ...], *, bare: bool = 
 
 
 def covers(facts: ClusterFacts, placement: Placement) -> bool:
-    """Whether the placement has a holder for every expert."""
+    """Whether each expert has a holder in the placement."""
     return coverage(placement, placement, facts.config.experts).min_live_replicas >= 1

@@ -1,4 +1,4 @@
-"""On which node a new rank starts: the live agent with the fewest ranks. Pure: the planner's, and of plans."""
+"""Node selection: a new rank starts on the live node with the fewest ranks. Pure; used by the planner and dry runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from membership.planning.cluster_facts import ClusterFacts
 
 
 def room(facts: ClusterFacts) -> dict[str, int]:
-    """node -> how many more ranks it takes, for the live agents that take any."""
+    """node -> free capacity in ranks, for the live agents that have any."""
     running = [node for node, _ in facts.assigned.values()]
     staying = {node: agent for node, agent in sorted(facts.state.agents.items()) if not agent.leaving}
     left = {node: agent.capacity - running.count(node) for node, agent in staying.items()}
@@ -16,7 +16,7 @@ def room(facts: ClusterFacts) -> dict[str, int]:
 
 
 def choose_nodes(facts: ClusterFacts, slots: Iterable[int]) -> dict[int, str]:
-    """slot -> node, for as many of the slots as there is room for, in their order."""
+    """slot -> node, in the order of the slots, until there is no room left."""
     left, running = room(facts), [node for node, _ in facts.assigned.values()]
     found: dict[int, str] = {}
     for slot in slots:

@@ -1,9 +1,11 @@
-"""What the controller should do next: `reconcile(state, now) -> effects`, pure, over the whole life of a cluster.
+"""What the controller should do next: `reconcile(state, now) -> effects`. Pure.
 
-The controller has no memory: everything it needs is in the store, so any controller can go on from any point. Each
-effect is one transaction. The rules are asked in order and the first that has something to do is heard; the next look,
-at the state with that done, finds the rest. A change of members goes through a *staged* view (`next`): its members
-prepare it while the committed one serves, and the last report of readiness commits it.
+The controller has no memory: everything it needs is in the store, so any controller can continue from any point. An
+effect is one transaction. Rules run in priority order (`RULES`, at the end); the first one that returns an effect wins,
+and the next call, on the changed state, finds the rest.
+
+A change of members goes through a *staged* view (`next`). Its members prepare it while the committed view serves. Once
+the last of them has reported that it is prepared, the staged view is committed.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ EVICT_ATTEMPT = 3  # a member that failed this often to prepare what others coul
 
 
 class Effect(msgspec.Struct, frozen=True, kw_only=True):
-    """One atomic change of the store. Fields left at their default are left alone."""
+    """One atomic change of the store. A field at its default changes nothing."""
 
     reason: str
     commit: View | None = None
@@ -41,7 +43,7 @@ class Effect(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def reconcile(state: ClusterState, now: float) -> list[Effect]:
-    """Return what to do now; nothing if the cluster is as it should be, or somebody else has to move first."""
+    """Return what to do now; empty if the cluster is as desired, or another process has to act first."""
     if state.config is None or state.desired is None:
         return []
     facts = ClusterFacts(state, now)
@@ -53,7 +55,7 @@ def reconcile(state: ClusterState, now: float) -> list[Effect]:
 
 
 def due(state: ClusterState, now: float) -> float | None:
-    """Return the next time at which `reconcile` might answer differently though nothing changed in the store."""
+    """Return when `reconcile` may next give another answer although nothing changed in the store; None: never."""
     if state.config is None:
         return None
     limit = state.config.launch_deadline_s
@@ -73,7 +75,7 @@ def due(state: ClusterState, now: float) -> float | None:
 
 
 def _commit(facts: ClusterFacts) -> Effect | None:
-    """All members have prepared the staged view: it becomes the view."""
+    """Commit the staged view once all its members have prepared it."""
     staged, operation = facts.state.next, facts.operation
     if staged is None or facts.unprepared or facts.now < facts.vacated_by or not sound(facts):
         return None
@@ -88,18 +90,18 @@ def _commit(facts: ClusterFacts) -> Effect | None:
         reason=f"all {len(staged.members)} members are ready for epoch {staged.epoch}",
         commit=staged,
         operation=operation,
-        desired=_chosen(facts, staged),
+        desired=_with_slots(facts, staged),
     )
 
 
-def _chosen(facts: ClusterFacts, view: View) -> Desired | None:
-    """The slots that make up the cluster from now on, once a view has all that is asked for."""
+def _with_slots(facts: ClusterFacts, view: View) -> Desired | None:
+    """Return the desired state that fixes this view's slots, if the view is complete and its slots are new."""
     complete = len(view.members) == facts.target and view.ranks != facts.desired.slots
     return replace(facts.desired, slots=view.ranks) if complete else None
 
 
 def _abort(facts: ClusterFacts) -> Effect | None:
-    """An operation that cannot be carried out is rolled back: what serves never noticed it."""
+    """Roll back an operation that cannot succeed. The serving ranks are not affected."""
     operation = facts.operation
     reason = _obstacle(facts, operation) if operation is not None else ""
     if operation is None or not reason:
@@ -120,7 +122,7 @@ def _abort(facts: ClusterFacts) -> Effect | None:
 
 
 def desired_without(operation: Operation, present: Desired, members: int) -> Desired:
-    """What is desired once the operation is rolled back."""
+    """Return the desired state after the operation is rolled back."""
     cordoned = set(present.cordoned)
     if operation.kind is OperationKind.DRAIN:
         cordoned -= set(operation.ranks)
@@ -131,7 +133,7 @@ def desired_without(operation: Operation, present: Desired, members: int) -> Des
 
 
 def _obstacle(facts: ClusterFacts, operation: Operation) -> str:
-    """Why the operation cannot succeed any more, or "" if it still may."""
+    """Return why the operation can no longer succeed, or "" if it still can."""
     if operation.cancelled:
         return f"cancelled by {operation.cancelled}"
     refused = scale_refusal(facts.config, operation.target)
@@ -142,8 +144,8 @@ def _obstacle(facts: ClusterFacts, operation: Operation) -> str:
             if slot in facts.newcomers and facts.newcomers[slot].trouble:
                 return facts.newcomers[slot].trouble
         for assignment in facts.state.assignments.values():
-            known = {(m.rank, m.incarnation) for m in facts.members}
-            if not facts.addressed(assignment) and {(s.rank, s.incarnation) for s in assignment.ranks} - known:
+            known = {m.id for m in facts.members}
+            if not facts.addressed(assignment) and {s.id for s in assignment.ranks} - known:
                 return f"the agent of node {assignment.node} was replaced"
     if _stages(facts, operation) and facts.failed:
         return "; ".join(f"rank {m.rank} could not prepare: {why}" for m, why in facts.failed.items())
@@ -157,24 +159,24 @@ def _late(facts: ClusterFacts, operation: Operation) -> bool:
 
 
 def awaited(facts: ClusterFacts) -> str:
-    """Whom an operation waits for."""
+    """Return what an operation waits for."""
     ready = {m.rank for m in facts.ready}
     absent = [slot for slot in facts.fill if slot not in ready]
     if absent:
         return f"ranks {absent} to register"
     if facts.now < facts.vacated_by and not facts.unprepared:
-        return "requests to move off the ranks that leave"
+        return "requests to migrate off the departing ranks"
     return f"ranks {[m.rank for m in facts.unprepared]} to prepare"
 
 
 def _stages(facts: ClusterFacts, operation: Operation) -> bool:
-    """Whether the staged view is the operation's last step (and not the repair of a loss on the way)."""
+    """Whether the staged view completes the operation (rather than repairs a loss that happened meanwhile)."""
     staged = facts.state.next
     return staged is not None and len(staged.members) == operation.target
 
 
-def _drop(facts: ClusterFacts) -> Effect | None:
-    """Take the dead, the failed and the no longer wanted out of the assignments; their agents end what still runs."""
+def _unassign(facts: ClusterFacts) -> Effect | None:
+    """Unassign ranks that are dead, failed or no longer wanted. Their agents end what still runs."""
     gone = set(facts.members) - set(facts.alive)
     gone |= {n.member for n in facts.newcomers.values() if n.trouble}
     if facts.flipped or (facts.finishing is not None and _late(facts, facts.finishing)):
@@ -188,23 +190,23 @@ def _drop(facts: ClusterFacts) -> Effect | None:
 
 
 def _without(facts: ClusterFacts, gone: Iterable[Member]) -> tuple[Assignment, ...]:
-    """The assignments that change if `gone` leave them, and all that was meant for an earlier agent of a node."""
-    names = {(m.node, m.rank, m.incarnation) for m in gone}
+    """Return the assignments that change when `gone` are removed, and those addressed to a replaced agent."""
+    names = {(m.node, m.id) for m in gone}
     changed: list[Assignment] = []
     for node, assignment in sorted(facts.state.assignments.items()):
         if not facts.addressed(assignment):
             changed.append(Assignment(node=node, agent_started=facts.state.agents[node].started))
             continue
-        left = tuple(s for s in assignment.ranks if (node, s.rank, s.incarnation) not in names)
+        left = tuple(s for s in assignment.ranks if (node, s.id) not in names)
         if left != assignment.ranks:
             changed.append(replace(assignment, ranks=left))
     return tuple(changed)
 
 
 def sound(facts: ClusterFacts) -> bool:
-    """Whether the staged view may be committed once it is prepared: right epoch, live wanted members, full coverage.
+    """Whether the staged view may be committed once prepared: right epoch, live and wanted members, full coverage.
 
-    One with the same members (a rebalance) gives way to everything else.
+    A staged rebalance (same members) yields to any other change.
     """
     staged, keep = facts.state.next, set(facts.keep)
     if staged is None or staged.epoch != facts.view.epoch + 1:
@@ -221,7 +223,7 @@ def _same_members(facts: ClusterFacts) -> bool:
 
 
 def quiet(facts: ClusterFacts) -> bool:
-    """Whether nothing goes on: no operation, all members alive and wanted, nobody on the way or about to be."""
+    """Whether the cluster is quiet: no operation, all members alive and wanted, no rank starting or about to."""
     if facts.operation or facts.finishing or facts.newcomers:
         return False
     if not facts.members or not facts.members == facts.alive == facts.keep:
@@ -230,11 +232,11 @@ def quiet(facts: ClusterFacts) -> bool:
 
 
 def _goal(facts: ClusterFacts) -> tuple[Member, ...]:
-    """The members that the next view should have; empty if none should be staged now."""
+    """Return the members that the next view should have; empty if no view should be staged now."""
     keep, ready, fill = facts.keep, facts.ready, facts.fill
     gone = (set(facts.members) - set(facts.alive)) | set(facts.relieved)
     if gone and keep and not (_stuck(facts) and ready):
-        return keep  # first make a loss durable with those who are left: that depends on nobody new
+        return keep  # first commit the loss with the survivors: that depends on no new rank
     if fill:
         missing = [slot for slot in fill if slot not in {m.rank for m in ready}]
         if facts.operation is not None or facts.state.view is None:
@@ -251,17 +253,17 @@ def _quarantined(facts: ClusterFacts, slot: int) -> bool:
 
 
 def _coming(facts: ClusterFacts, slot: int) -> bool:
-    """Whether a rank is on its way into the slot, or could be sent at once."""
+    """Whether a rank is starting in the slot, or could be started now."""
     return slot in facts.coming or (_may_start(facts, slot) and bool(room(facts)))
 
 
 def _stuck(facts: ClusterFacts) -> bool:
-    """Whether the staged view failed before: then whoever can help may join it."""
+    """Whether the staged view failed before. Then any rank that is ready may join it."""
     return facts.state.next is not None and facts.state.next.attempt > 0
 
 
 def _stage(facts: ClusterFacts) -> Effect | None:
-    """Stage the view that the cluster should have next, or take back one that makes no sense any more."""
+    """Stage the view that the cluster should have next, or unstage one that is out of date."""
     staged, goal = facts.state.next, _goal(facts)
     if staged is not None and sound(facts) and not (_stuck(facts) and goal and set(goal) != set(staged.members)):
         return _retry(facts, staged)
@@ -273,9 +275,9 @@ def _stage(facts: ClusterFacts) -> Effect | None:
 
 
 def _retry(facts: ClusterFacts, staged: View) -> Effect | None:
-    """Stage a view again whose members failed to prepare it or took too long; in the end replace who alone fails."""
+    """Stage a view again if members failed to prepare it or are late; at the third failure, replace those members."""
     overdue = facts.now >= staged.staged + facts.config.launch_deadline_s
-    if _same_members(facts):  # nobody is blamed for a rebalance: all serve as they are
+    if _same_members(facts):  # a failed rebalance evicts no rank: all serve as they are
         late = facts.now >= staged.staged + FAILED_REST_S and (overdue or facts.failed)
         return Effect(reason=f"rebalance to epoch {staged.epoch} failed", unstage=True) if late else None
     blamed = set(facts.failed) | ({m for m in facts.unprepared if facts.record(m) is None} if overdue else set())
@@ -312,25 +314,26 @@ def _staging(facts: ClusterFacts, members: tuple[Member, ...], attempt: int) -> 
 
 
 def _until(operation: Operation, phase: Phase, now: float) -> Operation:
-    """Take an operation forward to `phase`, through the phases between; leave it if it is there or beyond."""
+    """Advance an operation to `phase` through the phases between; unchanged if it is there or further."""
     start, end = ORDER.index(operation.phase), ORDER.index(phase)
     skipped = {Phase.SPAWNING, Phase.HANDSHAKING} if operation.phase is Phase.PROPOSED else set()  # it starts no rank
     return advance(operation, *(p for p in ORDER[start + 1 : end + 1] if p not in skipped), now=now)
 
 
 def _may_start(facts: ClusterFacts, slot: int) -> bool:
-    """Whether a new rank may be sent into the slot now."""
+    """Whether a new rank may be started in the slot now."""
     last = facts.state.exits.get(slot)
     if slot in facts.assigned or (last is not None and (last.quarantined or last.held_back_s(facts.now))):
         return False
-    lost = facts.view.member(slot) is not None  # not before the loss is durable, unless that needs help
+    lost = facts.view.member(slot) is not None  # not before the loss is committed, unless that needs the new rank
     return not lost or not facts.keep or _stuck(facts)
 
 
 def _assign(facts: ClusterFacts) -> Effect | None:
-    """Send new incarnations into the slots to fill, each to the live agent with the fewest ranks."""
+    """Start new incarnations in the slots to fill, each on the live agent with the fewest ranks."""
     state = facts.state
-    incarnation = max([state.incarnation, *(m.incarnation for m in facts.members), *(i for _, i in state.ranks)])
+    known = [*(m.id for m in facts.members), *state.ranks]
+    incarnation = max([state.incarnation, *(m.incarnation for m in known)])
     sent: dict[str, list[RankSpec]] = {}
     for slot, node in choose_nodes(facts, (slot for slot in facts.fill if _may_start(facts, slot))).items():
         incarnation += 1
@@ -354,13 +357,13 @@ def _extended(state: ClusterState, node: str, specs: list[RankSpec]) -> Assignme
     return replace(before, ranks=(*before.ranks, *specs), agent_started=state.agents[node].started)
 
 
-def _progress(facts: ClusterFacts) -> Effect | None:
-    """Move an operation on as others do their part."""
+def _advance_operation(facts: ClusterFacts) -> Effect | None:
+    """Advance an operation to its next phase once that phase is reached."""
     operation = facts.operation or facts.finishing
     moved = _moved(facts, operation) if operation is not None else None
     if moved is None:
         return None
-    desired = _chosen(facts, facts.view) if moved.phase is Phase.COMMITTED else None
+    desired = _with_slots(facts, facts.view) if moved.phase is Phase.COMMITTED else None
     return Effect(reason=f"operation {moved.id} is {moved.phase}", operation=moved, desired=desired)
 
 
@@ -382,8 +385,8 @@ def _moved(facts: ClusterFacts, operation: Operation) -> Operation | None:
     return None
 
 
-def _follow(facts: ClusterFacts) -> Effect | None:
-    """The number of agents sets the size, where it is to."""
+def _follow_agents(facts: ClusterFacts) -> Effect | None:
+    """With `--follow-agents`: set the size from the number of agents."""
     desired = desired_by_agents(facts)
     if desired is None:
         return None
@@ -391,7 +394,7 @@ def _follow(facts: ClusterFacts) -> Effect | None:
 
 
 def _rebalance(facts: ClusterFacts) -> Effect | None:
-    """In a quiet cluster: the same members with a better placement, a budget's worth at a time."""
+    """In a quiet cluster: stage a better placement of the same members, one byte budget at a time."""
     if facts.state.next is not None or facts.state.paused(facts.now) or not quiet(facts):
         return None
     better = rebalance(facts)
@@ -405,5 +408,12 @@ def _rebalance(facts: ClusterFacts) -> Effect | None:
 
 
 RULES: tuple[Callable[[ClusterFacts], Effect | None], ...] = (
-    _commit, _abort, _follow, _drop, _stage, _assign, _progress, _rebalance,
-)  # fmt: skip
+    _commit,
+    _abort,
+    _follow_agents,
+    _unassign,
+    _stage,
+    _assign,
+    _advance_operation,
+    _rebalance,
+)

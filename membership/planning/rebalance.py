@@ -1,9 +1,9 @@
-"""When a quiet cluster is worth moving experts in the background, and which: redundancy first, then balance. Pure.
+"""The background rebalance: when a quiet cluster should move experts, and which. Redundancy first, then balance. Pure.
 
-After a loss ranks load orphans only; what else is missing comes back here, a byte budget at a time, while steps go on.
-It must not flap: after each view there is a rest, balance is left alone until it is clearly bad and can get clearly
-better, and loads are those of a long window. What was begun is finished: a view that is a step on the way says so, also
-when redundancy was restored and balance has yet to follow. Who asks (`operations/rebalance_now.py`) need not wait.
+After a loss ranks load orphaned experts only. The rest comes back here, one byte budget at a time, while serving goes
+on. To avoid flapping, there is a rest after each view, load is balanced only if imbalance is large and can be reduced
+clearly, and loads are averaged over a long window. A rebalance that needs several views marks each of them
+`unfinished`, and is completed. A request (`operations/rebalance_now.py`) skips the rest.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from membership.placement.plan import Loads, held_by, host_numbers, plan
 from membership.planning.cluster_facts import ClusterFacts
 from membership.store.records import ClusterConfig, ExpertLoad, Member, Placement
 
-UNEVEN = 1.3  # imbalance above which something is done
-BETTER = 0.9  # of which at most this much must be left once all is done
-GOING_ON = 0.99  # the same, once begun or asked for
+UNEVEN = 1.3  # rebalance if the imbalance is above this
+BETTER = 0.9  # and only if it would fall to at most this part of it
+GOING_ON = 0.99  # the same for a rebalance that is unfinished or requested
 
 
 class Rebalance(NamedTuple):
-    """A better placement of the same members, when it may be staged, what it is for, whether more is to come."""
+    """A better placement of the same members. `at`: when it may be staged; `unfinished`: another step will follow."""
 
     placement: Placement
     at: float
@@ -37,14 +37,14 @@ class Rebalance(NamedTuple):
 
 
 def loads_of(config: ClusterConfig, record: ExpertLoad | None) -> Loads | None:
-    """The measured loads, if there are any and they are of this model."""
+    """Return the measured loads, if there are any and they fit this model."""
     if record is None or len(record.loads) != config.moe_layers:
         return None
     return record.loads if all(len(layer) == config.experts for layer in record.loads) else None
 
 
 def rebalance(facts: ClusterFacts) -> Rebalance | None:
-    """The next step to a better placement, as far as one change's budget goes; None if there is none."""
+    """Return the next step to a better placement within one change's byte budget; None if there is none."""
     if not facts.config.rebalance_bytes or not facts.members:
         return None
     placement = facts.view.placement
@@ -62,7 +62,7 @@ def rebalance(facts: ClusterFacts) -> Rebalance | None:
 
 @dataclass(frozen=True)
 class _Problem:
-    """All that the answer depends on: it is asked for at every look, and seldom changes."""
+    """Everything that the answer depends on: the key of its cache, since it is asked often and seldom changes."""
 
     config: ClusterConfig
     members: tuple[Member, ...]
@@ -79,7 +79,7 @@ class _Problem:
 
 @lru_cache(maxsize=4)
 def _better(problem: _Problem) -> Rebalance | None:
-    """The answer, with `at` counted from when the view was staged."""
+    """The step, with `at` in seconds from when the view was staged."""
     config, now, nodes = problem.config, problem.placement, problem.nodes
     loads = loads_of(config, problem.record)
     most = config.rebalance_bytes // config.expert_bytes if config.expert_bytes else sys.maxsize
@@ -95,12 +95,12 @@ def _better(problem: _Problem) -> Rebalance | None:
     step = balanced(now, loads, nodes, config.redundancy, most)
     if imbalance(step, loads) >= uneven:
         return None
-    words = f"load is evened out, imbalance {uneven:.2f} -> {imbalance(step, loads):.2f}"
+    words = f"load is balanced, imbalance {uneven:.2f} -> {imbalance(step, loads):.2f}"
     return Rebalance(step, BALANCE_REST_S, words, step != goal)
 
 
 def _strength(problem: _Problem, placement: Placement) -> tuple[int, int, int]:
-    """Replicas that redundancy asks for, experts on two hosts or more, slots in use."""
+    """Return (replicas that count towards redundancy, experts on two or more hosts, slots in use)."""
     config, order = problem.config, sorted(placement)
     holds = held_by(config.moe_layers, config.experts, order, placement)
     hosts = host_numbers(order, problem.nodes)

@@ -1,7 +1,7 @@
 """Records to bytes and back: JSON in an envelope that names the schema version and the kind of record.
 
-JSON, so that an operator can read the store with etcdctl. A reader tolerates fields it does not know (a newer writer of
-the same schema version added them) and refuses a newer schema version, whose meaning it cannot guess.
+JSON, so that an operator can read the store with etcdctl. A reader ignores unknown fields (added by a newer writer of
+the same schema version) and refuses a newer schema version.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""One holder at a time of one key, under a lease. The key's create revision is the fencing token.
+"""Election of one holder of a key, under a lease. The key's create revision is the fencing token.
 
-Two may *believe* that they hold it (one was stopped past its lease); only one may *act*: every write of the holder
-carries `fence()`, which the store checks in the same transaction.
+Two processes may *believe* that they hold it (one was stopped past its lease), but only one can *act*: each write of
+the holder carries `fence()`, which the store checks in the same transaction.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ RETRY_S = 0.1
 
 
 class Election:
-    """A candidate for `key`. `value` is what the key holds while we do; the keeper's lease bounds how long we do."""
+    """A candidate for `key`. `value`: the key's value while we hold it, at most as long as the keeper's lease lasts."""
 
     def __init__(self, store: Store, key: str, value: bytes | Callable[[], bytes], keeper: LeaseKeeper) -> None:
         self._store = store
@@ -45,9 +45,9 @@ class Election:
         return Compare(self._key, "create", "=", self._token)
 
     def campaign(self, timeout_s: float) -> int:
-        """Return our token once the key is ours. WaitTimeout if it is not by then; LeaseLost if our lease ends first.
+        """Return our token once we hold the key. WaitTimeout: not within `timeout_s`. LeaseLost: our lease ended first.
 
-        An unanswered attempt is settled by reading back: a key under our lease is ours, whenever it was written.
+        If an attempt is not answered, the key is read back: under our lease it is ours, whenever it was written.
         """
         deadline = time.monotonic() + timeout_s
         while True:
@@ -69,13 +69,13 @@ class Election:
                 raise WaitTimeout(f"waited {timeout_s:g} s for {self._key}: {reason}")
 
     def resign(self) -> None:
-        """Let go of the key if it is still ours."""
+        """Release the key if it is still ours."""
         if self._token:
             fence, self._token = self.fence(), 0
             self._store.txn([fence], [Delete(self._key)])
 
     def _take(self) -> KeyValue | None:
-        """Create the key; None if somebody has it. Safe to repeat: it only ever succeeds on an absent key."""
+        """Create the key; None if it exists. Safe to repeat, since it only succeeds if the key is absent."""
         value = self._value() if callable(self._value) else self._value
         done = self._store.txn([Compare(self._key, "create", "=", 0)], [Put(self._key, value, self._keeper.lease)])
         if not done.succeeded:
@@ -83,7 +83,7 @@ class Election:
         return KeyValue(key=self._key, create_revision=done.revision, lease=self._keeper.lease)
 
     def _wait_gone(self, holder: KeyValue, timeout_s: float) -> None:
-        """Wait until `holder` may be gone. The watch starts at its own revision, for the reason given in Mirror."""
+        """Wait until `holder` may be gone. The watch starts at its revision: see `Mirror._open` for why."""
         deadline = time.monotonic() + timeout_s
         try:
             watch = self._store.watch(self._key, holder.mod_revision)

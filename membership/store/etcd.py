@@ -1,11 +1,11 @@
 """The store on a real etcd, through etcd3's channel and stubs. Its watcher and locks are not used: see etcd_watch.py.
 
-Reads are tried again within their deadline. Writes are sent once: one that was not answered is *unknown*, and only the
-caller can tell by reading back. The channel's keepalive notices a server that is stopped or cut off. After a loss of
-connection the first call is a read: a store that was replaced meanwhile is refused before anything is written to it.
+Reads are retried within their deadline. Writes are sent once: if there is no answer, the outcome is *unknown*, and the
+caller must read back. The channel's keepalive detects a server that is stopped or unreachable. After a lost
+connection the first call is a read, so that a replaced store is refused before anything is written to it.
 
-Of several endpoints one is used until it does not answer, then the next: a member that can be reached but is cut off
-from its peers costs one call, not every third.
+Of several endpoints one is used until it does not answer, then the next: a member that is cut off from its peers costs
+one call, not every third.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.keepalive_time_ms", 5000),
     ("grpc.keepalive_timeout_ms", 2000),
     ("grpc.http2.ping_timeout_ms", 2000),
-    ("grpc.keepalive_permit_without_calls", 0),  # etcd answers pings without a stream by "too many pings"
+    ("grpc.keepalive_permit_without_calls", 0),  # etcd answers pings without a stream with "too many pings"
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.lb_policy_name", "round_robin"),  # over the addresses of one name
-    ("grpc.use_local_subchannel_pool", 1),  # each store its own connections: one store's trouble is not another's
+    ("grpc.use_local_subchannel_pool", 1),  # separate connections per store object
     ("grpc.enable_http_proxy", 0),
     ("grpc.max_receive_message_length", -1),  # a list of the whole prefix may exceed the default 4 MiB
 )
@@ -81,9 +81,10 @@ def connect(
     key: str | None = None,
     seen: str = "",
 ) -> EtcdStore:
-    """Connect to etcd and prove that it answers. `ca`, `cert` and `key` are paths of PEM files.
+    """Connect to etcd and check that it answers. `ca`, `cert` and `key` are paths of PEM files.
 
-    `seen`: what another process knows of this store (`EtcdStore.seen`); StoreReplaced if it is not that one any more.
+    `seen`: another process's `EtcdStore.seen`; StoreReplaced if this is another store. ConfigError: bad endpoints or
+    certificates. StoreUnavailable: no answer.
     """
     urls = _parsed(endpoints)
     secure = urls[0].scheme == "https"
@@ -96,7 +97,7 @@ def connect(
     clients: list[Any] = []
     try:
         for url in urls:
-            host, _, port = f"dns:///{url.netloc}".rpartition(":")  # gRPC resolves the name, again and again
+            host, _, port = f"dns:///{url.netloc}".rpartition(":")  # gRPC resolves the name anew for each connection
             clients.append(
                 etcd3.Etcd3Client(
                     host, port, ca_cert=ca, cert_cert=cert, cert_key=key, grpc_options=list(CHANNEL_OPTIONS)
@@ -134,12 +135,12 @@ class EtcdStore:
 
     def __init__(self, clients: Sequence[Any], where: str, timeout_s: float, provenance: Provenance) -> None:
         self._clients = clients
-        self._turn = random.randrange(len(clients))  # clients spread over the members
+        self._turn = random.randrange(len(clients))  # so that clients use different members
         self._provenance = provenance
         self._where = where
         self._timeout_s = timeout_s
         self._closed = threading.Event()
-        self._watches: dict[EtcdWatch, int] = {}  # and the endpoint of each
+        self._watches: dict[EtcdWatch, int] = {}  # -> index of its endpoint
 
     @property
     def seen(self) -> str:
@@ -147,7 +148,7 @@ class EtcdStore:
         return self._provenance.seen
 
     def probe(self, timeout_s: float) -> None:
-        """Read something, anything; StoreUnavailable if there is no answer."""
+        """Read a key that does not exist; StoreUnavailable if there is no answer."""
         self._read(Get("\0"), timeout_s)
 
     def get(self, key: str) -> KeyValue | None:
@@ -187,7 +188,7 @@ class EtcdStore:
         return int(self._call(lambda etcd: etcd.leasestub.LeaseGrant, request, "grant a lease", ordered=False).ID)
 
     def keepalive(self, lease: int, timeout_s: float | None = None) -> float:
-        """See Store. A stream per renewal: nothing to repair after an outage."""
+        """See Store. One stream per renewal: there is nothing to reopen after an outage."""
         answer = self._call(
             lambda etcd: partial(self._renew, etcd), lease, f"renew lease {lease:x}", timeout_s, ordered=False
         )
@@ -201,13 +202,13 @@ class EtcdStore:
         try:
             self._call(lambda etcd: etcd.leasestub.LeaseRevoke, request, f"revoke lease {lease:x}", ordered=False)
         except LeaseLost:
-            return  # it has ended already, which is what was asked for
+            return  # it has ended already
 
     def watch(self, prefix: str, start_revision: int) -> EtcdWatch:
         """See Store."""
         if self._closed.is_set():
             raise StoreUnavailable(f"the connection to etcd at {self._where} is closed")
-        self._ask_if_doubtful(self._timeout_s)
+        self._probe_if_doubtful(self._timeout_s)
         turn = self._turn
         stub = etcdrpc.WatchStub(self._clients[turn].channel)
         watch = EtcdWatch(stub, prefix, start_revision, self._timeout_s, self._where, self._provenance)
@@ -227,11 +228,11 @@ class EtcdStore:
         for client in self._clients:
             client.close()
 
-    def _pass_on(self, turn: int) -> None:
-        """The endpoint whose turn it was did not answer; another thread may have seen that first."""
+    def _next_endpoint(self, turn: int) -> None:
+        """Use the next endpoint, unless another thread has switched already; break watches of the old one."""
         if self._turn == turn and len(self._clients) > 1:
             self._turn = (turn + 1) % len(self._clients)
-            for watch, endpoint in list(self._watches.items()):  # its silence would pass for calm
+            for watch, endpoint in list(self._watches.items()):  # otherwise its silence would look like no changes
                 if endpoint == turn:
                     watch.break_off()
 
@@ -245,7 +246,7 @@ class EtcdStore:
         raise StoreUnavailable(f"etcd at {self._where} did not answer: renew lease {lease:x}")
 
     def _read(self, op: Get, timeout_s: float) -> Any:
-        """Read, trying again within `timeout_s`; an attempt takes half of it, so that a second member is asked too."""
+        """Read with retries within `timeout_s`. An attempt takes at most half of it: then another member."""
         deadline = time.monotonic() + timeout_s
         request = _range_request(op)
 
@@ -262,8 +263,8 @@ class EtcdStore:
             reraise=True,
         )(attempt)
 
-    def _ask_if_doubtful(self, timeout_s: float) -> None:
-        """Before anything is changed: is this still the store we know? Asked once after each loss of connection."""
+    def _probe_if_doubtful(self, timeout_s: float) -> None:
+        """Before a write: check once after each lost connection that this is still the store that we know."""
         self._provenance.floor()
         if self._provenance.doubtful:
             self.probe(timeout_s)
@@ -278,12 +279,12 @@ class EtcdStore:
         ordered: bool = True,
         reads: bool = False,
     ) -> Any:
-        """One call. `ordered`: the answer's revision is linearizable, not that of a member that may lag behind."""
+        """Make one call. `ordered`: the answer's revision is linearizable, not that of a member that may lag."""
         if self._closed.is_set():
             raise StoreUnavailable(f"the connection to etcd at {self._where} is closed")
         timeout_s = timeout_s or self._timeout_s
         if not reads:
-            self._ask_if_doubtful(timeout_s)
+            self._probe_if_doubtful(timeout_s)
         floor, turn = self._provenance.floor(), self._turn
         try:
             answer = method(self._clients[turn])(request, timeout=timeout_s)
@@ -291,9 +292,9 @@ class EtcdStore:
             ours = translated(error, what, self._where)
             if isinstance(ours, StoreUnavailable) and not ours.definite:
                 self._provenance.doubt()
-                self._pass_on(turn)
+                self._next_endpoint(turn)
             raise ours from error
-        except ValueError as error:  # gRPC's word for a channel closed meanwhile
+        except ValueError as error:  # raised by gRPC if the channel was closed meanwhile
             raise StoreUnavailable(f"etcd at {self._where}: {what}: {error}") from error
         header = answer.header
         self._provenance.observed(header.cluster_id, header.revision, floor if ordered else 0, settled=reads)

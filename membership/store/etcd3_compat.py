@@ -1,8 +1,8 @@
 """Makes etcd3 0.12.0 importable under protobuf >= 4, which refuses its generated modules. Import it only from here.
 
-Those modules carry the serialized protocol definition as a literal. It is read out of their source (nothing in them is
-executed), loaded into a private descriptor pool (the default pool might hold another etcd client's `rpc.proto`), and
-served under the modules' own names by an import hook that exists only while etcd3 is being imported.
+Those modules contain the serialized protocol definition as a literal. We parse it from their source (without executing
+it), load it into a private descriptor pool (the default pool may hold another client's `rpc.proto`), and provide it
+under the modules' names by an import hook that exists only while etcd3 is imported.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A watch on etcd over its own stream, read by its own thread; and how etcd's words become ours.
+"""A watch on etcd over its own stream, read by its own thread; and the translation of etcd's errors and records.
 
 etcd3's watcher is not used: it spins and drops its watches while the server is down. This one ends with an error that
-says why, and who owns it (Mirror) starts another from the revision it has reached.
+says why, and its owner (Mirror) starts another from the revision that it has reached.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def key_value(kv: Any) -> KeyValue:
 
 
 class EtcdWatch:
-    """See Watch. Constructed means: the server has confirmed it."""
+    """See Watch. The constructor returns once the server has confirmed the watch."""
 
     def __init__(
         self, stub: Any, prefix: str, start_revision: int, timeout_s: float, where: str, provenance: Provenance
@@ -139,7 +139,7 @@ class EtcdWatch:
         what = f"watch of {self._prefix}"
         try:
             for response in self._call:
-                item = self._understood(response)
+                item = self._decoded(response)
                 if item is not None or response.created:
                     self._inbox.put(item)
                 if isinstance(item, StoreError):
@@ -151,9 +151,9 @@ class EtcdWatch:
         finally:
             self._inbox.put(StoreUnavailable(f"etcd at {self._where} ended the {what}"))
 
-    def _understood(self, response: Any) -> WatchBatch | StoreError | None:
+    def _decoded(self, response: Any) -> WatchBatch | StoreError | None:
         what = f"watch of {self._prefix} from revision {self._start_revision}"
-        try:  # what a watch delivers is committed: no later answer may be from before it
+        try:  # watched events are committed: no later answer may have a lower revision
             last = response.events[-1].kv.mod_revision if response.events else 0
             self._provenance.observed(response.header.cluster_id, last)
         except StoreReplaced as replaced:

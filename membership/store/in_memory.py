@@ -1,7 +1,7 @@
 """A store in this process's memory with etcd's semantics: for unit tests and for simulation under a virtual clock.
 
-It passes the same contract suite as etcd. `outage` makes it unreachable, as a stopped or partitioned etcd would be;
-`wipe` and `restore` are what an operator may do to etcd's data directory.
+It passes the same contract suite as etcd. `outage` makes it unreachable, like a stopped or partitioned etcd; `wipe` and
+`restore` do what an operator may do to etcd's data directory.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class _Lease:
 
 @dataclass(frozen=True)
 class Backup:
-    """What a copy of the data directory holds."""
+    """A copy of the data directory."""
 
     store_id: int
     revision: int
@@ -64,13 +64,13 @@ class MemoryStore:
         self._lease_ids = count(1)
         self._revision = 1
         self._compacted = 0
-        self._breaks = 0  # watches begun before the last outage are broken
+        self._breaks = 0  # number of outages and restarts: older watches are broken
         self._outage = False
         self._closed = False
 
     @property
     def outage(self) -> bool:
-        """Whether the store is unreachable. Setting it breaks all watches; leases go on running out meanwhile."""
+        """Whether the store is unreachable. Setting it breaks all watches; leases go on expiring meanwhile."""
         return self._outage
 
     @outage.setter
@@ -86,13 +86,13 @@ class MemoryStore:
         return self._provenance.seen
 
     def backup(self) -> Backup:
-        """Copy the data, to be restored later. Leases are not copied: what they held has no lease afterwards."""
+        """Copy the data. Leases are not copied: their keys have none after a restore."""
         with self._changed:
             items = {key: msgspec.structs.replace(kv, lease=0) for key, kv in self._items.items()}
             return Backup(self._store_id, self._revision, items)
 
     def restore(self, backup: Backup) -> None:
-        """Begin anew with older data. Watches break, as at any restart."""
+        """Restart with older data. Watches break, as at any restart."""
         with self._changed:
             self._store_id, self._revision, self._items = backup.store_id, backup.revision, dict(backup.items)
             self._history, self._leases, self._compacted = [], {}, backup.revision
@@ -100,7 +100,7 @@ class MemoryStore:
             self._changed.notify_all()
 
     def wipe(self) -> None:
-        """Begin anew with nothing."""
+        """Restart with no data."""
         self.restore(Backup(secrets.randbits(63), 1, {}))
 
     def get(self, key: str) -> KeyValue | None:

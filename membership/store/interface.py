@@ -1,6 +1,6 @@
-"""The store that holds the truth: keys with revisions, transactions, leases, watches. The seam to etcd and to its fake.
+"""The protocol of the store, which etcd and its fake implement: keys with revisions, transactions, leases, watches.
 
-Two implementations pass the same contract suite: `EtcdStore` (etcd.py) and `MemoryStore` (memory.py). Every call has
+Two implementations pass the same contract suite: `EtcdStore` (etcd.py) and `MemoryStore` (in_memory.py). Each call has
 a deadline. `StoreUnavailable` from a write means *unknown*: read back, never retry blindly.
 """
 
@@ -90,7 +90,7 @@ class WatchBatch(msgspec.Struct, frozen=True):
 
 
 class Watch(Protocol):
-    """A running watch. It never resumes by itself: whoever lists and watches (Mirror) owns that."""
+    """A running watch. It never resumes by itself: its owner (Mirror) lists and watches again."""
 
     def next(self, timeout_s: float) -> WatchBatch | None:
         """Return the next changes, or None if none came in time. Raise StoreUnavailable once the watch has broken."""
@@ -104,12 +104,12 @@ class Watch(Protocol):
 class Store(Protocol):
     """All calls may raise StoreUnavailable (no answer in time) or another StoreError (refused: did not happen).
 
-    StoreReplaced, once raised, is raised by every later call: what answers lost data that this client has seen.
+    StoreReplaced, once raised, is raised by each later call: the store lost data that this client has seen.
     """
 
     @property
     def seen(self) -> str:
-        """Which store this is and how far we have seen it, for a process that connects later; see Provenance."""
+        """Id and latest seen revision of this store, for a process that connects later; see Provenance."""
         ...
 
     def get(self, key: str) -> KeyValue | None:

@@ -1,4 +1,4 @@
-"""Where each record lives in the store, and the way back: from keys to the typed state of the cluster."""
+"""The key of each record, and the way back: from keys and values to the typed state of the cluster."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from membership.base.errors import ConfigError, SchemaError
+from membership.base.rank_id import RankId
 from membership.store import records
 from membership.store.codec import decode
 from membership.store.interface import KeyValue
@@ -78,7 +79,7 @@ class Keys:
 
     @property
     def rebalance(self) -> str:
-        """Whether load shall be evened out now."""
+        """RebalanceRequest."""
         return self.prefix + "rebalance"
 
     @property
@@ -93,7 +94,7 @@ class Keys:
 
     @property
     def leader(self) -> str:
-        """The controller in charge; its create revision is the fencing token."""
+        """LeaderRecord; its create revision is the fencing token."""
         return self.prefix + "leader"
 
     @property
@@ -138,7 +139,7 @@ class Keys:
 
     @property
     def quiet(self) -> tuple[str, ...]:
-        """Prefixes of what nobody has to act on at once: changes there wake nobody."""
+        """Prefixes of records on which no process acts: their changes wake no reader of a mirror."""
         return self.prefix + "heartbeats/", self.expert_load
 
     def gateway(self, name: str) -> str:
@@ -151,19 +152,19 @@ class Keys:
 
 
 class Reading:
-    """The typed state of one cluster, kept current key by key: a change costs its own record, however many there are.
+    """The typed state of one cluster, updated key by key: a change decodes only its own record.
 
-    Keys of an unknown name are left alone: a newer version may have put them there.
+    Unknown keys are ignored: a newer version may have written them.
     """
 
     def __init__(self) -> None:
         self._fields: dict[str, Any] = {attribute: {} for attribute, _ in _FAMILIES.values()}
-        self._own: set[str] = set()  # families that no state has been given: only these may be changed in place
+        self._own: set[str] = set()  # families not shared with a returned state: these may be changed in place
         self._seen: dict[str, int] = {}  # key -> mod revision
         self._unreadable: dict[str, SchemaError] = {}
 
     def list(self, items: Iterable[KeyValue]) -> None:
-        """Take over all keys that there are. What has not changed is not decoded again."""
+        """Replace all keys. Records that have not changed are not decoded again."""
         there = {kv.key: kv for kv in items}
         for key in self._seen.keys() - there.keys():
             self.delete(key)
@@ -172,7 +173,7 @@ class Reading:
                 self.put(kv)
 
     def put(self, kv: KeyValue) -> None:
-        """Take over one key. One that cannot be read bars `state` until it is put again or deleted."""
+        """Update one key. If it cannot be decoded, `state` raises until it is put again or deleted."""
         self._seen[kv.key] = kv.mod_revision
         try:
             self._put(kv)
@@ -193,13 +194,13 @@ class Reading:
             self._family(family[0])[place] = _decoded(kv, family[1])
 
     def delete(self, key: str) -> None:
-        """Take one key out."""
+        """Remove one key."""
         self._seen.pop(key, None)
         self._unreadable.pop(key, None)
         try:
             name, rest, place = _parsed(key)
         except SchemaError:
-            return  # it never got in
+            return  # it was never added
         if rest and name in _FAMILIES:
             self._family(_FAMILIES[name][0]).pop(place, None)
         elif not rest:
@@ -207,7 +208,7 @@ class Reading:
                 self._fields.pop(table.get(name, ("",))[0], None)
 
     def _family(self, attribute: str) -> dict[Any, Record]:
-        """A family that may be changed in place."""
+        """Return a family's records, copied first if a returned state shares them."""
         if attribute not in self._own:
             self._own.add(attribute)
             self._fields[attribute] = dict(self._fields[attribute])
@@ -215,7 +216,7 @@ class Reading:
         return found
 
     def state(self, revision: int) -> ClusterState:
-        """All of it, as of `revision`; SchemaError names a key that cannot be read."""
+        """Return the state as of `revision`; SchemaError names a key that cannot be decoded."""
         for error in self._unreadable.values():
             raise error
         self._own.clear()
@@ -230,17 +231,17 @@ def state_from(items: Iterable[KeyValue], revision: int) -> ClusterState:
 
 
 @lru_cache(maxsize=4096)
-def _parsed(key: str) -> tuple[str, str, str | int | tuple[int, int]]:
-    """The name under the cluster's prefix, what follows it, and what that stands for in a family."""
+def _parsed(key: str) -> tuple[str, str, str | int | RankId]:
+    """Return (name under the cluster's prefix, rest of the key, the rest as key of its family)."""
     name, _, rest = key.removeprefix(ROOT).partition("/")[2].partition("/")
     return name, rest, _family_key(key, name, rest) if rest and name in _FAMILIES else rest
 
 
-def _family_key(key: str, name: str, rest: str) -> str | int | tuple[int, int]:
+def _family_key(key: str, name: str, rest: str) -> str | int | RankId:
     try:
         if name == "ranks":
             rank, incarnation = rest.split("/")
-            return int(rank), int(incarnation)
+            return RankId(int(rank), int(incarnation))
         return int(rest) if name == "exits" else rest
     except ValueError as error:
         raise SchemaError(f"malformed key {key!r}") from error

@@ -1,7 +1,7 @@
-"""Keeps one lease alive, and knows by this process's own clock when it may no longer be relied on.
+"""Keeps one lease alive, and tells by this process's own clock whether it certainly still holds.
 
-The deadline counts from *before* a renewal was sent: whatever the answer's delay, the store cannot have expired the
-lease earlier than that. What rests on the lease must ask `alive` each time; `on_lost` says it once.
+The deadline counts from *before* a renewal was sent: however late the answer, the store cannot have expired the lease
+earlier than that. Code that relies on the lease must check `alive` each time; `on_lost` is called once.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ log = structlog.get_logger(__name__)
 class LeaseKeeper:
     """Grants a lease and renews it three times per time to live. A lost lease stays lost: make a new keeper.
 
-    A `persistent` one goes on trying past its deadline, until the store itself says that the lease has ended: after
-    an outage the store gives leases their full time again. `alive` is as careful as ever.
+    A `persistent` keeper goes on trying past its deadline, until the store reports that the lease has ended: after an
+    outage the store gives leases their full time again. `alive` is False meanwhile.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class LeaseKeeper:
 
     @property
     def remaining_s(self) -> float:
-        """How much longer it certainly holds."""
+        """How much longer the lease certainly holds."""
         return 0.0 if self._lost else max(0.0, self._deadline - self._clock())
 
     def renew(self) -> bool:
-        """Renew once; return whether the store said yes. LeaseLost once it is certain, or too late, that it is over."""
+        """Renew once; return whether the store confirmed it. LeaseLost: the lease has ended, or its deadline passed."""
         before = self._clock()
         timeout_s = self._ttl_s / 3 if self._persistent else min(self._ttl_s / 3, self._deadline - before)
         if timeout_s <= 0:
@@ -77,7 +77,7 @@ class LeaseKeeper:
         return True
 
     def close(self, revoke: bool = True) -> None:
-        """Stop renewing; end the lease, and with it its keys, unless told not to."""
+        """Stop renewing; revoke the lease, which deletes its keys, unless `revoke` is False."""
         self._stop.set()
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join(CLOSE_TIMEOUT_S)
@@ -105,7 +105,7 @@ class LeaseKeeper:
             pause = again
 
     def turn(self) -> float | None:
-        """Renew, or find it lost; in how many seconds to do so again, None: never."""
+        """Renew once; return the seconds until the next renewal, or None if the lease is lost."""
         try:
             pause = self._ttl_s / 3 if self.renew() else RETRY_S
         except StoreError as error:

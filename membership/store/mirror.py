@@ -1,9 +1,9 @@
 """A role's own copy of the cluster's state, kept current by list and watch. Every role decides from this.
 
-It outlives store outages: the last state stays readable (serving goes on under the last view), `staleness_s` grows, and
-the watch resumes where it stopped. Where the store has forgotten that point (compaction), it lists again. A store that
-was replaced (wiped, or set back) is not followed: the last state stays for good, and `trouble` says why. Heartbeats and
-expert loads are in the state too, but wake nobody: no decision waits for them.
+During a store outage the last state stays readable (serving continues under the last view), `staleness_s` grows, and
+the watch resumes afterwards where it stopped, or with a new list if that revision was compacted. A replaced store
+(wiped, or set back) is not followed: the last state stays for good, and `trouble` says why. Heartbeats and expert loads
+are in the state too, but their changes wake no reader.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Mirror:
         self._failure: Exception | None = None
         self._replaced: StoreReplaced | None = None
         self._subscribers: list[Callable[[ClusterState], None]] = []
-        self._heard_at = clock()
+        self._answered_at = clock()
         self._synced = False
         self._relist = True
         self._list()
@@ -81,7 +81,7 @@ class Mirror:
             self._thread.start()
 
     def turn(self) -> None:
-        """Take over what has happened since the last turn, if there is no thread (`background`); never waits."""
+        """Without a thread (`background`): apply what has changed since the last turn. Never waits."""
         try:
             if self._watch is None:
                 self._open()
@@ -91,12 +91,12 @@ class Mirror:
             self._lose(self._watch, error)
 
     def state(self) -> ClusterState:
-        """Return the latest state. Raise what went wrong if it can no longer be followed (say, a newer schema)."""
+        """Return the latest state. Raises the error that ended the mirror, if any (say, a newer schema)."""
         with self._changed:
             return self._current()
 
     def wait(self, until: Until, timeout_s: float, what: str = "") -> ClusterState:
-        """Return the first state that is newer than a revision, or for which a predicate holds; else WaitTimeout."""
+        """Return the first state newer than a revision, or for which a predicate holds. WaitTimeout names `what`."""
         deadline = time.monotonic() + timeout_s
         seen = -1
         while True:
@@ -113,14 +113,14 @@ class Mirror:
                 return state
 
     def poll(self, after_revision: int, timeout_s: float) -> ClusterState:
-        """Return the state once it is newer than `after_revision`, or what there is after `timeout_s`."""
+        """Return the state once it is newer than `after_revision`, or the latest one after `timeout_s`."""
         try:
             return self.wait(after_revision, timeout_s)
         except WaitTimeout:
             return self.state()
 
     def subscribe(self, callback: Callable[[ClusterState], None]) -> Callable[[], None]:
-        """Call `callback` with each new state, in the mirror's thread; return what ends that."""
+        """Call `callback` with each new state, in the mirror's thread; return a function that ends this."""
         with self._changed:
             self._subscribers.append(callback)
 
@@ -137,12 +137,12 @@ class Mirror:
 
     @property
     def staleness_s(self) -> float:
-        """How long ago the store was last heard of: the state may lack what was written since then."""
-        return max(0.0, self._clock() - self._heard_at)
+        """Time since the store last answered: the state may lack what was written since then."""
+        return max(0.0, self._clock() - self._answered_at)
 
     @property
     def trouble(self) -> str:
-        """Why the state may not be the present one; empty while the store answers."""
+        """Why the state may be out of date; "" while the store answers."""
         if self._replaced is not None:
             return f"{self._replaced}: {self._replaced.hint}"
         silent_s = self.staleness_s
@@ -178,7 +178,7 @@ class Mirror:
         return self._generation != seen or self._failure is not None
 
     def _run(self) -> None:
-        """Follow until closed. An outage is waited out with growing pauses."""
+        """Follow until closed. During an outage, retry with growing pauses."""
         try:
             while not self._stop.is_set():
                 Retrying(
@@ -200,10 +200,10 @@ class Mirror:
                 self._fail(error)
 
     def _open(self) -> None:
-        """Start watching; list first where the store no longer has the changes since our revision.
+        """Start a watch; list first if the store has compacted changes after our revision.
 
         The watch starts *at* the last known revision, not after it: etcd before 3.4.34 / 3.5.16 loses a delete at
-        exactly the compacted revision, and this way a compaction there shows. What is known already is skipped.
+        exactly the compacted revision, and this way that compaction is reported. Known events are skipped.
         """
         if self._relist:
             self._list()
@@ -213,7 +213,7 @@ class Mirror:
         except StoreCompacted:
             self._relist = True
             raise
-        self._heard_at = self._clock()
+        self._answered_at = self._clock()
         with self._changed:
             self._watch, self._synced = watch, True
 
@@ -230,19 +230,19 @@ class Mirror:
             self._lose(watch)
 
     def _take(self, watch: Watch, timeout_s: float) -> bool:
-        """Take over the next changes; False if none came in time."""
+        """Apply the next changes; return False if none came in time."""
         before = self._clock()
         batch = watch.next(timeout_s)
         if batch is None:
             before = self._clock()
-            self._store.get(self._keys.config)  # the watch is silent: is the store there at all?
+            self._store.get(self._keys.config)  # the watch is silent: check that the store still answers
         elif batch.revision > self._revision:
             self._apply(batch.events, batch.revision)
-        self._heard_at = before
+        self._answered_at = before
         return batch is not None
 
     def _lose(self, watch: Watch | None, error: StoreError | None = None) -> None:
-        """The watch has ended, and why."""
+        """Note that the watch has ended, and why."""
         if isinstance(error, StoreCompacted):
             self._relist = True
         elif error is not None and not self._stop.is_set():
@@ -257,7 +257,7 @@ class Mirror:
         before = self._clock()
         self._revision, items = self._store.range(self._keys.prefix)
         self._reading.list(items)
-        self._heard_at = before
+        self._answered_at = before
         self._relist = False
         self._publish()
 

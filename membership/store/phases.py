@@ -1,4 +1,4 @@
-"""The life of an operation as one table of legal transitions. Whoever changes a phase goes through `advance`."""
+"""The phases of an operation: one table of legal transitions. Every change of a phase goes through `advance`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from membership.base.errors import IllegalPhase
 from membership.store.records import Operation, Phase
 
 TRANSITIONS: dict[Phase, frozenset[Phase]] = {
-    # A change that starts no rank skips SPAWNING and HANDSHAKING; one that changes nothing is committed as it is.
+    # A change that starts no rank skips SPAWNING and HANDSHAKING; one that changes nothing is committed at once.
     Phase.PROPOSED: frozenset({Phase.SPAWNING, Phase.LOADING, Phase.COMMITTED, Phase.ABORTED}),
     Phase.SPAWNING: frozenset({Phase.HANDSHAKING, Phase.LOADING, Phase.COMMITTED, Phase.ABORTED}),
     Phase.HANDSHAKING: frozenset({Phase.LOADING, Phase.COMMITTED, Phase.ABORTED}),
@@ -39,7 +39,7 @@ def before_commit(operation: Operation) -> bool:
 
 
 def advance(operation: Operation, *phases: Phase, now: float, error: str = "", epoch: int = 0) -> Operation:
-    """Return the operation after it went through `phases`, with the time of each; IllegalPhase if it may not."""
+    """Return the operation after `phases`, with the time of each; IllegalPhase if a transition is not legal."""
     for phase in phases:
         if phase not in TRANSITIONS[operation.phase]:
             raise IllegalPhase(f"operation {operation.id} cannot go from {operation.phase} to {phase}")

@@ -1,8 +1,8 @@
-"""Which store this is. Every answer tells; one that was wiped or set back is refused, instead of being believed.
+"""Detects a store that was replaced: wiped, or set back to older data. Every answer carries store id and revision.
 
-Answers about a store that lost what we have seen would make a controller give out epochs and incarnations twice. So the
-first such answer ends the use of this connection for good: the store may fill up past the revision we know and look
-right again, and only a person can say which data are the right ones.
+On a store that lost what we have seen, a controller would give out epochs and incarnations twice. So the first such
+answer ends the use of this connection for good: the store may grow past the revision that we know and look right again,
+and only a person can decide which data are the right ones.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ HINT = (
 
 
 class Provenance:
-    """What one client knows of its store: the id, and the highest revision seen. Threads may share it."""
+    """What one client knows about its store: id and highest revision seen. Threads may share it."""
 
     def __init__(self, seen: str = "") -> None:
-        """Begin with what another process has seen, if given: see `seen`."""
+        """`seen`: what another process knows about the store, from its property `seen`; ConfigError if malformed."""
         self._lock = threading.Lock()
         self._replaced: StoreReplaced | None = None
         self._doubtful = False
         try:
             self._store_id, self._revision = (int(part, 16) for part in (seen or "0:0").split(":"))
         except ValueError as error:
-            raise ConfigError(f"{seen!r} is not what a store was known by", hint="give ID:REVISION, in hex") from error
+            raise ConfigError(f"{seen!r} does not identify a store", hint="give ID:REVISION, in hex") from error
 
     @property
     def seen(self) -> str:
@@ -38,24 +38,24 @@ class Provenance:
 
     @property
     def doubtful(self) -> bool:
-        """Whether the connection was lost since the last good answer to a read: ask before anything is changed."""
+        """Whether the connection was lost since the last good read: probe the store before anything is written."""
         return self._doubtful
 
     def doubt(self) -> None:
-        """The connection was lost: what answers next may be another store."""
+        """Note that the connection was lost: another store may answer next."""
         self._doubtful = True
 
     def floor(self) -> int:
-        """The least revision that a linearizable answer to a question asked now must have. StoreReplaced if known."""
+        """The lowest revision that a linearizable answer to a call made now may have. StoreReplaced if so noted."""
         with self._lock:
             if self._replaced is not None:
                 raise self._replaced
             return self._revision
 
     def observed(self, store_id: int, revision: int = 0, floor: int = 0, *, settled: bool = False) -> None:
-        """Take note of an answer; StoreReplaced if it comes from another store, or from below `floor`.
+        """Note an answer; StoreReplaced if it is from another store, or its revision is below `floor`.
 
-        `settled`: it answered a read, which may end a doubt.
+        `settled`: it answered a read, which ends `doubtful`.
         """
         with self._lock:
             if self._replaced is None:

@@ -1,4 +1,4 @@
-"""The records that live in the store, and the cluster's state as read from them. Plain data, only lookups.
+"""The records in the store, and the cluster's state as read from them. Plain data with lookups only.
 
 Every record is a frozen msgspec struct; `codec.py` gives it a schema version on the wire. All times are
 `time.time()` seconds unless a name says otherwise.
@@ -11,6 +11,7 @@ from enum import StrEnum
 import msgspec
 
 from membership.base.enums import OperationKind
+from membership.base.rank_id import RankId
 from membership.base.timing import CLOCK_SKEW_S, COVERAGE_DEADLINE_S, LAUNCH_DEADLINE_S, LEASE_TTL_S, RESTART_WINDOW_S
 
 Placement = dict[int, tuple[tuple[int, ...], ...]]
@@ -22,7 +23,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class RankState(StrEnum):
-    """What an operator sees. LAUNCHING..STANDBY precede commit; SERVING..MASKED are in the view; the rest are out."""
+    """What an operator sees. LAUNCHING..STANDBY precede commit; SERVING..MASKED are in the view."""
 
     LAUNCHING = "launching"
     HANDSHAKING = "handshaking"
@@ -69,35 +70,40 @@ class ClusterConfig(Record, frozen=True, kw_only=True):
     max_seqs: int = 64  # per rank and step
     eos_token_ids: tuple[int, ...] = ()
     vocab_size: int = 0
-    follow_agents: int = 0  # ranks per agent, if their number is to set the size; 0: operators do
+    follow_agents: int = 0  # ranks per agent, if the number of agents sets the size; 0: operators set it
     lease_ttl_s: float = LEASE_TTL_S
-    expert_bytes: int = 0  # weights of one expert in one layer; for reports of what a change would move
-    rebalance_bytes: int = 2 << 30  # weights that one background rebalance may have ranks load; 0: never rebalance
-    load_bytes_per_s: int = 0  # so much of the checkpoint the ranks of a host read while they prepare a view; 0: no cap
-    restart_intensity: int = 6  # so many deaths of a slot within the window set it aside
+    expert_bytes: int = 0  # weights of one expert in one layer
+    rebalance_bytes: int = 2 << 30  # max weights loaded by one background rebalance; 0: never rebalance
+    load_bytes_per_s: int = 0  # max checkpoint read rate of a host's ranks while they prepare a view; 0: unlimited
+    restart_intensity: int = 6  # number of deaths within the window that quarantine a slot
     restart_window_s: float = RESTART_WINDOW_S
     launch_deadline_s: float = LAUNCH_DEADLINE_S
-    coverage_deadline_s: float = COVERAGE_DEADLINE_S  # how long a request waits for lost experts before it gets a 503
+    coverage_deadline_s: float = COVERAGE_DEADLINE_S  # max wait of a request for lost experts before it gets a 503
 
 
 class Member(Record, frozen=True, kw_only=True):
-    """One rank of a view. `incarnation` is unique and rising over the cluster's life: a restart gets a new one."""
+    """One rank of a view. `incarnation` is unique and rising: a restart gets a new one."""
 
     rank: int
     node: str
     incarnation: int
 
+    @property
+    def id(self) -> RankId:
+        """The identity of its process."""
+        return RankId(self.rank, self.incarnation)
+
 
 class View(Record, frozen=True, kw_only=True):
-    """The durable membership: epoch, members and who holds which expert. Key `view`; the staged next one is `next`."""
+    """The durable membership: epoch, members and placement. Key `view`; the staged next view is key `next`."""
 
     epoch: int
     members: tuple[Member, ...] = ()
     placement: Placement = {}
     staged: float = 0.0  # when the controller staged it
-    attempt: int = 0  # how often the same membership was staged before, after failures to prepare
-    unfinished: bool = False  # a step of a rebalance of which more is to come
-    urgent: bool = False  # requests wait for what it has ranks load: no cap of their bandwidth
+    attempt: int = 0  # number of earlier attempts with the same members that failed to prepare
+    unfinished: bool = False  # a rebalance step that another one follows
+    urgent: bool = False  # requests wait for the experts that it loads: `load_bytes_per_s` does not apply
 
     def member(self, rank: int) -> Member | None:
         """The member in slot `rank`, if any."""
@@ -110,17 +116,17 @@ class View(Record, frozen=True, kw_only=True):
 
 
 class Desired(Record, frozen=True, kw_only=True):
-    """How many ranks somebody wants. Key `desired`. `operation` is the id of the operation that set it."""
+    """The desired size. Key `desired`. `operation`: id of the operation that set it."""
 
     ranks: int
     operation: str = ""
-    slots: tuple[int, ...] = ()  # the rank slots that make it up, once the controller has chosen; who scales keeps them
-    nodes: tuple[str, ...] = ()  # whom `follow_agents` counts; a node whose agent died is still counted
+    slots: tuple[int, ...] = ()  # its rank slots, once the controller has chosen them
+    nodes: tuple[str, ...] = ()  # counted by `follow_agents`, also while a node's agent is dead
     cordoned: tuple[int, ...] = ()  # drained slots: not counted in `ranks`, and empty until they are undrained
 
 
 class Pause(Record, frozen=True, kw_only=True):
-    """Planned changes are refused, and none begins by itself, until then. Key `pause`. Faults are handled as ever."""
+    """Planned changes are refused, and none starts by itself, until `until`. Key `pause`. Faults are still handled."""
 
     until: float
     since: float
@@ -129,7 +135,7 @@ class Pause(Record, frozen=True, kw_only=True):
 
 
 class RebalanceRequest(Record, frozen=True, kw_only=True):
-    """Somebody wants load evened out now rather than when it is worth it. Key `rebalance`; for a view staged before."""
+    """A request to rebalance now. Key `rebalance`; it applies to views staged before `at`."""
 
     at: float
     by: str = ""
@@ -140,15 +146,20 @@ class RankSpec(Record, frozen=True, kw_only=True):
 
     rank: int
     incarnation: int
-    launched: float = 0.0  # when the controller assigned it; it must have registered within `launch_deadline_s`
+    launched: float = 0.0  # when it was assigned; it must register within `launch_deadline_s`
+
+    @property
+    def id(self) -> RankId:
+        """The identity of its process."""
+        return RankId(self.rank, self.incarnation)
 
 
 class Assignment(Record, frozen=True, kw_only=True):
-    """All ranks that a node's agent must run, and no others. Key `assign/<node>`; written by the controller alone."""
+    """Exactly the ranks that a node's agent must run. Key `assign/<node>`; written only by the controller."""
 
     node: str
     ranks: tuple[RankSpec, ...] = ()
-    agent_started: float = 0.0  # `started` of the agent it is for: a later agent of the node must not spawn from it
+    agent_started: float = 0.0  # `started` of the addressed agent: a later agent of the node must not act on it
 
 
 class AgentRecord(Record, frozen=True, kw_only=True):
@@ -159,12 +170,12 @@ class AgentRecord(Record, frozen=True, kw_only=True):
     started: float
     capacity: int = 64
     spares_wanted: int = 0
-    spares: tuple[int, ...] = ()  # the processes that wait for a slot
-    leaving: bool = False  # it asks to be relieved of its ranks, and ends once it has none
+    spares: tuple[int, ...] = ()  # pids of its spare processes
+    leaving: bool = False  # it asks that its ranks move away, and exits once it has none
 
 
 class RankRecord(Record, frozen=True, kw_only=True):
-    """A rank as its agent sees it. Key `ranks/<rank>/<incarnation>`, under the rank's own lease.
+    """A rank as its agent observes it. Key `ranks/<rank>/<incarnation>`, under the rank's own lease.
 
     The agent renews that lease only while the rank's heartbeat advances, and revokes it when the process is gone.
     """
@@ -175,14 +186,14 @@ class RankRecord(Record, frozen=True, kw_only=True):
     pid: int
     state: RankState  # launching | handshaking | loading | standby (the rest follows from view and mask)
     started: float = 0.0
-    prepared_revision: int = 0  # mod revision of the staged view (`next`) that this rank has fully prepared
+    prepared_revision: int = 0  # mod revision of the staged view (`next`) that this rank has prepared
     prepare_error: str = ""  # why it could not prepare `failed_revision`
     failed_revision: int = 0
-    engine_token: int = 0  # token of the engine whose queues this rank has joined
-    response_handle: bytes = b""  # queue handle of the rank's replies to that engine
+    engine_token: int = 0  # token of the engine whose queues it has joined
+    response_handle: bytes = b""  # queue handle of its replies to that engine
     liveness_handle: bytes = b""
     exchange_handle: bytes = b""
-    fingerprint: str = ""  # kernel fingerprint: ranks of one view must agree, or outputs could differ
+    fingerprint: str = ""  # of its kernels: ranks of one view must agree, or outputs could differ
 
 
 class RankExit(Record, frozen=True, kw_only=True):
@@ -195,27 +206,27 @@ class RankExit(Record, frozen=True, kw_only=True):
     restarts: int = 0  # deaths in this slot so far
     not_before: float = 0.0  # the controller must not relaunch the slot earlier (backoff)
     quarantined: bool = False
-    forgiven: float = 0.0  # deaths up to then do not count any more: when an operator ended the quarantine
+    forgiven: float = 0.0  # when an operator ended the quarantine: earlier deaths no longer count
 
     def held_back_s(self, now: float) -> float:
-        """How much longer the slot must be left empty. Where its agent's clock is far ahead of ours: not at all."""
+        """How much longer the slot must stay empty. 0.0 if the agent's clock is too far ahead of ours to tell."""
         backoff_s, left_s = self.not_before - self.at, self.not_before - now
         return left_s if backoff_s > 0 and 0 < left_s <= backoff_s + CLOCK_SKEW_S else 0.0
 
 
 class Heartbeats(Record, frozen=True, kw_only=True):
-    """When a node's ranks were last seen to beat. Key `heartbeats/<node>`, under its agent's lease; once per second.
+    """The last observed heartbeat of each of a node's ranks. Key `heartbeats/<node>`, under the agent's lease; 1 Hz.
 
-    For people: nobody decides anything from it, so a mirror takes it over without waking its readers.
+    For display only. No decision depends on it, so a mirror stores it without waking its readers.
     """
 
     node: str
     at: float  # when it was written
-    beats: dict[int, float] = {}  # incarnation -> when its beat counter was last seen to have risen
+    beats: dict[int, float] = {}  # incarnation -> when its heartbeat counter last rose
 
 
 class EngineRecord(Record, frozen=True, kw_only=True):
-    """The engine that may drive steps. Key `engine`, under its lease; the key's create revision is the engine token."""
+    """The elected engine. Key `engine`, under its lease; the key's create revision is the engine token."""
 
     node: str
     pid: int
@@ -225,7 +236,7 @@ class EngineRecord(Record, frozen=True, kw_only=True):
 
 
 class EngineStatus(Record, frozen=True, kw_only=True):
-    """What the engine is doing. Key `engine-status`, under the engine's lease; once per second and on change."""
+    """The engine's status. Key `engine-status`, under the engine's lease; once per second and on change."""
 
     token: int
     epoch: int  # the view in use: lower than `view`'s until the engine has flipped
@@ -234,16 +245,16 @@ class EngineStatus(Record, frozen=True, kw_only=True):
     running: int = 0
     waiting: int = 0
     step: int = 0
-    steps: dict[str, int] = {}  # how many ended how, since this engine began: ok | rank_lost | a StepStatus
-    pause_ms: float = 0.0  # how long tokens had to wait at the flip to `epoch`
-    slow: tuple[int, ...] = ()  # ranks far slower than the others
-    vacated_revision: int = 0  # mod revision of the staged view (`next`) whose leavers have no request left to move
+    steps: dict[str, int] = {}  # outcome -> number of steps since this engine began: ok | rank_lost | a StepStatus
+    pause_ms: float = 0.0  # how long tokens waited at the flip to `epoch`
+    slow: tuple[int, ...] = ()  # ranks much slower than the others
+    vacated_revision: int = 0  # mod revision of the staged view whose departing ranks have no request left
 
 
 class ExpertLoad(Record, frozen=True, kw_only=True):
-    """How much work each expert had lately, as the engine saw it. Key `expert-load`, under the engine's lease.
+    """Each expert's recent load, measured by the engine. Key `expert-load`, under the engine's lease.
 
-    Written every few seconds, when it says something new; a mirror takes it over without waking its readers.
+    Written every few seconds if it changed. A mirror stores it without waking its readers.
     """
 
     at: float
@@ -267,19 +278,19 @@ class LeaderRecord(Record, frozen=True, kw_only=True):
 
 
 class Counter(Record, frozen=True, kw_only=True):
-    """A number that only rises. Key `incarnation`: the last incarnation given out; written by the controller alone."""
+    """A number that only rises. Key `incarnation`: the last incarnation given out; written only by the controller."""
 
     value: int = 0
 
 
 class Operation(Record, frozen=True, kw_only=True):
-    """A change somebody asked for. Key `ops/<id>`; at most one has a phase other than DONE or ABORTED."""
+    """A requested change in progress, or a finished one. Key `ops/<id>`; at most one is neither DONE nor ABORTED."""
 
     id: str
     kind: OperationKind
-    target: int  # ranks desired once it is done
-    ranks: tuple[int, ...] = ()  # whom a drain or undrain names
-    previous: int = 0  # ranks desired before, restored if it aborts
+    target: int  # desired ranks once it is done
+    ranks: tuple[int, ...] = ()  # the slots of a drain or undrain
+    previous: int = 0  # desired ranks before, restored if it aborts
     phase: Phase = Phase.PROPOSED
     progress: float = 0.0
     started: float = 0.0
@@ -300,7 +311,7 @@ class Operation(Record, frozen=True, kw_only=True):
 
 
 class ClusterState(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything under the cluster's prefix at one store revision: the sole input of the pure deciders."""
+    """Everything under the cluster's prefix at one store revision: the only input of pure decisions."""
 
     revision: int
     config: ClusterConfig | None = None
@@ -318,7 +329,7 @@ class ClusterState(msgspec.Struct, frozen=True, kw_only=True):
     expert_load: ExpertLoad | None = None
     agents: dict[str, AgentRecord] = {}
     assignments: dict[str, Assignment] = {}
-    ranks: dict[tuple[int, int], RankRecord] = {}  # (rank, incarnation) -> record
+    ranks: dict[RankId, RankRecord] = {}
     exits: dict[int, RankExit] = {}
     heartbeats: dict[str, Heartbeats] = {}
     gateways: dict[str, GatewayRecord] = {}
@@ -327,7 +338,7 @@ class ClusterState(msgspec.Struct, frozen=True, kw_only=True):
     incarnation_revision: int = 0
 
     def paused(self, now: float) -> bool:
-        """Whether planned changes wait."""
+        """Whether planned changes are paused."""
         return self.pause is not None and now < self.pause.until
 
     @property

@@ -197,7 +197,7 @@ def peers_of(view: View, state: ClusterState) -> Peers | None:
     """Where each member of `view` is reached; None while some member has not published that yet."""
     peers: Peers = {}
     for member in view.members:
-        record = state.ranks.get((member.rank, member.incarnation))
+        record = state.ranks.get(member.id)
         if record is None or not record.exchange_handle:
             return None
         peers[member.rank] = (member.incarnation, record.exchange_handle)

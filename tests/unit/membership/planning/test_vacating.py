@@ -41,7 +41,7 @@ def test_the_commit_waits_for_requests_to_move() -> None:
     act(world)
     assert world.epochs == [1]
     (operation,) = world.state.operations.values()
-    assert "waits for requests to move" in str(explain_operation(world.state, world.now, operation).because)
+    assert "waits for requests to migrate" in str(explain_operation(world.state, world.now, operation).because)
     world.crowded = False
     world.settle()
     world.assert_whole(2)
