@@ -69,7 +69,7 @@ def test_a_death_moves_no_weights_and_the_rest_comes_in_the_background(serve: Se
         cluster.wait_serving(RANKS)
 
         def evened() -> Event | None:
-            found = [e for e in commits(cluster, joined.epoch) if "load is evened out" in str(staging(cluster, e))]
+            found = [e for e in commits(cluster, joined.epoch) if "load is balanced" in str(staging(cluster, e))]
             if not found:
                 skew(cluster)
             return found[0] if found else None
@@ -186,7 +186,7 @@ def test_who_asks_need_not_wait_for_the_background(serve: Serve, demo_model: Pat
     asked = elastic(cluster, "rebalance")
     assert (asked.returncode, "asked for" in asked.stdout) == (0, True), asked.stderr
     (moved,) = eventually(lambda: commits(cluster, plan["epoch"])[:1], 60.0, "a rebalance", interval_s=0.1)
-    assert "load is evened out" in str(staging(cluster, moved))
+    assert "load is balanced" in str(staging(cluster, moved))
     assert moved.fields["experts_taken"] > 0
 
 
