@@ -29,10 +29,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from membership.base.rank_id import RankId
 from membership.store.records import Member, Placement, View
 from workers.exchange.base import StepContext
 from workers.exchange.combine import ascending, combine
-from workers.exchange.shm import ShmExchange
+from workers.exchange.loop import Exchange
+from workers.exchange.transports import opener
 from workers.ipc.doorbell import Bell, Doorbell
 from workers.protocol.live_mask import LiveMask
 
@@ -86,7 +88,7 @@ class Rank:
         self.bell = Doorbell()
         self.bank = Identity(placement[rank][0], died_at)
         self.mask: LiveMask | None = None
-        self.exchange = ShmExchange(rank, rank + 1, self.bank, self.bell, self.masked)
+        self.exchange = Exchange(RankId(rank, rank + 1), self.bank, self.bell, opener("shm"), self.masked)
         members = tuple(Member(rank=r, node="here", incarnation=r + 1) for r in range(ranks))
         self.view = View(epoch=1, members=members, placement=placement)
         pipe.send(self.exchange.handle())
@@ -208,7 +210,7 @@ class Group:
             fd = recv_handle(pipe)
             self.bells.append(Bell.attach(fd))
             os.close(fd)
-            pipe.send(({r: (r + 1, handle) for r, handle in enumerate(handles)}, self.mask.handle()))
+            pipe.send(({RankId(r, r + 1): handle for r, handle in enumerate(handles)}, self.mask.handle()))
 
     def all(self, pipes: list[Connection], *command: Any) -> None:
         for pipe in pipes:
@@ -277,7 +279,7 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["workers.exchange.shm", "torch.distributed"])
+    context.set_forkserver_preload(["workers.exchange.loop", "workers.exchange.shm.transport", "torch.distributed"])
     with closing(Group(context, options.ranks)) as group:
         times = group.race(options.rounds)
     losses: dict[str, list[float]] = {}

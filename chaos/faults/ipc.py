@@ -72,10 +72,11 @@ class AnswerFlip(ProcessInjector):
     """A bit flips in the tag of an answer that a rank is about to read. Repeated until an unread answer is caught."""
 
     def _affect(self, hold: Hold) -> str:
-        from workers.exchange import wire  # imports torch
+        from workers.exchange.link import Tag  # imports torch
+        from workers.exchange.shm import wire
 
         rank, tries, deadline = int(self.victim.split()[1]), 0, time.monotonic() + TRY_S
-        step_at = wire.ANSWER_AT + 8 * wire.Tag._fields.index("step")
+        step_at = wire.ANSWER_AT + 8 * Tag._fields.index("step")
         with ExitStack() as opened:
             lanes = self._lanes(hold, rank, opened)
             while time.monotonic() < deadline:
@@ -166,7 +167,7 @@ class TornWrite(ProcessInjector):
     """A rank dies in the middle of writing a request: half a header is in memory, its number is not published."""
 
     def _affect(self, hold: Hold) -> str:
-        from workers.exchange import wire
+        from workers.exchange.shm import wire
 
         rank, half = int(self.victim.split()[1]), 6 * 8
         with ExitStack() as opened:

@@ -129,7 +129,7 @@ BUGS: tuple[Bug, ...] = (
         guards="G4: no answer is computed with a missing expert",
         file="workers/exchange/router.py",
         before=(
-            "            raise _lost(layer, [e for e in wanted if not 0 <= e < len(table) or table[e] == _NOBODY])\n"
+            "            raise _lost(layer, [e for e in wanted if not 0 <= e < len(table) or table[e] == _NO_RANK])\n"
         ),
         after="            continue\n",
         caught_by="rows",
@@ -146,30 +146,30 @@ BUGS: tuple[Bug, ...] = (
         name="death-wakes-nobody",
         guards="G4: who waits for a rank that dies wakes at once, and asks a replica",
         file="workers/exchange/links.py",
-        before="            if not self._closed:\n                self._doorbell.ring()\n",
+        before="            if not self._closed:\n                self.doorbell.ring()\n",
         caught_by="rows",
     ),
     Bug(
         name="stranger-linked",
         guards="G2: a link belongs to one pair of incarnations",
         file="workers/exchange/links.py",
-        before="if dial.to_incarnation != self._incarnation or dial.rank == self._rank:",
-        after="if dial.rank == self._rank:",
+        before="if dial.to_incarnation != self.me.incarnation or dial.rank == self.me.rank:",
+        after="if dial.rank == self.me.rank:",
         caught_by="strangers",
     ),
     Bug(
         name="zombie-linked",
         guards="G2: a rank that knows a newer incarnation of a peer is not linked with an older one",
         file="workers/exchange/links.py",
-        before="if self._closed or (known is not None and known.incarnation > link.incarnation):",
+        before="if self._closed or (known is not None and known.peer.incarnation > link.peer.incarnation):",
         after="if self._closed:",
         caught_by="strangers",
     ),
     Bug(
         name="lane-reused-in-use",
         guards="G2: a request's number is taken away before its place is used again",
-        file="workers/exchange/wire.py",
-        before="        self._words[ASK] = 0\n        fence()\n",
+        file="workers/exchange/shm/wire.py",
+        before="        self.words[ASK] = 0\n        fence()\n",
         caught_by="torn_requests",
     ),
 )

@@ -1,7 +1,7 @@
 """What a simulated rank computes with: the shipped router over links, experts and a live mask that are only names.
 
 Rows are asked of peers by the router's choice, refused where a peer does not hold the expert, asked again elsewhere,
-and no token is given where nobody answers for an expert: as in `workers/exchange/shm.py`, without the arithmetic.
+and no token is given where nobody answers for an expert: as in `workers/exchange/loop.py`, without the arithmetic.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from chaos.simulation.laws import Rank, Violation, require
 from membership.base.errors import CoverageLost
 from workers.exchange.base import StepContext
-from workers.exchange.router import Parcel, Refusal, Router
+from workers.exchange.router import Parcel, Refused, Router
 from workers.ipc.shared_memory import Segment
 from workers.protocol.live_mask import LiveMask
 from workers.protocol.messages import SampledToken, SeqChunk, StepBatch
@@ -74,7 +74,7 @@ class SimExchange:
         self._router: Router | None = None
 
     def begin_step(self, ctx: StepContext) -> None:
-        """See workers/exchange/base.py."""
+        """See workers/exchange/loop.py."""
         if self._ctx is None or ctx.view is not self._ctx.view:
             self._router = Router(self._rank.key[0], ctx.view.placement)
         self._ctx = ctx
@@ -113,7 +113,7 @@ class SimExchange:
     def _settled(
         self, router: Router, layer: int, wanted: Any, excluded: int, ctx: StepContext
     ) -> list[tuple[int, Parcel]]:
-        refused: frozenset[Refusal] = frozenset()
+        refused: frozenset[Refused] = frozenset()
         while True:
             parcels = router.parcels(layer, wanted, 1, excluded, refused)
             more = {

@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
 from types import TracebackType
@@ -19,11 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from membership.base.rank_id import RankId
 from membership.store.records import Member, Placement, View
 from workers.exchange.base import StepContext
 from workers.exchange.batch import ExpertFailed
-from workers.exchange.shm import ShmExchange
-from workers.exchange.wire import Rows, bits
+from workers.exchange.loop import Exchange
+from workers.exchange.rows import Rows, bits
+from workers.exchange.shm.transport import ShmTransport
+from workers.exchange.shm.wire import AREA
 from workers.ipc.doorbell import Bell, Doorbell
 from workers.protocol.live_mask import LiveMask
 
@@ -31,7 +35,7 @@ TIMEOUT_S = 30.0
 
 
 class Experts:
-    """Expert e of layer l: rows * (1 + small(l, e)) + small; may be told to stall or fail at one expert."""
+    """Expert e of layer l: rows * (1 + small(l, e)) + small; can be made to stall or fail at one expert."""
 
     def __init__(self, rank: int, placement: Placement) -> None:
         self.held = {(layer, e) for layer, held in enumerate(placement.get(rank, ())) for e in held}
@@ -77,7 +81,7 @@ def spread(ranks: Iterable[int], layers: int, experts: int, copies: int) -> Plac
 
 
 def batch(seed: int, tokens: int, top_k: int, experts: int, hidden: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """(hidden, ids, weights) that anybody can make again from the seed."""
+    """(hidden, ids, weights), the same for the same seed."""
     g = torch.Generator().manual_seed(seed)
     rows = torch.randn(tokens, hidden, generator=g).to(dtype)
     ids = torch.rand(tokens, experts, generator=g).argsort(dim=1)[:, :top_k]
@@ -87,14 +91,19 @@ def batch(seed: int, tokens: int, top_k: int, experts: int, hidden: int, dtype: 
 class RankServer:
     """One rank's process: does what the pipe says, and serves its peers in between."""
 
-    def __init__(self, pipe: Connection, rank: int, incarnation: int, placement: Placement, options: dict[str, Any]):
+    def __init__(self, pipe: Connection, me: RankId, placement: Placement, area: int, answer_timeout_s: float) -> None:
         self.pipe = pipe
-        self.rank = rank
+        self.rank = me.rank
         self.bell = Doorbell()
-        self.bank = Experts(rank, placement)
+        self.bank = Experts(me.rank, placement)
         self.mask: LiveMask | None = None
-        self.exchange = ShmExchange(
-            rank, incarnation, self.bank, self.bell, lambda: self.mask.masked() if self.mask else 0, **options
+        self.exchange = Exchange(
+            me,
+            self.bank,
+            self.bell,
+            partial(ShmTransport, area=area),
+            lambda: self.mask.masked() if self.mask else 0,
+            answer_timeout_s=answer_timeout_s,
         )
         self.waker = threading.Thread(target=self._wake_on_command, daemon=True)
 
@@ -121,7 +130,7 @@ class RankServer:
                 except Exception as error:  # noqa: BLE001 - the driver raises it
                     self.pipe.send(("error", error))
 
-    def connect(self, peers: Mapping[int, tuple[int, bytes]]) -> None:
+    def connect(self, peers: Mapping[RankId, bytes]) -> None:
         self.exchange.connect(peers, TIMEOUT_S)
 
     def attach_mask(self, handle: bytes) -> None:
@@ -175,26 +184,28 @@ class RankServer:
         calls, self.bank.calls = self.bank.calls, []
         return calls
 
-    def disconnect(self, peers: list[tuple[int, int]]) -> None:
+    def disconnect(self, peers: list[RankId]) -> None:
         self.exchange.disconnect(peers)
 
-    def facts(self) -> tuple[int, int]:
+    def resources(self) -> tuple[int, int]:
         """(open descriptors, threads)"""
         return len(os.listdir("/proc/self/fd")), threading.active_count()
 
 
-def _main(pipe: Connection, rank: int, incarnation: int, placement: Placement, options: dict[str, Any]) -> None:
+def _main(pipe: Connection, me: RankId, placement: Placement, area: int, answer_timeout_s: float) -> None:
     torch.set_num_threads(1)
-    RankServer(pipe, rank, incarnation, placement, options).run()
+    RankServer(pipe, me, placement, area, answer_timeout_s).run()
 
 
 class RankProcess:
     """The driver's side of one rank."""
 
-    def __init__(self, context: Any, rank: int, incarnation: int, placement: Placement, **options: Any) -> None:
-        self.rank, self.incarnation = rank, incarnation
+    def __init__(
+        self, context: Any, me: RankId, placement: Placement, area: int = AREA, answer_timeout_s: float = TIMEOUT_S
+    ) -> None:
+        self.me = me
         self.pipe, child = context.Pipe()
-        self.process = context.Process(target=_main, args=(child, rank, incarnation, placement, options), daemon=True)
+        self.process = context.Process(target=_main, args=(child, me, placement, area, answer_timeout_s), daemon=True)
         self.process.start()
         child.close()
         self.handle: bytes = self._recv()
@@ -208,7 +219,7 @@ class RankProcess:
 
     def _recv(self) -> Any:
         if not self.pipe.poll(TIMEOUT_S):
-            raise TimeoutError(f"rank {self.rank} said nothing")
+            raise TimeoutError(f"rank {self.me.rank} sent no answer")
         return self.pipe.recv()
 
     def send(self, name: str, *args: Any) -> None:
@@ -253,14 +264,16 @@ class RankGroup:
     def spawn(self, rank: int, placement: Placement | None = None) -> RankProcess:
         self.incarnation += 1
         placement = self.placement if placement is None else placement
-        process = RankProcess(self.context, rank, self.incarnation, placement, **self.options)
+        process = RankProcess(self.context, RankId(rank, self.incarnation), placement, **self.options)
         self.ranks[rank] = process
         process.call("attach_mask", self.mask.handle())
         return process
 
     def link(self) -> None:
-        peers = {r: (p.incarnation, p.handle) for r, p in self.ranks.items()}
-        self.all("connect", peers)
+        self.all("connect", self.handles())
+
+    def handles(self) -> dict[RankId, bytes]:
+        return {process.me: process.handle for process in self.ranks.values()}
 
     def all(self, name: str, *args: Any) -> dict[int, Any]:
         for process in self.ranks.values():
@@ -275,7 +288,7 @@ class RankGroup:
 
     def context_of(self, masked: int = 0) -> StepContext:
         self.step += 1
-        members = tuple(Member(rank=r, node="n", incarnation=p.incarnation) for r, p in self.ranks.items())
+        members = tuple(Member(rank=r, node="n", incarnation=p.me.incarnation) for r, p in self.ranks.items())
         return StepContext(View(epoch=1, members=members, placement=self.placement), 7, self.step, 1, masked)
 
     def __enter__(self) -> RankGroup:

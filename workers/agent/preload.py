@@ -17,7 +17,8 @@ OURS = (
     "workers.model.runner",
     "workers.model.experts",
     "workers.model.fingerprint",
-    "workers.exchange.shm",
+    "workers.exchange.loop",
+    "workers.exchange.shm.transport",
     "workers.protocol.live_mask",
     "workers.agent.preload:warm_transformers",
 )

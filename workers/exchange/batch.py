@@ -1,4 +1,4 @@
-"""Run each expert once over all rows that want it now, whoever asked: its weights are read once for all of them."""
+"""Run each expert once over the rows of all requests that want it now, so that its weights are read once."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import Tensor
 from membership.base.errors import ModelError, RankFailed
 from workers.exchange.base import ExpertBank
 from workers.exchange.router import Ints
-from workers.exchange.wire import DTYPES, Rows, bits
+from workers.exchange.rows import DTYPES, Rows, bits
 
 log = structlog.get_logger("exchange")
 
 TOGETHER = 128 * 1024
-"""Elements up to which one call for all experts is faster; above, what lies between their products leaves the cache."""
+"""Elements up to which one call for all experts is faster; above, intermediate results no longer fit in the cache."""
 
 
 class Work(NamedTuple):
-    """Pairs of one asker: the first `counts[0]` are for `experts[0]` and so on; pair i is over `rows[row_of[i]]`."""
+    """Pairs of one request: the first `counts[0]` are for `experts[0]` and so on; pair i is over `rows[row_of[i]]`."""
 
     experts: list[int]
     counts: list[int]
@@ -39,14 +39,14 @@ class ExpertFailed(RankFailed):
 
 
 class Outputs(NamedTuple):
-    """All outputs, and for each asker where its pairs are in them (None: it is alone, in its order)."""
+    """All outputs, and for each request the places of its pairs in them (None: it is the only one, in its order)."""
 
     rows: Rows
     places: list[Ints | None]
 
 
 def run(bank: ExpertBank, layer: int, works: Sequence[Work], dtype: int, device: torch.device) -> Outputs:
-    """Compute all pairs of all askers, each expert once. ExpertFailed names the first that cannot be computed."""
+    """Compute all pairs of all requests, each expert once. ExpertFailed names the first that cannot be computed."""
     places: list[Ints | None] = [None]
     if len(works) == 1:
         experts, counts, row_of, rows = works[0]
@@ -65,7 +65,7 @@ def run(bank: ExpertBank, layer: int, works: Sequence[Work], dtype: int, device:
 
 
 def _compute(bank: ExpertBank, layer: int, experts: Sequence[int], sizes: Sequence[int], rows: Tensor) -> Tensor:
-    """All experts in one call; one by one if that fails, so that only the one to blame is refused."""
+    """All experts in one call; one by one if that fails, so that only the failing expert is refused."""
     try:
         outputs = bank.compute_many(layer, experts, sizes, rows)
         if outputs.shape != rows.shape or outputs.dtype != rows.dtype:
@@ -73,7 +73,7 @@ def _compute(bank: ExpertBank, layer: int, experts: Sequence[int], sizes: Sequen
     except Exception as error:
         if len(experts) == 1:
             raise ExpertFailed(layer, experts[0], repr(error)) from error
-        log.warning("experts failed together, trying one by one", layer=layer, experts=experts, error=repr(error))
+        log.warning("experts_failed_together", layer=layer, experts=experts, error=repr(error))
     else:
         return outputs
     return _one_by_one(bank, layer, experts, sizes, rows)
@@ -85,7 +85,7 @@ def _one_by_one(bank: ExpertBank, layer: int, experts: Sequence[int], sizes: Seq
 
 
 def _together(works: Sequence[Work]) -> tuple[Work, list[Ints | None]]:
-    """All askers' pairs ascending by expert, over the rows of all of them; and where each asker's pairs went."""
+    """The pairs of all requests ascending by expert, over the rows of all; and where each request's pairs went."""
     totals: dict[int, int] = {}
     for work in works:
         for expert, count in zip(work.experts, work.counts, strict=True):
@@ -105,7 +105,7 @@ def _together(works: Sequence[Work]) -> tuple[Work, list[Ints | None]]:
 
 
 def _pad(row_of: Ints, counts: list[int], sizes: list[int]) -> tuple[Ints, Ints]:
-    """Fill each expert's rows up to the size it computes anyway: saves it a copy. What row 0 adds is dropped."""
+    """Fill each expert's rows up to the size it computes anyway, with row 0: saves a copy. Their outputs are unused."""
     added = np.subtract(sizes, counts)
     place = np.arange(len(row_of)) + (added.cumsum() - added).repeat(counts)
     padded = np.zeros(sum(sizes), dtype=np.int64)

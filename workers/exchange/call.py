@@ -1,4 +1,4 @@
-"""One `dispatch_combine` under way: which pairs are asked of whom, which are answered, where the outputs collect."""
+"""One `dispatch_combine` in progress: which rank computes which pairs, what is answered, and the outputs so far."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch import Tensor
 
 from workers.exchange.batch import ExpertFailed, Work
 from workers.exchange.combine import combine
-from workers.exchange.links import PeerLink
-from workers.exchange.router import Ints, Parcel, Refusal, Router, split
-from workers.exchange.wire import DTYPE_CODES, DTYPES, Rows, Tag, bits
+from workers.exchange.link import Link, Tag
+from workers.exchange.router import Ints, Parcel, Refused, Router, split
+from workers.exchange.rows import DTYPE_CODES, DTYPES, Rows, bits
 
 
 class Flight(NamedTuple):
-    """A parcel that a peer has been asked for and has not answered."""
+    """A request that a peer has not answered yet."""
 
-    link: PeerLink
+    link: Link
     tag: Tag
     parcel: Parcel
 
 
 class Call:
-    """Rows of one layer on their way. Pairs are numbered row by row, ascending by expert within a row."""
+    """Rows of one layer in progress. Pairs are numbered row by row, ascending by expert within a row."""
 
     def __init__(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
         """`ids` and `weights` as `ascending` gives them."""
@@ -41,11 +41,11 @@ class Call:
         self.own: list[Parcel] = []
         self.queued: dict[int, deque[Parcel]] = {}
         self.flights: dict[int, Flight] = {}
-        self.asked = 0  # bits of the ranks that something is or was asked of
-        self.failed: ExpertFailed | None = None  # why `redo` has to go elsewhere
+        self.asked = 0  # bits of the ranks that were asked for anything
+        self.failed: ExpertFailed | None = None  # why the pairs `redo` must go to a replica
         self.redo: Ints = np.empty(0, dtype=np.int64)
-        self.retried = False  # whether rows that a rank had been sent went to another
-        self._refused: frozenset[Refusal] = frozenset()
+        self.retried = False  # whether rows were sent again to another rank
+        self._refused: frozenset[Refused] = frozenset()
 
     @property
     def key(self) -> tuple[int, int, int]:
@@ -57,7 +57,7 @@ class Call:
         return not (self.flights or self.own or self.queued or self.failed)
 
     def place(self, router: Router, me: int, excluded: int, most_pairs: int, pairs: Ints | None = None) -> None:
-        """Decide who is asked for all pairs, or for `pairs` again. CoverageLost."""
+        """Choose a rank for all pairs, or again for `pairs`. CoverageLost if an expert has no usable rank."""
         for parcel in router.parcels(self.layer, self._experts, self.top_k, excluded, self._refused, pairs):
             if parcel.rank == me:
                 self.own.append(parcel)
@@ -74,7 +74,7 @@ class Call:
         return parcel
 
     def forget(self, rank: int) -> tuple[Ints, int]:
-        """`rank` will not answer: the pairs it was to compute, and how many rows had gone to it already."""
+        """`rank` will not answer: the pairs it was to compute, and the number of rows that it had been sent."""
         flight = self.flights.pop(rank, None)
         lost = [flight.parcel] if flight else []
         sent = len(flight.parcel.rows) if flight else 0

@@ -1,6 +1,6 @@
-"""The one way in which a token's expert outputs are summed: in fp32, by ascending expert, on the token's owner.
+"""The one way to sum a token's expert outputs: in fp32, by ascending expert, on the token's owner.
 
-Every exchange uses it, so that the sum's bits do not depend on where the experts live.
+Every exchange uses it, so the bits of the sum do not depend on which ranks hold the experts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def ascending(topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 SMALL = 32 * 1024
-"""Elements up to which one large product is faster; above, its memory is mapped and faulted in anew at each call."""
+"""Elements up to which one large product is faster; above, its memory is mapped and faulted in again at each call."""
 
 
 def combine(outputs: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,8 +1,7 @@
-"""An exchange for a single rank that holds every expert: no peers, no messages. For tests, benchmarks and one rank."""
+"""How a rank computes rows whose experts it holds all: no peers, no messages."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -10,49 +9,16 @@ import torch
 from torch import Tensor
 
 from membership.base.errors import CoverageLost
-from workers.exchange.base import ExpertBank, StepContext
+from workers.exchange.base import ExpertBank
 from workers.exchange.combine import ascending, combine
 from workers.exchange.router import FEW, Ints
 
 
 class LocalExchange:
-    """Runs all experts here."""
+    """`dispatch_combine` for a model without a cluster: one rank holds every expert. For tests and benchmarks."""
 
     def __init__(self, bank: ExpertBank) -> None:
         self._bank = bank
-        self.device = torch.device("cpu")
-        self.retried_rows = 0
-        self.retried_at = 0.0
-        self.suspects: set[int] = set()
-
-    def handle(self) -> bytes:
-        """Nobody can reach it."""
-        return b""
-
-    def connect(
-        self, peers: Mapping[int, tuple[int, bytes]], timeout_s: float, given_up: Callable[[], bool] = lambda: False
-    ) -> None:
-        """There are no peers."""
-
-    def stir(self) -> None:
-        """Nobody waits."""
-
-    def begin_step(self, ctx: StepContext) -> None:
-        """All steps are alike."""
-
-    def serve(self) -> int:
-        """Nobody asks."""
-        return 0
-
-    def pending(self) -> bool:
-        """Nobody asks."""
-        return False
-
-    def disconnect(self, peers: Iterable[tuple[int, int]]) -> None:
-        """There are no peers."""
-
-    def close(self) -> None:
-        """Nothing is open."""
 
     def dispatch_combine(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """[T, H] -> [T, H]: the weighted sum of each row's experts. CoverageLost if one is not here."""
@@ -82,7 +48,7 @@ def compute_here(bank: ExpertBank, layer: int, hidden: Tensor, experts: list[int
 
 
 class _Plan(NamedTuple):
-    """Each expert's tokens one after the other, filled up with token 0, and where each pair's output comes to lie."""
+    """Each expert's tokens one after the other, filled up with token 0, and the place of each pair's output."""
 
     experts: list[int]
     sizes: list[int]

@@ -1,7 +1,7 @@
 """Which rank computes which (row, expert) pair: pure, the same for every transport.
 
-A rank prefers itself; other holders are ranked by rendezvous hashing, so that load spreads over replicas, each choice
-is the same whenever it is made again, and a loss moves only what the lost rank would have answered.
+A rank prefers itself. Other holders are ordered by rendezvous hashing: load spreads over replicas, the same choice is
+made each time, and the loss of a rank moves only the pairs that it would have answered.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from membership.base.errors import CoverageLost
 from membership.store.records import Placement
 
 Ints = npt.NDArray[np.int64]
-Refusal = tuple[int, int]  # (rank, expert): the rank said that it cannot answer for the expert in this layer
+Refused = tuple[int, int]  # (rank, expert): the rank cannot answer for the expert in this call
 
-_NOBODY = -1
+_NO_RANK = -1
 FEW = 24
-"""Up to so many pairs plain Python is faster than numpy, whose calls cost a microsecond each."""
+"""Number of pairs up to which plain Python is faster than numpy, whose calls cost a microsecond each."""
 _SELF = np.uint64(2**64 - 1)
 _GOLDEN, _MIX1, _MIX2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
@@ -59,8 +59,8 @@ class Router:
         """Whether this rank holds all of them."""
         return 0 <= layer < len(self._mine) and self._mine[layer].issuperset(experts)
 
-    def owners(self, layer: int, excluded: int, refused: frozenset[Refusal] = frozenset()) -> Ints:
-        """For each expert the rank that answers for it (-1: nobody) without the ranks of the bit set `excluded`."""
+    def owners(self, layer: int, excluded: int, refused: frozenset[Refused] = frozenset()) -> Ints:
+        """For each expert the rank that answers for it (-1: none) without the ranks of the bit set `excluded`."""
         if refused:
             return self._choose(layer, excluded, refused)
         table = self._tables.get((layer, excluded))
@@ -68,16 +68,16 @@ class Router:
             table = self._tables[layer, excluded] = self._choose(layer, excluded, ())
         return table
 
-    def _choose(self, layer: int, excluded: int, refused: Iterable[Refusal]) -> Ints:
+    def _choose(self, layer: int, excluded: int, refused: Iterable[Refused]) -> Ints:
         if not 0 <= layer < len(self._held):
             raise CoverageLost(f"layer {layer} is not in the placement")
         usable = self._held[layer] & np.array([not excluded >> r & 1 for r in self._ranks.tolist()], dtype=bool)
         for rank, expert in refused:
             usable[expert, self._ranks == rank] = False
         if not usable.size:
-            return np.full(len(usable), _NOBODY)
+            return np.full(len(usable), _NO_RANK)
         preference = np.where(usable, self._preference(layer, len(usable)), np.uint64(0))
-        return np.where(usable.any(axis=1), self._ranks[preference.argmax(axis=1)], _NOBODY)
+        return np.where(usable.any(axis=1), self._ranks[preference.argmax(axis=1)], _NO_RANK)
 
     def _preference(self, layer: int, experts: int) -> npt.NDArray[np.uint64]:
         """[experts, ranks]: a hash of (layer, source, expert, rank) >= 1; this rank itself comes first."""
@@ -94,10 +94,10 @@ class Router:
         experts: Ints,
         top_k: int,
         excluded: int,
-        refused: frozenset[Refusal] = frozenset(),
+        refused: frozenset[Refused] = frozenset(),
         pairs: Ints | None = None,
     ) -> list[Parcel]:
-        """Who is asked for what: for all pairs of `experts` (flat [T * top_k]), or again for `pairs` of them."""
+        """What each rank is asked: for all pairs of `experts` (flat [T * top_k]), or again for `pairs` of them."""
         wanted = experts if pairs is None else experts[pairs]
         numbers = np.arange(len(wanted)) if pairs is None else pairs
         table = self.owners(layer, excluded, refused)
@@ -123,9 +123,9 @@ def split(parcel: Parcel, most_pairs: int, top_k: int) -> list[Parcel]:
 def _few(layer: int, wanted: list[int], numbers: list[int], top_k: int, table: Ints) -> list[Parcel]:
     asked: dict[int, list[tuple[int, int]]] = {}
     for expert, pair in zip(wanted, numbers, strict=True):
-        owner = table.item(expert) if 0 <= expert < len(table) else _NOBODY
-        if owner == _NOBODY:
-            raise _lost(layer, [e for e in wanted if not 0 <= e < len(table) or table[e] == _NOBODY])
+        owner = table.item(expert) if 0 <= expert < len(table) else _NO_RANK
+        if owner == _NO_RANK:
+            raise _lost(layer, [e for e in wanted if not 0 <= e < len(table) or table[e] == _NO_RANK])
         asked.setdefault(owner, []).append((expert, pair))
     parcels = []
     for rank, pairs in asked.items():
@@ -142,9 +142,9 @@ def _few(layer: int, wanted: list[int], numbers: list[int], top_k: int, table: I
 
 def _many(layer: int, wanted: Ints, numbers: Ints, top_k: int, table: Ints) -> list[Parcel]:
     unknown = (wanted < 0) | (wanted >= len(table))
-    owners = table[np.where(unknown, 0, wanted)] if len(table) else np.full(len(wanted), _NOBODY)
-    if unknown.any() or owners.min() == _NOBODY:
-        raise _lost(layer, wanted[unknown | (owners == _NOBODY)].tolist())
+    owners = table[np.where(unknown, 0, wanted)] if len(table) else np.full(len(wanted), _NO_RANK)
+    if unknown.any() or owners.min() == _NO_RANK:
+        raise _lost(layer, wanted[unknown | (owners == _NO_RANK)].tolist())
     keys = owners * len(table) + wanted
     order = keys.argsort(kind="stable")
     keys, numbers = keys[order], numbers[order]

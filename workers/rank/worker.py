@@ -18,6 +18,7 @@ import structlog
 
 from membership.base import failpoints
 from membership.base.errors import ConfigError, CoverageLost, Fenced, WaitTimeout
+from membership.base.rank_id import RankId
 from membership.store.records import View
 from workers.protocol.bandwidth import Brake
 from workers.protocol.messages import CopyBlocks, StepBatch, StepResult, StepStatus
@@ -26,7 +27,7 @@ from workers.rank.worker_api import WorkerContext
 if TYPE_CHECKING:
     import torch
 
-    from workers.exchange.base import Exchange
+    from workers.exchange.loop import Exchange
     from workers.model.experts import LocalExpertBank
     from workers.model.runner import ModelRunner
     from workers.protocol.live_mask import LiveMask
@@ -97,7 +98,8 @@ class Preparation:
             self.bytes_loaded = self._worker.bank.load_all(wanted, self._stopped.is_set, brake)
             self.bytes_mapped = self._worker.bank.bytes_mapped - mapped
             if not self._stopped.is_set():
-                self._worker.exchange.connect(self._peers, self._worker.connect_timeout_s, self._stopped.is_set)
+                peers = {RankId(rank, incarnation): handle for rank, (incarnation, handle) in self._peers.items()}
+                self._worker.exchange.connect(peers, self._worker.connect_timeout_s, self._stopped.is_set)
             failpoints.hit("rank.prepared", self._worker.rank)
         except BaseException as error:  # noqa: BLE001 - handed to whoever waits for the output
             self._error = error
@@ -111,8 +113,8 @@ def experts_of(view: View, rank: int) -> frozenset[tuple[int, int]]:
     return frozenset((layer, expert) for layer, experts in enumerate(layers) for expert in experts)
 
 
-def _identities(view: View) -> set[tuple[int, int]]:
-    return {(member.rank, member.incarnation) for member in view.members}
+def _identities(view: View) -> set[RankId]:
+    return {RankId(member.rank, member.incarnation) for member in view.members}
 
 
 class EPWorker:
@@ -134,14 +136,16 @@ class EPWorker:
         self._preparing: dict[int, Preparation] = {}  # by epoch, later than the view in use
         self._latest: Preparation | None = None
         self._engine_token = 0
-        self._left: set[tuple[int, int]] = set()  # (rank, incarnation) of earlier views since the last retire_epoch
+        self._left: set[RankId] = set()  # members of earlier views since the last retire_epoch
 
     def make_exchange(self) -> Exchange:
         """The link to the other ranks; tests put another one here."""
-        from workers.exchange.shm import ShmExchange
+        from workers.exchange.loop import Exchange
+        from workers.exchange.transports import opener
 
         ctx = self._ctx
-        return ShmExchange(ctx.rank, ctx.incarnation, self.bank, ctx.doorbell, self.masked)
+        me = RankId(ctx.rank, ctx.incarnation)
+        return Exchange(me, self.bank, ctx.doorbell, opener("shm"), self.masked)
 
     def masked(self) -> int:
         """The engine's live mask as bits."""
@@ -272,8 +276,8 @@ class EPWorker:
             raise ConfigError("copy_blocks before load_model")
         stamp = (order.engine_token, order.copy)
         if order.arriving:
-            return self._runner.take_in(order.blocks, self.exchange.inbox(*order.source), stamp)
-        return self._runner.write_out(order.blocks, partial(self.exchange.outbox, *order.target), stamp)
+            return self._runner.take_in(order.blocks, self.exchange.inbox(RankId(*order.source)), stamp)
+        return self._runner.write_out(order.blocks, partial(self.exchange.outbox, RankId(*order.target)), stamp)
 
     def _refuse(self, batch: StepBatch) -> str:
         """Why this batch must have no effect, else empty. Flips to the batch's epoch if that is prepared."""

@@ -7,10 +7,12 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from chaos.mutants.checks.promise import require
 from membership.base.errors import CoverageLost, ElasticError
+from membership.base.rank_id import RankId
 from membership.store.records import Member, Placement, View
 from workers.exchange.router import Parcel
 
@@ -49,14 +51,20 @@ class _Rank:
     """One rank. Its thread answers its peers, unless it hangs."""
 
     def __init__(self, rank: int, placement: Placement) -> None:
-        from workers.exchange.shm import ShmExchange
+        from workers.exchange.loop import Exchange
+        from workers.exchange.shm.transport import ShmTransport
         from workers.ipc.doorbell import Doorbell
 
         self.bank = _Experts(placement[rank][0])
         self.bell, self.masked, self._stop = Doorbell(), 0, threading.Event()
-        self.key = (rank, rank + 1)
-        self.exchange = ShmExchange(
-            rank, rank + 1, self.bank, self.bell, lambda: self.masked, answer_timeout_s=2 * WITHIN_S, area=1 << 20
+        self.key = RankId(rank, rank + 1)
+        self.exchange = Exchange(
+            self.key,
+            self.bank,
+            self.bell,
+            partial(ShmTransport, area=1 << 20),
+            lambda: self.masked,
+            answer_timeout_s=2 * WITHIN_S,
         )
         self._thread = threading.Thread(target=self._serve, daemon=True)
 
@@ -86,15 +94,15 @@ def _ranks(placement: Placement, *, hanging: int = -1) -> Iterator[list[_Rank]]:
     with ExitStack() as ends:
         for rank in ranks:
             ends.callback(rank.end)
-        handles = {rank.key[0]: (rank.key[1], rank.exchange.handle()) for rank in ranks}
+        handles = {rank.key: rank.exchange.handle() for rank in ranks}
         for rank in reversed(ranks):  # the newer dials
-            older = {r: peer for r, peer in handles.items() if r < rank.key[0]}
+            older = {peer: handle for peer, handle in handles.items() if peer < rank.key}
             rank.exchange.connect(older, WITHIN_S)
         ranks[0].exchange.connect(handles, WITHIN_S)
-        members = tuple(Member(rank=rank.key[0], node="a", incarnation=rank.key[1]) for rank in ranks)
+        members = tuple(Member(rank=rank.key.rank, node="a", incarnation=rank.key.incarnation) for rank in ranks)
         ranks[0].exchange.begin_step(StepContext(View(epoch=1, members=members, placement=placement), 7, 1, 0))
         for rank in ranks[1:]:
-            if rank.key[0] != hanging:
+            if rank.key.rank != hanging:
                 rank.answer()
         yield ranks
 
@@ -175,28 +183,29 @@ def _after_death(hidden: Tensor, ids: Tensor, weights: Tensor, right: Tensor) ->
 
 def strangers() -> None:
     """Who means another incarnation of a rank, or is an older one itself, is not linked: one of them is a zombie."""
-    from workers.exchange.links import Links
+    from workers.exchange.loop import Exchange
+    from workers.exchange.shm.transport import ShmTransport
     from workers.ipc.doorbell import Doorbell
 
     with ExitStack() as ends:
 
-        def links(rank: int, incarnation: int) -> Links:
+        def exchange(rank: int, incarnation: int) -> Exchange:
             bell = Doorbell()
-            made = Links(rank, incarnation, bell, 1 << 16)
+            made = Exchange(RankId(rank, incarnation), _Experts(()), bell, partial(ShmTransport, area=1 << 16))
             ends.callback(bell.close)
             ends.callback(made.close)
             return made
 
-        here, newer, older = links(0, 5), links(1, 9), links(1, 8)
-        newer.connect({0: (5, here.handle())}, WITHIN_S)
-        for dialler, means in ((older, 5), (links(2, 7), 4)):
+        here, newer, older = exchange(0, 5), exchange(1, 9), exchange(1, 8)
+        newer.connect({RankId(0, 5): here.handle()}, WITHIN_S)
+        for dialler, means in ((older, 5), (exchange(2, 7), 4)):
             try:
-                dialler.connect({0: (means, here.handle())}, 0.5)
+                dialler.connect({RankId(0, means): here.handle()}, 0.5)
             except ElasticError as refused:
                 require(str(refused), "a refusal without a reason")
             else:
                 require(False, f"a link was made with incarnation {means} of a rank that is 5, or from an older one")
-        require(here.of(1, 9) is not None, "the newest incarnation's link is gone")
+        require(len(here.inbox(RankId(1, 9))) > 0, "the newest incarnation's link is gone")
 
 
 class _Seen(Parcel):
@@ -212,7 +221,8 @@ def torn_requests() -> None:
     """A rank may be stopped in the middle of asking: its peer sees the request before, or the new one, or none."""
     import numpy as np
 
-    from workers.exchange.wire import Lane, Tag, lane_bytes
+    from workers.exchange.link import Tag
+    from workers.exchange.shm.wire import ASK, Lane, lane_bytes
     from workers.ipc.shared_memory import Segment
 
     with Segment.create(lane_bytes(1 << 16), "elastic-ep-check-lane") as segment:
@@ -220,7 +230,7 @@ def torn_requests() -> None:
         seen = Counter[int]()
 
         def look() -> None:
-            number = reader.asked()
+            number = reader.words[ASK]
             request = reader.request(number, 3) if number else None
             if request is not None:
                 size = 1 + number % 9

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing as mp
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import closing
 from multiprocessing import forkserver
 from typing import Any
 
@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 
 from membership.base.errors import CoverageLost, PeerTimeout
+from membership.base.rank_id import RankId
 from membership.store.records import Member, View
 from tests.support.exchange_ranks import Experts, RankGroup, batch, broken, spread
 from tests.support.helpers import eventually
 from workers.exchange.base import StepContext
 from workers.exchange.batch import ExpertFailed
 from workers.exchange.combine import ascending
-from workers.exchange.shm import ShmExchange
-from workers.exchange.wire import Rows, bits
+from workers.exchange.loop import Exchange
+from workers.exchange.rows import Rows, bits
+from workers.exchange.transports import opener
 from workers.ipc.doorbell import Doorbell
 
 pytestmark = pytest.mark.integration
@@ -101,7 +103,7 @@ def test_large_parcels_go_in_parts(context: Any) -> None:
 
 
 def test_a_peer_is_answered_wherever_it_and_we_are(context: Any) -> None:
-    """Rank 0 runs ten steps alone while 1 is idle and 2 is in a layer of its own: nobody waits for anybody's step."""
+    """Rank 0 runs ten steps alone while 1 is idle and 2 is in a layer of its own: no rank waits for another's step."""
     with RankGroup(context, spread(range(3), LAYERS, EXPERTS, 1)) as group:
         for step in range(10):
             ctx = group.context_of()
@@ -176,13 +178,13 @@ def test_a_stopped_peer_is_masked_and_its_waking_changes_nothing(context: Any) -
                 zombie.send("steps", group.context_of(), works(0, "bfloat16"))
                 run_all(group)
                 zombie.result()
-            group.all("disconnect", [(1, zombie.incarnation)])
+            group.all("disconnect", [zombie.me])
             run_all(group)
         finally:
             zombie.close()
 
 
-def test_a_stopped_peer_that_nobody_masks_is_named(context: Any) -> None:
+def test_a_stopped_peer_that_is_not_masked_is_named(context: Any) -> None:
     with RankGroup(context, spread(range(2), LAYERS, EXPERTS, 1), answer_timeout_s=0.3) as group:
         stop_inside_a_dispatch(group, 1, [0])
         with pytest.raises(PeerTimeout, match=r"layer 1: no answer from ranks \[1\]"):
@@ -246,7 +248,7 @@ def test_an_expert_that_fails_and_has_no_replica_is_named() -> None:
     placement = {0: ((0, 1, 2),)}
     bank = Experts(0, placement)
     bank.before = broken(1)
-    with contextlib.closing(Doorbell()) as bell, contextlib.closing(ShmExchange(0, 1, bank, bell)) as exchange:
+    with closing(Doorbell()) as bell, closing(Exchange(RankId(0, 1), bank, bell, opener("shm"))) as exchange:
         members = (Member(rank=0, node="n", incarnation=1),)
         exchange.begin_step(StepContext(View(epoch=1, members=members, placement=placement), 7, 1, 1))
         with pytest.raises(ExpertFailed, match=r"layer 0, expert 1: .*broken here"):
@@ -257,7 +259,7 @@ def test_an_expert_that_fails_and_has_no_replica_is_named() -> None:
         assert same_bits(bits(got), oracle(work))
 
 
-def test_a_rank_whose_own_expert_fails_still_answers_who_has_asked(context: Any) -> None:
+def test_a_rank_whose_own_expert_fails_still_answers_its_peers(context: Any) -> None:
     """Rank 1 fails at expert 1 in a step of its own, which it begins when rank 0 has asked for expert 0."""
     with RankGroup(context, {0: ((),), 1: ((0, 1),)}, answer_timeout_s=5.0) as group:
         group.ranks[1].call("fail_at", 1)
@@ -270,7 +272,7 @@ def test_a_rank_whose_own_expert_fails_still_answers_who_has_asked(context: Any)
             group.ranks[1].result()
 
 
-def test_each_expert_runs_once_for_all_who_wait(context: Any) -> None:
+def test_each_expert_runs_once_for_all_that_wait(context: Any) -> None:
     layout = {0: ((),), 1: ((),), 2: ((),), 3: ((0, 1, 2),)}
     with RankGroup(context, layout) as group:
         os.kill(group.ranks[3].pid, signal.SIGSTOP)
@@ -293,23 +295,22 @@ def test_each_expert_runs_once_for_all_who_wait(context: Any) -> None:
 
 def test_a_rank_joins_while_the_others_exchange(context: Any) -> None:
     with RankGroup(context, spread(range(2), LAYERS, EXPERTS, 1)) as group:
-        facts = group.all("facts")
+        before = group.all("resources")
         for rank in (0, 1):
             group.ranks[rank].send("loop", group.context_of(), works(rank, "bfloat16"), 300)
         later = spread(range(3), LAYERS, EXPERTS, 2)
         process = group.spawn(2, later)
-        peers = {r: (p.incarnation, p.handle) for r, p in group.ranks.items()}
-        process.call("connect", peers)  # the others are in the middle of their steps, and are not asked
+        process.call("connect", group.handles())  # the others are in the middle of their steps, and are not asked
         assert all(r > 0 for r in (group.ranks[0].result(), group.ranks[1].result()))
-        group.all("connect", peers)
+        group.link()
         group.all("load", later)
         group.placement = later
         run_all(group)
         group.ranks.pop(2).close()
-        group.all("disconnect", [(2, process.incarnation)])
+        group.all("disconnect", [process.me])
         group.placement = spread(range(2), LAYERS, EXPERTS, 1)
         run_all(group)
-        assert group.all("facts") == facts
+        assert group.all("resources") == before
 
 
 def test_a_newer_incarnation_takes_the_slot(context: Any) -> None:

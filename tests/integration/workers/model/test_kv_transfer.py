@@ -12,7 +12,7 @@ from membership.base.errors import ElasticError
 from tests.integration.workers.rank.test_worker_ranks import Fleet
 from tests.support.families import VOCAB, write_checkpoint
 from tests.support.model_helpers import prompts
-from workers.exchange import wire
+from workers.exchange.shm import wire
 from workers.protocol.messages import CopyBlocks, Sampling, SeqChunk
 
 pytestmark = pytest.mark.integration

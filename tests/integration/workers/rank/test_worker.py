@@ -10,13 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from msgspec.structs import replace
+from torch import Tensor
 
 from membership.base.errors import ConfigError, Fenced, PeerTimeout, WaitTimeout
+from membership.base.rank_id import RankId
 from membership.store.records import ClusterConfig, Member, Placement, View
 from tests.support.families import write_checkpoint
 from workers.agent.weight_store import WeightStore
-from workers.exchange.base import Exchange, StepContext
+from workers.exchange.base import StepContext
 from workers.exchange.local import LocalExchange
+from workers.exchange.loop import Exchange
+from workers.exchange.transports import opener
 from workers.ipc.doorbell import Doorbell
 from workers.model.shared_weights import SharedWeights
 from workers.protocol.messages import Sampling, SeqChunk, StepBatch, StepStatus
@@ -30,25 +34,26 @@ WHOLE: Placement = {0: (ALL, ALL)}
 HALF: Placement = {0: ((0, 1, 2, 3), (0, 1, 2, 3)), 1: ((4, 5, 6, 7), (4, 5, 6, 7))}
 
 
-class ScriptedExchange(LocalExchange):
-    """The local exchange, with peers that tests hold back."""
+class ScriptedExchange(Exchange):
+    """Computes with the experts of this rank alone, and links with peers when the test lets it."""
 
-    def __init__(self, worker: EPWorker) -> None:
-        super().__init__(worker.bank)
-        self.connected: list[dict[int, tuple[int, bytes]]] = []
-        self.gone: set[tuple[int, int]] = set()
+    def __init__(self, worker: EPWorker, doorbell: Doorbell) -> None:
+        super().__init__(RankId(worker.rank, 1), worker.bank, doorbell, opener("loopback"))
+        self.local = LocalExchange(worker.bank)
+        self.connected: list[dict[RankId, bytes]] = []
+        self.gone: set[RankId] = set()
         self.hold = threading.Event()
         self.hold.set()
         self.fail: Exception | None = None
         self.steps: list[StepContext] = []
 
     def connect(
-        self, peers: Mapping[int, tuple[int, bytes]], timeout_s: float, given_up: Callable[[], bool] = lambda: False
+        self, peers: Mapping[RankId, bytes], timeout_s: float, given_up: Callable[[], bool] = lambda: False
     ) -> None:
         if not self.hold.wait(timeout_s):
             raise PeerTimeout("peers did not answer")
         if given_up():
-            raise Fenced("nobody waits for these peers any more")
+            raise Fenced("these peers are no longer needed")
         if self.fail is not None:
             raise self.fail
         self.connected.append(dict(peers))
@@ -57,7 +62,10 @@ class ScriptedExchange(LocalExchange):
         self.steps.append(ctx)
         self.suspects = {1}
 
-    def disconnect(self, peers: Iterable[tuple[int, int]]) -> None:
+    def dispatch_combine(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        return self.local.dispatch_combine(layer, hidden, topk_ids, topk_weights)
+
+    def disconnect(self, peers: Iterable[RankId]) -> None:
         self.gone = set(peers)
 
 
@@ -67,7 +75,7 @@ class TestedWorker(EPWorker):
     __test__ = False
 
     def make_exchange(self) -> Exchange:
-        self.script = ScriptedExchange(self)
+        self.script = ScriptedExchange(self, self._ctx.doorbell)
         return self.script
 
 

@@ -1,8 +1,9 @@
-"""The exchange over this host's shared memory: one loop in the rank's own thread, no collective, no helper threads.
+"""The exchange: request and reply per (layer, rank), in the rank's own thread, the same over every transport.
 
-A rank writes its requests into its lanes, rings the peers, computes what it can itself together with what peers ask of
-the same layer, and then alternates: answer who asks (whatever layer or step that one is in), take answers, sleep on the
-doorbell. Experts are pure, so what a lost peer had not answered is asked again of a replica at once.
+For one layer a rank sends its requests, computes its own rows together with what peers ask of the same layer, and then
+repeats: answer requests (of any layer or step), collect answers, sleep on the doorbell. There is no collective and no
+helper thread, so a rank may be in another layer, idle, new or dead without stopping the others. Experts are pure
+functions: rows that a lost peer has not answered are sent to a replica at once.
 """
 
 from __future__ import annotations
@@ -16,23 +17,29 @@ import torch
 from torch import Tensor
 
 from membership.base.errors import CoverageLost, Fenced, PeerTimeout, RankError
+from membership.base.rank_id import RankId
 from membership.base.timing import EXCHANGE_ANSWER_TIMEOUT_S
 from workers.exchange.base import ExpertBank, StepContext
 from workers.exchange.batch import ExpertFailed, Work, run
 from workers.exchange.call import Call, Flight
 from workers.exchange.combine import ascending
-from workers.exchange.links import Links, PeerLink
+from workers.exchange.link import Link, Refusal, Request, Tag, refusal_of
+from workers.exchange.links import Links
 from workers.exchange.local import compute_here
 from workers.exchange.router import Ints, Parcel, Router
-from workers.exchange.wire import AREA, Refusal, Request, Tag, most_pairs
+from workers.exchange.transports import Opener
 from workers.ipc.doorbell import Doorbell
 
 log = structlog.get_logger("exchange")
 Key = tuple[int, int, int]  # layer, hidden size, dtype
 
 
-def _nobody_masked() -> int:
+def _none_masked() -> int:
     return 0
+
+
+def _never() -> bool:
+    return False
 
 
 @dataclass
@@ -41,39 +48,40 @@ class _Group:
 
     works: list[Work] = field(default_factory=list)
     own: list[Parcel] = field(default_factory=list)
-    asked: list[tuple[PeerLink, Request]] = field(default_factory=list)
+    asked: list[tuple[Link, Request]] = field(default_factory=list)
 
 
-class ShmExchange:
-    """`base.Exchange` for ranks of one host."""
+class Exchange:
+    """One rank's side. All calls come from the rank's main thread; `connect` and `stir` may come from any thread."""
 
     def __init__(
         self,
-        rank: int,
-        incarnation: int,
+        me: RankId,
         bank: ExpertBank,
         doorbell: Doorbell,
-        mask: Callable[[], int] = _nobody_masked,
+        open_transport: Opener,
+        mask: Callable[[], int] = _none_masked,
         *,
         answer_timeout_s: float = EXCHANGE_ANSWER_TIMEOUT_S,
-        device: torch.device | None = None,
-        area: int = AREA,
     ) -> None:
-        self.retried_rows = 0
-        self.retried_at = 0.0
-        self.suspects: set[int] = set()
-        self._rank = rank
-        self._incarnation = incarnation
+        """`mask` gives the ranks that must not be used now, as bits. `doorbell` is what this rank's main thread
+        sleeps on; peers ring it.
+        """
+        self.device = torch.device("cpu")  # where the experts compute
+        self.retried_rows = 0  # rows sent again to a replica in this step
+        self.retried_at = 0.0  # when the last of them was answered (time.monotonic); 0: there were none
+        self.suspects: set[int] = set()  # ranks that stopped answering in this step
+        self._me = me
         self._bank = bank
         self._doorbell = doorbell
         self._mask = mask
         self._answer_timeout_s = answer_timeout_s
-        self.device = device or torch.device("cpu")  # where the experts compute
-        self._area = area
-        self._links = Links(rank, incarnation, doorbell, area)
+        self._links = Links(me, doorbell)
+        self._transport = open_transport(self._links)
+        self._sequence = 0  # of the last request
         self._ctx: StepContext | None = None
-        self._router = Router(rank, {})
-        self._peers: dict[int, PeerLink] = {}
+        self._router = Router(me.rank, {})
+        self._peers: dict[int, Link] = {}
         self._unlinked = 0
         self._seen = (-1, -1)  # (epoch, version of the links) that `_peers` reflects
 
@@ -81,45 +89,48 @@ class ShmExchange:
 
     def handle(self) -> bytes:
         """Where peers reach this rank."""
-        return self._links.handle()
+        return self._transport.handle()
 
-    def connect(
-        self, peers: Mapping[int, tuple[int, bytes]], timeout_s: float, given_up: Callable[[], bool] = lambda: False
-    ) -> None:
-        """Link with each rank -> (incarnation, handle); the newer incarnation dials. Linked ones are left alone."""
-        self._links.connect(peers, timeout_s, given_up)
+    def connect(self, peers: Mapping[RankId, bytes], timeout_s: float, given_up: Callable[[], bool] = _never) -> None:
+        """Link with each process -> its handle; the newer incarnation dials. Existing links are left alone.
+
+        PeerTimeout names the ranks that did not link. Fenced once `given_up()`, which is asked first and after each
+        `stir`.
+        """
+        self._links.connect(self._transport.dial, peers, timeout_s, given_up)
 
     def stir(self) -> None:
         """Have `connect` ask again whether it is given up."""
         self._links.stir()
 
-    def outbox(self, rank: int, incarnation: int, nbytes: int) -> memoryview[int]:
-        """Memory that this peer can read, `nbytes` or as much as there is. RankError if it is not linked."""
-        return self._linked(rank, incarnation).ours.room_for_bulk(nbytes)
+    def outbox(self, peer: RankId, nbytes: int) -> memoryview[int]:
+        """Host memory that this peer can read: `nbytes`, or as much as there is. RankError if it is not linked."""
+        return self._linked(peer).outbox(nbytes)
 
-    def inbox(self, rank: int, incarnation: int) -> memoryview[int]:
-        """What this peer has put into its outbox for us; it may change if the peer writes again."""
-        return self._linked(rank, incarnation).theirs.bulk()
+    def inbox(self, peer: RankId) -> memoryview[int]:
+        """What this peer has put into its outbox for us; it changes if the peer writes again."""
+        return self._linked(peer).inbox()
 
-    def _linked(self, rank: int, incarnation: int) -> PeerLink:
-        link = self._links.of(rank, incarnation)
+    def _linked(self, peer: RankId) -> Link:
+        link = self._links.of(peer)
         if link is None:
-            raise RankError(f"rank {self._rank} has no link with rank {rank} (incarnation {incarnation})")
+            raise RankError(f"rank {self._me.rank} has no link with rank {peer.rank} (incarnation {peer.incarnation})")
         return link
 
-    def disconnect(self, peers: Iterable[tuple[int, int]]) -> None:
-        """Drop the links with these (rank, incarnation): nothing that they still write can be seen."""
+    def disconnect(self, peers: Iterable[RankId]) -> None:
+        """End the links with these processes: nothing that they still write can be seen."""
         self._links.drop(peers)
 
     def close(self) -> None:
-        """Drop all links."""
+        """End all links; no peer can link afterwards."""
         self._peers = {}
+        self._transport.close()
         self._links.close()
 
     def begin_step(self, ctx: StepContext) -> None:
         """Everything until the next call belongs to this attempt."""
         if self._ctx is None or ctx.view is not self._ctx.view:
-            self._router = Router(self._rank, ctx.view.placement)
+            self._router = Router(self._me.rank, ctx.view.placement)
             self._seen = (-1, -1)
         self._ctx = ctx
         self.retried_rows = 0
@@ -133,11 +144,13 @@ class ShmExchange:
         version = self._links.version
         if self._seen != (ctx.view.epoch, version):
             members = ctx.incarnations
-            found = {r: self._links.of(r, members.get(r, -1)) for r in ctx.view.placement if r != self._rank}
-            self._peers = {r: link for r, link in found.items() if link is not None}
-            self._unlinked = sum(1 << r for r, link in found.items() if link is None)
+            others = [rank for rank in ctx.view.placement if rank != self._me.rank]
+            found = {rank: self._links.of(RankId(rank, members.get(rank, -1))) for rank in others}
+            self._peers = {rank: link for rank, link in found.items() if link is not None}
+            unlinked = [rank for rank in others if rank not in self._peers]
+            self._unlinked = sum(1 << rank for rank in unlinked)
             self._seen = (ctx.view.epoch, version)
-            self.suspects.update(r for r, link in found.items() if link is None and not ctx.masked >> r & 1)
+            self.suspects.update(rank for rank in unlinked if not ctx.masked >> rank & 1)
         return ctx.masked | self._mask() | self._unlinked
 
     # -- asking ------------------------------------------------------------------------------------------------------
@@ -153,8 +166,8 @@ class ShmExchange:
         if self._router.all_mine(layer, experts) and hidden.device.type == self.device.type and not self.pending():
             try:
                 return compute_here(self._bank, layer, hidden, experts, weights)
-            except Exception as error:  # noqa: BLE001 - what follows finds out which expert it is, and asks a replica
-                log.warning("experts failed together", layer=layer, error=repr(error), rank=self._rank)
+            except Exception as error:  # noqa: BLE001 - the call below finds the failing expert and asks a replica
+                log.warning("experts_failed_together", layer=layer, error=repr(error), rank=self._me.rank)
         call = Call(layer, hidden, ids, weights)
         self._place(self._ctx, call)
         self._send(self._ctx, call)
@@ -168,36 +181,35 @@ class ShmExchange:
                 return call.combined()
             if not moved and not self._doorbell.wait(lambda: self._stirred(call), deadline - time.monotonic()):
                 raise PeerTimeout(
-                    f"rank {self._rank}, step {self._ctx.step}, layer {layer}: no answer from ranks"
+                    f"rank {self._me.rank}, step {self._ctx.step}, layer {layer}: no answer from ranks"
                     f" {sorted(call.flights)} in {self._answer_timeout_s} s"
                 )
 
     def _place(self, ctx: StepContext, call: Call, pairs: Ints | None = None) -> None:
         excluded = self._excluded(ctx)
         row_bytes = call.rows.shape[1] * call.rows.itemsize
-        call.place(self._router, self._rank, excluded, most_pairs(self._area, row_bytes), pairs)
+        call.place(self._router, self._me.rank, excluded, self._transport.most_pairs(row_bytes), pairs)
 
     def _send(self, ctx: StepContext, call: Call) -> None:
-        """Ask every peer that is not being asked already; the rest of a large parcel follows its answer."""
+        """Send to each peer without an open request; the rest of a large parcel follows the answer."""
         for rank in [r for r in call.queued if r not in call.flights]:
             link, parcel = self._peers[rank], call.next_parcel(rank)
-            link.sequence += 1
-            tag = Tag(link.sequence, ctx.view.epoch, ctx.engine_token, ctx.step, ctx.attempt, call.layer)
-            link.ours.ask(tag, self._incarnation, parcel, call.rows, call.dtype)
+            self._sequence += 1
+            tag = Tag(self._sequence, ctx.view.epoch, ctx.engine_token, ctx.step, ctx.attempt, call.layer)
+            link.ask(tag, parcel, call.rows, call.dtype)
             call.flights[rank] = Flight(link, tag, parcel)
-            link.bell.ring()
 
     def _collect(self, ctx: StepContext, call: Call) -> int:
-        """Take what was answered, ask others for what was refused or lost; how many peers have answered."""
-        settled = [f for f in call.flights.values() if f.link.theirs.answered() == f.tag.sequence]
+        """Take answers; ask replicas for what was refused or lost. Returns the number of peers that have answered."""
+        settled = [f for f in call.flights.values() if f.link.answered() == f.tag.sequence]
         for flight in settled:
-            parcel, lane = flight.parcel, flight.link.theirs
-            refusal = lane.refusal(flight.tag, flight.link.incarnation)
+            parcel, link = flight.parcel, flight.link
+            refusal = refusal_of(link, flight.tag)
             if refusal is None:
                 del call.flights[parcel.rank]
-                call.put(parcel, lane.answer_rows(len(parcel.pairs), call.rows.shape[1], call.dtype))
+                call.put(parcel, link.rows(len(parcel.pairs), call.rows.shape[1], call.dtype))
             else:
-                log.warning("rows refused", by=parcel.rank, layer=call.layer, reason=refusal.reason)
+                log.warning("rows_refused", by=parcel.rank, layer=call.layer, reason=refusal.reason)
                 call.refuse(parcel.rank, refusal.experts or parcel.experts)
                 self._again(ctx, call, parcel.rank)
         if call.failed is not None:
@@ -213,7 +225,7 @@ class ShmExchange:
         return len(settled)
 
     def _again(self, ctx: StepContext, call: Call, rank: int) -> None:
-        """Whatever `rank` has not answered goes to the next holders."""
+        """What `rank` has not answered goes to the next holders."""
         pairs, rows_sent = call.forget(rank)
         call.retried = call.retried or rows_sent > 0
         self.retried_rows += rows_sent
@@ -228,13 +240,12 @@ class ShmExchange:
             raise error from None
 
     def _stirred(self, call: Call) -> bool:
-        """Whether there is a reason to stop sleeping: a question, an answer, or a peer lost."""
+        """Whether there is a reason to stop sleeping: a request, an answer, or the loss of a peer."""
         if self.pending():
             return True
         masked = self._mask()
         return any(
-            f.link.theirs.answered() == f.tag.sequence or f.link.gone or masked >> rank & 1
-            for rank, f in call.flights.items()
+            f.link.answered() == f.tag.sequence or f.link.gone or masked >> rank & 1 for rank, f in call.flights.items()
         )
 
     # -- answering ---------------------------------------------------------------------------------------------------
@@ -242,17 +253,17 @@ class ShmExchange:
     def pending(self) -> bool:
         """Whether `serve` has something to do."""
         for link in self._links.live:  # noqa: SIM110 - a plain loop: this runs at each turn of a spinning wait
-            if link.theirs.asked() > link.served:
+            if link.asked():
                 return True
         return False
 
     def serve(self) -> int:
-        """Answer what peers have asked so far; how many requests that were. Never blocks."""
+        """Answer what peers have asked so far; returns the number of requests. Never blocks."""
         self._links.sweep()
         return self._answer(None)
 
     def _answer(self, call: Call | None) -> int:
-        """Compute what is asked now, each expert once for all who want it; how many askers that were."""
+        """Compute what is asked now, each expert once for all requests; returns the number of requests."""
         groups: dict[Key, _Group] = {}
         if call is not None and call.own:
             groups[call.key] = _Group(*call.take_own())
@@ -263,7 +274,7 @@ class ShmExchange:
             layer = request.tag.layer
             missing = [e for e in request.experts if not self._bank.holds(layer, e)]
             if missing:
-                self._refuse(link, request, missing, f"rank {self._rank} does not hold experts {missing}")
+                self._refuse(link, request, missing, f"rank {self._me.rank} does not hold experts {missing}")
                 continue
             group = groups.setdefault((layer, request.rows.shape[1], request.dtype), _Group())
             group.works.append(Work(request.experts, request.counts, request.row_of, request.rows))
@@ -280,35 +291,33 @@ class ShmExchange:
             return
         own = len(group.own)
         for (link, request), place in zip(group.asked, places[own:], strict=True):
-            room = link.ours.room_for_answer(request)
+            room = link.room(request)
             if place is None:
                 room[:] = outputs
             else:
                 outputs.take(place, 0, room, "clip")
-            link.ours.answer(request.tag, self._incarnation)
-            link.bell.ring()
+            link.answer(request.tag)
         if call is not None:
             for parcel, place in zip(group.own, places[:own], strict=True):
                 call.put(parcel, outputs if place is None else outputs.take(place, 0))
 
     def _fail(self, key: Key, group: _Group, call: Call | None, error: ExpertFailed) -> None:
-        """Refuse the failed expert to those who want it, this rank's own call included, and run the rest."""
-        log.error("expert failed", error=str(error), rank=self._rank)
+        """Refuse the failed expert in each request that wants it, this rank's own call included, and run the rest."""
+        log.error("expert_failed", error=str(error), rank=self._me.rank)
         own = len(group.own)
         rest = _Group()
         if call is not None and any(error.expert in parcel.experts for parcel in group.own):
-            call.fail_own(self._rank, group.own, error)
+            call.fail_own(self._me.rank, group.own, error)
         else:
             rest = _Group(group.works[:own], group.own)
         for work, asker in zip(group.works[own:], group.asked, strict=True):
             if error.expert in work.experts:
-                self._refuse(*asker, [error.expert], f"rank {self._rank}: {error}")
+                self._refuse(*asker, [error.expert], f"rank {self._me.rank}: {error}")
             else:
                 rest.works.append(work)
                 rest.asked.append(asker)
         if rest.works:
             self._run(key, rest, call)
 
-    def _refuse(self, link: PeerLink, request: Request, experts: list[int], reason: str) -> None:
-        link.ours.answer(request.tag, self._incarnation, Refusal(experts, reason))
-        link.bell.ring()
+    def _refuse(self, link: Link, request: Request, experts: list[int], reason: str) -> None:
+        link.answer(request.tag, Refusal(experts, reason))

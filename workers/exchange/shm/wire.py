@@ -1,76 +1,31 @@
-"""The layout of a lane: the memory in which one rank writes what it asks and answers one other rank.
+"""The layout of a lane: the memory in which one rank writes its requests and answers to one other rank.
 
-Only the writer's process stores into a lane, and a lane belongs to one pair of incarnations. A word is published last
-(the sequence number), so a reader sees a message whole or not at all. At most one request is open per lane: a newer one
+Only the writer's process stores into a lane, and a lane belongs to one pair of incarnations. A sequence number is
+published last, so a reader sees a message whole or not at all. At most one request is open per lane: a newer one
 replaces it, and an answer counts only if it echoes the whole tag of the request that is open now.
 """
 
 from __future__ import annotations
 
 import struct
-from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
-import torch
 
-from workers.exchange.router import Ints, Parcel
+from workers.exchange.link import Refusal, Reply, Request, Tag
+from workers.exchange.router import Parcel
+from workers.exchange.rows import DTYPES, Rows
 from workers.ipc.fence import fence
 from workers.ipc.shared_memory import PAGE, Segment, SegmentError
 
-Rows = npt.NDArray[Any]  # [R, H]; the bits of a float type as integers of its width, which numpy can copy for any type
-
 AREA = 32 << 20  # bytes for the rows of one request, and of one answer; memory is taken as it is first used
-BULK = 8 << 20  # bytes for what belongs to no step (`model/kv_transfer.py`): so much is copied in one go at most
+BULK = 8 << 20  # bytes for data of no step (`model/kv_transfer.py`): the most that is copied at once
 MAX_PAIRS = 1 << 15
 _INDEX = 3 * 8 * MAX_PAIRS
 ASK, ANSWER = 0, 8  # published sequence numbers, in words; each in its own cache line
 ASK_AT, ANSWER_AT = 128, 256  # headers, in bytes
 _ASK_HEADER = struct.Struct("<12q")
 _ANSWER_HEADER = struct.Struct("<9q")
-
-DTYPES: tuple[tuple[torch.dtype, Any], ...] = (
-    (torch.float32, np.int32),
-    (torch.bfloat16, np.int16),
-    (torch.float16, np.int16),
-)
-DTYPE_CODES = {dtype: code for code, (dtype, _) in enumerate(DTYPES)}
-BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-
-
-def bits(tensor: torch.Tensor) -> Rows:
-    """The same memory as integers."""
-    return tensor.view(BITS[tensor.dtype]).numpy()
-
-
-class Tag(NamedTuple):
-    """What a request belongs to. `sequence` alone is unique in a lane; the rest must agree too."""
-
-    sequence: int
-    epoch: int
-    engine_token: int
-    step: int
-    attempt: int
-    layer: int
-
-
-class Request(NamedTuple):
-    """What a peer asks. `rows` is a view of its lane: it may change if the peer gives up on this request."""
-
-    tag: Tag
-    experts: list[int]
-    counts: list[int]
-    row_of: Ints
-    rows: Rows
-    dtype: int
-
-
-class Refusal(NamedTuple):
-    """Why a peer has not computed something, and which experts it cannot answer for."""
-
-    experts: list[int]
-    reason: str
 
 
 def lane_bytes(area: int = AREA) -> int:
@@ -84,12 +39,16 @@ def most_pairs(area: int, row_bytes: int) -> int:
 
 
 class Lane:
-    """One direction between two ranks, seen by its writer or by its reader."""
+    """One direction between two ranks, seen by its writer or by its reader.
+
+    `words[ASK]` is the sequence number of the newest request (0: none, or it is being written); `words[ANSWER]` that
+    of the newest answer.
+    """
 
     def __init__(self, segment: Segment) -> None:
         self._segment = segment
         self._map = memoryview(segment.map)
-        self._words = self._map[:PAGE].cast("Q")
+        self.words = self._map[:PAGE].cast("Q")
         index = np.frombuffer(self._map, np.int64, 3 * MAX_PAIRS, PAGE).reshape(3, MAX_PAIRS)
         self._row_of, self._experts, self._counts = index
         self.area = (segment.size - PAGE - _INDEX - BULK) // 2 // PAGE * PAGE
@@ -100,9 +59,9 @@ class Lane:
         self._reserved = {self._ask_at: 0, self._answer_at: 0, self._bulk_at: 0}
 
     def close(self) -> None:
-        """Let go of the memory; it is unmapped when the last view of it goes."""
+        """Release the memory; it is unmapped when the last view of it is gone."""
         self._rows.clear()
-        del self._row_of, self._experts, self._counts, self._words, self._map
+        del self._row_of, self._experts, self._counts, self.words, self._map
         self._segment.close()
 
     def _view(self, at: int, hidden: int, dtype: int) -> Rows:
@@ -131,7 +90,7 @@ class Lane:
     # -- bulk --------------------------------------------------------------------------------------------------------
 
     def room_for_bulk(self, nbytes: int) -> memoryview[int]:
-        """Writer: where so many bytes belong, or as many as fit. Who reads them knows when from elsewhere."""
+        """Writer: memory for `nbytes`, or for as many as fit. The reader learns by other means when it may read."""
         nbytes = min(nbytes, BULK)
         self._reserve(self._bulk_at, nbytes, BULK)
         return self._map[self._bulk_at : self._bulk_at + nbytes]
@@ -144,7 +103,7 @@ class Lane:
 
     def ask(self, tag: Tag, incarnation: int, parcel: Parcel, rows: Rows, dtype: int) -> None:
         """Writer: open a request in place of any earlier one, whose number is taken away first."""
-        self._words[ASK] = 0
+        self.words[ASK] = 0
         fence()
         count, pairs, experts, hidden = len(parcel.rows), len(parcel.pairs), len(parcel.experts), rows.shape[1]
         rows.take(parcel.rows, 0, self._room(self._ask_at, count, hidden, dtype), "clip")
@@ -153,23 +112,18 @@ class Lane:
         self._counts[:experts] = parcel.counts
         _ASK_HEADER.pack_into(self._map, ASK_AT, *tag, incarnation, count, pairs, experts, hidden, dtype)
         fence()
-        self._words[ASK] = tag.sequence
-
-    def asked(self) -> int:
-        """Reader: number of the newest request (0: none yet, or it is being written)."""
-        return self._words[ASK]
+        self.words[ASK] = tag.sequence
 
     def request(self, sequence: int, incarnation: int) -> Request | None:
         """Reader: the request of this number, or None if it is being replaced or is not from `incarnation`."""
         fence()
         *tag, sender, count, pairs, experts, hidden, dtype = _ASK_HEADER.unpack_from(self._map, ASK_AT)
         row_of = self._row_of[:pairs].copy()
-        found = Request(
-            Tag(*tag), self._experts[:experts].tolist(), self._counts[:experts].tolist(), row_of,
-            self._view(self._ask_at, hidden, dtype)[:count], dtype,
-        )  # fmt: skip
+        wanted, counts = self._experts[:experts].tolist(), self._counts[:experts].tolist()
+        rows = self._view(self._ask_at, hidden, dtype)[:count]
+        found = Request(Tag(*tag), wanted, counts, row_of, rows, dtype)
         fence()
-        return found if self._words[ASK] == sequence == tag[0] and sender == incarnation else None
+        return found if self.words[ASK] == sequence == tag[0] and sender == incarnation else None
 
     # -- answers -----------------------------------------------------------------------------------------------------
 
@@ -187,20 +141,17 @@ class Lane:
             self._map[self._answer_at : self._answer_at + size] = text
         _ANSWER_HEADER.pack_into(self._map, ANSWER_AT, *tag, incarnation, refusal is not None, size)
         fence()
-        self._words[ANSWER] = tag.sequence
+        self.words[ANSWER] = tag.sequence
 
-    def answered(self) -> int:
-        """Reader: number of the newest answer."""
-        return self._words[ANSWER]
-
-    def refusal(self, tag: Tag, incarnation: int) -> Refusal | None:
-        """Reader: None if the newest answer is rows for the request `tag` from `incarnation`; else why it is not."""
+    def reply(self) -> Reply:
+        """Reader: the head of the newest answer."""
         fence()
-        *echo, sender, refused, size = _ANSWER_HEADER.unpack_from(self._map, ANSWER_AT)
-        if tuple(echo) != tag or sender != incarnation:
-            return Refusal([], f"answer to {echo} of incarnation {sender} instead of {tag} of {incarnation}")
-        if not refused:
-            return None
+        *tag, sender, refused, _ = _ANSWER_HEADER.unpack_from(self._map, ANSWER_AT)
+        return Reply(tuple(tag), sender, bool(refused))
+
+    def refusal(self) -> Refusal:
+        """Reader: the body of the newest answer, which is a refusal."""
+        size = _ANSWER_HEADER.unpack_from(self._map, ANSWER_AT)[-1]
         text = bytes(self._map[self._answer_at : self._answer_at + size])
         experts, reason = msgspec.msgpack.decode(text, type=tuple[list[int], str])
         return Refusal(experts, reason)

@@ -1,0 +1,41 @@
+"""The transports by name. Each is imported when it is first opened, so that one does not need another's libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from membership.base.errors import ConfigError
+from workers.exchange.link import Transport
+from workers.exchange.links import Links
+
+Opener = Callable[[Links], Transport]
+"""Makes one rank's transport. It adds its links to the `Links` given."""
+
+
+def _shm(links: Links) -> Transport:
+    from workers.exchange.shm.transport import ShmTransport
+
+    return ShmTransport(links)
+
+
+def _loopback(links: Links) -> Transport:
+    from workers.exchange.loopback.transport import Loopback
+
+    return Loopback(links)
+
+
+_OPENERS: dict[str, Opener] = {"shm": _shm, "loopback": _loopback}
+
+
+def register(name: str, opener: Opener) -> None:
+    """Add a transport. ConfigError if the name is taken."""
+    if name in _OPENERS:
+        raise ConfigError(f"there is a transport {name!r} already")
+    _OPENERS[name] = opener
+
+
+def opener(name: str) -> Opener:
+    """The transport of this name, for `Exchange`. ConfigError if there is none."""
+    if name not in _OPENERS:
+        raise ConfigError(f"unknown transport {name!r}", hint=f"use one of {', '.join(sorted(_OPENERS))}")
+    return _OPENERS[name]
