@@ -68,7 +68,7 @@ PACE_WINDOW_S = _define(
 EXCHANGE_ANSWER_TIMEOUT_S = _define(
     "EXCHANGE_ANSWER_TIMEOUT_S",
     30.0,
-    "workers/exchange/shm.py",
+    "workers/exchange/loop.py",
     "Max wait of a rank for the rows that it asked other ranks to compute",
 )
 STEP_OUTPUT_TIMEOUT_S = _define(
