@@ -64,7 +64,7 @@ def _cluster(state: ClusterState, status: ClusterStatus, ailing: list[RankStatus
     because.append(f"{serving} of {status.desired} wanted ranks serve, in epoch {status.epoch}")
     if status.coverage.uncovered:
         because.append(f"{status.coverage.uncovered} experts have no live replica: requests that need them wait")
-        follows = "the orphans are loaded by the ranks that live; requests that waited too long get a 503"
+        follows = "live ranks load the lost experts; requests that waited too long get a 503"
     elif serving:
         because.append(f"every expert has at least {status.coverage.min_live_replicas} live replicas")
     if status.spares.wanted:
@@ -160,7 +160,7 @@ def _history(last: RankExit, now: float) -> Iterator[str]:
 
 
 def _outlook(rank: RankStatus, last: RankExit | None, now: float) -> tuple[str, str]:
-    """What follows by itself, and what to do."""
+    """What happens next by itself, and what to do."""
     if rank.state is RankState.QUARANTINED:
         return (
             "the slot stays empty; the others serve on",

@@ -251,7 +251,7 @@ def _error_of(answer: httpx.Response) -> ElasticError:
 def wait_for(client: Client, operation: Operation, timeout_s: float, stop: threading.Event) -> Iterator[Operation]:
     """The operation each time it has changed, until it has ended or `stop` is set; WaitTimeout after `timeout_s`.
 
-    A store or a gateway that does not answer is asked again: the operation goes on meanwhile.
+    If the store or gateway does not answer, it is retried: the operation continues meanwhile.
     """
     deadline = time.monotonic() + timeout_s
     yield operation

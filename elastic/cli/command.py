@@ -19,7 +19,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from elastic.cli.flags import reported, seconds, size
-from elastic.serve.options import Kind, Stated, options_of
+from elastic.serve.options import Kind, Stated, check_options, options_of
 
 
 def urls(text: str) -> tuple[str, ...]:
@@ -43,7 +43,7 @@ def as_text(kind: Kind | None, value: Any) -> Any:
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Make a Typer command: flags from the options dataclasses among its parameters; ElasticErrors are reported."""
+    """Make a Typer command: flags from its options dataclasses, which are checked; ElasticErrors are reported."""
     hints = get_type_hints(function, include_extras=True)
     groups: dict[str, tuple[type[Any], tuple[Stated, ...]]] = {}
     parameters: list[inspect.Parameter] = []
@@ -63,6 +63,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             values = {each.field: given.pop(each.field) for each in stated}
             given[name] = kind(**{field: value for field, value in values.items() if value is not None})
         with reported():
+            for name in groups:
+                check_options(given[name])
             function(**given)
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -63,13 +63,13 @@ def status_view(document: dict[str, Any]) -> RenderableType:
         table.add_column(column, justify="left" if column in ("state", "node") else "right")
     for rank in document["ranks"]:
         age_ms = rank["heartbeat_age_ms"]
-        beat = "-" if age_ms is None else f"{age_ms:.0f} ms"
+        heartbeat = "-" if age_ms is None else f"{age_ms:.0f} ms"
         state = Text(rank["state"], COLOURS.get(rank["state"], ""))
         if rank.get("slow"):
             state.append(" slow", "yellow")
         table.add_row(
             str(rank["rank"]), state, rank["node"], str(rank["pid"]),
-            str(rank["incarnation"]), str(rank["slots"]), beat, str(rank["restarts"]),
+            str(rank["incarnation"]), str(rank["slots"]), heartbeat, str(rank["restarts"]),
         )  # fmt: skip
     lines: list[RenderableType] = [heading, table]
     operation = document.get("operation")
@@ -121,7 +121,7 @@ def rebalance_view(plan: RebalancePlan, *, asked: bool) -> str:
         f"  to load: {plan.slots} experts in layers {_ranks(plan.layers)}, {in_bytes(plan.bytes_moved)}",
     ]
     lines += [f"  rank {rank} loads {count} experts" for rank, count in plan.loads.items()]
-    lines += ["  more follows by itself: the budget of one change does not suffice"] if plan.unfinished else []
+    lines += ["  more will follow: it exceeds the byte budget of one change"] if plan.unfinished else []
     lines += ["  it would happen without a request, too"] if plan.unasked and not asked else []
     lines += ["  it waits for the change that is under way"] if plan.waits else []
     return "\n".join([*lines, "asked for; see: elastic events"] if asked else lines)
@@ -155,7 +155,7 @@ def _ranks(ranks: Iterable[int]) -> str:
 
 
 def event_line(event: Event) -> str:
-    """One event as one line: time, role, kind, then what it says."""
+    """One event as one line: time, role, kind, then its fields."""
     clock = time.strftime("%H:%M:%S", time.localtime(event.ts)) + f".{int(event.ts % 1 * 1000):03d}"
     fields = {
         k: v for k, v in msgspec.to_builtins(event).items() if k not in ("ts", "role", "kind", "cluster", "fields")

@@ -57,7 +57,7 @@ def _size(client: Client, surge: str) -> int:
 
 
 def _steps(client: Client, before: int, surge: str, size: int) -> Iterator[tuple[str, Change]]:
-    """(id, change) of each operation, as the cluster stands when it is its turn."""
+    """(id, change) of each operation, decided from the cluster's state at its turn."""
     if not client.plan(scale(size + 1)).refused:
         yield surge, scale(size + 1)
     while True:

@@ -1,4 +1,4 @@
-"""When the engine may go on under a newer view, and which of its members it must not use. Pure.
+"""When the engine may adopt a newer view, and which of its members it must not use. Pure.
 
 A member is usable once it has proved its queues to this engine. Until each member is usable or gone, the present view
 stays in use: it serves well meanwhile. No record in the store is no death: after an outage an agent may be about to

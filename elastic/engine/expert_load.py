@@ -14,7 +14,7 @@ from membership.store.records import ExpertLoad
 
 PERIOD_S = 5.0
 PERIODS = 12  # that make up the window
-ENOUGH = 32  # rows per expert of a layer, on average, before the window says anything
+ENOUGH = 32  # rows per expert of a layer, on average, before the window means anything
 DIFFERENT = 4  # of an expert's load, in 16ths of the mean
 REPEAT = 12  # periods after which it is published again anyway: the last one may not have reached the store
 

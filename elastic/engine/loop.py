@@ -263,7 +263,7 @@ class Engine:
         moved = self._scheduler.lose_ranks([loss.rank], now)
         self._recovery.lost(loss.rank, loss.at, moved)
         if self._outcome == "ok":
-            self._outcome = "rank_lost"  # the survivors' step goes on all the same
+            self._outcome = "rank_lost"  # the survivors' step goes on anyway
         masked_ms = (now - loss.at) * 1000
         log.warning("rank_masked", rank=loss.rank, source=loss.source, requests=len(moved))
         self._emit(
@@ -354,7 +354,7 @@ class Engine:
         self._lost &= named
 
     def _adopt(self, newer: Adoption) -> None:
-        """Flip to the view: the next batch carries its epoch. Requests of ranks that left go on elsewhere."""
+        """Flip to the view: the next batch carries its epoch. Requests of departed ranks continue on others."""
         failpoints.hit("engine.before.flip")
         now = self._clock()
         before = self._epoch

@@ -68,7 +68,7 @@ class Scheduler:
     # ---- membership
 
     def set_view(self, view: View, masked: Iterable[int], now: float) -> list[str]:
-        """Go on under `view` from the next step. Returns the requests that lose their home.
+        """Use `view` from the next step on. Returns the requests that lose their home.
 
         KV caches stay with their ranks: only ranks that left, were masked or come back as another incarnation are lost.
         """

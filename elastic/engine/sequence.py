@@ -41,7 +41,7 @@ class Sequence:
 
     @classmethod
     def of(cls, request: Submit, seq: int, now: float) -> Sequence:
-        """A new sequence that goes on after what the request has already emitted."""
+        """A new sequence that continues after the tokens that were already emitted."""
         return cls(request, seq, now, [*request.prompt, *request.emitted])
 
     @property

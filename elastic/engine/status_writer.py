@@ -43,7 +43,7 @@ class StatusWriter:
         self._urgent = True
         self._stop = False
         self._reachable = True
-        self.fenced = False  # the store says that another engine is in charge, or may be
+        self.fenced = False  # another engine is elected, or may be
         self._thread = threading.Thread(target=self._run, name="engine-status", daemon=True)
         if background:
             self._thread.start()

@@ -1,6 +1,6 @@
 """Metrics of what has happened to the cluster: read off its event history and its operations, at each scrape.
 
-Every gateway that sees the history says the same, and goes on where it was after a restart: the history is the memory.
+All gateways that read the history count the same, also after a restart: the history is the only memory.
 Each duration was measured where it happened (engine, controller); nothing is timed here. The engine and the gateway of
 a cluster on several hosts write separate histories: there each gateway counts those of its own host.
 """

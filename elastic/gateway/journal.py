@@ -39,7 +39,7 @@ class Request(msgspec.Struct, kw_only=True):
     progress_at: float = 0.0  # when it was admitted, submitted or last grew
 
     def submission(self) -> Submit:
-        """What an engine needs to go on with it."""
+        """The submission with which an engine continues it."""
         return Submit(
             request_id=self.id,
             prompt=self.prompt,

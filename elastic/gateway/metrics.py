@@ -112,7 +112,7 @@ class ClusterGauges(Collector):
         for rank, last in sorted(state.exits.items()):
             restarts.add_metric([str(rank)], last.restarts)
         yield restarts
-        steps = CounterMetricFamily(PREFIX + "steps", "Steps of the engine in office, by outcome.", labels=["outcome"])
+        steps = CounterMetricFamily(PREFIX + "steps", "Steps of the active engine, by outcome.", labels=["outcome"])
         for outcome, count in (state.engine_status.steps if state.engine_status else {}).items():
             steps.add_metric([outcome], count)
         yield steps

@@ -59,7 +59,7 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the checkpoint says how to write a conversation down."""
+        """Whether the checkpoint has a chat template."""
         return bool(self._template_text)
 
     def encode(self, text: str) -> list[int]:

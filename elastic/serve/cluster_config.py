@@ -1,4 +1,4 @@
-"""The cluster configuration that `elastic serve` stores: made of its options and of what the checkpoint says."""
+"""The cluster configuration that `elastic serve` stores: made from its options and the checkpoint."""
 
 from __future__ import annotations
 

@@ -256,6 +256,6 @@ class EtcdServer:
     def _last_words(self) -> str:
         """The end of what the etcd started last has logged."""
         if not self.log_path.exists():
-            return "it said nothing"
+            return "its log is empty"
         lines = self.log_path.read_bytes()[self._log_start :].decode(errors="replace").splitlines()
-        return " | ".join(lines[-3:])[-600:] or "it said nothing"
+        return " | ".join(lines[-3:])[-600:] or "its log is empty"

@@ -29,7 +29,7 @@ MAX_PORT = 65_535
 
 
 class Kind(StrEnum):
-    """How the text of a flag is read, where its field's type does not say."""
+    """How the text of a flag is parsed, where its field's type is not enough."""
 
     DURATION = "DURATION"  # 90s, 5m
     SIZE = "SIZE"  # 500MB, 2GiB
@@ -46,7 +46,7 @@ class Option:
     kind: Kind | None = None
     env: str = ""
     minimum: float | None = None
-    maximum: float | None = None
+    maximum: float | None = None  # only beside a minimum
     choices: type[StrEnum] | None = None
     helm: str = ""  # path in the chart's values.yaml
 
@@ -55,7 +55,11 @@ class Option:
         if self.choices is not None and value not in list(self.choices):
             known = ", ".join(self.choices)
             raise ConfigError(f"{flag} {value}: there is no such choice", hint=f"choose one of {known}")
-        if self.minimum is not None and value is not None and not value >= self.minimum:
+        if value is None or self.minimum is None:
+            return
+        if self.maximum is not None and not self.minimum <= value <= self.maximum:
+            raise ConfigError(f"{flag} {value}: it must be from {self.minimum:g} to {self.maximum:.0f}")
+        if not value >= self.minimum:
             raise ConfigError(f"{flag} {value}: it must be at least {self.minimum:g}")
 
 
@@ -95,7 +99,7 @@ def options_of(kind: type[Any]) -> Iterator[Stated]:
 
 
 def check_options(options: Any) -> None:
-    """ConfigError naming the first flag whose value is out of its limits, whatever the model is."""
+    """ConfigError naming the first flag whose value is out of its limits, independent of the model."""
     for stated in options_of(type(options)):
         stated.option.check(stated.flags[0], getattr(options, stated.field))
 
@@ -138,10 +142,13 @@ class ListenOptions:
     host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1"
     port: Annotated[
         int,
-        Option(maximum=MAX_PORT, helm="service.port", help="Port of the OpenAI API (0 = any free port)."),
+        Option(minimum=0, maximum=MAX_PORT, helm="service.port", help="Port of the OpenAI API (0 = any free port)."),
     ] = 8000
     admin_port: Annotated[
-        int, Option(maximum=MAX_PORT, helm="service.adminPort", help="Port of the admin API (0 = any free port).")
+        int,
+        Option(
+            minimum=0, maximum=MAX_PORT, helm="service.adminPort", help="Port of the admin API (0 = any free port)."
+        ),
     ] = 8001
 
 

@@ -29,7 +29,7 @@ class ClusterAddress(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def home() -> Path:
-    """Where state directories live by default: $XDG_STATE_HOME/elastic-ep, else ~/.local/state/elastic-ep."""
+    """Where state directories are by default: $XDG_STATE_HOME/elastic-ep, else ~/.local/state/elastic-ep."""
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "elastic-ep"
 
 
@@ -72,7 +72,7 @@ class StateDir:
         return self.path / "logs" / f"{role}.log"
 
     def claim(self) -> None:
-        """Make the directory ours until `release` or death; ConfigError if a live supervisor has it."""
+        """Own the directory until `release` or exit; ConfigError if another supervisor owns it."""
         (self.path / "logs").mkdir(parents=True, exist_ok=True)
         self.path.chmod(0o700)
         self._lock = (self.path / "lock").open("a+")

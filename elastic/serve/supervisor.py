@@ -132,7 +132,7 @@ class Supervisor:
             self.tick()
 
     def wait_ready(self, stop: threading.Event, on_progress: Callable[[str], None] = lambda _: None) -> None:
-        """Watch until the gateway says ready; WaitTimeout names what is missing."""
+        """Watch until the gateway reports ready; WaitTimeout names what is missing."""
         deadline = time.monotonic() + self.options.ready_timeout_s
         reason = "the gateway to answer"
         troubles: dict[str, None] = {}  # an ordered set
@@ -236,7 +236,7 @@ class Supervisor:
         )  # fmt: skip
 
     def _write_config(self, store: Store) -> None:
-        """Store config and desired size. A cluster that served the same model goes on from its last epoch."""
+        """Store config and desired size. A cluster that served the same model continues from its last epoch."""
         keys = self.keys
         before = store.get(keys.config)
         known = codec.decode(before.value, ClusterConfig) if before else None

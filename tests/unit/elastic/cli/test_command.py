@@ -30,6 +30,7 @@ class Options(Base):
     budget: Annotated[int, Option(kind=Kind.SIZE, minimum=1, help="How much.")] = 1 << 20
     dtype: Annotated[str, Option(choices=Dtype, help="Of what type.")] = "auto"
     node: Annotated[str, Option(help="On which node.")] = field(default_factory=lambda: "computed")
+    port: Annotated[int, Option(minimum=0, maximum=65_535, help="At which port.")] = 0
     secret: str = "not an option"
 
 
@@ -79,6 +80,11 @@ def test_what_cannot_be_read_is_a_usage_error(wrong: tuple[str, ...]) -> None:
 def test_an_error_is_one_line_and_exit_status_1() -> None:
     code, _, shown = run("m", "--fail")
     assert (code, shown) == (1, "error: no good (do better)\n")
+
+
+def test_a_value_out_of_its_limits_is_refused_before_the_command_runs() -> None:
+    assert run("m", "--budget", "0") == (1, [], "error: --budget 0: it must be at least 1\n")
+    assert run("m", "--port", "70000") == (1, [], "error: --port 70000: it must be from 0 to 65535\n")
 
 
 @pytest.mark.parametrize(
