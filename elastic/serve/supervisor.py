@@ -242,7 +242,7 @@ class Supervisor:
         known = codec.decode(before.value, ClusterConfig) if before else None
         if self.options.etcd and known is not None and store.get(keys.leader) is not None:
             raise ConfigError(
-                f"cluster {self.config.cluster!r} is already being served from this etcd",
+                f"cluster {self.config.cluster!r} is being served by somebody else on this etcd",
                 hint="choose another name with --cluster",
             )
         revoke_leases(store, keys.prefix)
