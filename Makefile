@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check matrix chaos bench docs format clean
+.PHONY: help setup demo test check matrix chaos bench docs format wheel release clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -62,5 +62,16 @@ docs: setup  ## write docs/OPTIONS.md and the chart's values from the table of o
 format: setup  ## ruff format and the safe fixes
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
+wheel: setup  ## build the wheel, install it in an empty environment outside the tree, and run its demo there
+	@rm -rf build/wheel && $(BIN)/python -m build --wheel --outdir build/wheel . > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log >&2; exit 1; }
+	@elsewhere=$$(mktemp -d) && trap 'rm -rf "$$elsewhere"' EXIT && wheel=$$(echo "$$PWD"/build/wheel/*.whl) && cd "$$elsewhere" \
+		&& $(PYTHON) -m venv empty && empty/bin/python -m pip install --quiet --no-compile "$(TORCH)" "$$wheel[embedded]" \
+		&& empty/bin/elastic demo --plain
+
+release: setup $(CACHE)/helm  ## wheel, sdist, chart and their checksums, in dist/
+	@rm -rf dist && $(BIN)/python -m build --outdir dist . > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log >&2; exit 1; }
+	@$(CACHE)/helm package --destination dist helm/elastic-ep > /dev/null
+	@cd dist && sha256sum * > SHA256SUMS && cat SHA256SUMS
+
 clean:  ## remove what make made
-	@rm -rf $(VENV) $(CACHE) build *.egg-info
+	@rm -rf $(VENV) $(CACHE) build dist *.egg-info

@@ -1,0 +1,49 @@
+"""The tree's own Python files, parsed once: what the tidy tests look at."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+from tests.support import ROOT
+
+PRODUCT = ("membership", "workers", "elastic", "chaos")
+EVERYTHING = (*PRODUCT, "tests", "benchmarks")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file: its path from the root of the tree, and its text."""
+
+    path: str
+    text: str
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.text)
+
+    @property
+    def module(self) -> str:
+        """Its dotted name; a package's is that of its folder."""
+        return self.path.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+
+
+@cache
+def tracked() -> tuple[str, ...]:
+    """The files that git knows, and new ones it does not ignore."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
+    return tuple(sorted(name for name in set(listed.splitlines()) if (ROOT / name).is_file()))
+
+
+@cache
+def _parsed() -> tuple[Source, ...]:
+    return tuple(Source(path, (ROOT / path).read_text()) for path in tracked() if path.endswith(".py"))
+
+
+def sources(*folders: str) -> Iterator[Source]:
+    """The Python files below these folders."""
+    yield from (source for source in _parsed() if source.path.split("/")[0] in folders)
