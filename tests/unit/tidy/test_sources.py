@@ -1,4 +1,4 @@
-"""The house rules that a linter does not know: length of files and functions, waits without a deadline, pickle, print."""
+"""The house rules that a linter does not know: length of files, waits without a deadline, pickle, print."""
 
 from __future__ import annotations
 

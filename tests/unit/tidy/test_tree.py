@@ -18,7 +18,7 @@ from tests.support.sources import EVERYTHING, PRODUCT, Source, sources, tracked
 pytestmark = pytest.mark.unit
 
 MAX_LOOSE_FILES = 14  # of the product, in no room
-TIERS = ("unit", "contract", "integration", "e2e")
+TIERS = ("tests/unit/", "tests/contract/", "tests/integration/")
 # Files that nothing in the product names, and what they are for. An entry that is no longer needed fails the test.
 NAMED_BY_NOTHING = {
     "chaos/faults/clockwork/sitecustomize.py": "the interpreter imports it, where the clock fault puts it on the path",
