@@ -24,7 +24,7 @@ $(VENV)/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python >= 3.11 is needed: make setup PYTHON=python3.11" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet "$(TORCH)" 2> $(VENV)/pip.err || { cat $(VENV)/pip.err >&2; exit 1; }
-	@$(BIN)/python -m pip install --quiet --editable '.[embedded,dev]' 2> $(VENV)/pip.err || { cat $(VENV)/pip.err >&2; exit 1; }
+	@$(BIN)/python -m pip install --quiet --editable '.[embedded,chaos,dev]' 2> $(VENV)/pip.err || { cat $(VENV)/pip.err >&2; exit 1; }
 	@touch $@
 
 $(CACHE)/helm:
