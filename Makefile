@@ -63,13 +63,13 @@ format: setup  ## ruff format and the safe fixes
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
 wheel: setup  ## build the wheel, install it in an empty environment outside the tree, and run its demo there
-	@rm -rf build/wheel && $(BIN)/python -m build --wheel --outdir build/wheel . > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log >&2; exit 1; }
+	@rm -rf build && $(BIN)/python -m build --wheel --outdir build/wheel . > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log >&2; exit 1; }
 	@elsewhere=$$(mktemp -d) && trap 'rm -rf "$$elsewhere"' EXIT && wheel=$$(echo "$$PWD"/build/wheel/*.whl) && cd "$$elsewhere" \
 		&& $(PYTHON) -m venv empty && empty/bin/python -m pip install --quiet --no-compile "$(TORCH)" "$$wheel[embedded]" \
 		&& empty/bin/elastic demo --plain
 
 release: setup $(CACHE)/helm  ## wheel, sdist, chart and their checksums, in dist/
-	@rm -rf dist && $(BIN)/python -m build --outdir dist . > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log >&2; exit 1; }
+	@rm -rf dist build && $(BIN)/python -m build --outdir dist . > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log >&2; exit 1; }
 	@$(CACHE)/helm package --destination dist helm/elastic-ep > /dev/null
 	@cd dist && sha256sum * > SHA256SUMS && cat SHA256SUMS
 

@@ -10,8 +10,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 from elastic.cli.client import StoreClient, wait_for
 from elastic.serve.etcd_server import free_ports
@@ -22,6 +25,8 @@ from membership.operations.change import Change, scale
 from membership.store.etcd import connect
 from membership.store.interface import Store
 from membership.store.records import Operation, Phase
+from workers.agent.forkserver_client import FORKSERVER_FD
+from workers.agent.zygote import Zygote
 
 
 class Cluster:
@@ -71,7 +76,7 @@ class Cluster:
     def wait_serving(
         self, ranks: int, timeout_s: float = 120.0, tell: Callable[[str], None] = lambda _: None
     ) -> dict[str, Any]:
-        """Wait until the cluster serves with exactly `ranks` serving ranks and nothing masked; the status then."""
+        """Wait until requests are answered by exactly `ranks` serving ranks, none of them masked; the status then."""
         deadline = time.monotonic() + timeout_s
         last = ""
         while True:
@@ -79,9 +84,11 @@ class Cluster:
             if (self.state.path / "cluster.json").exists():
                 status = self.status()
                 states = [r["state"] for r in status["ranks"]]
-                if status["state"] == "serving" and states.count("serving") == ranks == len(states):
-                    return status
                 now = f"{status['state']}, ranks {', '.join(states) or 'none yet'}"
+                if status["state"] == "serving" and states.count("serving") == ranks == len(states):
+                    if self._gateway_ready():
+                        return status
+                    now += ", no gateway ready"
                 if now != last:
                     last = now
                     tell(now)
@@ -91,6 +98,12 @@ class Cluster:
                     hint=f"see {self.state.path}/logs",
                 )
             time.sleep(0.05)
+
+    def _gateway_ready(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/readyz", timeout=2.0).is_success
+        except httpx.HTTPError:
+            return False
 
     def scale(self, target: int, timeout_s: float = 120.0) -> Operation:
         """Scale and wait for the end; ElasticError if it was rolled back."""
@@ -136,8 +149,13 @@ class ServedCluster(Cluster):
         environ: Mapping[str, str] | None = None,
         ports: tuple[int, int] | None = None,
         under: Sequence[str] = (),
+        zygote: Zygote | None = None,
     ) -> None:
-        """`under`: a command that runs the one given to it, such as `chaos.faults.disk.OWN_SHM`."""
+        """`under`: a command that runs the one given to it, such as `chaos.faults.disk.OWN_SHM`.
+
+        `zygote`: a fork of it is the cluster's, which spares it the imports.
+        """
+        self._zygote = zygote
         self._temporary = tempfile.TemporaryDirectory(prefix="elastic-ep-") if state_dir is None else None
         super().__init__(StateDir(state_dir or Path(self._temporary.name if self._temporary else "")))
         self.port, self.admin_port = ports or free_ports(2)
@@ -151,10 +169,14 @@ class ServedCluster(Cluster):
 
     def __enter__(self) -> ServedCluster:
         self.state.path.mkdir(parents=True, exist_ok=True)
-        with self._output.open("ab") as out:
+        environ, files = self._environ, []
+        with self._output.open("ab") as out, ExitStack() as given:
+            if self._zygote is not None:
+                files = [given.enter_context(self._zygote.forkserver()).fileno()]
+                environ = {**environ, FORKSERVER_FD: str(files[0])}
             self._process = subprocess.Popen(
                 self._command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
-                env=self._environ,
+                env=environ, pass_fds=files,
             )  # fmt: skip
         return self
 

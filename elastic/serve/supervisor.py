@@ -38,6 +38,7 @@ from membership.store.etcd import connect
 from membership.store.interface import Compare, Delete, Put, Store
 from membership.store.keys import Keys
 from membership.store.records import ClusterConfig, Desired
+from workers.agent.preload import WORKER_CLASS, preload_for
 from workers.agent.zygote import Zygote
 from workers.ipc.cpu_priority import run_in_short_turns
 
@@ -99,7 +100,8 @@ class Supervisor:
 
     def _start(self, opened: ExitStack) -> None:
         environ = {**os.environ, **self._environment, HISTORY_ENV: str(self.state.events)}  # an agent's, for its ranks
-        zygote = Zygote(self.config, environ, self.state.log("agent"))
+        preload = preload_for(WORKER_CLASS, self.config.model, self.config.dtype)
+        zygote = Zygote(preload, environ, self.state.log("agent"))
         opened.callback(zygote.close)
         self._zygote = zygote  # at its imports while the others start
         endpoints = self.options.etcd

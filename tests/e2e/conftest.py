@@ -10,6 +10,8 @@ import pytest
 
 from chaos.target.cluster import ServedCluster
 from elastic.demo.model import write_demo_model
+from workers.agent.preload import WORKER_CLASS, preload_for
+from workers.agent.zygote import Zygote
 
 Serve = Callable[..., ServedCluster]
 
@@ -22,13 +24,29 @@ def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session")
+def zygote(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    """What ranks import, imported once for all clusters: five seconds of a core for each of them otherwise."""
+    preload = preload_for(WORKER_CLASS, str(demo_model.resolve()))
+    made = Zygote(preload, os.environ, tmp_path_factory.mktemp("zygote") / "log")
+    yield made
+    made.close()
+
+
 @pytest.fixture
-def serve(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Serve]:
-    """`serve(model, ranks, flags=(), state_dir=None)` starts a cluster; it is stopped at the end, logs go to stderr."""
+def serve(tmp_path: Path, zygote: Zygote) -> Iterator[Serve]:
+    """`serve(model, ranks, flags=(), state_dir=None)` starts a cluster; it is stopped at the end, logs go to stderr.
+
+    `own_zygote`: it imports what its ranks need by itself, as `elastic serve` does for a user.
+    """
     started: list[ServedCluster] = []
 
-    def start(model: Path, ranks: int, flags: tuple[str, ...] = (), state_dir: Path | None = None) -> ServedCluster:
-        cluster = ServedCluster(model, ranks, state_dir=state_dir or tmp_path / f"state{len(started)}", flags=flags)
+    def start(
+        model: Path, ranks: int, flags: tuple[str, ...] = (), state_dir: Path | None = None, own_zygote: bool = False
+    ) -> ServedCluster:
+        folder = state_dir or tmp_path / f"state{len(started)}"
+        given = None if own_zygote else zygote
+        cluster = ServedCluster(model, ranks, state_dir=folder, flags=flags, zygote=given)
         started.append(cluster.__enter__())
         return cluster
 

@@ -10,6 +10,7 @@ from chaos.campaigns.failpoint_matrix import FLAGS, every_cell, run_matrix
 from chaos.campaigns.failpoint_stimuli import SMALL, STIMULI
 from chaos.target.cluster import ServedCluster
 from membership.base.failpoint_catalogue import POINTS
+from workers.agent.zygote import Zygote
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
@@ -28,8 +29,8 @@ def test_every_point_has_a_stimulus() -> None:
     assert len(every_cell()) == 3 * len(POINTS)
 
 
-def test_a_sample_of_cells(demo_model: Path, tmp_path: Path) -> None:
-    with ServedCluster(demo_model, SMALL, state_dir=tmp_path / "state", flags=FLAGS) as cluster:
+def test_a_sample_of_cells(demo_model: Path, tmp_path: Path, zygote: Zygote) -> None:
+    with ServedCluster(demo_model, SMALL, state_dir=tmp_path / "state", flags=FLAGS, zygote=zygote) as cluster:
         results = run_matrix(cluster, SAMPLE)
     assert sorted((each.point, each.action) for each in results) == sorted(SAMPLE)
     assert [each for each in results if not each.ok] == []

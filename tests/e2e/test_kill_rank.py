@@ -15,6 +15,7 @@ from membership.base.events import Event
 from membership.base.failpoints import ENV
 from tests.e2e.fault_free import fault_free
 from tests.support.helpers import eventually
+from workers.agent.zygote import Zygote
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
@@ -36,12 +37,12 @@ def back_as_new(cluster: ServedCluster, rank: int, incarnation: int) -> bool:
     )
 
 
-def test_each_rank_in_turn(demo_model: Path, tmp_path: Path) -> None:
+def test_each_rank_in_turn(demo_model: Path, tmp_path: Path, zygote: Zygote) -> None:
     """Every request is exact; and while a rank is away, whose replacement is held back, tokens keep coming."""
     gate = tmp_path / "gate"
     gate.touch()
     faults = {ENV: f"agent.before.spawn=wait:{gate}"}
-    with ServedCluster(demo_model, RANKS, state_dir=tmp_path / "state", environ=faults) as cluster:
+    with ServedCluster(demo_model, RANKS, state_dir=tmp_path / "state", environ=faults, zygote=zygote) as cluster:
         cluster.wait_serving(RANKS)
         oracle = fault_free(cluster)
         epochs = [cluster.status()["epoch"]]

@@ -174,7 +174,7 @@ def titled(cluster: ServedCluster, title: str) -> psutil.Process:
 
 def test_an_agent_dies_without_a_zygote_and_a_supervisors_death_leaves_nothing(serve: Serve, demo_model: Path) -> None:
     """Its forkserver is a fork of the zygote, whose own death nobody notices: the next agent waits for another one."""
-    cluster = serve(demo_model, RANKS)
+    cluster = serve(demo_model, RANKS, own_zygote=True)
     cluster.wait_serving(RANKS)
     zygote, forkserver = titled(cluster, ZYGOTE), titled(cluster, FORKSERVER)
     assert forkserver.ppid() == zygote.pid

@@ -48,7 +48,7 @@ from workers.agent.executor import Death, MultiprocExecutor
 from workers.agent.exits import Exits
 from workers.agent.forkserver import Serving
 from workers.agent.handles import WorkerProcHandle
-from workers.agent.preload import preload_for
+from workers.agent.preload import WORKER_CLASS, preload_for
 from workers.agent.registrar import Registrar
 from workers.agent.spares import Spares
 from workers.protocol.restart_policy import RestartPolicy, policy_of
@@ -371,7 +371,7 @@ def run_agent(
     node: str,
     stop: threading.Event,
     events: EventLog,
-    worker_class: str = "workers.rank.worker:EPWorker",
+    worker_class: str = WORKER_CLASS,
     policy: RestartPolicy | None = None,
     spares: int = 0,
     drain_grace_s: float = 0.0,

@@ -235,8 +235,17 @@ def main() -> None:
 
 
 def serve_link(payload: bytes, fds: list[int]) -> None:
-    """A forkserver's target: be another one, with what is imported, for whoever has the other end of the socket."""
-    serve(socket.socket(fileno=fds[0]), "forkserver")
+    """A forkserver's target: be another one, with what is imported, for the process at the other end of the socket.
+
+    `payload`: the environment of what it will fork, as a JSON object; `fds`: the socket, and the file for its output.
+    """
+    link, output = fds
+    os.environ.clear()
+    os.environ.update(msgspec.json.decode(payload, type=dict[str, str]))
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    os.close(output)
+    serve(socket.socket(fileno=link), "forkserver")
 
 
 def serve(link: socket.socket, name: str, on_serving: Callable[[], object] = lambda: None) -> None:

@@ -69,7 +69,7 @@ class ForkServer:
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,
-                    env=_environment(environ),
+                    env=environment(environ),
                     start_new_session=True,  # a terminal's signals are our business
                 )
         self._thread = threading.Thread(target=self._listen, name="forkserver-link", daemon=True)
@@ -103,9 +103,12 @@ class ForkServer:
         return answer
 
     def kill(self) -> None:
-        """End it at once, if it was started here; what was asked of it fails."""
+        """End it at once, or let go of it if it was not started here; what was asked of it fails."""
         if self.process is not None:
             self.process.kill()
+        else:
+            with suppress(OSError):
+                self._link.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Stop the server; its children, if any are left, see their death pipes close and then SIGKILL."""
@@ -164,8 +167,8 @@ class ForkServer:
                 answer.set_exception(RankError(self._refusal))
 
 
-def _environment(environ: Mapping[str, str] | None) -> dict[str, str]:
-    """One thread per maths library (ranks outnumber cores), and this process's import path."""
+def environment(environ: Mapping[str, str] | None) -> dict[str, str]:
+    """Of what a forkserver forks: one thread per maths library, since ranks outnumber cores; our import path."""
     found = dict(os.environ if environ is None else environ)
     for name in ONE_THREAD:
         found.setdefault(name, "1")

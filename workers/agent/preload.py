@@ -22,14 +22,13 @@ OURS = (
     "workers.protocol.live_mask",
     "workers.agent.preload:warm_transformers",
 )
-OUR_MODULE = "workers.rank.worker"
+WORKER_CLASS = "workers.rank.worker:EPWorker"  # "module:class", unless an agent is told another
 
 
 def preload_for(worker_class: str, model: str, dtype: str = "auto") -> tuple[str, ...]:
     """What to import, or call ("module:function"), for ranks with this worker and this checkpoint directory."""
-    module = worker_class.partition(":")[0]
-    base = (RANK_MODULE, module)
-    if module != OUR_MODULE:
+    base = (RANK_MODULE, worker_class.partition(":")[0])
+    if worker_class != WORKER_CLASS:
         return base
     family = _family(Path(model) / "config.json")
     if not family:

@@ -12,33 +12,37 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 
+import msgspec
 import structlog
 
 from membership.base.errors import RankError
 from membership.base.timing import FORKSERVER_FORK_S, FORKSERVER_IMPORTS_S
-from membership.store.records import ClusterConfig
-from workers.agent.forkserver_client import Child, ForkServer
-from workers.agent.preload import preload_for
-
-WORKER_CLASS = "workers.rank.worker:EPWorker"  # what agents of `elastic serve` run
+from workers.agent.forkserver_client import Child, ForkServer, environment
 
 log = structlog.get_logger(__name__)
 
 
 class Zygote:
-    """Owns the process. Make it in a thread that lives as long as it shall."""
+    """Owns the process. Make it in a thread that lives as long as it shall.
+
+    One that this process was started with (`FORKSERVER_FD`) is used before one is started.
+    """
 
     def __init__(
-        self, config: ClusterConfig, environ: Mapping[str, str], log_path: Path, *,
+        self,
+        preload: Sequence[str],
+        environ: Mapping[str, str],
+        log_path: Path,
+        *,
         clock: Callable[[], float] = time.monotonic,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._clock = clock
-        self._preload = preload_for(WORKER_CLASS, config.model, config.dtype)
+        self._preload = tuple(preload)
         self._environ, self._log_path = environ, log_path
         self._forked: Future[Child] = Future()  # what was asked for last
         self._due = math.inf  # when it has to be there
@@ -58,8 +62,9 @@ class Zygote:
             self._server.close()
             self._server = self._start()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            forked = self._server.fork("workers.agent.forkserver:serve_link", b"", [theirs.fileno()], outlives=True)
+        target, environ = "workers.agent.forkserver:serve_link", msgspec.json.encode(environment(self._environ))
+        with theirs, self._log_path.open("ab") as out:
+            forked = self._server.fork(target, environ, [theirs.fileno(), out.fileno()], outlives=True)
         forked.add_done_callback(_let_go)
         within_s = FORKSERVER_FORK_S if self._serving.is_set() else FORKSERVER_IMPORTS_S
         self._forked, self._due = forked, self._clock() + within_s

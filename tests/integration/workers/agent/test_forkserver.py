@@ -177,7 +177,7 @@ def test_a_server_forks_another_one_for_another_owner(monkeypatch: pytest.Monkey
     with ForkServer(preload, on_exit=ends) as first:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            made = first.fork("workers.agent.forkserver:serve_link", b"", [theirs.fileno()], outlives=True)
+            made = first.fork("workers.agent.forkserver:serve_link", b"{}", [theirs.fileno(), 2], outlives=True)
         os.close(made.result(timeout=60).pidfd)
         monkeypatch.setenv(FORKSERVER_FD, str(ours.detach()))
         second = ForkServer(preload, on_exit=ends)

@@ -13,7 +13,6 @@ import pytest
 
 from membership.base.timing import FORKSERVER_FORK_S
 from tests.support.helpers import eventually
-from tests.support.standins import cluster_config
 from workers.agent.forkserver_client import FORKSERVER_FD, ForkServer
 from workers.agent.zygote import Zygote
 
@@ -33,9 +32,8 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def zygote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock) -> Iterator[Zygote]:
-    monkeypatch.setattr("workers.agent.zygote.preload_for", lambda *_: ())
-    made = Zygote(cluster_config(), os.environ, tmp_path / "log", clock=clock)
+def zygote(tmp_path: Path, clock: Clock) -> Iterator[Zygote]:
+    made = Zygote((), os.environ, tmp_path / "log", clock=clock)
     eventually(made._serving.is_set, 20.0, "the zygote to serve")
     yield made
     made.close()
