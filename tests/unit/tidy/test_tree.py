@@ -99,10 +99,9 @@ def _lives(source: Source) -> bool:
 
 @cache
 def _named() -> dict[str, set[str]]:
-    """File -> dotted names that it imports or has in a string; pyproject.toml's entry points are one more file."""
+    """File -> dotted names that it imports or has in a string; entry points and make targets name modules too."""
     named = {source.path: _names_in(source.tree) for source in sources(*EVERYTHING)}
-    named["pyproject.toml"] = set(re.findall(r'"([\w.]+):\w+"', (ROOT / "pyproject.toml").read_text()))
-    return named
+    return named | {file: _dotted((ROOT / file).read_text()) for file in ("pyproject.toml", "Makefile")}
 
 
 def _names_in(tree: ast.Module) -> set[str]:
@@ -113,8 +112,12 @@ def _names_in(tree: ast.Module) -> set[str]:
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found |= set(re.findall(r"[a-z_]+(?:\.[a-z_0-9]+)+", node.value))
+            found |= _dotted(node.value)
     return found
+
+
+def _dotted(text: str) -> set[str]:
+    return set(re.findall(r"[a-z_]+(?:\.[a-z_0-9]+)+", text))
 
 
 def test_allow_lists_of_the_tools_are_not_stale() -> None:
