@@ -1,7 +1,7 @@
-"""What the planner does as a text that people read and a test compares: commands on a simulated cluster, and what came.
+"""What the planner does, as text for people and for a test: commands on a simulated cluster and their output.
 
-A transcript has comments (`# …`), commands (`$ …`) and, below each command, what it gave. `replay` carries the commands
-out anew. A command is a method of `_Commands`; without a `$ cluster …` there are 4 ranks on node a. Times are seconds
+A transcript has comments (`# …`), commands (`$ …`) and, below each command, its output. `replay` runs the commands
+again. A command is a method of `_Commands`; without a `$ cluster …` there are 4 ranks on node a. Times are seconds
 since the command began; a rank is written rank/incarnation, what it holds layer | layer.
 """
 
@@ -37,7 +37,7 @@ def replay(text: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-class _Told(World):
+class _RecordingWorld(World):
     """A world that writes down each effect of its controller."""
 
     def __post_init__(self) -> None:
@@ -46,25 +46,28 @@ class _Told(World):
         super().__post_init__()
 
     def controller_acts(self, state: ClusterState | None = None, token: int = 0) -> bool:
-        """As before, and tell of it."""
+        """Act, and record the effects."""
         before, done = self.state, len(self.effects)
         acted = super().controller_acts(state, token)
         for effect in self.effects[done:]:
             seconds = math.floor((self.now - self.began) * 10) / 10
-            self.lines += [f"{seconds:+.1f} s  {effect.reason}", *(f"        {line}" for line in _told(effect, before))]
+            self.lines += [
+                f"{seconds:+.1f} s  {effect.reason}",
+                *(f"        {line}" for line in _lines_of(effect, before)),
+            ]
         return acted
 
     def take(self) -> list[str]:
-        """What was told since the last time."""
-        told, self.lines, self.began = self.lines, [], self.now
-        return told
+        """Return the lines recorded since the last call."""
+        lines, self.lines, self.began = self.lines, [], self.now
+        return lines
 
 
 class _Commands:
     """Each method is a command; it returns the lines below it."""
 
     def __init__(self) -> None:
-        self.world = _Told()
+        self.world = _RecordingWorld()
         self.operations = 0
         self.cluster()
 
@@ -74,14 +77,14 @@ class _Commands:
         """`cluster N [on a,b] [max M] [starting]`: N ranks that serve, or have yet to be started."""
         named = dict(zip(options[::2], options[1::2], strict=False))
         config = replace(CONFIG, expert_bytes=EXPERT_BYTES, max_ranks=int(named.get("max", CONFIG.max_ranks)))
-        self.world = _Told(desired=int(ranks), config=config, nodes=tuple(named.get("on", "a").split(",")))
+        self.world = _RecordingWorld(desired=int(ranks), config=config, nodes=tuple(named.get("on", "a").split(",")))
         if "starting" not in options:
             self.world.settle()
         self.world.take()
         return []
 
     def view(self) -> list[str]:
-        """Who serves, and what they hold."""
+        """The members and what each holds."""
         view = self.world.state.view or View(epoch=0)
         return [f"epoch {view.epoch}", *(f"  {_holds(m, view.placement)} on {m.node}" for m in view.members)]
 
@@ -98,7 +101,7 @@ class _Commands:
             return state.view is not None and state.view.epoch == int(which)
         return what != "" and any(op.phase is Phase(what) and op.active for op in state.operations.values())
 
-    # --- what people ask for
+    # --- change requests
 
     def scale(self, target: str, flag: str = "", value: str = "60") -> list[str]:
         """`elastic scale N [--plan | --timeout S]`."""
@@ -162,7 +165,7 @@ class _Commands:
         return []
 
     def mute(self, rank: str) -> list[str]:
-        """Whoever starts in that slot never registers."""
+        """A rank that starts in that slot never registers."""
         self.world.mute.add(int(rank))
         return []
 
@@ -172,12 +175,12 @@ class _Commands:
         return []
 
     def agent(self, what: str, node: str) -> list[str]:
-        """`agent dies NODE`, its ranks too; `agent starts NODE`: another life of it; `agent leaves NODE`."""
+        """`agent dies NODE`, its ranks too; `agent starts NODE`: a new agent of the node; `agent leaves NODE`."""
         {"dies": self.world.stop_agent, "starts": self.world.start_agent, "leaves": self.world.leave}[what](node)
         return []
 
     def load(self, rank: str) -> list[str]:
-        """What a rank holds is asked for 20 times as often as the rest, from now on."""
+        """The experts of a rank get 20 times the load of the others, from now on."""
         view = self.world.state.view or View(epoch=0)
         loads = tuple(
             tuple(160 if e in held else 8 for e in range(CONFIG.experts)) for held in view.placement[int(rank)]
@@ -186,7 +189,7 @@ class _Commands:
         return []
 
 
-def _told(effect: Effect, before: ClusterState) -> Iterator[str]:
+def _lines_of(effect: Effect, before: ClusterState) -> Iterator[str]:
     """What an effect writes, a line each."""
     placed = before.view.placement if before.view else {}
     if effect.operation is not None:

@@ -133,7 +133,7 @@ def staged(world: World, since: int = 0) -> list[View]:
     return [effect.stage for effect in world.effects[since:] if effect.stage is not None]
 
 
-def test_load_is_evened_out_once_and_then_left_alone() -> None:
+def test_load_is_balanced_once_and_then_left_alone() -> None:
     world = up(budget=2 * MEMORY)
     view = world.state.view
     assert view is not None
