@@ -11,9 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
-
-import msgspec
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from membership.base.errors import QueueError
 from membership.base.timing import ENQUEUE_TIMEOUT_S
@@ -27,37 +25,19 @@ from workers.queue.writer import QueueWriter, SlowReaders
 
 if TYPE_CHECKING:  # ZeroMQ is loaded only where it is used
     from workers.queue.remote_reader import RemoteReader
-    from workers.queue.remote_writer import RemoteWriter
+    from workers.queue.remote_writer import CrossHostWriter
 
 __all__ = ["Codec", "CurveKeys", "Handle", "MessageQueue", "MsgpackCodec", "PickleCodec", "Remote", "SlowReaders"]
 
 JOIN_TIMEOUT_S = 10.0
 
 
-class Enqueue(Protocol):
-    """The type of MessageQueue.enqueue."""
-
-    def __call__(self, message: Any, timeout_s: float = ENQUEUE_TIMEOUT_S) -> int: ...
-
-
 class MessageQueue:
     """One end of a queue. Constructing it makes the writing end, `create_from_handle` a reading end.
 
-    What is done for each message is bound when the end is made, since every call between costs:
-
-    * `enqueue(message, timeout_s)`: send to all readers; to how many. Dead readers are skipped; SlowReaders (a
-      QueueTimeout) names live ones that left no room until the deadline, in which case nobody got it.
-    * `dequeue(timeout_s)`: the next message. QueueTimeout at the deadline; QueueClosed once the writer is gone and all
-      is read. Arrays and tensors may lie in shared memory that all readers see: never write to them, copy what shall
-      outlive this queue, and let go of them soon, since the writer cannot use their memory again before.
-    * `try_dequeue()`: the next message, or None if there is none now (so do not send None). QueueClosed as above.
-    * `pending()`: whether `try_dequeue` would return or raise something; cheap, for Doorbell.wait.
+    A method of the other end raises QueueError. What each end does is `writer.py` and `reader.py` on one host,
+    `remote_writer.py` and `remote_reader.py` beyond it.
     """
-
-    enqueue: Enqueue
-    dequeue: Callable[[float], Any]
-    try_dequeue: Callable[[], Any]
-    pending: Callable[[], bool]
 
     def __init__(
         self,
@@ -77,12 +57,12 @@ class MessageQueue:
             arena_bytes=arena_bytes,
             on_reader_gone=on_reader_gone,
         )
-        self._end: QueueWriter | QueueReader | RemoteReader = writer
-        self._remote: RemoteWriter | None = None
-        self.enqueue = writer.enqueue
-        if remote is not None:
-            self._serve_other_hosts(writer, remote)
-        self.dequeue = self.try_dequeue = self.pending = self._not_a_reader
+        if remote is None:
+            self._write_to(writer)
+        else:
+            from workers.queue.remote_writer import CrossHostWriter
+
+            self._write_to(CrossHostWriter(writer, remote))
 
     @classmethod
     def create_from_handle(
@@ -114,34 +94,67 @@ class MessageQueue:
                 f"queue {handle.queue}: its writer is on another host" + (" and we have no keys" * bool(handle.remote)),
                 hint="give the writer `remote` and the reader `keys`",
             )
-        queue._end, queue._remote = reader, None
-        queue.enqueue = queue._not_a_writer
-        queue.dequeue, queue.try_dequeue, queue.pending = reader.dequeue, reader.try_dequeue, reader.pending
+        queue._read_from(reader)
         return queue
+
+    def _write_to(self, writer: QueueWriter | CrossHostWriter) -> None:
+        self._end: QueueWriter | CrossHostWriter | QueueReader | RemoteReader = writer
+        self._writing: QueueWriter | CrossHostWriter | None = writer
+        self._enqueue: Callable[[Any, float], int] = writer.enqueue  # looked up once: a message costs a few microseconds
+        self._dequeue: Callable[[float], Any] = self._not_a_reader
+        self._try_dequeue: Callable[[], Any] = self._not_a_reader
+        self._pending: Callable[[], bool] = self._not_a_reader
+
+    def _read_from(self, reader: QueueReader | RemoteReader) -> None:
+        self._end, self._writing = reader, None
+        self._enqueue = self._not_a_writer
+        self._dequeue, self._try_dequeue, self._pending = reader.dequeue, reader.try_dequeue, reader.pending
+
+    def enqueue(self, message: Any, timeout_s: float = ENQUEUE_TIMEOUT_S) -> int:
+        """Writing end: send to all readers; returns to how many.
+
+        Dead readers are skipped. SlowReaders (a QueueTimeout) names the live ones that left no room until the deadline;
+        then the message reached no reader.
+        """
+        return self._enqueue(message, timeout_s)
+
+    def dequeue(self, timeout_s: float) -> Any:
+        """Reading end: the next message. QueueTimeout at the deadline; QueueClosed once the writer is gone and all is
+        read.
+
+        Arrays and tensors may be in shared memory that all readers see. Never write to them, copy what must outlive
+        this queue, and drop them soon: until then the writer cannot reuse their memory.
+        """
+        return self._dequeue(timeout_s)
+
+    def try_dequeue(self) -> Any:
+        """Reading end: the next message, or None if there is none now (so never send None). QueueClosed as above."""
+        return self._try_dequeue()
+
+    def pending(self) -> bool:
+        """Reading end: whether `try_dequeue` would return or raise something. Cheap, for Doorbell.wait."""
+        return self._pending()
 
     def export_handle(self) -> Handle:
         """Writing end: plain data by which readers join; put `.encode()` into records."""
-        handle = self._writer.handle()
-        if self._remote is None:
-            return handle
-        return msgspec.structs.replace(handle, remote=self._remote.address, remote_key=self._remote.public_key)
+        return self._writer.handle()
 
     def wait_until_ready(self, readers: Iterable[str] = (), timeout_s: float = JOIN_TIMEOUT_S) -> None:
         """Writing end: wait until these readers have joined; WaitTimeout names who is missing. A reader is ready."""
-        if isinstance(self._end, QueueWriter):
-            self._end.wait_until_ready(readers, timeout_s)
+        if self._writing is not None:
+            self._writing.wait_until_ready(readers, timeout_s)
 
     @property
     def readers(self) -> tuple[str, ...]:
         """Writing end: ids of the readers right now."""
-        return (*self._writer.readers, *self._writer.elsewhere())
+        return self._writer.readers
 
     def drop_reader(self, reader_id: str) -> bool:
         """Writing end: never wait for this reader again (a masked or hung rank); it finds its end closed.
 
         False if it was not in.
         """
-        return self._writer.drop_reader(reader_id) or (self._remote is not None and self._remote.drop(reader_id))
+        return self._writer.drop_reader(reader_id)
 
     @property
     def name(self) -> str:
@@ -151,24 +164,6 @@ class MessageQueue:
     def shutdown(self) -> None:
         """Close this end: the other notices. Idempotent, from any thread except in a signal handler."""
         self._end.shutdown()
-        if self._remote is not None:
-            self._remote.close()
-
-    def _serve_other_hosts(self, writer: QueueWriter, remote: Remote) -> None:
-        if not isinstance(writer.codec, MsgpackCodec):
-            writer.shutdown()
-            raise QueueError(f"queue {writer.name}: only msgpack crosses the network, not {writer.codec.name}")
-        from workers.queue.remote_writer import RemoteWriter
-
-        there = self._remote = RemoteWriter(writer.handle().queue, remote, on_change=writer.look_again)
-        writer.elsewhere = there.readers
-
-        def enqueue(message: Any, timeout_s: float = ENQUEUE_TIMEOUT_S) -> int:
-            data, _ = writer.codec.encode(message)
-            with there.sending(timeout_s) as send:
-                return writer.enqueue(message, timeout_s) + send(data)
-
-        self.enqueue = enqueue
 
     def __enter__(self) -> MessageQueue:
         return self
@@ -177,10 +172,8 @@ class MessageQueue:
         self.shutdown()
 
     @property
-    def _writer(self) -> QueueWriter:
-        if not isinstance(self._end, QueueWriter):
-            self._not_a_writer()
-        return self._end
+    def _writer(self) -> QueueWriter | CrossHostWriter:
+        return self._writing or self._not_a_writer()
 
     def _not_a_writer(self, *_: Any, **__: Any) -> NoReturn:
         raise QueueError(f"queue {self.name}: this is the reading end")

@@ -10,20 +10,23 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 import msgspec
 import structlog
 import zmq
 
+from membership.base.errors import QueueError
 from membership.base.timing import REMOTE_SILENCE_S
+from workers.queue.codec import MsgpackCodec
 from workers.queue.curve import DoorKeeper, serve_curve
-from workers.queue.handle import Remote
+from workers.queue.handle import Handle, Remote
 from workers.queue.remote_wire import BEAT_S, END, SocketThread, ToReader, ToWriter
-from workers.queue.writer import SlowReaders
+from workers.queue.writer import ENQUEUE_TIMEOUT_S, QueueWriter, SlowReaders
 
 WINDOW = 1024  # messages that a reader may be behind
 WINDOW_BYTES = 64 << 20
@@ -189,3 +192,49 @@ class RemoteWriter:
             log.debug("remote reader unreachable", error=str(error))
             return False
         return True
+
+
+class CrossHostWriter:
+    """A writing end for readers of this host and of others; has the methods of QueueWriter. Takes over `local`.
+
+    QueueError if the codec is not msgpack: nothing else may cross the network.
+    """
+
+    def __init__(self, local: QueueWriter, remote: Remote) -> None:
+        if not isinstance(local.codec, MsgpackCodec):
+            local.shutdown()
+            raise QueueError(f"queue {local.name}: only msgpack crosses the network, not {local.codec.name}")
+        self.name = local.name
+        self._local = local
+        self._remote = RemoteWriter(local.handle().queue, remote, on_change=local.look_again)
+        local.elsewhere = self._remote.readers
+
+    def enqueue(self, message: Any, timeout_s: float = ENQUEUE_TIMEOUT_S) -> int:
+        """See MessageQueue."""
+        data, _ = self._local.codec.encode(message)
+        with self._remote.sending(timeout_s) as send:
+            return self._local.enqueue(message, timeout_s) + send(data)
+
+    def handle(self) -> Handle:
+        """How to join, from this host or another."""
+        return msgspec.structs.replace(
+            self._local.handle(), remote=self._remote.address, remote_key=self._remote.public_key
+        )
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """See QueueWriter."""
+        return (*self._local.readers, *self._remote.readers())
+
+    def wait_until_ready(self, readers: Iterable[str], timeout_s: float) -> None:
+        """See QueueWriter."""
+        self._local.wait_until_ready(readers, timeout_s)
+
+    def drop_reader(self, reader_id: str) -> bool:
+        """See QueueWriter."""
+        return self._local.drop_reader(reader_id) or self._remote.drop(reader_id)
+
+    def shutdown(self) -> None:
+        """See QueueWriter."""
+        self._local.shutdown()
+        self._remote.close()
