@@ -59,7 +59,7 @@ BUGS: tuple[Bug, ...] = (
         name="let-go-without-a-record",
         guards="G9: a record that is away shows nothing: the engine keeps a rank that is assigned",
         file="elastic/engine/loop.py",
-        before="named |= {(spec.rank, spec.incarnation) for each in state.assignments.values() for spec in each.ranks}",
+        before="named |= {spec.id for each in state.assignments.values() for spec in each.ranks}",
     ),
     Bug(
         name="left-without-a-word",

@@ -268,7 +268,7 @@ class Cluster:
             keep(promises.early(state, after, now))
         if committed and after.view is not None:
             for member in after.view.members:
-                key = (member.rank, member.incarnation)
+                key = member.id
                 require((key, before.next_revision) in self._prepared, f"{member} is committed, and never prepared")
             token = by.election.token if by is not None and by.election is not None else 0
             require(token == before.leader_revision, f"{author} committed under token {token}, and leads no more")

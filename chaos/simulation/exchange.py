@@ -119,7 +119,7 @@ class SimExchange:
             more = {
                 (parcel.rank, expert)
                 for parcel in parcels
-                if (peer := self._rank.cluster.ranks.get((parcel.rank, ctx.incarnations.get(parcel.rank, -1))))
+                if (peer := self._rank.cluster.ranks.get(Rank(parcel.rank, ctx.incarnations.get(parcel.rank, -1))))
                 for expert in parcel.experts
                 if (layer, expert) not in peer.worker.names.held
             }
@@ -153,7 +153,7 @@ class Runner:
         masked = sum(1 << r for r in set(batch.masked))
         ctx = StepContext(view, batch.engine_token, batch.step, batch.attempt, masked)
         for layer, parcel in rank.exchange.asked(ctx, chunks):
-            peer = rank.cluster.ranks.get((parcel.rank, ctx.incarnations.get(parcel.rank, -1)))
+            peer = rank.cluster.ranks.get(Rank(parcel.rank, ctx.incarnations.get(parcel.rank, -1)))
             require(peer is not None, f"rank {rank.key[0]} asked rank {parcel.rank}, which is dead or another now")
             held = peer is not None and all((layer, e) in peer.worker.names.held for e in parcel.experts)
             require(held, f"rank {rank.key[0]} was answered without experts {parcel.experts} of layer {layer}")

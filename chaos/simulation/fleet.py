@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from chaos.simulation.exchange import SimMask
 from chaos.simulation.laws import Rank, require
 from chaos.simulation.rank import Inbox, RankProcess
+from membership.base.enums import DetectedBy
 from membership.base.errors import QueueClosed
 from membership.store.records import RankRecord
 from workers.fleet.fleet import Fleet, RankLost, _Link
@@ -56,7 +57,7 @@ class Broadcast:
 
     def join(self, rank: RankProcess) -> Inbox:
         """A rank reads from now on."""
-        inbox = self._readers[reader_id(*rank.key)] = Inbox(rank)
+        inbox = self._readers[reader_id(rank.key)] = Inbox(rank)
         return inbox
 
     def enqueue(self, message: Any, timeout_s: float) -> None:
@@ -98,15 +99,15 @@ class SimFleet(Fleet):
 
     def on_death(self, key: Rank) -> None:
         """The robust futex of a rank was let go of."""
-        self._on_death(key, "robust futex")
+        self._on_death(key, DetectedBy.ROBUST_FUTEX)
 
-    def detach(self, rank: int, incarnation: int) -> None:
+    def detach(self, key: Rank) -> None:
         """See Fleet. Who lives and has its place is not let go of: it would never come back."""
         for assignment in self._process.cluster.store.state.assignments.values():
-            kept = any((spec.rank, spec.incarnation) == (rank, incarnation) for spec in assignment.ranks)
-            lives = (rank, incarnation) in self._process.cluster.ranks
-            require(not (kept and lives), f"the engine lets go of rank {rank}, which lives and has its place")
-        super().detach(rank, incarnation)
+            kept = any(spec.id == key for spec in assignment.ranks)
+            lives = key in self._process.cluster.ranks
+            require(not (kept and lives), f"the engine lets go of rank {key.rank}, which lives and has its place")
+        super().detach(key)
 
     def _join_soon(self) -> None:
         self._process.after(JOIN_S, self._join_all)
@@ -124,7 +125,7 @@ class SimFleet(Fleet):
         answers.ring = self._doorbell.ring
         return Link(answers.rank.key, cast(Any, answers), cast(Any, answers.rank), ExitStack())
 
-    def _lose(self, key: Rank, source: str, at: float) -> list[RankLost]:
+    def _lose(self, key: Rank, source: DetectedBy, at: float) -> list[RankLost]:
         rank = self._process.cluster.ranks.get(key)
         if rank is not None and key in self._links:
             ill = rank.stopped or rank.ill_until > self._clock() - 1.0

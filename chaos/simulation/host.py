@@ -13,6 +13,7 @@ from msgspec.structs import replace as changed
 from chaos.simulation.laws import Rank, require
 from chaos.simulation.process import Process
 from chaos.simulation.rank import RankProcess
+from membership.base.enums import DetectedBy
 from membership.base.errors import ElasticError, RankDied, RankFailed, StoreUnavailable, WaitTimeout
 from membership.store.mirror import Mirror
 from workers.agent.agent import Agent
@@ -28,6 +29,7 @@ TICK_S = 0.15
 READY_S = (0.03, 0.2)
 KILL_AFTER_S = 3.0
 GRACE_S = 20.0
+_NO_RANK = Rank(0, 0)
 OnStarted = Callable[[Rank, Any], None]
 
 
@@ -45,7 +47,7 @@ class Pending:
     """A call under way."""
 
     future: Future[dict[Rank, Any]]
-    key: Rank = (0, 0)
+    key: Rank = _NO_RANK
 
 
 class SimExecutor:
@@ -137,7 +139,7 @@ class SimExecutor:
         for call in [call for call in self._calls if call.key == rank.key]:
             self._fail(call, RankDied(f"rank {rank.key[0]} died"))
         if rank.key not in self._going:
-            self._on_death(Death(rank.key, rank.pid, "pidfd"))
+            self._on_death(Death(rank.key, rank.pid, DetectedBy.PIDFD))
             self._host.wake(0.0)
 
     def _exited(self, rank: RankProcess) -> None:

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 from chaos.simulation import promises
 from membership.base.errors import ElasticError
+from membership.base.rank_id import RankId
 from membership.placement.plan import coverage
 from membership.store.records import ClusterConfig, ClusterState
 
-Rank = tuple[int, int]
+Rank = RankId
 """(rank, incarnation)"""
 
 
@@ -40,7 +41,7 @@ class Laws:
             self.evicted |= left(state)
         active = [op for op in after.operations.values() if op.active]
         require(len(active) <= 1, f"two operations at once: {active}")
-        placed = [(s.rank, s.incarnation) for a in after.assignments.values() for s in a.ranks]
+        placed = [s.id for a in after.assignments.values() for s in a.ranks]
         require(len({rank for rank, _ in placed}) == len(placed), f"two incarnations of a slot: {placed}")
         view = after.view
         if view is None or view == before.view:
@@ -48,12 +49,12 @@ class Laws:
         require(view.epoch == (before.view.epoch if before.view else 0) + 1, f"epoch {view.epoch} follows another")
         require(after.next is None, "a view is committed, and still staged")
         self.epochs.append(view.epoch)
-        self.members[view.epoch] = {(member.rank, member.incarnation) for member in view.members}
+        self.members[view.epoch] = {member.id for member in view.members}
         covered = coverage(view.placement, view.ranks, self.config.experts).min_live_replicas >= 1
         require(covered, f"epoch {view.epoch} lacks experts")
         require(set(view.placement) == set(view.ranks), f"epoch {view.epoch} places experts on others than its members")
         for member in view.members:
-            require((member.rank, member.incarnation) not in self.evicted, f"{member} is back")
+            require(member.id not in self.evicted, f"{member} is back")
         return True
 
     def whole(self, state: ClusterState, count: int) -> None:
@@ -61,8 +62,8 @@ class Laws:
         serving = state.view.ranks if state.view is not None else ()
         require(len(serving) == count, f"{serving} serve, not {count}")
         require(state.next is None, "a view is left staged")
-        members = {(m.rank, m.incarnation) for m in (state.view.members if state.view else ())}
-        assigned = {(s.rank, s.incarnation) for a in state.assignments.values() for s in a.ranks}
+        members = {m.id for m in (state.view.members if state.view else ())}
+        assigned = {s.id for a in state.assignments.values() for s in a.ranks}
         require(assigned == members, f"{assigned} are assigned, {members} serve")
         require(set(state.ranks) == members, f"{set(state.ranks)} have records, {members} serve")
         require(state.active is None, f"{state.active} goes on")
@@ -79,6 +80,6 @@ def keep(broken: Iterable[str]) -> None:
 
 def left(state: ClusterState) -> set[Rank]:
     """Members that are out of the assignments: they must never come back."""
-    kept = {(s.rank, s.incarnation) for a in state.assignments.values() for s in a.ranks}
+    kept = {s.id for a in state.assignments.values() for s in a.ranks}
     members = state.view.members if state.view else ()
-    return {(m.rank, m.incarnation) for m in members} - kept
+    return {m.id for m in members} - kept

@@ -27,8 +27,8 @@ def unmasked(before: ClusterState, after: ClusterState) -> Iterator[str]:
 
 def early(before: ClusterState, after: ClusterState, now: float) -> Iterator[str]:
     """What the change breaks if it was made at `now`, by the clock of the controller that made it."""
-    placed = {(s.rank, s.incarnation) for a in before.assignments.values() for s in a.ranks}
-    for spec in (s for a in after.assignments.values() for s in a.ranks if (s.rank, s.incarnation) not in placed):
+    placed = {s.id for a in before.assignments.values() for s in a.ranks}
+    for spec in (s for a in after.assignments.values() for s in a.ranks if s.id not in placed):
         last = before.exits.get(spec.rank)
         if last is not None and last.quarantined:
             yield f"rank {spec.rank} is started, and its slot is in quarantine"

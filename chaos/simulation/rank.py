@@ -331,7 +331,7 @@ class RankProcess(Process):
             asked = self.exchange.asked(ctx, batch.ranks[self.key[0]])
         except CoverageLost:
             return False
-        peers = {(parcel.rank, ctx.incarnations[parcel.rank]) for _, parcel in asked} - {self.key}
+        peers = {Rank(parcel.rank, ctx.incarnations[parcel.rank]) for _, parcel in asked} - {self.key}
         return any(self.cluster.ranks[peer].stopped for peer in peers)
 
     def _begin_call(self, method: str, args: tuple[Any, ...], reply: Reply) -> None:
@@ -378,7 +378,7 @@ class RankProcess(Process):
             cast(Any, made).running = False
             reply(None, "no memory")
             return
-        others = {(rank, incarnation) for rank, (incarnation, _) in peers.items()} - {self.key}
+        others = {Rank(rank, incarnation) for rank, (incarnation, _) in peers.items()} - {self.key}
         reached = {peer for peer in others if peer in self.cluster.ranks and not self.cluster.ranks[peer].stopped}
         if reached == others:
             self.exchange.links |= others

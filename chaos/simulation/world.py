@@ -114,7 +114,7 @@ class World:
         self.processes -= {key for key, record in self.state.ranks.items() if record.node == node}
         self.lapse(node)
         view = self.state.view
-        self.gone |= {(m.rank, m.incarnation) for m in (view.members if view else ()) if m.node == node}
+        self.gone |= {m.id for m in (view.members if view else ()) if m.node == node}
 
     def lapse(self, node: str) -> None:
         """All leases of a node run out, whether or not its agent and ranks live."""
@@ -175,7 +175,7 @@ class World:
             assignment = self.state.assignments.get(node)
             if assignment is None or assignment.agent_started != agent.started:
                 continue
-            wanted = {(spec.rank, spec.incarnation): spec for spec in assignment.ranks}
+            wanted = {spec.id: spec for spec in assignment.ranks}
             for (rank, incarnation), record in self.state.ranks.items():
                 if record.node == node and (rank, incarnation) not in wanted:
                     self.processes.discard((rank, incarnation))
@@ -186,7 +186,7 @@ class World:
         return self.state.revision != before
 
     def _rank_acts(self, node: str, spec: RankSpec) -> None:
-        state, key = self.state, (spec.rank, spec.incarnation)
+        state, key = self.state, spec.id
         last = state.exits.get(spec.rank)
         if spec.rank in self.mute or (last is not None and last.incarnation >= spec.incarnation):
             return
@@ -196,7 +196,7 @@ class World:
             self.processes.add(key)
         elif record.state is RankState.LAUNCHING:
             record = replace(record, state=RankState.HANDSHAKING)
-        elif state.next is not None and any(key == (m.rank, m.incarnation) for m in state.next.members):
+        elif state.next is not None and any(key == m.id for m in state.next.members):
             if spec.rank in self.bad and record.failed_revision != state.next_revision:
                 record = replace(record, failed_revision=state.next_revision, prepare_error="no memory")
             elif spec.rank not in self.bad and record.prepared_revision != state.next_revision:
@@ -209,7 +209,7 @@ class World:
         if state.engine is None or state.view is None:
             return False
         status = state.engine_status
-        masked = {m.rank for m in state.view.members if (m.rank, m.incarnation) in self.gone}
+        masked = {m.rank for m in state.view.members if m.id in self.gone}
         if status is not None and (status.token, status.epoch) == (state.engine_token, state.view.epoch):
             masked |= set(status.masked)
         told = EngineStatus(

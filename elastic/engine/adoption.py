@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Set
 from dataclasses import dataclass
 
+from membership.base.rank_id import RankId
 from membership.planning.cluster_facts import ClusterFacts
-from membership.store.records import ClusterState, Member, View
-
-RankId = tuple[int, int]
-"""(rank, incarnation)"""
+from membership.store.records import ClusterState, View
 
 
 @dataclass(frozen=True)
@@ -26,14 +24,9 @@ class Adoption:
     waiting_for: tuple[int, ...]
 
 
-def of_member(member: Member) -> RankId:
-    """The member's identity."""
-    return member.rank, member.incarnation
-
-
 def absent(view: View, state: ClusterState) -> set[RankId]:
     """Members without a record in the store. One that has joined is used anyway: its agent may be writing it again."""
-    return {of_member(member) for member in view.members} - state.ranks.keys()
+    return {member.id for member in view.members} - state.ranks.keys()
 
 
 def adoption(
@@ -55,10 +48,10 @@ def adoption(
     gone = absent(view, state) - ready
     if patient:
         facts = ClusterFacts(state, 0.0)
-        gone &= {of_member(member) for member in view.members if facts.ended(member)}
+        gone &= {member.id for member in view.members if facts.ended(member)}
     gone |= lost
-    missing = [member for member in view.members if of_member(member) not in gone | ready]
-    masked = {member.rank for member in view.members if of_member(member) in gone}
+    missing = [member for member in view.members if member.id not in gone | ready]
+    masked = {member.rank for member in view.members if member.id in gone}
     if overdue:
         masked |= {member.rank for member in missing}
         missing = []

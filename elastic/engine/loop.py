@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 
 import structlog
 
-from elastic.engine.adoption import Adoption, RankId, absent, adoption, leaving, of_member
+from elastic.engine.adoption import Adoption, absent, adoption, leaving
 from elastic.engine.expert_load import LoadWindow
 from elastic.engine.gateway_server import EngineServer
 from elastic.engine.recovery import Recovery
@@ -24,6 +24,7 @@ from elastic.protocol import Abort
 from membership.base import failpoints, loop_watchdog
 from membership.base.errors import Fenced, SchemaError
 from membership.base.events import EventLog
+from membership.base.rank_id import RankId
 from membership.store.mirror import Mirror
 from membership.store.records import ClusterConfig, ClusterState, EngineStatus
 from workers.fleet.fleet import Fleet, FleetEvent, RankJoined, RankLost
@@ -244,18 +245,18 @@ class Engine:
         self._outbox += self._scheduler.apply(result, self._clock())
 
     def _welcome(self, joined: RankJoined) -> None:
-        self._ready.add((joined.rank, joined.incarnation))
+        self._ready.add(joined.rank_id)
         self._membership_changed = True
         self._emit("rank_joined", joined.rank, incarnation=joined.incarnation)
 
     def _lose(self, loss: RankLost) -> None:
         """Take a rank out of use: first for the survivors in mid-step, then in the scheduler."""
-        identity = (loss.rank, loss.incarnation)
+        identity = loss.rank_id
         self._ready.discard(identity)
         self._lost.add(identity)
         self._membership_changed = True
         view = self._scheduler.view
-        if view is None or identity not in map(of_member, view.members):
+        if view is None or identity not in {member.id for member in view.members}:
             self._emit("rank_left", loss.rank, incarnation=loss.incarnation, source=loss.source)
             return
         self._fleet.mask(loss.rank)
@@ -344,13 +345,13 @@ class Engine:
         for identity, record in state.ranks.items():
             if record.engine_token == self._token and identity not in self._lost:
                 self._fleet.attach(record)
-        named = set(state.ranks) | {of_member(m) for m in (state.view.members if state.view else ())}
-        named |= {(spec.rank, spec.incarnation) for each in state.assignments.values() for spec in each.ranks}
+        named = set(state.ranks) | {m.id for m in (state.view.members if state.view else ())}
+        named |= {spec.id for each in state.assignments.values() for spec in each.ranks}
         if self._scheduler.view is not None:
-            named |= set(map(of_member, self._scheduler.view.members))
+            named |= {member.id for member in self._scheduler.view.members}
         for identity in self._ready - named:
             self._ready.discard(identity)
-            self._fleet.detach(*identity)
+            self._fleet.detach(identity)
         self._lost &= named
 
     def _adopt(self, newer: Adoption) -> None:
@@ -359,7 +360,7 @@ class Engine:
         now = self._clock()
         before = self._epoch
         self._pause_since = self._last_step_end if self._last_step_end is not None else now
-        self._fleet.adopt(newer.masked, map(of_member, newer.view.members))
+        self._fleet.adopt(newer.masked, (member.id for member in newer.view.members))
         moved = self._scheduler.set_view(newer.view, newer.masked, now)
         log.info("view_adopted", epoch=newer.view.epoch, ranks=newer.view.ranks, masked=newer.masked)
         self._flip = (before, len(moved))

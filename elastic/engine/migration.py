@@ -117,7 +117,7 @@ class Migration:
     def take(self, answer: BlocksCopied, homes: Mapping[int, Home], now: float) -> list[CopyBlocks]:
         """Handle a copy's answer; answers to anything but the last order have no effect."""
         self.review(homes, now)
-        identity = (answer.rank, answer.incarnation)
+        identity = answer.rank_id
         for move in self._moves:
             order = move.order
             if order is None or (order.copy, order.addressee) != (answer.copy, identity):
@@ -182,7 +182,7 @@ class Migration:
 
     def _ask(self, move: _Move, copy: int, blocks: list[int], now: float, *, arriving: bool) -> CopyBlocks:
         """Both halves of a copy have the same number."""
-        source, target = ((home.rank, home.incarnation) for home in (move.source, move.target))
+        source, target = (home.rank_id for home in (move.source, move.target))
         move.order = CopyBlocks(self._token, copy, source, target, blocks.copy(), arriving)
         move.deadline = now + COPY_TIMEOUT_S
         return move.order

@@ -74,8 +74,8 @@ class Scheduler:
         """
         self.view, self.masked = view, {rank for rank in masked if view.member(rank)}
         kept = {m.rank: m for m in view.members if m.rank not in self.masked}
-        stay = {(m.rank, m.incarnation) for m in kept.values()}
-        moved = self._evict(home for home in self._homes.values() if (home.rank, home.incarnation) not in stay)
+        stay = {m.id for m in kept.values()}
+        moved = self._evict(home for home in self._homes.values() if home.rank_id not in stay)
         for rank, member in sorted(kept.items()):
             if rank not in self._homes:
                 self._homes[rank] = Home(rank, member.incarnation, BlockPool(self.config.kv_blocks), member.node)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from elastic.engine.kv_blocks import BlockPool, blocks_for
 from elastic.protocol import Rejected, Submit
+from membership.base.rank_id import RankId
 from membership.store.records import ClusterConfig
 from workers.protocol.messages import SeqChunk
 
@@ -22,6 +23,11 @@ class Home:
     in_flight: list[tuple[Sequence, SeqChunk]] = field(default_factory=list)
     setbacks: int = 0  # consecutive answers other than OK
     retry_at: float = 0.0
+
+    @property
+    def rank_id(self) -> RankId:
+        """The process."""
+        return RankId(self.rank, self.incarnation)
 
 
 @dataclass(slots=True, eq=False)

@@ -37,9 +37,13 @@ class OperationKind(StrEnum):
 
 
 class DetectedBy(StrEnum):
-    """How a rank's death was noticed."""
+    """How a rank's end was noticed: by its agent (`rank_died`) or by the engine (`rank_masked`, `rank_left`)."""
 
-    ROBUST_FUTEX = "robust_futex"
-    PIDFD = "pidfd"
+    ROBUST_FUTEX = "robust futex"  # its main thread ended
+    PIDFD = "pidfd"  # its process ended
+    QUEUE = "queue"  # its queue of answers ended
+    STOPPED = "stopped"  # the kernel holds it stopped
+    HUNG = "hung"  # it owes an answer and does nothing
+    DEADLINE = "deadline"  # it did not answer in time
     START = "start"  # it never came up
     HEARTBEAT = "heartbeat"  # it was alive, and silent for too long

@@ -195,6 +195,11 @@ class RankRecord(Record, frozen=True, kw_only=True):
     exchange_handle: bytes = b""
     fingerprint: str = ""  # of its kernels: ranks of one view must agree, or outputs could differ
 
+    @property
+    def id(self) -> RankId:
+        """The identity of its process."""
+        return RankId(self.rank, self.incarnation)
+
 
 class RankExit(Record, frozen=True, kw_only=True):
     """The last death in a rank slot, and the restart policy's verdict. Key `exits/<rank>`; written by its agent."""
@@ -207,6 +212,11 @@ class RankExit(Record, frozen=True, kw_only=True):
     not_before: float = 0.0  # the controller must not relaunch the slot earlier (backoff)
     quarantined: bool = False
     forgiven: float = 0.0  # when an operator ended the quarantine: earlier deaths no longer count
+
+    @property
+    def id(self) -> RankId:
+        """The identity of the process that died."""
+        return RankId(self.rank, self.incarnation)
 
     def held_back_s(self, now: float) -> float:
         """How much longer the slot must stay empty. 0.0 if the agent's clock is too far ahead of ours to tell."""

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from membership.base.events import Event, EventLog
+from membership.base.rank_id import RankId
 from membership.store.codec import encode
 from membership.store.interface import Store
 from membership.store.keys import Keys, state_from
@@ -56,17 +57,17 @@ class Scene:
         )  # fmt: skip
         self.store.put(KEYS.config, encode(config))
 
-    def assign(self, *keys: tuple[int, int]) -> None:
+    def assign(self, *keys: RankId) -> None:
         """As the controller does, once the agent is there."""
         me = self.until(lambda s: self.node in s.agents, "the agent's record").agents[self.node]
         ranks = tuple(RankSpec(rank=rank, incarnation=incarnation) for rank, incarnation in keys)
         assignment = Assignment(node=self.node, ranks=ranks, agent_started=me.started)
         self.store.put(KEYS.assign(self.node), encode(assignment))
 
-    def until_registered(self, *keys: tuple[int, int]) -> ClusterState:
+    def until_registered(self, *keys: RankId) -> ClusterState:
         return self.until(lambda s: all(k in s.ranks and s.ranks[k].exchange_handle for k in keys), f"{keys} there")
 
-    def stage(self, epoch: int, *keys: tuple[int, int]) -> int:
+    def stage(self, epoch: int, *keys: RankId) -> int:
         """Stage a view; its revision."""
         members = tuple(Member(rank=rank, node=self.node, incarnation=incarnation) for rank, incarnation in keys)
         return self.store.put(KEYS.next, encode(View(epoch=epoch, members=members)))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from membership.base.errors import QueueClosed
+from membership.base.rank_id import RankId
 from workers.ipc.doorbell import Doorbell
 from workers.protocol.live_mask import LiveMask
 from workers.protocol.liveness import LivenessPage
@@ -114,7 +115,7 @@ class StandIn:
         self.mask = LiveMask.attach(bytes.fromhex(command["mask"]))
         self.steps = MessageQueue.create_from_handle(
             bytes.fromhex(command["broadcast"]),
-            reader_id=reader_id(self.rank, self.incarnation),
+            reader_id=reader_id(RankId(self.rank, self.incarnation)),
             doorbell=self.doorbell,
             codec=MsgpackCodec(EngineMessage),
             timeout_s=5.0,

@@ -22,8 +22,10 @@ import structlog
 from msgspec.structs import replace as changed
 
 from membership.base import failpoints
+from membership.base.enums import DetectedBy
 from membership.base.errors import ElasticError
 from membership.base.events import EventLog
+from membership.base.rank_id import RankId
 from membership.base.timing import ATTACH_TIMEOUT_S, RETIRE_TIMEOUT_S
 from membership.store.interface import Store
 from membership.store.keys import Keys
@@ -39,7 +41,6 @@ from workers.agent.decide import (
     Load,
     LocalRank,
     Prepare,
-    RankKey,
     Retire,
     RetireEpoch,
     Spawn,
@@ -76,13 +77,13 @@ class Agent:
         me = AgentRecord(node=node, pid=os.getpid(), started=wall(), capacity=config.max_ranks)
         self.me = changed(me, spares_wanted=spares)
         self._mirror, self._config, self._events = mirror, config, events
-        self._ranks: dict[RankKey, LocalRank] = {}
-        self._beats: dict[RankKey, Heartbeat] = {}
+        self._ranks: dict[RankId, LocalRank] = {}
+        self._beats: dict[RankId, Heartbeat] = {}
         self._next_beat_check = 0.0
         self._heartbeats_at = 0.0
-        self._buried: set[RankKey] = set()
+        self._buried: set[RankId] = set()
         self._exits = Exits(policy, chance)
-        self._pids: dict[int, RankKey] = {}
+        self._pids: dict[int, RankId] = {}
         self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._keys = keys
         self._registrar = registrar(store, keys, config.lease_ttl_s)
@@ -171,9 +172,9 @@ class Agent:
                 key, epoch = effect.key, effect.epoch
                 self._call(key, "retire_epoch", (epoch,), RETIRE_TIMEOUT_S, self._retired_epoch, epoch)
 
-    def _spawn(self, keys: list[RankKey]) -> None:
+    def _spawn(self, keys: list[RankId]) -> None:
         for key in keys:
-            failpoints.hit("agent.before.spawn", key[0])
+            failpoints.hit("agent.before.spawn", key.rank)
             self._ranks[key] = LocalRank(*key, started=self._wall())
             self._update(key)
             self._emit("rank_spawned", key)
@@ -181,13 +182,13 @@ class Agent:
         if left:
             self._fork(left)
 
-    def _fork(self, keys: list[RankKey]) -> None:
+    def _fork(self, keys: list[RankId]) -> None:
         limit_s = self._config.launch_deadline_s
         try:
             self._executor.start(keys, limit_s, lambda key, outcome: self._post(self._started, key, outcome))
         except OSError as error:  # no process, descriptor or memory to be had: others must go on
             for key in keys:
-                self._emit("rank_died", key, detected_by="start", reason=str(error))
+                self._emit("rank_died", key, detected_by=DetectedBy.START, reason=str(error))
                 self._bury(key, f"cannot be started: {error}")
 
     def _retire(self, effect: Retire) -> None:
@@ -205,8 +206,8 @@ class Agent:
         self._call(effect.key, "attach_engine", args, ATTACH_TIMEOUT_S, self._attached, effect.token)
 
     def _call(
-        self, key: RankKey, method: str, args: tuple[Any, ...], limit_s: float,
-        then: Callable[[RankKey, int, Any, str], None], subject: int,
+        self, key: RankId, method: str, args: tuple[Any, ...], limit_s: float,
+        then: Callable[[RankId, int, Any, str], None], subject: int,
     ) -> None:  # fmt: skip
         """Call one rank; `then` gets (key, subject, result, "") or (key, subject, None, error) in our thread."""
 
@@ -218,20 +219,20 @@ class Agent:
         self._executor.submit(method, args, keys=[key], timeout_s=limit_s).future.add_done_callback(done)
 
     def _called(
-        self, key: RankKey, then: Callable[[RankKey, int, Any, str], None], subject: int, result: Any, error: str
+        self, key: RankId, then: Callable[[RankId, int, Any, str], None], subject: int, result: Any, error: str
     ) -> None:
         if key in self._ranks:
             then(key, subject, result, error)
 
     # --- what came of it ----------------------------------------------------------------------------------------
 
-    def _started(self, key: RankKey, outcome: WorkerProcHandle | ElasticError) -> None:
+    def _started(self, key: RankId, outcome: WorkerProcHandle | ElasticError) -> None:
         rank = self._ranks.get(key)
         if isinstance(outcome, ElasticError):
             if rank is not None and rank.life is Life.ENDING:
                 self._ended(key)
             elif rank is not None:
-                self._emit("rank_died", key, detected_by="start", reason=str(outcome))
+                self._emit("rank_died", key, detected_by=DetectedBy.START, reason=str(outcome))
                 self._bury(key, str(outcome))
             return
         self._pids[outcome.child.pid] = key
@@ -245,7 +246,7 @@ class Agent:
         )  # fmt: skip
         self._emit("rank_ready", key, pid=outcome.child.pid, took_ms=_ms(self._wall() - rank.started))
 
-    def _adopted(self, key: RankKey, outcome: WorkerProcHandle | ElasticError, fingerprint: str) -> None:
+    def _adopted(self, key: RankId, outcome: WorkerProcHandle | ElasticError, fingerprint: str) -> None:
         """A spare has become this rank; or it has not, and the rank starts as any other."""
         if isinstance(outcome, ElasticError):
             rank = self._ranks.get(key)
@@ -258,15 +259,15 @@ class Agent:
         if key in self._ranks:
             self._update(key, loaded=True, fingerprint=fingerprint)
 
-    def _attached(self, key: RankKey, token: int, handle: Any, error: str) -> None:
+    def _attached(self, key: RankId, token: int, handle: Any, error: str) -> None:
         if error:
-            log.warning("attach_failed", rank=key[0], token=token, error=error)
+            log.warning("attach_failed", rank=key.rank, token=token, error=error)
             self._update(key, attaching_token=0, attach_not_before=self._wall() + ATTACH_RETRY_S)
         else:
             self._update(key, attaching_token=0, attached_token=token, response_handle=handle)
             self._emit("rank_attached", key, token=token)
 
-    def _loaded(self, key: RankKey, revision: int, fingerprint: Any, error: str) -> None:
+    def _loaded(self, key: RankId, revision: int, fingerprint: Any, error: str) -> None:
         if error:
             self._emit("rank_load_failed", key, error=error)
             self._update(key, loading=False, failed_revision=revision, prepare_error=error)
@@ -274,7 +275,7 @@ class Agent:
             self._update(key, loading=False, loaded=True, fingerprint=fingerprint)
             self._emit("rank_loaded", key, took_ms=_ms(self._wall() - self._ranks[key].started))
 
-    def _prepared(self, key: RankKey, revision: int, result: Any, error: str) -> None:
+    def _prepared(self, key: RankId, revision: int, result: Any, error: str) -> None:
         if error:
             self._emit("rank_prepare_failed", key, revision=revision, error=error)
             self._update(key, failed_revision=revision, prepare_error=error)
@@ -282,9 +283,9 @@ class Agent:
             self._update(key, prepared_revision=revision, prepare_error="")
             self._emit("rank_prepared", key, revision=revision, **(result if isinstance(result, dict) else {}))
 
-    def _retired_epoch(self, key: RankKey, epoch: int, result: Any, error: str) -> None:
+    def _retired_epoch(self, key: RankId, epoch: int, result: Any, error: str) -> None:
         if error:
-            log.warning("retire_epoch_failed", rank=key[0], epoch=epoch, error=error)
+            log.warning("retire_epoch_failed", rank=key.rank, epoch=epoch, error=error)
 
     def _died(self, death: Death) -> None:
         if death.key in self._ranks:
@@ -303,7 +304,7 @@ class Agent:
         if (told := self._exits.ended(key, status)) is not None:
             self._registrar.record_exit(told)
 
-    def _ended(self, key: RankKey) -> None:
+    def _ended(self, key: RankId) -> None:
         """A rank that was asked to go has gone."""
         if self._ranks.pop(key, None) is not None:
             self._beats.pop(key, None)
@@ -311,7 +312,7 @@ class Agent:
             self._registrar.withdraw(key)
             self._emit("rank_retired", key)
 
-    def _bury(self, key: RankKey, reason: str) -> None:
+    def _bury(self, key: RankId, reason: str) -> None:
         """The rank is dead: its record goes at once, together with the restart policy's verdict."""
         del self._ranks[key]
         self._beats.pop(key, None)
@@ -334,7 +335,7 @@ class Agent:
             self._registrar.set_renewing(key, decide.advancing(beat))
             if decide.hung(beat, now, after_s=ttl_s) and self._ranks[key].life is Life.READY:
                 silence = f"no heartbeat for {now - beat.advanced_at:.1f} s"
-                self._emit("rank_died", key, pid=worker.child.pid, detected_by="heartbeat", reason=silence)
+                self._emit("rank_died", key, pid=worker.child.pid, detected_by=DetectedBy.HEARTBEAT, reason=silence)
                 self._bury(key, silence)
                 self._executor.retire([key], lambda key: self._post(self._ended, key), kill=True)
         self._spares.check(now)
@@ -345,15 +346,15 @@ class Agent:
 
     # --- small things -------------------------------------------------------------------------------------------
 
-    def _update(self, key: RankKey, **changes: Any) -> None:
+    def _update(self, key: RankId, **changes: Any) -> None:
         self._ranks[key] = rank = replace(self._ranks[key], **changes)
         self._registrar.publish_rank(decide.record_of(rank, self.me.node))
 
-    def _emit(self, kind: str, key: RankKey, **fields: Any) -> None:
+    def _emit(self, kind: str, key: RankId, **fields: Any) -> None:
         view = self._mirror.state().view
         self._events.emit(
-            kind, cluster=self._config.cluster, epoch=view.epoch if view else 0, rank=key[0],
-            incarnation=key[1], node=self.me.node, **fields,
+            kind, cluster=self._config.cluster, epoch=view.epoch if view else 0, rank=key.rank,
+            incarnation=key.incarnation, node=self.me.node, **fields,
         )  # fmt: skip
 
     def _forkserver_serves(self, serving: Serving) -> None:

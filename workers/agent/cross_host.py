@@ -15,9 +15,10 @@ from typing import Any
 import structlog
 
 from membership.base.errors import QueueClosed, QueueError, RankDied, RankError
+from membership.base.rank_id import RankId
 from workers.agent.worker_proc import JOIN_TIMEOUT_S, PARENT_READER
 from workers.ipc.doorbell import Doorbell
-from workers.protocol.rpc import CallTable, PendingCall, RankKey, WireCall, WireReply
+from workers.protocol.rpc import CallTable, PendingCall, WireCall, WireReply
 from workers.queue.message_queue import MessageQueue, MsgpackCodec
 
 COLLECT_S = 0.1
@@ -34,7 +35,7 @@ class CrossHostCaller:
         self._calls = MessageQueue(name, codec=MsgpackCodec(WireCall))
         self._doorbell = Doorbell()
         self._table = CallTable()
-        self._replies: dict[RankKey, MessageQueue] = {}
+        self._replies: dict[RankId, MessageQueue] = {}
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._collector = threading.Thread(target=self._collect, name="cross-host-replies", daemon=True)
@@ -44,7 +45,7 @@ class CrossHostCaller:
         """For `MultiprocExecutor(external_handles=…)` on the other hosts."""
         return self._calls.export_handle().encode()
 
-    def adopt(self, key: RankKey, peer_response_handle: bytes) -> None:
+    def adopt(self, key: RankId, peer_response_handle: bytes) -> None:
         """Join this rank's replies to us."""
         replies = MessageQueue.create_from_handle(
             peer_response_handle,
@@ -62,7 +63,7 @@ class CrossHostCaller:
         args: Collection[Any] = (),
         kwargs: dict[str, Any] | None = None,
         *,
-        keys: Collection[RankKey] | None = None,
+        keys: Collection[RankId] | None = None,
         output_rank: int | None = None,
         timeout_s: float = 60.0,
     ) -> PendingCall:
@@ -98,18 +99,18 @@ class CrossHostCaller:
                 self._read(key, replies)
             self._table.expire(time.monotonic())
 
-    def _joined(self) -> list[tuple[RankKey, MessageQueue]]:
+    def _joined(self) -> list[tuple[RankId, MessageQueue]]:
         with self._lock:
             return list(self._replies.items())
 
     def _anything(self) -> bool:
         return self._stopping.is_set() or any(replies.pending() for _, replies in self._joined())
 
-    def _read(self, key: RankKey, replies: MessageQueue) -> None:
+    def _read(self, key: RankId, replies: MessageQueue) -> None:
         try:
             while (reply := replies.try_dequeue()) is not None:
                 if reply.key == key and not self._table.on_reply(reply.local()):
-                    log.info("late_reply_dropped", call=reply.id, rank=key[0])
+                    log.info("late_reply_dropped", call=reply.id, rank=key.rank)
         except QueueClosed as closed:
             with self._lock:
                 del self._replies[key]

@@ -11,10 +11,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 
+from membership.base.rank_id import RankId
 from membership.store.records import AgentRecord, ClusterState, Heartbeats, RankRecord, RankState, View
 
-RankKey = tuple[int, int]
-"""(rank, incarnation)"""
 Peers = dict[int, tuple[int, bytes]]
 """rank -> (incarnation, exchange handle)"""
 
@@ -52,23 +51,23 @@ class LocalRank:
     retired: tuple[int, int] = (0, 0)  # (epoch, prepared revision) at the last retire_epoch
 
     @property
-    def key(self) -> RankKey:
+    def key(self) -> RankId:
         """Unique over the cluster's life."""
-        return (self.rank, self.incarnation)
+        return RankId(self.rank, self.incarnation)
 
 
 @dataclass(frozen=True)
 class Spawn:
     """Start this rank."""
 
-    key: RankKey
+    key: RankId
 
 
 @dataclass(frozen=True)
 class Retire:
     """End this rank's process; it is no longer wanted, or (`failure`) it never got ready."""
 
-    key: RankKey
+    key: RankId
     failure: str = ""
 
 
@@ -76,7 +75,7 @@ class Retire:
 class Attach:
     """Join the queues of the engine that holds `token`."""
 
-    key: RankKey
+    key: RankId
     token: int
     broadcast_handle: bytes
     mask_handle: bytes
@@ -86,7 +85,7 @@ class Attach:
 class Load:
     """Take the device and load the model, for the staged view with this mod revision."""
 
-    key: RankKey
+    key: RankId
     revision: int
 
 
@@ -94,7 +93,7 @@ class Load:
 class Prepare:
     """Make ready for the staged view, whose key has this mod revision."""
 
-    key: RankKey
+    key: RankId
     revision: int
     view: View
     peers: Peers
@@ -104,7 +103,7 @@ class Prepare:
 class RetireEpoch:
     """Drop what `epoch` does not need. `mark` is what LocalRank.retired becomes."""
 
-    key: RankKey
+    key: RankId
     epoch: int
     mark: tuple[int, int]
 
@@ -113,7 +112,7 @@ Effect = Spawn | Retire | Attach | Load | Prepare | RetireEpoch
 
 
 def decide(
-    state: ClusterState, me: AgentRecord, ranks: Mapping[RankKey, LocalRank], buried: Iterable[RankKey], now: float
+    state: ClusterState, me: AgentRecord, ranks: Mapping[RankId, LocalRank], buried: Iterable[RankId], now: float
 ) -> list[Effect]:
     """All that is to be done now. `buried` are incarnations that have died here and must not run again."""
     effects: list[Effect] = []
@@ -127,16 +126,16 @@ def decide(
 
 
 def _processes(
-    state: ClusterState, me: AgentRecord, ranks: Mapping[RankKey, LocalRank], buried: frozenset[RankKey], now: float
+    state: ClusterState, me: AgentRecord, ranks: Mapping[RankId, LocalRank], buried: frozenset[RankId], now: float
 ) -> list[Effect]:
     assignment, config = state.assignments.get(me.node), state.config
     if assignment is None or config is None or assignment.agent_started != me.started:
         return []  # nobody has said yet what this life of the agent should run: change nothing
-    wanted = {(spec.rank, spec.incarnation) for spec in assignment.ranks}
+    wanted = {spec.id for spec in assignment.ranks}
     effects: list[Effect] = []
     for key in sorted(wanted - ranks.keys() - buried):
-        last = state.exits.get(key[0])
-        if last is None or last.incarnation < key[1]:
+        last = state.exits.get(key.rank)
+        if last is None or last.incarnation < key.incarnation:
             effects.append(Spawn(key))
     for rank in ranks.values():
         if rank.life is Life.ENDING:
@@ -230,14 +229,14 @@ def record_of(rank: LocalRank, node: str) -> RankRecord:
     )
 
 
-def relief(state: ClusterState, me: AgentRecord, ranks: Iterable[RankKey]) -> bool:
+def relief(state: ClusterState, me: AgentRecord, ranks: Iterable[RankId]) -> bool:
     """Whether an agent that leaves should go on waiting: it has ranks still, and others serve that can take over."""
     staying = {node for node, agent in state.agents.items() if not agent.leaving}
     others = any(m.node in staying and m.node != me.node for m in (state.view.members if state.view else ()))
     return others and any(True for _ in ranks)
 
 
-def stale_records(state: ClusterState, node: str, ranks: Mapping[RankKey, LocalRank]) -> list[RankKey]:
+def stale_records(state: ClusterState, node: str, ranks: Mapping[RankId, LocalRank]) -> list[RankId]:
     """Records of this node that no process of ours stands behind: left by an earlier life of the agent."""
     return [key for key, record in state.ranks.items() if record.node == node and key not in ranks]
 
@@ -272,7 +271,7 @@ def hung(heartbeat: Heartbeat, now: float, *, after_s: float, misses: int = 4) -
     return heartbeat.misses >= misses and now - heartbeat.advanced_at >= after_s
 
 
-def heartbeats(node: str, ranks: Mapping[RankKey, Heartbeat], now: float, wall: float) -> Heartbeats:
+def heartbeats(node: str, ranks: Mapping[RankId, Heartbeat], now: float, wall: float) -> Heartbeats:
     """What the cluster may know of it. `now` is on the observations' clock, `wall` the time of day at that moment."""
-    beats = {key[1]: wall - (now - seen.advanced_at) for key, seen in ranks.items() if seen.beat >= 0}
+    beats = {key.incarnation: wall - (now - seen.advanced_at) for key, seen in ranks.items() if seen.beat >= 0}
     return Heartbeats(node=node, at=wall, beats=beats)

@@ -23,7 +23,9 @@ import cloudpickle
 import structlog
 
 from membership.base import failpoints
+from membership.base.enums import DetectedBy
 from membership.base.errors import ElasticError, QueueClosed, QueueError, RankDied, RankError, WaitTimeout
+from membership.base.rank_id import ProcessId, RankId, SpareId
 from membership.store.records import ClusterConfig
 from workers.agent.forkserver import Serving
 from workers.agent.forkserver_client import ForkServer
@@ -34,7 +36,7 @@ from workers.ipc.doorbell import Doorbell
 from workers.ipc.host_lock import HostLock
 from workers.protocol.launch import Launch, Ready
 from workers.protocol.liveness import watch_death
-from workers.protocol.rpc import SPARE, Call, CallTable, Outcome, PendingCall, RankKey, Reply, name_of
+from workers.protocol.rpc import Call, CallTable, Outcome, PendingCall, Reply
 from workers.queue.message_queue import MessageQueue
 
 COLLECT_S = 0.1
@@ -49,12 +51,12 @@ log = structlog.get_logger(__name__)
 class Death:
     """A rank that ended unasked."""
 
-    key: RankKey
+    key: ProcessId
     pid: int
-    detected_by: str  # robust_futex | pidfd | start
+    detected_by: DetectedBy
 
 
-OnStarted = Callable[[RankKey, WorkerProcHandle | ElasticError], None]
+OnStarted = Callable[[ProcessId, WorkerProcHandle | ElasticError], None]
 
 
 class MultiprocExecutor:
@@ -72,15 +74,15 @@ class MultiprocExecutor:
         on_serving: Callable[[Serving], None] | None = None,
         on_weights: OnEvent | None = None,
     ) -> None:
-        self.workers: dict[RankKey, WorkerProcHandle] = {}
+        self.workers: dict[ProcessId, WorkerProcHandle] = {}
         self._config, self._node, self._worker_class, self._scale_up = config, node, worker_class, scale_up
         self._lock = threading.Lock()
         self._calls = CallTable()
         self._external_handles = tuple(external_handles)
         self._failure_callbacks: list[Callable[[Death], None]] = []
         self._exit_callbacks: list[Callable[[int, int], None]] = []
-        self._going: set[RankKey] = set()
-        self._starting: dict[RankKey, UnreadyWorkerProcHandle] = {}
+        self._going: set[ProcessId] = set()
+        self._starting: dict[ProcessId, UnreadyWorkerProcHandle] = {}
         self._jobs: set[threading.Thread] = set()
         self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = threading.Event()
@@ -95,7 +97,7 @@ class MultiprocExecutor:
 
     # --- ranks come ---------------------------------------------------------------------------------------------
 
-    def start(self, keys: Collection[RankKey], timeout_s: float, on_started: OnStarted) -> None:
+    def start(self, keys: Collection[ProcessId], timeout_s: float, on_started: OnStarted) -> None:
         """Start ranks, all at once; `on_started` gets each, or why it failed, in a thread of ours."""
         if not self._forkserver.alive:  # its ranks went with it; the next ones need another
             self._forkserver.close()
@@ -117,12 +119,12 @@ class MultiprocExecutor:
             self._starting |= {handle.key: handle for handle in unready}
         self._job(f"start-{len(unready)}-ranks", partial(self._wait_for_start, unready, timeout_s, on_started))
 
-    def launch(self, keys: Collection[RankKey], timeout_s: float) -> list[WorkerProcHandle]:
+    def launch(self, keys: Collection[ProcessId], timeout_s: float) -> list[WorkerProcHandle]:
         """Start ranks and wait until all are ready; the first failure is raised."""
-        outcomes: dict[RankKey, WorkerProcHandle | ElasticError] = {}
+        outcomes: dict[ProcessId, WorkerProcHandle | ElasticError] = {}
         heard = threading.Condition()
 
-        def on_started(key: RankKey, outcome: WorkerProcHandle | ElasticError) -> None:
+        def on_started(key: ProcessId, outcome: WorkerProcHandle | ElasticError) -> None:
             with heard:
                 outcomes[key] = outcome
                 heard.notify_all()
@@ -130,7 +132,7 @@ class MultiprocExecutor:
         self.start(keys, timeout_s, on_started)
         with heard:
             if not heard.wait_for(lambda: len(outcomes) == len(keys), timeout_s + STOP_TIMEOUT_S):
-                missing = ", ".join(name_of(key) for key in keys if key not in outcomes)
+                missing = ", ".join(str(key) for key in keys if key not in outcomes)
                 raise WaitTimeout(f"no word from {missing} after {timeout_s:g} s")
         for outcome in outcomes.values():
             if isinstance(outcome, ElasticError):
@@ -166,16 +168,16 @@ class MultiprocExecutor:
         worker.watcher = watch_death(worker.liveness, worker.child.pid, partial(self._on_death, worker))
         return worker
 
-    def adopt(self, spare: RankKey, key: RankKey, timeout_s: float, on_adopted: OnStarted) -> None:
-        """Make this spare, which was started as (SPARE, number), a rank; `on_adopted` gets it, or why that failed."""
+    def adopt(self, spare: SpareId, key: RankId, timeout_s: float, on_adopted: OnStarted) -> None:
+        """Make this spare the rank `key`; `on_adopted` gets it, or the error."""
         called = self.submit("become", (key,), keys=[spare], timeout_s=timeout_s).future
         called.add_done_callback(lambda _: self._post(partial(self._adopted, spare, key, called, on_adopted)))
 
-    def _adopted(self, spare: RankKey, key: RankKey, called: Future[Outcome], on_adopted: OnStarted) -> None:
+    def _adopted(self, spare: SpareId, key: RankId, called: Future[Outcome], on_adopted: OnStarted) -> None:
         error, worker = called.exception(timeout=0), self.workers.get(spare)
         if error is not None or worker is None or worker.dead:
             why = error or (worker.dead if worker else "it was let go")
-            on_adopted(key, RankError(f"{name_of(spare)} could not become {name_of(key)}: {why}"))
+            on_adopted(key, RankError(f"{spare} could not become {key}: {why}"))
             return
         worker.key, worker.exchange_handle = key, called.result(timeout=0)[spare]
         with self._lock:
@@ -190,15 +192,15 @@ class MultiprocExecutor:
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
         *,
-        keys: Collection[RankKey] | None = None,
+        keys: Collection[ProcessId] | None = None,
         output_rank: int | None = None,
         timeout_s: float = 60.0,
     ) -> PendingCall:
         """Begin a call on `keys` (default: all ranks but those asked to go). Its future ends by the deadline."""
-        everybody = (key for key in list(self.workers) if key[0] != SPARE and key not in self._going)
-        targets = frozenset(everybody if keys is None else keys)
+        staying = (key for key in list(self.workers) if isinstance(key, RankId) and key not in self._going)
+        targets = frozenset(staying if keys is None else keys)
         name = method if isinstance(method, str) else getattr(method, "__name__", "a callable")
-        failpoints.hit(f"agent.before.{name}", min(targets)[0] if len(targets) == 1 else None)
+        failpoints.hit(f"agent.before.{name}", min(targets).slot if len(targets) == 1 else None)
         number, pending = self._calls.open(name, targets, output_rank, timeout_s, time.monotonic())
         for key in targets:
             worker = self.workers.get(key)
@@ -230,7 +232,7 @@ class MultiprocExecutor:
         ranks: Collection[int] | None = None,
     ) -> list[Any]:
         """Call and wait: the results in rank order, or only `output_rank`'s. The first error of any rank is raised."""
-        keys = None if ranks is None else [key for key in self.workers if key[0] in ranks]
+        keys = None if ranks is None else [key for key in self.workers if key.slot in ranks]
         pending = self.submit(method, args, kwargs, keys=keys, output_rank=output_rank, timeout_s=timeout_s)
         outcome = pending.future.result(timeout=timeout_s + STOP_TIMEOUT_S)
         return [outcome[key] for key in sorted(outcome)]
@@ -269,17 +271,17 @@ class MultiprocExecutor:
         try:
             while (reply := replies.try_dequeue()) is not None:
                 if isinstance(reply, Reply) and not self._calls.on_reply(reply):
-                    log.info("late_reply_dropped", call=reply.id, rank=reply.key[0])
+                    log.info("late_reply_dropped", call=reply.id, rank=reply.key.slot)
         except QueueClosed:
             worker.worker_response_mq = None  # its death is told by the watcher
             replies.shutdown()
 
     # --- ranks go -----------------------------------------------------------------------------------------------
 
-    def _on_death(self, worker: WorkerProcHandle, detected_by: str) -> None:
+    def _on_death(self, worker: WorkerProcHandle, detected_by: DetectedBy) -> None:
         self._post(partial(self._bury, worker, detected_by))
 
-    def _bury(self, worker: WorkerProcHandle, detected_by: str) -> None:
+    def _bury(self, worker: WorkerProcHandle, detected_by: DetectedBy) -> None:
         if worker.dead:
             return
         self._read_replies(worker)  # what it said before it died stays valid
@@ -294,19 +296,19 @@ class MultiprocExecutor:
         for callback in self._exit_callbacks:
             callback(pid, status)
 
-    def retire(self, keys: Collection[RankKey], on_ended: Callable[[RankKey], None], *, kill: bool = False) -> None:
+    def retire(self, keys: Collection[ProcessId], on_ended: Callable[[ProcessId], None], *, kill: bool = False) -> None:
         """End ranks, in a thread: close the pipe, then SIGTERM, then SIGKILL (`kill`: that at once).
 
         A rank that has died before is told of as any death, and not to `on_ended`: others may have seen it first.
         """
-        for rank, _ in keys:
-            failpoints.hit("agent.before.retire", rank)
+        for key in keys:
+            failpoints.hit("agent.before.retire", key.slot)
         with self._lock:
             living = [key for key in keys if key not in self.workers or not self.workers[key].has_died()]
             self._going |= set(living)
         self._job(f"retire-{len(living)}-ranks", partial(self._climb_down, living, on_ended, kill))
 
-    def _climb_down(self, keys: list[RankKey], on_ended: Callable[[RankKey], None], kill: bool = False) -> None:
+    def _climb_down(self, keys: list[ProcessId], on_ended: Callable[[ProcessId], None], kill: bool = False) -> None:
         for key in keys:
             if (unready := self._starting.get(key)) is not None:
                 unready.abandon()  # who waits for its ready pipe sees its end
@@ -320,16 +322,16 @@ class MultiprocExecutor:
             deadline = time.monotonic() + grace_s
             left = [w for w in left if not ended(w.child, max(0.0, deadline - time.monotonic()))]
         for worker in left:
-            log.error("rank_does_not_end", rank=worker.key[0], pid=worker.child.pid)
+            log.error("rank_does_not_end", rank=worker.key.slot, pid=worker.child.pid)
         for key in gone:
             self.forget(key)
             self._post(partial(on_ended, key))
 
-    def forget(self, key: RankKey) -> None:
+    def forget(self, key: ProcessId) -> None:
         """Let go of a rank that has ended."""
         self._post(partial(self._forget, key))
 
-    def _forget(self, key: RankKey) -> None:
+    def _forget(self, key: ProcessId) -> None:
         worker = self.workers.pop(key, None)
         self._going.discard(key)
         if worker is not None:

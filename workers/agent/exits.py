@@ -10,8 +10,8 @@ from collections.abc import Mapping
 
 from msgspec.structs import replace
 
+from membership.base.rank_id import RankId
 from membership.store.records import RankExit
-from workers.agent.decide import RankKey
 from workers.protocol.restart_policy import RestartPolicy, counted, ending, judge, recent_deaths
 
 
@@ -22,29 +22,29 @@ class Exits:
         self._policy = policy
         self._deaths: dict[int, tuple[float, ...]] = {}
         self._records: dict[int, RankExit] = {}
-        self._endings: dict[RankKey, str] = {}
+        self._endings: dict[RankId, str] = {}
         self._chance = chance or random.Random()  # spreads restarts; nothing else rests on it
 
-    def died(self, key: RankKey, reason: str, stored: Mapping[int, RankExit], now: float) -> RankExit:
+    def died(self, key: RankId, reason: str, stored: Mapping[int, RankExit], now: float) -> RankExit:
         """The exit record, with the verdict, of a rank that is dead; `stored` are the records in the store."""
-        slot = key[0]
+        slot = key.rank
         last = self._records.get(slot) or stored.get(slot)
         deaths = counted(self._deaths.get(slot, ()), stored.get(slot))
         if (how := self._endings.get(key)) is not None:
             reason = f"{how}; {reason}"
         verdict = judge(
-            self._policy, rank=slot, incarnation=key[1], reason=reason, deaths=deaths,
+            self._policy, rank=slot, incarnation=key.incarnation, reason=reason, deaths=deaths,
             restarts=last.restarts if last else 0, now=now, chance=self._chance.random(),
         )  # fmt: skip
         self._deaths[slot] = (*recent_deaths(self._policy, deaths, now), now)
         self._records[slot] = verdict
         return verdict
 
-    def ended(self, key: RankKey, status: int) -> RankExit | None:
+    def ended(self, key: RankId, status: int) -> RankExit | None:
         """The exit status has come: the record that tells it too, if the rank's was written without."""
         self._endings[key] = how = ending(status)
-        written = self._records.get(key[0])
-        if written is None or written.incarnation != key[1]:
+        written = self._records.get(key.rank)
+        if written is None or written.incarnation != key.incarnation:
             return None
-        self._records[key[0]] = told = replace(written, reason=f"{how}; {written.reason}")
+        self._records[key.rank] = told = replace(written, reason=f"{how}; {written.reason}")
         return told

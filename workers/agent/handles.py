@@ -10,11 +10,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from membership.base.errors import ElasticError
+from membership.base.rank_id import ProcessId
 from membership.base.timing import FORK_TIMEOUT_S
 from workers.agent.forkserver_client import Child
 from workers.protocol.liveness import DeathWatcher, LivenessPage
 from workers.protocol.messages import reader_id
-from workers.protocol.rpc import RankKey, name_of
 from workers.queue.message_queue import MessageQueue
 
 
@@ -23,7 +23,7 @@ class UnreadyWorkerProcHandle:
     """A rank that was asked for; `ready_reader` tells when it is ready, or ended. It is left by exactly one of
     `WorkerProcHandle.from_unready_handle` and `close`."""
 
-    key: RankKey
+    key: ProcessId
     forked: Future[Child]
     ready_reader: int
     death_writer: int  # the rank ends when the last copy of this is closed: there must be no other
@@ -31,7 +31,7 @@ class UnreadyWorkerProcHandle:
     @property
     def name(self) -> str:
         """For people."""
-        return name_of(self.key)
+        return str(self.key)
 
     @property
     def left(self) -> bool:
@@ -79,7 +79,7 @@ class UnreadyWorkerProcHandle:
 class WorkerProcHandle:
     """A rank that is ready: its process, its answers, its liveness page."""
 
-    key: RankKey
+    key: ProcessId
     child: Child
     death_writer: int
     worker_response_mq: MessageQueue | None  # None once it has ended
@@ -113,13 +113,13 @@ class WorkerProcHandle:
             liveness,
             liveness_handle,
             exchange_handle,
-            reader_id(*unready.key),
+            reader_id(unready.key),
         )
 
     @property
     def name(self) -> str:
         """For people."""
-        return name_of(self.key)
+        return str(self.key)
 
     def ended(self, timeout_s: float = 0.0) -> bool:
         """Whether the process has ended, after waiting for that as long as told."""

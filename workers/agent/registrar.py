@@ -16,11 +16,11 @@ import structlog
 
 from membership.base import failpoints
 from membership.base.errors import LeaseLost, StoreError, StoreReplaced, StoreUnavailable, WaitTimeout
+from membership.base.rank_id import RankId
 from membership.store.codec import encode
 from membership.store.interface import Delete, Op, Put, Store
 from membership.store.keys import Keys
 from membership.store.records import RankExit, RankRecord, Record
-from workers.agent.decide import RankKey
 
 RETRY_S = 0.25
 CLOSE_TIMEOUT_S = 10.0
@@ -83,7 +83,7 @@ class Registrar:
         """Publish a rank's record."""
         self.publish(self._keys.rank(record.rank, record.incarnation), record)
 
-    def set_renewing(self, rank: RankKey, renewing: bool) -> None:
+    def set_renewing(self, rank: RankId, renewing: bool) -> None:
         """Whether the rank's lease may be renewed: not while its heartbeat stands still."""
         with self._changed:
             entry = self._entries.get(self._keys.rank(*rank))
@@ -91,7 +91,7 @@ class Registrar:
                 entry.renewing, entry.renew_at = renewing, 0.0
                 self._touch()
 
-    def withdraw(self, rank: RankKey, exit_record: RankExit | None = None) -> None:
+    def withdraw(self, rank: RankId, exit_record: RankExit | None = None) -> None:
         """Take the rank's record away at once; `exit_record` appears in the same transaction."""
         with self._changed:
             key = self._keys.rank(*rank)

@@ -17,19 +17,20 @@ from itertools import count
 import structlog
 
 from membership.base.errors import ElasticError
+from membership.base.rank_id import ProcessId, RankId, SpareId
 from membership.base.timing import SPARE_ADOPT_TIMEOUT_S
 from membership.store.records import ClusterConfig, ClusterState
-from workers.agent.decide import Heartbeat, RankKey, hung, observe
+from workers.agent.decide import Heartbeat, hung, observe
 from workers.agent.executor import MultiprocExecutor
 from workers.agent.handles import WorkerProcHandle
 from workers.protocol.restart_policy import RestartPolicy, backoff_s, recent_deaths
-from workers.protocol.rpc import SPARE, Outcome
+from workers.protocol.rpc import Outcome
 
 DOUBTS = 2  # observations without a heartbeat after which a spare is not taken any more
 
 log = structlog.get_logger(__name__)
 
-Adopted = Callable[[RankKey, WorkerProcHandle | ElasticError, str], None]
+Adopted = Callable[[RankId, WorkerProcHandle | ElasticError, str], None]
 """(rank, its process or why there is none, its fingerprint)"""
 
 
@@ -40,11 +41,11 @@ def settled(state: ClusterState) -> bool:
         return False
     if state.engine is not None and (engine is None or engine.token != state.engine_token or engine.epoch < view.epoch):
         return False
-    members = {(m.rank, m.incarnation) for m in view.members}
-    if any((last.rank, last.incarnation) in members for last in state.exits.values()):
+    members = {m.id for m in view.members}
+    if any(last.id in members for last in state.exits.values()):
         return False
     wanted = {slot for slot in (state.desired.slots if state.desired else ()) if not _set_aside(state, slot)}
-    assigned = {(spec.rank, spec.incarnation) for a in state.assignments.values() for spec in a.ranks}
+    assigned = {spec.id for a in state.assignments.values() for spec in a.ranks}
     return assigned <= members and wanted <= set(view.ranks)
 
 
@@ -73,7 +74,7 @@ class Spares:
     ) -> None:  # fmt: skip
         self._wanted, self._executor, self._config, self._policy = wanted, executor, config, policy
         self._post, self._publish, self._emit = post, publish, emit
-        self._spares: dict[RankKey, _Spare] = {}
+        self._spares: dict[SpareId, _Spare] = {}
         self._numbers = count(1)
         self._deaths: tuple[float, ...] = ()
         self._not_before = 0.0
@@ -84,7 +85,7 @@ class Spares:
         short = len(self._spares) < self._wanted and all(spare.ready for spare in self._spares.values())
         if not short or now < self._not_before or not settled(state):
             return
-        key = (SPARE, next(self._numbers))
+        key = SpareId(next(self._numbers))
         self._spares[key] = _Spare(now)
         limit_s = self._config.launch_deadline_s
         try:
@@ -92,7 +93,7 @@ class Spares:
         except OSError as error:  # no process, descriptor or memory to be had
             self.lost(key, f"cannot be started: {error}")
 
-    def take(self, key: RankKey, adopted: Adopted) -> bool:
+    def take(self, key: RankId, adopted: Adopted) -> bool:
         """Whether a spare is to become this rank; then `adopted` is called in the agent's thread."""
         there = (number for number, spare in self._spares.items() if spare.ready and spare.beat.misses < DOUBTS)
         found = next(there, None)
@@ -109,28 +110,28 @@ class Spares:
         return True
 
     def _taken(
-        self, spare: RankKey, key: RankKey, outcome: WorkerProcHandle | ElasticError, adopted: Adopted, fingerprint: str
+        self, spare: SpareId, key: RankId, outcome: WorkerProcHandle | ElasticError, adopted: Adopted, fingerprint: str
     ) -> None:
         if isinstance(outcome, ElasticError):
             self.lost(spare, str(outcome))
         adopted(key, outcome, fingerprint)
 
-    def lost(self, key: RankKey, reason: str) -> None:
+    def lost(self, key: SpareId, reason: str) -> None:
         """A spare has died, or is of no use: end what is left of it; the next waits as the restart policy says."""
         known = self._spares.pop(key, None)
         now = time.time()
         recent = recent_deaths(self._policy, self._deaths, now)
         self._deaths = (*recent, now)
         self._not_before = now + backoff_s(self._policy, len(recent) + 1, self._chance.random())
-        self._emit("spare_lost", number=key[1], pid=known.pid if known else 0, reason=reason)
+        self._emit("spare_lost", number=key.number, pid=known.pid if known else 0, reason=reason)
         worker = self._executor.workers.get(key)
         if worker is None or not worker.dead:
             self._executor.retire([key], lambda key: None, kill=True)
         self._tell()
 
-    def died(self, key: RankKey, reason: str) -> None:
+    def died(self, key: ProcessId, reason: str) -> None:
         """A process with a spare's key has ended unasked; if it was being taken, who takes it hears of it otherwise."""
-        if key in self._spares:
+        if isinstance(key, SpareId) and key in self._spares:
             self.lost(key, reason)
 
     def check(self, now: float) -> None:
@@ -143,7 +144,7 @@ class Spares:
             if hung(spare.beat, now, after_s=self._config.lease_ttl_s):
                 self.lost(key, f"no heartbeat for {now - spare.beat.advanced_at:.1f} s")
 
-    def _started(self, key: RankKey, outcome: WorkerProcHandle | ElasticError) -> None:
+    def _started(self, key: SpareId, outcome: WorkerProcHandle | ElasticError) -> None:
         spare = self._spares.get(key)
         if isinstance(outcome, ElasticError):
             self.lost(key, str(outcome))
@@ -152,7 +153,7 @@ class Spares:
             called = self._executor.submit("initialise", keys=[key], timeout_s=self._config.launch_deadline_s).future
             called.add_done_callback(lambda _: self._post(self._loaded, key, called))
 
-    def _loaded(self, key: RankKey, called: Future[Outcome]) -> None:
+    def _loaded(self, key: SpareId, called: Future[Outcome]) -> None:
         spare, error = self._spares.get(key), called.exception(timeout=0)
         if spare is None:
             return  # its death was told first
@@ -161,7 +162,7 @@ class Spares:
             return
         spare.ready, spare.fingerprint = True, called.result(timeout=0)[key]
         spare.beat = Heartbeat(-1, time.monotonic())
-        self._emit("spare_ready", number=key[1], pid=spare.pid, took_ms=round((time.time() - spare.begun) * 1e3, 1))
+        self._emit("spare_ready", number=key.number, pid=spare.pid, took_ms=round((time.time() - spare.begun) * 1e3, 1))
         self._tell()
 
     def _tell(self) -> None:

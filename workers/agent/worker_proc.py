@@ -18,12 +18,12 @@ from contextlib import ExitStack, suppress
 import msgspec
 
 from membership.base.errors import RankDied, RankError, WaitTimeout
+from membership.base.rank_id import ProcessId
 from workers.agent.forkserver_client import ForkServer
 from workers.agent.handles import UnreadyWorkerProcHandle, WorkerProcHandle
 from workers.ipc.doorbell import Doorbell
 from workers.protocol.launch import MAX_READY_BYTES, RANK_MAIN, READY_STR, Launch, Ready
 from workers.protocol.liveness import LivenessPage
-from workers.protocol.rpc import RankKey
 from workers.queue.message_queue import MessageQueue
 
 PARENT_READER = "parent"
@@ -71,7 +71,7 @@ class WorkerProcParent:
         unready: Sequence[UnreadyWorkerProcHandle], timeout_s: float, doorbell: Doorbell
     ) -> list[WorkerProcHandle]:
         """All of them, ready. The first failure ends the wait, closes all of them, and its error names its rank."""
-        ready: dict[RankKey, WorkerProcHandle] = {}
+        ready: dict[ProcessId, WorkerProcHandle] = {}
         for handle, outcome in WorkerProcParent.wait_each(unready, timeout_s):
             if not isinstance(outcome, Ready):
                 for made in ready.values():

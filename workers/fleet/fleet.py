@@ -21,8 +21,10 @@ import msgspec
 import structlog
 
 from membership.base import failpoints
+from membership.base.enums import DetectedBy
 from membership.base.errors import ElasticError, QueueClosed, WaitTimeout
 from membership.base.process_stats import threads
+from membership.base.rank_id import RankId
 from membership.base.timing import STEP_DEADLINE_S
 from membership.store.records import RankRecord
 from workers.fleet.pace import Pace
@@ -47,9 +49,6 @@ BEATING_FACTOR = 3.0  # so much longer a rank gets whose interpreter runs
 JOIN_TIMEOUT_S = 5.0
 RETRY_S = 0.5
 
-Key = tuple[int, int]
-"""(rank, incarnation)"""
-
 log = structlog.get_logger(__name__)
 
 
@@ -60,6 +59,11 @@ class RankJoined:
     rank: int
     incarnation: int
 
+    @property
+    def rank_id(self) -> RankId:
+        """The process."""
+        return RankId(self.rank, self.incarnation)
+
 
 @dataclass(frozen=True)
 class RankLost:
@@ -67,9 +71,14 @@ class RankLost:
 
     rank: int
     incarnation: int
-    source: str  # which sign came first: robust futex | pidfd | queue | stopped | hung | deadline
+    source: DetectedBy
     at: float
     silent_s: float = 0.0  # how long it had owed an answer by then, if that was the sign
+
+    @property
+    def rank_id(self) -> RankId:
+        """The process."""
+        return RankId(self.rank, self.incarnation)
 
 
 FleetEvent = RankMessage | RankJoined | RankLost
@@ -79,7 +88,7 @@ FleetEvent = RankMessage | RankJoined | RankLost
 class _Link:
     """One rank, attached."""
 
-    key: Key
+    key: RankId
     answers: MessageQueue
     page: LivenessPage
     resources: ExitStack
@@ -127,16 +136,16 @@ class Fleet:
         )
         self._watchdog = Watchdog()
         self._pace = Pace(clock())
-        self._members: frozenset[Key] = frozenset()
+        self._members: frozenset[RankId] = frozenset()
         self._token = 0
         self._pings = 0
-        self._links: dict[Key, _Link] = {}
-        self._known: set[Key] = set()  # attached, or on the way there
-        self._wanted: dict[Key, RankRecord] = {}  # to be joined; shared with the joining thread, under the lock
+        self._links: dict[RankId, _Link] = {}
+        self._known: set[RankId] = set()  # attached, or on the way there
+        self._wanted: dict[RankId, RankRecord] = {}  # to be joined; shared with the joining thread, under the lock
         self._lock = threading.Lock()
         self._joined: deque[_Link] = deque()  # joined by that thread, not yet taken over
         self._closing: deque[_Link] = deque()  # to be closed by that thread: stopping a watcher takes a moment
-        self._deaths: deque[tuple[Key, str, float]] = deque()
+        self._deaths: deque[tuple[RankId, DetectedBy, float]] = deque()
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._joiner = threading.Thread(target=self._run_joiner, name="fleet-joiner", daemon=True)
@@ -168,7 +177,7 @@ class Fleet:
 
     def attach(self, record: RankRecord) -> None:
         """Begin to join a rank that has joined our queue; RankJoined follows. Asking again changes nothing."""
-        key = (record.rank, record.incarnation)
+        key = record.id
         if key in self._known:
             return
         failpoints.hit("engine.before.attach", record.rank)
@@ -177,18 +186,18 @@ class Fleet:
             self._wanted[key] = record
         self._wake.set()
 
-    def detach(self, rank: int, incarnation: int) -> None:
+    def detach(self, key: RankId) -> None:
         """Let go of a rank that belongs to the cluster no longer."""
         with self._lock:
-            self._wanted.pop((rank, incarnation), None)
-        self._drop((rank, incarnation))
+            self._wanted.pop(key, None)
+        self._drop(key)
 
     def mask(self, rank: int) -> None:
         """Take a rank out of use at once, in the middle of a step too: the Ping wakes all ranks to look at the mask."""
         self._mask.mask(rank)
         self._ping()
 
-    def adopt(self, masked: Iterable[int], members: Iterable[Key] = ()) -> None:
+    def adopt(self, masked: Iterable[int], members: Iterable[RankId] = ()) -> None:
         """At a flip, between two steps: exactly these ranks of the new view are masked."""
         self._mask.reset(masked)
         self._members = frozenset(members)
@@ -197,11 +206,11 @@ class Fleet:
         """Send to all ranks. Who has chunks in a batch, and everybody in case of a Ping, owes an answer."""
         now = self._clock()
         for key, link in self._links.items():
-            if isinstance(message, Ping) or key[0] in message.ranks:
+            if isinstance(message, Ping) or key.rank in message.ranks:
                 link.owe(message.step, now)
         if not isinstance(message, Ping):
             self._pace.worked(message.ranks)
-            self._watchdog.began(message.step, (key for key in self._links if key[0] in message.ranks), now)
+            self._watchdog.began(message.step, (key for key in self._links if key.rank in message.ranks), now)
         self._send(message)
 
     def copy(self, order: CopyBlocks) -> None:
@@ -268,12 +277,12 @@ class Fleet:
             while link.key in self._links and (result := link.answers.try_dequeue()) is not None:
                 said += self._answered(link, result)
         except QueueClosed:
-            said += self._lose(link.key, "queue", self._clock())
+            said += self._lose(link.key, DetectedBy.QUEUE, self._clock())
         return said
 
     def _answered(self, link: _Link, result: RankMessage) -> list[FleetEvent]:
-        if (result.rank, result.incarnation) != link.key or result.engine_token != self._token:
-            log.warning("dropped a rank's answer to somebody else", rank=link.key[0], token=result.engine_token)
+        if result.rank_id != link.key or result.engine_token != self._token:
+            log.warning("dropped a rank's answer to somebody else", rank=link.key.rank, token=result.engine_token)
             return []
         if isinstance(result, Farewell):
             self._drop(link.key)  # that its queue ends now is no news
@@ -292,9 +301,9 @@ class Fleet:
         late = set(readers)
         for reader in late:
             self._steps.drop_reader(reader)
-        self._deaths.extend((key, "deadline", self._clock()) for key in self._links if reader_id(*key) in late)
+        self._deaths.extend((key, DetectedBy.DEADLINE, self._clock()) for key in self._links if reader_id(key) in late)
 
-    def _lose(self, key: Key, source: str, at: float) -> list[RankLost]:
+    def _lose(self, key: RankId, source: DetectedBy, at: float) -> list[RankLost]:
         if key not in self._links:
             return []
         self._mask.evict(*key)  # before it hears that it is dropped: should it live, it looks there
@@ -305,13 +314,17 @@ class Fleet:
         now = self._clock()
         late = [(key, link) for key, link in self._links.items() if link.due(self._step_deadline_s) <= now]
         silent_s = {key: now - min(link.owed.values()) for key, link in late}
-        return [replace(loss, silent_s=silent_s[key]) for key, _ in late for loss in self._lose(key, "deadline", now)]
+        return [
+            replace(loss, silent_s=silent_s[key])
+            for key, _ in late
+            for loss in self._lose(key, DetectedBy.DEADLINE, now)
+        ]
 
     def _watch(self) -> list[RankLost]:
         """Whoever keeps the step waiting and does nothing; members without work too, whose experts others wait for."""
         now = self._clock()
         if now >= self._pace.due:
-            self._pace.compare({key[0]: link.page.waited_s for key, link in self._links.items()}, now)
+            self._pace.compare({key.rank: link.page.waited_s for key, link in self._links.items()}, now)
         if now < self._watchdog.due:
             return []
         watched = [link for key, link in self._links.items() if key in self._members or self._watchdog.waits_for(key)]
@@ -329,13 +342,13 @@ class Fleet:
             self._links[link.key] = link
             self._ping()
 
-    def _drop(self, key: Key) -> None:
+    def _drop(self, key: RankId) -> None:
         self._known.discard(key)
         link = self._links.pop(key, None)
         if link is not None:
             self._watchdog.gone(key)
-            self._pace.gone(key[0])
-            self._steps.drop_reader(reader_id(*key))
+            self._pace.gone(key.rank)
+            self._steps.drop_reader(reader_id(key))
             self._close_later(link)
 
     def _close_later(self, link: _Link) -> None:
@@ -374,7 +387,7 @@ class Fleet:
             self._closing.popleft().resources.close()
 
     def _join(self, record: RankRecord) -> _Link:
-        key = (record.rank, record.incarnation)
+        key = record.id
         with ExitStack() as opened:
             answers = MessageQueue.create_from_handle(
                 record.response_handle,
@@ -390,7 +403,7 @@ class Fleet:
             opened.callback(watcher.stop)
             return _Link(key, answers, page, opened.pop_all())
 
-    def _on_death(self, key: Key, source: str) -> None:
+    def _on_death(self, key: RankId, source: DetectedBy) -> None:
         """In the watcher's thread."""
         self._deaths.append((key, source, self._clock()))
         self._doorbell.ring()

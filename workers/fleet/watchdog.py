@@ -14,10 +14,9 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from membership.base.enums import DetectedBy
+from membership.base.rank_id import RankId
 from membership.base.timing import HUNG_S, LATE_MAX_S, LATE_S, STOPPED_S
-
-Key = tuple[int, int]
-"""(rank, incarnation)"""
 
 TICK_S = 0.05  # between two looks at ranks that keep a step waiting
 LATE_FACTOR = 3.0
@@ -50,26 +49,26 @@ class Suspect:
     others_ran: int = 0  # in so many of them
 
 
-def judge(suspect: Suspect | None, look: Look, passed_s: float, hung_s: float) -> tuple[Suspect, str]:
-    """What the look changes, and the sign by which the rank must be evicted ("": none)."""
+def judge(suspect: Suspect | None, look: Look, passed_s: float, hung_s: float) -> tuple[Suspect, DetectedBy | None]:
+    """What the look changes, and the sign by which the rank must be evicted, if any."""
     if suspect is None:
-        return Suspect(look), ""
+        return Suspect(look), None
     first = suspect.first
     moved = (look.turns, look.steps) != (first.turns, first.steps) or look.main_s > first.main_s
     if look.state in "Tt" and not moved:
         stopped = replace(suspect, stopped_s=suspect.stopped_s + passed_s)
-        return stopped, "stopped" if stopped.stopped_s >= STOPPED_S else ""
+        return stopped, DetectedBy.STOPPED if stopped.stopped_s >= STOPPED_S else None
     if moved or look.state != "S" or not look.turns:
-        return Suspect(look), ""
+        return Suspect(look), None
     quiet = replace(
         suspect, quiet_s=suspect.quiet_s + passed_s, stopped_s=0.0, looks=suspect.looks + 1,
         others_ran=suspect.others_ran + look.others_run,
     )  # fmt: skip
     if quiet.quiet_s < hung_s:
-        return quiet, ""
+        return quiet, None
     interpreter_free = look.beats > first.beats + 1
     idle = quiet.others_ran * 2 < quiet.looks and look.all_s - first.all_s < BUSY_SHARE * quiet.quiet_s
-    return quiet, "hung" if interpreter_free or idle else ""
+    return quiet, DetectedBy.HUNG if interpreter_free or idle else None
 
 
 def late_after_s(usual_s: float) -> float:
@@ -83,21 +82,21 @@ class Watchdog:
 
     due: float = math.inf  # when to call `watch`
     since: float = math.inf  # when the step under way began
-    _waiting: set[Key] = field(default_factory=set)
+    _waiting: set[RankId] = field(default_factory=set)
     _step: int = -1
     _took: deque[float] = field(default_factory=lambda: deque(maxlen=STEPS_KEPT))
-    _suspects: dict[Key, Suspect] = field(default_factory=dict)
+    _suspects: dict[RankId, Suspect] = field(default_factory=dict)
     _watched_at: float = math.inf
     _hung_s: float = HUNG_S
 
-    def began(self, step: int, ranks: Iterable[Key], now: float) -> None:
+    def began(self, step: int, ranks: Iterable[RankId], now: float) -> None:
         """These ranks owe an answer to this step."""
         self._waiting = set(ranks)
         self._step, self.since = step, now
         self._suspects.clear()
         self.due = now + LATE_S if self._waiting else math.inf
 
-    def answered(self, key: Key, step: int, now: float) -> None:
+    def answered(self, key: RankId, step: int, now: float) -> None:
         """One of them has answered."""
         if step == self._step:
             self._waiting.discard(key)
@@ -105,18 +104,18 @@ class Watchdog:
                 self._took.append(now - self.since)
                 self.due = math.inf
 
-    def gone(self, key: Key) -> None:
+    def gone(self, key: RankId) -> None:
         """The rank is out of use."""
         self._waiting.discard(key)
         self._suspects.pop(key, None)
         if not self._waiting:
             self.due = math.inf
 
-    def waits_for(self, key: Key) -> bool:
+    def waits_for(self, key: RankId) -> bool:
         """Whether this rank has not answered."""
         return key in self._waiting
 
-    def watch(self, looks: Mapping[Key, Look], now: float) -> list[tuple[Key, str]]:
+    def watch(self, looks: Mapping[RankId, Look], now: float) -> list[tuple[RankId, DetectedBy]]:
         """Whom these looks show to do nothing, and by what sign. Time in which we were kept waiting does not count."""
         if not self._suspects:
             usual_s = self._usual_s()
@@ -129,7 +128,7 @@ class Watchdog:
         evicted = []
         for key, look in looks.items():
             self._suspects[key], sign = judge(self._suspects.get(key), look, passed_s, self._hung_s)
-            if sign:
+            if sign is not None:
                 evicted.append((key, sign))
         return evicted
 

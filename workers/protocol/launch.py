@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import msgspec
 
+from membership.base.rank_id import ProcessId
 from membership.store.records import ClusterConfig
-from workers.protocol.rpc import RankKey
 
 RANK_MODULE = "workers.rank.worker_proc"
 """The child half. The parent's side only names it, for the forkserver to import."""
@@ -25,7 +25,7 @@ MAX_READY_BYTES = 64 * 1024
 class Launch:
     """Everything that a new rank process is given."""
 
-    key: RankKey
+    key: ProcessId
     node: str
     config: ClusterConfig
     worker_class: str

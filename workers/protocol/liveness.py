@@ -19,6 +19,7 @@ from types import TracebackType
 
 import msgspec
 
+from membership.base.enums import DetectedBy
 from membership.base.errors import ConfigError
 from workers.ipc import handover
 from workers.ipc.futex import MUTEX_BYTES, RobustMutex
@@ -135,9 +136,9 @@ class LivenessPage:
 
 
 class DeathWatcher:
-    """Calls `on_death(source)` once, in its own thread, when the page's process is dead; not after `stop`."""
+    """Calls `on_death(detected_by)` once, in its own thread, when the page's process is dead; not after `stop`."""
 
-    def __init__(self, page: LivenessPage, pid: int, on_death: Callable[[str], None]) -> None:
+    def __init__(self, page: LivenessPage, pid: int, on_death: Callable[[DetectedBy], None]) -> None:
         self._page = page
         self._on_death = on_death
         self._stopping = threading.Event()
@@ -157,22 +158,22 @@ class DeathWatcher:
     def _watch(self) -> None:
         while not self._stopping.is_set():
             source = self._look()
-            if source and not self._stopping.is_set():
+            if source is not None and not self._stopping.is_set():
                 self._on_death(source)
                 return
 
-    def _look(self) -> str:
-        """How the death was noticed within this slice, or ""."""
+    def _look(self) -> DetectedBy | None:
+        """How the death was noticed within this slice, if it was."""
         if self._pidfd < 0:
-            return "pidfd"
+            return DetectedBy.PIDFD
         died = self._page.mutex.owner_died(SLICE_S)
         if died:
-            return "robust futex"
-        # Nobody holds the mutex: the rank let it go and is on its way out, so wait on the process itself.
-        return "pidfd" if _gone(self._pidfd, SLICE_S if died is None else 0.0) else ""
+            return DetectedBy.ROBUST_FUTEX
+        # The mutex is free: the rank has released it and is about to end, so wait on the process itself.
+        return DetectedBy.PIDFD if _gone(self._pidfd, SLICE_S if died is None else 0.0) else None
 
 
-def watch_death(page: LivenessPage, pid: int, on_death: Callable[[str], None]) -> DeathWatcher:
+def watch_death(page: LivenessPage, pid: int, on_death: Callable[[DetectedBy], None]) -> DeathWatcher:
     """Watch process `pid`, whose page this is; a process that is gone already is reported at once."""
     return DeathWatcher(page, pid, on_death)
 

@@ -10,6 +10,8 @@ from enum import StrEnum
 
 import msgspec
 
+from membership.base.rank_id import ProcessId, RankId, labels
+
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
     """How to choose the next token. `temperature` 0 is greedy. The RNG is a counter keyed by (seed, position)."""
@@ -50,19 +52,19 @@ class Ping(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class CopyBlocks(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Half of a move of KV blocks between two (rank, incarnation): the source writes its own out; later, once it has
+    """Half of a move of KV blocks between two ranks: the source writes its own out; later, once it has
     answered, the target takes them in where its own `blocks` are. Only the rank whose turn it is answers.
     """
 
     engine_token: int
     copy: int  # unique under one engine token
-    source: tuple[int, int]
-    target: tuple[int, int]
+    source: RankId
+    target: RankId
     blocks: list[int]
     arriving: bool = False  # the target's turn
 
     @property
-    def addressee(self) -> tuple[int, int]:
+    def addressee(self) -> RankId:
         """Whose turn it is."""
         return self.target if self.arriving else self.source
 
@@ -94,12 +96,22 @@ class StepStatus(StrEnum):
     FAILED = "failed"  # `error` says why
 
 
-class StepResult(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """A rank's answer to a StepBatch (only ranks with chunks answer) or to a Ping."""
+class _FromRank(msgspec.Struct, frozen=True, array_like=True):
+    """What every message of a rank begins with: the sender, and the engine that it is meant for."""
 
     rank: int
     incarnation: int
     engine_token: int
+
+    @property
+    def rank_id(self) -> RankId:
+        """The sender."""
+        return RankId(self.rank, self.incarnation)
+
+
+class StepResult(_FromRank, frozen=True, array_like=True, tag=True):
+    """A rank's answer to a StepBatch (only ranks with chunks answer) or to a Ping."""
+
     epoch: int
     step: int
     attempt: int
@@ -114,29 +126,23 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True, tag=True):
     )
 
 
-class BlocksCopied(msgspec.Struct, frozen=True, array_like=True, tag=True):
+class BlocksCopied(_FromRank, frozen=True, array_like=True, tag=True):
     """A rank's answer to CopyBlocks: it has copied the first `blocks` of them, as many as fit; none if `error`."""
 
-    rank: int
-    incarnation: int
-    engine_token: int
     copy: int
     blocks: int
     error: str = ""
 
 
-class Farewell(msgspec.Struct, frozen=True, array_like=True, tag=True):
+class Farewell(_FromRank, frozen=True, array_like=True, tag=True):
     """A rank's last word to an engine that has been replaced: it leaves the queue, and follows the `successor`."""
 
-    rank: int
-    incarnation: int
-    engine_token: int
     successor: int  # its engine token
 
 
 RankMessage = StepResult | BlocksCopied | Farewell
 
 
-def reader_id(rank: int, incarnation: int) -> str:
-    """The name under which a rank reads the engine's queue."""
-    return f"{rank}.{incarnation}"
+def reader_id(process: ProcessId) -> str:
+    """The name under which a rank process reads a queue."""
+    return "{}.{}".format(*labels(process))

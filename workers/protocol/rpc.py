@@ -19,11 +19,9 @@ from typing import Any
 import msgspec
 
 from membership.base.errors import ElasticError, RankDied, RankFailed, WaitTimeout
+from membership.base.rank_id import ProcessId, RankId
 
-RankKey = tuple[int, int]
-SPARE = -1
-"""The rank in the key of a spare, which has no slot yet; its agent's number for it is in the incarnation's place."""
-Outcome = dict[RankKey, Any]
+Outcome = dict[ProcessId, Any]
 
 
 class ResponseStatus(Enum):
@@ -38,7 +36,7 @@ class Call:
     """To the ranks: run `method` (a name, or a cloudpickled callable that takes the worker)."""
 
     id: int
-    ranks: frozenset[RankKey]
+    ranks: frozenset[ProcessId]
     method: str | bytes
     arguments: bytes  # cloudpickled (args, kwargs): who is not asked need not open them
     output_rank: int | None = None  # only this rank replies; a failure is told by whoever has it
@@ -59,7 +57,7 @@ class Reply:
     """From a rank."""
 
     id: int
-    key: RankKey
+    key: ProcessId
     status: ResponseStatus
     value: Any  # the result, or a Failure
 
@@ -68,7 +66,7 @@ class WireCall(msgspec.Struct, frozen=True, array_like=True):
     """A call from another host: plain data, methods by name."""
 
     id: int
-    ranks: frozenset[RankKey]
+    ranks: frozenset[RankId]
     method: str
     args: list[Any]
     kwargs: dict[str, Any]
@@ -83,7 +81,7 @@ class WireReply(msgspec.Struct, frozen=True, array_like=True):
     """The reply to another host."""
 
     id: int
-    key: RankKey
+    key: RankId
     value: Any = None
     failure: Failure | None = None
 
@@ -99,18 +97,13 @@ def failure_of(error: BaseException, trace: str) -> Failure:
     return Failure(type(error).__name__, str(error), (*getattr(error, "__notes__", ()), trace))
 
 
-def name_of(key: RankKey) -> str:
-    """How people are told of a rank."""
-    return f"spare {key[1]}" if key[0] == SPARE else f"rank {key[0]} (incarnation {key[1]})"
-
-
 @dataclass
 class PendingCall:
     """One call under way."""
 
     method: str
-    waiting: set[RankKey]
-    expected: set[RankKey]  # whose results make up the outcome
+    waiting: set[ProcessId]
+    expected: set[ProcessId]  # whose results make up the outcome
     timeout_s: float
     deadline: float
     future: Future[Outcome] = field(default_factory=Future)
@@ -119,7 +112,7 @@ class PendingCall:
     def on_reply(self, reply: Reply) -> None:
         """Take one rank's answer."""
         if isinstance(reply.value, Failure) and reply.status is ResponseStatus.FAILURE:
-            error = RankFailed(f"{name_of(reply.key)}: {self.method}: {reply.value.kind}: {reply.value.message}")
+            error = RankFailed(f"{reply.key}: {self.method}: {reply.value.kind}: {reply.value.message}")
             for note in reply.value.notes:
                 error.add_note(note)
             return self._fail(error)
@@ -129,15 +122,15 @@ class PendingCall:
         if self.expected <= self.results.keys():
             self._finish()
 
-    def on_death(self, key: RankKey, reason: str) -> None:
+    def on_death(self, key: ProcessId, reason: str) -> None:
         """A rank has died; if it was asked and has not answered, the call cannot be known to have worked."""
         if key in self.waiting:
-            self._fail(RankDied(f"{name_of(key)} died during {self.method}: {reason}"))
+            self._fail(RankDied(f"{key} died during {self.method}: {reason}"))
 
     def expire(self, now: float) -> None:
         """End the call if its deadline has passed, and say who has not answered."""
         if now >= self.deadline:
-            missing = ", ".join(name_of(key) for key in sorted(self.waiting & self.expected)) or "nobody"
+            missing = ", ".join(str(key) for key in sorted(self.waiting & self.expected)) or "nobody"
             self._fail(WaitTimeout(f"{self.method}: no answer within {self.timeout_s:g} s from {missing}"))
 
     def fail(self, error: ElasticError) -> None:
@@ -162,10 +155,10 @@ class CallTable:
         self._pending: dict[int, PendingCall] = {}
 
     def open(
-        self, method: str, targets: Collection[RankKey], output_rank: int | None, timeout_s: float, now: float
+        self, method: str, targets: Collection[ProcessId], output_rank: int | None, timeout_s: float, now: float
     ) -> tuple[int, PendingCall]:
         """Register a call before it is sent."""
-        expected = {key for key in targets if output_rank is None or key[0] == output_rank}
+        expected = {key for key in targets if output_rank is None or key.slot == output_rank}
         call = PendingCall(method, set(targets), expected, timeout_s, now + timeout_s)
         with self._lock:
             number = next(self._ids)
@@ -182,7 +175,7 @@ class CallTable:
         call.on_reply(reply)
         return True
 
-    def on_death(self, key: RankKey, reason: str) -> None:
+    def on_death(self, key: ProcessId, reason: str) -> None:
         """Tell all calls."""
         for call in self._all():
             call.on_death(key, reason)

@@ -100,7 +100,9 @@ class MessageQueue:
     def _write_to(self, writer: QueueWriter | CrossHostWriter) -> None:
         self._end: QueueWriter | CrossHostWriter | QueueReader | RemoteReader = writer
         self._writing: QueueWriter | CrossHostWriter | None = writer
-        self._enqueue: Callable[[Any, float], int] = writer.enqueue  # looked up once: a message costs a few microseconds
+        self._enqueue: Callable[[Any, float], int] = (
+            writer.enqueue
+        )  # looked up once: a message costs a few microseconds
         self._dequeue: Callable[[float], Any] = self._not_a_reader
         self._try_dequeue: Callable[[], Any] = self._not_a_reader
         self._pending: Callable[[], bool] = self._not_a_reader

@@ -21,12 +21,12 @@ import structlog
 import zmq
 
 from membership.base.errors import QueueError
-from membership.base.timing import REMOTE_SILENCE_S
+from membership.base.timing import ENQUEUE_TIMEOUT_S, REMOTE_SILENCE_S
 from workers.queue.codec import MsgpackCodec
 from workers.queue.curve import DoorKeeper, serve_curve
 from workers.queue.handle import Handle, Remote
 from workers.queue.remote_wire import BEAT_S, END, SocketThread, ToReader, ToWriter
-from workers.queue.writer import ENQUEUE_TIMEOUT_S, QueueWriter, SlowReaders
+from workers.queue.writer import QueueWriter, SlowReaders
 
 WINDOW = 1024  # messages that a reader may be behind
 WINDOW_BYTES = 64 << 20

@@ -14,10 +14,11 @@ import cloudpickle
 import structlog
 
 from membership.base.errors import QueueError
+from membership.base.rank_id import ProcessId
 from membership.base.timing import REPLY_TIMEOUT_S
 from workers.ipc.doorbell import Doorbell
 from workers.protocol.messages import reader_id
-from workers.protocol.rpc import AnyCall, Failure, RankKey, Reply, ResponseStatus, failure_of
+from workers.protocol.rpc import AnyCall, Failure, Reply, ResponseStatus, failure_of
 from workers.queue.message_queue import Codec, MessageQueue, PickleCodec
 from workers.rank.output import OutputThread
 from workers.rank.worker_api import AsyncOutput
@@ -30,16 +31,16 @@ log = structlog.get_logger(__name__)
 class CallPort:
     """Made by joining the caller's queue. Replies may come from two threads; the output thread is its own."""
 
-    def __init__(self, key: RankKey, calls_handle: bytes, number: int, doorbell: Doorbell) -> None:
+    def __init__(self, key: ProcessId, calls_handle: bytes, number: int, doorbell: Doorbell) -> None:
         self.key = key  # changes once, when a spare becomes a rank
         self._replying = threading.Lock()
         self.outputs = OutputThread(f"outputs-{number}")
         calls, replies = self.codecs()
         self.calls = MessageQueue.create_from_handle(
-            calls_handle, reader_id(*key), doorbell, timeout_s=JOIN_TIMEOUT_S, codec=calls
+            calls_handle, reader_id(key), doorbell, timeout_s=JOIN_TIMEOUT_S, codec=calls
         )
         try:
-            self.replies = MessageQueue(f"{reader_id(*key)}-replies-{number}", codec=replies)
+            self.replies = MessageQueue(f"{reader_id(key)}-replies-{number}", codec=replies)
         except BaseException:
             self.calls.shutdown()
             raise
@@ -71,13 +72,13 @@ class CallPort:
 
     def reply(self, call: AnyCall, output: Any) -> None:
         """Reply, if a reply is wanted of this rank; a failure is always reported."""
-        if not isinstance(output, Failure) and call.output_rank not in (None, self.key[0]):
+        if not isinstance(output, Failure) and call.output_rank not in (None, self.key.slot):
             return
         with self._replying:
             try:
                 self._send(call.id, output)
             except QueueError as error:
-                log.warning("reply_dropped", call=call.id, rank=self.key[0], reason=str(error))
+                log.warning("reply_dropped", call=call.id, rank=self.key.slot, reason=str(error))
             except Exception as error:  # noqa: BLE001 - a result that cannot travel
                 self._send(call.id, failure_of(error, traceback.format_exc()))
 

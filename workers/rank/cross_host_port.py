@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from membership.base.errors import RankError
+from membership.base.rank_id import RankId
 from workers.protocol.rpc import Failure, WireCall, WireReply
 from workers.queue.message_queue import Codec, MsgpackCodec
 from workers.rank.call_port import CallPort
@@ -26,5 +28,10 @@ class CrossHostPort(CallPort):
     def message(self, number: int, output: Any) -> Any:
         """See CallPort."""
         if isinstance(output, Failure):
-            return WireReply(number, self.key, failure=output)
-        return WireReply(number, self.key, output)
+            return WireReply(number, self._rank_id(), failure=output)
+        return WireReply(number, self._rank_id(), output)
+
+    def _rank_id(self) -> RankId:
+        if not isinstance(self.key, RankId):
+            raise RankError(f"{self.key} was called from another host")
+        return self.key

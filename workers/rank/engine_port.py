@@ -13,7 +13,8 @@ from functools import partial
 import structlog
 
 from membership.base import failpoints
-from membership.base.errors import CoverageLost, ElasticError, Fenced, QueueClosed, QueueError
+from membership.base.errors import CoverageLost, ElasticError, Fenced, QueueClosed, QueueError, RankError
+from membership.base.rank_id import RankId
 from membership.base.timing import STEP_ANSWER_TIMEOUT_S, STEP_OUTPUT_TIMEOUT_S
 from workers.ipc.doorbell import Doorbell
 from workers.protocol.messages import (
@@ -28,7 +29,7 @@ from workers.protocol.messages import (
     StepStatus,
     reader_id,
 )
-from workers.protocol.rpc import Failure, RankKey
+from workers.protocol.rpc import Failure
 from workers.queue.message_queue import MessageQueue, MsgpackCodec
 from workers.rank.output import OutputThread
 from workers.rank.worker_api import AsyncOutput, Worker
@@ -41,16 +42,27 @@ log = structlog.get_logger(__name__)
 class EnginePort:
     """All calls come from the rank's main thread; only answers to asynchronous steps leave from another."""
 
-    def __init__(self, key: RankKey, worker: Worker, doorbell: Doorbell, on_step: Callable[[], None]) -> None:
+    def __init__(self, key: RankId | None, worker: Worker, doorbell: Doorbell, on_step: Callable[[], None]) -> None:
         self.token = 0
         self.epoch = 0  # the last one committed here
-        self.key = key  # a spare's changes before it joins an engine
+        self._key = key
         self._worker = worker
         self._doorbell = doorbell
         self._on_step = on_step
         self._steps: MessageQueue | None = None
         self._answers: MessageQueue | None = None
         self._outputs = OutputThread("engine-outputs")
+
+    @property
+    def key(self) -> RankId:
+        """This rank. RankError while it is a spare: no engine may use one."""
+        if self._key is None:
+            raise RankError("a spare has no engine")
+        return self._key
+
+    def become(self, key: RankId) -> None:
+        """A spare is this rank from now on."""
+        self._key = key
 
     def attach(self, token: int, broadcast_handle: bytes, mask_handle: bytes) -> bytes:
         """Join this engine's queue and leave any older one's, who is told; return the handle of our answers to it."""
@@ -68,14 +80,14 @@ class EnginePort:
         """The engine's steps and our answers to it."""
         steps = MessageQueue.create_from_handle(
             broadcast_handle,
-            reader_id=reader_id(*self.key),
+            reader_id=reader_id(self.key),
             doorbell=self._doorbell,
             codec=MsgpackCodec(EngineMessage),
             timeout_s=JOIN_TIMEOUT_S,
         )
         try:
             self._worker.attach_mask(mask_handle)
-            name = f"rank-{self.key[0]}.{self.key[1]}-to-{token}"
+            name = f"rank-{self.key.rank}.{self.key.incarnation}-to-{token}"
             return steps, MessageQueue(name, codec=MsgpackCodec(RankMessage))
         except BaseException:
             steps.shutdown()
@@ -107,8 +119,7 @@ class EnginePort:
             log.info("engine_gone", token=self.token, reason=str(closed))
             self.leave()
             if self._worker.evicted():
-                rank, incarnation = self.key
-                why = f"engine {self.token} has evicted rank {rank}, incarnation {incarnation}"
+                why = f"engine {self.token} has evicted {self.key}"
                 raise Fenced(
                     why, hint="it was stopped or hung for too long; its slot goes on as a new incarnation"
                 ) from None
@@ -127,7 +138,7 @@ class EnginePort:
         return True
 
     def _run(self, batch: StepBatch) -> None:
-        chunks = batch.ranks.get(self.key[0], [])
+        chunks = batch.ranks.get(self.key.rank, [])
         result = self._step(batch)
         if result is not None and not isinstance(result, StepResult):
             self._outputs.put(result, STEP_OUTPUT_TIMEOUT_S, partial(self._deliver, batch))
@@ -144,7 +155,7 @@ class EnginePort:
         except ElasticError as error:
             return self._failed(batch, StepStatus.STALE, str(error))
         try:
-            failpoints.hit("rank.step", self.key[0])
+            failpoints.hit("rank.step", self.key.rank)
             return self._worker.execute_model(batch)
         except CoverageLost as error:
             return self._failed(batch, StepStatus.COVERAGE_LOST, str(error))
@@ -170,7 +181,7 @@ class EnginePort:
         """Where it cannot be done the engine hears of it: the request stays where it is, or is computed again."""
         blocks, failed = 0, ""
         try:
-            failpoints.hit("rank.copy", self.key[0])
+            failpoints.hit("rank.copy", self.key.rank)
             blocks = self._worker.copy_blocks(order)
         except Exception as error:  # noqa: BLE001 - whatever it was, the rank serves on
             failed = f"{type(error).__name__}: {error}"

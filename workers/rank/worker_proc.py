@@ -26,6 +26,7 @@ from opentelemetry import trace
 from membership.base import failpoints
 from membership.base.errors import Fenced, QueueClosed, RankError
 from membership.base.logs import configure, identify
+from membership.base.rank_id import NO_SLOT, RankId, SpareId, labels
 from membership.base.timing import ORPHAN_GRACE_S
 from workers.ipc.cpu_priority import at_low_priority
 from workers.ipc.doorbell import Doorbell
@@ -33,7 +34,7 @@ from workers.ipc.host_lock import HostLock
 from workers.protocol.launch import FAILED_STR, READY_STR, Launch, Ready
 from workers.protocol.liveness import LivenessPage
 from workers.protocol.restart_policy import FENCED_STATUS
-from workers.protocol.rpc import SPARE, AnyCall, RankKey, ResponseStatus, failure_of
+from workers.protocol.rpc import AnyCall, ResponseStatus, failure_of
 from workers.rank.call_port import CallPort
 from workers.rank.engine_port import EnginePort
 from workers.rank.environment import destroy_parallel_groups, frozen_environment, set_name, signals_end_it_once
@@ -52,7 +53,7 @@ class WorkerProcChild:
 
     def __init__(self, launch: Launch, death_reader: int, host_lock: HostLock) -> None:
         self.key = launch.key
-        self.rank = launch.key[0]
+        self.rank = launch.key.slot
         self.shutdown_requested = threading.Event()
         self._ended = threading.Event()
         self.peers: list[CallPort] = []  # callers on other hosts (nnodes > 1): none on a single host
@@ -71,13 +72,15 @@ class WorkerProcChild:
             if not launch.scale_up:
                 self.worker.load_model()
             self.setup_proc_title_and_log_prefix(self.rank, grouped=True)
-            self.engine = EnginePort(self.key, self.worker, self.doorbell, self.liveness.progress)
+            member = self.key if isinstance(self.key, RankId) else None
+            self.engine = EnginePort(member, self.worker, self.doorbell, self.liveness.progress)
             undo.pop_all()
 
     def _context(self, launch: Launch, host_lock: HostLock) -> WorkerContext:
+        rank, incarnation = labels(launch.key)
         return WorkerContext(
-            rank=launch.key[0],
-            incarnation=launch.key[1],
+            rank=rank,
+            incarnation=incarnation,
             node=launch.node,
             config=launch.config,
             doorbell=self.doorbell,
@@ -90,8 +93,9 @@ class WorkerProcChild:
     def worker_main(launch: Launch, ready_writer: int, death_reader: int, host_lock: int) -> None:
         """Run a rank from its start to its end; SystemExit carries its exit status."""
         signals = signals_end_it_once()
-        WorkerProcChild.setup_proc_title_and_log_prefix(launch.key[0], grouped=False)
-        configure("worker", rank=launch.key[0], incarnation=launch.key[1], pid=os.getpid())
+        rank, incarnation = labels(launch.key)
+        WorkerProcChild.setup_proc_title_and_log_prefix(rank, grouped=False)
+        configure("worker", rank=rank, incarnation=incarnation, pid=os.getpid())
         failpoints.arm("rank")
         proc = None
         try:
@@ -222,21 +226,23 @@ class WorkerProcChild:
         """What an elastic launch left out: the device and the model. Returns the worker's fingerprint, if any."""
         if not self._initialised:
             self.worker.init_device()
-            if self.rank == SPARE:  # nobody waits for it, and the ranks have work to do
+            if isinstance(self.key, SpareId):  # it can wait, and the ranks have work to do
                 at_low_priority(self.worker.load_model, self._limit_s, "a spare's model")
             else:
                 self.worker.load_model()
             self._initialised = True
         return str(getattr(self.worker, "fingerprint", str)())
 
-    def become(self, key: RankKey) -> bytes:
-        """A spare becomes this rank, as whom its parent calls it from the next call on; where peers reach it."""
-        if self.rank != SPARE:
-            raise RankError(f"rank {self.rank} cannot become rank {key[0]}")
+    def become(self, key: RankId) -> bytes:
+        """Turn a spare into the rank `key`: its parent uses that from the next call on. Returns the exchange handle."""
+        if not isinstance(self.key, SpareId):
+            raise RankError(f"{self.key} cannot become {key}")
         self.worker.become(*key)
-        self.key, self.rank = key, key[0]
-        self.engine.key = key
-        identify(rank=key[0], incarnation=key[1])
+        self.key, self.rank = key, key.rank
+        self.engine.become(key)
+        for peer in self.peers:
+            peer.key = key
+        identify(rank=key.rank, incarnation=key.incarnation)
         self.setup_proc_title_and_log_prefix(self.rank, grouped=True)
         return self.worker.exchange_handle()
 
@@ -272,7 +278,7 @@ class WorkerProcChild:
     def setup_proc_title_and_log_prefix(rank: int, *, grouped: bool) -> None:
         """Name the process. Attention is data-parallel and experts are spread, both over all ranks: DP and EP agree."""
         name = f"Worker_DP{rank}_EP{rank}" if grouped else f"Worker_{rank}"
-        set_name("Spare" if rank == SPARE else name)
+        set_name("Spare" if rank == NO_SLOT else name)
 
 
 def run_rank(payload: bytes, fds: list[int]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from random import Random
 
 from chaos.mutants.checks.promise import require
+from membership.base.rank_id import RankId
 from workers.agent.decide import Heartbeat, hung, observe
 from workers.fleet.watchdog import Look, Watchdog
 from workers.protocol.restart_policy import RestartPolicy, judge
@@ -19,7 +20,7 @@ def pauses_of_the_machine() -> None:
         now, beat, blamed_at = 0.0, 0, 0.0
         seen, paused = Heartbeat(beat, now), False
         watchdog, look = Watchdog(), Look("S", turns=1)
-        watchdog.began(1, [(0, 1)], now)
+        watchdog.began(1, [RankId(0, 1)], now)
         for turn in range(400):
             paused = not hangs and not paused and random.random() < 0.2
             now += random.choice([4.0, 60.0]) if paused else 0.25
@@ -27,7 +28,7 @@ def pauses_of_the_machine() -> None:
                 beat += 1
                 look = Look("S", turns=1 + turn // 2, beats=turn, steps=turn // 3)
             seen = observe(seen, beat, now)
-            blamed = hung(seen, now, after_s=AFTER_S) or bool(watchdog.watch({(0, 1): look}, now))
+            blamed = hung(seen, now, after_s=AFTER_S) or bool(watchdog.watch({RankId(0, 1): look}, now))
             require(hangs or not blamed, f"at {now:.0f} s a rank was blamed for a pause of its machine")
             blamed_at = blamed_at or (now if blamed else 0.0)
         require(not hangs or 0 < blamed_at < 2 * AFTER_S, f"a rank that hangs was found after {blamed_at:.1f} s")

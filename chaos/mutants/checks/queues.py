@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from typing import cast
 
 from chaos.mutants.checks.promise import require
+from membership.base.rank_id import RankId
 from workers.protocol.messages import (
     EngineMessage,
     SampledToken,
@@ -18,7 +19,7 @@ from workers.protocol.messages import (
 from workers.rank.worker_api import Worker
 
 WAIT_S = 5.0
-KEY = (0, 1)
+KEY = RankId(0, 1)
 
 
 class _Worker:
@@ -59,7 +60,7 @@ def older_engines() -> None:
         ends.callback(steps.shutdown)
         handle = steps.export_handle().encode()
         port.attach(20, handle, b"")
-        steps.wait_until_ready([reader_id(*KEY)], timeout_s=WAIT_S)
+        steps.wait_until_ready([reader_id(KEY)], timeout_s=WAIT_S)
         sent = [batch(20, 3, 1), batch(10, 3, 2), batch(20, 2, 3), batch(20, 3, 4)]
         for message in sent:
             steps.enqueue(message, WAIT_S)

@@ -11,6 +11,7 @@ from threading import Event
 
 from chaos.mutants.checks.promise import require
 from membership.base.process_stats import threads
+from membership.base.rank_id import RankId
 from workers.fleet.watchdog import TICK_S, Look, Watchdog
 
 WATCHED_S = 4.0
@@ -27,17 +28,17 @@ SLEEPS = "import time; time.sleep(60)"
 def silent_ranks() -> None:
     """Three ranks do not answer a step: one computes, a little at a time; one is stopped; one hangs in a call."""
     ranks = [subprocess.Popen([sys.executable, "-S", "-c", code]) for code in (COMPUTES, SLEEPS, SLEEPS)]
-    computes, stopped, hangs = ((number, rank.pid) for number, rank in enumerate(ranks))
+    computes, stopped, hangs = (RankId(number, rank.pid) for number, rank in enumerate(ranks))
     pause = Event()
     try:
         pause.wait(0.5)  # they start
         os.kill(stopped[1], signal.SIGSTOP)
-        watchdog, evicted = Watchdog(), dict[tuple[int, int], str]()
+        watchdog, evicted = Watchdog(), dict[RankId, str]()
         began = time.monotonic()
         watchdog.began(1, (computes, stopped, hangs), began)
         while time.monotonic() < began + WATCHED_S and computes not in evicted:
             pause.wait(TICK_S)
-            looks = {key: look for key in (computes, stopped, hangs) if (look := _look(key[1])) is not None}
+            looks = {key: look for key in (computes, stopped, hangs) if (look := _look(key.incarnation)) is not None}
             evicted |= dict(watchdog.watch(looks, time.monotonic()))
     finally:
         for rank in ranks:

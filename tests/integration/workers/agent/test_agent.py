@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from membership.base.errors import Fenced
+from membership.base.rank_id import RankId
 from membership.store.codec import encode
 from membership.store.in_memory import MemoryStore
 from membership.store.records import AgentRecord, ClusterState, RankRecord, RankState
@@ -21,7 +22,7 @@ from workers.queue.message_queue import MessageQueue, MsgpackCodec
 
 pytestmark = pytest.mark.integration
 
-A, B, C, D = (0, 1), (1, 2), (2, 3), (3, 4)
+A, B, C, D = (RankId(rank, rank + 1) for rank in range(4))
 
 
 @pytest.fixture

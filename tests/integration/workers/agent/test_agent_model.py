@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from membership.base.events import Event, EventLog
+from membership.base.rank_id import RankId
 from membership.placement.plan import plan
 from membership.store.codec import encode
 from membership.store.in_memory import MemoryStore
@@ -67,10 +68,10 @@ class Driver:
         record = EngineRecord(node="n", pid=1, address="", broadcast_handle=handle, mask_handle=self.mask.handle())
         scene.store.put(KEYS.engine, encode(record))
         self.token = scene.state().engine_token
-        self.answers: dict[tuple[int, int], MessageQueue] = {}
+        self.answers: dict[RankId, MessageQueue] = {}
         self.number = 0
 
-    def prepare(self, epoch: int, *keys: tuple[int, int]) -> None:
+    def prepare(self, epoch: int, *keys: RankId) -> None:
         """Have `keys` registered, attached, and prepared for a view of exactly them."""
         self.scene.until_registered(*keys)
         model = self.scene.state().config
@@ -93,7 +94,7 @@ class Driver:
                 )
                 self.answers[key] = self.stack.enter_context(queue)
 
-    def step(self, epoch: int, *keys: tuple[int, int]) -> list[int]:
+    def step(self, epoch: int, *keys: RankId) -> list[int]:
         """Run the chunk on each of `keys` in one step: their tokens."""
         self.number += 1
         chunks = {rank: [CHUNK] for rank, _ in keys}
@@ -107,7 +108,7 @@ class Driver:
 
 
 def test_ranks_serve_a_real_model_and_a_dead_one_is_replaced(scene: Scene) -> None:
-    a, b, later = (0, 1), (1, 2), (1, 3)
+    a, b, later = RankId(0, 1), RankId(1, 2), RankId(1, 3)
     with ExitStack() as stack:
         scene.assign(a, b)
         driver = Driver(scene, stack)
@@ -127,7 +128,7 @@ def test_ranks_serve_a_real_model_and_a_dead_one_is_replaced(scene: Scene) -> No
 
 def test_weights_outlive_their_ranks_and_are_there_once(scene: Scene, checkpoint: Path) -> None:
     """Both ranks that loaded are killed, the file is turned to zeros, and new ranks say the same: from the store."""
-    a, b, later, last = (0, 1), (1, 2), (1, 3), (0, 4)
+    a, b, later, last = RankId(0, 1), RankId(1, 2), RankId(1, 3), RankId(0, 4)
     with ExitStack() as stack:
         scene.assign(a, b)
         driver = Driver(scene, stack)

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from elastic.serve.etcd_server import EtcdServer
+from membership.base.rank_id import RankId
 from membership.store.etcd import connect
 from membership.store.interface import Store
 from tests.support.agent_scene import WORKER, Scene
@@ -22,7 +23,7 @@ from tests.support.helpers import eventually
 
 pytestmark = pytest.mark.integration
 
-A, B, C = (0, 1), (1, 2), (2, 3)
+A, B, C = RankId(0, 1), RankId(1, 2), RankId(2, 3)
 PROGRAM = f"""
 import signal, sys, threading
 from pathlib import Path

@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from membership.base.errors import RankDied, RankError, RankFailed, WaitTimeout
+from membership.base.rank_id import RankId
 from membership.store.records import ClusterConfig
 from tests.support.helpers import eventually, shm_as_before
 from workers.agent.executor import Death, MultiprocExecutor
@@ -38,13 +39,13 @@ def executor(faults: str = "", **more: Any) -> MultiprocExecutor:
 @pytest.fixture
 def three() -> Iterator[MultiprocExecutor]:
     made = executor()
-    made.launch([(0, 1), (1, 2), (2, 3)], 30)
+    made.launch([RankId(0, 1), RankId(1, 2), RankId(2, 3)], 30)
     yield made
     made.shutdown()
 
 
 def pid_of(made: MultiprocExecutor, rank: int) -> int:
-    return next(worker.child.pid for key, worker in made.workers.items() if key[0] == rank)
+    return next(worker.child.pid for key, worker in made.workers.items() if key.rank == rank)
 
 
 # --- calls
@@ -91,7 +92,7 @@ def test_a_result_that_cannot_travel_is_a_failure_not_silence(three: MultiprocEx
 
 
 def test_ranks_join_at_run_time(three: MultiprocExecutor) -> None:
-    three.launch([(3, 4)], 30)
+    three.launch([RankId(3, 4)], 30)
     assert three.collective_rpc("echo", 10, ("x",)) == [(n, "x") for n in range(4)]
 
 
@@ -105,7 +106,7 @@ def test_a_killed_rank_fails_its_calls_and_the_others_stay(three: MultiprocExecu
     three.register_exit_callback(lambda pid, status: exits.update({pid: status}))
     pid = pid_of(three, 1)
     everybody = three.submit("sleep", (1.0,), timeout_s=30)
-    others = three.submit("echo", (7,), keys=[(0, 1), (2, 3)], timeout_s=30)
+    others = three.submit("echo", (7,), keys=[RankId(0, 1), RankId(2, 3)], timeout_s=30)
     begun = time.monotonic()
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(RankDied, match=r"rank 1 \(incarnation 2\) died during sleep"):
@@ -116,7 +117,7 @@ def test_a_killed_rank_fails_its_calls_and_the_others_stay(three: MultiprocExecu
     assert [(death.key, death.detected_by) for death in deaths] == [((1, 2), "robust futex")]
     with pytest.raises(RankDied):
         three.collective_rpc("echo", 10, (1,), ranks=[1])
-    three.forget((1, 2))
+    three.forget(RankId(1, 2))
     eventually(lambda: len(three.workers) == 2, 5, "the dead rank forgotten")
     assert three.collective_rpc("echo", 10, (1,)) == [(0, 1), (2, 1)]
 
@@ -124,7 +125,7 @@ def test_a_killed_rank_fails_its_calls_and_the_others_stay(three: MultiprocExecu
 def test_a_dead_rank_does_not_stall_the_queue(three: MultiprocExecutor) -> None:
     os.kill(pid_of(three, 2), signal.SIGKILL)
     for _ in range(40):
-        assert three.submit("echo", (1,), keys=[(0, 1)], timeout_s=10).future.result(timeout=10)
+        assert three.submit("echo", (1,), keys=[RankId(0, 1)], timeout_s=10).future.result(timeout=10)
 
 
 def test_a_forkserver_that_died_takes_its_ranks_along_and_is_replaced(three: MultiprocExecutor) -> None:
@@ -134,8 +135,8 @@ def test_a_forkserver_that_died_takes_its_ranks_along_and_is_replaced(three: Mul
     three._forkserver.process.kill()
     eventually(lambda: len(deaths) == 3, 10, "all deaths")
     eventually(lambda: not three._forkserver.alive, 5, "the forkserver's end noticed")
-    three.launch([(0, 9)], 30)
-    assert three.submit("echo", (1,), keys=[(0, 9)], timeout_s=10).future.result(timeout=10) == {(0, 9): (0, 1)}
+    three.launch([RankId(0, 9)], 30)
+    assert three.submit("echo", (1,), keys=[RankId(0, 9)], timeout_s=10).future.result(timeout=10) == {(0, 9): (0, 1)}
 
 
 # --- starting
@@ -145,7 +146,7 @@ def test_a_rank_that_cannot_start_is_named_with_its_traceback_and_others_start()
     made = executor("fail-at-start-1")
     try:
         with pytest.raises(RankError, match=r"rank 1 \(incarnation 2\) could not start: ValueError: this worker fails"):
-            made.launch([(0, 1), (1, 2)], 30)
+            made.launch([RankId(0, 1), RankId(1, 2)], 30)
         assert made.collective_rpc("echo", 10, (1,)) == [(0, 1)]
     finally:
         made.shutdown()
@@ -155,7 +156,7 @@ def test_waiting_for_a_rank_that_hangs_has_a_deadline_that_names_it() -> None:
     made = executor("hang-at-start")
     try:
         with pytest.raises(WaitTimeout, match=r"rank 4 \(incarnation 1\) was not ready within 1 s"):
-            made.launch([(4, 1)], 1)
+            made.launch([RankId(4, 1)], 1)
     finally:
         made.shutdown()
 
@@ -164,7 +165,7 @@ def test_waiting_for_a_rank_that_hangs_has_a_deadline_that_names_it() -> None:
 def test_an_elastic_launch_leaves_device_and_model_for_later(scale_up: bool) -> None:
     made = executor(scale_up=scale_up)
     try:
-        made.launch([(0, 1)], 30)
+        made.launch([RankId(0, 1)], 30)
         assert made.collective_rpc("told", 10) == [[] if scale_up else ["init_device", "load_model"]]
         for _ in range(2):
             assert made.collective_rpc("initialise", 10) == ["small"]
@@ -195,7 +196,7 @@ def test_lines_of_a_rank_carry_its_name() -> None:
 import sys
 from tests.integration.workers.agent.test_executor import executor
 made = executor()
-made.launch([(3, 1)], 30)
+made.launch([RankId(3, 1)], 30)
 made.collective_rpc(lambda worker: print("hello from a rank", flush=True), 10)
 made.shutdown()
 """
@@ -214,11 +215,11 @@ def test_the_host_lock_is_exclusive_and_freed_by_death(three: MultiprocExecutor)
 
     spans = sorted(three.collective_rpc(hold, 20, (0.1,)))
     assert all(earlier[1] <= later[0] for earlier, later in pairwise(spans))
-    holder = three.submit(hold, (60.0,), keys=[(0, 1)], timeout_s=30)
+    holder = three.submit(hold, (60.0,), keys=[RankId(0, 1)], timeout_s=30)
     os.kill(pid_of(three, 0), signal.SIGKILL)
     with pytest.raises(RankDied):
         holder.future.result(timeout=10)
-    assert three.submit(hold, (0.0,), keys=[(1, 2)], timeout_s=10).future.result(timeout=10)
+    assert three.submit(hold, (0.0,), keys=[RankId(1, 2)], timeout_s=10).future.result(timeout=10)
 
 
 # --- ends
@@ -230,7 +231,7 @@ def test_sigterm_ends_a_rank_once_and_in_order(tmp_path: Path, monkeypatch: pyte
     try:
         exits: dict[int, int] = {}
         made.register_exit_callback(lambda pid, status: exits.update({pid: status}))
-        made.launch([(0, 1)], 30)
+        made.launch([RankId(0, 1)], 30)
         pid = pid_of(made, 0)
         os.kill(pid, signal.SIGTERM)
         os.kill(pid, signal.SIGTERM)
@@ -246,7 +247,7 @@ def test_a_closed_death_pipe_ends_one_rank_orderly_and_no_sibling(
     monkeypatch.setenv("SMALL_WORKER_DIARY", str(tmp_path))
     made = executor()
     try:
-        made.launch([(0, 1), (1, 2)], 30)
+        made.launch([RankId(0, 1), RankId(1, 2)], 30)
         assert made._forkserver.process is not None
         for worker in made.workers.values():
             ours = os.readlink(f"/proc/self/fd/{worker.death_writer}")
@@ -255,18 +256,20 @@ def test_a_closed_death_pipe_ends_one_rank_orderly_and_no_sibling(
                 flags = [Path(f"/proc/{child.pid}/fdinfo/{fd}").read_text() for fd, target in held if target == ours]
                 assert bool(flags) == (child.pid == worker.child.pid), "only the rank itself reads its death pipe"
                 assert all(re.search(r"flags:\s+0\d*0$", text, re.M) for text in flags), "a hidden write end"
-        ended = made.workers[(0, 1)]
+        ended = made.workers[RankId(0, 1)]
         ended.close_death_pipe()
         eventually(lambda: ended.ended(), 5, "the rank to end")
         assert (tmp_path / "0.1").read_text() == "shutdown"
-        assert made.submit("echo", (1,), keys=[(1, 2)], timeout_s=10).future.result(timeout=10) == {(1, 2): (1, 1)}
+        assert made.submit("echo", (1,), keys=[RankId(1, 2)], timeout_s=10).future.result(timeout=10) == {
+            (1, 2): (1, 1)
+        }
     finally:
         made.shutdown()
 
 
 def test_a_rank_that_died_before_it_was_retired_is_told_of_as_a_death(three: MultiprocExecutor) -> None:
     deaths: list[Death] = []
-    ended: list[tuple[int, int]] = []
+    ended: list[RankId] = []
     three.register_failure_callback(deaths.append)
     held, go_on = threading.Event(), threading.Event()
 
@@ -276,21 +279,21 @@ def test_a_rank_that_died_before_it_was_retired_is_told_of_as_a_death(three: Mul
 
     three._post(hold_up)  # who would notice the death first
     assert held.wait(timeout=5)
-    worker = three.workers[(1, 2)]
+    worker = three.workers[RankId(1, 2)]
     os.kill(worker.child.pid, signal.SIGKILL)
     eventually(worker.has_died, 5, "the kernel to say so")
-    three.retire([(1, 2)], ended.append)
+    three.retire([RankId(1, 2)], ended.append)
     go_on.set()
     eventually(lambda: [death.key for death in deaths] == [(1, 2)], 5, "the death to be told")
-    three.retire([(2, 3)], ended.append)
+    three.retire([RankId(2, 3)], ended.append)
     eventually(lambda: ended == [(2, 3)], 15, "the living one to end")
     assert len(deaths) == 1, "one that was asked to go has not died"
 
 
 def test_the_ladder_ends_even_a_rank_that_ignores_everything(three: MultiprocExecutor) -> None:
     os.kill(pid_of(three, 1), signal.SIGSTOP)
-    ended: list[tuple[int, int]] = []
-    three.retire([(1, 2)], ended.append)
+    ended: list[RankId] = []
+    three.retire([RankId(1, 2)], ended.append)
     eventually(lambda: ended == [(1, 2)], 15, "the stopped rank to be killed")
     assert three.collective_rpc("echo", 10, (1,)) == [(0, 1), (2, 1)]
 
@@ -300,7 +303,7 @@ def test_ranks_end_with_a_killed_parent_even_a_stopped_one() -> None:
 import os, signal, time
 from tests.integration.workers.agent.test_executor import executor
 made = executor()
-made.launch([(0, 1), (1, 2)], 30)
+made.launch([RankId(0, 1), RankId(1, 2)], 30)
 pids = [worker.child.pid for worker in made.workers.values()]
 os.kill(pids[0], signal.SIGSTOP)
 print(made._forkserver.process.pid, *pids, flush=True)

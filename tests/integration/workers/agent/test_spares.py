@@ -10,14 +10,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from membership.base.rank_id import RankId
 from membership.store.in_memory import MemoryStore
 from tests.support.agent_scene import Scene, agent
 from tests.support.helpers import eventually
-from workers.agent.decide import RankKey
 
 pytestmark = pytest.mark.integration
 
-A, B, C = (0, 1), (1, 2), (1, 3)
+A, B, C = RankId(0, 1), RankId(1, 2), RankId(1, 3)
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
     store.close()
 
 
-def serve(scene: Scene, epoch: int, *keys: RankKey) -> None:
+def serve(scene: Scene, epoch: int, *keys: RankId) -> None:
     """Have these ranks, and no others, in the committed view."""
     scene.assign(*keys)
     scene.until_registered(*keys)
@@ -48,9 +48,9 @@ def spare(scene: Scene, but: int = 0) -> int:
     return eventually(waits, 30, "a spare")
 
 
-def kill(scene: Scene, key: RankKey) -> None:
+def kill(scene: Scene, key: RankId) -> None:
     os.kill(scene.state().ranks[key].pid, signal.SIGKILL)
-    scene.until(lambda s: key not in s.ranks and key[0] in s.exits, "the death told")
+    scene.until(lambda s: key not in s.ranks and key.rank in s.exits, "the death told")
 
 
 def test_a_spare_takes_the_place_of_a_dead_rank_and_is_replaced_afterwards(scene: Scene) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import msgspec
 import pytest
 
+from membership.base.rank_id import RankId
 from tests.support.standins import StandInRank
 from workers.fleet.fleet import Fleet, FleetEvent, RankJoined, RankLost
 from workers.protocol.messages import Sampling, SeqChunk, StepBatch, StepResult
@@ -66,7 +67,7 @@ def test_ranks_join_answer_and_leave(three: Ranks) -> None:
     three.fleet.broadcast(three.batch(1, 0, 2))
     answers = three.collect(lambda seen: len(seen) == 2)
     assert {(a.rank, a.incarnation, a.step) for a in answers if isinstance(a, StepResult)} == {(0, 100, 1), (2, 102, 1)}
-    three.fleet.detach(2, 102)
+    three.fleet.detach(RankId(2, 102))
     three.fleet.broadcast(three.batch(2, 0, 2))
     (answer,) = three.collect(lambda seen: len(seen) == 1)
     assert isinstance(answer, StepResult)

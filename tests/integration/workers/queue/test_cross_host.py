@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from membership.base.errors import RankDied, RankError, RankFailed
+from membership.base.rank_id import RankId
 from tests.integration.workers.agent.test_executor import executor
 from tests.support.helpers import eventually
 from workers.agent.cross_host import CrossHostCaller
@@ -16,7 +17,7 @@ from workers.agent.executor import MultiprocExecutor
 
 pytestmark = pytest.mark.integration
 
-A, B = (0, 1), (1, 2)
+A, B = RankId(0, 1), RankId(1, 2)
 
 
 @pytest.fixture

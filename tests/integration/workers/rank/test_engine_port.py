@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 import pytest
 
 from membership.base.errors import QueueClosed, RankFailed
+from membership.base.rank_id import RankId
 from membership.store.records import View
 from tests.integration.workers.agent.test_executor import executor
 from workers.agent.executor import MultiprocExecutor
@@ -29,7 +30,7 @@ from workers.queue.message_queue import MessageQueue, MsgpackCodec
 
 pytestmark = pytest.mark.integration
 
-KEY = (0, 1)
+KEY = RankId(0, 1)
 
 
 class Engine:
@@ -88,7 +89,7 @@ def engine(made: MultiprocExecutor, token: int) -> Iterator[Engine]:
 
 def test_steps_and_pings_are_answered(made: MultiprocExecutor) -> None:
     with engine(made, 7) as first:
-        assert first.steps.readers == (reader_id(*KEY),)
+        assert first.steps.readers == (reader_id(KEY),)
         first.steps.enqueue(Ping(7, 3))
         assert first.answer() == StepResult(0, 1, 7, 0, 3, 0, StepStatus.OK)
         first.step(4, [1, 2])
@@ -128,7 +129,7 @@ def test_a_new_engine_takes_over_without_loading_and_the_old_one_has_no_effect(m
             assert first.answers.dequeue(timeout_s=5) == Farewell(*KEY, 7, successor=8)
             with pytest.raises(QueueClosed):
                 first.answers.dequeue(timeout_s=5)
-            assert first.steps.drop_reader(reader_id(*KEY)) is False, "it left the older queue"
+            assert first.steps.drop_reader(reader_id(KEY)) is False, "it left the older queue"
             second.step(1, [2])
             assert second.answer().engine_token == 8
             with pytest.raises(RankFailed, match="Fenced: engine token 7 is older than 8"):
@@ -164,7 +165,7 @@ def test_an_engine_that_died_costs_the_rank_nothing(made: MultiprocExecutor) -> 
 
 
 def test_blocks_are_copied_by_whose_turn_it_is(made: MultiprocExecutor) -> None:
-    other = (1, 2)
+    other = RankId(1, 2)
     with engine(made, 7) as first:
         for order in (
             CopyBlocks(7, 1, other, KEY, [3, 4]),

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from membership.base.errors import RankError
+from membership.base.rank_id import RankId
 from tests.integration.workers.agent.test_executor import WORKER, config
 from tests.support.helpers import eventually
 from workers.agent.forkserver_client import ForkServer
@@ -46,7 +47,7 @@ class Parent:
         self.exits[pid] = status
 
     def make(self, rank: int, faults: str = "") -> UnreadyWorkerProcHandle:
-        launch = Launch((rank, 1), "n", config(faults), WORKER, self.calls.export_handle().encode())
+        launch = Launch(RankId(rank, 1), "n", config(faults), WORKER, self.calls.export_handle().encode())
         return WorkerProc.make_worker_process(launch, self.forkserver, self.lock)
 
 
@@ -72,7 +73,7 @@ def test_many_ranks_start_at_once_and_shake_hands_in_a_fixed_order(parent: Paren
     unready = [parent.make(rank) for rank in range(3)]
     handles = WorkerProc.wait_for_ready(unready, 30, parent.doorbell)
     assert [handle.key for handle in handles] == [(0, 1), (1, 1), (2, 1)]
-    parent.calls.wait_until_ready([reader_id(*handle.key) for handle in handles], timeout_s=5)
+    parent.calls.wait_until_ready([reader_id(handle.key) for handle in handles], timeout_s=5)
     assert [handle.exchange_handle for handle in handles] == [b"exchange-%d-1" % rank for rank in range(3)]
     assert all(handle.peer_response_handles == [] for handle in handles)
     beats = handles[0].liveness.beats

@@ -7,6 +7,7 @@ from dataclasses import replace
 import msgspec
 import pytest
 
+from membership.base.rank_id import RankId
 from membership.store.records import (
     AgentRecord,
     Assignment,
@@ -29,7 +30,6 @@ from workers.agent.decide import (
     Load,
     LocalRank,
     Prepare,
-    RankKey,
     Retire,
     RetireEpoch,
     Spawn,
@@ -47,19 +47,19 @@ pytestmark = pytest.mark.unit
 
 ME = AgentRecord(node="n", pid=1, started=10.0)
 CONFIG = ClusterConfig(cluster="c", model="/m", served_model_name="m", moe_layers=1, experts=2, launch_deadline_s=60)
-A, B = (0, 1), (1, 2)
+A, B = RankId(0, 1), RankId(1, 2)
 
 
-def assigned(*keys: RankKey, **more: object) -> ClusterState:
+def assigned(*keys: RankId, **more: object) -> ClusterState:
     assignment = Assignment(node="n", ranks=tuple(RankSpec(rank=r, incarnation=i) for r, i in keys), agent_started=10.0)
     return ClusterState(revision=1, config=CONFIG, assignments={"n": assignment}, **more)  # type: ignore[arg-type]
 
 
-def ready(key: RankKey, **more: object) -> LocalRank:
-    return LocalRank(*key, started=0.0, life=Life.READY, exchange_handle=b"x%d" % key[0], **more)  # type: ignore[arg-type]
+def ready(key: RankId, **more: object) -> LocalRank:
+    return LocalRank(*key, started=0.0, life=Life.READY, exchange_handle=b"x%d" % key.rank, **more)  # type: ignore[arg-type]
 
 
-def run(state: ClusterState, *ranks: LocalRank, buried: tuple[RankKey, ...] = (), now: float = 1.0) -> list[Effect]:
+def run(state: ClusterState, *ranks: LocalRank, buried: tuple[RankId, ...] = (), now: float = 1.0) -> list[Effect]:
     return decide(state, ME, {rank.key: rank for rank in ranks}, buried, now)
 
 
@@ -82,7 +82,7 @@ def test_an_incarnation_never_runs_twice() -> None:
     assert run(assigned(A), buried=(A,)) == []
     dead = RankExit(rank=0, incarnation=1, reason="", at=0.0)
     assert run(assigned(A, exits={0: dead})) == []
-    assert run(assigned((0, 2), exits={0: dead})) == [Spawn((0, 2))]
+    assert run(assigned(RankId(0, 2), exits={0: dead})) == [Spawn(RankId(0, 2))]
 
 
 def test_an_assignment_of_an_earlier_life_changes_nothing() -> None:
@@ -96,7 +96,7 @@ def test_an_assignment_of_an_earlier_life_changes_nothing() -> None:
 def test_what_is_not_assigned_any_more_is_retired_once() -> None:
     assert run(assigned(), ready(A)) == [Retire(A)]
     assert run(assigned(), replace(ready(A), life=Life.ENDING)) == []
-    assert run(assigned((0, 9)), ready(A)) == [Spawn((0, 9)), Retire(A)]
+    assert run(assigned(RankId(0, 9)), ready(A)) == [Spawn(RankId(0, 9)), Retire(A)]
 
 
 def test_a_rank_that_never_gets_ready_is_given_up() -> None:
@@ -134,7 +134,7 @@ def test_a_failed_join_is_tried_again_later() -> None:
 def test_new_members_load_as_soon_as_a_view_names_them() -> None:
     assert run(staged(), ready(A)) == [Load(A, 7), Spawn(B)] or run(staged(), ready(A)) == [Spawn(B), Load(A, 7)]
     assert Load(A, 7) not in run(staged(), ready(A, loading=True))
-    outsider = (5, 9)
+    outsider = RankId(5, 9)
     state = msgspec.structs.replace(staged(), assignments=assigned(outsider).assignments)
     assert run(state, ready(outsider)) == []
 
@@ -160,7 +160,7 @@ def test_preparing_is_asked_again_only_for_a_newer_revision() -> None:
 
 
 def test_another_incarnation_of_a_member_is_no_peer() -> None:
-    a, b = ready(A), ready((1, 99))
+    a, b = ready(A), ready(RankId(1, 99))
     state = staged(a, b)
     assert state.next is not None
     assert peers_of(state.next, state) is None

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from membership.base.rank_id import RankId
 from membership.store.codec import decode
 from membership.store.in_memory import MemoryStore
 from membership.store.keys import Keys
@@ -66,7 +67,7 @@ def test_records_are_written_under_leases_and_revoked_at_the_end(store: MemorySt
 def test_a_withdrawn_record_and_its_exit_change_in_one_transaction(store: MemoryStore, registrar: Registrar) -> None:
     registrar.publish_rank(record())
     eventually(lambda: stored(store), 2, "the record")
-    registrar.withdraw((0, 1), RankExit(rank=0, incarnation=1, reason="killed", at=1.0))
+    registrar.withdraw(RankId(0, 1), RankExit(rank=0, incarnation=1, reason="killed", at=1.0))
     eventually(lambda: stored(store) is None, 2, "the record gone")
     kv = store.get(KEYS.exit(0))
     assert kv is not None
@@ -83,9 +84,9 @@ def test_a_lease_that_is_not_renewed_runs_out_and_comes_back_when_it_is(
 ) -> None:
     registrar.publish_rank(record())
     eventually(lambda: stored(store), 2, "the record")
-    registrar.set_renewing((0, 1), False)
+    registrar.set_renewing(RankId(0, 1), False)
     eventually(lambda: stored(store) is None, 3, "the lease to run out")
-    registrar.set_renewing((0, 1), True)
+    registrar.set_renewing(RankId(0, 1), True)
     eventually(lambda: stored(store), 2, "the record again")
 
 
@@ -132,7 +133,7 @@ def test_after_an_outage_everything_stands_as_wanted(
     eventually(lambda: len(store.range(KEYS.prefix)[1]) == 2, 2, "both records")
     store.outage = True
     registrar.publish_rank(record(RankState.STANDBY))
-    registrar.withdraw((1, 2), RankExit(rank=1, incarnation=2, reason="killed", at=1.0))
+    registrar.withdraw(RankId(1, 2), RankExit(rank=1, incarnation=2, reason="killed", at=1.0))
     skew[0] += 60.0  # all leases run out meanwhile
     store.outage = False
     eventually(lambda: stored(store) == record(RankState.STANDBY), 3, "the record under a new lease")

@@ -8,13 +8,14 @@ from dataclasses import replace
 
 import pytest
 
+from membership.base.rank_id import RankId
 from membership.base.timing import HUNG_S, LATE_MAX_S, LATE_S, PACE_WINDOW_S, STOPPED_S
 from workers.fleet.pace import Pace, slow_ranks
 from workers.fleet.watchdog import TICK_S, Look, Watchdog
 
 pytestmark = pytest.mark.unit
 
-A, B = (0, 1), (1, 2)
+A, B = RankId(0, 1), RankId(1, 2)
 WAITING = Look(state="S", beats=5, steps=3, turns=7)
 Story = Callable[[int], Look]
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import pytest
 
 from membership.base.errors import RankDied, RankFailed, WaitTimeout
-from workers.protocol.rpc import CallTable, Failure, PendingCall, RankKey, Reply, ResponseStatus
+from membership.base.rank_id import RankId
+from workers.protocol.rpc import CallTable, Failure, PendingCall, Reply, ResponseStatus
 
 pytestmark = pytest.mark.unit
 
-A, B = (0, 1), (1, 2)
+A, B = RankId(0, 1), RankId(1, 2)
 
 
-def ok(number: int, key: RankKey, value: object) -> Reply:
+def ok(number: int, key: RankId, value: object) -> Reply:
     return Reply(number, key, ResponseStatus.SUCCESS, value)
 
 
-def bad(number: int, key: RankKey) -> Reply:
+def bad(number: int, key: RankId) -> Reply:
     return Reply(number, key, ResponseStatus.FAILURE, Failure("ValueError", "no", ("the traceback",)))
 
 
