@@ -34,8 +34,8 @@ BUGS: tuple[Bug, ...] = (
         name="stopped-rank-kept",
         guards="G8: a rank that the kernel holds stopped is evicted within a second",
         file="workers/fleet/watchdog.py",
-        before='return stopped, "stopped" if stopped.stopped_s >= STOPPED_S else ""',
-        after='return stopped, ""',
+        before="return stopped, DetectedBy.STOPPED if stopped.stopped_s >= STOPPED_S else None",
+        after="return stopped, None",
         caught_by="silent_ranks",
     ),
     Bug(

@@ -194,6 +194,7 @@ def test_title_environment_and_no_torch(three: MultiprocExecutor) -> None:
 def test_lines_of_a_rank_carry_its_name() -> None:
     program = """
 import sys
+from membership.base.rank_id import RankId
 from tests.integration.workers.agent.test_executor import executor
 made = executor()
 made.launch([RankId(3, 1)], 30)
@@ -301,6 +302,7 @@ def test_the_ladder_ends_even_a_rank_that_ignores_everything(three: MultiprocExe
 def test_ranks_end_with_a_killed_parent_even_a_stopped_one() -> None:
     program = """
 import os, signal, time
+from membership.base.rank_id import RankId
 from tests.integration.workers.agent.test_executor import executor
 made = executor()
 made.launch([RankId(0, 1), RankId(1, 2)], 30)
