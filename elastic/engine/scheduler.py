@@ -15,6 +15,7 @@ from elastic.engine.sequence import Home, Sequence, by_age, refusal
 from elastic.protocol import Rejected, Submit, Tokens
 from membership.base.errors import ElasticError
 from membership.store.records import ClusterConfig, View
+from workers.protocol import step_fence
 from workers.protocol.messages import (
     BlocksCopied,
     CopyBlocks,
@@ -286,8 +287,7 @@ class Scheduler:
         """Take a rank's answer in; answers to anything but the step in flight have no effect."""
         home = self._homes.get(result.rank)
         epoch = self.view.epoch if self.view else 0
-        expected = (self.token, epoch, self.step, home.incarnation if home else 0)
-        if home is None or (result.engine_token, result.epoch, result.step, result.incarnation) != expected:
+        if home is None or not step_fence.answers_step(result, home.rank_id, self.token, epoch, self.step):
             return []
         in_flight, home.in_flight = home.in_flight, []
         current = [(sequence, chunk) for sequence, chunk in in_flight if sequence.home is home]

@@ -30,6 +30,7 @@ from membership.store.records import RankRecord
 from workers.fleet.pace import Pace
 from workers.fleet.watchdog import Look, Watchdog
 from workers.ipc.doorbell import Doorbell
+from workers.protocol import step_fence
 from workers.protocol.live_mask import LiveMask
 from workers.protocol.liveness import DeathWatcher, LivenessPage, watch_death
 from workers.protocol.messages import (
@@ -281,7 +282,7 @@ class Fleet:
         return said
 
     def _answered(self, link: _Link, result: RankMessage) -> list[FleetEvent]:
-        if result.rank_id != link.key or result.engine_token != self._token:
+        if not step_fence.answers(result, link.key, self._token):
             log.warning("dropped a rank's answer to somebody else", rank=link.key.rank, token=result.engine_token)
             return []
         if isinstance(result, Farewell):

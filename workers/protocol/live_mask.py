@@ -19,6 +19,7 @@ from workers.ipc import handover
 from workers.ipc.fence import fence
 from workers.ipc.handover import Grant, Handover
 from workers.ipc.shared_memory import PAGE, Segment
+from workers.protocol.step_fence import is_evicted
 
 MAX_RANKS = 256
 _WORDS = MAX_RANKS // 64  # 64-bit words of the set; the generation follows, then each rank's last evicted incarnation
@@ -88,7 +89,7 @@ class LiveMask:
 
     def evicted(self, rank: int, incarnation: int) -> bool:
         """Whether this incarnation was given up."""
-        return incarnation <= self._words[_WORDS + 1 + rank]
+        return is_evicted(incarnation, self._words[_WORDS + 1 + rank])
 
     def reset(self, ranks: Iterable[int] = ()) -> None:
         """Make these the whole set: a new epoch begins."""

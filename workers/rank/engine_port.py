@@ -17,6 +17,7 @@ from membership.base.errors import CoverageLost, ElasticError, Fenced, QueueClos
 from membership.base.rank_id import RankId
 from membership.base.timing import STEP_ANSWER_TIMEOUT_S, STEP_OUTPUT_TIMEOUT_S
 from workers.ipc.doorbell import Doorbell
+from workers.protocol import step_fence
 from workers.protocol.messages import (
     BlocksCopied,
     CopyBlocks,
@@ -66,8 +67,7 @@ class EnginePort:
 
     def attach(self, token: int, broadcast_handle: bytes, mask_handle: bytes) -> bytes:
         """Join this engine's queue and leave any older one's, who is told; return the handle of our answers to it."""
-        if token < self.token:
-            raise Fenced(f"engine token {token} is older than {self.token}")
+        token = step_fence.follow(self.token, token)
         if token == self.token and self._answers is not None:
             return self._answers.export_handle().encode()  # asked again: the same answer
         self._answer(Farewell(*self.key, self.token, successor=token))
@@ -126,7 +126,7 @@ class EnginePort:
             return True
         if message is None:
             return False
-        if message.engine_token == self.token:
+        if step_fence.obeys(self.token, message.engine_token):
             if isinstance(message, Ping):
                 self._answer(self._result_of_ping(message))
             elif isinstance(message, CopyBlocks):
@@ -147,9 +147,7 @@ class EnginePort:
 
     def _step(self, batch: StepBatch) -> StepResult | AsyncOutput | None:
         try:
-            if batch.epoch < self.epoch:
-                return self._failed(batch, StepStatus.STALE, f"epoch {self.epoch} is committed")
-            if batch.epoch > self.epoch:
+            if step_fence.must_commit(self.epoch, batch.epoch):
                 self._worker.commit_epoch(batch.epoch)
                 self.epoch = batch.epoch
         except ElasticError as error:
@@ -170,7 +168,7 @@ class EnginePort:
 
     def _answer(self, result: RankMessage) -> None:
         answers = self._answers
-        if answers is None or result.engine_token != self.token:
+        if answers is None or not step_fence.obeys(self.token, result.engine_token):
             return
         try:
             answers.enqueue(result, timeout_s=STEP_ANSWER_TIMEOUT_S)

@@ -20,6 +20,7 @@ from membership.base import failpoints
 from membership.base.errors import ConfigError, CoverageLost, Fenced, WaitTimeout
 from membership.base.rank_id import RankId
 from membership.store.records import View
+from workers.protocol import step_fence
 from workers.protocol.bandwidth import Brake
 from workers.protocol.messages import CopyBlocks, StepBatch, StepResult, StepStatus
 from workers.rank.worker_api import WorkerContext
@@ -221,10 +222,10 @@ class EPWorker:
 
     def commit_epoch(self, epoch: int) -> None:
         """Use the prepared view of `epoch` from now on."""
-        if epoch == self._view.epoch:
+        if not step_fence.must_commit(self._view.epoch, epoch):
             return
         found = self._preparing.get(epoch)
-        if epoch < self._view.epoch or found is None or not found.ready:
+        if found is None or not found.ready:
             raise Fenced(f"rank {self.rank} is in epoch {self._view.epoch} and has not prepared epoch {epoch}")
         self._left |= _identities(self._view)
         self._view = found.view
@@ -281,10 +282,8 @@ class EPWorker:
 
     def _refuse(self, batch: StepBatch) -> str:
         """Why this batch must have no effect, else empty. Flips to the batch's epoch if that is prepared."""
-        if batch.engine_token < self._engine_token:
-            return f"engine token {batch.engine_token} is older than {self._engine_token}"
-        self._engine_token = batch.engine_token
         try:
+            self._engine_token = step_fence.follow(self._engine_token, batch.engine_token)
             self.commit_epoch(batch.epoch)
         except Fenced as error:
             return str(error)
