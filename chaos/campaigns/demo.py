@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 import threading
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -12,11 +11,14 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
-from chaos.campaigns.kill_rank import Receipt, Run, kill_rank, receipt
+from chaos.campaigns.campaign import Tell, seed_of
+from chaos.campaigns.kill_rank import KillRank
+from chaos.campaigns.targets import LocalTarget
 from chaos.campaigns.view import picture
+from chaos.cli.shared import progress, show_receipt
 from chaos.target.cluster import ServedCluster
 from chaos.workload.history import save
-from elastic.cli.flags import Output, OutputFlag, reported, write_json
+from elastic.cli.flags import Output, OutputFlag, reported
 
 FRAME_S = 0.25
 
@@ -34,66 +36,46 @@ def demo(
 ) -> None:
     """Serve a MoE model, stream, scale, kill -9 a rank, recover; print the receipt. Exit 1 if a promise broke."""
     with reported():
-        chosen = int(time.time()) % 100_000 if seed is None else seed
-        run = Run(seed=chosen)
+        run = KillRank(seed=seed_of(seed), ranks=ranks, at_least_s=seconds)
         with tempfile.TemporaryDirectory(prefix="elastic-ep-demo-") as folder:
-            path = model or _write_model(Path(folder) / "demo-moe")
+            path = model or write_model(Path(folder) / "demo-moe")
             with ServedCluster(path, ranks, state_dir=Path(folder) / "state") as cluster:
-                _play(cluster, ranks, seconds, run, plain=plain or output is Output.JSON)
-                outcome = receipt(run, cluster.events())
+                _play(cluster, run, plain=plain or output is Output.JSON)
+                receipt = run.receipt(cluster.events())
         if history is not None:
             save(history, run.history, run.oracle)
-        _print(outcome, output)
-        raise typer.Exit(0 if outcome.ok else 1)
+        show_receipt(receipt, "", output)
 
 
-def _write_model(directory: Path) -> Path:
+def write_model(directory: Path) -> Path:
+    """Write the shipped checkpoint there; returns the directory."""
     from elastic.demo.model import write_demo_model
 
     write_demo_model(directory)
     return directory
 
 
-def _play(cluster: ServedCluster, ranks: int, seconds: float, run: Run, *, plain: bool) -> None:
-    """Run the scenario, telling its steps line by line, or under a live picture."""
+def _play(cluster: ServedCluster, run: KillRank, *, plain: bool) -> None:
+    """Run it, its steps as lines or under a live picture."""
     console = Console(stderr=True)
     if plain or not console.is_terminal:
-        started = time.monotonic()
-
-        def tell(step: str) -> None:
-            console.print(f"{time.monotonic() - started:6.1f} s  {step}", highlight=False, soft_wrap=True)
-
-        kill_rank(cluster, ranks=ranks, seed=run.seed, seconds=seconds, run=run, tell=tell)
+        run.run(LocalTarget(cluster), progress())
         return
     step = ["starting"]
     ended = threading.Event()
+    tell: Tell = lambda now: step.__setitem__(0, now)  # noqa: E731
     with Live(console=console, refresh_per_second=8) as live:
         painter = threading.Thread(target=_paint, args=(cluster, run, step, live, ended), name="painter", daemon=True)
         painter.start()
         try:
-            kill_rank(
-                cluster, ranks=ranks, seed=run.seed, seconds=seconds, run=run, tell=lambda s: step.__setitem__(0, s)
-            )
+            run.run(LocalTarget(cluster), tell)
         finally:
             ended.set()
             painter.join(timeout=5.0)
 
 
-def _paint(cluster: ServedCluster, run: Run, step: list[str], live: Live, ended: threading.Event) -> None:
+def _paint(cluster: ServedCluster, run: KillRank, step: list[str], live: Live, ended: threading.Event) -> None:
     while not ended.wait(FRAME_S):
         if (cluster.state.path / "cluster.json").exists():
             client = cluster.client()
-            live.update(picture(client.status(), client.state(), run, cluster.events(), step[0]))
-
-
-def _print(outcome: Receipt, output: Output) -> None:
-    if output is Output.JSON:
-        write_json(outcome)
-        return
-    console = Console()
-    verdict = "[green]every promise held[/]" if outcome.ok else "[red]a promise broke[/]"
-    console.print(f"\n{verdict}: {outcome.requests} requests, {outcome.lost} lost, {outcome.duplicated} duplicated, "
-                  f"{outcome.altered} altered")  # fmt: skip
-    for line in outcome.broken:
-        console.print(f"  [red]-[/] {line}", highlight=False)
-    write_json(outcome)
+            live.update(picture(client.status(), client.state(), run.workload, cluster.events(), step[0]))

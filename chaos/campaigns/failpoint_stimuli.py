@@ -14,8 +14,8 @@ import httpx
 from chaos.faults import kill
 from chaos.faults.base import NotInjected
 from chaos.faults.site import ServedSite
-from chaos.target.cluster import ServedCluster
-from chaos.target.waiting import eventually
+from chaos.target.cluster import Cluster
+from chaos.target.waiting import until
 from elastic.cli.client import AdminClient
 from membership.base.errors import ElasticError, WaitTimeout
 from membership.base.failpoint_catalogue import EDGES, RPCS
@@ -34,7 +34,7 @@ LONG_REQUESTS, LONG_TOKENS = 6, 200
 class Scene:
     """The cluster as stimuli see it."""
 
-    def __init__(self, cluster: ServedCluster) -> None:
+    def __init__(self, cluster: Cluster) -> None:
         self.cluster, self.site = cluster, ServedSite(cluster)
 
     @property
@@ -75,7 +75,7 @@ class Scene:
             pids |= {state.engine.pid} if state.engine is not None else set()
             return state.active is None and state.leader_revision > 0 and pids.isdisjoint(dead)
 
-        eventually(quiet, f"a leader, no operation, and no record of processes {sorted(dead)}", timeout_s)
+        until(quiet, f"a leader, no operation, and no record of processes {sorted(dead)}", timeout_s)
         self.cluster.wait_serving(self.size, timeout_s=max(1.0, deadline - time.monotonic()))
 
     def change(self) -> None:
@@ -85,7 +85,7 @@ class Scene:
 
     def wait_spare(self) -> None:
         """Until a warm spare waits."""
-        eventually(lambda: any(a.spares for a in self.state.agents.values()), "a spare", READY_S)
+        until(lambda: any(a.spares for a in self.state.agents.values()), "a spare", READY_S)
 
 
 class UnderWay:
@@ -110,7 +110,7 @@ class UnderWay:
             found = self._scene.state.operations.get(name)
             return found if found is not None and not found.active else None
 
-        operation = eventually(over, f"operation {name} to end by its deadline", left)
+        operation = until(over, f"operation {name} to end by its deadline", left)
         return f", scale to {operation.target} {operation.phase}{f': {operation.error}' if operation.error else ''}"
 
 
@@ -203,7 +203,7 @@ def _change_and_cancel(scene: Scene) -> UnderWay:
 
 def _kill(victim: str) -> Begin:
     def begin(scene: Scene) -> UnderWay:
-        kill(eventually(lambda: scene.pid(victim), f"a process of {victim}", READY_S))
+        kill(until(lambda: scene.pid(victim), f"a process of {victim}", READY_S))
         return UnderWay(scene)
 
     return begin

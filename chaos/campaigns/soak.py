@@ -1,4 +1,4 @@
-"""The soak: hundreds of faults at random moments under load, many of them nested, then judgement.
+"""The soak: hundreds of faults at random moments under load, many of them nested.
 
 Ranks and other roles are killed, ranks are stopped until they are given up and then wake as zombies, etcd freezes or is
 started again. Each fault is proven by its injector; one that was not seen to happen does not count.
@@ -9,68 +9,122 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import msgspec
 
-from chaos.campaigns.endurance import Endurance, Tell
-from chaos.campaigns.strikes import Dose, Strike, holders, strikes
-from chaos.faults import kill
+from chaos.campaigns.bursts import Burst, Quota, bursts
+from chaos.campaigns.endurance import Endurance, EnduranceReceipt
 from chaos.faults.base import Injected, NotInjected
 from chaos.faults.catalogue import injector
-from chaos.faults.site import ServedSite
-from chaos.target import waiting
-from chaos.target.cluster import ServedCluster
-from chaos.target.footprint import Growth
-from chaos.workload.streams import Workload
+from chaos.faults.signals import kill
+from chaos.scenarios.victims import holders
+from chaos.target.waiting import LIMIT_S, until
+from chaos.workload.history import percentile
+from chaos.workload.streams import PROMPTS, Load, Workload
 from elastic.cli.client import wait_for
 from membership.base.errors import ElasticError
 from membership.operations.change import scale
-from membership.store.records import RankRecord
+from membership.store.records import ClusterState, RankRecord, View
 
-FLAGS = ("--restart-intensity", "1000", "--restart-window", "1s")  # the soak means to go on; see restart.py
-LENGTHS = (2, 1, 2, 3, 1, 2, 1, 3, 2, 1, 2, 40)  # of answers: many requests, and some that live through several faults
+FLAGS = ("--restart-intensity", "1000", "--restart-window", "1s")  # slots die often, on purpose
+LENGTHS = (2, 1, 2, 3, 1, 2, 1, 3, 2, 1, 2, 40)  # of answers: many requests, and some that outlast several faults
+LOAD = Load(streams=24, prompts=len(PROMPTS), lengths=LENGTHS)
+WHOLE_S = 120.0
 
 
-class SoakReceipt(msgspec.Struct, frozen=True, kw_only=True):
-    """What the soak proved; `broken` says which promises broke. All faults that are counted were seen to happen."""
+class SoakReceipt(EnduranceReceipt, frozen=True, kw_only=True):
+    """What the soak proved. All faults that are counted were seen to happen."""
 
-    ok: bool
-    seed: int
     kills: int
     zombies: int
     outages: int
     roles: int
-    strikes: dict[str, int]
-    requests: int
-    tokens: int
-    lost: int
-    duplicated: int
-    altered: int
+    strikes: dict[str, int]  # bursts of each kind
     non_2xx: int
-    seconds: float
     restored_p50_ms: float
     restored_max_ms: float
-    epochs: int
-    processes: tuple[int, int]
-    growth: tuple[Growth, ...]
-    broken: tuple[str, ...] = ()
 
 
 @dataclass(kw_only=True)
 class Soak(Endurance):
-    """What a soak has gathered so far."""
+    """Bursts of faults until the quota is used up, or the minutes are over."""
 
-    ranks: int
-    minutes: float = 0.0  # how long it goes on; 0: until the dose is dealt
-    dealt: list[Injected] = field(default_factory=list)
-    done: Counter[str] = field(default_factory=Counter)
+    unit = "kills"
+
+    quota: Quota
+    load: Load = LOAD
+    minutes: float = 0.0  # 0: until the quota is used up
+    injected: list[Injected] = field(default_factory=list)
+    bursts: Counter[str] = field(default_factory=Counter)
     restored_ms: list[float] = field(default_factory=list)
 
+    @property
+    def done(self) -> int:
+        """Ranks killed."""
+        return self.count("kills")
+
     def count(self, group: str) -> int:
-        """How many faults of a group (a field of Dose) were dealt."""
-        return sum(_group(fault) == group for fault in self.dealt)
+        """How many faults of a group (a field of Quota) were injected."""
+        return sum(_group(fault) == group for fault in self.injected)
+
+    def act(self, workload: Workload) -> None:
+        """Burst after burst, each followed by full strength."""
+        end = time.monotonic() + 60 * self.minutes
+        for burst in bursts(self.seed, self.quota, self.ranks):
+            if time.monotonic() > end if self.minutes else not self.missing(len(workload.records())):
+                break
+            self.restored_ms.append(_Injection(self, burst).inject())
+            self.bursts[burst.kind] += 1
+            if burst.kind != "role":
+                self.look(self.quota.kills)
+            if not self.minutes:
+                self._keep_pace(workload)
+            counts = ", ".join(f"{self.count(group)} {group}" for group in ("kills", "zombies", "outages"))
+            self.tell(f"{counts}; {burst.kind}: whole again after {self.restored_ms[-1]:.0f} ms; "
+                      f"{len(workload.records())} requests ended")  # fmt: skip
+
+    def _keep_pace(self, workload: Workload) -> None:
+        """Requests and kills end together: more kills in the meantime would be more than was asked for."""
+        wanted = min(1.0, self.done / self.quota.kills) * self.quota.requests
+        until(lambda: len(workload.records()) >= wanted, "requests to keep up with the kills")
+
+    def after(self) -> None:
+        """Note the leaks, and whether the cluster always came back."""
+        super().after()
+        others = f"{self.count('roles')} roles killed, {self.count('outages')} outages of etcd"
+        self.verify("G6", self.troubles, f"{others}: full strength each time")
+        longest_s = max(self.restored_ms, default=0.0) / 1000
+        waits = f"{len(self.restored_ms)} waits for full strength, the longest {longest_s:.1f} s"
+        self.verify("G8", self.troubles, waits)
+
+    def missing(self, requests: int) -> list[str]:
+        """What of the quota is not done yet, with so many requests ended."""
+        had = {group: self.count(group) for group in ("kills", "zombies", "outages", "roles")} | {"requests": requests}
+        wanted: dict[str, int] = msgspec.structs.asdict(self.quota)
+        return [f"{had[name]} {name} instead of {number}" for name, number in wanted.items() if had[name] < number]
+
+    def receipt(self) -> SoakReceipt:
+        """Check the finished run. Pure."""
+        broken = self.broken()
+        if not self.minutes:
+            broken += self.missing(len(self.history))
+        refused = sum(record.status != 200 for record in self.history)
+        if refused:
+            broken.append(f"{refused} requests were refused, though every expert came back in time")
+        return SoakReceipt(
+            **self.long_receipt(broken),
+            kills=self.count("kills"),
+            zombies=self.count("zombies"),
+            outages=self.count("outages"),
+            roles=self.count("roles"),
+            strikes=dict(self.bursts),
+            non_2xx=refused,
+            restored_p50_ms=round(percentile(self.restored_ms, 0.5), 1),
+            restored_max_ms=round(max(self.restored_ms, default=0.0), 1),
+        )
 
 
 def _group(fault: Injected) -> str:
@@ -81,184 +135,166 @@ def _group(fault: Injected) -> str:
     return "kills" if fault.victim.startswith("rank") else "roles"
 
 
-def run_soak(cluster: ServedCluster, soak: Soak, dose: Dose, streams: int, tell: Tell) -> None:
-    """Strikes under load until the dose is dealt, or the minutes are over; full strength at the end."""
-    with soak.under_load(cluster, soak.ranks, streams, tell, LENGTHS) as workload:
-        until = time.monotonic() + 60 * soak.minutes
-        for strike in strikes(soak.seed, dose, soak.ranks):
-            if time.monotonic() > until if soak.minutes else not missing(soak, dose, workload):
-                break
-            _Blow(cluster, soak, strike).deal()
-            if strike.kind != "role":
-                soak.look(cluster, soak.count("kills"), dose.kills)
-            if not soak.minutes:
-                _keep_pace(soak, dose, workload)
-            tell(f"{soak.count('kills')} kills, {soak.count('zombies')} zombies, {soak.count('outages')} outages; "
-                 f"{strike.kind}: whole again after {soak.restored_ms[-1]:.0f} ms; "
-                 f"{len(workload.records())} requests ended")  # fmt: skip
-    soak.verify(soak.count("kills"), "kills")
-    if soak.recorder is not None:
-        others = f"{soak.count('roles')} roles killed, {soak.count('outages')} outages of etcd: full strength each time"
-        soak.recorder.verified("G6", not soak.stuck, soak.stuck or others)
-        longest_s = max(soak.restored_ms, default=0.0) / 1000
-        waits = f"{len(soak.restored_ms)} waits for full strength, the longest {longest_s:.1f} s"
-        soak.recorder.verified("G8", not soak.stuck, soak.stuck or waits)
+class _Injection:
+    """Injects one burst. Each method named after a kind also says which incarnations must be replaced."""
 
-
-def _keep_pace(soak: Soak, dose: Dose, workload: Workload) -> None:
-    """Requests and kills come to their end together: to strike on meanwhile would deal more than was asked for."""
-    share = min(1.0, soak.count("kills") / dose.kills)
-    waiting.eventually(lambda: len(workload.records()) >= share * dose.requests, "requests to keep up with the kills")
-
-
-def missing(soak: Soak, dose: Dose, workload: Workload | None = None) -> list[str]:
-    """What of the dose is not dealt yet."""
-    had = {group: soak.count(group) for group in ("kills", "zombies", "outages", "roles")}
-    had["requests"] = len(workload.records() if workload is not None else soak.history)
-    wanted: dict[str, int] = msgspec.structs.asdict(dose)
-    return [f"{had[name]} {name} instead of {number}" for name, number in wanted.items() if had[name] < number]
-
-
-def judge(soak: Soak, dose: Dose) -> SoakReceipt:
-    """Judge a finished soak. Pure."""
-    verdict = soak.verdict()
-    restored = sorted(soak.restored_ms)
-    broken = soak.broken(soak.count("kills"), "kills")
-    if not soak.minutes:
-        broken += missing(soak, dose)
-    refused = sum(record.status != 200 for record in soak.history)
-    if refused:
-        broken.append(f"{refused} requests were refused, though every expert came back in time")
-    return SoakReceipt(
-        ok=not broken,
-        seed=soak.seed,
-        kills=soak.count("kills"),
-        zombies=soak.count("zombies"),
-        outages=soak.count("outages"),
-        roles=soak.count("roles"),
-        strikes=dict(soak.done),
-        requests=verdict.requests,
-        tokens=sum(len(record.tokens) for record in soak.history),
-        lost=verdict.count("lost"),
-        duplicated=verdict.count("duplicated"),
-        altered=verdict.count("altered"),
-        non_2xx=refused,
-        seconds=round(soak.seconds, 1),
-        restored_p50_ms=round(restored[len(restored) // 2], 1) if restored else 0.0,
-        restored_max_ms=round(restored[-1], 1) if restored else 0.0,
-        epochs=soak.epochs,
-        processes=soak.processes,
-        growth=soak.growth(),
-        broken=tuple(broken),
-    )
-
-
-class _Blow:
-    """One strike on its way: each method named after a kind deals it, and says which incarnations must be replaced."""
-
-    def __init__(self, cluster: ServedCluster, soak: Soak, strike: Strike) -> None:
-        self.cluster, self.soak, self.strike = cluster, soak, strike
-        self.site = ServedSite(cluster)
+    def __init__(self, soak: Soak, burst: Burst) -> None:
+        self.soak, self.burst = soak, burst
+        self.cluster, self.site = soak.cluster, soak.target.site
         self.dead: dict[int, int] = {}  # rank -> incarnation that has to be followed by another one
 
-    def deal(self) -> None:
-        """Strike, then wait until every slot serves again, those that were struck with a new incarnation."""
-        time.sleep(self.strike.pause_s)
-        self.before = waiting.serving(self.cluster)
+    def inject(self) -> float:
+        """Inject it, then wait until every slot serves again, the victims' with a new incarnation; how long, in ms."""
+        time.sleep(self.burst.pause_s)
+        self.before = until(lambda: _members(self._state()), "a record of each rank in the view")
         began = time.monotonic()
-        getattr(self, f"_{self.strike.kind}", self._deaths)()
-        self.soak.done[self.strike.kind] += 1
-        waiting.whole(self.cluster, self.soak.ranks, self.dead)
-        self.soak.restored_ms.append((time.monotonic() - began) * 1000)
+        getattr(self, f"_{self.burst.kind}", self._deaths)()
+        until(self._whole, f"{self.soak.ranks} ranks to serve, with others for {sorted(self.dead)}", WHOLE_S)
+        return (time.monotonic() - began) * 1000
 
-    def _kill(self, victim: str, pid: int) -> None:
-        killed = kill(pid)
-        self._note(Injected(
-            fault="kill", victim=victim, at=killed.sent_at, seen_at=killed.gone_at, pid=pid,
-            proof="its pidfd is readable: it is gone",
-        ))  # fmt: skip
+    def _whole(self) -> bool:
+        status = self.cluster.wait_serving(self.soak.ranks, timeout_s=WHOLE_S)
+        return all(each["incarnation"] > self.dead.get(each["rank"], -1) for each in status["ranks"])
 
-    def _note(self, fault: Injected) -> None:
-        self.soak.dealt.append(fault)
-        if self.soak.recorder is not None:
-            self.soak.recorder.dealt(fault)
+    def _state(self) -> ClusterState:
+        return self.cluster.client().state()
 
-    def _healed(self, fault: Injected) -> None:
-        if self.soak.recorder is not None:
-            self.soak.recorder.healed(fault)
-
-    def _kill_rank(self, record: RankRecord) -> None:
-        self._kill(f"rank {record.rank}", record.pid)
-        self.dead[record.rank] = record.incarnation
+    # --- kinds of bursts
 
     def _deaths(self) -> None:
         """One rank after the other."""
-        for number, rank in enumerate(self.strike.ranks):
-            if number and self.strike.kind == "commit":
-                waiting.staged(self.cluster, self.before[self.strike.ranks[0]])
-            if number and self.strike.delay_s:
-                time.sleep(self.strike.delay_s)
+        for number, rank in enumerate(self.burst.ranks):
+            if number and self.burst.kind == "commit":
+                self._wait_staged(self.before[self.burst.ranks[0]])
+            if number and self.burst.delay_s:
+                time.sleep(self.burst.delay_s)
             self._kill_rank(self.before[rank])
 
+    def _wait_staged(self, victim: RankRecord) -> None:
+        until(lambda: _staged(self._state(), victim), f"a view with a successor of rank {victim.rank}")
+
     def _holders(self) -> None:
-        view = self.cluster.client().state().view
-        for rank in holders(view.placement, self.strike.chance) if view is not None else ():
+        view = self._state().view
+        for rank in holders(view.placement, self.burst.chance) if view is not None else ():
             self._kill_rank(self.before[rank])
 
     def _newcomer(self) -> None:
+        """The successor of a rank dies, too: while it handshakes, loads, or has just been committed."""
         self._deaths()
-        newcomer = waiting.successor(self.cluster, self.before[self.strike.ranks[0]], self.strike.delay_s)
+        victim = self.before[self.burst.ranks[0]]
+        newcomer = until(lambda: _successor(self._state(), victim), f"a successor of rank {victim.rank}")
+        time.sleep(self.burst.delay_s)
         with suppress(ElasticError):  # it may fail by itself meanwhile; only a proven kill counts
             self._kill_rank(newcomer)
 
     def _scale(self) -> None:
         """A rank dies while one more is on its way; the operation ends, one way or the other."""
-        client, (rank,) = self.cluster.client(), self.strike.ranks
-        growing = client.propose(scale(self.soak.ranks + 1), op_id=None, if_epoch=None, timeout_s=waiting.LIMIT_S)
-        time.sleep(self.strike.delay_s)
+        client, (rank,) = self.cluster.client(), self.burst.ranks
+        growing = client.propose(scale(self.soak.ranks + 1), op_id=None, if_epoch=None, timeout_s=LIMIT_S)
+        time.sleep(self.burst.delay_s)
         self._kill_rank(self.before[rank])
-        for _ in wait_for(client, growing, 2 * waiting.LIMIT_S, threading.Event()):
+        for _ in wait_for(client, growing, 2 * LIMIT_S, threading.Event()):
             continue
         self.cluster.scale(self.soak.ranks)
 
     def _role(self) -> None:
         """The supervisor starts another one; an agent takes its ranks along."""
-        self._kill(self.strike.role, self.site.pid(self.strike.role))
-        if self.strike.role == "agent":
+        self._kill(self.burst.role, self.site.pid(self.burst.role))
+        if self.burst.role == "agent":
             self.dead |= {rank: record.incarnation for rank, record in self.before.items()}
 
     def _zombie(self) -> None:
         """Stopped until it is given up; awake again, it must find itself evicted and end."""
-        (rank,) = self.strike.ranks
+        (rank,) = self.burst.ranks
         stop = injector("stop", self.site, f"rank {rank}")
         stopped = stop.inject()
         try:
             self.dead[rank] = self.before[rank].incarnation
-            waiting.given_up(self.cluster, self.before[rank])
-            time.sleep(self.strike.delay_s)
+            until(lambda: _given_up(self._state(), self.before[rank]), f"rank {rank} to be given up")
+            time.sleep(self.burst.delay_s)
         finally:
             with suppress(NotInjected):  # its agent was faster, and has ended it: no zombie, and not counted
                 stop.heal()
                 self._note(stopped)
-                self._healed(stopped)
+                self._note_healed(stopped)
 
     def _freeze(self) -> None:
-        """etcd answers nobody for a while; who dies meanwhile is masked, and replaced afterwards."""
-        stop = injector("stop", self.site, "etcd")
-        frozen = stop.inject()
-        self._note(frozen)
-        try:
-            until = time.monotonic() + self.strike.delay_s
-            for rank in self.strike.ranks:
+        """etcd answers nothing for a while; ranks that die meanwhile are masked, and replaced afterwards."""
+        with self._outage("stop"):
+            end = time.monotonic() + self.burst.delay_s
+            for rank in self.burst.ranks:
                 self._kill_rank(self.before[rank])
-            time.sleep(max(0.0, until - time.monotonic()))
-        finally:
-            stop.heal()
-            self._healed(frozen)
+            time.sleep(max(0.0, end - time.monotonic()))
 
     def _restart(self) -> None:
-        restart = injector("etcd-down", self.site, "etcd")
-        ended = restart.inject()
-        self._note(ended)
-        restart.heal()
-        self._healed(ended)
+        with self._outage("etcd-down"):
+            pass
+
+    # --- faults
+
+    @contextmanager
+    def _outage(self, fault: str) -> Iterator[None]:
+        """A fault of etcd for the length of the block."""
+        outage = injector(fault, self.site, "etcd")
+        injected = outage.inject()
+        self._note(injected)
+        try:
+            yield
+        finally:
+            outage.heal()
+            self._note_healed(injected)
+
+    def _kill_rank(self, record: RankRecord) -> None:
+        self._kill(f"rank {record.rank}", record.pid)
+        self.dead[record.rank] = record.incarnation
+
+    def _kill(self, victim: str, pid: int) -> None:
+        killed = kill(pid)
+        proof = "its pidfd is readable: it is gone"
+        self._note(Injected(
+            fault="kill", victim=victim, at=killed.sent_at, seen_at=killed.gone_at, pid=pid, proof=proof,
+        ))  # fmt: skip
+
+    def _note(self, fault: Injected) -> None:
+        self.soak.injected.append(fault)
+        if self.soak.recorder is not None:
+            self.soak.recorder.dealt(fault)
+
+    def _note_healed(self, fault: Injected) -> None:
+        if self.soak.recorder is not None:
+            self.soak.recorder.healed(fault)
+
+
+# --- what is waited for, seen in one state of the store
+
+
+def _members(state: ClusterState) -> dict[int, RankRecord] | None:
+    """The record of each rank in the view; None while one has none (leases may have run out while etcd was away)."""
+    members = state.view.members if state.view is not None else ()
+    found = {member.rank: state.ranks.get(member.id) for member in members}
+    whole = {rank: record for rank, record in found.items() if record is not None}
+    return whole if len(whole) == len(found) else None
+
+
+def _successor(state: ClusterState, victim: RankRecord) -> RankRecord | None:
+    """A later incarnation of the victim, once it has a process."""
+    later = (r for r in state.ranks.values() if r.rank == victim.rank and r.incarnation > victim.incarnation and r.pid)
+    return next(later, None)
+
+
+def _staged(state: ClusterState, victim: RankRecord) -> bool:
+    """Whether a view with the victim's successor is staged, or, if that was too quick to be seen, committed."""
+
+    def has_successor(view: View | None) -> bool:
+        member = view.member(victim.rank) if view is not None else None
+        return member is not None and member.incarnation > victim.incarnation
+
+    return has_successor(state.next) or has_successor(state.view)
+
+
+def _given_up(state: ClusterState, victim: RankRecord) -> bool:
+    """Whether this incarnation is masked, or out of the view."""
+    member = state.view.member(victim.rank) if state.view is not None else None
+    if member is None or member.incarnation != victim.incarnation:
+        return True
+    return state.engine_status is not None and victim.rank in state.engine_status.masked

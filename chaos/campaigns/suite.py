@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from chaos.campaigns.endurance import Tell
+from chaos.campaigns.campaign import Tell
 
 Receipt = Mapping[str, Any]
 KILL_GRACE_S = 30.0

@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from chaos.campaigns.kill_rank import Run
+from chaos.workload.streams import Workload
 from elastic.cli.render import COLOURS
 from membership.base.events import Event
 from membership.store.records import ClusterState
@@ -21,14 +21,16 @@ SHOWN_EVENTS = {
 }  # fmt: skip
 
 
-def picture(status: dict[str, Any], state: ClusterState, run: Run, events: list[Event], step: str) -> RenderableType:
+def picture(
+    status: dict[str, Any], state: ClusterState, workload: Workload | None, events: list[Event], step: str
+) -> RenderableType:
     """One frame."""
     title = Text.assemble(
         ("elastic-ep ", "bold"), (status["state"], COLOURS.get(status["state"], "")), f"  epoch {status['epoch']}",
         f"  running {status['requests']['running']}  waiting {status['requests']['waiting']}", ("   " + step, "cyan"),
     )  # fmt: skip
     columns = Table.grid(padding=(0, 2))
-    columns.add_row(_grid(status, state), _streams(run))
+    columns.add_row(_grid(status, state), _streams(workload))
     return Panel(Group(title, Text(), columns, Text(), *_timeline(events)), border_style="dim")
 
 
@@ -50,11 +52,10 @@ def _grid(status: dict[str, Any], state: ClusterState) -> Table:
     return table
 
 
-def _streams(run: Run) -> Table:
+def _streams(workload: Workload | None) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim", title="streams", title_style="dim")
     table.add_column("stream", justify="right")
     table.add_column("tokens")
-    workload = run.workload
     if workload is not None:
         for number, count in sorted(workload.open_streams().items()):
             table.add_row(str(number), Text("▪" * min(count // 2, 48), "green"))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from chaos.campaigns.failpoint_matrix import ACTIONS, FLAGS, every_cell, run_matrix
+from chaos.campaigns.failpoint_matrix import ACTIONS, FLAGS, FailpointMatrix, every_cell
 from chaos.campaigns.failpoint_stimuli import SMALL
-from chaos.cli.endurance import served
+from chaos.campaigns.targets import LocalTarget
+from chaos.cli.shared import ModelFlag, served
 from elastic.cli.command import command
 from elastic.cli.connection import AdminConnection
 from elastic.cli.flags import Output, OutputFlag, reported, write_json
@@ -26,36 +26,38 @@ def failpoints(
 ) -> None:
     """Arm faults in a cluster that is served with --chaos, or show which are armed and which there are."""
     with connection.admin_client() as client:
-        told = client.failpoints() if spec is None else client.arm(spec)
+        found = client.failpoints() if spec is None else client.arm(spec)
     if output is Output.JSON:
-        write_json(told)
+        write_json(found)
         return
-    typer.echo(f"armed: {told['failpoints'] or 'nothing'}")
+    typer.echo(f"armed: {found['failpoints'] or 'nothing'}")
     if spec is None:
-        typer.echo(f"actions: {' '.join(told['actions'])}\npoints:\n  " + "\n  ".join(told["points"]))
+        typer.echo(f"actions: {' '.join(found['actions'])}\npoints:\n  " + "\n  ".join(found["points"]))
 
 
 def failpoint_matrix(
-    only: Annotated[str | None, typer.Option(help="Only the failpoints whose names begin so.")] = None,
+    only: Annotated[str | None, typer.Option(help="Only the failpoints whose names begin with this.")] = None,
     action: Annotated[list[str] | None, typer.Option(help="Only these actions; default: all three.")] = None,
-    model: Annotated[Path | None, typer.Option(help="Serve this checkpoint instead of the shipped one.")] = None,
+    model: ModelFlag = None,
     output: OutputFlag = Output.TEXT,
 ) -> None:
-    """A role that dies, raises or hangs at every failpoint, under load. Exit 1 if a promise broke, or none came by."""
+    """A role that dies, raises or hangs at every failpoint, under load. Exit 1 if a promise broke, or none passed."""
     with reported():
         cells = every_cell([point for point in POINTS if point.startswith(only or "")], tuple(action or ACTIONS))
         if not cells:
             raise ConfigError(f"there is no failpoint {only!r}", hint="see: elastic-chaos failpoints")
         started = time.monotonic()
+        matrix, total = FailpointMatrix(left=cells), len(cells)
         with served(model, SMALL, FLAGS) as (cluster, tell):
-            results = run_matrix(cluster, cells, tell)
+            matrix.run(LocalTarget(cluster), tell)
+        results = matrix.results
         failed = [each for each in results if not each.ok]
-        ok = not failed and len(results) == len(cells)
+        ok = not failed and len(results) == total
         if output is Output.TEXT:
-            typer.echo(f"{'every promise held' if ok else 'a promise broke'}: {len(results)} of {len(cells)} cells "
+            typer.echo(f"{'every promise held' if ok else 'a promise broke'}: {len(results)} of {total} cells "
                        f"in {time.monotonic() - started:.0f} s, {len(failed)} failed")  # fmt: skip
             for each in failed:
                 typer.echo(f"  - {each.point} {each.action}: {each.said}")
         else:
-            write_json({"ok": ok, "cells": len(cells), "results": results})
+            write_json({"ok": ok, "cells": total, "results": results})
         raise typer.Exit(0 if ok else 1)

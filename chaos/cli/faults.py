@@ -1,14 +1,14 @@
-"""`elastic-chaos faults`: what can be dealt, to whom; `role-matrix`: every process fault for every role."""
+"""`elastic-chaos faults`: the faults and their victims; `role-matrix`: every process fault for every role."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
-import msgspec
 import typer
 
-from chaos.campaigns.role_matrix import FLAGS, Cell, CellResult, all_cells, run_role_matrix
-from chaos.cli.endurance import ModelFlag, RanksFlag, served
+from chaos.campaigns.role_matrix import FLAGS, Cell, CellResult, MatrixReceipt, RoleMatrix, all_cells
+from chaos.campaigns.targets import LocalTarget
+from chaos.cli.shared import ModelFlag, RanksFlag, served
 from chaos.faults.catalogue import FAULTS, Fault
 from elastic.cli.flags import Output, OutputFlag, reported, write_json
 from membership.base.errors import ConfigError
@@ -18,23 +18,11 @@ OnlyFlag = Annotated[
 ]
 
 
-class MatrixReceipt(msgspec.Struct, frozen=True, kw_only=True):
-    """What the matrix proved."""
-
-    ok: bool
-    cells: int  # that were to be run
-    passed: int
-    requests: int
-    broken: int  # streams that ended with their gateway
-    seconds: float
-    results: tuple[CellResult, ...]
-
-
 def faults(
-    victim: Annotated[str, typer.Option(help="Only faults that can befall it: engine, rank, etcd, …")] = "",
+    victim: Annotated[str, typer.Option(help="Only faults that it can have: engine, rank, etcd, …")] = "",
     output: OutputFlag = Output.TEXT,
 ) -> None:
-    """List the faults that can be dealt, each with whom it befalls."""
+    """List the faults that can be injected, each with its victims."""
     found = {name: fault for name, fault in FAULTS.items() if not victim or fault.fits(victim)}
     if output is Output.JSON:
         write_json([_plain(name, fault) for name, fault in found.items()])
@@ -64,25 +52,19 @@ def _plain(name: str, fault: Fault) -> dict[str, object]:
 def role_matrix(
     only: OnlyFlag = None, ranks: RanksFlag = 3, model: ModelFlag = None, output: OutputFlag = Output.TEXT
 ) -> None:
-    """Deal every process fault to every role under load. Exit 1 if one was not dealt, or the cluster is not whole."""
+    """Inject every process fault into every role under load. Exit 1 if a cell failed."""
     with reported():
         cells = _chosen(only or [])
         results: list[CellResult] = []
         while len(results) < len(cells):  # a cell that its cluster does not survive costs one
             with served(model, ranks, FLAGS, seed=0) as (cluster, tell):
-                results += run_role_matrix(cluster, cells[len(results) :], tell, ranks)
-        passed = sum(result.ok for result in results)
-        receipt = MatrixReceipt(
-            ok=passed == len(cells),
-            cells=len(cells),
-            passed=passed,
-            requests=sum(result.requests for result in results),
-            broken=sum(result.broken for result in results),
-            seconds=round(sum(result.seconds for result in results), 1),
-            results=tuple(results),
-        )
+                matrix = RoleMatrix(left=cells[len(results) :], ranks=ranks)
+                matrix.run(LocalTarget(cluster), tell)
+                results += matrix.results
+        receipt = MatrixReceipt.of(len(cells), results)
         if output is Output.TEXT:
-            typer.echo(f"{passed} of {len(cells)} cells passed in {receipt.seconds} s; {receipt.requests} requests, "
+            typer.echo(f"{receipt.passed} of {receipt.cells} cells passed in {receipt.seconds} s; "
+                       f"{receipt.requests} requests, "
                        f"{receipt.broken} of them broke off with their gateway")  # fmt: skip
         else:
             write_json(receipt)

@@ -1,4 +1,4 @@
-"""The `elastic-chaos` command. Each command stands in the file of its kind; here they are put together."""
+"""The `elastic-chaos` command. Each command is in the file of its kind; here they are put together."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import FrameType
 import typer
 
 from chaos.campaigns.demo import demo
-from chaos.cli.endurance import churn, soak
+from chaos.cli.churn import churn
 from chaos.cli.failpoints import failpoint_matrix, failpoints
 from chaos.cli.faults import faults, role_matrix
 from chaos.cli.history import check
@@ -17,6 +17,7 @@ from chaos.cli.planted import planted
 from chaos.cli.report import report
 from chaos.cli.run import run, scenarios
 from chaos.cli.simulate import replay, simulate
+from chaos.cli.soak import soak
 from chaos.cli.suite import suite
 
 COMMANDS: dict[str, Callable[..., None]] = {

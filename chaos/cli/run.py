@@ -1,29 +1,28 @@
-"""`elastic-chaos run` and `scenarios`: play a written scenario, on a cluster of its own or on a running deployment."""
+"""`elastic-chaos run` and `scenarios`: run a written scenario, on a cluster of its own or on a running deployment."""
 
 from __future__ import annotations
 
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
-from chaos.campaigns.endurance import Tell
-from chaos.campaigns.run import Player
-from chaos.cli.endurance import ModelFlag
+from chaos.campaigns.campaign import Tell
+from chaos.campaigns.own_cluster import own_cluster, unable_here
+from chaos.campaigns.scenario_run import ScenarioRun
+from chaos.campaigns.targets import LocalTarget, RemoteTarget, Target
+from chaos.cli.shared import ModelFlag, progress, show_receipt
 from chaos.faults.catalogue import FAULTS
-from chaos.scenarios.bed import bed, unable_here
 from chaos.scenarios.blast_radius import HARMLESS, Limits, unfit
-from chaos.scenarios.dry_run import Rehearsal, Scene, rehearse
-from chaos.scenarios.keeping import keeping
+from chaos.scenarios.dry_run import DryRun, Expected
+from chaos.scenarios.dry_run import dry_run as plan
 from chaos.scenarios.reading import find, library
-from chaos.scenarios.verdict import Played, RunReceipt, receipt
+from chaos.scenarios.script import Inject
 from chaos.target.cluster import Cluster
-from chaos.target.stage import LocalStage, RemoteStage, Stage
 from elastic.cli.client import AdminClient
 from elastic.cli.command import command
 from elastic.cli.connection import AdminConnection
@@ -32,13 +31,13 @@ from elastic.serve.state_dir import StateDir
 from membership.base.errors import ConfigError, PlanRefused
 
 TargetFlag = Annotated[
-    str | None, typer.Option("--target", help="Play on the deployment at this URL, not on a new one.")
+    str | None, typer.Option("--target", help="Run on the deployment at this URL, not on a new one.")
 ]
 DownFlag = Annotated[int, typer.Option("--max-ranks-down", min=0, help="Target: never more ranks down at a time.")]
 UncoveredFlag = Annotated[
     bool, typer.Option("--allow-uncovered", help="Target: experts may lose their last live replica for a while.")
 ]
-RolesFlag = Annotated[str, typer.Option("--only-roles", help="Target: strike nobody else (comma-separated).")]
+RolesFlag = Annotated[str, typer.Option("--only-roles", help="Target: roles that may have faults (comma-separated).")]
 UnreadyFlag = Annotated[str, typer.Option("--max-unready", help="Target: stop if it is not ready for longer.")]
 BudgetFlag = Annotated[float, typer.Option("--max-seconds", min=1, help="Target: stop after this time.")]
 
@@ -49,7 +48,7 @@ def scenarios(output: OutputFlag = Output.TEXT) -> None:
     """The scenarios that there are."""
     with reported():
         for scenario in library():
-            faults = list(dict.fromkeys(blow.fault for blow in scenario.blows))
+            faults = list(dict.fromkeys(fault.fault for fault in scenario.faults))
             if output is Output.JSON:
                 write_json({"name": scenario.name, "about": scenario.about, "faults": faults, "seed": scenario.seed})
             else:
@@ -75,116 +74,96 @@ def run(
     yes: Annotated[bool, typer.Option("--yes", help="Target: do not ask before each fault.")] = False,
     output: OutputFlag = Output.TEXT,
 ) -> None:
-    """Play a scenario under load and judge what clients saw. Exit 1 if a promise broke. Ctrl-C takes faults back."""
+    """Run a scenario under load and check what clients saw. Exit 1 if a promise broke. Ctrl-C takes faults back."""
     wanted = find(scenario)
-    played = Played(wanted, wanted.seed if seed is None else seed)
+    played = ScenarioRun(scenario=wanted, seed=wanted.seed if seed is None else seed, watched=record is not None)
     played.replay = f"elastic-chaos run {scenario} --seed {played.seed}"
     if target is None:
-        _play_own(played, model, dry_run, record, output)
+        _run_own(played, model, dry_run, record, output)
         return
-    limits = Limits(
-        max_ranks_down=max_ranks_down, allow_uncovered=allow_uncovered, max_unready_s=seconds(max_unready),
-        max_seconds=max_seconds, only_roles=_roles(only_roles),
-    )  # fmt: skip
-    with _target(target, connection) as stage:
-        _play_there(played, stage, limits, dry_run, yes, record, output)
+    played.limits = Limits(
+        max_ranks_down=max_ranks_down,
+        allow_uncovered=allow_uncovered,
+        max_unready_s=seconds(max_unready),
+        max_seconds=max_seconds,
+        only_roles=_roles(only_roles),
+    )
+    with _target(target, connection) as there:
+        _run_there(played, there, dry_run, yes, record, output)
 
 
-def _play_own(played: Played, model: Path | None, dry_run: bool, record: Path | None, output: Output) -> None:
+def _run_own(played: ScenarioRun, model: Path | None, dry_run: bool, record: Path | None, output: Output) -> None:
     """On a cluster of its own."""
-    scenario = played.scenario
-    ranks, tell = scenario.cluster.ranks, _teller()
-    rehearsal = rehearse(scenario, played.seed, Scene(list(range(ranks)), unable=unable_here))
-    if dry_run:
-        _show(rehearsal, output)
-    _require_accepted(rehearsal)
-    tell(f"{scenario.name}, seed {played.seed}: {scenario.about}")
-    with bed(scenario, model) as cluster:
+    ranks = played.scenario.cluster.ranks
+    _plan(played, Expected(list(range(ranks)), unable=unable_here), dry_run, output)
+    tell = _announce(played)
+    with own_cluster(played.scenario, model) as cluster:
         cluster.wait_serving(ranks, tell=tell)
-        _finish(played, LocalStage(cluster), tell, record, output)
+        _finish(played, LocalTarget(cluster), tell, record, output)
 
 
-def _play_there(
-    played: Played, stage: Stage, limits: Limits, dry_run: bool, yes: bool, record: Path | None, output: Output
+def _run_there(
+    played: ScenarioRun, target: Target, dry_run: bool, yes: bool, record: Path | None, output: Output
 ) -> None:
     """On a running deployment, if it is fit for it and every step is within the limits."""
-    if why := unfit(stage.client.status()):
-        raise PlanRefused(f"nothing was done to {stage.url}: {why}")
-    view = stage.client.view()
-    scene = Scene(list(view.ranks), placement=view.placement, limits=limits, unable=stage.unable)
-    rehearsal = rehearse(played.scenario, played.seed, scene)
-    if dry_run:
-        _show(rehearsal, output)
-    _require_accepted(rehearsal)
+    if why := unfit(target.client.status()):
+        raise PlanRefused(f"nothing was done to {target.url}: {why}")
+    view = target.client.view()
+
+    def unable(step: Inject, victim: str) -> str:
+        return target.unable(step.fault, victim, step.needs)
+
+    expected = Expected(list(view.ranks), placement=view.placement, limits=played.limits, unable=unable)
+    _plan(played, expected, dry_run, output)
     if not yes and not sys.stdin.isatty():
-        raise ConfigError("nobody is here to be asked before each fault", hint="say --yes, or look first: --dry-run")
-    tell = _teller()
+        raise ConfigError("no terminal to ask before each fault", hint="say --yes, or look first: --dry-run")
+    played.confirm = lambda action: yes or typer.confirm(f"{action} on {target.url}?", err=True)
+    _finish(played, target, _announce(played), record, output)
 
-    def confirm(deed: str) -> bool:
-        return yes or typer.confirm(f"{deed} on {stage.url}?", err=True)
 
+def _finish(played: ScenarioRun, target: Target, tell: Tell, record: Path | None, output: Output) -> NoReturn:
+    """Run, check, print; exit 1 if a promise broke."""
+    with interruptible(signal.SIGINT, signal.SIGTERM) as played.stop:
+        played.run(target, tell)
+    if record is not None and played.recorder is not None:
+        played.recorder.write(record)
+    show_receipt(played.receipt(), f"{played.scenario.name}, {len(played.injected)} faults", output)
+
+
+def _announce(played: ScenarioRun) -> Tell:
+    """Report what runs, and from now on its progress."""
+    tell = progress()
     tell(f"{played.scenario.name}, seed {played.seed}: {played.scenario.about}")
-    _finish(played, stage, tell, record, output, limits, confirm)
+    return tell
 
 
-def _finish(
-    played: Played, stage: Stage, tell: Tell, record: Path | None, output: Output,
-    limits: Limits | None = None, confirm: Callable[[str], bool] = lambda deed: True,
-) -> None:  # fmt: skip
-    """Play, judge, print; exit 1 if a promise broke."""
-    asked = interruptible(signal.SIGINT, signal.SIGTERM)
-    with asked as stop, keeping(stage, played, recorded=record is not None) as keeper:
-        Player(played, stage, keeper, tell=tell, stop=stop, limits=limits, confirm=confirm).play()
-        outcome = receipt(played)
-        keeper.verified("G3", not outcome.lost + outcome.duplicated + outcome.altered, _counts(outcome))
-        keeper.verified("G6", not played.troubles, "; ".join(played.troubles) or "whole in the end")
-    if record is not None:
-        keeper.write(record)
-    if output is Output.TEXT:
-        faults = sum(outcome.faults.values())
-        typer.echo(f"{'every promise held' if outcome.ok else 'a promise broke'}: {played.scenario.name}, "
-                   f"{faults} faults, {_counts(outcome)}")  # fmt: skip
-        for line in outcome.broken:
-            typer.echo(f"  - {line}")
-    write_json(outcome)
-    raise typer.Exit(0 if outcome.ok else 1)
-
-
-def _counts(outcome: RunReceipt) -> str:
-    kinds = {"lost": outcome.lost, "duplicated": outcome.duplicated, "altered": outcome.altered}
-    told = (f"{count} {kind}" for kind, count in {**kinds, "refused": outcome.non_2xx}.items())
-    return ", ".join((f"{outcome.requests} requests", *told))
-
-
-def _teller() -> Tell:
-    """How to say on stderr what goes on."""
-    started = time.monotonic()
-    return lambda step: typer.echo(f"{time.monotonic() - started:6.1f} s  {step}", err=True)
-
-
-def _require_accepted(rehearsal: Rehearsal) -> None:
-    if rehearsal.refused:
-        first, more = rehearsal.refused[0], len(rehearsal.refused) - 1
+def _plan(played: ScenarioRun, expected: Expected, show: bool, output: Output) -> None:
+    """Do a dry run. If it is to be shown, show it and exit; PlanRefused if a step is refused."""
+    planned = plan(played.scenario, played.seed, expected)
+    if show:
+        _show(planned, output)
+    if planned.refused:
+        first, more = planned.refused[0], len(planned.refused) - 1
         others = f"; so are {more} more steps: see --dry-run" if more else ""
         raise PlanRefused(f"nothing was done: step {first.step} ({first.does}) is refused: {first.refused}{others}")
 
 
-def _show(rehearsal: Rehearsal, output: Output) -> NoReturn:
+def _show(planned: DryRun, output: Output) -> NoReturn:
     """Show what would be done. Exit as `elastic scale --plan` does."""
     if output is Output.JSON:
-        write_json(rehearsal)
+        write_json(planned)
     else:
-        typer.echo(f"{rehearsal.scenario}, seed {rehearsal.seed}")
-        for step in rehearsal.steps:
+        typer.echo(f"{planned.scenario}, seed {planned.seed}")
+        for step in planned.steps:
             victims = f" -> {', '.join(step.victims)}" if step.victims else ""
             needs = f" [needs {', '.join(step.needs)}]" if step.needs else ""
             refused = f" REFUSED: {step.refused}" if step.refused else ""
             typer.echo(f"{step.step:>5}  {step.does}{victims}{needs}{refused}")
-    raise typer.Exit(1 if rehearsal.refused else 2 if rehearsal.changes else 0)
+    raise typer.Exit(1 if planned.refused else 2 if planned.changes else 0)
 
 
 def _roles(text: str) -> tuple[str, ...]:
-    """Roles, and what else the catalogue's faults befall."""
+    """Roles, and the other victims of the catalogue's faults."""
     known = {victim for fault in FAULTS.values() for victim in fault.victims}
     named = tuple(name.strip() for name in text.split(",") if name.strip())
     if unknown := [name for name in named if name not in known]:
@@ -193,20 +172,20 @@ def _roles(text: str) -> tuple[str, ...]:
 
 
 @contextmanager
-def _target(url: str, connection: AdminConnection) -> Iterator[Stage]:
+def _target(url: str, connection: AdminConnection) -> Iterator[Target]:
     """The deployment at `url`, through its state directory if it is on this machine, else through its admin API."""
     url = url.rstrip("/")
     if connection.state_dir is not None:
         cluster = Cluster(StateDir(connection.state_dir))
         if cluster.url.rstrip("/") != url:
             raise ConfigError(f"the cluster in {connection.state_dir} is served at {cluster.url}, not at {url}")
-        stage: Stage = LocalStage(cluster)
+        target: Target = LocalTarget(cluster)
     elif connection.admin:
-        stage = RemoteStage(url, AdminClient(connection.admin, connection.admin_token))
+        target = RemoteTarget(url, AdminClient(connection.admin, connection.admin_token))
     else:
         raise ConfigError(
-            "a target needs a way to be looked at and struck",
+            "a target needs a way to inject faults",
             hint="give --state-dir (this machine) or --admin and --token",
         )
-    with closing(stage):
-        yield stage
+    with closing(target):
+        yield target

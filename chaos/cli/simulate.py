@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from chaos.campaigns.endurance import seed_of
+from chaos.campaigns.campaign import seed_of
 from chaos.simulation.life import Life, Step, live
 from chaos.simulation.swarm import Progress, SimulationReceipt
 from elastic.cli.flags import Output, OutputFlag, write_json

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -10,9 +9,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from chaos.campaigns.endurance import seed_of
+from chaos.campaigns.campaign import seed_of
 from chaos.campaigns.suite import SuiteReceipt, run_suite
 from chaos.campaigns.suite_parts import parts
+from chaos.cli.shared import progress
 from elastic.cli.flags import Output, OutputFlag, reported, write_json
 from membership.base.errors import ConfigError
 
@@ -21,9 +21,7 @@ def suite(
     only: Annotated[list[str] | None, typer.Option(help="Only these parts.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of all that is drawn.")] = None,
     out: Annotated[Path, typer.Option(help="Where receipts, logs and the record go.")] = Path("chaos-report"),
-    pace: Annotated[
-        bool, typer.Option(help="Judge how fast the simulation is, too: it wants two cores for itself.")
-    ] = True,
+    pace: Annotated[bool, typer.Option(help="Also check how fast the simulation is: needs two idle cores.")] = True,
     output: OutputFlag = Output.TEXT,
 ) -> None:
     """Everything that proves the promises, part by part, and one table of it. Exit 1 if any goal was missed."""
@@ -36,13 +34,8 @@ def suite(
             if name not in names:
                 raise ConfigError(f"there is no part {name!r}", hint=f"there are {', '.join(names)}")
         typer.echo(f"seed {chosen}", err=True)
-        began = time.monotonic()
-
-        def tell(step: str) -> None:
-            typer.echo(f"{time.monotonic() - began:6.1f} s  {step}", err=True)
-
         wanted = [[part for part in stage if part.name in (only or names)] for stage in stages]
-        receipt = run_suite(wanted, chosen, out, tell)
+        receipt = run_suite(wanted, chosen, out, progress())
         if output is Output.JSON:
             write_json(receipt)
         else:

@@ -7,11 +7,12 @@ from typing import Any
 
 import msgspec
 
+from chaos.scenarios.victims import number_of
 from membership.placement.plan import coverage
 from membership.store.records import Placement
 
 HARMLESS = ("rank", "controller", "engine", "engine-standby")  # their death loses no request: a successor goes on
-FOR_EVER = ("supervisor",)  # nobody starts these again
+FOR_EVER = ("supervisor",)  # nothing starts these again
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,21 +43,22 @@ def unfit(status: Mapping[str, Any]) -> str:
 
 
 def too_much(victims: Sequence[str], down: Collection[int], placement: Placement, limits: Limits) -> str:
-    """Why these victims may not be struck together while the ranks in `down` are; "" if they may."""
+    """Why these victims may not have faults together while the ranks in `down` are down; "" if they may."""
     for victim in victims:
         role = victim.partition(" ")[0]
         if role in FOR_EVER:
-            return f"nobody would start the {role} again; a scenario with it needs a cluster of its own (no --target)"
+            return f"nothing would start the {role} again; a scenario with it needs a cluster of its own (no --target)"
         if role not in limits.only_roles:
             allowed = ",".join((*limits.only_roles, role))
-            return f"{victim} is not among the roles that may be struck; to allow it: --only-roles {allowed}"
-    struck = {int(victim.split()[1]) for victim in victims if _is_number(victim)}
+            return f"{victim} is not among the roles that may have faults; to allow it: --only-roles {allowed}"
+    numbers = [number_of(victim) for victim in victims]
+    hit = {number for number in numbers if number is not None}
     if "agent" in victims:  # its ranks die with it
-        struck |= set(placement)
-    others = sum(victim.startswith("rank ") and not _is_number(victim) for victim in victims)
-    gone = struck | set(down)
+        hit |= set(placement)
+    others = sum(victim.startswith("rank ") and number_of(victim) is None for victim in victims)
+    gone = hit | set(down)
     count = len(gone) + others
-    if struck or others:
+    if hit or others:
         if count > limits.max_ranks_down:
             named = f" ({', '.join(map(str, sorted(gone)))})" if gone else ""
             return (
@@ -70,7 +72,3 @@ def too_much(victims: Sequence[str], down: Collection[int], placement: Placement
                 "choose other ranks or more redundancy, or allow it: --allow-uncovered"
             )
     return ""
-
-
-def _is_number(victim: str) -> bool:
-    return victim.startswith("rank ") and victim.removeprefix("rank ").isdigit()

@@ -1,4 +1,4 @@
-"""A scenario as it would go: each step with its victims, what it needs, and why it would be refused. Pure.
+"""The dry run of a scenario: each step with its victims, what it needs, and why it would be refused. Pure.
 
 The random choices are those of the run with the same seed, as long as the ranks are the ones that are expected here.
 """
@@ -12,13 +12,10 @@ from dataclasses import dataclass, field
 import msgspec
 
 from chaos.faults.base import NotInjected
-from chaos.faults.catalogue import FAULTS
 from chaos.scenarios.blast_radius import Limits, too_much
-from chaos.scenarios.script import BACK, Blow, Change, Heal, Release, Scenario, Step, Wait
-from chaos.scenarios.victims import Chooser, Sight
+from chaos.scenarios.script import BACK, Change, Heal, Inject, Release, Scenario, Step, Wait
+from chaos.scenarios.victims import Chooser, Sight, number_of
 from membership.store.records import Placement
-
-CHAOS = "--chaos"
 
 
 class Planned(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,7 +28,7 @@ class Planned(msgspec.Struct, frozen=True, kw_only=True):
     refused: str = ""
 
 
-class Rehearsal(msgspec.Struct, frozen=True, kw_only=True):
+class DryRun(msgspec.Struct, frozen=True, kw_only=True):
     """A whole run."""
 
     scenario: str
@@ -50,13 +47,13 @@ class Rehearsal(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass
-class Scene:
-    """The cluster as it is expected to be. Without limits (a cluster of its own) nothing is too much."""
+class Expected:
+    """The cluster as it is expected to be. Without limits (a cluster of its own) every fault is allowed."""
 
     ranks: list[int]
     placement: Placement = field(default_factory=dict)
     limits: Limits | None = None
-    unable: Callable[[Blow, str], str] = lambda blow, victim: ""  # why this fault cannot be dealt there
+    unable: Callable[[Inject, str], str] = lambda step, victim: ""  # why this fault cannot be injected there
     drained: list[int] = field(default_factory=list)
     down: set[int] = field(default_factory=set)
 
@@ -73,70 +70,68 @@ class Scene:
         self.ranks = sorted(self.ranks)[:wanted]
 
 
-def rehearse(scenario: Scenario, seed: int, scene: Scene) -> Rehearsal:
+def dry_run(scenario: Scenario, seed: int, expected: Expected) -> DryRun:
     """What a run with this seed would do, step by step."""
     chooser = Chooser(random.Random(seed))
     steps: list[Planned] = []
     for turn in range(1, scenario.repeat + 1):
         chooser.next_round()
-        for number, step in enumerate(scenario.steps, start=1):
-            name = f"{turn}.{number}" if scenario.repeat > 1 else str(number)
+        for name, step in scenario.numbered(turn):
             try:
-                steps.append(_planned(name, step, chooser, scene))
+                steps.append(_planned(name, step, chooser, expected))
             except NotInjected as error:
                 steps.append(Planned(step=name, does=step.words, refused=str(error)))
-    return Rehearsal(scenario=scenario.name, seed=seed, steps=tuple(steps))
+    return DryRun(scenario=scenario.name, seed=seed, steps=tuple(steps))
 
 
-def _planned(name: str, step: Step, chooser: Chooser, scene: Scene) -> Planned:
+def _planned(name: str, step: Step, chooser: Chooser, expected: Expected) -> Planned:
     match step:
-        case Blow():
-            return _blow(name, step, chooser, scene)
+        case Inject():
+            return _inject(name, step, chooser, expected)
         case Wait():
             if step.state == "whole":
-                scene.down.clear()
+                expected.down.clear()
             return Planned(step=name, does=step.words)
         case Change():
-            return _change(name, step, chooser, scene)
+            return _change(name, step, chooser, expected)
         case Release():
-            return Planned(step=name, does=step.words, victims=chooser.choose(step.victim, Sight(scene.ranks)))
+            return Planned(step=name, does=step.words, victims=chooser.choose(step.victim, Sight(expected.ranks)))
         case Heal():
             return Planned(step=name, does=step.words)
 
 
-def _blow(name: str, blow: Blow, chooser: Chooser, scene: Scene) -> Planned:
-    sight = Sight(scene.ranks, placement=scene.placement)
-    victims = tuple(each for victim in blow.victims for each in chooser.choose(victim, sight))
-    refused = next((why for each in victims if (why := scene.unable(blow, each))), "")
-    if not refused and scene.limits is not None:
-        refused = too_much(victims, scene.down, scene.placement, scene.limits)
-    scene.down |= {int(each.split()[1]) for each in victims if each.startswith("rank ") and each.split()[1].isdigit()}
-    return Planned(step=name, does=blow.words, victims=victims, needs=needs_of(blow), refused=refused)
+def _inject(name: str, step: Inject, chooser: Chooser, expected: Expected) -> Planned:
+    sight = Sight(expected.ranks, placement=expected.placement)
+    victims = tuple(each for victim in step.victims for each in chooser.choose(victim, sight))
+    refused = next((why for each in victims if (why := expected.unable(step, each))), "")
+    if not refused and expected.limits is not None:
+        refused = too_much(victims, expected.down, expected.placement, expected.limits)
+    expected.down |= _numbers(victims)
+    return Planned(step=name, does=step.words, victims=victims, needs=step.needs, refused=refused)
 
 
-def _change(name: str, change: Change, chooser: Chooser, scene: Scene) -> Planned:
+def _change(name: str, change: Change, chooser: Chooser, expected: Expected) -> Planned:
     victims: tuple[str, ...]
     if change.victims == (BACK,):
-        scene.ranks, scene.drained = sorted(scene.ranks + scene.drained), []
+        expected.ranks, expected.drained = sorted(expected.ranks + expected.drained), []
         victims = change.victims
     else:
-        victims = tuple(each for v in change.victims for each in chooser.choose(v, Sight(scene.ranks)))
-    slots = [int(each.split()[1]) for each in victims if each.startswith("rank ") and each.split()[1].isdigit()]
+        victims = tuple(each for v in change.victims for each in chooser.choose(v, Sight(expected.ranks)))
     if change.kind == "scale":
-        scene.resized(change)
+        expected.resized(change)
     elif change.kind == "drain":
-        scene.ranks = [rank for rank in scene.ranks if rank not in slots]
-        scene.drained += slots
-    strikes = [_blow(name, strike, chooser, scene) for strike in change.strikes]
+        expected.ranks = [rank for rank in expected.ranks if rank not in _numbers(victims)]
+        expected.drained += sorted(_numbers(victims))
+    faults = [_inject(name, fault, chooser, expected) for fault in change.faults]
     return Planned(
         step=name,
         does=change.words,
-        victims=(*victims, *(victim for strike in strikes for victim in strike.victims)),
-        needs=tuple(dict.fromkeys(need for strike in strikes for need in strike.needs)),
-        refused=next((strike.refused for strike in strikes if strike.refused), ""),
+        victims=(*victims, *(victim for fault in faults for victim in fault.victims)),
+        needs=tuple(dict.fromkeys(need for fault in faults for need in fault.needs)),
+        refused=next((fault.refused for fault in faults if fault.refused), ""),
     )
 
 
-def needs_of(blow: Blow) -> tuple[str, ...]:
-    """What a fault needs of the machine or the cluster."""
-    return tuple(dict.fromkeys((*((CHAOS,) if blow.at else ()), *FAULTS[blow.fault].needs)))
+def _numbers(victims: tuple[str, ...]) -> set[int]:
+    """The ranks among them that are known beforehand."""
+    return {number for victim in victims if (number := number_of(victim)) is not None}

@@ -1,4 +1,4 @@
-"""Who is meant by `rank any`, `rank other`, …: chosen with the seed's random numbers. Pure.
+"""Which ranks `rank any`, `rank other`, … are: chosen with the seed's random numbers. Pure.
 
 The same choices are made beforehand by a dry run: what is not known before (`newest`, `holders`) stays a word there.
 """
@@ -10,22 +10,33 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from chaos.campaigns.strikes import holders
 from chaos.faults.base import NotInjected
 
 RULES = {
     "any": "one at random",
-    "other": "one that was not struck in this round; the least struck so far",
-    "same": "the one that was struck or changed last",
+    "other": "one that was no victim in this round; of these, the one that was a victim least often",
+    "same": "the last victim of a fault or a change",
     "newest": "the one that was started last",
     "holders": "all that hold one of the experts with the fewest replicas",
     "all": "every one",
 }
 
 
+def is_rank(text: str) -> bool:
+    """Whether it names a rank, by number or by rule."""
+    kind, _, which = text.partition(" ")
+    return kind == "rank" and (which in RULES or which.isdigit())
+
+
+def number_of(victim: str) -> int | None:
+    """The number of "rank 2"; None of a role, or of a rank that is not chosen yet."""
+    kind, _, which = victim.partition(" ")
+    return int(which) if kind == "rank" and which.isdigit() else None
+
+
 @dataclass(frozen=True)
 class Sight:
-    """The ranks as they are now. Beforehand there is no placement to be seen, and nobody is the newest."""
+    """The ranks as they are now. In a dry run there is no placement to be seen, and no rank is the newest."""
 
     ranks: Sequence[int]
     newest: int | None = None
@@ -34,7 +45,7 @@ class Sight:
 
 @dataclass
 class Chooser:
-    """Chooses, and remembers who was chosen."""
+    """Chooses, and remembers its choices."""
 
     random: random.Random
     times: Counter[int] = field(default_factory=Counter)
@@ -69,7 +80,7 @@ class Chooser:
                 return (self._one([rank for rank in fresh if self.times[rank] == least], which),)
             case "same":
                 if self.last is None:
-                    raise NotInjected("no rank was struck yet: there is no `rank same`")
+                    raise NotInjected("no rank was a victim yet: there is no `rank same`")
                 return (self.last,)
             case "newest":
                 return None if sight.newest is None else (sight.newest,)
@@ -84,3 +95,18 @@ class Chooser:
         if not ranks:
             raise NotInjected(f"there is no rank left for `rank {which}`")
         return self.random.choice(ranks)
+
+
+def holders(placement: Mapping[int, Sequence[Sequence[int]]], chance: float) -> tuple[int, ...]:
+    """All ranks that hold one of the experts, the one at `chance` (in [0, 1)) among those with the fewest holders.
+
+    `placement`: rank -> per layer the experts in its slots.
+    """
+    found: dict[tuple[int, int], set[int]] = {}
+    for rank, layers in placement.items():
+        for layer, experts in enumerate(layers):
+            for expert in experts:
+                found.setdefault((layer, expert), set()).add(rank)
+    fewest = min(len(each) for each in found.values())
+    choice = sorted(tuple(sorted(each)) for each in found.values() if len(each) == fewest)
+    return choice[int(chance * len(choice))]

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,17 +15,20 @@ from typing import Any
 
 import httpx
 
+from chaos.target.waiting import until
 from elastic.cli.client import StoreClient, wait_for
 from elastic.serve.etcd_server import free_ports
 from elastic.serve.state_dir import StateDir
-from membership.base.errors import ElasticError, WaitTimeout
-from membership.base.events import Event, EventLog
+from membership.base.errors import ElasticError
+from membership.base.events import Event, EventLog, Tail
 from membership.operations.change import Change, scale
 from membership.store.etcd import connect
 from membership.store.interface import Store
 from membership.store.records import Operation, Phase
 from workers.agent.forkserver_client import FORKSERVER_FD
 from workers.agent.zygote import Zygote
+
+STATUS_POLL_S = 0.05
 
 
 class Cluster:
@@ -77,27 +79,27 @@ class Cluster:
         self, ranks: int, timeout_s: float = 120.0, tell: Callable[[str], None] = lambda _: None
     ) -> dict[str, Any]:
         """Wait until requests are answered by exactly `ranks` serving ranks, none of them masked; the status then."""
-        deadline = time.monotonic() + timeout_s
         last = ""
-        while True:
+
+        def serving() -> dict[str, Any] | None:
+            nonlocal last
             self.require_alive()
-            if (self.state.path / "cluster.json").exists():
-                status = self.status()
-                states = [r["state"] for r in status["ranks"]]
-                now = f"{status['state']}, ranks {', '.join(states) or 'none yet'}"
-                if status["state"] == "serving" and states.count("serving") == ranks == len(states):
-                    if self._gateway_ready():
-                        return status
-                    now += ", no gateway ready"
-                if now != last:
-                    last = now
-                    tell(now)
-            if time.monotonic() > deadline:
-                raise WaitTimeout(
-                    f"not serving with {ranks} ranks within {timeout_s:.0f} s; last seen: {last}",
-                    hint=f"see {self.state.path}/logs",
-                )
-            time.sleep(0.05)
+            if not (self.state.path / "cluster.json").exists():
+                return None
+            status = self.status()
+            states = [rank["state"] for rank in status["ranks"]]
+            now = f"{status['state']}, ranks {', '.join(states) or 'none yet'}"
+            if status["state"] == "serving" and states.count("serving") == ranks == len(states):
+                if self._gateway_ready():
+                    return status
+                now += ", no gateway ready"
+            if now != last:
+                last = now
+                tell(now)
+            return None
+
+        what = f"serving with {ranks} ranks; see {self.state.path}/logs; last seen: "
+        return until(serving, lambda: what + last, timeout_s, poll_s=STATUS_POLL_S)
 
     def _gateway_ready(self) -> bool:
         try:
@@ -110,7 +112,7 @@ class Cluster:
         return self.change(scale(target), timeout_s)
 
     def change(self, change: Change, timeout_s: float = 120.0) -> Operation:
-        """Have it done and wait for the end; ElasticError if it was rolled back."""
+        """Have a change made and wait for the end; ElasticError if it was rolled back."""
         client = self.client()
         operation = client.propose(change, op_id=None, if_epoch=None, timeout_s=timeout_s)
         *_, operation = wait_for(client, operation, timeout_s + 10.0, threading.Event())
@@ -120,16 +122,8 @@ class Cluster:
 
     def wait_event(self, wanted: Callable[[Event], bool], what: str, timeout_s: float = 60.0) -> Event:
         """The first event that `wanted` accepts."""
-        stop = threading.Event()
-        timer = threading.Timer(timeout_s, stop.set)
-        timer.start()
-        try:
-            for event in EventLog.follow(self.state.events, stop):
-                if wanted(event):
-                    return event
-        finally:
-            timer.cancel()
-        raise WaitTimeout(f"no event within {timeout_s:.0f} s: {what}")
+        tail = Tail(self.state.events)
+        return until(lambda: next(filter(wanted, tail.read() or ()), None), f"the event {what}", timeout_s)
 
     def require_alive(self) -> None:
         """ElasticError if it is served no more."""

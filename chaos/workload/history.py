@@ -53,6 +53,10 @@ class Verdict(msgspec.Struct, frozen=True):
         """How many requests were lost, duplicated or altered."""
         return sum(d.kind == kind for d in self.differences)
 
+    def explained(self, most: int) -> list[str]:
+        """The first `most` differences, a line each."""
+        return [f"request {d.prompt} {d.kind}: {d.explanation}" for d in self.differences[:most]]
+
     @property
     def ok(self) -> bool:
         """Nothing differs, and there was something to compare."""
@@ -83,6 +87,11 @@ def difference(seen: RequestRecord, expected: RequestRecord) -> Difference | Non
     if len(seen.tokens) > len(expected.tokens) and is_subsequence(expected.tokens, seen.tokens):
         return Difference(seen.prompt, "duplicated", story)
     return Difference(seen.prompt, "altered", story)
+
+
+def broke_off(seen: RequestRecord, expected: RequestRecord) -> bool:
+    """Whether it ended early, and all that it brought is right: what a gateway's death may do to its streams."""
+    return not seen.complete and seen.tokens == expected.tokens[: len(seen.tokens)]
 
 
 def compare(history: Iterable[RequestRecord], oracle: Mapping[int, RequestRecord]) -> Verdict:

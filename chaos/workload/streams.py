@@ -9,8 +9,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import httpx
+import msgspec
 
 from chaos.workload.history import RequestRecord
 from membership.base.errors import WaitTimeout
@@ -22,7 +24,31 @@ PROMPTS = (
     "Comparison operators", "A context manager", "The return statement", "Integer literals", "The while statement",
 )  # fmt: skip
 
+Positive = Annotated[int, msgspec.Meta(ge=1)]
 PAUSE_S = 0.05  # before the next request of a stream whose last one failed: whoever listens there may be starting
+
+
+class Load(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How much is asked of a cluster: streams at a time, tokens per answer, and how many of PROMPTS are used."""
+
+    streams: Positive = 8
+    max_tokens: Positive = 64
+    prompts: Positive = 8
+    lengths: tuple[Positive, ...] = ()  # of answers, in turn, instead of `max_tokens`
+    rest_s: float = 0.0  # of a stream between two requests
+
+    def workload(self, url: str, model: str, seed: int) -> Workload:
+        """The streams that ask for it."""
+        return Workload(
+            url,
+            model,
+            prompts=PROMPTS[: self.prompts],
+            concurrency=self.streams,
+            max_tokens=self.max_tokens,
+            lengths=self.lengths,
+            seed=seed,
+            rest_s=self.rest_s,
+        )
 
 
 class Workload:

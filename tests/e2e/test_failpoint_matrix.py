@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from chaos.campaigns.failpoint_matrix import FLAGS, every_cell, run_matrix
+from chaos.campaigns.failpoint_matrix import FLAGS, FailpointMatrix, every_cell
 from chaos.campaigns.failpoint_stimuli import SMALL, STIMULI
+from chaos.campaigns.targets import LocalTarget
 from chaos.target.cluster import ServedCluster
 from membership.base.failpoint_catalogue import POINTS
 from workers.agent.zygote import Zygote
@@ -31,6 +32,7 @@ def test_every_point_has_a_stimulus() -> None:
 
 def test_a_sample_of_cells(demo_model: Path, tmp_path: Path, zygote: Zygote) -> None:
     with ServedCluster(demo_model, SMALL, state_dir=tmp_path / "state", flags=FLAGS, zygote=zygote) as cluster:
-        results = run_matrix(cluster, SAMPLE)
-    assert sorted((each.point, each.action) for each in results) == sorted(SAMPLE)
-    assert [each for each in results if not each.ok] == []
+        matrix = FailpointMatrix(left=list(SAMPLE))
+        matrix.run(LocalTarget(cluster))
+    assert sorted((each.point, each.action) for each in matrix.results) == sorted(SAMPLE)
+    assert [each for each in matrix.results if not each.ok] == []

@@ -51,15 +51,15 @@ def test_on_a_running_deployment(serve: Serve, demo_model: Path) -> None:
 
     refused = (
         ("kill-both-holders", "2 ranks would be down at a time"),
-        ("kill-rank", "nobody is here to be asked"),
+        ("kill-rank", "no terminal to ask"),
     )
     for scenario, why in refused:
         code, _, said = played(scenario, *there)
         assert code == 1
         assert why in said
-    code, rehearsal, _ = played("kill-rank", *there, "--dry-run")
+    code, planned, _ = played("kill-rank", *there, "--dry-run")
     assert code == 2
-    assert {victim for step in rehearsal["steps"] for victim in step["victims"]} == {"rank 0", "rank 1"}
+    assert {victim for step in planned["steps"] for victim in step["victims"]} == {"rank 0", "rank 1"}
     assert {each["rank"]: each["incarnation"] for each in cluster.status()["ranks"]} == before, "nothing was done"
 
     code, receipt, said = played("kill-rank", *there, "--yes")

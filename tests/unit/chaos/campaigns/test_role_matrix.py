@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from chaos.campaigns.role_matrix import EVERYWHERE, ROLES, all_cells, misfits
+from chaos.campaigns.matrix import misfits
+from chaos.campaigns.role_matrix import EVERYWHERE, ROLES, all_cells
 from chaos.faults.catalogue import FAULTS
 from chaos.workload.history import RequestRecord
 
@@ -17,7 +18,7 @@ def record(tokens: str, error: str = "", finish_reason: str = "") -> RequestReco
     return RequestRecord(prompt=0, started=1.0, tokens=tuple(tokens), error=error, finish_reason=finish_reason)
 
 
-def test_every_process_fault_befalls_every_role_and_those_that_end_the_cluster_come_last() -> None:
+def test_every_role_has_every_process_fault_and_those_that_end_the_cluster_come_last() -> None:
     cells = all_cells()
     assert {(role, fault) for role in ROLES for fault in EVERYWHERE} <= {(cell.role, cell.fault) for cell in cells}
     assert all(FAULTS[cell.fault].fits(cell.role) for cell in cells)
@@ -32,10 +33,10 @@ def test_a_broken_stream_is_forgiven_only_if_its_gateway_had_the_fault_and_it_wa
         record("ab", error="ReadError: "),
         record("", error="ConnectError: "),
     ]
-    assert misfits(history, {0: WHOLE}, gateway=True) == ([], 2)
-    wrong, broken = misfits(history, {0: WHOLE}, gateway=False)
+    assert misfits(history, {0: WHOLE}, lambda record: True) == ([], 2)
+    wrong, broken = misfits(history, {0: WHOLE}, lambda record: False)
     assert (len(wrong), broken) == (2, 0)
     wrong, broken = misfits(
-        [record("ax", error="ReadError: "), record("ab", finish_reason="length")], {0: WHOLE}, gateway=True
+        [record("ax", error="ReadError: "), record("ab", finish_reason="length")], {0: WHOLE}, lambda record: True
     )
     assert (len(wrong), broken) == (2, 0)

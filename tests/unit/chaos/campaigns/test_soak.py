@@ -1,4 +1,4 @@
-"""The soak's pure parts: strikes from a seed, whose death loses an expert, growth over the kills, the judgement."""
+"""The soak's pure parts: bursts from a seed, which deaths lose an expert, growth over the kills, the check."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chaos.campaigns.soak import Soak, judge
-from chaos.campaigns.strikes import KINDS, ROLES, Dose, holders, strikes
+from chaos.campaigns.bursts import KINDS, ROLES, Quota, bursts
+from chaos.campaigns.soak import Soak
 from chaos.faults.base import Injected
+from chaos.scenarios.victims import holders
 from chaos.target.footprint import Footprint, growth, slope
 from chaos.workload.history import RequestRecord
 
 pytestmark = pytest.mark.unit
 
 WHOLE = RequestRecord(prompt=0, started=0.0, tokens=("a", "b"), token_times=(0.1, 0.2), finish_reason="length")
-DOSE = Dose(kills=100, zombies=2, outages=1, roles=1, requests=1)
+QUOTA = Quota(kills=100, zombies=2, outages=1, roles=1, requests=1)
 
 
-def dealt(fault: str, victim: str, times: int) -> list[Injected]:
+def injected(fault: str, victim: str, times: int) -> list[Injected]:
     return [Injected(fault=fault, victim=victim, at=0.0, seen_at=0.1, proof="seen")] * times
 
 
@@ -28,32 +29,33 @@ def finished(kills: int = 100, grown_mb: float = 0.0, grown_files: int = 0) -> S
     def held(at: int) -> dict[str, Footprint]:
         return {"engine 7": Footprint(80.0 + grown_mb * at / 100, 30 + grown_files * at // 100, 9)}
 
-    faults = dealt("kill", "rank 1", kills) + dealt("stop", "rank 2", 2) + dealt("stop", "etcd", 1)
+    faults = injected("kill", "rank 1", kills) + injected("stop", "rank 2", 2) + injected("stop", "etcd", 1)
     return Soak(
-        seed=1, ranks=4, dealt=faults + dealt("kill", "engine", 1), looks=[(at, held(at)) for at in range(20, 101, 20)],
+        seed=1, ranks=4, quota=QUOTA, injected=faults + injected("kill", "engine", 1),
+        looks=[(at, held(at)) for at in range(20, 101, 20)],
         oracle={0: WHOLE}, history=[WHOLE], restored_ms=[500.0], processes=(12, 12),
     )  # fmt: skip
 
 
 @given(st.integers(0, 10_000), st.integers(15, 300), st.integers(2, 8))
-def test_strikes_come_from_the_seed_and_add_up(seed: int, kills: int, ranks: int) -> None:
-    dose = Dose.of(kills)
-    drawn = list(islice(strikes(seed, dose, ranks), 2 * kills))
-    assert drawn == list(islice(strikes(seed, dose, ranks), 2 * kills))
-    assert sum(strike.kills for strike in drawn) >= kills
-    assert sum(strike.kind == "zombie" for strike in drawn) >= dose.zombies
-    assert sum(strike.kind in ("freeze", "restart") for strike in drawn) >= dose.outages
-    assert [strike.kind for strike in drawn[: dose.roles + 1]].count("role") == dose.roles, "first, and never again"
-    for strike in drawn:
-        assert len(set(strike.ranks)) == len(strike.ranks)
-        assert set(strike.ranks) <= set(range(ranks))
+def test_bursts_come_from_the_seed_and_add_up(seed: int, kills: int, ranks: int) -> None:
+    quota = Quota.of(kills)
+    drawn = list(islice(bursts(seed, quota, ranks), 2 * kills))
+    assert drawn == list(islice(bursts(seed, quota, ranks), 2 * kills))
+    assert sum(burst.kills for burst in drawn) >= kills
+    assert sum(burst.kind == "zombie" for burst in drawn) >= quota.zombies
+    assert sum(burst.kind in ("freeze", "restart") for burst in drawn) >= quota.outages
+    assert [burst.kind for burst in drawn[: quota.roles + 1]].count("role") == quota.roles, "first, and never again"
+    for burst in drawn:
+        assert len(set(burst.ranks)) == len(burst.ranks)
+        assert set(burst.ranks) <= set(range(ranks))
 
 
-def test_every_kind_of_strike_comes_up() -> None:
-    drawn = list(islice(strikes(0, Dose.of(600), 4), 700))
-    assert {strike.kind for strike in drawn} == set(KINDS)
-    assert {strike.role for strike in drawn} == {"", *ROLES}
-    assert Dose.of(300) == Dose(kills=300, zombies=40, outages=20, roles=6, requests=15_000)
+def test_every_kind_of_burst_comes_up() -> None:
+    drawn = list(islice(bursts(0, Quota.of(600), 4), 700))
+    assert {burst.kind for burst in drawn} == set(KINDS)
+    assert {burst.role for burst in drawn} == {"", *ROLES}
+    assert Quota.of(300) == Quota(kills=300, zombies=40, outages=20, roles=6, requests=15_000)
 
 
 def test_the_holders_of_an_expert_are_all_of_them() -> None:
@@ -66,14 +68,14 @@ def test_a_slope_is_found_among_noise() -> None:
     assert slope([(1, 2.0)]) == slope([(1, 2.0), (1, 3.0)]) == 0.0
 
 
-def test_growth_is_told_of_processes_that_lived_throughout() -> None:
+def test_growth_is_measured_of_processes_that_lived_throughout() -> None:
     held = Footprint(10.0, 5, 3)
     (only,) = growth([(20, {"a": held, "b": held}), (40, {"a": Footprint(11.0, 6, 3)})])
     assert (only.process, only.rss_mb_per_100, only.files) == ("a", 5.0, (5, 6))
 
 
 def test_a_clean_soak_holds() -> None:
-    receipt = judge(finished(), DOSE)
+    receipt = finished().receipt()
     assert receipt.ok, receipt.broken
     assert (receipt.kills, receipt.zombies, receipt.outages, receipt.roles) == (100, 2, 1, 1)
     assert (receipt.requests, receipt.lost) == (1, 0)
@@ -88,7 +90,7 @@ def test_a_clean_soak_holds() -> None:
     ],
 )
 def test_what_broke_is_said(soak: Soak, said: str) -> None:
-    receipt = judge(soak, DOSE)
+    receipt = soak.receipt()
     assert not receipt.ok
     assert said in " ".join(receipt.broken)
 
@@ -98,6 +100,6 @@ def test_a_lost_request_and_leftovers_break_it() -> None:
     soak.history.append(RequestRecord(prompt=0, started=0.0, tokens=("a",), token_times=(0.1,), error="cut"))
     soak.history.append(RequestRecord(prompt=0, started=0.0, error="HTTP 503: later", status=503))
     soak.processes, soak.shm = (12, 13), (0, 2)
-    receipt = judge(soak, DOSE)
+    receipt = soak.receipt()
     assert (receipt.lost, receipt.non_2xx) == (2, 1)
     assert len(receipt.broken) == 5

@@ -1,4 +1,4 @@
-"""What a scenario may do to a running deployment, and what it is refused, with why; who is chosen; what is judged."""
+"""What a scenario may do to a running deployment, and what it is refused, with why; victims; what breaks a run."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from chaos.campaigns.scenario_run import ScenarioRun
 from chaos.faults.base import Injected, NotInjected
 from chaos.scenarios.blast_radius import Limits, too_much, unfit
-from chaos.scenarios.dry_run import Rehearsal, Scene, rehearse
+from chaos.scenarios.dry_run import DryRun, Expected, dry_run
 from chaos.scenarios.reading import parse
 from chaos.scenarios.script import Expect
-from chaos.scenarios.verdict import Played, receipt
 from chaos.scenarios.victims import Chooser, Sight
 from chaos.workload.history import RequestRecord
 from membership.base.events import Event
@@ -60,7 +60,7 @@ def test_a_deployment_must_be_fit(changed: dict[str, Any], says: str) -> None:
         (("rank 1", "rank 2"), (), Limits(max_ranks_down=2, allow_uncovered=True), ""),
         (("gateway",), (), LIMITS, "--only-roles rank,controller,engine,engine-standby,gateway"),
         (("agent",), (), Limits(only_roles=("agent",)), "4 ranks would be down at a time"),
-        (("supervisor",), (), Limits(only_roles=("supervisor",)), "nobody would start the supervisor again"),
+        (("supervisor",), (), Limits(only_roles=("supervisor",)), "nothing would start the supervisor again"),
     ],
 )
 def test_what_is_too_much(victims: tuple[str, ...], down: tuple[int, ...], limits: Limits, says: str) -> None:
@@ -69,26 +69,26 @@ def test_what_is_too_much(victims: tuple[str, ...], down: tuple[int, ...], limit
     assert bool(why) == bool(says)
 
 
-def rehearsed(steps: str, limits: Limits = LIMITS) -> Rehearsal:
+def planned(steps: str, limits: Limits = LIMITS) -> DryRun:
     scenario = parse(f"name: n\nabout: a\nsteps: [{steps}]", "n.yaml")
-    return rehearse(scenario, 1, Scene([0, 1, 2, 3], placement=PLACEMENT, limits=limits))
+    return dry_run(scenario, 1, Expected([0, 1, 2, 3], placement=PLACEMENT, limits=limits))
 
 
-def test_a_rehearsal_adds_up_what_is_down() -> None:
-    assert not rehearsed("kill: rank 0, wait: whole, kill: rank 1").refused
-    second = rehearsed("kill: rank 0, wait: 2, kill: rank 3").refused
+def test_a_dry_run_adds_up_what_is_down() -> None:
+    assert not planned("kill: rank 0, wait: whole, kill: rank 1").refused
+    second = planned("kill: rank 0, wait: 2, kill: rank 3").refused
     assert [step.step for step in second] == ["3"]
-    holders = rehearsed("kill: rank holders", Limits(max_ranks_down=2)).steps[0]
+    holders = planned("kill: rank holders", Limits(max_ranks_down=2)).steps[0]
     assert holders.victims == ("rank 1", "rank 2")
     assert "no live replica" in holders.refused
 
 
-def test_a_rehearsal_that_does_nothing() -> None:
-    assert not rehearsed("wait: whole").changes
-    assert rehearsed("scale: back").changes
+def test_a_dry_run_that_does_nothing() -> None:
+    assert not planned("wait: whole").changes
+    assert planned("scale: back").changes
 
 
-def test_others_were_not_struck_in_this_round() -> None:
+def test_others_were_no_victims_in_this_round() -> None:
     chooser, sight = Chooser(random.Random(3)), Sight((4, 5, 6), newest=6, placement=PLACEMENT)
     first = [chooser.choose("rank other", sight) for _ in range(3)]
     assert {victim for (victim,) in first} == {"rank 4", "rank 5", "rank 6"}
@@ -109,17 +109,19 @@ REFUSED = RequestRecord(prompt=0, started=0.0, error="HTTP 503: no live replica"
 FAULT = Injected(fault="kill", victim="rank 1", at=1.0, seen_at=1.1, proof="gone")
 
 
-def played(*history: RequestRecord, expect: Expect | None = None) -> Played:
+def played(*history: RequestRecord, expect: Expect | None = None) -> ScenarioRun:
     scenario = parse("name: n\nabout: a\nsteps: [kill: rank 1]", "n.yaml")
     if expect is not None:
         scenario = type(scenario)(name="n", about="a", steps=scenario.steps, expect=expect)
     commits = [Event(ts=n, role="controller", kind="epoch_committed", epoch=n) for n in (2, 3)]
-    return Played(scenario, 1, faults=[FAULT], events=commits, oracle={0: RIGHT}, history=list(history))
+    return ScenarioRun(
+        scenario=scenario, seed=1, injected=[FAULT], events=commits, oracle={0: RIGHT}, history=list(history)
+    )
 
 
 def test_a_run_in_which_all_held() -> None:
-    told = receipt(played(RIGHT, RIGHT))
-    assert (told.ok, told.broken, told.requests, told.epochs, told.faults) == (True, (), 2, 2, {"kill": 1})
+    found = played(RIGHT, RIGHT).receipt()
+    assert (found.ok, found.broken, found.requests, found.epochs, found.faults) == (True, (), 2, 2, {"kill": 1})
 
 
 @pytest.mark.parametrize(
@@ -131,21 +133,21 @@ def test_a_run_in_which_all_held() -> None:
         (played(CUT, CUT, expect=Expect(lost=1)), "requests lost: 2, and at most 1 may be"),
     ],
 )
-def test_what_broke_is_said(run: Played, says: str) -> None:
-    told = receipt(run)
-    assert not told.ok
-    assert says in " ".join(told.broken)
+def test_what_broke_is_said(run: ScenarioRun, says: str) -> None:
+    found = run.receipt()
+    assert not found.ok
+    assert says in " ".join(found.broken)
 
 
 def test_what_may_be_lost_may_be_lost() -> None:
-    told = receipt(played(CUT, REFUSED, expect=Expect(lost=None, non_2xx=1)))
-    assert (told.ok, told.lost, told.non_2xx) == (True, 1, 1)
+    found = played(CUT, REFUSED, expect=Expect(lost="any", non_2xx=1)).receipt()
+    assert (found.ok, found.lost, found.non_2xx) == (True, 1, 1)
 
 
-def test_a_step_that_could_not_be_done_and_faults_that_were_not_dealt_break_it() -> None:
+def test_a_step_that_could_not_be_done_and_faults_that_were_not_injected_break_it() -> None:
     run = played(RIGHT)
-    run.troubles, run.faults = ["step 1 (kill rank 1): gone already"], []
-    told = receipt(run)
-    assert told.broken == ("step 1 (kill rank 1): gone already", "no fault was dealt")
+    run.troubles, run.injected = ["step 1 (kill rank 1): gone already"], []
+    found = run.receipt()
+    assert found.broken == ("step 1 (kill rank 1): gone already", "no fault was injected")
     run.events.reverse()
-    assert "epochs do not rise: [3, 2]" in receipt(run).broken
+    assert "epochs do not rise: [3, 2]" in run.receipt().broken

@@ -1,4 +1,4 @@
-"""Scenario files: all of the library can be read and rehearsed; what is wrong in one is said with its place."""
+"""Scenario files: all of the library can be read and planned; what is wrong in one is said with its place."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from chaos.scenarios.dry_run import CHAOS, Scene, rehearse
+from chaos.scenarios.dry_run import Expected, dry_run
 from chaos.scenarios.reading import LIBRARY, find, library, parse, read
-from chaos.scenarios.script import Blow, Change, Expect, Heal, Load, Release, Scenario, Wait
+from chaos.scenarios.script import CHAOS, Change, Expect, Heal, Inject, Release, Scenario, Wait
+from chaos.workload.streams import Load
 from membership.base.errors import ConfigError
 from tests.support import ROOT
 
@@ -47,15 +48,15 @@ repeat: 2
 
 def test_every_kind_of_step_is_read() -> None:
     scenario = parse(WHOLE, "x.yaml")
-    kill = Blow(fault="kill", victims=("rank newest",), at="controller.after.loading")
+    kill = Inject(fault="kill", victims=("rank newest",), at="controller.after.loading")
     assert scenario.steps == (
-        Blow(fault="kill", victims=("rank any",)),
-        Blow(fault="stop", victims=("rank other", "engine"), for_s=0.5),
-        Blow(fault="slow", victims=("rank 2",), params={"factor": 4}, at="rank.prepared@2"),
+        Inject(fault="kill", victims=("rank any",)),
+        Inject(fault="stop", victims=("rank other", "engine"), for_s=0.5),
+        Inject(fault="slow", victims=("rank 2",), params={"factor": 4}, at="rank.prepared@2"),
         Wait(event="rank_masked", fields={"rank": "same", "source": "pidfd"}, within_s=5.0),
         Wait(state="whole"),
         Wait(seconds=2.0),
-        Change(kind="scale", size="2 more", strikes=(kill,), ends="any"),
+        Change(kind="scale", size="2 more", faults=(kill,), ends="any"),
         Change(kind="drain", victims=("rank 0", "rank 1"), ends="aborted"),
         Change(kind="undrain", victims=("back",)),
         Release(victim="rank same"),
@@ -63,10 +64,10 @@ def test_every_kind_of_step_is_read() -> None:
     )
     assert scenario.about == "Each kind of step, once."
     assert (scenario.load, scenario.seed, scenario.repeat) == (Load(streams=2, max_tokens=8), 7, 2)
-    assert scenario.expect == Expect(lost=None, non_2xx=3)
+    assert scenario.expect == Expect(lost="any", non_2xx=3)
     assert (scenario.cluster.ranks, scenario.cluster.redundancy) == (3, 1.5)
-    assert scenario.cluster.flags == ("--spares", "1")
-    assert CHAOS in rehearse(scenario, 7, Scene([0, 1, 2])).steps[2].needs
+    assert scenario.cluster.flags == ("--spares", 1)
+    assert CHAOS in dry_run(scenario, 7, Expected([0, 1, 2])).steps[2].needs
 
 
 STEP = "name: n\nabout: a\nsteps:\n  - wait: whole\n  - "
@@ -82,7 +83,7 @@ STEP = "name: n\nabout: a\nsteps:\n  - wait: whole\n  - "
         (f"{STEP}{{kill: rank any, fro: 2}}", "kill has no 'fro'", "did you mean 'for'?"),
         (f"{STEP}{{slow: rank 1, with: {{factr: 2}}}}", "`with` of slow has no 'factr'", "did you mean 'factor'?"),
         (f"{STEP}{{kill: rank 1, at: rank.prepard}}", "at cannot be 'rank.prepard'", "did you mean 'rank.prepared'?"),
-        (f"{STEP}wait: hole", "nobody can wait for 'hole'", "did you mean 'whole'?"),
+        (f"{STEP}wait: hole", "no step can wait for 'hole'", "did you mean 'whole'?"),
         (f"{STEP}wait: {{rank: 2}}", "must name its `event`", "rank_masked"),
         (f"{STEP}{{wait: 3, within: soon}}", "within: 'soon' is not a duration", ""),
         (f"{STEP}scale: up", "scale cannot be to 'up'", "N more"),
@@ -92,11 +93,11 @@ STEP = "name: n\nabout: a\nsteps:\n  - wait: whole\n  - "
         (f"{STEP}heal: kil", "heal cannot be 'kil'", "did you mean 'kill'?"),
         (f"{STEP}rest", "a step is a mapping", ""),
         ("name: n\nabout: a\nstep: []", "x.yaml: a scenario has no 'step'", "did you mean 'steps'?"),
-        ("name: n\nabout: a\nsteps: []", "'steps' must be a list of at least one step", ""),
-        ("name: n\nsteps: []", "'about' is missing", ""),
+        ("name: n\nabout: a\nsteps: []", "`steps` must be a list of at least one step", ""),
+        ("name: n\nsteps: [wait: 1]", "x.yaml: object missing required field `about`", ""),
         (f"expect: {{lots: 1}}\n{STEP}wait: 1", "expect has no 'lots'", "did you mean 'lost'?"),
-        (f"repeat: 0\n{STEP}wait: 1", "repeat must be a whole number of at least 1, not 0", ""),
-        (f"cluster: {{ranks: 900}}\n{STEP}wait: 1", "ranks cannot be more than 64", ""),
+        (f"repeat: 0\n{STEP}wait: 1", "x.yaml: repeat: expected `int` >= 1", ""),
+        (f"cluster: {{ranks: 900}}\n{STEP}wait: 1", "x.yaml: cluster.ranks: expected `int` <= 64", ""),
         ("a: [", "is no YAML", ""),
     ],
 )
@@ -117,10 +118,10 @@ def test_a_name_that_is_not_in_the_library() -> None:
 def test_the_library_can_be_played(path: Path) -> None:
     scenario = read(path)
     assert scenario.name == path.stem
-    rehearsal = rehearse(scenario, scenario.seed, Scene(list(range(scenario.cluster.ranks))))
-    assert rehearsal.changes
-    assert not rehearsal.refused
-    assert len(rehearsal.steps) == len(scenario.steps) * scenario.repeat
+    planned = dry_run(scenario, scenario.seed, Expected(list(range(scenario.cluster.ranks))))
+    assert planned.changes
+    assert not planned.refused
+    assert len(planned.steps) == len(scenario.steps) * scenario.repeat
 
 
 def test_events_that_the_library_waits_for_are_emitted() -> None:
@@ -135,7 +136,7 @@ def test_events_that_the_library_waits_for_are_emitted() -> None:
 
 def test_the_same_seed_chooses_the_same_victims() -> None:
     scenario: Scenario = find("kill-during-recovery")
-    first, again, other = (rehearse(scenario, seed, Scene([0, 1, 2, 3])) for seed in (5, 5, 6))
+    first, again, other = (dry_run(scenario, seed, Expected([0, 1, 2, 3])) for seed in (5, 5, 6))
     assert first == again
     assert first.steps != other.steps
     for turn in range(3):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from chaos.campaigns.shared_site import SharedSite
 from chaos.faults.base import NotInjected
-from chaos.scenarios.props import Props
 from membership.base.errors import StoreUnavailable
 from membership.base.events import Event
 
@@ -43,8 +43,8 @@ class FakeSite:
 
 def test_shares_of_the_failpoints() -> None:
     site = FakeSite()
-    props = Props(site)
-    held, raising = props.share(), props.share()
+    shared = SharedSite(site)
+    held, raising = shared.share(), shared.share()
     held.arm("controller.after.loading=hang")
     raising.arm("rank.step@1=1*raise")
     held.arm("")
@@ -59,17 +59,17 @@ def test_shares_of_the_failpoints() -> None:
 
 def test_what_has_happened_once_does_not_happen_again_because_others_arm() -> None:
     site = FakeSite()
-    props = Props(site)
-    raising, hanging = props.share(), props.share()
+    shared = SharedSite(site)
+    raising, hanging = shared.share(), shared.share()
     raising.arm("rank.step@1=1*raise")
     raising.settle()
     hanging.arm("rank.step@2=1*hang")
     hanging.settle()
-    again = props.share()
+    again = shared.share()
     again.arm("rank.step@1=1*raise")
     assert site.armed == ["rank.step@1=1*raise", "rank.step@2=1*hang", "rank.step@2=1*hang;rank.step@1=1*raise"]
     again.settle()
-    same = props.share()
+    same = shared.share()
     same.arm("rank.step@1=1*raise")
     assert site.armed[-1] == "rank.step@2=1*hang;rank.step@1=1*raise"
     assert len(site.armed) == 4, "armed anew, though the words are the same"
@@ -79,17 +79,17 @@ def test_a_process_that_is_just_being_started_is_waited_for() -> None:
     site = FakeSite()
     site.answers = [NotInjected("no process"), NotInjected("no process"), os.getpid()]
     slept: list[float] = []
-    assert Props(site, slept.append).share().pid("rank 1") == os.getpid()
+    assert SharedSite(site, slept.append).share().pid("rank 1") == os.getpid()
     assert len(slept) == 2
 
 
 def test_while_the_store_is_away_the_last_known_process_holds() -> None:
     site = FakeSite()
     site.answers = [os.getpid()]
-    props = Props(site)
-    props.remember("rank 1")
+    shared = SharedSite(site)
+    shared.remember("rank 1")
     site.answers = [StoreUnavailable("no answer")]
-    props.remember("rank 1")
-    assert props.share().pid("rank 1") == os.getpid()
+    shared.remember("rank 1")
+    assert shared.share().pid("rank 1") == os.getpid()
     with pytest.raises(StoreUnavailable):
-        props.share().pid("rank 2")
+        shared.share().pid("rank 2")

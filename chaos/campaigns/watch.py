@@ -1,4 +1,4 @@
-"""What a run sees of its cluster, and how it waits: each wait has a deadline and looks out for harm."""
+"""What a scenario's run sees of its target, and how it waits: each wait looks out for harm and for Ctrl-C."""
 
 from __future__ import annotations
 
@@ -7,21 +7,19 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from chaos.campaigns.campaign import Interrupted
+from chaos.campaigns.targets import Target, unready
 from chaos.scenarios.blast_radius import Limits
 from chaos.scenarios.victims import Sight
-from chaos.target.stage import Stage, unready
+from chaos.target.waiting import until
 from chaos.workload.streams import Workload
-from membership.base.errors import ElasticError, NoAnswer, WaitTimeout
+from membership.base.errors import ElasticError, NoAnswer
 from membership.base.events import Event
 
 POLL_S = 0.02
 PROBE_EVERY_S = 0.5
-SILENCE_S = 3.0  # a question that nobody answers takes seconds
+SILENCE_S = 3.0  # a question that is not answered takes seconds
 T = TypeVar("T")
-
-
-class Interrupted(ElasticError):
-    """Somebody wants the run to end."""
 
 
 class TooFar(ElasticError):
@@ -31,11 +29,11 @@ class TooFar(ElasticError):
 class Watch:
     """Looks at the cluster, and keeps its history since the run began."""
 
-    def __init__(self, stage: Stage, stop: threading.Event, limits: Limits | None) -> None:
-        self.stage, self._stop, self._limits = stage, stop, limits
+    def __init__(self, target: Target, stop: threading.Event, limits: Limits | None) -> None:
+        self.target, self._stop, self._limits = target, stop, limits
         self.history: list[Event] = []
-        self.acted_at = time.time()  # the last deed
-        self.dead: dict[int, int] = {}  # rank -> the incarnation that was struck dead
+        self.acted_at = time.time()  # the last action
+        self.dead: dict[int, int] = {}  # rank -> the incarnation that was killed
         self._seen = Sight(())
         self._silent_at = -SILENCE_S
         self._incarnations: dict[int, int] = {}
@@ -46,27 +44,16 @@ class Watch:
     # --- waiting
 
     def until(self, sign: Callable[[], T | None], within_s: float, what: str) -> T:
-        """The first true answer; WaitTimeout says what was waited for. A store that does not answer is asked again."""
-        deadline = time.monotonic() + within_s
-        while True:
-            silence = ""
-            try:
-                if found := sign():
-                    return found
-            except NoAnswer as error:
-                silence = f" ({error})"
-            self.guard()
-            if time.monotonic() > deadline:
-                raise WaitTimeout(f"not within {within_s:g} s: {what}{silence}")
-            self._stop.wait(POLL_S)
+        """The first true answer; WaitTimeout says what was waited for."""
+        return until(sign, what, within_s, poll_s=POLL_S, guard=self.guard, sleep=self._stop.wait)
 
     def pause(self, seconds: float) -> None:
         """Let time pass."""
-        until = time.monotonic() + seconds
-        self.until(lambda: time.monotonic() >= until, seconds + 60.0, "the time to pass")
+        end = time.monotonic() + seconds
+        self.until(lambda: time.monotonic() >= end, seconds + 60.0, "the time to pass")
 
     def guard(self) -> None:
-        """Interrupted if somebody wants the end; TooFar if a running deployment has suffered enough."""
+        """Interrupted if the user wants the end; TooFar if a running deployment has suffered enough."""
         if self._stop.is_set():
             raise Interrupted("interrupted; every fault was taken back")
         if self._limits is None:
@@ -76,26 +63,26 @@ class Watch:
             raise TooFar(f"{self._limits.max_seconds:g} s have passed, and it may not last longer (--max-seconds)")
         if now - self._probed_at >= PROBE_EVERY_S:
             self._probed_at = now
-            why = unready(self.stage.url)
+            why = unready(self.target.url)
             self._unready_since = (self._unready_since or now) if why else None
         if self._unready_since is not None and now - self._unready_since > self._limits.max_unready_s:
             most = self._limits.max_unready_s
             raise TooFar(f"not ready for more than {most:g} s, and it may not be for longer (--max-unready)")
 
     def act(self) -> float:
-        """A deed begins: what is waited for from now on is what comes after it. Now."""
+        """An action begins: waits from now on are for what comes after it. Returns the time."""
         self.acted_at = time.time()
         return self.acted_at
 
     def relax(self) -> None:
-        """Nothing more will be done: what goes on is left to the cluster."""
+        """Nothing more will be done: drop the limits, and let the cluster recover."""
         self._limits = None
 
     # --- seeing
 
     def since(self, at: float) -> list[Event]:
         """Events that came after this time."""
-        self.history += self.stage.events()
+        self.history += self.target.events()
         first = len(self.history)
         while first and self.history[first - 1].ts >= at - 1.0:  # several processes write: not quite in order
             first -= 1
@@ -106,7 +93,7 @@ class Watch:
         if time.monotonic() - self._silent_at < SILENCE_S:
             return self._seen
         try:
-            status, view = self.stage.client.status(), self.stage.client.view()
+            status, view = self.target.client.status(), self.target.client.view()
         except NoAnswer:
             self._silent_at = time.monotonic()
             return self._seen
@@ -126,26 +113,26 @@ class Watch:
 
     def down(self) -> set[int]:
         """Ranks that do not serve now."""
-        return {each["rank"] for each in self.stage.client.status()["ranks"] if each["state"] != "serving"}
+        return {each["rank"] for each in self.target.client.status()["ranks"] if each["state"] != "serving"}
 
     def died(self, rank: int) -> None:
-        """The rank's present incarnation was struck dead; whoever comes next is later."""
+        """The rank's present incarnation was killed; its successors are later."""
         self.dead[rank] = max(self.dead.get(rank, 0), self.incarnation(rank))
 
     def replaced(self, rank: int) -> bool:
-        """Whether the slot of a rank that was struck dead has another process."""
+        """Whether the slot of a rank that was killed has another process."""
         self.sight()
         return self.incarnation(rank) > self.dead.get(rank, 0)
 
     def is_whole(self) -> bool:
-        """Every rank that is wanted serves, none of them one that was struck dead, and nothing else goes on."""
-        status = self.stage.client.status()
+        """Every rank that is wanted serves, none of them one that was killed, and nothing else goes on."""
+        status = self.target.client.status()
         return bool(
             status["state"] == "serving"
             and status["operation"] is None
             and len(status["ranks"]) == status["desired"]
             and all(self._serves(each) for each in status["ranks"])
-            and self.stage.settled(status)
+            and self.target.settled(status)
         )
 
     def _serves(self, rank: Mapping[str, Any]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from chaos.campaigns.kill_rank import Run, receipt
+from chaos.campaigns.kill_rank import KillRank
 from chaos.faults import Killed
 from chaos.workload.history import RequestRecord
 from membership.base.events import Event
@@ -16,15 +16,15 @@ COMMITS = [Event(ts=ts, role="controller", kind="epoch_committed", epoch=ts) for
 NOTICED = [Event(ts=10.5, role="engine", kind=kind, rank=2) for kind in ("rank_masked", "rank_recovered")]
 
 
-def run() -> Run:
+def run() -> KillRank:
     killed = Killed(pid=1, sent_at=10.0, gone_at=10.1)
-    return Run(seed=7, oracle={0: RECORD}, history=[RECORD], victim=2, killed=killed, restored_at=12.0)
+    return KillRank(seed=7, oracle={0: RECORD}, history=[RECORD], victim=2, killed=killed, restored_at=12.0)
 
 
 def test_a_good_run() -> None:
-    told = receipt(run(), [*COMMITS, *NOTICED])
-    assert (told.ok, told.broken, told.epochs) == (True, (), (1, 2, 3))
-    assert (told.detected_ms, told.recovered_ms, told.restored_ms) == (500.0, 500.0, 2000.0)
+    found = run().receipt([*COMMITS, *NOTICED])
+    assert (found.ok, found.broken, found.epochs) == (True, (), (1, 2, 3))
+    assert (found.detected_ms, found.recovered_ms, found.restored_ms) == (500.0, 500.0, 2000.0)
 
 
 @pytest.mark.parametrize(
@@ -38,10 +38,10 @@ def test_a_good_run() -> None:
     ],
 )
 def test_a_run_that_proves_too_little(events: list[Event], says: str) -> None:
-    told = receipt(run(), events)
-    assert not told.ok
-    assert says in " ".join(told.broken)
+    found = run().receipt(events)
+    assert not found.ok
+    assert says in " ".join(found.broken)
 
 
 def test_a_run_without_a_kill() -> None:
-    assert "no rank was killed" in receipt(Run(seed=7, oracle={0: RECORD}, history=[RECORD]), COMMITS).broken
+    assert "no rank was killed" in KillRank(seed=7, oracle={0: RECORD}, history=[RECORD]).receipt(COMMITS).broken

@@ -1,27 +1,31 @@
 """A site that many injectors use at once, also while the store is away.
 
 Each gets a share of it: what one arms does not disarm what another did, and a process that is just being started is
-waited for. Of a store that does not answer, the last that was known of its processes holds as long as they live.
+waited for. While the store does not answer, the processes that were last known count as long as they live.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
+from chaos.campaigns.targets import lives
 from chaos.faults.base import NotInjected, Site
-from membership.base.errors import NoAnswer
+from chaos.target.waiting import until
+from membership.base.errors import ElasticError, NoAnswer, WaitTimeout
 from membership.base.events import Event
 
 APPEAR_S = 20.0  # a role or a rank that was killed is back by then
 POLL_S = 0.02
+UNKNOWN = -1  # the store does not answer, and the process was not looked up before
 
 
-class Props:
-    """Who is which process, and what is armed by whom."""
+class SharedSite:
+    """The processes of each victim, and what each share has armed."""
 
     def __init__(self, site: Site, sleep: Callable[[float], None] = time.sleep) -> None:
         self.site = site
@@ -45,8 +49,10 @@ class Props:
             self._written = wanted
 
     def settle(self, share: int) -> None:
-        """What this share has armed has happened. What was to happen once must not do so again when others arm: then it
-        is left out. A hang stays, as long as it is to last."""
+        """What this share has armed has happened.
+
+        A fault of one time must not happen again when another share arms: it is left out from now on. A hang stays.
+        """
         parts = self._armed.get(share, "").split(";")
         lasting = [part for part in parts if part and ("=1*" not in part or "hang" in part)]
         if ";".join(lasting) != self._armed.get(share, ""):
@@ -54,7 +60,7 @@ class Props:
             self._written = None
 
     def remember(self, *victims: str) -> None:
-        """Who they are, for the time when nobody can be asked; those that are not there are left out."""
+        """Look up their processes, for the time when the store does not answer. Those without one are left out."""
         for victim in victims:
             try:
                 self._known[victim] = psutil.Process(self.site.pid(victim))
@@ -64,59 +70,55 @@ class Props:
                 return  # that time has come
 
     def pid(self, victim: str) -> int:
-        """The process of the victim, once there is one that lives."""
-        deadline = time.monotonic() + APPEAR_S
-        while True:
+        """The process of the victim, once there is one that lives. NotInjected if none appears, NoAnswer if unknown."""
+        why: list[ElasticError] = []
+
+        def found() -> int:
             try:
-                found = self.site.pid(victim)
-                if _lives(found):
-                    return found
-                why = NotInjected(f"the process of {victim} ({found}) is gone")
+                pid = self.site.pid(victim)
             except NotInjected as error:
-                why = error
-            except NoAnswer:
+                why[:] = [error]
+                return 0
+            except NoAnswer as error:
                 known = self._known.get(victim)
-                if known is not None and known.is_running() and _lives(known.pid):
-                    return known.pid
-                raise
-            if time.monotonic() > deadline:
-                raise why
-            self._sleep(POLL_S)
+                why[:] = [error]
+                return known.pid if known is not None and known.is_running() and lives(known.pid) else UNKNOWN
+            why[:] = [NotInjected(f"the process of {victim} ({pid}) is gone")]
+            return pid if lives(pid) else 0
+
+        with suppress(WaitTimeout):
+            pid = until(found, f"a process of {victim}", APPEAR_S, poll_s=POLL_S, sleep=self._sleep)
+            if pid != UNKNOWN:
+                return pid
+        raise why[0]
 
 
 class Share:
     """A site for one injector."""
 
-    def __init__(self, props: Props, number: int) -> None:
-        self._props, self._number = props, number
+    def __init__(self, shared: SharedSite, number: int) -> None:
+        self._shared, self._number = shared, number
 
     def pid(self, victim: str) -> int:
         """The process of the victim."""
-        return self._props.pid(victim)
+        return self._shared.pid(victim)
 
     def arm(self, failpoints: str) -> None:
         """Arm these, and leave what others armed."""
-        self._props.arm(self._number, failpoints)
+        self._shared.arm(self._number, failpoints)
 
     def settle(self) -> None:
         """What was armed has happened."""
-        self._props.settle(self._number)
+        self._shared.settle(self._number)
 
     def events(self) -> list[Event]:
         """The history so far."""
-        return self._props.site.events()
+        return self._shared.site.events()
 
     def state_dir(self) -> Path:
         """The cluster's state directory."""
-        return self._props.site.state_dir()
+        return self._shared.site.state_dir()
 
     def url(self) -> str:
         """Base URL of its API."""
-        return self._props.site.url()
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+        return self._shared.site.url()

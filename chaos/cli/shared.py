@@ -1,0 +1,61 @@
+"""What the commands of `elastic-chaos` share: flags, a cluster of their own, progress on stderr, receipts."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from typer import style
+
+from chaos.campaigns.campaign import Receipt, Tell
+from chaos.target.cluster import ServedCluster
+from elastic.cli.flags import Output, write_json
+
+SeedFlag = Annotated[int | None, typer.Option(help="Chooses what happens, and the sampled requests.")]
+RanksFlag = Annotated[int, typer.Option(min=1, help="Ranks to serve with.")]
+StreamsFlag = Annotated[int, typer.Option(min=1, help="Requests under way at a time.")]
+ModelFlag = Annotated[Path | None, typer.Option(help="Serve this checkpoint instead of the shipped one.")]
+RecordFlag = Annotated[Path | None, typer.Option(help="Also save all that happened, for check and report.")]
+
+
+def progress() -> Tell:
+    """Report steps on stderr, each with the seconds since now."""
+    began = time.monotonic()
+    return lambda step: typer.echo(f"{time.monotonic() - began:6.1f} s  {step}", err=True)
+
+
+@contextmanager
+def served(
+    model: Path | None, ranks: int, flags: Sequence[str] = (), *, seed: int | None = None
+) -> Iterator[tuple[ServedCluster, Tell]]:
+    """A cluster for one command, and its progress."""
+    with tempfile.TemporaryDirectory(prefix="elastic-ep-chaos-") as folder:
+        path = model or Path(folder) / "demo-moe"
+        if model is None:
+            from elastic.demo.model import write_demo_model
+
+            write_demo_model(path)
+        if seed is not None:
+            typer.echo(f"seed {seed}", err=True)
+        tell = progress()
+        with ServedCluster(path, ranks, state_dir=Path(folder) / "state", flags=flags) as cluster:
+            yield cluster, tell
+
+
+def show_receipt(receipt: Receipt, done: str, output: Output) -> NoReturn:
+    """Print what a campaign proved; exit 1 if a promise broke."""
+    if output is Output.TEXT:
+        refused = getattr(receipt, "non_2xx", None)
+        kinds = f"{receipt.lost} lost, {receipt.duplicated} duplicated, {receipt.altered} altered"
+        verdict = style("every promise held", fg="green") if receipt.ok else style("a promise broke", fg="red")
+        more = "" if refused is None else f", {refused} refused"
+        typer.echo(f"{verdict}: {done + ', ' if done else ''}{receipt.requests} requests, {kinds}{more}")
+        for line in receipt.broken:
+            typer.echo(f"  - {line}")
+    write_json(receipt)
+    raise typer.Exit(0 if receipt.ok else 1)
