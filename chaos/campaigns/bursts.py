@@ -22,7 +22,7 @@ SHARES: dict[Kind, float] = {  # of the bursts that kill ranks
     "all": 0.03,
     "scale": 0.03,
 }
-RECOVERY_S = 0.6  # a second death falls into the first one's recovery, which takes about so long
+RECOVERY_S = 0.6  # a second death falls into the first one's recovery, which takes about this long
 FREEZES_S = ((0.3, 1.5), (3.5, 5.0))  # of etcd: shorter than any lease, and longer
 ROLES = ("engine", "controller", "agent", "engine", "engine-standby", "controller")
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -1,4 +1,4 @@
-"""What makes a process pass each failpoint: a change of size, a kill, a new request, a client that goes away, …"""
+"""The stimulus that makes a process pass each failpoint: a change of size, a kill, a client that goes away, …"""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from membership.store.records import ClusterState, Operation
 
 SMALL, LARGE = 2, 3  # ranks between which the cluster is changed
 DEADLINE_S = 15.0  # of an operation
-SLACK_S = 1.0  # for who looks whether it has ended
-READY_S = 30.0  # for the scene to be as a stimulus needs it
+SLACK_S = 1.0  # until its end is seen
+READY_S = 30.0  # for the cluster to be as a stimulus needs it
 VICTIM = 1  # the rank that is killed where one is to be
 HTTP_S = 1.5
 LONG_REQUESTS, LONG_TOKENS = 6, 200
@@ -50,7 +50,7 @@ class Scene:
 
     @property
     def other_size(self) -> int:
-        """What a change makes of it."""
+        """The size that a change leads to."""
         return LARGE if self.size == SMALL else SMALL
 
     def pid(self, victim: str) -> int:
@@ -64,7 +64,7 @@ class Scene:
         return {record.pid for record in self.state.ranks.values() if record.pid}
 
     def wait_whole(self, dead: AbstractSet[int], timeout_s: float) -> None:
-        """Until somebody leads, as many serve as are wanted, nothing goes on, and no record names a `dead` process."""
+        """Until there is a leader, all ranks serve, no operation is active, and no record names a `dead` process."""
         deadline = time.monotonic() + timeout_s
 
         def quiet() -> bool:
@@ -89,7 +89,7 @@ class Scene:
 
 
 class UnderWay:
-    """What was set off, if it has an end that can be waited for."""
+    """The stimulus under way, if it has an end that can be waited for."""
 
     def __init__(self, scene: Scene, operation: Operation | None = None) -> None:
         self._scene, self.operation = scene, operation
@@ -119,14 +119,14 @@ Begin = Callable[[Scene], UnderWay]
 
 @dataclass(frozen=True)
 class Stimulus:
-    """Sets off what passes a point."""
+    """Makes a process pass a point."""
 
     words: str
     begin: Begin
     needs: int = 0  # the size to start from; 0: any
     spare: bool = False  # whether there must be one
     also: tuple[str, ...] = field(default=())  # faults that it takes to get there
-    again_s: float = 0.0  # after which it is begun once more, and so on: what it causes may be over too soon
+    again_s: float = 0.0  # after which it is begun once more, and so on: its effect may be over too soon
 
     def prepare(self, scene: Scene) -> None:
         """See that it can be begun."""
@@ -156,7 +156,7 @@ class Stimulus:
                 self.begin(scene)
 
 
-# --- what is set off
+# --- stimuli
 
 
 def _nothing(scene: Scene) -> UnderWay:
@@ -169,7 +169,7 @@ def _change(scene: Scene) -> UnderWay:
 
 
 def _change_when_busy(scene: Scene) -> UnderWay:
-    """Change with so many long requests under way that each rank has some."""
+    """Change while each rank has long requests."""
     running = threading.Semaphore(0)
     for number in range(LONG_REQUESTS):
         threading.Thread(target=_stream, args=(scene, number, running), name="long-request", daemon=True).start()
@@ -180,11 +180,11 @@ def _change_when_busy(scene: Scene) -> UnderWay:
 
 
 def _stream(scene: Scene, number: int, running: threading.Semaphore) -> None:
-    """One request to its end; it tells once it runs."""
+    """One request to its end; releases `running` once it runs."""
     body = {"model": scene.cluster.model_name(), "prompt": "Numbers " * (number + 1), "max_tokens": LONG_TOKENS,
             "stream": True}  # fmt: skip
     with (
-        suppress(httpx.HTTPError),  # only a gateway's death is its end, which is no matter here
+        suppress(httpx.HTTPError),  # a gateway's death ends it early, which does not matter here
         httpx.stream("POST", f"{scene.cluster.url}/v1/completions", json=body, timeout=READY_S) as answer,
     ):
         lines = answer.iter_lines()
@@ -210,7 +210,7 @@ def _kill(victim: str) -> Begin:
 
 
 def _by_gateway(cancelled: bool) -> Begin:
-    """Change through the admin API; a client whose gateway does not answer asks elsewhere, by the same id."""
+    """Change through the admin API; if the gateway does not answer, ask the store, with the same id."""
 
     def begin(scene: Scene) -> UnderWay:
         address, request, name = scene.cluster.state.address(), scale(scene.other_size), f"matrix-{time.time_ns()}"
@@ -293,4 +293,4 @@ STIMULI: Mapping[str, Stimulus] = {
     "mirror.before.list": NEW_CONTROLLER,
     "mirror.before.watch": NEW_CONTROLLER,
 }
-"""For each point, what passes it."""
+"""For each point, what makes a process pass it."""

@@ -82,7 +82,7 @@ class MatrixReceipt(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, cells: int, results: Sequence[CellResult]) -> MatrixReceipt:
-        """Add up the results of so many cells. Pure."""
+        """Add up the results of a matrix with this number of cells. Pure."""
         passed = sum(result.ok for result in results)
         return cls(
             ok=passed == cells,

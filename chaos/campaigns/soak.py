@@ -101,7 +101,7 @@ class Soak(Endurance):
         self.verify("G8", self.troubles, waits)
 
     def missing(self, requests: int) -> list[str]:
-        """What of the quota is not done yet, with so many requests ended."""
+        """What of the quota is not done yet, given how many requests have ended."""
         had = {group: self.count(group) for group in ("kills", "zombies", "outages", "roles")} | {"requests": requests}
         wanted: dict[str, int] = msgspec.structs.asdict(self.quota)
         return [f"{had[name]} {name} instead of {number}" for name, number in wanted.items() if had[name] < number]

@@ -34,7 +34,7 @@ class Goal(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Part:
-    """One command, and how its receipt is judged. Pure data."""
+    """One command, and the goals of its receipt. Pure data."""
 
     name: str
     about: str
@@ -55,7 +55,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     ok: bool
     seconds: float
     goals: tuple[Goal, ...]
-    said: str = ""  # the end of what it said, if it failed
+    said: str = ""  # the end of its output, if it failed
 
 
 class SuiteReceipt(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,27 +68,27 @@ class SuiteReceipt(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def at_least(what: str, wanted: int, reached: int) -> Goal:
-    """So many, or more."""
+    """This number, or more."""
     return Goal(what, f"≥ {wanted:,}", f"{reached:,}", reached >= wanted)
 
 
 def at_most(what: str, wanted: float, reached: float) -> Goal:
-    """So many, or fewer."""
+    """This number, or fewer."""
     return Goal(what, f"≤ {wanted:g}", f"{reached:g}", reached <= wanted)
 
 
 def none_of(what: str, reached: int) -> Goal:
-    """Not a single one."""
+    """None."""
     return Goal(what, "0", f"{reached:,}", reached == 0)
 
 
 def all_of(what: str, total: int, reached: int) -> Goal:
-    """Each single one, of which there are some."""
+    """All of them, and at least one."""
     return Goal(what, f"all of {total:,}", f"{reached:,}", reached == total > 0)
 
 
 def run_suite(stages: Stages, seed: int, folder: Path, tell: Tell) -> SuiteReceipt:
-    """Stage by stage; what each part says goes to a log in `folder`, its receipt to a file beside it."""
+    """Stage by stage; each part's stderr goes to a log in `folder`, its receipt to a file beside it."""
     began = time.monotonic()
 
     def done(part: Part) -> Outcome:
@@ -134,7 +134,7 @@ def _run(part: Part, folder: Path) -> Outcome:
 
 
 def _last(process: subprocess.Popen[bytes]) -> bytes:
-    """What a process that was asked to end still says; it is killed if it does not end."""
+    """The rest of the output of a process that was asked to end; it is killed if it does not."""
     try:
         return process.communicate(timeout=KILL_GRACE_S)[0]
     except subprocess.TimeoutExpired:

@@ -17,7 +17,7 @@ KILLS, ZOMBIES, OUTAGES, REQUESTS = 300, 40, 20, 15_000
 
 
 def parts(seed: int, folder: Path, pace: bool = True) -> Stages:
-    """All of it, in the order in which it runs; `pace`: how fast it is, on two cores that nobody else uses, too."""
+    """All of it, in the order in which it runs; `pace`: also its speed, on two idle cores."""
     drawn, record = ("--seed", str(seed), "-o", "json"), folder / "soak.jsonl"
     page = folder / "report.html"
     simulate = Part(
@@ -34,7 +34,7 @@ def parts(seed: int, folder: Path, pace: bool = True) -> Stages:
          "--requests", str(REQUESTS), "--ranks", "3", "--streams", "32", "--record", str(record), *drawn),
         _soaked, 900.0,
     )  # fmt: skip
-    check = Part("check", "the soak's record, judged offline", ("check", str(record), "-o", "json"), _checked, 120.0)
+    check = Part("check", "the soak's record, checked offline", ("check", str(record), "-o", "json"), _checked, 120.0)
     report = Part(
         "report", f"and drawn: {page}", ("report", str(record), "--output", str(page), "--json", "-"), _drawn, 120.0
     )

@@ -10,7 +10,7 @@ import typer
 from chaos.campaigns.campaign import seed_of
 from chaos.campaigns.churn import LOAD, Churn
 from chaos.campaigns.targets import LocalTarget
-from chaos.cli.shared import ModelFlag, RanksFlag, RecordFlag, SeedFlag, StreamsFlag, served, show_receipt
+from chaos.cli.shared import ModelFlag, RanksFlag, RecordFlag, SeedFlag, StreamsFlag, save_record, served, show_receipt
 from elastic.cli.flags import Output, OutputFlag, reported
 
 
@@ -31,7 +31,6 @@ def churn(
         run.replay = f"elastic-chaos churn --changes {changes} --ranks {ranks} --most {most} --seed {run.seed}"
         with served(model, ranks, seed=run.seed) as (cluster, tell):
             run.run(LocalTarget(cluster), tell)
-        if record is not None and run.recorder is not None:
-            run.recorder.write(record)
+        save_record(run, record)
         receipt = run.receipt()
         show_receipt(receipt, f"{receipt.changes} changes", output)

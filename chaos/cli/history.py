@@ -1,4 +1,4 @@
-"""`elastic-chaos check`: a run, judged again from its file."""
+"""`elastic-chaos check`: a run, checked again from its file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check(
     file: Annotated[Path, typer.Argument(help="The record of a run, or a history saved with --history.")],
     output: OutputFlag = Output.TEXT,
 ) -> None:
-    """Judge the record of a run, promise by promise. Exit 1 if one broke, or if there was nothing to judge."""
+    """Check the record of a run, promise by promise. Exit 1 if one broke, or if there was nothing to check."""
     with reported():
         if not file.is_file():
             raise ConfigError(f"there is no file {file}")

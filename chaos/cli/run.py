@@ -15,7 +15,7 @@ from chaos.campaigns.campaign import Tell
 from chaos.campaigns.own_cluster import own_cluster, unable_here
 from chaos.campaigns.scenario_run import ScenarioRun
 from chaos.campaigns.targets import LocalTarget, RemoteTarget, Target
-from chaos.cli.shared import ModelFlag, progress, show_receipt
+from chaos.cli.shared import ModelFlag, progress, save_record, show_receipt
 from chaos.faults.catalogue import FAULTS
 from chaos.scenarios.blast_radius import HARMLESS, Limits, unfit
 from chaos.scenarios.dry_run import DryRun, Expected
@@ -125,8 +125,7 @@ def _finish(played: ScenarioRun, target: Target, tell: Tell, record: Path | None
     """Run, check, print; exit 1 if a promise broke."""
     with interruptible(signal.SIGINT, signal.SIGTERM) as played.stop:
         played.run(target, tell)
-    if record is not None and played.recorder is not None:
-        played.recorder.write(record)
+    save_record(played, record)
     show_receipt(played.receipt(), f"{played.scenario.name}, {len(played.injected)} faults", output)
 
 

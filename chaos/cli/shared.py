@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 from typer import style
 
-from chaos.campaigns.campaign import Receipt, Tell
+from chaos.campaigns.campaign import Campaign, Receipt, Tell
 from chaos.target.cluster import ServedCluster
 from elastic.cli.flags import Output, write_json
 
@@ -45,6 +45,12 @@ def served(
         tell = progress()
         with ServedCluster(path, ranks, state_dir=Path(folder) / "state", flags=flags) as cluster:
             yield cluster, tell
+
+
+def save_record(run: Campaign, path: Path | None) -> None:
+    """Save the record of a run, if a path is given."""
+    if path is not None and run.recorder is not None:
+        run.recorder.write(path)
 
 
 def show_receipt(receipt: Receipt, done: str, output: Output) -> NoReturn:

@@ -15,7 +15,7 @@ from membership.base.errors import ConfigError
 
 
 def simulate(
-    faults: Annotated[int, typer.Option(min=1, help="Until there were so many.")] = 20_000,
+    faults: Annotated[int, typer.Option(min=1, help="Stop after this many faults.")] = 20_000,
     seed: Annotated[int | None, typer.Option(help="The first life's; the next ones follow.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
     replays: Annotated[int, typer.Option(min=0, help="Lives to live again in another process, and to compare.")] = 20,

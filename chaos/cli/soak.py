@@ -11,7 +11,7 @@ from chaos.campaigns.bursts import Quota
 from chaos.campaigns.campaign import seed_of
 from chaos.campaigns.soak import FLAGS, LOAD, Soak
 from chaos.campaigns.targets import LocalTarget
-from chaos.cli.shared import ModelFlag, RanksFlag, RecordFlag, SeedFlag, StreamsFlag, served, show_receipt
+from chaos.cli.shared import ModelFlag, RanksFlag, RecordFlag, SeedFlag, StreamsFlag, save_record, served, show_receipt
 from elastic.cli.flags import Output, OutputFlag, reported
 
 MAYBE = "[default: by --kills]"
@@ -46,8 +46,7 @@ def soak(
         run.replay = f"{again} --streams {streams} --seed {run.seed}"
         with served(model, ranks, FLAGS, seed=run.seed) as (cluster, tell):
             run.run(LocalTarget(cluster), tell)
-        if record is not None and run.recorder is not None:
-            run.recorder.write(record)
+        save_record(run, record)
         receipt = run.receipt()
         done = f"{receipt.kills} kills, {receipt.zombies} zombies, {receipt.outages} outages, {receipt.roles} roles"
         show_receipt(receipt, done, output)

@@ -1,1 +1,4 @@
-"""Scenarios: faults and changes as somebody wrote them down, played on a real cluster under load, and judged."""
+"""Scenarios: faults and changes as written in YAML, decoded, checked and dry-run. Pure: campaigns run them.
+
+Start with `script.py`. May import faults (the catalogue) and workload.
+"""

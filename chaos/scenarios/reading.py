@@ -144,9 +144,7 @@ def _change(kind: str, found: Any, options: dict[str, Any]) -> dict[str, Any]:
     strikes = _listed(options.pop("strike", []))
     for strike in strikes:
         if not isinstance(strike, dict) or "at" not in strike:
-            raise ConfigError(
-                f"a strike needs to say `at` which phase or failpoint, not {strike!r}", hint=near("", PHASES)
-            )
+            raise ConfigError(f"a strike needs `at`, a phase or a failpoint, not {strike!r}", hint=near("", PHASES))
         if not FAULTS.keys() & strike.keys():
             raise ConfigError(f"a strike is a fault, not {strike!r}", hint=near("", FAULTS))
     what = {"size": str(found)} if kind == "scale" else {"victims": _listed(found)}

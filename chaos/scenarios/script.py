@@ -80,7 +80,7 @@ class Inject(Part, frozen=True, kw_only=True, tag="inject"):
             raise ConfigError(f"{self.fault} has no victim", hint=near("", known))
         for victim in self.victims:
             if not ((is_rank(victim) and rules) or (victim in entry.victims and victim != "rank")):
-                raise ConfigError(f"{self.fault} cannot befall {victim!r}", hint=near(victim, known))
+                raise ConfigError(f"{self.fault} cannot happen to {victim!r}", hint=near(victim, known))
         for name in self.params:
             if name not in entry.params:
                 raise ConfigError(f"`with` of {self.fault} has no {name!r}", hint=near(name, entry.params))

@@ -1,1 +1,4 @@
-"""The cluster that faults are injected into: started here, or somebody's own; how a run waits for it."""
+"""The cluster that faults are injected into: started here, or already running; the one wait of the harness.
+
+Start with `cluster.py`. Imports no other room of chaos.
+"""

@@ -62,7 +62,7 @@ def slope(points: Sequence[tuple[float, float]]) -> float:
 
 
 def growth(looks: Sequence[tuple[int, dict[str, Footprint]]]) -> tuple[Growth, ...]:
-    """Of each process that is in all `looks`: (how often it was done so far, who holds what)."""
+    """Of each process that is in all `looks`: (number of actions so far, footprint of each process)."""
     if not looks:
         return ()
     names = sorted(set.intersection(*(set(found) for _, found in looks)))

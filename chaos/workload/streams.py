@@ -25,7 +25,7 @@ PROMPTS = (
 )  # fmt: skip
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
-PAUSE_S = 0.05  # before the next request of a stream whose last one failed: whoever listens there may be starting
+PAUSE_S = 0.05  # before the next request of a stream whose last one failed: the gateway may be starting
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -55,8 +55,8 @@ class Workload:
     """Streams `prompts` at `concurrency` until stopped (or once through), and keeps what it saw.
 
     Greedy for even requests, seeded sampling for odd ones: both must come out as in a fault-free run. A request is
-    known by its number, which stands for a prompt and a length; `lengths` are dealt out in turn, as the prompts are.
-    A stream rests `rest_s` between two requests: without, it takes as much of the machine as there is.
+    known by its number, which stands for a prompt and a length; `lengths` are used in turn, as the prompts are.
+    A stream rests `rest_s` between two requests: without, it takes all of the machine.
     """
 
     def __init__(
