@@ -24,16 +24,19 @@ Step = Callable[[], object]
 
 def ours(path: str, dtype: str, exactness: str, streams: int, context: int, total: int) -> Step:
     """A decode step of our runner for `streams` sequences that have `context` tokens already."""
+    from membership.base.enums import Exactness
     from workers.exchange.local import LocalExchange
-    from workers.model.experts import LocalExpertBank
+    from workers.model.expert_bank import LocalExpertBank
     from workers.model.load import load_model
     from workers.model.runner import ModelRunner
     from workers.protocol.messages import Sampling, SeqChunk
 
     per_seq = -(-total // BLOCK)
     loaded = load_model(path, dtype)
-    bank = LocalExpertBank(invariant=exactness == "invariant")
-    runner = ModelRunner(loaded, bank, kv_blocks=streams * per_seq, block_size=BLOCK, max_len=total)
+    bank = LocalExpertBank()
+    runner = ModelRunner(
+        loaded, bank, Exactness(exactness), kv_blocks=streams * per_seq, block_size=BLOCK, max_len=total
+    )
     bank.load_all([(layer, e) for layer in range(loaded.info.moe_layers) for e in range(loaded.info.experts)])
     runner.attach(LocalExchange(bank))
     blocks = [list(range(s * per_seq, (s + 1) * per_seq)) for s in range(streams)]

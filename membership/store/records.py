@@ -10,7 +10,7 @@ from enum import StrEnum
 
 import msgspec
 
-from membership.base.enums import OperationKind
+from membership.base.enums import Device, Dtype, Exactness, OperationKind
 from membership.base.rank_id import RankId
 from membership.base.timing import CLOCK_SKEW_S, COVERAGE_DEADLINE_S, LAUNCH_DEADLINE_S, LEASE_TTL_S, RESTART_WINDOW_S
 
@@ -60,9 +60,9 @@ class ClusterConfig(Record, frozen=True, kw_only=True):
     experts: int
     redundancy: float = 2.0
     max_ranks: int = 64
-    dtype: str = "auto"  # auto | float32 | bfloat16
-    exactness: str = "invariant"  # invariant | stock
-    device: str = "auto"
+    dtype: Dtype = Dtype.AUTO
+    exactness: Exactness = Exactness.INVARIANT
+    device: Device = Device.AUTO
     max_model_len: int = 4096
     block_size: int = 16  # tokens per KV block
     kv_blocks: int = 1024  # KV blocks per rank

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from membership.base.enums import Dtype, Exactness
 from workers.exchange.local import LocalExchange
-from workers.model.experts import LocalExpertBank
+from workers.model.expert_bank import LocalExpertBank
 from workers.model.load import load_model
 from workers.model.runner import ModelRunner
 from workers.protocol.messages import Sampling, SeqChunk
@@ -45,14 +46,16 @@ class SpreadBank:
         return torch.cat([self._rng.choice(owners).compute(layer, expert, part) for part in parts])
 
 
-def make_runner(path: Path, dtype: str = "auto", *, exactness: str = "invariant", blocks: int = 96) -> ModelRunner:
+def make_runner(
+    path: Path, dtype: str = Dtype.AUTO, *, exactness: Exactness = Exactness.INVARIANT, blocks: int = 96
+) -> ModelRunner:
     """A runner with all experts here. Close it."""
     import torch
 
     torch.set_num_threads(1)
     loaded = load_model(path, dtype)
-    bank = LocalExpertBank(invariant=exactness == "invariant")
-    runner = ModelRunner(loaded, bank, kv_blocks=blocks, block_size=BLOCK, max_len=512)
+    bank = LocalExpertBank()
+    runner = ModelRunner(loaded, bank, exactness, kv_blocks=blocks, block_size=BLOCK, max_len=512)
     bank.load_all([(layer, e) for layer in range(loaded.info.moe_layers) for e in range(loaded.info.experts)])
     runner.attach(LocalExchange(bank))
     return runner

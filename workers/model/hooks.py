@@ -6,11 +6,21 @@ registered for our attention: transformers then builds no masks.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from workers.model.backend import Attention
 
 NAME = "elastic_ep"
+
+
+class RoutedExperts(Protocol):
+    """What stands behind the expert modules of a model."""
+
+    def forward(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The routed part of one MoE layer: hidden [T, H], ids and weights [T, k] -> [T, H]."""
 
 
 def register() -> None:
@@ -20,6 +30,20 @@ def register() -> None:
 
     AttentionInterface.register(NAME, _attention)
     ExpertsInterface.register(NAME, _experts)
+
+
+def connect_attention(modules: Sequence[nn.Module], attention: Attention) -> None:
+    """Have these attention modules call `attention` from now on."""
+    for module in modules:
+        cast("Any", module).elastic_attention = attention
+        cast("Any", module).elastic_window = getattr(module, "sliding_window", None)
+
+
+def connect_experts(modules: Sequence[nn.Module], experts: RoutedExperts) -> None:
+    """Have these expert modules, in the order of MoE layers, call `experts` from now on."""
+    for layer, module in enumerate(modules):
+        cast("Any", module).elastic_layer = layer
+        cast("Any", module).elastic_experts = experts
 
 
 def _attention(

@@ -1,4 +1,4 @@
-"""Builds a transformers model without its routed experts, and reads single experts on demand.
+"""Builds a transformers model without its routed experts, and finds out where to read those.
 
 The model is laid out on the `meta` device, names are mapped with transformers' own conversion rules, and only what a
 rank needs is read: everything but experts at once, an expert when the placement gives it to the rank. Where the host
@@ -8,182 +8,27 @@ has a weight store, what it holds is mapped instead, and a rank that finds every
 from __future__ import annotations
 
 import re
-import threading
-from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
+from membership.base.enums import Device, Dtype
 from membership.base.errors import ModelError
 from workers.model import hooks
-from workers.model.families import ModelInfo, read_model_info, weight_files
+from workers.model.backend import Backend
+from workers.model.checkpoint import Checkpoint
+from workers.model.devices import open_backend
+from workers.model.expert_source import ExpertSource
+from workers.model.families import ModelInfo, read_model_info
 from workers.model.shared_weights import SharedWeights, identity
 from workers.protocol.weight_client import WeightClient
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PARAMETERS = ("gate_up_proj", "down_proj")
 DENSE = "dense"  # the store's entry of all that is not a routed expert
-AT_ONCE = 16  # experts that are asked of the store before any of them is used
-_EXPERT_INDEX = re.compile(r"\.experts\.(\d+)\.")
-
-
-@dataclass(frozen=True)
-class ExpertWeights:
-    """One expert as right-hand sides of products: `gate_up` [H, 2I], `down` [I, H], views of what is stored."""
-
-    gate_up: Tensor
-    down: Tensor
-    mapped: bool = False  # from the host's store, without reading the checkpoint
-
-    @property
-    def nbytes(self) -> int:
-        """Memory it takes."""
-        return int(self.gate_up.nbytes + self.down.nbytes)
-
-
-class Checkpoint:
-    """The weight files, opened once and read by slices. Safe to use from several threads."""
-
-    def __init__(self, info: ModelInfo) -> None:
-        self._root = Path(info.path)
-        self._open: dict[str, Any] = {}
-        self._stack = ExitStack()
-        self._lock = threading.Lock()
-        self.bytes_read = 0
-
-    @cached_property
-    def _file_of(self) -> dict[str, str]:
-        return weight_files(self._root)
-
-    @property
-    def names(self) -> list[str]:
-        """All tensors."""
-        return sorted(self._file_of)
-
-    def read(self, name: str, index: int | None = None) -> Tensor:
-        """A private copy of a tensor, or of entry `index` along its first axis."""
-        file = self._file_of[name]
-        with self._lock:
-            if file not in self._open:
-                self._open[file] = self._stack.enter_context(safe_open(str(self._root / file), framework="pt"))
-            handle = self._open[file]
-            tensor: Tensor = handle.get_tensor(name) if index is None else handle.get_slice(name)[index]
-            self.bytes_read += tensor.nbytes
-        return tensor.clone()
-
-    def close(self) -> None:
-        """Unmap the files."""
-        with self._lock:
-            self._open.clear()
-            self._stack.close()
-
-
-def _expert_name(layer: int, expert: int) -> str:
-    return f"expert/{layer}/{expert}"
-
-
-class ExpertSource:
-    """Knows which tensors make up each expert, and assembles one at a time, unless the host's store has it."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        dtype: torch.dtype,
-        device: torch.device,
-        fill: Callable[[ExpertSource], object],
-        shared: SharedWeights | None = None,
-    ) -> None:
-        self._checkpoint = checkpoint
-        self._dtype = dtype
-        self._device = device
-        self._fill = fill  # calls `add` for all; only once something has to be read
-        self._filled = False
-        self._filling = threading.Lock()
-        self._shared = shared
-        self._fused: dict[tuple[int, str], str] = {}  # (layer, parameter) -> a tensor with all experts
-        self._parts: dict[tuple[int, int, str], list[tuple[str, str]]] = defaultdict(list)  # -> (pattern, tensor)
-        self._converters: dict[str, Any] = {}  # parameter -> transformers' rule that merges its parts
-
-    def add(self, layer: int, parameter: str, name: str, pattern: str | None, converter: Any) -> None:
-        """Note that tensor `name` belongs to `parameter` of the experts of MoE layer `layer`."""
-        if pattern is None:
-            self._fused[layer, parameter] = name
-            return
-        match = _EXPERT_INDEX.search(name)
-        if match is None:
-            raise ModelError(f"cannot tell which expert {name} belongs to", hint="is this a supported family?")
-        self._parts[layer, int(match.group(1)), parameter].append((pattern, name))
-        self._converters[parameter] = converter
-
-    def load(self, layer: int, expert: int) -> ExpertWeights:
-        """Get expert `expert` of MoE layer `layer`, and nothing else."""
-        ((_, weights),) = self.load_many([(layer, expert)])
-        return weights
-
-    def load_many(
-        self, wanted: Iterable[tuple[int, int]], before_read: Callable[[], object] = lambda: None
-    ) -> Generator[tuple[tuple[int, int], ExpertWeights]]:
-        """Get experts one after the other, in order; `before_read` is called before each that the store lacks."""
-        left = list(wanted)
-        try:
-            while left:
-                some, left = left[:AT_ONCE], left[AT_ONCE:]
-                there = self._shared.find([_expert_name(*key) for key in some]) if self._shared else {}
-                for key in some:
-                    found = there.get(_expert_name(*key))
-                    if found is None:
-                        before_read()
-                    yield key, self._placed(found.tensors, mapped=True) if found else self._read(*key)
-        finally:
-            if self._shared is not None:
-                self._shared.report()
-
-    def _read(self, layer: int, expert: int) -> ExpertWeights:
-        """Read an expert from the checkpoint, and leave it to the host's store."""
-        with self._filling:
-            if not self._filled:
-                self._fill(self)
-                self._filled = True
-        made = {name: self._parameter(layer, expert, name) for name in PARAMETERS}
-        kept = self._shared.put(_expert_name(layer, expert), made) if self._shared else None
-        return self._placed(kept.tensors if kept else made, mapped=False)
-
-    def _placed(self, tensors: dict[str, Tensor], *, mapped: bool) -> ExpertWeights:
-        gate_up, down = (tensors[name].to(self._device) for name in PARAMETERS)
-        return ExpertWeights(gate_up.t(), down.t(), mapped)
-
-    def _parameter(self, layer: int, expert: int, parameter: str) -> Tensor:
-        fused = self._fused.get((layer, parameter))
-        if fused is not None:
-            merged = self._checkpoint.read(fused, expert)
-        else:
-            parts = self._parts.get((layer, expert, parameter))
-            if not parts:
-                raise ModelError(f"the checkpoint lacks {parameter} of expert {expert} in MoE layer {layer}")
-            merged = self._merge(parameter, {pattern: [self._checkpoint.read(name)] for pattern, name in parts})
-        return merged.to(self._dtype).contiguous()
-
-    def _merge(self, parameter: str, tensors: dict[str, Any]) -> Tensor:
-        """Apply transformers' merge rule to the parts of a single expert."""
-        converter = self._converters[parameter]
-        missing = [pattern for pattern in converter.source_patterns if pattern not in tensors]
-        if missing:
-            raise ModelError(f"the checkpoint lacks {missing[0]} of an expert", hint="is it complete?")
-        ordered = {pattern: tensors[pattern] for pattern in converter.source_patterns}
-        for operation in converter.operations:
-            ordered = operation.convert(
-                ordered, source_patterns=converter.source_patterns, target_patterns=converter.target_patterns
-            )
-        (merged,) = ordered.values()
-        result: Tensor = (merged[0] if isinstance(merged, list) else merged)[0]
-        return result
 
 
 @dataclass
@@ -196,15 +41,15 @@ class LoadedModel:
     attention_modules: list[nn.Module]
     source: ExpertSource
     checkpoint: Checkpoint
-    dtype: torch.dtype
-    device: torch.device
+    dtype: torch.dtype  # of its arithmetic
+    backend: Backend
     shared: SharedWeights | None = None
 
 
-def resolve_dtype(info: ModelInfo, dtype: str, device: torch.device) -> torch.dtype:
-    """The type to compute in: the stored one under `auto`, save for float16 on CPUs, which lack kernels for it."""
-    if dtype == "auto":
-        return torch.float32 if info.dtype == "float16" and device.type == "cpu" else TORCH_DTYPES[info.dtype]
+def resolve_dtype(info: ModelInfo, dtype: str, backend: Backend) -> torch.dtype:
+    """The type to compute in: under `auto` what the backend makes of the stored one. ModelError if it is unknown."""
+    if dtype == Dtype.AUTO:
+        return backend.compute_dtype(TORCH_DTYPES[info.dtype])
     if dtype not in TORCH_DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}", hint="use auto, float32 or bfloat16")
     return TORCH_DTYPES[dtype]
@@ -221,23 +66,23 @@ class Skeleton:
     dtype: torch.dtype
 
 
-_prebuilt: list[Skeleton] = []  # by the forkserver; whoever takes it uses it up
+_prebuilt: list[Skeleton] = []  # by the forkserver; it can be taken once in each process
 
 
-def prebuild(path: str, dtype: str = "auto") -> None:
-    """In the forkserver: build the model without weights once, so that no rank has to. Ranks tell of faults."""
+def prebuild(path: str, dtype: str = Dtype.AUTO) -> None:
+    """In the forkserver: build the model without weights once, so that no rank has to. Ranks report what is wrong."""
     try:
-        _prebuilt[:] = [_build(path, dtype, torch.device("cpu"))]
+        _prebuilt[:] = [_build(path, dtype, open_backend(Device.CPU))]
     except (ModelError, OSError, ValueError):
         _prebuilt.clear()
 
 
-def _build(path: str | Path, dtype: str, device: torch.device) -> Skeleton:
+def _build(path: str | Path, dtype: str, backend: Backend) -> Skeleton:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     found = identity(path)
     info = read_model_info(path)
-    kind = resolve_dtype(info, dtype, device)
+    kind = resolve_dtype(info, dtype, backend)
     config = AutoConfig.from_pretrained(info.path)
     hooks.register()
     with torch.device("meta"):
@@ -249,34 +94,37 @@ def _build(path: str | Path, dtype: str, device: torch.device) -> Skeleton:
     return Skeleton(found, info, model, expert_modules, kind)
 
 
-def _skeleton(path: str | Path, dtype: str, device: torch.device) -> Skeleton:
+def _skeleton(path: str | Path, dtype: str, backend: Backend) -> Skeleton:
     """The prebuilt one, if it is of this very checkpoint and type; else a new one."""
     while _prebuilt:
         made = _prebuilt.pop()
-        if made.identity == identity(path) and made.dtype == resolve_dtype(made.info, dtype, device):
+        if made.identity == identity(path) and made.dtype == resolve_dtype(made.info, dtype, backend):
             return made
-    return _build(path, dtype, device)
+    return _build(path, dtype, backend)
 
 
 def load_model(
-    path: str | Path, dtype: str = "auto", device: str = "cpu", store: WeightClient | None = None
+    path: str | Path, dtype: str = Dtype.AUTO, backend: Backend | None = None, store: WeightClient | None = None
 ) -> LoadedModel:
-    """Load everything but the routed experts; from the host's `store` where it has it."""
-    place = torch.device(device)
-    made = _skeleton(path, dtype, place)
+    """Load everything but the routed experts, from the host's `store` where it has it; on the CPU without a backend.
+
+    ModelError says what is wrong with the checkpoint, or that `dtype` is unknown.
+    """
+    backend = backend or open_backend(Device.CPU)
+    made = _skeleton(path, dtype, backend)
     info, model, kind = made.info, made.model, made.dtype
     shared = SharedWeights(store, f"{made.identity}/{kind}") if store is not None else None
     checkpoint = Checkpoint(info)
     files = _Files(made, checkpoint)
-    source = ExpertSource(checkpoint, kind, place, files.tell_experts, shared)
+    source = ExpertSource(checkpoint, kind, backend.device, files.add_experts, shared)
     try:
-        _load_weights(made, files, shared, place)
+        _load_weights(made, files, shared, backend.device)
     except BaseException:
         checkpoint.close()
         raise
     attention = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")]
     model.set_experts_implementation(hooks.NAME)
-    return LoadedModel(info, model, made.expert_modules, attention, source, checkpoint, kind, place, shared)
+    return LoadedModel(info, model, made.expert_modules, attention, source, checkpoint, kind, backend, shared)
 
 
 def _detach_experts(model: nn.Module) -> list[nn.Module]:
@@ -326,8 +174,8 @@ class _Files:
                 dense[key] = name
         return dense, experts
 
-    def tell_experts(self, source: ExpertSource) -> None:
-        """Tell where all experts are."""
+    def add_experts(self, source: ExpertSource) -> None:
+        """Give `source` the place of every expert."""
         for entry in self._sorted[1]:
             source.add(*entry)
 

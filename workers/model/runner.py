@@ -3,68 +3,80 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from membership.base.enums import Exactness
 from membership.base.errors import ModelError
-from workers.model.attention import AttentionHook, check_tiles
 from workers.model.attention_plan import StepPlan, plan_step
+from workers.model.backend import AttentionSpec, KVCache
 from workers.model.calibrations import Calibrations
-from workers.model.experts import Dispatcher, LocalExpertBank, MoeHook, activation_of
-from workers.model.fingerprint import kernel_fingerprint
-from workers.model.kv import KVCache
+from workers.model.expert_bank import LocalExpertBank
+from workers.model.hooks import connect_attention, connect_experts
 from workers.model.kv_transfer import Outbox, Stamp, take_in, write_out
-from workers.model.linear import RowTiles, make_invariant
 from workers.model.load import LoadedModel
+from workers.model.moe import Dispatcher, MoeLayers, activation_of
 from workers.model.rotary import tabulate
+from workers.model.row_tiles import RowTiles
 from workers.model.sampler import sample
 from workers.protocol.messages import SampledToken, Sampling, SeqChunk
 
 
 class ModelRunner:
-    """A loaded model with its KV cache and its hooks, as exact as its expert bank."""
+    """A loaded model with its KV cache and its experts, ready to run steps on its backend."""
 
     def __init__(
-        self, loaded: LoadedModel, bank: LocalExpertBank, *, kv_blocks: int, block_size: int, max_len: int = 2048
+        self,
+        loaded: LoadedModel,
+        bank: LocalExpertBank,
+        exactness: Exactness = Exactness.INVARIANT,
+        *,
+        kv_blocks: int,
+        block_size: int,
+        max_len: int = 2048,
     ) -> None:
-        self.invariant = bank.invariant
+        """Opens `bank`. `block_size` and `max_len` are in tokens.
+
+        ModelError if the device cannot be as exact as asked.
+        """
         self.loaded = loaded
         self.bank = bank
         self.dtype = loaded.dtype
-        self._device = loaded.device
+        self._backend = backend = loaded.backend
         self._backbone = loaded.model.get_submodule(loaded.model.base_model_prefix)
         self._head = loaded.model.get_output_embeddings()
-        kv_dtype = torch.float32 if loaded.device.type == "cpu" else loaded.dtype
-        self.cache = KVCache(loaded.info.layers, kv_blocks, block_size, kv_dtype)
-        self.moe = MoeHook(loaded.expert_modules, loaded.info.experts)
-        self.attention = AttentionHook(loaded.attention_modules, self.cache)
-        self.activation = activation_of(loaded.expert_modules[0])
-        kernels = f"{kernel_fingerprint(loaded.dtype, loaded.device)}/{loaded.device.type}"
-        bank.open(loaded.source, self.activation, Calibrations(loaded.shared, f"{kernels}/experts"))
+        self.moe = MoeLayers(len(loaded.expert_modules), loaded.info.experts)
+        invariant = exactness == Exactness.INVARIANT
+        kernels = f"{self.fingerprint()}/{backend.device.type}"
+        activation = activation_of(loaded.expert_modules[0])
+        self.products = backend.expert_products(
+            activation, exactness, Calibrations(loaded.shared, f"{kernels}/experts")
+        )
+        bank.open(loaded.source, self.products)
         self._tiles: RowTiles | None = None
         self._done: StepPlan | None = None  # of the step that just completed
+        calibrations = Calibrations(loaded.shared if invariant else None, f"{kernels}/model")
+        spec = _attention_spec(loaded, kv_blocks, block_size, max_len)
         with torch.inference_mode():
-            longest = min(max_len, loaded.info.max_position)
-            tabulate(loaded.model, longest, loaded.dtype, loaded.device)
-            if self.invariant:
-                calibrations = Calibrations(loaded.shared, f"{kernels}/model")
-                self._tiles = make_invariant(loaded.model, calibrations)
-                measure = partial(self._check_attention, max_len)
-                (self.attention.min_rows,) = calibrations.of(f"attention over {max_len}", measure)
-                calibrations.keep()
+            tabulate(loaded.model, min(max_len, loaded.info.max_position), loaded.dtype, backend.device)
+            if invariant:
+                self._tiles = backend.make_invariant(loaded.model, calibrations)
+            self.attention = backend.attention(spec, exactness, calibrations)
+            calibrations.keep()
+        connect_attention(loaded.attention_modules, self.attention)
+        connect_experts(loaded.expert_modules, self.moe)
+        self._forward = backend.capture(self._hidden)
 
-    def _check_attention(self, max_len: int) -> tuple[int]:
-        """Shapes as the config gives them; latent attention (DeepSeek) has keys wider than values."""
-        config = self.loaded.model.config
-        heads = config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // heads
-        latent = getattr(config, "qk_nope_head_dim", None)
-        if latent is not None:
-            return (check_tiles(1, latent + config.qk_rope_head_dim, config.v_head_dim, max_len),)
-        return (check_tiles(heads // config.num_key_value_heads, width, width, max_len),)
+    @property
+    def cache(self) -> KVCache:
+        """Of this rank's requests."""
+        return self.attention.cache
+
+    def fingerprint(self) -> str:
+        """How this runner rounds; ranks of one view must agree."""
+        return self._backend.fingerprint(self.dtype)
 
     def attach(self, exchange: Dispatcher) -> None:
         """Where routed experts' rows go from now on."""
@@ -72,29 +84,37 @@ class ModelRunner:
 
     @torch.inference_mode()
     def logits(self, chunks: Sequence[SeqChunk], wanted: Sequence[int]) -> Tensor:
-        """Run all chunks; the logits [len(wanted), V] after the last token of the chunks with these indices."""
+        """Run all chunks; the logits [len(wanted), V] after the last token of the chunks with these indices.
+
+        ModelError if a block number is out of range; CoverageLost and PeerTimeout as the exchange raises them.
+        """
         rows = sum(len(c.tokens) for c in chunks)
         padded = self._tiles.padded(rows) if self._tiles else rows
         self._check_blocks(chunks)
-        plan = plan_step(chunks, self.cache.block_size, padded, self._device, self._done)
+        plan = plan_step(chunks, self.cache.block_size, padded, self._backend.device, self._done)
         self._done = None  # an attempt that fails leaves nothing to build on
-        self.attention.plan = plan
-        self.moe.rows = rows
-        try:
-            hidden = self._backbone(input_ids=plan.tokens, position_ids=plan.positions, use_cache=False)[0][0]
-        finally:
-            self.attention.plan = None
+        hidden = self._forward(plan)
         self._done = plan
         if not wanted:
-            return cast("Tensor", hidden[:0])
+            return hidden[:0]
         picked = [plan.last[i] for i in wanted]
         if picked != list(range(rows)):
-            hidden = hidden.index_select(0, torch.tensor(picked, device=self._device))
+            hidden = hidden.index_select(0, torch.tensor(picked, device=hidden.device))
         else:
             hidden = hidden[:rows]
         head = cast("Any", self._head)
         out: Tensor = self._tiles.run(head, hidden) if self._tiles else head(hidden)
         return out
+
+    def _hidden(self, plan: StepPlan) -> Tensor:
+        """The model without its head: the final hidden states [plan.padded, H] of one step."""
+        self.attention.plan = plan
+        self.moe.rows = plan.rows
+        try:
+            out = self._backbone(input_ids=plan.tokens, position_ids=plan.positions, use_cache=False)
+        finally:
+            self.attention.plan = None
+        return cast("Tensor", out[0][0])
 
     def _check_blocks(self, chunks: Sequence[SeqChunk]) -> None:
         """A block number past the cache would land in another head's cells."""
@@ -116,13 +136,13 @@ class ModelRunner:
 
     @torch.inference_mode()
     def write_out(self, blocks: Sequence[int], outbox: Outbox, stamp: Stamp) -> int:
-        """Copy KV blocks, as many as there is room for; how many that were."""
+        """Copy KV blocks, from the first on, as far as there is room; returns how many. ModelError, RankError."""
         self._check_known(blocks)
         return write_out(self.cache, blocks, outbox, stamp)
 
     @torch.inference_mode()
     def take_in(self, blocks: Sequence[int], room: memoryview[int], stamp: Stamp) -> int:
-        """Fill KV blocks with what another rank has written out."""
+        """Fill KV blocks with what another rank has written out; returns how many. ModelError, RankError."""
         self._check_known(blocks)
         self._done = None  # what the last step gathered may be of sequences that had these blocks before
         return take_in(self.cache, blocks, room, stamp)
@@ -146,8 +166,30 @@ class ModelRunner:
         self.loaded.checkpoint.close()
 
 
+def _attention_spec(loaded: LoadedModel, kv_blocks: int, block_size: int, longest: int) -> AttentionSpec:
+    """Shapes as the config gives them; latent attention (DeepSeek) has keys wider than values."""
+    config = loaded.model.config
+    heads = config.num_attention_heads
+    latent = getattr(config, "qk_nope_head_dim", None)
+    if latent is not None:
+        group, key_width, value_width = 1, latent + config.qk_rope_head_dim, config.v_head_dim
+    else:
+        key_width = value_width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        group = heads // config.num_key_value_heads
+    return AttentionSpec(
+        layers=loaded.info.layers,
+        group=group,
+        key_width=key_width,
+        value_width=value_width,
+        longest=longest,
+        blocks=kv_blocks,
+        block_size=block_size,
+        dtype=loaded.dtype,
+    )
+
+
 class _NoExperts:
-    """Stands in for an exchange while warming up."""
+    """Takes the place of an exchange while warming up."""
 
     def dispatch_combine(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """Nothing comes back from experts."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from membership.base import failpoints
+from membership.base.enums import Exactness
 from membership.base.errors import ConfigError, CoverageLost, Fenced, WaitTimeout
 from membership.base.rank_id import RankId
 from membership.store.records import View
@@ -26,10 +27,9 @@ from workers.protocol.messages import CopyBlocks, StepBatch, StepResult, StepSta
 from workers.rank.worker_api import WorkerContext
 
 if TYPE_CHECKING:
-    import torch
-
     from workers.exchange.loop import Exchange
-    from workers.model.experts import LocalExpertBank
+    from workers.model.backend import Backend
+    from workers.model.expert_bank import LocalExpertBank
     from workers.model.runner import ModelRunner
     from workers.protocol.live_mask import LiveMask
 
@@ -122,16 +122,16 @@ class EPWorker:
     """One expert-parallel rank."""
 
     def __init__(self, ctx: WorkerContext) -> None:
-        from workers.model.experts import LocalExpertBank
+        from workers.model.expert_bank import LocalExpertBank
 
-        if ctx.config.exactness not in ("invariant", "stock"):
+        if ctx.config.exactness not in set(Exactness):
             raise ConfigError(f"unknown exactness {ctx.config.exactness!r}", hint="use invariant or stock")
         self._ctx = ctx
         self.rank = ctx.rank
-        self.bank: LocalExpertBank = LocalExpertBank(invariant=ctx.config.exactness == "invariant")
+        self.bank: LocalExpertBank = LocalExpertBank()
         self._mask: LiveMask | None = None
         self.exchange = self.make_exchange()
-        self._device: torch.device | None = None
+        self._backend: Backend | None = None
         self._runner: ModelRunner | None = None
         self._view = View(epoch=0)
         self._preparing: dict[int, Preparation] = {}  # by epoch, later than the view in use
@@ -156,13 +156,11 @@ class EPWorker:
         """Take the device; one compute thread, as ranks outnumber cores."""
         import torch
 
-        wanted = self._ctx.config.device
-        if wanted == "auto":
-            wanted = "cuda" if torch.cuda.is_available() else "cpu"
-        if wanted.startswith("cuda") and not torch.cuda.is_available():
-            raise ConfigError("device cuda was asked for, but there is none", hint="use --device cpu")
+        from workers.model.devices import open_backend
+
+        self._backend = open_backend(self._ctx.config.device)
         torch.set_num_threads(1)
-        self._device = self.exchange.device = torch.device(wanted)
+        self.exchange.device = self._backend.device
 
     def load_model(self) -> None:
         """Load everything but the experts."""
@@ -170,14 +168,19 @@ class EPWorker:
         from workers.model.runner import ModelRunner
         from workers.protocol.weight_client import WeightClient
 
-        if self._device is None:
+        if self._backend is None:
             raise ConfigError("load_model before init_device")
         config = self._ctx.config
         started = time.monotonic()
         store = WeightClient(self._ctx.weights) if self._ctx.weights else None
-        loaded = load_model(config.model, config.dtype, str(self._device), store)
+        loaded = load_model(config.model, config.dtype, self._backend, store)
         self._runner = ModelRunner(
-            loaded, self.bank, kv_blocks=config.kv_blocks, block_size=config.block_size, max_len=config.max_model_len
+            loaded,
+            self.bank,
+            config.exactness,
+            kv_blocks=config.kv_blocks,
+            block_size=config.block_size,
+            max_len=config.max_model_len,
         )
         self._runner.attach(self.exchange)
         self._runner.warm_up()
@@ -185,11 +188,9 @@ class EPWorker:
 
     def fingerprint(self) -> str:
         """How this rank rounds; ranks of one view must agree."""
-        from workers.model.fingerprint import kernel_fingerprint
-
-        if self._runner is None or self._device is None:
+        if self._runner is None:
             raise ConfigError("fingerprint before load_model")
-        return kernel_fingerprint(self._runner.dtype, self._device)
+        return self._runner.fingerprint()
 
     def prepare_epoch(self, view: View, peers: dict[int, tuple[int, bytes]]) -> Preparation:
         """Load the experts that `view` adds and link to all peers, in the background; replaces what was under way."""
@@ -326,8 +327,8 @@ class EPWorker:
         self._ctx, self.rank = replace(self._ctx, rank=rank, incarnation=incarnation), rank
         self.exchange.close()
         self.exchange = self.make_exchange()
-        if self._device is not None:
-            self.exchange.device = self._device
+        if self._backend is not None:
+            self.exchange.device = self._backend.device
         if self._runner is not None:
             self._runner.attach(self.exchange)
 

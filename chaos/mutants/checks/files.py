@@ -32,11 +32,11 @@ def kv_copies() -> None:
     """KV blocks that were written out for another copy, or another engine, never come into a request's cache."""
     import torch
 
-    from workers.model.kv import KVCache
+    from workers.model.cpu.kv_cache import CpuKVCache
     from workers.model.kv_transfer import HEADER_BYTES, take_in, write_out
 
-    def cache(seed: int) -> KVCache:
-        made = KVCache(layers=2, blocks=6, block_size=4, dtype=torch.float32)
+    def cache(seed: int) -> CpuKVCache:
+        made = CpuKVCache(layers=2, blocks=6, block_size=4, dtype=torch.float32)
         some = torch.randn(2, 24, 2, 8, generator=torch.Generator().manual_seed(seed))
         for layer in made.layers:
             layer.write(torch.arange(48), some[0], some[1])

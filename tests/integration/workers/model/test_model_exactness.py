@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from membership.base.enums import Exactness
 from tests.support.families import FAMILIES, VOCAB, write_checkpoint
 from tests.support.model_helpers import Sequences, SpreadBank, make_runner, prompts, run_mixed
 from workers.exchange.local import LocalExchange
-from workers.model.experts import LocalExpertBank
+from workers.model.expert_bank import LocalExpertBank
 from workers.model.runner import ModelRunner
 from workers.protocol.messages import Sampling
 
@@ -71,9 +72,9 @@ def test_tokens_are_the_same_in_any_company(checkpoint: tuple[Path, str]) -> Non
 def _spread(runner: ModelRunner, rng: random.Random) -> SpreadBank:
     """Each expert in two of three banks of its own."""
     info = runner.loaded.info
-    banks = [LocalExpertBank(invariant=True) for _ in range(3)]
+    banks = [LocalExpertBank() for _ in range(3)]
     for bank in banks:
-        bank.open(runner.loaded.source, runner.activation)
+        bank.open(runner.loaded.source, runner.products)
     for layer in range(info.moe_layers):
         for expert in range(info.experts):
             for bank in rng.sample(banks, 2):
@@ -118,8 +119,8 @@ def test_variants_agree_with_transformers(family: str, changes: dict[str, Any], 
         runner.close()
 
 
-@pytest.mark.parametrize("exactness", ["invariant", "stock"])
-def test_agrees_with_transformers(checkpoint: tuple[Path, str], exactness: str) -> None:
+@pytest.mark.parametrize("exactness", list(Exactness))
+def test_agrees_with_transformers(checkpoint: tuple[Path, str], exactness: Exactness) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 

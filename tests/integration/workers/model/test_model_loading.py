@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from membership.base.enums import Exactness
 from membership.base.errors import ModelError
 from tests.support.families import FAMILIES, write_checkpoint
 from tests.support.model_helpers import make_runner
 from workers.exchange.local import LocalExchange
-from workers.model.experts import LocalExpertBank
+from workers.model.expert_bank import LocalExpertBank
 from workers.model.families import read_model_info
 from workers.model.load import load_model
 from workers.model.runner import ModelRunner
@@ -26,8 +27,8 @@ def test_only_owned_experts_are_read(family: str, tmp_path: Path) -> None:
     info = read_model_info(path)
     assert len(info.files) > 3
     loaded = load_model(path)
-    bank = LocalExpertBank(invariant=False)
-    runner = ModelRunner(loaded, bank, kv_blocks=4, block_size=16)
+    bank = LocalExpertBank()
+    runner = ModelRunner(loaded, bank, Exactness.STOCK, kv_blocks=4, block_size=16)
     try:
         assert not any(p.is_meta for p in loaded.model.parameters())
         before = loaded.checkpoint.bytes_read
@@ -121,8 +122,8 @@ def test_experts_come_and_go_while_the_model_runs(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, "mixtral")
     runner = make_runner(path)
     chunk = SeqChunk(1, 0, list(range(2, 40)), list(range(5)), Sampling(logprobs=2))
-    spare = LocalExpertBank(invariant=True)
-    spare.open(runner.loaded.source, runner.activation)
+    spare = LocalExpertBank()
+    spare.open(runner.loaded.source, runner.products)
     everything = [(layer, e) for layer in range(2) for e in range(8)]
     spare.load_all(everything)
     stop = threading.Event()

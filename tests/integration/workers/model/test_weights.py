@@ -17,7 +17,7 @@ from workers.agent.weight_store import WeightStore
 from workers.exchange.local import LocalExchange
 from workers.ipc.handover import HandoverRefused
 from workers.model.calibrations import Calibrations
-from workers.model.experts import LocalExpertBank
+from workers.model.expert_bank import LocalExpertBank
 from workers.model.load import LoadedModel, load_model
 from workers.model.runner import ModelRunner
 from workers.model.shared_weights import SharedWeights, WeightsCorrupt, map_entry, write_entry
@@ -54,7 +54,7 @@ def host() -> Iterator[Host]:
 
 def run(loaded: LoadedModel) -> tuple[list[Any], LocalExpertBank]:
     """Everything on one rank: what it says, with log probabilities, and its bank."""
-    bank = LocalExpertBank(invariant=True)
+    bank = LocalExpertBank()
     runner = ModelRunner(loaded, bank, kv_blocks=16, block_size=16, max_len=256)
     try:
         bank.load_all([(layer, e) for layer in range(loaded.info.moe_layers) for e in range(loaded.info.experts)])

@@ -1,12 +1,13 @@
-"""The KV cache of one rank: preallocated blocks, written by position: a step run again rewrites the same cells.
+"""The KV cache of one rank: preallocated blocks, written by position. A step that runs again rewrites the same cells.
 
-One row per (head, block): gathering a sequence is then a copy of whole rows, and comes out in the order that the
-attention's matrix products want. Kept in fp32 on CPUs: the invariant attention computes in fp32, and converting the
-whole context in every step would cost more than it saves.
+One row of memory per (head, block): gathering a sequence is then a copy of whole rows, and comes out in the order that
+the attention's matrix products want. Kept in fp32 on CPUs: the attention computes in fp32, and converting the whole
+context in every step would cost more than it saves.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ class Context(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Memory it takes."""
+        """Memory it takes, in bytes."""
         return int(self.keys.nbytes + self.values.nbytes)
 
 
@@ -65,8 +66,8 @@ class LayerCache:
         self._value_cells = self.values.view(-1, values.shape[-1])
 
 
-class KVCache:
-    """All layers' caches, same blocks in each."""
+class CpuKVCache:
+    """All layers' caches, the same blocks in each. Satisfies `KVCache`."""
 
     def __init__(self, layers: int, blocks: int, block_size: int, dtype: torch.dtype) -> None:
         self.blocks = blocks
@@ -80,5 +81,26 @@ class KVCache:
 
     @property
     def block_bytes(self) -> int:
-        """Memory of one block in all layers."""
+        """Bytes of one block in all layers."""
         return sum(part.nbytes for part in self.parts) // self.blocks
+
+    def copy_out(self, blocks: Sequence[int], room: memoryview[int]) -> None:
+        """Copy the bits of `blocks` to the start of `room`."""
+        for cells, rows, there in self._places(blocks, room):
+            there.copy_(cells.index_select(0, rows))
+
+    def copy_in(self, blocks: Sequence[int], room: memoryview[int]) -> None:
+        """Copy what `copy_out` left in `room` into `blocks`."""
+        for cells, rows, there in self._places(blocks, room):
+            cells.index_copy_(0, rows, there.to(cells.device))
+
+    def _places(self, blocks: Sequence[int], room: memoryview[int]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Each layer's keys, and values: the cells, the rows that `blocks` have there, and their place in `room`."""
+        picked, at = torch.tensor(blocks), 0
+        for cells in self.parts:
+            heads = cells.shape[0] // self.blocks
+            rows = (picked[None, :] + torch.arange(heads)[:, None] * self.blocks).reshape(-1).to(cells.device)
+            shape = (len(rows), cells.shape[1])
+            there = torch.frombuffer(room, dtype=cells.dtype, count=shape[0] * shape[1], offset=at).view(shape)
+            at += there.nbytes
+            yield cells, rows, there

@@ -1,15 +1,10 @@
-"""Row tiles: makes the bits of each row of a matrix product independent of how many rows share the call.
+"""Makes the products and norms of a model exact: a row's bits do not depend on how many rows share the call.
 
-CPU kernels choose their method by the number of rows, so a token's result can change with its batch mates. The
-reference is the 16-row call. At load we try, for each matrix of the model, other row counts against it, and then use
-only counts that gave the same bits on this very machine: small batches are padded up to one, large ones are cut.
+Each matrix is measured once (`row_tiles.py`); its module is then called with agreeing row counts only.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -19,74 +14,9 @@ from torch.nn import functional
 
 from membership.base.errors import ModelError
 from workers.model.calibrations import Calibrations
+from workers.model.row_tiles import CANDIDATES, REFERENCE, RowTiles, calibrate, calibrate_product, cut
 
-REFERENCE = 16
 VECTOR = 64  # no narrower than two vectors of any type: what elementwise kernels handle at once
-CANDIDATES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-
-
-def cut(rows: Tensor, size: int) -> list[Tensor]:
-    """Consecutive pieces of `size` rows; the last may be shorter."""
-    return [rows[start : start + size] for start in range(0, rows.shape[0], size)]
-
-
-@dataclass(frozen=True)
-class RowTiles:
-    """Row counts, ascending, whose results are known to agree."""
-
-    sizes: tuple[int, ...]
-
-    def padded(self, rows: int) -> int:
-        """The smallest number of rows >= `rows` made of whole largest tiles and one more tile."""
-        largest = self.sizes[-1]
-        whole, rest = divmod(rows, largest)
-        return whole * largest + (self.sizes[bisect_left(self.sizes, rest)] if rest else 0)
-
-    def run(self, fn: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-        """`fn` of all rows, called with agreeing row counts only."""
-        count = rows.shape[0]
-        padded = self.padded(count)
-        if padded != count:
-            rows = torch.cat((rows, rows.new_zeros(padded - count, *rows.shape[1:])))
-        largest = self.sizes[-1]
-        out = fn(rows) if padded <= largest else torch.cat([fn(part) for part in cut(rows, largest)])
-        return out if padded == count else out[:count]
-
-
-def calibrate(fn: Callable[[Tensor], Tensor], sample: Tensor, what: str) -> RowTiles:
-    """Find the row counts on which `fn` agrees with its 16-row results on the 128 rows of `sample`."""
-    reference = torch.cat([fn(part) for part in cut(sample, REFERENCE)])
-    turned = torch.cat([fn(part.flip(0)).flip(0) for part in cut(sample, REFERENCE)])
-    if not torch.equal(reference, turned):
-        hint = "--exactness stock serves without the guarantee"
-        raise ModelError(f"{what}: a row's result depends on its place in the batch on this machine", hint=hint)
-    agreed = []
-    for size in CANDIDATES:
-        count = len(sample) // size * size
-        out = torch.cat([fn(part) for part in cut(sample[:count], size)])
-        if torch.equal(out, reference[:count]):
-            agreed.append(size)
-    return RowTiles(tuple(agreed))
-
-
-def calibrate_product(product: Callable[[Tensor, Tensor], Tensor], weight: Tensor, what: str) -> RowTiles:
-    """Find the row counts on which `product(rows, weight)`, for `weight` [N, K], sums in the same order.
-
-    The numbers are chosen so that every true sum is zero: what comes out is rounding error alone, which betrays the
-    order of summation in nearly every element. With ordinary numbers bfloat16's rounding would hide it.
-    """
-    generator = torch.Generator().manual_seed(0)
-    out_width, width = weight.shape
-    pairs = width // 2
-    order = torch.randperm(width, generator=generator)
-    left, right = order[:pairs], order[pairs : 2 * pairs]
-    rows, columns = torch.zeros(128, width), torch.zeros(out_width, width)
-    rows[:, left] = torch.randn(128, pairs, generator=generator)
-    rows[:, right] = -rows[:, left]
-    columns[:, left] = torch.randn(out_width, pairs, generator=generator)
-    columns[:, right] = columns[:, left]
-    made = columns.to(weight.device, weight.dtype)
-    return calibrate(lambda part: product(part, made), rows.to(weight.device, weight.dtype), what)
 
 
 def _row_outputs(output: object) -> Tensor:

@@ -1,43 +1,37 @@
 """Attention over the block-table KV cache, for prefill and decode tokens of many sequences in one packed step.
 
-Each tile of queries is multiplied with the keys of its own sequence, softmaxed in one piece over a padded context, and
-multiplied with the values in slices of 128 in ascending order, all in fp32. Padding adds exact zeros only, so a
-token's result does not depend on its batch mates or on how its prompt was cut, as long as the matrix products do not
-look at the number of rows: that is checked at load (`check_tiles`).
+Each tile of queries is multiplied with the keys of its own sequence. The softmax is over the whole padded context at
+once; the product with the values is summed in slices of 128 cells, ascending. All of it is in fp32. Padding adds exact
+zeros only, so a token's result does not depend on its batch mates or on how its prompt was cut, provided that the
+matrix products do not depend on the number of rows: `attention_check.py` verifies that at load.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from membership.base.errors import ModelError
-from workers.model.attention_plan import TILE_POSITIONS, StepPlan, Tiles
-from workers.model.kv import Context, KVCache, LayerCache
+from workers.model.attention_plan import StepPlan, Tiles
+from workers.model.cpu.kv_cache import Context, CpuKVCache, LayerCache
 
 SLICE = 128  # cells per accumulated product with the values
-REFERENCE_ROWS = 16
 MIRROR_BYTES = 256 << 20  # most memory for keeping the gathered contexts of all layers from one decode step to the next
 
 
-class AttentionHook:
-    """Connects a model's attention modules with the cache and with the plan of the current step."""
+class CpuAttention:
+    """All attention layers of a model. Satisfies `Attention`."""
 
-    def __init__(self, modules: list[nn.Module], cache: KVCache) -> None:
+    def __init__(self, cache: CpuKVCache) -> None:
         self.plan: StepPlan | None = None
         self.cache = cache
-        self.min_rows = 1  # fewest query rows per product, raised in invariant mode
-        for module in modules:
-            cast("Any", module).elastic_attention = self
-            cast("Any", module).elastic_window = getattr(module, "sliding_window", None)
+        self.min_rows = 1  # fewest query rows per product; more where exactness needs it
 
     def forward(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
     ) -> Tensor:
-        """Attention of one layer: query [1, Hq, T, D], key [1, Hkv, T, D], value [1, Hkv, T, Dv] -> [1, T, Hq, Dv]."""
+        """One layer: query [1, Hq, T, D], key [1, Hkv, T, D], value [1, Hkv, T, Dv] -> [1, T, Hq, Dv]. ModelError."""
         plan = self.plan
         if plan is None:
             raise ModelError("attention was called outside of a step")
@@ -62,7 +56,7 @@ class AttentionHook:
         return out.to(query.dtype)[None]
 
     def _mirrored(self, plan: StepPlan, cache: LayerCache, keys: Tensor, values: Tensor) -> Context:
-        """The contexts of a plain step: those of the step before with the new tokens appended, where that is known."""
+        """The contexts of a plain step: those of the step before plus the new tokens, if it directly follows that."""
         heads, tiles = keys.shape[1], plan.tiles[0]
         if plan.follows and cache.mirror is not None:
             cache.mirror.append(plan.mirror_cells(heads), keys, values)
@@ -99,7 +93,7 @@ class AttentionHook:
         positions = mask.shape[2]
         shaped = scores.view(count, heads, rows, length)
         if positions == 1:
-            shaped.add_(mask)  # all rows stand at one position; padding too
+            shaped.add_(mask)  # all rows are at one position, padding too
         else:
             shaped.view(count, heads, positions, group, length).add_(mask.unsqueeze(3))
         return torch.softmax(scores, dim=-1)
@@ -112,38 +106,3 @@ def mix(probs: Tensor, values: Tensor) -> Tensor:
     for start in range(SLICE, length, SLICE):
         total.baddbmm_(probs[..., start : start + SLICE], values[:, start : start + SLICE])
     return total
-
-
-def check_tiles(group: int, width: int, value_width: int, longest: int) -> int:
-    """The fewest query rows per tile (for `group` query heads per KV head) that agree with 16-row products here.
-
-    Raises ModelError if results depend on padding, on batch size, or (for the larger tiles) on rows at all.
-    """
-    generator = torch.Generator().manual_seed(0)
-
-    def weights(rows: int, length: int, batch: int = 3) -> Tensor:
-        q = queries[:rows].expand(batch, rows, width).contiguous()
-        scores = torch.bmm(q, keys[None, :length].expand(batch, -1, -1).transpose(1, 2))
-        scores[:, :, longest_real:] = float("-inf")
-        probs = torch.softmax(scores, dim=-1)
-        return mix(probs, values[None, :length].expand(batch, -1, -1).contiguous())[batch - 1]
-
-    total = max(TILE_POSITIONS) * group + REFERENCE_ROWS
-    queries = torch.randn(total, width, generator=generator) * width**-0.5
-    padded = -(-longest // SLICE) * SLICE
-    keys = torch.randn(padded, width, generator=generator)
-    values = torch.randn(padded, value_width, generator=generator)
-    longest_real = min(100, longest)
-    reference = weights(REFERENCE_ROWS, SLICE)
-    lengths = sorted({SLICE + 64, 2 * SLICE, 3 * SLICE, padded // 2 // 64 * 64, padded} - {0})
-    fine = all(torch.equal(weights(REFERENCE_ROWS, n)[:REFERENCE_ROWS], reference) for n in lengths if n <= padded)
-    fine = fine and torch.equal(weights(REFERENCE_ROWS, SLICE, batch=17), reference)
-    for size in TILE_POSITIONS[1:]:
-        rows = max(size * group, REFERENCE_ROWS)
-        fine = fine and torch.equal(weights(rows, SLICE)[:REFERENCE_ROWS], reference)
-    if not fine:
-        hint = "--exactness stock serves without the guarantee"
-        raise ModelError("attention results depend on the batch on this machine", hint=hint)
-    small = [r for r in (4, 8, 12) if r < REFERENCE_ROWS and torch.equal(weights(r, SLICE), reference[:r])]
-    exact = [r for r in small if all(s in small for s in range(r, REFERENCE_ROWS, 4))]
-    return min(exact, default=REFERENCE_ROWS)

@@ -1,0 +1,361 @@
+"""What a device owes to the model runner (`workers/model/backend.py`), asked of every backend that can run here."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from membership.base.enums import Device, Exactness
+from membership.base.errors import ConfigError, ModelError
+from workers.model.attention_plan import StepPlan, plan_step
+from workers.model.backend import Attention, AttentionSpec, Backend
+from workers.model.calibrations import Calibrations
+from workers.model.devices import BACKENDS, open_backend
+from workers.model.expert_source import ExpertWeights
+from workers.protocol.messages import SeqChunk
+
+pytestmark = pytest.mark.unit
+
+BLOCK_SIZE, BLOCKS, LONGEST, LAYERS = 16, 40, 256, 2
+DTYPES = [torch.float32, torch.bfloat16]
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2}
+SHAPES = {  # key/value heads, query heads per key/value head, width of keys, of values
+    "grouped heads": (2, 3, 16, 16),
+    "latent": (4, 1, 40, 24),
+    "one head for all": (1, 8, 32, 32),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)  # as ranks have it
+
+
+@pytest.fixture(params=list(BACKENDS))
+def backend(request: pytest.FixtureRequest) -> Backend:
+    try:
+        return open_backend(request.param)
+    except ConfigError as absent:
+        pytest.skip(str(absent))
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    found: torch.dtype = request.param
+    return found
+
+
+@pytest.fixture(params=list(SHAPES))
+def sequences(request: pytest.FixtureRequest, backend: Backend, dtype: torch.dtype) -> Sequences:
+    return Sequences(backend, SHAPES[request.param], dtype)
+
+
+class Sequences:
+    """Random queries, keys and values of some sequences, of which steps may show any part to an attention."""
+
+    def __init__(self, backend: Backend, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+        self.heads, self.group, self.key_width, self.value_width = shape
+        self.backend, self.dtype = backend, dtype
+        generator = torch.Generator().manual_seed(3)
+
+        def some(heads: int, width: int) -> Tensor:
+            """[sequence, layer, head, position, width]"""
+            made = torch.randn(4, LAYERS, heads, LONGEST, width, generator=generator)
+            return made.to(backend.device, dtype)
+
+        self.queries = some(self.heads * self.group, self.key_width)
+        self.keys, self.values = some(self.heads, self.key_width), some(self.heads, self.value_width)
+        self.scaling = self.key_width**-0.5
+        self.tables = dict(enumerate(self.shuffled(7)))
+
+    def shuffled(self, seed: int) -> list[list[int]]:
+        """Blocks for each of the four sequences, none twice."""
+        blocks = random.Random(seed).sample(range(BLOCKS), BLOCKS)
+        return [blocks[10 * seq : 10 * seq + 10] for seq in range(4)]
+
+    def attention(self, exactness: Exactness = Exactness.INVARIANT) -> Attention:
+        spec = AttentionSpec(
+            LAYERS, self.group, self.key_width, self.value_width, LONGEST, BLOCKS, BLOCK_SIZE, self.dtype
+        )
+        return self.backend.attention(spec, exactness, Calibrations())
+
+    def chunk(self, seq: int, start: int, count: int) -> SeqChunk:
+        return SeqChunk(seq, start, [0] * count, self.tables[seq])
+
+    def expected(self, seq: int, layer: int, position: int, window: int | None = None) -> Tensor:
+        """[heads, width] in float64, straight from the definition."""
+        first = 0 if window is None else max(0, position + 1 - window)
+        keys, values = (
+            kept[seq, layer, :, first : position + 1].double().repeat_interleave(self.group, 0)
+            for kept in (self.keys, self.values)
+        )
+        query = self.queries[seq, layer, :, position].double()
+        weights = torch.softmax((query[:, None] * keys).sum(-1) * self.scaling, -1)
+        return (weights[..., None] * values).sum(1)
+
+
+class Steps:
+    """Runs steps as the runner does, and keeps what came out for each (sequence, layer, position)."""
+
+    def __init__(self, sequences: Sequences, attention: Attention) -> None:
+        self.sequences, self.attention = sequences, attention
+        self.found: dict[tuple[int, int, int], Tensor] = {}
+        self.done: StepPlan | None = None
+
+    def run(self, chunks: Sequence[SeqChunk], *, padding: int = 0, window: int | None = None) -> None:
+        rows = sum(len(c.tokens) for c in chunks)
+        plan = plan_step(chunks, BLOCK_SIZE, rows + padding, self.sequences.backend.device, self.done)
+        self.attention.plan = plan
+        for layer in range(LAYERS):
+            out = self._forward(chunks, layer, padding, window)
+            assert out.shape[1] == rows + padding
+            assert out.isfinite().all()
+            for row, (seq, position) in enumerate(_places(chunks)):
+                self.found[seq, layer, position] = out[0, row]
+        self.attention.plan, self.done = None, plan
+
+    def _forward(self, chunks: Sequence[SeqChunk], layer: int, padding: int, window: int | None) -> Tensor:
+        packed = []
+        for kept in (self.sequences.queries, self.sequences.keys, self.sequences.values):
+            parts = [kept[c.seq, layer, :, c.start : c.start + len(c.tokens)] for c in chunks]
+            packed.append(functional.pad(torch.cat(parts, 1), (0, 0, 0, padding), value=9.0)[None])
+        return self.attention.forward(layer, *packed, self.sequences.scaling, window)
+
+
+def _places(chunks: Sequence[SeqChunk]) -> list[tuple[int, int]]:
+    return [(c.seq, c.start + i) for c in chunks for i in range(len(c.tokens))]
+
+
+def prefill_and_decode(steps: Steps, seqs: Sequence[int], *, cut: int, window: int | None = None) -> None:
+    """To 150 tokens in chunks of `cut`, then four tokens one by one; all sequences in each step."""
+    for start in range(0, 150, cut):
+        steps.run([steps.sequences.chunk(s, start, min(cut, 150 - start)) for s in seqs], window=window)
+    for position in range(150, 154):
+        steps.run([steps.sequences.chunk(s, position, 1) for s in seqs], window=window)
+
+
+@pytest.mark.parametrize("exactness", list(Exactness))
+@pytest.mark.parametrize("window", [None, 24])
+def test_attention_is_what_its_definition_says(sequences: Sequences, exactness: Exactness, window: int | None) -> None:
+    steps = Steps(sequences, sequences.attention(exactness))
+    prefill_and_decode(steps, [0, 2, 3], cut=70, window=window)
+    assert len(steps.found) == 3 * LAYERS * 154
+    for (seq, layer, position), found in steps.found.items():
+        expected = sequences.expected(seq, layer, position, window)
+        assert found.dtype == sequences.dtype
+        assert (found.double() - expected).abs().max() < TOLERANCE[sequences.dtype], (seq, layer, position)
+
+
+def test_attention_is_exact_in_any_company(sequences: Sequences) -> None:
+    """Bits of a sequence that runs alone in one piece: those of others beside it, of other cuts, blocks and padding."""
+    alone = Steps(sequences, sequences.attention())
+    prefill_and_decode(alone, [1], cut=150)
+    together = Steps(sequences, sequences.attention())
+    sequences.tables = dict(enumerate(sequences.shuffled(8)))
+    prefill_and_decode(together, [3, 1, 0, 2], cut=37)
+    again = Steps(sequences, sequences.attention())
+    again.run([sequences.chunk(1, 0, 9), sequences.chunk(0, 0, 1)], padding=6)
+    again.run([sequences.chunk(0, 1, 60), sequences.chunk(1, 9, 145)], padding=1)
+    for steps in (together, again):
+        assert all(torch.equal(found, steps.found[place]) for place, found in alone.found.items())
+
+
+def test_a_step_that_runs_again_changes_nothing(sequences: Sequences) -> None:
+    once, twice = (Steps(sequences, sequences.attention()) for _ in range(2))
+    for start, count in ((0, 20), (20, 1), (21, 1), (22, 5), (27, 1), (28, 1)):
+        chunks = [sequences.chunk(seq, start, count) for seq in (0, 1)]
+        once.run(chunks)
+        twice.run(chunks)
+        twice.done = None  # as after an attempt that failed
+        twice.run(chunks)
+    assert all(torch.equal(found, twice.found[place]) for place, found in once.found.items())
+
+
+def test_blocks_can_have_another_owner(sequences: Sequences) -> None:
+    """Nothing of the sequence that had the blocks before is seen by the next one."""
+    steps = Steps(sequences, sequences.attention())
+    prefill_and_decode(steps, [0], cut=150)
+    sequences.tables[1] = sequences.tables[0]
+    steps.run([sequences.chunk(1, 0, 40)])
+    fresh = Steps(sequences, sequences.attention())
+    fresh.run([sequences.chunk(1, 0, 40)])
+    assert all(torch.equal(found, steps.found[place]) for place, found in fresh.found.items())
+
+
+def test_copied_blocks_are_the_same_tokens(sequences: Sequences) -> None:
+    source, target = (Steps(sequences, sequences.attention()) for _ in range(2))
+    assert source.attention.cache.block_bytes == 0
+    prefill_and_decode(source, [0], cut=150)
+    target.run([sequences.chunk(2, 0, 30)])
+    there, here = source.attention.cache, target.attention.cache
+    assert here.block_bytes == there.block_bytes > 0
+    used = sequences.tables[0]
+    sequences.tables[1] = [block for block in range(BLOCKS) if block not in sequences.tables[2]][:10]
+    room = memoryview(bytearray(len(used) * there.block_bytes + 64))
+    there.copy_out(used, room)
+    here.copy_in(sequences.tables[1], room)
+    source.run([sequences.chunk(0, 154, 3)])
+    for kept in (sequences.queries, sequences.keys, sequences.values):
+        kept[1] = kept[0]
+    target.run([sequences.chunk(1, 154, 3), sequences.chunk(2, 30, 1)])
+    for layer in range(LAYERS):
+        for position in range(154, 157):
+            assert torch.equal(source.found[0, layer, position], target.found[1, layer, position])
+
+
+def test_attention_belongs_to_a_step(backend: Backend) -> None:
+    sequences = Sequences(backend, SHAPES["grouped heads"], torch.float32)
+    steps = Steps(sequences, sequences.attention())
+    with pytest.raises(ModelError, match="outside of a step"):
+        steps._forward([sequences.chunk(0, 0, 1)], 0, 0, None)
+
+
+def gate(both: Tensor) -> Tensor:
+    left, right = both.chunk(2, -1)
+    return functional.silu(left) * right
+
+
+def experts(backend: Backend, dtype: torch.dtype, count: int, hidden: int = 64, inner: int = 96) -> list[ExpertWeights]:
+    generator = torch.Generator().manual_seed(5)
+
+    def matrix(rows: int, columns: int) -> Tensor:
+        return (torch.randn(rows, columns, generator=generator) * columns**-0.5).to(backend.device, dtype)
+
+    return [ExpertWeights(matrix(2 * inner, hidden).t(), matrix(hidden, inner).t()) for _ in range(count)]
+
+
+def of_expert(weights: ExpertWeights, rows: Tensor) -> Tensor:
+    return gate(rows.double() @ weights.gate_up.double()) @ weights.down.double()
+
+
+@pytest.mark.parametrize("exactness", list(Exactness))
+def test_experts_products(backend: Backend, dtype: torch.dtype, exactness: Exactness) -> None:
+    held = experts(backend, dtype, 3)
+    products = backend.expert_products(gate, exactness, Calibrations())
+    for weights in held:
+        products.calibrate(weights)
+    counts = [2, 150, 17]
+    sizes = [products.padded(count) for count in counts]
+    assert all(size >= count for size, count in zip(sizes, counts, strict=True))
+    rows = torch.randn(sum(sizes), 64, generator=torch.Generator().manual_seed(6)).to(backend.device, dtype)
+    found = products.compute(held, sizes, rows)
+    assert (found.shape, found.dtype) == (rows.shape, dtype)
+    parts = zip(held, rows.split(sizes), found.split(sizes), strict=True)
+    for weights, given, out in parts:
+        assert (out.double() - of_expert(weights, given)).abs().max() < TOLERANCE[dtype]
+
+
+def test_experts_products_are_exact_for_any_number_of_rows(backend: Backend, dtype: torch.dtype) -> None:
+    held = experts(backend, dtype, 3)
+    products = backend.expert_products(gate, Exactness.INVARIANT, Calibrations())
+    for weights in held:
+        products.calibrate(weights)
+    rows = torch.randn(300, 64, generator=torch.Generator().manual_seed(6)).to(backend.device, dtype)
+
+    def outputs(which: Sequence[int], parts: Sequence[Tensor]) -> list[Tensor]:
+        sizes = [products.padded(len(part)) for part in parts]
+        filled = [functional.pad(p, (0, 0, 0, size - len(p)), value=3.0) for p, size in zip(parts, sizes, strict=True)]
+        found = products.compute([held[i] for i in which], sizes, torch.cat(filled)).split(sizes)
+        return [out[: len(part)] for out, part in zip(found, parts, strict=True)]
+
+    alone = torch.cat([outputs([1], [row[None]])[0] for row in rows])
+    for count in (2, 3, 5, 8, 13, 16, 31, 64, 100, 129, 300):
+        assert torch.equal(outputs([1], [rows[:count]])[0], alone[:count]), count
+        assert torch.equal(outputs([1], [rows[-count:].flip(0)])[0], alone[-count:].flip(0)), count
+        beside = outputs([0, 1, 2], [rows[:7], rows[:count], rows[:1]])
+        assert torch.equal(beside[1], alone[:count]), count
+
+
+class Norm(nn.Module):
+    """As the models have it: computes in float32."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        wide = hidden.float()
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(hidden.dtype)
+
+
+class Dense(nn.Module):
+    """The kinds of modules that models have outside of attention and experts, a narrow router among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = Norm(96)
+        self.gate_proj, self.up_proj = nn.Linear(96, 128, bias=False), nn.Linear(96, 128, bias=True)
+        self.down_proj, self.router = nn.Linear(128, 96, bias=False), nn.Linear(96, 8, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        normed = self.norm(hidden)
+        mixed = self.down_proj(functional.silu(self.gate_proj(normed)) * self.up_proj(normed))
+        return torch.cat((hidden + mixed, torch.softmax(self.router(mixed), -1)), -1)
+
+
+@torch.inference_mode()
+def test_products_and_norms_of_a_model_can_be_made_exact(backend: Backend, dtype: torch.dtype) -> None:
+    torch.manual_seed(4)
+    model = Dense().to(backend.device, dtype)
+    rows = torch.randn(1, 300, 96).to(backend.device, dtype)
+    before = model(rows)
+    tiles = backend.make_invariant(model, Calibrations())
+
+    def outputs(given: Tensor) -> Tensor:
+        count = given.shape[1]
+        padding = tiles.padded(count) - count
+        assert padding >= 0
+        return model(functional.pad(given, (0, 0, 0, padding), value=3.0))[:, :count]
+
+    alone = torch.cat([outputs(rows[:, i : i + 1]) for i in range(300)], 1)
+    assert (alone.float() - before.float()).abs().max() < TOLERANCE[dtype]
+    for count in (2, 3, 5, 8, 13, 16, 31, 64, 100, 129, 300):
+        assert torch.equal(outputs(rows[:, :count]), alone[:, :count]), count
+        assert torch.equal(outputs(rows[:, -count:].flip(1)), alone[:, -count:].flip(1)), count
+
+
+@torch.inference_mode()
+def test_a_captured_step_follows_its_plan(backend: Backend) -> None:
+    table = torch.randn(50, 8, generator=torch.Generator().manual_seed(2)).to(backend.device)
+
+    def step(plan: StepPlan) -> Tensor:
+        return table.index_select(0, plan.tokens[0]) * (plan.positions[0][:, None] + 1)
+
+    captured = backend.capture(step)
+    for start, tokens in ((0, [3, 4, 5]), (3, [9]), (4, [7]), (0, [1, 2, 3]), (40, [6])):
+        plan = plan_step([SeqChunk(0, start, tokens, [2, 0, 1])], BLOCK_SIZE, 4, backend.device)
+        assert torch.equal(captured(plan), step(plan))
+
+
+def test_fingerprints_tell_arithmetics_apart(backend: Backend) -> None:
+    names = [backend.fingerprint(kind) for kind in DTYPES]
+    assert names == [backend.fingerprint(kind) for kind in DTYPES]
+    assert len(set(names)) == len(DTYPES)
+
+
+@pytest.mark.parametrize("stored", [*DTYPES, torch.float16], ids=str)
+def test_there_is_a_type_to_compute_in(backend: Backend, stored: torch.dtype) -> None:
+    chosen = backend.compute_dtype(stored)
+    rows = torch.ones(2, 4, dtype=chosen, device=backend.device)
+    assert (rows @ rows.t()).tolist() == [[4.0, 4.0], [4.0, 4.0]]
+    assert stored == torch.float16 or chosen == stored
+
+
+def test_every_device_has_a_backend() -> None:
+    assert set(BACKENDS) == set(Device) - {Device.AUTO}
+    assert open_backend(Device.AUTO).device.type in BACKENDS
+    with pytest.raises(ConfigError, match="unknown device 'tpu'"):
+        open_backend("tpu")
+
+
+def test_a_gpu_that_is_absent_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert open_backend(Device.AUTO).device.type == "cpu"
+    for wanted in ("cuda", "cuda:1"):
+        with pytest.raises(ConfigError, match="there is none"):
+            open_backend(wanted)

@@ -1,0 +1,133 @@
+"""What a device must give so that a model runs on it. The runner, the loader and the worker know nothing else of it.
+
+A new device is a folder beside `cpu/` with a class that satisfies `Backend`, and a line in `devices.py`. The tests of
+this protocol (`tests/unit/workers/model/test_backend.py`) run for every line there.
+
+Letters in shapes: T rows of a step, H hidden width, I inner width of an expert, Hq query heads, Hkv key/value heads,
+D width of a key, Dv width of a value. "Exact" means to the last bit, and is owed under Exactness.INVARIANT only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from membership.base.enums import Exactness
+from workers.model.attention_plan import StepPlan
+from workers.model.calibrations import Calibrations
+from workers.model.expert_source import ExpertWeights
+from workers.model.row_tiles import RowTiles
+
+Activation = Callable[[Tensor], Tensor]
+"""[R, 2I] -> [R, I]: what an expert does between its two products."""
+StepFunction = Callable[[StepPlan], Tensor]
+"""The model without its head: a step's plan -> hidden states [plan.padded, H]."""
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """All attention layers of a model, and the KV cache that they use."""
+
+    layers: int
+    group: int  # query heads per key/value head
+    key_width: int  # D
+    value_width: int  # Dv
+    longest: int  # tokens of the longest sequence
+    blocks: int  # KV blocks of this rank
+    block_size: int  # tokens per KV block
+    dtype: torch.dtype  # of activations; the backend decides in which type it keeps keys and values
+
+
+class KVCache(Protocol):
+    """Keys and values of all layers, in blocks. What is in a block is the backend's affair; all its ranks agree on it.
+
+    A token's place is (block, offset in the block). Writing a place again replaces what was there.
+    """
+
+    blocks: int
+    block_size: int  # tokens per block
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block in all layers; 0 before the first step."""
+
+    def copy_out(self, blocks: Sequence[int], room: memoryview[int]) -> None:
+        """Copy the bits of `blocks` to the first `len(blocks) * block_bytes` bytes of host memory."""
+
+    def copy_in(self, blocks: Sequence[int], room: memoryview[int]) -> None:
+        """The reverse: the same tokens are then in `blocks`, which may be others than those they came from."""
+
+
+class Attention(Protocol):
+    """Attention over the KV cache: each token looks at its own sequence, up to itself."""
+
+    plan: StepPlan | None  # of the step that runs now; the runner sets and clears it
+
+    @property
+    def cache(self) -> KVCache:
+        """Where `forward` writes."""
+
+    def forward(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
+    ) -> Tensor:
+        """Write the step's keys and values to the places that the plan gives, and attend.
+
+        query [1, Hq, T, D], key [1, Hkv, T, D], value [1, Hkv, T, Dv] -> [1, T, Hq, Dv], T being `plan.padded`; what
+        comes out for rows past `plan.rows` is finite and means nothing. With a `window` a token sees that many tokens,
+        itself included. Exact: a token's result depends on its sequence alone, neither on the other sequences of the
+        step nor on how its own was cut into steps. ModelError outside of a step.
+        """
+
+
+class ExpertProducts(Protocol):
+    """The two matrix products of experts, all of one shape. `calibrate` may run in any thread, beside `compute`."""
+
+    def calibrate(self, weights: ExpertWeights) -> None:
+        """Called with every expert before it is used. ModelError if exact products are impossible on this device."""
+
+    def padded(self, rows: int) -> int:
+        """How many rows `compute` wants for an expert that has `rows`, >= `rows`; the added ones may hold anything."""
+
+    def compute(self, experts: Sequence[ExpertWeights], sizes: Sequence[int], rows: Tensor) -> Tensor:
+        """[R, H] -> [R, H]: the first `sizes[0]` rows are for `experts[0]`, and so on; each size as `padded` gave it.
+
+        Exact: a row's result depends on that row and its expert alone.
+        """
+
+
+class Backend(Protocol):
+    """One device of one rank."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where weights, caches and activations are."""
+
+    def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
+        """The type to compute in, for weights stored as `stored`, if nothing else is asked for."""
+
+    def fingerprint(self, dtype: torch.dtype) -> str:
+        """A short string; equal on ranks whose arithmetic is, as far as samples of its very bits can tell."""
+
+    def make_invariant(self, model: nn.Module, calibrations: Calibrations) -> RowTiles:
+        """Make every product and norm of `model` (all but attention and routed experts) exact.
+
+        Returns the row counts of whole steps with which that holds. ModelError if it cannot be had on this device.
+        """
+
+    def attention(self, spec: AttentionSpec, exactness: Exactness, calibrations: Calibrations) -> Attention:
+        """Attention and an empty KV cache. ModelError if exact attention is asked for and impossible on this device."""
+
+    def expert_products(
+        self, activation: Activation, exactness: Exactness, calibrations: Calibrations
+    ) -> ExpertProducts:
+        """The products of this model's routed experts."""
+
+    def capture(self, step: StepFunction) -> StepFunction:
+        """`step`, or something faster with the same results, such as a graph recorded once per padded size.
+
+        Nothing in a later plan but `padded` may make a recorded step invalid.
+        """

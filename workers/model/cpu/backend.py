@@ -1,0 +1,55 @@
+"""The backend of plain torch operations: every piece is in a module of its own, this joins them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from membership.base.enums import Exactness
+from workers.model.backend import Activation, AttentionSpec, StepFunction
+from workers.model.calibrations import Calibrations
+from workers.model.cpu.attention import CpuAttention
+from workers.model.cpu.attention_check import fewest_exact_rows
+from workers.model.cpu.expert_products import CpuExpertProducts
+from workers.model.cpu.fingerprint import kernel_fingerprint
+from workers.model.cpu.kv_cache import CpuKVCache
+from workers.model.cpu.linear import make_invariant
+from workers.model.row_tiles import RowTiles
+
+
+class CpuBackend:
+    """Satisfies `Backend` for CPUs. With a CUDA device it runs the same operations there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
+        """As stored, save for float16 on CPUs, which lack kernels for it."""
+        return torch.float32 if stored == torch.float16 and self.device.type == "cpu" else stored
+
+    def fingerprint(self, dtype: torch.dtype) -> str:
+        """See `Backend`."""
+        return kernel_fingerprint(dtype, self.device)
+
+    def make_invariant(self, model: nn.Module, calibrations: Calibrations) -> RowTiles:
+        """See `Backend`."""
+        return make_invariant(model, calibrations)
+
+    def attention(self, spec: AttentionSpec, exactness: Exactness, calibrations: Calibrations) -> CpuAttention:
+        """See `Backend`. What exact attention needs is measured on the CPU, whatever the device."""
+        kept_as = torch.float32 if self.device.type == "cpu" else spec.dtype
+        made = CpuAttention(CpuKVCache(spec.layers, spec.blocks, spec.block_size, kept_as))
+        if exactness == Exactness.INVARIANT:
+            what = f"attention over {spec.longest}"
+            (made.min_rows,) = calibrations.of(what, lambda: (fewest_exact_rows(spec),))
+        return made
+
+    def expert_products(
+        self, activation: Activation, exactness: Exactness, calibrations: Calibrations
+    ) -> CpuExpertProducts:
+        """See `Backend`."""
+        return CpuExpertProducts(activation, exactness, calibrations)
+
+    def capture(self, step: StepFunction) -> StepFunction:
+        """The step itself: nothing is recorded."""
+        return step

@@ -1,0 +1,71 @@
+"""The MoE layers of a model: where their rows go, how many each expert got, and what an expert's activation is."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, cast
+
+import numpy as np
+from torch import Tensor, nn
+from torch.nn import functional
+
+from membership.base.errors import ModelError
+from workers.model.backend import Activation
+
+
+class Dispatcher(Protocol):
+    """The part of an exchange that a model layer uses."""
+
+    def dispatch_combine(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """Each row's weighted sum of its experts' outputs, whichever ranks hold them: [T, H] -> [T, H].
+
+        `topk_ids` and `topk_weights` are [T, k]. CoverageLost and PeerTimeout as the exchange raises them.
+        """
+
+
+def activation_of(module: nn.Module) -> Activation:
+    """How this family turns [R, 2I] into [R, I]; the usual gate is done with one copy less than transformers does."""
+    from transformers.integrations.moe import _default_apply_gate
+
+    gate = cast("Any", module)._apply_gate
+    if getattr(gate, "__func__", None) is not _default_apply_gate:
+        return cast("Activation", gate)
+    act = cast("Activation", cast("Any", module).act_fn.forward)
+
+    def gated(both: Tensor) -> Tensor:
+        half = both.shape[-1] // 2
+        return act(both[..., :half]).mul_(both[..., half:])
+
+    return gated
+
+
+class MoeLayers:
+    """Sends the rows of a model's MoE layers to an exchange, and counts the load of each expert."""
+
+    def __init__(self, layers: int, experts: int) -> None:
+        self.exchange: Dispatcher | None = None
+        self.rows = 0  # rows of the current step that are real; the rest is padding and goes nowhere
+        self._routed: list[tuple[int, Tensor]] = []
+        self._shape = (layers, experts)
+
+    def take_load(self) -> np.ndarray:
+        """Rows routed to each (MoE layer, expert) since the last call: uint32 [layers, experts]."""
+        load = np.zeros(self._shape, dtype=np.uint32)
+        for layer, ids in self._routed:
+            load[layer] += np.bincount(ids.reshape(-1).cpu().numpy(), minlength=self._shape[1]).astype(np.uint32)
+        self._routed.clear()
+        return load
+
+    def forward(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The routed part of one MoE layer: hidden [T, H], ids and weights [T, k] -> [T, H].
+
+        ModelError before an exchange is attached.
+        """
+        if self.exchange is None:
+            raise ModelError("no exchange is attached to the model")
+        rows = self.rows
+        padding = hidden.shape[0] - rows
+        if padding:
+            hidden, ids, weights = hidden[:rows], ids[:rows], weights[:rows]
+        self._routed.append((layer, ids))
+        out = self.exchange.dispatch_combine(layer, hidden, ids, weights)
+        return functional.pad(out, (0, 0, 0, padding)) if padding else out
