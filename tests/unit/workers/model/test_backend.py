@@ -288,9 +288,9 @@ class Dense(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm = Norm(96)
-        self.gate_proj, self.up_proj = nn.Linear(96, 128, bias=False), nn.Linear(96, 128, bias=True)
-        self.down_proj, self.router = nn.Linear(128, 96, bias=False), nn.Linear(96, 8, bias=False)
+        self.norm = Norm(256)
+        self.gate_proj, self.up_proj = nn.Linear(256, 512, bias=False), nn.Linear(256, 512, bias=True)
+        self.down_proj, self.router = nn.Linear(512, 256, bias=False), nn.Linear(256, 8, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         normed = self.norm(hidden)
@@ -302,7 +302,7 @@ class Dense(nn.Module):
 def test_products_and_norms_of_a_model_can_be_made_exact(backend: Backend, dtype: torch.dtype) -> None:
     torch.manual_seed(4)
     model = Dense().to(backend.device, dtype)
-    rows = torch.randn(1, 300, 96).to(backend.device, dtype)
+    rows = torch.randn(1, 300, 256).to(backend.device, dtype)
     before = model(rows)
     tiles = backend.make_invariant(model, Calibrations())
 
