@@ -1,4 +1,4 @@
-"""A rank's side of its host's weight store (`agent/weight_store.py`): maps what is there, deposits what it had to load.
+"""A rank's side of its host's weight store: maps what is there, deposits what it had to load.
 
 An entry holds named tensors in the very layout that the kernels use: first a header, then each tensor at a multiple of
 64 bytes, which is also what torch's own allocator gives, so kernels that choose by alignment choose alike. Mapped
