@@ -67,12 +67,23 @@ class Agent:
     """One life of a node's agent."""
 
     def __init__(
-        self, store: Store, mirror: Mirror, keys: Keys, config: ClusterConfig, node: str, events: EventLog,
-        worker_class: str, policy: RestartPolicy, spares: int = 0, *,
-        executor: Callable[..., MultiprocExecutor] = MultiprocExecutor, registrar: Callable[..., Registrar] = Registrar,
-        clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time,
+        self,
+        store: Store,
+        mirror: Mirror,
+        keys: Keys,
+        config: ClusterConfig,
+        node: str,
+        events: EventLog,
+        worker_class: str,
+        policy: RestartPolicy,
+        spares: int = 0,
+        *,
+        executor: Callable[..., MultiprocExecutor] = MultiprocExecutor,
+        registrar: Callable[..., Registrar] = Registrar,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
         chance: random.Random | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._clock, self._wall = clock, wall
         me = AgentRecord(node=node, pid=os.getpid(), started=wall(), capacity=config.max_ranks)
         self.me = changed(me, spares_wanted=spares)
@@ -206,9 +217,14 @@ class Agent:
         self._call(effect.key, "attach_engine", args, ATTACH_TIMEOUT_S, self._attached, effect.token)
 
     def _call(
-        self, key: RankId, method: str, args: tuple[Any, ...], limit_s: float,
-        then: Callable[[RankId, int, Any, str], None], subject: int,
-    ) -> None:  # fmt: skip
+        self,
+        key: RankId,
+        method: str,
+        args: tuple[Any, ...],
+        limit_s: float,
+        then: Callable[[RankId, int, Any, str], None],
+        subject: int,
+    ) -> None:
         """Call one rank; `then` gets (key, subject, result, "") or (key, subject, None, error) in our thread."""
 
         def done(future: Future[Outcome]) -> None:

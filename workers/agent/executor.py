@@ -1,8 +1,8 @@
 """All ranks of one host, as their parent has them: starts them, calls them, learns of their deaths, ends them.
 
-Ranks come and go; a death is the business of the calls that asked that rank and of nobody else. One thread (the
-collector) owns what is read from them: replies, deaths, the letting go. It waits on one doorbell; whatever has to wait
-for a process (starting, ending) runs in threads of its own and posts to the collector.
+Ranks come and go; a death fails only the calls that asked that rank. One thread (the collector) reads replies, handles
+deaths and releases ranks. It waits on one doorbell. Waits for a process (start, end) run in threads of their own, which
+post to the collector.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from workers.queue.message_queue import MessageQueue
 
 COLLECT_S = 0.1
 SEND_TIMEOUT_S = 2.0
-LADDER_S = (2.0, 1.0, 5.0)  # how long each rung (closed pipe, SIGTERM, SIGKILL) is given
+LADDER_S = (2.0, 1.0, 5.0)  # max wait after each rung: closed pipe, SIGTERM, SIGKILL
 STOP_TIMEOUT_S = 10.0
 
 log = structlog.get_logger(__name__)
@@ -122,16 +122,16 @@ class MultiprocExecutor:
     def launch(self, keys: Collection[ProcessId], timeout_s: float) -> list[WorkerProcHandle]:
         """Start ranks and wait until all are ready; the first failure is raised."""
         outcomes: dict[ProcessId, WorkerProcHandle | ElasticError] = {}
-        heard = threading.Condition()
+        started = threading.Condition()
 
         def on_started(key: ProcessId, outcome: WorkerProcHandle | ElasticError) -> None:
-            with heard:
+            with started:
                 outcomes[key] = outcome
-                heard.notify_all()
+                started.notify_all()
 
         self.start(keys, timeout_s, on_started)
-        with heard:
-            if not heard.wait_for(lambda: len(outcomes) == len(keys), timeout_s + STOP_TIMEOUT_S):
+        with started:
+            if not started.wait_for(lambda: len(outcomes) == len(keys), timeout_s + STOP_TIMEOUT_S):
                 missing = ", ".join(str(key) for key in keys if key not in outcomes)
                 raise WaitTimeout(f"no word from {missing} after {timeout_s:g} s")
         for outcome in outcomes.values():
@@ -273,7 +273,7 @@ class MultiprocExecutor:
                 if isinstance(reply, Reply) and not self._calls.on_reply(reply):
                     log.info("late_reply_dropped", call=reply.id, rank=reply.key.slot)
         except QueueClosed:
-            worker.worker_response_mq = None  # its death is told by the watcher
+            worker.worker_response_mq = None  # the watcher reports its death
             replies.shutdown()
 
     # --- ranks go -----------------------------------------------------------------------------------------------
@@ -284,7 +284,7 @@ class MultiprocExecutor:
     def _bury(self, worker: WorkerProcHandle, detected_by: DetectedBy) -> None:
         if worker.dead:
             return
-        self._read_replies(worker)  # what it said before it died stays valid
+        self._read_replies(worker)  # its replies before its death are valid
         worker.dead = f"its process ended (detected by {detected_by})"
         self.rpc_broadcast_mq.drop_reader(worker.reader)
         self._calls.on_death(worker.key, worker.dead)
@@ -299,7 +299,7 @@ class MultiprocExecutor:
     def retire(self, keys: Collection[ProcessId], on_ended: Callable[[ProcessId], None], *, kill: bool = False) -> None:
         """End ranks, in a thread: close the pipe, then SIGTERM, then SIGKILL (`kill`: that at once).
 
-        A rank that has died before is told of as any death, and not to `on_ended`: others may have seen it first.
+        A rank that died before is reported as a death, not to `on_ended`.
         """
         for key in keys:
             failpoints.hit("agent.before.retire", key.slot)
@@ -311,7 +311,7 @@ class MultiprocExecutor:
     def _climb_down(self, keys: list[ProcessId], on_ended: Callable[[ProcessId], None], kill: bool = False) -> None:
         for key in keys:
             if (unready := self._starting.get(key)) is not None:
-                unready.abandon()  # who waits for its ready pipe sees its end
+                unready.abandon()  # the waiter on its ready pipe sees its end
         left = [self.workers[key] for key in keys if key in self.workers]
         gone = [worker.key for worker in left]
         for number, grace_s in zip((0, signal.SIGTERM, signal.SIGKILL), LADDER_S, strict=True):
@@ -328,7 +328,7 @@ class MultiprocExecutor:
             self._post(partial(on_ended, key))
 
     def forget(self, key: ProcessId) -> None:
-        """Let go of a rank that has ended."""
+        """Release a rank that has ended."""
         self._post(partial(self._forget, key))
 
     def _forget(self, key: ProcessId) -> None:

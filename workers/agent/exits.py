@@ -16,7 +16,7 @@ from workers.protocol.restart_policy import RestartPolicy, counted, ending, judg
 
 
 class Exits:
-    """Remembers what the store may not have been told yet."""
+    """The deaths and verdicts that the store may not have yet."""
 
     def __init__(self, policy: RestartPolicy, chance: random.Random | None = None) -> None:
         self._policy = policy
@@ -46,5 +46,5 @@ class Exits:
         written = self._records.get(key.rank)
         if written is None or written.incarnation != key.incarnation:
             return None
-        self._records[key.rank] = told = replace(written, reason=f"{how}; {written.reason}")
-        return told
+        self._records[key.rank] = record = replace(written, reason=f"{how}; {written.reason}")
+        return record

@@ -162,14 +162,14 @@ class Registrar:
         try:
             self._sync()
         except StoreUnavailable as error:
-            self._heard(False, str(error))
+            self._note_reachable(False, str(error))
             with self._changed:
                 self._dirty = True
             return False
-        self._heard(True)
+        self._note_reachable(True)
         return True
 
-    def _heard(self, reachable: bool, error: str = "") -> None:
+    def _note_reachable(self, reachable: bool, error: str = "") -> None:
         if reachable != self._reachable:
             self._reachable = reachable
             log.info("store_back") if reachable else log.warning("store_unreachable", error=error)

@@ -2,7 +2,7 @@
 
 A death (or a scale-up) takes one at once, where a fork and a model's load would have to come first. The next one is
 made afterwards, one at a time, when the cluster is as it should be, and in the background (`WorkerProc.initialise`): so
-no spare competes with a repair. All calls come from the agent's thread; what others notice is posted to it.
+no spare competes with a repair. All calls come from the agent's thread; callbacks post to it.
 """
 
 from __future__ import annotations
@@ -69,9 +69,15 @@ class Spares:
     """This node's spares: makes up to `wanted` of them and gives them away."""
 
     def __init__(
-        self, wanted: int, executor: MultiprocExecutor, config: ClusterConfig, policy: RestartPolicy,
-        post: Callable[..., None], publish: Callable[[tuple[int, ...]], None], emit: Callable[..., object],
-    ) -> None:  # fmt: skip
+        self,
+        wanted: int,
+        executor: MultiprocExecutor,
+        config: ClusterConfig,
+        policy: RestartPolicy,
+        post: Callable[..., None],
+        publish: Callable[[tuple[int, ...]], None],
+        emit: Callable[..., object],
+    ) -> None:
         self._wanted, self._executor, self._config, self._policy = wanted, executor, config, policy
         self._post, self._publish, self._emit = post, publish, emit
         self._spares: dict[SpareId, _Spare] = {}
@@ -100,7 +106,7 @@ class Spares:
         if found is None:
             return False
         fingerprint = self._spares.pop(found).fingerprint
-        self._tell()
+        self._publish_ready()
         self._executor.adopt(
             found,
             key,
@@ -127,15 +133,15 @@ class Spares:
         worker = self._executor.workers.get(key)
         if worker is None or not worker.dead:
             self._executor.retire([key], lambda key: None, kill=True)
-        self._tell()
+        self._publish_ready()
 
     def died(self, key: ProcessId, reason: str) -> None:
-        """A process with a spare's key has ended unasked; if it was being taken, who takes it hears of it otherwise."""
+        """A spare died. If it was being promoted, the promotion's own callback reports it."""
         if isinstance(key, SpareId) and key in self._spares:
             self.lost(key, reason)
 
     def check(self, now: float) -> None:
-        """Look at the heartbeats: who is stopped is no spare. Not while it loads, which is gentle and so slow."""
+        """Drop spares whose heartbeat stopped. A spare that is still loading is skipped: it loads slowly on purpose."""
         for key, spare in list(self._spares.items()):
             worker = self._executor.workers.get(key)
             if worker is None or not spare.ready:
@@ -156,14 +162,14 @@ class Spares:
     def _loaded(self, key: SpareId, called: Future[Outcome]) -> None:
         spare, error = self._spares.get(key), called.exception(timeout=0)
         if spare is None:
-            return  # its death was told first
+            return  # its death came first
         if error is not None:
             self.lost(key, str(error))
             return
         spare.ready, spare.fingerprint = True, called.result(timeout=0)[key]
         spare.beat = Heartbeat(-1, time.monotonic())
         self._emit("spare_ready", number=key.number, pid=spare.pid, took_ms=round((time.time() - spare.begun) * 1e3, 1))
-        self._tell()
+        self._publish_ready()
 
-    def _tell(self) -> None:
+    def _publish_ready(self) -> None:
         self._publish(tuple(spare.pid for spare in self._spares.values() if spare.ready))

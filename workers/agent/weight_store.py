@@ -51,7 +51,7 @@ class WeightStore:
         self._bucket, self._clock = Bucket(bytes_per_s) if bytes_per_s else None, clock
         self._lock = threading.Lock()
         self._held: dict[str, tuple[Held, int]] = {}  # with the descriptor
-        self._told = -1
+        self._reported = -1
         self._resource = f"weights-{secrets.token_hex(8)}"
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # one descriptor per expert of a whole model
@@ -81,7 +81,7 @@ class WeightStore:
             self._held.clear()
         for fd in fds:
             os.close(fd)
-        self._tell()
+        self._report()
 
     def _answer(self, link: Link, request: bytes, fds: list[int]) -> Grant:
         asked = msgspec.msgpack.decode(request, type=WeightRequest)
@@ -127,12 +127,12 @@ class WeightStore:
         for key in dropped:
             log.error("weights_dropped", key=key, reason="checksum")
             self._emit("weights_dropped", key=key, reason="checksum")
-        self._tell()
+        self._report()
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         nbytes = self.nbytes
-        if nbytes != self._told:
-            self._told = nbytes
+        if nbytes != self._reported:
+            self._reported = nbytes
             self._emit("weights_held", entries=len(self.keys), bytes=nbytes)
 
     def _emit(self, kind: str, **fields: Any) -> None:

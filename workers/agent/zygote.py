@@ -73,7 +73,9 @@ class Zygote:
     def tend(self) -> None:
         """End a zygote that does not fork: the agent that waits for it reads so, and makes a forkserver of its own."""
         if self._clock() > self._due and not self._forked.done():
-            log.warning("the zygote does not fork, ending it", pid=self._server.process and self._server.process.pid)
+            log.warning(
+                "zygote_killed", reason="it does not fork", pid=self._server.process and self._server.process.pid
+            )
             self._server.kill()
             self._due = math.inf
 

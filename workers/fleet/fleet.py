@@ -1,9 +1,8 @@
 """The engine's hold on all ranks: one queue to them, one from each, their death notices and the live mask.
 
-Nothing here waits for a rank that is gone, and nothing waits without a deadline: joining happens in a thread of its
-own, a dead rank's queue ends with its process, and who neither answers nor dies is given up: soon if it is seen
-to do nothing (`watchdog.py`), else after a deadline (a longer one while its heart beats: it may have a lot to do on a
-busy machine).
+No wait is for a rank that is gone, and each has a deadline. Joining runs in a thread of its own. A dead rank's queue
+ends with its process. A rank that neither answers nor dies is evicted: soon if it is seen to do nothing
+(`watchdog.py`), else at the step deadline, which is longer while its heartbeat counter rises (a busy machine is slow).
 """
 
 from __future__ import annotations
@@ -127,7 +126,7 @@ class Fleet:
         clock: Callable[[], float] = time.monotonic,
         parts: tuple[Doorbell, MessageQueue, LiveMask] | None = None,
     ) -> None:
-        """`parts` are others than its own; then it has no thread either, and somebody calls `join_wanted`."""
+        """`parts` replace its own; then it has no thread either, and the caller runs `join_wanted`."""
         self._clock = clock
         self._step_deadline_s = STEP_DEADLINE_S if step_deadline_s is None else step_deadline_s
         self._doorbell, self._steps, self._mask = parts or (
@@ -177,7 +176,7 @@ class Fleet:
         self._token = token
 
     def attach(self, record: RankRecord) -> None:
-        """Begin to join a rank that has joined our queue; RankJoined follows. Asking again changes nothing."""
+        """Begin to join a rank that has joined our queue; RankJoined follows. Idempotent."""
         key = record.id
         if key in self._known:
             return
@@ -188,7 +187,7 @@ class Fleet:
         self._wake.set()
 
     def detach(self, key: RankId) -> None:
-        """Let go of a rank that belongs to the cluster no longer."""
+        """Release a rank that is no longer part of the cluster."""
         with self._lock:
             self._wanted.pop(key, None)
         self._drop(key)
@@ -204,7 +203,7 @@ class Fleet:
         self._members = frozenset(members)
 
     def broadcast(self, message: StepBatch | Ping) -> None:
-        """Send to all ranks. Who has chunks in a batch, and everybody in case of a Ping, owes an answer."""
+        """Send to all ranks. Ranks with chunks in the batch owe an answer; to a Ping, each rank does."""
         now = self._clock()
         for key, link in self._links.items():
             if isinstance(message, Ping) or key.rank in message.ranks:
@@ -215,7 +214,7 @@ class Fleet:
         self._send(message)
 
     def copy(self, order: CopyBlocks) -> None:
-        """Send half of a move of KV blocks. Who asked sees to it that the answer comes: steps show who hangs."""
+        """Send half of a move of KV blocks. The caller waits for the answer; a hanging rank shows in its steps."""
         self._send(order)
 
     def _send(self, message: EngineMessage) -> None:
@@ -251,7 +250,7 @@ class Fleet:
         return happened
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Release all ranks and close the queues."""
         self._stop.set()
         self._wake.set()
         if self._joiner.ident is not None:
@@ -272,7 +271,7 @@ class Fleet:
         return bool(self._deaths or self._joined) or any(link.answers.pending() for link in self._links.values())
 
     def _drain(self, link: _Link) -> list[FleetEvent]:
-        """What the rank has said; its end, if its queue says that it is gone."""
+        """The rank's messages, and its loss if its queue has ended."""
         said: list[FleetEvent] = []
         try:
             while link.key in self._links and (result := link.answers.try_dequeue()) is not None:
@@ -283,10 +282,10 @@ class Fleet:
 
     def _answered(self, link: _Link, result: RankMessage) -> list[FleetEvent]:
         if not step_fence.answers(result, link.key, self._token):
-            log.warning("dropped a rank's answer to somebody else", rank=link.key.rank, token=result.engine_token)
+            log.warning("foreign_answer_dropped", rank=link.key.rank, token=result.engine_token)
             return []
         if isinstance(result, Farewell):
-            self._drop(link.key)  # that its queue ends now is no news
+            self._drop(link.key)  # so the end of its queue is not reported as a loss
         if not isinstance(result, StepResult):
             return [result]
         link.owed.pop(result.step, None)
@@ -307,7 +306,7 @@ class Fleet:
     def _lose(self, key: RankId, source: DetectedBy, at: float) -> list[RankLost]:
         if key not in self._links:
             return []
-        self._mask.evict(*key)  # before it hears that it is dropped: should it live, it looks there
+        self._mask.evict(*key)  # before it sees that it is dropped: if it lives, it looks there
         self._drop(key)
         return [RankLost(*key, source, at)]
 
@@ -322,7 +321,7 @@ class Fleet:
         ]
 
     def _watch(self) -> list[RankLost]:
-        """Whoever keeps the step waiting and does nothing; members without work too, whose experts others wait for."""
+        """Ranks that keep the step waiting and do nothing. Members without chunks count: peers need their experts."""
         now = self._clock()
         if now >= self._pace.due:
             self._pace.compare({key.rank: link.page.waited_s for key, link in self._links.items()}, now)
@@ -365,7 +364,7 @@ class Fleet:
             self.join_wanted()
 
     def join_wanted(self) -> None:
-        """Join whoever is to be joined, as far as that works now, and close who was dropped."""
+        """Join the wanted ranks that can be joined now, and close the dropped ones."""
         self._close_dropped()
         with self._lock:
             wanted = list(self._wanted.items())
@@ -373,7 +372,7 @@ class Fleet:
             try:
                 link = self._join(record)
             except (ElasticError, msgspec.MsgspecError, OSError) as error:
-                log.warning("cannot join a rank's queue yet", rank=record.rank, error=str(error))
+                log.warning("rank_queue_not_joined", rank=record.rank, error=str(error))
                 continue
             with self._lock:
                 still_wanted = self._wanted.pop(key, None) is not None

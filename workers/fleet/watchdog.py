@@ -72,13 +72,13 @@ def judge(suspect: Suspect | None, look: Look, passed_s: float, hung_s: float) -
 
 
 def late_after_s(usual_s: float) -> float:
-    """When a step is late, of which 99 of 100 take `usual_s` at most."""
+    """Lateness threshold for a step whose p99 duration is `usual_s`."""
     return min(LATE_MAX_S, max(LATE_S, LATE_FACTOR * usual_s))
 
 
 @dataclass
 class Watchdog:
-    """The step under way and whom it waits for. Pure but for its memory: the caller looks, and tells the time."""
+    """The step in flight and the ranks it waits for. No I/O: the caller passes looks and the time."""
 
     due: float = math.inf  # when to call `watch`
     since: float = math.inf  # when the step under way began
@@ -116,7 +116,7 @@ class Watchdog:
         return key in self._waiting
 
     def watch(self, looks: Mapping[RankId, Look], now: float) -> list[tuple[RankId, DetectedBy]]:
-        """Whom these looks show to do nothing, and by what sign. Time in which we were kept waiting does not count."""
+        """Ranks that these looks show to do nothing, each with its sign. Time when we did not run does not count."""
         if not self._suspects:
             usual_s = self._usual_s()
             if now < (late := self.since + late_after_s(usual_s)):

@@ -54,7 +54,7 @@ def _ask_for(slice_us: int) -> bool:
     attributes = _SchedAttr(size=ctypes.sizeof(_SchedAttr), nice=nice, runtime=slice_us * 1000)
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.syscall(number, 0, ctypes.byref(attributes), 0):
-        log.info("no short turns", error=os.strerror(ctypes.get_errno()))
+        log.info("short_turns_unavailable", error=os.strerror(ctypes.get_errno()))
         return False
     return True
 

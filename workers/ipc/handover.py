@@ -239,14 +239,14 @@ class Handover:
         try:
             sock, _ = self._listener.accept()
         except OSError as error:
-            log.warning("cannot accept a link", error=str(error))
+            log.warning("link_not_accepted", error=str(error))
             time.sleep(0.01)  # out of descriptors: do not spin on the pending connection
             return
         link = Link(self, sock, self._first_message, None)
         try:
             _check_user(link)
         except HandoverRefused as error:
-            log.warning("link refused", error=str(error))
+            log.warning("link_refused", error=str(error))
             sock.close()
             return
         self._watch(link)
@@ -267,7 +267,7 @@ class Handover:
             elif link.on_message is not None:
                 link.on_message(link, data, fds)
         except Exception:  # a callback's fault must not deafen the whole process
-            log.exception("link callback failed", peer=link.peer_pid)
+            log.exception("link_callback_failed", peer=link.peer_pid)
         finally:
             for received in fds:
                 os.close(received)

@@ -1,8 +1,8 @@
 """The live mask: a page that the engine writes and all its ranks map. It says at once which ranks must not be used.
 
 Within an epoch ranks are only added to it. Beside the mask stands, for each rank, the last incarnation that its engine
-has given up: one that lives on all the same finds there that it has been evicted, in any later epoch too. Whoever masks
-a rank rings the others' doorbells afterwards; readers look at the page whenever they wake. Its memory has no name;
+has given up: one that is still alive finds there that it was evicted, in any later epoch too. The writer
+rings the ranks' doorbells after a change; readers look at the page whenever they wake. Its memory has no name;
 ranks get it over the engine's handover.
 """
 

@@ -1,8 +1,8 @@
 """Calls from an executor to its ranks: what travels, and what the caller still waits for.
 
-Every call has an id and every reply names it. Without that, one late reply would be taken for the answer to the next
-call, and so on for ever. A call ends as soon as its outcome is certain: at the first error of any rank, whoever was to
-reply, at the death of a rank that was asked, or with all replies.
+Every call has an id and every reply names it. Without ids, one late reply would be taken as the answer to the next
+call, and so on. A call ends as soon as its outcome is certain: with all replies, at the first error of any rank (also
+one that was not to reply), or at the death of a rank that was asked.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class Call:
     id: int
     ranks: frozenset[ProcessId]
     method: str | bytes
-    arguments: bytes  # cloudpickled (args, kwargs): who is not asked need not open them
-    output_rank: int | None = None  # only this rank replies; a failure is told by whoever has it
-    timeout_s: float = 60.0  # how long an output that is still being made is waited for
+    arguments: bytes  # cloudpickled (args, kwargs): ranks that are not asked leave them unopened
+    output_rank: int | None = None  # only this rank replies; any rank reports its failure
+    timeout_s: float = 60.0  # max wait for an output that is still being computed
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class PendingCall:
         self._fail(error)
 
     def _finish(self) -> None:
-        with suppress(InvalidStateError):  # somebody else has ended it
+        with suppress(InvalidStateError):  # another thread has ended it
             self.future.set_result(self.results)
 
     def _fail(self, error: ElasticError) -> None:
@@ -176,7 +176,7 @@ class CallTable:
         return True
 
     def on_death(self, key: ProcessId, reason: str) -> None:
-        """Tell all calls."""
+        """Report it to all calls."""
         for call in self._all():
             call.on_death(key, reason)
 

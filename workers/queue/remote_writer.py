@@ -132,7 +132,7 @@ class RemoteWriter:
         try:
             said = msgspec.msgpack.decode(data, type=ToWriter)
         except msgspec.MsgspecError as error:
-            log.warning("nonsense from an allowed peer", error=str(error))
+            log.warning("remote_message_malformed", error=str(error))
             return
         with self._changed:
             before = len(self._peers)
@@ -174,7 +174,7 @@ class RemoteWriter:
         with self._changed:
             for reader_id, peer in list(self._peers.items()):
                 if now - peer.heard > REMOTE_SILENCE_S:
-                    log.warning("remote reader is silent", queue=self._queue, reader=reader_id)
+                    log.warning("remote_reader_silent", queue=self._queue, reader=reader_id)
                     del self._peers[reader_id]
                     self._changed.notify_all()
                     continue
@@ -189,7 +189,7 @@ class RemoteWriter:
         try:
             self._router.send_multipart([route, msgspec.msgpack.encode(head), data], zmq.NOBLOCK)
         except (zmq.Again, zmq.ZMQError) as error:  # not connected (now): it comes back, or falls silent
-            log.debug("remote reader unreachable", error=str(error))
+            log.debug("remote_reader_unreachable", error=str(error))
             return False
         return True
 

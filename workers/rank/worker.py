@@ -184,7 +184,7 @@ class EPWorker:
         )
         self._runner.attach(self.exchange)
         self._runner.warm_up()
-        log.info("model loaded", rank=self.rank, seconds=round(time.monotonic() - started, 3))
+        log.info("model_loaded", rank=self.rank, took_s=round(time.monotonic() - started, 3))
 
     def fingerprint(self) -> str:
         """How this rank rounds; ranks of one view must agree."""
@@ -266,7 +266,7 @@ class EPWorker:
         except CoverageLost as error:
             return self._result(batch, StepStatus.COVERAGE_LOST, error=str(error))
         except Exception as error:  # noqa: BLE001 - whatever it was, the engine must hear of it and the rank serve on
-            log.error("step failed", rank=self.rank, step=batch.step, error=traceback.format_exc())
+            log.error("step_failed", rank=self.rank, step=batch.step, error=traceback.format_exc())
             return self._result(batch, StepStatus.FAILED, error=f"{type(error).__name__}: {error}")
         result = self._result(batch, StepStatus.OK)
         result.tokens.extend(tokens)

@@ -100,14 +100,14 @@ class WorkerProcChild:
         proc = None
         try:
             proc = WorkerProcChild(launch, death_reader, HostLock(host_lock))
-            _tell(ready_writer, proc.ready())
+            _report(ready_writer, proc.ready())
             os.close(ready_writer)
             failpoints.hit("rank.registered", proc.rank)
             proc.worker_busy_loop()
         except Exception as error:
             if proc is None:
                 why = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
-                _tell(ready_writer, Ready(FAILED_STR, error=why))
+                _report(ready_writer, Ready(FAILED_STR, error=why))
             elif isinstance(error, Fenced):
                 log.warning("rank_fenced", reason=str(error))
             else:
@@ -286,6 +286,6 @@ def run_rank(payload: bytes, fds: list[int]) -> None:
     WorkerProcChild.worker_main(pickle.loads(payload), *fds)  # noqa: S301
 
 
-def _tell(ready_writer: int, message: Ready) -> None:
+def _report(ready_writer: int, message: Ready) -> None:
     with suppress(BrokenPipeError):  # the parent gave up on us: its death pipe says so
         os.write(ready_writer, msgspec.msgpack.encode(message))
