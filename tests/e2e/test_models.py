@@ -13,7 +13,8 @@ from tokenizers.models import WordLevel
 
 from chaos.target.cluster import ServedCluster
 from tests.e2e.conftest import Serve
-from tests.support.families import FAMILIES, VOCAB, write_checkpoint
+from tests.support.families import VOCAB, write_checkpoint
+from workers.model.families import FAMILIES
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 

@@ -110,7 +110,7 @@ class Backend(Protocol):
         """The type to compute in, for weights stored as `stored`, if nothing else is asked for."""
 
     def fingerprint(self, dtype: torch.dtype) -> str:
-        """A short string; equal on ranks whose arithmetic is, as far as samples of its very bits can tell."""
+        """A short string; equal on ranks that compute the same bits, judged by samples."""
 
     def make_invariant(self, model: nn.Module, calibrations: Calibrations) -> RowTiles:
         """Make every product and norm of `model` (all but attention and routed experts) exact.

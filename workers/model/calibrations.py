@@ -1,7 +1,7 @@
-"""What was measured of this machine's kernels, so that one rank of a host measures it and the others look it up.
+"""What was measured of this machine's kernels: one rank of a host measures it, the others look it up.
 
-It lies in the host's weight store beside the weights, under the kernel fingerprint (CPU kind, torch build, device, the
-very bits of some kernels), and goes with the store. Without a store each rank measures by itself.
+It is kept in the host's weight store beside the weights, under the kernel fingerprint (CPU kind, torch build, device,
+the very bits of some kernels), and ends with the store. Without a store each rank measures by itself.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Calibrations:
         self._known = msgspec.json.decode(found.note, type=dict[str, tuple[int, ...]]) if found is not None else {}
 
     def of(self, what: str, measure: Callable[[], Sequence[int]]) -> tuple[int, ...]:
-        """The numbers for `what`; measured now if nobody has."""
+        """The numbers for `what`; measured now if they are unknown."""
         with self._lock:
             if what not in self._known:
                 self._known[what] = tuple(measure())

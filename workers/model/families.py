@@ -7,20 +7,52 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from membership.base.errors import ModelError
 
-FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3")
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 EXPERT_COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
 EXPERT_WIDTH_KEYS = ("moe_intermediate_size", "intermediate_size")
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 256 << 20
-_SUPPORTED = "supported: " + ", ".join(FAMILIES)
+
+
+MoeLayers = Callable[[dict[str, Any], int], tuple[int, ...]]
+"""(config.json, number of layers) -> the layers that have experts, ascending. ModelError if we cannot serve them."""
+
+
+def _every_layer(config: dict[str, Any], layers: int) -> tuple[int, ...]:
+    return tuple(range(layers))
+
+
+def _every_nth_layer(config: dict[str, Any], layers: int) -> tuple[int, ...]:
+    dense = config.get("mlp_only_layers") or []
+    step = config.get("decoder_sparse_step", 1)
+    return tuple(i for i in range(layers) if i not in dense and (i + 1) % step == 0)
+
+
+def _after_dense_layers(config: dict[str, Any], layers: int, *, usual: int) -> tuple[int, ...]:
+    if config.get("moe_layer_freq", 1) != 1:
+        raise ModelError("moe_layer_freq other than 1 is not supported", hint="transformers does not support it")
+    first = config.get("first_k_dense_replace")
+    return tuple(range(usual if first is None else first, layers))
+
+
+# A new family is a line here, and a configuration in tests/support/families.py.
+FAMILIES: Mapping[str, MoeLayers] = {
+    "mixtral": _every_layer,
+    "qwen2_moe": _every_nth_layer,
+    "qwen3_moe": _every_nth_layer,
+    "olmoe": _every_layer,
+    "deepseek_v2": partial(_after_dense_layers, usual=0),
+    "deepseek_v3": partial(_after_dense_layers, usual=3),
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +67,7 @@ class ModelInfo:
     moe_layer_ids: tuple[int, ...]
     experts: int
     top_k: int
-    expert_width: int  # of the inner layer of one expert; 0: not told
+    expert_width: int  # of the inner layer of one expert; 0: config.json does not say
     vocab_size: int
     max_position: int
     eos_token_ids: tuple[int, ...]
@@ -61,7 +93,7 @@ def read_model_info(path: str | Path) -> ModelInfo:
     config = _read_json(root / "config.json", hint="a checkpoint directory has config.json beside its weights")
     family = _family(config)
     layers = _count(config, "num_hidden_layers")
-    moe_layer_ids = _moe_layers(config, family, layers)
+    moe_layer_ids = FAMILIES[family](config, layers)
     if not moe_layer_ids:
         raise ModelError(f"{root}: no layer of this {family} model has experts", hint="only MoE models can be served")
     files, dtype = _check_weights(root)
@@ -89,21 +121,11 @@ def _family(config: dict[str, Any]) -> str:
             raise ModelError("the checkpoint is quantized", hint="use the bfloat16 or float32 checkpoint")
         return family
     if any(key in config for key in EXPERT_COUNT_KEYS):
-        raise ModelError(f"model type {family!r} is not supported", hint=_SUPPORTED)
-    raise ModelError(f"{family or 'this'} is a dense model, without experts", hint=f"serve an MoE model; {_SUPPORTED}")
-
-
-def _moe_layers(config: dict[str, Any], family: str, layers: int) -> tuple[int, ...]:
-    if family in ("qwen2_moe", "qwen3_moe"):
-        dense = config.get("mlp_only_layers") or []
-        step = config.get("decoder_sparse_step", 1)
-        return tuple(i for i in range(layers) if i not in dense and (i + 1) % step == 0)
-    if family in ("deepseek_v2", "deepseek_v3"):
-        if config.get("moe_layer_freq", 1) != 1:
-            raise ModelError("moe_layer_freq other than 1 is not supported", hint="transformers does not support it")
-        first = config.get("first_k_dense_replace")
-        return tuple(range((3 if family == "deepseek_v3" else 0) if first is None else first, layers))
-    return tuple(range(layers))
+        raise ModelError(f"model type {family!r} is not supported", hint=f"supported: {', '.join(FAMILIES)}")
+    raise ModelError(
+        f"{family or 'this'} is a dense model, without experts",
+        hint=f"serve an MoE model; supported: {', '.join(FAMILIES)}",
+    )
 
 
 def _eos(root: Path, config: dict[str, Any]) -> tuple[int, ...]:

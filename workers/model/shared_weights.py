@@ -2,8 +2,8 @@
 
 An entry holds named tensors in the very layout that the kernels use: first a header, then each tensor at a multiple of
 64 bytes, which is also what torch's own allocator gives, so kernels that choose by alignment choose alike. Mapped
-memory is read-only: a stray write is a fault and not a wrong answer in every rank of the host. Whoever maps an entry
-that nobody has checked yet compares its checksum; a wrong one is dropped, and the checkpoint is read instead.
+memory is read-only: a stray write is a fault and not a wrong answer in every rank of the host. The first rank that maps
+an entry compares its checksum; if it is wrong, the entry is dropped and the checkpoint is read instead.
 
 `torch.frombuffer` warns about read-only memory, and switching warnings off is not for threads: it is given a ctypes
 array at the mapping's address, which each tensor keeps alive, and with whose end the mapping ends.
@@ -107,11 +107,11 @@ class SharedWeights:
         return self._open(*answer) if answer is not None else None
 
     def book(self, nbytes: int) -> float:
-        """How many seconds to wait before so much is read of the checkpoint, for the sake of who serves."""
+        """Seconds to wait before `nbytes` of the checkpoint are read, so that serving ranks keep their bandwidth."""
         return float(self._ask(lambda: self._client.book(nbytes)) or 0.0)
 
     def report(self) -> None:
-        """Tell the store which checksums were compared since the last report; at the end of each load."""
+        """Report to the store which checksums were compared since the last report; at the end of each load."""
         with self._lock:
             right, self._right = self._right, []
             wrong, self._wrong = self._wrong, []
@@ -138,14 +138,14 @@ class SharedWeights:
             os.close(fd)
 
     def _open(self, held: Held, fd: int) -> Mapped | None:
-        """Map an entry and let go of the descriptor; None if it is damaged or there is no room."""
+        """Map an entry and close the descriptor; None if it is damaged or there is no room."""
         try:
             mapped = map_entry(fd, held)
         except WeightsCorrupt as error:
             log.error("weights_corrupt", key=held.key, error=str(error))
             with self._lock:
                 self._wrong.append((held.key, held.checksum))
-            self.report()  # nobody else shall map it
+            self.report()  # so that no other rank maps it
             return None
         except OSError as error:
             log.warning("weights_not_mapped", key=held.key, error=str(error))
@@ -195,7 +195,7 @@ def _fill(memory: mmap.mmap, offset: int, tensor: Tensor) -> None:
 
 
 def map_entry(fd: int, held: Held) -> Mapped:
-    """Map a sealed memfd read-only and, unless somebody did before, compare its checksum."""
+    """Map a sealed memfd read-only and, unless that was done before, compare its checksum. WeightsCorrupt, OSError."""
     size = os.fstat(fd).st_size
     if size != held.size or fcntl.fcntl(fd, fcntl.F_GET_SEALS) & SEALS != SEALS:
         raise WeightsCorrupt(f"{held.key}: {size} bytes instead of {held.size}, or not sealed")

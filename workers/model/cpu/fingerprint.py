@@ -1,7 +1,7 @@
 """The kernel fingerprint: ranks whose CPUs or libraries round differently must not share a view.
 
-It hashes the very bits that typical kernels give on fixed inputs, together with the torch build: two ranks agree
-if and only if their arithmetic does (as far as the samples can tell).
+It hashes the very bits that typical kernels give on fixed inputs, together with the torch build. Two ranks with equal
+fingerprints compute alike, as far as these samples show.
 """
 
 from __future__ import annotations

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from membership.base.enums import Exactness
-from tests.support.families import FAMILIES, VOCAB, write_checkpoint
+from tests.support.families import VOCAB, write_checkpoint
 from tests.support.model_helpers import Sequences, SpreadBank, make_runner, prompts, run_mixed
 from workers.exchange.local import LocalExchange
 from workers.model.expert_bank import LocalExpertBank
+from workers.model.families import FAMILIES
 from workers.model.runner import ModelRunner
 from workers.protocol.messages import Sampling
 

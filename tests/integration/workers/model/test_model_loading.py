@@ -9,11 +9,11 @@ import pytest
 
 from membership.base.enums import Exactness
 from membership.base.errors import ModelError
-from tests.support.families import FAMILIES, write_checkpoint
+from tests.support.families import write_checkpoint
 from tests.support.model_helpers import make_runner
 from workers.exchange.local import LocalExchange
 from workers.model.expert_bank import LocalExpertBank
-from workers.model.families import read_model_info
+from workers.model.families import FAMILIES, read_model_info
 from workers.model.load import load_model
 from workers.model.runner import ModelRunner
 from workers.protocol.messages import Sampling, SeqChunk

@@ -30,7 +30,7 @@ CHUNKS = [SeqChunk(1, 0, list(range(2, 40)), list(range(5)), Sampling(logprobs=5
 
 
 class Host:
-    """A store, and what it told."""
+    """A store, and the events that it reported."""
 
     def __init__(self) -> None:
         self.events: list[tuple[str, dict[str, Any]]] = []
@@ -103,7 +103,7 @@ def test_mapped_weights_give_the_bits_of_loaded_ones(
     assert "weights_dropped" not in host.kinds()
 
 
-def test_nobody_can_write_to_what_is_stored(host: Host) -> None:
+def test_stored_weights_cannot_be_written_to(host: Host) -> None:
     import torch
 
     client = host.client()
@@ -241,7 +241,7 @@ def test_a_store_leaves_nothing(host: Host) -> None:
     host.store.close()
     eventually(lambda: _memfds() == 0, 10, "the descriptors to be closed")
     assert host.store.nbytes == 0
-    assert kept.tensors["w"].tolist() == [1.0] * 4, "who maps it keeps it"
+    assert kept.tensors["w"].tolist() == [1.0] * 4, "a mapping outlives the store"
 
 
 def _memfds() -> int:
