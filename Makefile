@@ -48,7 +48,7 @@ check: setup  ## lint, types, import law, unit tests (under 90 s)
 matrix: setup  ## every fault at every edge of an operation; `test` has each edge and each fault once or more
 	@ELASTIC_WHOLE_MATRIX=1 $(BIN)/python -m pytest tests/e2e/test_operation_faults.py
 
-chaos: setup  ## prove the promises: simulation, planted bugs, every fault for every role, a soak; one table (13 minutes on two fast cores)
+chaos: setup  ## prove the promises: simulation, mutants, every fault for every role, a soak; one table (13 minutes on two fast cores)
 	@$(BIN)/elastic-chaos suite $(if $(SEED),--seed $(SEED)) $(foreach part,$(ONLY),--only $(part)) $(if $(filter no,$(PACE)),--no-pace)
 
 bench: setup  ## the benchmarks whose figures stand in docs/benchmarks.md

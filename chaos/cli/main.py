@@ -29,6 +29,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "churn": churn,
     "simulate": simulate,
     "planted": planted,
+    "mutants": planted,
     "replay": replay,
     "check": check,
     "faults": faults,

@@ -1,6 +1,6 @@
-"""Bugs that we plant in copies of the product, to prove that the suite would notice them.
+"""Mutants: copies of the product without one guard, to prove that the suite would notice its loss.
 
-`bugs.py` is the catalogue: each takes one guard out of the product's source. `plant.py` makes the copy, `catch.py` runs
-there and tries to catch the bug, in simulated lives or with a check of `checks/`; `hunt.py` does that for all of them,
-and first for the product as it is, which must pass. A bug that nobody catches is a hole in the suite.
+`catalogue.py` lists them; each names the tests that must fail, or is left to simulated runs. `tree.py` makes the copy,
+`catch.py` runs in it, and `hunt.py` does that for all of them and then for the unchanged product, which must pass.
+Start reading in `mutant.py`. A mutant that nothing catches is a hole in the suite.
 """

@@ -1,85 +1,122 @@
-"""Runs inside a planted tree and tries to catch what was planted: `python -m chaos.mutants.catch TREE CATCHER ...`.
+"""Runs inside a mutant's tree and tries to catch it: `python -m chaos.mutants.catch TREE simulate|pytest ARGUMENT...`.
 
-A process of its own for each bug, so that a bug can hang, crash or leak without anybody else noticing. It proves first
-that the tree is what it imported: a hunt in the genuine product would prove nothing.
+Each attempt is a process of its own: a mutant may hang, crash or leak without harming any other. It first proves that
+the tree is what it imports, because a hunt in the genuine product would prove nothing.
 """
 
 from __future__ import annotations
 
-import importlib
 import sys
 import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from chaos.mutants.bug import SIMULATE
-from chaos.mutants.checks import CHECKS
-from chaos.mutants.plant import PACKAGES
-from membership.base.errors import ConfigError
+from chaos.mutants.mutant import SIMULATE
+from chaos.mutants.tree import PACKAGES, TESTS, require_tests
+from membership.base.errors import ConfigError, ElasticError
 
-MINIMISER = "chaos.simulation.minimise"
-SHRINK_S = 15.0  # of processor time: what is found must not depend on what else runs
+if TYPE_CHECKING:
+    import pytest
+
+
+PYTEST = "pytest"
+MINIMISE_LIMIT_S = 15.0  # of processor time: the result must not depend on what else runs
+PYTEST_OPTIONS = ("-q", "--tb=no", "-p", "no:cacheprovider", "-o", "addopts=")
 
 
 class Catch(msgspec.Struct, frozen=True, kw_only=True):
-    """What came of it. `how`: the promise that broke, "" if none did. `seed`: the life in which it did.
+    """The result of one attempt. `how`: the promise that broke, "" if none did. `seed`: of the run in which it did.
 
-    Not `sure`: the catcher itself did not come to its end, so that nothing is known; `how` says why.
+    If not `sure`, the attempt itself went wrong and proves nothing; `how` says why.
     """
 
     how: str = ""
     lives: int = 0
     seed: int = 0
     seconds: float = 0.0
-    events: int | None = None  # in the shortest schedule that shows it; None: not known
+    events: int | None = None  # in the shortest schedule that shows it; None: unknown
     sure: bool = True
 
 
-def main(tree: str, catcher: str, *seeds: str) -> None:
-    """Try; one line of JSON on stdout says what came of it."""
-    for package in PACKAGES:
-        found = Path(importlib.import_module(package).__file__ or "")
-        if found.parent != Path(tree) / package:
-            raise ConfigError(f"{package} was imported from {found.parent}, not from the planted tree {tree}")
-    caught = _simulate([int(seed) for seed in seeds]) if catcher == SIMULATE else _check(catcher)
-    sys.stdout.write(msgspec.json.encode(caught).decode() + "\n")
+def main(tree: str, catcher: str, *arguments: str) -> None:
+    """Try to catch the mutant; the last line of stdout is the `Catch` as JSON. ConfigError outside the tree."""
+    for package in PACKAGES if catcher == SIMULATE else (*PACKAGES, TESTS):
+        spec = find_spec(package)
+        found = Path(spec.origin if spec and spec.origin else "").parent
+        if found != Path(tree) / package:
+            raise ConfigError(f"{package} would be imported from {found}, not from the mutant's tree {tree}")
+    began = time.monotonic()
+    caught = _simulate([int(seed) for seed in arguments]) if catcher == SIMULATE else _run_tests(tree, arguments)
+    caught = msgspec.structs.replace(caught, seconds=time.monotonic() - began)
+    sys.stdout.write("\n" + msgspec.json.encode(caught).decode() + "\n")
 
 
 def _simulate(seeds: Sequence[int]) -> Catch:
-    """Live until a promise breaks. A life that ends in any other error has noticed something too."""
+    """Run simulations until one finds a violation. One that ends in any other error has noticed something too."""
     from chaos.simulation.life import live
+    from chaos.simulation.minimise import minimise
 
-    began = time.monotonic()
     for done, seed in enumerate(seeds, start=1):
         try:
             life = live(seed)
-        except Exception as error:  # noqa: BLE001 - the planted bug may raise whatever it likes
-            how = f"{type(error).__name__}: {error}"
-            return Catch(how=how, lives=done, seed=seed, seconds=time.monotonic() - began)
+        except Exception as error:  # noqa: BLE001 - the mutant may raise anything
+            return Catch(how=f"{type(error).__name__}: {error}", lives=done, seed=seed)
         if life.violation:
-            took_s = time.monotonic() - began
-            return Catch(how=life.violation, lives=done, seed=seed, seconds=took_s, events=_events(life))
-    return Catch(lives=len(seeds), seconds=time.monotonic() - began)
+            events = len(minimise(life, MINIMISE_LIMIT_S, clock=time.process_time).happenings)
+            return Catch(how=life.violation, lives=done, seed=seed, events=events)
+    return Catch(lives=len(seeds))
 
 
-def _events(life: Any) -> int | None:
-    """How many things have to happen for what broke in this life."""
-    if find_spec(MINIMISER) is None:
-        return None
-    return len(importlib.import_module(MINIMISER).minimise(life, SHRINK_S, clock=time.process_time).happenings)
+class _Outcomes:
+    """A pytest plugin that notes why tests failed, and apart from that what went wrong around them."""
+
+    def __init__(self) -> None:
+        self.failed: dict[str, str] = {}  # test id -> the promise that broke
+        self.wrong: list[str] = []
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """A module that cannot be imported catches nothing."""
+        if report.failed:
+            self.wrong.append(f"{report.nodeid} cannot be collected: {report.longreprtext.strip().splitlines()[-1]}")
+
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[Any]) -> None:
+        """Only a failed assertion, or an error that the product raises on purpose, says that a promise broke."""
+        import pytest
+
+        if call.excinfo is None:
+            return
+        error = call.excinfo.value
+        first = (str(error).strip().splitlines() or [""])[0]
+        how = f"{item.nodeid.rpartition('::')[2]}: {type(error).__name__}: {first}"
+        if call.when == "call" and isinstance(error, AssertionError | ElasticError | pytest.fail.Exception):
+            self.failed[item.nodeid] = how
+        elif call.when != "teardown" or item.nodeid not in self.failed:
+            self.wrong.append(f"{how} ({call.when})")
 
 
-def _check(name: str) -> Catch:
-    began, how = time.monotonic(), ""
+def _run_tests(tree: str, names: Sequence[str]) -> Catch:
+    """Each of the named tests must fail, and for the right reason; a name without parameters means any of them."""
+    require_tests(Path(tree))
     try:
-        CHECKS[name]()
-    except Exception as error:  # noqa: BLE001 - the same
-        how = f"{type(error).__name__}: {error}"
-    return Catch(how=how, seconds=time.monotonic() - began)
+        import pytest
+    except ImportError as error:
+        raise ConfigError(f"mutants are caught by pytest: {error}", hint="pip install 'elastic-ep[dev]'") from error
+    outcomes = _Outcomes()
+    status = pytest.main([*PYTEST_OPTIONS, f"--rootdir={tree}", *names], plugins=[outcomes])
+    if status == pytest.ExitCode.OK and not outcomes.wrong:
+        return Catch()
+    hits = {name: [how for id, how in outcomes.failed.items() if id.partition("[")[0] == name or id == name]
+            for name in names}  # fmt: skip
+    if status == pytest.ExitCode.TESTS_FAILED and not outcomes.wrong and all(hits.values()):
+        return Catch(how="; ".join(each[0] for each in hits.values()))
+    passed = [f"{name} does not notice" for name, each in hits.items() if not each]
+    return Catch(
+        how="; ".join([*outcomes.wrong, *passed, *outcomes.failed.values()]) or f"pytest: {status}", sure=False
+    )
 
 
 if __name__ == "__main__":

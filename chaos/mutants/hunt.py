@@ -1,7 +1,7 @@
-"""The hunt for each planted bug, until it is caught or the lives are spent; then the same with nothing planted.
+"""Hunts each mutant until it is caught or the budget is spent; then the control: the same with no mutant.
 
-Without that control a catch would mean nothing: a suite that fails anyway catches everything. It passes every check,
-and lives every life in which a bug was caught.
+Without the control a catch would mean nothing, because tests that fail anyway catch everything. The unchanged product
+must pass every named test, and every simulated run in which a mutant was caught.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ from statistics import median
 
 import msgspec
 
-from chaos.mutants.bug import SIMULATE, Bug
-from chaos.mutants.catch import Catch
-from chaos.mutants.plant import planted
+from chaos.mutants.catch import PYTEST, Catch
+from chaos.mutants.mutant import SIMULATE, Mutant
+from chaos.mutants.tree import planted, require_tests
 
-FIRST = 1  # seed of the first life: a bug is caught in the same life each time
-LIVES = 250  # in which a planted bug must show
-SHARE = 10  # lives of the control in one process
-LIMIT_S = 240.0  # for one catcher
-SAID = 300  # characters of what broke
+FIRST = 1  # seed of the first simulated run; fixed, so that a mutant is caught in the same run each time
+LIVES = 250  # simulated runs within which a mutant must be caught
+CONTROL_SHARE = 10  # simulated runs of the control per process
+LIMIT_S = 240.0  # for one process
+HOW_LENGTH = 300  # characters of what broke
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # plugins would take most of the time
 
 
 class Hunted(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of one bug. `how`: what broke; or, if it was not caught, why it is not known whether it would be."""
+    """What became of one mutant. `how`: what broke; if it was not caught, why it is not known whether it would be."""
 
     bug: str
     guards: str
@@ -38,11 +39,11 @@ class Hunted(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0
     lives: int = 0
     seconds: float = 0.0
-    events: int | None = None  # in the shortest schedule that shows it; None: not known
+    events: int | None = None  # in the shortest schedule that shows it; None: unknown
 
 
 class HuntReceipt(msgspec.Struct, frozen=True, kw_only=True):
-    """`control` says what broke though nothing was planted; then no catch means anything."""
+    """What became of all mutants. `control`: what broke in the unchanged product; then no catch means anything."""
 
     ok: bool
     planted: int
@@ -55,19 +56,22 @@ class HuntReceipt(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def hunt(
-    bugs: Sequence[Bug], jobs: int, tell: Callable[[Hunted], None] = lambda found: None, lives: int = LIVES
+    mutants: Sequence[Mutant], jobs: int, on_result: Callable[[Hunted], None] = lambda found: None, lives: int = LIVES
 ) -> HuntReceipt:
-    """Hunt for all of them in `jobs` processes; `tell` hears of each."""
+    """Hunt all of them with `jobs` processes at a time. ConfigError where the tests are missing that they name."""
+    if any(mutant.tests for mutant in mutants):
+        require_tests()
     began = time.monotonic()
     pool = ThreadPoolExecutor(jobs)
     try:
-        control, found = _all(bugs, pool, tell, lives)
+        found = _hunt_all(mutants, pool, on_result, lives)
+        control = _control(mutants, found, pool)
     finally:
         pool.shutdown(cancel_futures=True)
     caught = sum(each.caught for each in found)
     return HuntReceipt(
-        ok=caught == len(bugs) and not control,
-        planted=len(bugs),
+        ok=caught == len(mutants) and not control,
+        planted=len(mutants),
         caught=caught,
         lives=lives,
         control=control,
@@ -77,23 +81,24 @@ def hunt(
     )
 
 
-def _all(
-    bugs: Sequence[Bug], pool: Executor, tell: Callable[[Hunted], None], lives: int
-) -> tuple[tuple[str, ...], tuple[Hunted, ...]]:
-    """What broke where nothing is planted; and what became of each bug."""
-    hunts = [pool.submit(_hunt, bug, lives, tell) for bug in bugs]
-    found = tuple(each.result(timeout=LIMIT_S * len(hunts)) for each in hunts)
-    caught = sorted({each.seed for each in found if each.seed})
-    wanted = [(SIMULATE, caught[done : done + SHARE]) for done in range(0, len(caught), SHARE)]
-    wanted += [(name, []) for name in sorted({bug.caught_by for bug in bugs} - {SIMULATE})]
-    controls = [(name, pool.submit(_catch, None, name, seeds)) for name, seeds in wanted]
-    broken = ((name, done.result(timeout=LIMIT_S * len(controls)).how) for name, done in controls)
-    return tuple(f"{name}: {how}" for name, how in broken if how), found
+def _hunt_all(
+    mutants: Sequence[Mutant], pool: Executor, on_result: Callable[[Hunted], None], lives: int
+) -> tuple[Hunted, ...]:
+    hunts = [pool.submit(_hunt, mutant, lives, on_result) for mutant in mutants]
+    return tuple(each.result(timeout=LIMIT_S * len(hunts)) for each in hunts)
 
 
-def _seeds(bug: Bug, lives: int) -> list[int]:
-    """Which lives are lived: the one that showed it once, and so many others, the same each time."""
-    return list(dict.fromkeys([*([bug.shown_by] if bug.shown_by else []), *range(FIRST, FIRST + lives)]))
+def _control(mutants: Sequence[Mutant], found: Sequence[Hunted], pool: Executor) -> tuple[str, ...]:
+    """What breaks in the unchanged product."""
+    seeds = sorted({each.seed for each in found if each.seed})
+    tests = sorted({test for mutant in mutants for test in mutant.tests})
+    attempts = [(PYTEST, tests)] if tests else []
+    attempts += [
+        (SIMULATE, [str(seed) for seed in seeds[at : at + CONTROL_SHARE]]) for at in range(0, len(seeds), CONTROL_SHARE)
+    ]
+    controls = [(catcher, pool.submit(_catch, None, catcher, arguments)) for catcher, arguments in attempts]
+    broken = [(catcher, done.result(timeout=LIMIT_S * len(controls)).how) for catcher, done in controls]
+    return tuple(f"{catcher}: {how}" for catcher, how in broken if how)
 
 
 def _median(events: Iterable[int | None]) -> float | None:
@@ -101,28 +106,32 @@ def _median(events: Iterable[int | None]) -> float | None:
     return float(median(known)) if known else None
 
 
-def _hunt(bug: Bug, lives: int, tell: Callable[[Hunted], None]) -> Hunted:
-    catch = _catch(bug, bug.caught_by, _seeds(bug, lives))
+def _hunt(mutant: Mutant, lives: int, on_result: Callable[[Hunted], None]) -> Hunted:
+    if mutant.tests:
+        catch = _catch(mutant, PYTEST, mutant.tests)
+    else:
+        seeds = dict.fromkeys([*([mutant.seed] if mutant.seed else []), *range(FIRST, FIRST + lives)])
+        catch = _catch(mutant, SIMULATE, [str(seed) for seed in seeds])
     found = Hunted(
-        bug=bug.name,
-        guards=bug.guards,
-        caught_by=bug.caught_by,
+        bug=mutant.name,
+        guards=mutant.guards,
+        caught_by=mutant.caught_by,
         caught=bool(catch.how) and catch.sure,
-        how=catch.how[:SAID],
+        how=catch.how[:HOW_LENGTH],
         seed=catch.seed,
         lives=catch.lives,
         seconds=round(catch.seconds, 2),
         events=catch.events,
     )
-    tell(found)
+    on_result(found)
     return found
 
 
-def _catch(bug: Bug | None, catcher: str, seeds: Sequence[int]) -> Catch:
-    """Try to catch it in a process of its own, which finds the planted tree first."""
-    with planted(bug) as tree:
-        program = [sys.executable, "-m", "chaos.mutants.catch", str(tree), catcher, *map(str, seeds)]
-        environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+def _catch(mutant: Mutant | None, catcher: str, arguments: Sequence[str]) -> Catch:
+    """Try to catch it in a process of its own, which imports the mutant's tree."""
+    with planted(mutant) as tree:
+        program = [sys.executable, "-m", "chaos.mutants.catch", str(tree), catcher, *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(tree), **ENVIRONMENT}
         try:
             ended = subprocess.run(
                 program, cwd=tree, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False
@@ -130,6 +139,6 @@ def _catch(bug: Bug | None, catcher: str, seeds: Sequence[int]) -> Catch:
         except subprocess.TimeoutExpired:
             return Catch(how=f"{catcher} did not end within {LIMIT_S:g} s", sure=False, seconds=LIMIT_S)
         if ended.returncode:
-            last = (ended.stderr.strip().splitlines() or ["it said nothing"])[-1]
+            last = (ended.stderr.strip().splitlines() or ["no output"])[-1]
             return Catch(how=f"{catcher} ended with status {ended.returncode}: {last}", sure=False)
         return msgspec.json.decode(ended.stdout.splitlines()[-1], type=Catch)

@@ -10,8 +10,6 @@ from collections.abc import Iterable
 from random import Random
 from typing import Any
 
-from msgspec.structs import replace
-
 from chaos.simulation import promises
 from chaos.simulation.clock import Clock
 from chaos.simulation.controller import ControllerProcess
@@ -25,15 +23,15 @@ from chaos.simulation.process import Died, Process
 from chaos.simulation.rank import Outbox, RankProcess
 from chaos.simulation.ranks import EOS, Ranks
 from chaos.simulation.store import SimStore
-from chaos.simulation.world import CONFIG
 from membership.base.failpoints import FaultInjected
 from membership.store.codec import encode
 from membership.store.keys import Keys
 from membership.store.records import ClusterConfig, ClusterState, Desired
 
-SERVED = replace(
-    CONFIG, block_size=4, kv_blocks=12, max_batched_tokens=9, max_seqs=4, max_model_len=48, eos_token_ids=(EOS,),
-    vocab_size=50, coverage_deadline_s=20.0, lease_ttl_s=1.0, launch_deadline_s=8.0, restart_window_s=15.0,
+SERVED = ClusterConfig(
+    cluster="sim", model="/m", served_model_name="m", moe_layers=2, experts=8, max_ranks=12, block_size=4,
+    kv_blocks=12, max_batched_tokens=9, max_seqs=4, max_model_len=48, eos_token_ids=(EOS,), vocab_size=50,
+    coverage_deadline_s=20.0, lease_ttl_s=1.0, launch_deadline_s=8.0, restart_window_s=15.0,
 )  # fmt: skip
 RESTART_S = (0.1, 0.6)
 DELAY_S = (0.0005, 0.004)

@@ -1,6 +1,6 @@
 """A small run to judge: the planner's own world, watched and read as a recorder does it, with clients and faults.
 
-Every transaction is the product's (`chaos/simulation/world.py`); the lines come from the recorder's own functions.
+Every transaction is the product's (`tests/support/world.py`); the lines come from the recorder's own functions.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from chaos.check.checker import judge
 from chaos.faults.base import Injected
 from chaos.record.record import Answered, AnyLine, Changed, Dealt, Expected, Happened, Header, Verified
 from chaos.record.recorder import Observed, look
-from chaos.simulation.world import World
 from chaos.workload.history import RequestRecord
 from membership.base.events import Event
 from membership.store.in_memory import MemoryStore
+from tests.support.world import World
 
 START = 1000.0
 TOKENS = ("a", "b", "c", "d")

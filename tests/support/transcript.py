@@ -13,7 +13,6 @@ from itertools import takewhile
 
 from msgspec.structs import replace
 
-from chaos.simulation.world import CONFIG, World
 from elastic.cli.render import plan_view
 from membership.base.errors import ElasticError
 from membership.operations.change import Change, describe_change, drain, scale, undrain
@@ -21,6 +20,7 @@ from membership.operations.dry_run import plan_change
 from membership.operations.operations import cancel
 from membership.planning.planner import Effect
 from membership.store.records import ClusterState, Desired, ExpertLoad, Member, Phase, Placement, RankSpec, View
+from tests.support.world import CONFIG, World
 
 EXPERT_BYTES = 1000
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,16 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from chaos.simulation.world import CONFIG, Violation, World
 from elastic.serve.etcd_server import EtcdServer
 from membership.base.events import Event, EventLog
 from membership.planning.controller import run_controller
+from membership.store.codec import encode
 from membership.store.etcd import connect
 from membership.store.in_memory import MemoryStore
-from membership.store.interface import Store
-from membership.store.records import Phase
+from membership.store.interface import Compare, Op, Put, Store, TxnResult
+from membership.store.records import LeaderRecord, Phase
 from tests.support.helpers import eventually
+from tests.support.world import CONFIG, Violation, World
 
 pytestmark = pytest.mark.contract
 
@@ -190,3 +191,30 @@ def test_a_killed_etcd_comes_back_and_the_controller_goes_on(tmp_path: Path) -> 
             assert [event.epoch for event in driver.events("epoch_committed")] == [1, 2, 3]
         finally:
             store.close()
+
+
+def test_a_controller_that_is_deposed_just_before_its_transaction_changes_nothing(tmp_path: Path) -> None:
+    """Nothing but the leader's key has changed since it looked, so only the fence can stop it."""
+    store = MemoryStore()
+    driver = Driver(store, tmp_path / "events")
+    keys, deposed = driver.world.keys, threading.Event()
+
+    class Deposing:
+        """The controller's way to the store. Another controller is elected just before it gives out ranks."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(store, name)
+
+        def txn(self, compares: Sequence[Compare], success: Sequence[Op], failure: Sequence[Op] = ()) -> TxnResult:
+            assigns = any(isinstance(op, Put) and op.key.startswith(f"{keys.prefix}assign/") for op in success)
+            if assigns and not deposed.is_set():
+                store.delete(keys.leader)
+                store.put(keys.leader, encode(LeaderRecord(node="other", pid=2)))
+                deposed.set()
+            return store.txn(compares, success, failure)
+
+    with driver.controller("one", Deposing()) as stop:  # type: ignore[arg-type]
+        assert deposed.wait(T), "it never gave out ranks"
+        eventually(lambda: driver.events("leader_left"), T, "it to stand down")
+        stop.set()
+    assert not driver.world.state.assignments

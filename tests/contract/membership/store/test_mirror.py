@@ -8,18 +8,29 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
-from membership.base.errors import SchemaError, StoreUnavailable, WaitTimeout
+from membership.base.errors import SchemaError, StoreCompacted, StoreUnavailable, WaitTimeout
 from membership.store.codec import encode
-from membership.store.in_memory import MemoryStore
+from membership.store.in_memory import MemoryStore, MemoryWatch
 from membership.store.interface import Delete, Put, Store
 from membership.store.keys import Keys
 from membership.store.mirror import Mirror
-from membership.store.records import ClusterState, Counter, Desired, Heartbeats, Member, RankRecord, RankState, View
+from membership.store.records import (
+    AgentRecord,
+    ClusterState,
+    Counter,
+    Desired,
+    Heartbeats,
+    Member,
+    RankRecord,
+    RankState,
+    View,
+)
 from tests.support.helpers import eventually
 
 pytestmark = pytest.mark.contract
 
 T = 10.0
+SOON_S = 4.0
 
 
 @pytest.fixture
@@ -257,3 +268,36 @@ def test_it_does_not_start_without_a_store(keys: Keys) -> None:
     store.outage = True
     with pytest.raises(StoreUnavailable):
         Mirror(store, keys.cluster)
+
+
+class PromptStore(MemoryStore):
+    """Refuses a watch at once that begins with a compacted revision; the usual store does so when it is read."""
+
+    def watch(self, prefix: str, start_revision: int) -> MemoryWatch:
+        if 0 < start_revision < self._compacted:
+            raise StoreCompacted(f"revision {start_revision} was compacted (at {self._compacted})")
+        return super().watch(prefix, start_revision)
+
+
+@pytest.mark.parametrize(
+    ("kind", "compacted"),
+    [(MemoryStore, False), (MemoryStore, True), (PromptStore, True)],
+    ids=lambda value: str(getattr(value, "__name__", value)),
+)
+def test_a_client_that_was_cut_off_learns_what_it_missed(kind: type[MemoryStore], compacted: bool) -> None:
+    store, keys = kind(), Keys("c")
+    store.put(keys.agent("gone"), encode(AgentRecord(node="gone", pid=1, started=1.0)))
+    store.put(keys.desired, encode(Desired(ranks=1)))
+    with Mirror(store, "c", probe_every_s=0.02) as mirror:
+        mirror.wait(lambda state: state.desired is not None, SOON_S)
+        store.outage = True
+        store._outage = False  # only this client is cut off: its watch is broken for good, others still write
+        store.delete(keys.agent("gone"))
+        revisions = [store.put(keys.desired, encode(Desired(ranks=ranks))) for ranks in (2, 3, 4, 5)]
+        if compacted:
+            store.compact(revisions[-1])
+        store.outage = False
+        state = mirror.wait(lambda s: s.desired == Desired(ranks=5), SOON_S, "what it missed")
+        assert not state.agents
+        store.put(keys.desired, encode(Desired(ranks=6)))
+        mirror.wait(lambda s: s.desired == Desired(ranks=6), SOON_S, "what came after")

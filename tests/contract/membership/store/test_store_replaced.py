@@ -33,6 +33,7 @@ from tests.support.helpers import eventually
 pytestmark = pytest.mark.contract
 
 T = 30.0
+SOON_S = 4.0
 KEYS = Keys("replaced")
 
 
@@ -157,7 +158,7 @@ def test_the_mirror_keeps_the_last_state_and_says_why(ground: Ground, how: str) 
 @pytest.mark.parametrize("how", ["wiped", "older"])
 def test_a_controller_in_office_writes_nothing_to_it(etcd_ground: EtcdGround, tmp_path: Path, how: str) -> None:
     """In the older copy it is still the leader, by its own token, and there is something to be done."""
-    from chaos.simulation.world import CONFIG
+    from tests.support.world import CONFIG
 
     store, keys, stop = etcd_ground.store, Keys(CONFIG.cluster), threading.Event()
     store.put(keys.config, encode(CONFIG))
@@ -237,3 +238,15 @@ def test_answers_that_overtake_each_other_or_come_from_a_member_behind_are_no_lo
         provenance.observed(7, 11, provenance.floor())
     with pytest.raises(StoreReplaced):  # it stays refused, however far it has got meanwhile
         provenance.observed(7, 99)
+
+
+def test_another_store_is_refused_however_far_it_has_got() -> None:
+    """Its revisions look right: it has been written to more often than the store that was known."""
+    store, other = MemoryStore(), MemoryStore()
+    for ranks in range(20):
+        other.put(KEYS.desired, encode(Desired(ranks=9 + ranks)))
+    store.put(KEYS.desired, encode(Desired(ranks=2)))
+    with Mirror(store, KEYS.cluster, probe_every_s=0.02) as mirror:
+        store.restore(other.backup())
+        eventually(lambda: "replaced" in mirror.trouble, SOON_S, "the mirror to refuse the other store")
+        assert mirror.state().desired == Desired(ranks=2)

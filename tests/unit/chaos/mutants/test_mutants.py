@@ -1,6 +1,8 @@
-"""Planted bugs: each guard is still where its bug takes it from; what is planted is caught, and in the planted tree."""
+"""Mutants: each guard is still where its mutant removes it; each is caught for the right reason, in its own tree."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -8,45 +10,70 @@ from msgspec.structs import replace
 from typer.testing import CliRunner
 
 from chaos.cli.main import app
-from chaos.mutants.bug import SIMULATE, Bug
-from chaos.mutants.bugs import BUGS
-from chaos.mutants.checks import CHECKS
+from chaos.mutants.catalogue import MUTANTS
 from chaos.mutants.hunt import HuntReceipt, hunt
-from chaos.mutants.plant import ROOT, buggy
+from chaos.mutants.mutant import Mutant
+from chaos.mutants.tree import ROOT, mutated_source, require_tests
 from membership.base.errors import ConfigError
 
 pytestmark = pytest.mark.unit
 
-TWICE = next(bug for bug in BUGS if bug.name == "tokens-twice")
+TWICE = next(mutant for mutant in MUTANTS if mutant.name == "tokens-twice")
+JOURNAL = "tests/unit/elastic/gateway/test_journal.py"
+IN_ORDER = f"{JOURNAL}::test_tokens_are_accepted_in_order_and_duplicates_are_dropped"
 
 
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
-def test_its_guard_is_there_once_and_what_is_left_compiles(bug: Bug) -> None:
-    compile(buggy(bug), bug.file, "exec")
-    assert buggy(bug) != (ROOT / bug.file).read_text()
-    assert bug.caught_by == SIMULATE or bug.caught_by in CHECKS
-    assert bug.guards[:2] in {f"G{number}" for number in range(1, 10)}
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_its_guard_is_there_once_and_what_is_left_compiles(mutant: Mutant) -> None:
+    compile(mutated_source(mutant), mutant.file, "exec")
+    assert mutated_source(mutant) != (ROOT / mutant.file).read_text()
+    assert mutant.guards[:2] in {f"G{number}" for number in range(1, 10)}
 
 
-def test_the_catalogue_is_large_enough_and_each_check_has_a_bug_to_catch() -> None:
-    assert len(BUGS) >= 25
-    assert len({bug.name for bug in BUGS}) == len(BUGS)
-    assert sum(bug.caught_by == SIMULATE for bug in BUGS) >= 18
-    assert CHECKS.keys() == {bug.caught_by for bug in BUGS} - {SIMULATE}
+@pytest.mark.parametrize("mutant", [mutant for mutant in MUTANTS if mutant.tests], ids=lambda mutant: mutant.name)
+def test_the_tests_that_it_names_exist(mutant: Mutant) -> None:
+    for test in mutant.tests:
+        file, _, name = test.partition("::")
+        assert f"def {name.partition('[')[0]}(" in (ROOT / file).read_text()
+
+
+def test_the_catalogue_is_large_enough() -> None:
+    assert len(MUTANTS) >= 64
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
+    assert sum(not mutant.tests for mutant in MUTANTS) >= 18
 
 
 def test_a_guard_that_has_moved_is_noticed() -> None:
     with pytest.raises(ConfigError, match=r"'tokens-twice'.*stands 0 times in elastic/gateway/journal.py"):
-        buggy(replace(TWICE, before="return message.tokens[:]"))
+        mutated_source(replace(TWICE, before="return message.tokens[:]"))
 
 
-def test_a_planted_bug_is_caught_and_none_where_nothing_is_planted() -> None:
-    harmless = replace(TWICE, name="harmless", after=TWICE.before)
-    receipt = hunt([replace(TWICE, caught_by="journal"), replace(harmless, caught_by="journal")], jobs=2)
+def test_without_tests_it_says_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there are no tests in") as caught:
+        require_tests(tmp_path)
+    assert "wheel" in caught.value.hint
+
+
+def test_a_mutant_is_caught_and_an_unchanged_product_is_not() -> None:
+    caught = replace(TWICE, tests=(IN_ORDER,))
+    harmless = replace(caught, name="harmless", after=TWICE.before)
+    receipt = hunt([caught, harmless], jobs=2)
     assert not receipt.control
     assert [found.caught for found in receipt.bugs] == [True, False]
-    assert "the client has" in receipt.bugs[0].how
+    assert "test_tokens_are_accepted_in_order_and_duplicates_are_dropped: AssertionError" in receipt.bugs[0].how
     assert not receipt.ok
+
+
+def test_a_test_that_fails_for_another_reason_catches_nothing() -> None:
+    """A module that cannot be imported, a name that is gone, a test that does not notice."""
+    broken = replace(TWICE, name="broken", after="return message.nonsense", tests=(IN_ORDER,))
+    unimportable = replace(broken, name="unimportable", before="from __future__ import annotations", after="import no")
+    unnoticed = replace(TWICE, name="unnoticed", tests=(IN_ORDER, f"{JOURNAL}::test_only_the_current_engine_counts"))
+    receipt = hunt([broken, unimportable, unnoticed], jobs=2)
+    assert [found.caught for found in receipt.bugs] == [False, False, False]
+    assert "AttributeError" in receipt.bugs[0].how
+    assert "cannot be collected" in receipt.bugs[1].how
+    assert "test_only_the_current_engine_counts does not notice" in receipt.bugs[2].how
 
 
 def test_the_command() -> None:
@@ -54,6 +81,6 @@ def test_the_command() -> None:
     assert outcome.exit_code == 0, outcome.output
     receipt = msgspec.json.decode(outcome.stdout.splitlines()[-1], type=HuntReceipt)
     assert (receipt.planted, receipt.caught, receipt.control) == (1, 1, ())
-    outcome = CliRunner().invoke(app, ["planted", "--only", "nothing"])
+    outcome = CliRunner().invoke(app, ["mutants", "--only", "nothing"])
     assert outcome.exit_code == 1
     assert "no planted bug ['nothing']" in outcome.output

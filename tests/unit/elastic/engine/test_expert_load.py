@@ -10,12 +10,12 @@ import pytest
 from msgspec.structs import replace
 from rich.console import Console
 
-from chaos.simulation.world import CONFIG, World
 from elastic.cli.render import status_view
 from elastic.engine.expert_load import DIFFERENT, ENOUGH, PERIOD_S, PERIODS, REPEAT, LoadWindow
 from elastic.gateway.metrics import GatewayMetrics
 from elastic.status import cluster_status
 from membership.store.records import ExpertLoad
+from tests.support.world import CONFIG, World
 
 pytestmark = pytest.mark.unit
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from chaos.simulation.world import World
 from membership.base import failpoints
 from membership.base.errors import ConfigError
 from membership.base.events import Event, EventLog
@@ -19,6 +18,7 @@ from membership.base.failpoint_catalogue import EDGES, POINTS
 from membership.base.failpoints import ENV, Fault, FaultInjected, arm, hit, parse
 from membership.planning.controller import edge
 from tests.support import ROOT
+from tests.support.world import World
 
 pytestmark = pytest.mark.unit
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from chaos.simulation.world import World
 from elastic.explain import explain, explained
 from elastic.status import cluster_status
 from membership.base.errors import ConfigError, OperationConflict, PlanRefused
@@ -13,6 +12,7 @@ from membership.operations.dry_run import plan_change
 from membership.operations.operations import cancel
 from membership.operations.pause import pause, resume
 from membership.store.records import Desired, Operation, Phase
+from tests.support.world import World
 
 pytestmark = pytest.mark.unit
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
-from chaos.simulation.world import CONFIG, World
 from elastic.cli.render import plan_view
 from membership.base.enums import OperationKind
 from membership.base.errors import ConfigError, Fenced, OperationConflict, PlanRefused, StoreUnavailable
 from membership.operations.change import scale
 from membership.operations.dry_run import plan_change
 from membership.operations.operations import KEPT, propose
+from membership.operations.pause import pause
 from membership.placement.survivability import survivability
 from membership.store.interface import Compare, Op, TxnResult
 from membership.store.phases import advance
 from membership.store.records import Operation, Phase
+from tests.support.world import CONFIG, World
 
 pytestmark = pytest.mark.unit
 
@@ -185,3 +186,20 @@ def test_an_operation_that_is_over_leaves_room_for_the_next(world: World) -> Non
     ended = advance(operation, Phase.ABORTED, now=world.now, error="test")
     world.put(world.keys.op(operation.id), ended)
     assert world.scale(5).id != operation.id
+
+
+def test_a_pause_at_the_same_moment_wins(world: World) -> None:
+    """It is written between our look and our transaction, and counts from then."""
+
+    class Paused:
+        def __getattr__(self, name: str) -> object:
+            return getattr(world.store, name)
+
+        def txn(self, compares: list[Compare], success: list[Op]) -> TxnResult:
+            if world.state.pause is None:
+                pause(world.store, "sim", 60.0, clock=lambda: world.now)
+            return world.store.txn(compares, success)
+
+    with pytest.raises(PlanRefused, match="paused"):
+        propose(Paused(), "sim", scale(6), timeout_s=5.0, clock=lambda: world.now)  # type: ignore[arg-type]
+    assert not world.state.operations

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
-from chaos.simulation.world import CONFIG, World
 from membership.base.errors import PlanRefused
 from membership.base.timing import REQUEST_VALID_S
 from membership.operations.pause import pause
@@ -13,6 +12,7 @@ from membership.operations.rebalance_now import plan_rebalance, request_rebalanc
 from membership.placement.balance import imbalance
 from membership.planning.rebalance import UNEVEN
 from membership.store.records import ExpertLoad
+from tests.support.world import CONFIG, World
 
 pytestmark = pytest.mark.unit
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
-from chaos.simulation.world import CONFIG, World
 from elastic.status import cluster_status
 from membership.base.errors import PlanRefused
 from membership.operations.change import drain
 from membership.operations.pause import pause
 from membership.store.records import RankState
+from tests.support.world import CONFIG, World
 from workers.agent.decide import relief
 
 pytestmark = pytest.mark.unit

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
-from chaos.simulation.world import CONFIG, World, phases
 from membership.planning.cluster_facts import ClusterFacts
 from membership.planning.planner import due, reconcile, sound
 from membership.store.records import Assignment, ClusterState, Desired, Operation, Phase
+from tests.support.world import CONFIG, World, phases
 
 pytestmark = pytest.mark.unit
 

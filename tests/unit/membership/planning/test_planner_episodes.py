@@ -7,13 +7,13 @@ from random import Random
 
 import pytest
 
-from chaos.simulation.world import World
 from membership.base.errors import OperationConflict
 from membership.operations.change import drain, scale, undrain
 from membership.operations.dry_run import plan_change
 from membership.operations.operations import cancel
 from membership.store.records import ClusterState, Operation
 from tests.support.recorded_run import alarms
+from tests.support.world import World
 
 pytestmark = pytest.mark.unit
 

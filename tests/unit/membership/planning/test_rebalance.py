@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from chaos.simulation.world import CONFIG, World
 from membership.base.timing import FAILED_REST_S
 from membership.placement.balance import balanced, cut, imbalance
 from membership.placement.plan import coverage, moves, plan, repair
@@ -15,6 +14,7 @@ from membership.placement.survivability import survivability
 from membership.planning.cluster_facts import ClusterFacts
 from membership.planning.rebalance import rebalance
 from membership.store.records import ClusterState, ExpertLoad, Member, View
+from tests.support.world import CONFIG, World
 
 pytestmark = pytest.mark.unit
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from chaos.simulation.world import CONFIG, World
 from elastic.explain import explain_operation
 from membership.base.timing import VACATE_S
 from membership.planning.cluster_facts import ClusterFacts
 from membership.store.records import EngineStatus, Phase
+from tests.support.world import CONFIG, World
 
 pytestmark = pytest.mark.unit
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 
 from membership.base.errors import LeaseLost
@@ -12,21 +14,23 @@ pytestmark = pytest.mark.unit
 
 
 class Slow(MemoryStore):
-    """A store whose answers to lease calls take `delay_s`, which is when the clock moves."""
+    """A store that gets lease calls after `request_s` and answers `delay_s` later: only then does the clock move."""
 
     def __init__(self) -> None:
         self.now = 100.0
-        self.delay_s = 0.0
+        self.request_s = self.delay_s = 0.0
         self.timeouts: list[float | None] = []
         super().__init__(lambda: self.now)
 
     def grant(self, ttl_s: float) -> int:
+        self.now += self.request_s
         lease = super().grant(ttl_s)
         self.now += self.delay_s
         return lease
 
     def keepalive(self, lease: int, timeout_s: float | None = None) -> float:
         self.timeouts.append(timeout_s)
+        self.now += self.request_s
         ttl = super().keepalive(lease)
         self.now += self.delay_s
         return ttl
@@ -109,3 +113,25 @@ def test_closing_during_an_outage_leaves_the_lease_to_expire(store: Slow) -> Non
     assert store.get("/a") is not None
     store.now += 3.0
     assert store.get("/a") is None
+
+
+def test_while_a_holder_believes_in_its_lease_the_store_has_it() -> None:
+    """However slow the store's answers are, on the way there or back."""
+    random = Random(1)
+    for _ in range(200):
+        store = Slow()
+        kept = keeper(store)
+        for _ in range(6):
+            store.request_s, store.delay_s = random.uniform(0, 0.5), random.choice([0.0, 0.3, 1.5, 2.8])
+            try:
+                if random.random() < 0.5:
+                    kept.renew()
+                if kept.alive:
+                    store.put("held", b"", kept.lease)
+                store.now += random.uniform(0, 2.0)
+                believed = kept.alive
+                store.put("held", b"", kept.lease)
+            except LeaseLost:
+                assert not kept.alive
+                break
+            assert kept.alive or not believed

@@ -79,3 +79,24 @@ def test_logprobs() -> None:
     assert [p for _, p in found.top] == pytest.approx([math.log(0.5), math.log(0.3)])
     assert logprobs_of(logits, 0, 0).top == []
     assert len(logprobs_of(logits, 0, 99).top) == 4
+
+
+def test_a_seeded_stream_does_not_depend_on_its_company() -> None:
+    """The same alone, among others in any row of the batch, and when its steps are run again."""
+    logits = torch.randn(12, 40, generator=torch.Generator().manual_seed(3))
+    requests = [Sampling(temperature=1.3, seed=11), *[Sampling(temperature=1.0, seed=n) for n in range(3)]]
+
+    def stream(company: int, row: int) -> list[int]:
+        """The first request's tokens at 12 positions, each step with `company` others, in row `row` of the batch."""
+        tokens = []
+        for position in range(12):
+            order = [*range(1, company + 1)]
+            order.insert(row, 0)
+            rows = torch.stack([logits[(position + 5 * which) % 12] for which in order])
+            drawn = sample(rows, [requests[which] for which in order], [position + 30 * which for which in order])
+            tokens.append(drawn[row][0])
+        return tokens
+
+    alone = stream(0, 0)
+    assert len(set(alone)) > 3
+    assert stream(0, 0) == stream(3, 2) == alone

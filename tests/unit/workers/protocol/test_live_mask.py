@@ -39,3 +39,16 @@ def test_a_page_outlives_its_engine() -> None:
 def test_impossible_ranks_are_refused(rank: int) -> None:
     with LiveMask.create() as mask, pytest.raises(ConfigError, match=str(rank)):
         mask.mask(rank)
+
+
+def test_an_evicted_incarnation_learns_it_in_later_epochs_too() -> None:
+    with LiveMask.create() as engine, LiveMask.attach(engine.handle()) as rank:
+        engine.mask(3)
+        engine.evict(3, 8)
+        for _ in range(2):
+            assert rank.evicted(3, 8)
+            assert rank.evicted(3, 7)
+            assert not rank.evicted(3, 9), "its successor"
+            assert not rank.evicted(2, 8), "another rank"
+            engine.reset([1])
+        assert rank.masked() == 1 << 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,3 +83,38 @@ def test_bits_are_the_same_memory() -> None:
     rows = torch.tensor([[1.0, -0.0]], dtype=torch.bfloat16)
     bits(rows)[0, 0] = 0
     assert rows[0, 0] == 0
+
+
+class Observed(Parcel):
+    """Calls `look` whenever the writer reads it: what a peer sees if the writer is stopped at that point."""
+
+    look: Callable[[], None]
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("rows", "pairs", "row_of", "experts", "counts"):
+            object.__getattribute__(self, "look")()
+        return object.__getattribute__(self, name)
+
+
+def test_a_peer_never_sees_a_half_written_request(lanes: tuple[Lane, Lane]) -> None:
+    """It sees the request before, or the new one, or none. Each request says in all its parts which one it is."""
+    writer, reader = lanes
+    seen = set[int]()
+
+    def look() -> None:
+        number = reader.words[ASK]
+        request = reader.request(number, ME) if number else None
+        if request is not None:
+            size = 1 + number % 9
+            parts = [request.experts, request.counts, request.row_of.tolist()]
+            assert parts == [[size] * size, [size] * size, [size - 1] * size], "a torn request"
+            seen.add(number)
+
+    for number in range(1, 40):
+        size = 1 + number % 9
+        rows = np.arange(size)
+        parcel = Observed(1, rows, rows, np.full(size, size - 1), [size] * size, [size] * size)
+        object.__setattr__(parcel, "look", look)
+        writer.ask(TAG._replace(sequence=number), ME, parcel, np.full((size, 8), size, dtype=np.int32), 0)
+        look()
+    assert seen == set(range(1, 40))

@@ -1,130 +1,141 @@
-"""Planted bugs around the ranks: detection, restarts, queues, exchange, sampling, KV copies."""
+"""Mutants around the ranks: detection, restarts, queues, exchange, sampling, KV copies."""
 
 from __future__ import annotations
 
-from chaos.mutants.bug import Bug
+from chaos.mutants.mutant import Mutant
 
-BUGS: tuple[Bug, ...] = (
+DECIDE = "tests/unit/workers/agent/test_decide.py"
+WATCHDOG = "tests/unit/workers/fleet/test_watchdog.py"
+RESTARTS = "tests/unit/workers/protocol/test_restart_policy.py"
+ENGINE_PORT = "tests/unit/workers/rank/test_engine_port.py"
+LIVE_MASK = "tests/unit/workers/protocol/test_live_mask.py"
+KV_COPIES = "tests/unit/workers/model/test_kv_copies.py"
+SAMPLER = "tests/unit/workers/model/test_sampler.py"
+EXCHANGE = "tests/integration/workers/exchange/test_exchange_threads.py"
+LINKS = "tests/unit/workers/exchange/test_links.py"
+WIRE = "tests/unit/workers/exchange/shm/test_wire.py"
+
+MUTANTS: tuple[Mutant, ...] = (
     # --- who is blamed
-    Bug(
+    Mutant(
         name="blamed-by-the-clock",
         guards="G9: a rank is given up for several observations without a beat, never for the time that passed alone",
         file="workers/agent/decide.py",
         before="return heartbeat.misses >= misses and now - heartbeat.advanced_at >= after_s",
         after="return heartbeat.misses > 0 and now - heartbeat.advanced_at >= after_s",
-        caught_by="pauses_of_the_machine",
+        tests=(f"{DECIDE}::test_an_agent_that_was_itself_stopped_does_not_blame_its_ranks",),
     ),
-    Bug(
+    Mutant(
         name="blamed-for-a-pause",
         guards="G9: time in which the watcher itself was held up does not count against a rank",
         file="workers/fleet/watchdog.py",
         before="passed_s = min(now - self._watched_at, 2 * TICK_S)",
         after="passed_s = now - self._watched_at",
-        caught_by="pauses_of_the_machine",
+        tests=(f"{WATCHDOG}::test_the_watchdogs_own_lateness_is_not_held_against_anybody",),
     ),
-    Bug(
+    Mutant(
         name="busy-rank-evicted",
         guards="G9: a rank that computes is never evicted",
         file="workers/fleet/watchdog.py",
         before="(first.turns, first.steps) or look.main_s > first.main_s",
         after="(first.turns, first.steps)",
-        caught_by="silent_ranks",
+        tests=(f"{WATCHDOG}::test_who_works_starves_or_waits_is_not_evicted",),
     ),
-    Bug(
+    Mutant(
         name="stopped-rank-kept",
         guards="G8: a rank that the kernel holds stopped is evicted within a second",
         file="workers/fleet/watchdog.py",
         before="return stopped, DetectedBy.STOPPED if stopped.stopped_s >= STOPPED_S else None",
         after="return stopped, None",
-        caught_by="silent_ranks",
+        tests=(f"{WATCHDOG}::test_a_stopped_rank_is_evicted_soon_but_not_for_a_blink",),
     ),
-    Bug(
+    Mutant(
         name="crash-loop-at-full-speed",
         guards="G8: deaths that follow one another have the slot wait, longer each time",
         file="workers/protocol/restart_policy.py",
         before="    if recent <= 1:\n",
         after="    if recent:\n",
-        caught_by="crash_loop",
+        tests=(f"{RESTARTS}::test_deaths_that_follow_one_another_back_off",),
     ),
-    Bug(
+    Mutant(
         name="crash-loop-for-ever",
         guards="G8: a slot whose ranks keep dying is set aside",
         file="workers/protocol/restart_policy.py",
         before="quarantined = recent >= policy.intensity",
         after="quarantined = False",
-        caught_by="crash_loop",
+        tests=(f"{RESTARTS}::test_enough_deaths_in_the_window_mean_quarantine_with_a_reason",),
     ),
     # --- between engine and rank
-    Bug(
+    Mutant(
         name="let-go-without-a-record",
         guards="G9: a record that is away shows nothing: the engine keeps a rank that is assigned",
         file="elastic/engine/loop.py",
         before="named |= {spec.id for each in state.assignments.values() for spec in each.ranks}",
     ),
-    Bug(
+    Mutant(
         name="left-without-a-word",
         guards="G9: an engine that is replaced hears so from the ranks, and takes none that leaves it for a dead one",
         file="workers/rank/engine_port.py",
         before="self._answer(Farewell(*self.key, self.token, successor=token))",
         after="pass",
     ),
-    Bug(
+    Mutant(
         name="older-engine-obeyed",
         guards="G2: a rank does what the engine says that it has joined, and no other",
         file="workers/protocol/step_fence.py",
         before="    return token == followed\n",
         after="    return True\n",
-        caught_by="older_engines",
+        tests=(f"{ENGINE_PORT}::test_steps_of_another_engine_or_an_older_epoch_are_not_run",),
     ),
-    Bug(
+    Mutant(
         name="older-engine-joined",
         guards="G2: a rank never goes back to an older engine",
         file="workers/protocol/step_fence.py",
         before="    if offered < followed:\n",
         after="    if False:\n",
-        caught_by="older_engines",
+        tests=(f"{ENGINE_PORT}::test_a_rank_never_goes_back_to_an_older_engine",),
     ),
-    Bug(
+    Mutant(
         name="older-epoch-run",
         guards="G2: a step of an epoch that is over is not run",
         file="workers/protocol/step_fence.py",
         before="    if epoch < committed:\n",
         after="    if False:\n",
-        caught_by="older_engines",
+        tests=(f"{ENGINE_PORT}::test_steps_of_another_engine_or_an_older_epoch_are_not_run",),
     ),
-    Bug(
+    Mutant(
         name="zombie-not-told",
         guards="G2: an incarnation that was given up finds that out, in later epochs too",
         file="workers/protocol/live_mask.py",
         before="        self._words[at] = max(self._words[at], incarnation)\n",
-        caught_by="evicted",
+        tests=(f"{LIVE_MASK}::test_an_evicted_incarnation_learns_it_in_later_epochs_too",),
     ),
-    Bug(
+    Mutant(
         name="stale-blocks-taken",
         guards="G3: KV blocks come into a cache only under the number of the copy that was announced",
         file="workers/model/kv_transfer.py",
         before="    if found != wanted:\n",
         after="    if found[2:] != wanted[2:]:\n",
-        caught_by="kv_copies",
+        tests=(f"{KV_COPIES}::test_blocks_of_another_copy_are_refused_and_leave_nothing_behind",),
     ),
-    Bug(
+    Mutant(
         name="draws-by-row",
         guards="G3: what is drawn depends on seed and position, not on the row in the batch",
         file="workers/model/sampler.py",
         before="token = choose(values, sampling, position)",
         after="token = choose(values, sampling, row)",
-        caught_by="draws",
+        tests=(f"{SAMPLER}::test_a_seeded_stream_does_not_depend_on_its_company",),
     ),
     # --- the exchange
-    Bug(
+    Mutant(
         name="masked-rank-asked",
         guards="G2: rows go to live replicas only",
         file="workers/exchange/router.py",
         before="[not excluded >> r & 1 for r in self._ranks.tolist()]",
         after="[True for r in self._ranks.tolist()]",
-        caught_by="rows",
+        tests=(f"{EXCHANGE}::test_a_masked_rank_is_not_asked",),
     ),
-    Bug(
+    Mutant(
         name="partial-sum",
         guards="G4: no answer is computed with a missing expert",
         file="workers/exchange/router.py",
@@ -132,44 +143,44 @@ BUGS: tuple[Bug, ...] = (
             "            raise _lost(layer, [e for e in wanted if not 0 <= e < len(table) or table[e] == _NO_RANK])\n"
         ),
         after="            continue\n",
-        caught_by="rows",
+        tests=(f"{EXCHANGE}::test_with_all_alive_and_without_the_only_holder",),
     ),
-    Bug(
+    Mutant(
         name="summed-as-routed",
         guards="G3: a token's experts are summed in ascending order",
         file="workers/exchange/combine.py",
         before="ids, order = topk_ids.sort(dim=-1)",
         after="ids, order = topk_ids, torch.arange(topk_ids.shape[-1]).expand_as(topk_ids)",
-        caught_by="rows",
+        tests=(f"{EXCHANGE}::test_with_all_alive_and_without_the_only_holder",),
     ),
-    Bug(
+    Mutant(
         name="death-wakes-nobody",
         guards="G4: who waits for a rank that dies wakes at once, and asks a replica",
         file="workers/exchange/links.py",
         before="            if not self._closed:\n                self.doorbell.ring()\n",
-        caught_by="rows",
+        tests=(f"{EXCHANGE}::test_a_death_wakes_whichever_rank_waits_for_an_answer",),
     ),
-    Bug(
+    Mutant(
         name="stranger-linked",
         guards="G2: a link belongs to one pair of incarnations",
         file="workers/exchange/links.py",
         before="if dial.to_incarnation != self.me.incarnation or dial.rank == self.me.rank:",
         after="if dial.rank == self.me.rank:",
-        caught_by="strangers",
+        tests=(f"{LINKS}::test_a_peer_that_means_another_incarnation_is_not_linked",),
     ),
-    Bug(
+    Mutant(
         name="zombie-linked",
         guards="G2: a rank that knows a newer incarnation of a peer is not linked with an older one",
         file="workers/exchange/links.py",
         before="if self._closed or (known is not None and known.peer.incarnation > link.peer.incarnation):",
         after="if self._closed:",
-        caught_by="strangers",
+        tests=(f"{LINKS}::test_an_older_incarnation_does_not_replace_a_newer_one",),
     ),
-    Bug(
+    Mutant(
         name="lane-reused-in-use",
         guards="G2: a request's number is taken away before its place is used again",
         file="workers/exchange/shm/wire.py",
         before="        self.words[ASK] = 0\n        fence()\n",
-        caught_by="torn_requests",
+        tests=(f"{WIRE}::test_a_peer_never_sees_a_half_written_request",),
     ),
 )

@@ -1,104 +1,110 @@
-"""Planted bugs between clients and ranks: journal, scheduler, moves."""
+"""Mutants between clients and ranks: journal, scheduler, moves."""
 
 from __future__ import annotations
 
-from chaos.mutants.bug import Bug
+from chaos.mutants.mutant import Mutant
 
-BUGS: tuple[Bug, ...] = (
+JOURNAL = "tests/unit/elastic/gateway/test_journal.py"
+SCHEDULER = "tests/unit/elastic/engine/test_scheduler.py"
+MIGRATION = "tests/unit/elastic/engine/test_migration.py"
+
+MUTANTS: tuple[Mutant, ...] = (
     # --- the journal
-    Bug(
+    Mutant(
         name="tokens-twice",
         guards="G3: a token index is sent to the client once",
         file="elastic/gateway/journal.py",
         before="return message.tokens[overlap - message.index :]",
         after="return message.tokens",
-        shown_by=202,
+        seed=202,
     ),
-    Bug(
+    Mutant(
         name="gap-accepted",
         guards="G3: a token that leaves a gap before it is an error",
         file="elastic/gateway/journal.py",
         before="if not 0 <= message.index <= known:",
         after="if message.index < 0:",
-        caught_by="journal",
+        tests=(f"{JOURNAL}::test_a_contradiction_is_an_error_and_changes_nothing",),
     ),
-    Bug(
+    Mutant(
         name="former-engine-heard",
         guards="G2: only the engine that a gateway has turned to is heard",
         file="elastic/gateway/journal.py",
         before="ours = self.engine_token != 0 and message.engine_token == self.engine_token",
         after="ours = self.engine_token != 0",
-        caught_by="journal",
+        tests=(f"{JOURNAL}::test_only_the_current_engine_counts",),
     ),
-    Bug(
+    Mutant(
         name="no-end",
         guards="G3: a request ends once",
         file="elastic/gateway/journal.py",
         before="        if reason:\n            self._end(request, RequestState.FINISHED)\n",
     ),
     # --- steps
-    Bug(
+    Mutant(
         name="any-step-answered",
         guards="G2: an answer counts for the step under way only",
         file="elastic/engine/scheduler.py",
         before="answers_step(result, home.rank_id, self.token, epoch, self.step)",
         after="answers_step(result, home.rank_id, self.token, epoch, result.step)",
-        caught_by="steps",
+        tests=(f"{SCHEDULER}::test_answers_to_another_step_token_epoch_or_incarnation_have_no_effect",),
     ),
-    Bug(
+    Mutant(
         name="any-engine-answered",
         guards="G2: an answer to another engine has no effect",
         file="elastic/engine/scheduler.py",
         before="answers_step(result, home.rank_id, self.token, epoch, self.step)",
         after="answers_step(result, home.rank_id, result.engine_token, epoch, self.step)",
-        caught_by="late_answers",
+        tests=(f"{SCHEDULER}::test_answers_to_another_step_token_epoch_or_incarnation_have_no_effect",),
     ),
-    Bug(
+    Mutant(
         name="another-incarnation-answered",
         guards="G2: what somebody says who was never a member of the epoch has no effect",
         file="elastic/engine/scheduler.py",
         before="answers_step(result, home.rank_id, self.token, epoch, self.step)",
         after="answers_step(result, result.rank_id, self.token, epoch, self.step)",
-        caught_by="steps",
+        tests=(f"{SCHEDULER}::test_answers_to_another_step_token_epoch_or_incarnation_have_no_effect",),
     ),
-    Bug(
+    Mutant(
         name="aborted-goes-on",
         guards="G3: the chunk in flight of a request that was aborted, or submitted again, has no effect",
         file="elastic/engine/scheduler.py",
         before="[(sequence, chunk) for sequence, chunk in in_flight if sequence.home is home]",
         after="in_flight",
-        caught_by="steps",
+        tests=(
+            f"{SCHEDULER}::test_an_answer_has_no_effect_on_a_request_that_was_aborted_or_submitted_again_meanwhile",
+        ),
     ),
-    Bug(
+    Mutant(
         name="failure-counts",
         guards="G4: what a rank could not compute is not counted as computed",
         file="elastic/engine/scheduler.py",
         before="        if result.status is not StepStatus.OK:\n            return self._set_back(",
         after="        if False:\n            return self._set_back(",
-        caught_by="steps",
+        tests=(f"{SCHEDULER}::test_an_unsuccessful_answer_runs_the_same_chunk_again",),
     ),
-    Bug(
+    Mutant(
         name="lost-with-the-rank",
         guards="G3: requests of a dead rank are computed elsewhere",
         file="elastic/engine/scheduler.py",
         before="                self._requeue(sequence)\n                moved",
         after="                self._forget(sequence)\n                moved",
     ),
-    Bug(
+    Mutant(
         name="mask-comes-back",
         guards="G2: a masked rank never comes back within the epoch",
         file="elastic/engine/scheduler.py",
         before="self.masked |= gone",
         after="self.masked = gone",
     ),
-    Bug(
+    Mutant(
         name="submitted-twice",
         guards="G3: a request that is submitted again takes the place of the earlier one",
         file="elastic/engine/scheduler.py",
         before="        self.abort(request.request_id)\n        if refused",
         after="        if refused",
     ),
-    Bug(
+    Mutant(
         name="cache-believed",
         guards="G3: a request that loses its home is computed from its first token on",
         file="elastic/engine/sequence.py",
@@ -106,20 +112,20 @@ BUGS: tuple[Bug, ...] = (
         after="self.home, self.failures, self.stalled_since = None, 0, None",
     ),
     # --- moves
-    Bug(
+    Mutant(
         name="home-flips-first",
         guards="G3: a request moves once its KV blocks have been copied",
         file="elastic/engine/migration.py",
         before="        if move.copied >= total:\n",
         after="        if True:\n",
-        caught_by="steps",
+        tests=(f"{MIGRATION}::test_a_request_goes_on_elsewhere_with_what_was_computed",),
     ),
-    Bug(
+    Mutant(
         name="runs-while-it-moves",
         guards="G3: a request pauses while its last blocks are copied",
         file="elastic/engine/migration.py",
         before="return any(move.sequence is sequence and move.pausing for move in self._moves)",
         after="return False",
-        caught_by="steps",
+        tests=(f"{MIGRATION}::test_only_the_request_on_its_way_pauses_and_only_while_its_last_blocks_are_copied",),
     ),
 )

@@ -1,51 +1,61 @@
-"""Planted bugs in the membership: store, controller, planner, operations."""
+"""Mutants of the membership: store, controller, planner, operations."""
 
 from __future__ import annotations
 
-from chaos.mutants.bug import Bug
+from chaos.mutants.mutant import Mutant
 
-BUGS: tuple[Bug, ...] = (
+CONTROLLER = "tests/contract/membership/planning/test_controller.py"
+ELECTION = "tests/contract/membership/store/test_election.py"
+LEASE = "tests/unit/membership/store/test_lease.py"
+MIRROR = "tests/contract/membership/store/test_mirror.py"
+REPLACED = "tests/contract/membership/store/test_store_replaced.py"
+CODEC = "tests/unit/membership/store/test_codec.py"
+PLANNER = "tests/unit/membership/planning/test_planner.py"
+OPERATIONS = "tests/unit/membership/operations/test_operations.py"
+CHANGE = "tests/unit/membership/operations/test_change.py"
+
+MUTANTS: tuple[Mutant, ...] = (
     # --- one truth: who may write, and over what
-    Bug(
+    Mutant(
         name="unfenced-controller",
         guards="G1: a controller's transaction holds only while the leader's key has its create revision",
         file="membership/planning/controller.py",
         before="self._store.txn([election.fence(), *compares], ops,",
         after="self._store.txn(compares, ops,",
-        caught_by="fence",
+        tests=(f"{CONTROLLER}::test_a_controller_that_is_deposed_just_before_its_transaction_changes_nothing",),
     ),
-    Bug(
+    Mutant(
         name="stale-writes",
         guards="G1: what a controller replaces is unchanged since it looked",
         file="membership/planning/controller.py",
         before='    compares += [Compare(key, "mod", "<", state.revision + 1) for key in writes if key not in known]\n',
-        shown_by=97,
+        seed=97,
     ),
-    Bug(
+    Mutant(
         name="two-holders",
         guards="G1: an office is taken only if nobody holds it",
         file="membership/store/election.py",
         before='self._store.txn([Compare(self._key, "create", "=", 0)], [',
         after="self._store.txn([], [",
-        caught_by="elections",
+        tests=(f"{ELECTION}::test_one_wins_and_its_token_is_the_keys_create_revision[memory]",),
     ),
-    Bug(
+    Mutant(
         name="lease-from-the-answer",
         guards="G1: a lease's deadline counts from before its renewal was sent",
         file="membership/store/lease.py",
         before="max(self._deadline, before + min(ttl_s, self._ttl_s))",
         after="max(self._deadline, self._clock() + min(ttl_s, self._ttl_s))",
-        caught_by="leases",
+        tests=(f"{LEASE}::test_the_deadline_counts_from_before_the_renewal_was_sent",),
     ),
-    Bug(
+    Mutant(
         name="lease-believed",
         guards="G1: whoever rests on a lease asks its own clock whether it certainly holds",
         file="membership/store/lease.py",
         before="return not self._lost and self._clock() < self._deadline",
         after="return not self._lost",
-        caught_by="leases",
+        tests=(f"{LEASE}::test_it_gives_up_at_its_deadline_without_asking",),
     ),
-    Bug(
+    Mutant(
         name="incarnation-twice",
         guards="G2: an incarnation is never given out twice, also not after all traces of its rank are gone",
         file="membership/planning/planner.py",
@@ -53,55 +63,55 @@ BUGS: tuple[Bug, ...] = (
         after="incarnation = max([0, *(m.incarnation",
     ),
     # --- what a process takes for the store's state
-    Bug(
+    Mutant(
         name="watch-from-now",
         guards="G6: a client that was cut off goes on from the revision that it has",
         file="membership/store/mirror.py",
         before="self._store.watch(self._keys.prefix, self._revision)",
         after="self._store.watch(self._keys.prefix, 0)",
-        caught_by="mirrors",
+        tests=(f"{MIRROR}::test_a_client_that_was_cut_off_learns_what_it_missed[MemoryStore-False]",),
     ),
-    Bug(
+    Mutant(
         name="compaction-ignored",
         guards="G6: where the store forgot what lies between, a client lists again",
         file="membership/store/mirror.py",
         before="        except StoreCompacted:\n            self._relist = True\n            raise\n",
         after="        except StoreCompacted:\n            raise\n",
-        caught_by="mirrors",
+        tests=(f"{MIRROR}::test_a_client_that_was_cut_off_learns_what_it_missed[PromptStore-True]",),
     ),
-    Bug(
+    Mutant(
         name="wiped-store-believed",
         guards="G6: a store of another id is refused",
         file="membership/store/provenance.py",
         before="if self._store_id and store_id != self._store_id:",
         after="if False:",
-        caught_by="replaced_store",
+        tests=(f"{REPLACED}::test_another_store_is_refused_however_far_it_has_got",),
     ),
-    Bug(
+    Mutant(
         name="older-store-believed",
         guards="G6: a store that went back to an earlier revision is refused",
         file="membership/store/provenance.py",
         before="elif revision < floor:",
         after="elif False:",
-        caught_by="replaced_store",
+        tests=(f"{REPLACED}::test_answers_that_overtake_each_other_or_come_from_a_member_behind_are_no_loss",),
     ),
-    Bug(
+    Mutant(
         name="newer-schema-read",
         guards="G1: a record of a later schema version is acted on by nobody",
         file="membership/store/codec.py",
         before="if envelope.v > SCHEMA_VERSION:",
         after="if False:",
-        caught_by="records",
+        tests=(f"{CODEC}::test_a_newer_schema_is_refused_with_what_to_do",),
     ),
     # --- what may be committed
-    Bug(
+    Mutant(
         name="unprepared-commit",
         guards="G5: a view is committed once all its members have prepared it",
         file="membership/planning/planner.py",
         before="staged is None or facts.unprepared or facts.now",
         after="staged is None or facts.now",
     ),
-    Bug(
+    Mutant(
         name="unwanted-commit",
         guards="G1: a staged view is committed only with members that live and are wanted still",
         file="membership/planning/planner.py",
@@ -109,16 +119,16 @@ BUGS: tuple[Bug, ...] = (
             "    if not staged.members or not keep <= set(staged.members) <= keep | set(facts.ready):\n"
             "        return False\n"
         ),
-        shown_by=96,
+        seed=96,
     ),
-    Bug(
+    Mutant(
         name="cancelled-commit",
         guards="G5: an operation that was cancelled before its commit is not committed",
         file="membership/planning/planner.py",
         before="    if operation is not None and operation.cancelled:\n        return None\n",
-        shown_by=64,
+        seed=64,
     ),
-    Bug(
+    Mutant(
         name="orphans-left",
         guards="G4: after a loss the survivors load what nobody holds any more",
         file="membership/planning/next_view.py",
@@ -126,29 +136,29 @@ BUGS: tuple[Bug, ...] = (
         after="placement = old",
     ),
     # --- who is dead, and what follows
-    Bug(
+    Mutant(
         name="mask-ignored",
         guards="G2: whom the engine has given up is replaced, though its process lives",
         file="membership/planning/cluster_facts.py",
         before="return not self.ended(member) and member.rank not in self.masked",
         after="return not self.ended(member)",
-        caught_by="given_up",
+        tests=(f"{PLANNER}::test_a_masked_rank_is_evicted_and_replaced",),
     ),
-    Bug(
+    Mutant(
         name="dead-stay-assigned",
         guards="G2: who was taken for dead leaves the assignments, and can never come back",
         file="membership/planning/planner.py",
         before="    gone = set(facts.members) - set(facts.alive)\n    gone |=",
         after="    gone = set[Member]()\n    gone |=",
     ),
-    Bug(
+    Mutant(
         name="loss-not-first",
         guards="G4: a loss is made durable with those who are left, before anybody new is waited for",
         file="membership/planning/planner.py",
         before="    if gone and keep and not (_stuck(facts) and ready):\n",
         after="    if False:\n",
     ),
-    Bug(
+    Mutant(
         name="no-backoff",
         guards="G8: a slot is not filled again before its backoff is over",
         file="membership/planning/planner.py",
@@ -156,38 +166,41 @@ BUGS: tuple[Bug, ...] = (
         after="last.quarantined",
     ),
     # --- operations
-    Bug(
+    Mutant(
         name="two-operations",
         guards="G5: one operation at a time",
         file="membership/operations/operations.py",
         before="    if state.active is not None:\n",
         after="    if False:\n",
-        caught_by="proposals",
+        tests=(f"{OPERATIONS}::test_a_second_operation_names_the_active_one",),
     ),
-    Bug(
+    Mutant(
         name="proposals-race",
         guards="G5: of two operations that are proposed at once one wins, and a pause counts from when it is written",
         file="membership/operations/operations.py",
         before='    unchanged = [Compare(key, "mod", "<", revision + 1) for key in watched]\n',
         after="    unchanged: list[Compare] = []\n",
-        caught_by="proposals",
+        tests=(
+            f"{OPERATIONS}::test_of_two_proposals_at_once_one_wins",
+            f"{OPERATIONS}::test_a_pause_at_the_same_moment_wins",
+        ),
     ),
-    Bug(
+    Mutant(
         name="id-again",
         guards="G5: the same id is the same operation",
         file="membership/operations/operations.py",
         before="        if known is not None:\n            return _same(known, change)\n",
-        caught_by="proposals",
+        tests=(f"{OPERATIONS}::test_the_same_id_is_the_same_operation",),
     ),
-    Bug(
+    Mutant(
         name="pause-ignored",
         guards="G5: no planned change begins during a pause",
         file="membership/operations/operations.py",
         before="    if state.pause is not None and state.paused(now):\n",
         after="    if False:\n",
-        caught_by="proposals",
+        tests=(f"{CHANGE}::test_while_paused_nothing_planned_begins_and_losses_are_made_good",),
     ),
-    Bug(
+    Mutant(
         name="deadline-ignored",
         guards="G5: an operation that is not done by its deadline is rolled back",
         file="membership/planning/planner.py",
@@ -195,33 +208,33 @@ BUGS: tuple[Bug, ...] = (
             '    if _late(facts, operation):\n        return f"not done by its deadline; waited for {awaited(facts)}"\n'
         ),
     ),
-    Bug(
+    Mutant(
         name="rollback-keeps-the-desired-size",
         guards="G5: an operation that is rolled back leaves the desired size as it was",
         file="membership/planning/planner.py",
         before="    desired = desired_without(operation, facts.desired, len(facts.members))\n",
         after="    desired = facts.desired\n",
     ),
-    Bug(
+    Mutant(
         name="never-done",
         guards="G5: an operation ends once nobody lingers",
         file="membership/planning/planner.py",
         before="return advance(operation, Phase.DONE, now=now) if retired or late else None",
         after="return None",
     ),
-    Bug(
+    Mutant(
         name="drained-slot-filled",
         guards="G5: a drained slot stays empty until it is undrained",
         file="membership/planning/cluster_facts.py",
         before="barred, named = set(self.desired.cordoned), ",
         after="barred, named = set[int](), ",
     ),
-    Bug(
+    Mutant(
         name="quarantine-ignored",
         guards="G8: no rank is started in a slot that is set aside",
         file="membership/planning/planner.py",
         before="(last.quarantined or last.held_back_s(facts.now))",
         after="last.held_back_s(facts.now)",
-        caught_by="given_up",
+        tests=(f"{PLANNER}::test_a_quarantined_slot_stays_empty_until_somebody_scales",),
     ),
 )

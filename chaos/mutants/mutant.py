@@ -1,0 +1,24 @@
+"""What a mutant is."""
+
+from __future__ import annotations
+
+import msgspec
+
+SIMULATE = "simulate"
+
+
+class Mutant(msgspec.Struct, frozen=True, kw_only=True):
+    """The product without one guard: `before`, which `file` contains exactly once, is replaced by `after`."""
+
+    name: str
+    guards: str  # the promise, and what the guard does
+    file: str
+    before: str
+    after: str = ""
+    tests: tuple[str, ...] = ()  # ids of the tests that must fail; empty: simulated runs must find a violation
+    seed: int = 0  # of a simulated run that has shown it once; tried first, only to be quick
+
+    @property
+    def caught_by(self) -> str:
+        """What must notice it, as the receipt says it."""
+        return " ".join(self.tests) or SIMULATE

@@ -1,0 +1,54 @@
+"""KV blocks come into a cache only under the stamp (engine token, copy number) that was announced."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from membership.base.errors import RankError
+from workers.model.kv import KVCache
+from workers.model.kv_transfer import HEADER_BYTES, take_in, write_out
+
+pytestmark = pytest.mark.unit
+
+BLOCKS, STAMP = 6, (7, 20)
+
+
+def filled(seed: int) -> KVCache:
+    cache = KVCache(layers=2, blocks=BLOCKS, block_size=4, dtype=torch.float32)
+    values = torch.randn(2, 24, 2, 8, generator=torch.Generator().manual_seed(seed))
+    for layer in cache.layers:
+        layer.write(torch.arange(48), values[0], values[1])
+    return cache
+
+
+@pytest.fixture
+def source() -> KVCache:
+    return filled(1)
+
+
+@pytest.fixture
+def copied(source: KVCache) -> memoryview:
+    """Blocks 1 and 4 of the source, written out under STAMP."""
+    room = memoryview(bytearray(HEADER_BYTES + 2 * source.block_bytes))
+    write_out(source, [1, 4], lambda nbytes: room, STAMP)
+    return room
+
+
+@pytest.mark.parametrize("stamp", [(7, 21), (8, 20)], ids=["another copy", "another engine"])
+def test_blocks_of_another_copy_are_refused_and_leave_nothing_behind(
+    copied: memoryview, stamp: tuple[int, int]
+) -> None:
+    target, untouched = filled(2), filled(2)
+    with pytest.raises(RankError):
+        take_in(target, [0, 5], copied, stamp)
+    assert all(torch.equal(mine, before) for mine, before in zip(target.parts, untouched.parts, strict=True))
+
+
+def test_announced_blocks_arrive_unaltered(source: KVCache, copied: memoryview) -> None:
+    target = filled(2)
+    take_in(target, [0, 5], copied, STAMP)
+    for there, here in zip(source.parts, target.parts, strict=True):
+        for a, b in ((1, 0), (4, 5)):
+            for head in range(there.shape[0] // BLOCKS):
+                assert torch.equal(there[head * BLOCKS + a], here[head * BLOCKS + b])
