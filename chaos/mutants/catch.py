@@ -57,17 +57,17 @@ def main(tree: str, catcher: str, *arguments: str) -> None:
 
 def _simulate(seeds: Sequence[int]) -> Catch:
     """Run simulations until one finds a violation. One that ends in any other error has noticed something too."""
-    from chaos.simulation.life import live
+    from chaos.simulation.episode import run_episode
     from chaos.simulation.minimise import minimise
 
     for done, seed in enumerate(seeds, start=1):
         try:
-            life = live(seed)
+            episode = run_episode(seed)
         except Exception as error:  # noqa: BLE001 - the mutant may raise anything
             return Catch(how=f"{type(error).__name__}: {error}", lives=done, seed=seed)
-        if life.violation:
-            events = len(minimise(life, MINIMISE_LIMIT_S, clock=time.process_time).happenings)
-            return Catch(how=life.violation, lives=done, seed=seed, events=events)
+        if episode.violation:
+            events = len(minimise(episode, MINIMISE_LIMIT_S, clock=time.process_time).events)
+            return Catch(how=episode.violation, lives=done, seed=seed, events=events)
     return Catch(lives=len(seeds))
 
 

@@ -15,7 +15,7 @@ OPERATIONS = "tests/unit/membership/operations/test_operations.py"
 CHANGE = "tests/unit/membership/operations/test_change.py"
 
 MUTANTS: tuple[Mutant, ...] = (
-    # --- one truth: who may write, and over what
+    # --- writers and fences
     Mutant(
         name="unfenced-controller",
         guards="G1: a controller's transaction holds only while the leader's key has its create revision",
@@ -33,7 +33,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         name="two-holders",
-        guards="G1: an office is taken only if nobody holds it",
+        guards="G1: an office is taken only if it is vacant",
         file="membership/store/election.py",
         before='self._store.txn([Compare(self._key, "create", "=", 0)], [',
         after="self._store.txn([], [",
@@ -49,7 +49,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         name="lease-believed",
-        guards="G1: whoever rests on a lease asks its own clock whether it certainly holds",
+        guards="G1: a process that relies on a lease asks its own clock whether it certainly holds",
         file="membership/store/lease.py",
         before="return not self._lost and self._clock() < self._deadline",
         after="return not self._lost",
@@ -97,7 +97,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         name="newer-schema-read",
-        guards="G1: a record of a later schema version is acted on by nobody",
+        guards="G1: no process acts on a record of a later schema version",
         file="membership/store/codec.py",
         before="if envelope.v > SCHEMA_VERSION:",
         after="if False:",
@@ -130,15 +130,15 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         name="orphans-left",
-        guards="G4: after a loss the survivors load what nobody holds any more",
+        guards="G4: after a loss the survivors load the experts that no rank holds any more",
         file="membership/planning/next_view.py",
         before="placement = repair(config.moe_layers, config.experts, old)",
         after="placement = old",
     ),
-    # --- who is dead, and what follows
+    # --- deaths and repairs
     Mutant(
         name="mask-ignored",
-        guards="G2: whom the engine has given up is replaced, though its process lives",
+        guards="G2: a rank that the engine has masked is replaced although its process is alive",
         file="membership/planning/cluster_facts.py",
         before="return not self.ended(member) and member.rank not in self.masked",
         after="return not self.ended(member)",
@@ -146,14 +146,14 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         name="dead-stay-assigned",
-        guards="G2: who was taken for dead leaves the assignments, and can never come back",
+        guards="G2: a rank that was declared dead leaves the assignments and never comes back",
         file="membership/planning/planner.py",
         before="    gone = set(facts.members) - set(facts.alive)\n    gone |=",
         after="    gone = set[Member]()\n    gone |=",
     ),
     Mutant(
         name="loss-not-first",
-        guards="G4: a loss is made durable with those who are left, before anybody new is waited for",
+        guards="G4: a loss is committed with the remaining ranks before any new rank is waited for",
         file="membership/planning/planner.py",
         before="    if gone and keep and not (_stuck(facts) and ready):\n",
         after="    if False:\n",
@@ -217,7 +217,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         name="never-done",
-        guards="G5: an operation ends once nobody lingers",
+        guards="G5: an operation ends once no departing rank is left",
         file="membership/planning/planner.py",
         before="return advance(operation, Phase.DONE, now=now) if retired or late else None",
         after="return None",

@@ -16,10 +16,10 @@ LINKS = "tests/unit/workers/exchange/test_links.py"
 WIRE = "tests/unit/workers/exchange/shm/test_wire.py"
 
 MUTANTS: tuple[Mutant, ...] = (
-    # --- who is blamed
+    # --- detection
     Mutant(
         name="blamed-by-the-clock",
-        guards="G9: a rank is given up for several observations without a beat, never for the time that passed alone",
+        guards="G9: a rank is given up after several observations without a heartbeat, never for elapsed time alone",
         file="workers/agent/decide.py",
         before="return heartbeat.misses >= misses and now - heartbeat.advanced_at >= after_s",
         after="return heartbeat.misses > 0 and now - heartbeat.advanced_at >= after_s",
@@ -74,7 +74,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         name="left-without-a-word",
-        guards="G9: an engine that is replaced hears so from the ranks, and takes none that leaves it for a dead one",
+        guards="G9: ranks notify an engine that it was replaced, and it takes none of them for dead",
         file="workers/rank/engine_port.py",
         before="self._answer(Farewell(*self.key, self.token, successor=token))",
         after="pass",
@@ -105,7 +105,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         name="zombie-not-told",
-        guards="G2: an incarnation that was given up finds that out, in later epochs too",
+        guards="G2: an evicted incarnation learns it, in later epochs too",
         file="workers/protocol/live_mask.py",
         before="        self._words[at] = max(self._words[at], incarnation)\n",
         tests=(f"{LIVE_MASK}::test_an_evicted_incarnation_learns_it_in_later_epochs_too",),
@@ -155,7 +155,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         name="death-wakes-nobody",
-        guards="G4: who waits for a rank that dies wakes at once, and asks a replica",
+        guards="G4: a rank that waits for a rank that dies wakes at once and asks a replica",
         file="workers/exchange/links.py",
         before="            if not self._closed:\n                self.doorbell.ring()\n",
         tests=(f"{EXCHANGE}::test_a_death_wakes_whichever_rank_waits_for_an_answer",),

@@ -28,7 +28,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         name="former-engine-heard",
-        guards="G2: only the engine that a gateway has turned to is heard",
+        guards="G2: only messages of the engine that a gateway follows count",
         file="elastic/gateway/journal.py",
         before="ours = self.engine_token != 0 and message.engine_token == self.engine_token",
         after="ours = self.engine_token != 0",
@@ -59,7 +59,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         name="another-incarnation-answered",
-        guards="G2: what somebody says who was never a member of the epoch has no effect",
+        guards="G2: an answer of a rank that was never a member of the epoch has no effect",
         file="elastic/engine/scheduler.py",
         before="answers_step(result, home.rank_id, self.token, epoch, self.step)",
         after="answers_step(result, result.rank_id, self.token, epoch, self.step)",

@@ -1,7 +1,8 @@
-"""The product under a virtual clock: the roles as shipped, with clock, store, network and processes simulated.
+"""The product under a virtual clock: the roles as shipped; clock, store, network and processes simulated.
 
-`clock.py`, `store.py` and `process.py` are what everything runs on; `controller.py`, `host.py`, `engine.py` and
-`gateway.py` are the roles, `rank.py`, `exchange.py` and `fleet.py` the ranks and what lies between; `cluster.py` puts
-them together, `laws.py` says what must hold. `faults.py` and `deeds.py` are what may happen, `life.py` one life of it;
-`swarm.py` lives many, `minimise.py` shrinks one that breaks a promise.
+It may import everything but the rest of chaos, and nothing imports it but mutants, the CLI and tests. `clock.py`,
+`store.py` and `process.py` are the ground; `controller.py`, `host.py`, `engine.py` and `gateway.py` the roles;
+`rank.py`, `exchange.py`, `fleet.py` and `kv_model.py` the ranks. `faults.py` and `actions.py` are the events of an
+episode, `invariants.py` says what must hold, `campaign.py` runs many episodes, `minimise.py` shrinks a failing one.
+Start reading in `episode.py` and `cluster.py`.
 """

@@ -1,4 +1,4 @@
-"""Virtual time: what is to happen when. Nothing waits; whoever would wait asks to be called later."""
+"""Virtual time. Nothing waits: what would wait in the product asks to be called later."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any
 
-WALL_S = 1_700_000_000.0  # the time of day at time 0
+WALL_S = 1_700_000_000.0  # wall-clock time at time 0
 
 Call = Callable[..., None]
 
 
 class Clock:
-    """Calls in the order of their times; of two at the same time, the one asked for first."""
+    """Makes calls in the order of their times. Those for the same time are made in the order of scheduling."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -25,11 +25,11 @@ class Clock:
         return self.now
 
     def after(self, delay_s: float, call: Call, *args: Any) -> None:
-        """Have `call(*args)` made in so many seconds."""
+        """Schedule `call(*args)` in `delay_s`."""
         heapq.heappush(self._due, (self.now + delay_s, next(self._numbers), call, args))
 
     def run(self, until: float) -> None:
-        """Let time pass."""
+        """Make all calls up to the time `until`."""
         while self._due and self._due[0][0] <= until:
             self.now, _, call, args = heapq.heappop(self._due)
             self.calls += 1

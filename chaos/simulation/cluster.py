@@ -1,6 +1,6 @@
-"""A whole simulated cluster: all roles as shipped, under one clock, with everything that may go wrong between them.
+"""A whole simulated cluster: all roles as shipped, under one clock.
 
-It only puts things together: who is started when, who restarts whom, who hears of whose end, and what is checked when.
+It starts and restarts processes, reports their ends to those that watch them, and says what is checked when.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ from collections.abc import Iterable
 from random import Random
 from typing import Any
 
-from chaos.simulation import promises
 from chaos.simulation.clock import Clock
 from chaos.simulation.controller import ControllerProcess
 from chaos.simulation.engine import EngineProcess, SimServer
 from chaos.simulation.exchange import SimMask
 from chaos.simulation.fleet import Broadcast
-from chaos.simulation.gateway import Ask, GatewayProcess
+from chaos.simulation.gateway import ClientRequest, GatewayProcess
 from chaos.simulation.host import Host
-from chaos.simulation.laws import Laws, Rank, Violation, keep, require
+from chaos.simulation.invariants import Invariants, Violation, early, require, require_none, unmasked
+from chaos.simulation.kv_model import EOS, KvModel
 from chaos.simulation.process import Died, Process
 from chaos.simulation.rank import Outbox, RankProcess
-from chaos.simulation.ranks import EOS, Ranks
 from chaos.simulation.store import SimStore
 from membership.base.failpoints import FaultInjected
+from membership.base.rank_id import RankId
 from membership.store.codec import encode
 from membership.store.keys import Keys
 from membership.store.records import ClusterConfig, ClusterState, Desired
@@ -38,30 +38,28 @@ DELAY_S = (0.0005, 0.004)
 
 
 class Events:
-    """The history of events, of which only the kinds are counted."""
+    """Counts events by kind, in place of the event log."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
 
     def emit(self, kind: str, **fields: Any) -> None:
-        """See membership/base/events.py."""
         self.counts[kind] += 1
 
 
 class Failpoints:
-    """What happens at the product's failpoints: at the next one of that name, once."""
+    """Actions at the product's failpoints. Each is taken once, when a process next passes its failpoint."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.armed: dict[str, tuple[str, float]] = {}
-        self.struck: list[str] = []
+        self.triggered: list[str] = []
         self._cluster = cluster
 
     def hit(self, name: str, rank: int | None) -> None:
-        """A process passes it."""
         action, seconds = self.armed.get(name, ("", 0.0))
         if not action or (action == "hang" and name.startswith("controller.")):
             return
-        self._strike(name)
+        self._trigger(name)
         if action == "kill":
             raise Died(name)
         if action == "raise":
@@ -70,20 +68,20 @@ class Failpoints:
             self._cluster.freeze(self._cluster.running, seconds)
 
     def hang_s(self, name: str) -> float:
-        """How long a controller hangs here."""
+        """For how long a controller hangs here."""
         action, seconds = self.armed.get(name, ("", 0.0))
         if action != "hang":
             return 0.0
-        self._strike(name)
+        self._trigger(name)
         return seconds
 
-    def _strike(self, name: str) -> None:
+    def _trigger(self, name: str) -> None:
         del self.armed[name]
-        self.struck.append(name)
+        self.triggered.append(name)
 
 
 class Cluster:
-    """Everything there is. `chance` is used up by the cluster's own affairs, never by what is done to it."""
+    """All processes and what connects them. Only the cluster itself draws from `chance`, never what is done to it."""
 
     def __init__(self, seed: str, nodes: tuple[str, ...], desired: int, config: ClusterConfig = SERVED) -> None:
         self.seed, self.nodes, self.config = seed, nodes, config
@@ -91,11 +89,11 @@ class Cluster:
         self.clock = Clock()
         self.keys = Keys(config.cluster)
         self.store = SimStore(self.clock, self.keys)
-        self.laws = Laws(config)
+        self.invariants = Invariants(config)
         self.events: Any = Events()
         self.failpoints = Failpoints(self)
-        self.kv = Ranks(config.block_size)
-        self.ranks: dict[Rank, RankProcess] = {}  # that live
+        self.kv = KvModel(config.block_size)
+        self.ranks: dict[RankId, RankProcess] = {}  # that are alive
         self.broadcasts: dict[bytes, Broadcast] = {}
         self.masks: dict[bytes, SimMask] = {}
         self.outboxes: dict[bytes, Outbox] = {}
@@ -105,11 +103,11 @@ class Cluster:
         self.running: Process | None = None
         self.violation: Violation | None = None
         self.tokens = 0
-        self.asks: dict[str, Ask] = {}
-        self.killed: set[Rank] = set()
-        self._prepared: set[tuple[Rank, int]] = set()
+        self.requests: dict[str, ClientRequest] = {}
+        self.killed: set[RankId] = set()
+        self._prepared: set[tuple[RankId, int]] = set()  # (rank, revision of the staged view)
         self._tokens: dict[str, int] = {}
-        self._pids = self._lives = 0
+        self._pids = self._started = 0
         self.store.put(self.keys.config, encode(config))
         self.store.put(self.keys.desired, encode(Desired(ranks=desired)))
         self.store.on_change = self._changed
@@ -120,36 +118,35 @@ class Cluster:
 
     # --- processes
 
-    def _life(self) -> int:
-        self._lives += 1
-        return self._lives
+    def _next_number(self) -> int:
+        self._started += 1
+        return self._started
 
     def _host(self, node: str) -> Host:
-        return Host(self, node, self._life())
+        return Host(self, node, self._next_number())
 
     def _controller(self) -> ControllerProcess:
-        return ControllerProcess(self, self._life())
+        return ControllerProcess(self, self._next_number())
 
     def _engine(self) -> EngineProcess:
-        return EngineProcess(self, self._life())
+        return EngineProcess(self, self._next_number())
 
     def _gateway(self) -> GatewayProcess:
-        return GatewayProcess(self, self._life())
+        return GatewayProcess(self, self._next_number())
 
     def next_pid(self) -> int:
-        """Unique over the cluster's life."""
+        """A number that is never used again."""
         self._pids += 1
         return self._pids
 
-    def fork(self, key: Rank, host: Host) -> RankProcess:
-        """A rank's process begins."""
+    def fork(self, key: RankId, host: Host) -> RankProcess:
         require(key not in self.ranks and key not in self.killed, f"rank {key} is started twice")
         self.killed.add(key)
         self.ranks[key] = RankProcess(self, key, host)
         return self.ranks[key]
 
     def rank_died(self, rank: RankProcess) -> None:
-        """Its agent and the engines are told by the kernel."""
+        """The kernel notifies its agent and the engines."""
         self.ranks.pop(rank.key, None)
         rank.host.executor.died(rank)
         for process in self.engines:
@@ -157,7 +154,7 @@ class Cluster:
                 process.after(0.001, process.fleet.on_death, rank.key)
 
     def supervise(self, delay_s: float = 0.0) -> None:
-        """Start again whoever has ended, as `elastic serve` does."""
+        """Start every process again that has ended, as `elastic serve` does."""
         for node, host in self.hosts.items():
             if not host.alive:
                 self.hosts[node] = self._host(node)
@@ -167,7 +164,7 @@ class Cluster:
             self.gateway = self._gateway()
 
     def kill(self, process: Process) -> bool:
-        """SIGKILL; it is started again a little later. False if it was gone."""
+        """SIGKILL. It is started again a little later. False if it was dead."""
         was = process.alive
         process.die()
         if was:
@@ -175,7 +172,7 @@ class Cluster:
         return was
 
     def freeze(self, process: Process, seconds: float) -> bool:
-        """SIGSTOP, and SIGCONT later. False if it was gone or stopped."""
+        """SIGSTOP, and SIGCONT after `seconds`. False if it was dead or stopped."""
         if not process.alive or process.stopped:
             return False
         process.stop()
@@ -183,24 +180,24 @@ class Cluster:
         return True
 
     @property
-    def everybody(self) -> list[Process]:
+    def processes(self) -> list[Process]:
         """All processes but ranks."""
         return [*self.hosts.values(), *self.controllers, *self.engines, self.gateway]
 
     @property
     def engine(self) -> EngineProcess | None:
-        """Who is in office as the store has it."""
+        """The engine in office, by the store."""
         token = self.store.state.engine_token
         return next((e for e in self.engines if e.engine is not None and e.token == token), None)
 
     @property
     def leader(self) -> ControllerProcess | None:
-        """Who leads as the store has it."""
+        """The controller that leads, by the store."""
         token = self.store.state.leader_revision
         return next((c for c in self.controllers if c.election is not None and c.election.token == token), None)
 
     def delay(self) -> float:
-        """How long a message takes."""
+        """The delay of one message in seconds."""
         return self.chance.uniform(*self.delay_s)
 
     def slow_down(self, most_s: float, seconds: float) -> None:
@@ -209,13 +206,12 @@ class Cluster:
         self.clock.after(seconds, setattr, self, "delay_s", DELAY_S)
 
     def heal(self) -> None:
-        """Nothing is wrong any more, and nothing more goes wrong."""
         self.failpoints.armed.clear()
         self.bad.clear()
         self.delay_s, self.store.outage = DELAY_S, False
-        for process in (*self.everybody, *self.ranks.values()):
+        for process in (*self.processes, *self.ranks.values()):
             process.client.cut, process.client.doubtful, process.skew_s = False, 0, 0.0
-        for process in self.everybody:
+        for process in self.processes:
             process.resume()
         for rank in list(self.ranks.values()):
             rank.slow = 1.0
@@ -224,21 +220,20 @@ class Cluster:
 
     # --- what is checked
 
-    def broken(self, violation: Violation) -> None:
-        """A promise is broken; the first counts."""
+    def report(self, violation: Violation) -> None:
+        """An invariant is broken. The first one counts."""
         self.violation = self.violation or violation
 
-    def keeps(self, broken: Iterable[str]) -> None:
-        """Note what is broken, if anything is."""
-        for promise in broken:
-            self.broken(Violation(promise))
+    def report_all(self, broken: Iterable[str]) -> None:
+        """Report what is broken, if anything is."""
+        for invariant in broken:
+            self.report(Violation(invariant))
 
     def count_tokens(self, number: int) -> None:
-        """Clients got so many."""
         self.tokens += number
 
     def elected(self, office: str, token: int) -> None:
-        """Somebody took office, as engine or controller: under a token that nobody had, higher than all before."""
+        """An engine or controller took office. Its token must be higher than all before."""
         latest = self._tokens.get(office, 0)
         require(token > latest, f"an {office} was elected under token {token}, after one with {latest}")
         self._tokens[office] = token
@@ -247,7 +242,7 @@ class Cluster:
         try:
             self._check(author, before, after)
         except Violation as violation:
-            self.broken(violation)
+            self.report(violation)
         if any(event.kv.key.startswith(self.keys.quiet) is False for event in self.store._history[-1].events):
             for process in (*self.hosts.values(), *self.controllers, *self.engines, self.gateway):
                 if process.alive and not process.client.cut:
@@ -256,14 +251,14 @@ class Cluster:
     def _check(self, author: str, before: ClusterState, after: ClusterState) -> None:
         if after.ranks is not before.ranks:
             self._prepared |= {(key, record.prepared_revision) for key, record in after.ranks.items()}
-        keep(promises.unmasked(before, after))
+        require_none(unmasked(before, after))
         if not author.startswith("controller"):
             return
-        committed = self.laws.changed(before, after)
+        committed = self.invariants.changed(before, after)
         by = next((c for c in self.controllers if c.name == author), None)
         if by is not None and by.decided is not None:
             state, now = by.decided
-            keep(promises.early(state, after, now))
+            require_none(early(state, after, now))
         if committed and after.view is not None:
             for member in after.view.members:
                 key = member.id
@@ -272,11 +267,11 @@ class Cluster:
             require(token == before.leader_revision, f"{author} committed under token {token}, and leads no more")
 
     def trouble(self) -> str:
-        """What is not yet as it should be once the faults are over; "" if all is well."""
+        """What is not yet as it should be without faults; "" if all is well."""
         state = self.store.state
         desired = state.desired
         try:
-            self.laws.whole(state, desired.ranks if desired else 0)
+            self.invariants.whole(state, desired.ranks if desired else 0)
             if desired is not None and state.view is not None and set(state.view.ranks) & set(desired.cordoned):
                 raise Violation(f"drained slots {desired.cordoned} are filled: {state.view.ranks}")
             status, view = state.engine_status, state.view
@@ -285,5 +280,5 @@ class Cluster:
             require(adopted, f"the engine has not adopted the view: {status}")
         except Violation as violation:
             return str(violation)
-        lost = {name: len(ask.tokens) for name, ask in self.asks.items() if not ask.ended}
+        lost = {name: len(each.tokens) for name, each in self.requests.items() if not each.ended}
         return f"requests have not ended (tokens so far): {lost}" if lost else ""

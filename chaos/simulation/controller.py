@@ -1,6 +1,6 @@
-"""A controller process: lease, election, planner and transactions as shipped, one look at a time.
+"""A controller process: lease, election, planner and transactions as shipped, one decision at a time.
 
-Between what it decides and its transaction time passes, in which it may be stopped, or die at a failpoint.
+Time passes between a decision and its transaction, in which it may be stopped or die at a failpoint.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from chaos.simulation import promises
+from chaos.simulation.invariants import idle
 from chaos.simulation.process import Process
 from membership.base.errors import Fenced, LeaseLost, StoreError, StoreUnavailable, WaitTimeout
 from membership.planning.controller import Term, edge
@@ -32,8 +32,8 @@ STANDBY_S = 0.3
 class ControllerProcess(Process):
     """One controller process."""
 
-    def __init__(self, cluster: Cluster, life: int) -> None:
-        super().__init__(cluster, f"controller {life}")
+    def __init__(self, cluster: Cluster, number: int) -> None:
+        super().__init__(cluster, f"controller {number}")
         self.mirror: Mirror | None = None
         self.election: Election | None = None
         self.past: deque[tuple[Effect, ClusterState, Term, Election, float]] = deque(maxlen=8)
@@ -42,16 +42,18 @@ class ControllerProcess(Process):
         self._written = 0  # the mirror must have reached this before the next look
         self._wait_until = 0.0
         self._acting = False
-        self.decided: tuple[ClusterState, float] | None = None  # what the transaction under way came of, and when
+        self.decided: tuple[ClusterState, float] | None = (
+            None  # the state and time at which the transaction under way was decided
+        )
         self.after(self.random.uniform(0.0, 0.05), self._tick)
 
     @property
     def leads(self) -> bool:
-        """Whether it believes so."""
+        """Whether it believes that it leads."""
         return self.election is not None and self.election.held
 
     def turn(self) -> None:
-        """Campaign, or look once; it does nothing else between a decision and its transaction."""
+        """Campaign, or decide once. It does nothing else between a decision and its transaction."""
         if self._acting:
             return
         try:
@@ -89,7 +91,7 @@ class ControllerProcess(Process):
             return
         effects = term.decide(state, election, now)
         if effects == []:
-            self.cluster.keeps(promises.idle(state, now))
+            self.cluster.report_all(idle(state, now))
         for effect in effects or ():
             self._acting = True
             self.past.append((effect, state, term, election, now))
@@ -121,13 +123,12 @@ class ControllerProcess(Process):
         self.wake()
 
     def repeat(self, effect: Effect, state: ClusterState, term: Term, election: Election, now: float) -> None:
-        """Carry out what was decided a while ago."""
         with suppress(Fenced, StoreError), self._deciding(state, now):
             term.apply(effect, state, election)
 
     @contextmanager
     def _deciding(self, state: ClusterState, now: float) -> Iterator[None]:
-        """What is written meanwhile was decided then; of its campaign, say, nothing was."""
+        """Attribute what is written meanwhile to the decision made in `state` at `now`."""
         self.decided = (state, now)
         try:
             yield

@@ -1,4 +1,4 @@
-"""An engine process: stands by, takes office, serves turn by turn; engine, status and lease are the shipped ones."""
+"""An engine process: it stands by, takes office, and serves turn by turn. Engine, status and lease are as shipped."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STATUS_S = 3.0
 
 
 class SimServer(EngineServer):
-    """The engine's door as shipped, without its socket."""
+    """The engine's server for gateways as shipped, without its socket."""
 
     def __init__(self, process: EngineProcess, name: str) -> None:
         self.address, self._process = name, process
@@ -36,18 +36,17 @@ class SimServer(EngineServer):
         self.connections: dict[bytes, Connection] = {}
 
     def serve(self, engine_token: int) -> None:
-        """Answer from now on; what has come before waits."""
+        """Answer from now on. Earlier messages have waited."""
         self._token = engine_token
         for connection in list(self.connections.values()):
             connection.served()
 
     def send(self, outputs: Any) -> None:
-        """At once: delays are the connection's."""
+        """Send at once: the connection adds the delay."""
         self._outbox.extend(outputs)
         self._send_all()
 
     def receive(self, connection: bytes, message: Any) -> None:
-        """A gateway's message has arrived."""
         self._receive(connection, message)
 
     def _send_to(self, gateway: bytes, message: Any) -> bool:
@@ -55,7 +54,6 @@ class SimServer(EngineServer):
         return connection is not None and connection.to_gateway(message)
 
     def close(self) -> None:
-        """The process goes, or stands down."""
         for connection in list(self.connections.values()):
             connection.broken()
         self.connections.clear()
@@ -64,8 +62,8 @@ class SimServer(EngineServer):
 class EngineProcess(Process):
     """One engine process."""
 
-    def __init__(self, cluster: Cluster, life: int) -> None:
-        super().__init__(cluster, f"engine {life}")
+    def __init__(self, cluster: Cluster, number: int) -> None:
+        super().__init__(cluster, f"engine {number}")
         self.mirror: Mirror | None = None
         self.engine: Engine | None = None
         self.fleet: SimFleet | None = None
@@ -74,15 +72,13 @@ class EngineProcess(Process):
         self._keeper: LeaseKeeper | None = None
         self._election: Election | None = None
         self._status: StatusWriter | None = None
-        self._told_at = 0.0
+        self._published_at = 0.0
         self.after(self.random.uniform(0.0, 0.05), self._tick)
 
     def wake_now(self) -> None:
-        """Somebody rang."""
         self.wake(0.0)
 
     def turn(self) -> None:
-        """Look at the store; campaign, or serve."""
         try:
             if self.mirror is None:
                 self.mirror = Mirror(self.client, self.cluster.keys.cluster, clock=self.clock, background=False)
@@ -113,7 +109,7 @@ class EngineProcess(Process):
         self.token = self._election.campaign(0.0)
         mirror.turn()
         if mirror.state().revision < self.token:
-            return  # cut off in this moment: the office is ours all the same, and the next turn finds that
+            return  # cut off at this moment: it is elected all the same, and notices at its next turn
         fleet.open(self.token)
         status = StatusWriter(
             self.client, self.cluster.keys, self.token, self._keeper.lease, self.wake_now, background=False
@@ -139,8 +135,8 @@ class EngineProcess(Process):
         engine.turn()
         scheduler = engine._scheduler
         status = self._status
-        if status is not None and (status.urgent or self.clock.now >= self._told_at + STATUS_S):
-            self._told_at = self.clock.now
+        if status is not None and (status.urgent or self.clock.now >= self._published_at + STATUS_S):
+            self._published_at = self.clock.now
             status.turn()
         if scheduler.step != before or (scheduler.running and not scheduler.unanswered and not scheduler.held):
             retry = scheduler.next_retry() or 0.0
@@ -154,7 +150,7 @@ class EngineProcess(Process):
             self._keeper = None
 
     def _stand_down(self) -> None:
-        """Replaced: stand by again, with everything new."""
+        """Replaced by another engine: stand by again, with new queues."""
         self._close()
         keeper, self._keeper = self._keeper, None
         if keeper is not None:

@@ -1,7 +1,7 @@
-"""What a simulated rank computes with: the shipped router over links, experts and a live mask that are only names.
+"""What a simulated rank computes with: the shipped router, over links, experts and a live mask that are only names.
 
-Rows are asked of peers by the router's choice, refused where a peer does not hold the expert, asked again elsewhere,
-and no token is given where nobody answers for an expert: as in `workers/exchange/loop.py`, without the arithmetic.
+The router chooses which peers get which rows. A peer refuses experts that it does not hold, and they are requested
+elsewhere. Without a holder of an expert there is no token. This is the product's exchange without the arithmetic.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from chaos.simulation.laws import Rank, Violation, require
+from chaos.simulation.invariants import Violation, require
 from membership.base.errors import CoverageLost
+from membership.base.rank_id import RankId
 from workers.exchange.base import StepContext
 from workers.exchange.router import Parcel, Refused, Router
 from workers.ipc.shared_memory import Segment
@@ -32,7 +33,6 @@ class Page:
     """Memory for a live mask."""
 
     def view(self, offset: int, size: int, kind: str) -> Any:
-        """The words."""
         return array("Q", bytes(size))
 
 
@@ -44,7 +44,6 @@ class SimMask(LiveMask):
         self.name = name
 
     def handle(self) -> bytes:
-        """Its name."""
         return self.name
 
     def close(self) -> None:
@@ -58,7 +57,6 @@ class Bank:
         self.held: set[Pair] = set()
 
     def drop(self, kept: frozenset[Pair]) -> None:
-        """Keep only these."""
         self.held &= kept
 
 
@@ -68,27 +66,25 @@ class SimExchange:
     def __init__(self, rank: RankProcess) -> None:
         self.suspects: set[int] = set()
         self.retried_rows, self.retried_at = 0, 0.0
-        self.links: set[Rank] = set()
+        self.links: set[RankId] = set()
         self._rank = rank
         self._ctx: StepContext | None = None
         self._router: Router | None = None
 
     def begin_step(self, ctx: StepContext) -> None:
-        """See workers/exchange/loop.py."""
         if self._ctx is None or ctx.view is not self._ctx.view:
             self._router = Router(self._rank.key[0], ctx.view.placement)
         self._ctx = ctx
         self.suspects.clear()
 
-    def disconnect(self, left: set[Rank]) -> None:
-        """Let go of links."""
+    def disconnect(self, left: set[RankId]) -> None:
         self.links -= left
 
     def stir(self) -> None:
-        """Nobody sleeps here."""
+        """Nothing sleeps here."""
 
     def asked(self, ctx: StepContext, chunks: list[SeqChunk]) -> list[tuple[int, Parcel]]:
-        """(layer, what one rank is asked), after all refusals. CoverageLost."""
+        """(layer, parcel for one rank), after all refusals. Raises CoverageLost."""
         self.begin_step(ctx)
         router, excluded = self._router, ctx.masked | self._rank.worker.masked() | self._unlinked(ctx)
         if router is None:
@@ -103,7 +99,7 @@ class SimExchange:
     def _unlinked(self, ctx: StepContext) -> int:
         excluded = 0
         for rank, incarnation in ctx.incarnations.items():
-            key = (rank, incarnation)
+            key = RankId(rank, incarnation)
             if key != self._rank.key and (key not in self.links or key not in self._rank.cluster.ranks):
                 excluded |= 1 << rank
                 if not ctx.masked >> rank & 1:
@@ -119,7 +115,7 @@ class SimExchange:
             more = {
                 (parcel.rank, expert)
                 for parcel in parcels
-                if (peer := self._rank.cluster.ranks.get(Rank(parcel.rank, ctx.incarnations.get(parcel.rank, -1))))
+                if (peer := self._rank.cluster.ranks.get(RankId(parcel.rank, ctx.incarnations.get(parcel.rank, -1))))
                 for expert in parcel.experts
                 if (layer, expert) not in peer.worker.names.held
             }
@@ -129,31 +125,31 @@ class SimExchange:
 
 
 class Runner:
-    """A rank's model: the pretended one of `ranks.py`, with the experts of `asked`."""
+    """A rank's model: the pretended one of `kv_model.py`, with the experts of `asked`."""
 
     def __init__(self, rank: RankProcess) -> None:
         self._rank = rank
         self.batch: StepBatch | None = None
 
     def run(self, chunks: list[SeqChunk]) -> list[SampledToken]:
-        """The tokens. CoverageLost where an expert has no owner: the commit gate."""
+        """The sampled tokens. Raises CoverageLost where an expert has no holder: the commit gate."""
         try:
             return self._run(chunks)
-        except Violation as violation:  # whoever runs this takes any error for the model's
-            self._rank.cluster.broken(violation)
+        except Violation as violation:  # the caller takes any error for the model's
+            self._rank.cluster.report(violation)
             raise
 
     def _run(self, chunks: list[SeqChunk]) -> list[SampledToken]:
         rank, batch, view = self._rank, self.batch, self._rank.worker._view
         if batch is None:
             raise CoverageLost("no step")
-        if rank.key not in rank.cluster.laws.members.get(batch.epoch, ()):
-            # It prepared an epoch of this number that was never committed. Whatever it says, nobody may believe it.
+        if rank.key not in rank.cluster.invariants.members.get(batch.epoch, ()):
+            # It prepared an epoch of this number that was never committed. No answer of it may have an effect.
             return [SampledToken(chunk.seq, NONSENSE) for chunk in chunks if chunk.sample is not None]
         masked = sum(1 << r for r in set(batch.masked))
         ctx = StepContext(view, batch.engine_token, batch.step, batch.attempt, masked)
         for layer, parcel in rank.exchange.asked(ctx, chunks):
-            peer = rank.cluster.ranks.get(Rank(parcel.rank, ctx.incarnations.get(parcel.rank, -1)))
+            peer = rank.cluster.ranks.get(RankId(parcel.rank, ctx.incarnations.get(parcel.rank, -1)))
             require(peer is not None, f"rank {rank.key[0]} asked rank {parcel.rank}, which is dead or another now")
             held = peer is not None and all((layer, e) in peer.worker.names.held for e in parcel.experts)
             require(held, f"rank {rank.key[0]} was answered without experts {parcel.experts} of layer {layer}")

@@ -1,4 +1,4 @@
-"""The engine's fleet as shipped, over simulated queues; whom it evicts is looked at."""
+"""The engine's fleet as shipped, over simulated queues, with a check of each eviction."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, cast
 
 from chaos.simulation.exchange import SimMask
-from chaos.simulation.laws import Rank, require
+from chaos.simulation.invariants import require
 from chaos.simulation.rank import Inbox, RankProcess
 from membership.base.enums import DetectedBy
 from membership.base.errors import QueueClosed
+from membership.base.rank_id import RankId
 from membership.store.records import RankRecord
 from workers.fleet.fleet import Fleet, RankLost, _Link
 from workers.fleet.watchdog import Look
@@ -23,13 +24,13 @@ JOIN_S, RETRY_S = 0.005, 0.5
 
 
 class Bell:
-    """Wakes the engine; nobody sleeps on it."""
+    """Wakes the engine. Nothing sleeps on it."""
 
     def __init__(self, ring: Callable[[], None]) -> None:
         self.ring = ring
 
     def wait(self, until: Callable[[], bool], timeout_s: float) -> None:
-        """The engine's turn is over soon, and it is called again."""
+        """Returns at once: the engine's turn is over soon, and it is called again."""
 
     def set(self) -> None:
         """As an event that wakes a thread."""
@@ -48,31 +49,26 @@ class Broadcast:
         self._readers: dict[str, Inbox] = {}
 
     def export_handle(self) -> Broadcast:
-        """See workers/queue/message_queue.py."""
         return self
 
     def encode(self) -> bytes:
-        """Its name."""
         return self.name
 
     def join(self, rank: RankProcess) -> Inbox:
-        """A rank reads from now on."""
         inbox = self._readers[reader_id(rank.key)] = Inbox(rank)
         return inbox
 
     def enqueue(self, message: Any, timeout_s: float) -> None:
-        """To everybody, each in its own time."""
+        """To all readers, each with its own delay."""
         for inbox in self._readers.values():
             inbox.deliver(message, self._process.cluster.delay())
 
     def drop_reader(self, reader: str) -> None:
-        """This one hears no more."""
         inbox = self._readers.pop(reader, None)
         if inbox is not None:
             inbox.close("dropped by the engine")
 
     def shutdown(self) -> None:
-        """The engine goes."""
         for inbox in self._readers.values():
             inbox.close("the engine is gone")
         self._readers.clear()
@@ -82,7 +78,6 @@ class Link(_Link):
     """A rank, attached."""
 
     def look(self) -> Look | None:
-        """See _Link."""
         rank = cast(RankProcess, self.page)
         return rank.look() if rank.alive else None
 
@@ -97,16 +92,16 @@ class SimFleet(Fleet):
         super().__init__(clock=process.clock, parts=(cast(Any, self.bell), cast(Any, self.steps), self.mask_page))
         self._wake = cast(Any, Bell(self._join_soon))
 
-    def on_death(self, key: Rank) -> None:
-        """The robust futex of a rank was let go of."""
+    def on_death(self, key: RankId) -> None:
+        """The kernel released the robust futex of a rank."""
         self._on_death(key, DetectedBy.ROBUST_FUTEX)
 
-    def detach(self, key: Rank) -> None:
-        """See Fleet. Who lives and has its place is not let go of: it would never come back."""
+    def detach(self, key: RankId) -> None:
+        """See Fleet. A live rank that is assigned must not be detached: it would never come back."""
         for assignment in self._process.cluster.store.state.assignments.values():
             kept = any(spec.id == key for spec in assignment.ranks)
-            lives = key in self._process.cluster.ranks
-            require(not (kept and lives), f"the engine lets go of rank {key.rank}, which lives and has its place")
+            alive = key in self._process.cluster.ranks
+            require(not (kept and alive), f"the engine detaches rank {key.rank}, which is alive and assigned")
         super().detach(key)
 
     def _join_soon(self) -> None:
@@ -125,7 +120,7 @@ class SimFleet(Fleet):
         answers.ring = self._doorbell.ring
         return Link(answers.rank.key, cast(Any, answers), cast(Any, answers.rank), ExitStack())
 
-    def _lose(self, key: Rank, source: DetectedBy, at: float) -> list[RankLost]:
+    def _lose(self, key: RankId, source: DetectedBy, at: float) -> list[RankLost]:
         rank = self._process.cluster.ranks.get(key)
         if rank is not None and key in self._links:
             ill = rank.stopped or rank.ill_until > self._clock() - 1.0

@@ -1,4 +1,4 @@
-"""A gateway with the shipped link and journal, its connections to engines, and clients who compare with the oracle."""
+"""A gateway with the shipped link and journal, its connections to engines, and clients that compare with the oracle."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
-from chaos.simulation.laws import require
+from chaos.simulation.invariants import require
+from chaos.simulation.kv_model import oracle
 from chaos.simulation.process import Process
-from chaos.simulation.ranks import oracle
 from elastic.gateway.engine_link import EngineLink, LinkSettings, Target
 from elastic.gateway.journal import Delta, Request
 from elastic.protocol import Hello, Submit, ToEngine, ToGateway
@@ -28,8 +28,8 @@ _decoder = msgspec.msgpack.Decoder(ToEngine)
 
 
 @dataclass
-class Ask:
-    """A client's request, and what it got."""
+class ClientRequest:
+    """A client's request, and what it has received."""
 
     submit: Submit
     expected: tuple[list[int], str]
@@ -38,10 +38,9 @@ class Ask:
     on_token: Any = None
     clock: Any = None
     asked_at: float = 0.0
-    patience_s: float = 0.0  # nobody may refuse it sooner
+    patience_s: float = 0.0  # a refusal before that is a violation
 
     def deliver(self, request_id: str, news: Delta | RequestError) -> None:
-        """Called by the link."""
         require(not self.ended, f"request {request_id} goes on after its end")
         if isinstance(news, RequestError):
             require(news.status == 503, f"request {request_id} ended with {news.status}: {news}")
@@ -60,7 +59,7 @@ class Ask:
 
 
 class Connection:
-    """One connection of a gateway to an engine. A message arrives late, in order, or not at all."""
+    """One connection of a gateway to an engine. Messages arrive late and in order, or are lost."""
 
     def __init__(self, gateway: GatewayProcess, server: SimServer, engine: EngineProcess, number: int) -> None:
         self.name = b"c%d" % number
@@ -70,7 +69,7 @@ class Connection:
         server.connections[self.name] = self
 
     def send(self, data: bytes) -> Connection:
-        """As a socket does; returns what has a callback."""
+        """As a socket does. Returns an object that takes a callback."""
         self._there = max(self._there, self._gateway.clock.now + self._gateway.cluster.delay())
         self._gateway.clock.after(self._there - self._gateway.clock.now, self._arrive, _decoder.decode(data))
         return self
@@ -87,7 +86,7 @@ class Connection:
             self._server.receive(self.name, message)
 
     def served(self) -> None:
-        """The engine begins to serve: what has waited is the gateway's greeting."""
+        """The engine begins to serve, and gets the greeting that has waited in its socket."""
         self._engine.after(0.001, self._received, Hello("gateway"))
 
     def to_gateway(self, message: ToGateway) -> bool:
@@ -100,10 +99,10 @@ class Connection:
 
     def _come(self, message: ToGateway) -> None:
         if self.alive and not self.cut:
-            self._gateway.after(0.0, self._gateway.heard, self, message)
+            self._gateway.after(0.0, self._gateway.received, self, message)
 
     def broken(self) -> None:
-        """It ends, and the gateway is told; what was on its way is lost."""
+        """It ends and the gateway is notified. Messages on their way are lost."""
         if self.alive:
             self.alive = False
             self._server.connections.pop(self.name, None)
@@ -113,18 +112,18 @@ class Connection:
 class GatewayProcess(Process):
     """One gateway process."""
 
-    def __init__(self, cluster: Cluster, life: int) -> None:
-        super().__init__(cluster, f"gateway {life}")
+    def __init__(self, cluster: Cluster, number: int) -> None:
+        super().__init__(cluster, f"gateway {number}")
         self.link = EngineLink(self.name, SETTINGS, clock=self.clock)
         self.mirror: Mirror | None = None
         self.connection: Connection | None = None
-        self.asks: dict[str, Ask] = {}
+        self.requests: dict[str, ClientRequest] = {}
         self._target: Target | None = None
         self._ping_at = self._retry_at = 0.0
         self.after(self.random.uniform(0.0, 0.05), self._tick)
 
     def turn(self) -> None:
-        """Follow the token; keep one connection to who holds it."""
+        """Follow the engine's token, and keep one connection to the engine that holds it."""
         try:
             if self.mirror is None:
                 self.mirror = Mirror(self.client, self.cluster.keys.cluster, clock=self.clock, background=False)
@@ -147,14 +146,13 @@ class GatewayProcess(Process):
             self.link._socket = cast(Any, self.connection)
             self._ping_at = now
 
-    def heard(self, connection: Connection, message: ToGateway) -> None:
-        """Something has arrived; what comes from others than our engine says nothing."""
+    def received(self, connection: Connection, message: ToGateway) -> None:
+        """A message has arrived. Only those of the engine in office count."""
         if connection is self.connection and self._target is not None and message.engine_token == self._target.token:
             self.link._last_message_at = self.clock.now
             self.link._handle(message)
 
     def disconnected(self, connection: Connection) -> None:
-        """Our socket says so."""
         if connection is self.connection:
             self._disconnect()
 
@@ -167,42 +165,38 @@ class GatewayProcess(Process):
             self._retry_at = self.clock.now + RECONNECT_S
 
     def reset(self) -> bool:
-        """The connection breaks; whether there was one."""
-        there = self.connection is not None
-        if self.connection is not None:
-            self.connection.broken()
-        return there
+        """Break the connection; whether there was one."""
+        if self.connection is None:
+            return False
+        self.connection.broken()
+        return True
 
     # --- clients
 
-    def ask(self, name: str, prompt: list[int], max_tokens: int) -> bool:
-        """A client asks for something; False if it is turned away, as a full or leaving gateway does."""
+    def submit(self, name: str, prompt: list[int], max_tokens: int) -> None:
         request = Request(id=name, prompt=prompt, sampling=Sampling(), max_tokens=max_tokens)
         submit = request.submission()
-        found = Ask(
+        found = ClientRequest(
             submit, oracle(submit), on_token=self.cluster.count_tokens, clock=self.clock, asked_at=self.clock.now,
             patience_s=self.cluster.config.coverage_deadline_s,
         )  # fmt: skip
-        self.asks[name] = self.cluster.asks[name] = found
+        self.requests[name] = self.cluster.requests[name] = found
         self.link.open(cast(Any, found), [request])
-        return True
 
     def abort(self, name: str) -> None:
-        """The client goes away."""
-        self.asks[name].ended = "aborted"
+        self.requests[name].ended = "aborted"
         self.link.close(name)
 
     @property
     def open(self) -> list[str]:
-        """Requests that have not ended."""
-        return [name for name, ask in self.asks.items() if not ask.ended]
+        return [name for name, ask in self.requests.items() if not ask.ended]
 
     def die(self) -> None:
-        """The streams that it was serving end (this is not promised otherwise)."""
+        """Its streams end with it; nothing else is promised."""
         if self.alive:
             super().die()
             for name in self.open:
-                self.asks[name].ended = "broken"
+                self.requests[name].ended = "broken"
             if self.connection is not None:
                 self.connection.alive = False
                 self.connection._server.connections.pop(self.connection.name, None)

@@ -1,4 +1,4 @@
-"""A node: its agent as shipped, over an executor whose ranks are simulated processes. The agent's end is their end."""
+"""A node: the shipped agent over an executor whose ranks are simulated processes. They end with their agent."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 from msgspec.structs import replace as changed
 
-from chaos.simulation.laws import Rank, require
+from chaos.simulation.invariants import require
 from chaos.simulation.process import Process
 from chaos.simulation.rank import RankProcess
 from membership.base.enums import DetectedBy
 from membership.base.errors import ElasticError, RankDied, RankFailed, StoreUnavailable, WaitTimeout
+from membership.base.rank_id import RankId
 from membership.store.mirror import Mirror
 from workers.agent.agent import Agent
 from workers.agent.decide import relief
@@ -29,12 +30,11 @@ TICK_S = 0.15
 READY_S = (0.03, 0.2)
 KILL_AFTER_S = 3.0
 GRACE_S = 20.0
-_NO_RANK = Rank(0, 0)
-OnStarted = Callable[[Rank, Any], None]
+OnStarted = Callable[[RankId, Any], None]
 
 
 class Handle:
-    """What the agent holds of a rank that is ready."""
+    """The agent's handle of a rank that is ready."""
 
     def __init__(self, rank: RankProcess) -> None:
         self.child = self.liveness = rank
@@ -46,49 +46,47 @@ class Handle:
 class Pending:
     """A call under way."""
 
-    future: Future[dict[Rank, Any]]
-    key: Rank = _NO_RANK
+    future: Future[dict[RankId, Any]]
+    key: RankId
 
 
 class SimExecutor:
-    """The agent's hands (see workers/agent/executor.py)."""
+    """In place of workers/agent/executor.py."""
 
     def __init__(self, host: Host, *args: Any, **kwargs: Any) -> None:
-        self.workers: dict[Rank, Handle] = {}
+        self.workers: dict[RankId, Handle] = {}
         self._host = host
-        self._starting: dict[Rank, tuple[RankProcess, OnStarted]] = {}
-        self._going: set[Rank] = set()
+        self._starting: dict[RankId, tuple[RankProcess, OnStarted]] = {}
+        self._going: set[RankId] = set()
         self._calls: list[Pending] = []
         self._on_death: Callable[[Death], None] = lambda death: None
         self._on_exit: Callable[[int, int], None] = lambda pid, status: None
 
     def register_failure_callback(self, callback: Callable[[Death], None]) -> None:
-        """Who hears of deaths."""
         self._on_death = callback
 
     def register_exit_callback(self, callback: Callable[[int, int], None]) -> None:
-        """Who hears how processes ended."""
         self._on_exit = callback
 
-    def start(self, keys: Collection[Rank], timeout_s: float, on_started: OnStarted) -> None:
-        """Fork ranks; each is ready a little later."""
+    def start(self, keys: Collection[RankId], timeout_s: float, on_started: OnStarted) -> None:
+        """Fork ranks, each of which is ready a little later."""
         for key in keys:
             rank = self._host.cluster.fork(key, self._host)
             self._starting[key] = (rank, on_started)
             rank.after(rank.random.uniform(*READY_S), self._ready, key)
             self._host.after(timeout_s, self._not_ready, key, WaitTimeout(f"rank {key[0]} was not ready"))
 
-    def _ready(self, key: Rank) -> None:
+    def _ready(self, key: RankId) -> None:
         self._host.after(0.001, self._started, key)
 
-    def _started(self, key: Rank) -> None:
+    def _started(self, key: RankId) -> None:
         found = self._starting.pop(key, None)
         if found is not None:
             self.workers[key] = Handle(found[0])
             found[1](key, self.workers[key])
             self._host.wake(0.0)
 
-    def _not_ready(self, key: Rank, error: ElasticError) -> None:
+    def _not_ready(self, key: RankId, error: ElasticError) -> None:
         found = self._starting.pop(key, None)
         if found is not None:
             found[0].die()
@@ -96,9 +94,8 @@ class SimExecutor:
             self._host.wake(0.0)
 
     def submit(
-        self, method: str, args: tuple[Any, ...] = (), *, keys: Collection[Rank] = (), timeout_s: float = 60.0
+        self, method: str, args: tuple[Any, ...] = (), *, keys: Collection[RankId] = (), timeout_s: float = 60.0
     ) -> Pending:
-        """Call one rank."""
         (key,) = keys
         call = Pending(Future(), key)
         worker = self.workers.get(key)
@@ -126,7 +123,6 @@ class SimExecutor:
             self._host.wake(0.0)
 
     def died(self, rank: RankProcess) -> None:
-        """The kernel says that a process has ended."""
         self._host.after(0.001, self._bury, rank)
         self._host.after(0.004, self._exited, rank)
 
@@ -146,8 +142,8 @@ class SimExecutor:
         self._on_exit(rank.pid, rank.status)
         self._host.wake(0.0)
 
-    def retire(self, keys: Collection[Rank], on_ended: Callable[[Rank], None], *, kill: bool = False) -> None:
-        """End ranks; who has died before is told of as any death."""
+    def retire(self, keys: Collection[RankId], on_ended: Callable[[RankId], None], *, kill: bool = False) -> None:
+        """End ranks. One that has died before is reported as any death."""
         for key in keys:
             if key in self._starting:
                 self._host.after(0.001, self._starting[key][0].die)
@@ -157,32 +153,30 @@ class SimExecutor:
                 after_s = 0.001 if kill else KILL_AFTER_S if rank.stopped else 0.02
                 self._host.after(after_s, self._end, rank, on_ended)
 
-    def _end(self, rank: RankProcess, on_ended: Callable[[Rank], None]) -> None:
+    def _end(self, rank: RankProcess, on_ended: Callable[[RankId], None]) -> None:
         rank.die()
         self._forget(rank.key)
         on_ended(rank.key)
         self._host.wake(0.0)
 
-    def forget(self, key: Rank) -> None:
-        """Let go of a rank that has ended."""
+    def forget(self, key: RankId) -> None:
         self._host.after(0.0, self._forget, key)
 
-    def _forget(self, key: Rank) -> None:
+    def _forget(self, key: RankId) -> None:
         self.workers.pop(key, None)
         self._going.discard(key)
 
     def shutdown(self) -> None:
-        """All ranks end."""
         for rank in [r for r in self._host.cluster.ranks.values() if r.host is self._host]:
             rank.die()
 
 
 class SimAgent(Agent):
-    """As shipped; whom it buries is looked at."""
+    """As shipped, with a check of each eviction: the rank must have been stopped or hung."""
 
     host: Host
 
-    def _bury(self, key: Rank, reason: str) -> None:
+    def _bury(self, key: RankId, reason: str) -> None:
         rank = self.host.cluster.ranks.get(key)
         if rank is not None and "heartbeat" in reason:
             ill = rank.stopped or rank.ill_until > self.host.clock.now - 0.5
@@ -191,10 +185,10 @@ class SimAgent(Agent):
 
 
 class Host(Process):
-    """One life of a node's agent."""
+    """One agent process of a node."""
 
-    def __init__(self, cluster: Cluster, node: str, life: int) -> None:
-        super().__init__(cluster, f"agent {node}.{life}")
+    def __init__(self, cluster: Cluster, node: str, number: int) -> None:
+        super().__init__(cluster, f"agent {node}.{number}")
         self.node = node
         self.mirror: Mirror | None = None
         self.agent: SimAgent | None = None
@@ -204,7 +198,7 @@ class Host(Process):
         self.after(self.random.uniform(0.0, 0.05), self._tick)
 
     def turn(self) -> None:
-        """Look at the store, do what is due, write what is to be known."""
+        """Follow the store, take a turn of the agent, and write the records that are due."""
         try:
             if self.agent is None:
                 self._begin()
@@ -238,7 +232,7 @@ class Host(Process):
         return self.registrar
 
     def leave(self) -> bool:
-        """SIGTERM: it asks to be relieved of its ranks; whether that is new."""
+        """SIGTERM: it asks to be relieved of its ranks. False if it is leaving already."""
         if self.agent is None or self.leaves_by:
             return False
         self.leaves_by = self.clock.now + GRACE_S
@@ -256,7 +250,7 @@ class Host(Process):
                 self.die()
 
     def die(self) -> None:
-        """Its ranks read their death pipes; who is stopped does so when it goes on."""
+        """Its ranks see their death pipes close; a stopped one does so when it resumes."""
         if self.alive:
             super().die()
             for rank in [rank for rank in self.cluster.ranks.values() if rank.host is self]:

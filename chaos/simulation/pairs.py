@@ -1,4 +1,4 @@
-"""Every ordered pair of kinds of faults, one right after the other: a walk over all of them, cut into lives.
+"""Every ordered pair of kinds of faults, one right after the other: a walk over all of them, cut into episodes.
 
 The walk is an Eulerian circuit of the complete graph of kinds (with loops): each ordered pair is one of its edges.
 """
@@ -10,23 +10,18 @@ from functools import lru_cache
 from random import Random
 from typing import Protocol
 
-WINDOW = 3  # so many happenings later a fault still meets what the one before has done
+WINDOW = 3  # two faults count as a pair if the second is at most this many events later
 
 Pair = tuple[str, str]
 
 
-class Happened(Protocol):
-    """A step of a life."""
+class Executed(Protocol):
+    """A step of an episode: its kind, and what it did ("" if nothing)."""
 
     @property
-    def kind(self) -> str:
-        """What."""
-        ...
-
+    def kind(self) -> str: ...
     @property
-    def told(self) -> str:
-        """What it did; "" if nothing."""
-        ...
+    def outcome(self) -> str: ...
 
 
 def walk(kinds: Sequence[str], part: int, length: int) -> list[str]:
@@ -38,7 +33,7 @@ def walk(kinds: Sequence[str], part: int, length: int) -> list[str]:
 
 
 def parts(kinds: Sequence[str], length: int) -> int:
-    """How many pieces make up the whole walk."""
+    """The number of pieces of the whole walk."""
     return -(-(len(kinds) ** 2) // (length - 1))
 
 
@@ -56,10 +51,10 @@ def _circuit(kinds: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(reversed(path))[:-1]
 
 
-def pairs_of(steps: Sequence[Happened], kinds: Iterable[str]) -> set[Pair]:
-    """The ordered pairs of faults that met: both took effect, the second at most WINDOW happenings later."""
+def pairs_of(steps: Sequence[Executed], kinds: Iterable[str]) -> set[Pair]:
+    """The ordered pairs of faults that met: both took effect, the second at most WINDOW events later."""
     known = set(kinds)
-    real = [step.kind if step.told and step.kind in known else "" for step in steps]
+    real = [step.kind if step.outcome and step.kind in known else "" for step in steps]
     return {
         (first, second) for at, first in enumerate(real) if first for second in real[at + 1 : at + 1 + WINDOW] if second
     }

@@ -1,4 +1,4 @@
-"""One process of the cluster: it may be killed, or stopped for a while, and what is to be done later asks whether."""
+"""One process of the cluster. It may be killed or stopped, and calls that are due later respect that."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 class Died(Exception):
-    """A process ends in the middle of what it does."""
+    """Raised in a process to end it in the middle of a call."""
 
 
 class Process:
-    """Whatever runs by itself. `skew_s`: how far its time of day is off."""
+    """Anything that runs by itself. `skew_s`: the error of its wall clock."""
 
     def __init__(self, cluster: Cluster, name: str) -> None:
         self.cluster, self.name, self.clock = cluster, name, cluster.clock
@@ -27,54 +27,48 @@ class Process:
         self.client = Client(cluster.store, name, self.random)
         self.alive = True
         self.stopped = False
-        self.ill_until = -1.0  # when it was last seen stopped or hung
+        self.ill_until = -1.0  # when it was last stopped or hung
         self.skew_s = 0.0
         self._held: deque[tuple[Call, tuple[Any, ...]]] = deque()
         self._woken = False
 
     def wall(self) -> float:
-        """The time of day as this process has it."""
         return WALL_S + self.clock.now + self.skew_s
 
     def after(self, delay_s: float, call: Call, *args: Any) -> None:
-        """Do that later, if it lives then; not while it is stopped."""
-        self.clock.after(delay_s, self._do, call, args)
+        """Call later: not if it is dead by then, and not before it resumes if it is stopped."""
+        self.clock.after(delay_s, self.do, call, *args)
 
     def wake(self, delay_s: float = 0.002) -> None:
-        """Have `turn` called soon; asked for again, it is called once."""
+        """Call `turn` soon; once, however often this is called before."""
         if not self._woken:
             self._woken = True
             self.after(delay_s, self._awake)
 
     def turn(self) -> None:
-        """What it does when it wakes."""
+        """What it does when it wakes up."""
 
     def die(self) -> None:
-        """It ends at once."""
         self.alive = False
         self._held.clear()
 
     def stop(self) -> None:
-        """SIGSTOP."""
         self.stopped = True
 
     def resume(self) -> None:
-        """SIGCONT: everything that came meanwhile, now."""
+        """SIGCONT. Everything that became due meanwhile is done now."""
         if self.stopped:
             self.stopped, self.ill_until = False, self.clock.now
             while self._held and self.alive and not self.stopped:
                 call, args = self._held.popleft()
-                self._do(call, args)
+                self.do(call, *args)
 
     def _awake(self) -> None:
         self._woken = False
         self.turn()
 
     def do(self, call: Call, *args: Any) -> None:
-        """It does that now."""
-        self._do(call, args)
-
-    def _do(self, call: Call, args: tuple[Any, ...]) -> None:
+        """Call now, or when it resumes."""
         if not self.alive:
             return
         if self.stopped:
@@ -83,5 +77,5 @@ class Process:
         self.cluster.running = self
         try:
             call(*args)
-        except (Died, FaultInjected):  # an error that nobody expects ends a process too
+        except (Died, FaultInjected):  # an unexpected error ends a process too
             self.die()

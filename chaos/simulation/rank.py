@@ -1,7 +1,7 @@
 """A simulated rank process: the shipped worker and engine port, in a main loop that does one thing at a time.
 
-Calls of its agent and messages of its engine wait for each other; a step waits for peers that do not answer. It may be
-stopped, hang in native code, be slow, or die at any moment.
+Calls of its agent and messages of its engine are served one at a time; a step waits for peers that do not answer. It
+may be stopped, hang in native code, be slow, or die at any moment.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 from chaos.simulation.exchange import Bank, Runner, SimExchange
-from chaos.simulation.laws import Rank, Violation
+from chaos.simulation.invariants import Violation
 from chaos.simulation.process import Process
 from membership.base import failpoints
 from membership.base.errors import CoverageLost, ElasticError, Fenced, QueueClosed
+from membership.base.rank_id import RankId
 from membership.store.records import View
 from workers.exchange.base import StepContext
 from workers.fleet.watchdog import Look
@@ -42,7 +43,6 @@ class SimPreparation:
         self.view, self.ready, self.running, self.stopped = view, False, True, False
 
     def stop(self) -> None:
-        """Give it up."""
         self.stopped, self.ready, self.running = True, False, False
 
 
@@ -65,11 +65,10 @@ class SimWorker(EPWorker):
         self._view, self._preparing, self._engine_token, self._left = View(epoch=0), {}, 0, set()
 
     def attach_mask(self, handle: bytes) -> None:
-        """Use this engine's live mask."""
         self._mask = self._process.cluster.masks[handle]
 
     def prepare_epoch(self, view: View, peers: dict[int, tuple[int, bytes]]) -> Preparation:
-        """As shipped, but for the thread."""
+        """As shipped, without the thread."""
         for epoch, preparation in list(self._preparing.items()):
             if preparation.running:
                 preparation.stop()
@@ -80,15 +79,14 @@ class SimWorker(EPWorker):
         return made
 
     def copy_blocks(self, order: CopyBlocks) -> int:
-        """As far as the host has room: two blocks at a time."""
+        """Two blocks at a time, as if the host had no room for more."""
         try:
             return self._process.cluster.kv.copy(order, piece=2).blocks
-        except Violation as violation:  # whoever asked takes any error for the copy's
-            self._process.cluster.broken(violation)
+        except Violation as violation:  # the caller takes any error for the copy's
+            self._process.cluster.report(violation)
             raise
 
     def execute_model(self, batch: StepBatch) -> Any:
-        """As shipped."""
         self.runner.batch = batch
         return super().execute_model(batch)
 
@@ -102,7 +100,7 @@ class Inbox:
         self._rank, self._last = rank, 0.0
 
     def deliver(self, message: Any, delay_s: float) -> None:
-        """In order, after a while."""
+        """Messages arrive in order, each after its delay."""
         clock = self._rank.clock
         self._last = max(self._last, clock.now + delay_s)
         clock.after(self._last - clock.now, self._put, message)
@@ -113,22 +111,20 @@ class Inbox:
             self._rank.wake(0.0)
 
     def close(self, why: str) -> None:
-        """The engine is gone, or has dropped us: known at once."""
+        """The engine is gone, or has dropped this rank."""
         self.closed = why
         self._rank.wake(0.001)
 
     def pending(self) -> bool:
-        """Whether there is anything to hear."""
+        """Whether there is a message, or the end."""
         return bool(self.messages or self.closed)
 
     def try_dequeue(self) -> Any:
-        """See workers/queue/message_queue.py."""
         if self.closed:
             raise QueueClosed(self.closed)
         return self.messages.popleft() if self.messages else None
 
     def shutdown(self) -> None:
-        """We leave."""
         self.closed = "left"
 
 
@@ -140,11 +136,11 @@ class Outbox:
         self.items: deque[Any] = deque()
         self.ring: Callable[[], None] = lambda: None
         self.left = False
-        self.ended = False  # and whoever listens can know it
+        self.ended = False  # the end has reached the engine
         self._last = 0.0
 
     def enqueue(self, message: Any, timeout_s: float) -> None:
-        """What was said before a death stays said."""
+        """Delivered even if the rank dies on the way."""
         clock = self.rank.clock
         self._last = max(self._last, clock.now + self.rank.cluster.delay())
         clock.after(self._last - clock.now, self._put, message)
@@ -158,21 +154,19 @@ class Outbox:
         return self
 
     def encode(self) -> bytes:
-        """Its name."""
         return self.name
 
     def pending(self) -> bool:
-        """Whether something has arrived, or nothing more will."""
+        """Whether there is a message, or the end."""
         return bool(self.items) or self.ended
 
     def try_dequeue(self) -> Any:
-        """See workers/queue/message_queue.py."""
         if not self.items and self.ended:
             raise QueueClosed("the rank has left")
         return self.items.popleft() if self.items else None
 
     def shutdown(self) -> None:
-        """The rank leaves; what it has said arrives before that shows."""
+        """The rank leaves. What it has sent arrives before its end does."""
         self.left = True
         self.rank.clock.after(max(0.0, self._last - self.rank.clock.now), self._end)
 
@@ -199,15 +193,15 @@ class Port(EnginePort):
 
     @property
     def head(self) -> Any:
-        """The next message, left where it is."""
+        """The next message, which stays in the queue."""
         inbox = cast(Inbox, self._steps)
         return inbox.messages[0] if self._steps is not None and inbox.messages and not inbox.closed else None
 
 
 class RankProcess(Process):
-    """One incarnation of a rank. It is also its own liveness page."""
+    """One incarnation of a rank, which is also its own liveness page."""
 
-    def __init__(self, cluster: Cluster, key: Rank, host: Host) -> None:
+    def __init__(self, cluster: Cluster, key: RankId, host: Host) -> None:
         super().__init__(cluster, f"rank {key[0]}.{key[1]}")
         self.key, self.host, self.pid = key, host, cluster.next_pid()
         self.born, self.steps, self.slow, self.hang = self.clock.now, 0, 1.0, ""
@@ -217,7 +211,7 @@ class RankProcess(Process):
         self.status = 0
         self._calls: deque[tuple[str, tuple[Any, ...], Reply]] = deque()
         self._busy = self._waits = False
-        self._heard = 0
+        self._served = 0
         self._paused_at, self._paused_s = 0.0, 0.0
 
     # --- its liveness page
@@ -229,21 +223,18 @@ class RankProcess(Process):
 
     @property
     def beats(self) -> int:
-        """See workers/protocol/liveness.py."""
         return int((self.clock.now - self.born if self.hang == "native" else self._ran_s) / BEAT_S)
 
     @property
     def turns(self) -> int:
-        """See workers/protocol/liveness.py."""
-        return 1 + self._heard + int(self._ran_s / TURN_S)
+        return 1 + self._served + int(self._ran_s / TURN_S)
 
     @property
     def waited_s(self) -> float:
-        """See workers/protocol/liveness.py."""
         return self._ran_s / 2
 
     def look(self) -> Look:
-        """What /proc and the page say now."""
+        """What /proc and the liveness page show now."""
         computes = self._busy and not self._waits and not self.stopped
         state = "S" if self.hang else "T" if self.stopped else "R" if computes else "S"
         return Look(state, self._ran_s if computes else 0.0, False, 0.0, self.beats, self.steps, self.turns)
@@ -252,7 +243,6 @@ class RankProcess(Process):
 
     @property
     def busy(self) -> bool:
-        """Whether it computes a step, or a call."""
         return self._busy
 
     def stop(self, hang: str = "") -> None:
@@ -262,7 +252,6 @@ class RankProcess(Process):
             self.hang, self._paused_at = hang, self.clock.now
 
     def resume(self) -> None:
-        """It goes on."""
         if self.stopped:
             self._paused_s += self.clock.now - self._paused_at
             self.hang = ""
@@ -271,7 +260,7 @@ class RankProcess(Process):
                 self.die()  # it reads its death pipe
 
     def die(self, status: int = -9) -> None:
-        """Its process ends; the kernel tells whoever watches."""
+        """Its process ends; the kernel notifies agent and engines."""
         if self.alive:
             super().die()
             self.status = status
@@ -279,14 +268,13 @@ class RankProcess(Process):
             self.cluster.rank_died(self)
 
     def call(self, method: str, args: tuple[Any, ...], reply: Reply) -> None:
-        """Its agent asks for something."""
         self._calls.append((method, args, reply))
         self.wake(0.0)
 
     # --- its main loop
 
     def turn(self) -> None:
-        """Take what there is, one after the other, until something takes time."""
+        """Serve calls and messages one after another, until one takes time."""
         while self.alive and not self._busy:
             if self._calls:
                 self._begin_call(*self._calls.popleft())
@@ -300,7 +288,7 @@ class RankProcess(Process):
         return bool(batch.ranks.get(self.key[0])) and batch.engine_token == self.port.token
 
     def _serve(self) -> bool:
-        self._heard += 1
+        self._served += 1
         try:
             return self.port.serve()
         except Fenced:
@@ -308,7 +296,7 @@ class RankProcess(Process):
             return False
 
     def _step(self) -> None:
-        """The step's end, unless a peer keeps it waiting, or the queue is gone."""
+        """End the step, unless a peer keeps it waiting."""
         batch = self.port.head
         self._waits = isinstance(batch, StepBatch) and self._mine(batch) and self._kept_waiting(batch)
         if self._waits:
@@ -321,7 +309,7 @@ class RankProcess(Process):
         self.turn()
 
     def _kept_waiting(self, batch: StepBatch) -> bool:
-        """Whether a peer that is asked for rows does nothing."""
+        """Whether a peer that must answer for rows is stopped."""
         found = self.worker._preparing.get(batch.epoch)
         view = self.worker._view if self.worker._view.epoch == batch.epoch else found.view if found else None
         if view is None or self.worker._refuse(batch):
@@ -331,7 +319,7 @@ class RankProcess(Process):
             asked = self.exchange.asked(ctx, batch.ranks[self.key[0]])
         except CoverageLost:
             return False
-        peers = {Rank(parcel.rank, ctx.incarnations[parcel.rank]) for _, parcel in asked} - {self.key}
+        peers = {RankId(parcel.rank, ctx.incarnations[parcel.rank]) for _, parcel in asked} - {self.key}
         return any(self.cluster.ranks[peer].stopped for peer in peers)
 
     def _begin_call(self, method: str, args: tuple[Any, ...], reply: Reply) -> None:
@@ -363,7 +351,7 @@ class RankProcess(Process):
         return "kernel"
 
     def _prepared(self, made: Preparation, args: tuple[Any, ...], reply: Reply, limit: float) -> None:
-        """Experts are loaded; links to all peers take as long as the peers do."""
+        """Experts are loaded. Links to all peers take as long as the peers do."""
         view, peers = args
         try:
             failpoints.hit("rank.before.prepare", self.key[0])
@@ -378,7 +366,7 @@ class RankProcess(Process):
             cast(Any, made).running = False
             reply(None, "no memory")
             return
-        others = {Rank(rank, incarnation) for rank, (incarnation, _) in peers.items()} - {self.key}
+        others = {RankId(rank, incarnation) for rank, (incarnation, _) in peers.items()} - {self.key}
         reached = {peer for peer in others if peer in self.cluster.ranks and not self.cluster.ranks[peer].stopped}
         if reached == others:
             self.exchange.links |= others

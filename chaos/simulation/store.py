@@ -1,6 +1,6 @@
-"""The simulated store, and each process's own way to it: cut off, or answering with "unknown" after it did it, or not.
+"""The simulated store, and each process's client of it, which may be cut off or lose the answers to its writes.
 
-The store is the in-memory fake with its leases on virtual time. Who wrote last is noted: promises are about writers.
+The store is the in-memory fake with leases in virtual time. It notes which process wrote last, for the invariants.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ R = TypeVar("R")
 
 
 class Unlocked:
-    """In place of a lock: there is one thread, and nobody waits."""
+    """In place of a lock: there is only one thread."""
 
     def __enter__(self) -> None:
-        """Enter."""
+        """Nothing to take."""
 
     def __exit__(self, *exc: object) -> None:
-        """Leave."""
+        """Nothing to release."""
 
     def notify_all(self) -> None:
-        """Nobody waits."""
+        """Nothing waits."""
 
 
 class SimStore(MemoryStore):
-    """Tells of each change, and who made it."""
+    """Reports each change and its author."""
 
     def __init__(self, clock: Clock, keys: Keys) -> None:
         super().__init__(clock)
@@ -50,7 +50,6 @@ class SimStore(MemoryStore):
 
     @property
     def state(self) -> ClusterState:
-        """The truth at this moment."""
         if self._known.revision != self._revision:
             self._reading.list(self._items.values())
             self._known = self._reading.state(self._revision)
@@ -62,7 +61,7 @@ class SimStore(MemoryStore):
             held.expires_at = self._clock() + held.ttl_s
 
     def lapse(self, random: Random) -> str:
-        """End a lease; a key that was under it, "" if there is none."""
+        """End a lease. Returns a key that was attached to it, "" if there is no lease."""
         held = [(sorted(lease.keys)[0], number) for number, lease in self._leases.items() if lease.keys]
         if not held:
             return ""
@@ -73,12 +72,12 @@ class SimStore(MemoryStore):
         return key.removeprefix(self._keys.prefix)
 
     def pass_time(self) -> None:
-        """Leases run out, whoever asks for what."""
+        """End the leases that have run out."""
         if not self._outage:
             self._enter()
 
     def _enter(self) -> None:
-        """As in the fake, but that leases are looked at once in a moment."""
+        """As in the fake, except that leases are checked only once at any time."""
         if self._expired_at != self._sim_clock.now:
             self._expired_at = self._sim_clock.now
             for lease in [lease for lease, held in self._leases.items() if held.expires_at <= self._expired_at]:
@@ -100,60 +99,49 @@ class Client:
 
     def __init__(self, store: SimStore, name: str, random: Random) -> None:
         self._store, self._name, self._random = store, name, random
-        self.cut = False  # no way to the store
+        self.cut = False  # from the store
         self._current = (-1, -1)  # (revision, breaks) of the store when a mirror last took its turn here
-        self.doubtful = 0  # so many more writes are answered by silence, whether they took effect or not
+        self.doubtful = 0  # number of writes whose answers will be lost, whether they take effect or not
 
     @property
     def seen(self) -> str:
-        """See Store."""
         return self._store.seen
 
     def get(self, key: str) -> KeyValue | None:
-        """See Store."""
         return self._reach().get(key)
 
     def range(self, prefix: str) -> tuple[int, tuple[KeyValue, ...]]:
-        """See Store."""
         return self._reach().range(prefix)
 
     def put(self, key: str, value: bytes, lease: int = 0) -> int:
-        """See Store."""
         return self._write(lambda store: store.put(key, value, lease))
 
     def delete(self, key: str) -> bool:
-        """See Store."""
         return self._write(lambda store: store.delete(key))
 
     def txn(self, compares: Sequence[Compare], success: Sequence[Op], failure: Sequence[Op] = ()) -> TxnResult:
-        """See Store."""
         return self._write(lambda store: store.txn(compares, success, failure))
 
     def grant(self, ttl_s: float) -> int:
-        """See Store."""
         return self._write(lambda store: store.grant(ttl_s))
 
     def keepalive(self, lease: int, timeout_s: float | None = None) -> float:
-        """See Store."""
         return self._write(lambda store: store.keepalive(lease, timeout_s))
 
     def revoke(self, lease: int) -> None:
-        """See Store."""
         self._write(lambda store: store.revoke(lease))
 
     def watch(self, prefix: str, start_revision: int) -> Watch:
-        """See Store."""
         return SimWatch(self, self._reach().watch(prefix, start_revision))
 
     def compact(self, revision: int) -> None:
-        """See Store."""
         self._reach().compact(revision)
 
     def close(self) -> None:
-        """See Store; others go on using the store."""
+        """Other processes go on using the store."""
 
     def follow(self, mirror: Mirror) -> None:
-        """Have the process's mirror take its turn, unless nothing has happened since its last."""
+        """Let the process's mirror take a turn, unless nothing has happened since the last one."""
         store = self._store
         store.pass_time()
         current = (store._revision, store._breaks)
@@ -162,13 +150,13 @@ class Client:
             self._current = (mirror.state().revision, store._breaks)
 
     def check(self) -> None:
-        """StoreUnavailable while there is no way."""
+        """StoreUnavailable while it is cut off."""
         if self.cut:
             raise StoreUnavailable(f"{self._name} is cut off from the store")
 
     def _reach(self) -> SimStore:
         self.check()
-        self._store.pass_time()  # what runs out now is nobody's doing
+        self._store.pass_time()  # what expires now has no author
         self._store.author = self._name
         return self._store
 
@@ -182,16 +170,14 @@ class Client:
 
 
 class SimWatch:
-    """A watch that ends when the way to the store is cut."""
+    """A watch that breaks when its process is cut off."""
 
     def __init__(self, client: Client, watch: Watch) -> None:
         self._client, self._watch = client, watch
 
     def next(self, timeout_s: float) -> WatchBatch | None:
-        """See Watch."""
         self._client.check()
         return self._watch.next(timeout_s)
 
     def close(self) -> None:
-        """See Watch."""
         self._watch.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from chaos.simulation.ranks import EOS, Ranks, oracle
+from chaos.simulation.kv_model import EOS, KvModel, oracle
 from elastic.engine.scheduler import Output, Scheduler
 from elastic.protocol import Rejected, Submit
 from membership.store.records import ClusterConfig, Member, View
@@ -64,7 +64,7 @@ def ask(name: str, prompt: list[int], max_tokens: int = 5, **more: object) -> Su
     return Submit(name, prompt, Sampling(), max_tokens, **more)  # type: ignore[arg-type]
 
 
-def drive(scheduler: Scheduler, ranks: Ranks, client: Client, members: dict[int, int], now: float = 0.0) -> int:
+def drive(scheduler: Scheduler, ranks: KvModel, client: Client, members: dict[int, int], now: float = 0.0) -> int:
     """Run steps until nothing is left; returns how many."""
     steps = 0
     while (batch := scheduler.schedule(now)) is not None:

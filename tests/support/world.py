@@ -1,7 +1,7 @@
 """A cluster in miniature: agents, ranks and an engine act on a MemoryStore under a virtual clock.
 
 Controllers are real as far as it matters: the product's planner, transactions and fences. Whenever a view is committed
-the invariants are checked: epochs rise by one, every expert has a holder, members have prepared it, nobody who was
+the invariants are checked: epochs rise by one, every expert has a holder, members have prepared it, no rank that was
 evicted is back.
 """
 
@@ -13,9 +13,9 @@ from random import Random
 
 from msgspec.structs import replace
 
-from chaos.simulation import promises
-from chaos.simulation.laws import Laws, Rank, keep, require
-from chaos.simulation.laws import Violation as Violation
+from chaos.simulation.invariants import Invariants, early, idle, require, require_none
+from chaos.simulation.invariants import Violation as Violation
+from membership.base.rank_id import RankId
 from membership.operations.change import Change, scale
 from membership.operations.operations import propose
 from membership.planning.controller import transaction
@@ -66,11 +66,11 @@ class World:
     def __post_init__(self) -> None:
         self.keys = Keys(self.config.cluster)
         self._reading = Reading()
-        self.processes: set[Rank] = set()  # that run, whatever their records say
+        self.processes: set[RankId] = set()  # that run, whatever their records say
         self.put(self.keys.config, self.config)
         self.put(self.keys.desired, Desired(ranks=self.desired))
-        self.laws = Laws(self.config, self.epochs)
-        self.gone: set[Rank] = set()  # members that died with their agent: only the engine can tell
+        self.invariants = Invariants(self.config, self.epochs)
+        self.gone: set[RankId] = set()  # members that died with their agent: only the engine can tell
         self.deaths: dict[int, int] = {}
         for node in self.nodes:
             self.start_agent(node)
@@ -90,16 +90,16 @@ class World:
         return self._reading.state(revision)
 
     @property
-    def evicted(self) -> set[Rank]:
+    def evicted(self) -> set[RankId]:
         """Members that are out for good."""
-        return self.laws.evicted
+        return self.invariants.evicted
 
     @property
     def serving(self) -> tuple[int, ...]:
         view = self.state.view
         return view.ranks if view else ()
 
-    # --- who can come and go
+    # --- processes that come and go
 
     def start_agent(self, node: str) -> None:
         self.now += 0.001
@@ -154,9 +154,9 @@ class World:
 
     def mask(self, *ranks: int) -> None:
         state, epoch = self.state, self.epochs[-1]
-        told = state.engine_status
-        if told is not None and (told.token, told.epoch) == (state.engine_token, epoch):
-            ranks = tuple(sorted({*ranks, *told.masked}))  # within an epoch nobody is unmasked
+        published = state.engine_status
+        if published is not None and (published.token, published.epoch) == (state.engine_token, epoch):
+            ranks = tuple(sorted({*ranks, *published.masked}))  # within an epoch no rank is unmasked
         status = EngineStatus(token=state.engine_token, epoch=epoch, masked=ranks)
         self.put(self.keys.engine_status, status)
 
@@ -212,22 +212,22 @@ class World:
         masked = {m.rank for m in state.view.members if m.id in self.gone}
         if status is not None and (status.token, status.epoch) == (state.engine_token, state.view.epoch):
             masked |= set(status.masked)
-        told = EngineStatus(
+        published = EngineStatus(
             token=state.engine_token,
             epoch=state.view.epoch,
             masked=tuple(sorted(masked)),
             vacated_revision=0 if self.crowded or state.next is None else state.next_revision,
         )
-        if told != status:
-            self.put(self.keys.engine_status, told)
-        return told != status
+        if published != status:
+            self.put(self.keys.engine_status, published)
+        return published != status
 
     def controller_acts(self, state: ClusterState | None = None, token: int = 0) -> bool:
         """The controller that holds (or held) `token` looks at `state` and does one thing. True: it took effect."""
         state = state or self.state
         acted, effects = False, reconcile(state, self.now)
         if not effects and state.revision == self.state.revision:
-            keep(promises.idle(state, self.now))
+            require_none(idle(state, self.now))
         for effect in effects:
             compares, ops = transaction(effect, state, self.keys)
             fence = Compare(self.keys.leader, "create", "=", token or self.token)
@@ -241,7 +241,7 @@ class World:
     def settle(
         self, random: Random | None = None, rounds: int = 600, until: Callable[[], bool] = lambda: False
     ) -> None:
-        """Let everybody act, and time pass, until nothing happens any more (or `until`). Fails if that never comes."""
+        """Let all processes act and time pass until nothing happens (or `until`). Violation if that takes too long."""
         for _ in range(rounds):
             if until():
                 return
@@ -259,9 +259,9 @@ class World:
     # --- what must hold
 
     def _check(self, before: ClusterState, after: ClusterState) -> None:
-        keep(promises.early(before, after, self.now))
+        require_none(early(before, after, self.now))
         view = after.view
-        if self.laws.changed(before, after) and view is not None:
+        if self.invariants.changed(before, after) and view is not None:
             for member in view.members:
                 record = after.ranks.get(member.id)
                 prepared = record is not None and record.prepared_revision == before.next_revision
@@ -269,7 +269,7 @@ class World:
 
     def assert_whole(self, count: int) -> None:
         """The cluster is as asked for, with nothing left over."""
-        self.laws.whole(self.state, count)
+        self.invariants.whole(self.state, count)
 
 
 def phases(operation: Operation) -> list[Phase]:

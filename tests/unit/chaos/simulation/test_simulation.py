@@ -1,4 +1,4 @@
-"""Simulated lives: no promise breaks, a seed is one life to the bit, and a guard taken out of the product is missed."""
+"""Simulated episodes: no invariant breaks, a seed is one episode to the bit, and a missing guard is noticed."""
 
 from __future__ import annotations
 
@@ -13,68 +13,68 @@ from typer.testing import CliRunner
 
 from chaos.cli.main import app
 from chaos.cli.simulate import kept
+from chaos.simulation.campaign import Progress, SimulationReceipt, simulate
+from chaos.simulation.episode import Episode, Step, run_episode, setup
 from chaos.simulation.faults import FAULTS
-from chaos.simulation.life import Life, Step, live, setup
-from chaos.simulation.minimise import minimise, promise
+from chaos.simulation.minimise import invariant_of, minimise
 from chaos.simulation.pairs import pairs_of, parts, walk
-from chaos.simulation.swarm import Progress, SimulationReceipt, simulate
 from elastic.engine.scheduler import Scheduler
 from membership.base.errors import ConfigError
 
 pytestmark = pytest.mark.unit
 
-LIVES = 200  # in which a planted bug must show
+EPISODES = 200  # in which a mutant must show
 
 
-def test_the_same_seed_is_the_same_life_in_another_process() -> None:
-    program = "import msgspec, chaos.simulation.life as l; print(msgspec.json.encode(l.live(7)).decode())"
+def test_the_same_seed_is_the_same_episode_in_another_process() -> None:
+    program = "import msgspec, chaos.simulation.episode as l; print(msgspec.json.encode(l.run_episode(7)).decode())"
     environ = {**os.environ, "PYTHONHASHSEED": "1"}
     again = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True, env=environ
     )
-    assert msgspec.json.decode(again.stdout, type=Life) == live(7)
-    assert live(8).digest != live(7).digest
+    assert msgspec.json.decode(again.stdout, type=Episode) == run_episode(7)
+    assert run_episode(8).digest != run_episode(7).digest
 
 
-def test_lives_are_lived_again_in_other_processes() -> None:
+def test_episodes_are_run_again_in_other_processes() -> None:
     """Both times in a process of their own, here beyond this one: a pool leaves its tracker behind."""
     command = [sys.executable, "-c", "from chaos.cli.main import main; main()", "simulate", "--jobs", "1", "-o", "json"]
     options = ["--faults", "60", "--seed", "11", "--replays", "3"]
     ran = subprocess.run([*command, *options], capture_output=True, text=True, timeout=60, check=True)
     receipt = msgspec.json.decode(ran.stdout, type=SimulationReceipt)
     assert receipt.ok
-    assert receipt.replayed == min(3, receipt.lives) > 0
+    assert receipt.replayed == min(3, receipt.episodes) > 0
 
 
-def test_what_is_left_of_a_life_is_as_it_was() -> None:
-    """Leaving happenings out changes nothing about what the others draw."""
+def test_what_is_left_of_an_episode_is_as_it_was() -> None:
+    """Leaving events out changes nothing about what the others draw."""
     whole = setup(4).schedule
-    some = live(4, keep=[2, 5])
+    some = run_episode(4, keep=[2, 5])
     assert [(step.index, step.kind) for step in some.steps] == [(i, whole[i].kind) for i in (2, 5)]
     assert [step.at for step in some.steps] == pytest.approx([whole[i].at for i in (2, 5)], abs=0.001)
-    assert live(4, keep=[2, 5]) == some
-    assert live(4, keep=[]).steps == ()
+    assert run_episode(4, keep=[2, 5]) == some
+    assert run_episode(4, keep=[]).steps == ()
 
 
 def test_the_commands() -> None:
     outcome = CliRunner().invoke(app, ["simulate", "--faults", "60", "--jobs", "1", "--seed", "3", "--replays", "0"])
     assert outcome.exit_code == 0, outcome.output
-    assert "no promise broke" in outcome.stdout
+    assert "no invariant broke" in outcome.stdout
     assert "pairs: " in outcome.stdout
     outcome = CliRunner().invoke(app, ["replay", "--seed", "7", "--keep", "1,3", "-o", "json"])
-    assert msgspec.json.decode(outcome.stdout.splitlines()[-1], type=Life) == live(7, keep=[1, 3])
+    assert msgspec.json.decode(outcome.stdout.splitlines()[-1], type=Episode) == run_episode(7, keep=[1, 3])
     outcome = CliRunner().invoke(app, ["replay", "--seed", "7", "--keep", "none"])
-    assert "no promise broke" in outcome.stdout
+    assert "no invariant broke" in outcome.stdout
     with pytest.raises(ConfigError, match="no list of numbers"):
         kept("3,x")
 
 
-def test_a_swarm_of_lives_breaks_no_promise() -> None:
-    told = list[Progress]()
-    receipt = simulate(seed=1, faults=400, jobs=1, tell=told.append)
+def test_a_campaign_breaks_no_invariant() -> None:
+    progress = list[Progress]()
+    receipt = simulate(seed=1, faults=400, jobs=1, on_progress=progress.append)
     assert receipt.ok, receipt.violations
     assert receipt.faults >= 400
-    assert told[-1].lives == receipt.lives
+    assert progress[-1].episodes == receipt.episodes
     assert set(receipt.kinds) >= {"kill-rank", "zombie-controller", "stop-engine", "outage", "change", "skew", "doubt"}
     assert receipt.tokens > receipt.requests > 0
     seen, total = map(int, receipt.pairs.split("/"))
@@ -85,40 +85,40 @@ def test_a_swarm_of_lives_breaks_no_promise() -> None:
 
 def test_the_walk_passes_every_ordered_pair_of_kinds() -> None:
     kinds = ["a", "b", "c", "d", "e"]
-    lives = [walk(kinds, part, 10) for part in range(parts(kinds, 10))]
-    steps = [[Step(i, 0.0, kind, "done") for i, kind in enumerate(names)] for names in lives]
-    assert set().union(*(pairs_of(life, kinds) for life in steps)) == {(a, b) for a in kinds for b in kinds}
+    walks = [walk(kinds, part, 10) for part in range(parts(kinds, 10))]
+    steps = [[Step(i, 0.0, kind, "done") for i, kind in enumerate(names)] for names in walks]
+    assert set().union(*(pairs_of(each, kinds) for each in steps)) == {(a, b) for a in kinds for b in kinds}
     nothing = [Step(0, 0.0, "a", ""), Step(1, 0.0, "b", "done"), Step(2, 0.0, "other", "done")]
     assert pairs_of(nothing, kinds) == set(), "what did not happen, or is no fault, meets nothing"
 
 
 def test_only_the_happenings_that_it_takes_are_left() -> None:
-    """Of those that break the promise only together, none is lost; another broken promise is another finding."""
+    """Of those that break the invariant only together, none is lost; another broken invariant is another finding."""
 
-    def lived(seed: int, keep: Sequence[int], timing: int = 0) -> Life:
+    def run(seed: int, keep: Sequence[int], timing: int = 0) -> Episode:
         steps = tuple(Step(i, float(i), "kill", "done") for i in keep)
         broken = "Violation: epoch 3 follows another" if {3, 17, 40} <= set(keep) else "Violation: other" * (3 in keep)
-        return Life(seed=seed, faults=0, kinds=(), steps=steps, violation=broken)
+        return Episode(seed=seed, faults=0, kinds=(), steps=steps, violation=broken)
 
-    found = minimise(lived(7, range(60)), lived=lived)
+    found = minimise(run(7, range(60)), run=run)
     assert found.keep == (3, 17, 40)
     assert found.complete
     assert found.again == "elastic-chaos replay --seed 7 --keep 3,17,40"
-    assert promise("Violation: epoch 3 follows another") == promise("Violation: epoch 12 follows another")
-    late = minimise(lived(7, range(60)), lived=lived, limit_s=0.0)
+    assert invariant_of("Violation: epoch 3 follows another") == invariant_of("Violation: epoch 12 follows another")
+    late = minimise(run(7, range(60)), run=run, limit_s=0.0)
     assert not late.complete
     assert set(late.keep) >= {3, 17, 40}
 
 
-def test_a_planted_bug_is_shrunk_to_a_few_happenings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_schedule_is_minimised_to_a_few_events(monkeypatch: pytest.MonkeyPatch) -> None:
     requests_die_with_their_rank(monkeypatch)
     broken = first_broken(1)
     found = minimise(broken)
-    assert len(found.happenings) <= 6, found
-    again = live(found.seed, found.keep, timing=found.timing)
+    assert len(found.events) <= 6, found
+    again = run_episode(found.seed, found.keep, timing=found.timing)
     assert again.violation == found.violation != ""
     monkeypatch.undo()
-    assert not live(found.seed, found.keep, timing=found.timing).violation
+    assert not run_episode(found.seed, found.keep, timing=found.timing).violation
 
 
 def requests_die_with_their_rank(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,9 +126,9 @@ def requests_die_with_their_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Scheduler, "_requeue", lambda scheduler, sequence: scheduler._forget(sequence))
 
 
-def first_broken(seed: int) -> Life:
-    """The first life from `seed` on in which a promise breaks."""
-    lives = (live(each) for each in range(seed, seed + LIVES))
-    broken = next((life for life in lives if life.violation), None)
-    assert broken is not None, f"nobody noticed in {LIVES} lives"
+def first_broken(seed: int) -> Episode:
+    """The first episode from `seed` on in which an invariant breaks."""
+    episodes = (run_episode(each) for each in range(seed, seed + EPISODES))
+    broken = next((episode for episode in episodes if episode.violation), None)
+    assert broken is not None, f"no violation in {EPISODES} episodes"
     return broken

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from chaos.simulation.ranks import Ranks
+from chaos.simulation.kv_model import KvModel
 from elastic.engine.adoption import leaving
 from elastic.engine.scheduler import Scheduler
 from membership.base.timing import COPY_TIMEOUT_S
@@ -26,7 +26,7 @@ class Scene:
         self.scheduler = Scheduler(config(kv_blocks=kv_blocks, **changes), TOKEN)
         self.members = dict(enumerate(range(10, 10 + ranks)))
         self.scheduler.set_view(view(1, self.members), [], 0.0)
-        self.ranks, self.client = Ranks(4), Client()
+        self.ranks, self.client = KvModel(4), Client()
         for n in range(requests):
             self.client.submit(self.scheduler, ask(f"r{n}", [5 + n] * prompt, 25, ignore_eos=True), 0.0)
         for _ in range(3):

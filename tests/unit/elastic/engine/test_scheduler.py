@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from chaos.simulation.ranks import Ranks, oracle, reply
+from chaos.simulation.kv_model import KvModel, oracle, reply
 from elastic.engine.scheduler import MAX_FAILURES, Scheduler, uncovered
 from elastic.protocol import Rejected, Submit, Tokens
 from membership.base.errors import ElasticError
@@ -17,13 +17,13 @@ pytestmark = pytest.mark.unit
 
 
 @pytest.fixture
-def served() -> tuple[Scheduler, Ranks, Client]:
+def served() -> tuple[Scheduler, KvModel, Client]:
     scheduler = Scheduler(config(), TOKEN)
     scheduler.set_view(view(1, {0: 10, 1: 11}), [], 0.0)
-    return scheduler, Ranks(4), Client()
+    return scheduler, KvModel(4), Client()
 
 
-def test_requests_finish_exactly_as_the_oracle_says(served: tuple[Scheduler, Ranks, Client]) -> None:
+def test_requests_finish_exactly_as_the_oracle_says(served: tuple[Scheduler, KvModel, Client]) -> None:
     scheduler, ranks, client = served
     for n in range(12):
         client.submit(scheduler, ask(f"r{n}", list(range(4, 5 + 2 * n)), 6 + n), 0.0)
@@ -33,7 +33,7 @@ def test_requests_finish_exactly_as_the_oracle_says(served: tuple[Scheduler, Ran
     assert (scheduler.running, scheduler.waiting) == (0, 0)
 
 
-def test_a_long_prompt_runs_in_chunks_beside_the_decodes_of_others(served: tuple[Scheduler, Ranks, Client]) -> None:
+def test_a_long_prompt_runs_in_chunks_beside_the_decodes_of_others(served: tuple[Scheduler, KvModel, Client]) -> None:
     scheduler, ranks, client = served
     scheduler.set_view(view(2, {0: 10}), [], 0.0)
     client.submit(scheduler, ask("short", [4], 20, ignore_eos=True), 0.0)
@@ -45,7 +45,7 @@ def test_a_long_prompt_runs_in_chunks_beside_the_decodes_of_others(served: tuple
     assert [chunk.sample is None for chunk in batch.ranks[0]] == [False, True]
 
 
-def drive_once(scheduler: Scheduler, ranks: Ranks, client: Client) -> StepBatch:
+def drive_once(scheduler: Scheduler, ranks: KvModel, client: Client) -> StepBatch:
     batch = scheduler.schedule(0.0)
     assert batch is not None
     for result in ranks.run(batch, {0: 10, 1: 11}):
@@ -53,7 +53,7 @@ def drive_once(scheduler: Scheduler, ranks: Ranks, client: Client) -> StepBatch:
     return batch
 
 
-def test_requests_go_to_the_least_loaded_rank(served: tuple[Scheduler, Ranks, Client]) -> None:
+def test_requests_go_to_the_least_loaded_rank(served: tuple[Scheduler, KvModel, Client]) -> None:
     scheduler, ranks, client = served
     for n in range(4):
         client.submit(scheduler, ask(f"r{n}", [5 + n]), 0.0)
@@ -61,7 +61,7 @@ def test_requests_go_to_the_least_loaded_rank(served: tuple[Scheduler, Ranks, Cl
     assert {rank: len(chunks) for rank, chunks in batch.ranks.items()} == {0: 2, 1: 2}
 
 
-def test_a_lost_rank_s_requests_are_computed_again_elsewhere(served: tuple[Scheduler, Ranks, Client]) -> None:
+def test_a_lost_rank_s_requests_are_computed_again_elsewhere(served: tuple[Scheduler, KvModel, Client]) -> None:
     scheduler, ranks, client = served
     for n in range(4):
         client.submit(scheduler, ask(f"r{n}", [5 + n], 12, ignore_eos=True), 0.0)
@@ -83,7 +83,7 @@ def test_a_lost_rank_s_requests_are_computed_again_elsewhere(served: tuple[Sched
     client.check()
 
 
-def test_who_lost_its_rank_goes_before_those_that_have_not_run(served: tuple[Scheduler, Ranks, Client]) -> None:
+def test_who_lost_its_rank_goes_before_those_that_have_not_run(served: tuple[Scheduler, KvModel, Client]) -> None:
     scheduler, ranks, client = served
     for n in range(12):  # eight run, four wait
         client.submit(scheduler, ask(f"r{n}", [5 + n], 12, ignore_eos=True), 0.0)
@@ -94,7 +94,7 @@ def test_who_lost_its_rank_goes_before_those_that_have_not_run(served: tuple[Sch
 
 
 def test_an_answer_has_no_effect_on_a_request_that_was_aborted_or_submitted_again_meanwhile(
-    served: tuple[Scheduler, Ranks, Client],
+    served: tuple[Scheduler, KvModel, Client],
 ) -> None:
     scheduler, ranks, client = served
     for name in ("aborted", "again", "kept"):
@@ -112,7 +112,7 @@ def test_an_answer_has_no_effect_on_a_request_that_was_aborted_or_submitted_agai
     client.check()
 
 
-def test_running_out_of_blocks_preempts_the_youngest(served: tuple[Scheduler, Ranks, Client]) -> None:
+def test_running_out_of_blocks_preempts_the_youngest(served: tuple[Scheduler, KvModel, Client]) -> None:
     scheduler, ranks, client = served
     scheduler.set_view(view(2, {0: 10}), [], 0.0)
     for n in range(3):
@@ -136,7 +136,7 @@ def test_running_out_of_blocks_preempts_the_youngest(served: tuple[Scheduler, Ra
         (ask("a", [1, -1]), "between 0 and 49"),
     ],
 )
-def test_what_can_never_run_is_refused(served: tuple[Scheduler, Ranks, Client], request_: Submit, words: str) -> None:
+def test_what_can_never_run_is_refused(served: tuple[Scheduler, KvModel, Client], request_: Submit, words: str) -> None:
     (refused,) = served[0].submit(request_, 0.0)
     assert isinstance(refused, Rejected)
     assert refused.status == 400
@@ -151,7 +151,7 @@ def test_a_request_larger_than_the_pool_is_refused() -> None:
     assert "KV cache of one rank (12 tokens)" in refused.message
 
 
-def test_resubmission_goes_on_after_what_was_emitted(served: tuple[Scheduler, Ranks, Client]) -> None:
+def test_resubmission_goes_on_after_what_was_emitted(served: tuple[Scheduler, KvModel, Client]) -> None:
     scheduler, ranks, client = served
     whole = ask("r", [4, 9], 10, ignore_eos=True)
     expected, _ = oracle(whole)
@@ -164,7 +164,7 @@ def test_resubmission_goes_on_after_what_was_emitted(served: tuple[Scheduler, Ra
 
 
 def test_answers_to_another_step_token_epoch_or_incarnation_have_no_effect(
-    served: tuple[Scheduler, Ranks, Client],
+    served: tuple[Scheduler, KvModel, Client],
 ) -> None:
     scheduler, ranks, client = served
     client.submit(scheduler, ask("r", [4]), 0.0)
@@ -179,7 +179,7 @@ def test_answers_to_another_step_token_epoch_or_incarnation_have_no_effect(
     assert scheduler.apply(good, 0.0) == [], "the same answer counts once"
 
 
-def test_a_step_is_not_scheduled_over_an_unanswered_one(served: tuple[Scheduler, Ranks, Client]) -> None:
+def test_a_step_is_not_scheduled_over_an_unanswered_one(served: tuple[Scheduler, KvModel, Client]) -> None:
     scheduler, _, client = served
     client.submit(scheduler, ask("r", [4]), 0.0)
     scheduler.schedule(0.0)
@@ -189,7 +189,7 @@ def test_a_step_is_not_scheduled_over_an_unanswered_one(served: tuple[Scheduler,
 
 @pytest.mark.parametrize("status", [StepStatus.COVERAGE_LOST, StepStatus.STALE, StepStatus.FAILED])
 def test_an_unsuccessful_answer_runs_the_same_chunk_again(
-    served: tuple[Scheduler, Ranks, Client], status: StepStatus
+    served: tuple[Scheduler, KvModel, Client], status: StepStatus
 ) -> None:
     scheduler, ranks, client = served
     client.submit(scheduler, ask("r", [4, 5]), 0.0)
@@ -207,7 +207,7 @@ def test_an_unsuccessful_answer_runs_the_same_chunk_again(
     client.check()
 
 
-def test_a_request_that_always_fails_is_given_up_and_others_are_not(served: tuple[Scheduler, Ranks, Client]) -> None:
+def test_a_request_that_always_fails_is_given_up_and_others_are_not(served: tuple[Scheduler, KvModel, Client]) -> None:
     scheduler, ranks, client = served
     scheduler.set_view(view(2, {0: 10}), [], 0.0)
     for name, prompt in (("good", [5]), ("poison", [13]), ("also good", [6])):
@@ -228,7 +228,7 @@ def test_a_request_that_always_fails_is_given_up_and_others_are_not(served: tupl
 
 @pytest.mark.parametrize(("ill", "end"), [({0}, "length"), ({0, 1}, "500 the model failed on this request: x")])
 def test_a_failing_request_is_tried_on_one_other_rank(
-    served: tuple[Scheduler, Ranks, Client], ill: set[int], end: str
+    served: tuple[Scheduler, KvModel, Client], ill: set[int], end: str
 ) -> None:
     scheduler, ranks, client = served
     client.submit(scheduler, ask("r", [4], 3, ignore_eos=True), 0.0)
@@ -241,7 +241,7 @@ def test_a_failing_request_is_tried_on_one_other_rank(
     assert client.ends["r"] == end
 
 
-def test_failures_with_a_suspected_peer_are_not_the_request_s_fault(served: tuple[Scheduler, Ranks, Client]) -> None:
+def test_failures_with_a_suspected_peer_are_not_the_request_s_fault(served: tuple[Scheduler, KvModel, Client]) -> None:
     scheduler, ranks, client = served
     client.submit(scheduler, ask("r", [4]), 0.0)
     now = 0.0
@@ -254,7 +254,7 @@ def test_failures_with_a_suspected_peer_are_not_the_request_s_fault(served: tupl
     client.check()
 
 
-def test_an_ok_answer_without_the_token_is_a_failure(served: tuple[Scheduler, Ranks, Client]) -> None:
+def test_an_ok_answer_without_the_token_is_a_failure(served: tuple[Scheduler, KvModel, Client]) -> None:
     scheduler, ranks, client = served
     client.submit(scheduler, ask("r", [4]), 0.0)
     batch = scheduler.schedule(0.0)
@@ -264,7 +264,7 @@ def test_an_ok_answer_without_the_token_is_a_failure(served: tuple[Scheduler, Ra
     client.check()
 
 
-def test_lost_coverage_holds_all_steps_and_then_rejects(served: tuple[Scheduler, Ranks, Client]) -> None:
+def test_lost_coverage_holds_all_steps_and_then_rejects(served: tuple[Scheduler, KvModel, Client]) -> None:
     scheduler, ranks, client = served
     client.submit(scheduler, ask("early", [4]), 0.0)
     drive_once(scheduler, ranks, client)
@@ -285,7 +285,7 @@ def test_lost_coverage_holds_all_steps_and_then_rejects(served: tuple[Scheduler,
 
 
 def test_a_rank_that_answers_coverage_lost_for_too_long_costs_its_requests_a_503(
-    served: tuple[Scheduler, Ranks, Client],
+    served: tuple[Scheduler, KvModel, Client],
 ) -> None:
     scheduler, _, client = served
     client.submit(scheduler, ask("r", [4]), 0.0)
@@ -304,7 +304,7 @@ def test_uncovered_counts_pairs_without_a_usable_owner() -> None:
     assert [uncovered(both, masked, config()) for masked in ([], [0], [1], [0, 1])] == [0, 1, 1, 4]
 
 
-def test_a_returning_incarnation_starts_with_an_empty_cache(served: tuple[Scheduler, Ranks, Client]) -> None:
+def test_a_returning_incarnation_starts_with_an_empty_cache(served: tuple[Scheduler, KvModel, Client]) -> None:
     scheduler, ranks, client = served
     for n in range(2):
         client.submit(scheduler, ask(f"r{n}", [5 + n], 9, ignore_eos=True), 0.0)

@@ -13,7 +13,7 @@ from random import Random
 import pytest
 from msgspec.structs import replace
 
-from chaos.simulation.ranks import Ranks, oracle, reply
+from chaos.simulation.kv_model import KvModel, oracle, reply
 from elastic.engine.scheduler import Output, Scheduler
 from elastic.gateway.journal import Journal, Request
 from elastic.protocol import Rejected, Submit, Tokens
@@ -47,7 +47,7 @@ class Cluster:
         self.now, self.asked = 0.0, 0
         self.members = {rank: rank + 1 for rank in range(3)}
         self.epoch, self.incarnation, self.changed = 0, 3, False
-        self.scheduler, self.ranks = Scheduler(CONFIG, ENGINE), Ranks(CONFIG.block_size)
+        self.scheduler, self.ranks = Scheduler(CONFIG, ENGINE), KvModel(CONFIG.block_size)
         self.journal, self.got, self.requests = Journal(), dict[str, list[int]](), dict[str, Request]()
         self.journal.resubmissions(ENGINE, 0.0)
         self.inboxes = {rank: deque[StepBatch | CopyBlocks]() for rank in range(3)}
@@ -198,7 +198,7 @@ def test_answers_of_all_earlier_steps_and_engines_have_no_effect() -> None:
     view = View(epoch=1, members=(Member(rank=0, node="a", incarnation=1),), placement={0: EVERYTHING[0]})
     answered: list[StepResult] = []
     for token in (ENGINE, ENGINE + 2):
-        scheduler, ranks, got = Scheduler(CONFIG, token), Ranks(CONFIG.block_size), dict[str, list[int]]()
+        scheduler, ranks, got = Scheduler(CONFIG, token), KvModel(CONFIG.block_size), dict[str, list[int]]()
         scheduler.set_view(view, (), 0.0)
         requests = [
             Submit(f"r{n}", [token, *range(9 * n)], Sampling(), max_tokens=9, ignore_eos=True) for n in range(3)

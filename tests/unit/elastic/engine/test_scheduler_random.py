@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from chaos.simulation.ranks import Ranks, reply
+from chaos.simulation.kv_model import KvModel, reply
 from elastic.engine.scheduler import Scheduler
 from tests.support.rank_model import TOKEN, Client, ask, config, drive, pool_is_whole, view
 from workers.protocol.messages import BlocksCopied, CopyBlocks, StepStatus
@@ -25,7 +25,7 @@ def test_random_histories_lose_duplicate_and_alter_nothing(
 ) -> None:
     chance = random.Random(seed)
     scheduler = Scheduler(config(kv_blocks=kv_blocks, max_seqs=max_seqs, max_batched_tokens=budget), TOKEN)
-    ranks, client, now = Ranks(4), Client(), 0.0
+    ranks, client, now = KvModel(4), Client(), 0.0
     epoch, incarnation, members = 0, 0, dict[int, int]()
     orders, answers = list[CopyBlocks](), list[BlocksCopied]()
     for _ in range(chance.randint(20, 150)):
@@ -78,7 +78,7 @@ def _random_change_of_mind(chance: random.Random, scheduler: Scheduler, client: 
         client.take(scheduler.submit(again, now))
 
 
-def _copy(chance: random.Random, ranks: Ranks, order: CopyBlocks) -> BlocksCopied:
+def _copy(chance: random.Random, ranks: KvModel, order: CopyBlocks) -> BlocksCopied:
     """A rank does its half of a copy: all of it, a part, or nothing."""
     return ranks.copy(order, chance.choice((1, 2, 100)) if not order.arriving else 100, "e" * (chance.random() < 0.05))
 
@@ -94,7 +94,7 @@ def _random_answers(
 
 
 def _random_step(
-    chance: random.Random, scheduler: Scheduler, ranks: Ranks, client: Client, members: dict[int, int], now: float
+    chance: random.Random, scheduler: Scheduler, ranks: KvModel, client: Client, members: dict[int, int], now: float
 ) -> None:
     """One step in which ranks may answer badly, twice, or die before or after they answered."""
     batch = scheduler.schedule(now)

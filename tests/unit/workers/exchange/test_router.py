@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from membership.base.errors import CoverageLost
@@ -140,6 +140,7 @@ def test_a_large_parcel_splits_without_loss(scene: tuple[int, Placement, np.ndar
             check_shape(part, ids)
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # slow only on a machine with other work
 @given(scenes())
 def test_a_row_goes_where_it_would_go_alone_whenever_it_is_asked_again(
     scene: tuple[int, Placement, np.ndarray, int],

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from membership.base.errors import RankError
-from workers.model.kv import KVCache
+from workers.model.cpu.kv_cache import CpuKVCache
 from workers.model.kv_transfer import HEADER_BYTES, take_in, write_out
 
 pytestmark = pytest.mark.unit
@@ -14,8 +14,8 @@ pytestmark = pytest.mark.unit
 BLOCKS, STAMP = 6, (7, 20)
 
 
-def filled(seed: int) -> KVCache:
-    cache = KVCache(layers=2, blocks=BLOCKS, block_size=4, dtype=torch.float32)
+def filled(seed: int) -> CpuKVCache:
+    cache = CpuKVCache(layers=2, blocks=BLOCKS, block_size=4, dtype=torch.float32)
     values = torch.randn(2, 24, 2, 8, generator=torch.Generator().manual_seed(seed))
     for layer in cache.layers:
         layer.write(torch.arange(48), values[0], values[1])
@@ -23,12 +23,12 @@ def filled(seed: int) -> KVCache:
 
 
 @pytest.fixture
-def source() -> KVCache:
+def source() -> CpuKVCache:
     return filled(1)
 
 
 @pytest.fixture
-def copied(source: KVCache) -> memoryview:
+def copied(source: CpuKVCache) -> memoryview:
     """Blocks 1 and 4 of the source, written out under STAMP."""
     room = memoryview(bytearray(HEADER_BYTES + 2 * source.block_bytes))
     write_out(source, [1, 4], lambda nbytes: room, STAMP)
@@ -45,7 +45,7 @@ def test_blocks_of_another_copy_are_refused_and_leave_nothing_behind(
     assert all(torch.equal(mine, before) for mine, before in zip(target.parts, untouched.parts, strict=True))
 
 
-def test_announced_blocks_arrive_unaltered(source: KVCache, copied: memoryview) -> None:
+def test_announced_blocks_arrive_unaltered(source: CpuKVCache, copied: memoryview) -> None:
     target = filled(2)
     take_in(target, [0, 5], copied, STAMP)
     for there, here in zip(source.parts, target.parts, strict=True):

@@ -64,7 +64,7 @@ def steps(port: EnginePort) -> Iterator[MessageQueue]:
     """The queue of engine 20, which the rank has joined."""
     steps = MessageQueue("test-steps", MsgpackCodec(EngineMessage))
     port.attach(20, steps.export_handle().encode(), b"")
-    steps.wait_until_ready([reader_id(*KEY)], timeout_s=WAIT_S)
+    steps.wait_until_ready([reader_id(KEY)], timeout_s=WAIT_S)
     yield steps
     steps.shutdown()
 

@@ -1,4 +1,7 @@
-"""What people do with a simulated cluster. No faults, and not counted as such; each says in words what it did."""
+"""What operators and clients do with a simulated cluster. These are no faults and are not counted as such.
+
+As in `faults.py` each returns a sentence about what it did, or "" if there was nothing to do.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +9,23 @@ from contextlib import suppress
 from random import Random
 
 from chaos.simulation.cluster import Cluster
-from chaos.simulation.faults import NOTHING, Happen
+from chaos.simulation.faults import NOTHING, Action
 from membership.base.errors import ElasticError, OperationConflict, PlanRefused, StoreError
 from membership.operations.change import drain, scale, undrain
 from membership.operations.operations import cancel, propose
 from membership.operations.pause import pause
 from membership.operations.quarantine import unquarantine
 
-DEEDS: dict[str, Happen] = {}
+ACTIONS: dict[str, Action] = {}
 
 
-def deed(happen: Happen) -> Happen:
-    """Its name is its kind."""
-    DEEDS[happen.__name__.replace("_", "-")] = happen
-    return happen
+def action(function: Action) -> Action:
+    """Register it. The function's name is its kind."""
+    ACTIONS[function.__name__.replace("_", "-")] = function
+    return function
 
 
-@deed
+@action
 def change(cluster: Cluster, random: Random) -> str:
     """Scale, drain or undrain, as far as it is possible."""
     state, some = cluster.store.state, random.randint(1, 2)
@@ -44,7 +47,7 @@ def change(cluster: Cluster, random: Random) -> str:
     return f"somebody asks for {request} within {timeout_s:g} s"
 
 
-@deed
+@action
 def call_off(cluster: Cluster, random: Random) -> str:
     """Cancel the operation under way."""
     active = cluster.store.state.active
@@ -56,7 +59,7 @@ def call_off(cluster: Cluster, random: Random) -> str:
     return NOTHING
 
 
-@deed
+@action
 def halt(cluster: Cluster, random: Random) -> str:
     """A pause of planned changes."""
     ttl_s = random.choice([1.0, 20.0])
@@ -66,14 +69,14 @@ def halt(cluster: Cluster, random: Random) -> str:
     return NOTHING
 
 
-@deed
+@action
 def leave(cluster: Cluster, random: Random) -> str:
     """SIGTERM of an agent."""
     host = cluster.hosts[random.choice(cluster.nodes)]
     return f"{host.name} is asked to leave" if host.alive and host.leave() else NOTHING
 
 
-@deed
+@action
 def pardon(cluster: Cluster, random: Random) -> str:
     """End a quarantine."""
     aside = [slot for slot, last in cluster.store.state.exits.items() if last.quarantined]
@@ -85,7 +88,7 @@ def pardon(cluster: Cluster, random: Random) -> str:
     return NOTHING
 
 
-@deed
+@action
 def hang_up(cluster: Cluster, random: Random) -> str:
     """A client goes away."""
     waiting = cluster.gateway.open

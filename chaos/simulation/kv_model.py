@@ -1,10 +1,13 @@
-"""A model of all ranks' KV caches: each chunk's cells are written, a whole sequence is read before it is sampled."""
+"""A model of all ranks' KV caches, and the oracle. Chunks are written, and all of a sequence is read before sampling.
+
+The simulation's ranks compute with it, so it is part of this shipped package; scheduler tests import it from here.
+"""
 
 from __future__ import annotations
 
 import hashlib
 
-from chaos.simulation.laws import require
+from chaos.simulation.invariants import require
 from elastic.protocol import Submit
 from workers.protocol.messages import (
     BlocksCopied,
@@ -28,7 +31,7 @@ def next_token(tokens: list[int], vocab: int = 50) -> int:
 
 
 def oracle(request: Submit) -> tuple[list[int], str]:
-    """What the request must yield, whatever happens on the way."""
+    """What the request must yield in every case: (tokens, finish reason)."""
     output: list[int] = []
     while len(output) < request.max_tokens:
         token = next_token([*request.prompt, *output])
@@ -38,16 +41,15 @@ def oracle(request: Submit) -> tuple[list[int], str]:
     return output, "length"
 
 
-class Ranks:
+class KvModel:
     """All ranks' KV caches, by (rank, incarnation, block, offset)."""
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
         self.cells: dict[tuple[int, int, int, int], Cell] = {}
-        self.on_the_way: dict[tuple[tuple[int, int], tuple[int, int]], tuple[int, list[list[Cell | None]]]] = {}
+        self.in_transit: dict[tuple[tuple[int, int], tuple[int, int]], tuple[int, list[list[Cell | None]]]] = {}
 
     def run(self, batch: StepBatch, incarnations: dict[int, int]) -> list[StepResult]:
-        """All ranks' answers."""
         taken: set[tuple[int, int]] = set()
         for rank, chunks in batch.ranks.items():
             for chunk in chunks:
@@ -57,7 +59,6 @@ class Ranks:
         return [self.answer(batch, rank, incarnations[rank]) for rank in batch.ranks]
 
     def answer(self, batch: StepBatch, rank: int, incarnation: int) -> StepResult:
-        """One rank's answer."""
         sampled = []
         for chunk in batch.ranks[rank]:
             for offset, token in enumerate(chunk.tokens):
@@ -73,18 +74,18 @@ class Ranks:
         return [token for _, token in stored]
 
     def copy(self, order: CopyBlocks, piece: int = 100, error: str = "") -> BlocksCopied:
-        """Half of a move: at most `piece` blocks into or out of the one place for what is on its way."""
+        """Half of a move: at most `piece` blocks into or out of the buffer of one pair of ranks."""
         count = 0 if error else min(len(order.blocks), piece)
         key = order.source, order.target
         if order.arriving and count:
-            number, blocks = self.on_the_way[key]
+            number, blocks = self.in_transit[key]
             count = len(blocks) if number == order.copy else 0
             for block, cells in zip(order.blocks, blocks, strict=True) if count else ():
                 for offset, cell in enumerate(cells):
                     if cell is not None:
                         self.cells[*order.target, block, offset] = cell
         elif count:
-            self.on_the_way[key] = (
+            self.in_transit[key] = (
                 order.copy,
                 [
                     [self.cells.get((*order.source, block, offset)) for offset in range(self.block_size)]
