@@ -18,11 +18,13 @@ from chaos.campaigns.view import picture
 from chaos.cli.shared import progress, show_receipt
 from chaos.target.cluster import ServedCluster
 from chaos.workload.history import save
-from elastic.cli.flags import Output, OutputFlag, reported
+from elastic.cli.command import command
+from elastic.cli.flags import Output, OutputFlag
 
 FRAME_S = 0.25
 
 
+@command
 def demo(
     ranks: Annotated[int, typer.Option(help="Ranks to start with; the demo goes to two more and back.")] = 4,
     seconds: Annotated[float, typer.Option(help="Stream at least this long.")] = 10.0,
@@ -35,16 +37,15 @@ def demo(
     output: OutputFlag = Output.TEXT,
 ) -> None:
     """Serve a MoE model, stream, scale, kill -9 a rank, recover; print the receipt. Exit 1 if a promise broke."""
-    with reported():
-        run = KillRank(seed=seed_of(seed), ranks=ranks, at_least_s=seconds)
-        with tempfile.TemporaryDirectory(prefix="elastic-ep-demo-") as folder:
-            path = model or write_model(Path(folder) / "demo-moe")
-            with ServedCluster(path, ranks, state_dir=Path(folder) / "state") as cluster:
-                _play(cluster, run, plain=plain or output is Output.JSON)
-                receipt = run.receipt(cluster.events())
-        if history is not None:
-            save(history, run.history, run.oracle)
-        show_receipt(receipt, "", output)
+    run = KillRank(seed=seed_of(seed), ranks=ranks, at_least_s=seconds)
+    with tempfile.TemporaryDirectory(prefix="elastic-ep-demo-") as folder:
+        path = model or write_model(Path(folder) / "demo-moe")
+        with ServedCluster(path, ranks, state_dir=Path(folder) / "state") as cluster:
+            _play(cluster, run, plain=plain or output is Output.JSON)
+            receipt = run.receipt(cluster.events())
+    if history is not None:
+        save(history, run.history, run.oracle)
+    show_receipt(receipt, "", output)
 
 
 def write_model(directory: Path) -> Path:

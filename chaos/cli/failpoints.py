@@ -13,7 +13,7 @@ from chaos.campaigns.targets import LocalTarget
 from chaos.cli.shared import ModelFlag, served
 from elastic.cli.command import command
 from elastic.cli.connection import AdminConnection
-from elastic.cli.flags import Output, OutputFlag, reported, write_json
+from elastic.cli.flags import Output, OutputFlag, write_json
 from membership.base.errors import ConfigError
 from membership.base.failpoint_catalogue import POINTS
 
@@ -35,6 +35,7 @@ def failpoints(
         typer.echo(f"actions: {' '.join(found['actions'])}\npoints:\n  " + "\n  ".join(found["points"]))
 
 
+@command
 def failpoint_matrix(
     only: Annotated[str | None, typer.Option(help="Only the failpoints whose names begin with this.")] = None,
     action: Annotated[list[str] | None, typer.Option(help="Only these actions; default: all three.")] = None,
@@ -42,22 +43,21 @@ def failpoint_matrix(
     output: OutputFlag = Output.TEXT,
 ) -> None:
     """A role that dies, raises or hangs at every failpoint, under load. Exit 1 if a promise broke, or none passed."""
-    with reported():
-        cells = every_cell([point for point in POINTS if point.startswith(only or "")], tuple(action or ACTIONS))
-        if not cells:
-            raise ConfigError(f"there is no failpoint {only!r}", hint="see: elastic-chaos failpoints")
-        started = time.monotonic()
-        matrix, total = FailpointMatrix(left=cells), len(cells)
-        with served(model, SMALL, FLAGS) as (cluster, tell):
-            matrix.run(LocalTarget(cluster), tell)
-        results = matrix.results
-        failed = [each for each in results if not each.ok]
-        ok = not failed and len(results) == total
-        if output is Output.TEXT:
-            typer.echo(f"{'every promise held' if ok else 'a promise broke'}: {len(results)} of {total} cells "
-                       f"in {time.monotonic() - started:.0f} s, {len(failed)} failed")  # fmt: skip
-            for each in failed:
-                typer.echo(f"  - {each.point} {each.action}: {each.said}")
-        else:
-            write_json({"ok": ok, "cells": total, "results": results})
-        raise typer.Exit(0 if ok else 1)
+    cells = every_cell([point for point in POINTS if point.startswith(only or "")], tuple(action or ACTIONS))
+    if not cells:
+        raise ConfigError(f"there is no failpoint {only!r}", hint="see: elastic-chaos failpoints")
+    started = time.monotonic()
+    matrix, total = FailpointMatrix(left=cells), len(cells)
+    with served(model, SMALL, FLAGS) as (cluster, tell):
+        matrix.run(LocalTarget(cluster), tell)
+    results = matrix.results
+    failed = [each for each in results if not each.ok]
+    ok = not failed and len(results) == total
+    if output is Output.TEXT:
+        typer.echo(f"{'every promise held' if ok else 'a promise broke'}: {len(results)} of {total} cells "
+                   f"in {time.monotonic() - started:.0f} s, {len(failed)} failed")  # fmt: skip
+        for each in failed:
+            typer.echo(f"  - {each.point} {each.action}: {each.said}")
+    else:
+        write_json({"ok": ok, "cells": total, "results": results})
+    raise typer.Exit(0 if ok else 1)

@@ -10,7 +10,8 @@ from chaos.campaigns.role_matrix import FLAGS, Cell, CellResult, MatrixReceipt, 
 from chaos.campaigns.targets import LocalTarget
 from chaos.cli.shared import ModelFlag, RanksFlag, served
 from chaos.faults.catalogue import FAULTS, Fault
-from elastic.cli.flags import Output, OutputFlag, reported, write_json
+from elastic.cli.command import command
+from elastic.cli.flags import Output, OutputFlag, write_json
 from membership.base.errors import ConfigError
 
 OnlyFlag = Annotated[
@@ -18,6 +19,7 @@ OnlyFlag = Annotated[
 ]
 
 
+@command
 def faults(
     victim: Annotated[str, typer.Option(help="Only faults that it can have: engine, rank, etcd, …")] = "",
     output: OutputFlag = Output.TEXT,
@@ -49,26 +51,26 @@ def _plain(name: str, fault: Fault) -> dict[str, object]:
     }
 
 
+@command
 def role_matrix(
     only: OnlyFlag = None, ranks: RanksFlag = 3, model: ModelFlag = None, output: OutputFlag = Output.TEXT
 ) -> None:
     """Inject every process fault into every role under load. Exit 1 if a cell failed."""
-    with reported():
-        cells = _chosen(only or [])
-        results: list[CellResult] = []
-        while len(results) < len(cells):  # a cell that its cluster does not survive costs one
-            with served(model, ranks, FLAGS, seed=0) as (cluster, tell):
-                matrix = RoleMatrix(left=cells[len(results) :], ranks=ranks)
-                matrix.run(LocalTarget(cluster), tell)
-                results += matrix.results
-        receipt = MatrixReceipt.of(len(cells), results)
-        if output is Output.TEXT:
-            typer.echo(f"{receipt.passed} of {receipt.cells} cells passed in {receipt.seconds} s; "
-                       f"{receipt.requests} requests, "
-                       f"{receipt.broken} of them broke off with their gateway")  # fmt: skip
-        else:
-            write_json(receipt)
-        raise typer.Exit(0 if receipt.ok else 1)
+    cells = _chosen(only or [])
+    results: list[CellResult] = []
+    while len(results) < len(cells):  # a cell that its cluster does not survive costs one
+        with served(model, ranks, FLAGS, seed=0) as (cluster, tell):
+            matrix = RoleMatrix(left=cells[len(results) :], ranks=ranks)
+            matrix.run(LocalTarget(cluster), tell)
+            results += matrix.results
+    receipt = MatrixReceipt.of(len(cells), results)
+    if output is Output.TEXT:
+        typer.echo(f"{receipt.passed} of {receipt.cells} cells passed in {receipt.seconds} s; "
+                   f"{receipt.requests} requests, "
+                   f"{receipt.broken} of them broke off with their gateway")  # fmt: skip
+    else:
+        write_json(receipt)
+    raise typer.Exit(0 if receipt.ok else 1)
 
 
 def _chosen(only: list[str]) -> list[Cell]:

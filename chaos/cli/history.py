@@ -10,28 +10,29 @@ import typer
 from chaos.check.checker import judge, table
 from chaos.record.record import read
 from chaos.workload.history import Saved, compare, load
-from elastic.cli.flags import Output, OutputFlag, reported, write_json
+from elastic.cli.command import command
+from elastic.cli.flags import Output, OutputFlag, write_json
 from membership.base.errors import ConfigError
 
 
+@command
 def check(
     file: Annotated[Path, typer.Argument(help="The record of a run, or a history saved with --history.")],
     output: OutputFlag = Output.TEXT,
 ) -> None:
     """Check the record of a run, promise by promise. Exit 1 if one broke, or if there was nothing to check."""
-    with reported():
-        if not file.is_file():
-            raise ConfigError(f"there is no file {file}")
-        saved = _older(file)
-        if saved is not None:
-            _compare(saved, output)
-        verdict = judge(read(file))
-        if output is Output.JSON:
-            write_json(verdict)
-        else:
-            for line in table(verdict):
-                typer.echo(line)
-        raise typer.Exit(0 if verdict.ok else 1)
+    if not file.is_file():
+        raise ConfigError(f"there is no file {file}")
+    saved = _older(file)
+    if saved is not None:
+        _compare(saved, output)
+    verdict = judge(read(file))
+    if output is Output.JSON:
+        write_json(verdict)
+    else:
+        for line in table(verdict):
+            typer.echo(line)
+    raise typer.Exit(0 if verdict.ok else 1)
 
 
 def _older(file: Path) -> Saved | None:

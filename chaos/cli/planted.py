@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from elastic.cli.flags import Output, OutputFlag, reported, write_json
+from elastic.cli.command import command
+from elastic.cli.flags import Output, OutputFlag, write_json
 from membership.base.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 ROW = "{:<28} {:<9} {:<10} {:>6}  {}"
 
 
+@command
 def planted(
     only: Annotated[list[str] | None, typer.Option(help="Only this mutant. May be repeated.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Number of processes.")] = os.cpu_count() or 1,
@@ -28,22 +30,21 @@ def planted(
     from chaos.mutants.catalogue import MUTANTS
     from chaos.mutants.hunt import hunt
 
-    with reported():
-        unknown = set(only or ()) - {mutant.name for mutant in MUTANTS}
-        if unknown:
-            raise ConfigError(f"no planted bug {sorted(unknown)}", hint="elastic-chaos planted shows all of them")
-        mutants = [mutant for mutant in MUTANTS if not only or mutant.name in only]
-        if output is Output.TEXT:
-            typer.echo(ROW.format("mutant", "caught by", "after", "events", "what it takes away"))
-        receipt = hunt(mutants, jobs, _row if output is Output.TEXT else lambda found: None)
-        if output is Output.JSON:
-            write_json(receipt)
-        else:
-            for broken in receipt.control:
-                typer.echo(f"control failed, so that no catch means anything: {broken}")
-            shortest = f", median of {receipt.median_events:g} events" if receipt.median_events is not None else ""
-            typer.echo(f"{receipt.caught} of {receipt.planted} mutants caught{shortest}, {receipt.seconds:g} s")
-        raise typer.Exit(0 if receipt.ok else 1)
+    unknown = set(only or ()) - {mutant.name for mutant in MUTANTS}
+    if unknown:
+        raise ConfigError(f"no planted bug {sorted(unknown)}", hint="elastic-chaos planted shows all of them")
+    mutants = [mutant for mutant in MUTANTS if not only or mutant.name in only]
+    if output is Output.TEXT:
+        typer.echo(ROW.format("mutant", "caught by", "after", "events", "what it takes away"))
+    receipt = hunt(mutants, jobs, _row if output is Output.TEXT else lambda found: None)
+    if output is Output.JSON:
+        write_json(receipt)
+    else:
+        for broken in receipt.control:
+            typer.echo(f"control failed, so that no catch means anything: {broken}")
+        shortest = f", median of {receipt.median_events:g} events" if receipt.median_events is not None else ""
+        typer.echo(f"{receipt.caught} of {receipt.planted} mutants caught{shortest}, {receipt.seconds:g} s")
+    raise typer.Exit(0 if receipt.ok else 1)
 
 
 def _row(found: Hunted) -> None:

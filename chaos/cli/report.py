@@ -13,10 +13,11 @@ from chaos.record.record import read
 from chaos.report import figures, page
 from chaos.report.promises import checked
 from chaos.report.render import headline
-from elastic.cli.flags import reported
+from elastic.cli.command import command
 from membership.base.errors import ConfigError
 
 
+@command
 def report(
     record: Annotated[Path, typer.Argument(help="The record of a run.", exists=True, dir_okay=False)],
     output: Annotated[
@@ -27,16 +28,15 @@ def report(
     ] = None,
 ) -> None:
     """Draw a run as one self-contained HTML file: verdict, timeline, faults, gaps. Exit 1 if a promise broke."""
-    with reported():
-        lines = list(read(record))
-        found = figures(lines, checked(judge(lines).outcomes))
-        target = output or record.with_suffix(".html")
-        _write(target, page(found).encode())
-        figured = msgspec.json.encode(found)
-        if json is not None and str(json) != "-":
-            _write(json, figured)
-        typer.echo(figured if str(json) == "-" else f"{headline(found)}: {target}")
-        raise typer.Exit(1 if found.verdict == "broke" else 0)
+    lines = list(read(record))
+    found = figures(lines, checked(judge(lines).outcomes))
+    target = output or record.with_suffix(".html")
+    _write(target, page(found).encode())
+    figured = msgspec.json.encode(found)
+    if json is not None and str(json) != "-":
+        _write(json, figured)
+    typer.echo(figured if str(json) == "-" else f"{headline(found)}: {target}")
+    raise typer.Exit(1 if found.verdict == "broke" else 0)
 
 
 def _write(path: Path, content: bytes) -> None:

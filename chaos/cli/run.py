@@ -26,7 +26,7 @@ from chaos.target.cluster import Cluster
 from elastic.cli.client import AdminClient
 from elastic.cli.command import command
 from elastic.cli.connection import AdminConnection
-from elastic.cli.flags import Output, OutputFlag, interruptible, reported, seconds, write_json
+from elastic.cli.flags import Output, OutputFlag, interruptible, seconds, write_json
 from elastic.serve.state_dir import StateDir
 from membership.base.errors import ConfigError, PlanRefused
 
@@ -44,15 +44,15 @@ BudgetFlag = Annotated[float, typer.Option("--max-seconds", min=1, help="Target:
 DEFAULT_ROLES = ",".join(HARMLESS)
 
 
+@command
 def scenarios(output: OutputFlag = Output.TEXT) -> None:
     """The scenarios that there are."""
-    with reported():
-        for scenario in library():
-            faults = list(dict.fromkeys(fault.fault for fault in scenario.faults))
-            if output is Output.JSON:
-                write_json({"name": scenario.name, "about": scenario.about, "faults": faults, "seed": scenario.seed})
-            else:
-                typer.echo(f"{scenario.name:26} {scenario.about}")
+    for scenario in library():
+        faults = list(dict.fromkeys(fault.fault for fault in scenario.faults))
+        if output is Output.JSON:
+            write_json({"name": scenario.name, "about": scenario.about, "faults": faults, "seed": scenario.seed})
+        else:
+            typer.echo(f"{scenario.name:26} {scenario.about}")
 
 
 @command

@@ -11,10 +11,12 @@ import typer
 from chaos.campaigns.campaign import seed_of
 from chaos.simulation.campaign import Progress, SimulationReceipt
 from chaos.simulation.episode import Episode, Step, run_episode
+from elastic.cli.command import command
 from elastic.cli.flags import Output, OutputFlag, write_json
 from membership.base.errors import ConfigError
 
 
+@command
 def simulate(
     faults: Annotated[int, typer.Option(min=1, help="Stop after this number of faults.")] = 20_000,
     seed: Annotated[int | None, typer.Option(help="Of the first episode; the next ones follow.")] = None,
@@ -43,6 +45,7 @@ def simulate(
     raise typer.Exit(0 if receipt.ok else 1)
 
 
+@command
 def replay(
     seed: Annotated[int, typer.Option(help="Of the episode.")],
     keep: Annotated[str, typer.Option(help="Only these of its events, as in 3,17,40; or `none`.")] = "",

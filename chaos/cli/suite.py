@@ -13,10 +13,12 @@ from chaos.campaigns.campaign import seed_of
 from chaos.campaigns.suite import SuiteReceipt, run_suite
 from chaos.campaigns.suite_parts import parts
 from chaos.cli.shared import progress
-from elastic.cli.flags import Output, OutputFlag, reported, write_json
+from elastic.cli.command import command
+from elastic.cli.flags import Output, OutputFlag, write_json
 from membership.base.errors import ConfigError
 
 
+@command
 def suite(
     only: Annotated[list[str] | None, typer.Option(help="Only these parts.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of all that is drawn.")] = None,
@@ -25,22 +27,21 @@ def suite(
     output: OutputFlag = Output.TEXT,
 ) -> None:
     """Everything that proves the promises, part by part, and one table of it. Exit 1 if any goal was missed."""
-    with reported():
-        chosen = seed_of(seed)
-        out.mkdir(parents=True, exist_ok=True)
-        stages = parts(chosen, out, pace)
-        names = [part.name for stage in stages for part in stage]
-        for name in only or ():
-            if name not in names:
-                raise ConfigError(f"there is no part {name!r}", hint=f"there are {', '.join(names)}")
-        typer.echo(f"seed {chosen}", err=True)
-        wanted = [[part for part in stage if part.name in (only or names)] for stage in stages]
-        receipt = run_suite(wanted, chosen, out, progress())
-        if output is Output.JSON:
-            write_json(receipt)
-        else:
-            show(receipt, Console())
-        raise typer.Exit(0 if receipt.ok else 1)
+    chosen = seed_of(seed)
+    out.mkdir(parents=True, exist_ok=True)
+    stages = parts(chosen, out, pace)
+    names = [part.name for stage in stages for part in stage]
+    for name in only or ():
+        if name not in names:
+            raise ConfigError(f"there is no part {name!r}", hint=f"there are {', '.join(names)}")
+    typer.echo(f"seed {chosen}", err=True)
+    wanted = [[part for part in stage if part.name in (only or names)] for stage in stages]
+    receipt = run_suite(wanted, chosen, out, progress())
+    if output is Output.JSON:
+        write_json(receipt)
+    else:
+        show(receipt, Console())
+    raise typer.Exit(0 if receipt.ok else 1)
 
 
 def show(receipt: SuiteReceipt, console: Console) -> None:

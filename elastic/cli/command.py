@@ -18,8 +18,9 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from elastic.cli.flags import reported, seconds, size
+from elastic.cli.flags import fail, seconds, size
 from elastic.serve.options import Kind, Stated, check_options, options_of
+from membership.base.errors import ElasticError
 
 
 def urls(text: str) -> tuple[str, ...]:
@@ -62,10 +63,12 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         for name, (kind, stated) in groups.items():
             values = {each.field: given.pop(each.field) for each in stated}
             given[name] = kind(**{field: value for field, value in values.items() if value is not None})
-        with reported():
+        try:
             for name in groups:
                 check_options(given[name])
             function(**given)
+        except ElasticError as error:
+            raise fail(error) from None
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {each.name: each.annotation for each in parameters}

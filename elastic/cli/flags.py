@@ -61,15 +61,6 @@ def fail(error: ElasticError) -> typer.Exit:
 
 
 @contextmanager
-def reported() -> Iterator[None]:
-    """Turn an ElasticError into one line on stderr and exit status 1."""
-    try:
-        yield
-    except ElasticError as error:
-        raise fail(error) from None
-
-
-@contextmanager
 def interruptible(*numbers: signal.Signals) -> Iterator[threading.Event]:
     """A stop event that Ctrl-C (or these signals) sets while the block runs."""
     stop = threading.Event()

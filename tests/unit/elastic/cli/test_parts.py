@@ -8,7 +8,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from elastic.cli.flags import reported, seconds, size
+from elastic.cli.command import command
+from elastic.cli.flags import seconds, size
 from elastic.cli.main import app, wanted
 from elastic.cli.render import event_line, plan_view
 from elastic.serve.role_process import leases_of, restart_delay_s
@@ -51,14 +52,18 @@ def test_what_is_not_a_size(text: str) -> None:
 
 
 def test_an_error_is_one_line_with_what_to_do_next(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(typer.Exit) as raised, reported():
+    @command
+    def refuse() -> None:
         raise ConfigError("no such\nthing", hint="do this")
+
+    with pytest.raises(typer.Exit) as raised:
+        refuse()
     assert raised.value.exit_code == 1
     assert capsys.readouterr().err == "error: no such thing (do this)\n"
 
 
 def test_every_command_explains_itself() -> None:
-    for command in (
+    for name in (
         "serve",
         "demo-model",
         "status",
@@ -71,7 +76,7 @@ def test_every_command_explains_itself() -> None:
         "controller",
         "gateway",
     ):
-        outcome = CliRunner().invoke(app, [command, "--help"])
+        outcome = CliRunner().invoke(app, [name, "--help"])
         assert outcome.exit_code == 0, outcome.output
         assert "--help" in outcome.output
 
