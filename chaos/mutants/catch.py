@@ -114,9 +114,8 @@ def _run_tests(tree: str, names: Sequence[str]) -> Catch:
     if status == pytest.ExitCode.TESTS_FAILED and not outcomes.wrong and all(hits.values()):
         return Catch(how="; ".join(each[0] for each in hits.values()))
     passed = [f"{name} does not notice" for name, each in hits.items() if not each]
-    return Catch(
-        how="; ".join([*outcomes.wrong, *passed, *outcomes.failed.values()]) or f"pytest: {status}", sure=False
-    )
+    why = outcomes.wrong or [*outcomes.failed.values(), *passed]
+    return Catch(how="; ".join(why) or f"pytest: {status}", sure=False)
 
 
 if __name__ == "__main__":
