@@ -57,7 +57,7 @@ bench: setup  ## the benchmarks whose figures stand in docs/benchmarks.md
 	@$(BIN)/python -m benchmarks.serve
 
 docs: setup  ## write docs/OPTIONS.md and the chart's values from the table of options
-	@$(BIN)/python -m elastic.cli.reference
+	@$(BIN)/python -m docs.reference
 
 format: setup  ## ruff format and the safe fixes
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from elastic.cli.command import command
+from elastic.cli.command import WaitTimeoutFlag, command
 from elastic.cli.connection import Connection
-from elastic.cli.flags import Output, OutputFlag, interruptible, seconds, write_json
-from elastic.serve.options import Kind, Option
+from elastic.cli.flags import Output, OutputFlag, interruptible, write_json
+from elastic.serve.options import Option, option
 from membership.base.errors import PlanRefused
 from membership.base.timing import OPERATION_TIMEOUT_S
 from membership.operations import change as changes
@@ -27,7 +27,8 @@ PLAN_HELP = "Dry run: only show what would change. Exit status: 0 nothing, 2 som
 TIMEOUT_HELP = "Roll back if not committed within this time."
 WAIT_MARGIN_S = 30.0  # how much longer to wait for an operation than its own timeout
 PlanFlag = Annotated[bool, typer.Option("--plan", help=PLAN_HELP)]
-TtlFlag = Annotated[str, typer.Option(help="The pause ends by itself after this time.")]
+TtlFlag = Annotated[float, Option(help="The pause ends by itself after this time.")]
+StepTimeoutFlag = Annotated[float, Option(help="Roll a step back if it is not committed within this time.")]
 RanksArgument = Annotated[list[int], typer.Argument(metavar="RANK...", help="Rank slots.")]
 OpIdArgument = Annotated[str, typer.Argument(metavar="ID", help="Operation id.")]
 
@@ -38,28 +39,24 @@ ops = typer.Typer(help="Show operations, or cancel one.", no_args_is_help=True)
 class ChangeOptions:
     """What every change takes."""
 
-    plan: Annotated[bool, Option(help=PLAN_HELP)] = False
-    wait: Annotated[bool, Option(names=("--wait/--no-wait",), help="Wait until the operation has ended.")] = True
-    if_epoch: Annotated[int | None, Option(help="Refuse unless this is the current epoch.")] = None
-    op_id: Annotated[
-        str | None, Option(help="Operation id, for safe retries: asking again with the same id changes nothing.")
-    ] = None
+    plan: bool = option(False, PLAN_HELP)
+    wait: bool = option(True, "Wait until the operation has ended.", names=("--wait/--no-wait",))
+    if_epoch: int | None = option(None, "Refuse unless this is the current epoch.")
+    op_id: str | None = option(None, "Operation id, for safe retries: asking again with the same id changes nothing.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimedChange(ChangeOptions):
     """What scale and undrain take."""
 
-    timeout_s: Annotated[float, Option(names=("--timeout",), kind=Kind.DURATION, help=TIMEOUT_HELP)] = (
-        OPERATION_TIMEOUT_S
-    )
+    timeout_s: float = option(OPERATION_TIMEOUT_S, TIMEOUT_HELP)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DrainChange(ChangeOptions):
     """What drain takes."""
 
-    timeout_s: Annotated[float, Option(names=("--deadline",), kind=Kind.DURATION, help=TIMEOUT_HELP)] = 90.0
+    timeout_s: float = option(90.0, TIMEOUT_HELP, names=("--deadline",))
 
 
 @command
@@ -164,7 +161,7 @@ def show_operation(
     op_id: OpIdArgument,
     connection: Connection,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the operation to its end.")] = False,
-    timeout: Annotated[str, typer.Option(help="Maximum time to wait.")] = "10m",
+    timeout_s: WaitTimeoutFlag = 600.0,
     output: OutputFlag = Output.TEXT,
 ) -> None:
     """Show an operation: its phases, what it waits for, how it ended. With --wait, exit 1 if it was rolled back."""
@@ -173,7 +170,7 @@ def show_operation(
 
         operation = client.operation(op_id)
         if wait:
-            operation = _wait(client, operation, seconds(timeout), output)
+            operation = _wait(client, operation, timeout_s, output)
         if output is Output.JSON:
             write_json(operation)
         else:
@@ -207,7 +204,7 @@ def cancel_operation(
 @command
 def pause(
     connection: Connection,
-    ttl: TtlFlag = "30m",
+    ttl_s: TtlFlag = 1800.0,
     reason: Annotated[str, typer.Option(help="Shown by status, and to anyone whose change is refused.")] = "",
     output: OutputFlag = Output.TEXT,
 ) -> None:
@@ -215,7 +212,7 @@ def pause(
     with connection.client() as client:
         from membership.operations.pause import paused_words
 
-        paused = client.pause(seconds(ttl), _user(), reason)
+        paused = client.pause(ttl_s, _user(), reason)
         if output is Output.JSON:
             write_json(paused)
         else:
@@ -255,7 +252,7 @@ def rollout(
     before: Annotated[
         int | None, typer.Option(help="Replace this incarnation and earlier ones. Default: all that serve now.")
     ] = None,
-    timeout: Annotated[str, typer.Option(help="Roll a step back if it is not committed within this time.")] = "5m",
+    timeout_s: StepTimeoutFlag = 300.0,
     output: OutputFlag = Output.TEXT,
 ) -> None:
     """Replace all rank processes by new ones, one after the other, while requests keep streaming."""
@@ -266,7 +263,7 @@ def rollout(
         last = last_incarnation(client) if before is None else before
         operation = None
         with Progress(enabled=output is Output.TEXT) as progress:
-            for operation in rollout(client, last, seconds(timeout), stop):
+            for operation in rollout(client, last, timeout_s, stop):
                 progress.update(operation)
                 if output is Output.JSON and not operation.active:
                     write_json(operation)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from elastic.cli.command import command
+from elastic.cli.command import WaitTimeoutFlag, command
 from elastic.cli.connection import Connection
-from elastic.cli.flags import Output, OutputFlag, interruptible, seconds, write_json
+from elastic.cli.flags import Output, OutputFlag, interruptible, write_json
 from membership.base.errors import WaitTimeout
 from membership.store.records import RankState
 
@@ -89,13 +89,13 @@ def unquarantine(
     wait: Annotated[
         bool, typer.Option("--wait/--no-wait", help="Wait until the rank serves, or is quarantined again.")
     ] = True,
-    timeout: Annotated[str, typer.Option(help="Maximum time to wait.")] = "2m",
+    timeout_s: WaitTimeoutFlag = 120.0,
     output: OutputFlag = Output.TEXT,
 ) -> None:
     """Fill a quarantined slot (one whose ranks kept dying) again. Exit 1 if it is quarantined again."""
     with connection.client() as client, interruptible() as stop:
         released = client.unquarantine(rank)
-        state = _settled(client, rank, seconds(timeout), stop) if wait else ""
+        state = _settled(client, rank, timeout_s, stop) if wait else ""
         if output is Output.JSON:
             write_json({"rank": rank, "forgiven": released.forgiven, "state": state or None})
         else:

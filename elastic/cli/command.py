@@ -19,7 +19,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from elastic.cli.flags import fail, seconds, size
-from elastic.serve.options import Kind, Stated, check_options, options_of
+from elastic.serve.options import Kind, Option, Stated, options_of
 from membership.base.errors import ElasticError
 
 
@@ -29,6 +29,7 @@ def urls(text: str) -> tuple[str, ...]:
 
 
 PARSERS: dict[Kind, Callable[[str], Any]] = {Kind.DURATION: seconds, Kind.SIZE: size, Kind.URLS: urls}
+WaitTimeoutFlag = Annotated[float, Option(help="Maximum time to wait.")]
 
 
 def as_text(kind: Kind | None, value: Any) -> Any:
@@ -44,13 +45,21 @@ def as_text(kind: Kind | None, value: Any) -> Any:
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Make a Typer command: flags from its options dataclasses, which are checked; ElasticErrors are reported."""
+    """Make a Typer command. Its flags come from options dataclasses, and from parameters annotated with an `Option`.
+
+    They are checked; an ElasticError becomes one line on stderr.
+    """
     hints = get_type_hints(function, include_extras=True)
     groups: dict[str, tuple[type[Any], tuple[Stated, ...]]] = {}
+    single: list[Stated] = []
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(function).parameters.values():
         kind = hints[parameter.name]
-        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        option = next((each for each in getattr(kind, "__metadata__", ()) if isinstance(each, Option)), None)
+        if option is not None:
+            single.append(Stated(parameter.name, kind.__origin__, parameter.default, False, option))
+            parameters.append(_parameter(single[-1], None))
+        elif dataclasses.is_dataclass(kind) and isinstance(kind, type):
             groups[parameter.name] = kind, tuple(options_of(kind))
             panel = getattr(kind, "PANEL", None)
             parameters += [_parameter(stated, panel) for stated in groups[parameter.name][1]]
@@ -60,12 +69,13 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(function)
     def run(**given: Any) -> None:
-        for name, (kind, stated) in groups.items():
-            values = {each.field: given.pop(each.field) for each in stated}
-            given[name] = kind(**{field: value for field, value in values.items() if value is not None})
         try:
-            for name in groups:
-                check_options(given[name])
+            for each in single:
+                given[each.field] = each.checked(given[each.field])
+            for name, (kind, stated) in groups.items():
+                values = {each.field: given.pop(each.field) for each in stated}
+                stated_values = {e.field: e.checked(values[e.field]) for e in stated if values[e.field] is not None}
+                given[name] = kind(**stated_values)
             function(**given)
         except ElasticError as error:
             raise fail(error) from None
@@ -78,13 +88,13 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 def _parameter(stated: Stated, panel: str | None) -> inspect.Parameter:
     """An option as a parameter that Typer understands, in a panel of the help page."""
     option = stated.option
-    metavar = "|".join(option.choices) if option.choices else option.kind
+    metavar = "|".join(stated.choices) or stated.kind
     settings: dict[str, Any] = {"help": option.help, "envvar": option.env or None, "metavar": metavar}
     settings["rich_help_panel"] = panel
-    if option.kind is not None:
-        settings["parser"] = PARSERS[option.kind]
+    if stated.kind is not None:
+        settings["parser"] = PARSERS[stated.kind]
     info = typer.Argument(**settings) if option.argument else typer.Option(*stated.flags, **settings)
-    default = inspect.Parameter.empty if stated.required else as_text(option.kind, stated.default)
+    default = inspect.Parameter.empty if stated.required else as_text(stated.kind, stated.default)
     keyword_only = inspect.Parameter.KEYWORD_ONLY
-    plain = str if option.kind is not None else stated.type
+    plain = str if stated.kind is not None or stated.choices else stated.type
     return inspect.Parameter(stated.field, keyword_only, default=default, annotation=Annotated[plain, info])

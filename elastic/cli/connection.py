@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from elastic.serve.options import Cluster, Etcd, Option, StateDirectory
+from elastic.serve.options import StateDirOptions, StoreOptions, option
 from elastic.serve.state_dir import ClusterAddress, StateDir
 from membership.base.errors import ConfigError
 
@@ -17,17 +17,15 @@ if TYPE_CHECKING:  # they take long to import, and most processes of a cluster n
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdminConnection:
+class AdminConnection(StateDirOptions):
     """How to reach a gateway's admin port. Without flags: that of the cluster served last on this machine."""
 
     PANEL: ClassVar = "Connection"
 
-    state_dir: StateDirectory = None
-    admin: Annotated[str, Option(env="ELASTIC_ADMIN", help="URL of a gateway's admin port.")] = ""
-    admin_token: Annotated[
-        str,
-        Option(names=("--admin-token", "--token"), env="ELASTIC_ADMIN_TOKEN", help="Bearer token of the admin port."),
-    ] = ""
+    admin: str = option("", "URL of a gateway's admin port.", env="ELASTIC_ADMIN")
+    admin_token: str = option(
+        "", "Bearer token of the admin port.", names=("--admin-token", "--token"), env="ELASTIC_ADMIN_TOKEN"
+    )
 
     def state(self) -> StateDir:
         """The state directory that was named, else that of the cluster served last."""
@@ -45,11 +43,8 @@ class AdminConnection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Connection(AdminConnection):
+class Connection(AdminConnection, StoreOptions):
     """How to reach a cluster: through its store, or through a gateway's admin port."""
-
-    etcd: Etcd = ()
-    cluster: Cluster = ""
 
     @contextmanager
     def client(self) -> Iterator[Client]:

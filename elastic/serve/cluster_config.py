@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 
 from elastic.serve.options import DEFAULTS, MAX_PORT, ServeOptions, check_options
-from membership.base.enums import Device, Dtype, Exactness
 from membership.base.errors import ConfigError, PlanRefused
 from membership.planning.cluster_facts import scale_refusal
 from membership.store.records import ClusterConfig
@@ -26,9 +25,9 @@ def cluster_config(options: ServeOptions) -> ClusterConfig:
         expert_bytes=info.expert_bytes(options.dtype),
         redundancy=options.redundancy,
         max_ranks=options.max_ranks or max(options.ranks, DEFAULTS["max_ranks"]),
-        dtype=Dtype(options.dtype),
-        exactness=Exactness(options.exactness),
-        device=Device(options.device),
+        dtype=options.dtype,
+        exactness=options.exactness,
+        device=options.device,
         max_model_len=min(info.max_position, options.max_model_len or DEFAULTS["max_model_len"]),
         kv_blocks=options.kv_blocks,
         follow_agents=options.follow_agents,

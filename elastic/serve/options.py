@@ -1,8 +1,8 @@
 """The options of `elastic serve` and of the role commands: name, default, help and limits, each stated once.
 
 The command line (`elastic/cli/command.py`), the checks below, the Helm chart and docs/OPTIONS.md
-(`elastic/cli/reference.py`) are all made from these dataclasses. To add an option, add a field here. An option that
-becomes part of the stored cluster configuration takes its default from `ClusterConfig`.
+(`docs/reference.py`) are all made from these dataclasses. To add an option, add a field here. An option that becomes
+part of the stored cluster configuration takes its default from `ClusterConfig`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import msgspec
 
@@ -26,6 +26,7 @@ from membership.store.records import ClusterConfig
 
 DEFAULTS = {each.name: each.default for each in msgspec.structs.fields(ClusterConfig)}
 MAX_PORT = 65_535
+T = TypeVar("T")
 
 
 class Kind(StrEnum):
@@ -47,20 +48,7 @@ class Option:
     env: str = ""
     minimum: float | None = None
     maximum: float | None = None  # only beside a minimum
-    choices: type[StrEnum] | None = None
     helm: str = ""  # path in the chart's values.yaml
-
-    def check(self, flag: str, value: Any) -> None:
-        """ConfigError naming the flag if the value is out of its limits."""
-        if self.choices is not None and value not in list(self.choices):
-            known = ", ".join(self.choices)
-            raise ConfigError(f"{flag} {value}: there is no such choice", hint=f"choose one of {known}")
-        if value is None or self.minimum is None:
-            return
-        if self.maximum is not None and not self.minimum <= value <= self.maximum:
-            raise ConfigError(f"{flag} {value}: it must be from {self.minimum:g} to {self.maximum:.0f}")
-        if not value >= self.minimum:
-            raise ConfigError(f"{flag} {value}: it must be at least {self.minimum:g}")
 
 
 class Stated(msgspec.Struct, frozen=True):
@@ -73,9 +61,43 @@ class Stated(msgspec.Struct, frozen=True):
     option: Option
 
     @property
+    def kind(self) -> Kind | None:
+        """How its text is parsed; a number whose name ends with _s is a duration."""
+        return self.option.kind or (Kind.DURATION if self.type is float and self.field.endswith("_s") else None)
+
+    @property
     def flags(self) -> tuple[str, ...]:
         """All names of the flag, the first one first."""
-        return self.option.names or (f"--{self.field.replace('_', '-')}",)
+        name = self.field.removesuffix("_s") if self.kind is Kind.DURATION else self.field
+        return self.option.names or (f"--{name.replace('_', '-')}",)
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values that there are, if the type is an enumeration."""
+        known = isinstance(self.type, type) and issubclass(self.type, StrEnum)
+        return tuple(self.type) if known else ()
+
+    def checked(self, value: Any) -> Any:
+        """The value in the option's type. ConfigError naming the flag if it is out of its limits."""
+        flag, low, high = self.flags[0], self.option.minimum, self.option.maximum
+        if self.choices:
+            if value not in self.choices:
+                known = ", ".join(self.choices)
+                raise ConfigError(f"{flag} {value}: there is no such choice", hint=f"choose one of {known}")
+            return self.type(value)
+        if value is None or low is None:
+            return value
+        if high is not None and not low <= value <= high:
+            raise ConfigError(f"{flag} {value}: it must be from {low:g} to {high:.0f}")
+        if not value >= low:
+            raise ConfigError(f"{flag} {value}: it must be at least {low:g}")
+        return value
+
+
+def option(default: T, help: str, **details: Any) -> T:
+    """A dataclass field that is an option; `details` are the other fields of `Option`."""
+    described: T = field(default=default, metadata={"option": Option(help=help, **details)})
+    return described
 
 
 def options_of(kind: type[Any]) -> Iterator[Stated]:
@@ -83,198 +105,164 @@ def options_of(kind: type[Any]) -> Iterator[Stated]:
 
     Fields without an `Option` are left out.
     """
-    hints = get_type_hints(kind, include_extras=True)
+    hints = get_type_hints(kind)
     classes = [inspect.get_annotations(each) for each in kind.__mro__]
 
     def inherited_from(each: dataclasses.Field[Any]) -> int:
         return next(index for index, annotations in enumerate(classes) if each.name in annotations)
 
     for each in sorted(dataclasses.fields(kind), key=inherited_from):
-        for option in getattr(hints[each.name], "__metadata__", ()):
-            if isinstance(option, Option):
-                computed = each.default_factory is not dataclasses.MISSING
-                required = each.default is dataclasses.MISSING and not computed
-                default = None if required or computed else each.default
-                yield Stated(each.name, hints[each.name].__origin__, default, required, option)
+        if "option" in each.metadata:
+            computed = each.default_factory is not dataclasses.MISSING
+            required = each.default is dataclasses.MISSING and not computed
+            default = None if required or computed else each.default
+            yield Stated(each.name, hints[each.name], default, required, each.metadata["option"])
 
 
 def check_options(options: Any) -> None:
     """ConfigError naming the first flag whose value is out of its limits, independent of the model."""
     for stated in options_of(type(options)):
-        stated.option.check(stated.flags[0], getattr(options, stated.field))
-
-
-Etcd = Annotated[
-    tuple[str, ...],
-    Option(
-        kind=Kind.URLS,
-        env="ELASTIC_ETCD",
-        helm="etcd.endpoints",
-        help="etcd endpoints, comma-separated. Default: an embedded etcd (serve), or the cluster served last.",
-    ),
-]
-Cluster = Annotated[
-    str,
-    Option(
-        env="ELASTIC_CLUSTER",
-        help="Name of the cluster. Default: the checkpoint directory's name (serve), or the cluster served last.",
-    ),
-]
-StateDirectory = Annotated[
-    Path | None,
-    Option(env="ELASTIC_STATE_DIR", help="Directory of the cluster's address, event history, logs and etcd data."),
-]
+        stated.checked(getattr(options, stated.field))
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoreOptions:
-    """Which store, which cluster in it, and where its files are."""
+class StateDirOptions:
+    """Where a cluster's files are."""
 
-    etcd: Etcd = ()
-    cluster: Cluster = ""
-    state_dir: StateDirectory = None
+    state_dir: Path | None = option(
+        None, "Directory of the cluster's address, event history, logs and etcd data.", env="ELASTIC_STATE_DIR"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreOptions(StateDirOptions):
+    """Which store, and which cluster in it."""
+
+    etcd: tuple[str, ...] = option(
+        (),
+        "etcd endpoints, comma-separated. Default: an embedded etcd (serve), or the cluster served last.",
+        kind=Kind.URLS,
+        env="ELASTIC_ETCD",
+        helm="etcd.endpoints",
+    )
+    cluster: str = option(
+        "",
+        "Name of the cluster. Default: the checkpoint directory's name (serve), or the cluster served last.",
+        env="ELASTIC_CLUSTER",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ListenOptions:
     """Where a gateway listens."""
 
-    host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1"
-    port: Annotated[
-        int,
-        Option(minimum=0, maximum=MAX_PORT, helm="service.port", help="Port of the OpenAI API (0 = any free port)."),
-    ] = 8000
-    admin_port: Annotated[
-        int,
-        Option(
-            minimum=0, maximum=MAX_PORT, helm="service.adminPort", help="Port of the admin API (0 = any free port)."
-        ),
-    ] = 8001
+    host: str = option("127.0.0.1", "Address to listen on.")
+    port: int = option(
+        8000, "Port of the OpenAI API (0 = any free port).", minimum=0, maximum=MAX_PORT, helm="service.port"
+    )
+    admin_port: int = option(
+        8001, "Port of the admin API (0 = any free port).", minimum=0, maximum=MAX_PORT, helm="service.adminPort"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpareOptions:
     """How many spares a host keeps."""
 
-    spares: Annotated[
-        int,
-        Option(minimum=0, help="Warm spares per host: processes with the model loaded, ready to replace a dead rank."),
-    ] = 0
+    spares: int = option(
+        0, "Warm spares per host: processes with the model loaded, ready to replace a dead rank.", minimum=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions(StoreOptions, ListenOptions, SpareOptions):
     """Options of `elastic serve`."""
 
-    model: Annotated[Path, Option(argument=True, helm="model.path", help="Checkpoint directory, Hugging Face format.")]
-    ranks: Annotated[int, Option(minimum=1, helm="ranks", help="Number of expert-parallel ranks at the start.")] = 4
-    max_ranks: Annotated[
-        int | None,
-        Option(help=f"Upper limit for the number of ranks. Default: {DEFAULTS['max_ranks']}, or --ranks if higher."),
-    ] = None
-    follow_agents: Annotated[
-        int, Option(minimum=0, help="Autoscale: run N ranks per registered agent (0 = size is set by `elastic scale`).")
-    ] = DEFAULTS["follow_agents"]
-    redundancy: Annotated[
-        float,
-        Option(minimum=1, helm="redundancy", help="Mean number of ranks that hold an expert (1.25 = 25% more slots)."),
-    ] = DEFAULTS["redundancy"]
-    served_model_name: Annotated[
-        str, Option(helm="model.servedName", help="Model name in the API. Default: name of the checkpoint directory.")
-    ] = ""
-    dtype: Annotated[str, Option(choices=Dtype, helm="dtype", help="Type of weights (auto = the checkpoint's).")] = (
-        DEFAULTS["dtype"]
+    model: Path = field(
+        metadata={"option": Option(argument=True, helm="model.path", help="Checkpoint directory, Hugging Face format.")}
     )
-    exactness: Annotated[
-        str,
-        Option(
-            choices=Exactness,
-            helm="exactness",
-            help="invariant: a request's tokens are the same in any batch and placement. stock: faster kernels.",
-        ),
-    ] = DEFAULTS["exactness"]
-    device: Annotated[str, Option(choices=Device, help="Where ranks compute (auto = a GPU if there is one).")] = (
-        DEFAULTS["device"]
+    ranks: int = option(4, "Number of expert-parallel ranks at the start.", minimum=1, helm="ranks")
+    max_ranks: int | None = option(
+        None, f"Upper limit for the number of ranks. Default: {DEFAULTS['max_ranks']}, or --ranks if higher."
     )
-    max_model_len: Annotated[
-        int | None,
-        Option(
-            minimum=1,
-            helm="maxModelLen",
-            help="Maximum tokens of prompt plus output. Default: the model's limit, at most "
-            f"{DEFAULTS['max_model_len']}.",
-        ),
-    ] = None
-    kv_blocks: Annotated[
-        int, Option(minimum=1, help=f"KV-cache blocks per rank, of {DEFAULTS['block_size']} tokens each.")
-    ] = DEFAULTS["kv_blocks"]
-    restart_intensity: Annotated[
-        int, Option(minimum=1, help="Quarantine a rank slot after this many deaths within --restart-window.")
-    ] = DEFAULTS["restart_intensity"]
-    restart_window_s: Annotated[
-        float, Option(names=("--restart-window",), kind=Kind.DURATION, help="Period in which deaths are counted.")
-    ] = DEFAULTS["restart_window_s"]
-    rebalance_bytes: Annotated[
-        int,
-        Option(
-            names=("--rebalance-budget",),
-            kind=Kind.SIZE,
-            help="Max weights that one background rebalance may load (0 = never rebalance).",
-        ),
-    ] = DEFAULTS["rebalance_bytes"]
-    load_bytes_per_s: Annotated[
-        int,
-        Option(
-            names=("--load-bandwidth",),
-            kind=Kind.SIZE,
-            help="Max checkpoint read rate per host while serving, e.g. 500MB/s (0 = unlimited).",
-        ),
-    ] = DEFAULTS["load_bytes_per_s"]
-    coverage_deadline_s: Annotated[
-        float,
-        Option(
-            names=("--coverage-deadline",),
-            kind=Kind.DURATION,
-            help="Max time a request waits for lost experts before it gets a 503.",
-        ),
-    ] = DEFAULTS["coverage_deadline_s"]
-    ready_timeout_s: Annotated[
-        float, Option(names=("--ready-timeout",), kind=Kind.DURATION, help="Exit if not ready within this time.")
-    ] = 180.0
-    chaos: Annotated[
-        bool, Option(help="For tests only: allow faults to be armed at run time, by file or admin API.")
-    ] = False
+    follow_agents: int = option(
+        DEFAULTS["follow_agents"],
+        "Autoscale: run N ranks per registered agent (0 = size is set by `elastic scale`).",
+        minimum=0,
+    )
+    redundancy: float = option(
+        DEFAULTS["redundancy"],
+        "Mean number of ranks that hold an expert (1.25 = 25% more slots).",
+        minimum=1,
+        helm="redundancy",
+    )
+    served_model_name: str = option(
+        "", "Model name in the API. Default: name of the checkpoint directory.", helm="model.servedName"
+    )
+    dtype: Dtype = option(DEFAULTS["dtype"], "Type of weights (auto = the checkpoint's).", helm="dtype")
+    exactness: Exactness = option(
+        DEFAULTS["exactness"],
+        "invariant: a request's tokens are the same in any batch and placement. stock: faster kernels.",
+        helm="exactness",
+    )
+    device: Device = option(DEFAULTS["device"], "Where ranks compute (auto = a GPU if there is one).")
+    max_model_len: int | None = option(
+        None,
+        f"Maximum tokens of prompt plus output. Default: the model's limit, at most {DEFAULTS['max_model_len']}.",
+        minimum=1,
+        helm="maxModelLen",
+    )
+    kv_blocks: int = option(
+        DEFAULTS["kv_blocks"], f"KV-cache blocks per rank, of {DEFAULTS['block_size']} tokens each.", minimum=1
+    )
+    restart_intensity: int = option(
+        DEFAULTS["restart_intensity"],
+        "Quarantine a rank slot after this many deaths within --restart-window.",
+        minimum=1,
+    )
+    restart_window_s: float = option(DEFAULTS["restart_window_s"], "Period in which deaths are counted.")
+    rebalance_bytes: int = option(
+        DEFAULTS["rebalance_bytes"],
+        "Max weights that one background rebalance may load (0 = never rebalance).",
+        names=("--rebalance-budget",),
+        kind=Kind.SIZE,
+    )
+    load_bytes_per_s: int = option(
+        DEFAULTS["load_bytes_per_s"],
+        "Max checkpoint read rate per host while serving, e.g. 500MB/s (0 = unlimited).",
+        names=("--load-bandwidth",),
+        kind=Kind.SIZE,
+    )
+    coverage_deadline_s: float = option(
+        DEFAULTS["coverage_deadline_s"], "Max time a request waits for lost experts before it gets a 503."
+    )
+    ready_timeout_s: float = option(180.0, "Exit if not ready within this time.")
+    chaos: bool = option(False, "For tests only: allow faults to be armed at run time, by file or admin API.")
     admin_token: str = field(default_factory=lambda: os.environ.get("ELASTIC_ADMIN_TOKEN") or secrets.token_urlsafe(24))
+
+
+NODE = Option(env="ELASTIC_NODE", help="Name of this host in the cluster. Default: the host name.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoleOptions(StoreOptions):
     """Options of the roles that run on a named host: controller and engine."""
 
-    node: Annotated[
-        str, Option(env="ELASTIC_NODE", help="Name of this host in the cluster. Default: the host name.")
-    ] = field(default_factory=socket.gethostname)
+    node: str = field(default_factory=socket.gethostname, metadata={"option": NODE})
 
 
 @dataclass(frozen=True, kw_only=True)
 class AgentOptions(RoleOptions, SpareOptions):
     """Options of `elastic agent`."""
 
-    worker_class: Annotated[str, Option(help="Worker that ranks run, as module:Class.")] = (
-        "workers.rank.worker:EPWorker"
+    worker_class: str = option("workers.rank.worker:EPWorker", "Worker that ranks run, as module:Class.")
+    drain_grace_s: float = option(
+        60.0, "On SIGTERM: max time to hand ranks over to other hosts before exit (0 = exit at once)."
     )
-    drain_grace_s: Annotated[
-        float,
-        Option(
-            names=("--drain-grace",),
-            kind=Kind.DURATION,
-            help="On SIGTERM: max time to hand ranks over to other hosts before exit (0 = exit at once).",
-        ),
-    ] = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class GatewayOptions(StoreOptions, ListenOptions):
     """Options of `elastic gateway`."""
 
-    name: Annotated[str, Option(help="Name of this gateway. Default: host name and process id.")] = ""
+    name: str = option("", "Name of this gateway. Default: host name and process id.")

@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from elastic.cli.command import command
-from elastic.serve.options import Kind, Option, check_options
+from elastic.serve.options import Kind, Option, check_options, option
 from membership.base.enums import Dtype
 from membership.base.errors import ConfigError
 
@@ -20,17 +20,17 @@ pytestmark = pytest.mark.unit
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    endpoints: Annotated[tuple[str, ...], Option(kind=Kind.URLS, env="ELASTIC_TEST_URLS", help="Where.")] = ()
+    endpoints: tuple[str, ...] = option((), "Where.", kind=Kind.URLS, env="ELASTIC_TEST_URLS")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Base):
-    path: Annotated[Path, Option(argument=True, help="What.")]
-    wait_s: Annotated[float, Option(names=("--wait",), kind=Kind.DURATION, help="How long.")] = 90.0
-    budget: Annotated[int, Option(kind=Kind.SIZE, minimum=1, help="How much.")] = 1 << 20
-    dtype: Annotated[str, Option(choices=Dtype, help="Of what type.")] = "auto"
-    node: Annotated[str, Option(help="On which node.")] = field(default_factory=lambda: "computed")
-    port: Annotated[int, Option(minimum=0, maximum=65_535, help="At which port.")] = 0
+    path: Path = field(metadata={"option": Option(argument=True, help="What.")})
+    wait_s: float = option(90.0, "How long.")
+    budget: int = option(1 << 20, "How much.", kind=Kind.SIZE, minimum=1)
+    dtype: Dtype = option(Dtype.AUTO, "Of what type.")
+    node: str = field(default_factory=lambda: "computed", metadata={"option": Option(help="On which node.")})
+    port: int = option(0, "At which port.", minimum=0, maximum=65_535)
     secret: str = "not an option"
 
 
@@ -57,8 +57,9 @@ def test_what_is_given_is_parsed() -> None:
     code, got, _ = run(
         "m", "--wait", "2m", "--budget", "1GiB", "--endpoints", "a,b", "--node", "n", "--dtype", "float32"
     )
-    wanted = Options(path=Path("m"), wait_s=120.0, budget=1 << 30, endpoints=("a", "b"), node="n", dtype="float32")
+    wanted = Options(path=Path("m"), wait_s=120.0, budget=1 << 30, endpoints=("a", "b"), node="n", dtype=Dtype.FLOAT32)
     assert (code, got) == (0, [wanted])
+    assert isinstance(got[0].dtype, Dtype)
 
 
 def test_the_environment_stands_in_for_a_flag() -> None:
@@ -85,13 +86,28 @@ def test_an_error_is_one_line_and_exit_status_1() -> None:
 def test_a_value_out_of_its_limits_is_refused_before_the_command_runs() -> None:
     assert run("m", "--budget", "0") == (1, [], "error: --budget 0: it must be at least 1\n")
     assert run("m", "--port", "70000") == (1, [], "error: --port 70000: it must be from 0 to 65535\n")
+    choice = "error: --dtype int3: there is no such choice (choose one of "
+    assert run("m", "--dtype", "int3")[2].startswith(choice)
+
+
+def test_a_parameter_may_be_an_option_of_its_own() -> None:
+    got: list[float] = []
+
+    @command
+    def go(ttl_s: Annotated[float, Option(help="How long.")] = 60.0) -> None:
+        got.append(ttl_s)
+
+    app = typer.Typer()
+    app.command()(go)
+    assert [CliRunner().invoke(app, each).exit_code for each in ([], ["--ttl", "2m"], ["--ttl", "soon"])] == [0, 0, 2]
+    assert got == [60.0, 120.0]
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         (Options(path=Path("m"), budget=0), "--budget 0: it must be at least 1"),
-        (Options(path=Path("m"), dtype="int3"), "--dtype int3"),
+        (Options(path=Path("m"), dtype="int3"), "--dtype int3"),  # type: ignore[arg-type]
     ],
 )
 def test_limits_are_checked(options: Options, says: str) -> None:

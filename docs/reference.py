@@ -1,6 +1,6 @@
 """What is written from the table of options: docs/OPTIONS.md and the Helm chart's values and schema.
 
-`python -m elastic.cli.reference` in a checkout (`make docs`) rewrites them; a test fails while they differ.
+`python -m docs.reference` in a checkout (`make docs`) rewrites them; a test fails while they differ.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def options_page() -> str:
 
 
 def _row(stated: Stated) -> str:
-    option, default = stated.option, as_text(stated.option.kind, stated.default)
+    option, default = stated.option, as_text(stated.kind, stated.default)
     shown = "" if default is None else f"`{f'{default:g}' if isinstance(default, float) else default}`"
-    choices = f" One of {', '.join(f'`{each}`' for each in option.choices)}." if option.choices else ""
+    choices = f" One of {', '.join(f'`{each}`' for each in stated.choices)}." if stated.choices else ""
     cells = (
         ", ".join(f"`{flag}`" for flag in stated.flags),
         "off" if default is False else shown,
@@ -109,10 +109,10 @@ def chart_schema(text: str) -> str:
 def _limits(stated: Stated) -> dict[str, Any] | None:
     """JSON schema of an option's value; None: any text will do."""
     option = stated.option
-    if option.kind is Kind.URLS:
+    if stated.kind is Kind.URLS:
         return {"type": "array", "items": {"type": "string", "pattern": "^https?://"}}
-    if option.choices is not None:
-        return {"enum": list(option.choices)}
+    if stated.choices:
+        return {"enum": list(stated.choices)}
     if stated.required:
         return {"type": "string", "minLength": 1}
     bounds = {"minimum": option.minimum, "maximum": option.maximum}

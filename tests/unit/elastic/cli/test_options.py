@@ -9,10 +9,7 @@ import msgspec
 import pytest
 import yaml
 
-from elastic.cli.command import PARSERS, as_text
-from elastic.cli.connection import Connection
-from elastic.cli.main import app
-from elastic.cli.reference import (
+from docs.reference import (
     PAGE,
     SCHEMA,
     SECTIONS,
@@ -23,6 +20,9 @@ from elastic.cli.reference import (
     options_page,
     plain_default,
 )
+from elastic.cli.command import PARSERS, as_text
+from elastic.cli.connection import Connection
+from elastic.cli.main import app
 from elastic.serve.options import AgentOptions, GatewayOptions, RoleOptions, ServeOptions, Stated, options_of
 from membership.store.records import ClusterConfig
 from tests.support import ROOT
@@ -57,10 +57,10 @@ def test_a_value_of_the_chart_has_the_options_default_and_reaches_its_flag(state
 def test_a_default_is_within_its_limits_and_can_be_typed(kind: type[Any], stated: Stated) -> None:
     if stated.required or stated.default is None:
         return
-    stated.option.check(stated.flags[0], stated.default)
-    text = as_text(stated.option.kind, stated.default)
-    if stated.option.kind is not None and text is not None:
-        assert PARSERS[stated.option.kind](text) == stated.default
+    stated.checked(stated.default)
+    text = as_text(stated.kind, stated.default)
+    if stated.kind is not None and text is not None:
+        assert PARSERS[stated.kind](text) == stated.default
 
 
 def test_what_is_stored_has_the_same_defaults() -> None:
