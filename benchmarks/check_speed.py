@@ -15,7 +15,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-from chaos.check.checker import judge, table
+from chaos.check.checker import check_record, table
 from chaos.record.record import Answered, AnyLine, Changed, Expected, Header, Read, read, write
 from chaos.workload.history import RequestRecord
 
@@ -111,7 +111,7 @@ def main() -> None:
         for part in (wanted // 2, wanted):
             write(path, islice(lines(), part))
             began, cpu = time.perf_counter(), time.process_time()
-            verdict = judge(read(path))
+            verdict = check_record(read(path))
             took, cpu = time.perf_counter() - began, time.process_time() - cpu
             size = path.stat().st_size / 1e6
             sys.stdout.write(

@@ -23,7 +23,7 @@ from chaos.workload.history import RequestRecord, Verdict, compare
 from chaos.workload.streams import Load, Workload
 from membership.base.errors import ConfigError, ElasticError
 
-Tell = Callable[[str], None]
+Notify = Callable[[str], None]
 LOAD = Load()
 SHOWN = 10  # differences that a receipt shows; all are in the record
 
@@ -84,11 +84,11 @@ class Campaign(ABC):
             raise ConfigError(f"{self.name} needs a cluster on this machine")
         return self.target.cluster
 
-    def run(self, target: Target, tell: Tell = quiet) -> None:
+    def run(self, target: Target, notify: Notify = quiet) -> None:
         """All of it. ElasticError if it could not begin; what goes wrong under load is among `troubles`."""
-        self.target, self.tell = target, tell
+        self.target, self.notify = target, notify
         self.wait_whole()
-        tell("fault-free run of every request (the oracle)")
+        notify("fault-free run of every request (the oracle)")
         model = target.model()
         self.workload = self.load.workload(target.url, model, self.seed)
         self.oracle = {record.prompt: record for record in self.workload.run_once()}
@@ -96,7 +96,7 @@ class Campaign(ABC):
         with self._recorder() as self.recorder:
             self.recorder.expected(self.oracle.values())
             self.workload = self.load.workload(target.url, model, self.seed)
-            tell("streaming")
+            notify("streaming")
             began = time.monotonic()
             self.workload.start()
             try:
@@ -123,7 +123,7 @@ class Campaign(ABC):
 
     def wait_whole(self) -> None:
         """Until every rank serves: before the load, and after the last fault."""
-        self.cluster.wait_serving(self.ranks, tell=self.tell)
+        self.cluster.wait_serving(self.ranks, notify=self.notify)
 
     def before(self) -> None:  # noqa: B027 - most need not
         """Look at the cluster before anything is done to it."""
@@ -134,7 +134,7 @@ class Campaign(ABC):
     def fail(self, error: ElasticError) -> None:
         """Take note of what ended the campaign early."""
         self.troubles.append(f"{error} ({error.hint})" if error.hint else str(error))
-        self.tell(f"stopped: {error}")
+        self.notify(f"stopped: {error}")
 
     # --- the check
 

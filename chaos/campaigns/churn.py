@@ -62,7 +62,7 @@ class Churn(Endurance):
             operation = self._make(change, cancel=chooser.random() < CANCELLED)
             if operation.target == self.ranks and operation.phase is Phase.DONE:  # only the same size compares
                 self.look(self.changes)
-            self.tell(f"{self.done}/{self.changes} {change}: {operation.phase} after {_took_ms(operation):.0f} ms; "
+            self.notify(f"{self.done}/{self.changes} {change}: {operation.phase} after {_took_ms(operation):.0f} ms; "
                       f"{len(workload.records())} requests ended")  # fmt: skip
         drained = client.status()["drained"]
         for change in ([scale(1)] if drained else []) + [undrain(slot) for slot in drained] + [scale(self.ranks)]:

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
-from chaos.campaigns.campaign import Tell, seed_of
+from chaos.campaigns.campaign import Notify, seed_of
 from chaos.campaigns.kill_rank import KillRank
 from chaos.campaigns.targets import LocalTarget
 from chaos.campaigns.view import picture
@@ -64,12 +64,12 @@ def _play(cluster: ServedCluster, run: KillRank, *, plain: bool) -> None:
         return
     step = ["starting"]
     ended = threading.Event()
-    tell: Tell = lambda now: step.__setitem__(0, now)  # noqa: E731
+    notify: Notify = lambda now: step.__setitem__(0, now)  # noqa: E731
     with Live(console=console, refresh_per_second=8) as live:
         painter = threading.Thread(target=_paint, args=(cluster, run, step, live, ended), name="painter", daemon=True)
         painter.start()
         try:
-            run.run(LocalTarget(cluster), tell)
+            run.run(LocalTarget(cluster), notify)
         finally:
             ended.set()
             painter.join(timeout=5.0)

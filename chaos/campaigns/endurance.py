@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from chaos.campaigns.campaign import SHOWN, Campaign, LongReceipt
-from chaos.check.checker import judge
+from chaos.check.checker import check_record
 from chaos.target.footprint import Footprint, Growth, growth, look, processes
 from chaos.target.waiting import until
 from membership.base.errors import WaitTimeout
@@ -109,7 +109,7 @@ class Endurance(Campaign):
         """What the checks of the record found, beyond the requests, which are compared here."""
         if self.recorder is None:
             return []
-        outcomes = judge(self.recorder.lines()).outcomes
+        outcomes = check_record(self.recorder.lines()).outcomes
         found = [f for outcome in outcomes if outcome.title not in ("requests", "by the run") for f in outcome.findings]
         return [f"{each.promise}: {each.what}" for each in found]
 

@@ -130,7 +130,7 @@ class FailpointMatrix(Matrix[Cell, CellResult]):
         if injected.role == "gateway":
             self._outages.append((began, time.monotonic()))
         victim = f"rank {injected.rank}" if injected.role == "rank" else injected.role
-        return f"struck {victim}{ended}"
+        return f"injected into {victim}{ended}"
 
     def _injected(self, point: str, stimulus: Stimulus, under_way: UnderWay) -> Event:
         """The event of the fault at the point; WaitTimeout if no process passes it."""

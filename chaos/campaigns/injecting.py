@@ -110,7 +110,7 @@ class Faults:
         injector = self.watch.target.injector(step.fault, share, victim, step.params)
         found = Lasting(injector, injector.inject())
         share.settle()
-        self.recorder.dealt(found.injected)
+        self.recorder.injected(found.injected)
         self.injected.append(found.injected)
         if FAULTS[step.fault].heals or CHAOS in FAULTS[step.fault].needs:
             self._lasting.append(found)

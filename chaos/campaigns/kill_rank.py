@@ -51,21 +51,21 @@ class KillRank(Campaign):
         """Scale, kill, scale."""
         began, more = time.monotonic(), self.ranks + 2
         _until_tokens(workload, streams=workload.concurrency)
-        self.tell(f"scale {self.ranks} -> {more} while they stream")
+        self.notify(f"scale {self.ranks} -> {more} while they stream")
         self.scales.append(self.cluster.scale(more))
         victim = random.Random(self.seed).choice(self.cluster.wait_serving(more)["ranks"])
         _until_tokens(workload, streams=1)
-        self.tell(f"kill -9 rank {victim['rank']} (pid {victim['pid']})")
+        self.notify(f"kill -9 rank {victim['rank']} (pid {victim['pid']})")
         self.victim, self.killed = victim["rank"], kill(victim["pid"])
         until(lambda: self._replaced(victim, more), f"a new incarnation of rank {self.victim}", BACK_S)
         self.restored_at = time.time()
-        self.tell(f"scale {more} -> {self.ranks}")
+        self.notify(f"scale {more} -> {self.ranks}")
         self.scales.append(self.cluster.scale(self.ranks))
         self.wait_whole()
         time.sleep(max(0.0, began + self.at_least_s - time.monotonic()))
 
     def _replaced(self, victim: dict[str, Any], ranks: int) -> bool:
-        found = self.cluster.wait_serving(ranks, tell=self.tell)["ranks"]
+        found = self.cluster.wait_serving(ranks, notify=self.notify)["ranks"]
         return any(r["rank"] == victim["rank"] and r["incarnation"] != victim["incarnation"] for r in found)
 
     def receipt(self, events: Sequence[Event]) -> KillRankReceipt:

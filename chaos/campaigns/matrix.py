@@ -43,7 +43,7 @@ class Matrix(Campaign, Generic[Cell, Result]):
         while self.left and not self.over:
             result = self.cell(self.next())
             self.results.append(result)
-            self.tell(f"{len(self.results)}/{total} {self.words(result)}")
+            self.notify(f"{len(self.results)}/{total} {self.words(result)}")
 
     def wait_whole(self) -> None:
         """Before the first cell; each cell waits for it by itself."""

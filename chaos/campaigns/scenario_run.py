@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from chaos.campaigns.campaign import SHOWN, Campaign, Interrupted, LongReceipt, Tell, quiet
+from chaos.campaigns.campaign import SHOWN, Campaign, Interrupted, LongReceipt, Notify, quiet
 from chaos.campaigns.injecting import Faults
 from chaos.campaigns.targets import Target
 from chaos.campaigns.watch import Streaming, TooFar, Watch
@@ -68,10 +68,10 @@ class ScenarioRun(Campaign):
         """What the record calls it."""
         return f"scenario {self.scenario.name}"
 
-    def run(self, target: Target, tell: Tell = quiet) -> None:
+    def run(self, target: Target, notify: Notify = quiet) -> None:
         """All of it. What could not be done is among the troubles; only an interruption is raised."""
         self._watch = Watch(target, self.stop, self.limits)
-        super().run(target, tell)
+        super().run(target, notify)
 
     def before(self) -> None:
         """Remember the size; forget the history before the run."""
@@ -93,7 +93,7 @@ class ScenarioRun(Campaign):
             self.fail(error)
         finally:
             if healed := self._faults.heal():
-                self.tell(f"taken back: {healed}")
+                self.notify(f"taken back: {healed}")
             self._watch.relax()
         if self.limits is not None:
             self._restore()
@@ -123,7 +123,7 @@ class ScenarioRun(Campaign):
                 if not isinstance(step, Wait | Heal) and not self.confirm(step.words):
                     raise Interrupted(f"step {name} ({step.words}) was declined; every fault was taken back")
                 try:
-                    self.tell(f"{name} {self._do(step, workload)}")
+                    self.notify(f"{name} {self._do(step, workload)}")
                 except (Interrupted, TooFar):
                     raise
                 except ElasticError as error:
@@ -237,7 +237,7 @@ class ScenarioRun(Campaign):
         if self.target.client.status()["desired"] + len(self._drained) != self._first_size:
             requests.append(scale(self._first_size))
         for request in requests:
-            self.tell(f"as it was: {request}")
+            self.notify(f"as it was: {request}")
             self._end_of(self._propose(request, WHOLE_S), WHOLE_S)
 
     # --- the check

@@ -83,7 +83,7 @@ class Soak(Endurance):
             if not self.minutes:
                 self._keep_pace(workload)
             counts = ", ".join(f"{self.count(group)} {group}" for group in ("kills", "zombies", "outages"))
-            self.tell(f"{counts}; {burst.kind}: whole again after {self.restored_ms[-1]:.0f} ms; "
+            self.notify(f"{counts}; {burst.kind}: whole again after {self.restored_ms[-1]:.0f} ms; "
                       f"{len(workload.records())} requests ended")  # fmt: skip
 
     def _keep_pace(self, workload: Workload) -> None:
@@ -258,7 +258,7 @@ class _Injection:
     def _note(self, fault: Injected) -> None:
         self.soak.injected.append(fault)
         if self.soak.recorder is not None:
-            self.soak.recorder.dealt(fault)
+            self.soak.recorder.injected(fault)
 
     def _note_healed(self, fault: Injected) -> None:
         if self.soak.recorder is not None:

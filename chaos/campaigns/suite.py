@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from chaos.campaigns.campaign import Tell
+from chaos.campaigns.campaign import Notify
 
 Receipt = Mapping[str, Any]
 KILL_GRACE_S = 30.0
@@ -87,14 +87,14 @@ def all_of(what: str, total: int, reached: int) -> Goal:
     return Goal(what, f"all of {total:,}", f"{reached:,}", reached == total > 0)
 
 
-def run_suite(stages: Stages, seed: int, folder: Path, tell: Tell) -> SuiteReceipt:
+def run_suite(stages: Stages, seed: int, folder: Path, notify: Notify) -> SuiteReceipt:
     """Stage by stage; each part's stderr goes to a log in `folder`, its receipt to a file beside it."""
     began = time.monotonic()
 
     def done(part: Part) -> Outcome:
-        tell(f"{part.name}: {part.about}")
+        notify(f"{part.name}: {part.about}")
         outcome = _run(part, folder)
-        tell(f"{part.name}: {'held' if outcome.ok else 'BROKEN'} after {outcome.seconds:.0f} s")
+        notify(f"{part.name}: {'held' if outcome.ok else 'BROKEN'} after {outcome.seconds:.0f} s")
         return outcome
 
     outcomes: list[Outcome] = []

@@ -38,7 +38,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     outcomes: tuple[Outcome, ...]
 
 
-def judge(lines: Iterable[AnyLine]) -> Verdict:
+def check_record(lines: Iterable[AnyLine]) -> Verdict:
     """Check a record."""
     with _uncollected():
         evidence = Evidence(lines)
@@ -66,7 +66,7 @@ def table(verdict: Verdict) -> Iterator[str]:
         if outcome.broken > SHOWN:
             yield f"    … and {outcome.broken - SHOWN} more of {outcome.title}"
     yield ""
-    held = "every promise that could be judged held" if verdict.ok else "nothing was judged"
+    held = "every promise that could be checked held" if verdict.ok else "nothing was checked"
     yield "a promise broke" if any(outcome.broken for outcome in verdict.outcomes) else held
 
 

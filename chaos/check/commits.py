@@ -42,7 +42,7 @@ class Commits(Check):
         for number, events in self.claims.items():
             if self.checked and self.checked[0] <= number <= self.checked[-1] and not self.evidence.gaps:
                 for event in events:
-                    what = f"somebody says to have committed epoch {event.epoch} at revision {number}, and did not"
+                    what = f"an event reports a commit of epoch {event.epoch} at revision {number}: there was none"
                     self.found(what, Happened(event=event))
         self.figures["epochs"] = len(self.commits)
         self.figures["leaders"] = len({leader for _, leader in self.commits.values()})
@@ -51,7 +51,7 @@ class Commits(Check):
         found = self.found
         led = [name for name in revision.changes if name in LED or name.startswith("assign/")]
         if led and not leader_of(before):
-            found(f"{led[0]} was changed while nobody led", before.get(led[0]), revision.changes[led[0]])
+            found(f"{led[0]} was changed while there was no leader", before.get(led[0]), revision.changes[led[0]])
         view = revision.changes.get("view")
         if view is not None and view.deleted:
             found("the view was deleted", before.get("view"), view)
@@ -109,7 +109,7 @@ class Commits(Check):
         for event in self.claims.pop(view.revision, ()):
             token = event.fields.get("token")
             if token != leader:
-                what = f"epoch {event.epoch} was committed by leader token {token}, when {leader or 'nobody'} led"
+                what = f"epoch {event.epoch} was committed by leader token {token}; the leader's was {leader or 'none'}"
                 self.found(what, before.get("leader"), view, Happened(event=event))
 
     def _note(self, before: Keyspace, revision: Revision) -> None:

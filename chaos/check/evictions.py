@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from chaos.check.evidence import Check, Evidence
-from chaos.record.record import Dealt, Happened
+from chaos.record.record import Happened, InjectedFault
 
 PARENTS = ("agent", "supervisor", "forkserver", "host", "all ranks")  # their end ends ranks too
 PARENT_S = 60.0  # at most this long after the fault
@@ -19,7 +19,7 @@ class Evictions(Check):
         if not evidence.revisions:
             return  # only the store's records say which process was which rank
         first = _first_faults(evidence)
-        parents = [dealt for dealt in evidence.faults if dealt.fault.victim.startswith(PARENTS)]
+        parents = [injected for injected in evidence.faults if injected.fault.victim.startswith(PARENTS)]
         for event in evidence.events:
             if event.kind != "rank_masked" or evidence.moved_on(event):
                 continue
@@ -32,15 +32,15 @@ class Evictions(Check):
         self.figures["given_up"] = self.judged
 
 
-def _first_faults(evidence: Evidence) -> dict[int, Dealt]:
+def _first_faults(evidence: Evidence) -> dict[int, InjectedFault]:
     """Incarnation -> the first fault of its process. (A process id may be used again: the last use before counts.)"""
     ran: dict[int, list[tuple[float, int]]] = {}
     for line in evidence.rank_records:
         ran.setdefault(int(line.value.get("pid", 0)), []).append((line.at, int(line.value["incarnation"])))
-    found: dict[int, Dealt] = {}
-    for dealt in evidence.faults:
-        known = ran.get(dealt.fault.pid, [])
-        before = [incarnation for at, incarnation in known if at <= dealt.fault.seen_at]
+    found: dict[int, InjectedFault] = {}
+    for injected in evidence.faults:
+        known = ran.get(injected.fault.pid, [])
+        before = [incarnation for at, incarnation in known if at <= injected.fault.seen_at]
         for incarnation in before[-1:] or [incarnation for _, incarnation in known[:1]]:
-            found.setdefault(incarnation, dealt)
+            found.setdefault(incarnation, injected)
     return found

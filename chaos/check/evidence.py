@@ -13,7 +13,18 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from chaos.record.record import Answered, AnyLine, Changed, Dealt, Expected, Gap, Happened, Header, Read, Verified
+from chaos.record.record import (
+    Answered,
+    AnyLine,
+    Changed,
+    Expected,
+    Gap,
+    Happened,
+    Header,
+    InjectedFault,
+    Read,
+    Verified,
+)
 from chaos.workload.history import RequestRecord
 from membership.base.errors import ConfigError
 from membership.base.events import Event
@@ -81,7 +92,7 @@ class Evidence:
         self.header = Header(what="", seed=0, started=0.0, wall=0.0, replay="")
         self.oracle: dict[int, RequestRecord] = {}
         self.answered: list[RequestRecord] = []
-        self.faults: list[Dealt] = []
+        self.faults: list[InjectedFault] = []
         self.events: list[Event] = []
         self.observed: list[Changed | Gap] = []
         self.reads: list[Read] = []
@@ -96,7 +107,7 @@ class Evidence:
                     self.answered.append(line.record)
                 case Happened():
                     self.events.append(line.event)
-                case Dealt():
+                case InjectedFault():
                     self.faults.append(line)
                 case Expected():
                     self.oracle[line.record.prompt] = line.record
@@ -105,7 +116,7 @@ class Evidence:
                 case Header():
                     self.header = line
         self.events.sort(key=lambda event: event.ts)
-        self.faults.sort(key=lambda dealt: dealt.fault.at)
+        self.faults.sort(key=lambda injected: injected.fault.at)
 
     @cached_property
     def prefix(self) -> str:
@@ -160,7 +171,7 @@ class Evidence:
     def ended(self) -> float:
         """When the last thing of the record happened."""
         times = [line.at for line in self.observed[-1:]] + [read.ended for read in self.reads[-1:]]
-        times += [event.ts for event in self.events[-1:]] + [dealt.fault.seen_at for dealt in self.faults[-1:]]
+        times += [event.ts for event in self.events[-1:]] + [injected.fault.seen_at for injected in self.faults[-1:]]
         return max([*times, self.header.started])
 
     @cached_property
@@ -198,14 +209,14 @@ class Evidence:
                 return f"revision {line.number} ({self.since(line.at)}): {'; '.join(parts)}"
             case Gap():
                 until = f"revision {line.until}" if line.until else "the end"
-                return f"nothing was told from revision {line.after + 1} to {until}: {line.why}"
+                return f"nothing was observed from revision {line.after + 1} to {until}: {line.why}"
             case Read():
                 return (
                     f"{line.client} read revision {line.revision} ({self.since(line.began)} to "
                     f"{self.since(line.ended)}): epoch {line.epoch} of revision {line.view_revision}, "
-                    f"leader {line.leader_revision or 'nobody'}, staged {line.next_revision or 'nothing'}"
+                    f"leader {line.leader_revision or 'none'}, staged {line.next_revision or 'nothing'}"
                 )
-            case Dealt(fault=fault):
+            case InjectedFault(fault=fault):
                 healed = f", healed {self.since(line.healed_at)}" if line.healed_at else ""
                 return f"{self.since(fault.at)}: {fault.fault} of {fault.victim} ({fault.proof or 'no proof'}){healed}"
             case Happened(event=event):

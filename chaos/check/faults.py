@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from chaos.check.evidence import Check, Evidence, typed
-from chaos.record.record import Dealt
+from chaos.record.record import InjectedFault
 from chaos.workload.history import percentile
 from membership.base.events import Event
 from membership.store.records import RankExit, View
@@ -47,15 +47,15 @@ class FaultsProven(Check):
 
     def finish(self) -> None:
         followed, gone = aftermaths(self.evidence), _gone(self.evidence)
-        for dealt, after in zip(self.evidence.faults, followed, strict=True):
+        for injected, after in zip(self.evidence.faults, followed, strict=True):
             self.judged += 1
-            fault = dealt.fault
+            fault = injected.fault
             if not fault.proof or fault.seen_at < fault.at:
-                self.found(f"{fault.fault} of {fault.victim} was counted without proof that it happened", dealt)
+                self.found(f"{fault.fault} of {fault.victim} was counted without proof that it happened", injected)
             lethal = fault.fault.startswith(LETHAL) and after.incarnation
             if lethal and self.evidence.ended > fault.at + NOTICED_S and after.incarnation not in gone:
                 what = f"{fault.fault} of {fault.victim} (incarnation {after.incarnation}) was never noticed"
-                self.found(what, dealt)
+                self.found(what, injected)
         self.figures["faults"] = len(followed)
         for name in ("noticed_ms", "recovered_ms", "restored_ms"):
             values = [value for after in followed if (value := getattr(after, name)) >= 0]
@@ -71,8 +71,8 @@ def aftermaths(evidence: Evidence) -> list[Aftermath]:
     processes, returns, pauses = _processes(evidence), _returns(evidence), _pauses(evidence)
     until = over(evidence.faults)
     found = []
-    for number, dealt in enumerate(evidence.faults):
-        fault = dealt.fault
+    for number, injected in enumerate(evidence.faults):
+        fault = injected.fault
         rank = int(fault.victim.split()[1]) if fault.victim.startswith("rank ") else None
         incarnation = processes.get(fault.pid, 0) if rank is not None else 0
         noticed = events.first(NOTICED, fault.at, rank, incarnation, fault.victim, fault.pid)
@@ -97,14 +97,14 @@ def aftermaths(evidence: Evidence) -> list[Aftermath]:
     return found
 
 
-def over(faults: Sequence[Dealt]) -> list[float]:
+def over(faults: Sequence[InjectedFault]) -> list[float]:
     """For each fault, by time, until when events are attributed to it: its healing, or the victim's next fault."""
     again: dict[str, float] = {}
     found = []
-    for dealt in reversed(faults):
-        healed = dealt.healed_at + HEALED_S if dealt.healed_at else math.inf
-        found.append(min(healed, again.get(dealt.fault.victim, math.inf)))
-        again[dealt.fault.victim] = dealt.fault.at
+    for injected in reversed(faults):
+        healed = injected.healed_at + HEALED_S if injected.healed_at else math.inf
+        found.append(min(healed, again.get(injected.fault.victim, math.inf)))
+        again[injected.fault.victim] = injected.fault.at
     return found[::-1]
 
 
@@ -179,7 +179,7 @@ def _gone(evidence: Evidence) -> set[int]:
 
 def _pauses(evidence: Evidence) -> list[float]:
     """For each fault the longest pause that it may have caused: it is the last fault before the pause ended."""
-    times = [dealt.fault.at for dealt in evidence.faults]
+    times = [injected.fault.at for injected in evidence.faults]
     longest = [0.0] * len(times)
     for began, ended in _waits(evidence):
         number = bisect_right(times, ended) - 1

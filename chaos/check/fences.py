@@ -35,8 +35,8 @@ def _status(check: Check, before: Keyspace, changed: Changed) -> None:
     status, office, view = typed(changed, EngineStatus), before.get("engine"), before.get("view")
     token = office.create_revision if office is not None else 0
     if status.token != token:
-        what = f"engine {status.token} told the status when {f'engine {token}' if token else 'no engine'} was in office"
-        check.found(what, office, changed)
+        leading = f"engine {token}" if token else "no engine"
+        check.found(f"engine {status.token} published the status while {leading} was in office", office, changed)
         return
     epoch = epoch_of(view)
     if status.epoch > epoch:

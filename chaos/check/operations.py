@@ -115,9 +115,9 @@ class Operations(Check):
 
     def _in_time(self) -> None:
         """Each ended by its deadline, or soon after the end of a fault that kept the controller from ending it."""
-        for dealt in self.evidence.faults:
-            if not dealt.fault.victim.startswith("rank "):
-                self.held_up.append((dealt.fault.at, max(dealt.healed_at, dealt.fault.seen_at) + RECOVERY_S))
+        for injected in self.evidence.faults:
+            if not injected.fault.victim.startswith("rank "):
+                self.held_up.append((injected.fault.at, max(injected.healed_at, injected.fault.seen_at) + RECOVERY_S))
         if self.leaderless is not None:
             self.held_up.append((self.leaderless, self.evidence.ended))
         self.held_up.sort()

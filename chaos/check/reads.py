@@ -1,21 +1,21 @@
-"""Linearizability of the membership, judged from the store's revisions: what reads and the watch said fits one order.
+"""Linearizability of the membership, checked by the store's revisions: what reads and the watch said fits one order.
 
 To decide whether a history of reads and writes is linearizable one has in general to search for an order that explains
 it: NP-complete (Gibbons and Korach, 1997), and what Knossos and Porcupine do. Here no order has to be searched for. The
-store names it itself: every answer carries the revision as of which it was given, and the watch tells every write with
-its own. So it is enough to see that this one order is legal, which takes one pass; etcd's own robustness tests order
-operations by revision for the same reason. The order is legal if
+store names it itself: every answer carries its revision, and the watch delivers every write with its own. So it is
+enough to see that this one order is legal, which takes one pass; etcd's own robustness tests order operations by
+revision for the same reason. The order is legal if
 
 * the watch is whole: revisions rise, and each key's version says that no change of it is missing,
 * each read says what the writes up to its revision have made of the keys (the state is replayed beside the reads), and
 * no read is older than what was certainly known before it began: than a read that had ended by then, or a change that
-  the watch had told by then. When a change was told bounds from above when it was made, so that this is sound; the
-  other direction (a read of a change before it was made) shows as a read that ended before another one, older, began.
+  the watch had delivered by then. A change is made before it is delivered, so this is sound. The other direction (a
+  read of a change before it was made) shows as a read that ended before another, older one began.
 
 These three are also sufficient: put the writes at their revisions, each read after the write it names and, among
-equals, in the order in which they began: then no two that did not overlap are the wrong way round. A store that
-answers right and names a wrong revision is found as well, as it should be: who compares revisions would be misled.
-`test_check_reads.py` holds this against a search through all orders. What falls into a gap is not judged.
+equals, in the order in which they began: then no two that did not overlap are the wrong way round. A store that answers
+right but names a wrong revision is found as well: clients that compare revisions would be misled.
+`test_check_reads.py` holds this against a search through all orders. Reads in a gap are not checked.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Watch(Check):
             return
         self.judged += 1
         if last is not None and revision.number <= last.number:
-            self.found(f"the watch told revision {revision.number} after {last.number}", last, revision)
+            self.found(f"the watch delivered revision {revision.number} after {last.number}", last, revision)
         for name, changed in revision.changes.items():
             _follows(self, before.get(name), changed)
 
@@ -75,7 +75,7 @@ def _follows(check: Check, old: Changed | None, new: Changed) -> None:
     """A change follows from what the key was before; else something is missing between."""
     if new.deleted:
         if old is None:
-            check.found(f"the watch told that {new.key} was deleted, and never that it was there", new)
+            check.found(f"the watch delivered the deletion of {new.key}, and never its creation", new)
         return
     fresh = old is None and (new.version, new.create_revision) == (1, new.revision)
     again = old is not None and (new.version, new.create_revision) == (old.version + 1, old.create_revision)
@@ -98,63 +98,50 @@ def _without_gaps(evidence: Evidence) -> list[Read]:
 
 
 def _compare(check: Check, read: Read, state: Keyspace) -> None:
+    """The keys that a read returned, against the state at its revision."""
     view, leader, staged = state.get("view"), state.get("leader"), state.get("next")
-    said = (read.view_revision, read.epoch, read.leader_revision, read.next_revision)
-    true = (
-        view.revision if view is not None else 0,
-        epoch_of(view),
-        leader.create_revision if leader is not None else 0,
-        staged.revision if staged is not None else 0,
-    )
-    if said == true:
-        return
-    names = ("view", "view", "leader", "next")
-    wrong = next(name for name, a, b in zip(names, said, true, strict=True) if a != b)
-    words = {
-        "view": f"epoch {said[1]} of revision {said[0]}, where it was epoch {true[1]} of revision {true[0]}",
-        "leader": f"{_leader(read.leader_revision)}, where it was {_leader(true[2])}",
-        "next": f"{_staged(read.next_revision)}, where it was {_staged(true[3])}",
-    }
-    what = f"{read.client} was told as of revision {read.revision} that the {wrong} was {words[wrong]}"
-    check.found(what, state.get(wrong), read)
+    was = Read(
+        client="", began=0.0, ended=0.0, revision=0,
+        epoch=epoch_of(view),
+        view_revision=view.revision if view is not None else 0,
+        leader_revision=leader.create_revision if leader is not None else 0,
+        next_revision=staged.revision if staged is not None else 0,
+    )  # fmt: skip
+    for key, said, true in zip(("view", "leader", "next"), _in_words(read), _in_words(was), strict=True):
+        if said != true:
+            what = f"{read.client} read, as of revision {read.revision}, that the {key} was {said}, where it was {true}"
+            return check.found(what, state.get(key), read)
 
 
-def _leader(token: int) -> str:
-    return f"token {token}" if token else "nobody"
-
-
-def _staged(revision: int) -> str:
-    return f"that of revision {revision}" if revision else "none"
+def _in_words(read: Read) -> tuple[str, str, str]:
+    """The view, the leader and the staged view of a read."""
+    leader = f"token {read.leader_revision}" if read.leader_revision else "none"
+    staged = f"that of revision {read.next_revision}" if read.next_revision else "none"
+    return f"epoch {read.epoch} of revision {read.view_revision}", leader, staged
 
 
 def _recent(check: Check, evidence: Evidence, reads: list[Read]) -> None:
-    """One sweep over time: what was the highest revision known when each read began, and who knew it."""
+    """One sweep over time: the highest revision known when each read began, and the read or change that showed it."""
     known: list[tuple[float, int, Read | Changed]] = [(read.ended, read.revision, read) for read in reads]
     for revision in evidence.revisions:
         if not revision.listed:
             known.append((revision.at, revision.number, next(iter(revision.changes.values()))))
-    known.sort(key=lambda each: each[0])
+    known.sort(key=lambda each: each[0], reverse=True)  # taken from the end
     mine: dict[str, Read] = {}
-    newest: tuple[int, Read | Changed | None] = (0, None)
-    told = iter(known)
-    ahead = next(told, None)
+    newest = 0
+    shown: Read | Changed | None = None
     for read in sorted(reads, key=lambda read: read.began):
-        while ahead is not None and ahead[0] < read.began:
-            newest = max(newest, ahead[1:], key=lambda each: each[0])
-            ahead = next(told, None)
+        while known and known[-1][0] < read.began:
+            _, number, line = known.pop()
+            if number > newest:
+                newest, shown = number, line
         before = mine.get(read.client)
         if before is not None and before.ended <= read.began and before.revision > read.revision:
             what = f"{read.client} read revision {before.revision} and then, in another read, revision {read.revision}"
             check.found(what, before, read)
-        elif newest[0] > read.revision and isinstance(newest[1], Read):
-            what = (
-                f"{read.client} read revision {read.revision} after {newest[1].client} had read {newest[0]}: "
-                "the read is stale"
+        elif newest > read.revision:
+            showed = f"{shown.client} had read" if isinstance(shown, Read) else "the watch had delivered"
+            check.found(
+                f"{read.client} read revision {read.revision} after {showed} {newest}: the read is stale", shown, read
             )
-            check.found(what, newest[1], read)
-        elif newest[0] > read.revision:
-            what = (
-                f"{read.client} read revision {read.revision} after the watch had told {newest[0]}: the read is stale"
-            )
-            check.found(what, newest[1], read)
         mine[read.client] = read

@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 
 from chaos.check.evidence import QUOTED_FINDINGS, Check, Evidence
-from chaos.record.record import Answered, Dealt, Expected, Happened
+from chaos.record.record import Answered, Expected, Happened, InjectedFault
 from chaos.workload.history import Difference, RequestRecord, difference
 from membership.store.records import ClusterConfig
 
@@ -95,14 +95,14 @@ def _uncovered(evidence: Evidence) -> list[Span]:
 
 def _broken_front(evidence: Evidence) -> list[Span]:
     """When connections may have been broken by a fault."""
-    faults = [dealt for dealt in evidence.faults if dealt.fault.victim.startswith(FRONT)]
+    faults = [injected for injected in evidence.faults if injected.fault.victim.startswith(FRONT)]
     return [(d.fault.at, max(d.fault.seen_at, d.healed_at) + FRONT_RECOVERY_S) for d in faults]
 
 
-def _around(evidence: Evidence, record: RequestRecord) -> list[Dealt | Happened]:
+def _around(evidence: Evidence, record: RequestRecord) -> list[InjectedFault | Happened]:
     """The faults and the cluster's reactions during the request."""
     began, ended = _span(evidence, record)
-    times = [dealt.fault.at for dealt in evidence.faults]
+    times = [injected.fault.at for injected in evidence.faults]
     faults = evidence.faults[bisect_right(times, began) : bisect_right(times, ended)]
     stamps = [event.ts for event in evidence.events]
     events = evidence.events[bisect_right(stamps, began) : bisect_right(stamps, ended)]

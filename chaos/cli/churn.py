@@ -30,8 +30,8 @@ def churn(
     load = msgspec.structs.replace(LOAD, streams=streams)
     run = Churn(seed=seed_of(seed), ranks=ranks, changes=changes, most=most, load=load)
     run.replay = f"elastic-chaos churn --changes {changes} --ranks {ranks} --most {most} --seed {run.seed}"
-    with served(model, ranks, seed=run.seed) as (cluster, tell):
-        run.run(LocalTarget(cluster), tell)
+    with served(model, ranks, seed=run.seed) as (cluster, notify):
+        run.run(LocalTarget(cluster), notify)
     save_record(run, record)
     receipt = run.receipt()
     show_receipt(receipt, f"{receipt.changes} changes", output)

@@ -48,8 +48,8 @@ def failpoint_matrix(
         raise ConfigError(f"there is no failpoint {only!r}", hint="see: elastic-chaos failpoints")
     started = time.monotonic()
     matrix, total = FailpointMatrix(left=cells), len(cells)
-    with served(model, SMALL, FLAGS) as (cluster, tell):
-        matrix.run(LocalTarget(cluster), tell)
+    with served(model, SMALL, FLAGS) as (cluster, notify):
+        matrix.run(LocalTarget(cluster), notify)
     results = matrix.results
     failed = [each for each in results if not each.ok]
     ok = not failed and len(results) == total

@@ -32,7 +32,7 @@ def faults(
     width = max((len(name) for name in found), default=0)
     for name, fault in found.items():
         typer.echo(f"{name:{width}}  {fault.about}")
-        details = [f"befalls {', '.join(fault.victims)}", "heals" if fault.heals else "the product must replace it"]
+        details = [f"victims: {', '.join(fault.victims)}", "heals" if fault.heals else "the product must replace it"]
         if fault.needs:
             details.append(f"needs {', '.join(fault.needs)}")
         if fault.params:
@@ -59,9 +59,9 @@ def role_matrix(
     cells = _chosen(only or [])
     results: list[CellResult] = []
     while len(results) < len(cells):  # a cell that its cluster does not survive costs one
-        with served(model, ranks, FLAGS, seed=0) as (cluster, tell):
+        with served(model, ranks, FLAGS, seed=0) as (cluster, notify):
             matrix = RoleMatrix(left=cells[len(results) :], ranks=ranks)
-            matrix.run(LocalTarget(cluster), tell)
+            matrix.run(LocalTarget(cluster), notify)
             results += matrix.results
     receipt = MatrixReceipt.of(len(cells), results)
     if output is Output.TEXT:

@@ -7,7 +7,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from chaos.check.checker import judge, table
+from chaos.check.checker import check_record, table
 from chaos.record.record import read
 from chaos.workload.history import Saved, compare, load
 from elastic.cli.command import command
@@ -26,7 +26,7 @@ def check(
     saved = _older(file)
     if saved is not None:
         _compare(saved, output)
-    verdict = judge(read(file))
+    verdict = check_record(read(file))
     if output is Output.JSON:
         write_json(verdict)
     else:

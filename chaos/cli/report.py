@@ -8,7 +8,7 @@ from typing import Annotated
 import msgspec
 import typer
 
-from chaos.check.checker import judge
+from chaos.check.checker import check_record
 from chaos.record.record import read
 from chaos.report import figures, page
 from chaos.report.promises import checked
@@ -29,7 +29,7 @@ def report(
 ) -> None:
     """Draw a run as one self-contained HTML file: verdict, timeline, faults, gaps. Exit 1 if a promise broke."""
     lines = list(read(record))
-    found = figures(lines, checked(judge(lines).outcomes))
+    found = figures(lines, checked(check_record(lines).outcomes))
     target = output or record.with_suffix(".html")
     _write(target, page(found).encode())
     figured = msgspec.json.encode(found)

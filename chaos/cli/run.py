@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from chaos.campaigns.campaign import Tell
+from chaos.campaigns.campaign import Notify
 from chaos.campaigns.own_cluster import own_cluster, unable_here
 from chaos.campaigns.scenario_run import ScenarioRun
 from chaos.campaigns.targets import LocalTarget, RemoteTarget, Target
@@ -96,10 +96,10 @@ def _run_own(played: ScenarioRun, model: Path | None, dry_run: bool, record: Pat
     """On a cluster of its own."""
     ranks = played.scenario.cluster.ranks
     _plan(played, Expected(list(range(ranks)), unable=unable_here), dry_run, output)
-    tell = _announce(played)
+    notify = _announce(played)
     with own_cluster(played.scenario, model) as cluster:
-        cluster.wait_serving(ranks, tell=tell)
-        _finish(played, LocalTarget(cluster), tell, record, output)
+        cluster.wait_serving(ranks, notify=notify)
+        _finish(played, LocalTarget(cluster), notify, record, output)
 
 
 def _run_there(
@@ -121,19 +121,19 @@ def _run_there(
     _finish(played, target, _announce(played), record, output)
 
 
-def _finish(played: ScenarioRun, target: Target, tell: Tell, record: Path | None, output: Output) -> NoReturn:
+def _finish(played: ScenarioRun, target: Target, notify: Notify, record: Path | None, output: Output) -> NoReturn:
     """Run, check, print; exit 1 if a promise broke."""
     with interruptible(signal.SIGINT, signal.SIGTERM) as played.stop:
-        played.run(target, tell)
+        played.run(target, notify)
     save_record(played, record)
     show_receipt(played.receipt(), f"{played.scenario.name}, {len(played.injected)} faults", output)
 
 
-def _announce(played: ScenarioRun) -> Tell:
+def _announce(played: ScenarioRun) -> Notify:
     """Report what runs, and from now on its progress."""
-    tell = progress()
-    tell(f"{played.scenario.name}, seed {played.seed}: {played.scenario.about}")
-    return tell
+    notify = progress()
+    notify(f"{played.scenario.name}, seed {played.seed}: {played.scenario.about}")
+    return notify
 
 
 def _plan(played: ScenarioRun, expected: Expected, show: bool, output: Output) -> None:

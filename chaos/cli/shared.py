@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 from typer import style
 
-from chaos.campaigns.campaign import Campaign, Receipt, Tell
+from chaos.campaigns.campaign import Campaign, Notify, Receipt
 from chaos.target.cluster import ServedCluster
 from elastic.cli.flags import Output, write_json
 
@@ -23,7 +23,7 @@ ModelFlag = Annotated[Path | None, typer.Option(help="Serve this checkpoint inst
 RecordFlag = Annotated[Path | None, typer.Option(help="Also save all that happened, for check and report.")]
 
 
-def progress() -> Tell:
+def progress() -> Notify:
     """Report steps on stderr, each with the seconds since now."""
     began = time.monotonic()
     return lambda step: typer.echo(f"{time.monotonic() - began:6.1f} s  {step}", err=True)
@@ -32,7 +32,7 @@ def progress() -> Tell:
 @contextmanager
 def served(
     model: Path | None, ranks: int, flags: Sequence[str] = (), *, seed: int | None = None
-) -> Iterator[tuple[ServedCluster, Tell]]:
+) -> Iterator[tuple[ServedCluster, Notify]]:
     """A cluster for one command, and its progress."""
     with tempfile.TemporaryDirectory(prefix="elastic-ep-chaos-") as folder:
         path = model or Path(folder) / "demo-moe"
@@ -42,9 +42,9 @@ def served(
             write_demo_model(path)
         if seed is not None:
             typer.echo(f"seed {seed}", err=True)
-        tell = progress()
+        notify = progress()
         with ServedCluster(path, ranks, state_dir=Path(folder) / "state", flags=flags) as cluster:
-            yield cluster, tell
+            yield cluster, notify
 
 
 def save_record(run: Campaign, path: Path | None) -> None:

@@ -45,8 +45,8 @@ def soak(
     )
     again = f"elastic-chaos soak {f'--minutes {minutes:g}' if minutes else exactly} --ranks {ranks}"
     run.replay = f"{again} --streams {streams} --seed {run.seed}"
-    with served(model, ranks, FLAGS, seed=run.seed) as (cluster, tell):
-        run.run(LocalTarget(cluster), tell)
+    with served(model, ranks, FLAGS, seed=run.seed) as (cluster, notify):
+        run.run(LocalTarget(cluster), notify)
     save_record(run, record)
     receipt = run.receipt()
     done = f"{receipt.kills} kills, {receipt.zombies} zombies, {receipt.outages} outages, {receipt.roles} roles"

@@ -169,7 +169,10 @@ CUTS: dict[str, tuple[str, Callable[[Host, Sequence[Host]], Injector]]] = {
         "what others send does not reach it; what it sends arrives",
         lambda h, o: OneWay("host-deaf", o, [h]),
     ),
-    "host-mute": ("what it sends does not arrive; it hears the others", lambda h, o: OneWay("host-mute", [h], o)),
+    "host-mute": (
+        "what it sends does not arrive; what others send reaches it",
+        lambda h, o: OneWay("host-mute", [h], o),
+    ),
     "host-reset": ("connections with others are reset", Reset),
     "host-link-down": ("its link is down", LinkDown),
 }

@@ -131,7 +131,7 @@ class AnswerFlip(ProcessInjector):
 
 
 @FAULTS.entry(
-    "bit-flip-liveness", "a bit flips in a liveness page: the kernel tells nobody of the rank's death", victims=RANK,
+    "bit-flip-liveness", "a bit flips in a liveness page: the kernel does not report the rank's death", victims=RANK,
     heals=True,
 )  # fmt: skip
 class LivenessFlip(ProcessInjector):

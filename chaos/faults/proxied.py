@@ -23,7 +23,7 @@ SETTINGS: dict[str, tuple[str, Faults]] = {
     ),
     "net-slow": ("200 kB/s", Faults(down=Way(bytes_per_s=200_000), up=Way(bytes_per_s=200_000))),
     "net-loss": ("every fifth packet lost, as TCP shows it", Faults(up=Way(loss=0.2), down=Way(loss=0.2))),
-    "net-black-hole": ("nothing passes, and nobody says so", Faults(up=HOLE, down=HOLE)),
+    "net-black-hole": ("nothing passes, and no error is reported", Faults(up=HOLE, down=HOLE)),
     "net-deaf": ("what is asked arrives, answers do not", Faults(down=HOLE)),
     "net-mute": ("what is asked does not arrive", Faults(up=HOLE)),
     "net-reset": ("every connection is reset, each new one too", Faults(reset=True)),

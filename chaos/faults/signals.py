@@ -71,7 +71,7 @@ class Segv(ProcessInjector):
 
 @FAULTS.entry(
     "slow",
-    "so many times slower: stopped by turns of a few milliseconds",
+    "`factor` times slower: stopped and resumed in turns of a few milliseconds",
     victims=PROCESSES,
     heals=True,
     params={"factor": 10.0},

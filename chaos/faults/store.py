@@ -109,7 +109,7 @@ class Compacted(StoreInjector):
 
 
 @FAULTS.entry(
-    "etcd-slow-disk", "each write of etcd's log takes so much longer", victims=ETCD, heals=True,
+    "etcd-slow-disk", "each sync of etcd's log takes `delay_s` seconds longer", victims=ETCD, heals=True,
     needs=("strace", "root"), params={"delay_s": 0.2},
 )  # fmt: skip
 class SlowDisk(StoreInjector):

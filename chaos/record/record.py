@@ -51,7 +51,7 @@ class Answered(Line, frozen=True, kw_only=True, tag="answered"):
     record: RequestRecord
 
 
-class Dealt(Line, frozen=True, kw_only=True, tag="dealt"):
+class InjectedFault(Line, frozen=True, kw_only=True, tag="dealt"):
     """One injected fault. `healed_at` 0: it was not healed."""
 
     fault: Injected
@@ -110,7 +110,7 @@ class Verified(Line, frozen=True, kw_only=True, tag="verified"):
     said: str
 
 
-AnyLine = Header | Expected | Answered | Dealt | Happened | Changed | Gap | Read | Verified
+AnyLine = Header | Expected | Answered | InjectedFault | Happened | Changed | Gap | Read | Verified
 
 _decoder: msgspec.json.Decoder[AnyLine] = msgspec.json.Decoder(AnyLine)
 

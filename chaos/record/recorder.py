@@ -21,11 +21,11 @@ from chaos.record.record import (
     Answered,
     AnyLine,
     Changed,
-    Dealt,
     Expected,
     Gap,
     Happened,
     Header,
+    InjectedFault,
     Read,
     Verified,
     write,
@@ -232,7 +232,7 @@ class Recorder:
 
     # --- lines from the campaign
 
-    def dealt(self, fault: Injected) -> None:
+    def injected(self, fault: Injected) -> None:
         """A fault was seen to happen."""
         with self._lock:
             self._faults[fault] = 0.0
@@ -263,7 +263,7 @@ class Recorder:
         with self._lock:
             lines, faults = list(self._lines), dict(self._faults)
         yield self.header
-        yield from (Dealt(fault=fault, healed_at=healed_at) for fault, healed_at in faults.items())
+        yield from (InjectedFault(fault=fault, healed_at=healed_at) for fault, healed_at in faults.items())
         yield from lines
 
     def write(self, path: Path) -> None:
@@ -332,7 +332,7 @@ class Recorder:
             revision, items = self._stores[0].range(self._keys.prefix)
             with self._lock:
                 done = self._lock.wait_for(lambda: self._observed.has(revision, items), timeout=DRAIN_S)
-            why = "" if done else f"the watch did not tell all within {DRAIN_S:g} s of the end"
+            why = "" if done else f"the watch did not deliver all changes within {DRAIN_S:g} s of the end"
         except (StoreUnavailable, StoreReplaced) as error:
             why = str(error)
         if why:

@@ -13,7 +13,7 @@ import msgspec
 
 from chaos.check.evidence import Evidence
 from chaos.check.faults import over
-from chaos.record.record import Dealt
+from chaos.record.record import InjectedFault
 from chaos.report.lanes import UP, Lane
 from chaos.report.streams import Gaps
 from chaos.workload.history import percentile
@@ -97,7 +97,7 @@ class _Run:
     gaps: Gaps
     zero: float
 
-    def followed(self, number: int, line: Dealt, until: float, gap_until: float) -> Followed:
+    def followed(self, number: int, line: InjectedFault, until: float, gap_until: float) -> Followed:
         """Events of the victim count from the fault to `until`, gaps to `gap_until`."""
         fault, zero = line.fault, self.zero
         events = self.events[bisect_left(self.times, fault.at) : bisect_left(self.times, until)]

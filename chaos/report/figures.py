@@ -11,7 +11,7 @@ from chaos.check.evidence import Evidence
 from chaos.record.record import AnyLine, Header
 from chaos.report import lanes
 from chaos.report.faults import Followed, Kind, followed, kinds
-from chaos.report.promises import Judged, Promise, exactness, promises
+from chaos.report.promises import Checked, Promise, exactness, promises
 from chaos.report.streams import Seen, seen
 from chaos.workload.history import RequestRecord, difference, percentile
 from membership.base.errors import ConfigError
@@ -61,8 +61,8 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     kinds: tuple[Kind, ...]
 
 
-def figures(lines: Iterable[AnyLine], judged: Sequence[Judged] = ()) -> Figures:
-    """The figures of a record. `judged`: the checker's findings, beside what the run itself verified."""
+def figures(lines: Iterable[AnyLine], checks: Sequence[Checked] = ()) -> Figures:
+    """The figures of a record. `checks`: the checker's findings, beside what the run itself verified."""
     evidence = Evidence(lines)
     header, oracle, zero = evidence.header, evidence.oracle, evidence.header.started
     if not zero:
@@ -77,10 +77,10 @@ def figures(lines: Iterable[AnyLine], judged: Sequence[Judged] = ()) -> Figures:
     kinds_wrong = Counter(each.kind for each in wrong.values())
     unmatched = sum(record.prompt not in oracle for record in history)
     named = {_name(number, history[number], zero - header.wall): each for number, each in wrong.items()}
-    mine = (history or oracle) and all(each.promise != "G3" for each in judged)  # the checker's says more
+    mine = (history or oracle) and all(each.promise != "G3" for each in checks)  # the checker's says more
     own = [exactness(named, len(history) - unmatched, unmatched)] if mine else []
-    said = [Judged(promise=line.promise, ok=line.ok, said=line.said) for line in evidence.verified]
-    kept = promises([*said, *judged, *own])
+    said = [Checked(promise=line.promise, ok=line.ok, said=line.said) for line in evidence.verified]
+    kept = promises([*said, *checks, *own])
 
     clients, gaps = seen(history, tuple(oracle.values()), zero - header.wall, duration_s, sorted(wrong))
     ranks, roles = lanes.ranks(evidence, duration_s), lanes.roles(evidence, duration_s)

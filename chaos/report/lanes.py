@@ -148,10 +148,10 @@ def _rank_event(track: Track, event: Event) -> None:
     elif event.kind == "rank_prepared" and state in JOINING:
         track.mark(event.ts, "standby", said)
     elif event.kind == "rank_masked" and state != "dead":
-        track.mark(event.ts, "masked", f"{said}, told by {event.fields.get('source', '?')}")
+        track.mark(event.ts, "masked", f"{said}, reported by {event.fields.get('source', '?')}")
     elif event.kind == "rank_died":
         why = event.fields.get("reason") or event.fields.get("detected_by", "?")
-        track.mark(event.ts, "dead", f"{said}, told by {why}")
+        track.mark(event.ts, "dead", f"{said}, reported by {why}")
     elif event.kind == "rank_quarantined":
         track.mark(event.ts, "quarantined", str(event.fields.get("reason", "")))
     elif event.kind == "rank_retiring" and state not in ("masked", "dead"):

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from chaos.report.charts import bars, words
 from chaos.report.figures import Figures
 
-HEADLINES = {"held": "Every promise held", "broke": "A promise broke", "unjudged": "Nothing was judged"}
+HEADLINES = {"held": "Every promise held", "broke": "A promise broke", "unjudged": "Nothing was checked"}
 DRAWN = ("duration_s", "seen", "ranks", "roles", "epochs", "operations", "faults")  # what the timeline needs
 COLOURS = {  # of the timeline: the states that share each
     "serving": ("serving", "up", "ready"), "office": ("leading", "in office"), "waiting": ("waiting",),
@@ -48,7 +48,7 @@ def headline(figures: Figures) -> str:
     if broken > 1:
         return f"{broken} promises broke"
     if figures.verdict == "held" and any(each.verdict == "unjudged" for each in figures.promises):
-        return "Every judged promise held"
+        return "Every checked promise held"
     return HEADLINES[figures.verdict]
 
 

@@ -19,9 +19,10 @@ from membership.base.errors import ConfigError
 
 LIBRARY = Path(__file__).parent
 CHANGES = ("scale", "drain", "undrain")
+RENAMED = {"strike": "faults"}  # keys of older scenario files -> their names now
 VERBS = {  # what a step may do -> its other keys; every fault is one, too
     "wait": ("within",),
-    **dict.fromkeys(CHANGES, ("strike", "ends", "within")),
+    **dict.fromkeys(CHANGES, ("faults", "ends", "within")),
     "unquarantine": (),
     "heal": (),
     **dict.fromkeys(FAULTS, ("with", "for", "at")),
@@ -123,7 +124,7 @@ def _tagged(found: Any) -> dict[str, Any]:
             raise ConfigError(f"a step does one thing, not {said}", hint="write one step for each")
         raise ConfigError(f"there is nothing called {extra[0]!r} to do", hint=near(extra[0], VERBS))
     (verb,) = named
-    options = {key: value for key, value in found.items() if key != verb}
+    options: dict[Any, Any] = {RENAMED.get(key, key): value for key, value in found.items() if key != verb}
     for key in options:
         if key not in VERBS[verb]:
             raise ConfigError(f"{verb} has no {key!r}", hint=near(str(key), (verb, *VERBS[verb])))
@@ -141,19 +142,21 @@ def _tagged(found: Any) -> dict[str, Any]:
 
 
 def _change(kind: str, found: Any, options: dict[str, Any]) -> dict[str, Any]:
-    strikes = _listed(options.pop("strike", []))
-    for strike in strikes:
-        if not isinstance(strike, dict) or "at" not in strike:
-            raise ConfigError(f"a strike needs `at`, a phase or a failpoint, not {strike!r}", hint=near("", PHASES))
-        if not FAULTS.keys() & strike.keys():
-            raise ConfigError(f"a strike is a fault, not {strike!r}", hint=near("", FAULTS))
+    faults = _listed(options.pop("faults", []))
+    for fault in faults:
+        if not isinstance(fault, dict) or "at" not in fault:
+            raise ConfigError(
+                f"a fault of a change needs `at`, a phase or a failpoint: {fault!r}", hint=near("", PHASES)
+            )
+        if not FAULTS.keys() & fault.keys():
+            raise ConfigError(f"a change can only have faults, not {fault!r}", hint=near("", FAULTS))
     what = {"size": str(found)} if kind == "scale" else {"victims": _listed(found)}
-    ends = "any" if strikes else "done"
+    ends = "any" if faults else "done"
     return {
         "type": "change",
         "kind": kind,
         "ends": ends,
-        "strike": [_tagged(each) for each in strikes],
+        "faults": [_tagged(each) for each in faults],
         **what,
         **options,
     }

@@ -127,7 +127,7 @@ class Change(Part, frozen=True, kw_only=True, tag="change"):
     kind: Literal["scale", "drain", "undrain"]
     size: str = ""  # of a scale: "6", "2 more", "1 fewer", "back"
     victims: tuple[str, ...] = ()  # of a drain or undrain
-    faults: tuple[Inject, ...] = msgspec.field(name="strike", default=())
+    faults: tuple[Inject, ...] = ()
     ends: str = "done"
     within_s: float = msgspec.field(name="within", default=CHANGE_S)
 

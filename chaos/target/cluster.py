@@ -76,7 +76,7 @@ class Cluster:
         return EventLog.read(self.state.events)
 
     def wait_serving(
-        self, ranks: int, timeout_s: float = 120.0, tell: Callable[[str], None] = lambda _: None
+        self, ranks: int, timeout_s: float = 120.0, notify: Callable[[str], None] = lambda _: None
     ) -> dict[str, Any]:
         """Wait until requests are answered by exactly `ranks` serving ranks, none of them masked; the status then."""
         last = ""
@@ -95,7 +95,7 @@ class Cluster:
                 now += ", no gateway ready"
             if now != last:
                 last = now
-                tell(now)
+                notify(now)
             return None
 
         what = f"serving with {ranks} ranks; see {self.state.path}/logs; last seen: "

@@ -78,15 +78,15 @@ def difference(seen: RequestRecord, expected: RequestRecord) -> Difference | Non
         return None
     pairs = enumerate(zip(seen.tokens, expected.tokens, strict=False))
     where = next((i for i, (a, b) in pairs if a != b), min(len(seen.tokens), len(expected.tokens)))
-    story = (
+    what = (
         f"token {where}: got {seen.tokens[where : where + 3]!r}, expected {expected.tokens[where : where + 3]!r}; "
         f"{len(seen.tokens)} tokens ({seen.finish_reason}), expected {len(expected.tokens)} ({expected.finish_reason})"
     )
     if len(seen.tokens) < len(expected.tokens) and is_subsequence(seen.tokens, expected.tokens):
-        return Difference(seen.prompt, "lost", story)
+        return Difference(seen.prompt, "lost", what)
     if len(seen.tokens) > len(expected.tokens) and is_subsequence(expected.tokens, seen.tokens):
-        return Difference(seen.prompt, "duplicated", story)
-    return Difference(seen.prompt, "altered", story)
+        return Difference(seen.prompt, "duplicated", what)
+    return Difference(seen.prompt, "altered", what)
 
 
 def broke_off(seen: RequestRecord, expected: RequestRecord) -> bool:

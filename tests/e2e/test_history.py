@@ -40,7 +40,7 @@ def test_a_recorded_run_is_judged_from_its_file(serve: Serve, demo_model: Path, 
             fault="kill", victim=f"rank {VICTIM}", at=killed.sent_at, seen_at=killed.gone_at, proof="pidfd says gone",
             pid=killed.pid,
         )  # fmt: skip
-        recorder.dealt(fault)
+        recorder.injected(fault)
         eventually(
             lambda: any(
                 r["rank"] == VICTIM and r["incarnation"] > victim["incarnation"] for r in cluster.status()["ranks"]

@@ -30,7 +30,7 @@ STORM_S = 2.0
 
 
 @contextmanager
-def dealt(site: ProxiedSite, fault: str) -> Iterator[None]:
+def in_force(site: ProxiedSite, fault: str) -> Iterator[None]:
     """The fault during the block."""
     injector = (PROXY_FAULTS | STORE_FAULTS)[fault].injector(site, "etcd")
     injector.inject()
@@ -71,17 +71,17 @@ def test_serving_goes_on_whatever_the_way_to_etcd_is_like(serve: Serve, demo_mod
         with under_load(cluster, RANKS) as workload, closing(connect([etcd.server.url])) as store:
             site, before = ProxiedSite(cluster, etcd), cluster.status()
             past = StoreClient(store, cluster.state.address().cluster, cluster.state.events)  # the proxy
-            with dealt(site, "net-black-hole"):
+            with in_force(site, "net-black-hole"):
                 served(workload, HOLE_S)
                 assert past.status()["epoch"] == before["epoch"]
             thaw(past, workload)
-            with dealt(site, "net-reset"):
+            with in_force(site, "net-reset"):
                 served(workload, STORM_S)
             thaw(past, workload)
-            with dealt(site, "net-delay"):
+            with in_force(site, "net-delay"):
                 eventually(lambda: grown(cluster, RANKS + 1), T, "a scale up over a slow way")
                 cluster.wait_serving(RANKS + 1)
-            with dealt(site, "etcd-full"):
+            with in_force(site, "etcd-full"):
                 served(workload, STORM_S)
                 with pytest.raises(StoreUnavailable, match="space exceeded"):
                     past.propose(scale(RANKS), op_id=None, if_epoch=None, timeout_s=T)

@@ -11,9 +11,9 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from chaos.check.checker import judge
+from chaos.check.checker import check_record
 from chaos.faults.base import Injected
-from chaos.record.record import Answered, AnyLine, Changed, Dealt, Expected, Happened, Header, Verified
+from chaos.record.record import Answered, AnyLine, Changed, Expected, Happened, Header, InjectedFault, Verified
 from chaos.record.recorder import Observed, look
 from chaos.workload.history import RequestRecord
 from membership.base.events import Event
@@ -63,7 +63,7 @@ class RecordedRun:
             fault="kill", victim=f"rank {rank}", at=now, seen_at=now + 0.001, proof="pidfd says gone",
             pid=100 + incarnation,
         )  # fmt: skip
-        self.lines.append(Dealt(fault=fault))
+        self.lines.append(InjectedFault(fault=fault))
         self.world.now += 0.005
         self.world.mask(rank)
         self.event("rank_masked", rank, incarnation=incarnation)
@@ -139,5 +139,5 @@ def alarms(world: World) -> list[str]:
     batch = world.store.watch(prefix, 1).next(0.0)
     lines = Observed(prefix).watched(batch, world.now) if batch is not None else []
     header = Header(what="a life", seed=0, started=START, wall=0.0, replay="", cluster=world.keys.cluster)
-    found = [finding.what for row in judge([header, *lines]).outcomes for finding in row.findings]
+    found = [finding.what for row in check_record([header, *lines]).outcomes for finding in row.findings]
     return [what for what in found if "after its deadline" not in what]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from chaos.faults.base import Injected
-from chaos.record.record import Answered, AnyLine, Dealt, Expected, Happened, Header, Verified
+from chaos.record.record import Answered, AnyLine, Expected, Happened, Header, InjectedFault, Verified
 from chaos.workload.history import RequestRecord
 from membership.base.events import Event
 
@@ -38,12 +38,14 @@ def happened(at: float, kind: str, role: str = "engine", epoch: int = 0, rank: i
     return Happened(event=Event(ts=STARTED + at, role=role, kind=kind, epoch=epoch, rank=rank, fields=fields))
 
 
-def dealt(at: float, fault: str, victim: str, *, pid: int = 0, healed: float = 0.0, proof: str = "seen") -> Dealt:
+def fault_at(
+    at: float, fault: str, victim: str, *, pid: int = 0, healed: float = 0.0, proof: str = "seen"
+) -> InjectedFault:
     """A fault `at` seconds after the run began, seen 20 ms later."""
     injected = Injected(
         fault=fault, victim=victim, at=STARTED + at, seen_at=STARTED + at + 0.02, proof=proof, pid=pid
     )  # fmt: skip
-    return Dealt(fault=injected, healed_at=STARTED + healed if healed else 0.0)
+    return InjectedFault(fault=injected, healed_at=STARTED + healed if healed else 0.0)
 
 
 def answered(at: float, times: list[float], prompt: int = 0, **changed: Any) -> RequestRecord:
@@ -84,7 +86,7 @@ class Life:
         """One fault of a rank and what follows from it."""
         rank = self.chooser.choice(sorted(self.serving))
         pid, healed = self.chooser.randrange(1000, 30_000), 0.0 if name in ("kill", "segv") else at + 0.8
-        self.lines.append(dealt(at, name, f"rank {rank}", pid=pid, healed=healed, proof=WORDS[name].format(pid)))
+        self.lines.append(fault_at(at, name, f"rank {rank}", pid=pid, healed=healed, proof=WORDS[name].format(pid)))
         if name in ("host-cut-off", "disk-full", "torn-write", "clock-jump"):
             return
         noticed = at + (self.chooser.uniform(0.4, 0.9) if name in ("stop", "step-hang-gil") else 0.001)

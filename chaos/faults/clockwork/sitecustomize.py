@@ -1,8 +1,8 @@
 """Makes the wall clock of a Python process adjustable: imported by the interpreter itself, before anything else.
 
 It is on the path only of processes that a chaos run started so (`chaos/faults/clock.py`), and alone: it imports nothing
-of the project. `time.time` and `time.time_ns` add the offset that the file of offsets gives for this process; whoever
-changes an offset sees in the file `<file>.PID` what the process's own clock said once it had noticed. The monotonic
+of the project. `time.time` and `time.time_ns` add the offset that the file of offsets gives for this process. Once
+it has noticed a change of its offset, it writes what its own clock says to the file `<file>.PID`. The monotonic
 clock is left alone: no machine's jumps. So is grpc's reading of the wall clock: it gives its core deadlines as times,
 which the core holds against the clock as it is; on a machine whose clock jumps the two agree.
 """

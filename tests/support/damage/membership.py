@@ -22,7 +22,7 @@ def an_epoch_is_left_out(lines: Lines) -> None:
     put_view(lines, 4, epoch=5)
 
 
-@damage("commits", r"epoch 4 was committed by leader token 6, when 41 led", "leader = token 41")
+@damage("commits", r"epoch 4 was committed by leader token 6; the leader's was 41", "leader = token 41")
 def a_deposed_leader_commits(lines: Lines) -> None:
     where = event(lines, "epoch_committed", 3)
     line = lines[where]
@@ -30,7 +30,7 @@ def a_deposed_leader_commits(lines: Lines) -> None:
     lines[where] = Happened(event=replace(line.event, fields={**line.event.fields, "token": 6}))
 
 
-@damage("commits", r"somebody says to have committed epoch 4 at revision 54, and did not", "epoch_committed")
+@damage("commits", r"an event reports a commit of epoch 4 at revision 54: there was none", "epoch_committed")
 def a_commit_is_claimed_that_was_none(lines: Lines) -> None:
     where = event(lines, "epoch_committed", 3)
     line = lines[where]
@@ -38,8 +38,8 @@ def a_commit_is_claimed_that_was_none(lines: Lines) -> None:
     lines[where] = Happened(event=replace(line.event, fields={**line.event.fields, "revision": 54}))
 
 
-@damage("commits", "incarnation was changed while nobody led", "revision 43 ")
-def nobody_leads(lines: Lines) -> None:
+@damage("commits", "incarnation was changed while there was no leader", "revision 43 ")
+def no_controller_leads(lines: Lines) -> None:
     del lines[changed(lines, "leader")[-1]]
 
 
@@ -69,7 +69,7 @@ def a_view_was_not_staged(lines: Lines) -> None:
 
 
 @damage("commits", r"rank 1 \(incarnation 2\) was evicted and is back in epoch 4", "assign/a = ranks 0/1 2/3")
-def somebody_evicted_is_back(lines: Lines) -> None:
+def an_evicted_rank_is_back(lines: Lines) -> None:
     members = view_of(lines, 4)["members"]
     put_view(lines, 4, members=[{**m, "incarnation": 2} if m["rank"] == 1 else m for m in members])
 
@@ -113,15 +113,15 @@ def the_watch_leaves_something_out(lines: Lines) -> None:
     del lines[changed(lines, "ops/up")[1]]
 
 
-@damage("watch", "the watch told revision 24 after 25", "revision 24 ")
+@damage("watch", "the watch delivered revision 24 after 25", "revision 24 ")
 def the_watch_mixes_the_order_up(lines: Lines) -> None:
     where = at(lines, "next", epoch=2)
     after = changed(lines, "ranks/0/1", lambda line: line.revision == 25)[0]
     lines[where], lines[after] = lines[after], lines[where]
 
 
-@damage("watch", "was deleted, and never that it was there", "ranks/2/3 deleted")
-def the_watch_tells_an_end_without_a_beginning(lines: Lines) -> None:
+@damage("watch", "the deletion of .*ranks/2/3, and never its creation", "ranks/2/3 deleted")
+def the_watch_delivers_an_end_without_a_beginning(lines: Lines) -> None:
     for where in reversed(changed(lines, "ranks/2/3", lambda line: not line.deleted)):
         del lines[where]
 
@@ -134,8 +134,8 @@ def stale(lines: Lines, client: str) -> None:
     lines[reads(lines)[-1]] = replace(early, began=late.began, ended=late.ended, client=client)
 
 
-@damage("linearizable", "reader 9 read revision 22 after the watch had told 70: the read is stale", "ops/down")
-def a_read_is_older_than_a_change_that_was_told(lines: Lines) -> None:
+@damage("linearizable", "reader 9 read revision 22 after the watch had delivered 70: the read is stale", "ops/down")
+def a_read_is_older_than_a_change_that_was_delivered(lines: Lines) -> None:
     stale(lines, "reader 9")
 
 
@@ -157,7 +157,9 @@ def a_client_goes_back_in_time(lines: Lines) -> None:
 
 
 @damage(
-    "linearizable", "as of revision 71 that the view was epoch 4 of revision 53, where it was epoch 5", "view = epoch 5"
+    "linearizable",
+    "as of revision 71, that the view was epoch 4 of revision 53, where it was epoch 5",
+    "view = epoch 5",
 )
 def a_read_says_what_was_before(lines: Lines) -> None:
     last = lines[reads(lines)[-1]]
@@ -175,8 +177,8 @@ def a_read_names_a_deposed_leader(lines: Lines) -> None:
 # --- G2
 
 
-@damage("fences", "engine 4 told the status when engine 5 was in office", "engine = token 5")
-def an_old_engine_tells_the_status(lines: Lines) -> None:
+@damage("fences", "engine 4 published the status while engine 5 was in office", "engine = token 5")
+def an_old_engine_publishes_the_status(lines: Lines) -> None:
     put(lines, at(lines, "engine-status", epoch=4), token=4)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from chaos.record.record import Answered, Changed, Dealt, Expected, Verified
+from chaos.record.record import Answered, Changed, Expected, InjectedFault, Verified
 from tests.support.damage.tools import Lines, at, damage, put, put_operation, put_view, view_of
 from tests.support.recorded_run import START, changed, tokens
 
@@ -171,17 +171,17 @@ def an_operation_is_forgotten(lines: Lines) -> None:
 
 @damage("faults", "kill of rank 1 was counted without proof that it happened", "no proof")
 def a_fault_has_no_proof(lines: Lines) -> None:
-    where = next(i for i, line in enumerate(lines) if isinstance(line, Dealt))
+    where = next(i for i, line in enumerate(lines) if isinstance(line, InjectedFault))
     line = lines[where]
-    assert isinstance(line, Dealt)
+    assert isinstance(line, InjectedFault)
     lines[where] = replace(line, fault=replace(line.fault, proof=""))
 
 
 @damage("faults", r"kill of rank 0 \(incarnation 1\) was never noticed", "kill of rank 0")
 def a_death_is_not_noticed(lines: Lines) -> None:
-    line = next(line for line in lines if isinstance(line, Dealt))
+    line = next(line for line in lines if isinstance(line, InjectedFault))
     fault = replace(line.fault, victim="rank 0", pid=101, at=START + 1.0, seen_at=START + 1.1)
-    lines.append(Dealt(fault=fault))
+    lines.append(InjectedFault(fault=fault))
 
 
 @damage("by the run", "two processes are left", "")

@@ -50,7 +50,7 @@ def put_view(lines: Lines, epoch: int, /, **fields: Any) -> None:
 
 
 def put_operation(lines: Lines, name: str, **fields: Any) -> None:
-    """Change an operation in all that is told of it."""
+    """Change an operation in every line about it."""
     for where in changed(lines, f"ops/{name}"):
         put(lines, where, **fields)
 

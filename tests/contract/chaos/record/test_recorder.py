@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from chaos.check.checker import judge
+from chaos.check.checker import check_record
 from chaos.check.evidence import Evidence, Outcome
 from chaos.faults.base import Injected
-from chaos.record.record import Changed, Dealt, Header, Read, read
+from chaos.record.record import Changed, Header, InjectedFault, Read, read
 from chaos.record.recorder import Recorder
 from elastic.serve.etcd_server import EtcdServer
 from membership.base.errors import SchemaError
@@ -35,7 +35,7 @@ def recorder_of(store: Store, name: str, etcd: EtcdServer) -> Recorder:
 
 
 def rows(recorder: Recorder) -> dict[str, Outcome]:
-    return {row.title: row for row in judge(recorder.lines()).outcomes}
+    return {row.title: row for row in check_record(recorder.lines()).outcomes}
 
 
 def test_what_happens_is_told_whole_and_read_rightly(
@@ -52,7 +52,7 @@ def test_what_happens_is_told_whole_and_read_rightly(
                 wait_reads(recorder, more_than=epoch)
         store.put(keys.heartbeats("a"), b"no record")
         fault = Injected(fault="kill", victim="etcd", at=1.0, seen_at=1.0, proof="none")
-        recorder.dealt(fault)
+        recorder.injected(fault)
         recorder.healed(fault, 2.0)
     recorder.write(tmp_path / "record.jsonl")
     evidence = Evidence(read(tmp_path / "record.jsonl"))
@@ -61,7 +61,7 @@ def test_what_happens_is_told_whole_and_read_rightly(
     assert views == list(range(1, 30))
     assert evidence.observed[-1].key == keys.heartbeats("a")  # type: ignore[union-attr]
     assert evidence.observed[-1].value is None  # type: ignore[union-attr]
-    assert evidence.faults == [Dealt(fault=fault, healed_at=2.0)]
+    assert evidence.faults == [InjectedFault(fault=fault, healed_at=2.0)]
     found = rows(recorder)
     assert (found["watch"].verdict, found["linearizable"].verdict) == ("held", "held")
     assert found["linearizable"].figures["clients"] == 2

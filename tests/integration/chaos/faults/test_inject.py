@@ -111,10 +111,10 @@ def healed(fault: Injector) -> None:
 def test_deadly_signals_are_proven_by_the_kernel(start: Start, name: str, number: signal.Signals) -> None:
     child = start()
     fault = injector(name, child, "engine")
-    dealt = fault.inject()
-    assert (dealt.fault, dealt.victim, dealt.pid) == (name, "engine", child.process.pid)
-    assert "pidfd says gone" in dealt.proof
-    assert name == "kill" or "killed by SIGSEGV" in dealt.proof
+    injected = fault.inject()
+    assert (injected.fault, injected.victim, injected.pid) == (name, "engine", child.process.pid)
+    assert "pidfd says gone" in injected.proof
+    assert name == "kill" or "killed by SIGSEGV" in injected.proof
     assert child.process.wait(timeout=5) == -number
     healed(fault)
     with pytest.raises(NotInjected, match="gone already"):

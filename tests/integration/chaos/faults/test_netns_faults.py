@@ -100,7 +100,7 @@ def candidate(host: Host, urls: Sequence[str], output: Path) -> Iterator[None]:
 
 
 @contextmanager
-def dealt(fault: str, host: Host, others: Sequence[Host]) -> Iterator[str]:
+def in_force(fault: str, host: Host, others: Sequence[Host]) -> Iterator[str]:
     """The cut during the block; what proves it."""
     injector = CUTS[fault][1](host, others)
     proof = injector.inject().proof
@@ -114,11 +114,11 @@ def dealt(fault: str, host: Host, others: Sequence[Host]) -> Iterator[str]:
 @pytest.mark.parametrize("fault", CUTS)
 def test_each_cut_is_proven_and_healed(scene: Scene, fault: str) -> None:
     m0, a, b = scene.network["m0"], scene.network["a"], scene.network["b"]
-    with dealt(fault, a, [b]) as proof:
+    with in_force(fault, a, [b]) as proof:
         assert " to " in proof
         with pytest.raises(NotInjected, match="as it is"):
             CUTS[fault][1](a, [b]).inject()
-        with dealt("host-reset", m0, [b]):  # another fault beside it, which ends first
+        with in_force("host-reset", m0, [b]):  # another fault beside it, which ends first
             assert proof
 
 
@@ -127,7 +127,7 @@ def test_a_leader_that_is_cut_off_leaves_office_before_the_next_takes_it(scene: 
     cut_off = scene.leader()
     other = next(name for name in CANDIDATES if name != cut_off)
     token = scene.term(cut_off)
-    with dealt(fault, scene.network[cut_off], scene.members):
+    with in_force(fault, scene.network[cut_off], scene.members):
         eventually(lambda: scene.term(other) > token, T, "the other candidate in office")
         assert not scene.term(cut_off)
         eventually(lambda: not scene.synced(cut_off), T, "the mirror that is cut off to say so")
@@ -141,7 +141,7 @@ def test_an_etcd_leader_that_is_cut_off_from_its_members_is_done_without(scene: 
     """Clients reach all three, and are told by one that it is no use."""
     leading = eventually(lambda: etcd_leader(scene), T, "a leader of etcd")
     others = [member for member in scene.etcd.members if member is not leading]
-    with dealt(fault, scene.network[leading.name], [scene.network[each.name] for each in others]):
+    with in_force(fault, scene.network[leading.name], [scene.network[each.name] for each in others]):
         was = leading.status().member_id
         eventually(lambda: all(each.status().leader not in (0, was) for each in others), T, "another leader of etcd")
         acted = max(line["revision"] for name in CANDIDATES for line in scene.told(name, "acted"))

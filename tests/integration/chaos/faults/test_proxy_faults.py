@@ -40,7 +40,7 @@ def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxiedEtcd]:
 
 
 @contextmanager
-def dealt(proxy: TcpProxy, fault: str) -> Iterator[str]:
+def in_force(proxy: TcpProxy, fault: str) -> Iterator[str]:
     """The fault during the block; its proof."""
     injector = ProxyFault(proxy, fault, "etcd")
     proof = injector.inject().proof
@@ -52,7 +52,7 @@ def dealt(proxy: TcpProxy, fault: str) -> Iterator[str]:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_fault_is_proven_and_healed(etcd: ProxiedEtcd, fault: str) -> None:
-    with dealt(etcd.proxy, fault) as proof:
+    with in_force(etcd.proxy, fault) as proof:
         assert proof.startswith("a round trip through the proxy: ")
     with closing(connect([etcd.url], connect_timeout_s=T)) as store:
         assert store.put(f"/{fault}", b"") > 0
@@ -124,7 +124,7 @@ def test_the_mirror_the_lease_and_the_office_under_each_cut(etcd: ProxiedEtcd, f
         old, new = Election(store, keys.leader, b"", keeper), Election(other, keys.leader, b"", next_keeper)
         token = old.campaign(T)
         mirror.wait(lambda s: s.leader_revision == token, T)
-        with dealt(etcd.proxy, fault):
+        with in_force(etcd.proxy, fault):
             assert new.campaign(T) > token
             assert not old.held
             other.put(keys.desired, encode(Desired(ranks=3)))
@@ -146,7 +146,7 @@ def test_an_endpoint_that_does_not_answer_costs_one_call(etcd: ProxiedEtcd, monk
     keys = Keys("proxied-endpoint")
     with closing(connect([etcd.url, etcd.server.url], timeout_s=0.5, connect_timeout_s=T)) as store:
         watch = store.watch(keys.prefix, 0)
-        with dealt(etcd.proxy, "net-deaf"):
+        with in_force(etcd.proxy, "net-deaf"):
             unanswered = 0
             for ranks in range(20):
                 try:
@@ -183,6 +183,6 @@ def test_one_role_is_cut_off_while_the_others_keep_the_store(etcd: ProxiedEtcd, 
     """The leading controller hears no answers: the other one leads, and the first stands by when it hears again."""
     with closing(connect([etcd.server.url])) as store, controller(etcd.url, tmp_path / "first") as first:
         eventually(lambda: leader(store) == first, T, "the first to lead")
-        with controller(etcd.server.url, tmp_path / "second") as second, dealt(etcd.proxy, "net-deaf"):
+        with controller(etcd.server.url, tmp_path / "second") as second, in_force(etcd.proxy, "net-deaf"):
             eventually(lambda: leader(store) == second, T, "the second to lead")
         eventually(lambda: leader(store) == first, T, "the first to lead again")

@@ -71,7 +71,7 @@ def site(tmp_path: Path) -> Iterator[OwnSite]:
 
 
 @contextmanager
-def dealt(site: OwnSite, fault: str, victim: str = "etcd", **params: object) -> Iterator[Injected]:
+def in_force(site: OwnSite, fault: str, victim: str = "etcd", **params: object) -> Iterator[Injected]:
     """The fault during the block; what proves it."""
     injector = FAULTS[fault].injector(site, victim, params)
     try:
@@ -90,7 +90,7 @@ def test_a_full_etcd_freezes_membership_and_nothing_else(site: OwnSite) -> None:
     ):
         election = Election(store, KEYS.leader, b"", keeper)
         election.campaign(T)
-        with dealt(site, "etcd-full") as injected:
+        with in_force(site, "etcd-full") as injected:
             assert "NOSPACE" in injected.proof
             for write in (lambda: store.put(KEYS.desired, b""), lambda: store.grant(1.0)):
                 with pytest.raises(StoreUnavailable) as caught:
@@ -109,11 +109,11 @@ def test_a_full_etcd_freezes_membership_and_nothing_else(site: OwnSite) -> None:
 def test_a_forgotten_history_is_listed_anew(site: OwnSite) -> None:
     """Also by who was away meanwhile: it cannot follow from where it was."""
     with closing(connect([site.etcd.url], timeout_s=0.5)) as store, Mirror(store, KEYS.cluster) as mirror:
-        with dealt(site, "etcd-down"):
+        with in_force(site, "etcd-down"):
             eventually(lambda: not mirror.synced, T, "the mirror to notice")
         with closing(connect([site.etcd.url])) as other:
             other.put(KEYS.desired, encode(Desired(ranks=3)))
-        with dealt(site, "etcd-compacted") as injected:
+        with in_force(site, "etcd-compacted") as injected:
             assert "compacted" in injected.proof
         mirror.wait(lambda s: s.desired == Desired(ranks=3), T, "what was written meanwhile")
 
@@ -121,7 +121,7 @@ def test_a_forgotten_history_is_listed_anew(site: OwnSite) -> None:
 @pytest.mark.skipif(shutil.which("strace") is None or os.geteuid() != 0, reason="needs strace and root")
 def test_a_slow_disk_slows_writes_and_loses_nobody(site: OwnSite) -> None:
     with closing(connect([site.etcd.url])) as store, LeaseKeeper(store, 1.5) as keeper:
-        with dealt(site, "etcd-slow-disk", delay_s=0.15) as injected:
+        with in_force(site, "etcd-slow-disk", delay_s=0.15) as injected:
             assert float(injected.proof.split()[1]) >= 120.0
             with Mirror(store, KEYS.cluster) as mirror:
                 store.put(KEYS.desired, encode(Desired(ranks=3)))
@@ -134,7 +134,7 @@ def test_a_slow_disk_slows_writes_and_loses_nobody(site: OwnSite) -> None:
 def test_wiped_data_are_refused_by_who_knew_the_others(site: OwnSite) -> None:
     with closing(connect([site.etcd.url])) as store:
         store.put("/a", b"1")
-        with dealt(site, "etcd-wiped") as injected:
+        with in_force(site, "etcd-wiped") as injected:
             assert " and is " in injected.proof
 
         def refused() -> bool:
@@ -158,7 +158,7 @@ def test_another_member_leads(tmp_path: Path, kill: bool) -> None:
         Mirror(store, KEYS.cluster) as mirror,
         LeaseKeeper(store, 5.0) as keeper,
     ):
-        with dealt(MembersSite(members, tmp_path), "etcd-leader", kill=kill):
+        with in_force(MembersSite(members, tmp_path), "etcd-leader", kill=kill):
             eventually(lambda: wrote(store, 3), T, "a write under the next leader")
             mirror.wait(lambda s: s.desired == Desired(ranks=3), T)
         assert keeper.alive
@@ -203,11 +203,11 @@ def test_a_controller_outlives_a_revoked_lease_and_a_full_store(site: OwnSite) -
     with closing(connect([site.etcd.url])) as store, controller(site, store):
         pid = site.pids["controller"]
         first = token(store, pid)
-        with dealt(site, "lease-revoked", "controller") as injected:
+        with in_force(site, "lease-revoked", "controller") as injected:
             assert f"process {pid}" in injected.proof
         eventually(lambda: token(store, pid) > first, T, "the controller to lead again")
         second = token(store, pid)
-        with dealt(site, "etcd-full"), dealt(site, "lease-revoked", "controller"):
+        with in_force(site, "etcd-full"), in_force(site, "lease-revoked", "controller"):
             log = site.folder / "controller.log"
             eventually(lambda: "controller waits for the store" in log.read_text(), T, "the controller to ask for room")
             assert not token(store, pid)
@@ -223,7 +223,7 @@ def test_what_was_not_ended_is_not_started(tmp_path: Path, fault: str) -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_healing_what_was_never_dealt_touches_nothing(tmp_path: Path, fault: str) -> None:
+def test_healing_what_was_never_injected_touches_nothing(tmp_path: Path, fault: str) -> None:
     """There is no etcd here, and nobody asks for one."""
     site = OwnSite(EtcdServer(tmp_path / "etcd", ports=(1, 2)), tmp_path)
     FAULTS[fault].injector(site, FAULTS[fault].victims[0]).heal()

@@ -9,7 +9,7 @@ import re
 
 import pytest
 
-from chaos.check.checker import Verdict, judge, table
+from chaos.check.checker import Verdict, check_record, table
 from chaos.check.evidence import Outcome
 from tests.support.damage import DAMAGES
 from tests.support.recorded_run import good_lines
@@ -24,7 +24,7 @@ def outcome(verdict: Verdict, title: str) -> Outcome:
 
 
 def test_a_good_run_passes_every_check() -> None:
-    verdict = judge(good_lines())
+    verdict = check_record(good_lines())
     assert verdict.ok, list(table(verdict))
     assert all(row.verdict == "held" for row in verdict.outcomes), verdict
     assert outcome(verdict, "commits").figures == {"epochs": 5, "leaders": 2}
@@ -37,7 +37,7 @@ def test_each_damage_is_found_and_shown(name: str) -> None:
     hurt, title, what, quoted = DAMAGES[name]
     lines = list(good_lines())
     hurt(lines)
-    verdict = judge(lines)
+    verdict = check_record(lines)
     assert not verdict.ok
     found = [f for f in outcome(verdict, title).findings if re.search(what, f.what)]
     assert found, list(table(verdict))

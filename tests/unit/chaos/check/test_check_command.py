@@ -14,12 +14,12 @@ import pytest
 from msgspec.structs import replace
 from typer.testing import CliRunner
 
-from chaos.check.checker import judge
+from chaos.check.checker import check_record
 from chaos.check.evidence import Evidence
 from chaos.check.faults import aftermaths
 from chaos.cli.main import app
 from chaos.faults.base import Injected
-from chaos.record.record import Answered, AnyLine, Changed, Dealt, Happened, write
+from chaos.record.record import Answered, AnyLine, Changed, Happened, InjectedFault, write
 from chaos.workload.history import RequestRecord, save
 from membership.base.events import Event
 from tests.support import GOLDEN
@@ -59,14 +59,14 @@ def test_a_good_record_exits_0(tmp_path: Path) -> None:
     verdict = json.loads(outcome.output)
     assert verdict["ok"] is True
     assert {row["title"] for row in verdict["outcomes"]} >= {"commits", "linearizable", "requests", "coverage"}
-    assert "every promise that could be judged held" in checked(tmp_path / "record.jsonl").output
+    assert "every promise that could be checked held" in checked(tmp_path / "record.jsonl").output
 
 
 def test_a_record_that_shows_nothing_proves_nothing(tmp_path: Path) -> None:
     write(tmp_path / "record.jsonl", good_lines()[:1])
     outcome = checked(tmp_path / "record.jsonl")
     assert outcome.exit_code == 1
-    assert "nothing was judged" in outcome.output
+    assert "nothing was checked" in outcome.output
     assert "no evidence" in outcome.output
 
 
@@ -94,15 +94,15 @@ def with_requests(*records: RequestRecord, others: tuple[AnyLine, ...] = ()) -> 
 
 
 def row(lines: list[AnyLine], title: str) -> Any:
-    return next(row for row in judge(lines).outcomes if row.title == title)
+    return next(row for row in check_record(lines).outcomes if row.title == title)
 
 
 CUT = RequestRecord(prompt=0, id="cut", started=30.0, ended=31.0, tokens=("a",), token_times=(30.5,), error="reset")
 
 
-def gateway_killed(at: float) -> Dealt:
+def gateway_killed(at: float) -> InjectedFault:
     fault = Injected(fault="kill", victim="gateway", at=at, seen_at=at, proof="pidfd says gone", pid=9)
-    return Dealt(fault=fault)
+    return InjectedFault(fault=fault)
 
 
 def test_a_stream_of_a_killed_gateway_is_excused() -> None:
@@ -131,7 +131,7 @@ def test_a_request_that_waited_for_lost_experts_as_long_as_it_must_is_excused() 
 
 
 def test_what_followed_a_fault_is_measured() -> None:
-    kill = next(line for line in good_lines() if isinstance(line, Dealt))
+    kill = next(line for line in good_lines() if isinstance(line, InjectedFault))
     since = kill.fault.at - START
     times = (since, since + 0.4, since + 0.41, since + 0.42)
     slow = replace(tokens(1), id="slow", started=since - 1.0, token_times=times)
@@ -147,7 +147,7 @@ def test_what_followed_a_fault_is_measured() -> None:
 def test_what_is_first_told_of_long_after_a_fault_was_healed_is_not_of_it(told_at: float, noticed_ms: float) -> None:
     stop = Injected(fault="stop", victim="etcd", at=START + 1.0, seen_at=START + 1.1, proof="stopped", pid=9)
     died = Event(ts=START + told_at, role="supervisor", kind="etcd_died", epoch=0, fields={})
-    (after,) = aftermaths(Evidence([Dealt(fault=stop, healed_at=START + 2.0), Happened(event=died)]))
+    (after,) = aftermaths(Evidence([InjectedFault(fault=stop, healed_at=START + 2.0), Happened(event=died)]))
     assert after.noticed_ms == pytest.approx(noticed_ms)
 
 
@@ -157,5 +157,5 @@ def test_of_two_engines_the_one_that_died_is_told_by_its_pid() -> None:
         Event(ts=START + at, role="supervisor", kind="role_died", epoch=0, fields={"name": name, "pid": pid})
         for at, name, pid in ((0.5, "engine", 5), (1.2, "engine-standby", 7), (9.0, "engine", 6))
     ]
-    (after,) = aftermaths(Evidence([Dealt(fault=kill), *(Happened(event=event) for event in died)]))
+    (after,) = aftermaths(Evidence([InjectedFault(fault=kill), *(Happened(event=event) for event in died)]))
     assert after.noticed_ms == pytest.approx(200.0)

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from chaos.check.evictions import Evictions
 from chaos.check.evidence import Evidence, Outcome, run
-from chaos.record.record import AnyLine, Dealt, Happened
+from chaos.record.record import AnyLine, Happened, InjectedFault
 from tests.support.recorded_run import good_lines
 
 pytestmark = pytest.mark.unit
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.unit
 def with_fault(**changes: object) -> list[AnyLine]:
     """The good run, its fault changed."""
     return [
-        replace(line, fault=replace(line.fault, **changes)) if isinstance(line, Dealt) else line
+        replace(line, fault=replace(line.fault, **changes)) if isinstance(line, InjectedFault) else line
         for line in good_lines()
     ]
 
@@ -34,7 +34,7 @@ def test_who_was_struck_may_be_given_up() -> None:
 
 
 def test_who_was_not_may_not() -> None:
-    lines = [line for line in good_lines() if not isinstance(line, Dealt)]
+    lines = [line for line in good_lines() if not isinstance(line, InjectedFault)]
     assert checked(lines).verdict == "broken"
     (finding,) = checked(with_fault(pid=1)).findings
     assert "rank 1 was given up" in finding.what

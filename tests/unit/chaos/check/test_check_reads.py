@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from chaos.check.checker import judge
+from chaos.check.checker import check_record
 from chaos.check.evidence import Evidence, run
 from chaos.check.reads import Reads
 from chaos.record.record import AnyLine, Changed, Gap, Header, Read
@@ -130,14 +130,14 @@ def test_a_compaction_leaves_a_gap_and_nothing_in_it_is_judged() -> None:
     assert [(c.key, c.deleted) for c in evidence.observed if isinstance(c, Changed) and c.at == 5.0] == [
         (KEYS.view, False), (KEYS.leader, True),
     ]  # fmt: skip
-    rows = {row.title: row for row in judge(lines).outcomes}
+    rows = {row.title: row for row in check_record(lines).outcomes}
     assert rows["linearizable"].verdict == "held"
     assert rows["linearizable"].judged == 3  # of five
     assert rows["watch"].verdict == "held"
     assert rows["watch"].figures == {"gaps": 1}
     assert rows["commits"].judged == 1  # epoch 1 and 4 were listed, 2 and 3 never seen
     told_again = [replace(line, listed=False) if isinstance(line, Changed) else line for line in lines]
-    assert {row.title: row for row in judge(told_again).outcomes}["watch"].verdict == "broken"
+    assert {row.title: row for row in check_record(told_again).outcomes}["watch"].verdict == "broken"
 
 
 def watched(store: MemoryStore, since: int):  # type: ignore[no-untyped-def]
@@ -157,7 +157,7 @@ def test_what_was_told_twice_is_kept_once() -> None:
 
 def test_reads_after_the_last_word_of_a_broken_watch_are_not_judged() -> None:
     lines = [line for line in good_lines() if not (isinstance(line, Changed) and line.revision > 60)]
-    rows = {row.title: row for row in judge(lines).outcomes}
+    rows = {row.title: row for row in check_record(lines).outcomes}
     assert rows["linearizable"].verdict == "broken"  # it looks as if the reads were wrong
-    rows = {row.title: row for row in judge([*lines, Gap(at=2000.0, after=60, why="lost")]).outcomes}
+    rows = {row.title: row for row in check_record([*lines, Gap(at=2000.0, after=60, why="lost")]).outcomes}
     assert rows["linearizable"].verdict == "held"

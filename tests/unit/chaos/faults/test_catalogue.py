@@ -51,8 +51,8 @@ class Armed:
 def test_a_step_fault_is_armed_seen_in_the_history_and_disarmed(name: str, armed: str) -> None:
     site = Armed()
     fault = injector(name, site, "rank 2")
-    dealt = fault.inject()
-    assert (dealt.fault, dealt.pid, dealt.seen_at) == (name, 7, 2.0)  # not the one of before
+    injected = fault.inject()
+    assert (injected.fault, injected.pid, injected.seen_at) == (name, 7, 2.0)  # not the one of before
     fault.heal()
     fault.heal()
     assert site.armed == [f"rank.step@2=1*{armed}", ""]

@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from chaos.cli.main import app
 from chaos.record.record import Answered, AnyLine, Changed, Expected, Verified, write
-from chaos.report import Judged, figures, page
+from chaos.report import Checked, figures, page
 from chaos.report.charts import words
 from chaos.report.faults import family
-from tests.support.records import STARTED, answered, dealt, happened, header, soak
+from tests.support.records import STARTED, answered, fault_at, happened, header, soak
 
 pytestmark = pytest.mark.unit
 
@@ -24,7 +24,7 @@ HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{ 
 
 def killed() -> list[AnyLine]:
     """Two streams, one scale, and rank 1 dies at 1 s; it is noticed after 2 ms and whole again after 700 ms."""
-    lines: list[AnyLine] = [header(ranks=2), dealt(1.0, "kill", "rank 1", pid=42, proof="pidfd says gone")]
+    lines: list[AnyLine] = [header(ranks=2), fault_at(1.0, "kill", "rank 1", pid=42, proof="pidfd says gone")]
     for rank in (0, 1):
         for kind in ("rank_spawned", "rank_ready", "rank_attached", "rank_prepared"):
             lines.append(happened(-2.0, kind, "agent", rank=rank, incarnation=rank + 1))
@@ -108,8 +108,8 @@ def test_a_store_that_was_watched_says_more_of_an_operation() -> None:
 
 def test_an_engine_that_took_over_and_an_etcd_that_was_away() -> None:
     found = figures([
-        header(), dealt(1.0, "kill", "engine", pid=7), dealt(2.0, "kill", "etcd", pid=9),
-        dealt(2.5, "stop", "etcd", healed=2.6), dealt(2.7, "net-cut", "host b", healed=2.9),
+        header(), fault_at(1.0, "kill", "engine", pid=7), fault_at(2.0, "kill", "etcd", pid=9),
+        fault_at(2.5, "stop", "etcd", healed=2.6), fault_at(2.7, "net-cut", "host b", healed=2.9),
         happened(-9.0, "role_started", "supervisor", name="engine", pid=6),
         happened(-9.0, "role_started", "supervisor", name="engine-standby", pid=7),
         happened(-8.0, "engine_elected", token=4, pid=7),
@@ -135,7 +135,7 @@ def test_an_engine_that_took_over_and_an_etcd_that_was_away() -> None:
 
 def test_an_engine_that_stands_down_and_a_step_that_fails() -> None:
     found = figures([
-        header(ranks=1), dealt(0.5, "stop", "engine-standby", healed=0.9), dealt(1.5, "step-raise", "rank 0"),
+        header(ranks=1), fault_at(0.5, "stop", "engine-standby", healed=0.9), fault_at(1.5, "step-raise", "rank 0"),
         Changed(revision=1, key="/elastic-ep/demo/leader", at=STARTED, listed=True),
         happened(0.2, "role_died", "supervisor", name="engine", pid=6, reason="killed by SIGKILL"),
         happened(0.3, "role_started", "supervisor", name="engine", pid=8),
@@ -155,12 +155,12 @@ def test_without_events_from_before_the_run_the_ranks_of_its_header_serve() -> N
     found = figures([header(ranks=2), happened(1.0, "rank_masked", rank=1, incarnation=2, source="queue")])
     assert [[span.state for span in lane.spans] for lane in found.ranks] == [["serving"], ["serving"]]
     listed = Changed(revision=1, key="/elastic-ep/demo/view", at=STARTED, value={"members": [{"rank": 5}]})
-    assert [lane.name for lane in figures([header(), listed, dealt(1.0, "stop", "rank 5")]).ranks] == ["rank 5"]
+    assert [lane.name for lane in figures([header(), listed, fault_at(1.0, "stop", "rank 5")]).ranks] == ["rank 5"]
 
 
 def test_a_promise_held_if_all_who_judged_it_say_so() -> None:
     lines = [*killed(), Verified(promise="G1", ok=True, said="812 changes"), Verified(promise="G6", ok=True, said="up")]
-    found = figures(lines, [Judged(promise="G1", ok=False, said="the checker: 1 broken", evidence=("revision 7",))])
+    found = figures(lines, [Checked(promise="G1", ok=False, said="the checker: 1 broken", evidence=("revision 7",))])
     verdicts = {each.id: each.verdict for each in found.promises}
     assert verdicts == {"G1": "broke", "G3": "held", "G6": "held"} | dict.fromkeys(
         ("G2", "G4", "G5", "G7", "G8", "G9"), "unjudged"
@@ -209,7 +209,7 @@ def test_hostile_text_stays_text() -> None:
     record = answered(0.5, [0.6], id=HOSTILE, error=HOSTILE)
     lines: list[AnyLine] = [
         header(what=HOSTILE, replay=HOSTILE, model=HOSTILE, cluster=HOSTILE),
-        dealt(0.2, HOSTILE, HOSTILE, proof=HOSTILE),
+        fault_at(0.2, HOSTILE, HOSTILE, proof=HOSTILE),
         happened(0.3, "role_died", HOSTILE, name=HOSTILE, reason=HOSTILE),
         happened(0.4, "epoch_committed", "controller", 2, ranks=[0], reason=HOSTILE),
         happened(0.5, "operation_phase", "controller", operation=HOSTILE, phase=HOSTILE, target=1, error=HOSTILE),
@@ -218,7 +218,7 @@ def test_hostile_text_stays_text() -> None:
         Expected(record=record),
         Answered(record=record),
     ]
-    judged = [Judged(promise="G1", ok=False, said=HOSTILE, evidence=(HOSTILE,))]
+    judged = [Checked(promise="G1", ok=False, said=HOSTILE, evidence=(HOSTILE,))]
     found, plain = figures(lines, judged), figures(killed())
     hostile, harmless = Page(page(found)), Page(page(plain))
     assert hostile.tags.count("script") == harmless.tags.count("script") == 2

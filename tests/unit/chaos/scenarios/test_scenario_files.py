@@ -87,7 +87,7 @@ STEP = "name: n\nabout: a\nsteps:\n  - wait: whole\n  - "
         (f"{STEP}wait: {{rank: 2}}", "must name its `event`", "rank_masked"),
         (f"{STEP}{{wait: 3, within: soon}}", "within: 'soon' is not a duration", ""),
         (f"{STEP}scale: up", "scale cannot be to 'up'", "N more"),
-        (f"{STEP}{{scale: 3, strike: {{kill: rank 1}}}}", "a strike needs `at`", "loading"),
+        (f"{STEP}{{scale: 3, faults: {{kill: rank 1}}}}", "a fault of a change needs `at`", "loading"),
         (f"{STEP}{{scale: 3, ends: well}}", "ends cannot be 'well'", "there are: done, aborted, any"),
         (f"{STEP}drain: engine", "'engine' is no rank", "rank N"),
         (f"{STEP}heal: kil", "heal cannot be 'kil'", "did you mean 'kill'?"),
