@@ -20,8 +20,8 @@ MUTANTS: tuple[Mutant, ...] = (
         name="unfenced-controller",
         guards="G1: a controller's transaction holds only while the leader's key has its create revision",
         file="membership/planning/controller.py",
-        before="self._store.txn([election.fence(), *compares], ops,",
-        after="self._store.txn(compares, ops,",
+        before="self.store.txn([election.fence(), *compares], ops,",
+        after="self.store.txn(compares, ops,",
         tests=(f"{CONTROLLER}::test_a_controller_that_is_deposed_just_before_its_transaction_changes_nothing",),
     ),
     Mutant(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 class ElasticError(Exception):
-    """Root of all errors this project raises on purpose. `hint` tells the operator what to do next."""
+    """Root of all errors this project raises on purpose. `hint`: what the operator should do next."""
 
     definite: bool = True
 

@@ -18,12 +18,8 @@ def is_dying(pid: int) -> bool:
     """
     if pid == 0:
         return False
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-    fields = stat[stat.rindex(b")") + 2 :].split()
-    return fields[_STATE] in (b"Z", b"X") or bool(int(fields[_FLAGS]) & _PF_EXITING)
+    fields = _fields(Path(f"/proc/{pid}/stat"))
+    return fields is None or fields[_STATE] in ("Z", "X") or bool(int(fields[_FLAGS]) & _PF_EXITING)
 
 
 @dataclass(frozen=True)
@@ -52,9 +48,13 @@ def threads(pid: int) -> Threads | None:
 
 def _task(pid: int, task: int) -> tuple[str, float]:
     """State and processor time of a thread; one that has ended meanwhile counts as dead."""
+    fields = _fields(Path(f"/proc/{pid}/task/{task}/stat"))
+    return (fields[_STATE], (int(fields[_UTIME]) + int(fields[_STIME])) * _TICK_S) if fields else ("X", 0.0)
+
+
+def _fields(stat: Path) -> list[str] | None:
+    """The fields after the name, which may hold anything; None if the process or thread is gone."""
     try:
-        stat = Path(f"/proc/{pid}/task/{task}/stat").read_bytes()
+        return stat.read_bytes().rpartition(b") ")[2].decode().split()
     except (FileNotFoundError, ProcessLookupError):
-        return "X", 0.0
-    fields = stat[stat.rindex(b")") + 2 :].split()
-    return fields[_STATE].decode(), (int(fields[_UTIME]) + int(fields[_STIME])) * _TICK_S
+        return None

@@ -59,19 +59,17 @@ def desired_by(change: Change, before: Desired) -> Desired:
 def refusal(change: Change, state: ClusterState, config: ClusterConfig) -> str:
     """Return why the change is refused in this state, or "" if it is not."""
     before = state.desired or Desired(ranks=0)
-    if change.kind is OperationKind.SCALE and config.follow_agents:
-        return f"the size follows the agents, {config.follow_agents} ranks for each: start or stop one (elastic agent)"
-    if (
-        change.kind is OperationKind.SCALE
-        and change.target + len(before.cordoned) > config.max_ranks
-        and before.cordoned
-    ):
-        return (
-            f"{change.target} ranks and {len(before.cordoned)} drained slots are more than the "
-            f"{config.max_ranks} slots that the cluster was started for (--max-ranks): "
-            "undrain some, or have fewer ranks"
-        )
     if change.kind is OperationKind.SCALE:
+        drained = len(before.cordoned)
+        if config.follow_agents:
+            return (
+                f"the size follows the agents, {config.follow_agents} ranks for each: start or stop one (elastic agent)"
+            )
+        if drained and change.target + drained > config.max_ranks:
+            return (
+                f"{change.target} ranks and {drained} drained slots are more than the {config.max_ranks} slots that "
+                "the cluster was started for (--max-ranks): undrain some, or have fewer ranks"
+            )
         return scale_refusal(config, change.target)
     if not change.ranks:
         return "no rank is named"

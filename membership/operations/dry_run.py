@@ -33,9 +33,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     slots_before: int = 0  # the most that any rank holds
     slots_after: int = 0
     survives: Survivability | None = None  # afterwards
-    slots_for_rank_loss: int | None = (
-        None  # total slots needed to survive the death of any one rank; None: none suffice
-    )
+    slots_for_rank_loss: int | None = None  # total slots to survive the death of any one rank; None: none suffice
     slots_for_host_loss: int | None = None  # the same for any one host
     estimated_s: float | None = None  # from the last such operation, per byte; None: there was none
     expected_pause_ms: float | None = None  # of tokens at the commit: median of past operations
@@ -67,8 +65,7 @@ def plan_change(change: Change, state: ClusterState) -> Plan:
 
 def _with_changes(plan: Plan, change: Change, state: ClusterState, desired: Desired) -> Plan:
     operation = Operation(id="plan", kind=change.kind, target=plan.target, ranks=change.ranks)
-    wished = replace(state, desired=desired, operations={operation.id: operation})
-    facts = ClusterFacts(wished, 0.0)
+    facts = ClusterFacts(replace(state, desired=desired, operations={operation.id: operation}), 0.0)
     nodes_of = {slot: newcomer.member.node for slot, newcomer in facts.newcomers.items()}
     nodes_of |= choose_nodes(facts, (slot for slot in facts.fill if slot not in nodes_of))
     members = facts.keep + tuple(Member(rank=slot, node=nodes_of.get(slot, ""), incarnation=0) for slot in facts.fill)

@@ -136,11 +136,8 @@ def cancel(store: Store, cluster: str, name: str, by: str) -> Operation:
         if operation.cancelled or operation.phase is Phase.ABORTED:
             return operation
         if not before_commit(operation):
-            undo = (
-                f"elastic scale {operation.previous}"
-                if operation.kind is OperationKind.SCALE
-                else "the opposite operation"
-            )
+            scaled = operation.kind is OperationKind.SCALE
+            undo = f"elastic scale {operation.previous}" if scaled else "the opposite operation"
             raise OperationConflict(f"operation {name} is {operation.phase}, and stands", hint=f"undo it by: {undo}")
         cancelled = replace(operation, cancelled=by)
         if store.txn([Compare(key, "mod", "=", found.mod_revision)], [Put(key, encode(cancelled))]).succeeded:

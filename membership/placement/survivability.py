@@ -68,12 +68,10 @@ def describe_survivability(found: Survivability) -> str:
         line = f"any one rank may die (every expert keeps {found.after_rank_loss} or more replicas)"
     if found.after_host_loss is None:
         return line + "; all ranks are on one host"
+    if found.vital_hosts and found.vital_ranks:
+        return line + f"; so does that of host {_either(found.vital_hosts)}"
     if found.vital_hosts:
-        return (
-            line + f"; so does that of host {_either(found.vital_hosts)}"
-            if found.vital_ranks
-            else (line + f"; the death of host {_either(found.vital_hosts)} leaves experts without a replica")
-        )
+        return line + f"; the death of host {_either(found.vital_hosts)} leaves experts without a replica"
     return line + f"; any one host may die ({found.after_host_loss} or more)"
 
 

@@ -11,6 +11,8 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import structlog
@@ -104,47 +106,47 @@ def run_controller(
                 log.error("membership_still_frozen", cluster=cluster, error=str(replaced), hint=replaced.hint)
 
 
+@dataclass(frozen=True)
 class Term:
     """One candidacy and, if it wins, the time as leader."""
 
-    def __init__(
-        self,
-        store: Store,
-        cluster: str,
-        node: str,
-        stop: threading.Event,
-        events: EventLog,
-        clock: Callable[[], float],
-        mirror: Mirror,
-    ) -> None:
-        self._store, self._cluster, self._node = store, cluster, node
-        self._stop, self._events, self._clock, self._mirror = stop, events, clock, mirror
-        self._keys = Keys(cluster)
+    store: Store
+    cluster: str
+    node: str
+    stop: threading.Event
+    events: EventLog
+    clock: Callable[[], float]
+    mirror: Mirror
+
+    @cached_property
+    def keys(self) -> Keys:
+        """The keys of the cluster."""
+        return Keys(self.cluster)
 
     def serve(self) -> None:
         """Campaign, then lead while the election is held."""
-        config = self._mirror.state().config
-        value = encode(LeaderRecord(node=self._node, pid=os.getpid()))
-        with LeaseKeeper(self._store, config.lease_ttl_s if config else LEASE_TTL_S) as keeper:
-            election = Election(self._store, self._keys.leader, value, keeper)
+        config = self.mirror.state().config
+        value = encode(LeaderRecord(node=self.node, pid=os.getpid()))
+        with LeaseKeeper(self.store, config.lease_ttl_s if config else LEASE_TTL_S) as keeper:
+            election = Election(self.store, self.keys.leader, value, keeper)
             try:
                 with loop_watchdog.watched():
                     self._campaign_and_lead(election)
             except (Fenced, LeaseLost) as error:
-                log.warning("controller_stood_down", cluster=self._cluster, error=str(error))
+                log.warning("controller_stood_down", cluster=self.cluster, error=str(error))
             if election.token:
-                fenced = not self._stop.is_set()
-                self._events.emit(
-                    "leader_left", cluster=self._cluster, node=self._node, token=election.token, fenced=fenced
+                fenced = not self.stop.is_set()
+                self.events.emit(
+                    "leader_left", cluster=self.cluster, node=self.node, token=election.token, fenced=fenced
                 )
 
     def _campaign_and_lead(self, election: Election) -> None:
-        while not self._stop.is_set() and not election.token:
+        while not self.stop.is_set() and not election.token:
             loop_watchdog.heartbeat()
             self._campaign(election)
         if election.token:
-            self._events.emit("leader_elected", cluster=self._cluster, node=self._node, token=election.token)
-        while election.held and not self._stop.is_set():
+            self.events.emit("leader_elected", cluster=self.cluster, node=self.node, token=election.token)
+        while election.held and not self.stop.is_set():
             loop_watchdog.heartbeat()
             self._reconcile(election)
 
@@ -153,26 +155,26 @@ class Term:
         try:
             election.campaign(LOOK_S)
         except WaitTimeout as error:
-            log.debug("another_controller_leads", cluster=self._cluster, error=str(error))
+            log.debug("another_controller_leads", cluster=self.cluster, error=str(error))
 
     def _reconcile(self, election: Election) -> None:
         """Reconcile once: apply the effects; if there are none, wait for a change or the next due time."""
-        state, now = self._mirror.state(), self._clock()
+        state, now = self.mirror.state(), self.clock()
         effects = self.decide(state, election, now)
         if effects is None:
-            self._mirror.poll(state.revision, LOOK_S)
+            self.mirror.poll(state.revision, LOOK_S)
             return
         for effect in effects:
             try:
                 written = self.apply(effect, state, election)
             except StoreUnavailable as error:
                 log.warning("effect_outcome_unknown", effect=effect.reason, error=str(error))
-                self._stop.wait(PAUSE_S)
+                self.stop.wait(PAUSE_S)
                 return
-            self._mirror.poll(max(written - 1, state.revision), LOOK_S)
+            self.mirror.poll(max(written - 1, state.revision), LOOK_S)
         if not effects:
             at = planner.due(state, now)
-            self._mirror.poll(state.revision, LOOK_S if at is None else min(LOOK_S, at - now))
+            self.mirror.poll(state.revision, LOOK_S if at is None else min(LOOK_S, at - now))
 
     def decide(self, state: ClusterState, election: Election, now: float) -> list[Effect] | None:
         """Return the effects; None while the mirror has not seen our election yet. Fenced: another one leads."""
@@ -182,36 +184,38 @@ class Term:
 
     def apply(self, effect: Effect, state: ClusterState, election: Election) -> int:
         """Apply one effect; return the revision that the mirror must reach before the next decision."""
-        compares, ops = transaction(effect, state, self._keys)
+        compares, ops = transaction(effect, state, self.keys)
         failpoints.hit(f"controller.before.{edge(effect)}")
-        result = self._store.txn([election.fence(), *compares], ops, [Get(self._keys.leader)])
+        result = self.store.txn([election.fence(), *compares], ops, [Get(self.keys.leader)])
         if result.succeeded:
             failpoints.hit(f"controller.after.{edge(effect)}")
             self._report(effect, state, election.token, result.revision)
             return result.revision
         leader = result.responses[0]
         if isinstance(leader, int) or not leader or leader[0].create_revision != election.token:
-            raise Fenced(f"token {election.token} no longer leads cluster {self._cluster}")
-        log.info("effect_outdated", cluster=self._cluster, effect=effect.reason)
+            raise Fenced(f"token {election.token} no longer leads cluster {self.cluster}")
+        log.info("effect_outdated", cluster=self.cluster, effect=effect.reason)
         return state.revision + 1
 
     def _report(self, effect: Effect, state: ClusterState, token: int, revision: int) -> None:
         """Write events to the history; a view's with token and revision, so that its commit can be checked later."""
-        log.info("effect_applied", cluster=self._cluster, effect=effect.reason)
+        log.info("effect_applied", cluster=self.cluster, effect=effect.reason)
         operation = effect.operation.id if effect.operation is not None else ""
         for kind, view in (("epoch_committed", effect.commit), ("epoch_staged", effect.stage)):
             if view is not None:
                 taken = len(moves(state.view.placement if state.view else {}, view.placement))
-                fields: dict[str, Any] = {
-                    "ranks": list(view.ranks),
-                    "token": token,
-                    "revision": revision,
-                    "attempt": view.attempt,
-                    "operation": operation,
-                    "experts_taken": taken,
-                    "weight_bytes": taken * (state.config.expert_bytes if state.config else 0),
-                }
-                self._emit(kind, effect, epoch=view.epoch, **fields)
+                self._emit(
+                    kind,
+                    effect,
+                    epoch=view.epoch,
+                    ranks=list(view.ranks),
+                    token=token,
+                    revision=revision,
+                    attempt=view.attempt,
+                    operation=operation,
+                    experts_taken=taken,
+                    weight_bytes=taken * (state.config.expert_bytes if state.config else 0),
+                )
         if effect.unstage:
             self._emit("epoch_unstaged", effect, operation=operation)
         if effect.assignments:
@@ -221,13 +225,8 @@ class Term:
             self._emit("desired_changed", effect, ranks=effect.desired.ranks)
         if effect.operation is not None:
             op = effect.operation
-            fields = {
-                "operation": op.id,
-                "phase": op.phase.value,
-                "target": op.target,
-                "error": op.error,
-            }
+            fields = {"operation": op.id, "phase": op.phase.value, "target": op.target, "error": op.error}
             self._emit("operation_phase", effect, epoch=op.epoch, **fields)
 
     def _emit(self, kind: str, effect: Effect, *, epoch: int = 0, **fields: Any) -> None:
-        self._events.emit(kind, cluster=self._cluster, epoch=epoch, reason=effect.reason, **fields)
+        self.events.emit(kind, cluster=self.cluster, epoch=epoch, reason=effect.reason, **fields)

@@ -26,19 +26,13 @@ class _Envelope(msgspec.Struct, frozen=True):
     data: msgspec.Raw
 
 
-class _Outgoing(msgspec.Struct, frozen=True):
-    v: int
-    kind: str
-    data: Record
-
-
 _envelopes = msgspec.json.Decoder(_Envelope)
 _encoder = msgspec.json.Encoder()
 
 
 def encode(record: Record) -> bytes:
     """Return the record as stored."""
-    return _encoder.encode(_Outgoing(SCHEMA_VERSION, _stored_name(type(record)), record))
+    return _encoder.encode(_Envelope(SCHEMA_VERSION, _stored_name(type(record)), msgspec.Raw(_encoder.encode(record))))
 
 
 def decode(data: bytes, kind: type[R]) -> R:

@@ -62,13 +62,6 @@ CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.max_receive_message_length", -1),  # a list of the whole prefix may exceed the default 4 MiB
 )
 _OPERATORS = {"=": "EQUAL", "!=": "NOT_EQUAL", "<": "LESS", ">": "GREATER"}
-_TARGETS = {
-    "create": "create_revision",
-    "mod": "mod_revision",
-    "version": "version",
-    "value": "value",
-    "lease": "lease",
-}
 
 
 def connect(
@@ -144,7 +137,6 @@ class EtcdStore:
 
     @property
     def seen(self) -> str:
-        """See Provenance."""
         return self._provenance.seen
 
     def probe(self, timeout_s: float) -> None:
@@ -152,27 +144,22 @@ class EtcdStore:
         self._read(Get("\0"), timeout_s)
 
     def get(self, key: str) -> KeyValue | None:
-        """See Store."""
         found = self._read(Get(key), self._timeout_s)
         return key_value(found.kvs[0]) if found.kvs else None
 
     def range(self, prefix: str) -> tuple[int, tuple[KeyValue, ...]]:
-        """See Store."""
         found = self._read(Get(prefix, prefix=True), self._timeout_s)
         return found.header.revision, tuple(key_value(kv) for kv in found.kvs)
 
     def put(self, key: str, value: bytes, lease: int = 0) -> int:
-        """See Store."""
         request = etcdrpc.PutRequest(key=key_bytes(key), value=value, lease=lease)
         return int(self._call(lambda etcd: etcd.kvstub.Put, request, f"put {key}").header.revision)
 
     def delete(self, key: str) -> bool:
-        """See Store."""
         request = etcdrpc.DeleteRangeRequest(key=key_bytes(key))
         return bool(self._call(lambda etcd: etcd.kvstub.DeleteRange, request, f"delete {key}").deleted)
 
     def txn(self, compares: Sequence[Compare], success: Sequence[Op], failure: Sequence[Op] = ()) -> TxnResult:
-        """See Store."""
         request = etcdrpc.TxnRequest(
             compare=[_compare(compare) for compare in compares],
             success=[_operation(op) for op in success],
@@ -183,7 +170,6 @@ class EtcdStore:
         return TxnResult(done.succeeded, revision, tuple(_response(response, revision) for response in done.responses))
 
     def grant(self, ttl_s: float) -> int:
-        """See Store."""
         request = etcdrpc.LeaseGrantRequest(TTL=max(1, math.ceil(ttl_s)))
         return int(self._call(lambda etcd: etcd.leasestub.LeaseGrant, request, "grant a lease", ordered=False).ID)
 
@@ -197,7 +183,6 @@ class EtcdStore:
         return float(answer.TTL)
 
     def revoke(self, lease: int) -> None:
-        """See Store."""
         request = etcdrpc.LeaseRevokeRequest(ID=lease)
         try:
             self._call(lambda etcd: etcd.leasestub.LeaseRevoke, request, f"revoke lease {lease:x}", ordered=False)
@@ -205,7 +190,6 @@ class EtcdStore:
             return  # it has ended already
 
     def watch(self, prefix: str, start_revision: int) -> EtcdWatch:
-        """See Store."""
         if self._closed.is_set():
             raise StoreUnavailable(f"the connection to etcd at {self._where} is closed")
         self._probe_if_doubtful(self._timeout_s)
@@ -216,12 +200,10 @@ class EtcdStore:
         return watch
 
     def compact(self, revision: int) -> None:
-        """See Store."""
         request = etcdrpc.CompactionRequest(revision=revision, physical=True)
         self._call(lambda etcd: etcd.kvstub.Compact, request, f"compact at {revision}", ordered=False)
 
     def close(self) -> None:
-        """See Store."""
         self._closed.set()
         for watch in self._watches:
             watch.close()
@@ -307,11 +289,12 @@ def _range_request(op: Get) -> Any:
 
 
 def _compare(compare: Compare) -> Any:
+    revision = compare.target in ("create", "mod")
     return etcdrpc.Compare(
         key=key_bytes(compare.key),
         result=etcdrpc.Compare.CompareResult.Value(_OPERATORS[compare.op]),
         target=etcdrpc.Compare.CompareTarget.Value(compare.target.upper()),
-        **{_TARGETS[compare.target]: compare.value},
+        **{f"{compare.target}_revision" if revision else compare.target: compare.value},
     )
 
 

@@ -91,7 +91,6 @@ class EtcdWatch:
         return self._closed.is_set()
 
     def next(self, timeout_s: float) -> WatchBatch | None:
-        """See Watch."""
         if self._end is not None:
             raise self._end
         try:
@@ -108,7 +107,6 @@ class EtcdWatch:
         self._call.cancel()
 
     def close(self) -> None:
-        """See Watch."""
         self._closed.set()
         self._call.cancel()
         if threading.current_thread() is not self._thread:

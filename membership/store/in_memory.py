@@ -82,7 +82,6 @@ class MemoryStore:
 
     @property
     def seen(self) -> str:
-        """See Store."""
         return self._provenance.seen
 
     def backup(self) -> Backup:
@@ -104,27 +103,22 @@ class MemoryStore:
         self.restore(Backup(secrets.randbits(63), 1, {}))
 
     def get(self, key: str) -> KeyValue | None:
-        """See Store."""
         with self._changed:
             self._enter()
             return self._items.get(key)
 
     def range(self, prefix: str) -> tuple[int, tuple[KeyValue, ...]]:
-        """See Store."""
         with self._changed:
             self._enter()
             return self._revision, self._read(Get(prefix, prefix=True))
 
     def put(self, key: str, value: bytes, lease: int = 0) -> int:
-        """See Store."""
         return self.txn((), (Put(key, value, lease),)).revision
 
     def delete(self, key: str) -> bool:
-        """See Store."""
         return bool(self.txn((), (Delete(key),)).responses[0])
 
     def txn(self, compares: Sequence[Compare], success: Sequence[Op], failure: Sequence[Op] = ()) -> TxnResult:
-        """See Store."""
         with self._changed:
             self._enter()
             for branch in (success, failure):
@@ -138,7 +132,6 @@ class MemoryStore:
             return TxnResult(succeeded, self._revision, responses)
 
     def grant(self, ttl_s: float) -> int:
-        """See Store."""
         with self._changed:
             self._enter()
             lease, ttl = next(self._lease_ids), float(max(1, math.ceil(ttl_s)))
@@ -146,7 +139,6 @@ class MemoryStore:
             return lease
 
     def keepalive(self, lease: int, timeout_s: float | None = None) -> float:
-        """See Store."""
         with self._changed:
             self._enter()
             found = self._leases.get(lease)
@@ -156,13 +148,11 @@ class MemoryStore:
             return found.ttl_s
 
     def revoke(self, lease: int) -> None:
-        """See Store."""
         with self._changed:
             self._enter()
             self._end(lease)
 
     def watch(self, prefix: str, start_revision: int) -> MemoryWatch:
-        """See Store."""
         with self._changed:
             self._enter()
             if start_revision > self._revision + 1:
@@ -170,7 +160,6 @@ class MemoryStore:
             return MemoryWatch(self, prefix, start_revision or self._revision + 1)
 
     def compact(self, revision: int) -> None:
-        """See Store."""
         with self._changed:
             self._enter()
             if revision > self._revision:
@@ -182,7 +171,6 @@ class MemoryStore:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """See Store."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -272,7 +260,6 @@ class MemoryWatch:
         self._closed = False
 
     def next(self, timeout_s: float) -> WatchBatch | None:
-        """See Watch."""
         store = self._store
         deadline = time.monotonic() + timeout_s
         with store._changed:
@@ -287,7 +274,6 @@ class MemoryWatch:
                 store._changed.wait(max(0.001, min([left, *expiries])))
 
     def close(self) -> None:
-        """See Watch."""
         with self._store._changed:
             self._closed = True
             self._store._changed.notify_all()

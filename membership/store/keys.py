@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -52,65 +51,25 @@ def _segment(name: str, what: str) -> str:
     return name
 
 
-@dataclass(frozen=True)
 class Keys:
-    """The keys of one cluster."""
+    """The keys of one cluster. ConfigError: a name in it is empty or has a '/'."""
 
-    cluster: str
-    prefix: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "prefix", f"{ROOT}{_segment(self.cluster, 'cluster name')}/")
-
-    @property
-    def config(self) -> str:
-        """ClusterConfig."""
-        return self.prefix + "config"
-
-    @property
-    def desired(self) -> str:
-        """Desired."""
-        return self.prefix + "desired"
-
-    @property
-    def pause(self) -> str:
-        """Pause."""
-        return self.prefix + "pause"
-
-    @property
-    def rebalance(self) -> str:
-        """RebalanceRequest."""
-        return self.prefix + "rebalance"
-
-    @property
-    def view(self) -> str:
-        """The committed View."""
-        return self.prefix + "view"
-
-    @property
-    def next(self) -> str:
-        """The staged View."""
-        return self.prefix + "next"
-
-    @property
-    def leader(self) -> str:
-        """LeaderRecord; its create revision is the fencing token."""
-        return self.prefix + "leader"
-
-    @property
-    def engine(self) -> str:
-        """EngineRecord; its create revision is the engine token."""
-        return self.prefix + "engine"
-
-    @property
-    def engine_status(self) -> str:
-        """EngineStatus."""
-        return self.prefix + "engine-status"
-
-    @property
-    def incarnation(self) -> str:
-        """Counter: the last incarnation given out."""
-        return self.prefix + "incarnation"
+    def __init__(self, cluster: str) -> None:
+        self.cluster = cluster
+        self.prefix = prefix = f"{ROOT}{_segment(cluster, 'cluster name')}/"
+        self.config = prefix + "config"
+        self.desired = prefix + "desired"
+        self.pause = prefix + "pause"
+        self.rebalance = prefix + "rebalance"
+        self.view = prefix + "view"  # the committed one
+        self.next = prefix + "next"  # the staged view
+        self.leader = prefix + "leader"  # LeaderRecord; its create revision is the fencing token
+        self.engine = prefix + "engine"  # its create revision is the engine token
+        self.engine_status = prefix + "engine-status"
+        self.expert_load = prefix + "expert-load"
+        self.incarnation = prefix + "incarnation"  # Counter: the last incarnation given out
+        # Prefixes of records on which no process acts: their changes wake no reader of a mirror.
+        self.quiet = (prefix + "heartbeats/", self.expert_load)
 
     def agent(self, node: str) -> str:
         """AgentRecord."""
@@ -131,16 +90,6 @@ class Keys:
     def heartbeats(self, node: str) -> str:
         """Heartbeats."""
         return f"{self.prefix}heartbeats/{_segment(node, 'node name')}"
-
-    @property
-    def expert_load(self) -> str:
-        """ExpertLoad."""
-        return self.prefix + "expert-load"
-
-    @property
-    def quiet(self) -> tuple[str, ...]:
-        """Prefixes of records on which no process acts: their changes wake no reader of a mirror."""
-        return self.prefix + "heartbeats/", self.expert_load
 
     def gateway(self, name: str) -> str:
         """GatewayRecord."""

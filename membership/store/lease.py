@@ -1,4 +1,4 @@
-"""Keeps one lease alive, and tells by this process's own clock whether it certainly still holds.
+"""Keeps one lease alive, and knows by this process's own clock whether it certainly still holds.
 
 The deadline counts from *before* a renewal was sent: however late the answer, the store cannot have expired the lease
 earlier than that. Code that relies on the lease must check `alive` each time; `on_lost` is called once.

@@ -21,16 +21,7 @@ TRANSITIONS: dict[Phase, frozenset[Phase]] = {
     Phase.ABORTED: frozenset(),
 }
 
-ORDER: tuple[Phase, ...] = (
-    Phase.PROPOSED,
-    Phase.SPAWNING,
-    Phase.HANDSHAKING,
-    Phase.LOADING,
-    Phase.READY,
-    Phase.COMMITTED,
-    Phase.RETIRING,
-    Phase.DONE,
-)
+ORDER: tuple[Phase, ...] = tuple(phase for phase in Phase if phase is not Phase.ABORTED)
 
 
 def before_commit(operation: Operation) -> bool:

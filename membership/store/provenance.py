@@ -60,19 +60,15 @@ class Provenance:
         with self._lock:
             if self._replaced is None:
                 if self._store_id and store_id != self._store_id:
-                    self._replaced = _wiped(self._store_id, store_id)
+                    was = (
+                        f"the store was replaced: it was {self._store_id:x}, what answers now is {store_id:x} (wiped?)"
+                    )
+                    self._replaced = StoreReplaced(was, hint=HINT)
                 elif revision < floor:
-                    self._replaced = _set_back(floor, revision)
+                    was = f"the store went back from revision {floor} to {revision} (wiped, or an older copy?)"
+                    self._replaced = StoreReplaced(was, hint=HINT)
             if self._replaced is not None:
                 raise self._replaced
             self._store_id, self._revision = store_id, max(self._revision, revision)
             if settled:
                 self._doubtful = False
-
-
-def _wiped(known: int, found: int) -> StoreReplaced:
-    return StoreReplaced(f"the store was replaced: it was {known:x}, what answers now is {found:x} (wiped?)", hint=HINT)
-
-
-def _set_back(known: int, found: int) -> StoreReplaced:
-    return StoreReplaced(f"the store went back from revision {known} to {found} (wiped, or an older copy?)", hint=HINT)

@@ -22,6 +22,18 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Base of everything stored."""
 
 
+class RankProcess(Record, frozen=True, kw_only=True):
+    """What concerns one process of a rank. `incarnation` is unique and rising: a restart gets a new one."""
+
+    rank: int
+    incarnation: int
+
+    @property
+    def id(self) -> RankId:
+        """The identity of the process."""
+        return RankId(self.rank, self.incarnation)
+
+
 class RankState(StrEnum):
     """What an operator sees. LAUNCHING..STANDBY precede commit; SERVING..MASKED are in the view."""
 
@@ -81,17 +93,10 @@ class ClusterConfig(Record, frozen=True, kw_only=True):
     coverage_deadline_s: float = COVERAGE_DEADLINE_S  # max wait of a request for lost experts before it gets a 503
 
 
-class Member(Record, frozen=True, kw_only=True):
-    """One rank of a view. `incarnation` is unique and rising: a restart gets a new one."""
+class Member(RankProcess, frozen=True, kw_only=True):
+    """One rank of a view."""
 
-    rank: int
     node: str
-    incarnation: int
-
-    @property
-    def id(self) -> RankId:
-        """The identity of its process."""
-        return RankId(self.rank, self.incarnation)
 
 
 class View(Record, frozen=True, kw_only=True):
@@ -141,17 +146,10 @@ class RebalanceRequest(Record, frozen=True, kw_only=True):
     by: str = ""
 
 
-class RankSpec(Record, frozen=True, kw_only=True):
+class RankSpec(RankProcess, frozen=True, kw_only=True):
     """One rank that a node's agent must run."""
 
-    rank: int
-    incarnation: int
     launched: float = 0.0  # when it was assigned; it must register within `launch_deadline_s`
-
-    @property
-    def id(self) -> RankId:
-        """The identity of its process."""
-        return RankId(self.rank, self.incarnation)
 
 
 class Assignment(Record, frozen=True, kw_only=True):
@@ -174,15 +172,13 @@ class AgentRecord(Record, frozen=True, kw_only=True):
     leaving: bool = False  # it asks that its ranks move away, and exits once it has none
 
 
-class RankRecord(Record, frozen=True, kw_only=True):
+class RankRecord(RankProcess, frozen=True, kw_only=True):
     """A rank as its agent observes it. Key `ranks/<rank>/<incarnation>`, under the rank's own lease.
 
     The agent renews that lease only while the rank's heartbeat advances, and revokes it when the process is gone.
     """
 
-    rank: int
     node: str
-    incarnation: int
     pid: int
     state: RankState  # launching | handshaking | loading | standby (the rest follows from view and mask)
     started: float = 0.0
@@ -195,17 +191,10 @@ class RankRecord(Record, frozen=True, kw_only=True):
     exchange_handle: bytes = b""
     fingerprint: str = ""  # of its kernels: ranks of one view must agree, or outputs could differ
 
-    @property
-    def id(self) -> RankId:
-        """The identity of its process."""
-        return RankId(self.rank, self.incarnation)
 
-
-class RankExit(Record, frozen=True, kw_only=True):
+class RankExit(RankProcess, frozen=True, kw_only=True):
     """The last death in a rank slot, and the restart policy's verdict. Key `exits/<rank>`; written by its agent."""
 
-    rank: int
-    incarnation: int
     reason: str
     at: float
     restarts: int = 0  # deaths in this slot so far
@@ -213,13 +202,8 @@ class RankExit(Record, frozen=True, kw_only=True):
     quarantined: bool = False
     forgiven: float = 0.0  # when an operator ended the quarantine: earlier deaths no longer count
 
-    @property
-    def id(self) -> RankId:
-        """The identity of the process that died."""
-        return RankId(self.rank, self.incarnation)
-
     def held_back_s(self, now: float) -> float:
-        """How much longer the slot must stay empty. 0.0 if the agent's clock is too far ahead of ours to tell."""
+        """How much longer the slot must stay empty. 0.0 if the agent's clock is too far ahead of ours."""
         backoff_s, left_s = self.not_before - self.at, self.not_before - now
         return left_s if backoff_s > 0 and 0 < left_s <= backoff_s + CLOCK_SKEW_S else 0.0
 

@@ -34,14 +34,6 @@ log = structlog.get_logger("exchange")
 Key = tuple[int, int, int]  # layer, hidden size, dtype
 
 
-def _none_masked() -> int:
-    return 0
-
-
-def _never() -> bool:
-    return False
-
-
 @dataclass
 class _Group:
     """Everything asked of one layer at this moment: by peers, and by this rank itself."""
@@ -60,7 +52,7 @@ class Exchange:
         bank: ExpertBank,
         doorbell: Doorbell,
         open_transport: Opener,
-        mask: Callable[[], int] = _none_masked,
+        mask: Callable[[], int] = lambda: 0,
         *,
         answer_timeout_s: float = EXCHANGE_ANSWER_TIMEOUT_S,
     ) -> None:
@@ -91,7 +83,9 @@ class Exchange:
         """Where peers reach this rank."""
         return self._transport.handle()
 
-    def connect(self, peers: Mapping[RankId, bytes], timeout_s: float, given_up: Callable[[], bool] = _never) -> None:
+    def connect(
+        self, peers: Mapping[RankId, bytes], timeout_s: float, given_up: Callable[[], bool] = lambda: False
+    ) -> None:
         """Link with each process -> its handle; the newer incarnation dials. Existing links are left alone.
 
         PeerTimeout names the ranks that did not link. Fenced once `given_up()`, which is asked first and after each
@@ -114,7 +108,7 @@ class Exchange:
     def _linked(self, peer: RankId) -> Link:
         link = self._links.of(peer)
         if link is None:
-            raise RankError(f"rank {self._me.rank} has no link with rank {peer.rank} (incarnation {peer.incarnation})")
+            raise RankError(f"rank {self._me.rank} has no link with {peer}")
         return link
 
     def disconnect(self, peers: Iterable[RankId]) -> None:
@@ -274,7 +268,7 @@ class Exchange:
             layer = request.tag.layer
             missing = [e for e in request.experts if not self._bank.holds(layer, e)]
             if missing:
-                self._refuse(link, request, missing, f"rank {self._me.rank} does not hold experts {missing}")
+                link.answer(request.tag, Refusal(missing, f"rank {self._me.rank} does not hold experts {missing}"))
                 continue
             group = groups.setdefault((layer, request.rows.shape[1], request.dtype), _Group())
             group.works.append(Work(request.experts, request.counts, request.row_of, request.rows))
@@ -310,14 +304,11 @@ class Exchange:
             call.fail_own(self._me.rank, group.own, error)
         else:
             rest = _Group(group.works[:own], group.own)
-        for work, asker in zip(group.works[own:], group.asked, strict=True):
+        for work, (link, request) in zip(group.works[own:], group.asked, strict=True):
             if error.expert in work.experts:
-                self._refuse(*asker, [error.expert], f"rank {self._me.rank}: {error}")
+                link.answer(request.tag, Refusal([error.expert], f"rank {self._me.rank}: {error}"))
             else:
                 rest.works.append(work)
-                rest.asked.append(asker)
+                rest.asked.append((link, request))
         if rest.works:
             self._run(key, rest, call)
-
-    def _refuse(self, link: Link, request: Request, experts: list[int], reason: str) -> None:
-        link.answer(request.tag, Refusal(experts, reason))

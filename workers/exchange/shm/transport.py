@@ -61,11 +61,10 @@ class ShmTransport:
                 timeout_s=max(deadline - time.monotonic(), 0.001),
                 on_gone=self._on_gone,
             )
-        except QueueError as error:
+        except BaseException as error:
             ours.close()
-            raise RankDied(f"rank {peer.rank} (incarnation {peer.incarnation}) cannot be linked: {error}") from error
-        except BaseException:
-            ours.close()
+            if isinstance(error, QueueError):
+                raise RankDied(f"{peer} cannot be linked: {error}") from error
             raise
         try:
             self._links.add(self._make(peer, ours, connection.reply_fds, connection))
