@@ -6,6 +6,7 @@ Pure: everything comes from the records that the decisions themselves are made f
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import attrgetter
 
 import msgspec
 
@@ -56,37 +57,50 @@ def explain(state: ClusterState, now: float, subject: str | None = None, store: 
 
 
 def _cluster(state: ClusterState, status: ClusterStatus, ailing: list[RankStatus]) -> Explanation:
-    because, do, follows = [], "", ""
+    because = tuple(_cluster_facts(state, status, len(status.ranks) - len(ailing)))
+    follows, do = _cluster_outlook(state, status)
+    return Explanation(subject="cluster", state=status.state, because=because, next=follows, do=do)
+
+
+def _cluster_facts(state: ClusterState, status: ClusterStatus, serving: int) -> Iterator[str]:
     if status.store:
-        because.append(status.store)
-        do = "serving goes on, membership is frozen; restore the store or start the cluster anew"
-    serving = len(status.ranks) - len(ailing)
-    because.append(f"{serving} of {status.desired} wanted ranks serve, in epoch {status.epoch}")
+        yield status.store
+    yield f"{serving} of {status.desired} wanted ranks serve, in epoch {status.epoch}"
     if status.coverage.uncovered:
-        because.append(f"{status.coverage.uncovered} experts have no live replica: requests that need them wait")
-        follows = "live ranks load the lost experts; requests that waited too long get a 503"
+        yield f"{status.coverage.uncovered} experts have no live replica: requests that need them wait"
     elif serving:
-        because.append(f"every expert has at least {status.coverage.min_live_replicas} live replicas")
+        yield f"every expert has at least {status.coverage.min_live_replicas} live replicas"
     if status.spares.wanted:
-        because.append(f"{status.spares.ready} of {status.spares.wanted} spares wait for a rank's death")
+        yield f"{status.spares.ready} of {status.spares.wanted} spares wait for a rank's death"
     if state.engine is None:
-        because.append("no engine is in office: requests wait")
-        follows = "the standby takes over, or the supervisor starts one"
+        yield "no engine is in office: requests wait"
     if not state.agents:
-        because.append("no agent is registered: no rank can be started")
-        do = do or "start an agent: elastic agent"
+        yield "no agent is registered: no rank can be started"
     if status.drained:
-        because.append(f"drained, and counted no more: rank {', '.join(map(str, status.drained))}")
+        yield f"drained, and counted no more: rank {', '.join(map(str, status.drained))}"
     if status.pause is not None:
-        because.append(status.pause.words)
-        do = do or "when the maintenance is over: elastic resume"
+        yield status.pause.words
+    failed = (op for op in state.operations.values() if not op.active and op.error)
+    if last := max(failed, key=attrgetter("finished"), default=None):
+        yield f"operation {last.id} ({describe_change(last)}) was rolled back: {last.error}"
+
+
+def _cluster_outlook(state: ClusterState, status: ClusterStatus) -> tuple[str, str]:
+    """What happens next by itself, and what to do."""
+    follows, do = "", ""
     if status.operation is not None:
         follows = f"{status.operation.what} goes on ({status.operation.phase}); elastic explain {status.operation.id}"
-    finished = [op for op in state.operations.values() if not op.active and op.error]
-    if finished:
-        last = max(finished, key=lambda op: op.finished)
-        because.append(f"operation {last.id} ({describe_change(last)}) was rolled back: {last.error}")
-    return Explanation(subject="cluster", state=status.state, because=tuple(because), next=follows, do=do)
+    elif state.engine is None:
+        follows = "the standby takes over, or the supervisor starts one"
+    elif status.coverage.uncovered:
+        follows = "live ranks load the lost experts; requests that waited too long get a 503"
+    if status.store:
+        do = "serving goes on, membership is frozen; restore the store or start the cluster anew"
+    elif not state.agents:
+        do = "start an agent: elastic agent"
+    elif status.pause is not None:
+        do = "when the maintenance is over: elastic resume"
+    return follows, do
 
 
 def _rank(state: ClusterState, now: float, rank: RankStatus) -> Explanation:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from chaos.simulation.fleet import SimFleet
 from chaos.simulation.process import Process
 from elastic.engine.gateway_server import EngineServer
-from elastic.engine.loop import Engine
+from elastic.engine.loop import Engine, Peers
 from elastic.engine.status_writer import StatusWriter
 from membership.base.errors import Fenced, LeaseLost, StoreUnavailable, WaitTimeout
 from membership.store.codec import encode
@@ -115,10 +115,8 @@ class EngineProcess(Process):
             self.client, self.cluster.keys, self.token, self._keeper.lease, self.wake_now, background=False
         )
         self._status = status
-        self.engine = Engine(
-            self.cluster.config, self.token, mirror, fleet, server, status, self.cluster.events,
-            clock=self.clock, wall=self.wall,
-        )  # fmt: skip
+        peers = Peers(mirror, fleet, server, status, self.cluster.events)
+        self.engine = Engine(self.cluster.config, self.token, peers, clock=self.clock, wall=self.wall)
         mirror.subscribe(self.engine.on_membership)
         self.cluster.elected("engine", self.token)
         server.serve(self.token)

@@ -12,7 +12,7 @@ import typer
 
 from elastic.cli.command import WaitTimeoutFlag, command
 from elastic.cli.connection import Connection
-from elastic.cli.flags import Output, OutputFlag, interruptible, write_json
+from elastic.cli.flags import Output, OutputFlag, interruptible, show, write_json
 from elastic.serve.options import Option, option
 from membership.base.errors import PlanRefused
 from membership.base.timing import OPERATION_TIMEOUT_S
@@ -149,10 +149,7 @@ def list_operations(connection: Connection, output: OutputFlag = Output.TEXT) ->
         from elastic.cli.render import operation_line
 
         for operation in client.operations():
-            if output is Output.JSON:
-                write_json(operation)
-            else:
-                typer.echo(operation_line(operation, time.time()))
+            show(operation, operation_line(operation, time.time()), output)
 
 
 @ops.command("show")
@@ -192,10 +189,7 @@ def cancel_operation(
         operation = client.cancel(op_id, _user())
         if wait:
             operation = _wait(client, operation, 60.0, output)
-        if output is Output.JSON:
-            write_json(operation)
-        else:
-            typer.echo(f"operation {operation.id} ({describe_change(operation)}): {operation.phase}")
+        show(operation, f"operation {operation.id} ({describe_change(operation)}): {operation.phase}", output)
         if not operation.active and operation.phase is not Phase.ABORTED:
             typer.echo(f"error: operation {operation.id} was committed before it could be cancelled", err=True)
             raise typer.Exit(1)
@@ -213,10 +207,7 @@ def pause(
         from membership.operations.pause import paused_words
 
         paused = client.pause(ttl_s, _user(), reason)
-        if output is Output.JSON:
-            write_json(paused)
-        else:
-            typer.echo(paused_words(paused, time.time()))
+        show(paused, paused_words(paused, time.time()), output)
 
 
 @command
@@ -240,10 +231,7 @@ def resume(connection: Connection, output: OutputFlag = Output.TEXT) -> None:
     """End a pause."""
     with connection.client() as client:
         resumed = client.resume()
-        if output is Output.JSON:
-            write_json({"resumed": resumed})
-        else:
-            typer.echo("planned changes go on" if resumed else "nothing was paused")
+        show({"resumed": resumed}, "planned changes go on" if resumed else "nothing was paused", output)
 
 
 @command

@@ -10,7 +10,7 @@ import typer
 
 from elastic.cli.command import WaitTimeoutFlag, command
 from elastic.cli.connection import Connection
-from elastic.cli.flags import Output, OutputFlag, interruptible, write_json
+from elastic.cli.flags import Output, OutputFlag, interruptible, show, write_json
 from membership.base.errors import WaitTimeout
 from membership.store.records import RankState
 
@@ -54,10 +54,7 @@ def events(
         from elastic.cli.render import event_line
 
         for event in client.events(follow, stop):
-            if output is Output.JSON:
-                write_json(event)
-            else:
-                typer.echo(event_line(event))
+            show(event, event_line(event), output)
 
 
 @command
@@ -76,10 +73,7 @@ def explain(
         from elastic.explain import explained
 
         found = client.explain(subject)
-        if output is Output.JSON:
-            write_json(found)
-        else:
-            typer.echo(explained(found))
+        show(found, explained(found), output)
 
 
 @command
@@ -96,10 +90,8 @@ def unquarantine(
     with connection.client() as client, interruptible() as stop:
         released = client.unquarantine(rank)
         state = _settled(client, rank, timeout_s, stop) if wait else ""
-        if output is Output.JSON:
-            write_json({"rank": rank, "forgiven": released.forgiven, "state": state or None})
-        else:
-            typer.echo(f"rank {rank}: {state or 'may start again'}")
+        document = {"rank": rank, "forgiven": released.forgiven, "state": state or None}
+        show(document, f"rank {rank}: {state or 'may start again'}", output)
         if state == RankState.QUARANTINED:
             raise typer.Exit(1)
 

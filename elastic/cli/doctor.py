@@ -41,7 +41,7 @@ def examine(model: Path | None, ranks: int, redundancy: float, hosts: int = 1) -
     return [finding for check in checks for finding in check()]
 
 
-def show(findings: list[Finding]) -> None:
+def show_findings(findings: list[Finding]) -> None:
     """Print them, one line each."""
     colours = {"ok": "green", "warn": "yellow", "fail": "red"}
     console = Console()

@@ -53,6 +53,14 @@ def write_json(value: Any) -> None:
     sys.stdout.flush()
 
 
+def show(value: Any, text: str, output: Output) -> None:
+    """The value as JSON, or the text for people, as `-o` says."""
+    if output is Output.JSON:
+        write_json(value)
+    else:
+        typer.echo(text)
+
+
 def fail(error: ElasticError) -> typer.Exit:
     """Write the error as one line on stderr; the caller raises the returned exit."""
     hint = f" ({error.hint})" if error.hint else ""

@@ -15,7 +15,7 @@ import typer
 
 from elastic.cli import changes, cluster, roles
 from elastic.cli.command import command
-from elastic.cli.flags import Output, OutputFlag, write_json
+from elastic.cli.flags import Output, OutputFlag, show, write_json
 from elastic.serve.options import ServeOptions
 
 app = typer.Typer(
@@ -47,10 +47,8 @@ def demo_model(
     from elastic.demo.model import write_demo_model
 
     write_demo_model(directory, retrain=retrain)
-    if output is Output.JSON:
-        write_json({"model": str(directory.resolve()), "retrained": retrain})
-    else:
-        typer.echo(f"wrote {directory}; serve it with: elastic serve {directory}")
+    document = {"model": str(directory.resolve()), "retrained": retrain}
+    show(document, f"wrote {directory}; serve it with: elastic serve {directory}", output)
 
 
 @app.command()
@@ -66,7 +64,7 @@ def doctor(
     output: OutputFlag = Output.TEXT,
 ) -> None:
     """Check that this machine can serve (MODEL, if given), and what the death of a rank would cost. Exit 1 if not."""
-    from elastic.cli.doctor import examine, show, show_timing
+    from elastic.cli.doctor import examine, show_findings, show_timing
     from membership.base.timing import TIMINGS
 
     if timing:
@@ -79,7 +77,7 @@ def doctor(
     if output is Output.JSON:
         write_json(findings)
     else:
-        show(findings)
+        show_findings(findings)
     if any(f.level == "fail" for f in findings):
         raise typer.Exit(1)
 

@@ -32,8 +32,14 @@ COLOURS = {
 
 def status_view(document: dict[str, Any]) -> RenderableType:
     """The status document as a heading and a table of ranks."""
-    state = document["state"]
-    coverage, requests = document["coverage"], document["requests"]
+    lines: list[RenderableType] = [_heading(document), _ranks_table(document["ranks"])]
+    if operation := document.get("operation"):
+        lines.append(Text(f"{operation['what']}: {operation['phase']} ({operation['id']})", "cyan"))
+    return Group(*lines)
+
+
+def _heading(document: dict[str, Any]) -> Text:
+    state, coverage, requests = document["state"], document["coverage"], document["requests"]
     serving = sum(rank["state"] == "serving" for rank in document["ranks"])
     heading = Text.assemble(
         (f"{document['cluster']} ", "bold"), (state, COLOURS.get(state, "")),
@@ -51,17 +57,19 @@ def status_view(document: dict[str, Any]) -> RenderableType:
     if document.get("pause"):
         heading.append(f"\n{document['pause']['words']}; elastic resume ends it", "yellow")
     if document.get("drained"):
-        heading.append(
-            f"\ndrained: {', '.join(map(str, document['drained']))}; elastic undrain fills them again", "yellow"
-        )
+        heading.append(f"\ndrained: {_ranks(document['drained'])}; elastic undrain fills them again", "yellow")
     if free := [node["node"] for node in document.get("nodes", ()) if node["safe_to_delete"]]:
         heading.append(f"\nsafe to delete: node {', '.join(free)}", "yellow")
     if document.get("store"):
         heading.append(f"\n{document['store']}", "red")
+    return heading
+
+
+def _ranks_table(ranks: list[dict[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("rank", "state", "node", "pid", "incarnation", "slots", "heartbeat", "restarts"):
         table.add_column(column, justify="left" if column in ("state", "node") else "right")
-    for rank in document["ranks"]:
+    for rank in ranks:
         age_ms = rank["heartbeat_age_ms"]
         heartbeat = "-" if age_ms is None else f"{age_ms:.0f} ms"
         state = Text(rank["state"], COLOURS.get(rank["state"], ""))
@@ -71,11 +79,7 @@ def status_view(document: dict[str, Any]) -> RenderableType:
             str(rank["rank"]), state, rank["node"], str(rank["pid"]),
             str(rank["incarnation"]), str(rank["slots"]), heartbeat, str(rank["restarts"]),
         )  # fmt: skip
-    lines: list[RenderableType] = [heading, table]
-    operation = document.get("operation")
-    if operation:
-        lines.append(Text(f"{operation['what']}: {operation['phase']} ({operation['id']})", "cyan"))
-    return Group(*lines)
+    return table
 
 
 def watch_status(read: Callable[[], dict[str, Any]], stop: threading.Event, interval_s: float = 0.5) -> None:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
-import threading
 
 import typer
 
 from elastic.cli.command import command
 from elastic.serve.options import AgentOptions, GatewayOptions, RoleOptions, StoreOptions
-from elastic.serve.role_main import run_role
+from elastic.serve.role_main import role
 from elastic.serve.state_dir import StateDir, home
 from membership.base.errors import ConfigError
-from membership.base.events import EventLog
-from membership.store.interface import Store
 
 
 def _find(options: StoreOptions) -> tuple[tuple[str, ...], str, StateDir]:
@@ -36,11 +33,8 @@ def controller(options: RoleOptions) -> None:
     from membership.planning.controller import run_controller
 
     endpoints, cluster, state = _find(options)
-
-    def body(store: Store, stop: threading.Event, events: EventLog) -> None:
+    with role("controller", endpoints, state.events) as (store, stop, events):
         run_controller(store, cluster, options.node, stop, events)
-
-    run_role("controller", endpoints, str(state.events), body)
 
 
 @command
@@ -52,14 +46,11 @@ def agent(options: AgentOptions) -> None:
     from workers.agent.agent import run_agent
 
     endpoints, cluster, state = _find(options)
-
-    def body(store: Store, stop: threading.Event, events: EventLog) -> None:
+    with role("agent", endpoints, state.events) as (store, stop, events):
         run_agent(
             store, cluster, options.node, stop, events, options.worker_class,
             spares=options.spares, drain_grace_s=options.drain_grace_s,
         )  # fmt: skip
-
-    run_role("agent", endpoints, str(state.events), body)
 
 
 @command
@@ -68,27 +59,26 @@ def engine(options: RoleOptions) -> None:
     from elastic.engine.role import run_terms
 
     endpoints, cluster, state = _find(options)
-
-    def body(store: Store, stop: threading.Event, events: EventLog) -> None:
+    with role("engine", endpoints, state.events) as (store, stop, events):
         run_terms(store, cluster, options.node, stop, events)
-
-    run_role("engine", endpoints, str(state.events), body)
 
 
 @command
 def gateway(options: GatewayOptions) -> None:
     """Serve HTTP: OpenAI API, health, metrics and admin API. Any number of gateways can run."""
-    from elastic.gateway.app import run_gateway
+    from elastic.gateway.app import GatewaySettings, run_gateway
 
     endpoints, cluster, state = _find(options)
-    token = os.environ.get("ELASTIC_ADMIN_TOKEN", "")
-    name = options.name or f"{socket.gethostname()}-{os.getpid()}"
-    host, port, admin_port = options.host, options.port, options.admin_port
-
-    def body(store: Store, stop: threading.Event, events: EventLog) -> None:
-        run_gateway(store, cluster, name, host, port, host, admin_port, token, stop, events, state.path)
-
-    run_role("gateway", endpoints, str(state.events), body)
+    settings = GatewaySettings(
+        name=options.name or f"{socket.gethostname()}-{os.getpid()}",
+        state_dir=state.path,
+        admin_token=os.environ.get("ELASTIC_ADMIN_TOKEN", ""),
+        host=options.host,
+        port=options.port,
+        admin_port=options.admin_port,
+    )
+    with role("gateway", endpoints, state.events) as (store, stop, events):
+        run_gateway(store, cluster, settings, stop, events)
 
 
 def add_to(app: typer.Typer) -> None:

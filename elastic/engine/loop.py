@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import structlog
 
@@ -37,6 +38,17 @@ PATIENCE_TTLS = 2.0  # for a member without a record: its agent needs one at mos
 log = structlog.get_logger(__name__)
 
 
+@dataclass(frozen=True)
+class Peers:
+    """What an engine talks to: the store (through mirror and status writer), ranks, gateways, the event history."""
+
+    mirror: Mirror
+    fleet: Fleet
+    server: EngineServer
+    status: StatusWriter
+    events: EventLog
+
+
 class Engine:
     """One engine's term, under one token."""
 
@@ -44,22 +56,18 @@ class Engine:
         self,
         config: ClusterConfig,
         token: int,
-        mirror: Mirror,
-        fleet: Fleet,
-        server: EngineServer,
-        status: StatusWriter,
-        events: EventLog,
+        peers: Peers,
         *,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
         self._config = config
         self._token = token
-        self._mirror = mirror
-        self._fleet = fleet
-        self._server = server
-        self._status = status
-        self._events = events
+        self._mirror = peers.mirror
+        self._fleet = peers.fleet
+        self._server = peers.server
+        self._status = peers.status
+        self._events = peers.events
         self._clock, self._wall = clock, wall
         self._scheduler = Scheduler(config, token, self._clock())
         self._recovery = Recovery()
@@ -341,7 +349,6 @@ class Engine:
 
         A missing record proves nothing: its agent's lease ran out, and the agent may write the same record again.
         """
-        identity: tuple[int, int]
         for identity, record in state.ranks.items():
             if record.engine_token == self._token and identity not in self._lost:
                 self._fleet.attach(record)

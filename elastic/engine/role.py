@@ -14,7 +14,7 @@ from contextlib import ExitStack
 import structlog
 
 from elastic.engine.gateway_server import EngineServer
-from elastic.engine.loop import Engine
+from elastic.engine.loop import Engine, Peers
 from elastic.engine.status_writer import StatusWriter
 from membership.base import failpoints, loop_watchdog
 from membership.base.errors import Fenced, LeaseLost, StoreReplaced, StoreUnavailable, WaitTimeout
@@ -82,7 +82,7 @@ def run_engine(store: Store, cluster: str, node: str, stop: threading.Event, eve
         mirror.wait(lambda state: state.revision >= token, timeout_s=config.launch_deadline_s, what="our own election")
         status = StatusWriter(store, keys, token, keeper.lease, on_fenced=fleet.ring)
         opened.callback(status.close)
-        engine = Engine(config, token, mirror, fleet, server, status, events)
+        engine = Engine(config, token, Peers(mirror, fleet, server, status, events))
         opened.callback(mirror.subscribe(engine.on_membership))
         server.serve(token)
         gc.collect()

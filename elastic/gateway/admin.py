@@ -159,47 +159,56 @@ def admin_app(admin: Admin) -> FastAPI:
     """The application of the admin port."""
     app = new_app("elastic-ep admin", admin.check)
     _add_reading(app, admin)
-
-    _add_changes(app, admin)
+    _add_operations(app, admin)
+    _add_maintenance(app, admin)
     _add_failpoints(app)
     return app
 
 
-def _add_changes(app: FastAPI, admin: Admin) -> None:
-    async def read(request: Request, shape: type[S]) -> S:
-        return parse(await read_body(request, MAX_BODY_BYTES) or b"{}", shape)
+async def _read(request: Request, shape: type[S]) -> S:
+    return parse(await read_body(request, MAX_BODY_BYTES) or b"{}", shape)
 
+
+def _add_operations(app: FastAPI, admin: Admin) -> None:
     @app.post("/admin/v1/scale")
     async def scale_to(request: Request) -> Response:
-        asked = await read(request, ScaleRequest)
+        asked = await _read(request, ScaleRequest)
         return await admin.change(scale(asked.ranks), asked)
 
     @app.post("/admin/v1/drain")
     async def drain_ranks(request: Request) -> Response:
-        asked = await read(request, SlotsRequest)
+        asked = await _read(request, SlotsRequest)
         return await admin.change(drain(*asked.ranks), asked)
 
     @app.post("/admin/v1/undrain")
     async def undrain_ranks(request: Request) -> Response:
-        asked = await read(request, SlotsRequest)
+        asked = await _read(request, SlotsRequest)
         return await admin.change(undrain(*asked.ranks), asked)
 
     @app.post("/admin/v1/operations/{name}/cancel")
     async def cancel_operation(request: Request, name: str) -> Response:
-        asked = await read(request, CancelRequest)
+        asked = await _read(request, CancelRequest)
         failpoints.hit("gateway.before.cancel")
         return json_response(asdict(await admin.call(cancel, name, asked.by)), 202)
 
+    @app.post("/scale_elastic_ep")
+    async def scale_as_vllm(request: Request) -> Response:
+        asked = await _read(request, VllmScaleRequest)
+        change = ScaleRequest(ranks=asked.new_data_parallel_size, timeout_s=asked.drain_timeout)
+        return await admin.change(scale(change.ranks), change)
+
+
+def _add_maintenance(app: FastAPI, admin: Admin) -> None:
     @app.post("/admin/v1/rebalance")
     async def rebalance_now(request: Request) -> Response:
-        asked = await read(request, RebalanceRequest)
+        asked = await _read(request, RebalanceRequest)
         if asked.plan:
             return json_response(asdict(plan_rebalance(admin.mirror.state(), time.time())))
         return json_response(asdict(await admin.call(request_rebalance, asked.by)), 202)
 
     @app.post("/admin/v1/pause")
     async def pause_changes(request: Request) -> Response:
-        asked = await read(request, PauseRequest)
+        asked = await _read(request, PauseRequest)
         return json_response(asdict(await admin.call(pause, asked.ttl_s, by=asked.by, reason=asked.reason)))
 
     @app.post("/admin/v1/resume")
@@ -209,12 +218,6 @@ def _add_changes(app: FastAPI, admin: Admin) -> None:
     @app.post("/admin/v1/ranks/{rank}/unquarantine")
     async def end_quarantine(rank: int) -> Response:
         return json_response(asdict(await admin.call(unquarantine, rank)))
-
-    @app.post("/scale_elastic_ep")
-    async def scale_as_vllm(request: Request) -> Response:
-        asked = await read(request, VllmScaleRequest)
-        change = ScaleRequest(ranks=asked.new_data_parallel_size, timeout_s=asked.drain_timeout)
-        return await admin.change(scale(change.ranks), change)
 
 
 def _add_failpoints(app: FastAPI) -> None:
@@ -235,7 +238,7 @@ def _add_failpoints(app: FastAPI) -> None:
 
     @app.put("/admin/v1/failpoints")
     async def arm(request: Request) -> Response:
-        path, asked = source(), parse(await read_body(request, MAX_BODY_BYTES) or b"{}", FailpointsRequest)
+        path, asked = source(), await _read(request, FailpointsRequest)
         try:
             failpoints.write(path, asked.failpoints)
         except ConfigError as error:

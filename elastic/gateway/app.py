@@ -42,8 +42,14 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class GatewaySettings:
-    """Settings without a flag."""
+    """Where a gateway listens, and how it behaves. Port 0 takes any free one; without a token the admin API is off."""
 
+    name: str
+    state_dir: Path
+    admin_token: str
+    host: str = "127.0.0.1"
+    port: int = 0
+    admin_port: int = 0
     grace_s: float = 15.0  # for open streams when the gateway is stopped
     link: LinkSettings = field(default_factory=LinkSettings)
 
@@ -61,29 +67,16 @@ class Gateway:
     grace_s: float
 
 
-def run_gateway(
-    store: Store,
-    cluster: str,
-    name: str,
-    host: str,
-    port: int,
-    admin_host: str,
-    admin_port: int,
-    admin_token: str,
-    stop: threading.Event,
-    events: EventLog,
-    state_dir: Path,
-    settings: GatewaySettings | None = None,
-) -> None:
-    """Serve until `stop` is set, then let open streams end within the grace. Port 0 takes any free one.
+def run_gateway(store: Store, cluster: str, settings: GatewaySettings, stop: threading.Event, events: EventLog) -> None:
+    """Serve until `stop` is set, then let open streams end within the grace.
 
     ConfigError: a port is taken, or the model has no usable tokenizer.
     """
-    settings = settings or GatewaySettings()
+    name = settings.name
     note = partial(events.emit, cluster=cluster)
     with (
-        listening(host, port, "--port") as public_socket,
-        listening(admin_host, admin_port, "--admin-port") as admin_socket,
+        listening(settings.host, settings.port, "--port") as public_socket,
+        listening(settings.host, settings.admin_port, "--admin-port") as admin_socket,
         Mirror(store, cluster) as mirror,
     ):
         config = mirror.wait(lambda s: s.config is not None, CONFIG_TIMEOUT_S, f"the config of {cluster!r}").config
@@ -91,9 +84,9 @@ def run_gateway(
             raise ConfigError(f"cluster {cluster!r} has no config")
         link = EngineLink(name, settings.link, note=note)
         readiness = health.Readiness(link, mirror.state, lambda: mirror.trouble)
-        history = StateDir(state_dir).events
+        history = StateDir(settings.state_dir).events
         public = _public_app(config, link, readiness, history)
-        admin = admin_app(Admin(store, cluster, mirror, admin_token, history, lambda: readiness.stopping))
+        admin = admin_app(Admin(store, cluster, mirror, settings.admin_token, history, lambda: readiness.stopping))
         servers = Server(public, public_socket, settings.grace_s), Server(admin, admin_socket, 1.0)
         record = GatewayRecord(name=name, pid=os.getpid(), url=_url(public_socket), admin_url=_url(admin_socket))
         gateway = Gateway(config, mirror, link, readiness, *servers, settings.grace_s)

@@ -12,12 +12,13 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from membership.base.enums import DetectedBy
 from membership.base.events import Event, Tail
 from membership.store.records import ClusterState, Operation
 
 MAX_READS = 64  # per scrape, of 64 KiB each: the gateway streams tokens meanwhile; the rest comes with the next scrape
 SHORT_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 10.0, 30.0)
-ALIVE = ("stopped", "hung", "deadline")  # signs of a rank that is not dead
+ALIVE = (DetectedBy.STOPPED, DetectedBy.HUNG, DetectedBy.DEADLINE)  # signs of a rank that is not dead
 LONG_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
 
@@ -32,47 +33,54 @@ class HistoryMetrics:
         self._members: set[int] | None = None
         self._evicted: set[int] = set()  # incarnations that were given up alive
         self._counted: set[str] = set()  # operations that were counted
-        self._phases = Histogram(
-            prefix + "reconfiguration_seconds",
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(prefix + name, text, labels, registry=registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(prefix + name, text, labels, buckets=buckets, registry=registry)
+
+        self._phases = histogram(
+            "reconfiguration_seconds",
             "How long each phase of a change of membership took (ready and proposed: of operations only).",
-            ["phase", "trigger"], buckets=LONG_S, registry=registry,
-        )  # fmt: skip
-        self._changes = Counter(
-            prefix + "reconfigurations",
+            LONG_S,
+            "phase",
+            "trigger",
+        )
+        self._changes = counter(
+            "reconfigurations",
             "Changes of membership: committed epochs, aborted operations, and views withdrawn before their commit.",
-            ["outcome"], registry=registry,
-        )  # fmt: skip
-        self._detection = Histogram(
-            prefix + "detection_seconds",
+            "outcome",
+        )
+        self._detection = histogram(
+            "detection_seconds",
             "From the first sign of a rank's loss (the kernel's notice, its queue's end, or the question that it left"
             " unanswered) to its mask. What passed before the first sign is not known.",
-            ["source"], buckets=SHORT_S, registry=registry,
-        )  # fmt: skip
-        self._recovery = Histogram(
-            prefix + "recovery_seconds",
+            SHORT_S,
+            "source",
+        )
+        self._recovery = histogram(
+            "recovery_seconds",
             "From the first sign of a rank's loss until every request that lived on it had a new token.",
-            buckets=SHORT_S, registry=registry,
-        )  # fmt: skip
-        self._migrated = Counter(
-            prefix + "requests_migrated",
+            SHORT_S,
+        )
+        self._migrated = counter(
+            "requests_migrated",
             "Requests that went on on another rank: with their KV blocks copied, or computed again there.",
-            ["how"], registry=registry,
-        )  # fmt: skip
+            "how",
+        )
         for how in ("copied", "replayed"):
             self._migrated.labels(how)
-        self._fenced = Counter(
-            prefix + "fenced", "Replaced or evicted processes that were still running and were kept from acting.",
-            ["what"], registry=registry,
-        )  # fmt: skip
-        self._taken = Counter(
-            prefix + "weight_bytes_moved",
+        self._fenced = counter(
+            "fenced", "Replaced or evicted processes that were still running and were kept from acting.", "what"
+        )
+        self._taken = counter(
+            "weight_bytes_moved",
             "Expert weights that members had to get before a view was committed, by what the view was for.",
-            ["trigger"], registry=registry,
-        )  # fmt: skip
-        self._weights = Gauge(
-            prefix + "weight_store_bytes", "Memory of each host's weight store, counted once.",
-            ["node"], registry=registry,
-        )  # fmt: skip
+            "trigger",
+        )
+        text = "Memory of each host's weight store, counted once."
+        self._weights = Gauge(prefix + "weight_store_bytes", text, ["node"], registry=registry)
 
     def update(self, state: ClusterState) -> None:
         """Take in what is new."""
@@ -90,6 +98,11 @@ class HistoryMetrics:
         self._counted &= state.operations.keys()
 
     def _take(self, event: Event) -> None:
+        self._take_change(event)
+        self._take_loss(event)
+
+    def _take_change(self, event: Event) -> None:
+        """Changes of membership, and the requests that they moved."""
         fields = event.fields
         if event.kind == "epoch_staged":
             self._staged[event.epoch] = event.ts
@@ -104,21 +117,25 @@ class HistoryMetrics:
             self._changes.labels("withdrawn").inc()
         elif event.kind == "operation_phase" and fields.get("phase") == "aborted":
             self._changes.labels("aborted").inc()
-        elif event.kind == "rank_masked":
+        elif event.kind == "weights_held":
+            self._weights.labels(fields["node"]).set(fields["bytes"])
+
+    def _take_loss(self, event: Event) -> None:
+        """Losses of ranks and roles."""
+        fields = event.fields
+        if event.kind == "rank_masked":
             self._migrated.labels("replayed").inc(fields.get("requests", 0))
             took_ms = fields["ms"] + fields.get("silent_ms", 0.0)
             self._take_eviction(event, alive=fields["source"] in ALIVE)
             self._detection.labels(fields["source"].replace(" ", "_")).observe(took_ms / 1000)
         elif event.kind == "rank_died":
-            self._take_eviction(event, alive=fields.get("detected_by") == "heartbeat")
+            self._take_eviction(event, alive=fields.get("detected_by") == DetectedBy.HEARTBEAT)
         elif event.kind == "engine_stood_down":
             self._fenced.labels("engine").inc()
         elif event.kind == "leader_left" and fields.get("fenced"):
             self._fenced.labels("controller").inc()
         elif event.kind == "rank_recovered":
             self._recovery.observe(fields["ms"] / 1000)
-        elif event.kind == "weights_held":
-            self._weights.labels(fields["node"]).set(fields["bytes"])
 
     def _take_eviction(self, event: Event, *, alive: bool) -> None:
         """A rank was given up without being dead: by the engine, by its agent, or by one after the other."""

@@ -11,8 +11,9 @@ import os
 import select
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 import structlog
@@ -101,25 +102,21 @@ def end_with_any_thread() -> None:
     threading.excepthook = end
 
 
-def run_role(
-    role: str,
-    endpoints: Sequence[str],
-    events_path: str,
-    body: Callable[[Store, threading.Event, EventLog], None],
-) -> None:
-    """Connect to the store, run `body(store, stop, events)` until it returns, and close what was opened."""
+@contextmanager
+def role(name: str, endpoints: Sequence[str], events: Path) -> Iterator[tuple[Store, threading.Event, EventLog]]:
+    """This process as a role: its connection to the store, its stop event and the history that it writes."""
     from membership.base.logs import configure
     from membership.store.etcd import connect
     from workers.ipc.cpu_priority import run_in_short_turns
 
-    configure(role)
-    failpoints.arm(role, events_path)
+    configure(name)
+    failpoints.arm(name, str(events))
     end_with_any_thread()
     loop_watchdog.require()
     run_in_short_turns()  # before there are threads: a role reacts at once, however busy the ranks are
     with stop_signal() as stop:
         store = connect(list(endpoints), seen=os.environ.get(STORE_SEEN, ""))
         try:
-            body(store, stop, EventLog(events_path, role))
+            yield store, stop, EventLog(events, name)
         finally:
             store.close()

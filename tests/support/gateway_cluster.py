@@ -125,13 +125,12 @@ class GatewayCluster:
     ) -> Iterator[RunningGateway]:
         """A gateway that serves, until the block ends."""
         stop, failures = threading.Event(), []
-        settings = GatewaySettings(grace_s=grace_s, link=link)
+        settings = GatewaySettings(name, self.path, token, port=port, grace_s=grace_s, link=link)
         log = EventLog(self.events, "gateway")
 
         def run() -> None:
             try:
-                where = ("127.0.0.1", port, "127.0.0.1", 0)
-                run_gateway(self.store, NAME, name, *where, token, stop, log, self.path, settings)
+                run_gateway(self.store, NAME, settings, stop, log)
             except BaseException as error:  # noqa: BLE001 - raised by whoever owns the thread
                 failures.append(error)
 
