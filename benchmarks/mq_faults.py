@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from statistics import median
 
 from benchmarks.mq_transports import ROOT, line
-from workers.protocol.liveness import LivenessPage, watch_death
+from workers.protocol.liveness import DeathWatcher, LivenessPage
 from workers.queue.message_queue import MessageQueue, SlowReaders
 
 Fault = tuple[str, float, str, float | None, str]
@@ -36,7 +36,7 @@ from workers.protocol.liveness import LivenessPage
 ballast = bytearray(int(sys.argv[1]) << 20)
 for at in range(0, len(ballast), 4096): ballast[at] = 1
 page = LivenessPage.create()
-print(page.export_handle().hex(), flush=True)
+print(page.handle().hex(), flush=True)
 time.sleep(600)
 """
 GROUP = """
@@ -131,7 +131,7 @@ def noticing(times: int, megabytes: int) -> float:
         rank = start(RANK, megabytes)
         with LivenessPage.attach(bytes.fromhex(line(rank))) as page:
             told: queue.Queue[float] = queue.Queue()
-            watcher = watch_death(page, rank.pid, lambda _, told=told: told.put(time.perf_counter()))
+            watcher = DeathWatcher(page, lambda _, told=told: told.put(time.perf_counter()))
             time.sleep(0.05)
             begin = time.perf_counter()
             os.kill(rank.pid, signal.SIGKILL)

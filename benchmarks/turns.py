@@ -18,13 +18,13 @@ from collections import defaultdict
 
 from benchmarks.detection import schedule
 from workers.ipc.cpu_priority import SLICE_US
-from workers.protocol.liveness import LivenessPage, watch_death
+from workers.protocol.liveness import DeathWatcher, LivenessPage
 
 VICTIM = """
 import sys, time
 from workers.protocol.liveness import LivenessPage
 page = LivenessPage.create()
-print(page.export_handle().hex(), flush=True)
+print(page.handle().hex(), flush=True)
 while sys.argv[1] == "computes":
     pass
 time.sleep(100)
@@ -44,7 +44,7 @@ def notice_ms(victim: str, slice_us: int) -> float:
 
     with child, LivenessPage.attach(bytes.fromhex(child.stdout.readline() if child.stdout else ""), 20.0) as page:
         schedule(os.getpid(), slice_us=slice_us)
-        watcher = watch_death(page, child.pid, on_death)
+        watcher = DeathWatcher(page, on_death)
         time.sleep(0.05 + 0.03 * random.random())
         sent = time.monotonic()
         child.kill()

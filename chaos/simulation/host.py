@@ -17,11 +17,10 @@ from membership.base.enums import DetectedBy
 from membership.base.errors import ElasticError, RankDied, RankFailed, StoreUnavailable, WaitTimeout
 from membership.base.rank_id import RankId
 from membership.store.mirror import Mirror
-from workers.agent.agent import Agent
+from workers.agent.agent import Agent, AgentOptions, Parts
 from workers.agent.decide import relief
 from workers.agent.executor import Death
 from workers.agent.registrar import Registrar
-from workers.protocol.restart_policy import policy_of
 
 if TYPE_CHECKING:
     from chaos.simulation.cluster import Cluster
@@ -220,11 +219,15 @@ class Host(Process):
         self.client.follow(self.mirror)
         if self.node not in self.mirror.state().agents:
             config = self.cluster.config
-            self.agent = SimAgent(
-                self.client, self.mirror, self.cluster.keys, config, self.node, self.cluster.events, "simulated:Worker",
-                policy_of(config), executor=cast(Any, lambda *args, **kwargs: self.executor),
-                registrar=self._make_registrar, clock=self.clock, wall=self.wall, chance=self.random,
-            )  # fmt: skip
+            parts = Parts(
+                executor=cast(Any, lambda *args, **kwargs: self.executor),
+                registrar=self._make_registrar,
+                clock=self.clock,
+                wall=self.wall,
+                chance=self.random,
+            )
+            options = AgentOptions("simulated:Worker")
+            self.agent = SimAgent(self.client, self.mirror, config, self.node, self.cluster.events, options, parts)
             self.agent.host = self
 
     def _make_registrar(self, store: Any, keys: Any, ttl_s: float) -> Registrar:

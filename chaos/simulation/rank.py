@@ -222,7 +222,7 @@ class RankProcess(Process):
         return self.clock.now - self.born - paused_s
 
     @property
-    def beats(self) -> int:
+    def heartbeats(self) -> int:
         return int((self.clock.now - self.born if self.hang == "native" else self._ran_s) / BEAT_S)
 
     @property
@@ -237,7 +237,7 @@ class RankProcess(Process):
         """What /proc and the liveness page show now."""
         computes = self._busy and not self._waits and not self.stopped
         state = "S" if self.hang else "T" if self.stopped else "R" if computes else "S"
-        return Look(state, self._ran_s if computes else 0.0, False, 0.0, self.beats, self.steps, self.turns)
+        return Look(state, self._ran_s if computes else 0.0, False, 0.0, self.heartbeats, self.steps, self.turns)
 
     # --- what is done to it
 

@@ -43,14 +43,13 @@ def agent(options: AgentOptions) -> None:
 
     SIGTERM first hands the ranks over to other hosts, if there are any; a second SIGTERM ends the agent at once.
     """
+    from workers.agent.agent import AgentOptions as Options
     from workers.agent.agent import run_agent
 
     endpoints, cluster, state = _find(options)
     with role("agent", endpoints, state.events) as (store, stop, events):
-        run_agent(
-            store, cluster, options.node, stop, events, options.worker_class,
-            spares=options.spares, drain_grace_s=options.drain_grace_s,
-        )  # fmt: skip
+        how = Options(options.worker_class, options.spares, options.drain_grace_s)
+        run_agent(store, cluster, options.node, stop, events, how)
 
 
 @command

@@ -23,7 +23,7 @@ from membership.store.records import (
     View,
 )
 from tests.support.helpers import eventually
-from workers.agent.agent import run_agent
+from workers.agent.agent import AgentOptions, run_agent
 from workers.queue.message_queue import MessageQueue
 
 WORKER = "tests.support.small_worker:SmallWorker"
@@ -102,7 +102,8 @@ def agent(scene: Scene, spares: int = 0) -> Iterator[threading.Thread]:
 
     def run() -> None:
         try:
-            run_agent(scene.store, "c", scene.node, stop, EventLog(scene.path, "agent", "c"), WORKER, spares=spares)
+            options = AgentOptions(WORKER, spares)
+            run_agent(scene.store, "c", scene.node, stop, EventLog(scene.path, "agent", "c"), options)
         except BaseException as error:  # noqa: BLE001 - handed to the test
             failures.append(error)
 

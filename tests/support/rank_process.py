@@ -76,7 +76,7 @@ class StandIn:
 
     def run(self) -> None:
         threading.Thread(target=self.listen, daemon=True).start()
-        self.say(liveness=self.page.export_handle().hex())
+        self.say(liveness=self.page.handle().hex())
         while True:
             self.doorbell.wait(self.pending, 0.5)
             while not self.commands.empty():

@@ -1,8 +1,8 @@
 """A node's agent: runs the ranks that the controller assigned to this node, as a kubelet runs pods, and records them.
 
-Light: no torch. One thread decides and acts (`Agent.run`); what others notice (the store's mirror, the executor, the
-end of a call) they post to it. What to do is `agent_state.decide`; what stands in the store is the registrar's. The
-agent's end is its ranks' end: they read its death pipes, and no other process has a copy of the write ends.
+Light: no torch. One thread decides and acts (`Agent.run`). The store's mirror, the executor and the ends of calls post
+to it. What to do is `decide.decide`; the registrar keeps the records in the store. When the agent ends its ranks end:
+they read its death pipes, and no other process has a copy of the write ends.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -37,9 +37,9 @@ from workers.agent.decide import (
     Attach,
     Effect,
     Heartbeat,
-    Life,
     Load,
     LocalRank,
+    Phase,
     Prepare,
     Retire,
     RetireEpoch,
@@ -49,72 +49,95 @@ from workers.agent.executor import Death, MultiprocExecutor
 from workers.agent.exits import Exits
 from workers.agent.forkserver import Serving
 from workers.agent.handles import WorkerProcHandle
-from workers.agent.preload import WORKER_CLASS, preload_for
+from workers.agent.preload import WORKER_CLASS
 from workers.agent.registrar import Registrar
 from workers.agent.spares import Spares
-from workers.protocol.restart_policy import RestartPolicy, policy_of
+from workers.protocol.restart_policy import policy_of
 from workers.protocol.rpc import Outcome
 
 TICK_S = 0.1
 ATTACH_RETRY_S = 0.3
-BEATS_PER_TTL = 8
+CHECKS_PER_TTL = 8
 HEARTBEATS_EVERY_S = 1.0
 
 log = structlog.get_logger(__name__)
 
 
+@dataclass(frozen=True)
+class AgentOptions:
+    """How an agent runs its node."""
+
+    worker_class: str = WORKER_CLASS
+    spares: int = 0  # warm spares to keep
+    drain_grace_s: float = 0.0  # how long to wait, once asked to stop, for other nodes to take over its ranks
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an agent is made of. A simulation has its own."""
+
+    executor: Callable[..., MultiprocExecutor] = MultiprocExecutor
+    registrar: Callable[..., Registrar] = Registrar
+    clock: Callable[[], float] = time.monotonic
+    wall: Callable[[], float] = time.time
+    chance: random.Random | None = None
+
+
 class Agent:
-    """One life of a node's agent."""
+    """One run of a node's agent."""
 
     def __init__(
         self,
         store: Store,
         mirror: Mirror,
-        keys: Keys,
         config: ClusterConfig,
         node: str,
         events: EventLog,
-        worker_class: str,
-        policy: RestartPolicy,
-        spares: int = 0,
-        *,
-        executor: Callable[..., MultiprocExecutor] = MultiprocExecutor,
-        registrar: Callable[..., Registrar] = Registrar,
-        clock: Callable[[], float] = time.monotonic,
-        wall: Callable[[], float] = time.time,
-        chance: random.Random | None = None,
+        options: AgentOptions,
+        parts: Parts | None = None,
     ) -> None:
-        self._clock, self._wall = clock, wall
-        me = AgentRecord(node=node, pid=os.getpid(), started=wall(), capacity=config.max_ranks)
-        self.me = changed(me, spares_wanted=spares)
-        self._mirror, self._config, self._events = mirror, config, events
+        parts = parts or Parts()
+        self._clock, self._wall = parts.clock, parts.wall
+        self.me = AgentRecord(
+            node=node,
+            pid=os.getpid(),
+            started=self._wall(),
+            capacity=config.max_ranks,
+            spares_wanted=options.spares,
+        )
+        self._mirror, self._config = mirror, config
         self._ranks: dict[RankId, LocalRank] = {}
-        self._beats: dict[RankId, Heartbeat] = {}
-        self._next_beat_check = 0.0
-        self._heartbeats_at = 0.0
+        self._heartbeats: dict[RankId, Heartbeat] = {}
+        self._next_check = 0.0  # of the heartbeats
+        self._publish_heartbeats_at = 0.0
         self._buried: set[RankId] = set()
-        self._exits = Exits(policy, chance)
+        policy = policy_of(config)
+        self._exits = Exits(policy, parts.chance)
         self._pids: dict[int, RankId] = {}
         self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._keys = keys
-        self._registrar = registrar(store, keys, config.lease_ttl_s)
-        self._executor = executor(
+        self._keys = Keys(config.cluster)
+        self._registrar = parts.registrar(store, self._keys, config.lease_ttl_s)
+        self._emit_of_node = partial(events.emit, cluster=config.cluster, node=node)
+        self._executor = parts.executor(
             config,
             node,
-            worker_class=worker_class,
-            preload=preload_for(worker_class, config.model, config.dtype),
-            on_serving=lambda serving: self._post(self._forkserver_serves, serving),
-            on_weights=partial(events.emit, cluster=config.cluster, node=node),
+            worker_class=options.worker_class,
+            on_serving=partial(self._post, self._forkserver_serves),
+            on_weights=self._emit_of_node,
         )
-        self._executor.register_failure_callback(lambda death: self._post(self._died, death))
-        self._executor.register_exit_callback(lambda pid, status: self._post(self._exited, pid, status))
+        self._executor.register_failure_callback(partial(self._post, self._died))
+        self._executor.register_exit_callback(partial(self._post, self._exited))
         self._spares = Spares(
-            spares, self._executor, config, policy, self._post,
-            lambda pids: self._registrar.publish(keys.agent(node), changed(self.me, spares=pids)),
-            partial(events.emit, cluster=config.cluster, node=node),
-        )  # fmt: skip
+            options.spares,
+            self._executor,
+            config,
+            policy,
+            self._post,
+            self._publish_spares,
+            self._emit_of_node,
+        )
         self._unsubscribe = mirror.subscribe(lambda state: self._post(_nothing))
-        self._registrar.publish(keys.agent(node), self.me)
+        self._publish_me()
 
     def run(self, stop: threading.Event) -> None:
         """Do what is assigned until asked to stop."""
@@ -122,13 +145,13 @@ class Agent:
             self.turn()
 
     def leave(self, grace_s: float) -> None:
-        """Ask to be relieved of all ranks, and go on until none is left; at most `grace_s`, and only if it can be."""
+        """Ask other nodes to take over the ranks, and work until that is done: at most `grace_s`, not if none can."""
         if not grace_s:
             return
         self.me = changed(self.me, leaving=True)
-        self._registrar.publish(self._keys.agent(self.me.node), self.me)
+        self._publish_me()
         ranks = sorted(rank for rank, _ in self._ranks)
-        self._events.emit("agent_leaving", cluster=self._config.cluster, node=self.me.node, ranks=ranks)
+        self._emit_of_node("agent_leaving", ranks=ranks)
         deadline = time.monotonic() + grace_s
         while time.monotonic() < deadline and decide.relief(self._mirror.state(), self.me, self._ranks):
             self.turn()
@@ -162,9 +185,16 @@ class Agent:
         except queue.Empty:
             return
 
+    def _publish_me(self) -> None:
+        self._registrar.publish(self._keys.agent(self.me.node), self.me)
+
+    def _publish_spares(self, pids: tuple[int, ...]) -> None:
+        self._registrar.publish(self._keys.agent(self.me.node), changed(self.me, spares=pids))
+
     # --- acting -------------------------------------------------------------------------------------------------
 
     def _act(self, effects: list[Effect]) -> None:
+        limit_s = self._config.launch_deadline_s
         self._spawn([e.key for e in effects if isinstance(e, Spawn)])
         for effect in effects:
             if isinstance(effect, Retire):
@@ -173,15 +203,15 @@ class Agent:
                 self._attach(effect)
             elif isinstance(effect, Load):
                 self._update(effect.key, loading=True)
-                self._call(effect.key, "initialise", (), self._config.launch_deadline_s, self._loaded, effect.revision)
+                self._call(effect.key, "initialise", (), limit_s, partial(self._loaded, effect))
             elif isinstance(effect, Prepare):
                 self._update(effect.key, preparing_revision=effect.revision)
-                args, limit_s = (effect.view, effect.peers), self._config.launch_deadline_s
-                self._call(effect.key, "prepare_epoch", args, limit_s, self._prepared, effect.revision)
+                args = effect.view, effect.peers
+                self._call(effect.key, "prepare_epoch", args, limit_s, partial(self._prepared, effect))
             elif isinstance(effect, RetireEpoch):
                 self._update(effect.key, retired=effect.mark)
-                key, epoch = effect.key, effect.epoch
-                self._call(key, "retire_epoch", (epoch,), RETIRE_TIMEOUT_S, self._retired_epoch, epoch)
+                then = partial(self._retired_epoch, effect)
+                self._call(effect.key, "retire_epoch", (effect.epoch,), RETIRE_TIMEOUT_S, then)
 
     def _spawn(self, keys: list[RankId]) -> None:
         for key in keys:
@@ -194,9 +224,8 @@ class Agent:
             self._fork(left)
 
     def _fork(self, keys: list[RankId]) -> None:
-        limit_s = self._config.launch_deadline_s
         try:
-            self._executor.start(keys, limit_s, lambda key, outcome: self._post(self._started, key, outcome))
+            self._executor.start(keys, self._config.launch_deadline_s, partial(self._post, self._started))
         except OSError as error:  # no process, descriptor or memory to be had: others must go on
             for key in keys:
                 self._emit("rank_died", key, detected_by=DetectedBy.START, reason=str(error))
@@ -208,65 +237,55 @@ class Agent:
         if effect.failure:
             self._bury(key, effect.failure)
         else:
-            self._update(key, life=Life.ENDING)
-        self._executor.retire([key], lambda key: self._post(self._ended, key), kill=bool(effect.failure))
+            self._update(key, phase=Phase.ENDING)
+        self._end(key, kill=bool(effect.failure))
+
+    def _end(self, key: RankId, *, kill: bool) -> None:
+        self._executor.retire([key], partial(self._post, self._ended), kill=kill)
 
     def _attach(self, effect: Attach) -> None:
         self._update(effect.key, attaching_token=effect.token)
         args = (effect.token, effect.broadcast_handle, effect.mask_handle)
-        self._call(effect.key, "attach_engine", args, ATTACH_TIMEOUT_S, self._attached, effect.token)
+        self._call(effect.key, "attach_engine", args, ATTACH_TIMEOUT_S, partial(self._attached, effect))
 
     def _call(
-        self,
-        key: RankId,
-        method: str,
-        args: tuple[Any, ...],
-        limit_s: float,
-        then: Callable[[RankId, int, Any, str], None],
-        subject: int,
+        self, key: RankId, method: str, args: tuple[Any, ...], limit_s: float, then: Callable[[Any, str], None]
     ) -> None:
-        """Call one rank; `then` gets (key, subject, result, "") or (key, subject, None, error) in our thread."""
+        """Call one rank. `then` gets (result, "") or (None, error) in our thread, unless the rank is gone by then."""
 
-        def done(future: Future[Outcome]) -> None:
+        def called(future: Future[Outcome]) -> None:
             error = future.exception(timeout=0)
-            result = None if error else future.result(timeout=0)[key]
-            self._post(self._called, key, then, subject, result, str(error) if error else "")
+            if key in self._ranks:
+                then(None if error else future.result(timeout=0)[key], str(error) if error else "")
 
-        self._executor.submit(method, args, keys=[key], timeout_s=limit_s).future.add_done_callback(done)
-
-    def _called(
-        self, key: RankId, then: Callable[[RankId, int, Any, str], None], subject: int, result: Any, error: str
-    ) -> None:
-        if key in self._ranks:
-            then(key, subject, result, error)
+        pending = self._executor.submit(method, args, keys=[key], timeout_s=limit_s)
+        pending.future.add_done_callback(partial(self._post, called))
 
     # --- what came of it ----------------------------------------------------------------------------------------
 
     def _started(self, key: RankId, outcome: WorkerProcHandle | ElasticError) -> None:
         rank = self._ranks.get(key)
         if isinstance(outcome, ElasticError):
-            if rank is not None and rank.life is Life.ENDING:
+            if rank is not None and rank.phase is Phase.ENDING:
                 self._ended(key)
             elif rank is not None:
                 self._emit("rank_died", key, detected_by=DetectedBy.START, reason=str(outcome))
                 self._bury(key, str(outcome))
             return
         self._pids[outcome.child.pid] = key
-        if rank is None or rank.life is Life.ENDING:
-            self._executor.retire([key], lambda key: self._post(self._ended, key), kill=True)
+        if rank is None or rank.phase is Phase.ENDING:
+            self._end(key, kill=True)
             return
-        self._beats[key] = Heartbeat(-1, self._clock())
-        self._update(
-            key, life=Life.READY, pid=outcome.child.pid,
-            liveness_handle=outcome.liveness_handle, exchange_handle=outcome.exchange_handle,
-        )  # fmt: skip
+        self._heartbeats[key] = Heartbeat(-1, self._clock())
+        liveness, exchange = outcome.liveness_handle, outcome.exchange_handle
+        self._update(key, phase=Phase.READY, pid=outcome.child.pid, liveness_handle=liveness, exchange_handle=exchange)
         self._emit("rank_ready", key, pid=outcome.child.pid, took_ms=_ms(self._wall() - rank.started))
 
     def _adopted(self, key: RankId, outcome: WorkerProcHandle | ElasticError, fingerprint: str) -> None:
         """A spare has become this rank; or it has not, and the rank starts as any other."""
         if isinstance(outcome, ElasticError):
             rank = self._ranks.get(key)
-            if rank is not None and rank.life is Life.STARTING:
+            if rank is not None and rank.phase is Phase.STARTING:
                 self._fork([key])
             elif rank is not None:
                 self._ended(key)
@@ -275,7 +294,8 @@ class Agent:
         if key in self._ranks:
             self._update(key, loaded=True, fingerprint=fingerprint)
 
-    def _attached(self, key: RankId, token: int, handle: Any, error: str) -> None:
+    def _attached(self, effect: Attach, handle: Any, error: str) -> None:
+        key, token = effect.key, effect.token
         if error:
             log.warning("attach_failed", rank=key.rank, token=token, error=error)
             self._update(key, attaching_token=0, attach_not_before=self._wall() + ATTACH_RETRY_S)
@@ -283,15 +303,17 @@ class Agent:
             self._update(key, attaching_token=0, attached_token=token, response_handle=handle)
             self._emit("rank_attached", key, token=token)
 
-    def _loaded(self, key: RankId, revision: int, fingerprint: Any, error: str) -> None:
+    def _loaded(self, effect: Load, fingerprint: Any, error: str) -> None:
+        key = effect.key
         if error:
             self._emit("rank_load_failed", key, error=error)
-            self._update(key, loading=False, failed_revision=revision, prepare_error=error)
+            self._update(key, loading=False, failed_revision=effect.revision, prepare_error=error)
         else:
             self._update(key, loading=False, loaded=True, fingerprint=fingerprint)
             self._emit("rank_loaded", key, took_ms=_ms(self._wall() - self._ranks[key].started))
 
-    def _prepared(self, key: RankId, revision: int, result: Any, error: str) -> None:
+    def _prepared(self, effect: Prepare, result: Any, error: str) -> None:
+        key, revision = effect.key, effect.revision
         if error:
             self._emit("rank_prepare_failed", key, revision=revision, error=error)
             self._update(key, failed_revision=revision, prepare_error=error)
@@ -299,9 +321,9 @@ class Agent:
             self._update(key, prepared_revision=revision, prepare_error="")
             self._emit("rank_prepared", key, revision=revision, **(result if isinstance(result, dict) else {}))
 
-    def _retired_epoch(self, key: RankId, epoch: int, result: Any, error: str) -> None:
+    def _retired_epoch(self, effect: RetireEpoch, result: Any, error: str) -> None:
         if error:
-            log.warning("retire_epoch_failed", rank=key.rank, epoch=epoch, error=error)
+            log.warning("retire_epoch_failed", rank=effect.key.rank, epoch=effect.epoch, error=error)
 
     def _died(self, death: Death) -> None:
         if death.key in self._ranks:
@@ -311,19 +333,19 @@ class Agent:
         self._executor.forget(death.key)
 
     def _exited(self, pid: int, status: int) -> None:
-        """The exit status, which comes after the death was noticed: put it into the exit record."""
+        """The exit status comes after the death was noticed: put it into the exit record."""
         key = self._pids.pop(pid, None)
         if key is None:
             return
         how = {"signal": -status} if status < 0 else {"exit_code": status}
         self._emit("rank_exited", key, pid=pid, **how)
-        if (told := self._exits.ended(key, status)) is not None:
-            self._registrar.record_exit(told)
+        if (record := self._exits.ended(key, status)) is not None:
+            self._registrar.record_exit(record)
 
     def _ended(self, key: RankId) -> None:
-        """A rank that was asked to go has gone."""
+        """A rank that was asked to end has ended."""
         if self._ranks.pop(key, None) is not None:
-            self._beats.pop(key, None)
+            self._heartbeats.pop(key, None)
             self._buried.add(key)
             self._registrar.withdraw(key)
             self._emit("rank_retired", key)
@@ -331,7 +353,7 @@ class Agent:
     def _bury(self, key: RankId, reason: str) -> None:
         """The rank is dead: its record goes at once, together with the restart policy's verdict."""
         del self._ranks[key]
-        self._beats.pop(key, None)
+        self._heartbeats.pop(key, None)
         self._buried.add(key)
         verdict = self._exits.died(key, reason, self._mirror.state().exits, self._wall())
         self._registrar.withdraw(key, verdict)
@@ -340,70 +362,57 @@ class Agent:
 
     def _check_heartbeats(self, now: float) -> None:
         ttl_s = self._config.lease_ttl_s
-        if now < self._next_beat_check:
+        if now < self._next_check:
             return
-        self._next_beat_check = now + ttl_s / BEATS_PER_TTL
-        for key, seen in list(self._beats.items()):
+        self._next_check = now + ttl_s / CHECKS_PER_TTL
+        for key, known in list(self._heartbeats.items()):
             worker = self._executor.workers.get(key)
             if worker is None:
                 continue
-            self._beats[key] = beat = decide.observe(seen, worker.liveness.beats, now)
-            self._registrar.set_renewing(key, decide.advancing(beat))
-            if decide.hung(beat, now, after_s=ttl_s) and self._ranks[key].life is Life.READY:
-                silence = f"no heartbeat for {now - beat.advanced_at:.1f} s"
+            self._heartbeats[key] = seen = decide.observe(known, worker.liveness.heartbeats, now)
+            self._registrar.set_renewing(key, decide.advancing(seen))
+            if decide.hung(seen, now, after_s=ttl_s) and self._ranks[key].phase is Phase.READY:
+                silence = f"no heartbeat for {now - seen.advanced_at:.1f} s"
                 self._emit("rank_died", key, pid=worker.child.pid, detected_by=DetectedBy.HEARTBEAT, reason=silence)
                 self._bury(key, silence)
-                self._executor.retire([key], lambda key: self._post(self._ended, key), kill=True)
+                self._end(key, kill=True)
         self._spares.check(now)
-        if now >= self._heartbeats_at:
-            self._heartbeats_at = now + HEARTBEATS_EVERY_S
-            told = decide.heartbeats(self.me.node, self._beats, now, self._wall())
-            self._registrar.note(self._keys.heartbeats(self.me.node), told, beside=self._keys.agent(self.me.node))
+        if now >= self._publish_heartbeats_at:
+            self._publish_heartbeats_at = now + HEARTBEATS_EVERY_S
+            record, node = decide.heartbeats(self.me.node, self._heartbeats, now, self._wall()), self.me.node
+            self._registrar.note(self._keys.heartbeats(node), record, beside=self._keys.agent(node))
 
     # --- small things -------------------------------------------------------------------------------------------
 
     def _update(self, key: RankId, **changes: Any) -> None:
         self._ranks[key] = rank = replace(self._ranks[key], **changes)
-        self._registrar.publish_rank(decide.record_of(rank, self.me.node))
+        self._registrar.publish(self._keys.rank(*key), decide.record_of(rank, self.me.node))
 
     def _emit(self, kind: str, key: RankId, **fields: Any) -> None:
         view = self._mirror.state().view
-        self._events.emit(
-            kind, cluster=self._config.cluster, epoch=view.epoch if view else 0, rank=key.rank,
-            incarnation=key.incarnation, node=self.me.node, **fields,
-        )  # fmt: skip
+        fields |= {"epoch": view.epoch if view else 0, "rank": key.rank, "incarnation": key.incarnation}
+        self._emit_of_node(kind, **fields)
 
     def _forkserver_serves(self, serving: Serving) -> None:
         if serving.error:
             log.error("forkserver_cannot_serve", error=serving.error)
-        self._events.emit(
-            "forkserver_ready", cluster=self._config.cluster, node=self.me.node,
-            error=serving.error, import_ms=_ms(serving.import_s),
-        )  # fmt: skip
+        self._emit_of_node("forkserver_ready", error=serving.error, import_ms=_ms(serving.import_s))
 
 
 def run_agent(
-    store: Store,
-    cluster: str,
-    node: str,
-    stop: threading.Event,
-    events: EventLog,
-    worker_class: str = WORKER_CLASS,
-    policy: RestartPolicy | None = None,
-    spares: int = 0,
-    drain_grace_s: float = 0.0,
+    store: Store, cluster: str, node: str, stop: threading.Event, events: EventLog, options: AgentOptions | None = None
 ) -> None:
-    """Be the agent of `node` until `stop` is set, then, for up to `drain_grace_s`, until others do its ranks' work."""
-    keys = Keys(cluster)
+    """Be the agent of `node` until `stop` is set, then until other nodes have its ranks' work (`drain_grace_s`)."""
+    options = options or AgentOptions()
     with Mirror(store, cluster) as mirror:
         config = wait_for_config(mirror, stop)
         if config is None:
             return
         wait_for_name(mirror, node, stop)
-        agent = Agent(store, mirror, keys, config, node, events, worker_class, policy or policy_of(config), spares)
+        agent = Agent(store, mirror, config, node, events, options)
         try:
             agent.run(stop)
-            agent.leave(drain_grace_s)
+            agent.leave(options.drain_grace_s)
         finally:
             agent.close()
 

@@ -1,4 +1,4 @@
-"""What an agent waits for before its life begins: the cluster's config, and the end of an earlier agent of its node."""
+"""What an agent waits for before it begins: the cluster's config, and the end of an earlier agent of its node."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CONFIG_POLL_S = 0.5
 
 
 def wait_for_config(mirror: Mirror, stop: threading.Event) -> ClusterConfig | None:
-    """The cluster's config, once somebody has written it; None if asked to stop first."""
+    """The cluster's config, once it is written; None if asked to stop first."""
     while not stop.is_set():
         state = mirror.poll(mirror.state().revision, CONFIG_POLL_S) if mirror.state().config is None else mirror.state()
         if state.config is not None:
@@ -22,7 +22,7 @@ def wait_for_config(mirror: Mirror, stop: threading.Event) -> ClusterConfig | No
 
 
 def wait_for_name(mirror: Mirror, node: str, stop: threading.Event) -> None:
-    """Wait until an earlier life's record is gone: two agents of one node would undo each other's work."""
+    """Wait until an earlier agent's record is gone: two agents of one node would undo each other's work."""
 
     def free(state: ClusterState) -> bool:
         return node not in state.agents or stop.is_set()

@@ -14,8 +14,8 @@ from typing import Any
 
 import structlog
 
-from membership.base.errors import QueueClosed, QueueError, RankDied, RankError
-from membership.base.rank_id import RankId
+from membership.base.errors import QueueClosed, RankDied
+from membership.base.rank_id import ProcessId, RankId
 from workers.agent.worker_proc import JOIN_TIMEOUT_S, PARENT_READER
 from workers.ipc.doorbell import Doorbell
 from workers.protocol.rpc import CallTable, PendingCall, WireCall, WireReply
@@ -72,20 +72,9 @@ class CrossHostCaller:
             known = frozenset(self._replies)
         targets = known if keys is None else frozenset(keys)
         number, pending = self._table.open(method, targets, output_rank, timeout_s, time.monotonic())
-        for key in targets - known:
-            pending.on_death(key, "its queue has ended, or was never joined")
-        if not pending.expected:
-            pending.fail(RankError(f"{method}: no rank to reply"))
-        if pending.future.done():
-            return pending
-        try:
-            call = WireCall(number, targets, method, list(args), kwargs or {}, output_rank, timeout_s)
-            self._calls.enqueue(call, timeout_s=min(timeout_s, SEND_TIMEOUT_S))
-        except QueueError as error:
-            pending.fail(error)
-        except TypeError as error:
-            pending.fail(RankError(f"{method}: its arguments cannot be sent: {error}"))
-        return pending
+        call = WireCall(number, targets, method, list(args), kwargs or {}, output_rank, timeout_s)
+        gone: dict[ProcessId, str] = dict.fromkeys(targets - known, "its queue has ended, or was never joined")
+        return pending.begin(gone, lambda: self._calls.enqueue(call, timeout_s=min(timeout_s, SEND_TIMEOUT_S)))
 
     def collective_rpc(self, method: str, timeout_s: float = 60.0, args: Collection[Any] = ()) -> list[Any]:
         """Call all adopted ranks and wait: the results in rank order."""
@@ -118,7 +107,7 @@ class CrossHostCaller:
             self._table.on_death(key, str(closed))
 
     def close(self) -> None:
-        """Let all ranks go; they live on."""
+        """Release all ranks; they run on."""
         self._table.close(RankDied("the caller was closed"))
         self._stopping.set()
         self._doorbell.ring()

@@ -1,8 +1,7 @@
 """What a node's agent should do next: a pure function of the cluster's state and of what its ranks have done so far.
 
-Level-triggered, as a kubelet is: `decide` is asked again after every change, names everything that is missing now, and
-leaves out what is already under way (each fact about a rank carries its `…ing` mark). So nothing depends on having seen
-every event, and an agent that missed some is right again after one look.
+Level-triggered, as a kubelet is: `decide` runs after every change and names all that is missing now, without what is
+under way already (`LocalRank` notes that). So an agent that missed some events is right again after one call.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ Peers = dict[int, tuple[int, bytes]]
 """rank -> (incarnation, exchange handle)"""
 
 
-class Life(Enum):
-    """Where a local process is: STARTING until its ready pipe spoke, ENDING once we asked it to go."""
+class Phase(Enum):
+    """Of a local process: STARTING until its ready message is here, ENDING once we asked it to end."""
 
     STARTING = auto()
     READY = auto()
@@ -34,7 +33,7 @@ class LocalRank:
     incarnation: int
     started: float
     pid: int = 0
-    life: Life = Life.STARTING
+    phase: Phase = Phase.STARTING
     liveness_handle: bytes = b""
     exchange_handle: bytes = b""
     fingerprint: str = ""
@@ -52,7 +51,7 @@ class LocalRank:
 
     @property
     def key(self) -> RankId:
-        """Unique over the cluster's life."""
+        """Unique for the cluster."""
         return RankId(self.rank, self.incarnation)
 
 
@@ -118,7 +117,7 @@ def decide(
     effects: list[Effect] = []
     effects += _processes(state, me, ranks, frozenset(buried), now)
     going = {e.key for e in effects if isinstance(e, Retire)}
-    ready = [r for r in ranks.values() if r.life is Life.READY and r.key not in going]
+    ready = [r for r in ranks.values() if r.phase is Phase.READY and r.key not in going]
     effects += _attachments(state, ready, now)
     effects += _preparations(state, ready)
     effects += _retired_epochs(state, ready)
@@ -130,7 +129,7 @@ def _processes(
 ) -> list[Effect]:
     assignment, config = state.assignments.get(me.node), state.config
     if assignment is None or config is None or assignment.agent_started != me.started:
-        return []  # nobody has said yet what this life of the agent should run: change nothing
+        return []  # no assignment for this run of the agent yet: change nothing
     wanted = {spec.id for spec in assignment.ranks}
     effects: list[Effect] = []
     for key in sorted(wanted - ranks.keys() - buried):
@@ -138,11 +137,11 @@ def _processes(
         if last is None or last.incarnation < key.incarnation:
             effects.append(Spawn(key))
     for rank in ranks.values():
-        if rank.life is Life.ENDING:
+        if rank.phase is Phase.ENDING:
             continue
         if rank.key not in wanted:
             effects.append(Retire(rank.key))
-        elif rank.life is Life.STARTING and now - rank.started > config.launch_deadline_s:
+        elif rank.phase is Phase.STARTING and now - rank.started > config.launch_deadline_s:
             effects.append(Retire(rank.key, failure=f"not ready within {config.launch_deadline_s:g} s"))
     return effects
 
@@ -237,7 +236,7 @@ def relief(state: ClusterState, me: AgentRecord, ranks: Iterable[RankId]) -> boo
 
 
 def stale_records(state: ClusterState, node: str, ranks: Mapping[RankId, LocalRank]) -> list[RankId]:
-    """Records of this node that no process of ours stands behind: left by an earlier life of the agent."""
+    """Records of this node without a process of ours: an earlier run of the agent left them."""
     return [key for key, record in state.ranks.items() if record.node == node and key not in ranks]
 
 
@@ -246,18 +245,18 @@ def stale_records(state: ClusterState, node: str, ranks: Mapping[RankId, LocalRa
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """The agent's view of one rank's beat counter. Only observations count, never the clock alone: an agent that was
-    itself held up for a while has observed nothing, and must not blame its ranks."""
+    """The agent's view of one rank's heartbeat counter. Only observations count, never elapsed time alone: an agent
+    that was itself held up has observed nothing, and must not take its ranks for hung."""
 
-    beat: int
+    counter: int
     advanced_at: float
     misses: int = 0  # observations since then without advance
 
 
-def observe(heartbeat: Heartbeat, beat: int, now: float) -> Heartbeat:
-    """The view after reading `beat` at `now`."""
-    if beat != heartbeat.beat:
-        return Heartbeat(beat, now)
+def observe(heartbeat: Heartbeat, counter: int, now: float) -> Heartbeat:
+    """The view after reading `counter` at `now`."""
+    if counter != heartbeat.counter:
+        return Heartbeat(counter, now)
     return replace(heartbeat, misses=heartbeat.misses + 1)
 
 
@@ -273,5 +272,5 @@ def hung(heartbeat: Heartbeat, now: float, *, after_s: float, misses: int = 4) -
 
 def heartbeats(node: str, ranks: Mapping[RankId, Heartbeat], now: float, wall: float) -> Heartbeats:
     """What the cluster may know of it. `now` is on the observations' clock, `wall` the time of day at that moment."""
-    beats = {key.incarnation: wall - (now - seen.advanced_at) for key, seen in ranks.items() if seen.beat >= 0}
+    beats = {key.incarnation: wall - (now - seen.advanced_at) for key, seen in ranks.items() if seen.counter >= 0}
     return Heartbeats(node=node, at=wall, beats=beats)

@@ -1,14 +1,12 @@
-"""All ranks of one host, as their parent has them: starts them, calls them, learns of their deaths, ends them.
+"""The parent of all ranks of one host: starts them, calls them, learns of their deaths, ends them.
 
-Ranks come and go; a death fails only the calls that asked that rank. One thread (the collector) reads replies, handles
-deaths and releases ranks. It waits on one doorbell. Waits for a process (start, end) run in threads of their own, which
-post to the collector.
+A death fails only the calls that asked that rank. One thread (the collector) reads replies, handles deaths and releases
+ranks; it waits on one doorbell. Waits for a process (start, end) run in threads of their own, which post to it.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
 import queue
 import signal
 import threading
@@ -24,18 +22,19 @@ import structlog
 
 from membership.base import failpoints
 from membership.base.enums import DetectedBy
-from membership.base.errors import ElasticError, QueueClosed, QueueError, RankDied, RankError, WaitTimeout
+from membership.base.errors import ElasticError, QueueClosed, RankDied, RankError
 from membership.base.rank_id import ProcessId, RankId, SpareId
 from membership.store.records import ClusterConfig
 from workers.agent.forkserver import Serving
 from workers.agent.forkserver_client import ForkServer
-from workers.agent.handles import UnreadyWorkerProcHandle, WorkerProcHandle, ended, send_signal
+from workers.agent.handles import UnreadyWorkerProcHandle, WorkerProcHandle, send_signal
+from workers.agent.preload import preload_for
 from workers.agent.weight_store import OnEvent, WeightStore
 from workers.agent.worker_proc import WorkerProcParent
 from workers.ipc.doorbell import Doorbell
 from workers.ipc.host_lock import HostLock
 from workers.protocol.launch import Launch, Ready
-from workers.protocol.liveness import watch_death
+from workers.protocol.liveness import DeathWatcher
 from workers.protocol.rpc import Call, CallTable, Outcome, PendingCall, Reply
 from workers.queue.message_queue import MessageQueue
 
@@ -68,7 +67,6 @@ class MultiprocExecutor:
         node: str,
         *,
         worker_class: str,
-        preload: Sequence[str] = (),
         scale_up: bool = True,
         external_handles: Sequence[bytes] = (),
         on_serving: Callable[[Serving], None] | None = None,
@@ -90,6 +88,7 @@ class MultiprocExecutor:
         self._doorbell = Doorbell()
         self.weights = WeightStore(on_weights, config.load_bytes_per_s)
         self.rpc_broadcast_mq = MessageQueue(f"{node}-calls")
+        preload = preload_for(worker_class, config.model, config.dtype)
         self._new_forkserver = partial(ForkServer, preload, on_exit=self._on_exit, on_serving=on_serving)
         self._forkserver = self._new_forkserver()
         self._collector = threading.Thread(target=self._collect, name="executor-replies", daemon=True)
@@ -98,7 +97,7 @@ class MultiprocExecutor:
     # --- ranks come ---------------------------------------------------------------------------------------------
 
     def start(self, keys: Collection[ProcessId], timeout_s: float, on_started: OnStarted) -> None:
-        """Start ranks, all at once; `on_started` gets each, or why it failed, in a thread of ours."""
+        """Start ranks, all at once; `on_started` gets each of them, or its error, in a thread of ours."""
         if not self._forkserver.alive:  # its ranks went with it; the next ones need another
             self._forkserver.close()
             self._forkserver = self._new_forkserver()
@@ -119,33 +118,13 @@ class MultiprocExecutor:
             self._starting |= {handle.key: handle for handle in unready}
         self._job(f"start-{len(unready)}-ranks", partial(self._wait_for_start, unready, timeout_s, on_started))
 
-    def launch(self, keys: Collection[ProcessId], timeout_s: float) -> list[WorkerProcHandle]:
-        """Start ranks and wait until all are ready; the first failure is raised."""
-        outcomes: dict[ProcessId, WorkerProcHandle | ElasticError] = {}
-        started = threading.Condition()
-
-        def on_started(key: ProcessId, outcome: WorkerProcHandle | ElasticError) -> None:
-            with started:
-                outcomes[key] = outcome
-                started.notify_all()
-
-        self.start(keys, timeout_s, on_started)
-        with started:
-            if not started.wait_for(lambda: len(outcomes) == len(keys), timeout_s + STOP_TIMEOUT_S):
-                missing = ", ".join(str(key) for key in keys if key not in outcomes)
-                raise WaitTimeout(f"no word from {missing} after {timeout_s:g} s")
-        for outcome in outcomes.values():
-            if isinstance(outcome, ElasticError):
-                raise outcome
-        return [self.workers[key] for key in keys]
-
     def _wait_for_start(self, unready: list[UnreadyWorkerProcHandle], timeout_s: float, on_started: OnStarted) -> None:
         for handle, ready in WorkerProcParent.wait_each(unready, timeout_s):
             try:
                 if not isinstance(ready, Ready):
                     raise ready
                 if handle.forked.cancelled():
-                    raise RankDied(f"{handle.name} was given up before it was ready")
+                    raise RankDied(f"{handle.key} was given up before it was ready")
                 outcome: WorkerProcHandle | ElasticError = self._join(ready, handle)
             except ElasticError as error:
                 handle.close()
@@ -165,7 +144,7 @@ class MultiprocExecutor:
             raise
         with self._lock:
             self.workers[worker.key] = worker
-        worker.watcher = watch_death(worker.liveness, worker.child.pid, partial(self._on_death, worker))
+        worker.watcher = DeathWatcher(worker.liveness, lambda source: self._post(partial(self._bury, worker, source)))
         return worker
 
     def adopt(self, spare: SpareId, key: RankId, timeout_s: float, on_adopted: OnStarted) -> None:
@@ -176,7 +155,7 @@ class MultiprocExecutor:
     def _adopted(self, spare: SpareId, key: RankId, called: Future[Outcome], on_adopted: OnStarted) -> None:
         error, worker = called.exception(timeout=0), self.workers.get(spare)
         if error is not None or worker is None or worker.dead:
-            why = error or (worker.dead if worker else "it was let go")
+            why = error or (worker.dead if worker else "it was released")
             on_adopted(key, RankError(f"{spare} could not become {key}: {why}"))
             return
         worker.key, worker.exchange_handle = key, called.result(timeout=0)[spare]
@@ -196,30 +175,22 @@ class MultiprocExecutor:
         output_rank: int | None = None,
         timeout_s: float = 60.0,
     ) -> PendingCall:
-        """Begin a call on `keys` (default: all ranks but those asked to go). Its future ends by the deadline."""
+        """Begin a call on `keys` (default: all ranks that are not to end). Its future ends by the deadline."""
         staying = (key for key in list(self.workers) if isinstance(key, RankId) and key not in self._going)
         targets = frozenset(staying if keys is None else keys)
         name = method if isinstance(method, str) else getattr(method, "__name__", "a callable")
         failpoints.hit(f"agent.before.{name}", min(targets).slot if len(targets) == 1 else None)
+        found = {key: self.workers.get(key) for key in targets}
+        gone = {key: w.dead if w else "no such rank here" for key, w in found.items() if w is None or w.dead}
         number, pending = self._calls.open(name, targets, output_rank, timeout_s, time.monotonic())
-        for key in targets:
-            worker = self.workers.get(key)
-            if worker is None or worker.dead:
-                pending.on_death(key, worker.dead if worker else "no such rank here")
-        if not pending.expected:
-            pending.fail(RankError(f"{name}: no rank to reply (output rank {output_rank}, asked {sorted(targets)})"))
-        if pending.future.done():
-            return pending
-        try:
+
+        def send() -> None:
             wire = method if isinstance(method, str) else cloudpickle.dumps(method)
             arguments = cloudpickle.dumps((args, kwargs or {}))
             call = Call(number, targets, wire, arguments, output_rank, timeout_s)
             self.rpc_broadcast_mq.enqueue(call, timeout_s=min(timeout_s, SEND_TIMEOUT_S))
-        except QueueError as error:
-            pending.fail(error)
-        except (pickle.PicklingError, TypeError) as error:
-            pending.fail(RankError(f"{name}: its arguments cannot be sent: {error}"))
-        return pending
+
+        return pending.begin(gone, send)
 
     def collective_rpc(
         self,
@@ -238,7 +209,7 @@ class MultiprocExecutor:
         return [outcome[key] for key in sorted(outcome)]
 
     def register_failure_callback(self, callback: Callable[[Death], None]) -> None:
-        """Call `callback` when a rank ends unasked, in the thread that noticed."""
+        """Call `callback` in the collector when a rank ends unasked."""
         self._failure_callbacks.append(callback)
 
     def register_exit_callback(self, callback: Callable[[int, int], None]) -> None:
@@ -277,9 +248,6 @@ class MultiprocExecutor:
             replies.shutdown()
 
     # --- ranks go -----------------------------------------------------------------------------------------------
-
-    def _on_death(self, worker: WorkerProcHandle, detected_by: DetectedBy) -> None:
-        self._post(partial(self._bury, worker, detected_by))
 
     def _bury(self, worker: WorkerProcHandle, detected_by: DetectedBy) -> None:
         if worker.dead:
@@ -320,7 +288,7 @@ class MultiprocExecutor:
             for worker in left:
                 worker.close_death_pipe() if number == 0 else send_signal(worker.child, number)
             deadline = time.monotonic() + grace_s
-            left = [w for w in left if not ended(w.child, max(0.0, deadline - time.monotonic()))]
+            left = [w for w in left if not w.ended(max(0.0, deadline - time.monotonic()))]
         for worker in left:
             log.error("rank_does_not_end", rank=worker.key.slot, pid=worker.child.pid)
         for key in gone:

@@ -1,6 +1,6 @@
-"""The deaths in this node's rank slots: how each ended, and what the restart policy makes of it.
+"""The deaths in this node's rank slots: how each process ended, and what follows by the restart policy.
 
-What is known of a death comes in two parts: that it happened at once, the process's exit status a little later.
+A death is noticed at once; the process's exit status comes a little later.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from msgspec.structs import replace
 
 from membership.base.rank_id import RankId
 from membership.store.records import RankExit
-from workers.protocol.restart_policy import RestartPolicy, counted, ending, judge, recent_deaths
+from workers.protocol.restart_policy import RestartPolicy, counted, ending, exit_record, recent_deaths
 
 
 class Exits:
-    """The deaths and verdicts that the store may not have yet."""
+    """The deaths and exit records that the store may not have yet."""
 
     def __init__(self, policy: RestartPolicy, chance: random.Random | None = None) -> None:
         self._policy = policy
@@ -26,22 +26,20 @@ class Exits:
         self._chance = chance or random.Random()  # spreads restarts; nothing else rests on it
 
     def died(self, key: RankId, reason: str, stored: Mapping[int, RankExit], now: float) -> RankExit:
-        """The exit record, with the verdict, of a rank that is dead; `stored` are the records in the store."""
+        """The exit record of a rank that is dead; `stored` are the records in the store."""
         slot = key.rank
         last = self._records.get(slot) or stored.get(slot)
         deaths = counted(self._deaths.get(slot, ()), stored.get(slot))
         if (how := self._endings.get(key)) is not None:
             reason = f"{how}; {reason}"
-        verdict = judge(
-            self._policy, rank=slot, incarnation=key.incarnation, reason=reason, deaths=deaths,
-            restarts=last.restarts if last else 0, now=now, chance=self._chance.random(),
-        )  # fmt: skip
+        restarts = last.restarts if last else 0
+        record = exit_record(self._policy, key, reason, deaths, restarts, now, self._chance.random())
         self._deaths[slot] = (*recent_deaths(self._policy, deaths, now), now)
-        self._records[slot] = verdict
-        return verdict
+        self._records[slot] = record
+        return record
 
     def ended(self, key: RankId, status: int) -> RankExit | None:
-        """The exit status has come: the record that tells it too, if the rank's was written without."""
+        """The exit status has come: the record with it, if the rank's was written without."""
         self._endings[key] = how = ending(status)
         written = self._records.get(key.rank)
         if written is None or written.incarnation != key.incarnation:

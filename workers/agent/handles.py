@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 from concurrent.futures import Future
 from contextlib import suppress
@@ -13,25 +12,31 @@ from membership.base.errors import ElasticError
 from membership.base.rank_id import ProcessId
 from membership.base.timing import FORK_TIMEOUT_S
 from workers.agent.forkserver_client import Child
-from workers.protocol.liveness import DeathWatcher, LivenessPage
+from workers.protocol.launch import Ready
+from workers.protocol.liveness import DeathWatcher, LivenessPage, process_ended
 from workers.protocol.messages import reader_id
 from workers.queue.message_queue import MessageQueue
 
 
 @dataclass
-class UnreadyWorkerProcHandle:
-    """A rank that was asked for; `ready_reader` tells when it is ready, or ended. It is left by exactly one of
-    `WorkerProcHandle.from_unready_handle` and `close`."""
-
+class _Handle:
     key: ProcessId
-    forked: Future[Child]
-    ready_reader: int
     death_writer: int  # the rank ends when the last copy of this is closed: there must be no other
 
-    @property
-    def name(self) -> str:
-        """For people."""
-        return str(self.key)
+    def close_death_pipe(self) -> None:
+        """The gentlest way to have it end."""
+        if self.death_writer >= 0:
+            os.close(self.death_writer)
+            self.death_writer = -1
+
+
+@dataclass
+class UnreadyWorkerProcHandle(_Handle):
+    """A rank that was asked for; `ready_reader` gets its ready message, or ends with it. Ended by exactly one of
+    `WorkerProcHandle.from_unready_handle` and `close`."""
+
+    forked: Future[Child]
+    ready_reader: int
 
     @property
     def left(self) -> bool:
@@ -39,20 +44,20 @@ class UnreadyWorkerProcHandle:
         return self.ready_reader < 0
 
     def abandon(self) -> None:
-        """End it, or have it end as soon as it is, without touching the ready pipe, on which somebody else waits."""
+        """End the process, as soon as there is one; not the ready pipe, on which another thread waits."""
         if not self.left:
             send_signal(self._child(), signal.SIGKILL)
-            self._close_death_pipe()
+            self.close_death_pipe()
 
     def close(self) -> None:
-        """End it and let go of everything."""
+        """End the process and close all."""
         if self.left:
             return
         child = self._child()
         send_signal(child, signal.SIGKILL)
         if child is not None:
             os.close(child.pidfd)
-        self._close_death_pipe()
+        self.close_death_pipe()
         os.close(self.ready_reader)
         self.ready_reader = -1
 
@@ -69,19 +74,12 @@ class UnreadyWorkerProcHandle:
             return self.forked.result(timeout=FORK_TIMEOUT_S)
         return None
 
-    def _close_death_pipe(self) -> None:
-        if self.death_writer >= 0:
-            os.close(self.death_writer)
-            self.death_writer = -1
-
 
 @dataclass
-class WorkerProcHandle:
+class WorkerProcHandle(_Handle):
     """A rank that is ready: its process, its answers, its liveness page."""
 
-    key: ProcessId
     child: Child
-    death_writer: int
     worker_response_mq: MessageQueue | None  # None once it has ended
     peer_response_handles: list[bytes]  # for callers on other hosts: one each, in the order of their queues
     liveness: LivenessPage
@@ -98,45 +96,32 @@ class WorkerProcHandle:
         unready: UnreadyWorkerProcHandle,
         child: Child,
         worker_response_mq: MessageQueue,
-        peer_response_handles: list[bytes],
         liveness: LivenessPage,
-        liveness_handle: bytes,
-        exchange_handle: bytes,
+        ready: Ready,
     ) -> WorkerProcHandle:
         """Take over the process and its death pipe."""
         return cls(
             unready.key,
-            child,
             unready.hand_over(),
+            child,
             worker_response_mq,
-            peer_response_handles,
+            ready.peer_response_handles,
             liveness,
-            liveness_handle,
-            exchange_handle,
+            ready.liveness,
+            ready.exchange,
             reader_id(unready.key),
         )
 
-    @property
-    def name(self) -> str:
-        """For people."""
-        return str(self.key)
-
     def ended(self, timeout_s: float = 0.0) -> bool:
-        """Whether the process has ended, after waiting for that as long as told."""
-        return ended(self.child, timeout_s)
+        """Whether the process has ended within `timeout_s`."""
+        return process_ended(self.child.pidfd, timeout_s)
 
     def has_died(self) -> bool:
-        """Whether it is dead already, by what the kernel says first: the process may still be unmapping its memory."""
+        """Whether it is dead by the kernel's first sign: the process may still be unmapping its memory."""
         return bool(self.dead or self.liveness.mutex.owner_died(0.0) or self.ended())
 
-    def close_death_pipe(self) -> None:
-        """The gentlest way to ask it to go."""
-        if self.death_writer >= 0:
-            os.close(self.death_writer)
-            self.death_writer = -1
-
     def close(self) -> None:
-        """Let go of everything on our side."""
+        """Release all on our side."""
         if self._closed:
             return
         self._closed = True
@@ -147,13 +132,6 @@ class WorkerProcHandle:
             self.worker_response_mq.shutdown()
         self.liveness.close()
         os.close(self.child.pidfd)
-
-
-def ended(child: Child, timeout_s: float) -> bool:
-    """Whether this process has ended within `timeout_s`."""
-    poller = select.poll()
-    poller.register(child.pidfd, select.POLLIN)
-    return bool(poller.poll(timeout_s * 1000))
 
 
 def send_signal(child: Child | None, number: int) -> None:

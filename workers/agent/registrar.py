@@ -1,8 +1,8 @@
-"""Keeps this node's keys in the store what they ought to be: the agent's own record, its ranks' records, their exits.
+"""Keeps this node's keys in the store: the agent's own record, its ranks' records, their exits.
 
-Level-triggered: the agent says what should stand there, one thread compares it with what it has written and renews the
+Level-triggered: the agent says what should be there; one thread compares that with what it has written, and renews the
 leases. So an outage needs no special case: what could not be written is written after it, under new leases if the old
-ones have run out meanwhile. The agent itself never waits for the store.
+ones have expired. The agent itself never waits for the store.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from membership.base.rank_id import RankId
 from membership.store.codec import encode
 from membership.store.interface import Delete, Op, Put, Store
 from membership.store.keys import Keys
-from membership.store.records import RankExit, RankRecord, Record
+from membership.store.records import RankExit, Record
 
 RETRY_S = 0.25
 CLOSE_TIMEOUT_S = 10.0
@@ -67,7 +67,7 @@ class Registrar:
             self._thread.start()
 
     def publish(self, key: str, record: Record) -> None:
-        """Have `record` stand under `key`, under a lease of its own, from now on."""
+        """Keep `record` at `key`, under a lease of its own, from now on."""
         value = encode(record)
         with self._changed:
             entry = self._entries.get(key)
@@ -78,10 +78,6 @@ class Registrar:
             else:
                 entry.value = value
             self._touch()
-
-    def publish_rank(self, record: RankRecord) -> None:
-        """Publish a rank's record."""
-        self.publish(self._keys.rank(record.rank, record.incarnation), record)
 
     def set_renewing(self, rank: RankId, renewing: bool) -> None:
         """Whether the rank's lease may be renewed: not while its heartbeat stands still."""
@@ -148,7 +144,7 @@ class Registrar:
                     return
             try:
                 reached = self.turn()
-            except StoreReplaced as replaced:  # the ranks live on
+            except StoreReplaced as replaced:  # the ranks run on
                 log.error("records_frozen", error=str(replaced), hint=replaced.hint)
                 return
             if not reached:
@@ -199,7 +195,7 @@ class Registrar:
             self._write_note(key, self._entries.get(beside), noted)
 
     def _sync_ends(self, going: list[tuple[str, _Entry]]) -> None:
-        """Records that must go, and exits, in one transaction: whoever misses a record can read why."""
+        """Records that must go, and exits, in one transaction: where a record is missing, the reason is there."""
         with self._changed:
             exits = dict(self._exits)
         operations: list[Op] = [Delete(key) for key, _ in going]

@@ -1,8 +1,8 @@
-"""Warm spares: rank processes without a slot, with the model's skeleton loaded, that wait to become whichever rank.
+"""Warm spares: rank processes without a slot, with the model's skeleton loaded, that can become any rank.
 
-A death (or a scale-up) takes one at once, where a fork and a model's load would have to come first. The next one is
-made afterwards, one at a time, when the cluster is as it should be, and in the background (`WorkerProc.initialise`): so
-no spare competes with a repair. All calls come from the agent's thread; callbacks post to it.
+A spare saves a new rank the fork and the load of the model. Spares are made one at a time, in the background
+(`WorkerProc.initialise`), and only while the cluster is settled: so none competes with a repair. All calls come from
+the agent's thread; callbacks post to it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 
 import structlog
@@ -35,7 +36,7 @@ Adopted = Callable[[RankId, WorkerProcHandle | ElasticError, str], None]
 
 
 def settled(state: ClusterState) -> bool:
-    """Whether all is as it should be: the engine uses a view that has all who are wanted, and nothing goes on."""
+    """Whether the engine uses a view with all ranks that are wanted, and no change is under way."""
     view, engine = state.view, state.engine_status
     if view is None or state.next is not None or any(op.active for op in state.operations.values()):
         return False
@@ -56,17 +57,17 @@ def _set_aside(state: ClusterState, slot: int) -> bool:
 
 @dataclass
 class _Spare:
-    """One process, from the asking for it on."""
+    """One process, since it was asked for."""
 
     begun: float
     ready: bool = False
     pid: int = 0
     fingerprint: str = ""
-    beat: Heartbeat = field(default_factory=lambda: Heartbeat(-1, 0.0))
+    heartbeat: Heartbeat = field(default_factory=lambda: Heartbeat(-1, 0.0))
 
 
 class Spares:
-    """This node's spares: makes up to `wanted` of them and gives them away."""
+    """This node's spares: makes up to `wanted` of them, and promotes them to ranks."""
 
     def __init__(
         self,
@@ -87,43 +88,36 @@ class Spares:
         self._chance = random.Random()
 
     def tend(self, state: ClusterState, now: float) -> None:
-        """Make a spare if one is missing and nothing else is to be done."""
+        """Make a spare if one is missing and the cluster is settled."""
         short = len(self._spares) < self._wanted and all(spare.ready for spare in self._spares.values())
         if not short or now < self._not_before or not settled(state):
             return
         key = SpareId(next(self._numbers))
         self._spares[key] = _Spare(now)
-        limit_s = self._config.launch_deadline_s
         try:
-            self._executor.start([key], limit_s, lambda key, outcome: self._post(self._started, key, outcome))
+            self._executor.start([key], self._config.launch_deadline_s, partial(self._post, self._started))
         except OSError as error:  # no process, descriptor or memory to be had
             self.lost(key, f"cannot be started: {error}")
 
     def take(self, key: RankId, adopted: Adopted) -> bool:
         """Whether a spare is to become this rank; then `adopted` is called in the agent's thread."""
-        there = (number for number, spare in self._spares.items() if spare.ready and spare.beat.misses < DOUBTS)
+        there = (number for number, spare in self._spares.items() if spare.ready and spare.heartbeat.misses < DOUBTS)
         found = next(there, None)
         if found is None:
             return False
         fingerprint = self._spares.pop(found).fingerprint
         self._publish_ready()
-        self._executor.adopt(
-            found,
-            key,
-            SPARE_ADOPT_TIMEOUT_S,
-            lambda key, outcome: self._post(self._taken, found, key, outcome, adopted, fingerprint),
-        )
+
+        def taken(key: RankId, outcome: WorkerProcHandle | ElasticError) -> None:
+            if isinstance(outcome, ElasticError):
+                self.lost(found, str(outcome))
+            adopted(key, outcome, fingerprint)
+
+        self._executor.adopt(found, key, SPARE_ADOPT_TIMEOUT_S, partial(self._post, taken))
         return True
 
-    def _taken(
-        self, spare: SpareId, key: RankId, outcome: WorkerProcHandle | ElasticError, adopted: Adopted, fingerprint: str
-    ) -> None:
-        if isinstance(outcome, ElasticError):
-            self.lost(spare, str(outcome))
-        adopted(key, outcome, fingerprint)
-
     def lost(self, key: SpareId, reason: str) -> None:
-        """A spare has died, or is of no use: end what is left of it; the next waits as the restart policy says."""
+        """A spare has died or failed: end what is left of it. The next one waits as the restart policy says."""
         known = self._spares.pop(key, None)
         now = time.time()
         recent = recent_deaths(self._policy, self._deaths, now)
@@ -146,9 +140,9 @@ class Spares:
             worker = self._executor.workers.get(key)
             if worker is None or not spare.ready:
                 continue
-            spare.beat = observe(spare.beat, worker.liveness.beats, now)
-            if hung(spare.beat, now, after_s=self._config.lease_ttl_s):
-                self.lost(key, f"no heartbeat for {now - spare.beat.advanced_at:.1f} s")
+            spare.heartbeat = observe(spare.heartbeat, worker.liveness.heartbeats, now)
+            if hung(spare.heartbeat, now, after_s=self._config.lease_ttl_s):
+                self.lost(key, f"no heartbeat for {now - spare.heartbeat.advanced_at:.1f} s")
 
     def _started(self, key: SpareId, outcome: WorkerProcHandle | ElasticError) -> None:
         spare = self._spares.get(key)
@@ -167,7 +161,7 @@ class Spares:
             self.lost(key, str(error))
             return
         spare.ready, spare.fingerprint = True, called.result(timeout=0)[key]
-        spare.beat = Heartbeat(-1, time.monotonic())
+        spare.heartbeat = Heartbeat(-1, time.monotonic())
         self._emit("spare_ready", number=key.number, pid=spare.pid, took_ms=round((time.time() - spare.begun) * 1e3, 1))
         self._publish_ready()
 

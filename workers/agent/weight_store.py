@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 import structlog
 
-from workers.ipc.handover import Grant, Handover, HandoverRefused, Link
+from workers.ipc.handover import Grant, Handover, HandoverRefused, Link, ResourceHandle
 from workers.protocol.bandwidth import Bucket
 from workers.protocol.weight_client import (
     BATCH,
@@ -32,7 +32,6 @@ from workers.protocol.weight_client import (
     Find,
     Held,
     WeightRequest,
-    WeightsHandle,
 )
 
 log = structlog.get_logger(__name__)
@@ -59,7 +58,7 @@ class WeightStore:
 
     def handle(self) -> bytes:
         """What ranks need to reach it."""
-        return msgspec.msgpack.encode(WeightsHandle(Handover.default().address, self._resource))
+        return msgspec.msgpack.encode(ResourceHandle(Handover.default().address, self._resource))
 
     @property
     def nbytes(self) -> int:

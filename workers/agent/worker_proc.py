@@ -42,7 +42,7 @@ class WorkerProcParent:
         forked = forkserver.fork(RANK_MAIN, pickle.dumps(launch), [ready_writer, death_reader, host_lock])
         os.close(ready_writer)
         os.close(death_reader)
-        return UnreadyWorkerProcHandle(launch.key, forked, ready_reader, death_writer)
+        return UnreadyWorkerProcHandle(launch.key, death_writer, forked, ready_reader)
 
     @staticmethod
     def wait_each(
@@ -63,7 +63,7 @@ class WorkerProcParent:
                 yield handle, _ready_from(handle)
             if not ready and left <= 0:
                 for handle in waiting.values():
-                    yield handle, WaitTimeout(f"{handle.name} was not ready within {timeout_s:g} s")
+                    yield handle, WaitTimeout(f"{handle.key} was not ready within {timeout_s:g} s")
                 return
 
     @staticmethod
@@ -93,9 +93,7 @@ class WorkerProcParent:
             undo.callback(replies.shutdown)
             liveness = LivenessPage.attach(ready.liveness)
             undo.pop_all()
-        return WorkerProcHandle.from_unready_handle(
-            unready, child, replies, ready.peer_response_handles, liveness, ready.liveness, ready.exchange
-        )
+        return WorkerProcHandle.from_unready_handle(unready, child, replies, liveness, ready)
 
 
 def _ready_from(handle: UnreadyWorkerProcHandle) -> Ready | RankError:
@@ -104,8 +102,8 @@ def _ready_from(handle: UnreadyWorkerProcHandle) -> Ready | RankError:
         reason = "ended before it was ready"
         with suppress(TimeoutError, CancelledError):
             reason = str(handle.forked.exception(timeout=REFUSAL_TIMEOUT_S) or reason)
-        return RankDied(f"{handle.name}: {reason}")
+        return RankDied(f"{handle.key}: {reason}")
     ready = msgspec.msgpack.decode(data, type=Ready)
     if ready.status != READY_STR:
-        return RankError(f"{handle.name} could not start: {ready.error}")
+        return RankError(f"{handle.key} could not start: {ready.error}")
     return ready

@@ -31,7 +31,7 @@ from workers.fleet.watchdog import Look, Watchdog
 from workers.ipc.doorbell import Doorbell
 from workers.protocol import step_fence
 from workers.protocol.live_mask import LiveMask
-from workers.protocol.liveness import DeathWatcher, LivenessPage, watch_death
+from workers.protocol.liveness import DeathWatcher, LivenessPage
 from workers.protocol.messages import (
     CopyBlocks,
     EngineMessage,
@@ -94,12 +94,12 @@ class _Link:
     resources: ExitStack
     joined: bool = False
     owed: dict[int, float] = field(default_factory=dict)  # step or ping not answered yet -> when it was sent
-    beats: int = 0  # of the rank's heart when it last owed nothing
+    heartbeats: int = 0  # of the rank, when it last owed nothing
 
     def owe(self, step: int, now: float) -> None:
         """It was asked something."""
         if not self.owed:
-            self.beats = self.page.beats
+            self.heartbeats = self.page.heartbeats
         self.owed[step] = now
 
     def look(self) -> Look | None:
@@ -107,13 +107,13 @@ class _Link:
         seen, page = threads(self.page.pid), self.page
         if seen is None:
             return None
-        return Look(seen.state, seen.main_s, seen.others_run, seen.all_s, page.beats, page.steps, page.turns)
+        return Look(seen.state, seen.main_s, seen.others_run, seen.all_s, page.heartbeats, page.steps, page.turns)
 
     def due(self, deadline_s: float) -> float:
         """When its answer is overdue; infinity if it owes none."""
         if not self.owed:
             return math.inf
-        beating = self.page.beats > self.beats + 1
+        beating = self.page.heartbeats > self.heartbeats + 1
         return min(self.owed.values()) + deadline_s * (BEATING_FACTOR if beating else 1.0)
 
 
@@ -399,7 +399,7 @@ class Fleet:
             opened.callback(answers.shutdown)
             page = LivenessPage.attach(record.liveness_handle)
             opened.callback(page.close)
-            watcher: DeathWatcher = watch_death(page, record.pid, partial(self._on_death, key))
+            watcher: DeathWatcher = DeathWatcher(page, partial(self._on_death, key))
             opened.callback(watcher.stop)
             return _Link(key, answers, page, opened.pop_all())
 

@@ -33,7 +33,7 @@ class Look:
     main_s: float = 0.0  # processor time of its main thread
     others_run: bool = False  # whether another thread of it runs, wants to, or waits for a disk
     all_s: float = 0.0  # processor time of all its threads
-    beats: int = 0
+    heartbeats: int = 0
     steps: int = 0
     turns: int = 0  # how often its main thread woke on its doorbell; 0: it does not tell
 
@@ -66,7 +66,7 @@ def judge(suspect: Suspect | None, look: Look, passed_s: float, hung_s: float) -
     )  # fmt: skip
     if quiet.quiet_s < hung_s:
         return quiet, None
-    interpreter_free = look.beats > first.beats + 1
+    interpreter_free = look.heartbeats > first.heartbeats + 1
     idle = quiet.others_ran * 2 < quiet.looks and look.all_s - first.all_s < BUSY_SHARE * quiet.quiet_s
     return quiet, DetectedBy.HUNG if interpreter_free or idle else None
 

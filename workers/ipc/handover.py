@@ -36,6 +36,13 @@ class HandoverRefused(QueueError):
     """The other process answered that it will not hand over; the message says why."""
 
 
+class ResourceHandle(msgspec.Struct, frozen=True, array_like=True):
+    """Where something is handed over. Encoded with msgpack it goes into records."""
+
+    address: str
+    resource: str
+
+
 class _Hello(msgspec.Struct, frozen=True, array_like=True):
     """First message of who connects."""
 

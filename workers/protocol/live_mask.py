@@ -1,68 +1,33 @@
 """The live mask: a page that the engine writes and all its ranks map. It says at once which ranks must not be used.
 
-Within an epoch ranks are only added to it. Beside the mask stands, for each rank, the last incarnation that its engine
-has given up: one that is still alive finds there that it was evicted, in any later epoch too. The writer
-rings the ranks' doorbells after a change; readers look at the page whenever they wake. Its memory has no name;
-ranks get it over the engine's handover.
+Within an epoch ranks are only added. For each rank the page also has the last incarnation that the engine evicted: one
+that still runs finds that there, in any later epoch too. The writer rings the ranks' doorbells after a change; readers
+look at the page whenever they wake.
 """
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterable
-from types import TracebackType
-
-import msgspec
 
 from membership.base.errors import ConfigError
-from workers.ipc import handover
 from workers.ipc.fence import fence
-from workers.ipc.handover import Grant, Handover
-from workers.ipc.shared_memory import PAGE, Segment
+from workers.ipc.shared_memory import Segment
+from workers.ipc.shared_page import SharedPage
 from workers.protocol.step_fence import is_evicted
 
 MAX_RANKS = 256
 _WORDS = MAX_RANKS // 64  # 64-bit words of the set; the generation follows, then each rank's last evicted incarnation
 
 
-class MaskHandle(msgspec.Struct, frozen=True, array_like=True):
-    """Where to get the page."""
+class LiveMask(SharedPage):
+    """A set of masked ranks. One process writes, the one that made the page."""
 
-    address: str
-    resource: str
+    kind = "livemask"
 
-
-class LiveMask:
-    """A set of masked ranks. Made by `create` (the one writer) or `attach` (readers)."""
-
-    def __init__(self, segment: Segment, resource: str = "") -> None:
-        self._segment = segment
-        self._resource = resource
+    def __init__(self, segment: Segment, pid: int = 0, resource: str = "") -> None:
+        super().__init__(segment, pid, resource)
         self._words = segment.view(0, 8 * (_WORDS + 1 + MAX_RANKS), "Q")
         self._known = (-1, 0)
-
-    @classmethod
-    def create(cls) -> LiveMask:
-        """An empty mask, served to whoever has its handle."""
-        mask = cls(Segment.create(PAGE, "elastic-ep-livemask"), f"livemask-{secrets.token_hex(8)}")
-        Handover.default().serve(mask._resource, mask._grant)
-        return mask
-
-    @classmethod
-    def attach(cls, handle: bytes, timeout_s: float = 5.0) -> LiveMask:
-        """Map the page of `handle`. It stays as it is when its engine goes."""
-        where = msgspec.msgpack.decode(handle, type=MaskHandle)
-        link = Handover.default().connect(where.address, where.resource, timeout_s=timeout_s)
-        try:
-            if len(link.reply_fds) != 1:
-                raise ConfigError("this is not the handle of a live mask")
-            return cls(Segment.attach(link.reply_fds[0], PAGE))
-        finally:
-            link.close()
-
-    def handle(self) -> bytes:
-        """What `attach` needs."""
-        return msgspec.msgpack.encode(MaskHandle(Handover.default().address, self._resource))
 
     @property
     def generation(self) -> int:
@@ -95,12 +60,6 @@ class LiveMask:
         """Make these the whole set: a new epoch begins."""
         self._write(self._bits(ranks))
 
-    def close(self) -> None:
-        """Unmap; the writer also stops serving the page."""
-        if self._resource:
-            Handover.default().withdraw(self._resource)
-        self._segment.close()
-
     def _now(self) -> int:
         return sum(self._words[i] << 64 * i for i in range(_WORDS))
 
@@ -117,12 +76,3 @@ class LiveMask:
             self._words[i] = bits >> 64 * i & (2**64 - 1)
         fence()
         self._words[_WORDS] += 1
-
-    def _grant(self, link: handover.Link, request: bytes, fds: list[int]) -> Grant:
-        return Grant(fds=[self._segment.fileno()])
-
-    def __enter__(self) -> LiveMask:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()

@@ -1,18 +1,19 @@
 """When a rank slot may run again after a death: exponential backoff with jitter, then quarantine.
 
-Pure: the caller passes the clock and the random number, so that a simulation can replay every decision. A first death
-costs no delay (the common case is a machine's hiccup or somebody's chaos test); deaths that follow one another back
-off, from `base_s`; `intensity` deaths within `window_s` mean that restarting does not help, and the slot is set aside.
+Pure: the caller passes the time and the random number, so that a simulation can replay every decision. A first death
+costs no delay: most deaths are single ones. Deaths that follow one another back off, from `base_s`. After `intensity`
+deaths within `window_s` restarting does not help, and the slot is set aside.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from membership.base.rank_id import RankId
 from membership.store.records import ClusterConfig, RankExit
 
 FENCED_STATUS = 75
-"""Exit status of a rank that found itself evicted: it was taken for dead, and lived."""
+"""Exit status of a rank that found itself evicted: it was taken for dead, but was not."""
 
 
 def ending(status: int) -> str:
@@ -24,7 +25,7 @@ def ending(status: int) -> str:
 
 @dataclass(frozen=True)
 class RestartPolicy:
-    """How patient to be. A slot is quarantined at its `intensity`-th death within `window_s`."""
+    """Delays and limits. A slot is quarantined at its `intensity`-th death within `window_s`."""
 
     base_s: float = 0.1
     factor: float = 2.0
@@ -58,11 +59,9 @@ def backoff_s(policy: RestartPolicy, recent: int, chance: float) -> float:
     return delay * (1.0 + policy.jitter * chance)
 
 
-def judge(
+def exit_record(
     policy: RestartPolicy,
-    *,
-    rank: int,
-    incarnation: int,
+    rank: RankId,
     reason: str,
     deaths: tuple[float, ...],
     restarts: int,
@@ -75,8 +74,8 @@ def judge(
     if quarantined:
         reason = f"{reason}; {recent} deaths within {policy.window_s:g} s, slot set aside"
     return RankExit(
-        rank=rank,
-        incarnation=incarnation,
+        rank=rank.rank,
+        incarnation=rank.incarnation,
         reason=reason,
         at=now,
         restarts=restarts + 1,

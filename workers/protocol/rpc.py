@@ -7,8 +7,9 @@ one that was not to reply), or at the death of a rank that was asked.
 
 from __future__ import annotations
 
+import pickle
 import threading
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from membership.base.errors import ElasticError, RankDied, RankFailed, WaitTimeout
+from membership.base.errors import ElasticError, QueueError, RankDied, RankError, RankFailed, WaitTimeout
 from membership.base.rank_id import ProcessId, RankId
 
 Outcome = dict[ProcessId, Any]
@@ -109,39 +110,48 @@ class PendingCall:
     future: Future[Outcome] = field(default_factory=Future)
     results: Outcome = field(default_factory=dict)
 
+    def begin(self, gone: Mapping[ProcessId, str], send: Callable[[], object]) -> PendingCall:
+        """Send the call, unless its outcome is certain: of the ranks asked some are `gone` (why), or none replies."""
+        for key, why in gone.items():
+            self.on_death(key, why)
+        if not self.expected:
+            self.fail(RankError(f"{self.method}: no rank to reply (asked {sorted(self.waiting)})"))
+        if not self.future.done():
+            try:
+                send()
+            except QueueError as error:
+                self.fail(error)
+            except (pickle.PicklingError, TypeError) as error:
+                self.fail(RankError(f"{self.method}: its arguments cannot be sent: {error}"))
+        return self
+
     def on_reply(self, reply: Reply) -> None:
         """Take one rank's answer."""
         if isinstance(reply.value, Failure) and reply.status is ResponseStatus.FAILURE:
             error = RankFailed(f"{reply.key}: {self.method}: {reply.value.kind}: {reply.value.message}")
             for note in reply.value.notes:
                 error.add_note(note)
-            return self._fail(error)
+            return self.fail(error)
         self.waiting.discard(reply.key)
         if reply.key in self.expected:
             self.results[reply.key] = reply.value
         if self.expected <= self.results.keys():
-            self._finish()
+            with suppress(InvalidStateError):  # another thread has ended it
+                self.future.set_result(self.results)
 
     def on_death(self, key: ProcessId, reason: str) -> None:
         """A rank has died; if it was asked and has not answered, the call cannot be known to have worked."""
         if key in self.waiting:
-            self._fail(RankDied(f"{key} died during {self.method}: {reason}"))
+            self.fail(RankDied(f"{key} died during {self.method}: {reason}"))
 
     def expire(self, now: float) -> None:
         """End the call if its deadline has passed, and say who has not answered."""
         if now >= self.deadline:
-            missing = ", ".join(str(key) for key in sorted(self.waiting & self.expected)) or "nobody"
-            self._fail(WaitTimeout(f"{self.method}: no answer within {self.timeout_s:g} s from {missing}"))
+            missing = ", ".join(str(key) for key in sorted(self.waiting & self.expected)) or "no rank"
+            self.fail(WaitTimeout(f"{self.method}: no answer within {self.timeout_s:g} s from {missing}"))
 
     def fail(self, error: ElasticError) -> None:
-        """End the call with an error of the caller's side."""
-        self._fail(error)
-
-    def _finish(self) -> None:
-        with suppress(InvalidStateError):  # another thread has ended it
-            self.future.set_result(self.results)
-
-    def _fail(self, error: ElasticError) -> None:
+        """End the call with an error, if it has not ended."""
         with suppress(InvalidStateError):
             self.future.set_exception(error)
 
@@ -167,7 +177,7 @@ class CallTable:
         return number, call
 
     def on_reply(self, reply: Reply) -> bool:
-        """Hand a reply to its call; False if nobody waits for it any more."""
+        """Hand a reply to its call; False if that has ended."""
         with self._lock:
             call = self._pending.get(reply.id)
         if call is None:
@@ -176,7 +186,7 @@ class CallTable:
         return True
 
     def on_death(self, key: ProcessId, reason: str) -> None:
-        """Report it to all calls."""
+        """As PendingCall.on_death, for all calls."""
         for call in self._all():
             call.on_death(key, reason)
 

@@ -11,17 +11,10 @@ from collections.abc import Sequence
 import msgspec
 
 from membership.base.errors import ConfigError, QueueError
-from workers.ipc.handover import JOIN_TIMEOUT_S, MAX_FDS, Handover, Link
+from workers.ipc.handover import JOIN_TIMEOUT_S, MAX_FDS, Handover, Link, ResourceHandle
 
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 BATCH = MAX_FDS  # keys per question
-
-
-class WeightsHandle(msgspec.Struct, frozen=True, array_like=True):
-    """Where a store is reached."""
-
-    address: str
-    resource: str
 
 
 class Find(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -67,7 +60,7 @@ class WeightClient:
 
     def __init__(self, handle: bytes, timeout_s: float = JOIN_TIMEOUT_S) -> None:
         try:
-            self._where = msgspec.msgpack.decode(handle, type=WeightsHandle)
+            self._where = msgspec.msgpack.decode(handle, type=ResourceHandle)
         except msgspec.MsgspecError as error:
             raise ConfigError("this is not the handle of a weight store") from error
         self._timeout_s = timeout_s

@@ -124,7 +124,7 @@ class WorkerProcChild:
             self.READY_STR,
             self.parent.replies.export_handle().encode(),
             [peer.replies.export_handle().encode() for peer in self.peers],
-            self.liveness.export_handle(),
+            self.liveness.handle(),
             self.worker.exchange_handle(),
         )
 

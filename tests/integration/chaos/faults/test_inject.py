@@ -24,7 +24,7 @@ from chaos.faults.oom import delegated
 from elastic.demo.model import write_demo_model
 from membership.base.events import Event, EventLog
 from tests.support.helpers import eventually
-from workers.protocol.liveness import LivenessPage, watch_death
+from workers.protocol.liveness import DeathWatcher, LivenessPage
 
 pytestmark = pytest.mark.integration
 
@@ -202,8 +202,8 @@ def test_a_parents_death_needs_children(start: Start) -> None:
 def test_a_damaged_liveness_page_leaves_the_pidfd_to_tell_of_the_death(start: Start) -> None:
     child = start()
     died: list[str] = []
-    page = LivenessPage.attach(bytes.fromhex(child.ask("page.export_handle().hex()")))
-    watcher = watch_death(page, child.process.pid, died.append)
+    page = LivenessPage.attach(bytes.fromhex(child.ask("page.handle().hex()")))
+    watcher = DeathWatcher(page, died.append)
     try:
         fault = injector("bit-flip-liveness", child, "rank 0")
         assert "reads back flipped" in fault.inject().proof

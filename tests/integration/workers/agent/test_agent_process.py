@@ -29,11 +29,11 @@ import signal, sys, threading
 from pathlib import Path
 from membership.store.etcd import connect
 from membership.base.events import EventLog
-from workers.agent.agent import run_agent
+from workers.agent.agent import AgentOptions, run_agent
 stop = threading.Event()
 signal.signal(signal.SIGTERM, lambda *_: stop.set())
 store = connect([sys.argv[1]])
-run_agent(store, "c", "n", stop, EventLog(Path(sys.argv[2]), "agent", "c"), "{WORKER}")
+run_agent(store, "c", "n", stop, EventLog(Path(sys.argv[2]), "agent", "c"), AgentOptions("{WORKER}"))
 store.close()
 if {{"torch", "transformers"}} & sys.modules.keys():
     sys.exit("the agent imported torch or transformers")

@@ -19,27 +19,17 @@ import pytest
 
 from membership.base.errors import RankDied, RankError, RankFailed, WaitTimeout
 from membership.base.rank_id import RankId
-from membership.store.records import ClusterConfig
+from tests.support.executors import executor, launch
 from tests.support.helpers import eventually, shm_as_before
 from workers.agent.executor import Death, MultiprocExecutor
 
 pytestmark = pytest.mark.integration
 
-WORKER = "tests.support.small_worker:SmallWorker"
-
-
-def config(faults: str = "") -> ClusterConfig:
-    return ClusterConfig(cluster="c", model=faults, served_model_name="m", moe_layers=1, experts=2)
-
-
-def executor(faults: str = "", **more: Any) -> MultiprocExecutor:
-    return MultiprocExecutor(config(faults), "n", worker_class=WORKER, preload=["workers.rank.worker_proc"], **more)
-
 
 @pytest.fixture
 def three() -> Iterator[MultiprocExecutor]:
     made = executor()
-    made.launch([RankId(0, 1), RankId(1, 2), RankId(2, 3)], 30)
+    launch(made, [RankId(0, 1), RankId(1, 2), RankId(2, 3)], 30)
     yield made
     made.shutdown()
 
@@ -92,7 +82,7 @@ def test_a_result_that_cannot_travel_is_a_failure_not_silence(three: MultiprocEx
 
 
 def test_ranks_join_at_run_time(three: MultiprocExecutor) -> None:
-    three.launch([RankId(3, 4)], 30)
+    launch(three, [RankId(3, 4)], 30)
     assert three.collective_rpc("echo", 10, ("x",)) == [(n, "x") for n in range(4)]
 
 
@@ -135,7 +125,7 @@ def test_a_forkserver_that_died_takes_its_ranks_along_and_is_replaced(three: Mul
     three._forkserver.process.kill()
     eventually(lambda: len(deaths) == 3, 10, "all deaths")
     eventually(lambda: not three._forkserver.alive, 5, "the forkserver's end noticed")
-    three.launch([RankId(0, 9)], 30)
+    launch(three, [RankId(0, 9)], 30)
     assert three.submit("echo", (1,), keys=[RankId(0, 9)], timeout_s=10).future.result(timeout=10) == {(0, 9): (0, 1)}
 
 
@@ -146,7 +136,7 @@ def test_a_rank_that_cannot_start_is_named_with_its_traceback_and_others_start()
     made = executor("fail-at-start-1")
     try:
         with pytest.raises(RankError, match=r"rank 1 \(incarnation 2\) could not start: ValueError: this worker fails"):
-            made.launch([RankId(0, 1), RankId(1, 2)], 30)
+            launch(made, [RankId(0, 1), RankId(1, 2)], 30)
         assert made.collective_rpc("echo", 10, (1,)) == [(0, 1)]
     finally:
         made.shutdown()
@@ -156,7 +146,7 @@ def test_waiting_for_a_rank_that_hangs_has_a_deadline_that_names_it() -> None:
     made = executor("hang-at-start")
     try:
         with pytest.raises(WaitTimeout, match=r"rank 4 \(incarnation 1\) was not ready within 1 s"):
-            made.launch([RankId(4, 1)], 1)
+            launch(made, [RankId(4, 1)], 1)
     finally:
         made.shutdown()
 
@@ -165,7 +155,7 @@ def test_waiting_for_a_rank_that_hangs_has_a_deadline_that_names_it() -> None:
 def test_an_elastic_launch_leaves_device_and_model_for_later(scale_up: bool) -> None:
     made = executor(scale_up=scale_up)
     try:
-        made.launch([RankId(0, 1)], 30)
+        launch(made, [RankId(0, 1)], 30)
         assert made.collective_rpc("told", 10) == [[] if scale_up else ["init_device", "load_model"]]
         for _ in range(2):
             assert made.collective_rpc("initialise", 10) == ["small"]
@@ -195,9 +185,9 @@ def test_lines_of_a_rank_carry_its_name() -> None:
     program = """
 import sys
 from membership.base.rank_id import RankId
-from tests.integration.workers.agent.test_executor import executor
+from tests.support.executors import executor, launch
 made = executor()
-made.launch([RankId(3, 1)], 30)
+launch(made, [RankId(3, 1)], 30)
 made.collective_rpc(lambda worker: print("hello from a rank", flush=True), 10)
 made.shutdown()
 """
@@ -232,7 +222,7 @@ def test_sigterm_ends_a_rank_once_and_in_order(tmp_path: Path, monkeypatch: pyte
     try:
         exits: dict[int, int] = {}
         made.register_exit_callback(lambda pid, status: exits.update({pid: status}))
-        made.launch([RankId(0, 1)], 30)
+        launch(made, [RankId(0, 1)], 30)
         pid = pid_of(made, 0)
         os.kill(pid, signal.SIGTERM)
         os.kill(pid, signal.SIGTERM)
@@ -248,7 +238,7 @@ def test_a_closed_death_pipe_ends_one_rank_orderly_and_no_sibling(
     monkeypatch.setenv("SMALL_WORKER_DIARY", str(tmp_path))
     made = executor()
     try:
-        made.launch([RankId(0, 1), RankId(1, 2)], 30)
+        launch(made, [RankId(0, 1), RankId(1, 2)], 30)
         assert made._forkserver.process is not None
         for worker in made.workers.values():
             ours = os.readlink(f"/proc/self/fd/{worker.death_writer}")
@@ -303,9 +293,9 @@ def test_ranks_end_with_a_killed_parent_even_a_stopped_one() -> None:
     program = """
 import os, signal, time
 from membership.base.rank_id import RankId
-from tests.integration.workers.agent.test_executor import executor
+from tests.support.executors import executor, launch
 made = executor()
-made.launch([RankId(0, 1), RankId(1, 2)], 30)
+launch(made, [RankId(0, 1), RankId(1, 2)], 30)
 pids = [worker.child.pid for worker in made.workers.values()]
 os.kill(pids[0], signal.SIGSTOP)
 print(made._forkserver.process.pid, *pids, flush=True)

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from tests.support.helpers import eventually
-from workers.protocol.liveness import LivenessPage, watch_death
+from workers.protocol.liveness import DeathWatcher, LivenessPage
 
 pytestmark = pytest.mark.integration
 
@@ -20,7 +20,7 @@ RANK = """
 import sys
 from workers.protocol.liveness import LivenessPage
 page = LivenessPage.create()
-sys.stdout.write(page.export_handle().hex() + "\\n"); sys.stdout.flush()
+sys.stdout.write(page.handle().hex() + "\\n"); sys.stdout.flush()
 for line in sys.stdin:
     if line == "work\\n": page.progress()
     if line == "let go\\n": page.close(); sys.stdout.write("gone\\n"); sys.stdout.flush()
@@ -53,7 +53,7 @@ class Rank:
 def test_every_watcher_learns_of_it_by_the_mutex(how: str) -> None:
     with Rank() as rank, LivenessPage.attach(rank.handle) as first, LivenessPage.attach(rank.handle) as second:
         told: queue.Queue[str] = queue.Queue()
-        watchers = [watch_death(page, rank.process.pid, told.put) for page in (first, second)]
+        watchers = [DeathWatcher(page, told.put) for page in (first, second)]
         if how == "end":
             rank.say("end")
         else:
@@ -69,7 +69,7 @@ def test_a_watcher_that_comes_late_is_told_too() -> None:
         rank.process.kill()
         rank.process.wait(timeout=5)
         told: queue.Queue[str] = queue.Queue()
-        watcher = watch_death(page, rank.process.pid, told.put)
+        watcher = DeathWatcher(page, told.put)
         assert told.get(timeout=5.0)
         watcher.stop()
 
@@ -77,7 +77,7 @@ def test_a_watcher_that_comes_late_is_told_too() -> None:
 def test_a_rank_that_let_the_mutex_go_is_watched_by_pidfd() -> None:
     with Rank() as rank, LivenessPage.attach(rank.handle) as page:
         told: queue.Queue[str] = queue.Queue()
-        watcher = watch_death(page, rank.process.pid, told.put)
+        watcher = DeathWatcher(page, told.put)
         rank.say("let go")
         assert rank.process.stdout is not None
         assert rank.process.stdout.readline() == "gone\n"
@@ -91,16 +91,16 @@ def test_beats_stop_with_the_process_and_steps_count_work() -> None:
         assert page.steps == 0
         rank.say("work")
         eventually(lambda: page.steps == 1, 5.0, "a step")
-        before = page.beats
-        eventually(lambda: page.beats > before, 5.0, "a beat")
+        before = page.heartbeats
+        eventually(lambda: page.heartbeats > before, 5.0, "a beat")
         os.kill(rank.process.pid, signal.SIGSTOP)
         process = psutil.Process(rank.process.pid)
         eventually(lambda: process.status() == psutil.STATUS_STOPPED, 5.0, "the process to be stopped")
-        stopped_at = page.beats
+        stopped_at = page.heartbeats
         told: queue.Queue[str] = queue.Queue()
-        watcher = watch_death(page, rank.process.pid, told.put)
-        assert page.beats == stopped_at
+        watcher = DeathWatcher(page, told.put)
+        assert page.heartbeats == stopped_at
         os.kill(rank.process.pid, signal.SIGCONT)
-        eventually(lambda: page.beats > stopped_at, 5.0, "the beat to go on")
+        eventually(lambda: page.heartbeats > stopped_at, 5.0, "the beat to go on")
         watcher.stop()
         assert told.empty(), "a stopped process is not a dead one"

@@ -10,7 +10,7 @@ import pytest
 
 from membership.base.errors import RankDied, RankError, RankFailed
 from membership.base.rank_id import RankId
-from tests.integration.workers.agent.test_executor import executor
+from tests.support.executors import executor, launch
 from tests.support.helpers import eventually
 from workers.agent.cross_host import CrossHostCaller
 from workers.agent.executor import MultiprocExecutor
@@ -30,7 +30,7 @@ def caller() -> Iterator[CrossHostCaller]:
 @pytest.fixture
 def made(caller: CrossHostCaller) -> Iterator[MultiprocExecutor]:
     made = executor(external_handles=[caller.handle()])
-    for handle in made.launch([A, B], 30):
+    for handle in launch(made, [A, B], 30):
         assert len(handle.peer_response_handles) == 1
         caller.adopt(handle.key, handle.peer_response_handles[0])
     yield made
@@ -68,7 +68,7 @@ def test_ranks_outlive_a_caller_that_is_not_their_parent() -> None:
     caller = CrossHostCaller("driver-calls")
     made = executor(external_handles=[caller.handle()])
     try:
-        made.launch([A], 30)
+        launch(made, [A], 30)
         caller.close()
         eventually(lambda: made.collective_rpc(lambda worker: worker.polls > 0, 10) == [True], 5, "the rank goes on")
         assert made.collective_rpc("echo", 10, (1,)) == [(0, 1)]

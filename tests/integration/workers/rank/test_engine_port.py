@@ -11,7 +11,7 @@ import pytest
 from membership.base.errors import QueueClosed, RankFailed
 from membership.base.rank_id import RankId
 from membership.store.records import View
-from tests.integration.workers.agent.test_executor import executor
+from tests.support.executors import executor, launch
 from workers.agent.executor import MultiprocExecutor
 from workers.protocol.messages import (
     BlocksCopied,
@@ -72,7 +72,7 @@ def attach(made: MultiprocExecutor, engine: Engine) -> bytes:
 @pytest.fixture
 def made() -> Iterator[MultiprocExecutor]:
     made = executor()
-    made.launch([KEY], 30)
+    launch(made, [KEY], 30)
     made.collective_rpc("initialise", 10)
     made.collective_rpc("prepare_epoch", 10, (View(epoch=1), {}))
     yield made

@@ -12,7 +12,7 @@ import pytest
 
 from membership.base.errors import RankError
 from membership.base.rank_id import RankId
-from tests.integration.workers.agent.test_executor import WORKER, config
+from tests.support.executors import WORKER, config
 from tests.support.helpers import eventually
 from workers.agent.forkserver_client import ForkServer
 from workers.agent.handles import UnreadyWorkerProcHandle, WorkerProcHandle
@@ -76,8 +76,8 @@ def test_many_ranks_start_at_once_and_shake_hands_in_a_fixed_order(parent: Paren
     parent.calls.wait_until_ready([reader_id(handle.key) for handle in handles], timeout_s=5)
     assert [handle.exchange_handle for handle in handles] == [b"exchange-%d-1" % rank for rank in range(3)]
     assert all(handle.peer_response_handles == [] for handle in handles)
-    beats = handles[0].liveness.beats
-    eventually(lambda: handles[0].liveness.beats > beats, 5, "a heartbeat")
+    beats = handles[0].liveness.heartbeats
+    eventually(lambda: handles[0].liveness.heartbeats > beats, 5, "a heartbeat")
     for handle in handles:
         end(parent, handle)
 

@@ -26,9 +26,9 @@ from workers.agent.decide import (
     Attach,
     Effect,
     Heartbeat,
-    Life,
     Load,
     LocalRank,
+    Phase,
     Prepare,
     Retire,
     RetireEpoch,
@@ -56,7 +56,7 @@ def assigned(*keys: RankId, **more: object) -> ClusterState:
 
 
 def ready(key: RankId, **more: object) -> LocalRank:
-    return LocalRank(*key, started=0.0, life=Life.READY, exchange_handle=b"x%d" % key.rank, **more)  # type: ignore[arg-type]
+    return LocalRank(*key, started=0.0, phase=Phase.READY, exchange_handle=b"x%d" % key.rank, **more)  # type: ignore[arg-type]
 
 
 def run(state: ClusterState, *ranks: LocalRank, buried: tuple[RankId, ...] = (), now: float = 1.0) -> list[Effect]:
@@ -95,7 +95,7 @@ def test_an_assignment_of_an_earlier_life_changes_nothing() -> None:
 
 def test_what_is_not_assigned_any_more_is_retired_once() -> None:
     assert run(assigned(), ready(A)) == [Retire(A)]
-    assert run(assigned(), replace(ready(A), life=Life.ENDING)) == []
+    assert run(assigned(), replace(ready(A), phase=Phase.ENDING)) == []
     assert run(assigned(RankId(0, 9)), ready(A)) == [Spawn(RankId(0, 9)), Retire(A)]
 
 
@@ -224,6 +224,6 @@ def test_an_agent_that_was_itself_stopped_does_not_blame_its_ranks() -> None:
 
 def test_heartbeats_are_told_in_the_time_of_day() -> None:
     ranks = {A: Heartbeat(7, 90.0), B: Heartbeat(-1, 95.0)}
-    told = heartbeats("n", ranks, now=100.0, wall=5000.0)
-    assert (told.node, told.at) == ("n", 5000.0)
-    assert told.beats == {A[1]: 4990.0}, "a rank that was not looked at yet has not been seen to beat"
+    published = heartbeats("n", ranks, now=100.0, wall=5000.0)
+    assert (published.node, published.at) == ("n", 5000.0)
+    assert published.beats == {A[1]: 4990.0}, "a rank that was not looked at yet has not been seen to beat"

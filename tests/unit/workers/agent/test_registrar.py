@@ -38,6 +38,10 @@ def store(skew: list[float]) -> Iterator[MemoryStore]:
     made.close()
 
 
+def publish(registrar: Registrar, record: RankRecord) -> None:
+    registrar.publish(KEYS.rank(record.rank, record.incarnation), record)
+
+
 @pytest.fixture
 def registrar(store: MemoryStore) -> Iterator[Registrar]:
     made = Registrar(store, KEYS, ttl_s=1.0)
@@ -53,9 +57,9 @@ def stored(store: MemoryStore) -> RankRecord | None:
 def test_records_are_written_under_leases_and_revoked_at_the_end(store: MemoryStore) -> None:
     registrar = Registrar(store, KEYS, ttl_s=1.0)
     registrar.publish(KEYS.agent("n"), AgentRecord(node="n", pid=1, started=1.0))
-    registrar.publish_rank(record())
+    publish(registrar, record())
     eventually(lambda: stored(store), 2, "the record")
-    registrar.publish_rank(record(RankState.STANDBY))
+    publish(registrar, record(RankState.STANDBY))
     eventually(lambda: stored(store) == record(RankState.STANDBY), 2, "the newer record")
     kv = store.get(KEY)
     assert kv is not None
@@ -65,7 +69,7 @@ def test_records_are_written_under_leases_and_revoked_at_the_end(store: MemorySt
 
 
 def test_a_withdrawn_record_and_its_exit_change_in_one_transaction(store: MemoryStore, registrar: Registrar) -> None:
-    registrar.publish_rank(record())
+    publish(registrar, record())
     eventually(lambda: stored(store), 2, "the record")
     registrar.withdraw(RankId(0, 1), RankExit(rank=0, incarnation=1, reason="killed", at=1.0))
     eventually(lambda: stored(store) is None, 2, "the record gone")
@@ -82,7 +86,7 @@ def test_a_withdrawn_record_and_its_exit_change_in_one_transaction(store: Memory
 def test_a_lease_that_is_not_renewed_runs_out_and_comes_back_when_it_is(
     store: MemoryStore, registrar: Registrar
 ) -> None:
-    registrar.publish_rank(record())
+    publish(registrar, record())
     eventually(lambda: stored(store), 2, "the record")
     registrar.set_renewing(RankId(0, 1), False)
     eventually(lambda: stored(store) is None, 3, "the lease to run out")
@@ -128,11 +132,11 @@ def noted(store: MemoryStore) -> float:
 def test_after_an_outage_everything_stands_as_wanted(
     store: MemoryStore, registrar: Registrar, skew: list[float]
 ) -> None:
-    registrar.publish_rank(record())
+    publish(registrar, record())
     registrar.publish(KEYS.rank(1, 2), record())
     eventually(lambda: len(store.range(KEYS.prefix)[1]) == 2, 2, "both records")
     store.outage = True
-    registrar.publish_rank(record(RankState.STANDBY))
+    publish(registrar, record(RankState.STANDBY))
     registrar.withdraw(RankId(1, 2), RankExit(rank=1, incarnation=2, reason="killed", at=1.0))
     skew[0] += 60.0  # all leases run out meanwhile
     store.outage = False

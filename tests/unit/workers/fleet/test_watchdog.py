@@ -16,7 +16,7 @@ from workers.fleet.watchdog import TICK_S, Look, Watchdog
 pytestmark = pytest.mark.unit
 
 A, B = RankId(0, 1), RankId(1, 2)
-WAITING = Look(state="S", beats=5, steps=3, turns=7)
+WAITING = Look(state="S", heartbeats=5, steps=3, turns=7)
 Story = Callable[[int], Look]
 
 
@@ -43,7 +43,7 @@ def test_a_stopped_rank_is_evicted_soon_but_not_for_a_blink() -> None:
 def test_a_native_hang_is_evicted_with_the_interpreters_lock_and_without() -> None:
     sign, at = seen(lambda n: WAITING)  # no heart beats any more
     assert (sign, at >= HUNG_S) == ("hung", True)
-    beating, others_run = (lambda n: replace(WAITING, beats=n, all_s=n * 0.03)), True
+    beating, others_run = (lambda n: replace(WAITING, heartbeats=n, all_s=n * 0.03)), True
     assert seen(beating)[0] == "hung"
     assert seen(lambda n: replace(beating(n), others_run=others_run))[0] == "hung"
 

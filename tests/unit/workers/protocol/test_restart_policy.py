@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from membership.base.rank_id import RankId
 from membership.store.records import RankExit
-from workers.protocol.restart_policy import RestartPolicy, backoff_s, counted, judge, recent_deaths
+from workers.protocol.restart_policy import RestartPolicy, backoff_s, counted, exit_record, recent_deaths
 
 NOW = 1000.0
 
@@ -17,7 +18,7 @@ POLICY = RestartPolicy(base_s=0.1, factor=2, max_s=2.0, jitter=0.5, intensity=4,
 
 
 def die(deaths: tuple[float, ...], now: float, restarts: int = 0, chance: float = 0.0) -> RankExit:
-    return judge(POLICY, rank=3, incarnation=7, reason="gone", deaths=deaths, restarts=restarts, now=now, chance=chance)
+    return exit_record(POLICY, RankId(3, 7), "gone", deaths, restarts, now, chance)
 
 
 def test_the_first_death_costs_no_delay() -> None:
@@ -61,9 +62,7 @@ def test_a_backoff_is_finite_and_bounded(recent: int, chance: float) -> None:
 def test_an_agent_whose_clock_is_ahead_does_not_keep_its_slots_empty(ahead_s: float) -> None:
     """Found by `elastic-chaos replay --seed 351`: the only rank died, and was not replaced for as long as that."""
     first, second = (
-        judge(
-            RestartPolicy(), rank=0, incarnation=1, reason="", deaths=deaths, restarts=0, now=NOW + ahead_s, chance=0.0
-        )
+        exit_record(RestartPolicy(), RankId(0, 1), "", deaths, 0, NOW + ahead_s, 0.0)
         for deaths in ((), (NOW + ahead_s - 1,))
     )
     assert not first.held_back_s(NOW), "a first death costs no delay"
