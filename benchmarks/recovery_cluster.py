@@ -15,7 +15,7 @@ from typing import Any
 
 from chaos.target.cluster import ServedCluster
 from chaos.workload.history import RequestRecord, Verdict, compare, percentile
-from chaos.workload.streams import Workload
+from chaos.workload.streams import Load, Workload
 from elastic.demo.model import write_demo_model
 from elastic.gateway.tokenizer import Tokenizer
 from membership.base.errors import ElasticError, WaitTimeout
@@ -102,9 +102,11 @@ class Scene:
         tokens = tokenizer.encode(" ".join(topics[name] for name in sorted(topics))[:200_000])
         cuts = [tokens[i * PROMPT_TOKENS : (i + 1) * PROMPT_TOKENS] for i in range(PROMPTS)]
         return Workload(
-            self.cluster.url, self.cluster.model_name(), prompts=cuts, concurrency=streams,  # type: ignore[arg-type]
-            max_tokens=MAX_TOKENS,
-        )  # fmt: skip
+            self.cluster.url,
+            self.cluster.model_name(),
+            Load(streams=streams, max_tokens=MAX_TOKENS),
+            prompts=cuts,  # type: ignore[arg-type]
+        )
 
     def state(self) -> ClusterState:
         """The store's content now."""

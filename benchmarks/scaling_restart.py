@@ -17,12 +17,13 @@ from benchmarks.recovery_cluster import MAX_TOKENS, POLL_S, OurCluster
 from benchmarks.recovery_report import Report, tell
 from benchmarks.scaling_cluster import LARGE, OPS_S, SMALL, STREAMS, Span
 from chaos.workload.history import RequestRecord, compare, percentile
-from chaos.workload.streams import PROMPTS, Workload
+from chaos.workload.streams import FULL, Load, Workload
 from elastic.demo.model import write_demo_model
 from elastic.serve.etcd_server import free_ports
 from membership.base.errors import WaitTimeout
 
 RETRY_S = 0.02
+LOAD = Load(prompts=FULL.prompts, streams=STREAMS, max_tokens=MAX_TOKENS)
 RESTARTS = 6  # cycles of the other rows per pair of restarts
 
 
@@ -30,7 +31,7 @@ class PatientWorkload(Workload):
     """Clients that try again when nobody answers, as behind a load balancer; and when each failed."""
 
     def __init__(self, url: str, model: str) -> None:
-        super().__init__(url, model, prompts=PROMPTS, concurrency=STREAMS, max_tokens=MAX_TOKENS)
+        super().__init__(url, model, LOAD)
         self.failed: list[tuple[float, RequestRecord]] = []
 
     async def _request(self, client: httpx.AsyncClient, number: int, prompt: int) -> RequestRecord:
@@ -99,7 +100,7 @@ def row_restart(report: Report, cycles: int, seed: int) -> None:
     with service() as at:
         cluster = at.start(SMALL)
         model = cluster.model_name()
-        oracle = {r.prompt: r for r in Workload(cluster.url, model, prompts=PROMPTS, max_tokens=MAX_TOKENS).run_once()}
+        oracle = {r.prompt: r for r in Workload(cluster.url, model, LOAD).run_once()}
         clients = PatientWorkload(cluster.url, model)
         clients.start()
         clients.until_streaming()

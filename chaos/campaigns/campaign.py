@@ -90,12 +90,12 @@ class Campaign(ABC):
         self.wait_whole()
         notify("fault-free run of every request (the oracle)")
         model = target.model()
-        self.workload = self.load.workload(target.url, model, self.seed)
+        self.workload = Workload(target.url, model, self.load, seed=self.seed)
         self.oracle = {record.prompt: record for record in self.workload.run_once()}
         self.before()
         with self._recorder() as self.recorder:
             self.recorder.expected(self.oracle.values())
-            self.workload = self.load.workload(target.url, model, self.seed)
+            self.workload = Workload(target.url, model, self.load, seed=self.seed)
             notify("streaming")
             began = time.monotonic()
             self.workload.start()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from chaos.campaigns.endurance import Endurance, EnduranceReceipt
 from chaos.workload.history import percentile
-from chaos.workload.streams import PROMPTS, Load, Workload
+from chaos.workload.streams import FULL, Load, Workload
 from elastic.cli.client import wait_for
 from membership.base.errors import OperationConflict
 from membership.operations.change import Change, drain, scale, undrain
@@ -19,7 +19,6 @@ from membership.store.records import Operation, Phase
 
 CANCELLED = 0.1  # share of the changes
 TIMEOUT_S = 120.0
-LOAD = Load(max_tokens=96, prompts=len(PROMPTS))
 
 
 class ChurnReceipt(EnduranceReceipt, frozen=True, kw_only=True):
@@ -42,7 +41,7 @@ class Churn(Endurance):
 
     changes: int
     most: int  # never more ranks than these
-    load: Load = LOAD
+    load: Load = FULL
     operations: list[Operation] = field(default_factory=list)
     cancelled: set[str] = field(default_factory=set)
 

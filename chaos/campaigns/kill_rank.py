@@ -16,12 +16,11 @@ from chaos.campaigns.campaign import SHOWN, Campaign, Receipt
 from chaos.faults import Killed, kill
 from chaos.target.waiting import until
 from chaos.workload.history import percentile
-from chaos.workload.streams import PROMPTS, Load, Workload
+from chaos.workload.streams import FULL, Load, Workload
 from membership.base.events import Event
 from membership.store.records import Operation
 
 BACK_S = 90.0  # by then the killed rank has a successor
-LOAD = Load(max_tokens=96, prompts=len(PROMPTS))
 
 
 class KillRankReceipt(Receipt, frozen=True, kw_only=True):
@@ -40,7 +39,7 @@ class KillRankReceipt(Receipt, frozen=True, kw_only=True):
 class KillRank(Campaign):
     """`ranks` -> +2 -> a kill -> `ranks`, and at least `at_least_s` of streaming."""
 
-    load: Load = LOAD
+    load: Load = FULL
     at_least_s: float = 0.0
     scales: list[Operation] = field(default_factory=list)
     victim: int = -1  # the rank that was killed

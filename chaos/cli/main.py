@@ -9,7 +9,7 @@ from types import FrameType
 import typer
 
 from chaos.campaigns.demo import demo
-from chaos.cli.churn import churn
+from chaos.cli.endurance import churn, soak
 from chaos.cli.failpoints import failpoint_matrix, failpoints
 from chaos.cli.faults import faults, role_matrix
 from chaos.cli.history import check
@@ -17,7 +17,6 @@ from chaos.cli.planted import planted
 from chaos.cli.report import report
 from chaos.cli.run import run, scenarios
 from chaos.cli.simulate import replay, simulate
-from chaos.cli.soak import soak
 from chaos.cli.suite import suite
 
 COMMANDS: dict[str, Callable[..., None]] = {

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -15,7 +16,7 @@ from chaos.campaigns.campaign import Notify
 from chaos.campaigns.own_cluster import own_cluster, unable_here
 from chaos.campaigns.scenario_run import ScenarioRun
 from chaos.campaigns.targets import LocalTarget, RemoteTarget, Target
-from chaos.cli.shared import ModelFlag, progress, save_record, show_receipt
+from chaos.cli.shared import RunOptions, progress, save_record, show_receipt
 from chaos.faults.catalogue import FAULTS
 from chaos.scenarios.blast_radius import HARMLESS, Limits, unfit
 from chaos.scenarios.dry_run import DryRun, Expected
@@ -26,22 +27,30 @@ from chaos.target.cluster import Cluster
 from elastic.cli.client import AdminClient
 from elastic.cli.command import command
 from elastic.cli.connection import AdminConnection
-from elastic.cli.flags import Output, OutputFlag, interruptible, seconds, write_json
+from elastic.cli.flags import Output, OutputFlag, interruptible, write_json
+from elastic.serve.options import option
 from elastic.serve.state_dir import StateDir
 from membership.base.errors import ConfigError, PlanRefused
 
-TargetFlag = Annotated[
-    str | None, typer.Option("--target", help="Run on the deployment at this URL, not on a new one.")
-]
-DownFlag = Annotated[int, typer.Option("--max-ranks-down", min=0, help="Target: never more ranks down at a time.")]
-UncoveredFlag = Annotated[
-    bool, typer.Option("--allow-uncovered", help="Target: experts may lose their last live replica for a while.")
-]
-RolesFlag = Annotated[str, typer.Option("--only-roles", help="Target: roles that may have faults (comma-separated).")]
-UnreadyFlag = Annotated[str, typer.Option("--max-unready", help="Target: stop if it is not ready for longer.")]
-BudgetFlag = Annotated[float, typer.Option("--max-seconds", min=1, help="Target: stop after this time.")]
 
-DEFAULT_ROLES = ",".join(HARMLESS)
+@dataclass(frozen=True, kw_only=True)
+class TargetOptions:
+    """The running deployment to inject faults into, and how far they may go there."""
+
+    target: str = option("", "Run on the deployment at this URL, not on a new one.")
+    max_ranks_down: int = option(1, "Target: never more ranks down at a time.", minimum=0)
+    allow_uncovered: bool = option(False, "Target: experts may lose their last live replica for a while.")
+    only_roles: str = option(",".join(HARMLESS), "Target: roles that may have faults (comma-separated).")
+    max_unready_s: float = option(10.0, "Target: stop if it is not ready for longer.")
+    max_seconds: float = option(600.0, "Target: stop after this time.", minimum=1)
+    yes: bool = option(False, "Target: do not ask before each fault.", names=("--yes",))
+
+    def limits(self) -> Limits:
+        """How far faults may go. ConfigError if there is no such role."""
+        return Limits(
+            max_ranks_down=self.max_ranks_down, allow_uncovered=self.allow_uncovered,
+            max_unready_s=self.max_unready_s, max_seconds=self.max_seconds, only_roles=_roles(self.only_roles),
+        )  # fmt: skip
 
 
 @command
@@ -58,38 +67,25 @@ def scenarios(output: OutputFlag = Output.TEXT) -> None:
 @command
 def run(
     connection: AdminConnection,
+    there: TargetOptions,
     scenario: Annotated[str, typer.Argument(help="A name (see: elastic-chaos scenarios), or a .yaml file.")],
-    seed: Annotated[int | None, typer.Option(help="Makes the random choices; default: the scenario's.")] = None,
-    record: Annotated[Path | None, typer.Option(help="Save all that was seen, for elastic-chaos check.")] = None,
+    options: RunOptions,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only show: exit 0 nothing to do, 2 something, 1 refused.")
     ] = False,
-    model: ModelFlag = None,
-    target: TargetFlag = None,
-    max_ranks_down: DownFlag = 1,
-    allow_uncovered: UncoveredFlag = False,
-    only_roles: RolesFlag = DEFAULT_ROLES,
-    max_unready: UnreadyFlag = "10s",
-    max_seconds: BudgetFlag = 600.0,
-    yes: Annotated[bool, typer.Option("--yes", help="Target: do not ask before each fault.")] = False,
     output: OutputFlag = Output.TEXT,
 ) -> None:
     """Run a scenario under load and check what clients saw. Exit 1 if a promise broke. Ctrl-C takes faults back."""
-    wanted = find(scenario)
-    played = ScenarioRun(scenario=wanted, seed=wanted.seed if seed is None else seed, watched=record is not None)
+    wanted, record = find(scenario), options.record
+    seed = wanted.seed if options.seed is None else options.seed
+    played = ScenarioRun(scenario=wanted, seed=seed, watched=record is not None)
     played.replay = f"elastic-chaos run {scenario} --seed {played.seed}"
-    if target is None:
-        _run_own(played, model, dry_run, record, output)
+    if not there.target:
+        _run_own(played, options.model, dry_run, record, output)
         return
-    played.limits = Limits(
-        max_ranks_down=max_ranks_down,
-        allow_uncovered=allow_uncovered,
-        max_unready_s=seconds(max_unready),
-        max_seconds=max_seconds,
-        only_roles=_roles(only_roles),
-    )
-    with _target(target, connection) as there:
-        _run_there(played, there, dry_run, yes, record, output)
+    played.limits = there.limits()
+    with _target(there.target, connection) as target:
+        _run_there(played, target, dry_run, there.yes, record, output)
 
 
 def _run_own(played: ScenarioRun, model: Path | None, dry_run: bool, record: Path | None, output: Output) -> None:

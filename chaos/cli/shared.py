@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -13,14 +14,22 @@ import typer
 from typer import style
 
 from chaos.campaigns.campaign import Campaign, Notify, Receipt
+from chaos.campaigns.targets import LocalTarget
 from chaos.target.cluster import ServedCluster
 from elastic.cli.flags import Output, write_json
+from elastic.serve.options import option
 
-SeedFlag = Annotated[int | None, typer.Option(help="Chooses what happens, and the sampled requests.")]
 RanksFlag = Annotated[int, typer.Option(min=1, help="Ranks to serve with.")]
-StreamsFlag = Annotated[int, typer.Option(min=1, help="Requests under way at a time.")]
 ModelFlag = Annotated[Path | None, typer.Option(help="Serve this checkpoint instead of the shipped one.")]
-RecordFlag = Annotated[Path | None, typer.Option(help="Also save all that happened, for check and report.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What every recorded run may be given."""
+
+    seed: int | None = option(None, "Chooses what happens, and the sampled requests.")
+    model: Path | None = option(None, "Serve this checkpoint instead of the shipped one.")
+    record: Path | None = option(None, "Also save all that happened, for check and report.")
 
 
 def progress() -> Notify:
@@ -45,6 +54,13 @@ def served(
         notify = progress()
         with ServedCluster(path, ranks, state_dir=Path(folder) / "state", flags=flags) as cluster:
             yield cluster, notify
+
+
+def run_on_own_cluster(run: Campaign, options: RunOptions, flags: Sequence[str] = ()) -> None:
+    """Run a campaign on a cluster that is served for it, and save its record if that was asked for."""
+    with served(options.model, run.ranks, flags, seed=run.seed) as (cluster, notify):
+        run.run(LocalTarget(cluster), notify)
+    save_record(run, options.record)
 
 
 def save_record(run: Campaign, path: Path | None) -> None:

@@ -15,6 +15,7 @@ from chaos.check.evidence import Evidence
 from membership.base.events import Event
 
 JOINING = ("launching", "handshaking", "loading", "standby")
+ANY = ("absent", *JOINING, "serving", "draining", "masked", "dead", "quarantined")  # states of a rank
 PLACE = "place"  # no process but a disk, a host's network, memory: only its faults are known
 UP = ("serving", "absent", PLACE, "up", "leading", "in office", "ready", "waiting")  # states in which nothing is wrong
 ROLES = ("gateway", "engine", "engine-standby", "controller", "agent", "etcd", "supervisor")
@@ -133,6 +134,18 @@ def _knows_before(evidence: Evidence) -> bool:
     return bool(evidence.events) and evidence.events[0].ts < evidence.header.started
 
 
+NEXT = {  # event of a rank -> the states from which it leads to another one, and that one
+    "rank_ready": (("launching",), "handshaking"),
+    "rank_attached": (("launching", "handshaking"), "loading"),
+    "rank_prepared": (JOINING, "standby"),
+    "rank_masked": (tuple(state for state in ANY if state != "dead"), "masked"),
+    "rank_died": (ANY, "dead"),
+    "rank_quarantined": (ANY, "quarantined"),
+    "rank_retiring": (tuple(state for state in ANY if state not in ("masked", "dead")), "draining"),
+    "rank_retired": (("draining", "serving", *JOINING), "absent"),
+}
+
+
 def _rank_event(track: Track, event: Event) -> None:
     incarnation = int(event.fields.get("incarnation", track.incarnation))
     if incarnation < track.incarnation:
@@ -140,73 +153,96 @@ def _rank_event(track: Track, event: Event) -> None:
     if incarnation > track.incarnation and event.kind in ("rank_spawned", "rank_ready"):
         track.incarnation = incarnation
         track.mark(event.ts, "launching", f"incarnation {incarnation}")
-    said, state = f"incarnation {incarnation}", track.state
-    if event.kind == "rank_ready" and state == "launching":
-        track.mark(event.ts, "handshaking", said)
-    elif event.kind == "rank_attached" and state in ("launching", "handshaking"):
-        track.mark(event.ts, "loading", said)
-    elif event.kind == "rank_prepared" and state in JOINING:
-        track.mark(event.ts, "standby", said)
-    elif event.kind == "rank_masked" and state != "dead":
-        track.mark(event.ts, "masked", f"{said}, reported by {event.fields.get('source', '?')}")
-    elif event.kind == "rank_died":
-        why = event.fields.get("reason") or event.fields.get("detected_by", "?")
-        track.mark(event.ts, "dead", f"{said}, reported by {why}")
-    elif event.kind == "rank_quarantined":
-        track.mark(event.ts, "quarantined", str(event.fields.get("reason", "")))
-    elif event.kind == "rank_retiring" and state not in ("masked", "dead"):
-        track.mark(event.ts, "draining", f"{said}, {event.fields.get('reason', '')}")
-    elif event.kind == "rank_retired" and state in ("draining", "serving", *JOINING):
-        track.mark(event.ts, "absent")
+    before, after = NEXT.get(event.kind, ((), ""))
+    if track.state in before:
+        track.mark(event.ts, after, _said(event, incarnation))
+
+
+def _said(event: Event, incarnation: int) -> str:
+    """Words for the state that a rank's event leads to."""
+    fields, name = event.fields, f"incarnation {incarnation}"
+    match event.kind:
+        case "rank_masked":
+            return f"{name}, reported by {fields.get('source', '?')}"
+        case "rank_died":
+            return f"{name}, reported by {fields.get('reason') or fields.get('detected_by', '?')}"
+        case "rank_quarantined":
+            return str(fields.get("reason", ""))
+        case "rank_retiring":
+            return f"{name}, {fields.get('reason', '')}"
+        case "rank_retired":
+            return ""
+    return name
 
 
 def roles(evidence: Evidence, end: float) -> tuple[Lane, ...]:
     """One lane per role, in the order of `ROLES`."""
-    zero, tracks = evidence.header.started, dict[str, Track]()
-
-    def track(name: str, state: str = "up") -> Track:
-        """The role's track. If it is new, it has been in this state since before the run."""
-        return tracks.setdefault(name, Track(name, zero, [(0.0, state, "")] if state else []))
-
+    found = _Roles(evidence)
     if not _knows_before(evidence):
         for name in _seen_roles(evidence):
-            track(name)
-    pids: dict[int, str] = {}
-    answers = sorted([line.at for line in evidence.changes] + [read.ended for read in evidence.reads])  # of the store
+            found.track(name)
     for event in evidence.events:
-        name, pid = str(event.fields.get("name", "")), int(event.fields.get("pid", 0) or 0)
-        if event.kind == "role_started":
-            pids[pid] = name
-            fresh = "waiting" if name.startswith("engine") else "starting"
-            track(name, "").mark(event.ts, fresh, f"process {pid}")
-        elif event.kind == "role_died":
-            pids[pid], said = name, f"process {pid}: {event.fields.get('reason', '')}"
-            track(name).mark(event.ts, "down", said)
-        elif event.kind == "engine_elected" and (elected := _engine(pid, pids)):
-            said = f"process {pid}, token {event.fields.get('token')}"
-            for other in tracks.values():
-                if other.state == "in office" and other.name != elected:
-                    other.mark(event.ts, "waiting", "another engine is in office")
-            track(elected).mark(event.ts, "in office", said)
-        elif event.kind == "leader_elected" and "controller" in tracks:
-            tracks["controller"].mark(event.ts, "leading", f"token {event.fields.get('token')}")
-        elif event.kind == "leader_left" and "controller" in tracks and tracks["controller"].state != "down":
-            tracks["controller"].mark(event.ts, "waiting", "stands for election")
-        elif event.kind in ("forkserver_ready", "gateway_started"):
-            role = "agent" if event.kind == "forkserver_ready" else "gateway"
-            if role in tracks:
-                tracks[role].mark(event.ts, "ready", tracks[role].marks[-1][2])
-        elif event.kind == "etcd_died":
-            track("etcd").mark(event.ts, "down", "until the first sign of it, at most")
-            if back := next((at for at in answers if at > event.ts), 0.0):
-                track("etcd").mark(back, "up", "")
-        if event.kind in STORE_EVENTS and "etcd" in tracks and tracks["etcd"].state == "down":
-            tracks["etcd"].mark(event.ts, "up", f"first sign: {event.kind}")
+        found.process(event)
+        found.election(event)
+        found.etcd(event)
     for victim in {line.fault.victim for line in evidence.faults}:
         if not victim.startswith("rank "):
-            track(victim, "up" if victim in ROLES else PLACE)
+            found.track(victim, "up" if victim in ROLES else PLACE)
     order = {role: number for number, role in enumerate(ROLES)}
-    return tuple(tracks[name].lane(end) for name in sorted(tracks, key=lambda n: (order.get(n, len(order)), n)))
+    names = sorted(found.tracks, key=lambda name: (order.get(name, len(order)), name))
+    return tuple(found.tracks[name].lane(end) for name in names)
+
+
+class _Roles:
+    """The tracks of roles as events write them, each kind of event in a method of its own."""
+
+    def __init__(self, evidence: Evidence) -> None:
+        self.tracks: dict[str, Track] = {}
+        self._zero = evidence.header.started
+        self._pids: dict[int, str] = {}
+        answers = [line.at for line in evidence.changes] + [read.ended for read in evidence.reads]
+        self._answers = sorted(answers)  # of the store
+
+    def track(self, name: str, state: str = "up") -> Track:
+        """The role's track. If it is new, it has been in this state since before the run."""
+        return self.tracks.setdefault(name, Track(name, self._zero, [(0.0, state, "")] if state else []))
+
+    def process(self, event: Event) -> None:
+        """A process of a role starts, is ready, or ends."""
+        name, pid = str(event.fields.get("name", "")), int(event.fields.get("pid", 0) or 0)
+        if event.kind == "role_started":
+            self._pids[pid] = name
+            fresh = "waiting" if name.startswith("engine") else "starting"
+            self.track(name, "").mark(event.ts, fresh, f"process {pid}")
+        elif event.kind == "role_died":
+            self._pids[pid] = name
+            self.track(name).mark(event.ts, "down", f"process {pid}: {event.fields.get('reason', '')}")
+        elif ready := self.tracks.get({"forkserver_ready": "agent", "gateway_started": "gateway"}.get(event.kind, "")):
+            ready.mark(event.ts, "ready", ready.marks[-1][2])
+
+    def election(self, event: Event) -> None:
+        """An engine or a controller comes into office, or leaves it."""
+        controller, token = self.tracks.get("controller"), event.fields.get("token")
+        pid = int(event.fields.get("pid", 0) or 0)
+        if event.kind == "engine_elected" and (elected := _engine(pid, self._pids)):
+            for other in self.tracks.values():
+                if other.state == "in office" and other.name != elected:
+                    other.mark(event.ts, "waiting", "another engine is in office")
+            self.track(elected).mark(event.ts, "in office", f"process {pid}, token {token}")
+        elif event.kind == "leader_elected" and controller is not None:
+            controller.mark(event.ts, "leading", f"token {token}")
+        elif event.kind == "leader_left" and controller is not None and controller.state != "down":
+            controller.mark(event.ts, "waiting", "stands for election")
+
+    def etcd(self, event: Event) -> None:
+        """The store ends; its next answer, or an event that takes one, shows that it is back."""
+        if event.kind == "etcd_died":
+            etcd = self.track("etcd")
+            etcd.mark(event.ts, "down", "until the first sign of it, at most")
+            if back := next((at for at in self._answers if at > event.ts), 0.0):
+                etcd.mark(back, "up", "")
+        elif event.kind in STORE_EVENTS and (down := self.tracks.get("etcd")) is not None and down.state == "down":
+            down.mark(event.ts, "up", f"first sign: {event.kind}")
 
 
 def _engine(pid: int, pids: Mapping[int, str]) -> str:

@@ -142,19 +142,15 @@ class ServedCluster(Cluster):
         flags: Sequence[str] = (),
         environ: Mapping[str, str] | None = None,
         ports: tuple[int, int] | None = None,
-        under: Sequence[str] = (),
         zygote: Zygote | None = None,
     ) -> None:
-        """`under`: a command that runs the one given to it, such as `chaos.faults.disk.OWN_SHM`.
-
-        `zygote`: a fork of it is the cluster's, which spares it the imports.
-        """
+        """`zygote`: a fork of it is the cluster's, which spares it the imports."""
         self._zygote = zygote
         self._temporary = tempfile.TemporaryDirectory(prefix="elastic-ep-") if state_dir is None else None
         super().__init__(StateDir(state_dir or Path(self._temporary.name if self._temporary else "")))
         self.port, self.admin_port = ports or free_ports(2)
         self._command = [
-            *under, sys.executable, "-m", "elastic.cli", "serve", str(model), "--ranks", str(ranks),
+            sys.executable, "-m", "elastic.cli", "serve", str(model), "--ranks", str(ranks),
             "--port", str(self.port), "--admin-port", str(self.admin_port), "--state-dir", str(self.state.path), *flags,
         ]  # fmt: skip
         self._process: subprocess.Popen[bytes] | None = None

@@ -7,7 +7,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -37,47 +37,33 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     lengths: tuple[Positive, ...] = ()  # of answers, in turn, instead of `max_tokens`
     rest_s: float = 0.0  # of a stream between two requests
 
-    def workload(self, url: str, model: str, seed: int) -> Workload:
-        """The streams that ask for it."""
-        return Workload(
-            url,
-            model,
-            prompts=PROMPTS[: self.prompts],
-            concurrency=self.streams,
-            max_tokens=self.max_tokens,
-            lengths=self.lengths,
-            seed=seed,
-            rest_s=self.rest_s,
-        )
+
+FULL = Load(max_tokens=96, prompts=len(PROMPTS))  # every prompt, and answers that are long enough for a fault
 
 
 class Workload:
-    """Streams `prompts` at `concurrency` until stopped (or once through), and keeps what it saw.
+    """Streams requests until stopped (or once through), and keeps what it saw.
 
     Greedy for even requests, seeded sampling for odd ones: both must come out as in a fault-free run. A request is
-    known by its number, which stands for a prompt and a length; `lengths` are used in turn, as the prompts are.
-    A stream rests `rest_s` between two requests: without, it takes all of the machine.
+    known by its number, which stands for a prompt and a length; lengths are used in turn, as the prompts are.
+    A stream rests between two requests: without, it takes all of the machine.
     """
 
     def __init__(
         self,
         url: str,
         model: str,
+        load: Load = FULL,
         *,
-        prompts: Sequence[str] = PROMPTS,
-        concurrency: int = 8,
-        max_tokens: int = 96,
-        lengths: Sequence[int] = (),
+        prompts: Sequence[str] = (),
         seed: int = 0,
-        rest_s: float = 0.0,
         timeout_s: float = 120.0,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.url, self.model, self.prompts = url, model, prompts
-        self.concurrency, self.seed, self.rest_s, self.timeout_s = concurrency, seed, rest_s, timeout_s
-        self.lengths = tuple(lengths) or (max_tokens,)
+        """`prompts`: others than PROMPTS."""
+        self.url, self.model, self.prompts = url, model, prompts or PROMPTS[: load.prompts]
+        self.concurrency, self.seed, self.rest_s, self.timeout_s = load.streams, seed, load.rest_s, timeout_s
+        self.lengths = load.lengths or (load.max_tokens,)
         self.distinct = math.lcm(len(self.prompts), len(self.lengths))
-        self._clock = clock
         self._lock = threading.Lock()
         self._done: list[RequestRecord] = []
         self._open: dict[int, int] = {}  # stream -> tokens so far
@@ -159,7 +145,7 @@ class Workload:
 
     async def _request(self, client: httpx.AsyncClient, number: int, prompt: int) -> RequestRecord:
         seen = _Seen()
-        started = self._clock()
+        started = time.monotonic()
         try:
             async with client.stream("POST", "/v1/completions", json=self.body(prompt)) as answer:
                 seen.status = answer.status_code
@@ -168,22 +154,16 @@ class Workload:
                     seen.error = f"HTTP {answer.status_code}: {answer.text[:200]}"
                 else:
                     async for line in answer.aiter_lines():
-                        seen.read(line, self._clock())
+                        seen.read(line, time.monotonic())
                         with self._lock:
                             self._open[number] = len(seen.tokens)
         except (httpx.HTTPError, ValueError) as problem:  # ValueError: an event that is no JSON
             seen.error = f"{type(problem).__name__}: {problem}"
         return RequestRecord(
-            prompt=prompt,
-            started=started,
-            id=seen.id,
-            token_times=tuple(seen.times),
-            tokens=tuple(seen.tokens),
+            prompt=prompt, started=started, ended=time.monotonic(), id=seen.id, error=seen.error, status=seen.status,
+            token_times=tuple(seen.times), tokens=tuple(seen.tokens),
             finish_reason=seen.finish_reason if seen.done else "",
-            error=seen.error,
-            status=seen.status,
-            ended=self._clock(),
-        )
+        )  # fmt: skip
 
 
 @dataclass

@@ -21,7 +21,7 @@ import psutil
 from chaos.faults import kill
 from chaos.target.cluster import ServedCluster
 from chaos.workload.history import compare
-from chaos.workload.streams import PROMPTS, Workload
+from chaos.workload.streams import Load, Workload
 from elastic.cli.client import wait_for
 from elastic.serve.role_process import revoke_leases
 from membership.base.events import Tail
@@ -78,7 +78,7 @@ class HeldCluster:
 
     def _streams(self) -> Workload:
         model = self.cluster.model_name()
-        return Workload(self.cluster.url, model, prompts=PROMPTS[:8], concurrency=STREAMS, max_tokens=32)
+        return Workload(self.cluster.url, model, Load(prompts=8, streams=STREAMS, max_tokens=32))
 
     @property
     def state(self) -> ClusterState:

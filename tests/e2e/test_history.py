@@ -17,7 +17,7 @@ from chaos.faults import kill
 from chaos.faults.base import Injected
 from chaos.record.record import read
 from chaos.record.recorder import Recorder
-from chaos.workload.streams import PROMPTS, Workload
+from chaos.workload.streams import Load, Workload
 from tests.e2e.conftest import Serve
 from tests.support.helpers import eventually
 
@@ -29,8 +29,8 @@ VICTIM = 1
 def test_a_recorded_run_is_judged_from_its_file(serve: Serve, demo_model: Path, tmp_path: Path) -> None:
     cluster = serve(demo_model, 2, flags=("--max-ranks", "3"))
     cluster.wait_serving(2)
-    oracle = Workload(cluster.url, cluster.model_name(), prompts=PROMPTS[:6], max_tokens=32).run_once()
-    load = Workload(cluster.url, cluster.model_name(), prompts=PROMPTS[:6], concurrency=3, max_tokens=32)
+    oracle = Workload(cluster.url, cluster.model_name(), Load(prompts=6, max_tokens=32)).run_once()
+    load = Workload(cluster.url, cluster.model_name(), Load(prompts=6, streams=3, max_tokens=32))
     began, cpu = time.monotonic(), psutil.Process().cpu_times()
     with Recorder.of(cluster, what="a kill and a scale", seed=1) as recorder:
         load.start()

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from chaos.workload.history import RequestRecord
-from chaos.workload.streams import Workload
+from chaos.workload.streams import Load, Workload
 from membership.base.errors import WaitTimeout
 
 pytestmark = pytest.mark.integration
@@ -46,7 +46,7 @@ def server(answer: Callable[[], bytes]) -> Iterator[str]:
 
 def once(data: bytes) -> RequestRecord:
     with server(lambda: data) as url:
-        (record,) = Workload(url, "m", prompts=["x"], concurrency=1).run_once()
+        (record,) = Workload(url, "m", Load(streams=1, prompts=1)).run_once()
     return record
 
 
@@ -71,7 +71,7 @@ def test_a_stream_that_does_not_end_is_told() -> None:
         return TOKEN + DONE
 
     with server(answer) as url:
-        workload = Workload(url, "m", prompts=["x"], concurrency=1, timeout_s=20.0)
+        workload = Workload(url, "m", Load(streams=1, prompts=1), timeout_s=20.0)
         workload.start()
         assert begun.wait(20.0)
         workload.timeout_s = -9.9  # how long `stop` waits, less ten seconds

@@ -1,0 +1,74 @@
+"""`elastic-chaos soak` and `churn`: hundreds of faults, or of planned changes, on real processes under load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import msgspec
+
+from chaos.campaigns.bursts import Quota
+from chaos.campaigns.campaign import seed_of
+from chaos.campaigns.churn import Churn
+from chaos.campaigns.soak import FLAGS, LOAD, Soak
+from chaos.cli.shared import RanksFlag, RunOptions, run_on_own_cluster, show_receipt
+from chaos.workload.streams import FULL
+from elastic.cli.command import command
+from elastic.cli.flags import Output, OutputFlag
+from elastic.serve.options import Option, option
+
+StreamsFlag = Annotated[int, Option(help="Requests under way at a time.", minimum=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuotaOptions:
+    """How many faults a soak injects, at least, or how long it takes."""
+
+    kills: int = option(300, "SIGKILLs of ranks, at least.", minimum=1)
+    zombies: int | None = option(None, "Ranks stopped until given up. Default: by --kills.", minimum=0)
+    outages: int | None = option(None, "Freezes and restarts of etcd. Default: by --kills.", minimum=0)
+    requests: int | None = option(None, "Requests that must end. Default: 50 per kill.", minimum=0)
+    minutes: float = option(0.0, "Run this long, instead of a number of faults.", minimum=0)
+
+    def quota(self) -> Quota:
+        """The usual proportions, unless they were given."""
+        given = {"zombies": self.zombies, "outages": self.outages, "requests": self.requests}
+        return msgspec.structs.replace(Quota.of(self.kills), **{k: v for k, v in given.items() if v is not None})
+
+
+@command
+def soak(
+    wanted: QuotaOptions,
+    options: RunOptions,
+    ranks: RanksFlag = 4,
+    streams: StreamsFlag = 24,
+    output: OutputFlag = Output.TEXT,
+) -> None:
+    """Inject faults into ranks, roles and etcd at random moments under load, nested too. Exit 1 if a promise broke."""
+    quota, load = wanted.quota(), msgspec.structs.replace(LOAD, streams=streams)
+    run = Soak(seed=seed_of(options.seed), ranks=ranks, quota=quota, minutes=wanted.minutes, load=load)
+    counts = f"--kills {quota.kills} --zombies {quota.zombies} --outages {quota.outages} --requests {quota.requests}"
+    again = f"elastic-chaos soak {f'--minutes {run.minutes:g}' if run.minutes else counts} --ranks {ranks}"
+    run.replay = f"{again} --streams {streams} --seed {run.seed}"
+    run_on_own_cluster(run, options, FLAGS)
+    receipt = run.receipt()
+    done = f"{receipt.kills} kills, {receipt.zombies} zombies, {receipt.outages} outages, {receipt.roles} roles"
+    show_receipt(receipt, done, output)
+
+
+@command
+def churn(
+    options: RunOptions,
+    changes: Annotated[int, Option(help="Scales, drains and undrains.", minimum=1)] = 1000,
+    ranks: RanksFlag = 4,
+    most: Annotated[int, Option(help="Never more ranks than these.", minimum=2)] = 6,
+    streams: StreamsFlag = 8,
+    output: OutputFlag = Output.TEXT,
+) -> None:
+    """Change size and ranks at random under load, some changes cancelled. Exit 1 if a promise broke."""
+    load = msgspec.structs.replace(FULL, streams=streams)
+    run = Churn(seed=seed_of(options.seed), ranks=ranks, changes=changes, most=most, load=load)
+    run.replay = f"elastic-chaos churn --changes {changes} --ranks {ranks} --most {most} --seed {run.seed}"
+    run_on_own_cluster(run, options)
+    receipt = run.receipt()
+    show_receipt(receipt, f"{receipt.changes} changes", output)
