@@ -73,7 +73,7 @@ def _cluster_facts(state: ClusterState, status: ClusterStatus, serving: int) -> 
     if status.spares.wanted:
         yield f"{status.spares.ready} of {status.spares.wanted} spares wait for a rank's death"
     if state.engine is None:
-        yield "no engine is in office: requests wait"
+        yield "no engine is active: requests wait"
     if not state.agents:
         yield "no agent is registered: no rank can be started"
     if status.drained:

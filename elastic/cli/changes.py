@@ -71,22 +71,14 @@ def scale(
 
 
 @command
-def drain(
-    ranks: RanksArgument,
-    options: DrainChange,
-    connection: Connection,
-    output: OutputFlag = Output.TEXT,
-) -> None:
+def drain(ranks: RanksArgument, options: DrainChange, connection: Connection, output: OutputFlag = Output.TEXT) -> None:
     """Take ranks out of service: experts and requests move first. Their slots stay empty until undrained."""
     _apply(connection, changes.drain(*ranks), options, output)
 
 
 @command
 def undrain(
-    ranks: RanksArgument,
-    options: TimedChange,
-    connection: Connection,
-    output: OutputFlag = Output.TEXT,
+    ranks: RanksArgument, options: TimedChange, connection: Connection, output: OutputFlag = Output.TEXT
 ) -> None:
     """Fill drained slots again."""
     _apply(connection, changes.undrain(*ranks), options, output)

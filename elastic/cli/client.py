@@ -17,12 +17,7 @@ import msgspec
 from elastic.explain import Explanation, explain
 from elastic.http_errors import from_http
 from elastic.status import cluster_status
-from membership.base.errors import (
-    ConfigError,
-    ElasticError,
-    NoAnswer,
-    WaitTimeout,
-)
+from membership.base.errors import ConfigError, ElasticError, NoAnswer, WaitTimeout
 from membership.base.events import Event, EventLog
 from membership.operations.change import Change
 from membership.operations.dry_run import Plan, plan_change

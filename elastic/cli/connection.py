@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -46,28 +46,20 @@ class AdminConnection(StateDirOptions):
 class Connection(AdminConnection, StoreOptions):
     """How to reach a cluster: through its store, or through a gateway's admin port."""
 
-    @contextmanager
-    def client(self) -> Iterator[Client]:
+    def client(self) -> AbstractContextManager[Client]:
         """A client of the cluster: the admin port if it was named, else the store. Raises ConfigError."""
         if self.admin:
-            with self.admin_client() as client:
-                yield client
-            return
+            return self.admin_client()
         if self.etcd:
             if not self.cluster:
                 raise ConfigError("--etcd needs --cluster", hint="name the cluster: --cluster NAME")
             events = StateDir(self.state_dir).events if self.state_dir else None
-            with _store_client(self.etcd, self.cluster, events) as client:
-                yield client
-            return
+            return _store_client(self.etcd, self.cluster, events)
         state = self.state()
         address = state.address()
         if address.trouble:  # the store was wiped or set back; a gateway still knows the cluster as it is served
-            with _admin_client(address) as admin:
-                yield admin
-            return
-        with _store_client(address.etcd, address.cluster, state.events) as client:
-            yield client
+            return _admin_client(address)
+        return _store_client(address.etcd, address.cluster, state.events)
 
 
 @contextmanager
@@ -83,8 +75,5 @@ def _store_client(etcd: tuple[str, ...], cluster: str, events: Path | None) -> I
     from elastic.cli.client import StoreClient
     from membership.store.etcd import connect
 
-    store = connect(list(etcd))
-    try:
+    with closing(connect(list(etcd))) as store:
         yield StoreClient(store, cluster, events)
-    finally:
-        store.close()

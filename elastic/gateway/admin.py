@@ -21,13 +21,7 @@ from elastic.gateway.schema import Shape, parse
 from elastic.http_errors import as_http, message_of
 from elastic.status import cluster_status
 from membership.base import failpoints
-from membership.base.errors import (
-    ConfigError,
-    ElasticError,
-    OperationConflict,
-    RequestError,
-    WaitTimeout,
-)
+from membership.base.errors import ConfigError, ElasticError, OperationConflict, RequestError, WaitTimeout
 from membership.base.events import FOLLOW_POLL_S, Tail
 from membership.base.failpoint_catalogue import POINTS
 from membership.operations.change import Change, drain, scale, undrain

@@ -17,7 +17,7 @@ import structlog
 from fastapi import FastAPI, Request, Response
 
 from elastic.gateway.choice import Choice, Piece
-from elastic.gateway.engine_link import EngineLink, Generation
+from elastic.gateway.engine_link import EngineLink
 from elastic.gateway.http import EventStream, internal_error, json_response, read_body, unless_gone
 from elastic.gateway.journal import Request as Sequence
 from elastic.gateway.metrics import GatewayMetrics
@@ -237,13 +237,10 @@ async def _pieces(service: Service, job: Job) -> AsyncGenerator[tuple[int, Piece
         try:
             async for index, delta in generation.deltas():
                 timers[index].tokens(len(delta.tokens))
-                yield index, _piece(generation, index, job.choices[index].push(delta))
+                piece = job.choices[index].push(delta)
+                if piece.stopped:
+                    generation.stop(index)
+                yield index, piece
         finally:
             for timer in timers:
                 timer.end()
-
-
-def _piece(generation: Generation, index: int, piece: Piece) -> Piece:
-    if piece.stopped:
-        generation.stop(index)
-    return piece

@@ -16,29 +16,20 @@ def cluster_config(options: ServeOptions) -> ClusterConfig:
     check_options(options)
     info = read_model_info(options.model)
     directory = options.model.resolve()
-    config = ClusterConfig(
+    as_given = {name: getattr(options, name) for name in DEFAULTS if hasattr(options, name)}
+    derived = dict(
         cluster=options.cluster or directory.name,
         model=str(directory),
         served_model_name=options.served_model_name or directory.name,
         moe_layers=info.moe_layers,
         experts=info.experts,
         expert_bytes=info.expert_bytes(options.dtype),
-        redundancy=options.redundancy,
         max_ranks=options.max_ranks or max(options.ranks, DEFAULTS["max_ranks"]),
-        dtype=options.dtype,
-        exactness=options.exactness,
-        device=options.device,
         max_model_len=min(info.max_position, options.max_model_len or DEFAULTS["max_model_len"]),
-        kv_blocks=options.kv_blocks,
-        follow_agents=options.follow_agents,
-        restart_intensity=options.restart_intensity,
-        restart_window_s=options.restart_window_s,
-        rebalance_bytes=options.rebalance_bytes,
-        coverage_deadline_s=options.coverage_deadline_s,
-        load_bytes_per_s=options.load_bytes_per_s,
         eos_token_ids=info.eos_token_ids,
         vocab_size=info.vocab_size,
     )
+    config = ClusterConfig(**{**as_given, **derived})
     refused = scale_refusal(config, options.ranks)
     if refused:
         raise PlanRefused(refused)

@@ -12,7 +12,7 @@ import select
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -114,9 +114,6 @@ def role(name: str, endpoints: Sequence[str], events: Path) -> Iterator[tuple[St
     end_with_any_thread()
     loop_watchdog.require()
     run_in_short_turns()  # before there are threads: a role reacts at once, however busy the ranks are
-    with stop_signal() as stop:
-        store = connect(list(endpoints), seen=os.environ.get(STORE_SEEN, ""))
-        try:
-            yield store, stop, EventLog(events, name)
-        finally:
-            store.close()
+    seen = os.environ.get(STORE_SEEN, "")
+    with stop_signal() as stop, closing(connect(list(endpoints), seen=seen)) as store:
+        yield store, stop, EventLog(events, name)
