@@ -7,6 +7,7 @@ from enum import StrEnum
 
 import msgspec
 
+from membership.base.enums import Exactness
 from membership.operations.change import describe_change
 from membership.operations.pause import paused_words
 from membership.placement.balance import imbalance
@@ -116,7 +117,7 @@ class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
     drained: tuple[int, ...] = ()  # slots that stay empty until they are undrained
     nodes: tuple[NodeStatus, ...] = ()
     pause: PauseStatus | None = None
-    exactness: str = "invariant"  # or stock: tokens may depend on the batch
+    exactness: Exactness = Exactness.INVARIANT  # stock: tokens may depend on the batch
     imbalance: float | None = None  # the busiest rank's measured expert load over the mean; null: not measured yet
     store: str = ""  # what is wrong with the store, and what follows from it; empty: nothing
 

@@ -17,6 +17,7 @@ import msgspec
 from elastic.explain import Explanation, explain
 from elastic.http_errors import from_http
 from elastic.status import cluster_status
+from membership.base.enums import OperationKind
 from membership.base.errors import ConfigError, ElasticError, NoAnswer, WaitTimeout
 from membership.base.events import Event, EventLog
 from membership.operations.change import Change
@@ -214,7 +215,7 @@ Client = StoreClient | AdminClient  # the same methods: what commands need from 
 
 
 def _ranks(change: Change) -> int | tuple[int, ...]:
-    return change.target if change.kind == "scale" else change.ranks
+    return change.target if change.kind == OperationKind.SCALE else change.ranks
 
 
 def _error_of(answer: httpx.Response) -> ElasticError:

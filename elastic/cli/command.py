@@ -18,7 +18,8 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from elastic.cli.flags import fail, seconds, size
+from elastic.cli.flags import seconds, size
+from elastic.http_errors import message_of
 from elastic.serve.options import Kind, Option, Stated, options_of
 from membership.base.errors import ElasticError
 
@@ -78,7 +79,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
                 given[name] = kind(**stated_values)
             function(**given)
         except ElasticError as error:
-            raise fail(error) from None
+            typer.echo(f"error: {message_of(error)}".replace("\n", " "), err=True)
+            raise typer.Exit(1) from None
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {each.name: each.annotation for each in parameters}

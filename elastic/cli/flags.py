@@ -1,4 +1,4 @@
-"""What all commands share: output formats, durations and sizes, Ctrl-C, and errors as one line on stderr."""
+"""What all commands share: output formats, durations, sizes and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from typing import Annotated, Any
 
 import msgspec
 import typer
-
-from membership.base.errors import ElasticError
 
 
 class Output(StrEnum):
@@ -59,13 +57,6 @@ def show(value: Any, text: str, output: Output) -> None:
         write_json(value)
     else:
         typer.echo(text)
-
-
-def fail(error: ElasticError) -> typer.Exit:
-    """Write the error as one line on stderr; the caller raises the returned exit."""
-    hint = f" ({error.hint})" if error.hint else ""
-    typer.echo(f"error: {error}{hint}".replace("\n", " "), err=True)
-    return typer.Exit(1)
 
 
 @contextmanager

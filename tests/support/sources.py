@@ -11,7 +11,7 @@ from functools import cache, cached_property
 from tests.support import ROOT
 
 PRODUCT = ("membership", "workers", "elastic", "chaos")
-EVERYTHING = (*PRODUCT, "tests", "benchmarks")
+EVERYTHING = (*PRODUCT, "tests", "benchmarks", "docs")
 
 
 @dataclass(frozen=True)
