@@ -30,15 +30,15 @@ log = structlog.get_logger(__name__)
 
 
 class StopSignal:
-    """An event set by SIGTERM, SIGINT or the supervisor's death; a second signal exits at once."""
+    """A block's stop event, set by SIGTERM, SIGINT or the supervisor's death; a second signal exits at once."""
 
     def __init__(self) -> None:
-        self.event = threading.Event()
+        self._event = threading.Event()
         self._closed = threading.Event()
         self._wake = -1  # an eventfd that ends the watcher's wait
         self._watcher: threading.Thread | None = None
 
-    def install(self) -> None:
+    def __enter__(self) -> threading.Event:
         """Take over SIGTERM and SIGINT, and watch the death pipe if there is one."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
@@ -48,8 +48,9 @@ class StopSignal:
             self._wake = os.eventfd(0)
             self._watcher = threading.Thread(target=self._watch, args=(int(inherited),), name="death-pipe", daemon=True)
             self._watcher.start()
+        return self._event
 
-    def close(self) -> None:
+    def __exit__(self, *exc: object) -> None:
         """Stop watching the death pipe."""
         self._closed.set()
         if self._watcher is not None:
@@ -58,32 +59,21 @@ class StopSignal:
             os.close(self._wake)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.event.is_set():
+        if self._event.is_set():
             os._exit(128 + number)
-        self.event.set()
+        self._event.set()
 
     def _watch(self, fd: int) -> None:
         poller = select.poll()
         for source in (fd, self._wake):
             poller.register(source, select.POLLIN | select.POLLHUP)
-        poller.poll()  # without a deadline: `close` ends it
+        poller.poll()  # without a deadline: the block's end ends it
         if not self._closed.is_set():
             log.warning("supervisor_died")
-            self.event.set()
+            self._event.set()
             if not self._closed.wait(timeout=ROLE_GRACE_S):
                 os._exit(1)
         os.close(fd)
-
-
-@contextmanager
-def stop_signal() -> Iterator[threading.Event]:
-    """The process's stop event, for the length of a block."""
-    stop = StopSignal()
-    stop.install()
-    try:
-        yield stop.event
-    finally:
-        stop.close()
 
 
 def end_with_any_thread() -> None:
@@ -115,5 +105,5 @@ def role(name: str, endpoints: Sequence[str], events: Path) -> Iterator[tuple[St
     loop_watchdog.require()
     run_in_short_turns()  # before there are threads: a role reacts at once, however busy the ranks are
     seen = os.environ.get(STORE_SEEN, "")
-    with stop_signal() as stop, closing(connect(list(endpoints), seen=seen)) as store:
+    with StopSignal() as stop, closing(connect(list(endpoints), seen=seen)) as store:
         yield store, stop, EventLog(events, name)

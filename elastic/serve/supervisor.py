@@ -24,7 +24,7 @@ from elastic.serve import chaos_mode
 from elastic.serve.cluster_config import cluster_config, require_free_port
 from elastic.serve.etcd_server import EtcdServer, free_ports
 from elastic.serve.options import ServeOptions
-from elastic.serve.role_main import STORE_SEEN, stop_signal
+from elastic.serve.role_main import STORE_SEEN, StopSignal
 from elastic.serve.role_process import RoleProcess, revoke_leases, stop_together
 from elastic.serve.state_dir import ClusterAddress, StateDir, home
 from elastic.serve.store_guard import StoreGuard
@@ -289,7 +289,7 @@ def run_serve(options: ServeOptions) -> None:
     configure("supervisor")
     chaos_mode.check(options.chaos)
     run_in_short_turns()  # etcd and all roles inherit it
-    with stop_signal() as stop, Supervisor(options) as supervisor:
+    with StopSignal() as stop, Supervisor(options) as supervisor:
         where, name = supervisor.address(()), supervisor.config.served_model_name
         if options.chaos:
             say(chaos_mode.WARNING.format(supervisor.state.failpoints))
