@@ -71,7 +71,7 @@ def lines() -> Iterator[AnyLine]:
 def _round(
     store: MadeUp, epoch: int, members: list[dict[str, Any]], held: dict[str, Any], engine: int, leader: int
 ) -> Iterator[AnyLine]:
-    """A newcomer takes the place of who was in its slot; a view is staged, prepared and committed."""
+    """A newcomer takes the place of the rank in its slot; a view is staged, prepared and committed."""
     specs = [{"rank": m["rank"], "incarnation": m["incarnation"]} for m in members]
     yield from store.put(("incarnation", {"value": epoch}), ("assign/a", {"node": "a", "ranks": specs}))
     view = {"epoch": epoch, "members": members, "placement": {str(m["rank"]): held[str(m["rank"])] for m in members}}

@@ -78,7 +78,7 @@ def inputs(rank: int, tokens: int, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Rank:
-    """One process. All processes run the same schedule; `gate` starts each part, `done` counts who has finished it."""
+    """One process of several with the same schedule; `gate` starts each part, `done` counts those that finished it."""
 
     def __init__(self, pipe: Connection, rank: int, ranks: int, shared: tuple[Any, Any, Any]) -> None:
         torch.set_num_threads(1)

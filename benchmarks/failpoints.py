@@ -1,4 +1,4 @@
-"""What a failpoint costs where nobody asked for one, and where one could be: ns per pass, per cent of a step."""
+"""What a failpoint costs where none is armed, and where one could be: ns per pass, per cent of a step."""
 
 from __future__ import annotations
 

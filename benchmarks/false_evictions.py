@@ -2,7 +2,7 @@
 
     python -m benchmarks.false_evictions [--minutes 10] [--hogs 4] [--ranks 4] [--streams 8] [--seed 0]
 
-Every mask and every end of a rank counts, since nobody harms one here. Exit 1 if there was one, or if a request was
+Every mask and every end of a rank counts, since no fault is injected here. Exit 1 if there was one, or if a request was
 lost, duplicated or altered.
 """
 
@@ -16,17 +16,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from benchmarks.recovery_cluster import scene
-from benchmarks.recovery_report import tell
+from benchmarks.recovery_report import say
 from chaos.workload.history import percentile
 from membership.base.events import Event
 
 EVICTIONS = ("rank_masked", "rank_died", "rank_quarantined")
-TOLD_EVERY_S = 30.0
+SAID_EVERY_S = 30.0
 
 
 @contextmanager
 def burning(hogs: int) -> Iterator[None]:
-    """So many processes that never sleep."""
+    """`count` processes that never sleep."""
     running: list[subprocess.Popen[bytes]] = []
     try:
         for _ in range(hogs):
@@ -45,7 +45,7 @@ def evictions(events: list[Event]) -> list[Event]:
 
 
 def main() -> None:
-    """Serve for so long, and say what happened."""
+    """Serve for this time, and say what happened."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--hogs", type=int, default=4)
@@ -57,14 +57,14 @@ def main() -> None:
         began = time.monotonic()
         since = at.history.mark()
         while (left_s := began + options.minutes * 60 - time.monotonic()) > 0:
-            time.sleep(min(TOLD_EVERY_S, left_s))
+            time.sleep(min(SAID_EVERY_S, left_s))
             seen = at.history.events[since : at.history.mark()]
-            tell(f"{time.monotonic() - began:.0f} s: {len(evictions(seen))} evictions")
+            say(f"{time.monotonic() - began:.0f} s: {len(evictions(seen))} evictions")
         ended = time.monotonic()
         seen = at.history.events[since : at.history.mark()]
     false = evictions(seen)
     for event in false:
-        tell(f"{event.kind} rank {event.rank}: {event.fields}")
+        say(f"{event.kind} rank {event.rank}: {event.fields}")
     slow = sum(event.kind == "rank_slow" for event in seen)
     gaps = at.gaps(began, ended)
     p99_ms = percentile(gaps, 0.99) if gaps else 0.0

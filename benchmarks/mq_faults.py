@@ -130,12 +130,12 @@ def noticing(times: int, megabytes: int) -> float:
     for _ in range(times):
         rank = start(RANK, megabytes)
         with LivenessPage.attach(bytes.fromhex(line(rank))) as page:
-            told: queue.Queue[float] = queue.Queue()
-            watcher = DeathWatcher(page, lambda _, told=told: told.put(time.perf_counter()))
+            deaths: queue.Queue[float] = queue.Queue()
+            watcher = DeathWatcher(page, lambda _, deaths=deaths: deaths.put(time.perf_counter()))
             time.sleep(0.05)
             begin = time.perf_counter()
             os.kill(rank.pid, signal.SIGKILL)
-            found.append((told.get(timeout=10) - begin) * 1000)
+            found.append((deaths.get(timeout=10) - begin) * 1000)
             watcher.stop()
         rank.communicate(timeout=10)
     return median(found)

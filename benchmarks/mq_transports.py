@@ -1,4 +1,4 @@
-"""The ways to send a message to N processes and hear back that benchmarks/mq.py compares: ours, pipe, ZeroMQ, futex.
+"""The ways to send a message to N processes and get replies that benchmarks/mq.py compares: ours, pipe, ZeroMQ, futex.
 
 Each has a parent's side (`send` to all, `receive` all answers) and a peer's side (`main`, run as a process of its own
 by `python -m benchmarks.mq_transports NAME ...`). A peer answers each message with 200 bytes; `hold`s nothing.

@@ -4,7 +4,7 @@
                                   [--seed 0] [--receipts FILE]
 
 Real processes: `elastic serve` with 4 ranks of the demo model, clients over HTTP. Each kill is proven (exit status,
-/proc) and each run is judged against a fault-free one. Receipts are JSON lines. Exit 1 if a request was lost,
+/proc) and each run is compared with a fault-free one. Receipts are JSON lines. Exit 1 if a request was lost,
 duplicated or altered. Rows (in brackets: what they are called in --rows as well):
 
     detect      SIGKILL of a rank with 2 GB until the engine knows, beside a bare robust futex in the same run

@@ -74,7 +74,7 @@ class History:
             time.sleep(POLL_S)
 
     def wait_adopted(self, since: int, ranks: int, what: str, timeout_s: float = 90.0) -> Event:
-        """The engine steps under a view of so many ranks that was committed from `since` on: full strength."""
+        """The engine steps under a view of this number of ranks that was committed from `since` on: full strength."""
         committed = self.wait(
             since, f"a commit of {ranks} ranks {what}",
             lambda e: e.kind == "epoch_committed" and len(e.fields["ranks"]) == ranks, timeout_s,
@@ -199,7 +199,7 @@ def scene(
     ranks: int, streams: int, seed: int, *, steady_s: float = 15.0, flags: Sequence[str] = (),
     roles: str = "benchmarks.recovery_roles", **environment: Any,
 ) -> Iterator[Scene]:  # fmt: skip
-    """Serve, begin, and at the end judge and stop. `environment` is for recovery_roles."""
+    """Serve, begin, and at the end compare and stop. `environment` is for recovery_roles."""
     changes = {name: str(value) for name, value in environment.items()}
     before = {name: os.environ.get(name) for name in (*changes, "PYTHONPATH")}
     changes["PYTHONPATH"] = str(Path(__file__).parents[1])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.recovery_cluster import Scene, scene
 from benchmarks.recovery_ranks import RANKS, STREAMS
-from benchmarks.recovery_report import Report, tell
+from benchmarks.recovery_report import Report, say
 from benchmarks.recovery_switch import SWITCH, Switch
 
 WINDOW_S, SETTLE_S = 3.0, 0.6
@@ -26,7 +26,7 @@ def windows(switch: Switch, count: int) -> list[Window]:
         began = time.monotonic()
         time.sleep(WINDOW_S)
         found.append((on, began, time.monotonic()))
-        tell(f"window {number + 1} of {count}")
+        say(f"window {number + 1} of {count}")
     switch.turn(on=True)
     return found
 
@@ -59,4 +59,4 @@ def row_cost(report: Report, kills: int, seed: int) -> None:
     mean, error = statistics.fmean(losses), statistics.stdev(losses) / len(losses) ** 0.5
     said = f"quartiles {quartiles[0]:.2f}..{quartiles[2]:.2f} %, mean {mean:.2f} +- {error:.2f} %"
     report.note(f"cost: {rounds} paired rounds (on, off, off, on), {said}")
-    report.judged("cost", at.verdict, evicted=len(evicted))
+    report.ended("cost", at.verdict, evicted=len(evicted))

@@ -15,7 +15,7 @@ import psutil
 
 from benchmarks.recovery_cluster import Scene, scene
 from benchmarks.recovery_ranks import RANKS, STREAMS
-from benchmarks.recovery_report import Report, tell
+from benchmarks.recovery_report import Report, say
 from chaos.faults import Killed, kill
 from membership.base.errors import ElasticError, WaitTimeout
 from membership.base.events import Event
@@ -31,7 +31,7 @@ AS_A_CONTROLLER_STARTS = (
 
 
 def of_role(event: Event, pid: int) -> bool:
-    """Whether the supervisor tells of this process's end."""
+    """Whether the supervisor reports this process's end."""
     return event.kind == "role_died" and event.fields.get("pid") == pid
 
 
@@ -82,12 +82,12 @@ def row_agent(report: Report, kills: int, seed: int) -> None:
             report.receipt(
                 "agent", kill=number, pid=agent.pid, signal=9, full_ms=found[-1], ranks_ended=ranks, imports=imports
             )
-            tell(f"agent {number}: full after {found[-1]:.0f} ms, imports {imports}")
+            say(f"agent {number}: full after {found[-1]:.0f} ms, imports {imports}")
             at.until_streaming()
     report.add("full strength again, agent restarted", f"{STREAMS} streams", "4 / 8 s", took["kept"], 0)
     report.add("the same, imports anew (no zygote)", f"{STREAMS} streams", "", took["anew"], 0)
     report.note(f"the zygote: {median(took['anew']) / median(took['kept']):.1f} x sooner at full strength again")
-    report.judged("agent", at.verdict)
+    report.ended("agent", at.verdict)
 
 
 def row_stop(report: Report, kills: int, seed: int) -> None:
@@ -109,7 +109,7 @@ def row_stop(report: Report, kills: int, seed: int) -> None:
                 signs[masked.fields["source"]] += 1
                 at.history.wait_adopted(mark, RANKS, f"after rank {rank} was stopped")
                 deadline = time.monotonic() + 30.0
-                while not ended(pid):  # whoever fences it also ends it
+                while not ended(pid):  # the process that fences it also ends it
                     if time.monotonic() > deadline:
                         raise WaitTimeout(f"the stopped rank {rank} (pid {pid}) is still there after 30 s")
                     time.sleep(0.01)
@@ -117,10 +117,10 @@ def row_stop(report: Report, kills: int, seed: int) -> None:
                     "stop", kill=number, rank=rank, pid=pid, signal=19, streams=streams, masked_ms=found[-1],
                     source=masked.fields["source"],
                 )  # fmt: skip
-                tell(f"stop {number}: masked after {found[-1]:.0f} ms by {masked.fields['source']}")
+                say(f"stop {number}: masked after {found[-1]:.0f} ms by {masked.fields['source']}")
         report.add("SIGSTOP -> fenced", condition, f"<= {target}", found, 0)
         report.note(f"stop, {condition}: noticed by {dict(signs)}")
-        report.judged(f"stop, {condition}", at.verdict)
+        report.ended(f"stop, {condition}", at.verdict)
 
 
 def until_stopped(pid: int) -> None:
@@ -144,7 +144,7 @@ def row_engine(report: Report, kills: int, seed: int) -> None:
                 raise ElasticError("there is no engine")
             mark, killed = kill_role(at, "engine", engine.pid)
             adopted = at.history.wait(mark, "the next engine's view", lambda e: e.kind == "epoch_adopted")
-            tell(f"engine {len(deaths)}: view adopted after {(at.history.when(adopted) - killed.at) * 1000:.0f} ms")
+            say(f"engine {len(deaths)}: view adopted after {(at.history.when(adopted) - killed.at) * 1000:.0f} ms")
             time.sleep(0.5)  # so that the streams' first new tokens belong to this death
             at.until_streaming()
             deaths.append((killed, time.monotonic()))
@@ -167,7 +167,7 @@ def row_engine(report: Report, kills: int, seed: int) -> None:
         )
     report.add("engine killed -> streams go on", f"the last of {STREAMS} streams", "500 / 1500 ms", last, 0)
     report.add("- the first of them", f"{STREAMS} streams", "", first, 0)
-    report.judged("engine", at.verdict)
+    report.ended("engine", at.verdict)
 
 
 def row_controller(report: Report, kills: int, seed: int) -> None:
@@ -185,7 +185,7 @@ def row_controller(report: Report, kills: int, seed: int) -> None:
             mark, killed = kill_role(at, "controller", leader.pid)
             elected = at.history.wait(mark, "another leader", lambda e: e.kind == "leader_elected")
             deaths.append((killed, at.history.when(elected)))
-            tell(f"controller {len(deaths)}: another after {(deaths[-1][1] - killed.at) * 1000:.0f} ms")
+            say(f"controller {len(deaths)}: another after {(deaths[-1][1] - killed.at) * 1000:.0f} ms")
             at.pause()
             starts.append(time.monotonic())
             subprocess.run([sys.executable, "-c", AS_A_CONTROLLER_STARTS], check=True, timeout=60)
@@ -202,4 +202,4 @@ def row_controller(report: Report, kills: int, seed: int) -> None:
     started = [gap for since in starts if (gap := at.beyond(at.gaps(since, since + window_s))) is not None]
     report.add("- the same when such a process starts and none is killed", f"windows of {window_s:.2f} s", "", started)
     report.add("- the same with neither (chance)", f"windows of {window_s:.2f} s", "", at.control(window_s))
-    report.judged("controller", at.verdict)
+    report.ended("controller", at.verdict)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.recovery_cluster import Scene, scene
-from benchmarks.recovery_report import Report, tell
+from benchmarks.recovery_report import Report, say
 from chaos.faults import kill
 from membership.base.errors import ElasticError
 from membership.base.events import Event
@@ -111,12 +111,12 @@ def floor_ms(victim: subprocess.Popen[bytes], mutex: RobustMutex) -> float:
         raise ElasticError("the floor's victim did not start")
     if rss_mb(victim.pid) < BALLAST_MB:
         raise ElasticError("the floor's victim is too small")
-    heard: list[float] = []
+    noticed_at: list[float] = []
 
     def wait() -> None:
         run_in_short_turns()  # as the engine does
         if mutex.owner_died(10.0):
-            heard.append(time.monotonic())
+            noticed_at.append(time.monotonic())
 
     watcher = threading.Thread(target=wait)
     watcher.start()
@@ -124,9 +124,9 @@ def floor_ms(victim: subprocess.Popen[bytes], mutex: RobustMutex) -> float:
     sent_at = time.monotonic()
     os.kill(victim.pid, signal.SIGKILL)
     watcher.join(timeout=15.0)
-    if not heard:
+    if not noticed_at:
         raise ElasticError("the floor's victim did not die")
-    return (heard[0] - sent_at) * 1000
+    return (noticed_at[0] - sent_at) * 1000
 
 
 def row_detect(report: Report, kills: int, seed: int) -> None:
@@ -144,10 +144,10 @@ def row_detect(report: Report, kills: int, seed: int) -> None:
                     "detect", kill=number, rank=death.rank, pid=death.pid, streams=streams, signal=9,
                     detect_ms=noticed[-1], floor_ms=floors[-1], gone_ms=gone_ms, source=death.source,
                 )  # fmt: skip
-                tell(f"detect {number}: {noticed[-1]:.2f} ms, floor {floors[-1]:.2f}, gone after {gone_ms:.1f}")
+                say(f"detect {number}: {noticed[-1]:.2f} ms, floor {floors[-1]:.2f}, gone after {gone_ms:.1f}")
         report.add("SIGKILL of a rank with 2 GB RSS -> engine knows", condition, "1 / 10 ms", noticed, 2)
         report.add("floor: bare robust futex, 2 GB", condition, "0.25 ms", floors, 2)
-        report.judged(f"detect, {condition}", at.verdict)
+        report.ended(f"detect, {condition}", at.verdict)
 
 
 def row_kills(report: Report, kills: int, seed: int, flags: tuple[str, ...] = ()) -> None:
@@ -159,7 +159,7 @@ def row_kills(report: Report, kills: int, seed: int, flags: tuple[str, ...] = ()
             deaths.append(death := kill_rank(at, number % RANKS))
             if spare and at.pid_of(death.rank) != spare:
                 raise ElasticError(f"rank {death.rank} is back without the spare, process {spare}")
-            tell(f"kill {number}: rank {death.rank}, full after {(death.full_at - death.at) * 1000:.0f} ms")
+            say(f"kill {number}: rank {death.rank}, full after {(death.full_at - death.at) * 1000:.0f} ms")
     name = "kills with a spare" if flags else "kills"
     figures: list[dict[str, float | None]] = []
     for number, death in enumerate(deaths):
@@ -175,7 +175,7 @@ def row_kills(report: Report, kills: int, seed: int, flags: tuple[str, ...] = ()
     load = f"{STREAMS} streams of 256 tokens"
     if flags:
         report.add("full strength again with a spare", load, "100 / 300 ms", column("full_ms"))
-        report.judged(name, at.verdict)
+        report.ended(name, at.verdict)
         return
     report.add("SIGKILL -> engine knows (no ballast)", load, "1 / 10 ms", column("detect_ms"), 2)
     report.add("SIGKILL -> every lost row answered by a replica", load, "10 / 50 ms", column("rows_ms"))
@@ -187,7 +187,7 @@ def row_kills(report: Report, kills: int, seed: int, flags: tuple[str, ...] = ()
     report.add("full strength again from the forkserver", load, "250 / 800 ms", column("full_ms"))
     lost = sum(death.answered_at is not None for death in deaths)
     report.note(f"{name}: rows were lost in {lost} of {len(deaths)}; steady p99 of gaps {at.steady_p99_ms():.1f} ms")
-    report.judged(name, at.verdict)
+    report.ended(name, at.verdict)
 
 
 def felt(scene: Scene, death: Death) -> dict[str, float | None]:

@@ -35,7 +35,7 @@ class Line:
 
 @dataclass
 class Report:
-    """Collects the lines, and writes the receipts as they come."""
+    """Collects the lines; writes and prints the receipts as they come."""
 
     path: Path | None
     lines: list[Line] = field(default_factory=list)
@@ -48,7 +48,7 @@ class Report:
             with self.path.open("a") as file:
                 file.write(json.dumps({"row": row, **facts}) + "\n")
 
-    def judged(self, row: str, verdict: Verdict, **facts: Any) -> None:
+    def ended(self, row: str, verdict: Verdict, **facts: Any) -> None:
         """A run has ended: what its clients got."""
         counts = {kind: verdict.count(kind) for kind in ("lost", "duplicated", "altered")}
         self.failures += not verdict.ok
@@ -59,14 +59,14 @@ class Report:
             self.note(f"{row}: request {difference.prompt} {difference.kind}: {difference.explanation}")
 
     def add(self, *arguments: Any, **named: Any) -> None:
-        """A line of the table; told at once, since the rest takes minutes."""
+        """A line of the table; printed at once, since the rest takes minutes."""
         self.lines.append(Line(*arguments, **named))
-        tell(self.lines[-1].text())
+        say(self.lines[-1].text())
 
     def note(self, text: str) -> None:
         """A line under the table."""
         self.notes.append(text)
-        tell(text)
+        say(text)
 
     def table(self) -> str:
         """All of it."""
@@ -74,7 +74,7 @@ class Report:
         return f"{HEAD}\n{rows}\n\n" + "\n".join(f"* {note}" for note in self.notes) + "\n"
 
 
-def tell(text: str) -> None:
-    """To the person who waits."""
+def say(text: str) -> None:
+    """A line on stderr: progress of a long run."""
     sys.stderr.write(text + "\n")
     sys.stderr.flush()

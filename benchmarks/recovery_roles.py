@@ -1,7 +1,7 @@
 """The roles of a cluster as `recovery.py` runs them: `python -m benchmarks.recovery_roles serve` is `elastic serve`.
 
 A hundred kills in a row are each treated as a slot's (or role's) first death, without the backoff and quarantine that
-would follow in life. By environment, all inherited: RECOVERY_BALLAST_MB (touched memory in each rank), RECOVERY_TTL_S
+follow in production. By environment, all inherited: RECOVERY_BALLAST_MB (touched memory in each rank), RECOVERY_TTL_S
 (of leases) and RECOVERY_SWITCH (file of a page that turns detection and masking off and on while they run).
 """
 

@@ -1,6 +1,6 @@
 """A switch that turns detection and masking off and on in a running cluster, for paired runs of what they cost.
 
-Off: watchers do not wait on the robust futex, hearts do not beat, agents do not judge them, the engine's watchdog does
+Off: watchers do not wait on the robust futex, heartbeats stop, agents do not check them, the engine's watchdog does
 not follow steps, main threads do not count their sleeps, and ranks do not look at the live mask. One page, mapped by
 all processes, says which; reading it costs both sides the same. Only for benchmarks: while it is off, a dead rank is
 not noticed.
@@ -16,7 +16,7 @@ from pathlib import Path
 
 SWITCH = "RECOVERY_SWITCH"
 PAUSE_S = 0.25  # how often a thread that is off looks whether it is on again
-GRACE_S = 2.0  # for hearts to beat again before anybody is blamed
+GRACE_S = 2.0  # for heartbeats to go on before a rank is suspected
 
 
 class Switch:
@@ -46,7 +46,7 @@ class Switch:
 
     @property
     def judging(self) -> bool:
-        """On for long enough to blame somebody."""
+        """On for long enough to suspect a rank."""
         changed_at: float = struct.unpack("d", self._page[8:16])[0]
         return self.on and time.monotonic() - changed_at > GRACE_S
 
@@ -56,12 +56,12 @@ def install() -> None:
     path = os.environ.get(SWITCH)
     if not path:
         return
-    import workers.agent.decide as agent_state
+    import workers.agent.decide as decide
     import workers.protocol.liveness as liveness
     from workers.fleet.watchdog import Watchdog
 
     switch = Switch(Path(path))
-    look, hung, advancing = liveness.DeathWatcher._look, agent_state.hung, agent_state.advancing
+    look, hung, advancing = liveness.DeathWatcher._look, decide.hung, decide.advancing
 
     def look_if_on(watcher: liveness.DeathWatcher) -> str:
         if switch.on:
@@ -69,7 +69,7 @@ def install() -> None:
         watcher._stopping.wait(timeout=PAUSE_S)
         return ""
 
-    def beat_if_on(page: liveness.LivenessPage, every_s: float) -> None:
+    def heartbeat_if_on(page: liveness.LivenessPage, every_s: float) -> None:
         while not page._stop.wait(timeout=every_s if switch.on else PAUSE_S):
             if switch.on:
                 page._counters[0] += 1
@@ -78,9 +78,9 @@ def install() -> None:
     Watchdog.began = lambda dog, step, ranks, now: began(dog, step, ranks if switch.judging else (), now)
     liveness.LivenessPage.slept = lambda page, ns: slept(page, ns) if switch.on else None
     liveness.DeathWatcher._look = look_if_on
-    liveness.LivenessPage._beat = beat_if_on
-    agent_state.hung = lambda *given, **named: switch.judging and hung(*given, **named)
-    agent_state.advancing = lambda beat: not switch.judging or advancing(beat)
+    liveness.LivenessPage._beat = heartbeat_if_on
+    decide.hung = lambda *given, **named: switch.judging and hung(*given, **named)
+    decide.advancing = lambda beat: not switch.judging or advancing(beat)
     _mask_if_on(switch)
 
 

@@ -10,7 +10,7 @@ from workers.rank.worker import EPWorker
 
 
 def ballast(megabytes: int) -> mmap.mmap:
-    """So much private memory, each 4 KiB page of it touched, so that all of it has to be torn down."""
+    """Private memory of this size, each 4 KiB page of it touched, so that all of it has to be torn down."""
     memory = mmap.mmap(-1, megabytes << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_NOHUGEPAGE)
     page = b"\1" * mmap.PAGESIZE

@@ -1,9 +1,9 @@
-"""What a change of size costs those who are being served: the table of docs/benchmarks.md.
+"""What a change of size costs requests under way: the table of docs/benchmarks.md.
 
     python -m benchmarks.scaling [--rows commit,size,restart,planner] [--cycles 30] [--seed 0] [--receipts FILE]
 
 Real processes: `elastic serve` with the demo model, clients over HTTP. Each scale is proven (operation done, its epoch
-committed and stepped under, so many ranks) and each run is judged against an unscaled one. Receipts are JSON lines.
+committed and stepped under, by all its ranks) and each run is compared with an unscaled one. Receipts are JSON lines.
 Exit 1 if a request was lost, duplicated or altered. Rows:
 
     commit      4 -> 8 and 8 -> 4 under load: pause at commit, pace while preparing, time to full size (forkserver)

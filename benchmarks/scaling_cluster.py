@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.recovery_cluster import POLL_S, Scene, scene
-from benchmarks.recovery_report import Report, tell
+from benchmarks.recovery_report import Report, say
 from chaos.workload.history import percentile
 from membership.base.errors import ElasticError, WaitTimeout
 from membership.store.records import Phase
 
 SMALL, LARGE, STREAMS = 4, 8, 8
 NEW = LARGE - SMALL
-SETTLE_S, DWELL_S = 0.5, 1.5  # after a scale; then nothing is done for so long
+SETTLE_S, DWELL_S = 0.5, 1.5  # after a scale; then how long nothing is done
 OPS_S = 120.0
 
 Span = tuple[float, float]
@@ -80,7 +80,7 @@ def rest() -> Span:
 
 
 def until_spares(scene: Scene, wanted: int, timeout_s: float = 90.0) -> frozenset[int]:
-    """The spares' processes, once so many wait."""
+    """The spares' processes, once this number waits."""
     deadline = time.monotonic() + timeout_s
     while True:
         found = frozenset(pid for agent in scene.state().agents.values() for pid in agent.spares)
@@ -147,7 +147,7 @@ def row_commit(report: Report, cycles: int, seed: int) -> None:
         scales = []
         for number in range(cycles):
             scales += cycle(at)
-            tell(f"cycle {number}: full after {scales[-2].full_ms:.0f} ms up, {scales[-1].full_ms:.0f} ms down")
+            say(f"cycle {number}: full after {scales[-2].full_ms:.0f} ms up, {scales[-1].full_ms:.0f} ms down")
     felt = Felt(at, scales)
     for each in scales:
         report.receipt("commit", **_facts(each), beyond_ms=felt.beyond_ms(each), slower=felt.slower(each))
@@ -169,7 +169,7 @@ def row_commit(report: Report, cycles: int, seed: int) -> None:
     moved = sum(each.moved for each in scales)
     steady = ", ".join(f"{felt.p99_ms(size):.1f} ms with {size} ranks" for size in felt.steady)
     report.note(f"commit: steady p99 of gaps {steady}; {moved} requests computed again after {len(scales)} scales")
-    report.judged("commit", at.verdict)
+    report.ended("commit", at.verdict)
 
 
 def row_size(report: Report, cycles: int, seed: int) -> None:
@@ -184,10 +184,10 @@ def row_size(report: Report, cycles: int, seed: int) -> None:
                 up, _ = cycle(at, spares)
                 found.append(up.full_ms)
                 report.receipt("size", way=way, streams=streams, **_facts(up))
-                tell(f"size {number}: {load}, {way}: full after {up.full_ms:.0f} ms")
+                say(f"size {number}: {load}, {way}: full after {up.full_ms:.0f} ms")
         target = "300 ms" if spares else "1000 ms"
         report.add(f"{NEW} new ranks, asked -> full size, {way}", load, target, found, 0)
-        report.judged(f"size, {way}, {load}", at.verdict)
+        report.ended(f"size, {way}, {load}", at.verdict)
 
 
 def _facts(scale: Scaled) -> dict[str, object]:

@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 from msgspec.structs import replace
 
-from benchmarks.recovery_report import Report, tell
+from benchmarks.recovery_report import Report, say
 from membership.base.errors import ElasticError
 from membership.placement.balance import imbalance
 from membership.placement.plan import Loads, coverage, moves, plan, repair
@@ -29,10 +29,10 @@ Made = TypeVar("Made")
 
 
 def some_loads(seed: int) -> tuple[tuple[int, ...], ...]:
-    """As the engine tells them: 16ths of the layer's mean."""
+    """As the engine publishes them: 16ths of the layer's mean."""
     raw = np.random.default_rng(seed).lognormal(0.0, SPREAD, (LAYERS, EXPERTS))
-    told = np.rint(16 * raw / raw.mean(axis=1, keepdims=True)).astype(int)
-    return tuple(tuple(layer) for layer in told.tolist())
+    published = np.rint(16 * raw / raw.mean(axis=1, keepdims=True)).astype(int)
+    return tuple(tuple(layer) for layer in published.tolist())
 
 
 def timed(into: list[float], call: Callable[[], Made]) -> Made:
@@ -101,7 +101,7 @@ def row_planner(report: Report, cycles: int, seed: int) -> None:
             "planner", loads=seed + number, lost=lost, slots=slots, orphans=orphans, moved=done.moved,
             steps=done.steps, before=before[-1], after=after[-1],
         )  # fmt: skip
-        tell(f"planner {number}: {shares[-1]:.1f} % of slots moved in {done.steps} steps, balanced {after[-1]:.3f}")
+        say(f"planner {number}: {shares[-1]:.1f} % of slots moved in {done.steps} steps, balanced {after[-1]:.3f}")
     size = f"{LAYERS} x {EXPERTS} x {RANKS}, {HOSTS} hosts"
     report.add("plan from nothing, no loads known", size, "50 ms", unloaded)
     report.add("plan from nothing, loads known", size, "50 ms", fresh)

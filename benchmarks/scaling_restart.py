@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 
 from benchmarks.recovery_cluster import MAX_TOKENS, POLL_S, OurCluster
-from benchmarks.recovery_report import Report, tell
+from benchmarks.recovery_report import Report, say
 from benchmarks.scaling_cluster import LARGE, OPS_S, SMALL, STREAMS, Span
 from chaos.workload.history import RequestRecord, compare, percentile
 from chaos.workload.streams import FULL, Load, Workload
@@ -28,7 +28,7 @@ RESTARTS = 6  # cycles of the other rows per pair of restarts
 
 
 class PatientWorkload(Workload):
-    """Clients that try again when nobody answers, as behind a load balancer; and when each failed."""
+    """Clients that try again when no gateway answers, as behind a load balancer; and when each failed."""
 
     def __init__(self, url: str, model: str) -> None:
         super().__init__(url, model, LOAD)
@@ -54,13 +54,13 @@ class Service:
     """One address, at which one `elastic serve` after the other answers."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._ports, self._lives = folder, free_ports(2), 0
+        self._folder, self._ports, self._runs = folder, free_ports(2), 0
         self.cluster: OurCluster | None = None
 
     def start(self, ranks: int) -> OurCluster:
         """`elastic serve` with this size and an empty state directory, until it serves in full."""
-        self._lives += 1
-        here = self._folder / f"state{self._lives}"
+        self._runs += 1
+        here = self._folder / f"state{self._runs}"
         self.cluster = OurCluster(
             self._folder / "model", ranks, state_dir=here, ports=tuple(self._ports), roles="elastic.cli"
         )
@@ -116,7 +116,7 @@ def row_restart(report: Report, cycles: int, seed: int) -> None:
                 at.start(target)
                 clients.until_streaming()
                 restarts.append((began, time.monotonic()))
-                tell(f"restart {number}: streams go on with {target} ranks after {time.monotonic() - began:.1f} s")
+                say(f"restart {number}: streams go on with {target} ranks after {time.monotonic() - began:.1f} s")
                 time.sleep(1.0)
         records = clients.stop()
     tokens = sorted(at for record in records for at in record.token_times)
@@ -131,4 +131,4 @@ def row_restart(report: Report, cycles: int, seed: int) -> None:
     ratio = percentile(theirs, 0.5) / max(percentile(ours, 0.5), 0.001)
     report.add("restart / scale", "medians", ">= 20 x", [ratio], 0, "x")
     report.note(f"restart: {len(excused)} requests failed by restarts; they are not held against the rest")
-    report.judged("restart", compare([r for r in records if r not in excused], oracle))
+    report.ended("restart", compare([r for r in records if r not in excused], oracle))

@@ -130,7 +130,7 @@ class Ranks:
 def decode_step(
     ranks: Ranks, streams: int, context: int, per_seq: int, prompt: Callable[[int, int], int]
 ) -> Callable[[], object]:
-    """Prefill `streams` sequences, dealt out over the ranks; then a decode step per call."""
+    """Prefill `streams` sequences, spread over the ranks; then a decode step per call."""
     count = len(ranks.pipes)
     blocks = [list(range(s // count * per_seq, (s // count + 1) * per_seq)) for s in range(streams)]
     last = {}

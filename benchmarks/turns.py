@@ -1,7 +1,7 @@
 """How soon a watcher knows of a kill -9 while other processes want all cores, with and without short turns for it.
 
 A victim that computes must first get a core to die on; one that sleeps is let in when the signal wakes it. So the two
-kinds tell the victim's share of the delay from the watcher's. `python -m benchmarks.turns [--rounds 24]`.
+kinds separate the victim's share of the delay from the watcher's. `python -m benchmarks.turns [--rounds 24]`.
 """
 
 from __future__ import annotations

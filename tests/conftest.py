@@ -76,7 +76,7 @@ def _children() -> dict[int, str]:
 
 
 def _any_children() -> bool:
-    """The usual case told without a look at every process of the machine."""
+    """The usual case, known without a look at every process of the machine."""
     try:
         return any(Path(f"/proc/self/task/{thread}/children").read_text() for thread in os.listdir("/proc/self/task"))
     except FileNotFoundError:  # a thread has just ended

@@ -235,6 +235,6 @@ MUTANTS: tuple[Mutant, ...] = (
         file="membership/planning/planner.py",
         before="(last.quarantined or last.held_back_s(facts.now))",
         after="last.held_back_s(facts.now)",
-        tests=(f"{PLANNER}::test_a_quarantined_slot_stays_empty_until_somebody_scales",),
+        tests=(f"{PLANNER}::test_a_quarantined_slot_stays_empty_until_the_next_scale",),
     ),
 )

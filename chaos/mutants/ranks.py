@@ -31,7 +31,7 @@ MUTANTS: tuple[Mutant, ...] = (
         file="workers/fleet/watchdog.py",
         before="passed_s = min(now - self._watched_at, 2 * TICK_S)",
         after="passed_s = now - self._watched_at",
-        tests=(f"{WATCHDOG}::test_the_watchdogs_own_lateness_is_not_held_against_anybody",),
+        tests=(f"{WATCHDOG}::test_the_watchdogs_own_lateness_evicts_no_rank",),
     ),
     Mutant(
         name="busy-rank-evicted",
@@ -39,7 +39,7 @@ MUTANTS: tuple[Mutant, ...] = (
         file="workers/fleet/watchdog.py",
         before="(first.turns, first.steps) or look.main_s > first.main_s",
         after="(first.turns, first.steps)",
-        tests=(f"{WATCHDOG}::test_who_works_starves_or_waits_is_not_evicted",),
+        tests=(f"{WATCHDOG}::test_a_rank_that_works_starves_or_waits_is_not_evicted",),
     ),
     Mutant(
         name="stopped-rank-kept",

@@ -28,5 +28,5 @@ def store(request: pytest.FixtureRequest, etcd: EtcdServer) -> Iterator[Store]:
 
 @pytest.fixture
 def prefix() -> str:
-    """Where this test's keys live: the etcd is shared."""
+    """Prefix of this test's keys: the etcd is shared."""
     return f"/test/{uuid.uuid4().hex}/"

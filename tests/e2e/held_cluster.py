@@ -1,4 +1,4 @@
-"""A served cluster whose roles wait at failpoints while a test strikes: each has a gate, a file that is there or not.
+"""A served cluster whose roles wait at failpoints while a test injects a fault: each point has a gate, a file.
 
 Shared by many cases: streams run all the time, and every case holds what ended in it against the fault-free run.
 A second controller stands by, so that a case need not wait for the supervisor's delay before it starts one again.
@@ -53,7 +53,7 @@ class HeldCluster:
         self.cluster = ServedCluster(model, ranks, state_dir=folder / "state", flags=FLAGS, environ={ENV: faults})
         self._opened = ExitStack()
         self._standby: subprocess.Popen[bytes] | None = None
-        self._judged = 0
+        self._checked = 0
         self.broken = ""  # the case that left it in a state which no other can start from
 
     def __enter__(self) -> HeldCluster:
@@ -85,11 +85,11 @@ class HeldCluster:
         """What the store says."""
         return self.cluster.client().state()
 
-    # --- striking
+    # --- faults
 
     @contextmanager
     def held(self, point: str) -> Iterator[None]:
-        """Whoever comes to `point` waits there until the block is left."""
+        """A process that reaches `point` waits there until the block is left."""
         while self._tail.read() is not None:
             continue
         self._gates[point].unlink()
@@ -99,17 +99,17 @@ class HeldCluster:
             self._gates[point].touch()
 
     def wait_held(self, point: str) -> None:
-        """Until somebody waits there: the history says so."""
+        """Until a process waits there: the history says so."""
 
         def there() -> bool:
             return any(e.kind == KIND and e.fields["name"] == point.partition("@")[0] for e in self._tail.read() or ())
 
-        eventually(there, T, f"somebody to wait at {point}")
+        eventually(there, T, f"a process to wait at {point}")
 
     @property
     def leader(self) -> LeaderRecord:
         """The controller that leads."""
-        item = eventually(lambda: self._store.get(self._keys.leader), T, "somebody to lead")
+        item = eventually(lambda: self._store.get(self._keys.leader), T, "a controller to lead")
         return codec.decode(item.value, LeaderRecord)
 
     def depose_controller(self) -> None:
@@ -148,7 +148,7 @@ class HeldCluster:
         return eventually(found, T, f"rank {rank} to have a process")
 
     def stop_etcd(self, seconds: float, point: str) -> None:
-        """etcd answers nobody for so long; who waits at `point` goes on meanwhile."""
+        """etcd answers no client for `seconds`; what waits at `point` goes on meanwhile."""
         etcd = psutil.Process(role_pid(self.cluster, "etcd"))
         etcd.suspend()
         try:
@@ -171,13 +171,13 @@ class HeldCluster:
         assert operation.finished <= operation.deadline + 1.0, operation
         return operation
 
-    def judge(self) -> None:
+    def check_streams(self) -> None:
         """All that streams at this moment ends, and all that has ended since the last time is as without a fault."""
         open_now = len(self.workload.records()) + STREAMS
         eventually(lambda: len(self.workload.records()) >= open_now, T, "streams to end")
         records = self.workload.records()
-        verdict = compare(records[self._judged :], self._oracle)
-        self._judged = len(records)
+        verdict = compare(records[self._checked :], self._oracle)
+        self._checked = len(records)
         assert verdict.ok, verdict.differences
 
 

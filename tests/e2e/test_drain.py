@@ -1,4 +1,4 @@
-"""Drain, undrain, cancel and pause by the command line, under streaming load: any rank, nobody notices."""
+"""Drain, undrain, cancel and pause by the command line, under streaming load: any rank, and no client notices."""
 
 from __future__ import annotations
 

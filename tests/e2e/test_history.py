@@ -1,4 +1,4 @@
-"""A short run of the real thing, recorded: a kill and a scale under load, judged from the record by the command."""
+"""A short run of the real thing, recorded: a kill and a scale under load, checked from the record by the command."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
 VICTIM = 1
 
 
-def test_a_recorded_run_is_judged_from_its_file(serve: Serve, demo_model: Path, tmp_path: Path) -> None:
+def test_a_recorded_run_is_checked_from_its_file(serve: Serve, demo_model: Path, tmp_path: Path) -> None:
     cluster = serve(demo_model, 2, flags=("--max-ranks", "3"))
     cluster.wait_serving(2)
     oracle = Workload(cluster.url, cluster.model_name(), Load(prompts=6, max_tokens=32)).run_once()

@@ -75,5 +75,5 @@ def test_each_rank_in_turn(demo_model: Path, tmp_path: Path, zygote: Zygote) -> 
 
 
 def masked(event: Event) -> int:
-    """The incarnation that the event tells was masked."""
+    """The incarnation that the event says was masked."""
     return int(event.fields["incarnation"]) if event.kind == "rank_masked" else 0

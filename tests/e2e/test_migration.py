@@ -33,7 +33,7 @@ def test_ranks_leave_and_nothing_is_recomputed(serve: Serve, demo_model: Path) -
 
 
 def leaves(cluster: ServedCluster, command: tuple[str, ...], leave: set[int], stay: set[int]) -> None:
-    """Do it under load: every request that lived on those who leave has moved to those who stay, with its KV blocks."""
+    """Do it under load: every request on a departing rank has moved to one that stays, with its KV blocks."""
     model = cluster.model_name()
     expected = texts_of(cluster, model, 400)
     before, earlier = migrated(cluster), len(cluster.events())

@@ -49,12 +49,12 @@ def generated(directory: Path) -> list[list[str]]:
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval()
     model.generation_config.eos_token_id = None
-    told = []
+    continuations = []
     for prompt in PROMPTS:
         ids = torch.tensor([prompt])
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False)
-        told.append([f"<{token}>" for token in out[0, len(prompt) :].tolist()])
-    return told
+        continuations.append([f"<{token}>" for token in out[0, len(prompt) :].tolist()])
+    return continuations
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,7 +1,7 @@
-"""Every fault at every edge of an operation: it ends, done or rolled back, and nobody who streams notices.
+"""Every fault at every edge of an operation: it ends, done or rolled back, and no client that streams notices.
 
-Who passes a failpoint waits there while the test strikes, then may go on. All cases share one cluster; each changes it
-from two ranks to three and back, or from three to two and back, the first of the two changes under fire.
+A process at a failpoint waits while the test injects a fault, then goes on.  it
+All cases share one cluster; each, or from three to two and back, the first of the two changes under fire.
 
 `make matrix` runs all of them (nine minutes on two cores); `make test` each edge and each fault, in fewer pairs.
 """
@@ -30,7 +30,7 @@ BEFORE_COMMIT = ("spawning", "handshaking", "loading")
 UP = (*BEFORE_COMMIT, "committed", "retiring", "done")
 DOWN = ("loading", "committed", "assigned", "retiring", "done")
 FAULTS = ("kill controller", "depose controller", "kill newcomer", "hang newcomer", "stop etcd")
-CHANGES = {  # the change and the way back, and who serves all the while
+CHANGES = {  # the change and the way back, and the ranks that serve all the while
     "up": (scale(LARGE), scale(SMALL), (0, 1)),
     "down": (scale(SMALL), scale(LARGE), (0, 1)),
     "drain": (drain(0), undrain(0), (1, 2)),
@@ -119,7 +119,7 @@ def change(stage: HeldCluster, request: Change) -> None:
     stage.cluster.wait_serving(size(stage))
 
 
-def strike(stage: HeldCluster, fault: str, point: str, outage_s: float) -> None:
+def inject(stage: HeldCluster, fault: str, point: str, outage_s: float) -> None:
     if fault == "kill controller":
         stage.kill_controller()
     elif fault == "depose controller":
@@ -134,22 +134,22 @@ def strike(stage: HeldCluster, fault: str, point: str, outage_s: float) -> None:
         stage.stop_etcd(outage_s, point)
 
 
-def under_fire(stage: HeldCluster, name: str, point: str, fault: str) -> tuple[Operation, int]:
-    """Change, and strike while somebody waits at the failpoint. How it ended; the incarnation that was struck."""
+def with_fault(stage: HeldCluster, name: str, point: str, fault: str) -> tuple[Operation, int]:
+    """Change, and inject while a process waits at the failpoint. How it ended; the incarnation with the fault."""
     left = fault == "leave it there"
     with stage.held(point):
         operation = stage.propose(CHANGES[name][0], OVERDUE_S if left else DEADLINE_S)
         if "aborted" in point:
             kill(stage.process_of(NEWCOMER).pid)
         stage.wait_held(point)
-        struck = stage.process_of(NEWCOMER).incarnation if "newcomer" in fault else 0
-        strike(stage, fault, point, OUTAGE_S.get(name, 0.0))
+        faulty = stage.process_of(NEWCOMER).incarnation if "newcomer" in fault else 0
+        inject(stage, fault, point, OUTAGE_S.get(name, 0.0))
         ended = stage.end_of(operation) if left else None
-    return ended or stage.end_of(operation), struck
+    return ended or stage.end_of(operation), faulty
 
 
 def ends(point: str, fault: str) -> tuple[Phase, ...]:
-    """How it may end: one way, but where it depends on who is faster."""
+    """How it may end: one way, but where it depends on which is faster."""
     phase = point.rpartition(".")[2]
     if fault == "stop etcd" or (point, fault) == ("controller.before.committed", "kill newcomer"):
         return Phase.DONE, Phase.ABORTED
@@ -158,20 +158,20 @@ def ends(point: str, fault: str) -> tuple[Phase, ...]:
 
 
 @pytest.mark.parametrize(("name", "point", "fault"), cells())
-def test_it_ends_and_nobody_notices(stage: HeldCluster, name: str, point: str, fault: str) -> None:
+def test_it_ends_and_no_client_notices(stage: HeldCluster, name: str, point: str, fault: str) -> None:
     request, back, stay = CHANGES[name]
     if size(stage) != (SMALL if name == "up" else LARGE):
         change(stage, scale(SMALL if name == "up" else LARGE))
     before, wanted, served = stage.state.view, size(stage), members(stage, *stay)
-    operation, struck = under_fire(stage, name, point, fault)
+    operation, faulty = with_fault(stage, name, point, fault)
     assert operation.phase in ends(point, fault), operation
     if operation.phase is Phase.ABORTED:
         assert operation.error
         assert (stage.state.view, size(stage)) == (before, wanted), "nothing has changed"
         change(stage, request)
-    elif struck:
-        eventually(lambda: (m := members(stage, NEWCOMER)[0]) and m.incarnation > struck, T, "another newcomer")
+    elif faulty:
+        eventually(lambda: (m := members(stage, NEWCOMER)[0]) and m.incarnation > faulty, T, "another newcomer")
     stage.cluster.wait_serving(size(stage))
-    assert members(stage, *stay) == served, "who served goes on as it was"
+    assert members(stage, *stay) == served, "serving ranks go on as they were"
     change(stage, back)
-    stage.judge()
+    stage.check_streams()

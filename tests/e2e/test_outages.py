@@ -64,7 +64,7 @@ def insist(ask: Callable[[], object], what: str) -> None:
 
 
 def seen(cluster: ServedCluster, kind: str) -> list[int | None]:
-    """The ranks that events of a kind tell of."""
+    """The ranks of the events of a kind."""
     return [event.rank for event in cluster.events() if event.kind == kind]
 
 
@@ -88,9 +88,9 @@ def test_without_a_controller_steps_go_on_and_a_death_is_masked(serve: Serve, de
 
     with under_load(cluster, RANKS) as workload:
         before = cluster.status()
-        with stopped(cluster.pid):  # who would start another one
+        with stopped(cluster.pid):  # it would start another one
             kill(role_pid(cluster, "controller"))
-            eventually(lambda: cluster.client().state().leader_revision == 0, T, "nobody to lead")
+            eventually(lambda: cluster.client().state().leader_revision == 0, T, "the office to be empty")
             first = step()
             eventually(lambda: step() > first + 50, T, "fifty more steps")
             masks_a_death(cluster, workload, 1, before["ranks"][1]["pid"])
@@ -105,7 +105,7 @@ def test_without_a_controller_steps_go_on_and_a_death_is_masked(serve: Serve, de
 
 
 def test_an_etcd_stopped_for_long_freezes_membership_and_nothing_else(serve: Serve, demo_model: Path) -> None:
-    """All leases run out meanwhile. The ranks that lived through it are the same processes afterwards."""
+    """All leases run out meanwhile. The ranks that survived it are the same processes afterwards."""
     cluster = serve(demo_model, RANKS)
     with under_load(cluster, RANKS) as workload:
         before, config = cluster.status(), cluster.client().state().config
@@ -133,7 +133,7 @@ def grown(cluster: ServedCluster, ranks: int) -> bool:
 
 
 def test_etcd_loses_its_leader(serve: Serve, demo_model: Path, tmp_path: Path) -> None:
-    """And then forgets its history, as a compaction does: who follows it, follows on."""
+    """And then forgets its history, as a compaction does: a watcher goes on where it was."""
     with three_members(tmp_path) as members:
         urls = [member.url for member in members]
         connect(urls, connect_timeout_s=T).close()  # they have a leader

@@ -1,4 +1,4 @@
-"""A slot whose ranks keep dying is set aside, says why, survives its agent's death so, and comes back when told to."""
+"""A slot whose ranks keep dying is set aside, says why, survives its agent's death so, and comes back on request."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def test_a_slot_is_set_aside_and_comes_back(serve: Serve, demo_model: Path) -> N
     workload.start()
     try:
         kill_until_set_aside(cluster)
-        (told,) = elastic(cluster, "explain", str(VICTIM))
-        assert (told["state"], told["do"][-len("elastic unquarantine 1") :]) == (
+        (explained,) = elastic(cluster, "explain", str(VICTIM))
+        assert (explained["state"], explained["do"][-len("elastic unquarantine 1") :]) == (
             "quarantined",
             "elastic unquarantine 1",
         )
-        assert f"{INTENSITY} deaths within 60 s" in told["because"][-1]
-        assert "killed by signal 9" in told["because"][-1]
+        assert f"{INTENSITY} deaths within 60 s" in explained["because"][-1]
+        assert "killed by signal 9" in explained["because"][-1]
 
         (agent,) = cluster.client().state().agents.values()
         kill(agent.pid)

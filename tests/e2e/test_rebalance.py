@@ -139,7 +139,7 @@ def test_both_holders_dead_only_orphans_are_loaded_and_every_request_goes_on(ser
     assert sum(e.fields["bytes_loaded"] for e in repaired) == 0, "the host's store has them all"
 
 
-def test_where_nobody_comes_redundancy_is_restored_in_the_background(serve: Serve, demo_model: Path) -> None:
+def test_where_no_rank_replaces_it_redundancy_is_restored_in_the_background(serve: Serve, demo_model: Path) -> None:
     cluster = serve(demo_model, 3, ("--restart-intensity", "1"))
     before = cluster.wait_serving(3)
     oracle = fault_free(cluster)

@@ -1,4 +1,4 @@
-"""Who takes over when a role dies, and what is left of it. (Each role and each fault: test_role_matrix.py.)"""
+"""What takes over when a role dies, and what is left of it. (Each role and each fault: test_role_matrix.py.)"""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def role_pid(cluster: ServedCluster, role: str) -> int:
     raise AssertionError(f"no process of role {role}")
 
 
-def test_a_standby_engine_takes_over_and_ranks_live_on(serve: Serve, demo_model: Path) -> None:
-    """Who takes over is a process that ran before the kill; the ranks are the same processes; requests are exact."""
+def test_a_standby_engine_takes_over_and_ranks_stay(serve: Serve, demo_model: Path) -> None:
+    """The successor is a process that ran before the kill; the ranks are the same processes; requests are exact."""
     cluster = serve(demo_model, RANKS)
     cluster.wait_serving(RANKS)
     model = cluster.model_name()
@@ -138,7 +138,7 @@ def test_a_gateway_dies_and_its_neighbour_serves_on(serve: Serve, demo_model: Pa
 
 
 class Cut:
-    """A stream through a gateway that dies. Its client must be able to tell that it is not the whole answer."""
+    """A stream through a gateway that dies. Its client must be able to see that it is not the whole answer."""
 
     def __init__(self, url: str, body: dict[str, object]) -> None:
         self._context = httpx.stream("POST", f"{url}/v1/completions", json={**body, "max_tokens": 2000}, timeout=60.0)
@@ -173,7 +173,7 @@ def titled(cluster: ServedCluster, title: str) -> psutil.Process:
 
 
 def test_an_agent_dies_without_a_zygote_and_a_supervisors_death_leaves_nothing(serve: Serve, demo_model: Path) -> None:
-    """Its forkserver is a fork of the zygote, whose own death nobody notices: the next agent waits for another one."""
+    """Its forkserver is a fork of the zygote, whose own death is not noticed: the next agent waits for another one."""
     cluster = serve(demo_model, RANKS, own_zygote=True)
     cluster.wait_serving(RANKS)
     zygote, forkserver = titled(cluster, ZYGOTE), titled(cluster, FORKSERVER)

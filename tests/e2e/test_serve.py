@@ -1,4 +1,4 @@
-"""`elastic serve` itself: goes on from its last epoch, serves on somebody else's etcd, stops cleanly."""
+"""`elastic serve` itself: goes on from its last epoch, serves on an external etcd, stops cleanly."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_restarted_cluster_goes_on_from_its_last_epoch(demo_model: Path, tmp_p
         assert epochs == list(range(1, len(epochs) + 1))
 
 
-def test_an_etcd_of_somebody_else(serve: Serve, demo_model: Path, tmp_path: Path) -> None:
+def test_an_external_etcd(serve: Serve, demo_model: Path, tmp_path: Path) -> None:
     with EtcdServer(tmp_path / "etcd") as etcd:
         flags = ("--etcd", etcd.url, "--cluster", "mine")
         cluster = serve(demo_model, 2, flags)

@@ -38,4 +38,4 @@ def test_a_short_soak(demo_model: Path) -> None:
     assert receipt["outages"] >= 1
     assert receipt["requests"] >= 200
     assert set(receipt["strikes"]) >= {"second", "newcomer", "holders", "all", "scale", "role", "zombie", "freeze"}
-    assert "supervisor" in {each["process"] for each in receipt["growth"]}, "who lives on was watched"
+    assert "supervisor" in {each["process"] for each in receipt["growth"]}, "what runs all the while was watched"

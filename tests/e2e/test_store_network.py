@@ -41,7 +41,7 @@ def in_force(site: ProxiedSite, fault: str) -> Iterator[None]:
 
 
 def served(workload: Workload, for_s: float) -> None:
-    """Requests end, and so much time passes."""
+    """Requests end, and `for_s` passes."""
     ended, until = len(workload.records()), time.monotonic() + for_s
     eventually(lambda: len(workload.records()) > ended + 4, T, "requests ending")
     eventually(lambda: time.monotonic() > until, T, "the fault to have lasted")
@@ -58,7 +58,7 @@ def thaw(past: StoreClient, workload: Workload) -> None:
 
 
 def thawed(past: StoreClient) -> bool:
-    """Whether somebody leads, agents are on record, and ranks follow the engine in office."""
+    """Whether a controller leads, agents are on record, and ranks follow the engine in office."""
     state = past.state()
     if not (state.leader_revision and state.agents and state.view is not None and state.engine_status is not None):
         return False

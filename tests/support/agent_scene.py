@@ -1,4 +1,4 @@
-"""A store, an agent with small workers in a thread, and somebody who plays controller and engine."""
+"""A store, an agent with small workers in a thread, and a stand-in for controller and engine."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A role as far as the store is concerned: a mirror, a lease, and a campaign for an office, over and over.
 
-It tells on stdout what it believes, one JSON object per line, with the time of this host's monotonic clock: `won` is
-after it first held the office, `left` before it last saw that it did. So what it tells never claims too long a term.
+It prints to stdout what it believes, one JSON object per line, with the time of this host's monotonic clock: `won` is
+after it first held the office, `left` before it last saw that it did. So what it prints never claims too long a term.
 Run as a process of its own: gRPC opens connections from its own threads, which must be in the right namespace.
 """
 
@@ -28,7 +28,7 @@ ACT_EVERY_S = 0.1
 CLUSTER = "candidates"
 
 
-def tell(kind: str, at: float = 0.0, **fields: object) -> None:
+def say(kind: str, at: float = 0.0, **fields: object) -> None:
     """One line."""
     sys.stdout.write(json.dumps({"kind": kind, "at": at or time.monotonic(), **fields}) + "\n")
     sys.stdout.flush()
@@ -47,13 +47,13 @@ def term(store: EtcdStore) -> None:
         acting = threading.Thread(target=act, args=(store, election, keys), daemon=True)
         if not election.held:
             return
-        tell("won", token=election.token)
+        say("won", token=election.token)
         acting.start()
         seen_at = asked_at = time.monotonic()
         while election.held:
             seen_at, asked_at = asked_at, time.monotonic()
             time.sleep(POLL_S)
-        tell("left", seen_at, token=election.token)
+        say("left", seen_at, token=election.token)
         acting.join(10.0)
 
 
@@ -67,16 +67,16 @@ def act(store: EtcdStore, election: Election, keys: Keys) -> None:
         except StoreUnavailable:
             continue
         if done.succeeded:
-            tell("acted", token=election.token, revision=done.revision)
+            say("acted", token=election.token, revision=done.revision)
         time.sleep(ACT_EVERY_S)
 
 
 def watch(mirror: Mirror) -> None:
-    """Tell when the mirror loses the store and when it is back."""
+    """Say when the mirror loses the store and when it is back."""
     before = None
     while True:
         if (now := mirror.synced) != before:
-            tell("synced" if now else "unsynced")
+            say("synced" if now else "unsynced")
             before = now
         time.sleep(POLL_S)
 
@@ -91,7 +91,7 @@ def main(urls: str) -> None:
         try:
             term(store)
         except (LeaseLost, StoreUnavailable) as error:
-            tell("waits", error=str(error))
+            say("waits", error=str(error))
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ class GatewayCluster:
         def run() -> None:
             try:
                 run_gateway(self.store, NAME, settings, stop, log)
-            except BaseException as error:  # noqa: BLE001 - raised by whoever owns the thread
+            except BaseException as error:  # noqa: BLE001 - raised by the thread's owner
                 failures.append(error)
 
         thread = threading.Thread(target=run, name=f"gateway-{name}")

@@ -1,4 +1,4 @@
-"""A small run to judge: the planner's own world, watched and read as a recorder does it, with clients and faults.
+"""A small run to check: the planner's own world, watched and read as a recorder does it, with clients and faults.
 
 Every transaction is the product's (`tests/support/world.py`); the lines come from the recorder's own functions.
 """
@@ -29,7 +29,7 @@ class RecordedRun:
 
     def __init__(self, ranks: int = 3) -> None:
         self.store = MemoryStore()
-        self.told = Observed("/elastic-ep/sim/")
+        self.observed = Observed("/elastic-ep/sim/")
         self.lines: list[AnyLine] = []
         self._turn = 0
         self.world = World(desired=ranks, store=self.store, now=START)
@@ -40,7 +40,7 @@ class RecordedRun:
         """Take down what has changed, and what two clients read by turns. For `settle(until=…)`: never enough."""
         batch = self._watch.next(0.0)
         if batch is not None:
-            self.lines += self.told.watched(batch, self.world.now)
+            self.lines += self.observed.watched(batch, self.world.now)
         self._turn += 1
         client, now = f"reader {self._turn % 2 + 1}", self.world.now
         self.lines.append(replace(look(self.store, self.world.keys, client, lambda: now), ended=now + 0.0002))
@@ -52,7 +52,7 @@ class RecordedRun:
         self.see()
 
     def event(self, kind: str, rank: int | None = None, **fields: Any) -> None:
-        """Somebody says something."""
+        """A process writes an event."""
         self.lines.append(Happened(event=Event(ts=self.world.now, role="engine", kind=kind, rank=rank, fields=fields)))
 
     def kill(self, rank: int) -> None:
@@ -133,11 +133,11 @@ def changed(lines: list[AnyLine], name: str, which: Callable[[Changed], bool] = 
 
 
 def alarms(world: World) -> list[str]:
-    """What the checks say against all that a world has written. (Controllers of a random life look seldom: some
+    """What the checks say against all that a world has written. (Controllers of a random episode look seldom: some
     operations end late.)"""
     prefix = world.keys.prefix
     batch = world.store.watch(prefix, 1).next(0.0)
     lines = Observed(prefix).watched(batch, world.now) if batch is not None else []
-    header = Header(what="a life", seed=0, started=START, wall=0.0, replay="", cluster=world.keys.cluster)
+    header = Header(what="an episode", seed=0, started=START, wall=0.0, replay="", cluster=world.keys.cluster)
     found = [finding.what for row in check_record([header, *lines]).outcomes for finding in row.findings]
     return [what for what in found if "after its deadline" not in what]

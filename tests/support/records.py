@@ -57,8 +57,8 @@ def answered(at: float, times: list[float], prompt: int = 0, **changed: Any) -> 
 
 
 @dataclass
-class Life:
-    """A cluster that a record tells of."""
+class RecordedCluster:
+    """The cluster of a record."""
 
     chooser: random.Random
     ranks: int
@@ -104,7 +104,7 @@ class Life:
         self.commit(noticed + 0.7, "all members are ready")
 
     def commit(self, at: float, why: str, **fields: Any) -> None:
-        """The next epoch, with whoever serves."""
+        """The next epoch, with the ranks that serve."""
         self.epoch += 1
         ranks = sorted(self.serving)
         self.lines += [
@@ -122,7 +122,7 @@ class Life:
         ]
 
     def requests(self, count: int, streams: int, tokens: int) -> Iterator[RequestRecord]:
-        """`count` requests over `streams` connections, which get no token while nobody does."""
+        """`count` requests over `streams` connections, which get no token while all are blocked."""
         now, blocked = [0.0] * streams, sorted(self.blocked)
         for number in range(count):
             stream = min(range(streams), key=now.__getitem__)
@@ -139,18 +139,18 @@ class Life:
 
 def soak(requests: int = 200, faults: int = 12, *, streams: int = 8, tokens: int = 24, seed: int = 7) -> list[AnyLine]:
     """The record of a soak in which everything went well; about `requests * tokens * 33 ms / streams` long."""
-    life = Life(random.Random(seed), ranks=4)
-    life.start()
+    cluster = RecordedCluster(random.Random(seed), ranks=4)
+    cluster.start()
     lasts = requests * tokens * STEP_S * 1.1 / streams
     for number in range(faults):
-        name = life.chooser.choices(tuple(WORDS), (60, 12, 4, 4, 5, 5, 5, 5))[0]
-        life.fault((number + 0.5) * lasts / faults, name)
+        name = cluster.chooser.choices(tuple(WORDS), (60, 12, 4, 4, 5, 5, 5, 5))[0]
+        cluster.fault((number + 0.5) * lasts / faults, name)
     oracle = [answered(-5.0, [-5.0 + STEP_S * i for i in range(1, tokens + 1)], prompt) for prompt in range(PROMPTS)]
     verified = [Verified(promise=f"G{n}", ok=True, said=f"{100 * n} looks, nothing found") for n in (1, 2, 4, 5, 6, 7)]
     return [
         header(),
         *(Expected(record=record) for record in oracle),
-        *(Answered(record=record) for record in life.requests(requests, streams, tokens)),
-        *life.lines,
+        *(Answered(record=record) for record in cluster.requests(requests, streams, tokens)),
+        *cluster.lines,
         *verified,
     ]

@@ -131,7 +131,7 @@ class SmallWorker:
 
     def poll(self) -> None:
         self.polls += 1
-        if "fail-when-told" in self.faults and os.path.exists(f"{self.ctx.environ['SMALL_WORKER_DIARY']}/fail"):
+        if "fail-on-demand" in self.faults and os.path.exists(f"{self.ctx.environ['SMALL_WORKER_DIARY']}/fail"):
             raise ValueError("this worker fails while it serves")
 
     def pending(self) -> bool:
@@ -163,7 +163,7 @@ class SmallWorker:
 
     def fail(self, on_rank: int) -> str:
         if self.ctx.rank == on_rank:
-            raise ValueError(f"rank {on_rank} was told to fail")
+            raise ValueError(f"rank {on_rank} was asked to fail")
         time.sleep(1.0)
         return "fine"
 
@@ -177,5 +177,5 @@ class SmallWorker:
     def unpicklable(self) -> Any:
         return threading.Lock()
 
-    def told(self) -> list[str]:
+    def all_calls(self) -> list[str]:
         return self.calls

@@ -79,12 +79,12 @@ class StandInRank:
             rank=rank, node="n", incarnation=incarnation, pid=self.process.pid, state=RankState.STANDBY
         )
 
-    def hear(self) -> dict[str, Any]:
+    def receive(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         assert select.select([self.process.stdout], [], [], 20.0)[0], "the stand-in rank says nothing"
         return json.loads(self.process.stdout.readline())  # type: ignore[no-any-return]
 
-    def tell(self, **words: Any) -> None:
+    def send(self, **words: Any) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(words) + "\n")
         self.process.stdin.flush()
@@ -130,7 +130,7 @@ class StandInCluster:
                 rank, self._incarnations, self.config.block_size, self.step_s, self._mail.name
             )
         for rank in ranks:
-            liveness = bytes.fromhex(self.ranks[rank].hear()["liveness"])
+            liveness = bytes.fromhex(self.ranks[rank].receive()["liveness"])
             self.record(rank, liveness_handle=liveness)
 
     def record(self, rank: int, **changes: Any) -> None:
@@ -146,12 +146,12 @@ class StandInCluster:
         assert engine is not None
         handles = {"broadcast": engine.broadcast_handle.hex(), "mask": engine.mask_handle.hex()}
         for rank in ranks or self.ranks:
-            self.ranks[rank].tell(do="attach", token=state.engine_token, **handles)
-            response = bytes.fromhex(self.ranks[rank].hear()["response"])
+            self.ranks[rank].send(do="attach", token=state.engine_token, **handles)
+            response = bytes.fromhex(self.ranks[rank].receive()["response"])
             self.record(rank, engine_token=state.engine_token, response_handle=response)
 
     def commit(self, *ranks: int, experts: dict[int, Iterable[int]] | None = None) -> None:
-        """Write the next view: these members; each holds all experts unless told otherwise."""
+        """Write the next view: these members; each holds all experts unless given otherwise."""
         self.epoch += 1
         self.store.put(self.keys.view, encode(self.view(self.epoch, ranks, experts)))
 
@@ -166,7 +166,7 @@ class StandInCluster:
         return View(epoch=epoch, members=members, placement=placement)
 
     def assign(self) -> None:
-        """Tell node "n" to run the ranks that it runs."""
+        """Assign to node "n" the ranks that it runs."""
         specs = tuple(RankSpec(rank=r, incarnation=mine.record.incarnation) for r, mine in sorted(self.ranks.items()))
         self.store.put(self.keys.assign("n"), encode(Assignment(node="n", ranks=specs)))
 
@@ -280,7 +280,7 @@ class Gateway:
         eventually(step, timeout_s, what, interval_s=0.0)
 
     def silence(self, seconds: float) -> None:
-        """Take in what is on its way, then see that nothing comes for so long."""
+        """Take in what is on its way, then see that nothing comes for this time."""
         deadline = time.monotonic() + 10.0
         while (message := self.receive(seconds)) is not None:
             self.take(message)

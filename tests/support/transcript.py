@@ -132,7 +132,7 @@ class _Commands:
     def ops(self, what: str, name: str) -> list[str]:
         """`elastic ops cancel ID`."""
         try:
-            operation = {"cancel": cancel}[what](self.world.store, CONFIG.cluster, name, "somebody")
+            operation = {"cancel": cancel}[what](self.world.store, CONFIG.cluster, name, "a test")
         except ElasticError as refused:
             return [f"error: {refused}"]
         return [f"{operation.id}: cancelled by {operation.cancelled}"]

@@ -70,7 +70,7 @@ class World:
         self.put(self.keys.config, self.config)
         self.put(self.keys.desired, Desired(ranks=self.desired))
         self.invariants = Invariants(self.config, self.epochs)
-        self.gone: set[RankId] = set()  # members that died with their agent: only the engine can tell
+        self.gone: set[RankId] = set()  # members that died with their agent: only the engine knows
         self.deaths: dict[int, int] = {}
         for node in self.nodes:
             self.start_agent(node)
@@ -117,7 +117,7 @@ class World:
         self.gone |= {m.id for m in (view.members if view else ()) if m.node == node}
 
     def lapse(self, node: str) -> None:
-        """All leases of a node run out, whether or not its agent and ranks live."""
+        """All leases of a node run out, whether or not its agent and ranks run."""
         self.store.delete(self.keys.agent(node))
         for (rank, incarnation), record in self.state.ranks.items():
             if record.node == node:

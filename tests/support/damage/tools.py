@@ -26,7 +26,7 @@ def damage(title: str, what: str, quoted: str = "") -> Callable[[Damage], Damage
 
 
 def at(lines: Lines, name: str, **wanted: Any) -> int:
-    """Where the first change of a key is whose value has these fields (or that deletes it, for `deleted=True`)."""
+    """Index of the first change of a key whose value has these fields (or that deletes it, for `deleted=True`)."""
 
     def fits(line: Changed) -> bool:
         if line.deleted or wanted.get("deleted"):

@@ -1,4 +1,4 @@
-"""Why things are as they are, told from the records alone."""
+"""Why things are as they are, explained from the records alone."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def test_one_rank_of_them() -> None:
     assert refused.value.hint == "the ranks are: 0, 1, 2, 3; elastic ops ls"
 
 
-def test_lost_experts_a_missing_engine_and_no_agent_are_told() -> None:
+def test_lost_experts_a_missing_engine_and_no_agent_are_explained() -> None:
     cluster = of(replace(without(healthy(), 0, 2), engine=None, agents={}), "cluster")
-    told = " | ".join(cluster.because)
-    assert "4 experts have no live replica" in told
-    assert "no engine is in office" in told
+    published = " | ".join(cluster.because)
+    assert "4 experts have no live replica" in published
+    assert "no engine is in office" in published
     assert cluster.do == "start an agent: elastic agent"
 
 
@@ -62,7 +62,7 @@ def test_what_is_wrong_with_the_store_comes_first() -> None:
     assert "membership is frozen" in cluster.do
 
 
-def test_a_scale_that_was_rolled_back_is_told() -> None:
+def test_a_scale_that_was_rolled_back_is_explained() -> None:
     failed = Operation(
         id="grow",
         kind=OperationKind.SCALE,

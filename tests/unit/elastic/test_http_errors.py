@@ -54,7 +54,7 @@ def test_a_bad_request_is_the_callers_to_mend(status: int) -> None:
     assert type(from_http(status, "invalid_value", "no")) is ConfigError
 
 
-def test_a_code_tells_two_errors_of_one_status_apart() -> None:
+def test_a_code_distinguishes_two_errors_of_one_status() -> None:
     assert type(from_http(503, "store_replaced", "gone")) is StoreReplaced
     assert type(from_http(503, "shutting_down", "later")) is NoAnswer
     assert type(from_http(418, "", "no teapot")) is ElasticError

@@ -119,10 +119,10 @@ def test_spares_are_counted_over_all_hosts_and_shown_where_there_shall_be_some()
         document = json.loads(msgspec.json.encode(cluster_status(healthy(agents=agents), 10.0)))
         assert document["spares"] == ({"wanted": 4, "ready": 3} if shown else {"wanted": 0, "ready": 0})
         console = Console(width=200)
-        with console.capture() as told:
+        with console.capture() as shown_text:
             console.print(status_view(document))
-        assert ("spares 3/4" in told.get()) == shown
-        assert ("spares" in told.get()) == shown
+        assert ("spares 3/4" in shown_text.get()) == shown
+        assert ("spares" in shown_text.get()) == shown
 
 
 def test_a_heartbeat_ages_from_when_it_was_seen() -> None:
@@ -130,11 +130,11 @@ def test_a_heartbeat_ages_from_when_it_was_seen() -> None:
         return [rank.heartbeat_age_ms for rank in cluster_status(healthy(2, **changes), now).ranks]
 
     assert ages(10.0) == [250.0, 250.0]
-    assert ages(12.5) == [2750.0, 2750.0], "nobody has told of a beat since"
+    assert ages(12.5) == [2750.0, 2750.0], "no heartbeat was published since"
     assert ages(9.0) == [0.0, 0.0], "our clock is behind the agent's"
     assert ages(10.0, heartbeats={}) == [None, None]
     other = Heartbeats(node="n", at=9.9, beats={1: 9.5, 77: 9.9})
-    assert ages(10.0, heartbeats={"n": other}) == [500.0, None], "another incarnation's beat is not this one's"
+    assert ages(10.0, heartbeats={"n": other}) == [500.0, None], "another incarnation's heartbeat is not this one's"
 
 
 def test_a_slow_rank_is_shown_and_counts_as_serving() -> None:

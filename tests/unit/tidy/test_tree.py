@@ -1,4 +1,4 @@
-"""The tree is as the house wants it: rooms, a law of imports, no file that nobody uses, no dependency undeclared."""
+"""The tree keeps its rules: rooms, import contracts, no unused file, no undeclared dependency."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def tool(name: str, *arguments: str) -> str:
     return "" if done.returncode == 0 else done.stdout + done.stderr
 
 
-def test_import_law() -> None:
+def test_import_contracts() -> None:
     assert tool("lint-imports", "pyproject.toml") == ""
 
 
@@ -49,7 +49,7 @@ def test_files_are_in_rooms() -> None:
     assert len(loose) <= MAX_LOOSE_FILES, loose
 
 
-def test_rooms_say_what_lives_there() -> None:
+def test_rooms_say_what_is_in_them() -> None:
     """The first line, then what a room of the product may import and where to start reading."""
     texts = {s.path: ast.get_docstring(s.tree) or "" for s in sources(*PRODUCT) if s.path.endswith("__init__.py")}
     silent = [path for path, text in texts.items() if not text]
@@ -84,12 +84,12 @@ def test_no_file_is_dead() -> None:
 
     What only tests or benchmarks use is no part of the product.
     """
-    dead = {source.path for source in sources(*EVERYTHING) if not _lives(source)}
+    dead = {source.path for source in sources(*EVERYTHING) if not _used(source)}
     assert dead - NAMED_BY_NOTHING.keys() == set()
     assert NAMED_BY_NOTHING.keys() - dead == set(), "stale entries"
 
 
-def _lives(source: Source) -> bool:
+def _used(source: Source) -> bool:
     name = PurePosixPath(source.path).name
     if name in ("__init__.py", "conftest.py") or name.startswith("test_") or source.path.startswith("benchmarks/"):
         return True
@@ -128,7 +128,7 @@ def test_allow_lists_of_the_tools_are_not_stale() -> None:
     excepted = [
         side.strip().removesuffix(".*")
         for contract in SETTINGS["tool"]["importlinter"]["contracts"]
-        for law in contract.get("ignore_imports", ())
-        for side in law.split("->")
+        for entry in contract.get("ignore_imports", ())
+        for side in entry.split("->")
     ]
     assert [name for name in excepted if name not in modules] == []

@@ -38,7 +38,7 @@ def rows(recorder: Recorder) -> dict[str, Outcome]:
     return {row.title: row for row in check_record(recorder.lines()).outcomes}
 
 
-def test_what_happens_is_told_whole_and_read_rightly(
+def test_a_recorded_run_is_complete_and_read_back_as_written(
     store: Store, prefix: str, etcd: EtcdServer, tmp_path: Path
 ) -> None:
     name = prefix.split("/")[2]
@@ -68,7 +68,7 @@ def test_what_happens_is_told_whole_and_read_rightly(
     assert found["commits"].verdict == "held"
 
 
-def test_an_outage_is_outlived_and_a_compaction_leaves_a_gap_that_is_told(etcd: EtcdServer) -> None:
+def test_an_outage_is_survived_and_a_compaction_leaves_a_recorded_gap(etcd: EtcdServer) -> None:
     store, keys = MemoryStore(), Keys("x")
     store.put(keys.leader, encode(LeaderRecord(node="a", pid=1)))
     store.put(keys.view, encode(View(epoch=1)))
@@ -76,31 +76,31 @@ def test_an_outage_is_outlived_and_a_compaction_leaves_a_gap_that_is_told(etcd: 
         for compacted in (False, True):
             store.outage = True
             wait_unread(recorder, more_than=recorder.unread)
-            with store._changed:  # nobody may look in between
+            with store._changed:  # no watcher may look in between
                 store.outage = False
                 for epoch in (2, 3):
                     store.put(keys.view, encode(View(epoch=epoch)))
                 if compacted:
                     store.compact(store.put(keys.view, encode(View(epoch=4))))
-            eventually(lambda: told(recorder) == store.range("")[0], T, "all to be told")
+            eventually(lambda: latest(recorder) == store.range("")[0], T, "all to be recorded")
     found = rows(recorder)
     assert found["watch"].verdict == "held"
     assert found["watch"].figures == {"gaps": 1}
     assert found["linearizable"].verdict == "held"
 
 
-def told(recorder: Recorder) -> int:
-    """The latest revision that was told."""
+def latest(recorder: Recorder) -> int:
+    """The latest revision that was recorded."""
     return max(line.revision for line in recorder.lines() if isinstance(line, Changed))
 
 
 def wait_reads(recorder: Recorder, more_than: int) -> None:
-    """Until so many were answered."""
+    """Until this many reads were answered."""
     eventually(lambda: sum(isinstance(line, Read) for line in recorder.lines()) > more_than, T, "reads")
 
 
 def wait_unread(recorder: Recorder, more_than: int) -> None:
-    """Until so many were not."""
+    """Until this many reads were not answered."""
     eventually(lambda: recorder.unread > more_than, T, "a read that is not answered")
 
 

@@ -1,4 +1,4 @@
-"""The running controller on both stores: it leads a cluster through its life, and of two only one ever acts."""
+"""The running controller on both stores: it brings up, scales and heals a cluster, and of two only one ever acts."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def driver(store: Store, tmp_path: Path) -> Driver:
     return Driver(store, tmp_path / "events")
 
 
-def test_a_life(driver: Driver) -> None:
+def test_a_cluster_is_brought_up_scaled_and_healed(driver: Driver) -> None:
     with driver.controller("one"):
         driver.whole(4)
         for count in (6, 3):

@@ -69,7 +69,7 @@ def test_a_watch_ends_with_its_server_and_resumes_on_the_next(server: EtcdServer
 
 
 def test_roles_outlive_a_crash_of_etcd(server: EtcdServer) -> None:
-    """Mirror, lease and leadership are all there when etcd is back; nobody had to be told."""
+    """Mirror, lease and leadership are all there when etcd is back, without any call."""
     with (
         closing(connect([server.url])) as store,
         Mirror(store, KEYS.cluster) as mirror,

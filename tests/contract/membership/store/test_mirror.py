@@ -93,13 +93,13 @@ def test_poll_returns_the_old_state_in_time(mirror: Mirror) -> None:
     assert mirror.poll(state.revision, 0.05) == state
 
 
-def test_heartbeats_are_in_the_state_and_wake_nobody(store: Store, keys: Keys, mirror: Mirror) -> None:
+def test_heartbeats_are_in_the_state_and_wake_no_subscriber(store: Store, keys: Keys, mirror: Mirror) -> None:
     seen: list[ClusterState] = []
     mirror.subscribe(seen.append)
     beats = Heartbeats(node="n", at=2.0, beats={1: 1.5})
-    told = store.put(keys.heartbeats("n"), encode(beats))
+    revision = store.put(keys.heartbeats("n"), encode(beats))
     eventually(lambda: mirror.state().heartbeats == {"n": beats}, T, "the heartbeats in the state")
-    assert mirror.state().revision == told
+    assert mirror.state().revision == revision
     store.put(keys.desired, encode(Desired(ranks=4)))
     mirror.wait(lambda s: s.desired is not None, T)
     eventually(lambda: seen, T, "the change of something else")
@@ -135,7 +135,7 @@ def test_subscribers_see_each_state_until_they_leave(store: Store, keys: Keys, m
     seen: list[ClusterState] = []
     unsubscribe = mirror.subscribe(seen.append)
     revision = store.put(keys.desired, encode(Desired(ranks=4)))
-    eventually(lambda: seen, T, "the subscriber to be told")
+    eventually(lambda: seen, T, "the subscriber to be notified")
     assert [state.revision for state in seen] == [revision]
     unsubscribe()
     store.put(keys.desired, encode(Desired(ranks=5)))

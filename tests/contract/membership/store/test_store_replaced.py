@@ -196,7 +196,7 @@ def words(events: Path) -> str:
 
 
 def test_an_older_store_itself_refuses_a_commit_made_for_a_newer_one(etcd_ground: EtcdGround) -> None:
-    """Even if nobody had noticed: the leader's token is the same, the incarnations are not."""
+    """Even if no client had noticed: the leader's token is the same, the incarnations are not."""
     store = etcd_ground.store
     with LeaseKeeper(store, 60) as keeper:
         leader = Election(store, KEYS.leader, b"", keeper)

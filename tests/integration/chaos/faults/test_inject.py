@@ -53,17 +53,17 @@ class Child:
         )  # fmt: skip
         assert self.ask("1 + 1") == "2"
 
-    def tell(self, expression: str) -> None:
+    def send(self, expression: str) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write(f"{expression}\n")
 
-    def heard(self) -> str:
+    def receive(self) -> str:
         assert self.process.stdout is not None
         return self.process.stdout.readline().strip()
 
     def ask(self, expression: str) -> str:
-        self.tell(expression)
-        return self.heard()
+        self.send(expression)
+        return self.receive()
 
     def end(self) -> None:
         self.process.kill()
@@ -125,32 +125,32 @@ def test_stopped_it_does_nothing_until_healed(start: Start) -> None:
     child = start()
     fault = injector("stop", child, "rank 1")
     fault.inject()
-    child.tell("'awake'")
+    child.send("'awake'")
     assert psutil.Process(child.process.pid).status() == psutil.STATUS_STOPPED
     healed(fault)
-    assert child.heard() == "awake"
+    assert child.receive() == "awake"
     child.process.kill()
     child.process.wait(timeout=5)
-    fault.heal()  # whoever is dead by then needs no healing
+    fault.heal()  # a process that is dead by then needs no healing
 
 
 def test_slow_it_gets_a_tenth_of_the_processor(start: Start) -> None:
     child = start()
 
     def ran_s(while_s: float) -> float:
-        """Processor time of a loop that takes as much as it can get for so long."""
+        """Processor time of a loop that takes as much as it can get for `seconds`."""
         before = psutil.Process(child.process.pid).cpu_times().user
         time.sleep(while_s)
         return psutil.Process(child.process.pid).cpu_times().user - before
 
-    child.tell(
+    child.send(
         "[0 for end in [time.monotonic() + 1.5] for _ in iter(lambda: time.monotonic() < end, False)] and 'over'"
     )
     fault = injector("slow", child, "engine")
     assert "stopped in" in fault.inject().proof
     assert ran_s(0.5) < 0.2
     healed(fault)
-    assert child.heard() == "over"
+    assert child.receive() == "over"
     assert not any(thread.name.startswith("slow-") for thread in threading.enumerate())
 
 
@@ -176,7 +176,7 @@ def test_with_no_address_space_left_it_gets_no_memory(start: Start) -> None:
 @pytest.mark.skipif(delegated() is None, reason="no memory cgroup was delegated to us")
 def test_the_kernels_oom_killer_kills_it(start: Start) -> None:
     child = start()
-    child.tell(
+    child.send(
         "[bytearray(1 << 20) for end in [time.monotonic() + 9] for _ in iter(lambda: time.monotonic() < end, 0)]"
     )
     fault = injector("oom", child, "engine", {"how": "cgroup"})
@@ -186,7 +186,7 @@ def test_the_kernels_oom_killer_kills_it(start: Start) -> None:
     assert not list((delegated() or Path()).glob("elastic-ep-oom-*"))
 
 
-def test_a_host_goes_with_everybody_on_it(start: Start) -> None:
+def test_a_host_goes_with_each_process_on_it(start: Start) -> None:
     child = start()
     below = int(child.ask("__import__('subprocess').Popen(['sleep', '60']).pid"))
     orphan = psutil.Process(below)
@@ -199,7 +199,7 @@ def test_a_parents_death_needs_children(start: Start) -> None:
         injector("parent-death", start(), "forkserver").inject()
 
 
-def test_a_damaged_liveness_page_leaves_the_pidfd_to_tell_of_the_death(start: Start) -> None:
+def test_a_damaged_liveness_page_leaves_the_pidfd_to_report_the_death(start: Start) -> None:
     child = start()
     died: list[str] = []
     page = LivenessPage.attach(bytes.fromhex(child.ask("page.handle().hex()")))
@@ -208,7 +208,7 @@ def test_a_damaged_liveness_page_leaves_the_pidfd_to_tell_of_the_death(start: St
         fault = injector("bit-flip-liveness", child, "rank 0")
         assert "reads back flipped" in fault.inject().proof
         child.process.kill()
-        assert eventually(lambda: died, 5.0, "the death to be told") == ["pidfd"]
+        assert eventually(lambda: died, 5.0, "the death to be reported") == ["pidfd"]
         healed(fault)
     finally:
         watcher.stop()
@@ -222,16 +222,16 @@ def test_a_clock_that_jumps_and_drifts(start: Start, tmp_path: Path, monkeypatch
             injector("clock-jump", start(), "agent").inject()  # it was not started so
     child = start(clock.environment(tmp_path))
     ahead = "str(time.time())"
-    child.tell(f"[time.time() for _ in range(20) if not time.sleep(0.02)] and {ahead}")
+    child.send(f"[time.time() for _ in range(20) if not time.sleep(0.02)] and {ahead}")
     fault = injector("clock-jump", child, "controller", {"seconds": 3600, "rate": 0.5})
     assert "+3600.0 s from ours" in fault.inject().proof
-    child.heard()
+    child.receive()
     assert 3600 <= float(child.ask(ahead)) - time.time() < 3610
     as_grpc = "str(eval('time.time()', {'__name__': 'grpc._channel', 'time': time}))"  # its deadlines are times
     assert abs(float(child.ask(as_grpc)) - time.time()) < 1.0
-    child.tell(f"[time.time() for _ in range(20) if not time.sleep(0.02)] and {ahead}")
+    child.send(f"[time.time() for _ in range(20) if not time.sleep(0.02)] and {ahead}")
     healed(fault)
-    child.heard()
+    child.receive()
     assert abs(float(child.ask(ahead)) - time.time()) < 1.0
 
 

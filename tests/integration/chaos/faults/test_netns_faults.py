@@ -42,27 +42,27 @@ class Scene:
     def members(self) -> list[Host]:
         return [self.network[member.name] for member in self.etcd.members]
 
-    def told(self, name: str, kind: str = "") -> list[dict[str, Any]]:
-        """What a candidate has told, whole lines only."""
+    def lines_of(self, name: str, kind: str = "") -> list[dict[str, Any]]:
+        """What a candidate has printed, complete lines only."""
         lines = (self.folder / name).read_text().split("\n")[:-1]
         return [line for line in map(json.loads, lines) if kind in ("", line["kind"])]
 
     def term(self, name: str) -> int:
         """A candidate's token while it believes itself in office, else 0."""
-        terms = [line for line in self.told(name) if line["kind"] in ("won", "left")]
+        terms = [line for line in self.lines_of(name) if line["kind"] in ("won", "left")]
         return int(terms[-1]["token"]) if terms and terms[-1]["kind"] == "won" else 0
 
     def synced(self, name: str) -> bool:
-        states = [line["kind"] for line in self.told(name) if line["kind"] in ("synced", "unsynced")]
+        states = [line["kind"] for line in self.lines_of(name) if line["kind"] in ("synced", "unsynced")]
         return bool(states) and states[-1] == "synced"
 
     def leader(self) -> str:
         """The candidate in office."""
-        return eventually(lambda: next((name for name in CANDIDATES if self.term(name)), ""), T, "somebody in office")
+        return eventually(lambda: next((name for name in CANDIDATES if self.term(name)), ""), T, "a leader")
 
-    def judge(self) -> None:
+    def assert_one_leader(self) -> None:
         """Terms do not overlap, and what was done was done by ever later holders."""
-        lines = sorted((line for name in CANDIDATES for line in self.told(name)), key=lambda line: line["at"])
+        lines = sorted((line for name in CANDIDATES for line in self.lines_of(name)), key=lambda line: line["at"])
         terms = {line["token"]: [line["at"], float("inf")] for line in lines if line["kind"] == "won"}
         for line in lines:
             if line["kind"] == "left":
@@ -133,25 +133,25 @@ def test_a_leader_that_is_cut_off_leaves_office_before_the_next_takes_it(scene: 
         eventually(lambda: not scene.synced(cut_off), T, "the mirror that is cut off to say so")
         assert scene.synced(other)
     eventually(lambda: scene.synced(cut_off), T, "the mirror to be back")
-    scene.judge()
+    scene.assert_one_leader()
 
 
 @pytest.mark.parametrize("fault", ["host-deaf", "host-mute"])
 def test_an_etcd_leader_that_is_cut_off_from_its_members_is_done_without(scene: Scene, fault: str) -> None:
-    """Clients reach all three, and are told by one that it is no use."""
+    """Clients reach all three, and one answers that it has no leader."""
     leading = eventually(lambda: etcd_leader(scene), T, "a leader of etcd")
     others = [member for member in scene.etcd.members if member is not leading]
     with in_force(fault, scene.network[leading.name], [scene.network[each.name] for each in others]):
         was = leading.status().member_id
         eventually(lambda: all(each.status().leader not in (0, was) for each in others), T, "another leader of etcd")
-        acted = max(line["revision"] for name in CANDIDATES for line in scene.told(name, "acted"))
-        eventually(lambda: acts_after(scene, acted) >= 5, T, "somebody to act")
+        acted = max(line["revision"] for name in CANDIDATES for line in scene.lines_of(name, "acted"))
+        eventually(lambda: acts_after(scene, acted) >= 5, T, "a candidate to act")
     eventually(lambda: all(map(scene.synced, CANDIDATES)), T, "the mirrors to follow")
-    scene.judge()
+    scene.assert_one_leader()
 
 
 def acts_after(scene: Scene, revision: int) -> int:
-    return sum(line["revision"] > revision for name in CANDIDATES for line in scene.told(name, "acted"))
+    return sum(line["revision"] > revision for name in CANDIDATES for line in scene.lines_of(name, "acted"))
 
 
 def etcd_leader(scene: Scene) -> Member | None:

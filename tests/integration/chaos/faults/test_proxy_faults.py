@@ -1,4 +1,4 @@
-"""The proxy deals what it is told, proves it, and takes it back; and roles behind it do as promised."""
+"""The proxy injects what it is asked for, proves it, and takes it back; and roles behind it do as promised."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def test_a_fault_that_cannot_be_felt_is_not_injected(etcd: ProxiedEtcd, monkeypa
     monkeypatch.setattr("chaos.faults.proxied.PROOF_TIMEOUT_S", 0.2)
     with pytest.raises(NotInjected, match="not felt"):
         ProxyFault(etcd.proxy, "net-none", "etcd", Faults(up=Way(delay_s=0.0))).inject()
-    with TcpProxy("127.0.0.1", 1) as nobody, pytest.raises(NotInjected, match="as it is"):
-        ProxyFault(nobody, "net-reset", "nobody").inject()
+    with TcpProxy("127.0.0.1", 1) as unused, pytest.raises(NotInjected, match="as it is"):
+        ProxyFault(unused, "net-reset", "nothing").inject()
 
 
 def test_bytes_pass_unharmed_and_in_order_through_a_bad_network() -> None:
@@ -141,7 +141,7 @@ def test_the_mirror_the_lease_and_the_office_under_each_cut(etcd: ProxiedEtcd, f
 
 
 def test_an_endpoint_that_does_not_answer_costs_one_call(etcd: ProxiedEtcd, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not every second one: it is reached, so only its silence tells. Watches leave it too."""
+    """Not every second one: it is reached, so only its silence shows. Watches leave it too."""
     monkeypatch.setattr("random.randrange", lambda _: 0)  # it is the one that is used
     keys = Keys("proxied-endpoint")
     with closing(connect([etcd.url, etcd.server.url], timeout_s=0.5, connect_timeout_s=T)) as store:
@@ -180,7 +180,7 @@ def leader(store: EtcdStore) -> int:
 
 
 def test_one_role_is_cut_off_while_the_others_keep_the_store(etcd: ProxiedEtcd, tmp_path: Path) -> None:
-    """The leading controller hears no answers: the other one leads, and the first stands by when it hears again."""
+    """The leading controller gets no answers: the other one leads, and the first stands by when it is reached again."""
     with closing(connect([etcd.server.url])) as store, controller(etcd.url, tmp_path / "first") as first:
         eventually(lambda: leader(store) == first, T, "the first to lead")
         with controller(etcd.server.url, tmp_path / "second") as second, in_force(etcd.proxy, "net-deaf"):

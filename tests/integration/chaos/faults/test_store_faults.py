@@ -44,7 +44,7 @@ class OwnSite:
         return self.pids[victim]
 
     def arm(self, failpoints: str) -> None:
-        raise NotInjected("there is nobody to arm")
+        raise NotInjected("there is no process to arm")
 
     def events(self) -> list[Event]:
         return []
@@ -107,7 +107,7 @@ def test_a_full_etcd_freezes_membership_and_nothing_else(site: OwnSite) -> None:
 
 
 def test_a_forgotten_history_is_listed_anew(site: OwnSite) -> None:
-    """Also by who was away meanwhile: it cannot follow from where it was."""
+    """Also by a watcher that was away meanwhile: it cannot follow from where it was."""
     with closing(connect([site.etcd.url], timeout_s=0.5)) as store, Mirror(store, KEYS.cluster) as mirror:
         with in_force(site, "etcd-down"):
             eventually(lambda: not mirror.synced, T, "the mirror to notice")
@@ -119,7 +119,7 @@ def test_a_forgotten_history_is_listed_anew(site: OwnSite) -> None:
 
 
 @pytest.mark.skipif(shutil.which("strace") is None or os.geteuid() != 0, reason="needs strace and root")
-def test_a_slow_disk_slows_writes_and_loses_nobody(site: OwnSite) -> None:
+def test_a_slow_disk_slows_writes_and_no_lease_is_lost(site: OwnSite) -> None:
     with closing(connect([site.etcd.url])) as store, LeaseKeeper(store, 1.5) as keeper:
         with in_force(site, "etcd-slow-disk", delay_s=0.15) as injected:
             assert float(injected.proof.split()[1]) >= 120.0
@@ -209,7 +209,7 @@ def test_a_controller_outlives_a_revoked_lease_and_a_full_store(site: OwnSite) -
         second = token(store, pid)
         with in_force(site, "etcd-full"), in_force(site, "lease-revoked", "controller"):
             log = site.folder / "controller.log"
-            eventually(lambda: "controller waits for the store" in log.read_text(), T, "the controller to ask for room")
+            eventually(lambda: "store_unavailable" in log.read_text(), T, "the controller to ask for room")
             assert not token(store, pid)
         eventually(lambda: token(store, pid) > second, T, "the controller to lead after the store had room")
 
@@ -224,7 +224,7 @@ def test_what_was_not_ended_is_not_started(tmp_path: Path, fault: str) -> None:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_healing_what_was_never_injected_touches_nothing(tmp_path: Path, fault: str) -> None:
-    """There is no etcd here, and nobody asks for one."""
+    """There is no etcd here, and none is asked for."""
     site = OwnSite(EtcdServer(tmp_path / "etcd", ports=(1, 2)), tmp_path)
     FAULTS[fault].injector(site, FAULTS[fault].victims[0]).heal()
     assert not site.etcd.started

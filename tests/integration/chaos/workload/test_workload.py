@@ -1,4 +1,4 @@
-"""The clients of a scenario must not hide anything: what breaks a stream, or the workload itself, is told."""
+"""The clients of a scenario must not hide anything: what breaks a stream, or the workload itself, is reported."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_stream_that_broke_off_or_is_damaged_is_not(data: bytes) -> None:
     assert not once(data).complete
 
 
-def test_a_stream_that_does_not_end_is_told() -> None:
+def test_a_stream_that_does_not_end_is_reported() -> None:
     begun, going_on = threading.Event(), threading.Event()
 
     def answer() -> bytes:

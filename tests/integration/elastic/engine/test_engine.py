@@ -31,7 +31,7 @@ class Service:
         self.gateway = Gateway(self.cluster)
 
     def start(self, ranks: int) -> None:
-        """The first epoch with so many ranks, and the gateway connected."""
+        """The first epoch with this number of ranks, and the gateway connected."""
         self.cluster.spawn(*range(ranks))
         self.cluster.attach()
         self.cluster.commit(*range(ranks))
@@ -39,7 +39,7 @@ class Service:
         self.gateway.connect()
 
     def underway(self, tokens: int) -> None:
-        """Wait until so many tokens have come since now."""
+        """Wait until this many tokens have come since now."""
         before = self.gateway.emitted()
         self.gateway.pump(lambda: self.gateway.emitted() >= before + tokens, what=f"{tokens} more tokens")
 
@@ -99,7 +99,7 @@ def test_a_record_that_cannot_be_read_ends_nobodys_service(service: Service) -> 
 
 
 def test_ranks_without_a_record_prove_that_they_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing runs and no lease holds: only the engine can tell who lives and who does not."""
+    """Nothing runs and no lease holds: only the engine knows which rank runs and which does not."""
     monkeypatch.setattr("workers.fleet.fleet.STEP_DEADLINE_S", 1.0)
     with contextlib.closing(Service(tmp_path)) as service:
         service.start(3)
@@ -152,7 +152,7 @@ def test_views_grow_and_shrink_while_requests_run(service: Service) -> None:
     service.cluster.adopted()
     service.gateway.finish()
     shrink = service.engine.events("epoch_adopted")[-1]
-    assert shrink.fields["requests"] > 0, "somebody lived on the ranks that left"
+    assert shrink.fields["requests"] > 0, "there were requests on the departed ranks"
     assert service.engine.events("rank_masked") == []
 
 
@@ -204,7 +204,7 @@ def test_coverage_that_does_not_come_back_ends_in_503(tmp_path: Path) -> None:
         service.close()
 
 
-def test_experts_that_nobody_brings_back_cost_a_503_and_the_next_requests_nothing(tmp_path: Path) -> None:
+def test_experts_that_are_not_restored_cost_a_503_and_the_next_requests_nothing(tmp_path: Path) -> None:
     service = Service(tmp_path, coverage_deadline_s=2.0)
     try:
         service.cluster.spawn(0, 1)
@@ -220,8 +220,8 @@ def test_experts_that_nobody_brings_back_cost_a_503_and_the_next_requests_nothin
         assert cut, "nothing was left to hold"
         assert all(service.gateway.ends[name].startswith("503 experts were not available") for name in cut)
         for name in cut:
-            told = service.gateway.outputs[name]
-            assert told == oracle(service.gateway.requests[name])[: len(told)], "no token without its experts"
+            output = service.gateway.outputs[name]
+            assert output == oracle(service.gateway.requests[name])[: len(output)], "no token without its experts"
             del service.gateway.requests[name], service.gateway.ends[name], service.gateway.outputs[name]
         service.cluster.bury(1)
         service.cluster.commit(0)
@@ -236,10 +236,10 @@ def test_a_rank_that_answers_coverage_lost_is_asked_again(service: Service) -> N
     service.start(2)
     service.gateway.submit(6, 40)
     service.underway(30)
-    service.cluster.ranks[0].tell(do="answer", status="coverage_lost")
-    service.cluster.ranks[0].hear()
+    service.cluster.ranks[0].send(do="answer", status="coverage_lost")
+    service.cluster.ranks[0].receive()
     service.underway(30)
-    service.cluster.ranks[0].tell(do="answer", status="ok")
+    service.cluster.ranks[0].send(do="answer", status="ok")
     service.gateway.finish()
     assert service.engine.events("step_setback")
 

@@ -27,17 +27,17 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service
 def emptied(service: Service, revision: int) -> None:
     """Wait until the engine says that nothing is left to move for this staged view; tokens flow meanwhile."""
 
-    def told() -> bool:
+    def vacated() -> bool:
         status = service.cluster.state().engine_status
         return status is not None and status.vacated_revision == revision
 
-    service.gateway.pump(told, what="ranks without requests")
+    service.gateway.pump(vacated, what="ranks without requests")
 
 
 def silence(service: Service, *ranks: int) -> None:
     for rank in ranks:
-        service.cluster.ranks[rank].tell(do="copy nothing")
-        service.cluster.ranks[rank].hear()
+        service.cluster.ranks[rank].send(do="copy nothing")
+        service.cluster.ranks[rank].receive()
 
 
 def test_requests_leave_before_their_ranks_do(service: Service) -> None:

@@ -121,7 +121,7 @@ def test_a_standby_takes_over_from_a_killed_engine(etcd: EtcdServer, store: Stor
             second.close()
 
 
-def test_a_standby_elected_before_the_records_are_back_masks_nobody(
+def test_a_standby_elected_before_the_records_are_back_masks_no_rank(
     etcd: EtcdServer, store: Store, tmp_path: Path
 ) -> None:
     """An outage let the ranks' records lapse; the engine died in it; the agents write again only after the election."""
@@ -136,7 +136,7 @@ def test_a_standby_elected_before_the_records_are_back_masks_nobody(
             first.kill()
             end_the_term(store, cluster)
             assert elected(second) > token
-            eventually(lambda: told(store, cluster) > 2, 30.0, "the second engine to look, and look again")
+            eventually(lambda: publications(store, cluster) > 2, 30.0, "the second engine to look, and look again")
             status = cluster.state().engine_status
             assert status is not None
             assert (status.epoch, status.masked) == (0, ())
@@ -151,8 +151,8 @@ def test_a_standby_elected_before_the_records_are_back_masks_nobody(
             second.close()
 
 
-def told(store: Store, cluster: StandInCluster) -> int:
-    """How often the engine in office has told its status."""
+def publications(store: Store, cluster: StandInCluster) -> int:
+    """How often the engine in office has published its status."""
     found = store.get(cluster.keys.engine_status)
     return found.version if found is not None else 0
 

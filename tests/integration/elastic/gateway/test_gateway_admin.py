@@ -1,4 +1,4 @@
-"""Admin API, probes and the life of a gateway: tokens, conflicts, busy ports, two side by side, a stop with grace."""
+"""Admin API, probes, start and stop of a gateway: tokens, conflicts, busy ports, two side by side, graceful stop."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_nothing_answers_without_the_token(gateway: RunningGateway, headers: dic
     assert answers == {401}
 
 
-def test_without_a_token_set_nobody_passes(cluster: GatewayCluster) -> None:
+def test_without_a_token_set_no_request_passes(cluster: GatewayCluster) -> None:
     with cluster.gateway(token="") as gateway:
         for headers in ({}, {"Authorization": "Bearer"}, GOOD):
             answers = {httpx.request(*route, headers=headers).status_code for route in _urls(gateway)}

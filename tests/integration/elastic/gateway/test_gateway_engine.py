@@ -84,8 +84,8 @@ def test_a_stream_goes_on_with_the_next_engine(cluster: GatewayCluster, client: 
 
 
 def test_a_zombie_engine_is_not_listened_to(cluster: GatewayCluster, client: OpenAI) -> None:
-    """The old engine lives on and talks after another has the token (stopped past its lease, then continued)."""
-    wrong = cluster.says("something else entirely, that nobody must ever see at all")
+    """The old engine runs on and sends after another has the token (stopped past its lease, then continued)."""
+    wrong = cluster.says("something else entirely, that no client must ever see at all")
     with cluster.engine(wrong, pause_after=0) as zombie:
         reader = Reader(client)
         eventually(lambda: zombie.submits, 10.0, "the request to arrive")

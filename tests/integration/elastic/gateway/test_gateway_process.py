@@ -96,7 +96,7 @@ def test_sigterm_lets_the_stream_end(etcd: EtcdServer, tmp_path: Path) -> None:
             lines = answer.iter_lines()
             assert next(lines).startswith("data: {")
             process.send_signal(signal.SIGTERM)
-            eventually(lambda: not alive(port) or _stopping(port), 10.0, "the gateway to hear of it")
+            eventually(lambda: not alive(port) or _stopping(port), 10.0, "the gateway to notice")
             engine.pause_after = None
             rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]"

@@ -127,16 +127,16 @@ def test_the_heartbeat_of_a_stopped_rank_ages_and_the_others_stay_young(scene: S
             assert state.heartbeats["n"].at - beats(state)[2] > 2.5
         finally:
             os.kill(pid, signal.SIGCONT)
-        scene.until(lambda s: beats(s)[2] > beats(state)[2] + 2.5, "it beats again")
+        scene.until(lambda s: beats(s)[2] > beats(state)[2] + 2.5, "its heartbeat to go on")
     assert scene.state().heartbeats == {}
 
 
 def beats(state: ClusterState) -> dict[int, float]:
-    """Incarnation -> when it was last seen to beat."""
+    """Incarnation -> time of its last heartbeat seen."""
     return state.heartbeats["n"].beats if "n" in state.heartbeats else {}
 
 
-def test_preparing_is_done_again_for_a_newer_view_and_failures_are_told(scene: Scene) -> None:
+def test_preparing_is_done_again_for_a_newer_view_and_failures_are_published(scene: Scene) -> None:
     scene.configure("fail-prepare")
     with agent(scene):
         scene.assign(A, B)
@@ -160,7 +160,7 @@ def test_preparing_waits_for_every_member(scene: Scene) -> None:
         scene.until(lambda s: s.ranks[A].prepared_revision == revision, "A prepared")
 
 
-def test_a_model_that_does_not_load_is_told_and_the_rank_lives(scene: Scene) -> None:
+def test_a_model_that_does_not_load_is_published_and_the_rank_stays(scene: Scene) -> None:
     scene.configure("fail-load")
     with agent(scene):
         scene.assign(A)
@@ -194,7 +194,7 @@ def test_a_host_without_room_for_another_process_keeps_the_ranks_it_has(
         scene.until_registered(A)
         monkeypatch.setattr("workers.agent.executor.WorkerProcParent.make_worker_process", refuse)
         scene.assign(A, B)
-        state = scene.until(lambda s: 1 in s.exits, "the failure told")
+        state = scene.until(lambda s: 1 in s.exits, "the failure published")
         assert "Too many open files" in state.exits[1].reason
         assert state.ranks.keys() == {A}
 
@@ -226,12 +226,16 @@ def test_an_outage_of_the_store_leaves_ranks_running_and_registers_them_after_it
             with store._changed:
                 store._end(lease)  # all leases run out meanwhile
         store.outage = False
-        state = scene.until(lambda s: "n" in s.agents and A in s.ranks and 1 in s.exits, "all told after the outage")
+        state = scene.until(
+            lambda s: "n" in s.agents and A in s.ranks and 1 in s.exits, "all published after the outage"
+        )
         assert state.ranks[A].pid == before.ranks[A].pid
         assert B not in state.ranks
 
 
-def test_records_of_an_earlier_life_are_removed_and_its_assignment_is_not_run(scene: Scene, store: MemoryStore) -> None:
+def test_records_of_an_earlier_agent_are_removed_and_its_assignment_is_not_run(
+    scene: Scene, store: MemoryStore
+) -> None:
     with agent(scene):
         scene.assign(A)
         scene.until_registered(A)

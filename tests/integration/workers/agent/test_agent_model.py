@@ -117,7 +117,7 @@ def test_ranks_serve_a_real_model_and_a_dead_one_is_replaced(scene: Scene) -> No
         assert first[0] == first[1], "the same sequence on every rank"
         assert driver.step(1, a, b) == first, "a step may be run again"
         os.kill(scene.state().ranks[b].pid, signal.SIGKILL)
-        scene.until(lambda s: b not in s.ranks, "the death told")
+        scene.until(lambda s: b not in s.ranks, "the death published")
         scene.assign(a, later)
         driver.prepare(2, a, later)
         assert driver.step(2, a, later) == first
@@ -140,7 +140,7 @@ def test_weights_outlive_their_ranks_and_are_there_once(scene: Scene, checkpoint
         overwrite(checkpoint / "model.safetensors")
 
         os.kill(scene.state().ranks[b].pid, signal.SIGKILL)
-        scene.until(lambda s: b not in s.ranks, "the death told")
+        scene.until(lambda s: b not in s.ranks, "the death published")
         driver.prepare(2, a)
         (survivor,) = prepared(scene, 2, 1)
         moved = survivor.fields["bytes_loaded"] + survivor.fields["bytes_mapped"]
@@ -151,7 +151,7 @@ def test_weights_outlive_their_ranks_and_are_there_once(scene: Scene, checkpoint
         driver.prepare(3, a, later)
         assert driver.step(3, a, later) == first
         os.kill(scene.state().ranks[a].pid, signal.SIGKILL)
-        scene.until(lambda s: a not in s.ranks, "the death told")
+        scene.until(lambda s: a not in s.ranks, "the death published")
         scene.assign(later, last)
         driver.prepare(4, later, last)
         assert driver.step(4, later, last) == first

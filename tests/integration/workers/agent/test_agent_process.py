@@ -84,8 +84,8 @@ def test_a_killed_agent_takes_its_ranks_along_and_the_next_one_cleans_up(server:
         eventually(lambda: not any(psutil.pid_exists(pid) for pid in family), 10, f"{family} gone")
     with agent_process(server, scene) as second:
         state = scene.until(lambda s: "n" in s.agents and s.agents["n"].pid == second.pid, "the next agent", 30)
-        scene.until(lambda s: not s.ranks, "the earlier life's records gone")
-        assert len(scene.events("rank_spawned")) == 3, "what was assigned to the earlier life is not run"
+        scene.until(lambda s: not s.ranks, "the earlier agent's records gone")
+        assert len(scene.events("rank_spawned")) == 3, "what was assigned to the earlier agent is not run"
         scene.assign((0, 4), (1, 5), (2, 6))
         scene.until_registered((0, 4), (1, 5), (2, 6))
         second.terminate()
@@ -103,16 +103,16 @@ def test_ranks_outlive_a_crash_of_the_store(server: EtcdServer, scene: Scene) ->
         eventually(lambda: scene.events("rank_died"), 5, "the death noticed without the store")
         server.restart()
 
-        def told() -> bool:
+        def published() -> bool:
             state = scene.state()
             return "n" in state.agents and A in state.ranks and B not in state.ranks and 1 in state.exits
 
-        eventually(told, 30, "what happened meanwhile in the store")
+        eventually(published, 30, "what happened meanwhile in the store")
         assert scene.state().ranks[A].pid == before.ranks[A].pid
         assert len(scene.events("rank_died")) == 1
 
 
-def test_ranks_that_beat_are_not_evicted_from_a_busy_machine(server: EtcdServer, scene: Scene) -> None:
+def test_ranks_with_heartbeats_are_not_evicted_from_a_busy_machine(server: EtcdServer, scene: Scene) -> None:
     burners: list[subprocess.Popen[bytes]] = []
     with agent_process(server, scene):
         scene.assign(A, B, C)

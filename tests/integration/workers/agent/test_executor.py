@@ -48,9 +48,9 @@ def test_a_call_runs_on_every_rank_and_answers_in_rank_order(three: MultiprocExe
     assert three.collective_rpc(lambda worker, n: worker.ctx.rank * n, 10, (10,)) == [0, 10, 20]
 
 
-def test_an_error_of_a_rank_that_was_not_to_reply_is_told_at_once(three: MultiprocExecutor) -> None:
+def test_an_error_of_a_rank_that_was_not_to_reply_is_raised_at_once(three: MultiprocExecutor) -> None:
     begun = time.monotonic()
-    with pytest.raises(RankFailed, match=r"rank 2 .*fail: ValueError: rank 2 was told to fail") as caught:
+    with pytest.raises(RankFailed, match=r"rank 2 .*fail: ValueError: rank 2 was asked to fail") as caught:
         three.collective_rpc("fail", 30, (2,), output_rank=0)
     assert time.monotonic() - begun < 15
     assert any("Traceback" in note and "in fail" in note for note in caught.value.__notes__)
@@ -95,12 +95,12 @@ def test_a_killed_rank_fails_its_calls_and_the_others_stay(three: MultiprocExecu
     three.register_failure_callback(deaths.append)
     three.register_exit_callback(lambda pid, status: exits.update({pid: status}))
     pid = pid_of(three, 1)
-    everybody = three.submit("sleep", (1.0,), timeout_s=30)
+    to_all = three.submit("sleep", (1.0,), timeout_s=30)
     others = three.submit("echo", (7,), keys=[RankId(0, 1), RankId(2, 3)], timeout_s=30)
     begun = time.monotonic()
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(RankDied, match=r"rank 1 \(incarnation 2\) died during sleep"):
-        everybody.future.result(timeout=10)
+        to_all.future.result(timeout=10)
     print(f"call failed {1e3 * (time.monotonic() - begun):.2f} ms after the kill")
     assert others.future.result(timeout=10) == {(0, 1): (0, 7), (2, 3): (2, 7)}
     eventually(lambda: exits.get(pid) == -signal.SIGKILL, 5, "the exit status")
@@ -156,10 +156,10 @@ def test_an_elastic_launch_leaves_device_and_model_for_later(scale_up: bool) -> 
     made = executor(scale_up=scale_up)
     try:
         launch(made, [RankId(0, 1)], 30)
-        assert made.collective_rpc("told", 10) == [[] if scale_up else ["init_device", "load_model"]]
+        assert made.collective_rpc("all_calls", 10) == [[] if scale_up else ["init_device", "load_model"]]
         for _ in range(2):
             assert made.collective_rpc("initialise", 10) == ["small"]
-        assert made.collective_rpc("told", 10) == [["init_device", "load_model"]]
+        assert made.collective_rpc("all_calls", 10) == [["init_device", "load_model"]]
     finally:
         made.shutdown()
 
@@ -258,7 +258,7 @@ def test_a_closed_death_pipe_ends_one_rank_orderly_and_no_sibling(
         made.shutdown()
 
 
-def test_a_rank_that_died_before_it_was_retired_is_told_of_as_a_death(three: MultiprocExecutor) -> None:
+def test_a_rank_that_died_before_it_was_retired_is_reported_as_a_death(three: MultiprocExecutor) -> None:
     deaths: list[Death] = []
     ended: list[RankId] = []
     three.register_failure_callback(deaths.append)
@@ -268,14 +268,14 @@ def test_a_rank_that_died_before_it_was_retired_is_told_of_as_a_death(three: Mul
         held.set()
         go_on.wait(timeout=20)
 
-    three._post(hold_up)  # who would notice the death first
+    three._post(hold_up)  # the thread that would notice the death first
     assert held.wait(timeout=5)
     worker = three.workers[RankId(1, 2)]
     os.kill(worker.child.pid, signal.SIGKILL)
     eventually(worker.has_died, 5, "the kernel to say so")
     three.retire([RankId(1, 2)], ended.append)
     go_on.set()
-    eventually(lambda: [death.key for death in deaths] == [(1, 2)], 5, "the death to be told")
+    eventually(lambda: [death.key for death in deaths] == [(1, 2)], 5, "the death to be reported")
     three.retire([RankId(2, 3)], ended.append)
     eventually(lambda: ended == [(2, 3)], 15, "the living one to end")
     assert len(deaths) == 1, "one that was asked to go has not died"

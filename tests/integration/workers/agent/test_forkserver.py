@@ -59,7 +59,7 @@ def note_the_process() -> None:
     _preloaded_in = os.getpid()
 
 
-def tell_who_preloaded(payload: bytes, fds: list[int]) -> None:
+def report_preloading_pid(payload: bytes, fds: list[int]) -> None:
     """Target: write the process id that `note_the_process` has seen."""
     os.write(fds[0], b"%d" % _preloaded_in)
 
@@ -186,11 +186,11 @@ def test_a_server_forks_another_one_for_another_owner(monkeypatch: pytest.Monkey
         assert FORKSERVER_FD not in os.environ, "the next one is started as usual"
     with second:
         read, write = os.pipe()
-        child = second.fork(f"{HERE}:tell_who_preloaded", b"", [write]).result(timeout=20)
+        child = second.fork(f"{HERE}:report_preloading_pid", b"", [write]).result(timeout=20)
         os.close(write)
         assert int(os.read(read, 100)) == first.process.pid
         os.close(read)
-        eventually(lambda: ends.seen.get(child.pid) == 0, 5, "the child's end told by the second server")
+        eventually(lambda: ends.seen.get(child.pid) == 0, 5, "the child's end reported by the second server")
         os.close(child.pidfd)
     eventually(lambda: not psutil.pid_exists(made.result(timeout=0).pid), 5, "the second server gone with its owner")
 

@@ -50,7 +50,7 @@ def spare(scene: Scene, but: int = 0) -> int:
 
 def kill(scene: Scene, key: RankId) -> None:
     os.kill(scene.state().ranks[key].pid, signal.SIGKILL)
-    scene.until(lambda s: key not in s.ranks and key.rank in s.exits, "the death told")
+    scene.until(lambda s: key not in s.ranks and key.rank in s.exits, "the death published")
 
 
 def test_a_spare_takes_the_place_of_a_dead_rank_and_is_replaced_afterwards(scene: Scene) -> None:
@@ -71,7 +71,7 @@ def test_a_spare_takes_the_place_of_a_dead_rank_and_is_replaced_afterwards(scene
         serve(scene, 2, A, C)
         assert spare(scene) != first
         kill(scene, C)
-        state = scene.until(lambda s: s.exits[1].incarnation == 3, "its death told as the rank's")
+        state = scene.until(lambda s: s.exits[1].incarnation == 3, "its death published as the rank's")
         assert state.exits[1].restarts == 2
         assert scene.events("rank_died")[-1].fields["pid"] == first
     assert len(scene.events("spare_ready")) == 2
@@ -89,7 +89,7 @@ def test_a_spare_that_dies_is_replaced_and_no_slot_pays_for_it(scene: Scene) -> 
         os.kill(second, signal.SIGSTOP)
         kill(scene, B)
         scene.assign(A, C)
-        assert scene.until_registered(A, C).ranks[C].pid != second, "a stopped spare is nobody's successor"
+        assert scene.until_registered(A, C).ranks[C].pid != second, "a stopped spare succeeds no rank"
         eventually(lambda: not psutil.pid_exists(second), 20, "the stopped spare killed")
 
 
@@ -106,7 +106,7 @@ def test_a_rank_starts_where_the_spare_will_not_become_it(scene: Scene) -> None:
         eventually(lambda: not psutil.pid_exists(first), 20, "the useless spare killed")
 
 
-def test_spares_that_cannot_start_are_tried_again_and_harm_nobody(scene: Scene) -> None:
+def test_spares_that_cannot_start_are_retried_and_harm_no_rank(scene: Scene) -> None:
     scene.configure("fail-at-start--1")
     with agent(scene, spares=1):
         serve(scene, 1, A, B)

@@ -1,4 +1,4 @@
-"""The zygote makes forkservers for agents; a dead one is replaced, one that hangs is ended, and nobody waits on."""
+"""The zygote makes forkservers for agents; a dead one is replaced, one that hangs is ended, and no caller waits on."""
 
 from __future__ import annotations
 

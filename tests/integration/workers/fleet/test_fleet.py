@@ -26,10 +26,14 @@ class Ranks:
         self.fleet.open(TOKEN)
         self.ranks = [StandInRank(rank, 100 + rank, 4, 0.0) for rank in range(count)]
         for rank in self.ranks:
-            rank.record = msgspec.structs.replace(rank.record, liveness_handle=bytes.fromhex(rank.hear()["liveness"]))
+            rank.record = msgspec.structs.replace(
+                rank.record, liveness_handle=bytes.fromhex(rank.receive()["liveness"])
+            )
             handles = {"broadcast": self.fleet.broadcast_handle.hex(), "mask": self.fleet.mask_handle.hex()}
-            rank.tell(do="attach", token=TOKEN, **handles)
-            rank.record = msgspec.structs.replace(rank.record, response_handle=bytes.fromhex(rank.hear()["response"]))
+            rank.send(do="attach", token=TOKEN, **handles)
+            rank.record = msgspec.structs.replace(
+                rank.record, response_handle=bytes.fromhex(rank.receive()["response"])
+            )
 
     def attach(self) -> None:
         for rank in self.ranks:
@@ -126,17 +130,17 @@ def test_a_record_that_is_no_handle_does_not_keep_others_from_joining(three: Ran
 def test_masking_reaches_the_ranks_page(three: Ranks) -> None:
     three.attach()
     three.fleet.mask(1)
-    three.ranks[0].tell(do="masked")
-    assert three.ranks[0].hear() == {"masked": 0b10}
+    three.ranks[0].send(do="masked")
+    assert three.ranks[0].receive() == {"masked": 0b10}
     three.fleet.adopt([])
-    three.ranks[0].tell(do="masked")
-    assert three.ranks[0].hear() == {"masked": 0}
+    three.ranks[0].send(do="masked")
+    assert three.ranks[0].receive() == {"masked": 0}
 
 
 def test_a_rank_ten_times_slower_is_flagged_and_kept(three: Ranks) -> None:
     three.attach()
     for rank in three.ranks:
-        rank.tell(do="pace", step_s=0.05 if rank is three.ranks[1] else 0.005)
+        rank.send(do="pace", step_s=0.05 if rank is three.ranks[1] else 0.005)
     deadline = time.monotonic() + 60.0
     step = 0
     while not three.fleet.slow:
@@ -152,7 +156,7 @@ def test_a_rank_ten_times_slower_is_flagged_and_kept(three: Ranks) -> None:
 def test_a_native_hang_is_found_with_the_interpreters_lock_held_and_without(three: Ranks, how: str) -> None:
     three.fleet._step_deadline_s = 60.0
     three.attach()
-    three.ranks[1].tell(do="hang", how=how)
+    three.ranks[1].send(do="hang", how=how)
     seen: list[FleetEvent] = []
     for step in range(100):  # until it has taken note
         three.fleet.broadcast(three.batch(step, 0, 1, 2))
@@ -165,7 +169,7 @@ def test_a_native_hang_is_found_with_the_interpreters_lock_held_and_without(thre
 def test_a_rank_that_computes_for_long_is_waited_for(three: Ranks) -> None:
     three.fleet._step_deadline_s = 60.0
     three.attach()
-    three.ranks[1].tell(do="hang", how="busy")
+    three.ranks[1].send(do="hang", how="busy")
     for step in range(100):
         three.fleet.broadcast(three.batch(step, 0, 1, 2))
         began = time.monotonic()
@@ -188,7 +192,7 @@ def test_a_stopped_rank_is_given_up_long_before_the_deadline_and_learns_it(three
     (lost,) = [event for event in seen if isinstance(event, RankLost)]
     assert (lost.rank, lost.source) == (2, "stopped")
     three.ranks[2].process.send_signal(signal.SIGCONT)
-    three.ranks[2].tell(do="evicted")
-    assert three.ranks[2].hear() == {"evicted": True}
-    three.ranks[1].tell(do="evicted")
-    assert three.ranks[1].hear() == {"evicted": False}
+    three.ranks[2].send(do="evicted")
+    assert three.ranks[2].receive() == {"evicted": True}
+    three.ranks[1].send(do="evicted")
+    assert three.ranks[1].receive() == {"evicted": False}

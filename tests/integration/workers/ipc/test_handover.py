@@ -91,12 +91,12 @@ def test_a_dismissed_peer_lets_go() -> None:
 
 
 def test_messages_and_descriptors_travel_both_ways() -> None:
-    heard: list[bytes] = []
+    received: list[bytes] = []
     answers: list[bytes] = []
 
     def on_message(link: Link, data: bytes, fds: list[int]) -> None:
         with open(os.dup(fds[0]), "rb") as file:
-            heard.append(data + file.read(3))
+            received.append(data + file.read(3))
         link.send(b"thanks")
 
     Handover.default().serve("post", lambda link, request, fds: Grant(on_message=on_message))
@@ -106,7 +106,7 @@ def test_messages_and_descriptors_travel_both_ways() -> None:
     with open("/dev/zero", "rb") as zero:
         link.send(b"read", [zero.fileno()])
     eventually(lambda: answers == [b"thanks"], 5, "the answer")
-    assert heard == [b"read\0\0\0"]
+    assert received == [b"read\0\0\0"]
     link.close()
     Handover.default().withdraw("post")
 
@@ -140,24 +140,24 @@ def test_many_ringers_no_lost_wakeup() -> None:
     with Doorbell(spin_us=0) as bell, Segment.create(4096) as segment:
         words = segment.view(format="Q")
 
-        def ring(who: int) -> None:
+        def ring(ringer: int) -> None:
             ringer = Bell.attach(bell.fileno())
             for turn in range(1, rounds + 1):
-                words[who * 8] = turn
+                words[ringer * 8] = turn
                 ringer.ring()
-                if turn % 7 == who:
+                if turn % 7 == ringer:
                     time.sleep(0)
             ringer.close()
 
-        threads = [threading.Thread(target=ring, args=(who,)) for who in range(ringers)]
+        threads = [threading.Thread(target=ring, args=(ringer,)) for ringer in range(ringers)]
         for thread in threads:
             thread.start()
         seen = 0
         while seen < rounds * ringers:
-            total = sum(words[who * 8] for who in range(ringers))
+            total = sum(words[ringer * 8] for ringer in range(ringers))
             if total == seen:
                 before = seen
                 assert bell.wait(lambda before=before: sum(words[w * 8] for w in range(ringers)) > before, 5)
-            seen = sum(words[who * 8] for who in range(ringers))
+            seen = sum(words[ringer * 8] for ringer in range(ringers))
         for thread in threads:
             thread.join(10)

@@ -1,4 +1,4 @@
-"""A death is told to every watcher, by the mutex first, whatever way the process ends; and only a death is."""
+"""Every watcher is notified of a death, by the mutex first, however the process ends; and only of a death."""
 
 from __future__ import annotations
 
@@ -52,55 +52,55 @@ class Rank:
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGSEGV", "end"])
 def test_every_watcher_learns_of_it_by_the_mutex(how: str) -> None:
     with Rank() as rank, LivenessPage.attach(rank.handle) as first, LivenessPage.attach(rank.handle) as second:
-        told: queue.Queue[str] = queue.Queue()
-        watchers = [DeathWatcher(page, told.put) for page in (first, second)]
+        reported: queue.Queue[str] = queue.Queue()
+        watchers = [DeathWatcher(page, reported.put) for page in (first, second)]
         if how == "end":
             rank.say("end")
         else:
             os.kill(rank.process.pid, getattr(signal, how))
-        assert [told.get(timeout=5.0) for _ in watchers] == ["robust futex"] * 2
+        assert [reported.get(timeout=5.0) for _ in watchers] == ["robust futex"] * 2
         for watcher in watchers:
             watcher.stop()
-        assert told.empty()
+        assert reported.empty()
 
 
-def test_a_watcher_that_comes_late_is_told_too() -> None:
+def test_a_watcher_that_comes_late_is_notified_too() -> None:
     with Rank() as rank, LivenessPage.attach(rank.handle) as page:
         rank.process.kill()
         rank.process.wait(timeout=5)
-        told: queue.Queue[str] = queue.Queue()
-        watcher = DeathWatcher(page, told.put)
-        assert told.get(timeout=5.0)
+        reported: queue.Queue[str] = queue.Queue()
+        watcher = DeathWatcher(page, reported.put)
+        assert reported.get(timeout=5.0)
         watcher.stop()
 
 
 def test_a_rank_that_let_the_mutex_go_is_watched_by_pidfd() -> None:
     with Rank() as rank, LivenessPage.attach(rank.handle) as page:
-        told: queue.Queue[str] = queue.Queue()
-        watcher = DeathWatcher(page, told.put)
+        reported: queue.Queue[str] = queue.Queue()
+        watcher = DeathWatcher(page, reported.put)
         rank.say("let go")
         assert rank.process.stdout is not None
         assert rank.process.stdout.readline() == "gone\n"
         rank.process.kill()
-        assert told.get(timeout=5.0) == "pidfd"
+        assert reported.get(timeout=5.0) == "pidfd"
         watcher.stop()
 
 
-def test_beats_stop_with_the_process_and_steps_count_work() -> None:
+def test_heartbeats_stop_with_the_process_and_steps_count_work() -> None:
     with Rank() as rank, LivenessPage.attach(rank.handle) as page:
         assert page.steps == 0
         rank.say("work")
         eventually(lambda: page.steps == 1, 5.0, "a step")
         before = page.heartbeats
-        eventually(lambda: page.heartbeats > before, 5.0, "a beat")
+        eventually(lambda: page.heartbeats > before, 5.0, "a heartbeat")
         os.kill(rank.process.pid, signal.SIGSTOP)
         process = psutil.Process(rank.process.pid)
         eventually(lambda: process.status() == psutil.STATUS_STOPPED, 5.0, "the process to be stopped")
         stopped_at = page.heartbeats
-        told: queue.Queue[str] = queue.Queue()
-        watcher = DeathWatcher(page, told.put)
+        reported: queue.Queue[str] = queue.Queue()
+        watcher = DeathWatcher(page, reported.put)
         assert page.heartbeats == stopped_at
         os.kill(rank.process.pid, signal.SIGCONT)
-        eventually(lambda: page.heartbeats > stopped_at, 5.0, "the beat to go on")
+        eventually(lambda: page.heartbeats > stopped_at, 5.0, "the heartbeat to go on")
         watcher.stop()
-        assert told.empty(), "a stopped process is not a dead one"
+        assert reported.empty(), "a stopped process is not a dead one"

@@ -1,4 +1,4 @@
-"""Calls by somebody who is not the ranks' parent, as across hosts: own queues, plain data, no power over lives."""
+"""Calls by a process that is not the ranks' parent, as across hosts: own queues, plain data, no kill."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_both_callers_get_their_own_replies(made: MultiprocExecutor, caller: Cro
     assert caller.collective_rpc("echo", 10, ["there"]) == [[0, "there"], [1, "there"]]
     assert made.collective_rpc("echo", 10, ("here",)) == [(0, "here"), (1, "here")]
     assert caller.collective_rpc("later", 10, [0.05, "made later"]) == ["made later"] * 2
-    with pytest.raises(RankFailed, match="rank 1 was told to fail"):
+    with pytest.raises(RankFailed, match="rank 1 was asked to fail"):
         caller.submit("fail", [1], output_rank=0, timeout_s=10).future.result(timeout=15)
 
 

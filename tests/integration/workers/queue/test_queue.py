@@ -1,4 +1,4 @@
-"""MessageQueue among threads and real processes: what arrives, who may join, who may be late, who may die."""
+"""MessageQueue among threads and real processes: what arrives; readers that join, are late, or die."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Batch(msgspec.Struct):
 
 
 def fill(queue: MessageQueue) -> tuple[int, SlowReaders]:
-    """Send numbered messages until somebody leaves no room; how many were sent, and the error."""
+    """Send numbered messages until a reader leaves no room; how many were sent, and the error."""
     sent = 0
     while True:
         try:
@@ -128,7 +128,7 @@ def test_joining_twice_does_not_count_as_two() -> None:
 
 def test_a_reader_may_leave_and_join_again_and_sees_only_what_is_sent_while_it_is_in() -> None:
     with MessageQueue("q") as queue:
-        assert queue.enqueue("nobody hears this") == 0
+        assert queue.enqueue("no reader gets this") == 0
         for turn in range(700):  # more than there are slots
             with MessageQueue.create_from_handle(queue.export_handle(), "r") as reader:
                 queue.enqueue(turn)
@@ -169,15 +169,15 @@ def test_a_slow_live_reader_is_named_and_the_others_get_nothing_twice() -> None:
 
 
 def test_a_reader_killed_mid_stream_never_stalls_the_writer() -> None:
-    with MessageQueue("q") as queue, ReaderProcess(queue, "dies") as dies, ReaderProcess(queue, "lives") as lives:
-        dies.signal(signal.SIGSTOP)
+    with MessageQueue("q") as queue, ReaderProcess(queue, "killed") as killed, ReaderProcess(queue, "other") as other:
+        killed.signal(signal.SIGSTOP)
         sent, error = fill(queue)
-        assert error.readers == ("dies",)
-        dies.signal(signal.SIGKILL)
+        assert error.readers == ("killed",)
+        killed.signal(signal.SIGKILL)
         assert queue.enqueue(b"after the death".ljust(1008), timeout_s=5) == 1
-        assert [lives.answer()[:8] for _ in range(sent)] == [number.to_bytes(8, "big") for number in range(sent)]
-        assert lives.answer().strip() == b"after the death"
-        assert queue.readers == ("lives",)
+        assert [other.answer()[:8] for _ in range(sent)] == [number.to_bytes(8, "big") for number in range(sent)]
+        assert other.answer().strip() == b"after the death"
+        assert queue.readers == ("other",)
 
 
 def test_a_killed_writer_is_noticed_after_all_it_wrote() -> None:
@@ -200,22 +200,22 @@ def test_a_killed_writer_is_noticed_after_all_it_wrote() -> None:
         assert queue.pending()
 
 
-def test_readers_come_and_go_under_traffic_and_nobody_else_notices() -> None:
+def test_readers_come_and_go_under_traffic_and_the_others_do_not_notice() -> None:
     stop = threading.Event()
     with MessageQueue("q") as queue, ReaderProcess(queue, "steady") as steady:
         handle = queue.export_handle()
 
-        def come_and_go(who: int) -> None:
+        def come_and_go(number: int) -> None:
             seen = 0
             while not stop.is_set():
-                with MessageQueue.create_from_handle(handle, f"guest {who}") as guest:
+                with MessageQueue.create_from_handle(handle, f"guest {number}") as guest:
                     numbers = [int.from_bytes(guest.dequeue(10), "big") for _ in range(5)]
                     assert numbers == list(range(numbers[0], numbers[0] + 5))
                     seen += 1
             counts.append(seen)
 
         counts: list[int] = []
-        guests = [threading.Thread(target=come_and_go, args=(who,)) for who in range(3)]
+        guests = [threading.Thread(target=come_and_go, args=(number,)) for number in range(3)]
         for guest in guests:
             guest.start()
         number = 0
@@ -288,7 +288,7 @@ def test_no_memory_is_a_clear_error_and_breaks_nothing() -> None:
     assert "bytes of shared memory: File too large | free memory" in outcome.stdout
 
 
-def test_a_full_host_is_told_by_enqueue_and_the_queue_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_host_is_an_error_of_enqueue_and_the_queue_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(fd: int, offset: int, nbytes: int) -> None:
         raise OSError(28, "No space left on device")
 

@@ -42,7 +42,7 @@ def join(handle: Handle, reader_id: str = "far", keys: CurveKeys = THEIRS, timeo
 
 
 def test_local_and_remote_readers_get_the_same_in_the_same_order(queue: MessageQueue) -> None:
-    queue.enqueue("before anybody joined")
+    queue.enqueue("before any reader joined")
     with join(elsewhere(queue)) as far, MessageQueue.create_from_handle(queue.export_handle(), "near") as near:
         queue.wait_until_ready(["far", "near"], 5)
         assert set(queue.readers) == {"far", "near"}

@@ -97,7 +97,7 @@ def test_steps_and_pings_are_answered(made: MultiprocExecutor) -> None:
         assert (result.step, result.epoch, result.status, result.tokens[0].token) == (4, 1, StepStatus.OK, 3)
         first.step(5, [15])
         assert first.answer().tokens[0].token == 15, "an output made in the background"
-    assert made.collective_rpc("told", 10) == [["init_device", "load_model", "prepare-1", "commit-1"]]
+    assert made.collective_rpc("all_calls", 10) == [["init_device", "load_model", "prepare-1", "commit-1"]]
 
 
 def test_failures_of_a_step_are_answers(made: MultiprocExecutor) -> None:
@@ -134,7 +134,7 @@ def test_a_new_engine_takes_over_without_loading_and_the_old_one_has_no_effect(m
             assert second.answer().engine_token == 8
             with pytest.raises(RankFailed, match="Fenced: engine token 7 is older than 8"):
                 attach(made, first)
-    assert made.collective_rpc("told", 10) == [["init_device", "load_model", "prepare-1", "commit-1"]]
+    assert made.collective_rpc("all_calls", 10) == [["init_device", "load_model", "prepare-1", "commit-1"]]
     assert made.collective_rpc(lambda worker: worker.mask, 10) == [b"mask-8"]
 
 

@@ -181,7 +181,7 @@ def test_steps_go_on_while_the_next_epoch_is_prepared(worker: TestedWorker) -> N
     assert worker.execute_model(batch(1)).status is StepStatus.STALE  # type: ignore[union-attr]
 
 
-def test_retire_drops_what_nobody_needs(worker: TestedWorker) -> None:
+def test_retire_drops_what_is_not_needed_any_more(worker: TestedWorker) -> None:
     worker.prepare_epoch(view(1, WHOLE), {}).get_output(20)
     worker.execute_model(batch(1))
     worker.prepare_epoch(view(2, HALF), {1: (2, b"x")}).get_output(20)

@@ -100,7 +100,7 @@ def test_a_rank_traces_its_start_and_destroys_its_parallel_groups(parent: Parent
 def test_a_rank_logs_as_other_roles_do(capfd: pytest.CaptureFixture[str], diary: Path) -> None:
     with ExitStack() as stack:
         parent = Parent(stack)  # here, so that its ranks inherit the captured stderr
-        [handle] = WorkerProc.wait_for_ready([parent.make(3, "fail-when-told")], 30, parent.doorbell)
+        [handle] = WorkerProc.wait_for_ready([parent.make(3, "fail-on-demand")], 30, parent.doorbell)
         (diary / "fail").touch()
         eventually(lambda: parent.exits.get(handle.child.pid) == 1, 10, "the rank's end")
         handle.close()

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.unit
 
 
 class FakeSite:
-    """Says what it is told to say, and keeps what was armed."""
+    """Answers as set, and keeps what was armed."""
 
     def __init__(self) -> None:
         self.armed: list[str] = []

@@ -1,4 +1,4 @@
-"""The suite runs each part as a command of its own and holds its receipt against goals; who leaves none has failed."""
+"""The suite runs each part as a command and holds its receipt against goals; a part without a receipt has failed."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from chaos.cli.suite import show
 pytestmark = pytest.mark.unit
 
 
-def lived(receipt: Receipt) -> Iterator[Goal]:
+def goals(receipt: Receipt) -> Iterator[Goal]:
     yield at_least("lives", 1, receipt["lives"])
 
 
 def part(name: str, *arguments: str, limit_s: float = 60.0) -> Part:
-    return Part(name, "", arguments, lived, limit_s)
+    return Part(name, "", arguments, goals, limit_s)
 
 
 def test_parts_side_by_side_and_what_each_reached(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    life = part("life", "simulate", "--faults", "20", "--jobs", "1", "--seed", "5", "-o", "json")
+    simulated = part("simulated", "simulate", "--faults", "20", "--jobs", "1", "--seed", "5", "-o", "json")
     silent = part("silent", "scenarios")  # a table for people
     late = part("late", "simulate", "--faults", "1000000", "-o", "json", limit_s=0.2)
-    told: list[str] = []
-    receipt = run_suite([[], [life, silent], [late]], 5, tmp_path, told.append)
-    assert [(each.name, each.ok) for each in receipt.parts] == [("life", True), ("silent", False), ("late", False)]
+    progress: list[str] = []
+    receipt = run_suite([[], [simulated, silent], [late]], 5, tmp_path, progress.append)
+    assert [(each.name, each.ok) for each in receipt.parts] == [("simulated", True), ("silent", False), ("late", False)]
     assert not receipt.ok
     assert receipt.parts[0].goals[0].reached.isdigit()
     assert "not done within 0 s" in receipt.parts[2].said
-    assert (tmp_path / "life.json").is_file()
-    assert told[-1].startswith("late: BROKEN after")
+    assert (tmp_path / "simulated.json").is_file()
+    assert progress[-1].startswith("late: BROKEN after")
     show(receipt, Console(width=200))
     assert "make chaos SEED=5" in capsys.readouterr().out
 

@@ -29,7 +29,7 @@ from tests.support.recorded_run import START, good_lines, tokens
 pytestmark = pytest.mark.unit
 
 TRANSCRIPTS = GOLDEN / "check"
-TOLD = (
+SHOWN = (
     "an_epoch_comes_twice", "a_deposed_leader_commits", "a_read_is_older_than_another", "a_death_moves_weights",
     "a_request_is_lost",
 )  # fmt: skip
@@ -39,7 +39,7 @@ def checked(path: Path, *options: str) -> Any:
     return CliRunner().invoke(app, ["check", str(path), *options])
 
 
-@pytest.mark.parametrize("name", TOLD)
+@pytest.mark.parametrize("name", SHOWN)
 def test_the_explanation_is_as_it_was(name: str, tmp_path: Path) -> None:
     lines = list(good_lines())
     DAMAGES[name][0](lines)
@@ -86,7 +86,7 @@ def test_what_is_no_record_is_named(tmp_path: Path) -> None:
     assert checked(tmp_path / "nowhere").exit_code == 1
 
 
-# --- what is not promised is not held against anybody, and nothing else is excused
+# --- what is not promised is no violation, and nothing else is excused
 
 
 def with_requests(*records: RequestRecord, others: tuple[AnyLine, ...] = ()) -> list[AnyLine]:
@@ -140,18 +140,18 @@ def test_what_followed_a_fault_is_measured() -> None:
     assert after.noticed_ms == pytest.approx(5.0)
     assert after.restored_ms == pytest.approx(310.0)
     assert after.pause_ms == pytest.approx(400.0)
-    assert after.recovered_ms == -1.0  # nobody said so
+    assert after.recovered_ms == -1.0  # no event says so
 
 
-@pytest.mark.parametrize(("told_at", "noticed_ms"), [(1.5, 500.0), (20.0, -1.0)])
-def test_what_is_first_told_of_long_after_a_fault_was_healed_is_not_of_it(told_at: float, noticed_ms: float) -> None:
+@pytest.mark.parametrize(("seen_at", "noticed_ms"), [(1.5, 500.0), (20.0, -1.0)])
+def test_what_is_first_seen_long_after_a_fault_was_healed_is_not_of_it(seen_at: float, noticed_ms: float) -> None:
     stop = Injected(fault="stop", victim="etcd", at=START + 1.0, seen_at=START + 1.1, proof="stopped", pid=9)
-    died = Event(ts=START + told_at, role="supervisor", kind="etcd_died", epoch=0, fields={})
+    died = Event(ts=START + seen_at, role="supervisor", kind="etcd_died", epoch=0, fields={})
     (after,) = aftermaths(Evidence([InjectedFault(fault=stop, healed_at=START + 2.0), Happened(event=died)]))
     assert after.noticed_ms == pytest.approx(noticed_ms)
 
 
-def test_of_two_engines_the_one_that_died_is_told_by_its_pid() -> None:
+def test_of_two_engines_the_one_that_died_is_known_by_its_pid() -> None:
     kill = Injected(fault="kill", victim="engine", at=START + 1.0, seen_at=START + 1.1, proof="gone", pid=7)
     died = [
         Event(ts=START + at, role="supervisor", kind="role_died", epoch=0, fields={"name": name, "pid": pid})

@@ -1,4 +1,4 @@
-"""G9 from a record: who was masked had been struck, itself or its agent; else it was evicted for nothing."""
+"""G9 from a record: a masked rank had a fault, itself or its agent; else it was evicted for nothing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def checked(lines: Iterable[AnyLine]) -> Outcome:
     return run(Evidence(lines), Evictions)[0]
 
 
-def test_who_was_struck_may_be_given_up() -> None:
+def test_a_rank_with_a_fault_may_be_evicted() -> None:
     outcome = checked(good_lines())
     assert (outcome.verdict, outcome.judged, outcome.promise) == ("held", 1, "G9")
     assert checked(with_fault(victim="agent", pid=1)).verdict == "held"

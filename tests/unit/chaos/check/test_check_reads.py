@@ -1,4 +1,4 @@
-"""The one pass over reads finds what a search through all orders finds; what falls into a gap is not judged."""
+"""The one pass over reads finds what a search through all orders finds; what falls into a gap is not checked."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def change(revision: int, at: float) -> Changed:
 
 @st.composite
 def histories(draw: st.DrawFn) -> tuple[list[Changed], list[Read]]:
-    """A few changes, told at some time each, and reads by two clients, most of which say what was so."""
-    told = sorted(draw(st.lists(st.integers(0, 6), max_size=3)))
-    changes = [change(number + 2, float(at)) for number, at in enumerate(told)]
+    """A few changes, observed at some time each, and reads by two clients, most of which say what was so."""
+    observed = sorted(draw(st.lists(st.integers(0, 6), max_size=3)))
+    changes = [change(number + 2, float(at)) for number, at in enumerate(observed)]
     reads: list[Read] = []
     for client in ("a", "b"):
         now = 0
@@ -87,11 +87,11 @@ def test_one_pass_finds_what_a_search_finds(history: tuple[list[Changed], list[R
 
 
 def test_a_search_finds_both() -> None:
-    """The reference itself tells good from bad."""
+    """The reference itself distinguishes good from bad."""
     changes = [change(2, 1.0), change(3, 2.0)]
     good = Read(client="a", began=3.0, ended=4.0, revision=3, epoch=3, view_revision=3)
     assert explained(changes, [good])
-    assert not explained(changes, [replace(good, revision=2, epoch=2, view_revision=2)])  # told before it began
+    assert not explained(changes, [replace(good, revision=2, epoch=2, view_revision=2)])  # observed before it began
     assert not explained(changes, [replace(good, epoch=2)])
     early = replace(good, client="b", began=0.0, ended=0.5, revision=2, epoch=2, view_revision=2)
     assert explained(changes, [good, early])
@@ -99,18 +99,18 @@ def test_a_search_finds_both() -> None:
     assert not explained(changes, [newer, replace(early, began=0.6, ended=0.7)])
 
 
-def test_a_compaction_leaves_a_gap_and_nothing_in_it_is_judged() -> None:
-    store, told = MemoryStore(), Observed(KEYS.prefix)
+def test_a_compaction_leaves_a_gap_and_nothing_in_it_is_checked() -> None:
+    store, observed = MemoryStore(), Observed(KEYS.prefix)
     lines: list[AnyLine] = [HEADER]
 
     def read(at: float) -> None:
         lines.append(replace(look(store, KEYS, "a", lambda: at), ended=at + 0.1))
 
     store.put(KEYS.view, encode(View(epoch=1)))
-    lines += told.listed(*store.range(KEYS.prefix), at=0.0)
+    lines += observed.listed(*store.range(KEYS.prefix), at=0.0)
     read(0.5)
     store.put(KEYS.leader, encode(LeaderRecord(node="a", pid=1)))
-    lines += told.watched(watched(store, told.revision), 1.0)
+    lines += observed.watched(watched(store, observed.revision), 1.0)
     for epoch in (2, 3):
         store.put(KEYS.view, encode(View(epoch=epoch)))
         read(float(epoch))
@@ -118,11 +118,11 @@ def test_a_compaction_leaves_a_gap_and_nothing_in_it_is_judged() -> None:
     revision = store.put(KEYS.view, encode(View(epoch=4)))
     store.compact(revision)
     with pytest.raises(StoreCompacted):
-        store.watch(KEYS.prefix, told.revision).next(0.0)
-    lines += told.listed(*store.range(KEYS.prefix), at=5.0, why="compacted")
+        store.watch(KEYS.prefix, observed.revision).next(0.0)
+    lines += observed.listed(*store.range(KEYS.prefix), at=5.0, why="compacted")
     read(6.0)
     store.put(KEYS.view, encode(View(epoch=5)))
-    lines += told.watched(watched(store, told.revision), 7.0)
+    lines += observed.watched(watched(store, observed.revision), 7.0)
     read(8.0)
 
     evidence = Evidence(lines)
@@ -136,26 +136,26 @@ def test_a_compaction_leaves_a_gap_and_nothing_in_it_is_judged() -> None:
     assert rows["watch"].verdict == "held"
     assert rows["watch"].figures == {"gaps": 1}
     assert rows["commits"].judged == 1  # epoch 1 and 4 were listed, 2 and 3 never seen
-    told_again = [replace(line, listed=False) if isinstance(line, Changed) else line for line in lines]
-    assert {row.title: row for row in check_record(told_again).outcomes}["watch"].verdict == "broken"
+    observed_again = [replace(line, listed=False) if isinstance(line, Changed) else line for line in lines]
+    assert {row.title: row for row in check_record(observed_again).outcomes}["watch"].verdict == "broken"
 
 
 def watched(store: MemoryStore, since: int):  # type: ignore[no-untyped-def]
-    """What a watch that resumes where the last one stopped tells."""
+    """What a watch reports that resumes where the last one stopped."""
     return store.watch(KEYS.prefix, since).next(0.0)
 
 
-def test_what_was_told_twice_is_kept_once() -> None:
-    store, told = MemoryStore(), Observed(KEYS.prefix)
+def test_what_was_observed_twice_is_kept_once() -> None:
+    store, observed = MemoryStore(), Observed(KEYS.prefix)
     store.put(KEYS.leader, encode(LeaderRecord(node="a", pid=1)))
     store.delete(KEYS.leader)
     batch = watched(store, 1)
-    assert len(told.watched(batch, 1.0)) == 2
-    assert told.watched(batch, 2.0) == []
-    assert told.has(*store.range(KEYS.prefix))
+    assert len(observed.watched(batch, 1.0)) == 2
+    assert observed.watched(batch, 2.0) == []
+    assert observed.has(*store.range(KEYS.prefix))
 
 
-def test_reads_after_the_last_word_of_a_broken_watch_are_not_judged() -> None:
+def test_reads_after_the_last_event_of_a_broken_watch_are_not_checked() -> None:
     lines = [line for line in good_lines() if not (isinstance(line, Changed) and line.revision > 60)]
     rows = {row.title: row for row in check_record(lines).outcomes}
     assert rows["linearizable"].verdict == "broken"  # it looks as if the reads were wrong

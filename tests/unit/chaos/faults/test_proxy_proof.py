@@ -43,12 +43,12 @@ def test_each_fault_is_proven_by_what_is_felt_and_by_what_was_counted(fault: str
     ("fault", "after", "now"),
     [
         ("net-delay", Answer(seconds=0.03, size=1), NONE),  # something else was slow
-        ("net-slow", Answer(seconds=0.6, size=100), NONE),  # too little to tell
+        ("net-slow", Answer(seconds=0.6, size=100), NONE),  # too little to say
         ("net-loss", Answer(seconds=0.21, size=1), NONE),  # nothing was lost
         ("net-black-hole", Answer(seconds=1.0, error="TimeoutError"), Counters(down=1)),  # something passed
         ("net-black-hole", Answer(seconds=0.0, error="ConnectionRefusedError"), NONE),  # the server is gone
         ("net-deaf", Answer(seconds=1.0, error="TimeoutError"), Counters(down=1)),
-        ("net-reset", Answer(seconds=0.0, error="ConnectionResetError"), NONE),  # by somebody else
+        ("net-reset", Answer(seconds=0.0, error="ConnectionResetError"), NONE),  # by another cause
         ("net-cut", Answer(seconds=0.0, error="IncompleteRead"), NONE),
     ],
 )
@@ -56,6 +56,6 @@ def test_signs_of_something_else_prove_nothing(fault: str, after: Answer, now: C
     assert not shown(SETTINGS[fault][1], WELL, after, NONE, NONE, now)
 
 
-def test_a_limit_upwards_alone_cannot_be_told_by_a_small_question() -> None:
+def test_a_limit_upwards_alone_does_not_show_in_a_small_request() -> None:
     slow = Answer(seconds=0.6, size=100_000)
     assert not shown(Faults(up=Way(bytes_per_s=1000)), WELL, slow, NONE, NONE, NONE)

@@ -139,7 +139,7 @@ def test_an_engine_that_stands_down_and_a_step_that_fails() -> None:
         Changed(revision=1, key="/elastic-ep/demo/leader", at=STARTED, listed=True),
         happened(0.2, "role_died", "supervisor", name="engine", pid=6, reason="killed by SIGKILL"),
         happened(0.3, "role_started", "supervisor", name="engine", pid=8),
-        happened(0.4, "engine_elected", token=9, pid=7),  # of whom nobody has told: the other one
+        happened(0.4, "engine_elected", token=9, pid=7),  # which no event mentions: the other one
         happened(0.6, "leader_left", "controller", token=3, fenced=True),
         happened(0.8, "engine_elected", token=11, pid=8),
         happened(1.6, "step_setback", rank=0, status="failed"),
@@ -158,7 +158,7 @@ def test_without_events_from_before_the_run_the_ranks_of_its_header_serve() -> N
     assert [lane.name for lane in figures([header(), listed, fault_at(1.0, "stop", "rank 5")]).ranks] == ["rank 5"]
 
 
-def test_a_promise_held_if_all_who_judged_it_say_so() -> None:
+def test_a_promise_held_if_all_that_checked_it_say_so() -> None:
     lines = [*killed(), Verified(promise="G1", ok=True, said="812 changes"), Verified(promise="G6", ok=True, said="up")]
     found = figures(lines, [Checked(promise="G1", ok=False, said="the checker: 1 broken", evidence=("revision 7",))])
     verdicts = {each.id: each.verdict for each in found.promises}
@@ -166,7 +166,7 @@ def test_a_promise_held_if_all_who_judged_it_say_so() -> None:
         ("G2", "G4", "G5", "G7", "G8", "G9"), "unjudged"
     )
     assert (found.verdict, found.promises[0].said) == ("broke", ("812 changes", "the checker: 1 broken"))
-    assert figures([header()]).verdict == "unjudged"  # nothing judged is nothing held
+    assert figures([header()]).verdict == "unjudged"  # nothing checked is nothing held
 
 
 def test_a_failing_run_shows_the_evidence() -> None:
@@ -245,7 +245,7 @@ def test_a_long_soak_is_a_small_page() -> None:
 
 def test_the_command_writes_page_and_figures(tmp_path: Path) -> None:
     record, saved, run = tmp_path / "run.jsonl", tmp_path / "run.json", CliRunner()
-    ran = {"rank": 1, "incarnation": 2, "pid": 42}  # so the checker knows whom the fault befell
+    ran = {"rank": 1, "incarnation": 2, "pid": 42}  # so the checker knows the fault's target
     lines = [*killed(), Changed(revision=5, key="/elastic-ep/demo/ranks/1/2", at=STARTED, value=ran, listed=True)]
     write(record, lines)
     done = run.invoke(app, ["report", str(record), "--json", str(saved)])
@@ -270,5 +270,5 @@ def test_families_of_faults(fault: str, expected: str) -> None:
 
 
 def test_durations_in_words() -> None:
-    told = ["–", "0 ms", "0.4 ms", "100 ms", "1.3 s", "59.9 s", "2 min 5 s"]
-    assert [words(ms) for ms in (-1, 0, 0.4, 99.96, 1300, 59_900, 125_000)] == told
+    shown = ["–", "0 ms", "0.4 ms", "100 ms", "1.3 s", "59.9 s", "2 min 5 s"]
+    assert [words(ms) for ms in (-1, 0, 0.4, 99.96, 1300, 59_900, 125_000)] == shown

@@ -1,4 +1,4 @@
-"""The judge must tell lost, duplicated and altered apart, and must not pass an empty history."""
+"""The comparison must distinguish lost, duplicated and altered, and must not pass an empty history."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def test_there_is_a_deadline_and_a_way_out(store: MemoryStore) -> None:
     assert list(waiting(store, 20.0, stop)) == [PROPOSED]
 
 
-def test_an_operation_that_nobody_knows(store: MemoryStore) -> None:
+def test_an_unknown_operation(store: MemoryStore) -> None:
     store.delete(KEY)
     with pytest.raises(ConfigError, match="no operation 'x'"):
         list(waiting(store, 20.0))

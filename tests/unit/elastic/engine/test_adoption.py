@@ -84,7 +84,7 @@ def test_who_has_no_record_for_now_is_waited_for_while_patient() -> None:
         {"assignments": assigned(0, 1, 2), "exits": exit_of(2, 12)},
         {"assignments": assigned(0, 1)},  # the controller gave it up; `elastic serve` begins with no assignments at all
         {"assignments": {"n": Assignment(node="n", ranks=(RankSpec(rank=2, incarnation=99),))}},
-        {"assignments": assigned(0, 1, 2), "agents": agent(started=2.0)},  # its agent's life is over, and it with it
+        {"assignments": assigned(0, 1, 2), "agents": agent(started=2.0)},  # its agent has ended, and it with it
     ],
 )
 def test_who_has_certainly_ended_is_masked_at_once(certain: dict[str, Any]) -> None:
@@ -92,7 +92,7 @@ def test_who_has_certainly_ended_is_masked_at_once(certain: dict[str, Any]) -> N
     assert found == Adoption(VIEW, (2,), ())
 
 
-def test_an_exit_of_an_earlier_life_in_the_slot_is_not_the_members() -> None:
+def test_an_exit_of_an_earlier_incarnation_in_the_slot_is_not_the_members() -> None:
     known = state(0, 1, assignments=assigned(0, 1, 2), agents=agent(started=1.0), exits=exit_of(2, 8))
     assert adoption(known, 4, {(0, 10), (1, 11)}, set(), patient=True) == Adoption(VIEW, (), (2,))
 

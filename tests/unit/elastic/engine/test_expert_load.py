@@ -1,4 +1,4 @@
-"""The window of measured expert load: what it sums up, when it tells, and what is then shown of it."""
+"""The window of measured expert load: what it sums up, when it publishes, and what is then shown of it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Scene:
         self.window = LoadWindow(2, 4, self.now)
 
     def period(self, *layers: list[int]) -> ExpertLoad | None:
-        """So many rows are routed in the next period, half of them by each of two ranks; what is told at its end."""
+        """Route `rows` per expert in the next period, half by each of two ranks; what is published at its end."""
         for _ in range(2):
             self.window.add((np.array(layers, dtype=np.uint32) // 2).tobytes())
         self.now += PERIOD_S
@@ -40,9 +40,9 @@ def scene() -> Scene:
     return Scene()
 
 
-def test_ranks_are_added_up_and_told_in_16ths_of_the_mean(scene: Scene) -> None:
-    told = scene.period([400, 0, 200, 200], [100, 100, 100, 100])
-    assert told == ExpertLoad(at=1005.0, loads=((32, 0, 16, 16), (16, 16, 16, 16)))
+def test_ranks_are_added_up_and_published_in_16ths_of_the_mean(scene: Scene) -> None:
+    published = scene.period([400, 0, 200, 200], [100, 100, 100, 100])
+    assert published == ExpertLoad(at=1005.0, loads=((32, 0, 16, 16), (16, 16, 16, 16)))
 
 
 def test_too_little_says_nothing_and_adds_up(scene: Scene) -> None:
@@ -51,40 +51,40 @@ def test_too_little_says_nothing_and_adds_up(scene: Scene) -> None:
     assert scene.period(few, few) is not None
 
 
-def test_nothing_is_told_within_a_period(scene: Scene) -> None:
+def test_nothing_is_published_within_a_period(scene: Scene) -> None:
     scene.window.add(np.full((2, 4), 1000, dtype=np.uint32).tobytes())
     assert scene.window.due(PERIOD_S / 2, 0.0) is None
 
 
-def test_noise_is_not_told_and_change_is(scene: Scene) -> None:
+def test_noise_is_not_published_and_change_is(scene: Scene) -> None:
     even = [160, 160, 160, 160]
     assert scene.period(even, even) is not None
     assert scene.period([160, 162, 158, 160], even) is None
-    told = scene.period([1000, 0, 0, 0], even)
-    assert told is not None
-    assert told.loads[0][0] >= 16 + DIFFERENT
+    published = scene.period([1000, 0, 0, 0], even)
+    assert published is not None
+    assert published.loads[0][0] >= 16 + DIFFERENT
 
 
 def test_the_past_is_forgotten(scene: Scene) -> None:
     even = [400, 400, 400, 400]
     scene.period([1600, 0, 0, 0], even)
-    told = [scene.period(even, even) for _ in range(PERIODS)]
-    assert next(t for t in reversed(told) if t is not None).loads == ((16,) * 4,) * 2
+    published = [scene.period(even, even) for _ in range(PERIODS)]
+    assert next(t for t in reversed(published) if t is not None).loads == ((16,) * 4,) * 2
 
 
-def test_what_may_not_have_arrived_is_told_again(scene: Scene) -> None:
+def test_what_may_not_have_arrived_is_published_again(scene: Scene) -> None:
     even = [160, 160, 160, 160]
-    told = [scene.period(even, even) is not None for _ in range(1 + REPEAT)]
-    assert told == [True] + [False] * (REPEAT - 1) + [True]
+    published = [scene.period(even, even) is not None for _ in range(1 + REPEAT)]
+    assert published == [True] + [False] * (REPEAT - 1) + [True]
 
 
 def test_a_count_of_another_shape_is_left_out(scene: Scene) -> None:
     even = [160, 160, 160, 160]
     scene.window.add(b"")
     scene.window.add(np.full(5, 10**6, dtype=np.uint32).tobytes())
-    told = scene.period(even, even)
-    assert told is not None
-    assert told.loads == ((16,) * 4,) * 2
+    published = scene.period(even, even)
+    assert published is not None
+    assert published.loads == ((16,) * 4,) * 2
 
 
 def test_imbalance_is_in_status_and_metrics_once_it_is_measured(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ class Scene:
         return copies
 
     def homes(self) -> dict[int, int]:
-        """rank -> how many requests live there."""
+        """rank -> number of requests on it."""
         return {home.rank: len(home.running) for home in self.scheduler._homes.values()}
 
     def finish(self, members: dict[int, int]) -> None:
@@ -107,7 +107,7 @@ def test_only_the_request_on_its_way_pauses_and_only_while_its_last_blocks_are_c
     scene.finish(MEMBERS)
 
 
-def test_nobody_new_is_homed_on_a_rank_that_leaves() -> None:
+def test_no_new_request_is_homed_on_a_departing_rank() -> None:
     scene = Scene(0)
     for n in range(3):
         scene.client.submit(scene.scheduler, ask(f"r{n}", [5 + n]), 0.0)
@@ -144,7 +144,7 @@ def test_a_request_that_has_computed_nothing_moves_without_a_copy() -> None:
     scene.finish(MEMBERS)
 
 
-def test_a_change_taken_back_leaves_everybody_where_they_are() -> None:
+def test_a_change_taken_back_leaves_each_request_where_it_is() -> None:
     scene = Scene(6)
     asked = scene.exported()
     scene.scheduler.leave([])
@@ -165,7 +165,7 @@ def test_a_death_in_mid_copy(half: str, dead: int) -> None:
     assert scene.scheduler.copied(scene.ranks.copy(order), 0.0) == []
     pool_is_whole(scene.scheduler)
     if dead == 0:
-        assert not scene.scheduler.waited_for, "there is nobody left to move to"
+        assert not scene.scheduler.waited_for, "there is no rank left to move to"
         assert scene.homes() == {1: 1}
     scene.finish({1 - dead: MEMBERS[1 - dead]})
 

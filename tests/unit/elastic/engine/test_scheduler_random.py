@@ -48,7 +48,7 @@ def test_random_histories_lose_duplicate_and_alter_nothing(
             scheduler.leave(chance.sample(range(SLOTS), chance.randint(0, 2)))
         else:
             orders += scheduler.copies(now)
-            answers += [_copy(chance, ranks, order) for order in orders]  # each rank hears all in order
+            answers += [_copy(chance, ranks, order) for order in orders]  # each rank receives all in order
             orders = _random_answers(chance, scheduler, answers, now)
             _random_step(chance, scheduler, ranks, client, members, now)
         pool_is_whole(scheduler)

@@ -35,7 +35,7 @@ def test_an_engine_that_answers_pings_and_nothing_else_shows_in_the_probes() -> 
         return any("no request any further" in reason for reason in obstacles(ClusterState(revision=1), link, False))
 
     now[0] = 10 * STUCK_S
-    assert not stuck()  # nobody asks it for anything
+    assert not stuck()  # no request is open
     with link.generation([request("a")]):
         assert not stuck()
         now[0] += STUCK_S + 1

@@ -1,4 +1,4 @@
-"""The event history: whole lines from many writers, readers that survive damage, following until told to stop."""
+"""The event history: whole lines from many writers, readers that survive damage, following until stopped."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def armed(faults: str) -> None:
     arm("test", environ={**os.environ, ENV: faults})
 
 
-def blows(history: Path) -> list[Event]:
+def fired(history: Path) -> list[Event]:
     return [event for event in EventLog.read(history) if event.kind == "failpoint"]
 
 
@@ -81,11 +81,11 @@ def test_it_happens_there_and_to_that_rank_only(history: Path) -> None:
     armed("rank.prepared@2=raise")
     hit("rank.prepared", 1)
     hit("rank.before.prepare", 2)
-    assert blows(history) == []
+    assert fired(history) == []
     for _ in range(2):
         with pytest.raises(FaultInjected, match=r"rank\.prepared"):
             hit("rank.prepared", 2)
-    assert [(e.role, e.rank, e.fields["name"], e.fields["action"]) for e in blows(history)] == [
+    assert [(e.role, e.rank, e.fields["name"], e.fields["action"]) for e in fired(history)] == [
         ("test", 2, "rank.prepared", "raise")
     ] * 2
 
@@ -96,7 +96,7 @@ def test_so_many_times_over_all_processes(history: Path) -> None:
         with pytest.raises(FaultInjected):
             hit("rank.prepared")
     hit("rank.prepared")
-    assert len(blows(history)) == 2
+    assert len(fired(history)) == 2
 
 
 def test_it_waits_for_a_file(history: Path, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_it_waits_for_a_file(history: Path, tmp_path: Path) -> None:
     passed.join(timeout=10.0)
     assert not passed.is_alive()
     hit("rank.prepared")
-    assert len(blows(history)) == 1, "whoever does not have to wait says nothing"
+    assert len(fired(history)) == 1, "a point that does not have to wait says nothing"
 
 
 def armed_by_file(path: Path, faults: str) -> None:
@@ -131,7 +131,7 @@ def test_a_file_may_change_while_the_process_runs(history: Path, tmp_path: Path)
     hit("rank.prepared")
     path.unlink()
     hit("rank.prepared")
-    assert len(blows(history)) == 1
+    assert len(fired(history)) == 1
     with pytest.raises(ConfigError):
         failpoints.write(path, "rank.nowhere=raise")
     path.write_text("rank.prepared=nonsense")  # spoiled by hand: nothing is armed
@@ -148,7 +148,7 @@ def test_so_many_times_since_it_was_armed(history: Path, tmp_path: Path) -> None
         hit("rank.prepared")
         arm("test", environ={**os.environ, ENV: f"@{path}"})  # as another process does
         hit("rank.prepared")
-    first, second = blows(history)
+    first, second = fired(history)
     assert first.fields["armed"] < second.fields["armed"]
     assert first.rank == 3
 

@@ -1,4 +1,4 @@
-"""Logs: one JSON object per line with who wrote it; plain tracebacks, on a terminal too."""
+"""Logs: one JSON object per line with the role that wrote it; plain tracebacks, on a terminal too."""
 
 from __future__ import annotations
 

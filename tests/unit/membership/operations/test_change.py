@@ -217,7 +217,7 @@ def test_no_cluster_no_pause(world: World) -> None:
         pause(world.store, "elsewhere", 5.0)
 
 
-def test_status_and_explain_tell_of_it(world: World) -> None:
+def test_status_and_explain_show_it(world: World) -> None:
     name = world.ask(drain(0), op_id="out").id
     status = cluster_status(world.state, world.now)
     assert status.operation is not None

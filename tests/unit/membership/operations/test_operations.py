@@ -28,7 +28,7 @@ def world() -> World:
     return world
 
 
-def test_a_proposal_is_stored_with_its_wish(world: World) -> None:
+def test_a_proposal_is_stored_with_its_change(world: World) -> None:
     operation = world.scale(6, timeout_s=60.0)
     assert world.state.operations[operation.id] == operation
     assert (operation.phase, operation.previous, operation.deadline) == (Phase.PROPOSED, 4, operation.started + 60.0)
@@ -54,7 +54,7 @@ def test_a_second_operation_names_the_active_one(world: World) -> None:
 
 def test_of_two_proposals_at_once_one_wins(world: World) -> None:
     class Late:
-        """A store in which somebody else proposes between our look and our transaction."""
+        """A store in which another client proposes between our look and our transaction."""
 
         def __init__(self) -> None:
             self.raced = False
@@ -178,7 +178,7 @@ def test_a_plan_takes_as_long_as_the_last_one_took(world: World) -> None:
     state = replace(world.state, operations={"o": done})
     assert "tokens wait about 21 ms at the commit" in plan_view(plan_change(scale(6), state))
     assert plan_change(scale(6), state).estimated_s == pytest.approx(2.0 + 10_000 * 4.0 / 20_000)
-    assert plan_change(scale(3), state).estimated_s == pytest.approx(8_000 * 4.0 / 20_000), "nobody is launched"
+    assert plan_change(scale(3), state).estimated_s == pytest.approx(8_000 * 4.0 / 20_000), "no rank is launched"
 
 
 def test_an_operation_that_is_over_leaves_room_for_the_next(world: World) -> None:

@@ -81,7 +81,7 @@ def test_a_request_is_forgotten_after_a_while() -> None:
     assert world.epochs == [1]
 
 
-def test_a_clock_that_is_behind_the_controller_s_is_heard_all_the_same() -> None:
+def test_a_request_from_a_clock_behind_the_controller_s_is_served_all_the_same() -> None:
     world = uneven()
     staged = world.state.view.staged if world.state.view else 0.0
     request_rebalance(world.store, world.config.cluster, clock=lambda: staged - 5.0)

@@ -38,7 +38,7 @@ def check(placement: Placement, layers: int, experts: int, redundancy: float) ->
 
 @settings(max_examples=150, deadline=None)
 @given(sizes)
-def test_any_life_keeps_the_invariants(size: tuple[int, int, float, st.DataObject]) -> None:
+def test_any_episode_keeps_the_invariants(size: tuple[int, int, float, st.DataObject]) -> None:
     layers, experts, redundancy, data = size
     slot = st.sets(st.integers(0, 40), min_size=1, max_size=min(9, max_ranks_allowed(experts, redundancy)))
     loads = st.none() | st.lists(
@@ -123,7 +123,7 @@ def test_load_is_balanced_between_ranks() -> None:
     assert max(sums) / sum(loads) < 0.6
 
 
-def test_an_expert_nobody_holds_is_uncovered() -> None:
+def test_an_expert_that_no_rank_holds_is_uncovered() -> None:
     assert coverage({0: ((0, 1),), 1: ((1,),)}, [0, 1], experts=3) == Coverage(0, ((0, 2),))
     assert coverage({0: ((0, 1),), 1: ((1,),)}, [1, 9]) == Coverage(0, ((0, 0),))
 

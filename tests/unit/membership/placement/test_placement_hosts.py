@@ -73,7 +73,7 @@ def test_an_exchange_that_helps_another_expert_too_is_not_undone() -> None:
 
 @pytest.mark.parametrize("redundancy", [1.25, 2.0, 3.1])
 @pytest.mark.parametrize(("ranks", "hosts"), [(32, "abc"), (31, "abc"), (31, "a")])
-def test_many_experts_that_are_dealt_out_are_as_safe(
+def test_many_experts_placed_by_bulk_fill_are_as_safe(
     redundancy: float, ranks: int, hosts: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("membership.placement.plan.MANY", 100)
@@ -105,7 +105,7 @@ def test_a_repair_loads_each_orphan_once_and_nothing_else(
     loaded = [(move.layer, move.expert) for move in moves(left, after)]
     assert len(loaded) == len(orphans)
     assert set(loaded) == orphans
-    assert moves(after, left) == [], "nobody drops anything"
+    assert moves(after, left) == [], "no rank drops anything"
     assert coverage(after, after, experts).min_live_replicas >= 1
 
 
@@ -120,7 +120,7 @@ def test_a_second_host_takes_one_replica_of_every_expert() -> None:
     nodes = {0: "a", 1: "a", 2: "b", 3: "b"}
     placement = plan(2, 8, nodes, 2.0, alone, nodes=nodes)
     assert survivability(placement, nodes, 2, 8).vital_hosts == ()
-    assert {move.rank for move in moves(alone, placement)} <= {2, 3}, "who was there loads nothing"
+    assert {move.rank for move in moves(alone, placement)} <= {2, 3}, "the earlier ranks load nothing"
 
 
 def test_what_it_would_take_is_said() -> None:

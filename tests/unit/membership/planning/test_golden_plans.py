@@ -21,10 +21,10 @@ TRANSCRIPTS = GOLDEN / "plan"
 @pytest.mark.parametrize("path", sorted(TRANSCRIPTS.glob("*.txt")), ids=lambda path: path.stem)
 def test_the_planner_does_what_it_did(path: Path) -> None:
     written = path.read_text()
-    told = replay(written)
+    transcript = replay(written)
     if os.environ.get("UPDATE_GOLDEN"):
-        path.write_text(told)
-    assert path.read_text() == told
+        path.write_text(transcript)
+    assert path.read_text() == transcript
 
 
 def test_another_plan_shows() -> None:

@@ -38,7 +38,7 @@ def test_a_node_is_relieved_in_one_epoch_and_its_slots_are_filled_elsewhere() ->
     world.leave("b")
     world.settle(until=lambda: len(world.epochs) == 2)
     assert on(world, "b") == set()
-    assert len(on(world, "a")) == 2, "nobody new is needed for it"
+    assert len(on(world, "a")) == 2, "no new rank is needed for it"
     world.settle()
     world.assert_whole(4)
     assert len(on(world, "a")) == 4
@@ -46,7 +46,7 @@ def test_a_node_is_relieved_in_one_epoch_and_its_slots_are_filled_elsewhere() ->
     assert desired(world) == 4
 
 
-def test_nobody_ends_before_the_engine_has_left_the_old_view() -> None:
+def test_no_rank_ends_before_the_engine_has_left_the_old_view() -> None:
     world = two_nodes()
     world.leave("b")
     while len(world.epochs) == 1:
@@ -70,7 +70,7 @@ def test_where_there_is_no_room_the_rest_serves_until_the_node_is_back() -> None
     assert len(on(world, "b")) == 2
 
 
-def test_whoever_leaves_is_shown_as_draining() -> None:
+def test_a_departing_rank_is_shown_as_draining() -> None:
     world = two_nodes()
     world.leave("b")
     world.controller_acts()
@@ -78,7 +78,7 @@ def test_whoever_leaves_is_shown_as_draining() -> None:
     assert {rank for rank, state in states.items() if state is RankState.DRAINING} == on(world, "b")
 
 
-def test_if_all_leave_nobody_is_relieved() -> None:
+def test_if_all_agents_leave_none_is_relieved() -> None:
     world = two_nodes()
     world.leave("a")
     world.leave("b")

@@ -1,4 +1,4 @@
-"""Whole lives of a cluster, decided by the planner: bring-up, scaling, deaths at any point, takeovers, rollbacks."""
+"""Clusters from start to end, decided by the planner: bring-up, scaling, deaths at any point, takeovers, rollbacks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def operation(world: World, name: str) -> Operation:
     return world.state.operations[name]
 
 
-def test_nothing_is_decided_without_config_or_wish() -> None:
+def test_nothing_is_decided_without_config_or_desired_state() -> None:
     assert reconcile(ClusterState(revision=1), 0.0) == []
     assert reconcile(ClusterState(revision=1, config=CONFIG), 0.0) == []
 
@@ -72,7 +72,7 @@ def test_scale_up_and_down_go_through_all_phases() -> None:
     assert phases(operation(world, name)) == ALL
     assert (operation(world, name).epoch, operation(world, name).progress) == (2, 1.0)
     assert world.state.view is not None
-    assert world.state.view.members[:4] == before.members, "who served goes on as it was"
+    assert world.state.view.members[:4] == before.members, "serving ranks go on as they were"
     down = world.scale(3).id
     world.settle()
     world.assert_whole(3)
@@ -152,13 +152,13 @@ def test_a_mask_of_another_epoch_or_engine_means_nothing() -> None:
     assert world.epochs == [1]
 
 
-def test_a_lapsed_lease_alone_evicts_nobody() -> None:
+def test_a_lapsed_lease_alone_evicts_no_rank() -> None:
     world = up()
     world.store.delete(world.keys.rank(1, 2))
     assert reconcile(world.state, world.now) == []
 
 
-def test_all_leases_lapsing_at_once_evicts_nobody_whom_the_engine_uses() -> None:
+def test_all_leases_lapsing_at_once_evicts_no_rank_that_the_engine_uses() -> None:
     """So it is after a stall of the store: every rank serves, and no record says so."""
     world = up()
     world.lapse("a")
@@ -171,7 +171,7 @@ def test_all_leases_lapsing_at_once_evicts_nobody_whom_the_engine_uses() -> None
     assert len(world.evicted) == 1
 
 
-def test_a_quarantined_slot_stays_empty_until_somebody_scales() -> None:
+def test_a_quarantined_slot_stays_empty_until_the_next_scale() -> None:
     world = up()
     world.kill(1, quarantined=True)
     world.settle()
@@ -315,7 +315,7 @@ def test_survivors_that_cannot_load_give_up_redundancy_before_coverage() -> None
     assert (first.attempt, second.attempt) == (0, 1)
     before = world.state.view
     assert before is not None
-    assert second.placement == {rank: before.placement[rank] for rank in (0, 2, 3)}, "nobody has to load anything"
+    assert second.placement == {rank: before.placement[rank] for rank in (0, 2, 3)}, "no rank has to load anything"
     world.bad = set()
     while world.epochs == [1]:
         world.controller_acts()
@@ -339,7 +339,7 @@ def test_who_alone_can_never_prepare_is_replaced() -> None:
     assert (2, 3) in world.evicted
 
 
-def test_a_view_staged_by_somebody_else_is_not_committed() -> None:
+def test_a_view_staged_by_another_controller_is_not_committed() -> None:
     world = up()
     world.kill(1)
     while world.state.next is None:

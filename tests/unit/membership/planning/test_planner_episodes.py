@@ -1,4 +1,4 @@
-"""Random lives of a cluster: whatever happens in whatever order, no invariant breaks, and in the end it is whole."""
+"""Random episodes of a cluster: whatever happens in whatever order, no invariant breaks, and in the end it is whole."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def ask_for_something(world: World, random: Random) -> None:
 def give_up(world: World, active: Operation) -> None:
     """Cancel, if it is not too late."""
     with suppress(OperationConflict):
-        cancel(world.store, world.config.cluster, active.id, "somebody")
+        cancel(world.store, world.config.cluster, active.id, "a test")
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_any_life(seed: int) -> None:
+def test_any_episode(seed: int) -> None:
     """Whatever happens in whatever order, no invariant breaks, and in the end the cluster is what was asked for."""
     random = Random(seed)
     world = World(desired=random.choice([1, 2, 4]), nodes=("a", "b")[: random.randint(1, 2)])
@@ -93,4 +93,4 @@ def test_any_life(seed: int) -> None:
     world.assert_whole(desired.ranks)
     assert not set(world.serving) & set(desired.cordoned), "a drained slot stays empty"
     assert world.epochs == list(range(1, len(world.epochs) + 1))
-    assert not alarms(world), "the checks of a record find nothing in a life without violation"
+    assert not alarms(world), "the checks of a record find nothing in an episode without violation"

@@ -94,7 +94,7 @@ def test_a_lasting_loss_is_made_durable_with_no_load_and_restored_in_the_backgro
     assert world.serving == (0, 2, 3)
     first, *steps = loaded(world, seen)
     assert first == 0, "the critical path loads nothing"
-    assert sum(steps) >= 8, "what rank 1 held lives elsewhere now"
+    assert sum(steps) >= 8, "what rank 1 held is elsewhere now"
     assert max(steps) <= 2, "within the budget of each change"
     view = world.state.view
     assert view is not None
@@ -116,7 +116,7 @@ def test_lost_experts_are_all_that_is_loaded_at_first() -> None:
 @pytest.mark.parametrize("redundancy", [1.0, 2.0])
 def test_only_what_requests_wait_for_is_urgent(redundancy: float) -> None:
     world = up(redundancy=redundancy)
-    assert [view.urgent for view in staged(world)] == [True], "the first view: nobody holds anything yet"
+    assert [view.urgent for view in staged(world)] == [True], "the first view: no rank holds anything yet"
     seen = len(world.effects)
     world.kill(2, quarantined=True)
     world.settle()
@@ -251,4 +251,4 @@ def test_another_host_is_used_as_soon_as_ranks_run_there() -> None:
     world.stop_agent("a")
     while world.epochs[-1] == view.epoch:
         assert world.controller_acts() | world.agents_act() | world.engine_acts()
-    assert loaded(world)[-1] == 0, "a host died, and nobody had to load anything"
+    assert loaded(world)[-1] == 0, "a host died, and no rank had to load anything"

@@ -29,7 +29,7 @@ def shrinking(timeout_s: float = 60.0) -> World:
 
 
 def act(world: World) -> None:
-    """Everybody does what there is to do now."""
+    """Each process does what there is to do now."""
     while world.controller_acts() | world.agents_act() | world.engine_acts():
         pass
 
@@ -67,7 +67,7 @@ def test_an_operation_at_its_deadline_is_committed_not_rolled_back() -> None:
     assert operation.phase_times["committed"] == pytest.approx(operation.deadline, abs=0.1)
 
 
-def test_without_an_engine_there_is_nobody_to_wait_for() -> None:
+def test_without_an_engine_there_is_nothing_to_wait_for() -> None:
     world = shrinking()
     world.store.delete(world.keys.engine)
     act(world)
@@ -97,7 +97,7 @@ def test_what_was_said_of_another_view_or_by_another_engine_means_nothing(wrong:
     assert world.controller_acts()
 
 
-def test_a_view_that_leaves_nobody_out_waits_for_nobody() -> None:
+def test_a_view_that_leaves_no_rank_out_does_not_wait() -> None:
     world = World()
     world.settle()
     world.crowded = True

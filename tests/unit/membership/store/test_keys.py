@@ -102,7 +102,7 @@ def test_a_malformed_key_is_named(name: str) -> None:
         state_from([KeyValue(key=KEYS.prefix + name, value=b"{}")], 1)
 
 
-WRITTEN: dict[str, list[bytes]] = {  # what may stand there, as whoever reads it may find it
+WRITTEN: dict[str, list[bytes]] = {  # what a reader may find there
     KEYS.desired: [encode(Desired(ranks=n)) for n in (1, 2)],
     KEYS.view: [encode(View(epoch=n)) for n in (1, 2)] + [b"damaged"],
     KEYS.leader: [b"{}"],
@@ -140,7 +140,7 @@ def test_a_state_kept_current_is_the_state_of_all_keys(changes: list[Change]) ->
             if isinstance(found, ClusterState):
                 assert found == expected
                 given_out.append((found, repr(found)))
-    assert all(repr(state) == as_given for state, as_given in given_out), "who was given a state sees it change"
+    assert all(repr(state) == as_given for state, as_given in given_out), "a state that was given out changes"
 
 
 def _state_or_error(ask: Callable[[], ClusterState]) -> ClusterState | SchemaError:

@@ -23,7 +23,7 @@ def test_every_phase_has_a_row_and_only_leads_forward() -> None:
             assert ORDER.index(source) < ORDER.index(target)
 
 
-def test_a_life_in_order_records_when() -> None:
+def test_phases_in_order_record_when() -> None:
     op = operation()
     for at, phase in enumerate(ORDER[1:], start=1):
         op = advance(op, phase, now=float(at))

@@ -85,7 +85,7 @@ def test_an_incarnation_never_runs_twice() -> None:
     assert run(assigned(RankId(0, 2), exits={0: dead})) == [Spawn(RankId(0, 2))]
 
 
-def test_an_assignment_of_an_earlier_life_changes_nothing() -> None:
+def test_an_assignment_of_an_earlier_agent_changes_nothing() -> None:
     earlier = msgspec.structs.replace(assigned(A).assignments["n"], agent_started=9.0)
     state = msgspec.structs.replace(assigned(A), assignments={"n": earlier})
     assert run(state) == []
@@ -187,7 +187,7 @@ def test_an_epoch_is_retired_when_the_engine_uses_it_and_nothing_is_staged() -> 
 # --- records and the failure detector
 
 
-def test_the_record_tells_how_far_a_rank_is() -> None:
+def test_the_record_shows_how_far_a_rank_is() -> None:
     steps = [
         (LocalRank(*A, started=0.0), RankState.LAUNCHING),
         (ready(A), RankState.HANDSHAKING),
@@ -198,7 +198,7 @@ def test_the_record_tells_how_far_a_rank_is() -> None:
     assert [record_of(rank, "n").state for rank, _ in steps] == [state for _, state in steps]
 
 
-def test_records_of_an_earlier_life_are_stale() -> None:
+def test_records_of_an_earlier_agent_are_stale() -> None:
     mine, other = record_of(ready(A), "n"), RankRecord(rank=1, node="m", incarnation=2, pid=1, state=RankState.STANDBY)
     state = assigned(A, ranks={A: mine, B: other})
     assert stale_records(state, "n", {}) == [A]
@@ -222,8 +222,8 @@ def test_an_agent_that_was_itself_stopped_does_not_blame_its_ranks() -> None:
     assert not hung(observe(heartbeat, 5, 100.0), 100.0, after_s=3.0), "one look after a long pause proves nothing"
 
 
-def test_heartbeats_are_told_in_the_time_of_day() -> None:
+def test_heartbeats_are_published_in_the_time_of_day() -> None:
     ranks = {A: Heartbeat(7, 90.0), B: Heartbeat(-1, 95.0)}
     published = heartbeats("n", ranks, now=100.0, wall=5000.0)
     assert (published.node, published.at) == ("n", 5000.0)
-    assert published.beats == {A[1]: 4990.0}, "a rank that was not looked at yet has not been seen to beat"
+    assert published.beats == {A[1]: 4990.0}, "a rank that was not looked at yet has no heartbeat yet"

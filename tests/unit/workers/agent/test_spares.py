@@ -25,7 +25,7 @@ pytestmark = pytest.mark.unit
 
 def test_a_whole_cluster_is_settled() -> None:
     assert settled(healthy())
-    assert settled(healthy(engine=None, engine_status=None)), "nobody is there to take up the view"
+    assert settled(healthy(engine=None, engine_status=None)), "no engine is there to take up the view"
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_not_between_a_death_and_the_view_with_its_successor() -> None:
     left = replace(masked, assignments={"n": Assignment(node="n", ranks=specs, agent_started=1.0)})
     assert not settled(left), "its successor is to be assigned"
     exits = {2: replace(left.exits[2], quarantined=True)}
-    assert settled(replace(left, exits=exits)), "nobody comes into a slot that was set aside"
+    assert settled(replace(left, exits=exits)), "no rank comes into a slot that was set aside"
 
 
 def test_an_operation_that_ended_is_no_hindrance() -> None:

@@ -1,4 +1,4 @@
-"""Who is asked for which (row, expert) pair: everything once, live holders only, and again only what is missing."""
+"""Which rank is asked for a (row, expert) pair: each pair once, live holders only; again only what is missing."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_a_loss_moves_only_what_the_lost_rank_had_not_answered(
     assert all(p.rank != lost.rank for p in again)
     for parcel in again:
         check_shape(parcel, ids)
-    # and whoever is asked from the start without the lost rank is asked for what the others had anyhow
+    # and a rank that is asked from the start without the lost rank is asked for what the others had anyhow
     fresh = {p: parcel.rank for parcel in router.parcels(0, flat, top_k, 1 << lost.rank) for p in parcel.pairs.tolist()}
     for parcel in parcels:
         if parcel is not lost:
@@ -145,7 +145,7 @@ def test_a_large_parcel_splits_without_loss(scene: tuple[int, Placement, np.ndar
 def test_a_row_goes_where_it_would_go_alone_whenever_it_is_asked_again(
     scene: tuple[int, Placement, np.ndarray, int],
 ) -> None:
-    """The replica depends on (layer, home rank, expert, who is alive): not on batch mates, nor on what came before."""
+    """The replica depends on (layer, home rank, expert, live ranks): not on batch mates, nor on what came before."""
     me, placement, ids, excluded = scene
     router = Router(me, placement)
     flat, top_k = np.tile(ids, (FEW, 1)).reshape(-1), ids.shape[1]

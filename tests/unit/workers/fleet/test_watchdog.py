@@ -1,4 +1,4 @@
-"""The progress watchdog's judgement: who does nothing is evicted, who works, starves or waits is not."""
+"""The progress watchdog's decision: a rank that does nothing is evicted, one that works, starves or waits is not."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ pytestmark = pytest.mark.unit
 
 A, B = RankId(0, 1), RankId(1, 2)
 WAITING = Look(state="S", heartbeats=5, steps=3, turns=7)
-Story = Callable[[int], Look]
+Course = Callable[[int], Look]
 
 
-def seen(story: Story, looks: int = 200, late_by_s: float = 0.0) -> tuple[str, float]:
-    """The sign by which a rank with this story is evicted, and after how long; "" if it never is."""
+def seen(course: Course, looks: int = 200, late_by_s: float = 0.0) -> tuple[str, float]:
+    """The sign by which a rank with this course is evicted, and after how long; "" if it never is."""
     dog = Watchdog()
     dog.began(1, [A], 0.0)
     now = dog.due
     for number in range(looks):
-        for key, sign in dog.watch({A: story(number)}, now):
+        for key, sign in dog.watch({A: course(number)}, now):
             assert key == A
             return sign, now
         now = dog.due + late_by_s
@@ -41,7 +41,7 @@ def test_a_stopped_rank_is_evicted_soon_but_not_for_a_blink() -> None:
 
 
 def test_a_native_hang_is_evicted_with_the_interpreters_lock_and_without() -> None:
-    sign, at = seen(lambda n: WAITING)  # no heart beats any more
+    sign, at = seen(lambda n: WAITING)  # no heartbeat any more
     assert (sign, at >= HUNG_S) == ("hung", True)
     beating, others_run = (lambda n: replace(WAITING, heartbeats=n, all_s=n * 0.03)), True
     assert seen(beating)[0] == "hung"
@@ -49,7 +49,7 @@ def test_a_native_hang_is_evicted_with_the_interpreters_lock_and_without() -> No
 
 
 @pytest.mark.parametrize(
-    "story",
+    "course",
     [
         lambda n: replace(WAITING, turns=7 + n // 10),  # waits for a peer: it wakes twice per second
         lambda n: replace(WAITING, main_s=n * 0.01),  # slow, but at work
@@ -58,24 +58,24 @@ def test_a_native_hang_is_evicted_with_the_interpreters_lock_and_without() -> No
         lambda n: replace(WAITING, steps=n),
         lambda n: replace(WAITING, others_run=True),  # another thread has the interpreter, and gets no processor
         lambda n: replace(WAITING, all_s=n * 0.04),  # another thread has the interpreter, and works
-        lambda n: replace(WAITING, turns=0),  # a worker that does not tell
+        lambda n: replace(WAITING, turns=0),  # a worker that does not count them
         lambda n: replace(WAITING, state="T", main_s=n // 3 * 0.01),  # runs between stops, though never when looked at
         lambda n: replace(WAITING, state="T", turns=7 + n // 3),
     ],
 )
-def test_who_works_starves_or_waits_is_not_evicted(story: Story) -> None:
-    assert seen(story)[0] == ""
+def test_a_rank_that_works_starves_or_waits_is_not_evicted(course: Course) -> None:
+    assert seen(course)[0] == ""
 
 
-def test_the_watchdogs_own_lateness_is_not_held_against_anybody() -> None:
+def test_the_watchdogs_own_lateness_evicts_no_rank() -> None:
     calls = 0
 
-    def story(number: int) -> Look:
+    def course(number: int) -> Look:
         nonlocal calls
         calls += 1
         return WAITING
 
-    sign, at = seen(story, late_by_s=5.0)
+    sign, at = seen(course, late_by_s=5.0)
     assert sign == "hung"
     assert calls >= HUNG_S / (2 * TICK_S), "one late look must not count for all the time before it"
     assert at > 30.0
@@ -117,7 +117,7 @@ def test_a_rank_ten_times_slower_than_the_others_is_flagged() -> None:
     half = {**even, 1: 2.5}
     assert slow_ranks(half, chunks, ()) == {}
     assert slow_ranks(half, chunks, {1}).keys() == {1}
-    assert slow_ranks({0: 0.01, 1: 0.1}, {0: 100, 1: 100}, ()) == {}, "who hardly works is not compared"
+    assert slow_ranks({0: 0.01, 1: 0.1}, {0: 100, 1: 100}, ()) == {}, "a rank that hardly works is not compared"
 
 
 def test_a_slow_rank_is_flagged_after_two_windows_until_it_is_as_fast_again() -> None:

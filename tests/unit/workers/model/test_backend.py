@@ -332,7 +332,7 @@ def test_a_captured_step_follows_its_plan(backend: Backend) -> None:
         assert torch.equal(captured(plan), step(plan))
 
 
-def test_fingerprints_tell_arithmetics_apart(backend: Backend) -> None:
+def test_fingerprints_distinguish_arithmetics(backend: Backend) -> None:
     names = [backend.fingerprint(kind) for kind in DTYPES]
     assert names == [backend.fingerprint(kind) for kind in DTYPES]
     assert len(set(names)) == len(DTYPES)

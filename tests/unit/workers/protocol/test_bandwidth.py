@@ -1,4 +1,4 @@
-"""The bucket of a host's reading: its pace over any while, what idle time is worth, and a bound on who waits."""
+"""The bucket of a host's reading: its pace over any while, what idle time is worth, and a bound on each wait."""
 
 from __future__ import annotations
 

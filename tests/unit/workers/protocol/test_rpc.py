@@ -35,7 +35,7 @@ def test_a_call_ends_with_all_replies() -> None:
     assert len(table) == 0
 
 
-def test_a_reply_to_a_call_that_has_ended_reaches_nobody() -> None:
+def test_a_reply_to_a_call_that_has_ended_is_dropped() -> None:
     table = CallTable()
     first, call = opened(table)
     table.expire(105.0)

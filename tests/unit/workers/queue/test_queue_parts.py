@@ -1,4 +1,4 @@
-"""The parts under MessageQueue, without threads: the ring, who is in the way, the arena, the codecs, the segment."""
+"""The parts under MessageQueue, without threads: the ring, its slowest reader, the arena, the codecs, the segment."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def ring() -> Iterator[RingWriter]:
 
 
 def reader_of(ring: RingWriter, slot: int, room_made: list[int] | None = None) -> RingReader:
-    heard = room_made if room_made is not None else []
+    rung = room_made if room_made is not None else []
     segment = Segment.attach(ring.segment.fileno())
-    return RingReader(segment, slot, ring.admit(slot), RING, lambda: heard.append(slot))
+    return RingReader(segment, slot, ring.admit(slot), RING, lambda: rung.append(slot))
 
 
 def test_random_traffic_arrives_whole_and_in_order_over_many_laps(ring: RingWriter) -> None:
@@ -73,23 +73,23 @@ def test_the_slowest_reader_is_the_one_in_the_way_until_it_is_expelled(ring: Rin
     quick.segment.close()
 
 
-def test_room_is_told_once_there_is_enough_of_it(ring: RingWriter) -> None:
-    told: list[int] = []
-    reader = reader_of(ring, 0, told)
+def test_room_is_notified_once_there_is_enough_of_it(ring: RingWriter) -> None:
+    notified: list[int] = []
+    reader = reader_of(ring, 0, notified)
     while ring.put(0, bytes(120)):
         pass
     ring.want_room(120)
     taken = 0
-    while not told:
+    while not notified:
         reader.take()
         taken += 1
     assert taken * 128 >= RING // 4
     assert ring.fits(120)
     ring.have_room()
-    told.clear()
+    notified.clear()
     while reader.take():
         pass
-    assert not told
+    assert not notified
     reader.segment.close()
 
 
@@ -195,4 +195,4 @@ def test_a_segment_cannot_be_cut_short_and_a_foreign_file_is_refused() -> None:
 def test_the_living_are_not_dying() -> None:
     assert not is_dying(os.getpid())
     assert is_dying(2**22 + 1)
-    assert not is_dying(0), "a process of another namespace: we cannot tell"
+    assert not is_dying(0), "a process of another namespace: we cannot know"

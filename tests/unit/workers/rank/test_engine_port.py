@@ -1,4 +1,4 @@
-"""A rank between two engines, in one process: what it runs, and whom it follows."""
+"""A rank between two engines, in one process: what it runs, and which engine it follows."""
 
 from __future__ import annotations
 
