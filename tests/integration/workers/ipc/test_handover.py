@@ -140,24 +140,24 @@ def test_many_ringers_no_lost_wakeup() -> None:
     with Doorbell(spin_us=0) as bell, Segment.create(4096) as segment:
         words = segment.view(format="Q")
 
-        def ring(ringer: int) -> None:
+        def ring(number: int) -> None:
             ringer = Bell.attach(bell.fileno())
             for turn in range(1, rounds + 1):
-                words[ringer * 8] = turn
+                words[number * 8] = turn
                 ringer.ring()
-                if turn % 7 == ringer:
+                if turn % 7 == number:
                     time.sleep(0)
             ringer.close()
 
-        threads = [threading.Thread(target=ring, args=(ringer,)) for ringer in range(ringers)]
+        threads = [threading.Thread(target=ring, args=(number,)) for number in range(ringers)]
         for thread in threads:
             thread.start()
         seen = 0
         while seen < rounds * ringers:
-            total = sum(words[ringer * 8] for ringer in range(ringers))
+            total = sum(words[number * 8] for number in range(ringers))
             if total == seen:
                 before = seen
                 assert bell.wait(lambda before=before: sum(words[w * 8] for w in range(ringers)) > before, 5)
-            seen = sum(words[ringer * 8] for ringer in range(ringers))
+            seen = sum(words[number * 8] for number in range(ringers))
         for thread in threads:
             thread.join(10)
