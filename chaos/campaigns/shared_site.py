@@ -100,7 +100,6 @@ class Share:
         self._shared, self._number = shared, number
 
     def pid(self, victim: str) -> int:
-        """The process of the victim."""
         return self._shared.pid(victim)
 
     def arm(self, failpoints: str) -> None:
@@ -108,17 +107,13 @@ class Share:
         self._shared.arm(self._number, failpoints)
 
     def settle(self) -> None:
-        """What was armed has happened."""
         self._shared.settle(self._number)
 
     def events(self) -> list[Event]:
-        """The history so far."""
         return self._shared.site.events()
 
     def state_dir(self) -> Path:
-        """The cluster's state directory."""
         return self._shared.site.state_dir()
 
     def url(self) -> str:
-        """Base URL of its API."""
         return self._shared.site.url()

@@ -81,12 +81,10 @@ class LocalTarget:
 
     @property
     def url(self) -> str:
-        """Base URL of its API."""
         return self.cluster.url
 
     @property
     def client(self) -> Client:
-        """The client of its store."""
         return self.cluster.client()
 
     @property
@@ -95,18 +93,15 @@ class LocalTarget:
         return self.cluster.state.failpoints.exists()
 
     def model(self) -> str:
-        """Name of the model that it serves."""
         return self.cluster.model_name()
 
     def events(self) -> list[Event]:
-        """What has been added to the history since the last time."""
         found: list[Event] = []
         while (more := self._tail.read()) is not None:
             found += more
         return found
 
     def injector(self, fault: str, site: Site, victim: str, params: Params) -> Injector:
-        """The catalogue's."""
         return injector(fault, site, victim, params)
 
     def unable(self, fault: str, victim: str, needs: Collection[str]) -> str:
@@ -131,7 +126,6 @@ class LocalTarget:
             yield recorder
 
     def close(self) -> None:
-        """Close the connection to the store."""
         self.cluster.close()
 
 
@@ -163,7 +157,6 @@ class RemoteTarget:
                 self._stop.wait(0.5)
 
     def model(self) -> str:
-        """Name of the model that it serves."""
         try:
             answer = httpx.get(f"{self.url}/v1/models", timeout=PROBE_S).raise_for_status()
             return str(answer.json()["data"][0]["id"])
@@ -172,18 +165,15 @@ class RemoteTarget:
             raise ConfigError(f"{self.url} names no model: {error}", hint=hint) from error
 
     def history(self) -> list[Event]:
-        """All events so far."""
         with self._lock:
             return list(self._all)
 
     def events(self) -> list[Event]:
-        """What has been added to the history since the last time."""
         with self._lock:
             new, self._seen = self._all[self._seen :], len(self._all)
         return new
 
     def arm(self, failpoints: str) -> None:
-        """Arm these failpoints and no others."""
         self._admin.arm(failpoints)
 
     def injector(self, fault: str, site: Site, victim: str, params: Params) -> Injector:
@@ -217,7 +207,6 @@ class RemoteTarget:
         recorder.happened(self.history())
 
     def close(self) -> None:
-        """Stop following."""
         self._stop.set()
         self._follower.join(PROBE_S)
 
@@ -233,23 +222,18 @@ class RemoteSite:
         self._target = target
 
     def pid(self, victim: str) -> int:
-        """There are no processes of it here."""
         raise NotInjected(f"{victim} is on another machine", hint="give --state-dir, if it is served from this one")
 
     def arm(self, failpoints: str) -> None:
-        """Arm these failpoints and no others."""
         self._target.arm(failpoints)
 
     def events(self) -> list[Event]:
-        """The history so far."""
         return self._target.history()
 
     def state_dir(self) -> Path:
-        """There is none of it here."""
         raise NotInjected("its state directory is on another machine")
 
     def url(self) -> str:
-        """Base URL of its API."""
         return self._target.url
 
 

@@ -10,7 +10,7 @@ import typer
 from chaos.campaigns.failpoint_matrix import ACTIONS, FLAGS, FailpointMatrix, every_cell
 from chaos.campaigns.failpoint_stimuli import SMALL
 from chaos.campaigns.targets import LocalTarget
-from chaos.cli.shared import ModelFlag, served
+from chaos.cli.shared import ModelFlag, finish, served
 from elastic.cli.command import command
 from elastic.cli.connection import AdminConnection
 from elastic.cli.flags import Output, OutputFlag, write_json
@@ -53,11 +53,7 @@ def failpoint_matrix(
     results = matrix.results
     failed = [each for each in results if not each.ok]
     ok = not failed and len(results) == total
-    if output is Output.TEXT:
-        typer.echo(f"{'every promise held' if ok else 'a promise broke'}: {len(results)} of {total} cells "
-                   f"in {time.monotonic() - started:.0f} s, {len(failed)} failed")  # fmt: skip
-        for each in failed:
-            typer.echo(f"  - {each.point} {each.action}: {each.said}")
-    else:
-        write_json({"ok": ok, "cells": total, "results": results})
-    raise typer.Exit(0 if ok else 1)
+    cells_run = f"{len(results)} of {total} cells in {time.monotonic() - started:.0f} s, {len(failed)} failed"
+    shown = [f"{'every promise held' if ok else 'a promise broke'}: {cells_run}"]
+    shown += [f"  - {each.point} {each.action}: {each.said}" for each in failed]
+    finish(ok, {"ok": ok, "cells": total, "results": results}, shown, output)

@@ -8,8 +8,8 @@ import typer
 
 from chaos.campaigns.role_matrix import FLAGS, Cell, CellResult, MatrixReceipt, RoleMatrix, all_cells
 from chaos.campaigns.targets import LocalTarget
-from chaos.cli.shared import ModelFlag, RanksFlag, served
-from chaos.faults.catalogue import FAULTS, Fault
+from chaos.cli.shared import ModelFlag, RanksFlag, finish, served
+from chaos.faults.catalogue import FAULTS
 from elastic.cli.command import command
 from elastic.cli.flags import Output, OutputFlag, write_json
 from membership.base.errors import ConfigError
@@ -27,7 +27,8 @@ def faults(
     """List the faults that can be injected, each with its victims."""
     found = {name: fault for name, fault in FAULTS.items() if not victim or fault.fits(victim)}
     if output is Output.JSON:
-        write_json([_plain(name, fault) for name, fault in found.items()])
+        plain = ("about", "victims", "heals", "needs", "params")
+        write_json([{"name": name, **{key: getattr(fault, key) for key in plain}} for name, fault in found.items()])
         return
     width = max((len(name) for name in found), default=0)
     for name, fault in found.items():
@@ -38,17 +39,6 @@ def faults(
         if fault.params:
             details.append(" ".join(f"{key}={value}" for key, value in fault.params.items()))
         typer.echo(f"{'':{width}}  {'; '.join(details)}")
-
-
-def _plain(name: str, fault: Fault) -> dict[str, object]:
-    return {
-        "name": name,
-        "about": fault.about,
-        "victims": fault.victims,
-        "heals": fault.heals,
-        "needs": fault.needs,
-        "params": fault.params,
-    }
 
 
 @command
@@ -64,13 +54,9 @@ def role_matrix(
             matrix.run(LocalTarget(cluster), notify)
             results += matrix.results
     receipt = MatrixReceipt.of(len(cells), results)
-    if output is Output.TEXT:
-        typer.echo(f"{receipt.passed} of {receipt.cells} cells passed in {receipt.seconds} s; "
-                   f"{receipt.requests} requests, "
-                   f"{receipt.broken} of them broke off with their gateway")  # fmt: skip
-    else:
-        write_json(receipt)
-    raise typer.Exit(0 if receipt.ok else 1)
+    passed = f"{receipt.passed} of {receipt.cells} cells passed in {receipt.seconds} s"
+    streams = f"{receipt.requests} requests, {receipt.broken} of them broke off with their gateway"
+    finish(receipt.ok, receipt, [f"{passed}; {streams}"], output)
 
 
 def _chosen(only: list[str]) -> list[Cell]:

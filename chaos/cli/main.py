@@ -12,9 +12,8 @@ from chaos.campaigns.demo import demo
 from chaos.cli.endurance import churn, soak
 from chaos.cli.failpoints import failpoint_matrix, failpoints
 from chaos.cli.faults import faults, role_matrix
-from chaos.cli.history import check
 from chaos.cli.planted import planted
-from chaos.cli.report import report
+from chaos.cli.records import check, report
 from chaos.cli.run import run, scenarios
 from chaos.cli.simulate import replay, simulate
 from chaos.cli.suite import suite

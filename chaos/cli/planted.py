@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from chaos.cli.shared import finish
 from elastic.cli.command import command
-from elastic.cli.flags import Output, OutputFlag, write_json
+from elastic.cli.flags import Output, OutputFlag
 from membership.base.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,14 +38,10 @@ def planted(
     if output is Output.TEXT:
         typer.echo(ROW.format("mutant", "caught by", "after", "events", "what it takes away"))
     receipt = hunt(mutants, jobs, _row if output is Output.TEXT else lambda found: None)
-    if output is Output.JSON:
-        write_json(receipt)
-    else:
-        for broken in receipt.control:
-            typer.echo(f"control failed, so that no catch means anything: {broken}")
-        shortest = f", median of {receipt.median_events:g} events" if receipt.median_events is not None else ""
-        typer.echo(f"{receipt.caught} of {receipt.planted} mutants caught{shortest}, {receipt.seconds:g} s")
-    raise typer.Exit(0 if receipt.ok else 1)
+    shown = [f"control failed, so that no catch means anything: {broken}" for broken in receipt.control]
+    shortest = f", median of {receipt.median_events:g} events" if receipt.median_events is not None else ""
+    shown.append(f"{receipt.caught} of {receipt.planted} mutants caught{shortest}, {receipt.seconds:g} s")
+    finish(receipt.ok, receipt, shown, output)
 
 
 def _row(found: Hunted) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +67,16 @@ def save_record(run: Campaign, path: Path | None) -> None:
     """Save the record of a run, if a path is given."""
     if path is not None and run.recorder is not None:
         run.recorder.write(path)
+
+
+def finish(ok: bool, result: object, lines: Iterable[str], output: Output) -> NoReturn:
+    """Print a result, as JSON or as lines of text; exit 1 if it is not what it should be."""
+    if output is Output.JSON:
+        write_json(result)
+    else:
+        for line in lines:
+            typer.echo(line)
+    raise typer.Exit(0 if ok else 1)
 
 
 def show_receipt(receipt: Receipt, done: str, output: Output) -> NoReturn:

@@ -9,10 +9,11 @@ import msgspec
 import typer
 
 from chaos.campaigns.campaign import seed_of
+from chaos.cli.shared import finish
 from chaos.simulation.campaign import Progress, SimulationReceipt
 from chaos.simulation.episode import Episode, Step, run_episode
 from elastic.cli.command import command
-from elastic.cli.flags import Output, OutputFlag, write_json
+from elastic.cli.flags import Output, OutputFlag
 from membership.base.errors import ConfigError
 
 
@@ -38,11 +39,7 @@ def simulate(
     typer.echo(f"seed {first}", err=True)
     receipt = simulate(first, faults, jobs, _ProgressLine(faults), replays=replays)
     typer.echo("\r\x1b[K", err=True, nl=False)
-    if output is Output.JSON:
-        write_json(msgspec.to_builtins(receipt))
-    else:
-        typer.echo(in_words(receipt))
-    raise typer.Exit(0 if receipt.ok else 1)
+    finish(receipt.ok, msgspec.to_builtins(receipt), [in_words(receipt)], output)
 
 
 @command
@@ -58,11 +55,7 @@ def replay(
 
 def _replay(seed: int, keep: list[int] | None, output: Output, timing: int = 0) -> None:
     episode = run_episode(seed, keep, lambda step: typer.echo(step_line(step), err=output is Output.JSON), timing)
-    if output is Output.JSON:
-        write_json(msgspec.to_builtins(episode))
-    else:
-        typer.echo(_verdict(episode))
-    raise typer.Exit(1 if episode.violation else 0)
+    finish(not episode.violation, msgspec.to_builtins(episode), [_verdict(episode)], output)
 
 
 def kept(text: str) -> list[int] | None:

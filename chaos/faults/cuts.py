@@ -20,9 +20,11 @@ Pair = tuple[Host, Host]  # from, to
 class NetworkFault(Injector):
     """Packets that `rules` match. `cut`: pairs that can no longer connect, first to second."""
 
-    def __init__(self, cut: Sequence[Pair], rules: Sequence[tuple[Host, Rule]]) -> None:
+    shows: tuple[str, ...] = ("TimeoutError",)  # how a probe may fail; empty: in any way
+
+    def __init__(self, fault: str, cut: Sequence[Pair], rules: Sequence[tuple[Host, Rule]]) -> None:
         super().__init__(", ".join(f"{one.name} -> {other.name}" for one, other in cut))
-        self._cut, self._rules = tuple(cut), tuple(rules)
+        self.fault, self._cut, self._rules = fault, tuple(cut), tuple(rules)
         self._tables: list[tuple[Host, Table]] = []
 
     def _prepare(self) -> None:
@@ -65,60 +67,24 @@ class NetworkFault(Injector):
 
     def _felt(self, one: Host, other: Host, answer: Answer) -> str:
         """How a probe shows the fault; NotInjected if it does not."""
-        if not self._shows(answer):
+        if not answer.error or (self.shows and answer.error not in self.shows):
             raise NotInjected(f"{self.fault} is not felt: {one.name} to {other.name}: {answer}")
         return f"{one.name} to {other.name}: {answer}"
 
-    def _shows(self, answer: Answer) -> bool:
-        """Whether this answer to a probe shows the fault."""
-        return answer.error == "TimeoutError"
-
-
-class Drop(NetworkFault):
-    """Nothing passes between a host and others."""
-
-    fault = "host-cut-off"
-
-    def __init__(self, host: Host, others: Sequence[Host]) -> None:
-        pairs = [(host, other) for other in others]
-        pairs += [(other, host) for other in others]
-        super().__init__(pairs, [(two, Rule("input", one.address, "drop")) for one, two in pairs])
-
-
-class OneWay(NetworkFault):
-    """Packets from the sources to the targets are dropped; those of the other direction arrive, and are counted."""
-
-    def __init__(self, fault: str, sources: Sequence[Host], targets: Sequence[Host]) -> None:
-        self.fault = fault
-        pairs = [(source, target) for source in sources for target in targets]
-        back = [(target, source) for source, target in pairs]
-        rules = [(target, Rule("input", source.address, "drop")) for source, target in pairs]
-        rules += [(source, Rule("input", target.address, "count")) for source, target in pairs]
-        super().__init__(pairs + back, rules)  # a connection takes both directions
-
 
 class Reset(NetworkFault):
-    """TCP between a host and others is answered by RST; open connections end with their next packet."""
+    """TCP is answered by RST; open connections end with their next packet."""
 
-    fault = "host-reset"
-
-    def __init__(self, host: Host, others: Sequence[Host]) -> None:
-        pairs = [(host, other) for other in others]
-        pairs += [(other, host) for other in others]
-        # Rules at each sender: at the receivers, one's rule would catch the RST that answers the other.
-        super().__init__(pairs, [(one, Rule("output", two.address, "reset")) for one, two in pairs])
-
-    def _shows(self, answer: Answer) -> bool:
-        return answer.error in ("ConnectionRefusedError", "ConnectionResetError")
+    shows = ("ConnectionRefusedError", "ConnectionResetError")
 
 
 class LinkDown(NetworkFault):
     """The switch's end of a host's link is down: the host has no carrier."""
 
-    fault = "host-link-down"
+    shows = ()
 
     def __init__(self, host: Host, others: Sequence[Host]) -> None:
-        super().__init__([(host, other) for other in others], [])
+        super().__init__("host-link-down", [(host, other) for other in others], [])
         self._host = host
 
     def _set(self) -> None:
@@ -132,8 +98,35 @@ class LinkDown(NetworkFault):
             raise NotInjected(f"{self.fault}: {self._host.name} still has a carrier")
         return f"{self._host.name}: eth0 has no carrier; {super()._proof()}"
 
-    def _shows(self, answer: Answer) -> bool:
-        return bool(answer.error)
+
+def both_ways(host: Host, others: Sequence[Host]) -> list[Pair]:
+    """The host to each other one, and back."""
+    return [(host, other) for other in others] + [(other, host) for other in others]
+
+
+def cut_off(host: Host, others: Sequence[Host]) -> NetworkFault:
+    """Nothing passes between a host and others."""
+    pairs = both_ways(host, others)
+    return NetworkFault("host-cut-off", pairs, [(two, Rule("input", one.address, "drop")) for one, two in pairs])
+
+
+def one_way(fault: str, sources: Sequence[Host], targets: Sequence[Host]) -> NetworkFault:
+    """Packets from the sources to the targets are dropped; those of the other direction arrive, and are counted."""
+    pairs = [(source, target) for source in sources for target in targets]
+    rules = [(target, Rule("input", source.address, "drop")) for source, target in pairs]
+    rules += [(source, Rule("input", target.address, "count")) for source, target in pairs]
+    return NetworkFault(
+        fault, pairs + [(target, source) for source, target in pairs], rules
+    )  # TCP takes both directions
+
+
+def reset(host: Host, others: Sequence[Host]) -> NetworkFault:
+    """Connections between a host and others are reset.
+
+    Rules are at each sender: at the receivers, one's rule would catch the RST that answers the other.
+    """
+    pairs = both_ways(host, others)
+    return Reset("host-reset", pairs, [(one, Rule("output", two.address, "reset")) for one, two in pairs])
 
 
 def probe(one: Host, other: Host, timeout_s: float = PROBE_S) -> Answer:
@@ -164,16 +157,13 @@ class Networked(Protocol):
 
 
 CUTS: dict[str, tuple[str, Callable[[Host, Sequence[Host]], Injector]]] = {
-    "host-cut-off": ("nothing passes between it and the others", Drop),
+    "host-cut-off": ("nothing passes between it and the others", cut_off),
     "host-deaf": (
         "what others send does not reach it; what it sends arrives",
-        lambda h, o: OneWay("host-deaf", o, [h]),
+        lambda h, o: one_way("host-deaf", o, [h]),
     ),
-    "host-mute": (
-        "what it sends does not arrive; what others send reaches it",
-        lambda h, o: OneWay("host-mute", [h], o),
-    ),
-    "host-reset": ("connections with others are reset", Reset),
+    "host-mute": ("it sends in vain; what others send reaches it", lambda h, o: one_way("host-mute", [h], o)),
+    "host-reset": ("connections with others are reset", reset),
     "host-link-down": ("its link is down", LinkDown),
 }
 

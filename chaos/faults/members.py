@@ -39,7 +39,6 @@ class Here:
     address = "127.0.0.1"
 
     def run(self, work: Callable[[], T]) -> T:
-        """Do it."""
         return work()
 
 

@@ -36,15 +36,12 @@ class ServedSite:
             return False
 
     def events(self) -> list[Event]:
-        """The history so far."""
         return self.cluster.events()
 
     def state_dir(self) -> Path:
-        """Where the cluster keeps what is its own."""
         return self.cluster.state.path
 
     def url(self) -> str:
-        """Base URL of the API."""
         return self.cluster.url
 
     def arm(self, failpoints: str) -> None:

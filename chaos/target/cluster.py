@@ -185,12 +185,10 @@ class ServedCluster(Cluster):
 
     @property
     def url(self) -> str:
-        """Base URL of the OpenAI-compatible API."""
         return f"http://127.0.0.1:{self.port}"
 
     @property
     def pid(self) -> int:
-        """Process id of the supervisor."""
         return self._process.pid if self._process else 0
 
     def require_alive(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import linear_regression
 
 import msgspec
 import psutil
@@ -53,12 +54,9 @@ def processes(supervisor: int) -> int:
 
 def slope(points: Sequence[tuple[float, float]]) -> float:
     """Least-squares slope of y over x; 0.0 where there is none to be had."""
-    n = len(points)
-    if n < 2:
+    if len({x for x, _ in points}) < 2:
         return 0.0
-    mean_x, mean_y = sum(x for x, _ in points) / n, sum(y for _, y in points) / n
-    spread = sum((x - mean_x) ** 2 for x, _ in points)
-    return sum((x - mean_x) * (y - mean_y) for x, y in points) / spread if spread else 0.0
+    return linear_regression([x for x, _ in points], [y for _, y in points]).slope
 
 
 def growth(looks: Sequence[tuple[int, dict[str, Footprint]]]) -> tuple[Growth, ...]:

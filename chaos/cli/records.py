@@ -1,20 +1,52 @@
-"""`elastic-chaos report`: the record of a run as one page to look at, and its figures as JSON."""
+"""`elastic-chaos check` and `report`: the record of a run, checked promise by promise, and drawn as one page."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import msgspec
 import typer
 
-from chaos.check.checker import check_record
+from chaos.check.checker import check_record, table
+from chaos.cli.shared import finish
 from chaos.record.record import read
 from chaos.report import figures, page
 from chaos.report.promises import checked
 from chaos.report.render import headline
+from chaos.workload.history import Saved, compare, load
 from elastic.cli.command import command
+from elastic.cli.flags import Output, OutputFlag
 from membership.base.errors import ConfigError
+
+
+@command
+def check(
+    file: Annotated[Path, typer.Argument(help="The record of a run, or a history saved with --history.")],
+    output: OutputFlag = Output.TEXT,
+) -> None:
+    """Check the record of a run, promise by promise. Exit 1 if one broke, or if there was nothing to check."""
+    if not file.is_file():
+        raise ConfigError(f"there is no file {file}")
+    saved = _older(file)
+    if saved is not None:
+        _compare(saved, output)
+    verdict = check_record(read(file))
+    finish(verdict.ok, verdict, table(verdict), output)
+
+
+def _older(file: Path) -> Saved | None:
+    """The file as a history and its oracle alone; None if it is a record of lines."""
+    with file.open("rb") as opened:
+        return load(file) if opened.read(10).startswith(b'{"history"') else None
+
+
+def _compare(saved: Saved, output: Output) -> NoReturn:
+    """Compare a saved history with its oracle."""
+    verdict = compare(saved.history, saved.oracle)
+    shown = verdict.explained(len(verdict.differences))
+    shown.append(f"{verdict.requests} requests, {len(verdict.differences)} differences")
+    finish(verdict.ok, verdict, shown, output)
 
 
 @command
