@@ -17,8 +17,8 @@ from typing import Any, Protocol
 
 import zmq
 
+from benchmarks.futexes import futex_wait, futex_wake
 from workers.ipc.doorbell import Doorbell
-from workers.ipc.futex import futex_wait, futex_wake
 from workers.ipc.shared_memory import Segment
 from workers.queue.message_queue import Handle, MessageQueue
 

@@ -255,7 +255,7 @@ class Engine:
     def _welcome(self, joined: RankJoined) -> None:
         self._ready.add(joined.rank_id)
         self._membership_changed = True
-        self._emit("rank_joined", joined.rank, incarnation=joined.incarnation)
+        self._emit("rank_joined", joined.rank_id.rank, incarnation=joined.rank_id.incarnation)
 
     def _lose(self, loss: RankLost) -> None:
         """Take a rank out of use: first for the survivors in mid-step, then in the scheduler."""
@@ -265,20 +265,20 @@ class Engine:
         self._membership_changed = True
         view = self._scheduler.view
         if view is None or identity not in {member.id for member in view.members}:
-            self._emit("rank_left", loss.rank, incarnation=loss.incarnation, source=loss.source)
+            self._emit("rank_left", identity.rank, incarnation=identity.incarnation, source=loss.source)
             return
-        self._fleet.mask(loss.rank)
+        self._fleet.mask(identity.rank)
         now = self._clock()
-        moved = self._scheduler.lose_ranks([loss.rank], now)
-        self._recovery.lost(loss.rank, loss.at, moved)
+        moved = self._scheduler.lose_ranks([identity.rank], now)
+        self._recovery.lost(identity.rank, loss.at, moved)
         if self._outcome == "ok":
             self._outcome = "rank_lost"  # the survivors' step goes on anyway
         masked_ms = (now - loss.at) * 1000
-        log.warning("rank_masked", rank=loss.rank, source=loss.source, requests=len(moved))
+        log.warning("rank_masked", rank=identity.rank, source=loss.source, requests=len(moved))
         self._emit(
             "rank_masked",
-            loss.rank,
-            incarnation=loss.incarnation,
+            identity.rank,
+            incarnation=identity.incarnation,
             token=self._token,
             source=loss.source,
             ms=round(masked_ms, 3),

@@ -2,7 +2,7 @@
 
 Ours and not multiprocessing's, for three reasons. Every child of multiprocessing's holds the pipe that keeps its
 forkserver alive, so that one stopped rank keeps it; it runs the parent's `__main__` again in every child, which for a
-console script means importing the CLI; and it cannot pass a pidfd, so a pid may mean somebody else when we signal it.
+console script means importing the CLI; and it cannot pass a pidfd, so a pid may mean another process when we signal it.
 
 The server must stay single-threaded (fork copies one thread; a lock held by another would stay locked for ever), so
 nothing with threads may be preloaded: no grpc, no ZeroMQ context, no CUDA. It counts its threads and refuses to serve
@@ -139,7 +139,7 @@ class Server:
     def __init__(self, link: socket.socket) -> None:
         self.link = link
         self.children: dict[int, int] = {}  # pidfd -> pid
-        self.others: set[int] = set()  # pidfds of those who have another owner
+        self.others: set[int] = set()  # pidfds of children that have another owner
         self.poll = select.poll()
         self.poll.register(link.fileno(), select.POLLIN)
 
@@ -150,7 +150,7 @@ class Server:
                 if fd in self.children:
                     self._reap(fd)
                 elif not self._serve_owner():
-                    return self._let_children_go()
+                    return self._end_children()
 
     def _serve_owner(self) -> bool:
         data, fds, _, _ = socket.recv_fds(self.link, MAX_MESSAGE, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
@@ -174,7 +174,7 @@ class Server:
         if request.outlives:
             self.others.add(pidfd)
         self.poll.register(pidfd, select.POLLIN)
-        self._tell(Forked(request.request, pid), [pidfd])
+        self._send(Forked(request.request, pid), [pidfd])
 
     def _reap(self, pidfd: int) -> None:
         pid = self.children.pop(pidfd)
@@ -182,9 +182,9 @@ class Server:
         self.poll.unregister(pidfd)
         os.close(pidfd)
         _, status = os.waitpid(pid, 0)
-        self._tell(Exited(pid, os.waitstatus_to_exitcode(status)), [])
+        self._send(Exited(pid, os.waitstatus_to_exitcode(status)), [])
 
-    def _tell(self, message: ToOwner, fds: list[int]) -> None:
+    def _send(self, message: ToOwner, fds: list[int]) -> None:
         with suppress(BrokenPipeError, ConnectionError):  # the owner is gone: the next receive says so
             socket.send_fds(self.link, [msgspec.msgpack.encode(message)], fds)
 
@@ -193,7 +193,7 @@ class Server:
         for pidfd in self.children:
             os.close(pidfd)
 
-    def _let_children_go(self) -> None:
+    def _end_children(self) -> None:
         self.poll.unregister(self.link.fileno())
         deadline = time.monotonic() + CHILDREN_GRACE_S
         while self.children.keys() - self.others and (left := deadline - time.monotonic()) > 0:
@@ -229,7 +229,7 @@ def run_child(request: Fork, fds: list[int], parent: int) -> None:
 def main() -> None:
     """The server's program: the owner's socket is argv[1], the owner's pid argv[2], the server's name argv[3]."""
     owner = int(sys.argv[2])
-    die_with_parent(owner)  # while we import, nobody listens to the socket
+    die_with_parent(owner)  # nothing reads the socket while we import
     run_in_usual_turns()
     serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[3], on_serving=lambda: die_with_parent(owner, 0))
 
@@ -249,7 +249,7 @@ def serve_link(payload: bytes, fds: list[int]) -> None:
 
 
 def serve(link: socket.socket, name: str, on_serving: Callable[[], object] = lambda: None) -> None:
-    """Import what the owner names, then fork for it until it is gone, whose end of the socket says it from here on."""
+    """Import what the owner names, then fork for it until its end of the socket is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is our owner's to decide about
     setproctitle.setproctitle(f"elastic-ep::{name}")
     first = link.recv(MAX_MESSAGE)

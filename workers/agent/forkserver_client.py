@@ -31,14 +31,14 @@ PROGRAM = "from workers.agent.forkserver import main; main()"
 
 @dataclass(frozen=True)
 class Child:
-    """A process that the server forked. Who gets it closes `pidfd`, which means this process and never a later one."""
+    """A process that the server forked. The caller closes `pidfd`, which means this process and never a later one."""
 
     pid: int
     pidfd: int
 
 
 class ForkServer:
-    """Owns one server process and the thread that listens to it. Make it in a thread that lives as long as it shall."""
+    """Owns one server process and the thread that listens to it. Make it in a thread that outlives it."""
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ OURS = (
     "workers.protocol.live_mask",
     "workers.agent.preload:warm_transformers",
 )
-WORKER_CLASS = "workers.rank.worker:EPWorker"  # "module:class", unless an agent is told another
+WORKER_CLASS = "workers.rank.worker:EPWorker"  # "module:class"; the default
 
 
 def preload_for(worker_class: str, model: str, dtype: str = "auto") -> tuple[str, ...]:

@@ -2,9 +2,9 @@
 
 It lives in the process that starts the ranks (the agent, through its executor) and is reached like every other page:
 over the handover, by descriptor. It reads no checkpoint itself: the first rank that needs something loads and deposits
-it, all later ones map it. An entry is one memfd, sealed before the store takes it, so nobody can change it any more,
-its maker included. The store holds the descriptor: a rank's death takes nothing with it, and the memory is there once,
-however many ranks map it. `workers/model/shared_weights.py` is the ranks' side.
+it, all later ones map it. An entry is one memfd, sealed before the store takes it: from then on not even its maker can
+change it. The store holds the descriptor, so an entry outlives its maker, and is in memory once however many ranks map
+it. `workers/model/shared_weights.py` is the ranks' side.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The process that has imported what ranks need, kept from one life of the agent to the next.
+"""The process that has imported what ranks need, kept from one run of the agent to the next.
 
 An agent's forkserver is a fork of it, there at once; else each death of the agent would cost the imports again (a few
-seconds, in which its ranks are away). Nothing depends on it: when it is dead, ranks and their forkserver live on, and
+seconds, in which its ranks are away). Nothing depends on it: when it is dead, ranks and their forkserver run on, and
 the next agent waits until another one has its imports done. One that hangs is ended.
 """
 
@@ -28,7 +28,7 @@ log = structlog.get_logger(__name__)
 
 
 class Zygote:
-    """Owns the process. Make it in a thread that lives as long as it shall.
+    """Owns the process. Make it in a thread that outlives it.
 
     One that this process was started with (`FORKSERVER_FD`) is used before one is started.
     """

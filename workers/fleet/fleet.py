@@ -45,7 +45,7 @@ from workers.protocol.messages import (
 from workers.queue.message_queue import MessageQueue, MsgpackCodec, SlowReaders
 
 MAX_OWED_PINGS = 8  # a stopped rank's queue is not to be filled with them
-BEATING_FACTOR = 3.0  # so much longer a rank gets whose interpreter runs
+BEATING_FACTOR = 3.0  # x the deadline, for a rank whose interpreter runs
 JOIN_TIMEOUT_S = 5.0
 RETRY_S = 0.5
 
@@ -56,29 +56,17 @@ log = structlog.get_logger(__name__)
 class RankJoined:
     """The rank has answered on its queues: it can be used."""
 
-    rank: int
-    incarnation: int
-
-    @property
-    def rank_id(self) -> RankId:
-        """The process."""
-        return RankId(self.rank, self.incarnation)
+    rank_id: RankId
 
 
 @dataclass(frozen=True)
 class RankLost:
     """The rank is gone or given up; nothing more will come from it. `at` is on the monotonic clock."""
 
-    rank: int
-    incarnation: int
+    rank_id: RankId
     source: DetectedBy
     at: float
     silent_s: float = 0.0  # how long it had owed an answer by then, if that was the sign
-
-    @property
-    def rank_id(self) -> RankId:
-        """The process."""
-        return RankId(self.rank, self.incarnation)
 
 
 FleetEvent = RankMessage | RankJoined | RankLost
@@ -272,13 +260,13 @@ class Fleet:
 
     def _drain(self, link: _Link) -> list[FleetEvent]:
         """The rank's messages, and its loss if its queue has ended."""
-        said: list[FleetEvent] = []
+        events: list[FleetEvent] = []
         try:
             while link.key in self._links and (result := link.answers.try_dequeue()) is not None:
-                said += self._answered(link, result)
+                events += self._answered(link, result)
         except QueueClosed:
-            said += self._lose(link.key, DetectedBy.QUEUE, self._clock())
-        return said
+            events += self._lose(link.key, DetectedBy.QUEUE, self._clock())
+        return events
 
     def _answered(self, link: _Link, result: RankMessage) -> list[FleetEvent]:
         if not step_fence.answers(result, link.key, self._token):
@@ -295,7 +283,7 @@ class Fleet:
         if link.joined:
             return []
         link.joined = True
-        return [RankJoined(*link.key)]
+        return [RankJoined(link.key)]
 
     def _give_up(self, readers: Iterable[str]) -> None:
         late = set(readers)
@@ -306,19 +294,16 @@ class Fleet:
     def _lose(self, key: RankId, source: DetectedBy, at: float) -> list[RankLost]:
         if key not in self._links:
             return []
-        self._mask.evict(*key)  # before it sees that it is dropped: if it lives, it looks there
+        self._mask.evict(*key)  # before it sees that it is dropped: if it is alive, it looks there
         self._drop(key)
-        return [RankLost(*key, source, at)]
+        return [RankLost(key, source, at)]
 
     def _overdue(self) -> list[FleetEvent]:
         now = self._clock()
-        late = [(key, link) for key, link in self._links.items() if link.due(self._step_deadline_s) <= now]
-        silent_s = {key: now - min(link.owed.values()) for key, link in late}
-        return [
-            replace(loss, silent_s=silent_s[key])
-            for key, _ in late
-            for loss in self._lose(key, DetectedBy.DEADLINE, now)
-        ]
+        late = [link for link in self._links.values() if link.due(self._step_deadline_s) <= now]
+        silent_s = {link.key: now - min(link.owed.values()) for link in late}
+        losses = [loss for link in late for loss in self._lose(link.key, DetectedBy.DEADLINE, now)]
+        return [replace(loss, silent_s=silent_s[loss.rank_id]) for loss in losses]
 
     def _watch(self) -> list[RankLost]:
         """Ranks that keep the step waiting and do nothing. Members without chunks count: peers need their experts."""
@@ -389,18 +374,13 @@ class Fleet:
     def _join(self, record: RankRecord) -> _Link:
         key = record.id
         with ExitStack() as opened:
+            reader, codec = f"engine-{self._token}", MsgpackCodec(RankMessage)
             answers = MessageQueue.create_from_handle(
-                record.response_handle,
-                reader_id=f"engine-{self._token}",
-                doorbell=self._doorbell,
-                timeout_s=JOIN_TIMEOUT_S,
-                codec=MsgpackCodec(RankMessage),
+                record.response_handle, reader, self._doorbell, JOIN_TIMEOUT_S, codec
             )
-            opened.callback(answers.shutdown)
-            page = LivenessPage.attach(record.liveness_handle)
-            opened.callback(page.close)
-            watcher: DeathWatcher = DeathWatcher(page, partial(self._on_death, key))
-            opened.callback(watcher.stop)
+            opened.enter_context(answers)
+            page = opened.enter_context(LivenessPage.attach(record.liveness_handle))
+            opened.callback(DeathWatcher(page, partial(self._on_death, key)).stop)
             return _Link(key, answers, page, opened.pop_all())
 
     def _on_death(self, key: RankId, source: DetectedBy) -> None:

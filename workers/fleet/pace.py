@@ -1,7 +1,7 @@
 """Which rank is far slower than the others: it is flagged for people to look at, never evicted.
 
-All ranks of a step end it together, so a slow one does not show in the time of its answers. It shows in how little it
-waits: its main thread works while those of the others sleep on their doorbells.
+All ranks of a step end it together, so the time of its answers does not show a slow one. It waits less: its main thread
+works while those of the others sleep on their doorbells.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from statistics import median
 
 from membership.base.timing import PACE_WINDOW_S
 
-WINDOWS = 2  # so many in a row: one may have held a rank's long prefill
+WINDOWS = 2  # in a row: a single one may have held a rank's long prefill
 SLOW_FACTOR, RECOVERED_FACTOR = 4.0, 2.0  # x the others' median time per chunk
 MIN_SHARE, MIN_CHUNKS = 0.3, 10  # a rank that hardly works is not compared
 
 
 def slow_ranks(busy_s: Mapping[int, float], chunks: Mapping[int, int], now_slow: Collection[int]) -> dict[int, float]:
-    """Ranks far slower than the others by their time per chunk, and by what factor. Who was slow stays so for longer.
+    """Ranks far slower than the others by their time per chunk, and by what factor. Once slow, a rank stays so longer.
 
     `busy_s` is the time in which a rank did not wait for others; only ranks that had work are compared.
     """
@@ -35,7 +35,7 @@ def slow_ranks(busy_s: Mapping[int, float], chunks: Mapping[int, int], now_slow:
 
 
 class Pace:
-    """The window under way, and who is slow by the ones before. Pure but for its memory: the caller tells the time."""
+    """The window under way, and the ranks that are slow by the ones before. The caller passes the time."""
 
     def __init__(self, now: float) -> None:
         self.due = now + PACE_WINDOW_S  # when to call `compare`
@@ -51,7 +51,7 @@ class Pace:
             self._chunks[rank] += len(chunks)
 
     def compare(self, waited_s: Mapping[int, float], now: float) -> None:
-        """The window ends; `waited_s` is how long each rank has slept on its doorbell since it began to live."""
+        """The window ends; `waited_s` is how long each rank has slept on its doorbell since it started."""
         window_s = now - self._began
         busy_s = {
             rank: max(0.0, window_s - (waited - self._waited_s[rank]))

@@ -1,10 +1,9 @@
 """Which rank keeps a step waiting: the rung of failure detection between a process's death and the end of its lease.
 
-Ranks wait for each other inside a step, so who has not answered need not be who hangs. Only a rank that does nothing
-is evicted: one that the kernel holds stopped (SIGSTOP) and does not let go in between, or one whose main thread sleeps
-elsewhere than on its doorbell (a native hang, with the interpreter's lock or without). A rank that computes, waits for
-a processor or for a disk, or wakes on its doorbell is at work or waits for another one: it may be slow, and is then
-flagged, never evicted.
+Ranks wait for each other inside a step, so the rank that has not answered need not be the one that hangs. Only a rank
+that does nothing is evicted: it stays stopped (SIGSTOP), or its main thread sleeps elsewhere than on its doorbell (a
+native hang, with the interpreter's lock or without). A rank that computes, waits for a processor or a disk, or wakes on
+its doorbell is at work or waits for another rank: it may be flagged as slow (`pace.py`), but is not evicted.
 """
 
 from __future__ import annotations
@@ -35,21 +34,21 @@ class Look:
     all_s: float = 0.0  # processor time of all its threads
     heartbeats: int = 0
     steps: int = 0
-    turns: int = 0  # how often its main thread woke on its doorbell; 0: it does not tell
+    turns: int = 0  # how often its main thread woke on its doorbell; 0: it has no such counter
 
 
 @dataclass(frozen=True)
 class Suspect:
-    """One rank since it last gave a sign of life."""
+    """One rank since it last showed progress."""
 
     first: Look
     quiet_s: float = 0.0
     stopped_s: float = 0.0
     looks: int = 0
-    others_ran: int = 0  # in so many of them
+    others_ran: int = 0  # looks in which another thread of it ran
 
 
-def judge(suspect: Suspect | None, look: Look, passed_s: float, hung_s: float) -> tuple[Suspect, DetectedBy | None]:
+def assess(suspect: Suspect | None, look: Look, passed_s: float, hung_s: float) -> tuple[Suspect, DetectedBy | None]:
     """What the look changes, and the sign by which the rank must be evicted, if any."""
     if suspect is None:
         return Suspect(look), None
@@ -116,7 +115,7 @@ class Watchdog:
         return key in self._waiting
 
     def watch(self, looks: Mapping[RankId, Look], now: float) -> list[tuple[RankId, DetectedBy]]:
-        """Ranks that these looks show to do nothing, each with its sign. Time when we did not run does not count."""
+        """Ranks that do nothing, by these looks, each with its sign. Time when we did not run does not count."""
         if not self._suspects:
             usual_s = self._usual_s()
             if now < (late := self.since + late_after_s(usual_s)):
@@ -127,7 +126,7 @@ class Watchdog:
         self._watched_at, self.due = now, now + TICK_S
         evicted = []
         for key, look in looks.items():
-            self._suspects[key], sign = judge(self._suspects.get(key), look, passed_s, self._hung_s)
+            self._suspects[key], sign = assess(self._suspects.get(key), look, passed_s, self._hung_s)
             if sign is not None:
                 evicted.append((key, sign))
         return evicted

@@ -35,8 +35,8 @@ class _SchedAttr(ctypes.Structure):
 def run_in_short_turns(slice_us: int = SLICE_US) -> bool:
     """Ask for short turns for this thread and the threads and processes that it starts; False if the kernel refuses.
 
-    Who asks for little is let in sooner when it wakes: what reacts (every role, and etcd) then does not wait for the
-    end of a computing rank's turn. It gets no larger share of the cores. Kernels before 6.12 take no notice.
+    A thread with short turns runs sooner after it wakes: roles and etcd then do not wait for the end of a computing
+    rank's turn. Its share of the cores stays the same. Kernels before 6.12 take no notice.
     """
     return _ask_for(slice_us)
 
@@ -60,9 +60,9 @@ def _ask_for(slice_us: int) -> bool:
 
 
 def at_low_priority(work: Callable[[], None], timeout_s: float, what: str) -> None:
-    """Do it, and whatever it raises raise here, in a thread that gets out of others' way; WaitTimeout names `what`.
+    """Run `work` at low priority and raise what it raises; WaitTimeout names `what`.
 
-    A thread of its own, since without privilege nobody gets back the priority that was given away.
+    In a thread of its own: without privilege, a priority that was lowered cannot be raised again.
     """
     done: Future[None] = Future()
 
@@ -70,7 +70,7 @@ def at_low_priority(work: Callable[[], None], timeout_s: float, what: str) -> No
         try:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOW_NICE)
             work()
-        except BaseException as error:  # noqa: BLE001 - handed to who waits
+        except BaseException as error:  # noqa: BLE001 - handed to the caller
             done.set_exception(error)
         else:
             done.set_result(None)

@@ -1,8 +1,8 @@
 """A doorbell: the one word on which a thread waits for all its sources, in memory that others can map and ring.
 
-The thread asks its sources ("anything for me?"), spins for at most 40 us while it keeps asking, then sleeps on a
-semaphore. Whoever makes something ready writes it first and rings afterwards; the semaphore is atomic, so no ring is
-lost between the last look and the sleep. Ringing somebody who is awake costs 0.1 us and no system call.
+The thread checks its sources, goes on checking for at most 40 us, then sleeps on a semaphore. A source writes first and
+rings afterwards; the semaphore is atomic, so no ring is lost between the last check and the sleep. Ringing a thread
+that is awake costs 0.1 us and no system call.
 """
 
 from __future__ import annotations
@@ -10,16 +10,15 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from types import TracebackType
 
 from membership.base.errors import QueueError
 from workers.ipc import futex
 from workers.ipc.shared_memory import PAGE, Segment
 
 SPIN_US = 40
-"""Never longer: ranks outnumber cores in tests and under CPU limits, and who spins keeps others from answering."""
+"""Never longer: ranks outnumber cores in tests and under CPU limits, and a spinning one delays the others' answers."""
 SPIN_IF_WITHIN = 25
-"""Spin only if the wait before began at most so many spins (1 ms) ago: who waits rarely would spin for nothing."""
+"""Spin only if the last wait began at most this number of spins (1 ms) ago: a rare wait would spin for nothing."""
 SLICE_NS = 500_000_000
 """Longest single sleep, so that signal handlers of Python run soon even if the signal came just before the sleep."""
 _sched_yield = os.sched_yield
@@ -59,7 +58,7 @@ class Doorbell(Bell):
         self._began_ns = 0
 
     def fileno(self) -> int:
-        """Descriptor to hand to those who will ring."""
+        """Descriptor to hand to the processes that will ring."""
         return self._segment.fileno()
 
     def wait(self, ready: Callable[[], object], timeout_s: float) -> bool:
@@ -103,5 +102,5 @@ class Doorbell(Bell):
     def __enter__(self) -> Doorbell:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

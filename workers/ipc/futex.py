@@ -1,7 +1,7 @@
-"""The few libc calls that memory shared between processes needs: semaphores, robust mutexes, the bare futex.
+"""The few libc calls that memory shared between processes needs: semaphores and robust mutexes.
 
 Python has no atomics and no memory fences. `sem_post` and `sem_trywait` are both (a locked instruction each) and enter
-the kernel only when somebody sleeps, so doorbells rest on them. Calls that cannot block keep the GIL (`PyDLL`: 0.1 us);
+the kernel only when a thread sleeps, so doorbells use them. Calls that cannot block keep the GIL (`PyDLL`: 0.1 us);
 calls that can block drop it (`CDLL`).
 """
 
@@ -11,7 +11,6 @@ import ctypes
 import errno
 import math
 import os
-import platform
 import time
 from typing import Any
 
@@ -22,8 +21,6 @@ SLOW = ctypes.CDLL(None, use_errno=True)  # drops the GIL
 
 SEM_BYTES = 32  # sizeof(sem_t) on every 64-bit glibc and musl
 MUTEX_BYTES = 64  # at least sizeof(pthread_mutex_t) everywhere (40 on x86-64, 48 on aarch64)
-_SYS_FUTEX = {"x86_64": 202, "aarch64": 98, "riscv64": 98}.get(platform.machine(), 0)
-_FUTEX_WAIT, _FUTEX_WAKE = 0, 1
 _PROCESS_SHARED = 1
 _MUTEX_ROBUST = 1
 
@@ -52,7 +49,7 @@ def _bind(library: ctypes.CDLL, name: str, *arguments: Any) -> Any:
 
 _P, _I, _T = ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(Timespec)
 sem_post = _bind(FAST, "sem_post", _P)
-"""Ring: never blocks; overflow (2^31 rings unheard) is harmless, since the waiter will wake anyway."""
+"""Ring: never blocks; overflow (2^31 rings) is harmless, since the waiter will wake anyway."""
 sem_trywait = _bind(FAST, "sem_trywait", _P)
 _sem_init = _bind(FAST, "sem_init", _P, _I, ctypes.c_uint)
 _sem_clockwait = _bind(SLOW, "sem_clockwait", _P, _I, _T)
@@ -60,7 +57,6 @@ _mutex_trylock = _bind(FAST, "pthread_mutex_trylock", _P)
 _mutex_unlock = _bind(FAST, "pthread_mutex_unlock", _P)
 _mutex_consistent = _bind(FAST, "pthread_mutex_consistent", _P)
 _mutex_clocklock = _bind(SLOW, "pthread_mutex_clocklock", _P, _I, _T)
-_syscall = _bind(SLOW, "syscall", ctypes.c_long, _P, _I, ctypes.c_uint, _T, _P, ctypes.c_uint)
 
 
 def sem_init(address: int, value: int = 0) -> None:
@@ -85,19 +81,6 @@ def sem_wait_until(address: int, deadline_ns: int) -> bool:
     Python's handlers can run."""
     seconds, nanoseconds = divmod(deadline_ns, 1_000_000_000)
     return bool(_sem_clockwait(address, time.CLOCK_MONOTONIC, Timespec(seconds, nanoseconds)) == 0)
-
-
-def futex_wait(address: int, expected: int, timeout_s: float) -> bool:
-    """Sleep while the 32-bit word is `expected`; False at the deadline."""
-    until = Timespec.of(timeout_s)
-    if _syscall(_SYS_FUTEX, address, _FUTEX_WAIT, expected, ctypes.byref(until), None, 0) == 0:
-        return True
-    return ctypes.get_errno() != errno.ETIMEDOUT
-
-
-def futex_wake(address: int, count: int = 2**31 - 1) -> int:
-    """Wake up to `count` waiters; how many there were."""
-    return int(_syscall(_SYS_FUTEX, address, _FUTEX_WAKE, count, None, None, 0))
 
 
 class RobustMutex:
@@ -130,10 +113,10 @@ class RobustMutex:
         _check("pthread_mutex_unlock", _mutex_unlock(self.address))
 
     def owner_died(self, timeout_s: float) -> bool | None:
-        """Wait for the holder's death: True if it died, False at the deadline, None if nobody holds the mutex.
+        """Wait for the holder's death: True if it died, False at the deadline, None if the mutex is free.
 
-        The mutex is handed to one watcher only, which passes it on as it found it: marked as a dead man's, by
-        unlocking it *without* making it consistent, which gives ENOTRECOVERABLE to every other watcher, now or later.
+        The kernel hands the mutex to one watcher only. That one unlocks it *without* making it consistent, which gives
+        ENOTRECOVERABLE to every other watcher, now or later.
         """
         until = Timespec.of(time.monotonic() + timeout_s)
         code = _mutex_clocklock(self.address, time.CLOCK_MONOTONIC, ctypes.byref(until))

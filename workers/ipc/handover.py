@@ -1,8 +1,8 @@
 """How processes of one host meet: one listening socket per process, which hands out memory by name.
 
-The socket is abstract (AF_UNIX, random name: nothing is left in any file system) and keeps message boundaries. Who
-connects is checked by the kernel's credentials (same user). The connection stays open and *is* the membership: its end
-means that the other side let go or died, whichever way. One thread per process listens to all of them.
+The socket is abstract (AF_UNIX, random name: nothing is left in any file system) and keeps message boundaries. The
+kernel's credentials show that the peer is of the same user. The connection stays open and *is* the membership: it ends
+when the other side closes it or dies. One thread per process serves all of them.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ class ResourceHandle(msgspec.Struct, frozen=True, array_like=True):
 
 
 class _Hello(msgspec.Struct, frozen=True, array_like=True):
-    """First message of who connects."""
+    """First message of the side that connects."""
 
     resource: str
     request: bytes
 
 
 class _Answer(msgspec.Struct, frozen=True, array_like=True):
-    """First message of who accepts."""
+    """First message of the side that accepts."""
 
     ok: bool
     reply: bytes = b""
@@ -105,7 +105,7 @@ class Link:
             raise QueueClosed(f"link to process {self.peer_pid} is gone: {error.strerror}") from error
 
     def dismiss(self) -> None:
-        """Tell the other side to let go, and keep the link until it has (then `on_gone` runs as for any end)."""
+        """Have the other side close, and keep the link until it has (then `on_gone` runs as for any end)."""
         with suppress(OSError):  # gone already
             self._sock.shutdown(socket.SHUT_WR)
 
@@ -121,10 +121,10 @@ class Link:
             os.close(self.reply_fds.pop())
 
     def close(self) -> None:
-        """Let go: the other side sees the end. Safe from any thread, and twice."""
+        """The other side sees the end. Safe from any thread, and twice."""
         self.gone = True
         self.release_fds()
-        self._owner._let_go(self)
+        self._owner._shut(self)
 
 
 class Handover:
@@ -159,7 +159,7 @@ class Handover:
             return cls._default
 
     def serve(self, resource: str, handler: Handler) -> None:
-        """Answer those who connect for `resource` with `handler`."""
+        """Answer connections for `resource` with `handler`."""
         with self._lock:
             if resource in self._resources:
                 raise QueueError(f"resource {resource} is served already")
@@ -316,7 +316,7 @@ class Handover:
             self._links[link.fileno()] = link
             self._epoll.register(link.fileno(), _READ)
 
-    def _let_go(self, link: Link) -> None:
+    def _shut(self, link: Link) -> None:
         """End it now; the listener thread, which may be reading from it, closes the descriptor."""
         with self._lock:
             if self._links.get(link.fileno()) is not link or self._closed:

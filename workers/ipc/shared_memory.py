@@ -11,7 +11,6 @@ import errno
 import fcntl
 import mmap
 import os
-from types import TracebackType
 from typing import Literal
 
 from membership.base.errors import QueueError
@@ -74,7 +73,7 @@ class Segment:
         return cls(fd, size, owned=False)
 
     def fileno(self) -> int:
-        """The descriptor to hand over; only who created the segment has it, and it stays this segment's."""
+        """The descriptor to hand over; only the segment's maker has it, and it stays this segment's."""
         if self._fd < 0:
             raise SegmentError("a closed or attached segment has no descriptor to hand over")
         return self._fd
@@ -98,7 +97,7 @@ class Segment:
         self.map.madvise(mmap.MADV_REMOVE, offset, nbytes)
 
     def close(self) -> None:
-        """Unmap. Where somebody still holds a view of the map itself, the memory stays until that view goes."""
+        """Unmap. While a view of the map itself is in use, the memory stays."""
         if self._closed:
             return
         self._closed = True
@@ -117,5 +116,5 @@ class Segment:
     def __enter__(self) -> Segment:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

@@ -1,4 +1,4 @@
-"""What processes say to each other and where they meet: launch, step messages, calls, live mask, liveness page.
+"""What processes send to each other and the memory they share: launch, step messages, calls, live mask, liveness page.
 
 Imports ipc. Start with `messages.py`.
 """

@@ -1,7 +1,7 @@
 """How fast a host's ranks may read weights while they serve: one bucket per host, and how a rank keeps to it.
 
-The bucket is in the host's weight store (`agent/weight_store.py`), since only that knows all ranks of the host.
-Reading is booked ahead: who asks is told how long to wait first, and nobody is refused.
+The bucket is in the host's weight store (`agent/weight_store.py`), which serves all ranks of the host. Reads are booked
+ahead: the answer is how long to wait first; none is refused.
 """
 
 from __future__ import annotations

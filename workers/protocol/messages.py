@@ -1,4 +1,4 @@
-"""What the engine and the ranks say to each other in a step. Fixed schema (msgpack); small arrays only, no tensors.
+"""The messages between engine and ranks. Fixed schema (msgpack); small arrays only, no tensors.
 
 A step is idempotent: positions, KV blocks and the sampler's counter are set by the scheduler, so running the same
 chunk again writes the same cells and yields the same token.
@@ -52,8 +52,8 @@ class Ping(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class CopyBlocks(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Half of a move of KV blocks between two ranks: the source writes its own out; later, once it has
-    answered, the target takes them in where its own `blocks` are. Only the rank whose turn it is answers.
+    """Half of a move of KV blocks between two ranks. First the source writes its blocks out and answers; then the
+    target reads them into its own `blocks` and answers.
     """
 
     engine_token: int
@@ -121,9 +121,8 @@ class StepResult(_FromRank, frozen=True, array_like=True, tag=True):
     suspects: list[int] = []  # ranks that stopped answering during this step
     retried_rows: int = 0  # rows sent again to a replica
     load: bytes = b""  # uint32[moe_layers, experts]: rows routed by this rank in this step
-    retried_at: float = (
-        0.0  # when the last of those rows was answered (monotonic clock of its host); 0: there were none
-    )
+    # When the last of those rows was answered, on the monotonic clock of the rank's host; 0: there were none.
+    retried_at: float = 0.0
 
 
 class BlocksCopied(_FromRank, frozen=True, array_like=True, tag=True):

@@ -145,7 +145,7 @@ class PendingCall:
             self.fail(RankDied(f"{key} died during {self.method}: {reason}"))
 
     def expire(self, now: float) -> None:
-        """End the call if its deadline has passed, and say who has not answered."""
+        """End the call if its deadline has passed, and name the ranks that have not answered."""
         if now >= self.deadline:
             missing = ", ".join(str(key) for key in sorted(self.waiting & self.expected)) or "no rank"
             self.fail(WaitTimeout(f"{self.method}: no answer within {self.timeout_s:g} s from {missing}"))

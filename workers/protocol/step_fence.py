@@ -1,7 +1,7 @@
 """The step fence: which messages between engine and ranks may have an effect. Pure; every caller asks here.
 
 Four numbers fence a step, and each only rises: the engine token (a new engine), the epoch (a new view), the step, and a
-slot's incarnation (a restarted rank). A step is idempotent, so its attempts are not told apart.
+slot's incarnation (a restarted rank). A step is idempotent, so its attempts need no number of their own.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class Held(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Book(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Rank to store: so many bytes of the checkpoint I am about to read. The answer is how long to wait first."""
+    """Rank to store: I am about to read `nbytes` of the checkpoint. The answer is how many seconds to wait."""
 
     nbytes: int
 
@@ -56,7 +56,7 @@ WeightRequest = Find | Deposit | Checked | Book
 
 
 class WeightClient:
-    """A rank's way to its host's store. Every call is one short question; who gets descriptors closes them."""
+    """A rank's way to its host's store. Every call is one short question; the caller closes the descriptors it gets."""
 
     def __init__(self, handle: bytes, timeout_s: float = JOIN_TIMEOUT_S) -> None:
         try:
@@ -77,7 +77,7 @@ class WeightClient:
         return found[key]
 
     def book(self, nbytes: int) -> float:
-        """Say that so much is about to be read of the checkpoint; how many seconds to wait first."""
+        """Announce a read of `nbytes` of the checkpoint; how many seconds to wait first."""
         link = self._connect(Book(nbytes))
         try:
             return msgspec.msgpack.decode(link.reply, type=float)

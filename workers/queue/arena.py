@@ -1,7 +1,7 @@
-"""Where messages lie that are too large for the ring: one sparse arena per queue, read in place by all readers.
+"""Messages that are too large for the ring: one sparse arena per queue, read in place by all readers.
 
-The arena's pages take memory only where messages have lain. An extent is free again when every reader has let go of
-all views of it, which each reader says in its byte of the extent's row (`held`); views are counted by Python itself.
+The arena takes memory only where messages have been. An extent is free again when no reader has a view of it: each
+reader notes that in its byte of the extent's row (`held`). Python itself counts the views.
 """
 
 from __future__ import annotations

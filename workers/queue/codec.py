@@ -33,7 +33,7 @@ class Codec(Protocol):
         """The message, and the raw buffers it refers to."""
 
     def decode(self, data: bytes | memoryview, buffers: Sequence[memoryview]) -> Any:
-        """Back again. Buffers may lie in shared memory: they are kept alive by whoever keeps a view of them."""
+        """Back again. Buffers may be in shared memory; a view of them keeps them alive."""
 
 
 class PickleCodec:
@@ -57,7 +57,7 @@ class PickleCodec:
 
 
 class MsgpackCodec:
-    """Values of one type (a msgspec struct, a union of them, ...): the only codec that may cross the network."""
+    """Values of one type (a msgspec struct, a union of them): the only codec that may cross the network."""
 
     name = "msgpack"
     raw_bytes = False

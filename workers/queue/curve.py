@@ -1,4 +1,4 @@
-"""CURVE for ZeroMQ sockets: key pairs, and the door-keeper that lets in only keys on a list."""
+"""CURVE for ZeroMQ sockets: key pairs, and the authenticator that accepts only keys on a list."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def new_keys() -> CurveKeys:
     return CurveKeys(*zmq.curve_keypair())
 
 
-class DoorKeeper:
+class Authenticator:
     """Answers ZeroMQ's questions about peers of a context. Polled by the thread that owns `socket`."""
 
     def __init__(self, context: zmq.Context[Any], allowed: Iterable[bytes]) -> None:
@@ -29,15 +29,15 @@ class DoorKeeper:
         self.socket.bind(_ZAP_ADDRESS)
 
     def answer(self) -> None:
-        """Take one question and answer it: whoever is not on the list stays out."""
+        """Take one question and answer it: a key that is not on the list is refused."""
         version, request, _, _, _, mechanism, *credentials = self.socket.recv_multipart(zmq.NOBLOCK)
-        welcome = mechanism == b"CURVE" and len(credentials) == 1 and credentials[0] in self._allowed
-        verdict = [b"200", b"OK"] if welcome else [b"400", b"not on the list"]
-        self.socket.send_multipart([version, request, *verdict, b"", b""])
+        accepted = mechanism == b"CURVE" and len(credentials) == 1 and credentials[0] in self._allowed
+        status = [b"200", b"OK"] if accepted else [b"400", b"not on the list"]
+        self.socket.send_multipart([version, request, *status, b"", b""])
 
 
 def serve_curve(socket: zmq.Socket[Any], keys: CurveKeys) -> None:
-    """Encrypt as the side that is connected to; the context needs a DoorKeeper."""
+    """Encrypt as the side that is connected to; the context needs a Authenticator."""
     socket.curve_server = True
     socket.curve_publickey, socket.curve_secretkey = keys.public, keys.secret
     socket.zap_domain = _ZAP_DOMAIN.encode()

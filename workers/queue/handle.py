@@ -1,4 +1,4 @@
-"""What one needs to join a queue, as plain data for records in the store, and the two messages of joining."""
+"""How to join a queue, as plain data for records in the store, and the two messages of joining."""
 
 from __future__ import annotations
 

@@ -10,7 +10,6 @@ queue.enqueue({"hello": array})
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from membership.base.errors import QueueError
@@ -141,7 +140,7 @@ class MessageQueue:
         return self._writer.handle()
 
     def wait_until_ready(self, readers: Iterable[str] = (), timeout_s: float = JOIN_TIMEOUT_S) -> None:
-        """Writing end: wait until these readers have joined; WaitTimeout names who is missing. A reader is ready."""
+        """Writing end: wait until these readers have joined; WaitTimeout names the missing. A reading end is ready."""
         if self._writing is not None:
             self._writing.wait_until_ready(readers, timeout_s)
 
@@ -169,7 +168,7 @@ class MessageQueue:
     def __enter__(self) -> MessageQueue:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.shutdown()
 
     @property

@@ -1,4 +1,4 @@
-"""The reading end of a local queue. Joining is one question to the writer's process; nobody else notices."""
+"""The reading end of a local queue. Joining is one question to the writer's process."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class QueueReader:
         raise QueueTimeout(f"queue {self.name}: no message from pid {self._link.peer_pid} within {timeout_s} s")
 
     def _next(self) -> Any:
-        gone = self._gone  # before the look: whoever is gone by then has written all it ever will
+        gone = self._gone  # before the look: a writer that is gone by then has written all it ever will
         if self._closed:
             raise QueueClosed(f"queue {self.name} is shut down")
         record = self._ring.take()

@@ -1,4 +1,4 @@
-"""The reading end of a queue on another host; see remote_queue.py."""
+"""The reading end of a queue on another host; see remote_writer.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from workers.ipc.handover import HandoverRefused
 from workers.queue.codec import Codec, MsgpackCodec
 from workers.queue.curve import use_curve
 from workers.queue.handle import CurveKeys, Handle
-from workers.queue.remote_wire import BEAT_S, END, SocketThread, ToReader, ToWriter
+from workers.queue.remote_wire import END, HEARTBEAT_S, SocketThread, ToReader, ToWriter
 
 
 class RemoteReader:
@@ -43,33 +43,31 @@ class RemoteReader:
         self._own_bell = doorbell is None
         self._bell = Doorbell() if doorbell is None else doorbell
         self._inbox: deque[bytes] = deque()
-        self._received = self._done = self._said = 0
+        self._received = self._done = self._acknowledged = 0
         self._joined = threading.Event()
         self._ended = ""  # why
-        self._heard = time.monotonic()
-        self._beat_at = 0.0
+        self._last_message_at = time.monotonic()
+        self._send_at = 0.0
         self._io = SocketThread("queue-remote-reader")
         self._dealer = self._io.context.socket(zmq.DEALER)
         self._dealer.setsockopt(zmq.RCVHWM, 0)  # the window limits
         self._dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
         use_curve(self._dealer, keys, handle.remote_key)
         self._dealer.connect(handle.remote)
-        self._io.start(self._turn, {self._dealer: self._hear})
+        self._io.start(self._turn, {self._dealer: self._receive})
         if not self._joined.wait(timeout_s):
             why = self._ended
             self.shutdown()
-            raise WaitTimeout(f"queue {self.name}: {handle.remote} did not let us in within {timeout_s} s {why}")
+            raise WaitTimeout(f"queue {self.name}: {handle.remote} did not admit us within {timeout_s} s {why}")
         if self._ended:
             refusal = self._ended
             self.shutdown()
             raise HandoverRefused(f"queue {self.name}: {refusal}")
 
     def pending(self) -> bool:
-        """See MessageQueue."""
         return bool(self._inbox) or bool(self._ended)
 
     def try_dequeue(self) -> Any:
-        """See MessageQueue."""
         if not self._inbox:
             if self._ended:
                 raise QueueClosed(f"queue {self.name}: {self._ended}")
@@ -80,7 +78,6 @@ class RemoteReader:
         return self.codec.decode(data, ())
 
     def dequeue(self, timeout_s: float) -> Any:
-        """See MessageQueue."""
         if not self._bell.wait(self.pending, timeout_s):
             raise QueueTimeout(f"queue {self.name}: no message from {self._handle.remote} within {timeout_s} s")
         return self.try_dequeue()
@@ -97,10 +94,10 @@ class RemoteReader:
 
     # ---- socket thread
 
-    def _hear(self) -> None:
+    def _receive(self) -> None:
         head_data, data = self._dealer.recv_multipart(zmq.NOBLOCK)
         head = msgspec.msgpack.decode(head_data, type=ToReader)
-        self._heard = time.monotonic()
+        self._last_message_at = time.monotonic()
         if head.refused:
             self._end(head.refused)
         elif head.number == 0:
@@ -121,20 +118,20 @@ class RemoteReader:
 
     def _turn(self) -> None:
         now = time.monotonic()
-        if self._joined.is_set() and not self._ended and now - self._heard > REMOTE_SILENCE_S:
+        if self._joined.is_set() and not self._ended and now - self._last_message_at > REMOTE_SILENCE_S:
             self._end(f"its writer has been silent for {REMOTE_SILENCE_S} s")
-        if now >= self._beat_at or self._done != self._said or self._io.stopping:
-            self._beat_at, self._said = now + BEAT_S / 2, self._done
-            said = ToWriter(
+        if now >= self._send_at or self._done != self._acknowledged or self._io.stopping:
+            self._send_at, self._acknowledged = now + HEARTBEAT_S / 2, self._done
+            message = ToWriter(
                 self._handle.queue,
                 self._id,
                 self._session,
                 joined=self._joined.is_set(),
                 received=self._received,
-                done=self._said,
+                done=self._acknowledged,
                 leaving=self._io.stopping,
             )
             try:
-                self._dealer.send(msgspec.msgpack.encode(said), zmq.NOBLOCK)
+                self._dealer.send(msgspec.msgpack.encode(message), zmq.NOBLOCK)
             except zmq.Again:
-                self._beat_at = now + BEAT_S / 4
+                self._send_at = now + HEARTBEAT_S / 4

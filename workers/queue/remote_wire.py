@@ -1,4 +1,4 @@
-"""What both sides of a remote queue share: what they say to each other, and the thread that owns the sockets."""
+"""What both ends of a remote queue share: their messages, and the thread that owns the sockets."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import zmq
 from membership.base.errors import WaitTimeout
 from workers.queue.writer import STOP_TIMEOUT_S
 
-BEAT_S = 1.0
+HEARTBEAT_S = 1.0
 END = 2**62  # number of the message that ends the queue
 
 
 class ToWriter(msgspec.Struct, frozen=True, array_like=True):
-    """All a reader says: who it is, what it has received and what its owner has dequeued; at least every BEAT_S."""
+    """The only message of a reader, at least every HEARTBEAT_S: what it has received, and what was dequeued."""
 
     queue: str
     reader_id: str
@@ -31,7 +31,7 @@ class ToWriter(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ToReader(msgspec.Struct, frozen=True, array_like=True):
-    """Precedes each payload; number 0 has none and is a beat, which says where the reader starts."""
+    """Precedes each payload; number 0 has none and is a heartbeat, with the number where the reader starts."""
 
     number: int
     start: int = 0
@@ -53,7 +53,7 @@ class SocketThread:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self, turn: Callable[[], None], sockets: dict[zmq.Socket[Any], Callable[[], None]]) -> None:
-        """Call `turn` after every wake and at least every quarter of BEAT_S, and actions for readable sockets."""
+        """Call `turn` after every wake and at least every quarter of HEARTBEAT_S, and actions for readable sockets."""
         self._turn = turn
         for socket, action in sockets.items():
             self._poller.register(socket, zmq.POLLIN)
@@ -82,7 +82,7 @@ class SocketThread:
         try:
             while not last:
                 last = self.stopping
-                for ready, _ in self._poller.poll(0 if last else int(BEAT_S * 250)):
+                for ready, _ in self._poller.poll(0 if last else int(HEARTBEAT_S * 250)):
                     if ready == self._wake:
                         os.eventfd_read(self._wake)
                     else:

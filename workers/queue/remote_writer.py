@@ -1,8 +1,8 @@
 """Readers on other hosts: the same queue over ZeroMQ TCP, encrypted (CURVE), acknowledged, msgpack only.
 
 Each message has a number. The writer keeps what a reader has not acknowledged and sends it again after a reconnect;
-a reader takes each number once, in order, and acknowledges when its owner has dequeued it. So a window of
-unacknowledged messages is all that a lagging reader can hold up. Who is silent for REMOTE_SILENCE_S is gone.
+a reader takes each number once, in order, and acknowledges when its owner has dequeued it. So a slow reader
+holds up at most a window of unacknowledged messages. A side that is silent for REMOTE_SILENCE_S is gone.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import zmq
 from membership.base.errors import QueueError
 from membership.base.timing import ENQUEUE_TIMEOUT_S, REMOTE_SILENCE_S
 from workers.queue.codec import MsgpackCodec
-from workers.queue.curve import DoorKeeper, serve_curve
+from workers.queue.curve import Authenticator, serve_curve
 from workers.queue.handle import Handle, Remote
-from workers.queue.remote_wire import BEAT_S, END, SocketThread, ToReader, ToWriter
+from workers.queue.remote_wire import END, HEARTBEAT_S, SocketThread, ToReader, ToWriter
 from workers.queue.writer import QueueWriter, SlowReaders
 
 WINDOW = 1024  # messages that a reader may be behind
@@ -38,7 +38,7 @@ class _Peer:
     session: bytes
     route: bytes
     start: int  # it gets the messages behind this number
-    heard: float
+    last_message_at: float
     sent: int  # highest number given to ZeroMQ on this connection
     unacknowledged: deque[tuple[int, bytes]] = field(default_factory=deque)
     nbytes: int = 0  # of these
@@ -55,16 +55,16 @@ class RemoteWriter:
     """The writer's side. `sending(timeout_s)` waits for room; what is added within it goes to all readers."""
 
     def __init__(self, queue: str, remote: Remote, on_change: Callable[[], None]) -> None:
-        """`on_change` runs in the socket's thread when somebody has joined or left."""
+        """`on_change` runs in the socket's thread when a reader has joined or left."""
         self._queue = queue
         self._on_change = on_change
         self._one_sender = threading.Lock()
         self._changed = threading.Condition()
         self._peers: dict[str, _Peer] = {}
         self._number = 0
-        self._beat_at = 0.0
+        self._heartbeat_at = 0.0
         self._io = SocketThread("queue-remote-writer")
-        self._door = DoorKeeper(self._io.context, remote.allowed)
+        self._auth = Authenticator(self._io.context, remote.allowed)
         self._router = self._io.context.socket(zmq.ROUTER)
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
@@ -73,7 +73,7 @@ class RemoteWriter:
         port = self._router.bind_to_random_port(f"tcp://{remote.host}")
         self.address = f"tcp://{remote.host}:{port}"
         self.public_key = remote.keys.public
-        self._io.start(self._turn, {self._router: self._hear, self._door.socket: self._door.answer})
+        self._io.start(self._turn, {self._router: self._receive, self._auth.socket: self._auth.answer})
 
     def readers(self) -> tuple[str, ...]:
         """Ids of those that are in."""
@@ -92,14 +92,14 @@ class RemoteWriter:
             yield self._append
 
     def drop(self, reader_id: str) -> bool:
-        """Forget a reader; it is told when it speaks next."""
+        """Forget a reader; its next message is refused."""
         with self._changed:
             found = self._peers.pop(reader_id, None) is not None
             self._changed.notify_all()
         return found
 
     def close(self) -> None:
-        """Tell the readers, and end. Idempotent."""
+        """End the queue for its readers. Idempotent."""
         if self._io.stopping:
             return
         with self._changed:
@@ -127,65 +127,65 @@ class RemoteWriter:
 
     # ---- socket thread
 
-    def _hear(self) -> None:
+    def _receive(self) -> None:
         route, data = self._router.recv_multipart(zmq.NOBLOCK)
         try:
-            said = msgspec.msgpack.decode(data, type=ToWriter)
+            message = msgspec.msgpack.decode(data, type=ToWriter)
         except msgspec.MsgspecError as error:
             log.warning("remote_message_malformed", error=str(error))
             return
         with self._changed:
             before = len(self._peers)
-            refusal = self._listen(route, said)
+            refusal = self._take(route, message)
             changed = len(self._peers) != before
         if refusal:
-            self._say(route, ToReader(0, refused=refusal))
+            self._send(route, ToReader(0, refused=refusal))
         if changed:
             self._on_change()
 
-    def _listen(self, route: bytes, said: ToWriter) -> str:
-        peer = self._peers.get(said.reader_id)
-        if said.queue != self._queue:
+    def _take(self, route: bytes, message: ToWriter) -> str:
+        peer = self._peers.get(message.reader_id)
+        if message.queue != self._queue:
             return "no such queue here"
-        if peer is not None and peer.session != said.session:
-            return f"reader {said.reader_id} has joined already"
-        if said.leaving:
-            self._peers.pop(said.reader_id, None)
+        if peer is not None and peer.session != message.session:
+            return f"reader {message.reader_id} has joined already"
+        if message.leaving:
+            self._peers.pop(message.reader_id, None)
         elif peer is None:
-            if said.joined:
+            if message.joined:
                 return "the writer has dropped this reader"
-            peer = _Peer(said.session, route, self._number, time.monotonic(), self._number)
-            self._peers[said.reader_id] = peer
-            self._say(route, ToReader(0, peer.start))
+            peer = _Peer(message.session, route, self._number, time.monotonic(), self._number)
+            self._peers[message.reader_id] = peer
+            self._send(route, ToReader(0, peer.start))
         else:
-            peer.heard = time.monotonic()
+            peer.last_message_at = time.monotonic()
             if route != peer.route:  # a new connection: what was on its way in the old one is lost
-                peer.route, peer.sent = route, max(said.received, peer.start)
-            while peer.unacknowledged and peer.unacknowledged[0][0] <= said.done:
+                peer.route, peer.sent = route, max(message.received, peer.start)
+            while peer.unacknowledged and peer.unacknowledged[0][0] <= message.done:
                 peer.nbytes -= len(peer.unacknowledged.popleft()[1])
         self._changed.notify_all()
         return ""
 
     def _turn(self) -> None:
         now = time.monotonic()
-        beat = now >= self._beat_at
-        if beat:
-            self._beat_at = now + BEAT_S
+        heartbeat_due = now >= self._heartbeat_at
+        if heartbeat_due:
+            self._heartbeat_at = now + HEARTBEAT_S
         with self._changed:
             for reader_id, peer in list(self._peers.items()):
-                if now - peer.heard > REMOTE_SILENCE_S:
+                if now - peer.last_message_at > REMOTE_SILENCE_S:
                     log.warning("remote_reader_silent", queue=self._queue, reader=reader_id)
                     del self._peers[reader_id]
                     self._changed.notify_all()
                     continue
-                if beat:
-                    self._say(peer.route, ToReader(0, peer.start))
+                if heartbeat_due:
+                    self._send(peer.route, ToReader(0, peer.start))
                 for number, data in peer.unsent():
-                    if not self._say(peer.route, ToReader(number), data):
+                    if not self._send(peer.route, ToReader(number), data):
                         break
                     peer.sent = number
 
-    def _say(self, route: bytes, head: ToReader, data: bytes = b"") -> bool:
+    def _send(self, route: bytes, head: ToReader, data: bytes = b"") -> bool:
         try:
             self._router.send_multipart([route, msgspec.msgpack.encode(head), data], zmq.NOBLOCK)
         except (zmq.Again, zmq.ZMQError) as error:  # not connected (now): it comes back, or falls silent
@@ -210,7 +210,6 @@ class CrossHostWriter:
         local.elsewhere = self._remote.readers
 
     def enqueue(self, message: Any, timeout_s: float = ENQUEUE_TIMEOUT_S) -> int:
-        """See MessageQueue."""
         data, _ = self._local.codec.encode(message)
         with self._remote.sending(timeout_s) as send:
             return self._local.enqueue(message, timeout_s) + send(data)
@@ -223,18 +222,14 @@ class CrossHostWriter:
 
     @property
     def readers(self) -> tuple[str, ...]:
-        """See QueueWriter."""
         return (*self._local.readers, *self._remote.readers())
 
     def wait_until_ready(self, readers: Iterable[str], timeout_s: float) -> None:
-        """See QueueWriter."""
         self._local.wait_until_ready(readers, timeout_s)
 
     def drop_reader(self, reader_id: str) -> bool:
-        """See QueueWriter."""
         return self._local.drop_reader(reader_id) or self._remote.drop(reader_id)
 
     def shutdown(self) -> None:
-        """See QueueWriter."""
         self._local.shutdown()
         self._remote.close()

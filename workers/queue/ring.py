@@ -2,7 +2,7 @@
 
 Positions only grow; `head` is where the writer will write next, a reader's `tail` where it will read next. The writer
 stores a record first and `head` afterwards, a reader copies the record first and stores `tail` afterwards; x86-64 keeps
-both orders. Nothing here waits, wakes or knows who the readers are.
+both orders. Nothing here waits, wakes, or knows the readers' processes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PAD = 0xFF  # record kind: nothing here, go on at the ring's start
 
 
 def places(memory: memoryview) -> tuple[int, dict[int, int]]:
-    """Where the writer of a ring is, and each reader, by its slot: for who looks at its memory from outside."""
+    """Where the writer of a ring is, and each reader, by its slot: for a look at its memory from outside."""
     words = memory[:_RING0].cast("Q")
     tails = {slot: _SLOT0 + slot * _SLOT_WORDS for slot in range(SLOTS)}
     return words[_HEAD], {slot: words[word] for slot, word in tails.items() if words[word + 1]}
@@ -67,7 +67,7 @@ class RingWriter:
         return self._head
 
     def expel(self, slot: int) -> None:
-        """Forget the reader in `slot`: what it has not read may be overwritten from now on, and it can tell."""
+        """Forget the reader in `slot`: what it has not read may be overwritten from now on, and it can see that."""
         word = _SLOT0 + slot * _SLOT_WORDS
         self._words[word + 1] = 0
         self._tails = tuple(w for w in self._tails if w != word)
@@ -127,7 +127,7 @@ class RingReader:
     """Reads from its own slot of the memory that a writer made. For one thread."""
 
     def __init__(self, segment: Segment, slot: int, start: int, capacity: int, room_made: Callable[[], None]) -> None:
-        """`room_made` is called when the writer asked to be told about room."""
+        """`room_made` is called when the writer waits for room."""
         self.segment = segment
         self.slot = slot
         self.held = segment.view(_HELD0, EXTENTS * SLOTS)

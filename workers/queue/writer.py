@@ -1,7 +1,7 @@
 """The writing end of a local queue: many readers that join, leave, die or lag while it writes.
 
 Only a *live* reader that does not read can make `enqueue` wait, until its deadline, and the error names it. A reader
-whose process is dying is dropped as soon as it is in the way; nobody waits for the kernel to close its sockets.
+whose process is dying is dropped as soon as it is in the way, without a wait for the kernel to close its sockets.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from workers.queue.handle import Handle, Join, Joined, this_host
 from workers.queue.ring import RING_BYTES, SLOTS, RingWriter
 
 RAW, PLAIN, PARTS, FAR_RAW, FAR = range(5)
-"""Kinds of record: `bytes` as they are; an encoded message; a size table, an encoded message and its buffers; where in
-the arena `bytes` lie; where in the arena an encoded message and its buffers lie."""
-LOOK_S = 0.001  # while waiting for room, look this often whether who is in the way is still alive
+"""Kinds of record: `bytes` as they are; an encoded message; a size table, an encoded message and its buffers; the
+place in the arena of `bytes`; the place in the arena of an encoded message and its buffers."""
+LOOK_S = 0.001  # while waiting for room, look this often whether the readers in the way are alive
 STOP_TIMEOUT_S = 5.0
 T = TypeVar("T")
 
 
 class SlowReaders(QueueTimeout):
-    """Live readers left no room before the deadline. The message went to nobody."""
+    """Live readers left no room before the deadline. The message went to no reader."""
 
     def __init__(self, message: str, readers: Sequence[str]) -> None:
         super().__init__(message, hint="drop_reader() the ones that are not coming back")
@@ -220,7 +220,7 @@ class QueueWriter:
         return wanted - self._readers.keys() - set(self.elsewhere())
 
     def drop_reader(self, reader_id: str) -> bool:
-        """Stop waiting for this reader and tell it so; False if it had not joined. Its id may join again."""
+        """Never wait for this reader again, and end its link; False if it had not joined. Its id may join again."""
         with self._lock:
             reader = self._readers.get(reader_id)
         if reader is None:

@@ -1,7 +1,7 @@
 """A rank's side of the one engine that may drive it now: its queue of steps, our answers, its live mask.
 
-The engine is named by its token. A newer one's `attach` ends the older one's queues; whatever an older one still says
-has no effect. So an engine may die and be replaced while the weights stay loaded.
+The engine is named by its token. A newer one's `attach` ends the older one's queues, whose messages have no effect from
+then on. So an engine may die and be replaced while the weights stay loaded.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class EnginePort:
         self._key = key
 
     def attach(self, token: int, broadcast_handle: bytes, mask_handle: bytes) -> bytes:
-        """Join this engine's queue and leave any older one's, who is told; return the handle of our answers to it."""
+        """Join this engine's queue; an older engine gets a Farewell. Return the handle of our answers to it."""
         token = step_fence.follow(self.token, token)
         if token == self.token and self._answers is not None:
             return self._answers.export_handle().encode()  # asked again: the same answer
@@ -119,10 +119,8 @@ class EnginePort:
             log.info("engine_gone", token=self.token, reason=str(closed))
             self.leave()
             if self._worker.evicted():
-                why = f"engine {self.token} has evicted {self.key}"
-                raise Fenced(
-                    why, hint="it was stopped or hung for too long; its slot goes on as a new incarnation"
-                ) from None
+                hint = "it was stopped or hung for too long; its slot goes on as a new incarnation"
+                raise Fenced(f"engine {self.token} has evicted {self.key}", hint=hint) from None
             return True
         if message is None:
             return False
@@ -176,7 +174,7 @@ class EnginePort:
             log.warning("answer_dropped", token=self.token, answer=type(result).__name__, reason=str(error))
 
     def _copied(self, order: CopyBlocks) -> BlocksCopied:
-        """Where it cannot be done the engine hears of it: the request stays where it is, or is computed again."""
+        """A failure is reported: the engine leaves the request where it is, or has it computed again."""
         blocks, failed = 0, ""
         try:
             failpoints.hit("rank.copy", self.key.rank)

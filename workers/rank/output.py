@@ -20,7 +20,7 @@ STOP_TIMEOUT_S = 2.0
 
 @dataclass(frozen=True)
 class Waiting:
-    """One output, until when to wait for it, and who gets it (or the failure) then."""
+    """One output, until when to wait for it, and what to call with it (or the failure) then."""
 
     output: AsyncOutput
     deadline: float
@@ -67,6 +67,6 @@ class OutputThread:
                 if left > SLICE_S and time.monotonic() - begun >= SLICE_S / 2:
                     continue  # only our slice is over
                 value = failure_of(error, traceback.format_exc())
-            except Exception as error:  # noqa: BLE001 - whatever the output failed with goes to who asked for it
+            except Exception as error:  # noqa: BLE001 - whatever the output failed with goes to the caller
                 value = failure_of(error, traceback.format_exc())
             return waiting.deliver(value)

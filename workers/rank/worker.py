@@ -102,7 +102,7 @@ class Preparation:
                 peers = {RankId(rank, incarnation): handle for rank, (incarnation, handle) in self._peers.items()}
                 self._worker.exchange.connect(peers, self._worker.connect_timeout_s, self._stopped.is_set)
             failpoints.hit("rank.prepared", self._worker.rank)
-        except BaseException as error:  # noqa: BLE001 - handed to whoever waits for the output
+        except BaseException as error:  # noqa: BLE001 - raised by get_output
             self._error = error
         finally:
             self._ended.set()
@@ -114,8 +114,8 @@ def experts_of(view: View, rank: int) -> frozenset[tuple[int, int]]:
     return frozenset((layer, expert) for layer, experts in enumerate(layers) for expert in experts)
 
 
-def _identities(view: View) -> set[RankId]:
-    return {RankId(member.rank, member.incarnation) for member in view.members}
+def _members(view: View) -> set[RankId]:
+    return {member.id for member in view.members}
 
 
 class EPWorker:
@@ -228,16 +228,16 @@ class EPWorker:
         found = self._preparing.get(epoch)
         if found is None or not found.ready:
             raise Fenced(f"rank {self.rank} is in epoch {self._view.epoch} and has not prepared epoch {epoch}")
-        self._left |= _identities(self._view)
+        self._left |= _members(self._view)
         self._view = found.view
         self._preparing = {e: p for e, p in self._preparing.items() if e > epoch}
 
     def retire_epoch(self, epoch: int) -> None:
-        """All ranks use `epoch` now and nothing is staged: drop the experts that its view does not need, and the links
-        with those who have left for good.
+        """All ranks use `epoch` now and no view is staged: drop the experts that its view does not need, and the links
+        with ranks that have left for good.
 
-        What was prepared beyond it has been aborted: the agent asks for this in the order of the store's changes. Links
-        with ranks that no view had yet stay: a newcomer may have dialled already for the next one, and dials once.
+        Later views that were prepared are aborted by now: the agent follows the order of the store's changes. Links
+        with ranks that no view had yet stay: a new rank may have connected for the next view, and connects once.
         """
         found = self._preparing.get(epoch)
         current = self._view if found is None else found.view
@@ -246,7 +246,7 @@ class EPWorker:
         for later in [e for e in self._preparing if e > epoch]:
             self._preparing.pop(later).stop()
         self.bank.drop(experts_of(current, self.rank))
-        self.exchange.disconnect((self._left | _identities(self._view)) - _identities(current))
+        self.exchange.disconnect((self._left | _members(self._view)) - _members(current))
         self._left.clear()
 
     def execute_model(self, batch: StepBatch) -> StepResult | None:
@@ -265,7 +265,7 @@ class EPWorker:
             tokens = runner.run(chunks)
         except CoverageLost as error:
             return self._result(batch, StepStatus.COVERAGE_LOST, error=str(error))
-        except Exception as error:  # noqa: BLE001 - whatever it was, the engine must hear of it and the rank serve on
+        except Exception as error:  # noqa: BLE001 - whatever it was, it is reported to the engine and the rank serves on
             log.error("step_failed", rank=self.rank, step=batch.step, error=traceback.format_exc())
             return self._result(batch, StepStatus.FAILED, error=f"{type(error).__name__}: {error}")
         result = self._result(batch, StepStatus.OK)
@@ -278,8 +278,8 @@ class EPWorker:
             raise ConfigError("copy_blocks before load_model")
         stamp = (order.engine_token, order.copy)
         if order.arriving:
-            return self._runner.take_in(order.blocks, self.exchange.inbox(RankId(*order.source)), stamp)
-        return self._runner.write_out(order.blocks, partial(self.exchange.outbox, RankId(*order.target)), stamp)
+            return self._runner.take_in(order.blocks, self.exchange.inbox(order.source), stamp)
+        return self._runner.write_out(order.blocks, partial(self.exchange.outbox, order.target), stamp)
 
     def _refuse(self, batch: StepBatch) -> str:
         """Why this batch must have no effect, else empty. Flips to the batch's epoch if that is prepared."""

@@ -1,7 +1,7 @@
 """What a rank process expects of the worker that it hosts, and what it gives it. Light: no torch.
 
-Somebody who wants to run another engine's worker under our supervision writes a class of this shape and names it as
-"module:Class"; `workers/rank/worker.py` is ours.
+To run another engine's worker under our supervision, write a class of this shape and name it as "module:Class";
+`workers/rank/worker.py` is ours.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Worker(Protocol):
         """Whether `poll` would find something. Cheap: asked before every sleep."""
 
     def become(self, rank: int, incarnation: int) -> None:
-        """This was a spare, which no peer or engine has heard of, and is this rank from now on."""
+        """A spare, which no peer or engine knows, is this rank from now on."""
 
     def exchange_handle(self) -> bytes:
         """Where peers reach this rank."""

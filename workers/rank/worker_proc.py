@@ -258,7 +258,7 @@ class WorkerProcChild:
         port.await_output(call, output)
 
     def enqueue_output(self, port: CallPort, call: AnyCall, output: Any) -> None:
-        """Reply to whoever called."""
+        """Reply to the caller."""
         port.reply(call, output)
 
     def shutdown(self) -> None:

@@ -39,7 +39,7 @@ class Ranks:
         for rank in self.ranks:
             self.fleet.attach(rank.record)
         joined = self.collect(lambda seen: len(seen) == len(self.ranks))
-        assert sorted(joined, key=str) == [RankJoined(n, 100 + n) for n in range(len(self.ranks))]
+        assert sorted(joined, key=str) == [RankJoined(RankId(n, 100 + n)) for n in range(len(self.ranks))]
 
     def collect(self, enough: Callable[[list[FleetEvent]], bool], timeout_s: float = 10.0) -> list[FleetEvent]:
         seen: list[FleetEvent] = []
@@ -84,7 +84,7 @@ def test_a_killed_rank_is_lost_once_and_the_others_answer(three: Ranks) -> None:
     three.fleet.broadcast(three.batch(1, 0, 2))
     seen = three.collect(lambda seen: len(seen) >= 3)
     (lost,) = [event for event in seen if isinstance(event, RankLost)]
-    assert (lost.rank, lost.incarnation) == (1, 101)
+    assert lost.rank_id == (1, 101)
     assert lost.source in ("robust futex", "pidfd", "queue")
     assert three.fleet.collect(0.3, lambda: False) == []
 
@@ -105,7 +105,7 @@ def test_a_stopped_rank_without_work_is_found_by_a_probe(three: Ranks) -> None:
     three.fleet.probe()
     (lost,) = three.collect(lambda seen: len(seen) == 1)
     assert isinstance(lost, RankLost)
-    assert (lost.rank, lost.source) == (2, "deadline")
+    assert (lost.rank_id.rank, lost.source) == (2, "deadline")
     assert lost.silent_s >= 0.5
 
 
@@ -116,7 +116,7 @@ def test_a_stopped_rank_whose_queue_is_full_is_given_up(three: Ranks) -> None:
     for step in range(100):
         three.fleet.broadcast(three.batch(step, 7, tokens=3000))
         seen += three.fleet.collect(0.0, lambda: False)
-    assert [(e.rank, e.source) for e in seen if isinstance(e, RankLost)] == [(2, "deadline")]
+    assert [(e.rank_id.rank, e.source) for e in seen if isinstance(e, RankLost)] == [(2, "deadline")]
     three.fleet.broadcast(three.batch(200, 0))
     assert three.collect(lambda seen: len(seen) == 1)
 
@@ -163,7 +163,7 @@ def test_a_native_hang_is_found_with_the_interpreters_lock_held_and_without(thre
         seen = three.collect(lambda seen: len(seen) == 3, 30.0)
         if any(isinstance(event, RankLost) for event in seen):
             break
-    assert [(e.rank, e.source) for e in seen if isinstance(e, RankLost)] == [(1, "hung")]
+    assert [(e.rank_id.rank, e.source) for e in seen if isinstance(e, RankLost)] == [(1, "hung")]
 
 
 def test_a_rank_that_computes_for_long_is_waited_for(three: Ranks) -> None:
@@ -190,7 +190,7 @@ def test_a_stopped_rank_is_given_up_long_before_the_deadline_and_learns_it(three
     three.fleet.broadcast(three.batch(10, 0, 1, 2))
     seen = three.collect(lambda seen: len(seen) == 3, 30.0)
     (lost,) = [event for event in seen if isinstance(event, RankLost)]
-    assert (lost.rank, lost.source) == (2, "stopped")
+    assert (lost.rank_id.rank, lost.source) == (2, "stopped")
     three.ranks[2].process.send_signal(signal.SIGCONT)
     three.ranks[2].send(do="evicted")
     assert three.ranks[2].receive() == {"evicted": True}

@@ -55,9 +55,9 @@ def test_local_and_remote_readers_get_the_same_in_the_same_order(queue: MessageQ
 
 
 def test_strangers_and_wrong_servers_stay_out(queue: MessageQueue) -> None:
-    with pytest.raises(WaitTimeout, match="did not let us in"):
+    with pytest.raises(WaitTimeout, match="did not admit us"):
         join(elsewhere(queue), keys=STRANGER, timeout_s=0.5)
-    with pytest.raises(WaitTimeout, match="did not let us in"):
+    with pytest.raises(WaitTimeout, match="did not admit us"):
         join(elsewhere(queue, remote_key=STRANGER.public), timeout_s=0.5)
     with pytest.raises(HandoverRefused, match="no such queue"):
         join(elsewhere(queue, queue="queue/other/1"))
