@@ -25,7 +25,7 @@ Step = Callable[[], object]
 def ours(path: str, dtype: str, exactness: str, streams: int, context: int, total: int) -> Step:
     """A decode step of our runner for `streams` sequences that have `context` tokens already."""
     from membership.base.enums import Exactness
-    from workers.exchange.local import LocalExchange
+    from tests.support.local_exchange import LocalExchange
     from workers.model.expert_bank import LocalExpertBank
     from workers.model.load import load_model
     from workers.model.runner import ModelRunner

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from membership.base.enums import Dtype, Exactness
-from workers.exchange.local import LocalExchange
+from tests.support.local_exchange import LocalExchange
 from workers.model.expert_bank import LocalExpertBank
 from workers.model.load import load_model
 from workers.model.runner import ModelRunner

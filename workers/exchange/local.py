@@ -8,26 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from membership.base.errors import CoverageLost
 from workers.exchange.base import ExpertBank
-from workers.exchange.combine import ascending, combine
+from workers.exchange.combine import combine
 from workers.exchange.router import FEW, Ints
-
-
-class LocalExchange:
-    """`dispatch_combine` for a model without a cluster: one rank holds every expert. For tests and benchmarks."""
-
-    def __init__(self, bank: ExpertBank) -> None:
-        self._bank = bank
-
-    def dispatch_combine(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """[T, H] -> [T, H]: the weighted sum of each row's experts. CoverageLost if one is not here."""
-        ids, weights = ascending(topk_ids, topk_weights)
-        flat = ids.reshape(-1).tolist()
-        for expert in set(flat):
-            if not self._bank.holds(layer, expert):
-                raise CoverageLost(f"expert {expert} of MoE layer {layer} is not on this rank")
-        return compute_here(self._bank, layer, hidden, flat, weights)
 
 
 def compute_here(bank: ExpertBank, layer: int, hidden: Tensor, experts: list[int], weights: Tensor) -> Tensor:

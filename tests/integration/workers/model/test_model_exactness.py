@@ -10,8 +10,8 @@ import pytest
 
 from membership.base.enums import Exactness
 from tests.support.families import VOCAB, write_checkpoint
+from tests.support.local_exchange import LocalExchange
 from tests.support.model_helpers import Sequences, SpreadBank, make_runner, prompts, run_mixed
-from workers.exchange.local import LocalExchange
 from workers.model.expert_bank import LocalExpertBank
 from workers.model.families import FAMILIES
 from workers.model.runner import ModelRunner

@@ -10,8 +10,8 @@ import pytest
 from membership.base.enums import Exactness
 from membership.base.errors import ModelError
 from tests.support.families import write_checkpoint
+from tests.support.local_exchange import LocalExchange
 from tests.support.model_helpers import make_runner
-from workers.exchange.local import LocalExchange
 from workers.model.expert_bank import LocalExpertBank
 from workers.model.families import FAMILIES, read_model_info
 from workers.model.load import load_model

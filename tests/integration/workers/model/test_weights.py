@@ -13,8 +13,8 @@ import pytest
 
 from tests.support.families import write_checkpoint
 from tests.support.helpers import eventually
+from tests.support.local_exchange import LocalExchange
 from workers.agent.weight_store import WeightStore
-from workers.exchange.local import LocalExchange
 from workers.ipc.handover import HandoverRefused
 from workers.model.calibrations import Calibrations
 from workers.model.expert_bank import LocalExpertBank

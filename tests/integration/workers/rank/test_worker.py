@@ -16,9 +16,9 @@ from membership.base.errors import ConfigError, Fenced, PeerTimeout, WaitTimeout
 from membership.base.rank_id import RankId
 from membership.store.records import ClusterConfig, Member, Placement, View
 from tests.support.families import write_checkpoint
+from tests.support.local_exchange import LocalExchange
 from workers.agent.weight_store import WeightStore
 from workers.exchange.base import StepContext
-from workers.exchange.local import LocalExchange
 from workers.exchange.loop import Exchange
 from workers.exchange.transports import opener
 from workers.ipc.doorbell import Doorbell

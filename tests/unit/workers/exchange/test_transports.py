@@ -20,10 +20,10 @@ from membership.base.errors import ConfigError, CoverageLost, ElasticError, Peer
 from membership.base.rank_id import RankId
 from membership.store.records import Member, Placement, View
 from tests.support.exchange_ranks import Experts, batch, broken
+from tests.support.local_exchange import LocalExchange
 from tests.support.toy_transport import ToyTransport
 from workers.exchange.base import StepContext
 from workers.exchange.link import Refusal, Tag, refusal_of
-from workers.exchange.local import LocalExchange
 from workers.exchange.loop import Exchange
 from workers.exchange.router import Parcel
 from workers.exchange.shm.transport import ShmTransport
