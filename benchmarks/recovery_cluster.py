@@ -196,9 +196,15 @@ class Scene:
 
 @contextmanager
 def scene(
-    ranks: int, streams: int, seed: int, *, steady_s: float = 15.0, flags: Sequence[str] = (),
-    roles: str = "benchmarks.recovery_roles", **environment: Any,
-) -> Iterator[Scene]:  # fmt: skip
+    ranks: int,
+    streams: int,
+    seed: int,
+    *,
+    steady_s: float = 15.0,
+    flags: Sequence[str] = (),
+    roles: str = "benchmarks.recovery_roles",
+    **environment: Any,
+) -> Iterator[Scene]:
     """Serve, begin, and at the end compare and stop. `environment` is for recovery_roles."""
     changes = {name: str(value) for name, value in environment.items()}
     before = {name: os.environ.get(name) for name in (*changes, "PYTHONPATH")}

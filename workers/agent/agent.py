@@ -33,18 +33,7 @@ from membership.store.mirror import Mirror
 from membership.store.records import AgentRecord, ClusterConfig
 from workers.agent import decide
 from workers.agent.begin import wait_for_config, wait_for_name
-from workers.agent.decide import (
-    Attach,
-    Effect,
-    Heartbeat,
-    Load,
-    LocalRank,
-    Phase,
-    Prepare,
-    Retire,
-    RetireEpoch,
-    Spawn,
-)
+from workers.agent.decide import Attach, Effect, Heartbeat, Load, LocalRank, Phase, Prepare, Retire, RetireEpoch, Spawn
 from workers.agent.executor import Death, MultiprocExecutor
 from workers.agent.exits import Exits
 from workers.agent.forkserver import Serving
@@ -99,11 +88,7 @@ class Agent:
         parts = parts or Parts()
         self._clock, self._wall = parts.clock, parts.wall
         self.me = AgentRecord(
-            node=node,
-            pid=os.getpid(),
-            started=self._wall(),
-            capacity=config.max_ranks,
-            spares_wanted=options.spares,
+            node=node, pid=os.getpid(), started=self._wall(), capacity=config.max_ranks, spares_wanted=options.spares
         )
         self._mirror, self._config = mirror, config
         self._ranks: dict[RankId, LocalRank] = {}
@@ -128,13 +113,7 @@ class Agent:
         self._executor.register_failure_callback(partial(self._post, self._died))
         self._executor.register_exit_callback(partial(self._post, self._exited))
         self._spares = Spares(
-            options.spares,
-            self._executor,
-            config,
-            policy,
-            self._post,
-            self._publish_spares,
-            self._emit_of_node,
+            options.spares, self._executor, config, policy, self._post, self._publish_spares, self._emit_of_node
         )
         self._unsubscribe = mirror.subscribe(lambda state: self._post(_nothing))
         self._publish_me()
@@ -216,7 +195,7 @@ class Agent:
     def _spawn(self, keys: list[RankId]) -> None:
         for key in keys:
             failpoints.hit("agent.before.spawn", key.rank)
-            self._ranks[key] = LocalRank(*key, started=self._wall())
+            self._ranks[key] = LocalRank(key, started=self._wall())
             self._update(key)
             self._emit("rank_spawned", key)
         left = [key for key in keys if not self._spares.take(key, self._adopted)]

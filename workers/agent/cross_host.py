@@ -48,11 +48,7 @@ class CrossHostCaller:
     def adopt(self, key: RankId, peer_response_handle: bytes) -> None:
         """Join this rank's replies to us."""
         replies = MessageQueue.create_from_handle(
-            peer_response_handle,
-            PARENT_READER,
-            self._doorbell,
-            timeout_s=JOIN_TIMEOUT_S,
-            codec=MsgpackCodec(WireReply),
+            peer_response_handle, PARENT_READER, self._doorbell, timeout_s=JOIN_TIMEOUT_S, codec=MsgpackCodec(WireReply)
         )
         with self._lock:
             self._replies[key] = replies

@@ -29,8 +29,7 @@ class Phase(Enum):
 class LocalRank:
     """Everything the agent knows about one of its processes."""
 
-    rank: int
-    incarnation: int
+    key: RankId
     started: float
     pid: int = 0
     phase: Phase = Phase.STARTING
@@ -48,11 +47,6 @@ class LocalRank:
     failed_revision: int = 0
     prepare_error: str = ""
     retired: tuple[int, int] = (0, 0)  # (epoch, prepared revision) at the last retire_epoch
-
-    @property
-    def key(self) -> RankId:
-        """Unique for the cluster."""
-        return RankId(self.rank, self.incarnation)
 
 
 @dataclass(frozen=True)
@@ -161,7 +155,8 @@ def _preparations(state: ClusterState, ready: list[LocalRank]) -> list[Effect]:
     view, revision = state.next, state.next_revision
     if view is None:
         return []
-    members = [r for r in ready if _is_member(view, r) and r.failed_revision < revision]
+    ids = {member.id for member in view.members}
+    members = [r for r in ready if r.key in ids and r.failed_revision < revision]
     effects: list[Effect] = [Load(r.key, revision) for r in members if not r.loaded and not r.loading]
     peers = peers_of(view, state)
     if peers is not None:
@@ -179,16 +174,12 @@ def _retired_epochs(state: ClusterState, ready: list[LocalRank]) -> list[Effect]
         return []
     if state.next is not None:
         return []  # what is being prepared must not be dropped
+    ids = {member.id for member in view.members}
     return [
         RetireEpoch(r.key, view.epoch, (view.epoch, r.prepared_revision))
         for r in ready
-        if _is_member(view, r) and r.retired != (view.epoch, r.prepared_revision)
+        if r.key in ids and r.retired != (view.epoch, r.prepared_revision)
     ]
-
-
-def _is_member(view: View, rank: LocalRank) -> bool:
-    member = view.member(rank.rank)
-    return member is not None and member.incarnation == rank.incarnation
 
 
 def peers_of(view: View, state: ClusterState) -> Peers | None:
@@ -211,9 +202,9 @@ def record_of(rank: LocalRank, node: str) -> RankRecord:
     else:
         state = RankState.LOADING if rank.loading or rank.loaded else RankState.HANDSHAKING
     return RankRecord(
-        rank=rank.rank,
+        rank=rank.key.rank,
         node=node,
-        incarnation=rank.incarnation,
+        incarnation=rank.key.incarnation,
         pid=rank.pid,
         state=state,
         started=rank.started,

@@ -23,16 +23,7 @@ import structlog
 
 from workers.ipc.handover import Grant, Handover, HandoverRefused, Link, ResourceHandle
 from workers.protocol.bandwidth import Bucket
-from workers.protocol.weight_client import (
-    BATCH,
-    SEALS,
-    Book,
-    Checked,
-    Deposit,
-    Find,
-    Held,
-    WeightRequest,
-)
+from workers.protocol.weight_client import BATCH, SEALS, Book, Checked, Deposit, Find, Held, WeightRequest
 
 log = structlog.get_logger(__name__)
 

@@ -31,11 +31,7 @@ class Brake:
     """
 
     def __init__(
-        self,
-        book: Callable[[], float],
-        wait: Callable[[float], object],
-        until: float,
-        clock: Callable[[], float],
+        self, book: Callable[[], float], wait: Callable[[float], object], until: float, clock: Callable[[], float]
     ) -> None:
         self._book, self._wait, self._until, self._clock = book, wait, until, clock
 

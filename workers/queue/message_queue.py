@@ -50,11 +50,7 @@ class MessageQueue:
     ) -> None:
         """`on_reader_gone(reader_id)` runs in the handover's thread: be quick. `remote`: serve other hosts too."""
         writer = QueueWriter(
-            name,
-            codec or PickleCodec(),
-            ring_bytes=ring_bytes,
-            arena_bytes=arena_bytes,
-            on_reader_gone=on_reader_gone,
+            name, codec or PickleCodec(), ring_bytes=ring_bytes, arena_bytes=arena_bytes, on_reader_gone=on_reader_gone
         )
         if remote is None:
             self._write_to(writer)

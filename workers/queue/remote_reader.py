@@ -25,13 +25,7 @@ class RemoteReader:
     """The reading end on another host; has the methods of QueueReader."""
 
     def __init__(
-        self,
-        handle: Handle,
-        reader_id: str,
-        codec: Codec,
-        doorbell: Doorbell | None,
-        timeout_s: float,
-        keys: CurveKeys,
+        self, handle: Handle, reader_id: str, codec: Codec, doorbell: Doorbell | None, timeout_s: float, keys: CurveKeys
     ) -> None:
         self.name = f"{handle.queue.split('/')[1]} (remote reader {reader_id})"
         self.codec = codec

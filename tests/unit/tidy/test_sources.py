@@ -48,6 +48,18 @@ def test_functions_are_short() -> None:
     assert not long, long
 
 
+def test_signatures_are_formatted() -> None:
+    """A signature is laid out by the formatter. Tables of data may be laid out by hand (`# fmt: skip` behind them)."""
+    by_hand = [
+        f"{source.path}:{node.lineno} {node.name}"
+        for source in sources(*EVERYTHING)
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        and any("fmt: skip" in line for line in source.text.splitlines()[node.lineno - 1 : node.body[0].lineno - 1])
+    ]
+    assert not by_hand, by_hand
+
+
 def test_every_module_says_what_it_is_for() -> None:
     silent = [s.path for s in sources(*EVERYTHING) if s.tree.body and not ast.get_docstring(s.tree)]
     assert not silent, silent

@@ -56,7 +56,7 @@ def assigned(*keys: RankId, **more: object) -> ClusterState:
 
 
 def ready(key: RankId, **more: object) -> LocalRank:
-    return LocalRank(*key, started=0.0, phase=Phase.READY, exchange_handle=b"x%d" % key.rank, **more)  # type: ignore[arg-type]
+    return LocalRank(key, started=0.0, phase=Phase.READY, exchange_handle=b"x%d" % key.rank, **more)  # type: ignore[arg-type]
 
 
 def run(state: ClusterState, *ranks: LocalRank, buried: tuple[RankId, ...] = (), now: float = 1.0) -> list[Effect]:
@@ -75,7 +75,7 @@ def staged(*ranks: LocalRank, revision: int = 7, **more: object) -> ClusterState
 
 def test_what_is_assigned_and_not_there_is_spawned_all_at_once() -> None:
     assert run(assigned(A, B)) == [Spawn(A), Spawn(B)]
-    assert run(assigned(A, B), LocalRank(*A, started=0.0)) == [Spawn(B)]
+    assert run(assigned(A, B), LocalRank(A, started=0.0)) == [Spawn(B)]
 
 
 def test_an_incarnation_never_runs_twice() -> None:
@@ -100,7 +100,7 @@ def test_what_is_not_assigned_any_more_is_retired_once() -> None:
 
 
 def test_a_rank_that_never_gets_ready_is_given_up() -> None:
-    starting = LocalRank(*A, started=0.0)
+    starting = LocalRank(A, started=0.0)
     assert run(assigned(A), starting, now=59.0) == []
     assert run(assigned(A), starting, now=61.0) == [Retire(A, failure="not ready within 60 s")]
 
@@ -115,7 +115,7 @@ def with_engine(token: int = 5, **more: object) -> ClusterState:
 
 def test_ready_ranks_join_the_engine_and_a_newer_one_after_it() -> None:
     assert run(with_engine(), ready(A)) == [Attach(A, 5, b"q", b"m")]
-    assert run(with_engine(), LocalRank(*A, started=0.0)) == []
+    assert run(with_engine(), LocalRank(A, started=0.0)) == []
     assert run(with_engine(), ready(A, attaching_token=5)) == []
     assert run(with_engine(), ready(A, attached_token=5)) == []
     assert run(with_engine(8), ready(A, attached_token=5)) == [Attach(A, 8, b"q", b"m")]
@@ -142,7 +142,7 @@ def test_new_members_load_as_soon_as_a_view_names_them() -> None:
 def test_preparing_waits_until_every_member_is_registered() -> None:
     a, b = ready(A, loaded=True), ready(B, loaded=True)
     assert run(staged(a), a, b) == []
-    launching = LocalRank(*B, started=0.0)
+    launching = LocalRank(B, started=0.0)
     assert run(staged(a, launching), a, launching) == []
     state = staged(a, b)
     peers = {0: (1, b"x0"), 1: (2, b"x1")}
@@ -189,7 +189,7 @@ def test_an_epoch_is_retired_when_the_engine_uses_it_and_nothing_is_staged() -> 
 
 def test_the_record_shows_how_far_a_rank_is() -> None:
     steps = [
-        (LocalRank(*A, started=0.0), RankState.LAUNCHING),
+        (LocalRank(A, started=0.0), RankState.LAUNCHING),
         (ready(A), RankState.HANDSHAKING),
         (ready(A, loading=True), RankState.LOADING),
         (ready(A, loaded=True, preparing_revision=7), RankState.LOADING),
