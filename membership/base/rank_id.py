@@ -9,7 +9,7 @@ NO_SLOT = -1
 
 
 class RankId(NamedTuple):
-    """`rank` is the slot, stable and never renumbered. `incarnation` is unique; later processes have higher ones."""
+    """`rank` is the slot, stable and never renumbered; `incarnation` is unique and never given out twice."""
 
     rank: int
     incarnation: int

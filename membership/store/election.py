@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from contextlib import closing, suppress
 
 from membership.base.errors import Fenced, LeaseLost, StoreCompacted, StoreUnavailable, WaitTimeout
 from membership.store.interface import Compare, Delete, KeyValue, Put, Store
@@ -86,8 +85,16 @@ class Election:
     def _wait_gone(self, holder: KeyValue, timeout_s: float) -> None:
         """Wait until `holder` may be gone. The watch starts at its revision: see `Mirror._open` for why."""
         deadline = time.monotonic() + timeout_s
-        with suppress(StoreCompacted), closing(self._store.watch(self._key, holder.mod_revision)) as watch:
+        try:
+            watch = self._store.watch(self._key, holder.mod_revision)
+        except StoreCompacted:
+            return
+        try:
             while (left := deadline - time.monotonic()) > 0:
                 batch = watch.next(left)
                 if batch and any(e.kind == "delete" and e.kv.key == self._key for e in batch.events):
                     return
+        except StoreCompacted:
+            return
+        finally:
+            watch.close()

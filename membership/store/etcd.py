@@ -20,6 +20,14 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 import grpc
+from tenacity import (
+    Retrying,
+    retry_if_exception_type,
+    sleep_using_event,
+    stop_after_delay,
+    stop_when_event_set,
+    wait_random_exponential,
+)
 
 from membership.base.errors import ConfigError, LeaseLost, StoreUnavailable
 from membership.base.timing import STORE_CALL_TIMEOUT_S, STORE_CONNECT_TIMEOUT_S
@@ -39,7 +47,6 @@ from membership.store.interface import (
 )
 from membership.store.provenance import Provenance
 
-RETRY_S, RETRY_MAX_S = 0.02, 0.3  # pause between two attempts to read; doubles each time, and is partly random
 CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.keepalive_time_ms", 5000),
     ("grpc.keepalive_timeout_ms", 2000),
@@ -222,16 +229,21 @@ class EtcdStore:
 
     def _read(self, op: Get, timeout_s: float) -> Any:
         """Read with retries within `timeout_s`. An attempt takes at most half of it: then another member."""
-        deadline, pause_s = time.monotonic() + timeout_s, RETRY_S
-        request, what = _range_request(op), f"read {op.key.strip(chr(0)) or 'anything'}"
-        while True:
-            left_s = max(0.05, min(timeout_s / 2, deadline - time.monotonic()))
-            try:
-                return self._call(lambda etcd: etcd.kvstub.Range, request, what, left_s, reads=True)
-            except StoreUnavailable:
-                if time.monotonic() >= deadline or self._closed.wait(random.uniform(0.0, pause_s)):
-                    raise
-                pause_s = min(RETRY_MAX_S, 2 * pause_s)
+        deadline = time.monotonic() + timeout_s
+        request = _range_request(op)
+
+        def attempt() -> Any:
+            left = max(0.05, min(timeout_s / 2, deadline - time.monotonic()))
+            what = f"read {op.key.strip(chr(0)) or 'anything'}"
+            return self._call(lambda etcd: etcd.kvstub.Range, request, what, left, reads=True)
+
+        return Retrying(
+            retry=retry_if_exception_type(StoreUnavailable),
+            stop=stop_after_delay(timeout_s) | stop_when_event_set(self._closed),
+            wait=wait_random_exponential(multiplier=0.02, max=0.3),
+            sleep=sleep_using_event(self._closed),
+            reraise=True,
+        )(attempt)
 
     def _probe_if_doubtful(self, timeout_s: float) -> None:
         """Before a write: check once after each lost connection that this is still the store that we know."""

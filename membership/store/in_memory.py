@@ -14,8 +14,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from operator import eq, gt, lt, ne
-from typing import Any
 
 import msgspec
 
@@ -34,8 +32,6 @@ from membership.store.interface import (
     key_bytes,
 )
 from membership.store.provenance import Provenance
-
-_OPERATORS: dict[str, Callable[[Any, Any], bool]] = {"=": eq, "!=": ne, "<": lt, ">": gt}
 
 
 @dataclass
@@ -297,7 +293,11 @@ class MemoryWatch:
 
 
 def _compare(left: bytes | int, op: str, right: bytes | int) -> bool:
-    return _OPERATORS[op](left, right)  # both bytes or both int
+    if op == "=":
+        return left == right
+    if op == "!=":
+        return left != right
+    return left < right if op == "<" else left > right  # type: ignore[operator]  # both bytes or both int
 
 
 def _refuse_overlap(ops: Sequence[Op]) -> None:

@@ -8,13 +8,20 @@ are in the state too, but their changes wake no reader.
 
 from __future__ import annotations
 
-import random
 import threading
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
 
 import structlog
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    sleep_using_event,
+    stop_when_event_set,
+    wait_random_exponential,
+)
 
 from membership.base import failpoints
 from membership.base.errors import (
@@ -31,7 +38,6 @@ from membership.store.keys import Keys, Reading
 from membership.store.records import ClusterState
 
 PROBE_EVERY_S = 1.0
-RETRY_S, RETRY_MAX_S = 0.05, 1.0  # pause before the watch is opened again; doubles each time, and is partly random
 CLOSE_TIMEOUT_S = 10.0
 Until = int | Callable[[ClusterState], bool]
 
@@ -173,19 +179,17 @@ class Mirror:
 
     def _run(self) -> None:
         """Follow until closed. During an outage, retry with growing pauses."""
-        pause_s = RETRY_S
         try:
             while not self._stop.is_set():
-                try:
-                    self._open()
-                except (StoreUnavailable, StoreCompacted) as error:
-                    if pause_s == RETRY_S:
-                        log.warning("mirror_reopens_watch", cluster=self._keys.cluster, error=str(error))
-                    self._stop.wait(random.uniform(0.0, pause_s))
-                    pause_s = min(RETRY_MAX_S, 2 * pause_s)
-                else:
-                    pause_s = RETRY_S
-                    self._follow()
+                Retrying(
+                    retry=retry_if_exception_type((StoreUnavailable, StoreCompacted)),
+                    wait=wait_random_exponential(multiplier=0.05, max=1.0),
+                    stop=stop_when_event_set(self._stop),
+                    sleep=sleep_using_event(self._stop),
+                    before_sleep=self._log_retry,
+                    reraise=True,
+                )(self._open)
+                self._follow()
         except StoreReplaced as replaced:
             log.error("membership_frozen", cluster=self._keys.cluster, error=str(replaced), hint=replaced.hint)
             with self._changed:
@@ -282,6 +286,10 @@ class Mirror:
             subscribers = tuple(self._subscribers) if failure is None else ()
         for subscriber in subscribers:
             subscriber(state)
+
+    def _log_retry(self, retry: RetryCallState) -> None:
+        if retry.attempt_number == 1 and retry.outcome is not None:
+            log.warning("mirror_reopens_watch", cluster=self._keys.cluster, error=str(retry.outcome.exception()))
 
     def _fail(self, error: Exception) -> None:
         with self._changed:
