@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from chaos.campaigns.targets import lives
+from chaos.campaigns.targets import is_alive
 from chaos.faults.base import NotInjected, Site
 from chaos.target.waiting import until
 from membership.base.errors import ElasticError, NoAnswer, WaitTimeout
@@ -70,7 +70,7 @@ class SharedSite:
                 return  # that time has come
 
     def pid(self, victim: str) -> int:
-        """The process of the victim, once there is one that lives. NotInjected if none appears, NoAnswer if unknown."""
+        """The process of the victim, once one is alive. NotInjected if none appears, NoAnswer if unknown."""
         why: list[ElasticError] = []
 
         def found() -> int:
@@ -82,9 +82,9 @@ class SharedSite:
             except NoAnswer as error:
                 known = self._known.get(victim)
                 why[:] = [error]
-                return known.pid if known is not None and known.is_running() and lives(known.pid) else UNKNOWN
+                return known.pid if known is not None and known.is_running() and is_alive(known.pid) else UNKNOWN
             why[:] = [NotInjected(f"the process of {victim} ({pid}) is gone")]
-            return pid if lives(pid) else 0
+            return pid if is_alive(pid) else 0
 
         with suppress(WaitTimeout):
             pid = until(found, f"a process of {victim}", APPEAR_S, poll_s=POLL_S, sleep=self._sleep)

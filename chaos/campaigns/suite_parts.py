@@ -21,7 +21,7 @@ def parts(seed: int, folder: Path, pace: bool = True) -> Stages:
     drawn, record = ("--seed", str(seed), "-o", "json"), folder / "soak.jsonl"
     page = folder / "report.html"
     simulate = Part(
-        "simulate", "whole lives under a virtual clock",
+        "simulate", "episodes under a virtual clock",
         ("simulate", "--faults", str(FAULTS), "--replays", str(REPLAYS), *drawn),
         partial(_simulated, pace), 600.0,
     )  # fmt: skip
@@ -80,9 +80,9 @@ def _soaked(receipt: Receipt) -> Iterator[Goal]:
 
 
 def _checked(receipt: Receipt) -> Iterator[Goal]:
-    judged = [outcome for outcome in receipt["outcomes"] if outcome["promise"] != "-"]
-    broken = [outcome for outcome in judged if outcome["findings"]]
-    yield at_least("checks that found something to judge", 7, sum(outcome["judged"] > 0 for outcome in judged))
+    checks = [outcome for outcome in receipt["outcomes"] if outcome["promise"] != "-"]
+    broken = [outcome for outcome in checks if outcome["findings"]]
+    yield at_least("checks that found something to check", 7, sum(outcome["judged"] > 0 for outcome in checks))
     yield none_of("checks that found a promise broken", len(broken))
 
 

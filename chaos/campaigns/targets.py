@@ -116,7 +116,7 @@ class LocalTarget:
         if state.engine is None or not state.agents:
             return False
         pids = [state.engine.pid, *(agent.pid for agent in state.agents.values())]
-        return all(pid and lives(pid) for pid in (*pids, *(each["pid"] for each in status["ranks"])))
+        return all(pid and is_alive(pid) for pid in (*pids, *(each["pid"] for each in status["ranks"])))
 
     @contextmanager
     def recorder(self, what: str, seed: int, replay: str, *, watched: bool) -> Iterator[Recorder]:
@@ -266,7 +266,7 @@ def unready(url: str) -> str:
         return f"{type(error).__name__}: {error}"
 
 
-def lives(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     """Whether there is such a process, and it is no zombie."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from chaos.check.evidence import Check, Evidence, Keyspace, Revision, epoch_of, typed
 from chaos.record.record import Changed, Happened
-from membership.base.events import Event
 from membership.base.rank_id import RankId
 from membership.store.records import Assignment, View
 
@@ -27,10 +26,7 @@ class Commits(Check):
         self.commits: dict[int, tuple[Changed, int]] = {}  # epoch -> where, the leader's token
         self.prepared: dict[RankId, Changed] = {}  # the last record of a rank with its prepared revision
         self.out: dict[RankId, Changed] = {}  # ranks that were evicted, and by which change: they may not come back
-        self.claims: dict[int, list[Event]] = {}  # revision -> events that claim a commit there
-        for event in evidence.events:
-            if event.kind == "epoch_committed" and "revision" in event.fields:
-                self.claims.setdefault(event.fields["revision"], []).append(event)
+        self.claims = dict(evidence.commit_events)
 
     def revision(self, before: Keyspace, revision: Revision) -> None:
         if not revision.listed:

@@ -8,7 +8,6 @@ from itertools import product, repeat
 from chaos.check.commits import specs_of
 from chaos.check.evidence import Check, Evidence, Keyspace, Revision, epoch_of, typed
 from chaos.record.record import Changed, Happened
-from membership.base.events import Event
 from membership.base.rank_id import RankId
 from membership.placement.plan import moves
 from membership.store.records import ClusterConfig, Operation, Phase, Placement, RankExit, View
@@ -22,7 +21,7 @@ class Coverage(Check):
     def __init__(self, evidence: Evidence) -> None:
         super().__init__(evidence)
         self.dead: dict[RankId, Changed] = {}  # incarnations that have died, or were masked or evicted
-        self.reported = {e.fields["revision"]: e for e in evidence.events if _commit_event(e)}
+        self.reported = evidence.commit_events
         self.losses = 0
         self.fewest = 0
 
@@ -81,7 +80,7 @@ class Coverage(Check):
         if min(_replicas(config, alive).values(), default=0) < 1:
             return  # orphans had to be loaded
         taken = moves(last.placement, view.placement)
-        event = self.reported.get(line.revision)
+        event = next(reversed(self.reported.get(line.revision, ())), None)
         said = int(event.fields.get("experts_taken", 0)) if event is not None else 0
         if taken or said:
             what = (
@@ -104,10 +103,6 @@ class Coverage(Check):
             for member in typed(view, View).members:
                 if member.rank in masked:
                     self.dead.setdefault(RankId(member.rank, member.incarnation), status)
-
-
-def _commit_event(event: Event) -> bool:
-    return event.kind == "epoch_committed" and "revision" in event.fields
 
 
 def _commits(revision: Revision) -> bool:

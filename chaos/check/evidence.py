@@ -175,6 +175,15 @@ class Evidence:
         return max([*times, self.header.started])
 
     @cached_property
+    def commit_events(self) -> dict[int, list[Event]]:
+        """Revision -> the events that report a commit there."""
+        found: dict[int, list[Event]] = {}
+        for event in self.events:
+            if event.kind == "epoch_committed" and "revision" in event.fields:
+                found.setdefault(event.fields["revision"], []).append(event)
+        return found
+
+    @cached_property
     def _attached(self) -> dict[int, int]:
         """Incarnation -> the last engine whose queues it joined, as its agent reports."""
         found: dict[int, int] = {}

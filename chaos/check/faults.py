@@ -118,10 +118,10 @@ class _Index:
     def __init__(self, events: list[Event]) -> None:
         self._events: dict[tuple[str, Any], list[Event]] = {}
         for event in events:
-            whom = (
+            subject = (
                 event.rank if event.rank is not None else event.fields.get("pid" if event.kind == DIED else "name", "")
             )
-            self._events.setdefault((event.kind, whom), []).append(event)
+            self._events.setdefault((event.kind, subject), []).append(event)
 
     def first(
         self,
@@ -135,8 +135,8 @@ class _Index:
         """When the first such event was. Two processes may be the engine in office: the pid says which one died."""
         times = []
         for kind in kinds:
-            whom = rank if rank is not None else {DIED: pid, "etcd_died": ""}.get(kind, name)
-            events = self._events.get((kind, whom), [])
+            subject = rank if rank is not None else {DIED: pid, "etcd_died": ""}.get(kind, name)
+            events = self._events.get((kind, subject), [])
             for event in events[bisect_left(events, since, key=lambda event: event.ts) :]:
                 if not incarnation or event.fields.get("incarnation") == incarnation:
                     times.append(event.ts)

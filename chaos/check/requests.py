@@ -106,5 +106,5 @@ def _around(evidence: Evidence, record: RequestRecord) -> list[InjectedFault | H
     faults = evidence.faults[bisect_right(times, began) : bisect_right(times, ended)]
     stamps = [event.ts for event in evidence.events]
     events = evidence.events[bisect_right(stamps, began) : bisect_right(stamps, ended)]
-    telling = [e for e in events if e.kind in ("rank_masked", "epoch_adopted", "engine_elected", "role_died")]
-    return [*faults[:2], *(Happened(event=event) for event in telling[:3])]
+    shown = [e for e in events if e.kind in ("rank_masked", "epoch_adopted", "engine_elected", "role_died")]
+    return [*faults[:2], *(Happened(event=event) for event in shown[:3])]

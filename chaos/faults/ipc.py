@@ -190,7 +190,7 @@ class TornWrite(ProcessInjector):
 
 @FAULTS.entry("dead-reader", "a reader of the engine's queue does not read", victims=RANK, heals=True, needs=("load",))
 class DeadReader(ProcessInjector):
-    """A reader of the engine's step queue lives and does not read; the writer must not wait for it for ever."""
+    """A reader of the engine's step queue is alive and does not read; the writer must not wait for it forever."""
 
     def _affect(self, hold: Hold) -> str:
         from workers.queue.ring import places

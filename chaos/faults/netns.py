@@ -1,7 +1,7 @@
 """Hosts as network namespaces, joined by a bridge in a namespace of its own; this machine's network is not touched.
 
 A thread that enters a namespace passes it on to its threads, processes and sockets. So a process or server that is
-started by a function under `Host.run` lives in that namespace. It takes root and pyroute2.
+started by a function under `Host.run` runs in that namespace. It takes root and pyroute2.
 """
 
 from __future__ import annotations

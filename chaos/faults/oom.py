@@ -1,6 +1,6 @@
 """Out of memory, in two ways. Where a memory cgroup was delegated to us, the kernel's OOM killer does it. Elsewhere the
 process's address space is limited to half of what it has, so that its next allocations fail (MemoryError); if it
-survives that, it is killed, as the kernel would (`starve`: it lives on with the limit until it is healed).
+survives that, it is killed, as the kernel would (`starve`: it runs on with the limit until it is healed).
 
 A cgroup is ours if its owner says so: by the variable ELASTIC_CHAOS_CGROUP, or by systemd's mark for delegated groups.
 Other groups are left alone: their manager may rely on what is in them.

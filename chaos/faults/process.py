@@ -46,7 +46,7 @@ class Hold:
         return True
 
     def end(self, number: signal.Signals, within_s: float = SEEN_S) -> str:
-        """End it by a signal and return the proof; NotInjected if it lives on."""
+        """End it by a signal and return the proof; NotInjected if it does not end."""
         self.send(number)
         if not self.gone(within_s):
             raise NotInjected(f"{self.name} did not end within {within_s:g} s of {number.name}")

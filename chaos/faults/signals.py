@@ -48,7 +48,7 @@ class Kill(ProcessInjector):
         return hold.end(signal.SIGKILL)
 
 
-@FAULTS.entry("stop", "SIGSTOP until healed: it lives and does nothing", victims=PROCESSES, heals=True)
+@FAULTS.entry("stop", "SIGSTOP until healed: it exists and does nothing", victims=PROCESSES, heals=True)
 class Stop(ProcessInjector):
     """SIGSTOP, healed by SIGCONT."""
 

@@ -20,7 +20,7 @@ PROMISES: dict[str, tuple[str, str]] = {
     "G1": ("One truth", "Epochs rise by exactly one; of two controllers that believe they lead, one can act."),
     "G2": ("Fencing", "A process that was replaced or evicted has no effect any more, even if it still runs."),
     "G3": ("Exactly once, token exact", "No token is lost, doubled or altered: streams equal a run without faults."),
-    "G4": ("Coverage", "No answer lacks an expert, and none is refused while a replica lives."),
+    "G4": ("Coverage", "No answer lacks an expert, and none is refused while a replica is live."),
     "G5": ("Atomic operations", "A scale, drain or undrain ends done or rolled back, by its deadline."),
     "G6": ("No single point of failure", "Whatever role dies comes back by itself, and serving goes on."),
     "G7": ("Nothing leaks", "No process, memory, file or thread is left behind or grows."),
