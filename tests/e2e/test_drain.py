@@ -17,9 +17,8 @@ from chaos.target.cluster import ServedCluster
 from membership.operations.change import scale
 from membership.store.records import Phase
 from tests.e2e.conftest import Serve
-from tests.e2e.held_cluster import hang
-from tests.e2e.test_scale import elastic, stream_all, texts_of
 from tests.support.helpers import eventually
+from tests.support.served import elastic, hang, stream_all, texts_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 

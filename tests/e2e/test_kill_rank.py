@@ -13,17 +13,13 @@ from chaos.workload.history import compare
 from chaos.workload.streams import Workload
 from membership.base.events import Event
 from membership.base.failpoints import ENV
-from tests.e2e.fault_free import fault_free
 from tests.support.helpers import eventually
+from tests.support.served import fault_free, streaming
 from workers.agent.zygote import Zygote
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
 RANKS = 4
-
-
-def streaming(workload: Workload) -> bool:
-    return sum(count > 2 for count in workload.open_streams().values()) >= 4
 
 
 def back_as_new(cluster: ServedCluster, rank: int, incarnation: int) -> bool:
@@ -50,7 +46,7 @@ def test_each_rank_in_turn(demo_model: Path, tmp_path: Path, zygote: Zygote) -> 
         workload.start()
         try:
             for rank in range(RANKS):
-                eventually(lambda: streaming(workload), 30.0, "four streams under way")
+                eventually(lambda: streaming(workload, 4), 30.0, "four streams under way")
                 victim = next(r for r in cluster.status()["ranks"] if r["rank"] == rank)
                 gate.unlink()
                 killed = kill(victim["pid"])

@@ -10,8 +10,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from chaos.target.cluster import ServedCluster
 from tests.e2e.conftest import Serve
-from tests.e2e.test_scale import elastic, stream_all, texts_of
 from tests.support.helpers import eventually
+from tests.support.served import elastic, stream_all, texts_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 

@@ -18,9 +18,10 @@ import pytest
 from chaos.faults import kill
 from membership.operations.change import Change, drain, scale, undrain
 from membership.store.records import Member, Operation, Phase
-from tests.e2e.held_cluster import DEADLINE_S, HeldCluster, T, hang
-from tests.e2e.test_roles_die import role_pid
+from tests.support.held_cluster import DEADLINE_S, HeldCluster, T
 from tests.support.helpers import eventually
+from tests.support.served import hang, role_pid
+from workers.agent.zygote import Zygote
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -87,9 +88,9 @@ def every_cell() -> Iterator[Cell]:
 
 
 @pytest.fixture(scope="module")
-def stage(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HeldCluster]:
+def stage(demo_model: Path, zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HeldCluster]:
     points = dict.fromkeys(point for _, point, _ in every_cell())
-    with HeldCluster(demo_model, SMALL, tmp_path_factory.mktemp("faults"), points) as held:
+    with HeldCluster(demo_model, SMALL, tmp_path_factory.mktemp("faults"), points, zygote) as held:
         yield held
 
 

@@ -21,10 +21,9 @@ from chaos.workload.streams import Workload
 from membership.base.errors import ElasticError
 from membership.store.etcd import connect
 from tests.e2e.conftest import Serve
-from tests.e2e.fault_free import fault_free
-from tests.e2e.test_roles_die import answered, role_pid, streaming
 from tests.support.etcd_members import three_members
 from tests.support.helpers import eventually
+from tests.support.served import answered, fault_free, role_pid, streaming
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 

@@ -15,8 +15,8 @@ from chaos.target.cluster import ServedCluster
 from chaos.workload.history import compare
 from chaos.workload.streams import Workload
 from tests.e2e.conftest import Serve
-from tests.e2e.fault_free import fault_free
 from tests.support.helpers import eventually
+from tests.support.served import fault_free
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 

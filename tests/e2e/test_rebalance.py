@@ -25,8 +25,8 @@ from membership.store.etcd import connect
 from membership.store.keys import Keys
 from membership.store.records import ExpertLoad
 from tests.e2e.conftest import Serve
-from tests.e2e.fault_free import fault_free
 from tests.support.helpers import eventually
+from tests.support.served import fault_free
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -19,36 +18,13 @@ from chaos.workload.history import compare
 from chaos.workload.streams import Workload
 from elastic.serve.etcd_server import free_ports
 from tests.e2e.conftest import Serve
-from tests.e2e.fault_free import fault_free
-from tests.e2e.test_serve import completion
 from tests.support.helpers import eventually, shm_as_before
+from tests.support.served import completion, fault_free, role_pid, streaming
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
 RANKS = 2
 FORKSERVER, ZYGOTE = "elastic-ep::forkserver", "elastic-ep::zygote"
-
-
-def streaming(workload: Workload) -> bool:
-    return sum(count > 2 for count in workload.open_streams().values()) >= 2
-
-
-def role_pid(cluster: ServedCluster, role: str) -> int:
-    """Process id of a role, by the command line of the supervisor's children; of two engines, the one in office."""
-    if role == "engine":
-        record = cluster.client().state().engine
-        assert record is not None, "no engine in office"
-        return record.pid
-    for child in psutil.Process(cluster.pid).children(recursive=True):
-        try:
-            command = child.cmdline()
-        except (psutil.NoSuchProcess, psutil.ZombieProcess):
-            continue
-        if role == "etcd" and command and Path(command[0]).name == "etcd":
-            return child.pid
-        if command[1:4] == ["-m", "elastic.cli", role]:
-            return child.pid
-    raise AssertionError(f"no process of role {role}")
 
 
 def test_a_standby_engine_takes_over_and_ranks_stay(serve: Serve, demo_model: Path) -> None:
@@ -93,16 +69,6 @@ def role_pid_or_zero(cluster: ServedCluster, role: str) -> int:
         return role_pid(cluster, role)
     except AssertionError:
         return 0
-
-
-def answered(ask: Callable[[], bool]) -> bool:
-    """False while the store cannot be asked."""
-    from membership.base.errors import StoreError
-
-    try:
-        return ask()
-    except StoreError:
-        return False
 
 
 def test_a_gateway_dies_and_its_neighbour_serves_on(serve: Serve, demo_model: Path) -> None:

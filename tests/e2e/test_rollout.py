@@ -9,8 +9,8 @@ import pytest
 
 from elastic.cli.rollout import last_incarnation, rollout
 from tests.e2e.conftest import Serve
-from tests.e2e.test_scale import elastic, stream_all, texts_of
 from tests.support.helpers import eventually
+from tests.support.served import elastic, stream_all, texts_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 

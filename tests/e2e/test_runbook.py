@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import Serve
-from tests.e2e.test_scale import stream_all, texts_of
 from tests.support import ROOT
+from tests.support.served import stream_all, texts_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 

@@ -2,62 +2,19 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import openai
 import pytest
 
 from chaos.faults import kill
-from chaos.target.cluster import ServedCluster
-from chaos.workload.streams import PROMPTS
 from tests.e2e.conftest import Serve
 from tests.support.helpers import eventually
+from tests.support.served import elastic, stream_all, texts_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
-
-
-def elastic(cluster: ServedCluster, *arguments: str) -> dict[str, Any]:
-    outcome = subprocess.run(
-        [sys.executable, "-m", "elastic.cli", *arguments, "--state-dir", str(cluster.state.path), "-o", "json"],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert outcome.returncode == 0, outcome.stderr
-    return dict(json.loads(outcome.stdout.strip().splitlines()[-1]))
-
-
-def stream_all(cluster: ServedCluster, model: str, max_tokens: int) -> list[concurrent.futures.Future[str]]:
-    client = openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0, timeout=180.0)
-
-    def one(prompt: str) -> str:
-        stream = client.completions.create(
-            model=model,
-            prompt=prompt,
-            max_tokens=max_tokens,
-            temperature=0,
-            stream=True,
-            extra_body={"ignore_eos": True},
-        )
-        return "".join(chunk.choices[0].text for chunk in stream if chunk.choices)
-
-    pool = concurrent.futures.ThreadPoolExecutor(16, thread_name_prefix="asyncio_client")
-    futures = [pool.submit(one, prompt) for prompt in PROMPTS[:16]]
-    pool.shutdown(wait=False)
-    return futures
-
-
-_known: dict[tuple[str, int], list[str]] = {}
-
-
-def texts_of(cluster: ServedCluster, model: str, max_tokens: int) -> list[str]:
-    """What `stream_all` yields without a fault, whatever the number of ranks: asked once, of the first cluster."""
-    if (model, max_tokens) not in _known:
-        _known[model, max_tokens] = [f.result(timeout=180) for f in stream_all(cluster, model, max_tokens)]
-    return _known[model, max_tokens]
 
 
 def test_scale_under_load_with_a_kill(serve: Serve, demo_model: Path) -> None:

@@ -14,25 +14,20 @@ import pytest
 from chaos.target.cluster import ServedCluster
 from elastic.serve.etcd_server import EtcdServer
 from tests.e2e.conftest import Serve
+from tests.support.served import completion
+from workers.agent.zygote import Zygote
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 
-def completion(cluster: ServedCluster) -> str:
-    body = {"model": cluster.model_name(), "prompt": "The for statement", "max_tokens": 8, "temperature": 0}
-    answer = httpx.post(f"{cluster.url}/v1/completions", json=body, timeout=60.0)
-    assert answer.status_code == 200, answer.text
-    return str(answer.json()["choices"][0]["text"])
-
-
-def test_a_restarted_cluster_goes_on_from_its_last_epoch(demo_model: Path, tmp_path: Path) -> None:
+def test_a_restarted_cluster_goes_on_from_its_last_epoch(demo_model: Path, tmp_path: Path, zygote: Zygote) -> None:
     with ServedCluster(demo_model, 2, state_dir=tmp_path / "state") as cluster:
         before = cluster.wait_serving(2)
         text = completion(cluster)
         family = psutil.Process(cluster.pid).children(recursive=True)
         ranks = [psutil.Process(r["pid"]) for r in before["ranks"]]
     assert not [p for p in (*family, *ranks) if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-    with ServedCluster(demo_model, 3, state_dir=tmp_path / "state") as cluster:
+    with ServedCluster(demo_model, 3, state_dir=tmp_path / "state", zygote=zygote) as cluster:
         after = cluster.wait_serving(3)
         assert after["epoch"] > before["epoch"]
         assert min(r["incarnation"] for r in after["ranks"]) > max(r["incarnation"] for r in before["ranks"])

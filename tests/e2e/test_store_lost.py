@@ -21,9 +21,8 @@ from elastic.cli.client import AdminClient
 from membership.base.errors import StoreReplaced
 from membership.operations.change import scale
 from tests.e2e.conftest import Serve
-from tests.e2e.fault_free import fault_free
-from tests.e2e.test_roles_die import role_pid, streaming
 from tests.support.helpers import eventually
+from tests.support.served import fault_free, role_pid, streaming
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 

@@ -16,9 +16,9 @@ from chaos.target.cluster import ServedCluster
 from chaos.workload.history import compare
 from chaos.workload.streams import Workload
 from tests.e2e.conftest import Serve
-from tests.e2e.fault_free import fault_free
-from tests.e2e.test_kill_rank import RANKS, back_as_new, streaming
+from tests.e2e.test_kill_rank import RANKS, back_as_new
 from tests.support.helpers import eventually
+from tests.support.served import fault_free, streaming
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
@@ -31,7 +31,7 @@ def loaded(cluster: ServedCluster) -> Iterator[None]:
     workload = Workload(cluster.url, model)
     workload.start()
     try:
-        eventually(lambda: streaming(workload), 60.0, "four streams under way")
+        eventually(lambda: streaming(workload, 4), 60.0, "four streams under way")
         yield
     finally:
         history = workload.stop()

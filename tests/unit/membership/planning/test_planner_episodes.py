@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from random import Random
 
 import pytest
@@ -11,35 +13,92 @@ from membership.base.errors import OperationConflict
 from membership.operations.change import drain, scale, undrain
 from membership.operations.dry_run import plan_change
 from membership.operations.operations import cancel
-from membership.store.records import ClusterState, Operation
+from membership.store.records import ClusterState
 from tests.support.recorded_run import alarms
 from tests.support.world import World
 
 pytestmark = pytest.mark.unit
 
-CHANCES = {
-    "agents": 30, "control": 30, "engine": 15, "kill": 2, "change": 4, "cancel": 1, "elect": 4, "old": 3, "agent": 0.7,
-    "new engine": 1, "leave": 0.7, "mask": 1, "bad": 1, "wait": 6,
+
+@dataclass
+class Episode:
+    """A random cluster, and the events that may happen to it. One that is not possible at the moment does nothing."""
+
+    world: World
+    random: Random
+    past: list[tuple[ClusterState, int]] = field(default_factory=list)  # what controllers saw, and their tokens
+
+    def agents(self) -> None:
+        self.world.agents_act(self.random)
+
+    def controller(self) -> None:
+        self.past.append((self.world.state, self.world.token))
+        self.world.controller_acts()
+
+    def old_controller(self) -> None:
+        """One acts late, on what it saw under a token of then."""
+        if self.past:
+            self.world.controller_acts(*self.random.choice(self.past[-8:]))
+
+    def elect(self) -> None:
+        self.world.elect()
+
+    def engine(self) -> None:
+        self.world.engine_acts()
+
+    def new_engine(self) -> None:
+        self.world.start_engine()
+
+    def mask(self) -> None:
+        if self.world.epochs:
+            self.world.mask(self.random.choice(self.world.serving))
+
+    def kill(self) -> None:
+        self.world.kill(self.random.randrange(7), backoff_s=self.random.choice([0.0, 0.3, 5.0]))
+
+    def ask(self) -> None:
+        """Scale, drain or undrain, within what is possible."""
+        world, random, desired = self.world, self.random, self.world.state.desired
+        if not world.serving or world.state.active is not None or desired is None:
+            return
+        some, change = random.randint(1, 2), scale(random.randint(1, 7))
+        if random.random() < 0.4 and len(desired.slots) > some:
+            change = drain(*random.sample(desired.slots, some))
+        elif desired.cordoned and random.random() < 0.7:
+            change = undrain(random.choice(desired.cordoned))
+        if not plan_change(change, world.state).refused:
+            world.ask(change, timeout_s=random.choice([0.5, 5.0, 60.0]))
+
+    def cancel(self) -> None:
+        """If it is not too late."""
+        active = self.world.state.active
+        if active is not None:
+            with suppress(OperationConflict):
+                cancel(self.world.store, self.world.config.cluster, active.id, "a test")
+
+    def agent_stops(self) -> None:
+        """Mostly it is started again."""
+        node = self.random.choice(self.world.nodes)
+        self.world.stop_agent(node)
+        if self.random.random() < 0.8:
+            self.world.start_agent(node)
+
+    def agent_leaves(self) -> None:
+        if self.world.state.agents:
+            self.world.leave(self.random.choice(sorted(self.world.state.agents)))
+
+    def bad_slot(self) -> None:
+        self.world.bad = {self.random.randrange(7)} if self.random.random() < 0.5 else set()
+
+    def wait(self) -> None:
+        self.world.now += self.random.choice([0.05, 0.5, 3.0])
+
+
+CHANCES: dict[Callable[[Episode], None], float] = {
+    Episode.agents: 30, Episode.controller: 30, Episode.engine: 15, Episode.kill: 2, Episode.ask: 4, Episode.cancel: 1,
+    Episode.elect: 4, Episode.old_controller: 3, Episode.agent_stops: 0.7, Episode.new_engine: 1,
+    Episode.agent_leaves: 0.7, Episode.mask: 1, Episode.bad_slot: 1, Episode.wait: 6,
 }  # fmt: skip
-
-
-def ask_for_something(world: World, random: Random) -> None:
-    """Scale, drain or undrain, within what is possible."""
-    desired, some = world.state.desired, random.randint(1, 2)
-    assert desired is not None
-    change = scale(random.randint(1, 7))
-    if random.random() < 0.4 and len(desired.slots) > some:
-        change = drain(*random.sample(desired.slots, some))
-    elif desired.cordoned and random.random() < 0.7:
-        change = undrain(random.choice(desired.cordoned))
-    if not plan_change(change, world.state).refused:
-        world.ask(change, timeout_s=random.choice([0.5, 5.0, 60.0]))
-
-
-def give_up(world: World, active: Operation) -> None:
-    """Cancel, if it is not too late."""
-    with suppress(OperationConflict):
-        cancel(world.store, world.config.cluster, active.id, "a test")
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -47,41 +106,9 @@ def test_any_episode(seed: int) -> None:
     """Whatever happens in whatever order, no invariant breaks, and in the end the cluster is what was asked for."""
     random = Random(seed)
     world = World(desired=random.choice([1, 2, 4]), nodes=("a", "b")[: random.randint(1, 2)])
-    past: list[tuple[ClusterState, int]] = []
-    for _ in range(150):
-        match random.choices(list(CHANCES), list(CHANCES.values()))[0]:
-            case "agents":
-                world.agents_act(random)
-            case "control":
-                past.append((world.state, world.token))
-                world.controller_acts()
-            case "engine":
-                world.engine_acts()
-            case "kill":
-                world.kill(random.randrange(7), backoff_s=random.choice([0.0, 0.3, 5.0]))
-            case "change" if world.serving and world.state.active is None:
-                ask_for_something(world, random)
-            case "cancel" if (active := world.state.active) is not None:
-                give_up(world, active)
-            case "elect":
-                world.elect()
-            case "old" if past:
-                world.controller_acts(*random.choice(past[-8:]))
-            case "agent":
-                node = random.choice(world.nodes)
-                world.stop_agent(node)
-                if random.random() < 0.8:
-                    world.start_agent(node)
-            case "leave" if world.state.agents:
-                world.leave(random.choice(sorted(world.state.agents)))
-            case "new engine":
-                world.start_engine()
-            case "mask" if world.epochs:
-                world.mask(random.choice(world.serving))
-            case "bad":
-                world.bad = {random.randrange(7)} if random.random() < 0.5 else set()
-            case "wait":
-                world.now += random.choice([0.05, 0.5, 3.0])
+    episode = Episode(world, random)
+    for event in random.choices(list(CHANCES), list(CHANCES.values()), k=150):
+        event(episode)
     world.bad = set()
     for node in world.nodes:
         if node not in world.state.agents or world.state.agents[node].leaving:

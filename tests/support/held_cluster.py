@@ -7,7 +7,6 @@ A second controller stands by, so that a case need not wait for the supervisor's
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -31,8 +30,9 @@ from membership.store import codec
 from membership.store.etcd import connect
 from membership.store.keys import Keys
 from membership.store.records import ClusterState, LeaderRecord, Operation, RankRecord
-from tests.e2e.test_roles_die import role_pid
 from tests.support.helpers import eventually
+from tests.support.served import role_pid
+from workers.agent.zygote import Zygote
 
 T = 60.0
 DEADLINE_S = 30.0  # of an operation
@@ -43,14 +43,16 @@ STREAMS = 3
 class HeldCluster:
     """Owns the cluster, the standby controller and the streams. A context manager."""
 
-    def __init__(self, model: Path, ranks: int, folder: Path, points: Iterable[str]) -> None:
+    def __init__(self, model: Path, ranks: int, folder: Path, points: Iterable[str], zygote: Zygote) -> None:
         self.ranks = ranks
         self._gates = {point: folder / point for point in points}
         for gate in self._gates.values():
             gate.touch()
         faults = ";".join(f"{point}=wait:{gate}" for point, gate in self._gates.items())
         self._environ = {**os.environ, ENV: faults}
-        self.cluster = ServedCluster(model, ranks, state_dir=folder / "state", flags=FLAGS, environ={ENV: faults})
+        self.cluster = ServedCluster(
+            model, ranks, state_dir=folder / "state", flags=FLAGS, environ={ENV: faults}, zygote=zygote
+        )
         self._opened = ExitStack()
         self._standby: subprocess.Popen[bytes] | None = None
         self._checked = 0
@@ -179,10 +181,3 @@ class HeldCluster:
         verdict = compare(records[self._checked :], self._oracle)
         self._checked = len(records)
         assert verdict.ok, verdict.differences
-
-
-def hang(pid: int) -> None:
-    """It does nothing from now on."""
-    process = psutil.Process(pid)
-    os.kill(pid, signal.SIGSTOP)
-    eventually(lambda: process.status() == psutil.STATUS_STOPPED, T, f"process {pid} to be stopped")

@@ -1,0 +1,123 @@
+"""What the tests of a served cluster share: its command line, requests and what they yield, its processes.
+
+What a request yields without a fault is the same bits on any number of ranks: it is asked once per model, of the first
+cluster that served it, before anything was done to it.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+
+from chaos.target.cluster import ServedCluster
+from chaos.workload.history import RequestRecord
+from chaos.workload.streams import PROMPTS, Workload
+from membership.base.errors import StoreError
+from tests.support.helpers import eventually
+
+_records: dict[str, dict[int, RequestRecord]] = {}
+
+
+_texts: dict[tuple[str, int], list[str]] = {}
+
+
+def elastic(cluster: ServedCluster, *arguments: str) -> dict[str, Any]:
+    outcome = subprocess.run(
+        [sys.executable, "-m", "elastic.cli", *arguments, "--state-dir", str(cluster.state.path), "-o", "json"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert outcome.returncode == 0, outcome.stderr
+    return dict(json.loads(outcome.stdout.strip().splitlines()[-1]))
+
+
+def completion(cluster: ServedCluster) -> str:
+    body = {"model": cluster.model_name(), "prompt": "The for statement", "max_tokens": 8, "temperature": 0}
+    answer = httpx.post(f"{cluster.url}/v1/completions", json=body, timeout=60.0)
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["choices"][0]["text"])
+
+
+def stream_all(cluster: ServedCluster, model: str, max_tokens: int) -> list[concurrent.futures.Future[str]]:
+    client = openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0, timeout=180.0)
+
+    def one(prompt: str) -> str:
+        stream = client.completions.create(
+            model=model,
+            prompt=prompt,
+            max_tokens=max_tokens,
+            temperature=0,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        return "".join(chunk.choices[0].text for chunk in stream if chunk.choices)
+
+    pool = concurrent.futures.ThreadPoolExecutor(16, thread_name_prefix="asyncio_client")
+    futures = [pool.submit(one, prompt) for prompt in PROMPTS[:16]]
+    pool.shutdown(wait=False)
+    return futures
+
+
+def texts_of(cluster: ServedCluster, model: str, max_tokens: int) -> list[str]:
+    """What `stream_all` yields without a fault, whatever the number of ranks: asked once, of the first cluster."""
+    if (model, max_tokens) not in _texts:
+        _texts[model, max_tokens] = [f.result(timeout=180) for f in stream_all(cluster, model, max_tokens)]
+    return _texts[model, max_tokens]
+
+
+def fault_free(cluster: ServedCluster) -> dict[int, RequestRecord]:
+    """By the number of the request; from the first cluster that served this model, before anything was done to it."""
+    model = cluster.model_name()
+    if model not in _records:
+        records = Workload(cluster.url, model).run_once()
+        assert all(record.complete for record in records), [record.error for record in records if not record.complete]
+        _records[model] = {record.prompt: record for record in records}
+    return _records[model]
+
+
+def streaming(workload: Workload, streams: int = 2) -> bool:
+    """Whether at least `streams` requests have had some tokens and are still open."""
+    return sum(count > 2 for count in workload.open_streams().values()) >= streams
+
+
+def answered(ask: Callable[[], bool]) -> bool:
+    """False while the store cannot be asked."""
+    try:
+        return ask()
+    except StoreError:
+        return False
+
+
+def role_pid(cluster: ServedCluster, role: str) -> int:
+    """Process id of a role, by the command line of the supervisor's children; of two engines, the one in office."""
+    if role == "engine":
+        record = cluster.client().state().engine
+        assert record is not None, "no engine in office"
+        return record.pid
+    for child in psutil.Process(cluster.pid).children(recursive=True):
+        try:
+            command = child.cmdline()
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+        if role == "etcd" and command and Path(command[0]).name == "etcd":
+            return child.pid
+        if command[1:4] == ["-m", "elastic.cli", role]:
+            return child.pid
+    raise AssertionError(f"no process of role {role}")
+
+
+def hang(pid: int) -> None:
+    """It does nothing from now on."""
+    process = psutil.Process(pid)
+    os.kill(pid, signal.SIGSTOP)
+    eventually(lambda: process.status() == psutil.STATUS_STOPPED, 60.0, f"process {pid} to be stopped")
