@@ -56,7 +56,7 @@ def test_a_death_moves_no_weights_and_the_rest_comes_in_the_background(serve: Se
     workload = Workload(cluster.url, cluster.model_name())
     workload.start()
     try:
-        eventually(lambda: cluster.status()["imbalance"], 60.0, "measured expert load", interval_s=0.5)
+        eventually(lambda: cluster.status()["imbalance"], 60.0, "measured expert load", interval_s=0.1)
         assert "elastic_ep_expert_imbalance_ratio" in httpx.get(cluster.url + "/metrics", timeout=10.0).text
         epoch = cluster.status()["epoch"]
         kill(before["ranks"][1]["pid"])
@@ -74,7 +74,7 @@ def test_a_death_moves_no_weights_and_the_rest_comes_in_the_background(serve: Se
                 skew(cluster)
             return found[0] if found else None
 
-        moved = eventually(evened, 90.0, "a rebalance", interval_s=1.0)
+        moved = eventually(evened, 90.0, "a rebalance", interval_s=0.2)
         assert moved is not None
         config = cluster.client().state().config
         assert config is not None
