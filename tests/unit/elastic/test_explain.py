@@ -9,7 +9,7 @@ from elastic.explain import Explanation, explain, explained
 from membership.base.enums import OperationKind
 from membership.base.errors import ConfigError
 from membership.store.records import ClusterState, Operation, Phase, RankExit
-from tests.unit.elastic.test_status import healthy, without
+from tests.support.cluster_states import healthy, without
 
 pytestmark = pytest.mark.unit
 
@@ -52,7 +52,7 @@ def test_lost_experts_a_missing_engine_and_no_agent_are_explained() -> None:
     cluster = of(replace(without(healthy(), 0, 2), engine=None, agents={}), "cluster")
     published = " | ".join(cluster.because)
     assert "4 experts have no live replica" in published
-    assert "no engine is in office" in published
+    assert "no engine is active" in published
     assert cluster.do == "start an agent: elastic agent"
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from membership.base.errors import ElasticError
-from tests.integration.workers.rank.test_worker_ranks import Fleet
 from tests.support.families import VOCAB, write_checkpoint
 from tests.support.model_helpers import prompts
+from tests.support.rank_threads import Fleet
 from workers.exchange.shm import wire
 from workers.protocol.messages import CopyBlocks, Sampling, SeqChunk
 

@@ -17,7 +17,7 @@ from membership.store.records import (
     RankSpec,
     View,
 )
-from tests.unit.elastic.test_status import TOKEN, healthy, without
+from tests.support.cluster_states import TOKEN, healthy, without
 from workers.agent.spares import settled
 
 pytestmark = pytest.mark.unit
