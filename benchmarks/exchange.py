@@ -31,9 +31,9 @@ from torch import Tensor
 
 from membership.base.rank_id import RankId
 from membership.store.records import Member, Placement, View
-from workers.exchange.base import StepContext
 from workers.exchange.combine import ascending, combine
 from workers.exchange.loop import Exchange
+from workers.exchange.model_side import StepContext
 from workers.exchange.transports import opener
 from workers.ipc.doorbell import Bell, Doorbell
 from workers.protocol.live_mask import LiveMask

@@ -14,7 +14,7 @@ import numpy as np
 from chaos.simulation.invariants import Violation, require
 from membership.base.errors import CoverageLost
 from membership.base.rank_id import RankId
-from workers.exchange.base import StepContext
+from workers.exchange.model_side import StepContext
 from workers.exchange.router import Parcel, Refused, Router
 from workers.ipc.shared_memory import Segment
 from workers.protocol.live_mask import LiveMask

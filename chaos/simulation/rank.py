@@ -18,7 +18,7 @@ from membership.base import failpoints
 from membership.base.errors import CoverageLost, ElasticError, Fenced, QueueClosed
 from membership.base.rank_id import RankId
 from membership.store.records import View
-from workers.exchange.base import StepContext
+from workers.exchange.model_side import StepContext
 from workers.fleet.watchdog import Look
 from workers.protocol.messages import CopyBlocks, StepBatch
 from workers.protocol.restart_policy import FENCED_STATUS

@@ -40,9 +40,11 @@ _time = _times("rank failure", "workers/fleet/watchdog.py")
 LATE_S = _time(0.1, "A step is late after 3 x its usual duration, but not before this")
 LATE_MAX_S = _time(0.4, "A step is late after this at the latest; then its ranks are examined")
 STOPPED_S = _time(0.25, "A late rank whose process is stopped (SIGSTOP) for this long is masked")
-HUNG_S = _time(0.8, "A late rank that makes no progress for this long (or 8 x the usual step) is masked")
+HUNG_S = _time(0.8, "A late rank that makes no progress for this long, and for 8 x the usual step, is masked")
 _time = _times("rank failure", "workers/fleet/fleet.py")
-STEP_DEADLINE_S = _time(10.0, "A rank that owes an answer for this long is masked; 3 x this if it has heartbeats")
+STEP_DEADLINE_S = _time(
+    10.0, "Last resort: a rank that owes an answer this long is masked; 3 x this if it has heartbeats"
+)
 _time = _times("rank failure", "workers/fleet/pace.py")
 PACE_WINDOW_S = _time(2.0, "A rank 4 x slower than the others in 2 such windows in a row is reported as slow")
 _time = _times("rank failure", "workers/exchange/loop.py")

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from membership.base.rank_id import RankId
 from membership.store.records import Member, Placement, View
-from workers.exchange.base import StepContext
 from workers.exchange.batch import ExpertFailed
 from workers.exchange.loop import Exchange
+from workers.exchange.model_side import StepContext
 from workers.exchange.rows import Rows, bits
 from workers.exchange.shm.transport import ShmTransport
 from workers.exchange.shm.wire import AREA

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from membership.base.errors import CoverageLost
-from workers.exchange.base import ExpertBank
 from workers.exchange.combine import ascending
 from workers.exchange.local import compute_here
+from workers.exchange.model_side import ExpertBank
 
 
 class LocalExchange:

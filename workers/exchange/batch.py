@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from membership.base.errors import ModelError, RankFailed
-from workers.exchange.base import ExpertBank
+from workers.exchange.model_side import ExpertBank
 from workers.exchange.router import Ints
 from workers.exchange.rows import DTYPES, Rows, bits
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workers.exchange.base import ExpertBank
 from workers.exchange.combine import combine
+from workers.exchange.model_side import ExpertBank
 from workers.exchange.router import FEW, Ints
 
 

@@ -19,13 +19,13 @@ from torch import Tensor
 from membership.base.errors import CoverageLost, Fenced, PeerTimeout, RankError
 from membership.base.rank_id import RankId
 from membership.base.timing import EXCHANGE_ANSWER_TIMEOUT_S
-from workers.exchange.base import ExpertBank, StepContext
 from workers.exchange.batch import ExpertFailed, Work, run
 from workers.exchange.call import Call, Flight
 from workers.exchange.combine import ascending
 from workers.exchange.link import Link, Refusal, Request, Tag, refusal_of
 from workers.exchange.links import Links
 from workers.exchange.local import compute_here
+from workers.exchange.model_side import ExpertBank, StepContext
 from workers.exchange.router import Ints, Parcel, Router
 from workers.exchange.transports import Opener
 from workers.ipc.doorbell import Doorbell

@@ -1,4 +1,7 @@
-"""The transports by name. Each is imported when it is first opened, so that one does not need another's libraries."""
+"""The transports by name. What one has to implement, and how to add one: `link.py`.
+
+Each is imported when it is first opened, so that one does not need another's libraries.
+"""
 
 from __future__ import annotations
 

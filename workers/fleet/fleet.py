@@ -181,7 +181,10 @@ class Fleet:
         self._drop(key)
 
     def mask(self, rank: int) -> None:
-        """Take a rank out of use at once, in the middle of a step too: the Ping wakes all ranks to look at the mask."""
+        """Take a rank out of use at once, in the middle of a step too: the Ping wakes all ranks to look at the mask.
+
+        The engine's loop calls it for each rank that this fleet reports as lost.
+        """
         self._mask.mask(rank)
         self._ping()
 

@@ -1,8 +1,8 @@
 """The live mask: a page that the engine writes and all its ranks map. It says at once which ranks must not be used.
 
-Within an epoch ranks are only added. For each rank the page also has the last incarnation that the engine evicted: one
-that still runs finds that there, in any later epoch too. The writer rings the ranks' doorbells after a change; readers
-look at the page whenever they wake.
+A set bit means: not to be used. Within an epoch the set only grows. For each rank the page also has the last
+incarnation that the engine evicted: one that still runs finds that there, in any later epoch too. The writer rings the
+ranks' doorbells after a change; readers look at the page whenever they wake.
 """
 
 from __future__ import annotations

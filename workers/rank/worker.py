@@ -291,7 +291,7 @@ class EPWorker:
         return ""
 
     def _begin(self, batch: StepBatch) -> None:
-        from workers.exchange.base import StepContext
+        from workers.exchange.model_side import StepContext
 
         masked = sum(1 << rank for rank in set(batch.masked))
         self.exchange.begin_step(StepContext(self._view, batch.engine_token, batch.step, batch.attempt, masked))

@@ -1,4 +1,4 @@
-"""WorkerProc, the child's half: what a rank process does from its start to its exit status.
+"""WorkerProc, the child's half: what a rank process does from its start (`run_rank`) to its exit status.
 
 One thread serves, on one doorbell, the parent's calls, the engine's steps and the peers' rows (`worker_busy_loop`).
 Another one watches the death pipe: the end of the parent is the end of its ranks. The parent's half is
@@ -282,7 +282,7 @@ class WorkerProcChild:
 
 
 def run_rank(payload: bytes, fds: list[int]) -> None:
-    """The forkserver's target. The payload comes from our own parent."""
+    """The first function in a rank process: the forkserver calls it (`launch.RANK_MAIN`) with our parent's payload."""
     WorkerProcChild.worker_main(pickle.loads(payload), *fds)  # noqa: S301
 
 

@@ -93,15 +93,20 @@ def _used(source: Source) -> bool:
     name = PurePosixPath(source.path).name
     if name in ("__init__.py", "conftest.py") or name.startswith("test_") or source.path.startswith("benchmarks/"):
         return True
-    users = (path for path, found in _named().items() if source.module in found and path != source.path)
+    users = _users().get(source.module, set()) - {source.path}
     return any(not path.startswith(("tests/", "benchmarks/")) or source.path.startswith("tests/") for path in users)
 
 
 @cache
-def _named() -> dict[str, set[str]]:
-    """File -> dotted names that it imports or has in a string; entry points and make targets name modules too."""
+def _users() -> dict[str, set[str]]:
+    """Dotted name -> the files that import it or have it in a string; entry points and make targets count too."""
     named = {source.path: _names_in(source.tree) for source in sources(*EVERYTHING)}
-    return named | {file: _dotted((ROOT / file).read_text()) for file in ("pyproject.toml", "Makefile")}
+    named |= {file: _dotted((ROOT / file).read_text()) for file in ("pyproject.toml", "Makefile")}
+    users: dict[str, set[str]] = {}
+    for path, names in named.items():
+        for name in names:
+            users.setdefault(name, set()).add(path)
+    return users
 
 
 def _names_in(tree: ast.Module) -> set[str]:

@@ -21,10 +21,10 @@ from membership.base.rank_id import RankId
 from membership.store.records import Member, View
 from tests.support.exchange_ranks import Experts, RankGroup, batch, broken, spread
 from tests.support.helpers import eventually
-from workers.exchange.base import StepContext
 from workers.exchange.batch import ExpertFailed
 from workers.exchange.combine import ascending
 from workers.exchange.loop import Exchange
+from workers.exchange.model_side import StepContext
 from workers.exchange.rows import Rows, bits
 from workers.exchange.transports import opener
 from workers.ipc.doorbell import Doorbell

@@ -20,8 +20,8 @@ from membership.base.rank_id import RankId
 from membership.store.records import Member, Placement, View
 from tests.support.exchange_ranks import Experts
 from tests.support.local_exchange import LocalExchange
-from workers.exchange.base import StepContext
 from workers.exchange.loop import Exchange
+from workers.exchange.model_side import StepContext
 from workers.exchange.shm.transport import ShmTransport
 from workers.ipc.doorbell import Doorbell
 

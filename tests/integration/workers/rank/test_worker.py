@@ -18,8 +18,8 @@ from membership.store.records import ClusterConfig, Member, Placement, View
 from tests.support.families import write_checkpoint
 from tests.support.local_exchange import LocalExchange
 from workers.agent.weight_store import WeightStore
-from workers.exchange.base import StepContext
 from workers.exchange.loop import Exchange
+from workers.exchange.model_side import StepContext
 from workers.exchange.transports import opener
 from workers.ipc.doorbell import Doorbell
 from workers.model.shared_weights import SharedWeights

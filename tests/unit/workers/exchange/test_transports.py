@@ -22,9 +22,9 @@ from membership.store.records import Member, Placement, View
 from tests.support.exchange_ranks import Experts, batch, broken
 from tests.support.local_exchange import LocalExchange
 from tests.support.toy_transport import ToyTransport
-from workers.exchange.base import StepContext
 from workers.exchange.link import Refusal, Tag, refusal_of
 from workers.exchange.loop import Exchange
+from workers.exchange.model_side import StepContext
 from workers.exchange.router import Parcel
 from workers.exchange.shm.transport import ShmTransport
 from workers.exchange.transports import Opener, opener, register
