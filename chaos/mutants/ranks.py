@@ -104,7 +104,7 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=(f"{ENGINE_PORT}::test_steps_of_another_engine_or_an_older_epoch_are_not_run",),
     ),
     Mutant(
-        name="zombie-not-told",
+        name="zombie-not-notified",
         guards="G2: an evicted incarnation learns it, in later epochs too",
         file="workers/protocol/live_mask.py",
         before="        self._words[at] = max(self._words[at], incarnation)\n",
@@ -154,7 +154,7 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=(f"{EXCHANGE}::test_with_all_alive_and_without_the_only_holder",),
     ),
     Mutant(
-        name="death-wakes-nobody",
+        name="death-wakes-no-rank",
         guards="G4: a rank that waits for a rank that dies wakes at once and asks a replica",
         file="workers/exchange/links.py",
         before="            if not self._closed:\n                self.doorbell.ring()\n",

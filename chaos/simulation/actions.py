@@ -44,7 +44,7 @@ def change(cluster: Cluster, random: Random) -> str:
         propose(cluster.gateway.client, cluster.keys.cluster, request, op_id=name, timeout_s=timeout_s, clock=wall)
     except (OperationConflict, PlanRefused, StoreError):
         return NOTHING
-    return f"somebody asks for {request} within {timeout_s:g} s"
+    return f"an operator asks for {request} within {timeout_s:g} s"
 
 
 @action
@@ -54,8 +54,8 @@ def call_off(cluster: Cluster, random: Random) -> str:
     if active is None:
         return NOTHING
     with suppress(ElasticError):
-        cancel(cluster.gateway.client, cluster.keys.cluster, active.id, "somebody")
-        return f"somebody cancels {active.id}"
+        cancel(cluster.gateway.client, cluster.keys.cluster, active.id, "operator")
+        return f"an operator cancels {active.id}"
     return NOTHING
 
 
@@ -65,7 +65,7 @@ def halt(cluster: Cluster, random: Random) -> str:
     ttl_s = random.choice([1.0, 20.0])
     with suppress(StoreError):
         pause(cluster.gateway.client, cluster.keys.cluster, ttl_s, clock=cluster.gateway.wall)
-        return f"somebody pauses changes for {ttl_s:g} s"
+        return f"an operator pauses changes for {ttl_s:g} s"
     return NOTHING
 
 
@@ -84,7 +84,7 @@ def pardon(cluster: Cluster, random: Random) -> str:
         if aside:
             slot = random.choice(sorted(aside))
             unquarantine(cluster.gateway.client, cluster.keys.cluster, slot, clock=cluster.gateway.wall)
-            return f"somebody ends the quarantine of rank {slot}"
+            return f"an operator ends the quarantine of rank {slot}"
     return NOTHING
 
 
