@@ -27,7 +27,7 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=(f"{JOURNAL}::test_a_contradiction_is_an_error_and_changes_nothing",),
     ),
     Mutant(
-        name="former-engine-heard",
+        name="former-engine-obeyed",
         guards="G2: only messages of the engine that a gateway follows count",
         file="elastic/gateway/journal.py",
         before="ours = self.engine_token != 0 and message.engine_token == self.engine_token",

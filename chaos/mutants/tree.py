@@ -1,7 +1,7 @@
 """A copy of the repository's packages and tests with one mutant in it. It is made of links: milliseconds, no disk.
 
-A mutant is an exact replacement of text that its file must contain exactly once. Whoever moves or rewrites a guard
-learns it here, instead of believing that it is still covered.
+A mutant is an exact replacement of text that its file must contain exactly once. Moving or rewriting a guard fails here
+first, instead of being believed to be still covered.
 """
 
 from __future__ import annotations
