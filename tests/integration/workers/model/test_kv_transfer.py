@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from membership.base.errors import ElasticError
+from membership.base.rank_id import RankId
 from tests.support.families import VOCAB, write_checkpoint
 from tests.support.model_helpers import prompts
 from tests.support.rank_threads import Fleet
@@ -134,7 +135,7 @@ def test_only_as_much_as_fits_is_copied_at_once(fleet: Fleet, monkeypatch: pytes
     runner = fleet.ranks[0].worker._runner
     assert runner is not None
     monkeypatch.setattr(wire, "BULK", 64 + 2 * runner.cache.block_bytes + 7)
-    order = CopyBlocks(1, 1, (0, 1), (1, 2), [5, 6, 7])
+    order = CopyBlocks(1, 1, RankId(0, 1), RankId(1, 2), [5, 6, 7])
     assert fleet.copy(order) == 2
     monkeypatch.setattr(wire, "BULK", runner.cache.block_bytes)
     with pytest.raises(ElasticError, match="does not fit"):
@@ -142,12 +143,12 @@ def test_only_as_much_as_fits_is_copied_at_once(fleet: Fleet, monkeypatch: pytes
 
 
 def test_what_was_not_announced_is_not_taken(fleet: Fleet) -> None:
-    assert fleet.copy(CopyBlocks(1, 7, (0, 1), (1, 2), [3, 4])) == 2
+    assert fleet.copy(CopyBlocks(1, 7, RankId(0, 1), RankId(1, 2), [3, 4])) == 2
     for token, copy, blocks in ((1, 8, [3, 4]), (2, 7, [3, 4]), (1, 7, [3])):
         with pytest.raises(ElasticError, match="instead of"):
-            fleet.copy(CopyBlocks(token, copy, (0, 1), (1, 2), blocks, True))
+            fleet.copy(CopyBlocks(token, copy, RankId(0, 1), RankId(1, 2), blocks, True))
     with pytest.raises(ElasticError, match="no link with rank 1"):
-        fleet.copy(CopyBlocks(1, 9, (0, 1), (1, 99), [3]))
+        fleet.copy(CopyBlocks(1, 9, RankId(0, 1), RankId(1, 99), [3]))
     with pytest.raises(ElasticError, match="not all within"):
-        fleet.copy(CopyBlocks(1, 9, (0, 1), (1, 2), [64]))
-    assert fleet.copy(CopyBlocks(1, 7, (0, 1), (1, 2), [9, 8], True)) == 2
+        fleet.copy(CopyBlocks(1, 9, RankId(0, 1), RankId(1, 2), [64]))
+    assert fleet.copy(CopyBlocks(1, 7, RankId(0, 1), RankId(1, 2), [9, 8], True)) == 2
