@@ -36,12 +36,12 @@ class CpuBackend:
         return make_invariant(model, calibrations)
 
     def attention(self, spec: AttentionSpec, exactness: Exactness, calibrations: Calibrations) -> CpuAttention:
-        """See `Backend`. What exact attention needs is measured on the CPU, whatever the device."""
+        """See `Backend`. What exact attention needs is measured on the device that computes."""
         kept_as = torch.float32 if self.device.type == "cpu" else spec.dtype
         made = CpuAttention(CpuKVCache(spec.layers, spec.blocks, spec.block_size, kept_as))
         if exactness == Exactness.INVARIANT:
-            what = f"attention over {spec.longest}"
-            (made.min_rows,) = calibrations.of(what, lambda: (fewest_exact_rows(spec),))
+            what = f"attention over {spec.longest} on {self.device.type}"
+            (made.min_rows,) = calibrations.of(what, lambda: (fewest_exact_rows(spec, self.device),))
         return made
 
     def expert_products(
