@@ -82,7 +82,12 @@ class Sequences:
         spec = AttentionSpec(
             LAYERS, self.group, self.key_width, self.value_width, LONGEST, BLOCKS, BLOCK_SIZE, self.dtype
         )
-        return self.backend.attention(spec, exactness, Calibrations())
+        try:
+            return self.backend.attention(spec, exactness, Calibrations())
+        except ModelError as refused:
+            if self.backend.device.type == "cpu":
+                raise
+            pytest.skip(f"a backend is exact or says that it is not: {refused}")
 
     def chunk(self, seq: int, start: int, count: int) -> SeqChunk:
         return SeqChunk(seq, start, [0] * count, self.tables[seq])
