@@ -19,7 +19,7 @@ def test_a_sample_of_the_role_matrix(serve: Serve, demo_model: Path) -> None:
     cells = [cell for cell in all_cells() if cell.name in SAMPLE]
     assert len(cells) == len(SAMPLE)
     said: list[str] = []
-    cluster = serve(demo_model, 3, flags=FLAGS)
+    cluster = serve(demo_model, 3, flags=FLAGS, own_zygote=True)
     matrix = RoleMatrix(left=list(cells))
     matrix.run(LocalTarget(cluster), said.append)
     assert [(result.cell, result.ok) for result in matrix.results] == [(cell.name, True) for cell in cells], said
