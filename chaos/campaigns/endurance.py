@@ -7,6 +7,7 @@ done.
 from __future__ import annotations
 
 import os
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -47,9 +48,9 @@ class Endurance(Campaign):
     epochs: int = 0
 
     @property
+    @abstractmethod
     def done(self) -> int:
         """The number of actions so far."""
-        raise NotImplementedError
 
     def before(self) -> None:
         """Count what there is."""
