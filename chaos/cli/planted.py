@@ -37,11 +37,16 @@ def planted(
     mutants = [mutant for mutant in MUTANTS if not only or mutant.name in only]
     if output is Output.TEXT:
         typer.echo(ROW.format("mutant", "caught by", "after", "events", "what it takes away"))
-    receipt = hunt(mutants, jobs, _row if output is Output.TEXT else lambda found: None)
+    receipt = hunt(mutants, jobs, _row if output is Output.TEXT else _missed)
     shown = [f"control failed, so that no catch means anything: {broken}" for broken in receipt.control]
     shortest = f", median of {receipt.median_events:g} events" if receipt.median_events is not None else ""
     shown.append(f"{receipt.caught} of {receipt.planted} mutants caught{shortest}, {receipt.seconds:g} s")
     finish(receipt.ok, receipt, shown, output)
+
+
+def _missed(found: Hunted) -> None:
+    if not found.caught:
+        typer.echo(f"{found.bug} is not caught by {found.caught_by}: {found.how or 'nothing broke'}", err=True)
 
 
 def _row(found: Hunted) -> None:

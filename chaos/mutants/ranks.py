@@ -12,6 +12,7 @@ LIVE_MASK = "tests/unit/workers/protocol/test_live_mask.py"
 KV_COPIES = "tests/unit/workers/model/test_kv_copies.py"
 SAMPLER = "tests/unit/workers/model/test_sampler.py"
 EXCHANGE = "tests/integration/workers/exchange/test_exchange_threads.py"
+ROUTER = "tests/unit/workers/exchange/test_router.py"
 LINKS = "tests/unit/workers/exchange/test_links.py"
 WIRE = "tests/unit/workers/exchange/shm/test_wire.py"
 
@@ -133,7 +134,7 @@ MUTANTS: tuple[Mutant, ...] = (
         file="workers/exchange/router.py",
         before="[not excluded >> r & 1 for r in self._ranks.tolist()]",
         after="[True for r in self._ranks.tolist()]",
-        tests=(f"{EXCHANGE}::test_a_masked_rank_is_not_asked",),
+        tests=(f"{ROUTER}::test_rows_go_to_live_replicas_only",),
     ),
     Mutant(
         name="partial-sum",

@@ -160,6 +160,15 @@ def test_a_row_goes_where_it_would_go_alone_whenever_it_is_asked_again(
             assert {p - first: together[p] for p in range(first, first + top_k)} == chosen
 
 
+@pytest.mark.parametrize("live", [1, 2])
+def test_rows_go_to_live_replicas_only(live: int) -> None:
+    holders = (1, 2)
+    router = Router(0, {0: ((),)} | {rank: (tuple(range(8)),) for rank in holders})
+    excluded = sum(1 << rank for rank in holders if rank != live)
+    parcels = router.parcels(0, np.arange(8), 1, excluded)
+    assert {parcel.rank for parcel in parcels} == {live}
+
+
 def test_replicas_share_the_load() -> None:
     everywhere: Placement = {r: (tuple(range(240)) if r else (),) for r in range(5)}
     owners = Counter(Router(0, everywhere).owners(0, 0).tolist())
