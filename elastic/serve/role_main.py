@@ -20,6 +20,8 @@ import structlog
 
 from membership.base import failpoints, loop_watchdog
 from membership.base.events import EventLog
+from membership.base.run_dir import ENV as RUN_DIR_ENV
+from membership.base.run_dir import default_run_dir, make_run_dir, run_dir
 from membership.base.timing import ROLE_GRACE_S
 from membership.store.interface import Store
 
@@ -102,6 +104,8 @@ def role(name: str, endpoints: Sequence[str], events: Path) -> Iterator[tuple[St
     configure(name)
     failpoints.arm(name, str(events))
     end_with_any_thread()
+    os.environ.setdefault(RUN_DIR_ENV, str(run_dir(events.parent)))  # its ranks', too
+    make_run_dir(default_run_dir())
     loop_watchdog.require()
     run_in_short_turns()  # before there are threads: a role reacts at once, however busy the ranks are
     seen = os.environ.get(STORE_SEEN, "")

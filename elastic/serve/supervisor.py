@@ -32,6 +32,8 @@ from membership.base.errors import ConfigError, ElasticError, StoreError, StoreR
 from membership.base.events import EventLog, Tail
 from membership.base.failpoints import HISTORY_ENV
 from membership.base.logs import configure
+from membership.base.run_dir import ENV as RUN_DIR_ENV
+from membership.base.run_dir import make_run_dir, remove_run_dir, run_dir, sweep
 from membership.base.timing import STABLE_S
 from membership.store import codec
 from membership.store.etcd import connect
@@ -84,7 +86,10 @@ class Supervisor:
             opened.callback(self.state.release)
             for _ in self._troubles():
                 continue  # those of an earlier run
-            self._environment = chaos_mode.begin(self.state, self.options.chaos)
+            run = make_run_dir(run_dir(self.state.path))
+            opened.callback(remove_run_dir, run)
+            sweep(run, newborn_s=0.0)  # what an earlier run left that was killed
+            self._environment = {**chaos_mode.begin(self.state, self.options.chaos), RUN_DIR_ENV: str(run)}
             opened.callback(self.state.failpoints.unlink, missing_ok=True)
             self._start(opened)
             self._opened = opened.pop_all()
