@@ -16,7 +16,7 @@ import msgspec
 from chaos.faults.proxy import TcpProxy
 from chaos.faults.site import ServedSite
 from chaos.target.cluster import ServedCluster
-from elastic.serve.etcd_server import START_TIMEOUT_S, EtcdServer, free_ports
+from elastic.serve.etcd_server import START_TIMEOUT_S, EtcdServer, free_ports, http_client
 from membership.base.errors import ConfigError, StoreUnavailable
 
 ASK_TIMEOUT_S = 5.0
@@ -55,7 +55,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
 def call(url: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Ask etcd's JSON gateway; StoreUnavailable if there is no good answer."""
     try:
-        answer = httpx.post(f"{url}/v3/{path}", json=body or {}, timeout=ASK_TIMEOUT_S, trust_env=False)
+        with http_client(url, ASK_TIMEOUT_S) as client:
+            answer = client.post(f"/v3/{path}", json=body or {})
     except httpx.HTTPError as error:
         raise StoreUnavailable(f"etcd at {url} did not answer {path}: {error!r}") from error
     if answer.status_code != 200:

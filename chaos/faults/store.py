@@ -18,6 +18,7 @@ import httpx
 from chaos.faults.base import ROLES, SEEN_S, Faults, NotInjected, SiteInjector, see
 from chaos.faults.etcd_process import START_TIMEOUT_S, Etcd, OwnsMembers, answers, etcd_of
 from chaos.faults.members import ASK_TIMEOUT_S, EtcdMembers, call, status
+from elastic.serve.etcd_server import http_client
 from elastic.serve.role_process import leases_of
 from elastic.serve.state_dir import StateDir
 from membership.base.errors import StoreCompacted, StoreError, StoreUnavailable
@@ -158,7 +159,8 @@ class SlowDisk(StoreInjector):
 def fsyncs(url: str) -> tuple[float, float]:
     """Number of times etcd has synced its log to disk, and the seconds that took in all, by its own metric."""
     try:
-        lines = httpx.get(f"{url}/metrics", timeout=ASK_TIMEOUT_S, trust_env=False).text.splitlines()
+        with http_client(url, ASK_TIMEOUT_S) as client:
+            lines = client.get("/metrics").text.splitlines()
     except httpx.HTTPError as error:
         raise StoreUnavailable(f"etcd at {url} did not give its metrics: {error!r}") from error
     found = dict(line.split() for line in lines if line.startswith((f"{FSYNC}_sum", f"{FSYNC}_count")))

@@ -34,7 +34,6 @@ from chaos.target.cluster import Cluster
 from chaos.workload.history import RequestRecord
 from membership.base.errors import SchemaError, StoreCompacted, StoreReplaced, StoreUnavailable, WaitTimeout
 from membership.base.events import Event, EventLog
-from membership.store.etcd import connect
 from membership.store.interface import Get, KeyValue, Response, Store, WatchBatch
 from membership.store.keys import Keys
 
@@ -196,7 +195,7 @@ class Recorder:
             wall=time.time() - time.monotonic(), ranks=state.desired.ranks if state.desired else 0,
             model=state.config.served_model_name if state.config else "",
         )  # fmt: skip
-        return cls(lambda: connect(list(address.etcd)), header, events=cluster.state.events, **options)
+        return cls(address.connect, header, events=cluster.state.events, **options)
 
     def __enter__(self) -> Recorder:
         try:

@@ -22,7 +22,6 @@ from elastic.serve.state_dir import StateDir
 from membership.base.errors import ElasticError
 from membership.base.events import Event, EventLog, Tail
 from membership.operations.change import Change, scale
-from membership.store.etcd import connect
 from membership.store.interface import Store
 from membership.store.records import Operation, Phase
 from workers.agent.forkserver_client import FORKSERVER_FD
@@ -59,7 +58,7 @@ class Cluster:
         address = self.state.address()
         with self._connecting:
             if self._store is None:
-                self._store = connect(list(address.etcd))
+                self._store = address.connect()
         return StoreClient(self._store, address.cluster, self.state.events)
 
     def status(self) -> dict[str, Any]:

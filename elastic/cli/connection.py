@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+import msgspec
+
 from elastic.serve.options import StateDirOptions, StoreOptions, option
 from elastic.serve.state_dir import ClusterAddress, StateDir
 from membership.base.errors import ConfigError
@@ -54,12 +56,14 @@ class Connection(AdminConnection, StoreOptions):
             if not self.cluster:
                 raise ConfigError("--etcd needs --cluster", hint="name the cluster: --cluster NAME")
             events = StateDir(self.state_dir).events if self.state_dir else None
-            return _store_client(self.etcd, self.cluster, events)
+            named = ClusterAddress(cluster=self.cluster, etcd=self.etcd, credentials=self.credentials())
+            return _store_client(named, events)
         state = self.state()
         address = state.address()
         if address.trouble:  # the store was wiped or set back; a gateway still knows the cluster as it is served
             return _admin_client(address)
-        return _store_client(address.etcd, address.cluster, state.events)
+        known = msgspec.structs.replace(address, credentials=self.credentials(address.credentials))
+        return _store_client(known, state.events)
 
 
 @contextmanager
@@ -71,9 +75,8 @@ def _admin_client(address: ClusterAddress) -> Iterator[AdminClient]:
 
 
 @contextmanager
-def _store_client(etcd: tuple[str, ...], cluster: str, events: Path | None) -> Iterator[Client]:
+def _store_client(address: ClusterAddress, events: Path | None) -> Iterator[Client]:
     from elastic.cli.client import StoreClient
-    from membership.store.etcd import connect
 
-    with closing(connect(list(etcd))) as store:
-        yield StoreClient(store, cluster, events)
+    with closing(address.connect()) as store:
+        yield StoreClient(store, address.cluster, events)

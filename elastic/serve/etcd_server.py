@@ -1,4 +1,7 @@
-"""An embedded etcd for one machine and for tests. It runs on free loopback ports and dies with its owner.
+"""An embedded etcd for one machine and for tests. It dies with its owner.
+
+Under `elastic serve` it listens on sockets in the cluster's run directory, which no other user of the machine can
+enter: any client may write everything. On ports it listens only for tests, with several members or behind a proxy.
 
 The kernel kills it when the owner dies (PR_SET_PDEATHSIG), even by SIGKILL. That signal comes at the death of the
 *thread* that started it, so each server has a thread that exists as long as the server.
@@ -6,7 +9,6 @@ The kernel kills it when the owner dies (PR_SET_PDEATHSIG), even by SIGKILL. Tha
 
 from __future__ import annotations
 
-import http.client
 import importlib.util
 import os
 import secrets
@@ -20,7 +22,9 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import quote, unquote, urlsplit
 
+import httpx
 import structlog
 
 from membership.base.errors import ConfigError, StoreUnavailable
@@ -30,6 +34,7 @@ START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 5.0
 POLL_S = 0.02
 PORT_ATTEMPTS = 3
+CLIENT_SOCKET, PEER_SOCKET = "etcd.sock:0", "etcd-peer.sock:0"  # etcd wants a port in every URL
 
 # Runs between fork and exec, in a fresh interpreter because the owner has threads.
 _LAUNCHER = """
@@ -78,10 +83,20 @@ def free_ports(count: int) -> list[int]:
             each.close()
 
 
+def http_client(url: str, timeout_s: float) -> httpx.Client:
+    """A client of the HTTP interface at one of etcd's client URLs: health, metrics, JSON."""
+    parts = urlsplit(url)
+    if parts.scheme != "unix":
+        return httpx.Client(base_url=url, timeout=timeout_s, trust_env=False)
+    transport = httpx.HTTPTransport(uds=unquote(parts.path))
+    return httpx.Client(base_url="http://etcd", transport=transport, timeout=timeout_s, trust_env=False)
+
+
 class EtcdServer:
     """One etcd process. A context manager, or `start` and `stop`; data stays in `data_dir` and is used again.
 
-    `address`: where it listens; `ports`: for clients and for peers (free ones otherwise); `flags`: more of etcd's own.
+    `sockets`: the directory in which it listens, on Unix sockets. Without it, it listens on `ports` of `address`, for
+    clients and for peers (free ones unless given). `flags`: more of etcd's own.
     """
 
     def __init__(
@@ -89,11 +104,13 @@ class EtcdServer:
         data_dir: str | os.PathLike[str],
         *,
         binary: str | None = None,
+        sockets: Path | None = None,
         address: str = "127.0.0.1",
         ports: tuple[int, int] | None = None,
         flags: Mapping[str, str] | None = None,
     ) -> None:
-        self._folder = Path(data_dir)
+        self._folder = Path(data_dir).absolute()
+        self._sockets = sockets.absolute() if sockets is not None else None
         self._binary = binary or find_binary()
         self._address = address
         self._given_ports = ports
@@ -107,6 +124,8 @@ class EtcdServer:
     @property
     def url(self) -> str:
         """Where clients connect."""
+        if self._sockets is not None:
+            return f"unix://{quote(str(self._sockets / CLIENT_SOCKET), safe='/:')}"
         if not self._ports:
             raise ConfigError("etcd has not been started")
         return f"http://{self._address}:{self._ports[0]}"
@@ -144,6 +163,8 @@ class EtcdServer:
             return
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         deadline = time.monotonic() + timeout_s
+        if self._sockets is not None:
+            return self._launch(deadline, timeout_s)
         for attempt in range(1, PORT_ATTEMPTS + 1):
             self._ports = list(self._given_ports or free_ports(2))
             try:
@@ -153,8 +174,8 @@ class EtcdServer:
                     raise
 
     def restart(self, timeout_s: float = START_TIMEOUT_S) -> None:
-        """Start it again on the same ports and data, after it crashed or was killed."""
-        if not self._ports:
+        """Start it again at the same URL and on the same data, after it crashed or was killed."""
+        if not self.started:
             raise ConfigError("etcd has not been started")
         self.kill()
         self._launch(time.monotonic() + timeout_s, timeout_s)
@@ -176,6 +197,9 @@ class EtcdServer:
             except subprocess.TimeoutExpired:
                 log.warning("etcd_stop_timeout", pid=process.pid)
         self.kill()
+        if self._sockets is not None:
+            for name in (CLIENT_SOCKET, PEER_SOCKET):
+                (self._sockets / name).unlink(missing_ok=True)
         if self._starter is not None:
             self._starter.shutdown()
             self._starter = None
@@ -206,11 +230,15 @@ class EtcdServer:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                cwd=self._sockets,  # etcd 3.5 takes no absolute path of a socket
                 process_group=0,  # Ctrl-C at the terminal goes to the owner, which stops etcd last
             )
 
     def _flags(self) -> list[str]:
-        client, peer = (f"http://{self._address}:{port}" for port in self._ports)
+        if self._sockets is not None:
+            client, peer = (f"unix://{name}" for name in (CLIENT_SOCKET, PEER_SOCKET))
+        else:
+            client, peer = (f"http://{self._address}:{port}" for port in self._ports)
         flags = {
             "name": "embedded",
             "data-dir": str(self.data),
@@ -232,26 +260,16 @@ class EtcdServer:
         return [f"--{name}={value}" for name, value in flags.items()]
 
     def _wait_healthy(self, deadline: float, timeout_s: float) -> None:
-        while not self._healthy():
-            if not self.alive:
-                raise StoreUnavailable(f"etcd ({self._binary}) ended at start: {self._last_words()}")
-            if time.monotonic() > deadline:
-                raise StoreUnavailable(
-                    f"etcd (pid {self.pid}) was not healthy within {timeout_s:g} s: {self._last_words()}",
-                    hint=f"see {self.log_path}; does another etcd use {self._folder}?",
-                )
-            self._pause.wait(POLL_S)
-
-    def _healthy(self) -> bool:
-        connection = http.client.HTTPConnection(self._address, self._ports[0], timeout=1.0)
-        try:
-            connection.request("GET", "/health")
-            answer = connection.getresponse()
-            return answer.status == 200 and b'"true"' in answer.read()
-        except (OSError, http.client.HTTPException):
-            return False
-        finally:
-            connection.close()
+        with http_client(self.url, timeout_s=1.0) as client:
+            while not _healthy(client):
+                if not self.alive:
+                    raise StoreUnavailable(f"etcd ({self._binary}) ended at start: {self._last_words()}")
+                if time.monotonic() > deadline:
+                    raise StoreUnavailable(
+                        f"etcd (pid {self.pid}) was not healthy within {timeout_s:g} s: {self._last_words()}",
+                        hint=f"see {self.log_path}; does another etcd use {self._folder}?",
+                    )
+                self._pause.wait(POLL_S)
 
     def _last_words(self) -> str:
         """The end of what the etcd started last has logged."""
@@ -259,3 +277,11 @@ class EtcdServer:
             return "its log is empty"
         lines = self.log_path.read_bytes()[self._log_start :].decode(errors="replace").splitlines()
         return " | ".join(lines[-3:])[-600:] or "its log is empty"
+
+
+def _healthy(client: httpx.Client) -> bool:
+    try:
+        answer = client.get("/health")
+    except httpx.HTTPError:
+        return False
+    return answer.status_code == 200 and '"true"' in answer.text

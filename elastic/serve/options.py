@@ -22,6 +22,7 @@ import msgspec
 
 from membership.base.enums import Device, Dtype, Exactness
 from membership.base.errors import ConfigError
+from membership.store.credentials import NO_CREDENTIALS, Credentials
 from membership.store.records import ClusterConfig
 
 DEFAULTS = {each.name: each.default for each in msgspec.structs.fields(ClusterConfig)}
@@ -145,11 +146,31 @@ class StoreOptions(StateDirOptions):
         env="ELASTIC_ETCD",
         helm="etcd.endpoints",
     )
+    etcd_ca: Path | None = option(
+        None, "PEM file of the authority that signed etcd's certificate (https endpoints).", env="ELASTIC_ETCD_CA"
+    )
+    etcd_cert: Path | None = option(
+        None, "PEM file of the certificate that we show etcd, if it asks for one.", env="ELASTIC_ETCD_CERT"
+    )
+    etcd_key: Path | None = option(None, "PEM file of that certificate's key.", env="ELASTIC_ETCD_KEY")
+    etcd_user: str = option("", "Name of our user, if etcd has users.", env="ELASTIC_ETCD_USER", helm="etcd.user")
+    etcd_password_file: Path | None = option(
+        None, "File with that user's password; it is read again when needed.", env="ELASTIC_ETCD_PASSWORD_FILE"
+    )
     cluster: str = option(
         "",
         "Name of the cluster. Default: the checkpoint directory's name (serve), or the cluster served last.",
         env="ELASTIC_CLUSTER",
     )
+
+    def credentials(self, known: Credentials = NO_CREDENTIALS) -> Credentials:
+        """Who we are to etcd; what is not given is as `known`."""
+        given = {
+            each.name: str(value.absolute() if isinstance(value, Path) else value)
+            for each in msgspec.structs.fields(Credentials)
+            if (value := getattr(self, f"etcd_{each.name}"))
+        }
+        return msgspec.structs.replace(known, **given)
 
 
 @dataclass(frozen=True, kw_only=True)

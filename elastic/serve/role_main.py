@@ -11,13 +11,14 @@ import os
 import select
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
 
 import structlog
 
+from elastic.serve.state_dir import ClusterAddress
 from membership.base import failpoints, loop_watchdog
 from membership.base.events import EventLog
 from membership.base.run_dir import ENV as RUN_DIR_ENV
@@ -95,10 +96,9 @@ def end_with_any_thread() -> None:
 
 
 @contextmanager
-def role(name: str, endpoints: Sequence[str], events: Path) -> Iterator[tuple[Store, threading.Event, EventLog]]:
+def role(name: str, address: ClusterAddress, events: Path) -> Iterator[tuple[Store, threading.Event, EventLog]]:
     """This process as a role: its connection to the store, its stop event and the history that it writes."""
     from membership.base.logs import configure
-    from membership.store.etcd import connect
     from workers.ipc.cpu_priority import run_in_short_turns
 
     configure(name)
@@ -109,5 +109,5 @@ def role(name: str, endpoints: Sequence[str], events: Path) -> Iterator[tuple[St
     loop_watchdog.require()
     run_in_short_turns()  # before there are threads: a role reacts at once, however busy the ranks are
     seen = os.environ.get(STORE_SEEN, "")
-    with StopSignal() as stop, closing(connect(list(endpoints), seen=seen)) as store:
+    with StopSignal() as stop, closing(address.connect(seen=seen)) as store:
         yield store, stop, EventLog(events, name)

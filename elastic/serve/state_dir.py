@@ -9,11 +9,16 @@ from __future__ import annotations
 import fcntl
 import os
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import msgspec
 
 from membership.base.errors import ConfigError
+from membership.store.credentials import NO_CREDENTIALS, Credentials
+from membership.store.keys import Keys
+
+if TYPE_CHECKING:
+    from membership.store.etcd import EtcdStore
 
 
 class ClusterAddress(msgspec.Struct, frozen=True, kw_only=True):
@@ -21,11 +26,18 @@ class ClusterAddress(msgspec.Struct, frozen=True, kw_only=True):
 
     cluster: str
     etcd: tuple[str, ...] = ()
+    credentials: Credentials = NO_CREDENTIALS  # for etcd: names of files, no secrets
     url: str = ""
     admin_url: str = ""
     admin_token: str = ""
     pid: int = 0
     trouble: str = ""  # why the store must not be asked any more: it was wiped, or holds older data
+
+    def connect(self, *, seen: str = "") -> EtcdStore:
+        """Connect to the cluster's store: see `membership.store.etcd.connect`."""
+        from membership.store.etcd import connect  # gRPC takes long to import, and the admin port does without
+
+        return connect(self.etcd, self.credentials, prefix=Keys(self.cluster).prefix, seen=seen)
 
 
 def home() -> Path:
@@ -66,6 +78,13 @@ class StateDir:
     def etcd_data(self) -> Path:
         """Data directory of the embedded etcd."""
         return self.path / "etcd"
+
+    @property
+    def run(self) -> Path:
+        """Where sockets are; no other user can enter it."""
+        folder = self.path / "run"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        return folder
 
     def log(self, role: str) -> Path:
         """Where a role's stderr goes."""

@@ -36,7 +36,7 @@ from membership.base.run_dir import ENV as RUN_DIR_ENV
 from membership.base.run_dir import make_run_dir, remove_run_dir, run_dir, sweep
 from membership.base.timing import STABLE_S
 from membership.store import codec
-from membership.store.etcd import connect
+from membership.store.credentials import NO_CREDENTIALS
 from membership.store.interface import Compare, Delete, Put, Store
 from membership.store.keys import Keys
 from membership.store.records import ClusterConfig, Desired
@@ -60,6 +60,9 @@ class Supervisor:
 
     def __init__(self, options: ServeOptions) -> None:
         self.config = cluster_config(options)
+        if not options.etcd and options.credentials() != NO_CREDENTIALS:
+            hint = "name that etcd with --etcd, or leave out --etcd-ca, --etcd-cert, --etcd-key and --etcd-user"
+            raise ConfigError("there are credentials for an etcd, but no --etcd", hint=hint)
         require_free_port(options.host, options.port, "--port")
         require_free_port(options.host, options.admin_port, "--admin-port")
         free = free_ports(2)  # for a port of 0: clients that read the address need the number
@@ -111,11 +114,11 @@ class Supervisor:
         self._zygote = zygote  # at its imports while the others start
         endpoints = self.options.etcd
         if not endpoints:
-            self.etcd = EtcdServer(self.state.etcd_data)
+            self.etcd = EtcdServer(self.state.etcd_data, sockets=self.state.run)
             opened.callback(self.etcd.stop)
             self.etcd.start()
             endpoints = (self.etcd.url,)
-        self._store = connect(list(endpoints))
+        self._store = self.address(endpoints).connect()
         opened.callback(self._store.close)
         self._write_config(self._store)
         self._death_read, death_write = os.pipe()
@@ -218,6 +221,7 @@ class Supervisor:
         return ClusterAddress(
             cluster=self.config.cluster,
             etcd=endpoints,
+            credentials=self.options.credentials(),
             url=f"http://{host}:{self.options.port}",
             admin_url=f"http://{host}:{self.options.admin_port}",
             admin_token=self.options.admin_token,
@@ -227,7 +231,7 @@ class Supervisor:
     def _role(self, name: str, endpoints: tuple[str, ...]) -> RoleProcess:
         command = name.removesuffix("-standby")
         arguments = [command, "--etcd", ",".join(endpoints), "--cluster", self.config.cluster]
-        arguments += ["--state-dir", str(self.state.path)]
+        arguments += ["--state-dir", str(self.state.path), *self.options.credentials().as_flags()]
         if name == "gateway":
             arguments += ["--host", self.options.host, "--port", str(self.options.port)]
             arguments += ["--admin-port", str(self.options.admin_port)]

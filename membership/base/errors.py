@@ -49,6 +49,12 @@ class StoreFull(StoreUnavailable):
     definite = True
 
 
+class StoreDenied(StoreUnavailable):
+    """The store does not accept our user, or denies it this. Nothing was changed; once mended, a retry may succeed."""
+
+    definite = True
+
+
 class StoreCompacted(StoreError):
     """The revision asked for is gone; list again, then watch from there."""
 

@@ -15,24 +15,27 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 import grpc
 from tenacity import (
     Retrying,
-    retry_if_exception_type,
+    retry_if_exception,
     sleep_using_event,
     stop_after_delay,
     stop_when_event_set,
     wait_random_exponential,
 )
 
-from membership.base.errors import ConfigError, LeaseLost, StoreUnavailable
+from membership.base.errors import ConfigError, LeaseLost, StoreDenied, StoreUnavailable
 from membership.base.timing import STORE_CALL_TIMEOUT_S, STORE_CONNECT_TIMEOUT_S
+from membership.store.credentials import NO_CREDENTIALS, Credentials
 from membership.store.etcd3_compat import etcd3, etcdrpc
-from membership.store.etcd_watch import EtcdWatch, key_value, translated
+from membership.store.etcd_session import Session, tls_refusal
+from membership.store.etcd_watch import EtcdWatch, Metadata, key_value, translated
 from membership.store.interface import (
     Compare,
     Delete,
@@ -61,73 +64,96 @@ CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.enable_http_proxy", 0),
     ("grpc.max_receive_message_length", -1),  # a list of the whole prefix may exceed the default 4 MiB
 )
+FIRST_PROBE_S = 1.0  # then it is asked whether certificates are to blame
 _OPERATORS = {"=": "EQUAL", "!=": "NOT_EQUAL", "<": "LESS", ">": "GREATER"}
 
 
 def connect(
     endpoints: Sequence[str],
+    credentials: Credentials = NO_CREDENTIALS,
     *,
+    prefix: str = "",
     timeout_s: float = STORE_CALL_TIMEOUT_S,
     connect_timeout_s: float = STORE_CONNECT_TIMEOUT_S,
-    ca: str | None = None,
-    cert: str | None = None,
-    key: str | None = None,
     seen: str = "",
 ) -> EtcdStore:
-    """Connect to etcd and check that it answers. `ca`, `cert` and `key` are paths of PEM files.
+    """Connect to etcd and check that it answers. An endpoint is `http://`, `https://` or, for a socket, `unix:///PATH`.
 
-    `seen`: another process's `EtcdStore.seen`; StoreReplaced if this is another store. ConfigError: bad endpoints or
-    certificates. StoreUnavailable: no answer.
+    `prefix`: of the keys that are read and written; a user may have no right to others. `seen`: another process's
+    `EtcdStore.seen`; StoreReplaced if this is another store. ConfigError: bad endpoints or certificates. StoreDenied:
+    a user whom it does not accept. StoreUnavailable: no answer.
     """
     urls = _parsed(endpoints)
     secure = urls[0].scheme == "https"
-    if secure and ca is None:
-        raise ConfigError("an https etcd endpoint needs a CA certificate", hint="give the CA's PEM file")
-    if not secure and (ca or cert or key):
-        raise ConfigError("certificates were given for an http etcd endpoint", hint="use https:// endpoints")
-    if bool(cert) != bool(key):
-        raise ConfigError("an etcd client certificate needs its key, and the key its certificate")
+    credentials.check(secure=secure)
+    certificates = {
+        "ca_cert": credentials.ca,
+        "cert_cert": credentials.cert or None,
+        "cert_key": credentials.key or None,
+    }
     clients: list[Any] = []
-    try:
-        for url in urls:
-            host, _, port = f"dns:///{url.netloc}".rpartition(":")  # gRPC resolves the name anew for each connection
-            clients.append(
-                etcd3.Etcd3Client(
-                    host, port, ca_cert=ca, cert_cert=cert, cert_key=key, grpc_options=list(CHANNEL_OPTIONS)
-                )
-            )
-    except OSError as error:
-        for client in clients:
-            client.close()
-        raise ConfigError(f"cannot read the etcd certificates: {error}") from error
-    store = EtcdStore(clients, ",".join(url.geturl() for url in urls), timeout_s, Provenance(seen))
-    try:
+    for url in urls:
+        # gRPC resolves a name anew for each connection
+        host, _, port = f"dns:///{url.netloc}".rpartition(":") if url.netloc else ("unix", "", url.path)
+        options = list(CHANNEL_OPTIONS)
+        clients.append(etcd3.Etcd3Client(host, port, grpc_options=options, **(certificates if secure else {})))
+    where = ",".join(f"{url.scheme}://{url.netloc}{url.path}" for url in urls)
+    store = EtcdStore(clients, where, timeout_s, Provenance(seen), Session(credentials, where), prefix)
+    with ExitStack() as undo:
+        undo.callback(store.close)
+        if secure:
+            _require_tls(store, urls, credentials, connect_timeout_s)
         store.probe(connect_timeout_s)
-    except BaseException:
-        store.close()
-        raise
+        undo.pop_all()
     return store
+
+
+def _require_tls(store: EtcdStore, urls: Sequence[SplitResult], credentials: Credentials, timeout_s: float) -> None:
+    """ConfigError if certificates are not accepted: gRPC would try again until the end, and not say why."""
+    try:
+        store.probe(min(timeout_s, FIRST_PROBE_S))
+    except StoreDenied:
+        raise
+    except StoreUnavailable:
+        for url in urls:
+            if refusal := tls_refusal(url.hostname or "", url.port or 0, credentials):
+                raise refusal from None
 
 
 def _parsed(endpoints: Sequence[str]) -> list[SplitResult]:
     urls = [urlsplit(e if "://" in e else f"http://{e}") for e in endpoints]
     for url in urls:
+        if url.username is not None:
+            raise ConfigError("an etcd endpoint holds a user's name", hint="give --etcd-user and --etcd-password-file")
         try:
             good = url.scheme in ("http", "https") and bool(url.hostname) and (url.port or 0) > 0
         except ValueError:
             good = False
+        if url.scheme == "unix":  # gRPC takes a comma for the end of the path
+            good = not url.netloc and url.path.startswith("/") and "," not in unquote(url.path)
         if not good:
-            raise ConfigError(f"bad etcd endpoint {url.geturl()!r}", hint="give URLs such as http://127.0.0.1:2379")
+            hint = "give URLs such as http://127.0.0.1:2379, or unix:///PATH"
+            raise ConfigError(f"bad etcd endpoint {url.geturl()!r}", hint=hint)
     if not urls or len({url.scheme for url in urls}) > 1:
-        raise ConfigError("give one or more etcd endpoints, either all http or all https")
+        raise ConfigError("give one or more etcd endpoints, all http, all https or all unix")
     return urls
 
 
 class EtcdStore:
     """See Store. Made by `connect`."""
 
-    def __init__(self, clients: Sequence[Any], where: str, timeout_s: float, provenance: Provenance) -> None:
+    def __init__(
+        self,
+        clients: Sequence[Any],
+        where: str,
+        timeout_s: float,
+        provenance: Provenance,
+        session: Session,
+        prefix: str,
+    ) -> None:
         self._clients = clients
+        self._session = session
+        self._unused_key = prefix + "\0"
         self._turn = random.randrange(len(clients))  # so that clients use different members
         self._provenance = provenance
         self._where = where
@@ -141,7 +167,7 @@ class EtcdStore:
 
     def probe(self, timeout_s: float) -> None:
         """Read a key that does not exist; StoreUnavailable if there is no answer."""
-        self._read(Get("\0"), timeout_s)
+        self._read(Get(self._unused_key), timeout_s)
 
     def get(self, key: str) -> KeyValue | None:
         found = self._read(Get(key), self._timeout_s)
@@ -194,8 +220,12 @@ class EtcdStore:
             raise StoreUnavailable(f"the connection to etcd at {self._where} is closed")
         self._probe_if_doubtful(self._timeout_s)
         turn = self._turn
-        stub = etcdrpc.WatchStub(self._clients[turn].channel)
-        watch = EtcdWatch(stub, prefix, start_revision, self._timeout_s, self._where, self._provenance)
+        try:
+            watch = self._begin_watch(self._clients[turn], prefix, start_revision)
+        except StoreDenied as error:
+            if not self._session.forgotten(error):
+                raise
+            watch = self._begin_watch(self._clients[turn], prefix, start_revision)
         self._watches = {old: endpoint for old, endpoint in self._watches.items() if not old.closed} | {watch: turn}
         return watch
 
@@ -210,6 +240,11 @@ class EtcdStore:
         for client in self._clients:
             client.close()
 
+    def _begin_watch(self, client: Any, prefix: str, start_revision: int) -> EtcdWatch:
+        stub, metadata = etcdrpc.WatchStub(client.channel), self._session.metadata(client, self._timeout_s)
+        where, provenance = self._where, self._provenance
+        return EtcdWatch((stub, metadata), prefix, start_revision, self._timeout_s, where, provenance)
+
     def _next_endpoint(self, turn: int) -> None:
         """Use the next endpoint, unless another thread has switched already; break watches of the old one."""
         if self._turn == turn and len(self._clients) > 1:
@@ -218,8 +253,9 @@ class EtcdStore:
                 if endpoint == turn:
                     watch.break_off()
 
-    def _renew(self, client: Any, lease: int, timeout: float) -> Any:
-        call = client.leasestub.LeaseKeepAlive(iter([etcdrpc.LeaseKeepAliveRequest(ID=lease)]), timeout=timeout)
+    def _renew(self, client: Any, lease: int, timeout: float, metadata: Metadata) -> Any:
+        request = iter([etcdrpc.LeaseKeepAliveRequest(ID=lease)])
+        call = client.leasestub.LeaseKeepAlive(request, timeout=timeout, metadata=metadata)
         try:
             for response in call:
                 return response
@@ -234,11 +270,11 @@ class EtcdStore:
 
         def attempt() -> Any:
             left = max(0.05, min(timeout_s / 2, deadline - time.monotonic()))
-            what = f"read {op.key.strip(chr(0)) or 'anything'}"
+            what = f"read {op.key.removesuffix(chr(0)) or 'anything'}"
             return self._call(lambda etcd: etcd.kvstub.Range, request, what, left, reads=True)
 
         return Retrying(
-            retry=retry_if_exception_type(StoreUnavailable),
+            retry=retry_if_exception(lambda e: isinstance(e, StoreUnavailable) and not isinstance(e, StoreDenied)),
             stop=stop_after_delay(timeout_s) | stop_when_event_set(self._closed),
             wait=wait_random_exponential(multiplier=0.02, max=0.3),
             sleep=sleep_using_event(self._closed),
@@ -269,7 +305,7 @@ class EtcdStore:
             self._probe_if_doubtful(timeout_s)
         floor, turn = self._provenance.floor(), self._turn
         try:
-            answer = method(self._clients[turn])(request, timeout=timeout_s)
+            answer = self._send(method, self._clients[turn], request, timeout_s)
         except grpc.RpcError as error:
             ours = translated(error, what, self._where)
             if isinstance(ours, StoreUnavailable) and not ours.definite:
@@ -281,6 +317,16 @@ class EtcdStore:
         header = answer.header
         self._provenance.observed(header.cluster_id, header.revision, floor if ordered else 0, settled=reads)
         return answer
+
+    def _send(self, method: Callable[[Any], Any], client: Any, request: Any, timeout_s: float) -> Any:
+        """Send it, and once more with a new token if etcd has forgotten ours."""
+        metadata = self._session.metadata(client, timeout_s)
+        try:
+            return method(client)(request, timeout=timeout_s, metadata=metadata)
+        except grpc.RpcError as error:
+            if not self._session.forgotten(error):
+                raise
+        return method(client)(request, timeout=timeout_s, metadata=self._session.metadata(client, timeout_s))
 
 
 def _range_request(op: Get) -> Any:

@@ -13,16 +13,33 @@ from typing import Any
 
 import grpc
 
-from membership.base.errors import LeaseLost, StoreCompacted, StoreError, StoreFull, StoreReplaced, StoreUnavailable
+from membership.base.errors import (
+    LeaseLost,
+    StoreCompacted,
+    StoreDenied,
+    StoreError,
+    StoreFull,
+    StoreReplaced,
+    StoreUnavailable,
+)
 from membership.store.etcd3_compat import etcdrpc
 from membership.store.interface import KeyValue, WatchBatch, WatchEvent, key_bytes, key_text, prefix_end
 from membership.store.provenance import Provenance
 
+Metadata = tuple[tuple[str, str], ...]  # what goes with a call
 HAS_LEADER = (("hasleader", "true"),)  # etcd ends the stream of a member that has lost its quorum
 JOIN_TIMEOUT_S = 5.0
 FULL_HINT = (
     "etcd is out of room: compact and defragment it, or raise --quota-backend-bytes; then `etcdctl alarm disarm`. "
     "Until then membership is frozen, and serving goes on"
+)
+AUTH_OFF = "etcdserver: authentication is not enabled"
+DENIED = "etcdserver: permission denied"
+LOGIN_FAILED = "etcdserver: authentication failed, invalid user ID or password"
+FORGOTTEN = (  # what etcd says when our token is not valid any more
+    "etcdserver: invalid auth token",
+    "etcdserver: revision of auth store is old",
+    "etcdserver: user name is empty",
 )
 _DELETE = 1  # etcd's event type
 _UNKNOWN_OUTCOME = (
@@ -44,11 +61,22 @@ def translated(error: grpc.RpcError, what: str, where: str) -> StoreError:
         return StoreUnavailable(message, hint="check that etcd runs and can be reached there")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and details.startswith("etcdserver: "):  # not gRPC's own limits
         return StoreFull(message, hint=FULL_HINT if "space" in details else "")
+    if hint := denial_hint(details):
+        return StoreDenied(message, hint=hint)
     if code is grpc.StatusCode.NOT_FOUND and "lease" in details:
         return LeaseLost(message)
     if code is grpc.StatusCode.OUT_OF_RANGE and "compacted" in details:
         return StoreCompacted(message)
     return StoreError(message)
+
+
+def denial_hint(reason: str) -> str:
+    """What to do about a refusal that etcd gives this reason for; empty if it is not about who we are."""
+    if reason == DENIED:
+        return "grant our etcd user readwrite on the cluster's keys: etcdctl role grant-permission --prefix=true"
+    if reason == LOGIN_FAILED:
+        return "check --etcd-user, and the password in the file of --etcd-password-file"
+    return "etcd asks for a user: --etcd-user and --etcd-password-file" if reason in FORGOTTEN else ""
 
 
 def key_value(kv: Any) -> KeyValue:
@@ -67,8 +95,15 @@ class EtcdWatch:
     """See Watch. The constructor returns once the server has confirmed the watch."""
 
     def __init__(
-        self, stub: Any, prefix: str, start_revision: int, timeout_s: float, where: str, provenance: Provenance
+        self,
+        calls: tuple[Any, Metadata],
+        prefix: str,
+        start_revision: int,
+        timeout_s: float,
+        where: str,
+        provenance: Provenance,
     ) -> None:
+        """`calls`: the watch stub, and what goes with its calls."""
         self._provenance = provenance
         self._prefix = prefix
         self._start_revision = start_revision
@@ -76,7 +111,8 @@ class EtcdWatch:
         self._inbox: queue.SimpleQueue[WatchBatch | StoreError | None] = queue.SimpleQueue()
         self._end: StoreError | None = None
         self._closed = threading.Event()
-        self._call = stub.Watch(self._requests(), metadata=HAS_LEADER)
+        stub, metadata = calls
+        self._call = stub.Watch(self._requests(), metadata=HAS_LEADER + metadata)
         self._thread = threading.Thread(target=self._read, name=f"etcd-watch-{prefix}", daemon=True)
         self._thread.start()
         try:
@@ -159,7 +195,10 @@ class EtcdWatch:
         if response.compact_revision:
             return StoreCompacted(f"{what}: compacted at {response.compact_revision}")
         if response.canceled:
-            return StoreUnavailable(f"etcd at {self._where} cancelled the {what}: {response.cancel_reason}")
+            reason = response.cancel_reason.rpartition("desc = ")[2]  # some are whole gRPC errors in words
+            if hint := denial_hint(reason):
+                return StoreDenied(f"etcd at {self._where}: {what}: {reason}", hint=hint)
+            return StoreUnavailable(f"etcd at {self._where} cancelled the {what}: {reason}")
         if response.created and self._start_revision > response.header.revision + 1:
             return StoreCompacted(f"{what}: the store's history ends at {response.header.revision}")
         if not response.events:

@@ -15,7 +15,8 @@ from membership.store.interface import Store
 
 @pytest.fixture(scope="session", autouse=True)
 def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer]:
-    with EtcdServer(tmp_path_factory.mktemp("etcd")) as server:
+    folder = tmp_path_factory.mktemp("etcd")
+    with EtcdServer(folder, sockets=folder) as server:
         yield server
 
 

@@ -27,7 +27,6 @@ from membership.base.events import Tail
 from membership.base.failpoints import ENV, KIND
 from membership.operations.change import Change
 from membership.store import codec
-from membership.store.etcd import connect
 from membership.store.keys import Keys
 from membership.store.records import ClusterState, LeaderRecord, Operation, RankRecord
 from tests.support.helpers import eventually
@@ -62,7 +61,7 @@ class HeldCluster:
         with ExitStack() as opened:
             cluster = opened.enter_context(self.cluster)
             cluster.wait_serving(self.ranks)
-            self._store = connect(list(cluster.state.address().etcd))
+            self._store = cluster.state.address().connect()
             opened.callback(self._store.close)
             self._keys = Keys(cluster.state.address().cluster)
             opened.callback(self._end_standby)

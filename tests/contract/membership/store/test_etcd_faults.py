@@ -17,6 +17,7 @@ import pytest
 from elastic.serve.etcd_server import EtcdServer, find_binary, free_ports
 from membership.base.errors import ConfigError, ElasticError, StoreUnavailable
 from membership.store.codec import encode
+from membership.store.credentials import Credentials
 from membership.store.election import Election
 from membership.store.etcd import connect
 from membership.store.interface import Compare, Put
@@ -192,7 +193,18 @@ def test_one_live_endpoint_of_several_is_enough(server: EtcdServer) -> None:
 
 @pytest.mark.parametrize(
     "endpoints",
-    [[], ["http://"], ["http://h"], ["http://h:0"], ["http://h:99999"], ["ftp://h:1"], ["http://h:1", "https://h:2"]],
+    [
+        [],
+        ["http://"],
+        ["http://h"],
+        ["http://h:0"],
+        ["http://h:99999"],
+        ["ftp://h:1"],
+        ["http://h:1", "https://h:2"],
+        ["unix://h/a"],
+        ["unix:///a%2Cb"],
+        ["unix:///a", "http://h:1"],
+    ],
 )
 def test_bad_endpoints_are_refused(endpoints: list[str]) -> None:
     with pytest.raises(ConfigError):
@@ -210,7 +222,7 @@ def test_bad_endpoints_are_refused(endpoints: list[str]) -> None:
 )
 def test_bad_certificates_are_refused(endpoint: str, files: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match="certificate"):
-        connect([endpoint], **files)  # type: ignore[arg-type]
+        connect([endpoint], Credentials(**files))
 
 
 def test_tls(tmp_path: Path) -> None:
@@ -225,7 +237,7 @@ def test_tls(tmp_path: Path) -> None:
     try:
         ca = tmp_path / "data" / "fixtures" / "client" / "cert.pem"
         eventually(lambda: ca.exists() and "END" in ca.read_text(), T, "etcd to write its certificate")
-        with closing(connect([client], ca=str(ca), connect_timeout_s=T)) as store:
+        with closing(connect([client], Credentials(ca=str(ca)), connect_timeout_s=T)) as store:
             assert store.put("/a", b"") == 2
         with pytest.raises(ElasticError):
             connect([client.replace("https", "http")], connect_timeout_s=1.0)

@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from contextlib import closing
 from pathlib import Path
@@ -16,12 +17,13 @@ import pytest
 
 from elastic.serve.etcd_server import ENV_BINARY, EtcdServer, find_binary
 from membership.base.errors import ConfigError, StoreUnavailable
-from membership.store.etcd import connect
+from membership.store.etcd import EtcdStore, connect
 from tests.support.helpers import eventually
 
 pytestmark = pytest.mark.integration
 
 T = 20.0
+BECOME_ANOTHER = "import os, socket; os.setgroups([]); os.setresgid(*[65534] * 3); os.setresuid(*[65534] * 3)"
 
 
 def test_it_keeps_its_data_and_ports_over_a_crash(tmp_path: Path) -> None:
@@ -41,6 +43,48 @@ def test_it_keeps_its_data_and_ports_over_a_crash(tmp_path: Path) -> None:
         again = server.pid
     assert not psutil.pid_exists(again)
     assert not server.alive
+
+
+def test_on_sockets_it_listens_nowhere_else_and_leaves_no_file(tmp_path: Path) -> None:
+    run = tmp_path / "run of ü 100%"
+    run.mkdir(mode=0o700)
+    with EtcdServer(tmp_path / "e", sockets=run) as server:
+        url = server.url
+        assert url.startswith("unix:///")
+        with closing(connect([url])) as store:
+            store.put("/a", b"kept")
+            server.kill()
+            server.restart()
+            eventually(lambda: read(store) == b"kept", T, "the same store to answer")
+        process = psutil.Process(server.pid)
+        assert server.url == url
+        assert not [each for each in process.net_connections("inet") if each.status == psutil.CONN_LISTEN]
+        listening = {each.laddr for each in process.net_connections("unix") if each.laddr and each.laddr[0] != "@"}
+        assert len(listening) == len(list(run.iterdir())) == 2
+    assert list(run.iterdir()) == []
+
+
+def errors_of(code: str) -> str:
+    command = [sys.executable, "-I", "-S", "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, timeout=T).stderr
+
+
+def read(store: EtcdStore) -> bytes | None:
+    try:
+        kv = store.get("/a")
+    except StoreUnavailable:
+        return None
+    return kv.value if kv is not None else None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_cannot_reach_its_sockets(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory() as made, EtcdServer(tmp_path / "e", sockets=Path(made)) as server:
+        for name in ("etcd.sock:0", "etcd-peer.sock:0"):
+            reach = f"socket.socket(socket.AF_UNIX).connect({str(Path(made) / name)!r})"
+            assert "PermissionError" in errors_of(f"{BECOME_ANOTHER}; {reach}")
+            assert errors_of(f"import socket; {reach}") == ""
+        assert server.alive
 
 
 def test_the_next_server_finds_the_data_of_the_last(tmp_path: Path) -> None:
