@@ -79,13 +79,6 @@ class StateDir:
         """Data directory of the embedded etcd."""
         return self.path / "etcd"
 
-    @property
-    def run(self) -> Path:
-        """Where sockets are; no other user can enter it."""
-        folder = self.path / "run"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        return folder
-
     def log(self, role: str) -> Path:
         """Where a role's stderr goes."""
         return self.path / "logs" / f"{role}.log"

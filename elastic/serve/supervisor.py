@@ -114,7 +114,7 @@ class Supervisor:
         self._zygote = zygote  # at its imports while the others start
         endpoints = self.options.etcd
         if not endpoints:
-            self.etcd = EtcdServer(self.state.etcd_data, sockets=self.state.run)
+            self.etcd = EtcdServer(self.state.etcd_data, sockets=run_dir(self.state.path))
             opened.callback(self.etcd.stop)
             self.etcd.start()
             endpoints = (self.etcd.url,)

@@ -143,6 +143,7 @@ def _elsewhere(name: str) -> Iterator[Path]:
 
 def _first_that_fits(candidates: Iterable[Path]) -> Path:
     for candidate in candidates:
-        if len(os.fsencode(candidate)) + 1 + LONGEST_NAME <= MAX_PATH:
+        fits = len(os.fsencode(candidate)) + 1 + LONGEST_NAME <= MAX_PATH
+        if fits and "," not in str(candidate):  # to gRPC, a comma ends the path
             return candidate
     raise ConfigError("no directory has a path that is short enough for sockets", hint="set TMPDIR to a shorter one")

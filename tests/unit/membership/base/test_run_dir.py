@@ -73,6 +73,10 @@ def test_else_it_is_one_for_this_user_and_state_directory(monkeypatch: pytest.Mo
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+def test_no_path_of_a_socket_has_a_comma(tmp_path: Path) -> None:
+    assert "," not in str(run_dir(tmp_path / "a,b"))
+
+
 def test_a_runtime_directory_of_another_user_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """`su` leaves it in the environment."""
     with tempfile.TemporaryDirectory() as runtime:
