@@ -58,9 +58,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=24)
     rounds = parser.parse_args().rounds
+    burn = f"import os\nwhile os.getppid() == {os.getpid()}: pass"  # it ends with us
     busy = [
-        subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True)
-        for _ in range(2 * (os.cpu_count() or 1))
+        subprocess.Popen([sys.executable, "-c", burn], start_new_session=True) for _ in range(2 * (os.cpu_count() or 1))
     ]
     found: dict[tuple[str, int], list[float]] = defaultdict(list)
     try:

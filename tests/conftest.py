@@ -18,8 +18,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from membership.base import starter
 from workers.ipc.handover import Handover
 
+os.environ[starter.ENV] = starter.named()  # every role and cluster that a test starts ends with this process
 SETTLE_S = 5.0
 # Owned by the process, not by a test: started once on first use and stopped at exit.
 PROCESS_WIDE_THREADS = ("handover", "asyncio_", "ThreadPoolExecutor", "pytest_timeout", "tqdm_monitor")

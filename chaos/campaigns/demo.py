@@ -15,7 +15,7 @@ from chaos.campaigns.campaign import Notify, seed_of
 from chaos.campaigns.kill_rank import KillRank
 from chaos.campaigns.targets import LocalTarget
 from chaos.campaigns.view import picture
-from chaos.cli.shared import progress, show_receipt
+from chaos.cli.shared import end_in_order, progress, show_receipt
 from chaos.target.cluster import ServedCluster
 from chaos.workload.history import save
 from elastic.cli.command import command
@@ -37,6 +37,7 @@ def demo(
     output: OutputFlag = Output.TEXT,
 ) -> None:
     """Serve a MoE model, stream, scale, kill -9 a rank, recover; print the receipt. Exit 1 if a promise broke."""
+    end_in_order()
     run = KillRank(seed=seed_of(seed), ranks=ranks, at_least_s=seconds)
     with tempfile.TemporaryDirectory(prefix="elastic-ep-demo-") as folder:
         path = model or write_model(Path(folder) / "demo-moe")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable
-from types import FrameType
 
 import typer
 
@@ -15,6 +13,7 @@ from chaos.cli.faults import faults, role_matrix
 from chaos.cli.planted import planted
 from chaos.cli.records import check, report
 from chaos.cli.run import run, scenarios
+from chaos.cli.shared import end_in_order
 from chaos.cli.simulate import replay, simulate
 from chaos.cli.suite import suite
 
@@ -49,10 +48,5 @@ for name, command in COMMANDS.items():
 
 def main() -> None:
     """Entry point of the `elastic-chaos` script."""
-    signal.signal(signal.SIGTERM, _end)
+    end_in_order()
     app()
-
-
-def _end(number: int, frame: FrameType | None) -> None:
-    """SIGTERM ends a command as an error would: whatever it started is stopped on the way."""
-    raise SystemExit(128 + number)

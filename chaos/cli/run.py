@@ -119,7 +119,7 @@ def _run_there(
 
 def _finish(played: ScenarioRun, target: Target, notify: Notify, record: Path | None, output: Output) -> NoReturn:
     """Run, check, print; exit 1 if a promise broke."""
-    with interruptible(signal.SIGINT, signal.SIGTERM) as played.stop:
+    with interruptible(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as played.stop:
         played.run(target, notify)
     save_record(played, record)
     show_receipt(played.receipt(), f"{played.scenario.name}, {len(played.injected)} faults", output)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, NoReturn
 
 import typer
@@ -18,6 +20,7 @@ from chaos.campaigns.targets import LocalTarget
 from chaos.target.cluster import ServedCluster
 from elastic.cli.flags import Output, write_json
 from elastic.serve.options import option
+from membership.base.starter import end_with_starter
 
 RanksFlag = Annotated[int, typer.Option(min=1, help="Ranks to serve with.")]
 ModelFlag = Annotated[Path | None, typer.Option(help="Serve this checkpoint instead of the shipped one.")]
@@ -30,6 +33,23 @@ class RunOptions:
     seed: int | None = option(None, "Chooses what happens, and the sampled requests.")
     model: Path | None = option(None, "Serve this checkpoint instead of the shipped one.")
     record: Path | None = option(None, "Also save all that happened, for check and report.")
+
+
+def end_in_order() -> None:
+    """SIGTERM, a closed terminal and the end of our starter end a command as an error would: in order.
+
+    If it does not come to that (SIGKILL, a crash), what it started ends by itself: see `membership/base/starter.py`.
+    """
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for each in numbers:  # the first one is enough: a shell tells of a closed terminal after the kernel has
+            signal.signal(each, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    for each in numbers:
+        signal.signal(each, end)
+    end_with_starter()
 
 
 def progress() -> Notify:

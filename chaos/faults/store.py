@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import cached_property
 
@@ -117,22 +118,24 @@ class SlowDisk(StoreInjector):
     """Each fdatasync of its log takes `delay_s` longer, injected from outside by strace."""
 
     _tracer: subprocess.Popen[bytes] | None = None
+    _starter: ThreadPoolExecutor | None = None  # its death, and so this process's, is the tracer's
 
     def _inject(self) -> str:
         delay_s, url = float(self.params["delay_s"]), self.etcd.url
         pid = self.site.pid("etcd")
         what = f"inject=fdatasync:delay_enter={round(delay_s * 1e6)}"
-        command = ["strace", "-qq", "-f", "-p", str(pid), "-o", "/dev/null", "-e", "trace=fdatasync", "-e", what]
+        if shutil.which("strace") is None:
+            raise NotInjected("there is no strace here", hint="install strace: it slows etcd's disk")
+        command = ["setpriv", "--pdeathsig", "TERM", "strace", "-qq", "-f", "-p", str(pid), "-o", "/dev/null"]
+        command += ["-e", "trace=fdatasync", "-e", what]
         before = fsyncs(url)
-        try:
-            self._tracer = subprocess.Popen(command, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
-        except FileNotFoundError as error:
-            raise NotInjected("there is no strace here", hint="install strace: it slows etcd's disk") from error
+        self._starter = ThreadPoolExecutor(1, thread_name_prefix="tracer-owner")
+        self._tracer = tracer = self._starter.submit(_started, command).result(SEEN_S)
         with closing(self._store()) as store:
             mean_s = 0.0
             deadline = time.monotonic() + SEEN_S + 10 * delay_s
             while mean_s < 0.8 * delay_s:  # syncs before the tracer was attached were quick
-                if self._tracer.poll() is not None or time.monotonic() > deadline:
+                if tracer.poll() is not None or time.monotonic() > deadline:
                     raise NotInjected(f"etcd's disk is not slow: {mean_s:.3f} s per fsync; {self._said()}")
                 before = fsyncs(url)
                 store.put(OURS + "slow-disk", b"")
@@ -148,12 +151,18 @@ class SlowDisk(StoreInjector):
             tracer.wait(SEEN_S)
             if tracer.stderr is not None:
                 tracer.stderr.close()
+        if self._starter is not None:
+            self._starter.shutdown()
 
     def _said(self) -> str:
         tracer = self._tracer
         if tracer is None or tracer.poll() is None or tracer.stderr is None:
             return "strace runs"
         return tracer.stderr.read().decode(errors="replace").strip() or f"strace ended with {tracer.returncode}"
+
+
+def _started(command: list[str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
 
 
 def fsyncs(url: str) -> tuple[float, float]:

@@ -18,6 +18,7 @@ import msgspec
 from chaos.mutants.mutant import SIMULATE
 from chaos.mutants.tree import PACKAGES, TESTS, require_tests
 from membership.base.errors import ConfigError, ElasticError
+from membership.base.starter import end_with_starter
 
 if TYPE_CHECKING:
     import pytest
@@ -119,4 +120,5 @@ def _run_tests(tree: str, names: Sequence[str]) -> Catch:
 
 
 if __name__ == "__main__":
+    end_with_starter()
     main(*sys.argv[1:])

@@ -21,6 +21,7 @@ from chaos.simulation.episode import PAIRED_EVERY, WALKED, Episode, run_episode
 from chaos.simulation.faults import FAULTS
 from chaos.simulation.minimise import Minimal, minimise
 from chaos.simulation.pairs import Pair, pairs_of, parts
+from membership.base.starter import end_with_starter
 
 BATCH = 10  # episodes per task of a process
 BATCH_LIMIT_S = 600.0
@@ -199,7 +200,7 @@ def _in_processes(batches: Iterator[list[int]], jobs: int) -> Generator[list[Epi
     first = list(islice(batches, 2 * jobs))
     if not first:
         return
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), end_with_starter) as pool:
         running = deque(pool.submit(_batch, batch) for batch in first)
         try:
             while running:

@@ -19,6 +19,7 @@ from chaos.target.waiting import until
 from elastic.cli.client import StoreClient, wait_for
 from elastic.serve.etcd_server import free_ports
 from elastic.serve.state_dir import StateDir
+from membership.base import starter
 from membership.base.errors import ElasticError
 from membership.base.events import Event, EventLog, Tail
 from membership.operations.change import Change, scale
@@ -130,7 +131,7 @@ class Cluster:
 
 
 class ServedCluster(Cluster):
-    """Owns an `elastic serve` process. A context manager: on exit all of it is stopped."""
+    """Owns an `elastic serve` process, which ends with this one. A context manager: on exit all of it is stopped."""
 
     def __init__(
         self,
@@ -158,7 +159,7 @@ class ServedCluster(Cluster):
 
     def __enter__(self) -> ServedCluster:
         self.state.path.mkdir(parents=True, exist_ok=True)
-        environ, files = self._environ, []
+        environ, files = {**self._environ, starter.ENV: starter.named()}, []
         with self._output.open("ab") as out, ExitStack() as given:
             if self._zygote is not None:
                 files = [given.enter_context(self._zygote.forkserver()).fileno()]

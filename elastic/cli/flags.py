@@ -61,13 +61,14 @@ def show(value: Any, text: str, output: Output) -> None:
 
 @contextmanager
 def interruptible(*numbers: signal.Signals) -> Iterator[threading.Event]:
-    """A stop event that Ctrl-C (or these signals) sets while the block runs."""
+    """A stop event that Ctrl-C (or these signals) sets while the block runs. What is ignored (nohup) stays so."""
     stop = threading.Event()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         stop.set()
 
-    before = {number: signal.signal(number, on_signal) for number in numbers or (signal.SIGINT,)}
+    heeded = [n for n in numbers or (signal.SIGINT,) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, on_signal) for number in heeded}
     try:
         yield stop
     finally:

@@ -1,14 +1,12 @@
-"""Running one role as a process: signals, the death pipe from the supervisor, the store and the event log.
+"""Running one role as a process: signals, the life of its supervisor, the store and the event log.
 
-A role started by `elastic serve` inherits a pipe (file descriptor in ELASTIC_DEATH_FD); end of file on it means that
-the supervisor is gone: the role stops as on SIGTERM, and is killed after ROLE_GRACE_S. A second signal ends it
-at once.
+A role stops at the end of its supervisor as on SIGTERM, and is killed after ROLE_GRACE_S; so does a supervisor at the
+end of who started it to end with it (`membership/base/starter.py`). A second signal ends it at once.
 """
 
 from __future__ import annotations
 
 import os
-import select
 import signal
 import threading
 from collections.abc import Iterator
@@ -23,60 +21,51 @@ from membership.base import failpoints, loop_watchdog
 from membership.base.events import EventLog
 from membership.base.run_dir import ENV as RUN_DIR_ENV
 from membership.base.run_dir import default_run_dir, make_run_dir, run_dir
+from membership.base.starter import StarterWatch
 from membership.base.timing import ROLE_GRACE_S
 from membership.store.interface import Store
 
-DEATH_FD = "ELASTIC_DEATH_FD"
 STORE_SEEN = "ELASTIC_STORE_SEEN"  # what the supervisor has seen of the store: a role must not start on another one
 
 log = structlog.get_logger(__name__)
 
 
 class StopSignal:
-    """A block's stop event, set by SIGTERM, SIGINT or the supervisor's death; a second signal exits at once."""
+    """A block's stop event, set by SIGTERM, SIGINT, a terminal that closes, or the end of the process that started us.
+
+    A second SIGTERM or SIGINT exits at once.
+    """
 
     def __init__(self) -> None:
         self._event = threading.Event()
         self._closed = threading.Event()
-        self._wake = -1  # an eventfd that ends the watcher's wait
-        self._watcher: threading.Thread | None = None
+        self._starter: StarterWatch | None = None
 
     def __enter__(self) -> threading.Event:
-        """Take over SIGTERM and SIGINT, and watch the death pipe if there is one."""
+        """Take over the signals, and watch the starter if there is one."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        inherited = os.environ.pop(DEATH_FD, "")
-        if inherited:
-            os.set_inheritable(int(inherited), False)
-            self._wake = os.eventfd(0)
-            self._watcher = threading.Thread(target=self._watch, args=(int(inherited),), name="death-pipe", daemon=True)
-            self._watcher.start()
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(signal.SIGHUP, self._on_signal)
+        self._starter = StarterWatch(self._on_orphaned)
         return self._event
 
     def __exit__(self, *exc: object) -> None:
-        """Stop watching the death pipe."""
+        """Stop watching."""
         self._closed.set()
-        if self._watcher is not None:
-            os.eventfd_write(self._wake, 1)
-            self._watcher.join(timeout=2.0)
-            os.close(self._wake)
+        if self._starter is not None:
+            self._starter.close()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._event.is_set():
+        if self._event.is_set() and number != signal.SIGHUP:  # kernel and shell may both tell of a closed terminal
             os._exit(128 + number)
         self._event.set()
 
-    def _watch(self, fd: int) -> None:
-        poller = select.poll()
-        for source in (fd, self._wake):
-            poller.register(source, select.POLLIN | select.POLLHUP)
-        poller.poll()  # without a deadline: the block's end ends it
-        if not self._closed.is_set():
-            log.warning("supervisor_died")
-            self._event.set()
-            if not self._closed.wait(timeout=ROLE_GRACE_S):
-                os._exit(1)
-        os.close(fd)
+    def _on_orphaned(self) -> None:
+        log.warning("starter_died")
+        self._event.set()
+        if not self._closed.wait(timeout=ROLE_GRACE_S):
+            os._exit(1)
 
 
 def end_with_any_thread() -> None:

@@ -20,7 +20,7 @@ from typing import IO
 import msgspec
 import structlog
 
-from elastic.serve.role_main import DEATH_FD
+from membership.base import starter
 from membership.base.errors import StoreError
 from membership.base.timing import ROLE_RESTART_MAX_S, STABLE_S
 from membership.store.interface import Store
@@ -52,11 +52,11 @@ class RoleProcess:
     environment: dict[str, str] = field(default_factory=dict)
     forkserver: Callable[[], socket.socket] | None = None  # makes a new one for each start
 
-    def start(self, death_fd: int, now: float) -> None:
-        """Start the process with the supervisor's death pipe, in a session of its own (Ctrl-C is the supervisor's)."""
-        environment = {**os.environ, **self.environment, DEATH_FD: str(death_fd)}
+    def start(self, now: float) -> None:
+        """Start the process; it ends with this one. It has a session of its own (Ctrl-C is the supervisor's)."""
+        environment = {**os.environ, **self.environment, starter.ENV: starter.named()}
         with self.log_path.open("ab") as out, ExitStack() as given:
-            fds = [death_fd]
+            fds: list[int] = []
             if self.forkserver is not None:
                 fds.append(given.enter_context(self.forkserver()).fileno())
                 environment[FORKSERVER_FD] = str(fds[-1])

@@ -1,7 +1,7 @@
 """`elastic serve`: a whole cluster on one machine. A supervisor that owns etcd and one process per role.
 
 It only starts, watches and stops processes; the controller decides about ranks. A process that dies is started again.
-When the supervisor itself dies, all of them end (death pipe; etcd by parent-death signal).
+When the supervisor itself dies, all of them end (`membership/base/starter.py`; etcd by parent-death signal).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 
 import httpx
@@ -75,7 +75,6 @@ class Supervisor:
         self._store: Store | None = None
         self._roles: list[RoleProcess] = []
         self._environment: dict[str, str] = {}
-        self._death_read = -1
         self._zygote: Zygote | None = None
         self._opened = ExitStack()
         self._events = EventLog(self.state.events, "supervisor")
@@ -121,14 +120,11 @@ class Supervisor:
         self._store = self.address(endpoints).connect()
         opened.callback(self._store.close)
         self._write_config(self._store)
-        self._death_read, death_write = os.pipe()
-        opened.callback(os.close, self._death_read)
-        opened.callback(os.close, death_write)
         opened.callback(self._stop_roles)
         for name in STOP_GRACE_S:
             role = self._role(name, endpoints)
             self._roles.append(role)
-            role.start(self._death_read, time.monotonic())
+            role.start(time.monotonic())
             self._emit("role_started", role)
         self.state.publish(self.address(endpoints))
         guard = StoreGuard(self._store, self.keys.config, lambda replaced: self._on_replaced(replaced, endpoints))
@@ -181,7 +177,7 @@ class Supervisor:
             if role.start_at is not None and now >= role.start_at:
                 if self._store is not None:
                     role.environment[STORE_SEEN] = self._store.seen
-                role.start(self._death_read, now)
+                role.start(now)
                 self._emit("role_started", role)
         if self._zygote is not None:
             self._zygote.tend()
@@ -311,9 +307,10 @@ def run_serve(options: ServeOptions) -> None:
 
 
 def say(line: str) -> None:
-    """A line for the person at the terminal; stdout stays for data."""
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
+    """A line for the person at the terminal, if there still is one; stdout stays for data."""
+    with suppress(OSError):
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
 
 
 def _shape(config: ClusterConfig) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 _PF_EXITING = 0x4
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
-_STATE, _FLAGS, _UTIME, _STIME = 0, 6, 11, 12  # fields of /proc/<pid>/stat after the process's name
+_STATE, _FLAGS, _UTIME, _STIME, _BORN = 0, 6, 11, 12, 19  # fields of /proc/<pid>/stat after the process's name
 
 
 def is_dying(pid: int) -> bool:
@@ -20,6 +20,12 @@ def is_dying(pid: int) -> bool:
         return False
     fields = _fields(Path(f"/proc/{pid}/stat"))
     return fields is None or fields[_STATE] in ("Z", "X") or bool(int(fields[_FLAGS]) & _PF_EXITING)
+
+
+def start_time(pid: int) -> str | None:
+    """When it was started, in the kernel's ticks: with its pid, this means one process only. None if it is gone."""
+    fields = _fields(Path(f"/proc/{pid}/stat"))
+    return fields[_BORN] if fields else None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import time
 import structlog
 
 from membership.base.errors import LeaseLost, StoreUnavailable, WaitTimeout
+from membership.base.starter import end_with_starter
 from membership.store.election import Election
 from membership.store.etcd import EtcdStore, connect
 from membership.store.interface import Put
@@ -95,4 +96,5 @@ def main(urls: str) -> None:
 
 
 if __name__ == "__main__":
+    end_with_starter()
     main(sys.argv[1])

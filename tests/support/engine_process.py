@@ -8,6 +8,7 @@ import threading
 
 from elastic.engine.role import run_terms
 from membership.base.events import EventLog
+from membership.base.starter import end_with_starter
 from membership.store.etcd import connect
 
 
@@ -23,4 +24,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    end_with_starter()
     main()

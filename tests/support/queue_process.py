@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from membership.base.starter import end_with_starter
 from tests.support import ROOT
 from workers.ipc.doorbell import Doorbell
 from workers.queue.message_queue import MessageQueue
@@ -79,4 +80,5 @@ def main(handle: str, reader_id: str) -> None:
 
 
 if __name__ == "__main__":
+    end_with_starter()
     main(sys.argv[1], sys.argv[2])

@@ -18,6 +18,7 @@ from typing import Any
 
 from membership.base.errors import QueueClosed
 from membership.base.rank_id import RankId
+from membership.base.starter import end_with_starter
 from workers.ipc.doorbell import Doorbell
 from workers.protocol.live_mask import LiveMask
 from workers.protocol.liveness import LivenessPage
@@ -216,4 +217,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    end_with_starter()
     main()

@@ -39,6 +39,15 @@ threading.Thread(target=fail).start()
 threading.Event().wait(timeout=float(sys.argv[2]))
 """
 
+STOPS = """
+import signal
+from elastic.serve.role_main import StopSignal
+with StopSignal() as stop:
+    for _ in range(2):  # a shell tells of it after the kernel has
+        signal.raise_signal(signal.SIGHUP)
+    print("stops" if stop.is_set() else "goes on")
+"""
+
 
 def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -62,3 +71,8 @@ def test_a_thread_that_fails_ends_the_process() -> None:
     assert ended.returncode == 1
     assert "by accident" in ended.stdout + ended.stderr
     assert run(FAILED, "", "0").returncode == 0
+
+
+def test_a_closed_terminal_stops_a_role_in_order_unless_that_is_ignored() -> None:
+    assert run(STOPS).stdout == "stops\n"
+    assert run("import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + STOPS).stdout == "goes on\n"

@@ -29,9 +29,11 @@ import signal, sys, threading
 from pathlib import Path
 from membership.store.etcd import connect
 from membership.base.events import EventLog
+from membership.base.starter import end_with_starter
 from workers.agent.agent import AgentOptions, run_agent
 stop = threading.Event()
 signal.signal(signal.SIGTERM, lambda *_: stop.set())
+end_with_starter()
 store = connect([sys.argv[1]])
 run_agent(store, "c", "n", stop, EventLog(Path(sys.argv[2]), "agent", "c"), AgentOptions("{WORKER}"))
 store.close()
@@ -113,13 +115,14 @@ def test_ranks_outlive_a_crash_of_the_store(server: EtcdServer, scene: Scene) ->
 
 
 def test_ranks_with_heartbeats_are_not_evicted_from_a_busy_machine(server: EtcdServer, scene: Scene) -> None:
+    burn = f"import os\nwhile os.getppid() == {os.getpid()}: pass"  # it ends with us
     burners: list[subprocess.Popen[bytes]] = []
     with agent_process(server, scene):
         scene.assign(A, B, C)
         pids = {key: record.pid for key, record in scene.until_registered(A, B, C).ranks.items()}
         try:
             for _ in range(2 * (os.cpu_count() or 1)):
-                burners.append(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+                burners.append(subprocess.Popen([sys.executable, "-c", burn]))
             deadline = time.monotonic() + 5.0
             while time.monotonic() < deadline:
                 state = scene.state()
