@@ -11,6 +11,7 @@ MIRROR = "tests/contract/membership/store/test_mirror.py"
 REPLACED = "tests/contract/membership/store/test_store_replaced.py"
 CODEC = "tests/unit/membership/store/test_codec.py"
 PLANNER = "tests/unit/membership/planning/test_planner.py"
+TIMES = "tests/unit/membership/planning/test_own_times.py"
 OPERATIONS = "tests/unit/membership/operations/test_operations.py"
 CHANGE = "tests/unit/membership/operations/test_change.py"
 
@@ -102,6 +103,14 @@ MUTANTS: tuple[Mutant, ...] = (
         before="if envelope.v > SCHEMA_VERSION:",
         after="if False:",
         tests=(f"{CODEC}::test_a_newer_schema_is_refused_with_what_to_do",),
+    ),
+    Mutant(
+        name="strange-clocks-believed",
+        guards="G4: a wait lasts as long as it was meant to, whatever the clock of the process that began it says",
+        file="membership/planning/own_times.py",
+        before="return now - written[1] if contradicts else known or 0.0",
+        after="return 0.0",
+        tests=(f"{TIMES}::test_what_appears_while_we_look_was_written_now",),
     ),
     # --- what may be committed
     Mutant(

@@ -15,6 +15,7 @@ from chaos.simulation.invariants import idle
 from chaos.simulation.process import Process
 from membership.base.errors import Fenced, LeaseLost, StoreError, StoreUnavailable, WaitTimeout
 from membership.planning.controller import Term, edge
+from membership.planning.own_times import OwnTimes
 from membership.planning.planner import Effect, due
 from membership.store.codec import encode
 from membership.store.election import Election
@@ -25,6 +26,8 @@ from membership.store.records import ClusterState, LeaderRecord
 if TYPE_CHECKING:
     from chaos.simulation.cluster import Cluster
 
+Decided = tuple[ClusterState, float]
+"""The state and the time in which something was decided, both as the controller saw them."""
 LOOK_S, THINK_S = 0.5, (0.001, 0.02)
 STANDBY_S = 0.3
 
@@ -36,15 +39,14 @@ class ControllerProcess(Process):
         super().__init__(cluster, f"controller {number}")
         self.mirror: Mirror | None = None
         self.election: Election | None = None
-        self.past: deque[tuple[Effect, ClusterState, Term, Election, float]] = deque(maxlen=8)
+        self.past: deque[tuple[Effect, ClusterState, Term, Election, Decided]] = deque(maxlen=8)
         self._keeper: LeaseKeeper | None = None
         self._term: Term | None = None
+        self._times = OwnTimes()
         self._written = 0  # the mirror must have reached this before the next look
         self._wait_until = 0.0
         self._acting = False
-        self.decided: tuple[ClusterState, float] | None = (
-            None  # the state and time at which the transaction under way was decided
-        )
+        self.decided: Decided | None = None  # of the transaction under way
         self.after(self.random.uniform(0.0, 0.05), self._tick)
 
     @property
@@ -63,6 +65,7 @@ class ControllerProcess(Process):
             if self._keeper is None or self._term is None or self.election is None:
                 self._stand(self.mirror)
             elif not self.election.token:
+                self._term.own(self.mirror.state(), self.wall())
                 self.cluster.elected("controller", self.election.campaign(0.0))
                 self.wake()
             elif not self.election.held:
@@ -79,9 +82,8 @@ class ControllerProcess(Process):
         self._keeper = LeaseKeeper(self.client, ttl_s, self.clock, background=False)
         value = encode(LeaderRecord(node=self.name, pid=1))
         self.election = Election(self.client, self.cluster.keys.leader, value, self._keeper)
-        self._term = Term(
-            self.client, self.cluster.keys.cluster, self.name, threading.Event(), self.cluster.events, self.wall, mirror
-        )
+        name, stop = self.cluster.keys.cluster, threading.Event()
+        self._term = Term(self.client, name, self.name, stop, self.cluster.events, self.wall, mirror, self._times)
         self.after(ttl_s / 3, self._renew, self._keeper)
         self.wake()
 
@@ -90,24 +92,25 @@ class ControllerProcess(Process):
         if state.revision < self._written and self.clock.now < self._wait_until:
             return
         effects = term.decide(state, election, now)
+        own = term.own(state, now)
         if effects == []:
-            self.cluster.report_all(idle(state, now))
+            self.cluster.report_all(idle(own, now))
         for effect in effects or ():
             self._acting = True
-            self.past.append((effect, state, term, election, now))
+            self.past.append((effect, state, term, election, (own, now)))
             think_s = self.random.uniform(*THINK_S)
             hang_s = self.cluster.failpoints.hang_s(f"controller.before.{edge(effect)}")
             if hang_s:
                 self.cluster.freeze(self, hang_s)
-            self.after(think_s, self._apply, effect, state, term, election, now)
-        if not effects and (at := due(state, now)) is not None and at - now < LOOK_S:
+            self.after(think_s, self._apply, effect, state, term, election, (own, now))
+        if not effects and (at := due(own, now)) is not None and at - now < LOOK_S:
             self.wake(max(0.001, at - now))
 
-    def _apply(self, effect: Effect, state: ClusterState, term: Term, election: Election, now: float) -> None:
+    def _apply(self, effect: Effect, state: ClusterState, term: Term, election: Election, decided: Decided) -> None:
         self._acting = False
         point = f"controller.after.{edge(effect)}"
         try:
-            with self._deciding(state, now):
+            with self._deciding(decided):
                 self._written = max(term.apply(effect, state, election), state.revision + 1)
             self._wait_until = self.clock.now + LOOK_S
         except StoreUnavailable:
@@ -122,14 +125,14 @@ class ControllerProcess(Process):
             self.cluster.freeze(self, hang_s)
         self.wake()
 
-    def repeat(self, effect: Effect, state: ClusterState, term: Term, election: Election, now: float) -> None:
-        with suppress(Fenced, StoreError), self._deciding(state, now):
+    def repeat(self, effect: Effect, state: ClusterState, term: Term, election: Election, decided: Decided) -> None:
+        with suppress(Fenced, StoreError), self._deciding(decided):
             term.apply(effect, state, election)
 
     @contextmanager
-    def _deciding(self, state: ClusterState, now: float) -> Iterator[None]:
-        """Attribute what is written meanwhile to the decision made in `state` at `now`."""
-        self.decided = (state, now)
+    def _deciding(self, decided: Decided) -> Iterator[None]:
+        """Attribute what is written meanwhile to this decision."""
+        self.decided = decided
         try:
             yield
         finally:

@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any
 
 import structlog
+from msgspec.structs import replace
 
 from membership.base import failpoints, loop_watchdog
 from membership.base.errors import Fenced, LeaseLost, StoreReplaced, StoreUnavailable, WaitTimeout
@@ -23,6 +24,7 @@ from membership.base.events import EventLog
 from membership.base.timing import LEASE_TTL_S
 from membership.placement.plan import moves
 from membership.planning import planner
+from membership.planning.own_times import OwnTimes
 from membership.planning.planner import Effect
 from membership.store.codec import encode
 from membership.store.election import Election
@@ -70,6 +72,14 @@ def transaction(effect: Effect, state: ClusterState, keys: Keys) -> tuple[list[C
     return compares, [Delete(key) if record is None else Put(key, encode(record)) for key, record in writes.items()]
 
 
+def as_written(effect: Effect, state: ClusterState) -> Effect:
+    """The effect with its operation's deadline as it was asked for, not as our clock counts it."""
+    stored = state.operations.get(effect.operation.id) if effect.operation is not None else None
+    if effect.operation is None or stored is None:
+        return effect
+    return replace(effect, operation=replace(effect.operation, started=stored.started, deadline=stored.deadline))
+
+
 def edge(effect: Effect) -> str:
     """The name in its failpoints: the phase that an operation enters, else what happens to the view."""
     if effect.operation is not None:
@@ -94,8 +104,9 @@ def run_controller(
     while not stop.is_set():
         try:
             with Mirror(store, cluster) as mirror:
+                times = OwnTimes()
                 while not stop.is_set():
-                    Term(store, cluster, node, stop, events, clock, mirror).serve()
+                    Term(store, cluster, node, stop, events, clock, mirror, times).serve()
         except StoreUnavailable as error:
             log.warning("store_unavailable", cluster=cluster, error=str(error))
             stop.wait(PAUSE_S)
@@ -117,6 +128,7 @@ class Term:
     events: EventLog
     clock: Callable[[], float]
     mirror: Mirror
+    times: OwnTimes
 
     @cached_property
     def keys(self) -> Keys:
@@ -143,6 +155,7 @@ class Term:
     def _campaign_and_lead(self, election: Election) -> None:
         while not self.stop.is_set() and not election.token:
             loop_watchdog.heartbeat()
+            self.own(self.mirror.state(), self.clock())
             self._campaign(election)
         if election.token:
             self.events.emit("leader_elected", cluster=self.cluster, node=self.node, token=election.token)
@@ -173,14 +186,20 @@ class Term:
                 return
             self.mirror.poll(max(written - 1, state.revision), LOOK_S)
         if not effects:
-            at = planner.due(state, now)
+            at = planner.due(self.own(state, now), now)
             self.mirror.poll(state.revision, LOOK_S if at is None else min(LOOK_S, at - now))
 
     def decide(self, state: ClusterState, election: Election, now: float) -> list[Effect] | None:
         """Return the effects; None while the mirror has not seen our election yet. Fenced: another one leads."""
         if state.leader_revision > election.token:
             raise Fenced(f"token {election.token} was superseded by {state.leader_revision}")
-        return planner.reconcile(state, now) if state.leader_revision == election.token else None
+        if state.leader_revision != election.token:
+            return None
+        return [as_written(effect, state) for effect in planner.reconcile(self.own(state, now), now)]
+
+    def own(self, state: ClusterState, now: float) -> ClusterState:
+        """`state` as decisions see it: its times on our clock."""
+        return self.times.own(state, now)
 
     def apply(self, effect: Effect, state: ClusterState, election: Election) -> int:
         """Apply one effect; return the revision that the mirror must reach before the next decision."""

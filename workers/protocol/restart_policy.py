@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from membership.base.rank_id import RankId
+from membership.base.timing import CLOCK_SKEW_S
 from membership.store.records import ClusterConfig, RankExit
 
 FENCED_STATUS = 75
@@ -46,8 +47,8 @@ def counted(deaths: tuple[float, ...], last: RankExit | None) -> tuple[float, ..
 
 
 def recent_deaths(policy: RestartPolicy, deaths: tuple[float, ...], now: float) -> tuple[float, ...]:
-    """The deaths that still count at `now`."""
-    return tuple(at for at in deaths if now - at < policy.window_s)
+    """The deaths that still count at `now`. One dated by a clock far ahead of ours does not: it would for too long."""
+    return tuple(at for at in deaths if -CLOCK_SKEW_S <= now - at < policy.window_s)
 
 
 def backoff_s(policy: RestartPolicy, recent: int, chance: float) -> float:

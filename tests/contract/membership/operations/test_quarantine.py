@@ -10,6 +10,7 @@ from membership.store.codec import decode, encode
 from membership.store.interface import Put, Store
 from membership.store.keys import Keys
 from membership.store.records import RankExit
+from workers.protocol.restart_policy import counted
 
 pytestmark = pytest.mark.contract
 
@@ -31,6 +32,13 @@ def test_the_slot_may_be_filled_again_and_its_deaths_are_forgiven(store: Store, 
     assert found is not None
     assert decode(found.value, RankExit) == pardoned
     assert unquarantine(store, cluster, 2, clock=lambda: 200.0) == pardoned, "once more changes nothing"
+
+
+def test_its_deaths_are_forgiven_though_our_clock_is_behind_the_agents(store: Store, prefix: str) -> None:
+    cluster = prefix.split("/")[2]
+    last = died(quarantined=True)
+    store.txn([], [Put(Keys(cluster).exit(2), encode(last))])
+    assert counted((last.at,), unquarantine(store, cluster, 2, clock=lambda: last.at - 60)) == ()
 
 
 def test_a_rank_that_never_died_is_not_in_quarantine(store: Store, prefix: str) -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -24,6 +25,7 @@ from membership.base.errors import ConfigError
 pytestmark = pytest.mark.unit
 
 EPISODES = 200  # in which a mutant must show
+CORPUS = [line for line in Path(__file__).with_name("corpus.txt").read_text().splitlines() if not line.startswith("#")]
 
 
 def test_the_same_seed_is_the_same_episode_in_another_process() -> None:
@@ -81,6 +83,12 @@ def test_a_campaign_breaks_no_invariant() -> None:
     assert total == len(FAULTS) ** 2
     assert seen + len(receipt.pairs_missing) == total
     assert seen > total / 4
+
+
+@pytest.mark.parametrize("line", CORPUS)
+def test_an_episode_that_once_broke_a_promise_does_not_break_it_again(line: str) -> None:
+    seed, keep, wrong = line.split(maxsplit=2)
+    assert not run_episode(int(seed), kept("" if keep == "all" else keep)).violation, wrong
 
 
 def test_the_walk_passes_every_ordered_pair_of_kinds() -> None:

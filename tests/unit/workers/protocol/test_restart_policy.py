@@ -53,6 +53,10 @@ def test_old_deaths_are_forgiven_but_counted() -> None:
     assert recent_deaths(POLICY, (100.0, 950.0), 1000.0) == (950.0,)
 
 
+def test_a_death_dated_by_a_clock_far_ahead_does_not_count_until_that_time() -> None:
+    assert recent_deaths(POLICY, (1060.0, 1001.0, 999.0), 1000.0) == (1001.0, 999.0)
+
+
 @given(st.integers(2, 10**6), st.floats(0, 0.999))
 def test_a_backoff_is_finite_and_bounded(recent: int, chance: float) -> None:
     assert POLICY.base_s <= backoff_s(POLICY, recent, chance) <= POLICY.max_s * (1 + POLICY.jitter)

@@ -1,0 +1,100 @@
+"""Waits last as long as they are meant to, whatever the clocks of those who wrote the times say."""
+
+from __future__ import annotations
+
+import pytest
+
+from membership.base.enums import OperationKind
+from membership.planning.own_times import OwnTimes
+from membership.store.records import (
+    Assignment,
+    ClusterState,
+    Operation,
+    Pause,
+    RankSpec,
+    RebalanceRequest,
+    View,
+)
+
+pytestmark = pytest.mark.unit
+
+NOW = 1000.0
+HOUR = 3600.0
+EMPTY = ClusterState(revision=1)
+
+
+def written(at: float, revision: int = 2) -> ClusterState:
+    """Everything that has a time, written at `at` by some clock: waits of 30 s, a pause of 60 s."""
+    spec = RankSpec(rank=0, incarnation=1, launched=at)
+    operation = Operation(id="op", kind=OperationKind.SCALE, target=2, started=at, deadline=at + 30)
+    return ClusterState(
+        revision=revision,
+        view=View(epoch=1, staged=at),
+        next=View(epoch=2, staged=at),
+        assignments={"a": Assignment(node="a", ranks=(spec,))},
+        operations={"op": operation},
+        pause=Pause(since=at, until=at + 60),
+        rebalance=RebalanceRequest(at=at + 0.001),
+    )
+
+
+def times(state: ClusterState) -> tuple[float, ...]:
+    assert None not in (state.view, state.next, state.pause, state.rebalance)
+    operation, (spec,) = state.operations["op"], state.assignments["a"].ranks
+    return (
+        state.view.staged, state.next.staged, spec.launched, operation.started, operation.deadline - 30,
+        state.pause.since, state.pause.until - 60, state.rebalance.at - 0.001,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("skew_s", [-HOUR, -60.0, 60.0, HOUR])
+def test_what_appears_while_we_look_was_written_now(skew_s: float) -> None:
+    clock = OwnTimes()
+    clock.own(EMPTY, NOW)
+    assert times(clock.own(written(NOW + skew_s), NOW + 1)) == pytest.approx([NOW + 1] * 8, abs=0.01)
+
+
+@pytest.mark.parametrize("skew_s", [60.0, HOUR])
+def test_nothing_was_written_later_than_it_was_first_seen(skew_s: float) -> None:
+    clock = OwnTimes()  # a new controller: it finds the records
+    assert times(clock.own(written(NOW + skew_s), NOW)) == pytest.approx([NOW] * 8, abs=0.01)
+
+
+def test_what_a_new_controller_finds_may_be_old() -> None:
+    state = written(NOW - HOUR)
+    assert OwnTimes().own(state, NOW) is state
+
+
+def test_clocks_that_agree_are_believed() -> None:
+    clock = OwnTimes()
+    clock.own(EMPTY, NOW)
+    for lag_s in (-1.0, 0.0, 1.0):
+        state = written(NOW + lag_s)
+        assert clock.own(state, NOW) is state
+
+
+def test_time_goes_on_after_it_was_moved() -> None:
+    clock, state = OwnTimes(), written(NOW + 60)
+    moved = [times(clock.own(state, NOW + later_s)) for later_s in (0.0, 1.0, 29.0, 300.0)]
+    assert moved == [moved[0]] * 4
+
+
+def test_our_own_clock_may_jump_back() -> None:
+    clock = OwnTimes()
+    clock.own(EMPTY, NOW + 60)
+    state = written(NOW + 60.5)  # our own record
+    assert clock.own(state, NOW + 60.5) is state
+    assert times(clock.own(state, NOW + 1)) == pytest.approx([NOW + 1] * 8, abs=0.01)
+
+
+def test_a_record_that_is_written_again_is_looked_at_again() -> None:
+    clock = OwnTimes()
+    clock.own(written(NOW + 60), NOW)
+    again = written(NOW + 1, revision=3)
+    assert clock.own(again, NOW + 1) is again
+
+
+def test_after_a_pause_in_our_looks_a_new_record_may_be_old() -> None:
+    clock, state = OwnTimes(), written(NOW + 100)
+    clock.own(EMPTY, NOW)
+    assert clock.own(state, NOW + 160) is state
