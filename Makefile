@@ -49,7 +49,7 @@ matrix: setup  ## every fault at every edge of an operation; `test` has each edg
 	@ELASTIC_WHOLE_MATRIX=1 $(BIN)/python -m pytest tests/e2e/test_operation_faults.py
 
 chaos: setup  ## prove the promises: simulation, mutants, every fault for every role, a soak; one table (13 minutes on two fast cores)
-	@$(BIN)/elastic-chaos suite $(if $(SEED),--seed $(SEED)) $(foreach part,$(ONLY),--only $(part)) $(if $(filter no,$(PACE)),--no-pace)
+	@$(BIN)/elastic-chaos suite $(if $(SEED),--seed $(SEED)) $(if $(SHARE),--share $(SHARE)) $(foreach part,$(ONLY),--only $(part)) $(if $(filter no,$(PACE)),--no-pace)
 
 bench: setup  ## the benchmarks whose figures stand in docs/benchmarks.md
 	@$(BIN)/python -m benchmarks.mq

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from chaos.campaigns.campaign import seed_of
 from chaos.campaigns.suite import SuiteReceipt, run_suite
-from chaos.campaigns.suite_parts import parts
+from chaos.campaigns.suite_parts import Dose, parts
 from chaos.cli.shared import progress
 from elastic.cli.command import command
 from elastic.cli.flags import Output, OutputFlag, write_json
@@ -23,13 +23,14 @@ def suite(
     only: Annotated[list[str] | None, typer.Option(help="Only these parts.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of all that is drawn.")] = None,
     out: Annotated[Path, typer.Option(help="Where receipts, logs and the record go.")] = Path("chaos-report"),
+    share: Annotated[int, typer.Option(min=1, help="Draw only a third (3), a sixth (6) … of the random faults.")] = 1,
     pace: Annotated[bool, typer.Option(help="Also check how fast the simulation is: needs two idle cores.")] = True,
     output: OutputFlag = Output.TEXT,
 ) -> None:
     """Everything that proves the promises, part by part, and one table of it. Exit 1 if any goal was missed."""
     chosen = seed_of(seed)
     out.mkdir(parents=True, exist_ok=True)
-    stages = parts(chosen, out, pace)
+    stages = parts(chosen, out, pace, Dose(share))
     names = [part.name for stage in stages for part in stage]
     for name in only or ():
         if name not in names:

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from chaos.campaigns.suite import Goal, Part, Receipt, at_least, run_suite
-from chaos.campaigns.suite_parts import parts
+from chaos.campaigns.suite_parts import Dose, parts
 from chaos.cli.suite import show
 
 pytestmark = pytest.mark.unit
@@ -46,3 +46,20 @@ def test_each_part_is_a_command_that_there_is(tmp_path: Path) -> None:
 
     commands = get_command(app).commands  # type: ignore[attr-defined]
     assert {each.arguments[0] for stage in parts(1, tmp_path) for each in stage} <= set(commands)
+
+
+def test_a_share_draws_less_of_everything_and_leaves_no_part_out(tmp_path: Path) -> None:
+    whole, third = (
+        {each.name: each.arguments for stage in parts(1, tmp_path, dose=Dose(share)) for each in stage}
+        for share in (1, 3)
+    )
+    assert whole.keys() == third.keys()
+    for name in ("simulate", "soak"):
+        drawn = [
+            (int(a), int(b))
+            for a, b in zip(whole[name], third[name], strict=True)
+            if a.isdigit() and int(a) > 3 and a != b
+        ]
+        assert drawn
+        assert all(b == -(-a // 3) for a, b in drawn)
+    assert whole["planted"] == third["planted"]
