@@ -136,7 +136,7 @@ class ServedCluster(Cluster):
     def __init__(
         self,
         model: Path,
-        ranks: int,
+        ranks: int | None,
         *,
         state_dir: Path | None = None,
         flags: Sequence[str] = (),
@@ -150,7 +150,7 @@ class ServedCluster(Cluster):
         super().__init__(StateDir(state_dir or Path(self._temporary.name if self._temporary else "")))
         self.port, self.admin_port = ports or free_ports(2)
         self._command = [
-            sys.executable, "-m", "elastic.cli", "serve", str(model), "--ranks", str(ranks),
+            sys.executable, "-m", "elastic.cli", "serve", str(model), *([f"--ranks={ranks}"] if ranks else []),
             "--port", str(self.port), "--admin-port", str(self.admin_port), "--state-dir", str(self.state.path), *flags,
         ]  # fmt: skip
         self._process: subprocess.Popen[bytes] | None = None

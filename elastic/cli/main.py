@@ -16,7 +16,7 @@ import typer
 from elastic.cli import changes, cluster, roles
 from elastic.cli.command import command
 from elastic.cli.flags import Output, OutputFlag, show, write_json
-from elastic.serve.options import ServeOptions
+from elastic.serve.options import DEFAULT_RANKS, ServeOptions
 
 app = typer.Typer(
     name="elastic",
@@ -55,7 +55,7 @@ def demo_model(
 @command
 def doctor(
     model: Annotated[Path | None, typer.Argument(help="Also check this checkpoint.")] = None,
-    ranks: Annotated[int, typer.Option(help="Check coverage for this many ranks.")] = ServeOptions.ranks,
+    ranks: Annotated[int, typer.Option(help="Check coverage for this many ranks.")] = DEFAULT_RANKS,
     redundancy: Annotated[float, typer.Option(help="Check coverage for this redundancy.")] = ServeOptions.redundancy,
     hosts: Annotated[int, typer.Option(min=1, help="Check coverage for ranks on this many hosts.")] = 1,
     timing: Annotated[

@@ -19,7 +19,7 @@ def _find(options: StoreOptions) -> tuple[ClusterAddress, StateDir]:
     """The cluster's store and state directory. What is not given is taken from the cluster served last."""
     if options.etcd and options.cluster:
         state = StateDir(options.state_dir or home() / options.cluster)
-        state.path.mkdir(parents=True, exist_ok=True)
+        state.make()
         address = ClusterAddress(cluster=options.cluster, etcd=options.etcd, credentials=options.credentials())
         return address, state
     if options.etcd or options.cluster:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 
-from elastic.serve.options import DEFAULTS, MAX_PORT, ServeOptions, check_options
+from elastic.serve.options import DEFAULT_RANKS, DEFAULTS, MAX_PORT, ServeOptions, check_options
 from membership.base.errors import ConfigError, PlanRefused
 from membership.planning.cluster_facts import scale_refusal
 from membership.store.records import ClusterConfig
@@ -14,6 +14,7 @@ from workers.model.families import read_model_info
 def cluster_config(options: ServeOptions) -> ClusterConfig:
     """Check the options against the model. Raises ModelError, ConfigError or PlanRefused."""
     check_options(options)
+    ranks = options.ranks or DEFAULT_RANKS
     info = read_model_info(options.model)
     directory = options.model.resolve()
     as_given = {name: getattr(options, name) for name in DEFAULTS if hasattr(options, name)}
@@ -24,13 +25,13 @@ def cluster_config(options: ServeOptions) -> ClusterConfig:
         moe_layers=info.moe_layers,
         experts=info.experts,
         expert_bytes=info.expert_bytes(options.dtype),
-        max_ranks=options.max_ranks or max(options.ranks, DEFAULTS["max_ranks"]),
+        max_ranks=options.max_ranks or max(ranks, DEFAULTS["max_ranks"]),
         max_model_len=min(info.max_position, options.max_model_len or DEFAULTS["max_model_len"]),
         eos_token_ids=info.eos_token_ids,
         vocab_size=info.vocab_size,
     )
     config = ClusterConfig(**{**as_given, **derived})
-    refused = scale_refusal(config, options.ranks)
+    refused = scale_refusal(config, ranks)
     if refused:
         raise PlanRefused(refused)
     return config

@@ -26,6 +26,7 @@ from membership.store.credentials import NO_CREDENTIALS, Credentials
 from membership.store.records import ClusterConfig
 
 DEFAULTS = {each.name: each.default for each in msgspec.structs.fields(ClusterConfig)}
+DEFAULT_RANKS = 4
 MAX_PORT = 65_535
 T = TypeVar("T")
 
@@ -202,7 +203,12 @@ class ServeOptions(StoreOptions, ListenOptions, SpareOptions):
     model: Path = field(
         metadata={"option": Option(argument=True, helm="model.path", help="Checkpoint directory, Hugging Face format.")}
     )
-    ranks: int = option(4, "Number of expert-parallel ranks at the start.", minimum=1, helm="ranks")
+    ranks: int | None = option(
+        None,
+        f"Number of expert-parallel ranks at the start. Default: as the cluster was left, at first {DEFAULT_RANKS}.",
+        minimum=1,
+        helm="ranks",
+    )
     max_ranks: int | None = option(
         None, f"Upper limit for the number of ranks. Default: {DEFAULTS['max_ranks']}, or --ranks if higher."
     )

@@ -1,5 +1,8 @@
 """The directory in which a one-machine cluster keeps its address, events, logs and etcd data.
 
+It is private: owned by us, mode 0700. A directory that is not ours to make so, such as a volume of Kubernetes (root's,
+and all users of the pod may write to it) or /tmp, is not touched: then we have a private one of our own in it.
+
 `cluster.json` (mode 0600: it holds the admin token) is how client commands find a running cluster; `last` beside the
 default directories points at the one served last.
 """
@@ -8,17 +11,23 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import msgspec
 
 from membership.base.errors import ConfigError
+from membership.base.run_dir import entered
 from membership.store.credentials import NO_CREDENTIALS, Credentials
 from membership.store.keys import Keys
 
 if TYPE_CHECKING:
     from membership.store.etcd import EtcdStore
+
+
+HINT = "choose another --state-dir, one that you may write to; its mode becomes 0700"
 
 
 class ClusterAddress(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,11 +54,39 @@ def home() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "elastic-ep"
 
 
+def _private_part(given: Path) -> Path:
+    """`given`, or our own directory in it if it is another's, or all may write to it."""
+    try:
+        info = given.stat()
+    except OSError:
+        return given
+    ours = info.st_uid == os.geteuid() and not info.st_mode & stat.S_IWOTH
+    if ours or not stat.S_ISDIR(info.st_mode) or (os.geteuid() == 0 and (given / "cluster.json").exists()):
+        return given  # root may look at anybody's cluster
+    return given / f"elastic-ep-{os.geteuid()}"
+
+
+def _why(error: OSError) -> str:
+    """What is wrong with the path that the error names, and whose it is."""
+    path = Path(os.fsdecode(error.filename or ""))
+    with suppress(OSError):
+        while not path.exists() and path != path.parent:
+            path = path.parent
+        if not path.is_dir():
+            return f"{path} is not a directory"
+        owner = path.stat().st_uid
+        if isinstance(error, PermissionError) and owner != os.geteuid():
+            return f"{path} belongs to user {owner}, and we, user {os.geteuid()}, may not write to it"
+    return f"{error.strerror} ({error.filename})"
+
+
 class StateDir:
     """One cluster's directory. Only the supervisor writes `cluster.json`; each role appends to the event log."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, given: Path) -> None:
+        """`given`: as the user named it. Its owner and mode decide whether `path` is that one or one of ours in it."""
+        self.path = _private_part(given)
+        self._own_name = self.path != given
         self._lock: IO[str] | None = None
 
     @classmethod
@@ -83,11 +120,24 @@ class StateDir:
         """Where a role's stderr goes."""
         return self.path / "logs" / f"{role}.log"
 
+    def make(self) -> None:
+        """Make it private, and make it if it is missing. ConfigError if that cannot be, or it takes no files."""
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if self.path.stat().st_uid == os.geteuid():
+                self.path.chmod(0o700)
+            with entered(self.path if self._own_name else self.path.resolve()):  # the given one may be a link
+                (self.path / "logs").mkdir(exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"cannot keep state in {self.path}: {_why(error)}", hint=HINT) from error
+
     def claim(self) -> None:
         """Own the directory until `release` or exit; ConfigError if another supervisor owns it."""
-        (self.path / "logs").mkdir(parents=True, exist_ok=True)
-        self.path.chmod(0o700)
-        self._lock = (self.path / "lock").open("a+")
+        self.make()
+        try:
+            self._lock = (self.path / "lock").open("a+")
+        except OSError as error:
+            raise ConfigError(f"cannot keep state in {self.path}: {_why(error)}", hint=HINT) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -23,23 +23,22 @@ import structlog
 from elastic.serve import chaos_mode
 from elastic.serve.cluster_config import cluster_config, require_free_port
 from elastic.serve.etcd_server import EtcdServer, free_ports
-from elastic.serve.options import ServeOptions
+from elastic.serve.options import DEFAULT_RANKS, ServeOptions
 from elastic.serve.role_main import STORE_SEEN, StopSignal
 from elastic.serve.role_process import RoleProcess, revoke_leases, stop_together
 from elastic.serve.state_dir import ClusterAddress, StateDir, home
 from elastic.serve.store_guard import StoreGuard
-from membership.base.errors import ConfigError, ElasticError, StoreError, StoreReplaced, WaitTimeout
+from elastic.serve.stored_config import write_config
+from membership.base.errors import ConfigError, ElasticError, StoreReplaced, WaitTimeout
 from membership.base.events import EventLog, Tail
 from membership.base.failpoints import HISTORY_ENV
 from membership.base.logs import configure
 from membership.base.run_dir import ENV as RUN_DIR_ENV
 from membership.base.run_dir import make_run_dir, remove_run_dir, run_dir, sweep
 from membership.base.timing import STABLE_S
-from membership.store import codec
 from membership.store.credentials import NO_CREDENTIALS
-from membership.store.interface import Compare, Delete, Put, Store
+from membership.store.interface import Store
 from membership.store.keys import Keys
-from membership.store.records import ClusterConfig, Desired
 from workers.agent.preload import WORKER_CLASS, preload_for
 from workers.agent.zygote import Zygote
 from workers.ipc.cpu_priority import run_in_short_turns
@@ -67,6 +66,7 @@ class Supervisor:
         require_free_port(options.host, options.admin_port, "--admin-port")
         free = free_ports(2)  # for a port of 0: clients that read the address need the number
         self.options = replace(options, port=options.port or free[0], admin_port=options.admin_port or free[1])
+        self.ranks = options.ranks or DEFAULT_RANKS
         self.state = StateDir(options.state_dir or home() / self.config.cluster)
         self.keys = Keys(self.config.cluster)
         self.node = os.environ.get("ELASTIC_NODE") or socket.gethostname()
@@ -119,7 +119,7 @@ class Supervisor:
             endpoints = (self.etcd.url,)
         self._store = self.address(endpoints).connect()
         opened.callback(self._store.close)
-        self._write_config(self._store)
+        self.config, self.ranks = write_config(self._store, self.config, self.options, say)
         opened.callback(self._stop_roles)
         for name in STOP_GRACE_S:
             role = self._role(name, endpoints)
@@ -242,30 +242,6 @@ class Supervisor:
             forkserver=self._zygote.forkserver if self._zygote is not None and name == "agent" else None,
         )  # fmt: skip
 
-    def _write_config(self, store: Store) -> None:
-        """Store config and desired size. A cluster that served the same model continues from its last epoch."""
-        keys = self.keys
-        before = store.get(keys.config)
-        known = codec.decode(before.value, ClusterConfig) if before else None
-        if self.options.etcd and known is not None and store.get(keys.leader) is not None:
-            raise ConfigError(
-                f"cluster {self.config.cluster!r} is being served by somebody else on this etcd",
-                hint="choose another name with --cluster",
-            )
-        revoke_leases(store, keys.prefix)
-        puts = [
-            Put(keys.config, codec.encode(self.config)),
-            Put(keys.desired, codec.encode(Desired(ranks=self.options.ranks))),
-        ]
-        wipe = [Delete(key) for key in (keys.next,)] + [
-            Delete(f"{keys.prefix}{k}/", prefix=True) for k in ("assign", "exits", "ranks", "ops")
-        ]
-        if known is not None and _shape(known) != _shape(self.config):
-            wipe.append(Delete(keys.view))
-        outcome = store.txn([Compare(keys.config, "mod", "=", before.mod_revision if before else 0)], [*wipe, *puts])
-        if not outcome.succeeded:
-            raise StoreError("this cluster's config was written by another process at the same time", hint="try again")
-
     def _troubles(self) -> Iterator[str]:
         """Errors that keep ranks from getting ready, since the last call."""
         while (events := self._history.read()) is not None:
@@ -298,7 +274,7 @@ def run_serve(options: ServeOptions) -> None:
         where, name = supervisor.address(()), supervisor.config.served_model_name
         if options.chaos:
             say(chaos_mode.WARNING.format(supervisor.state.failpoints))
-        say(f"starting {supervisor.config.cluster} with {options.ranks} ranks; state in {supervisor.state.path}")
+        say(f"starting {supervisor.config.cluster} with {supervisor.ranks} ranks; state in {supervisor.state.path}")
         supervisor.wait_ready(stop, on_progress=say)
         if not stop.is_set():
             say(f"ready: OpenAI API at {where.url}/v1, model {name!r}, admin at {where.admin_url}")
@@ -311,7 +287,3 @@ def say(line: str) -> None:
     with suppress(OSError):
         sys.stderr.write(line + "\n")
         sys.stderr.flush()
-
-
-def _shape(config: ClusterConfig) -> tuple[int, int]:
-    return config.moe_layers, config.experts

@@ -61,6 +61,8 @@ LEASE_TTL_S = _time(
     3.0, "A controller, engine, agent or rank that stops renewing is gone after this (default of `lease_ttl_s`)"
 )
 CLOCK_SKEW_S = _time(2.0, "Tolerated clock skew between nodes when a backoff time is checked")
+_time = _times("lease", "elastic/serve/stored_config.py")
+LEASE_GRACE_S = _time(2.0, "Of a cluster whose server was killed: max wait beyond the TTL for etcd to end its leases")
 _time = _times("lease", "workers/agent/begin.py")
 TAKEOVER_S = _time(30.0, "Max wait of a new agent for its predecessor's record to disappear")
 

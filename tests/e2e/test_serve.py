@@ -36,6 +36,12 @@ def test_a_restarted_cluster_goes_on_from_its_last_epoch(demo_model: Path, tmp_p
         assert epochs == list(range(1, len(epochs) + 1))
 
 
+def processes_of(cluster: ServedCluster) -> list[psutil.Process]:
+    supervisor = psutil.Process(cluster.pid)
+    ranks = [psutil.Process(rank["pid"]) for rank in cluster.status()["ranks"]]
+    return list({each.pid: each for each in (supervisor, *supervisor.children(recursive=True), *ranks)}.values())
+
+
 def test_an_external_etcd(serve: Serve, demo_model: Path, tmp_path: Path) -> None:
     with EtcdServer(tmp_path / "etcd") as etcd:
         flags = ("--etcd", etcd.url, "--cluster", "mine")
@@ -55,7 +61,13 @@ def test_an_external_etcd(serve: Serve, demo_model: Path, tmp_path: Path) -> Non
             capture_output=True, text=True, timeout=60,
         )  # fmt: skip
         assert status.returncode == 0, status.stderr
-        cluster.__exit__()
+        cluster.scale(3)
+        for process in processes_of(cluster):
+            process.kill()
+        with ServedCluster(demo_model, None, state_dir=tmp_path / "three", flags=flags) as third:
+            assert third.wait_serving(3)["epoch"] > 1
+            said = (third.state.path / "serve.log").read_text()
+            assert "3 ranks, as the cluster was left" in said
         assert etcd.alive
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
@@ -10,6 +13,7 @@ import pytest
 import yaml
 
 from tests.support import ROOT
+from tests.support.other_user import NEEDS_ROOT, run_as
 
 pytestmark = pytest.mark.integration
 
@@ -51,6 +55,13 @@ def test_lint_is_clean() -> None:
             "etcd.endpoints={http://etcd-0:2379,http://etcd-1:2379}",
         ),
         ("admin.existingSecret=token", "serviceAccount.create=false"),
+        (
+            "etcd.endpoints={https://etcd-0:2379}",
+            "etcd.tlsSecret=etcd-client",
+            "etcd.clientCertificate=true",
+            "etcd.user=server",
+            "etcd.passwordSecret=etcd-user",
+        ),
     ],
 )
 def test_manifests_are_valid(settings: tuple[str, ...]) -> None:
@@ -66,6 +77,54 @@ def test_values_reach_the_command_line() -> None:
     assert {"--ranks=6", "--redundancy=1.5", "--etcd=http://etcd-0:2379", "--host=0.0.0.0"} <= set(arguments)
 
 
+def test_a_size_is_passed_only_if_it_is_given() -> None:
+    """Else a restarted pod would forget `elastic scale`."""
+    assert not [argument for argument in arguments_of(render()) if argument.startswith("--ranks")]
+
+
+def test_credentials_for_etcd_come_from_secrets_and_are_where_the_flags_say() -> None:
+    settings = ("etcd.tlsSecret=tls", "etcd.clientCertificate=true", "etcd.user=server", "etcd.passwordSecret=word")
+    pod = render("etcd.endpoints={https://e:2379}", *settings)["StatefulSet"]["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+    flags = dict(argument.split("=", 1) for argument in container["args"] if argument.startswith("--etcd-"))
+    assert flags.pop("--etcd-user") == "server"
+    mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    secrets = {volume["name"]: volume["secret"]["secretName"] for volume in pod["volumes"] if "secret" in volume}
+    found = {flag: (secrets[mounts[path.rpartition("/")[0]]], path.rpartition("/")[2]) for flag, path in flags.items()}
+    assert found == {
+        "--etcd-ca": ("tls", "ca.crt"),
+        "--etcd-cert": ("tls", "tls.crt"),
+        "--etcd-key": ("tls", "tls.key"),
+        "--etcd-password-file": ("word", "password"),
+    }
+
+
+def test_a_user_needs_a_secret_with_the_password() -> None:
+    outcome = helm("template", "demo", str(CHART), "--set", "etcd.user=server")
+    assert outcome.returncode != 0
+    assert "etcd.passwordSecret" in outcome.stderr
+
+
+@NEEDS_ROOT
+def test_the_pod_may_keep_its_state_where_the_chart_mounts_it() -> None:
+    """Kubernetes gives an emptyDir to root and to the pod's group, mode 2777: the pod cannot chmod it."""
+    pod = render()["StatefulSet"]["spec"]["template"]["spec"]
+    user, group = pod["securityContext"]["runAsUser"], pod["securityContext"]["fsGroup"]
+    mount = next(each for each in pod["containers"][0]["volumeMounts"] if each["name"] == "state")
+    assert f"--state-dir={mount['mountPath']}" in pod["containers"][0]["args"]
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        Path(folder).chmod(0o755)
+        volume = Path(folder) / "state"
+        volume.mkdir()
+        os.chown(volume, 0, group)
+        volume.chmod(0o2777)
+        imports = "from pathlib import Path; from elastic.serve.state_dir import StateDir"
+        imports += "; from membership.base.run_dir import make_run_dir, run_dir"
+        claim = f"s = StateDir(Path({str(volume)!r})); s.claim(); print(make_run_dir(run_dir(s.path)))"
+        outcome = run_as(user, claim, imports)
+        assert outcome.stdout.startswith(f"{volume}/"), outcome.stderr
+
+
 def test_the_command_line_is_one_that_serve_takes() -> None:
     """Every flag the chart passes exists, so that a renamed flag cannot break a deployment unseen."""
     import typer.main
@@ -74,7 +133,18 @@ def test_the_command_line_is_one_that_serve_takes() -> None:
 
     command = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
     known = {flag for parameter in command.params for flag in parameter.opts}
-    rendered = arguments_of(render("model.servedName=m", "maxModelLen=512", "etcd.endpoints={http://e:2379}"))
+    rendered = arguments_of(
+        render(
+            "model.servedName=m",
+            "maxModelLen=512",
+            "etcd.endpoints={https://e:2379}",
+            "ranks=2",
+            "etcd.tlsSecret=t",
+            "etcd.clientCertificate=true",
+            "etcd.user=u",
+            "etcd.passwordSecret=p",
+        )
+    )
     passed = {argument.split("=")[0] for argument in rendered if argument.startswith("--")}
     assert passed <= known, passed - known
 
