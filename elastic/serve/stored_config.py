@@ -68,7 +68,7 @@ def require_unserved(store: Store, keys: Keys, lease_ttl_s: float, say: Callable
             announced = True
         if time.monotonic() > deadline:
             raise ConfigError(
-                f"cluster {keys.cluster!r} is being served by somebody else on this etcd: {_names(held)} is renewed",
+                f"cluster {keys.cluster!r} is being served by another process on this etcd: {_names(held)} is renewed",
                 hint="stop it, or choose another name with --cluster",
             )
         pause.wait(POLL_S)

@@ -54,7 +54,7 @@ def test_an_external_etcd(serve: Serve, demo_model: Path, tmp_path: Path) -> Non
             capture_output=True, text=True, timeout=60,
         )  # fmt: skip
         assert second.returncode == 1
-        assert "being served by somebody else" in second.stderr
+        assert "being served by another process" in second.stderr
         assert cluster.wait_serving(2)["state"] == "serving"
         status = subprocess.run(
             [sys.executable, "-m", "elastic.cli", "status", "--etcd", etcd.url, "--cluster", "mine", "-o", "json"],

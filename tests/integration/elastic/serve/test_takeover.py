@@ -55,7 +55,7 @@ def test_one_that_lives_is_let_alone(store: EtcdStore, office: str) -> None:
     with LeaseKeeper(store, CONFIG.lease_ttl_s) as keeper:
         store.put(KEYS.prefix + office, b"", keeper.lease)
         revision = store.range(KEYS.prefix)[0]
-        with pytest.raises(ConfigError, match=f"served by somebody else.*{office} is renewed"):
+        with pytest.raises(ConfigError, match=f"served by another process.*{office} is renewed"):
             start(store)
         assert store.range(KEYS.prefix)[0] == revision
         assert keeper.alive
