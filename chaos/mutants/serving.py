@@ -6,6 +6,7 @@ from chaos.mutants.mutant import Mutant
 
 JOURNAL = "tests/unit/elastic/gateway/test_journal.py"
 SCHEDULER = "tests/unit/elastic/engine/test_scheduler.py"
+LOOP = "tests/unit/elastic/engine/test_loop.py"
 MIGRATION = "tests/unit/elastic/engine/test_migration.py"
 
 MUTANTS: tuple[Mutant, ...] = (
@@ -127,5 +128,22 @@ MUTANTS: tuple[Mutant, ...] = (
         before="return any(move.sequence is sequence and move.pausing for move in self._moves)",
         after="return False",
         tests=(f"{MIGRATION}::test_only_the_request_on_its_way_pauses_and_only_while_its_last_blocks_are_copied",),
+    ),
+    Mutant(
+        name="earlier-copy-counts",
+        guards="G3: only the answer to the last copy counts",
+        file="elastic/engine/migration.py",
+        before="(order.copy, order.addressee) != (answer.copy, identity)",
+        after="order.addressee != identity",
+        tests=(f"{MIGRATION}::test_an_answer_to_an_earlier_copy_has_no_effect",),
+    ),
+    # --- the engine's office
+    Mutant(
+        name="newer-token-unseen",
+        guards="G1: an engine that sees another engine's token in the store starts no step",
+        file="elastic/engine/loop.py",
+        before="        if state.engine_token != self._token:\n",
+        after="        if False:\n",
+        tests=(f"{LOOP}::test_an_engine_that_sees_another_token_in_the_store_starts_no_step",),
     ),
 )

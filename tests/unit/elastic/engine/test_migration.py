@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
 from chaos.simulation.kv_model import KvModel
 from elastic.engine.adoption import leaving
@@ -188,6 +189,16 @@ def test_a_copy_that_fails_leaves_the_request_where_it_is(half: str) -> None:
     assert scene.homes() == {0: 3, 1: 1}
     assert not scene.scheduler.waited_for
     scene.finish(MEMBERS)
+
+
+@pytest.mark.parametrize("half", ["leaving", "arriving"])
+def test_an_answer_to_an_earlier_copy_has_no_effect(half: str) -> None:
+    scene = Scene()
+    (order,) = scene.exported() if half == "arriving" else scene.scheduler.copies(0.0)
+    answer = scene.ranks.copy(order)
+    assert scene.scheduler.copied(replace(answer, copy=order.copy - 1), 0.0) == []
+    before = scene.homes()
+    assert scene.scheduler.copied(answer, 0.0) or scene.homes() != before, "the answer to this one has"
 
 
 def test_a_rank_that_says_nothing_is_not_waited_for() -> None:
