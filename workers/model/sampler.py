@@ -14,6 +14,8 @@ from torch import Tensor
 
 from workers.protocol.messages import Sampling, TokenLogprobs
 
+GREEDY_BELOW = 1e-5  # a temperature that leaves nothing to chance, and by which no logit can be divided safely
+
 _MASK = (1 << 64) - 1
 Row = npt.NDArray[np.float64]
 
@@ -39,8 +41,15 @@ def log_softmax(logits: Row) -> Row:
     return result
 
 
+def is_greedy(sampling: Sampling) -> bool:
+    """Whether the likeliest token is taken, the first of equals."""
+    return sampling.temperature < GREEDY_BELOW
+
+
 def choose(logits: Row, sampling: Sampling, position: int) -> int:
     """The token for `position` (that of the new token) under temperature, top-k and top-p, in this order."""
+    if is_greedy(sampling):
+        return int(logits.argmax())
     scaled = logits / sampling.temperature
     order = np.argsort(-scaled, kind="stable")  # ties by token id
     if 0 < sampling.top_k < order.size:
@@ -74,11 +83,11 @@ def sample(
     chosen: list[tuple[int, TokenLogprobs | None]] = []
     for row, (sampling, position) in enumerate(zip(settings, positions, strict=True)):
         token = int(greedy[row])
-        if sampling.temperature <= 0 and sampling.logprobs < 0:
+        if is_greedy(sampling) and sampling.logprobs < 0:
             chosen.append((token, None))
             continue
         values = logits[row].double().cpu().numpy()
-        if sampling.temperature > 0:
+        if not is_greedy(sampling):
             token = choose(values, sampling, position)
         chosen.append((token, logprobs_of(values, token, sampling.logprobs) if sampling.logprobs >= 0 else None))
     return chosen
