@@ -98,7 +98,7 @@ def row(measure: str, samples: dict[str, list[float]], target: float | None, uni
 def cpu_ns(pids: list[int]) -> int:
     """CPU time of all threads of these processes so far."""
     return sum(
-        int(Path(task, "schedstat").read_text().split()[0])
+        int(Path(task, "schedstat").read_text(encoding="utf-8").split()[0])
         for pid in pids
         for task in Path(f"/proc/{pid}/task").iterdir()
     )

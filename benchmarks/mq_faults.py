@@ -53,7 +53,7 @@ time.sleep(600)
 def start(script: str, *arguments: object) -> subprocess.Popen[str]:
     """A process in a group of its own."""
     command = [sys.executable, "-c", script, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, start_new_session=True, encoding="utf-8")
 
 
 def one_way(messages: int) -> float:
@@ -153,7 +153,7 @@ def remains() -> int:
     os.killpg(owner.pid, signal.SIGKILL)
     owner.communicate(timeout=10)
     time.sleep(0.3)
-    with open("/proc/net/unix") as sockets:
+    with open("/proc/net/unix", encoding="utf-8") as sockets:
         abstract = [entry for entry in sockets if any(address in entry for address in addresses)]
     return len(abstract) + len([name for name in names() - before if "elastic" in name])
 

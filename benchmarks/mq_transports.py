@@ -29,7 +29,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 def start_peer(name: str, *arguments: object, fds: tuple[int, ...] = ()) -> subprocess.Popen[str]:
     """A peer process."""
     command = [sys.executable, "-m", "benchmarks.mq_transports", name, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, pass_fds=fds, cwd=ROOT)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, pass_fds=fds, cwd=ROOT, encoding="utf-8")
 
 
 class Transport(Protocol):

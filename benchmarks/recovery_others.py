@@ -49,7 +49,10 @@ def kill_role(scene: Scene, name: str, pid: int) -> tuple[int, Killed]:
 def ended(pid: int) -> bool:
     """Whether there is no such process, or only its remains."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+        return (
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
+            in "ZX"
+        )
     except (FileNotFoundError, ProcessLookupError):
         return True
 
@@ -127,7 +130,10 @@ def until_stopped(pid: int) -> None:
     """The proof: all threads of the process are in state T."""
     deadline = time.monotonic() + 5.0
     while True:
-        stats = (Path(f"/proc/{pid}/task/{task}/stat").read_text() for task in os.listdir(f"/proc/{pid}/task"))
+        stats = (
+            Path(f"/proc/{pid}/task/{task}/stat").read_text(encoding="utf-8", errors="replace")
+            for task in os.listdir(f"/proc/{pid}/task")
+        )
         if all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats):
             return
         if time.monotonic() > deadline:

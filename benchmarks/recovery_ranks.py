@@ -58,7 +58,7 @@ class Death:
 
 def rss_mb(pid: int) -> float:
     """Resident memory."""
-    fields = Path(f"/proc/{pid}/statm").read_text().split()
+    fields = Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()
     return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
 
 

@@ -45,7 +45,7 @@ class Report:
     def receipt(self, row: str, **facts: Any) -> None:
         """Save what one kill (or one run's verdict) was."""
         if self.path is not None:
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"row": row, **facts}) + "\n")
 
     def ended(self, row: str, verdict: Verdict, **facts: Any) -> None:

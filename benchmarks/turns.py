@@ -34,7 +34,7 @@ time.sleep(100)
 def notice_ms(victim: str, slice_us: int) -> float:
     """From the signal until the watcher's callback."""
     child = subprocess.Popen(
-        [sys.executable, "-c", VICTIM, victim], stdout=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", VICTIM, victim], stdout=subprocess.PIPE, start_new_session=True, encoding="utf-8"
     )
     noticed, seen = threading.Event(), list[float]()
 

@@ -126,9 +126,9 @@ def _limits(stated: Stated) -> dict[str, Any] | None:
 
 def main() -> None:
     """Write all three files."""
-    PAGE.write_text(options_page())
-    VALUES.write_text(chart_values(VALUES.read_text()))
-    SCHEMA.write_text(chart_schema(SCHEMA.read_text()))
+    PAGE.write_text(options_page(), encoding="utf-8")
+    VALUES.write_text(chart_values(VALUES.read_text(encoding="utf-8")), encoding="utf-8")
+    SCHEMA.write_text(chart_schema(SCHEMA.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def _run(part: Part, folder: Path) -> Outcome:
         (folder / f"{part.name}.json").write_bytes(msgspec.json.format(msgspec.json.encode(receipt)))
     ok = not said and process.returncode == 0 and bool(goals) and all(goal.ok for goal in goals)
     if not ok:
-        said = " | ".join([said, *log.read_text(errors="replace").splitlines()[-3:]]).strip(" |")
+        said = " | ".join([said, *log.read_text(errors="replace", encoding="utf-8").splitlines()[-3:]]).strip(" |")
     return Outcome(
         name=part.name, about=part.about, ok=ok, seconds=round(time.monotonic() - began, 1), goals=goals, said=said
     )

@@ -59,7 +59,7 @@ class ClockShift(ProcessInjector):
         see(answer.exists, f"{hold.name} looking at its clock (was it started with the environment?)", NOTICED_S)
         self._noticed = True
         see(answer.read_text, f"{self.victim} saying what time it believes")
-        ahead = float(answer.read_text()) - answer.stat().st_mtime
+        ahead = float(answer.read_text(encoding="utf-8")) - answer.stat().st_mtime
         if abs(ahead - self._seconds) > SLACK_S:
             raise NotInjected(f"{self.victim} believes a time {ahead:+.1f} s from ours, not {self._seconds:+g} s")
         drift = f", and drifts by {self._rate:+g} s/s" if self._rate else ""

@@ -35,7 +35,7 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[None]:
 
 
 def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=10.0, check=False)
+    done = subprocess.run(command, capture_output=True, timeout=10.0, check=False, encoding="utf-8")
     if done.returncode:
         raise NotInjected(f"`{' '.join(command)}` failed: {done.stderr.strip()}", hint="a small disk needs root")
 

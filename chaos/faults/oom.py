@@ -38,23 +38,25 @@ class Group:
             if (self.path / "memory.max").exists()
             else (self.path / "memory.limit_in_bytes", self.path / "memory.oom_control")
         )
-        self._limit.write_text("0")
+        self._limit.write_text("0", encoding="utf-8")
 
     def take(self, pid: int) -> None:
         """Move the process here. Its pages stay charged to its old group; new ones are charged to this one."""
-        (self.path / "cgroup.procs").write_text(str(pid))
+        (self.path / "cgroup.procs").write_text(str(pid), encoding="utf-8")
 
     def kills(self) -> int:
         """Number of processes that the OOM killer has killed here."""
         return next(
-            int(line.split()[1]) for line in self._counter.read_text().splitlines() if line.startswith("oom_kill ")
+            int(line.split()[1])
+            for line in self._counter.read_text(encoding="utf-8").splitlines()
+            if line.startswith("oom_kill ")
         )
 
     def give_back(self, to: Path) -> None:
         """Move all remaining processes to the group `to` and remove this one."""
-        for pid in (self.path / "cgroup.procs").read_text().split():
+        for pid in (self.path / "cgroup.procs").read_text(encoding="utf-8").split():
             try:
-                (to / "cgroup.procs").write_text(pid)
+                (to / "cgroup.procs").write_text(pid, encoding="utf-8")
             except ProcessLookupError:
                 continue
         see(self._removed, f"cgroup {self.path.name} removed", LEAVE_S)
@@ -82,7 +84,7 @@ def delegated() -> Path | None:
 
 def _group_of(pid: int) -> Path | None:
     """The memory cgroup of a process: version 1's, or the only one of version 2."""
-    for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+    for line in Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8").splitlines():
         _, kinds, path = line.split(":", 2)
         root = Path("/sys/fs/cgroup/memory" if "memory" in kinds.split(",") else "/sys/fs/cgroup")
         if ("memory" in kinds.split(",") or not kinds) and (found := root / path.lstrip("/")).is_dir():
@@ -150,4 +152,4 @@ class Oom(ProcessInjector):
 
 def _address_space(pid: int) -> int:
     """Bytes of address space that a process has."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
+    return int(Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()

@@ -134,7 +134,7 @@ def _catch(mutant: Mutant | None, catcher: str, arguments: Sequence[str]) -> Cat
         environment = {**os.environ, "PYTHONPATH": str(tree), **ENVIRONMENT}
         try:
             ended = subprocess.run(
-                program, cwd=tree, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False
+                program, cwd=tree, env=environment, capture_output=True, encoding="utf-8", timeout=LIMIT_S, check=False
             )
         except subprocess.TimeoutExpired:
             return Catch(how=f"{catcher} did not end within {LIMIT_S:g} s", sure=False, seconds=LIMIT_S)

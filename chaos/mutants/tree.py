@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 def mutated_source(mutant: Mutant, root: Path = ROOT) -> str:
     """The source of the mutant's file. ConfigError names the mutant if its guard is not there exactly once."""
-    text = (root / mutant.file).read_text()
+    text = (root / mutant.file).read_text(encoding="utf-8")
     found = text.count(mutant.before)
     if found != 1:
         raise ConfigError(
@@ -58,7 +58,7 @@ def planted(mutant: Mutant | None, root: Path = ROOT) -> Iterator[Path]:
             file.unlink()
             for compiled in (file.parent / "__pycache__").glob(f"{file.stem}.*"):
                 compiled.unlink()
-            file.write_text(source)
+            file.write_text(source, encoding="utf-8")
         yield tree
 
 

@@ -49,7 +49,7 @@ def find(name: str) -> Scenario:
 def read(path: Path) -> Scenario:
     """The scenario in a file; ConfigError says what is wrong with it, and where."""
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}", hint="see: elastic-chaos scenarios") from error
     return parse(text, path.name)

@@ -194,5 +194,5 @@ class ServedCluster(Cluster):
     def require_alive(self) -> None:
         """ElasticError with its last words if it has ended."""
         if self._process is not None and self._process.poll() is not None:
-            said = self._output.read_text(errors="replace").strip().splitlines()[-3:]
+            said = self._output.read_text(errors="replace", encoding="utf-8").strip().splitlines()[-3:]
             raise ElasticError(f"`elastic serve` ended with code {self._process.returncode}: {' | '.join(said)}")

@@ -94,7 +94,7 @@ class StateDir:
         """The directory of the cluster served last on this machine; ConfigError if there was none."""
         pointer = home() / "last"
         try:
-            return cls(Path(pointer.read_text().strip()))
+            return cls(Path(pointer.read_text(encoding="utf-8", errors="surrogateescape").strip()))
         except FileNotFoundError:
             raise ConfigError(
                 "no cluster was served from this machine yet",
@@ -161,7 +161,7 @@ class StateDir:
         draft.write_bytes(msgspec.json.encode(address))
         draft.replace(target)
         home().mkdir(parents=True, exist_ok=True)
-        (home() / "last").write_text(str(self.path.resolve()))
+        (home() / "last").write_text(str(self.path.resolve()), encoding="utf-8", errors="surrogateescape")
 
     def address(self) -> ClusterAddress:
         """Read `cluster.json`; ConfigError if no cluster is being served from here."""

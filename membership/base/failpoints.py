@@ -92,7 +92,7 @@ def write(path: Path, spec: str) -> None:
     """
     parse(spec)
     draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    draft.write_text(spec)
+    draft.write_text(spec, encoding="utf-8")
     now = time.time_ns()
     os.utime(draft, ns=(now, now))  # the kernel's own clock is too coarse to tell two armings apart
     draft.replace(path)
@@ -101,7 +101,7 @@ def write(path: Path, spec: str) -> None:
 def read(path: Path) -> str:
     """Return what is armed there; "" if nothing is."""
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return ""
 
@@ -186,7 +186,7 @@ class Failpoints:
 
 def _load(source: Path) -> _Arming:
     """Read the file. A file that cannot be parsed arms nothing: a typing error must not end a process."""
-    with source.open() as file:
+    with source.open(encoding="utf-8") as file:
         at = os.fstat(file.fileno()).st_mtime_ns
         try:
             return _Arming(at, parse(file.read()))

@@ -43,7 +43,7 @@ class _Finder(MetaPathFinder, Loader):
         self._folder = folder
         self._pool = descriptor_pool.DescriptorPool()
         for module in MODULES:
-            source = (folder / f"{module.rpartition('.')[2]}.py").read_text()
+            source = (folder / f"{module.rpartition('.')[2]}.py").read_text(encoding="utf-8")
             self._pool.AddSerializedFile(serialized_descriptor(source))
 
     def find_spec(

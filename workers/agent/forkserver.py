@@ -130,7 +130,7 @@ def preload(modules: Sequence[str]) -> None:
 def _other_threads() -> list[str]:
     """The names of this process's threads, the calling one left out."""
     others = [task for task in Path("/proc/self/task").iterdir() if int(task.name) != os.getpid()]
-    return [(task / "comm").read_text().strip() for task in others]
+    return [(task / "comm").read_text(encoding="utf-8", errors="replace").strip() for task in others]
 
 
 class Server:

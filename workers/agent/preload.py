@@ -46,7 +46,7 @@ def warm_transformers() -> None:
 def _family(config: Path) -> str:
     """The model type; empty if it cannot be read (loading the model then says why)."""
     try:
-        found = json.loads(config.read_text()).get("model_type", "")
+        found = json.loads(config.read_text(encoding="utf-8")).get("model_type", "")
     except (OSError, ValueError, AttributeError):
         return ""
     return found if isinstance(found, str) and re.fullmatch(r"[a-z0-9_]+", found) else ""

@@ -69,5 +69,5 @@ class Joined(msgspec.Struct, frozen=True, array_like=True):
 
 def this_host() -> str:
     """Same value in two processes exactly if they can reach each other's abstract sockets."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     return f"{boot}/{os.stat('/proc/self/ns/net').st_ino}"

@@ -112,3 +112,24 @@ def test_pickle_stays_on_local_queues() -> None:
         if attribute in ("loads", "load", "Unpickler") and obj in ("pickle", "cloudpickle")
     }
     assert found == PICKLE_ALLOWED
+
+
+def test_text_files_are_utf_8_in_every_locale() -> None:
+    """Whoever opens text says so: without it, the locale decides how a checkpoint's or a program's words are read."""
+    found = [
+        f"{source.path}:{call.lineno} {ast.unparse(call)}"
+        for source in sources(*PRODUCT, "benchmarks", "docs")
+        for call, obj, name in calls(source.tree)
+        if is_text(call, obj, name) and "encoding" not in {keyword.arg for keyword in call.keywords}
+    ]
+    assert not found, found
+
+
+def is_text(call: ast.Call, obj: str, name: str) -> bool:
+    """Whether text goes through it: a file that is not opened as binary, a process whose words are not bytes."""
+    given = {keyword.arg: keyword.value for keyword in call.keywords}
+    modes = [given["mode"]] if "mode" in given else call.args[obj == "" :][:1]
+    mode = modes[0].value if modes and isinstance(modes[0], ast.Constant) else None if modes else "r"
+    if name == "open":
+        return obj != "os" and isinstance(mode, str) and "b" not in mode
+    return name in ("read_text", "write_text") or "text" in given or "universal_newlines" in given
