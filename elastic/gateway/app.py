@@ -30,6 +30,7 @@ from membership.base.events import EventLog
 from membership.store.interface import Store
 from membership.store.mirror import Mirror
 from membership.store.records import ClusterConfig, ClusterState, GatewayRecord
+from workers.model.text_files import sampling_defaults
 
 CONFIG_TIMEOUT_S = 60.0
 STOP_POLL_S = 0.5
@@ -99,8 +100,11 @@ def run_gateway(store: Store, cluster: str, settings: GatewaySettings, stop: thr
 def _public_app(config: ClusterConfig, link: EngineLink, readiness: health.Readiness, history: Path) -> FastAPI:
     metrics = GatewayMetrics(readiness.state, history, config.cluster)
     app = new_app("elastic-ep")
-    tokenizer = Tokenizer(Path(config.model))
-    openai.add_routes(app, openai.Service(config, tokenizer, link, metrics, started=time.time()))
+    model = Path(config.model)
+    service = openai.Service(
+        config, Tokenizer(model), link, metrics, started=time.time(), sampling=sampling_defaults(model)
+    )
+    openai.add_routes(app, service)
     health.add_routes(app, readiness, metrics)
     return app
 

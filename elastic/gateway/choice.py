@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from elastic.gateway.journal import Delta
-from elastic.gateway.text import Detokenizer, StopMatcher
+from elastic.gateway.text import StopMatcher
 from elastic.gateway.tokenizer import Tokenizer
 from workers.protocol.messages import TokenLogprobs
 
@@ -36,7 +36,7 @@ class Choice:
         self.entries: list[TokenEntry] = []
         self.tokens = 0
         self.finish_reason = ""
-        self._detokenizer = Detokenizer(tokenizer.decode, prompt)
+        self._detokenizer = tokenizer.detokenizer(prompt)
         self._stops = StopMatcher(stops)
         self._offset = 0  # characters of all tokens' text, held back ones included
 

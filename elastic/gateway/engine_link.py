@@ -234,30 +234,31 @@ class EngineLink:
         self, context: zmq.asyncio.Context, target: Target, moved: asyncio.Future[None], expiry: asyncio.Task[None]
     ) -> None:
         """One connection to one engine, until it breaks, falls silent or is superseded."""
+        socket = context.socket(zmq.DEALER)
+        monitor: Any = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._last_message_at = self._clock()
-        jobs: list[asyncio.Future[Any]] = []
-        with contextlib.ExitStack() as opened:
-            try:
-                socket = context.socket(zmq.DEALER)
-                opened.callback(socket.close, linger=0)
-                monitor: Any = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-                opened.callback(monitor.close, linger=0)
-                opened.callback(_stop_monitor, socket)
-                for job in (self._listen(socket, target), self._ping(), recv_monitor_message(monitor)):
-                    jobs.append(asyncio.ensure_future(job))
-                self._connect(socket, target)
-                self._socket = socket
-                done, _ = await asyncio.wait({*jobs, moved, expiry}, return_when="FIRST_COMPLETED")
-                for ended in done:
-                    await ended  # a bug ends the gateway; a broken connection, or too few descriptors, does not
-            except (zmq.ZMQError, OSError) as error:
-                log.warning("engine_unreachable", address=target.address, error=str(error))
-                await asyncio.wait({moved, expiry}, timeout=self.settings.ping_every_s, return_when="FIRST_COMPLETED")
-            finally:
-                self._detach(target)
-                for each in jobs:
-                    each.cancel()
-                await asyncio.gather(*jobs, return_exceptions=True)
+        jobs = [
+            asyncio.ensure_future(job)
+            for job in (self._listen(socket, target), self._ping(), recv_monitor_message(monitor))
+        ]
+        try:
+            self._connect(socket, target)
+            self._socket = socket
+            done, _ = await asyncio.wait({*jobs, moved, expiry}, return_when="FIRST_COMPLETED")
+            for job in done:
+                await job  # a bug ends the gateway; a broken connection does not
+        except zmq.ZMQError as error:
+            log.warning("engine_unreachable", address=target.address, error=str(error))
+            await asyncio.wait({moved}, timeout=self.settings.ping_every_s)
+        finally:
+            self._detach(target)
+            for job in jobs:
+                job.cancel()
+            await asyncio.gather(*jobs, return_exceptions=True)
+            with contextlib.suppress(zmq.ZMQError):
+                socket.disable_monitor()
+            monitor.close(linger=0)
+            socket.close(linger=0)
 
     def _connect(self, socket: zmq.asyncio.Socket, target: Target) -> None:
         """The routing id is new for each connection, so what an engine still sends to the last one goes nowhere."""
@@ -382,11 +383,6 @@ class EngineLink:
         if self._socket is not None:
             sent: Any = self._socket.send(self._encoder.encode(message))
             sent.add_done_callback(_report)
-
-
-def _stop_monitor(socket: zmq.asyncio.Socket) -> None:
-    with contextlib.suppress(zmq.ZMQError):
-        socket.disable_monitor()
 
 
 def _report(sent: asyncio.Future[Any]) -> None:

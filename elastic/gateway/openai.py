@@ -26,9 +26,11 @@ from elastic.gateway.schema import MAX_SEED, ChatRequest, CommonRequest, Complet
 from elastic.gateway.tokenizer import Tokenizer
 from membership.base.errors import RequestError
 from membership.store.records import ClusterConfig
+from workers.model.text_files import SamplingDefaults
 from workers.protocol.messages import Sampling
 
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
+OPENAI_SAMPLING = SamplingDefaults()
 
 log = structlog.get_logger(__name__)
 
@@ -42,6 +44,7 @@ class Service:
     link: EngineLink
     metrics: GatewayMetrics
     started: float
+    sampling: SamplingDefaults = OPENAI_SAMPLING
     now: Callable[[], float] = time.time
     random_seed: Callable[[], int] = lambda: secrets.randbelow(MAX_SEED)
 
@@ -91,11 +94,11 @@ def add_routes(app: FastAPI, service: Service) -> None:
     async def chat_completions(request: Request) -> Response:
         asked = parse(await read_body(request), ChatRequest)
         _require_model(service, asked.model)
-        messages = [message.plain() for message in asked.messages]
-        length = sum(len(message["content"]) for message in messages)
+        length = sum(message.characters for message in asked.messages)
         if length > service.context * service.tokenizer.longest_token:
             raise _too_long(f"the messages have {length} characters", service, "messages")
-        prompt = await asyncio.to_thread(service.tokenizer.encode_chat, messages)
+        messages = [message.plain() for message in asked.messages]
+        prompt = _known(service, await asyncio.to_thread(service.tokenizer.encode_chat, messages), "messages")
         return await _answer(request, service, asked, _job(service, asked, [prompt], ChatRenderer))
 
 
@@ -110,11 +113,16 @@ async def _token_ids(service: Service, prompt: str | list[int]) -> list[int]:
     if isinstance(prompt, str):
         if len(prompt) > service.context * service.tokenizer.longest_token:  # not worth seconds of tokenizing
             raise _too_long(f"the prompt has {len(prompt)} characters", service, "prompt")
-        return await asyncio.to_thread(service.tokenizer.encode, prompt)
+        prompt = await asyncio.to_thread(service.tokenizer.encode, prompt)
+    return _known(service, prompt, "prompt")
+
+
+def _known(service: Service, prompt: list[int], field: str) -> list[int]:
+    """The prompt; RequestError if the model has no such token. A tokenizer may have more than its model."""
     size = service.config.vocab_size or service.tokenizer.vocab_size
     beyond = next((token for token in prompt if token >= size), None)
     if beyond is not None:
-        raise RequestError(f"prompt: token id {beyond} is not in the vocabulary of {size}", param="prompt")
+        raise RequestError(f"{field}: token id {beyond} is not in the vocabulary of {size}", param=field)
     return prompt
 
 
@@ -132,17 +140,10 @@ def _job(service: Service, asked: CommonRequest, prompts: list[list[int]], kind:
         max_tokens = _max_tokens(service, asked, prompt)
         for _ in range(asked.n):
             index = len(job.sequences)
-            sampling = Sampling(
-                temperature=asked.temperature,
-                top_p=asked.top_p,
-                top_k=max(asked.top_k, 0),
-                seed=seed_for(seed, index),
-                logprobs=asked.wanted_logprobs,
-            )
             sequence = Sequence(
                 id=f"{response_id}-{index}",
                 prompt=prompt,
-                sampling=sampling,
+                sampling=_sampling(service.sampling, asked, seed_for(seed, index)),
                 max_tokens=max_tokens,
                 stop_token_ids=asked.stop_token_ids,
                 ignore_eos=asked.ignore_eos,
@@ -150,6 +151,18 @@ def _job(service: Service, asked: CommonRequest, prompts: list[list[int]], kind:
             job.sequences.append(sequence)
             job.choices.append(Choice(service.tokenizer, prompt, asked.stop))
     return job
+
+
+def _sampling(defaults: SamplingDefaults, asked: CommonRequest, seed: int) -> Sampling:
+    """How the request wants its tokens chosen; where it does not say, as the checkpoint does."""
+    said = asked.model_fields_set
+    return Sampling(
+        temperature=asked.temperature if "temperature" in said else defaults.temperature,
+        top_p=asked.top_p if "top_p" in said else defaults.top_p,
+        top_k=max(asked.top_k, 0) if "top_k" in said else defaults.top_k,
+        seed=seed,
+        logprobs=asked.wanted_logprobs,
+    )
 
 
 def _max_tokens(service: Service, asked: CommonRequest, prompt: list[int]) -> int:

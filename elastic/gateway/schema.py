@@ -6,6 +6,7 @@ field that OpenAI has and we do not offer is accepted at the value that means "o
 
 from __future__ import annotations
 
+from hashlib import blake2b
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -166,10 +167,14 @@ class Message(Shape):
         """Clients send back the assistant's own messages, with null for what they do not use."""
         return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
 
-    def plain(self) -> dict[str, str]:
-        """As chat templates want it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+    def plain(self) -> dict[str, Any]:
+        """As chat templates get it: what was said, in plain types."""
+        return self.model_dump(exclude_none=True)
+
+    @property
+    def characters(self) -> int:
+        """Length of its text."""
+        return len(self.content) if isinstance(self.content, str) else sum(len(part.text) for part in self.content)
 
 
 class ChatRequest(CommonRequest):
@@ -230,5 +235,11 @@ def _explained(error: ValidationError) -> RequestError:
 
 
 def seed_for(seed: int, choice: int) -> int:
-    """The seed of one of several choices: each differs, and the same request gives the same choices."""
-    return (seed + choice) % (MAX_SEED + 1)
+    """The seed of one of several choices: the first keeps the client's, the others get a hash of seed and choice.
+
+    A hash is beyond what a client may ask for, except by a negative seed, whose first choice therefore gets one, too.
+    """
+    if choice == 0 and seed >= 0:
+        return seed
+    data = seed.to_bytes(8, "little", signed=True) + choice.to_bytes(8, "little")
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "little") | (MAX_SEED + 1)

@@ -9,38 +9,76 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 REPLACEMENT = "\ufffd"
-CONTEXT_TOKENS = 6  # of the prompt, so that the first token's leading space is not taken for the start of a text
-MAX_PENDING_TOKENS = 16  # far more than one character needs; what is still not whole then never will be
+CONTEXT_TOKENS = (
+    6  # of the prompt at least, so that the first token's leading space is not taken for the start of a text
+)
+MAX_PENDING_TOKENS = 64  # decoded at a time where no text is ever settled as a whole; far more than a character needs
+
+
+def incomplete(text: str) -> int:
+    """How many characters at the end later tokens may still change: the last one, if its bytes are not all there."""
+    return int(text.endswith(REPLACEMENT))
 
 
 class Detokenizer:
-    """Gives out text once its last character is complete."""
+    """Gives out text once later tokens cannot change it any more.
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], prompt: Sequence[int] = ()) -> None:
+    `unsettled` says how many characters at the end of a text may still change. It decodes a window of tokens that
+    begins where the text was last settled as a whole, so that the work per token does not grow with the answer.
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        prompt: Sequence[int] = (),
+        unsettled: Callable[[str], int] = incomplete,
+    ) -> None:
         self._decode = decode
-        self._ids = list(prompt[-CONTEXT_TOKENS:])  # context, then what is pending
-        self._context = len(self._ids)
-        self._before = decode(self._ids) if self._ids else ""
+        self._unsettled = unsettled
+        tokens = CONTEXT_TOKENS
+        while not self._settled(before := decode(prompt[-tokens:])) and tokens < len(prompt):
+            tokens *= 2
+        self._ids = list(prompt[-tokens:])
+        self._fresh = len(self._ids)  # of the window, those before it were given out whole
+        self._prompt_text = before
+        self._sent = self._settled(before)  # characters of the window's text
 
     def push(self, token: int) -> str:
         """The text that this token completes."""
         self._ids.append(token)
         text = self._decode(self._ids)
-        pending = len(self._ids) - self._context
-        if len(text) <= len(self._before) or (text.endswith(REPLACEMENT) and pending < MAX_PENDING_TOKENS):
-            return ""
-        return self._advance(text)
+        fresh = self._pass(text, self._settled(text))
+        if fresh and self._sent == len(text):
+            self._shorten(self._ids[self._fresh :], whole=True)
+        elif fresh and len(self._ids) > MAX_PENDING_TOKENS:
+            self._shorten(self._ids[-MAX_PENDING_TOKENS // 2 :], whole=False)
+        return fresh
 
     def flush(self) -> str:
         """What is pending, complete or not."""
-        return self._advance(self._decode(self._ids)) if len(self._ids) > self._context else ""
+        text = self._decode(self._ids)
+        return self._pass(text, len(text))
 
-    def _advance(self, text: str) -> str:
-        fresh = text[len(self._before) :]
-        self._ids = self._ids[self._context :]
-        self._context = len(self._ids)
-        self._before = self._decode(self._ids)
-        return fresh
+    def _pass(self, text: str, end: int) -> str:
+        """What is new up to `end`. A character that the prompt left incomplete is new once it is complete."""
+        start = self._sent
+        if self._prompt_text and text.startswith(self._prompt_text):
+            start = max(start, len(self._prompt_text))
+        if end <= start:
+            return ""
+        self._prompt_text = ""
+        self._sent = end
+        return text[start:end]
+
+    def _shorten(self, window: list[int], *, whole: bool) -> None:
+        """Decode from `window` on, unless it has no text that was given out. `whole`: all of it was."""
+        text = self._decode(window)
+        sent = len(text) if whole else self._settled(text)
+        if sent:
+            self._ids, self._fresh, self._sent = window, len(window), sent
+
+    def _settled(self, text: str) -> int:
+        return len(text) - self._unsettled(text)
 
 
 class StopMatcher:

@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from datetime import datetime
-from functools import cached_property
+from collections.abc import Iterable, Sequence
+from functools import cached_property, reduce
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from elastic.gateway.text import REPLACEMENT, Detokenizer, incomplete
 from membership.base.errors import ModelError, RequestError
+from workers.model.text_files import DAMAGED_HINT, chat_templates, named_tokens, tokenizer_settings, unnamed_tokens
 
 if TYPE_CHECKING:
-    import jinja2
+    from elastic.gateway.chat_template import ChatTemplate
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+# `clean_up_tokenization_spaces` of transformers: in this order. Only these characters are in a match.
+_CLEAN_UP = {" .": ".", " ?": "?", " !": "!", " ,": ",", " ' ": "'"} | {
+    f" {short}": short for short in ("n't", "'m", "'s", "'ve", "'re")
+}
+_CLEAN_UP_CHARS = "".join(_CLEAN_UP)
 
 
 class Tokenizer:
@@ -35,17 +41,51 @@ class Tokenizer:
                 hint="save the model's fast tokenizer there: AutoTokenizer.from_pretrained(...).save_pretrained(DIR)",
             )
         try:
-            self._backend = Backend.from_file(str(path))
-            decoder = json.loads(path.read_text()).get("decoder")
+            text = path.read_text(encoding="utf-8")
+            self._backend = Backend.from_str(text)
+            decoders = _decoder_types(json.loads(text).get("decoder"))
         except Exception as error:  # what the library raises is a bare Exception
             raise ModelError(f"damaged {path}: {error}") from error
+        settings = tokenizer_settings(directory)
+        self.specials = named_tokens(settings)
+        try:
+            self._set_up(settings)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ModelError(f"damaged {directory / 'tokenizer_config.json'}: {error}", hint=DAMAGED_HINT) from error
+        self._templates = chat_templates(directory, settings)
+        self._byte_level = "ByteLevel" in decoders
+        self._bytes = self._byte_pieces() if "ByteFallback" in decoders else {}
+        self._added = self._backend.get_added_tokens_decoder()
+        self._skipped = {number for number, token in self._added.items() if token.special}
+
+    def _set_up(self, settings: dict[str, Any]) -> None:
+        """What tokenizer_config.json changes about tokenizer.json."""
+        from tokenizers import AddedToken, processors
+
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._settings = _read_json(directory / "tokenizer_config.json")
-        self._template_text = _chat_template(directory, self._settings)
-        self._byte_level = "ByteLevel" in _decoder_types(decoder)
-        self.specials = {name: text for name in _SPECIALS if (text := _token_text(self._settings.get(name)))}
-        self._special_ids = {self._backend.token_to_id(text) for text in self.specials.values()}
+        self._backend.encode_special_tokens = bool(settings.get("split_special_tokens"))
+        listed = settings.get("added_tokens_decoder") or {}
+        there = self._backend.get_added_tokens_decoder().values()
+        known = set(map(repr, there))
+        added = [AddedToken(**token) for _, token in sorted(listed.items(), key=lambda item: int(item[0]))]
+        added = [token for token in added if repr(token) not in known]
+        names = {str(token) for token in (*there, *added)}
+        missing = [text for text in (*self.specials.values(), *unnamed_tokens(settings)) if text not in names]
+        added += [AddedToken(text, special=True) for text in dict.fromkeys(missing)]
+        clean_up = bool(settings.get("clean_up_tokenization_spaces"))
+        forced = settings.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output")
+        self._cleans_up = clean_up and (bool(forced) or type(self._backend.model).__name__ != "BPE")
+        self._backend.add_tokens(added)
+        bos = self.specials.get("bos_token", "")
+        if settings.get("add_bos_token") and bos and self._backend.post_processor is None:  # else that decides
+            self._backend.post_processor = processors.TemplateProcessing(
+                single=f"{bos} $A", special_tokens=[(bos, self._backend.token_to_id(bos))]
+            )
+
+    def _byte_pieces(self) -> dict[int, int]:
+        found = ((number, _BYTE_PIECE.fullmatch(text)) for text, number in self._backend.get_vocab().items())
+        return {number: int(byte[1], 16) for number, byte in found if byte}
 
     @property
     def vocab_size(self) -> int:
@@ -60,38 +100,65 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         """Whether the checkpoint has a chat template."""
-        return bool(self._template_text)
+        return bool(self._templates.get("default"))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, with the special tokens that the model wants around it."""
-        ids = self._encode(text, special=True)
-        bos = self._backend.token_to_id(self.specials.get("bos_token", ""))
-        if self._settings.get("add_bos_token") and bos is not None and ids[:1] != [bos]:
-            ids.insert(0, bos)
-        return ids
+        return self._encode(text, special=True)
 
     def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """Token ids of a conversation, ready for the assistant's answer."""
-        import jinja2
-
         if not self.has_chat_template:
             raise RequestError(
                 "this model has no chat template; use /v1/completions", param="messages", code="no_chat_template"
             )
-        try:
-            text = self._template.render(messages=list(messages), add_generation_prompt=True, **self.specials)
-        except jinja2.TemplateError as error:
-            raise RequestError(f"the model's chat template refuses this: {error}", param="messages") from error
-        return self._encode(text, special=False)
+        return self._encode(self.template.render(messages), special=False)
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The chat template; jinja is not imported before the first conversation."""
+        from elastic.gateway.chat_template import ChatTemplate
+
+        return ChatTemplate(self._templates["default"], self.specials)
+
+    def detokenizer(self, prompt: Sequence[int]) -> Detokenizer:
+        """For the text of an answer to `prompt`."""
+        return Detokenizer(self.decode, prompt, self.unsettled)
+
+    def unsettled(self, text: str) -> int:
+        """How many characters at the end of a decoded text more tokens may change."""
+        return _may_be_cleaned_up(text) if self._cleans_up else incomplete(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the tokens; special ones are left out, incomplete characters become U+FFFD."""
-        return str(self._backend.decode(list(ids), skip_special_tokens=True))
+        """Text of the tokens; special ones are left out, incomplete characters become U+FFFD.
+
+        transformers turns all characters of a run of byte tokens into U+FFFD where one of them is incomplete; here they
+        stay, as what was streamed cannot be taken back.
+        """
+        mended = self._mended(ids) if self._bytes and not self._bytes.keys().isdisjoint(ids) else None
+        if mended is None:
+            text = str(self._backend.decode(list(ids), skip_special_tokens=True))
+        else:
+            text = str(self._backend.decoder.decode(mended))
+        return clean_up(text) if self._cleans_up else text
+
+    def _mended(self, ids: Sequence[int]) -> list[str] | None:
+        """The tokens with U+FFFD for bytes that are no characters; None if all are."""
+        tokens: list[str] = []
+        broken = False
+        for is_byte, run in groupby((i for i in ids if i not in self._skipped), key=self._bytes.__contains__):
+            if not is_byte:
+                tokens += [text for i in run if (text := self._backend.id_to_token(i)) is not None]
+                continue
+            for piece in _characters(bytes(self._bytes[i] for i in run)):
+                broken |= not piece
+                tokens += [f"<0x{byte:02X}>" for byte in piece] or [REPLACEMENT]
+        return tokens if broken else None
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of one token: not always whole characters."""
         piece = self._backend.id_to_token(token) or ""
-        if token in self._special_ids:
+        if token in self._added:
             return piece.encode()
         if self._byte_level:
             return b"".join(_BYTE_OF.get(char) or char.encode() for char in piece)
@@ -102,52 +169,30 @@ class Tokenizer:
         """The fast variant works out no offsets: it holds the interpreter's lock a fifth as long."""
         return list(self._backend.encode_batch_fast([text], add_special_tokens=special)[0].ids)
 
-    @cached_property
-    def _template(self) -> jinja2.Template:
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        return environment.from_string(self._template_text)
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _refuse(message: str) -> None:
-    import jinja2
-
-    raise jinja2.TemplateError(message)
+def _characters(data: bytes) -> Iterable[bytes]:
+    """The pieces of `data` that are UTF-8, and an empty one for each that is not."""
+    while data:
+        try:
+            data.decode()
+        except UnicodeDecodeError as error:
+            if error.start:
+                yield data[: error.start]
+            yield b""
+            data = data[error.end :]
+        else:
+            yield data
+            return
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ModelError(f"damaged {path}: {error}") from error
+def clean_up(text: str) -> str:
+    """`text` without the spaces that some tokenizers leave before punctuation."""
+    return reduce(lambda so_far, pair: so_far.replace(*pair), _CLEAN_UP.items(), text)
 
 
-def _chat_template(directory: Path, settings: dict[str, Any]) -> str:
-    """The template: in a file of its own (newer checkpoints) or among the settings, there perhaps one of several."""
-    separate = directory / "chat_template.jinja"
-    if separate.is_file():
-        return separate.read_text()
-    found = settings.get("chat_template") or ""
-    if isinstance(found, list):
-        by_name = {each["name"]: each["template"] for each in found}
-        found = by_name.get("default", "")
-    return str(found)
-
-
-def _token_text(value: Any) -> str:
-    return str(value.get("content", "")) if isinstance(value, dict) else str(value or "")
+def _may_be_cleaned_up(text: str) -> int:
+    """How many characters at the end may be changed by what follows: those after the last that is in no match."""
+    return len(text) - len(text.rstrip(_CLEAN_UP_CHARS + REPLACEMENT))
 
 
 def _decoder_types(decoder: Any) -> set[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from membership.base.errors import ModelError
+from workers.model.text_files import end_token_of_tokenizer
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 EXPERT_COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
@@ -129,12 +130,14 @@ def _family(config: dict[str, Any]) -> str:
 
 
 def _eos(root: Path, config: dict[str, Any]) -> tuple[int, ...]:
-    """The generation config's end tokens, else the model config's: one number, a list, or none."""
+    """The generation config's end tokens, else the model config's, else the tokenizer's."""
     path = root / "generation_config.json"
     generation = _read_json(path, hint="") if path.exists() else {}
-    found = generation.get("eos_token_id", config.get("eos_token_id"))
+    found = generation.get("eos_token_id")
     if found is None:
-        return ()
+        found = config.get("eos_token_id")
+    if found is None:
+        return end_token_of_tokenizer(root)
     return tuple(found) if isinstance(found, list) else (int(found),)
 
 

@@ -11,6 +11,7 @@ import openai
 import pytest
 from openai import OpenAI
 
+from elastic.gateway.schema import seed_for
 from elastic.protocol import Rejected
 from tests.support.gateway_cluster import MODEL, GatewayCluster, RunningGateway
 from tests.support.helpers import eventually
@@ -121,6 +122,33 @@ def test_chat_stream(client: OpenAI, gateway: RunningGateway) -> None:
     assert raw.text.endswith("\n\ndata: [DONE]\n\n")
 
 
+def test_what_a_request_does_not_say_the_checkpoint_does(tmp_path: Path) -> None:
+    cluster = GatewayCluster(tmp_path)
+    (tmp_path / "model" / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 20}', encoding="utf-8")
+    cluster.publish_view()
+    with cluster.engine(cluster.says(TEXT)) as engine, cluster.gateway() as gateway, gateway.client() as client:
+        client.completions.create(model=MODEL, prompt="one", max_tokens=60)
+        client.completions.create(model=MODEL, prompt="one", max_tokens=60, temperature=1, top_p=0.5)
+    said = [(s.sampling.temperature, s.sampling.top_p, s.sampling.top_k) for s in engine.submits]
+    assert said == [(0.6, 1.0, 20), (1.0, 0.5, 20)]
+
+
+def test_a_token_that_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
+    """A tokenizer may have more tokens than its model has embeddings; such a prompt must not reach a rank."""
+    cluster = GatewayCluster(tmp_path)
+    settings = tmp_path / "model" / "tokenizer_config.json"
+    extra = {"additional_special_tokens": ["<late>"]}
+    settings.write_text(json.dumps(json.loads(settings.read_text(encoding="utf-8")) | extra), encoding="utf-8")
+    cluster.publish_view()
+    size = cluster.config.vocab_size
+    with cluster.engine(cluster.says(TEXT)) as engine, cluster.gateway() as gateway, gateway.client() as client:
+        with pytest.raises(openai.BadRequestError, match=f"prompt: token id {size} is not in the vocabulary"):
+            client.completions.create(model=MODEL, prompt="one <late>", max_tokens=60)
+        with pytest.raises(openai.BadRequestError, match=f"messages: token id {size} is not in the vocabulary"):
+            client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "<late>"}])
+    assert engine.submits == []
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_several_choices_differ_in_seed_only(client: OpenAI, engine: ScriptedEngine, stream: bool) -> None:
     before = len(engine.submits)
@@ -131,7 +159,7 @@ def test_several_choices_differ_in_seed_only(client: OpenAI, engine: ScriptedEng
         texts[choice.index] += choice.text
     assert texts == dict.fromkeys(range(4), TEXT)
     submits = sorted(engine.submits[before:], key=lambda s: s.request_id)
-    assert [s.sampling.seed for s in submits] == [5, 6, 7, 8]
+    assert [s.sampling.seed for s in submits] == [seed_for(5, choice) for choice in range(4)]
     assert submits[0].prompt == submits[1].prompt != submits[2].prompt
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 
 import pytest
@@ -53,9 +54,12 @@ def test_an_unfinished_character_comes_out_at_the_end(tokenizer: Tokenizer) -> N
     assert choice.push(Delta((), None, "length")).text == "\ufffd"
 
 
-def test_seeds_of_choices_differ_and_stay_in_range() -> None:
-    assert len({seed_for(MAX_SEED, n) for n in range(64)}) == 64
-    assert all(0 <= seed_for(seed, 3) <= MAX_SEED for seed in (-MAX_SEED - 1, -1, 0, MAX_SEED))
+def test_no_two_choices_share_a_seed() -> None:
+    seeds = [*range(-200, 200), MAX_SEED, -MAX_SEED - 1]
+    assert len({seed_for(seed, n) for seed in seeds for n in range(64)}) == 64 * len(seeds), "also of other requests"
+    assert seed_for(5, 0) == 5
+    for seed, choice in [(-MAX_SEED - 1, 0), (-1, 0), (0, 1), (5, 3), (MAX_SEED, 63)]:
+        assert MAX_SEED < seed_for(seed, choice) < 1 << 64, "none that a client asks for has it, and it can be sent"
 
 
 def test_null_means_not_given() -> None:
@@ -70,9 +74,13 @@ def test_the_newer_name_of_the_token_limit_wins() -> None:
     assert parse(body, ChatRequest).token_limit == 7
 
 
-def test_developer_messages_are_the_systems() -> None:
-    body = b'{"model":"m","messages":[{"role":"developer","content":[{"type":"text","text":"x"}],"name":null}]}'
-    assert parse(body, ChatRequest).messages[0].plain() == {"role": "system", "content": "x"}
+def test_templates_get_what_was_said() -> None:
+    """Roles, names and lists of parts are the template's to read; null is not given."""
+    parts = [{"type": "text", "text": "xy"}, {"type": "text", "text": "z"}]
+    said = [{"role": "developer", "content": parts, "name": "Bob"}, {"role": "user", "content": "xyz", "name": None}]
+    messages = parse(json.dumps({"model": "m", "messages": said}).encode(), ChatRequest).messages
+    assert [message.plain() for message in messages] == [said[0], {"role": "user", "content": "xyz"}]
+    assert [message.characters for message in messages] == [3, 3]
 
 
 @pytest.mark.parametrize("name", sorted(OFF))
