@@ -135,7 +135,7 @@ class StateDir:
         """Own the directory until `release` or exit; ConfigError if another supervisor owns it."""
         self.make()
         try:
-            self._lock = (self.path / "lock").open("a+")
+            self._lock = (self.path / "lock").open("a+", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"cannot keep state in {self.path}: {_why(error)}", hint=HINT) from error
         try:
