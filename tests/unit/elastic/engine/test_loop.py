@@ -18,8 +18,8 @@ pytestmark = pytest.mark.unit
 def engine_in(state: ClusterState) -> Engine:
     """An engine without requests, whose status writer has noticed nothing."""
     peers: Any = SimpleNamespace(
-        mirror=SimpleNamespace(state=lambda: state), fleet=None, server=SimpleNamespace(take=list),
-        status=SimpleNamespace(fenced=False), events=None,
+        mirror=SimpleNamespace(state=lambda: state), fleet=None, events=None,
+        server=SimpleNamespace(take=list, send=lambda _: pytest.fail("it goes on")), status=SimpleNamespace(fenced=False),
     )  # fmt: skip
     return Engine(config(), TOKEN, cast(Peers, peers))
 
