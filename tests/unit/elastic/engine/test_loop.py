@@ -17,10 +17,9 @@ pytestmark = pytest.mark.unit
 
 def engine_in(state: ClusterState) -> Engine:
     """An engine without requests, whose status writer has noticed nothing."""
-    peers: Any = SimpleNamespace(
-        mirror=SimpleNamespace(state=lambda: state), fleet=None, events=None,
-        server=SimpleNamespace(take=list, send=lambda _: pytest.fail("it goes on")), status=SimpleNamespace(fenced=False),
-    )  # fmt: skip
+    server = SimpleNamespace(take=list, send=lambda _: pytest.fail("it goes on"))
+    mirror, status = SimpleNamespace(state=lambda: state), SimpleNamespace(fenced=False)
+    peers: Any = SimpleNamespace(mirror=mirror, fleet=None, server=server, status=status, events=None)
     return Engine(config(), TOKEN, cast(Peers, peers))
 
 
