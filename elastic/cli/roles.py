@@ -9,6 +9,7 @@ import msgspec
 import typer
 
 from elastic.cli.command import command
+from elastic.serve.listening import inherited_listeners
 from elastic.serve.options import AgentOptions, GatewayOptions, RoleOptions, StoreOptions
 from elastic.serve.role_main import role
 from elastic.serve.state_dir import ClusterAddress, StateDir, home
@@ -76,7 +77,10 @@ def gateway(options: GatewayOptions) -> None:
         admin_token=os.environ.get("ELASTIC_ADMIN_TOKEN", ""),
         host=options.host,
         port=options.port,
+        admin_host=options.admin_host,
         admin_port=options.admin_port,
+        max_connections=options.max_connections,
+        listeners=inherited_listeners(),
     )
     with role("gateway", address, state.events) as (store, stop, events):
         run_gateway(store, address.cluster, settings, stop, events)

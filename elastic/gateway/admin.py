@@ -269,7 +269,7 @@ def _add_reading(app: FastAPI, admin: Admin) -> None:
 
     @app.get("/admin/v1/events")
     async def events(request: Request, follow: bool = False) -> Response:
-        return EventStream(_event_lines(admin.events, follow, admin.stopping), {}, "application/x-ndjson")
+        return EventStream(_event_lines(admin.events, follow, admin.stopping), {}, "application/x-ndjson", b"\n")
 
     @app.get("/is_scaling_elastic_ep")
     async def is_scaling() -> Response:

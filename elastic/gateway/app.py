@@ -7,14 +7,13 @@ import os
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import structlog
-import uvicorn
 from fastapi import FastAPI
 
 from elastic.gateway import health, openai
@@ -23,8 +22,11 @@ from elastic.gateway.engine_link import EngineLink, LinkSettings
 from elastic.gateway.http import new_app
 from elastic.gateway.metrics import GatewayMetrics
 from elastic.gateway.registration import Registration
+from elastic.gateway.server import Server
 from elastic.gateway.tokenizer import Tokenizer
+from elastic.serve.listening import ADMIN_CONNECTIONS, Listeners, listening, most_connections, url_of
 from elastic.serve.state_dir import StateDir
+from membership.base import descriptors
 from membership.base.errors import ConfigError, ElasticError, RequestError
 from membership.base.events import EventLog
 from membership.store.interface import Store
@@ -35,22 +37,26 @@ from workers.model.text_files import sampling_defaults
 CONFIG_TIMEOUT_S = 60.0
 STOP_POLL_S = 0.5
 CLOSE_TIMEOUT_S = 5
-BACKLOG = 2048
-MAX_HEADER_BYTES = 32 * 1024
 
 log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class GatewaySettings:
-    """Where a gateway listens, and how it behaves. Port 0 takes any free one; without a token the admin API is off."""
+    """Where a gateway listens, and how it behaves. Port 0 takes any free one; without a token the admin API is off.
+
+    `listeners`: sockets that are bound already, instead of the addresses.
+    """
 
     name: str
     state_dir: Path
     admin_token: str
     host: str = "127.0.0.1"
     port: int = 0
+    admin_host: str = "127.0.0.1"
     admin_port: int = 0
+    max_connections: int | None = None
+    listeners: Listeners | None = None
     grace_s: float = 15.0  # for open streams when the gateway is stopped
     link: LinkSettings = field(default_factory=LinkSettings)
 
@@ -75,9 +81,9 @@ def run_gateway(store: Store, cluster: str, settings: GatewaySettings, stop: thr
     """
     name = settings.name
     note = partial(events.emit, cluster=cluster)
+    most = most_connections(descriptors.limit(), settings.max_connections)
     with (
-        listening(settings.host, settings.port, "--port") as public_socket,
-        listening(settings.host, settings.admin_port, "--admin-port") as admin_socket,
+        listening(settings, settings.listeners) as bound,
         Mirror(store, cluster) as mirror,
     ):
         config = mirror.wait(lambda s: s.config is not None, CONFIG_TIMEOUT_S, f"the config of {cluster!r}").config
@@ -88,8 +94,12 @@ def run_gateway(store: Store, cluster: str, settings: GatewaySettings, stop: thr
         history = StateDir(settings.state_dir).events
         public = _public_app(config, link, readiness, history)
         admin = admin_app(Admin(store, cluster, mirror, settings.admin_token, history, lambda: readiness.stopping))
-        servers = Server(public, public_socket, settings.grace_s), Server(admin, admin_socket, 1.0)
-        record = GatewayRecord(name=name, pid=os.getpid(), url=_url(public_socket), admin_url=_url(admin_socket))
+        servers = (
+            Server(public, bound.api, settings.grace_s, most, urgent=health.PATHS),
+            Server(admin, bound.admin, 1.0, ADMIN_CONNECTIONS),
+        )
+        url, admin_url = (url_of(each, any_host=socket.gethostname()) for each in bound)
+        record = GatewayRecord(name=name, pid=os.getpid(), url=url, admin_url=admin_url)
         gateway = Gateway(config, mirror, link, readiness, *servers, settings.grace_s)
         with Registration(store, cluster, record, config.lease_ttl_s):
             note("gateway_started", name=name, url=record.url)
@@ -164,60 +174,3 @@ async def _following(mirror: Mirror, link: EngineLink) -> AsyncIterator[None]:
         yield
     finally:
         end()
-
-
-class Server(uvicorn.Server):
-    """uvicorn on a socket that is bound already, leaving signals to the role."""
-
-    def __init__(self, app: FastAPI, bound: socket.socket, grace_s: float) -> None:
-        self._bound = bound
-        config = uvicorn.Config(
-            app,
-            http="h11",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            backlog=BACKLOG,
-            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-            timeout_keep_alive=75,
-            timeout_graceful_shutdown=int(grace_s) + 1,
-        )
-        super().__init__(config)
-
-    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """Until `should_exit`."""
-        await super().serve([self._bound])
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """The role handles signals."""
-        yield
-
-
-@contextmanager
-def listening(host: str, port: int, flag: str) -> Iterator[socket.socket]:
-    """A bound socket; ConfigError if the port is taken."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {host!r}: {error.strerror}", hint="check --host") from error
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-        bound.listen(BACKLOG)
-    except OSError as error:
-        bound.close()
-        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}", hint=f"choose another {flag}") from error
-    with bound:
-        yield bound
-
-
-def _url(bound: socket.socket) -> str:
-    host, port = bound.getsockname()[:2]
-    if host in ("0.0.0.0", "::"):  # noqa: S104 - comparing, not binding
-        host = socket.gethostname()
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

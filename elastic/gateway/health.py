@@ -16,6 +16,8 @@ from membership.base.errors import ElasticError, SchemaError
 from membership.base.timing import ENGINE_GRACE_S, STUCK_S
 from membership.store.records import ClusterState
 
+PATHS = frozenset({"/livez", "/readyz", "/health", "/metrics"})
+
 
 @dataclass
 class Readiness:

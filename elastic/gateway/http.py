@@ -18,8 +18,9 @@ from starlette.types import Receive, Scope, Send
 from elastic.gateway.render import error_body
 from elastic.gateway.schema import MAX_BODY_BYTES
 from membership.base.errors import RequestError
+from membership.base.timing import BODY_TIMEOUT_S
 
-BODY_TIMEOUT_S = 30.0
+SILENCE = "silence"  # in a request's state: what may be written into its answer at any time, and says nothing
 CLIENT_GONE_STATUS = 499  # only the access log shows it
 
 log = structlog.get_logger(__name__)
@@ -114,15 +115,24 @@ class EventStream(StreamingResponse):
     """A stream of events. The generator is closed when the response ends, however it ends."""
 
     def __init__(
-        self, events: AsyncGenerator[bytes, None], headers: dict[str, str], media_type: str = "text/event-stream"
+        self,
+        events: AsyncGenerator[bytes, None],
+        headers: dict[str, str],
+        media_type: str = "text/event-stream",
+        silence: bytes = b":\n\n",
     ) -> None:
-        self._events = events
+        self._events, self._silence = events, silence
         plain = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, headers=plain | headers, media_type=media_type)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it."""
+        """Send it, or nothing but its headers if only they were asked for."""
+        scope.setdefault("state", {})[SILENCE] = self._silence
         try:
-            await super().__call__(scope, receive, send)
+            if scope["method"] == "HEAD":
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                await send({"type": "http.response.body"})
+            else:
+                await super().__call__(scope, receive, send)
         finally:
             await self._events.aclose()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import socket
-
-from elastic.serve.options import DEFAULT_RANKS, DEFAULTS, MAX_PORT, ServeOptions, check_options
-from membership.base.errors import ConfigError, PlanRefused
+from elastic.serve.options import DEFAULT_RANKS, DEFAULTS, ServeOptions, check_options
+from membership.base.errors import PlanRefused
 from membership.planning.cluster_facts import scale_refusal
 from membership.store.records import ClusterConfig
 from workers.model.families import read_model_info
@@ -35,14 +33,3 @@ def cluster_config(options: ServeOptions) -> ClusterConfig:
     if refused:
         raise PlanRefused(refused)
     return config
-
-
-def require_free_port(host: str, port: int, flag: str) -> None:
-    """ConfigError naming the flag if the port cannot be listened on."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except (OSError, OverflowError) as error:
-            why = error.strerror if isinstance(error, OSError) else f"ports go from 0 to {MAX_PORT}"
-            raise ConfigError(f"cannot listen on {host}:{port}: {why}", hint=f"choose another {flag}") from error

@@ -178,12 +178,18 @@ class StoreOptions(StateDirOptions):
 class ListenOptions:
     """Where a gateway listens."""
 
-    host: str = option("127.0.0.1", "Address to listen on.")
+    host: str = option("127.0.0.1", "Address of the OpenAI API, the probes and metrics.")
     port: int = option(
         8000, "Port of the OpenAI API (0 = any free port).", minimum=0, maximum=MAX_PORT, helm="service.port"
     )
+    admin_host: str = option("127.0.0.1", "Address of the admin API.", helm="service.adminHost")
     admin_port: int = option(
         8001, "Port of the admin API (0 = any free port).", minimum=0, maximum=MAX_PORT, helm="service.adminPort"
+    )
+    max_connections: int | None = option(
+        None,
+        "Most open connections to the OpenAI API. Default: what the limit of open files leaves, at most 8192.",
+        minimum=1,
     )
 
 

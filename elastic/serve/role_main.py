@@ -17,7 +17,7 @@ from types import FrameType
 import structlog
 
 from elastic.serve.state_dir import ClusterAddress
-from membership.base import failpoints, loop_watchdog
+from membership.base import descriptors, failpoints, loop_watchdog
 from membership.base.events import EventLog
 from membership.base.run_dir import ENV as RUN_DIR_ENV
 from membership.base.run_dir import default_run_dir, make_run_dir, run_dir
@@ -91,6 +91,7 @@ def role(name: str, address: ClusterAddress, events: Path) -> Iterator[tuple[Sto
     from workers.ipc.cpu_priority import run_in_short_turns
 
     configure(name)
+    descriptors.raise_limit()
     failpoints.arm(name, str(events))
     end_with_any_thread()
     os.environ.setdefault(RUN_DIR_ENV, str(run_dir(events.parent)))  # its ranks', too

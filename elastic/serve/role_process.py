@@ -20,6 +20,7 @@ from typing import IO
 import msgspec
 import structlog
 
+from elastic.serve.listening import LISTEN_FDS, Listeners
 from membership.base import starter
 from membership.base.errors import StoreError
 from membership.base.timing import ROLE_RESTART_MAX_S, STABLE_S
@@ -51,6 +52,7 @@ class RoleProcess:
     stable_s: float = STABLE_S
     environment: dict[str, str] = field(default_factory=dict)
     forkserver: Callable[[], socket.socket] | None = None  # makes a new one for each start
+    listeners: Listeners | None = None  # the same ones for each start
 
     def start(self, now: float) -> None:
         """Start the process; it ends with this one. It has a session of its own (Ctrl-C is the supervisor's)."""
@@ -60,6 +62,10 @@ class RoleProcess:
             if self.forkserver is not None:
                 fds.append(given.enter_context(self.forkserver()).fileno())
                 environment[FORKSERVER_FD] = str(fds[-1])
+            if self.listeners is not None:
+                handed = [each.fileno() for each in self.listeners]
+                fds += handed
+                environment[LISTEN_FDS] = ",".join(map(str, handed))
             self.process = subprocess.Popen(
                 [sys.executable, "-m", ENTRY, *self.arguments],
                 stdin=subprocess.DEVNULL,

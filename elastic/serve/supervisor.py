@@ -14,21 +14,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 
 import httpx
 import msgspec
 import structlog
 
 from elastic.serve import chaos_mode
-from elastic.serve.cluster_config import cluster_config, require_free_port
-from elastic.serve.etcd_server import EtcdServer, free_ports
+from elastic.serve.cluster_config import cluster_config
+from elastic.serve.etcd_server import EtcdServer
+from elastic.serve.listening import Listeners, listening, most_connections, url_of
 from elastic.serve.options import DEFAULT_RANKS, ServeOptions
 from elastic.serve.role_main import STORE_SEEN, StopSignal
 from elastic.serve.role_process import RoleProcess, revoke_leases, stop_together
 from elastic.serve.state_dir import ClusterAddress, StateDir, home
 from elastic.serve.store_guard import StoreGuard
 from elastic.serve.stored_config import write_config
+from membership.base import descriptors
 from membership.base.errors import ConfigError, ElasticError, StoreReplaced, WaitTimeout
 from membership.base.events import EventLog, Tail
 from membership.base.failpoints import HISTORY_ENV
@@ -51,7 +52,6 @@ STOPPED_TOGETHER = (("gateway", "engine-standby"), ("engine",), ("agent", "contr
 POLL_S = 0.25
 ETCD_RETRY_S = 2.0
 TROUBLES = {"rank_load_failed", "rank_prepare_failed", "rank_quarantined", "forkserver_ready"}
-ANY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104 - compared with, not bound
 
 
 class Supervisor:
@@ -62,10 +62,7 @@ class Supervisor:
         if not options.etcd and options.credentials() != NO_CREDENTIALS:
             hint = "name that etcd with --etcd, or leave out --etcd-ca, --etcd-cert, --etcd-key and --etcd-user"
             raise ConfigError("there are credentials for an etcd, but no --etcd", hint=hint)
-        require_free_port(options.host, options.port, "--port")
-        require_free_port(options.host, options.admin_port, "--admin-port")
-        free = free_ports(2)  # for a port of 0: clients that read the address need the number
-        self.options = replace(options, port=options.port or free[0], admin_port=options.admin_port or free[1])
+        self.options = options
         self.ranks = options.ranks or DEFAULT_RANKS
         self.state = StateDir(options.state_dir or home() / self.config.cluster)
         self.keys = Keys(self.config.cluster)
@@ -73,6 +70,8 @@ class Supervisor:
         self.etcd: EtcdServer | None = None
         self._etcd_retry_at = 0.0
         self._store: Store | None = None
+        self._listeners: Listeners | None = None
+        self._urls: tuple[str, ...] = ("", "")
         self._roles: list[RoleProcess] = []
         self._environment: dict[str, str] = {}
         self._zygote: Zygote | None = None
@@ -84,6 +83,8 @@ class Supervisor:
 
     def __enter__(self) -> Supervisor:
         with ExitStack() as opened:
+            self._listeners = opened.enter_context(listening(self.options))
+            self._urls = tuple(map(url_of, self._listeners))
             self.state.claim()
             opened.callback(self.state.release)
             for _ in self._troubles():
@@ -102,6 +103,8 @@ class Supervisor:
         self._opened.close()
 
     def _stop_roles(self) -> None:
+        if self._listeners is not None:
+            self._listeners.close()  # the gateway has them until its requests have ended
         for names in STOPPED_TOGETHER:
             stop_together([role for role in self._roles if role.name in names], STOP_GRACE_S)
 
@@ -213,13 +216,12 @@ class Supervisor:
 
     def address(self, endpoints: tuple[str, ...]) -> ClusterAddress:
         """What client commands need to know."""
-        host = self.options.host if self.options.host not in ANY_ADDRESS else "127.0.0.1"
         return ClusterAddress(
             cluster=self.config.cluster,
             etcd=endpoints,
             credentials=self.options.credentials(),
-            url=f"http://{host}:{self.options.port}",
-            admin_url=f"http://{host}:{self.options.admin_port}",
+            url=self._urls[0],
+            admin_url=self._urls[1],
             admin_token=self.options.admin_token,
             pid=os.getpid(),
         )
@@ -228,11 +230,10 @@ class Supervisor:
         command = name.removesuffix("-standby")
         arguments = [command, "--etcd", ",".join(endpoints), "--cluster", self.config.cluster]
         arguments += ["--state-dir", str(self.state.path), *self.options.credentials().as_flags()]
-        if name == "gateway":
-            arguments += ["--host", self.options.host, "--port", str(self.options.port)]
-            arguments += ["--admin-port", str(self.options.admin_port)]
-        else:
+        if name != "gateway":
             arguments += ["--node", self.node]
+        elif self.options.max_connections is not None:
+            arguments += ["--max-connections", str(self.options.max_connections)]
         if name == "agent":
             arguments += ["--spares", str(self.options.spares), "--drain-grace", "0"]  # it ends with everything else
         token = {"ELASTIC_ADMIN_TOKEN": self.options.admin_token} if name == "gateway" else {}
@@ -240,6 +241,7 @@ class Supervisor:
         return RoleProcess(
             name, arguments, self.state.log(name), environment={**self._environment, **token}, stable_s=stable_s,
             forkserver=self._zygote.forkserver if self._zygote is not None and name == "agent" else None,
+            listeners=self._listeners if name == "gateway" else None,
         )  # fmt: skip
 
     def _troubles(self) -> Iterator[str]:
@@ -269,7 +271,8 @@ def run_serve(options: ServeOptions) -> None:
     """Serve until SIGTERM or Ctrl-C; print on stderr what is awaited and the addresses."""
     configure("supervisor")
     chaos_mode.check(options.chaos)
-    run_in_short_turns()  # etcd and all roles inherit it
+    run_in_short_turns()  # etcd and all roles inherit it, as they do the limit of open files
+    most_connections(descriptors.raise_limit(), options.max_connections)  # what a gateway would refuse is refused now
     with StopSignal() as stop, Supervisor(options) as supervisor:
         where, name = supervisor.address(()), supervisor.config.served_model_name
         if options.chaos:

@@ -146,6 +146,13 @@ _time = _times("request", "elastic/gateway/health.py")
 ENGINE_GRACE_S = _time(10.0, "The gateway stays ready for this long without an engine")
 STUCK_S = _time(60.0, "The gateway turns not ready if no request got a token for this long")
 
+_time = _times("request", "elastic/gateway/http.py")
+BODY_TIMEOUT_S = _time(30.0, "Max time in which a request's body must arrive")
+_time = _times("request", "elastic/gateway/connection.py")
+HEADER_TIMEOUT_S = _time(20.0, "Max time in which a request's header must arrive")
+IDLE_TIMEOUT_S = _time(75.0, "A connection without a request is closed after this")
+SEND_TIMEOUT_S = _time(120.0, "A client that takes nothing of its answer for this long is disconnected")
+
 _names = [name for name in globals() if name.endswith("_S")]
 TIMINGS: tuple[Timing, ...] = tuple(
     Timing(group, name, value_s, used_in, purpose)

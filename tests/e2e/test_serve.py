@@ -13,8 +13,11 @@ import pytest
 
 from chaos.target.cluster import ServedCluster
 from elastic.serve.etcd_server import EtcdServer
+from elastic.serve.listening import bind
+from membership.base.errors import ConfigError
 from tests.e2e.conftest import Serve
-from tests.support.served import completion
+from tests.support.helpers import eventually
+from tests.support.served import completion, role_pid
 from workers.agent.zygote import Zygote
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
@@ -90,3 +93,29 @@ def test_a_term_signal_lets_requests_end(serve: Serve, demo_model: Path) -> None
             lines.append(line)
     assert "data: [DONE]" in lines
     assert not any('"error"' in line for line in lines)
+
+
+def test_ipv6_and_a_gateway_that_returns_under_its_clients(serve: Serve, demo_model: Path) -> None:
+    """Its ports are never free: clients that connect meanwhile wait, and no other process can take them."""
+    cluster = serve(demo_model, 2, ("--host", "::1", "--admin-host", "::1"))
+    eventually(lambda: (cluster.state.path / "cluster.json").exists(), 120.0, "the address to be published")
+    address = cluster.state.address()
+    assert (address.url, address.admin_url) == (f"http://[::1]:{cluster.port}", f"http://[::1]:{cluster.admin_port}")
+    ready = f"ready: OpenAI API at {address.url}/v1"
+    eventually(lambda: ready in (cluster.state.path / "serve.log").read_text(), 120.0, "the cluster to be ready")
+    token = {"Authorization": f"Bearer {address.admin_token}"}
+    gateway = psutil.Process(role_pid(cluster, "gateway"))
+    gateway.kill()
+    gateway.wait(timeout=30)
+    for port in (cluster.port, cluster.admin_port):
+        with pytest.raises(ConfigError, match="Address already in use"):
+            bind("::1", port, ("--host", "--port"))
+    assert httpx.get(f"{address.url}/livez", timeout=60.0).json()["status"] == "alive"
+    view = httpx.get(f"{address.admin_url}/admin/v1/view", headers=token, timeout=60.0)
+    assert view.json()["epoch"] >= 1
+    status = subprocess.run(
+        [sys.executable, "-m", "elastic.cli", "status", "--admin", address.admin_url,
+         "--admin-token", address.admin_token, "-o", "json"],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert status.returncode == 0, status.stderr

@@ -51,13 +51,6 @@ def test_a_model_may_be_served_under_a_name_with_a_slash() -> None:
     assert (config.served_model_name, config.cluster) == ("org/model", shipped_demo_model().name)
 
 
-def test_port_0_becomes_a_port_that_clients_can_be_given() -> None:
-    address = Supervisor(OPTIONS).address(())
-    assert not address.url.endswith(":0")
-    assert not address.admin_url.endswith(":0")
-    assert address.url != address.admin_url
-
-
 class DeadEtcd:
     """An etcd that does not start before the third time."""
 

@@ -1,0 +1,208 @@
+"""One port, with a small application behind it: deadlines for what clients owe, half-closed clients, the limit."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from typing import Any
+
+import pytest
+
+from elastic.gateway.connection import Patience
+from elastic.gateway.server import Server
+from elastic.serve.listening import bind
+from tests.support.helpers import eventually
+
+pytestmark = pytest.mark.integration
+
+GET = b"GET /%s HTTP/1.1\r\nHost: x\r\n\r\n"
+POST = b"POST /%s HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nhi"
+
+
+class App:
+    """Answers once it is told to; counts the clients that leave before."""
+
+    def __init__(self) -> None:
+        self.asked, self.abandoned = 0, 0
+        self._go = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def go(self) -> None:
+        """Answer from now on."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._go.set)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self._loop = asyncio.get_running_loop()
+        while (await receive()).get("more_body"):
+            continue
+        self.asked += 1
+        if scope["path"] != "/now":
+            gone, told = asyncio.ensure_future(receive()), asyncio.ensure_future(self._go.wait())
+            done, rest = await asyncio.wait((gone, told), return_when="FIRST_COMPLETED")
+            for task in rest:
+                task.cancel()
+            if gone in done:
+                self.abandoned += 1
+                return
+        body = b"x" * 50_000_000 if scope["path"] == "/much" else b"answer to " + scope["path"].encode()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+        await send({"type": "http.response.body", "body": body})
+
+
+class Running:
+    """A server in a thread."""
+
+    def __init__(self, app: App, server: Server, bound: socket.socket) -> None:
+        self.app, self.server, self.address = app, server, bound.getsockname()
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(self.address[:2], timeout=10)
+
+
+@contextmanager
+def serving(most: int = 100, **patience: float) -> Iterator[Running]:
+    app, bound = App(), bind("127.0.0.1", 0, ("", ""))
+    server = Server(app, bound, 1.0, most, urgent=frozenset({"/now"}), patience=Patience(**patience))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), name="server")
+    thread.start()
+    try:
+        yield Running(app, server, bound)
+    finally:
+        app.go()
+        server.should_exit = True
+        thread.join(20.0)
+        assert not thread.is_alive()
+
+
+def all_of(client: socket.socket) -> bytes:
+    """Everything until the server closes."""
+    parts = []
+    while part := client.recv(65536):
+        parts.append(part)
+    return b"".join(parts)
+
+
+def until(client: socket.socket, end: bytes) -> bytes:
+    """Everything up to these bytes."""
+    got = b""
+    while not got.endswith(end):
+        part = client.recv(65536)
+        assert part, got
+        got += part
+    return got
+
+
+def test_half_a_header_gets_its_time_and_no_more() -> None:
+    with serving(header_s=0.2) as port, closing(port.connect()) as client, closing(port.connect()) as silent:
+        client.sendall(GET[:20])
+        head, _, body = all_of(client).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 408 ")
+        assert json.loads(body)["error"]["message"] == "the header did not arrive within 0.2 s"
+        assert all_of(silent) == b""
+
+
+def test_a_second_header_that_comes_byte_by_byte() -> None:
+    with serving(header_s=0.3) as port, closing(port.connect()) as client:
+        client.sendall(GET % b"now")
+        until(client, b"answer to /now")
+        answer = b""
+        client.settimeout(0.05)
+        for byte in (GET * 1000)[:1000]:
+            try:
+                client.sendall(bytes([byte]) if byte not in b"\r\n" else b"x")
+                answer += client.recv(65536)
+            except TimeoutError:
+                continue
+            if answer:
+                break
+        assert answer.startswith(b"HTTP/1.1 408 ")
+
+
+def test_what_is_not_http_is_told_so_in_the_one_shape_of_errors() -> None:
+    with serving() as port, closing(port.connect()) as client:
+        client.sendall(b"what is this\r\n\r\n")
+        head, _, body = all_of(client).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400 ")
+        assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("asked", [GET % b"b", POST % b"b", POST % b"a" + GET % b"b"])
+def test_a_client_that_half_closes_gets_its_answers(asked: bytes) -> None:
+    with serving() as port, closing(port.connect()) as client:
+        client.sendall(asked)
+        client.shutdown(socket.SHUT_WR)
+        eventually(lambda: port.app.asked, 10.0, "the request to arrive")
+        port.app.go()
+        answers = all_of(client)
+        assert answers.count(b"HTTP/1.1 200 ") == asked.count(b"Host")
+        assert answers.endswith(b"answer to /b")
+        assert port.app.abandoned == 0
+
+
+def test_an_old_client_that_half_closes_gets_its_answer() -> None:
+    with serving() as port, closing(port.connect()) as client:
+        client.sendall(b"GET /b HTTP/1.0\r\n\r\n")
+        client.shutdown(socket.SHUT_WR)
+        eventually(lambda: port.app.asked, 10.0, "the request to arrive")
+        port.app.go()
+        answer = all_of(client)
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        assert answer.endswith(b"answer to /b")
+
+
+def test_a_client_that_closes_is_not_waited_for() -> None:
+    with serving() as port:
+        with closing(port.connect()) as client:
+            client.sendall(POST % b"b")
+            eventually(lambda: port.app.asked, 10.0, "the request to arrive")
+        eventually(lambda: port.app.abandoned, 10.0, "the request to be given up")
+
+
+def test_a_client_that_half_closes_and_then_closes() -> None:
+    with serving() as port:
+        with closing(port.connect()) as client:
+            client.sendall(POST % b"b")
+            client.shutdown(socket.SHUT_WR)
+            assert client.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        eventually(lambda: port.app.abandoned, 10.0, "the request to be given up")
+
+
+def test_half_a_request_and_a_half_close_is_the_end() -> None:
+    with serving() as port, closing(port.connect()) as client:
+        client.sendall(POST[:-1] % b"b")
+        client.shutdown(socket.SHUT_WR)
+        assert all_of(client) == b""
+
+
+def test_a_client_that_reads_nothing_of_its_answer_is_disconnected() -> None:
+    with serving(send_s=0.5) as port, closing(port.connect()) as client:
+        client.sendall(GET % b"much")
+        eventually(lambda: port.app.asked, 10.0, "the request to arrive")
+        port.app.go()
+        eventually(lambda: not port.server.server_state.connections, 30.0, "the connection to end")
+
+
+def test_a_full_port_drops_who_owes_longest() -> None:
+    with serving(most=2) as port, ExitStack() as opened:
+        first, second, third = (opened.enter_context(closing(port.connect())) for _ in range(3))
+        assert all_of(first) == b""
+        for client in (second, third):
+            client.sendall(GET % b"now")
+            until(client, b"answer to /now")
+
+
+def test_a_full_port_answers_what_is_urgent_and_says_503_to_the_rest() -> None:
+    with serving(most=1) as port, closing(port.connect()) as busy:
+        busy.sendall(GET % b"b")
+        eventually(lambda: port.app.asked, 10.0, "the request to arrive")
+        for path, status in ((b"now", b"200 "), (b"later", b"503 ")):
+            with closing(port.connect()) as client:
+                client.sendall(GET % path)
+                assert client.recv(100).split(b" ", 1)[1].startswith(status)
+        port.app.go()
+        until(busy, b"answer to /b")
