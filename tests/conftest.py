@@ -19,7 +19,8 @@ import psutil
 import pytest
 
 from membership.base import starter
-from workers.ipc.handover import Handover
+from membership.base.run_dir import default_run_dir, remove_run_dir
+from workers.ipc.handover import Handover, close_default
 
 os.environ[starter.ENV] = starter.named()  # every role and cluster that a test starts ends with this process
 SETTLE_S = 5.0
@@ -105,9 +106,12 @@ def _files() -> Counter[str]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def process_wide_handover() -> None:
+def process_wide_handover() -> Iterator[None]:
     """The process's one handover socket is no test's leak: have it before the first test looks."""
     Handover.default()
+    yield
+    close_default()
+    remove_run_dir(default_run_dir())
 
 
 def _strangers(name: str) -> bool:

@@ -1,13 +1,13 @@
 """The engine's server for gateways: a ZeroMQ ROUTER in a thread of its own, so that no gateway can slow a step down.
 
-Only processes of this user reach it (abstract socket, peer uid checked). What does not decode is dropped with a log.
+Only processes of this user reach it (a socket in the run directory, peer uid checked). What does not decode is dropped
+with a log.
 A request belongs to the gateway that submitted it last; when that gateway is gone, its requests are aborted.
 """
 
 from __future__ import annotations
 
 import os
-import secrets
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -19,6 +19,7 @@ import zmq
 from elastic.protocol import Abort, Hello, Rejected, Submit, ToEngine, ToGateway, Tokens, Welcome
 from membership.base import failpoints
 from membership.base.errors import WaitTimeout
+from membership.base.run_dir import default_run_dir, make_run_dir, new_socket
 
 MAX_MESSAGE_BYTES = 16 << 20
 MAX_QUEUED_MESSAGES = 100_000  # per gateway; one that reads so slowly loses its requests
@@ -31,7 +32,8 @@ class EngineServer:
     """`take` and `send` never block; `on_message` is called in the server's thread when there is something to take."""
 
     def __init__(self, on_message: Callable[[], None]) -> None:
-        self.address = f"ipc://@elastic-ep-{secrets.token_hex(12)}"
+        self._path = make_run_dir(default_run_dir()) / new_socket("engine")
+        self.address = f"ipc://{self._path}"
         self._on_message = on_message
         self._inbox: deque[Submit | Abort] = deque()
         self._outbox: deque[Tokens | Rejected] = deque()
@@ -49,7 +51,7 @@ class EngineServer:
         self._socket.set(zmq.ROUTER_MANDATORY, 1)
         self._socket.set(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         self._socket.set(zmq.SNDHWM, MAX_QUEUED_MESSAGES)
-        self._socket.set(zmq.IPC_FILTER_UID, os.getuid())
+        self._socket.set(zmq.IPC_FILTER_UID, os.geteuid())
         self._socket.bind(self.address)
 
     def serve(self, engine_token: int) -> None:
@@ -90,6 +92,7 @@ class EngineServer:
         self._socket.close()
         self._context.term()
         os.close(self._wake)
+        self._path.unlink(missing_ok=True)
 
     def _run(self) -> None:
         try:

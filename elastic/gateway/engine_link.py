@@ -8,7 +8,6 @@ progress, a request fails with a 503 that says so.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import secrets
 import time
 from collections import deque
@@ -21,12 +20,12 @@ import msgspec
 import structlog
 import zmq
 import zmq.asyncio
-from zmq.utils.monitor import recv_monitor_message
 
+from elastic.gateway.engine_socket import EngineSocket, engine_socket
 from elastic.gateway.journal import Delta, Journal, Request
 from elastic.protocol import Hello, Rejected, ToEngine, ToGateway, Tokens, Welcome
 from membership.base import failpoints
-from membership.base.errors import JournalError, RequestError
+from membership.base.errors import ConfigError, JournalError, RequestError
 from membership.base.timing import ENGINE_SILENCE_S, ENGINE_WAIT_S, STALL_S
 from membership.store.records import ClusterState
 
@@ -135,6 +134,7 @@ class EngineLink:
         self.ready = False
         self.was_ready = False
         self.refusal = ""  # set when no more requests are taken
+        self.trouble = ""  # why the engine cannot be connected to
         self._gateway = gateway
         self._clock = clock
         self._note = note
@@ -234,40 +234,34 @@ class EngineLink:
         self, context: zmq.asyncio.Context, target: Target, moved: asyncio.Future[None], expiry: asyncio.Task[None]
     ) -> None:
         """One connection to one engine, until it breaks, falls silent or is superseded."""
-        socket = context.socket(zmq.DEALER)
-        monitor: Any = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._last_message_at = self._clock()
-        jobs = [
-            asyncio.ensure_future(job)
-            for job in (self._listen(socket, target), self._ping(), recv_monitor_message(monitor))
-        ]
+        jobs: list[asyncio.Future[Any]] = []
+        routing_id = f"{self._gateway[:200]}/{secrets.token_hex(8)}"  # new: what is still sent to the last one is lost
         try:
-            self._connect(socket, target)
-            self._socket = socket
-            done, _ = await asyncio.wait({*jobs, moved, expiry}, return_when="FIRST_COMPLETED")
-            for job in done:
-                await job  # a bug ends the gateway; a broken connection does not
-        except zmq.ZMQError as error:
-            log.warning("engine_unreachable", address=target.address, error=str(error))
-            await asyncio.wait({moved}, timeout=self.settings.ping_every_s)
-        finally:
-            self._detach(target)
-            for job in jobs:
-                job.cancel()
-            await asyncio.gather(*jobs, return_exceptions=True)
-            with contextlib.suppress(zmq.ZMQError):
-                socket.disable_monitor()
-            monitor.close(linger=0)
-            socket.close(linger=0)
+            with engine_socket(context, target.address, routing_id.encode()) as engine:
+                for job in (self._follow(engine), self._listen(engine.socket, target), self._ping()):
+                    jobs.append(asyncio.ensure_future(job))
+                try:
+                    done, _ = await asyncio.wait({*jobs, moved, expiry}, return_when="FIRST_COMPLETED")
+                    for ended in done:
+                        await ended  # a bug ends the gateway; a broken connection, or too few descriptors, does not
+                finally:
+                    self._detach(target)
+                    for each in jobs:
+                        each.cancel()
+                    await asyncio.gather(*jobs, return_exceptions=True)
+        except (zmq.ZMQError, OSError, ConfigError) as error:
+            if str(error) != self.trouble:
+                log.warning("engine_unreachable", address=target.address, error=str(error))
+            self.trouble = str(error)
+            await asyncio.wait({moved, expiry}, timeout=self.settings.ping_every_s, return_when="FIRST_COMPLETED")
 
-    def _connect(self, socket: zmq.asyncio.Socket, target: Target) -> None:
-        """The routing id is new for each connection, so what an engine still sends to the last one goes nowhere."""
-        socket.set(zmq.ROUTING_ID, f"{self._gateway[:200]}/{secrets.token_hex(8)}".encode())
-        for option in (zmq.SNDHWM, zmq.RCVHWM, zmq.LINGER):
-            socket.set(option, 0)
-        socket.set(zmq.RECONNECT_IVL, 20)
-        socket.set(zmq.RECONNECT_IVL_MAX, 500)
-        socket.connect(target.address)
+    async def _follow(self, engine: EngineSocket) -> None:
+        """Use a connection from when the other end is known until it ends."""
+        await engine.connected()
+        self._socket, self.trouble = engine.socket, ""
+        self._hello()
+        await engine.disconnected()
 
     def _detach(self, target: Target) -> None:
         self._socket = None
@@ -279,10 +273,14 @@ class EngineLink:
 
     async def _ping(self) -> None:
         while self._clock() - self._last_message_at < self.settings.silence_s:
-            failpoints.hit("gateway.before.hello")
-            self._send(Hello(self._gateway))
+            self._hello()
             await asyncio.sleep(self.settings.ping_every_s)
         log.warning("engine_silent", silent_s=round(self._clock() - self._last_message_at, 1))
+
+    def _hello(self) -> None:
+        if self._socket is not None:
+            failpoints.hit("gateway.before.hello")
+            self._send(Hello(self._gateway))
 
     async def _listen(self, socket: zmq.asyncio.Socket, target: Target) -> None:
         while True:
@@ -292,7 +290,7 @@ class EngineLink:
             except msgspec.MsgspecError as error:
                 log.warning("engine_message_malformed", error=str(error))
                 continue
-            if message.engine_token == target.token:
+            if self._socket is not None and message.engine_token == target.token:
                 self._last_message_at = self._clock()
                 self._handle(message)
 

@@ -49,7 +49,8 @@ def obstacles(state: ClusterState, link: EngineLink, stopping: bool) -> list[str
         found.append(f"the engine has brought no request any further for {link.stuck_s():.0f} s")
     patient = link.was_ready and link.down_s() < ENGINE_GRACE_S
     if not (link.ready or patient):
-        found.append("no engine answers" if state.engine else "there is no engine")
+        trouble = f": {link.trouble}" if link.trouble else ""
+        found.append(f"no engine answers{trouble}" if state.engine else "there is no engine")
     elif status.epoch and not patient and (state.engine_status is None or not state.engine_status.epoch):
         found.append("the engine has not taken up the view yet")
     return found

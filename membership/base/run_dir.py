@@ -1,8 +1,8 @@
 """The run directory: where the processes of a cluster have their Unix sockets, and which no other user may enter.
 
 Its mode is 0700 and its owner is us, so apart from root no other user can reach a socket in it, or put one of theirs in
-the place of one whose process died. Both are checked whenever a socket in it is bound or connected to, on the very
-directory that is then used (`entered`).
+the place of one whose process died. Both are checked before a socket is bound in it, and whenever one is connected to,
+then on the very directory that is used (`entered`).
 
 A cluster's is `run_dir(state_dir)`; its processes find it in ELASTIC_RUN_DIR. A socket's name is random (`new_socket`)
 unless there is one only, as the embedded etcd's: `run_dir(state_dir) / "etcd.sock"`.
@@ -52,13 +52,13 @@ def make_run_dir(directory: Path) -> Path:
     try:
         with suppress(FileExistsError):
             directory.mkdir(mode=0o700)
-        with entered(directory) as inside, socket.socket(socket.AF_UNIX) as probe:
-            name = new_socket("probe")
-            probe.bind(f"{inside}/{name}")
-            os.unlink(f"{inside}/{name}")
+        with entered(directory), socket.socket(socket.AF_UNIX) as probe:
+            path = directory / new_socket("probe")
+            probe.bind(str(path))
+            path.unlink()
     except OSError as error:
         raise ConfigError(
-            f"no socket can be made in the run directory {directory}: {error.strerror}",
+            f"no socket can be made in the run directory {directory}: {error.strerror or error}",
             hint="choose a --state-dir on a local file system that you may write to",
         ) from error
     return directory

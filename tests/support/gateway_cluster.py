@@ -105,14 +105,18 @@ class GatewayCluster:
     @contextmanager
     def engine(self, answer: Answer, **options: object) -> Iterator[ScriptedEngine]:
         """A new engine that holds the token, until the block ends."""
-        self.store.delete(self.keys.engine)
         engine = ScriptedEngine(0, answer, **options)  # type: ignore[arg-type]
-        record = EngineRecord(node="n", pid=1, address=engine.address, broadcast_handle=b"", mask_handle=b"")
-        engine.token = self.store.put(self.keys.engine, codec.encode(record))
-        status = EngineStatus(token=engine.token, epoch=1)
-        self.store.put(self.keys.engine_status, codec.encode(status))
+        engine.token = self.publish_engine(engine.address)
         with engine:
             yield engine
+
+    def publish_engine(self, address: str) -> int:
+        """Another engine is elected; its token."""
+        self.store.delete(self.keys.engine)
+        record = EngineRecord(node="n", pid=1, address=address, broadcast_handle=b"", mask_handle=b"")
+        token = self.store.put(self.keys.engine, codec.encode(record))
+        self.store.put(self.keys.engine_status, codec.encode(EngineStatus(token=token, epoch=1)))
+        return token
 
     def says(self, text: str) -> Answer:
         """An engine's script: always this text."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -13,6 +15,14 @@ T = TypeVar("T")
 def shm_as_before(before: set[str]) -> None:
     """Nothing is left in /dev/shm. Other processes of this machine may have something there for a moment."""
     eventually(lambda: set(os.listdir("/dev/shm")) <= before, 5.0, f"nothing in /dev/shm but {before}")
+
+
+def let_all_in(path: Path) -> None:
+    """Have every user of this machine reach a socket of ours, as if its directory were open by mistake."""
+    path.chmod(0o777)
+    for folder in path.parents:
+        if folder.is_relative_to(tempfile.gettempdir()) and folder != Path(tempfile.gettempdir()):
+            folder.chmod(0o711)
 
 
 def eventually(predicate: Callable[[], T], timeout_s: float, what: str, interval_s: float = 0.01) -> T:

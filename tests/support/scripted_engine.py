@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 import zmq
 
 from elastic.protocol import Abort, Hello, Rejected, Submit, ToEngine, ToGateway, Tokens, Welcome
+from membership.base.run_dir import default_run_dir, make_run_dir, new_socket
 from workers.protocol.messages import TokenLogprobs
 
 Answer = Callable[[Submit], list[int]]
@@ -42,7 +43,7 @@ class ScriptedEngine:
         reject: Callable[[Submit], Rejected | None] = lambda submit: None,
     ) -> None:
         self.token = token
-        self.address = address or f"ipc://@elastic-ep-test-{uuid.uuid4().hex}"
+        self.address = address or f"ipc://{make_run_dir(default_run_dir()) / new_socket('engine')}"
         self.pause_after = pause_after
         self.mute = False  # deaf and dumb, but connected
         self.submits: list[Submit] = []
@@ -81,6 +82,7 @@ class ScriptedEngine:
             else:
                 self._step()
         context.destroy(linger=0)
+        Path(self.address.removeprefix("ipc://")).unlink(missing_ok=True)
 
     def _on(self, peer: bytes, message: ToEngine) -> None:
         if isinstance(message, Hello):

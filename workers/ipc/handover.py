@@ -1,33 +1,34 @@
 """How processes of one host meet: one listening socket per process, which hands out memory by name.
 
-The socket is abstract (AF_UNIX, random name: nothing is left in any file system) and keeps message boundaries. The
-kernel's credentials show that the peer is of the same user. The connection stays open and *is* the membership: it ends
-when the other side closes it or dies. One thread per process serves all of them.
+The socket is in the run directory, which no other user can enter, and keeps message boundaries. Either side checks by
+the kernel's credentials that the other one is of the same user. The connection stays open and *is* the membership: it
+ends when the other side closes it or dies. One thread per process serves all of them.
 """
 
 from __future__ import annotations
 
 import atexit
 import os
-import secrets
 import select
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import msgspec
 import structlog
 
-from membership.base.errors import ElasticError, QueueClosed, QueueError, WaitTimeout
+from membership.base.errors import ConfigError, ElasticError, QueueClosed, QueueError, WaitTimeout
+from membership.base.run_dir import default_run_dir, entered, make_run_dir, new_socket, sweep
+from workers.ipc.peer import Peer
 
 MAX_MESSAGE = 64 * 1024
 MAX_FDS = 16
 JOIN_TIMEOUT_S = 5.0
-_UCRED = struct.Struct("3i")
+REFUSALS_EVERY_S = 60.0  # those in between are only counted
 _READ = select.EPOLLIN | select.EPOLLRDHUP
 log = structlog.get_logger("handover")
 
@@ -84,9 +85,8 @@ class Link:
         self._sock = sock
         self.on_message = on_message
         self.on_gone = on_gone
-        self.peer_pid, self.peer_uid, _ = _UCRED.unpack(
-            sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        )
+        self.peer = Peer.of(sock)
+        self.peer_pid = self.peer.pid
         self.reply = b""
         self.reply_fds: list[int] = []
         self.gone = False
@@ -134,11 +134,11 @@ class Handover:
     _default_lock = threading.Lock()
 
     def __init__(self) -> None:
-        self.address = f"elastic-ep-{secrets.token_hex(16)}"
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listener.bind("\0" + self.address)
-        self._listener.listen(512)
-        self._listener.setblocking(False)
+        directory = make_run_dir(default_run_dir())
+        sweep(directory)  # what killed processes left
+        self._path = directory / new_socket("handover")
+        self.address = str(self._path)
+        self._listener = _listen(self._path)
         self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll = select.epoll()
         self._epoll.register(self._listener, select.EPOLLIN)
@@ -147,6 +147,7 @@ class Handover:
         self._links: dict[int, Link] = {}
         self._resources: dict[str, Handler] = {}
         self._closed = False
+        self._refused, self._refusals_from = 0, 0.0  # since the last warning; when the next one is due
         self._thread = threading.Thread(target=self._run, name="handover", daemon=True)
         self._thread.start()
 
@@ -183,14 +184,17 @@ class Handover:
     ) -> Link:
         """Ask the process at `address` for `resource`. The link carries `reply` and `reply_fds` (`release_fds` them).
 
-        QueueClosed: that process or resource is gone. HandoverRefused: it said no. WaitTimeout: it did not answer.
+        QueueClosed: that process or resource is gone. HandoverRefused: it said no, or it or its directory belongs to
+        another user. WaitTimeout: it did not answer.
         """
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        sock, path = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET), Path(address)
         try:
             sock.settimeout(timeout_s)
-            sock.connect("\0" + address)
+            with entered(path.parent) as inside:
+                sock.connect(str(inside / path.name))
             link = Link(self, sock, on_message, on_gone)
-            _check_user(link)
+            if refusal := link.peer.refusal():
+                raise HandoverRefused(refusal)
             socket.send_fds(sock, [msgspec.msgpack.encode(_Hello(resource, request))], list(fds), socket.MSG_NOSIGNAL)
             data, link.reply_fds = _receive(sock)
         except TimeoutError as error:
@@ -199,6 +203,9 @@ class Handover:
         except OSError as error:
             sock.close()
             raise QueueClosed(f"process behind {address} ({resource}) is gone: {error.strerror}") from error
+        except ConfigError as error:
+            sock.close()
+            raise HandoverRefused(str(error), hint=error.hint) from error
         except ElasticError:
             sock.close()
             raise
@@ -222,6 +229,8 @@ class Handover:
             self._thread.join(timeout=JOIN_TIMEOUT_S)
         for link in links:
             link.close()
+        with suppress(OSError):  # then a sweep removes it
+            self._path.unlink()
         self._close_files()
 
     def _close_files(self) -> None:
@@ -250,13 +259,16 @@ class Handover:
             time.sleep(0.01)  # out of descriptors: do not spin on the pending connection
             return
         link = Link(self, sock, self._first_message, None)
-        try:
-            _check_user(link)
-        except HandoverRefused as error:
-            log.warning("link_refused", error=str(error))
+        if refusal := link.peer.refusal():
             sock.close()
-            return
+            return self._note_refusal(refusal)
         self._watch(link)
+
+    def _note_refusal(self, reason: str) -> None:
+        self._refused += 1
+        if time.monotonic() >= self._refusals_from:
+            log.warning("link_refused", error=reason, refused=self._refused)
+            self._refused, self._refusals_from = 0, time.monotonic() + REFUSALS_EVERY_S
 
     def _serve_link(self, fd: int) -> None:
         link = self._links.get(fd)
@@ -326,6 +338,18 @@ class Handover:
                     link._sock.shutdown(socket.SHUT_RDWR)
 
 
+def _listen(path: Path) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        listener.bind(str(path))
+        listener.listen(512)
+        listener.setblocking(False)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
 def _receive(sock: socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
     data, fds, message_flags, _ = socket.recv_fds(sock, MAX_MESSAGE, MAX_FDS, flags | socket.MSG_CMSG_CLOEXEC)
     if message_flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
@@ -335,23 +359,22 @@ def _receive(sock: socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
     return data, fds
 
 
-def _check_user(link: Link) -> None:
-    if link.peer_uid != os.geteuid():
-        raise HandoverRefused(f"process {link.peer_pid} belongs to another user ({link.peer_uid})")
-
-
 def _after_fork() -> None:
-    """A copied socket would hide its owner's death from the other side: the child closes all of them at once."""
+    """A copied socket would hide its owner's death from the other side: the child closes all of them at once.
+
+    Their names are their owner's, and stay.
+    """
     inherited, Handover._default, Handover._default_lock = Handover._default, None, threading.Lock()
     if inherited is not None and not inherited._closed:
         inherited._closed = True
         inherited._close_files()
 
 
-def _at_exit() -> None:
+def close_default() -> None:
+    """End this process's handover. Called at exit; by itself where a process leaves by `os._exit`."""
     if Handover._default is not None:
         Handover._default.close()
 
 
 os.register_at_fork(after_in_child=_after_fork)
-atexit.register(_at_exit)
+atexit.register(close_default)

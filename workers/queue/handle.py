@@ -68,6 +68,6 @@ class Joined(msgspec.Struct, frozen=True, array_like=True):
 
 
 def this_host() -> str:
-    """Same value in two processes exactly if they can reach each other's abstract sockets."""
+    """Same value in two processes that are on one host and in one network namespace: they meet over Unix sockets."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     return f"{boot}/{os.stat('/proc/self/ns/net').st_ino}"

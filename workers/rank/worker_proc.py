@@ -30,6 +30,7 @@ from membership.base.rank_id import NO_SLOT, RankId, SpareId, labels
 from membership.base.timing import ORPHAN_GRACE_S
 from workers.ipc.cpu_priority import at_low_priority
 from workers.ipc.doorbell import Doorbell
+from workers.ipc.handover import close_default
 from workers.ipc.host_lock import HostLock
 from workers.protocol.launch import FAILED_STR, READY_STR, Launch, Ready
 from workers.protocol.liveness import LivenessPage
@@ -117,6 +118,7 @@ class WorkerProcChild:
             signals.set()
             if proc is not None:
                 proc.shutdown()
+            close_default()  # a fork leaves without `atexit`
 
     def ready(self) -> Ready:
         """The message for the ready pipe."""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -14,7 +15,8 @@ import zmq
 
 from elastic.engine.gateway_server import EngineServer
 from elastic.protocol import Abort, Hello, Rejected, Submit, ToGateway, Tokens, Welcome
-from tests.support.helpers import eventually
+from membership.base.run_dir import ENV
+from tests.support.helpers import eventually, let_all_in
 from workers.protocol.messages import Sampling
 
 pytestmark = pytest.mark.integration
@@ -118,8 +120,12 @@ def test_the_requests_of_a_gateway_that_is_gone_are_aborted(
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
-def test_other_users_are_not_let_in(server: EngineServer) -> None:
+def test_other_users_are_not_let_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor where they can reach the socket, because its directory is open by mistake."""
+    monkeypatch.setenv(ENV, str(tmp_path / "run"))
+    server = EngineServer(lambda: None)
     server.serve(TOKEN)
+    let_all_in(Path(server.address.removeprefix("ipc://")))
     script = "import os, sys, zmq; os.setuid(65534); s = zmq.Context().socket(zmq.DEALER); s.connect(sys.argv[1]);"
     script += "s.send(bytes.fromhex(sys.argv[2])); print(s.poll(500)); s.close(0)"
     hello = msgspec.msgpack.encode(Hello("stranger")).hex()
@@ -127,3 +133,5 @@ def test_other_users_are_not_let_in(server: EngineServer) -> None:
         [sys.executable, "-c", script, server.address, hello], capture_output=True, text=True, timeout=20, check=True
     )
     assert stranger.stdout.strip() == "0", "a stranger got an answer"
+    server.close()
+    assert list((tmp_path / "run").iterdir()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+import zmq.asyncio
 from msgspec.structs import replace
 from openai import OpenAI
 
@@ -41,6 +43,30 @@ def gateway(cluster: GatewayCluster) -> Iterator[RunningGateway]:
 def client(gateway: RunningGateway) -> Iterator[OpenAI]:
     with gateway.client() as client:
         yield client
+
+
+@pytest.mark.parametrize("kind", [zmq.DEALER, zmq.PAIR])
+def test_too_few_descriptors_for_a_link_cost_a_pause_only(
+    cluster: GatewayCluster, client: OpenAI, monkeypatch: pytest.MonkeyPatch, kind: int
+) -> None:
+    made, short = zmq.asyncio.Context.socket, True
+
+    def socket(context: zmq.asyncio.Context, socket_type: int) -> zmq.asyncio.Socket:
+        if short and socket_type == kind:
+            failed.set()
+            raise zmq.ZMQError(errno.EMFILE)
+        return made(context, socket_type)
+
+    failed = threading.Event()
+    answer = cluster.says(TEXT)
+    with cluster.engine(answer, pause_after=5):
+        reader = Reader(client)
+        eventually(lambda: reader.text, 10.0, "the stream to begin")
+        monkeypatch.setattr(zmq.asyncio.Context, "socket", socket)
+    with cluster.engine(answer):
+        assert failed.wait(10.0), "no socket was asked for"
+        short = False
+        assert (reader.join().text, reader.reasons, reader.error) == (TEXT, ["stop"], None)
 
 
 class Reader:

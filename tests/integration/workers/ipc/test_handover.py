@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from membership.base.errors import QueueClosed
-from tests.support.helpers import eventually
+from membership.base.run_dir import ENV, default_run_dir, entered, make_run_dir, sweep
+from tests.support.helpers import eventually, let_all_in
 from workers.ipc.doorbell import Bell, Doorbell
 from workers.ipc.handover import Grant, Handover, HandoverRefused, Link
 from workers.ipc.shared_memory import Segment
@@ -63,7 +67,7 @@ def test_refusals_and_absence_are_typed() -> None:
     with pytest.raises(HandoverRefused, match="no such resource"):
         Handover.default().connect(Handover.default().address, "nothing")
     with pytest.raises(QueueClosed, match="is gone"):
-        Handover.default().connect("elastic-ep-never-was", "nothing")
+        Handover.default().connect(str(default_run_dir() / "never-was.sock"), "nothing")
 
     def refuse(link: Link, request: bytes, fds: list[int]) -> Grant:
         raise HandoverRefused("not for you")
@@ -72,6 +76,94 @@ def test_refusals_and_absence_are_typed() -> None:
     with pytest.raises(HandoverRefused, match="not for you"):
         Handover.default().connect(Handover.default().address, "mine")
     Handover.default().withdraw("mine")
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+STRANGER = 4321
+
+
+@pytest.fixture
+def handover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Handover]:
+    """One with a run directory of its own."""
+    monkeypatch.setenv(ENV, str(tmp_path / "run"))
+    handover = Handover()
+    yield handover
+    handover.close()
+
+
+def test_a_socket_is_there_as_long_as_its_process(handover: Handover) -> None:
+    path = Path(handover.address)
+    assert path.is_socket()
+    handover.close()
+    assert list(path.parent.iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.ipc.handover.sweep", partial(sweep, newborn_s=0.0))
+    script = "from workers.ipc.handover import Handover; print(Handover.default().address, flush=True); input()"
+    environ = {**os.environ, ENV: str(tmp_path / "run")}
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        left = Path(child.stdout.readline().strip())
+        child.kill()
+    assert left.is_socket()
+    monkeypatch.setenv(ENV, str(tmp_path / "run"))
+    handover = Handover()
+    assert not left.exists()
+    handover.close()
+
+
+@needs_root
+def test_a_directory_of_another_user_is_not_connected_to(tmp_path: Path) -> None:
+    foreign = make_run_dir(tmp_path / "foreign")
+    os.chown(foreign, STRANGER, -1)
+    with pytest.raises(HandoverRefused, match=f"belongs to user {STRANGER}, we are user 0"):
+        Handover.default().connect(str(foreign / "any.sock"), "thing")
+
+
+@needs_root
+def test_a_listener_of_another_user_is_not_believed(handover: Handover) -> None:
+    """Not even in our own directory, where only root can have put it."""
+    run = Path(handover.address).parent
+    with entered(run) as inside, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as bound:
+        bound.bind(str(inside / "impostor.sock"))
+        script = f"import os, socket; os.setuid({STRANGER}); s = socket.socket(fileno={bound.fileno()}); s.listen()"
+        subprocess.run([sys.executable, "-c", script], pass_fds=[bound.fileno()], check=True, timeout=20)
+        with pytest.raises(HandoverRefused, match=f"belongs to user {STRANGER}, we are user 0"):
+            handover.connect(str(run / "impostor.sock"), "thing", b"secret")
+        accepted, _ = bound.accept()
+        with accepted:
+            assert accepted.recv(100) == b"", "it was sent something"
+
+
+@needs_root
+def test_another_user_is_not_let_in_where_the_directory_is_open_by_mistake(
+    handover: Handover, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Who connects is checked, too. Refusals are logged once per period, however many there are."""
+    asked: list[bytes] = []
+
+    def grant(link: Link, request: bytes, fds: list[int]) -> Grant:
+        asked.append(request)
+        return Grant(b"secret")
+
+    handover.serve("thing", grant)
+    let_all_in(Path(handover.address))
+    script = (
+        f"import os, socket, sys; os.setuid({STRANGER})\n"
+        "for _ in range(20):\n"
+        "    s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET); s.connect(sys.argv[1])\n"
+        "    print(s.recv(100))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, handover.address], capture_output=True, text=True, timeout=20, check=True
+    )
+    assert done.stdout.split() == ["b''"] * 20
+    assert asked == []
+    logged = [line for line in "".join(capfd.readouterr()).splitlines() if "link_refused" in line]
+    assert len(logged) == 1
+    assert f"belongs to user {STRANGER}" in logged[0]
 
 
 def test_a_dismissed_peer_lets_go() -> None:
