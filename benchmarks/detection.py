@@ -70,7 +70,7 @@ def apply(cluster: ServedCluster, status: dict[str, object], setting: dict[str, 
 
 def tokens(cluster: ServedCluster) -> float:
     """Tokens sent so far."""
-    lines = httpx.get(f"{cluster.url}/metrics", timeout=10).text.splitlines()
+    lines = httpx.get(f"{cluster.url}/metrics", timeout=10, trust_env=False).text.splitlines()
     return next(float(line.split()[-1]) for line in lines if line.startswith("elastic_ep_tokens_total"))
 
 

@@ -16,6 +16,7 @@ from chaos.campaigns.kill_rank import KillRank
 from chaos.campaigns.targets import LocalTarget
 from chaos.campaigns.view import picture
 from chaos.cli.shared import end_in_order, progress, show_receipt
+from chaos.target.checkpoint import checkpoint
 from chaos.target.cluster import ServedCluster
 from chaos.workload.history import save
 from elastic.cli.command import command
@@ -40,21 +41,13 @@ def demo(
     end_in_order()
     run = KillRank(seed=seed_of(seed), ranks=ranks, at_least_s=seconds)
     with tempfile.TemporaryDirectory(prefix="elastic-ep-demo-") as folder:
-        path = model or write_model(Path(folder) / "demo-moe")
+        path = checkpoint(model, Path(folder))
         with ServedCluster(path, ranks, state_dir=Path(folder) / "state") as cluster:
             _play(cluster, run, plain=plain or output is Output.JSON)
             receipt = run.receipt(cluster.events())
     if history is not None:
         save(history, run.history, run.oracle)
     show_receipt(receipt, "", output)
-
-
-def write_model(directory: Path) -> Path:
-    """Write the shipped checkpoint there; returns the directory."""
-    from elastic.demo.model import write_demo_model
-
-    write_demo_model(directory)
-    return directory
 
 
 def _play(cluster: ServedCluster, run: KillRank, *, plain: bool) -> None:

@@ -185,7 +185,9 @@ def _stream(scene: Scene, number: int, running: threading.Semaphore) -> None:
             "stream": True}  # fmt: skip
     with (
         suppress(httpx.HTTPError),  # a gateway's death ends it early, which does not matter here
-        httpx.stream("POST", f"{scene.cluster.url}/v1/completions", json=body, timeout=READY_S) as answer,
+        httpx.stream(
+            "POST", f"{scene.cluster.url}/v1/completions", json=body, timeout=READY_S, trust_env=False
+        ) as answer,
     ):
         lines = answer.iter_lines()
         next(lines, "")
@@ -234,7 +236,9 @@ def _go_away(scene: Scene) -> UnderWay:
     body = {"model": scene.cluster.model_name(), "prompt": "A client", "max_tokens": 200, "stream": True}
     with (
         suppress(httpx.HTTPError),
-        httpx.stream("POST", f"{scene.cluster.url}/v1/completions", json=body, timeout=HTTP_S) as answer,
+        httpx.stream(
+            "POST", f"{scene.cluster.url}/v1/completions", json=body, timeout=HTTP_S, trust_env=False
+        ) as answer,
     ):
         next(answer.iter_lines(), "")
     return UnderWay(scene)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from chaos.faults import clock, disk
 from chaos.scenarios.script import CHAOS, Inject, Scenario
+from chaos.target.checkpoint import checkpoint
 from chaos.target.cluster import ServedCluster
-from elastic.demo.model import write_demo_model
 
 DISK_MB = 512  # etcd sets 64 MB aside for its log, and as much again for the next
 OF_THE_MACHINE: dict[str, Callable[[], bool]] = {  # what a fault may need of it -> whether it is there
@@ -42,9 +42,7 @@ def own_cluster(scenario: Scenario, model: Path | None) -> Iterator[ServedCluste
     with ExitStack() as opened:
         folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="elastic-ep-chaos-")))
         state = folder / "state"
-        if model is None:
-            model = folder / "demo-moe"
-            write_demo_model(model)
+        model = checkpoint(model, folder)
         if needs & DISK:
             opened.enter_context(disk.small_disk(state, DISK_MB))
         flags = ("--redundancy", f"{scenario.cluster.redundancy:g}", *map(str, scenario.cluster.flags))

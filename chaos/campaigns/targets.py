@@ -158,7 +158,7 @@ class RemoteTarget:
 
     def model(self) -> str:
         try:
-            answer = httpx.get(f"{self.url}/v1/models", timeout=PROBE_S).raise_for_status()
+            answer = httpx.get(f"{self.url}/v1/models", timeout=PROBE_S, trust_env=False).raise_for_status()
             return str(answer.json()["data"][0]["id"])
         except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
             hint = "is it the URL of an OpenAI-compatible API?"
@@ -260,7 +260,7 @@ def in_chaos_mode(client: AdminClient) -> bool:
 def unready(url: str) -> str:
     """Why the deployment answers no requests now; "" if it does."""
     try:
-        answer = httpx.get(f"{url}/readyz", timeout=PROBE_S)
+        answer = httpx.get(f"{url}/readyz", timeout=PROBE_S, trust_env=False)
         return "" if answer.is_success else "; ".join(map(str, answer.json().get("reasons") or [answer.text]))
     except (httpx.HTTPError, ValueError) as error:
         return f"{type(error).__name__}: {error}"

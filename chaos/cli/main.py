@@ -16,6 +16,7 @@ from chaos.cli.run import run, scenarios
 from chaos.cli.shared import end_in_order
 from chaos.cli.simulate import replay, simulate
 from chaos.cli.suite import suite
+from elastic.cli import entry
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "run": run,
@@ -49,4 +50,4 @@ for name, command in COMMANDS.items():
 def main() -> None:
     """Entry point of the `elastic-chaos` script."""
     end_in_order()
-    app()
+    entry.run(app)

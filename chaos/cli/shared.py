@@ -17,6 +17,7 @@ from typer import style
 
 from chaos.campaigns.campaign import Campaign, Notify, Receipt
 from chaos.campaigns.targets import LocalTarget
+from chaos.target.checkpoint import checkpoint
 from chaos.target.cluster import ServedCluster
 from elastic.cli.flags import Output, write_json
 from elastic.serve.options import option
@@ -64,11 +65,7 @@ def served(
 ) -> Iterator[tuple[ServedCluster, Notify]]:
     """A cluster for one command, and its progress."""
     with tempfile.TemporaryDirectory(prefix="elastic-ep-chaos-") as folder:
-        path = model or Path(folder) / "demo-moe"
-        if model is None:
-            from elastic.demo.model import write_demo_model
-
-            write_demo_model(path)
+        path = checkpoint(model, Path(folder))
         if seed is not None:
             typer.echo(f"seed {seed}", err=True)
         notify = progress()

@@ -15,6 +15,7 @@ from chaos.campaigns.suite_parts import Dose, parts
 from chaos.cli.shared import progress
 from elastic.cli.command import command
 from elastic.cli.flags import Output, OutputFlag, write_json
+from elastic.cli.render import console
 from membership.base.errors import ConfigError
 
 
@@ -41,7 +42,7 @@ def suite(
     if output is Output.JSON:
         write_json(receipt)
     else:
-        show(receipt, Console())
+        show(receipt, console())
     raise typer.Exit(0 if receipt.ok else 1)
 
 

@@ -225,7 +225,9 @@ class Oversize(SiteInjector):
     def _inject(self) -> str:
         size = MAX_BODY_BYTES + int(self.params["extra_bytes"])
         try:
-            answer = httpx.post(f"{self.site.url()}/v1/completions", content=b" " * size, timeout=SEEN_S)
+            answer = httpx.post(
+                f"{self.site.url()}/v1/completions", content=b" " * size, timeout=SEEN_S, trust_env=False
+            )
         except httpx.HTTPError as error:
             raise NotInjected(f"a request of {size} bytes was not answered: {error!r}") from error
         if answer.status_code != httpx.codes.REQUEST_ENTITY_TOO_LARGE:

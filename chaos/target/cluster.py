@@ -103,7 +103,7 @@ class Cluster:
 
     def _gateway_ready(self) -> bool:
         try:
-            return httpx.get(f"{self.url}/readyz", timeout=2.0).is_success
+            return httpx.get(f"{self.url}/readyz", timeout=2.0, trust_env=False).is_success
         except httpx.HTTPError:
             return False
 

@@ -121,7 +121,9 @@ class Workload:
 
     async def _run(self) -> None:
         limits = httpx.Limits(max_connections=self.concurrency)
-        async with httpx.AsyncClient(base_url=self.url, timeout=self.timeout_s, limits=limits) as client:
+        async with httpx.AsyncClient(
+            base_url=self.url, timeout=self.timeout_s, limits=limits, trust_env=False
+        ) as client:
             await asyncio.gather(*(self._stream(client, number) for number in range(self.concurrency)))
 
     async def _stream(self, client: httpx.AsyncClient, number: int) -> None:

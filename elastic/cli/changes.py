@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import os
 import socket
 import time
 from dataclasses import dataclass
@@ -178,7 +179,7 @@ def cancel_operation(
 ) -> None:
     """Roll an operation back, if it is not committed yet."""
     with connection.client() as client:
-        operation = client.cancel(op_id, _user())
+        operation = client.cancel(op_id, user())
         if wait:
             operation = _wait(client, operation, 60.0, output)
         show(operation, f"operation {operation.id} ({describe_change(operation)}): {operation.phase}", output)
@@ -198,7 +199,7 @@ def pause(
     with connection.client() as client:
         from membership.operations.pause import paused_words
 
-        paused = client.pause(ttl_s, _user(), reason)
+        paused = client.pause(ttl_s, user(), reason)
         show(paused, paused_words(paused, time.time()), output)
 
 
@@ -208,7 +209,7 @@ def rebalance(connection: Connection, plan: PlanFlag = False, output: OutputFlag
     with connection.client() as client:
         from elastic.cli.render import rebalance_view
 
-        planned = client.plan_rebalance() if plan else client.rebalance(_user())
+        planned = client.plan_rebalance() if plan else client.rebalance(user())
         if output is Output.JSON:
             write_json(planned)
         elif not planned.refused:
@@ -254,8 +255,13 @@ def rollout(
             typer.echo(f"nothing to replace: no rank is of incarnation {last} or earlier")
 
 
-def _user() -> str:
-    return f"{getpass.getuser()}@{socket.gethostname()}"
+def user() -> str:
+    """Who asks, for the record."""
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):  # a container's uid has no entry
+        name = f"uid {os.getuid()}"
+    return f"{name}@{socket.gethostname()}"
 
 
 def add_to(app: typer.Typer) -> None:

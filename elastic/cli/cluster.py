@@ -26,7 +26,7 @@ def status(
 ) -> None:
     """Show epoch, ranks, coverage, the running operation and the load."""
     with connection.client() as client, interruptible() as stop:
-        from elastic.cli.render import status_view, watch_status
+        from elastic.cli.render import console, status_view, watch_status
 
         if watch and output is Output.TEXT:
             watch_status(client.status, stop)
@@ -36,9 +36,7 @@ def status(
             if output is Output.JSON:
                 write_json(document)
             else:
-                from rich.console import Console
-
-                Console().print(status_view(document))
+                console().print(status_view(document))
             if not watch or stop.wait(1.0):
                 return
 

@@ -10,10 +10,9 @@ from importlib.metadata import PackageNotFoundError, packages_distributions, ver
 from pathlib import Path
 
 import msgspec
-from rich.console import Console
 from rich.table import Table
 
-from elastic.cli.render import in_bytes
+from elastic.cli.render import console, in_bytes
 from elastic.serve.state_dir import StateDir
 from membership.base.errors import ConfigError, ElasticError
 from membership.base.timing import TIMINGS
@@ -44,10 +43,10 @@ def examine(model: Path | None, ranks: int, redundancy: float, hosts: int = 1) -
 def show_findings(findings: list[Finding]) -> None:
     """Print them, one line each."""
     colours = {"ok": "green", "warn": "yellow", "fail": "red"}
-    console = Console()
+    out = console()
     for finding in findings:
         hint = f"  -> {finding.hint}" if finding.hint else ""
-        console.print(
+        out.print(
             f"[{colours[finding.level]}]{finding.level:<5}[/] {finding.what:<12} {finding.message}{hint}",
             soft_wrap=True,
         )
@@ -60,7 +59,7 @@ def show_timing() -> None:
         table.add_column(column, justify="right" if column == "seconds" else "left")
     for timing in TIMINGS:
         table.add_row(timing.group, timing.name, f"{timing.value_s:g}", timing.purpose)
-    Console().print(table)
+    console().print(table)
 
 
 def _python() -> Iterator[Finding]:

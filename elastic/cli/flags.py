@@ -47,8 +47,9 @@ def size(text: str) -> int:
 def write_json(value: Any) -> None:
     """One line of JSON on stdout, including record fields that have their default."""
     value = msgspec.structs.asdict(value) if isinstance(value, msgspec.Struct) else value
-    sys.stdout.write(msgspec.json.encode(value).decode() + "\n")
     sys.stdout.flush()
+    sys.stdout.buffer.write(msgspec.json.encode(value) + b"\n")  # UTF-8 wherever it is printed
+    sys.stdout.buffer.flush()
 
 
 def show(value: Any, text: str, output: Output) -> None:

@@ -15,6 +15,7 @@ import typer
 
 from elastic.cli import changes, cluster, roles
 from elastic.cli.command import command
+from elastic.cli.entry import run
 from elastic.cli.flags import Output, OutputFlag, show, write_json
 from elastic.serve.options import DEFAULT_RANKS, ServeOptions
 
@@ -89,10 +90,15 @@ roles.add_to(app)
 
 def main() -> None:
     """Entry point of the `elastic` script."""
+    extra_commands(sys.argv[1:])
+    run(app)
+
+
+def extra_commands(arguments: list[str]) -> None:
+    """Add those commands of other packages that these arguments may call or list."""
     for extra in entry_points(group="elastic.commands"):
-        if wanted(extra.name, sys.argv[1:]):
+        if wanted(extra.name, arguments):
             app.command(extra.name)(extra.load())
-    app()
 
 
 def wanted(command: str, arguments: list[str]) -> bool:

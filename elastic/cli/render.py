@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -23,11 +24,17 @@ from membership.placement.survivability import describe_survivability
 from membership.store.phases import ORDER
 from membership.store.records import Operation, Phase
 
+UNWRAPPED = 10_000
 COLOURS = {
     "serving": "green", "standby": "cyan", "draining": "yellow", "launching": "blue", "handshaking": "blue",
     "loading": "blue", "masked": "red", "dead": "red", "quarantined": "magenta",
     "starting": "blue", "degraded": "yellow", "uncovered": "red", "stopped": "red",
 }  # fmt: skip
+
+
+def console() -> Console:
+    """For stdout. A line that no terminal wraps is as long as it is: programs read it."""
+    return Console(width=None if sys.stdout.isatty() else UNWRAPPED)
 
 
 def status_view(document: dict[str, Any]) -> RenderableType:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import msgspec
+import structlog
 
 from membership.base.errors import ConfigError
 from membership.base.run_dir import entered
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 
 HINT = "choose another --state-dir, one that you may write to; its mode becomes 0700"
+log = structlog.get_logger(__name__)
 
 
 class ClusterAddress(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,7 +53,15 @@ class ClusterAddress(msgspec.Struct, frozen=True, kw_only=True):
 
 def home() -> Path:
     """Where state directories are by default: $XDG_STATE_HOME/elastic-ep, else ~/.local/state/elastic-ep."""
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "elastic-ep"
+    if named := os.environ.get("XDG_STATE_HOME"):
+        return Path(named) / "elastic-ep"
+    try:
+        return Path.home() / ".local" / "state" / "elastic-ep"
+    except RuntimeError as error:
+        raise ConfigError(
+            "this user has no home directory to keep a cluster's files in",
+            hint="give --state-dir, or set HOME or XDG_STATE_HOME",
+        ) from error
 
 
 def _private_part(given: Path) -> Path:
@@ -94,8 +104,8 @@ class StateDir:
         """The directory of the cluster served last on this machine; ConfigError if there was none."""
         pointer = home() / "last"
         try:
-            return cls(Path(pointer.read_text(encoding="utf-8", errors="surrogateescape").strip()))
-        except FileNotFoundError:
+            return cls(Path(os.fsdecode(pointer.read_bytes())))
+        except (FileNotFoundError, NotADirectoryError):
             raise ConfigError(
                 "no cluster was served from this machine yet",
                 hint="start one with `elastic serve MODEL`, or name one with --state-dir, --admin or --etcd",
@@ -160,14 +170,26 @@ class StateDir:
         draft.touch(mode=0o600)
         draft.write_bytes(msgspec.json.encode(address))
         draft.replace(target)
-        home().mkdir(parents=True, exist_ok=True)
-        (home() / "last").write_text(str(self.path.resolve()), encoding="utf-8", errors="surrogateescape")
+        try:
+            home().mkdir(parents=True, exist_ok=True)
+            (home() / "last").write_bytes(os.fsencode(self.path.resolve()))
+        except (ConfigError, OSError) as error:  # a convenience: commands find the cluster by --state-dir
+            log.warning("last_served_not_noted", error=str(error), hint=f"name it: --state-dir {self.path}")
 
     def address(self) -> ClusterAddress:
-        """Read `cluster.json`; ConfigError if no cluster is being served from here."""
+        """Read `cluster.json`; ConfigError if no cluster is being served from here, or it cannot be read."""
+        file = self.path / "cluster.json"
         try:
-            return msgspec.json.decode((self.path / "cluster.json").read_bytes(), type=ClusterAddress)
-        except FileNotFoundError:
+            return msgspec.json.decode(file.read_bytes(), type=ClusterAddress)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"{file} is damaged: {error}", hint="start `elastic serve` again, or reach the cluster by --admin"
+            ) from error
+        except PermissionError as error:
+            raise ConfigError(
+                f"{file} is another user's", hint="run this as that user, or give --admin and --admin-token"
+            ) from error
+        except (FileNotFoundError, NotADirectoryError):
             raise ConfigError(
                 f"no cluster is being served from {self.path}",
                 hint="start one with `elastic serve MODEL --state-dir DIR`, or name another with --state-dir",

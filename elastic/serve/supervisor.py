@@ -254,7 +254,7 @@ class Supervisor:
 
     def _readiness(self) -> tuple[bool, str]:
         try:
-            answer = httpx.get(f"{self.address(()).url}/readyz", timeout=2.0)
+            answer = httpx.get(f"{self.address(()).url}/readyz", timeout=2.0, trust_env=False)
             if answer.status_code == 200:
                 return True, ""
             reasons = answer.json().get("reasons") or [answer.text]

@@ -27,7 +27,7 @@ BREACHES = {  # file -> what is put at its end; a new one is made
     "elastic/status.py": "def f(lock, queue):\n    assert lock\n    print(queue.get())\n",
     "elastic/explain.py": "def g():\n    try:\n        return 1\n    except Exception:\n        pass\n",
     "elastic/protocol.py": "import pickle\npickle.loads(b'')\n",
-    "elastic/http_errors.py": "def h(path):\n    return path.read_text()\n",
+    "elastic/http_errors.py": "import httpx\nhttpx.get('http://127.0.0.1')\ndef h(path):\n    return path.read_text()\n",
     "elastic/gateway/text.py": "# somebody told the census\n",
     "elastic/gateway/schema.py": "def long():\n" + "    x = 1\n" * 60,
     "elastic/gateway/render.py": "# long\n" * 600,
@@ -43,7 +43,7 @@ RULES = {
     "test_no_swallowed_exceptions", "test_no_wait_without_a_deadline", "test_no_print_and_no_assert_in_the_product",
     "test_pickle_stays_on_local_queues", "test_text_files_are_utf_8_in_every_locale",
     "test_signatures_are_formatted", "test_words_with_a_better_one_are_not_used",
-    "test_files_and_links_exist",
+    "test_files_and_links_exist", "test_http_clients_of_our_own_addresses_ask_no_proxy",
 }  # fmt: skip
 
 

@@ -14,6 +14,8 @@ pytestmark = pytest.mark.unit
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 60
 UNTIMED = ("join", "get", "recv", "wait", "result", "acquire")
+ASKING = ("get", "post", "put", "delete", "request", "stream", "Client", "AsyncClient")
+PROXIED_MODULES = ("urllib.request", "requests", "aiohttp")
 PICKLE_ALLOWED = {"workers/queue/codec.py", "workers/rank/worker_proc.py", "workers/rank/call_port.py"}
 
 
@@ -133,3 +135,22 @@ def is_text(call: ast.Call, obj: str, name: str) -> bool:
     if name == "open":
         return obj != "os" and isinstance(mode, str) and "b" not in mode
     return name in ("read_text", "write_text") or "text" in given or "universal_newlines" in given
+
+
+def test_http_clients_of_our_own_addresses_ask_no_proxy() -> None:
+    """HTTP_PROXY in the environment of `elastic serve` must not keep it from its own gateway."""
+    proxied = [
+        f"{source.path}:{call.lineno} httpx.{name}"
+        for source in sources(*PRODUCT, "benchmarks")
+        for call, obj, name in calls(source.tree)
+        if obj == "httpx" and name in ASKING and "trust_env=False" not in map(ast.unparse, call.keywords)
+    ]
+    others = [
+        f"{source.path} {module}"
+        for source in sources(*PRODUCT, "benchmarks")
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for module in (node.module or "" if isinstance(node, ast.ImportFrom) else node.names[0].name,)
+        if module in PROXIED_MODULES
+    ]
+    assert not proxied + others

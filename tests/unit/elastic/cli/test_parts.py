@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import pwd
+import re
 from pathlib import Path
 
 import pytest
 import typer
+from rich.table import Table
 from typer.testing import CliRunner
 
+from elastic.cli.changes import user
 from elastic.cli.command import command
 from elastic.cli.flags import seconds, size
 from elastic.cli.main import app, wanted
-from elastic.cli.render import event_line, plan_view
+from elastic.cli.render import console, event_line, plan_view
 from elastic.serve.role_process import leases_of, restart_delay_s
 from elastic.serve.state_dir import ClusterAddress, StateDir
 from membership.base.errors import ConfigError
@@ -114,6 +118,41 @@ def test_a_state_directory_has_one_owner_and_keeps_its_token_private(
         second.address()
     second.claim()
     second.release()
+
+
+def test_a_home_that_cannot_be_written_to_keeps_no_cluster_from_being_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setenv("HOME", "/dev/null")
+    address = ClusterAddress(cluster="c")
+    StateDir(tmp_path).publish(address)
+    assert StateDir(tmp_path).address() == address
+    with pytest.raises(ConfigError, match="no cluster was served"):
+        StateDir.last_served()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\x00", b"[]", b'{"cluster": 3}', b'{"etcd": []}'])
+def test_a_damaged_address_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "cluster.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"cluster\.json is damaged") as refused:
+        StateDir(tmp_path).address()
+    assert "elastic serve" in refused.value.hint
+
+
+def test_a_user_without_a_name_has_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("getpass.getuser", lambda: pwd.getpwuid(2**31 - 2).pw_name)
+    assert re.fullmatch(r"uid \d+@.+", user())
+
+
+def test_a_line_that_no_terminal_wraps_is_whole(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    table = Table(box=None)
+    table.add_row("a-node-with-a-long-name" * 10, "serving")
+    console().print(table)
+    assert capsys.readouterr().out.split() == ["a-node-with-a-long-name" * 10, "serving"]
 
 
 def test_leases_of_a_dead_process_are_found_by_its_pid_on_its_node() -> None:
