@@ -44,7 +44,6 @@ ALLOWED = {  # (file, word) -> why it stays; a stale entry fails
     ("chaos/campaigns/soak.py", "strikes"): "a field of the soak's receipt",
     ("chaos/scenarios/reading.py", "strike"): "a key of older scenario files",
     ("chaos/simulation/episode.py", "told"): "a field of what a simulated step is stored as",
-    ("elastic/serve/supervisor.py", "somebody"): "a message that people know: served by somebody else",
 }
 
 
