@@ -11,11 +11,12 @@ one call, not every third.
 from __future__ import annotations
 
 import math
+import os
 import random
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 from urllib.parse import SplitResult, unquote, urlsplit
@@ -130,6 +131,7 @@ def _parsed(endpoints: Sequence[str]) -> list[SplitResult]:
         except ValueError:
             good = False
         if url.scheme == "unix":  # gRPC takes a comma for the end of the path
+            _require_right(unquote(url.path))
             good = not url.netloc and url.path.startswith("/") and "," not in unquote(url.path)
         if not good:
             hint = "give URLs such as http://127.0.0.1:2379, or unix:///PATH"
@@ -137,6 +139,19 @@ def _parsed(endpoints: Sequence[str]) -> list[SplitResult]:
     if not urls or len({url.scheme for url in urls}) > 1:
         raise ConfigError("give one or more etcd endpoints, all http, all https or all unix")
     return urls
+
+
+def _require_right(socket: str) -> None:
+    """ConfigError if we may not connect to it: gRPC would try again until the end. One that is missing may come yet."""
+    with suppress(OSError):
+        try:
+            os.stat(socket)
+            allowed = os.access(socket, os.W_OK)
+        except PermissionError:
+            allowed = False
+        if not allowed:
+            hint = "run this as the user who serves the cluster"
+            raise ConfigError(f"user {os.geteuid()} may not connect to etcd at {socket}", hint=hint)
 
 
 class EtcdStore:

@@ -12,11 +12,11 @@ import psutil
 import pytest
 
 from chaos.target.cluster import ServedCluster
-from elastic.serve.etcd_server import EtcdServer
 from elastic.serve.listening import bind
 from membership.base.errors import ConfigError
 from tests.e2e.conftest import Serve
 from tests.support.helpers import eventually
+from tests.support.secured_etcd import PASSWORD, secured_etcd
 from tests.support.served import completion, role_pid
 from workers.agent.zygote import Zygote
 
@@ -46,8 +46,10 @@ def processes_of(cluster: ServedCluster) -> list[psutil.Process]:
 
 
 def test_an_external_etcd(serve: Serve, demo_model: Path, tmp_path: Path) -> None:
-    with EtcdServer(tmp_path / "etcd") as etcd:
-        flags = ("--etcd", etcd.url, "--cluster", "mine")
+    """One with TLS and users: ours has rights on the keys of this cluster, and on no others."""
+    with secured_etcd(tmp_path / "etcd", "/elastic-ep/mine/", token_ttl_s=1) as etcd:
+        who = tuple(etcd.credentials.as_flags())
+        flags = ("--etcd", etcd.url, "--cluster", "mine", *who)
         cluster = serve(demo_model, 2, flags)
         cluster.wait_serving(2)
         assert completion(cluster)
@@ -60,18 +62,25 @@ def test_an_external_etcd(serve: Serve, demo_model: Path, tmp_path: Path) -> Non
         assert "being served by another process" in second.stderr
         assert cluster.wait_serving(2)["state"] == "serving"
         status = subprocess.run(
-            [sys.executable, "-m", "elastic.cli", "status", "--etcd", etcd.url, "--cluster", "mine", "-o", "json"],
+            [sys.executable, "-m", "elastic.cli", "status", *flags, "-o", "json"],
             capture_output=True, text=True, timeout=60,
         )  # fmt: skip
         assert status.returncode == 0, status.stderr
         cluster.scale(3)
-        for process in processes_of(cluster):
+        processes = processes_of(cluster)
+        assert not [each for each in processes if PASSWORD in " ".join([*each.cmdline(), *each.environ().values()])]
+        assert not [file for file in cluster.state.path.rglob("*") if file.is_file() and holds_password(file)]
+        for process in processes:
             process.kill()
         with ServedCluster(demo_model, None, state_dir=tmp_path / "three", flags=flags) as third:
             assert third.wait_serving(3)["epoch"] > 1
             said = (third.state.path / "serve.log").read_text()
             assert "3 ranks, as the cluster was left" in said
-        assert etcd.alive
+        assert etcd.server.alive
+
+
+def holds_password(file: Path) -> bool:
+    return PASSWORD.encode() in file.read_bytes()
 
 
 @pytest.mark.parametrize("flags", [("--exactness", "stock"), ("--dtype", "float32"), ("--redundancy", "1.25")])

@@ -163,6 +163,13 @@ def test_a_lease_is_given_up_by_the_local_clock_while_the_server_is_stopped(serv
         keeper.close()
 
 
+@pytest.mark.parametrize("path", ["missing", "file/below"])
+def test_a_socket_that_is_not_there_is_a_clear_error(tmp_path: Path, path: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreUnavailable, match=f"{tmp_path}/{path}"):
+        connect([f"unix://{tmp_path}/{path}"], connect_timeout_s=0.5)
+
+
 @pytest.mark.parametrize("kind", ["refused", "silent"])
 def test_an_unreachable_etcd_is_a_clear_error(kind: str) -> None:
     with socket.socket() as listener:

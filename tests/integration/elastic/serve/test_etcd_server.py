@@ -79,6 +79,8 @@ def test_another_user_cannot_reach_its_sockets(tmp_path: Path) -> None:
             reach = f"socket.socket(socket.AF_UNIX).connect({str(Path(made) / name)!r})"
             assert "PermissionError" in run_as(UID, reach, "import socket").stderr
             assert run_as(0, reach, "import socket").stderr == ""
+        told = run_as(UID, f"connect([{server.url!r}])", "from membership.store.etcd import connect").stderr
+        assert f"ConfigError: user {UID} may not connect to etcd" in told
         assert server.alive
 
 
