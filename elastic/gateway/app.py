@@ -32,7 +32,7 @@ from membership.base.events import EventLog
 from membership.store.interface import Store
 from membership.store.mirror import Mirror
 from membership.store.records import ClusterConfig, ClusterState, GatewayRecord
-from workers.model.text_files import sampling_defaults
+from workers.model.text_files import not_applied, sampling_defaults
 
 CONFIG_TIMEOUT_S = 60.0
 STOP_POLL_S = 0.5
@@ -111,6 +111,8 @@ def _public_app(config: ClusterConfig, link: EngineLink, readiness: health.Readi
     metrics = GatewayMetrics(readiness.state, history, config.cluster)
     app = new_app("elastic-ep")
     model = Path(config.model)
+    if ignored := not_applied(model):
+        log.warning("generation_config_not_applied", keys=ignored)
     service = openai.Service(
         config, Tokenizer(model), link, metrics, started=time.time(), sampling=sampling_defaults(model)
     )

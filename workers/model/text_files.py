@@ -7,12 +7,28 @@ always as UTF-8, whatever the locale.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from membership.base.errors import ModelError
 
+# What generation_config.json may also ask for, with the values that ask for nothing. It is not offered here.
+NOT_APPLIED: dict[str, tuple[Any, ...]] = {
+    "repetition_penalty": (1.0,),
+    "min_p": (0.0,),
+    "typical_p": (1.0,),
+    "no_repeat_ngram_size": (0,),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+    "bad_words_ids": ([],),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "sequence_bias": ({}, []),
+    "min_new_tokens": (0,),
+    "min_length": (0,),
+}
 DAMAGED_HINT = "download the file again"
 
 
@@ -113,10 +129,17 @@ def sampling_defaults(root: Path) -> SamplingDefaults:
     return found
 
 
+def not_applied(root: Path) -> list[str]:
+    """What generation_config.json asks for that answers will not follow, as `key=value`."""
+    said = read_json_if_any(root / "generation_config.json")
+    asked = {name: said[name] for name in NOT_APPLIED if said.get(name) is not None}
+    return [f"{name}={value}" for name, value in asked.items() if value not in NOT_APPLIED[name]]
+
+
 def _number(path: Path, said: dict[str, Any], name: str, otherwise: float) -> float:
     value = said.get(name)
     if value is None:
         return otherwise
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ModelError(f"{path}: {name} is {value!r}, not a number", hint="correct it, or remove the key")
     return float(value)

@@ -10,10 +10,11 @@ import pytest
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.models.mixtral import MixtralConfig
 
+from elastic.demo.model import write_demo_model
 from membership.base.errors import ModelError
 from tests.support.wild_tokenizers import WILD, write_wild_tokenizer
-from workers.model.families import _eos
-from workers.model.text_files import SamplingDefaults, end_token_of_tokenizer, sampling_defaults
+from workers.model.families import _eos, read_model_info
+from workers.model.text_files import SamplingDefaults, end_token_of_tokenizer, not_applied, sampling_defaults
 
 pytestmark = pytest.mark.unit
 
@@ -74,9 +75,38 @@ def test_without_a_file_sampling_is_as_openai_has_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "said",
-    [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": -1}, {"top_k": "x"}, {"temperature": True}, []],
+    [
+        {"temperature": -1},
+        {"top_p": 0},
+        {"top_p": 1.5},
+        {"top_k": -1},
+        {"top_k": "x"},
+        {"temperature": True},
+        {"temperature": float("inf")},
+        [],
+    ],
 )
 def test_impossible_defaults_are_told_with_their_file(tmp_path: Path, said: Any) -> None:
     write(tmp_path / "generation_config.json", said)
     with pytest.raises(ModelError, match=r"generation_config\.json"):
         sampling_defaults(tmp_path)
+
+
+def test_what_answers_will_not_follow_is_named(tmp_path: Path) -> None:
+    assert not_applied(tmp_path) == []
+    quiet = {"repetition_penalty": 1, "min_p": None, "no_repeat_ngram_size": 0, "top_k": 20, "eos_token_id": 1}
+    write(tmp_path / "generation_config.json", quiet)
+    assert not_applied(tmp_path) == []
+    write(tmp_path / "generation_config.json", quiet | {"repetition_penalty": 1.05, "suppress_tokens": [1]})
+    assert not_applied(tmp_path) == ["repetition_penalty=1.05", "suppress_tokens=[1]"]
+
+
+def test_a_served_checkpoint_ends_with_its_tokenizers_end(tmp_path: Path) -> None:
+    """The demo's, with the end taken out of both configurations."""
+    write_demo_model(tmp_path / "model")
+    for name in ("config.json", "generation_config.json"):
+        path = tmp_path / "model" / name
+        said = json.loads(path.read_text(encoding="utf-8"))
+        assert said.pop("eos_token_id") == 1
+        write(path, said)
+    assert read_model_info(tmp_path / "model").eos_token_ids == (1,)
