@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 
-import msgspec
 from rich.table import Table
 
 from elastic.cli.render import console, in_bytes
+from elastic.serve.model_check import Finding, check_model
 from elastic.serve.state_dir import StateDir
 from membership.base.errors import ConfigError, ElasticError
 from membership.base.timing import TIMINGS
@@ -21,15 +21,6 @@ from membership.store.records import Placement
 
 DISTRIBUTION = "elastic-ep"
 OUR_PACKAGES = ("membership", "workers", "elastic", "chaos")
-
-
-class Finding(msgspec.Struct, frozen=True):
-    """The result of one check. `level` is ok, warn or fail; `hint` says what to do about it."""
-
-    what: str
-    level: str
-    message: str
-    hint: str = ""
 
 
 def examine(model: Path | None, ranks: int, redundancy: float, hosts: int = 1) -> list[Finding]:
@@ -157,17 +148,17 @@ def _machine() -> Iterator[Finding]:
 
 def _model(model: Path, ranks: int, redundancy: float, hosts: int) -> Iterator[Finding]:
     from membership.placement.plan import plan
-    from workers.model.families import read_model_info
 
+    checked = check_model(model)
+    yield from checked.findings
+    info = checked.info
+    if info is None:
+        return
     nodes = {rank: f"host{rank % hosts}" for rank in range(ranks)}  # as the planner spreads ranks over agents
     try:
-        info = read_model_info(model)
-        yield Finding(
-            "model", "ok", f"{info.family}: {info.moe_layers} MoE layers x {info.experts} experts, top {info.top_k}"
-        )
         placement = plan(info.moe_layers, info.experts, nodes, redundancy, nodes=nodes)
     except ElasticError as error:
-        yield Finding("model", "fail", str(error), error.hint)
+        yield Finding("coverage", "fail", str(error), error.hint)
         return
     yield from _coverage(placement, nodes, info.moe_layers, info.experts, info.expert_bytes("auto"))
 

@@ -66,6 +66,7 @@ def doctor(
 ) -> None:
     """Check that this machine can serve (MODEL, if given), and what the death of a rank would cost. Exit 1 if not."""
     from elastic.cli.doctor import examine, show_findings, show_timing
+    from elastic.serve.model_check import first_failure
     from membership.base.timing import TIMINGS
 
     if timing:
@@ -79,8 +80,9 @@ def doctor(
         write_json(findings)
     else:
         show_findings(findings)
-    if any(f.level == "fail" for f in findings):
-        raise typer.Exit(1)
+    wrong = first_failure(findings)
+    if wrong is not None:
+        raise wrong
 
 
 cluster.add_to(app)

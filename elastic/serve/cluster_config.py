@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from elastic.serve.model_check import require_model
 from elastic.serve.options import DEFAULT_RANKS, DEFAULTS, ServeOptions, check_options
 from membership.base.errors import PlanRefused
 from membership.planning.cluster_facts import scale_refusal
 from membership.store.records import ClusterConfig
-from workers.model.families import read_model_info
 
 
 def cluster_config(options: ServeOptions) -> ClusterConfig:
     """Check the options against the model. Raises ModelError, ConfigError or PlanRefused."""
     check_options(options)
     ranks = options.ranks or DEFAULT_RANKS
-    info = read_model_info(options.model)
+    info = require_model(options.model)
     directory = options.model.resolve()
     as_given = {name: getattr(options, name) for name in DEFAULTS if hasattr(options, name)}
     derived = dict(

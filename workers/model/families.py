@@ -14,14 +14,22 @@ from pathlib import Path
 from typing import Any
 
 from membership.base.errors import ModelError
+from workers.model.config_keys import complete, refusals
+from workers.model.rope_keys import longest_as_trained
 from workers.model.text_files import end_token_of_tokenizer
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 EXPERT_COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
+REQUIRED = (
+    "num_hidden_layers", "hidden_size", "num_attention_heads", "num_experts_per_tok", "vocab_size",
+    "max_position_embeddings",
+)  # fmt: skip
 EXPERT_WIDTH_KEYS = ("moe_intermediate_size", "intermediate_size")
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 256 << 20
+MAX_POSITIONS = 1 << 62
+MOST_NAMED = 3  # faults of one kind in one message
 
 
 MoeLayers = Callable[[dict[str, Any], int], tuple[int, ...]]
@@ -45,7 +53,8 @@ def _after_dense_layers(config: dict[str, Any], layers: int, *, usual: int) -> t
     return tuple(range(usual if first is None else first, layers))
 
 
-# A new family is a line here, and a configuration in tests/support/families.py.
+# A new family is a line here, its keys in config_keys.py, its tensors in tensors.py, and a configuration in
+# tests/support/families.py.
 FAMILIES: Mapping[str, MoeLayers] = {
     "mixtral": _every_layer,
     "qwen2_moe": _every_nth_layer,
@@ -54,6 +63,9 @@ FAMILIES: Mapping[str, MoeLayers] = {
     "deepseek_v2": partial(_after_dense_layers, usual=0),
     "deepseek_v3": partial(_after_dense_layers, usual=3),
 }
+
+# Models with experts in which some layers are state-space models or linear attention.
+HYBRIDS = ("jamba", "granitemoehybrid", "qwen3_next", "qwen3_5_moe", "nemotron_h", "lfm2_moe", "bailing_moe_v2_5")
 
 
 @dataclass(frozen=True)
@@ -91,13 +103,15 @@ def read_model_info(path: str | Path) -> ModelInfo:
     if not root.is_dir():
         hint = "give the directory of a Hugging Face checkpoint; `elastic demo-model DIR` writes a small one"
         raise ModelError(f"no such model directory: {root}", hint=hint)
-    config = _read_json(root / "config.json", hint="a checkpoint directory has config.json beside its weights")
+    config = read_config(root)
     family = _family(config)
+    _check_keys(root, family, config)
     layers = _count(config, "num_hidden_layers")
     moe_layer_ids = FAMILIES[family](config, layers)
     if not moe_layer_ids:
         raise ModelError(f"{root}: no layer of this {family} model has experts", hint="only MoE models can be served")
     files, dtype = _check_weights(root)
+    whole = complete(family, config)
     return ModelInfo(
         path=str(root.resolve()),
         family=family,
@@ -107,12 +121,34 @@ def read_model_info(path: str | Path) -> ModelInfo:
         moe_layer_ids=moe_layer_ids,
         experts=_count(config, *EXPERT_COUNT_KEYS),
         top_k=_count(config, "num_experts_per_tok"),
-        expert_width=next((int(config[key]) for key in EXPERT_WIDTH_KEYS if config.get(key)), 0),
+        expert_width=next((int(whole[key]) for key in EXPERT_WIDTH_KEYS if whole.get(key)), 0),
         vocab_size=_count(config, "vocab_size"),
-        max_position=_count(config, "max_position_embeddings"),
+        max_position=min(_count(config, "max_position_embeddings"), longest_as_trained(config) or MAX_POSITIONS),
         eos_token_ids=_eos(root, config),
         files=files,
     )
+
+
+def read_config(root: Path) -> dict[str, Any]:
+    """What config.json says. ModelError if it cannot be read."""
+    return _read_json(root / "config.json", hint="a checkpoint directory has config.json beside its weights")
+
+
+def _check_keys(root: Path, family: str, config: dict[str, Any]) -> None:
+    """ModelError that names what of config.json we would not compute as transformers does."""
+    for name in REQUIRED:
+        _count(config, name)
+    _count(config, *EXPERT_COUNT_KEYS)
+    found = list(refusals(family, config))
+    if found:
+        hint = "serve another checkpoint; a key that means nothing to the model can be removed from config.json"
+        raise ModelError(f"{root / 'config.json'}: {listed(found)}", hint=hint)
+
+
+def listed(found: list[str]) -> str:
+    """The first of them, and how many more there are."""
+    more = f"; and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
+    return "; ".join(found[:MOST_NAMED]) + more
 
 
 def _family(config: dict[str, Any]) -> str:
@@ -121,6 +157,11 @@ def _family(config: dict[str, Any]) -> str:
         if config.get("quantization_config"):
             raise ModelError("the checkpoint is quantized", hint="use the bfloat16 or float32 checkpoint")
         return family
+    if family in HYBRIDS:
+        hint = f"its requests could not move between ranks; supported: {', '.join(FAMILIES)}"
+        raise ModelError(
+            f"{family} has layers with a state of their own instead of attention: not supported", hint=hint
+        )
     if any(key in config for key in EXPERT_COUNT_KEYS):
         raise ModelError(f"model type {family!r} is not supported", hint=f"supported: {', '.join(FAMILIES)}")
     raise ModelError(
@@ -138,13 +179,19 @@ def _eos(root: Path, config: dict[str, Any]) -> tuple[int, ...]:
         found = config.get("eos_token_id")
     if found is None:
         return end_token_of_tokenizer(root)
-    return tuple(found) if isinstance(found, list) else (int(found),)
+    ids = found if isinstance(found, list) else [found]
+    if any(not isinstance(each, int) or isinstance(each, bool) or each < 0 for each in ids):
+        name = path.name if generation.get("eos_token_id") is not None else "config.json"
+        raise ModelError(
+            f"eos_token_id in {name} is {found!r}", hint="it must be the number of a token, or a list of them"
+        )
+    return tuple(ids)
 
 
 def _count(config: dict[str, Any], *names: str) -> int:
     for name in names:
         value = config.get(name)
-        if isinstance(value, int) and value > 0:
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value
     raise ModelError(f"config.json has no positive {' or '.join(names)}", hint="is the checkpoint complete?")
 
@@ -154,6 +201,8 @@ def _read_json(path: Path, *, hint: str) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"no {path.name} in {path.parent}", hint=hint) from None
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}", hint="is it a file that you may read?") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{path} is not valid JSON: {error}", hint="download the file again") from error
     if not isinstance(found, dict):
@@ -166,7 +215,7 @@ def weight_files(root: Path) -> dict[str, str]:
     if (root / INDEX_FILE).exists():
         index = _read_json(root / INDEX_FILE, hint="")
         found = index.get("weight_map")
-        if not isinstance(found, dict) or not found:
+        if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
             raise ModelError(f"{root / INDEX_FILE} has no weight_map", hint="download the file again")
         return found
     if (root / SINGLE_FILE).exists():
@@ -189,7 +238,7 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
             header: dict[str, dict[str, Any]] = json.loads(file.read(length))
             header.pop("__metadata__", None)
             end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise ModelError(f"{path} has a broken header: {error}", hint=hint) from error
     if 8 + length + end != size:
         raise ModelError(f"{path} is truncated: {size} bytes instead of {8 + length + end}", hint=hint)

@@ -11,9 +11,11 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
+from membership.base.errors import ModelError
 from workers.model.backend import Attention
 
 NAME = "elastic_ep"
+NOT_DONE = ("softcap", "s_aux", "position_bias", "head_mask")  # what would change scores, in other families
 
 
 class RoutedExperts(Protocol):
@@ -54,8 +56,11 @@ def _attention(
     attention_mask: Tensor | None,
     scaling: float,
     sliding_window: int | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
+    asked = [name for name in NOT_DONE if others.get(name) is not None]
+    if asked:
+        raise ModelError(f"this model's attention needs {', '.join(asked)}", hint="is this a supported family?")
     window = sliding_window or module.elastic_window or None  # some families say 0 for none, or do not pass it
     return module.elastic_attention.forward(module.layer_idx, query, key, value, scaling, window), None
 

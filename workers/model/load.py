@@ -195,7 +195,8 @@ def _load_weights(made: Skeleton, files: _Files, shared: SharedWeights | None, d
         _assign_all(model, kept.tensors, device)
     if shared is not None:
         shared.report()
-    model.tie_weights()
+    # As transformers does: an output layer of its own is used even where config.json says that it is the embeddings.
+    model.tie_weights(missing_keys=set(model.state_dict()) - tensors.keys(), recompute_mapping=False)
     _rebuild_computed_buffers(model, device)
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if left:

@@ -20,6 +20,8 @@ MIXTRAL: dict[str, Any] = {
     "model_type": "mixtral",
     "hidden_size": 8,
     "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
     "vocab_size": 32,
@@ -50,14 +52,17 @@ def checkpoint(root: Path, config: dict[str, Any], tensors: dict[str, str] | Non
     [
         ({}, (0, 1, 2)),
         ({"model_type": "olmoe", "num_experts": 4, "num_local_experts": None}, (0, 1, 2)),
-        ({"model_type": "qwen2_moe", "num_experts": 4, "mlp_only_layers": [1]}, (0, 2)),
+        ({"model_type": "qwen2_moe", "num_experts": 4, "num_local_experts": None, "mlp_only_layers": [1]}, (0, 2)),
         ({"model_type": "qwen3_moe", "num_experts": 4, "decoder_sparse_step": 2}, (1,)),
-        ({"model_type": "deepseek_v2", "n_routed_experts": 4, "first_k_dense_replace": 1}, (1, 2)),
-        ({"model_type": "deepseek_v3", "n_routed_experts": 4, "num_hidden_layers": 5}, (3, 4)),
+        ({"model_type": "deepseek_v2", "n_routed_experts": 4, "num_local_experts": None,
+          "first_k_dense_replace": 1}, (1, 2)),
+        ({"model_type": "deepseek_v3", "n_routed_experts": 4, "num_hidden_layers": 5, "n_group": 1, "topk_group": 1},
+         (3, 4)),
     ],
-)
+)  # fmt: skip
 def test_families(tmp_path: Path, changes: dict[str, Any], moe_layers: tuple[int, ...]) -> None:
-    info = read_model_info(checkpoint(tmp_path, {**MIXTRAL, **changes}))
+    config = {key: value for key, value in {**MIXTRAL, **changes}.items() if value is not None}
+    info = read_model_info(checkpoint(tmp_path, config))
     assert info.moe_layer_ids == moe_layers
     assert (info.moe_layers, info.experts, info.top_k, info.hidden, info.vocab_size) == (len(moe_layers), 4, 2, 8, 32)
     assert (info.dtype, info.max_position, info.files) == ("bfloat16", 64, ("model.safetensors",))
