@@ -5,7 +5,6 @@ From JSON, safetensors headers and the tokenizer alone: no torch, no weights, a 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import msgspec
 from membership.base.errors import ElasticError, ModelError
 from workers.model.families import ModelInfo, read_config, read_model_info
 from workers.model.tensors import check_tensors
+from workers.model.text_files import DAMAGED_HINT, chat_templates, sampling_defaults, tokenizer_settings
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -75,9 +75,11 @@ def first_failure(findings: Sequence[Finding]) -> ModelError | None:
     return ModelError(f"{failed[0].message}{more}", hint=failed[0].hint)
 
 
-def _failure(what: str, error: ElasticError | OSError) -> Finding:
+def _failure(what: str, error: Exception) -> Finding:
     if isinstance(error, ElasticError):
         return Finding(what, "fail", str(error), error.hint)
+    if not isinstance(error, OSError):
+        return Finding(what, "fail", f"tokenizer_config.json is damaged: {error}", DAMAGED_HINT)
     return Finding(what, "fail", f"cannot read {error.filename}: {error.strerror}", "is it a file that you may read?")
 
 
@@ -105,13 +107,12 @@ def _tokenizer(directory: Path) -> Finding:
         hint = "save the model's fast tokenizer there: AutoTokenizer.from_pretrained(...).save_pretrained(DIR)"
         return Finding("tokenizer", "fail", f"no tokenizer.json in {directory}", hint)
     try:
-        tokens = Tokenizer.from_file(str(path)).get_vocab_size()
+        tokens = Tokenizer.from_str(path.read_text(encoding="utf-8")).get_vocab_size()
     except Exception as error:  # noqa: BLE001 - what the library raises is a bare Exception
-        return Finding("tokenizer", "fail", f"damaged {path}: {error}", "download the file again")
-    settings = directory / "tokenizer_config.json"
-    if settings.is_file():
-        try:
-            json.loads(settings.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
-            return Finding("tokenizer", "fail", f"damaged {settings}: {error}", "download the file again")
+        return Finding("tokenizer", "fail", f"damaged {path}: {error}", DAMAGED_HINT)
+    try:
+        chat_templates(directory, tokenizer_settings(directory))
+        sampling_defaults(directory)
+    except (ModelError, OSError, ValueError, TypeError, KeyError) as error:
+        return _failure("tokenizer", error)
     return Finding("tokenizer", "ok", f"{tokens} tokens")

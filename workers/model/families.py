@@ -16,7 +16,7 @@ from typing import Any
 from membership.base.errors import ModelError
 from workers.model.config_keys import complete, refusals
 from workers.model.rope_keys import longest_as_trained
-from workers.model.text_files import end_token_of_tokenizer
+from workers.model.text_files import end_token_of_tokenizer, read_json
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 EXPERT_COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
@@ -131,7 +131,7 @@ def read_model_info(path: str | Path) -> ModelInfo:
 
 def read_config(root: Path) -> dict[str, Any]:
     """What config.json says. ModelError if it cannot be read."""
-    return _read_json(root / "config.json", hint="a checkpoint directory has config.json beside its weights")
+    return read_json(root / "config.json", hint="a checkpoint directory has config.json beside its weights")
 
 
 def _check_keys(root: Path, family: str, config: dict[str, Any]) -> None:
@@ -173,7 +173,7 @@ def _family(config: dict[str, Any]) -> str:
 def _eos(root: Path, config: dict[str, Any]) -> tuple[int, ...]:
     """The generation config's end tokens, else the model config's, else the tokenizer's."""
     path = root / "generation_config.json"
-    generation = _read_json(path, hint="") if path.exists() else {}
+    generation = read_json(path) if path.exists() else {}
     found = generation.get("eos_token_id")
     if found is None:
         found = config.get("eos_token_id")
@@ -196,24 +196,10 @@ def _count(config: dict[str, Any], *names: str) -> int:
     raise ModelError(f"config.json has no positive {' or '.join(names)}", hint="is the checkpoint complete?")
 
 
-def _read_json(path: Path, *, hint: str) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"no {path.name} in {path.parent}", hint=hint) from None
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}", hint="is it a file that you may read?") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path} is not valid JSON: {error}", hint="download the file again") from error
-    if not isinstance(found, dict):
-        raise ModelError(f"{path} is not a JSON object", hint="download the file again")
-    return found
-
-
 def weight_files(root: Path) -> dict[str, str]:
     """Tensor name -> file name, for every weight of the checkpoint, from the headers alone."""
     if (root / INDEX_FILE).exists():
-        index = _read_json(root / INDEX_FILE, hint="")
+        index = read_json(root / INDEX_FILE)
         found = index.get("weight_map")
         if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
             raise ModelError(f"{root / INDEX_FILE} has no weight_map", hint="download the file again")

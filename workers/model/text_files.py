@@ -47,6 +47,8 @@ def read_json(path: Path, *, hint: str = "") -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"no {path.name} in {path.parent}", hint=hint) from None
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}", hint="is it a file that you may read?") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{path} is not valid JSON: {error}", hint=DAMAGED_HINT) from error
     if not isinstance(found, dict):
