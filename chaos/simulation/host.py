@@ -225,6 +225,7 @@ class Host(Process):
                 clock=self.clock,
                 wall=self.wall,
                 chance=self.random,
+                oom_kills=lambda: None,
             )
             options = AgentOptions("simulated:Worker")
             self.agent = SimAgent(self.client, self.mirror, config, self.node, self.cluster.events, options, parts)

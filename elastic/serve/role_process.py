@@ -7,7 +7,6 @@ right away, so that no process waits for a TTL to run out.
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import structlog
 
 from elastic.serve.listening import LISTEN_FDS, Listeners
 from membership.base import starter
+from membership.base.endings import OomKills, signal_name
 from membership.base.errors import StoreError
 from membership.base.timing import ROLE_RESTART_MAX_S, STABLE_S
 from membership.store.interface import Store
@@ -78,7 +78,7 @@ class RoleProcess:
         self.pidfd = os.pidfd_open(self.process.pid)
         self.started_at, self.start_at = now, None
 
-    def on_exit(self, now: float) -> str:
+    def on_exit(self, now: float, oom_kills: OomKills) -> str:
         """Reap it, schedule the next start, and return how it ended."""
         process = self.process
         if process is None:
@@ -87,7 +87,7 @@ class RoleProcess:
         self._forget()
         self.early_deaths = 1 if now - self.started_at > self.stable_s else self.early_deaths + 1
         self.start_at = now + restart_delay_s(self.early_deaths)
-        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return f"killed by {signal_name(-code)}{oom_kills.of_a_death(code)}" if code < 0 else f"exit code {code}"
 
     def terminate(self) -> None:
         """SIGTERM, if it runs. Only once: a second one makes a role exit at once."""

@@ -30,6 +30,7 @@ from elastic.serve.state_dir import ClusterAddress, StateDir, home
 from elastic.serve.store_guard import StoreGuard
 from elastic.serve.stored_config import write_config
 from membership.base import descriptors
+from membership.base.endings import OomKills
 from membership.base.errors import ConfigError, ElasticError, StoreReplaced, WaitTimeout
 from membership.base.events import EventLog, Tail
 from membership.base.failpoints import HISTORY_ENV
@@ -77,6 +78,7 @@ class Supervisor:
         self._zygote: Zygote | None = None
         self._opened = ExitStack()
         self._events = EventLog(self.state.events, "supervisor")
+        self._oom_kills = OomKills()
         self._history = Tail(self.state.events)
 
     # -- start and stop ------------------------------------------------------------------------------------------
@@ -206,7 +208,7 @@ class Supervisor:
 
     def _on_role_exit(self, role: RoleProcess, now: float) -> None:
         pid = role.process.pid if role.process else 0
-        reason = role.on_exit(now)
+        reason = role.on_exit(now, self._oom_kills)
         log.warning("role_died", name=role.name, pid=pid, reason=reason)
         self._events.emit("role_died", cluster=self.config.cluster, name=role.name, pid=pid, reason=reason)
         if self._store is not None:

@@ -22,6 +22,7 @@ import structlog
 from msgspec.structs import replace as changed
 
 from membership.base import failpoints
+from membership.base.endings import OomKills, kills_so_far
 from membership.base.enums import DetectedBy
 from membership.base.errors import ElasticError
 from membership.base.events import EventLog
@@ -70,6 +71,7 @@ class Parts:
     clock: Callable[[], float] = time.monotonic
     wall: Callable[[], float] = time.time
     chance: random.Random | None = None
+    oom_kills: Callable[[], int | None] = kills_so_far
 
 
 class Agent:
@@ -97,7 +99,7 @@ class Agent:
         self._publish_heartbeats_at = 0.0
         self._buried: set[RankId] = set()
         policy = policy_of(config)
-        self._exits = Exits(policy, parts.chance)
+        self._exits = Exits(policy, parts.chance, OomKills(parts.oom_kills))
         self._pids: dict[int, RankId] = {}
         self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._keys = Keys(config.cluster)
@@ -354,6 +356,7 @@ class Agent:
                 silence = f"no heartbeat for {now - seen.advanced_at:.1f} s"
                 self._emit("rank_died", key, pid=worker.child.pid, detected_by=DetectedBy.HEARTBEAT, reason=silence)
                 self._bury(key, silence)
+                self._exits.killed(key)
                 self._end(key, kill=True)
         self._spares.check(now)
         if now >= self._publish_heartbeats_at:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from msgspec.structs import replace
 
+from membership.base.endings import OomKills
 from membership.base.rank_id import RankId
 from membership.store.records import RankExit
 from workers.protocol.restart_policy import RestartPolicy, counted, ending, exit_record, recent_deaths
@@ -18,12 +19,20 @@ from workers.protocol.restart_policy import RestartPolicy, counted, ending, exit
 class Exits:
     """The deaths and exit records that the store may not have yet."""
 
-    def __init__(self, policy: RestartPolicy, chance: random.Random | None = None) -> None:
+    def __init__(
+        self, policy: RestartPolicy, chance: random.Random | None = None, oom_kills: OomKills | None = None
+    ) -> None:
         self._policy = policy
         self._deaths: dict[int, tuple[float, ...]] = {}
         self._records: dict[int, RankExit] = {}
         self._endings: dict[RankId, str] = {}
         self._chance = chance or random.Random()  # spreads restarts; nothing else rests on it
+        self._oom_kills = oom_kills or OomKills()
+        self._killed: set[RankId] = set()  # by us
+
+    def killed(self, key: RankId) -> None:
+        """We end this rank ourselves: its signal needs no explanation."""
+        self._killed.add(key)
 
     def died(self, key: RankId, reason: str, stored: Mapping[int, RankExit], now: float) -> RankExit:
         """The exit record of a rank that is dead; `stored` are the records in the store."""
@@ -40,7 +49,8 @@ class Exits:
 
     def ended(self, key: RankId, status: int) -> RankExit | None:
         """The exit status has come: the record with it, if the rank's was written without."""
-        self._endings[key] = how = ending(status)
+        cause = "" if key in self._killed else self._oom_kills.of_a_death(status)
+        self._endings[key] = how = ending(status) + cause
         written = self._records.get(key.rank)
         if written is None or written.incarnation != key.incarnation:
             return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from membership.base.endings import signal_name
 from membership.base.rank_id import RankId
 from membership.base.timing import CLOCK_SKEW_S
 from membership.store.records import ClusterConfig, RankExit
@@ -20,7 +21,7 @@ FENCED_STATUS = 75
 def ending(status: int) -> str:
     """A process's exit status (negative: the signal) in words."""
     if status < 0:
-        return f"killed by signal {-status}"
+        return f"killed by signal {-status}, {signal_name(-status)}"
     return "found itself evicted" if status == FENCED_STATUS else f"exited with status {status}"
 
 

@@ -27,7 +27,7 @@ BREACHES = {  # file -> what is put at its end; a new one is made
     "elastic/status.py": "def f(lock, queue):\n    assert lock\n    print(queue.get())\n",
     "elastic/explain.py": "def g():\n    try:\n        return 1\n    except Exception:\n        pass\n",
     "elastic/protocol.py": "import pickle\npickle.loads(b'')\n",
-    "elastic/http_errors.py": "import httpx\nhttpx.get('x')\ndef h(path):\n    return path.read_text()\n",
+    "elastic/http_errors.py": "import httpx\ndef h(path):\n    httpx.get('x')\n    return path.read_text()\n",
     "elastic/gateway/text.py": "# somebody told the census\n",
     "elastic/gateway/schema.py": "def long():\n" + "    x = 1\n" * 60,
     "elastic/gateway/render.py": "# long\n" * 600,

@@ -14,6 +14,7 @@ from elastic.serve.listening import LISTEN_FDS, Listeners, bind, inherited_liste
 from elastic.serve.options import GatewayOptions, ServeOptions
 from elastic.serve.role_process import RoleProcess
 from elastic.serve.supervisor import Supervisor
+from membership.base.endings import OomKills
 from membership.base.errors import ConfigError
 from tests.support.gateway_process import free_port
 
@@ -94,7 +95,7 @@ def test_a_port_is_never_free_while_a_gateway_dies_and_returns(tmp_path: Path, m
                 with client:
                     assert client.recv(100) == b"%d" % process.pid
             process.wait(timeout=30)
-            role.on_exit(1.0)
+            role.on_exit(1.0, OomKills(lambda: None))
     with socket.socket() as late, pytest.raises(ConnectionRefusedError):
         late.connect(addresses[0])
 
