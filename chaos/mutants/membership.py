@@ -33,6 +33,14 @@ MUTANTS: tuple[Mutant, ...] = (
         seed=97,
     ),
     Mutant(
+        name="any-model",
+        guards="G3: a rank that has loaded another model joins no view, whatever its agent thinks of it",
+        file="membership/planning/cluster_facts.py",
+        before="            trouble = identity.refusal(self.state, record)\n",
+        after="            pass\n",
+        tests=(f"{PLANNER}::test_a_newcomer_that_its_agent_did_not_refuse_is_not_committed",),
+    ),
+    Mutant(
         name="two-holders",
         guards="G1: an office is taken only if it is vacant",
         file="membership/store/election.py",

@@ -17,6 +17,14 @@ LINKS = "tests/unit/workers/exchange/test_links.py"
 WIRE = "tests/unit/workers/exchange/shm/test_wire.py"
 
 MUTANTS: tuple[Mutant, ...] = (
+    Mutant(
+        name="model-of-the-files",
+        guards="G3: a new rank maps what its host has loaded, though the checkpoint's files are others by now",
+        file="workers/model/load.py",
+        before="    served = host.served() if host is not None else None\n",
+        after="    served = None\n",
+        tests=("tests/integration/workers/model/test_replaced_files.py::test_a_new_rank_gets_what_its_host_serves",),
+    ),
     # --- detection
     Mutant(
         name="blamed-by-the-clock",

@@ -165,6 +165,9 @@ class SimExecutor:
         self.workers.pop(key, None)
         self._going.discard(key)
 
+    def drop_weights(self) -> None:
+        return  # a simulated host stores none
+
     def shutdown(self) -> None:
         for rank in [r for r in self._host.cluster.ranks.values() if r.host is self._host]:
             rank.die()
@@ -175,12 +178,12 @@ class SimAgent(Agent):
 
     host: Host
 
-    def _bury(self, key: RankId, reason: str) -> None:
+    def _bury(self, key: RankId, reason: str, *, refused: bool = False) -> None:
         rank = self.host.cluster.ranks.get(key)
         if rank is not None and "heartbeat" in reason:
             ill = rank.stopped or rank.ill_until > self.host.clock.now - 0.5
             require(ill, f"rank {key[0]} beats, and its agent evicted it: {reason}")
-        super()._bury(key, reason)
+        super()._bury(key, reason, refused=refused)
 
 
 class Host(Process):

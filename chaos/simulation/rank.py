@@ -17,9 +17,11 @@ from chaos.simulation.process import Process
 from membership.base import failpoints
 from membership.base.errors import CoverageLost, ElasticError, Fenced, QueueClosed
 from membership.base.rank_id import RankId
+from membership.planning.identity import KERNELS
 from membership.store.records import View
 from workers.exchange.model_side import StepContext
 from workers.fleet.watchdog import Look
+from workers.protocol.identity import Identity
 from workers.protocol.messages import CopyBlocks, StepBatch
 from workers.protocol.restart_policy import FENCED_STATUS
 from workers.rank.engine_port import EnginePort
@@ -348,7 +350,7 @@ class RankProcess(Process):
             return self.port.attach(*args)
         if method == "retire_epoch":
             return self.worker.retire_epoch(*args)
-        return "kernel"
+        return Identity({KERNELS: "kernel"})
 
     def _prepared(self, made: Preparation, args: tuple[Any, ...], reply: Reply, limit: float) -> None:
         """Experts are loaded. Links to all peers take as long as the peers do."""

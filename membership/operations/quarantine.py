@@ -35,9 +35,8 @@ def unquarantine(store: Store, cluster: str, rank: int, clock: Callable[[], floa
         last = decode(found.value, RankExit)
         if not last.quarantined:
             return last
-        pardoned = replace(
-            last, quarantined=False, not_before=0.0, forgiven=max(clock(), last.at)
-        )  # whatever our clock
+        forgiven = max(clock(), last.at)  # whatever our clock
+        pardoned = replace(last, quarantined=False, refused=False, not_before=0.0, forgiven=forgiven)
         if store.txn([Compare(key, "mod", "=", found.mod_revision)], [Put(key, encode(pardoned))]).succeeded:
             return pardoned
     raise OperationConflict(f"the exit record of rank {rank} keeps changing", hint="ask again")

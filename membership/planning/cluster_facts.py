@@ -16,6 +16,7 @@ from membership.base.errors import ConfigError
 from membership.base.rank_id import RankId
 from membership.base.timing import VACATE_S
 from membership.placement.plan import max_ranks_allowed, refusal
+from membership.planning import identity
 from membership.store.phases import before_commit
 from membership.store.records import (
     Assignment,
@@ -135,6 +136,10 @@ class ClusterFacts:
         last = self.state.exits.get(member.rank)
         return last is not None and last.incarnation == member.incarnation
 
+    def refused(self, member: Member) -> bool:
+        """Whether its agent set it aside because it would compute something else; another slot would not help."""
+        return self.exited(member) and self.state.exits[member.rank].refused
+
     @cached_property
     def newcomers(self) -> dict[int, Newcomer]:
         """Assigned ranks that are not members."""
@@ -155,16 +160,9 @@ class ClusterFacts:
             trouble = f"rank {member.rank} is lost with the agent of node {node}"
         elif not registered and self.now >= spec.launched + limit:
             trouble = f"rank {member.rank} did not register within {limit:g} s of its launch"
-        elif record is not None and self._differs(record):
-            trouble = f"rank {member.rank} uses another kernel than the other ranks ({record.fingerprint})"
+        elif record is not None:
+            trouble = identity.refusal(self.state, record)
         return Newcomer(member, registered, trouble)
-
-    def _differs(self, record: RankRecord) -> bool:
-        """Whether its kernel fingerprint differs from a serving rank's, so that outputs could differ."""
-        if self.config.exactness != "invariant" or not record.fingerprint:
-            return False
-        others = (self.record(m) for m in self.alive)
-        return any(other is not None and other.fingerprint not in ("", record.fingerprint) for other in others)
 
     @cached_property
     def target(self) -> int:

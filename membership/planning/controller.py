@@ -24,6 +24,7 @@ from membership.base.events import EventLog
 from membership.base.timing import LEASE_TTL_S
 from membership.placement.plan import moves
 from membership.planning import planner
+from membership.planning.identity import name_of
 from membership.planning.own_times import OwnTimes
 from membership.planning.planner import Effect
 from membership.store.codec import encode
@@ -51,6 +52,8 @@ def transaction(effect: Effect, state: ClusterState, keys: Keys) -> tuple[list[C
     writes: dict[str, Record | None] = {}
     if effect.commit is not None:
         writes[keys.view], writes[keys.next] = effect.commit, None
+    if effect.checkpoint is not None:
+        writes[keys.checkpoint] = effect.checkpoint
     if effect.unstage and state.next is not None:
         writes[keys.next] = None
     if effect.stage is not None:
@@ -235,6 +238,8 @@ class Term:
                     experts_taken=taken,
                     weight_bytes=taken * (state.config.expert_bytes if state.config else 0),
                 )
+        if effect.checkpoint is not None:
+            self._emit("checkpoint_known", effect, model=name_of(effect.checkpoint), parts=effect.checkpoint.parts)
         if effect.unstage:
             self._emit("epoch_unstaged", effect, operation=operation)
         if effect.assignments:

@@ -20,11 +20,22 @@ from membership.base.timing import FAILED_REST_S, PREPARE_RETRY_MAX_S, PREPARE_R
 from membership.placement.plan import moves
 from membership.planning.autosize import desired_by_agents
 from membership.planning.cluster_facts import ClusterFacts, scale_refusal
+from membership.planning.identity import learned
 from membership.planning.next_view import covers, next_view
 from membership.planning.node_selection import choose_nodes, room
 from membership.planning.rebalance import rebalance
 from membership.store.phases import ORDER, advance
-from membership.store.records import Assignment, ClusterState, Desired, Member, Operation, Phase, RankSpec, View
+from membership.store.records import (
+    Assignment,
+    Checkpoint,
+    ClusterState,
+    Desired,
+    Member,
+    Operation,
+    Phase,
+    RankSpec,
+    View,
+)
 
 EVICT_ATTEMPT = 3  # a member that failed this often to prepare what others could is replaced
 
@@ -34,6 +45,7 @@ class Effect(msgspec.Struct, frozen=True, kw_only=True):
 
     reason: str
     commit: View | None = None
+    checkpoint: Checkpoint | None = None
     stage: View | None = None
     unstage: bool = False
     assignments: tuple[Assignment, ...] = ()
@@ -89,6 +101,7 @@ def _commit(facts: ClusterFacts) -> Effect | None:
     return Effect(
         reason=f"all {len(staged.members)} members are ready for epoch {staged.epoch}",
         commit=staged,
+        checkpoint=learned(facts.state),
         operation=operation,
         desired=_with_slots(facts, staged),
     )
@@ -140,9 +153,9 @@ def _obstacle(facts: ClusterFacts, operation: Operation) -> str:
     if refused:
         return refused
     if operation.phase is not Phase.PROPOSED:
-        for slot in facts.fill:
-            if slot in facts.newcomers and facts.newcomers[slot].trouble:
-                return facts.newcomers[slot].trouble
+        for slot, newcomer in sorted(facts.newcomers.items()):
+            if newcomer.trouble and (slot in facts.fill or facts.refused(newcomer.member)):
+                return newcomer.trouble
         for assignment in facts.state.assignments.values():
             known = {m.id for m in facts.members}
             if not facts.addressed(assignment) and {s.id for s in assignment.ranks} - known:

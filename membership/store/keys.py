@@ -17,6 +17,7 @@ ROOT = "/elastic-ep/"
 
 _SINGLES: dict[str, tuple[str, type[Record]]] = {
     "config": ("config", records.ClusterConfig),
+    "checkpoint": ("checkpoint", records.Checkpoint),
     "desired": ("desired", records.Desired),
     "pause": ("pause", records.Pause),
     "rebalance": ("rebalance", records.RebalanceRequest),
@@ -58,6 +59,7 @@ class Keys:
         self.cluster = cluster
         self.prefix = prefix = f"{ROOT}{_segment(cluster, 'cluster name')}/"
         self.config = prefix + "config"
+        self.checkpoint = prefix + "checkpoint"
         self.desired = prefix + "desired"
         self.pause = prefix + "pause"
         self.rebalance = prefix + "rebalance"

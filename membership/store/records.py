@@ -16,6 +16,8 @@ from membership.base.timing import CLOCK_SKEW_S, COVERAGE_DEADLINE_S, LAUNCH_DEA
 
 Placement = dict[int, tuple[tuple[int, ...], ...]]
 """rank -> for each MoE layer (0-based among MoE layers) the logical experts that the rank holds, ascending."""
+DIGEST_BYTES = 4
+"""Of the digest of one expert's weights."""
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -91,6 +93,14 @@ class ClusterConfig(Record, frozen=True, kw_only=True):
     restart_window_s: float = RESTART_WINDOW_S
     launch_deadline_s: float = LAUNCH_DEADLINE_S
     coverage_deadline_s: float = COVERAGE_DEADLINE_S  # max wait of a request for lost experts before it gets a 503
+    files: tuple[tuple[str, str], ...] = ()  # (name, digest) of the checkpoint's small files, e.g. tokenizer.json
+
+
+class Checkpoint(Record, frozen=True, kw_only=True):
+    """What the cluster serves, by content: as its first view loaded it. Key `checkpoint`; constant afterwards."""
+
+    parts: dict[str, str] = {}  # as `RankRecord.identity`
+    experts: tuple[bytes, ...] = ()  # as `RankRecord.expert_digests`; every expert is known
 
 
 class Member(RankProcess, frozen=True, kw_only=True):
@@ -170,6 +180,7 @@ class AgentRecord(Record, frozen=True, kw_only=True):
     spares_wanted: int = 0
     spares: tuple[int, ...] = ()  # pids of its spare processes
     leaving: bool = False  # it asks that its ranks move away, and exits once it has none
+    trouble: str = ""  # what is wrong with its copy of the checkpoint, while its ranks serve on
 
 
 class RankRecord(RankProcess, frozen=True, kw_only=True):
@@ -190,6 +201,8 @@ class RankRecord(RankProcess, frozen=True, kw_only=True):
     liveness_handle: bytes = b""
     exchange_handle: bytes = b""
     fingerprint: str = ""  # of its kernels: ranks of one view must agree, or outputs could differ
+    identity: dict[str, str] = {}  # all else that decides a bit of its output: name of the part -> its digest or value
+    expert_digests: tuple[bytes, ...] = ()  # [MoE layer]: DIGEST_BYTES per expert; zeros: it has not loaded that one
 
 
 class RankExit(RankProcess, frozen=True, kw_only=True):
@@ -201,6 +214,7 @@ class RankExit(RankProcess, frozen=True, kw_only=True):
     not_before: float = 0.0  # the controller must not relaunch the slot earlier (backoff)
     quarantined: bool = False
     forgiven: float = 0.0  # when an operator ended the quarantine: earlier deaths no longer count
+    refused: bool = False  # it would have computed something else than the other ranks
 
     def held_back_s(self, now: float) -> float:
         """How much longer the slot must stay empty. 0.0 if the agent's clock is too far ahead of ours."""
@@ -309,6 +323,7 @@ class ClusterState(msgspec.Struct, frozen=True, kw_only=True):
 
     revision: int
     config: ClusterConfig | None = None
+    checkpoint: Checkpoint | None = None
     desired: Desired | None = None
     pause: Pause | None = None
     rebalance: RebalanceRequest | None = None

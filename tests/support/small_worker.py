@@ -7,12 +7,15 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
 from membership.base.errors import CoverageLost, Fenced, WaitTimeout
+from membership.planning.identity import KERNELS
 from membership.store.records import View
+from workers.protocol.identity import Identity
 from workers.protocol.messages import CopyBlocks, SampledToken, StepBatch, StepResult, StepStatus
 from workers.rank.worker_api import WorkerContext
 
@@ -92,14 +95,22 @@ class SmallWorker:
         if "fail-load" in self.faults:
             raise ValueError("no such checkpoint")
 
-    def fingerprint(self) -> str:
-        return "small"
+    def identity(self) -> Identity:
+        weights = self._diary("model")
+        return Identity({KERNELS: "small"} | ({"weights": weights} if weights else {}))
+
+    def _diary(self, name: str) -> str:
+        """What a test has written there for us."""
+        with suppress(OSError, KeyError), open(os.path.join(self.ctx.environ["SMALL_WORKER_DIARY"], name)) as diary:
+            return diary.read()
+        return ""
 
     def prepare_epoch(self, view: View, peers: dict[int, tuple[int, bytes]]) -> Preparing:
         self.calls.append(f"prepare-{view.epoch}")
         self.prepared[view.epoch] = peers
         fails = "fail-prepare" in self.faults and self.ctx.rank == 0
-        return Preparing(0.05, ValueError("no room for experts") if fails else None)
+        digests = self._diary("experts").encode()
+        return Preparing(0.05, ValueError("no room for experts") if fails else None, {"expert_digests": (digests,)})
 
     def commit_epoch(self, epoch: int) -> None:
         if epoch not in self.prepared:

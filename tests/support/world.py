@@ -19,6 +19,7 @@ from membership.base.rank_id import RankId
 from membership.operations.change import Change, scale
 from membership.operations.operations import propose
 from membership.planning.controller import transaction
+from membership.planning.identity import refusal
 from membership.planning.planner import Effect, due, reconcile
 from membership.store.codec import encode
 from membership.store.in_memory import MemoryStore
@@ -58,6 +59,7 @@ class World:
     effects: list[Effect] = field(default_factory=list)
     bad: set[int] = field(default_factory=set)  # slots whose ranks cannot prepare anything
     mute: set[int] = field(default_factory=set)  # slots whose ranks never register
+    others: set[int] = field(default_factory=set)  # slots whose new ranks load another model
     capacity: int = 12  # ranks that an agent takes
     crowded: bool = False  # the engine has requests on ranks that leave
     engine: bool = True
@@ -134,7 +136,14 @@ class World:
         self.store.delete(self.keys.leader)
         self.token = self.put(self.keys.leader, LeaderRecord(node="a", pid=1))
 
-    def kill(self, rank: int, quarantined: bool = False, backoff_s: float = 0.3) -> None:
+    def kill(
+        self,
+        rank: int,
+        quarantined: bool = False,
+        backoff_s: float = 0.3,
+        reason: str = "killed by signal 9",
+        refused: bool = False,
+    ) -> None:
         """SIGKILL whatever runs in the slot now; its agent notices."""
         for slot, incarnation in sorted(self.state.ranks):
             if slot == rank:
@@ -142,11 +151,12 @@ class World:
                 last = RankExit(
                     rank=rank,
                     incarnation=incarnation,
-                    reason="killed by signal 9",
+                    reason=reason,
                     at=self.now,
                     restarts=self.deaths[rank],
                     not_before=self.now + backoff_s,
                     quarantined=quarantined,
+                    refused=refused,
                 )
                 self.processes.discard((slot, incarnation))
                 self.put(self.keys.exit(rank), last)
@@ -197,12 +207,19 @@ class World:
         elif record.state is RankState.LAUNCHING:
             record = replace(record, state=RankState.HANDSHAKING)
         elif state.next is not None and any(key == m.id for m in state.next.members):
+            record = record if record.identity else replace(record, identity=self._loads(spec.rank))
+            if why := refusal(state, record):
+                self.kill(spec.rank, quarantined=True, reason=why, refused=True)
+                return
             if spec.rank in self.bad and record.failed_revision != state.next_revision:
                 record = replace(record, failed_revision=state.next_revision, prepare_error="no memory")
             elif spec.rank not in self.bad and record.prepared_revision != state.next_revision:
                 record = replace(record, prepared_revision=state.next_revision, state=RankState.STANDBY)
         if record != state.ranks.get(spec.id):
             self.put(self.keys.rank(*key), record)
+
+    def _loads(self, slot: int) -> dict[str, str]:
+        return {"weights": "another" if slot in self.others else "ours"}
 
     def engine_acts(self) -> bool:
         state = self.state
@@ -266,6 +283,8 @@ class World:
                 record = after.ranks.get(member.id)
                 prepared = record is not None and record.prepared_revision == before.next_revision
                 require(prepared, f"{member} is committed, and has not prepared, or is dead")
+            models = {record.identity["weights"] for m in view.members if (record := after.ranks.get(m.id))}
+            require(len(models) == 1, f"models are mixed: {models}")
 
     def assert_whole(self, count: int) -> None:
         """The cluster is as asked for, with nothing left over."""

@@ -12,7 +12,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,13 +28,26 @@ from membership.base.errors import ElasticError
 from membership.base.events import EventLog
 from membership.base.rank_id import RankId
 from membership.base.timing import ATTACH_TIMEOUT_S, RETIRE_TIMEOUT_S
+from membership.planning.identity import refusal
 from membership.store.interface import Store
 from membership.store.keys import Keys
 from membership.store.mirror import Mirror
 from membership.store.records import AgentRecord, ClusterConfig
 from workers.agent import decide
 from workers.agent.begin import wait_for_config, wait_for_name
-from workers.agent.decide import Attach, Effect, Heartbeat, Load, LocalRank, Phase, Prepare, Retire, RetireEpoch, Spawn
+from workers.agent.decide import (
+    Attach,
+    Effect,
+    Heartbeat,
+    Load,
+    LocalRank,
+    Phase,
+    Prepare,
+    Refuse,
+    Retire,
+    RetireEpoch,
+    Spawn,
+)
 from workers.agent.executor import Death, MultiprocExecutor
 from workers.agent.exits import Exits
 from workers.agent.forkserver import Serving
@@ -49,6 +62,7 @@ TICK_S = 0.1
 ATTACH_RETRY_S = 0.3
 CHECKS_PER_TTL = 8
 HEARTBEATS_EVERY_S = 1.0
+REPLACED = "ranks of this node serve what they hold, and new ones get that while its agent lives"
 
 log = structlog.get_logger(__name__)
 
@@ -170,7 +184,8 @@ class Agent:
         self._registrar.publish(self._keys.agent(self.me.node), self.me)
 
     def _publish_spares(self, pids: tuple[int, ...]) -> None:
-        self._registrar.publish(self._keys.agent(self.me.node), changed(self.me, spares=pids))
+        self.me = changed(self.me, spares=pids)
+        self._publish_me()
 
     # --- acting -------------------------------------------------------------------------------------------------
 
@@ -180,6 +195,8 @@ class Agent:
         for effect in effects:
             if isinstance(effect, Retire):
                 self._retire(effect)
+            elif isinstance(effect, Refuse):
+                self._refuse(effect.key, effect.reason)
             elif isinstance(effect, Attach):
                 self._attach(effect)
             elif isinstance(effect, Load):
@@ -220,6 +237,14 @@ class Agent:
         else:
             self._update(key, phase=Phase.ENDING)
         self._end(key, kill=bool(effect.failure))
+
+    def _refuse(self, key: RankId, reason: str) -> None:
+        """No new start would help: the slot is set aside until an operator has done something about it."""
+        self._emit("rank_refused", key, reason=reason)
+        self._bury(key, reason, refused=True)
+        self._end(key, kill=True)
+        if not self._members() & self._ranks.keys():  # else the store holds what those serve
+            self._executor.drop_weights()
 
     def _end(self, key: RankId, *, kill: bool) -> None:
         self._executor.retire([key], partial(self._post, self._ended), kill=kill)
@@ -262,7 +287,7 @@ class Agent:
         self._update(key, phase=Phase.READY, pid=outcome.child.pid, liveness_handle=liveness, exchange_handle=exchange)
         self._emit("rank_ready", key, pid=outcome.child.pid, took_ms=_ms(self._wall() - rank.started))
 
-    def _adopted(self, key: RankId, outcome: WorkerProcHandle | ElasticError, fingerprint: str) -> None:
+    def _adopted(self, key: RankId, outcome: WorkerProcHandle | ElasticError, identity: Mapping[str, str]) -> None:
         """A spare has become this rank; or it has not, and the rank starts as any other."""
         if isinstance(outcome, ElasticError):
             rank = self._ranks.get(key)
@@ -273,7 +298,7 @@ class Agent:
             return
         self._started(key, outcome)
         if key in self._ranks:
-            self._update(key, loaded=True, fingerprint=fingerprint)
+            self._update(key, loaded=True, identity=identity)
 
     def _attached(self, effect: Attach, handle: Any, error: str) -> None:
         key, token = effect.key, effect.token
@@ -284,23 +309,46 @@ class Agent:
             self._update(key, attaching_token=0, attached_token=token, response_handle=handle)
             self._emit("rank_attached", key, token=token)
 
-    def _loaded(self, effect: Load, fingerprint: Any, error: str) -> None:
+    def _loaded(self, effect: Load, found: Any, error: str) -> None:
         key = effect.key
         if error:
             self._emit("rank_load_failed", key, error=error)
             self._update(key, loading=False, failed_revision=effect.revision, prepare_error=error)
         else:
-            self._update(key, loading=False, loaded=True, fingerprint=fingerprint)
+            self._update(key, loading=False, loaded=True, identity=found.parts)
             self._emit("rank_loaded", key, took_ms=_ms(self._wall() - self._ranks[key].started))
+            self._note_replaced(found.replaced)
+
+    def _note_replaced(self, files: tuple[str, ...]) -> None:
+        """A rank found other files than this node has loaded, or again the same."""
+        trouble = f"{', '.join(files)} in {self._config.model} changed; {REPLACED}" if files else ""
+        if trouble != self.me.trouble:
+            self.me = changed(self.me, trouble=trouble)
+            self._publish_me()
+            kind = "checkpoint_replaced" if files else "checkpoint_put_back"
+            self._emit_of_node(kind, path=self._config.model, files=list(files))
 
     def _prepared(self, effect: Prepare, result: Any, error: str) -> None:
         key, revision = effect.key, effect.revision
-        if error:
+        found = dict(result) if isinstance(result, dict) else {}
+        digests = found.pop("expert_digests", ())
+        if not error and (error := self._refused(key, digests)) and key not in self._members():
+            self._refuse(key, error)
+        elif error:
             self._emit("rank_prepare_failed", key, revision=revision, error=error)
             self._update(key, failed_revision=revision, prepare_error=error)
         else:
-            self._update(key, prepared_revision=revision, prepare_error="")
-            self._emit("rank_prepared", key, revision=revision, **(result if isinstance(result, dict) else {}))
+            self._update(key, prepared_revision=revision, prepare_error="", expert_digests=digests)
+            self._emit("rank_prepared", key, revision=revision, **found)
+
+    def _refused(self, key: RankId, digests: tuple[bytes, ...]) -> str:
+        """Why the rank must not use what it has just loaded, or nothing."""
+        loaded = decide.record_of(replace(self._ranks[key], expert_digests=digests), self.me.node)
+        return refusal(self._mirror.state(), loaded)
+
+    def _members(self) -> set[RankId]:
+        view = self._mirror.state().view
+        return {member.id for member in view.members} if view is not None else set()
 
     def _retired_epoch(self, effect: RetireEpoch, result: Any, error: str) -> None:
         if error:
@@ -331,12 +379,12 @@ class Agent:
             self._registrar.withdraw(key)
             self._emit("rank_retired", key)
 
-    def _bury(self, key: RankId, reason: str) -> None:
+    def _bury(self, key: RankId, reason: str, *, refused: bool = False) -> None:
         """The rank is dead: its record goes at once, together with the restart policy's verdict."""
         del self._ranks[key]
         self._heartbeats.pop(key, None)
         self._buried.add(key)
-        verdict = self._exits.died(key, reason, self._mirror.state().exits, self._wall())
+        verdict = self._exits.died(key, reason, self._mirror.state().exits, self._wall(), refused=refused)
         self._registrar.withdraw(key, verdict)
         if verdict.quarantined:
             self._emit("rank_quarantined", key, reason=verdict.reason)

@@ -7,10 +7,11 @@ under way already (`LocalRank` notes that). So an agent that missed some events 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
 from membership.base.rank_id import RankId
+from membership.planning.identity import KERNELS, refusal
 from membership.store.records import AgentRecord, ClusterState, Heartbeats, RankRecord, RankState, View
 
 Peers = dict[int, tuple[int, bytes]]
@@ -35,7 +36,8 @@ class LocalRank:
     phase: Phase = Phase.STARTING
     liveness_handle: bytes = b""
     exchange_handle: bytes = b""
-    fingerprint: str = ""
+    identity: Mapping[str, str] = field(default_factory=dict)  # once it has loaded
+    expert_digests: tuple[bytes, ...] = ()
     attached_token: int = 0
     response_handle: bytes = b""
     attaching_token: int = 0
@@ -62,6 +64,14 @@ class Retire:
 
     key: RankId
     failure: str = ""
+
+
+@dataclass(frozen=True)
+class Refuse:
+    """End this rank's process and set its slot aside: it would compute something else than the others."""
+
+    key: RankId
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -101,7 +111,7 @@ class RetireEpoch:
     mark: tuple[int, int]
 
 
-Effect = Spawn | Retire | Attach | Load | Prepare | RetireEpoch
+Effect = Spawn | Retire | Refuse | Attach | Load | Prepare | RetireEpoch
 
 
 def decide(
@@ -111,6 +121,8 @@ def decide(
     effects: list[Effect] = []
     effects += _processes(state, me, ranks, frozenset(buried), now)
     going = {e.key for e in effects if isinstance(e, Retire)}
+    effects += _refusals(state, me.node, [r for r in ranks.values() if r.key not in going])
+    going |= {e.key for e in effects if isinstance(e, Refuse)}
     ready = [r for r in ranks.values() if r.phase is Phase.READY and r.key not in going]
     effects += _attachments(state, ready, now)
     effects += _preparations(state, ready)
@@ -138,6 +150,14 @@ def _processes(
         elif rank.phase is Phase.STARTING and now - rank.started > config.launch_deadline_s:
             effects.append(Retire(rank.key, failure=f"not ready within {config.launch_deadline_s:g} s"))
     return effects
+
+
+def _refusals(state: ClusterState, node: str, ranks: list[LocalRank]) -> list[Effect]:
+    """Those that have loaded something else. A member of the view never has: it was compared before it joined."""
+    members = {member.id for member in state.view.members} if state.view is not None else set()
+    newcomers = [r for r in ranks if r.identity and r.phase is Phase.READY and r.key not in members]
+    found = {r.key: refusal(state, record_of(r, node)) for r in newcomers}
+    return [Refuse(key, reason) for key, reason in found.items() if reason]
 
 
 def _attachments(state: ClusterState, ready: list[LocalRank], now: float) -> list[Effect]:
@@ -215,7 +235,9 @@ def record_of(rank: LocalRank, node: str) -> RankRecord:
         response_handle=rank.response_handle,
         liveness_handle=rank.liveness_handle,
         exchange_handle=rank.exchange_handle,
-        fingerprint=rank.fingerprint,
+        fingerprint=rank.identity.get(KERNELS, ""),
+        identity={name: value for name, value in rank.identity.items() if name != KERNELS},
+        expert_digests=rank.expert_digests,
     )
 
 

@@ -295,6 +295,10 @@ class MultiprocExecutor:
             self.forget(key)
             self._post(partial(on_ended, key))
 
+    def drop_weights(self) -> None:
+        """Forget what this host's ranks have loaded: the next ones read the checkpoint."""
+        self.weights.clear()
+
     def forget(self, key: ProcessId) -> None:
         """Release a rank that has ended."""
         self._post(partial(self._forget, key))

@@ -34,7 +34,9 @@ class Exits:
         """We end this rank ourselves: its signal needs no explanation."""
         self._killed.add(key)
 
-    def died(self, key: RankId, reason: str, stored: Mapping[int, RankExit], now: float) -> RankExit:
+    def died(
+        self, key: RankId, reason: str, stored: Mapping[int, RankExit], now: float, *, refused: bool = False
+    ) -> RankExit:
         """The exit record of a rank that is dead; `stored` are the records in the store."""
         slot = key.rank
         last = self._records.get(slot) or stored.get(slot)
@@ -43,6 +45,8 @@ class Exits:
             reason = f"{how}; {reason}"
         restarts = last.restarts if last else 0
         record = exit_record(self._policy, key, reason, deaths, restarts, now, self._chance.random())
+        if refused:
+            record = replace(record, refused=True, quarantined=True)
         self._deaths[slot] = (*recent_deaths(self._policy, deaths, now), now)
         self._records[slot] = record
         return record
@@ -52,7 +56,7 @@ class Exits:
         cause = "" if key in self._killed else self._oom_kills.of_a_death(status)
         self._endings[key] = how = ending(status) + cause
         written = self._records.get(key.rank)
-        if written is None or written.incarnation != key.incarnation:
+        if written is None or written.incarnation != key.incarnation or written.refused:
             return None
         self._records[key.rank] = record = replace(written, reason=f"{how}; {written.reason}")
         return record

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,8 +31,8 @@ DOUBTS = 2  # observations without a heartbeat after which a spare is not taken 
 
 log = structlog.get_logger(__name__)
 
-Adopted = Callable[[RankId, WorkerProcHandle | ElasticError, str], None]
-"""(rank, its process or why there is none, its fingerprint)"""
+Adopted = Callable[[RankId, WorkerProcHandle | ElasticError, Mapping[str, str]], None]
+"""(rank, its process or why there is none, its identity)"""
 
 
 def settled(state: ClusterState) -> bool:
@@ -62,7 +62,7 @@ class _Spare:
     begun: float
     ready: bool = False
     pid: int = 0
-    fingerprint: str = ""
+    identity: Mapping[str, str] = field(default_factory=dict)
     heartbeat: Heartbeat = field(default_factory=lambda: Heartbeat(-1, 0.0))
 
 
@@ -105,13 +105,13 @@ class Spares:
         found = next(there, None)
         if found is None:
             return False
-        fingerprint = self._spares.pop(found).fingerprint
+        identity = self._spares.pop(found).identity
         self._publish_ready()
 
         def taken(key: RankId, outcome: WorkerProcHandle | ElasticError) -> None:
             if isinstance(outcome, ElasticError):
                 self.lost(found, str(outcome))
-            adopted(key, outcome, fingerprint)
+            adopted(key, outcome, identity)
 
         self._executor.adopt(found, key, SPARE_ADOPT_TIMEOUT_S, partial(self._post, taken))
         return True
@@ -160,7 +160,7 @@ class Spares:
         if error is not None:
             self.lost(key, str(error))
             return
-        spare.ready, spare.fingerprint = True, called.result(timeout=0)[key]
+        spare.ready, spare.identity = True, called.result(timeout=0)[key].parts
         spare.heartbeat = Heartbeat(-1, time.monotonic())
         self._emit("spare_ready", number=key.number, pid=spare.pid, took_ms=round((time.time() - spare.begun) * 1e3, 1))
         self._publish_ready()

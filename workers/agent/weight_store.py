@@ -66,6 +66,10 @@ class WeightStore:
     def close(self) -> None:
         """Stop answering and let go of everything; ranks keep what they map."""
         Handover.default().withdraw(self._resource)
+        self.clear()
+
+    def clear(self) -> None:
+        """Let go of everything: it was of a model that the cluster does not serve."""
         with self._lock:
             fds = [fd for _, fd in self._held.values()]
             self._held.clear()

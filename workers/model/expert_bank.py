@@ -15,6 +15,7 @@ from torch.nn import functional
 from membership.base.errors import ModelError
 from workers.model.backend import ExpertProducts
 from workers.model.expert_source import ExpertSource, ExpertWeights
+from workers.model.weight_digests import table
 
 _NOT_OPEN = "experts were asked for before the model was loaded"
 
@@ -40,6 +41,11 @@ class LocalExpertBank:
     def held(self) -> frozenset[tuple[int, int]]:
         """All (layer, expert) here."""
         return frozenset(self._held)
+
+    def digests(self, layers: int, experts: int) -> tuple[bytes, ...]:
+        """Of all experts here, by content: one string per MoE layer."""
+        held = dict(self._held)  # another thread may load meanwhile
+        return table({key: weights.digest for key, weights in held.items()}, layers, experts)
 
     def padded(self, rows: int) -> int:
         """How many rows `compute_many` wants for an expert that has `rows`; the added ones may hold anything."""

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from membership.base.errors import ModelError
 from workers.model.checkpoint import Checkpoint
-from workers.model.shared_weights import SharedWeights
+from workers.model.shared_weights import Mapped, SharedWeights
+from workers.model.weight_digests import expert_digest
 
 PARAMETERS = ("gate_up_proj", "down_proj")
 AT_ONCE = 16  # experts that are asked of the store before any of them is used
@@ -28,6 +29,7 @@ class ExpertWeights:
     gate_up: Tensor
     down: Tensor
     mapped: bool = False  # from the host's store, without reading the checkpoint
+    digest: bytes = b""  # of what was read, by content
 
     @property
     def nbytes(self) -> int:
@@ -90,7 +92,7 @@ class ExpertSource:
                     found = there.get(_expert_name(*key))
                     if found is None:
                         before_read()
-                    yield key, self._placed(found.tensors, mapped=True) if found else self._read(*key)
+                    yield key, self._placed(found, mapped=True) if found else self._read(*key)
         finally:
             if self._shared is not None:
                 self._shared.report()
@@ -102,12 +104,13 @@ class ExpertSource:
                 self._fill(self)
                 self._filled = True
         made = {name: self._parameter(layer, expert, name) for name in PARAMETERS}
-        kept = self._shared.put(_expert_name(layer, expert), made) if self._shared else None
-        return self._placed(kept.tensors if kept else made, mapped=False)
+        read = Mapped(made, expert_digest(made.values()))
+        kept = self._shared.put(_expert_name(layer, expert), made, read.note) if self._shared else None
+        return self._placed(kept or read, mapped=False)
 
-    def _placed(self, tensors: dict[str, Tensor], *, mapped: bool) -> ExpertWeights:
-        gate_up, down = (tensors[name].to(self._device) for name in PARAMETERS)
-        return ExpertWeights(gate_up.t(), down.t(), mapped)
+    def _placed(self, found: Mapped, *, mapped: bool) -> ExpertWeights:
+        gate_up, down = (found.tensors[name].to(self._device) for name in PARAMETERS)
+        return ExpertWeights(gate_up.t(), down.t(), mapped, found.note)
 
     def _parameter(self, layer: int, expert: int, parameter: str) -> Tensor:
         fused = self._fused.get((layer, parameter))

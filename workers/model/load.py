@@ -2,13 +2,14 @@
 
 The model is laid out on the `meta` device, names are mapped with transformers' own conversion rules, and only what a
 rank needs is read: everything but experts at once, an expert when the placement gives it to the rank. Where the host
-has a weight store, what it holds is mapped instead, and a rank that finds everything there opens no weight file at all.
+has a weight store, what it holds is mapped instead, and a rank that finds everything there reads no weight file at all.
+So a new rank gets what its host serves, also when the checkpoint's files have been replaced since.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,13 @@ from membership.base.errors import ModelError
 from workers.model import hooks
 from workers.model.backend import Backend
 from workers.model.checkpoint import Checkpoint
+from workers.model.code import code_version
+from workers.model.content import CONFIG_FILE, Stamps, changed, changed_files, file_digest, name_of, stamp_files
 from workers.model.devices import open_backend
 from workers.model.expert_source import ExpertSource
 from workers.model.families import ModelInfo, read_model_info
-from workers.model.shared_weights import SharedWeights, identity
+from workers.model.shared_weights import Served, SharedWeights
+from workers.model.weight_digests import dense_digest
 from workers.protocol.weight_client import WeightClient
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -44,6 +48,9 @@ class LoadedModel:
     dtype: torch.dtype  # of its arithmetic
     backend: Backend
     shared: SharedWeights | None = None
+    config_digest: str = ""
+    dense_digest: str = ""
+    replaced: tuple[str, ...] = ()  # files that changed since the host's store was filled
 
 
 def resolve_dtype(info: ModelInfo, dtype: str, backend: Backend) -> torch.dtype:
@@ -59,7 +66,8 @@ def resolve_dtype(info: ModelInfo, dtype: str, backend: Backend) -> torch.dtype:
 class Skeleton:
     """A model on `meta`, before it has weights."""
 
-    identity: str
+    stamps: Stamps
+    config_digest: str
     info: ModelInfo
     model: Any
     expert_modules: list[nn.Module]
@@ -72,6 +80,7 @@ _prebuilt: list[Skeleton] = []  # by the forkserver; it can be taken once in eac
 def prebuild(path: str, dtype: str = Dtype.AUTO) -> None:
     """In the forkserver: build the model without weights once, so that no rank has to. Ranks report what is wrong."""
     try:
+        code_version()
         _prebuilt[:] = [_build(path, dtype, open_backend(Device.CPU))]
     except (ModelError, OSError, ValueError):
         _prebuilt.clear()
@@ -80,7 +89,7 @@ def prebuild(path: str, dtype: str = Dtype.AUTO) -> None:
 def _build(path: str | Path, dtype: str, backend: Backend) -> Skeleton:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    found = identity(path)
+    stamps, digest = stamp_files(path), file_digest(Path(path) / CONFIG_FILE)
     info = read_model_info(path)
     kind = resolve_dtype(info, dtype, backend)
     config = AutoConfig.from_pretrained(info.path)
@@ -91,16 +100,24 @@ def _build(path: str | Path, dtype: str, backend: Backend) -> Skeleton:
     expert_modules = _detach_experts(model)
     if len(expert_modules) != info.moe_layers:
         raise ModelError(f"found {len(expert_modules)} expert modules where config.json promises {info.moe_layers}")
-    return Skeleton(found, info, model, expert_modules, kind)
+    if file_digest(Path(path) / CONFIG_FILE) != digest:
+        raise changed(path, [CONFIG_FILE])
+    return Skeleton(stamps, digest, info, model, expert_modules, kind)
 
 
-def _skeleton(path: str | Path, dtype: str, backend: Backend) -> Skeleton:
-    """The prebuilt one, if it is of this very checkpoint and type; else a new one."""
+def _skeleton(path: str | Path, dtype: str, backend: Backend, served: Served | None) -> Skeleton:
+    """The prebuilt one, if it is of this very checkpoint and type; else a new one. `served`: what the host serves."""
+    wanted = served.stamps if served is not None else stamp_files(path)
     while _prebuilt:
         made = _prebuilt.pop()
-        if made.identity == identity(path) and made.dtype == resolve_dtype(made.info, dtype, backend):
+        if made.stamps == wanted and made.dtype == resolve_dtype(made.info, dtype, backend):
             return made
-    return _build(path, dtype, backend)
+    made = _build(path, dtype, backend)
+    if served is None:
+        return made
+    if made.config_digest != served.config:
+        raise changed(path, [CONFIG_FILE])
+    return replace(made, stamps=served.stamps)
 
 
 def load_model(
@@ -111,20 +128,27 @@ def load_model(
     ModelError says what is wrong with the checkpoint, or that `dtype` is unknown.
     """
     backend = backend or open_backend(Device.CPU)
-    made = _skeleton(path, dtype, backend)
+    host = SharedWeights(store, dtype) if store is not None else None
+    served = host.served() if host is not None else None
+    made = _skeleton(path, dtype, backend, served)
     info, model, kind = made.info, made.model, made.dtype
-    shared = SharedWeights(store, f"{made.identity}/{kind}") if store is not None else None
-    checkpoint = Checkpoint(info)
+    shared = SharedWeights(store, f"{name_of(made.stamps)}/{kind}") if store is not None else None
+    checkpoint = Checkpoint(info.path, made.stamps)
     files = _Files(made, checkpoint)
     source = ExpertSource(checkpoint, kind, backend.device, files.add_experts, shared)
     try:
-        _load_weights(made, files, shared, backend.device)
+        digest = _load_weights(made, files, shared, backend.device)
+        if host is not None and served is None:
+            host.note_served(Served(made.stamps, made.config_digest))
     except BaseException:
         checkpoint.close()
         raise
     attention = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")]
     model.set_experts_implementation(hooks.NAME)
-    return LoadedModel(info, model, made.expert_modules, attention, source, checkpoint, kind, backend, shared)
+    return LoadedModel(
+        info, model, made.expert_modules, attention, source, checkpoint, kind, backend, shared,
+        made.config_digest, digest, tuple(changed_files(made.stamps, stamp_files(info.path))),
+    )  # fmt: skip
 
 
 def _detach_experts(model: nn.Module) -> list[nn.Module]:
@@ -151,8 +175,6 @@ class _Files:
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
         model, info = self._model, self._made.info
-        if identity(info.path) != self._made.identity:
-            raise ModelError(f"the checkpoint in {info.path} changed under a running rank", hint="restart the cluster")
         rules = get_model_conversion_mapping(model)
         renamings = [r for r in rules if isinstance(r, WeightRenaming)]
         converters = [r for r in rules if isinstance(r, WeightConverter)]
@@ -186,13 +208,16 @@ class _Files:
         return {key: self._checkpoint.read(name).to(kinds[key]) for key, name in self._sorted[0].items()}
 
 
-def _load_weights(made: Skeleton, files: _Files, shared: SharedWeights | None, device: torch.device) -> None:
+def _load_weights(made: Skeleton, files: _Files, shared: SharedWeights | None, device: torch.device) -> str:
+    """Fill the model; the digest of its weights."""
     model = made.model
     found = shared.find([DENSE]).get(DENSE) if shared is not None else None
     tensors = found.tensors if found is not None else files.read_dense(made.dtype)
+    digest = found.note.decode() if found is not None else dense_digest(tensors)
     _assign_all(model, tensors, device)
-    if found is None and shared is not None and (kept := shared.put(DENSE, tensors)) is not None:
+    if found is None and shared is not None and (kept := shared.put(DENSE, tensors, digest.encode())) is not None:
         _assign_all(model, kept.tensors, device)
+        digest = kept.note.decode()
     if shared is not None:
         shared.report()
     # As transformers does: an output layer of its own is used even where config.json says that it is the embeddings.
@@ -201,6 +226,7 @@ def _load_weights(made: Skeleton, files: _Files, shared: SharedWeights | None, d
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if left:
         raise ModelError(f"the checkpoint lacks {len(left)} tensors, first {left[0]}", hint="is it complete?")
+    return digest
 
 
 def _assign_all(model: Any, tensors: dict[str, Tensor], device: torch.device) -> None:

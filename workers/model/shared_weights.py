@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
-import hashlib
 import math
 import mmap
 import os
@@ -23,7 +22,6 @@ import weakref
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -32,11 +30,12 @@ import torch
 from torch import Tensor
 
 from membership.base.errors import ModelError, QueueError, WaitTimeout
-from workers.model.families import INDEX_FILE
+from workers.model.content import Stamps
 from workers.protocol.weight_client import BATCH, SEALS, Held, WeightClient
 
 ALIGN = 64
 LAYOUT = 1  # of entries; a rank with another one asks for other keys
+SERVED = "served"  # an entry without tensors
 _PREFIX = struct.Struct("<Q")
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -69,14 +68,11 @@ class Mapped(msgspec.Struct, frozen=True):
     note: bytes = b""
 
 
-def identity(path: str | Path) -> str:
-    """Names the checkpoint in `path` as it is now: another file, size or time of change makes another name."""
-    root = Path(path).resolve()
-    digest = hashlib.sha256(str(root).encode())
-    for file in sorted([*root.glob("*.safetensors"), *root.glob("config.json"), *root.glob(INDEX_FILE)]):
-        found = file.stat()
-        digest.update(f"|{file.name} {found.st_ino} {found.st_size} {found.st_mtime_ns}".encode())
-    return digest.hexdigest()[:24]
+class Served(msgspec.Struct, frozen=True):
+    """What the store was filled from: later ranks of the host ask for the same, whatever the files are by then."""
+
+    stamps: Stamps
+    config: str  # digest of config.json
 
 
 class SharedWeights:
@@ -109,6 +105,15 @@ class SharedWeights:
     def book(self, nbytes: int) -> float:
         """Seconds to wait before `nbytes` of the checkpoint are read, so that serving ranks keep their bandwidth."""
         return float(self._ask(lambda: self._client.book(nbytes)) or 0.0)
+
+    def served(self) -> Served | None:
+        """What the host's ranks have loaded, as the first of them noted it."""
+        found = self.find([SERVED]).get(SERVED)
+        return msgspec.msgpack.decode(found.note, type=Served) if found is not None else None
+
+    def note_served(self, served: Served) -> None:
+        """Note what this host serves, unless another rank did so before."""
+        self.put(SERVED, {}, msgspec.msgpack.encode(served))
 
     def report(self) -> None:
         """Report to the store which checksums were compared since the last report; at the end of each load."""

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -20,9 +20,11 @@ from membership.base import failpoints
 from membership.base.enums import Exactness
 from membership.base.errors import ConfigError, CoverageLost, Fenced, WaitTimeout
 from membership.base.rank_id import RankId
+from membership.planning.identity import KERNELS, THREADS
 from membership.store.records import View
 from workers.protocol import step_fence
 from workers.protocol.bandwidth import Brake
+from workers.protocol.identity import Identity
 from workers.protocol.messages import CopyBlocks, StepBatch, StepResult, StepStatus
 from workers.rank.worker_api import WorkerContext
 
@@ -66,15 +68,16 @@ class Preparation:
         """Whether the view may be used."""
         return self._ended.is_set() and self._error is None and not self._stopped.is_set()
 
-    def get_output(self, timeout_s: float) -> dict[str, int]:
-        """How many bytes of expert weights were loaded and mapped, once everything is ready."""
+    def get_output(self, timeout_s: float) -> dict[str, Any]:
+        """How many bytes of expert weights were loaded and mapped, and all digests, once everything is ready."""
         if not self._ended.wait(timeout_s):
             raise WaitTimeout(f"rank {self._worker.rank} still loads for epoch {self.view.epoch} after {timeout_s} s")
         if self._error is not None:
             raise self._error
         if self._stopped.is_set():
             raise Fenced(f"epoch {self.view.epoch} was replaced while rank {self._worker.rank} prepared it")
-        return {"bytes_loaded": self.bytes_loaded, "bytes_mapped": self.bytes_mapped}
+        digests = self._worker.expert_digests()
+        return {"bytes_loaded": self.bytes_loaded, "bytes_mapped": self.bytes_mapped, "expert_digests": digests}
 
     def stop(self) -> None:
         """Have it give up before the next expert, or while peers keep it waiting. Does not wait."""
@@ -186,11 +189,31 @@ class EPWorker:
         self._runner.warm_up()
         log.info("model_loaded", rank=self.rank, took_s=round(time.monotonic() - started, 3))
 
-    def fingerprint(self) -> str:
-        """How this rank rounds; ranks of one view must agree."""
+    def identity(self) -> Identity:
+        """Everything that decides a bit of this rank's output; ranks of one view must agree."""
+        import torch
+
+        from workers.model.code import code_version
+        from workers.model.content import CONFIG_FILE
+
         if self._runner is None:
-            raise ConfigError("fingerprint before load_model")
-        return self._runner.fingerprint()
+            raise ConfigError("identity before load_model")
+        loaded = self._runner.loaded
+        parts = {
+            CONFIG_FILE: loaded.config_digest,
+            "weights": loaded.dense_digest,
+            "code": code_version(),
+            "dtype": str(loaded.dtype).removeprefix("torch."),
+            "exactness": str(self._ctx.config.exactness),
+            THREADS: str(torch.get_num_threads()),
+            KERNELS: self._runner.fingerprint(),
+        }
+        return Identity(parts, loaded.replaced)
+
+    def expert_digests(self) -> tuple[bytes, ...]:
+        """Of the experts that it holds, by content."""
+        config = self._ctx.config
+        return self.bank.digests(config.moe_layers, config.experts)
 
     def prepare_epoch(self, view: View, peers: dict[int, tuple[int, bytes]]) -> Preparation:
         """Load the experts that `view` adds and link to all peers, in the background; replaces what was under way."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from membership.base.errors import ConfigError
 from membership.store.records import ClusterConfig, View
+from workers.protocol.identity import Identity
 from workers.protocol.messages import CopyBlocks, StepBatch, StepResult
 
 if TYPE_CHECKING:
@@ -53,8 +54,14 @@ class Worker(Protocol):
     def load_model(self) -> None:
         """Load everything but the experts."""
 
+    def identity(self) -> Identity:
+        """What it has loaded: everything that decides a bit of its output."""
+
     def prepare_epoch(self, view: View, peers: dict[int, tuple[int, bytes]]) -> AsyncOutput | None:
-        """Load the experts that `view` adds to this rank and link to all `peers`, in the background."""
+        """Load the experts that `view` adds to this rank and link to all `peers`, in the background.
+
+        The output is a dict; `expert_digests` in it is as `RankRecord` has them.
+        """
 
     def commit_epoch(self, epoch: int) -> None:
         """Use a prepared view from the next step on."""

@@ -32,6 +32,7 @@ from workers.ipc.cpu_priority import at_low_priority
 from workers.ipc.doorbell import Doorbell
 from workers.ipc.handover import close_default
 from workers.ipc.host_lock import HostLock
+from workers.protocol.identity import Identity
 from workers.protocol.launch import FAILED_STR, READY_STR, Launch, Ready
 from workers.protocol.liveness import LivenessPage
 from workers.protocol.restart_policy import FENCED_STATUS
@@ -224,8 +225,8 @@ class WorkerProcChild:
             raise AttributeError(f"{method} is private")
         return getattr(self.worker, method)  # type: ignore[no-any-return]
 
-    def initialise(self) -> str:
-        """What an elastic launch left out: the device and the model. Returns the worker's fingerprint, if any."""
+    def initialise(self) -> Identity:
+        """What an elastic launch left out: the device and the model. Returns what the worker has loaded."""
         if not self._initialised:
             self.worker.init_device()
             if isinstance(self.key, SpareId):  # it can wait, and the ranks have work to do
@@ -233,7 +234,8 @@ class WorkerProcChild:
             else:
                 self.worker.load_model()
             self._initialised = True
-        return str(getattr(self.worker, "fingerprint", str)())
+        found: Identity = getattr(self.worker, "identity", Identity)()
+        return found
 
     def become(self, key: RankId) -> bytes:
         """Turn a spare into the rank `key`: its parent uses that from the next call on. Returns the exchange handle."""

@@ -17,8 +17,9 @@ pytestmark = pytest.mark.contract
 
 def died(quarantined: bool) -> RankExit:
     return RankExit(
-        rank=2, incarnation=9, reason="SIGSEGV", at=50.0, restarts=6, not_before=80.0, quarantined=quarantined
-    )
+        rank=2, incarnation=9, reason="SIGSEGV", at=50.0, restarts=6, not_before=80.0, quarantined=quarantined,
+        refused=quarantined,
+    )  # fmt: skip
 
 
 def test_the_slot_may_be_filled_again_and_its_deaths_are_forgiven(store: Store, prefix: str) -> None:
@@ -26,7 +27,8 @@ def test_the_slot_may_be_filled_again_and_its_deaths_are_forgiven(store: Store, 
     key = Keys(cluster).exit(2)
     store.txn([], [Put(key, encode(died(quarantined=True)))])
     pardoned = unquarantine(store, cluster, 2, clock=lambda: 100.0)
-    assert (pardoned.quarantined, pardoned.not_before, pardoned.forgiven) == (False, 0.0, 100.0)
+    assert (pardoned.quarantined, pardoned.refused) == (False, False)
+    assert (pardoned.not_before, pardoned.forgiven) == (0.0, 100.0)
     assert (pardoned.incarnation, pardoned.restarts) == (9, 6), "it is dead as before"
     found = store.get(key)
     assert found is not None

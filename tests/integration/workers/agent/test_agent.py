@@ -12,9 +12,10 @@ import pytest
 
 from membership.base.errors import Fenced
 from membership.base.rank_id import RankId
+from membership.planning.identity import learned
 from membership.store.codec import encode
 from membership.store.in_memory import MemoryStore
-from membership.store.records import AgentRecord, ClusterState, RankRecord, RankState
+from membership.store.records import AgentRecord, Checkpoint, ClusterState, RankRecord, RankState
 from tests.support.agent_scene import KEYS, Scene, agent
 from tests.support.helpers import eventually
 from workers.protocol.messages import EngineMessage, StepResult
@@ -256,3 +257,62 @@ def test_a_second_agent_of_the_same_node_is_refused(
     store.put(KEYS.agent("n"), encode(AgentRecord(node="n", pid=os.getpid(), started=1.0)))
     with pytest.raises(Fenced, match=r"another agent \(pid \d+\) runs as node n"), agent(scene) as thread:
         eventually(lambda: not thread.is_alive(), 5, "the second agent to stand down")
+
+
+def serve_model(scene: Scene, path: Path, *keys: RankId) -> None:
+    """Have `keys` serve model "one" with experts "AAAA" and "BBBB", on record as the controller leaves it."""
+    (path / "model").write_text("one")
+    (path / "experts").write_text("AAAABBBB")
+    scene.assign(*keys)
+    scene.until_registered(*keys)
+    revision = scene.stage(1, *keys)
+    state = scene.until(lambda s: all(s.ranks[key].prepared_revision == revision for key in keys), "prepared")
+    known = learned(state)
+    assert known == Checkpoint(parts={"weights": "one", "kernels": "small"}, experts=(b"AAAABBBB",))
+    scene.commit()
+    scene.store.put(KEYS.checkpoint, encode(known))
+
+
+def test_a_rank_that_loaded_another_model_is_refused_at_once_and_others_serve(
+    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMALL_WORKER_DIARY", str(tmp_path))
+    with agent(scene):
+        serve_model(scene, tmp_path, A, B)
+        (tmp_path / "model").write_text("two")
+        later = RankId(1, 9)
+        os.kill(scene.state().ranks[B].pid, signal.SIGKILL)
+        scene.until(lambda s: B not in s.ranks, "the death published")
+        scene.assign(A, later)
+        pid = scene.until_registered(A, later).ranks[later].pid
+        revision = scene.stage(2, A, later)
+        exited = scene.until(lambda s: s.exits[1].incarnation == 9, "the refusal").exits[1]
+        assert (exited.refused, exited.quarantined) == (True, True)
+        assert exited.reason == (
+            "rank 1 on node n has another model than the cluster serves: weights (two instead of one)"
+        )
+        eventually(lambda: not psutil.pid_exists(pid), 10, "its process ended")
+        assert later not in scene.state().ranks
+        assert scene.until(lambda s: s.ranks[A], "the other one").ranks[A].prepared_revision < revision
+        [refused] = scene.events("rank_refused")
+        assert (refused.rank, refused.fields["reason"]) == (1, exited.reason)
+        assert [event.rank for event in scene.events("rank_quarantined")] == [1]
+        eventually(lambda: len(scene.events("rank_exited")) == 2, 10, "its exit status")
+        assert scene.state().exits[1].reason == exited.reason, "that we killed it is no news"
+
+
+def test_an_expert_with_other_weights_is_not_used_by_a_serving_rank_and_refuses_a_new_one(
+    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMALL_WORKER_DIARY", str(tmp_path))
+    with agent(scene):
+        serve_model(scene, tmp_path, A)
+        (tmp_path / "experts").write_text("AAAAXXXX")
+        scene.assign(A, C)
+        scene.until_registered(A, C)
+        revision = scene.stage(2, A, C)
+        state = scene.until(lambda s: 2 in s.exits and s.ranks[A].failed_revision == revision, "both failed")
+        assert "weights of expert 1 of MoE layer 0" in state.ranks[A].prepare_error
+        assert state.ranks[A].prepared_revision < revision
+        assert "weights of expert 1 of MoE layer 0" in state.exits[2].reason
+        assert (state.exits[2].refused, 0 in state.exits) == (True, False)

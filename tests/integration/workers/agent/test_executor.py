@@ -19,9 +19,11 @@ import pytest
 
 from membership.base.errors import RankDied, RankError, RankFailed, WaitTimeout
 from membership.base.rank_id import RankId
+from membership.planning.identity import KERNELS
 from tests.support.executors import executor, launch
 from tests.support.helpers import eventually, shm_as_before
 from workers.agent.executor import Death, MultiprocExecutor
+from workers.protocol.identity import Identity
 
 pytestmark = pytest.mark.integration
 
@@ -158,7 +160,7 @@ def test_an_elastic_launch_leaves_device_and_model_for_later(scale_up: bool) -> 
         launch(made, [RankId(0, 1)], 30)
         assert made.collective_rpc("all_calls", 10) == [[] if scale_up else ["init_device", "load_model"]]
         for _ in range(2):
-            assert made.collective_rpc("initialise", 10) == ["small"]
+            assert made.collective_rpc("initialise", 10) == [Identity({KERNELS: "small"})]
         assert made.collective_rpc("all_calls", 10) == [["init_device", "load_model"]]
     finally:
         made.shutdown()

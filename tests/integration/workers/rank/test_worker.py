@@ -136,8 +136,12 @@ def test_is_a_worker(worker: TestedWorker) -> None:
     as_worker: Worker = worker
     assert as_worker.exchange_handle() == b""
     assert not as_worker.pending()
-    assert worker.fingerprint() == worker.fingerprint()
-    assert len(worker.fingerprint()) == 16
+    found = worker.identity()
+    assert found == worker.identity()
+    assert {name for name, value in found.parts.items() if value} == {
+        "config.json", "weights", "code", "dtype", "exactness", "threads", "kernels"
+    }  # fmt: skip
+    assert len(found.parts["kernels"]) == 16
 
 
 def test_a_step_after_prepare(worker: TestedWorker) -> None:

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from membership.planning.cluster_facts import ClusterFacts
 from membership.planning.planner import due, reconcile, sound
-from membership.store.records import Assignment, ClusterState, Desired, Operation, Phase
+from membership.store.records import Assignment, ClusterState, Desired, Operation, Phase, RankState
 from tests.support.world import CONFIG, World, phases
 
 pytestmark = pytest.mark.unit
@@ -215,6 +215,52 @@ def test_what_cannot_be_is_rolled_back_with_its_reason(trouble: str, target: int
     assert operation(world, name).phase is Phase.ABORTED
     assert words in operation(world, name).error
     assert world.epochs == [1]
+
+
+def test_no_scale_brings_in_another_model() -> None:
+    world = up()
+    world.others = {4}
+    name = world.scale(6).id
+    world.settle()
+    world.assert_whole(4)
+    assert operation(world, name).phase is Phase.ABORTED
+    assert (
+        "rank 4 on node a has another model than the cluster serves: weights (another" in operation(world, name).error
+    )
+    assert world.epochs == [1]
+    assert world.state.exits[4].refused
+
+
+def test_no_repair_brings_in_another_model() -> None:
+    world = up()
+    world.others = {2}
+    world.kill(2)
+    world.settle()
+    assert world.serving == (0, 1, 3)
+    assert (world.state.exits[2].refused, world.state.exits[2].quarantined) == (True, True)
+    assert world.deaths[2] == 2, "it is not started again and again"
+
+
+def test_the_first_view_is_of_one_model() -> None:
+    world = World(desired=3)
+    world.others = {2}
+    world.settle()
+    assert world.serving == (0, 1)
+    assert world.state.checkpoint is not None
+    assert world.state.checkpoint.parts == {"weights": "ours"}
+
+
+def test_a_newcomer_that_its_agent_did_not_refuse_is_not_committed() -> None:
+    """Such as one of an agent of an earlier version."""
+    world = up()
+    world.scale(5)
+    world.settle(until=lambda: any(key.rank == 4 for key in world.state.ranks))
+    (key,) = [key for key in world.state.ranks if key.rank == 4]
+    record = replace(world.state.ranks[key], state=RankState.STANDBY, identity={"weights": "another"})
+    world.put(world.keys.rank(*key), record)
+    (effect,) = reconcile(world.state, world.now)
+    assert effect.operation is not None
+    assert "another model" in effect.operation.error
 
 
 def test_the_deadline_aborts_and_names_who_was_waited_for() -> None:

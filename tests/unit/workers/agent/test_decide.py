@@ -11,6 +11,7 @@ from membership.base.rank_id import RankId
 from membership.store.records import (
     AgentRecord,
     Assignment,
+    Checkpoint,
     ClusterConfig,
     ClusterState,
     EngineRecord,
@@ -30,6 +31,7 @@ from workers.agent.decide import (
     LocalRank,
     Phase,
     Prepare,
+    Refuse,
     Retire,
     RetireEpoch,
     Spawn,
@@ -103,6 +105,33 @@ def test_a_rank_that_never_gets_ready_is_given_up() -> None:
     starting = LocalRank(A, started=0.0)
     assert run(assigned(A), starting, now=59.0) == []
     assert run(assigned(A), starting, now=61.0) == [Retire(A, failure="not ready within 60 s")]
+
+
+# --- identity
+
+
+MINE, OTHER = {"weights": "w1", "kernels": "k"}, {"weights": "w2", "kernels": "k"}
+KNOWN = Checkpoint(parts=MINE)
+
+
+def test_what_has_loaded_another_model_is_refused_before_it_is_prepared() -> None:
+    ranks = ready(A, loaded=True, identity=MINE), ready(B, loaded=True, identity=OTHER)
+    effects = run(staged(*ranks, checkpoint=KNOWN), *ranks)
+    (refused,) = [e for e in effects if isinstance(e, Refuse)]
+    assert refused.key == B
+    assert "weights (w2 instead of w1)" in refused.reason
+    assert [e.key for e in effects if not isinstance(e, Refuse)] == [A], "the other one is prepared"
+
+
+def test_a_member_is_never_refused() -> None:
+    view = View(epoch=1, members=(Member(rank=1, node="n", incarnation=2),))
+    assert run(assigned(B, view=view, checkpoint=KNOWN), ready(B, loaded=True, identity=OTHER)) == []
+
+
+def test_what_ends_anyway_is_not_refused() -> None:
+    other = ready(B, loaded=True, identity=OTHER)
+    assert run(assigned(B, checkpoint=KNOWN), replace(other, phase=Phase.ENDING)) == []
+    assert run(assigned(checkpoint=KNOWN), other) == [Retire(B)]
 
 
 # --- engine
