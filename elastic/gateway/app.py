@@ -21,6 +21,7 @@ from elastic.gateway.admin import Admin, admin_app
 from elastic.gateway.engine_link import EngineLink, LinkSettings
 from elastic.gateway.http import new_app
 from elastic.gateway.metrics import GatewayMetrics
+from elastic.gateway.model_files import kept_files
 from elastic.gateway.registration import Registration
 from elastic.gateway.server import Server
 from elastic.gateway.tokenizer import Tokenizer
@@ -92,7 +93,7 @@ def run_gateway(store: Store, cluster: str, settings: GatewaySettings, stop: thr
         link = EngineLink(name, settings.link, note=note)
         readiness = health.Readiness(link, mirror.state, lambda: mirror.trouble)
         history = StateDir(settings.state_dir).events
-        public = _public_app(config, link, readiness, history)
+        public = _public_app(config, kept_files(config, settings.state_dir), link, readiness, history)
         admin = admin_app(Admin(store, cluster, mirror, settings.admin_token, history, lambda: readiness.stopping))
         servers = (
             Server(public, bound.api, settings.grace_s, most, urgent=health.PATHS),
@@ -107,14 +108,15 @@ def run_gateway(store: Store, cluster: str, settings: GatewaySettings, stop: thr
             note("gateway_stopped", name=name)
 
 
-def _public_app(config: ClusterConfig, link: EngineLink, readiness: health.Readiness, history: Path) -> FastAPI:
+def _public_app(
+    config: ClusterConfig, files: Path, link: EngineLink, readiness: health.Readiness, history: Path
+) -> FastAPI:
     metrics = GatewayMetrics(readiness.state, history, config.cluster)
     app = new_app("elastic-ep")
-    model = Path(config.model)
-    if ignored := not_applied(model):
+    if ignored := not_applied(files):
         log.warning("generation_config_not_applied", keys=ignored)
     service = openai.Service(
-        config, Tokenizer(model), link, metrics, started=time.time(), sampling=sampling_defaults(model)
+        config, Tokenizer(files), link, metrics, started=time.time(), sampling=sampling_defaults(files)
     )
     openai.add_routes(app, service)
     health.add_routes(app, readiness, metrics)

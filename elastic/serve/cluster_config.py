@@ -7,6 +7,7 @@ from elastic.serve.options import DEFAULT_RANKS, DEFAULTS, ServeOptions, check_o
 from membership.base.errors import PlanRefused
 from membership.planning.cluster_facts import scale_refusal
 from membership.store.records import ClusterConfig
+from workers.model.content import small_files
 
 
 def cluster_config(options: ServeOptions) -> ClusterConfig:
@@ -27,6 +28,7 @@ def cluster_config(options: ServeOptions) -> ClusterConfig:
         max_model_len=min(info.max_position, options.max_model_len or DEFAULTS["max_model_len"]),
         eos_token_ids=info.eos_token_ids,
         vocab_size=info.vocab_size,
+        files=tuple(small_files(directory).items()),
     )
     config = ClusterConfig(**{**as_given, **derived})
     refused = scale_refusal(config, ranks)

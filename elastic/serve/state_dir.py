@@ -23,6 +23,7 @@ from membership.base.errors import ConfigError
 from membership.base.run_dir import entered
 from membership.store.credentials import NO_CREDENTIALS, Credentials
 from membership.store.keys import Keys
+from workers.model.content import Stamps
 
 if TYPE_CHECKING:
     from membership.store.etcd import EtcdStore
@@ -42,6 +43,9 @@ class ClusterAddress(msgspec.Struct, frozen=True, kw_only=True):
     admin_url: str = ""
     admin_token: str = ""
     pid: int = 0
+    model: str = ""  # the checkpoint's directory
+    files: tuple[tuple[str, str], ...] = ()  # as `ClusterConfig.files`
+    stamps: Stamps = {}  # of its weight files, at the start
     trouble: str = ""  # why the store must not be asked any more: it was wiped, or holds older data
 
     def connect(self, *, seen: str = "") -> EtcdStore:

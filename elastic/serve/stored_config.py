@@ -44,6 +44,7 @@ def write_config(
     puts = [Put(keys.config, codec.encode(config)), Put(keys.desired, codec.encode(desired))]
     wipe = [
         Delete(keys.next),
+        Delete(keys.checkpoint),
         *(Delete(f"{keys.prefix}{k}/", prefix=True) for k in ("assign", "exits", "ranks", "ops")),
     ]
     if known is not None and not same_model:

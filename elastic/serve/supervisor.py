@@ -44,6 +44,7 @@ from membership.store.keys import Keys
 from workers.agent.preload import WORKER_CLASS, preload_for
 from workers.agent.zygote import Zygote
 from workers.ipc.cpu_priority import run_in_short_turns
+from workers.model.content import stamp_files
 
 log = structlog.get_logger(__name__)
 
@@ -59,6 +60,7 @@ class Supervisor:
     """Starts, watches and stops etcd and the role processes. Use as a context manager; `run` until `stop` is set."""
 
     def __init__(self, options: ServeOptions) -> None:
+        self._stamps = stamp_files(options.model)
         self.config = cluster_config(options)
         if not options.etcd and options.credentials() != NO_CREDENTIALS:
             hint = "name that etcd with --etcd, or leave out --etcd-ca, --etcd-cert, --etcd-key and --etcd-user"
@@ -226,6 +228,9 @@ class Supervisor:
             admin_url=self._urls[1],
             admin_token=self.options.admin_token,
             pid=os.getpid(),
+            model=self.config.model,
+            files=self.config.files,
+            stamps=self._stamps,
         )
 
     def _role(self, name: str, endpoints: tuple[str, ...]) -> RoleProcess:

@@ -20,6 +20,7 @@ from membership.store.keys import Keys
 from membership.store.records import ClusterConfig, EngineRecord
 from tests.support.scripted_engine import ScriptedEngine
 from tests.support.tiny_tokenizer import write_tokenizer
+from workers.model.content import small_files
 
 CLUSTER = "real"
 TEXT = "the quick brown fox jumps over the lazy dog"
@@ -37,8 +38,9 @@ def engine_in(etcd: EtcdServer, tmp_path: Path, pause_after: int | None = 3) -> 
     """A cluster with a scripted engine that holds the token; the next one takes it over."""
     tokenizer = Tokenizer(write_tokenizer(tmp_path / "model"))
     config = ClusterConfig(
-        cluster=CLUSTER, model=str(tmp_path / "model"), served_model_name="tiny", moe_layers=1, experts=4, lease_ttl_s=2
-    )
+        cluster=CLUSTER, model=str(tmp_path / "model"), served_model_name="tiny", moe_layers=1, experts=4,
+        lease_ttl_s=2, files=tuple(small_files(tmp_path / "model").items()),
+    )  # fmt: skip
     words = tokenizer.encode(TEXT)[1:]
     store, keys = connect([etcd.url]), Keys(CLUSTER)
     engine = ScriptedEngine(0, lambda submit: words, pause_after=pause_after)

@@ -17,15 +17,15 @@ from membership.planning.identity import HINT
 from workers.model.families import INDEX_FILE
 
 CONFIG_FILE = "config.json"
-TOKENIZER_FILES = (
+SMALL_FILES = (  # all that a gateway reads, and what decides when an answer ends
+    CONFIG_FILE,
+    "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "added_tokens.json",
     "chat_template.jinja",
-    "chat_template.json",
+    "additional_chat_templates/*.jinja",
 )
-SMALL_FILES = (CONFIG_FILE, "generation_config.json", *TOKENIZER_FILES)
 
 
 class FileStamp(NamedTuple):
@@ -72,7 +72,9 @@ def file_digest(path: Path) -> str:
 
 def small_files(path: str | Path) -> dict[str, str]:
     """Digest of each small file that decides a token, as far as they are there."""
-    return {name: file_digest(Path(path) / name) for name in SMALL_FILES if (Path(path) / name).is_file()}
+    root = Path(path)
+    found = sorted(file for pattern in SMALL_FILES for file in root.glob(pattern) if file.is_file())
+    return {str(file.relative_to(root)): file_digest(file) for file in found}
 
 
 def changed(path: str | Path, names: list[str]) -> ModelError:

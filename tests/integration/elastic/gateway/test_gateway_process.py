@@ -15,6 +15,7 @@ from membership.store.etcd import connect
 from membership.store.keys import Keys
 from tests.support.gateway_process import BODY, CLUSTER, alive, engine_in, free_port, gateway
 from tests.support.helpers import eventually
+from tests.support.replaced_files import replace_text
 
 pytestmark = pytest.mark.integration
 
@@ -63,6 +64,30 @@ def test_a_killed_gateway_is_forgotten_and_its_clients_requests_end(etcd: EtcdSe
             eventually(lambda: alive(port), 30.0, "a gateway on the same port")
             assert successor.poll() is None
         assert len(engine.submits) == 1
+
+
+def test_no_gateway_works_with_another_tokenizer_than_the_cluster_serves(etcd: EtcdServer, tmp_path: Path) -> None:
+    ports, ask = (free_port(), free_port()), BODY | {"stream": False, "prompt": "the quick", "max_tokens": 1}
+    with engine_in(etcd, tmp_path) as engine:
+        engine.pause_after = None
+
+        def prompt(port: int) -> list[int]:
+            assert httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=ask, timeout=30).status_code == 200
+            return engine.submits[-1].prompt
+
+        with gateway(etcd, tmp_path / "a", ports[0]) as first:
+            eventually(lambda: alive(ports[0]), 30.0, "the gateway to answer")
+            expected = prompt(ports[0])
+            replace_text(tmp_path / "model", "tokenizer_config.json", lambda text: text.replace("true", "false"))
+            first.kill()
+        with gateway(etcd, tmp_path / "a", ports[0]):
+            eventually(lambda: alive(ports[0]), 30.0, "it to answer again")
+            assert prompt(ports[0]) == expected, "from what it kept"
+        with gateway(etcd, tmp_path / "b", ports[1]) as other:
+            _, said = other.communicate(timeout=30)
+        assert other.returncode == 1
+        assert "tokenizer_config.json in" in said.splitlines()[-1]
+        assert "put the files back" in said.splitlines()[-1]
 
 
 def test_a_busy_port_is_one_clear_line(etcd: EtcdServer, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from elastic.serve.cluster_config import cluster_config
 from elastic.serve.options import ServeOptions
 from elastic.serve.supervisor import Supervisor
 from membership.base.errors import ConfigError, PlanRefused, StoreUnavailable
+from workers.model.content import small_files
 
 pytestmark = pytest.mark.unit
 
@@ -49,6 +50,13 @@ def test_a_port_that_cannot_be(port: int, says: str) -> None:
 def test_a_model_may_be_served_under_a_name_with_a_slash() -> None:
     config = cluster_config(replace(OPTIONS, served_model_name="org/model"))
     assert (config.served_model_name, config.cluster) == ("org/model", shipped_demo_model().name)
+
+
+def test_the_config_names_the_small_files_by_content() -> None:
+    config = cluster_config(OPTIONS)
+    assert dict(config.files) == small_files(shipped_demo_model())
+    assert {"config.json", "tokenizer.json"} <= dict(config.files).keys()
+    assert hash(config) == hash(cluster_config(OPTIONS)), "the planner's caches go by it"
 
 
 class DeadEtcd:
