@@ -16,6 +16,7 @@ from membership.base.errors import ConfigError
 from membership.base.rank_id import RankId
 from membership.operations.change import describe_change
 from membership.planning.cluster_facts import ClusterFacts
+from membership.planning.identity import HINT
 from membership.planning.planner import awaited
 from membership.store.phases import before_commit
 from membership.store.records import ClusterState, Operation, Phase, RankExit, RankState
@@ -80,6 +81,7 @@ def _cluster_facts(state: ClusterState, status: ClusterStatus, serving: int) -> 
         yield f"drained, and counted no more: rank {', '.join(map(str, status.drained))}"
     if status.pause is not None:
         yield status.pause.words
+    yield from (f"node {node.node}: {node.trouble}" for node in status.nodes if node.trouble)
     failed = (op for op in state.operations.values() if not op.active and op.error)
     if last := max(failed, key=attrgetter("finished"), default=None):
         yield f"operation {last.id} ({describe_change(last)}) was rolled back: {last.error}"
@@ -98,6 +100,8 @@ def _cluster_outlook(state: ClusterState, status: ClusterStatus) -> tuple[str, s
         do = "serving goes on, membership is frozen; restore the store or start the cluster anew"
     elif not state.agents:
         do = "start an agent: elastic agent"
+    elif any(node.trouble for node in status.nodes) or any(last.refused for last in state.exits.values()):
+        do = HINT
     elif status.pause is not None:
         do = "when the maintenance is over: elastic resume"
     return follows, do
@@ -175,6 +179,8 @@ def _history(last: RankExit, now: float) -> Iterator[str]:
 
 def _outlook(rank: RankStatus, last: RankExit | None, now: float) -> tuple[str, str]:
     """What happens next by itself, and what to do."""
+    if rank.state is RankState.QUARANTINED and last is not None and last.refused:
+        return "the slot stays empty; the others serve on", f"{HINT}; then: elastic unquarantine {rank.rank}"
     if rank.state is RankState.QUARANTINED:
         return (
             "the slot stays empty; the others serve on",

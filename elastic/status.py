@@ -13,6 +13,7 @@ from membership.operations.pause import paused_words
 from membership.placement.balance import imbalance
 from membership.placement.plan import coverage
 from membership.planning.cluster_facts import ClusterFacts
+from membership.planning.identity import name_of
 from membership.planning.rebalance import loads_of
 from membership.store.records import ClusterState, Member, Operation, Phase, RankState
 
@@ -47,6 +48,7 @@ class RankStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     heartbeat_age_ms: float | None
     restarts: int
     slow: bool = False  # far slower than the others, but it serves on; left out if it is not
+    reason: str = ""  # why its slot is set aside; left out if it is not
 
 
 class CoverageStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,12 +58,13 @@ class CoverageStatus(msgspec.Struct, frozen=True, kw_only=True):
     uncovered: int
 
 
-class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
+class NodeStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A host with an agent; `ranks`: present and planned. Safe to delete: no rank is there, planned or ending."""
 
     node: str
     ranks: int
     safe_to_delete: bool
+    trouble: str = ""  # its copy of the checkpoint is another one by now; left out if it is not
 
 
 class PauseStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,6 +123,7 @@ class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
     exactness: Exactness = Exactness.INVARIANT  # stock: tokens may depend on the batch
     imbalance: float | None = None  # the busiest rank's measured expert load over the mean; null: not measured yet
     store: str = ""  # what is wrong with the store, and what follows from it; empty: nothing
+    model: str = ""  # names what is served by content: equal in clusters that serve the same; empty before any view
 
 
 def cluster_status(state: ClusterState, now: float, store: str = "") -> ClusterStatus:
@@ -151,6 +155,7 @@ def cluster_status(state: ClusterState, now: float, store: str = "") -> ClusterS
         exactness=state.config.exactness,
         imbalance=_imbalance(facts),
         store=store,
+        model=name_of(state.checkpoint),
     )
 
 
@@ -162,7 +167,8 @@ def _spares(state: ClusterState) -> SparesStatus:
 def _node(facts: ClusterFacts, node: str) -> NodeStatus:
     ranks = sum(where == node for where, _ in facts.assigned.values())
     ending = any(facts.state.ranks[key].node == node for key in facts.lingering)
-    return NodeStatus(node=node, ranks=ranks, safe_to_delete=not ranks and not ending and bool(facts.members))
+    safe = not ranks and not ending and bool(facts.members)
+    return NodeStatus(node=node, ranks=ranks, safe_to_delete=safe, trouble=facts.state.agents[node].trouble)
 
 
 def _pause(state: ClusterState, now: float) -> PauseStatus | None:
@@ -238,7 +244,7 @@ def _newcomer_state(facts: ClusterFacts, member: Member) -> RankState:
 
 def _member_state(facts: ClusterFacts, member: Member, alive: bool) -> RankState:
     last = facts.state.exits.get(member.rank)
-    if not alive and last is not None and last.quarantined and last.incarnation == member.incarnation:
+    if not alive and last is not None and last.quarantined and last.incarnation >= member.incarnation:
         return RankState.QUARANTINED
     if member.rank in facts.masked and not facts.exited(member):
         return RankState.MASKED
@@ -264,6 +270,7 @@ def _rank(facts: ClusterFacts, member: Member, state: RankState) -> RankStatus:
         heartbeat_age_ms=_heartbeat_age_ms(facts, member),
         restarts=0 if last is None else last.restarts,
         slow=state is RankState.SERVING and load is not None and member.rank in load.slow,
+        reason=last.reason if last is not None and state is RankState.QUARANTINED else "",
     )
 
 

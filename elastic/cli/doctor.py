@@ -17,7 +17,9 @@ from elastic.serve.state_dir import StateDir
 from membership.base.errors import ConfigError, ElasticError
 from membership.base.timing import TIMINGS
 from membership.placement.survivability import describe_survivability, needed_slots, survivability
+from membership.planning.identity import HINT
 from membership.store.records import Placement
+from workers.model.content import changed_files, small_files, stamp_files
 
 DISTRIBUTION = "elastic-ep"
 OUR_PACKAGES = ("membership", "workers", "elastic", "chaos")
@@ -25,7 +27,16 @@ OUR_PACKAGES = ("membership", "workers", "elastic", "chaos")
 
 def examine(model: Path | None, ranks: int, redundancy: float, hosts: int = 1) -> list[Finding]:
     """All findings; nothing raises."""
-    checks: list[Callable[[], Iterator[Finding]]] = [_python, _packages, _owners, _kernel, _etcd, _store, _machine]
+    checks: list[Callable[[], Iterator[Finding]]] = [
+        _python,
+        _packages,
+        _owners,
+        _kernel,
+        _etcd,
+        _store,
+        _checkpoint,
+        _machine,
+    ]
     if model is not None:
         checks.append(lambda: _model(model, ranks, redundancy, hosts))
     return [finding for check in checks for finding in check()]
@@ -134,6 +145,24 @@ def _store() -> Iterator[Finding]:
     except ConfigError:
         return
     yield Finding("store", "fail" if trouble else "ok", trouble or "no loss of data is known to the served cluster")
+
+
+def _checkpoint() -> Iterator[Finding]:
+    """The files of the model that is served from this machine, if one is."""
+    try:
+        served = StateDir.last_served().address()
+    except ConfigError:
+        return
+    if not served.model:
+        return
+    now = small_files(served.model)
+    others = {name for name, digest in served.files if now.get(name) != digest} | now.keys() - dict(served.files).keys()
+    weights = changed_files(served.stamps, stamp_files(served.model))
+    if names := sorted({*others, *weights}):
+        files = f"{', '.join(names)} in {served.model}"
+        yield Finding("checkpoint", "warn", f"{files} changed since the cluster started and loaded them", HINT)
+    else:
+        yield Finding("checkpoint", "ok", f"{served.model} is as it was when the cluster started")
 
 
 def _machine() -> Iterator[Finding]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -67,9 +67,17 @@ def _heading(document: dict[str, Any]) -> Text:
         heading.append(f"\ndrained: {_ranks(document['drained'])}; elastic undrain fills them again", "yellow")
     if free := [node["node"] for node in document.get("nodes", ()) if node["safe_to_delete"]]:
         heading.append(f"\nsafe to delete: node {', '.join(free)}", "yellow")
-    if document.get("store"):
-        heading.append(f"\n{document['store']}", "red")
+    for trouble in _troubles(document):
+        heading.append(f"\n{trouble}", "red")
     return heading
+
+
+def _troubles(document: dict[str, Any]) -> Iterator[str]:
+    yield from (f"node {node['node']}: {node['trouble']}" for node in document.get("nodes", ()) if node.get("trouble"))
+    set_aside = (rank for rank in document["ranks"] if rank.get("reason"))
+    yield from (f"rank {rank['rank']} is set aside: {rank['reason']}" for rank in set_aside)
+    if document.get("store"):
+        yield document["store"]
 
 
 def _ranks_table(ranks: list[dict[str, Any]]) -> Table:

@@ -8,6 +8,7 @@ from msgspec.structs import replace
 from elastic.explain import Explanation, explain, explained
 from membership.base.enums import OperationKind
 from membership.base.errors import ConfigError
+from membership.planning.identity import HINT
 from membership.store.records import ClusterState, Operation, Phase, RankExit
 from tests.support.cluster_states import healthy, without
 
@@ -87,3 +88,17 @@ def test_people_read_it_line_by_line() -> None:
     assert "an operator ended its quarantine 2.0 s ago" in explained(
         explain(replace(without(healthy(), 2), exits={2: pardoned}), NOW)
     )
+
+
+def test_a_refused_slot_says_how_to_get_the_model_back() -> None:
+    state = without(healthy(), 2, quarantined=True, refused=True)
+    rank = of(state, "rank 2")
+    assert rank.do == f"{HINT}; then: elastic unquarantine 2"
+    assert of(state, "cluster").do == HINT
+
+
+def test_a_nodes_replaced_files_are_explained_while_all_serve() -> None:
+    agents = {"n": replace(healthy().agents["n"], trouble="model.safetensors in /m changed")}
+    cluster = of(healthy(agents=agents), "cluster")
+    assert "node n: model.safetensors in /m changed" in cluster.because
+    assert cluster.do.startswith("put the files back")

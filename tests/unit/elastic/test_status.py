@@ -13,9 +13,11 @@ from rich.console import Console
 from elastic.cli.render import status_view
 from elastic.status import ClusterStatus, cluster_status
 from membership.base.enums import OperationKind
+from membership.planning.identity import name_of
 from membership.store.records import (
     AgentRecord,
     Assignment,
+    Checkpoint,
     ClusterState,
     Desired,
     EngineStatus,
@@ -53,6 +55,7 @@ def test_the_document_is_exactly_as_promised() -> None:
         "exactness": "invariant",
         "imbalance": None,
         "store": "",
+        "model": "",
     }
     assert document["ranks"][1] == {
         "rank": 1,
@@ -194,3 +197,27 @@ def test_a_cluster_that_gave_exactness_up_says_so() -> None:
     with console.capture() as shown:
         console.print(status_view(document))
     assert "exactness stock" in shown.get()
+
+
+def test_what_is_served_its_replaced_files_and_refused_slots_are_shown() -> None:
+    checkpoint = Checkpoint(parts={"weights": "w"})
+    agents = {"n": replace(healthy().agents["n"], trouble="model.safetensors in /m changed")}
+    state = replace(without(healthy(agents=agents), 2, quarantined=True, refused=True), checkpoint=checkpoint)
+    document = json.loads(msgspec.json.encode(cluster_status(state, 10.0)))
+    assert document["model"] == name_of(checkpoint) != ""
+    assert document["nodes"][0]["trouble"] == "model.safetensors in /m changed"
+    assert [rank.get("reason") for rank in document["ranks"]] == [None, None, "killed", None]
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(status_view(document))
+    assert "node n: model.safetensors in /m changed" in shown.get()
+    assert "rank 2 is set aside: killed" in shown.get()
+
+
+def test_a_slot_whose_later_incarnation_was_set_aside_is_in_quarantine_before_a_view_says_so() -> None:
+    """No view can be committed without the dead rank while no other lives."""
+    state = without(healthy(), 0, 1, 2, 3)
+    later = {rank: replace(last, incarnation=99, quarantined=True) for rank, last in state.exits.items()}
+    ended = {"n": Assignment(node="n", agent_started=1.0)}
+    ranks = cluster_status(replace(state, exits=later, assignments=ended), 10.0).ranks
+    assert {rank.state for rank in ranks} == {RankState.QUARANTINED}

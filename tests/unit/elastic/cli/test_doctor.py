@@ -11,7 +11,10 @@ from typer.testing import CliRunner
 from elastic.cli.doctor import Finding, examine, foreign_packages
 from elastic.cli.main import app
 from elastic.demo.model import write_demo_model
+from elastic.serve.options import ServeOptions
+from elastic.serve.supervisor import Supervisor
 from membership.base.timing import TIMINGS
+from tests.support.replaced_files import put_back, replace_text, replace_weights
 
 pytestmark = pytest.mark.unit
 
@@ -83,3 +86,30 @@ def test_the_table_of_times() -> None:
     as_json = msgspec.json.decode(CliRunner().invoke(app, ["doctor", "--timing", "-o", "json"]).stdout)
     assert [(each["name"], each["value_s"]) for each in as_json] == [(each.name, each.value_s) for each in TIMINGS]
     assert all(each["purpose"] and each["used_in"] for each in as_json)
+
+
+def test_files_that_were_replaced_since_the_cluster_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "home"))
+    checkpoint = tmp_path / "m"
+    write_demo_model(checkpoint)
+
+    def found() -> list[Finding]:
+        return [each for each in examine(None, 4, 2.0) if each.what == "checkpoint"]
+
+    assert found() == [], "no cluster is served"
+    supervisor = Supervisor(ServeOptions(model=checkpoint, port=0, admin_port=0, state_dir=tmp_path / "state"))
+    supervisor.state.claim()
+    supervisor.state.publish(supervisor.address(()))
+    try:
+        assert [each.level for each in found()] == ["ok"]
+        old = replace_weights(checkpoint)
+        text = replace_text(checkpoint, "tokenizer.json", lambda text: text + " ")
+        (finding,) = found()
+        assert finding.level == "warn"
+        assert f"model.safetensors, tokenizer.json in {checkpoint} changed" in finding.message
+        assert "put the files back" in finding.hint
+        put_back(old)
+        put_back(text, as_copy=True)
+        assert [each.level for each in found()] == ["ok"]
+    finally:
+        supervisor.state.release()
