@@ -16,7 +16,7 @@ from membership.base.errors import ConfigError
 from membership.base.rank_id import RankId
 from membership.operations.change import describe_change
 from membership.planning.cluster_facts import ClusterFacts
-from membership.planning.identity import HINT
+from membership.planning.identity import HINT, advice
 from membership.planning.planner import awaited
 from membership.store.phases import before_commit
 from membership.store.records import ClusterState, Operation, Phase, RankExit, RankState
@@ -100,8 +100,10 @@ def _cluster_outlook(state: ClusterState, status: ClusterStatus) -> tuple[str, s
         do = "serving goes on, membership is frozen; restore the store or start the cluster anew"
     elif not state.agents:
         do = "start an agent: elastic agent"
-    elif any(node.trouble for node in status.nodes) or any(last.refused for last in state.exits.values()):
+    elif any(node.trouble for node in status.nodes):
         do = HINT
+    elif refused := [last.reason for last in state.exits.values() if last.refused]:
+        do = advice(refused[0])
     elif status.pause is not None:
         do = "when the maintenance is over: elastic resume"
     return follows, do
@@ -180,7 +182,8 @@ def _history(last: RankExit, now: float) -> Iterator[str]:
 def _outlook(rank: RankStatus, last: RankExit | None, now: float) -> tuple[str, str]:
     """What happens next by itself, and what to do."""
     if rank.state is RankState.QUARANTINED and last is not None and last.refused:
-        return "the slot stays empty; the others serve on", f"{HINT}; then: elastic unquarantine {rank.rank}"
+        do = f"{advice(last.reason)}; then: elastic unquarantine {rank.rank}"
+        return "the slot stays empty; the others serve on", do
     if rank.state is RankState.QUARANTINED:
         return (
             "the slot stays empty; the others serve on",

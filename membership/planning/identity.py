@@ -17,8 +17,11 @@ from membership.store.records import DIGEST_BYTES, Checkpoint, ClusterConfig, Cl
 KERNELS = "kernels"
 THREADS = "threads"
 ARITHMETIC = (KERNELS, THREADS)  # they matter only where outputs are to be equal to the bit
+COMPUTES = (*ARITHMETIC, "code", "dtype", "exactness")  # not of the model but of the process
 HINT = "put the files back as they were, or restart the cluster to serve the new ones"
+HINT_COMPUTES = "run it with the code and libraries, and on the kind of processor, of the other ranks"
 _UNKNOWN = bytes(DIGEST_BYTES)
+_OTHER_WAY = "computes differently from what"
 
 
 def parts_of(record: RankRecord) -> dict[str, str]:
@@ -36,8 +39,13 @@ def refusal(state: ClusterState, record: RankRecord) -> str:
     )
     if not differing:
         return ""
-    kind = "computes differently" if all(each.startswith(ARITHMETIC) for each in differing) else "has another model"
-    return f"rank {record.rank} on node {record.node} {kind} than the cluster serves: {', '.join(differing)}"
+    kind = _OTHER_WAY if all(each.startswith(COMPUTES) for each in differing) else "has another model than"
+    return f"rank {record.rank} on node {record.node} {kind} the cluster serves: {', '.join(differing)}"
+
+
+def advice(reason: str) -> str:
+    """Return what to do about a refusal, given its reason."""
+    return HINT_COMPUTES if _OTHER_WAY in reason else HINT
 
 
 def _reference(state: ClusterState, record: RankRecord) -> Checkpoint:

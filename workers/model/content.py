@@ -1,4 +1,4 @@
-"""The identity of a checkpoint's files, by content and, to notice a change at once, by inode, size and time. Light.
+"""The identity of a checkpoint's files, by content and, to notice a change at once, by size and time. Light.
 
 By content: the small files as a whole (here), weights when they are loaded (`weight_digests.py`), so that no file is
 read twice. A stamp only says whether a file may have changed. Two hosts with copies of one checkpoint have other
@@ -29,16 +29,17 @@ SMALL_FILES = (  # all that a gateway reads, and what decides when an answer end
 
 
 class FileStamp(NamedTuple):
-    """Tells two states of a file apart. Its change time is left out: that moves when a link to it goes, too."""
+    """Tells two states of a file apart. Its inode is left out, which some network file systems make up anew, and its
+    change time, which moves when a link to it goes, too.
+    """
 
-    inode: int
     size: int
     mtime_ns: int
 
     @classmethod
     def of(cls, found: os.stat_result) -> FileStamp:
         """The stamp of a file as it is now."""
-        return cls(found.st_ino, found.st_size, found.st_mtime_ns)
+        return cls(found.st_size, found.st_mtime_ns)
 
 
 Stamps = dict[str, FileStamp]

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from membership.base.enums import Exactness
 from membership.base.rank_id import RankId
-from membership.planning.identity import learned, name_of, refusal
+from membership.planning.identity import HINT, HINT_COMPUTES, advice, learned, name_of, refusal
 from membership.store.records import Checkpoint, ClusterConfig, ClusterState, Member, RankRecord, RankState, View
 
 pytestmark = pytest.mark.unit
@@ -41,6 +41,7 @@ def test_each_part_that_differs_refuses_and_is_named(part: str) -> None:
     why = refusal(state(), record(identity=PARTS | {part: "x9"}))
     assert why.startswith("rank 1 on node b ")
     assert f"{part} (x9 instead of {PARTS[part]})" in why
+    assert advice(why) == (HINT if part in ("config.json", "weights") else HINT_COMPUTES)
 
 
 def test_kernels_and_threads_matter_where_outputs_are_to_be_equal() -> None:
