@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import httpx
+import msgspec
 import psutil
 
 from chaos.faults import step
@@ -146,12 +147,18 @@ class RemoteTarget:
         self._follower.start()
 
     def _follow(self) -> None:
-        """Take in events as they come. If the gateway dies, ask again and skip what is known."""
+        """Take in events as they come. If the gateway dies, ask again and skip what is known.
+
+        The other gateway may have fewer of the old ones: known is an event by its content, not by its number.
+        """
+        known: set[bytes] = set()
         while not self._stop.is_set():
             try:
-                for number, event in enumerate(self._admin.events(True, self._stop), start=1):
-                    with self._lock:
-                        if number > len(self._all):
+                for event in self._admin.events(True, self._stop):
+                    content = msgspec.json.encode(event)
+                    if content not in known:
+                        known.add(content)
+                        with self._lock:
                             self._all.append(event)
             except NoAnswer:
                 self._stop.wait(0.5)

@@ -168,7 +168,7 @@ class SimExecutor:
     def drop_weights(self) -> None:
         return  # a simulated host stores none
 
-    def shutdown(self) -> None:
+    def shutdown(self, hurry: Callable[[], bool]) -> None:
         for rank in [r for r in self._host.cluster.ranks.values() if r.host is self._host]:
             rank.die()
 

@@ -36,7 +36,7 @@ def controller(options: RoleOptions) -> None:
     from membership.planning.controller import run_controller
 
     address, state = _find(options)
-    with role("controller", address, state.events) as (store, stop, events):
+    with role("controller", address, state.events, options.limit) as (store, stop, events):
         run_controller(store, address.cluster, options.node, stop, events)
 
 
@@ -44,15 +44,15 @@ def controller(options: RoleOptions) -> None:
 def agent(options: AgentOptions) -> None:
     """Start and supervise this host's ranks as assigned.
 
-    SIGTERM first hands the ranks over to other hosts, if there are any; a second SIGTERM ends the agent at once.
+    SIGTERM first hands the ranks over to other hosts, if there are any; a second one ends them and the agent at once.
     """
     from workers.agent.agent import AgentOptions as Options
     from workers.agent.agent import run_agent
 
     address, state = _find(options)
-    with role("agent", address, state.events) as (store, stop, events):
+    with role("agent", address, state.events, options.limit) as (store, stop, events):
         how = Options(options.worker_class, options.spares, options.drain_grace_s)
-        run_agent(store, address.cluster, options.node, stop, events, how)
+        run_agent(store, address.cluster, options.node, stop, events, how, stop.hurry)
 
 
 @command
@@ -61,7 +61,7 @@ def engine(options: RoleOptions) -> None:
     from elastic.engine.role import run_terms
 
     address, state = _find(options)
-    with role("engine", address, state.events) as (store, stop, events):
+    with role("engine", address, state.events, options.limit) as (store, stop, events):
         run_terms(store, address.cluster, options.node, stop, events)
 
 
@@ -82,8 +82,8 @@ def gateway(options: GatewayOptions) -> None:
         max_connections=options.max_connections,
         listeners=inherited_listeners(),
     )
-    with role("gateway", address, state.events) as (store, stop, events):
-        run_gateway(store, address.cluster, settings, stop, events)
+    with role("gateway", address, state.events, options.limit) as (store, stop, events):
+        run_gateway(store, address.cluster, settings, stop, events, stop.hurry)
 
 
 def add_to(app: typer.Typer) -> None:

@@ -11,6 +11,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import msgspec
 import structlog
@@ -18,12 +19,14 @@ import zmq
 
 from elastic.protocol import Abort, Hello, Rejected, Submit, ToEngine, ToGateway, Tokens, Welcome
 from membership.base import failpoints
+from membership.base.attempts import Attempts
 from membership.base.errors import WaitTimeout
 from membership.base.run_dir import default_run_dir, make_run_dir, new_socket
 
 MAX_MESSAGE_BYTES = 16 << 20
 MAX_QUEUED_MESSAGES = 100_000  # per gateway; one that reads so slowly loses its requests
 _POLL_MS = 1000
+RETRY_S = 0.05
 
 log = structlog.get_logger(__name__)
 
@@ -43,6 +46,7 @@ class EngineServer:
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stop = threading.Event()
         self._token = 0
+        self._attempts = Attempts("gateway server")
         self._failure: Exception | None = None
         self._thread: threading.Thread | None = None
         self._context = zmq.Context()
@@ -110,10 +114,14 @@ class EngineServer:
             ready = dict(poller.poll(_POLL_MS))
             if self._wake in ready:
                 os.eventfd_read(self._wake)
-            self._send_all()
-            if self._socket in ready:
-                self._receive_all()
+            if not self._attempts.run(partial(self._turn, self._socket in ready)):
+                self._stop.wait(RETRY_S)
         self._send_all()
+
+    def _turn(self, readable: bool) -> None:
+        self._send_all()
+        if readable:
+            self._receive_all()
 
     def _receive_all(self) -> None:
         while True:

@@ -17,6 +17,7 @@ from elastic.engine.gateway_server import EngineServer
 from elastic.engine.loop import Engine, Peers
 from elastic.engine.status_writer import StatusWriter
 from membership.base import failpoints, loop_watchdog
+from membership.base.attempts import is_shortage
 from membership.base.errors import Fenced, LeaseLost, StoreReplaced, StoreUnavailable, WaitTimeout
 from membership.base.events import EventLog
 from membership.store.codec import encode
@@ -45,13 +46,15 @@ def run_terms(store: Store, cluster: str, node: str, stop: threading.Event, even
             run_engine(store, cluster, node, stop, events)
         except Fenced as fenced:
             log.warning("engine_stood_down", reason=str(fenced))
-        except StoreUnavailable as error:
-            log.warning("engine_standby_failed", error=str(error))
-            stop.wait(timeout=CAMPAIGN_SLICE_S)
         except StoreReplaced as replaced:  # no engine can be elected; the active one serves on
             log.error("store_replaced", error=str(replaced), hint=replaced.hint)
             while not stop.wait(REMIND_S):
                 log.error("store_replaced", error=str(replaced), hint=replaced.hint)
+        except Exception as error:
+            if not isinstance(error, StoreUnavailable) and not is_shortage(error):
+                raise
+            log.warning("engine_standby_failed", error=str(error))
+            stop.wait(timeout=CAMPAIGN_SLICE_S)
 
 
 def run_engine(store: Store, cluster: str, node: str, stop: threading.Event, events: EventLog) -> None:

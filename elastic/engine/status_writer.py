@@ -8,6 +8,7 @@ from collections.abc import Callable
 import structlog
 
 from membership.base import failpoints
+from membership.base.attempts import Attempts
 from membership.base.errors import LeaseLost, StoreError, WaitTimeout
 from membership.store.codec import encode
 from membership.store.interface import Compare, Op, Put, Store
@@ -15,6 +16,7 @@ from membership.store.keys import Keys
 from membership.store.records import EngineStatus, ExpertLoad
 
 PERIOD_S = 1.0
+RETRY_S = 0.1
 
 log = structlog.get_logger(__name__)
 
@@ -43,6 +45,7 @@ class StatusWriter:
         self._urgent = True
         self._stop = False
         self._reachable = True
+        self._attempts = Attempts("engine status")
         self.fenced = False  # another engine is elected, or may be
         self._thread = threading.Thread(target=self._run, name="engine-status", daemon=True)
         if background:
@@ -77,7 +80,11 @@ class StatusWriter:
                 self._changed.wait_for(lambda: self._urgent or self._stop, timeout=PERIOD_S)
                 if self._stop:
                     return
-            if not self.turn():
+            if not self._attempts.run(self.turn):
+                with self._changed:
+                    self._urgent = True
+                    self._changed.wait_for(lambda: self._stop, timeout=RETRY_S)
+            if self.fenced:
                 return
 
     @property

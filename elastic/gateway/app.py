@@ -36,8 +36,9 @@ from membership.store.records import ClusterConfig, ClusterState, GatewayRecord
 from workers.model.text_files import not_applied, sampling_defaults
 
 CONFIG_TIMEOUT_S = 60.0
-STOP_POLL_S = 0.5
+STOP_POLL_S = 0.1
 CLOSE_TIMEOUT_S = 5
+HURRIED_S = 0.5  # for the last words to clients, once the stop is hastened
 
 log = structlog.get_logger(__name__)
 
@@ -73,10 +74,18 @@ class Gateway:
     public: Server
     admin: Server
     grace_s: float
+    hurry: threading.Event  # once it is set, no stream is waited for
 
 
-def run_gateway(store: Store, cluster: str, settings: GatewaySettings, stop: threading.Event, events: EventLog) -> None:
-    """Serve until `stop` is set, then let open streams end within the grace.
+def run_gateway(
+    store: Store,
+    cluster: str,
+    settings: GatewaySettings,
+    stop: threading.Event,
+    events: EventLog,
+    hurry: threading.Event | None = None,
+) -> None:
+    """Serve until `stop` is set, then let open streams end within the grace, or until `hurry` is set.
 
     ConfigError: a port is taken, or the model has no usable tokenizer.
     """
@@ -101,7 +110,7 @@ def run_gateway(store: Store, cluster: str, settings: GatewaySettings, stop: thr
         )
         url, admin_url = (url_of(each, any_host=socket.gethostname()) for each in bound)
         record = GatewayRecord(name=name, pid=os.getpid(), url=url, admin_url=admin_url)
-        gateway = Gateway(config, mirror, link, readiness, *servers, settings.grace_s)
+        gateway = Gateway(config, mirror, link, readiness, *servers, settings.grace_s, hurry or threading.Event())
         with Registration(store, cluster, record, config.lease_ttl_s):
             note("gateway_started", name=name, url=record.url)
             asyncio.run(_serve(gateway, stop))
@@ -151,16 +160,21 @@ async def _drain(gateway: Gateway, parts: set[asyncio.Task[None]]) -> None:
     gateway.readiness.stopping = True
     link.refusal = "this gateway is shutting down"
     log.info("gateway_draining", open_requests=len(link.journal), grace_s=gateway.grace_s)
-    await link.drained(gateway.grace_s)
+    ends = {asyncio.create_task(link.drained(gateway.grace_s)), asyncio.create_task(_set(gateway.hurry))}
+    _, late = await asyncio.wait(ends, return_when="FIRST_COMPLETED")
+    for end in late:
+        end.cancel()
     link.fail_open(RequestError(link.refusal, status=503, code="shutting_down", retry_after_s=1.0))
     gateway.public.should_exit = gateway.admin.should_exit = True
     servers = {part for part in parts if part.get_name().endswith("server")}
-    await asyncio.wait(servers, timeout=gateway.grace_s + CLOSE_TIMEOUT_S)
+    grace_s = HURRIED_S if gateway.hurry.is_set() else gateway.grace_s + CLOSE_TIMEOUT_S
+    await asyncio.wait(servers, timeout=grace_s)
 
 
 async def _set(stop: threading.Event) -> None:
-    while not stop.is_set():
-        await asyncio.to_thread(stop.wait, STOP_POLL_S)
+    # Not waited for in a thread of its own: there may be none to be had.
+    while not stop.is_set():  # noqa: ASYNC110 - signal handlers and other threads set it
+        await asyncio.sleep(STOP_POLL_S)
 
 
 @asynccontextmanager

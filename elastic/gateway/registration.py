@@ -5,8 +5,7 @@ from __future__ import annotations
 import threading
 from types import TracebackType
 
-import structlog
-
+from membership.base.attempts import Attempts
 from membership.base.errors import StoreError, WaitTimeout
 from membership.store import codec
 from membership.store.interface import Store
@@ -16,8 +15,6 @@ from membership.store.records import GatewayRecord
 
 RETRY_S = 1.0
 CLOSE_TIMEOUT_S = 15.0
-
-log = structlog.get_logger(__name__)
 
 
 class Registration:
@@ -30,6 +27,7 @@ class Registration:
         self._ttl_s = ttl_s
         self._stop = threading.Event()
         self._wake = threading.Event()
+        self._attempts = Attempts("registration", also=(StoreError,))
         self._thread = threading.Thread(target=self._run, name=f"registration-{record.name}", daemon=True)
 
     def __enter__(self) -> Registration:
@@ -45,22 +43,15 @@ class Registration:
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            self._wake.clear()
-            try:
-                keeper = LeaseKeeper(self._store, self._ttl_s, on_lost=self._wake.set, persistent=True)
-            except StoreError as error:
-                log.warning("registration_failed", error=str(error))
-                self._stop.wait(RETRY_S)
-                continue
-            with keeper:
-                self._hold(keeper)
+            if not self._attempts.run(self._register):
+                self._stop.wait(self._attempts.wait_s())
+
+    def _register(self) -> None:
+        self._wake.clear()
+        with LeaseKeeper(self._store, self._ttl_s, on_lost=self._wake.set, persistent=True) as keeper:
+            self._hold(keeper)
 
     def _hold(self, keeper: LeaseKeeper) -> None:
-        try:
-            self._store.put(self._key, codec.encode(self._record), keeper.lease)
-        except StoreError as error:
-            log.warning("registration_failed", error=str(error))
-            self._stop.wait(RETRY_S)
-            return
+        self._store.put(self._key, codec.encode(self._record), keeper.lease)
         while not (self._stop.is_set() or self._wake.is_set()):
             self._wake.wait(RETRY_S)

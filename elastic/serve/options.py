@@ -22,6 +22,7 @@ import msgspec
 
 from membership.base.enums import Device, Dtype, Exactness
 from membership.base.errors import ConfigError
+from membership.base.rotation import MAX_FILES, MEGABYTE, Limit
 from membership.store.credentials import NO_CREDENTIALS, Credentials
 from membership.store.records import ClusterConfig
 
@@ -203,7 +204,22 @@ class SpareOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions(StoreOptions, ListenOptions, SpareOptions):
+class LogOptions:
+    """How large logs and the event history may grow."""
+
+    log_max_mb: int = option(64, "Max size of a log, and of the event history; then a new file is begun.", minimum=1)
+    log_keep: int = option(
+        3, "How many earlier files of a log, and of the event history, are kept.", minimum=0, maximum=MAX_FILES - 1
+    )
+
+    @property
+    def limit(self) -> Limit:
+        """The same for what writes them."""
+        return Limit(self.log_max_mb * MEGABYTE, self.log_keep)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(StoreOptions, ListenOptions, SpareOptions, LogOptions):
     """Options of `elastic serve`."""
 
     model: Path = field(
@@ -278,7 +294,7 @@ NODE = Option(env="ELASTIC_NODE", help="Name of this host in the cluster. Defaul
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoleOptions(StoreOptions):
+class RoleOptions(StoreOptions, LogOptions):
     """Options of the roles that run on a named host: controller and engine."""
 
     node: str = field(default_factory=socket.gethostname, metadata={"option": NODE})
@@ -295,7 +311,7 @@ class AgentOptions(RoleOptions, SpareOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatewayOptions(StoreOptions, ListenOptions):
+class GatewayOptions(StoreOptions, ListenOptions, LogOptions):
     """Options of `elastic gateway`."""
 
     name: str = option("", "Name of this gateway. Default: host name and process id.")

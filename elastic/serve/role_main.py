@@ -1,7 +1,8 @@
 """Running one role as a process: signals, the life of its supervisor, the store and the event log.
 
 A role stops at the end of its supervisor as on SIGTERM, and is killed after ROLE_GRACE_S; so does a supervisor at the
-end of who started it to end with it (`membership/base/starter.py`). A second signal ends it at once.
+end of who started it to end with it (`membership/base/starter.py`). A second signal hastens the stop and leaves
+nothing out: `Stop.hurry` is set, and the exit status names the signal.
 """
 
 from __future__ import annotations
@@ -12,17 +13,18 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 
 import structlog
 
 from elastic.serve.state_dir import ClusterAddress
 from membership.base import descriptors, failpoints, loop_watchdog
 from membership.base.events import EventLog
+from membership.base.rotation import Limit
 from membership.base.run_dir import ENV as RUN_DIR_ENV
 from membership.base.run_dir import default_run_dir, make_run_dir, run_dir
 from membership.base.starter import StarterWatch
-from membership.base.timing import ROLE_GRACE_S
+from membership.base.timing import HURRY_GRACE_S, ROLE_GRACE_S
 from membership.store.interface import Store
 
 STORE_SEEN = "ELASTIC_STORE_SEEN"  # what the supervisor has seen of the store: a role must not start on another one
@@ -30,40 +32,58 @@ STORE_SEEN = "ELASTIC_STORE_SEEN"  # what the supervisor has seen of the store: 
 log = structlog.get_logger(__name__)
 
 
+class Stop(threading.Event):
+    """Set once the process is asked to stop; `hurry` is set once it is asked again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hurry = threading.Event()
+        self.status = 0  # of the exit: 128 + the signal that came second
+
+
 class StopSignal:
     """A block's stop event, set by SIGTERM, SIGINT, a terminal that closes, or the end of the process that started us.
 
-    A second SIGTERM or SIGINT exits at once.
+    After a second SIGTERM or SIGINT the block's end is the process's end, with a status that says so. A block that has
+    not ended `hurry_s` later is ended hard, if that is not 0: its children end with it.
     """
 
-    def __init__(self) -> None:
-        self._event = threading.Event()
+    def __init__(self, hurry_s: float = 0.0) -> None:
+        self._stop = Stop()
+        self._hurry_s = hurry_s
         self._closed = threading.Event()
         self._starter: StarterWatch | None = None
 
-    def __enter__(self) -> threading.Event:
+    def __enter__(self) -> Stop:
         """Take over the signals, and watch the starter if there is one."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
             signal.signal(signal.SIGHUP, self._on_signal)
         self._starter = StarterWatch(self._on_orphaned)
-        return self._event
+        return self._stop
 
-    def __exit__(self, *exc: object) -> None:
-        """Stop watching."""
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """Stop watching; leave with the status that a second signal asked for."""
         self._closed.set()
         if self._starter is not None:
             self._starter.close()
+        if self._stop.status and error is None:
+            raise SystemExit(self._stop.status)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._event.is_set() and number != signal.SIGHUP:  # kernel and shell may both tell of a closed terminal
-            os._exit(128 + number)
-        self._event.set()
+        again = self._stop.is_set() and number != signal.SIGHUP  # kernel and shell may both tell of a closed terminal
+        if again and not self._stop.hurry.is_set():
+            self._stop.status = 128 + number
+            self._stop.hurry.set()
+            if self._hurry_s:
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the kernel's, however the main thread hangs
+                signal.setitimer(signal.ITIMER_REAL, self._hurry_s)
+        self._stop.set()
 
     def _on_orphaned(self) -> None:
         log.warning("starter_died")
-        self._event.set()
+        self._stop.set()
         if not self._closed.wait(timeout=ROLE_GRACE_S):
             os._exit(1)
 
@@ -85,7 +105,7 @@ def end_with_any_thread() -> None:
 
 
 @contextmanager
-def role(name: str, address: ClusterAddress, events: Path) -> Iterator[tuple[Store, threading.Event, EventLog]]:
+def role(name: str, address: ClusterAddress, events: Path, limit: Limit) -> Iterator[tuple[Store, Stop, EventLog]]:
     """This process as a role: its connection to the store, its stop event and the history that it writes."""
     from membership.base.logs import configure
     from workers.ipc.cpu_priority import run_in_short_turns
@@ -99,5 +119,5 @@ def role(name: str, address: ClusterAddress, events: Path) -> Iterator[tuple[Sto
     loop_watchdog.require()
     run_in_short_turns()  # before there are threads: a role reacts at once, however busy the ranks are
     seen = os.environ.get(STORE_SEEN, "")
-    with StopSignal() as stop, closing(address.connect(seen=seen)) as store:
-        yield store, stop, EventLog(events, name)
+    with StopSignal(HURRY_GRACE_S) as stop, closing(address.connect(seen=seen)) as store:
+        yield store, stop, EventLog(events, name, limit=limit)

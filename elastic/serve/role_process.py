@@ -1,4 +1,4 @@
-"""The role processes of a one-machine cluster as their supervisor sees them: how each is started, and when again.
+"""A role process of a one-machine cluster as its supervisor sees it: how it is started, and when again.
 
 A role that dies is started again at once, then with a growing delay while it keeps dying early. Its leases are revoked
 right away, so that no process waits for a TTL to run out.
@@ -10,11 +10,11 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import msgspec
 import structlog
@@ -23,6 +23,7 @@ from elastic.serve.listening import LISTEN_FDS, Listeners
 from membership.base import starter
 from membership.base.endings import OomKills, signal_name
 from membership.base.errors import StoreError
+from membership.base.logs import open_log
 from membership.base.timing import ROLE_RESTART_MAX_S, STABLE_S
 from membership.store.interface import Store
 from workers.agent.forkserver_client import FORKSERVER_FD
@@ -30,6 +31,7 @@ from workers.agent.forkserver_client import FORKSERVER_FD
 log = structlog.get_logger(__name__)
 
 ENTRY = "elastic.cli"  # the module that runs a role
+KILLED_S = 5.0  # max wait for the end of a process that was killed
 
 
 def restart_delay_s(early_deaths: int) -> float:
@@ -55,9 +57,12 @@ class RoleProcess:
     listeners: Listeners | None = None  # the same ones for each start
 
     def start(self, now: float) -> None:
-        """Start the process; it ends with this one. It has a session of its own (Ctrl-C is the supervisor's)."""
+        """Start the process; it ends with this one. It has a session of its own (Ctrl-C is the supervisor's).
+
+        OSError: it could not be started, and nothing of it is left.
+        """
         environment = {**os.environ, **self.environment, starter.ENV: starter.named()}
-        with self.log_path.open("ab") as out, ExitStack() as given:
+        with open_log(self.log_path) as out, ExitStack() as given:
             fds: list[int] = []
             if self.forkserver is not None:
                 fds.append(given.enter_context(self.forkserver()).fileno())
@@ -66,7 +71,7 @@ class RoleProcess:
                 handed = [each.fileno() for each in self.listeners]
                 fds += handed
                 environment[LISTEN_FDS] = ",".join(map(str, handed))
-            self.process = subprocess.Popen(
+            process = Child(
                 [sys.executable, "-m", ENTRY, *self.arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -75,7 +80,12 @@ class RoleProcess:
                 env=environment,
                 start_new_session=True,
             )
-        self.pidfd = os.pidfd_open(self.process.pid)
+        try:
+            self.pidfd = os.pidfd_open(process.pid)
+        except BaseException:
+            process.end()
+            raise
+        self.process = process
         self.started_at, self.start_at = now, None
 
     def on_exit(self, now: float, oom_kills: OomKills) -> str:
@@ -83,34 +93,37 @@ class RoleProcess:
         process = self.process
         if process is None:
             return "was not running"
-        code = process.wait(timeout=5.0)
+        code = process.wait(timeout=KILLED_S)
         self._forget()
         self.early_deaths = 1 if now - self.started_at > self.stable_s else self.early_deaths + 1
         self.start_at = now + restart_delay_s(self.early_deaths)
         return f"killed by {signal_name(-code)}{oom_kills.of_a_death(code)}" if code < 0 else f"exit code {code}"
 
     def terminate(self) -> None:
-        """SIGTERM, if it runs. Only once: a second one makes a role exit at once."""
+        """SIGTERM, if it runs. A second one hastens its stop."""
         if self.process is not None:
             self.process.terminate()
 
-    def wait(self, grace_s: float) -> None:
-        """Until it has ended, by SIGKILL after `grace_s` seconds."""
-        if self.process is None:
-            return
-        try:
-            self.process.wait(timeout=grace_s)
-        except subprocess.TimeoutExpired:
-            log.warning("role_stop_timeout", name=self.name, grace_s=grace_s)
+    def ended(self, timeout_s: float) -> bool:
+        """Whether it has ended within this time; then it is forgotten."""
+        if self.process is not None:
+            try:
+                self.process.wait(timeout=timeout_s)
+            except subprocess.TimeoutExpired:
+                return False
+            self._forget()
+        return True
+
+    def kill(self) -> None:
+        """SIGKILL, if it runs. `ended` says when that has worked."""
+        if self.process is not None:
             self.process.kill()
-            self.process.wait(timeout=5.0)
-        self._forget()
 
     def last_words(self, lines: int = 3) -> str:
         """The end of its log, for an error message."""
         try:
             return " | ".join(_tail(self.log_path.open("rb"), lines))
-        except FileNotFoundError:
+        except OSError:
             return ""
 
     def _forget(self) -> None:
@@ -118,12 +131,21 @@ class RoleProcess:
         self.process, self.pidfd = None, -1
 
 
-def stop_together(roles: Sequence[RoleProcess], grace_s: Mapping[str, float]) -> None:
-    """SIGTERM to all of them, then SIGKILL to each that takes longer than its grace period."""
-    for role in roles:
-        role.terminate()
-    for role in roles:
-        role.wait(grace_s[role.name])
+class Child(subprocess.Popen[bytes]):
+    """A Popen that leaves no process behind if it raises after its fork, as it may for want of memory."""
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        try:
+            super().__init__(*args, **named)
+        except BaseException:
+            if getattr(self, "pid", None):
+                self.end()
+            raise
+
+    def end(self) -> None:
+        """SIGKILL it and reap it."""
+        self.kill()
+        self.wait(timeout=KILLED_S)
 
 
 def _tail(file: IO[bytes], lines: int) -> list[str]:

@@ -7,13 +7,12 @@ When the supervisor itself dies, all of them end (`membership/base/starter.py`; 
 from __future__ import annotations
 
 import os
-import select
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 
 import httpx
 import msgspec
@@ -25,16 +24,17 @@ from elastic.serve.etcd_server import EtcdServer
 from elastic.serve.listening import Listeners, listening, most_connections, url_of
 from elastic.serve.options import DEFAULT_RANKS, ServeOptions
 from elastic.serve.role_main import STORE_SEEN, StopSignal
-from elastic.serve.role_process import RoleProcess, revoke_leases, stop_together
+from elastic.serve.role_process import RoleProcess, revoke_leases
+from elastic.serve.roles import Roles
 from elastic.serve.state_dir import ClusterAddress, StateDir, home
 from elastic.serve.store_guard import StoreGuard
 from elastic.serve.stored_config import write_config
-from membership.base import descriptors
-from membership.base.endings import OomKills
+from membership.base import descriptors, rotation
+from membership.base.attempts import Attempts
 from membership.base.errors import ConfigError, ElasticError, StoreReplaced, WaitTimeout
 from membership.base.events import EventLog, Tail
 from membership.base.failpoints import HISTORY_ENV
-from membership.base.logs import configure
+from membership.base.logs import configure, write_line
 from membership.base.run_dir import ENV as RUN_DIR_ENV
 from membership.base.run_dir import make_run_dir, remove_run_dir, run_dir, sweep
 from membership.base.timing import STABLE_S
@@ -51,15 +51,15 @@ log = structlog.get_logger(__name__)
 # As they are started. The standby engine has everything imported: streams do not wait for a process to start.
 STOP_GRACE_S = {"controller": 5.0, "agent": 15.0, "engine": 5.0, "engine-standby": 5.0, "gateway": 20.0}
 STOPPED_TOGETHER = (("gateway", "engine-standby"), ("engine",), ("agent", "controller"))  # so that requests can end
-POLL_S = 0.25
-ETCD_RETRY_S = 2.0
+PAUSE_S = 0.1  # between two turns that cannot even look at the processes
 TROUBLES = {"rank_load_failed", "rank_prepare_failed", "rank_quarantined", "forkserver_ready"}
 
 
 class Supervisor:
     """Starts, watches and stops etcd and the role processes. Use as a context manager; `run` until `stop` is set."""
 
-    def __init__(self, options: ServeOptions) -> None:
+    def __init__(self, options: ServeOptions, hurry: threading.Event | None = None) -> None:
+        """`hurry`: once it is set, what is being stopped is given less time."""
         self._stamps = stamp_files(options.model)
         self.config = cluster_config(options)
         if not options.etcd and options.credentials() != NO_CREDENTIALS:
@@ -71,16 +71,22 @@ class Supervisor:
         self.keys = Keys(self.config.cluster)
         self.node = os.environ.get("ELASTIC_NODE") or socket.gethostname()
         self.etcd: EtcdServer | None = None
-        self._etcd_retry_at = 0.0
+        self._attempts = Attempts("supervisor", also=(ElasticError,))
         self._store: Store | None = None
         self._listeners: Listeners | None = None
         self._urls: tuple[str, ...] = ("", "")
-        self._roles: list[RoleProcess] = []
+        self._roles = Roles(
+            self._attempts,
+            on_start=self._on_role_start,
+            on_started=self._on_role_started,
+            on_died=self._on_role_died,
+        )
+        self._pause = threading.Event()
+        self._hurry = hurry or threading.Event()
         self._environment: dict[str, str] = {}
         self._zygote: Zygote | None = None
         self._opened = ExitStack()
-        self._events = EventLog(self.state.events, "supervisor")
-        self._oom_kills = OomKills()
+        self._events = EventLog(self.state.events, "supervisor", limit=options.limit)
         self._history = Tail(self.state.events)
 
     # -- start and stop ------------------------------------------------------------------------------------------
@@ -109,8 +115,13 @@ class Supervisor:
     def _stop_roles(self) -> None:
         if self._listeners is not None:
             self._listeners.close()  # the gateway has them until its requests have ended
-        for names in STOPPED_TOGETHER:
-            stop_together([role for role in self._roles if role.name in names], STOP_GRACE_S)
+        self._roles.stop(STOPPED_TOGETHER, STOP_GRACE_S, self._hurry)
+
+    def _stop_etcd(self) -> None:
+        if self.etcd is not None:
+            if self._hurry.is_set() and self.etcd.started:
+                self.etcd.kill()
+            self.etcd.stop()
 
     def _start(self, opened: ExitStack) -> None:
         environ = {**os.environ, **self._environment, HISTORY_ENV: str(self.state.events)}  # an agent's, for its ranks
@@ -121,7 +132,7 @@ class Supervisor:
         endpoints = self.options.etcd
         if not endpoints:
             self.etcd = EtcdServer(self.state.etcd_data, sockets=run_dir(self.state.path))
-            opened.callback(self.etcd.stop)
+            opened.callback(self._stop_etcd)
             self.etcd.start()
             endpoints = (self.etcd.url,)
         self._store = self.address(endpoints).connect()
@@ -129,10 +140,8 @@ class Supervisor:
         self.config, self.ranks = write_config(self._store, self.config, self.options, say)
         opened.callback(self._stop_roles)
         for name in STOP_GRACE_S:
-            role = self._role(name, endpoints)
-            self._roles.append(role)
-            role.start(time.monotonic())
-            self._emit("role_started", role)
+            self._roles.add(self._role(name, endpoints))
+        self._roles.start_due()
         self.state.publish(self.address(endpoints))
         guard = StoreGuard(self._store, self.keys.config, lambda replaced: self._on_replaced(replaced, endpoints))
         opened.callback(guard.close)
@@ -171,35 +180,29 @@ class Supervisor:
                 )
 
     def tick(self) -> None:
-        """Check every process once; returns within POLL_S, or at once when one dies."""
-        poller = select.poll()
-        for role in self._roles:
-            if role.pidfd >= 0:
-                poller.register(role.pidfd, select.POLLIN)
-        dead = {fd for fd, _ in poller.poll(int(POLL_S * 1000))}
-        now = time.monotonic()
-        for role in self._roles:
-            if role.pidfd in dead:
-                self._on_role_exit(role, now)
-            if role.start_at is not None and now >= role.start_at:
-                if self._store is not None:
-                    role.environment[STORE_SEEN] = self._store.seen
-                role.start(now)
-                self._emit("role_started", role)
-        if self._zygote is not None:
-            self._zygote.tend()
-        if self.etcd is not None and not self.etcd.alive and now >= self._etcd_retry_at:
-            self._restart_etcd(self.etcd, now)
+        """Check every process once; returns within a quarter of a second, or at once when one dies.
 
-    def _restart_etcd(self, etcd: EtcdServer, now: float) -> None:
+        What cannot be done, for want of a descriptor, memory or a disk, is tried again, and holds up nothing else.
+        """
+        if not self._attempts.run(self._roles.turn, "roles"):
+            self._pause.wait(PAUSE_S)
+        if self._zygote is not None:
+            self._attempts.run(self._zygote.tend, "zygote")
+        if self.etcd is not None and not self.etcd.alive:
+            self._attempts.run(self._restart_etcd, "start of etcd")
+        self._attempts.run(self._limit_logs, "rotation of logs")
+
+    def _limit_logs(self) -> None:
+        logs = [role.log_path for role in self._roles] + ([self.etcd.log_path] if self.etcd is not None else [])
+        for path in dict.fromkeys(logs):
+            rotation.empty(path, self.options.limit)
+
+    def _restart_etcd(self) -> None:
         """Serving goes on without etcd, so a failed start is only retried later."""
         self._events.emit("etcd_died", cluster=self.config.cluster)
         log.warning("etcd_died")
-        try:
-            etcd.restart()
-        except ElasticError as error:
-            self._etcd_retry_at = now + ETCD_RETRY_S
-            log.error("etcd_start_failed", error=str(error))
+        if self.etcd is not None:
+            self.etcd.restart()
 
     def _on_replaced(self, replaced: StoreReplaced, endpoints: tuple[str, ...]) -> None:
         """The store lost data. Roles refuse it by themselves; this reports it in the log and to client commands."""
@@ -208,13 +211,19 @@ class Supervisor:
         trouble = f"{replaced}: {replaced.hint}"
         self.state.publish(msgspec.structs.replace(self.address(endpoints), trouble=trouble))
 
-    def _on_role_exit(self, role: RoleProcess, now: float) -> None:
-        pid = role.process.pid if role.process else 0
-        reason = role.on_exit(now, self._oom_kills)
+    def _on_role_died(self, role: RoleProcess, pid: int, reason: str) -> None:
         log.warning("role_died", name=role.name, pid=pid, reason=reason)
         self._events.emit("role_died", cluster=self.config.cluster, name=role.name, pid=pid, reason=reason)
         if self._store is not None:
             revoke_leases(self._store, self.keys.prefix, pid, self.node)
+
+    def _on_role_start(self, role: RoleProcess) -> None:
+        if self._store is not None:
+            role.environment[STORE_SEEN] = self._store.seen
+
+    def _on_role_started(self, role: RoleProcess) -> None:
+        pid = role.process.pid if role.process else 0
+        self._events.emit("role_started", cluster=self.config.cluster, name=role.name, pid=pid)
 
     # -- details ---------------------------------------------------------------------------------------------------
 
@@ -237,6 +246,7 @@ class Supervisor:
         command = name.removesuffix("-standby")
         arguments = [command, "--etcd", ",".join(endpoints), "--cluster", self.config.cluster]
         arguments += ["--state-dir", str(self.state.path), *self.options.credentials().as_flags()]
+        arguments += ["--log-max-mb", str(self.options.log_max_mb), "--log-keep", str(self.options.log_keep)]
         if name != "gateway":
             arguments += ["--node", self.node]
         elif self.options.max_connections is not None:
@@ -269,10 +279,6 @@ class Supervisor:
         except (httpx.HTTPError, ValueError):  # ValueError: it is not our gateway that answers there
             return False, "the gateway to answer"
 
-    def _emit(self, kind: str, role: RoleProcess) -> None:
-        pid = role.process.pid if role.process else 0
-        self._events.emit(kind, cluster=self.config.cluster, name=role.name, pid=pid)
-
 
 def run_serve(options: ServeOptions) -> None:
     """Serve until SIGTERM or Ctrl-C; print on stderr what is awaited and the addresses."""
@@ -280,7 +286,7 @@ def run_serve(options: ServeOptions) -> None:
     chaos_mode.check(options.chaos)
     run_in_short_turns()  # etcd and all roles inherit it, as they do the limit of open files
     most_connections(descriptors.raise_limit(), options.max_connections)  # what a gateway would refuse is refused now
-    with StopSignal() as stop, Supervisor(options) as supervisor:
+    with StopSignal() as stop, Supervisor(options, stop.hurry) as supervisor:
         where, name = supervisor.address(()), supervisor.config.served_model_name
         if options.chaos:
             say(chaos_mode.WARNING.format(supervisor.state.failpoints))
@@ -294,6 +300,4 @@ def run_serve(options: ServeOptions) -> None:
 
 def say(line: str) -> None:
     """A line for the person at the terminal, if there still is one; stdout stays for data."""
-    with suppress(OSError):
-        sys.stderr.write(line + "\n")
-        sys.stderr.flush()
+    write_line(sys.stderr, line)

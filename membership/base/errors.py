@@ -99,6 +99,10 @@ class RankFailed(RankError):
     """The rank is alive and answered with an error; the message carries its traceback."""
 
 
+class NoResources(RankError):
+    """The machine had no process, memory or descriptor to be had. Nothing was started; the rank is not to blame."""
+
+
 class PeerTimeout(RankError, WaitTimeout):
     """A rank neither answered nor died nor was masked before the deadline; the message names it."""
 

@@ -2,6 +2,11 @@
 
 Metrics, the live view and the checker read this. A line is one `write` to a file opened for appending, so lines of
 several processes never mix. Readers skip a line that was cut short (full disk, crash) and read on after it.
+
+A file that has grown to its limit becomes `NAME.1`, the one before it `NAME.2`, and so on (`rotation.py`). Writers hold
+a shared lock while they write, and the one that renames holds it alone: nothing is written to a file that has a
+successor. So a reader that has come to the end of such a file has all of it, and goes on in the next. Files are known
+apart by their beginning, which holds a time stamp: the number of an inode is soon given out again.
 """
 
 from __future__ import annotations
@@ -9,15 +14,21 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 import structlog
 
+from membership.base.rotation import MAX_FILES, Limit, appending, kept, open_to_read, succeed
+
 FOLLOW_POLL_S = 0.1
 CHUNK = 1 << 16
+BEGINNING = 96  # bytes: more than a time stamp, less than any event
+LOST = "events_lost"
 
 log = structlog.get_logger(__name__)
 
@@ -42,15 +53,27 @@ FilePath = str | os.PathLike[str]
 
 
 class EventLog:
-    """Writes one role's events. A full disk loses events, never the service; `dropped` counts them."""
+    """Writes one role's events. A full disk loses events, never the service; `dropped` counts them.
 
-    def __init__(self, path: FilePath, role: str, cluster: str = "", clock: Callable[[], float] = time.time) -> None:
+    Once there is room again the event `events_lost` says how many they were. `limit`: when the file gets a successor.
+    """
+
+    def __init__(
+        self,
+        path: FilePath,
+        role: str,
+        cluster: str = "",
+        clock: Callable[[], float] = time.time,
+        limit: Limit | None = None,
+    ) -> None:
         self._path = Path(path)
         self._role = role
         self._cluster = cluster
         self._clock = clock
+        self._limit = limit
         self._lock = threading.Lock()
         self._torn = False
+        self._unreported = 0
         self.dropped = 0
 
     def emit(self, kind: str, /, *, cluster: str = "", epoch: int = 0, rank: int | None = None, **fields: Any) -> Event:
@@ -65,25 +88,36 @@ class EventLog:
             fields=fields,
         )
         with self._lock:
-            self._append(_encoder.encode(event) + b"\n")
+            if self._append(event) and self._unreported:
+                lost, self._unreported = self._unreported, 0
+                self._append(
+                    Event(ts=self._clock(), role=self._role, kind=LOST, cluster=event.cluster, fields={"count": lost})
+                )
         return event
 
-    def _append(self, line: bytes) -> None:
+    def _append(self, event: Event) -> bool:
+        line = _encoder.encode(event) + b"\n"
         if self._torn:
             line = b"\n" + line  # end the line that was cut short
         try:
-            # Opened each time: nothing to close, and a file moved away by rotation is released.
-            fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
+            # Opened each time: nothing to close, and a file that has been renamed is released.
+            with appending(self._path) as fd:
                 written = os.write(fd, line)
-            finally:
-                os.close(fd)
+                full = self._limit is not None and os.fstat(fd).st_size >= self._limit.max_bytes
         except OSError as error:
-            self.dropped += 1
+            self._lose()
             log.warning("event_not_written", path=str(self._path), error=str(error), dropped=self.dropped)
-            return
+            return False
         self._torn = written < len(line)
-        self.dropped += self._torn
+        if self._torn:
+            self._lose()
+        if full and self._limit is not None:
+            succeed(self._path, self._limit)
+        return not self._torn
+
+    def _lose(self) -> None:
+        self.dropped += 1
+        self._unreported += 1
 
     @staticmethod
     def read(path: FilePath) -> list[Event]:
@@ -112,25 +146,58 @@ class Tail:
 
     def __init__(self, path: FilePath) -> None:
         self._path = Path(path)
+        self._begins = b""  # how the file that is being read begins; empty before the first
+        self._read: deque[bytes] = deque(maxlen=MAX_FILES)  # how those begin that were read to their end
         self._position = 0
         self._rest = b""
 
     def read(self) -> list[Event] | None:
         """Return the events of the next chunk, perhaps none; None if nothing was written since the last read."""
-        chunk = _chunk(self._path, self._position)
+        try:
+            chunk = self._chunk()
+        except OSError as error:  # no descriptor to be had, or its disk is away: it can be read later
+            log.warning("events_not_read", path=str(self._path), error=str(error))
+            return None
         if not chunk:
             return None
         self._position += len(chunk)
         *lines, self._rest = (self._rest + chunk).split(b"\n")
         return [event for line in lines if (event := _event(line)) is not None]
 
-
-def _chunk(path: Path, position: int) -> bytes:
-    if not path.exists():
+    def _chunk(self) -> bytes:
+        """What comes next: more of the same file; if it has a successor and is at its end, the beginning of that."""
+        with ExitStack() as opened:
+            if self._begins and (current := open_to_read(self._path, opened)) is not None and self._is_mine(current):
+                return current.read(CHUNK)
+            files = [file for file in kept(self._path, opened)]  # the newest first
+            mine = next((number for number, file in enumerate(files) if self._begins and self._is_mine(file)), None)
+            if mine is not None:
+                if chunk := files[mine].read(CHUNK):
+                    return chunk
+                self._read.append(self._begins)
+                files = files[:mine]
+            elif self._begins:
+                log.warning("events_missed", path=str(self._path), reason="their file was removed before it was read")
+            for file in reversed(files):
+                if chunk := self._first_of(file):
+                    return chunk
         return b""
-    with open(path, "rb") as file:
-        file.seek(position)
-        return file.read(CHUNK)
+
+    def _is_mine(self, file: BinaryIO) -> bool:
+        """Whether it is the file that is being read; then it stands where that has come to."""
+        begins = file.read(len(self._begins))
+        file.seek(self._position)
+        return begins == self._begins
+
+    def _first_of(self, file: BinaryIO) -> bytes:
+        """The first chunk of a file that was not read yet."""
+        file.seek(0)
+        chunk = file.read(CHUNK)
+        begins = chunk[:BEGINNING]
+        if not chunk or any(begins.startswith(known) for known in self._read):
+            return b""
+        self._begins, self._position, self._rest = begins, 0, b""
+        return chunk
 
 
 def _event(line: bytes) -> Event | None:

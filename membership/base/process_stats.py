@@ -18,7 +18,10 @@ def is_dying(pid: int) -> bool:
     """
     if pid == 0:
         return False
-    fields = _fields(Path(f"/proc/{pid}/stat"))
+    try:
+        fields = _fields(Path(f"/proc/{pid}/stat"))
+    except OSError:  # no descriptor to be had: nothing is known
+        return False
     return fields is None or fields[_STATE] in ("Z", "X") or bool(int(fields[_FLAGS]) & _PF_EXITING)
 
 
@@ -39,11 +42,11 @@ class Threads:
 
 
 def threads(pid: int) -> Threads | None:
-    """Look at the threads of a process of this host; None if it is gone."""
+    """Look at the threads of a process of this host; None if it is gone, or there is no descriptor to look with."""
     try:
         tasks = [int(name) for name in os.listdir(f"/proc/{pid}/task")]
         seen = {task: _task(pid, task) for task in tasks}
-    except (FileNotFoundError, ProcessLookupError):
+    except OSError:
         return None
     main = seen.pop(pid, None)
     if main is None:

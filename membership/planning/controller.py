@@ -19,6 +19,7 @@ import structlog
 from msgspec.structs import replace
 
 from membership.base import failpoints, loop_watchdog
+from membership.base.attempts import is_shortage
 from membership.base.errors import Fenced, LeaseLost, StoreReplaced, StoreUnavailable, WaitTimeout
 from membership.base.events import EventLog
 from membership.base.timing import LEASE_TTL_S
@@ -110,14 +111,16 @@ def run_controller(
                 times = OwnTimes()
                 while not stop.is_set():
                     Term(store, cluster, node, stop, events, clock, mirror, times).serve()
-        except StoreUnavailable as error:
-            log.warning("store_unavailable", cluster=cluster, error=str(error))
-            stop.wait(PAUSE_S)
         except StoreReplaced as replaced:
             events.emit("store_replaced", cluster=cluster, error=str(replaced))
             log.error("membership_frozen", cluster=cluster, error=str(replaced), hint=replaced.hint)
             while not stop.wait(REMIND_S):
                 log.error("membership_still_frozen", cluster=cluster, error=str(replaced), hint=replaced.hint)
+        except Exception as error:
+            if not isinstance(error, StoreUnavailable) and not is_shortage(error):
+                raise
+            log.warning("store_unavailable", cluster=cluster, error=str(error))
+            stop.wait(PAUSE_S)
 
 
 @dataclass(frozen=True)

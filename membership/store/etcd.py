@@ -31,6 +31,7 @@ from tenacity import (
     wait_random_exponential,
 )
 
+from membership.base.attempts import is_shortage
 from membership.base.errors import ConfigError, LeaseLost, StoreDenied, StoreUnavailable
 from membership.base.timing import STORE_CALL_TIMEOUT_S, STORE_CONNECT_TIMEOUT_S
 from membership.store.credentials import NO_CREDENTIALS, Credentials
@@ -258,7 +259,10 @@ class EtcdStore:
     def _begin_watch(self, client: Any, prefix: str, start_revision: int) -> EtcdWatch:
         stub, metadata = etcdrpc.WatchStub(client.channel), self._session.metadata(client, self._timeout_s)
         where, provenance = self._where, self._provenance
-        return EtcdWatch((stub, metadata), prefix, start_revision, self._timeout_s, where, provenance)
+        try:
+            return EtcdWatch((stub, metadata), prefix, start_revision, self._timeout_s, where, provenance)
+        except Exception as error:
+            raise self._without_resources(error, f"watch of {prefix}") from error
 
     def _next_endpoint(self, turn: int) -> None:
         """Use the next endpoint, unless another thread has switched already; break watches of the old one."""
@@ -329,9 +333,18 @@ class EtcdStore:
             raise ours from error
         except ValueError as error:  # raised by gRPC if the channel was closed meanwhile
             raise StoreUnavailable(f"etcd at {self._where}: {what}: {error}") from error
+        except Exception as error:
+            raise self._without_resources(error, what) from error
         header = answer.header
         self._provenance.observed(header.cluster_id, header.revision, floor if ordered else 0, settled=reads)
         return answer
+
+    def _without_resources(self, error: Exception, what: str) -> Exception:
+        """What this process lacked (a thread, memory, a descriptor) is an outage of the store to its callers."""
+        if not is_shortage(error):
+            return error
+        self._provenance.doubt()
+        return StoreUnavailable(f"etcd at {self._where} cannot be asked: {what}: {error or type(error).__name__}")
 
     def _send(self, method: Callable[[Any], Any], client: Any, request: Any, timeout_s: float) -> Any:
         """Send it, and once more with a new token if etcd has forgotten ours."""

@@ -114,8 +114,8 @@ class EtcdWatch:
         stub, metadata = calls
         self._call = stub.Watch(self._requests(), metadata=HAS_LEADER + metadata)
         self._thread = threading.Thread(target=self._read, name=f"etcd-watch-{prefix}", daemon=True)
-        self._thread.start()
         try:
+            self._thread.start()
             self._confirm(timeout_s)
         except BaseException:
             self.close()
@@ -145,7 +145,7 @@ class EtcdWatch:
     def close(self) -> None:
         self._closed.set()
         self._call.cancel()
-        if threading.current_thread() is not self._thread:
+        if self._thread.ident is not None and threading.current_thread() is not self._thread:
             self._thread.join(JOIN_TIMEOUT_S)
 
     def _confirm(self, timeout_s: float) -> None:
@@ -182,6 +182,9 @@ class EtcdWatch:
             if not self._closed.is_set():
                 self._provenance.doubt()
             self._inbox.put(translated(error, what, self._where))
+        except (OSError, MemoryError) as error:
+            self._provenance.doubt()
+            self._inbox.put(StoreUnavailable(f"etcd at {self._where}: {what}: {error or type(error).__name__}"))
         finally:
             self._inbox.put(StoreUnavailable(f"etcd at {self._where} ended the {what}"))
 

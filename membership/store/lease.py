@@ -111,6 +111,9 @@ class LeaseKeeper:
         except StoreError as error:
             self._lose(error)
             return None
+        except (OSError, MemoryError) as error:
+            log.warning("lease_not_renewed", lease=f"{self.lease:x}", remaining_s=self.remaining_s, error=str(error))
+            pause = RETRY_S
         return max(RETRY_S, min(pause, self.remaining_s)) if self._persistent else min(pause, self.remaining_s)
 
     def _lose(self, error: StoreError) -> None:

@@ -17,17 +17,17 @@ import structlog
 from tenacity import (
     RetryCallState,
     Retrying,
-    retry_if_exception_type,
+    retry_if_exception,
     sleep_using_event,
     stop_when_event_set,
     wait_random_exponential,
 )
 
 from membership.base import failpoints
+from membership.base.attempts import is_shortage
 from membership.base.errors import (
     ElasticError,
     StoreCompacted,
-    StoreError,
     StoreReplaced,
     StoreUnavailable,
     WaitTimeout,
@@ -182,7 +182,7 @@ class Mirror:
         try:
             while not self._stop.is_set():
                 Retrying(
-                    retry=retry_if_exception_type((StoreUnavailable, StoreCompacted)),
+                    retry=retry_if_exception(_passes),
                     wait=wait_random_exponential(multiplier=0.05, max=1.0),
                     stop=stop_when_event_set(self._stop),
                     sleep=sleep_using_event(self._stop),
@@ -224,7 +224,9 @@ class Mirror:
         try:
             while not self._stop.is_set():
                 self._take(watch, self._probe_every_s)
-        except (StoreCompacted, StoreUnavailable) as error:
+        except Exception as error:
+            if not _passes(error):
+                raise
             self._lose(watch, error)
         finally:
             self._lose(watch)
@@ -241,7 +243,7 @@ class Mirror:
         self._answered_at = before
         return batch is not None
 
-    def _lose(self, watch: Watch | None, error: StoreError | None = None) -> None:
+    def _lose(self, watch: Watch | None, error: Exception | None = None) -> None:
         """Note that the watch has ended, and why."""
         if isinstance(error, StoreCompacted):
             self._relist = True
@@ -296,3 +298,8 @@ class Mirror:
             self._failure = error
             self._synced = False
             self._changed.notify_all()
+
+
+def _passes(error: BaseException) -> bool:
+    """Whether to open another watch after it: the store was away, or this process lacked something."""
+    return isinstance(error, StoreUnavailable | StoreCompacted) or is_shortage(error)

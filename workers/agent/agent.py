@@ -22,9 +22,10 @@ import structlog
 from msgspec.structs import replace as changed
 
 from membership.base import failpoints
+from membership.base.attempts import Attempts, is_shortage, pause_s
 from membership.base.endings import OomKills, kills_so_far
 from membership.base.enums import DetectedBy
-from membership.base.errors import ElasticError
+from membership.base.errors import ElasticError, NoResources
 from membership.base.events import EventLog
 from membership.base.rank_id import RankId
 from membership.base.timing import ATTACH_TIMEOUT_S, RETIRE_TIMEOUT_S
@@ -110,6 +111,9 @@ class Agent:
         self._ranks: dict[RankId, LocalRank] = {}
         self._heartbeats: dict[RankId, Heartbeat] = {}
         self._next_check = 0.0  # of the heartbeats
+        self._attempts = Attempts("agent", clock=self._clock)
+        self._start_failures = 0  # in a row, for want of something
+        self._start_at = 0.0  # when ranks may be started again after that
         self._publish_heartbeats_at = 0.0
         self._buried: set[RankId] = set()
         policy = policy_of(config)
@@ -137,9 +141,10 @@ class Agent:
     def run(self, stop: threading.Event) -> None:
         """Do what is assigned until asked to stop."""
         while not stop.is_set():
-            self.turn()
+            if not self._attempts.run(self.turn):
+                stop.wait(TICK_S)
 
-    def leave(self, grace_s: float) -> None:
+    def leave(self, grace_s: float, hurry: threading.Event) -> None:
         """Ask other nodes to take over the ranks, and work until that is done: at most `grace_s`, not if none can."""
         if not grace_s:
             return
@@ -148,7 +153,11 @@ class Agent:
         ranks = sorted(rank for rank, _ in self._ranks)
         self._emit_of_node("agent_leaving", ranks=ranks)
         deadline = time.monotonic() + grace_s
-        while time.monotonic() < deadline and decide.relief(self._mirror.state(), self.me, self._ranks):
+        while (
+            not hurry.is_set()
+            and time.monotonic() < deadline
+            and decide.relief(self._mirror.state(), self.me, self._ranks)
+        ):
             self.turn()
 
     def turn(self, timeout_s: float = TICK_S) -> None:
@@ -162,10 +171,10 @@ class Agent:
         self._act(decide.decide(state, self.me, self._ranks, self._buried, now))
         self._spares.tend(state, now)
 
-    def close(self) -> None:
-        """End the ranks, then give up the leases."""
+    def close(self, hurry: threading.Event | None = None) -> None:
+        """End the ranks, by SIGKILL once `hurry` is set; then give up the leases."""
         self._unsubscribe()
-        self._executor.shutdown()
+        self._executor.shutdown((hurry or threading.Event()).is_set)
         self._registrar.close()
 
     def _post(self, work: Callable[..., None], *args: Any) -> None:
@@ -191,7 +200,8 @@ class Agent:
 
     def _act(self, effects: list[Effect]) -> None:
         limit_s = self._config.launch_deadline_s
-        self._spawn([e.key for e in effects if isinstance(e, Spawn)])
+        if self._clock() >= self._start_at:
+            self._spawn([e.key for e in effects if isinstance(e, Spawn)])
         for effect in effects:
             if isinstance(effect, Retire):
                 self._retire(effect)
@@ -224,10 +234,20 @@ class Agent:
     def _fork(self, keys: list[RankId]) -> None:
         try:
             self._executor.start(keys, self._config.launch_deadline_s, partial(self._post, self._started))
-        except OSError as error:  # no process, descriptor or memory to be had: others must go on
+        except Exception as error:
+            if not is_shortage(error):
+                raise
             for key in keys:
-                self._emit("rank_died", key, detected_by=DetectedBy.START, reason=str(error))
-                self._bury(key, f"cannot be started: {error}")
+                self._postpone(key, str(error))
+
+    def _postpone(self, key: RankId, reason: str) -> None:
+        """No process, descriptor or memory to be had for a rank: it is no death of its slot, and tried again later."""
+        self._start_failures += 1
+        self._start_at = self._clock() + pause_s(self._start_failures)
+        self._emit("rank_start_postponed", key, reason=reason)
+        log.warning("rank_start_postponed", rank=key.rank, error=reason)
+        del self._ranks[key]
+        self._registrar.withdraw(key)
 
     def _retire(self, effect: Retire) -> None:
         key = effect.key
@@ -274,10 +294,13 @@ class Agent:
         if isinstance(outcome, ElasticError):
             if rank is not None and rank.phase is Phase.ENDING:
                 self._ended(key)
+            elif rank is not None and isinstance(outcome, NoResources):
+                self._postpone(key, str(outcome))
             elif rank is not None:
                 self._emit("rank_died", key, detected_by=DetectedBy.START, reason=str(outcome))
                 self._bury(key, str(outcome))
             return
+        self._start_failures = 0
         self._pids[outcome.child.pid] = key
         if rank is None or rank.phase is Phase.ENDING:
             self._end(key, kill=True)
@@ -430,10 +453,19 @@ class Agent:
 
 
 def run_agent(
-    store: Store, cluster: str, node: str, stop: threading.Event, events: EventLog, options: AgentOptions | None = None
+    store: Store,
+    cluster: str,
+    node: str,
+    stop: threading.Event,
+    events: EventLog,
+    options: AgentOptions | None = None,
+    hurry: threading.Event | None = None,
 ) -> None:
-    """Be the agent of `node` until `stop` is set, then until other nodes have its ranks' work (`drain_grace_s`)."""
-    options = options or AgentOptions()
+    """Be the agent of `node` until `stop` is set, then until other nodes have its ranks' work (`drain_grace_s`).
+
+    Once `hurry` is set, it waits for nothing more, and ends its ranks at once.
+    """
+    options, hurry = options or AgentOptions(), hurry or threading.Event()
     with Mirror(store, cluster) as mirror:
         config = wait_for_config(mirror, stop)
         if config is None:
@@ -442,9 +474,9 @@ def run_agent(
         agent = Agent(store, mirror, config, node, events, options)
         try:
             agent.run(stop)
-            agent.leave(options.drain_grace_s)
+            agent.leave(options.drain_grace_s, hurry)
         finally:
-            agent.close()
+            agent.close(hurry)
 
 
 def _ms(seconds: float) -> float:

@@ -11,6 +11,7 @@ import queue
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -21,8 +22,9 @@ import cloudpickle
 import structlog
 
 from membership.base import failpoints
+from membership.base.attempts import Attempts, is_shortage
 from membership.base.enums import DetectedBy
-from membership.base.errors import ElasticError, QueueClosed, RankDied, RankError
+from membership.base.errors import ElasticError, NoResources, QueueClosed, RankDied, RankError
 from membership.base.rank_id import ProcessId, RankId, SpareId
 from membership.store.records import ClusterConfig
 from workers.agent.forkserver import Serving
@@ -40,6 +42,7 @@ from workers.queue.message_queue import MessageQueue
 
 COLLECT_S = 0.1
 SEND_TIMEOUT_S = 2.0
+LOOK_S = 0.05  # between two looks at whether the ladder is to be left out
 LADDER_S = (2.0, 1.0, 5.0)  # max wait after each rung: closed pipe, SIGTERM, SIGKILL
 STOP_TIMEOUT_S = 10.0
 
@@ -82,6 +85,8 @@ class MultiprocExecutor:
         self._going: set[ProcessId] = set()
         self._starting: dict[ProcessId, UnreadyWorkerProcHandle] = {}
         self._jobs: set[threading.Thread] = set()
+        self._unstarted: deque[threading.Thread] = deque()
+        self._attempts = Attempts("executor")
         self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._host_lock = HostLock.create()
@@ -110,7 +115,7 @@ class MultiprocExecutor:
                     self.weights.handle(),
                 )  # fmt: skip
                 unready.append(WorkerProcParent.make_worker_process(launch, self._forkserver, self._host_lock))
-        except OSError:
+        except BaseException:
             for made in unready:
                 made.close()
             raise
@@ -129,6 +134,11 @@ class MultiprocExecutor:
             except ElasticError as error:
                 handle.close()
                 outcome = error
+            except Exception as error:
+                if not is_shortage(error):
+                    raise
+                handle.close()
+                outcome = NoResources(f"{handle.key}: {error}")
             with self._lock:
                 self._starting.pop(handle.key, None)
             on_started(handle.key, outcome)
@@ -144,7 +154,16 @@ class MultiprocExecutor:
             raise
         with self._lock:
             self.workers[worker.key] = worker
-        worker.watcher = DeathWatcher(worker.liveness, lambda source: self._post(partial(self._bury, worker, source)))
+        bury = lambda source: self._post(partial(self._bury, worker, source))  # noqa: E731
+        try:
+            worker.watcher = DeathWatcher(worker.liveness, bury)
+        except BaseException:
+            with self._lock:
+                del self.workers[worker.key]
+            self.rpc_broadcast_mq.drop_reader(worker.reader)
+            send_signal(worker.child, signal.SIGKILL)
+            worker.close()
+            raise
         return worker
 
     def adopt(self, spare: SpareId, key: RankId, timeout_s: float, on_adopted: OnStarted) -> None:
@@ -219,10 +238,11 @@ class MultiprocExecutor:
     def _collect(self) -> None:
         while not self._stopping.is_set():
             self._doorbell.wait(self._anything, COLLECT_S)
+            self._attempts.run(self._start_jobs, "start of a thread")
             while not self._posted.empty():
-                self._posted.get_nowait()()
+                self._attempts.once(self._posted.get_nowait(), "posted")
             for worker in list(self.workers.values()):
-                self._read_replies(worker)
+                self._attempts.run(partial(self._read_replies, worker), f"replies of {worker.key}")
             self._calls.expire(time.monotonic())
 
     def _anything(self) -> bool:
@@ -274,21 +294,25 @@ class MultiprocExecutor:
         with self._lock:
             living = [key for key in keys if key not in self.workers or not self.workers[key].has_died()]
             self._going |= set(living)
-        self._job(f"retire-{len(living)}-ranks", partial(self._climb_down, living, on_ended, kill))
+        self._job(f"retire-{len(living)}-ranks", partial(self._climb_down, living, on_ended, lambda: kill))
 
-    def _climb_down(self, keys: list[ProcessId], on_ended: Callable[[ProcessId], None], kill: bool = False) -> None:
+    def _climb_down(
+        self, keys: list[ProcessId], on_ended: Callable[[ProcessId], None], kill: Callable[[], bool]
+    ) -> None:
+        """`kill`: whether to go to the last rung; asked again and again."""
         for key in keys:
             if (unready := self._starting.get(key)) is not None:
                 unready.abandon()  # the waiter on its ready pipe sees its end
         left = [self.workers[key] for key in keys if key in self.workers]
         gone = [worker.key for worker in left]
         for number, grace_s in zip((0, signal.SIGTERM, signal.SIGKILL), LADDER_S, strict=True):
-            if kill and number != signal.SIGKILL:
+            if kill() and number != signal.SIGKILL:
                 continue
             for worker in left:
                 worker.close_death_pipe() if number == 0 else send_signal(worker.child, number)
             deadline = time.monotonic() + grace_s
-            left = [w for w in left if not w.ended(max(0.0, deadline - time.monotonic()))]
+            while left and time.monotonic() < deadline and (number == signal.SIGKILL or not kill()):
+                left = [w for w in left if not w.ended(LOOK_S if w is left[0] else 0.0)]
         for worker in left:
             log.error("rank_does_not_end", rank=worker.key.slot, pid=worker.child.pid)
         for key in gone:
@@ -319,16 +343,29 @@ class MultiprocExecutor:
             finally:
                 self._jobs.discard(threading.current_thread())
 
-        thread = threading.Thread(target=run, name=name, daemon=True)
-        self._jobs.add(thread)
-        thread.start()
+        with self._lock:
+            self._unstarted.append(threading.Thread(target=run, name=name, daemon=True))
+        self._attempts.run(self._start_jobs, "start of a thread")
 
-    def shutdown(self) -> None:
-        """End all ranks by the ladder, then everything else."""
+    def _start_jobs(self) -> None:
+        """Start the threads of all jobs. What cannot be started now is started by the collector."""
+        with self._lock:
+            while self._unstarted:
+                thread = self._unstarted[0]
+                self._jobs.add(thread)
+                try:
+                    thread.start()
+                except RuntimeError:
+                    self._jobs.discard(thread)
+                    raise
+                self._unstarted.popleft()
+
+    def shutdown(self, hurry: Callable[[], bool] = lambda: False) -> None:
+        """End all ranks by the ladder, by SIGKILL once `hurry`; then everything else."""
         with self._lock:
             keys = [*self.workers, *self._starting]
             self._going |= set(keys)
-        self._climb_down(keys, lambda key: None)
+        self._climb_down(keys, lambda key: None, hurry)
         self._forkserver.close()
         for thread in list(self._jobs):
             thread.join(timeout=STOP_TIMEOUT_S)

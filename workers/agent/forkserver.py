@@ -14,6 +14,7 @@ This file is the server's side; `workers/agent/forkserver_client.py` is its owne
 from __future__ import annotations
 
 import ctypes
+import errno
 import gc
 import importlib
 import os
@@ -74,6 +75,13 @@ class Forked(msgspec.Struct, frozen=True, tag=True):
     pid: int
 
 
+class NotForked(msgspec.Struct, frozen=True, tag=True):
+    """Server to owner: there is no process, since the machine had none, or no memory or descriptor, to be had."""
+
+    request: int
+    error: str
+
+
 class Exited(msgspec.Struct, frozen=True, tag=True):
     """Server to owner: a child ended; `status` as subprocess.Popen.returncode (negative: the signal)."""
 
@@ -82,7 +90,7 @@ class Exited(msgspec.Struct, frozen=True, tag=True):
 
 
 ToServer = Serve | Fork
-ToOwner = Serving | Forked | Exited
+ToOwner = Serving | Forked | NotForked | Exited
 
 
 def die_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
@@ -153,12 +161,17 @@ class Server:
                     return self._end_children()
 
     def _serve_owner(self) -> bool:
-        data, fds, _, _ = socket.recv_fds(self.link, MAX_MESSAGE, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+        data, fds, flags, _ = socket.recv_fds(self.link, MAX_MESSAGE, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
         if not data:
             return False
         request = msgspec.msgpack.decode(data, type=ToServer)
         if isinstance(request, Fork):
-            self._fork(request, fds)
+            try:
+                if flags & socket.MSG_CTRUNC:
+                    raise OSError(errno.EMFILE, "no room for its descriptors")
+                self._fork(request, fds)
+            except OSError as error:  # the children that there are must live on
+                self._send(NotForked(request.request, f"cannot fork: {error.strerror}"), [])
         for fd in fds:
             os.close(fd)  # only the child keeps them: a copy here, or in the next child, would hide an end of file
         return True
@@ -169,7 +182,12 @@ class Server:
         if pid == 0:
             self._close_inherited()
             run_child(request, fds, parent)
-        pidfd = os.pidfd_open(pid)
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise
         self.children[pidfd] = pid
         if request.outlives:
             self.others.add(pidfd)

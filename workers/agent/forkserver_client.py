@@ -19,13 +19,17 @@ from dataclasses import dataclass
 from typing import IO
 
 import msgspec
+import structlog
 
-from membership.base.errors import RankError, WaitTimeout
-from workers.agent.forkserver import MAX_FDS, MAX_MESSAGE, Exited, Fork, Forked, Serve, Serving, ToOwner
+from membership.base.attempts import pause_s
+from membership.base.errors import NoResources, RankError, WaitTimeout
+from workers.agent.forkserver import MAX_FDS, MAX_MESSAGE, Exited, Fork, Forked, NotForked, Serve, Serving, ToOwner
 
 STOP_TIMEOUT_S = 5.0
 ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 FORKSERVER_FD = "ELASTIC_FORKSERVER_FD"
+log = structlog.get_logger(__name__)
+
 PROGRAM = "from workers.agent.forkserver import main; main()"
 
 
@@ -56,6 +60,7 @@ class ForkServer:
         self._pending: dict[int, Future[Child]] = {}
         self._requests = 0
         self._refusal = ""
+        self._closed = threading.Event()
         self.process: subprocess.Popen[bytes] | None = None  # None if it came with this process
         if inherited := os.environ.pop(FORKSERVER_FD, ""):
             self._link = socket.socket(fileno=int(inherited))
@@ -98,8 +103,13 @@ class ForkServer:
                 answer.set_exception(RankError(f"fork request of {len(message)} bytes, {len(fds)} descriptors refused"))
             else:
                 self._pending[self._requests] = answer
-                with suppress(BrokenPipeError, ConnectionError):  # then the listener fails it
+                try:
                     socket.send_fds(self._link, [message], list(fds))
+                except (BrokenPipeError, ConnectionError):
+                    return answer  # the listener fails it
+                except OSError as error:
+                    del self._pending[self._requests]
+                    answer.set_exception(NoResources(f"cannot ask for a process: {error.strerror}"))
         return answer
 
     def kill(self) -> None:
@@ -112,6 +122,7 @@ class ForkServer:
 
     def close(self) -> None:
         """Stop the server; its children, if any are left, see their death pipes close and then SIGKILL."""
+        self._closed.set()
         with suppress(OSError):
             self._link.shutdown(socket.SHUT_WR)  # it answers with its own end, which ends the listener
         if self.process is not None:
@@ -132,16 +143,25 @@ class ForkServer:
         self.close()
 
     def _listen(self) -> None:
+        failures = 0
         while True:
             try:
                 data, fds, _, _ = socket.recv_fds(self._link, MAX_MESSAGE, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
             except ConnectionResetError:
                 continue  # it closed with a request of ours unread; what it said before that is still to come
+            except (OSError, MemoryError) as error:  # no memory for the message: it waits in the socket
+                failures += 1
+                log.warning("forkserver_not_read", error=str(error))
+                self._closed.wait(pause_s(failures))
+                continue
+            failures = 0
             if not data:
                 return self._refuse("the forkserver is gone")
             message = msgspec.msgpack.decode(data, type=ToOwner)
             if isinstance(message, Forked):
-                self._forked(message, fds[0])
+                self._forked(message, fds[0] if fds else -1)
+            elif isinstance(message, NotForked):
+                self._fail(message.request, message.error)
             elif isinstance(message, Exited):
                 self._on_exit(message.pid, message.status)
             else:
@@ -153,10 +173,19 @@ class ForkServer:
     def _forked(self, message: Forked, pidfd: int) -> None:
         with self._lock:
             answer = self._pending.pop(message.request)
-        if answer.set_running_or_notify_cancel():
+        if not answer.set_running_or_notify_cancel():
+            if pidfd >= 0:
+                os.close(pidfd)
+        elif pidfd >= 0:
             answer.set_result(Child(message.pid, pidfd))
-        else:
-            os.close(pidfd)
+        else:  # the process ends when its caller closes the death pipe
+            answer.set_exception(NoResources("no descriptor to be had for the new process"))
+
+    def _fail(self, request: int, error: str) -> None:
+        with self._lock:
+            answer = self._pending.pop(request)
+        if answer.set_running_or_notify_cancel():
+            answer.set_exception(NoResources(error))
 
     def _refuse(self, reason: str) -> None:
         with self._lock:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import structlog
 
 from membership.base import failpoints
+from membership.base.attempts import Attempts
 from membership.base.errors import LeaseLost, StoreError, StoreReplaced, StoreUnavailable, WaitTimeout
 from membership.base.rank_id import RankId
 from membership.store.codec import encode
@@ -62,6 +63,7 @@ class Registrar:
         self._dirty = False
         self._closing = False
         self._reachable = True
+        self._attempts = Attempts("registrar", clock=clock)
         self._thread = threading.Thread(target=self._run, name="registrar", daemon=True)
         if background:
             self._thread.start()
@@ -143,11 +145,14 @@ class Registrar:
                 if self._closing:
                     return
             try:
-                reached = self.turn()
+                done = self._attempts.run(self.turn)
             except StoreReplaced as replaced:  # the ranks run on
                 log.error("records_frozen", error=str(replaced), hint=replaced.hint)
                 return
-            if not reached:
+            if not done:
+                with self._changed:
+                    self._dirty = True
+            if not done or not self._reachable:
                 with self._changed:
                     self._changed.wait_for(lambda: self._closing, RETRY_S)
 

@@ -17,6 +17,7 @@ from itertools import count
 
 import structlog
 
+from membership.base.attempts import is_shortage
 from membership.base.errors import ElasticError
 from membership.base.rank_id import ProcessId, RankId, SpareId
 from membership.base.timing import SPARE_ADOPT_TIMEOUT_S
@@ -96,7 +97,9 @@ class Spares:
         self._spares[key] = _Spare(now)
         try:
             self._executor.start([key], self._config.launch_deadline_s, partial(self._post, self._started))
-        except OSError as error:  # no process, descriptor or memory to be had
+        except Exception as error:
+            if not is_shortage(error):
+                raise
             self.lost(key, f"cannot be started: {error}")
 
     def take(self, key: RankId, adopted: Adopted) -> bool:

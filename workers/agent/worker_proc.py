@@ -17,7 +17,7 @@ from contextlib import ExitStack, suppress
 
 import msgspec
 
-from membership.base.errors import RankDied, RankError, WaitTimeout
+from membership.base.errors import NoResources, RankDied, RankError, WaitTimeout
 from membership.base.rank_id import ProcessId
 from workers.agent.forkserver_client import ForkServer
 from workers.agent.handles import UnreadyWorkerProcHandle, WorkerProcHandle
@@ -37,11 +37,15 @@ class WorkerProcParent:
     @staticmethod
     def make_worker_process(launch: Launch, forkserver: ForkServer, host_lock: int) -> UnreadyWorkerProcHandle:
         """Ask for a rank; returns at once, so that many start at the same time."""
-        ready_reader, ready_writer = os.pipe()
-        death_reader, death_writer = os.pipe()
-        forked = forkserver.fork(RANK_MAIN, pickle.dumps(launch), [ready_writer, death_reader, host_lock])
-        os.close(ready_writer)
-        os.close(death_reader)
+        with ExitStack() as theirs, ExitStack() as ours:
+            ready_reader, ready_writer = os.pipe()
+            theirs.callback(os.close, ready_writer)
+            ours.callback(os.close, ready_reader)
+            death_reader, death_writer = os.pipe()
+            theirs.callback(os.close, death_reader)
+            ours.callback(os.close, death_writer)
+            forked = forkserver.fork(RANK_MAIN, pickle.dumps(launch), [ready_writer, death_reader, host_lock])
+            ours.pop_all()
         return UnreadyWorkerProcHandle(launch.key, death_writer, forked, ready_reader)
 
     @staticmethod
@@ -99,10 +103,12 @@ class WorkerProcParent:
 def _ready_from(handle: UnreadyWorkerProcHandle) -> Ready | RankError:
     data = os.read(handle.ready_reader, MAX_READY_BYTES)
     if not data:
-        reason = "ended before it was ready"
+        error: BaseException | None = None
         with suppress(TimeoutError, CancelledError):
-            reason = str(handle.forked.exception(timeout=REFUSAL_TIMEOUT_S) or reason)
-        return RankDied(f"{handle.key}: {reason}")
+            error = handle.forked.exception(timeout=REFUSAL_TIMEOUT_S)
+        if isinstance(error, NoResources):
+            return error
+        return RankDied(f"{handle.key}: {error or 'ended before it was ready'}")
     ready = msgspec.msgpack.decode(data, type=Ready)
     if ready.status != READY_STR:
         return RankError(f"{handle.key} could not start: {ready.error}")

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import msgspec
 import structlog
 
 from membership.base.errors import RankError
+from membership.base.logs import open_log
 from membership.base.timing import FORKSERVER_FORK_S, FORKSERVER_IMPORTS_S
 from workers.agent.forkserver_client import Child, ForkServer, environment
 
@@ -50,7 +52,7 @@ class Zygote:
 
     def _start(self) -> ForkServer:
         self._serving = threading.Event()
-        with self._log_path.open("ab") as out:  # where the ranks' words go
+        with open_log(self._log_path) as out:  # where the ranks' words go
             return ForkServer(
                 self._preload, on_exit=lambda pid, status: None, on_serving=lambda _: self._serving.set(),
                 environ=self._environ, output=out, name="zygote",
@@ -61,10 +63,13 @@ class Zygote:
         if not self._server.alive:
             self._server.close()
             self._server = self._start()
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         target, environ = "workers.agent.forkserver:serve_link", msgspec.json.encode(environment(self._environ))
-        with theirs, self._log_path.open("ab") as out:
-            forked = self._server.fork(target, environ, [theirs.fileno(), out.fileno()], outlives=True)
+        with ExitStack() as undo, open_log(self._log_path) as out:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            undo.callback(ours.close)
+            with theirs:
+                forked = self._server.fork(target, environ, [theirs.fileno(), out.fileno()], outlives=True)
+            undo.pop_all()
         forked.add_done_callback(_let_go)
         within_s = FORKSERVER_FORK_S if self._serving.is_set() else FORKSERVER_IMPORTS_S
         self._forked, self._due = forked, self._clock() + within_s
@@ -80,7 +85,10 @@ class Zygote:
             self._due = math.inf
 
     def close(self) -> None:
-        """End it; the forkservers that it made end with their owners."""
+        """End it, and what is left of the forkservers that it made and their ranks: their agents are gone by now."""
+        process = self._server.process
+        if process is not None and process.poll() is None:  # its process group is its own
+            os.killpg(process.pid, signal.SIGKILL)
         self._server.close()
 
 

@@ -20,6 +20,7 @@ import msgspec
 import structlog
 
 from membership.base import failpoints
+from membership.base.attempts import Attempts
 from membership.base.enums import DetectedBy
 from membership.base.errors import ElasticError, QueueClosed, WaitTimeout
 from membership.base.process_stats import threads
@@ -136,6 +137,7 @@ class Fleet:
         self._deaths: deque[tuple[RankId, DetectedBy, float]] = deque()
         self._wake = threading.Event()
         self._stop = threading.Event()
+        self._attempts = Attempts("fleet joiner")
         self._joiner = threading.Thread(target=self._run_joiner, name="fleet-joiner", daemon=True)
         if parts is None:
             self._joiner.start()
@@ -349,7 +351,7 @@ class Fleet:
         while not self._stop.is_set():
             self._wake.wait(timeout=RETRY_S if self._wanted else 60.0)
             self._wake.clear()
-            self.join_wanted()
+            self._attempts.run(self.join_wanted)
 
     def join_wanted(self) -> None:
         """Join the wanted ranks that can be joined now, and close the dropped ones."""

@@ -14,13 +14,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 import structlog
 
+from membership.base.attempts import Attempts
 from membership.base.errors import ConfigError, ElasticError, QueueClosed, QueueError, WaitTimeout
 from membership.base.run_dir import default_run_dir, entered, make_run_dir, new_socket, sweep
 from workers.ipc.peer import Peer
@@ -28,6 +29,7 @@ from workers.ipc.peer import Peer
 MAX_MESSAGE = 64 * 1024
 MAX_FDS = 16
 JOIN_TIMEOUT_S = 5.0
+ACCEPT_PAUSE_S = 0.01
 REFUSALS_EVERY_S = 60.0  # those in between are only counted
 _READ = select.EPOLLIN | select.EPOLLRDHUP
 log = structlog.get_logger("handover")
@@ -148,6 +150,7 @@ class Handover:
         self._resources: dict[str, Handler] = {}
         self._closed = False
         self._refused, self._refusals_from = 0, 0.0  # since the last warning; when the next one is due
+        self._attempts = Attempts("handover")
         self._thread = threading.Thread(target=self._run, name="handover", daemon=True)
         self._thread.start()
 
@@ -214,7 +217,11 @@ class Handover:
             link.close()
             raise HandoverRefused(f"{resource}: {answer.error}")
         link.reply = answer.reply
-        self._watch(link)
+        try:
+            self._watch(link)
+        except OSError:
+            link.close()
+            raise
         return link
 
     def close(self) -> None:
@@ -247,22 +254,20 @@ class Handover:
         while not self._closed:
             for fd, _ in self._epoll.poll(60.0):
                 if fd == self._listener.fileno():
-                    self._accept()
+                    if not self._attempts.run(self._accept, "accept"):
+                        time.sleep(ACCEPT_PAUSE_S)  # do not spin on the pending connection; links are served on
                 elif fd != self._stop:
                     self._serve_link(fd)
 
     def _accept(self) -> None:
-        try:
-            sock, _ = self._listener.accept()
-        except OSError as error:
-            log.warning("link_not_accepted", error=str(error))
-            time.sleep(0.01)  # out of descriptors: do not spin on the pending connection
-            return
-        link = Link(self, sock, self._first_message, None)
-        if refusal := link.peer.refusal():
-            sock.close()
-            return self._note_refusal(refusal)
-        self._watch(link)
+        sock, _ = self._listener.accept()
+        with ExitStack() as undo:
+            undo.callback(sock.close)
+            link = Link(self, sock, self._first_message, None)
+            if refusal := link.peer.refusal():
+                return self._note_refusal(refusal)
+            self._watch(link)
+            undo.pop_all()
 
     def _note_refusal(self, reason: str) -> None:
         self._refused += 1
@@ -325,8 +330,8 @@ class Handover:
             if self._closed:
                 link._sock.close()
                 raise QueueClosed("this process's handover is closed")
-            self._links[link.fileno()] = link
             self._epoll.register(link.fileno(), _READ)
+            self._links[link.fileno()] = link
 
     def _shut(self, link: Link) -> None:
         """End it now; the listener thread, which may be reading from it, closes the descriptor."""

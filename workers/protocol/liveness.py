@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable
 from typing import Self
 
+from membership.base.attempts import Attempts
 from membership.base.enums import DetectedBy
 from workers.ipc.futex import MUTEX_BYTES, RobustMutex
 from workers.ipc.shared_memory import Segment
@@ -101,6 +102,7 @@ class DeathWatcher:
         self._page = page
         self._on_death = on_death
         self._stopping = threading.Event()
+        self._attempts = Attempts("death watcher")
         try:
             self._pidfd = os.pidfd_open(page.pid)
         except ProcessLookupError:  # dead already: reported at once
@@ -118,8 +120,11 @@ class DeathWatcher:
             self._pidfd = -1
 
     def _watch(self) -> None:
+        found: list[DetectedBy | None] = []
         while not self._stopping.is_set():
-            source = self._look()
+            if not self._attempts.run(lambda: found.append(self._look())):
+                self._stopping.wait(SLICE_S)
+            source = found.pop() if found else None
             if source is not None and not self._stopping.is_set():
                 self._on_death(source)
                 return

@@ -6,11 +6,13 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import msgspec
 import zmq
 
+from membership.base.attempts import Attempts
 from membership.base.errors import WaitTimeout
 from workers.queue.writer import STOP_TIMEOUT_S
 
@@ -50,6 +52,7 @@ class SocketThread:
         self._actions: dict[Any, Callable[[], None]] = {}
         self._calls: deque[Callable[[], object]] = deque()
         self.stopping = False
+        self._attempts = Attempts(name)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self, turn: Callable[[], None], sockets: dict[zmq.Socket[Any], Callable[[], None]]) -> None:
@@ -86,10 +89,10 @@ class SocketThread:
                     if ready == self._wake:
                         os.eventfd_read(self._wake)
                     else:
-                        _until_again(self._actions[ready])
+                        self._attempts.run(partial(_until_again, self._actions[ready]), "receive")
                 while self._calls:
-                    self._calls.popleft()()
-                self._turn()
+                    self._attempts.once(self._calls.popleft(), "call")
+                self._attempts.run(self._turn)
         finally:
             self.context.destroy()
 

@@ -184,20 +184,28 @@ def test_a_rank_that_cannot_start_backs_off(scene: Scene) -> None:
         assert second.not_before - second.at > first.not_before - first.at - 0.06
 
 
-def test_a_host_without_room_for_another_process_keeps_the_ranks_it_has(
+def test_a_host_without_room_for_another_process_keeps_the_ranks_it_has_and_tries_again(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """However often it is refused: that is no death of the slot, which would be set aside for it."""
+    refused: list[int] = []
+
     def refuse(*_: object) -> None:
+        refused.append(1)
         raise OSError(24, "Too many open files")
 
+    monkeypatch.setattr("membership.base.attempts.ATTEMPT_PAUSE_S", 0.01)
     with agent(scene):
         scene.assign(A)
         scene.until_registered(A)
-        monkeypatch.setattr("workers.agent.executor.WorkerProcParent.make_worker_process", refuse)
-        scene.assign(A, B)
-        state = scene.until(lambda s: 1 in s.exits, "the failure published")
-        assert "Too many open files" in state.exits[1].reason
-        assert state.ranks.keys() == {A}
+        with monkeypatch.context() as patch:
+            patch.setattr("workers.agent.executor.WorkerProcParent.make_worker_process", refuse)
+            scene.assign(A, B)
+            eventually(lambda: len(refused) >= 4, 20.0, "four refusals")
+            assert "Too many open files" in str(scene.events("rank_start_postponed")[0].fields["reason"])
+            assert scene.state().ranks.keys() == {A}
+        state = scene.until_registered(A, B)
+        assert state.exits == {}
 
 
 def test_ranks_join_each_new_engine(scene: Scene, steps: MessageQueue) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from elastic.demo.model import shipped_demo_model
 from elastic.serve.cluster_config import cluster_config
 from elastic.serve.options import ServeOptions
+from elastic.serve.roles import Roles
 from elastic.serve.supervisor import Supervisor
 from membership.base.errors import ConfigError, PlanRefused, StoreUnavailable
 from workers.model.content import small_files
@@ -64,19 +66,35 @@ class DeadEtcd:
 
     alive = False
     restarts = 0
+    log_path = Path("/nonexistent/etcd.log")
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
 
     def restart(self) -> None:
         self.restarts += 1
         if self.restarts < 3:
-            raise StoreUnavailable("not healthy")
+            raise self.error
         self.alive = True
 
 
-def test_an_etcd_that_does_not_start_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("elastic.serve.supervisor.ETCD_RETRY_S", 0.0)
-    monkeypatch.setattr("elastic.serve.supervisor.POLL_S", 0.001)
+@pytest.mark.parametrize(
+    "error",
+    [
+        StoreUnavailable("not healthy"),
+        OSError(errno.EMFILE, "Too many open files"),
+        OSError(errno.ENOENT, "its log's directory is gone"),
+        RuntimeError("can't start new thread"),
+        MemoryError(),
+    ],
+)
+def test_an_etcd_that_does_not_start_is_tried_again(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("membership.base.attempts.ATTEMPT_PAUSE_S", 0.0)
+    monkeypatch.setattr(Roles, "turn", lambda roles: None)  # there are none to wait for
     supervisor = Supervisor(replace(OPTIONS, state_dir=tmp_path))
-    etcd = DeadEtcd()
+    etcd = DeadEtcd(error)
     supervisor.etcd = etcd  # type: ignore[assignment]
     for _ in range(5):
         supervisor.tick()
