@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import BinaryIO
 import structlog
 
 MAX_FILES = 100
-TRIES = 200  # a rename takes less than so many attempts
+RENAME_S = 0.1  # a rename takes less, unless its process is stopped in the middle of it
 MEGABYTE = 1 << 20
 
 log = structlog.get_logger(__name__)
@@ -47,14 +48,16 @@ def appending(path: Path) -> Iterator[int]:
     without locks does without.
     """
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-    for left in reversed(range(TRIES)):
+    until = time.monotonic() + RENAME_S
+    while True:
         fd = os.open(path, flags, 0o600)
         try:
-            if (_shared(fd) and _is(path, fd)) or not left:
+            if (_shared(fd) and _is(path, fd)) or time.monotonic() > until:
                 yield fd
                 return
         finally:
             os.close(fd)
+        time.sleep(0.0005)  # a lock can be waited for, but not with a deadline
 
 
 def _shared(fd: int) -> bool:

@@ -96,7 +96,6 @@ def supervisor(folder: Path) -> Iterator[Scene]:
     roles = Roles(
         Attempts("supervisor"), on_start=ignore, on_started=lambda role: started.append(role.name), on_died=ignore
     )
-    roles.open()
     killed, other = (
         RoleProcess(name, [name], folder / "logs" / f"{name}.log", stable_s=0.0) for name in ("killed", "other")
     )
@@ -126,7 +125,6 @@ def supervisor(folder: Path) -> Iterator[Scene]:
         stop.set()
         thread.join(T)
         roles.stop((), {}, threading.Event())
-        roles.close()
         role_process.ENTRY = entry
 
 
