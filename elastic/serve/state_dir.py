@@ -74,10 +74,11 @@ def _private_part(given: Path) -> Path:
         info = given.stat()
     except OSError:
         return given
-    ours = info.st_uid == os.geteuid() and not info.st_mode & stat.S_IWOTH
-    if ours or not stat.S_ISDIR(info.st_mode) or (os.geteuid() == 0 and (given / "cluster.json").exists()):
-        return given  # root may look at anybody's cluster
-    return given / f"elastic-ep-{os.geteuid()}"
+    if not stat.S_ISDIR(info.st_mode):
+        return given
+    theirs = os.geteuid() == 0 and (given / "cluster.json").exists()  # root may look at another user's cluster
+    private = info.st_uid == os.geteuid() or theirs
+    return given if private and not info.st_mode & stat.S_IWOTH else given / f"elastic-ep-{os.geteuid()}"
 
 
 def _why(error: OSError) -> str:
@@ -184,7 +185,9 @@ class StateDir:
         """Read `cluster.json`; ConfigError if no cluster is being served from here, or it cannot be read."""
         file = self.path / "cluster.json"
         try:
-            return msgspec.json.decode(file.read_bytes(), type=ClusterAddress)
+            with file.open("rb") as opened:
+                self._require_trusted(opened.fileno(), file)
+                return msgspec.json.decode(opened.read(), type=ClusterAddress)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise ConfigError(
                 f"{file} is damaged: {error}", hint="start `elastic serve` again, or reach the cluster by --admin"
@@ -198,3 +201,10 @@ class StateDir:
                 f"no cluster is being served from {self.path}",
                 hint="start one with `elastic serve MODEL --state-dir DIR`, or name another with --state-dir",
             ) from None
+
+    def _require_trusted(self, fd: int, file: Path) -> None:
+        """ConfigError if another user wrote it: they would choose whom we ask, and see our token."""
+        writer = os.fstat(fd).st_uid
+        looking = os.geteuid() == 0 and not self._own_name and writer == self.path.stat().st_uid
+        if writer != os.geteuid() and not looking:
+            raise ConfigError(f"{file} was written by user {writer}", hint="choose another --state-dir, one of yours")

@@ -153,6 +153,38 @@ def test_root_sees_the_cluster_of_another_user(volume: Path) -> None:
 
 
 @NEEDS_ROOT
+@pytest.mark.parametrize("where", [".", "elastic-ep-0", f"elastic-ep-{UID}"])
+def test_an_address_that_another_user_wrote_is_not_believed(volume: Path, where: str) -> None:
+    """Not in a directory that all may write to, whoever asks."""
+    shared = volume / "shared"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    lure = f"""
+folder = Path({str(shared)!r}) / {where!r}
+folder.mkdir(exist_ok=True)
+(folder / "cluster.json").write_text('{{"cluster": "lure"}}')
+"""
+    assert run_as(12345, lure, "from pathlib import Path").returncode == 0
+    with pytest.raises(ConfigError, match=r"no cluster is being served|was written by user 12345"):
+        StateDir(shared).address()
+    ask = f"print(StateDir(Path({str(shared)!r})).address())"
+    assert "ConfigError" in run_as(UID, ask, IMPORTS).stderr
+    if where != "elastic-ep-0":
+        assert claimed(shared) == shared / "elastic-ep-0"
+    assert stat.S_IMODE(shared.stat().st_mode) == 0o1777
+
+
+@NEEDS_ROOT
+def test_root_serves_no_cluster_in_another_users_directory(volume: Path) -> None:
+    theirs = volume / "theirs"
+    theirs.mkdir()
+    os.chown(theirs, UID, UID)
+    (theirs / "cluster.json").write_text("{}")
+    with pytest.raises(ConfigError, match=f"belongs to user {UID}"):
+        claimed(theirs)
+
+
+@NEEDS_ROOT
 def test_a_read_only_file_system_is_named(volume: Path) -> None:
     with mounted_read_only(volume), pytest.raises(ConfigError, match="Read-only file system"):
         claimed(volume / "s")

@@ -16,12 +16,14 @@ from elastic.cli.command import command
 from elastic.cli.flags import seconds, size
 from elastic.cli.main import app, wanted
 from elastic.cli.render import console, event_line, plan_view
+from elastic.serve.options import StoreOptions
 from elastic.serve.role_process import leases_of, restart_delay_s
 from elastic.serve.state_dir import ClusterAddress, StateDir
 from membership.base.errors import ConfigError
 from membership.base.events import Event
 from membership.operations.dry_run import Plan
 from membership.store.codec import encode
+from membership.store.credentials import NO_CREDENTIALS, Credentials
 from membership.store.in_memory import MemoryStore
 from membership.store.records import AgentRecord
 
@@ -181,3 +183,12 @@ def test_an_event_in_one_line() -> None:
     assert "rank_masked" in line
     assert "rank=2" in line
     assert "source=robust futex" in line
+
+
+def test_what_is_not_given_of_credentials_is_as_the_cluster_knows_it() -> None:
+    known = Credentials(ca="/ca", user="u", password_file="/word")
+    assert StoreOptions().credentials() == NO_CREDENTIALS
+    assert StoreOptions().credentials(known) == known
+    given = StoreOptions(etcd_ca=Path("mine"), etcd_user="me").credentials(known)
+    assert given == Credentials(ca=str(Path.cwd() / "mine"), user="me", password_file="/word")
+    assert given.as_flags() == [f"--etcd-ca={Path.cwd()}/mine", "--etcd-user=me", "--etcd-password-file=/word"]
