@@ -5,6 +5,7 @@ Pure: everything comes from the records that the decisions themselves are made f
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from operator import attrgetter
 
@@ -44,7 +45,7 @@ def explain(state: ClusterState, now: float, subject: str | None = None, store: 
     if subject is not None and subject in state.operations:
         return (explain_operation(state, now, state.operations[subject]),)
     if subject is not None:
-        rank = int(subject) if subject.isdecimal() else -1
+        rank = int(subject) if re.fullmatch("[0-9]{1,9}", subject) else -1  # Python reads no number of 5000 digits
         if rank in status.drained and rank not in ranks:
             return (_drained(state, now, rank),)
         if rank not in ranks:

@@ -28,7 +28,7 @@ from elastic.cli.client import AdminClient
 from elastic.cli.command import command
 from elastic.cli.connection import AdminConnection
 from elastic.cli.flags import Output, OutputFlag, interruptible, write_json
-from elastic.serve.options import option
+from elastic.serve.options import http_url, option
 from elastic.serve.state_dir import StateDir
 from membership.base.errors import ConfigError, PlanRefused
 
@@ -169,7 +169,7 @@ def _roles(text: str) -> tuple[str, ...]:
 @contextmanager
 def _target(url: str, connection: AdminConnection) -> Iterator[Target]:
     """The deployment at `url`, through its state directory if it is on this machine, else through its admin API."""
-    url = url.rstrip("/")
+    url = http_url(url, "--target").rstrip("/")
     if connection.state_dir is not None:
         cluster = Cluster(StateDir(connection.state_dir))
         if cluster.url.rstrip("/") != url:

@@ -16,7 +16,7 @@ from elastic.cli.connection import Connection
 from elastic.cli.flags import Output, OutputFlag, interruptible, show, write_json
 from elastic.serve.options import Option, option
 from membership.base.errors import PlanRefused
-from membership.base.timing import OPERATION_TIMEOUT_S
+from membership.base.timing import LONGEST_TIMEOUT_S, OPERATION_TIMEOUT_S, SHORTEST_TIMEOUT_S
 from membership.operations import change as changes
 from membership.operations.change import Change, describe_change
 from membership.store.records import Operation, Phase
@@ -28,8 +28,9 @@ PLAN_HELP = "Dry run: only show what would change. Exit status: 0 nothing, 2 som
 TIMEOUT_HELP = "Roll back if not committed within this time."
 WAIT_MARGIN_S = 30.0  # how much longer to wait for an operation than its own timeout
 PlanFlag = Annotated[bool, typer.Option("--plan", help=PLAN_HELP)]
-TtlFlag = Annotated[float, Option(help="The pause ends by itself after this time.")]
-StepTimeoutFlag = Annotated[float, Option(help="Roll a step back if it is not committed within this time.")]
+LIMITS = {"minimum": SHORTEST_TIMEOUT_S, "maximum": LONGEST_TIMEOUT_S}
+TtlFlag = Annotated[float, Option(help="The pause ends by itself after this time.", **LIMITS)]
+StepTimeoutFlag = Annotated[float, Option(help="Roll a step back if it is not committed within this time.", **LIMITS)]
 RanksArgument = Annotated[list[int], typer.Argument(metavar="RANK...", help="Rank slots.")]
 OpIdArgument = Annotated[str, typer.Argument(metavar="ID", help="Operation id.")]
 
@@ -50,14 +51,14 @@ class ChangeOptions:
 class TimedChange(ChangeOptions):
     """What scale and undrain take."""
 
-    timeout_s: float = option(OPERATION_TIMEOUT_S, TIMEOUT_HELP)
+    timeout_s: float = option(OPERATION_TIMEOUT_S, TIMEOUT_HELP, **LIMITS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DrainChange(ChangeOptions):
     """What drain takes."""
 
-    timeout_s: float = option(90.0, TIMEOUT_HELP, names=("--deadline",))
+    timeout_s: float = option(90.0, TIMEOUT_HELP, names=("--deadline",), **LIMITS)
 
 
 @command

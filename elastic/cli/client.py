@@ -16,6 +16,7 @@ import msgspec
 
 from elastic.explain import Explanation, explain
 from elastic.http_errors import from_http
+from elastic.serve.options import admin_token, http_url
 from elastic.status import cluster_status
 from membership.base.enums import OperationKind
 from membership.base.errors import ConfigError, ElasticError, NoAnswer, WaitTimeout
@@ -114,12 +115,11 @@ class AdminClient:
     """Talks to a gateway's admin port with a bearer token."""
 
     def __init__(self, url: str, token: str, timeout_s: float = 10.0) -> None:
-        headers = {"Authorization": f"Bearer {token}"}
-        transport = (
-            httpx.HTTPTransport()
-        )  # it heeds the environment's certificates, and no proxy: nothing reads the token
+        headers = {"Authorization": f"Bearer {admin_token(token)}"}
+        # It heeds the environment's certificates, and no proxy: nothing reads the token.
+        transport = httpx.HTTPTransport()
         self._http = httpx.Client(
-            base_url=url, headers=headers, timeout=timeout_s, transport=transport, trust_env=False
+            base_url=http_url(url, "--admin"), headers=headers, timeout=timeout_s, transport=transport, trust_env=False
         )
 
     def close(self) -> None:

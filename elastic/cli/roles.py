@@ -10,7 +10,7 @@ import typer
 
 from elastic.cli.command import command
 from elastic.serve.listening import inherited_listeners
-from elastic.serve.options import AgentOptions, GatewayOptions, RoleOptions, StoreOptions
+from elastic.serve.options import AgentOptions, GatewayOptions, RoleOptions, StoreOptions, admin_token
 from elastic.serve.role_main import role
 from elastic.serve.state_dir import ClusterAddress, StateDir, home
 from membership.base.errors import ConfigError
@@ -74,7 +74,7 @@ def gateway(options: GatewayOptions) -> None:
     settings = GatewaySettings(
         name=options.name or f"{socket.gethostname()}-{os.getpid()}",
         state_dir=state.path,
-        admin_token=os.environ.get("ELASTIC_ADMIN_TOKEN", ""),
+        admin_token=admin_token(os.environ.get("ELASTIC_ADMIN_TOKEN", "")),
         host=options.host,
         port=options.port,
         admin_host=options.admin_host,

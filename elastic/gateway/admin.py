@@ -8,10 +8,11 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from fastapi import FastAPI, Request, Response
+from fastapi import Path as InPath
 from msgspec.structs import asdict
 from pydantic import Field
 
@@ -24,6 +25,7 @@ from membership.base import failpoints
 from membership.base.errors import ConfigError, ElasticError, OperationConflict, RequestError, WaitTimeout
 from membership.base.events import FOLLOW_POLL_S, Tail
 from membership.base.failpoint_catalogue import POINTS
+from membership.base.timing import LONGEST_TIMEOUT_S, SHORTEST_TIMEOUT_S
 from membership.operations.change import Change, drain, scale, undrain
 from membership.operations.dry_run import plan_change
 from membership.operations.operations import cancel, propose
@@ -38,35 +40,37 @@ S = TypeVar("S", bound=Shape)
 T = TypeVar("T")
 MAX_BODY_BYTES = 64 * 1024
 BLANK_EVERY_S = 1.0
-MAX_TIMEOUT_S = 86_400.0
 MAX_RANKS = 1_000_000  # of a request's field; the planner decides what the cluster allows
+MAX_EPOCH = 2**63 - 1
+Rank = Annotated[int, Field(ge=-MAX_RANKS, le=MAX_RANKS)]
+Timeout = Annotated[float, Field(ge=SHORTEST_TIMEOUT_S, le=LONGEST_TIMEOUT_S)]
 
 
 class ChangeRequest(Shape):
     """What every change takes. `plan`: only say what would change."""
 
     op_id: str | None = Field(default=None, min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._-]+$")
-    if_epoch: int | None = Field(default=None, ge=0)
-    timeout_s: float = Field(default=300.0, gt=0, le=MAX_TIMEOUT_S)
+    if_epoch: int | None = Field(default=None, ge=0, le=MAX_EPOCH)
+    timeout_s: Timeout = 300.0
     plan: bool = False
 
 
 class ScaleRequest(ChangeRequest):
     """POST /admin/v1/scale."""
 
-    ranks: int = Field(ge=-MAX_RANKS, le=MAX_RANKS)
+    ranks: Rank
 
 
 class SlotsRequest(ChangeRequest):
     """POST /admin/v1/drain and undrain."""
 
-    ranks: list[int] = Field(min_length=1, max_length=1024)
+    ranks: list[Rank] = Field(min_length=1, max_length=1024)
 
 
 class PauseRequest(Shape):
     """POST /admin/v1/pause."""
 
-    ttl_s: float = Field(gt=0, le=MAX_TIMEOUT_S)
+    ttl_s: Timeout
     by: str = Field(default="admin API", max_length=128)
     reason: str = Field(default="", max_length=512)
 
@@ -93,8 +97,8 @@ class FailpointsRequest(Shape):
 class VllmScaleRequest(Shape):
     """POST /scale_elastic_ep, as vLLM has it."""
 
-    new_data_parallel_size: int = Field(ge=-MAX_RANKS, le=MAX_RANKS)
-    drain_timeout: float = Field(default=300.0, gt=0, le=MAX_TIMEOUT_S)
+    new_data_parallel_size: Rank
+    drain_timeout: Timeout = 300.0
 
 
 @dataclass(frozen=True)
@@ -210,7 +214,7 @@ def _add_maintenance(app: FastAPI, admin: Admin) -> None:
         return json_response({"resumed": await admin.call(resume)})
 
     @app.post("/admin/v1/ranks/{rank}/unquarantine")
-    async def end_quarantine(rank: int) -> Response:
+    async def end_quarantine(rank: Annotated[int, InPath(ge=0, le=MAX_RANKS)]) -> Response:
         return json_response(asdict(await admin.call(unquarantine, rank)))
 
 

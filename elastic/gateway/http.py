@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import msgspec
 import structlog
 from fastapi import Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
@@ -27,10 +29,20 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 
+class Route(APIRoute):
+    """Where GET is answered, HEAD is too."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        if self.methods is not None and "GET" in self.methods:
+            self.methods.add("HEAD")
+
+
 def new_app(title: str, *checks: Callable[[Request], None]) -> FastAPI:
     """An application without generated pages that answers errors in OpenAI's shape. `checks` run before each route."""
     guards = [Depends(check) for check in checks]
     app = FastAPI(title=title, docs_url=None, redoc_url=None, openapi_url=None, dependencies=guards)
+    app.router.route_class = Route
 
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> Response:
@@ -40,6 +52,12 @@ def new_app(title: str, *checks: Callable[[Request], None]) -> FastAPI:
     async def no_route(request: Request, error: HTTPException) -> Response:
         found = RequestError(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code)
         return error_response(found, dict(error.headers or {}))
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        name = str(first["loc"][-1])
+        return error_response(RequestError(f"{name}: {first['msg']}", param=name, code="invalid_value"))
 
     @app.exception_handler(ClientDisconnect)
     async def client_gone(request: Request, error: ClientDisconnect) -> Response:

@@ -94,8 +94,13 @@ class CompletionRenderer(Renderer):
             "text_offset": [entry.offset for entry in entries],
             "token_logprobs": [entry.logprobs.logprob for entry in entries],
             "tokens": [self._name(entry.token) for entry in entries],
-            "top_logprobs": [{self._name(t): value for t, value in reversed(e.logprobs.top)} for e in entries],
+            "top_logprobs": [self._top(entry) for entry in entries],
         }
+
+    def _top(self, entry: TokenEntry) -> dict[str, float]:
+        """The likeliest tokens by their text and, as OpenAI has it, the chosen one among them."""
+        top = {self._name(token): value for token, value in reversed(entry.logprobs.top)}
+        return top | {self._name(entry.token): entry.logprobs.logprob}
 
 
 class ChatRenderer(Renderer):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+import re
 import secrets
 import socket
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -29,6 +31,7 @@ from membership.store.records import ClusterConfig
 DEFAULTS = {each.name: each.default for each in msgspec.structs.fields(ClusterConfig)}
 DEFAULT_RANKS = 4
 MAX_PORT = 65_535
+LONGEST_S = 315_360_000.0  # ten years: a duration of which nobody means the end
 T = TypeVar("T")
 
 
@@ -88,6 +91,8 @@ class Stated(msgspec.Struct, frozen=True):
                 known = ", ".join(self.choices)
                 raise ConfigError(f"{flag} {value}: there is no such choice", hint=f"choose one of {known}")
             return self.type(value)
+        if self.kind is Kind.DURATION:
+            low, high = low or 0.0, high or LONGEST_S
         if value is None or low is None:
             return value
         if high is not None and not low <= value <= high:
@@ -101,6 +106,29 @@ def option(default: T, help: str, **details: Any) -> T:
     """A dataclass field that is an option; `details` are the other fields of `Option`."""
     described: T = field(default=default, metadata={"option": Option(help=help, **details)})
     return described
+
+
+def admin_token(token: str) -> str:
+    """The token; ConfigError unless a request's header can carry it. An empty one is none."""
+    if not re.fullmatch("[!-~]*", token):
+        raise ConfigError(
+            "the admin token has characters that a header cannot carry",
+            hint="use ASCII letters, digits and -._~+/= for ELASTIC_ADMIN_TOKEN and --admin-token",
+        )
+    return token
+
+
+def http_url(text: str, flag: str) -> str:
+    """The URL; ConfigError naming the flag unless it has http or https, a host, and perhaps a port."""
+    try:
+        parts = urlsplit(text)
+        host = (parts.hostname or "").encode("idna")  # ValueError: it cannot be a name
+        good = parts.scheme in ("http", "https") and bool(host) and parts.port != 0 and not re.search(r"\s", text)
+    except ValueError:
+        good = False
+    if not good:
+        raise ConfigError(f"{flag} {text!r} is not a URL", hint="write it like http://HOST:8001 or http://[::1]:8001")
+    return text
 
 
 def options_of(kind: type[Any]) -> Iterator[Stated]:

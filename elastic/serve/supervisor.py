@@ -22,7 +22,7 @@ from elastic.serve import chaos_mode
 from elastic.serve.cluster_config import cluster_config
 from elastic.serve.etcd_server import EtcdServer
 from elastic.serve.listening import Listeners, listening, most_connections, url_of
-from elastic.serve.options import DEFAULT_RANKS, ServeOptions
+from elastic.serve.options import DEFAULT_RANKS, ServeOptions, admin_token
 from elastic.serve.role_main import STORE_SEEN, StopSignal
 from elastic.serve.role_process import RoleProcess, revoke_leases
 from elastic.serve.roles import Roles
@@ -65,6 +65,7 @@ class Supervisor:
         if not options.etcd and options.credentials() != NO_CREDENTIALS:
             hint = "name that etcd with --etcd, or leave out --etcd-ca, --etcd-cert, --etcd-key and --etcd-user"
             raise ConfigError("there are credentials for an etcd, but no --etcd", hint=hint)
+        admin_token(options.admin_token)
         self.options = options
         self.ranks = options.ranks or DEFAULT_RANKS
         self.state = StateDir(options.state_dir or home() / self.config.cluster)

@@ -68,6 +68,9 @@ TAKEOVER_S = _time(30.0, "Max wait of a new agent for its predecessor's record t
 
 # --- A change of members: launch, preparation of the next view, commit, retirement.
 
+_time = _times("change", "elastic/gateway/admin.py")
+SHORTEST_TIMEOUT_S = _time(1.0, "The shortest timeout that an operation or pause may be given")
+LONGEST_TIMEOUT_S = _time(86_400.0, "The longest one")
 _time = _times("change", "membership/operations/operations.py")
 OPERATION_TIMEOUT_S = _time(300.0, "An operation that is not done by then is rolled back (default of --timeout)")
 _time = _times("change", "membership/store/records.py")

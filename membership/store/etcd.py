@@ -123,7 +123,10 @@ def _require_tls(store: EtcdStore, urls: Sequence[SplitResult], credentials: Cre
 
 
 def _parsed(endpoints: Sequence[str]) -> list[SplitResult]:
-    urls = [urlsplit(e if "://" in e else f"http://{e}") for e in endpoints]
+    try:
+        urls = [urlsplit(e if "://" in e else f"http://{e}") for e in endpoints]
+    except ValueError as error:
+        raise ConfigError(f"bad etcd endpoint: {error}", hint="give URLs such as http://127.0.0.1:2379") from None
     for url in urls:
         if url.username is not None:
             raise ConfigError("an etcd endpoint holds a user's name", hint="give --etcd-user and --etcd-password-file")

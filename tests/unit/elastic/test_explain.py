@@ -49,6 +49,12 @@ def test_one_rank_of_them() -> None:
     assert refused.value.hint == "the ranks are: 0, 1, 2, 3; elastic ops ls"
 
 
+@pytest.mark.parametrize("subject", ["9" * 5000, "\u0663", "\u00b2", "-1", "03x", ""])
+def test_what_cannot_be_a_rank(subject: str) -> None:
+    with pytest.raises(ConfigError, match="there is no rank or operation"):
+        explain(healthy(), NOW, subject)
+
+
 def test_lost_experts_a_missing_engine_and_no_agent_are_explained() -> None:
     cluster = of(replace(without(healthy(), 0, 2), engine=None, agents={}), "cluster")
     published = " | ".join(cluster.because)

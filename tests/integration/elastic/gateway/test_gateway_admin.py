@@ -166,7 +166,7 @@ def test_drain_cancel_and_pause(gateway: RunningGateway, cluster: GatewayCluster
     assert not client.resume()
     for path, body, words in (
         ("drain", {"ranks": []}, "at least 1"), ("drain", {}, "ranks is required"),
-        ("undrain", {"ranks": [0, "x"]}, "valid integer"), ("pause", {"ttl_s": 0}, "greater than 0"),
+        ("undrain", {"ranks": [0, "x"]}, "valid integer"), ("pause", {"ttl_s": 0}, "greater than or equal to 1"),
     ):  # fmt: skip
         answer = admin(gateway, "POST", f"/admin/v1/{path}", json=body)
         assert (answer.status_code, words in answer.json()["error"]["message"]) == (400, True), answer.text
