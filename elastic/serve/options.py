@@ -31,7 +31,7 @@ from membership.store.records import ClusterConfig
 DEFAULTS = {each.name: each.default for each in msgspec.structs.fields(ClusterConfig)}
 DEFAULT_RANKS = 4
 MAX_PORT = 65_535
-LONGEST_S = 315_360_000.0  # ten years: a duration of which nobody means the end
+LONGEST_S = 315_360_000.0  # ten years, which is as good as for ever
 T = TypeVar("T")
 
 
