@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import msgspec
@@ -33,6 +33,7 @@ from membership.store.keys import Keys, state_from
 from membership.store.records import ClusterState, Operation, Pause, RankExit, View
 
 POLL_S = 0.1
+T = TypeVar("T")
 
 
 class StoreClient:
@@ -132,29 +133,29 @@ class AdminClient:
 
     def view(self) -> View:
         """GET view."""
-        return msgspec.convert(self._call("GET", "view"), View, strict=False)  # JSON has ranks, as keys, as strings
+        return _record(self._call("GET", "view"), View)
 
     def plan(self, change: Change) -> Plan:
         """POST with plan=true: changes nothing."""
-        return msgspec.convert(self._call("POST", change.kind, json={"ranks": _ranks(change), "plan": True}), Plan)
+        return _record(self._call("POST", change.kind, json={"ranks": _ranks(change), "plan": True}), Plan)
 
     def propose(self, change: Change, *, op_id: str | None, if_epoch: int | None, timeout_s: float) -> Operation:
         """POST scale, drain or undrain."""
         asked = {"ranks": _ranks(change), "op_id": op_id, "if_epoch": if_epoch, "timeout_s": timeout_s}
         answer = self._call("POST", change.kind, json={k: v for k, v in asked.items() if v is not None})
-        return msgspec.convert(answer, Operation)
+        return _record(answer, Operation)
 
     def cancel(self, op_id: str, by: str) -> Operation:
         """POST operations/<id>/cancel."""
-        return msgspec.convert(self._call("POST", f"operations/{op_id}/cancel", json={"by": by}), Operation)
+        return _record(self._call("POST", f"operations/{op_id}/cancel", json={"by": by}), Operation)
 
     def operations(self) -> tuple[Operation, ...]:
         """GET operations."""
-        return msgspec.convert(self._call("GET", "operations")["operations"], tuple[Operation, ...])
+        return _record(self._call("GET", "operations")["operations"], tuple[Operation, ...])
 
     def pause(self, ttl_s: float, by: str, reason: str) -> Pause:
         """POST pause."""
-        return msgspec.convert(self._call("POST", "pause", json={"ttl_s": ttl_s, "by": by, "reason": reason}), Pause)
+        return _record(self._call("POST", "pause", json={"ttl_s": ttl_s, "by": by, "reason": reason}), Pause)
 
     def resume(self) -> bool:
         """POST resume."""
@@ -162,24 +163,24 @@ class AdminClient:
 
     def plan_rebalance(self) -> RebalancePlan:
         """POST rebalance with plan=true: changes nothing."""
-        return msgspec.convert(self._call("POST", "rebalance", json={"plan": True}), RebalancePlan, strict=False)
+        return _record(self._call("POST", "rebalance", json={"plan": True}), RebalancePlan)
 
     def rebalance(self, by: str) -> RebalancePlan:
         """POST rebalance."""
-        return msgspec.convert(self._call("POST", "rebalance", json={"by": by}), RebalancePlan, strict=False)
+        return _record(self._call("POST", "rebalance", json={"by": by}), RebalancePlan)
 
     def operation(self, op_id: str) -> Operation:
         """GET one operation."""
-        return msgspec.convert(self._call("GET", f"operations/{op_id}"), Operation)
+        return _record(self._call("GET", f"operations/{op_id}"), Operation)
 
     def explain(self, subject: str | None) -> tuple[Explanation, ...]:
         """GET explain, of one rank, of one operation, or of the cluster and each rank that does not serve."""
         which = {} if subject is None else {"subject": subject}
-        return msgspec.convert(self._call("GET", "explain", params=which), tuple[Explanation, ...])
+        return _record(self._call("GET", "explain", params=which), tuple[Explanation, ...])
 
     def unquarantine(self, rank: int) -> RankExit:
         """POST unquarantine."""
-        return msgspec.convert(self._call("POST", f"ranks/{rank}/unquarantine"), RankExit)
+        return _record(self._call("POST", f"ranks/{rank}/unquarantine"), RankExit)
 
     def failpoints(self) -> dict[str, Any]:
         """GET failpoints: the armed ones, and all known points and actions."""
@@ -222,6 +223,11 @@ Client = StoreClient | AdminClient  # the same methods: what commands need from 
 
 def _ranks(change: Change) -> int | tuple[int, ...]:
     return change.target if change.kind == OperationKind.SCALE else change.ranks
+
+
+def _record(answer: Any, kind: type[T]) -> T:
+    """JSON has numbers, as keys, as strings."""
+    return msgspec.convert(answer, kind, strict=False)
 
 
 def _error_of(answer: httpx.Response) -> ElasticError:

@@ -31,7 +31,7 @@ PRELOAD = (
     "chaos.cli.main", "elastic.cli.main", "elastic.cli.client", "elastic.cli.doctor", "elastic.cli.rollout",
     "elastic.engine.role", "elastic.gateway.app", "elastic.serve.supervisor", "elastic.demo.model",
     "membership.planning.controller", "workers.agent.agent", "chaos.mutants.hunt", "chaos.mutants.catalogue",
-    "chaos.simulation.campaign",
+    "chaos.simulation.campaign", "importlib.readers", "encodings.idna",
 )  # fmt: skip
 PROGRAMS = {"elastic": "elastic.cli.main", "elastic-chaos": "chaos.cli.main"}
 

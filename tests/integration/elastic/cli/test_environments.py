@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ import typer.main
 import chaos.cli.main
 import elastic.cli.main
 from elastic.cli.main import extra_commands
+from tests.support.locales import LATIN_1, latin_1_folder
 from tests.support.warm_cli import Ended, Request, Stdout, WarmCli
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(200)]
@@ -82,7 +82,7 @@ ENVIRONMENTS = {
     "uid-without-passwd-entry": Environment(without=("HOME",), uid=54_321, named=False),
     "another-user": Environment(uid=54_321, cluster_json=b"{}"),
     "ascii": Environment(locale="C", byte="ä".encode()),
-    "latin-1": Environment(locale="de_DE.ISO-8859-1", byte="ä".encode("latin-1")),
+    "latin-1": Environment(locale=LATIN_1, byte="ä".encode("latin-1")),
     "names-not-in-utf-8": Environment(byte=b"\xff"),
     "stdout-closed": Environment(stdout=Stdout.CLOSED),
     "stdout-full": Environment(stdout=Stdout.FULL),
@@ -110,11 +110,7 @@ def commands() -> dict[str, tuple[str, ...]]:
 
 @pytest.fixture(scope="module")
 def latin_1(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with that locale: few machines have it."""
-    folder = tmp_path_factory.mktemp("locales")
-    made = folder / "de_DE.ISO-8859-1"
-    subprocess.run(["localedef", "-i", "de_DE", "-f", "ISO-8859-1", str(made)], check=True, timeout=60)
-    return folder
+    return latin_1_folder(tmp_path_factory.mktemp("locales"))
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +119,7 @@ def clis(latin_1: Path) -> Iterator[dict[str, WarmCli]]:
     environs = {
         "": {},
         "C": {"LC_ALL": "C", "PYTHONUTF8": "0"},
-        "de_DE.ISO-8859-1": {"LC_ALL": "de_DE.ISO-8859-1", "LOCPATH": str(latin_1)},
+        LATIN_1: {"LC_ALL": LATIN_1, "LOCPATH": str(latin_1)},
     }
     made = {name: WarmCli(environ) for name, environ in environs.items()}
     yield made
