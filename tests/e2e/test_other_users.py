@@ -23,6 +23,7 @@ from chaos.faults import kill
 from chaos.target.cluster import ServedCluster
 from chaos.workload.history import compare
 from chaos.workload.streams import Workload
+from membership.base.run_dir import run_dir
 from tests.e2e.conftest import Serve
 from tests.support import stranger
 from tests.support.helpers import eventually
@@ -36,7 +37,7 @@ pytestmark = [
 
 UID = 4321
 RANKS = 2
-ROLES = ("controller", "gateway", "engine", "agent", "etcd")
+ROLES = ("controller", "engine", "agent", "etcd")
 
 
 class Watched:
@@ -127,7 +128,7 @@ def attack(watched: Watched, cluster: ServedCluster) -> None:
     files = [state.path, state.path / "cluster.json", state.events, state.log("gateway"), state.path / "etcd"]
     watched.attack(
         sockets(cluster), pids=[process.pid for process in processes(cluster)], files=[str(file) for file in files],
-        open=[cluster.port, cluster.admin_port], admin=cluster.admin_port,
+        open=[cluster.port, cluster.admin_port], admin=cluster.admin_port, run=str(run_dir(state.path)),
     )  # fmt: skip
 
 
@@ -138,23 +139,29 @@ def new_pid(find: Callable[[], int], old: int) -> bool:
         return False  # none at the moment
 
 
+def die_and_return(watched: Watched, cluster: ServedCluster, role: str) -> None:
+    """What it had is attacked while it is gone, what it has when it is back."""
+    before = role_pid(cluster, role)
+    kill(before)
+    attack(watched, cluster)
+    eventually(lambda: new_pid(lambda: role_pid(cluster, role), before), 60.0, f"another {role}")
+    cluster.wait_serving(RANKS)
+    attack(watched, cluster)
+
+
 def test_another_user_gets_nowhere(serve: Serve, demo_model: Path, place: Path) -> None:
     cluster = serve(demo_model, RANKS, state_dir=place / "state", own_zygote=True)
     cluster.wait_serving(RANKS)
-    token = cluster.state.address().admin_token
+    token, ports = cluster.state.address().admin_token, (cluster.port, cluster.admin_port)
     oracle = fault_free(cluster)
     workload = Workload(cluster.url, cluster.model_name())
     with watching() as watched:
         attack(watched, cluster)
+        die_and_return(watched, cluster, "gateway")  # which its streams do not survive
         workload.start()
         try:
             for role in ROLES:
-                before = role_pid(cluster, role)
-                kill(before)
-                attack(watched, cluster)
-                eventually(lambda role=role, old=before: new_pid(lambda: role_pid(cluster, role), old), 60.0, role)
-                cluster.wait_serving(RANKS)
-                attack(watched, cluster)
+                die_and_return(watched, cluster, role)
             kill(cluster.status()["ranks"][0]["pid"])
             attack(watched, cluster)
             cluster.wait_serving(RANKS)
@@ -162,12 +169,10 @@ def test_another_user_gets_nowhere(serve: Serve, demo_model: Path, place: Path) 
         finally:
             history = workload.stop()
         report = watched.report()
-    free = {f"take port {port}" for port in (cluster.port, cluster.admin_port)}  # while there is no gateway
-    assert set(report["managed"]) - free == set()
-    run = place / "state" / "run"
-    kinds = {name.removeprefix(f"unix {run}/").split("-")[0] for name in report["names"]}
-    assert {"handover", "engine"} <= kinds, report["names"]
-    assert all(name.startswith((f"unix {run}/", "tcp")) for name in report["names"]), report["names"]
+    assert report["managed"] == []
+    run = f"unix {place / 'state' / 'run'}/"
+    listeners = {name.removeprefix(run).split("-")[0] for name in report["names"]}
+    assert listeners == {"handover", "engine", "etcd.sock:0", "etcd"} | {f"tcp {port}" for port in ports}
     assert min(report["tried"][what] for what in ("reach", "take", "remove", "move")) > 1000
     assert min(report["tried"][what] for what in ("signal", "read", "control", "list")) > 50
     assert report["seen"]

@@ -1,10 +1,10 @@
 """Another user of the host, who tries everything: `python stranger.py UID`, as root; it becomes that user at once.
 
 Uses nothing of ours, and no more rights than any user has. Each line on its stdin is a JSON object: `inodes` of the
-sockets that are worth an attack, and the `pids`, `files`, `open` ports and `admin` port of a cluster. It finds the
-listeners among them in /proc/net, and remembers their names: what is free again is taken. After a round it answers with
-a line; then it goes on with the names by itself, until the next one. At the end of its stdin it says what it managed,
-and what it tried.
+sockets that are worth an attack, and the `pids`, `files`, `open` ports, `admin` port and `run` directory of a cluster.
+It finds the listeners among them in /proc/net, and remembers their names: what is free again is taken. After a round it
+answers with a line; then it goes on with the names by itself, until the next one. At the end of its stdin it says what
+it managed, and what it tried.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Stranger:
     files: list[str] = field(default_factory=list)
     open: list[int] = field(default_factory=list)
     admin: int = 0
+    run: str = "/"  # where paths begin that are not absolute
     names: set[tuple[str, str]] = field(default_factory=set)  # of listeners that are or were there: (family, name)
     managed: set[str] = field(default_factory=set)
     tried: Counter[str] = field(default_factory=Counter)
@@ -56,7 +57,8 @@ class Stranger:
             for row in table.read().splitlines()[1:]:
                 _, _, _, flags, _, _, inode, *path = row.split(maxsplit=7)
                 if flags == LISTENING_UNIX and inode in self.inodes and path:
-                    self.names.add(("abstract" if path[0].startswith("@") else "unix", path[0].lstrip("@")))
+                    abstract = path[0].startswith("@")
+                    self.names.add(("abstract", path[0][1:]) if abstract else ("unix", os.path.join(self.run, path[0])))
         for family in LOCAL:
             with open(f"/proc/net/{family}") as table:
                 for row in table.read().splitlines()[1:]:
