@@ -67,9 +67,9 @@ def test_a_prefix_may_end_in_0xff(store: Store, prefix: str) -> None:
     assert [kv.key for kv in store.range(prefix)[1]] == [prefix + "a"]
 
 
-def test_the_empty_prefix_is_everything(store: Store, prefix: str) -> None:
-    store.put(prefix + "a", b"")
-    assert prefix + "a" in [kv.key for kv in store.range("")[1]]
+def test_the_empty_prefix_is_everything(open_store: Store, prefix: str) -> None:
+    open_store.put(prefix + "a", b"")
+    assert prefix + "a" in [kv.key for kv in open_store.range("")[1]]
 
 
 def test_txn_is_one_revision_in_order(store: Store, prefix: str) -> None:

@@ -31,7 +31,7 @@ def gather(watch: Watch, count: int) -> list[WatchEvent]:
 def test_changes_come_in_order_and_only_of_the_prefix(store: Store, prefix: str) -> None:
     watch = store.watch(prefix, 0)
     first = store.put(prefix + "a", b"1")
-    store.put("/other" + prefix, b"")
+    store.put("/test/other" + prefix, b"")
     store.put(prefix + "a", b"2")
     store.delete(prefix + "a")
     put, again, delete = gather(watch, 3)
