@@ -109,22 +109,25 @@ _QWEN = [
     Case("use_sliding_window", _SLIDING, {"sliding_window": 24}),
     Case("sliding_window", {**_SLIDING, "sliding_window": 12}, _SLIDING),
 ]
-_LATENT = [
+_GROUPED = [
     Case("n_routed_experts", {"n_routed_experts": 4}),
     Case("n_shared_experts", {"n_shared_experts": 2}),
     Case("moe_intermediate_size", {"moe_intermediate_size": 32}),
     Case("first_k_dense_replace", {"first_k_dense_replace": 2}),
     Case("first_k_dense_replace", {"first_k_dense_replace": 0}),
+    Case("attention_bias", {"attention_bias": True}),
+    Case("routed_scaling_factor", {"routed_scaling_factor": 1.7}),
+    Case("n_group", {"n_group": 4}),
+    Case("topk_group", {"topk_group": 2}),
+]
+_LATENT = [
+    *_GROUPED,
     Case("kv_lora_rank", {"kv_lora_rank": 16}),
     Case("q_lora_rank", {"q_lora_rank": 32}),
     Case("q_lora_rank", {"q_lora_rank": None}),
     Case("qk_nope_head_dim", {"qk_nope_head_dim": 16}),
     Case("qk_rope_head_dim", {"qk_rope_head_dim": 32}),
     Case("v_head_dim", {"v_head_dim": 32}),
-    Case("attention_bias", {"attention_bias": True}),
-    Case("routed_scaling_factor", {"routed_scaling_factor": 1.7}),
-    Case("n_group", {"n_group": 4}),
-    Case("topk_group", {"topk_group": 2}),
 ]
 _OWN: dict[str, list[Case]] = {
     "mixtral": [
@@ -154,6 +157,23 @@ _OWN: dict[str, list[Case]] = {
         Case("clip_qkv", {"clip_qkv": 0.5}),
         Case("norm_topk_prob", {"norm_topk_prob": True}),
         Case("head_dim", {"head_dim": 8, "num_attention_heads": 8, "num_key_value_heads": 8}),
+    ],
+    "glm4_moe": [
+        *_GROUPED,
+        Case("num_local_experts", {"num_local_experts": 4}),
+        Case("norm_topk_prob", {"norm_topk_prob": False}),
+        Case("head_dim", {"head_dim": 64}),
+        Case("use_qk_norm", {"use_qk_norm": True}),
+        Case("partial_rotary_factor", {"partial_rotary_factor": 1.0}),
+    ],
+    "granitemoe": [
+        Case("num_local_experts", {"num_local_experts": 4}),
+        Case("head_dim", {"head_dim": 32}),
+        Case("attention_bias", {"attention_bias": True}),
+        Case("embedding_multiplier", {"embedding_multiplier": 12.0}),
+        Case("attention_multiplier", {"attention_multiplier": 0.5}),
+        Case("residual_multiplier", {"residual_multiplier": 0.22}),
+        Case("logits_scaling", {"logits_scaling": 8.0}),
     ],
     "deepseek_v2": [
         *_LATENT,
@@ -254,7 +274,8 @@ _REFUSED: dict[str, list[Any]] = {
     "num_key_value_heads": [3, 0],
     "pad_token_id": [96, "1"],
     "rope_theta": [None, 0, "10000"],
-    # Of other families, and of forks
+}
+_FOREIGN: dict[str, list[Any]] = {  # of other families, and of forks
     "attn_logit_softcapping": [30.0],
     "final_logit_softcapping": [30.0],
     "embedding_multiplier": [12.0],
@@ -279,6 +300,10 @@ _REFUSED_OWN: dict[str, dict[str, list[Any]]] = {
     "qwen3_moe": {"head_dim": [None], "decoder_sparse_step": [0], "num_experts": [4],
                   "layer_types": [["sliding_attention"] * 2], "shared_expert_intermediate_size": [64]},
     "olmoe": {"head_dim": [32], "clip_qkv": [0, -1], "sliding_window": [24], "num_local_experts": [4]},
+    "glm4_moe": {"partial_rotary_factor": [0, 1.5, 0.3], "head_dim": [None], "scoring_func": ["softmax"],
+                 "topk_method": ["greedy"], "moe_layer_freq": [2], "n_group": [3, None], "topk_group": [3, None],
+                 "n_shared_experts": [None], "kv_lora_rank": [32]},
+    "granitemoe": {"head_dim": [None], "logits_scaling": [0, None], "norm_topk_prob": [True]},
     "deepseek_v2": {"norm_topk_prob": [True], "scoring_func": ["sigmoid"], "moe_layer_freq": [2],
                     "topk_method": ["noaux_tc", None], "n_group": [3, None], "topk_group": [3, None],
                     "num_key_value_heads": [2], "n_shared_experts": [None, 0], "rope_interleave": [True],
@@ -291,7 +316,8 @@ _REFUSED_OWN: dict[str, dict[str, list[Any]]] = {
 
 def refused(family: str) -> list[tuple[str, Any]]:
     """(key, value): each must be refused by the name of the key."""
-    cases = {**_REFUSED, **_REFUSED_OWN[family]}
+    foreign = {key: values for key, values in _FOREIGN.items() if key not in KEYS[family]}
+    cases = {**_REFUSED, **foreign, **_REFUSED_OWN[family]}
     return [(key, value) for key, values in cases.items() for value in values]
 
 

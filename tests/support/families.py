@@ -25,21 +25,24 @@ def tiny_config(family: str, **changes: Any) -> Any:
         "num_experts_per_tok": 2,
         "initializer_range": 0.15,
     }
-    mla = {
+    grouped = {
         "num_hidden_layers": 3,
-        "num_key_value_heads": 4,
         "first_k_dense_replace": 1,
         "intermediate_size": 96,
         "moe_intermediate_size": 48,
         "n_routed_experts": 8,
         "n_shared_experts": 1,
+        "n_group": 2,
+        "topk_group": 1,
+    }
+    mla = {
+        **grouped,
+        "num_key_value_heads": 4,
         "kv_lora_rank": 32,
         "q_lora_rank": 48,
         "qk_nope_head_dim": 24,
         "qk_rope_head_dim": 16,
         "v_head_dim": 24,
-        "n_group": 2,
-        "topk_group": 1,
     }
     qwen = {"num_experts": 8, "intermediate_size": 96, "moe_intermediate_size": 48, "decoder_sparse_step": 1}
     kinds: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -49,6 +52,10 @@ def tiny_config(family: str, **changes: Any) -> Any:
         "qwen3_moe": (tf.Qwen3MoeConfig, {**qwen, "head_dim": 32, "num_experts_per_tok": 4}),
         "olmoe": (tf.OlmoeConfig, {"intermediate_size": 48, "num_experts": 8, "num_key_value_heads": 4}),
         "deepseek_v2": (tf.DeepseekV2Config, {**mla, "topk_method": "group_limited_greedy"}),
+        "glm4_moe": (tf.Glm4MoeConfig, {**grouped, "head_dim": 32, "num_mtp_layers": 0}),
+        "granitemoe": (tf.GraniteMoeConfig, {"intermediate_size": 48, "num_local_experts": 8, "head_dim": 16,
+                                             "embedding_multiplier": 6.0, "logits_scaling": 2.0,
+                                             "residual_multiplier": 0.6, "attention_multiplier": 0.2}),
         "deepseek_v3": (tf.DeepseekV3Config, {**mla, "num_mtp_layers": 0}),
     }  # fmt: skip
     kind, own = kinds[family]

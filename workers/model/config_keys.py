@@ -72,6 +72,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "a whole number or null": lambda value: value is None or _integer(value, 0),
     "a positive whole number or null": lambda value: value is None or _integer(value, 1),
     "a number": _number,
+    "a positive number": lambda value: _number(value) and value > 0,
     "a positive number or null": lambda value: value is None or (_number(value) and value > 0),
     "a list of layers or null": lambda value: (
         value is None or (isinstance(value, list) and all(_integer(layer, 0) for layer in value))
@@ -183,25 +184,34 @@ _QWEN: Mapping[str, Key] = {
     "use_sliding_window": FLAG,
     "sliding_window": _same("a whole number or null"),  # with use_sliding_window: `_window`
 }
-_LATENT: Mapping[str, Key] = {
+_GROUPED: Mapping[str, Key] = {
     "n_routed_experts": COUNT,
     "n_shared_experts": COUNT,
     "moe_intermediate_size": COUNT,
     "first_k_dense_replace": NATURAL,
     "moe_layer_freq": _fixed(None, 1),
+    "attention_bias": FLAG,
+    "routed_scaling_factor": NUMBER,
+    "n_group": COUNT_OR_NONE,
+    "topk_group": COUNT_OR_NONE,
+    "num_mtp_layers": _EXTRA_LAYERS,
+    "num_nextn_predict_layers": _EXTRA_LAYERS,
+}
+_LATENT: Mapping[str, Key] = {
+    **_GROUPED,
     "kv_lora_rank": COUNT,
     "q_lora_rank": COUNT_OR_NONE,
     "qk_nope_head_dim": COUNT,
     "qk_rope_head_dim": COUNT,
     "v_head_dim": COUNT,
-    "attention_bias": FLAG,
-    "routed_scaling_factor": NUMBER,
-    "n_group": COUNT_OR_NONE,
-    "topk_group": COUNT_OR_NONE,
     "head_dim": _inert("heads are as wide as qk_nope_head_dim and qk_rope_head_dim say"),
     "qk_head_dim": _inert("heads are as wide as qk_nope_head_dim and qk_rope_head_dim say"),
-    "num_mtp_layers": _EXTRA_LAYERS,
-    "num_nextn_predict_layers": _EXTRA_LAYERS,
+}
+_SIGMOID: Mapping[str, Key] = {
+    "num_local_experts": COUNT,
+    "norm_topk_prob": FLAG,
+    "topk_method": _fixed(None, "noaux_tc"),
+    "scoring_func": _fixed(None, "sigmoid"),
 }
 
 KEYS: Mapping[str, Mapping[str, Key]] = {
@@ -219,11 +229,13 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
     "deepseek_v2": {**COMMON, **_LATENT, "num_experts": COUNT, "mlp_bias": FLAG,
                     "topk_method": _one_of("greedy", "group_limited_greedy"),
                     "norm_topk_prob": _fixed(None, False), "scoring_func": _fixed(None, "softmax")},
-    "deepseek_v3": {**COMMON, **_LATENT,
-                    "head_dim": _elsewhere(Effect.FIXED),  # its value: `_heads`
-                    "num_local_experts": COUNT, "norm_topk_prob": FLAG,
-                    "rope_interleave": FLAG,
-                    "topk_method": _fixed(None, "noaux_tc"), "scoring_func": _fixed(None, "sigmoid")},
+    "glm4_moe": {**COMMON, **_GROUPED, **_SIGMOID, "head_dim": COUNT, "use_qk_norm": FLAG,
+                 "partial_rotary_factor": _elsewhere(Effect.SAME)},  # its values: rope_keys.py
+    "granitemoe": {**COMMON, "num_local_experts": COUNT, "head_dim": COUNT, "attention_bias": FLAG,
+                   "embedding_multiplier": NUMBER, "attention_multiplier": NUMBER, "residual_multiplier": NUMBER,
+                   "logits_scaling": _same("a positive number")},
+    "deepseek_v3": {**COMMON, **_LATENT, **_SIGMOID, "rope_interleave": FLAG,
+                    "head_dim": _elsewhere(Effect.FIXED)},  # its value: `_heads`
 }  # fmt: skip
 
 # Two names of one key; transformers takes whichever it reads last.
@@ -234,6 +246,9 @@ ALIASES = (
 )
 # What transformers takes where config.json has no such key, as far as it decides a shape or a rule below.
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "glm4_moe": {"num_key_value_heads": 8, "n_shared_experts": 1, "moe_intermediate_size": 1408,
+                 "intermediate_size": 10944, "n_group": 1, "topk_group": 1},
+    "granitemoe": {},
     "mixtral": {"num_key_value_heads": 8},
     "qwen2_moe": {"num_key_value_heads": 16, "qkv_bias": True, "intermediate_size": 5632, "moe_intermediate_size": 1408,
                   "shared_expert_intermediate_size": 5632, "sliding_window": 4096},
@@ -248,6 +263,8 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
                     "intermediate_size": 18432, "n_group": 8, "topk_group": 4},
 }  # fmt: skip
 CLASSES = {
+    "glm4_moe": "Glm4MoeForCausalLM",
+    "granitemoe": "GraniteMoeForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
@@ -255,6 +272,10 @@ CLASSES = {
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
 }
+
+
+SUMMED_GROUPS = ("deepseek_v3", "glm4_moe")  # groups of experts are chosen by the sum of their two best
+PARTLY_ROTATED = {"glm4_moe": 0.5}  # heads are rotated in part; the part where config.json has no partial_rotary_factor
 
 
 def complete(family: str, config: Config) -> dict[str, Any]:
@@ -270,7 +291,7 @@ def refusals(family: str, config: Config) -> Iterator[str]:
         whole = complete(family, config)
         for rule in (_names, _architecture, _heads, _experts, _window, _groups):
             yield from rule(family, whole)
-        yield from rope_refusals(whole, _rotated(whole))
+        yield from rope_refusals(whole, _rotated(whole), PARTLY_ROTATED.get(family))
 
 
 def _values(family: str, config: Config) -> Iterator[str]:
@@ -360,11 +381,12 @@ def _window(family: str, config: Config) -> Iterator[str]:
 
 def _groups(family: str, config: Config) -> Iterator[str]:
     """Groups of experts (DeepSeek)."""
-    limited = family == "deepseek_v3" or config.get("topk_method") == "group_limited_greedy"
+    summed = family in SUMMED_GROUPS
+    limited = summed or config.get("topk_method") == "group_limited_greedy"
     if "n_group" not in KEYS[family] or not limited:
         return
     experts, groups, chosen = experts_of(config), config.get("n_group"), config.get("topk_group")
-    fewest = 2 if family == "deepseek_v3" else 1  # a group's score is the sum of its two best
+    fewest = 2 if summed else 1  # a group's score is the sum of its two best
     if not groups or experts % groups or experts // groups < fewest:
         yield f"n_group = {groups}: {experts} experts in groups of at least {fewest} are needed"
     elif not chosen or chosen > groups:

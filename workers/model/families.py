@@ -62,6 +62,8 @@ FAMILIES: Mapping[str, MoeLayers] = {
     "olmoe": _every_layer,
     "deepseek_v2": partial(_after_dense_layers, usual=0),
     "deepseek_v3": partial(_after_dense_layers, usual=3),
+    "glm4_moe": partial(_after_dense_layers, usual=1),
+    "granitemoe": _every_layer,
 }
 
 # Models with experts in which some layers are state-space models or linear attention.

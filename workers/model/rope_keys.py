@@ -55,19 +55,35 @@ def longest_as_trained(config: Mapping[str, Any]) -> int | None:
     return int(config.get("original_max_position_embeddings", own))
 
 
-def rope_refusals(config: Mapping[str, Any], width: int | None) -> Iterator[str]:
-    """What of it is not served. `width`: of what is turned, in each head; None: head_dim is not given."""
+def rope_refusals(config: Mapping[str, Any], width: int | None, usual_part: float | None = None) -> Iterator[str]:
+    """What of it is not served. `width`: of what can be turned, in each head; None: head_dim is not given.
+
+    `usual_part`: which part of it is turned unless config.json says another; None: this family turns all of it.
+    """
     parameters = rope_parameters(config)
     kind = parameters.pop("rope_type")
     if kind not in TYPES:
         yield f"rope_type = {kind!r}: one of {', '.join(TYPES)}"
         return
-    needed, optional = TYPES[kind]
-    theta, partial = parameters.pop("rope_theta"), parameters.pop("partial_rotary_factor", None)
+    theta = parameters.pop("rope_theta")
     if not _positive(theta):
         yield f"rope_theta = {theta!r}: a positive number"
-    if partial not in (None, 1):
-        yield f"partial_rotary_factor = {partial!r}: only 1"
+    parts = (parameters.pop("partial_rotary_factor", None), config.get("partial_rotary_factor"), usual_part, 1)
+    part = next(each for each in parts if each is not None)
+    if usual_part is None and part != 1:
+        yield f"partial_rotary_factor = {part!r}: only 1"
+    elif not _positive(part) or part > 1 or (width and int(width * part) % 2):
+        yield f"partial_rotary_factor = {part!r}: above 0, at most 1, for an even number of dimensions"
+    else:
+        yield from _of_type(kind, parameters, int(width * part) if width else None)
+    if kind in NEED_HEAD_DIM and width is None:
+        yield f"rope type {kind} without head_dim: hidden_size / num_attention_heads unless the model says otherwise"
+    if "original_max_position_embeddings" in config and kind not in ("yarn", "llama3", "longrope"):
+        yield f"original_max_position_embeddings: rope type {kind} has no such parameter"
+
+
+def _of_type(kind: str, parameters: Mapping[str, Any], width: int | None) -> Iterator[str]:
+    needed, optional = TYPES[kind]
     for name in sorted(needed - parameters.keys()):
         yield f"rope type {kind} without {name}"
     for name in sorted(parameters.keys() - needed - optional):
@@ -76,10 +92,6 @@ def rope_refusals(config: Mapping[str, Any], width: int | None) -> Iterator[str]
         yield from _value(name, parameters[name], width, required=name in needed)
     if ("mscale" in parameters) != ("mscale_all_dim" in parameters):
         yield "mscale and mscale_all_dim go together: one alone is ignored by transformers"
-    if kind in NEED_HEAD_DIM and width is None:
-        yield f"rope type {kind} without head_dim: hidden_size / num_attention_heads unless the model says otherwise"
-    if "original_max_position_embeddings" in config and kind not in ("yarn", "llama3", "longrope"):
-        yield f"original_max_position_embeddings: rope type {kind} has no such parameter"
 
 
 def _value(name: str, value: Any, width: int | None, *, required: bool) -> Iterator[str]:

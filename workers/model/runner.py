@@ -47,6 +47,7 @@ class ModelRunner:
         self._backend = backend = loaded.backend
         self._backbone = loaded.model.get_submodule(loaded.model.base_model_prefix)
         self._head = loaded.model.get_output_embeddings()
+        self._logits_scaling = getattr(loaded.model.config, "logits_scaling", 1.0)  # Granite divides by it at the end
         self.moe = MoeLayers(len(loaded.expert_modules), loaded.info.experts)
         invariant = exactness == Exactness.INVARIANT
         kernels = f"{self.fingerprint()}/{backend.device.type}"
@@ -104,7 +105,7 @@ class ModelRunner:
             hidden = hidden[:rows]
         head = cast("Any", self._head)
         out: Tensor = self._tiles.run(head, hidden) if self._tiles else head(hidden)
-        return out
+        return out if self._logits_scaling == 1.0 else out / self._logits_scaling
 
     def _hidden(self, plan: StepPlan) -> Tensor:
         """The model without its head: the final hidden states [plan.padded, H] of one step."""

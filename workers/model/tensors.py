@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from membership.base.errors import ModelError
-from workers.model.config_keys import complete
+from workers.model.config_keys import SUMMED_GROUPS, complete
 from workers.model.families import ModelInfo, listed, read_config, read_header
 
 Shape = tuple[int, ...]
@@ -22,6 +22,11 @@ _FUSED = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.gate_up_proj$")  # the
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _COMPUTED = "rotary_emb.inv_freq"  # written by old versions of transformers, read by none
 _MIXTRAL_PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+_GRANITE_PARTS = {
+    "input_linear.weight": "experts.gate_up_proj",
+    "output_linear.weight": "experts.down_proj",
+    "router.layer.weight": "gate.weight",
+}
 
 
 def check_tensors(info: ModelInfo) -> None:
@@ -45,6 +50,8 @@ def _canonical(name: str) -> str:
     before, found, after = name.partition(".block_sparse_moe.")
     if not found:
         return name
+    if after in _GRANITE_PARTS:
+        return f"{before}.mlp.{_GRANITE_PARTS[after]}"
     *path, last = after.removesuffix(".weight").split(".")
     return ".".join((before, "mlp", *path, _MIXTRAL_PARTS.get(last, last), "weight"))
 
@@ -100,12 +107,12 @@ def _attention(family: str, config: Mapping[str, Any]) -> Iterator[tuple[str, Sh
     query, key = heads * width, (config.get("num_key_value_heads") or heads) * width
     biases = {"q_proj", "k_proj", "v_proj"} if config.get("qkv_bias") else set()
     if config.get("attention_bias"):
-        biases = {"q_proj", "k_proj", "v_proj", "o_proj"}
+        biases = {"q_proj", "k_proj", "v_proj"} | ({"o_proj"} if family != "glm4_moe" else set())
     for name, rows in (("q_proj", query), ("k_proj", key), ("v_proj", key), ("o_proj", hidden)):
         yield f"{name}.weight", (rows, query if name == "o_proj" else hidden)
         if name in biases:
             yield f"{name}.bias", (rows,)
-    if family == "qwen3_moe":
+    if family == "qwen3_moe" or config.get("use_qk_norm"):
         yield from (("q_norm.weight", (width,)), ("k_norm.weight", (width,)))
     if family == "olmoe":
         yield from (("q_norm.weight", (query,)), ("k_norm.weight", (key,)))
@@ -141,7 +148,7 @@ def _mlp(prefix: str, hidden: int, width: int, *, bias: bool | None = False) -> 
 def _moe(prefix: str, info: ModelInfo, config: Mapping[str, Any], *, fused: bool) -> Iterator[tuple[str, Shape]]:
     hidden, width = info.hidden, info.expert_width
     yield f"{prefix}gate.weight", (info.experts, hidden)
-    if info.family == "deepseek_v3":
+    if info.family in SUMMED_GROUPS:
         yield f"{prefix}gate.e_score_correction_bias", (info.experts,)
     if "n_shared_experts" in config:
         shared = width * config["n_shared_experts"]

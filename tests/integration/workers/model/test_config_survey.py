@@ -26,7 +26,7 @@ pytestmark = pytest.mark.integration
 
 MOST = 1e-5  # difference of logits, in float32
 PROMPT = random.Random(5).choices(range(2, VOCAB), k=70)
-IN_ROPE = {"rope_scaling", "rope_theta"}
+IN_ROPE = {"rope_scaling", "rope_theta", "partial_rotary_factor"}
 FAMILY_CASES = [(family, case) for family in FAMILIES for case in computed(family)]
 
 Write = Callable[..., Path]

@@ -56,6 +56,8 @@ def checkpoint(root: Path, config: dict[str, Any], tensors: dict[str, str] | Non
         ({"model_type": "qwen3_moe", "num_experts": 4, "decoder_sparse_step": 2}, (1,)),
         ({"model_type": "deepseek_v2", "n_routed_experts": 4, "num_local_experts": None,
           "first_k_dense_replace": 1}, (1, 2)),
+        ({"model_type": "granitemoe"}, (0, 1, 2)),
+        ({"model_type": "glm4_moe", "n_routed_experts": 4, "num_local_experts": None}, (1, 2)),
         ({"model_type": "deepseek_v3", "n_routed_experts": 4, "num_hidden_layers": 5, "n_group": 1, "topk_group": 1},
          (3, 4)),
     ],
@@ -101,6 +103,11 @@ def test_unfit_configs(tmp_path: Path, changes: dict[str, Any], message: str) ->
     with pytest.raises(ModelError, match=message) as caught:
         read_model_info(checkpoint(tmp_path, config))
     assert caught.value.hint
+
+
+def test_a_part_of_null_is_all(tmp_path: Path) -> None:
+    checkpoint(tmp_path, {**MIXTRAL, "partial_rotary_factor": None})
+    assert read_model_info(tmp_path).family == "mixtral"
 
 
 def test_broken_json(tmp_path: Path) -> None:
