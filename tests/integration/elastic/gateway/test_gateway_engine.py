@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -237,6 +239,31 @@ def test_a_client_that_leaves_ends_its_request(
             httpx.post(f"{gateway.url}/v1/completions", json=body, timeout=0.5)
         eventually(lambda: len(engine.aborts) == 2, 5.0, "the aborts to arrive")
         assert sorted(engine.aborts) == sorted(submit.request_id for submit in engine.submits)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_client_that_half_closes_gets_its_answer(
+    cluster: GatewayCluster, gateway: RunningGateway, stream: bool, begun: bool
+) -> None:
+    body = json.dumps({"model": MODEL, "prompt": "x", "stream": stream, "max_tokens": 60}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+    url = httpx.URL(gateway.url)
+    with (
+        cluster.engine(cluster.says(TEXT), pause_after=3 if begun else 0) as engine,
+        socket.create_connection((url.host, url.port or 0), timeout=20) as client,
+    ):
+        client.sendall(head + body)
+        got = client.recv(65536) if begun and stream else b""
+        client.shutdown(socket.SHUT_WR)
+        eventually(lambda: engine.submits, 10.0, "the request to arrive")
+        engine.pause_after = None
+        while part := client.recv(65536):
+            got += part
+        assert b"HTTP/1.1 200 OK" in got
+        assert b'"finish_reason":"stop"' in got
+        assert (b"data: [DONE]" in got) == stream
+        assert engine.aborts == []
 
 
 def test_more_requests_than_the_gateway_takes(cluster: GatewayCluster) -> None:

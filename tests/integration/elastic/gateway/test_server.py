@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import socket
 import threading
@@ -95,6 +96,22 @@ def until(client: socket.socket, end: bytes) -> bytes:
         assert part, got
         got += part
     return got
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED])
+def test_accepting_goes_on_after_failures(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    accept, left = asyncio.SelectorEventLoop.sock_accept, [number] * 3
+
+    async def failing(loop: Any, bound: socket.socket) -> Any:
+        if left:
+            raise OSError(left.pop(), "injected")
+        return await accept(loop, bound)
+
+    monkeypatch.setattr(asyncio.SelectorEventLoop, "sock_accept", failing)
+    with serving() as port, closing(port.connect()) as client:
+        client.sendall(GET % b"now")
+        until(client, b"answer to /now")
+    assert left == []
 
 
 def test_half_a_header_gets_its_time_and_no_more() -> None:
