@@ -17,6 +17,7 @@ from chaos.target.cluster import ServedCluster
 from chaos.workload.history import compare
 from chaos.workload.streams import Workload
 from elastic.serve.etcd_server import free_ports
+from membership.base.run_dir import remove_run_dir, run_dir
 from tests.e2e.conftest import Serve
 from tests.support.helpers import eventually, shm_as_before
 from tests.support.served import completion, fault_free, role_pid, streaming
@@ -162,3 +163,7 @@ def test_an_agent_dies_without_a_zygote_and_a_supervisors_death_leaves_nothing(s
     _, alive = psutil.wait_procs([*family, *ranks], timeout=30)
     assert not alive, [p.cmdline() for p in alive]
     shm_as_before(shm_before)
+    run = run_dir(cluster.state.path)
+    assert list(run.iterdir()), "the files of its sockets stay until the next start"
+    remove_run_dir(run)
+    assert not run.exists(), "a process still has a socket"

@@ -14,6 +14,7 @@ import pytest
 from chaos.target.cluster import ServedCluster
 from elastic.serve.listening import bind
 from membership.base.errors import ConfigError
+from membership.base.run_dir import run_dir
 from tests.e2e.conftest import Serve
 from tests.support.helpers import eventually
 from tests.support.secured_etcd import PASSWORD, secured_etcd
@@ -30,6 +31,7 @@ def test_a_restarted_cluster_goes_on_from_its_last_epoch(demo_model: Path, tmp_p
         family = psutil.Process(cluster.pid).children(recursive=True)
         ranks = [psutil.Process(r["pid"]) for r in before["ranks"]]
     assert not [p for p in (*family, *ranks) if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    assert not run_dir(tmp_path / "state").exists(), "sockets are left"
     with ServedCluster(demo_model, 3, state_dir=tmp_path / "state", zygote=zygote) as cluster:
         after = cluster.wait_serving(3)
         assert after["epoch"] > before["epoch"]
