@@ -26,7 +26,7 @@ from membership.base.enums import Device, Dtype, Exactness
 from membership.base.errors import ConfigError
 from membership.base.rotation import MAX_FILES, MEGABYTE, Limit
 from membership.store.credentials import NO_CREDENTIALS, Credentials
-from membership.store.records import ClusterConfig
+from membership.store.records import MAX_RANKS, ClusterConfig
 
 DEFAULTS = {each.name: each.default for each in msgspec.structs.fields(ClusterConfig)}
 DEFAULT_RANKS = 4
@@ -257,10 +257,14 @@ class ServeOptions(StoreOptions, ListenOptions, SpareOptions, LogOptions):
         None,
         f"Number of expert-parallel ranks at the start. Default: as the cluster was left, at first {DEFAULT_RANKS}.",
         minimum=1,
+        maximum=MAX_RANKS,
         helm="ranks",
     )
     max_ranks: int | None = option(
-        None, f"Upper limit for the number of ranks. Default: {DEFAULTS['max_ranks']}, or --ranks if higher."
+        None,
+        f"Upper limit for the number of ranks. Default: {DEFAULTS['max_ranks']}, or --ranks if higher.",
+        minimum=1,
+        maximum=MAX_RANKS,
     )
     follow_agents: int = option(
         DEFAULTS["follow_agents"],

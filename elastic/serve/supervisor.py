@@ -38,6 +38,7 @@ from membership.base.logs import configure, write_line
 from membership.base.run_dir import ENV as RUN_DIR_ENV
 from membership.base.run_dir import make_run_dir, remove_run_dir, run_dir, sweep
 from membership.base.timing import STABLE_S
+from membership.placement.plan import thin_spread
 from membership.store.credentials import NO_CREDENTIALS
 from membership.store.interface import Store
 from membership.store.keys import Keys
@@ -292,6 +293,8 @@ def run_serve(options: ServeOptions) -> None:
         if options.chaos:
             say(chaos_mode.WARNING.format(supervisor.state.failpoints))
         say(f"starting {supervisor.config.cluster} with {supervisor.ranks} ranks; state in {supervisor.state.path}")
+        if unmet := thin_spread(supervisor.config.redundancy, supervisor.ranks):
+            say(unmet)
         supervisor.wait_ready(stop, on_progress=say)
         if not stop.is_set():
             say(f"ready: OpenAI API at {where.url}/v1, model {name!r}, admin at {where.admin_url}")

@@ -64,6 +64,14 @@ def refusal(experts: int, redundancy: float, ranks: int) -> str:
     return ""
 
 
+def thin_spread(redundancy: float, ranks: int) -> str:
+    """Return what is less redundant than asked for on this number of ranks, or "": a rank holds an expert once."""
+    if redundancy <= ranks:
+        return ""
+    needed = math.ceil(redundancy)
+    return f"--redundancy {redundancy:g} needs {needed} ranks: on {ranks} ranks, each expert has {ranks} replicas"
+
+
 def plan(
     moe_layers: int,
     experts: int,

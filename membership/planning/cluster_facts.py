@@ -19,6 +19,7 @@ from membership.placement.plan import max_ranks_allowed, refusal
 from membership.planning import identity
 from membership.store.phases import before_commit
 from membership.store.records import (
+    MAX_RANKS,
     Assignment,
     ClusterConfig,
     ClusterState,
@@ -195,7 +196,8 @@ class ClusterFacts:
         barred, named = set(self.desired.cordoned), self.operation.ranks if self.operation is not None else ()
         if self.operation is not None:
             barred |= {rank for rank, last in self.state.exits.items() if last.quarantined}
-        order = dict.fromkeys(chain(named, self.desired.slots, range(self.target + len(kept) + len(barred))))
+        most = min(self.target + len(kept) + len(barred), MAX_RANKS)
+        order = dict.fromkeys(chain(named, self.desired.slots, range(most)))
         free = (slot for slot in order if slot not in kept | barred)
         return tuple(sorted(islice(free, self.target - len(kept))))
 

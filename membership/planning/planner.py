@@ -384,7 +384,8 @@ def _moved(facts: ClusterFacts, operation: Operation) -> Operation | None:
     now = facts.now
     late = _late(facts, operation)
     if operation.phase is Phase.COMMITTED:
-        if facts.flipped and facts.state.engine_status is not None:
+        staged_one = Phase.READY.value in operation.phase_times  # else the engine's pause is an earlier operation's
+        if staged_one and facts.flipped and facts.state.engine_status is not None:
             operation = replace(operation, pause_ms=facts.state.engine_status.pause_ms)
         return advance(operation, Phase.RETIRING, now=now) if facts.flipped or late else None
     if operation.phase is Phase.RETIRING:

@@ -16,6 +16,8 @@ from membership.base.timing import CLOCK_SKEW_S, COVERAGE_DEADLINE_S, LAUNCH_DEA
 
 Placement = dict[int, tuple[tuple[int, ...], ...]]
 """rank -> for each MoE layer (0-based among MoE layers) the logical experts that the rank holds, ascending."""
+MAX_RANKS = 256
+"""Rank slots of a cluster: as many as live masks have places, and half as many as queues have."""
 DIGEST_BYTES = 4
 """Of the digest of one expert's weights."""
 

@@ -62,6 +62,7 @@ class World:
     others: set[int] = field(default_factory=set)  # slots whose new ranks load another model
     capacity: int = 12  # ranks that an agent takes
     crowded: bool = False  # the engine has requests on ranks that leave
+    pause_ms: float = 0.0  # of the last flip, as the engine publishes it
     engine: bool = True
     elected: bool = True  # False: controllers run elsewhere
 
@@ -233,6 +234,7 @@ class World:
             token=state.engine_token,
             epoch=state.view.epoch,
             masked=tuple(sorted(masked)),
+            pause_ms=self.pause_ms,
             vacated_revision=0 if self.crowded or state.next is None else state.next_revision,
         )
         if published != status:

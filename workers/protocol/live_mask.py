@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from membership.base.errors import ConfigError
+from membership.store.records import MAX_RANKS
 from workers.ipc.fence import fence
 from workers.ipc.shared_memory import Segment
 from workers.ipc.shared_page import SharedPage
 from workers.protocol.step_fence import is_evicted
 
-MAX_RANKS = 256
 _WORDS = MAX_RANKS // 64  # 64-bit words of the set; the generation follows, then each rank's last evicted incarnation
 
 

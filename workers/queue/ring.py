@@ -11,9 +11,10 @@ import platform
 from collections.abc import Callable
 
 from membership.base.errors import ConfigError, QueueClosed
+from membership.store.records import MAX_RANKS
 from workers.ipc.shared_memory import Segment
 
-SLOTS = 512  # readers at once, incl. those dropped that have not let go yet; the most ranks (256) twice
+SLOTS = 2 * MAX_RANKS  # readers at once, including those dropped that have not let go yet
 EXTENTS = 64  # overflow messages in flight
 RING_BYTES = 256 * 1024
 INLINE_MAX = 64 * 1024  # larger messages go to the overflow arena; at most a quarter of the ring

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from membership.base.errors import PlanRefused
-from membership.placement.plan import Coverage, Move, coverage, max_ranks_allowed, moves, plan
+from membership.placement.plan import Coverage, Move, coverage, max_ranks_allowed, moves, plan, thin_spread
 from membership.store.records import Placement
 
 pytestmark = pytest.mark.unit
@@ -141,3 +141,8 @@ def test_refusals_say_why(experts: int, redundancy: float, ranks: int, words: st
 def test_as_many_ranks_as_slots() -> None:
     check(plan(2, 8, range(16), 2.0), 2, 8, 2.0)
     assert moves({}, {3: ((1,), (0,))}) == [Move(3, 0, 1), Move(3, 1, 0)]
+
+
+@pytest.mark.parametrize(("redundancy", "ranks", "told"), [(2, 2, False), (3, 2, True), (1.25, 1, True), (1, 1, False)])
+def test_less_redundancy_than_asked_for_is_told(redundancy: float, ranks: int, told: bool) -> None:
+    assert bool(thin_spread(redundancy, ranks)) is told

@@ -89,6 +89,15 @@ def test_scale_to_what_is_there_is_done_at_once() -> None:
     assert (world.epochs, operation(world, name).epoch) == ([1], 1)
 
 
+def test_a_scale_that_changes_nothing_reports_no_earlier_pause() -> None:
+    world = up()
+    world.pause_ms = 21.0
+    assert world.engine_acts()
+    name = world.scale(4).id
+    world.settle()
+    assert (operation(world, name).phase, operation(world, name).pause_ms) == (Phase.DONE, 0.0)
+
+
 def test_victims_stay_until_the_engine_has_left_the_old_view() -> None:
     world = up()
     name = world.scale(2).id
