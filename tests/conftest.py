@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import threading
 import time
 from collections import Counter
@@ -25,6 +26,7 @@ from workers.ipc.handover import Handover, close_default
 os.environ[starter.ENV] = starter.named()  # every role and cluster that a test starts ends with this process
 for proxy in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
     os.environ.pop(proxy, None)  # the tests' own clients ask this machine only
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, what the tests start would ignore it too
 SETTLE_S = 5.0
 # Owned by the process, not by a test: started once on first use and stopped at exit.
 PROCESS_WIDE_THREADS = ("handover", "asyncio_", "ThreadPoolExecutor", "pytest_timeout", "tqdm_monitor")

@@ -238,6 +238,7 @@ def test_kernels_are_measured_once_per_host(host: Host) -> None:
 def test_a_store_leaves_nothing(host: Host) -> None:
     import torch
 
+    eventually(lambda: _memfds() == 0, 10, "the descriptors of earlier tests to be closed")
     shared = SharedWeights(host.client(), "m")
     kept = shared.put("a", {"w": torch.ones(4)})
     assert kept is not None

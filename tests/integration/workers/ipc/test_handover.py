@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -115,11 +116,12 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path, monke
 
 
 @needs_root
-def test_a_directory_of_another_user_is_not_connected_to(tmp_path: Path) -> None:
-    foreign = make_run_dir(tmp_path / "foreign")
-    os.chown(foreign, STRANGER, -1)
-    with pytest.raises(HandoverRefused, match=f"belongs to user {STRANGER}, we are user 0"):
-        Handover.default().connect(str(foreign / "any.sock"), "thing")
+def test_a_directory_of_another_user_is_not_connected_to() -> None:
+    with tempfile.TemporaryDirectory(prefix="ep-") as short:  # a socket's path must be
+        foreign = make_run_dir(Path(short) / "foreign")
+        os.chown(foreign, STRANGER, -1)
+        with pytest.raises(HandoverRefused, match=f"belongs to user {STRANGER}, we are user 0"):
+            Handover.default().connect(str(foreign / "any.sock"), "thing")
 
 
 @needs_root
