@@ -67,7 +67,7 @@ def test_a_checkpoint_that_cannot_be_served(
     assert str(model) in said or "model" in said
 
 
-@pytest.mark.parametrize(("ranks", "says"), [("0", "--ranks 0"), ("1000", "slots")])
+@pytest.mark.parametrize(("ranks", "says"), [("0", "--ranks 0"), ("1000", "from 1 to 256"), ("250", "slots")])
 def test_a_number_of_ranks_that_cannot_be(demo_model: Path, tmp_path: Path, ranks: str, says: str) -> None:
     assert says in complaint(elastic("serve", str(demo_model), "--ranks", ranks, "--state-dir", str(tmp_path)))
 
