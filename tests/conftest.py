@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import psutil
 import pytest
 
@@ -27,6 +28,8 @@ os.environ[starter.ENV] = starter.named()  # every role and cluster that a test 
 for proxy in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
     os.environ.pop(proxy, None)  # the tests' own clients ask this machine only
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, what the tests start would ignore it too
+hypothesis.settings.register_profile("any machine", deadline=None)  # how fast it is, is nothing that a test proves
+hypothesis.settings.load_profile("any machine")
 SETTLE_S = 5.0
 # Owned by the process, not by a test: started once on first use and stopped at exit.
 PROCESS_WIDE_THREADS = ("handover", "asyncio_", "ThreadPoolExecutor", "pytest_timeout", "tqdm_monitor")

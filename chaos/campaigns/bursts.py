@@ -22,6 +22,7 @@ SHARES: dict[Kind, float] = {  # of the bursts that kill ranks
     "all": 0.03,
     "scale": 0.03,
 }
+FOR_EACH_KIND = 50  # kills; a soak of so many begins with each kind of burst once
 RECOVERY_S = 0.6  # a second death falls into the first one's recovery, which takes about this long
 FREEZES_S = ((0.3, 1.5), (3.5, 5.0))  # of etcd: shorter than any lease, and longer
 ROLES = ("engine", "controller", "agent", "engine", "engine-standby", "controller")
@@ -79,16 +80,19 @@ def bursts(seed: int, quota: Quota, ranks: int) -> Iterator[Burst]:
     for number in range(quota.roles):
         yield Burst("role", chooser.uniform(0.0, 0.4), role=ROLES[number % len(ROLES)])
     left = dict(whole)
+    each_once = chooser.sample(tuple(SHARES), len(SHARES)) if quota.kills >= FOR_EACH_KIND else []
     while True:
         weights = [max(0, each) for each in left.values()]
         (group,) = chooser.choices(list(left), weights if any(weights) else list(whole.values()))
-        burst = _burst(chooser, group, ranks)
+        first = each_once.pop() if group == "kills" and each_once else None
+        burst = _burst(chooser, group, ranks, first)
         left["kills"] -= burst.kills
         left[group] -= group != "kills"
         yield burst
 
 
-def _burst(chooser: random.Random, group: str, ranks: int) -> Burst:
+def _burst(chooser: random.Random, group: str, ranks: int, first: Kind | None) -> Burst:
+    """One of `group`; of the bursts that kill ranks the kind `first`, if given."""
     pause_s, delay_s, chance = chooser.uniform(0.0, 0.4), chooser.uniform(0.0, RECOVERY_S), chooser.random()
     victims = tuple(chooser.sample(range(ranks), ranks))
     if group == "zombies":
@@ -97,7 +101,7 @@ def _burst(chooser: random.Random, group: str, ranks: int) -> Burst:
         if chance < 0.25:
             return Burst("restart", pause_s)
         return Burst("freeze", pause_s, victims[: chooser.randint(0, 1)], chooser.uniform(*chooser.choice(FREEZES_S)))
-    (kind,) = chooser.choices(tuple(SHARES), tuple(SHARES.values()))
+    kind = first or chooser.choices(tuple(SHARES), tuple(SHARES.values()))[0]
     if kind == "one" or ranks == 1:
         return Burst("one", pause_s, victims[:1])
     if kind == "second":

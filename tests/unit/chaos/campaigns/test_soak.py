@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chaos.campaigns.bursts import KINDS, ROLES, Quota, bursts
+from chaos.campaigns.bursts import FOR_EACH_KIND, KINDS, ROLES, SHARES, Quota, bursts
 from chaos.campaigns.soak import Soak
 from chaos.faults.base import Injected
 from chaos.scenarios.victims import holders
@@ -103,3 +103,10 @@ def test_a_lost_request_and_leftovers_break_it() -> None:
     receipt = soak.receipt()
     assert (receipt.lost, receipt.non_2xx) == (2, 1)
     assert len(receipt.broken) == 5
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_soak_of_some_length_has_every_kind_of_burst(seed: int) -> None:
+    quota = Quota.of(FOR_EACH_KIND)
+    drawn = {burst.kind for burst in islice(bursts(seed, quota, 3), quota.roles + 30)}
+    assert drawn >= {*SHARES}
