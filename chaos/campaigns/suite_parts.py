@@ -61,7 +61,8 @@ def _simulated(pace: bool, dose: Dose, receipt: Receipt) -> Iterator[Goal]:
         yield at_least("faults per minute", FAULTS_PER_MINUTE, receipt["faults_per_minute"])
     yield none_of("violations", len(receipt["violations"]))
     yield at_least("seeds that replay identically", dose.of(REPLAYS), receipt["replayed"])
-    yield all_of("ordered pairs of faults", int(total), int(seen))
+    if dose.share == 1:  # the last pairs are rare
+        yield all_of("ordered pairs of faults", int(total), int(seen))
 
 
 def _planted(receipt: Receipt) -> Iterator[Goal]:
