@@ -39,10 +39,13 @@ def failing(call: Call, error: int, hits: list[int], monkeypatch: pytest.MonkeyP
     """The call fails with this error, except in the test's own thread."""
     owner, name = call
     if isinstance(owner, Path):  # in another process, which reads what is to fail
+        met = owner.with_suffix(".met")
+        met.unlink(missing_ok=True)
         owner.write_text(f"{name} {error}")
-        hits += [1, 1]
+        hits += [1, 1]  # `provoke` returns once that process has answered
         yield
         owner.unlink()
+        assert met.read_text().split() == [name, str(error)], "the other process has not met the fault"
         return
     real = getattr(owner, name)
 

@@ -153,8 +153,9 @@ def forkserver(folder: Path) -> Iterator[Scene]:
                 refused.append(str(error))
 
         def done() -> bool:
+            before = len(children)
             provoke()
-            return len(children) > 1
+            return len(children) > before
 
         try:
             yield Scene(provoke, done, ((fault, "fork"), (fault, "pidfd_open")), lambda: psutil.pid_exists(first.pid))
@@ -174,6 +175,7 @@ def fail_as_told(fault: str) -> None:
         def call(*args: Any) -> Any:
             told = Path(fault).read_text().split() if Path(fault).exists() else ["", "0"]
             if told[0] == name:
+                Path(fault).with_suffix(".met").write_text(" ".join(told))
                 raise OSError(int(told[1]), os.strerror(int(told[1])))
             return real(*args)
 
