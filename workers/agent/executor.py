@@ -369,6 +369,8 @@ class MultiprocExecutor:
         self._forkserver.close()
         for thread in list(self._jobs):
             thread.join(timeout=STOP_TIMEOUT_S)
+        for unready in list(self._starting.values()):  # their waiter's thread could never be started
+            unready.close()
         self._calls.close(RankDied("the executor was shut down"))
         self._stopping.set()
         self._doorbell.ring()

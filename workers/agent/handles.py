@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -33,10 +34,11 @@ class _Handle:
 @dataclass
 class UnreadyWorkerProcHandle(_Handle):
     """A rank that was asked for; `ready_reader` gets its ready message, or ends with it. Ended by exactly one of
-    `WorkerProcHandle.from_unready_handle` and `close`."""
+    `WorkerProcHandle.from_unready_handle` and `close`; another thread may `abandon` it meanwhile."""
 
     forked: Future[Child]
     ready_reader: int
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property
     def left(self) -> bool:
@@ -45,27 +47,30 @@ class UnreadyWorkerProcHandle(_Handle):
 
     def abandon(self) -> None:
         """End the process, as soon as there is one; not the ready pipe, on which another thread waits."""
-        if not self.left:
-            send_signal(self._child(), signal.SIGKILL)
-            self.close_death_pipe()
+        with self._lock:
+            if not self.left:
+                send_signal(self._child(), signal.SIGKILL)
+                self.close_death_pipe()
 
     def close(self) -> None:
         """End the process and close all."""
-        if self.left:
-            return
-        child = self._child()
-        send_signal(child, signal.SIGKILL)
-        if child is not None:
-            os.close(child.pidfd)
-        self.close_death_pipe()
-        os.close(self.ready_reader)
-        self.ready_reader = -1
+        with self._lock:
+            if self.left:
+                return
+            child = self._child()
+            send_signal(child, signal.SIGKILL)
+            if child is not None:
+                os.close(child.pidfd)
+            self.close_death_pipe()
+            os.close(self.ready_reader)
+            self.ready_reader = -1
 
     def hand_over(self) -> int:
         """Close the ready pipe, which has done its work; the death pipe is the caller's now."""
-        os.close(self.ready_reader)
-        pipe, self.ready_reader, self.death_writer = self.death_writer, -1, -1
-        return pipe
+        with self._lock:
+            os.close(self.ready_reader)
+            pipe, self.ready_reader, self.death_writer = self.death_writer, -1, -1
+            return pipe
 
     def _child(self) -> Child | None:
         if self.forked.cancel():

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from membership.planning.identity import KERNELS
 from tests.support.executors import executor, launch
 from tests.support.helpers import eventually, shm_as_before
 from workers.agent.executor import Death, MultiprocExecutor
+from workers.agent.forkserver_client import Child
+from workers.agent.handles import UnreadyWorkerProcHandle
 from workers.protocol.identity import Identity
 
 pytestmark = pytest.mark.integration
@@ -312,3 +315,43 @@ time.sleep(60)
     parent.stdout.close()
     eventually(lambda: not any(psutil.pid_exists(pid) for pid in pids), 10, f"{pids} gone")
     shm_as_before(shm)
+
+
+def test_a_rank_is_ended_though_no_thread_could_wait_for_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = executor()
+    launch(made, [RankId(0, 1)], 30)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", _no_thread)
+        made.start([RankId(1, 2)], 30, lambda key, outcome: pytest.fail(f"{key}: {outcome}"))
+        made.shutdown()  # what it leaves behind, if anything, is seen after the test
+
+
+def _no_thread(thread: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def test_a_rank_is_given_up_while_another_thread_closes_it() -> None:
+    """Whichever is first: its descriptors are closed once, and no signal goes to a descriptor of somebody else."""
+    waited, go_on = threading.Event(), threading.Event()
+
+    class Slow(Future[Child]):
+        def result(self, timeout: float | None = None) -> Child:
+            waited.set()
+            assert go_on.wait(10)
+            return super().result(timeout)
+
+    process = subprocess.Popen(["sleep", "60"])
+    forked, (reader, writer), (death_reader, death) = Slow(), os.pipe(), os.pipe()
+    os.close(writer)
+    os.close(death_reader)
+    forked.set_result(Child(process.pid, os.pidfd_open(process.pid)))
+    handle = UnreadyWorkerProcHandle(RankId(0, 1), death, forked, reader)
+    with ThreadPoolExecutor(2) as threads:
+        closed = threads.submit(handle.close)
+        assert waited.wait(10)
+        abandoned = threads.submit(handle.abandon)
+        eventually(lambda: abandoned.running() or abandoned.done(), 10, "the second thread to run")
+        go_on.set()
+        closed.result(timeout=10)
+        abandoned.result(timeout=10)
+    assert process.wait(timeout=10) == -signal.SIGKILL
