@@ -14,6 +14,7 @@ from typing import Any
 from elastic.cli.command import as_text
 from elastic.cli.connection import Connection
 from elastic.serve.options import (
+    MAX_PORT,
     AgentOptions,
     GatewayOptions,
     Kind,
@@ -34,6 +35,21 @@ SECTIONS = (
     ("elastic gateway", GatewayOptions),
     ("Client commands (status, scale, drain, ops, …)", Connection),
 )
+LOWEST_PORT = 1024  # of a pod that is not root
+INSTEAD = {  # what people write where the chart has another value, and which that is; "." is the top
+    ".": {
+        "replicas": "ranks, for one pod is one cluster", "replicaCount": "ranks, for one pod is one cluster",
+        "servicePort": "service.port", "port": "service.port", "adminPort": "service.adminPort",
+        "gracePeriodSeconds": "terminationGracePeriodSeconds", "persistence": "state.persistence",
+        "shmSize": "sharedMemory.size", "shm": "sharedMemory.size", "args": "extraArgs", "pdb": "podDisruptionBudget",
+        "modelPath": "model.path", "servedModelName": "model.servedName", "annotations": "podAnnotations",
+        "securityContext": "podSecurityContext", "etcdEndpoints": "etcd.endpoints",
+        "adminToken": "admin.existingSecret",
+    },
+    "admin": {"token": "admin.existingSecret, a Secret with key token"},
+    "etcd": {"password": "etcd.passwordSecret, a Secret with key password"},
+    "service": {"targetPort": "service.containerPort"},
+}  # fmt: skip
 INTRODUCTION = """\
 # Options
 
@@ -103,7 +119,22 @@ def chart_schema(text: str) -> str:
         for key in path:
             node = node["properties"].setdefault(key, {"type": "object", "properties": {}})
         node["properties"][name] = limits
+    _close(schema)
     return json.dumps(schema, indent=2) + "\n"
+
+
+def _close(node: dict[str, Any], path: str = ".") -> None:
+    """Refuse what the object has no property for. The message names all that there are, or the one that was meant."""
+    instead = INSTEAD.get(path, {})
+    properties = {name: inner for name, inner in node.get("properties", {}).items() if name not in instead}
+    for name, inner in properties.items():
+        _close(inner, name)
+    if properties:
+        node["propertyNames"] = {"enum": list(properties)}
+        refused = {name: {"enum": [f"(not a value: set {meant})"]} for name, meant in instead.items()}
+        node["properties"] = {**properties, **refused}
+    if "items" in node:
+        _close(node["items"], f"{path}[]")
 
 
 def _limits(stated: Stated) -> dict[str, Any] | None:
@@ -116,6 +147,8 @@ def _limits(stated: Stated) -> dict[str, Any] | None:
     if stated.required:
         return {"type": "string", "minLength": 1}
     bounds = {"minimum": option.minimum, "maximum": option.maximum}
+    if option.maximum == MAX_PORT:
+        bounds["minimum"] = LOWEST_PORT
     given: dict[str, Any] = {name: int(bound) for name, bound in bounds.items() if bound is not None}
     if stated.type is float:  # `helm --set` makes text of a fraction
         return {"type": ["number", "string"], **given, "pattern": "^[1-9][0-9]*(\\.[0-9]+)?$"}

@@ -30,6 +30,7 @@ from elastic.serve.state_dir import StateDir
 from membership.base import descriptors
 from membership.base.errors import ConfigError, ElasticError, RequestError
 from membership.base.events import EventLog
+from membership.base.timing import STOP_GRACE_S
 from membership.store.interface import Store
 from membership.store.mirror import Mirror
 from membership.store.records import ClusterConfig, ClusterState, GatewayRecord
@@ -59,7 +60,7 @@ class GatewaySettings:
     admin_port: int = 0
     max_connections: int | None = None
     listeners: Listeners | None = None
-    grace_s: float = 15.0  # for open streams when the gateway is stopped
+    grace_s: float = STOP_GRACE_S  # for open streams when the gateway is stopped
     link: LinkSettings = field(default_factory=LinkSettings)
 
 

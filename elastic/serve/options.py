@@ -25,6 +25,7 @@ import msgspec
 from membership.base.enums import Device, Dtype, Exactness
 from membership.base.errors import ConfigError
 from membership.base.rotation import MAX_FILES, MEGABYTE, Limit
+from membership.base.timing import STOP_GRACE_S
 from membership.store.credentials import NO_CREDENTIALS, Credentials
 from membership.store.records import MAX_RANKS, ClusterConfig
 
@@ -209,7 +210,7 @@ class ListenOptions:
 
     host: str = option("127.0.0.1", "Address of the OpenAI API, the probes and metrics.")
     port: int = option(
-        8000, "Port of the OpenAI API (0 = any free port).", minimum=0, maximum=MAX_PORT, helm="service.port"
+        8000, "Port of the OpenAI API (0 = any free port).", minimum=0, maximum=MAX_PORT, helm="service.containerPort"
     )
     admin_host: str = option("127.0.0.1", "Address of the admin API.", helm="service.adminHost")
     admin_port: int = option(
@@ -220,6 +221,7 @@ class ListenOptions:
         "Most open connections to the OpenAI API. Default: what the limit of open files leaves, at most 8192.",
         minimum=1,
     )
+    stop_grace_s: float = option(STOP_GRACE_S, "On SIGTERM: max time for open streams to end.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,6 +320,7 @@ class ServeOptions(StoreOptions, ListenOptions, SpareOptions, LogOptions):
         DEFAULTS["coverage_deadline_s"], "Max time a request waits for lost experts before it gets a 503."
     )
     ready_timeout_s: float = option(180.0, "Exit if not ready within this time.")
+    only_on: str = option("", "Refuse to start on a node of another name (a StatefulSet's other pods).")
     chaos: bool = option(False, "For tests only: allow faults to be armed at run time, by file or admin API.")
     admin_token: str = field(default_factory=lambda: os.environ.get("ELASTIC_ADMIN_TOKEN") or secrets.token_urlsafe(24))
 

@@ -50,7 +50,7 @@ from workers.model.content import stamp_files
 log = structlog.get_logger(__name__)
 
 # As they are started. The standby engine has everything imported: streams do not wait for a process to start.
-STOP_GRACE_S = {"controller": 5.0, "agent": 15.0, "engine": 5.0, "engine-standby": 5.0, "gateway": 20.0}
+STOP_S = {"controller": 5.0, "agent": 15.0, "engine": 5.0, "engine-standby": 5.0, "gateway": 5.0}  # and its streams'
 STOPPED_TOGETHER = (("gateway", "engine-standby"), ("engine",), ("agent", "controller"))  # so that requests can end
 PAUSE_S = 0.1  # between two turns that cannot even look at the processes
 TROUBLES = {"rank_load_failed", "rank_prepare_failed", "rank_quarantined", "forkserver_ready"}
@@ -72,6 +72,7 @@ class Supervisor:
         self.state = StateDir(options.state_dir or home() / self.config.cluster)
         self.keys = Keys(self.config.cluster)
         self.node = os.environ.get("ELASTIC_NODE") or socket.gethostname()
+        require_node(options.only_on, self.node)
         self.etcd: EtcdServer | None = None
         self._attempts = Attempts("supervisor", also=(ElasticError,))
         self._store: Store | None = None
@@ -117,7 +118,8 @@ class Supervisor:
     def _stop_roles(self) -> None:
         if self._listeners is not None:
             self._listeners.close()  # the gateway has them until its requests have ended
-        self._roles.stop(STOPPED_TOGETHER, STOP_GRACE_S, self._hurry)
+        grace_s = {**STOP_S, "gateway": STOP_S["gateway"] + self.options.stop_grace_s}
+        self._roles.stop(STOPPED_TOGETHER, grace_s, self._hurry)
 
     def _stop_etcd(self) -> None:
         if self.etcd is not None:
@@ -141,7 +143,7 @@ class Supervisor:
         opened.callback(self._store.close)
         self.config, self.ranks = write_config(self._store, self.config, self.options, say)
         opened.callback(self._stop_roles)
-        for name in STOP_GRACE_S:
+        for name in STOP_S:
             self._roles.add(self._role(name, endpoints))
         self._roles.start_due()
         self.state.publish(self.address(endpoints))
@@ -249,10 +251,7 @@ class Supervisor:
         arguments = [command, "--etcd", ",".join(endpoints), "--cluster", self.config.cluster]
         arguments += ["--state-dir", str(self.state.path), *self.options.credentials().as_flags()]
         arguments += ["--log-max-mb", str(self.options.log_max_mb), "--log-keep", str(self.options.log_keep)]
-        if name != "gateway":
-            arguments += ["--node", self.node]
-        elif self.options.max_connections is not None:
-            arguments += ["--max-connections", str(self.options.max_connections)]
+        arguments += ["--node", self.node] if name != "gateway" else self._gateway_arguments()
         if name == "agent":
             arguments += ["--spares", str(self.options.spares), "--drain-grace", "0"]  # it ends with everything else
         token = {"ELASTIC_ADMIN_TOKEN": self.options.admin_token} if name == "gateway" else {}
@@ -262,6 +261,11 @@ class Supervisor:
             forkserver=self._zygote.forkserver if self._zygote is not None and name == "agent" else None,
             listeners=self._listeners if name == "gateway" else None,
         )  # fmt: skip
+
+    def _gateway_arguments(self) -> list[str]:
+        most = self.options.max_connections
+        limit = ["--max-connections", str(most)] if most is not None else []
+        return ["--stop-grace", f"{self.options.stop_grace_s:.3f}s", *limit]
 
     def _troubles(self) -> Iterator[str]:
         """Errors that keep ranks from getting ready, since the last call."""
@@ -280,6 +284,15 @@ class Supervisor:
             return False, "; ".join(str(r) for r in reasons)
         except (httpx.HTTPError, ValueError):  # ValueError: it is not our gateway that answers there
             return False, "the gateway to answer"
+
+
+def require_node(wanted: str, node: str) -> None:
+    """ConfigError on a node of another name."""
+    if wanted and node != wanted:
+        raise ConfigError(
+            f"this is {node}, and only {wanted} serves: a second one would be a cluster of its own",
+            hint="a StatefulSet has replicas: 1 here; for more ranks: elastic scale N",
+        )
 
 
 def run_serve(options: ServeOptions) -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import json
 import os
+import re
+import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
@@ -28,9 +35,13 @@ def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(binary), *arguments], capture_output=True, text=True, timeout=60)
 
 
-def render(*settings: str) -> dict[str, dict[str, Any]]:
+def template(*settings: str, release: str = "demo") -> subprocess.CompletedProcess[str]:
     flags = [flag for setting in settings for flag in ("--set", setting)]
-    outcome = helm("template", "demo", str(CHART), *flags)
+    return helm("template", release, str(CHART), "--kube-version", KUBERNETES, *flags)
+
+
+def render(*settings: str, release: str = "demo") -> dict[str, dict[str, Any]]:
+    outcome = template(*settings, release=release)
     assert outcome.returncode == 0, outcome.stderr
     return {document["kind"]: document for document in yaml.safe_load_all(outcome.stdout) if document}
 
@@ -100,7 +111,7 @@ def test_credentials_for_etcd_come_from_secrets_and_are_where_the_flags_say() ->
 
 
 def test_a_user_needs_a_secret_with_the_password() -> None:
-    outcome = helm("template", "demo", str(CHART), "--set", "etcd.user=server")
+    outcome = template("etcd.user=server", "etcd.endpoints={http://e:2379}")
     assert outcome.returncode != 0
     assert "etcd.passwordSecret" in outcome.stderr
 
@@ -150,17 +161,177 @@ def test_the_command_line_is_one_that_serve_takes() -> None:
 
 
 def test_probes_and_drain() -> None:
-    pod = render("preStopSeconds=7")["StatefulSet"]["spec"]["template"]["spec"]
+    """What is left of the pod's grace after preStop is the streams', but for the end of ranks and etcd."""
+    manifests = render("preStopSeconds=7", "terminationGracePeriodSeconds=100")
+    pod = manifests["StatefulSet"]["spec"]["template"]["spec"]
     container = pod["containers"][0]
     assert container["readinessProbe"]["httpGet"]["path"] == "/readyz"
     assert container["livenessProbe"]["httpGet"]["path"] == "/livez"
     assert container["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", "7"]
-    assert pod["terminationGracePeriodSeconds"] > 7
+    assert pod["terminationGracePeriodSeconds"] == 100
+    assert "--stop-grace=83s" in arguments_of(manifests)
     assert {"name": "shm", "mountPath": "/dev/shm"} in container["volumeMounts"]
+    assert container["terminationMessagePolicy"] == "FallbackToLogsOnError"
+
+
+@pytest.mark.parametrize("release", ["123", "1e3", "true", "my.release", "a" * 53, "0x10"])
+def test_any_release_name_gives_names_that_kubernetes_takes(release: str) -> None:
+    manifests = render("state.persistence.enabled=true", "serviceAccount.create=true", release=release)
+    for manifest in manifests.values():
+        kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+        name = manifest["metadata"]["name"]
+        assert re.fullmatch("[a-z]([-a-z0-9]{0,61}[a-z0-9])?", name), name
+        assert manifest["metadata"]["labels"]["app.kubernetes.io/instance"] == release
+    assert len(manifests["StatefulSet"]["metadata"]["name"]) <= 52, "a revision's hash follows in a label"
+
+
+def test_one_pod_is_behind_the_service_and_any_other_refuses_to_start() -> None:
+    manifests = render()
+    stateful = manifests["StatefulSet"]
+    first = f"{stateful['metadata']['name']}-0"
+    assert stateful["spec"]["replicas"] == 1
+    selector = manifests["Service"]["spec"]["selector"]
+    assert selector.pop("statefulset.kubernetes.io/pod-name") == first
+    assert selector == stateful["spec"]["selector"]["matchLabels"] == stateful["spec"]["template"]["metadata"]["labels"]
+    assert f"--only-on={first}" in arguments_of(manifests)
+    environment = {each["name"]: each for each in stateful["spec"]["template"]["spec"]["containers"][0]["env"]}
+    assert environment["ELASTIC_NODE"]["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.name"
+    budget = manifests["PodDisruptionBudget"]["spec"]
+    assert budget["selector"]["matchLabels"] == selector
+    assert (budget["maxUnavailable"], budget["unhealthyPodEvictionPolicy"]) == (0, "AlwaysAllow")
+
+
+def test_the_port_of_the_service_is_not_the_pods() -> None:
+    manifests = render("service.port=80", "service.containerPort=9000")
+    assert manifests["Service"]["spec"]["ports"] == [{"name": "http", "port": 80, "targetPort": "http"}]
+    container = manifests["StatefulSet"]["spec"]["template"]["spec"]["containers"][0]
+    assert container["ports"] == [{"name": "http", "containerPort": 9000}]
+    assert "--port=9000" in container["args"]
+
+
+def test_a_large_number_is_passed_in_full() -> None:
+    assert "--max-model-len=1048576" in arguments_of(render("maxModelLen=1048576"))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "state.persistence.enabled=true", "service.port=80", "preStopSeconds=1", "ranks=2", "podAnnotations.a=b",
+        "admin.existingSecret=x", "serviceAccount.create=false", "model.servedName=m", "image.tag=v2",
+    ],
+)  # fmt: skip
+def test_no_value_changes_what_a_stateful_set_cannot_change(setting: str) -> None:
+    """Else `helm upgrade` would leave the release failed."""
+
+    def fixed(manifests: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        spec = manifests["StatefulSet"]["spec"]
+        return {key: spec[key] for key in spec if key not in ("replicas", "template")}
+
+    assert fixed(render(setting)) == fixed(render())
+
+
+def test_state_that_is_to_last_is_on_a_volume_that_outlasts_the_release() -> None:
+    manifests = render("state.persistence.enabled=true", "state.persistence.size=3Gi")
+    claim = manifests["PersistentVolumeClaim"]
+    assert claim["spec"]["resources"]["requests"]["storage"] == "3Gi"
+    assert claim["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
+    volumes = {each["name"]: each for each in manifests["StatefulSet"]["spec"]["template"]["spec"]["volumes"]}
+    assert volumes["state"]["persistentVolumeClaim"] == {"claimName": claim["metadata"]["name"]}
+
+
+def test_what_a_service_shows_does_not_restart_the_pod() -> None:
+    pod = render()["StatefulSet"]["spec"]["template"]
+    assert render("service.port=80", "service.type=NodePort")["StatefulSet"]["spec"]["template"] == pod
+    assert "app.kubernetes.io/version" not in pod["metadata"]["labels"], "it changes with the chart"
+
+
+def notes(folder: Path, *settings: str) -> str:
+    """NOTES.txt; without a cluster helm shows it only as part of a manifest."""
+    chart = folder / "chart"
+    shutil.copytree(CHART, chart, dirs_exist_ok=True)
+    text = (chart / "templates" / "NOTES.txt").read_text()
+    manifest = '{{ define "notes" }}' + text + '{{ end }}\nkind: Notes\ntext: {{ include "notes" . | quote }}\n'
+    (chart / "templates" / "notes.yaml").write_text(manifest)
+    flags = [flag for setting in settings for flag in ("--set", setting)]
+    outcome = helm("template", "demo", str(chart), "--show-only", "templates/notes.yaml", *flags)
+    assert outcome.returncode == 0, outcome.stderr
+    return str(yaml.safe_load(outcome.stdout)["text"])
+
+
+def test_the_notes_say_what_keeps_it_from_starting_and_how_to_see_it(tmp_path: Path) -> None:
+    said = notes(tmp_path)
+    assert "model.volume is not set" in said
+    assert "image.repository is not set" in said
+    assert "is starting" in said
+    assert "kubectl -n default rollout status statefulset/demo" in said
+    given = notes(tmp_path, "model.volume.hostPath.path=/x", "image.repository=registry/elastic-ep", "service.port=80")
+    assert "not set" not in given
+    assert "port-forward svc/demo 8000:80" in given
 
 
 @pytest.mark.parametrize("setting", ["ranks=0", "redundancy=0.5", "exactness=maybe", "etcd.endpoints={nonsense}"])
 def test_bad_values_are_refused(setting: str) -> None:
-    outcome = helm("template", "demo", str(CHART), "--set", setting)
+    outcome = template(setting)
     assert outcome.returncode != 0
     assert setting.split("=")[0].split(".")[0] in outcome.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (("preStopSeconds=60",), "terminationGracePeriodSeconds: 60 is too short"),
+        (("terminationGracePeriodSeconds=15",), "at least preStopSeconds + 11 = 16"),
+        (("service.containerPort=80",), "service.containerPort: Must be greater than or equal to 1024"),
+        (("service.adminPort=8000",), "choose another service.adminPort"),
+        (("etcd.user=u", "etcd.passwordSecret=p"), "etcd.endpoints"),
+        (("etcd.endpoints={https://e:1}", "etcd.clientCertificate=true"), "etcd.tlsSecret"),
+        (("model.volume.hostPath.path=/x", "model.path=/data/m"), "model.mountPath"),
+        (("extraArgs={--port=1}",), "extraArgs: --port"),
+        (("extraArgs={ranks}",), "extraArgs.0"),
+        (("image.tag=1",), "image.tag"),
+        (("nodeSelector.gpu=true",), "nodeSelector.gpu"),
+        (("replicas=2",), "set ranks"),
+        (("service.targetPort=80",), "set service.containerPort"),
+        (("admin.token=x",), "set admin.existingSecret"),
+    ],
+)
+def test_values_that_do_not_fit_are_refused_with_what_to_do(settings: tuple[str, ...], says: str) -> None:
+    outcome = template(*settings)
+    assert outcome.returncode != 0
+    assert says in outcome.stderr
+
+
+def keys_of(values: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for key, value in values.items():
+        yield (*path, key)
+        if isinstance(value, dict):
+            yield from keys_of(value, (*path, key))
+
+
+def typos(key: str) -> set[str]:
+    """One letter less, one twice, two swapped; another case; singular or plural."""
+    middle = len(key) // 2
+    swapped = key[: middle - 1] + key[middle] + key[middle - 1] + key[middle + 1 :]
+    return {key[:-1], key[:middle] + key[middle:] * 2, swapped, key.lower(), key.capitalize(), f"{key}s"} - {key}
+
+
+def test_a_typo_in_any_key_is_refused_with_the_right_one() -> None:
+    """Against the schema itself, since helm takes a second for each; the test above has it say the same for some."""
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    opened = re.compile(
+        "model.volume|podSecurityContext|resources.(requests|limits)"
+    )  # Kubernetes checks what is below
+    judged = 0
+    for path in keys_of(values):
+        if opened.match(".".join(path[:-1])):
+            continue
+        for typo in typos(path[-1]):
+            changed = copy.deepcopy(values)
+            node = functools.reduce(lambda found, key: found[key], path[:-1], changed)
+            node[typo] = node.pop(path[-1])
+            errors = [error.message for error in jsonschema.Draft7Validator(schema).iter_errors(changed)]
+            assert any(f"{typo!r} is not one of" in each and f"{path[-1]!r}" in each for each in errors), (path, typo)
+            judged += 1
+    assert judged >= 60
+    jsonschema.Draft7Validator(schema).validate(values)

@@ -51,6 +51,14 @@ def test_a_port_that_cannot_be(port: int, says: str) -> None:
         Supervisor(replace(OPTIONS, port=port))
 
 
+def test_a_second_pod_of_a_stateful_set_refuses_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be a cluster of its own behind the same Service."""
+    monkeypatch.setenv("ELASTIC_NODE", "moe-1")
+    with pytest.raises(ConfigError, match="this is moe-1, and only moe-0 serves"):
+        Supervisor(replace(OPTIONS, only_on="moe-0"))
+    assert Supervisor(replace(OPTIONS, only_on="moe-1")).node == "moe-1"
+
+
 def test_a_model_may_be_served_under_a_name_with_a_slash() -> None:
     config = cluster_config(replace(OPTIONS, served_model_name="org/model"))
     assert (config.served_model_name, config.cluster) == ("org/model", shipped_demo_model().name)
