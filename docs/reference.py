@@ -1,4 +1,4 @@
-"""What is written from the table of options: docs/OPTIONS.md and the Helm chart's values and schema.
+"""What is written from tables: docs/OPTIONS.md and the chart's values from the options; a part of docs/API.md.
 
 `python -m docs.reference` in a checkout (`make docs`) rewrites them; a test fails while they differ.
 """
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from docs.api import API_PAGE, api_page
 from elastic.cli.command import as_text
 from elastic.cli.connection import Connection
 from elastic.serve.options import (
@@ -158,8 +159,9 @@ def _limits(stated: Stated) -> dict[str, Any] | None:
 
 
 def main() -> None:
-    """Write all three files."""
+    """Write all files."""
     PAGE.write_text(options_page(), encoding="utf-8")
+    API_PAGE.write_text(api_page(API_PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     VALUES.write_text(chart_values(VALUES.read_text(encoding="utf-8")), encoding="utf-8")
     SCHEMA.write_text(chart_schema(SCHEMA.read_text(encoding="utf-8")), encoding="utf-8")
 

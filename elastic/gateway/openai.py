@@ -11,17 +11,18 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import structlog
 from fastapi import FastAPI, Request, Response
 
 from elastic.gateway.choice import Choice, Piece
 from elastic.gateway.engine_link import EngineLink
+from elastic.gateway.fields import Note, NotedOnce
 from elastic.gateway.http import EventStream, internal_error, json_response, read_body, unless_gone
 from elastic.gateway.journal import Request as Sequence
 from elastic.gateway.metrics import GatewayMetrics
-from elastic.gateway.render import DONE, ChatRenderer, CompletionRenderer, Json, Renderer, error_body, event
+from elastic.gateway.render import DONE, ChatRenderer, CompletionRenderer, Json, Renderer, UsageShown, error_body, event
 from elastic.gateway.schema import MAX_SEED, ChatRequest, CommonRequest, CompletionRequest, parse, seed_for
 from elastic.gateway.tokenizer import Tokenizer
 from membership.base.errors import RequestError
@@ -46,6 +47,7 @@ class Service:
     started: float
     sampling: SamplingDefaults = OPENAI_SAMPLING
     now: Callable[[], float] = time.time
+    ignored: Note = field(default_factory=NotedOnce)
     random_seed: Callable[[], int] = lambda: secrets.randbelow(MAX_SEED)
 
     @property
@@ -85,14 +87,14 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        asked = parse(await read_body(request), CompletionRequest)
+        asked = parse(await read_body(request), CompletionRequest, service.ignored)
         _require_model(service, asked.model)
         prompts = [await _token_ids(service, prompt) for prompt in asked.prompts]
         return await _answer(request, service, asked, _job(service, asked, prompts, CompletionRenderer))
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        asked = parse(await read_body(request), ChatRequest)
+        asked = parse(await read_body(request), ChatRequest, service.ignored)
         _require_model(service, asked.model)
         length = sum(message.characters for message in asked.messages)
         if length > service.context * service.tokenizer.longest_token:
@@ -128,12 +130,13 @@ def _known(service: Service, prompt: list[int], field: str) -> list[int]:
 
 def _job(service: Service, asked: CommonRequest, prompts: list[list[int]], kind: type[Renderer]) -> Job:
     """One sequence and one choice per prompt and n, in OpenAI's order: all choices of the first prompt first."""
+    shown = UsageShown(asked.include_usage, asked.continuous_usage)
     response_id = kind.id_prefix + secrets.token_hex(12)
     seed = service.random_seed() if asked.seed is None else asked.seed
     job = Job(
         sequences=[],
         choices=[],
-        renderer=kind(service.tokenizer, response_id, asked.model, int(service.now()), asked.include_usage),
+        renderer=kind(service.tokenizer, response_id, asked.model, int(service.now()), shown),
         prompt_tokens=sum(map(len, prompts)),
     )
     for prompt in prompts:
@@ -221,7 +224,7 @@ async def _events(service: Service, job: Job) -> AsyncGenerator[bytes, None]:
             opened.add(index)
             for chunk in (opening, job.renderer.chunk(index, piece)):
                 if chunk is not None:
-                    yield event(chunk)
+                    yield event(job.renderer.counted(chunk, job.prompt_tokens, job.choices))
     usage = job.renderer.usage_chunk(job.prompt_tokens, job.choices)
     if usage is not None:
         yield event(usage)

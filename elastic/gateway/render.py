@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import msgspec
 
@@ -17,6 +17,13 @@ Json = dict[str, Any]
 DONE = b"data: [DONE]\n\n"
 
 
+class UsageShown(NamedTuple):
+    """Where a stream has the usage: in a chunk at its end; in every chunk, so far."""
+
+    at_end: bool = False
+    in_each: bool = False
+
+
 class Renderer(ABC):
     """One response's shape: its id, model and time are the same in every chunk."""
 
@@ -24,12 +31,14 @@ class Renderer(ABC):
     whole_object: ClassVar[str]
     chunk_object: ClassVar[str]
 
-    def __init__(self, tokenizer: Tokenizer, response_id: str, model: str, created: int, include_usage: bool) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, response_id: str, model: str, created: int, usage_shown: UsageShown
+    ) -> None:
         self.id = response_id
         self._tokenizer = tokenizer
         self._model = model
         self._created = created
-        self._include_usage = include_usage
+        self._usage_shown = usage_shown
 
     def opening(self, index: int) -> Json | None:
         """The chunk that begins a choice, if this API has one."""
@@ -43,9 +52,13 @@ class Renderer(ABC):
 
     def usage_chunk(self, prompt_tokens: int, choices: Sequence[Choice]) -> Json | None:
         """The last chunk, if usage was asked for."""
-        if not self._include_usage:
+        if not self._usage_shown.at_end:
             return None
         return self._envelope(self.chunk_object, []) | {"usage": usage(prompt_tokens, choices)}
+
+    def counted(self, chunk: Json, prompt_tokens: int, choices: Sequence[Choice]) -> Json:
+        """The chunk with the usage so far, if every chunk is to have it."""
+        return chunk | {"usage": usage(prompt_tokens, choices)} if self._usage_shown.in_each else chunk
 
     def whole(self, prompt_tokens: int, choices: Sequence[Choice]) -> Json:
         """The response in one go."""
@@ -56,7 +69,7 @@ class Renderer(ABC):
         envelope = {
             "id": self.id, "object": kind, "created": self._created, "model": self._model, "choices": choices,
         }  # fmt: skip
-        return envelope | {"usage": None} if self._include_usage else envelope
+        return envelope | {"usage": None} if self._usage_shown.at_end else envelope
 
     @abstractmethod
     def _chunk_choice(self, index: int, piece: Piece) -> Json: ...

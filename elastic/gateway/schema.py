@@ -1,16 +1,24 @@
 """What clients may ask for: OpenAI's request shapes, checked and capped while they are parsed.
 
-A field we do not know is an error that names it: ignoring it would silently give another answer than was asked for. A
-field that OpenAI has and we do not offer is accepted at the value that means "off", and refused otherwise.
+What is not here is in `fields.py`, or an error that names it.
 """
 
 from __future__ import annotations
 
 from hashlib import blake2b
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
+from elastic.gateway.fields import Note, Place, without_extras
 from membership.base.errors import RequestError
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
@@ -24,27 +32,9 @@ MAX_TOKENS = 2**31 - 1  # of a request's field; the context is the limit
 MAX_SEED = 2**63 - 1
 MAX_ID = 2**31 - 1  # of a token; whatever is sent to the engine must fit into 64 bits
 
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_ID)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
-StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-OFF: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "min_p": (0,),
-    "logit_bias": ({},),
-    "suffix": ("",),
-    "echo": (False,),
-    "tools": ([],),
-    "functions": ([],),
-    "tool_choice": ("none", "auto"),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-    "reasoning_effort": ("none",),
-}
 
 
 class Shape(BaseModel):
@@ -53,21 +43,52 @@ class Shape(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class StreamOptions(Shape):
-    """`include_usage`: one more chunk at the end, with the usage."""
+class OpenShape(Shape):
+    """A shape of which clients send more than it has: see `fields.py`. Null means "not given" everywhere."""
 
+    place: ClassVar[Place]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_extras(cls, data: Any, info: ValidationInfo) -> Any:
+        if not isinstance(data, dict):
+            return data
+        given = without_extras(data, cls.place, cls.model_fields, info.context or _unnoted)
+        return {name: _whole(value) if cls._is_whole(name) else value for name, value in given.items()}
+
+    @classmethod
+    def _is_whole(cls, name: str) -> bool:
+        annotation = cls.model_fields[name].annotation if name in cls.model_fields else None
+        return annotation is int or int in get_args(annotation)
+
+
+def _whole(value: Any) -> Any:
+    """JavaScript and others write a whole number as 10.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _unnoted(name: str) -> None:
+    """An ignored field that is not reported."""
+
+
+class StreamOptions(OpenShape):
+    """`include_usage`: one more chunk at the end, with the usage. `continuous_usage_stats`: so far, in each chunk."""
+
+    place = Place.STREAM_OPTIONS
     include_usage: bool = False
-    include_obfuscation: bool = False
+    continuous_usage_stats: bool = False
 
 
-class CommonRequest(Shape):
+class CommonRequest(OpenShape):
     """What both APIs share."""
+
+    place = Place.REQUEST
 
     model: str
     n: int = Field(default=1, ge=1, le=MAX_N)
     max_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
     temperature: float = Field(default=1.0, ge=0, le=2)
-    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_p: float = Field(default=1.0, ge=0, le=1)
     top_k: int = Field(default=0, ge=-1, le=MAX_ID)
     seed: int | None = Field(default=None, ge=-MAX_SEED - 1, le=MAX_SEED)
     stop: list[StopString] = Field(default=[], max_length=MAX_STOPS)
@@ -75,26 +96,13 @@ class CommonRequest(Shape):
     ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str | None = Field(default=None, max_length=1024)
-    metadata: dict[str, str] | None = Field(default=None, max_length=16)
-    parallel_tool_calls: bool | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_what_is_not_offered(cls, data: Any) -> Any:
-        """Null means "not given" everywhere; switched-off features are dropped, switched-on ones refused."""
-        if not isinstance(data, dict):
-            return data
-        for name, harmless in OFF.items():
-            value = data.get(name)
-            if value is not None and value not in harmless:
-                raise RequestError(f"{name} is not supported", param=name, code="unsupported_parameter")
-        return {name: value for name, value in data.items() if value is not None and name not in OFF}
 
     @field_validator("stop", mode="before")
     @classmethod
     def _listed(cls, stop: Any) -> Any:
-        return [stop] if isinstance(stop, str) else stop
+        """One or several; an empty one stops nothing."""
+        given = [stop] if isinstance(stop, str) else stop
+        return [each for each in given if each != ""] if isinstance(given, list) else given
 
     @model_validator(mode="after")
     def _consistent(self) -> CommonRequest:
@@ -106,6 +114,11 @@ class CommonRequest(Shape):
     def include_usage(self) -> bool:
         """Whether the stream ends with a usage chunk."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether every chunk has the usage so far."""
+        return self.include_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     @property
     def wanted_logprobs(self) -> int:
@@ -148,25 +161,21 @@ class CompletionRequest(CommonRequest):
         return -1 if self.logprobs is None else self.logprobs
 
 
-class TextPart(Shape):
+class TextPart(OpenShape):
     """A piece of a message."""
 
+    place = Place.PART
     type: Literal["text"]
     text: str
 
 
-class Message(Shape):
-    """One message of a conversation: text only."""
+class Message(OpenShape):
+    """One message of a conversation: text only. Clients send the assistant's own back, with all their fields."""
 
+    place = Place.MESSAGE
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)]
     name: str | None = Field(default=None, max_length=256)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, data: Any) -> Any:
-        """Clients send back the assistant's own messages, with null for what they do not use."""
-        return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
 
     def plain(self) -> dict[str, Any]:
         """As chat templates get it: what was said, in plain types."""
@@ -188,7 +197,7 @@ class ChatRequest(CommonRequest):
 
     @model_validator(mode="after")
     def _logprobs(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
         return self
 
@@ -206,10 +215,13 @@ class ChatRequest(CommonRequest):
 R = TypeVar("R", bound=Shape)
 
 
-def parse(body: bytes, shape: type[R]) -> R:
-    """The request in `body`; RequestError names the first field that is wrong, and how."""
+def parse(body: bytes, shape: type[R], note: Note = _unnoted) -> R:
+    """The request in `body`; RequestError names the first field that is wrong, and how.
+
+    `note` gets the names of fields that are ignored.
+    """
     try:
-        return shape.model_validate_json(body)
+        return shape.model_validate_json(body, context=note)
     except ValidationError as error:
         raise _explained(error) from None
 

@@ -143,7 +143,14 @@ class RequestError(ElasticError):
     """A client's request cannot be served. `status` is the HTTP status that fits; `param` names the offending field."""
 
     def __init__(
-        self, message: str, *, status: int = 400, param: str = "", code: str = "", retry_after_s: float = 0.0
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        param: str = "",
+        code: str = "",
+        retry_after_s: float = 0.0,
+        hint: str = "",
     ) -> None:
-        super().__init__(message)
+        super().__init__(message, hint=hint)
         self.status, self.param, self.code, self.retry_after_s = status, param, code, retry_after_s

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.unit
 DOCS = (
     "README.md",
     "CONTRIBUTING.md",
+    "docs/API.md",
     "docs/ARCHITECTURE.md",
     "docs/GUARANTEES.md",
     "docs/OPERATIONS.md",

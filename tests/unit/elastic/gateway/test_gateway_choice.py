@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from elastic.gateway.choice import Choice
 from elastic.gateway.journal import Delta
-from elastic.gateway.schema import MAX_SEED, OFF, ChatRequest, CompletionRequest, parse, seed_for
+from elastic.gateway.schema import MAX_SEED, ChatRequest, CompletionRequest, parse, seed_for
 from elastic.gateway.tokenizer import Tokenizer
 from membership.base.errors import RequestError
 from tests.support.tiny_tokenizer import write_tokenizer
@@ -81,12 +81,6 @@ def test_templates_get_what_was_said() -> None:
     messages = parse(json.dumps({"model": "m", "messages": said}).encode(), ChatRequest).messages
     assert [message.plain() for message in messages] == [said[0], {"role": "user", "content": "xyz"}]
     assert [message.characters for message in messages] == [3, 3]
-
-
-@pytest.mark.parametrize("name", sorted(OFF))
-def test_what_is_not_offered_is_refused_by_name(name: str) -> None:
-    with pytest.raises(RequestError, match=f"{name} is not supported"):
-        parse(f'{{"model":"m","prompt":"x","{name}":"on"}}'.encode(), CompletionRequest)
 
 
 def test_a_million_wrong_items_are_one_error() -> None:

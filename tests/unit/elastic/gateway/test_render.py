@@ -8,7 +8,7 @@ import pytest
 
 from elastic.gateway.choice import Choice
 from elastic.gateway.journal import Delta
-from elastic.gateway.render import CompletionRenderer
+from elastic.gateway.render import CompletionRenderer, UsageShown
 from elastic.gateway.tokenizer import Tokenizer
 from tests.support.tiny_tokenizer import write_tokenizer
 from workers.protocol.messages import TokenLogprobs
@@ -30,6 +30,6 @@ def test_the_sampled_token_is_among_the_top_ones(tmp_path: Path, top: list[str],
     logprobs = TokenLogprobs(-3.0, [(token[each], -1.0 if each != "a" else -3.0) for each in top])
     choice = Choice(tokenizer, [1], [])
     choice.push(Delta([token["a"]], [logprobs], "stop"))
-    renderer = CompletionRenderer(tokenizer, "id", "m", 0, include_usage=False)
+    renderer = CompletionRenderer(tokenizer, "id", "m", 0, UsageShown())
     (found,) = renderer.whole(1, [choice])["choices"][0]["logprobs"]["top_logprobs"]
     assert found == {"a": -3.0} | dict.fromkeys(likeliest, -1.0)

@@ -1,0 +1,171 @@
+"""The fields that clients send and we do not offer: which of them change nothing, and which are refused by name.
+
+One table. A field that is in no shape of `schema.py` and not in here is an error that names it: to ignore it could give
+another answer than was asked for. What cannot change the answer is ignored, and logged once per name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import structlog
+
+from membership.base.errors import RequestError
+
+log = structlog.get_logger(__name__)
+Note = Callable[[str], None]
+
+
+class Place(StrEnum):
+    """Which object of a request has the field."""
+
+    REQUEST = "request"
+    STREAM_OPTIONS = "stream_options"
+    MESSAGE = "messages"
+    PART = "content"
+
+
+class Of(StrEnum):
+    """Whose field it is."""
+
+    OPENAI = "OpenAI"
+    ANTHROPIC = "Anthropic"
+    VLLM = "vLLM"
+    SGLANG = "SGLang"
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A field that is not offered. `off`: its values that ask for nothing; None: no value can change the answer.
+
+    `hint`: what to do instead, for the refusal.
+    """
+
+    name: str
+    of: Of
+    off: tuple[Any, ...] | None = None
+    hint: str = ""
+    place: Place = Place.REQUEST
+
+
+ONE_AT_A_TIME = "ask for each alternative with n"
+NO_TOOLS = "describe the tools in a message, and read the answer's text"
+TEXT_ONLY = "this serves text models"
+
+EXTRAS = (
+    # what cannot change the answer
+    *(Extra(name, Of.OPENAI) for name in (
+        "user", "metadata", "store", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "verbosity",
+        "parallel_tool_calls",
+    )),
+    *(Extra(name, Of.VLLM) for name in ("request_id", "priority", "cache_salt")),
+    Extra("rid", Of.SGLANG),
+    Extra("include_obfuscation", Of.OPENAI, place=Place.STREAM_OPTIONS),
+    Extra("annotations", Of.OPENAI, place=Place.MESSAGE),
+    Extra("cache_control", Of.ANTHROPIC, place=Place.MESSAGE),
+    Extra("annotations", Of.OPENAI, place=Place.PART),
+    Extra("cache_control", Of.ANTHROPIC, place=Place.PART),
+    # OpenAI's that would
+    Extra("echo", Of.OPENAI, (False,), "only /v1/completions has it"),
+    Extra("best_of", Of.OPENAI, (1,), ONE_AT_A_TIME),
+    Extra("suffix", Of.OPENAI, ("",), "put what surrounds the gap into the prompt"),
+    Extra("tools", Of.OPENAI, ([],), NO_TOOLS),
+    Extra("functions", Of.OPENAI, ([],), NO_TOOLS),
+    Extra("tool_choice", Of.OPENAI, ("none", "auto"), NO_TOOLS),
+    Extra("function_call", Of.OPENAI, ("none", "auto"), NO_TOOLS),
+    Extra("response_format", Of.OPENAI, ({"type": "text"},), "say in a message which format you want"),
+    Extra("modalities", Of.OPENAI, (["text"], []), TEXT_ONLY),
+    Extra("audio", Of.OPENAI, ({},), TEXT_ONLY),
+    Extra("service_tier", Of.OPENAI, ("auto", "default"), "there is one tier"),
+    Extra("prediction", Of.OPENAI, ({},), "leave it out"),
+    Extra("web_search_options", Of.OPENAI, (), "leave it out"),
+    Extra("reasoning_effort", Of.OPENAI, ("none",), "say in a message how much to think"),
+    Extra("tool_calls", Of.OPENAI, ([],), NO_TOOLS, Place.MESSAGE),
+    Extra("function_call", Of.OPENAI, ({},), NO_TOOLS, Place.MESSAGE),
+    Extra("refusal", Of.OPENAI, ("",), "put it into content", Place.MESSAGE),
+    Extra("audio", Of.OPENAI, ({},), TEXT_ONLY, Place.MESSAGE),
+    # vLLM's that would
+    Extra("use_beam_search", Of.VLLM, (False,), ONE_AT_A_TIME),
+    Extra("length_penalty", Of.VLLM, (1,), "it needs beam search, which is not offered"),
+    Extra("early_stopping", Of.VLLM, (False,), "it needs beam search, which is not offered"),
+    Extra("skip_special_tokens", Of.VLLM, (True,), "ask for logprobs, which name every token"),
+    Extra("spaces_between_special_tokens", Of.VLLM),  # none are shown
+    Extra("add_special_tokens", Of.VLLM, (), "it is as the model's tokenizer has it; send token ids for other ones"),
+    Extra("add_generation_prompt", Of.VLLM, (True,), "send the rendered prompt to /v1/completions"),
+    Extra("continue_final_message", Of.VLLM, (False,), "send the rendered prompt to /v1/completions"),
+    Extra("documents", Of.VLLM, ([],), "put them into a message"),
+    Extra("chat_template", Of.VLLM, ("",), "send the rendered prompt to /v1/completions"),
+    Extra("chat_template_kwargs", Of.VLLM, ({},), "send the rendered prompt to /v1/completions"),
+    Extra("mm_processor_kwargs", Of.VLLM, ({},), TEXT_ONLY),
+    Extra("truncate_prompt_tokens", Of.VLLM, (), "shorten the prompt"),
+    Extra("prompt_embeds", Of.VLLM, ([],), "send text or token ids"),
+    Extra("logits_processors", Of.VLLM, ([],), "use logit_bias"),
+    Extra("kv_transfer_params", Of.VLLM, ({},), "leave it out"),
+    Extra("vllm_xargs", Of.VLLM, ({},), "leave it out"),
+    Extra("return_tokens_as_token_ids", Of.VLLM, (False,), "leave it out"),
+    Extra("return_token_ids", Of.VLLM, (False,), "leave it out"),
+    Extra("include_reasoning", Of.VLLM, (True,), "reasoning is part of the text"),
+    *(Extra(name, Of.VLLM, (), "say in the prompt which format you want") for name in (
+        "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs",
+    )),
+    Extra("guided_decoding_backend", Of.VLLM),
+    Extra("guided_whitespace_pattern", Of.VLLM, (), "leave it out"),
+    # SGLang's that would
+    *(Extra(name, Of.SGLANG, (), "say in the prompt which format you want")
+      for name in ("regex", "ebnf", "json_schema", "structural_tag")),
+    Extra("no_stop_trim", Of.SGLANG, (False,), "use include_stop_str_in_output"),
+    Extra("stop_regex", Of.SGLANG, ([],), "use stop"),
+    Extra("lora_path", Of.SGLANG, (), "leave it out"),
+    Extra("separate_reasoning", Of.SGLANG),  # reasoning is part of the text, whatever is asked for
+    Extra("stream_reasoning", Of.SGLANG),
+    Extra("return_hidden_states", Of.SGLANG, (False,), "leave it out"),
+    Extra("custom_logit_processor", Of.SGLANG, ("",), "use logit_bias"),
+    *(Extra(name, Of.VLLM, (0,), "leave it out") for name in (
+        "frequency_penalty", "presence_penalty", "min_p", "min_tokens", "prompt_logprobs",
+    )),
+    Extra("repetition_penalty", Of.VLLM, (1,), "leave it out"),
+    Extra("logit_bias", Of.OPENAI, ({},), "leave it out"),
+    Extra("include_stop_str_in_output", Of.VLLM, (False,), "leave it out"),
+    Extra("typical_p", Of.SGLANG, (1,), "use top_p or min_p"),
+    Extra("no_repeat_ngram_size", Of.SGLANG, (0,), "use frequency_penalty"),
+)  # fmt: skip
+_BY_NAME = {(each.place, each.name): each for each in EXTRAS}
+
+
+def without_extras(data: dict[str, Any], place: Place, offered: Container[str], note: Note) -> dict[str, Any]:
+    """The fields of `data` that are for its shape to judge: the `offered` ones, and those that the table lacks.
+
+    Null means "not given". RequestError names the first field that asks for what is not offered.
+    """
+    kept = {}
+    for name, value in data.items():
+        extra = _BY_NAME.get((place, name))
+        if value is None:
+            continue
+        if extra is None or name in offered:
+            kept[name] = value
+        elif extra.off is None:
+            note(name)
+        elif value not in extra.off:
+            raise _refusal(extra)
+    return kept
+
+
+def _refusal(extra: Extra) -> RequestError:
+    name = extra.name if extra.place is Place.REQUEST else f"{extra.place}: {extra.name}"
+    return RequestError(f"{name} is not supported", param=extra.name, code="unsupported_parameter", hint=extra.hint)
+
+
+class NotedOnce:
+    """Logs the name of an ignored field the first time that it is seen. The names are those of the table."""
+
+    def __init__(self) -> None:
+        self._seen: set[str] = set()
+
+    def __call__(self, name: str) -> None:
+        if name not in self._seen:
+            self._seen.add(name)
+            log.info("field_ignored", field=name)
