@@ -17,6 +17,7 @@ from chaos.faults.site import ServedSite
 from chaos.target.cluster import Cluster
 from chaos.target.waiting import until
 from elastic.cli.client import AdminClient
+from elastic.serve.api_keys import client_headers
 from membership.base.errors import ElasticError, WaitTimeout
 from membership.base.failpoint_catalogue import EDGES, RPCS
 from membership.operations.change import scale
@@ -186,7 +187,12 @@ def _stream(scene: Scene, number: int, running: threading.Semaphore) -> None:
     with (
         suppress(httpx.HTTPError),  # a gateway's death ends it early, which does not matter here
         httpx.stream(
-            "POST", f"{scene.cluster.url}/v1/completions", json=body, timeout=READY_S, trust_env=False
+            "POST",
+            f"{scene.cluster.url}/v1/completions",
+            json=body,
+            headers=client_headers(),
+            timeout=READY_S,
+            trust_env=False,
         ) as answer,
     ):
         lines = answer.iter_lines()
@@ -237,7 +243,12 @@ def _go_away(scene: Scene) -> UnderWay:
     with (
         suppress(httpx.HTTPError),
         httpx.stream(
-            "POST", f"{scene.cluster.url}/v1/completions", json=body, timeout=HTTP_S, trust_env=False
+            "POST",
+            f"{scene.cluster.url}/v1/completions",
+            json=body,
+            headers=client_headers(),
+            timeout=HTTP_S,
+            trust_env=False,
         ) as answer,
     ):
         next(answer.iter_lines(), "")

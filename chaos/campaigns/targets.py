@@ -22,6 +22,7 @@ from chaos.record.recorder import Recorder
 from chaos.scenarios.script import CHAOS
 from chaos.target.cluster import Cluster
 from elastic.cli.client import AdminClient, Client
+from elastic.serve.api_keys import client_headers
 from membership.base.errors import ConfigError, ElasticError, NoAnswer, StoreUnavailable
 from membership.base.events import Event, Tail
 from membership.store.interface import Store
@@ -165,7 +166,8 @@ class RemoteTarget:
 
     def model(self) -> str:
         try:
-            answer = httpx.get(f"{self.url}/v1/models", timeout=PROBE_S, trust_env=False).raise_for_status()
+            answer = httpx.get(f"{self.url}/v1/models", headers=client_headers(), timeout=PROBE_S, trust_env=False)
+            answer.raise_for_status()
             return str(answer.json()["data"][0]["id"])
         except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
             hint = "is it the URL of an OpenAI-compatible API?"

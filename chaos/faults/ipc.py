@@ -24,6 +24,7 @@ import httpx
 from chaos.faults.base import POLL_S, SEEN_S, Faults, NotInjected, SiteInjector, poll, see
 from chaos.faults.process import Hold, ProcessInjector
 from elastic.gateway.schema import MAX_BODY_BYTES
+from elastic.serve.api_keys import client_headers
 
 ANSWER_S = 0.02  # a live peer has answered by then; a rank may be kept stopped ten times as long
 REPORTED_S = 0.15  # an event of a step is in the history by then
@@ -226,7 +227,11 @@ class Oversize(SiteInjector):
         size = MAX_BODY_BYTES + int(self.params["extra_bytes"])
         try:
             answer = httpx.post(
-                f"{self.site.url()}/v1/completions", content=b" " * size, timeout=SEEN_S, trust_env=False
+                f"{self.site.url()}/v1/completions",
+                content=b" " * size,
+                headers=client_headers(),
+                timeout=SEEN_S,
+                trust_env=False,
             )
         except httpx.HTTPError as error:
             raise NotInjected(f"a request of {size} bytes was not answered: {error!r}") from error

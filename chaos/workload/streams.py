@@ -15,6 +15,7 @@ import httpx
 import msgspec
 
 from chaos.workload.history import RequestRecord
+from elastic.serve.api_keys import client_headers
 from membership.base.errors import WaitTimeout
 
 PROMPTS = (
@@ -122,7 +123,7 @@ class Workload:
     async def _run(self) -> None:
         limits = httpx.Limits(max_connections=self.concurrency)
         async with httpx.AsyncClient(
-            base_url=self.url, timeout=self.timeout_s, limits=limits, trust_env=False
+            base_url=self.url, headers=client_headers(), timeout=self.timeout_s, limits=limits, trust_env=False
         ) as client:
             await asyncio.gather(*(self._stream(client, number) for number in range(self.concurrency)))
 

@@ -99,4 +99,5 @@ def _parameter(stated: Stated, panel: str | None) -> inspect.Parameter:
     default = inspect.Parameter.empty if stated.required else as_text(stated.kind, stated.default)
     keyword_only = inspect.Parameter.KEYWORD_ONLY
     plain = str if stated.kind is not None or stated.choices else stated.type
+    plain = list[str] if plain == tuple[str, ...] else plain  # may be given several times
     return inspect.Parameter(stated.field, keyword_only, default=default, annotation=Annotated[plain, info])

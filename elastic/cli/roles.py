@@ -82,6 +82,7 @@ def gateway(options: GatewayOptions) -> None:
         max_connections=options.max_connections,
         listeners=inherited_listeners(),
         grace_s=options.stop_grace_s,
+        api=options,
     )
     with role("gateway", address, state.events, options.limit) as (store, stop, events):
         run_gateway(store, address.cluster, settings, stop, events, stop.hurry)

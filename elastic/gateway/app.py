@@ -17,15 +17,18 @@ import structlog
 from fastapi import FastAPI
 
 from elastic.gateway import health, openai
+from elastic.gateway.access import Access
 from elastic.gateway.admin import Admin, admin_app
 from elastic.gateway.engine_link import EngineLink, LinkSettings
 from elastic.gateway.http import new_app
+from elastic.gateway.key_ring import KeyRing
 from elastic.gateway.metrics import GatewayMetrics
 from elastic.gateway.model_files import kept_files
 from elastic.gateway.registration import Registration
 from elastic.gateway.server import Server
 from elastic.gateway.tokenizer import Tokenizer
 from elastic.serve.listening import ADMIN_CONNECTIONS, Listeners, listening, most_connections, url_of
+from elastic.serve.options import ApiOptions
 from elastic.serve.state_dir import StateDir
 from membership.base import descriptors
 from membership.base.errors import ConfigError, ElasticError, RequestError
@@ -62,6 +65,7 @@ class GatewaySettings:
     listeners: Listeners | None = None
     grace_s: float = STOP_GRACE_S  # for open streams when the gateway is stopped
     link: LinkSettings = field(default_factory=LinkSettings)
+    api: ApiOptions = field(default_factory=ApiOptions)
 
 
 @dataclass
@@ -103,7 +107,13 @@ def run_gateway(
         link = EngineLink(name, settings.link, note=note)
         readiness = health.Readiness(link, mirror.state, lambda: mirror.trouble)
         history = StateDir(settings.state_dir).events
-        public = _public_app(config, kept_files(config, settings.state_dir), link, readiness, history)
+        keys = KeyRing(settings.api.api_key, settings.api.api_key_file)
+        files = kept_files(config, settings.state_dir)
+        public = Access(
+            _public_app(config, files, link, readiness, GatewayMetrics(mirror.state, history, cluster, keys)),
+            keys,
+            logged=settings.api.access_log,
+        )
         admin = admin_app(Admin(store, cluster, mirror, settings.admin_token, history, lambda: readiness.stopping))
         servers = (
             Server(public, bound.api, settings.grace_s, most, urgent=health.PATHS),
@@ -119,9 +129,8 @@ def run_gateway(
 
 
 def _public_app(
-    config: ClusterConfig, files: Path, link: EngineLink, readiness: health.Readiness, history: Path
+    config: ClusterConfig, files: Path, link: EngineLink, readiness: health.Readiness, metrics: GatewayMetrics
 ) -> FastAPI:
-    metrics = GatewayMetrics(readiness.state, history, config.cluster)
     app = new_app("elastic-ep")
     if ignored := not_applied(files):
         log.warning("generation_config_not_applied", keys=ignored)

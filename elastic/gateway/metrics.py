@@ -12,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from elastic.gateway.event_metrics import HistoryMetrics
+from elastic.gateway.key_ring import KeyRing
 from elastic.status import cluster_status
 from membership.store.records import ClusterState, RankState
 
@@ -27,6 +28,7 @@ class GatewayMetrics:
         state: Callable[[], ClusterState],
         history: Path,
         cluster: str,
+        keys: KeyRing | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._clock = clock
@@ -34,6 +36,7 @@ class GatewayMetrics:
         self._registry = CollectorRegistry()
         self._history = HistoryMetrics(PREFIX, history, cluster, self._registry)
         self._registry.register(ClusterGauges(state))
+        self._registry.register(KeyCounters(keys or KeyRing()))
         self.first_token_s = self._histogram("time_to_first_token_seconds", "From a request's arrival to its token 0.")
         self.inter_token_s = self._histogram("inter_token_seconds", "Between tokens of one stream.")
         self.max_gap_s = self._histogram("stream_max_gap_seconds", "Longest gap between two tokens of a stream.")
@@ -116,6 +119,32 @@ class ClusterGauges(Collector):
         for outcome, count in (state.engine_status.steps if state.engine_status else {}).items():
             steps.add_metric([outcome], count)
         yield steps
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: names are known at collection."""
+        return []
+
+
+class KeyCounters(Collector):
+    """What was asked with each API key, by its name. The keys themselves are not known here."""
+
+    def __init__(self, keys: KeyRing) -> None:
+        self._keys = keys
+
+    def collect(self) -> Iterable[Metric]:
+        """Called by the registry at each scrape."""
+        text = "Requests that were refused for want of a known API key."
+        yield CounterMetricFamily(PREFIX + "requests_unauthorized", text, value=self._keys.unauthorized)
+        answers = CounterMetricFamily(PREFIX + "key_requests", "Requests by API key.", labels=["key", "status"])
+        tokens = CounterMetricFamily(PREFIX + "key_tokens", "Tokens by API key.", labels=["key", "kind"])
+        open_now = GaugeMetricFamily(PREFIX + "key_requests_in_flight", "Open requests by API key.", labels=["key"])
+        for name, account in self._keys.accounts.items():
+            for status, count in account.answers.items():
+                answers.add_metric([name, str(status)], count)
+            tokens.add_metric([name, "prompt"], account.prompt_tokens)
+            tokens.add_metric([name, "generation"], account.generation_tokens)
+            open_now.add_metric([name], account.in_flight)
+        yield from (answers, tokens, open_now)
 
     def describe(self) -> Iterable[Metric]:
         """Nothing: names are known at collection."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import structlog
 from fastapi import FastAPI, Request, Response
 
+from elastic.gateway.access import Visit, visit_of
 from elastic.gateway.choice import Choice, Piece
 from elastic.gateway.engine_link import EngineLink
 from elastic.gateway.fields import Note, NotedOnce
@@ -64,6 +65,7 @@ class Job:
     choices: list[Choice]
     renderer: Renderer
     prompt_tokens: int
+    visit: Visit
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
@@ -90,7 +92,9 @@ def add_routes(app: FastAPI, service: Service) -> None:
         asked = parse(await read_body(request), CompletionRequest, service.ignored)
         _require_model(service, asked.model)
         prompts = [await _token_ids(service, prompt) for prompt in asked.prompts]
-        return await _answer(request, service, asked, _job(service, asked, prompts, CompletionRenderer))
+        return await _answer(
+            request, service, asked, _job(service, asked, prompts, CompletionRenderer, visit_of(request))
+        )
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
@@ -101,7 +105,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
             raise _too_long(f"the messages have {length} characters", service, "messages")
         messages = [message.plain() for message in asked.messages]
         prompt = _known(service, await asyncio.to_thread(service.tokenizer.encode_chat, messages), "messages")
-        return await _answer(request, service, asked, _job(service, asked, [prompt], ChatRenderer))
+        return await _answer(request, service, asked, _job(service, asked, [prompt], ChatRenderer, visit_of(request)))
 
 
 def _require_model(service: Service, name: str) -> None:
@@ -128,7 +132,7 @@ def _known(service: Service, prompt: list[int], field: str) -> list[int]:
     return prompt
 
 
-def _job(service: Service, asked: CommonRequest, prompts: list[list[int]], kind: type[Renderer]) -> Job:
+def _job(service: Service, asked: CommonRequest, prompts: list[list[int]], kind: type[Renderer], visit: Visit) -> Job:
     """One sequence and one choice per prompt and n, in OpenAI's order: all choices of the first prompt first."""
     shown = UsageShown(asked.include_usage, asked.continuous_usage)
     response_id = kind.id_prefix + secrets.token_hex(12)
@@ -138,6 +142,7 @@ def _job(service: Service, asked: CommonRequest, prompts: list[list[int]], kind:
         choices=[],
         renderer=kind(service.tokenizer, response_id, asked.model, int(service.now()), shown),
         prompt_tokens=sum(map(len, prompts)),
+        visit=visit,
     )
     for prompt in prompts:
         max_tokens = _max_tokens(service, asked, prompt)
@@ -192,16 +197,16 @@ def _too_long(what: str, service: Service, field: str) -> RequestError:
 
 
 async def _answer(request: Request, service: Service, asked: CommonRequest, job: Job) -> Response:
-    headers = {"X-Request-Id": job.renderer.id}
+    job.visit.begin(job.renderer.id, job.prompt_tokens)
     if not asked.stream:
-        return json_response(await unless_gone(request, _whole(service, job)), headers=headers)
+        return json_response(await unless_gone(request, _whole(service, job)))
     events = _events(service, job)
     try:
         first = await unless_gone(request, _first(events))
     except BaseException:
         await events.aclose()
         raise
-    return EventStream(_never_bare(first, events, job.renderer.id), headers)
+    return EventStream(_never_bare(first, events, job.renderer.id), {})
 
 
 async def _first(events: AsyncGenerator[bytes, None]) -> bytes:
@@ -254,6 +259,7 @@ async def _pieces(service: Service, job: Job) -> AsyncGenerator[tuple[int, Piece
             async for index, delta in generation.deltas():
                 timers[index].tokens(len(delta.tokens))
                 piece = job.choices[index].push(delta)
+                job.visit.generated(len(delta.tokens), piece.finish_reason)
                 if piece.stopped:
                     generation.stop(index)
                 yield index, piece

@@ -53,6 +53,7 @@ class Option:
     argument: bool = False  # given by position, not by a flag
     kind: Kind | None = None
     env: str = ""
+    secret: bool = False  # passed on to a role by its environment: a command line is seen by all users of the machine
     minimum: float | None = None
     maximum: float | None = None  # only beside a minimum
     helm: str = ""  # path in the chart's values.yaml
@@ -87,6 +88,8 @@ class Stated(msgspec.Struct, frozen=True):
     def checked(self, value: Any) -> Any:
         """The value in the option's type. ConfigError naming the flag if it is out of its limits."""
         flag, low, high = self.flags[0], self.option.minimum, self.option.maximum
+        if isinstance(value, list):  # of a flag that may be given several times
+            return tuple(value)
         if self.choices:
             if value not in self.choices:
                 known = ", ".join(self.choices)
@@ -105,7 +108,8 @@ class Stated(msgspec.Struct, frozen=True):
 
 def option(default: T, help: str, **details: Any) -> T:
     """A dataclass field that is an option; `details` are the other fields of `Option`."""
-    described: T = field(default=default, metadata={"option": Option(help=help, **details)})
+    known = Option(help=help, **details)
+    described: T = field(default=default, repr=not known.secret, metadata={"option": known})
     return described
 
 
@@ -225,6 +229,39 @@ class ListenOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ApiOptions:
+    """Who may use the OpenAI API, and what is written down of it. `elastic serve` passes it on to its gateway."""
+
+    api_key: tuple[str, ...] = option(
+        (),
+        "API key that clients must send; may be repeated. Seen in `ps`: the file, or the environment, is better.",
+        env="ELASTIC_API_KEY",
+        secret=True,
+    )
+    api_key_file: Path | None = option(
+        None, "File of API keys, one `NAME:KEY` per line, with limits; read again when it changes."
+    )
+    access_log: bool = option(False, "Log a line for each request to the OpenAI API.")
+
+    def passed_on(self) -> tuple[list[str], dict[str, str]]:
+        """The same for a role's command: flags, and what goes into its environment."""
+        flags: list[str] = []
+        environment: dict[str, str] = {}
+        for stated in options_of(ApiOptions):
+            value, flag = getattr(self, stated.field), stated.flags[0]
+            if value == stated.default:
+                continue
+            if stated.option.secret:
+                environment[stated.option.env] = " ".join(value)  # as several are read from there
+            elif value is True:
+                flags.append(flag)
+            else:
+                each = value if isinstance(value, tuple) else [value.absolute() if isinstance(value, Path) else value]
+                flags += [part for item in each for part in (flag, str(item))]
+        return flags, environment
+
+
+@dataclass(frozen=True, kw_only=True)
 class SpareOptions:
     """How many spares a host keeps."""
 
@@ -249,7 +286,7 @@ class LogOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions(StoreOptions, ListenOptions, SpareOptions, LogOptions):
+class ServeOptions(StoreOptions, ListenOptions, ApiOptions, SpareOptions, LogOptions):
     """Options of `elastic serve`."""
 
     model: Path = field(
@@ -346,7 +383,7 @@ class AgentOptions(RoleOptions, SpareOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatewayOptions(StoreOptions, ListenOptions, LogOptions):
+class GatewayOptions(StoreOptions, ListenOptions, ApiOptions, LogOptions):
     """Options of `elastic gateway`."""
 
     name: str = option("", "Name of this gateway. Default: host name and process id.")

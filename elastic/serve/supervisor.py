@@ -19,6 +19,7 @@ import msgspec
 import structlog
 
 from elastic.serve import chaos_mode
+from elastic.serve.api_keys import all_keys
 from elastic.serve.cluster_config import cluster_config
 from elastic.serve.etcd_server import EtcdServer
 from elastic.serve.listening import Listeners, listening, most_connections, url_of
@@ -67,6 +68,7 @@ class Supervisor:
             hint = "name that etcd with --etcd, or leave out --etcd-ca, --etcd-cert, --etcd-key and --etcd-user"
             raise ConfigError("there are credentials for an etcd, but no --etcd", hint=hint)
         admin_token(options.admin_token)
+        all_keys(options.api_key, options.api_key_file)  # what a gateway would refuse is refused now
         self.options = options
         self.ranks = options.ranks or DEFAULT_RANKS
         self.state = StateDir(options.state_dir or home() / self.config.cluster)
@@ -252,12 +254,14 @@ class Supervisor:
         arguments += ["--state-dir", str(self.state.path), *self.options.credentials().as_flags()]
         arguments += ["--log-max-mb", str(self.options.log_max_mb), "--log-keep", str(self.options.log_keep)]
         arguments += ["--node", self.node] if name != "gateway" else self._gateway_arguments()
+        secrets: dict[str, str] = {}
+        if name == "gateway":
+            secrets = self.options.passed_on()[1] | {"ELASTIC_ADMIN_TOKEN": self.options.admin_token}
         if name == "agent":
             arguments += ["--spares", str(self.options.spares), "--drain-grace", "0"]  # it ends with everything else
-        token = {"ELASTIC_ADMIN_TOKEN": self.options.admin_token} if name == "gateway" else {}
         stable_s = min(STABLE_S, self.options.restart_window_s)  # a death that does not count for ranks does not here
         return RoleProcess(
-            name, arguments, self.state.log(name), environment={**self._environment, **token}, stable_s=stable_s,
+            name, arguments, self.state.log(name), environment={**self._environment, **secrets}, stable_s=stable_s,
             forkserver=self._zygote.forkserver if self._zygote is not None and name == "agent" else None,
             listeners=self._listeners if name == "gateway" else None,
         )  # fmt: skip
@@ -265,7 +269,7 @@ class Supervisor:
     def _gateway_arguments(self) -> list[str]:
         most = self.options.max_connections
         limit = ["--max-connections", str(most)] if most is not None else []
-        return ["--stop-grace", f"{self.options.stop_grace_s:.3f}s", *limit]
+        return ["--stop-grace", f"{self.options.stop_grace_s:.3f}s", *limit, *self.options.passed_on()[0]]
 
     def _troubles(self) -> Iterator[str]:
         """Errors that keep ranks from getting ready, since the last call."""

@@ -65,7 +65,7 @@ def test_lint_is_clean() -> None:
             "model.volume.persistentVolumeClaim.claimName=models",
             "etcd.endpoints={http://etcd-0:2379,http://etcd-1:2379}",
         ),
-        ("admin.existingSecret=token", "serviceAccount.create=false"),
+        ("admin.existingSecret=token", "serviceAccount.create=false", "api.keysSecret=keys"),
         (
             "etcd.endpoints={https://etcd-0:2379}",
             "etcd.tlsSecret=etcd-client",
@@ -108,6 +108,15 @@ def test_credentials_for_etcd_come_from_secrets_and_are_where_the_flags_say() ->
         "--etcd-key": ("tls", "tls.key"),
         "--etcd-password-file": ("word", "password"),
     }
+
+
+def test_api_keys_come_from_a_secret_and_are_where_the_flag_says() -> None:
+    pod = render("api.keysSecret=clients")["StatefulSet"]["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+    path = next(a.partition("=")[2] for a in container["args"] if a.startswith("--api-key-file="))
+    mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    secrets = {volume["name"]: volume["secret"]["secretName"] for volume in pod["volumes"] if "secret" in volume}
+    assert (secrets[mounts[path.rpartition("/")[0]]], path.rpartition("/")[2]) == ("clients", "keys")
 
 
 def test_a_user_needs_a_secret_with_the_password() -> None:
@@ -154,6 +163,7 @@ def test_the_command_line_is_one_that_serve_takes() -> None:
             "etcd.clientCertificate=true",
             "etcd.user=u",
             "etcd.passwordSecret=p",
+            "api.keysSecret=k",
         )
     )
     passed = {argument.split("=")[0] for argument in rendered if argument.startswith("--")}

@@ -14,6 +14,7 @@ from openai import OpenAI
 from elastic.gateway.app import GatewaySettings, run_gateway
 from elastic.gateway.engine_link import LinkSettings
 from elastic.gateway.tokenizer import Tokenizer
+from elastic.serve.options import ApiOptions
 from membership.base.events import EventLog
 from membership.store import codec
 from membership.store.in_memory import MemoryStore
@@ -39,6 +40,7 @@ from tests.support.tiny_tokenizer import write_tokenizer
 NAME = "test"
 MODEL = "tiny"
 TOKEN = "s3cret"
+OPEN = ApiOptions()
 QUICK = LinkSettings(engine_wait_s=1.0, ping_every_s=0.1, silence_s=0.6, resubmit_after_s=0.3)
 
 
@@ -52,10 +54,10 @@ class RunningGateway:
     thread: threading.Thread
     failures: list[BaseException]
 
-    def client(self) -> OpenAI:
+    def client(self, key: str = "x") -> OpenAI:
         """The official client; close it."""
         fleeting = httpx.Client(limits=httpx.Limits(max_keepalive_connections=0))  # nothing open between tests
-        return OpenAI(base_url=f"{self.url}/v1", api_key="x", max_retries=0, timeout=20.0, http_client=fleeting)
+        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=20.0, http_client=fleeting)
 
 
 @dataclass
@@ -125,11 +127,18 @@ class GatewayCluster:
 
     @contextmanager
     def gateway(
-        self, name: str = "g", *, port: int = 0, token: str = TOKEN, grace_s: float = 2.0, link: LinkSettings = QUICK
+        self,
+        name: str = "g",
+        *,
+        port: int = 0,
+        token: str = TOKEN,
+        grace_s: float = 2.0,
+        link: LinkSettings = QUICK,
+        api: ApiOptions = OPEN,
     ) -> Iterator[RunningGateway]:
         """A gateway that serves, until the block ends."""
         stop, failures = threading.Event(), []
-        settings = GatewaySettings(name, self.path, token, port=port, grace_s=grace_s, link=link)
+        settings = GatewaySettings(name, self.path, token, port=port, grace_s=grace_s, link=link, api=api)
         log = EventLog(self.events, "gateway")
 
         def run() -> None:

@@ -30,6 +30,7 @@ class Options(Base):
     budget: int = option(1 << 20, "How much.", kind=Kind.SIZE, minimum=1)
     dtype: Dtype = option(Dtype.AUTO, "Of what type.")
     node: str = field(default_factory=lambda: "computed", metadata={"option": Option(help="On which node.")})
+    name: tuple[str, ...] = option((), "Under which names.", env="ELASTIC_TEST_NAMES")
     port: int = option(0, "At which port.", minimum=0, maximum=65_535)
     secret: str = "not an option"
 
@@ -64,6 +65,12 @@ def test_what_is_given_is_parsed() -> None:
 
 def test_the_environment_stands_in_for_a_flag() -> None:
     assert run("m", environment={"ELASTIC_TEST_URLS": "a"})[1][0].endpoints == ("a",)
+
+
+def test_a_flag_that_may_be_repeated() -> None:
+    assert run("m", "--name", "a", "--name", "b,c")[1][0].name == ("a", "b,c")
+    assert run("m", environment={"ELASTIC_TEST_NAMES": "a b"})[1][0].name == ("a", "b")
+    assert run("m", "--name", "c", environment={"ELASTIC_TEST_NAMES": "a b"})[1][0].name == ("c",)
 
 
 def test_help_shows_defaults_as_they_are_typed() -> None:

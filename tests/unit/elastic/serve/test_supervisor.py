@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
+from elastic.cli.command import command
 from elastic.demo.model import shipped_demo_model
 from elastic.serve.cluster_config import cluster_config
-from elastic.serve.options import ServeOptions
+from elastic.serve.options import ApiOptions, GatewayOptions, ServeOptions
 from elastic.serve.roles import Roles
 from elastic.serve.supervisor import Supervisor
 from membership.base.errors import ConfigError, PlanRefused, StoreUnavailable
@@ -69,6 +72,36 @@ def test_the_config_names_the_small_files_by_content() -> None:
     assert dict(config.files) == small_files(shipped_demo_model())
     assert {"config.json", "tokenizer.json"} <= dict(config.files).keys()
     assert hash(config) == hash(cluster_config(OPTIONS)), "the planner's caches go by it"
+
+
+def test_a_file_of_keys_that_the_gateway_would_refuse_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Supervisor(replace(OPTIONS, state_dir=tmp_path, api_key_file=tmp_path / "none"))
+
+
+def test_what_clients_need_reaches_the_gateway_and_no_key_is_on_a_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any user of the machine can read a command line."""
+    path = tmp_path / "keys"
+    path.write_text("ann:sk-ann")
+    given = ApiOptions(api_key=("sk-one", "sk-two"), api_key_file=path, access_log=True)
+    options = replace(OPTIONS, state_dir=tmp_path, **{each.name: getattr(given, each.name) for each in fields(given)})
+    supervisor = Supervisor(options)
+    roles = [supervisor._role(name, ("http://e:1",)) for name in ("controller", "agent", "engine", "gateway")]
+    assert "sk-" not in repr(options) + str([role.arguments for role in roles])
+    gateway = next(role for role in roles if role.name == "gateway")
+    got: list[GatewayOptions] = []
+    app = typer.Typer()
+
+    @app.command()
+    @command
+    def run(options: GatewayOptions) -> None:
+        got.append(options)
+
+    outcome = CliRunner().invoke(app, gateway.arguments[1:], env=gateway.environment)
+    assert outcome.exit_code == 0, outcome.output
+    assert {each.name: getattr(got[0], each.name) for each in fields(given)} == asdict(given)
 
 
 class DeadEtcd:
