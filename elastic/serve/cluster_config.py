@@ -28,6 +28,7 @@ def cluster_config(options: ServeOptions) -> ClusterConfig:
         max_model_len=min(info.max_position, options.max_model_len or DEFAULTS["max_model_len"]),
         eos_token_ids=info.eos_token_ids,
         vocab_size=info.vocab_size,
+        ranks_asked=options.ranks or 0,
         files=tuple(small_files(directory).items()),
     )
     config = ClusterConfig(**{**as_given, **derived})

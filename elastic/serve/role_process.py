@@ -154,13 +154,15 @@ def _tail(file: IO[bytes], lines: int) -> list[str]:
         return file.read().decode(errors="replace").splitlines()[-lines:]
 
 
-class _Owner(msgspec.Struct):
+class Owner(msgspec.Struct):
+    """The process that a record is about."""
+
     pid: int = 0
     node: str = ""
 
 
 class _Owned(msgspec.Struct):
-    data: _Owner
+    data: Owner
 
 
 def leases_of(store: Store, prefix: str, pid: int | None = None, node: str = "") -> set[int]:
@@ -169,13 +171,18 @@ def leases_of(store: Store, prefix: str, pid: int | None = None, node: str = "")
     return {item.lease for item in items if item.lease and (pid is None or _names(item.value, pid, node))}
 
 
-def _names(record: bytes, pid: int, node: str) -> bool:
+def owner_of(record: bytes) -> Owner | None:
+    """Whose record it is; None: it cannot be read."""
     try:
-        owner = msgspec.json.decode(record, type=_Owned).data
+        return msgspec.json.decode(record, type=_Owned).data
     except msgspec.MsgspecError as error:
         log.warning("record_owner_unknown", error=str(error))
-        return False
-    return owner.pid == pid and owner.node in ("", node)
+        return None
+
+
+def _names(record: bytes, pid: int, node: str) -> bool:
+    owner = owner_of(record)
+    return owner is not None and owner.pid == pid and owner.node in ("", node)
 
 
 def revoke_leases(store: Store, prefix: str, pid: int | None = None, node: str = "") -> None:

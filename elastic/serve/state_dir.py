@@ -161,6 +161,13 @@ class StateDir:
                 f"another `elastic serve` uses {self.path}", hint="stop it, or choose another --state-dir"
             ) from None
 
+    def left_behind(self) -> ClusterAddress | None:
+        """The address of a server that was killed here; None: the last one stopped. Ask after `claim`."""
+        try:
+            return self.address()
+        except ConfigError:
+            return None
+
     def release(self) -> None:
         """Forget the address and let others claim the directory; events, logs and etcd data stay."""
         (self.path / "cluster.json").unlink(missing_ok=True)

@@ -1,7 +1,8 @@
 """What `elastic serve` writes into the store before it starts a role: the cluster's config and size.
 
-A cluster that served the same model before continues from its last epoch, at the size that it had. While another
-process serves the cluster, nothing is written. One that was killed cannot say that it is gone: its leases run out.
+A cluster that served the same model before continues from its last epoch, at the size that it had, unless `--ranks` is
+another than at its last start: a pod has the same flags at each start. While another process serves the cluster,
+nothing is written. One that was killed cannot say that it is gone: its leases run out, or are revoked if it was here.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable
 import msgspec
 
 from elastic.serve.options import DEFAULT_RANKS, DEFAULTS, ServeOptions
+from elastic.serve.predecessor import Predecessor
 from elastic.serve.role_process import revoke_leases
 from membership.base.errors import ConfigError, PlanRefused, StoreError
 from membership.base.timing import LEASE_GRACE_S
@@ -26,20 +28,30 @@ POLL_S = 0.1
 
 
 def write_config(
-    store: Store, config: ClusterConfig, options: ServeOptions, say: Callable[[str], None]
+    store: Store,
+    config: ClusterConfig,
+    options: ServeOptions,
+    say: Callable[[str], None],
+    predecessor: Predecessor | None = None,
 ) -> tuple[ClusterConfig, int]:
     """Store the config and the size; return both as they are now. `say` tells the user what is awaited or kept."""
     keys = Keys(config.cluster)
     before = store.get(keys.config)
     known = codec.decode(before.value, ClusterConfig) if before else None
     if options.etcd and known is not None:
+        if predecessor is not None and predecessor.served(config.cluster, options.etcd):
+            for key in predecessor.fence(store, (keys.leader, keys.engine)):
+                say(f"{key} was held by the server that was killed here: taken over")
         require_unserved(store, keys, known.lease_ttl_s, say)
     same_model = known is not None and _shape(known) == _shape(config)
     desired = Desired(ranks=options.ranks or DEFAULT_RANKS)
-    if same_model and not options.ranks and (found := store.get(keys.desired)) is not None:
+    as_asked = known is not None and options.ranks in (None, known.ranks_asked)
+    if same_model and as_asked and (found := store.get(keys.desired)) is not None:
         desired = _kept(codec.decode(found.value, Desired))
         config = _for_size(config, desired.ranks, limited=options.max_ranks is not None)
-        say(f"{desired.ranks} ranks, as the cluster was left (--ranks sets another size)")
+        if desired != Desired(ranks=options.ranks or 0):
+            how = "elastic scale" if options.ranks else "--ranks"
+            say(f"{desired.ranks} ranks, as the cluster was left ({how} sets another size)")
     revoke_leases(store, keys.prefix)
     puts = [Put(keys.config, codec.encode(config)), Put(keys.desired, codec.encode(desired))]
     wipe = [
@@ -88,7 +100,7 @@ def _for_size(config: ClusterConfig, ranks: int, *, limited: bool) -> ClusterCon
     if not limited:
         config = msgspec.structs.replace(config, max_ranks=max(ranks, DEFAULTS["max_ranks"]))
     if refused := scale_refusal(config, ranks):
-        raise PlanRefused(f"the size at which the cluster was left: {refused}", hint="give --ranks")
+        raise PlanRefused(f"the size at which the cluster was left: {refused}", hint="give another --ranks")
     return config
 
 

@@ -24,6 +24,7 @@ from elastic.serve.cluster_config import cluster_config
 from elastic.serve.etcd_server import EtcdServer
 from elastic.serve.listening import Listeners, listening, most_connections, url_of
 from elastic.serve.options import DEFAULT_RANKS, ServeOptions, admin_token
+from elastic.serve.predecessor import Predecessor
 from elastic.serve.role_main import STORE_SEEN, StopSignal
 from elastic.serve.role_process import RoleProcess, revoke_leases
 from elastic.serve.roles import Roles
@@ -53,6 +54,7 @@ log = structlog.get_logger(__name__)
 # As they are started. The standby engine has everything imported: streams do not wait for a process to start.
 STOP_S = {"controller": 5.0, "agent": 15.0, "engine": 5.0, "engine-standby": 5.0, "gateway": 5.0}  # and its streams'
 STOPPED_TOGETHER = (("gateway", "engine-standby"), ("engine",), ("agent", "controller"))  # so that requests can end
+MAYBE_MEMORY = ", perhaps for want of memory (in a pod: `kubectl describe pod` says OOMKilled; fewer ranks need less)"
 PAUSE_S = 0.1  # between two turns that cannot even look at the processes
 TROUBLES = {"rank_load_failed", "rank_prepare_failed", "rank_quarantined", "forkserver_ready"}
 
@@ -102,6 +104,7 @@ class Supervisor:
             self._urls = tuple(map(url_of, self._listeners))
             self.state.claim()
             opened.callback(self.state.release)
+            killed = self._predecessor()
             for _ in self._troubles():
                 continue  # those of an earlier run
             run = make_run_dir(run_dir(self.state.path))
@@ -109,7 +112,7 @@ class Supervisor:
             sweep(run, newborn_s=0.0)  # what an earlier run left that was killed
             self._environment = {**chaos_mode.begin(self.state, self.options.chaos), RUN_DIR_ENV: str(run)}
             opened.callback(self.state.failpoints.unlink, missing_ok=True)
-            self._start(opened)
+            self._start(opened, killed)
             self._opened = opened.pop_all()
         return self
 
@@ -129,7 +132,15 @@ class Supervisor:
                 self.etcd.kill()
             self.etcd.stop()
 
-    def _start(self, opened: ExitStack) -> None:
+    def _predecessor(self) -> Predecessor | None:
+        """The server that was killed here, if the last one was."""
+        left = self.state.left_behind()
+        if left is None:
+            return None
+        say(f"the last server here was killed{MAYBE_MEMORY}")
+        return Predecessor(left, self.node, run_dir(self.state.path))
+
+    def _start(self, opened: ExitStack, killed: Predecessor | None) -> None:
         environ = {**os.environ, **self._environment, HISTORY_ENV: str(self.state.events)}  # an agent's, for its ranks
         preload = preload_for(WORKER_CLASS, self.config.model, self.config.dtype)
         zygote = Zygote(preload, environ, self.state.log("agent"))
@@ -143,7 +154,7 @@ class Supervisor:
             endpoints = (self.etcd.url,)
         self._store = self.address(endpoints).connect()
         opened.callback(self._store.close)
-        self.config, self.ranks = write_config(self._store, self.config, self.options, say)
+        self.config, self.ranks = write_config(self._store, self.config, self.options, say, killed)
         opened.callback(self._stop_roles)
         for name in STOP_S:
             self._roles.add(self._role(name, endpoints))

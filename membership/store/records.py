@@ -86,6 +86,7 @@ class ClusterConfig(Record, frozen=True, kw_only=True):
     max_seqs: int = 64  # per rank and step
     eos_token_ids: tuple[int, ...] = ()
     vocab_size: int = 0
+    ranks_asked: int = 0  # by --ranks at the last start, 0: not given; the same number again changes nothing
     follow_agents: int = 0  # ranks per agent, if the number of agents sets the size; 0: operators set it
     lease_ttl_s: float = LEASE_TTL_S
     expert_bytes: int = 0  # weights of one expert in one layer

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +16,8 @@ from elastic.demo.model import shipped_demo_model
 from elastic.serve.cluster_config import cluster_config
 from elastic.serve.etcd_server import EtcdServer
 from elastic.serve.options import ServeOptions
+from elastic.serve.predecessor import Predecessor
+from elastic.serve.state_dir import ClusterAddress
 from elastic.serve.stored_config import write_config
 from membership.base.errors import ConfigError
 from membership.store.codec import encode
@@ -20,12 +25,16 @@ from membership.store.etcd import EtcdStore, connect
 from membership.store.interface import Put
 from membership.store.keys import Keys
 from membership.store.lease import LeaseKeeper
+from membership.store.records import LeaderRecord
 
 pytestmark = pytest.mark.integration
 
 OPTIONS = ServeOptions(model=shipped_demo_model())
 CONFIG = cluster_config(OPTIONS)
 KEYS = Keys(CONFIG.cluster)
+ETCD = ("external",)
+KILLED = Predecessor(ClusterAddress(cluster=CONFIG.cluster, etcd=ETCD), "here", Path("/run/of/this/directory"))
+LONG_S = 600.0  # much longer than a start waits: what is waited out is an error
 
 
 @pytest.fixture
@@ -35,10 +44,10 @@ def store(tmp_path: Path) -> Iterator[EtcdStore]:
         yield store
 
 
-def start(store: EtcdStore) -> list[str]:
+def start(store: EtcdStore, killed: Predecessor | None = None) -> list[str]:
     """What a start on this etcd says."""
     said: list[str] = []
-    write_config(store, CONFIG, replace(OPTIONS, etcd=("external",)), said.append)
+    write_config(store, CONFIG, replace(OPTIONS, etcd=ETCD), said.append, killed)
     return said
 
 
@@ -63,3 +72,60 @@ def test_one_that_lives_is_let_alone(store: EtcdStore, office: str) -> None:
 
 def test_nothing_is_waited_for_where_the_last_server_stopped(store: EtcdStore) -> None:
     assert start(store) == []
+
+
+@contextmanager
+def process(**environ: str) -> Iterator[int]:
+    """One that lives, with this environment."""
+    command = [sys.executable, "-S", "-c", "input()", "controller"]
+    environment = {"PATH": os.environ["PATH"], **environ}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, env=environment) as child:
+        try:
+            yield child.pid
+        finally:
+            child.kill()
+
+
+def hold(store: EtcdStore, node: str, pid: int) -> None:
+    lease = store.grant(LONG_S)
+    store.put(KEYS.leader, encode(LeaderRecord(node=node, pid=pid)), lease)
+
+
+def ended() -> int:
+    """The pid of a process that was."""
+    with process() as pid:
+        return pid
+
+
+def test_one_that_was_killed_here_is_taken_over_at_once(store: EtcdStore) -> None:
+    hold(store, "here", ended())
+    assert start(store, KILLED) == [f"{KEYS.leader} was held by the server that was killed here: taken over"]
+    assert store.get(KEYS.leader) is None
+
+
+def test_a_role_of_it_that_still_lives_is_fenced(store: EtcdStore) -> None:
+    with process(ELASTIC_RUN_DIR=str(KILLED.run)) as pid:
+        hold(store, "here", pid)
+        assert start(store, KILLED)
+        assert store.get(KEYS.leader) is None
+
+
+def test_what_is_not_its_is_let_alone(store: EtcdStore) -> None:
+    """Of another node; of another server on this one; of roles started by hand; of another etcd or cluster."""
+    elsewhere = replace(KILLED, address=ClusterAddress(cluster=CONFIG.cluster, etcd=("another",)))
+    other = replace(KILLED, address=ClusterAddress(cluster="another", etcd=ETCD))
+    with process(ELASTIC_RUN_DIR="/run/of/another") as served, process() as by_hand:
+        for node, pid, killed in (
+            ("there", ended(), KILLED),
+            ("here", served, KILLED),
+            ("here", by_hand, KILLED),
+            ("here", ended(), elsewhere),
+            ("here", ended(), other),
+        ):
+            hold(store, node, pid)
+            assert killed.fence(store, [KEYS.engine]) == []
+            if killed is KILLED:
+                assert killed.fence(store, [KEYS.leader, KEYS.engine]) == []
+            else:
+                assert not killed.served(CONFIG.cluster, ETCD)
+            assert store.get(KEYS.leader) is not None

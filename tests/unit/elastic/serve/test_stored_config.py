@@ -63,6 +63,23 @@ def test_a_restart_has_the_size_at_which_the_cluster_was_left(store: MemoryStore
     assert started(store)[0] == desired
 
 
+def test_a_size_that_is_given_again_is_no_new_wish(store: MemoryStore) -> None:
+    """A pod is started with the same flags each time: what was scaled and drained since stands."""
+    left(store, Desired(ranks=6, cordoned=(1,)))
+    desired, said = started(store, ranks=2)
+    assert desired == Desired(ranks=6, cordoned=(1,))
+    assert said == ["6 ranks, as the cluster was left (elastic scale sets another size)"]
+    assert started(store, ranks=2)[0] == desired, "nor the third time"
+    assert started(store, ranks=3) == (Desired(ranks=3), [])
+    assert started(store, ranks=3) == (Desired(ranks=3), []), "nothing to say: it is as given"
+
+
+def test_a_size_that_is_given_no_more_is_kept(store: MemoryStore) -> None:
+    left(store, Desired(ranks=6))
+    assert started(store)[0] == started(store)[0] == Desired(ranks=6)
+    assert started(store, ranks=2)[0] == Desired(ranks=2), "it was not given at the last start"
+
+
 def test_a_size_that_is_given_counts(store: MemoryStore) -> None:
     left(store, Desired(ranks=6, cordoned=(1,)))
     assert started(store, ranks=3) == (Desired(ranks=3), [])
