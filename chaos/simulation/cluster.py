@@ -31,7 +31,7 @@ from membership.store.records import ClusterConfig, ClusterState, Desired
 SERVED = ClusterConfig(
     cluster="sim", model="/m", served_model_name="m", moe_layers=2, experts=8, max_ranks=12, block_size=4,
     kv_blocks=12, max_batched_tokens=9, max_seqs=4, max_model_len=48, eos_token_ids=(EOS,), vocab_size=50,
-    coverage_deadline_s=20.0, lease_ttl_s=1.0, launch_deadline_s=8.0, restart_window_s=15.0,
+    coverage_deadline_s=20.0, lease_ttl_s=1.0, launch_deadline_s=8.0, load_stall_s=8.0, restart_window_s=15.0,
 )  # fmt: skip
 RESTART_S = (0.1, 0.6)
 DELAY_S = (0.0005, 0.004)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -47,6 +48,11 @@ class Pending:
 
     future: Future[dict[RankId, Any]]
     key: RankId
+    given_up: Callable[[Pending, ElasticError], None]
+
+    def fail(self, error: ElasticError) -> None:
+        """See workers/protocol/rpc.py."""
+        self.given_up(self, error)
 
 
 class SimExecutor:
@@ -96,7 +102,7 @@ class SimExecutor:
         self, method: str, args: tuple[Any, ...] = (), *, keys: Collection[RankId] = (), timeout_s: float = 60.0
     ) -> Pending:
         (key,) = keys
-        call = Pending(Future(), key)
+        call = Pending(Future(), key, self._fail)
         worker = self.workers.get(key)
         if worker is None or worker.dead:
             call.future.set_exception(RankDied(f"rank {key[0]} is dead"))
@@ -104,7 +110,8 @@ class SimExecutor:
         self._calls.append(call)
         reply = partial(self._host.after, 0.001, self._replied, call)
         self._host.clock.after(self._host.cluster.delay(), worker.child.call, method, args, reply)
-        self._host.after(timeout_s, self._fail, call, WaitTimeout(f"{method}: no answer within {timeout_s:g} s"))
+        if timeout_s < math.inf:
+            self._host.after(timeout_s, self._fail, call, WaitTimeout(f"{method}: no answer within {timeout_s:g} s"))
         return call
 
     def _replied(self, call: Pending, value: Any, error: str) -> None:

@@ -22,6 +22,7 @@ from membership.store.records import View
 from workers.exchange.model_side import StepContext
 from workers.fleet.watchdog import Look
 from workers.protocol.identity import Identity
+from workers.protocol.load_progress import LoadSeen
 from workers.protocol.messages import CopyBlocks, StepBatch
 from workers.protocol.restart_policy import FENCED_STATUS
 from workers.rank.engine_port import EnginePort
@@ -213,7 +214,7 @@ class RankProcess(Process):
         self.status = 0
         self._calls: deque[tuple[str, tuple[Any, ...], Reply]] = deque()
         self._busy = self._waits = False
-        self._served = 0
+        self._served = self._marks = 0
         self._paused_at, self._paused_s = 0.0, 0.0
 
     # --- its liveness page
@@ -234,6 +235,11 @@ class RankProcess(Process):
     @property
     def waited_s(self) -> float:
         return self._ran_s / 2
+
+    @property
+    def load(self) -> LoadSeen:
+        """It loads nothing, but each call that begins or ends is progress."""
+        return LoadSeen(False, 0, 0, self._marks)
 
     def look(self) -> Look:
         """What /proc and the liveness page show now."""
@@ -325,6 +331,7 @@ class RankProcess(Process):
         return any(self.cluster.ranks[peer].stopped for peer in peers)
 
     def _begin_call(self, method: str, args: tuple[Any, ...], reply: Reply) -> None:
+        self._marks += 1
         low, high = TOOK_S.get(method, (0.001, 0.01))
         took_s = self.random.uniform(low, high) * self.slow
         if method == "prepare_epoch":  # in the background: the rank goes on

@@ -356,6 +356,12 @@ class ServeOptions(StoreOptions, ListenOptions, ApiOptions, SpareOptions, LogOpt
     coverage_deadline_s: float = option(
         DEFAULTS["coverage_deadline_s"], "Max time a request waits for lost experts before it gets a 503."
     )
+    launch_deadline_s: float = option(
+        DEFAULTS["launch_deadline_s"], "Max time for a rank to start and to link with the others; a load has none."
+    )
+    load_stall_s: float = option(
+        DEFAULTS["load_stall_s"], "Give up the load of a rank once no byte has come for this long.", minimum=1
+    )
     ready_timeout_s: float = option(180.0, "Exit if not ready within this time.")
     only_on: str = option("", "Refuse to start on a node of another name (a StatefulSet's other pods).")
     chaos: bool = option(False, "For tests only: allow faults to be armed at run time, by file or admin API.")

@@ -47,3 +47,4 @@ class DetectedBy(StrEnum):
     DEADLINE = "deadline"  # it did not answer in time
     START = "start"  # it never came up
     HEARTBEAT = "heartbeat"  # it was alive, and silent for too long
+    STALL = "stall"  # its load made no progress for too long

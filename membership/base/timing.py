@@ -75,8 +75,9 @@ _time = _times("change", "membership/operations/operations.py")
 OPERATION_TIMEOUT_S = _time(300.0, "An operation that is not done by then is rolled back (default of --timeout)")
 _time = _times("change", "membership/store/records.py")
 LAUNCH_DEADLINE_S = _time(
-    60.0, "A rank must register, and a staged view be prepared, within this (default of `launch_deadline_s`)"
+    60.0, "A rank must register, and link with its peers, within this (default of `launch_deadline_s`)"
 )
+LOAD_STALL_S = _time(60.0, "A load that makes no progress for this long is given up (default of `load_stall_s`)")
 _time = _times("change", "workers/agent/spares.py")
 SPARE_ADOPT_TIMEOUT_S = _time(1.0, "A spare that is not promoted within this is not used: a rank is forked")
 _time = _times("change", "workers/agent/handles.py")

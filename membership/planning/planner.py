@@ -288,13 +288,16 @@ def _stage(facts: ClusterFacts) -> Effect | None:
 
 
 def _retry(facts: ClusterFacts, staged: View) -> Effect | None:
-    """Stage a view again if members failed to prepare it or are late; at the third failure, replace those members."""
+    """Stage a view again if members failed to prepare it or have no record; at the third failure, replace them.
+
+    A member with a record may load for as long as its agent sees it advance: no time is too long for that.
+    """
     overdue = facts.now >= staged.staged + facts.config.launch_deadline_s
-    if _same_members(facts):  # a failed rebalance evicts no rank: all serve as they are
-        late = facts.now >= staged.staged + FAILED_REST_S and (overdue or facts.failed)
-        return Effect(reason=f"rebalance to epoch {staged.epoch} failed", unstage=True) if late else None
     blamed = set(facts.failed) | ({m for m in facts.unprepared if facts.record(m) is None} if overdue else set())
-    if not overdue and (not blamed or facts.now < staged.staged + _pause(staged.attempt)):
+    if _same_members(facts):  # a failed rebalance evicts no rank: all serve as they are
+        late = facts.now >= staged.staged + FAILED_REST_S and blamed
+        return Effect(reason=f"rebalance to epoch {staged.epoch} failed", unstage=True) if late else None
+    if not blamed or facts.now < staged.staged + _pause(staged.attempt):
         return None
     if blamed and staged.attempt + 1 >= EVICT_ATTEMPT and blamed != set(staged.members):
         ranks = sorted(m.rank for m in blamed)

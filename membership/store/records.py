@@ -12,7 +12,14 @@ import msgspec
 
 from membership.base.enums import Device, Dtype, Exactness, OperationKind
 from membership.base.rank_id import RankId
-from membership.base.timing import CLOCK_SKEW_S, COVERAGE_DEADLINE_S, LAUNCH_DEADLINE_S, LEASE_TTL_S, RESTART_WINDOW_S
+from membership.base.timing import (
+    CLOCK_SKEW_S,
+    COVERAGE_DEADLINE_S,
+    LAUNCH_DEADLINE_S,
+    LEASE_TTL_S,
+    LOAD_STALL_S,
+    RESTART_WINDOW_S,
+)
 
 Placement = dict[int, tuple[tuple[int, ...], ...]]
 """rank -> for each MoE layer (0-based among MoE layers) the logical experts that the rank holds, ascending."""
@@ -94,7 +101,8 @@ class ClusterConfig(Record, frozen=True, kw_only=True):
     load_bytes_per_s: int = 0  # max checkpoint read rate of a host's ranks while they prepare a view; 0: unlimited
     restart_intensity: int = 6  # number of deaths within the window that quarantine a slot
     restart_window_s: float = RESTART_WINDOW_S
-    launch_deadline_s: float = LAUNCH_DEADLINE_S
+    launch_deadline_s: float = LAUNCH_DEADLINE_S  # of a rank's start and of its handshakes, never of a load
+    load_stall_s: float = LOAD_STALL_S  # a load that makes no progress for this long is given up
     coverage_deadline_s: float = COVERAGE_DEADLINE_S  # max wait of a request for lost experts before it gets a 503
     files: tuple[tuple[str, str], ...] = ()  # (name, digest) of the checkpoint's small files, e.g. tokenizer.json
 
@@ -205,6 +213,7 @@ class RankRecord(RankProcess, frozen=True, kw_only=True):
     exchange_handle: bytes = b""
     fingerprint: str = ""  # of its kernels: ranks of one view must agree, or outputs could differ
     identity: dict[str, str] = {}  # all else that decides a bit of its output: name of the part -> its digest or value
+    loaded: bool = False  # all but its experts
     expert_digests: tuple[bytes, ...] = ()  # [MoE layer]: DIGEST_BYTES per expert; zeros: it has not loaded that one
 
 
@@ -234,6 +243,7 @@ class Heartbeats(Record, frozen=True, kw_only=True):
     node: str
     at: float  # when it was written
     beats: dict[int, float] = {}  # incarnation -> when its heartbeat counter last rose
+    loads: dict[int, tuple[int, int]] = {}  # incarnation of a rank that loads -> bytes that are there, bytes in all
 
 
 class EngineRecord(Record, frozen=True, kw_only=True):

@@ -1,7 +1,8 @@
 """A stand-in for a rank, as a process of its own: real queues, a real liveness page, and a pretended model.
 
 The next token is a hash of the whole sequence, which it reads back from its KV cells, so a wrong block, position or
-token anywhere shows in the output. It obeys JSON lines on stdin: attach, answer (the status to give), masked, stop.
+token anywhere shows in the output. It obeys JSON lines on stdin: attach, answer (the status to give), masked, load (it
+answers nothing until it is loaded), stop.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import queue
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,7 @@ class StandIn:
         self.token = 0
         self.evicted = False
         self.hang = ""
+        self.load = ExitStack()
         self.steps: MessageQueue | None = None
         self.answers: MessageQueue | None = None
         self.mask: LiveMask | None = None
@@ -102,6 +105,11 @@ class StandIn:
         elif command["do"] == "evicted":
             mask = self.mask
             self.say(evicted=self.evicted or (mask is not None and mask.evicted(self.rank, self.incarnation)))
+        elif command["do"] == "load":
+            self.load.enter_context(self.page.load_progress.loading())
+            self.say(done=True)
+        elif command["do"] == "loaded":
+            self.load.close()
         elif command["do"] == "pace":
             self.step_s = command["step_s"]
         elif command["do"] == "hang":
@@ -133,7 +141,7 @@ class StandIn:
         self.steps = self.answers = self.mask = None
 
     def work(self) -> None:
-        while self.steps is not None and self.answers is not None:
+        while self.steps is not None and self.answers is not None and not self.page.load.loading:
             try:
                 message = self.steps.try_dequeue()
             except QueueClosed:

@@ -94,6 +94,15 @@ class SmallWorker:
         self.calls.append("load_model")
         if "fail-load" in self.faults:
             raise ValueError("no such checkpoint")
+        if "piecemeal" in self.faults:
+            self._load_bytes_of_a_pipe()
+
+    def _load_bytes_of_a_pipe(self) -> None:
+        """Four bytes in all, as a test writes them."""
+        self.ctx.progress.expect(4)
+        with open(os.path.join(self.ctx.environ["SMALL_WORKER_DIARY"], "bytes"), "rb", buffering=0) as pipe:
+            while pipe.read(1):
+                self.ctx.progress.add(1)
 
     def identity(self) -> Identity:
         weights = self._diary("model")

@@ -58,6 +58,7 @@ class World:
     epochs: list[int] = field(default_factory=list)
     effects: list[Effect] = field(default_factory=list)
     bad: set[int] = field(default_factory=set)  # slots whose ranks cannot prepare anything
+    slow: set[int] = field(default_factory=set)  # slots whose ranks load for as long as a test wants
     mute: set[int] = field(default_factory=set)  # slots whose ranks never register
     others: set[int] = field(default_factory=set)  # slots whose new ranks load another model
     capacity: int = 12  # ranks that an agent takes
@@ -214,7 +215,7 @@ class World:
                 return
             if spec.rank in self.bad and record.failed_revision != state.next_revision:
                 record = replace(record, failed_revision=state.next_revision, prepare_error="no memory")
-            elif spec.rank not in self.bad and record.prepared_revision != state.next_revision:
+            elif spec.rank not in self.bad | self.slow and record.prepared_revision != state.next_revision:
                 record = replace(record, prepared_revision=state.next_revision, state=RankState.STANDBY)
         if record != state.ranks.get(spec.id):
             self.put(self.keys.rank(*key), record)

@@ -25,7 +25,7 @@ from membership.base import failpoints
 from membership.base.attempts import Attempts, is_shortage, pause_s
 from membership.base.endings import OomKills, kills_so_far
 from membership.base.enums import DetectedBy
-from membership.base.errors import ElasticError, NoResources
+from membership.base.errors import ElasticError, NoResources, WaitTimeout
 from membership.base.events import EventLog
 from membership.base.rank_id import RankId
 from membership.base.timing import ATTACH_TIMEOUT_S, RETIRE_TIMEOUT_S
@@ -53,11 +53,12 @@ from workers.agent.executor import Death, MultiprocExecutor
 from workers.agent.exits import Exits
 from workers.agent.forkserver import Serving
 from workers.agent.handles import WorkerProcHandle
+from workers.agent.load_watch import UNTIL_IT_STALLS, Failing, LoadWatch
 from workers.agent.preload import WORKER_CLASS
 from workers.agent.registrar import Registrar
 from workers.agent.spares import Spares
 from workers.protocol.restart_policy import policy_of
-from workers.protocol.rpc import Outcome
+from workers.protocol.rpc import Outcome, PendingCall
 
 TICK_S = 0.1
 ATTACH_RETRY_S = 0.3
@@ -110,6 +111,7 @@ class Agent:
         self._mirror, self._config = mirror, config
         self._ranks: dict[RankId, LocalRank] = {}
         self._heartbeats: dict[RankId, Heartbeat] = {}
+        self._loads = LoadWatch(config)
         self._next_check = 0.0  # of the heartbeats
         self._attempts = Attempts("agent", clock=self._clock)
         self._start_failures = 0  # in a row, for want of something
@@ -199,7 +201,6 @@ class Agent:
     # --- acting -------------------------------------------------------------------------------------------------
 
     def _act(self, effects: list[Effect]) -> None:
-        limit_s = self._config.launch_deadline_s
         if self._clock() >= self._start_at:
             self._spawn([e.key for e in effects if isinstance(e, Spawn)])
         for effect in effects:
@@ -211,11 +212,12 @@ class Agent:
                 self._attach(effect)
             elif isinstance(effect, Load):
                 self._update(effect.key, loading=True)
-                self._call(effect.key, "initialise", (), limit_s, partial(self._loaded, effect))
+                self._emit("rank_load_started", effect.key)
+                self._call_load(effect.key, "initialise", (), partial(self._loaded, effect))
             elif isinstance(effect, Prepare):
                 self._update(effect.key, preparing_revision=effect.revision)
                 args = effect.view, effect.peers
-                self._call(effect.key, "prepare_epoch", args, limit_s, partial(self._prepared, effect))
+                self._call_load(effect.key, "prepare_epoch", args, partial(self._prepared, effect))
             elif isinstance(effect, RetireEpoch):
                 self._update(effect.key, retired=effect.mark)
                 then = partial(self._retired_epoch, effect)
@@ -276,7 +278,7 @@ class Agent:
 
     def _call(
         self, key: RankId, method: str, args: tuple[Any, ...], limit_s: float, then: Callable[[Any, str], None]
-    ) -> None:
+    ) -> PendingCall:
         """Call one rank. `then` gets (result, "") or (None, error) in our thread, unless the rank is gone by then."""
 
         def called(future: Future[Outcome]) -> None:
@@ -286,6 +288,13 @@ class Agent:
 
         pending = self._executor.submit(method, args, keys=[key], timeout_s=limit_s)
         pending.future.add_done_callback(partial(self._post, called))
+        return pending
+
+    def _call_load(self, key: RankId, method: str, args: tuple[Any, ...], then: Callable[[Any, str], None]) -> None:
+        """A call that lasts as long as the rank makes progress."""
+        pending = self._call(key, method, args, UNTIL_IT_STALLS, then)
+        self._loads.begin(key, pending, self._clock())
+        pending.future.add_done_callback(lambda _: self._post(self._loads.end, key, pending))
 
     # --- what came of it ----------------------------------------------------------------------------------------
 
@@ -424,16 +433,29 @@ class Agent:
             self._heartbeats[key] = seen = decide.observe(known, worker.liveness.heartbeats, now)
             self._registrar.set_renewing(key, decide.advancing(seen))
             if decide.hung(seen, now, after_s=ttl_s) and self._ranks[key].phase is Phase.READY:
-                silence = f"no heartbeat for {now - seen.advanced_at:.1f} s"
-                self._emit("rank_died", key, pid=worker.child.pid, detected_by=DetectedBy.HEARTBEAT, reason=silence)
-                self._bury(key, silence)
-                self._exits.killed(key)
-                self._end(key, kill=True)
+                self._kill(key, DetectedBy.HEARTBEAT, f"no heartbeat for {now - seen.advanced_at:.1f} s")
+            elif (given_up := self._loads.look(key, worker.liveness.load, now)) is not None:
+                self._give_load_up(key, *given_up)
         self._spares.check(now)
         if now >= self._publish_heartbeats_at:
             self._publish_heartbeats_at = now + HEARTBEATS_EVERY_S
-            record, node = decide.heartbeats(self.me.node, self._heartbeats, now, self._wall()), self.me.node
+            node = self.me.node
+            record = decide.heartbeats(node, self._heartbeats, self._loads.seen, now, self._wall())
             self._registrar.note(self._keys.heartbeats(node), record, beside=self._keys.agent(node))
+
+    def _give_load_up(self, key: RankId, call: Failing, reason: str) -> None:
+        """A rank that serves keeps what it has; another one would never get further."""
+        self._emit("rank_load_stalled", key, reason=reason)
+        if key in self._members():
+            call.fail(WaitTimeout(reason))
+        elif self._ranks[key].phase is Phase.READY:
+            self._kill(key, DetectedBy.STALL, reason)
+
+    def _kill(self, key: RankId, detected_by: DetectedBy, reason: str) -> None:
+        self._emit("rank_died", key, pid=self._ranks[key].pid, detected_by=detected_by, reason=reason)
+        self._bury(key, reason)
+        self._exits.killed(key)
+        self._end(key, kill=True)
 
     # --- small things -------------------------------------------------------------------------------------------
 

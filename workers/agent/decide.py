@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
-from membership.base.rank_id import RankId
+from membership.base.rank_id import ProcessId, RankId
 from membership.planning.identity import KERNELS, refusal
 from membership.store.records import AgentRecord, ClusterState, Heartbeats, RankRecord, RankState, View
+from workers.protocol.load_progress import LoadSeen
 
 Peers = dict[int, tuple[int, bytes]]
 """rank -> (incarnation, exchange handle)"""
@@ -94,7 +95,8 @@ class Load:
 
 @dataclass(frozen=True)
 class Prepare:
-    """Make ready for the staged view, whose key has this mod revision."""
+    """Make ready for the staged view, whose key has this mod revision. Once all its members have loaded: they link
+    with each other within a deadline, and a load has none."""
 
     key: RankId
     revision: int
@@ -179,7 +181,7 @@ def _preparations(state: ClusterState, ready: list[LocalRank]) -> list[Effect]:
     members = [r for r in ready if r.key in ids and r.failed_revision < revision]
     effects: list[Effect] = [Load(r.key, revision) for r in members if not r.loaded and not r.loading]
     peers = peers_of(view, state)
-    if peers is not None:
+    if peers is not None and all(state.ranks[member.id].loaded for member in view.members):
         effects += [
             Prepare(r.key, revision, view, peers)
             for r in members
@@ -237,6 +239,7 @@ def record_of(rank: LocalRank, node: str) -> RankRecord:
         exchange_handle=rank.exchange_handle,
         fingerprint=rank.identity.get(KERNELS, ""),
         identity={name: value for name, value in rank.identity.items() if name != KERNELS},
+        loaded=rank.loaded,
         expert_digests=rank.expert_digests,
     )
 
@@ -283,7 +286,10 @@ def hung(heartbeat: Heartbeat, now: float, *, after_s: float, misses: int = 4) -
     return heartbeat.misses >= misses and now - heartbeat.advanced_at >= after_s
 
 
-def heartbeats(node: str, ranks: Mapping[RankId, Heartbeat], now: float, wall: float) -> Heartbeats:
+def heartbeats(
+    node: str, ranks: Mapping[RankId, Heartbeat], loads: Mapping[ProcessId, LoadSeen], now: float, wall: float
+) -> Heartbeats:
     """What the cluster may know of it. `now` is on the observations' clock, `wall` the time of day at that moment."""
     beats = {key.incarnation: wall - (now - seen.advanced_at) for key, seen in ranks.items() if seen.counter >= 0}
-    return Heartbeats(node=node, at=wall, beats=beats)
+    bytes_of = {k.incarnation: (seen.done, seen.total) for k, seen in loads.items() if isinstance(k, RankId)}
+    return Heartbeats(node=node, at=wall, beats=beats, loads=bytes_of)

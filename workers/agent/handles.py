@@ -18,6 +18,8 @@ from workers.protocol.liveness import DeathWatcher, LivenessPage, process_ended
 from workers.protocol.messages import reader_id
 from workers.queue.message_queue import MessageQueue
 
+_closing = threading.Lock()
+
 
 @dataclass
 class _Handle:
@@ -25,10 +27,11 @@ class _Handle:
     death_writer: int  # the rank ends when the last copy of this is closed: there must be no other
 
     def close_death_pipe(self) -> None:
-        """The gentlest way to have it end."""
-        if self.death_writer >= 0:
-            os.close(self.death_writer)
-            self.death_writer = -1
+        """The gentlest way to have it end. Two threads may do so at once: a retirement, and the end of everything."""
+        with _closing:
+            pipe, self.death_writer = self.death_writer, -1
+        if pipe >= 0:
+            os.close(pipe)
 
 
 @dataclass

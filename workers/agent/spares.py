@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -25,8 +24,9 @@ from membership.store.records import ClusterConfig, ClusterState
 from workers.agent.decide import Heartbeat, hung, observe
 from workers.agent.executor import MultiprocExecutor
 from workers.agent.handles import WorkerProcHandle
+from workers.agent.load_watch import UNTIL_IT_STALLS, LoadWatch
 from workers.protocol.restart_policy import RestartPolicy, backoff_s, recent_deaths
-from workers.protocol.rpc import Outcome
+from workers.protocol.rpc import PendingCall
 
 DOUBTS = 2  # observations without a heartbeat after which a spare is not taken any more
 
@@ -84,6 +84,7 @@ class Spares:
         self._post, self._publish, self._emit = post, publish, emit
         self._spares: dict[SpareId, _Spare] = {}
         self._numbers = count(1)
+        self._loads = LoadWatch(config)
         self._deaths: tuple[float, ...] = ()
         self._not_before = 0.0
         self._chance = random.Random()
@@ -138,10 +139,14 @@ class Spares:
             self.lost(key, reason)
 
     def check(self, now: float) -> None:
-        """Drop spares whose heartbeat stopped. A spare that is still loading is skipped: it loads slowly on purpose."""
+        """Drop spares whose heartbeat stopped, and those whose load did."""
         for key, spare in list(self._spares.items()):
             worker = self._executor.workers.get(key)
-            if worker is None or not spare.ready:
+            if worker is None:
+                continue
+            if not spare.ready:
+                if (given_up := self._loads.look(key, worker.liveness.load, now)) is not None:
+                    self.lost(key, given_up[1])
                 continue
             spare.heartbeat = observe(spare.heartbeat, worker.liveness.heartbeats, now)
             if hung(spare.heartbeat, now, after_s=self._config.lease_ttl_s):
@@ -153,10 +158,13 @@ class Spares:
             self.lost(key, str(outcome))
         elif spare is not None:
             spare.pid = outcome.child.pid
-            called = self._executor.submit("initialise", keys=[key], timeout_s=self._config.launch_deadline_s).future
-            called.add_done_callback(lambda _: self._post(self._loaded, key, called))
+            pending = self._executor.submit("initialise", keys=[key], timeout_s=UNTIL_IT_STALLS)
+            self._loads.begin(key, pending, time.monotonic())
+            pending.future.add_done_callback(lambda _: self._post(self._loaded, key, pending))
 
-    def _loaded(self, key: SpareId, called: Future[Outcome]) -> None:
+    def _loaded(self, key: SpareId, pending: PendingCall) -> None:
+        self._loads.end(key, pending)
+        called = pending.future
         spare, error = self._spares.get(key), called.exception(timeout=0)
         if spare is None:
             return  # its death came first

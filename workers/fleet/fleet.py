@@ -91,6 +91,11 @@ class _Link:
             self.heartbeats = self.page.heartbeats
         self.owed[step] = now
 
+    def excuse(self, now: float) -> None:
+        """A rank that loads owes no ping yet: its agent watches it, and ends it if nothing advances."""
+        if self.owed and max(self.owed) < 0 and self.page.load.loading:
+            self.owed = dict.fromkeys(self.owed, now)
+
     def look(self) -> Look | None:
         """What it does at this moment; None if it is gone."""
         seen, page = threads(self.page.pid), self.page
@@ -305,6 +310,8 @@ class Fleet:
 
     def _overdue(self) -> list[FleetEvent]:
         now = self._clock()
+        for link in self._links.values():
+            link.excuse(now)
         late = [link for link in self._links.values() if link.due(self._step_deadline_s) <= now]
         silent_s = {link.key: now - min(link.owed.values()) for link in late}
         losses = [loss for link in late for loss in self._lose(link.key, DetectedBy.DEADLINE, now)]

@@ -6,12 +6,8 @@ import ctypes
 import os
 import platform
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future
 
 import structlog
-
-from membership.base.errors import WaitTimeout
 
 SLICE_US = 100
 """The shortest that the kernel grants."""
@@ -59,26 +55,6 @@ def _ask_for(slice_us: int) -> bool:
     return True
 
 
-def at_low_priority(work: Callable[[], None], timeout_s: float, what: str) -> None:
-    """Run `work` at low priority and raise what it raises; WaitTimeout names `what`.
-
-    In a thread of its own: without privilege, a priority that was lowered cannot be raised again.
-    """
-    done: Future[None] = Future()
-
-    def run() -> None:
-        try:
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOW_NICE)
-            work()
-        except BaseException as error:  # noqa: BLE001 - handed to the caller
-            done.set_exception(error)
-        else:
-            done.set_result(None)
-
-    threading.Thread(target=run, name="low-priority", daemon=True).start()
-    try:
-        done.result(timeout=timeout_s)
-    except TimeoutError as error:
-        if done.done():
-            raise
-        raise WaitTimeout(f"{what} was not there within {timeout_s:g} s") from error
+def at_low_priority() -> None:
+    """Give this thread a low priority for the rest of its life: without privilege, it cannot be raised again."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOW_NICE)

@@ -13,6 +13,7 @@ import msgspec
 import structlog
 
 from workers.model.shared_weights import SharedWeights
+from workers.protocol.load_progress import LoadProgress
 
 log = structlog.get_logger(__name__)
 
@@ -20,7 +21,10 @@ log = structlog.get_logger(__name__)
 class Calibrations:
     """Lists of numbers by what they are for. Safe to use from several threads."""
 
-    def __init__(self, shared: SharedWeights | None = None, name: str = "") -> None:
+    def __init__(
+        self, shared: SharedWeights | None = None, name: str = "", progress: LoadProgress | None = None
+    ) -> None:
+        self._progress = progress or LoadProgress()
         self._shared, self._name = shared, f"calibration/{name}"
         self._lock = threading.Lock()
         self._new = False
@@ -32,6 +36,7 @@ class Calibrations:
         with self._lock:
             if what not in self._known:
                 self._known[what] = tuple(measure())
+                self._progress.mark()
                 self._new = True
             return self._known[what]
 

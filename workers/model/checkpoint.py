@@ -20,12 +20,14 @@ from torch import Tensor
 
 from workers.model.content import FileStamp, Stamps, changed
 from workers.model.families import INDEX_FILE, SINGLE_FILE, weight_files
+from workers.protocol.load_progress import LoadProgress
 
 
 class Checkpoint:
     """Reads tensors by name, of files in the state that `stamps` describe. Safe to use from several threads."""
 
-    def __init__(self, root: str | Path, stamps: Stamps) -> None:
+    def __init__(self, root: str | Path, stamps: Stamps, progress: LoadProgress | None = None) -> None:
+        self._progress = progress or LoadProgress()
         self._root, self._stamps = Path(root), stamps
         self._fds: dict[str, int] = {}
         self._open: dict[str, Any] = {}
@@ -65,6 +67,7 @@ class Checkpoint:
             tensor: Tensor = handle.get_tensor(name) if index is None else handle.get_slice(name)[index]
             self.bytes_read += tensor.nbytes
             copy = tensor.clone()
+        self._progress.mark()
         self._require(file)
         return copy
 

@@ -51,7 +51,9 @@ class ExpertSource:
         device: torch.device,
         fill: Callable[[ExpertSource], object],
         shared: SharedWeights | None = None,
+        expert_bytes: int = 0,
     ) -> None:
+        self.expert_bytes = expert_bytes  # of one expert in one layer
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._device = device

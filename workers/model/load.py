@@ -29,6 +29,7 @@ from workers.model.expert_source import ExpertSource
 from workers.model.families import ModelInfo, read_model_info
 from workers.model.shared_weights import Served, SharedWeights
 from workers.model.weight_digests import dense_digest
+from workers.protocol.load_progress import LoadProgress
 from workers.protocol.weight_client import WeightClient
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -121,7 +122,11 @@ def _skeleton(path: str | Path, dtype: str, backend: Backend, served: Served | N
 
 
 def load_model(
-    path: str | Path, dtype: str = Dtype.AUTO, backend: Backend | None = None, store: WeightClient | None = None
+    path: str | Path,
+    dtype: str = Dtype.AUTO,
+    backend: Backend | None = None,
+    store: WeightClient | None = None,
+    progress: LoadProgress | None = None,
 ) -> LoadedModel:
     """Load everything but the routed experts, from the host's `store` where it has it; on the CPU without a backend.
 
@@ -130,12 +135,15 @@ def load_model(
     backend = backend or open_backend(Device.CPU)
     host = SharedWeights(store, dtype) if store is not None else None
     served = host.served() if host is not None else None
+    progress = progress or LoadProgress()
     made = _skeleton(path, dtype, backend, served)
+    progress.mark()
     info, model, kind = made.info, made.model, made.dtype
     shared = SharedWeights(store, f"{name_of(made.stamps)}/{kind}") if store is not None else None
-    checkpoint = Checkpoint(info.path, made.stamps)
+    checkpoint = Checkpoint(info.path, made.stamps, progress)
     files = _Files(made, checkpoint)
-    source = ExpertSource(checkpoint, kind, backend.device, files.add_experts, shared)
+    expert_bytes = info.expert_bytes(str(kind).removeprefix("torch."))
+    source = ExpertSource(checkpoint, kind, backend.device, files.add_experts, shared, expert_bytes)
     try:
         digest = _load_weights(made, files, shared, backend.device)
         if host is not None and served is None:

@@ -21,6 +21,7 @@ from workers.model.moe import Dispatcher, MoeLayers, activation_of
 from workers.model.rotary import tabulate
 from workers.model.row_tiles import RowTiles
 from workers.model.sampler import sample
+from workers.protocol.load_progress import LoadProgress
 from workers.protocol.messages import SampledToken, Sampling, SeqChunk
 
 
@@ -36,6 +37,7 @@ class ModelRunner:
         kv_blocks: int,
         block_size: int,
         max_len: int = 2048,
+        progress: LoadProgress | None = None,
     ) -> None:
         """Opens `bank`. `block_size` and `max_len` are in tokens.
 
@@ -53,12 +55,12 @@ class ModelRunner:
         kernels = f"{self.fingerprint()}/{backend.device.type}"
         activation = activation_of(loaded.expert_modules[0])
         self.products = backend.expert_products(
-            activation, exactness, Calibrations(loaded.shared, f"{kernels}/experts")
+            activation, exactness, Calibrations(loaded.shared, f"{kernels}/experts", progress)
         )
         bank.open(loaded.source, self.products)
         self._tiles: RowTiles | None = None
         self._done: StepPlan | None = None  # of the step that just completed
-        calibrations = Calibrations(loaded.shared if invariant else None, f"{kernels}/model")
+        calibrations = Calibrations(loaded.shared if invariant else None, f"{kernels}/model", progress)
         spec = _attention_spec(loaded, kv_blocks, block_size, max_len)
         with torch.inference_mode():
             tabulate(loaded.model, min(max_len, loaded.info.max_position), loaded.dtype, backend.device)

@@ -27,16 +27,17 @@ class Bucket:
 class Brake:
     """Called before each read while a rank prepares: waits as long as the host's bucket says.
 
-    Not beyond `until`: rather a step that took longer than a change of view that fails at its deadline.
+    Waiting is no stall: `mark` is called at least every `mark_s`, as progress of the load.
     """
 
     def __init__(
-        self, book: Callable[[], float], wait: Callable[[float], object], until: float, clock: Callable[[], float]
+        self, book: Callable[[], float], wait: Callable[[float], object], mark_s: float, mark: Callable[[], object]
     ) -> None:
-        self._book, self._wait, self._until, self._clock = book, wait, until, clock
+        self._book, self._wait, self._mark_s, self._mark = book, wait, mark_s, mark
 
     def __call__(self) -> None:
-        """Wait, if need be."""
-        left_s = self._until - self._clock()
-        if left_s > 0:
-            self._wait(min(self._book(), left_s))
+        """Wait, if need be; not longer once `wait` says that it was broken off."""
+        left_s = self._book()
+        while left_s > 0 and not self._wait(min(left_s, self._mark_s)):
+            left_s -= self._mark_s
+            self._mark()

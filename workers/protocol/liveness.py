@@ -20,11 +20,14 @@ from membership.base.enums import DetectedBy
 from workers.ipc.futex import MUTEX_BYTES, RobustMutex
 from workers.ipc.shared_memory import Segment
 from workers.ipc.shared_page import SharedPage
+from workers.protocol import load_progress
+from workers.protocol.load_progress import LoadProgress, LoadSeen
 
 HEARTBEAT_S = 0.1
 SLICE_S = 0.2  # longest sleep of a watcher before it checks whether it should stop
 STOP_TIMEOUT_S = 5.0
-_HEARTBEATS, _STEPS, _TURNS, _WAITED = range(4)  # 64-bit words behind the mutex
+_HEARTBEATS, _STEPS, _TURNS, _WAITED = range(4)  # 64-bit words behind the mutex; then those of the load
+_COUNTERS = 4
 
 
 class LivenessPage(SharedPage):
@@ -35,7 +38,9 @@ class LivenessPage(SharedPage):
     def __init__(self, segment: Segment, pid: int, resource: str = "") -> None:
         super().__init__(segment, pid, resource)
         self.mutex = RobustMutex(segment.address)
-        self._counters = segment.view(MUTEX_BYTES, 32, "Q")
+        self._counters = segment.view(MUTEX_BYTES, 8 * _COUNTERS, "Q")
+        self._load = segment.view(MUTEX_BYTES + 8 * _COUNTERS, 8 * load_progress.WORDS, "Q")
+        self.load_progress = LoadProgress(self._load)  # for the rank itself
         self._stop = threading.Event()
         self._beating: threading.Thread | None = None
         self._holder = 0
@@ -70,6 +75,11 @@ class LivenessPage(SharedPage):
     def waited_s(self) -> float:
         """How long the rank's main thread has slept on its doorbell so far."""
         return self._counters[_WAITED] / 1e9
+
+    @property
+    def load(self) -> LoadSeen:
+        """How far the rank has loaded."""
+        return load_progress.seen(self._load)
 
     def slept(self, ns: int) -> None:
         """Count one sleep on the doorbell; in the rank's main thread."""

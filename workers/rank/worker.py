@@ -25,6 +25,7 @@ from membership.store.records import View
 from workers.protocol import step_fence
 from workers.protocol.bandwidth import Brake
 from workers.protocol.identity import Identity
+from workers.protocol.load_progress import LoadProgress
 from workers.protocol.messages import CopyBlocks, StepBatch, StepResult, StepStatus
 from workers.rank.worker_api import WorkerContext
 
@@ -93,22 +94,25 @@ class Preparation:
     def _run(self) -> None:
         try:
             if self._older is not None:
-                self._older.join(self._worker.connect_timeout_s)
+                self._older.join(self._worker.stall_timeout_s)
                 self._older = None
             failpoints.hit("rank.before.prepare", self._worker.rank)
-            wanted = sorted(experts_of(self.view, self._worker.rank))
-            mapped = self._worker.bank.bytes_mapped
-            brake = self._worker.brake(self.view, self._stopped.wait)
-            self.bytes_loaded = self._worker.bank.load_all(wanted, self._stopped.is_set, brake)
-            self.bytes_mapped = self._worker.bank.bytes_mapped - mapped
-            if not self._stopped.is_set():
-                peers = {RankId(rank, incarnation): handle for rank, (incarnation, handle) in self._peers.items()}
-                self._worker.exchange.connect(peers, self._worker.connect_timeout_s, self._stopped.is_set)
+            peers = {RankId(rank, incarnation): handle for rank, (incarnation, handle) in self._peers.items()}
+            # First: all peers prepare at this moment, and each of them may load for as long as it takes.
+            self._worker.exchange.connect(peers, self._worker.connect_timeout_s, self._stopped.is_set)
+            self._load(sorted(experts_of(self.view, self._worker.rank)))
             failpoints.hit("rank.prepared", self._worker.rank)
         except BaseException as error:  # noqa: BLE001 - raised by get_output
             self._error = error
         finally:
             self._ended.set()
+
+    def _load(self, wanted: list[tuple[int, int]]) -> None:
+        bank, mapped = self._worker.bank, self._worker.bank.bytes_mapped
+        brake = self._worker.brake(self.view, self._stopped.wait)
+        with self._worker.progress.loading():
+            self.bytes_loaded = bank.load_all(wanted, self._stopped.is_set, brake, self._worker.progress)
+        self.bytes_mapped = bank.bytes_mapped - mapped
 
 
 def experts_of(view: View, rank: int) -> frozenset[tuple[int, int]]:
@@ -166,7 +170,9 @@ class EPWorker:
         self.exchange.device = self._backend.device
 
     def load_model(self) -> None:
-        """Load everything but the experts."""
+        """Load everything but the experts. In any thread."""
+        import torch
+
         from workers.model.load import load_model
         from workers.model.runner import ModelRunner
         from workers.protocol.weight_client import WeightClient
@@ -175,18 +181,21 @@ class EPWorker:
             raise ConfigError("load_model before init_device")
         config = self._ctx.config
         started = time.monotonic()
+        torch.get_num_threads()  # this thread's own number of compute threads: as in the main thread
         store = WeightClient(self._ctx.weights) if self._ctx.weights else None
-        loaded = load_model(config.model, config.dtype, self._backend, store)
-        self._runner = ModelRunner(
+        loaded = load_model(config.model, config.dtype, self._backend, store, self.progress)
+        runner = ModelRunner(
             loaded,
             self.bank,
             config.exactness,
             kv_blocks=config.kv_blocks,
             block_size=config.block_size,
             max_len=config.max_model_len,
+            progress=self.progress,
         )
-        self._runner.attach(self.exchange)
-        self._runner.warm_up()
+        runner.attach(self.exchange)
+        runner.warm_up()
+        self._runner = runner  # only now: the main thread looks at it meanwhile
         log.info("model_loaded", rank=self.rank, took_s=round(time.monotonic() - started, 3))
 
     def identity(self) -> Identity:
@@ -236,13 +245,22 @@ class EPWorker:
         shared = self._runner.loaded.shared if self._runner is not None else None
         if not config.load_bytes_per_s or view.urgent or shared is None:
             return lambda: None
-        until = time.monotonic() + config.launch_deadline_s / 2
-        return Brake(partial(shared.book, config.expert_bytes), wait, until, time.monotonic)
+        return Brake(partial(shared.book, config.expert_bytes), wait, config.load_stall_s / 2, self.progress.mark)
+
+    @property
+    def progress(self) -> LoadProgress:
+        """Where it counts what it loads."""
+        return self._ctx.progress
 
     @property
     def connect_timeout_s(self) -> float:
         """How long peers may take to answer."""
         return self._ctx.config.launch_deadline_s
+
+    @property
+    def stall_timeout_s(self) -> float:
+        """How long a load may make no progress."""
+        return self._ctx.config.load_stall_s
 
     def commit_epoch(self, epoch: int) -> None:
         """Use the prepared view of `epoch` from now on."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from membership.base.errors import ConfigError
 from membership.store.records import ClusterConfig, View
 from workers.protocol.identity import Identity
+from workers.protocol.load_progress import LoadProgress
 from workers.protocol.messages import CopyBlocks, StepBatch, StepResult
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class WorkerContext:
     environ: Mapping[str, str]
     host_lock: AbstractContextManager[object]  # held by at most one worker of this host; freed if its holder dies
     weights: bytes = b""  # handle of this host's weight store (`workers/agent/weight_store.py`); empty if there is none
+    progress: LoadProgress = field(default_factory=LoadProgress)  # where the worker counts what it has loaded
 
 
 @runtime_checkable
@@ -44,7 +46,7 @@ class AsyncOutput(Protocol):
 
 
 class Worker(Protocol):
-    """One rank's engine. All calls come from the rank's main thread."""
+    """One rank's engine. All calls but `load_model` come from the rank's main thread."""
 
     def __init__(self, ctx: WorkerContext) -> None: ...
 
@@ -52,7 +54,8 @@ class Worker(Protocol):
         """Take the device."""
 
     def load_model(self) -> None:
-        """Load everything but the experts."""
+        """Load everything but the experts. In a thread of its own, while the main thread answers: count in
+        `WorkerContext.progress`, as a load that makes no progress is ended."""
 
     def identity(self) -> Identity:
         """What it has loaded: everything that decides a bit of its output."""

@@ -24,11 +24,10 @@ import structlog
 from opentelemetry import trace
 
 from membership.base import failpoints
-from membership.base.errors import Fenced, QueueClosed, RankError
+from membership.base.errors import Fenced, QueueClosed, RankError, WaitTimeout
 from membership.base.logs import configure, identify
 from membership.base.rank_id import NO_SLOT, RankId, SpareId, labels
 from membership.base.timing import ORPHAN_GRACE_S
-from workers.ipc.cpu_priority import at_low_priority
 from workers.ipc.doorbell import Doorbell
 from workers.ipc.handover import close_default
 from workers.ipc.host_lock import HostLock
@@ -40,9 +39,11 @@ from workers.protocol.rpc import AnyCall, ResponseStatus, failure_of
 from workers.rank.call_port import CallPort
 from workers.rank.engine_port import EnginePort
 from workers.rank.environment import destroy_parallel_groups, frozen_environment, set_name, signals_end_it_once
+from workers.rank.loading import Loading
 from workers.rank.worker_api import AsyncOutput, Worker, WorkerContext, load_worker_class
 
 IDLE_S = 1.0
+LOADING_STOP_S = 0.5  # a read cannot be broken off, and ends with the process
 
 log = structlog.get_logger(__name__)
 
@@ -59,7 +60,8 @@ class WorkerProcChild:
         self.shutdown_requested = threading.Event()
         self._ended = threading.Event()
         self.peers: list[CallPort] = []  # callers on other hosts (nnodes > 1): none on a single host
-        self._initialised, self._limit_s = not launch.scale_up, launch.config.launch_deadline_s
+        self._initialised = not launch.scale_up
+        self._loading: Loading | None = None
         with ExitStack() as undo, trace.get_tracer("elastic_ep.workers").start_as_current_span("Worker init"):
             self.doorbell = undo.enter_context(Doorbell())
             self.monitor_death_pipe(death_reader, self.shutdown_requested)
@@ -89,6 +91,7 @@ class WorkerProcChild:
             environ=frozen_environment(),
             host_lock=host_lock,
             weights=launch.weights,
+            progress=self.liveness.load_progress,
         )
 
     @staticmethod
@@ -225,15 +228,22 @@ class WorkerProcChild:
             raise AttributeError(f"{method} is private")
         return getattr(self.worker, method)  # type: ignore[no-any-return]
 
-    def initialise(self) -> Identity:
-        """What an elastic launch left out: the device and the model. Returns what the worker has loaded."""
-        if not self._initialised:
+    def initialise(self) -> Identity | Loading:
+        """What an elastic launch left out: the device and the model. The output is what the worker has loaded."""
+        if self._initialised:
+            return self._loaded()
+        if self._loading is None or self._loading.failed:
             self.worker.init_device()
-            if isinstance(self.key, SpareId):  # it can wait, and the ranks have work to do
-                at_low_priority(self.worker.load_model, self._limit_s, "a spare's model")
-            else:
-                self.worker.load_model()
-            self._initialised = True
+            spare = isinstance(self.key, SpareId)  # it can wait, and the ranks have work to do
+            self._loading = Loading(self._load, self.liveness.load_progress, low_priority=spare)
+        return self._loading
+
+    def _load(self) -> Identity:
+        self.worker.load_model()
+        self._initialised = True
+        return self._loaded()
+
+    def _loaded(self) -> Identity:
         found: Identity = getattr(self.worker, "identity", Identity)()
         return found
 
@@ -270,6 +280,9 @@ class WorkerProcChild:
         failpoints.hit("rank.shutdown", self.rank)
         self.shutdown_requested.set()
         self.engine.close()
+        if self._loading is not None:
+            with suppress(WaitTimeout):
+                self._loading.join(LOADING_STOP_S)
         self.worker.shutdown()
         destroy_parallel_groups()
         for port in (self.parent, *self.peers):

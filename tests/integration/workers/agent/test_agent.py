@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import psutil
 import pytest
 
 from membership.base.errors import Fenced
+from membership.base.events import EventLog
 from membership.base.rank_id import RankId
 from membership.planning.identity import learned
 from membership.store.codec import encode
@@ -169,6 +171,60 @@ def test_a_model_that_does_not_load_is_published_and_the_rank_stays(scene: Scene
         revision = scene.stage(1, A)
         state = scene.until(lambda s: s.ranks[A].failed_revision == revision, "the failure")
         assert "no such checkpoint" in state.ranks[A].prepare_error
+
+
+@pytest.fixture
+def pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The weights of a rank that loads piecemeal."""
+    monkeypatch.setenv("SMALL_WORKER_DIARY", str(tmp_path))
+    os.mkfifo(tmp_path / "bytes")
+    return tmp_path / "bytes"
+
+
+def loads(state: ClusterState) -> dict[int, tuple[int, int]]:
+    """Incarnation of a rank that loads -> bytes there, bytes in all."""
+    return state.heartbeats["n"].loads if "n" in state.heartbeats else {}
+
+
+def test_a_load_that_advances_has_no_deadline_and_its_rank_joins_engines_meanwhile(
+    scene: Scene, pipe: Path, steps: MessageQueue
+) -> None:
+    scene.configure("piecemeal", launch_deadline_s=5.0, load_stall_s=30.0)
+    with agent(scene):
+        scene.assign(A)
+        scene.until_registered(A)
+        revision = scene.stage(1, A)
+        with pipe.open("wb", buffering=0) as weights:
+            for done in range(4):
+                scene.until(lambda s, done=done: loads(s).get(1) == (done, 4), f"{done} bytes there")
+                weights.write(b"x")
+            token = scene.elect(steps)
+            state = scene.until(lambda s: s.ranks[A].engine_token == token, "it to join the engine while it loads")
+            assert (state.ranks[A].state, state.ranks[A].loaded) == (RankState.LOADING, False)
+            scene.until(lambda s: time.time() > s.ranks[A].started + 6.0, "the launch deadline to be past")
+        state = scene.until(lambda s: s.ranks[A].prepared_revision == revision, "it to be prepared")
+        scene.until(lambda s: not loads(s), "no load any more")
+    assert [e.kind for e in EventLog.read(scene.path) if "load" in e.kind] == ["rank_load_started", "rank_loaded"]
+    assert scene.events("rank_loaded")[0].fields["took_ms"] > 6000, "longer than the launch deadline"
+
+
+def test_a_load_that_stalls_is_given_up_and_no_peer_waits_for_a_link_meanwhile(scene: Scene, pipe: Path) -> None:
+    scene.configure("piecemeal", load_stall_s=3.0)
+    with agent(scene):
+        scene.assign(A, B)
+        pid = scene.until_registered(A, B).ranks[B].pid
+        scene.stage(1, A, B)
+        with pipe.open("wb", buffering=0) as weights:
+            scene.until(lambda s: len(loads(s)) == 2, "both to load")
+            weights.write(b"x")
+            state = scene.until(lambda s: s.exits.keys() == {0, 1}, "both given up")
+            reasons = " ".join(each.reason for each in state.exits.values())
+            assert all(f"its load stalled at {done} of 4 bytes: no progress for " in reasons for done in (0, 1))
+            assert not state.ranks
+        eventually(lambda: not psutil.pid_exists(pid), 10, "the stalled rank killed")
+    assert len(scene.events("rank_load_stalled")) == 2
+    assert {e.fields["detected_by"] for e in scene.events("rank_died")} == {"stall"}
+    assert scene.events("rank_prepare_failed") == [], "none was asked to link with a rank that still loads"
 
 
 def test_a_rank_that_cannot_start_backs_off(scene: Scene) -> None:

@@ -109,6 +109,24 @@ def test_a_stopped_rank_without_work_is_found_by_a_probe(three: Ranks) -> None:
     assert lost.silent_s >= 0.5
 
 
+def test_a_rank_that_loads_owes_no_ping_and_answers_it_afterwards(three: Ranks) -> None:
+    three.attach()
+    three.ranks[2].send(do="load")
+    assert three.ranks[2].receive() == {"done": True}
+    three.ranks[1].process.send_signal(signal.SIGSTOP)
+    three.fleet.probe()
+    (lost,) = three.collect(lambda seen: len(seen) == 1)
+    assert isinstance(lost, RankLost)
+    assert lost.rank_id.rank == 1, "which owed the same ping, for as long"
+    for _ in range(20):  # four deadlines
+        assert three.fleet.collect(0.1, lambda: False) == []
+    three.ranks[2].send(do="loaded")
+    three.fleet.broadcast(three.batch(1, 2))
+    (answer,) = three.collect(lambda seen: len(seen) == 1)
+    assert isinstance(answer, StepResult)
+    assert answer.rank == 2
+
+
 def test_a_stopped_rank_whose_queue_is_full_is_given_up(three: Ranks) -> None:
     three.attach()
     three.ranks[2].process.send_signal(signal.SIGSTOP)

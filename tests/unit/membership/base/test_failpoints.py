@@ -205,7 +205,11 @@ def agents_calls() -> set[str]:
     found = set()
     for file in ("agent.py", "spares.py", "executor.py"):
         for node in ast.walk(ast.parse((ROOT / "workers" / "agent" / file).read_text())):
-            if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ("submit", "_call"):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in (
+                "submit",
+                "_call",
+                "_call_load",
+            ):
                 found |= {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
     return found
 

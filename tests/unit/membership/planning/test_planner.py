@@ -379,6 +379,33 @@ def test_survivors_that_cannot_load_give_up_redundancy_before_coverage() -> None
     assert world.serving == (0, 2, 3)
 
 
+def test_a_staged_view_waits_for_as_long_as_a_member_loads() -> None:
+    world = World(slow={2})
+    world.settle()
+    staged = world.state.next_revision
+    assert staged
+    world.now += 1000 * CONFIG.launch_deadline_s
+    world.settle()
+    assert (world.state.next_revision, world.epochs) == (staged, [])
+    world.slow.clear()
+    world.settle()
+    world.assert_whole(4)
+    assert world.state.incarnation == 4, "no rank was replaced"
+
+
+def test_a_staged_view_waits_a_launch_for_a_member_whose_record_is_gone() -> None:
+    world = World(slow={2})
+    world.settle()
+    staged = world.state.next_revision
+    world.store.delete(world.keys.rank(2, 3))
+    world.controller_acts()
+    assert world.state.next_revision == staged
+    world.now += CONFIG.launch_deadline_s
+    world.controller_acts()
+    assert world.state.next is not None
+    assert world.state.next.attempt == 1
+
+
 def test_who_alone_can_never_prepare_is_replaced() -> None:
     world = up()
     world.kill(1)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import msgspec
 import pytest
 
-from membership.base.rank_id import RankId
+from membership.base.rank_id import RankId, SpareId
 from membership.store.records import (
     AgentRecord,
     Assignment,
@@ -44,6 +44,7 @@ from workers.agent.decide import (
     record_of,
     stale_records,
 )
+from workers.protocol.load_progress import LoadSeen
 
 pytestmark = pytest.mark.unit
 
@@ -179,6 +180,13 @@ def test_preparing_waits_until_every_member_is_registered() -> None:
     assert run(state, a, b) == [Prepare(A, 7, state.next, peers), Prepare(B, 7, state.next, peers)]
 
 
+def test_preparing_waits_until_all_members_have_loaded() -> None:
+    a, b = ready(A, loaded=True), ready(B, loading=True)
+    assert run(staged(a, b), a, b) == [], "linking has a deadline, and a load has none"
+    state = staged(a, replace(b, loading=False, loaded=True))
+    assert {type(effect) for effect in run(state, a, replace(b, loaded=True))} == {Prepare}
+
+
 def test_preparing_is_asked_again_only_for_a_newer_revision() -> None:
     b = ready(B, loaded=True, prepared_revision=7)
     for done in ({"preparing_revision": 7}, {"prepared_revision": 7}, {"failed_revision": 7}):
@@ -253,6 +261,8 @@ def test_an_agent_that_was_itself_stopped_does_not_blame_its_ranks() -> None:
 
 def test_heartbeats_are_published_in_the_time_of_day() -> None:
     ranks = {A: Heartbeat(7, 90.0), B: Heartbeat(-1, 95.0)}
-    published = heartbeats("n", ranks, now=100.0, wall=5000.0)
+    loading = {A: LoadSeen(loading=True, done=3, total=8, marks=5), SpareId(1): LoadSeen(True, 1, 2, 3)}
+    published = heartbeats("n", ranks, loading, now=100.0, wall=5000.0)
     assert (published.node, published.at) == ("n", 5000.0)
     assert published.beats == {A[1]: 4990.0}, "a rank that was not looked at yet has no heartbeat yet"
+    assert published.loads == {A[1]: (3, 8)}, "a spare is no rank"

@@ -1,4 +1,4 @@
-"""The bucket of a host's reading: its pace over any while, what idle time is worth, and a bound on each wait."""
+"""The bucket of a host's reading: its pace over any while, what idle time is worth, waits that are progress."""
 
 from __future__ import annotations
 
@@ -35,19 +35,15 @@ def test_who_asks_after_a_while_does_not_wait() -> None:
     assert bucket.book(1, 11.5) == pytest.approx(0.4)
 
 
-def test_a_brake_lets_go_at_its_deadline() -> None:
-    now, waited, booked = [100.0], list[float](), list[float]()
+def test_a_brake_waits_in_pieces_each_of_which_is_progress() -> None:
+    waited, marks = list[float](), list[int]()
+    brake = Brake(lambda: 25.0, lambda s: bool(waited.append(s)), mark_s=10.0, mark=lambda: marks.append(len(waited)))
+    brake()
+    assert waited == [10.0, 10.0, 5.0], "a cap is a cap, however long it takes"
+    assert marks == [1, 2, 3]
 
-    def wait(seconds: float) -> None:
-        waited.append(seconds)
-        now[0] += seconds
 
-    def book() -> float:
-        booked.append(now[0])
-        return 4.0
-
-    brake = Brake(book, wait, until=110.0, clock=lambda: now[0])
-    for _ in range(5):
-        brake()
-    assert waited == [4.0, 4.0, 2.0]
-    assert booked == [100.0, 104.0, 108.0], "nothing is booked that is not kept to"
+def test_a_brake_that_is_broken_off_waits_no_more() -> None:
+    waited = list[float]()
+    Brake(lambda: 25.0, lambda s: waited.append(s) or True, mark_s=10.0, mark=lambda: None)()
+    assert waited == [10.0]
