@@ -155,7 +155,12 @@ class EtcdServer:
     @property
     def log_path(self) -> Path:
         """Where etcd writes its log."""
-        return self._folder / "etcd.log"
+        return self.log_in(self._folder)
+
+    @staticmethod
+    def log_in(data_dir: Path) -> Path:
+        """Where the etcd with this data directory writes its log."""
+        return data_dir / "etcd.log"
 
     def start(self, timeout_s: float = START_TIMEOUT_S) -> None:
         """Start it and wait until it is healthy. Ports that were taken in the meantime are chosen again."""

@@ -364,6 +364,7 @@ class ServeOptions(StoreOptions, ListenOptions, ApiOptions, SpareOptions, LogOpt
     )
     ready_timeout_s: float = option(180.0, "Exit if not ready within this time.")
     only_on: str = option("", "Refuse to start on a node of another name (a StatefulSet's other pods).")
+    log_stdout: bool = option(False, "Also write the logs of all roles to stdout, as JSON lines that name the role.")
     chaos: bool = option(False, "For tests only: allow faults to be armed at run time, by file or admin API.")
     admin_token: str = field(default_factory=lambda: os.environ.get("ELASTIC_ADMIN_TOKEN") or secrets.token_urlsafe(24))
 

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import httpx
 import msgspec
@@ -23,6 +24,7 @@ from elastic.serve.api_keys import all_keys
 from elastic.serve.cluster_config import cluster_config
 from elastic.serve.etcd_server import EtcdServer
 from elastic.serve.listening import Listeners, listening, most_connections, url_of
+from elastic.serve.log_stream import LogStream
 from elastic.serve.options import DEFAULT_RANKS, ServeOptions, admin_token
 from elastic.serve.predecessor import Predecessor
 from elastic.serve.role_main import STORE_SEEN, StopSignal
@@ -112,6 +114,8 @@ class Supervisor:
             sweep(run, newborn_s=0.0)  # what an earlier run left that was killed
             self._environment = {**chaos_mode.begin(self.state, self.options.chaos), RUN_DIR_ENV: str(run)}
             opened.callback(self.state.failpoints.unlink, missing_ok=True)
+            if self.options.log_stdout:
+                opened.callback(LogStream(self._log_files(), sys.stdout.fileno()).close)
             self._start(opened, killed)
             self._opened = opened.pop_all()
         return self
@@ -131,6 +135,10 @@ class Supervisor:
             if self._hurry.is_set() and self.etcd.started:
                 self.etcd.kill()
             self.etcd.stop()
+
+    def _log_files(self) -> dict[str, Path]:
+        etcd = {} if self.options.etcd else {"etcd": EtcdServer.log_in(self.state.etcd_data)}
+        return {**{name: self.state.log(name) for name in STOP_S}, **etcd}
 
     def _predecessor(self) -> Predecessor | None:
         """The server that was killed here, if the last one was."""
