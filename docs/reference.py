@@ -79,8 +79,8 @@ def _row(stated: Stated) -> str:
     shown = "" if default is None else f"`{f'{default:g}' if isinstance(default, float) else default}`"
     choices = f" One of {', '.join(f'`{each}`' for each in stated.choices)}." if stated.choices else ""
     cells = (
-        ", ".join(f"`{flag}`" for flag in stated.flags),
-        "off" if default is False else shown,
+        ", ".join(f"`{flag}`" for flag in (*stated.flags, *([option.off] if option.off else ()))),
+        {False: "off", True: "on"}.get(default, shown) if isinstance(default, bool) else shown,
         option.help + choices,
         f"`{option.env}`" if option.env else "",
     )

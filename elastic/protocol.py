@@ -50,6 +50,7 @@ class Tokens(msgspec.Struct, frozen=True, array_like=True, tag=True):
     tokens: list[int]
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: str = ""  # "" while running, else "stop" (eos or stop token, which is not in tokens) | "length"
+    cached: int = 0  # prompt tokens that were not computed, as the prefix cache had them; with index 0 only
 
 
 class Rejected(msgspec.Struct, frozen=True, array_like=True, tag=True):

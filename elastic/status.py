@@ -15,7 +15,7 @@ from membership.placement.plan import coverage
 from membership.planning.cluster_facts import ClusterFacts
 from membership.planning.identity import name_of
 from membership.planning.rebalance import loads_of
-from membership.store.records import ClusterState, Member, Operation, Phase, RankState
+from membership.store.records import ClusterConfig, ClusterState, EngineStatus, Member, Operation, Phase, RankState
 
 
 class Health(StrEnum):
@@ -97,6 +97,13 @@ class RequestsStatus(msgspec.Struct, frozen=True, kw_only=True):
     waiting: int = 0
 
 
+class PrefixCacheStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens of requests that got a rank since the active engine began, and those that the rank had already."""
+
+    queried_tokens: int = 0
+    cached_tokens: int = 0
+
+
 class SparesStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Warm spares over all hosts: the wanted number, and the number ready."""
 
@@ -122,6 +129,7 @@ class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
     pause: PauseStatus | None = None
     exactness: Exactness = Exactness.INVARIANT  # stock: tokens may depend on the batch
     imbalance: float | None = None  # the busiest rank's measured expert load over the mean; null: not measured yet
+    prefix_cache: PrefixCacheStatus | None = None  # null: it is off
     store: str = ""  # what is wrong with the store, and what follows from it; empty: nothing
     model: str = ""  # names what is served by content: equal in clusters that serve the same; empty before any view
 
@@ -154,9 +162,18 @@ def cluster_status(state: ClusterState, now: float, store: str = "") -> ClusterS
         pause=_pause(state, now),
         exactness=state.config.exactness,
         imbalance=_imbalance(facts),
+        prefix_cache=_prefix_cache(state.config, load),
         store=store,
         model=name_of(state.checkpoint),
     )
+
+
+def _prefix_cache(config: ClusterConfig, load: EngineStatus | None) -> PrefixCacheStatus | None:
+    if not config.prefix_cache:
+        return None
+    if load is None:
+        return PrefixCacheStatus()
+    return PrefixCacheStatus(queried_tokens=load.queried_tokens, cached_tokens=load.cached_tokens)
 
 
 def _spares(state: ClusterState) -> SparesStatus:

@@ -7,6 +7,7 @@ from chaos.mutants.mutant import Mutant
 JOURNAL = "tests/unit/elastic/gateway/test_journal.py"
 SCHEDULER = "tests/unit/elastic/engine/test_scheduler.py"
 LOOP = "tests/unit/elastic/engine/test_loop.py"
+PREFIX = "tests/unit/elastic/engine/test_prefix.py"
 MIGRATION = "tests/unit/elastic/engine/test_migration.py"
 
 MUTANTS: tuple[Mutant, ...] = (
@@ -107,10 +108,46 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         name="cache-believed",
-        guards="G3: a request that loses its home is computed from its first token on",
+        guards="G3: a request that loses its home is computed from the first token on that its next home has not got",
+        file="elastic/engine/scheduler.py",
+        before="cached = len(shared[home.rank]) * size\n",
+        after="cached = (len(sequence.tokens) - 1) // size * size\n",
+    ),
+    # --- the prefix cache
+    Mutant(
+        name="content-of-any-type",
+        guards="G3: KV blocks that were computed in another type or mode, or by another model, have another name",
+        file="elastic/engine/prefix.py",
+        before="[config.model, model, config.dtype, config.exactness, config.device, config.block_size]",
+        after="[config.block_size]",
+        tests=(f"{PREFIX}::test_blocks_of_another_model_type_or_mode_have_another_name",),
+    ),
+    Mutant(
+        name="content-without-what-is-before",
+        guards="G3: the content of a KV block depends on all tokens before it",
+        file="elastic/engine/prefix.py",
+        before="before = names[-1] if names else self._root",
+        after="before = self._root",
+    ),
+    Mutant(
+        name="block-found-before-it-is-full",
+        guards="G3: only what a rank has confirmed is found in the prefix cache",
         file="elastic/engine/sequence.py",
-        before="self.home, self.computed, self.failures, self.stalled_since = None, 0, 0, None",
-        after="self.home, self.failures, self.stalled_since = None, 0, None",
+        before="min(self.computed // pool.block_size, len(self.names))",
+        after="len(self.names)",
+    ),
+    Mutant(
+        name="used-block-freed",
+        guards="G3: a KV block is free once no request uses it",
+        file="elastic/engine/kv_blocks.py",
+        before="            if self._users[block]:\n                continue\n",
+        tests=(f"{PREFIX}::test_a_block_is_free_once_its_last_user_is_gone",),
+    ),
+    Mutant(
+        name="evicted-but-found",
+        guards="G3: a KV block that gets other content is no longer found by its former one",
+        file="elastic/engine/kv_blocks.py",
+        before="            del self._holder[self._content.pop(block)]\n",
     ),
     # --- moves
     Mutant(

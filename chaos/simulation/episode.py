@@ -166,6 +166,8 @@ class _Run:
         """A client sends a request; its name."""
         self.requested += 1
         prompt = [self.random.randrange(50) for _ in range(self.random.randint(1, 25))]
+        common = min(self.requested * 5 % 21, len(prompt))  # most begin like others
+        prompt[:common] = range(4, 4 + common)
         tokens, gateway = self.random.randint(1, 20), self.cluster.gateway
         if gateway.alive and not gateway.stopped:
             gateway.submit(f"r{self.requested}", prompt, tokens)

@@ -6,6 +6,7 @@ The simulation's ranks compute with it, so it is part of this shipped package; s
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 
 from chaos.simulation.invariants import require
 from elastic.protocol import Submit
@@ -50,17 +51,14 @@ class KvModel:
         self.in_transit: dict[tuple[tuple[int, int], tuple[int, int]], tuple[int, list[list[Cell | None]]]] = {}
 
     def run(self, batch: StepBatch, incarnations: dict[int, int]) -> list[StepResult]:
-        taken: set[tuple[int, int]] = set()
-        for rank, chunks in batch.ranks.items():
-            for chunk in chunks:
-                mine = {(rank, block) for block in chunk.blocks}
-                require(not taken & mine, "two sequences share a block")
-                taken |= mine
         return [self.answer(batch, rank, incarnations[rank]) for rank in batch.ranks]
 
     def answer(self, batch: StepBatch, rank: int, incarnation: int) -> StepResult:
-        sampled = []
+        sampled, users = [], Counter(block for chunk in batch.ranks[rank] for block in chunk.blocks)
         for chunk in batch.ranks[rank]:
+            end = chunk.start + len(chunk.tokens)
+            written = chunk.blocks[chunk.start // self.block_size : -(-end // self.block_size)]
+            require(all(users[block] == 1 for block in written), "a sequence writes to a block of another one")
             for offset, token in enumerate(chunk.tokens):
                 self.cells[self._cell(rank, incarnation, chunk, chunk.start + offset)] = (chunk.start + offset, token)
             if chunk.sample is not None:

@@ -95,7 +95,8 @@ def _parameter(stated: Stated, panel: str | None) -> inspect.Parameter:
     settings["rich_help_panel"] = panel
     if stated.kind is not None:
         settings["parser"] = PARSERS[stated.kind]
-    info = typer.Argument(**settings) if option.argument else typer.Option(*stated.flags, **settings)
+    flags = [f"{stated.flags[0]}/{option.off}"] if option.off else stated.flags
+    info = typer.Argument(**settings) if option.argument else typer.Option(*flags, **settings)
     default = inspect.Parameter.empty if stated.required else as_text(stated.kind, stated.default)
     keyword_only = inspect.Parameter.KEYWORD_ONLY
     plain = str if stated.kind is not None or stated.choices else stated.type

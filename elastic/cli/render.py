@@ -59,6 +59,8 @@ def _heading(document: dict[str, Any]) -> Text:
         heading.append(f"   exactness {document['exactness']}: tokens may depend on the batch", "yellow")
     if document.get("imbalance") is not None:
         heading.append(f"   expert load {document['imbalance']:.2f}x the mean on the busiest rank")
+    if (cache := document.get("prefix_cache") or {}).get("queried_tokens"):
+        heading.append(f"   prefix cache {cache['cached_tokens'] / cache['queried_tokens']:.0%} of tokens")
     if (spares := document.get("spares", {})).get("wanted"):
         heading.append(f"   spares {spares['ready']}/{spares['wanted']}")
     if document.get("pause"):

@@ -1,9 +1,13 @@
-"""The KV cache of one rank as the engine accounts for it: a pool of fixed-size blocks.
+"""The KV cache of one rank as the engine accounts for it: a pool of fixed-size blocks, some of known content.
 
-The engine alone hands blocks out, so that a rank never allocates and a repeated chunk writes the same cells.
+The engine alone hands blocks out, so that a rank never allocates and a repeated chunk writes the same cells. A block is
+free, used by one or more requests, or idle: no request uses it, but its content may be asked for again. Content is what
+a rank has confirmed, block by block (`prefix.py` names it); a block of known content is never written again.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
 
 from membership.base.errors import ElasticError
 
@@ -14,31 +18,81 @@ def blocks_for(tokens: int, block_size: int) -> int:
 
 
 class BlockPool:
-    """Free blocks of one rank. Blocks freed last are used first: their memory is the warmest."""
+    """Blocks of one rank. Free ones are taken first, the last freed before others: their memory is the warmest.
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    Then idle ones, the least recently used before others.
+    """
+
+    def __init__(self, size: int, block_size: int) -> None:
+        """`size` blocks of `block_size` tokens each."""
+        self.size, self.block_size = size, block_size
         self._free = list(range(size - 1, -1, -1))
+        self._idle: dict[int, None] = {}  # in order of use
+        self._users = [0] * size
+        self._content: dict[int, bytes] = {}  # block -> what it holds
+        self._holder: dict[bytes, int] = {}  # and back
 
     @property
     def free(self) -> int:
-        """How many blocks are free."""
-        return len(self._free)
+        """How many blocks can be taken."""
+        return len(self._free) + len(self._idle)
 
     @property
     def used(self) -> int:
-        """How many blocks are taken."""
-        return self.size - len(self._free)
+        """How many blocks requests use."""
+        return self.size - self.free
 
-    def take(self, count: int) -> list[int]:
-        """Take `count` blocks; the caller has made sure that there are enough."""
-        if count > len(self._free):
-            raise ElasticError(f"asked for {count} KV blocks of which {len(self._free)} are free")
-        return [self._free.pop() for _ in range(count)]
+    def find(self, contents: Iterable[bytes]) -> list[int]:
+        """The blocks that hold the first of these contents, up to the first one that is not there."""
+        found = []
+        for content in contents:
+            block = self._holder.get(content)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def cost(self, count: int, shared: Sequence[int]) -> int:
+        """By how many blocks `free` shrinks for a request of `count` blocks that begins with `shared`."""
+        return count - sum(self._users[block] > 0 for block in shared)
+
+    def take(self, count: int, shared: Sequence[int] = ()) -> list[int]:
+        """`count` blocks for one more user, `shared` first. The caller has made sure that there are enough."""
+        if (missing := self.cost(count, shared)) > self.free:
+            raise ElasticError(f"asked for {missing} KV blocks of which {self.free} are free")
+        for block in shared:
+            self._idle.pop(block, None)
+            self._users[block] += 1
+        return [*shared, *(self._take_one() for _ in range(count - len(shared)))]
+
+    def _take_one(self) -> int:
+        if self._free:
+            block = self._free.pop()
+        else:
+            block = next(iter(self._idle))
+            del self._idle[block]
+            del self._holder[self._content.pop(block)]
+        self._users[block] = 1
+        return block
+
+    def keep(self, block: int, content: bytes) -> None:
+        """A used block holds this from now on. Where another one does already, that one stays the one to be found."""
+        if block not in self._content and content not in self._holder:
+            self._content[block], self._holder[content] = content, block
 
     def give_back(self, blocks: list[int]) -> None:
-        """Return blocks and empty the list, so that its owner cannot use or return them again."""
-        self._free.extend(reversed(blocks))
+        """One user less. Empties the list, so that its owner cannot use or return them again.
+
+        The last block counts as used before the first: without the first it cannot be found.
+        """
+        for block in reversed(blocks):
+            if self._users[block] < 1:
+                raise ElasticError(f"KV block {block} was returned twice")
+            self._users[block] -= 1
+            if self._users[block]:
+                continue
+            if block in self._content:
+                self._idle[block] = None
+            else:
+                self._free.append(block)
         blocks.clear()
-        if len(self._free) > self.size:
-            raise ElasticError("KV blocks were returned twice")

@@ -26,6 +26,7 @@ from membership.base import failpoints, loop_watchdog
 from membership.base.errors import Fenced, SchemaError
 from membership.base.events import EventLog
 from membership.base.rank_id import RankId
+from membership.planning.identity import name_of
 from membership.store.mirror import Mirror
 from membership.store.records import ClusterConfig, ClusterState, EngineStatus
 from workers.fleet.fleet import Fleet, FleetEvent, RankJoined, RankLost
@@ -197,6 +198,8 @@ class Engine:
                 uncovered=scheduler.uncovered,
                 running=scheduler.running,
                 waiting=scheduler.waiting,
+                queried_tokens=scheduler.queried_tokens,
+                cached_tokens=scheduler.cached_tokens,
                 step=scheduler.step,
                 steps=dict(self._steps),
                 pause_ms=self._pause_ms,
@@ -331,7 +334,7 @@ class Engine:
                 log.info("view_waiting", epoch=newer.view.epoch, ranks=newer.waiting_for)
         else:
             self._newer_view_since = (0, 0.0)
-            self._adopt(newer)
+            self._adopt(newer, name_of(state.checkpoint))
 
     def _follow_leavers(self, state: ClusterState) -> None:
         """Note which ranks leave with the next view: its commit waits until their requests have moved."""
@@ -361,14 +364,14 @@ class Engine:
             self._fleet.detach(identity)
         self._lost &= named
 
-    def _adopt(self, newer: Adoption) -> None:
+    def _adopt(self, newer: Adoption, model: str) -> None:
         """Flip to the view: the next batch carries its epoch. Requests of departed ranks continue on others."""
         failpoints.hit("engine.before.flip")
         now = self._clock()
         before = self._epoch
         self._pause_since = self._last_step_end if self._last_step_end is not None else now
         self._fleet.adopt(newer.masked, (member.id for member in newer.view.members))
-        moved = self._scheduler.set_view(newer.view, newer.masked, now)
+        moved = self._scheduler.set_view(newer.view, newer.masked, now, model)
         log.info("view_adopted", epoch=newer.view.epoch, ranks=newer.view.ranks, masked=newer.masked)
         self._flip = (before, len(moved))
         failpoints.hit("engine.after.flip")

@@ -1,20 +1,20 @@
 """Moves requests with their KV blocks off ranks that are about to leave, so that nothing is computed again. Pure.
 
 A move runs between steps, one piece at a time: the source writes blocks out, the target reads them in, and finally the
-target becomes the request's home. Full blocks do not change, so the request pauses only for its last piece. At most one
-request leaves and one enters a rank at a time, so a step waits for at most one piece. A failed move leaves the request
-where it was; if it is still there when its rank leaves, it is computed again on another rank.
+target becomes the request's home. Full blocks do not change, so the request pauses only for its last piece; those that
+the target has already are not copied. At most one request leaves and one enters a rank at a time, so a step waits for
+at most one piece. A failed move leaves the request where it was; if it is still there when its rank leaves, it is
+computed again on another rank.
 """
 
 from __future__ import annotations
 
 import sys
-from bisect import insort
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from elastic.engine.kv_blocks import blocks_for
-from elastic.engine.sequence import Home, Sequence, by_age
+from elastic.engine.sequence import Home, Sequence
 from membership.base.timing import COPY_TIMEOUT_S
 from membership.store.records import ClusterConfig
 from workers.protocol.messages import BlocksCopied, CopyBlocks
@@ -140,7 +140,9 @@ class Migration:
         for sequence in source.running:
             if sequence.failures or sequence.seq in self._staying:
                 continue
-            blocks = blocks_for(len(sequence.tokens), self._config.block_size)
+            size = self._config.block_size
+            blocks, full = blocks_for(len(sequence.tokens), size), sequence.names[: sequence.computed // size]
+            shared = {home.rank: home.pool.find(full) for home in homes.values()}
             fitting = [
                 home
                 for home in homes.values()
@@ -148,11 +150,13 @@ class Migration:
                 and home.rank not in sequence.failed_on
                 and not self.arriving(home)
                 and len(home.running) < self._config.max_seqs
-                and blocks + len(home.running) <= home.pool.free
+                and home.pool.cost(blocks, shared[home.rank]) + len(home.running) <= home.pool.free
             ]
             if fitting:
                 target = min(fitting, key=lambda home: (len(home.running), home.pool.used, home.rank))
-                self._moves.append(_Move(sequence, source, target, target.pool.take(blocks), now))
+                there = shared[target.rank]
+                taken = target.pool.take(blocks, there)
+                self._moves.append(_Move(sequence, source, target, taken, now, copied=len(there)))
                 return
 
     def _next(self, move: _Move, now: float) -> Iterator[CopyBlocks]:
@@ -192,7 +196,6 @@ class Migration:
         sequence = move.sequence
         self._moves.remove(move)
         sequence.move(move.target, move.blocks)
-        insort(move.target.running, sequence, key=by_age)
         ms = (now - move.began) * 1000
         request = sequence.request.request_id
         self.moved.append(Moved(request, move.source.rank, move.target.rank, sequence.computed, ms))

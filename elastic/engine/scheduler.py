@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from elastic.engine.kv_blocks import BlockPool, blocks_for
 from elastic.engine.migration import Migration, Moved
+from elastic.engine.prefix import Contents, crowding
 from elastic.engine.sequence import Home, Sequence, by_age, refusal
 from elastic.protocol import Rejected, Submit, Tokens
 from membership.base.errors import ElasticError
@@ -44,6 +45,11 @@ def uncovered(view: View, masked: Iterable[int], config: ClusterConfig) -> int:
     )
 
 
+def _unwelcome(home: Home, cached_tokens: int) -> tuple[int, int, int]:
+    """Sorts the best home for one more request first."""
+    return crowding(len(home.running), cached_tokens), home.pool.used, home.rank
+
+
 def _prefilling(sequence: Sequence) -> bool:
     return sequence.remaining > 1
 
@@ -65,23 +71,32 @@ class Scheduler:
         self._sequences: dict[str, Sequence] = {}  # by request id
         self._waiting: list[Sequence] = []  # oldest first
         self._arrivals = 0
+        self._contents = Contents(config, "")
+        self.queried_tokens = 0  # of requests that were given a home
+        self.cached_tokens = 0  # of those, the ones that the home had already
 
     # ---- membership
 
-    def set_view(self, view: View, masked: Iterable[int], now: float) -> list[str]:
+    def set_view(self, view: View, masked: Iterable[int], now: float, model: str = "") -> list[str]:
         """Use `view` from the next step on. Returns the requests that lose their home.
 
         KV caches stay with their ranks: only ranks that left, were masked or come back as another incarnation are lost.
+        `model` names what is served by content, which no view of an engine's term changes.
         """
+        if self.view is None:
+            self._contents = Contents(self.config, model)
         self.view, self.masked = view, {rank for rank in masked if view.member(rank)}
         kept = {m.rank: m for m in view.members if m.rank not in self.masked}
         stay = {m.id for m in kept.values()}
         moved = self._evict(home for home in self._homes.values() if home.rank_id not in stay)
         for rank, member in sorted(kept.items()):
             if rank not in self._homes:
-                self._homes[rank] = Home(rank, member.incarnation, BlockPool(self.config.kv_blocks), member.node)
+                self._homes[rank] = Home(rank, member.incarnation, self._pool(), member.node)
         self._review_coverage(now)
         return moved
+
+    def _pool(self) -> BlockPool:
+        return BlockPool(self.config.kv_blocks, self.config.block_size)
 
     def lose_ranks(self, ranks: Iterable[int], now: float) -> list[str]:
         """Mask ranks of the view for good. Returns their requests, which wait at the front to be computed elsewhere."""
@@ -233,25 +248,31 @@ class Scheduler:
         """Give waiting requests homes, oldest first, as long as the oldest fits somewhere.
 
         A home must have blocks for all tokens known so far, plus one spare for each sequence there, so that what is
-        admitted is not thrown out again by the next few decode steps.
+        admitted is not thrown out again by the next few decode steps. What a home has of the request's beginning is not
+        computed again, save the last token: only computing it yields the next one.
         """
+        size = self.config.block_size
         while self._waiting:
             sequence = self._waiting[0]
-            blocks = blocks_for(len(sequence.tokens), self.config.block_size)
+            blocks = blocks_for(len(sequence.tokens), size)
+            reusable = self._contents.extend(sequence.names, sequence.tokens)[: (len(sequence.tokens) - 1) // size]
+            shared = {home.rank: home.pool.find(reusable) for home in self._homes.values()}
             every = self._homes.values()
             homes = [home for home in every if home.rank not in self._migration.leaving] or every
             fitting = [
                 home
                 for home in [home for home in homes if home.rank not in sequence.failed_on] or homes
                 if len(home.running) + self._migration.arriving(home) < self.config.max_seqs
-                and blocks + len(home.running) <= home.pool.free
+                and home.pool.cost(blocks, shared[home.rank]) + len(home.running) <= home.pool.free
             ]
             if not fitting:
                 return
-            home = min(fitting, key=lambda home: (len(home.running), home.pool.used, home.rank))
+            home = min(fitting, key=lambda home: _unwelcome(home, size * len(shared[home.rank])))
+            cached = len(shared[home.rank]) * size
             del self._waiting[0]
-            sequence.home, sequence.blocks = home, home.pool.take(blocks)
-            insort(home.running, sequence, key=by_age)
+            sequence.enter(home, home.pool.take(blocks, shared[home.rank]), cached)
+            self.queried_tokens += len(sequence.tokens)
+            self.cached_tokens += cached
 
     def _fill(self, home: Home) -> None:
         """Choose the rank's chunks: decodes first, then prefills, oldest first within each, under the token budget.
@@ -301,7 +322,8 @@ class Scheduler:
             if chunk.sample is not None and token is None:
                 outputs += self._count_failure([sequence], f"rank {home.rank} returned no token")
                 continue
-            sequence.computed += len(chunk.tokens)
+            self._contents.extend(sequence.names, sequence.tokens)
+            sequence.advance(len(chunk.tokens))
             sequence.failures, sequence.stalled_since = 0, None
             if chunk.sample is not None and token is not None:
                 outputs.append(self._append(sequence, token))
@@ -310,16 +332,17 @@ class Scheduler:
     def _append(self, sequence: Sequence, sampled: SampledToken) -> Tokens:
         """Add one token to the output; end tokens end it and are not part of it."""
         request, index, token = sequence.request, sequence.emitted, sampled.token
+        cached = 0 if index else sequence.cached or 0
         is_eos = token in self.config.eos_token_ids and not request.ignore_eos
         if is_eos or token in request.stop_token_ids:
             self._forget(sequence)
-            return Tokens(self.token, request.request_id, index, [], finish_reason="stop")
+            return Tokens(self.token, request.request_id, index, [], None, "stop", cached)
         sequence.tokens.append(token)
         reason = "length" if sequence.emitted >= request.max_tokens else ""
         if reason:
             self._forget(sequence)
         logprobs = [sampled.logprobs] if sampled.logprobs is not None else None
-        return Tokens(self.token, request.request_id, index, [token], logprobs, reason)
+        return Tokens(self.token, request.request_id, index, [token], logprobs, reason, cached)
 
     def _set_back(self, home: Home, sequences: list[Sequence], result: StepResult, now: float) -> list[Output]:
         """The step had no effect: back off, and count a failure of the sequences only if no peer is suspected."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from dataclasses import dataclass, field
 
 from elastic.engine.kv_blocks import BlockPool, blocks_for
@@ -40,7 +41,9 @@ class Sequence:
     tokens: list[int]
     home: Home | None = None
     blocks: list[int] = field(default_factory=list)
+    names: list[bytes] = field(default_factory=list)  # of the content of its full blocks, as far as they are needed
     computed: int = 0
+    cached: int | None = None  # prompt tokens that its first home had already; None: it has had no home
     failures: int = 0  # consecutive FAILED answers on this home
     failed_on: set[int] = field(default_factory=set)  # ranks that failed on it to the end
     stalled_since: float | None = None  # since when its rank answers something other than OK
@@ -66,11 +69,31 @@ class Sequence:
         sample = self.request.sampling if end == len(self.tokens) else None
         return SeqChunk(self.seq, self.computed, self.tokens[self.computed : end], self.blocks.copy(), sample)
 
+    def enter(self, home: Home, blocks: list[int], cached: int) -> None:
+        """Run at this home, whose `blocks` hold its first `cached` tokens."""
+        if self.cached is None:
+            self.cached = min(cached, len(self.request.prompt))
+        self.home, self.blocks, self.computed = home, blocks, cached
+        insort(home.running, self, key=by_age)
+
     def move(self, home: Home, blocks: list[int]) -> None:
-        """Continue at another home, whose `blocks` hold the same KV. The caller adds it to that home's `running`."""
+        """Continue at another home, whose `blocks` hold the same KV."""
         computed = self.computed
         self.leave()
-        self.home, self.blocks, self.computed = home, blocks, computed
+        self.enter(home, blocks, computed)
+        self.keep(0)
+
+    def advance(self, count: int) -> None:
+        """The next `count` tokens are in the KV cache: a rank has confirmed it."""
+        before, self.computed = self.computed, self.computed + count
+        self.keep(before)
+
+    def keep(self, before: int) -> None:
+        """Let others find the full blocks of what is computed; those of the first `before` tokens are known already."""
+        if self.home is not None:
+            pool = self.home.pool
+            for index in range(before // pool.block_size, min(self.computed // pool.block_size, len(self.names))):
+                pool.keep(self.blocks[index], self.names[index])
 
     def leave(self) -> None:
         """Give the blocks back and forget the home: what was computed there is lost."""

@@ -31,10 +31,15 @@ class Piece(NamedTuple):
 class Choice:
     """The text and token entries of a choice so far."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str], *, first: bool = True
+    ) -> None:
+        """`first`: of its prompt's choices. Usage counts a prompt once."""
         self.text = ""
         self.entries: list[TokenEntry] = []
         self.tokens = 0
+        self.cached = 0  # tokens of its prompt that were not computed, if it counts the prompt
+        self._first = first
         self.finish_reason = ""
         self._detokenizer = tokenizer.detokenizer(prompt)
         self._stops = StopMatcher(stops)
@@ -43,6 +48,7 @@ class Choice:
     def push(self, delta: Delta) -> Piece:
         """Add a delta; return the text that can be sent because of it."""
         text, stopped = "", False
+        self.cached += delta.cached if self._first else 0
         entries: list[TokenEntry] = []
         for number, token in enumerate(delta.tokens):
             self.tokens += 1

@@ -57,6 +57,7 @@ class Delta(msgspec.Struct, frozen=True):
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] | None = None
     finish_reason: str = ""
+    cached: int = 0  # prompt tokens that were not computed; with the first token only
 
 
 class Journal:
@@ -109,12 +110,14 @@ class Journal:
         reason = message.finish_reason or ("length" if full else "")
         if not fresh and not reason:
             return None
+        cached = 0 if request.emitted else message.cached
         request.emitted.extend(fresh)
         request.progress_at = now
         if reason:
             self._end(request, RequestState.FINISHED)
         logprobs = message.logprobs
-        return Delta(tuple(fresh), None if logprobs is None else tuple(logprobs[len(logprobs) - len(fresh) :]), reason)
+        new_logprobs = None if logprobs is None else tuple(logprobs[len(logprobs) - len(fresh) :])
+        return Delta(tuple(fresh), new_logprobs, reason, cached)
 
     def reject(self, message: Rejected) -> bool:
         """Whether this message ended an open request."""

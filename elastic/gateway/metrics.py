@@ -119,6 +119,10 @@ class ClusterGauges(Collector):
         for outcome, count in (state.engine_status.steps if state.engine_status else {}).items():
             steps.add_metric([outcome], count)
         yield steps
+        if status.prefix_cache is not None:
+            queries, hits = "Prompt tokens of requests that got a rank.", "Those of them that its prefix cache had."
+            yield _counter("prefix_cache_queries", queries, status.prefix_cache.queried_tokens)
+            yield _counter("prefix_cache_hits", hits, status.prefix_cache.cached_tokens)
 
     def describe(self) -> Iterable[Metric]:
         """Nothing: names are known at collection."""
@@ -149,6 +153,10 @@ class KeyCounters(Collector):
     def describe(self) -> Iterable[Metric]:
         """Nothing: names are known at collection."""
         return []
+
+
+def _counter(name: str, text: str, value: float) -> Metric:
+    return CounterMetricFamily(PREFIX + name, text, value=value)
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

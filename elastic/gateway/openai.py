@@ -146,7 +146,7 @@ def _job(service: Service, asked: CommonRequest, prompts: list[list[int]], kind:
     )
     for prompt in prompts:
         max_tokens = _max_tokens(service, asked, prompt)
-        for _ in range(asked.n):
+        for number in range(asked.n):
             index = len(job.sequences)
             sequence = Sequence(
                 id=f"{response_id}-{index}",
@@ -157,7 +157,7 @@ def _job(service: Service, asked: CommonRequest, prompts: list[list[int]], kind:
                 ignore_eos=asked.ignore_eos,
             )
             job.sequences.append(sequence)
-            job.choices.append(Choice(service.tokenizer, prompt, asked.stop))
+            job.choices.append(Choice(service.tokenizer, prompt, asked.stop, first=number == 0))
     return job
 
 

@@ -162,7 +162,12 @@ class ChatRenderer(Renderer):
 def usage(prompt_tokens: int, choices: Sequence[Choice]) -> Json:
     """Tokens read and written."""
     written = sum(choice.tokens for choice in choices)
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": written, "total_tokens": prompt_tokens + written}
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": written,
+        "total_tokens": prompt_tokens + written,
+        "prompt_tokens_details": {"cached_tokens": sum(choice.cached for choice in choices)},
+    }
 
 
 def error_body(error: RequestError) -> Json:

@@ -50,6 +50,7 @@ class Option:
 
     help: str
     names: tuple[str, ...] = ()  # of the flag, where it is not the field's name
+    off: str = ""  # the flag that switches off what is on by default
     argument: bool = False  # given by position, not by a flag
     kind: Kind | None = None
     env: str = ""
@@ -334,6 +335,11 @@ class ServeOptions(StoreOptions, ListenOptions, ApiOptions, SpareOptions, LogOpt
     )
     kv_blocks: int = option(
         DEFAULTS["kv_blocks"], f"KV-cache blocks per rank, of {DEFAULTS['block_size']} tokens each.", minimum=1
+    )
+    prefix_cache: bool = option(
+        DEFAULTS["prefix_cache"],
+        "Compute a prompt's beginning once: later requests use the KV blocks of earlier ones.",
+        off="--no-prefix-cache",
     )
     restart_intensity: int = option(
         DEFAULTS["restart_intensity"],

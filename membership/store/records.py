@@ -89,6 +89,7 @@ class ClusterConfig(Record, frozen=True, kw_only=True):
     max_model_len: int = 4096
     block_size: int = 16  # tokens per KV block
     kv_blocks: int = 1024  # KV blocks per rank
+    prefix_cache: bool = True  # KV blocks of earlier requests serve later ones that begin alike
     max_batched_tokens: int = 512  # per rank and step: decode tokens plus prefill chunk
     max_seqs: int = 64  # per rank and step
     eos_token_ids: tuple[int, ...] = ()
@@ -265,6 +266,8 @@ class EngineStatus(Record, frozen=True, kw_only=True):
     uncovered: int = 0  # (layer, expert) pairs without a live replica
     running: int = 0
     waiting: int = 0
+    queried_tokens: int = 0  # of requests that got a rank, since this engine began
+    cached_tokens: int = 0  # of those, the ones that the rank had in its prefix cache: they were not computed
     step: int = 0
     steps: dict[str, int] = {}  # outcome -> number of steps since this engine began: ok | rank_lost | a StepStatus
     pause_ms: float = 0.0  # how long tokens waited at the flip to `epoch`

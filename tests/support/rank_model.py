@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import chain
+
 from chaos.simulation.kv_model import EOS, KvModel, oracle
 from elastic.engine.scheduler import Output, Scheduler
 from elastic.protocol import Rejected, Submit
@@ -78,7 +81,11 @@ def drive(scheduler: Scheduler, ranks: KvModel, client: Client, members: dict[in
 
 def pool_is_whole(scheduler: Scheduler) -> None:
     for home in scheduler._homes.values():
-        held = [block for sequence in home.running for block in sequence.blocks]
-        held += scheduler._migration.reserved(home)
-        assert len(set(held)) == len(held) == home.pool.used
-        assert sorted(held + home.pool._free) == list(range(home.pool.size))
+        pool, held = home.pool, [set(sequence.blocks) for sequence in home.running]
+        assert [len(blocks) for blocks in held] == [len(sequence.blocks) for sequence in home.running]
+        users = Counter(chain(chain.from_iterable(held), scheduler._migration.reserved(home)))
+        assert [users[block] for block in range(pool.size)] == pool._users
+        assert sorted([*users, *pool._idle, *pool._free]) == list(range(pool.size))
+        assert pool.used == len(users)
+        assert {block: name for name, block in pool._holder.items()} == pool._content
+        assert pool._idle.keys() <= pool._content.keys() <= users.keys() | pool._idle.keys()

@@ -54,6 +54,7 @@ def test_the_document_is_exactly_as_promised() -> None:
         "pause": None,
         "exactness": "invariant",
         "imbalance": None,
+        "prefix_cache": {"queried_tokens": 0, "cached_tokens": 0},
         "store": "",
         "model": "",
     }

@@ -97,5 +97,5 @@ def test_a_command_has_every_option_of_its_kind(command: str, kind: type[Any]) -
 
 
 def test_the_page_does_not_speak_of_flags_that_are_not_there() -> None:
-    flags = {flag for _, stated in ALL for flag in stated.flags}
+    flags = {flag for _, stated in ALL for flag in (*stated.flags, stated.option.off)}
     assert set(re.findall(r"--[a-z][a-z-]+", options_page())) <= flags

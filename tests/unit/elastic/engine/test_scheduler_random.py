@@ -19,12 +19,19 @@ SLOTS = 4
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(seed=st.integers(0, 2**32), kv_blocks=st.integers(12, 30), max_seqs=st.integers(1, 5), budget=st.integers(1, 20))
+@given(
+    seed=st.integers(0, 2**32),
+    kv_blocks=st.integers(12, 30),
+    max_seqs=st.integers(1, 5),
+    budget=st.integers(1, 20),
+    cached=st.booleans(),
+)
 def test_random_histories_lose_duplicate_and_alter_nothing(
-    seed: int, kv_blocks: int, max_seqs: int, budget: int
+    seed: int, kv_blocks: int, max_seqs: int, budget: int, cached: bool
 ) -> None:
     chance = random.Random(seed)
-    scheduler = Scheduler(config(kv_blocks=kv_blocks, max_seqs=max_seqs, max_batched_tokens=budget), TOKEN)
+    changes = {"kv_blocks": kv_blocks, "max_seqs": max_seqs, "max_batched_tokens": budget, "prefix_cache": cached}
+    scheduler = Scheduler(config(**changes), TOKEN)
     ranks, client, now = KvModel(4), Client(), 0.0
     epoch, incarnation, members = 0, 0, dict[int, int]()
     orders, answers = list[CopyBlocks](), list[BlocksCopied]()
@@ -33,6 +40,8 @@ def test_random_histories_lose_duplicate_and_alter_nothing(
         event = chance.random()
         if event < 0.25:
             prompt = [chance.randrange(50) for _ in range(chance.randint(1, 25))]
+            common = min(chance.choice((0, chance.randint(1, 20))), len(prompt))
+            prompt[:common] = range(4, 4 + common)
             client.submit(scheduler, ask(f"r{len(client.outputs)}", prompt, chance.randint(1, 20)), now)
         elif event < 0.35:
             epoch += 1

@@ -44,6 +44,13 @@ def test_tokens_are_accepted_in_order_and_duplicates_are_dropped() -> None:
     assert each.progress_at == 4.0
 
 
+def test_what_was_cached_is_counted_with_the_first_token_only() -> None:
+    journal = journal_with(request())
+    message = Tokens(ENGINE, "r", 0, [10, 11], cached=2)
+    assert journal.accept(message, 3.0) == Delta((10, 11), cached=2)
+    assert journal.accept(Tokens(ENGINE, "r", 0, [10, 11, 12], cached=3), 3.0) == Delta((12,))
+
+
 def test_logprobs_follow_their_tokens() -> None:
     journal = journal_with(request())
     journal.accept(tokens(0, [10]), 3.0)

@@ -16,6 +16,19 @@ from workers.protocol.messages import TokenLogprobs
 pytestmark = pytest.mark.unit
 
 
+def test_usage_counts_what_was_cached_of_a_prompt_once(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(write_tokenizer(tmp_path))
+    choices = [Choice(tokenizer, [1] * 40, [], first=number == 0) for number in range(2)]
+    for choice in choices:
+        choice.push(Delta((5,), cached=32))
+        choice.push(Delta((6,), finish_reason="length"))
+    renderer = CompletionRenderer(tokenizer, "id", "m", 0, include_usage=False)
+    usage = renderer.whole(40, choices)["usage"]
+    assert usage == {
+        "prompt_tokens": 40, "completion_tokens": 4, "total_tokens": 44, "prompt_tokens_details": {"cached_tokens": 32},
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("top", "likeliest"),
     [
