@@ -128,6 +128,7 @@ MUTANTS: tuple[Mutant, ...] = (
         file="elastic/engine/prefix.py",
         before="before = names[-1] if names else self._root",
         after="before = self._root",
+        tests=(f"{PREFIX}::test_the_same_tokens_after_others_have_another_name",),
     ),
     Mutant(
         name="block-found-before-it-is-full",

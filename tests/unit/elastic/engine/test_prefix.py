@@ -105,6 +105,12 @@ def test_blocks_of_another_model_type_or_mode_have_another_name() -> None:
     assert Contents(some, "model").extend([], PROMPT) == list(names[0])
 
 
+def test_the_same_tokens_after_others_have_another_name() -> None:
+    contents = Contents(config(), "model")
+    some, other = (contents.extend([], [*first, *PROMPT[:8]]) for first in ([1] * 4, [2] * 4))
+    assert len({*some, *other}) == 6
+
+
 def test_names_are_extended_as_tokens_come() -> None:
     contents = Contents(config(), "model")
     names: list[bytes] = []

@@ -1,0 +1,114 @@
+"""The prefix cache with a real model: the same tokens and log-probabilities, to the bit, as without it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from elastic.engine.scheduler import Scheduler
+from elastic.protocol import Submit, Tokens
+from membership.store.records import ClusterConfig, Member, View
+from tests.support.families import VOCAB, write_checkpoint
+from tests.support.model_helpers import BLOCK, make_runner
+from workers.model.runner import ModelRunner
+from workers.protocol.messages import Sampling, StepResult, StepStatus
+
+pytestmark = pytest.mark.integration
+
+BLOCKS = 40  # per rank: too few for all that is asked, so that some is evicted
+NEW_TOKENS = 6
+Seen = dict[str, list[object]]
+"""request -> each token with its log-probabilities"""
+
+
+@pytest.fixture(scope="module", params=["mixtral-bfloat16", "deepseek_v3-float32"])
+def runners(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[ModelRunner]]:
+    """Two ranks' models, each with all experts."""
+    family, dtype = request.param.split("-")
+    changes = {"sliding_window": 24} if family == "mixtral" else {}
+    checkpoint = write_checkpoint(tmp_path_factory.mktemp("m"), family, dtype, **changes)
+    made = [make_runner(checkpoint, blocks=BLOCKS) for _ in range(2)]
+    yield made
+    for runner in made:
+        runner.close()
+
+
+class Ranks:
+    """A scheduler over two ranks. A rank that comes back has another incarnation, and nonsense in its cache."""
+
+    def __init__(self, runners: list[ModelRunner], *, cached: bool) -> None:
+        self.runners = runners
+        config = ClusterConfig(
+            cluster="c", model="m", served_model_name="m", moe_layers=1, experts=1, max_model_len=256,
+            block_size=BLOCK, kv_blocks=BLOCKS, max_batched_tokens=48, prefix_cache=cached,
+        )  # fmt: skip
+        self.scheduler = Scheduler(config, 1)
+        self.members = {0: 1, 1: 2}
+        self.epoch = 0
+        self.seen: Seen = {}
+        self.commit()
+
+    def commit(self) -> None:
+        self.epoch += 1
+        members = tuple(Member(rank=rank, node="n", incarnation=inc) for rank, inc in self.members.items())
+        view = View(epoch=self.epoch, members=members, placement={rank: ((0,),) for rank in self.members})
+        self.scheduler.set_view(view, [], 0.0)
+
+    def submit(self, name: str, prompt: list[int]) -> None:
+        sampled = Sampling(temperature=0.8, seed=3, logprobs=2) if len(prompt) % 2 else Sampling(logprobs=2)
+        assert self.scheduler.submit(Submit(name, prompt, sampled, NEW_TOKENS, ignore_eos=True), 0.0) == []
+        self.seen[name] = []
+
+    def step(self) -> bool:
+        batch = self.scheduler.schedule(0.0)
+        for rank, chunks in batch.ranks.items() if batch is not None else ():
+            tokens = self.runners[rank].run(chunks)
+            answer = (rank, self.members[rank], 1, batch.epoch, batch.step, batch.attempt) if batch else ()
+            for output in self.scheduler.apply(StepResult(*answer, StepStatus.OK, tokens), 0.0):
+                assert isinstance(output, Tokens)
+                self.seen[output.request_id] += zip(output.tokens, output.logprobs or [], strict=True)
+        return batch is not None
+
+    def kill(self, rank: int) -> None:
+        import torch
+
+        self.scheduler.lose_ranks([rank], 0.0)
+        with torch.inference_mode():
+            for part in self.runners[rank].cache.parts:  # type: ignore[attr-defined]
+                part.fill_(7.0)
+        self.members[rank] += 10
+
+
+def prompts() -> dict[str, list[int]]:
+    """Beginnings in common of every length around the edges of blocks, some of them with a whole prompt."""
+    chance = random.Random(5)
+    common = [chance.randrange(VOCAB) for _ in range(4 * BLOCK)]
+    lengths = [1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK - 1, 2 * BLOCK, 2 * BLOCK + 1, 4 * BLOCK]
+    made = {}
+    for length in chance.sample(lengths * 2, 2 * len(lengths)):
+        own = [chance.randrange(VOCAB) for _ in range(chance.choice((0, 1, 9, 40)))]
+        made[f"r{len(made)}"] = [*common[:length], *own]
+    return made
+
+
+def test_the_same_bits_with_and_without_over_deaths_and_evictions(runners: list[ModelRunner]) -> None:
+    found = {}
+    for cached, kills in ((False, False), (True, False), (True, True)):
+        ranks = Ranks(runners, cached=cached)
+        for number, (name, prompt) in enumerate(prompts().items()):
+            ranks.submit(name, prompt)
+            for _ in range(3):
+                ranks.step()
+            if kills and number % 5 == 4:
+                ranks.kill(number % 2)
+                ranks.step()
+                ranks.commit()
+        while ranks.step():
+            pass
+        found[cached, kills] = ranks.seen
+        assert (ranks.scheduler.cached_tokens > 8 * BLOCK) == cached
+    assert all(len(tokens) == NEW_TOKENS for tokens in found[False, False].values())
+    assert found[True, False] == found[False, False]
+    assert found[True, True] == found[False, False]
