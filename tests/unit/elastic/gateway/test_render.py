@@ -22,7 +22,7 @@ def test_usage_counts_what_was_cached_of_a_prompt_once(tmp_path: Path) -> None:
     for choice in choices:
         choice.push(Delta((5,), cached=32))
         choice.push(Delta((6,), finish_reason="length"))
-    renderer = CompletionRenderer(tokenizer, "id", "m", 0, include_usage=False)
+    renderer = CompletionRenderer(tokenizer, "id", "m", 0, UsageShown())
     usage = renderer.whole(40, choices)["usage"]
     assert usage == {
         "prompt_tokens": 40, "completion_tokens": 4, "total_tokens": 44, "prompt_tokens_details": {"cached_tokens": 32},
