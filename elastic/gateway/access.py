@@ -12,16 +12,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import structlog
+from opentelemetry import trace
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from elastic.gateway.health import PATHS
 from elastic.gateway.http import CLIENT_GONE_STATUS, error_response
 from elastic.gateway.key_ring import Account, KeyRing
 from membership.base.errors import RequestError
 
 VISIT = "visit"  # in a request's state
-OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/metrics"})  # no key needed: probes and scrapes have none
+TRACER = trace.get_tracer("elastic_ep.gateway")
+PROPAGATOR = TraceContextTextMapPropagator()  # W3C: traceparent, tracestate
 REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 log = structlog.get_logger("elastic.access")
@@ -34,6 +38,7 @@ class Visit:
     request_id: str  # as the client named it, or ""
     account: Account | None = None
     response_id: str = ""
+    trace_id: int = 0  # of the client's trace, or of ours
     status: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0
@@ -91,18 +96,21 @@ class Access:
             await send(message)
 
         try:
-            await answer(scope, receive, sent)
+            with TRACER.start_as_current_span("request", PROPAGATOR.extract(headers), trace.SpanKind.SERVER) as span:
+                visit.trace_id = span.get_span_context().trace_id
+                await answer(scope, receive, sent)
+                span.set_attribute("http.response.status_code", visit.status)
         finally:
             visit.status = visit.status or CLIENT_GONE_STATUS
             if visit.account is not None:
                 visit.account.answers[visit.status] += 1
                 if entered:
                     visit.account.leave()
-            if self._logged and (scope["path"] not in OPEN_PATHS or visit.status >= 500):
+            if self._logged and (scope["path"] not in PATHS or visit.status >= 500):
                 self._log(scope, visit, began)
 
     def _account(self, scope: Scope, headers: Headers) -> Account | None:
-        needed = scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS"  # what browsers ask first has no key
+        needed = scope["path"] not in PATHS and scope["method"] != "OPTIONS"  # what browsers ask first has no key
         return self._keys.account(headers.get("authorization", "")) if needed else None
 
     def _log(self, scope: Scope, visit: Visit, began: float) -> None:
@@ -117,6 +125,7 @@ class Access:
             key=visit.account.name if visit.account else None,
             request=visit.request_id or None,
             response=visit.response_id or None,
+            trace=f"{visit.trace_id:032x}" if visit.trace_id else None,
             prompt_tokens=visit.prompt_tokens,
             generation_tokens=visit.generation_tokens,
             finish_reasons=visit.finish_reasons,

@@ -97,8 +97,17 @@ class FailpointsRequest(Shape):
 class VllmScaleRequest(Shape):
     """POST /scale_elastic_ep, as vLLM has it."""
 
-    new_data_parallel_size: Rank
+    new_data_parallel_size: Rank | None = None
+    new_ep_size: Rank | None = None  # SGLang's name for the same
     drain_timeout: Timeout = 300.0
+
+    @property
+    def ranks(self) -> int:
+        """The size, which is given once."""
+        given = {self.new_data_parallel_size, self.new_ep_size} - {None}
+        if len(given) != 1:
+            raise RequestError("give new_data_parallel_size (or new_ep_size)", param="new_data_parallel_size")
+        return int(given.pop() or 0)
 
 
 @dataclass(frozen=True)
@@ -192,7 +201,7 @@ def _add_operations(app: FastAPI, admin: Admin) -> None:
     @app.post("/scale_elastic_ep")
     async def scale_as_vllm(request: Request) -> Response:
         asked = await _read(request, VllmScaleRequest)
-        change = ScaleRequest(ranks=asked.new_data_parallel_size, timeout_s=asked.drain_timeout)
+        change = ScaleRequest(ranks=asked.ranks, timeout_s=asked.drain_timeout)
         return await admin.change(scale(change.ranks), change)
 
 
@@ -276,6 +285,7 @@ def _add_reading(app: FastAPI, admin: Admin) -> None:
         return EventStream(_event_lines(admin.events, follow, admin.stopping), {}, "application/x-ndjson", b"\n")
 
     @app.get("/is_scaling_elastic_ep")
+    @app.post("/is_scaling_elastic_ep")
     async def is_scaling() -> Response:
         return json_response({"is_scaling_elastic_ep": admin.mirror.state().active is not None})
 

@@ -7,16 +7,19 @@ import os
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import structlog
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
-from elastic.gateway import health, openai
+from elastic.gateway import health, openai, tokenization
 from elastic.gateway.access import Access
 from elastic.gateway.admin import Admin, admin_app
 from elastic.gateway.engine_link import EngineLink, LinkSettings
@@ -109,11 +112,8 @@ def run_gateway(
         history = StateDir(settings.state_dir).events
         keys = KeyRing(settings.api.api_key, settings.api.api_key_file)
         files = kept_files(config, settings.state_dir)
-        public = Access(
-            _public_app(config, files, link, readiness, GatewayMetrics(mirror.state, history, cluster, keys)),
-            keys,
-            logged=settings.api.access_log,
-        )
+        app = _public_app(config, files, link, readiness, GatewayMetrics(mirror.state, history, cluster, keys))
+        public = for_browsers(Access(app, keys, logged=settings.api.access_log), settings.api)
         admin = admin_app(Admin(store, cluster, mirror, settings.admin_token, history, lambda: readiness.stopping))
         servers = (
             Server(public, bound.api, settings.grace_s, most, urgent=health.PATHS),
@@ -138,8 +138,36 @@ def _public_app(
         config, Tokenizer(files), link, metrics, started=time.time(), sampling=sampling_defaults(files)
     )
     openai.add_routes(app, service)
+    tokenization.add_routes(app, service)
     health.add_routes(app, readiness, metrics)
     return app
+
+
+def for_browsers(app: ASGIApp, api: ApiOptions) -> ASGIApp:
+    """The application as pages of other origins may use it, if they may (CORS)."""
+    if not api.allowed_origins:
+        return app
+    origins, methods, headers = map(_listed, (api.allowed_origins, api.allowed_methods, api.allowed_headers))
+    return CORSMiddleware(
+        app,
+        allow_origins=origins,
+        allow_methods=methods or ["*"],
+        allow_headers=headers or ["*"],
+        allow_credentials=api.allow_credentials,
+        expose_headers=["X-Request-Id", "Retry-After"],
+    )
+
+
+def _listed(given: Sequence[str]) -> list[str]:
+    """What was given one by one, or as vLLM takes it: one list in JSON."""
+    try:
+        return [
+            name for each in given for name in (msgspec.json.decode(each, type=list[str]) if "[" in each else [each])
+        ]
+    except msgspec.MsgspecError as error:
+        raise ConfigError(
+            f"{' '.join(given)} is no list of strings: {error}", hint='write ["A", "B"], or repeat the flag'
+        ) from error
 
 
 async def _serve(gateway: Gateway, stop: threading.Event) -> None:

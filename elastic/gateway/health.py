@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 
 from fastapi import FastAPI, Response
 
@@ -16,7 +17,7 @@ from membership.base.errors import ElasticError, SchemaError
 from membership.base.timing import ENGINE_GRACE_S, STUCK_S
 from membership.store.records import ClusterState
 
-PATHS = frozenset({"/livez", "/readyz", "/health", "/metrics"})
+PATHS = frozenset({"/livez", "/readyz", "/health", "/ping", "/load", "/version", "/metrics"})  # open, never crowded out
 
 
 @dataclass
@@ -57,7 +58,7 @@ def obstacles(state: ClusterState, link: EngineLink, stopping: bool) -> list[str
 
 
 def add_routes(app: FastAPI, readiness: Readiness, metrics: GatewayMetrics) -> None:
-    """Serve /livez, /readyz, /health and /metrics."""
+    """Serve what PATHS has."""
 
     @app.get("/livez")
     async def livez() -> Response:
@@ -71,6 +72,8 @@ def add_routes(app: FastAPI, readiness: Readiness, metrics: GatewayMetrics) -> N
 
     @app.get("/readyz")
     @app.get("/health")
+    @app.get("/ping")
+    @app.post("/ping")
     async def readyz() -> Response:
         reasons = readiness.reasons()
         if reasons:
@@ -78,6 +81,14 @@ def add_routes(app: FastAPI, readiness: Readiness, metrics: GatewayMetrics) -> N
         answer = {"status": "ready", "state": cluster_status(readiness.state(), time.time()).state}
         trouble = readiness.trouble()
         return json_response({**answer, "store": trouble} if trouble else answer)
+
+    @app.get("/load")
+    async def load() -> Response:
+        return json_response({"server_load": len(readiness.link.journal)})
+
+    @app.get("/version")
+    async def running_version() -> Response:
+        return json_response({"version": version("elastic-ep")})
 
     @app.get("/metrics")
     async def exposition() -> Response:

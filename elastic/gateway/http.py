@@ -50,6 +50,8 @@ def new_app(title: str, *checks: Callable[[Request], None]) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:
+        if request.method == "OPTIONS" and error.status_code == 405:
+            return Response(status_code=204, headers={"Allow": f"{(error.headers or {})['Allow']}, OPTIONS"})
         found = RequestError(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code)
         return error_response(found, dict(error.headers or {}))
 

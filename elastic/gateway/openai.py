@@ -24,7 +24,7 @@ from elastic.gateway.http import EventStream, internal_error, json_response, rea
 from elastic.gateway.journal import Request as Sequence
 from elastic.gateway.metrics import GatewayMetrics
 from elastic.gateway.render import DONE, ChatRenderer, CompletionRenderer, Json, Renderer, UsageShown, error_body, event
-from elastic.gateway.schema import MAX_SEED, ChatRequest, CommonRequest, CompletionRequest, parse, seed_for
+from elastic.gateway.schema import MAX_SEED, ChatRequest, CommonRequest, CompletionRequest, Message, parse, seed_for
 from elastic.gateway.tokenizer import Tokenizer
 from membership.base.errors import RequestError
 from membership.store.records import ClusterConfig
@@ -70,28 +70,30 @@ class Job:
 
 def add_routes(app: FastAPI, service: Service) -> None:
     """Serve /v1/models, /v1/completions and /v1/chat/completions."""
-    model = {
-        "id": service.config.served_model_name,
-        "object": "model",
-        "created": int(service.started),
-        "owned_by": "elastic-ep",
-        "max_model_len": service.context,
-    }
+
+    def described(name: str) -> Json:
+        return {
+            "id": name,
+            "object": "model",
+            "created": int(service.started),
+            "owned_by": "elastic-ep",
+            "max_model_len": service.context,
+        }
 
     @app.get("/v1/models")
     async def models() -> Response:
-        return json_response({"object": "list", "data": [model]})
+        return json_response({"object": "list", "data": [described(name) for name in service.config.model_names]})
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> Response:
-        _require_model(service, name)
-        return json_response(model)
+        require_model(service, name)
+        return json_response(described(name))
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         asked = parse(await read_body(request), CompletionRequest, service.ignored)
-        _require_model(service, asked.model)
-        prompts = [await _token_ids(service, prompt) for prompt in asked.prompts]
+        require_model(service, asked.model)
+        prompts = [await token_ids(service, prompt) for prompt in asked.prompts]
         return await _answer(
             request, service, asked, _job(service, asked, prompts, CompletionRenderer, visit_of(request))
         )
@@ -99,31 +101,37 @@ def add_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         asked = parse(await read_body(request), ChatRequest, service.ignored)
-        _require_model(service, asked.model)
-        length = sum(message.characters for message in asked.messages)
-        if length > service.context * service.tokenizer.longest_token:
-            raise _too_long(f"the messages have {length} characters", service, "messages")
-        messages = [message.plain() for message in asked.messages]
-        prompt = _known(service, await asyncio.to_thread(service.tokenizer.encode_chat, messages), "messages")
+        require_model(service, asked.model)
+        prompt = await chat_token_ids(service, asked.messages)
         return await _answer(request, service, asked, _job(service, asked, [prompt], ChatRenderer, visit_of(request)))
 
 
-def _require_model(service: Service, name: str) -> None:
-    served = service.config.served_model_name
-    if name != served:
-        message = f"the model {name!r} does not exist here; this is {served!r}"
+def require_model(service: Service, name: str) -> None:
+    """RequestError (404) unless the model is served under this name."""
+    if name not in service.config.model_names:
+        message = f"the model {name!r} does not exist here; this is {service.config.served_model_name!r}"
         raise RequestError(message, status=404, param="model", code="model_not_found")
 
 
-async def _token_ids(service: Service, prompt: str | list[int]) -> list[int]:
+async def chat_token_ids(service: Service, messages: list[Message]) -> list[int]:
+    """A conversation as the model gets it."""
+    length = sum(message.characters for message in messages)
+    if length > service.context * service.tokenizer.longest_token:
+        raise _too_long(f"the messages have {length} characters", service, "messages")
+    plain = [message.plain() for message in messages]
+    return known_tokens(service, await asyncio.to_thread(service.tokenizer.encode_chat, plain), "messages")
+
+
+async def token_ids(service: Service, prompt: str | list[int], *, special: bool = True) -> list[int]:
+    """A prompt as the model gets it. `special`: with the tokens that it wants around a text."""
     if isinstance(prompt, str):
         if len(prompt) > service.context * service.tokenizer.longest_token:  # not worth seconds of tokenizing
             raise _too_long(f"the prompt has {len(prompt)} characters", service, "prompt")
-        prompt = await asyncio.to_thread(service.tokenizer.encode, prompt)
-    return _known(service, prompt, "prompt")
+        prompt = await asyncio.to_thread(service.tokenizer.encode, prompt, special=special)
+    return known_tokens(service, prompt, "prompt")
 
 
-def _known(service: Service, prompt: list[int], field: str) -> list[int]:
+def known_tokens(service: Service, prompt: list[int], field: str) -> list[int]:
     """The prompt; RequestError if the model has no such token. A tokenizer may have more than its model."""
     size = service.config.vocab_size or service.tokenizer.vocab_size
     beyond = next((token for token in prompt if token >= size), None)

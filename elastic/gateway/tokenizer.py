@@ -102,9 +102,17 @@ class Tokenizer:
         """Whether the checkpoint has a chat template."""
         return bool(self._templates.get("default"))
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, with the special tokens that the model wants around it."""
-        return self._encode(text, special=True)
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of a prompt. `special`: with the special tokens that the model wants around it."""
+        return self._encode(text, special=special)
+
+    def token_name(self, token: int) -> str:
+        """A token as the vocabulary has it."""
+        return self._backend.id_to_token(token) or ""
+
+    def decode_all(self, ids: Sequence[int]) -> str:
+        """Text of the tokens, special ones included."""
+        return str(self._backend.decode(list(ids), skip_special_tokens=False))
 
     def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """Token ids of a conversation, ready for the assistant's answer."""

@@ -16,11 +16,13 @@ def cluster_config(options: ServeOptions) -> ClusterConfig:
     ranks = options.ranks or DEFAULT_RANKS
     info = require_model(options.model)
     directory = options.model.resolve()
+    names = tuple(dict.fromkeys(filter(None, options.served_model_name.split(",")))) or (directory.name,)
     as_given = {name: getattr(options, name) for name in DEFAULTS if hasattr(options, name)}
     derived = dict(
         cluster=options.cluster or directory.name,
         model=str(directory),
-        served_model_name=options.served_model_name or directory.name,
+        served_model_name=names[0],
+        served_model_aliases=names[1:],
         moe_layers=info.moe_layers,
         experts=info.experts,
         expert_bytes=info.expert_bytes(options.dtype),

@@ -242,6 +242,12 @@ class ApiOptions:
     api_key_file: Path | None = option(
         None, "File of API keys, one `NAME:KEY` per line, with limits; read again when it changes."
     )
+    allowed_origins: tuple[str, ...] = option(
+        (), "Origin whose pages may use the API from a browser (CORS), or `*`; may be repeated. Default: none."
+    )
+    allowed_methods: tuple[str, ...] = option((), "HTTP method that such pages may use; may be repeated. Default: all.")
+    allowed_headers: tuple[str, ...] = option((), "Header that such pages may send; may be repeated. Default: all.")
+    allow_credentials: bool = option(False, "Let such pages send cookies and other credentials.")
     access_log: bool = option(False, "Log a line for each request to the OpenAI API.")
 
     def passed_on(self) -> tuple[list[str], dict[str, str]]:
@@ -318,7 +324,9 @@ class ServeOptions(StoreOptions, ListenOptions, ApiOptions, SpareOptions, LogOpt
         helm="redundancy",
     )
     served_model_name: str = option(
-        "", "Model name in the API. Default: name of the checkpoint directory.", helm="model.servedName"
+        "",
+        "Names of the model in the API, comma-separated. Default: name of the checkpoint directory.",
+        helm="model.servedName",
     )
     dtype: Dtype = option(DEFAULTS["dtype"], "Type of weights (auto = the checkpoint's).", helm="dtype")
     exactness: Exactness = option(

@@ -106,6 +106,12 @@ class ClusterConfig(Record, frozen=True, kw_only=True):
     load_stall_s: float = LOAD_STALL_S  # a load that makes no progress for this long is given up
     coverage_deadline_s: float = COVERAGE_DEADLINE_S  # max wait of a request for lost experts before it gets a 503
     files: tuple[tuple[str, str], ...] = ()  # (name, digest) of the checkpoint's small files, e.g. tokenizer.json
+    served_model_aliases: tuple[str, ...] = ()  # more names of the model in the API
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """All names of the model in the API."""
+        return (self.served_model_name, *self.served_model_aliases)
 
 
 class Checkpoint(Record, frozen=True, kw_only=True):

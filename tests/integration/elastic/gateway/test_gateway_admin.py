@@ -51,7 +51,8 @@ def admin(gateway: RunningGateway, method: str, path: str, **options: Any) -> ht
 ROUTES = [
     ("GET", "/admin/v1/status"), ("GET", "/admin/v1/view"), ("GET", "/admin/v1/operations"),
     ("GET", "/admin/v1/operations/x"), ("GET", "/admin/v1/events"), ("GET", "/admin/v1/explain"),
-    ("GET", "/is_scaling_elastic_ep"), ("GET", "/admin/v1/failpoints"), ("POST", "/admin/v1/ranks/1/unquarantine"),
+    ("GET", "/is_scaling_elastic_ep"), ("POST", "/is_scaling_elastic_ep"), ("GET", "/admin/v1/failpoints"),
+    ("POST", "/admin/v1/ranks/1/unquarantine"),
     ("POST", "/admin/v1/scale"), ("POST", "/scale_elastic_ep"), ("POST", "/admin/v1/drain"),
     ("POST", "/admin/v1/undrain"), ("POST", "/admin/v1/pause"), ("POST", "/admin/v1/resume"),
     ("POST", "/admin/v1/rebalance"), ("POST", "/admin/v1/operations/x/cancel"), ("PUT", "/admin/v1/failpoints"),
@@ -142,9 +143,18 @@ def test_refused_scale(gateway: RunningGateway, body: dict[str, object], status:
 
 
 def test_scale_as_vllm_clients_do(gateway: RunningGateway) -> None:
+    for unclear in ({}, {"new_ep_size": 2, "new_data_parallel_size": 3}):
+        refused = admin(gateway, "POST", "/scale_elastic_ep", json=unclear)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "new_data_parallel_size")
     body = {"new_data_parallel_size": 3, "drain_timeout": 120}
     answer = admin(gateway, "POST", "/scale_elastic_ep", json=body)
     assert (answer.status_code, answer.json()["target"]) == (202, 3)
+    assert admin(gateway, "POST", "/is_scaling_elastic_ep").json() == {"is_scaling_elastic_ep": True}
+
+
+def test_scale_as_sglang_clients_do(gateway: RunningGateway) -> None:
+    answer = admin(gateway, "POST", "/scale_elastic_ep", json={"new_ep_size": 4})
+    assert (answer.status_code, answer.json()["target"]) == (202, 4)
 
 
 def test_drain_cancel_and_pause(gateway: RunningGateway, cluster: GatewayCluster) -> None:
