@@ -25,6 +25,7 @@ from membership.base.run_dir import default_run_dir, remove_run_dir
 from workers.ipc.handover import Handover, close_default
 
 os.environ[starter.ENV] = starter.named()  # every role and cluster that a test starts ends with this process
+os.environ["TRITON_INTERPRET"] = "0" if Path("/dev/nvidiactl").exists() else "1"  # before anything imports triton
 for proxy in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
     os.environ.pop(proxy, None)  # the tests' own clients ask this machine only
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, what the tests start would ignore it too

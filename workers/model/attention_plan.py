@@ -82,6 +82,7 @@ class StepPlan:
     tiles: list[Tiles]
     starts: list[int]  # each chunk's first position
     cells: list[int]  # where each row's key goes: block * block_size + offset
+    tables: list[list[int]]  # each chunk's blocks
     follows: bool = False  # the same sequences as in the step before, one token further
     _cells_of: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
 
@@ -185,6 +186,7 @@ def plan_step(
         tiles=tiles,
         starts=[c.start for c in chunks],
         cells=[cell for c in chunks for cell in _cells(c, block_size)],
+        tables=[c.blocks for c in chunks],
         follows=follows,
     )
 

@@ -11,14 +11,24 @@ from membership.base.errors import ConfigError
 from workers.model.backend import Backend
 from workers.model.cpu.backend import CpuBackend
 
-BACKENDS: Mapping[Device, Callable[[torch.device], Backend]] = {
-    Device.CPU: CpuBackend,
-    Device.CUDA: CpuBackend,  # the same torch operations on the GPU: it has no kernels of its own
-}
+
+def _cuda(device: torch.device) -> Backend:
+    """ConfigError without Triton, which torch's CUDA builds for Linux bring along."""
+    try:
+        from workers.model.cuda.backend import CudaBackend
+    except ImportError as error:
+        raise ConfigError(f"device cuda needs Triton: {error}", hint="pip install triton") from error
+    return CudaBackend(device)
 
 
-def open_backend(wanted: str) -> Backend:
-    """The backend for a `--device`, or for one GPU of several ("cuda:1"). ConfigError if it is unknown or absent."""
+BACKENDS: Mapping[Device, Callable[[torch.device], Backend]] = {Device.CPU: CpuBackend, Device.CUDA: _cuda}
+
+
+def open_backend(wanted: str, slot: int = 0) -> Backend:
+    """The backend for a `--device`, or for one GPU of several ("cuda:1"). ConfigError if it is unknown or absent.
+
+    "cuda" alone: the ranks of a host, by their slots, take its GPUs in turn.
+    """
     name = wanted
     if name == Device.AUTO:
         name = Device.CUDA if torch.cuda.is_available() else Device.CPU
@@ -27,4 +37,6 @@ def open_backend(wanted: str) -> Backend:
         raise ConfigError(f"unknown device {wanted!r}", hint=f"use auto, {' or '.join(BACKENDS)}")
     if kind == Device.CUDA and not torch.cuda.is_available():
         raise ConfigError("device cuda was asked for, but there is none", hint="use --device cpu")
+    if name == Device.CUDA:
+        name = f"cuda:{slot % torch.cuda.device_count()}"
     return BACKENDS[Device(kind)](torch.device(name))

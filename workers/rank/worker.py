@@ -165,7 +165,7 @@ class EPWorker:
 
         from workers.model.devices import open_backend
 
-        self._backend = open_backend(self._ctx.config.device)
+        self._backend = open_backend(self._ctx.config.device, self._ctx.rank)
         torch.set_num_threads(1)
         self.exchange.device = self._backend.device
 

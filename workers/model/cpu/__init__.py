@@ -1,4 +1,4 @@
-"""The backend in plain torch operations: written and checked for CPUs; also what `--device cuda` runs today.
+"""The backend of CPUs, in plain torch operations; the GPU's takes its tiling of dense products from here.
 
 Imports the device-neutral modules of workers.model. Start with `backend.py`.
 """

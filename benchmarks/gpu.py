@@ -1,0 +1,258 @@
+"""Whole product on GPUs: is a prompt's text the same in any company, and how fast; transformers beside it.
+
+    python -m benchmarks.gpu [--layers 12] [--ranks 2] [--exactness invariant,stock] [--tokens 48]
+
+Makes a checkpoint of Qwen3-30B-A3B's shape (fewer layers, a small vocabulary, random weights), serves it, and asks the
+same prompts: 32 at once three times, 8 at once, each alone, and 32 while a rank is killed. Prints one JSON line each.
+Rates are per run: transformers decodes the same prompts after the server has ended, since both want the GPU's memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+HIDDEN, EXPERTS, INNER, HEADS, KV_HEADS, WIDTH, VOCABULARY = 2048, 128, 768, 32, 4, 128, 1024
+URL = "http://127.0.0.1:8000"
+READY_S = 300.0
+
+
+def say(what: str, **fields: object) -> None:
+    print(json.dumps({"what": what, **fields}), flush=True)
+
+
+def _write_config(folder: Path, layers: int) -> None:
+    config = {
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": HIDDEN,
+        "num_hidden_layers": layers, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": WIDTH,
+        "num_experts": EXPERTS, "num_experts_per_tok": 8, "moe_intermediate_size": INNER, "intermediate_size": 6144,
+        "vocab_size": VOCABULARY, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "hidden_act": "silu",
+        "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}, "norm_topk_prob": True,
+        "decoder_sparse_step": 1, "mlp_only_layers": [], "tie_word_embeddings": False, "attention_bias": False,
+        "dtype": "bfloat16", "use_sliding_window": False, "bos_token_id": 0, "pad_token_id": 1,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 0}), encoding="utf-8")
+
+
+def _some(*shape: int) -> Any:
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return (torch.randn(*shape, device=device) * shape[-1] ** -0.5).bfloat16().cpu()
+
+
+def _layer(at: str) -> dict[str, Any]:
+    import torch
+
+    ones = torch.ones(HIDDEN, dtype=torch.bfloat16)
+    tensors = {
+        at + "input_layernorm.weight": ones, at + "post_attention_layernorm.weight": ones.clone(),
+        at + "self_attn.q_norm.weight": ones[:WIDTH].clone(), at + "self_attn.k_norm.weight": ones[:WIDTH].clone(),
+        at + "self_attn.q_proj.weight": _some(HEADS * WIDTH, HIDDEN), at + "mlp.gate.weight": _some(EXPERTS, HIDDEN),
+        at + "self_attn.k_proj.weight": _some(KV_HEADS * WIDTH, HIDDEN),
+        at + "self_attn.v_proj.weight": _some(KV_HEADS * WIDTH, HIDDEN),
+        at + "self_attn.o_proj.weight": _some(HIDDEN, HEADS * WIDTH),
+    }  # fmt: skip
+    gate, up, down = _some(EXPERTS, INNER, HIDDEN), _some(EXPERTS, INNER, HIDDEN), _some(EXPERTS, HIDDEN, INNER)
+    for expert in range(EXPERTS):
+        name = at + f"mlp.experts.{expert}."
+        tensors[name + "gate_proj.weight"] = gate[expert]
+        tensors[name + "up_proj.weight"] = up[expert]
+        tensors[name + "down_proj.weight"] = down[expert]
+    return tensors
+
+
+def make_checkpoint(folder: Path, layers: int) -> None:
+    """Random weights in bf16, in the layout of Hugging Face."""
+    import torch
+    from safetensors.torch import save_file
+
+    demo = Path(__file__).parents[1] / "elastic/demo/checkpoint"
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (demo / name).exists():
+            shutil.copy(demo / name, folder)
+    _write_config(folder, layers)
+    index: dict[str, str] = {}
+
+    def keep(name: str, tensors: dict[str, Any]) -> None:
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name, {"format": "pt"})
+        index.update(dict.fromkeys(tensors, name))
+
+    ones = torch.ones(HIDDEN, dtype=torch.bfloat16)
+    top = {"model.embed_tokens.weight": _some(VOCABULARY, HIDDEN) * HIDDEN**0.5}
+    keep("top.safetensors", top | {"lm_head.weight": _some(VOCABULARY, HIDDEN), "model.norm.weight": ones})
+    for layer in range(layers):
+        keep(f"layer-{layer}.safetensors", _layer(f"model.layers.{layer}."))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index}), encoding="utf-8"
+    )
+
+
+def prompt(number: int) -> str:
+    return f"stream {number} says that the number {number * 7919}"
+
+
+class Server:
+    """One `elastic serve`, ended with the block."""
+
+    def __init__(self, model: Path, arguments: argparse.Namespace, exactness: str, folder: Path) -> None:
+        self.model, self.state, self.log = model, folder / f"state-{exactness}", folder / f"serve-{exactness}.log"
+        self._command = [
+            sys.executable, "-m", "elastic.cli", "serve", str(model), "--ranks", str(arguments.ranks),
+            "--device", arguments.device, "--state-dir", str(self.state), "--exactness", exactness,
+            "--max-model-len", "1024", "--ready-timeout", f"{READY_S:g}s",
+        ]  # fmt: skip
+
+    def __enter__(self) -> Server:
+        self._output = self.log.open("w", encoding="utf-8")
+        begun = time.monotonic()
+        self._process = subprocess.Popen(self._command, stdout=self._output, stderr=self._output)
+        import httpx
+
+        while True:
+            if self._process.poll() is not None or time.monotonic() > begun + READY_S:
+                say("not ready", log=self.log.read_text(encoding="utf-8")[-4000:])
+                raise SystemExit(1)
+            try:
+                if httpx.get(f"{URL}/readyz", timeout=2, trust_env=False).status_code == 200:
+                    break
+            except httpx.HTTPError:
+                pass
+            time.sleep(0.1)
+        self.ready_s = time.monotonic() - begun
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(10)
+        self._output.close()
+
+    def pid_of(self, rank: int) -> int:
+        command = [sys.executable, "-m", "elastic.cli", "status", "-o", "json", "--state-dir", str(self.state)]
+        out = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=60, check=True).stdout
+        return int(next(r["pid"] for r in json.loads(out)["ranks"] if r["rank"] == rank))
+
+
+async def texts(
+    numbers: range, tokens: int, during: Callable[[], Awaitable[None]] | None = None
+) -> tuple[list[str], float]:
+    """What each prompt is answered, all asked at once, and the seconds that took."""
+    import httpx
+
+    async with httpx.AsyncClient(timeout=300, trust_env=False, limits=httpx.Limits(max_connections=100)) as client:
+
+        async def ask(number: int) -> str:
+            body = {"model": "m", "prompt": prompt(number), "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+            answer = await client.post(f"{URL}/v1/completions", json=body | {"model": model_name})
+            return str(answer.raise_for_status().json()["choices"][0]["text"])
+
+        model_name = (await client.get(f"{URL}/v1/models")).json()["data"][0]["id"]
+        begun = time.monotonic()
+        jobs = [asyncio.create_task(ask(number)) for number in numbers]
+        if during is not None:
+            await during()
+        return list(await asyncio.gather(*jobs)), time.monotonic() - begun
+
+
+def measure(server: Server, exactness: str, tokens: int) -> None:
+    """All runs of one server."""
+    asyncio.run(texts(range(2), 8))  # the kernels are compiled
+    pid = server.pid_of(1)
+
+    async def kill() -> None:
+        await asyncio.sleep(1.0)
+        os.kill(pid, signal.SIGKILL)
+
+    first, seconds = asyncio.run(texts(range(32), tokens))
+    say(
+        "32 streams",
+        exactness=exactness,
+        tokens_per_s=round(32 * tokens / seconds, 1),
+        ready_s=round(server.ready_s, 1),
+    )
+    alone, seconds = [], 0.0
+    for number in range(8):
+        found, took = asyncio.run(texts(range(number, number + 1), tokens))
+        alone += found
+        seconds += took
+    say("1 stream", exactness=exactness, tokens_per_s=round(8 * tokens / seconds, 1))
+    runs = {"alone": alone}
+    for name in ("second", "third"):
+        runs[name], _ = asyncio.run(texts(range(32), tokens))
+    runs["8 at once"], _ = asyncio.run(texts(range(8), tokens))
+    runs["a rank killed"], _ = asyncio.run(texts(range(32), tokens, kill))
+    for name, found in runs.items():
+        same = sum(a == b for a, b in zip(first, found, strict=False))
+        say(f"same text as the first run: {name}", exactness=exactness, same=same, of=len(found))
+
+
+def transformers_rate(model: Path, tokens: int, device: str) -> None:
+    """Batched greedy decode of transformers, prefill and the first tokens left out."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    tokenizer.pad_token_id = 1
+    for kind in ("grouped_mm", "batched_mm"):
+        made = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, experts_implementation=kind).to(device)
+        for streams in (1, 32):
+            given = tokenizer([prompt(n) for n in range(streams)], return_tensors="pt", padding=True).to(device)
+            rates = []
+            for length in (tokens, tokens, 2 * tokens):
+                begun = time.monotonic()
+                made.generate(**given, max_new_tokens=length, min_new_tokens=length, do_sample=False)
+                rates.append(time.monotonic() - begun)
+            rate = streams * tokens / max(1e-9, rates[2] - rates[1])
+            say(f"transformers {kind}, {streams} streams", tokens_per_s=round(rate, 1))
+        del made
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def main() -> None:
+    """Print one JSON line per result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--exactness", default="invariant,stock")
+    parser.add_argument("--no-transformers", action="store_true")
+    arguments = parser.parse_args()
+    import torch
+    import transformers
+
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    say("machine", gpu=name, torch=torch.__version__, transformers=transformers.__version__, layers=arguments.layers)
+    with tempfile.TemporaryDirectory(prefix="gpu-") as made:
+        folder = Path(made)
+        model = folder / "model"
+        model.mkdir()
+        begun = time.monotonic()
+        make_checkpoint(model, arguments.layers)
+        say("checkpoint", seconds=round(time.monotonic() - begun, 1))
+        for exactness in arguments.exactness.split(","):
+            with Server(model, arguments, exactness, folder) as server:
+                measure(server, exactness, arguments.tokens)
+        if not arguments.no_transformers:
+            transformers_rate(model, arguments.tokens, arguments.device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""The GPU's kernels in Triton's interpreter, on sizes that it can bear: what they compute, and that it is exact.
+
+On a GPU `test_backend.py` asks the same of the compiled kernels on larger sizes; the interpreter cannot multiply bf16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from membership.base.enums import Exactness
+from membership.base.errors import ConfigError, ModelError
+from workers.model.attention_plan import plan_step
+from workers.model.backend import AttentionSpec
+from workers.model.calibrations import Calibrations
+from workers.model.devices import open_backend
+from workers.model.expert_source import ExpertWeights
+from workers.protocol.messages import SeqChunk
+
+pytest.importorskip("triton")
+
+from workers.model.cuda import attention as cuda_attention
+from workers.model.cuda.backend import CudaBackend
+from workers.model.cuda.expert_products import multiply
+
+pytestmark = [
+    pytest.mark.unit,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled here: test_backend.py asks them"),
+]
+
+PAGE, BLOCKS, LENGTH = 4, 16, 24
+SHAPES = {  # key/value heads, query heads per key/value head, width of keys, of values
+    "grouped heads": (1, 2, 16, 16),
+    "latent": (2, 1, 20, 12),
+}
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> CudaBackend:
+    """With splits so small that short sequences have several."""
+    monkeypatch.setattr(cuda_attention, "SPLIT", 16)
+    monkeypatch.setattr(cuda_attention, "CELLS", 16)
+    return CudaBackend(torch.device("cpu"))
+
+
+class Layer:
+    """One attention layer and three sequences; keeps what came out for each (sequence, position)."""
+
+    def __init__(self, backend: CudaBackend, shape: tuple[int, int, int, int], blocks: Sequence[int]) -> None:
+        heads, self.group, width, value_width = shape
+        spec = AttentionSpec(1, self.group, width, value_width, LENGTH, BLOCKS, PAGE, torch.float32)
+        self.attention = backend.attention(spec, Exactness.INVARIANT, Calibrations())
+        generator = torch.Generator().manual_seed(3)
+        self.queries = torch.randn(3, heads * self.group, LENGTH, width, generator=generator)
+        self.keys = torch.randn(3, heads, LENGTH, width, generator=generator)
+        self.values = torch.randn(3, heads, LENGTH, value_width, generator=generator)
+        self.tables = [list(blocks[6 * seq : 6 * seq + 6]) for seq in range(2)] + [list(blocks[12:])]
+        self.found: dict[tuple[int, int], Tensor] = {}
+
+    def step(self, *parts: tuple[int, int, int], padding: int = 0, window: int | None = None) -> None:
+        """Run (sequence, first position, tokens) together."""
+        chunks = [SeqChunk(seq, start, [0] * count, self.tables[seq]) for seq, start, count in parts]
+        rows = sum(count for _, _, count in parts)
+        self.attention.plan = plan_step(chunks, PAGE, rows + padding, torch.device("cpu"))
+        packed = []
+        for kept in (self.queries, self.keys, self.values):
+            cut = torch.cat([kept[seq, :, start : start + count] for seq, start, count in parts], 1)
+            packed.append(torch.nn.functional.pad(cut, (0, 0, 0, padding), value=9.0)[None])
+        out = self.attention.forward(0, packed[0], packed[1], packed[2], 0.25, window)
+        assert out.shape[1] == rows + padding
+        assert out.isfinite().all()
+        places = [(seq, start + i) for seq, start, count in parts for i in range(count)]
+        self.found |= {place: out[0, row] for row, place in enumerate(places)}
+
+    def expected(self, seq: int, position: int, window: int | None) -> Tensor:
+        first = 0 if window is None else max(0, position + 1 - window)
+        keys, values = (
+            kept[seq, :, first : position + 1].double().repeat_interleave(self.group, 0)
+            for kept in (self.keys, self.values)
+        )
+        weights = torch.softmax((self.queries[seq, :, position, None].double() * keys).sum(-1) * 0.25, -1)
+        return (weights[..., None] * values).sum(1)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_attention_is_what_its_definition_says(backend: CudaBackend, shape: str, window: int | None) -> None:
+    layer = Layer(backend, SHAPES[shape], range(BLOCKS))
+    layer.step((0, 0, 20), (1, 0, 2), window=window)
+    layer.step((1, 2, 1), (0, 20, 2), padding=3, window=window)
+    assert len(layer.found) == 25
+    for (seq, position), found in layer.found.items():
+        assert (found - layer.expected(seq, position, window)).abs().max() < 1e-5, (seq, position)
+
+
+def test_attention_is_exact_in_any_company(backend: CudaBackend) -> None:
+    alone = Layer(backend, SHAPES["grouped heads"], range(BLOCKS))
+    alone.step((0, 0, 21))
+    together = Layer(backend, SHAPES["grouped heads"], list(reversed(range(BLOCKS))))
+    together.step((1, 0, 22), (0, 0, 5), (2, 0, 1), padding=4)
+    together.step((0, 5, 15), (1, 22, 1))
+    together.step((2, 1, 1), (0, 20, 1))
+    for place, found in alone.found.items():
+        assert torch.equal(found, together.found[place]), place
+
+
+def test_copied_blocks_are_the_same_tokens(backend: CudaBackend) -> None:
+    source, target = (Layer(backend, SHAPES["latent"], range(BLOCKS)) for _ in range(2))
+    assert source.attention.cache.block_bytes == 0
+    source.step((0, 0, 18))
+    target.step((1, 0, 2))
+    used = source.tables[0]
+    room = memoryview(bytearray(len(used) * source.attention.cache.block_bytes + 8))
+    source.attention.cache.copy_out(used, room)
+    target.tables[0] = [11, 5, 4, 3, 2, 12]
+    target.attention.cache.copy_in(target.tables[0], room)
+    for layer in (source, target):
+        layer.step((0, 18, 1))
+    assert torch.equal(source.found[0, 18], target.found[0, 18])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_experts_products_are_right_and_exact(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(5)
+    matrices = [(torch.randn(80, 72, generator=generator) * 0.1).to(dtype).t() for _ in range(3)]
+    rows = torch.randn(40, 72, generator=generator).to(dtype)
+    ends = torch.tensor([0, 3, 3, 40], dtype=torch.int32)
+    found = multiply(rows, matrices, ends)
+    for matrix, first, last in ((matrices[0], 0, 3), (matrices[2], 3, 40)):
+        expected = rows[first:last].double() @ matrix.double()
+        assert (found[first:last].double() - expected).abs().max() < (1e-5 if dtype == torch.float32 else 5e-3)
+    again = multiply(rows.flip(0)[:30], [matrices[2]], torch.tensor([0, 30], dtype=torch.int32)).flip(0)
+    assert torch.equal(again, found[10:])
+
+
+def test_experts_of_one_call_have_one_layout() -> None:
+    with pytest.raises(ModelError, match="laid out differently"):
+        multiply(torch.ones(2, 4), [torch.ones(4, 4), torch.ones(4, 4).t()], torch.tensor([0, 1, 2], dtype=torch.int32))
+
+
+def test_experts_are_checked_on_the_device_that_computes(backend: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = ExpertWeights(torch.ones(4, 8), torch.ones(4, 4))
+    products = backend.expert_products(torch.relu, Exactness.INVARIANT, Calibrations())
+    monkeypatch.setattr("workers.model.cuda.expert_products._agreeing", lambda matrix: (16,))
+    with pytest.raises(ModelError, match="depends on its batch on this GPU"):
+        products.calibrate(weights)
+    backend.expert_products(torch.relu, Exactness.STOCK, Calibrations()).calibrate(weights)
+
+
+def test_ranks_of_a_host_take_its_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for slot in (0, 1, 2):
+        open_backend("cuda", slot)
+    open_backend("cuda:1", 4)
+    assert [device.index for device in taken] == [0, 1, 0, 1]
+
+
+def test_a_gpu_without_triton_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(__import__("sys").modules, "workers.model.cuda.backend", None)
+    with pytest.raises(ConfigError, match="needs Triton"):
+        open_backend("cuda:0")

@@ -1,0 +1,100 @@
+"""Attention over the block-table KV cache on a GPU: each token of a step by itself, prefill and decode alike.
+
+A token's cells are cut into splits of a fixed size; each split is summed by one program and the splits are merged in
+ascending order (flash decoding, Dao et al. 2023, with splits that do not depend on the batch). So a token's result
+depends on its sequence alone. The price: a prompt's tokens read the same keys again, out of the cache of the GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+from torch.nn import functional
+
+from membership.base.errors import ModelError
+from workers.model.attention_plan import StepPlan
+from workers.model.cuda.kernels import attend, merge
+from workers.model.cuda.kv_cache import CudaKVCache
+
+SPLIT = 256  # cells per program
+CELLS = 64  # cells per product
+NARROWEST = 16  # what a matrix unit takes
+ALL = 1 << 30  # a window that hides nothing
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What all layers of one step share."""
+
+    plan: StepPlan
+    cells: Tensor  # [T] where each row's key goes
+    sequences: Tensor  # [T] the row of `tables` of each row
+    positions: Tensor  # [T] in its sequence
+    tables: Tensor  # [sequence, pages] of blocks
+    splits: int
+
+    @classmethod
+    def of(cls, plan: StepPlan, device: torch.device) -> _Layout:
+        counts = np.diff([-1, *plan.last])
+        tables = np.zeros((len(plan.tables), max(map(len, plan.tables))), dtype=np.int32)
+        for row, blocks in zip(tables, plan.tables, strict=True):
+            row[: len(blocks)] = blocks
+        longest = int(max(plan.starts + counts))
+        return cls(
+            plan,
+            torch.tensor(plan.cells, device=device),
+            torch.from_numpy(np.repeat(np.arange(len(counts), dtype=np.int32), counts)).to(device),
+            plan.positions[0, : plan.rows].to(torch.int32),
+            torch.from_numpy(tables).to(device),
+            triton.cdiv(longest, SPLIT),
+        )
+
+
+class CudaAttention:
+    """All attention layers of a model. Satisfies `Attention`."""
+
+    def __init__(self, cache: CudaKVCache, device: torch.device) -> None:
+        self.plan: StepPlan | None = None
+        self.cache = cache
+        self._device = device
+        self._layout: _Layout | None = None
+
+    def forward(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
+    ) -> Tensor:
+        """One layer: query [1, Hq, T, D], key [1, Hkv, T, D], value [1, Hkv, T, Dv] -> [1, T, Hq, Dv]. ModelError."""
+        plan = self.plan
+        if plan is None:
+            raise ModelError("attention was called outside of a step")
+        if self._layout is None or self._layout.plan is not plan:
+            self._layout = _Layout.of(plan, self._device)
+        layout, rows = self._layout, plan.rows
+        queries, keys, values = (part[0].transpose(0, 1)[:rows] for part in (query, key, value))  # [T, heads, width]
+        cache = self.cache.layers[layer]
+        cache.write(layout.cells, keys, values)
+        out = self._attend(layout, queries.contiguous(), cache.keys, cache.values, scaling, window or ALL)
+        return functional.pad(out, (0, 0, 0, 0, 0, plan.padded - rows))[None]
+
+    @staticmethod
+    def _attend(layout: _Layout, queries: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int) -> Tensor:
+        """[T, Hq, D] queries over a layer's cache [block, offset, Hkv, width] -> [T, Hq, Dv]."""
+        rows, query_heads, width = queries.shape
+        page, heads, value_width = values.shape[1:]
+        group, splits = query_heads // heads, layout.splits
+        wide, value_wide = (max(NARROWEST, triton.next_power_of_2(w)) for w in (width, value_width))
+        partial = torch.empty(rows, query_heads, splits, value_width, dtype=torch.float32, device=queries.device)
+        sizes = torch.empty(rows, query_heads, splits, dtype=torch.float32, device=queries.device)
+        out = torch.empty(rows, query_heads, value_width, dtype=queries.dtype, device=queries.device)
+        attend[(rows, heads, splits)](
+            queries.to(keys.dtype), keys, values, layout.tables, layout.sequences, layout.positions, partial, sizes,
+            scaling, splits, layout.tables.shape[1], window,
+            PAGE=page, HEADS=heads, GROUP=group, WIDTH=width, VALUE_WIDTH=value_width,
+            SPLIT=SPLIT, ROWS=max(NARROWEST, triton.next_power_of_2(group)), CELLS=CELLS,
+            WIDE=wide, VALUE_WIDE=value_wide,
+        )  # fmt: skip
+        merge[(rows * query_heads,)](partial, sizes, out, splits, VALUE_WIDTH=value_width, VALUE_WIDE=value_wide)
+        return out

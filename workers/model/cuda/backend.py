@@ -1,0 +1,58 @@
+"""The backend of NVIDIA GPUs: attention and experts from our kernels, all else plain torch that is measured at load."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+import triton
+from torch import nn
+
+from membership.base.enums import Exactness
+from workers.model.backend import Activation, AttentionSpec, StepFunction
+from workers.model.calibrations import Calibrations
+from workers.model.cpu.fingerprint import kernel_fingerprint
+from workers.model.cpu.linear import make_invariant
+from workers.model.cuda import kernels
+from workers.model.cuda.attention import CudaAttention
+from workers.model.cuda.expert_products import CudaExpertProducts
+from workers.model.cuda.kv_cache import CudaKVCache
+from workers.model.row_tiles import RowTiles
+
+
+class CudaBackend:
+    """Satisfies `Backend`. With a CPU it needs Triton's interpreter, as the tests have it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # where Triton launches
+
+    def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
+        """As stored."""
+        return stored
+
+    def fingerprint(self, dtype: torch.dtype) -> str:
+        """Of torch's kernels on this device, and of ours: their text and what compiles it."""
+        ours = Path(kernels.__file__).read_bytes()
+        plain = kernel_fingerprint(dtype, self.device)
+        return hashlib.sha256(f"{plain} {triton.__version__}".encode() + ours).hexdigest()[:16]
+
+    def make_invariant(self, model: nn.Module, calibrations: Calibrations) -> RowTiles:
+        """See `Backend`."""
+        return make_invariant(model, calibrations)
+
+    def attention(self, spec: AttentionSpec, exactness: Exactness, calibrations: Calibrations) -> CudaAttention:
+        """See `Backend`. One way for both: its tiles are fixed."""
+        return CudaAttention(CudaKVCache(spec.layers, spec.blocks, spec.block_size, spec.dtype), self.device)
+
+    def expert_products(
+        self, activation: Activation, exactness: Exactness, calibrations: Calibrations
+    ) -> CudaExpertProducts:
+        """See `Backend`."""
+        return CudaExpertProducts(activation, exactness, calibrations)
+
+    def capture(self, step: StepFunction) -> StepFunction:
+        """The step itself: nothing is recorded yet."""
+        return step

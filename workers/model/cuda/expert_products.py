@@ -1,0 +1,85 @@
+"""The two products of routed experts on a GPU: one launch for all experts of a call, in tiles of a fixed size."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from membership.base.enums import Exactness
+from membership.base.errors import ModelError
+from workers.model.backend import Activation
+from workers.model.calibrations import Calibrations
+from workers.model.cuda.kernels import grouped_product
+from workers.model.expert_source import ExpertWeights
+from workers.model.row_tiles import CANDIDATES, calibrate_product
+
+KINDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+ROWS, COLUMNS = 16, 64
+PIECE_BYTES = 256  # of a row of the left side per product
+
+
+class CudaExpertProducts:
+    """Satisfies `ExpertProducts`: exact by the kernel's fixed tiles, and checked once on the device that computes."""
+
+    def __init__(self, activation: Activation, exactness: Exactness, calibrations: Calibrations) -> None:
+        self._activation = activation
+        self._unchecked = exactness == Exactness.INVARIANT
+        self._calibrations = calibrations
+        self._checking = threading.Lock()
+
+    def calibrate(self, weights: ExpertWeights) -> None:
+        """Check, with the first expert, that a row's bits are the same in groups of all sizes. ModelError if not."""
+        with self._checking:
+            if not self._unchecked:
+                return
+            for matrix in (weights.gate_up, weights.down):
+                what = f"experts {tuple(matrix.shape)} on the GPU"
+                sizes = self._calibrations.of(what, lambda matrix=matrix: _agreeing(matrix))  # type: ignore[misc]
+                if sizes != CANDIDATES:
+                    hint = "--exactness stock serves without the guarantee"
+                    raise ModelError("experts: a row's result depends on its batch on this GPU", hint=hint)
+            self._calibrations.keep()
+            self._unchecked = False
+
+    def padded(self, rows: int) -> int:
+        """As many as there are: the kernel masks the rest of its tile."""
+        return rows
+
+    def compute(self, experts: Sequence[ExpertWeights], sizes: Sequence[int], rows: Tensor) -> Tensor:
+        """See `ExpertProducts`."""
+        ends = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=rows.device)
+        both = multiply(rows, [weights.gate_up for weights in experts], ends)
+        return multiply(self._activation(both), [weights.down for weights in experts], ends)
+
+
+def multiply(rows: Tensor, matrices: Sequence[Tensor], ends: Tensor) -> Tensor:
+    """rows [R, K], matrices [K, N] of one layout, ends [groups + 1] -> [R, N]: each group of rows by its matrix.
+
+    ModelError if the matrices are laid out differently.
+    """
+    inner, width = matrices[0].shape
+    strides = matrices[0].stride()
+    if any(matrix.stride() != strides for matrix in matrices):
+        raise ModelError("the experts of a call are laid out differently in memory")
+    out = rows.new_empty(rows.shape[0], width)
+    addresses = torch.tensor([matrix.data_ptr() for matrix in matrices], device=rows.device)
+    piece = PIECE_BYTES // rows.element_size()
+    grouped_product[(triton.cdiv(width, COLUMNS), len(matrices))](
+        rows.contiguous(), addresses, ends, out, inner, width, *strides,
+        KIND=KINDS[rows.dtype], ROWS=ROWS, COLUMNS=COLUMNS, PIECE=piece,
+    )  # fmt: skip
+    return out
+
+
+def _agreeing(matrix: Tensor) -> Sequence[int]:
+    def product(rows: Tensor, weight: Tensor) -> Tensor:
+        ends = torch.tensor([0, len(rows)], dtype=torch.int32, device=rows.device)
+        return multiply(rows, [weight.t()], ends)
+
+    return calibrate_product(product, matrix.t(), "experts").sizes

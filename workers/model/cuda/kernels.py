@@ -1,0 +1,154 @@
+"""Triton kernels with fixed tiles: a row's bits are the same alone and in any company.
+
+No program's tile depends on how many rows, sequences or experts share the launch, and every sum runs in one order. Each
+also runs in Triton's interpreter on a CPU, which is how it is tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _add_cells(rows, key, value, seen, scaling, top, total, mixed):
+    """The running softmax with some more cells: the largest score, the sum of weights, the weighted sum of values."""
+    scores = tl.dot(rows, key, input_precision="ieee") * scaling
+    scores = tl.where(seen[None, :], scores, float("-inf"))
+    new = tl.maximum(top, tl.max(scores, 1))
+    base = tl.where(new == float("-inf"), 0.0, new)
+    weights = tl.exp(scores - base[:, None])
+    kept = tl.exp(top - base)
+    mixed = tl.dot(weights.to(value.dtype), value, mixed * kept[:, None], input_precision="ieee")
+    return new, total * kept + tl.sum(weights, 1), mixed
+
+
+@triton.jit
+def attend(
+    queries,
+    keys,
+    values,
+    tables,
+    sequences,
+    positions,
+    partial,
+    sizes,
+    scaling,
+    splits,
+    pages,
+    window,
+    PAGE: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    CELLS: tl.constexpr,
+    WIDE: tl.constexpr,
+    VALUE_WIDE: tl.constexpr,
+):
+    """One (token, key/value head, split): the GROUP query heads of that head against SPLIT cells of their sequence.
+
+    queries [T, HEADS * GROUP, WIDTH], keys [block, PAGE, HEADS, WIDTH], values alike; tables [sequence, pages];
+    partial [T, HEADS * GROUP, splits, VALUE_WIDTH] and sizes [T, HEADS * GROUP, splits] (log of the sum of weights).
+    """
+    token, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    position = tl.load(positions + token)
+    table = tables + tl.load(sequences + token) * pages
+    row = tl.arange(0, ROWS)
+    wide = tl.arange(0, WIDE)
+    value_wide = tl.arange(0, VALUE_WIDE)
+    query = (token * HEADS + head) * GROUP + row
+    real = row < GROUP
+    first = split * SPLIT
+    last = tl.minimum(first + SPLIT, position + 1)  # a token sees itself and what stands before it
+    oldest = tl.maximum(position + 1 - window, 0)
+    rows = tl.load(
+        queries + query[:, None] * WIDTH + wide[None, :], mask=real[:, None] & (wide[None, :] < WIDTH), other=0.0
+    )
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    mixed = tl.zeros((ROWS, VALUE_WIDE), tl.float32)
+    for start in range(first, last, CELLS):
+        at = start + tl.arange(0, CELLS)
+        seen = (at < last) & (at >= oldest)
+        block = tl.load(table + at // PAGE, mask=at < last, other=0).to(tl.int64)
+        cell = (block * PAGE + at % PAGE) * HEADS + head
+        key = tl.load(
+            keys + cell[None, :] * WIDTH + wide[:, None], mask=seen[None, :] & (wide[:, None] < WIDTH), other=0.0
+        )
+        value = tl.load(
+            values + cell[:, None] * VALUE_WIDTH + value_wide[None, :],
+            mask=seen[:, None] & (value_wide[None, :] < VALUE_WIDTH), other=0.0,
+        )  # fmt: skip
+        top, total, mixed = _add_cells(rows, key, value, seen, scaling, top, total, mixed)
+    some = total > 0.0
+    share = mixed / tl.where(some, total, 1.0)[:, None]
+    place = query * splits + split
+    tl.store(
+        partial + place[:, None] * VALUE_WIDTH + value_wide[None, :],
+        share, mask=real[:, None] & (value_wide[None, :] < VALUE_WIDTH),
+    )  # fmt: skip
+    tl.store(sizes + place, tl.where(some, top + tl.log(tl.where(some, total, 1.0)), float("-inf")), mask=real)
+
+
+@triton.jit
+def merge(partial, sizes, out, splits, VALUE_WIDTH: tl.constexpr, VALUE_WIDE: tl.constexpr):
+    """One (token, query head): its splits, ascending. Those that saw no cell add exact zeros."""
+    query = tl.program_id(0)
+    wide = tl.arange(0, VALUE_WIDE)
+    inside = wide < VALUE_WIDTH
+    top = tl.load(sizes + query * splits)
+    for split in range(1, splits):
+        top = tl.maximum(top, tl.load(sizes + query * splits + split))
+    mixed = tl.zeros((VALUE_WIDE,), tl.float32)
+    total = 0.0
+    for split in range(splits):
+        place = query * splits + split
+        weight = tl.exp(tl.load(sizes + place) - top)
+        mixed += tl.load(partial + place * VALUE_WIDTH + wide, mask=inside, other=0.0) * weight
+        total += weight
+    tl.store(out + query * VALUE_WIDTH + wide, (mixed / total).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def grouped_product(
+    rows,
+    matrices,
+    ends,
+    out,
+    inner,
+    width,
+    inner_stride,
+    width_stride,
+    KIND: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """COLUMNS columns of one group's product: out[i, :] = rows[i, :] times the matrix of the group that has row i.
+
+    rows [R, inner], out [R, width]; group g is rows ends[g] to ends[g + 1]; matrices[g] is the address of its matrix
+    [inner, width] with these strides, all of type KIND.
+    """
+    group = tl.program_id(1)
+    begin, end = tl.load(ends + group), tl.load(ends + group + 1)
+    address = tl.multiple_of(tl.load(matrices + group), 16)
+    matrix = address.to(tl.pointer_type(KIND))
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    piece = tl.arange(0, PIECE)
+    inside = column[None, :] < width
+    for first in range(begin, end, ROWS):
+        row = first + tl.arange(0, ROWS)
+        real = row[:, None] < end
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for start in range(0, inner, PIECE):
+            at = start + piece
+            left = tl.load(rows + row[:, None] * inner + at[None, :], mask=real & (at[None, :] < inner), other=0.0)
+            right = tl.load(
+                matrix + at[:, None] * inner_stride + column[None, :] * width_stride,
+                mask=inside & (at[:, None] < inner), other=0.0,
+            )  # fmt: skip
+            total = tl.dot(left, right, total, input_precision="ieee")
+        tl.store(out + row[:, None] * width + column[None, :], total.to(out.dtype.element_ty), mask=real & inside)
