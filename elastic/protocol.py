@@ -21,6 +21,7 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag=True):
     emitted: list[int] = []
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
+    taken: bool = False  # an engine may have it already: it is not refused for want of room
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -95,6 +95,8 @@ class RequestsStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     running: int = 0
     waiting: int = 0
+    waiting_tokens: int = 0
+    shed: int = 0  # refused for want of room since this engine began
 
 
 class PrefixCacheStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -144,7 +146,6 @@ def cluster_status(state: ClusterState, now: float, store: str = "") -> ClusterS
         )  # fmt: skip
     facts = ClusterFacts(state, now)
     covered = _coverage(facts)
-    load = state.engine_status
     operation = state.active
     return ClusterStatus(
         cluster=state.config.cluster,
@@ -154,7 +155,7 @@ def cluster_status(state: ClusterState, now: float, store: str = "") -> ClusterS
         ranks=tuple(sorted(_ranks(facts), key=lambda r: (r.rank, r.incarnation))),
         coverage=covered,
         operation=None if operation is None else _operation(operation),
-        requests=RequestsStatus() if load is None else RequestsStatus(running=load.running, waiting=load.waiting),
+        requests=_requests(state.engine_status),
         spares=_spares(state),
         owner=Owner.AGENTS if state.config.follow_agents else Owner.OPERATOR,
         drained=facts.desired.cordoned,
@@ -162,7 +163,7 @@ def cluster_status(state: ClusterState, now: float, store: str = "") -> ClusterS
         pause=_pause(state, now),
         exactness=state.config.exactness,
         imbalance=_imbalance(facts),
-        prefix_cache=_prefix_cache(state.config, load),
+        prefix_cache=_prefix_cache(state.config, state.engine_status),
         store=store,
         model=name_of(state.checkpoint),
     )
@@ -295,6 +296,17 @@ def _heartbeat_age_ms(facts: ClusterFacts, member: Member) -> float | None:
     heartbeats = facts.state.heartbeats.get(member.node)
     seen_at = None if heartbeats is None else heartbeats.beats.get(member.incarnation)
     return None if seen_at is None else round(max(0.0, facts.now - seen_at) * 1000, 1)
+
+
+def _requests(load: EngineStatus | None) -> RequestsStatus:
+    if load is None:
+        return RequestsStatus()
+    return RequestsStatus(
+        running=load.running,
+        waiting=load.waiting,
+        waiting_tokens=load.waiting_tokens,
+        shed=sum(load.shed.values()),
+    )
 
 
 def _operation(operation: Operation) -> OperationStatus:

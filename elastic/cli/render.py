@@ -55,6 +55,8 @@ def _heading(document: dict[str, Any]) -> Text:
         f"   live replicas >= {coverage['min_live_replicas']}",
         f"   requests {requests['running']} running, {requests['waiting']} waiting",
     )  # fmt: skip
+    if requests.get("shed"):
+        heading.append(f", {requests['shed']} refused for want of room", "yellow")
     if document.get("exactness", "invariant") != "invariant":
         heading.append(f"   exactness {document['exactness']}: tokens may depend on the batch", "yellow")
     if document.get("imbalance") is not None:

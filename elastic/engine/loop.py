@@ -200,6 +200,8 @@ class Engine:
                 waiting=scheduler.waiting,
                 queried_tokens=scheduler.queried_tokens,
                 cached_tokens=scheduler.cached_tokens,
+                waiting_tokens=scheduler.waiting_tokens,
+                shed=scheduler.shed,
                 step=scheduler.step,
                 steps=dict(self._steps),
                 pause_ms=self._pause_ms,

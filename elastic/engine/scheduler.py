@@ -6,15 +6,16 @@ an answer other than OK changes nothing here, and the same chunk is simply sched
 
 from __future__ import annotations
 
-from bisect import insort
 from collections.abc import Iterable
 
 from elastic.engine.kv_blocks import BlockPool, blocks_for
 from elastic.engine.migration import Migration, Moved
 from elastic.engine.prefix import Contents, crowding
-from elastic.engine.sequence import Home, Sequence, by_age, refusal
+from elastic.engine.sequence import Home, Sequence, refusal
+from elastic.engine.waiting import Shed, WaitingRoom
 from elastic.protocol import Rejected, Submit, Tokens
 from membership.base.errors import ElasticError
+from membership.base.timing import RETRY_AFTER_S
 from membership.store.records import ClusterConfig, View
 from workers.protocol import step_fence
 from workers.protocol.messages import (
@@ -31,7 +32,6 @@ Output = Tokens | Rejected
 
 MAX_FAILURES = 3  # FAILED answers in a row, while running alone on its rank, before a rank gives a request up
 MAX_FAILED_RANKS = 2  # ranks that may try: the first one may itself be at fault
-RETRY_AFTER_S = 5.0
 _BACKOFF_S, _BACKOFF_MAX_S = 0.001, 0.1
 
 
@@ -69,7 +69,7 @@ class Scheduler:
         self._homes: dict[int, Home] = {}
         self._migration = Migration(config, engine_token)
         self._sequences: dict[str, Sequence] = {}  # by request id
-        self._waiting: list[Sequence] = []  # oldest first
+        self._waiting = WaitingRoom(config)
         self._arrivals = 0
         self._contents = Contents(config, "")
         self.queried_tokens = 0  # of requests that were given a home
@@ -160,6 +160,16 @@ class Scheduler:
         return len(self._waiting)
 
     @property
+    def waiting_tokens(self) -> int:
+        """How many tokens those have."""
+        return self._waiting.tokens
+
+    @property
+    def shed(self) -> dict[str, int]:
+        """Why -> how many requests were refused for want of room."""
+        return dict(self._waiting.shed)
+
+    @property
     def held(self) -> bool:
         """Whether no step may run, because some expert has no usable owner."""
         return self._held_since is not None
@@ -175,10 +185,14 @@ class Scheduler:
             return [refused]
         if len(request.emitted) >= request.max_tokens:
             return [Tokens(self.token, request.request_id, len(request.emitted), [], finish_reason="length")]
+        if self._waiting.full(request) and not self.held and self.view is not None:
+            self._admit(now)  # what has arrived since the last step does not wait yet
+        if shed := self._waiting.full(request):
+            return [self._shed(request.request_id, shed, now)]
         self._arrivals += 1
         sequence = Sequence.of(request, self._arrivals, now)
         self._sequences[request.request_id] = sequence
-        self._waiting.append(sequence)
+        self._waiting.add(sequence)
         return []
 
     def abort(self, request_id: str) -> None:
@@ -188,7 +202,7 @@ class Scheduler:
             self._forget(sequence)
 
     def expire(self, now: float) -> list[Output]:
-        """Reject what has waited longer than the coverage deadline for lost experts to come back."""
+        """Reject what has waited for too long: for lost experts to come back, or for a place."""
         expired = []
         for sequence in self._sequences.values():
             held = max(self._held_since, sequence.submitted) if self._held_since is not None else now
@@ -196,7 +210,21 @@ class Scheduler:
             if now - since >= self.config.coverage_deadline_s:
                 expired.append(sequence)
         message = f"experts were not available for {self.config.coverage_deadline_s:g} s"
-        return [self._reject(sequence, 503, message, RETRY_AFTER_S) for sequence in expired]
+        rejected: list[Output] = [self._reject(sequence, 503, message, RETRY_AFTER_S) for sequence in expired]
+        for sequence in [] if self.held else self._waiting.late(now):
+            self._forget(sequence)
+            rejected.append(self._shed(sequence.request.request_id, Shed.WAIT, now))
+        return rejected
+
+    def _shed(self, request_id: str, why: Shed, now: float) -> Rejected:
+        """Refuse a request for want of room."""
+        self._waiting.shed[why] += 1
+        waiting, retry_after_s = len(self._waiting), self._waiting.retry_after_s(now)
+        if self.held:
+            return Rejected(self.token, request_id, 503, f"{waiting} requests wait for lost experts", retry_after_s)
+        late = f" for {self.config.max_wait_s:g} s, as it did" if why is Shed.WAIT else ""
+        message = f"overloaded: {waiting} requests of {self._waiting.tokens} tokens wait for a place{late}"
+        return Rejected(self.token, request_id, 429, message, retry_after_s)
 
     def _forget(self, sequence: Sequence) -> None:
         if sequence.home is None:
@@ -211,7 +239,7 @@ class Scheduler:
     def _requeue(self, sequence: Sequence) -> None:
         """Back to the queue, in order of arrival: that is before everything that has not run yet."""
         sequence.leave()
-        insort(self._waiting, sequence, key=by_age)
+        self._waiting.add(sequence)
 
     # ---- steps
 
@@ -231,7 +259,7 @@ class Scheduler:
         if self.view is None or self.held:
             return None
         self._migration.review(self._homes, now)
-        self._admit()
+        self._admit(now)
         ranks: dict[int, list[SeqChunk]] = {}
         for home in self._homes.values():
             if home.running and home.retry_at <= now:
@@ -244,7 +272,7 @@ class Scheduler:
         self.attempt = max(self._homes[rank].setbacks for rank in ranks)
         return StepBatch(self.token, self.view.epoch, self.step, self.attempt, sorted(self.masked), ranks)
 
-    def _admit(self) -> None:
+    def _admit(self, now: float) -> None:
         """Give waiting requests homes, oldest first, as long as the oldest fits somewhere.
 
         A home must have blocks for all tokens known so far, plus one spare for each sequence there, so that what is
@@ -252,8 +280,8 @@ class Scheduler:
         computed again, save the last token: only computing it yields the next one.
         """
         size = self.config.block_size
-        while self._waiting:
-            sequence = self._waiting[0]
+        while len(self._waiting):
+            sequence = next(iter(self._waiting))
             blocks = blocks_for(len(sequence.tokens), size)
             reusable = self._contents.extend(sequence.names, sequence.tokens)[: (len(sequence.tokens) - 1) // size]
             shared = {home.rank: home.pool.find(reusable) for home in self._homes.values()}
@@ -269,7 +297,7 @@ class Scheduler:
                 return
             home = min(fitting, key=lambda home: _unwelcome(home, size * len(shared[home.rank])))
             cached = len(shared[home.rank]) * size
-            del self._waiting[0]
+            self._waiting.place(sequence, now)
             sequence.enter(home, home.pool.take(blocks, shared[home.rank]), cached)
             self.queried_tokens += len(sequence.tokens)
             self.cached_tokens += cached

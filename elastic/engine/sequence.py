@@ -46,12 +46,14 @@ class Sequence:
     cached: int | None = None  # prompt tokens that its first home had already; None: it has had no home
     failures: int = 0  # consecutive FAILED answers on this home
     failed_on: set[int] = field(default_factory=set)  # ranks that failed on it to the end
+    taken: bool = False  # it has had a place, here or in an engine before
     stalled_since: float | None = None  # since when its rank answers something other than OK
 
     @classmethod
     def of(cls, request: Submit, seq: int, now: float) -> Sequence:
         """A new sequence that continues after the tokens that were already emitted."""
-        return cls(request, seq, now, [*request.prompt, *request.emitted])
+        taken = request.taken or bool(request.emitted)
+        return cls(request, seq, now, [*request.prompt, *request.emitted], taken=taken)
 
     @property
     def emitted(self) -> int:

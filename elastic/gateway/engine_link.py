@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from types import TracebackType
 from typing import Any
 
@@ -390,4 +391,5 @@ def _report(sent: asyncio.Future[Any]) -> None:
 
 def _refused(message: Rejected) -> RequestError:
     status = message.status if 400 <= message.status < 600 else 503
-    return RequestError(message.message, status=status, retry_after_s=message.retry_after_s)
+    code = "overloaded" if status == HTTPStatus.TOO_MANY_REQUESTS else ""
+    return RequestError(message.message, status=status, code=code, retry_after_s=message.retry_after_s)

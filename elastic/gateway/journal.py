@@ -34,6 +34,7 @@ class Request(msgspec.Struct, kw_only=True):
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
     emitted: list[int] = []
+    sent: bool = False  # to an engine, which may have taken it
     state: RequestState = RequestState.OPEN
     admitted_at: float = 0.0
     progress_at: float = 0.0  # when it was admitted, submitted or last grew
@@ -48,6 +49,7 @@ class Request(msgspec.Struct, kw_only=True):
             emitted=list(self.emitted),
             stop_token_ids=self.stop_token_ids,
             ignore_eos=self.ignore_eos,
+            taken=self.sent,
         )
 
 
@@ -84,14 +86,14 @@ class Journal:
             raise JournalError(f"request {request.id} is open already")
         request.admitted_at = request.progress_at = now
         self._open[request.id] = request
-        return request.submission()
+        return self._submission(request)
 
     def resubmissions(self, engine_token: int, now: float) -> list[Submit]:
         """Switch to this engine: from now on only its output counts. Return a submission for every open request."""
         self.engine_token = engine_token
         for request in self._open.values():
             request.progress_at = now
-        return [request.submission() for request in self._open.values()]
+        return [self._submission(request) for request in self._open.values()]
 
     def detach(self) -> None:
         """Accept nothing until the next `resubmissions`."""
@@ -134,6 +136,11 @@ class Journal:
     def close(self, request_id: str) -> Abort | None:
         """End a request from the client's side; return the abort to send if it was still open."""
         return Abort(request_id) if self._close(request_id, RequestState.CLOSED) else None
+
+    def _submission(self, request: Request) -> Submit:
+        submission = request.submission()
+        request.sent = request.sent or self.engine_token != 0
+        return submission
 
     def _addressed(self, message: Tokens | Rejected) -> Request | None:
         ours = self.engine_token != 0 and message.engine_token == self.engine_token

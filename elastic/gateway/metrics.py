@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 from elastic.gateway.event_metrics import HistoryMetrics
 from elastic.gateway.key_ring import KeyRing
 from elastic.status import cluster_status
-from membership.store.records import ClusterState, RankState
+from membership.store.records import ClusterState, EngineStatus, RankState
 
 PREFIX = "elastic_ep_"
 LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -123,6 +123,7 @@ class ClusterGauges(Collector):
             queries, hits = "Prompt tokens of requests that got a rank.", "Those of them that its prefix cache had."
             yield _counter("prefix_cache_queries", queries, status.prefix_cache.queried_tokens)
             yield _counter("prefix_cache_hits", hits, status.prefix_cache.cached_tokens)
+        yield from _requests(state.engine_status)
 
     def describe(self) -> Iterable[Metric]:
         """Nothing: names are known at collection."""
@@ -157,6 +158,15 @@ class KeyCounters(Collector):
 
 def _counter(name: str, text: str, value: float) -> Metric:
     return CounterMetricFamily(PREFIX + name, text, value=value)
+
+
+def _requests(load: EngineStatus | None) -> Iterable[Metric]:
+    yield _gauge("requests_running", "Requests that have a place on a rank.", load.running if load else 0)
+    yield _gauge("requests_waiting", "Requests that wait for one.", load.waiting if load else 0)
+    shed = CounterMetricFamily(PREFIX + "requests_shed", "Requests refused for want of room.", labels=["reason"])
+    for reason, count in (load.shed if load else {}).items():
+        shed.add_metric([reason], count)
+    yield shed
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

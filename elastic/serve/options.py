@@ -349,6 +349,19 @@ class ServeOptions(StoreOptions, ListenOptions, ApiOptions, SpareOptions, LogOpt
         "Compute a prompt's beginning once: later requests use the KV blocks of earlier ones.",
         off="--no-prefix-cache",
     )
+    max_waiting_requests: int = option(
+        DEFAULTS["max_waiting_requests"],
+        "How many requests may wait for a place on a rank; further ones get a 429.",
+        minimum=1,
+    )
+    max_waiting_tokens: int = option(
+        DEFAULTS["max_waiting_tokens"],
+        "How many tokens their prompts may have together; further ones get a 429.",
+        minimum=1,
+    )
+    max_wait_s: float = option(
+        DEFAULTS["max_wait_s"], "Max time a request waits for a place on a rank before it gets a 429."
+    )
     restart_intensity: int = option(
         DEFAULTS["restart_intensity"],
         "Quarantine a rank slot after this many deaths within --restart-window.",

@@ -150,6 +150,11 @@ _time = _times("request", "membership/store/records.py")
 COVERAGE_DEADLINE_S = _time(
     30.0, "Max wait of a request for lost experts before it gets a 503 (default of `coverage_deadline_s`)"
 )
+MAX_WAIT_S = _time(120.0, "Max wait of a request for a place on a rank before it gets a 429 (default of `max_wait_s`)")
+_time = _times("request", "elastic/engine/waiting.py")
+RETRY_AFTER_S = _time(5.0, "Retry-After while it is not known how soon places become free, or experts come back")
+RETRY_AFTER_MIN_S = _time(1.0, "The shortest Retry-After of a request that is refused for want of a place")
+RETRY_AFTER_MAX_S = _time(60.0, "The longest one")
 _time = _times("request", "elastic/gateway/engine_link.py")
 ENGINE_SILENCE_S = _time(5.0, "An engine that answers no ping for this long is connected to anew")
 ENGINE_WAIT_S = _time(60.0, "Max wait of a request for an engine")

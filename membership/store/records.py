@@ -18,6 +18,7 @@ from membership.base.timing import (
     LAUNCH_DEADLINE_S,
     LEASE_TTL_S,
     LOAD_STALL_S,
+    MAX_WAIT_S,
     RESTART_WINDOW_S,
 )
 
@@ -92,6 +93,9 @@ class ClusterConfig(Record, frozen=True, kw_only=True):
     prefix_cache: bool = True  # KV blocks of earlier requests serve later ones that begin alike
     max_batched_tokens: int = 512  # per rank and step: decode tokens plus prefill chunk
     max_seqs: int = 64  # per rank and step
+    max_waiting_requests: int = 1024  # that wait for a place on a rank; further ones are refused
+    max_waiting_tokens: int = 1_000_000  # in the prompts of those that wait
+    max_wait_s: float = MAX_WAIT_S  # for a place on a rank, before a request is refused
     eos_token_ids: tuple[int, ...] = ()
     vocab_size: int = 0
     ranks_asked: int = 0  # by --ranks at the last start, 0: not given; the same number again changes nothing
@@ -274,6 +278,8 @@ class EngineStatus(Record, frozen=True, kw_only=True):
     waiting: int = 0
     queried_tokens: int = 0  # of requests that got a rank, since this engine began
     cached_tokens: int = 0  # of those, the ones that the rank had in its prefix cache: they were not computed
+    waiting_tokens: int = 0  # of those that wait
+    shed: dict[str, int] = {}  # why -> number of requests refused for want of room since this engine began
     step: int = 0
     steps: dict[str, int] = {}  # outcome -> number of steps since this engine began: ok | rank_lost | a StepStatus
     pause_ms: float = 0.0  # how long tokens waited at the flip to `epoch`

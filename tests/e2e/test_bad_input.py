@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from tests.e2e.conftest import Serve
+from tests.support.helpers import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -119,7 +120,7 @@ def test_a_full_dev_shm_harms_nothing(demo_model: Path, tmp_path: Path) -> None:
 
 
 def test_bad_requests_are_refused_and_serving_goes_on(serve: Serve, demo_model: Path) -> None:
-    cluster = serve(demo_model, 2)
+    cluster = serve(demo_model, 2, ("--kv-blocks", "32", "--max-waiting-requests", "3"))
     cluster.wait_serving(2)
     model = cluster.model_name()
     good: dict[str, Any] = {"model": model, "prompt": "The for statement", "max_tokens": 4}
@@ -144,5 +145,13 @@ def test_bad_requests_are_refused_and_serving_goes_on(serve: Serve, demo_model: 
         assert answer.status_code == status, answer.text[:300]
         assert word in answer.json()["error"]["message"], answer.text[:300]
     assert post(good).status_code == 200
+    long = {**good, "prompt": [[5] * 250] * 5, "max_tokens": 30, "ignore_eos": True}  # 16 of a rank's 32 blocks each
+    assert len(post(long).json()["choices"]) == 5, "two run, three wait"
+    crowd = post({**long, "prompt": [[5] * 250] * 6})
+    assert (crowd.status_code, crowd.json()["error"]["code"]) == (429, "overloaded"), crowd.text[:300]
+    assert int(crowd.headers["Retry-After"]) >= 1
+    idle = {"running": 0, "waiting": 0, "waiting_tokens": 0, "shed": 1}
+    eventually(lambda: cluster.status()["requests"] == idle, 10.0, "an idle engine that tells what it has refused")
+    metrics = httpx.get(f"{cluster.url}/metrics", timeout=30.0).text
+    assert 'elastic_ep_requests_shed_total{reason="requests"} 1.0' in metrics
     assert {r["state"] for r in cluster.status()["ranks"]} == {"serving"}
-    assert cluster.status()["requests"] == {"running": 0, "waiting": 0}

@@ -46,7 +46,7 @@ def test_the_document_is_exactly_as_promised() -> None:
         "desired": 4,
         "coverage": {"min_live_replicas": 2, "uncovered": 0},
         "operation": None,
-        "requests": {"running": 5, "waiting": 1},
+        "requests": {"running": 5, "waiting": 1, "waiting_tokens": 0, "shed": 0},
         "spares": {"wanted": 0, "ready": 0},
         "owner": "operator",
         "drained": [],

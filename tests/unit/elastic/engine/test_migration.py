@@ -138,7 +138,7 @@ def test_a_request_that_has_computed_nothing_moves_without_a_copy() -> None:
     scene = Scene(0)
     scene.scheduler.leave([0])
     scene.client.submit(scene.scheduler, ask("new", [5], ignore_eos=True), 0.0)
-    scene.scheduler._admit()
+    scene.scheduler._admit(0.0)
     scene.scheduler.leave([1])
     assert scene.scheduler.copies(0.0) == []
     assert scene.homes() == {0: 1, 1: 0}

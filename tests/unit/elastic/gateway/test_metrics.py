@@ -134,12 +134,21 @@ def test_each_event_counts_once_for_each_gateway_and_other_clusters_never(world:
 def test_counters_that_others_keep(world: World) -> None:
     world.state = ClusterState(
         revision=2,
-        engine_status=EngineStatus(token=1, epoch=1, steps={"ok": 40, "coverage_lost": 2}),
+        engine_status=EngineStatus(
+            token=1,
+            epoch=1,
+            steps={"ok": 40, "coverage_lost": 2},
+            running=7,
+            waiting=2,
+            shed={"requests": 3, "wait": 1},
+        ),
         exits={3: RankExit(rank=3, incarnation=4, reason="killed", at=1.0, restarts=2)},
     )
     found = world.scrape()
     assert (found["steps_total{ok}"], found["steps_total{coverage_lost}"]) == (40, 2)
     assert found["worker_restarts_total{3}"] == 2
+    assert (found["requests_running"], found["requests_waiting"]) == (7, 2)
+    assert (found["requests_shed_total{requests}"], found["requests_shed_total{wait}"]) == (3, 1)
 
 
 def test_what_is_promised_is_there_from_the_start(world: World) -> None:
@@ -148,6 +157,7 @@ def test_what_is_promised_is_there_from_the_start(world: World) -> None:
         "membership_epoch ranks expert_live_replicas_min experts_uncovered reconfiguration_seconds reconfigurations"
         " detection_seconds recovery_seconds requests_migrated stream_max_gap_seconds steps tokens"
         " time_to_first_token_seconds inter_token_seconds worker_restarts"
+        " requests_running requests_waiting requests_shed"
     )
     assert {f"elastic_ep_{name}" for name in promised.split()} <= names
 
