@@ -131,8 +131,8 @@ MUTANTS: tuple[Mutant, ...] = (
         name="draws-by-row",
         guards="G3: what is drawn depends on seed and position, not on the row in the batch",
         file="workers/model/sampler.py",
-        before="token = choose(values, sampling, position)",
-        after="token = choose(values, sampling, row)",
+        before="token = choose(shaped, sampling, position)",
+        after="token = choose(shaped, sampling, row)",
         tests=(f"{SAMPLER}::test_a_seeded_stream_does_not_depend_on_its_company",),
     ),
     # --- the exchange

@@ -45,8 +45,8 @@ FULL = Load(max_tokens=96, prompts=len(PROMPTS))  # every prompt, and answers th
 class Workload:
     """Streams requests until stopped (or once through), and keeps what it saw.
 
-    Greedy for even requests, seeded sampling for odd ones: both must come out as in a fault-free run. A request is
-    known by its number, which stands for a prompt and a length; lengths are used in turn, as the prompts are.
+    Greedy for even requests, seeded sampling with penalties for odd ones: both must come out as in a fault-free run.
+    A request is known by its number, which stands for a prompt and a length; lengths are used in turn, as prompts are.
     A stream rests between two requests: without, it takes all of the machine.
     """
 
@@ -139,11 +139,11 @@ class Workload:
 
     def body(self, prompt: int) -> dict[str, object]:
         """The request of this number, the same in every run."""
-        sampled = prompt % 2 == 1
+        sampled = {"temperature": 0.8, "repetition_penalty": 1.1, "frequency_penalty": 0.2, "min_p": 0.01}
         return {
             "model": self.model, "prompt": self.prompts[prompt % len(self.prompts)],
             "max_tokens": self.lengths[prompt % len(self.lengths)], "stream": True, "logprobs": 0,
-            "temperature": 0.8 if sampled else 0.0, "seed": self.seed + prompt,
+            "seed": self.seed + prompt, **(sampled if prompt % 2 == 1 else {"temperature": 0.0}),
         }  # fmt: skip
 
     async def _request(self, client: httpx.AsyncClient, number: int, prompt: int) -> RequestRecord:

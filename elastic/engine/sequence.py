@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from bisect import insort
 from dataclasses import dataclass, field
 
@@ -9,7 +10,7 @@ from elastic.engine.kv_blocks import BlockPool, blocks_for
 from elastic.protocol import Rejected, Submit
 from membership.base.rank_id import RankId
 from membership.store.records import ClusterConfig
-from workers.protocol.messages import SeqChunk
+from workers.protocol.messages import History, SeqChunk
 
 
 @dataclass(slots=True, eq=False)
@@ -48,6 +49,7 @@ class Sequence:
     failed_on: set[int] = field(default_factory=set)  # ranks that failed on it to the end
     taken: bool = False  # it has had a place, here or in an engine before
     stalled_since: float | None = None  # since when its rank answers something other than OK
+    packed: array[int] = field(default_factory=lambda: array("I"))  # `tokens`, as far as a history needed them
 
     @classmethod
     def of(cls, request: Submit, seq: int, now: float) -> Sequence:
@@ -69,7 +71,12 @@ class Sequence:
         """The next at most `budget` tokens; the last known token yields a sample."""
         end = min(self.computed + budget, len(self.tokens))
         sample = self.request.sampling if end == len(self.tokens) else None
-        return SeqChunk(self.seq, self.computed, self.tokens[self.computed : end], self.blocks.copy(), sample)
+        history = self._history() if sample is not None and sample.shaping is not None else None
+        return SeqChunk(self.seq, self.computed, self.tokens[self.computed : end], self.blocks.copy(), sample, history)
+
+    def _history(self) -> History:
+        self.packed.extend(self.tokens[len(self.packed) :])
+        return History(self.packed.tobytes(), len(self.request.prompt))
 
     def enter(self, home: Home, blocks: list[int], cached: int) -> None:
         """Run at this home, whose `blocks` hold its first `cached` tokens."""

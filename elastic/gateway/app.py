@@ -34,13 +34,14 @@ from elastic.serve.listening import ADMIN_CONNECTIONS, Listeners, listening, mos
 from elastic.serve.options import ApiOptions
 from elastic.serve.state_dir import StateDir
 from membership.base import descriptors
+from membership.base.enums import GenerationConfig
 from membership.base.errors import ConfigError, ElasticError, RequestError
 from membership.base.events import EventLog
 from membership.base.timing import STOP_GRACE_S
 from membership.store.interface import Store
 from membership.store.mirror import Mirror
 from membership.store.records import ClusterConfig, ClusterState, GatewayRecord
-from workers.model.text_files import not_applied, sampling_defaults
+from workers.model.text_files import SamplingDefaults, not_applied, sampling_defaults
 
 CONFIG_TIMEOUT_S = 60.0
 STOP_POLL_S = 0.1
@@ -111,9 +112,9 @@ def run_gateway(
         readiness = health.Readiness(link, mirror.state, lambda: mirror.trouble)
         history = StateDir(settings.state_dir).events
         keys = KeyRing(settings.api.api_key, settings.api.api_key_file)
-        files = kept_files(config, settings.state_dir)
-        app = _public_app(config, files, link, readiness, GatewayMetrics(mirror.state, history, cluster, keys))
-        public = for_browsers(Access(app, keys, logged=settings.api.access_log), settings.api)
+        service = _service(config, settings, link, GatewayMetrics(mirror.state, history, cluster, keys))
+        access = Access(_public_app(service, readiness), keys, logged=settings.api.access_log)
+        public = for_browsers(access, settings.api)
         admin = admin_app(Admin(store, cluster, mirror, settings.admin_token, history, lambda: readiness.stopping))
         servers = (
             Server(public, bound.api, settings.grace_s, most, urgent=health.PATHS),
@@ -128,18 +129,23 @@ def run_gateway(
             note("gateway_stopped", name=name)
 
 
-def _public_app(
-    config: ClusterConfig, files: Path, link: EngineLink, readiness: health.Readiness, metrics: GatewayMetrics
-) -> FastAPI:
+def _service(
+    config: ClusterConfig, settings: GatewaySettings, link: EngineLink, metrics: GatewayMetrics
+) -> openai.Service:
+    files = kept_files(config, settings.state_dir)
+    sampling = SamplingDefaults()
+    if settings.api.generation_config is GenerationConfig.MODEL:
+        sampling = sampling_defaults(files)
+        if ignored := not_applied(files):
+            log.warning("generation_config_not_applied", keys=ignored)
+    return openai.Service(config, Tokenizer(files), link, metrics, started=time.time(), sampling=sampling)
+
+
+def _public_app(service: openai.Service, readiness: health.Readiness) -> FastAPI:
     app = new_app("elastic-ep")
-    if ignored := not_applied(files):
-        log.warning("generation_config_not_applied", keys=ignored)
-    service = openai.Service(
-        config, Tokenizer(files), link, metrics, started=time.time(), sampling=sampling_defaults(files)
-    )
     openai.add_routes(app, service)
     tokenization.add_routes(app, service)
-    health.add_routes(app, readiness, metrics)
+    health.add_routes(app, readiness, service.metrics)
     return app
 
 

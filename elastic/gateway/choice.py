@@ -32,7 +32,13 @@ class Choice:
     """The text and token entries of a choice so far."""
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str], *, first: bool = True
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        stops: StopMatcher,
+        min_tokens: int = 0,
+        *,
+        first: bool = True,
     ) -> None:
         """`first`: of its prompt's choices. Usage counts a prompt once."""
         self.text = ""
@@ -42,7 +48,8 @@ class Choice:
         self._first = first
         self.finish_reason = ""
         self._detokenizer = tokenizer.detokenizer(prompt)
-        self._stops = StopMatcher(stops)
+        self._stops = stops
+        self._min_tokens = min_tokens  # text of no more tokens is not searched for stop strings
         self._offset = 0  # characters of all tokens' text, held back ones included
 
     def push(self, delta: Delta) -> Piece:
@@ -70,4 +77,4 @@ class Choice:
 
     def _pass(self, text: str) -> tuple[str, bool]:
         self._offset += len(text)
-        return self._stops.push(text)
+        return self._stops.push(text, armed=self.tokens > self._min_tokens)

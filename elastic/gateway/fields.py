@@ -124,11 +124,8 @@ EXTRAS = (
     Extra("return_hidden_states", Of.SGLANG, (False,), "leave it out"),
     Extra("custom_logit_processor", Of.SGLANG, ("",), "use logit_bias"),
     *(Extra(name, Of.VLLM, (0,), "leave it out") for name in (
-        "frequency_penalty", "presence_penalty", "min_p", "min_tokens", "prompt_logprobs",
+        "prompt_logprobs",
     )),
-    Extra("repetition_penalty", Of.VLLM, (1,), "leave it out"),
-    Extra("logit_bias", Of.OPENAI, ({},), "leave it out"),
-    Extra("include_stop_str_in_output", Of.VLLM, (False,), "leave it out"),
     Extra("typical_p", Of.SGLANG, (1,), "use top_p or min_p"),
     Extra("no_repeat_ngram_size", Of.SGLANG, (0,), "use frequency_penalty"),
 )  # fmt: skip

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import structlog
 from fastapi import FastAPI, Request, Response
+from msgspec.structs import replace
 
 from elastic.gateway.access import Visit, visit_of
 from elastic.gateway.choice import Choice, Piece
@@ -24,12 +25,13 @@ from elastic.gateway.http import EventStream, internal_error, json_response, rea
 from elastic.gateway.journal import Request as Sequence
 from elastic.gateway.metrics import GatewayMetrics
 from elastic.gateway.render import DONE, ChatRenderer, CompletionRenderer, Json, Renderer, UsageShown, error_body, event
+from elastic.gateway.sampling import sampling_of
 from elastic.gateway.schema import MAX_SEED, ChatRequest, CommonRequest, CompletionRequest, Message, parse, seed_for
+from elastic.gateway.text import StopMatcher
 from elastic.gateway.tokenizer import Tokenizer
 from membership.base.errors import RequestError
 from membership.store.records import ClusterConfig
 from workers.model.text_files import SamplingDefaults
-from workers.protocol.messages import Sampling
 
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 OPENAI_SAMPLING = SamplingDefaults()
@@ -152,6 +154,8 @@ def _job(service: Service, asked: CommonRequest, prompts: list[list[int]], kind:
         prompt_tokens=sum(map(len, prompts)),
         visit=visit,
     )
+    size, ends = service.config.vocab_size or service.tokenizer.vocab_size, service.config.eos_token_ids
+    sampling = sampling_of(asked, service.sampling, service.tokenizer, size, ends)
     for prompt in prompts:
         max_tokens = _max_tokens(service, asked, prompt)
         for number in range(asked.n):
@@ -159,26 +163,16 @@ def _job(service: Service, asked: CommonRequest, prompts: list[list[int]], kind:
             sequence = Sequence(
                 id=f"{response_id}-{index}",
                 prompt=prompt,
-                sampling=_sampling(service.sampling, asked, seed_for(seed, index)),
+                sampling=replace(sampling, seed=seed_for(seed, index)),
                 max_tokens=max_tokens,
                 stop_token_ids=asked.stop_token_ids,
                 ignore_eos=asked.ignore_eos,
             )
             job.sequences.append(sequence)
-            job.choices.append(Choice(service.tokenizer, prompt, asked.stop, first=number == 0))
+            stops = StopMatcher(asked.stop, keep=asked.include_stop_str_in_output)
+            choice = Choice(service.tokenizer, prompt, stops, asked.min_tokens, first=number == 0)
+            job.choices.append(choice)
     return job
-
-
-def _sampling(defaults: SamplingDefaults, asked: CommonRequest, seed: int) -> Sampling:
-    """How the request wants its tokens chosen; where it does not say, as the checkpoint does."""
-    said = asked.model_fields_set
-    return Sampling(
-        temperature=asked.temperature if "temperature" in said else defaults.temperature,
-        top_p=asked.top_p if "top_p" in said else defaults.top_p,
-        top_k=max(asked.top_k, 0) if "top_k" in said else defaults.top_k,
-        seed=seed,
-        logprobs=asked.wanted_logprobs,
-    )
 
 
 def _max_tokens(service: Service, asked: CommonRequest, prompt: list[int]) -> int:
@@ -196,6 +190,8 @@ def _max_tokens(service: Service, asked: CommonRequest, prompt: list[int]) -> in
     if limit > room:
         message = f"{len(prompt)} prompt tokens and max_tokens={limit} do not fit into a context of {service.context}"
         raise RequestError(message, param="max_tokens", code="context_length_exceeded")
+    if limit < asked.min_tokens:
+        raise RequestError(f"min_tokens={asked.min_tokens} is more than max_tokens={limit}", param="min_tokens")
     return limit
 
 

@@ -27,12 +27,15 @@ MAX_CHOICES = 64  # over all prompts of a request
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
+MAX_BIASES = 1024
+MAX_BAD_WORDS = 256
 MAX_MESSAGES = 2048
 MAX_TOKENS = 2**31 - 1  # of a request's field; the context is the limit
 MAX_SEED = 2**63 - 1
 MAX_ID = 2**31 - 1  # of a token; whatever is sent to the engine must fit into 64 bits
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_ID)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 
@@ -90,9 +93,18 @@ class CommonRequest(OpenShape):
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, ge=0, le=1)
     top_k: int = Field(default=0, ge=-1, le=MAX_ID)
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(default=1.0, gt=0, le=10)
+    logit_bias: dict[str, Bias] = Field(default={}, max_length=MAX_BIASES)
+    allowed_token_ids: list[TokenId] | None = Field(default=None, min_length=1)
+    bad_words: list[StopString] = Field(default=[], max_length=MAX_BAD_WORDS)
+    min_tokens: int = Field(default=0, ge=0, le=MAX_TOKENS)
     seed: int | None = Field(default=None, ge=-MAX_SEED - 1, le=MAX_SEED)
     stop: list[StopString] = Field(default=[], max_length=MAX_STOPS)
     stop_token_ids: list[TokenId] = Field(default=[], max_length=MAX_STOPS)
+    include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None

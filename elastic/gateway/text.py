@@ -82,22 +82,34 @@ class Detokenizer:
 
 
 class StopMatcher:
-    """Passes text on up to the first stop string, holding back what may be the beginning of one."""
+    """Passes text on up to the first stop string, holding back what may be the beginning of one.
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    `keep`: that stop string is passed on, too.
+    """
+
+    def __init__(self, stops: Sequence[str], *, keep: bool = False) -> None:
         self._stops = tuple(stops)
+        self._keep = keep
         self._longest = max(map(len, stops), default=0)
         self._held = ""
 
-    def push(self, text: str) -> tuple[str, bool]:
-        """What may go out, and whether a stop string was found. The one that is complete first wins."""
+    def push(self, text: str, *, armed: bool = True) -> tuple[str, bool]:
+        """What may go out, and whether a stop string was found. The one that is complete first wins.
+
+        Unless `armed`, none that this text completes counts.
+        """
         if not self._stops:
             return text, False
-        text = self._held + text
-        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        known, text = len(self._held), self._held + text
+        found = [] if not armed else [
+            (at + len(stop), at)
+            for stop in self._stops
+            if (at := text.find(stop, max(0, known - len(stop) + 1))) >= 0
+        ]  # fmt: skip
         if found:
             self._held = ""
-            return text[: min(found)[1]], True
+            end, at = min(found)
+            return text[: end if self._keep else at], True
         keep = self._partial(text)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False

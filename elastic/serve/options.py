@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from membership.base.enums import Device, Dtype, Exactness
+from membership.base.enums import Device, Dtype, Exactness, GenerationConfig
 from membership.base.errors import ConfigError
 from membership.base.rotation import MAX_FILES, MEGABYTE, Limit
 from membership.base.timing import STOP_GRACE_S
@@ -231,7 +231,7 @@ class ListenOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ApiOptions:
-    """Who may use the OpenAI API, and what is written down of it. `elastic serve` passes it on to its gateway."""
+    """Who may use the OpenAI API, how it answers, what is written down. `elastic serve` passes it on to its gateway."""
 
     api_key: tuple[str, ...] = option(
         (),
@@ -249,6 +249,9 @@ class ApiOptions:
     allowed_headers: tuple[str, ...] = option((), "Header that such pages may send; may be repeated. Default: all.")
     allow_credentials: bool = option(False, "Let such pages send cookies and other credentials.")
     access_log: bool = option(False, "Log a line for each request to the OpenAI API.")
+    generation_config: GenerationConfig = option(
+        GenerationConfig.MODEL, "Sampling of requests that do not say: the checkpoint's, or none (temperature 1)."
+    )
 
     def passed_on(self) -> tuple[list[str], dict[str, str]]:
         """The same for a role's command: flags, and what goes into its environment."""

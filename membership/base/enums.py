@@ -28,6 +28,13 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
+class GenerationConfig(StrEnum):
+    """Where the sampling settings come from that a request does not name."""
+
+    MODEL = "model"  # the checkpoint's generation_config.json
+    NONE = "none"  # OpenAI's: temperature 1, nothing cut off
+
+
 class OperationKind(StrEnum):
     """What an operation changes."""
 

@@ -134,7 +134,7 @@ class ModelRunner:
         logits = self.logits(chunks, wanted)
         asked = [chunks[i] for i in wanted]
         settings = [cast("Sampling", chunk.sample) for chunk in asked]
-        chosen = sample(logits, settings, [c.start + len(c.tokens) for c in asked])
+        chosen = sample(logits, settings, [c.start + len(c.tokens) for c in asked], [c.history for c in asked])
         return [SampledToken(c.seq, token, logs) for c, (token, logs) in zip(asked, chosen, strict=True)]
 
     @torch.inference_mode()

@@ -12,10 +12,12 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from workers.protocol.messages import Sampling, TokenLogprobs
+from workers.model.shaping import shape
+from workers.protocol.messages import History, Sampling, TokenLogprobs
 
 GREEDY_BELOW = 1e-5  # a temperature that leaves nothing to chance, and by which no logit can be divided safely
 
+_TINY = np.finfo(np.float64).tiny  # less is no chance: what is barred
 _MASK = (1 << 64) - 1
 Row = npt.NDArray[np.float64]
 
@@ -47,7 +49,7 @@ def is_greedy(sampling: Sampling) -> bool:
 
 
 def choose(logits: Row, sampling: Sampling, position: int) -> int:
-    """The token for `position` (that of the new token) under temperature, top-k and top-p, in this order."""
+    """The token for `position` (that of the new token) under temperature, top-k, min-p and top-p, in this order."""
     if is_greedy(sampling):
         return int(logits.argmax())
     scaled = logits / sampling.temperature
@@ -55,6 +57,7 @@ def choose(logits: Row, sampling: Sampling, position: int) -> int:
     if 0 < sampling.top_k < order.size:
         order = order[: sampling.top_k]
     weights = np.exp(scaled[order] - scaled[order[0]])
+    weights = weights[weights >= max(sampling.min_p, _TINY)]  # they descend
     cumulative = np.cumsum(weights)
     if sampling.top_p < 1.0:
         kept = int(np.searchsorted(cumulative, sampling.top_p * cumulative[-1], side="left")) + 1
@@ -76,18 +79,32 @@ def logprobs_of(logits: Row, token: int, wanted: int) -> TokenLogprobs:
 
 
 def sample(
-    logits: Tensor, settings: Sequence[Sampling], positions: Sequence[int]
+    logits: Tensor,
+    settings: Sequence[Sampling],
+    positions: Sequence[int],
+    histories: Sequence[History | None] | None = None,
 ) -> list[tuple[int, TokenLogprobs | None]]:
-    """One token per row of `logits` [S, V]; `positions[i]` is where row i's new token will stand."""
+    """One token per row of `logits` [S, V]; `positions[i]` is where row i's new token will stand.
+
+    `histories`: the tokens before it, of the rows whose logits are shaped.
+    """
     greedy = logits.argmax(dim=-1).tolist()
     chosen: list[tuple[int, TokenLogprobs | None]] = []
-    for row, (sampling, position) in enumerate(zip(settings, positions, strict=True)):
+    histories = histories or [None] * len(settings)
+    for row, (sampling, position, history) in enumerate(zip(settings, positions, histories, strict=True)):
         token = int(greedy[row])
-        if is_greedy(sampling) and sampling.logprobs < 0:
+        if is_greedy(sampling) and sampling.logprobs < 0 and sampling.shaping is None:
             chosen.append((token, None))
             continue
         values = logits[row].double().cpu().numpy()
-        if not is_greedy(sampling):
-            token = choose(values, sampling, position)
+        shaped = _shaped(values, sampling, history)
+        token = choose(shaped, sampling, position)
         chosen.append((token, logprobs_of(values, token, sampling.logprobs) if sampling.logprobs >= 0 else None))
     return chosen
+
+
+def _shaped(logits: Row, sampling: Sampling, history: History | None) -> Row:
+    if sampling.shaping is None:
+        return logits
+    known = history or History()
+    return shape(logits, sampling.shaping, np.frombuffer(known.tokens, np.uint32), known.prompt)

@@ -16,8 +16,6 @@ from membership.base.errors import ModelError
 
 # What generation_config.json may also ask for, with the values that ask for nothing. It is not offered here.
 NOT_APPLIED: dict[str, tuple[Any, ...]] = {
-    "repetition_penalty": (1.0,),
-    "min_p": (0.0,),
     "typical_p": (1.0,),
     "no_repeat_ngram_size": (0,),
     "epsilon_cutoff": (0.0,),
@@ -39,6 +37,8 @@ class SamplingDefaults:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
 
 def read_json(path: Path, *, hint: str = "") -> dict[str, Any]:
@@ -125,9 +125,18 @@ def sampling_defaults(root: Path) -> SamplingDefaults:
         temperature=_number(path, said, "temperature", plain.temperature),
         top_p=_number(path, said, "top_p", plain.top_p),
         top_k=int(_number(path, said, "top_k", plain.top_k)),
+        min_p=_number(path, said, "min_p", plain.min_p),
+        repetition_penalty=_number(path, said, "repetition_penalty", plain.repetition_penalty),
     )
-    if found.temperature < 0 or not 0 < found.top_p <= 1 or found.top_k < 0:
-        raise ModelError(f"{path} has an impossible temperature, top_p or top_k", hint="correct it, or remove the key")
+    good = {
+        "temperature": found.temperature >= 0,
+        "top_p": 0 < found.top_p <= 1,
+        "top_k": found.top_k >= 0,
+        "min_p": 0 <= found.min_p <= 1,
+        "repetition_penalty": 0 < found.repetition_penalty <= 10,
+    }
+    if wrong := [name for name, is_good in good.items() if not is_good]:
+        raise ModelError(f"{path} has an impossible {' and '.join(wrong)}", hint="correct it, or remove the key")
     return found
 
 

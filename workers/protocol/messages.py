@@ -13,6 +13,26 @@ import msgspec
 from membership.base.rank_id import ProcessId, RankId, labels
 
 
+class Shaping(msgspec.Struct, frozen=True, array_like=True):
+    """What a request adds to its logits before a token is chosen: see workers/model/shaping.py."""
+
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    bias: list[tuple[int, float]] = []
+    allowed: bytes = b""  # token ids, uint32; empty: all
+    bad_words: list[list[int]] = []
+    min_tokens: int = 0
+    end_tokens: list[int] = []  # barred until there are that many
+
+
+class History(msgspec.Struct, frozen=True, array_like=True):
+    """A request's tokens so far, as uint32; the first `prompt` of them are its prompt."""
+
+    tokens: bytes = b""
+    prompt: int = 0
+
+
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
     """How to choose the next token. `temperature` 0 is greedy. The RNG is a counter keyed by (seed, position)."""
 
@@ -21,6 +41,8 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     top_k: int = 0  # 0: off
     seed: int = 0
     logprobs: int = -1  # -1: none; n: the chosen token's and the n most likely ones'
+    min_p: float = 0.0  # of the likeliest token's probability; 0: off
+    shaping: Shaping | None = None
 
 
 class SeqChunk(msgspec.Struct, frozen=True, array_like=True):
@@ -31,6 +53,7 @@ class SeqChunk(msgspec.Struct, frozen=True, array_like=True):
     tokens: list[int]
     blocks: list[int]  # the sequence's block table, long enough for start + len(tokens)
     sample: Sampling | None = None
+    history: History | None = None  # where `sample` has a shaping
 
 
 class StepBatch(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -7,15 +7,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import numpy as np
 import openai
 import pytest
 from openai import OpenAI
 
 from elastic.gateway.schema import seed_for
 from elastic.protocol import Rejected
+from elastic.serve.options import ApiOptions
+from membership.base.enums import GenerationConfig
 from tests.support.gateway_cluster import MODEL, GatewayCluster, RunningGateway
 from tests.support.helpers import eventually
 from tests.support.scripted_engine import ScriptedEngine
+from workers.protocol.messages import Shaping
 
 pytestmark = pytest.mark.integration
 
@@ -136,11 +140,35 @@ def test_what_a_request_does_not_say_the_checkpoint_does(tmp_path: Path) -> None
     cluster = GatewayCluster(tmp_path)
     (tmp_path / "model" / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 20}', encoding="utf-8")
     cluster.publish_view()
-    with cluster.engine(cluster.says(TEXT)) as engine, cluster.gateway() as gateway, gateway.client() as client:
-        client.completions.create(model=MODEL, prompt="one", max_tokens=60)
-        client.completions.create(model=MODEL, prompt="one", max_tokens=60, temperature=1, top_p=0.5)
+    with cluster.engine(cluster.says(TEXT)) as engine:
+        with cluster.gateway() as gateway, gateway.client() as client:
+            client.completions.create(model=MODEL, prompt="one", max_tokens=60)
+            client.completions.create(model=MODEL, prompt="one", max_tokens=60, temperature=1, top_p=0.5)
+        with (
+            cluster.gateway("other", api=ApiOptions(generation_config=GenerationConfig.NONE)) as gateway,
+            gateway.client() as client,
+        ):
+            client.completions.create(model=MODEL, prompt="one", max_tokens=60)
     said = [(s.sampling.temperature, s.sampling.top_p, s.sampling.top_k) for s in engine.submits]
-    assert said == [(0.6, 1.0, 20), (1.0, 0.5, 20)]
+    assert said == [(0.6, 1.0, 20), (1.0, 0.5, 20), (1.0, 1.0, 0)]
+
+
+def test_sampling_settings_reach_the_engine(client: OpenAI, cluster: GatewayCluster, engine: ScriptedEngine) -> None:
+    extra = {
+        "repetition_penalty": 1.1, "min_p": 0.05, "min_tokens": 3, "allowed_token_ids": [9, 4], "bad_words": ["hello"],
+        "stop_token_ids": [7],
+    }  # fmt: skip
+    client.completions.create(
+        model=MODEL, prompt="x", max_tokens=4, frequency_penalty=0.5, presence_penalty=-1, logit_bias={"5": 2.5},
+        extra_body=extra,
+    )  # fmt: skip
+    encode = cluster.tokenizer.encode_bare
+    assert engine.submits[-1].sampling.min_p == 0.05
+    assert engine.submits[-1].sampling.shaping == Shaping(
+        repetition_penalty=1.1, frequency_penalty=0.5, presence_penalty=-1, bias=[(5, 2.5)],
+        allowed=np.array([4, 9], np.uint32).tobytes(), min_tokens=3, end_tokens=[7],
+        bad_words=[encode("hello")] + ([encode(" hello")] if len(encode(" hello")) == len(encode("hello")) else []),
+    )  # fmt: skip
 
 
 def test_a_token_that_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
@@ -247,6 +275,17 @@ BAD = [
     ({"model": MODEL, "prompt": "x", "max_tokens": 1.5}, 400, "valid integer", "max_tokens"),
     ({"model": MODEL, "prompt": "x", "logprobs": 21}, 400, "less than or equal to 20", "logprobs"),
     ({"model": MODEL, "prompt": "x", "stop": ["a"] * 17}, 400, "at most 16", "stop"),
+    ({"model": MODEL, "prompt": "x", "logit_bias": {"a": 1}}, 400, "'a' is not a token id", "logit_bias"),
+    ({"model": MODEL, "prompt": "x", "logit_bias": {"99999": 1}}, 400, "not in the vocabulary", "logit_bias"),
+    ({"model": MODEL, "prompt": "x", "logit_bias": {"1": 101}}, 400, "less than or equal to 100", "logit_bias.1"),
+    ({"model": MODEL, "prompt": "x", "allowed_token_ids": [99999]}, 400, "vocabulary", "allowed_token_ids"),
+    (
+        {"model": MODEL, "prompt": "x", "allowed_token_ids": [3], "stop_token_ids": [3], "min_tokens": 1},
+        400,
+        "leave none of them",
+        "allowed_token_ids",
+    ),
+    ({"model": MODEL, "prompt": "x", "min_tokens": 5, "max_tokens": 4}, 400, "more than max_tokens=4", "min_tokens"),
     ({"model": MODEL, "prompt": {"a": 1}}, 400, "prompt must be", "prompt"),
     ({"model": MODEL, "prompt": []}, 400, "must not be empty", "prompt"),
     ({"model": MODEL, "prompt": ["x"] * 40, "n": 2}, 400, "more than 64 choices", "prompt"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+import numpy as np
 import pytest
 
 from chaos.simulation.kv_model import KvModel, oracle, reply
@@ -11,7 +12,7 @@ from elastic.protocol import Rejected, Submit, Tokens
 from membership.base.errors import ElasticError
 from membership.store.records import View
 from tests.support.rank_model import TOKEN, Client, ask, config, drive, pool_is_whole, view
-from workers.protocol.messages import StepBatch, StepStatus
+from workers.protocol.messages import Sampling, Shaping, StepBatch, StepStatus
 
 pytestmark = pytest.mark.unit
 
@@ -81,6 +82,28 @@ def test_a_lost_rank_s_requests_are_computed_again_elsewhere(served: tuple[Sched
     client.take(scheduler.apply(ranks.answer(after, 1, 11), 0.0))
     drive(scheduler, ranks, client, {1: 11})
     client.check()
+
+
+def test_a_shaped_sample_comes_with_all_tokens_before_it(served: tuple[Scheduler, KvModel, Client]) -> None:
+    """Also where the request is computed again elsewhere, and by an engine that got it with what was emitted."""
+    scheduler, ranks, client = served
+    shaped = Sampling(shaping=Shaping(repetition_penalty=1.2))
+    asked = msgspec.structs.replace(ask("r", [4, 5, 6], 12, ignore_eos=True), sampling=shaped)
+    client.submit(scheduler, asked, 0.0)
+
+    def histories() -> list[int]:
+        """What the step's sample gets; then its token is there."""
+        (chunk,) = (chunk for chunks in drive_once(scheduler, ranks, client).ranks.values() for chunk in chunks)
+        assert chunk.history is not None
+        assert chunk.history.prompt == 3
+        return np.frombuffer(chunk.history.tokens, np.uint32).tolist()
+
+    for emitted in range(3):
+        assert histories() == [4, 5, 6, *client.outputs["r"][:emitted]]
+    scheduler.lose_ranks([0], 0.0)
+    assert histories() == [4, 5, 6, *client.outputs["r"][:3]]
+    client.submit(scheduler, msgspec.structs.replace(asked, emitted=client.outputs["r"][:4]), 0.0)
+    assert histories() == [4, 5, 6, *client.outputs["r"][:4]]
 
 
 def test_who_lost_its_rank_goes_before_those_that_have_not_run(served: tuple[Scheduler, KvModel, Client]) -> None:

@@ -119,7 +119,7 @@ def test_what_is_no_whole_number_is_refused(value: Any) -> None:
         completion(max_tokens=value)
 
 
-def test_a_field_that_nobody_knows_is_refused() -> None:
+def test_an_unknown_field_is_refused() -> None:
     for asked in (lambda: completion(colour="red"), lambda: chat(stream=True, stream_options={"colour": 1})):
         with pytest.raises(RequestError, match=r"unknown field: .*colour"):
             asked()

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from elastic.gateway.choice import Choice
 from elastic.gateway.journal import Delta
 from elastic.gateway.schema import MAX_SEED, ChatRequest, CompletionRequest, parse, seed_for
+from elastic.gateway.text import StopMatcher
 from elastic.gateway.tokenizer import Tokenizer
 from membership.base.errors import RequestError
 from tests.support.tiny_tokenizer import write_tokenizer
@@ -33,7 +34,7 @@ def test_how_tokens_are_cut_into_messages_does_not_matter(
 ) -> None:
     ids = tokenizer.encode(TEXT)[1:]
     edges = sorted({0, len(ids), *(cut for cut in cuts if cut < len(ids))})
-    choice, text, entries = Choice(tokenizer, [1], stops), "", 0
+    choice, text, entries = Choice(tokenizer, [1], StopMatcher(stops)), "", 0
     for start, end in pairwise(edges):
         tokens = tuple(ids[start:end])
         logprobs = tuple(TokenLogprobs(-1.0) for _ in tokens)
@@ -47,9 +48,27 @@ def test_how_tokens_are_cut_into_messages_does_not_matter(
     assert entries == choice.tokens == len(choice.entries)
 
 
+@given(st.lists(st.integers(0, 60)), st.integers(0, 30), st.booleans())
+def test_min_tokens_and_the_stop_string_itself(tokenizer: Tokenizer, cuts: list[int], least: int, keep: bool) -> None:
+    """Stop strings that are complete within `min_tokens` tokens do not count; the first one after them does."""
+    ids = tokenizer.encode(TEXT)[1:]
+    edges = sorted({0, len(ids), *(cut for cut in cuts if cut < len(ids))})
+    choice = Choice(tokenizer, [1], StopMatcher(["e", "te"], keep=keep), least)
+    for start, end in pairwise(edges):
+        if choice.push(Delta(tuple(ids[start:end]), None, "stop" if end == len(ids) else "")).finish_reason:
+            break
+    passed = len(tokenizer.decode(ids[:least]).rstrip("\ufffd"))
+    ends = [at + 1 for at in range(len(TEXT)) if TEXT[at] == "e" and at + 1 > passed]
+    wanted = TEXT
+    if ends:
+        starts = ends[0] - (2 if TEXT[ends[0] - 2 : ends[0]] == "te" and not keep else 1)
+        wanted = TEXT[: ends[0]] if keep else TEXT[:starts]
+    assert choice.text == wanted
+
+
 def test_an_unfinished_character_comes_out_at_the_end(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("ab😀")[1:-1]
-    choice = Choice(tokenizer, [], [])
+    choice = Choice(tokenizer, [], StopMatcher([]))
     assert choice.push(Delta(tuple(ids))).text == "ab"
     assert choice.push(Delta((), None, "length")).text == "\ufffd"
 

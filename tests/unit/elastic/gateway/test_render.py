@@ -9,6 +9,7 @@ import pytest
 from elastic.gateway.choice import Choice
 from elastic.gateway.journal import Delta
 from elastic.gateway.render import CompletionRenderer, UsageShown
+from elastic.gateway.text import StopMatcher
 from elastic.gateway.tokenizer import Tokenizer
 from tests.support.tiny_tokenizer import write_tokenizer
 from workers.protocol.messages import TokenLogprobs
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.unit
 
 def test_usage_counts_what_was_cached_of_a_prompt_once(tmp_path: Path) -> None:
     tokenizer = Tokenizer(write_tokenizer(tmp_path))
-    choices = [Choice(tokenizer, [1] * 40, [], first=number == 0) for number in range(2)]
+    choices = [Choice(tokenizer, [1] * 40, StopMatcher([]), first=number == 0) for number in range(2)]
     for choice in choices:
         choice.push(Delta((5,), cached=32))
         choice.push(Delta((6,), finish_reason="length"))
@@ -41,7 +42,7 @@ def test_the_sampled_token_is_among_the_top_ones(tmp_path: Path, top: list[str],
     tokenizer = Tokenizer(write_tokenizer(tmp_path))
     token = {each: tokenizer.encode(each)[-1] for each in "abd"}
     logprobs = TokenLogprobs(-3.0, [(token[each], -1.0 if each != "a" else -3.0) for each in top])
-    choice = Choice(tokenizer, [1], [])
+    choice = Choice(tokenizer, [1], StopMatcher([]))
     choice.push(Delta([token["a"]], [logprobs], "stop"))
     renderer = CompletionRenderer(tokenizer, "id", "m", 0, UsageShown())
     (found,) = renderer.whole(1, [choice])["choices"][0]["logprobs"]["top_logprobs"]

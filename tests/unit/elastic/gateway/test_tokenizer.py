@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from elastic.gateway.choice import Choice
 from elastic.gateway.journal import Delta
-from elastic.gateway.text import REPLACEMENT, Detokenizer
+from elastic.gateway.text import REPLACEMENT, Detokenizer, StopMatcher
 from elastic.gateway.tokenizer import Tokenizer
 from membership.base.errors import ModelError
 from tests.support.wild_templates import TEMPLATES
@@ -119,7 +119,7 @@ def test_an_answer_ends_before_its_first_stop_string(name: str, text: str, stop:
     answer = added(ours, ids[:cut], ids[cut:])
     start = data.draw(st.integers(0, len(answer)))
     stops = [each for each in (stop, answer[start : start + 3]) if each]
-    choice, rest = Choice(ours, ids[:cut], stops), ids[cut:]
+    choice, rest = Choice(ours, ids[:cut], StopMatcher(stops)), ids[cut:]
     while not choice.finish_reason:
         size = data.draw(st.integers(1, 9))
         choice.push(Delta(tuple(rest[:size]), None, "" if rest[size:] else "length"))

@@ -59,12 +59,19 @@ def test_a_configuration_comes_before_the_tokenizer(tmp_path: Path, generation: 
     [
         {}, {"temperature": 0.6}, {"temperature": 0.7, "top_p": 0.8, "top_k": 20}, {"top_k": 0, "top_p": 1.0},
         {"do_sample": True, "temperature": 1}, {"temperature": 0.0}, {"top_p": 0.95, "eos_token_id": [1, 2]},
+        {"repetition_penalty": 1.05, "min_p": 0.1},
     ],
 )  # fmt: skip
 def test_defaults_of_sampling_are_those_that_transformers_reads(tmp_path: Path, said: Any) -> None:
     write(tmp_path / "generation_config.json", {"do_sample": True, **said})
     theirs, ours = GenerationConfig.from_pretrained(tmp_path), sampling_defaults(tmp_path)
-    for name, otherwise in (("temperature", 1.0), ("top_p", 1.0), ("top_k", 0)):
+    for name, otherwise in (
+        ("temperature", 1.0),
+        ("top_p", 1.0),
+        ("top_k", 0),
+        ("min_p", 0.0),
+        ("repetition_penalty", 1.0),
+    ):
         wanted = getattr(theirs, name) if name in said else otherwise
         assert getattr(ours, name) == wanted, name
 
@@ -81,6 +88,8 @@ def test_without_a_file_sampling_is_as_openai_has_it(tmp_path: Path) -> None:
         {"top_p": 1.5},
         {"top_k": -1},
         {"top_k": "x"},
+        {"min_p": 1.5},
+        {"repetition_penalty": 0},
         {"temperature": True},
         {"temperature": float("inf")},
         [],
@@ -97,8 +106,8 @@ def test_what_answers_will_not_follow_is_named(tmp_path: Path) -> None:
     quiet = {"repetition_penalty": 1, "min_p": None, "no_repeat_ngram_size": 0, "top_k": 20, "eos_token_id": 1}
     write(tmp_path / "generation_config.json", quiet)
     assert not_applied(tmp_path) == []
-    write(tmp_path / "generation_config.json", quiet | {"repetition_penalty": 1.05, "suppress_tokens": [1]})
-    assert not_applied(tmp_path) == ["repetition_penalty=1.05", "suppress_tokens=[1]"]
+    write(tmp_path / "generation_config.json", quiet | {"typical_p": 0.9, "suppress_tokens": [1]})
+    assert not_applied(tmp_path) == ["typical_p=0.9", "suppress_tokens=[1]"]
 
 
 def test_a_served_checkpoint_ends_with_its_tokenizers_end(tmp_path: Path) -> None:
