@@ -11,6 +11,15 @@ import triton.language as tl
 
 
 @triton.jit
+def _rows_of(matrix, row, real, WIDTH: tl.constexpr, WIDE: tl.constexpr):
+    """These rows of a matrix of WIDTH columns, zeros where a row is not real and beyond WIDTH."""
+    wide = tl.arange(0, WIDE)
+    return tl.load(
+        matrix + row[:, None] * WIDTH + wide[None, :], mask=real[:, None] & (wide[None, :] < WIDTH), other=0.0
+    )
+
+
+@triton.jit
 def _add_cells(rows, key, value, seen, scaling, top, total, mixed):
     """The running softmax with some more cells: the largest score, the sum of weights, the weighted sum of values."""
     scores = tl.dot(rows, key, input_precision="ieee") * scaling
@@ -57,16 +66,13 @@ def attend(
     position = tl.load(positions + token)
     table = tables + tl.load(sequences + token) * pages
     row = tl.arange(0, ROWS)
-    wide = tl.arange(0, WIDE)
     value_wide = tl.arange(0, VALUE_WIDE)
     query = (token * HEADS + head) * GROUP + row
     real = row < GROUP
     first = split * SPLIT
     last = tl.minimum(first + SPLIT, position + 1)  # a token sees itself and what stands before it
     oldest = tl.maximum(position + 1 - window, 0)
-    rows = tl.load(
-        queries + query[:, None] * WIDTH + wide[None, :], mask=real[:, None] & (wide[None, :] < WIDTH), other=0.0
-    )
+    rows = _rows_of(queries, query, real, WIDTH, WIDE)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     mixed = tl.zeros((ROWS, VALUE_WIDE), tl.float32)
@@ -75,13 +81,8 @@ def attend(
         seen = (at < last) & (at >= oldest)
         block = tl.load(table + at // PAGE, mask=at < last, other=0).to(tl.int64)
         cell = (block * PAGE + at % PAGE) * HEADS + head
-        key = tl.load(
-            keys + cell[None, :] * WIDTH + wide[:, None], mask=seen[None, :] & (wide[:, None] < WIDTH), other=0.0
-        )
-        value = tl.load(
-            values + cell[:, None] * VALUE_WIDTH + value_wide[None, :],
-            mask=seen[:, None] & (value_wide[None, :] < VALUE_WIDTH), other=0.0,
-        )  # fmt: skip
+        key = tl.trans(_rows_of(keys, cell, seen, WIDTH, WIDE))
+        value = _rows_of(values, cell, seen, VALUE_WIDTH, VALUE_WIDE)
         top, total, mixed = _add_cells(rows, key, value, seen, scaling, top, total, mixed)
     some = total > 0.0
     share = mixed / tl.where(some, total, 1.0)[:, None]
