@@ -20,6 +20,7 @@ import msgspec
 import structlog
 
 from elastic.serve.listening import LISTEN_FDS, Listeners
+from elastic.serve.role_fork import Command, ForkedProcess, WaitingProcess
 from membership.base import starter
 from membership.base.endings import OomKills, signal_name
 from membership.base.errors import StoreError
@@ -46,7 +47,7 @@ class RoleProcess:
     name: str
     arguments: Sequence[str]
     log_path: Path
-    process: subprocess.Popen[bytes] | None = None
+    process: subprocess.Popen[bytes] | ForkedProcess | None = None
     pidfd: int = -1
     early_deaths: int = 0
     started_at: float = 0.0
@@ -55,6 +56,7 @@ class RoleProcess:
     environment: dict[str, str] = field(default_factory=dict)
     forkserver: Callable[[], socket.socket] | None = None  # makes a new one for each start
     listeners: Listeners | None = None  # the same ones for each start
+    waiting: WaitingProcess | None = None  # becomes its first process
 
     def start(self, now: float) -> None:
         """Start the process; it ends with this one. It has a session of its own (Ctrl-C is the supervisor's).
@@ -71,7 +73,7 @@ class RoleProcess:
                 handed = [each.fileno() for each in self.listeners]
                 fds += handed
                 environment[LISTEN_FDS] = ",".join(map(str, handed))
-            process = Child(
+            process = self._become(environment, fds, out.fileno()) or Child(
                 [sys.executable, "-m", ENTRY, *self.arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -83,10 +85,16 @@ class RoleProcess:
         try:
             self.pidfd = os.pidfd_open(process.pid)
         except BaseException:
-            process.end()
+            process.kill()
+            process.wait(timeout=KILLED_S)
             raise
         self.process = process
         self.started_at, self.start_at = now, None
+
+    def _become(self, environment: dict[str, str], fds: list[int], output: int) -> ForkedProcess | None:
+        waiting, self.waiting = self.waiting, None
+        command = Command.of(ENTRY, self.arguments, environment, fds)
+        return waiting.start(command, output) if waiting is not None else None
 
     def on_exit(self, now: float, oom_kills: OomKills) -> str:
         """Reap it, schedule the next start, and return how it ended."""
@@ -139,13 +147,9 @@ class Child(subprocess.Popen[bytes]):
             super().__init__(*args, **named)
         except BaseException:
             if getattr(self, "pid", None):
-                self.end()
+                self.kill()
+                self.wait(timeout=KILLED_S)
             raise
-
-    def end(self) -> None:
-        """SIGKILL it and reap it."""
-        self.kill()
-        self.wait(timeout=KILLED_S)
 
 
 def _tail(file: IO[bytes], lines: int) -> list[str]:

@@ -27,6 +27,7 @@ from elastic.serve.listening import Listeners, listening, most_connections, url_
 from elastic.serve.log_stream import LogStream
 from elastic.serve.options import DEFAULT_RANKS, ServeOptions, admin_token
 from elastic.serve.predecessor import Predecessor
+from elastic.serve.role_fork import WaitingProcess
 from elastic.serve.role_main import STORE_SEEN, StopSignal
 from elastic.serve.role_process import RoleProcess, revoke_leases
 from elastic.serve.roles import Roles
@@ -94,6 +95,7 @@ class Supervisor:
         self._hurry = hurry or threading.Event()
         self._environment: dict[str, str] = {}
         self._zygote: Zygote | None = None
+        self._waiting: dict[str, WaitingProcess] = {}
         self._opened = ExitStack()
         self._events = EventLog(self.state.events, "supervisor", limit=options.limit)
         self._history = Tail(self.state.events)
@@ -154,6 +156,7 @@ class Supervisor:
         zygote = Zygote(preload, environ, self.state.log("agent"))
         opened.callback(zygote.close)
         self._zygote = zygote  # at its imports while the others start
+        self._fork_roles(opened)
         endpoints = self.options.etcd
         if not endpoints:
             self.etcd = EtcdServer(self.state.etcd_data, sockets=run_dir(self.state.path))
@@ -170,6 +173,15 @@ class Supervisor:
         self.state.publish(self.address(endpoints))
         guard = StoreGuard(self._store, self.keys.config, lambda replaced: self._on_replaced(replaced, endpoints))
         opened.callback(guard.close)
+
+    def _fork_roles(self, opened: ExitStack) -> None:
+        for name in STOP_GRACE_S:
+            try:
+                self._waiting[name] = WaitingProcess()
+            except OSError as error:  # each role gets an interpreter of its own
+                log.warning("role_not_forked", name=name, error=str(error))
+                return
+            opened.callback(self._waiting[name].close)
 
     # -- watching --------------------------------------------------------------------------------------------------
 
@@ -282,7 +294,7 @@ class Supervisor:
         return RoleProcess(
             name, arguments, self.state.log(name), environment={**self._environment, **secrets}, stable_s=stable_s,
             forkserver=self._zygote.forkserver if self._zygote is not None and name == "agent" else None,
-            listeners=self._listeners if name == "gateway" else None,
+            listeners=self._listeners if name == "gateway" else None, waiting=self._waiting.get(name),
         )  # fmt: skip
 
     def _gateway_arguments(self) -> list[str]:
