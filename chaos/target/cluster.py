@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 
 from chaos.target.waiting import until
+from chaos.target.warm_start import WarmProcess, WarmStart
 from elastic.cli.client import StoreClient, wait_for
 from elastic.serve.etcd_server import free_ports
 from elastic.serve.state_dir import StateDir
@@ -26,7 +27,6 @@ from membership.operations.change import Change, scale
 from membership.store.interface import Store
 from membership.store.records import Operation, Phase
 from workers.agent.forkserver_client import FORKSERVER_FD
-from workers.agent.zygote import Zygote
 
 STATUS_POLL_S = 0.05
 
@@ -142,10 +142,10 @@ class ServedCluster(Cluster):
         flags: Sequence[str] = (),
         environ: Mapping[str, str] | None = None,
         ports: tuple[int, int] | None = None,
-        zygote: Zygote | None = None,
+        warm: WarmStart | None = None,
     ) -> None:
-        """`zygote`: a fork of it is the cluster's, which spares it the imports."""
-        self._zygote = zygote
+        """`warm`: it is forked from there, which spares it the imports."""
+        self._warm = warm
         self._temporary = tempfile.TemporaryDirectory(prefix="elastic-ep-") if state_dir is None else None
         super().__init__(StateDir(state_dir or Path(self._temporary.name if self._temporary else "")))
         self.port, self.admin_port = ports or free_ports(2)
@@ -153,21 +153,23 @@ class ServedCluster(Cluster):
             sys.executable, "-m", "elastic.cli", "serve", str(model), *([f"--ranks={ranks}"] if ranks else []),
             "--port", str(self.port), "--admin-port", str(self.admin_port), "--state-dir", str(self.state.path), *flags,
         ]  # fmt: skip
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | WarmProcess | None = None
         self._output = self.state.path / "serve.log"
         self._environ = {**os.environ, "XDG_STATE_HOME": str(self.state.path / "home"), **(environ or {})}
 
     def __enter__(self) -> ServedCluster:
         self.state.path.mkdir(parents=True, exist_ok=True)
-        environ, files = {**self._environ, starter.ENV: starter.named()}, []
+        environ = {**self._environ, starter.ENV: starter.named()}
         with self._output.open("ab") as out, ExitStack() as given:
-            if self._zygote is not None:
-                files = [given.enter_context(self._zygote.forkserver()).fileno()]
-                environ = {**environ, FORKSERVER_FD: str(files[0])}
-            self._process = subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
-                env=environ, pass_fds=files,
-            )  # fmt: skip
+            if self._warm is not None:
+                forkserver = given.enter_context(self._warm.zygote.forkserver())
+                environ[FORKSERVER_FD] = str(forkserver.fileno())
+                files = [out.fileno(), forkserver.fileno()]
+                self._process = self._warm.start(self._command[3:], environ, files)
+            else:
+                self._process = subprocess.Popen(
+                    self._command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, env=environ
+                )
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -180,6 +182,8 @@ class ServedCluster(Cluster):
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait(timeout=10.0)
+        if isinstance(process, WarmProcess):
+            process.close()
         if self._temporary is not None:
             self._temporary.cleanup()
 

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from chaos.target.cluster import ServedCluster
+from chaos.target.warm_start import WarmStart
 from elastic.demo.model import write_demo_model
-from workers.agent.preload import WORKER_CLASS, preload_for
-from workers.agent.zygote import Zygote
 
 Serve = Callable[..., ServedCluster]
 
@@ -25,19 +24,17 @@ def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def zygote(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
-    """What ranks import, imported once for all clusters: five seconds of a core for each of them otherwise."""
-    preload = preload_for(WORKER_CLASS, str(demo_model.resolve()))
-    made = Zygote(preload, os.environ, tmp_path_factory.mktemp("zygote") / "log")
-    yield made
-    made.close()
+def warm(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmStart]:
+    """What a cluster and its ranks import, imported once for all clusters."""
+    with WarmStart(demo_model, tmp_path_factory.mktemp("warm")) as made:
+        yield made
 
 
 @pytest.fixture
-def serve(tmp_path: Path, zygote: Zygote) -> Iterator[Serve]:
+def serve(tmp_path: Path, warm: WarmStart) -> Iterator[Serve]:
     """`serve(model, ranks, flags=(), state_dir=None)` starts a cluster; it is stopped at the end, logs go to stderr.
 
-    `own_zygote`: it imports what its ranks need by itself, as `elastic serve` does for a user.
+    `own_zygote`: it imports by itself what it needs, as `elastic serve` does for a user.
     """
     started: list[ServedCluster] = []
 
@@ -45,8 +42,8 @@ def serve(tmp_path: Path, zygote: Zygote) -> Iterator[Serve]:
         model: Path, ranks: int, flags: tuple[str, ...] = (), state_dir: Path | None = None, own_zygote: bool = False
     ) -> ServedCluster:
         folder = state_dir or tmp_path / f"state{len(started)}"
-        given = None if own_zygote else zygote
-        cluster = ServedCluster(model, ranks, state_dir=folder, flags=flags, zygote=given)
+        given = None if own_zygote else warm
+        cluster = ServedCluster(model, ranks, state_dir=folder, flags=flags, warm=given)
         started.append(cluster.__enter__())
         return cluster
 

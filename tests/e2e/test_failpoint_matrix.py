@@ -10,8 +10,8 @@ from chaos.campaigns.failpoint_matrix import FLAGS, FailpointMatrix, every_cell
 from chaos.campaigns.failpoint_stimuli import SMALL, STIMULI
 from chaos.campaigns.targets import LocalTarget
 from chaos.target.cluster import ServedCluster
+from chaos.target.warm_start import WarmStart
 from membership.base.failpoint_catalogue import POINTS
-from workers.agent.zygote import Zygote
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
@@ -30,8 +30,8 @@ def test_every_point_has_a_stimulus() -> None:
     assert len(every_cell()) == 3 * len(POINTS)
 
 
-def test_a_sample_of_cells(demo_model: Path, tmp_path: Path, zygote: Zygote) -> None:
-    with ServedCluster(demo_model, SMALL, state_dir=tmp_path / "state", flags=FLAGS, zygote=zygote) as cluster:
+def test_a_sample_of_cells(demo_model: Path, tmp_path: Path, warm: WarmStart) -> None:
+    with ServedCluster(demo_model, SMALL, state_dir=tmp_path / "state", flags=FLAGS, warm=warm) as cluster:
         matrix = FailpointMatrix(left=list(SAMPLE))
         matrix.run(LocalTarget(cluster))
     assert sorted((each.point, each.action) for each in matrix.results) == sorted(SAMPLE)

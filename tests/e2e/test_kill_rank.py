@@ -9,13 +9,13 @@ import pytest
 
 from chaos.faults import kill
 from chaos.target.cluster import ServedCluster
+from chaos.target.warm_start import WarmStart
 from chaos.workload.history import compare
 from chaos.workload.streams import Workload
 from membership.base.events import Event
 from membership.base.failpoints import ENV
 from tests.support.helpers import eventually
 from tests.support.served import fault_free, streaming
-from workers.agent.zygote import Zygote
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
@@ -33,12 +33,12 @@ def back_as_new(cluster: ServedCluster, rank: int, incarnation: int) -> bool:
     )
 
 
-def test_each_rank_in_turn(demo_model: Path, tmp_path: Path, zygote: Zygote) -> None:
+def test_each_rank_in_turn(demo_model: Path, tmp_path: Path, warm: WarmStart) -> None:
     """Every request is exact; and while a rank is away, whose replacement is held back, tokens keep coming."""
     gate = tmp_path / "gate"
     gate.touch()
     faults = {ENV: f"agent.before.spawn=wait:{gate}"}
-    with ServedCluster(demo_model, RANKS, state_dir=tmp_path / "state", environ=faults, zygote=zygote) as cluster:
+    with ServedCluster(demo_model, RANKS, state_dir=tmp_path / "state", environ=faults, warm=warm) as cluster:
         cluster.wait_serving(RANKS)
         oracle = fault_free(cluster)
         epochs = [cluster.status()["epoch"]]

@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 
 from chaos.faults import kill
+from chaos.target.warm_start import WarmStart
 from membership.operations.change import Change, drain, scale, undrain
 from membership.store.records import Member, Operation, Phase
 from tests.support.held_cluster import DEADLINE_S, HeldCluster, T
 from tests.support.helpers import eventually
 from tests.support.served import hang, role_pid
-from workers.agent.zygote import Zygote
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -88,9 +88,9 @@ def every_cell() -> Iterator[Cell]:
 
 
 @pytest.fixture(scope="module")
-def stage(demo_model: Path, zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HeldCluster]:
+def stage(demo_model: Path, warm: WarmStart, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HeldCluster]:
     points = dict.fromkeys(point for _, point, _ in every_cell())
-    with HeldCluster(demo_model, SMALL, tmp_path_factory.mktemp("faults"), points, zygote) as held:
+    with HeldCluster(demo_model, SMALL, tmp_path_factory.mktemp("faults"), points, warm) as held:
         yield held
 
 

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from chaos.target.cluster import ServedCluster
+from chaos.target.warm_start import WarmStart
 from elastic.serve.listening import bind
 from membership.base.errors import ConfigError
 from membership.base.run_dir import run_dir
@@ -19,12 +20,11 @@ from tests.e2e.conftest import Serve
 from tests.support.helpers import eventually
 from tests.support.secured_etcd import PASSWORD, secured_etcd
 from tests.support.served import completion, role_pid
-from workers.agent.zygote import Zygote
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 
-def test_a_restarted_cluster_goes_on_from_its_last_epoch(demo_model: Path, tmp_path: Path, zygote: Zygote) -> None:
+def test_a_restarted_cluster_goes_on_from_its_last_epoch(demo_model: Path, tmp_path: Path, warm: WarmStart) -> None:
     with ServedCluster(demo_model, 2, state_dir=tmp_path / "state") as cluster:
         before = cluster.wait_serving(2)
         text = completion(cluster)
@@ -32,7 +32,7 @@ def test_a_restarted_cluster_goes_on_from_its_last_epoch(demo_model: Path, tmp_p
         ranks = [psutil.Process(r["pid"]) for r in before["ranks"]]
     assert not [p for p in (*family, *ranks) if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     assert not run_dir(tmp_path / "state").exists(), "sockets are left"
-    with ServedCluster(demo_model, 3, state_dir=tmp_path / "state", zygote=zygote) as cluster:
+    with ServedCluster(demo_model, 3, state_dir=tmp_path / "state", warm=warm) as cluster:
         after = cluster.wait_serving(3)
         assert after["epoch"] > before["epoch"]
         assert min(r["incarnation"] for r in after["ranks"]) > max(r["incarnation"] for r in before["ranks"])

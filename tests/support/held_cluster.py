@@ -19,6 +19,7 @@ import psutil
 
 from chaos.faults import kill
 from chaos.target.cluster import ServedCluster
+from chaos.target.warm_start import WarmStart
 from chaos.workload.history import compare
 from chaos.workload.streams import Load, Workload
 from elastic.cli.client import wait_for
@@ -31,7 +32,6 @@ from membership.store.keys import Keys
 from membership.store.records import ClusterState, LeaderRecord, Operation, RankRecord
 from tests.support.helpers import eventually
 from tests.support.served import role_pid
-from workers.agent.zygote import Zygote
 
 T = 60.0
 DEADLINE_S = 30.0  # of an operation
@@ -42,7 +42,7 @@ STREAMS = 3
 class HeldCluster:
     """Owns the cluster, the standby controller and the streams. A context manager."""
 
-    def __init__(self, model: Path, ranks: int, folder: Path, points: Iterable[str], zygote: Zygote) -> None:
+    def __init__(self, model: Path, ranks: int, folder: Path, points: Iterable[str], warm: WarmStart) -> None:
         self.ranks = ranks
         self._gates = {point: folder / point for point in points}
         for gate in self._gates.values():
@@ -50,7 +50,7 @@ class HeldCluster:
         faults = ";".join(f"{point}=wait:{gate}" for point, gate in self._gates.items())
         self._environ = {**os.environ, ENV: faults}
         self.cluster = ServedCluster(
-            model, ranks, state_dir=folder / "state", flags=FLAGS, environ={ENV: faults}, zygote=zygote
+            model, ranks, state_dir=folder / "state", flags=FLAGS, environ={ENV: faults}, warm=warm
         )
         self._opened = ExitStack()
         self._standby: subprocess.Popen[bytes] | None = None

@@ -1,0 +1,112 @@
+"""Processes that have the imports of `elastic serve` and of its ranks, for many clusters: each is a fork of them.
+
+An interpreter of its own costs a cluster four seconds of a core, and its ranks five. What is tested is the same program
+from its command line on; how a user's starts from nothing is tested where no `WarmStart` is given.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
+from pathlib import Path
+
+import msgspec
+
+from elastic.serve.role_fork import MODULES, Command, become
+from membership.base.logs import open_log
+from workers.agent.forkserver_client import Child, ForkServer
+from workers.agent.preload import WORKER_CLASS, preload_for
+from workers.agent.zygote import Zygote
+
+PRELOAD = (*MODULES, "elastic.serve.supervisor", "elastic.serve.role_fork")
+FORKED_S = 120.0  # imports included, on a busy machine
+
+
+class WarmProcess:
+    """A process that another one forked for us, as far as a `Popen` is needed of it."""
+
+    def __init__(self, child: Child, status: Future[int]) -> None:
+        self.pid = child.pid
+        self._pidfd, self._status = child.pidfd, status
+
+    @property
+    def returncode(self) -> int | None:
+        """Its exit status; None while it runs."""
+        return self.poll()
+
+    def poll(self) -> int | None:
+        """Its exit status, negative for a signal; None while it runs."""
+        return self._status.result(timeout=0) if self._status.done() else None
+
+    def wait(self, timeout: float) -> int:
+        """Its exit status; subprocess.TimeoutExpired."""
+        try:
+            return self._status.result(timeout=timeout)
+        except TimeoutError:
+            raise subprocess.TimeoutExpired(str(self.pid), timeout) from None
+
+    def send_signal(self, number: int) -> None:
+        """Whatever it does with it; none if it has ended."""
+        if not self._status.done():
+            signal.pidfd_send_signal(self._pidfd, number)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+    def close(self) -> None:
+        """Let go of it, once it has ended."""
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+
+class WarmStart:
+    """Owns both processes. A context manager; make it in a thread that outlives it."""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        self._ends: dict[int, Future[int]] = {}
+        self._lock = threading.Lock()
+        with ExitStack() as opened:
+            preload = preload_for(WORKER_CLASS, str(model.resolve()))
+            self.zygote = Zygote(preload, os.environ, folder / "zygote.log")
+            opened.callback(self.zygote.close)
+            with open_log(folder / "serve.log") as out:
+                self._server = ForkServer(PRELOAD, on_exit=self._on_exit, output=out, name="warm-start")
+            opened.callback(self._server.close)
+            self._opened = opened.pop_all()
+
+    def __enter__(self) -> WarmStart:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._opened.close()
+
+    def start(self, arguments: Sequence[str], environ: Mapping[str, str], files: Sequence[int]) -> WarmProcess:
+        """`elastic ARGUMENTS`, in a session of its own. `files`: of its output, then what its environment names."""
+        command = Command.of("elastic.cli", arguments, environ, files[1:])
+        child = self._server.fork("chaos.target.warm_start:run", msgspec.msgpack.encode(command), files).result(
+            FORKED_S
+        )
+        return WarmProcess(child, self._end_of(child.pid))
+
+    def _on_exit(self, pid: int, status: int) -> None:
+        self._end_of(pid).set_result(status)
+
+    def _end_of(self, pid: int) -> Future[int]:
+        """The same one for the two that ask; a later process may have the pid again."""
+        with self._lock:
+            if pid in self._ends:
+                return self._ends.pop(pid)
+            return self._ends.setdefault(pid, Future())
+
+
+def run(payload: bytes, files: list[int]) -> None:
+    """In the fork."""
+    os.setsid()
+    become(msgspec.msgpack.decode(payload, type=Command), files)
