@@ -45,7 +45,9 @@ def served(checkout: Path, model: Path, ranks: int, folder: Path) -> Iterator[tu
     try:
         while not _ready(ports[0]):
             if process.poll() is not None or time.monotonic() - begun > READY_S:
-                raise RuntimeError(f"not ready: {(folder / 'log').read_text(errors='replace')[-2000:]}")
+                raise RuntimeError(
+                    f"not ready: {(folder / 'log').read_text(errors='replace', encoding='utf-8')[-2000:]}"
+                )
             time.sleep(POLL_S)
         yield time.monotonic() - begun, psutil.Process(process.pid)
     finally:

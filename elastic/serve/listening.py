@@ -100,8 +100,8 @@ def bind(host: str, port: int, flags: Sequence[str]) -> socket.socket:
     except (OSError, ValueError) as error:  # ValueError: not a name at all
         why = getattr(error, "strerror", None) or "it is not a host name"
         raise ConfigError(f"cannot listen on {host!r}: {why}", hint=f"check {flags[0]}") from error
-    family, _, _, _, address = found[0]
-    bound = socket.socket(family, socket.SOCK_STREAM)
+    family, kind, protocol, _, address = found[0]
+    bound = socket.socket(family, kind, protocol)  # without TCP's name asyncio has Nagle's algorithm delay answers
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)

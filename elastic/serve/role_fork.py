@@ -31,6 +31,7 @@ MODULES = (
 )  # fmt: skip
 MAX_MESSAGE = 128 * 1024  # a longer command line or environment gets an interpreter of its own
 MAX_FDS = 8
+KILLED_S = 5.0  # max wait for the end of a process that was killed
 
 
 class Command(msgspec.Struct, frozen=True):
@@ -56,13 +57,13 @@ class ForkedProcess:
         self.returncode: int | None = None
         self._pidfd = os.pidfd_open(pid)
 
-    def wait(self, timeout: float | None = None) -> int:
+    def wait(self, timeout: float) -> int:
         """Its end: the exit status, negative for a signal. subprocess.TimeoutExpired."""
         if self.returncode is None:
             poller = select.poll()
             poller.register(self._pidfd, select.POLLIN)
-            if not poller.poll(None if timeout is None else timeout * 1000):
-                raise subprocess.TimeoutExpired(str(self.pid), timeout or 0.0)
+            if not poller.poll(timeout * 1000):
+                raise subprocess.TimeoutExpired(str(self.pid), timeout)
             _, status = os.waitpid(self.pid, 0)
             self.returncode = os.waitstatus_to_exitcode(status)
             os.close(self._pidfd)
@@ -83,7 +84,7 @@ class ForkedProcess:
 
 
 class WaitingProcess:
-    """A fork of this process that waits to be told what it is. Its owner starts it, or closes it."""
+    """A fork of this process that waits for its command. Its owner starts it, or closes it."""
 
     def __init__(self) -> None:
         """OSError: there is none."""
@@ -129,7 +130,7 @@ class WaitingProcess:
         self._link.close()
         if self._process is not None:
             self._process.kill()
-            self._process.wait()
+            self._process.wait(KILLED_S)
             self._process = None
 
 

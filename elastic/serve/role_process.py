@@ -20,7 +20,7 @@ import msgspec
 import structlog
 
 from elastic.serve.listening import LISTEN_FDS, Listeners
-from elastic.serve.role_fork import Command, ForkedProcess, WaitingProcess
+from elastic.serve.role_fork import KILLED_S, Command, ForkedProcess, WaitingProcess
 from membership.base import starter
 from membership.base.endings import OomKills, signal_name
 from membership.base.errors import StoreError
@@ -32,7 +32,6 @@ from workers.agent.forkserver_client import FORKSERVER_FD
 log = structlog.get_logger(__name__)
 
 ENTRY = "elastic.cli"  # the module that runs a role
-KILLED_S = 5.0  # max wait for the end of a process that was killed
 
 
 def restart_delay_s(early_deaths: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -66,6 +67,30 @@ def test_what_is_no_address_is_one_clear_error(host: str) -> None:
     with pytest.raises(ConfigError, match="cannot listen on") as refused, listening(replace(OPTIONS, admin_host=host)):
         pass
     assert "--admin-host" in refused.value.hint
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_an_answer_in_two_pieces_does_not_wait_for_the_client_to_confirm_the_first(host: str) -> None:
+    """Nagle's algorithm is off on what is accepted, as asyncio has it only for sockets that name their protocol."""
+
+    async def nagle_is_off() -> bool:
+        found: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+        async def client(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            accepted = writer.get_extra_info("socket")
+            found.set_result(bool(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)))
+            writer.close()
+
+        with bind(host, 0, ("--host", "--port")) as bound:
+            bound.setblocking(False)
+            async with await asyncio.start_server(client, sock=bound):
+                _, writer = await asyncio.open_connection(*bound.getsockname()[:2])
+                try:
+                    return await asyncio.wait_for(found, 30.0)
+                finally:
+                    writer.close()
+
+    assert asyncio.run(nagle_is_off())
 
 
 def test_the_same_number_on_two_addresses() -> None:
