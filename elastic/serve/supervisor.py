@@ -56,7 +56,8 @@ log = structlog.get_logger(__name__)
 
 # As they are started. The standby engine has everything imported: streams do not wait for a process to start.
 STOP_S = {"controller": 5.0, "agent": 15.0, "engine": 5.0, "engine-standby": 5.0, "gateway": 5.0}  # and its streams'
-STOPPED_TOGETHER = (("gateway", "engine-standby"), ("engine",), ("agent", "controller"))  # so that requests can end
+# So that requests can end: either engine may be the one in office.
+STOPPED_TOGETHER = (("gateway",), ("engine", "engine-standby"), ("agent", "controller"))
 MAYBE_MEMORY = ", perhaps for want of memory (in a pod: `kubectl describe pod` says OOMKilled; fewer ranks need less)"
 PAUSE_S = 0.1  # between two turns that cannot even look at the processes
 TROUBLES = {"rank_load_failed", "rank_prepare_failed", "rank_quarantined", "forkserver_ready"}
@@ -116,8 +117,6 @@ class Supervisor:
             sweep(run, newborn_s=0.0)  # what an earlier run left that was killed
             self._environment = {**chaos_mode.begin(self.state, self.options.chaos), RUN_DIR_ENV: str(run)}
             opened.callback(self.state.failpoints.unlink, missing_ok=True)
-            if self.options.log_stdout:
-                opened.callback(LogStream(self._log_files(), sys.stdout.fileno()).close)
             self._start(opened, killed)
             self._opened = opened.pop_all()
         return self
@@ -156,7 +155,9 @@ class Supervisor:
         zygote = Zygote(preload, environ, self.state.log("agent"))
         opened.callback(zygote.close)
         self._zygote = zygote  # at its imports while the others start
-        self._fork_roles(opened)
+        self._fork_roles(opened)  # before there are more threads
+        if self.options.log_stdout:
+            opened.callback(LogStream(self._log_files(), sys.stdout.fileno()).close)
         endpoints = self.options.etcd
         if not endpoints:
             self.etcd = EtcdServer(self.state.etcd_data, sockets=run_dir(self.state.path))
@@ -175,7 +176,7 @@ class Supervisor:
         opened.callback(guard.close)
 
     def _fork_roles(self, opened: ExitStack) -> None:
-        for name in STOP_GRACE_S:
+        for name in STOP_S:
             try:
                 self._waiting[name] = WaitingProcess()
             except OSError as error:  # each role gets an interpreter of its own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import httpx
 import psutil
 import pytest
 
+from chaos.faults import kill
 from chaos.target.cluster import ServedCluster
 from chaos.target.warm_start import WarmStart
 from elastic.serve.listening import bind
@@ -92,11 +94,25 @@ def test_other_ways_to_serve(serve: Serve, demo_model: Path, flags: tuple[str, .
     assert completion(cluster)
 
 
+def in_office(cluster: ServedCluster) -> int:
+    engine = cluster.client().state().engine
+    return engine.pid if engine is not None else 0
+
+
 def test_a_term_signal_lets_requests_end(serve: Serve, demo_model: Path) -> None:
-    cluster = serve(demo_model, 2)
+    """Also those of the engine that was started as the standby."""
+    cluster = serve(demo_model, 2, ("--stop-grace", "100s"))
     cluster.wait_serving(2)
+    engines = [p for p in psutil.Process(cluster.pid).children() if p.cmdline()[1:4] == ["-m", "elastic.cli", "engine"]]
+    first = min(each.pid for each in engines)
+    if in_office(cluster) == first:
+        kill(first)
+        eventually(lambda: in_office(cluster) not in (0, first), 60.0, "the standby to be in office")
+        cluster.wait_serving(2)
+    said = cluster.state.log("gateway")
+    before = len(said.read_bytes())
     body = {"model": cluster.model_name(), "prompt": "The", "max_tokens": 300, "stream": True, "ignore_eos": True}
-    lines = []
+    lines: list[str] = []
     with httpx.stream("POST", f"{cluster.url}/v1/completions", json=body, timeout=60.0) as answer:
         for line in answer.iter_lines():
             if not lines:
@@ -104,6 +120,8 @@ def test_a_term_signal_lets_requests_end(serve: Serve, demo_model: Path) -> None
             lines.append(line)
     assert "data: [DONE]" in lines
     assert not any('"error"' in line for line in lines)
+    lost = [line for line in said.read_bytes()[before:].splitlines() if b"engine_lost" in line]
+    assert not [line for line in lost if json.loads(line)["open_requests"]]
 
 
 def test_ipv6_and_a_gateway_that_returns_under_its_clients(serve: Serve, demo_model: Path) -> None:
