@@ -21,6 +21,7 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag=True):
     emitted: list[int] = []
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
+    prompt_logprobs: int = -1  # of the prompt's own tokens, before the first token: as `Sampling.logprobs`
     taken: bool = False  # an engine may have it already: it is not refused for want of room
 
 
@@ -42,6 +43,13 @@ class Welcome(msgspec.Struct, frozen=True, array_like=True, tag=True):
     engine_token: int
 
 
+class EndToken(msgspec.Struct, frozen=True, array_like=True):
+    """The eos or stop token that ended an output."""
+
+    token: int
+    logprobs: TokenLogprobs | None = None
+
+
 class Tokens(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Tokens index, index+1, … of the request's output (0 = first generated token, emitted ones counted)."""
 
@@ -52,6 +60,8 @@ class Tokens(msgspec.Struct, frozen=True, array_like=True, tag=True):
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: str = ""  # "" while running, else "stop" (eos or stop token, which is not in tokens) | "length"
     cached: int = 0  # prompt tokens that were not computed, as the prefix cache had them; with index 0 only
+    prompt_logprobs: list[TokenLogprobs] | None = None  # of all but its first token; with index 0, if asked for
+    end: EndToken | None = None
 
 
 class Rejected(msgspec.Struct, frozen=True, array_like=True, tag=True):

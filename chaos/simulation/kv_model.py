@@ -11,6 +11,7 @@ from collections import Counter
 from chaos.simulation.invariants import require
 from elastic.protocol import Submit
 from workers.protocol.messages import (
+    NO_TOKEN,
     BlocksCopied,
     CopyBlocks,
     SampledToken,
@@ -18,6 +19,7 @@ from workers.protocol.messages import (
     StepBatch,
     StepResult,
     StepStatus,
+    TokenLogprobs,
 )
 
 EOS = 3
@@ -61,8 +63,11 @@ class KvModel:
             require(all(users[block] == 1 for block in written), "a sequence writes to a block of another one")
             for offset, token in enumerate(chunk.tokens):
                 self.cells[self._cell(rank, incarnation, chunk, chunk.start + offset)] = (chunk.start + offset, token)
-            if chunk.sample is not None:
-                sampled.append(SampledToken(chunk.seq, next_token(self._read(rank, incarnation, chunk))))
+            token = NO_TOKEN if chunk.sample is None else next_token(self._read(rank, incarnation, chunk))
+            targets = chunk.score.targets if chunk.score is not None else []
+            scores = [TokenLogprobs(-float(chunk.start + row), [(target, 0.0)]) for row, target in enumerate(targets)]
+            if chunk.sample is not None or chunk.score is not None:
+                sampled.append(SampledToken(chunk.seq, token, scores=scores))
         return reply(batch, rank, incarnation, sampled)
 
     def _read(self, rank: int, incarnation: int, chunk: SeqChunk) -> list[int]:

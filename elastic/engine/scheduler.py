@@ -13,12 +13,13 @@ from elastic.engine.migration import Migration, Moved
 from elastic.engine.prefix import Contents, crowding
 from elastic.engine.sequence import Home, Sequence, refusal
 from elastic.engine.waiting import Shed, WaitingRoom
-from elastic.protocol import Rejected, Submit, Tokens
+from elastic.protocol import EndToken, Rejected, Submit, Tokens
 from membership.base.errors import ElasticError
 from membership.base.timing import RETRY_AFTER_S
 from membership.store.records import ClusterConfig, View
 from workers.protocol import step_fence
 from workers.protocol.messages import (
+    NO_TOKEN,
     BlocksCopied,
     CopyBlocks,
     SampledToken,
@@ -48,6 +49,13 @@ def uncovered(view: View, masked: Iterable[int], config: ClusterConfig) -> int:
 def _unwelcome(home: Home, cached_tokens: int) -> tuple[int, int, int]:
     """Sorts the best home for one more request first."""
     return crowding(len(home.running), cached_tokens), home.pool.used, home.rank
+
+
+def is_complete(chunk: SeqChunk, answer: SampledToken | None) -> bool:
+    """Whether the answer has what the chunk asked for."""
+    token, scores = (NO_TOKEN, 0) if answer is None else (answer.token, len(answer.scores))
+    sampled = chunk.sample is None or token != NO_TOKEN
+    return sampled and (chunk.score is None or scores == len(chunk.score.targets))
 
 
 def _prefilling(sequence: Sequence) -> bool:
@@ -283,7 +291,8 @@ class Scheduler:
         while len(self._waiting):
             sequence = next(iter(self._waiting))
             blocks = blocks_for(len(sequence.tokens), size)
-            reusable = self._contents.extend(sequence.names, sequence.tokens)[: (len(sequence.tokens) - 1) // size]
+            most = 0 if sequence.unscored else (len(sequence.tokens) - 1) // size
+            reusable = self._contents.extend(sequence.names, sequence.tokens)[:most]
             shared = {home.rank: home.pool.find(reusable) for home in self._homes.values()}
             every = self._homes.values()
             homes = [home for home in every if home.rank not in self._migration.leaving] or every
@@ -347,9 +356,11 @@ class Scheduler:
         sampled = {token.seq: token for token in result.tokens}
         for sequence, chunk in current:
             token = sampled.get(chunk.seq)
-            if chunk.sample is not None and token is None:
+            if not is_complete(chunk, token):
                 outputs += self._count_failure([sequence], f"rank {home.rank} returned no token")
                 continue
+            if chunk.score is not None and token is not None:
+                sequence.scored(chunk, token.scores)
             self._contents.extend(sequence.names, sequence.tokens)
             sequence.advance(len(chunk.tokens))
             sequence.failures, sequence.stalled_since = 0, None
@@ -360,17 +371,19 @@ class Scheduler:
     def _append(self, sequence: Sequence, sampled: SampledToken) -> Tokens:
         """Add one token to the output; end tokens end it and are not part of it."""
         request, index, token = sequence.request, sequence.emitted, sampled.token
+        scores = sequence.scores if request.prompt_logprobs >= 0 and index == 0 else None
         cached = 0 if index else sequence.cached or 0
         is_eos = token in self.config.eos_token_ids and not request.ignore_eos
         if is_eos or token in request.stop_token_ids:
             self._forget(sequence)
-            return Tokens(self.token, request.request_id, index, [], None, "stop", cached)
+            end = EndToken(token, sampled.logprobs)
+            return Tokens(self.token, request.request_id, index, [], None, "stop", cached, scores, end)
         sequence.tokens.append(token)
         reason = "length" if sequence.emitted >= request.max_tokens else ""
         if reason:
             self._forget(sequence)
         logprobs = [sampled.logprobs] if sampled.logprobs is not None else None
-        return Tokens(self.token, request.request_id, index, [token], logprobs, reason, cached)
+        return Tokens(self.token, request.request_id, index, [token], logprobs, reason, cached, scores)
 
     def _set_back(self, home: Home, sequences: list[Sequence], result: StepResult, now: float) -> list[Output]:
         """The step had no effect: back off, and count a failure of the sequences only if no peer is suspected."""

@@ -10,7 +10,7 @@ from elastic.engine.kv_blocks import BlockPool, blocks_for
 from elastic.protocol import Rejected, Submit
 from membership.base.rank_id import RankId
 from membership.store.records import ClusterConfig
-from workers.protocol.messages import History, SeqChunk
+from workers.protocol.messages import History, Score, SeqChunk, TokenLogprobs
 
 
 @dataclass(slots=True, eq=False)
@@ -49,6 +49,7 @@ class Sequence:
     failed_on: set[int] = field(default_factory=set)  # ranks that failed on it to the end
     taken: bool = False  # it has had a place, here or in an engine before
     stalled_since: float | None = None  # since when its rank answers something other than OK
+    scores: list[TokenLogprobs] = field(default_factory=list)  # of the prompt's tokens but the first, if asked for
     packed: array[int] = field(default_factory=lambda: array("I"))  # `tokens`, as far as a history needed them
 
     @classmethod
@@ -72,7 +73,22 @@ class Sequence:
         end = min(self.computed + budget, len(self.tokens))
         sample = self.request.sampling if end == len(self.tokens) else None
         history = self._history() if sample is not None and sample.shaping is not None else None
-        return SeqChunk(self.seq, self.computed, self.tokens[self.computed : end], self.blocks.copy(), sample, history)
+        tokens, score = self.tokens[self.computed : end], self._score(end)
+        return SeqChunk(self.seq, self.computed, tokens, self.blocks.copy(), sample, history, score)
+
+    def _score(self, end: int) -> Score | None:
+        if not self.unscored:
+            return None
+        return Score(self.request.prompt[self.computed + 1 : end + 1], self.request.prompt_logprobs)
+
+    @property
+    def unscored(self) -> bool:
+        """Whether the prompt is to be computed for the log probabilities of its tokens, too."""
+        return self.request.prompt_logprobs >= 0 and len(self.scores) < len(self.request.prompt) - 1
+
+    def scored(self, chunk: SeqChunk, scores: list[TokenLogprobs]) -> None:
+        """Take in a chunk's scores; where the sequence began anew, they replace what there was."""
+        self.scores[chunk.start :] = scores
 
     def _history(self) -> History:
         self.packed.extend(self.tokens[len(self.packed) :])

@@ -123,9 +123,6 @@ EXTRAS = (
     Extra("stream_reasoning", Of.SGLANG),
     Extra("return_hidden_states", Of.SGLANG, (False,), "leave it out"),
     Extra("custom_logit_processor", Of.SGLANG, ("",), "use logit_bias"),
-    *(Extra(name, Of.VLLM, (0,), "leave it out") for name in (
-        "prompt_logprobs",
-    )),
     Extra("typical_p", Of.SGLANG, (1,), "use top_p or min_p"),
     Extra("no_repeat_ngram_size", Of.SGLANG, (0,), "use frequency_penalty"),
 )  # fmt: skip

@@ -10,7 +10,7 @@ from enum import StrEnum
 
 import msgspec
 
-from elastic.protocol import Abort, Rejected, Submit, Tokens
+from elastic.protocol import Abort, EndToken, Rejected, Submit, Tokens
 from membership.base.errors import JournalError
 from workers.protocol.messages import Sampling, TokenLogprobs
 
@@ -33,6 +33,7 @@ class Request(msgspec.Struct, kw_only=True):
     max_tokens: int
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
+    prompt_logprobs: int = -1  # as in Submit, until they are here
     emitted: list[int] = []
     sent: bool = False  # to an engine, which may have taken it
     state: RequestState = RequestState.OPEN
@@ -49,6 +50,7 @@ class Request(msgspec.Struct, kw_only=True):
             emitted=list(self.emitted),
             stop_token_ids=self.stop_token_ids,
             ignore_eos=self.ignore_eos,
+            prompt_logprobs=self.prompt_logprobs,
             taken=self.sent,
         )
 
@@ -60,6 +62,8 @@ class Delta(msgspec.Struct, frozen=True):
     logprobs: tuple[TokenLogprobs, ...] | None = None
     finish_reason: str = ""
     cached: int = 0  # prompt tokens that were not computed; with the first token only
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None  # with the first token, if asked for
+    end: EndToken | None = None
 
 
 class Journal:
@@ -119,7 +123,9 @@ class Journal:
             self._end(request, RequestState.FINISHED)
         logprobs = message.logprobs
         new_logprobs = None if logprobs is None else tuple(logprobs[len(logprobs) - len(fresh) :])
-        return Delta(tuple(fresh), new_logprobs, reason, cached)
+        scores = message.prompt_logprobs if request.prompt_logprobs >= 0 else None
+        request.prompt_logprobs = -1
+        return Delta(tuple(fresh), new_logprobs, reason, cached, None if scores is None else tuple(scores), message.end)
 
     def reject(self, message: Rejected) -> bool:
         """Whether this message ended an open request."""
@@ -171,4 +177,7 @@ class Journal:
             raise JournalError(f"{where}: ends after {end} tokens, but {known} were emitted")
         if message.logprobs is not None and len(message.logprobs) != len(message.tokens):
             raise JournalError(f"{where}: {len(message.logprobs)} logprobs for {len(message.tokens)} tokens")
+        scores = message.prompt_logprobs
+        if request.prompt_logprobs >= 0 and (scores is None or len(scores) != len(request.prompt) - 1):
+            raise JournalError(f"{where}: tokens came without the log probabilities of the prompt")
         return message.tokens[overlap - message.index :]

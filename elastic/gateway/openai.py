@@ -18,7 +18,7 @@ from fastapi import FastAPI, Request, Response
 from msgspec.structs import replace
 
 from elastic.gateway.access import Visit, visit_of
-from elastic.gateway.choice import Choice, Piece
+from elastic.gateway.choice import Choice, Extent, Piece
 from elastic.gateway.engine_link import EngineLink
 from elastic.gateway.fields import Note, NotedOnce
 from elastic.gateway.http import EventStream, internal_error, json_response, read_body, unless_gone
@@ -158,19 +158,22 @@ def _job(service: Service, asked: CommonRequest, prompts: list[list[int]], kind:
     sampling = sampling_of(asked, service.sampling, service.tokenizer, size, ends)
     for prompt in prompts:
         max_tokens = _max_tokens(service, asked, prompt)
+        beside = -1 if asked.prompt_logprobs is None else asked.prompt_logprobs
+        extent = Extent(asked.min_tokens, asked.echoed, max_tokens > 0, asked.wanted_logprobs, beside)
         for number in range(asked.n):
             index = len(job.sequences)
             sequence = Sequence(
                 id=f"{response_id}-{index}",
                 prompt=prompt,
                 sampling=replace(sampling, seed=seed_for(seed, index)),
-                max_tokens=max_tokens,
+                max_tokens=max(max_tokens, 1),  # a token that is not wanted comes with the scores of a prompt
+                prompt_logprobs=asked.wanted_prompt_logprobs,
                 stop_token_ids=asked.stop_token_ids,
                 ignore_eos=asked.ignore_eos,
             )
             job.sequences.append(sequence)
             stops = StopMatcher(asked.stop, keep=asked.include_stop_str_in_output)
-            choice = Choice(service.tokenizer, prompt, stops, asked.min_tokens, first=number == 0)
+            choice = Choice(service.tokenizer, prompt, stops, extent, first=number == 0)
             job.choices.append(choice)
     return job
 

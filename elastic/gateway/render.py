@@ -8,10 +8,12 @@ from typing import Any, ClassVar, NamedTuple
 
 import msgspec
 
-from elastic.gateway.choice import Choice, Piece, TokenEntry
+from elastic.gateway.choice import Choice, Piece
+from elastic.gateway.prompt_echo import TokenEntry
 from elastic.gateway.tokenizer import Tokenizer
 from elastic.http_errors import message_of
 from membership.base.errors import RequestError
+from workers.protocol.messages import TokenLogprobs
 
 Json = dict[str, Any]
 DONE = b"data: [DONE]\n\n"
@@ -77,6 +79,20 @@ class Renderer(ABC):
     @abstractmethod
     def _whole_choice(self, index: int, choice: Choice) -> Json: ...
 
+    def _prompt_logprobs(self, choice: Choice) -> Json:
+        """In vLLM's shape, if they were asked for: by token id, the prompt's own one first; none of the first token."""
+        if choice.prompt_logprobs is None:
+            return {}
+        pairs = zip(choice.prompt[1:], choice.prompt_logprobs, strict=True)
+        return {"prompt_logprobs": [None, *(self._ranked(token, logprobs) for token, logprobs in pairs)]}
+
+    def _ranked(self, token: int, logprobs: TokenLogprobs) -> Json:
+        others = ((each, value, rank) for rank, (each, value) in enumerate(logprobs.top, 1) if each != token)
+        return {
+            str(each): {"logprob": value, "rank": rank, "decoded_token": self._name(each)}
+            for each, value, rank in ((token, logprobs.logprob, logprobs.rank), *others)
+        }
+
     def _name(self, token: int) -> str:
         """A token as text; what is not whole characters is written as OpenAI writes it."""
         data = self._tokenizer.token_bytes(token)
@@ -96,7 +112,8 @@ class CompletionRenderer(Renderer):
         return self._choice(index, piece.text, piece.entries, piece.finish_reason)
 
     def _whole_choice(self, index: int, choice: Choice) -> Json:
-        return self._choice(index, choice.text, choice.entries, choice.finish_reason)
+        found = self._choice(index, choice.text, choice.entries, choice.finish_reason)
+        return found | self._prompt_logprobs(choice)
 
     def _choice(self, index: int, text: str, entries: Sequence[TokenEntry], finish_reason: str) -> Json:
         logprobs = self._logprobs(entries) if entries else None
@@ -105,13 +122,15 @@ class CompletionRenderer(Renderer):
     def _logprobs(self, entries: Sequence[TokenEntry]) -> Json:
         return {
             "text_offset": [entry.offset for entry in entries],
-            "token_logprobs": [entry.logprobs.logprob for entry in entries],
+            "token_logprobs": [entry.logprobs.logprob if entry.logprobs else None for entry in entries],
             "tokens": [self._name(entry.token) for entry in entries],
             "top_logprobs": [self._top(entry) for entry in entries],
         }
 
-    def _top(self, entry: TokenEntry) -> dict[str, float]:
+    def _top(self, entry: TokenEntry) -> dict[str, float] | None:
         """The likeliest tokens by their text and, as OpenAI has it, the chosen one among them."""
+        if entry.logprobs is None:
+            return None
         top = {self._name(token): value for token, value in reversed(entry.logprobs.top)}
         return top | {self._name(entry.token): entry.logprobs.logprob}
 
@@ -128,6 +147,10 @@ class ChatRenderer(Renderer):
         delta = {"role": "assistant", "content": ""}
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
         return self._envelope(self.chunk_object, [choice])
+
+    def whole(self, prompt_tokens: int, choices: Sequence[Choice]) -> Json:
+        """With the prompt's log probabilities beside the choices."""
+        return super().whole(prompt_tokens, choices) | self._prompt_logprobs(choices[0])
 
     def _chunk_choice(self, index: int, piece: Piece) -> Json:
         return {
@@ -152,6 +175,7 @@ class ChatRenderer(Renderer):
             self._token(entry.token, entry.logprobs.logprob)
             | {"top_logprobs": [self._token(token, value) for token, value in entry.logprobs.top]}
             for entry in entries
+            if entry.logprobs is not None
         ]
         return {"content": content, "refusal": None}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -33,7 +33,7 @@ def sampling_of(
         presence_penalty=asked.presence_penalty,
         bias=_bias(asked.logit_bias, size),
         allowed=_allowed(asked.allowed_token_ids, size),
-        bad_words=[ids for word in asked.bad_words for ids in _spellings(word, tokenizer.encode_bare)],
+        bad_words=[ids for word in asked.bad_words for ids in _spellings(word, tokenizer)],
         min_tokens=asked.min_tokens,
         end_tokens=sorted({*ends, *asked.stop_token_ids}) if asked.min_tokens else [],
     )
@@ -68,9 +68,9 @@ def _known(token: int, size: int, field: str) -> int:
     return token
 
 
-def _spellings(word: str, encode: Callable[[str], list[int]]) -> Iterator[list[int]]:
+def _spellings(word: str, tokenizer: Tokenizer) -> Iterator[list[int]]:
     """A bad word's tokens at the beginning of a text and, as vLLM has it, after a space where that is another word."""
-    bare, spaced = encode(word.lstrip()), encode(f" {word.lstrip()}")
+    bare, spaced = (tokenizer.encode(before + word.lstrip(), special=False) for before in ("", " "))
     if bare:
         yield bare
     if bare and len(spaced) == len(bare) and spaced[0] != bare[0]:

@@ -89,7 +89,7 @@ class CommonRequest(OpenShape):
 
     model: str
     n: int = Field(default=1, ge=1, le=MAX_N)
-    max_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
+    max_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKENS)
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, ge=0, le=1)
     top_k: int = Field(default=0, ge=-1, le=MAX_ID)
@@ -108,6 +108,7 @@ class CommonRequest(OpenShape):
     ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -120,7 +121,23 @@ class CommonRequest(OpenShape):
     def _consistent(self) -> CommonRequest:
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options is only allowed when stream is true", param="stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise RequestError("prompt_logprobs are not streamed", param="prompt_logprobs", hint="leave out stream")
+        if self.max_tokens == 0 and not self.echoed and self.prompt_logprobs is None:
+            hint = "/v1/completions scores a prompt with echo and max_tokens 0"
+            raise RequestError("max_tokens must be at least 1", param="max_tokens", code="invalid_value", hint=hint)
         return self
+
+    @property
+    def echoed(self) -> bool:
+        """Whether the answer begins with the prompt."""
+        return False
+
+    @property
+    def wanted_prompt_logprobs(self) -> int:
+        """As `wanted_logprobs`, of the prompt."""
+        echoed = self.wanted_logprobs if self.echoed else -1
+        return max(echoed, -1 if self.prompt_logprobs is None else self.prompt_logprobs)
 
     @property
     def include_usage(self) -> bool:
@@ -145,6 +162,7 @@ class CompletionRequest(CommonRequest):
         str | TokenIds | Annotated[list[str], Field(fail_fast=True)] | Annotated[list[TokenIds], Field(fail_fast=True)]
     )
     best_of: int | None = Field(default=None, ge=1, le=MAX_N)
+    echo: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
 
     @model_validator(mode="after")
@@ -157,6 +175,11 @@ class CompletionRequest(CommonRequest):
             message = f"{len(self.prompts)} prompts x n={self.n} are more than {MAX_CHOICES} choices"
             raise RequestError(message, param="prompt")
         return self
+
+    @property
+    def echoed(self) -> bool:
+        """As asked for."""
+        return self.echo
 
     @property
     def prompts(self) -> list[str | list[int]]:

@@ -89,7 +89,7 @@ class StopMatcher:
 
     def __init__(self, stops: Sequence[str], *, keep: bool = False) -> None:
         self._stops = tuple(stops)
-        self._keep = keep
+        self.keep = keep
         self._longest = max(map(len, stops), default=0)
         self._held = ""
 
@@ -109,7 +109,7 @@ class StopMatcher:
         if found:
             self._held = ""
             end, at = min(found)
-            return text[: end if self._keep else at], True
+            return text[: end if self.keep else at], True
         keep = self._partial(text)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False

@@ -114,10 +114,6 @@ class Tokenizer:
         """Text of the tokens, special ones included."""
         return str(self._backend.decode(list(ids), skip_special_tokens=False))
 
-    def encode_bare(self, text: str) -> list[int]:
-        """Token ids of a piece of text."""
-        return self._encode(text, special=False)
-
     def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """Token ids of a conversation, ready for the assistant's answer."""
         if not self.has_chat_template:

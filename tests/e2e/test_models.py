@@ -57,6 +57,30 @@ def generated(directory: Path) -> list[list[str]]:
     return continuations
 
 
+def assert_scores(cluster: ServedCluster, directory: Path) -> None:
+    """The log probabilities of the prompts' own tokens, as lm-eval asks for them, are those of transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    body = {
+        "model": cluster.model_name(),
+        "prompt": PROMPTS,
+        "max_tokens": 1,
+        "temperature": 0,
+        "logprobs": 1,
+        "echo": True,
+    }
+    answer = httpx.post(f"{cluster.url}/v1/completions", json=body, timeout=120.0).json()
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval()
+    for choice, prompt in zip(answer["choices"], PROMPTS, strict=True):
+        with torch.inference_mode():
+            logs = model(torch.tensor([prompt])).logits[0, :-1].double().log_softmax(-1)
+        theirs = logs.gather(1, torch.tensor(prompt[1:], dtype=torch.long)[:, None])[:, 0].tolist()
+        scores = choice["logprobs"]["token_logprobs"]
+        assert scores[0] is None
+        assert scores[1:-1] == pytest.approx(theirs, abs=1e-4)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ranks_do_not_change_a_token(serve: Serve, tmp_path: Path, family: str) -> None:
     directory = write_checkpoint(tmp_path / family, family)
@@ -70,3 +94,4 @@ def test_ranks_do_not_change_a_token(serve: Serve, tmp_path: Path, family: str) 
         cluster.wait_serving(ranks)
         assert outputs(cluster) == alone, f"{family} on {ranks} ranks"
     assert alone == generated(directory)
+    assert_scores(cluster, directory)

@@ -96,7 +96,11 @@ class Sequences:
             self.logprobs[sampled.seq, len(self.tokens[sampled.seq])] = sampled.logprobs
             self.tokens[sampled.seq].append(sampled.token)
         for chunk in chunks:
-            self._done[chunk.seq] = chunk.start + len(chunk.tokens)
+            self.done(chunk)
+
+    def done(self, chunk: SeqChunk) -> None:
+        """The chunk has been run."""
+        self._done[chunk.seq] = chunk.start + len(chunk.tokens)
 
     def finish(self, seq: int, total: int, most: int = 512) -> list[int]:
         """Run `seq` alone until it has `total` tokens."""

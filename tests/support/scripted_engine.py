@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from elastic.protocol import Abort, Hello, Rejected, Submit, ToEngine, ToGateway, Tokens, Welcome
+from elastic.protocol import Abort, EndToken, Hello, Rejected, Submit, ToEngine, ToGateway, Tokens, Welcome
 from membership.base.run_dir import default_run_dir, make_run_dir, new_socket
 from workers.protocol.messages import TokenLogprobs
 
@@ -114,13 +114,26 @@ class ScriptedEngine:
             logprobs = [_logprobs(token, running.submit) for token in fresh]
             wanted = running.submit.sampling.logprobs >= 0
             name = running.submit.request_id
-            self._send(running.peer, Tokens(self.token, name, index, fresh, logprobs if wanted else None, reason))
+            submit = running.submit
+            scored = index == 0 and submit.prompt_logprobs >= 0
+            scores = [score_of(each, submit.prompt_logprobs) for each in submit.prompt[1:]]
+            message = Tokens(
+                self.token, name, index, fresh, logprobs if wanted else None, reason,
+                prompt_logprobs=scores if scored else None,
+                end=EndToken(1, TokenLogprobs(-0.5)) if reason == "stop" and wanted else None,
+            )  # fmt: skip
+            self._send(running.peer, message)
             if last:
                 self._running.pop(name, None)
 
     def _send(self, peer: bytes, message: ToGateway) -> None:
         for each in self._mangle(message):
             self._socket.send_multipart([peer, self._encoder.encode(each)])
+
+
+def score_of(token: int, top: int) -> TokenLogprobs:
+    """What it says of a prompt's token: it is the likeliest."""
+    return TokenLogprobs(-token / 100, [(token + n, -(token + n) / 100) for n in range(top)], 1)
 
 
 def _logprobs(token: int, submit: Submit) -> TokenLogprobs:

@@ -20,9 +20,11 @@ from workers.model.load import LoadedModel
 from workers.model.moe import Dispatcher, MoeLayers, activation_of
 from workers.model.rotary import tabulate
 from workers.model.row_tiles import RowTiles
-from workers.model.sampler import sample
+from workers.model.sampler import sample, scores_of
 from workers.protocol.load_progress import LoadProgress
-from workers.protocol.messages import SampledToken, Sampling, SeqChunk
+from workers.protocol.messages import NO_TOKEN, SampledToken, Sampling, Score, SeqChunk, TokenLogprobs
+
+SCORED_TOGETHER = 64  # rows
 
 
 class ModelRunner:
@@ -91,6 +93,10 @@ class ModelRunner:
 
         ModelError if a block number is out of range; CoverageLost and PeerTimeout as the exchange raises them.
         """
+        hidden, plan = self._step(chunks)
+        return self._head_of(hidden, [plan.last[i] for i in wanted])
+
+    def _step(self, chunks: Sequence[SeqChunk]) -> tuple[Tensor, StepPlan]:
         rows = sum(len(c.tokens) for c in chunks)
         padded = self._tiles.padded(rows) if self._tiles else rows
         self._check_blocks(chunks)
@@ -98,13 +104,14 @@ class ModelRunner:
         self._done = None  # an attempt that fails leaves nothing to build on
         hidden = self._forward(plan)
         self._done = plan
-        if not wanted:
+        return hidden[:rows], plan
+
+    def _head_of(self, hidden: Tensor, picked: list[int]) -> Tensor:
+        """The logits [len(picked), V] of these rows."""
+        if not picked:
             return hidden[:0]
-        picked = [plan.last[i] for i in wanted]
-        if picked != list(range(rows)):
+        if picked != list(range(len(hidden))):
             hidden = hidden.index_select(0, torch.tensor(picked, device=hidden.device))
-        else:
-            hidden = hidden[:rows]
         head = cast("Any", self._head)
         out: Tensor = self._tiles.run(head, hidden) if self._tiles else head(hidden)
         return out if self._logits_scaling == 1.0 else out / self._logits_scaling
@@ -128,14 +135,31 @@ class ModelRunner:
         if not 0 <= min(blocks) <= max(blocks) < self.cache.blocks:
             raise ModelError(f"KV blocks {blocks} are not all within 0..{self.cache.blocks - 1}")
 
+    @torch.inference_mode()
     def run(self, chunks: Sequence[SeqChunk]) -> list[SampledToken]:
-        """Run one step's chunks and sample after those that ask for it."""
-        wanted = [i for i, chunk in enumerate(chunks) if chunk.sample is not None]
-        logits = self.logits(chunks, wanted)
-        asked = [chunks[i] for i in wanted]
+        """Run one step's chunks; sample after those that ask for it, and score those that ask for that."""
+        hidden, plan = self._step(chunks)
+        asked = [chunk for chunk in chunks if chunk.sample is not None]
+        logits = self._head_of(hidden, [last for chunk, last in zip(chunks, plan.last, strict=True) if chunk.sample])
         settings = [cast("Sampling", chunk.sample) for chunk in asked]
-        chosen = sample(logits, settings, [c.start + len(c.tokens) for c in asked], [c.history for c in asked])
-        return [SampledToken(c.seq, token, logs) for c, (token, logs) in zip(asked, chosen, strict=True)]
+        positions = [chunk.start + len(chunk.tokens) for chunk in asked]
+        chosen = iter(sample(logits, settings, positions, [chunk.history for chunk in asked]))
+        results = []
+        for chunk, last in zip(chunks, plan.last, strict=True):
+            token, logprobs = next(chosen) if chunk.sample is not None else (NO_TOKEN, None)
+            scores = self._scores(hidden, last + 1 - len(chunk.tokens), chunk.score) if chunk.score is not None else []
+            if chunk.sample is not None or chunk.score is not None:
+                results.append(SampledToken(chunk.seq, token, logprobs, scores))
+        return results
+
+    def _scores(self, hidden: Tensor, first: int, score: Score) -> list[TokenLogprobs]:
+        """What follows the rows from `first` on; a few rows at a time, as each has a logit for every token."""
+        found: list[TokenLogprobs] = []
+        for start in range(0, len(score.targets), SCORED_TOGETHER):
+            part = Score(score.targets[start : start + SCORED_TOGETHER], score.top)
+            rows = [first + start + row for row in range(len(part.targets))]
+            found += scores_of(self._head_of(hidden, rows), part)
+        return found
 
     @torch.inference_mode()
     def write_out(self, blocks: Sequence[int], outbox: Outbox, stamp: Stamp) -> int:

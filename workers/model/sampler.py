@@ -6,14 +6,14 @@ request over, draws the same token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
 from workers.model.shaping import shape
-from workers.protocol.messages import History, Sampling, TokenLogprobs
+from workers.protocol.messages import History, Sampling, Score, TokenLogprobs
 
 GREEDY_BELOW = 1e-5  # a temperature that leaves nothing to chance, and by which no logit can be divided safely
 
@@ -70,12 +70,18 @@ def choose(logits: Row, sampling: Sampling, position: int) -> int:
 def logprobs_of(logits: Row, token: int, wanted: int) -> TokenLogprobs:
     """The chosen token's log probability and the `wanted` best ones, before temperature."""
     logs = log_softmax(logits)
-    wanted = min(wanted, logs.size)
+    wanted, rank = min(wanted, logs.size), int(np.count_nonzero(logs >= logs[token]))
     if wanted <= 0:
-        return TokenLogprobs(float(logs[token]))
+        return TokenLogprobs(float(logs[token]), rank=rank)
     best = np.argpartition(-logs, wanted - 1)[:wanted]
     best = best[np.lexsort((best, -logs[best]))]
-    return TokenLogprobs(float(logs[token]), [(int(t), float(logs[t])) for t in best])
+    return TokenLogprobs(float(logs[token]), [(int(t), float(logs[t])) for t in best], rank)
+
+
+def scores_of(logits: Tensor, score: Score) -> Iterator[TokenLogprobs]:
+    """The log probabilities of the targets, of which each row of `logits` [S, V] has one."""
+    for row, target in zip(logits.double().cpu().numpy(), score.targets, strict=True):
+        yield logprobs_of(row, target, score.top)
 
 
 def sample(

@@ -45,6 +45,13 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     shaping: Shaping | None = None
 
 
+class Score(msgspec.Struct, frozen=True, array_like=True):
+    """Asks for the log probabilities of the prompt's own tokens after a chunk's first, second, … token."""
+
+    targets: list[int]
+    top: int  # as `Sampling.logprobs`
+
+
 class SeqChunk(msgspec.Struct, frozen=True, array_like=True):
     """Consecutive tokens of one sequence to run in this step; `sample` is set if the last one yields a token."""
 
@@ -54,6 +61,7 @@ class SeqChunk(msgspec.Struct, frozen=True, array_like=True):
     blocks: list[int]  # the sequence's block table, long enough for start + len(tokens)
     sample: Sampling | None = None
     history: History | None = None  # where `sample` has a shaping
+    score: Score | None = None
 
 
 class StepBatch(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -100,14 +108,19 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
     logprob: float
     top: list[tuple[int, float]] = []
+    rank: int = 0  # how many tokens are at least as likely; 1: it is the likeliest
+
+
+NO_TOKEN = -1
 
 
 class SampledToken(msgspec.Struct, frozen=True, array_like=True):
-    """The token chosen for the position after the chunk's last one."""
+    """What came of a chunk: the token chosen for the position after its last one, and what its `score` asked for."""
 
     seq: int
-    token: int
+    token: int = NO_TOKEN
     logprobs: TokenLogprobs | None = None
+    scores: list[TokenLogprobs] = []
 
 
 class StepStatus(StrEnum):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -162,7 +163,7 @@ def test_sampling_settings_reach_the_engine(client: OpenAI, cluster: GatewayClus
         model=MODEL, prompt="x", max_tokens=4, frequency_penalty=0.5, presence_penalty=-1, logit_bias={"5": 2.5},
         extra_body=extra,
     )  # fmt: skip
-    encode = cluster.tokenizer.encode_bare
+    encode = partial(cluster.tokenizer.encode, special=False)
     assert engine.submits[-1].sampling.min_p == 0.05
     assert engine.submits[-1].sampling.shaping == Shaping(
         repetition_penalty=1.1, frequency_penalty=0.5, presence_penalty=-1, bias=[(5, 2.5)],
@@ -259,6 +260,61 @@ def test_the_engines_refusal_reaches_the_client(client: OpenAI) -> None:
         assert refusal.value.response.headers["retry-after"] == "7"
 
 
+def test_lm_eval_scores_a_continuation(client: OpenAI, cluster: GatewayCluster) -> None:
+    """The request of its `local-completions`, and how it reads the answer; also where the answer ends at once."""
+    context, continuation = cluster.tokenizer.encode("say hello"), cluster.tokenizer.encode(" wörld")[1:]
+    for max_tokens in (1, 60):
+        answer = client.completions.create(
+            model=MODEL, prompt=[context + continuation], temperature=0, max_tokens=max_tokens, logprobs=1, seed=1234,
+            echo=True,
+        )  # fmt: skip
+        found = answer.choices[0].logprobs
+        more = 1 if max_tokens == 1 else len(cluster.tokenizer.encode(TEXT)[1:]) + 1  # with the end token
+        assert found is not None
+        assert len(found.tokens) == len(found.token_logprobs) == len(context + continuation) + more
+        assert found.token_logprobs[0] is found.top_logprobs[0] is None
+        scores = found.token_logprobs[len(context) : -more]
+        assert scores == [-token / 100 for token in continuation]
+        likeliest = [max(top.values()) for top in found.top_logprobs[len(context) : -more]]
+        assert scores == likeliest
+    text = answer.choices[0].text
+    assert text == "say hello wörld" + TEXT
+    offsets = zip(found.text_offset, found.tokens, strict=True)
+    assert all(text[at:].startswith(name) for at, name in offsets if name[0] != "<" and "\\x" not in name)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_is_scored_without_an_answer(client: OpenAI, cluster: GatewayCluster, stream: bool) -> None:
+    answer = client.completions.create(
+        model=MODEL, prompt="say hello", max_tokens=0, logprobs=0, echo=True, stream=stream,
+        stream_options={"include_usage": True} if stream else openai.omit,
+    )  # fmt: skip
+    parts = list(answer) if stream else [answer]
+    choices = [choice for part in parts for choice in part.choices]
+    assert "".join(choice.text for choice in choices) == "say hello"
+    assert choices[-1].finish_reason == "length"
+    tokens = cluster.tokenizer.encode("say hello")
+    assert [s for c in choices for s in c.logprobs.token_logprobs] == [None, *(-token / 100 for token in tokens[1:])]
+    assert (parts[-1].usage.prompt_tokens, parts[-1].usage.completion_tokens) == (len(tokens), 0)
+
+
+def test_prompt_logprobs_in_vllms_shape(client: OpenAI, cluster: GatewayCluster) -> None:
+    body = {"prompt_logprobs": 2}
+    completion = client.completions.create(model=MODEL, prompt=[5, 6, 7], max_tokens=2, extra_body=body)
+    wanted = [
+        {str(each): {"logprob": -each / 100, "rank": rank, "decoded_token": cluster.tokenizer.decode([each])}
+         for rank, each in enumerate((token, token + 1), 1)}
+        for token in (6, 7)
+    ]  # fmt: skip
+    found = completion.choices[0].prompt_logprobs
+    assert found[0] is None
+    assert [{key: value | {"decoded_token": ""} for key, value in each.items()} for each in found[1:]] == [
+        {key: value | {"decoded_token": ""} for key, value in each.items()} for each in wanted
+    ]
+    chat = client.chat.completions.create(model=MODEL, messages=USER, max_tokens=2, extra_body=body)
+    assert len(chat.prompt_logprobs) == chat.usage.prompt_tokens
+
+
 BAD = [
     (b"{", 400, "not valid JSON", None),
     (b'{"model": "tiny", "prompt": "\xff"}', 400, "not valid JSON", None),
@@ -266,12 +322,12 @@ BAD = [
     ({"model": MODEL, "prompt": "x", "colour": "red"}, 400, "unknown field: colour", "colour"),
     ({"model": MODEL, "prompt": "x", "n": 100_000}, 400, "less than or equal to 16", "n"),
     ({"model": MODEL, "prompt": "x", "best_of": 3}, 400, "best_of other than n", "best_of"),
-    ({"model": MODEL, "prompt": "x", "echo": True}, 400, "echo is not supported", "echo"),
+    ({"model": MODEL, "prompt": "x", "prompt_logprobs": 1, "stream": True}, 400, "not streamed", "prompt_logprobs"),
     ({"model": MODEL, "prompt": "x", "temperature": "hot"}, 400, "valid number", "temperature"),
     ({"model": MODEL, "prompt": "x", "top_k": 2**70}, 400, "less than or equal to", "top_k"),
     ({"model": MODEL, "prompt": "x", "stop_token_ids": [2**70]}, 400, "less than or equal to", "stop_token_ids.0"),
     ({"model": MODEL, "prompt": "x", "stop_token_ids": [-1]}, 400, "greater than or equal to 0", "stop_token_ids.0"),
-    ({"model": MODEL, "prompt": "x", "max_tokens": 0}, 400, "greater than or equal to 1", "max_tokens"),
+    ({"model": MODEL, "prompt": "x", "max_tokens": 0}, 400, "must be at least 1", "max_tokens"),
     ({"model": MODEL, "prompt": "x", "max_tokens": 1.5}, 400, "valid integer", "max_tokens"),
     ({"model": MODEL, "prompt": "x", "logprobs": 21}, 400, "less than or equal to 20", "logprobs"),
     ({"model": MODEL, "prompt": "x", "stop": ["a"] * 17}, 400, "at most 16", "stop"),

@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from membership.base.enums import Exactness
@@ -15,7 +16,7 @@ from tests.support.model_helpers import Sequences, SpreadBank, make_runner, prom
 from workers.model.expert_bank import LocalExpertBank
 from workers.model.families import FAMILIES
 from workers.model.runner import ModelRunner
-from workers.protocol.messages import Sampling
+from workers.protocol.messages import NO_TOKEN, Sampling, Score, TokenLogprobs
 
 pytestmark = pytest.mark.integration
 
@@ -118,6 +119,53 @@ def test_variants_agree_with_transformers(family: str, changes: dict[str, Any], 
             assert (ours - theirs).abs().max() < MOST["float32"]
     finally:
         runner.close()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_a_prompts_scores_agree_with_transformers(family: str, tmp_path: Path) -> None:
+    """The same bits however the prompt is cut into chunks, beside others; as transformers in float32 to 1e-4."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    rng = random.Random(7)
+    path = write_checkpoint(tmp_path, family)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, experts_implementation="eager")
+    runner = make_runner(path)
+    try:
+        asked = prompts(6, VOCAB, rng)
+        whole = [_scores(runner, rng, [prompt], 512)[0] for prompt in asked]
+        assert _scores(runner, rng, asked, 17) == whole
+        for prompt, scores in zip(asked, whole, strict=True):
+            with torch.inference_mode():
+                logs = model(torch.tensor([prompt])).logits[0].double().log_softmax(-1)
+            for at, (score, target) in enumerate(zip(scores, prompt[1:], strict=True)):
+                assert abs(score.logprob - logs[at, target]) < 1e-4
+                assert [token for token, _ in score.top] == logs[at].topk(2).indices.tolist()
+                assert score.rank == (logs[at] >= logs[at, target]).sum()
+    finally:
+        runner.close()
+
+
+def _scores(runner: ModelRunner, rng: random.Random, asked: list[list[int]], most: int) -> list[list[TokenLogprobs]]:
+    """Of all prompts together, in chunks of `most` tokens."""
+    sequences = Sequences(runner, rng)
+    scores: list[list[TokenLogprobs]] = [[] for _ in asked]
+    for seq, prompt in enumerate(asked):
+        sequences.add(seq, prompt)
+    while True:
+        chunks = []
+        for seq, prompt in enumerate(asked):
+            chunk = sequences.chunk(seq, most)
+            if chunk.start < len(prompt):
+                targets = prompt[chunk.start + 1 : chunk.start + len(chunk.tokens) + 1]
+                chunks.append(msgspec.structs.replace(chunk, sample=None, score=Score(targets, 2)))
+        if not chunks:
+            return scores
+        for result in runner.run(chunks):
+            assert result.token == NO_TOKEN
+            scores[result.seq] += result.scores
+        for chunk in chunks:
+            sequences.done(chunk)
 
 
 @pytest.mark.parametrize("exactness", list(Exactness))

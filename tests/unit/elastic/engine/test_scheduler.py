@@ -106,6 +106,48 @@ def test_a_shaped_sample_comes_with_all_tokens_before_it(served: tuple[Scheduler
     assert histories() == [4, 5, 6, *client.outputs["r"][:4]]
 
 
+def test_a_prompts_scores_come_once_and_whole(served: tuple[Scheduler, KvModel, Client]) -> None:
+    """Over several chunks, a lost rank in the middle, and a prefix that the cache has: it is computed again."""
+    scheduler, ranks, client = served
+    prompt = list(range(20))
+
+    def run(name: str) -> list[Tokens]:
+        asked = msgspec.structs.replace(ask(name, prompt, 3, ignore_eos=True), prompt_logprobs=1)
+        client.submit(scheduler, asked, 0.0)
+        heard: list[Tokens] = []
+        while (batch := scheduler.schedule(0.0)) is not None:
+            for result in ranks.run(batch, {0: 10, 1: 11}):
+                heard += [each for each in scheduler.apply(result, 0.0) if isinstance(each, Tokens)]
+            if name == "first" and 0 in batch.ranks and not heard and batch.ranks[0][0].start:
+                scheduler.lose_ranks([0], 0.0)
+        client.take(list(heard))
+        return heard
+
+    for name in ("first", "again"):
+        first, *others = run(name)
+        assert [(each.logprob, each.top) for each in first.prompt_logprobs or []] == [
+            (-float(at), [(prompt[at + 1], 0.0)]) for at in range(19)
+        ]
+        assert (first.index, first.cached) == (0, 0)
+        assert [each.prompt_logprobs for each in others] == [None, None]
+    assert scheduler.masked == {0}
+    client.submit(scheduler, ask("plain", prompt, 3, ignore_eos=True), 0.0)
+    drive(scheduler, ranks, client, {0: 10, 1: 11})
+    client.check()
+
+
+def test_an_answer_without_scores_is_a_failure(served: tuple[Scheduler, KvModel, Client]) -> None:
+    scheduler, ranks, client = served
+    client.submit(scheduler, msgspec.structs.replace(ask("r", [4, 5, 6]), prompt_logprobs=0), 0.0)
+    batch = scheduler.schedule(0.0)
+    assert batch is not None
+    (result,) = ranks.run(batch, {0: 10, 1: 11})
+    silent = [msgspec.structs.replace(each, scores=[]) for each in result.tokens]
+    assert scheduler.apply(msgspec.structs.replace(result, tokens=silent), 0.0) == []
+    drive(scheduler, ranks, client, {0: 10, 1: 11})
+    client.check()
+
+
 def test_who_lost_its_rank_goes_before_those_that_have_not_run(served: tuple[Scheduler, KvModel, Client]) -> None:
     scheduler, ranks, client = served
     for n in range(12):  # eight run, four wait

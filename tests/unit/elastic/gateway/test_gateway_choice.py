@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.gateway.choice import Choice
+from elastic.gateway.choice import Choice, Extent
 from elastic.gateway.journal import Delta
 from elastic.gateway.schema import MAX_SEED, ChatRequest, CompletionRequest, parse, seed_for
 from elastic.gateway.text import StopMatcher
@@ -53,7 +53,7 @@ def test_min_tokens_and_the_stop_string_itself(tokenizer: Tokenizer, cuts: list[
     """Stop strings that are complete within `min_tokens` tokens do not count; the first one after them does."""
     ids = tokenizer.encode(TEXT)[1:]
     edges = sorted({0, len(ids), *(cut for cut in cuts if cut < len(ids))})
-    choice = Choice(tokenizer, [1], StopMatcher(["e", "te"], keep=keep), least)
+    choice = Choice(tokenizer, [1], StopMatcher(["e", "te"], keep=keep), Extent(least))
     for start, end in pairwise(edges):
         if choice.push(Delta(tuple(ids[start:end]), None, "stop" if end == len(ids) else "")).finish_reason:
             break

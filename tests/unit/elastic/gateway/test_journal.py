@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -49,6 +50,22 @@ def test_what_was_cached_is_counted_with_the_first_token_only() -> None:
     message = Tokens(ENGINE, "r", 0, [10, 11], cached=2)
     assert journal.accept(message, 3.0) == Delta((10, 11), cached=2)
     assert journal.accept(Tokens(ENGINE, "r", 0, [10, 11, 12], cached=3), 3.0) == Delta((12,))
+
+
+def test_a_prompts_log_probabilities_are_asked_for_until_they_are_here() -> None:
+    each = request()
+    each.prompt_logprobs = 1
+    journal = journal_with(each)
+    assert each.submission().prompt_logprobs == 1
+    scores = [TokenLogprobs(-1.0), TokenLogprobs(-2.0)]
+    for wrong in (None, scores[:1]):
+        with pytest.raises(JournalError, match="without the log probabilities of the prompt"):
+            journal.accept(msgspec.structs.replace(tokens(0, [10]), prompt_logprobs=wrong), 3.0)
+    assert journal.accept(msgspec.structs.replace(tokens(0, [10]), prompt_logprobs=scores), 3.0) == Delta(
+        (10,), prompt_logprobs=tuple(scores)
+    )
+    (again,) = journal.resubmissions(ENGINE + 1, 4.0)
+    assert (again.prompt_logprobs, again.emitted) == (-1, [10])
 
 
 def test_logprobs_follow_their_tokens() -> None:
