@@ -86,7 +86,7 @@ class LogStream:
                 source.position += len(line)
 
     def _write(self, data: bytes) -> bool:
-        """False: nobody reads now. Of a line that is begun the rest is lost if its reader stops."""
+        """False: it is not read now. Of a line that is begun the rest is lost if its reader stops."""
         for start in range(0, len(data), SAFE):
             if self._poll is not None and not self._poll.poll(REST_TIMEOUT_S * 1000 if start else 0):
                 return start > 0
