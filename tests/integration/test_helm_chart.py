@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,31 +18,10 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.support import ROOT
+from tests.support.chart import CHART, KUBERNETES, helm, render, template
 from tests.support.other_user import NEEDS_ROOT, run_as
 
 pytestmark = pytest.mark.integration
-
-CHART = ROOT / "helm" / "elastic-ep"
-KUBERNETES = "1.30"
-
-
-def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
-    binary = ROOT / ".cache" / "helm"
-    if not binary.exists():
-        pytest.fail("no .cache/helm: run `make test`, which fetches it")
-    return subprocess.run([str(binary), *arguments], capture_output=True, text=True, timeout=60)
-
-
-def template(*settings: str, release: str = "demo") -> subprocess.CompletedProcess[str]:
-    flags = [flag for setting in settings for flag in ("--set", setting)]
-    return helm("template", release, str(CHART), "--kube-version", KUBERNETES, *flags)
-
-
-def render(*settings: str, release: str = "demo") -> dict[str, dict[str, Any]]:
-    outcome = template(*settings, release=release)
-    assert outcome.returncode == 0, outcome.stderr
-    return {document["kind"]: document for document in yaml.safe_load_all(outcome.stdout) if document}
 
 
 def arguments_of(manifests: dict[str, dict[str, Any]]) -> list[str]:

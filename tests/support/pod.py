@@ -1,0 +1,149 @@
+"""A rendered pod as a process in its shape, without Kubernetes: its command as pid 1 of a PID namespace, its user
+without an entry in passwd, its environment and nothing of ours, a read-only root, and emptyDirs that are root's with
+mode 2777. The network is the host's. Needs root.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.support import ROOT
+from tests.support.helpers import eventually
+
+SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/etc")
+PATH = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+SECRET_MODE = 0o440
+
+
+def _may() -> bool:
+    if os.geteuid() != 0 or shutil.which("unshare") is None:
+        return False
+    tried = ["unshare", "--mount", "--pid", "--fork", "mount", "--make-rprivate", "/"]
+    return subprocess.run(tried, capture_output=True, timeout=30).returncode == 0
+
+
+NEEDS_NAMESPACES = pytest.mark.skipif(not _may(), reason="only root may make mount and PID namespaces")
+
+
+class Pod:
+    """One pod of a StatefulSet. `start` and `kill` are what the kubelet does to its container."""
+
+    def __init__(self, template: dict[str, Any], name: str, folder: Path) -> None:
+        """`folder`: where its volumes are, which last as long as the pod."""
+        self._spec, self.name, self._folder = template["spec"], name, folder
+        self._container = self._spec["containers"][0]
+        self._process: subprocess.Popen[bytes] | None = None
+        self.output = folder / "output"
+        folder.mkdir(parents=True)
+        group = self._spec["securityContext"]["fsGroup"]
+        for volume in self._spec["volumes"]:
+            if "emptyDir" in volume:
+                directory = folder / volume["name"]
+                directory.mkdir()
+                os.chown(directory, 0, group)
+                directory.chmod(0o2777)
+            for key, value in volume.get("secret", {}).get("data", {}).items():
+                self.put_secret(volume["name"], key, value)
+
+    def put_secret(self, volume: str, key: str, value: str) -> None:
+        """What the kubelet makes of a Secret that was made or changed: the file is replaced by another one."""
+        directory = self._folder / volume
+        directory.mkdir(exist_ok=True)
+        draft = directory / f".{key}"
+        draft.write_text(value)
+        os.chown(draft, 0, self._spec["securityContext"]["fsGroup"])
+        draft.chmod(SECRET_MODE)
+        draft.rename(directory / key)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """As rendered; of the downward API, the pod's name."""
+        fields = {"metadata.name": self.name}
+        given = {
+            each["name"]: each["value"] if "value" in each else fields[each["valueFrom"]["fieldRef"]["fieldPath"]]
+            for each in self._container["env"]
+        }
+        return {"PATH": PATH, **given}
+
+    def start(self) -> None:
+        """Start the container."""
+        command = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-ec", self._script()]
+        with self.output.open("ab") as out:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env={"PATH": os.environ["PATH"]}
+            )
+
+    def exec(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """As `kubectl exec` does."""
+        target = ["nsenter", "--target", str(self.pid), "--mount", "--pid", "--root", "--wd", *self._as_user(command)]
+        return subprocess.run(target, capture_output=True, text=True, timeout=120, env=self.environment)
+
+    @property
+    def pid(self) -> int:
+        """Of its first process, as the host sees it."""
+        assert self._process is not None
+        eventually(lambda: bool(psutil.Process(self._process.pid).children()), 30.0, "the container to start")
+        return psutil.Process(self._process.pid).children()[0].pid
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send it to the first process."""
+        os.kill(self.pid, number)
+
+    def wait(self, timeout_s: float) -> int:
+        """Its exit status, once all of it has ended."""
+        assert self._process is not None
+        return self._process.wait(timeout=timeout_s)
+
+    def close(self) -> None:
+        """Kill it."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.wait(timeout=30)
+
+    def lines(self) -> list[str]:
+        """What it wrote so far, as `kubectl logs` shows it."""
+        return self.output.read_text(errors="replace").splitlines() if self.output.exists() else []
+
+    def _script(self) -> str:
+        root = self._folder / "root"
+        readable = [*SYSTEM, sys.base_prefix, str(ROOT)]
+        binds = [(each, f"{root}{each}", "ro") for each in dict.fromkeys(readable) if Path(each).exists()]
+        sources = {each["name"]: each for each in self._spec["volumes"]}
+        mounts = sorted(self._container["volumeMounts"], key=lambda mount: str(mount["mountPath"]))
+        for mount in mounts:
+            volume = sources[mount["name"]]
+            source = volume["hostPath"]["path"] if "hostPath" in volume else str(self._folder / mount["name"])
+            binds.append((source, f"{root}{mount['mountPath']}", "ro" if mount.get("readOnly") else "rw"))
+        q = shlex.quote
+        lines = [
+            "mount --make-rprivate /", f"mkdir -p {q(str(root))}", f"mount -t tmpfs none {q(str(root))}",
+            f"mkdir -p {q(str(root))}/proc {q(str(root))}/dev {q(str(root))}/sys",
+            f"mount -t proc proc {q(str(root))}/proc", f"mount --rbind /dev {q(str(root))}/dev",
+            f"mount --rbind /sys {q(str(root))}/sys",
+        ]  # fmt: skip
+        for source, target, how in binds:
+            lines += [f"mkdir -p {q(target)}", f"mount --bind {q(source)} {q(target)}"]
+            lines += [f"mount -o remount,bind,ro {q(target)}"] if how == "ro" else []
+        lines.append(f"mount -o remount,ro {q(str(root))}")
+        inside = ["env", "-i", *(f"{key}={value}" for key, value in self.environment.items())]
+        inside += self._as_user([*self._container["command"], *self._container["args"]])
+        return "\n".join([*lines, f"exec chroot {q(str(root))} {shlex.join(inside)}"])
+
+    def _as_user(self, command: Sequence[str]) -> list[str]:
+        context = self._spec["securityContext"]
+        user, groups = context["runAsUser"], context["fsGroup"]
+        return [
+            "setpriv", f"--reuid={user}", "--regid=0", f"--groups={groups}", "--no-new-privs", "--inh-caps=-all",
+            "--bounding-set=-all", *command,
+        ]  # fmt: skip
