@@ -222,7 +222,7 @@ def _by_gateway(cancelled: bool) -> Begin:
 
     def begin(scene: Scene) -> UnderWay:
         address, request, name = scene.cluster.state.address(), scale(scene.other_size), f"matrix-{time.time_ns()}"
-        admin = AdminClient(address.admin_url, address.admin_token, timeout_s=HTTP_S)
+        admin = AdminClient(address.admin_url, address.token(), timeout_s=HTTP_S)
         try:
             with suppress(ElasticError):
                 admin.propose(request, op_id=name, if_epoch=None, timeout_s=DEADLINE_S)

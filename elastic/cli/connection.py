@@ -70,7 +70,7 @@ class Connection(AdminConnection, StoreOptions):
 def _admin_client(address: ClusterAddress) -> Iterator[AdminClient]:
     from elastic.cli.client import AdminClient
 
-    with closing(AdminClient(address.admin_url, address.admin_token)) as client:
+    with closing(AdminClient(address.admin_url, address.token())) as client:
         yield client
 
 

@@ -68,13 +68,14 @@ def engine(options: RoleOptions) -> None:
 @command
 def gateway(options: GatewayOptions) -> None:
     """Serve HTTP: OpenAI API, health, metrics and admin API. Any number of gateways can run."""
+    from elastic.gateway.admin_token import AdminToken
     from elastic.gateway.app import GatewaySettings, run_gateway
 
     address, state = _find(options)
     settings = GatewaySettings(
         name=options.name or f"{socket.gethostname()}-{os.getpid()}",
         state_dir=state.path,
-        admin_token=admin_token(os.environ.get("ELASTIC_ADMIN_TOKEN", "")),
+        admin_token=AdminToken(admin_token(os.environ.get("ELASTIC_ADMIN_TOKEN", "")), options.admin_token_file),
         host=options.host,
         port=options.port,
         admin_host=options.admin_host,

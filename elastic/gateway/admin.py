@@ -17,6 +17,7 @@ from msgspec.structs import asdict
 from pydantic import Field
 
 from elastic.explain import explain
+from elastic.gateway.admin_token import AdminToken
 from elastic.gateway.http import EventStream, json_response, new_app, read_body
 from elastic.gateway.schema import Shape, parse
 from elastic.http_errors import as_http, message_of
@@ -117,16 +118,17 @@ class Admin:
     store: Store
     cluster: str
     mirror: Mirror
-    token: str
+    token: AdminToken
     events: Path
     stopping: Callable[[], bool]
 
     def check(self, request: Request) -> None:
         """RequestError unless the request bears the token, or if no token is set."""
-        if not self.token:
+        token = self.token.now()
+        if not token:
             raise RequestError("the admin API is off: no token is set (ELASTIC_ADMIN_TOKEN)", status=403)
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        right = hmac.compare_digest(given.strip().encode(), self.token.encode())
+        right = hmac.compare_digest(given.strip().encode(), token.encode())
         if scheme.lower() != "bearer" or not right:
             raise RequestError("the admin API needs its token: Authorization: Bearer TOKEN", status=401)
 

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp
 from elastic.gateway import health, openai, tokenization
 from elastic.gateway.access import Access
 from elastic.gateway.admin import Admin, admin_app
+from elastic.gateway.admin_token import AdminToken
 from elastic.gateway.engine_link import EngineLink, LinkSettings
 from elastic.gateway.http import new_app
 from elastic.gateway.key_ring import KeyRing
@@ -60,7 +61,7 @@ class GatewaySettings:
 
     name: str
     state_dir: Path
-    admin_token: str
+    admin_token: AdminToken
     host: str = "127.0.0.1"
     port: int = 0
     admin_host: str = "127.0.0.1"

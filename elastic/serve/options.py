@@ -124,6 +124,18 @@ def admin_token(token: str) -> str:
     return token
 
 
+def read_admin_token(path: Path) -> str:
+    """The admin token in a file. ConfigError: it cannot be read, is empty, or no header can carry it."""
+    try:
+        token = admin_token(path.read_text(encoding="utf-8").strip())
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ConfigError(f"--admin-token-file {path} cannot be read: {why}") from error
+    if not token:
+        raise ConfigError(f"--admin-token-file {path} is empty", hint="write the token into it")
+    return token
+
+
 def http_url(text: str, flag: str) -> str:
     """The URL; ConfigError naming the flag unless it has http or https, a host, and perhaps a port."""
     try:
@@ -251,6 +263,9 @@ class ApiOptions:
     access_log: bool = option(False, "Log a line for each request to the OpenAI API.")
     generation_config: GenerationConfig = option(
         GenerationConfig.MODEL, "Sampling of requests that do not say: the checkpoint's, or none (temperature 1)."
+    )
+    admin_token_file: Path | None = option(
+        None, "File with the admin API's token; a changed file counts at once. Default: ELASTIC_ADMIN_TOKEN."
     )
 
     def passed_on(self) -> tuple[list[str], dict[str, str]]:

@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING
 import msgspec
 import structlog
 
+from elastic.serve.options import read_admin_token
 from membership.base.errors import ConfigError
 from membership.base.run_dir import entered
 from membership.store.credentials import NO_CREDENTIALS, Credentials
@@ -42,11 +43,16 @@ class ClusterAddress(msgspec.Struct, frozen=True, kw_only=True):
     url: str = ""
     admin_url: str = ""
     admin_token: str = ""
+    admin_token_file: str = ""  # where it is instead, if it may change
     pid: int = 0
     model: str = ""  # the checkpoint's directory
     files: tuple[tuple[str, str], ...] = ()  # as `ClusterConfig.files`
     stamps: Stamps = {}  # of its weight files, at the start
     trouble: str = ""  # why the store must not be asked any more: it was wiped, or holds older data
+
+    def token(self) -> str:
+        """The admin token as it is now. ConfigError: its file cannot be used."""
+        return read_admin_token(Path(self.admin_token_file)) if self.admin_token_file else self.admin_token
 
     def connect(self, *, seen: str = "") -> EtcdStore:
         """Connect to the cluster's store: see `membership.store.etcd.connect`."""

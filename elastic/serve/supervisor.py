@@ -25,7 +25,7 @@ from elastic.serve.cluster_config import cluster_config
 from elastic.serve.etcd_server import EtcdServer
 from elastic.serve.listening import Listeners, listening, most_connections, url_of
 from elastic.serve.log_stream import LogStream
-from elastic.serve.options import DEFAULT_RANKS, ServeOptions, admin_token
+from elastic.serve.options import DEFAULT_RANKS, ServeOptions, admin_token, read_admin_token
 from elastic.serve.predecessor import Predecessor
 from elastic.serve.role_fork import WaitingProcess
 from elastic.serve.role_main import STORE_SEEN, StopSignal
@@ -74,6 +74,8 @@ class Supervisor:
             hint = "name that etcd with --etcd, or leave out --etcd-ca, --etcd-cert, --etcd-key and --etcd-user"
             raise ConfigError("there are credentials for an etcd, but no --etcd", hint=hint)
         admin_token(options.admin_token)
+        if options.admin_token_file is not None:
+            read_admin_token(options.admin_token_file)
         all_keys(options.api_key, options.api_key_file)  # what a gateway would refuse is refused now
         self.options = options
         self.ranks = options.ranks or DEFAULT_RANKS
@@ -267,13 +269,15 @@ class Supervisor:
 
     def address(self, endpoints: tuple[str, ...]) -> ClusterAddress:
         """What client commands need to know."""
+        token_file = self.options.admin_token_file
         return ClusterAddress(
             cluster=self.config.cluster,
             etcd=endpoints,
             credentials=self.options.credentials(),
             url=self._urls[0],
             admin_url=self._urls[1],
-            admin_token=self.options.admin_token,
+            admin_token="" if token_file else self.options.admin_token,
+            admin_token_file=str(token_file.absolute()) if token_file else "",
             pid=os.getpid(),
             model=self.config.model,
             files=self.config.files,

@@ -97,6 +97,16 @@ def test_api_keys_come_from_a_secret_and_are_where_the_flag_says() -> None:
     assert (secrets[mounts[path.rpartition("/")[0]]], path.rpartition("/")[2]) == ("clients", "keys")
 
 
+def test_the_admin_token_is_a_file_so_that_a_changed_secret_counts_without_a_restart() -> None:
+    pod = render("admin.existingSecret=mine")["StatefulSet"]["spec"]["template"]["spec"]
+    assert "--admin-token-file=/etc/elastic-ep/admin/token" in pod["containers"][0]["args"]
+    mounts = {mount["mountPath"]: mount for mount in pod["containers"][0]["volumeMounts"]}
+    assert "subPath" not in mounts["/etc/elastic-ep/admin"], "a subPath is not updated"
+    secrets = {volume["name"]: volume["secret"]["secretName"] for volume in pod["volumes"] if "secret" in volume}
+    assert secrets == {mounts["/etc/elastic-ep/admin"]["name"]: "mine"}
+    assert not [each for each in pod["containers"][0]["env"] if "secretKeyRef" in each.get("valueFrom", {})]
+
+
 def test_a_user_needs_a_secret_with_the_password() -> None:
     outcome = template("etcd.user=server", "etcd.endpoints={http://e:2379}")
     assert outcome.returncode != 0

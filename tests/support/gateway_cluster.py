@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 from openai import OpenAI
 
+from elastic.gateway.admin_token import AdminToken
 from elastic.gateway.app import GatewaySettings, run_gateway
 from elastic.gateway.engine_link import LinkSettings
 from elastic.gateway.tokenizer import Tokenizer
@@ -138,7 +139,8 @@ class GatewayCluster:
     ) -> Iterator[RunningGateway]:
         """A gateway that serves, until the block ends."""
         stop, failures = threading.Event(), []
-        settings = GatewaySettings(name, self.path, token, port=port, grace_s=grace_s, link=link, api=api)
+        asked = AdminToken(token, api.admin_token_file)
+        settings = GatewaySettings(name, self.path, asked, port=port, grace_s=grace_s, link=link, api=api)
         log = EventLog(self.events, "gateway")
 
         def run() -> None:

@@ -48,7 +48,7 @@ app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- if and $values.model.volume (not (hasPrefix (printf "%s/" (trimSuffix "/" $values.model.mountPath)) (printf "%s/" $values.model.path))) -}}
 {{- fail (printf "model.path: %s is not below model.mountPath, %s, where model.volume is mounted" $values.model.path $values.model.mountPath) -}}
 {{- end -}}
-{{- $ours := list "host" "port" "admin-host" "admin-port" "state-dir" "cluster" "stop-grace" "only-on" "log-stdout" -}}
+{{- $ours := list "host" "port" "admin-host" "admin-port" "state-dir" "cluster" "stop-grace" "only-on" "log-stdout" "admin-token-file" -}}
 {{- range $values.extraArgs -}}
 {{- $flag := trimPrefix "--" (first (splitList "=" .)) -}}
 {{- if has $flag $ours -}}

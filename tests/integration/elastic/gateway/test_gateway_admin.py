@@ -17,6 +17,7 @@ import pytest
 
 from elastic.cli.client import AdminClient
 from elastic.cli.connection import Connection
+from elastic.serve.options import ApiOptions
 from membership.base.errors import ConfigError, ElasticError, ModelError, PlanRefused
 from membership.base.events import Event, EventLog
 from membership.operations.change import drain, scale
@@ -70,6 +71,26 @@ def test_without_a_token_set_no_request_passes(cluster: GatewayCluster) -> None:
         for headers in ({}, {"Authorization": "Bearer"}, GOOD):
             answers = {httpx.request(*route, headers=headers).status_code for route in _urls(gateway)}
             assert answers == {403}
+
+
+def test_a_token_file_that_changes_counts_at_once(cluster: GatewayCluster, tmp_path: Path) -> None:
+    """A Secret that is changed. What cannot be read, or is no token, changes nothing."""
+    file, draft = tmp_path / "token", tmp_path / "draft"
+
+    def status(token: str) -> int:
+        headers = {"Authorization": f"Bearer {token}"}
+        return httpx.get(f"{gateway.admin_url}/admin/v1/status", headers=headers, timeout=10).status_code
+
+    file.write_text(f"{TOKEN}\n")
+    with cluster.gateway(token="not this", api=ApiOptions(admin_token_file=file)) as gateway:
+        assert [status(each) for each in (TOKEN, "new", "not this")] == [200, 401, 401]
+        draft.write_text("new")
+        draft.rename(file)
+        assert [status(each) for each in (TOKEN, "new")] == [401, 200]
+        file.write_text("")
+        assert [status(each) for each in ("none", "new")] == [401, 200]
+        file.unlink()
+        assert [status(each) for each in (TOKEN, "new")] == [401, 200]
 
 
 def _urls(gateway: RunningGateway) -> list[tuple[str, str]]:

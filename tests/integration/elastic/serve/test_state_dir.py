@@ -200,3 +200,20 @@ def mounted_read_only(path: Path) -> Iterator[None]:
         yield
     finally:
         subprocess.run(["umount", str(path)], check=True, timeout=20)
+
+
+def test_client_commands_have_the_admin_token_that_counts_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "home"))
+    file, state = tmp_path / "token", StateDir(tmp_path / "state")
+    state.make()
+    file.write_text("old\n")
+    state.publish(ClusterAddress(cluster="c", admin_token_file=str(file)))
+    assert state.address().token() == "old"
+    file.write_text("new\n")
+    assert state.address().token() == "new"
+    assert "new" not in (state.path / "cluster.json").read_text()
+    file.unlink()
+    with pytest.raises(ConfigError, match=r"--admin-token-file .* cannot be read"):
+        state.address().token()
+    state.publish(ClusterAddress(cluster="c", admin_token="text"))
+    assert state.address().token() == "text"
