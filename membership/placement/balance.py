@@ -7,12 +7,23 @@ layer is as slow as its busiest rank, so imbalance is the busiest rank's load ov
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from membership.placement.local_search import LocalSearch
-from membership.placement.plan import Loads, held_by, host_numbers, placement_of
+from membership.placement.local_search import LocalSearch, Swap
+from membership.placement.plan import Loads
+from membership.placement.tally import (
+    Bools,
+    Floats,
+    Held,
+    held_by,
+    held_in,
+    host_numbers,
+    placement_of,
+    replicas_of,
+    sums,
+)
 from membership.store.records import Placement
 
 PRIOR = 0.02  # each expert counts for at least this part of the mean load: an idle one may become busy
@@ -21,50 +32,70 @@ PRIOR = 0.02  # each expert counts for at least this part of the mean load: an i
 def imbalance(placement: Placement, loads: Loads) -> float:
     """Return the busiest rank's load over the mean rank's, averaged over the layers; 1.0 is perfect."""
     weights = _weights(loads)
-    holds = held_by(weights.shape[0], weights.shape[1], sorted(placement), placement)
-    return float(_uneven(holds, weights).mean()) if holds.size else 1.0
+    uneven = _uneven(held_in(sorted(placement), placement), len(placement), weights)
+    return float(uneven.mean()) if uneven.size else 1.0
+
+
+@dataclass(frozen=True)
+class Search:
+    """Moves that lower the busiest ranks' load, in the order in which they were found: at most one per layer in each
+    step."""
+
+    placement: Placement
+    holds: Bools
+    uneven: Floats  # [layer], before
+    steps: tuple[Swap, ...]
+
+    def after(self, most_moves: int) -> Placement:
+        """Return the placement after at most this many expert loads, worst layers first."""
+        holds, left = self.holds.copy(), most_moves
+        for layer in np.argsort(-self.uneven, kind="stable").tolist():
+            for step in self.steps:
+                mine = step.layer == layer
+                if not mine.any():
+                    break
+                left -= int(mine.sum())
+                if left < 0:
+                    return placement_of(holds, sorted(self.placement))
+                for row, old, new in zip(step.row[mine], step.old[mine], step.new[mine], strict=True):
+                    holds[layer, row, old], holds[layer, row, new] = False, True
+        return placement_of(holds, sorted(self.placement))
+
+
+def search(
+    placement: Placement, loads: Loads, nodes: Mapping[int, str], redundancy: float, *, exchanges: bool = True
+) -> Search:
+    """Search for a better placement.
+
+    Ranks swap experts (if `exchanges`), and replicas beyond the redundancy's whole part go from cold experts to hot
+    ones. No rank's number of slots changes, and no expert ends on fewer than two hosts (or fewer than it has now).
+    """
+    order, weights = sorted(placement), _weights(loads)
+    found = held_in(order, placement)
+    holds = held_by(len(weights), weights.shape[1], order, found)
+    floor = min(int(redundancy), len(order))
+    local = LocalSearch(holds, weights, host_numbers(order, nodes), floor, exchanges=exchanges)
+    return Search(placement, holds, _uneven(found, len(order), weights), tuple(local.steps()))
 
 
 def balanced(
     placement: Placement, loads: Loads, nodes: Mapping[int, str], redundancy: float, most_moves: int
 ) -> Placement:
-    """Return a better placement within `most_moves` expert loads; the same placement if there is none.
-
-    Ranks swap experts, and replicas beyond the redundancy's whole part go from cold experts to hot ones. No rank's
-    number of slots changes, and no expert ends on fewer than two hosts (or fewer than it has now).
-    """
-    order = sorted(placement)
-    weights = _weights(loads)
-    holds = held_by(weights.shape[0], weights.shape[1], order, placement)
-    hosts = host_numbers(order, nodes)
-    floor = min(int(redundancy), len(order))
-    worst_first = np.argsort(-_uneven(holds, weights), kind="stable").tolist()
-    steps = list(LocalSearch(holds, weights, hosts, floor, exchanges=most_moves > 1).steps())
-    left = most_moves
-    for layer in worst_first:
-        for step in steps:
-            mine = step.layer == layer
-            if not mine.any():
-                break
-            left -= int(mine.sum())
-            if left < 0:
-                return placement_of(holds, order)
-            for row, old, new in zip(step.row[mine], step.old[mine], step.new[mine], strict=True):
-                holds[layer, row, old], holds[layer, row, new] = False, True
-    return placement_of(holds, order)
+    """Return a better placement within `most_moves` expert loads; the same placement if there is none."""
+    return search(placement, loads, nodes, redundancy, exchanges=most_moves > 1).after(most_moves)
 
 
-def _weights(loads: Loads) -> NDArray[np.float64]:
+def _weights(loads: Loads) -> Floats:
     weights = np.asarray(loads, dtype=np.float64)
     mean = weights.mean(axis=1, keepdims=True)
     return weights + np.where(mean > 0, PRIOR * mean, 1.0)
 
 
-def _uneven(holds: NDArray[np.bool_], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+def _uneven(found: Held, rows: int, weights: Floats) -> Floats:
     """Per layer the busiest rank's load over the mean rank's."""
-    share = weights / np.maximum(holds.sum(axis=1), 1)
-    load = np.einsum("lre,le->lr", holds, share)
-    uneven: NDArray[np.float64] = load.max(axis=1) / load.mean(axis=1)
+    share = weights / np.maximum(replicas_of(found, len(weights), weights.shape[1]), 1)
+    load = sums((len(weights), rows), share[found.layer, found.expert], found.layer, found.row)
+    uneven: Floats = load.max(axis=1) / load.mean(axis=1)
     return uneven
 
 

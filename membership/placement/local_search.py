@@ -11,13 +11,12 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from membership.placement.tally import Bools, Floats, Ints, counts, held, replicas_of
+
 EVEN = 1.05  # a layer is balanced if its busiest rank has at most this times the mean load
 PARTNERS = 8  # number of least busy ranks tried as partners of an exchange
 WORTH = 0.99  # accept a move only if the new peak load is at most this part of the old peak
 
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
 Kind = TypeVar("Kind", bound=np.generic)
 
 
@@ -47,14 +46,15 @@ class LocalSearch:
     def __init__(self, holds: Bools, weights: Floats, hosts: Ints, floor: int, *, exchanges: bool) -> None:
         self.holds, self.weights, self.hosts = holds.copy(), weights, hosts
         self.floor, self.exchanges = max(floor, 1), exchanges
-        self.replicas = holds.sum(axis=1)
-        size = holds.sum(axis=2)
-        layer, row, expert = np.nonzero(holds)
+        layer, row, expert = found = held(holds)
+        self.replicas = replicas_of(found, len(holds), holds.shape[2])
+        size = counts(holds.shape[:2], layer, row)
         first = np.cumsum(size.ravel()) - size.ravel()
         self.slots = np.full((*size.shape, int(size.max(initial=1))), -1, dtype=np.int64)
         self.slots[layer, row, np.arange(layer.size) - first[layer * size.shape[1] + row]] = expert
-        there = [holds[:, hosts == host].sum(axis=1) for host in range(int(hosts.max(initial=0)) + 1)]
-        self.on_host = np.stack(there, axis=1)  # [layer, host, expert]: replicas there
+        number = int(hosts.max(initial=0)) + 1
+        self.on_host = counts((len(holds), number, holds.shape[2]), layer, hosts[row], expert)  # replicas there
+        self.hosts_of = (self.on_host > 0).sum(axis=1)  # [layer, expert]
         self.load = self._loads(np.arange(len(holds)))
 
     def steps(self) -> Iterator[Swap]:
@@ -87,6 +87,7 @@ class LocalSearch:
             self.holds[layer, row, expert] = more > 0
             np.add.at(self.replicas, (layer, expert), more)
             np.add.at(self.on_host, (layer, self.hosts[row], expert), more)
+            self.hosts_of[layer, expert] = (self.on_host[layer, :, expert] > 0).sum(axis=1)
         self.load[at] = self._loads(at)
 
     def _exchange(self, at: Ints, share: Floats) -> _Options:
@@ -114,7 +115,7 @@ class LocalSearch:
         layer = at[:, None, None]
         may = (expert >= 0) & ~self.holds[layer, to, expert]
         if self.on_host.shape[1] > 1:
-            spread = _of((self.on_host[at] > 0).sum(axis=1), expert)
+            spread = _of(self.hosts_of[at], expert)
             left = self.on_host[layer, self.hosts[row], expert] == 1
             new = self.on_host[layer, self.hosts[to], expert] == 0
             may &= (self.hosts[row] == self.hosts[to]) | (spread - left + new >= np.minimum(spread, 2))
@@ -135,7 +136,7 @@ class LocalSearch:
         )
         if self.on_host.shape[1] > 1:  # the expert would be left on one host
             there = self.on_host[at[:, None, None], self.hosts[:, None], slots] == 1
-            may &= ~(there & (_of((self.on_host[at] > 0).sum(axis=1), slots) == 2))
+            may &= ~(there & (_of(self.hosts_of[at], slots) == 2))
         grown = self.weights[at] / np.maximum(replicas - 1, 1)  # share of an expert with one replica less
         top = np.zeros_like(share)  # load of its busiest holder
         np.maximum.at(top, (each[:, None, None], slots), np.where(slots >= 0, load[:, :, None], 0.0))

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 import msgspec
 import numpy as np
 
-from membership.placement.plan import held_by, max_ranks_allowed, plan
+from membership.placement.plan import max_ranks_allowed, plan
+from membership.placement.tally import held_by
 from membership.store.records import Placement
 
 

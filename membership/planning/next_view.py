@@ -13,7 +13,8 @@ def next_view(facts: ClusterFacts, members: tuple[Member, ...], *, bare: bool = 
 
     After a loss members load orphaned experts only. Redundancy comes back with new ranks, or in the background.
     """
-    old = {m.rank: facts.view.placement[m.rank] for m in members if m in facts.members}
+    present = set(facts.members)
+    old = {m.rank: facts.view.placement[m.rank] for m in members if m in present}
     config, nodes = facts.config, {m.rank: m.node for m in members}
     lost = len(old) == len(members) and facts.members != facts.alive
     if lost or (bare and len(old) == len(members) and covers(facts, old)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+from collections import Counter
 from collections.abc import Iterable
 
 from membership.planning.cluster_facts import ClusterFacts
@@ -9,23 +11,24 @@ from membership.planning.cluster_facts import ClusterFacts
 
 def room(facts: ClusterFacts) -> dict[str, int]:
     """node -> free capacity in ranks, for the live agents that have any."""
-    running = [node for node, _ in facts.assigned.values()]
+    running = Counter(node for node, _ in facts.assigned.values())
     staying = {node: agent for node, agent in sorted(facts.state.agents.items()) if not agent.leaving}
-    left = {node: agent.capacity - running.count(node) for node, agent in staying.items()}
+    left = {node: agent.capacity - running[node] for node, agent in staying.items()}
     return {node: number for node, number in left.items() if number > 0}
 
 
 def choose_nodes(facts: ClusterFacts, slots: Iterable[int]) -> dict[int, str]:
     """slot -> node, in the order of the slots, until there is no room left."""
-    left, running = room(facts), [node for node, _ in facts.assigned.values()]
+    left, running = room(facts), Counter(node for node, _ in facts.assigned.values())
+    queue = [(running[node], node) for node in left]
+    heapq.heapify(queue)
     found: dict[int, str] = {}
     for slot in slots:
-        if not left:
+        if not queue:
             break
-        node = min(left, key=lambda name: (running.count(name), name))
-        running.append(node)
+        number, node = heapq.heappop(queue)
         left[node] -= 1
-        if not left[node]:
-            del left[node]
+        if left[node]:
+            heapq.heappush(queue, (number + 1, node))
         found[slot] = node
     return found

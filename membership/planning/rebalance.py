@@ -16,9 +16,10 @@ from typing import NamedTuple
 import numpy as np
 
 from membership.base.timing import BALANCE_REST_S, REQUEST_VALID_S, RESTORE_REST_S
-from membership.placement.balance import balanced, cut, imbalance
+from membership.placement.balance import balanced, cut, imbalance, search
 from membership.placement.local_search import EVEN
-from membership.placement.plan import Loads, held_by, host_numbers, plan
+from membership.placement.plan import Loads, plan
+from membership.placement.tally import held_in, host_numbers, tally
 from membership.planning.cluster_facts import ClusterFacts
 from membership.store.records import ClusterConfig, ExpertLoad, Member, Placement
 
@@ -89,10 +90,11 @@ def _better(problem: _Problem) -> Rebalance | None:
         return Rebalance(step, RESTORE_REST_S, "redundancy is restored", unfinished=True) if step != now else None
     if loads is None or (uneven := imbalance(now, loads)) <= (EVEN if problem.begun else UNEVEN):
         return None
-    goal = balanced(now, loads, nodes, config.redundancy, sys.maxsize)
+    found = search(now, loads, nodes, config.redundancy)
+    goal = found.after(sys.maxsize)
     if imbalance(goal, loads) > (GOING_ON if problem.begun else BETTER) * uneven:
         return None
-    step = balanced(now, loads, nodes, config.redundancy, most)
+    step = found.after(most) if most > 1 else balanced(now, loads, nodes, config.redundancy, most)
     if imbalance(step, loads) >= uneven:
         return None
     words = f"load is balanced, imbalance {uneven:.2f} -> {imbalance(step, loads):.2f}"
@@ -102,12 +104,9 @@ def _better(problem: _Problem) -> Rebalance | None:
 def _strength(problem: _Problem, placement: Placement) -> tuple[int, int, int]:
     """Return (replicas that count towards redundancy, experts on two or more hosts, slots in use)."""
     config, order = problem.config, sorted(placement)
-    holds = held_by(config.moe_layers, config.experts, order, placement)
-    hosts = host_numbers(order, problem.nodes)
-    whole = min(int(config.redundancy), len(order))
-    there = np.array([holds[:, hosts == host].any(axis=1) for host in range(int(hosts.max()) + 1)])
-    return (
-        int(np.minimum(holds.sum(axis=1), whole).sum()),
-        int((there.sum(axis=0) > 1).sum()),
-        int(holds.sum()),
+    now = tally(
+        held_in(order, placement), np.ones((config.moe_layers, config.experts)), host_numbers(order, problem.nodes)
     )
+    whole = min(int(config.redundancy), len(order))
+    hosts_of = (now.on_host > 0).sum(axis=1)
+    return int(np.minimum(now.total, whole).sum()), int((hosts_of > 1).sum()), int(now.size.sum())

@@ -1,0 +1,106 @@
+"""A placement as arrays, and what can be counted of it in all layers at once: slots, load, replicas. Pure.
+
+Few of a large model's (layer, rank, expert) triples are held, so the held ones are counted, not all. Sums run in one
+order on every machine: no linear algebra library decides a tie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from membership.store.records import Placement
+
+Bools = NDArray[np.bool_]
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+
+class Held(NamedTuple):
+    """The layer, row and expert of each replica: arrays of equal lengths."""
+
+    layer: Ints
+    row: Ints
+    expert: Ints
+
+
+class Tally(NamedTuple):
+    """The counts. Code that changes the placement keeps them current."""
+
+    size: Ints  # [layer, row]: experts held
+    load: Floats  # [layer, row]
+    total: Ints  # [layer, expert]: replicas
+    on_host: Ints  # [layer, host, expert]: replicas there
+
+
+def held_by(moe_layers: int, experts: int, order: Sequence[int], current: Placement | Held) -> Bools:
+    """Return [layer, row, expert]: whether the rank in that row holds the expert now."""
+    holds = np.zeros((moe_layers, len(order), experts), dtype=np.bool_)
+    holds[current if isinstance(current, Held) else held_in(order, current)] = True
+    return holds
+
+
+def held_in(order: Sequence[int], current: Placement) -> Held:
+    """Return the replicas of a placement, rank by rank."""
+    by_row = [current.get(rank, ()) for rank in order]
+    sizes = [len(mine) for held in by_row for mine in held]
+    layers = [layer for held in by_row for layer in range(len(held))]
+    rows = [row for row, held in enumerate(by_row) for _ in held]
+    experts = np.fromiter(chain.from_iterable(chain.from_iterable(by_row)), dtype=np.int64, count=sum(sizes))
+    return Held(np.repeat(layers, sizes).astype(np.int64), np.repeat(rows, sizes).astype(np.int64), experts)
+
+
+def held(holds: Bools) -> Held:
+    """Return the replicas in the order of layers, rows and experts."""
+    _, rows, experts = holds.shape
+    layer_row, expert = np.divmod(np.flatnonzero(holds), experts)
+    return Held(*np.divmod(layer_row, rows), expert)
+
+
+def placement_of(holds: Bools, order: Sequence[int]) -> Placement:
+    """Return [layer, row, expert] as a placement of the ranks in `order`."""
+    layers, rows, _ = holds.shape
+    found = held(holds)
+    line = found.row * layers + found.layer
+    experts = found.expert[np.argsort(line, kind="stable")].tolist()
+    ends = np.cumsum(np.bincount(line, minlength=rows * layers)).tolist()
+    lines = [tuple(experts[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+    return {rank: tuple(lines[row * layers : (row + 1) * layers]) for row, rank in enumerate(order)}
+
+
+def host_numbers(order: Sequence[int], nodes: Mapping[int, str]) -> Ints:
+    """Return for each rank in `order` the number of its host, from 0 in order of the hosts' names."""
+    number = {name: at for at, name in enumerate(sorted({nodes.get(rank, "") for rank in order}))}
+    return np.array([number[nodes.get(rank, "")] for rank in order], dtype=np.int64)
+
+
+def tally(found: Held, share: Floats, hosts: Ints) -> Tally:
+    """Count a placement. `share` [layer, expert]: load of one replica; `hosts` [row]."""
+    layers, experts = share.shape
+    layer, row, expert = found
+    return Tally(
+        size=counts((layers, hosts.size), layer, row),
+        load=sums((layers, hosts.size), share[layer, expert], layer, row),
+        total=replicas_of(found, layers, experts),
+        on_host=counts((layers, int(hosts.max(initial=0)) + 1, experts), layer, hosts[row], expert),
+    )
+
+
+def replicas_of(found: Held, layers: int, experts: int) -> Ints:
+    """Return [layer, expert]: the number of replicas."""
+    return counts((layers, experts), found.layer, found.expert)
+
+
+def counts(shape: tuple[int, ...], *at: Ints) -> Ints:
+    """Return how often each place occurs in `at`, one array per dimension."""
+    return np.bincount(np.ravel_multi_index(at, shape), minlength=int(np.prod(shape))).reshape(shape)
+
+
+def sums(shape: tuple[int, ...], values: Floats, *at: Ints) -> Floats:
+    """Return the sum of the values at each place."""
+    found = np.bincount(np.ravel_multi_index(at, shape), values, minlength=int(np.prod(shape)))
+    return found.astype(np.float64).reshape(shape)  # of no values, bincount makes integers

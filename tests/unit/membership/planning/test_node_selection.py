@@ -1,0 +1,41 @@
+"""Node selection: the fewest ranks first, then the name; and a boot of many ranks costs little per rank."""
+
+from __future__ import annotations
+
+import pytest
+from msgspec.structs import replace
+
+from membership.planning.cluster_facts import ClusterFacts
+from membership.planning.node_selection import choose_nodes, room
+from membership.store.records import AgentRecord, Assignment, ClusterState, RankSpec
+from tests.support.cluster_states import CONFIG
+from tests.support.helpers import calls_in
+
+pytestmark = pytest.mark.unit
+
+
+def facts(running: dict[str, int], capacity: int) -> ClusterFacts:
+    first, assignments = 1000, dict[str, Assignment]()
+    for node, number in running.items():
+        specs = tuple(RankSpec(rank=first + at, incarnation=1) for at in range(number))
+        assignments[node] = Assignment(node=node, ranks=specs, agent_started=1.0)
+        first += number
+    agents = {node: AgentRecord(node=node, pid=1, started=1.0, capacity=capacity) for node in running}
+    return ClusterFacts(ClusterState(revision=1, config=CONFIG, agents=agents, assignments=assignments), 0.0)
+
+
+def test_the_node_with_the_fewest_ranks_comes_first_until_there_is_no_room() -> None:
+    found = choose_nodes(facts({"b": 1, "a": 1, "c": 3, "d": 0}, capacity=3), range(10))
+    assert found == {0: "d", 1: "a", 2: "b", 3: "d", 4: "a", 5: "b", 6: "d"}
+    assert room(facts({"a": 3, "b": 1}, capacity=3)) == {"b": 2}
+    leaving = facts({"a": 0, "b": 0}, capacity=3)
+    agents = {**leaving.state.agents, "a": replace(leaving.state.agents["a"], leaving=True)}
+    assert set(choose_nodes(ClusterFacts(replace(leaving.state, agents=agents), 0.0), range(9)).values()) == {"b"}
+
+
+def test_a_boot_of_256_ranks_on_256_nodes_looks_at_each_node_a_few_times() -> None:
+    many = facts({f"node-{at:03d}": 0 for at in range(256)}, capacity=1)
+    with calls_in() as calls:
+        found = choose_nodes(many, range(256))
+    assert found == {at: f"node-{at:03d}" for at in range(256)}
+    assert calls.count < 256 * 20
