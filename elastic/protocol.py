@@ -62,6 +62,7 @@ class Tokens(msgspec.Struct, frozen=True, array_like=True, tag=True):
     cached: int = 0  # prompt tokens that were not computed, as the prefix cache had them; with index 0 only
     prompt_logprobs: list[TokenLogprobs] | None = None  # of all but its first token; with index 0, if asked for
     end: EndToken | None = None
+    queued_s: float = 0.0  # how long it waited for its first rank; with index 0 only
 
 
 class Rejected(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -202,6 +202,8 @@ class Engine:
                 cached_tokens=scheduler.cached_tokens,
                 waiting_tokens=scheduler.waiting_tokens,
                 shed=scheduler.shed,
+                kv_usage=scheduler.kv_usage,
+                preemptions=scheduler.preemptions,
                 step=scheduler.step,
                 steps=dict(self._steps),
                 pause_ms=self._pause_ms,

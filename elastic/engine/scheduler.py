@@ -81,6 +81,7 @@ class Scheduler:
         self._arrivals = 0
         self._contents = Contents(config, "")
         self.queried_tokens = 0  # of requests that were given a home
+        self.preemptions = 0  # requests that lost their blocks to older ones
         self.cached_tokens = 0  # of those, the ones that the home had already
 
     # ---- membership
@@ -176,6 +177,12 @@ class Scheduler:
     def shed(self) -> dict[str, int]:
         """Why -> how many requests were refused for want of room."""
         return dict(self._waiting.shed)
+
+    @property
+    def kv_usage(self) -> float:
+        """Part of all ranks' KV blocks that requests use."""
+        pools = [home.pool for home in self._homes.values()]
+        return round(sum(pool.used for pool in pools) / max(1, sum(pool.size for pool in pools)), 4)
 
     @property
     def held(self) -> bool:
@@ -307,7 +314,7 @@ class Scheduler:
             home = min(fitting, key=lambda home: _unwelcome(home, size * len(shared[home.rank])))
             cached = len(shared[home.rank]) * size
             self._waiting.place(sequence, now)
-            sequence.enter(home, home.pool.take(blocks, shared[home.rank]), cached)
+            sequence.enter(home, home.pool.take(blocks, shared[home.rank]), cached, now)
             self.queried_tokens += len(sequence.tokens)
             self.cached_tokens += cached
 
@@ -334,6 +341,7 @@ class Scheduler:
         missing = blocks_for(len(sequence.tokens), self.config.block_size) - len(sequence.blocks)
         while missing > home.pool.free:
             victim = home.running[-1]
+            self.preemptions += 1
             self._requeue(victim)
             if victim is sequence:
                 return False
@@ -372,18 +380,18 @@ class Scheduler:
         """Add one token to the output; end tokens end it and are not part of it."""
         request, index, token = sequence.request, sequence.emitted, sampled.token
         scores = sequence.scores if request.prompt_logprobs >= 0 and index == 0 else None
-        cached = 0 if index else sequence.cached or 0
+        cached, queued_s = (0, 0.0) if index else (sequence.cached or 0, sequence.queued_s)
         is_eos = token in self.config.eos_token_ids and not request.ignore_eos
         if is_eos or token in request.stop_token_ids:
             self._forget(sequence)
             end = EndToken(token, sampled.logprobs)
-            return Tokens(self.token, request.request_id, index, [], None, "stop", cached, scores, end)
+            return Tokens(self.token, request.request_id, index, [], None, "stop", cached, scores, end, queued_s)
         sequence.tokens.append(token)
         reason = "length" if sequence.emitted >= request.max_tokens else ""
         if reason:
             self._forget(sequence)
         logprobs = [sampled.logprobs] if sampled.logprobs is not None else None
-        return Tokens(self.token, request.request_id, index, [token], logprobs, reason, cached, scores)
+        return Tokens(self.token, request.request_id, index, [token], logprobs, reason, cached, scores, None, queued_s)
 
     def _set_back(self, home: Home, sequences: list[Sequence], result: StepResult, now: float) -> list[Output]:
         """The step had no effect: back off, and count a failure of the sequences only if no peer is suspected."""

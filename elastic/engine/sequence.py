@@ -45,6 +45,7 @@ class Sequence:
     names: list[bytes] = field(default_factory=list)  # of the content of its full blocks, as far as they are needed
     computed: int = 0
     cached: int | None = None  # prompt tokens that its first home had already; None: it has had no home
+    queued_s: float = 0.0  # how long it waited for its first home
     failures: int = 0  # consecutive FAILED answers on this home
     failed_on: set[int] = field(default_factory=set)  # ranks that failed on it to the end
     taken: bool = False  # it has had a place, here or in an engine before
@@ -94,10 +95,11 @@ class Sequence:
         self.packed.extend(self.tokens[len(self.packed) :])
         return History(self.packed.tobytes(), len(self.request.prompt))
 
-    def enter(self, home: Home, blocks: list[int], cached: int) -> None:
-        """Run at this home, whose `blocks` hold its first `cached` tokens."""
+    def enter(self, home: Home, blocks: list[int], cached: int, now: float | None = None) -> None:
+        """Run at this home, whose `blocks` hold its first `cached` tokens. `now`: it has waited until then."""
         if self.cached is None:
             self.cached = min(cached, len(self.request.prompt))
+            self.queued_s = max(0.0, now - self.submitted) if now is not None else 0.0
         self.home, self.blocks, self.computed = home, blocks, cached
         insort(home.running, self, key=by_age)
 

@@ -113,7 +113,9 @@ def run_gateway(
         readiness = health.Readiness(link, mirror.state, lambda: mirror.trouble)
         history = StateDir(settings.state_dir).events
         keys = KeyRing(settings.api.api_key, settings.api.api_key_file)
-        service = _service(config, settings, link, GatewayMetrics(mirror.state, history, cluster, keys))
+        metrics = GatewayMetrics(mirror.state, history, cluster, keys)
+        metrics.follow_load(link, config.served_model_name if settings.api.metrics_aliases else "")
+        service = _service(config, settings, link, metrics)
         access = Access(_public_app(service, readiness), keys, logged=settings.api.access_log)
         public = for_browsers(access, settings.api)
         admin = admin_app(Admin(store, cluster, mirror, settings.admin_token, history, lambda: readiness.stopping))

@@ -196,8 +196,17 @@ class EngineLink:
 
     def stuck_s(self) -> float:
         """Seconds in which an engine that answers pings sent no token for any open request; 0 if there are none."""
+        return self.token_age_s() if self.ready else 0.0
+
+    @property
+    def open_requests(self) -> int:
+        """How many requests have not ended."""
+        return len(self.journal)
+
+    def token_age_s(self) -> float:
+        """Seconds since an open request got a token, or was admitted if none has; 0 if none is open."""
         requests = self.journal.open_requests()
-        return self._clock() - max(self._token_at, requests[0].admitted_at) if self.ready and requests else 0.0
+        return self._clock() - max(self._token_at, requests[0].admitted_at) if requests else 0.0
 
     # -- the engine ------------------------------------------------------------------------------------------------
 

@@ -64,6 +64,7 @@ class Delta(msgspec.Struct, frozen=True):
     cached: int = 0  # prompt tokens that were not computed; with the first token only
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None  # with the first token, if asked for
     end: EndToken | None = None
+    queued_s: float = 0.0  # as in Tokens
 
 
 class Journal:
@@ -116,7 +117,7 @@ class Journal:
         reason = message.finish_reason or ("length" if full else "")
         if not fresh and not reason:
             return None
-        cached = 0 if request.emitted else message.cached
+        cached, queued_s = (0, 0.0) if request.emitted else (message.cached, message.queued_s)
         request.emitted.extend(fresh)
         request.progress_at = now
         if reason:
@@ -125,7 +126,8 @@ class Journal:
         new_logprobs = None if logprobs is None else tuple(logprobs[len(logprobs) - len(fresh) :])
         scores = message.prompt_logprobs if request.prompt_logprobs >= 0 else None
         request.prompt_logprobs = -1
-        return Delta(tuple(fresh), new_logprobs, reason, cached, None if scores is None else tuple(scores), message.end)
+        new_scores = None if scores is None else tuple(scores)
+        return Delta(tuple(fresh), new_logprobs, reason, cached, new_scores, message.end, queued_s)
 
     def reject(self, message: Rejected) -> bool:
         """Whether this message ended an open request."""

@@ -13,8 +13,10 @@ from prometheus_client.registry import Collector
 
 from elastic.gateway.event_metrics import HistoryMetrics
 from elastic.gateway.key_ring import KeyRing
+from elastic.gateway.load_metrics import LoadGauges, OpenRequests
+from elastic.gateway.metric_aliases import with_aliases
 from elastic.status import cluster_status
-from membership.store.records import ClusterState, EngineStatus, RankState
+from membership.store.records import ClusterState, RankState
 
 PREFIX = "elastic_ep_"
 LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -33,6 +35,7 @@ class GatewayMetrics:
     ) -> None:
         self._clock = clock
         self._state = state
+        self._aliased = ""
         self._registry = CollectorRegistry()
         self._history = HistoryMetrics(PREFIX, history, cluster, self._registry)
         self._registry.register(ClusterGauges(state))
@@ -41,6 +44,18 @@ class GatewayMetrics:
         self.inter_token_s = self._histogram("inter_token_seconds", "Between tokens of one stream.")
         self.max_gap_s = self._histogram("stream_max_gap_seconds", "Longest gap between two tokens of a stream.")
         self.tokens = Counter(PREFIX + "tokens", "Tokens sent to clients.", registry=self._registry)
+        self.prompt_tokens = Counter(PREFIX + "prompt_tokens", "Tokens of prompts.", registry=self._registry)
+        self.queue_s = self._histogram("queue_seconds", "From a request's submission until it got a rank.")
+        self.request_s = self._histogram("request_seconds", "From a request's arrival to its end.")
+        text = "Requests by their end: stop, length, abort (the client went away), error."
+        self.finished = Counter(PREFIX + "requests_finished", text, ["reason"], registry=self._registry)
+        for reason in ("stop", "length", "abort", "error"):
+            self.finished.labels(reason)
+
+    def follow_load(self, link: OpenRequests, aliased: str = "") -> None:
+        """Also show the load; `aliased`: and all under vLLM's names, for this model."""
+        self._registry.register(LoadGauges(PREFIX, self._state, link))
+        self._aliased = aliased
 
     def timer(self) -> StreamTimer:
         """Start timing a stream."""
@@ -49,7 +64,9 @@ class GatewayMetrics:
     def exposition(self) -> bytes:
         """Everything, in Prometheus' text format."""
         self._history.update(self._state())
-        return generate_latest(self._registry)
+        if not self._aliased:
+            return generate_latest(self._registry)
+        return generate_latest(with_aliases(self._registry.collect(), PREFIX, self._aliased))
 
     def _histogram(self, name: str, text: str) -> Histogram:
         return Histogram(PREFIX + name, text, buckets=LATENCY_BUCKETS_S, registry=self._registry)
@@ -61,12 +78,12 @@ class StreamTimer:
     def __init__(self, metrics: GatewayMetrics, clock: Callable[[], float]) -> None:
         self._metrics = metrics
         self._clock = clock
-        self._last = clock()
-        self._started = False
+        self._begun = self._last = clock()
+        self._started = self._ended = False
         self._max_gap_s = 0.0
 
-    def tokens(self, count: int) -> None:
-        """Count tokens that arrived now. Of several at once, only the first one waited."""
+    def tokens(self, count: int, queued_s: float = 0.0) -> None:
+        """Count tokens that arrived now. Of several at once, only the first one waited. `queued_s`: for a rank."""
         if not count:
             return
         now = self._clock()
@@ -76,13 +93,19 @@ class StreamTimer:
             self._max_gap_s = max(self._max_gap_s, gap_s)
         else:
             self._metrics.first_token_s.observe(gap_s)
+            self._metrics.queue_s.observe(queued_s)
             self._started = True
         for _ in range(count - 1):
             self._metrics.inter_token_s.observe(0.0)
         self._metrics.tokens.inc(count)
 
-    def end(self) -> None:
-        """The stream is over."""
+    def end(self, reason: str) -> None:
+        """The choice has ended, for this reason unless it had before."""
+        if self._ended:
+            return
+        self._ended = True
+        self._metrics.finished.labels(reason).inc()
+        self._metrics.request_s.observe(self._clock() - self._begun)
         if self._started:
             self._metrics.max_gap_s.observe(self._max_gap_s)
 
@@ -123,7 +146,6 @@ class ClusterGauges(Collector):
             queries, hits = "Prompt tokens of requests that got a rank.", "Those of them that its prefix cache had."
             yield _counter("prefix_cache_queries", queries, status.prefix_cache.queried_tokens)
             yield _counter("prefix_cache_hits", hits, status.prefix_cache.cached_tokens)
-        yield from _requests(state.engine_status)
 
     def describe(self) -> Iterable[Metric]:
         """Nothing: names are known at collection."""
@@ -158,15 +180,6 @@ class KeyCounters(Collector):
 
 def _counter(name: str, text: str, value: float) -> Metric:
     return CounterMetricFamily(PREFIX + name, text, value=value)
-
-
-def _requests(load: EngineStatus | None) -> Iterable[Metric]:
-    yield _gauge("requests_running", "Requests that have a place on a rank.", load.running if load else 0)
-    yield _gauge("requests_waiting", "Requests that wait for one.", load.waiting if load else 0)
-    shed = CounterMetricFamily(PREFIX + "requests_shed", "Requests refused for want of room.", labels=["reason"])
-    for reason, count in (load.shed if load else {}).items():
-        shed.add_metric([reason], count)
-    yield shed
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

@@ -261,15 +261,22 @@ async def _never_bare(first: bytes, events: AsyncGenerator[bytes, None], name: s
 async def _pieces(service: Service, job: Job) -> AsyncGenerator[tuple[int, Piece], None]:
     """Run the job; what does not come to its end is aborted at the engine."""
     timers = [service.metrics.timer() for _ in job.choices]
+    service.metrics.prompt_tokens.inc(job.prompt_tokens)
     with service.link.generation(job.sequences) as generation:
         try:
             async for index, delta in generation.deltas():
-                timers[index].tokens(len(delta.tokens))
+                timers[index].tokens(len(delta.tokens), delta.queued_s)
                 piece = job.choices[index].push(delta)
                 job.visit.generated(len(delta.tokens), piece.finish_reason)
                 if piece.stopped:
                     generation.stop(index)
+                if piece.finish_reason:
+                    timers[index].end(piece.finish_reason)
                 yield index, piece
-        finally:
+        except Exception:
             for timer in timers:
-                timer.end()
+                timer.end("error")
+            raise
+        finally:  # the client went away
+            for timer in timers:
+                timer.end("abort")

@@ -280,6 +280,8 @@ class EngineStatus(Record, frozen=True, kw_only=True):
     cached_tokens: int = 0  # of those, the ones that the rank had in its prefix cache: they were not computed
     waiting_tokens: int = 0  # of those that wait
     shed: dict[str, int] = {}  # why -> number of requests refused for want of room since this engine began
+    kv_usage: float = 0.0  # part of all ranks' KV blocks that requests use
+    preemptions: int = 0  # requests that lost their KV blocks to older ones, since this engine began
     step: int = 0
     steps: dict[str, int] = {}  # outcome -> number of steps since this engine began: ok | rank_lost | a StepStatus
     pause_ms: float = 0.0  # how long tokens waited at the flip to `epoch`

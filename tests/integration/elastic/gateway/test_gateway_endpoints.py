@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -10,6 +11,7 @@ import httpx
 import msgspec
 import pytest
 import structlog
+from prometheus_client.parser import text_string_to_metric_families
 
 from elastic.serve.options import ApiOptions
 from membership.store import codec
@@ -33,7 +35,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> GatewayCluster:
 
 @pytest.fixture(scope="module")
 def gateway(cluster: GatewayCluster) -> Iterator[RunningGateway]:
-    api = ApiOptions(access_log=True, allowed_origins=(f'["{PAGE}"]',), api_key=("k",))
+    api = ApiOptions(access_log=True, allowed_origins=(f'["{PAGE}"]',), api_key=("k",), metrics_aliases=True)
     with cluster.engine(cluster.says("hello")) as engine, cluster.gateway(api=api) as running:
         assert engine.token
         yield running
@@ -130,6 +132,47 @@ def test_a_clients_trace_is_in_the_log(http: httpx.Client) -> None:
             lambda: [x["trace"] for x in lines if x["event"] == "request_ended"][1:] and lines, 5.0, "lines"
         )
     assert [line["trace"] for line in seen if line["event"] == "request_ended"] == [TRACE, None]
+
+
+QUERIES = {
+    "Gateway API inference extension, llm-d": (
+        "vllm:num_requests_waiting", "vllm:num_requests_running", "vllm:kv_cache_usage_perc",
+        "vllm:cache_config_info", "vllm:num_preemptions_total",
+    ),
+    "KEDA": (
+        'sum(vllm:num_requests_waiting{model_name="tiny"}) or vector(0)', "avg(vllm:kv_cache_usage_perc)",
+        "sum(rate(vllm:request_success_total[2m]))",
+        "histogram_quantile(0.95, sum(rate(vllm:time_to_first_token_seconds_bucket[2m])) by (le))",
+    ),
+    "production-stack's dashboard": (
+        "avg(vllm:e2e_request_latency_seconds_sum) / avg(vllm:e2e_request_latency_seconds_count)",
+        "sum by(le) (vllm:e2e_request_latency_seconds_bucket)", "sum by(le) (vllm:time_to_first_token_seconds_bucket)",
+        "avg(vllm:time_per_output_token_seconds_sum) / avg(vllm:time_per_output_token_seconds_count)",
+        "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:gpu_cache_usage_perc",
+    ),
+    "vLLM's own dashboard": (
+        'rate(vllm:prompt_tokens_total{model_name="tiny"}[5m])',
+        'rate(vllm:generation_tokens_total{model_name="tiny"}[5m])',
+        'sum by(finished_reason) (increase(vllm:request_success_total{model_name="tiny"}[5m]))',
+        'rate(vllm:request_queue_time_seconds_sum{model_name="tiny"}[5m])',
+        "histogram_quantile(0.99, sum by(le) (rate(vllm:inter_token_latency_seconds_bucket[5m])))",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("asks", QUERIES)
+def test_what_others_query_is_there(http: httpx.Client, asks: str) -> None:
+    """Names and labels; a query over what is not there gives nothing, and nobody notices."""
+    body = {"model": MODEL, "prompt": "x", "max_tokens": 4, "stop": ["e"]}
+    assert http.post("/v1/completions", json=body).status_code == 200
+    shown: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(http.get("/metrics").text):
+        for sample in family.samples:
+            shown.setdefault(sample.name, set()).update(sample.labels)
+    for query in QUERIES[asks]:
+        for name in re.findall(r"vllm:\w+", query):
+            wanted = {label for label in ("model_name", "finished_reason") if label in query}
+            assert wanted <= shown.get(name, {"(there is no such metric)"}), (name, query)
 
 
 def test_without_origins_no_page_may_read_an_answer(tmp_path: Path) -> None:

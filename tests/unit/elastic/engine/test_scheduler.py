@@ -177,6 +177,28 @@ def test_an_answer_has_no_effect_on_a_request_that_was_aborted_or_submitted_agai
     client.check()
 
 
+def test_the_first_token_says_how_long_a_request_waited_for_a_rank(served: tuple[Scheduler, KvModel, Client]) -> None:
+    scheduler, ranks, _ = served
+    scheduler.set_view(view(2, {0: 10}), [], 0.0)
+    scheduler.submit(ask("r", [5], 3, ignore_eos=True), 1.0)
+    told = []
+    for now in (3.5, 4.0, 5.0):
+        batch = scheduler.schedule(now)
+        assert batch is not None
+        told += [each for result in ranks.run(batch, {0: 10}) for each in scheduler.apply(result, now)]
+    assert [each.queued_s for each in told if isinstance(each, Tokens)] == [2.5, 0.0, 0.0]
+
+
+def test_the_use_of_the_kv_cache_is_that_of_all_ranks_together(served: tuple[Scheduler, KvModel, Client]) -> None:
+    scheduler, ranks, client = served
+    assert scheduler.kv_usage == 0
+    client.submit(scheduler, ask("r", [5] * 8, 30, ignore_eos=True), 0.0)
+    drive_once(scheduler, ranks, client)
+    pools = [home.pool for home in scheduler._homes.values()]
+    assert pools[0].used > 0 == pools[1].used
+    assert scheduler.kv_usage == pytest.approx(pools[0].used / (2 * pools[0].size), abs=1e-4)
+
+
 def test_running_out_of_blocks_preempts_the_youngest(served: tuple[Scheduler, KvModel, Client]) -> None:
     scheduler, ranks, client = served
     scheduler.set_view(view(2, {0: 10}), [], 0.0)
@@ -188,6 +210,7 @@ def test_running_out_of_blocks_preempts_the_youngest(served: tuple[Scheduler, Kv
         order += [name for name in client.ends if name not in order]
         pool_is_whole(scheduler)
     assert order == ["r0", "r1", "r2"]
+    assert scheduler.preemptions > 0
     client.check()
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from elastic.gateway.metric_aliases import ALIASES
 from elastic.gateway.metrics import GatewayMetrics
 from membership.base.enums import OperationKind
 from membership.base.events import EventLog
-from membership.store.records import ClusterState, EngineStatus, Operation, Phase, RankExit
+from membership.store.records import ClusterConfig, ClusterState, EngineRecord, EngineStatus, Operation, Phase, RankExit
 
 pytestmark = pytest.mark.unit
 
@@ -18,6 +19,18 @@ OPERATION = Operation(
     id="op", kind=OperationKind.SCALE, target=6, phase=Phase.DONE,
     phase_times={"proposed": 1.0, "spawning": 1.5, "loading": 2.0, "ready": 4.0, "committed": 4.0, "done": 4.5},
 )  # fmt: skip
+
+ENGINE = EngineRecord(node="n", pid=1, address="a", broadcast_handle=b"", mask_handle=b"")
+
+
+class Link:
+    """The engine link as the metrics see it."""
+
+    ready = True
+    open_requests = 5
+
+    def token_age_s(self) -> float:
+        return 1.5
 
 
 class World:
@@ -28,10 +41,13 @@ class World:
         self.path = folder / "events.jsonl"
         self.log = EventLog(self.path, "test", "c", clock=lambda: self.now)
         self.state = ClusterState(revision=1)
+        self.link = Link()
         self.metrics = self.gateway()
 
-    def gateway(self) -> GatewayMetrics:
-        return GatewayMetrics(lambda: self.state, self.path, "c")
+    def gateway(self, aliased: str = "") -> GatewayMetrics:
+        metrics = GatewayMetrics(lambda: self.state, self.path, "c")
+        metrics.follow_load(self.link, aliased)
+        return metrics
 
     def scrape(self, metrics: GatewayMetrics | None = None) -> dict[str, float]:
         """`name{label,label}` -> value, without the prefix."""
@@ -167,3 +183,53 @@ def test_memory_of_the_weight_stores(world: World) -> None:
         world.log.emit("weights_held", node=node, entries=1, bytes=size)
     found = world.scrape()
     assert (found["weight_store_bytes{a}"], found["weight_store_bytes{b}"]) == (20, 0)
+
+
+def test_the_load_is_the_engines_while_there_is_one(world: World) -> None:
+    status = EngineStatus(token=1, epoch=1, running=3, waiting=2, kv_usage=0.25, preemptions=7)
+    world.state = ClusterState(revision=2, engine_status=status)
+    found = world.scrape()
+    names = ("requests_running", "requests_waiting", "requests_open", "kv_usage_ratio", "preemptions_total")
+    assert [found[name] for name in names] == [3, 2, 5, 0.25, 7]
+    assert found["last_token_age_seconds"] == 1.5
+    world.link.ready = False
+    found = world.scrape()
+    assert (found["requests_running"], found["requests_waiting"], "kv_usage_ratio" in found) == (0, 5, False)
+
+
+def test_a_request_is_counted_once_by_its_end(world: World) -> None:
+    clock = iter([10.0, 11.0, 13.0])
+    metrics = GatewayMetrics(lambda: world.state, world.path, "c", clock=lambda: next(clock))
+    timer = metrics.timer()
+    timer.tokens(2, queued_s=0.5)
+    timer.end("stop")
+    timer.end("abort")
+    found = world.scrape(metrics)
+    ends = {reason: found[f"requests_finished_total{{{reason}}}"] for reason in ("stop", "length", "abort", "error")}
+    assert ends == {"stop": 1, "length": 0, "abort": 0, "error": 0}
+    assert (found["request_seconds_sum"], found["queue_seconds_sum"], found["queue_seconds_count"]) == (3, 0.5, 1)
+
+
+def test_an_alias_has_the_values_and_labels_of_vllm(world: World) -> None:
+    world.metrics = world.gateway("org/m")
+    world.metrics.timer().end("length")
+    world.state = ClusterState(revision=2, engine_status=EngineStatus(token=1, epoch=1, waiting=2))
+    samples = {
+        (sample.name, sample.labels.get("finished_reason"), sample.labels.get("le")): (sample.value, sample.labels)
+        for family in text_string_to_metric_families(world.metrics.exposition().decode())
+        for sample in family.samples
+    }
+    named = {"model_name": "org/m", "engine": "0"}
+    assert samples["vllm:num_requests_waiting", None, None] == (2, named)
+    assert samples["vllm:request_success_total", "length", None] == (1, named | {"finished_reason": "length"})
+    assert samples["vllm:e2e_request_latency_seconds_bucket", None, "+Inf"] == (1, named | {"le": "+Inf"})
+    assert samples["elastic_ep_requests_waiting", None, None] == (2, {})
+
+
+def test_each_alias_is_of_a_metric_that_there_is(world: World) -> None:
+    world.metrics = world.gateway("m")
+    status = EngineStatus(token=1, epoch=1, queried_tokens=4, cached_tokens=2)
+    config = ClusterConfig(cluster="c", model="/m", served_model_name="m", moe_layers=1, experts=1)
+    world.state = ClusterState(revision=2, engine=ENGINE, engine_status=status, config=config)
+    shown = {family.name for family in text_string_to_metric_families(world.metrics.exposition().decode())}
+    assert {f"vllm:{alias.name}" for alias in ALIASES} - shown == set()
