@@ -23,15 +23,16 @@ from chaos.faults.signals import kill
 from chaos.scenarios.victims import holders
 from chaos.target.waiting import LIMIT_S, until
 from chaos.workload.history import percentile
-from chaos.workload.streams import PROMPTS, Load, Workload
+from chaos.workload.streams import PREAMBLE, PROMPTS, Load, Workload
 from elastic.cli.client import wait_for
 from membership.base.errors import ElasticError
 from membership.operations.change import scale
 from membership.store.records import ClusterState, RankRecord, View
 
-FLAGS = ("--restart-intensity", "1000", "--restart-window", "1s")  # slots die often, on purpose
+# Slots die often, on purpose. KV blocks are so few that cached ones have to make room.
+FLAGS = ("--restart-intensity", "1000", "--restart-window", "1s", "--kv-blocks", "64")
 LENGTHS = (2, 1, 2, 3, 1, 2, 1, 3, 2, 1, 2, 40)  # of answers: many requests, and some that outlast several faults
-LOAD = Load(streams=24, prompts=len(PROMPTS), lengths=LENGTHS)
+LOAD = Load(streams=24, prompts=len(PROMPTS), lengths=LENGTHS, preamble=PREAMBLE)
 WHOLE_S = 120.0
 
 

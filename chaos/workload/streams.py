@@ -25,6 +25,10 @@ PROMPTS = (
     "Comparison operators", "A context manager", "The return statement", "Integer literals", "The while statement",
 )  # fmt: skip
 
+PREAMBLE = (
+    "Statements are executed in order. An expression is evaluated from left to right, and the value of a name is the "
+    "object that was bound to it last. A block is a piece of text that is executed as a unit. "
+)  # some KV blocks long
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 PAUSE_S = 0.05  # before the next request of a stream whose last one failed: the gateway may be starting
 
@@ -37,6 +41,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     prompts: Positive = 8
     lengths: tuple[Positive, ...] = ()  # of answers, in turn, instead of `max_tokens`
     rest_s: float = 0.0  # of a stream between two requests
+    preamble: str = ""  # what every prompt begins with, so that requests have KV blocks in common
 
 
 FULL = Load(max_tokens=96, prompts=len(PROMPTS))  # every prompt, and answers that are long enough for a fault
@@ -61,7 +66,8 @@ class Workload:
         timeout_s: float = 120.0,
     ) -> None:
         """`prompts`: others than PROMPTS."""
-        self.url, self.model, self.prompts = url, model, prompts or PROMPTS[: load.prompts]
+        self.url, self.model = url, model
+        self.prompts = prompts or [load.preamble + each for each in PROMPTS[: load.prompts]]
         self.concurrency, self.seed, self.rest_s, self.timeout_s = load.streams, seed, load.rest_s, timeout_s
         self.lengths = load.lengths or (load.max_tokens,)
         self.distinct = math.lcm(len(self.prompts), len(self.lengths))

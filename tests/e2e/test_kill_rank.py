@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 
+import httpx
 import pytest
 
 from chaos.faults import kill
 from chaos.target.cluster import ServedCluster
 from chaos.target.warm_start import WarmStart
 from chaos.workload.history import compare
-from chaos.workload.streams import Workload
+from chaos.workload.streams import PREAMBLE, Workload
 from membership.base.events import Event
 from membership.base.failpoints import ENV
 from tests.support.helpers import eventually
@@ -65,9 +67,33 @@ def test_each_rank_in_turn(demo_model: Path, tmp_path: Path, warm: WarmStart) ->
         finally:
             gate.touch()
             history = workload.stop()
+        the_second_turn_computes_what_is_new(cluster)
     verdict = compare(history, oracle)
     assert verdict.ok, verdict.differences
     assert all(later >= earlier + 2 for earlier, later in itertools.pairwise(epochs)), epochs
+
+
+def the_second_turn_computes_what_is_new(cluster: ServedCluster) -> None:
+    """The same prompt again, then with the answer to it: what the rank has of it is not computed, and shown as such."""
+    body = {"model": cluster.model_name(), "max_tokens": 20, "temperature": 0, "ignore_eos": True}
+
+    def ask(prompt: str) -> tuple[str, int, int]:
+        answer = httpx.post(f"{cluster.url}/v1/completions", json=body | {"prompt": prompt}, timeout=60.0).json()
+        usage = answer["usage"]
+        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        return answer["choices"][0]["text"], usage["prompt_tokens"], cached
+
+    text, tokens, cached = ask(PREAMBLE)
+    assert (tokens > 3 * 16, cached) == (True, 0)
+    full = (tokens - 1) // 16 * 16
+    assert ask(PREAMBLE) == (text, tokens, full)
+    *_, longer = ask(PREAMBLE + text)
+    assert longer >= full
+    eventually(lambda: cluster.status()["prefix_cache"]["cached_tokens"] >= full + longer, 10.0, "the status")
+    metrics = httpx.get(f"{cluster.url}/metrics", timeout=10.0).text
+    found = re.search(r"^elastic_ep_prefix_cache_hits_total (\S+)$", metrics, re.MULTILINE)
+    assert found is not None
+    assert float(found[1]) >= full + longer
 
 
 def masked(event: Event) -> int:
