@@ -214,6 +214,7 @@ def scene(
         with tempfile.TemporaryDirectory(prefix="elastic-ep-recovery-") as folder:
             write_demo_model(Path(folder) / "model")
             here, state_dir = Path(folder) / "model", Path(folder) / "state"
+            flags = (*flags, "--no-prefix-cache")  # prompts are repeated: a replay is to compute its whole context
             with OurCluster(here, ranks, state_dir=state_dir, flags=flags, roles=roles) as cluster:
                 cluster.wait_serving(ranks, timeout_s=180.0)
                 made = Scene(cluster, History(cluster.state.events), ranks, streams, seed)
