@@ -12,6 +12,7 @@ from operator import attrgetter
 import msgspec
 
 from elastic.status import ClusterStatus, RankStatus, cluster_status
+from membership.base.endings import MEMORY_HINT, OUT_OF_MEMORY
 from membership.base.enums import OperationKind
 from membership.base.errors import ConfigError
 from membership.base.rank_id import RankId
@@ -82,6 +83,7 @@ def _cluster_facts(state: ClusterState, status: ClusterStatus, serving: int) -> 
         yield f"drained, and counted no more: rank {', '.join(map(str, status.drained))}"
     if status.pause is not None:
         yield status.pause.words
+    yield from (f"rank {slot} died for want of memory" for slot in _starved(state, status))
     yield from (f"node {node.node}: {node.trouble}" for node in status.nodes if node.trouble)
     failed = (op for op in state.operations.values() if not op.active and op.error)
     if last := max(failed, key=attrgetter("finished"), default=None):
@@ -105,9 +107,17 @@ def _cluster_outlook(state: ClusterState, status: ClusterStatus) -> tuple[str, s
         do = HINT
     elif refused := [last.reason for last in state.exits.values() if last.refused]:
         do = advice(refused[0])
+    elif _starved(state, status):
+        do = MEMORY_HINT
     elif status.pause is not None:
         do = "when the maintenance is over: elastic resume"
     return follows, do
+
+
+def _starved(state: ClusterState, status: ClusterStatus) -> list[int]:
+    """Slots whose last rank died for want of memory, and in which none serves since."""
+    serving = {rank.rank for rank in status.ranks if rank.state is RankState.SERVING}
+    return [slot for slot, last in state.exits.items() if OUT_OF_MEMORY in last.reason and slot not in serving]
 
 
 def _rank(state: ClusterState, now: float, rank: RankStatus) -> Explanation:
@@ -182,17 +192,17 @@ def _history(last: RankExit, now: float) -> Iterator[str]:
 
 def _outlook(rank: RankStatus, last: RankExit | None, now: float) -> tuple[str, str]:
     """What happens next by itself, and what to do."""
+    starved = last is not None and OUT_OF_MEMORY in last.reason
     if rank.state is RankState.QUARANTINED and last is not None and last.refused:
         do = f"{advice(last.reason)}; then: elastic unquarantine {rank.rank}"
         return "the slot stays empty; the others serve on", do
     if rank.state is RankState.QUARANTINED:
-        return (
-            "the slot stays empty; the others serve on",
-            f"find the cause (elastic events, the agent's log), then: elastic unquarantine {rank.rank}",
-        )
+        cause = MEMORY_HINT if starved else "find the cause (elastic events, the agent's log)"
+        return "the slot stays empty; the others serve on", f"{cause}; then: elastic unquarantine {rank.rank}"
     if rank.state is RankState.DEAD:
         wait_s = last.held_back_s(now) if last is not None else 0.0
-        return (f"a new incarnation in {wait_s:.1f} s (backoff)" if wait_s > 0 else "a new incarnation at once"), ""
+        follows = f"a new incarnation in {wait_s:.1f} s (backoff)" if wait_s > 0 else "a new incarnation at once"
+        return follows, MEMORY_HINT if starved else ""
     if rank.state is RankState.MASKED:
         return "its lease is revoked; once the loss is committed, a new incarnation follows", ""
     if rank.state is RankState.DRAINING:

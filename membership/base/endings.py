@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
+OUT_OF_MEMORY = "out of memory"
+MEMORY_HINT = "raise the memory limit (of a pod: resources.limits.memory), or have fewer ranks: elastic scale N"
 
 
 def signal_name(number: int) -> str:
@@ -25,7 +27,7 @@ def suspicion(status: int, kills: int | None) -> str:
     """What to add to how a process ended. `kills`: of the OOM killer since the last such death; None: not known."""
     if status != -signal.SIGKILL or kills == 0:
         return ""
-    return " (perhaps the OOM killer: see dmesg)" if kills is None else f", out of memory (cgroup oom_kill {kills})"
+    return " (perhaps the OOM killer: see dmesg)" if kills is None else f", {OUT_OF_MEMORY} (cgroup oom_kill {kills})"
 
 
 def counted(mine: str, read: Callable[[Path], str]) -> int | None:

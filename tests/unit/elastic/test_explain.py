@@ -6,6 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from elastic.explain import Explanation, explain, explained
+from membership.base.endings import MEMORY_HINT
 from membership.base.enums import OperationKind
 from membership.base.errors import ConfigError
 from membership.planning.identity import HINT
@@ -38,6 +39,26 @@ def test_a_slot_in_quarantine_says_why_and_what_to_do() -> None:
 def test_a_dead_rank_says_when_its_successor_starts() -> None:
     assert of(without(healthy(), 1, not_before=12.5), "rank 1").next == "a new incarnation in 2.5 s (backoff)"
     assert of(without(healthy(), 1), "rank 1").next == "a new incarnation at once"
+
+
+def test_a_memory_limit_that_is_too_low_is_told_with_what_to_do() -> None:
+    """Ranks that die of it again and again while the others serve: the cluster stays ready."""
+    reason = "killed by signal 9, SIGKILL, out of memory (cgroup oom_kill 1); detected by pidfd"
+
+    def starved(state: ClusterState) -> ClusterState:
+        return replace(state, exits={slot: replace(last, reason=reason) for slot, last in state.exits.items()})
+
+    dying, set_aside = (starved(without(healthy(), 1, quarantined=each)) for each in (False, True))
+    assert of(dying, "rank 1").do == MEMORY_HINT
+    assert of(set_aside, "rank 1").do == f"{MEMORY_HINT}; then: elastic unquarantine 1"
+    for state in (dying, set_aside):
+        cluster = of(state, "cluster")
+        assert "rank 1 died for want of memory" in cluster.because
+        assert cluster.do == MEMORY_HINT
+    earlier = {slot: replace(last, incarnation=last.incarnation - 1) for slot, last in dying.exits.items()}
+    back = replace(healthy(), exits=earlier)
+    assert of(back, "cluster").do == "", "it serves again"
+    assert of(without(healthy(), 1), "rank 1").do == "", "another death"
 
 
 def test_one_rank_of_them() -> None:
