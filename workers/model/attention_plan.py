@@ -165,14 +165,25 @@ def _cells(chunk: SeqChunk, block_size: int) -> list[int]:
 
 
 def plan_step(
-    chunks: Sequence[SeqChunk], block_size: int, padded: int, device: torch.device, before: StepPlan | None = None
+    chunks: Sequence[SeqChunk],
+    block_size: int,
+    padded: int,
+    device: torch.device,
+    before: StepPlan | None = None,
+    *,
+    tiled: bool = True,
 ) -> StepPlan:
-    """Lay out `chunks` as one packed sequence of `padded` rows; `before` is the plan of the step just completed."""
+    """Lay out `chunks` as one packed sequence of `padded` rows; `before` is the plan of the step just completed.
+
+    Without tiles if the attention that gets the plan uses none.
+    """
     ids = [token for chunk in chunks for token in chunk.tokens]
     positions = [p for c in chunks for p in range(c.start, c.start + len(c.tokens))]
     padding = [0] * (padded - len(ids))
     follows = before is not None and _follows(chunks, before)
-    if before is not None and follows:
+    if not tiled:
+        tiles = []
+    elif before is not None and follows:
         tiles = [_advance(before.tiles[0], chunks)]
     else:
         cut = _cut(chunks)

@@ -65,6 +65,7 @@ class KVCache(Protocol):
 class Attention(Protocol):
     """Attention over the KV cache: each token looks at its own sequence, up to itself."""
 
+    tiled: bool  # whether it uses the tiles of a plan
     plan: StepPlan | None  # of the step that runs now; the runner sets and clears it
 
     @property

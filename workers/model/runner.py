@@ -100,7 +100,9 @@ class ModelRunner:
         rows = sum(len(c.tokens) for c in chunks)
         padded = self._tiles.padded(rows) if self._tiles else rows
         self._check_blocks(chunks)
-        plan = plan_step(chunks, self.cache.block_size, padded, self._backend.device, self._done)
+        plan = plan_step(
+            chunks, self.cache.block_size, padded, self._backend.device, self._done, tiled=self.attention.tiled
+        )
         self._done = None  # an attempt that fails leaves nothing to build on
         hidden = self._forward(plan)
         self._done = plan

@@ -23,6 +23,8 @@ MIRROR_BYTES = 256 << 20  # most memory for keeping the gathered contexts of all
 class CpuAttention:
     """All attention layers of a model. Satisfies `Attention`."""
 
+    tiled = True
+
     def __init__(self, cache: CpuKVCache) -> None:
         self.plan: StepPlan | None = None
         self.cache = cache

@@ -39,23 +39,26 @@ class _Layout:
 
     @classmethod
     def of(cls, plan: StepPlan, device: torch.device) -> _Layout:
+        """Of one step; all its numbers go to the GPU in one copy that the host does not wait for."""
         counts = np.diff([-1, *plan.last])
-        tables = np.zeros((len(plan.tables), max(map(len, plan.tables))), dtype=np.int32)
+        tables = np.zeros((len(plan.tables), max(map(len, plan.tables))), dtype=np.int64)
         for row, blocks in zip(tables, plan.tables, strict=True):
             row[: len(blocks)] = blocks
-        longest = int(max(plan.starts + counts))
-        return cls(
-            plan,
-            torch.tensor(plan.cells, device=device),
-            torch.from_numpy(np.repeat(np.arange(len(counts), dtype=np.int32), counts)).to(device),
-            plan.positions[0, : plan.rows].to(torch.int32),
-            torch.from_numpy(tables).to(device),
-            triton.cdiv(longest, SPLIT),
+        sequences = np.repeat(np.arange(len(counts)), counts)
+        numbers = torch.from_numpy(np.concatenate((plan.cells, sequences, tables.reshape(-1))))
+        if device.type == "cuda":
+            numbers = numbers.pin_memory()
+        cells, rows, blocks = numbers.to(device, non_blocking=True).split_with_sizes(
+            [plan.rows, plan.rows, tables.size]
         )
+        longest = int(max(plan.starts + counts))
+        return cls(plan, cells, rows, plan.positions[0], blocks.view(tables.shape), triton.cdiv(longest, SPLIT))
 
 
 class CudaAttention:
     """All attention layers of a model. Satisfies `Attention`."""
+
+    tiled = False
 
     def __init__(self, cache: CudaKVCache, device: torch.device) -> None:
         self.plan: StepPlan | None = None

@@ -53,33 +53,40 @@ class CudaExpertProducts:
 
     def compute(self, experts: Sequence[ExpertWeights], sizes: Sequence[int], rows: Tensor) -> Tensor:
         """See `ExpertProducts`."""
-        ends = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=rows.device)
-        both = multiply(rows, [weights.gate_up for weights in experts], ends)
-        return multiply(self._activation(both), [weights.down for weights in experts], ends)
+        up, down = ([getattr(w, name) for w in experts] for name in ("gate_up", "down"))
+        ends, up_at, down_at = _on_device([0, *accumulate(sizes)], _addresses(up), _addresses(down), device=rows.device)
+        both = multiply(rows, up[0], up_at, ends)
+        return multiply(self._activation(both), down[0], down_at, ends)
 
 
-def multiply(rows: Tensor, matrices: Sequence[Tensor], ends: Tensor) -> Tensor:
-    """rows [R, K], matrices [K, N] of one layout, ends [groups + 1] -> [R, N]: each group of rows by its matrix.
-
-    ModelError if the matrices are laid out differently.
-    """
-    inner, width = matrices[0].shape
-    strides = matrices[0].stride()
-    if any(matrix.stride() != strides for matrix in matrices):
-        raise ModelError("the experts of a call are laid out differently in memory")
+def multiply(rows: Tensor, matrix: Tensor, addresses: Tensor, ends: Tensor) -> Tensor:
+    """rows [R, K], addresses [groups] of matrices [K, N] laid out as `matrix`, ends [groups + 1] -> [R, N]."""
+    inner, width = matrix.shape
     out = rows.new_empty(rows.shape[0], width)
-    addresses = torch.tensor([matrix.data_ptr() for matrix in matrices], device=rows.device)
-    piece = PIECE_BYTES // rows.element_size()
-    grouped_product[(triton.cdiv(width, COLUMNS), len(matrices))](
-        rows.contiguous(), addresses, ends, out, inner, width, *strides,
-        KIND=KINDS[rows.dtype], ROWS=ROWS, COLUMNS=COLUMNS, PIECE=piece,
+    grouped_product[(triton.cdiv(width, COLUMNS), len(addresses))](
+        rows.contiguous(), addresses, ends, out, inner, width, *matrix.stride(),
+        KIND=KINDS[rows.dtype], ROWS=ROWS, COLUMNS=COLUMNS, PIECE=PIECE_BYTES // rows.element_size(),
     )  # fmt: skip
     return out
 
 
+def _addresses(matrices: Sequence[Tensor]) -> list[int]:
+    """ModelError if the matrices are laid out differently."""
+    strides = matrices[0].stride()
+    if any(matrix.stride() != strides for matrix in matrices):
+        raise ModelError("the experts of a call are laid out differently in memory")
+    return [matrix.data_ptr() for matrix in matrices]
+
+
+def _on_device(*lists: list[int], device: torch.device) -> tuple[Tensor, ...]:
+    """All lists in one copy that the host does not wait for: with several ranks on a GPU each wait is a time slice."""
+    numbers = torch.tensor([number for part in lists for number in part], pin_memory=device.type == "cuda")
+    return numbers.to(device, non_blocking=True).split_with_sizes([len(part) for part in lists])
+
+
 def _agreeing(matrix: Tensor) -> Sequence[int]:
     def product(rows: Tensor, weight: Tensor) -> Tensor:
-        ends = torch.tensor([0, len(rows)], dtype=torch.int32, device=rows.device)
-        return multiply(rows, [weight.t()], ends)
+        ends, addresses = _on_device([0, len(rows)], _addresses([weight.t()]), device=rows.device)
+        return multiply(rows, weight.t(), addresses, ends)
 
     return calibrate_product(product, matrix.t(), "experts").sizes

@@ -63,7 +63,7 @@ def attend(
     partial [T, HEADS * GROUP, splits, VALUE_WIDTH] and sizes [T, HEADS * GROUP, splits] (log of the sum of weights).
     """
     token, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    position = tl.load(positions + token)
+    position = tl.load(positions + token).to(tl.int32)
     table = tables + tl.load(sequences + token) * pages
     row = tl.arange(0, ROWS)
     value_wide = tl.arange(0, VALUE_WIDE)
@@ -134,7 +134,7 @@ def grouped_product(
     [inner, width] with these strides, all of type KIND.
     """
     group = tl.program_id(1)
-    begin, end = tl.load(ends + group), tl.load(ends + group + 1)
+    begin, end = tl.load(ends + group).to(tl.int32), tl.load(ends + group + 1).to(tl.int32)
     address = tl.multiple_of(tl.load(matrices + group), 16)
     matrix = address.to(tl.pointer_type(KIND))
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)

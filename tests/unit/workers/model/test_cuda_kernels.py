@@ -24,7 +24,7 @@ pytest.importorskip("triton")
 
 from workers.model.cuda import attention as cuda_attention
 from workers.model.cuda.backend import CudaBackend
-from workers.model.cuda.expert_products import multiply
+from workers.model.cuda.expert_products import _addresses, _on_device, multiply
 
 pytestmark = [
     pytest.mark.unit,
@@ -64,7 +64,7 @@ class Layer:
         """Run (sequence, first position, tokens) together."""
         chunks = [SeqChunk(seq, start, [0] * count, self.tables[seq]) for seq, start, count in parts]
         rows = sum(count for _, _, count in parts)
-        self.attention.plan = plan_step(chunks, PAGE, rows + padding, torch.device("cpu"))
+        self.attention.plan = plan_step(chunks, PAGE, rows + padding, torch.device("cpu"), tiled=False)
         packed = []
         for kept in (self.queries, self.keys, self.values):
             cut = torch.cat([kept[seq, :, start : start + count] for seq, start, count in parts], 1)
@@ -127,18 +127,22 @@ def test_experts_products_are_right_and_exact(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(5)
     matrices = [(torch.randn(80, 72, generator=generator) * 0.1).to(dtype).t() for _ in range(3)]
     rows = torch.randn(40, 72, generator=generator).to(dtype)
-    ends = torch.tensor([0, 3, 3, 40], dtype=torch.int32)
-    found = multiply(rows, matrices, ends)
+    found = product(rows, matrices, [0, 3, 3, 40])
     for matrix, first, last in ((matrices[0], 0, 3), (matrices[2], 3, 40)):
         expected = rows[first:last].double() @ matrix.double()
         assert (found[first:last].double() - expected).abs().max() < (1e-5 if dtype == torch.float32 else 5e-3)
-    again = multiply(rows.flip(0)[:30], [matrices[2]], torch.tensor([0, 30], dtype=torch.int32)).flip(0)
+    again = product(rows.flip(0)[:30], [matrices[2]], [0, 30]).flip(0)
     assert torch.equal(again, found[10:])
+
+
+def product(rows: Tensor, matrices: Sequence[Tensor], ends: list[int]) -> Tensor:
+    there, addresses = _on_device(ends, _addresses(matrices), device=rows.device)
+    return multiply(rows, matrices[0], addresses, there)
 
 
 def test_experts_of_one_call_have_one_layout() -> None:
     with pytest.raises(ModelError, match="laid out differently"):
-        multiply(torch.ones(2, 4), [torch.ones(4, 4), torch.ones(4, 4).t()], torch.tensor([0, 1, 2], dtype=torch.int32))
+        product(torch.ones(2, 4), [torch.ones(4, 4), torch.ones(4, 4).t()], [0, 1, 2])
 
 
 def test_experts_are_checked_on_the_device_that_computes(backend: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
