@@ -48,11 +48,11 @@ class _Layout:
         numbers = torch.from_numpy(np.concatenate((plan.cells, sequences, tables.reshape(-1))))
         if device.type == "cuda":
             numbers = numbers.pin_memory()
-        cells, rows, blocks = numbers.to(device, non_blocking=True).split_with_sizes(
+        cells, rows, pages = numbers.to(device, non_blocking=True).split_with_sizes(
             [plan.rows, plan.rows, tables.size]
         )
         longest = int(max(plan.starts + counts))
-        return cls(plan, cells, rows, plan.positions[0], blocks.view(tables.shape), triton.cdiv(longest, SPLIT))
+        return cls(plan, cells, rows, plan.positions[0], pages.view(tables.shape), triton.cdiv(longest, SPLIT))
 
 
 class CudaAttention:
