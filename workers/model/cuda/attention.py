@@ -48,9 +48,7 @@ class _Layout:
         numbers = torch.from_numpy(np.concatenate((plan.cells, sequences, tables.reshape(-1))))
         if device.type == "cuda":
             numbers = numbers.pin_memory()
-        cells, rows, pages = numbers.to(device, non_blocking=True).split_with_sizes(
-            [plan.rows, plan.rows, tables.size]
-        )
+        cells, rows, pages = numbers.to(device, non_blocking=True).split_with_sizes([plan.rows, plan.rows, tables.size])
         longest = int(max(plan.starts + counts))
         return cls(plan, cells, rows, plan.positions[0], pages.view(tables.shape), triton.cdiv(longest, SPLIT))
 
