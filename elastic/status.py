@@ -35,6 +35,13 @@ class Owner(StrEnum):
     AGENTS = "agents"
 
 
+class LoadStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """How far a rank has loaded, as its agent last published it (once per second)."""
+
+    bytes: int
+    total: int
+
+
 class RankStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One rank slot. `pid` 0 and `slots` 0: it has none. `heartbeat_age_ms` (age of the last heartbeat
     that its agent observed, published once per second) null: no agent has published one."""
@@ -49,6 +56,7 @@ class RankStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     restarts: int
     slow: bool = False  # far slower than the others, but it serves on; left out if it is not
     reason: str = ""  # why its slot is set aside; left out if it is not
+    load: LoadStatus | None = None  # left out while it loads nothing
 
 
 class CoverageStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -289,7 +297,16 @@ def _rank(facts: ClusterFacts, member: Member, state: RankState) -> RankStatus:
         restarts=0 if last is None else last.restarts,
         slow=state is RankState.SERVING and load is not None and member.rank in load.slow,
         reason=last.reason if last is not None and state is RankState.QUARANTINED else "",
+        load=_load(facts, member),
     )
+
+
+def _load(facts: ClusterFacts, member: Member) -> LoadStatus | None:
+    published = facts.state.heartbeats.get(member.node)
+    if published is None or member.incarnation not in published.loads:
+        return None
+    done, total = published.loads[member.incarnation]
+    return LoadStatus(bytes=done, total=total)
 
 
 def _heartbeat_age_ms(facts: ClusterFacts, member: Member) -> float | None:

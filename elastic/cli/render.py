@@ -92,6 +92,8 @@ def _ranks_table(ranks: list[dict[str, Any]]) -> Table:
         age_ms = rank["heartbeat_age_ms"]
         heartbeat = "-" if age_ms is None else f"{age_ms:.0f} ms"
         state = Text(rank["state"], COLOURS.get(rank["state"], ""))
+        if load := rank.get("load"):
+            state.append(f" {in_bytes(load['bytes'])} of {in_bytes(load['total'])}", "blue")
         if rank.get("slow"):
             state.append(" slow", "yellow")
         table.add_row(

@@ -37,6 +37,11 @@ class Readiness:
             return [f"the cluster's state can no longer be followed: {error}"]
         return obstacles(state, self.link, self.stopping)
 
+    def loading(self) -> list[dict[str, int]]:
+        """How far each rank is that loads now."""
+        status = cluster_status(self.state(), time.time())
+        return [{"rank": r.rank, "bytes": r.load.bytes, "total": r.load.total} for r in status.ranks if r.load]
+
 
 def obstacles(state: ClusterState, link: EngineLink, stopping: bool) -> list[str]:
     """Why requests sent here would not be answered."""
@@ -77,7 +82,12 @@ def add_routes(app: FastAPI, readiness: Readiness, metrics: GatewayMetrics) -> N
     async def readyz() -> Response:
         reasons = readiness.reasons()
         if reasons:
-            return json_response({"status": "not ready", "reasons": reasons}, 503, {"Retry-After": "1"})
+            try:
+                loading = readiness.loading()
+            except ElasticError:  # one of the reasons
+                loading = []
+            answer = {"status": "not ready", "reasons": reasons, **({"loading": loading} if loading else {})}
+            return json_response(answer, 503, {"Retry-After": "1"})
         answer = {"status": "ready", "state": cluster_status(readiness.state(), time.time()).state}
         trouble = readiness.trouble()
         return json_response({**answer, "store": trouble} if trouble else answer)

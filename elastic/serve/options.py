@@ -408,7 +408,7 @@ class ServeOptions(StoreOptions, ListenOptions, ApiOptions, SpareOptions, LogOpt
     load_stall_s: float = option(
         DEFAULTS["load_stall_s"], "Give up the load of a rank once no byte has come for this long.", minimum=1
     )
-    ready_timeout_s: float = option(180.0, "Exit if not ready within this time.")
+    ready_timeout_s: float = option(180.0, "Exit if not ready, and no rank loads any further, within this time.")
     only_on: str = option("", "Refuse to start on a node of another name (a StatefulSet's other pods).")
     log_stdout: bool = option(False, "Also write the logs of all roles to stdout, as JSON lines that name the role.")
     chaos: bool = option(False, "For tests only: allow faults to be armed at run time, by file or admin API.")

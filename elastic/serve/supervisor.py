@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -24,6 +25,7 @@ from elastic.serve.api_keys import all_keys
 from elastic.serve.cluster_config import cluster_config
 from elastic.serve.etcd_server import EtcdServer
 from elastic.serve.listening import Listeners, listening, most_connections, url_of
+from elastic.serve.load_bar import LoadBar, RankLoad
 from elastic.serve.log_stream import LogStream
 from elastic.serve.options import DEFAULT_RANKS, ServeOptions, admin_token, read_admin_token
 from elastic.serve.predecessor import Predecessor
@@ -61,6 +63,20 @@ STOPPED_TOGETHER = (("gateway",), ("engine", "engine-standby"), ("agent", "contr
 MAYBE_MEMORY = ", perhaps for want of memory (in a pod: `kubectl describe pod` says OOMKilled; fewer ranks need less)"
 PAUSE_S = 0.1  # between two turns that cannot even look at the processes
 TROUBLES = {"rank_load_failed", "rank_prepare_failed", "rank_quarantined", "forkserver_ready"}
+
+
+@dataclass(frozen=True)
+class Readiness:
+    """What the gateway says: whether it is ready, else what is missing, and how far ranks have loaded."""
+
+    ready: bool = False
+    missing: str = ""
+    loads: tuple[RankLoad, ...] = ()
+
+    def advanced(self, before: Readiness) -> bool:
+        """Whether some rank has more bytes than it had."""
+        had = {load.rank: load.bytes for load in before.loads}
+        return any(load.bytes > had.get(load.rank, 0) for load in self.loads)
 
 
 class Supervisor:
@@ -193,10 +209,18 @@ class Supervisor:
         while not stop.is_set():
             self.tick()
 
-    def wait_ready(self, stop: threading.Event, on_progress: Callable[[str], None] = lambda _: None) -> None:
-        """Watch until the gateway reports ready; WaitTimeout names what is missing."""
+    def wait_ready(
+        self,
+        stop: threading.Event,
+        on_progress: Callable[[str], None] = lambda _: None,
+        on_load: Callable[[tuple[RankLoad, ...]], None] = lambda _: None,
+    ) -> None:
+        """Watch until the gateway reports ready; WaitTimeout names what is missing.
+
+        The time begins anew whenever a rank has loaded more: a model may take as long as its disk takes.
+        """
         deadline = time.monotonic() + self.options.ready_timeout_s
-        reason = "the gateway to answer"
+        seen = Readiness(missing="the gateway to answer")
         troubles: dict[str, None] = {}  # an ordered set
         while not stop.is_set():
             self.tick()
@@ -204,18 +228,20 @@ class Supervisor:
                 if trouble not in troubles:
                     troubles[trouble] = None
                     on_progress(trouble)
-            ready, missing = self._readiness()
-            if ready:
+            before, seen = seen, self._readiness()
+            on_load(seen.loads)
+            if seen.ready:
                 return
-            if missing != reason:
-                reason = missing
-                on_progress(f"waiting for {reason}")
+            if seen.missing != before.missing:
+                on_progress(f"waiting for {seen.missing}")
+            if seen.advanced(before):
+                deadline = time.monotonic() + self.options.ready_timeout_s
             if time.monotonic() > deadline:
                 words = "; ".join(
                     [*list(troubles)[-1:], *(f"{r.name}: {r.last_words()}" for r in self._roles if r.early_deaths)]
                 )
                 raise WaitTimeout(
-                    f"not ready within {self.options.ready_timeout_s:.0f} s, waiting for {reason}. {words}",
+                    f"not ready within {self.options.ready_timeout_s:.0f} s, waiting for {seen.missing}. {words}",
                     hint=f"see {self.state.log('*')}",
                 )
 
@@ -315,15 +341,16 @@ class Supervisor:
                 if event.kind in TROUBLES and error:
                     yield str(error)
 
-    def _readiness(self) -> tuple[bool, str]:
+    def _readiness(self) -> Readiness:
         try:
             answer = httpx.get(f"{self.address(()).url}/readyz", timeout=2.0, trust_env=False)
             if answer.status_code == 200:
-                return True, ""
-            reasons = answer.json().get("reasons") or [answer.text]
-            return False, "; ".join(str(r) for r in reasons)
-        except (httpx.HTTPError, ValueError):  # ValueError: it is not our gateway that answers there
-            return False, "the gateway to answer"
+                return Readiness(ready=True)
+            found = answer.json()
+            loads = msgspec.convert(found.get("loading", []), tuple[RankLoad, ...])
+            return Readiness(missing="; ".join(str(r) for r in found.get("reasons") or [answer.text]), loads=loads)
+        except (httpx.HTTPError, ValueError, AttributeError):  # the latter: it is not our gateway that answers there
+            return Readiness(missing="the gateway to answer")
 
 
 def require_node(wanted: str, node: str) -> None:
@@ -348,7 +375,8 @@ def run_serve(options: ServeOptions) -> None:
         say(f"starting {supervisor.config.cluster} with {supervisor.ranks} ranks; state in {supervisor.state.path}")
         if unmet := thin_spread(supervisor.config.redundancy, supervisor.ranks):
             say(unmet)
-        supervisor.wait_ready(stop, on_progress=say)
+        with LoadBar() as bar:
+            supervisor.wait_ready(stop, on_progress=say, on_load=bar.show)
         if not stop.is_set():
             say(f"ready: OpenAI API at {where.url}/v1, model {name!r}, admin at {where.admin_url}")
         supervisor.run(stop)

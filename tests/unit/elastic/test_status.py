@@ -222,3 +222,20 @@ def test_a_slot_whose_later_incarnation_was_set_aside_is_in_quarantine_before_a_
     ended = {"n": Assignment(node="n", agent_started=1.0)}
     ranks = cluster_status(replace(state, exits=later, assignments=ended), 10.0).ranks
     assert {rank.state for rank in ranks} == {RankState.QUARANTINED}
+
+
+def test_the_load_of_a_rank_is_shown_in_bytes_while_it_loads() -> None:
+    state = healthy()
+    loading = {state.view.member(2).incarnation: (1_200_000, 2_800_000)} if state.view else {}  # type: ignore[union-attr]
+    status = cluster_status(replace(state, heartbeats={"n": Heartbeats(node="n", at=9.0, loads=loading)}), 10.0)
+    document = json.loads(msgspec.json.encode(status))
+    assert [rank.get("load") for rank in document["ranks"]] == [
+        None,
+        None,
+        {"bytes": 1_200_000, "total": 2_800_000},
+        None,
+    ]
+    shown = Console(width=200)
+    with shown.capture() as captured:
+        shown.print(status_view(document))
+    assert "1.2 MB of 2.8 MB" in captured.get()

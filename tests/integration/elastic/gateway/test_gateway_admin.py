@@ -23,7 +23,7 @@ from membership.base.events import Event, EventLog
 from membership.operations.change import drain, scale
 from membership.store import codec
 from membership.store.interface import Put
-from membership.store.records import EngineStatus, GatewayRecord, Operation, Phase, RankExit, View
+from membership.store.records import EngineStatus, GatewayRecord, Heartbeats, Operation, Phase, RankExit, View
 from tests.support.gateway_cluster import MODEL, TOKEN, GatewayCluster, RunningGateway, wait_ready
 from tests.support.helpers import eventually
 
@@ -296,7 +296,14 @@ def test_readiness_says_what_is_missing(cluster: GatewayCluster) -> None:
     with cluster.gateway() as gateway:
         assert httpx.get(f"{gateway.url}/livez").status_code == 200
         assert reasons() == "no epoch is committed yet; there is no engine"
+        assert "loading" not in httpx.get(f"{gateway.url}/readyz").json()
         cluster.publish_view()
+        cluster.store.put(cluster.keys.heartbeats("n"), codec.encode(Heartbeats(node="n", at=1.0, loads={1: (5, 8)})))
+        eventually(
+            lambda: httpx.get(f"{gateway.url}/readyz").json().get("loading") == [{"rank": 0, "bytes": 5, "total": 8}],
+            10.0,
+            "the load in the answer",
+        )
         with cluster.engine(cluster.says(TEXT)):
             wait_ready(gateway)
             gone = cluster.keys.assign("n"), cluster.keys.agent("n")
