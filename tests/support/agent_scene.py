@@ -65,7 +65,7 @@ class Scene:
         self.store.put(KEYS.assign(self.node), encode(assignment))
 
     def until_registered(self, *keys: RankId) -> ClusterState:
-        return self.until(lambda s: all(k in s.ranks and s.ranks[k].exchange_handle for k in keys), f"{keys} there")
+        return self.until(lambda s: all(k in s.ranks and s.ranks[k].exchange_handle for k in keys), f"{keys} there", 60)
 
     def stage(self, epoch: int, *keys: RankId) -> int:
         """Stage a view; its revision."""

@@ -16,7 +16,6 @@ from membership.base.errors import ModelError
 from workers.model.backend import ExpertProducts
 from workers.model.expert_source import ExpertSource, ExpertWeights
 from workers.model.weight_digests import table
-from workers.protocol.load_progress import LoadProgress
 
 _NOT_OPEN = "experts were asked for before the model was loaded"
 
@@ -85,7 +84,6 @@ class LocalExpertBank:
         wanted: Iterable[tuple[int, int]],
         stop: Callable[[], bool] = lambda: False,
         before_read: Callable[[], object] = lambda: None,
-        progress: LoadProgress | None = None,
     ) -> int:
         """Get what is missing of `wanted`, in order, until `stop` says to give up; the bytes read from the checkpoint.
 
@@ -100,13 +98,10 @@ class LocalExpertBank:
             raise ModelError(_NOT_OPEN)
         if stop():
             return read
-        progress = progress or LoadProgress()
-        progress.expect(len(missing) * self._source.expert_bytes)
-        with closing(self._source.load_many(missing, before_read)) as coming:
+        with closing(self._source.load_many(missing, before_read, stop)) as coming:
             for key, weights in coming:
                 self._products.calibrate(weights)
                 self._held[key] = weights
-                progress.add(weights.nbytes)
                 if weights.mapped:
                     self.bytes_mapped += weights.nbytes
                 else:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import re
 import threading
+import zlib
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from membership.base.errors import ModelError
-from workers.model.checkpoint import Checkpoint
-from workers.model.shared_weights import Mapped, SharedWeights
+from workers.model.checkpoint import Checkpoint, Stored, memory_of
+from workers.model.shared_weights import Entry, Mapped, Session, SharedWeights, Slot, copied
 from workers.model.weight_digests import expert_digest
+from workers.protocol.load_progress import LoadProgress
+from workers.protocol.weight_client import BATCH
 
 PARAMETERS = ("gate_up_proj", "down_proj")
-AT_ONCE = 16  # experts that are asked of the store before any of them is used
+SHARD_BYTES = 512 << 20  # of one shard in the host's store
 _EXPERT_INDEX = re.compile(r"\.experts\.(\d+)\.")
 
 
@@ -41,6 +45,34 @@ def _expert_name(layer: int, expert: int) -> str:
     return f"expert/{layer}/{expert}"
 
 
+class LoadStopped(Exception):
+    """The load is not wanted any more."""
+
+
+class _Pace(NamedTuple):
+    """What happens between two experts of a shard."""
+
+    session: Session
+    before_read: Callable[[], object]
+    stop: Callable[[], bool]
+    progress: LoadProgress
+
+    def entry(self, entry: Entry) -> Entry:
+        """The same, with a look around before it is filled."""
+
+        def fill(slot: Slot, room: Tensor) -> int:
+            if slot is entry.slots[0]:
+                if self.stop():
+                    raise LoadStopped
+                self.before_read()
+            self.session.still_reads()
+            checksum = slot.fill(room)
+            self.progress.add(slot.nbytes)
+            return checksum
+
+        return entry._replace(slots=[slot._replace(fill=partial(fill, slot)) for slot in entry.slots])
+
+
 class ExpertSource:
     """Knows which tensors make up each expert, and assembles one at a time, unless the host's store has it."""
 
@@ -52,7 +84,9 @@ class ExpertSource:
         fill: Callable[[ExpertSource], object],
         shared: SharedWeights | None = None,
         expert_bytes: int = 0,
+        progress: LoadProgress | None = None,
     ) -> None:
+        self._progress = progress or LoadProgress()
         self.expert_bytes = expert_bytes  # of one expert in one layer
         self._checkpoint = checkpoint
         self._dtype = dtype
@@ -82,48 +116,105 @@ class ExpertSource:
         return weights
 
     def load_many(
-        self, wanted: Iterable[tuple[int, int]], before_read: Callable[[], object] = lambda: None
+        self,
+        wanted: Iterable[tuple[int, int]],
+        before_read: Callable[[], object] = lambda: None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> Generator[tuple[tuple[int, int], ExpertWeights]]:
-        """Get experts one after the other, in order; `before_read` is called before each that the store lacks."""
-        left = list(wanted)
-        try:
-            while left:
-                some, left = left[:AT_ONCE], left[AT_ONCE:]
-                there = self._shared.find([_expert_name(*key) for key in some]) if self._shared else {}
-                for key in some:
-                    found = there.get(_expert_name(*key))
-                    if found is None:
-                        before_read()
-                    yield key, self._placed(found, mapped=True) if found else self._read(*key)
-        finally:
-            if self._shared is not None:
-                self._shared.report()
+        """Get experts one after the other, until `stop`; `before_read` is called before each that is read.
 
-    def _read(self, layer: int, expert: int) -> ExpertWeights:
-        """Read an expert from the checkpoint, and leave it to the host's store."""
+        In order, save that what another rank of the host is reading comes later: they divide the reading.
+        """
+        left = list(wanted)
+        self._progress.expect(len(left) * self.expert_bytes)
+        if self._shared is None:
+            for key in left:
+                before_read()
+                yield key, self._placed(self._entry(*key).alone(), mapped=False)
+                self._progress.add(self.expert_bytes)
+            return
+        with self._shared.session(self._progress) as session:
+            pace, barren = _Pace(session, before_read, stop, self._progress), 0
+            while left and not stop():
+                some = left[: max(1, min(BATCH, len(left) // 4, SHARD_BYTES // max(1, self.expert_bytes)))]
+                names = {_expert_name(*key): key for key in some}
+                found, ours = session.claim(list(names))
+                barren = 0 if found or ours else barren + len(some)
+                if barren >= len(left):  # other ranks read all that is left
+                    barren, ours = 0, [] if session.wait() else list(names)
+                try:
+                    read = self._read([self._entry(*names[name]) for name in ours], pace)
+                except LoadStopped:
+                    return
+                there = [name for name in names if name in found or name in read]
+                left = left[len(some) :] + [key for name, key in names.items() if name not in there]
+                self._progress.add(len(found.keys() - read) * self.expert_bytes)
+                for name in there:
+                    yield names[name], self._placed(read.get(name) or found[name], mapped=name in found)
+            self._shared.report()
+
+    def _read(self, entries: list[Entry], pace: _Pace) -> dict[str, Mapped]:
+        """Read experts from the checkpoint, straight into the host's store if that has room."""
+        if not entries:
+            return {}
+        kept = self._shared.fill([pace.entry(entry) for entry in entries]) if self._shared is not None else {}
+        return {entry.name: kept.get(entry.name) or entry.alone() for entry in entries}
+
+    def _entry(self, layer: int, expert: int) -> Entry:
         with self._filling:
             if not self._filled:
                 self._fill(self)
                 self._filled = True
-        made = {name: self._parameter(layer, expert, name) for name in PARAMETERS}
-        read = Mapped(made, expert_digest(made.values()))
-        kept = self._shared.put(_expert_name(layer, expert), made, read.note) if self._shared else None
-        return self._placed(kept or read, mapped=False)
+        return Entry(
+            _expert_name(layer, expert), [self._slot(layer, expert, name) for name in PARAMETERS], expert_digest
+        )
 
     def _placed(self, found: Mapped, *, mapped: bool) -> ExpertWeights:
         gate_up, down = (found.tensors[name].to(self._device) for name in PARAMETERS)
         return ExpertWeights(gate_up.t(), down.t(), mapped, found.note)
 
-    def _parameter(self, layer: int, expert: int, parameter: str) -> Tensor:
+    def _slot(self, layer: int, expert: int, parameter: str) -> Slot:
         fused = self._fused.get((layer, parameter))
         if fused is not None:
-            merged = self._checkpoint.read(fused, expert)
-        else:
-            parts = self._parts.get((layer, expert, parameter))
-            if not parts:
-                raise ModelError(f"the checkpoint lacks {parameter} of expert {expert} in MoE layer {layer}")
-            merged = self._merge(parameter, {pattern: [self._checkpoint.read(name)] for pattern, name in parts})
-        return merged.to(self._dtype).contiguous()
+            return self._direct(parameter, [self._checkpoint.stored(fused, expert)])
+        parts = self._parts.get((layer, expert, parameter))
+        if not parts:
+            raise ModelError(f"the checkpoint lacks {parameter} of expert {expert} in MoE layer {layer}")
+        names = dict(parts)
+        if (order := self._row_wise(parameter, names)) is not None:
+            return self._direct(parameter, [self._checkpoint.stored(names[pattern]) for pattern in order])
+        merged = self._merge(parameter, {pattern: [self._checkpoint.read(name)] for pattern, name in parts})
+        return Slot(parameter, self._dtype, tuple(merged.shape), copied(merged))
+
+    def _row_wise(self, parameter: str, names: Mapping[str, str]) -> list[str] | None:
+        """The patterns in the order in which the rows of their tensors make up the parameter; None: it is not so."""
+        from transformers.core_model_loading import Concatenate, MergeModulelist
+
+        rule = self._converters[parameter]
+        patterns: list[str] = list(rule.source_patterns)
+        kinds = [(type(op), getattr(op, "dim", None)) for op in rule.operations]
+        usual = kinds == [(MergeModulelist, 0)] and len(patterns) == 1
+        usual |= kinds == [(MergeModulelist, 0), (Concatenate, 1)]
+        return patterns if usual and names.keys() == set(patterns) else None
+
+    def _direct(self, parameter: str, parts: Sequence[Stored]) -> Slot:
+        """A slot that is read from the file, part after part."""
+        rows = sum(part.shape[0] for part in parts)
+
+        def fill(room: Tensor) -> int:
+            checksum, first = 0, 0
+            for part in parts:
+                target = room[first : first + part.shape[0]]
+                first += part.shape[0]
+                if part.dtype == room.dtype:
+                    checksum = self._checkpoint.read_into(part, memory_of(target), checksum)
+                else:
+                    made = torch.empty(part.shape, dtype=part.dtype)
+                    self._checkpoint.read_into(part, memory_of(made))
+                    checksum = zlib.crc32(memory_of(target.copy_(made)), checksum)
+            return checksum
+
+        return Slot(parameter, self._dtype, (rows, *parts[0].shape[1:]), fill)
 
     def _merge(self, parameter: str, tensors: dict[str, Any]) -> Tensor:
         """Apply transformers' merge rule to the parts of a single expert."""

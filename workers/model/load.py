@@ -9,8 +9,9 @@ So a new rank gets what its host serves, also when the checkpoint's files have b
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,13 @@ from membership.base.enums import Device, Dtype
 from membership.base.errors import ModelError
 from workers.model import hooks
 from workers.model.backend import Backend
-from workers.model.checkpoint import Checkpoint
+from workers.model.checkpoint import Checkpoint, memory_of
 from workers.model.code import code_version
 from workers.model.content import CONFIG_FILE, Stamps, changed, changed_files, file_digest, name_of, stamp_files
 from workers.model.devices import open_backend
 from workers.model.expert_source import ExpertSource
 from workers.model.families import ModelInfo, read_model_info
-from workers.model.shared_weights import Served, SharedWeights
+from workers.model.shared_weights import Entry, Mapped, Served, SharedWeights, Slot, copied
 from workers.model.weight_digests import dense_digest
 from workers.protocol.load_progress import LoadProgress
 from workers.protocol.weight_client import WeightClient
@@ -143,9 +144,9 @@ def load_model(
     checkpoint = Checkpoint(info.path, made.stamps, progress)
     files = _Files(made, checkpoint)
     expert_bytes = info.expert_bytes(str(kind).removeprefix("torch."))
-    source = ExpertSource(checkpoint, kind, backend.device, files.add_experts, shared, expert_bytes)
+    source = ExpertSource(checkpoint, kind, backend.device, files.add_experts, shared, expert_bytes, progress)
     try:
-        digest = _load_weights(made, files, shared, backend.device)
+        digest = _load_weights(made, files, shared, backend.device, progress)
         if host is not None and served is None:
             host.note_served(Served(made.stamps, made.config_digest))
     except BaseException:
@@ -209,37 +210,66 @@ class _Files:
         for entry in self._sorted[1]:
             source.add(*entry)
 
-    def read_dense(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Read everything but the routed experts, in the type it is computed in."""
+    def dense(self, dtype: torch.dtype) -> Entry:
+        """Everything but the routed experts, in the type it is computed in."""
         strict = [re.compile(p) for p in self._model._keep_in_fp32_modules_strict or ()]
         kinds = {key: torch.float32 if any(p.search(key) for p in strict) else dtype for key in self._sorted[0]}
-        return {key: self._checkpoint.read(name).to(kinds[key]) for key, name in self._sorted[0].items()}
+        return Entry(DENSE, [self._slot(key, kinds[key], name) for key, name in self._sorted[0].items()], dense_digest)
+
+    def _slot(self, key: str, dtype: torch.dtype, name: str) -> Slot:
+        stored = self._checkpoint.stored(name)
+
+        def fill(room: Tensor) -> int:
+            if stored.dtype == dtype:
+                return self._checkpoint.read_into(stored, memory_of(room))
+            return copied(self._checkpoint.read(name))(room)
+
+        return Slot(key, dtype, stored.shape, fill)
 
 
-def _load_weights(made: Skeleton, files: _Files, shared: SharedWeights | None, device: torch.device) -> str:
+def _load_weights(
+    made: Skeleton, files: _Files, shared: SharedWeights | None, device: torch.device, progress: LoadProgress
+) -> str:
     """Fill the model; the digest of its weights."""
     model = made.model
-    found = shared.find([DENSE]).get(DENSE) if shared is not None else None
-    tensors = found.tensors if found is not None else files.read_dense(made.dtype)
-    digest = found.note.decode() if found is not None else dense_digest(tensors)
-    _assign_all(model, tensors, device)
-    if found is None and shared is not None and (kept := shared.put(DENSE, tensors, digest.encode())) is not None:
-        _assign_all(model, kept.tensors, device)
-        digest = kept.note.decode()
+    got = _dense(files, made.dtype, shared, progress)
+    for key, tensor in got.tensors.items():
+        _assign(model, key, tensor.to(device))
     if shared is not None:
         shared.report()
     # As transformers does: an output layer of its own is used even where config.json says that it is the embeddings.
-    model.tie_weights(missing_keys=set(model.state_dict()) - tensors.keys(), recompute_mapping=False)
+    model.tie_weights(missing_keys=set(model.state_dict()) - got.tensors.keys(), recompute_mapping=False)
     _rebuild_computed_buffers(model, device)
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if left:
         raise ModelError(f"the checkpoint lacks {len(left)} tensors, first {left[0]}", hint="is it complete?")
-    return digest
+    return got.note.decode()
 
 
-def _assign_all(model: Any, tensors: dict[str, Tensor], device: torch.device) -> None:
-    for key, tensor in tensors.items():
-        _assign(model, key, tensor.to(device))
+def _dense(files: _Files, dtype: torch.dtype, shared: SharedWeights | None, progress: LoadProgress) -> Mapped:
+    """From the host's store, else from the checkpoint: one rank of the host reads it, the others wait for that."""
+
+    def counted(entry: Entry, still_reads: Callable[[], object]) -> Entry:
+        def fill(slot: Slot, room: Tensor) -> int:
+            still_reads()
+            checksum = slot.fill(room)
+            progress.add(slot.nbytes)
+            return checksum
+
+        progress.expect(sum(slot.nbytes for slot in entry.slots))
+        return entry._replace(slots=[slot._replace(fill=partial(fill, slot)) for slot in entry.slots])
+
+    if shared is None:
+        return counted(files.dense(dtype), lambda: None).alone()
+    with shared.session(progress) as session:
+        while True:
+            found, ours = session.claim([DENSE])
+            if DENSE in found:
+                return found[DENSE]
+            if ours or not session.wait():
+                entry = files.dense(dtype)
+                kept = shared.fill([counted(entry, session.still_reads)])
+                return kept.get(DENSE) or entry.alone()
 
 
 def _assign(model: nn.Module, key: str, tensor: Tensor) -> None:

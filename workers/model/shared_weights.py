@@ -1,9 +1,11 @@
 """A rank's side of its host's weight store: maps what is there, deposits what it had to load.
 
-An entry holds named tensors in the very layout that the kernels use: first a header, then each tensor at a multiple of
-64 bytes, which is also what torch's own allocator gives, so kernels that choose by alignment choose alike. Mapped
-memory is read-only: a stray write is a fault and not a wrong answer in every rank of the host. The first rank that maps
-an entry compares its checksum; if it is wrong, the entry is dropped and the checkpoint is read instead.
+A shard holds the tensors of one or several entries in the very layout that the kernels use: each at a multiple of 64
+bytes, which is also what torch's own allocator gives, so kernels that choose by alignment choose alike; then a header.
+Weights are read straight into it, and the checksum of each tensor, which the header has, is made while it is read. So
+a load takes no private memory, and what a later rank compares is what came from the file. Mapped memory is read-only: a
+stray write is a fault and not a wrong answer in every rank of the host. The first other rank that maps a shard compares
+its checksums; if one is wrong, the shard is dropped and the checkpoint is read instead.
 
 `torch.frombuffer` warns about read-only memory, and switching warnings off is not for threads: it is given a ctypes
 array at the mapping's address, which each tensor keeps alive, and with whose end the mapping ends.
@@ -18,25 +20,33 @@ import mmap
 import os
 import struct
 import threading
+import time
 import weakref
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
+import numpy as np
 import structlog
 import torch
 from torch import Tensor
 
 from membership.base.errors import ModelError, QueueError, WaitTimeout
+from workers.ipc.handover import Link
+from workers.model.checkpoint import memory_of
 from workers.model.content import Stamps
-from workers.protocol.weight_client import BATCH, SEALS, Held, WeightClient
+from workers.model.weight_digests import Part
+from workers.protocol.load_progress import LoadProgress
+from workers.protocol.weight_client import BATCH, SEALS, Held, Shards, WeightClient
 
 ALIGN = 64
-LAYOUT = 1  # of entries; a rank with another one asks for other keys
+LAYOUT = 2  # of entries; a rank with another one asks for other keys
 SERVED = "served"  # an entry without tensors
-_PREFIX = struct.Struct("<Q")
+_SUFFIX = struct.Struct("<Q")
+SIGN_EVERY_S, SIGN_TIMEOUT_S = 1.0, 15.0  # of a rank that reads what others wait for
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -50,15 +60,17 @@ class WeightsCorrupt(ModelError):
 
 
 class _Place(msgspec.Struct, frozen=True, array_like=True):
+    entry: str
     name: str
     dtype: str
-    shape: list[int]
+    shape: tuple[int, ...]
     offset: int
+    checksum: int
 
 
 class _Header(msgspec.Struct, frozen=True, array_like=True):
     places: list[_Place]
-    note: bytes
+    notes: dict[str, bytes]
 
 
 class Mapped(msgspec.Struct, frozen=True):
@@ -66,6 +78,47 @@ class Mapped(msgspec.Struct, frozen=True):
 
     tensors: dict[str, Tensor]
     note: bytes = b""
+
+
+class Slot(NamedTuple):
+    """A tensor to be: `fill` writes all of it and returns the CRC-32 of its bytes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    fill: Callable[[Tensor], int]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory it takes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def part(self, tensor: Tensor) -> Part:
+        """Fill it; what was written."""
+        return Part(self.name, self.dtype, self.shape, self.fill(tensor))
+
+
+class Entry(NamedTuple):
+    """An entry to be: `note` is made of what was written."""
+
+    name: str
+    slots: Sequence[Slot]
+    note: Callable[[Sequence[Part]], bytes]
+
+    def alone(self) -> Mapped:
+        """It in memory of this process."""
+        tensors = {slot.name: torch.empty(slot.shape, dtype=slot.dtype) for slot in self.slots}
+        return Mapped(tensors, self.note([slot.part(tensors[slot.name]) for slot in self.slots]))
+
+
+def copied(tensor: Tensor) -> Callable[[Tensor], int]:
+    """Fills a slot from a tensor that is there."""
+
+    def fill(room: Tensor) -> int:
+        room.copy_(tensor)
+        return zlib.crc32(memory_of(room))
+
+    return fill
 
 
 class Served(msgspec.Struct, frozen=True):
@@ -82,25 +135,64 @@ class SharedWeights:
         self._client = client
         self._scope = f"{scope}/layout{LAYOUT}"
         self._lock = threading.Lock()
-        self._right: list[tuple[str, int]] = []
-        self._wrong: list[tuple[str, int]] = []
+        self._right: list[tuple[int, int]] = []
+        self._wrong: list[tuple[int, int]] = []
+        self._pages: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self._failed = False
 
     def find(self, names: Sequence[str]) -> dict[str, Mapped]:
         """Map what the store has of `names`."""
         found: dict[str, Mapped] = {}
         for start in range(0, len(names), BATCH):
-            part = {self._key(name): name for name in names[start : start + BATCH]}
-            answer = self._ask(lambda keys=tuple(part): self._client.find(keys)) or {}  # type: ignore[misc]
-            for key, (held, fd) in answer.items():
-                if (mapped := self._open(held, fd)) is not None:
-                    found[part[key]] = mapped
+            keys = [self._key(name) for name in names[start : start + BATCH]]
+            found |= self._opened(self._ask(lambda keys=keys: self._client.find(keys)) or [])  # type: ignore[misc]
         return found
+
+    @contextmanager
+    def session(self, progress: LoadProgress) -> Iterator[Session]:
+        """For a load: what it claims is its to read until the end. That other ranks still read is progress."""
+        news = threading.Event()
+
+        def on_news() -> None:
+            progress.mark()
+            news.set()
+
+        link, number = self._ask(lambda: self._client.join(on_news)) or (None, 0)
+        try:
+            yield Session(self, link, number, news)
+        finally:
+            if link is not None:
+                link.close()
+
+    def claim(self, session: int, names: Sequence[str]) -> tuple[dict[str, Mapped], list[str]]:
+        """Map what the store has of `names` (at most BATCH), and say which of the rest this session must read."""
+        keys = {self._key(name): name for name in names}
+        answer = self._ask(lambda: self._client.claim(session, list(keys)))
+        if answer is None:
+            return {}, list(names)
+        found = self._opened(answer[0])
+        damaged = {key for held, _ in answer[0] for key in held.keys if keys[key] not in found}
+        return found, [keys[key] for key in keys if key in damaged or key in answer[1]]
 
     def put(self, name: str, tensors: Mapping[str, Tensor], note: bytes = b"") -> Mapped | None:
         """Deposit, and map what the store holds then: this, or what came first. None: it has nothing, keep your own."""
-        answer = self._ask(lambda: self._deposit(self._key(name), tensors, note))
-        return self._open(*answer) if answer is not None else None
+        slots = [Slot(key, tensor.dtype, tuple(tensor.shape), copied(tensor)) for key, tensor in tensors.items()]
+        return self.fill([Entry(name, slots, lambda parts: note)]).get(name)
+
+    def fill(self, entries: Sequence[Entry]) -> dict[str, Mapped]:
+        """Write one shard of these entries, deposit it and map what the store holds then. Empty: it could not be."""
+
+        def deposit() -> tuple[int, Shards]:
+            keyed = [entry._replace(name=self._key(entry.name)) for entry in entries]
+            fd, checksum = write_shard(keyed)
+            try:
+                return checksum, self._client.deposit([entry.name for entry in keyed], checksum, fd)
+            finally:
+                os.close(fd)
+
+        checksum, shards = self._ask(deposit) or (0, [])
+        # What this rank has just read is right; that it is the same in the store is for the first other one to see.
+        return self._opened(shards, trusted=checksum)
 
     def book(self, nbytes: int) -> float:
         """Seconds to wait before `nbytes` of the checkpoint are read, so that serving ranks keep their bandwidth."""
@@ -135,95 +227,150 @@ class SharedWeights:
             self._failed = True  # said once; asked again all the same
             return None
 
-    def _deposit(self, key: str, tensors: Mapping[str, Tensor], note: bytes) -> tuple[Held, int]:
-        fd, checksum = write_entry(tensors, note)
-        try:
-            return self._client.deposit(key, checksum, fd)
-        finally:
-            os.close(fd)
+    def _opened(self, shards: Shards, trusted: int | None = None) -> dict[str, Mapped]:
+        """Map shards and close their descriptors; the entries that were asked for, of those that are not damaged."""
+        found: dict[str, Mapped] = {}
+        for held, fd in shards:
+            try:
+                entries = self._mapped(held, fd, check=not held.verified and held.checksum != trusted)
+            except WeightsCorrupt as error:
+                log.error("weights_corrupt", keys=held.keys, error=str(error))
+                with self._lock:
+                    self._wrong.append((held.shard, held.checksum))
+                self.report()  # so that no other rank maps it
+            except OSError as error:
+                log.warning("weights_not_mapped", keys=held.keys, error=str(error))
+            else:
+                found |= {key.removeprefix(f"{self._scope}/"): entries[key] for key in held.keys if key in entries}
+            finally:
+                os.close(fd)
+        return found
 
-    def _open(self, held: Held, fd: int) -> Mapped | None:
-        """Map an entry and close the descriptor; None if it is damaged or there is no room."""
-        try:
-            mapped = map_entry(fd, held)
-        except WeightsCorrupt as error:
-            log.error("weights_corrupt", key=held.key, error=str(error))
+    def _mapped(self, held: Held, fd: int, *, check: bool) -> dict[str, Mapped]:
+        """All entries of a shard; mapped once, for as long as a tensor of it is in use."""
+        with self._lock:
+            pages = self._pages.get(held.shard)
+        if pages is None:
+            pages = map_shard(fd, held)
+            if check:
+                compare(pages, held)
+                with self._lock:
+                    self._right.append((held.shard, held.checksum))
             with self._lock:
-                self._wrong.append((held.key, held.checksum))
-            self.report()  # so that no other rank maps it
-            return None
-        except OSError as error:
-            log.warning("weights_not_mapped", key=held.key, error=str(error))
-            return None
-        finally:
-            os.close(fd)
-        if not held.verified:
-            with self._lock:
-                self._right.append((held.key, held.checksum))
-        return mapped
+                self._pages[held.shard] = pages
+        return entries_of(pages, held)
 
 
-def write_entry(tensors: Mapping[str, Tensor], note: bytes = b"") -> tuple[int, int]:
-    """Copy tensors into a new sealed memfd: its descriptor, which is the caller's, and its checksum."""
-    places, offset = [], 0
-    for name, tensor in tensors.items():
-        places.append(_Place(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), offset))
-        offset += -(-tensor.nbytes // ALIGN) * ALIGN
-    header = msgspec.msgpack.encode(_Header(places, note))
-    start = _first(len(header))
-    size = start + offset
+class Session:
+    """The claims of one load."""
+
+    def __init__(self, shared: SharedWeights, link: Link | None, number: int, news: threading.Event) -> None:
+        self._shared, self._link, self._number, self._news = shared, link, number, news
+        self._told = 0.0
+
+    def claim(self, names: Sequence[str]) -> tuple[dict[str, Mapped], list[str]]:
+        """See `SharedWeights.claim`. What is in neither is being read by another rank: `wait`, and claim again."""
+        return self._shared.claim(self._number, names)
+
+    def wait(self) -> bool:
+        """Until another rank has deposited, still reads, or has gone, since the last wait. False: no sign of any, so
+        read it as well."""
+        if self._link is None or self._link.gone or not self._news.wait(SIGN_TIMEOUT_S):
+            return False
+        self._news.clear()
+        return True
+
+    def still_reads(self) -> None:
+        """To be called while something is read; the ranks that wait for it are told now and then."""
+        now = time.monotonic()
+        if self._link is not None and now >= self._told + SIGN_EVERY_S:
+            self._told = now
+            with suppress(QueueError):  # without the store nobody waits
+                self._link.send(b".")
+
+
+def write_shard(entries: Sequence[Entry]) -> tuple[int, int]:
+    """Fill a new sealed memfd: its descriptor, which is the caller's, and its header's checksum."""
+    size = sum(_aligned(slot.nbytes) for entry in entries for slot in entry.slots)
     fd = os.memfd_create("elastic-ep-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        os.ftruncate(fd, size)
-        os.posix_fallocate(fd, 0, size)  # a lack of memory is an error here, not a SIGBUS below
-        with mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE) as memory:
-            memory[: _PREFIX.size + len(header)] = _PREFIX.pack(len(header)) + header
-            for place, tensor in zip(places, tensors.values(), strict=True):
-                _fill(memory, start + place.offset, tensor)
-            checksum = zlib.crc32(memory)
+        places, notes = _filled(fd, size, entries) if size else ([], {e.name: e.note(()) for e in entries})
+        header = msgspec.msgpack.encode(_Header(places, notes))
+        os.pwrite(fd, header + _SUFFIX.pack(len(header)), size)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS | fcntl.F_SEAL_SEAL)  # fails while anybody could still write
     except BaseException:
         os.close(fd)
         raise
-    return fd, checksum
+    return fd, zlib.crc32(header)
 
 
-def _first(header: int) -> int:
-    return -(-(_PREFIX.size + header) // ALIGN) * ALIGN
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGN) * ALIGN
 
 
-def _fill(memory: mmap.mmap, offset: int, tensor: Tensor) -> None:
-    if not tensor.nbytes:
-        return
-    target = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
-    target.view(tensor.shape).copy_(tensor)
+def _filled(fd: int, size: int, entries: Sequence[Entry]) -> tuple[list[_Place], dict[str, bytes]]:
+    places, notes, offset = [], {}, 0
+    os.ftruncate(fd, size)
+    os.posix_fallocate(fd, 0, size)  # a lack of memory is an error here, not a SIGBUS below
+    memory = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+    for entry in entries:
+        parts = []
+        for slot in entry.slots:
+            part = slot.part(_tensor(memory, slot.dtype, slot.shape, offset))
+            dtype = str(slot.dtype).removeprefix("torch.")
+            places.append(_Place(entry.name, slot.name, dtype, slot.shape, offset, part.checksum))
+            parts.append(part)
+            offset += _aligned(slot.nbytes)
+        notes[entry.name] = entry.note(parts)
+    memory.close()  # after an error it goes with the last tensor of its traceback
+    return places, notes
 
 
-def map_entry(fd: int, held: Held) -> Mapped:
-    """Map a sealed memfd read-only and, unless that was done before, compare its checksum. WeightsCorrupt, OSError."""
+def _tensor(memory: Any, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> Tensor:
+    count = math.prod(shape)
+    flat = torch.frombuffer(memory, dtype=dtype, count=count, offset=offset) if count else torch.empty(0, dtype=dtype)
+    return flat.view(shape)
+
+
+def map_shard(fd: int, held: Held) -> Any:
+    """Map a sealed memfd read-only. WeightsCorrupt, OSError."""
     size = os.fstat(fd).st_size
     if size != held.size or fcntl.fcntl(fd, fcntl.F_GET_SEALS) & SEALS != SEALS:
-        raise WeightsCorrupt(f"{held.key}: {size} bytes instead of {held.size}, or not sealed")
-    pages = _map(fd, size)
-    if not held.verified and zlib.crc32(pages) != held.checksum:
-        raise WeightsCorrupt(f"{held.key}: its bytes do not have the checksum they were deposited with")
-    address = ctypes.addressof(pages)
-    try:
-        (length,) = _PREFIX.unpack_from(pages)
-        header = msgspec.msgpack.decode(ctypes.string_at(address + _PREFIX.size, length), type=_Header)
-    except (msgspec.MsgspecError, struct.error) as error:
-        raise WeightsCorrupt(f"{held.key}: no header") from error
-    start = _first(length)
-    tensors = {}
+        raise WeightsCorrupt(f"{held.keys}: {size} bytes instead of {held.size}, or not sealed")
+    return _map(fd, size)
+
+
+def compare(pages: Any, held: Held) -> None:
+    """WeightsCorrupt unless header and tensors have the checksums that they were deposited with."""
+    memory = _bytes(pages)
+    header = _header(memory, held)
+    good = zlib.crc32(msgspec.msgpack.encode(header)) == held.checksum
     for place in header.places:
-        count = math.prod(place.shape)
-        dtype = getattr(torch, place.dtype)
-        if count:
-            flat = torch.frombuffer(pages, dtype=dtype, count=count, offset=start + place.offset)
-        else:
-            flat = torch.empty(0, dtype=dtype)
-        tensors[place.name] = flat.view(place.shape)
-    return Mapped(tensors, header.note)
+        nbytes = math.prod(place.shape) * getattr(torch, place.dtype).itemsize
+        good = good and zlib.crc32(memory[place.offset : place.offset + nbytes]) == place.checksum
+    if not good:
+        raise WeightsCorrupt(f"{held.keys}: its bytes do not have the checksum they were deposited with")
+
+
+def entries_of(pages: Any, held: Held) -> dict[str, Mapped]:
+    """The entries of a mapped shard."""
+    header = _header(_bytes(pages), held)
+    made = {name: Mapped({}, note) for name, note in header.notes.items()}
+    for place in header.places:
+        made[place.entry].tensors[place.name] = _tensor(pages, getattr(torch, place.dtype), place.shape, place.offset)
+    return made
+
+
+def _bytes(pages: Any) -> memoryview:
+    return np.frombuffer(pages, np.uint8).data
+
+
+def _header(memory: memoryview, held: Held) -> _Header:
+    try:
+        (length,) = _SUFFIX.unpack(memory[-_SUFFIX.size :])
+        return msgspec.msgpack.decode(memory[-_SUFFIX.size - length : -_SUFFIX.size], type=_Header)
+    except (msgspec.MsgspecError, struct.error) as error:
+        raise WeightsCorrupt(f"{held.keys}: no header") from error
 
 
 def _map(fd: int, size: int) -> Any:

@@ -1,7 +1,8 @@
-"""Digests of weights by content, computed while they are loaded: 3.8 GB/s, where blake2b makes 0.7.
+"""Digests of weights by content, from the checksums of their tensors, which are made while they are read.
 
-CRC-32 of each tensor, in the type it is computed in: it is to tell models apart, not to withstand an attacker, who
-could replace our code as well. All that a rank holds besides routed experts makes one digest, each expert its own.
+CRC-32 of each tensor, in the type it is computed in (3.8 GB/s, where blake2b makes 0.7): it is to tell models apart,
+not to withstand an attacker, who could replace our code as well. All that a rank holds besides routed experts makes one
+digest, each expert its own.
 """
 
 from __future__ import annotations
@@ -9,32 +10,35 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from membership.store.records import DIGEST_BYTES
 
 
-def _crc(tensor: Tensor, start: int = 0) -> int:
-    flat = tensor.detach().contiguous().reshape(-1)
-    return zlib.crc32(flat.view(torch.uint8).numpy().data, start) if flat.numel() else start
+class Part(NamedTuple):
+    """One tensor of what is digested, by its bytes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    checksum: int  # CRC-32
 
 
-def dense_digest(tensors: Mapping[str, Tensor]) -> str:
+def dense_digest(parts: Iterable[Part]) -> bytes:
     """Of everything but the routed experts."""
     digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {_crc(tensor):08x}|".encode())
-    return digest.hexdigest()[:16]
+    for part in sorted(parts):
+        digest.update(f"{part.name} {part.dtype} {part.shape} {part.checksum:08x}|".encode())
+    return digest.hexdigest()[:16].encode()
 
 
-def expert_digest(tensors: Iterable[Tensor]) -> bytes:
+def expert_digest(parts: Iterable[Part]) -> bytes:
     """Of one expert. Never zeros: those stand for an expert that is not known."""
     found = 0
-    for tensor in tensors:
-        found = _crc(tensor, found)
+    for part in parts:
+        found = zlib.crc32(part.checksum.to_bytes(4, "big"), found)
     return (found or 1).to_bytes(DIGEST_BYTES, "big")
 
 

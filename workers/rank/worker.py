@@ -27,6 +27,7 @@ from workers.protocol.bandwidth import Brake
 from workers.protocol.identity import Identity
 from workers.protocol.load_progress import LoadProgress
 from workers.protocol.messages import CopyBlocks, StepBatch, StepResult, StepStatus
+from workers.rank.environment import give_memory_back
 from workers.rank.worker_api import WorkerContext
 
 if TYPE_CHECKING:
@@ -111,8 +112,9 @@ class Preparation:
         bank, mapped = self._worker.bank, self._worker.bank.bytes_mapped
         brake = self._worker.brake(self.view, self._stopped.wait)
         with self._worker.progress.loading():
-            self.bytes_loaded = bank.load_all(wanted, self._stopped.is_set, brake, self._worker.progress)
+            self.bytes_loaded = bank.load_all(wanted, self._stopped.is_set, brake)
         self.bytes_mapped = bank.bytes_mapped - mapped
+        give_memory_back()
 
 
 def experts_of(view: View, rank: int) -> frozenset[tuple[int, int]]:

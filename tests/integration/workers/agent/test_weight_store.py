@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,20 @@ from workers.model.calibrations import Calibrations
 from workers.model.expert_bank import LocalExpertBank
 from workers.model.load import LoadedModel, load_model
 from workers.model.runner import ModelRunner
-from workers.model.shared_weights import SharedWeights, WeightsCorrupt, map_entry, write_entry
+from workers.model.shared_weights import (
+    Entry,
+    SharedWeights,
+    Slot,
+    WeightsCorrupt,
+    compare,
+    copied,
+    entries_of,
+    map_shard,
+    write_shard,
+)
+from workers.protocol.load_progress import LoadProgress
 from workers.protocol.messages import Sampling, SeqChunk
-from workers.protocol.weight_client import Held, WeightClient
+from workers.protocol.weight_client import SEALS, Held, WeightClient
 
 pytestmark = pytest.mark.integration
 
@@ -51,6 +65,12 @@ def host() -> Iterator[Host]:
         yield made
     finally:
         made.store.close()
+
+
+def shard(key: str, tensors: dict[str, Any]) -> tuple[int, int]:
+    """A sealed memfd and its checksum."""
+    slots = [Slot(name, tensor.dtype, tuple(tensor.shape), copied(tensor)) for name, tensor in tensors.items()]
+    return write_shard([Entry(key, slots, lambda parts: b"note")])
 
 
 def run(loaded: LoadedModel) -> tuple[list[Any], LocalExpertBank]:
@@ -100,7 +120,8 @@ def test_mapped_weights_give_the_bits_of_loaded_ones(
         assert torch.equal(tensor, shared[name]), name
         assert tensor.dtype == shared[name].dtype, name
     assert all(w.gate_up.data_ptr() % 64 == w.down.data_ptr() % 64 == 0 for w in again._held.values())
-    assert ("weights_held", {"entries": len(host.store.keys), "bytes": held}) in host.events
+    counts = {"entries": len(host.store.keys), "bytes": held, "shards": len(host.store._shards)}
+    assert ("weights_held", counts) in host.events
     assert "weights_dropped" not in host.kinds()
 
 
@@ -108,10 +129,10 @@ def test_stored_weights_cannot_be_written_to(host: Host) -> None:
     import torch
 
     client = host.client()
-    fd, checksum = write_entry({"w": torch.ones(3, 5)})
-    os.close(client.deposit("k", checksum, fd)[1])
+    fd, checksum = shard("k", {"w": torch.ones(3, 5)})
+    os.close(client.deposit(["k"], checksum, fd)[0][1])
     os.close(fd)
-    held, theirs = client.find(["k", "absent"])["k"]
+    ((held, theirs),) = client.find(["k", "absent"])
     try:
         for attempt in (
             lambda: mmap.mmap(theirs, held.size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE),
@@ -121,7 +142,7 @@ def test_stored_weights_cannot_be_written_to(host: Host) -> None:
             with pytest.raises(OSError) as refused:  # noqa: PT011 - the number is looked at
                 attempt()
             assert refused.value.errno in (errno.EPERM, errno.EACCES)
-        assert map_entry(theirs, held).tensors["w"].tolist() == [[1.0] * 5] * 3
+        assert entries_of(map_shard(theirs, held), held)["k"].tensors["w"].tolist() == [[1.0] * 5] * 3
     finally:
         os.close(theirs)
 
@@ -131,7 +152,7 @@ def test_only_sealed_memory_is_taken(host: Host) -> None:
     try:
         os.ftruncate(fd, 4096)
         with pytest.raises(HandoverRefused, match="not one sealed piece"):
-            host.client().deposit("k", 0, fd)
+            host.client().deposit(["k"], 0, fd)
     finally:
         os.close(fd)
     assert not host.store.keys
@@ -156,19 +177,20 @@ def test_a_damaged_deposit_is_dropped_and_the_checkpoint_read(host: Host, tmp_pa
     made = load_model(path, store=host.client())
     assert made.shared is not None
     wrong = {name: tensor.clone().zero_() for name, tensor in _expert_of(made).items()}
-    fd, checksum = write_entry(wrong)
-    held, theirs = host.client().deposit(made.shared._key("expert/0/3"), checksum ^ 1, fd)
+    key = made.shared._key("expert/0/3")
+    fd, checksum = shard(key, wrong)
+    ((held, theirs),) = host.client().deposit([key], checksum ^ 1, fd)
     os.close(fd)
     with pytest.raises(WeightsCorrupt, match="checksum"):
-        map_entry(theirs, held)
+        compare(map_shard(theirs, held), held)
     os.close(theirs)
     result, bank = run(made)
     assert result == plain
     assert bank.bytes_mapped == 0
     dropped = [fields for kind, fields in host.events if kind == "weights_dropped"]
-    assert dropped == [{"key": held.key, "reason": "checksum"}]
+    assert dropped == [{"key": key, "reason": "checksum"}]
     assert run(load_model(path, store=host.client()))[0] == plain
-    assert held.key in host.store.keys, "what was read instead is there now"
+    assert key in host.store.keys, "what was read instead is there now"
 
 
 def _expert_of(loaded: LoadedModel) -> dict[str, Any]:
@@ -181,17 +203,113 @@ def _expert_of(loaded: LoadedModel) -> dict[str, Any]:
 def test_a_checksum_is_compared_once(host: Host) -> None:
     import torch
 
-    shared = SharedWeights(host.client(), "m/bf16")
-    assert shared.put("a", {"w": torch.ones(4)}, b"note") is not None
+    maker, other = (SharedWeights(host.client(), "m/bf16") for _ in range(2))
+    assert maker.put("a", {"w": torch.ones(4)}, b"note") is not None
+    maker.report()
     client = host.client()
-    (held, fd), *_ = client.find(["m/bf16/layout1/a"]).values()
-    os.close(fd)
-    assert not held.verified
-    shared.report()
-    (held, fd), *_ = client.find(["m/bf16/layout1/a"]).values()
-    assert held.verified
-    assert map_entry(fd, Held(held.key, held.size, held.checksum ^ 1, verified=True)).note == b"note"
-    os.close(fd)
+
+    def held() -> Held:
+        ((held, fd),) = client.find(["m/bf16/layout2/a"])
+        os.close(fd)
+        return held
+
+    assert not held().verified, "that the store has what its maker read is for another one to see"
+    assert other.find(["a"])["a"].note == b"note"
+    other.report()
+    assert held().verified
+
+
+def test_a_byte_that_changed_in_a_shard_is_noticed() -> None:
+    import torch
+
+    fd, checksum = shard("k", {"a": torch.ones(3), "w": torch.arange(100)})
+    copy = os.memfd_create("copy", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        size = os.fstat(fd).st_size
+        os.pwrite(copy, os.pread(fd, size, 0), 0)
+        os.pwrite(copy, b"!", 64 + 99 * 8)
+        fcntl.fcntl(copy, fcntl.F_ADD_SEALS, SEALS)
+        held = Held(1, ["k"], size, checksum, verified=False)
+        compare(map_shard(fd, held), held)
+        with pytest.raises(WeightsCorrupt, match="checksum"):
+            compare(map_shard(copy, held), held)
+    finally:
+        os.close(fd)
+        os.close(copy)
+
+
+class Rank:
+    """A rank's side of the store that loads in a thread of its own."""
+
+    def __init__(self, path: Path, host: Host) -> None:
+        self.progress = LoadProgress()
+        self.loaded = load_model(path, store=host.client(), progress=self.progress)
+        self.bank = LocalExpertBank()
+        self.runner = ModelRunner(self.loaded, self.bank, kv_blocks=16, block_size=16, max_len=256)
+        self.read = 0
+
+    def load(self, before_read: Callable[[], object] = lambda: None) -> threading.Thread:
+        info = self.loaded.info
+        every = [(layer, expert) for layer in range(info.moe_layers) for expert in range(info.experts)]
+
+        def load() -> None:
+            self.read = self.bank.load_all(every, before_read=before_read)
+
+        thread = threading.Thread(target=load)
+        thread.start()
+        return thread
+
+
+def test_ranks_of_a_host_read_each_expert_once(host: Host, tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, "mixtral", "bfloat16")
+    ranks = [Rank(path, host) for _ in range(2)]
+    both = threading.Barrier(2)
+    first = [True, True]
+
+    def meet(number: int) -> None:
+        if first[number]:  # neither has read all before the other begins
+            first[number] = False
+            both.wait(30)
+
+    try:
+        threads = [rank.load(partial(meet, number)) for number, rank in enumerate(ranks)]
+        for thread in threads:
+            thread.join(60)
+            assert not thread.is_alive()
+        one = ranks[0].loaded.source.expert_bytes
+        assert sum(rank.read for rank in ranks) == 16 * one
+        assert all(rank.read >= one for rank in ranks), "both have read"
+        assert ranks[1].loaded.checkpoint.bytes_read == ranks[1].read, "and one of them the rest of the model"
+        assert all(rank.bank.bytes_mapped + rank.read == 16 * one for rank in ranks)
+        assert len(host.store._shards) < len(host.store.keys), "a descriptor is for several experts"
+        answers = []
+        for rank in ranks:
+            rank.runner.attach(LocalExchange(rank.bank))
+            answers.append(rank.runner.run(CHUNKS))
+        assert answers[0] == answers[1] == run(load_model(path))[0]
+    finally:
+        for rank in ranks:
+            rank.runner.close()
+
+
+def test_what_a_rank_that_died_was_reading_is_read_by_another(host: Host) -> None:
+    import torch
+
+    dying, heir = (SharedWeights(host.client(), "m") for _ in range(2))
+    session = dying.session(LoadProgress())
+    with heir.session(LoadProgress()) as later:
+        claims = session.__enter__()
+        assert claims.claim(["a", "b"])[1] == ["a", "b"]
+        assert later.claim(["a", "b"]) == ({}, [])
+        claims.still_reads()
+        assert later.wait(), "it still reads"
+        dying.put("a", {"w": torch.ones(1)})
+        assert later.wait()
+        found, ours = later.claim(["a", "b"])
+        assert (list(found), ours) == (["a"], [])
+        session.__exit__(None, None, None)
+        assert later.wait(), "it has gone"
+        assert later.claim(["b"])[1] == ["b"]
 
 
 def test_a_changed_checkpoint_is_another_one_once_the_store_is_empty(host: Host, tmp_path: Path) -> None:
@@ -242,7 +360,7 @@ def test_a_store_leaves_nothing(host: Host) -> None:
     shared = SharedWeights(host.client(), "m")
     kept = shared.put("a", {"w": torch.ones(4)})
     assert kept is not None
-    assert _memfds() == 1
+    eventually(lambda: _memfds() == 1, 10, "the store's descriptor alone")
     host.store.close()
     eventually(lambda: _memfds() == 0, 10, "the descriptors to be closed")
     assert host.store.nbytes == 0
