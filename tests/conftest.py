@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -28,6 +29,8 @@ os.environ[starter.ENV] = starter.named()  # every role and cluster that a test 
 os.environ["TRITON_INTERPRET"] = "0" if Path("/dev/nvidiactl").exists() else "1"  # before anything imports triton
 for proxy in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
     os.environ.pop(proxy, None)  # the tests' own clients ask this machine only
+_cache = tempfile.TemporaryDirectory(prefix="elastic-ep-cache-")  # of this process, and gone with it
+os.environ["ELASTIC_CACHE_DIR"] = _cache.name
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, what the tests start would ignore it too
 hypothesis.settings.register_profile("any machine", deadline=None)  # how fast it is, is nothing that a test proves
 hypothesis.settings.load_profile("any machine")

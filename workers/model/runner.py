@@ -13,8 +13,10 @@ from membership.base.errors import ModelError
 from workers.model.attention_plan import StepPlan, plan_step
 from workers.model.backend import AttentionSpec, KVCache
 from workers.model.calibrations import Calibrations
+from workers.model.code import code_version
 from workers.model.expert_bank import LocalExpertBank
 from workers.model.hooks import connect_attention, connect_experts
+from workers.model.kept_calibrations import KeptCalibrations
 from workers.model.kv_transfer import Outbox, Stamp, take_in, write_out
 from workers.model.load import LoadedModel
 from workers.model.moe import Dispatcher, MoeLayers, activation_of
@@ -55,21 +57,25 @@ class ModelRunner:
         self.moe = MoeLayers(len(loaded.expert_modules), loaded.info.experts)
         invariant = exactness == Exactness.INVARIANT
         kernels = f"{self.fingerprint()}/{backend.device.type}"
+        measured_for = f"{code_version()}\n{torch.get_num_threads()} threads\n{loaded.config_digest}\n{kernels}"
+        kept = KeptCalibrations(measured_for) if invariant else None
         activation = activation_of(loaded.expert_modules[0])
         self.products = backend.expert_products(
-            activation, exactness, Calibrations(loaded.shared, f"{kernels}/experts", progress)
+            activation, exactness, Calibrations(loaded.shared, f"{kernels}/experts", progress, kept)
         )
         bank.open(loaded.source, self.products)
         self._tiles: RowTiles | None = None
         self._done: StepPlan | None = None  # of the step that just completed
-        calibrations = Calibrations(loaded.shared if invariant else None, f"{kernels}/model", progress)
+        calibrations = Calibrations(loaded.shared if invariant else None, f"{kernels}/model", progress, kept)
         spec = _attention_spec(loaded, kv_blocks, block_size, max_len)
         with torch.inference_mode():
             tabulate(loaded.model, min(max_len, loaded.info.max_position), loaded.dtype, backend.device)
-            if invariant:
-                self._tiles = backend.make_invariant(loaded.model, calibrations)
-            self.attention = backend.attention(spec, exactness, calibrations)
-            calibrations.keep()
+            try:
+                if invariant:
+                    self._tiles = backend.make_invariant(loaded.model, calibrations)
+                self.attention = backend.attention(spec, exactness, calibrations)
+            finally:
+                calibrations.keep()
         connect_attention(loaded.attention_modules, self.attention)
         connect_experts(loaded.expert_modules, self.moe)
         self._forward = backend.capture(self._hidden)

@@ -40,7 +40,8 @@ class CpuBackend:
         kept_as = torch.float32 if self.device.type == "cpu" else spec.dtype
         made = CpuAttention(CpuKVCache(spec.layers, spec.blocks, spec.block_size, kept_as))
         if exactness == Exactness.INVARIANT:
-            what = f"attention over {spec.longest} on {self.device.type}"
+            shape = f"{spec.group} x {spec.key_width} to {spec.value_width} over {spec.longest}"
+            what = f"attention {shape} on {self.device.type}"
             (made.min_rows,) = calibrations.of(what, lambda: (fewest_exact_rows(spec, self.device),))
         return made
 

@@ -31,8 +31,10 @@ class CpuExpertProducts:
         with self._calibrating:
             if self._tiles is None and self._exact:
                 shapes = f"{tuple(weights.gate_up.shape)} {tuple(weights.down.shape)}"
-                self._tiles = RowTiles(self._calibrations.of(shapes, partial(_agreeing_sizes, weights)))
-                self._calibrations.keep()
+                try:
+                    self._tiles = RowTiles(self._calibrations.of(shapes, partial(_agreeing_sizes, weights)))
+                finally:
+                    self._calibrations.keep()
 
     def padded(self, rows: int) -> int:
         """The next row count whose results agree."""
