@@ -68,7 +68,9 @@ def make(path: Path, gigabytes: float) -> None:
         "model.norm.weight": (HIDDEN,),
     }
     write("model-rest.safetensors", whole)  # type: ignore[arg-type]
-    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (path / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index}), encoding="utf-8"
+    )
 
 
 def rank(path: str, handle: str) -> None:
@@ -104,7 +106,7 @@ def rank(path: str, handle: str) -> None:
 
 
 def _anonymous() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
 
 
@@ -114,7 +116,7 @@ def _watch(peak: list[int], over: threading.Event) -> None:
 
 
 def _read_so_far() -> int:
-    return int(Path("/proc/self/io").read_text().split()[1])
+    return int(Path("/proc/self/io").read_text(encoding="utf-8").split()[1])
 
 
 def load(path: Path, ranks: int, *, shared: bool) -> dict[str, Any]:
@@ -123,7 +125,7 @@ def load(path: Path, ranks: int, *, shared: bool) -> dict[str, Any]:
     handle = store.handle().hex() if store is not None else ""
     command = [sys.executable, "-m", "benchmarks.loading", "--rank", str(path), handle]
     processes = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(ranks)
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8") for _ in range(ranks)
     ]
     try:
         for process in processes:

@@ -142,7 +142,7 @@ class WeightStore:
     def _join(self, link: Link) -> Grant:
         session = next(self._numbers)
         self._sessions[session] = link
-        still_reads = lambda link, data, fds: self._tell(session)  # noqa: E731
+        still_reads = lambda link, data, fds: self._notify(session)  # noqa: E731
         encoded = msgspec.msgpack.encode(session)
         return Grant(encoded, on_message=still_reads, on_gone=lambda link: self._left(session))
 
@@ -150,9 +150,9 @@ class WeightStore:
         self._sessions.pop(session, None)
         for key in [key for key, claimant in self._claims.items() if claimant == session]:
             del self._claims[key]
-        self._tell(session)
+        self._notify(session)
 
-    def _tell(self, session: int) -> None:
+    def _notify(self, session: int) -> None:
         """All other sessions: one of them may wait for this one."""
         for other, link in self._sessions.items():
             if other != session:
@@ -179,7 +179,7 @@ class WeightStore:
                 self._of |= dict.fromkeys(new, shard)
         for key in asked.keys:
             self._claims.pop(key, None)
-        self._tell(0)
+        self._notify(0)
 
     def _note(self, asked: Checked) -> None:
         dropped: list[_Shard] = []

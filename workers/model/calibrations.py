@@ -15,7 +15,7 @@ import msgspec
 import structlog
 
 from workers.model.kept_calibrations import KeptCalibrations, Known
-from workers.model.shared_weights import Session, SharedWeights
+from workers.model.shared_weights import SIGN_TIMEOUT_S, Session, SharedWeights
 from workers.protocol.load_progress import LoadProgress
 
 log = structlog.get_logger(__name__)
@@ -78,5 +78,5 @@ class Calibrations:
             if found:
                 self._known |= self._found()
                 return
-            if ours or not session.wait():
+            if ours or not session.wait(SIGN_TIMEOUT_S):
                 return

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from membership.base.errors import ModelError
 from workers.model.checkpoint import Checkpoint, Stored, memory_of
-from workers.model.shared_weights import Entry, Mapped, Session, SharedWeights, Slot, copied
+from workers.model.shared_weights import SIGN_TIMEOUT_S, Entry, Mapped, Session, SharedWeights, Slot, copied
 from workers.model.weight_digests import expert_digest
 from workers.protocol.load_progress import LoadProgress
 from workers.protocol.weight_client import BATCH
@@ -141,7 +141,7 @@ class ExpertSource:
                 found, ours = session.claim(list(names))
                 barren = 0 if found or ours else barren + len(some)
                 if barren >= len(left):  # other ranks read all that is left
-                    barren, ours = 0, [] if session.wait() else list(names)
+                    barren, ours = 0, [] if session.wait(SIGN_TIMEOUT_S) else list(names)
                 try:
                     read = self._read([self._entry(*names[name]) for name in ours], pace)
                 except LoadStopped:

@@ -54,7 +54,7 @@ def cache_dir() -> Path | None:
 def cpu() -> str:
     """The kind of this machine's first processor, with its features."""
     with suppress(OSError):
-        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+        first = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
         return "\n".join(line for line in first.splitlines() if line.split("\t")[0].strip() in CPU_LINES)
     return ""
 

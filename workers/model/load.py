@@ -28,7 +28,7 @@ from workers.model.content import CONFIG_FILE, Stamps, changed, changed_files, f
 from workers.model.devices import open_backend
 from workers.model.expert_source import ExpertSource
 from workers.model.families import ModelInfo, read_model_info
-from workers.model.shared_weights import Entry, Mapped, Served, SharedWeights, Slot, copied
+from workers.model.shared_weights import SIGN_TIMEOUT_S, Entry, Mapped, Served, SharedWeights, Slot, copied
 from workers.model.weight_digests import dense_digest
 from workers.protocol.load_progress import LoadProgress
 from workers.protocol.weight_client import WeightClient
@@ -266,7 +266,7 @@ def _dense(files: _Files, dtype: torch.dtype, shared: SharedWeights | None, prog
             found, ours = session.claim([DENSE])
             if DENSE in found:
                 return found[DENSE]
-            if ours or not session.wait():
+            if ours or not session.wait(SIGN_TIMEOUT_S):
                 entry = files.dense(dtype)
                 kept = shared.fill([counted(entry, session.still_reads)])
                 return kept.get(DENSE) or entry.alone()

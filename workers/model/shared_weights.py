@@ -266,26 +266,26 @@ class Session:
 
     def __init__(self, shared: SharedWeights, link: Link | None, number: int, news: threading.Event) -> None:
         self._shared, self._link, self._number, self._news = shared, link, number, news
-        self._told = 0.0
+        self._notified_at = 0.0
 
     def claim(self, names: Sequence[str]) -> tuple[dict[str, Mapped], list[str]]:
         """See `SharedWeights.claim`. What is in neither is being read by another rank: `wait`, and claim again."""
         return self._shared.claim(self._number, names)
 
-    def wait(self) -> bool:
+    def wait(self, timeout_s: float = SIGN_TIMEOUT_S) -> bool:
         """Until another rank has deposited, still reads, or has gone, since the last wait. False: no sign of any, so
         read it as well."""
-        if self._link is None or self._link.gone or not self._news.wait(SIGN_TIMEOUT_S):
+        if self._link is None or self._link.gone or not self._news.wait(timeout_s):
             return False
         self._news.clear()
         return True
 
     def still_reads(self) -> None:
-        """To be called while something is read; the ranks that wait for it are told now and then."""
+        """To be called while something is read; the ranks that wait for it are notified now and then."""
         now = time.monotonic()
-        if self._link is not None and now >= self._told + SIGN_EVERY_S:
-            self._told = now
-            with suppress(QueueError):  # without the store nobody waits
+        if self._link is not None and now >= self._notified_at + SIGN_EVERY_S:
+            self._notified_at = now
+            with suppress(QueueError):  # without the store no rank waits
                 self._link.send(b".")
 
 
