@@ -394,16 +394,21 @@ def test_a_staged_view_waits_for_as_long_as_a_member_loads() -> None:
 
 
 def test_a_staged_view_waits_a_launch_for_a_member_whose_record_is_gone() -> None:
-    world = World(slow={2})
-    world.settle()
-    staged = world.state.next_revision
+    world = up()
+    world.slow = {2}
+    world.kill(1)
+    while world.state.next is None:
+        world.controller_acts()
+    world.agents_act()
+    staged = world.state.next
     world.store.delete(world.keys.rank(2, 3))
+    world.now = staged.staged + CONFIG.launch_deadline_s - 0.1
     world.controller_acts()
-    assert world.state.next_revision == staged
-    world.now += CONFIG.launch_deadline_s
+    assert world.state.next == staged
+    world.now += 0.2
     world.controller_acts()
     assert world.state.next is not None
-    assert world.state.next.attempt == 1
+    assert world.state.next.attempt == staged.attempt + 1
 
 
 def test_who_alone_can_never_prepare_is_replaced() -> None:

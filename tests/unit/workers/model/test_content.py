@@ -14,6 +14,7 @@ from membership.base.errors import ModelError
 from tests.support.replaced_files import put_back, replace_text, replace_weights
 from workers.model.checkpoint import Checkpoint
 from workers.model.content import FileStamp, changed_files, name_of, small_files, stamp_files
+from workers.model.shared_weights import Entry, Slot, copied
 from workers.model.weight_digests import dense_digest, expert_digest, table
 
 pytestmark = pytest.mark.unit
@@ -129,6 +130,18 @@ def test_a_stamp_outlives_the_last_link(root: Path) -> None:
         assert FileStamp.of(os.fstat(file.fileno())) == before
 
 
+def dense(tensors: dict[str, torch.Tensor]) -> bytes:
+    """The digest of these tensors, as a load makes it: they are read into contiguous memory."""
+    slots = [Slot(name, each.dtype, tuple(each.shape), copied(each)) for name, each in tensors.items()]
+    return Entry("dense", slots, dense_digest).alone().note
+
+
+def expert(*tensors: torch.Tensor) -> bytes:
+    """The same of an expert's parts."""
+    slots = [Slot(str(number), each.dtype, tuple(each.shape), copied(each)) for number, each in enumerate(tensors)]
+    return Entry("expert", slots, expert_digest).alone().note
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_weights_of_other_values_types_shapes_or_names_have_other_digests(dtype: torch.dtype) -> None:
     base = {"w": torch.ones(4, 6, dtype=dtype), "b": torch.tensor(1.0, dtype=dtype), "none": torch.empty(0)}
@@ -138,14 +151,14 @@ def test_weights_of_other_values_types_shapes_or_names_have_other_digests(dtype:
         base | {"w": one_bit}, base | {"w": base["w"].view(6, 4)}, base | {"w": base["w"].double()},
         base | {"v": base["b"]}, {"w": base["b"], "b": base["w"], "none": base["none"]},
     ]  # fmt: skip
-    assert len({dense_digest(each) for each in [base, *others]}) == 6
-    assert dense_digest(dict(reversed(base.items()))) == dense_digest(base)
-    assert dense_digest(base | {"w": torch.ones(6, 4, dtype=dtype).t()}) == dense_digest(base), "as it is laid out"
+    assert len({dense(each) for each in [base, *others]}) == 6
+    assert dense(dict(reversed(base.items()))) == dense(base)
+    assert dense(base | {"w": torch.ones(6, 4, dtype=dtype).t()}) == dense(base), "as it is laid out"
 
 
 def test_an_experts_digest_is_of_all_its_parts_in_order() -> None:
     up, down = torch.ones(4, 2), torch.zeros(2, 4)
-    found = {expert_digest(parts) for parts in ([up, down], [down, up], [up], [up, down + 2**-20])}
+    found = {expert(*parts) for parts in ([up, down], [down, up], [up], [up, down + 2**-20])}
     assert len(found) == 4
-    assert expert_digest([]) != bytes(4), "zeros stand for an expert that is not known"
+    assert expert() != bytes(4), "zeros stand for an expert that is not known"
     assert table({(1, 0): b"abcd"}, layers=2, experts=2) == (bytes(8), b"abcd" + bytes(4))
