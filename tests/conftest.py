@@ -25,6 +25,7 @@ from membership.base import starter
 from membership.base.run_dir import default_run_dir, remove_run_dir
 from workers.ipc.handover import Handover, close_default
 
+gc.disable()  # until everything is imported: see `pytest_collection_finish`
 os.environ[starter.ENV] = starter.named()  # every role and cluster that a test starts ends with this process
 os.environ["TRITON_INTERPRET"] = "0" if Path("/dev/nvidiactl").exists() else "1"  # before anything imports triton
 for proxy in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
@@ -42,7 +43,8 @@ PROCESS_WIDE_FILES = ("anon_inode:[eventpoll]", "anon_inode:[eventfd]", "/dev/ur
 
 
 def pytest_collection_finish() -> None:
-    """What is imported by now stays: the collector need not look at it again and again."""
+    """What is imported by now stays: the collector need not look at it again and again, nor while it is imported."""
+    gc.enable()
     gc.collect()
     gc.freeze()
 

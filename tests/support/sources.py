@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,7 +42,14 @@ def tracked() -> tuple[str, ...]:
 
 @cache
 def _parsed() -> tuple[Source, ...]:
-    return tuple(Source(path, (ROOT / path).read_text()) for path in tracked() if path.endswith(".py"))
+    """Without the collector, which would look at all trees so far again and again, and later at all of them."""
+    gc.disable()
+    found = tuple(Source(path, (ROOT / path).read_text()) for path in tracked() if path.endswith(".py"))
+    for source in found:
+        _ = source.tree
+    gc.enable()
+    gc.freeze()
+    return found
 
 
 def sources(*folders: str) -> Iterator[Source]:
