@@ -207,8 +207,11 @@ def test_the_port_of_the_service_is_not_the_pods() -> None:
     assert "--port=9000" in container["args"]
 
 
-def test_a_large_number_is_passed_in_full() -> None:
-    assert "--max-model-len=1048576" in arguments_of(render("maxModelLen=1048576"))
+def test_a_large_number_is_passed_in_full(tmp_path: Path) -> None:
+    """In a values file it is a float to helm."""
+    (tmp_path / "values.yaml").write_text("maxModelLen: 1048576")
+    outcome = helm("template", "demo", str(CHART), "--values", str(tmp_path / "values.yaml"))
+    assert "--max-model-len=1048576\n" in outcome.stdout
 
 
 @pytest.mark.parametrize(
