@@ -24,6 +24,7 @@ from tests.support.helpers import eventually
 SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/etc")
 PATH = f"{Path(sys.executable).parent}:/usr/bin:/bin"
 SECRET_MODE = 0o440
+DIES_WITH_US = ("setpriv", "--pdeathsig=KILL")  # again after a change of the user, which clears it
 
 
 def _may() -> bool:
@@ -78,7 +79,7 @@ class Pod:
 
     def start(self) -> None:
         """Start the container."""
-        command = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-ec", self._script()]
+        command = [*DIES_WITH_US, "unshare", "--mount", "--pid", "--fork", "sh", "-ec", self._script()]
         with self.output.open("ab") as out:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env={"PATH": os.environ["PATH"]}
@@ -106,9 +107,9 @@ class Pod:
         return self._process.wait(timeout=timeout_s)
 
     def close(self) -> None:
-        """Kill it."""
+        """Kill it: all of a PID namespace ends with its first process, and `unshare` with that."""
         if self._process is not None and self._process.poll() is None:
-            self._process.kill()
+            self.signal(signal.SIGKILL)
             self._process.wait(timeout=30)
 
     def lines(self) -> list[str]:
@@ -144,6 +145,6 @@ class Pod:
         context = self._spec["securityContext"]
         user, groups = context["runAsUser"], context["fsGroup"]
         return [
-            "setpriv", f"--reuid={user}", "--regid=0", f"--groups={groups}", "--no-new-privs", "--inh-caps=-all",
+            *DIES_WITH_US, f"--reuid={user}", "--regid=0", f"--groups={groups}", "--no-new-privs", "--inh-caps=-all",
             "--bounding-set=-all", *command,
         ]  # fmt: skip
