@@ -115,7 +115,7 @@ def _run_tests(tree: str, names: Sequence[str]) -> Catch:
     if status == pytest.ExitCode.TESTS_FAILED and not outcomes.wrong and all(hits.values()):
         return Catch(how="; ".join(each[0] for each in hits.values()))
     passed = [f"{name} does not notice" for name, each in hits.items() if not each]
-    why = outcomes.wrong or [*outcomes.failed.values(), *passed]
+    why = outcomes.wrong or [*passed, *outcomes.failed.values()]  # a long answer is cut
     return Catch(how="; ".join(why) or f"pytest: {status}", sure=False)
 
 
