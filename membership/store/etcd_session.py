@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import ssl
 import threading
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -15,6 +16,7 @@ from membership.store.etcd3_compat import etcdrpc
 from membership.store.etcd_watch import AUTH_OFF, FORGOTTEN, Metadata, translated
 
 TLS_CHECK_TIMEOUT_S = 2.0
+RESETS = 3  # so many in a row are no accident
 NO_TLS = ("WRONG_VERSION_NUMBER", "UNEXPECTED_EOF_WHILE_READING")
 
 
@@ -60,14 +62,29 @@ class Session:
 
 def tls_refusal(host: str, port: int, credentials: Credentials) -> ConfigError | None:
     """Why a TLS connection cannot be made there; None if it can, or if there is no answer. gRPC does not say."""
-    context = credentials.tls()
+    no_tls = ConfigError(f"what answers at {host}:{port} does not speak TLS", hint="use http:// if it is etcd")
+    resets = 0
+    while resets < RESETS:  # a server without TLS may close with our greeting unread; so does one that just ends
+        try:
+            plain = socket.create_connection((host, port), timeout=TLS_CHECK_TIMEOUT_S)
+        except OSError:
+            return None
+        try:
+            return _handshake_refusal(plain, host, port, credentials, no_tls)
+        except ConnectionError:
+            resets += 1
+    return no_tls
+
+
+def _handshake_refusal(
+    plain: socket.socket, host: str, port: int, credentials: Credentials, no_tls: ConfigError
+) -> ConfigError | None:
+    """ConnectionError: the other side closed before it had answered."""
     try:
-        with (
-            socket.create_connection((host, port), timeout=TLS_CHECK_TIMEOUT_S) as plain,
-            context.wrap_socket(plain, server_hostname=host) as secure,
-        ):
+        with plain, credentials.tls().wrap_socket(plain, server_hostname=host) as secure:
             secure.settimeout(TLS_CHECK_TIMEOUT_S)
-            secure.recv(1)  # a refusal of our own certificate comes after the handshake
+            with suppress(ConnectionError):
+                secure.recv(1)  # a refusal of our own certificate comes after the handshake
     except ssl.SSLCertVerificationError as error:
         return ConfigError(
             f"the certificate of etcd at {host}:{port} is not accepted: {error.verify_message}",
@@ -75,12 +92,14 @@ def tls_refusal(host: str, port: int, credentials: Credentials) -> ConfigError |
         )
     except ssl.SSLError as error:
         if error.reason in NO_TLS:
-            return ConfigError(f"what answers at {host}:{port} does not speak TLS", hint="use http:// if it is etcd")
+            return no_tls
         ours = f"our certificate {credentials.cert}" if credentials.cert else "us without a certificate"
         return ConfigError(
             f"etcd at {host}:{port} refused {ours}: {error.reason}",
             hint="give one that its authority signed and that has not expired: --etcd-cert and --etcd-key",
         )
+    except ConnectionError:
+        raise
     except OSError:
         return None
     return None

@@ -484,7 +484,7 @@ OTHERS = {  # files that start threads, and why they are not in the table
     "workers/agent/cross_host.py": "not wired into the agent yet",
     "workers/fleet/fleet.py": "the joiner: it runs its only step through Attempts, as the others do",
     "workers/protocol/liveness.py": "the heartbeat only counts; the death watcher is part of the agent's scene",
-    "workers/ipc/cpu_priority.py": "ends with its work, and hands on what that raised",
+    "workers/rank/loading.py": "hands on what the load raised",
     "workers/rank/output.py": "hands on what an output raised",
     "workers/rank/worker.py": "hands on what the preparation raised",
     "workers/rank/worker_proc.py": "the death pipe: it only polls",

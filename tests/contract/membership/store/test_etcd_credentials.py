@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import select
+import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from elastic.serve.etcd_server import EtcdServer
 from membership.base.errors import ConfigError, StoreDenied
 from membership.store.credentials import Credentials
 from membership.store.etcd import EtcdStore, connect
+from membership.store.etcd_session import tls_refusal
 from membership.store.interface import Compare, Get, Put
 from membership.store.keys import Keys
 from membership.store.lease import LeaseKeeper
@@ -146,6 +150,27 @@ def test_certificates_that_are_not_accepted(secured: SecuredEtcd, tmp_path: Path
         assert hint in caught.value.hint
     with pytest.raises(ConfigError, match="does not speak TLS"):
         connect([secured.server.url.replace("http:", "https:")], good)
+
+
+def test_a_server_without_tls_that_closes_with_our_greeting_unread(secured: SecuredEtcd) -> None:
+    """The kernel then answers with a reset and not with an end of file. Once may be a server that ends: asked again."""
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as threads:
+        port = server.getsockname()[1]
+
+        def close_at_once(times: int, then: Callable[[], None]) -> None:
+            for _ in range(times):
+                taken, _address = server.accept()
+                select.select([taken], [], [], T)
+                taken.close()
+            then()
+
+        served = threads.submit(close_at_once, 3, lambda: None)
+        refusal = tls_refusal("127.0.0.1", port, secured.credentials)
+        served.result(T)
+        assert "does not speak TLS" in str(refusal)
+        ended = threads.submit(close_at_once, 1, server.close)
+        assert tls_refusal("127.0.0.1", port, secured.credentials) is None
+        ended.result(T)
 
 
 def test_a_server_whose_certificate_has_expired(tmp_path: Path) -> None:

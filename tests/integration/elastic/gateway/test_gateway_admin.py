@@ -426,9 +426,9 @@ def test_the_gateway_never_imports_torch() -> None:
 
 def test_status_of_the_engine_reaches_the_document(gateway: RunningGateway, cluster: GatewayCluster) -> None:
     with cluster.engine(cluster.says(TEXT)) as engine:
-        status = EngineStatus(token=engine.token, epoch=1, running=3, waiting=2)
+        status = EngineStatus(token=engine.token, epoch=1, running=3, waiting=2, waiting_tokens=20, shed={"tokens": 4})
         cluster.store.put(cluster.keys.engine_status, codec.encode(status))
-        wanted = {"running": 3, "waiting": 2}
+        wanted = {"running": 3, "waiting": 2, "waiting_tokens": 20, "shed": 4}
         eventually(lambda: admin(gateway, "GET", "/admin/v1/status").json()["requests"] == wanted, 5.0, "the load")
         empty = View(epoch=2)
         cluster.store.put(cluster.keys.view, codec.encode(empty))
