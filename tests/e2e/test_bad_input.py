@@ -145,9 +145,10 @@ def test_bad_requests_are_refused_and_serving_goes_on(serve: Serve, demo_model: 
         assert answer.status_code == status, answer.text[:300]
         assert word in answer.json()["error"]["message"], answer.text[:300]
     assert post(good).status_code == 200
-    long = {**good, "prompt": [[5] * 250] * 5, "max_tokens": 30, "ignore_eos": True}  # 16 of a rank's 32 blocks each
-    assert len(post(long).json()["choices"]) == 5, "two run, three wait"
-    crowd = post({**long, "prompt": [[5] * 250] * 6})
+    prompts = [[token] * 250 for token in range(5, 16)]  # 16 of a rank's 32 blocks each, none shared
+    long = {**good, "max_tokens": 30, "ignore_eos": True}
+    assert len(post({**long, "prompt": prompts[:5]}).json()["choices"]) == 5, "two run, three wait"
+    crowd = post({**long, "prompt": prompts[5:]})
     assert (crowd.status_code, crowd.json()["error"]["code"]) == (429, "overloaded"), crowd.text[:300]
     assert int(crowd.headers["Retry-After"]) >= 1
     idle = {"running": 0, "waiting": 0, "waiting_tokens": 0, "shed": 1}
