@@ -25,6 +25,7 @@ import psutil
 
 from elastic.demo.model import write_demo_model
 from elastic.serve.etcd_server import free_ports
+from membership.base.process_stats import command_words
 
 READY_S = 300.0
 POLL_S = 0.02
@@ -72,7 +73,7 @@ def seconds_by_role(supervisor: psutil.Process) -> Counter[str]:
 
 
 def _role(process: psutil.Process, supervisor: psutil.Process) -> str:
-    words = process.cmdline()
+    words = command_words(process.pid)
     if process == supervisor:
         return "supervisor"
     if "elastic.cli" in words:

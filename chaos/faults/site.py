@@ -10,6 +10,7 @@ from chaos.faults.base import NotInjected
 from chaos.target.cluster import Cluster
 from membership.base.events import Event
 from membership.base.failpoints import write
+from membership.base.process_stats import command_words
 
 FORKSERVER = "elastic-ep::forkserver"  # its process title
 ROLES = ("gateway", "engine", "engine-standby", "controller", "agent", "etcd", "supervisor", "forkserver")
@@ -66,10 +67,7 @@ class ServedSite:
         if role == "engine":
             return engine.pid if engine is not None else 0
         for child in psutil.Process(self.cluster.pid).children(recursive=True):
-            try:
-                command = child.cmdline()
-            except (psutil.NoSuchProcess, psutil.ZombieProcess):
-                continue
+            command = command_words(child.pid)
             if role == "etcd" and command and Path(command[0]).name == "etcd":
                 return child.pid
             if role == "forkserver" and command and command[0].startswith(FORKSERVER):

@@ -10,6 +10,8 @@ from statistics import linear_regression
 import msgspec
 import psutil
 
+from membership.base.process_stats import command_words
+
 ROLES = ("controller", "agent", "engine", "gateway")
 MB = float(1 << 20)
 SETTLED_S = 10.0  # a younger process is still starting, and says nothing of those that live on
@@ -79,7 +81,7 @@ def _growth(name: str, points: Sequence[tuple[int, Footprint]]) -> Growth:
 
 
 def _name(process: psutil.Process) -> str:
-    command = process.cmdline()
+    command = command_words(process.pid)
     if command[1:3] == ["-m", "elastic.cli"] and command[3:4] and command[3] in ROLES:
         return f"{command[3]} {process.pid}"
     if command and Path(command[0]).name == "etcd":

@@ -14,10 +14,11 @@ from pathlib import Path
 
 from elastic.serve.role_process import owner_of
 from elastic.serve.state_dir import ClusterAddress
+from membership.base.process_stats import command_words
 from membership.base.run_dir import ENV as RUN_DIR_ENV
 from membership.store.interface import KeyValue, Store
 
-OFFICES = (b"controller", b"engine")  # as commands
+OFFICES = ("controller", "engine")  # as commands
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,13 @@ class Predecessor:
         return bool(kv.lease) and owner is not None and owner.node == self.node and not self._is_others(owner.pid)
 
     def _is_others(self, pid: int) -> bool:
-        """Whether that is a process of another server now. Those of another PID namespace are not seen: they ended."""
+        """Whether that is a process of another server now. Those of another PID namespace are not seen: they ended.
+
+        The title of a role that was forked takes the place of its environment: then the role is let alone.
+        """
         try:
             environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            command = command_words(pid)
         except (FileNotFoundError, ProcessLookupError):
             return False
         except OSError:  # it is another user's

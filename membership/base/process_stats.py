@@ -31,6 +31,15 @@ def start_time(pid: int) -> str | None:
     return fields[_BORN] if fields else None
 
 
+def command_words(pid: int) -> list[str]:
+    """The words of its command line; empty if it is gone. A title is one argument, perhaps padded: it is split."""
+    try:
+        parts = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").split(b"\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    return os.fsdecode(b"\0".join(parts[0].split(b" ") if len(parts) == 1 else parts)).split("\0")
+
+
 @dataclass(frozen=True)
 class Threads:
     """What the threads of a process are doing."""

@@ -24,6 +24,7 @@ from chaos.target.cluster import ServedCluster
 from chaos.workload.history import RequestRecord
 from chaos.workload.streams import PROMPTS, Workload
 from membership.base.errors import StoreError
+from membership.base.process_stats import command_words
 from tests.support.helpers import eventually
 
 _records: dict[str, dict[int, RequestRecord]] = {}
@@ -105,10 +106,7 @@ def role_pid(cluster: ServedCluster, role: str) -> int:
         assert record is not None, "no engine in office"
         return record.pid
     for child in psutil.Process(cluster.pid).children(recursive=True):
-        try:
-            command = child.cmdline()
-        except (psutil.NoSuchProcess, psutil.ZombieProcess):
-            continue
+        command = command_words(child.pid)
         if role == "etcd" and command and Path(command[0]).name == "etcd":
             return child.pid
         if command[1:4] == ["-m", "elastic.cli", role]:

@@ -20,6 +20,7 @@ from elastic.serve.predecessor import Predecessor
 from elastic.serve.state_dir import ClusterAddress
 from elastic.serve.stored_config import write_config
 from membership.base.errors import ConfigError
+from membership.base.process_stats import command_words
 from membership.store.codec import encode
 from membership.store.etcd import EtcdStore, connect
 from membership.store.interface import Put
@@ -86,6 +87,29 @@ def process(**environ: str) -> Iterator[int]:
             child.kill()
 
 
+@contextmanager
+def titled(title: str, room: str = "x" * 2000) -> Iterator[int]:
+    """One with a title in place of its command line and environment, as roles that were forked have."""
+    program = "import setproctitle, sys; setproctitle.setproctitle(sys.argv[1]); print(flush=True); input()"
+    command, environment = [sys.executable, "-c", program, title], {"PATH": os.environ["PATH"], "ROOM": room}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as child:
+        try:
+            assert child.stdout is not None
+            child.stdout.readline()
+            yield child.pid
+        finally:
+            child.kill()
+
+
+@pytest.mark.parametrize("room", ["", "x" * 2000])
+def test_the_words_of_a_title_are_those_of_a_command(room: str) -> None:
+    with titled("python3 -m elastic.cli engine --node here", room) as pid:
+        assert command_words(pid) == ["python3", "-m", "elastic.cli", "engine", "--node", "here"]
+    with process() as pid:
+        assert command_words(pid) == [sys.executable, "-S", "-c", "input()", "controller"]
+    assert command_words(pid) == []
+
+
 def hold(store: EtcdStore, node: str, pid: int) -> None:
     lease = store.grant(LONG_S)
     store.put(KEYS.leader, encode(LeaderRecord(node=node, pid=pid)), lease)
@@ -114,11 +138,16 @@ def test_what_is_not_its_is_let_alone(store: EtcdStore) -> None:
     """Of another node; of another server on this one; of roles started by hand; of another etcd or cluster."""
     elsewhere = replace(KILLED, address=ClusterAddress(cluster=CONFIG.cluster, etcd=("another",)))
     other = replace(KILLED, address=ClusterAddress(cluster="another", etcd=ETCD))
-    with process(ELASTIC_RUN_DIR="/run/of/another") as served, process() as by_hand:
+    with (
+        process(ELASTIC_RUN_DIR="/run/of/another") as served,
+        process() as by_hand,
+        titled("python3 -m elastic.cli engine --node here") as forked,
+    ):
         for node, pid, killed in (
             ("there", ended(), KILLED),
             ("here", served, KILLED),
             ("here", by_hand, KILLED),
+            ("here", forked, KILLED),
             ("here", ended(), elsewhere),
             ("here", ended(), other),
         ):
