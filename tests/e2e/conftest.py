@@ -50,7 +50,7 @@ def serve(tmp_path: Path, warm: WarmStart) -> Iterator[Serve]:
     yield start
     for cluster in started:
         cluster.__exit__()
-        for log in sorted((cluster.state.path / "logs").glob("*.log")):
+        for log in (cluster.state.path / "serve.log", *sorted((cluster.state.path / "logs").glob("*.log"))):
             tail = log.read_text(errors="replace")[-3000:]
             if tail:
                 os.write(2, f"--- {log.name}\n{tail}\n".encode())
