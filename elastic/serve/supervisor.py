@@ -349,7 +349,8 @@ class Supervisor:
             found = answer.json()
             loads = msgspec.convert(found.get("loading", []), tuple[RankLoad, ...])
             return Readiness(missing="; ".join(str(r) for r in found.get("reasons") or [answer.text]), loads=loads)
-        except (httpx.HTTPError, ValueError, AttributeError):  # the latter: it is not our gateway that answers there
+        except (httpx.HTTPError, OSError, ValueError, AttributeError):
+            # OSError: no descriptor to be had. The last two: it is not our gateway that answers there.
             return Readiness(missing="the gateway to answer")
 
 

@@ -15,7 +15,7 @@ from elastic.demo.model import shipped_demo_model
 from elastic.serve.cluster_config import cluster_config
 from elastic.serve.options import ApiOptions, GatewayOptions, ServeOptions
 from elastic.serve.roles import Roles
-from elastic.serve.supervisor import Supervisor
+from elastic.serve.supervisor import Readiness, Supervisor
 from membership.base.errors import ConfigError, PlanRefused, StoreUnavailable
 from workers.model.content import small_files
 
@@ -131,6 +131,18 @@ class DeadEtcd:
         MemoryError(),
     ],
 )
+def test_a_gateway_that_cannot_be_asked_for_want_of_a_descriptor_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    supervisor = Supervisor(ServeOptions(model=shipped_demo_model(), state_dir=tmp_path))
+
+    def no_descriptor(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")  # of the certificates: httpx hands it on as it is
+
+    monkeypatch.setattr("elastic.serve.supervisor.httpx.get", no_descriptor)
+    assert supervisor._readiness() == Readiness(missing="the gateway to answer")
+
+
 def test_an_etcd_that_does_not_start_is_tried_again(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
