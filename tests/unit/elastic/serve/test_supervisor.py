@@ -121,16 +121,6 @@ class DeadEtcd:
         self.alive = True
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        StoreUnavailable("not healthy"),
-        OSError(errno.EMFILE, "Too many open files"),
-        OSError(errno.ENOENT, "its log's directory is gone"),
-        RuntimeError("can't start new thread"),
-        MemoryError(),
-    ],
-)
 def test_a_gateway_that_cannot_be_asked_for_want_of_a_descriptor_is_asked_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -143,6 +133,16 @@ def test_a_gateway_that_cannot_be_asked_for_want_of_a_descriptor_is_asked_again(
     assert supervisor._readiness() == Readiness(missing="the gateway to answer")
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        StoreUnavailable("not healthy"),
+        OSError(errno.EMFILE, "Too many open files"),
+        OSError(errno.ENOENT, "its log's directory is gone"),
+        RuntimeError("can't start new thread"),
+        MemoryError(),
+    ],
+)
 def test_an_etcd_that_does_not_start_is_tried_again(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
