@@ -169,7 +169,7 @@ class Tail:
         with ExitStack() as opened:
             if self._begins and (current := open_to_read(self._path, opened)) is not None and self._is_mine(current):
                 return current.read(CHUNK)
-            files = [file for file in kept(self._path, opened)]  # the newest first
+            files = kept(self._path, opened)  # the newest first
             mine = next((number for number, file in enumerate(files) if self._begins and self._is_mine(file)), None)
             if mine is not None:
                 if chunk := files[mine].read(CHUNK):

@@ -52,7 +52,7 @@ def appending(path: Path) -> Iterator[int]:
     while True:
         fd = os.open(path, flags, 0o600)
         try:
-            if (_shared(fd) and _is(path, fd)) or time.monotonic() > until:
+            if (_shared(fd) or time.monotonic() > until) and _is(path, fd):
                 yield fd
                 return
         finally:
@@ -105,16 +105,20 @@ def empty(path: Path, limit: Limit) -> bool:
     return True
 
 
-def kept(path: Path, opened: ExitStack) -> Iterator[BinaryIO]:
-    """The file and its predecessors, the newest first, each once. Files only move up, as this goes: none is missed."""
-    seen: set[tuple[int, int]] = set()
+def kept(path: Path, opened: ExitStack) -> list[BinaryIO]:
+    """The file and its predecessors, the newest first, each once.
+
+    Files only move up, as this goes: none is missed. But a file may be met again, behind newer ones that came since: its
+    place is where it was met last.
+    """
+    found: dict[tuple[int, int], BinaryIO] = {}
     for number in range(MAX_FILES):
         file = open_to_read(numbered(path, number) if number else path, opened)
         if file is not None:  # a number may be free for a moment, while files move up
-            found = os.fstat(file.fileno())
-            if (found.st_dev, found.st_ino) not in seen:
-                seen.add((found.st_dev, found.st_ino))
-                yield file
+            status = os.fstat(file.fileno())
+            which = (status.st_dev, status.st_ino)
+            found[which] = found.pop(which, file)
+    return list(found.values())
 
 
 def open_to_read(path: Path, opened: ExitStack) -> BinaryIO | None:

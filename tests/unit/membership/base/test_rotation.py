@@ -7,7 +7,9 @@ import fcntl
 import os
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -85,6 +87,26 @@ def test_writers_and_readers_at_the_same_time(path: Path) -> None:
         assert {role: [n for r, n in each if r == role] for role in ("r0", "r1", "r2", "r3")} == {
             role: list(range(151 if role == "r0" else 150)) for role in ("r0", "r1", "r2", "r3")
         }
+
+
+def test_a_file_keeps_its_place_though_newer_ones_came_while_it_was_looked_for(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader goes from each file to the next newer one: in a wrong order it would leave one out."""
+    real = rotation.open_to_read
+
+    def then_rotated_twice(which: Path, opened: ExitStack) -> BinaryIO | None:
+        file = real(which, opened)
+        if which == path:
+            path.rename(numbered(path, 2))
+            numbered(path, 1).write_text("newer")
+            path.write_text("newest")
+        return file
+
+    path.write_text("oldest")
+    monkeypatch.setattr(rotation, "open_to_read", then_rotated_twice)
+    with ExitStack() as opened:
+        assert [file.read() for file in rotation.kept(path, opened)] == [b"newer", b"oldest"]
 
 
 def test_a_file_that_is_being_written_to_is_renamed_later(path: Path) -> None:
