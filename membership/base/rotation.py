@@ -108,8 +108,8 @@ def empty(path: Path, limit: Limit) -> bool:
 def kept(path: Path, opened: ExitStack) -> list[BinaryIO]:
     """The file and its predecessors, the newest first, each once.
 
-    Files only move up, as this goes: none is missed. But a file may be met again, behind newer ones that came since: its
-    place is where it was met last.
+    Files only move up, as this goes: none is missed. But a file may be met again, behind newer ones that came since:
+    its place is where it was met last.
     """
     found: dict[tuple[int, int], BinaryIO] = {}
     for number in range(MAX_FILES):
