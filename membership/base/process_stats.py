@@ -32,11 +32,17 @@ def start_time(pid: int) -> str | None:
 
 
 def command_words(pid: int) -> list[str]:
-    """The words of its command line; empty if it is gone. A title is one argument, perhaps padded: it is split."""
+    """The words of its command line; none if it is gone, a zombie, or about to become another program (exec).
+
+    A title is one argument, perhaps padded: it is split.
+    """
     try:
-        parts = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").split(b"\0")
+        line = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0")
     except (FileNotFoundError, ProcessLookupError):
         return []
+    if not line:
+        return []
+    parts = line.split(b"\0")
     return os.fsdecode(b"\0".join(parts[0].split(b" ") if len(parts) == 1 else parts)).split("\0")
 
 

@@ -135,7 +135,7 @@ def reachable(url: str) -> bool:
 def titled(cluster: ServedCluster, title: str) -> psutil.Process:
     """The cluster's only process with this title."""
     family = psutil.Process(cluster.pid).children(recursive=True)
-    (found,) = [child for child in family if child.cmdline()[0].startswith(title)]
+    (found,) = [child for child in family if "".join(child.cmdline()[:1]).startswith(title)]
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ pytestmark = pytest.mark.integration
 
 OPTIONS = ServeOptions(model=shipped_demo_model())
 CONFIG = cluster_config(OPTIONS)
+PROGRAM = "print(flush=True); input()"
 KEYS = Keys(CONFIG.cluster)
 ETCD = ("external",)
 KILLED = Predecessor(ClusterAddress(cluster=CONFIG.cluster, etcd=ETCD), "here", Path("/run/of/this/directory"))
@@ -77,11 +79,13 @@ def test_nothing_is_waited_for_where_the_last_server_stopped(store: EtcdStore) -
 
 @contextmanager
 def process(**environ: str) -> Iterator[int]:
-    """One that lives, with this environment."""
-    command = [sys.executable, "-S", "-c", "input()", "controller"]
+    """One that lives, with this environment. It says that it has begun: before that its command line is empty."""
+    command = [sys.executable, "-S", "-c", PROGRAM, "controller"]
     environment = {"PATH": os.environ["PATH"], **environ}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, env=environment) as child:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as child:
         try:
+            assert child.stdout is not None
+            child.stdout.readline()
             yield child.pid
         finally:
             child.kill()
@@ -106,7 +110,10 @@ def test_the_words_of_a_title_are_those_of_a_command(room: str) -> None:
     with titled("python3 -m elastic.cli engine --node here", room) as pid:
         assert command_words(pid) == ["python3", "-m", "elastic.cli", "engine", "--node", "here"]
     with process() as pid:
-        assert command_words(pid) == [sys.executable, "-S", "-c", "input()", "controller"]
+        assert command_words(pid) == [sys.executable, "-S", "-c", PROGRAM, "controller"]
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        assert command_words(pid) == [], "a zombie"
     assert command_words(pid) == []
 
 
