@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import select
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 _PF_EXITING = 0x4
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
-_STATE, _FLAGS, _UTIME, _STIME, _BORN = 0, 6, 11, 12, 19  # fields of /proc/<pid>/stat after the process's name
+# Fields of /proc/<pid>/stat after the process's name.
+_STATE, _GROUP, _FLAGS, _UTIME, _STIME, _BORN = 0, 2, 6, 11, 12, 19
 
 
 def is_dying(pid: int) -> bool:
@@ -23,6 +26,33 @@ def is_dying(pid: int) -> bool:
     except OSError:  # no descriptor to be had: nothing is known
         return False
     return fields is None or fields[_STATE] in ("Z", "X") or bool(int(fields[_FLAGS]) & _PF_EXITING)
+
+
+def of_group(group: int) -> list[int]:
+    """The processes of a process group, as far as there are descriptors to look with. Also those that are ending."""
+    found = []
+    with suppress(OSError):
+        for pid in [int(name) for name in os.listdir("/proc") if name.isdigit()]:
+            fields = _fields(Path(f"/proc/{pid}/stat"))
+            if fields is not None and int(fields[_GROUP]) == group:
+                found.append(pid)
+    return found
+
+
+def ended(pid: int, timeout_s: float) -> bool:
+    """Wait for the end of a process, which need not be a child; whether it came in time."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    except OSError:  # no descriptor to be had: nothing is known
+        return False
+    try:
+        poller = select.poll()
+        poller.register(pidfd, select.POLLIN)
+        return bool(poller.poll(timeout_s * 1000))
+    finally:
+        os.close(pidfd)
 
 
 def start_time(pid: int) -> str | None:

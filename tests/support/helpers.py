@@ -11,12 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+import psutil
+
 T = TypeVar("T")
 
 
 def shm_as_before(before: set[str]) -> None:
     """Nothing is left in /dev/shm. Other processes of this machine may have something there for a moment."""
-    eventually(lambda: set(os.listdir("/dev/shm")) <= before, 5.0, f"nothing in /dev/shm but {before}")
+    eventually(lambda: set(os.listdir("/dev/shm")) <= before, 60.0, f"nothing in /dev/shm but {before}")
 
 
 def let_all_in(path: Path) -> None:
@@ -37,6 +39,14 @@ def eventually(predicate: Callable[[], T], timeout_s: float, what: str, interval
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {timeout_s} s: {what} (last value: {value!r})")
         time.sleep(interval_s)
+
+
+def running(process: psutil.Process) -> bool:
+    """Whether it has not ended. A zombie has."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 class Calls:

@@ -23,9 +23,11 @@ import structlog
 
 from membership.base.errors import RankError
 from membership.base.logs import open_log
+from membership.base.process_stats import ended, of_group
 from membership.base.timing import FORKSERVER_FORK_S, FORKSERVER_IMPORTS_S
 from workers.agent.forkserver_client import Child, ForkServer, environment
 
+KILLED_S = 5.0  # max wait for the end of a process that was killed
 log = structlog.get_logger(__name__)
 
 
@@ -85,11 +87,17 @@ class Zygote:
             self._due = math.inf
 
     def close(self) -> None:
-        """End it, and what is left of the forkservers that it made and their ranks: their agents are gone by now."""
-        process = self._server.process
+        """End it, and what is left of the forkservers that it made and their ranks: their agents are gone by now.
+
+        They have ended when this returns. A large process takes a moment to end, and is no child of ours.
+        """
+        process, left = self._server.process, []
         if process is not None and process.poll() is None:  # its process group is its own
             os.killpg(process.pid, signal.SIGKILL)
+            left = of_group(process.pid)
         self._server.close()
+        if unended := [pid for pid in left if not ended(pid, KILLED_S)]:
+            log.warning("ranks_not_ended", pids=unended)
 
 
 def _let_go(forked: Future[Child]) -> None:
