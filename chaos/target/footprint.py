@@ -86,7 +86,8 @@ def _name(process: psutil.Process) -> str:
         return f"{command[3]} {process.pid}"
     if command and Path(command[0]).name == "etcd":
         return "etcd"
-    return next((name for name in ("forkserver", "zygote") if command and f"elastic-ep::{name}" in command[0]), "")
+    names = (f"{name} {process.pid}" for name in ("forkserver", "zygote"))  # a new agent has a new one
+    return next((name for name in names if command and f"elastic-ep::{name.split()[0]}" in command[0]), "")
 
 
 def _footprint(process: psutil.Process) -> Footprint:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from itertools import islice
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,6 +14,7 @@ from chaos.campaigns.bursts import FOR_EACH_KIND, KINDS, ROLES, SHARES, Quota, b
 from chaos.campaigns.soak import Soak
 from chaos.faults.base import Injected
 from chaos.scenarios.victims import holders
+from chaos.target import footprint
 from chaos.target.footprint import Footprint, growth, slope
 from chaos.workload.history import RequestRecord
 
@@ -72,6 +75,13 @@ def test_growth_is_measured_of_processes_that_lived_throughout() -> None:
     held = Footprint(10.0, 5, 3)
     (only,) = growth([(20, {"a": held, "b": held}), (40, {"a": Footprint(11.0, 6, 3)})])
     assert (only.process, only.rss_mb_per_100, only.files) == ("a", 5.0, (5, 6))
+
+
+def test_a_process_in_anothers_place_is_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new agent has a new forkserver: what the one holds says nothing of the other."""
+    for title in ("elastic-ep::forkserver", "elastic-ep::zygote"):
+        monkeypatch.setattr(footprint, "command_words", lambda _, title=title: [title])
+        assert len({footprint._name(psutil.Process(pid)) for pid in (os.getpid(), os.getppid())}) == 2
 
 
 def test_a_clean_soak_holds() -> None:
