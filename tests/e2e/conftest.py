@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ def serve(tmp_path: Path, warm: WarmStart) -> Iterator[Serve]:
     `own_zygote`: it imports by itself what it needs, as `elastic serve` does for a user.
     """
     started: list[ServedCluster] = []
+    stopped = ExitStack()
 
     def start(
         model: Path, ranks: int, flags: tuple[str, ...] = (), state_dir: Path | None = None, own_zygote: bool = False
@@ -44,12 +46,12 @@ def serve(tmp_path: Path, warm: WarmStart) -> Iterator[Serve]:
         folder = state_dir or tmp_path / f"state{len(started)}"
         given = None if own_zygote else warm
         cluster = ServedCluster(model, ranks, state_dir=folder, flags=flags, warm=given)
-        started.append(cluster.__enter__())
+        started.append(stopped.enter_context(cluster))
         return cluster
 
-    yield start
+    with stopped:
+        yield start
     for cluster in started:
-        cluster.__exit__()
         for log in (cluster.state.path / "serve.log", *sorted((cluster.state.path / "logs").glob("*.log"))):
             tail = log.read_text(errors="replace")[-3000:]
             if tail:

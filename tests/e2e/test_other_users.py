@@ -149,7 +149,8 @@ def die_and_return(watched: Watched, cluster: ServedCluster, role: str) -> None:
     attack(watched, cluster)
 
 
-def test_another_user_gets_nowhere(serve: Serve, demo_model: Path, place: Path) -> None:
+def test_another_user_gets_nowhere(place: Path, serve: Serve, demo_model: Path) -> None:
+    """`place` comes first, so that it goes last: the cluster in it is still there until then."""
     cluster = serve(demo_model, RANKS, state_dir=place / "state", own_zygote=True)
     cluster.wait_serving(RANKS)
     token, ports = cluster.state.address().admin_token, (cluster.port, cluster.admin_port)
