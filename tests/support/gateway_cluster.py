@@ -152,13 +152,13 @@ class GatewayCluster:
         thread = threading.Thread(target=run, name=f"gateway-{name}")
         thread.start()
         try:
-            record = eventually(lambda: failures or self._record(name), 20.0, f"gateway {name} to register")
+            record = eventually(lambda: failures or self._record(name), 60.0, f"gateway {name} to register")
             if not isinstance(record, GatewayRecord):
                 raise failures[0]
             yield RunningGateway(record.url, record.admin_url, stop, thread, failures)
         finally:
             stop.set()
-            thread.join(30.0)
+            thread.join(60.0)
         if failures:
             raise failures[0]
 
@@ -169,4 +169,4 @@ class GatewayCluster:
 
 def wait_ready(gateway: RunningGateway) -> None:
     """Until /readyz says so."""
-    eventually(lambda: httpx.get(f"{gateway.url}/readyz").status_code == 200, 10.0, "the gateway to be ready")
+    eventually(lambda: httpx.get(f"{gateway.url}/readyz").status_code == 200, 60.0, "the gateway to be ready")

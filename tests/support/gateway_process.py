@@ -73,7 +73,7 @@ def gateway(
     finally:
         if process.poll() is None:
             process.kill()
-        process.communicate(timeout=10)
+        process.communicate(timeout=60)
 
 
 def alive(port: int) -> bool:

@@ -113,8 +113,9 @@ class Pod:
             self._process.wait(timeout=30)
 
     def lines(self) -> list[str]:
-        """What it wrote so far, as `kubectl logs` shows it."""
-        return self.output.read_text(errors="replace").splitlines() if self.output.exists() else []
+        """The lines that it wrote so far, as `kubectl logs` shows them; not one that is still being written."""
+        text = self.output.read_text(errors="replace") if self.output.exists() else ""
+        return text[: text.rfind("\n") + 1].splitlines()
 
     def _script(self) -> str:
         root = self._folder / "root"

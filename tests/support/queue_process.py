@@ -41,9 +41,9 @@ class ReaderProcess:
         assert self.process.stdout is not None
         answers = bytes.fromhex(self.process.stdout.readline())
         self.answers = MessageQueue.create_from_handle(answers, "test", doorbell)
-        queue.wait_until_ready([reader_id], 20)
+        queue.wait_until_ready([reader_id], 60)
 
-    def answer(self, timeout_s: float = 10.0) -> Any:
+    def answer(self, timeout_s: float = 60.0) -> Any:
         """Its next answer."""
         return self.answers.dequeue(timeout_s)
 
@@ -56,7 +56,7 @@ class ReaderProcess:
         self.answers.shutdown()
         self.process.send_signal(signal.SIGCONT)
         self.process.kill()
-        self.process.communicate(timeout=10)
+        self.process.communicate(timeout=60)
 
     def __enter__(self) -> ReaderProcess:
         return self
@@ -69,7 +69,7 @@ def main(handle: str, reader_id: str) -> None:
     """Answer until killed or until the writer ends."""
     with MessageQueue(f"answers-of-{reader_id}") as answers:
         print(answers.export_handle().encode().hex(), flush=True)
-        answers.wait_until_ready(["test"], 20)
+        answers.wait_until_ready(["test"], 60)
         with MessageQueue.create_from_handle(bytes.fromhex(handle), reader_id) as queue:
             while True:
                 message = queue.dequeue(60)

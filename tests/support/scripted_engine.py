@@ -66,7 +66,7 @@ class ScriptedEngine:
     def close(self) -> None:
         """Vanish at once, as a killed engine does."""
         self._stop.set()
-        self._thread.join(5.0)
+        self._thread.join(60.0)
 
     def _run(self) -> None:
         context = zmq.Context()

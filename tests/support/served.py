@@ -99,6 +99,11 @@ def answered(ask: Callable[[], bool]) -> bool:
         return False
 
 
+def shows(cluster: ServedCluster, wanted: Callable[[str], bool], what: str) -> None:
+    """Wait until its metrics are as `wanted`: the gateway may be a moment behind what the store or history says."""
+    eventually(lambda: wanted(httpx.get(f"{cluster.url}/metrics", timeout=60.0).text), 60.0, f"metrics with {what}")
+
+
 def role_pid(cluster: ServedCluster, role: str) -> int:
     """Process id of a role, by the command line of the supervisor's children; of two engines, the one in office."""
     if role == "engine":

@@ -81,7 +81,7 @@ class StandInRank:
 
     def receive(self) -> dict[str, Any]:
         assert self.process.stdout is not None
-        assert select.select([self.process.stdout], [], [], 20.0)[0], "the stand-in rank says nothing"
+        assert select.select([self.process.stdout], [], [], 60.0)[0], "the stand-in rank says nothing"
         return json.loads(self.process.stdout.readline())  # type: ignore[no-any-return]
 
     def send(self, **words: Any) -> None:
@@ -91,13 +91,13 @@ class StandInRank:
 
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
-        self.process.wait(timeout=10)
+        self.process.wait(timeout=60)
 
     def close(self) -> None:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGCONT)
             self.process.kill()
-        self.process.wait(timeout=10)
+        self.process.wait(timeout=60)
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
                 pipe.close()
@@ -214,7 +214,7 @@ class EngineThread:
 
     def close(self) -> None:
         self.stop.set()
-        self._thread.join(timeout=20.0)
+        self._thread.join(timeout=60.0)
         assert not self._thread.is_alive(), "the engine does not stop"
         if self.error is not None and not isinstance(self.error, Fenced):
             raise self.error

@@ -86,7 +86,7 @@ class WarmCli:
     def close(self) -> None:
         """End it."""
         self._link.close()
-        self._process.wait(timeout=10.0)
+        self._process.wait(timeout=60.0)
 
 
 def serve(link: socket.socket) -> None:

@@ -65,6 +65,6 @@ def test_each_rule_fails_when_it_is_broken(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
     )
     assert set(re.findall(r"^FAILED \S+::(\w+)", done.stdout, re.MULTILINE)) == RULES, done.stdout

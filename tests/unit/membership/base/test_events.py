@@ -13,7 +13,7 @@ from membership.base.events import Event, EventLog
 
 pytestmark = pytest.mark.unit
 
-T = 10.0
+T = 60.0
 
 
 @pytest.fixture

@@ -107,7 +107,7 @@ def test_it_waits_for_a_file(history: Path, tmp_path: Path) -> None:
     next(event for event in EventLog.follow(history, stop) if event.kind == "failpoint")
     assert passed.is_alive()
     (tmp_path / "go").touch()
-    passed.join(timeout=10.0)
+    passed.join(timeout=60.0)
     assert not passed.is_alive()
     hit("rank.prepared")
     assert len(fired(history)) == 1, "a point that does not have to wait says nothing"
@@ -173,7 +173,7 @@ def test_what_lasts_ends_when_it_is_disarmed(action: str, history: Path, tmp_pat
     passed.join(timeout=0.05)
     assert passed.is_alive()
     failpoints.write(path, "rank.prepared=raise")
-    passed.join(timeout=10.0)
+    passed.join(timeout=60.0)
     assert not passed.is_alive()
 
 

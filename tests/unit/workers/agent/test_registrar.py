@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 
@@ -18,6 +19,9 @@ from workers.agent.registrar import Registrar
 pytestmark = pytest.mark.unit
 
 KEYS = Keys("c")
+T = 60.0
+TTL_S = 30.0  # of leases that are not to run out, however busy the machine is
+SHORT_S = 1.0
 KEY = KEYS.rank(0, 1)
 
 
@@ -44,9 +48,15 @@ def publish(registrar: Registrar, record: RankRecord) -> None:
 
 @pytest.fixture
 def registrar(store: MemoryStore) -> Iterator[Registrar]:
-    made = Registrar(store, KEYS, ttl_s=1.0)
-    yield made
-    made.close()
+    with closing(Registrar(store, KEYS, ttl_s=TTL_S)) as made:
+        yield made
+
+
+@pytest.fixture
+def quick(store: MemoryStore) -> Iterator[Registrar]:
+    """It soon sees that a lease is gone."""
+    with closing(Registrar(store, KEYS, ttl_s=SHORT_S)) as made:
+        yield made
 
 
 def stored(store: MemoryStore) -> RankRecord | None:
@@ -55,12 +65,12 @@ def stored(store: MemoryStore) -> RankRecord | None:
 
 
 def test_records_are_written_under_leases_and_revoked_at_the_end(store: MemoryStore) -> None:
-    registrar = Registrar(store, KEYS, ttl_s=1.0)
+    registrar = Registrar(store, KEYS, ttl_s=TTL_S)
     registrar.publish(KEYS.agent("n"), AgentRecord(node="n", pid=1, started=1.0))
     publish(registrar, record())
-    eventually(lambda: stored(store), 2, "the record")
+    eventually(lambda: stored(store), T, "the record")
     publish(registrar, record(RankState.STANDBY))
-    eventually(lambda: stored(store) == record(RankState.STANDBY), 2, "the newer record")
+    eventually(lambda: stored(store) == record(RankState.STANDBY), T, "the newer record")
     kv = store.get(KEY)
     assert kv is not None
     assert kv.lease
@@ -70,9 +80,9 @@ def test_records_are_written_under_leases_and_revoked_at_the_end(store: MemorySt
 
 def test_a_withdrawn_record_and_its_exit_change_in_one_transaction(store: MemoryStore, registrar: Registrar) -> None:
     publish(registrar, record())
-    eventually(lambda: stored(store), 2, "the record")
+    eventually(lambda: stored(store), T, "the record")
     registrar.withdraw(RankId(0, 1), RankExit(rank=0, incarnation=1, reason="killed", at=1.0))
-    eventually(lambda: stored(store) is None, 2, "the record gone")
+    eventually(lambda: stored(store) is None, T, "the record gone")
     kv = store.get(KEYS.exit(0))
     assert kv is not None
     assert decode(kv.value, RankExit).reason == "killed"
@@ -83,45 +93,43 @@ def test_a_withdrawn_record_and_its_exit_change_in_one_transaction(store: Memory
     assert {event.kv.key for batch in batches for event in batch} == {KEY, KEYS.exit(0)}
 
 
-def test_a_lease_that_is_not_renewed_runs_out_and_comes_back_when_it_is(
-    store: MemoryStore, registrar: Registrar
-) -> None:
-    publish(registrar, record())
-    eventually(lambda: stored(store), 2, "the record")
-    registrar.set_renewing(RankId(0, 1), False)
-    eventually(lambda: stored(store) is None, 3, "the lease to run out")
-    registrar.set_renewing(RankId(0, 1), True)
-    eventually(lambda: stored(store), 2, "the record again")
+def test_a_lease_that_is_not_renewed_runs_out_and_comes_back_when_it_is(store: MemoryStore, quick: Registrar) -> None:
+    publish(quick, record())
+    eventually(lambda: stored(store), T, "the record")
+    quick.set_renewing(RankId(0, 1), False)
+    eventually(lambda: stored(store) is None, T, "the lease to run out")
+    quick.set_renewing(RankId(0, 1), True)
+    eventually(lambda: stored(store), T, "the record again")
 
 
 def test_notes_are_under_the_lease_they_belong_to(store: MemoryStore, registrar: Registrar) -> None:
     agent, key = KEYS.agent("n"), KEYS.heartbeats("n")
     registrar.note(key, Heartbeats(node="n", at=1.0), beside=agent)
     registrar.publish(agent, AgentRecord(node="n", pid=1, started=1.0))
-    eventually(lambda: store.get(agent), 2, "the agent's record")
+    eventually(lambda: store.get(agent), T, "the agent's record")
     registrar.note(key, Heartbeats(node="n", at=2.0), beside=agent)
-    eventually(lambda: noted(store) == 2.0, 2, "the note")
+    eventually(lambda: noted(store) == 2.0, T, "the note")
     [of_agent, of_note] = [store.get(agent), store.get(key)]
     assert of_agent is not None
     assert of_note is not None
     assert of_note.lease == of_agent.lease
 
 
-def test_notes_are_not_kept_for_after_an_outage(store: MemoryStore, registrar: Registrar, skew: list[float]) -> None:
+def test_notes_are_not_kept_for_after_an_outage(store: MemoryStore, quick: Registrar, skew: list[float]) -> None:
     agent, key = KEYS.agent("n"), KEYS.heartbeats("n")
-    registrar.publish(agent, AgentRecord(node="n", pid=1, started=1.0))
-    eventually(lambda: store.get(agent), 2, "the agent's record")
+    quick.publish(agent, AgentRecord(node="n", pid=1, started=1.0))
+    eventually(lambda: store.get(agent), T, "the agent's record")
     store.outage = True
-    registrar.publish(agent, AgentRecord(node="n", pid=2, started=1.0))
-    eventually(lambda: not registrar._reachable, 2, "the outage noticed")
-    registrar.note(key, Heartbeats(node="n", at=3.0), beside=agent)
+    quick.publish(agent, AgentRecord(node="n", pid=2, started=1.0))
+    eventually(lambda: not quick._reachable, T, "the outage noticed")
+    quick.note(key, Heartbeats(node="n", at=3.0), beside=agent)
     skew[0] += 60.0
     store.outage = False
-    eventually(lambda: store.get(agent), 3, "the agent's record under a new lease")
-    assert eventually(lambda: registrar.settled, 2, "all written")
+    eventually(lambda: store.get(agent), T, "the agent's record under a new lease")
+    assert eventually(lambda: quick.settled, T, "all written")
     assert store.get(key) is None
-    registrar.note(key, Heartbeats(node="n", at=4.0), beside=agent)
-    eventually(lambda: noted(store) == 4.0, 2, "the next note")
+    quick.note(key, Heartbeats(node="n", at=4.0), beside=agent)
+    eventually(lambda: noted(store) == 4.0, T, "the next note")
 
 
 def noted(store: MemoryStore) -> float:
@@ -129,17 +137,15 @@ def noted(store: MemoryStore) -> float:
     return decode(kv.value, Heartbeats).at if kv else 0.0
 
 
-def test_after_an_outage_everything_stands_as_wanted(
-    store: MemoryStore, registrar: Registrar, skew: list[float]
-) -> None:
-    publish(registrar, record())
-    registrar.publish(KEYS.rank(1, 2), record())
-    eventually(lambda: len(store.range(KEYS.prefix)[1]) == 2, 2, "both records")
+def test_after_an_outage_everything_stands_as_wanted(store: MemoryStore, quick: Registrar, skew: list[float]) -> None:
+    publish(quick, record())
+    quick.publish(KEYS.rank(1, 2), record())
+    eventually(lambda: len(store.range(KEYS.prefix)[1]) == 2, T, "both records")
     store.outage = True
-    publish(registrar, record(RankState.STANDBY))
-    registrar.withdraw(RankId(1, 2), RankExit(rank=1, incarnation=2, reason="killed", at=1.0))
+    publish(quick, record(RankState.STANDBY))
+    quick.withdraw(RankId(1, 2), RankExit(rank=1, incarnation=2, reason="killed", at=1.0))
     skew[0] += 60.0  # all leases run out meanwhile
     store.outage = False
-    eventually(lambda: stored(store) == record(RankState.STANDBY), 3, "the record under a new lease")
-    eventually(lambda: store.get(KEYS.exit(1)), 2, "the exit")
+    eventually(lambda: stored(store) == record(RankState.STANDBY), T, "the record under a new lease")
+    eventually(lambda: store.get(KEYS.exit(1)), T, "the exit")
     assert store.get(KEYS.rank(1, 2)) is None
