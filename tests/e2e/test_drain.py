@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +12,13 @@ import pytest
 
 from chaos.faults import kill
 from chaos.target.cluster import ServedCluster
+from chaos.target.warm_start import WarmStart
+from membership.base.failpoints import ENV
 from membership.operations.change import scale
 from membership.store.records import Phase
 from tests.e2e.conftest import Serve
 from tests.support.helpers import eventually
-from tests.support.served import elastic, hang, stream_all, texts_of
+from tests.support.served import elastic, stream_all, texts_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -48,7 +48,7 @@ def test_rank_0_is_drained_and_comes_back_while_requests_stream(serve: Serve, de
     expected = texts_of(cluster, model, 300)
 
     streams = stream_all(cluster, model, 300)
-    eventually(lambda: elastic(cluster, "status")["requests"]["running"] > 8, 30.0, "streams under way")
+    eventually(lambda: elastic(cluster, "status")["requests"]["running"] > 8, 60.0, "streams under way")
     status, plan = planned(cluster, "drain", "0")
     assert (status, plan["remove"], plan["target"]) == (2, [0], 3)
     drained = elastic(cluster, "drain", "0", "--op-id", "out")
@@ -70,26 +70,26 @@ def elastic_text(cluster: ServedCluster, *arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
 
 
-def test_a_scale_is_cancelled_while_its_ranks_start(serve: Serve, demo_model: Path) -> None:
-    """The agent is stopped for a moment, shorter than its lease, so that no rank starts before the answer comes."""
-    cluster = serve(demo_model, 2)
-    before = cluster.wait_serving(2)
-    client = cluster.client()
-    (agent,) = client.state().agents.values()
-    hang(agent.pid)
-    try:
-        client.propose(scale(4), op_id="up", if_epoch=None, timeout_s=60.0)
-        eventually(lambda: client.operation("up").phase is Phase.SPAWNING, 5.0, "the controller to send ranks")
+def test_a_scale_is_cancelled_while_its_ranks_start(demo_model: Path, tmp_path: Path, warm: WarmStart) -> None:
+    """The agent waits before it starts one, for as long as the answer takes; its lease is renewed meanwhile."""
+    gate = tmp_path / "gate"
+    gate.touch()
+    faults = {ENV: f"agent.before.spawn=wait:{gate}"}
+    with ServedCluster(demo_model, 2, state_dir=tmp_path / "state", environ=faults, warm=warm) as cluster:
+        before = cluster.wait_serving(2)
+        client = cluster.client()
+        gate.unlink()
+        client.propose(scale(4), op_id="up", if_epoch=None, timeout_s=120.0)
+        eventually(lambda: client.operation("up").phase is Phase.SPAWNING, 60.0, "the controller to send ranks")
         client.cancel("up", "a test")
-    finally:
-        os.kill(agent.pid, signal.SIGCONT)
-    eventually(lambda: client.operation("up").phase is Phase.ABORTED, 10.0, "the operation to be rolled back")
-    assert client.operation("up").error == "cancelled by a test"
-    after = cluster.wait_serving(2)
-    assert (after["epoch"], after["desired"]) == (before["epoch"], 2)
-    assert [rank["incarnation"] for rank in after["ranks"]] == [rank["incarnation"] for rank in before["ranks"]]
-    assert elastic(cluster, "ops", "cancel", "up")["phase"] == "aborted"
-    assert elastic(cluster, "scale", "3")["phase"] == "done"
+        gate.touch()
+        eventually(lambda: client.operation("up").phase is Phase.ABORTED, 60.0, "the operation to be rolled back")
+        assert client.operation("up").error == "cancelled by a test"
+        after = cluster.wait_serving(2)
+        assert (after["epoch"], after["desired"]) == (before["epoch"], 2)
+        assert [rank["incarnation"] for rank in after["ranks"]] == [rank["incarnation"] for rank in before["ranks"]]
+        assert elastic(cluster, "ops", "cancel", "up")["phase"] == "aborted"
+        assert elastic(cluster, "scale", "3")["phase"] == "done"
 
 
 def test_a_pause_refuses_changes_and_mends_losses(serve: Serve, demo_model: Path) -> None:

@@ -13,7 +13,7 @@ from chaos.target.cluster import ServedCluster
 from chaos.target.warm_start import WarmStart
 from membership.base.failpoint_catalogue import POINTS
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
 SAMPLE = (
     ("controller.after.committed", "kill"),

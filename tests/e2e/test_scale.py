@@ -25,7 +25,7 @@ def test_scale_under_load_with_a_kill(serve: Serve, demo_model: Path) -> None:
     assert all(expected)
 
     streams = stream_all(cluster, model, 400)
-    eventually(lambda: elastic(cluster, "status")["requests"]["running"] > 8, 30.0, "streams under way")
+    eventually(lambda: elastic(cluster, "status")["requests"]["running"] > 8, 60.0, "streams under way")
     up = elastic(cluster, "scale", "6", "--wait")
     assert up["phase"] == "done"
     status = cluster.wait_serving(6)
