@@ -11,7 +11,9 @@ from collections.abc import Iterable
 from elastic.engine.kv_blocks import BlockPool, blocks_for
 from elastic.engine.migration import Migration, Moved
 from elastic.engine.prefix import Contents, crowding
+from elastic.engine.reserve import Reserve
 from elastic.engine.sequence import Home, Sequence, refusal
+from elastic.engine.step_budget import StepBudget, Work, shares
 from elastic.engine.waiting import Shed, WaitingRoom
 from elastic.protocol import EndToken, Rejected, Submit, Tokens
 from membership.base.errors import ElasticError
@@ -62,6 +64,11 @@ def _prefilling(sequence: Sequence) -> bool:
     return sequence.remaining > 1
 
 
+def _new(sequence: Sequence) -> bool:
+    """Whether no client has had a token of it: others are streams that were interrupted, and go first."""
+    return not sequence.emitted
+
+
 class Scheduler:
     """Requests, KV blocks and the step in flight. One step at a time; every rank with chunks answers or is lost."""
 
@@ -78,6 +85,9 @@ class Scheduler:
         self._migration = Migration(config, engine_token)
         self._sequences: dict[str, Sequence] = {}  # by request id
         self._waiting = WaitingRoom(config)
+        self._reserve = Reserve(config)
+        self._budget = StepBudget(config.step_budget_s, config.max_batched_tokens)
+        self._under_way: tuple[Work, float] | None = None  # the step in flight, if its time will mean something
         self._arrivals = 0
         self._contents = Contents(config, "")
         self.queried_tokens = 0  # of requests that were given a home
@@ -109,6 +119,7 @@ class Scheduler:
 
     def lose_ranks(self, ranks: Iterable[int], now: float) -> list[str]:
         """Mask ranks of the view for good. Returns their requests, which wait at the front to be computed elsewhere."""
+        self._under_way = None
         gone = set(ranks) & set(self.view.ranks if self.view else ())
         self.masked |= gone
         moved = self._evict(home for home in self._homes.values() if home.rank in gone)
@@ -275,72 +286,97 @@ class Scheduler:
             return None
         self._migration.review(self._homes, now)
         self._admit(now)
+        able = [home for home in self._homes.values() if home.running and home.retry_at <= now]
+        prompting = sum(any(map(_prefilling, home.running)) for home in able)
+        decodes = max((sum(each.remaining == 1 for each in home.running) for home in able), default=0)
+        prompt_tokens = self._budget.tokens(decodes, prompting)
         ranks: dict[int, list[SeqChunk]] = {}
-        for home in self._homes.values():
-            if home.running and home.retry_at <= now:
-                self._fill(home)
+        for home in able:
+            self._fill(home, prompt_tokens)
             if home.in_flight:
                 ranks[home.rank] = [chunk for _, chunk in home.in_flight]
         if not ranks:
             return None
+        self._under_way = self._work(), now
         self.step += 1
         self.attempt = max(self._homes[rank].setbacks for rank in ranks)
         return StepBatch(self.token, self.view.epoch, self.step, self.attempt, sorted(self.masked), ranks)
 
     def _admit(self, now: float) -> None:
-        """Give waiting requests homes, oldest first, as long as the oldest fits somewhere.
+        """Give waiting requests homes, oldest first, as long as the oldest fits somewhere; then reserved ones."""
+        while (oldest := self._waiting.oldest) and self._place(oldest, now):
+            continue
+        if oldest is None:
+            return
+        for sequence in [each for each in self._waiting if self._reserve.may_pass(each, oldest)]:
+            if not self._place(sequence, now, guest=True):
+                return
+
+    def _place(self, sequence: Sequence, now: float, *, guest: bool = False) -> bool:
+        """Give a waiting request a home; False if it fits nowhere.
 
         A home must have blocks for all tokens known so far, plus one spare for each sequence there, so that what is
         admitted is not thrown out again by the next few decode steps. What a home has of the request's beginning is not
         computed again, save the last token: only computing it yields the next one.
         """
         size = self.config.block_size
-        while len(self._waiting):
-            sequence = next(iter(self._waiting))
-            blocks = blocks_for(len(sequence.tokens), size)
-            most = 0 if sequence.unscored else (len(sequence.tokens) - 1) // size
-            reusable = self._contents.extend(sequence.names, sequence.tokens)[:most]
-            shared = {home.rank: home.pool.find(reusable) for home in self._homes.values()}
-            every = self._homes.values()
-            homes = [home for home in every if home.rank not in self._migration.leaving] or every
-            fitting = [
-                home
-                for home in [home for home in homes if home.rank not in sequence.failed_on] or homes
-                if len(home.running) + self._migration.arriving(home) < self.config.max_seqs
-                and home.pool.cost(blocks, shared[home.rank]) + len(home.running) <= home.pool.free
-            ]
-            if not fitting:
-                return
-            home = min(fitting, key=lambda home: _unwelcome(home, size * len(shared[home.rank])))
-            cached = len(shared[home.rank]) * size
-            self._waiting.place(sequence, now)
-            sequence.enter(home, home.pool.take(blocks, shared[home.rank]), cached, now)
-            self.queried_tokens += len(sequence.tokens)
-            self.cached_tokens += cached
+        blocks = blocks_for(len(sequence.tokens), size)
+        most = 0 if sequence.unscored else (len(sequence.tokens) - 1) // size
+        reusable = self._contents.extend(sequence.names, sequence.tokens)[:most]
+        shared = {home.rank: home.pool.find(reusable) for home in self._homes.values()}
+        every = self._homes.values()
+        homes = [home for home in every if home.rank not in self._migration.leaving] or every
+        fitting = [
+            home
+            for home in [home for home in homes if home.rank not in sequence.failed_on] or homes
+            if self._reserve.fits(
+                home, home.pool.cost(blocks, shared[home.rank]), self._migration.arriving(home), guest=guest
+            )
+        ]
+        if not fitting:
+            return False
+        home = min(fitting, key=lambda home: _unwelcome(home, size * len(shared[home.rank])))
+        cached = len(shared[home.rank]) * size
+        self._waiting.place(sequence, now)
+        sequence.enter(home, home.pool.take(blocks, shared[home.rank]), cached, now)
+        sequence.guest = guest
+        self.queried_tokens += len(sequence.tokens)
+        self.cached_tokens += cached
+        return True
 
-    def _fill(self, home: Home) -> None:
-        """Choose the rank's chunks: decodes first, then prefills, oldest first within each, under the token budget.
+    def _fill(self, home: Home, prompt_tokens: int) -> None:
+        """Choose the rank's chunks: first all that decode, then `prompt_tokens` of prompts, in fair shares.
 
         A sequence whose chunk failed runs alone until it succeeds or is rejected: others must not fail with it.
         """
         suspect = next((sequence for sequence in home.running if sequence.failures), None)
-        order: list[Sequence] = [suspect] if suspect else sorted(home.running, key=_prefilling)
-        budget = self.config.max_batched_tokens
-        for sequence in order:
-            if budget == 0:
-                return
-            if sequence.home is not home or self._migration.pauses(sequence):
-                continue
-            if self._make_room(home, sequence):
-                chunk = sequence.next_chunk(budget)
-                budget -= len(chunk.tokens)
-                home.in_flight.append((sequence, chunk))
+        able = [suspect] if suspect else home.running
+        able = [sequence for sequence in able if not self._migration.pauses(sequence)]
+        for sequence in [each for each in able if not _prefilling(each)][: self.config.max_batched_tokens]:
+            self._begin(home, sequence, 1)
+        prompts = sorted((each for each in able if _prefilling(each) and each.home is home), key=_new)
+        budget = min(prompt_tokens, self.config.max_batched_tokens - len(home.in_flight))
+        given = shares([(_new(each), each.remaining) for each in prompts], budget)
+        for sequence, tokens in zip(prompts, given, strict=True):
+            self._begin(home, sequence, tokens)
+
+    def _begin(self, home: Home, sequence: Sequence, tokens: int) -> None:
+        """Have so many tokens computed in the next step, if there is room for them."""
+        if tokens and sequence.home is home and self._make_room(home, sequence):
+            home.in_flight.append((sequence, sequence.next_chunk(tokens)))
+
+    def _work(self) -> Work:
+        """What is in flight."""
+        sizes = [[len(chunk.tokens) for sequence, chunk in home.in_flight] for home in self._homes.values()]
+        tokens = [sum(size for size in each if size > 1) for each in sizes]
+        return Work(max(each.count(1) for each in sizes), max(tokens), sum(map(bool, tokens)))
 
     def _make_room(self, home: Home, sequence: Sequence) -> bool:
         """Allocate blocks for all known tokens; evict the rank's youngest sequences, perhaps `sequence` itself."""
         missing = blocks_for(len(sequence.tokens), self.config.block_size) - len(sequence.blocks)
-        while missing > home.pool.free:
-            victim = home.running[-1]
+        while missing > home.pool.free - self._reserve.kept(home, sequence):
+            giving = [each for each in home.running if not each.guest] if self._reserve.kept(home, sequence) else []
+            victim = (giving or home.running)[-1]
             self.preemptions += 1
             self._requeue(victim)
             if victim is sequence:
@@ -356,6 +392,7 @@ class Scheduler:
         if home is None or not step_fence.answers_step(result, home.rank_id, self.token, epoch, self.step):
             return []
         in_flight, home.in_flight = home.in_flight, []
+        self._learn(result, now)
         current = [(sequence, chunk) for sequence, chunk in in_flight if sequence.home is home]
         if result.status is not StepStatus.OK:
             return self._set_back(home, [sequence for sequence, _ in current], result, now)
@@ -375,6 +412,14 @@ class Scheduler:
             if chunk.sample is not None and token is not None:
                 outputs.append(self._append(sequence, token))
         return outputs
+
+    def _learn(self, result: StepResult, now: float) -> None:
+        """Of the time that the step took, once all have answered and nothing went wrong."""
+        if result.status is not StepStatus.OK or result.retried_rows or result.suspects:
+            self._under_way = None
+        elif self._under_way is not None and not self.unanswered:
+            work, began = self._under_way
+            self._budget.learn(work, now - began)
 
     def _append(self, sequence: Sequence, sampled: SampledToken) -> Tokens:
         """Add one token to the output; end tokens end it and are not part of it."""

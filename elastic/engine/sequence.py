@@ -48,6 +48,7 @@ class Sequence:
     queued_s: float = 0.0  # how long it waited for its first home
     failures: int = 0  # consecutive FAILED answers on this home
     failed_on: set[int] = field(default_factory=set)  # ranks that failed on it to the end
+    guest: bool = False  # it has a reserved place
     taken: bool = False  # it has had a place, here or in an engine before
     stalled_since: float | None = None  # since when its rank answers something other than OK
     scores: list[TokenLogprobs] = field(default_factory=list)  # of the prompt's tokens but the first, if asked for
@@ -128,6 +129,7 @@ class Sequence:
             self.home.pool.give_back(self.blocks)
             self.home.running.remove(self)
         self.home, self.computed, self.failures, self.stalled_since = None, 0, 0, None
+        self.guest = False
 
 
 def by_age(sequence: Sequence) -> int:

@@ -43,6 +43,11 @@ class WaitingRoom:
     def __iter__(self) -> Iterator[Sequence]:
         return iter(self._waiting)
 
+    @property
+    def oldest(self) -> Sequence | None:
+        """The one that has waited longest, if any waits."""
+        return self._waiting[0] if self._waiting else None
+
     def add(self, sequence: Sequence) -> None:
         """Let it wait, in order of arrival."""
         insort(self._waiting, sequence, key=by_age)

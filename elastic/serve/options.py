@@ -368,6 +368,10 @@ class ServeOptions(StoreOptions, ListenOptions, ApiOptions, SpareOptions, LogOpt
         "Compute a prompt's beginning once: later requests use the KV blocks of earlier ones.",
         off="--no-prefix-cache",
     )
+    step_budget_s: float = option(
+        DEFAULTS["step_budget_s"],
+        "Max time of a step: prompts are cut to fit into it (0 = 512 tokens each, however long they take).",
+    )
     max_waiting_requests: int = option(
         DEFAULTS["max_waiting_requests"],
         "How many requests may wait for a place on a rank; further ones get a 429.",

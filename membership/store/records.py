@@ -20,6 +20,7 @@ from membership.base.timing import (
     LOAD_STALL_S,
     MAX_WAIT_S,
     RESTART_WINDOW_S,
+    STEP_BUDGET_S,
 )
 
 Placement = dict[int, tuple[tuple[int, ...], ...]]
@@ -91,7 +92,8 @@ class ClusterConfig(Record, frozen=True, kw_only=True):
     block_size: int = 16  # tokens per KV block
     kv_blocks: int = 1024  # KV blocks per rank
     prefix_cache: bool = True  # KV blocks of earlier requests serve later ones that begin alike
-    max_batched_tokens: int = 512  # per rank and step: decode tokens plus prefill chunk
+    max_batched_tokens: int = 512  # per rank and step: decode tokens plus prefill chunks
+    step_budget_s: float = STEP_BUDGET_S  # which the prefill chunks of a step keep to; 0: no limit but the above
     max_seqs: int = 64  # per rank and step
     max_waiting_requests: int = 1024  # that wait for a place on a rank; further ones are refused
     max_waiting_tokens: int = 1_000_000  # in the prompts of those that wait
