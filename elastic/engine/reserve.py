@@ -6,6 +6,7 @@ request does not fit, short ones that came later may have a reserved place: they
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from elastic.engine.kv_blocks import blocks_for
@@ -23,20 +24,21 @@ class Reserve:
 
     @property
     def places(self) -> int:
-        """How many are reserved."""
-        return self.config.max_seqs // PART
+        """How many are reserved; none where the KV cache is too small for an even share."""
+        return self.config.max_seqs // PART if self.share else 0
 
     @property
     def share(self) -> int:
         """Blocks of one of them."""
         return self.config.kv_blocks // self.config.max_seqs
 
-    def may_pass(self, sequence: Sequence, oldest: Sequence) -> bool:
-        """Whether it may go before the oldest that waits, which fits later whatever guests there are."""
+    def guests(self, waiting: Iterable[Sequence], oldest: Sequence) -> list[Sequence]:
+        """Which ones may go before the oldest that waits; none unless it fits later, whatever guests there are."""
         config = self.config
-        total = blocks_for(len(sequence.request.prompt) + sequence.request.max_tokens, config.block_size)
-        most = config.kv_blocks - self.places * (self.share + 1)
-        return total <= self.share and blocks_for(len(oldest.tokens), config.block_size) <= most
+        if blocks_for(len(oldest.tokens), config.block_size) > config.kv_blocks - self.places * (self.share + 1):
+            return []
+        most = self.share * config.block_size
+        return [each for each in waiting if len(each.request.prompt) + each.request.max_tokens <= most]
 
     def unused(self, home: Home) -> int:
         """Reserved places of a rank that no guest has."""

@@ -213,13 +213,22 @@ class Scheduler:
             return [Tokens(self.token, request.request_id, len(request.emitted), [], finish_reason="length")]
         if self._waiting.full(request) and not self.held and self.view is not None:
             self._admit(now)  # what has arrived since the last step does not wait yet
-        if shed := self._waiting.full(request):
-            return [self._shed(request.request_id, shed, now)]
+        shed = self._waiting.full(request)
         self._arrivals += 1
         sequence = Sequence.of(request, self._arrivals, now)
         self._sequences[request.request_id] = sequence
         self._waiting.add(sequence)
+        if shed and not self._passes(sequence, now):
+            self._forget(sequence)
+            return [self._shed(request.request_id, shed, now)]
         return []
+
+    def _passes(self, sequence: Sequence, now: float) -> bool:
+        """Whether it has found a reserved place, before all that wait."""
+        oldest = self._waiting.oldest
+        if oldest is None or self.view is None or self.held or not self._reserve.guests([sequence], oldest):
+            return False
+        return self._place(sequence, now, guest=True)
 
     def abort(self, request_id: str) -> None:
         """Forget a request, if it is known. Its chunk in flight has no effect any more."""
@@ -306,11 +315,10 @@ class Scheduler:
         """Give waiting requests homes, oldest first, as long as the oldest fits somewhere; then reserved ones."""
         while (oldest := self._waiting.oldest) and self._place(oldest, now):
             continue
-        if oldest is None:
-            return
-        for sequence in [each for each in self._waiting if self._reserve.may_pass(each, oldest)]:
-            if not self._place(sequence, now, guest=True):
-                return
+        if oldest is not None and any(map(self._reserve.unused, self._homes.values())):
+            for sequence in self._reserve.guests(self._waiting, oldest):
+                if not self._place(sequence, now, guest=True):
+                    return
 
     def _place(self, sequence: Sequence, now: float, *, guest: bool = False) -> bool:
         """Give a waiting request a home; False if it fits nowhere.
@@ -374,6 +382,8 @@ class Scheduler:
     def _make_room(self, home: Home, sequence: Sequence) -> bool:
         """Allocate blocks for all known tokens; evict the rank's youngest sequences, perhaps `sequence` itself."""
         missing = blocks_for(len(sequence.tokens), self.config.block_size) - len(sequence.blocks)
+        if missing <= 0:
+            return True
         while missing > home.pool.free - self._reserve.kept(home, sequence):
             giving = [each for each in home.running if not each.guest] if self._reserve.kept(home, sequence) else []
             victim = (giving or home.running)[-1]
@@ -381,8 +391,7 @@ class Scheduler:
             self._requeue(victim)
             if victim is sequence:
                 return False
-        if missing > 0:
-            sequence.blocks.extend(home.pool.take(missing))
+        sequence.blocks.extend(home.pool.take(missing))
         return True
 
     def apply(self, result: StepResult, now: float) -> list[Output]:

@@ -8,6 +8,7 @@ import random
 import pytest
 
 from chaos.simulation.kv_model import KvModel
+from elastic.engine.reserve import Reserve
 from elastic.engine.scheduler import Scheduler
 from elastic.engine.step_budget import FIRST_TOKENS, FLOOR_TOKENS, StepBudget, Work, shares
 from elastic.protocol import Tokens
@@ -195,3 +196,36 @@ def test_short_requests_have_places_that_long_ones_cannot_take() -> None:
     machine.ask("also long", 8, 1000, rng)
     machine.step()
     assert (machine.scheduler.running, machine.scheduler.waiting) == (56, 145)
+
+
+def test_a_full_queue_of_long_requests_does_not_turn_a_short_one_away() -> None:
+    rng, machine = random.Random(5), Machine(max_waiting_requests=20)
+    for n in range(56 + 20):
+        machine.ask(f"stream {n}", 8, 1000, rng)
+    machine.ask("also long", 8, 1000, rng)
+    assert machine.client.ends["also long"].startswith("429")
+    machine.ask("short", 8, 8, rng)
+    assert (machine.scheduler.running, machine.scheduler.waiting) == (57, 20)
+    for _ in range(30):
+        machine.step()
+    assert machine.client.ends["short"] == "length"
+
+
+def test_blocks_kept_for_short_requests_take_none_from_who_asks_for_none() -> None:
+    """A short one has ended; streams that have what they need stay, though fewer blocks are free than are kept."""
+    rng, machine = random.Random(6), Machine(block_size=4, kv_blocks=24, max_seqs=8, max_batched_tokens=40)
+    for name in ("a", "b", "waits"):
+        machine.ask(name, 36, 8, rng)
+    while len(machine.client.outputs["b"]) < 4:
+        machine.step()
+    machine.ask("short", 1, 2, rng)
+    while "short" not in machine.client.ends:
+        machine.step()
+    machine.step()
+    assert machine.scheduler.waiting == 1
+    assert machine.scheduler.preemptions == 0
+
+
+@pytest.mark.parametrize(("kv_blocks", "places"), [(64, 8), (63, 0)])
+def test_no_place_is_kept_where_the_cache_has_no_share_for_it(kv_blocks: int, places: int) -> None:
+    assert Reserve(config(kv_blocks=kv_blocks, max_seqs=64)).places == places
