@@ -22,17 +22,18 @@ BLOCK = 16
 Step = Callable[[], object]
 
 
-def ours(path: str, dtype: str, exactness: str, streams: int, context: int, total: int) -> Step:
+def ours(path: str, dtype: str, exactness: str, streams: int, context: int, total: int, device: str = "cpu") -> Step:
     """A decode step of our runner for `streams` sequences that have `context` tokens already."""
     from membership.base.enums import Exactness
     from tests.support.local_exchange import LocalExchange
+    from workers.model.devices import open_backend
     from workers.model.expert_bank import LocalExpertBank
     from workers.model.load import load_model
     from workers.model.runner import ModelRunner
     from workers.protocol.messages import Sampling, SeqChunk
 
     per_seq = -(-total // BLOCK)
-    loaded = load_model(path, dtype)
+    loaded = load_model(path, dtype, open_backend(device))
     bank = LocalExpertBank()
     runner = ModelRunner(
         loaded, bank, Exactness(exactness), kv_blocks=streams * per_seq, block_size=BLOCK, max_len=total

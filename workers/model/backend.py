@@ -84,6 +84,17 @@ class Attention(Protocol):
         """
 
 
+class MoeBoundary(Protocol):
+    """The MoE layers of a model: where a step leaves its device."""
+
+    leave: Callable[[int, Tensor, Tensor, Tensor], Tensor] | None
+    """What a recorder wants called in the place of an MoE layer: layer, hidden [T, H], ids and weights [T, k] -> [T, H]
+    with T being the rows of the step with its padding. None: nothing is being recorded."""
+
+    def compute(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The routed part of an MoE layer for real rows alone, on whichever ranks: as the exchange, with its errors."""
+
+
 class ExpertProducts(Protocol):
     """The two matrix products of experts, all of one shape. `calibrate` may run in any thread, beside `compute`."""
 
@@ -127,8 +138,9 @@ class Backend(Protocol):
     ) -> ExpertProducts:
         """The products of this model's routed experts."""
 
-    def capture(self, step: StepFunction) -> StepFunction:
-        """`step`, or something faster with the same results, such as a graph recorded once per padded size.
+    def capture(self, step: StepFunction, attention: Attention, experts: MoeBoundary) -> StepFunction:
+        """`step`, or something faster with the same results, such as graphs recorded once per padded size.
 
-        Nothing in a later plan but `padded` may make a recorded step invalid.
+        `attention` (this backend's) and `experts` are those that `step` uses. No plan and no change of membership may
+        make what was recorded invalid. A result may be overwritten by the next call.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -43,6 +44,7 @@ class MoeLayers:
 
     def __init__(self, layers: int, experts: int) -> None:
         self.exchange: Dispatcher | None = None
+        self.leave: Callable[[int, Tensor, Tensor, Tensor], Tensor] | None = None  # see `MoeBoundary`
         self.rows = 0  # rows of the current step that are real; the rest is padding and goes nowhere
         self._routed: list[tuple[int, Tensor]] = []
         self._shape = (layers, experts)
@@ -60,12 +62,18 @@ class MoeLayers:
 
         ModelError before an exchange is attached.
         """
-        if self.exchange is None:
-            raise ModelError("no exchange is attached to the model")
+        if self.leave is not None:
+            return self.leave(layer, hidden, ids, weights)
         rows = self.rows
         padding = hidden.shape[0] - rows
         if padding:
             hidden, ids, weights = hidden[:rows], ids[:rows], weights[:rows]
-        self._routed.append((layer, ids))
-        out = self.exchange.dispatch_combine(layer, hidden, ids, weights)
+        out = self.compute(layer, hidden, ids, weights)
         return functional.pad(out, (0, 0, 0, padding)) if padding else out
+
+    def compute(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The same for rows that are all real."""
+        if self.exchange is None:
+            raise ModelError("no exchange is attached to the model")
+        self._routed.append((layer, ids))
+        return self.exchange.dispatch_combine(layer, hidden, ids, weights)

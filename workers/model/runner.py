@@ -78,7 +78,7 @@ class ModelRunner:
                 calibrations.keep()
         connect_attention(loaded.attention_modules, self.attention)
         connect_experts(loaded.expert_modules, self.moe)
-        self._forward = backend.capture(self._hidden)
+        self._forward = backend.capture(self._hidden, self.attention, self.moe)
 
     @property
     def cache(self) -> KVCache:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from membership.base.enums import Exactness
-from workers.model.backend import Activation, AttentionSpec, StepFunction
+from workers.model.backend import Activation, Attention, AttentionSpec, MoeBoundary, StepFunction
 from workers.model.calibrations import Calibrations
 from workers.model.cpu.attention import CpuAttention
 from workers.model.cpu.attention_check import fewest_exact_rows
@@ -51,6 +51,6 @@ class CpuBackend:
         """See `Backend`."""
         return CpuExpertProducts(activation, exactness, calibrations)
 
-    def capture(self, step: StepFunction) -> StepFunction:
+    def capture(self, step: StepFunction, attention: Attention, experts: MoeBoundary) -> StepFunction:
         """The step itself: nothing is recorded."""
         return step

@@ -7,6 +7,8 @@ depends on its sequence alone. The price: a prompt's tokens read the same keys a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +29,7 @@ ALL = 1 << 30  # a window that hides nothing
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """What all layers of one step share."""
 
     plan: StepPlan
@@ -38,7 +40,7 @@ class _Layout:
     splits: int
 
     @classmethod
-    def of(cls, plan: StepPlan, device: torch.device) -> _Layout:
+    def of(cls, plan: StepPlan, device: torch.device) -> Layout:
         """Of one step; all its numbers go to the GPU in one copy that the host does not wait for."""
         counts = np.diff([-1, *plan.last])
         tables = np.zeros((len(plan.tables), max(map(len, plan.tables))), dtype=np.int64)
@@ -62,7 +64,16 @@ class CudaAttention:
         self.plan: StepPlan | None = None
         self.cache = cache
         self._device = device
-        self._layout: _Layout | None = None
+        self._layout: Layout | None = None
+
+    @contextmanager
+    def holding(self, layout: Layout) -> Iterator[None]:
+        """Steps with the plan of `layout` use it as it is."""
+        self._layout = layout
+        try:
+            yield
+        finally:
+            self._layout = None
 
     def forward(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
@@ -72,7 +83,7 @@ class CudaAttention:
         if plan is None:
             raise ModelError("attention was called outside of a step")
         if self._layout is None or self._layout.plan is not plan:
-            self._layout = _Layout.of(plan, self._device)
+            self._layout = Layout.of(plan, self._device)
         layout, rows = self._layout, plan.rows
         queries, keys, values = (part[0].transpose(0, 1)[:rows] for part in (query, key, value))  # [T, heads, width]
         cache = self.cache.layers[layer]
@@ -81,7 +92,7 @@ class CudaAttention:
         return functional.pad(out, (0, 0, 0, 0, 0, plan.padded - rows))[None]
 
     @staticmethod
-    def _attend(layout: _Layout, queries: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int) -> Tensor:
+    def _attend(layout: Layout, queries: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int) -> Tensor:
         """[T, Hq, D] queries over a layer's cache [block, offset, Hkv, width] -> [T, Hq, Dv]."""
         rows, query_heads, width = queries.shape
         page, heads, value_width = values.shape[1:]

@@ -10,13 +10,15 @@ import triton
 from torch import nn
 
 from membership.base.enums import Exactness
-from workers.model.backend import Activation, AttentionSpec, StepFunction
+from membership.base.errors import ModelError
+from workers.model.backend import Activation, Attention, AttentionSpec, MoeBoundary, StepFunction
 from workers.model.calibrations import Calibrations
 from workers.model.cpu.fingerprint import kernel_fingerprint
 from workers.model.cpu.linear import make_invariant
 from workers.model.cuda import kernels
 from workers.model.cuda.attention import CudaAttention
 from workers.model.cuda.expert_products import CudaExpertProducts
+from workers.model.cuda.graphs import StepGraphs
 from workers.model.cuda.kv_cache import CudaKVCache
 from workers.model.row_tiles import RowTiles
 
@@ -53,6 +55,10 @@ class CudaBackend:
         """See `Backend`."""
         return CudaExpertProducts(activation, exactness, calibrations)
 
-    def capture(self, step: StepFunction) -> StepFunction:
-        """The step itself: nothing is recorded yet."""
-        return step
+    def capture(self, step: StepFunction, attention: Attention, experts: MoeBoundary) -> StepFunction:
+        """Decode steps as CUDA graphs. ModelError for another backend's attention."""
+        if self.device.type != "cuda":
+            return step
+        if not isinstance(attention, CudaAttention):
+            raise ModelError("this attention is not of the CUDA backend")
+        return StepGraphs(step, attention, experts)

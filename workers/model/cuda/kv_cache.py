@@ -12,7 +12,7 @@ class CudaLayerCache:
     """Keys and values of one layer; allocated when the first tokens show their shape."""
 
     def __init__(self, blocks: int, block_size: int, dtype: torch.dtype) -> None:
-        self._cells = (blocks, block_size)
+        self._cells = (blocks + 1, block_size)  # the last is for what must be written somewhere
         self._dtype = dtype
         self.keys = self.values = torch.empty(0)
 
@@ -38,7 +38,7 @@ class CudaKVCache:
     @property
     def block_bytes(self) -> int:
         """Bytes of one block in all layers; 0 before the first step."""
-        return sum(part.nbytes for layer in self.layers for part in (layer.keys, layer.values)) // self.blocks
+        return sum(part.nbytes for layer in self.layers for part in (layer.keys, layer.values)) // (self.blocks + 1)
 
     def copy_out(self, blocks: Sequence[int], room: memoryview[int]) -> None:
         """Copy the bits of `blocks` to the start of `room`, in host memory."""

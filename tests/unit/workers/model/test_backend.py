@@ -17,6 +17,7 @@ from workers.model.backend import Attention, AttentionSpec, Backend
 from workers.model.calibrations import Calibrations
 from workers.model.devices import BACKENDS, open_backend
 from workers.model.expert_source import ExpertWeights
+from workers.model.moe import MoeLayers
 from workers.protocol.messages import SeqChunk
 
 pytestmark = pytest.mark.unit
@@ -324,17 +325,62 @@ def test_products_and_norms_of_a_model_can_be_made_exact(backend: Backend, dtype
         assert torch.equal(outputs(rows[:, -count:].flip(1)), alone[:, -count:].flip(1)), count
 
 
+class Elsewhere:
+    """Routed experts that double what they get, far from the device."""
+
+    def dispatch_combine(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """[T, H] -> [T, H]"""
+        assert topk_ids.shape == topk_weights.shape == (len(hidden), 2)
+        return (hidden.cpu() * 2 + layer).to(hidden.device)
+
+
+class TinyModel:
+    """Two layers of attention and routed experts: enough of a model to be captured."""
+
+    def __init__(self, backend: Backend) -> None:
+        generator = torch.Generator().manual_seed(2)
+        self.table = torch.randn(50, 3, 4, 16, generator=generator).to(backend.device)  # token, what, head, width
+        spec = AttentionSpec(LAYERS, 1, 16, 16, LONGEST, BLOCKS, BLOCK_SIZE, torch.float32)
+        self.attention = backend.attention(spec, Exactness.STOCK, Calibrations(None, "tiny"))
+        self.moe = MoeLayers(LAYERS, 4)
+        self.moe.exchange = Elsewhere()
+
+    def step(self, plan: StepPlan) -> Tensor:
+        """Hidden states [plan.padded, 64]."""
+        self.attention.plan, self.moe.rows = plan, plan.rows
+        hidden = self.table.index_select(0, plan.tokens[0])
+        ids = plan.tokens[0][:, None].remainder(4).expand(-1, 2)
+        out = hidden[:, 0].flatten(1)
+        for layer in range(LAYERS):
+            query, key, value = hidden.permute(1, 2, 0, 3)[:, None]
+            seen = self.attention.forward(layer, query * (layer + 1), key, value, 0.25, None)
+            out = self.moe.forward(layer, out + seen[0].flatten(1) * (plan.positions[0][:, None] + 1), ids, ids.float())
+        self.attention.plan = None
+        return out
+
+
 @torch.inference_mode()
 def test_a_captured_step_follows_its_plan(backend: Backend) -> None:
-    table = torch.randn(50, 8, generator=torch.Generator().manual_seed(2)).to(backend.device)
-
-    def step(plan: StepPlan) -> Tensor:
-        return table.index_select(0, plan.tokens[0]) * (plan.positions[0][:, None] + 1)
-
-    captured = backend.capture(step)
-    for start, tokens in ((0, [3, 4, 5]), (3, [9]), (4, [7]), (0, [1, 2, 3]), (40, [6])):
-        plan = plan_step([SeqChunk(0, start, tokens, [2, 0, 1])], BLOCK_SIZE, 4, backend.device)
-        assert torch.equal(captured(plan), step(plan))
+    """Prefill, decode of one to four sequences that come and go, and contexts that grow: as without."""
+    model, plain = TinyModel(backend), TinyModel(backend)
+    captured = backend.capture(model.step, model.attention, model.moe)
+    blocks = {seq: list(range(10 * seq, 10 * seq + 10)) for seq in range(4)}
+    length = dict.fromkeys(blocks, 0)
+    order = random.Random(4)
+    for turn in range(60):
+        picked = order.sample(sorted(blocks), order.choice((1, 2, 3, 4)))
+        many = [1 if turn % 5 else order.randint(1, 8) for _ in picked]
+        chunks = [
+            SeqChunk(seq, length[seq], [order.randrange(50) for _ in range(count)], blocks[seq])
+            for seq, count in zip(picked, many, strict=True)
+        ]
+        for seq, count in zip(picked, many, strict=True):
+            length[seq] = (length[seq] + count) % 150
+        rows = sum(many)
+        tiled = model.attention.tiled
+        plan, again = (plan_step(chunks, BLOCK_SIZE, -(-rows // 4) * 4, backend.device, tiled=tiled) for _ in "ab")
+        assert torch.equal(captured(plan)[:rows], plain.step(again)[:rows]), turn
+        assert model.moe.take_load().tolist() == plain.moe.take_load().tolist(), turn
 
 
 def test_fingerprints_distinguish_arithmetics(backend: Backend) -> None:
