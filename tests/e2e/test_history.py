@@ -20,8 +20,9 @@ from chaos.record.recorder import Recorder
 from chaos.workload.streams import Load, Workload
 from tests.e2e.conftest import Serve
 from tests.support.helpers import eventually
+from tests.support.served import streaming
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
 VICTIM = 1
 
@@ -34,6 +35,7 @@ def test_a_recorded_run_is_checked_from_its_file(serve: Serve, demo_model: Path,
     began, cpu = time.monotonic(), psutil.Process().cpu_times()
     with Recorder.of(cluster, what="a kill and a scale", seed=1) as recorder:
         load.start()
+        eventually(lambda: streaming(load), 60.0, "streams for the fault to meet")
         victim = next(r for r in cluster.status()["ranks"] if r["rank"] == VICTIM)
         killed = kill(victim["pid"])
         fault = Injected(

@@ -99,7 +99,7 @@ def test_a_pod_that_is_killed_or_replaced_keeps_its_size_and_its_streams(make_po
             assert done.returncode == 0, done.stderr
 
         pod.signal(signal.SIGKILL)  # as the OOM killer does; the kubelet starts the container again
-        pod.wait(30.0)
+        pod.wait(60.0)
         pod.start()
         assert serving(pod, url) == 3, "what was scaled stands, though --ranks=2 is given again"
         said = [line for line in pod.lines() if not line.startswith("{")]
@@ -133,6 +133,6 @@ def test_a_start_that_fails_ends_with_the_reason(make_pod: MakePod, setting: str
     """The last lines are the pod's termination message."""
     pod = make_pod(setting, ordinal=ordinal)
     pod.start()
-    assert pod.wait(60.0) == 1
+    assert pod.wait(READY_S) == 1
     assert pod.lines()[-1].startswith("error: ")
     assert says in pod.lines()[-1]

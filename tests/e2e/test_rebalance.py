@@ -11,7 +11,6 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-import httpx
 import pytest
 
 from chaos.faults import kill
@@ -26,7 +25,7 @@ from membership.store.keys import Keys
 from membership.store.records import ExpertLoad
 from tests.e2e.conftest import Serve
 from tests.support.helpers import eventually
-from tests.support.served import fault_free
+from tests.support.served import fault_free, shows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
@@ -35,6 +34,17 @@ RANKS = 4
 
 def commits(cluster: ServedCluster, after: int) -> list[Event]:
     return [e for e in cluster.events() if e.kind == "epoch_committed" and e.epoch > after]
+
+
+def loss_and_next(cluster: ServedCluster, left: list[int]) -> list[Event]:
+    """The first view of these ranks, and the one after it. Before it the load may have been balanced."""
+
+    def found() -> list[Event] | None:
+        seen = [e for e in cluster.events() if e.kind == "epoch_committed"]
+        first = next((number for number, e in enumerate(seen) if e.fields["ranks"] == left), len(seen))
+        return seen[first : first + 2] if len(seen) >= first + 2 else None
+
+    return eventually(found, 90.0, f"a view of {left}, then another", interval_s=0.2) or []
 
 
 def skew(cluster: ServedCluster, hot: int = 160, cold: int = 8) -> None:
@@ -57,12 +67,9 @@ def test_a_death_moves_no_weights_and_the_rest_comes_in_the_background(serve: Se
     workload.start()
     try:
         eventually(lambda: cluster.status()["imbalance"], 60.0, "measured expert load", interval_s=0.1)
-        assert "elastic_ep_expert_imbalance_ratio" in httpx.get(cluster.url + "/metrics", timeout=10.0).text
-        epoch = cluster.status()["epoch"]
+        shows(cluster, lambda text: "elastic_ep_expert_imbalance_ratio" in text, "the imbalance")
         kill(before["ranks"][1]["pid"])
-        eventually(lambda: len(commits(cluster, epoch)) >= 2, 60.0, "loss and replacement", interval_s=0.2)
-        loss, joined = commits(cluster, epoch)[:2]
-        assert loss.fields["ranks"] == [0, 2, 3]
+        loss, joined = loss_and_next(cluster, [0, 2, 3])
         assert (loss.fields["experts_taken"], loss.fields["weight_bytes"]) == (0, 0)
         assert joined.fields["ranks"] == [0, 1, 2, 3]
         assert joined.fields["weight_bytes"] > 0
@@ -81,7 +88,7 @@ def test_a_death_moves_no_weights_and_the_rest_comes_in_the_background(serve: Se
         assert 0 < moved.fields["weight_bytes"] <= config.rebalance_bytes
         assert moved.fields["ranks"] == [0, 1, 2, 3]
         taken = 'elastic_ep_weight_bytes_moved_total{trigger="rebalance"}'
-        assert taken in httpx.get(cluster.url + "/metrics", timeout=10.0).text
+        shows(cluster, lambda text: taken in text, "weights that were moved")
     finally:
         history = workload.stop()
     verdict = compare(history, oracle)
@@ -113,7 +120,7 @@ def test_both_holders_dead_only_orphans_are_loaded_and_every_request_goes_on(ser
     workload = Workload(cluster.url, cluster.model_name())
     workload.start()
     try:
-        eventually(lambda: len(workload.open_streams()) >= 4, 30.0, "four streams under way", interval_s=0.1)
+        eventually(lambda: len(workload.open_streams()) >= 4, 60.0, "four streams under way", interval_s=0.1)
         at = time.time()
         for rank in (1, 2):  # at once: not waiting for the first to be gone
             os.kill(before["ranks"][rank]["pid"], signal.SIGKILL)
@@ -146,15 +153,14 @@ def test_where_no_rank_replaces_it_redundancy_is_restored_in_the_background(serv
     workload = Workload(cluster.url, cluster.model_name())
     workload.start()
     try:
-        eventually(lambda: len(workload.open_streams()) >= 4, 30.0, "four streams under way", interval_s=0.1)
+        eventually(lambda: len(workload.open_streams()) >= 4, 60.0, "four streams under way", interval_s=0.1)
         kill(before["ranks"][1]["pid"])
-        eventually(lambda: len(commits(cluster, before["epoch"])) >= 2, 90.0, "the loss, then more", interval_s=0.2)
+        loss, restored = loss_and_next(cluster, [0, 2])
         ended = len(workload.records())
         eventually(lambda: len(workload.records()) > ended + 4, 60.0, "requests ending", interval_s=0.1)
     finally:
         history = workload.stop()
-    loss, restored = commits(cluster, before["epoch"])[:2]
-    assert (loss.fields["ranks"], loss.fields["weight_bytes"]) == ([0, 2], 0)
+    assert loss.fields["weight_bytes"] == 0
     assert restored.fields["ranks"] == [0, 2]
     assert "redundancy is restored" in str(staging(cluster, restored))
     assert restored.fields["weight_bytes"] > 0

@@ -15,7 +15,7 @@ import pytest
 from chaos.target.cluster import ServedCluster
 from membership.base.errors import ConfigError
 from tests.e2e.conftest import Serve
-from tests.support.helpers import eventually, shm_as_before
+from tests.support.helpers import eventually, running, shm_as_before
 from tests.support.served import completion, role_pid
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
@@ -25,13 +25,6 @@ RANKS = 2
 
 def family(cluster: ServedCluster) -> list[psutil.Process]:
     return psutil.Process(cluster.pid).children(recursive=True)
-
-
-def running(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 @pytest.mark.parametrize("stopped", [False, True], ids=["all react", "agent and gateway stopped"])
@@ -51,7 +44,7 @@ def test_a_second_signal_hastens_the_stop_and_leaves_nothing(serve: Serve, demo_
                 os.kill(role_pid(cluster, role), signal.SIGSTOP)
         serving = psutil.Process(cluster.pid)
         serving.send_signal(signal.SIGTERM)
-        eventually(lambda: stopped or _draining(cluster), 20.0, "the stop to begin")
+        eventually(lambda: stopped or _draining(cluster), 60.0, "the stop to begin")
         serving.send_signal(signal.SIGINT)
         assert cluster._process is not None
         assert cluster._process.wait(timeout=60) in (128 + signal.SIGINT, 128 + signal.SIGTERM)
@@ -82,7 +75,7 @@ def test_a_supervisor_without_descriptors_or_logs_takes_nothing_along(
     controller = role_pid(cluster, "controller")
     os.kill(controller, signal.SIGKILL)
     words = cluster.state.path / "serve.log"
-    eventually(lambda: "step_failed" in words.read_text(), 30.0, "a start that fails")
+    eventually(lambda: "step_failed" in words.read_text(), 60.0, "a start that fails")
     assert completion(cluster) == text
     resource.prlimit(cluster.pid, resource.RLIMIT_NOFILE, before)
     eventually(lambda: role_pid_or_zero(cluster, "controller") not in (0, controller), 60.0, "another controller")
