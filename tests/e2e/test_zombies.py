@@ -8,7 +8,6 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import psutil
 import pytest
 
@@ -17,8 +16,8 @@ from chaos.workload.history import compare
 from chaos.workload.streams import Workload
 from tests.e2e.conftest import Serve
 from tests.e2e.test_kill_rank import RANKS, back_as_new
-from tests.support.helpers import eventually
-from tests.support.served import fault_free, streaming
+from tests.support.helpers import eventually, running
+from tests.support.served import fault_free, shows, streaming
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
@@ -45,8 +44,8 @@ def masked(cluster: ServedCluster, incarnation: int) -> str:
     return next((str(e.fields["source"]) for e in found), "")
 
 
-def fenced(cluster: ServedCluster) -> float:
-    for line in httpx.get(f"{cluster.url}/metrics", timeout=10.0).text.splitlines():
+def fenced(metrics: str) -> float:
+    for line in metrics.splitlines():
         if line.startswith("elastic_ep_fenced_total") and 'what="rank"' in line:
             return float(line.split()[-1])
     return 0.0
@@ -65,15 +64,8 @@ def test_stopped_past_its_lease_then_continued(serve: Serve, demo_model: Path) -
             assert sign in ("stopped", "robust futex", "pidfd", "queue"), sign
             if wakes:
                 os.kill(victim["pid"], signal.SIGCONT)
-            eventually(lambda p=process: not alive(p), 60.0, f"the evicted process of rank {rank} to be ended")
+            eventually(lambda p=process: not running(p), 60.0, f"the evicted process of rank {rank} to be ended")
             eventually(
                 lambda r=rank, v=victim: back_as_new(cluster, r, v["incarnation"]), 60.0, f"rank {rank} serving again"
             )
-        assert fenced(cluster) >= 1
-
-
-def alive(process: psutil.Process) -> bool:
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
+        shows(cluster, lambda text: fenced(text) >= 1, "a fenced rank")
