@@ -15,12 +15,14 @@ from msgspec.structs import replace
 
 from elastic.serve.etcd_server import EtcdServer
 from membership.base.events import Event, EventLog
+from membership.planning import planner
 from membership.planning.controller import run_controller
+from membership.planning.planner import Effect
 from membership.store.codec import encode
 from membership.store.etcd import connect
 from membership.store.in_memory import MemoryStore
 from membership.store.interface import Compare, Op, Put, Store, TxnResult
-from membership.store.records import LeaderRecord, Phase
+from membership.store.records import ClusterState, LeaderRecord, Phase
 from tests.support.helpers import eventually
 from tests.support.world import CONFIG, Violation, World
 
@@ -55,8 +57,8 @@ class Frozen:
 class Driver:
     """A simulated cluster in real time, with real controllers as threads."""
 
-    def __init__(self, store: Store, path: Path) -> None:
-        config = replace(CONFIG, cluster=uuid.uuid4().hex, lease_ttl_s=1.0)
+    def __init__(self, store: Store, path: Path, lease_ttl_s: float = 1.0) -> None:
+        config = replace(CONFIG, cluster=uuid.uuid4().hex, lease_ttl_s=lease_ttl_s)
         self.world = World(store=store, config=config, elected=False, now=time.time())
         self.path = path
 
@@ -163,6 +165,37 @@ def test_a_controller_that_was_frozen_while_it_acted_is_fenced(driver: Driver) -
     elected = [event.fields["node"] for event in driver.events("leader_elected")]
     assert elected[:2] == ["one", "two"]
     assert [event.epoch for event in driver.events("epoch_committed")] == [1, 2, 3]
+
+
+def test_a_controller_whose_planner_computes_for_longer_than_the_lease_goes_on_leading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Renewals have their own thread, which gets its turns while the planner computes."""
+    driver, decide, took_s = (
+        Driver(MemoryStore(), tmp_path / "events", lease_ttl_s=2.0),
+        planner.reconcile,
+        list[float](),
+    )
+
+    def slow(state: ClusterState, now: float) -> list[Effect]:
+        effects = decide(state, now)
+        if state.view is not None and effects and not took_s:
+            began = time.monotonic()
+            while time.monotonic() < began + 3 * driver.world.config.lease_ttl_s:
+                sorted(range(1000), key=lambda number: -number)
+            took_s.append(time.monotonic() - began)
+        return effects
+
+    with driver.controller("one"):
+        driver.whole(4)
+        monkeypatch.setattr(planner, "reconcile", slow)
+        with driver.controller("two"):
+            driver.world.kill(2, backoff_s=0.0)
+            driver.until(lambda: took_s, "the planner's long look")
+            driver.whole(4)
+            elected = [event.fields["node"] for event in driver.events("leader_elected")]
+    assert elected == ["one"], "the other one stood by all the time"
+    assert took_s[0] >= 3 * driver.world.config.lease_ttl_s
 
 
 def test_an_outage_longer_than_the_lease_freezes_membership_and_no_more(tmp_path: Path) -> None:
