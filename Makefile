@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check matrix chaos bench docs format wheel release clean
+.PHONY: help setup demo test check matrix mutation chaos bench docs format wheel release clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -47,6 +47,10 @@ check: setup  ## lint, types, import law, unit tests (under 90 s)
 
 matrix: setup  ## every fault at every edge of an operation; `test` has each edge and each fault once or more
 	@ELASTIC_WHOLE_MATRIX=1 $(BIN)/python -m pytest tests/e2e/test_operation_faults.py
+
+mutation: setup  ## small changes of the modules that decide, which their unit tests must notice (SEED, SHARE per module, ONLY)
+	@$(BIN)/python -c 'import cosmic_ray' 2> /dev/null || $(BIN)/python -m pip install --quiet --editable '.[mutation]'
+	@$(BIN)/python -m tests.support.mutation $(if $(SEED),--seed $(SEED)) $(if $(SHARE),--share $(SHARE)) $(if $(ONLY),--only $(ONLY))
 
 chaos: setup  ## prove the promises: simulation, mutants, every fault for every role, a soak; one table (13 minutes on two fast cores)
 	@$(BIN)/elastic-chaos suite $(if $(SEED),--seed $(SEED)) $(if $(SHARE),--share $(SHARE)) $(foreach part,$(ONLY),--only $(part)) $(if $(filter no,$(PACE)),--no-pace)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from elastic.engine.adoption import Adoption, adoption
+from elastic.engine.adoption import Adoption, adoption, leaving
 from elastic.engine.recovery import Recovered, Recovery
 from membership.store.records import (
     AgentRecord,
@@ -78,6 +78,10 @@ def test_who_has_no_record_for_now_is_waited_for_while_patient() -> None:
     assert found == Adoption(VIEW, (1,), (2,))
 
 
+def test_an_engine_that_says_nothing_of_patience_waits_for_no_absent_member() -> None:
+    assert adoption(state(0, assignments=assigned(0, 1, 2)), 4, {(0, 10)}, set()) == Adoption(VIEW, (1, 2), ())
+
+
 @pytest.mark.parametrize(
     "certain",
     [
@@ -112,3 +116,32 @@ def test_a_loss_that_moved_nothing_is_over_at_once() -> None:
     recovery = Recovery()
     recovery.lost(1, 1.0, [])
     assert recovery.progress([], lambda name: True, 1.002) == [Recovered(1, pytest.approx(2.0), 0)]
+
+
+def without(epoch: int, *ranks: int) -> View:
+    return View(epoch=epoch, members=tuple(member for member in VIEW.members if member.rank not in ranks))
+
+
+@pytest.mark.parametrize(
+    ("committed", "staged", "left_out"),
+    [
+        (None, None, ()),
+        (VIEW, None, ()),
+        (VIEW, without(6, 1), (1,)),
+        (without(6, 1), None, (1,)),
+        (without(6, 1), without(7, 1, 2), (1,)),  # what is committed comes first
+        (without(4, 1), None, ()),  # an older one says nothing, whether committed
+        (VIEW, without(5, 1), ()),  # or staged: it has been overtaken
+        (None, without(6, 2), (2,)),
+    ],
+)
+def test_who_leaves_is_who_a_newer_view_leaves_out(
+    committed: View | None, staged: View | None, left_out: tuple[int, ...]
+) -> None:
+    assert leaving(VIEW, state(0, 1, 2, view=committed, next=staged)) == left_out
+
+
+def test_a_slot_with_another_incarnation_leaves_too() -> None:
+    successor = Member(rank=1, node="n", incarnation=99)
+    newer = View(epoch=6, members=(VIEW.members[0], successor, VIEW.members[2]))
+    assert leaving(VIEW, state(0, 1, 2, view=newer)) == (1,)

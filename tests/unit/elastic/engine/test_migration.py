@@ -91,6 +91,30 @@ def test_several_ranks_empty_at_once() -> None:
     scene.finish(scene.members)
 
 
+def test_a_rank_takes_in_one_request_at_a_time() -> None:
+    """However many leave: its steps go on meanwhile, and each copy that it makes delays them."""
+    scene = Scene(3, ranks=3)
+    scene.scheduler.leave([1, 2])
+    orders = scene.scheduler.copies(0.0)
+    assert len(orders) == 1
+    scene.move(100, *orders)
+    assert scene.homes() == {0: 3, 1: 0, 2: 0}
+    scene.finish(scene.members)
+
+
+def test_nothing_goes_on_to_a_rank_that_is_about_to_leave_too() -> None:
+    scene = Scene(3, ranks=3)
+    (order,) = scene.scheduler.copies(0.0)
+    (arrival,) = scene.scheduler.copied(scene.ranks.copy(order), 0.0)
+    target = arrival.addressee.rank
+    (other,) = {0, 2} - {target}
+    scene.scheduler.leave([1, target])
+    scene.move(100, arrival)
+    assert {moved.target for moved in scene.scheduler.moved()} == {other}
+    assert scene.homes() == {other: 3, target: 0, 1: 0}
+    scene.finish(scene.members)
+
+
 def test_only_the_request_on_its_way_pauses_and_only_while_its_last_blocks_are_copied() -> None:
     scene = Scene(2)
     (order,) = scene.scheduler.copies(0.0)

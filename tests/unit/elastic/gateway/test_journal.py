@@ -45,6 +45,17 @@ def test_tokens_are_accepted_in_order_and_duplicates_are_dropped() -> None:
     assert each.progress_at == 4.0
 
 
+def test_only_an_engine_may_have_taken_a_request() -> None:
+    """It stays so when that engine is gone: its successor is told that the answer may have begun."""
+    journal = Journal()
+    assert not journal.admit(request(), now=1.0).taken
+    assert [each.taken for each in journal.resubmissions(ENGINE, now=2.0)] == [False]
+    journal.detach()
+    assert [each.taken for each in journal.resubmissions(ENGINE + 1, now=3.0)] == [True]
+    assert not journal.admit(request(request_id="s"), now=4.0).taken
+    assert [each.taken for each in journal.resubmissions(ENGINE + 2, now=5.0)] == [True, True]
+
+
 def test_what_was_cached_is_counted_with_the_first_token_only() -> None:
     journal = journal_with(request())
     message = Tokens(ENGINE, "r", 0, [10, 11], cached=2)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from random import Random
 
 import pytest
 
-from membership.base.errors import LeaseLost
+from membership.base.errors import LeaseLost, WaitTimeout
+from membership.store import lease as lease_module
 from membership.store.in_memory import MemoryStore
 from membership.store.lease import LeaseKeeper
 
 pytestmark = pytest.mark.unit
+
+WAIT_S = 30.0
 
 
 class Slow(MemoryStore):
@@ -20,6 +24,7 @@ class Slow(MemoryStore):
         self.now = 100.0
         self.request_s = self.delay_s = 0.0
         self.timeouts: list[float | None] = []
+        self.revoked: list[int] = []
         super().__init__(lambda: self.now)
 
     def grant(self, ttl_s: float) -> int:
@@ -34,6 +39,27 @@ class Slow(MemoryStore):
         ttl = super().keepalive(lease)
         self.now += self.delay_s
         return ttl
+
+    def end_lease(self, lease: int) -> None:
+        """It runs out, and nobody has asked for it."""
+        super().revoke(lease)
+
+    def revoke(self, lease: int) -> None:
+        self.revoked.append(lease)
+        super().revoke(lease)
+
+
+class Silent(Slow):
+    """Once asked for a renewal it says nothing until it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.answer = threading.Event(), threading.Event()
+
+    def keepalive(self, lease: int, timeout_s: float | None = None) -> float:
+        self.asked.set()
+        self.answer.wait(WAIT_S)
+        return super().keepalive(lease, timeout_s)
 
 
 @pytest.fixture
@@ -135,3 +161,70 @@ def test_while_a_holder_believes_in_its_lease_the_store_has_it() -> None:
                 assert not kept.alive
                 break
             assert kept.alive or not believed
+
+
+def test_what_is_lost_is_told_once_lasts_no_longer_and_is_not_revoked(store: Slow) -> None:
+    told: list[float] = []
+    kept = LeaseKeeper(store, 3.0, lambda: store.now, background=False, on_lost=lambda: told.append(kept.remaining_s))
+    store.end_lease(kept.lease)
+    assert kept.turn() is None
+    assert (told, kept.alive) == ([0.0], False)
+    kept.close()
+    assert store.revoked == []
+
+
+def test_a_lease_is_revoked_once_with_its_block_and_not_held_after(store: Slow) -> None:
+    with keeper(store) as kept:
+        store.put("/a", b"", kept.lease)
+    assert store.get("/a") is None
+    assert not kept.alive
+    kept.close()
+    assert store.revoked == [kept.lease]
+
+
+def test_a_loss_during_closing_is_not_told(store: Slow) -> None:
+    told: list[None] = []
+    kept = LeaseKeeper(store, 3.0, lambda: store.now, background=False, on_lost=lambda: told.append(None))
+    kept.close()
+    assert kept.turn() is None
+    assert told == []
+
+
+def test_the_next_turn_comes_three_times_per_life_and_never_after_the_end(store: Slow) -> None:
+    kept = keeper(store)
+    assert kept.turn() == 1.0
+    store.outage = True
+    assert kept.turn() == lease_module.RETRY_S
+    store.now += 3.0 - lease_module.RETRY_S / 4
+    assert kept.turn() == pytest.approx(lease_module.RETRY_S / 4)
+    kept = LeaseKeeper(persisting := Slow(), 3.0, lambda: persisting.now, background=False, persistent=True)
+    persisting.outage = True
+    persisting.now += 10.0
+    assert kept.turn() == lease_module.RETRY_S  # past its deadline, and it does not spin
+    assert not kept.alive
+
+
+def test_the_keeper_may_be_closed_by_what_hears_of_the_loss(store: Slow) -> None:
+    closed = threading.Event()
+
+    def close() -> None:
+        kept.close()
+        closed.set()
+
+    kept = LeaseKeeper(store, 0.3, lambda: store.now, on_lost=close)
+    store.end_lease(kept.lease)
+    assert closed.wait(WAIT_S)
+    kept.close()
+
+
+def test_a_keeper_that_does_not_stop_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Silent()
+    kept = LeaseKeeper(store, 0.3, lambda: store.now)
+    assert store.asked.wait(WAIT_S)
+    with monkeypatch.context() as patched:
+        patched.setattr(lease_module, "CLOSE_TIMEOUT_S", 0.05)
+        with pytest.raises(WaitTimeout, match=f"{kept.lease:x} did not stop"):
+            kept.close()
+    store.answer.set()
+    kept.close()
+    assert store.revoked == [kept.lease]
