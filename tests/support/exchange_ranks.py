@@ -97,6 +97,7 @@ class RankServer:
         self.bell = Doorbell()
         self.bank = Experts(me.rank, placement)
         self.mask: LiveMask | None = None
+        self.quorum = 0  # how many peers must have asked before any is answered, once
         self.exchange = Exchange(
             me,
             self.bank,
@@ -119,7 +120,9 @@ class RankServer:
         self.waker.start()
         while True:
             self.bell.wait(lambda: self.exchange.pending() or self.pipe.poll(), 1.0)
-            self.exchange.serve()
+            if sum(link.asked() for link in self.exchange._links.live) >= self.quorum:
+                self.quorum = 0
+                self.exchange.serve()
             if self.pipe.poll():
                 try:
                     name, args = self.pipe.recv()
@@ -154,6 +157,10 @@ class RankServer:
             self.steps(ctx, work)
         except ExpertFailed as error:
             raise RuntimeError(str(error)) from None
+
+    def answer_once_asked_by(self, peers: int) -> None:
+        """Let this many peers ask, and then answer them together."""
+        self.quorum = peers
 
     def stop_before(self, layer: int) -> None:
         """Stop this process (SIGSTOP), once, as soon as it computes anything of that layer."""

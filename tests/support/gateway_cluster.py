@@ -42,7 +42,8 @@ NAME = "test"
 MODEL = "tiny"
 TOKEN = "s3cret"
 OPEN = ApiOptions()
-QUICK = LinkSettings(engine_wait_s=1.0, ping_every_s=0.1, silence_s=0.6, resubmit_after_s=0.3)
+QUICK = LinkSettings(engine_wait_s=1.0, ping_every_s=0.1, silence_s=0.6, resubmit_after_s=0.3)  # for tests of that
+PATIENT = LinkSettings(engine_wait_s=30.0, ping_every_s=0.1, silence_s=30.0)  # a busy machine is no fault
 
 
 @dataclass
@@ -134,7 +135,7 @@ class GatewayCluster:
         port: int = 0,
         token: str = TOKEN,
         grace_s: float = 2.0,
-        link: LinkSettings = QUICK,
+        link: LinkSettings = PATIENT,
         api: ApiOptions = OPEN,
     ) -> Iterator[RunningGateway]:
         """A gateway that serves, until the block ends."""

@@ -63,6 +63,11 @@ class ScriptedEngine:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    @property
+    def running(self) -> list[Running]:
+        """The requests that are being answered."""
+        return list(self._running.values())
+
     def close(self) -> None:
         """Vanish at once, as a killed engine does."""
         self._stop.set()

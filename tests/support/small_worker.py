@@ -73,6 +73,21 @@ class Preparing:
         return self._value
 
 
+class Awaited:
+    """An output that is there once a test has made this file."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def get_output(self, timeout_s: float) -> str:
+        deadline = time.monotonic() + timeout_s
+        while not os.path.exists(self._path):
+            if time.monotonic() > deadline:
+                raise WaitTimeout(f"there is no {self._path}")
+            time.sleep(0.01)
+        return "there"
+
+
 class SmallWorker:
     def __init__(self, ctx: WorkerContext) -> None:
         self.ctx = ctx
@@ -193,6 +208,9 @@ class SmallWorker:
 
     def later(self, seconds: float, value: Any = "later") -> Preparing:
         return Preparing(seconds, value=value)
+
+    def once_there_is(self, path: str) -> Awaited:
+        return Awaited(path)
 
     def unpicklable(self) -> Any:
         return threading.Lock()

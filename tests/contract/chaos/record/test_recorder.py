@@ -24,7 +24,7 @@ from tests.support.helpers import eventually
 
 pytestmark = pytest.mark.contract
 
-T = 10.0
+T = 30.0
 
 
 def recorder_of(store: Store, name: str, etcd: EtcdServer) -> Recorder:
@@ -95,8 +95,13 @@ def latest(recorder: Recorder) -> int:
 
 
 def wait_reads(recorder: Recorder, more_than: int) -> None:
-    """Until this many reads were answered."""
-    eventually(lambda: sum(isinstance(line, Read) for line in recorder.lines()) > more_than, T, "reads")
+    """Until this many reads were answered, and each reader has had one."""
+
+    def answered() -> bool:
+        reads = [line for line in recorder.lines() if isinstance(line, Read)]
+        return len(reads) > more_than and len({read.client for read in reads}) == 2
+
+    eventually(answered, T, "reads")
 
 
 def wait_unread(recorder: Recorder, more_than: int) -> None:

@@ -57,7 +57,7 @@ class Frozen:
 class Driver:
     """A simulated cluster in real time, with real controllers as threads."""
 
-    def __init__(self, store: Store, path: Path, lease_ttl_s: float = 1.0) -> None:
+    def __init__(self, store: Store, path: Path, lease_ttl_s: float = 60.0) -> None:
         config = replace(CONFIG, cluster=uuid.uuid4().hex, lease_ttl_s=lease_ttl_s)
         self.world = World(store=store, config=config, elected=False, now=time.time())
         self.path = path
@@ -145,7 +145,8 @@ def test_a_standby_takes_over_at_once_from_one_that_stops(driver: Driver) -> Non
     assert tokens[0] < tokens[1]
 
 
-def test_a_controller_that_was_frozen_while_it_acted_is_fenced(driver: Driver) -> None:
+def test_a_controller_that_was_frozen_while_it_acted_is_fenced(store: Store, tmp_path: Path) -> None:
+    driver = Driver(store, tmp_path / "events", lease_ttl_s=3.0)
     frozen = Frozen(driver.world.store)
     with driver.controller("one", frozen):  # type: ignore[arg-type]
         driver.whole(4)
@@ -200,7 +201,7 @@ def test_a_controller_whose_planner_computes_for_longer_than_the_lease_goes_on_l
 
 def test_an_outage_longer_than_the_lease_freezes_membership_and_no_more(tmp_path: Path) -> None:
     store = MemoryStore()
-    driver = Driver(store, tmp_path / "events")
+    driver = Driver(store, tmp_path / "events", lease_ttl_s=3.0)
     with driver.controller("one"):
         driver.whole(4)
         driver.world.kill(0)

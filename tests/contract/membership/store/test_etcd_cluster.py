@@ -48,7 +48,7 @@ def test_a_member_may_die(members: list[Member]) -> None:
     with (
         closing(connect([m.url for m in members], timeout_s=2.0, connect_timeout_s=T)) as store,
         Mirror(store, KEYS.cluster, probe_every_s=0.2) as mirror,
-        LeaseKeeper(store, 10.0) as keeper,
+        LeaseKeeper(store, 30.0) as keeper,
     ):
         put_desired(store, 1)
         mirror.wait(lambda s: s.desired == Desired(ranks=1), T)

@@ -27,7 +27,7 @@ from tests.support.secured_etcd import PASSWORD, USER, Authority, SecuredEtcd, s
 
 pytestmark = pytest.mark.contract
 
-T = 20.0
+T = 30.0
 KEYS = Keys("ours")
 
 
@@ -40,11 +40,12 @@ def own(tmp_path: Path) -> Iterator[SecuredEtcd]:
 
 def test_a_cluster_touches_no_key_but_its_own(own: SecuredEtcd) -> None:
     with closing(own.connect(prefix=KEYS.prefix)) as store, Mirror(store, KEYS.cluster) as mirror:
-        with LeaseKeeper(store, 3.0) as keeper:
+        with LeaseKeeper(store, 60.0) as keeper:
             store.put(KEYS.config, b"", keeper.lease)
             assert store.txn([Compare(KEYS.config, "version", "=", 1)], [Get(KEYS.prefix, prefix=True)]).succeeded
-            own.server.restart()  # tokens are gone, and the connection is doubtful: it is probed before the write
+            own.server.kill()
             eventually(lambda: not mirror.synced, T, "the mirror to notice")
+            own.server.restart()  # tokens are gone, and the connection is doubtful: it is probed before the write
             store.put(KEYS.desired, b"")
         eventually(lambda: mirror.synced, T, "the mirror to watch again")
 

@@ -29,8 +29,8 @@ from tests.support.helpers import eventually
 
 pytestmark = pytest.mark.contract
 
-T = 10.0
-SOON_S = 4.0
+T = 30.0
+SOON_S = 30.0
 
 
 @pytest.fixture

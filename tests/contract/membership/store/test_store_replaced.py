@@ -33,7 +33,7 @@ from tests.support.helpers import eventually
 pytestmark = pytest.mark.contract
 
 T = 30.0
-SOON_S = 4.0
+SOON_S = 30.0
 KEYS = Keys("replaced")
 
 

@@ -115,7 +115,7 @@ def test_deadly_signals_are_proven_by_the_kernel(start: Start, name: str, number
     assert (injected.fault, injected.victim, injected.pid) == (name, "engine", child.process.pid)
     assert "pidfd says gone" in injected.proof
     assert name == "kill" or "killed by SIGSEGV" in injected.proof
-    assert child.process.wait(timeout=5) == -number
+    assert child.process.wait(timeout=30) == -number
     healed(fault)
     with pytest.raises(NotInjected, match="gone already"):
         injector("stop", child, "engine").inject()
@@ -130,25 +130,25 @@ def test_stopped_it_does_nothing_until_healed(start: Start) -> None:
     healed(fault)
     assert child.receive() == "awake"
     child.process.kill()
-    child.process.wait(timeout=5)
+    child.process.wait(timeout=30)
     fault.heal()  # a process that is dead by then needs no healing
 
 
 def test_slow_it_gets_a_tenth_of_the_processor(start: Start) -> None:
     child = start()
 
-    def ran_s(while_s: float) -> float:
-        """Processor time of a loop that takes as much as it can get for `seconds`."""
-        before = psutil.Process(child.process.pid).cpu_times().user
+    def share(while_s: float) -> float:
+        """The share of a processor that a loop has which takes as much as it can get."""
+        began, before = time.monotonic(), psutil.Process(child.process.pid).cpu_times().user
         time.sleep(while_s)
-        return psutil.Process(child.process.pid).cpu_times().user - before
+        return (psutil.Process(child.process.pid).cpu_times().user - before) / (time.monotonic() - began)
 
     child.send(
         "[0 for end in [time.monotonic() + 1.5] for _ in iter(lambda: time.monotonic() < end, False)] and 'over'"
     )
     fault = injector("slow", child, "engine")
     assert "stopped in" in fault.inject().proof
-    assert ran_s(0.5) < 0.2
+    assert share(0.5) < 0.4
     healed(fault)
     assert child.receive() == "over"
     assert not any(thread.name.startswith("slow-") for thread in threading.enumerate())
@@ -181,9 +181,17 @@ def test_the_kernels_oom_killer_kills_it(start: Start) -> None:
     )
     fault = injector("oom", child, "engine", {"how": "cgroup"})
     assert "1 OOM kill" in fault.inject().proof
-    assert child.process.wait(timeout=5) == -signal.SIGKILL
+    assert child.process.wait(timeout=30) == -signal.SIGKILL
     healed(fault)
     assert not list((delegated() or Path()).glob("elastic-ep-oom-*"))
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """Whether it has, though its parent may not have taken note."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def test_a_host_goes_with_each_process_on_it(start: Start) -> None:
@@ -191,7 +199,7 @@ def test_a_host_goes_with_each_process_on_it(start: Start) -> None:
     below = int(child.ask("__import__('subprocess').Popen(['sleep', '60']).pid"))
     orphan = psutil.Process(below)
     assert "all 2 processes" in injector("host-death", child, "agent").inject().proof
-    eventually(lambda: not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE, 5.0, "its child to be gone")
+    eventually(lambda: has_ended(orphan), 30.0, "its child to be gone")
 
 
 def test_a_parents_death_needs_children(start: Start) -> None:
@@ -208,7 +216,7 @@ def test_a_damaged_liveness_page_leaves_the_pidfd_to_report_the_death(start: Sta
         fault = injector("bit-flip-liveness", child, "rank 0")
         assert "reads back flipped" in fault.inject().proof
         child.process.kill()
-        assert eventually(lambda: died, 5.0, "the death to be reported") == ["pidfd"]
+        assert eventually(lambda: died, 30.0, "the death to be reported") == ["pidfd"]
         healed(fault)
     finally:
         watcher.stop()
@@ -226,13 +234,20 @@ def test_a_clock_that_jumps_and_drifts(start: Start, tmp_path: Path, monkeypatch
     fault = injector("clock-jump", child, "controller", {"seconds": 3600, "rate": 0.5})
     assert "+3600.0 s from ours" in fault.inject().proof
     child.receive()
-    assert 3600 <= float(child.ask(ahead)) - time.time() < 3610
+    before, told = time.time(), float(child.ask(ahead))
+    assert 3600 <= told - before < 3600 + 60
     as_grpc = "str(eval('time.time()', {'__name__': 'grpc._channel', 'time': time}))"  # its deadlines are times
-    assert abs(float(child.ask(as_grpc)) - time.time()) < 1.0
+    assert is_now(child, as_grpc)
     child.send(f"[time.time() for _ in range(20) if not time.sleep(0.02)] and {ahead}")
     healed(fault)
     child.receive()
-    assert abs(float(child.ask(ahead)) - time.time()) < 1.0
+    assert is_now(child, ahead)
+
+
+def is_now(child: Child, clock: str) -> bool:
+    """Whether its clock says what ours says, however long the answer takes."""
+    before, told = time.time(), float(child.ask(clock))
+    return before - 1.0 < told < time.time() + 1.0
 
 
 @needs_root

@@ -29,7 +29,7 @@ from tests.support.helpers import eventually
 
 pytestmark = pytest.mark.integration
 
-T = 20.0
+T = 30.0
 KEYS = Keys("proxied")
 
 
@@ -116,11 +116,11 @@ def test_the_mirror_the_lease_and_the_office_under_each_cut(etcd: ProxiedEtcd, f
     """The last state stays, the office is left by the leader's own clock, and all goes on when the network is back."""
     keys = Keys(f"proxied-{fault}")
     with (
-        closing(connect([etcd.url], timeout_s=0.5, connect_timeout_s=T)) as store,
+        closing(connect([etcd.url], timeout_s=2.0, connect_timeout_s=T)) as store,
         closing(connect([etcd.server.url])) as other,
         Mirror(store, keys.cluster, probe_every_s=0.1) as mirror,
     ):
-        keeper, next_keeper = LeaseKeeper(store, 1.0), LeaseKeeper(other, 15.0)
+        keeper, next_keeper = LeaseKeeper(store, 3.0), LeaseKeeper(other, 60.0)
         old, new = Election(store, keys.leader, b"", keeper), Election(other, keys.leader, b"", next_keeper)
         token = old.campaign(T)
         mirror.wait(lambda s: s.leader_revision == token, T)
@@ -144,7 +144,7 @@ def test_an_endpoint_that_does_not_answer_costs_one_call(etcd: ProxiedEtcd, monk
     """Not every second one: it is reached, so only its silence shows. Watches leave it too."""
     monkeypatch.setattr("random.randrange", lambda _: 0)  # it is the one that is used
     keys = Keys("proxied-endpoint")
-    with closing(connect([etcd.url, etcd.server.url], timeout_s=0.5, connect_timeout_s=T)) as store:
+    with closing(connect([etcd.url, etcd.server.url], timeout_s=3.0, connect_timeout_s=T)) as store:
         watch = store.watch(keys.prefix, 0)
         with in_force(etcd.proxy, "net-deaf"):
             unanswered = 0
@@ -155,7 +155,7 @@ def test_an_endpoint_that_does_not_answer_costs_one_call(etcd: ProxiedEtcd, monk
                     unanswered += 1
             assert unanswered == 1
             with pytest.raises(StoreUnavailable):
-                watch.next(0.5)
+                watch.next(T)
             with Mirror(store, keys.cluster) as mirror:
                 assert mirror.state().desired == Desired(ranks=19)
         watch.close()

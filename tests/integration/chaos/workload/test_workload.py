@@ -41,7 +41,7 @@ def server(answer: Callable[[], bytes]) -> Iterator[str]:
             yield f"http://127.0.0.1:{http.server_address[1]}"
         finally:
             http.shutdown()
-            thread.join(5.0)
+            thread.join(30.0)
 
 
 def once(data: bytes) -> RequestRecord:
@@ -67,13 +67,13 @@ def test_a_stream_that_does_not_end_is_reported() -> None:
 
     def answer() -> bytes:
         begun.set()
-        assert going_on.wait(20.0)
+        assert going_on.wait(30.0)
         return TOKEN + DONE
 
     with server(answer) as url:
         workload = Workload(url, "m", Load(streams=1, prompts=1), timeout_s=20.0)
         workload.start()
-        assert begun.wait(20.0)
+        assert begun.wait(30.0)
         workload.timeout_s = -9.9  # how long `stop` waits, less ten seconds
         with pytest.raises(WaitTimeout, match="did not end"):
             workload.stop()

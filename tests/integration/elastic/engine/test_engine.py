@@ -67,7 +67,7 @@ def test_requests_are_spread_over_ranks_and_exact(service: Service) -> None:
 @pytest.mark.parametrize("victim", [0, 2])
 def test_a_killed_rank_costs_no_token(service: Service, victim: int) -> None:
     service.start(3)
-    service.gateway.submit(12, 60)
+    service.gateway.submit(12, 150)
     service.underway(100)
     service.cluster.ranks[victim].kill()
     service.gateway.finish()
@@ -78,10 +78,10 @@ def test_a_killed_rank_costs_no_token(service: Service, victim: int) -> None:
     assert recovered.rank == victim
     status = service.cluster.state().engine_status
     assert status is not None
-    eventually(lambda: steps_of(service).get("ok", 0) > 10, 5.0, "counts of steps in the status")
+    eventually(lambda: steps_of(service).get("ok", 0) > 10, 30.0, "counts of steps in the status")
     assert set(steps_of(service)) <= {"ok", "rank_lost"}
     eventually(
-        lambda: (s := service.cluster.state().engine_status) and s.masked == (victim,), 5.0, "mask in the status"
+        lambda: (s := service.cluster.state().engine_status) and s.masked == (victim,), 30.0, "mask in the status"
     )
 
 
@@ -106,7 +106,7 @@ def test_ranks_without_a_record_prove_that_they_are_there(tmp_path: Path, monkey
         service.cluster.ranks[1].process.send_signal(signal.SIGSTOP)
         for rank in range(3):
             service.store.delete(service.cluster.keys.rank(rank, service.cluster.ranks[rank].record.incarnation))
-        eventually(lambda: (s := service.cluster.state().engine_status) and s.masked, 20.0, "a mask in the status")
+        eventually(lambda: (s := service.cluster.state().engine_status) and s.masked, 30.0, "a mask in the status")
         service.gateway.submit(6, 20)
         service.gateway.finish()
         assert [(e.rank, e.fields["source"]) for e in service.engine.events("rank_masked")] == [(1, "deadline")]
@@ -182,10 +182,10 @@ def test_lost_coverage_holds_until_the_repaired_view(service: Service) -> None:
     service.cluster.commit(0, 1, experts={0: (0, 1), 1: (1, 2, 3)})
     service.cluster.adopted()
     service.gateway.connect()
-    service.gateway.submit(8, 60)
+    service.gateway.submit(8, 150)
     service.underway(50)
     service.cluster.ranks[1].kill()
-    eventually(lambda: (s := service.cluster.state().engine_status) and s.uncovered == 2, 5.0, "coverage lost")
+    eventually(lambda: (s := service.cluster.state().engine_status) and s.uncovered == 2, 30.0, "coverage lost")
     service.gateway.silence(0.3)
     assert len(service.gateway.ends) < 8, "nothing was left to hold"
     service.cluster.bury(1)
@@ -259,7 +259,7 @@ def test_serving_goes_on_while_the_store_is_away(service: Service) -> None:
 def test_a_replaced_engine_stands_down(service: Service) -> None:
     service.start(1)
     service.store.delete(service.cluster.keys.engine)
-    eventually(lambda: service.engine.error, 10.0, "the engine to stand down")
+    eventually(lambda: service.engine.error, 30.0, "the engine to stand down")
     assert isinstance(service.engine.error, Fenced)
     assert service.engine.events("engine_stood_down")
 
@@ -291,7 +291,7 @@ def test_cancelled_requests_make_room(service: Service) -> None:
         service.gateway.ends.pop(name, None)
     service.gateway.pump(lambda: all(n in service.gateway.ends for n in service.gateway.requests), what="the others")
     idle = eventually(
-        lambda: (s := service.cluster.state().engine_status) and s.running == s.waiting == 0, 5.0, "an empty engine"
+        lambda: (s := service.cluster.state().engine_status) and s.running == s.waiting == 0, 30.0, "an empty engine"
     )
     assert idle
 

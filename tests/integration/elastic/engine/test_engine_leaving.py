@@ -15,7 +15,7 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture
 def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
-    monkeypatch.setattr("elastic.engine.migration.COPY_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("elastic.engine.migration.COPY_TIMEOUT_S", 60.0)
     service = Service(tmp_path)
     service.start(4)
     service.gateway.submit(16, 150)
@@ -60,7 +60,10 @@ def test_a_staged_view_that_is_taken_back_ends_the_moves(service: Service) -> No
 
 
 @pytest.mark.parametrize("mute", [(2, 3), (0, 1)], ids=["sources", "targets"])
-def test_ranks_that_do_not_copy_hold_nothing_up(service: Service, mute: tuple[int, ...]) -> None:
+def test_ranks_that_do_not_copy_hold_nothing_up(
+    service: Service, monkeypatch: pytest.MonkeyPatch, mute: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr("elastic.engine.migration.COPY_TIMEOUT_S", 0.5)
     silence(service, *mute)
     emptied(service, service.cluster.stage(0, 1))
     assert service.engine.events("request_moved") == []
@@ -76,7 +79,7 @@ def test_a_death_while_blocks_are_copied(service: Service, victim: int) -> None:
     service.cluster.stage(0, 1)
     service.underway(10)
     service.cluster.ranks[victim].kill()
-    eventually(lambda: service.engine.events("rank_masked"), 10.0, "the mask")
+    eventually(lambda: service.engine.events("rank_masked"), 30.0, "the mask")
     service.cluster.bury(victim)
     emptied(service, service.cluster.stage(*{0, 1} - {victim}))
     service.gateway.finish()

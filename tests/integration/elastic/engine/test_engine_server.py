@@ -63,7 +63,7 @@ def submit(name: str) -> Submit:
 
 
 def taken(server: EngineServer) -> list[Submit | Abort]:
-    return eventually(server.take, 5.0, "a message for the engine")
+    return eventually(server.take, 30.0, "a message for the engine")
 
 
 def test_hello_before_serving_is_welcomed_with_the_token(
@@ -116,7 +116,7 @@ def test_the_requests_of_a_gateway_that_is_gone_are_aborted(
         server.send([Tokens(TOKEN, "a", 0, [7])])
         return server.take()
 
-    assert eventually(sent, 5.0, "the abort of the lost gateway's request") == [Abort("a")]
+    assert eventually(sent, 30.0, "the abort of the lost gateway's request") == [Abort("a")]
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -185,14 +184,14 @@ def test_drain_cancel_and_pause(gateway: RunningGateway, cluster: GatewayCluster
     assert (asked.kind, asked.ranks, asked.target, asked.previous) == ("drain", (0,), 1, 2)
     assert client.cancel("out", "ann").cancelled == "ann"
     assert admin(gateway, "POST", "/admin/v1/operations/out/cancel").json()["cancelled"] == "ann", "it needs no body"
-    eventually(lambda: [op.id for op in client.operations()] == ["out"], 10.0, "the gateway's mirror to see it")
+    eventually(lambda: [op.id for op in client.operations()] == ["out"], 30.0, "the gateway's mirror to see it")
     assert "operation out" in client.explain("out")[0].subject
     cluster.store.delete(cluster.keys.op("out"))
     paused = client.pause(600.0, "ann", "new switches")
     assert paused.until - paused.since == 600.0
     with pytest.raises(PlanRefused, match="paused by ann"):
         client.propose(scale(4), op_id=None, if_epoch=None, timeout_s=60.0)
-    eventually(lambda: client.status()["pause"] is not None, 10.0, "the gateway's mirror to see that")
+    eventually(lambda: client.status()["pause"] is not None, 30.0, "the gateway's mirror to see that")
     assert client.resume()
     assert not client.resume()
     for path, body, words in (
@@ -210,9 +209,9 @@ def test_quarantine_is_explained_and_ended(gateway: RunningGateway, cluster: Gat
     last = RankExit(rank=1, incarnation=2, reason="SIGSEGV", at=1.0, restarts=6, quarantined=True)
     cluster.store.txn([], [Put(cluster.keys.exit(1), codec.encode(last))])
     client = AdminClient(gateway.admin_url, TOKEN)
-    eventually(lambda: client.explain("1")[0].state == "quarantined", 10.0, "the gateway's mirror to see it")
+    eventually(lambda: client.explain("1")[0].state == "quarantined", 30.0, "the gateway's mirror to see it")
     assert client.unquarantine(1).quarantined is False
-    eventually(lambda: client.explain("1")[0].state == "dead", 10.0, "the gateway's mirror to see that")
+    eventually(lambda: client.explain("1")[0].state == "dead", 30.0, "the gateway's mirror to see that")
     with pytest.raises(ConfigError, match="rank 0 is not in quarantine"):
         client.unquarantine(0)
     with pytest.raises(ConfigError, match="there is no rank or operation 9"):
@@ -290,18 +289,18 @@ def test_readiness_says_what_is_missing(cluster: GatewayCluster) -> None:
     def reasons() -> str:
         answer = httpx.get(f"{gateway.url}/readyz")
         assert answer.status_code == (503 if answer.json().get("reasons") else 200)
-        assert httpx.get(f"{gateway.url}/health").status_code == answer.status_code
         return "; ".join(answer.json().get("reasons", []))
 
     with cluster.gateway() as gateway:
         assert httpx.get(f"{gateway.url}/livez").status_code == 200
         assert reasons() == "no epoch is committed yet; there is no engine"
+        assert httpx.get(f"{gateway.url}/health").status_code == 503
         assert "loading" not in httpx.get(f"{gateway.url}/readyz").json()
         cluster.publish_view()
         cluster.store.put(cluster.keys.heartbeats("n"), codec.encode(Heartbeats(node="n", at=1.0, loads={1: (5, 8)})))
         eventually(
             lambda: httpx.get(f"{gateway.url}/readyz").json().get("loading") == [{"rank": 0, "bytes": 5, "total": 8}],
-            10.0,
+            30.0,
             "the load in the answer",
         )
         with cluster.engine(cluster.says(TEXT)):
@@ -311,12 +310,13 @@ def test_readiness_says_what_is_missing(cluster: GatewayCluster) -> None:
             for key in gone:
                 cluster.store.delete(key)
             eventually(
-                lambda: "4 (layer, expert) pairs have no live replica" in reasons(), 5.0, "coverage to be seen as lost"
+                lambda: "4 (layer, expert) pairs have no live replica" in reasons(), 30.0, "coverage to be seen as lost"
             )
             cluster.publish_view(dead=(1,))
-            eventually(lambda: reasons() == "", 5.0, "a degraded cluster to be ready")
+            eventually(lambda: reasons() == "", 30.0, "a degraded cluster to be ready")
             assert httpx.get(f"{gateway.url}/readyz").json()["state"] == "degraded"
             assert view is not None
+            assert httpx.get(f"{gateway.url}/health").status_code == 200
         assert reasons() == "", "an engine that is being replaced is waited for"
 
 
@@ -329,7 +329,7 @@ def test_a_record_that_cannot_be_read_is_no_reason_to_kill_the_gateway(
     with cluster.engine(cluster.says(TEXT)):
         wait_ready(gateway)
         cluster.store.put(cluster.keys.op("x"), b"{")
-        eventually(lambda: codes() == (200, 503), 10.0, "not ready, but alive")
+        eventually(lambda: codes() == (200, 503), 30.0, "not ready, but alive")
         cluster.store.delete(cluster.keys.op("x"))
         wait_ready(gateway)
 
@@ -342,7 +342,7 @@ def test_two_gateways_side_by_side(cluster: GatewayCluster) -> None:
                 with gateway.client() as client:
                     assert client.completions.create(model=MODEL, prompt="x", max_tokens=60).choices[0].text == TEXT
             assert set(_registered(cluster)) == {"a", "b"}
-        eventually(lambda: set(_registered(cluster)) == {"a"}, 5.0, "the stopped one to be forgotten")
+        eventually(lambda: set(_registered(cluster)) == {"a"}, 30.0, "the stopped one to be forgotten")
         with one.client() as client:
             assert client.completions.create(model=MODEL, prompt="x", max_tokens=60).choices[0].text == TEXT
         assert engine.aborts == []
@@ -357,8 +357,12 @@ def test_a_lost_registration_is_made_again(gateway: RunningGateway, cluster: Gat
     found = cluster.store.get(cluster.keys.gateway("g"))
     assert found is not None
     cluster.store.revoke(found.lease)
-    assert not _registered(cluster)
-    eventually(lambda: _registered(cluster), 10.0, "the gateway to register again")
+
+    def again() -> bool:
+        now = cluster.store.get(cluster.keys.gateway("g"))
+        return now is not None and now.lease != found.lease
+
+    eventually(again, 30.0, "the gateway to register again")
 
 
 def test_busy_port(cluster: GatewayCluster, gateway: RunningGateway) -> None:
@@ -378,20 +382,24 @@ def test_no_tokenizer(cluster: GatewayCluster) -> None:
 def test_a_stop_lets_streams_end(cluster: GatewayCluster) -> None:
     cluster.publish_view()
     with cluster.engine(cluster.says(TEXT), pause_after=3) as engine:
-        with cluster.gateway(grace_s=10.0) as gateway:
+        with cluster.gateway(grace_s=600.0) as gateway:
             texts: list[str] = []
             reader = threading.Thread(target=lambda: texts.append(_complete(gateway).json()["choices"][0]["text"]))
             reader.start()
-            eventually(lambda: engine.submits, 10.0, "the request to arrive")
+            eventually(lambda: engine.submits, 30.0, "the request to arrive")
             gateway.stop.set()
-            eventually(lambda: _complete(gateway).status_code == 503, 5.0, "new requests to be turned away")
-            assert "shutting down" in _complete(gateway).text
-            assert httpx.get(f"{gateway.url}/readyz").json()["reasons"] == ["this gateway is shutting down"]
+            stopping = ["this gateway is shutting down"]
+            eventually(lambda: _reasons(gateway) == stopping, 30.0, "the gateway to notice")
+            refused = _complete(gateway)
+            assert (refused.status_code, "shutting down" in refused.text) == (503, True)
             engine.pause_after = None
-            reader.join(10.0)
+            reader.join(30.0)
             assert texts == [TEXT]
-            started = time.monotonic()
-        assert time.monotonic() - started < 8.0, "no need to wait out the grace"
+        assert not gateway.thread.is_alive(), "no need to wait out the grace"
+
+
+def _reasons(gateway: RunningGateway) -> object:
+    return httpx.get(f"{gateway.url}/readyz").json().get("reasons")
 
 
 def test_a_stop_ends_streams_that_do_not_end_in_time(cluster: GatewayCluster) -> None:
@@ -429,7 +437,7 @@ def test_status_of_the_engine_reaches_the_document(gateway: RunningGateway, clus
         status = EngineStatus(token=engine.token, epoch=1, running=3, waiting=2, waiting_tokens=20, shed={"tokens": 4})
         cluster.store.put(cluster.keys.engine_status, codec.encode(status))
         wanted = {"running": 3, "waiting": 2, "waiting_tokens": 20, "shed": 4}
-        eventually(lambda: admin(gateway, "GET", "/admin/v1/status").json()["requests"] == wanted, 5.0, "the load")
+        eventually(lambda: admin(gateway, "GET", "/admin/v1/status").json()["requests"] == wanted, 30.0, "the load")
         empty = View(epoch=2)
         cluster.store.put(cluster.keys.view, codec.encode(empty))
-        eventually(lambda: admin(gateway, "GET", "/admin/v1/status").json()["epoch"] == 2, 5.0, "epoch 2")
+        eventually(lambda: admin(gateway, "GET", "/admin/v1/status").json()["epoch"] == 2, 30.0, "epoch 2")

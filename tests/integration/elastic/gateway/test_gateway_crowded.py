@@ -50,17 +50,17 @@ def test_more_connections_than_descriptors(etcd: EtcdServer, tmp_path: Path, sen
         lines = answer.iter_lines()
         seen = [next(lines)]
         for number in range(3 * DESCRIPTORS):
-            client = opened.enter_context(socket.create_connection(("127.0.0.1", ports[number % 2]), timeout=10))
+            client = opened.enter_context(socket.create_connection(("127.0.0.1", ports[number % 2]), timeout=30))
             client.sendall(sent)
-        assert httpx.get(f"{url}/livez", timeout=10).status_code == 200
-        assert httpx.get(f"{url}/metrics", timeout=10).status_code == 200
-        status = httpx.get(f"http://127.0.0.1:{admin_port}/admin/v1/view", headers=ADMIN, timeout=10)
+        assert httpx.get(f"{url}/livez", timeout=30).status_code == 200
+        assert httpx.get(f"{url}/metrics", timeout=30).status_code == 200
+        status = httpx.get(f"http://127.0.0.1:{admin_port}/admin/v1/view", headers=ADMIN, timeout=30)
         assert status.status_code == 200, status.text
         with engine_in(etcd, tmp_path, pause_after=None) as second:  # the first one is dead to the store
             first.close()
             seen += list(lines)
             assert second.submits
-            asked = httpx.post(f"{url}/v1/completions", json=BODY | {"stream": False}, timeout=10)
+            asked = httpx.post(f"{url}/v1/completions", json=BODY | {"stream": False}, timeout=30)
         assert asked.json()["choices"][0]["text"] == TEXT
         assert (text_of(seen), seen[-2]) == (TEXT, "data: [DONE]")
         process.terminate()
@@ -80,7 +80,7 @@ def test_more_requests_than_connections(etcd: EtcdServer, tmp_path: Path) -> Non
             for _ in range(3)
         ]
         assert all(next(lines).startswith("data: {") for lines in streams)  # they wait for the engine
-        refused = httpx.post(f"{url}/v1/completions", json=BODY, timeout=10)
+        refused = httpx.post(f"{url}/v1/completions", json=BODY, timeout=30)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
         assert refused.headers["retry-after"] == "1"
         assert alive(port)

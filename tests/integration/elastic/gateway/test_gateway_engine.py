@@ -8,18 +8,20 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
+import msgspec.structs
 import openai
 import pytest
 import zmq.asyncio
-from msgspec.structs import replace
 from openai import OpenAI
 
 from elastic.gateway.engine_link import LinkSettings
 from elastic.protocol import ToGateway, Tokens
-from tests.support.gateway_cluster import MODEL, QUICK, GatewayCluster, RunningGateway
+from tests.support.gateway_cluster import MODEL, PATIENT, QUICK, GatewayCluster, RunningGateway, wait_ready
 from tests.support.helpers import eventually
 from tests.support.scripted_engine import ScriptedEngine
 
@@ -39,6 +41,14 @@ def cluster(tmp_path: Path) -> GatewayCluster:
 def gateway(cluster: GatewayCluster) -> Iterator[RunningGateway]:
     with cluster.gateway() as running:
         yield running
+
+
+@pytest.fixture
+def alert(cluster: GatewayCluster) -> Iterator[OpenAI]:
+    """A client of a gateway that notices a silence soon."""
+    link = replace(PATIENT, silence_s=QUICK.silence_s)
+    with cluster.gateway("alert", link=link) as running, running.client() as client:
+        yield client
 
 
 @pytest.fixture
@@ -63,10 +73,10 @@ def test_too_few_descriptors_for_a_link_cost_a_pause_only(
     answer = cluster.says(TEXT)
     with cluster.engine(answer, pause_after=5):
         reader = Reader(client)
-        eventually(lambda: reader.text, 10.0, "the stream to begin")
+        eventually(lambda: reader.text, 30.0, "the stream to begin")
         monkeypatch.setattr(zmq.asyncio.Context, "socket", socket)
     with cluster.engine(answer):
-        assert failed.wait(10.0), "no socket was asked for"
+        assert failed.wait(30.0), "no socket was asked for"
         short = False
         assert (reader.join().text, reader.reasons, reader.error) == (TEXT, ["stop"], None)
 
@@ -89,7 +99,7 @@ class Reader:
             self.error = error
 
     def join(self) -> Reader:
-        self._thread.join(20.0)
+        self._thread.join(30.0)
         assert not self._thread.is_alive()
         return self
 
@@ -99,10 +109,10 @@ def test_a_stream_goes_on_with_the_next_engine(cluster: GatewayCluster, client: 
     with cluster.engine(answer, pause_after=5) as first:
         readers = [Reader(client) for _ in range(4)]
         begun = cluster.tokenizer.decode(cluster.tokenizer.encode(TEXT)[1:6])
-        eventually(lambda: all(reader.text == begun for reader in readers), 10.0, "the streams to begin")
+        eventually(lambda: all(reader.text == begun for reader in readers), 30.0, "the streams to begin")
         first.close()
     with cluster.engine(answer, pause_after=9) as second:
-        eventually(lambda: len(second.submits) == 4, 10.0, "the requests to be submitted again")
+        eventually(lambda: len(second.submits) == 4, 30.0, "the requests to be submitted again")
         assert {len(submit.emitted) for submit in second.submits} == {5}
         assert all(submit.emitted == answer(submit)[:5] for submit in second.submits)
     with cluster.engine(answer):
@@ -116,36 +126,43 @@ def test_a_zombie_engine_is_not_listened_to(cluster: GatewayCluster, client: Ope
     wrong = cluster.says("something else entirely, that no client must ever see at all")
     with cluster.engine(wrong, pause_after=0) as zombie:
         reader = Reader(client)
-        eventually(lambda: zombie.submits, 10.0, "the request to arrive")
+        eventually(lambda: zombie.submits, 30.0, "the request to arrive")
         with cluster.engine(cluster.says(TEXT), pause_after=5) as engine:
-            eventually(lambda: engine.submits, 10.0, "the request to be submitted again")
+            eventually(lambda: engine.submits, 30.0, "the request to be submitted again")
             zombie.pause_after = None
             time.sleep(0.1)
             engine.pause_after = None
             assert reader.join().text == TEXT
 
 
-def test_a_broken_connection_is_made_anew(cluster: GatewayCluster, client: OpenAI) -> None:
+def test_a_broken_connection_is_made_anew(cluster: GatewayCluster, alert: OpenAI) -> None:
     """The engine's process restarts with the same token and address (or a network cut): nothing else changes."""
     with cluster.engine(cluster.says(TEXT), pause_after=5) as engine:
-        reader = Reader(client)
+        reader = Reader(alert)
         begun = cluster.tokenizer.decode(cluster.tokenizer.encode(TEXT)[1:6])
-        eventually(lambda: reader.text == begun, 10.0, "the stream to begin")
+        eventually(lambda: reader.text == begun, 30.0, "the stream to begin")
         token, address = engine.token, engine.address
     with ScriptedEngine(token, cluster.says(TEXT), address=address) as same:
         assert reader.join().text == TEXT
         assert len(same.submits[0].emitted) == 5
 
 
-def test_an_engine_that_falls_silent_is_connected_to_anew(cluster: GatewayCluster, client: OpenAI) -> None:
+def test_an_engine_that_falls_silent_is_connected_to_anew(cluster: GatewayCluster, alert: OpenAI) -> None:
     with cluster.engine(cluster.says(TEXT), pause_after=5) as engine:
-        reader = Reader(client)
-        eventually(lambda: len(reader.text) > 5, 10.0, "the stream to begin")
-        engine.mute = True
-        time.sleep(2 * QUICK.silence_s)
-        engine.mute, engine.pause_after = False, None
+
+        def asked_again() -> bool:
+            """After a silence that the gateway has noticed, if it had the time to."""
+            engine.mute = True
+            time.sleep(2 * QUICK.silence_s)
+            engine.mute = False
+            time.sleep(0.2)
+            return len(engine.submits) > 1
+
+        reader = Reader(alert)
+        eventually(lambda: len(reader.text) > 5, 30.0, "the stream to begin")
+        eventually(asked_again, 60.0, "the request to be submitted again")
+        engine.pause_after = None
         assert reader.join().text == TEXT
-        assert len(engine.submits) > 1
 
 
 @pytest.mark.parametrize("fault", ["gap", "duplicate", "stale"])
@@ -158,7 +175,7 @@ def test_faulty_output_never_reaches_the_client(cluster: GatewayCluster, client:
         if fault == "duplicate":
             return [message, message]
         if fault == "stale":
-            return [replace(message, engine_token=message.engine_token - 1, tokens=[7]), message]
+            return [msgspec.structs.replace(message, engine_token=message.engine_token - 1, tokens=[7]), message]
         if message.index == 4 and not lost:
             lost.append(message.request_id)
             return []
@@ -173,7 +190,7 @@ def test_faulty_output_never_reaches_the_client(cluster: GatewayCluster, client:
 def test_an_engine_that_goes_on_contradicting_itself_ends_the_stream_with_an_error(cluster: GatewayCluster) -> None:
     def mangle(message: ToGateway) -> list[ToGateway]:
         broken = isinstance(message, Tokens) and message.index >= 3
-        return [replace(message, index=message.index + 1)] if broken else [message]
+        return [msgspec.structs.replace(message, index=message.index + 1)] if broken else [message]
 
     quick = LinkSettings(resubmit_after_s=0.05, max_faults=2)
     with (
@@ -187,11 +204,12 @@ def test_an_engine_that_goes_on_contradicting_itself_ends_the_stream_with_an_err
         assert "leave a gap" in str(reader.error)
 
 
-def test_without_an_engine_a_request_waits_then_gets_a_503(cluster: GatewayCluster, client: OpenAI) -> None:
-    started = time.monotonic()
-    with pytest.raises(openai.InternalServerError, match="no engine") as refusal:
-        client.completions.create(model=MODEL, prompt="x")
-    assert time.monotonic() - started >= QUICK.engine_wait_s
+def test_without_an_engine_a_request_waits_then_gets_a_503(cluster: GatewayCluster) -> None:
+    with cluster.gateway("quick", link=QUICK) as gateway, gateway.client() as client:
+        started = time.monotonic()
+        with pytest.raises(openai.InternalServerError, match="no engine") as refusal:
+            client.completions.create(model=MODEL, prompt="x")
+        assert time.monotonic() - started >= QUICK.engine_wait_s
     assert refusal.value.status_code == 503
     assert int(refusal.value.response.headers["retry-after"]) > 0
 
@@ -202,16 +220,18 @@ def test_a_request_waits_for_the_engine_that_comes(cluster: GatewayCluster, clie
         assert reader.join().text == TEXT
 
 
-def test_a_stream_without_an_engine_ends_with_an_error_event(cluster: GatewayCluster, gateway: RunningGateway) -> None:
+def test_a_stream_without_an_engine_ends_with_an_error_event(cluster: GatewayCluster) -> None:
     body = {"model": MODEL, "prompt": "x", "stream": True, "max_tokens": 60}
     with (
         cluster.engine(cluster.says(TEXT), pause_after=3) as engine,
-        httpx.stream("POST", f"{gateway.url}/v1/completions", json=body, timeout=20) as answer,
+        cluster.gateway("quick", link=QUICK) as gateway,
     ):
-        lines = answer.iter_lines()
-        assert next(lines).startswith("data: {")
-        engine.close()
-        rest = [line for line in lines if line]
+        wait_ready(gateway)
+        with httpx.stream("POST", f"{gateway.url}/v1/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            assert next(lines).startswith("data: {")
+            engine.close()
+            rest = [line for line in lines if line]
     assert '"no_engine"' in rest[-2]
     assert '"server_error"' in rest[-2]
     assert rest[-1] == "data: [DONE]"
@@ -225,7 +245,17 @@ def test_no_progress_has_a_deadline(cluster: GatewayCluster) -> None:
     ):
         reader = Reader(client).join()
         assert "no token from the engine for 0.5 s" in str(reader.error)
-        eventually(lambda: engine.aborts, 5.0, "the abort to arrive")
+        eventually(lambda: engine.aborts, 30.0, "the abort to arrive")
+
+
+@contextmanager
+def asking(gateway: RunningGateway, **fields: object) -> Iterator[socket.socket]:
+    """A connection on which a completion was asked for."""
+    body = json.dumps({"model": MODEL, "max_tokens": 60, **fields}).encode()
+    url = httpx.URL(gateway.url)
+    with socket.create_connection((url.host, url.port or 0), timeout=30) as client:
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        yield client
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -233,11 +263,11 @@ def test_no_progress_has_a_deadline(cluster: GatewayCluster) -> None:
 def test_a_client_that_leaves_ends_its_request(
     cluster: GatewayCluster, gateway: RunningGateway, stream: bool, begun: bool
 ) -> None:
-    body = {"model": MODEL, "prompt": ["x", "y"], "stream": stream, "max_tokens": 60}
-    with cluster.engine(cluster.says(TEXT), pause_after=3 if begun else 0) as engine:
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{gateway.url}/v1/completions", json=body, timeout=0.5)
-        eventually(lambda: len(engine.aborts) == 2, 5.0, "the aborts to arrive")
+    sent = 3 if begun else 0
+    with cluster.engine(cluster.says(TEXT), pause_after=sent) as engine:
+        with asking(gateway, prompt=["x", "y"], stream=stream):
+            eventually(lambda: [each.sent for each in engine.running] == [sent, sent], 30.0, "both to wait")
+        eventually(lambda: len(engine.aborts) == 2, 30.0, "the aborts to arrive")
         assert sorted(engine.aborts) == sorted(submit.request_id for submit in engine.submits)
 
 
@@ -246,17 +276,13 @@ def test_a_client_that_leaves_ends_its_request(
 def test_a_client_that_half_closes_gets_its_answer(
     cluster: GatewayCluster, gateway: RunningGateway, stream: bool, begun: bool
 ) -> None:
-    body = json.dumps({"model": MODEL, "prompt": "x", "stream": stream, "max_tokens": 60}).encode()
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
-    url = httpx.URL(gateway.url)
     with (
         cluster.engine(cluster.says(TEXT), pause_after=3 if begun else 0) as engine,
-        socket.create_connection((url.host, url.port or 0), timeout=20) as client,
+        asking(gateway, prompt="x", stream=stream) as client,
     ):
-        client.sendall(head + body)
         got = client.recv(65536) if begun and stream else b""
         client.shutdown(socket.SHUT_WR)
-        eventually(lambda: engine.submits, 10.0, "the request to arrive")
+        eventually(lambda: engine.submits, 30.0, "the request to arrive")
         engine.pause_after = None
         while part := client.recv(65536):
             got += part
@@ -273,7 +299,7 @@ def test_more_requests_than_the_gateway_takes(cluster: GatewayCluster) -> None:
         gateway.client() as client,
     ):
         readers = [Reader(client) for _ in range(2)]
-        eventually(lambda: all(reader.text for reader in readers), 10.0, "the streams to begin")
+        eventually(lambda: all(reader.text for reader in readers), 30.0, "the streams to begin")
         with pytest.raises(openai.InternalServerError, match="all this gateway takes"):
             client.completions.create(model=MODEL, prompt="x")
         engine.pause_after = None

@@ -222,7 +222,7 @@ def test_stop_string(client: OpenAI, engine: ScriptedEngine, stream: bool) -> No
     choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
     assert "".join(choice.text for choice in choices) == "hello wö"
     assert choices[-1].finish_reason == "stop"
-    eventually(lambda: engine.submits[-1].request_id in engine.aborts, 10.0, "the engine to get an abort")
+    eventually(lambda: engine.submits[-1].request_id in engine.aborts, 30.0, "the engine to get an abort")
     engine.pause_after = None  # only now: an engine that may go on can end before the abort
 
 

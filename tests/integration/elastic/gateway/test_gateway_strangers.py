@@ -15,7 +15,7 @@ import pytest
 
 from membership.base.run_dir import default_run_dir, make_run_dir, new_socket
 from tests.support import ROOT
-from tests.support.gateway_cluster import MODEL, GatewayCluster, RunningGateway
+from tests.support.gateway_cluster import MODEL, QUICK, GatewayCluster, RunningGateway, wait_ready
 from tests.support.helpers import eventually
 
 pytestmark = pytest.mark.integration
@@ -34,7 +34,7 @@ def cluster(tmp_path: Path) -> GatewayCluster:
 
 @pytest.fixture
 def gateway(cluster: GatewayCluster) -> Iterator[RunningGateway]:
-    with cluster.gateway() as running:
+    with cluster.gateway(link=QUICK) as running:
         yield running
 
 
@@ -59,7 +59,7 @@ def no_engine(gateway: RunningGateway) -> str:
         reasons = httpx.get(f"{gateway.url}/readyz").json().get("reasons", [])
         return next((reason for reason in reasons if reason.startswith("no engine answers: ")), "")
 
-    return eventually(why, 10.0, "a reason why no engine answers")
+    return eventually(why, 30.0, "a reason why no engine answers")
 
 
 @needs_root
@@ -70,11 +70,12 @@ def test_an_engine_of_another_user_gets_no_prompt(cluster: GatewayCluster, gatew
     with impostor(path, token) as process, ThreadPoolExecutor(1) as client:
         answer = client.submit(httpx.post, f"{gateway.url}/v1/completions", json=body, timeout=20)
         assert f"belongs to user {STRANGER}, we are user 0" in no_engine(gateway)
-        assert answer.result(timeout=20).status_code == 503
+        assert answer.result(timeout=30).status_code == 503
         process.kill()
         assert process.stdout is not None
         assert process.stdout.read() == ""
     with cluster.engine(cluster.says(TEXT)):
+        wait_ready(gateway)
         answered = httpx.post(f"{gateway.url}/v1/completions", json=body, timeout=20)
         assert answered.json()["choices"][0]["text"] == TEXT
 

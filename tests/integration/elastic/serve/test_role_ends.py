@@ -12,9 +12,9 @@ pytestmark = pytest.mark.integration
 HUNG = """
 import ctypes
 from membership.base import loop_watchdog
-loop_watchdog.require(0.5)
+loop_watchdog.require(1.5)
 with loop_watchdog.watched():
-    for _ in range(20):
+    for _ in range(40):
         loop_watchdog.heartbeat()
         ctypes.CDLL(None).usleep(50_000)  # for longer than the limit, all in all
     print("beating", flush=True)
@@ -23,10 +23,10 @@ with loop_watchdog.watched():
 LEFT = """
 import time
 from membership.base import loop_watchdog
-loop_watchdog.require(0.2)
+loop_watchdog.require(1.0)
 with loop_watchdog.watched():
     loop_watchdog.heartbeat()
-time.sleep(0.6)
+time.sleep(2.5)
 """
 FAILED = """
 import sys, threading
@@ -51,7 +51,7 @@ with StopSignal() as stop:
 
 def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=60, check=False
     )
 
 

@@ -53,7 +53,7 @@ def role(etcd: EtcdServer, folder: Path, *command: str) -> Iterator[subprocess.P
     finally:
         if process.poll() is None:
             process.kill()
-        process.wait(timeout=10)
+        process.wait(timeout=30)
 
 
 def signal_twice(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> None:
@@ -123,8 +123,8 @@ def test_a_gateway_tells_its_clients_and_does_not_wait_for_their_streams(etcd: E
             assert next(lines).startswith("data: {")
             process.send_signal(signal.SIGTERM)
             ready = f"http://127.0.0.1:{port}/readyz"
-            eventually(lambda: "shutting down" in httpx.get(ready, timeout=2).text, 10.0, "the gateway to drain")
+            eventually(lambda: "shutting down" in httpx.get(ready, timeout=30).text, 30.0, "the gateway to drain")
             process.send_signal(signal.SIGTERM)
             rest = "".join(lines)
         assert "shutting down" in rest, "an error of ours, not a broken connection"
-        assert process.wait(timeout=20) == SECOND
+        assert process.wait(timeout=30) == SECOND

@@ -53,7 +53,7 @@ def test_it_ends_with_a_starter_that_is_not_its_parent(end: signal.Signals, deaf
         assert owner.stdout is not None
         child = psutil.Process(int(owner.stdout.readline()))
         owner.send_signal(end)
-        assert owner.wait(timeout=20) == -end
+        assert owner.wait(timeout=30) == -end
         _, alive = psutil.wait_procs([child], timeout=20)
     assert not alive
 
@@ -63,7 +63,7 @@ def test_a_starter_that_has_ended_before(own_name: pytest.MonkeyPatch, named: st
     own_name.setenv(ENV, named)
     ended = threading.Event()
     watch = StarterWatch(ended.set)
-    assert ended.wait(10)
+    assert ended.wait(30)
     watch.close()
 
 
@@ -80,7 +80,7 @@ def test_nothing_happens_after_it_is_closed(own_name: pytest.MonkeyPatch) -> Non
         watch = StarterWatch(ended.set)
         watch.close()
         other.kill()
-        other.wait(timeout=10)
+        other.wait(timeout=30)
     assert not ended.is_set()
 
 

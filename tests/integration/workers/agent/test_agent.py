@@ -67,7 +67,7 @@ def test_assigned_ranks_get_registered_attached_prepared_and_cleaned_up(scene: S
         assert (state.ranks[D].state, state.ranks[D].prepared_revision) == (RankState.HANDSHAKING, 0)
         scene.commit()
         scene.engine_runs(token, 1)
-        eventually(lambda: len(scene.events("rank_prepared")) == 3, 5, "prepared events")
+        eventually(lambda: len(scene.events("rank_prepared")) == 3, 30, "prepared events")
     state = scene.state()
     assert state.ranks == {}
     assert state.agents == {}
@@ -79,7 +79,7 @@ def test_a_killed_rank_leaves_an_exit_and_is_not_started_again_under_its_name(sc
         scene.assign(A, B, C, D)
         pid = scene.until_registered(A, B, C, D).ranks[B].pid
         os.kill(pid, signal.SIGKILL)
-        state = scene.until(lambda s: B not in s.ranks, "the record gone", 2)
+        state = scene.until(lambda s: B not in s.ranks, "the record gone")
         assert state.exits[1].incarnation == 2
         assert state.exits[1].restarts == 1
         state = scene.until(lambda s: "killed by signal 9" in s.exits[1].reason, "the signal in the exit")
@@ -87,7 +87,7 @@ def test_a_killed_rank_leaves_an_exit_and_is_not_started_again_under_its_name(sc
         assert state.ranks.keys() == {A, C, D}, "the others stay"
         [died] = scene.events("rank_died")
         assert (died.rank, died.fields["detected_by"]) == (1, "robust futex")
-        eventually(lambda: scene.events("rank_exited"), 5, "the exit event")
+        eventually(lambda: scene.events("rank_exited"), 30, "the exit event")
         assert scene.events("rank_exited")[0].fields["signal"] == 9
         scene.assign(A, B, C, D)
         scene.assign(A, (1, 9), C, D)
@@ -102,19 +102,19 @@ def test_a_rank_that_is_not_assigned_any_more_ends_without_an_exit(scene: Scene)
         scene.assign(A)
         state = scene.until(lambda s: B not in s.ranks, "the rank retired")
         assert state.exits == {}
-        assert not psutil.pid_exists(pid)
+        eventually(lambda: not psutil.pid_exists(pid), 30, "its process ended")
         assert A in state.ranks
 
 
 def test_a_stopped_rank_loses_its_lease_and_is_killed(scene: Scene) -> None:
-    scene.configure(lease_ttl_s=1.0)
+    scene.configure(lease_ttl_s=3.0)  # shorter, the other one may be late, too
     with agent(scene):
         scene.assign(A, B)
         pid = scene.until_registered(A, B).ranks[B].pid
         os.kill(pid, signal.SIGSTOP)
         state = scene.until(lambda s: B not in s.ranks and 1 in s.exits, "the stopped rank out")
         assert "no heartbeat" in state.exits[1].reason
-        eventually(lambda: not psutil.pid_exists(pid), 10, "the stopped rank killed")
+        eventually(lambda: not psutil.pid_exists(pid), 30, "the stopped rank killed")
         assert scene.state().ranks.keys() == {A}
 
 
@@ -156,7 +156,7 @@ def test_preparing_waits_for_every_member(scene: Scene) -> None:
         scene.assign(A)
         scene.until_registered(A)
         revision = scene.stage(1, A, B)
-        eventually(lambda: scene.events("rank_loaded"), 10, "A to have loaded")
+        eventually(lambda: scene.events("rank_loaded"), 30, "A to have loaded")
         assert scene.state().ranks[A].prepared_revision == 0
         scene.assign(A, B)
         scene.until(lambda s: B in s.ranks and s.ranks[B].prepared_revision == revision, "B prepared")
@@ -209,7 +209,7 @@ def test_a_load_that_advances_has_no_deadline_and_its_rank_joins_engines_meanwhi
 
 
 def test_a_load_that_stalls_is_given_up_and_no_peer_waits_for_a_link_meanwhile(scene: Scene, pipe: Path) -> None:
-    scene.configure("piecemeal", load_stall_s=3.0)
+    scene.configure("piecemeal", load_stall_s=6.0)
     with agent(scene):
         scene.assign(A, B)
         pid = scene.until_registered(A, B).ranks[B].pid
@@ -221,7 +221,7 @@ def test_a_load_that_stalls_is_given_up_and_no_peer_waits_for_a_link_meanwhile(s
             reasons = " ".join(each.reason for each in state.exits.values())
             assert all(f"its load stalled at {done} of 4 bytes: no progress for " in reasons for done in (0, 1))
             assert not state.ranks
-        eventually(lambda: not psutil.pid_exists(pid), 10, "the stalled rank killed")
+        eventually(lambda: not psutil.pid_exists(pid), 30, "the stalled rank killed")
     assert len(scene.events("rank_load_stalled")) == 2
     assert {e.fields["detected_by"] for e in scene.events("rank_died")} == {"stall"}
     assert scene.events("rank_prepare_failed") == [], "none was asked to link with a rank that still loads"
@@ -257,7 +257,7 @@ def test_a_host_without_room_for_another_process_keeps_the_ranks_it_has_and_trie
         with monkeypatch.context() as patch:
             patch.setattr("workers.agent.executor.WorkerProcParent.make_worker_process", refuse)
             scene.assign(A, B)
-            eventually(lambda: len(refused) >= 4, 20.0, "four refusals")
+            eventually(lambda: len(refused) >= 4, 30.0, "four refusals")
             assert "Too many open files" in str(scene.events("rank_start_postponed")[0].fields["reason"])
             assert scene.state().ranks.keys() == {A}
         state = scene.until_registered(A, B)
@@ -286,7 +286,7 @@ def test_an_outage_of_the_store_leaves_ranks_running_and_registers_them_after_it
         before = scene.until_registered(A, B)
         store.outage = True
         os.kill(before.ranks[B].pid, signal.SIGKILL)
-        eventually(lambda: scene.events("rank_died"), 5, "the death noticed without the store")
+        eventually(lambda: scene.events("rank_died"), 30, "the death noticed without the store")
         for lease in [kv.lease for kv in list(store._items.values()) if kv.lease]:
             with store._changed:
                 store._end(lease)  # all leases run out meanwhile
@@ -320,7 +320,7 @@ def test_a_second_agent_of_the_same_node_is_refused(
     monkeypatch.setattr("workers.agent.begin.TAKEOVER_S", 0.3)
     store.put(KEYS.agent("n"), encode(AgentRecord(node="n", pid=os.getpid(), started=1.0)))
     with pytest.raises(Fenced, match=r"another agent \(pid \d+\) runs as node n"), agent(scene) as thread:
-        eventually(lambda: not thread.is_alive(), 5, "the second agent to stand down")
+        eventually(lambda: not thread.is_alive(), 30, "the second agent to stand down")
 
 
 def serve_model(scene: Scene, path: Path, *keys: RankId) -> None:
@@ -355,13 +355,13 @@ def test_a_rank_that_loaded_another_model_is_refused_at_once_and_others_serve(
         assert exited.reason == (
             "rank 1 on node n has another model than the cluster serves: weights (two instead of one)"
         )
-        eventually(lambda: not psutil.pid_exists(pid), 10, "its process ended")
+        eventually(lambda: not psutil.pid_exists(pid), 30, "its process ended")
         assert later not in scene.state().ranks
         assert scene.until(lambda s: s.ranks[A], "the other one").ranks[A].prepared_revision < revision
         [refused] = scene.events("rank_refused")
         assert (refused.rank, refused.fields["reason"]) == (1, exited.reason)
         assert [event.rank for event in scene.events("rank_quarantined")] == [1]
-        eventually(lambda: len(scene.events("rank_exited")) == 2, 10, "its exit status")
+        eventually(lambda: len(scene.events("rank_exited")) == 2, 30, "its exit status")
         assert scene.state().exits[1].reason == exited.reason, "that we killed it is no news"
 
 

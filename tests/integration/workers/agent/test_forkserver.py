@@ -79,11 +79,11 @@ def test_a_child_runs_its_target_and_its_end_is_reported() -> None:
     ends = Ends()
     read, write = os.pipe()
     with ForkServer(["json"], on_exit=ends) as server:
-        child = server.fork(f"{HERE}:write_and_leave", b"hello", [write]).result(timeout=20)
+        child = server.fork(f"{HERE}:write_and_leave", b"hello", [write]).result(timeout=30)
         os.close(write)
         assert os.read(read, 100) == b"hello 1"
         assert os.read(read, 1) == b"", "the server kept a copy of the pipe"
-        eventually(lambda: ends.seen.get(child.pid) == 7, 5, "the child's exit status")
+        eventually(lambda: ends.seen.get(child.pid) == 7, 30, "the child's exit status")
         os.close(child.pidfd)
     os.close(read)
 
@@ -95,15 +95,15 @@ def test_siblings_do_not_inherit_each_others_pipes() -> None:
     with ForkServer([], on_exit=ends) as server:
         for _ in range(3):
             read, write = os.pipe()
-            children.append(server.fork(f"{HERE}:wait_for_end_of_file", b"", [read]).result(timeout=20))
+            children.append(server.fork(f"{HERE}:wait_for_end_of_file", b"", [read]).result(timeout=30))
             os.close(read)
             writers.append(write)
         os.close(writers[0])
-        eventually(lambda: children[0].pid in ends.seen, 5, "end of file in the first child")
+        eventually(lambda: children[0].pid in ends.seen, 30, "end of file in the first child")
         assert len(ends.seen) == 1
         for write in writers[1:]:
             os.close(write)
-        eventually(lambda: len(ends.seen) == 3, 5, "the others' ends")
+        eventually(lambda: len(ends.seen) == 3, 30, "the others' ends")
         for child in children:
             os.close(child.pidfd)
 
@@ -112,9 +112,9 @@ def test_a_killed_child_is_reported_with_its_signal() -> None:
     ends = Ends()
     read, write = os.pipe()
     with ForkServer([], on_exit=ends) as server:
-        child = server.fork(f"{HERE}:wait_for_end_of_file", b"", [read]).result(timeout=20)
+        child = server.fork(f"{HERE}:wait_for_end_of_file", b"", [read]).result(timeout=30)
         signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
-        eventually(lambda: ends.seen.get(child.pid) == -signal.SIGKILL, 5, "the signal")
+        eventually(lambda: ends.seen.get(child.pid) == -signal.SIGKILL, 30, "the signal")
         os.close(child.pidfd)
     os.close(read)
     os.close(write)
@@ -129,24 +129,24 @@ def test_a_module_with_threads_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         ForkServer(["threaded"], on_exit=Ends()) as server,
         pytest.raises(RankError, match=r"threads \[.*\] after importing threaded"),
     ):
-        server.fork(f"{HERE}:write_and_leave", b"", []).result(timeout=20)
+        server.fork(f"{HERE}:write_and_leave", b"", []).result(timeout=30)
 
 
 def test_a_module_that_is_missing_is_named() -> None:
     with ForkServer(["no_such_module"], on_exit=Ends()) as server, pytest.raises(RankError, match="no_such_module"):
-        server.fork(f"{HERE}:write_and_leave", b"", []).result(timeout=20)
+        server.fork(f"{HERE}:write_and_leave", b"", []).result(timeout=30)
 
 
 def test_a_killed_server_takes_its_children_along_and_fails_requests() -> None:
     read, write = os.pipe()
     with ForkServer([], on_exit=Ends()) as server:
-        child = server.fork(f"{HERE}:wait_for_end_of_file", b"", [read]).result(timeout=20)
+        child = server.fork(f"{HERE}:wait_for_end_of_file", b"", [read]).result(timeout=30)
         assert server.process is not None
         server.process.kill()
-        eventually(lambda: not psutil.pid_exists(child.pid), 5, "the child gone with its server")
-        eventually(lambda: not server.alive, 5, "the owner to notice")
+        eventually(lambda: not psutil.pid_exists(child.pid), 30, "the child gone with its server")
+        eventually(lambda: not server.alive, 30, "the owner to notice")
         with pytest.raises(RankError, match="gone"):
-            server.fork(f"{HERE}:wait_for_end_of_file", b"", [read]).result(timeout=5)
+            server.fork(f"{HERE}:wait_for_end_of_file", b"", [read]).result(timeout=30)
         os.close(child.pidfd)
     os.close(read)
     os.close(write)
@@ -157,18 +157,18 @@ def test_the_server_and_even_a_stopped_child_end_with_a_killed_owner(tmp_path: P
 import sys, time
 from workers.agent.forkserver_client import ForkServer
 server = ForkServer([], on_exit=lambda pid, status: None)
-child = server.fork("{HERE}:stop_oneself", b"", []).result(timeout=20)
+child = server.fork("{HERE}:stop_oneself", b"", []).result(timeout=30)
 print(server.process.pid, child.pid, flush=True)
 time.sleep(60)
 """
     owner = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert owner.stdout is not None
     pids = [int(pid) for pid in owner.stdout.readline().split()]
-    eventually(lambda: psutil.Process(pids[1]).status() == psutil.STATUS_STOPPED, 5, "the child to stop")
+    eventually(lambda: psutil.Process(pids[1]).status() == psutil.STATUS_STOPPED, 30, "the child to stop")
     owner.kill()
-    owner.wait(timeout=5)
+    owner.wait(timeout=30)
     owner.stdout.close()
-    eventually(lambda: not any(psutil.pid_exists(pid) for pid in pids), 10, f"{pids} gone")
+    eventually(lambda: not any(psutil.pid_exists(pid) for pid in pids), 30, f"{pids} gone")
 
 
 def test_a_server_forks_another_one_for_another_owner(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,13 +186,13 @@ def test_a_server_forks_another_one_for_another_owner(monkeypatch: pytest.Monkey
         assert FORKSERVER_FD not in os.environ, "the next one is started as usual"
     with second:
         read, write = os.pipe()
-        child = second.fork(f"{HERE}:report_preloading_pid", b"", [write]).result(timeout=20)
+        child = second.fork(f"{HERE}:report_preloading_pid", b"", [write]).result(timeout=30)
         os.close(write)
         assert int(os.read(read, 100)) == first.process.pid
         os.close(read)
-        eventually(lambda: ends.seen.get(child.pid) == 0, 5, "the child's end reported by the second server")
+        eventually(lambda: ends.seen.get(child.pid) == 0, 30, "the child's end reported by the second server")
         os.close(child.pidfd)
-    eventually(lambda: not psutil.pid_exists(made.result(timeout=0).pid), 5, "the second server gone with its owner")
+    eventually(lambda: not psutil.pid_exists(made.result(timeout=0).pid), 30, "the second server gone with its owner")
 
 
 def test_an_inherited_server_that_is_none_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +200,7 @@ def test_an_inherited_server_that_is_none_is_noticed(monkeypatch: pytest.MonkeyP
     theirs.close()
     monkeypatch.setenv(FORKSERVER_FD, str(ours.detach()))
     with ForkServer([], on_exit=Ends()) as server:
-        eventually(lambda: not server.alive, 5, "the owner to notice")
+        eventually(lambda: not server.alive, 30, "the owner to notice")
 
 
 def test_a_child_is_at_its_first_forward_at_once() -> None:

@@ -75,7 +75,7 @@ def test_a_spare_takes_the_place_of_a_dead_rank_and_is_replaced_afterwards(scene
         assert state.exits[1].restarts == 2
         assert scene.events("rank_died")[-1].fields["pid"] == first
     assert len(scene.events("spare_ready")) == 2
-    assert not psutil.pid_exists(first)
+    eventually(lambda: not psutil.pid_exists(first), 30, "it to be gone")
 
 
 def test_a_spare_that_dies_is_replaced_and_no_slot_pays_for_it(scene: Scene) -> None:
@@ -90,7 +90,7 @@ def test_a_spare_that_dies_is_replaced_and_no_slot_pays_for_it(scene: Scene) -> 
         kill(scene, B)
         scene.assign(A, C)
         assert scene.until_registered(A, C).ranks[C].pid != second, "a stopped spare succeeds no rank"
-        eventually(lambda: not psutil.pid_exists(second), 20, "the stopped spare killed")
+        eventually(lambda: not psutil.pid_exists(second), 30, "the stopped spare killed")
 
 
 def test_a_rank_starts_where_the_spare_will_not_become_it(scene: Scene) -> None:
@@ -103,13 +103,13 @@ def test_a_rank_starts_where_the_spare_will_not_become_it(scene: Scene) -> None:
         assert scene.until_registered(A, C).ranks[C].pid != first
         [lost] = scene.events("spare_lost")
         assert "this worker stays what it is" in lost.fields["reason"]
-        eventually(lambda: not psutil.pid_exists(first), 20, "the useless spare killed")
+        eventually(lambda: not psutil.pid_exists(first), 30, "the useless spare killed")
 
 
 def test_spares_that_cannot_start_are_retried_and_harm_no_rank(scene: Scene) -> None:
     scene.configure("fail-at-start--1")
     with agent(scene, spares=1):
         serve(scene, 1, A, B)
-        eventually(lambda: len(scene.events("spare_lost")) == 3, 30, "three attempts")
+        eventually(lambda: len(scene.events("spare_lost")) >= 3, 60, "three attempts")
         assert scene.state().ranks.keys() == {A, B}
         assert scene.state().exits == {}

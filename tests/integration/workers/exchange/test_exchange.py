@@ -121,7 +121,7 @@ def stop_inside_a_dispatch(group: RankGroup, lost: int, ranks: list[int]) -> Non
     for rank in ranks:
         group.ranks[rank].send("steps", ctx, works(rank, "bfloat16"))
     process = psutil.Process(group.ranks[lost].pid)
-    eventually(lambda: process.status() == psutil.STATUS_STOPPED, 20, f"rank {lost} stops with rows of others")
+    eventually(lambda: process.status() == psutil.STATUS_STOPPED, 30, f"rank {lost} stops with rows of others")
 
 
 def check_results(group: RankGroup, ranks: list[int]) -> tuple[int, set[int]]:
@@ -155,7 +155,7 @@ def test_a_second_peer_killed_while_the_firsts_rows_are_sent_again(context: Any)
         group.ranks[lost[1]].call("stop_before", 1)
         stop_inside_a_dispatch(group, lost[0], others)
         second = psutil.Process(group.ranks[lost[1]].pid)
-        eventually(lambda: second.status() == psutil.STATUS_STOPPED, 20, "the second stops with rows of others")
+        eventually(lambda: second.status() == psutil.STATUS_STOPPED, 30, "the second stops with rows of others")
         for rank in lost:
             group.ranks[rank].kill()
         retried, suspects = check_results(group, others)
@@ -185,7 +185,7 @@ def test_a_stopped_peer_is_masked_and_its_waking_changes_nothing(context: Any) -
 
 
 def test_a_stopped_peer_that_is_not_masked_is_named(context: Any) -> None:
-    with RankGroup(context, spread(range(2), LAYERS, EXPERTS, 1), answer_timeout_s=0.3) as group:
+    with RankGroup(context, spread(range(2), LAYERS, EXPERTS, 1), answer_timeout_s=3.0) as group:
         stop_inside_a_dispatch(group, 1, [0])
         with pytest.raises(PeerTimeout, match=r"layer 1: no answer from ranks \[1\]"):
             group.ranks[0].result()
@@ -208,7 +208,7 @@ def test_no_answer_without_a_live_holder(context: Any) -> None:
         group.ranks[0].send("steps", group.context_of(), work)
         holders = {r: psutil.Process(group.ranks[r].pid) for r in (1, 2)}
         while holders:  # the second has the rows at the latest when the first is gone
-            stopped = eventually(lambda: has_stopped(holders), 20, "a holder has the rows")
+            stopped = eventually(lambda: has_stopped(holders), 30, "a holder has the rows")
             del holders[stopped]
             group.ranks[stopped].kill()
         with pytest.raises(CoverageLost, match=r"layer 0: no live rank holds experts \[1, 2\]"):
@@ -261,7 +261,7 @@ def test_an_expert_that_fails_and_has_no_replica_is_named() -> None:
 
 def test_a_rank_whose_own_expert_fails_still_answers_its_peers(context: Any) -> None:
     """Rank 1 fails at expert 1 in a step of its own, which it begins when rank 0 has asked for expert 0."""
-    with RankGroup(context, {0: ((),), 1: ((0, 1),)}, answer_timeout_s=5.0) as group:
+    with RankGroup(context, {0: ((),), 1: ((0, 1),)}, answer_timeout_s=20.0) as group:
         group.ranks[1].call("fail_at", 1)
         ctx, work = group.context_of(), (0, 3, 6, 1, 1, HIDDEN, "float32")
         group.ranks[1].send("step_once_asked", ctx, [(0, 4, 6, 2, 2, HIDDEN, "float32")])
@@ -275,19 +275,11 @@ def test_a_rank_whose_own_expert_fails_still_answers_its_peers(context: Any) -> 
 def test_each_expert_runs_once_for_all_that_wait(context: Any) -> None:
     layout = {0: ((),), 1: ((),), 2: ((),), 3: ((0, 1, 2),)}
     with RankGroup(context, layout) as group:
-        os.kill(group.ranks[3].pid, signal.SIGSTOP)
+        group.ranks[3].call("answer_once_asked_by", 3)
         ctx = group.context_of()
         work = [(0, r, 4, 3, 3, HIDDEN, "bfloat16") for r in range(3)]
         for rank in range(3):
             group.ranks[rank].send("steps", ctx, [work[rank]])
-        waiting = [psutil.Process(group.ranks[r].pid) for r in range(3)]
-        eventually(
-            lambda: all(p.status() == psutil.STATUS_SLEEPING and p.num_ctx_switches().voluntary for p in waiting),
-            20,
-            "all ranks wait",
-            interval_s=0.3,
-        )
-        os.kill(group.ranks[3].pid, signal.SIGCONT)
         for rank in range(3):
             assert same_bits(group.ranks[rank].result()[0][0], oracle(work[rank]))
         assert sorted(group.ranks[3].call("calls")) == [(0, 0, 12), (0, 1, 12), (0, 2, 12)]
@@ -310,7 +302,7 @@ def test_a_rank_joins_while_the_others_exchange(context: Any) -> None:
         group.all("disconnect", [process.me])
         group.placement = spread(range(2), LAYERS, EXPERTS, 1)
         run_all(group)
-        assert group.all("resources") == before
+        eventually(lambda: group.all("resources") == before, 30, "the links to be let go")
 
 
 def test_a_newer_incarnation_takes_the_slot(context: Any) -> None:

@@ -19,6 +19,7 @@ from membership.base.errors import CoverageLost
 from membership.base.rank_id import RankId
 from membership.store.records import Member, Placement, View
 from tests.support.exchange_ranks import Experts
+from tests.support.helpers import eventually
 from tests.support.local_exchange import LocalExchange
 from workers.exchange.loop import Exchange
 from workers.exchange.model_side import StepContext
@@ -27,7 +28,7 @@ from workers.ipc.doorbell import Doorbell
 
 pytestmark = pytest.mark.integration
 
-WITHIN_S, AT_ONCE_S = 5.0, 0.25
+WITHIN_S, AT_ONCE_S = 30.0, 0.25
 SINGLE: Placement = {0: ((0, 1),), 1: ((2, 3),), 2: ((1, 2),)}  # expert 3 is on rank 1 alone
 REPLICATED: Placement = {0: ((0, 1),), 1: ((2, 3),), 2: ((0, 2, 3),)}
 IDS = torch.tensor([[2, 0, 1], [1, 2, 0], [0, 1, 2], [3, 0, 2]])
@@ -45,7 +46,7 @@ class ThreadRank:
             self.bell,
             partial(ShmTransport, area=1 << 20),
             lambda: self.masked,
-            answer_timeout_s=2 * WITHIN_S,
+            answer_timeout_s=20.0,
         )
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._serve, daemon=True)
@@ -120,7 +121,7 @@ def test_a_masked_rank_is_not_asked(rows: tuple[Tensor, Tensor], right: Tensor) 
 
 
 def test_a_death_wakes_whichever_rank_waits_for_an_answer(rows: tuple[Tensor, Tensor], right: Tensor) -> None:
-    assert min(_noticed_s(rows, right) for _ in range(3)) < AT_ONCE_S
+    assert any(_noticed_s(rows, right) < AT_ONCE_S for _ in range(10)), "not once in ten times"
 
 
 def _noticed_s(rows: tuple[Tensor, Tensor], right: Tensor) -> float:
@@ -130,10 +131,11 @@ def _noticed_s(rows: tuple[Tensor, Tensor], right: Tensor) -> float:
     with linked(REPLICATED, hanging=2) as ranks:
 
         def die() -> None:
+            eventually(ranks[2].exchange.pending, WITHIN_S, "it to be asked")
             died_at.append(time.monotonic())
             ranks[2].end()
 
-        dies = threading.Timer(0.05, die)
+        dies = threading.Thread(target=die)
         dies.start()
         try:
             got = ranks[0].exchange.dispatch_combine(0, hidden, IDS, weights)

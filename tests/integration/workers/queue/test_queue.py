@@ -62,7 +62,7 @@ def test_structures_with_arrays_and_tensors_keep_values_types_and_sharing_is_rea
     }
     with MessageQueue("q") as queue, MessageQueue.create_from_handle(queue.export_handle(), "r") as reader:
         queue.enqueue(message)
-        got = reader.dequeue(5)
+        got = reader.dequeue(30)
         assert (got["small"] == message["small"]).all()
         assert (got["large"] == message["large"]).all()
         assert not got["large"].flags.writeable
@@ -80,12 +80,12 @@ def test_msgpack_queue_carries_its_type_and_refuses_others() -> None:
         MessageQueue.create_from_handle(queue.export_handle().encode(), "r", codec=codec) as reader,
     ):
         queue.enqueue(Batch(3, list(range(100_000))))
-        assert reader.dequeue(5) == Batch(3, list(range(100_000)))
+        assert reader.dequeue(30) == Batch(3, list(range(100_000)))
         queue.enqueue(["something else"])
         with pytest.raises(QueueError, match="does not fit"):
-            reader.dequeue(5)
+            reader.dequeue(30)
         queue.enqueue(Batch(4, []))
-        assert reader.dequeue(5) == Batch(4, [])
+        assert reader.dequeue(30) == Batch(4, [])
 
 
 def test_views_in_place_keep_their_memory_until_they_are_let_go() -> None:
@@ -93,7 +93,7 @@ def test_views_in_place_keep_their_memory_until_they_are_let_go() -> None:
         kept = []
         for value in range(5):
             queue.enqueue(np.full(1 << 20, value, np.uint8))
-            kept.append(reader.dequeue(5))
+            kept.append(reader.dequeue(30))
         assert [int(a[0]) for a in kept] == [0, 1, 2, 3, 4]
         assert all((a == a[0]).all() for a in kept)
         kept.clear()
@@ -107,7 +107,7 @@ def test_an_arena_full_of_kept_views_is_an_error_that_names_the_keeper() -> None
         kept = []
         for _ in range(4):
             queue.enqueue(np.zeros((1 << 20) - 4096, np.uint8))
-            kept.append(reader.dequeue(5))
+            kept.append(reader.dequeue(30))
         with pytest.raises(SlowReaders, match="keeper") as caught:
             queue.enqueue(np.zeros(1 << 20, np.uint8), timeout_s=0.05)
         assert caught.value.readers == ("keeper",)
@@ -132,9 +132,9 @@ def test_a_reader_may_leave_and_join_again_and_sees_only_what_is_sent_while_it_i
         for turn in range(700):  # more than there are slots
             with MessageQueue.create_from_handle(queue.export_handle(), "r") as reader:
                 queue.enqueue(turn)
-                assert reader.dequeue(5) == turn
+                assert reader.dequeue(30) == turn
                 assert not reader.pending()
-        eventually(lambda: queue.readers == (), 5, "the last one to be gone")
+        eventually(lambda: queue.readers == (), 30, "the last one to be gone")
 
 
 def test_a_wrong_codec_and_a_dead_queue_are_refused() -> None:
@@ -164,7 +164,7 @@ def test_a_slow_live_reader_is_named_and_the_others_get_nothing_twice() -> None:
         assert queue.enqueue(b"goes on") == 1
         assert quick.answer() == b"goes on"
         slow.signal(signal.SIGCONT)  # finds that it was dropped, and goes
-        assert slow.process.wait(10) != 0
+        assert slow.process.wait(30) != 0
         assert not queue.drop_reader("slow")
 
 
@@ -193,10 +193,10 @@ def test_a_killed_writer_is_noticed_after_all_it_wrote() -> None:
     with MessageQueue.create_from_handle(bytes.fromhex(writer.stdout.readline()), "r") as queue:
         assert writer.stdout.readline() == "done\n"
         writer.kill()
-        writer.communicate(timeout=10)
-        assert [queue.dequeue(5) for _ in range(100)] == list(range(100))
+        writer.communicate(timeout=30)
+        assert [queue.dequeue(30) for _ in range(100)] == list(range(100))
         with pytest.raises(QueueClosed, match=f"pid {writer.pid}"):
-            queue.dequeue(5)
+            queue.dequeue(30)
         assert queue.pending()
 
 
@@ -206,28 +206,25 @@ def test_readers_come_and_go_under_traffic_and_the_others_do_not_notice() -> Non
         handle = queue.export_handle()
 
         def come_and_go(number: int) -> None:
-            seen = 0
             while not stop.is_set():
                 with MessageQueue.create_from_handle(handle, f"guest {number}") as guest:
-                    numbers = [int.from_bytes(guest.dequeue(10), "big") for _ in range(5)]
+                    numbers = [int.from_bytes(guest.dequeue(30), "big") for _ in range(5)]
                     assert numbers == list(range(numbers[0], numbers[0] + 5))
-                    seen += 1
-            counts.append(seen)
+                    counts[number] += 1
 
-        counts: list[int] = []
+        counts = [0, 0, 0]
         guests = [threading.Thread(target=come_and_go, args=(number,)) for number in range(3)]
         for guest in guests:
             guest.start()
         number = 0
-        while number < 5000 or (number < 100_000 and stop.is_set() and any(g.is_alive() for g in guests)):
+        while number < 5000 or (number < 1_000_000 and any(g.is_alive() for g in guests)):
             queue.enqueue(number.to_bytes(8, "big"))
             assert steady.answer() == number.to_bytes(8, "big")
             number += 1
-            if number == 4500:
+            if number >= 4500 and all(counts):
                 stop.set()
         for guest in guests:
-            guest.join(20)
-        assert len(counts) == 3
+            guest.join(30)
         assert all(counts)
 
 
@@ -237,8 +234,8 @@ def test_shutdown_from_another_thread_ends_a_dequeue() -> None:
         timer = threading.Timer(0.1, reader.shutdown)
         timer.start()
         with pytest.raises(QueueClosed):
-            reader.dequeue(10)
-        timer.join(5)
+            reader.dequeue(30)
+        timer.join(30)
 
 
 def test_one_doorbell_for_many_queues_and_a_deadline_for_each_wait() -> None:
@@ -253,7 +250,7 @@ def test_one_doorbell_for_many_queues_and_a_deadline_for_each_wait() -> None:
         assert bell.wait(lambda: from_a.pending() or from_b.pending(), 10)
         assert from_a.try_dequeue() is None
         assert from_b.try_dequeue() == "hello"
-        timer.join(5)
+        timer.join(30)
         from_a.shutdown()
         from_b.shutdown()
 
@@ -298,7 +295,7 @@ def test_a_full_host_is_an_error_of_enqueue_and_the_queue_goes_on(monkeypatch: p
             with pytest.raises(QueueError, match="cannot get 1048576 bytes of shared memory: No space left"):
                 queue.enqueue(np.zeros((1 << 20) - 4096, np.uint8))
         queue.enqueue(np.ones(1 << 20, np.uint8))
-        assert reader.dequeue(5).sum() == 1 << 20
+        assert reader.dequeue(30).sum() == 1 << 20
 
 
 def test_kill_minus_nine_of_the_whole_group_leaves_nothing(tmp_path: Path) -> None:
@@ -318,7 +315,7 @@ def test_kill_minus_nine_of_the_whole_group_leaves_nothing(tmp_path: Path) -> No
     pids = [owner.pid, *map(int, owner.stdout.readline().split())]
     assert len(pids) == 3
     os.killpg(owner.pid, signal.SIGKILL)
-    owner.communicate(timeout=10)
-    eventually(lambda: not any(os.path.exists(f"/proc/{pid}/fd/0") for pid in pids), 10, "all to be gone")
+    owner.communicate(timeout=30)
+    eventually(lambda: not any(os.path.exists(f"/proc/{pid}/fd/0") for pid in pids), 30, "all to be gone")
     assert not [name for name in set(os.listdir("/dev/shm")) - shm if "elastic" in name]
     assert not os.listdir(tmp_path)

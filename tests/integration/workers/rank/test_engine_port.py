@@ -47,7 +47,7 @@ class Engine:
         self.steps.enqueue(StepBatch(self.token, epoch, number, 0, [], chunks))
 
     def answer(self) -> StepResult:
-        result = self.answers.dequeue(timeout_s=10)
+        result = self.answers.dequeue(timeout_s=30)
         assert isinstance(result, StepResult)
         return result
 
@@ -64,7 +64,7 @@ class Engine:
 def attach(made: MultiprocExecutor, engine: Engine) -> bytes:
     """As the agent does when it sees the engine's record."""
     args = (engine.token, engine.steps.export_handle().encode(), b"mask-%d" % engine.token)
-    handle = made.submit("attach_engine", args, keys=[KEY], timeout_s=10).future.result(timeout=10)[KEY]
+    handle = made.submit("attach_engine", args, keys=[KEY], timeout_s=30).future.result(timeout=30)[KEY]
     assert isinstance(handle, bytes)
     return handle
 
@@ -73,8 +73,8 @@ def attach(made: MultiprocExecutor, engine: Engine) -> bytes:
 def made() -> Iterator[MultiprocExecutor]:
     made = executor()
     launch(made, [KEY], 30)
-    made.collective_rpc("initialise", 10)
-    made.collective_rpc("prepare_epoch", 10, (View(epoch=1), {}))
+    made.collective_rpc("initialise", 30)
+    made.collective_rpc("prepare_epoch", 30, (View(epoch=1), {}))
     yield made
     made.shutdown()
 
@@ -97,7 +97,7 @@ def test_steps_and_pings_are_answered(made: MultiprocExecutor) -> None:
         assert (result.step, result.epoch, result.status, result.tokens[0].token) == (4, 1, StepStatus.OK, 3)
         first.step(5, [15])
         assert first.answer().tokens[0].token == 15, "an output made in the background"
-    assert made.collective_rpc("all_calls", 10) == [["init_device", "load_model", "prepare-1", "commit-1"]]
+    assert made.collective_rpc("all_calls", 30) == [["init_device", "load_model", "prepare-1", "commit-1"]]
 
 
 def test_failures_of_a_step_are_answers(made: MultiprocExecutor) -> None:
@@ -126,16 +126,16 @@ def test_a_new_engine_takes_over_without_loading_and_the_old_one_has_no_effect(m
         first.answer()
         with engine(made, 8) as second:
             first.step(2, [1])
-            assert first.answers.dequeue(timeout_s=5) == Farewell(*KEY, 7, successor=8)
+            assert first.answers.dequeue(timeout_s=30) == Farewell(*KEY, 7, successor=8)
             with pytest.raises(QueueClosed):
-                first.answers.dequeue(timeout_s=5)
+                first.answers.dequeue(timeout_s=30)
             assert first.steps.drop_reader(reader_id(KEY)) is False, "it left the older queue"
             second.step(1, [2])
             assert second.answer().engine_token == 8
             with pytest.raises(RankFailed, match="Fenced: engine token 7 is older than 8"):
                 attach(made, first)
-    assert made.collective_rpc("all_calls", 10) == [["init_device", "load_model", "prepare-1", "commit-1"]]
-    assert made.collective_rpc(lambda worker: worker.mask, 10) == [b"mask-8"]
+    assert made.collective_rpc("all_calls", 30) == [["init_device", "load_model", "prepare-1", "commit-1"]]
+    assert made.collective_rpc(lambda worker: worker.mask, 30) == [b"mask-8"]
 
 
 def test_a_message_of_an_older_token_on_the_new_queue_has_no_effect(made: MultiprocExecutor) -> None:
@@ -155,10 +155,10 @@ def test_an_engine_that_died_costs_the_rank_nothing(made: MultiprocExecutor) -> 
         first.step(1, [1])
         first.answer()
     deadline = time.monotonic() + 10
-    while time.monotonic() < deadline and made.collective_rpc("echo", 10, (1,)) != [(0, 1)]:
+    while time.monotonic() < deadline and made.collective_rpc("echo", 30, (1,)) != [(0, 1)]:
         pass
     with pytest.raises(RankFailed, match="no such resource here"):
-        made.submit("attach_engine", (8, first.steps.export_handle().encode(), b""), timeout_s=10).future.result(10)
+        made.submit("attach_engine", (8, first.steps.export_handle().encode(), b""), timeout_s=30).future.result(30)
     with engine(made, 9) as second:
         second.step(1, [4])
         assert second.answer().tokens[0].token == 4
@@ -175,7 +175,7 @@ def test_blocks_are_copied_by_whose_turn_it_is(made: MultiprocExecutor) -> None:
             CopyBlocks(7, 5, other, KEY, [13], arriving=True),
         ):
             first.steps.enqueue(order)
-        assert first.answers.dequeue(timeout_s=10) == BlocksCopied(*KEY, 7, 4, 2)
+        assert first.answers.dequeue(timeout_s=30) == BlocksCopied(*KEY, 7, 4, 2)
         error = "ValueError: block 13 cannot be copied"
-        assert first.answers.dequeue(timeout_s=10) == BlocksCopied(*KEY, 7, 5, 0, error)
+        assert first.answers.dequeue(timeout_s=30) == BlocksCopied(*KEY, 7, 5, 0, error)
         assert first.silent()

@@ -107,7 +107,7 @@ def config(checkpoint: Path) -> ClusterConfig:
         experts=8,
         kv_blocks=8,
         max_ranks=4,
-        launch_deadline_s=5.0,
+        launch_deadline_s=60.0,
     )
 
 
@@ -146,7 +146,7 @@ def test_is_a_worker(worker: TestedWorker) -> None:
 
 def test_a_step_after_prepare(worker: TestedWorker) -> None:
     assert worker.execute_model(batch(1)).status is StepStatus.STALE  # type: ignore[union-attr]
-    loaded = worker.prepare_epoch(view(1, WHOLE), {0: (1, b"me")}).get_output(20)
+    loaded = worker.prepare_epoch(view(1, WHOLE), {0: (1, b"me")}).get_output(60)
     assert loaded["bytes_loaded"] == sum(w.nbytes for w in worker.bank._held.values())
     assert worker.script.connected == [{}]
     result = worker.execute_model(batch(1, masked=(2, 3)))
@@ -163,13 +163,13 @@ def test_a_step_after_prepare(worker: TestedWorker) -> None:
 
 
 def test_a_rank_without_chunks_says_nothing_but_flips(worker: TestedWorker) -> None:
-    worker.prepare_epoch(view(1, WHOLE), {}).get_output(20)
+    worker.prepare_epoch(view(1, WHOLE), {}).get_output(60)
     assert worker.execute_model(batch(1, chunks=[])) is None
     assert worker.execute_model(batch(1)).status is StepStatus.OK  # type: ignore[union-attr]
 
 
 def test_steps_go_on_while_the_next_epoch_is_prepared(worker: TestedWorker) -> None:
-    worker.prepare_epoch(view(1, WHOLE), {}).get_output(20)
+    worker.prepare_epoch(view(1, WHOLE), {}).get_output(60)
     worker.script.hold.clear()
     coming = worker.prepare_epoch(view(2, HALF), {1: (2, b"x")})
     with pytest.raises(WaitTimeout, match="epoch 2"):
@@ -179,16 +179,16 @@ def test_steps_go_on_while_the_next_epoch_is_prepared(worker: TestedWorker) -> N
     with pytest.raises(Fenced):
         worker.commit_epoch(2)
     worker.script.hold.set()
-    assert coming.get_output(20)["bytes_loaded"] == 0
+    assert coming.get_output(60)["bytes_loaded"] == 0
     assert worker.execute_model(batch(1)).status is StepStatus.OK  # type: ignore[union-attr]
     worker.commit_epoch(2)
     assert worker.execute_model(batch(1)).status is StepStatus.STALE  # type: ignore[union-attr]
 
 
 def test_retire_drops_what_is_not_needed_any_more(worker: TestedWorker) -> None:
-    worker.prepare_epoch(view(1, WHOLE), {}).get_output(20)
+    worker.prepare_epoch(view(1, WHOLE), {}).get_output(60)
     worker.execute_model(batch(1))
-    worker.prepare_epoch(view(2, HALF), {1: (2, b"x")}).get_output(20)
+    worker.prepare_epoch(view(2, HALF), {1: (2, b"x")}).get_output(60)
     with pytest.raises(Fenced):
         worker.retire_epoch(3)
     worker.retire_epoch(2)  # all others are there; this rank flips with its next batch
@@ -200,10 +200,10 @@ def test_retire_drops_what_is_not_needed_any_more(worker: TestedWorker) -> None:
 
 
 def test_an_aborted_preparation_leaves_nothing(worker: TestedWorker) -> None:
-    worker.prepare_epoch(view(1, HALF), {1: (2, b"x")}).get_output(20)
+    worker.prepare_epoch(view(1, HALF), {1: (2, b"x")}).get_output(60)
     worker.commit_epoch(1)
     aborted = worker.prepare_epoch(view(2, WHOLE), {})
-    aborted.get_output(20)
+    aborted.get_output(60)
     assert len(worker.bank.held()) == 16
     worker.retire_epoch(1)
     assert worker.bank.held() == {(layer, e) for layer in (0, 1) for e in (0, 1, 2, 3)}
@@ -213,10 +213,10 @@ def test_an_aborted_preparation_leaves_nothing(worker: TestedWorker) -> None:
 
 
 def test_retire_lets_go_of_those_who_left_and_of_no_newcomer(worker: TestedWorker) -> None:
-    worker.prepare_epoch(view(1, HALF), {1: (2, b"x")}).get_output(20)
+    worker.prepare_epoch(view(1, HALF), {1: (2, b"x")}).get_output(60)
     worker.commit_epoch(1)
     alone = view(2, WHOLE)
-    worker.prepare_epoch(alone, {}).get_output(20)
+    worker.prepare_epoch(alone, {}).get_output(60)
     worker.commit_epoch(2)
     worker.retire_epoch(2)
     left = {m.id for m in view(1, HALF).members} - {m.id for m in alone.members}
@@ -231,9 +231,9 @@ def test_a_replaced_preparation_is_never_used(worker: TestedWorker) -> None:
     first = worker.prepare_epoch(view(1, HALF), {1: (2, b"x")})
     second = worker.prepare_epoch(view(1, WHOLE), {})
     worker.script.hold.set()
-    second.get_output(20)
+    second.get_output(60)
     with pytest.raises(Fenced):
-        first.get_output(20)
+        first.get_output(60)
     result = worker.execute_model(batch(1))
     assert result is not None
     assert (result.status, worker.script.steps[-1].view.placement) == (StepStatus.OK, WHOLE)
@@ -242,22 +242,22 @@ def test_a_replaced_preparation_is_never_used(worker: TestedWorker) -> None:
 def test_a_failed_preparation_says_why_and_may_be_repeated(worker: TestedWorker) -> None:
     worker.script.fail = PeerTimeout("rank 1 did not answer")
     with pytest.raises(PeerTimeout, match="rank 1"):
-        worker.prepare_epoch(view(1, WHOLE), {1: (2, b"x")}).get_output(20)
+        worker.prepare_epoch(view(1, WHOLE), {1: (2, b"x")}).get_output(60)
     assert worker.execute_model(batch(1)).status is StepStatus.STALE  # type: ignore[union-attr]
     worker.script.fail = None
-    worker.prepare_epoch(view(1, WHOLE), {1: (2, b"x")}).get_output(20)
+    worker.prepare_epoch(view(1, WHOLE), {1: (2, b"x")}).get_output(60)
     assert worker.execute_model(batch(1)).status is StepStatus.OK  # type: ignore[union-attr]
 
 
 def test_an_older_engine_has_no_effect(worker: TestedWorker) -> None:
-    worker.prepare_epoch(view(1, WHOLE), {}).get_output(20)
+    worker.prepare_epoch(view(1, WHOLE), {}).get_output(60)
     assert worker.execute_model(batch(1, token=9)).status is StepStatus.OK  # type: ignore[union-attr]
     assert worker.execute_model(batch(1, token=8)).status is StepStatus.STALE  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("chunk", [SeqChunk(1, 0, [10**6], [0], Sampling()), SeqChunk(1, 0, [5], [9], Sampling())])
 def test_a_broken_chunk_fails_its_step_only(worker: TestedWorker, chunk: SeqChunk) -> None:
-    worker.prepare_epoch(view(1, WHOLE), {}).get_output(20)
+    worker.prepare_epoch(view(1, WHOLE), {}).get_output(60)
     failed = worker.execute_model(batch(1, chunks=[chunk]))
     assert failed is not None
     assert failed.status is StepStatus.FAILED
@@ -266,7 +266,7 @@ def test_a_broken_chunk_fails_its_step_only(worker: TestedWorker, chunk: SeqChun
 
 
 def test_coverage_lost_inside_a_step_leaves_no_trace(worker: TestedWorker) -> None:
-    worker.prepare_epoch(view(1, WHOLE), {}).get_output(20)
+    worker.prepare_epoch(view(1, WHOLE), {}).get_output(60)
     prefill = worker.execute_model(batch(1))
     assert prefill is not None
     decode = [SeqChunk(1, 3, [prefill.tokens[0].token], [0], Sampling(logprobs=2))]
@@ -307,7 +307,7 @@ def test_only_what_is_read_of_the_checkpoint_waits_its_turn(
         """How many reads were booked by a new rank that prepares this view."""
         with a_rank(config, store.handle()) as worker:
             booked.clear()
-            worker.prepare_epoch(view, {}).get_output(20)
+            worker.prepare_epoch(view, {}).get_output(60)
             return len(booked)
 
     half: Placement = {0: ((0, 1, 2, 3), ())}
@@ -322,7 +322,7 @@ def test_only_what_is_read_of_the_checkpoint_waits_its_turn(
     try:
         with a_rank(capped, fresh.handle()) as worker:
             booked.clear()
-            worker.prepare_epoch(replace(view(1, WHOLE), urgent=True), {}).get_output(20)
+            worker.prepare_epoch(replace(view(1, WHOLE), urgent=True), {}).get_output(60)
             assert not booked, "requests wait for it"
     finally:
         fresh.close()
