@@ -112,7 +112,7 @@ class Machine:
 
     def __init__(self, **changes: object) -> None:
         most: dict[str, object] = {"block_size": 16, "kv_blocks": 1024, "max_seqs": 64, "max_batched_tokens": MOST}
-        most |= {"max_model_len": 4096, "prefix_cache": False, "max_wait_s": 1e6}
+        most |= {"max_model_len": 4096, "prefix_cache": False, "max_wait_s": 1e6, "step_budget_s": BUDGET_S}
         self.scheduler = Scheduler(config(**(most | changes)), TOKEN)
         self.scheduler.set_view(view(1, {0: 10}), [], 0.0)
         self.ranks, self.client, self.now = KvModel(16), Client(), 0.0
