@@ -122,8 +122,7 @@ class Pod:
         readable = [*SYSTEM, sys.base_prefix, str(ROOT)]
         binds = [(each, f"{root}{each}", "ro") for each in dict.fromkeys(readable) if Path(each).exists()]
         sources = {each["name"]: each for each in self._spec["volumes"]}
-        mounts = sorted(self._container["volumeMounts"], key=lambda mount: str(mount["mountPath"]))
-        for mount in mounts:
+        for mount in self._container["volumeMounts"]:
             volume = sources[mount["name"]]
             source = volume["hostPath"]["path"] if "hostPath" in volume else str(self._folder / mount["name"])
             binds.append((source, f"{root}{mount['mountPath']}", "ro" if mount.get("readOnly") else "rw"))
@@ -134,7 +133,7 @@ class Pod:
             f"mount -t proc proc {q(str(root))}/proc", f"mount --rbind /dev {q(str(root))}/dev",
             f"mount --rbind /sys {q(str(root))}/sys",
         ]  # fmt: skip
-        for source, target, how in binds:
+        for source, target, how in sorted(binds, key=lambda bind: bind[1]):  # a checkout in /tmp lies in a volume
             lines += [f"mkdir -p {q(target)}", f"mount --bind {q(source)} {q(target)}"]
             lines += [f"mount -o remount,bind,ro {q(target)}"] if how == "ro" else []
         lines.append(f"mount -o remount,ro {q(str(root))}")

@@ -118,6 +118,9 @@ class Backend(Protocol):
     def device(self) -> torch.device:
         """Where weights, caches and activations are."""
 
+    def enter_thread(self) -> None:
+        """Called first in each thread that is to use this backend: some devices are chosen per thread."""
+
     def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
         """The type to compute in, for weights stored as `stored`, if nothing else is asked for."""
 

@@ -98,6 +98,7 @@ class Preparation:
                 self._older.join(self._worker.stall_timeout_s)
                 self._older = None
             failpoints.hit("rank.before.prepare", self._worker.rank)
+            self._worker.enter_thread()
             peers = {RankId(rank, incarnation): handle for rank, (incarnation, handle) in self._peers.items()}
             # First: all peers prepare at this moment, and each of them may load for as long as it takes.
             self._worker.exchange.connect(peers, self._worker.connect_timeout_s, self._stopped.is_set)
@@ -171,6 +172,11 @@ class EPWorker:
         torch.set_num_threads(1)
         self.exchange.device = self._backend.device
 
+    def enter_thread(self) -> None:
+        """Called first in each other thread that loads."""
+        if self._backend is not None:
+            self._backend.enter_thread()
+
     def load_model(self) -> None:
         """Load everything but the experts. In any thread."""
         import torch
@@ -181,6 +187,7 @@ class EPWorker:
 
         if self._backend is None:
             raise ConfigError("load_model before init_device")
+        self._backend.enter_thread()
         config = self._ctx.config
         started = time.monotonic()
         torch.get_num_threads()  # this thread's own number of compute threads: as in the main thread

@@ -23,6 +23,9 @@ class CpuBackend:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
+    def enter_thread(self) -> None:
+        """All threads use the same CPU."""
+
     def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
         """As stored, save for float16 on CPUs, which lack kernels for it."""
         return torch.float32 if stored == torch.float16 and self.device.type == "cpu" else stored

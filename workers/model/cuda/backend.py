@@ -28,8 +28,12 @@ class CudaBackend:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # where Triton launches
+        self.enter_thread()
+
+    def enter_thread(self) -> None:
+        """Triton launches on the GPU of the thread, whatever it is given; using another makes a context there."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
 
     def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
         """As stored."""

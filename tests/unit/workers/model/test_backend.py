@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Sequence
 
 import pytest
@@ -357,6 +358,27 @@ class TinyModel:
             out = self.moe.forward(layer, out + seen[0].flatten(1) * (plan.positions[0][:, None] + 1), ids, ids.float())
         self.attention.plan = None
         return out
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_threads_compute_on_the_gpu_of_their_rank() -> None:
+    """A rank loads in a thread of its own, which begins on the first GPU."""
+    found: list[object] = []
+
+    def compute() -> None:
+        backend.enter_thread()
+        try:
+            with torch.inference_mode():
+                found.append(TinyModel(backend).step(plan_step([chunk], BLOCK_SIZE, 4, backend.device)).device)
+        except Exception as error:  # noqa: BLE001 - compared below
+            found.append(error)
+
+    backend = open_backend("cuda:1")
+    chunk = SeqChunk(0, 0, [3, 4, 5], [2])
+    thread = threading.Thread(target=compute)
+    thread.start()
+    thread.join(60)
+    assert found == [torch.device("cuda:1")]
 
 
 @torch.inference_mode()
