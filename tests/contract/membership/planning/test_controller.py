@@ -227,6 +227,32 @@ def test_a_killed_etcd_comes_back_and_the_controller_goes_on(tmp_path: Path) -> 
             store.close()
 
 
+def test_a_record_that_changed_since_the_controller_looked_is_not_replaced(tmp_path: Path) -> None:
+    """Somebody writes what it is about to write. It looks again, and goes on from there."""
+    store = MemoryStore()
+    driver = Driver(store, tmp_path / "events")
+    prefix, succeeded = f"{driver.world.keys.prefix}assign/", list[bool]()
+
+    class Overtaking:
+        """The controller's way to the store."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(store, name)
+
+        def txn(self, compares: Sequence[Compare], success: Sequence[Op], failure: Sequence[Op] = ()) -> TxnResult:
+            assigns = [op for op in success if isinstance(op, Put) and op.key.startswith(prefix)]
+            if assigns and not succeeded:
+                store.put(assigns[0].key, assigns[0].value)
+            result = store.txn(compares, success, failure)
+            if assigns:
+                succeeded.append(result.succeeded)
+            return result
+
+    with driver.controller("one", Overtaking()):  # type: ignore[arg-type]
+        driver.whole(4)
+    assert succeeded[0] is False
+
+
 def test_a_controller_that_is_deposed_just_before_its_transaction_changes_nothing(tmp_path: Path) -> None:
     """Nothing but the leader's key has changed since it looked, so only the fence can stop it."""
     store = MemoryStore()
