@@ -136,7 +136,7 @@ MUTANTS: tuple[Mutant, ...] = (
             "    if not staged.members or not keep <= set(staged.members) <= keep | set(facts.ready):\n"
             "        return False\n"
         ),
-        seed=53,
+        seed=248,
     ),
     Mutant(
         name="cancelled-commit",

@@ -18,7 +18,7 @@ MUTANTS: tuple[Mutant, ...] = (
         file="elastic/gateway/journal.py",
         before="return message.tokens[overlap - message.index :]",
         after="return message.tokens",
-        seed=202,
+        seed=154,
     ),
     Mutant(
         name="gap-accepted",
