@@ -92,9 +92,10 @@ def test_a_killed_rank_is_lost_once_and_the_others_answer(three: Ranks) -> None:
 
 def test_an_answer_counts_even_if_its_rank_died_afterwards(three: Ranks) -> None:
     three.attach()
+    link = three.fleet._links[RankId(1, 101)]
+    eventually(lambda: three.fleet.collect(0.0, lambda: True) == [] and not link.owed, 30, "its answer to each ping")
     three.fleet.broadcast(three.batch(1, 1))
-    answers = three.fleet._links[RankId(1, 101)].answers
-    eventually(answers.pending, 30, "its answer, which is not read yet")
+    eventually(link.answers.pending, 30, "its answer, which is not read yet")
     three.ranks[1].kill()
     answer, lost = three.collect(lambda seen: len(seen) == 2)
     assert isinstance(answer, StepResult)
