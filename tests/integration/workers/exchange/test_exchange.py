@@ -285,8 +285,14 @@ def test_each_expert_runs_once_for_all_that_wait(context: Any) -> None:
         assert sorted(group.ranks[3].call("calls")) == [(0, 0, 12), (0, 1, 12), (0, 2, 12)]
 
 
+def no_more(now: dict[int, tuple[int, int]], before: dict[int, tuple[int, int]]) -> bool:
+    """Fewer are no leak: an accepted connection may have been closing when `before` was taken."""
+    return all(ours <= theirs for rank in now for ours, theirs in zip(now[rank], before[rank], strict=True))
+
+
 def test_a_rank_joins_while_the_others_exchange(context: Any) -> None:
     with RankGroup(context, spread(range(2), LAYERS, EXPERTS, 1)) as group:
+        run_all(group)  # what a first step opens is open, and the links are whole
         before = group.all("resources")
         for rank in (0, 1):
             group.ranks[rank].send("loop", group.context_of(), works(rank, "bfloat16"), 300)
@@ -302,7 +308,7 @@ def test_a_rank_joins_while_the_others_exchange(context: Any) -> None:
         group.all("disconnect", [process.me])
         group.placement = spread(range(2), LAYERS, EXPERTS, 1)
         run_all(group)
-        eventually(lambda: group.all("resources") == before, 30, "the links to be let go")
+        eventually(lambda: no_more(group.all("resources"), before), 30, "the links to be let go")
 
 
 def test_a_newer_incarnation_takes_the_slot(context: Any) -> None:
