@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,31 +79,28 @@ def test_nothing_is_waited_for_where_the_last_server_stopped(store: EtcdStore) -
 
 
 @contextmanager
-def process(**environ: str) -> Iterator[int]:
-    """One that lives, with this environment. It says that it has begun: before that its command line is empty."""
-    command = [sys.executable, "-S", "-c", PROGRAM, "controller"]
+def begun(command: list[str], **environ: str) -> Iterator[int]:
+    """One that lives, once it says so: before that its command line is empty."""
     environment = {"PATH": os.environ["PATH"], **environ}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as child:
         try:
             assert child.stdout is not None
+            assert select.select([child.stdout], [], [], 60.0)[0], "it says nothing"
             child.stdout.readline()
             yield child.pid
         finally:
             child.kill()
 
 
-@contextmanager
-def titled(title: str, room: str = "x" * 2000) -> Iterator[int]:
+def process(**environ: str) -> AbstractContextManager[int]:
+    """One with this environment."""
+    return begun([sys.executable, "-S", "-c", PROGRAM, "controller"], **environ)
+
+
+def titled(title: str, room: str = "x" * 2000) -> AbstractContextManager[int]:
     """One with a title in place of its command line and environment, as roles that were forked have."""
-    program = "import setproctitle, sys; setproctitle.setproctitle(sys.argv[1]); print(flush=True); input()"
-    command, environment = [sys.executable, "-c", program, title], {"PATH": os.environ["PATH"], "ROOM": room}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as child:
-        try:
-            assert child.stdout is not None
-            child.stdout.readline()
-            yield child.pid
-        finally:
-            child.kill()
+    program = f"import setproctitle, sys; setproctitle.setproctitle(sys.argv[1]); {PROGRAM}"
+    return begun([sys.executable, "-c", program, title], ROOM=room)
 
 
 @pytest.mark.parametrize("room", ["", "x" * 2000])
