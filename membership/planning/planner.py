@@ -80,9 +80,9 @@ def due(state: ClusterState, now: float) -> float | None:
         times += [state.next.staged + FAILED_REST_S] if _same_members(facts) else []
     elif state.desired is not None and quiet(facts := ClusterFacts(state, now)):
         better = rebalance(facts)
-        paused_until = state.pause.until if state.pause is not None else 0.0
-        times += [paused_until] if state.config.follow_agents else []
-        times += [max(better.at, paused_until)] if better is not None else []
+        pause = [state.pause.until] if state.pause is not None else []
+        times += pause if state.config.follow_agents else []
+        times += [max([better.at, *pause])] if better is not None else []
     return min((at for at in times if at > now), default=None)
 
 

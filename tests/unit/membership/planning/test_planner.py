@@ -339,6 +339,24 @@ def test_the_last_survivor_loads_what_is_lost() -> None:
     assert world.epochs == [1, 2, 3]
 
 
+def test_a_repair_waits_for_all_ranks_that_are_starting() -> None:
+    """One epoch for both, rather than one for each."""
+    world = up()
+    world.mute = {2}
+    world.kill(1)
+    world.kill(2)
+    world.settle(until=lambda: any(spec.incarnation == 6 for spec in world.state.assignments["a"].ranks))
+    for _ in range(5):
+        world.agents_act()
+        world.controller_acts()
+    assert [m.rank for m in ClusterFacts(world.state, world.now).ready] == [1]
+    assert world.state.next is None
+    world.mute.clear()
+    world.settle()
+    world.assert_whole(4)
+    assert world.epochs == [1, 2, 3]
+
+
 def test_survivors_that_cannot_load_wait_for_the_restarted() -> None:
     world = up()
     for rank in (0, 1, 2):

@@ -12,6 +12,7 @@ from membership.placement.balance import balanced, cut, imbalance
 from membership.placement.plan import coverage, moves, plan, repair
 from membership.placement.survivability import survivability
 from membership.planning.cluster_facts import ClusterFacts
+from membership.planning.planner import reconcile
 from membership.planning.rebalance import rebalance
 from membership.store.records import ClusterState, ExpertLoad, Member, View
 from tests.support.world import CONFIG, World
@@ -219,6 +220,36 @@ def test_a_death_and_an_operation_go_first() -> None:
     world.settle()
     world.assert_whole(6)
     assert world.state.operations[name].phase.value == "done"
+
+
+def test_a_staged_rebalance_yields_to_an_operation_of_the_same_size() -> None:
+    """Else its commit would count as the operation's."""
+    world = up()
+    skew(world)
+    world.now += 60.0
+    assert world.controller_acts()
+    world.agents_act()
+    assert ClusterFacts(world.state, world.now).unprepared == ()
+    name = world.scale(4).id
+    (effect,) = reconcile(world.state, world.now)
+    assert effect.unstage
+    assert effect.commit is None
+    world.settle(until=lambda: not world.state.operations[name].active)
+    assert (world.epochs, world.state.operations[name].epoch) == ([1], 1)
+    world.settle()
+    assert world.epochs == [1, 2], "it is balanced afterwards"
+
+
+def test_nothing_is_balanced_among_dead_ranks() -> None:
+    world = up()
+    skew(world)
+    world.stop_agent("a")
+    world.now += 60.0
+    assert world.engine_acts()
+    world.settle()
+    assert ClusterFacts(world.state, world.now).alive == ()
+    assert world.state.next is None
+    assert reconcile(world.state, world.now) == []
 
 
 def test_who_cannot_prepare_a_rebalance_serves_on() -> None:
