@@ -82,6 +82,14 @@ def test_a_request_goes_on_elsewhere_with_what_was_computed() -> None:
     scene.finish({0: 10})
 
 
+def test_a_move_lasts_from_its_first_order_to_its_last_answer() -> None:
+    scene = Scene(2)
+    (order,) = scene.scheduler.copies(1.0)
+    (arrival,) = scene.scheduler.copied(scene.ranks.copy(order), 1.125)
+    assert scene.scheduler.copied(scene.ranks.copy(arrival), 1.25) == []
+    assert [moved.ms for moved in scene.scheduler.moved()] == [250.0]
+
+
 def test_several_ranks_empty_at_once() -> None:
     scene = Scene(8, ranks=4)
     scene.scheduler.leave([2, 3])

@@ -12,7 +12,7 @@ from elastic.protocol import Rejected, Submit, Tokens
 from membership.base.errors import ElasticError
 from membership.store.records import View
 from tests.support.rank_model import TOKEN, Client, ask, config, drive, pool_is_whole, view
-from workers.protocol.messages import Sampling, Shaping, StepBatch, StepStatus
+from workers.protocol.messages import Sampling, Shaping, StepBatch, StepStatus, TokenLogprobs
 
 pytestmark = pytest.mark.unit
 
@@ -187,6 +187,19 @@ def test_the_first_token_says_how_long_a_request_waited_for_a_rank(served: tuple
         assert batch is not None
         told += [each for result in ranks.run(batch, {0: 10}) for each in scheduler.apply(result, now)]
     assert [each.queued_s for each in told if isinstance(each, Tokens)] == [2.5, 0.0, 0.0]
+
+
+def test_logprobs_come_with_the_token_that_has_them(served: tuple[Scheduler, KvModel, Client]) -> None:
+    scheduler, ranks, _ = served
+    scheduler.submit(ask("r", [5], 3, ignore_eos=True), 0.0)
+    told: list[Tokens] = []
+    for logprobs in (None, TokenLogprobs(-1.5, [(7, -1.5)]), None):
+        batch = scheduler.schedule(0.0)
+        assert batch is not None
+        (result,) = ranks.run(batch, {0: 10, 1: 11})
+        result.tokens[0] = msgspec.structs.replace(result.tokens[0], logprobs=logprobs)
+        told += [each for each in scheduler.apply(result, 0.0) if isinstance(each, Tokens)]
+    assert [each.logprobs for each in told] == [None, [TokenLogprobs(-1.5, [(7, -1.5)])], None]
 
 
 def test_the_use_of_the_kv_cache_is_that_of_all_ranks_together(served: tuple[Scheduler, KvModel, Client]) -> None:
@@ -390,6 +403,7 @@ def test_a_rank_that_answers_coverage_lost_for_too_long_costs_its_requests_a_503
 def test_uncovered_counts_pairs_without_a_usable_owner() -> None:
     both = View(epoch=1, members=view(1, {0: 1, 1: 2}).members, placement={0: ((0, 1), (0,)), 1: ((1,), (0, 1))})
     assert [uncovered(both, masked, config()) for masked in ([], [0], [1], [0, 1])] == [0, 1, 1, 4]
+    assert Scheduler(config(), TOKEN).uncovered == 4, "before the first view"
 
 
 def test_a_returning_incarnation_starts_with_an_empty_cache(served: tuple[Scheduler, KvModel, Client]) -> None:

@@ -139,6 +139,18 @@ class Machine:
                 self.ttft.setdefault(output.request_id, self.now - self.asked[output.request_id])
 
 
+def test_steps_without_prompts_say_nothing_of_what_a_prompt_costs() -> None:
+    rng, machine = random.Random(7), Machine(step_budget_s=0.03)
+    for n in range(40):
+        machine.ask(f"stream {n}", 8, 100, rng)
+    while machine.ttft.keys() != machine.asked.keys():
+        machine.step()
+    known = machine.scheduler._budget.tokens(0, 1)
+    for _ in range(8):
+        machine.step()
+    assert machine.scheduler._budget.tokens(0, 1) == known
+
+
 def test_a_short_prompt_does_not_wait_behind_five_hundred_long_ones() -> None:
     rng, machine = random.Random(1), Machine()
     for n in range(500):

@@ -46,6 +46,18 @@ def test_a_node_is_relieved_in_one_epoch_and_its_slots_are_filled_elsewhere() ->
     assert desired(world) == 4
 
 
+def test_who_stays_and_cannot_load_gives_up_redundancy() -> None:
+    world = two_nodes()
+    before = world.state.view
+    assert before is not None
+    world.leave("b")
+    world.bad = {min(on(world, "a"))}
+    world.settle(until=lambda: world.state.next is not None and world.state.next.attempt == 1)
+    staged = world.state.next
+    assert staged is not None
+    assert staged.placement == {rank: before.placement[rank] for rank in on(world, "a")}, "no rank has to load anything"
+
+
 def test_no_rank_ends_before_the_engine_has_left_the_old_view() -> None:
     world = two_nodes()
     world.leave("b")

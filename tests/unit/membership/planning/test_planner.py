@@ -31,7 +31,9 @@ def operation(world: World, name: str) -> Operation:
 
 def test_nothing_is_decided_without_config_or_desired_state() -> None:
     assert reconcile(ClusterState(revision=1), 0.0) == []
-    assert reconcile(ClusterState(revision=1, config=CONFIG), 0.0) == []
+    started = ClusterState(revision=1, config=CONFIG)
+    assert reconcile(started, 0.0) == []
+    assert ClusterFacts(started, 0.0).desired == Desired(ranks=0)
 
 
 def test_bring_up_is_one_epoch() -> None:

@@ -102,6 +102,7 @@ def test_a_view_that_leaves_no_rank_out_does_not_wait() -> None:
     world.settle()
     world.crowded = True
     before = world.now
+    assert ClusterFacts(world.state, world.now).vacated_by == 0.0
     world.scale(6)
     act(world)
     assert world.serving == (0, 1, 2, 3, 4, 5)

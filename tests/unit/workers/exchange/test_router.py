@@ -176,9 +176,19 @@ def test_replicas_share_the_load() -> None:
     assert min(owners.values()) > 40, owners
 
 
-def test_unknown_layers_and_experts_have_no_owner() -> None:
+def test_replicas_share_the_load_of_each_layer_and_source_anew() -> None:
+    """Else the pairs of one expert would go to one rank from everywhere and in every layer."""
+    everywhere: Placement = {r: (tuple(range(240)),) * 2 if 0 < r < 5 else ((), ()) for r in range(6)}
+    one, other = Router(0, everywhere), Router(5, everywhere)
+    alike = [(one.owners(0, 0) == each).mean() for each in (one.owners(1, 0), other.owners(0, 0), other.owners(1, 0))]
+    assert max(alike) < 0.4, "a quarter, by chance"
+
+
+@pytest.mark.parametrize("pairs", [1, FEW + 1])
+def test_unknown_layers_and_experts_have_no_owner(pairs: int) -> None:
     router = Router(0, {0: ((0, 1),)})
     with pytest.raises(CoverageLost, match="layer 3"):
-        router.parcels(3, np.array([0]), 1, 0)
-    with pytest.raises(CoverageLost, match="\\[7\\]"):
-        router.parcels(0, np.array([7]), 1, 0)
+        router.parcels(3, np.zeros(pairs, dtype=np.int64), 1, 0)
+    for unknown in (-1, 2, 7):
+        with pytest.raises(CoverageLost, match=f"\\[{unknown}\\]"):
+            router.parcels(0, np.full(pairs, unknown), 1, 0)
