@@ -32,14 +32,14 @@ SIDES = {"with": (), "without": ("--no-prefix-cache",)}
 VOCABULARY = range(2, 1000)
 
 
-def stream(cluster: ServedCluster, prompt: list[int], tokens: int) -> Iterator[float]:
+def stream(cluster: ServedCluster, prompt: list[int], tokens: int, timeout_s: float = 120.0) -> Iterator[float]:
     """When each chunk of a greedy answer came, on the monotonic clock; the first item is when it was asked for."""
     body = {
         "model": cluster.model_name(), "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True,
         "stream": True,
     }  # fmt: skip
     asked = time.monotonic()
-    with httpx.stream("POST", f"{cluster.url}/v1/completions", json=body, timeout=120.0, trust_env=False) as answer:
+    with httpx.stream("POST", f"{cluster.url}/v1/completions", json=body, timeout=timeout_s, trust_env=False) as answer:
         answer.raise_for_status()
         yield asked
         for line in answer.iter_lines():
