@@ -31,7 +31,7 @@ class LoadWindow:
         self._silent = 0  # periods since it was published
 
     def add(self, load: bytes) -> None:
-        """One rank's count of one step: uint32[moe_layers, experts]; empty if it counts nothing."""
+        """One rank's count of some steps: uint32[moe_layers, experts]; empty if it reports nothing now."""
         if len(load) == 4 * self._now.size:
             self._now += np.frombuffer(load, dtype=np.uint32)
 

@@ -99,6 +99,8 @@ _time = _times("rebalance", "membership/planning/rebalance.py")
 RESTORE_REST_S = _time(5.0, "From the last view until lost redundancy is restored")
 BALANCE_REST_S = _time(10.0, "From the last view until uneven load is balanced")
 REQUEST_VALID_S = _time(60.0, "A request to rebalance now expires after this")
+_time = _times("rebalance", "workers/rank/worker.py")
+LOAD_REPORT_S = _time(1.0, "A rank reports how often experts were used no more often than this")
 _time = _times("rebalance", "membership/planning/planner.py")
 FAILED_REST_S = _time(60.0, "Before a rebalance that ranks could not prepare is tried again")
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -46,15 +47,17 @@ class MoeLayers:
         self.exchange: Dispatcher | None = None
         self.leave: Callable[[int, Tensor, Tensor, Tensor], Tensor] | None = None  # see `MoeBoundary`
         self.rows = 0  # rows of the current step that are real; the rest is padding and goes nowhere
-        self._routed: list[tuple[int, Tensor]] = []
+        self._routed: list[list[Tensor]] = [[] for _ in range(layers)]
         self._shape = (layers, experts)
 
     def take_load(self) -> np.ndarray:
         """Rows routed to each (MoE layer, expert) since the last call: uint32 [layers, experts]."""
         load = np.zeros(self._shape, dtype=np.uint32)
-        for layer, ids in self._routed:
-            load[layer] += np.bincount(ids.reshape(-1).cpu().numpy(), minlength=self._shape[1]).astype(np.uint32)
-        self._routed.clear()
+        for layer, routed in enumerate(self._routed):
+            if routed:
+                ids = torch.cat(routed).cpu().numpy()
+                load[layer] = np.bincount(ids, minlength=self._shape[1])
+                routed.clear()
         return load
 
     def forward(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -75,5 +78,5 @@ class MoeLayers:
         """The same for rows that are all real."""
         if self.exchange is None:
             raise ModelError("no exchange is attached to the model")
-        self._routed.append((layer, ids))
+        self._routed[layer].append(ids.reshape(-1))
         return self.exchange.dispatch_combine(layer, hidden, ids, weights)

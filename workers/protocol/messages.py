@@ -156,7 +156,7 @@ class StepResult(_FromRank, frozen=True, array_like=True, tag=True):
     error: str = ""
     suspects: list[int] = []  # ranks that stopped answering during this step
     retried_rows: int = 0  # rows sent again to a replica
-    load: bytes = b""  # uint32[moe_layers, experts]: rows routed by this rank in this step
+    load: bytes = b""  # uint32[moe_layers, experts]: rows routed by this rank since its last report; mostly empty
     # When the last of those rows was answered, on the monotonic clock of the rank's host; 0: there were none.
     retried_at: float = 0.0
 

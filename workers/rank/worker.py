@@ -20,6 +20,7 @@ from membership.base import failpoints
 from membership.base.enums import Exactness
 from membership.base.errors import ConfigError, CoverageLost, Fenced, WaitTimeout
 from membership.base.rank_id import RankId
+from membership.base.timing import LOAD_REPORT_S
 from membership.planning.identity import KERNELS, THREADS
 from membership.store.records import View
 from workers.protocol import step_fence
@@ -147,6 +148,7 @@ class EPWorker:
         self._preparing: dict[int, Preparation] = {}  # by epoch, later than the view in use
         self._latest: Preparation | None = None
         self._engine_token = 0
+        self._load_due = 0.0  # when the load of experts is to be reported next
         self._left: set[RankId] = set()  # members of earlier views since the last retire_epoch
 
     def make_exchange(self) -> Exchange:
@@ -359,9 +361,17 @@ class EPWorker:
             error=error,
             suspects=sorted(self.exchange.suspects),
             retried_rows=self.exchange.retried_rows,
-            load=self._runner.take_load() if self._runner is not None else b"",
+            load=self._load() if status is StepStatus.OK else b"",
             retried_at=self.exchange.retried_at,
         )
+
+    def _load(self) -> bytes:
+        """What to report of the experts' load: now and then, since it is 60 kB for 58 layers of 256 experts."""
+        now = time.monotonic()
+        if self._runner is None or now < self._load_due:
+            return b""
+        self._load_due = now + LOAD_REPORT_S
+        return self._runner.take_load()
 
     def pending(self) -> bool:
         """Whether a peer has asked for something."""

@@ -144,6 +144,22 @@ def test_is_a_worker(worker: TestedWorker) -> None:
     assert len(found.parts["kernels"]) == 16
 
 
+def test_the_load_of_experts_is_reported_now_and_then(worker: TestedWorker) -> None:
+    """And none is left out: what is not reported with one step is with a later one."""
+    worker.prepare_epoch(view(1, WHOLE), {}).get_output(60)
+
+    def report(step: int) -> bytes:
+        result = worker.execute_model(batch(1, step=step))
+        assert result is not None
+        return result.load
+
+    first = np.frombuffer(report(1), dtype=np.uint32)
+    worker._load_due = float("inf")
+    assert (report(2), report(3)) == (b"", b"")
+    worker._load_due = 0.0
+    assert np.frombuffer(report(4), dtype=np.uint32).tolist() == (3 * first).tolist()
+
+
 def test_a_step_after_prepare(worker: TestedWorker) -> None:
     assert worker.execute_model(batch(1)).status is StepStatus.STALE  # type: ignore[union-attr]
     loaded = worker.prepare_epoch(view(1, WHOLE), {0: (1, b"me")}).get_output(60)
