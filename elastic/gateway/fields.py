@@ -76,7 +76,6 @@ EXTRAS = (
     Extra("functions", Of.OPENAI, ([],), NO_TOOLS),
     Extra("tool_choice", Of.OPENAI, ("none", "auto"), NO_TOOLS),
     Extra("function_call", Of.OPENAI, ("none", "auto"), NO_TOOLS),
-    Extra("response_format", Of.OPENAI, ({"type": "text"},), "say in a message which format you want"),
     Extra("modalities", Of.OPENAI, (["text"], []), TEXT_ONLY),
     Extra("audio", Of.OPENAI, ({},), TEXT_ONLY),
     Extra("service_tier", Of.OPENAI, ("auto", "default"), "there is one tier"),
@@ -108,13 +107,10 @@ EXTRAS = (
     Extra("return_tokens_as_token_ids", Of.VLLM, (False,), "leave it out"),
     Extra("return_token_ids", Of.VLLM, (False,), "leave it out"),
     Extra("include_reasoning", Of.VLLM, (True,), "reasoning is part of the text"),
-    *(Extra(name, Of.VLLM, (), "say in the prompt which format you want") for name in (
-        "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs",
-    )),
     Extra("guided_decoding_backend", Of.VLLM),
     Extra("guided_whitespace_pattern", Of.VLLM, (), "leave it out"),
     # SGLang's that would
-    *(Extra(name, Of.SGLANG, (), "say in the prompt which format you want")
+    *(Extra(name, Of.SGLANG, (), "use structured_outputs or response_format")
       for name in ("regex", "ebnf", "json_schema", "structural_tag")),
     Extra("no_stop_trim", Of.SGLANG, (False,), "use include_stop_str_in_output"),
     Extra("stop_regex", Of.SGLANG, ([],), "use stop"),

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import structlog
 from fastapi import FastAPI, Request, Response
@@ -27,11 +28,13 @@ from elastic.gateway.metrics import GatewayMetrics
 from elastic.gateway.render import DONE, ChatRenderer, CompletionRenderer, Json, Renderer, UsageShown, error_body, event
 from elastic.gateway.sampling import sampling_of
 from elastic.gateway.schema import MAX_SEED, ChatRequest, CommonRequest, CompletionRequest, Message, parse, seed_for
+from elastic.gateway.structured import form_of, grammar_of
 from elastic.gateway.text import StopMatcher
 from elastic.gateway.tokenizer import Tokenizer
 from membership.base.errors import RequestError
 from membership.store.records import ClusterConfig
 from workers.model.text_files import SamplingDefaults
+from workers.protocol.messages import Sampling
 
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 OPENAI_SAMPLING = SamplingDefaults()
@@ -49,6 +52,7 @@ class Service:
     metrics: GatewayMetrics
     started: float
     sampling: SamplingDefaults = OPENAI_SAMPLING
+    tokenizer_file: Path = Path()
     now: Callable[[], float] = time.time
     ignored: Note = field(default_factory=NotedOnce)
     random_seed: Callable[[], int] = lambda: secrets.randbelow(MAX_SEED)
@@ -96,16 +100,18 @@ def add_routes(app: FastAPI, service: Service) -> None:
         asked = parse(await read_body(request), CompletionRequest, service.ignored)
         require_model(service, asked.model)
         prompts = [await token_ids(service, prompt) for prompt in asked.prompts]
-        return await _answer(
-            request, service, asked, _job(service, asked, prompts, CompletionRenderer, visit_of(request))
-        )
+        sampling = await _sampling(service, asked)
+        job = _job(service, asked, prompts, sampling, CompletionRenderer, visit_of(request))
+        return await _answer(request, service, asked, job)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         asked = parse(await read_body(request), ChatRequest, service.ignored)
         require_model(service, asked.model)
         prompt = await chat_token_ids(service, asked.messages)
-        return await _answer(request, service, asked, _job(service, asked, [prompt], ChatRenderer, visit_of(request)))
+        sampling = await _sampling(service, asked)
+        job = _job(service, asked, [prompt], sampling, ChatRenderer, visit_of(request))
+        return await _answer(request, service, asked, job)
 
 
 def require_model(service: Service, name: str) -> None:
@@ -142,7 +148,21 @@ def known_tokens(service: Service, prompt: list[int], field: str) -> list[int]:
     return prompt
 
 
-def _job(service: Service, asked: CommonRequest, prompts: list[list[int]], kind: type[Renderer], visit: Visit) -> Job:
+async def _sampling(service: Service, asked: CommonRequest) -> Sampling:
+    size, ends = service.config.vocab_size or service.tokenizer.vocab_size, service.config.eos_token_ids
+    form = form_of(asked)
+    grammar = await asyncio.to_thread(grammar_of, form, service.tokenizer_file, ends) if form is not None else ""
+    return sampling_of(asked, service.sampling, service.tokenizer, size, ends, grammar)
+
+
+def _job(
+    service: Service,
+    asked: CommonRequest,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    kind: type[Renderer],
+    visit: Visit,
+) -> Job:
     """One sequence and one choice per prompt and n, in OpenAI's order: all choices of the first prompt first."""
     shown = UsageShown(asked.include_usage, asked.continuous_usage)
     response_id = kind.id_prefix + secrets.token_hex(12)
@@ -154,8 +174,6 @@ def _job(service: Service, asked: CommonRequest, prompts: list[list[int]], kind:
         prompt_tokens=sum(map(len, prompts)),
         visit=visit,
     )
-    size, ends = service.config.vocab_size or service.tokenizer.vocab_size, service.config.eos_token_ids
-    sampling = sampling_of(asked, service.sampling, service.tokenizer, size, ends)
     for prompt in prompts:
         max_tokens = _max_tokens(service, asked, prompt)
         beside = -1 if asked.prompt_logprobs is None else asked.prompt_logprobs

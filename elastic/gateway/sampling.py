@@ -16,7 +16,12 @@ NO_SHAPING = Shaping()
 
 
 def sampling_of(
-    asked: CommonRequest, defaults: SamplingDefaults, tokenizer: Tokenizer, size: int, ends: Iterable[int]
+    asked: CommonRequest,
+    defaults: SamplingDefaults,
+    tokenizer: Tokenizer,
+    size: int,
+    ends: Iterable[int],
+    grammar: str = "",
 ) -> Sampling:
     """The settings, without the seed. `size`: of the vocabulary; `ends`: the model's end tokens.
 
@@ -35,6 +40,7 @@ def sampling_of(
         allowed=_allowed(asked.allowed_token_ids, size),
         bad_words=[ids for word in asked.bad_words for ids in _spellings(word, tokenizer)],
         min_tokens=asked.min_tokens,
+        grammar=grammar,
         end_tokens=sorted({*ends, *asked.stop_token_ids}) if asked.min_tokens else [],
     )
     _require_a_choice(shaping)

@@ -28,6 +28,7 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
 MAX_BIASES = 1024
+MAX_STRUCTURED_CHOICES = 1024
 MAX_BAD_WORDS = 256
 MAX_MESSAGES = 2048
 MAX_TOKENS = 2**31 - 1  # of a request's field; the context is the limit
@@ -35,6 +36,7 @@ MAX_SEED = 2**63 - 1
 MAX_ID = 2**31 - 1  # of a token; whatever is sent to the engine must fit into 64 bits
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+Choices = Annotated[list[str], Field(min_length=1, max_length=MAX_STRUCTURED_CHOICES)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_ID)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
@@ -82,6 +84,32 @@ class StreamOptions(OpenShape):
     continuous_usage_stats: bool = False
 
 
+class JsonSchema(Shape):
+    """The schema of OpenAI's `response_format`."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Shape):
+    """Text, any JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(Shape):
+    """vLLM's: one form that the answer must have."""
+
+    schema_: dict[str, Any] | str | None = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: Choices | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
 class CommonRequest(OpenShape):
     """What both APIs share."""
 
@@ -101,6 +129,12 @@ class CommonRequest(OpenShape):
     allowed_token_ids: list[TokenId] | None = Field(default=None, min_length=1)
     bad_words: list[StopString] = Field(default=[], max_length=MAX_BAD_WORDS)
     min_tokens: int = Field(default=0, ge=0, le=MAX_TOKENS)
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: str | None = None
     seed: int | None = Field(default=None, ge=-MAX_SEED - 1, le=MAX_SEED)
     stop: list[StopString] = Field(default=[], max_length=MAX_STOPS)
     stop_token_ids: list[TokenId] = Field(default=[], max_length=MAX_STOPS)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import jsonschema
 import pytest
 
 from chaos.faults import kill
@@ -22,6 +25,15 @@ from tests.support.served import fault_free, shows, streaming
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
 RANKS = 4
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "n": {"type": "integer", "minimum": 0, "maximum": 10**6},
+        "words": {"type": "array", "items": {"enum": ["for", "while", "with"]}, "minItems": 8, "maxItems": 12},
+    },
+    "required": ["n", "words"],
+    "additionalProperties": False,
+}
 
 
 def back_as_new(cluster: ServedCluster, rank: int, incarnation: int) -> bool:
@@ -42,14 +54,34 @@ def lost_one(cluster: ServedCluster, epoch: int) -> bool:
     return status["epoch"] > epoch and len(serving) == RANKS - 1
 
 
+def structured(cluster: ServedCluster) -> list[str]:
+    """Sampled answers that must be JSON of a schema, all asked for at once."""
+    form = {"type": "json_schema", "json_schema": {"name": "record", "schema": SCHEMA}}
+    body = {
+        "model": cluster.model_name(), "prompt": ["The for statement", "A list is"] * 2, "max_tokens": 300, "seed": 7,
+        "temperature": 1.0, "response_format": form,
+    }  # fmt: skip
+    answer = httpx.post(f"{cluster.url}/v1/completions", json=body, timeout=120.0)
+    assert answer.status_code == 200, answer.text
+    choices = answer.json()["choices"]
+    assert {choice["finish_reason"] for choice in choices} == {"stop"}
+    return [choice["text"] for choice in choices]
+
+
 def test_each_rank_in_turn(demo_model: Path, tmp_path: Path, warm: WarmStart) -> None:
-    """Every request is exact; and while a rank is away, whose replacement is held back, tokens keep coming."""
+    """Every request is exact, structured ones too; and while a rank is away, whose replacement is held back, tokens keep coming."""
     gate = tmp_path / "gate"
     gate.touch()
     faults = {ENV: f"agent.before.spawn=wait:{gate}"}
-    with ServedCluster(demo_model, RANKS, state_dir=tmp_path / "state", environ=faults, warm=warm) as cluster:
+    with (
+        ThreadPoolExecutor(1) as pool,
+        ServedCluster(demo_model, RANKS, state_dir=tmp_path / "state", environ=faults, warm=warm) as cluster,
+    ):
         cluster.wait_serving(RANKS)
         oracle = fault_free(cluster)
+        formed = structured(cluster)
+        for text in formed:
+            jsonschema.validate(json.loads(text), SCHEMA)
         epochs = [cluster.status()["epoch"]]
         workload = Workload(cluster.url, cluster.model_name())
         workload.start()
@@ -58,6 +90,8 @@ def test_each_rank_in_turn(demo_model: Path, tmp_path: Path, warm: WarmStart) ->
                 eventually(lambda: streaming(workload, 4), 60.0, "four streams under way")
                 victim = next(r for r in cluster.status()["ranks"] if r["rank"] == rank)
                 gate.unlink()
+                again = pool.submit(structured, cluster)
+                eventually(lambda: cluster.status()["requests"]["running"] > 4, 60.0, "structured requests under way")
                 killed = kill(victim["pid"])
                 assert killed.gone_at >= killed.sent_at
                 cluster.wait_event(lambda e, v=victim: masked(e) == v["incarnation"], f"rank {rank} masked")
@@ -65,6 +99,7 @@ def test_each_rank_in_turn(demo_model: Path, tmp_path: Path, warm: WarmStart) ->
                 eventually(
                     lambda n=ended: len(workload.records()) > n + 4, 60.0, f"requests ending without rank {rank}"
                 )
+                assert again.result(120.0) == formed
                 eventually(lambda n=epochs[-1]: lost_one(cluster, n), 60.0, f"a view without rank {rank}")
                 gate.touch()
                 eventually(

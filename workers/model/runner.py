@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from workers.model.backend import AttentionSpec, KVCache
 from workers.model.calibrations import Calibrations
 from workers.model.code import code_version
 from workers.model.expert_bank import LocalExpertBank
+from workers.model.grammar import TOKENIZER_FILE, Grammars
 from workers.model.hooks import connect_attention, connect_experts
 from workers.model.kept_calibrations import KeptCalibrations
 from workers.model.kv_transfer import Outbox, Stamp, take_in, write_out
@@ -64,6 +66,7 @@ class ModelRunner:
             activation, exactness, Calibrations(loaded.shared, f"{kernels}/experts", progress, kept)
         )
         bank.open(loaded.source, self.products)
+        self.grammars = Grammars(Path(loaded.info.path) / TOKENIZER_FILE, loaded.info.eos_token_ids)
         self._tiles: RowTiles | None = None
         self._done: StepPlan | None = None  # of the step that just completed
         calibrations = Calibrations(loaded.shared if invariant else None, f"{kernels}/model", progress, kept)
@@ -151,7 +154,7 @@ class ModelRunner:
         logits = self._head_of(hidden, [last for chunk, last in zip(chunks, plan.last, strict=True) if chunk.sample])
         settings = [cast("Sampling", chunk.sample) for chunk in asked]
         positions = [chunk.start + len(chunk.tokens) for chunk in asked]
-        chosen = iter(sample(logits, settings, positions, [chunk.history for chunk in asked]))
+        chosen = iter(sample(logits, settings, positions, [chunk.history for chunk in asked], self.grammars))
         results = []
         for chunk, last in zip(chunks, plan.last, strict=True):
             token, logprobs = next(chosen) if chunk.sample is not None else (NO_TOKEN, None)

@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from membership.base.errors import ModelError
+from workers.model.grammar import Grammars
 from workers.model.shaping import shape
 from workers.protocol.messages import History, Sampling, Score, TokenLogprobs
 
@@ -89,6 +91,7 @@ def sample(
     settings: Sequence[Sampling],
     positions: Sequence[int],
     histories: Sequence[History | None] | None = None,
+    grammars: Grammars | None = None,
 ) -> list[tuple[int, TokenLogprobs | None]]:
     """One token per row of `logits` [S, V]; `positions[i]` is where row i's new token will stand.
 
@@ -103,14 +106,20 @@ def sample(
             chosen.append((token, None))
             continue
         values = logits[row].double().cpu().numpy()
-        shaped = _shaped(values, sampling, history)
+        shaped = _shaped(values, sampling, history, grammars)
         token = choose(shaped, sampling, position)
         chosen.append((token, logprobs_of(values, token, sampling.logprobs) if sampling.logprobs >= 0 else None))
     return chosen
 
 
-def _shaped(logits: Row, sampling: Sampling, history: History | None) -> Row:
-    if sampling.shaping is None:
+def _shaped(logits: Row, sampling: Sampling, history: History | None, grammars: Grammars | None) -> Row:
+    shaping, history = sampling.shaping, history or History()
+    if shaping is None:
         return logits
-    known = history or History()
-    return shape(logits, sampling.shaping, np.frombuffer(known.tokens, np.uint32), known.prompt)
+    known = np.frombuffer(history.tokens, np.uint32)
+    if shaping.grammar:
+        if grammars is None:
+            raise ModelError("a grammar is asked for where none can be read")
+        allowed = grammars.allowed(shaping.grammar, known[history.prompt :], logits.size)
+        logits = np.where(allowed, logits, -np.inf)
+    return shape(logits, shaping, known, history.prompt)

@@ -34,7 +34,7 @@ def shape(logits: Row, shaping: Shaping, known: Tokens, prompt: int) -> Row:
         row[token] += bias
     _penalise(row, shaping, known, outputs)
     if not np.isfinite(row.max()):
-        raise ModelError("no token may follow: allowed_token_ids, bad_words and min_tokens leave none")
+        raise ModelError("no token may follow: the grammar, allowed_token_ids, bad_words and min_tokens leave none")
     return row
 
 

@@ -24,6 +24,7 @@ class Shaping(msgspec.Struct, frozen=True, array_like=True):
     bad_words: list[list[int]] = []
     min_tokens: int = 0
     end_tokens: list[int] = []  # barred until there are that many
+    grammar: str = ""  # llguidance's, that the output follows; empty: any
 
 
 class History(msgspec.Struct, frozen=True, array_like=True):

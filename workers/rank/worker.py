@@ -183,6 +183,7 @@ class EPWorker:
         """Load everything but the experts. In any thread."""
         import torch
 
+        from workers.model.grammar import TOKENIZER_FILE
         from workers.model.load import load_model
         from workers.model.runner import ModelRunner
         from workers.protocol.weight_client import WeightClient
@@ -204,6 +205,7 @@ class EPWorker:
             max_len=config.max_model_len,
             progress=self.progress,
         )
+        runner.grammars.digest = dict(config.files).get(TOKENIZER_FILE, "")
         runner.attach(self.exchange)
         runner.warm_up()
         self._runner = runner  # only now: the main thread looks at it meanwhile
