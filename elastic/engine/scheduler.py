@@ -410,6 +410,9 @@ class Scheduler:
         sampled = {token.seq: token for token in result.tokens}
         for sequence, chunk in current:
             token = sampled.get(chunk.seq)
+            if token is not None and token.error:
+                outputs.append(self._reject(sequence, 400, token.error))
+                continue
             if not is_complete(chunk, token):
                 outputs += self._count_failure([sequence], f"rank {home.rank} returned no token")
                 continue

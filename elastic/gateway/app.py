@@ -42,7 +42,6 @@ from membership.base.timing import STOP_GRACE_S
 from membership.store.interface import Store
 from membership.store.mirror import Mirror
 from membership.store.records import ClusterConfig, ClusterState, GatewayRecord
-from workers.model.grammar import TOKENIZER_FILE
 from workers.model.text_files import SamplingDefaults, not_applied, sampling_defaults
 
 CONFIG_TIMEOUT_S = 60.0
@@ -142,15 +141,7 @@ def _service(
         sampling = sampling_defaults(files)
         if ignored := not_applied(files):
             log.warning("generation_config_not_applied", keys=ignored)
-    return openai.Service(
-        config,
-        Tokenizer(files),
-        link,
-        metrics,
-        started=time.time(),
-        sampling=sampling,
-        tokenizer_file=files / TOKENIZER_FILE,
-    )
+    return openai.Service(config, Tokenizer(files), link, metrics, started=time.time(), sampling=sampling)
 
 
 def _public_app(service: openai.Service, readiness: health.Readiness) -> FastAPI:

@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import cached_property
 
 import structlog
 from fastapi import FastAPI, Request, Response
@@ -28,7 +28,7 @@ from elastic.gateway.metrics import GatewayMetrics
 from elastic.gateway.render import DONE, ChatRenderer, CompletionRenderer, Json, Renderer, UsageShown, error_body, event
 from elastic.gateway.sampling import sampling_of
 from elastic.gateway.schema import MAX_SEED, ChatRequest, CommonRequest, CompletionRequest, Message, parse, seed_for
-from elastic.gateway.structured import form_of, grammar_of
+from elastic.gateway.structured import Forms
 from elastic.gateway.text import StopMatcher
 from elastic.gateway.tokenizer import Tokenizer
 from membership.base.errors import RequestError
@@ -52,10 +52,14 @@ class Service:
     metrics: GatewayMetrics
     started: float
     sampling: SamplingDefaults = OPENAI_SAMPLING
-    tokenizer_file: Path = Path()
     now: Callable[[], float] = time.time
     ignored: Note = field(default_factory=NotedOnce)
     random_seed: Callable[[], int] = lambda: secrets.randbelow(MAX_SEED)
+
+    @cached_property
+    def forms(self) -> Forms:
+        """Of structured output."""
+        return Forms(self.tokenizer.spells_bytes, self.config.eos_token_ids)
 
     @property
     def context(self) -> int:
@@ -150,9 +154,7 @@ def known_tokens(service: Service, prompt: list[int], field: str) -> list[int]:
 
 async def _sampling(service: Service, asked: CommonRequest) -> Sampling:
     size, ends = service.config.vocab_size or service.tokenizer.vocab_size, service.config.eos_token_ids
-    form = form_of(asked)
-    grammar = await asyncio.to_thread(grammar_of, form, service.tokenizer_file, ends) if form is not None else ""
-    return sampling_of(asked, service.sampling, service.tokenizer, size, ends, grammar)
+    return sampling_of(asked, service.sampling, service.tokenizer, size, ends, await service.forms.grammar(asked))
 
 
 def _job(

@@ -5,20 +5,30 @@ OpenAI's `response_format`, vLLM's `structured_outputs` and its older `guided_*`
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
-from functools import cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from elastic.gateway.schema import CommonRequest
 from membership.base.errors import RequestError
+from workers.model.grammar import mask_of, matcher_of
 
-MAX_CHARS = 64 * 1024
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
+
+MAX_CHARS = 24 * 1024  # the library takes quadratic time: the largest schemas half a second
+KEPT = 32
+MAX_LOOKS = 200  # for the place of an error in a schema
 # Models indent; without a limit a bad one may write nothing but spaces.
-JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,24}"}
+JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,24}", "lenient": False}
 ANY_OBJECT = {"type": "object"}
+DEFINITIONS = ("$defs", "definitions")
+NAMED_SCHEMAS = ("properties", "patternProperties")  # keywords that hold schemas by name,
+LISTED_SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")  # in a list,
+ONE_SCHEMA = ("items", "additionalProperties", "contains")  # or one
 
 
 class Kind(StrEnum):
@@ -31,90 +41,176 @@ class Kind(StrEnum):
 
 
 class Form(NamedTuple):
-    """A form that was asked for, and by which field."""
+    """A form that was asked for, and by which field. `value` is JSON."""
 
     param: str
     kind: Kind
-    value: Any
+    value: str
+
+
+class Forms:
+    """Finds the grammars of the forms that clients ask for. `spelled`: whether the tokenizer's tokens are bytes."""
+
+    def __init__(self, spelled: bool, ends: Sequence[int]) -> None:
+        self._spelled, self._ends = spelled, ends
+        self._turn = asyncio.Lock()  # one at a time, beside the event loop: other threads are for other requests
+
+    async def grammar(self, asked: CommonRequest) -> str:
+        """The grammar of the answer; empty: any text. RequestError says what cannot be followed, and where it is."""
+        form = form_of(asked)
+        if form is None:
+            return ""
+        if not (self._spelled and self._ends):
+            why = "its tokenizer's tokens are no bytes of the text" if self._ends else "it has no end token"
+            raise RequestError(f"{form.param} is not supported with this model: {why}", param=form.param, status=501)
+        async with self._turn:
+            return await asyncio.to_thread(grammar_of, form)
 
 
 def form_of(asked: CommonRequest) -> Form | None:
-    """The form that the answer must have. RequestError if there are several, or if it leaves its end to others."""
+    """The form that the answer must have. RequestError if there are several, or if it could not end where that ends."""
     forms = [*_openai(asked), *_vllm(asked), *_guided(asked)]
     if not forms:
         return None
     form = forms[0]
     if len(forms) > 1:
         raise RequestError(f"only one of {', '.join(form.param for form in forms)} can be followed", param=form.param)
-    if asked.ignore_eos or asked.min_tokens:
-        name = "ignore_eos" if asked.ignore_eos else "min_tokens"
-        raise RequestError(f"{form.param} says where the answer ends: {name} does not go with it", param=name)
-    if len(json.dumps(form.value)) > MAX_CHARS:
+    if asked.ignore_eos:
+        message = f"{form.param} says where the answer ends: ignore_eos does not go with it"
+        raise RequestError(message, param="ignore_eos")
+    if len(form.value) > MAX_CHARS:
         raise RequestError(f"{form.param} is longer than {MAX_CHARS} characters", param=form.param)
     return form
 
 
-def _openai(asked: CommonRequest) -> list[Form]:
+def _form(param: str, kind: Kind, value: Any) -> Form:
+    return Form(param, kind, json.dumps(value))
+
+
+def _openai(asked: CommonRequest) -> Iterator[Form]:
     form = asked.response_format
     if form is None or form.type == "text":
-        return []
-    if form.type == "json_object":
-        return [Form("response_format", Kind.JSON, ANY_OBJECT)]
-    if form.json_schema is None:
-        raise RequestError("response_format.json_schema is required", param="response_format")
-    schema = form.json_schema.schema_
-    return [Form("response_format", Kind.JSON, ANY_OBJECT if schema is None else schema)]
+        return
+    schema: dict[str, Any] | None = ANY_OBJECT
+    if form.type == "json_schema":
+        if form.json_schema is None:
+            raise RequestError("response_format.json_schema is required", param="response_format")
+        schema = form.json_schema.schema_
+    yield _form("response_format", Kind.JSON, ANY_OBJECT if schema is None else schema)
 
 
-def _vllm(asked: CommonRequest) -> list[Form]:
+def _vllm(asked: CommonRequest) -> Iterator[Form]:
     wanted = asked.structured_outputs
     if wanted is None:
-        return []
-    values = [wanted.schema_, wanted.regex, wanted.choice, wanted.grammar]
-    values[0] = ANY_OBJECT if wanted.json_object and values[0] is None else values[0]
-    return [Form("structured_outputs", kind, each) for kind, each in zip(Kind, values, strict=True) if each is not None]
+        return
+    schema = ANY_OBJECT if wanted.json_object and wanted.schema_ is None else wanted.schema_
+    values = (schema, wanted.regex, wanted.choice, wanted.grammar)
+    for kind, value in zip(Kind, values, strict=True):
+        if value is not None:
+            yield _form(f"structured_outputs.{kind}", kind, value)
 
 
-def _guided(asked: CommonRequest) -> list[Form]:
-    values = ((kind, getattr(asked, f"guided_{kind}")) for kind in Kind)
-    return [Form(f"guided_{kind}", kind, value) for kind, value in values if value is not None]
+def _guided(asked: CommonRequest) -> Iterator[Form]:
+    for kind in Kind:
+        value = getattr(asked, f"guided_{kind}")
+        if value is not None:
+            yield _form(f"guided_{kind}", kind, value)
 
 
-def grammar_of(form: Form, tokenizer_file: Path, ends: Sequence[int]) -> str:
-    """The grammar. Takes a while. RequestError if it cannot be followed, or not with this model's tokenizer."""
+@lru_cache(KEPT)
+def grammar_of(form: Form) -> str:
+    """The grammar. Takes up to a second. RequestError if it cannot be followed: how, and where in a schema."""
+    param, kind, text = form
+    value = json.loads(text)
+    if kind is Kind.JSON and isinstance(value, str):
+        value = _parsed(param, value)
+    try:
+        return _checked(kind, value)
+    except RequestError as error:
+        where = f" at {place}" if kind is Kind.JSON and (place := _place(value, str(error))) else ""
+        reason = str(error).removeprefix("the grammar cannot be followed: ")
+        raise RequestError(f"{param} cannot be followed{where}: {reason}", param=param, code="invalid_value") from None
+
+
+def _parsed(param: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{param} is not valid JSON: {error}", param=param, code="invalid_value") from None
+    if not isinstance(value, dict):
+        raise RequestError(f"{param} is not a JSON object", param=param, code="invalid_value")
+    return value
+
+
+def _checked(kind: Kind, value: Any) -> str:
+    """The grammar, which has been compiled, and begins some text."""
     from llguidance import LLMatcher  # few gateways ever need it
 
-    param, kind, value = form
     try:
         if kind is Kind.JSON:
             grammar = LLMatcher.grammar_from_json_schema(value, overrides=JSON_OPTIONS)
-        elif kind is Kind.REGEX:
-            grammar = LLMatcher.grammar_from_regex(value)
-        elif kind is Kind.CHOICE:
-            texts = " | ".join(json.dumps(each, ensure_ascii=False) for each in value)
-            grammar = LLMatcher.grammar_from_lark(f"start: {texts}")
-        else:
+        elif kind is Kind.GRAMMAR:
             grammar = LLMatcher.grammar_from_lark(value)
-        problem = LLMatcher.validate_grammar(grammar)
+        else:
+            grammar = LLMatcher.grammar_from_regex(value if kind is Kind.REGEX else "|".join(map(_literal, value)))
     except ValueError as error:
-        problem = str(error)
-    if problem:
-        message = f"{param} cannot be followed: {' '.join(problem.split())[:300]}"
-        raise RequestError(message, param=param, code="invalid_value")
-    if trouble := _trouble(tokenizer_file, tuple(ends)):
-        raise RequestError(f"{param} is not supported with this model: {trouble}", param=param, status=501)
+        raise RequestError(str(error)) from None
+    matcher = matcher_of(_byte_tokenizer(), grammar)
+    if ignored := matcher.get_grammar_warnings():
+        raise RequestError("; ".join(ignored)[:300])
+    mask_of(matcher)
     return str(grammar)
 
 
-@cache
-def _trouble(tokenizer_file: Path, ends: tuple[int, ...]) -> str:
-    """Why no grammar can be followed with this tokenizer, if so."""
-    from llguidance import LLTokenizer
+def _literal(text: str) -> str:
+    """A regular expression of this text."""
+    return "".join(char if char.isascii() and char.isalnum() else f"\\x{{{ord(char):X}}}" for char in text)
 
-    if not ends:
-        return "it has no end token"
-    try:
-        LLTokenizer(str(tokenizer_file), eos_token=list(ends))
-    except ValueError as error:
-        return str(error)[:200]
-    return ""
+
+def _place(schema: dict[str, Any], error: str) -> str:
+    """The innermost schema with the same error, as a JSON pointer; empty if it is the whole."""
+    path, looks = "", 0
+    shared = {name: schema[name] for name in DEFINITIONS if name in schema}
+    inner: Any = schema
+    while True:
+        for step, each in _inside(inner):
+            looks += 1
+            if looks > MAX_LOOKS:
+                return path
+            try:
+                _checked(Kind.JSON, each | shared)
+            except RequestError as found:
+                if str(found) == error:
+                    inner, path = each, f"{path}/{step}"
+                    break
+        else:
+            return path
+
+
+def _inside(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for keyword in (*NAMED_SCHEMAS, *LISTED_SCHEMAS, *ONE_SCHEMA):
+        value = schema.get(keyword)
+        if isinstance(value, dict) and keyword in NAMED_SCHEMAS:
+            found = [(f"{keyword}/{name}", each) for name, each in value.items()]
+        elif isinstance(value, list) and keyword in LISTED_SCHEMAS:
+            found = [(f"{keyword}/{number}", each) for number, each in enumerate(value)]
+        else:
+            found = [(keyword, value)] if keyword in ONE_SCHEMA else []
+        yield from ((step, each) for step, each in found if isinstance(each, dict))
+
+
+class _Bytes:
+    """A tokenizer of which each token is a byte: whether a grammar can be followed does not hang on the model's."""
+
+    eos_token_id, bos_token_id, special_token_ids = 256, None, (256,)
+    tokens = (*(bytes([byte]) for byte in range(256)), b"<end>")
+
+    def __call__(self, text: bytes) -> list[int]:
+        return list(text)
+
+
+@cache
+def _byte_tokenizer() -> LLTokenizer:
+    from llguidance import LLTokenizer, TokenizerWrapper
+
+    return LLTokenizer(TokenizerWrapper(_Bytes()), slices=[])

@@ -43,7 +43,8 @@ class Tokenizer:
         try:
             text = path.read_text(encoding="utf-8")
             self._backend = Backend.from_str(text)
-            decoders = _decoder_types(json.loads(text).get("decoder"))
+            described = json.loads(text)
+            decoders = _decoder_types(described.get("decoder"))
         except Exception as error:  # what the library raises is a bare Exception
             raise ModelError(f"damaged {path}: {error}") from error
         settings = tokenizer_settings(directory)
@@ -54,6 +55,7 @@ class Tokenizer:
             raise ModelError(f"damaged {directory / 'tokenizer_config.json'}: {error}", hint=DAMAGED_HINT) from error
         self._templates = chat_templates(directory, settings)
         self._byte_level = "ByteLevel" in decoders
+        self._prefixes = _adds_prefix(described.get("pre_tokenizer"))
         self._bytes = self._byte_pieces() if "ByteFallback" in decoders else {}
         self._added = self._backend.get_added_tokens_decoder()
         self._skipped = {number for number, token in self._added.items() if token.special}
@@ -101,6 +103,11 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         """Whether the checkpoint has a chat template."""
         return bool(self._templates.get("default"))
+
+    @property
+    def spells_bytes(self) -> bool:
+        """Whether a text is the bytes of its tokens, which are known: structured output needs it."""
+        return (self._byte_level and not self._prefixes) or bool(self._bytes)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a prompt. `special`: with the special tokens that the model wants around it."""
@@ -208,6 +215,12 @@ def _decoder_types(decoder: Any) -> set[str]:
         return set()
     inner = (_decoder_types(each) for each in decoder.get("decoders", ()))
     return {str(decoder.get("type")), *(kind for kinds in inner for kind in kinds)}
+
+
+def _adds_prefix(splitter: Any) -> bool:
+    """Whether a byte-level tokenizer puts a space before each text."""
+    each = (splitter or {}).get("pretokenizers") or [splitter or {}]
+    return any(part.get("type") == "ByteLevel" and part.get("add_prefix_space") for part in each)
 
 
 def _byte_alphabet() -> dict[str, bytes]:

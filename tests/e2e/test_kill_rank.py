@@ -69,7 +69,7 @@ def structured(cluster: ServedCluster) -> list[str]:
 
 
 def test_each_rank_in_turn(demo_model: Path, tmp_path: Path, warm: WarmStart) -> None:
-    """Every request is exact, structured ones too; and while a rank is away, whose replacement is held back, tokens keep coming."""
+    """Every request is exact, structured ones too; and tokens keep coming while a rank has no replacement yet."""
     gate = tmp_path / "gate"
     gate.touch()
     faults = {ENV: f"agent.before.spawn=wait:{gate}"}

@@ -17,4 +17,5 @@ def code_version() -> str:
     digest = hashlib.sha256()
     for file in sorted(file for room in ROOMS for file in (root / room).rglob("*.py")):
         digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
-    return f"transformers {version('transformers')}, torch {version('torch')}, {digest.hexdigest()[:8]}"
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("transformers", "torch", "llguidance"))
+    return f"{libraries}, {digest.hexdigest()[:8]}"

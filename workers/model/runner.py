@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -16,7 +15,7 @@ from workers.model.backend import AttentionSpec, KVCache
 from workers.model.calibrations import Calibrations
 from workers.model.code import code_version
 from workers.model.expert_bank import LocalExpertBank
-from workers.model.grammar import TOKENIZER_FILE, Grammars
+from workers.model.grammar import Grammars
 from workers.model.hooks import connect_attention, connect_experts
 from workers.model.kept_calibrations import KeptCalibrations
 from workers.model.kv_transfer import Outbox, Stamp, take_in, write_out
@@ -24,7 +23,7 @@ from workers.model.load import LoadedModel
 from workers.model.moe import Dispatcher, MoeLayers, activation_of
 from workers.model.rotary import tabulate
 from workers.model.row_tiles import RowTiles
-from workers.model.sampler import sample, scores_of
+from workers.model.sampler import Drawn, sample, scores_of
 from workers.protocol.load_progress import LoadProgress
 from workers.protocol.messages import NO_TOKEN, SampledToken, Sampling, Score, SeqChunk, TokenLogprobs
 
@@ -66,7 +65,7 @@ class ModelRunner:
             activation, exactness, Calibrations(loaded.shared, f"{kernels}/experts", progress, kept)
         )
         bank.open(loaded.source, self.products)
-        self.grammars = Grammars(Path(loaded.info.path) / TOKENIZER_FILE, loaded.info.eos_token_ids)
+        self.grammars: Grammars | None = None  # of structured output
         self._tiles: RowTiles | None = None
         self._done: StepPlan | None = None  # of the step that just completed
         calibrations = Calibrations(loaded.shared if invariant else None, f"{kernels}/model", progress, kept)
@@ -157,10 +156,10 @@ class ModelRunner:
         chosen = iter(sample(logits, settings, positions, [chunk.history for chunk in asked], self.grammars))
         results = []
         for chunk, last in zip(chunks, plan.last, strict=True):
-            token, logprobs = next(chosen) if chunk.sample is not None else (NO_TOKEN, None)
+            drawn = next(chosen) if chunk.sample is not None else Drawn(NO_TOKEN)
             scores = self._scores(hidden, last + 1 - len(chunk.tokens), chunk.score) if chunk.score is not None else []
             if chunk.sample is not None or chunk.score is not None:
-                results.append(SampledToken(chunk.seq, token, logprobs, scores))
+                results.append(SampledToken(chunk.seq, drawn.token, drawn.logprobs, scores, drawn.error))
         return results
 
     def _scores(self, hidden: Tensor, first: int, score: Score) -> list[TokenLogprobs]:

@@ -7,21 +7,30 @@ request over, draws the same token.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from membership.base.errors import ModelError
+from membership.base.errors import ModelError, RequestError
 from workers.model.grammar import Grammars
 from workers.model.shaping import shape
-from workers.protocol.messages import History, Sampling, Score, TokenLogprobs
+from workers.protocol.messages import NO_TOKEN, History, Sampling, Score, TokenLogprobs
 
 GREEDY_BELOW = 1e-5  # a temperature that leaves nothing to chance, and by which no logit can be divided safely
 
 _TINY = np.finfo(np.float64).tiny  # less is no chance: what is barred
 _MASK = (1 << 64) - 1
 Row = npt.NDArray[np.float64]
+
+
+class Drawn(NamedTuple):
+    """What came of a row: a token, or why its request cannot have any."""
+
+    token: int
+    logprobs: TokenLogprobs | None = None
+    error: str = ""
 
 
 def uniform(seed: int, position: int) -> float:
@@ -92,23 +101,27 @@ def sample(
     positions: Sequence[int],
     histories: Sequence[History | None] | None = None,
     grammars: Grammars | None = None,
-) -> list[tuple[int, TokenLogprobs | None]]:
+) -> list[Drawn]:
     """One token per row of `logits` [S, V]; `positions[i]` is where row i's new token will stand.
 
     `histories`: the tokens before it, of the rows whose logits are shaped.
     """
     greedy = logits.argmax(dim=-1).tolist()
-    chosen: list[tuple[int, TokenLogprobs | None]] = []
+    chosen: list[Drawn] = []
     histories = histories or [None] * len(settings)
     for row, (sampling, position, history) in enumerate(zip(settings, positions, histories, strict=True)):
         token = int(greedy[row])
         if is_greedy(sampling) and sampling.logprobs < 0 and sampling.shaping is None:
-            chosen.append((token, None))
+            chosen.append(Drawn(token))
             continue
         values = logits[row].double().cpu().numpy()
-        shaped = _shaped(values, sampling, history, grammars)
+        try:
+            shaped = _shaped(values, sampling, history, grammars)
+        except RequestError as error:  # of this request alone: the other rows' tokens count
+            chosen.append(Drawn(NO_TOKEN, error=str(error)))
+            continue
         token = choose(shaped, sampling, position)
-        chosen.append((token, logprobs_of(values, token, sampling.logprobs) if sampling.logprobs >= 0 else None))
+        chosen.append(Drawn(token, logprobs_of(values, token, sampling.logprobs) if sampling.logprobs >= 0 else None))
     return chosen
 
 

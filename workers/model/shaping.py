@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from membership.base.errors import ModelError
+from membership.base.errors import RequestError
 from workers.protocol.messages import Shaping
 
 Row = npt.NDArray[np.float64]
@@ -21,7 +21,7 @@ Tokens = npt.NDArray[np.uint32]
 def shape(logits: Row, shaping: Shaping, known: Tokens, prompt: int) -> Row:
     """The logits that count. `known`: all tokens of the request so far, of which the first `prompt` are its prompt.
 
-    ModelError if no token is left to choose from.
+    RequestError if no token is left to choose from.
     """
     row = logits.copy()
     outputs = known[prompt:]
@@ -30,18 +30,21 @@ def shape(logits: Row, shaping: Shaping, known: Tokens, prompt: int) -> Row:
         row = np.full_like(logits, -np.inf)
         row[allowed] = logits[allowed]
     row[list(_barred(shaping, outputs))] = -np.inf
+    if outputs.size < shaping.min_tokens:
+        longer = row.copy()
+        longer[shaping.end_tokens] = -np.inf
+        if not shaping.grammar or np.isfinite(longer.max()):  # a grammar's end comes first
+            row = longer
     for token, bias in shaping.bias:
         row[token] += bias
     _penalise(row, shaping, known, outputs)
     if not np.isfinite(row.max()):
-        raise ModelError("no token may follow: the grammar, allowed_token_ids, bad_words and min_tokens leave none")
+        raise RequestError("no token may follow: the grammar, allowed_token_ids, bad_words and min_tokens leave none")
     return row
 
 
 def _barred(shaping: Shaping, outputs: Tokens) -> Iterator[int]:
-    """The end tokens before the shortest output, and the last token of each bad word whose others are written."""
-    if outputs.size < shaping.min_tokens:
-        yield from shaping.end_tokens
+    """The last token of each bad word whose others are written."""
     for *before, last in shaping.bad_words:
         if not before or outputs[-len(before) :].tolist() == before:
             yield last

@@ -122,6 +122,7 @@ class SampledToken(msgspec.Struct, frozen=True, array_like=True):
     token: int = NO_TOKEN
     logprobs: TokenLogprobs | None = None
     scores: list[TokenLogprobs] = []
+    error: str = ""  # why the request can have no token here, by what it asks for
 
 
 class StepStatus(StrEnum):

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -183,7 +184,7 @@ class EPWorker:
         """Load everything but the experts. In any thread."""
         import torch
 
-        from workers.model.grammar import TOKENIZER_FILE
+        from workers.model.grammar import TOKENIZER_FILE, Grammars
         from workers.model.load import load_model
         from workers.model.runner import ModelRunner
         from workers.protocol.weight_client import WeightClient
@@ -205,7 +206,10 @@ class EPWorker:
             max_len=config.max_model_len,
             progress=self.progress,
         )
-        runner.grammars.digest = dict(config.files).get(TOKENIZER_FILE, "")
+        runner.grammars = grammars = Grammars(
+            Path(config.model) / TOKENIZER_FILE, loaded.info.eos_token_ids, dict(config.files).get(TOKENIZER_FILE, "")
+        )
+        grammars.read()
         runner.attach(self.exchange)
         runner.warm_up()
         self._runner = runner  # only now: the main thread looks at it meanwhile

@@ -12,7 +12,7 @@ from elastic.protocol import Rejected, Submit, Tokens
 from membership.base.errors import ElasticError
 from membership.store.records import View
 from tests.support.rank_model import TOKEN, Client, ask, config, drive, pool_is_whole, view
-from workers.protocol.messages import Sampling, Shaping, StepBatch, StepStatus, TokenLogprobs
+from workers.protocol.messages import NO_TOKEN, Sampling, Shaping, StepBatch, StepStatus, TokenLogprobs
 
 pytestmark = pytest.mark.unit
 
@@ -353,6 +353,22 @@ def test_failures_with_a_suspected_peer_are_not_the_request_s_fault(served: tupl
         now += 1.0
     drive(scheduler, ranks, client, {0: 10, 1: 11}, now)
     client.check()
+
+
+def test_a_request_that_can_have_no_token_is_refused_at_once_and_alone(
+    served: tuple[Scheduler, KvModel, Client],
+) -> None:
+    scheduler, ranks, client = served
+    client.submit(scheduler, ask("r", [4]), 0.0)
+    batch = scheduler.schedule(0.0)
+    assert batch is not None
+    answer = ranks.answer(batch, 0, 10)
+    (token,) = answer.tokens
+    stuck = msgspec.structs.replace(token, token=NO_TOKEN, error="no token may follow")
+    (refused,) = scheduler.apply(msgspec.structs.replace(answer, tokens=[stuck]), 0.0)
+    assert isinstance(refused, Rejected)
+    assert (refused.status, refused.message) == (400, "no token may follow")
+    assert scheduler.schedule(0.0) is None, "it is not tried again"
 
 
 def test_an_ok_answer_without_the_token_is_a_failure(served: tuple[Scheduler, KvModel, Client]) -> None:

@@ -10,15 +10,17 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
+import torch
 from llguidance import LLMatcher
+from msgspec.structs import replace
 
 from elastic.gateway.tokenizer import Tokenizer
-from membership.base.errors import ModelError
+from membership.base.errors import ModelError, RequestError
 from tests.support import ROOT
 from workers.model.content import file_digest
-from workers.model.grammar import KEPT, TOKENIZER_FILE, Grammars
-from workers.model.sampler import sample
-from workers.protocol.messages import History, Sampling, Shaping
+from workers.model.grammar import KEPT, TOKENIZER_FILE, Grammars, matcher_of
+from workers.model.sampler import Drawn, logprobs_of, sample
+from workers.protocol.messages import NO_TOKEN, History, Sampling, Shaping
 
 pytestmark = pytest.mark.unit
 
@@ -89,30 +91,63 @@ def test_requests_do_not_disturb_each_other() -> None:
 
 def test_tokens_that_do_not_follow_are_an_error() -> None:
     grammar, _ = FORMS["json"]
-    with pytest.raises(ModelError, match="does not follow its grammar"):
+    with pytest.raises(RequestError, match="does not follow its grammar"):
         grammars().allowed(grammar, np.array([7, 7, 7], np.uint32), SIZE)
 
 
 def test_another_tokenizer_than_the_clusters_is_refused(tmp_path: Path) -> None:
     grammar, _ = FORMS["json"]
     (tmp_path / TOKENIZER_FILE).write_bytes((MODEL / TOKENIZER_FILE).read_bytes() + b"\n")
-    ours = Grammars(tmp_path / TOKENIZER_FILE, [END])
-    ours.digest = file_digest(MODEL / TOKENIZER_FILE)
+    ours = Grammars(tmp_path / TOKENIZER_FILE, [END], file_digest(MODEL / TOKENIZER_FILE))
+    ours.read()
     with pytest.raises(ModelError, match=r"tokenizer\.json .* changed since the cluster loaded"):
         ours.allowed(grammar, np.array([], np.uint32), SIZE)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_the_sampler_chooses_among_what_is_allowed(temperature: float) -> None:
-    import torch
+WITH_ALL = Shaping(
+    repetition_penalty=1.3, frequency_penalty=0.5, presence_penalty=0.2, bias=[(9, 5.0), (11, -100.0)], min_tokens=400,
+    end_tokens=[END],
+)  # fmt: skip
 
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("beside", [Shaping(), WITH_ALL], ids=["alone", "with all else"])
+def test_the_sampler_chooses_among_what_is_allowed(temperature: float, beside: Shaping) -> None:
+    """The end comes where the grammar's only is; log probabilities are the model's own."""
     grammar, check = FORMS["json"]
-    asked = Sampling(temperature=temperature, seed=4, shaping=Shaping(grammar=grammar, repetition_penalty=1.3))
+    asked = Sampling(temperature=temperature, seed=4, logprobs=1, shaping=replace(beside, grammar=grammar))
     logits = torch.randn(400, SIZE, generator=torch.Generator().manual_seed(2))
     written: list[int] = []
+    ours = grammars()
     while not written or written[-1] != END:
         history = History(np.array([5, *written], np.uint32).tobytes(), 1)
         at = len(written)
-        [(token, _)] = sample(logits[at : at + 1], [asked], [at + 1], [history], grammars())
-        written.append(token)
+        [drawn] = sample(logits[at : at + 1], [asked], [at + 1], [history], ours)
+        assert drawn.logprobs == logprobs_of(logits[at].double().numpy(), drawn.token, 1)
+        assert [drawn] == sample(logits[at : at + 1], [asked], [at + 1], [history], grammars()), (
+            "a rank that is new to it"
+        )
+        written.append(drawn.token)
     check(Tokenizer(MODEL).decode(written[:-1]))
+
+
+def test_a_grammar_that_the_tokens_left_concerns_its_request_alone() -> None:
+    grammar, _ = FORMS["json"]
+    logits = torch.randn(2, SIZE, generator=torch.Generator().manual_seed(2))
+    lost = History(np.array([5, 7, 7], np.uint32).tobytes(), 1)
+    ours = grammars()
+    for _ in range(2):
+        first, second = sample(
+            logits, [Sampling(shaping=Shaping(grammar=grammar)), Sampling()], [3, 3], [lost, None], ours
+        )
+        assert (first.token, "does not follow its grammar" in first.error) == (NO_TOKEN, True)
+        assert second == Drawn(int(logits[1].argmax()))
+
+
+def test_a_grammar_is_compiled_once_for_all_its_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    grammar, _ = FORMS["regex"]
+    ours, compiled = grammars(), []
+    monkeypatch.setattr("workers.model.grammar.matcher_of", lambda *args: compiled.append(args) or matcher_of(*args))
+    for seed in range(4):
+        walk(grammar, seed, lambda written: ours.allowed(grammar, written, SIZE))
+    assert len(compiled) == 1

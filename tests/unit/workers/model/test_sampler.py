@@ -74,14 +74,14 @@ def test_tiny_temperatures_are_greedy(temperature: float) -> None:
     logits[2, [7, 9, 30]] = 40.0
     rows = [Sampling(temperature=temperature, seed=3, top_p=top_p, logprobs=0) for top_p in (1.0, 0.9, 5e-324)]
     for position in range(20):
-        tokens = [token for token, _ in sample(logits, rows, [position] * 3)]
+        tokens = [token for token, _, _ in sample(logits, rows, [position] * 3)]
         assert tokens == [int(logits[0].argmax()), int(logits[1].argmax()), 7]
 
 
 @given(st.floats(0, 2), st.floats(0, 1, exclude_min=True), st.integers(0, 60), st.integers(0, 99))
 def test_no_setting_draws_what_it_leaves_out(temperature: float, top_p: float, top_k: int, position: int) -> None:
     logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(position))
-    [(token, _)] = sample(logits, [Sampling(temperature=temperature, top_p=top_p, top_k=top_k)], [position])
+    [(token, _, _)] = sample(logits, [Sampling(temperature=temperature, top_p=top_p, top_k=top_k)], [position])
     order = logits[0].argsort(descending=True, stable=True).tolist()
     assert token in order[: top_k or 50]
     if temperature < 1e-4:
@@ -90,7 +90,7 @@ def test_no_setting_draws_what_it_leaves_out(temperature: float, top_p: float, t
 
 def test_greedy_takes_the_first_of_equals() -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0], [2.0, 2.0, 2.0]], dtype=torch.bfloat16)
-    assert [token for token, _ in sample(logits, [Sampling(), Sampling()], [0, 0])] == [1, 0]
+    assert [token for token, _, _ in sample(logits, [Sampling(), Sampling()], [0, 0])] == [1, 0]
 
 
 def test_logprobs() -> None:

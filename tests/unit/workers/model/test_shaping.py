@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process as theirs
 
-from membership.base.errors import ModelError
+from membership.base.errors import RequestError
 from workers.model.sampler import choose, sample
 from workers.model.shaping import shape
-from workers.protocol.messages import History, Sampling, Shaping
+from workers.protocol.messages import NO_TOKEN, History, Sampling, Shaping
 
 pytestmark = pytest.mark.unit
 
@@ -98,8 +98,17 @@ def test_the_order_is_vllms() -> None:
 
 def test_what_leaves_no_token_is_an_error() -> None:
     only = np.array([3], np.uint32).tobytes()
-    with pytest.raises(ModelError, match="no token may follow"):
+    with pytest.raises(RequestError, match="no token may follow"):
         ours(1, [1], [], allowed=only, bad_words=[[3]])
+
+
+def test_a_request_that_leaves_no_token_costs_the_others_nothing() -> None:
+    rows = torch.stack([logits_of(1), logits_of(2)])
+    stuck = Sampling(shaping=Shaping(allowed=np.array([3], np.uint32).tobytes(), bad_words=[[3]]))
+    first, second = sample(rows, [stuck, Sampling()], [7, 7])
+    assert first.token == NO_TOKEN
+    assert "no token may follow" in first.error
+    assert second == sample(rows[1:], [Sampling()], [7])[0]
 
 
 @given(st.floats(0, 1), st.integers(0, 45), st.floats(0.05, 1), st.integers(0, 99))
@@ -127,7 +136,7 @@ def test_rows_do_not_depend_on_each_other(
     rows = torch.stack([logits_of(seed + n) for n in range(company + 1)])
     settings = [asked, *[Sampling(temperature=0.5, seed=n) for n in range(company)]]
     together = sample(rows, settings, [7] * (company + 1), [own, *[History()] * company])
-    [(token, logs)] = sample(rows[:1], [asked], [7], [own])
-    assert together[0] == (token, logs)
+    [(token, logs, _)] = sample(rows[:1], [asked], [7], [own])
+    assert together[0] == (token, logs, "")
     assert logs is not None
     assert logs.logprob == pytest.approx(float(rows[0].log_softmax(-1)[token]))
