@@ -29,7 +29,7 @@ SCHEMA = {
     "type": "object",
     "properties": {
         "n": {"type": "integer", "minimum": 0, "maximum": 10**6},
-        "words": {"type": "array", "items": {"enum": ["for", "while", "with"]}, "minItems": 8, "maxItems": 12},
+        "words": {"type": "array", "items": {"enum": ["for", "while", "with"]}, "minItems": 4, "maxItems": 6},
     },
     "required": ["n", "words"],
     "additionalProperties": False,
