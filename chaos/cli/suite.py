@@ -24,7 +24,9 @@ def suite(
     only: Annotated[list[str] | None, typer.Option(help="Only these parts.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of all that is drawn.")] = None,
     out: Annotated[Path, typer.Option(help="Where receipts, logs and the record go.")] = Path("chaos-report"),
-    share: Annotated[int, typer.Option(min=1, help="Simulate only a third (3), a sixth (6) … of the faults.")] = 1,
+    share: Annotated[
+        int, typer.Option(min=1, help="Simulate a third (3), a sixth (6) … of the faults; half a soak.")
+    ] = 1,
     pace: Annotated[bool, typer.Option(help="Also check how fast the simulation is: needs two idle cores.")] = True,
     output: OutputFlag = Output.TEXT,
 ) -> None:

@@ -9,7 +9,6 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from membership.base.events import Event, EventLog, Tail
 from membership.operations.change import Change, scale
 from membership.store.interface import Store
 from membership.store.records import Operation, Phase
-from workers.agent.forkserver_client import FORKSERVER_FD
 
 STATUS_POLL_S = 0.05
 
@@ -145,7 +143,7 @@ class ServedCluster(Cluster):
         warm: WarmStart | None = None,
     ) -> None:
         """`warm`: it is forked from there, which spares it the imports."""
-        self._warm = warm
+        self.warm = warm
         self._temporary = tempfile.TemporaryDirectory(prefix="elastic-ep-") if state_dir is None else None
         super().__init__(StateDir(state_dir or Path(self._temporary.name if self._temporary else "")))
         self.port, self.admin_port = ports or free_ports(2)
@@ -160,12 +158,9 @@ class ServedCluster(Cluster):
     def __enter__(self) -> ServedCluster:
         self.state.path.mkdir(parents=True, exist_ok=True)
         environ = {**self._environ, starter.ENV: starter.named()}
-        with self._output.open("ab") as out, ExitStack() as given:
-            if self._warm is not None:
-                forkserver = given.enter_context(self._warm.zygote.forkserver())
-                environ[FORKSERVER_FD] = str(forkserver.fileno())
-                files = [out.fileno(), forkserver.fileno()]
-                self._process = self._warm.start(self._command[3:], environ, files)
+        with self._output.open("ab") as out:
+            if self.warm is not None:
+                self._process = self.warm.start(self._command[3:], environ, out.fileno())
             else:
                 self._process = subprocess.Popen(
                     self._command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, env=environ

@@ -12,19 +12,26 @@ import subprocess
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO
 
 import msgspec
 
 from elastic.serve.role_fork import MODULES, Command, become
 from membership.base.logs import open_log
-from workers.agent.forkserver_client import Child, ForkServer
+from workers.agent.forkserver_client import FORKSERVER_FD, Child, ForkServer
 from workers.agent.preload import WORKER_CLASS, preload_for
 from workers.agent.zygote import Zygote
 
-PRELOAD = (*MODULES, "elastic.serve.supervisor", "elastic.serve.role_fork")
+STDERR = 2
+PRELOAD = (
+    *MODULES, "elastic.cli.client", "elastic.cli.doctor", "elastic.cli.rollout", "elastic.explain",
+    "elastic.serve.role_fork", "elastic.serve.supervisor",
+)  # fmt: skip
 FORKED_S = 120.0  # imports included, on a busy machine
+ENDED_S = 10.0  # max wait for the end of a command that was killed
 
 
 class WarmProcess:
@@ -53,7 +60,8 @@ class WarmProcess:
     def send_signal(self, number: int) -> None:
         """Whatever it does with it; none if it has ended."""
         if not self._status.done():
-            signal.pidfd_send_signal(self._pidfd, number)
+            with suppress(ProcessLookupError):  # its status is on its way
+                signal.pidfd_send_signal(self._pidfd, number)
 
     def kill(self) -> None:
         """SIGKILL."""
@@ -87,12 +95,34 @@ class WarmStart:
     def __exit__(self, *_: object) -> None:
         self._opened.close()
 
-    def start(self, arguments: Sequence[str], environ: Mapping[str, str], files: Sequence[int]) -> WarmProcess:
-        """`elastic ARGUMENTS`, in a session of its own. `files`: of its output, then what its environment names."""
-        command = Command.of("elastic.cli", arguments, environ, files[1:])
-        child = self._server.fork("chaos.target.warm_start:run", msgspec.msgpack.encode(command), files).result(
-            FORKED_S
-        )
+    def start(self, arguments: Sequence[str], environ: Mapping[str, str], output: int) -> WarmProcess:
+        """`elastic ARGUMENTS`, in a session of its own. An agent of it need not start a forkserver."""
+        with self.zygote.forkserver() as forkserver:
+            number = forkserver.fileno()
+            return self._start(arguments, {**environ, FORKSERVER_FD: str(number)}, [output, number], [number])
+
+    def run(
+        self, arguments: Sequence[str], environ: Mapping[str, str], timeout_s: float
+    ) -> subprocess.CompletedProcess[str]:
+        """`elastic ARGUMENTS`, to its end, with what it said. subprocess.TimeoutExpired: it was killed."""
+        with TemporaryFile() as out, TemporaryFile() as err:
+            process = self._start(arguments, environ, [out.fileno(), err.fileno()], [STDERR])
+            try:
+                status = process.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(ENDED_S)
+                raise
+            finally:
+                process.close()
+            return subprocess.CompletedProcess(["elastic", *arguments], status, _text(out), _text(err))
+
+    def _start(
+        self, arguments: Sequence[str], environ: Mapping[str, str], files: Sequence[int], numbers: Sequence[int]
+    ) -> WarmProcess:
+        """`files`: of its output, then those that are to have these `numbers`."""
+        command = msgspec.msgpack.encode(Command.of("elastic.cli", arguments, environ, numbers))
+        child = self._server.fork("chaos.target.warm_start:run", command, files).result(FORKED_S)
         return WarmProcess(child, self._end_of(child.pid))
 
     def _on_exit(self, pid: int, status: int) -> None:
@@ -104,6 +134,11 @@ class WarmStart:
             if pid in self._ends:
                 return self._ends.pop(pid)
             return self._ends.setdefault(pid, Future())
+
+
+def _text(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode()
 
 
 def run(payload: bytes, files: list[int]) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -14,27 +12,11 @@ import pytest
 from chaos.target.cluster import ServedCluster
 from tests.e2e.conftest import Serve
 from tests.support.helpers import eventually
-from tests.support.served import elastic, stream_all, texts_of
+from tests.support.served import another, elastic, stream_all, texts_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 T = 60.0
-
-
-@contextmanager
-def agent(cluster: ServedCluster, node: str) -> Iterator[subprocess.Popen[bytes]]:
-    """`elastic agent` of another node, on this machine."""
-    address = cluster.state.address()
-    where = ["--etcd", ",".join(address.etcd), "--cluster", address.cluster, "--state-dir", str(cluster.state.path)]
-    with cluster.state.log(f"agent-{node}").open("ab") as out:
-        command = [sys.executable, "-m", "elastic.cli", "agent", "--node", node, *where]
-        process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait(timeout=10.0)
 
 
 def where(cluster: ServedCluster) -> dict[int, str]:
@@ -50,7 +32,7 @@ def test_sigterm_hands_an_agents_work_over(serve: Serve, demo_model: Path) -> No
     cluster.wait_serving(2)
     model = cluster.model_name()
     expected = texts_of(cluster, model, 300)
-    with agent(cluster, "other") as other:
+    with another(cluster, "agent", "--node", "other") as other:
         eventually(lambda: "other" in cluster.client().state().agents, T, "the second agent to register")
         assert elastic(cluster, "scale", "4")["phase"] == "done"
         assert of(cluster, "other")() == 2
@@ -73,7 +55,7 @@ def test_the_size_follows_the_agents(serve: Serve, demo_model: Path) -> None:
     cluster.wait_serving(2)
     assert elastic(cluster, "status")["owner"] == "agents"
     with ExitStack() as stack:
-        other = stack.enter_context(agent(cluster, "other"))
+        other = stack.enter_context(another(cluster, "agent", "--node", "other"))
         cluster.wait_serving(4, timeout_s=T)
         assert of(cluster, "other")() == 2
         other.send_signal(signal.SIGTERM)

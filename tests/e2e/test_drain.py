@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +16,9 @@ from membership.operations.change import scale
 from membership.store.records import Phase
 from tests.e2e.conftest import Serve
 from tests.support.helpers import eventually
-from tests.support.served import elastic, stream_all, texts_of
+from tests.support.served import command, elastic, elastic_text, refused, stream_all, texts_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
-
-
-def refused(cluster: ServedCluster, *arguments: str) -> str:
-    command = [sys.executable, "-m", "elastic.cli", *arguments, "--state-dir", str(cluster.state.path)]
-    outcome = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert outcome.returncode == 1, outcome
-    assert (outcome.stderr.startswith("error: "), outcome.stderr.count("\n")) == (True, 1), outcome.stderr
-    return outcome.stderr
 
 
 def serving(cluster: ServedCluster) -> list[int]:
@@ -36,8 +26,7 @@ def serving(cluster: ServedCluster) -> list[int]:
 
 
 def planned(cluster: ServedCluster, *arguments: str) -> tuple[int, dict[str, Any]]:
-    command = [sys.executable, "-m", "elastic.cli", *arguments, "--plan", "-o", "json"]
-    outcome = subprocess.run([*command, "--state-dir", str(cluster.state.path)], capture_output=True, timeout=60)
+    outcome = command(cluster, *arguments, "--plan", "-o", "json")
     return outcome.returncode, json.loads(outcome.stdout)
 
 
@@ -63,11 +52,6 @@ def test_rank_0_is_drained_and_comes_back_while_requests_stream(serve: Serve, de
     assert [f.result(timeout=180) for f in streams] == expected
     assert serving(cluster) == [0, 1, 2, 3]
     assert "is done, and stands" in refused(cluster, "ops", "cancel", "out")
-
-
-def elastic_text(cluster: ServedCluster, *arguments: str) -> str:
-    command = [sys.executable, "-m", "elastic.cli", *arguments, "--state-dir", str(cluster.state.path)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
 
 
 def test_a_scale_is_cancelled_while_its_ranks_start(demo_model: Path, tmp_path: Path, warm: WarmStart) -> None:

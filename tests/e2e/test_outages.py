@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
@@ -23,7 +21,7 @@ from membership.store.etcd import connect
 from tests.e2e.conftest import Serve
 from tests.support.etcd_members import three_members
 from tests.support.helpers import eventually
-from tests.support.served import answered, fault_free, role_pid, streaming
+from tests.support.served import another, answered, fault_free, role_pid, streaming
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
@@ -153,30 +151,18 @@ def test_etcd_loses_its_leader(serve: Serve, demo_model: Path, tmp_path: Path) -
         cluster.__exit__()
 
 
-@contextmanager
-def second_agent(cluster: ServedCluster) -> Iterator[int]:
-    """Another agent, as if of a second host; its process id."""
-    command = [sys.executable, "-m", "elastic.cli", "agent", "--node", "second", "--state-dir", str(cluster.state.path)]
-    process = subprocess.Popen(command)
-    try:
-        eventually(lambda: "second" in cluster.client().state().agents, T, "the second agent's record")
-        yield process.pid
-    finally:
-        process.terminate()
-        process.wait(T)
-
-
 def test_an_agents_death_takes_its_ranks_and_only_those(serve: Serve, demo_model: Path) -> None:
     cluster = serve(demo_model, 2)
     cluster.wait_serving(2)
-    with second_agent(cluster) as agent:
+    with another(cluster, "agent", "--node", "second") as agent:
+        eventually(lambda: "second" in cluster.client().state().agents, T, "the second agent's record")
         cluster.scale(4)
         with under_load(cluster, 4):
             before = cluster.status()["ranks"]
             lost = [r for r in before if r["node"] == "second"]
             assert len(lost) == 2, before
             theirs = processes(lost)
-            kill(agent)
+            kill(agent.pid)
             _, alive = psutil.wait_procs(theirs, timeout=T)
             assert not alive
             eventually(lambda: placed(cluster, "second") == set(), T, "the lost ranks to be placed elsewhere")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +13,11 @@ from chaos.workload.history import compare
 from chaos.workload.streams import Workload
 from tests.e2e.conftest import Serve
 from tests.support.helpers import eventually
-from tests.support.served import fault_free
+from tests.support.served import elastic, fault_free
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
 RANKS, VICTIM, INTENSITY = 3, 1, 3
-
-
-def elastic(cluster: ServedCluster, *arguments: str) -> Any:
-    command = [sys.executable, "-m", "elastic.cli", *arguments, "--state-dir", str(cluster.state.path), "-o", "json"]
-    outcome = subprocess.run(command, capture_output=True, text=True, timeout=150, check=True)
-    return json.loads(outcome.stdout)
 
 
 def state_of(cluster: ServedCluster, rank: int = VICTIM) -> str:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from contextlib import closing
 from pathlib import Path
@@ -25,7 +23,7 @@ from membership.store.keys import Keys
 from membership.store.records import ExpertLoad
 from tests.e2e.conftest import Serve
 from tests.support.helpers import eventually
-from tests.support.served import fault_free, shows
+from tests.support.served import command, fault_free, shows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
@@ -176,26 +174,21 @@ def test_who_asks_need_not_wait_for_the_background(serve: Serve, demo_model: Pat
     config = cluster.client().state().config
     assert config is not None
     assert (config.rebalance_bytes, config.coverage_deadline_s, config.load_bytes_per_s) == (12 << 20, 20.0, 10**9)
-    before = elastic(cluster, "rebalance", "--plan")
+    before = command(cluster, "rebalance", "--plan")
     assert before.returncode == 0, "nothing is measured yet, nothing is missing"
     skew(cluster, 22, 12)  # the background leaves that alone
-    planned = elastic(cluster, "rebalance", "--plan", "-o", "json")
+    planned = command(cluster, "rebalance", "--plan", "-o", "json")
     assert planned.returncode == 2, planned.stderr
     plan = json.loads(planned.stdout)
     assert plan["bytes_moved"] == plan["slots"] * config.expert_bytes <= config.rebalance_bytes
     assert 1.3 > plan["imbalance_before"] > plan["imbalance_after"]
     assert not plan["unasked"]
-    elastic(cluster, "pause", "--ttl", "1m")
-    refused = elastic(cluster, "rebalance")
+    command(cluster, "pause", "--ttl", "1m")
+    refused = command(cluster, "rebalance")
     assert (refused.returncode, refused.stderr.count("paused")) == (1, 1)
-    elastic(cluster, "resume")
-    asked = elastic(cluster, "rebalance")
+    command(cluster, "resume")
+    asked = command(cluster, "rebalance")
     assert (asked.returncode, "asked for" in asked.stdout) == (0, True), asked.stderr
     (moved,) = eventually(lambda: commits(cluster, plan["epoch"])[:1], 60.0, "a rebalance", interval_s=0.1)
     assert "load is balanced" in str(staging(cluster, moved))
     assert moved.fields["experts_taken"] > 0
-
-
-def elastic(cluster: ServedCluster, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "elastic.cli", *arguments, "--state-dir", str(cluster.state.path)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)

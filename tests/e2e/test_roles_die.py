@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import httpx
@@ -21,7 +19,7 @@ from membership.base.process_stats import command_words
 from membership.base.run_dir import remove_run_dir, run_dir
 from tests.e2e.conftest import Serve
 from tests.support.helpers import eventually, running, shm_as_before
-from tests.support.served import completion, fault_free, role_pid, streaming
+from tests.support.served import another, completion, fault_free, role_pid, streaming
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
@@ -77,11 +75,8 @@ def test_a_gateway_dies_and_its_neighbour_serves_on(serve: Serve, demo_model: Pa
     cluster = serve(demo_model, RANKS)
     cluster.wait_serving(RANKS)
     port, admin_port = free_ports(2)
-    command = [sys.executable, "-m", "elastic.cli", "gateway", "--state-dir", str(cluster.state.path)]
-    neighbour = subprocess.Popen(
-        [*command, "--port", str(port), "--admin-port", str(admin_port)], env={**os.environ, "ELASTIC_ADMIN_TOKEN": "t"}
-    )
-    try:
+    ports = ["--port", str(port), "--admin-port", str(admin_port)]
+    with another(cluster, "gateway", *ports, environ={"ELASTIC_ADMIN_TOKEN": "t"}) as neighbour:
         other = f"http://127.0.0.1:{port}"
         eventually(lambda: reachable(other), 60.0, "the second gateway to be ready")
         model = cluster.model_name()
@@ -100,9 +95,8 @@ def test_a_gateway_dies_and_its_neighbour_serves_on(serve: Serve, demo_model: Pa
             history = workload.stop()
         verdict = compare(history, oracle)
         assert verdict.ok, verdict.differences
-    finally:
         neighbour.send_signal(signal.SIGTERM)
-        neighbour.wait(timeout=30)
+        assert neighbour.wait(timeout=60.0) == 0
 
 
 class Cut:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import openai
@@ -12,7 +10,7 @@ import pytest
 from chaos.faults import kill
 from tests.e2e.conftest import Serve
 from tests.support.helpers import eventually
-from tests.support.served import elastic, stream_all, texts_of
+from tests.support.served import command, elastic, refused, stream_all, texts_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
@@ -74,20 +72,9 @@ def test_scale_is_idempotent_and_refuses_what_cannot_be(serve: Serve, demo_model
     assert first["id"] == again["id"] == "grow"
     assert first["epoch"] == again["epoch"]
 
-    def refused(*arguments: str) -> str:
-        command = [sys.executable, "-m", "elastic.cli", "scale", *arguments, "--state-dir", str(cluster.state.path)]
-        outcome = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        assert outcome.returncode == 1, outcome
-        assert outcome.stderr.startswith("error: ")
-        assert outcome.stderr.count("\n") == 1
-        return outcome.stderr
-
-    assert "0" in refused("0")
-    assert "1000" in refused("1000", "--plan")
-    assert "epoch" in refused("4", "--if-epoch", "1")
-    planned = subprocess.run(
-        [sys.executable, "-m", "elastic.cli", "scale", "4", "--plan", "--state-dir", str(cluster.state.path)],
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+    assert "0" in refused(cluster, "scale", "0")
+    assert "1000" in refused(cluster, "scale", "1000", "--plan")
+    assert "epoch" in refused(cluster, "scale", "4", "--if-epoch", "1")
+    planned = command(cluster, "scale", "4", "--plan")
     assert planned.returncode == 2, planned
     assert cluster.status()["desired"] == 3

@@ -6,9 +6,7 @@ A second controller stands by, so that a case need not wait for the supervisor's
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -19,7 +17,7 @@ import psutil
 
 from chaos.faults import kill
 from chaos.target.cluster import ServedCluster
-from chaos.target.warm_start import WarmStart
+from chaos.target.warm_start import WarmProcess, WarmStart
 from chaos.workload.history import compare
 from chaos.workload.streams import Load, Workload
 from elastic.cli.client import wait_for
@@ -31,7 +29,7 @@ from membership.store import codec
 from membership.store.keys import Keys
 from membership.store.records import ClusterState, LeaderRecord, Operation, RankRecord
 from tests.support.helpers import eventually
-from tests.support.served import role_pid
+from tests.support.served import another, role_pid
 
 T = 60.0
 DEADLINE_S = 30.0  # of an operation
@@ -49,12 +47,13 @@ class HeldCluster:
         for gate in self._gates.values():
             gate.touch()
         faults = ";".join(f"{point}=wait:{gate}" for point, gate in self._gates.items())
-        self._environ = {**os.environ, ENV: faults}
+        self._environ = {ENV: faults}
         self.cluster = ServedCluster(
-            model, ranks, state_dir=folder / "state", flags=FLAGS, environ={ENV: faults}, warm=warm
+            model, ranks, state_dir=folder / "state", flags=FLAGS, environ=self._environ, warm=warm
         )
         self._opened = ExitStack()
-        self._standby: subprocess.Popen[bytes] | None = None
+        self._standby: WarmProcess | None = None
+        self._standing_by = ExitStack()
         self._checked = 0
         self.broken = ""  # the case that left it in a state which no other can start from
 
@@ -130,15 +129,13 @@ class HeldCluster:
             self._stand_by()
 
     def _stand_by(self) -> None:
-        self._standby = subprocess.Popen(
-            [sys.executable, "-m", "elastic.cli", "controller", "--state-dir", str(self.cluster.state.path)],
-            env=self._environ, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
+        self._standby = self._standing_by.enter_context(another(self.cluster, "controller", environ=self._environ))
 
     def _end_standby(self) -> None:
         if self._standby is not None:
-            self._standby.terminate()
-            self._standby.wait(timeout=T)
+            self._standby.send_signal(signal.SIGTERM)
+            self._standby.wait(T)
+            self._standing_by.close()
 
     def process_of(self, rank: int) -> RankRecord:
         """The latest process in a slot."""

@@ -12,7 +12,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +22,67 @@ import openai
 import psutil
 
 from chaos.target.cluster import ServedCluster
+from chaos.target.warm_start import WarmProcess
 from chaos.workload.history import RequestRecord
 from chaos.workload.streams import PROMPTS, Workload
 from membership.base.errors import StoreError
 from membership.base.process_stats import command_words
 from tests.support.helpers import eventually
 
+COMMAND_S = 150.0  # max time of a command, on a busy machine
 _records: dict[str, dict[int, RequestRecord]] = {}
 
 
 _texts: dict[tuple[str, int], list[str]] = {}
 
 
-def elastic(cluster: ServedCluster, *arguments: str) -> dict[str, Any]:
-    outcome = subprocess.run(
-        [sys.executable, "-m", "elastic.cli", *arguments, "--state-dir", str(cluster.state.path), "-o", "json"],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+def command(
+    cluster: ServedCluster, *arguments: str, environ: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`elastic ARGUMENTS` of this cluster to its end, in a process that was forked from where the cluster was."""
+    words = [*arguments, "--state-dir", str(cluster.state.path)]
+    variables = {**os.environ, **(environ or {})}
+    if cluster.warm is not None:
+        return cluster.warm.run(words, variables, COMMAND_S)
+    started = [sys.executable, "-m", "elastic.cli", *words]
+    return subprocess.run(started, env=variables, capture_output=True, text=True, timeout=COMMAND_S, check=False)
+
+
+def elastic(cluster: ServedCluster, *arguments: str) -> Any:
+    """What a command says as JSON: in its last line."""
+    outcome = command(cluster, *arguments, "-o", "json")
     assert outcome.returncode == 0, outcome.stderr
-    return dict(json.loads(outcome.stdout.strip().splitlines()[-1]))
+    return json.loads(outcome.stdout.strip().splitlines()[-1])
+
+
+def elastic_text(cluster: ServedCluster, *arguments: str) -> str:
+    """What it says for people."""
+    outcome = command(cluster, *arguments)
+    assert outcome.returncode == 0, outcome.stderr
+    return outcome.stdout
+
+
+def refused(cluster: ServedCluster, *arguments: str) -> str:
+    """The one line with which it is refused."""
+    outcome = command(cluster, *arguments)
+    assert outcome.returncode == 1, outcome
+    assert (outcome.stderr.startswith("error: "), outcome.stderr.count("\n")) == (True, 1), outcome.stderr
+    return outcome.stderr
+
+
+@contextmanager
+def another(cluster: ServedCluster, *arguments: str, environ: Mapping[str, str] | None = None) -> Iterator[WarmProcess]:
+    """One more process of a cluster, as of another host: `elastic agent --node second`. It is killed at the end."""
+    assert cluster.warm is not None
+    words = [*arguments, "--state-dir", str(cluster.state.path)]
+    with cluster.state.log(f"another-{arguments[0]}").open("ab") as out:
+        process = cluster.warm.start(words, {**os.environ, **(environ or {})}, out.fileno())
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait(30.0)
+        process.close()
 
 
 def completion(cluster: ServedCluster) -> str:

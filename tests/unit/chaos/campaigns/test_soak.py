@@ -9,6 +9,7 @@ import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from chaos.campaigns.bursts import FOR_EACH_KIND, KINDS, ROLES, SHARES, Quota, bursts
 from chaos.campaigns.soak import Soak
@@ -21,21 +22,22 @@ from chaos.workload.history import RequestRecord
 pytestmark = pytest.mark.unit
 
 WHOLE = RequestRecord(prompt=0, started=0.0, tokens=("a", "b"), token_times=(0.1, 0.2), finish_reason="length")
-QUOTA = Quota(kills=100, zombies=2, outages=1, roles=1, requests=1)
+KILLS = 200
+QUOTA = Quota(kills=KILLS, zombies=2, outages=1, roles=1, requests=1)
 
 
 def injected(fault: str, victim: str, times: int) -> list[Injected]:
     return [Injected(fault=fault, victim=victim, at=0.0, seen_at=0.1, proof="seen")] * times
 
 
-def finished(kills: int = 100, grown_mb: float = 0.0, grown_files: int = 0) -> Soak:
+def finished(kills: int = KILLS, grown_mb: float = 0.0, grown_files: int = 0) -> Soak:
     def held(at: int) -> dict[str, Footprint]:
         return {"engine 7": Footprint(80.0 + grown_mb * at / 100, 30 + grown_files * at // 100, 9)}
 
     faults = injected("kill", "rank 1", kills) + injected("stop", "rank 2", 2) + injected("stop", "etcd", 1)
     return Soak(
         seed=1, ranks=4, quota=QUOTA, injected=faults + injected("kill", "engine", 1),
-        looks=[(at, held(at)) for at in range(20, 101, 20)],
+        looks=[(at, held(at)) for at in range(20, kills + 1, 20)],
         oracle={0: WHOLE}, history=[WHOLE], restored_ms=[500.0], processes=(12, 12),
     )  # fmt: skip
 
@@ -87,14 +89,14 @@ def test_a_process_in_anothers_place_is_another_one(monkeypatch: pytest.MonkeyPa
 def test_a_clean_soak_holds() -> None:
     receipt = finished().receipt()
     assert receipt.ok, receipt.broken
-    assert (receipt.kills, receipt.zombies, receipt.outages, receipt.roles) == (100, 2, 1, 1)
+    assert (receipt.kills, receipt.zombies, receipt.outages, receipt.roles) == (KILLS, 2, 1, 1)
     assert (receipt.requests, receipt.lost) == (1, 0)
 
 
 @pytest.mark.parametrize(
     ("soak", "said"),
     [
-        (finished(kills=99), "99 kills instead of 100"),
+        (finished(kills=199), "199 kills instead of 200"),
         (finished(grown_mb=1.5), "memory of engine 7 grows by 1.5 MB"),
         (finished(grown_files=20), "open files of engine 7"),
     ],
@@ -103,6 +105,12 @@ def test_what_broke_is_said(soak: Soak, said: str) -> None:
     receipt = soak.receipt()
     assert not receipt.ok
     assert said in " ".join(receipt.broken)
+
+
+def test_what_a_process_grows_by_while_it_warms_up_is_no_leak() -> None:
+    shorter = finished(kills=KILLS - 1, grown_mb=1.5)
+    shorter.quota = replace(QUOTA, kills=KILLS - 1)
+    assert shorter.receipt().ok
 
 
 def test_a_lost_request_and_leftovers_break_it() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from chaos.campaigns.bursts import FOR_EACH_KIND
 from chaos.campaigns.suite import Goal, Part, Receipt, at_least, run_suite
 from chaos.campaigns.suite_parts import Dose, parts
 from chaos.cli.suite import show
@@ -48,13 +50,28 @@ def test_each_part_is_a_command_that_there_is(tmp_path: Path) -> None:
     assert {each.arguments[0] for stage in parts(1, tmp_path) for each in stage} <= set(commands)
 
 
-def test_a_share_simulates_less_and_leaves_no_part_out(tmp_path: Path) -> None:
+def test_a_share_does_less_and_leaves_no_part_out(tmp_path: Path) -> None:
+    """A third of what is simulated. Of the soak a half: enough for each kind of burst."""
     whole, third = (
-        {each.name: each.arguments for stage in parts(1, tmp_path, dose=Dose(share)) for each in stage}
-        for share in (1, 3)
+        {each.name: each for stage in parts(1, tmp_path, dose=Dose(share)) for each in stage} for share in (1, 3)
     )
     assert whole.keys() == third.keys()
-    drawn = [(int(a), int(b)) for a, b in zip(whole["simulate"], third["simulate"], strict=True) if a != b]
-    assert drawn
-    assert all(b == -(-a // 3) for a, b in drawn)
-    assert all(whole[name] == third[name] for name in whole.keys() - {"simulate"})
+    for name, share in (("simulate", 3), ("soak", 2)):
+        numbers = zip(whole[name].arguments, third[name].arguments, strict=True)
+        drawn = [(int(a), int(b)) for a, b in numbers if a != b]
+        assert drawn
+        assert all(b == -(-a // share) for a, b in drawn)
+    assert all(whole[name].arguments == third[name].arguments for name in whole.keys() - {"simulate", "soak"})
+    numbers = dict(itertools.pairwise(third["soak"].arguments))
+    done = {name: int(numbers[f"--{name}"]) for name in ("kills", "zombies", "outages", "requests")}
+    clean = dict.fromkeys(("lost", "duplicated", "altered", "non_2xx"), 0) | {"broken": []}
+    assert done["kills"] >= FOR_EACH_KIND
+    assert all(goal.ok for goal in third["soak"].goals({**done, **clean}))
+    assert [goal.ok for goal in whole["soak"].goals({**done, **clean})].count(False) == len(done)
+
+
+def test_a_speed_is_judged_of_what_runs_alone(tmp_path: Path) -> None:
+    stages = {pace: [[each.name for each in stage] for stage in parts(1, tmp_path, pace)] for pace in (True, False)}
+    assert stages[True][:2] == [["simulate"], ["planted"]]
+    assert stages[False][0] == ["simulate", "planted"]
+    assert stages[True][2:] == stages[False][1:]
