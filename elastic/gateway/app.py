@@ -23,6 +23,7 @@ from elastic.gateway import health, openai, tokenization
 from elastic.gateway.access import Access
 from elastic.gateway.admin import Admin, admin_app
 from elastic.gateway.admin_token import AdminToken
+from elastic.gateway.answer.formats import format_for
 from elastic.gateway.engine_link import EngineLink, LinkSettings
 from elastic.gateway.http import new_app
 from elastic.gateway.key_ring import KeyRing
@@ -141,7 +142,17 @@ def _service(
         sampling = sampling_defaults(files)
         if ignored := not_applied(files):
             log.warning("generation_config_not_applied", keys=ignored)
-    return openai.Service(config, Tokenizer(files), link, metrics, started=time.time(), sampling=sampling)
+    tokenizer, api = Tokenizer(files), settings.api
+    return openai.Service(
+        config,
+        tokenizer,
+        link,
+        metrics,
+        started=time.time(),
+        sampling=sampling,
+        tool_calls=format_for(api.tool_call_parser, tokenizer.tool_template_text),
+        reasoning=api.reasoning_parser,
+    )
 
 
 def _public_app(service: openai.Service, readiness: health.Readiness) -> FastAPI:

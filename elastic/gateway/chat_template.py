@@ -10,10 +10,10 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -23,6 +23,10 @@ from membership.base.errors import RequestError
 
 Message = Mapping[str, Any]
 PROBE = "text-or-parts"  # a content to be found again in what a template makes of it
+PROBE_ARGUMENTS = {"probe": 1}
+NO_CONTENT: tuple[Message, ...] = ({}, {"content": None}, {"content": ""})
+PROBE_SHOWN = ('"probe": 1', '"probe":1')
+ASKED_FOR = ("tools", "reasoning_effort")  # variables that are refused where the template does not read them
 # What a template runs into that was not made for this conversation: its author's mistake or the client's, never ours.
 REFUSALS = (
     jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError,
@@ -36,16 +40,22 @@ class ChatTemplate:
         self._text = text
         self._specials = dict(specials)
 
-    def render(self, messages: Sequence[Message], **variables: Any) -> str:
+    def render(self, messages: Sequence[Message], /, **variables: Any) -> str:
         """The prompt up to where the assistant's answer begins; RequestError if the template refuses the messages."""
         try:
             return self._render([self._adapted(message) for message in messages], **variables)
         except REFUSALS as error:
             raise RequestError(f"the model's chat template refuses this: {error}", param="messages") from error
 
-    def _render(self, messages: Sequence[Message], **variables: Any) -> str:
+    def require(self, variables: Mapping[str, Any]) -> None:
+        """RequestError if the template would leave out what was asked for: tools, an effort of reasoning."""
+        for name in ASKED_FOR:
+            if variables.get(name) and name not in self._variables:
+                raise _left_out(name, name)
+
+    def _render(self, messages: Sequence[Message], /, **variables: Any) -> str:
         given = {"tools": None, "documents": None, "add_generation_prompt": True, **self._specials, **variables}
-        return self._template.render(messages=messages, **given)
+        return self._template.render({**given, "messages": messages})
 
     def _adapted(self, message: Message) -> Message:
         """The message as the template wants it: a role that it knows, a content of the kind that it reads."""
@@ -56,7 +66,47 @@ class ChatTemplate:
             adapted["content"] = "".join(part["text"] for part in content)
         elif isinstance(content, str) and self._reads_parts and not self._reads_text:
             adapted["content"] = [{"type": "text", "text": content}]
+        if message.get("tool_calls"):
+            self._adapt_calls(adapted)
         return adapted
+
+    def _adapt_calls(self, message: dict[str, Any]) -> None:
+        if self._calls is None:
+            raise _left_out("the tool calls of messages", "messages")
+        if not message.get("content"):
+            message.pop("content", None)
+            message |= self._calls.content
+        if self._calls.parsed:
+            message["tool_calls"] = [
+                {**call, "function": {**call["function"], "arguments": _arguments(call["function"]["arguments"])}}
+                for call in message["tool_calls"]
+            ]
+
+    @cached_property
+    def _calls(self) -> _Calls | None:
+        """How the template reads tool calls; None: not at all. What transformers does comes first."""
+        found = []
+        for form in (_Calls(content, parsed) for content in NO_CONTENT for parsed in (True, False)):
+            arguments = PROBE_ARGUMENTS if form.parsed else json.dumps(PROBE_ARGUMENTS)
+            function = {"name": PROBE, "arguments": arguments}
+            call = {"id": "a1b2c3d4e", "type": "function", "function": function}
+            asked = {"role": "user", "content": "x"}
+            messages: list[Message] = [asked, {"role": "assistant", **form.content, "tool_calls": [call]}]
+            try:
+                text = self._render(messages)
+            except REFUSALS:
+                continue
+            if PROBE in text and any(each in text for each in PROBE_SHOWN):
+                found.append((form, "None" in text))
+        return next((form for form, odd in found if not odd), found[-1][0] if found else None)
+
+    @cached_property
+    def _variables(self) -> set[str]:
+        """What it reads beside its own."""
+        try:
+            return meta.find_undeclared_variables(self._environment.parse(self._text))
+        except jinja2.TemplateError:  # to be reported when it is rendered
+            return set(ASKED_FOR)
 
     @cached_property
     def _reads_text(self) -> bool:
@@ -80,6 +130,10 @@ class ChatTemplate:
 
     @cached_property
     def _template(self) -> jinja2.Template:
+        return self._environment.from_string(self._text)
+
+    @cached_property
+    def _environment(self) -> jinja2.Environment:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
         )
@@ -88,7 +142,28 @@ class ChatTemplate:
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         environment.globals["dict"] = _Dict()
         environment.globals["namespace"] = _Namespace
-        return environment.from_string(self._text)
+        return environment
+
+
+class _Calls(NamedTuple):
+    """What a template wants beside tool calls without a text, and whether it wants their arguments parsed."""
+
+    content: Message
+    parsed: bool
+
+
+def _arguments(text: str) -> Any:
+    """The arguments of a call as an object; none are an empty one."""
+    try:
+        found = json.loads(text or "{}")
+    except ValueError as error:
+        raise RequestError(f"messages: the arguments of a tool call are no JSON: {error}", param="messages") from error
+    return found
+
+
+def _left_out(what: str, param: str) -> RequestError:
+    message = f"the model's chat template has no place for {what}"
+    return RequestError(message, param=param, code="unsupported_parameter", hint="say it in a message")
 
 
 class _Generation(Extension):

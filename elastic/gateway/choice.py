@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from elastic.gateway.answer.reader import Reader
+from elastic.gateway.answer.said import NOTHING, Said, gathered
 from elastic.gateway.journal import Delta
 from elastic.gateway.prompt_echo import TokenEntry, fewer, prompt_entries
 from elastic.gateway.text import StopMatcher
@@ -20,6 +22,8 @@ class Piece(NamedTuple):
     entries: tuple[TokenEntry, ...] = ()
     finish_reason: str = ""
     stopped: bool = False
+    said: Said = NOTHING  # the same text by what it is
+    called: bool = False  # a tool, so far
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,9 @@ class Choice:
         extent: Extent = WHOLE,
         *,
         first: bool = True,
+        reader: Reader | None = None,
     ) -> None:
-        """`first`: of its prompt's choices. Usage counts a prompt once."""
+        """`first`: of its prompt's choices. Usage counts a prompt once. `reader`: None: all is plain text."""
         self.text = ""
         self.entries: list[TokenEntry] = []
         self.tokens = 0
@@ -57,8 +62,10 @@ class Choice:
         self.finish_reason = ""
         self.prompt = prompt
         self.prompt_logprobs: list[TokenLogprobs] | None = None  # of all tokens but the first
+        self._reader = reader
+        self._said: list[Said] = []
         self._tokenizer = tokenizer
-        self._detokenizer = tokenizer.detokenizer(prompt)
+        self._detokenizer = tokenizer.detokenizer(prompt, reader.marks if reader else ())
         self._stops = stops
         self._extent = extent
         self._offset = 0  # characters of all tokens' text, held back ones included
@@ -78,7 +85,25 @@ class Choice:
         self.text += text
         self.entries += entries
         self.finish_reason = reason
-        return Piece(text, tuple(entries), reason, stopped)
+        said = self._read(text, ended=bool(reason))
+        self._said.append(said)
+        return Piece(text, tuple(entries), reason, stopped, said, self.called)
+
+    @property
+    def said(self) -> Said:
+        """The text so far by what it is."""
+        return gathered(self._said)
+
+    @property
+    def called(self) -> bool:
+        """Whether it has a tool call."""
+        return self._reader is not None and self._reader.called
+
+    def _read(self, text: str, *, ended: bool) -> Said:
+        if self._reader is None:
+            return Said(text)
+        said = self._reader.push(text)
+        return gathered((said, self._reader.flush())) if ended else said
 
     def _begin(self, delta: Delta) -> tuple[str, list[TokenEntry]]:
         """What comes before the first token."""

@@ -52,7 +52,8 @@ class Extra:
 
 
 ONE_AT_A_TIME = "ask for each alternative with n"
-NO_TOOLS = "describe the tools in a message, and read the answer's text"
+CHAT_ONLY = "only /v1/chat/completions has it"
+OLD_TOOLS = "use tools and tool_choice"
 TEXT_ONLY = "this serves text models"
 
 EXTRAS = (
@@ -72,18 +73,17 @@ EXTRAS = (
     Extra("echo", Of.OPENAI, (False,), "only /v1/completions has it"),
     Extra("best_of", Of.OPENAI, (1,), ONE_AT_A_TIME),
     Extra("suffix", Of.OPENAI, ("",), "put what surrounds the gap into the prompt"),
-    Extra("tools", Of.OPENAI, ([],), NO_TOOLS),
-    Extra("functions", Of.OPENAI, ([],), NO_TOOLS),
-    Extra("tool_choice", Of.OPENAI, ("none", "auto"), NO_TOOLS),
-    Extra("function_call", Of.OPENAI, ("none", "auto"), NO_TOOLS),
+    Extra("tools", Of.OPENAI, ([],), CHAT_ONLY),
+    Extra("functions", Of.OPENAI, ([],), OLD_TOOLS),
+    Extra("tool_choice", Of.OPENAI, ("none", "auto"), CHAT_ONLY),
+    Extra("function_call", Of.OPENAI, ("none", "auto"), OLD_TOOLS),
     Extra("modalities", Of.OPENAI, (["text"], []), TEXT_ONLY),
     Extra("audio", Of.OPENAI, ({},), TEXT_ONLY),
     Extra("service_tier", Of.OPENAI, ("auto", "default"), "there is one tier"),
     Extra("prediction", Of.OPENAI, ({},), "leave it out"),
     Extra("web_search_options", Of.OPENAI, (), "leave it out"),
-    Extra("reasoning_effort", Of.OPENAI, ("none",), "say in a message how much to think"),
-    Extra("tool_calls", Of.OPENAI, ([],), NO_TOOLS, Place.MESSAGE),
-    Extra("function_call", Of.OPENAI, ({},), NO_TOOLS, Place.MESSAGE),
+    Extra("reasoning_effort", Of.OPENAI, ("none",), CHAT_ONLY),
+    Extra("function_call", Of.OPENAI, ({},), "use tool_calls", Place.MESSAGE),
     Extra("refusal", Of.OPENAI, ("",), "put it into content", Place.MESSAGE),
     Extra("audio", Of.OPENAI, ({},), TEXT_ONLY, Place.MESSAGE),
     # vLLM's that would
@@ -97,7 +97,7 @@ EXTRAS = (
     Extra("continue_final_message", Of.VLLM, (False,), "send the rendered prompt to /v1/completions"),
     Extra("documents", Of.VLLM, ([],), "put them into a message"),
     Extra("chat_template", Of.VLLM, ("",), "send the rendered prompt to /v1/completions"),
-    Extra("chat_template_kwargs", Of.VLLM, ({},), "send the rendered prompt to /v1/completions"),
+    Extra("chat_template_kwargs", Of.VLLM, ({},), CHAT_ONLY),
     Extra("mm_processor_kwargs", Of.VLLM, ({},), TEXT_ONLY),
     Extra("truncate_prompt_tokens", Of.VLLM, (), "shorten the prompt"),
     Extra("prompt_embeds", Of.VLLM, ([],), "send text or token ids"),
@@ -106,7 +106,7 @@ EXTRAS = (
     Extra("vllm_xargs", Of.VLLM, ({},), "leave it out"),
     Extra("return_tokens_as_token_ids", Of.VLLM, (False,), "leave it out"),
     Extra("return_token_ids", Of.VLLM, (False,), "leave it out"),
-    Extra("include_reasoning", Of.VLLM, (True,), "reasoning is part of the text"),
+    Extra("include_reasoning", Of.VLLM, (True,), CHAT_ONLY),
     Extra("guided_decoding_backend", Of.VLLM),
     Extra("guided_whitespace_pattern", Of.VLLM, (), "leave it out"),
     # SGLang's that would
@@ -115,7 +115,7 @@ EXTRAS = (
     Extra("no_stop_trim", Of.SGLANG, (False,), "use include_stop_str_in_output"),
     Extra("stop_regex", Of.SGLANG, ([],), "use stop"),
     Extra("lora_path", Of.SGLANG, (), "leave it out"),
-    Extra("separate_reasoning", Of.SGLANG),  # reasoning is part of the text, whatever is asked for
+    Extra("separate_reasoning", Of.SGLANG),  # of a completion, reasoning is part of the text
     Extra("stream_reasoning", Of.SGLANG),
     Extra("return_hidden_states", Of.SGLANG, (False,), "leave it out"),
     Extra("custom_logit_processor", Of.SGLANG, ("",), "use logit_bias"),

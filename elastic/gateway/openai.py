@@ -12,13 +12,19 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
+import msgspec
 import structlog
 from fastapi import FastAPI, Request, Response
 from msgspec.structs import replace
 
 from elastic.gateway.access import Visit, visit_of
+from elastic.gateway.answer.formats import Format
+from elastic.gateway.answer.reader import Expected, Reader
+from elastic.gateway.answer.reasoning import reasons_first
+from elastic.gateway.answer.said import call_id
 from elastic.gateway.choice import Choice, Extent, Piece
 from elastic.gateway.engine_link import EngineLink
 from elastic.gateway.fields import Note, NotedOnce
@@ -31,12 +37,14 @@ from elastic.gateway.schema import MAX_SEED, ChatRequest, CommonRequest, Complet
 from elastic.gateway.structured import Forms
 from elastic.gateway.text import StopMatcher
 from elastic.gateway.tokenizer import Tokenizer
+from membership.base.enums import ReasoningParser
 from membership.base.errors import RequestError
 from membership.store.records import ClusterConfig
 from workers.model.text_files import SamplingDefaults
 from workers.protocol.messages import Sampling
 
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
+PROMPT_END = 8  # tokens, more than <think> and what surrounds it
 OPENAI_SAMPLING = SamplingDefaults()
 
 log = structlog.get_logger(__name__)
@@ -52,6 +60,8 @@ class Service:
     metrics: GatewayMetrics
     started: float
     sampling: SamplingDefaults = OPENAI_SAMPLING
+    tool_calls: Format | None = None  # how the model writes them
+    reasoning: ReasoningParser = ReasoningParser.NONE
     now: Callable[[], float] = time.time
     ignored: Note = field(default_factory=NotedOnce)
     random_seed: Callable[[], int] = lambda: secrets.randbelow(MAX_SEED)
@@ -112,7 +122,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
     async def chat_completions(request: Request) -> Response:
         asked = parse(await read_body(request), ChatRequest, service.ignored)
         require_model(service, asked.model)
-        prompt = await chat_token_ids(service, asked.messages)
+        prompt = await chat_token_ids(service, asked.messages, asked.variables)
         sampling = await _sampling(service, asked)
         job = _job(service, asked, [prompt], sampling, ChatRenderer, visit_of(request))
         return await _answer(request, service, asked, job)
@@ -125,13 +135,13 @@ def require_model(service: Service, name: str) -> None:
         raise RequestError(message, status=404, param="model", code="model_not_found")
 
 
-async def chat_token_ids(service: Service, messages: list[Message]) -> list[int]:
-    """A conversation as the model gets it."""
-    length = sum(message.characters for message in messages)
+async def chat_token_ids(service: Service, messages: list[Message], variables: dict[str, Any]) -> list[int]:
+    """A conversation as the model gets it. `variables`: what the chat template gets beside it."""
+    length = sum(message.characters for message in messages) + len(msgspec.json.encode(variables))
     if length > service.context * service.tokenizer.longest_token:
         raise _too_long(f"the messages have {length} characters", service, "messages")
     plain = [message.plain() for message in messages]
-    return known_tokens(service, await asyncio.to_thread(service.tokenizer.encode_chat, plain), "messages")
+    return known_tokens(service, await asyncio.to_thread(service.tokenizer.encode_chat, plain, variables), "messages")
 
 
 async def token_ids(service: Service, prompt: str | list[int], *, special: bool = True) -> list[int]:
@@ -177,6 +187,7 @@ def _job(
         visit=visit,
     )
     for prompt in prompts:
+        expects = _expected(service, asked, prompt)
         max_tokens = _max_tokens(service, asked, prompt)
         beside = -1 if asked.prompt_logprobs is None else asked.prompt_logprobs
         extent = Extent(asked.min_tokens, asked.echoed, max_tokens > 0, asked.wanted_logprobs, beside)
@@ -193,9 +204,28 @@ def _job(
             )
             job.sequences.append(sequence)
             stops = StopMatcher(asked.stop, keep=asked.include_stop_str_in_output)
-            choice = Choice(service.tokenizer, prompt, stops, extent, first=number == 0)
+            reader = Reader(expects, partial(call_id, sequence.id)) if expects else None
+            choice = Choice(service.tokenizer, prompt, stops, extent, first=number == 0, reader=reader)
             job.choices.append(choice)
     return job
+
+
+def _expected(service: Service, asked: CommonRequest, prompt: list[int]) -> Expected | None:
+    """What to look for in the answer; None: it is plain text."""
+    if not isinstance(asked, ChatRequest):
+        return None
+    form = service.tool_calls if asked.calls_tools else None
+    reasoning = service.reasoning if asked.separate_reasoning else ReasoningParser.NONE
+    if form is None and reasoning is ReasoningParser.NONE:
+        return None
+    return Expected(
+        form=form,
+        tools=frozenset(tool.function.name for tool in asked.tools),
+        parallel=asked.parallel_tool_calls,
+        reasoning=reasoning is not ReasoningParser.NONE,
+        reasons_first=reasons_first(reasoning, service.tokenizer.decode_all(prompt[-PROMPT_END:])),
+        show_reasoning=asked.include_reasoning,
+    )
 
 
 def _max_tokens(service: Service, asked: CommonRequest, prompt: list[int]) -> int:

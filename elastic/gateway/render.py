@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import msgspec
 
+from elastic.gateway.answer.said import NOTHING, Call, Said
 from elastic.gateway.choice import Choice, Piece
 from elastic.gateway.prompt_echo import TokenEntry
 from elastic.gateway.tokenizer import Tokenizer
@@ -48,9 +49,13 @@ class Renderer(ABC):
 
     def chunk(self, index: int, piece: Piece) -> Json | None:
         """The chunk for a piece; None if it would be empty."""
-        if not (piece.text or piece.entries or piece.finish_reason):
+        if not (self._shown(piece) or piece.entries or piece.finish_reason):
             return None
         return self._envelope(self.chunk_object, [self._chunk_choice(index, piece)])
+
+    def _shown(self, piece: Piece) -> bool:
+        """Whether it has something to say."""
+        return bool(piece.text)
 
     def usage_chunk(self, prompt_tokens: int, choices: Sequence[Choice]) -> Json | None:
         """The last chunk, if usage was asked for."""
@@ -152,20 +157,23 @@ class ChatRenderer(Renderer):
         """With the prompt's log probabilities beside the choices."""
         return super().whole(prompt_tokens, choices) | self._prompt_logprobs(choices[0])
 
+    def _shown(self, piece: Piece) -> bool:
+        return piece.said != NOTHING
+
     def _chunk_choice(self, index: int, piece: Piece) -> Json:
         return {
             "index": index,
-            "delta": {"content": piece.text} if piece.text else {},
+            "delta": _delta(piece.said),
             "logprobs": self._logprobs(piece.entries),
-            "finish_reason": piece.finish_reason or None,
+            "finish_reason": _reason(piece.finish_reason, called=piece.called) or None,
         }
 
     def _whole_choice(self, index: int, choice: Choice) -> Json:
         return {
             "index": index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "message": _message(choice.said),
             "logprobs": self._logprobs(choice.entries),
-            "finish_reason": choice.finish_reason,
+            "finish_reason": _reason(choice.finish_reason, called=choice.called),
         }
 
     def _logprobs(self, entries: Sequence[TokenEntry]) -> Json | None:
@@ -181,6 +189,38 @@ class ChatRenderer(Renderer):
 
     def _token(self, token: int, logprob: float) -> Json:
         return {"token": self._name(token), "logprob": logprob, "bytes": list(self._tokenizer.token_bytes(token))}
+
+
+def _message(said: Said) -> Json:
+    """A whole answer."""
+    message: Json = {"role": "assistant", "content": said.content, "refusal": None}
+    if said.reasoning:
+        message["reasoning_content"] = said.reasoning
+    if said.calls:
+        message["content"] = said.content or None
+        message["tool_calls"] = [_called(call) for call in said.calls]
+    return message
+
+
+def _delta(said: Said) -> Json:
+    """What a piece adds to it."""
+    delta: Json = {"content": said.content} if said.content else {}
+    if said.reasoning:
+        delta["reasoning_content"] = said.reasoning
+    if said.calls:
+        delta["tool_calls"] = [{"index": call.index} | _called(call) for call in said.calls]
+    return delta
+
+
+def _called(call: Call) -> Json:
+    """A tool call, or what is new of it: its name comes once."""
+    if not call.name:
+        return {"function": {"arguments": call.arguments}}
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _reason(finish_reason: str, *, called: bool) -> str:
+    return "tool_calls" if called and finish_reason == "stop" else finish_reason
 
 
 def usage(prompt_tokens: int, choices: Sequence[Choice]) -> Json:

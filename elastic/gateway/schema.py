@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from elastic.gateway.fields import Note, Place, without_extras
+from elastic.gateway.tools import MAX_NAME, ToolCall, ToolChoice, Tools, require_choice, template_variables
 from membership.base.errors import RequestError
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
@@ -239,21 +240,46 @@ class TextPart(OpenShape):
 
 
 class Message(OpenShape):
-    """One message of a conversation: text only. Clients send the assistant's own back, with all their fields."""
+    """One message of a conversation: text and tool calls. Clients send the assistant's back, with all their fields."""
 
     place = Place.MESSAGE
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
-    name: str | None = Field(default=None, max_length=256)
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    name: str | None = Field(default=None, max_length=MAX_NAME)
+    tool_calls: list[ToolCall] | None = Field(default=None, max_length=MAX_MESSAGES)
+    tool_call_id: str | None = Field(default=None, max_length=MAX_NAME)
+    reasoning_content: str | None = None
+    reasoning: str | None = None  # vLLM's newer name
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Message:
+        if self.tool_calls and self.role != "assistant":
+            raise RequestError("messages: tool_calls are the assistant's", param="messages")
+        if self.content is None and not (self.role == "assistant" and (self.tool_calls or self.thought)):
+            message = "messages.content is required"
+            raise RequestError(message, param="messages", code="missing_required_parameter")
+        return self
 
     def plain(self) -> dict[str, Any]:
         """As chat templates get it: what was said, in plain types."""
-        return self.model_dump(exclude_none=True)
+        plain = self.model_dump(exclude_none=True, exclude={"tool_calls", "reasoning_content", "reasoning"})
+        if self.thought:  # under both names, as transformers does
+            plain |= {"thinking": self.thought, "reasoning_content": self.thought}
+        if self.tool_calls:
+            plain["tool_calls"] = [call.model_dump(exclude_none=True) for call in self.tool_calls]
+        return plain
+
+    @property
+    def thought(self) -> str:
+        """The reasoning that it brings."""
+        return self.reasoning_content or self.reasoning or ""
 
     @property
     def characters(self) -> int:
         """Length of its text."""
-        return len(self.content) if isinstance(self.content, str) else sum(len(part.text) for part in self.content)
+        texts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content or ()]
+        calls = [each for call in self.tool_calls or () for each in (call.function.name, call.function.arguments)]
+        return sum(map(len, (*texts, *calls, self.thought)))
 
 
 class ChatRequest(CommonRequest):
@@ -263,12 +289,35 @@ class ChatRequest(CommonRequest):
     max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    tools: Tools = []
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool = True
+    reasoning_effort: str | None = Field(default=None, max_length=MAX_NAME)
+    chat_template_kwargs: dict[str, Any] = {}
+    include_reasoning: bool = True
+    separate_reasoning: bool = True
 
     @model_validator(mode="after")
     def _logprobs(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
         return self
+
+    @model_validator(mode="after")
+    def _tools(self) -> ChatRequest:
+        require_choice(self.tool_choice, self.tools)
+        return self
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What the chat template gets beside the messages."""
+        effort = None if self.reasoning_effort == "none" else self.reasoning_effort
+        return template_variables(self.tools, self.tool_choice, self.chat_template_kwargs, effort)
+
+    @property
+    def calls_tools(self) -> bool:
+        """Whether the answer may call them."""
+        return bool(self.tools) and self.tool_choice != "none"
 
     @property
     def token_limit(self) -> int | None:

@@ -90,7 +90,6 @@ class StopMatcher:
     def __init__(self, stops: Sequence[str], *, keep: bool = False) -> None:
         self._stops = tuple(stops)
         self.keep = keep
-        self._longest = max(map(len, stops), default=0)
         self._held = ""
 
     def push(self, text: str, *, armed: bool = True) -> tuple[str, bool]:
@@ -110,7 +109,7 @@ class StopMatcher:
             self._held = ""
             end, at = min(found)
             return text[: end if self.keep else at], True
-        keep = self._partial(text)
+        keep = begun(text, self._stops)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False
 
@@ -119,10 +118,12 @@ class StopMatcher:
         held, self._held = self._held, ""
         return held
 
-    def _partial(self, text: str) -> int:
-        """Length of the longest end of `text` that begins a stop string."""
-        for length in range(min(len(text), self._longest - 1), 0, -1):
-            end = text[len(text) - length :]
-            if any(stop.startswith(end) for stop in self._stops):
-                return length
-        return 0
+
+def begun(text: str, literals: Sequence[str]) -> int:
+    """Length of the longest end of `text` that begins one of the literals."""
+    longest = max(map(len, literals), default=0)
+    for length in range(min(len(text), longest - 1), 0, -1):
+        end = text[len(text) - length :]
+        if any(each.startswith(end) for each in literals):
+            return length
+    return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Request, Response
 from pydantic import Field, model_validator
@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from elastic.gateway.http import json_response, read_body
 from elastic.gateway.openai import Service, chat_token_ids, known_tokens, require_model, token_ids
 from elastic.gateway.schema import MAX_BODY_BYTES, MAX_MESSAGES, Message, Shape, TokenId, parse
+from elastic.gateway.tools import Tools, template_variables
 from membership.base.errors import RequestError
 
 MAX_IDS = MAX_BODY_BYTES // 2  # a body cannot hold more
@@ -25,6 +26,8 @@ class TokenizeRequest(Shape):
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
     return_token_strs: bool = False
+    tools: Tools = Field(default=[])
+    chat_template_kwargs: dict[str, Any] = Field(default={})
 
     @model_validator(mode="after")
     def _one_text(self) -> TokenizeRequest:
@@ -56,7 +59,9 @@ def add_routes(app: FastAPI, service: Service) -> None:
         if asked.model is not None:
             require_model(service, asked.model)
         if asked.messages is not None:
-            tokens = await chat_token_ids(service, asked.messages)
+            tokens = await chat_token_ids(
+                service, asked.messages, template_variables(asked.tools, None, asked.chat_template_kwargs)
+            )
         else:
             tokens = await token_ids(service, asked.prompt or "", special=asked.add_special_tokens is not False)
         names = [service.tokenizer.token_name(token) for token in tokens] if asked.return_token_strs else None

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
-from functools import cached_property, reduce
+from collections.abc import Container, Iterable, Mapping, Sequence
+from functools import cached_property, partial, reduce
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from elastic.gateway.text import REPLACEMENT, Detokenizer, incomplete
@@ -121,13 +122,22 @@ class Tokenizer:
         """Text of the tokens, special ones included."""
         return str(self._backend.decode(list(ids), skip_special_tokens=False))
 
-    def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
-        """Token ids of a conversation, ready for the assistant's answer."""
+    def encode_chat(
+        self, messages: Sequence[dict[str, Any]], variables: Mapping[str, Any] = MappingProxyType({})
+    ) -> list[int]:
+        """Token ids of a conversation, ready for the assistant's answer. `variables`: more for the chat template."""
         if not self.has_chat_template:
             raise RequestError(
                 "this model has no chat template; use /v1/completions", param="messages", code="no_chat_template"
             )
-        return self._encode(self.template.render(messages), special=False)
+        template = self.tool_template if variables.get("tools") else self.template
+        template.require(variables)
+        return self._encode(template.render(messages, **variables), special=False)
+
+    @property
+    def tool_template_text(self) -> str:
+        """The chat template for conversations with tools, as transformers chooses it; empty if there is none."""
+        return self._templates.get("tool_use") or self._templates.get("default") or ""
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -136,23 +146,33 @@ class Tokenizer:
 
         return ChatTemplate(self._templates["default"], self.specials)
 
-    def detokenizer(self, prompt: Sequence[int]) -> Detokenizer:
-        """For the text of an answer to `prompt`."""
-        return Detokenizer(self.decode, prompt, self.unsettled)
+    @cached_property
+    def tool_template(self) -> ChatTemplate:
+        """The chat template for conversations with tools."""
+        from elastic.gateway.chat_template import ChatTemplate
+
+        return ChatTemplate(self.tool_template_text, self.specials)
+
+    def detokenizer(self, prompt: Sequence[int], marks: Iterable[str] = ()) -> Detokenizer:
+        """For the text of an answer to `prompt`. `marks`: special tokens that the text shows."""
+        shown = self._skipped.intersection(map(self._backend.token_to_id, marks))
+        decode = partial(self.decode, shown=shown) if shown else self.decode
+        return Detokenizer(decode, prompt, self.unsettled)
 
     def unsettled(self, text: str) -> int:
         """How many characters at the end of a decoded text more tokens may change."""
         return _may_be_cleaned_up(text) if self._cleans_up else incomplete(text)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of the tokens; special ones are left out, incomplete characters become U+FFFD.
+    def decode(self, ids: Sequence[int], shown: Container[int] = ()) -> str:
+        """Text of the tokens; special ones but those `shown` are left out, incomplete characters become U+FFFD.
 
         transformers turns all characters of a run of byte tokens into U+FFFD where one of them is incomplete; here they
         stay, as what was streamed cannot be taken back.
         """
+        ids = [each for each in ids if each not in self._skipped or each in shown]
         mended = self._mended(ids) if self._bytes and not self._bytes.keys().isdisjoint(ids) else None
         if mended is None:
-            text = str(self._backend.decode(list(ids), skip_special_tokens=True))
+            text = str(self._backend.decode(ids, skip_special_tokens=False))
         else:
             text = str(self._backend.decoder.decode(mended))
         return clean_up(text) if self._cleans_up else text
@@ -161,7 +181,7 @@ class Tokenizer:
         """The tokens with U+FFFD for bytes that are no characters; None if all are."""
         tokens: list[str] = []
         broken = False
-        for is_byte, run in groupby((i for i in ids if i not in self._skipped), key=self._bytes.__contains__):
+        for is_byte, run in groupby(ids, key=self._bytes.__contains__):
             if not is_byte:
                 tokens += [text for i in run if (text := self._backend.id_to_token(i)) is not None]
                 continue

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from membership.base.enums import Device, Dtype, Exactness, GenerationConfig
+from membership.base.enums import Device, Dtype, Exactness, GenerationConfig, ReasoningParser, ToolCallParser
 from membership.base.errors import ConfigError
 from membership.base.rotation import MAX_FILES, MEGABYTE, Limit
 from membership.base.timing import STOP_GRACE_S
@@ -264,6 +264,12 @@ class ApiOptions:
     access_log: bool = option(False, "Log a line for each request to the OpenAI API.")
     generation_config: GenerationConfig = option(
         GenerationConfig.MODEL, "Sampling of requests that do not say: the checkpoint's, or none (temperature 1)."
+    )
+    tool_call_parser: ToolCallParser = option(
+        ToolCallParser.AUTO, "How the model writes tool calls (auto = as its chat template has it)."
+    )
+    reasoning_parser: ReasoningParser = option(
+        ReasoningParser.NONE, "How the model marks its reasoning, which answers then have as `reasoning_content`."
     )
     admin_token_file: Path | None = option(
         None, "File with the admin API's token; a changed file counts at once. Default: ELASTIC_ADMIN_TOKEN."

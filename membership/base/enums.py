@@ -35,6 +35,27 @@ class GenerationConfig(StrEnum):
     NONE = "none"  # OpenAI's: temperature 1, nothing cut off
 
 
+class ToolCallParser(StrEnum):
+    """How a model writes tool calls. The names are vLLM's."""
+
+    AUTO = "auto"  # as its chat template has it
+    NONE = "none"  # tool calls are left in the text
+    HERMES = "hermes"  # Qwen too
+    MISTRAL = "mistral"
+    LLAMA3_JSON = "llama3_json"
+    LLAMA4_JSON = "llama4_json"
+    DEEPSEEK_V3 = "deepseek_v3"
+    DEEPSEEK_V31 = "deepseek_v31"
+
+
+class ReasoningParser(StrEnum):
+    """How a model marks its reasoning. The names are vLLM's."""
+
+    NONE = "none"  # it is left in the text
+    DEEPSEEK_R1 = "deepseek_r1"  # it comes first and ends with </think>
+    QWEN3 = "qwen3"  # it is between <think> and </think>, if there is any
+
+
 class OperationKind(StrEnum):
     """What an operation changes."""
 

@@ -36,7 +36,7 @@ from membership.store.records import (
 )
 from tests.support.helpers import eventually
 from tests.support.scripted_engine import Answer, ScriptedEngine
-from tests.support.tiny_tokenizer import write_tokenizer
+from tests.support.tiny_tokenizer import TEMPLATE, write_tokenizer
 
 NAME = "test"
 MODEL = "tiny"
@@ -68,11 +68,15 @@ class GatewayCluster:
 
     path: Path
     max_model_len: int = 128
+    chat_template: str = TEMPLATE
+    specials: tuple[str, ...] = ()
     store: MemoryStore = field(default_factory=MemoryStore)
     keys: Keys = field(default_factory=lambda: Keys(NAME))
 
     def __post_init__(self) -> None:
-        self.tokenizer = Tokenizer(write_tokenizer(self.path / "model"))
+        self.tokenizer = Tokenizer(
+            write_tokenizer(self.path / "model", chat_template=self.chat_template, specials=self.specials)
+        )
         self.config = ClusterConfig(
             cluster=NAME,
             model=str(self.path / "model"),

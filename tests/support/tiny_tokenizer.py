@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 CORPUS = ["the quick brown fox jumps over the lazy dog", "hello world, this is a test of the gateway", "one two three"]
@@ -14,8 +15,8 @@ TEMPLATE = (
 )
 
 
-def write_tokenizer(directory: Path, *, chat_template: str | None = TEMPLATE) -> Path:
-    """Write tokenizer.json and tokenizer_config.json; return the directory."""
+def write_tokenizer(directory: Path, *, chat_template: str | None = TEMPLATE, specials: Sequence[str] = ()) -> Path:
+    """Write tokenizer.json and tokenizer_config.json; return the directory. `specials`: more special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     backend = Tokenizer(models.BPE())
@@ -26,7 +27,8 @@ def write_tokenizer(directory: Path, *, chat_template: str | None = TEMPLATE) ->
     backend.train_from_iterator(CORPUS * 3, trainer)
     directory.mkdir(parents=True, exist_ok=True)
     backend.save(str(directory / "tokenizer.json"))
-    settings = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "add_bos_token": True}
+    settings: dict[str, object] = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "add_bos_token": True}
+    settings["additional_special_tokens"] = list(specials)
     if chat_template:
         settings["chat_template"] = chat_template
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.integration
 
 TEXT = "hello wörld, this is 😀 a test"
 USER = [{"role": "user", "content": "hello"}]
+TOOL = {"type": "function", "function": {"name": "f"}}
 
 
 @pytest.fixture(scope="module")
@@ -377,7 +378,9 @@ def test_bad_completion(gateway: RunningGateway, body: object, status: int, mess
         ({"messages": []}, "at least 1 item", "messages"),
         ({"messages": [{"role": "boss", "content": "x"}]}, "'user'", "messages.0.role"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "text parts", "messages.0.content"),
-        ({"messages": USER, "tools": [{"type": "function"}]}, "tools is not supported", "tools"),
+        ({"messages": USER, "tools": [{"type": "function"}]}, "is required", "tools.0.function"),
+        ({"messages": USER, "tools": [TOOL]}, "no place for tools", "tools"),
+        ({"messages": USER, "reasoning_effort": "low"}, "no place for reasoning_effort", "reasoning_effort"),
         ({"messages": USER, "top_logprobs": 3}, "needs logprobs", "top_logprobs"),
         ({"messages": [{"role": "user", "content": "x", "mood": 1}]}, "unknown field", "messages.0.mood"),
     ],

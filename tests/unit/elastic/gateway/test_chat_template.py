@@ -113,6 +113,57 @@ def test_a_template_that_reads_text_gets_the_text_of_parts(theirs: Any, name: st
     assert rendered(template, two) == rendered(template, [{"role": "user", "content": "ab"}]) != REFUSED
 
 
+def with_call(arguments: Any, content: str | None) -> Messages:
+    """As an agent sends its history, or as a template reads it."""
+    call = {"id": "a1b2c3d4e", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    said = {"role": "assistant", "tool_calls": [call]} | ({} if content == "left out" else {"content": content})
+    result = {"role": "tool", "tool_call_id": "a1b2c3d4e", "content": "21 °C"}
+    return [{"role": "user", "content": "weather?"}, said, result, {"role": "user", "content": "thanks"}]
+
+
+@pytest.mark.parametrize("name", ["qwen_tool_calls", "mistral_tool_calls", "llama_tool_calls", "deepseek_tool_calls"])
+def test_a_template_gets_tool_calls_as_it_reads_them(theirs: Any, name: str) -> None:
+    """Clients send the arguments as text, and no content or an empty one; templates differ in what they read."""
+    template = ChatTemplate(TEMPLATES[name], theirs.special_tokens_map)
+    arguments = {"city": "Köln", "n": [1]}
+    messages = [with_call(json.dumps(arguments, ensure_ascii=False), sent) for sent in (None, "", "left out")]
+    texts = {rendered(template, each, tools=TOOLS) for each in messages}
+    if name == "deepseek_tool_calls":  # transformers cannot: it leaves out a content that is null
+        (text,) = texts
+        assert '<｜tool▁sep｜>f\n```json\n{"city": "Köln", "n": [1]}\n```<' in text
+        assert "21 °C" in text
+    else:
+        assert texts == {expected(theirs, TEMPLATES[name], with_call(arguments, None), tools=TOOLS)} != {REFUSED}
+    spoken = with_call(json.dumps(arguments), "Let me see.")
+    if name in ("qwen_tool_calls", "llama_tool_calls"):
+        assert rendered(template, spoken) == expected(theirs, TEMPLATES[name], with_call(arguments, "Let me see."))
+
+
+def test_calls_that_a_template_would_leave_out_are_refused() -> None:
+    for name in ("chatml", "llama2", "alpaca", "deepseek"):
+        template = ChatTemplate(TEMPLATES[name], {"bos_token": "<s>", "eos_token": "</s>"})
+        with pytest.raises(RequestError, match="no place for the tool calls"):
+            template.render(with_call("{}", None))
+    with pytest.raises(RequestError, match="no JSON"):
+        ChatTemplate(TEMPLATES["qwen_tool_calls"], {}).render(with_call('{"a', None))
+
+
+def test_what_is_asked_for_and_a_template_does_not_read_is_refused() -> None:
+    reads, not_at_all = ChatTemplate(TEMPLATES["qwen_tool_calls"], {}), ChatTemplate(TEMPLATES["chatml"], {})
+    for variables in ({"tools": TOOLS}, {"reasoning_effort": "low"}):
+        reads.require(variables)
+        with pytest.raises(RequestError, match="no place for"):
+            not_at_all.require(variables)
+    not_at_all.require({"tools": [], "enable_thinking": False})
+    assert reads.render([{"role": "user", "content": "x"}], reasoning_effort="low").endswith("[low]")
+    ChatTemplate("{% if %}", {}).require({"tools": TOOLS})  # that it is broken is told when it is rendered
+
+
+def test_a_variable_may_have_any_name() -> None:
+    template = ChatTemplate("{{ messages[0].content }}{{ self_ }}", {})
+    assert template.render([{"role": "user", "content": "x"}], **{"messages": 1, "self": 2, "self_": 3}) == "x3"
+
+
 def test_a_template_that_reads_only_parts_gets_text_as_one() -> None:
     template = ChatTemplate(ONLY_PARTS, {})
     assert template.render([{"role": "user", "content": "hi"}]) == "<user>hi;<assistant>"

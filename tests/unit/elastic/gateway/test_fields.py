@@ -106,6 +106,41 @@ def test_the_history_of_an_agent() -> None:
     assert [message.plain() for message in asked.messages] == plain
 
 
+def test_the_history_of_an_agent_that_called_tools() -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    said = {"role": "assistant", "content": None, "tool_calls": [call | {"index": 0}], "reasoning": "hm"}
+    asked = chat(messages=[said, {"role": "tool", "tool_call_id": "c", "content": "1"}])
+    assert [message.plain() for message in asked.messages] == [
+        {"role": "assistant", "tool_calls": [call], "reasoning_content": "hm", "thinking": "hm"},
+        {"role": "tool", "tool_call_id": "c", "content": "1"},
+    ]
+    for nothing in ({"role": "user"}, {"role": "assistant", "tool_calls": []}, {"role": "tool", "tool_calls": [call]}):
+        with pytest.raises(RequestError, match=r"content is required|tool_calls are the assistant's"):
+            chat(messages=[nothing])
+
+
+def test_tools_reach_the_template_as_they_were_written() -> None:
+    tool = {"function": {"description": "d", "name": "f", "strict": True, "x": None}, "type": "function", "y": [1]}
+    asked = chat(tools=[tool], reasoning_effort="low", chat_template_kwargs={"enable_thinking": False})
+    assert asked.variables == {"tools": [tool], "reasoning_effort": "low", "enable_thinking": False}
+    assert list(asked.variables["tools"][0]["function"]) == list(tool["function"])
+    assert chat(tools=[tool], tool_choice="none", reasoning_effort="none").variables == {}
+    with pytest.raises(RequestError, match=r"tools\.0\.function\.name is required"):
+        chat(tools=[{"type": "function", "function": {}}])
+    for name in ("messages", "tools", "chat_template"):
+        with pytest.raises(RequestError, match=f"chat_template_kwargs: {name} is not supported"):
+            _ = chat(chat_template_kwargs={name: "x"}).variables
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "f"}}])
+def test_a_choice_that_needs_structured_output_is_refused(choice: Any) -> None:
+    with pytest.raises(RequestError, match=r"tool_choice: .* is not supported") as refusal:
+        chat(tools=[{"type": "function", "function": {"name": "f"}}], tool_choice=choice)
+    assert (refusal.value.param, refusal.value.code) == ("tool_choice", "unsupported_parameter")
+    with pytest.raises(RequestError, match="tool_choice needs tools"):
+        chat(tool_choice=choice)
+
+
 def test_values_as_openai_and_vllm_take_them() -> None:
     asked = completion(top_p=0, stop="", max_tokens=10.0, top_k=-1.0, seed=7.0, n=1.0, logprobs=2.0)
     assert (asked.top_p, asked.stop, asked.max_tokens, asked.top_k, asked.seed) == (0, [], 10, -1, 7)

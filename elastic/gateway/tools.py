@@ -1,0 +1,103 @@
+"""Tools in requests: what clients may say of them, and what the chat template gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
+
+from membership.base.errors import RequestError
+
+MAX_TOOLS = 1024
+MAX_NAME = 256
+OURS = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template"})
+
+
+class Function(BaseModel):
+    """What a tool is."""
+
+    model_config = ConfigDict(strict=True)
+
+    name: str = Field(min_length=1, max_length=MAX_NAME)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(BaseModel):
+    """A tool. `given`: as the client wrote it, whose order is part of the prompt."""
+
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["function"]
+    function: Function
+    _given: dict[str, Any] = PrivateAttr(default={})
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _keep(cls, data: Any, handler: ModelWrapValidatorHandler[Tool]) -> Tool:
+        tool = handler(data)
+        tool._given = data
+        return tool
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """All of it, for the chat template."""
+        return self._given
+
+
+Tools = Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)]
+ToolChoice = str | dict[str, Any]
+
+
+class CalledFunction(BaseModel):
+    """The function of a call."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    name: str = Field(min_length=1, max_length=MAX_NAME)
+    arguments: str = ""
+
+
+class ToolCall(BaseModel):
+    """A call in an assistant's message. Clients send back what they put together from a stream: its index, too."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    id: str | None = Field(default=None, max_length=MAX_NAME)
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+def require_choice(choice: ToolChoice | None, tools: Sequence[Any]) -> None:
+    """RequestError unless we can do as `tool_choice` says."""
+    if choice in (None, "none", "auto"):
+        return
+    if not tools:
+        raise RequestError("tool_choice needs tools", param="tool_choice")
+    shown = choice if isinstance(choice, str) else "a named function"
+    raise RequestError(
+        f"tool_choice: {shown} is not supported: the model is free in what it writes",
+        param="tool_choice",
+        code="unsupported_parameter",
+        hint='send "auto", and say in a message which tool to call',
+    )
+
+
+def template_variables(
+    tools: Sequence[Tool], choice: ToolChoice | None, others: Mapping[str, Any], effort: str | None = None
+) -> dict[str, Any]:
+    """What the chat template gets beside the messages. RequestError: `others` has what is not for a client to set."""
+    if reserved := sorted(OURS.intersection(others)):
+        raise RequestError(
+            f"chat_template_kwargs: {reserved[0]} is not supported",
+            param="chat_template_kwargs",
+            code="unsupported_parameter",
+            hint="say it in the request, where there is a field for it",
+        )
+    variables = dict(others)
+    if tools and choice != "none":
+        variables["tools"] = [tool.given for tool in tools]
+    if effort is not None:
+        variables["reasoning_effort"] = effort
+    return variables
