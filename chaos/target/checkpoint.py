@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from elastic.demo.model import write_demo_model
+from elastic.serve.etcd_server import find_binary
+from elastic.serve.model_check import require_model
+
 
 def checkpoint(named: Path | None, folder: Path) -> Path:
-    """Its directory; the shipped one is written into `folder`. ModelError before any process is started."""
+    """Its directory; the shipped one is written into `folder`. ModelError if it cannot be served.
+
+    Nor can any without etcd (ConfigError). `elastic serve` would say both after a start of its own.
+    """
+    find_binary()
     if named is not None:
-        from workers.model.families import read_model_info
-
-        read_model_info(named)
+        require_model(named)
         return named
-    from elastic.demo.model import write_demo_model
-
     written = folder / "demo-moe"
     write_demo_model(written)
     return written

@@ -13,6 +13,7 @@ import msgspec
 from elastic.serve.options import StateDirOptions, StoreOptions, option
 from elastic.serve.state_dir import ClusterAddress, StateDir
 from membership.base.errors import ConfigError
+from membership.store.endpoints import require_listener
 
 if TYPE_CHECKING:  # they take long to import, and most processes of a cluster never need them
     from elastic.cli.client import AdminClient, Client
@@ -76,6 +77,7 @@ def _admin_client(address: ClusterAddress) -> Iterator[AdminClient]:
 
 @contextmanager
 def _store_client(address: ClusterAddress, events: Path | None) -> Iterator[Client]:
+    require_listener(address.etcd)
     from elastic.cli.client import StoreClient
 
     with closing(address.connect()) as store:

@@ -14,11 +14,13 @@ from elastic.serve.options import AgentOptions, GatewayOptions, RoleOptions, Sto
 from elastic.serve.role_main import role
 from elastic.serve.state_dir import ClusterAddress, StateDir, home
 from membership.base.errors import ConfigError
+from membership.store.endpoints import require_listener
 
 
 def _find(options: StoreOptions) -> tuple[ClusterAddress, StateDir]:
     """The cluster's store and state directory. What is not given is taken from the cluster served last."""
     if options.etcd and options.cluster:
+        require_listener(options.etcd)
         state = StateDir(options.state_dir or home() / options.cluster)
         state.make()
         address = ClusterAddress(cluster=options.cluster, etcd=options.etcd, credentials=options.credentials())
@@ -68,10 +70,10 @@ def engine(options: RoleOptions) -> None:
 @command
 def gateway(options: GatewayOptions) -> None:
     """Serve HTTP: OpenAI API, health, metrics and admin API. Any number of gateways can run."""
+    address, state = _find(options)  # before imports that take long
     from elastic.gateway.admin_token import AdminToken
     from elastic.gateway.app import GatewaySettings, run_gateway
 
-    address, state = _find(options)
     settings = GatewaySettings(
         name=options.name or f"{socket.gethostname()}-{os.getpid()}",
         state_dir=state.path,

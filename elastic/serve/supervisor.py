@@ -47,6 +47,7 @@ from membership.base.run_dir import make_run_dir, remove_run_dir, run_dir, sweep
 from membership.base.timing import STABLE_S
 from membership.placement.plan import thin_spread
 from membership.store.credentials import NO_CREDENTIALS
+from membership.store.endpoints import require_listener
 from membership.store.interface import Store
 from membership.store.keys import Keys
 from workers.agent.preload import WORKER_CLASS, preload_for
@@ -89,6 +90,8 @@ class Supervisor:
         if not options.etcd and options.credentials() != NO_CREDENTIALS:
             hint = "name that etcd with --etcd, or leave out --etcd-ca, --etcd-cert, --etcd-key and --etcd-user"
             raise ConfigError("there are credentials for an etcd, but no --etcd", hint=hint)
+        if options.etcd:
+            options.credentials().check(secure=options.etcd[0].startswith("https:"))
         admin_token(options.admin_token)
         if options.admin_token_file is not None:
             read_admin_token(options.admin_token_file)
@@ -168,17 +171,19 @@ class Supervisor:
         return Predecessor(left, self.node, run_dir(self.state.path))
 
     def _start(self, opened: ExitStack, killed: Predecessor | None) -> None:
+        endpoints = self.options.etcd
+        if endpoints:
+            require_listener(endpoints)
+        else:
+            self.etcd = EtcdServer(self.state.etcd_data, sockets=run_dir(self.state.path))
         environ = {**os.environ, **self._environment, HISTORY_ENV: str(self.state.events)}  # an agent's, for its ranks
         preload = preload_for(WORKER_CLASS, self.config.model, self.config.dtype)
-        zygote = Zygote(preload, environ, self.state.log("agent"))
-        opened.callback(zygote.close)
-        self._zygote = zygote  # at its imports while the others start
+        self._zygote = Zygote(preload, environ, self.state.log("agent"))  # at its imports while the others start
+        opened.callback(self._zygote.close)
         self._fork_roles(opened)  # before there are more threads
         if self.options.log_stdout:
             opened.callback(LogStream(self._log_files(), sys.stdout.fileno()).close)
-        endpoints = self.options.etcd
-        if not endpoints:
-            self.etcd = EtcdServer(self.state.etcd_data, sockets=run_dir(self.state.path))
+        if self.etcd is not None:
             opened.callback(self._stop_etcd)
             self.etcd.start()
             endpoints = (self.etcd.url,)

@@ -11,15 +11,14 @@ one call, not every third.
 from __future__ import annotations
 
 import math
-import os
 import random
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
-from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.parse import SplitResult
 
 import grpc
 from tenacity import (
@@ -32,9 +31,10 @@ from tenacity import (
 )
 
 from membership.base.attempts import is_shortage
-from membership.base.errors import ConfigError, LeaseLost, StoreDenied, StoreUnavailable
+from membership.base.errors import LeaseLost, StoreDenied, StoreUnavailable
 from membership.base.timing import STORE_CALL_TIMEOUT_S, STORE_CONNECT_TIMEOUT_S
 from membership.store.credentials import NO_CREDENTIALS, Credentials
+from membership.store.endpoints import parsed
 from membership.store.etcd3_compat import etcd3, etcdrpc
 from membership.store.etcd_session import Session, tls_refusal
 from membership.store.etcd_watch import EtcdWatch, Metadata, key_value, translated
@@ -85,7 +85,7 @@ def connect(
     `EtcdStore.seen`; StoreReplaced if this is another store. ConfigError: bad endpoints or certificates. StoreDenied:
     a user whom it does not accept. StoreUnavailable: no answer.
     """
-    urls = _parsed(endpoints)
+    urls = parsed(endpoints)
     secure = urls[0].scheme == "https"
     credentials.check(secure=secure)
     certificates = {
@@ -120,42 +120,6 @@ def _require_tls(store: EtcdStore, urls: Sequence[SplitResult], credentials: Cre
         for url in urls:
             if refusal := tls_refusal(url.hostname or "", url.port or 0, credentials):
                 raise refusal from None
-
-
-def _parsed(endpoints: Sequence[str]) -> list[SplitResult]:
-    try:
-        urls = [urlsplit(e if "://" in e else f"http://{e}") for e in endpoints]
-    except ValueError as error:
-        raise ConfigError(f"bad etcd endpoint: {error}", hint="give URLs such as http://127.0.0.1:2379") from None
-    for url in urls:
-        if url.username is not None:
-            raise ConfigError("an etcd endpoint holds a user's name", hint="give --etcd-user and --etcd-password-file")
-        try:
-            good = url.scheme in ("http", "https") and bool(url.hostname) and (url.port or 0) > 0
-        except ValueError:
-            good = False
-        if url.scheme == "unix":  # gRPC takes a comma for the end of the path
-            _require_right(unquote(url.path))
-            good = not url.netloc and url.path.startswith("/") and "," not in unquote(url.path)
-        if not good:
-            hint = "give URLs such as http://127.0.0.1:2379, or unix:///PATH"
-            raise ConfigError(f"bad etcd endpoint {url.geturl()!r}", hint=hint)
-    if not urls or len({url.scheme for url in urls}) > 1:
-        raise ConfigError("give one or more etcd endpoints, all http, all https or all unix")
-    return urls
-
-
-def _require_right(socket: str) -> None:
-    """ConfigError if we may not connect to it: gRPC would try again until the end. One that is missing may come yet."""
-    with suppress(OSError):
-        try:
-            os.stat(socket)
-            allowed = os.access(socket, os.W_OK)
-        except PermissionError:
-            allowed = False
-        if not allowed:
-            hint = "run this as the user who serves the cluster"
-            raise ConfigError(f"user {os.geteuid()} may not connect to etcd at {socket}", hint=hint)
 
 
 class EtcdStore:

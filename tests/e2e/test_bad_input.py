@@ -23,15 +23,17 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 
 def elastic(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {"PYTHONPROFILEIMPORTTIME": "1", **(environment or {})}
     command = [sys.executable, "-m", "elastic.cli", *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=60, env={**os.environ, **(environment or {})}
-    )
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **environment})
 
 
 def complaint(outcome: subprocess.CompletedProcess[str]) -> str:
-    """The one line of stderr that says what is wrong."""
+    """The one line of stderr that says what is wrong. It was found out before what takes seconds to import."""
     assert outcome.returncode == 1, outcome
+    imported = {line.rpartition("|")[2].strip() for line in outcome.stderr.splitlines() if "import time:" in line}
+    assert "typer" in imported
+    assert not imported & {"torch", "transformers"}
     errors = [line for line in outcome.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, outcome.stderr
     assert "Traceback" not in outcome.stderr
@@ -90,6 +92,7 @@ def test_no_etcd_binary(demo_model: Path, tmp_path: Path) -> None:
                 environment={"ELASTIC_ETCD_BIN": str(tmp_path / "missing")})
     )  # fmt: skip
     assert "missing" in said
+    assert started(tmp_path) == []
 
 
 def test_unreachable_etcd(demo_model: Path, tmp_path: Path) -> None:
@@ -98,6 +101,32 @@ def test_unreachable_etcd(demo_model: Path, tmp_path: Path) -> None:
                 "--admin-port", "0")
     )  # fmt: skip
     assert "127.0.0.1:1" in said
+    assert started(tmp_path) == []
+
+
+def test_no_certificate_for_etcd(demo_model: Path, tmp_path: Path) -> None:
+    said = complaint(
+        elastic("serve", str(demo_model), "--etcd", "https://127.0.0.1:1", "--etcd-ca", str(tmp_path / "missing"),
+                "--state-dir", str(tmp_path), "--port", "0", "--admin-port", "0")
+    )  # fmt: skip
+    assert "missing" in said
+    assert started(tmp_path) == []
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_demo_that_cannot_be_starts_no_server(demo_model: Path, tmp_path: Path, named: bool) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(demo_model, model)
+    (model / "tokenizer.json").unlink()
+    environment = {"TMPDIR": str(tmp_path), **({} if named else {"ELASTIC_ETCD_BIN": str(tmp_path / "missing")})}
+    said = complaint(elastic("demo", "--plain", *(["--model", str(model)] if named else []), environment=environment))
+    assert ("tokenizer.json" if named else "missing") in said
+    assert "elastic serve" not in said
+
+
+def started(state: Path) -> list[str]:
+    """The logs of processes that `elastic serve` has begun to start."""
+    return sorted(path.name for path in (state / "logs").glob("*"))
 
 
 def test_no_cluster_to_talk_to(tmp_path: Path) -> None:

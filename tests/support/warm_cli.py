@@ -33,6 +33,7 @@ PRELOAD = (
     "membership.planning.controller", "workers.agent.agent", "chaos.mutants.hunt", "chaos.mutants.catalogue",
     "chaos.simulation.campaign", "importlib.readers", "encodings.idna",
 )  # fmt: skip
+SLOW = ("torch", "transformers")
 PROGRAMS = {"elastic": "elastic.cli.main", "elastic-chaos": "chaos.cli.main"}
 
 
@@ -64,6 +65,7 @@ class Ended(msgspec.Struct, frozen=True):
     status: int
     stdout: bytes
     stderr: bytes
+    slow_imports: tuple[str, ...]  # what takes seconds to import, and was
 
 
 class WarmCli:
@@ -97,13 +99,16 @@ def serve(link: socket.socket) -> None:
     gc.freeze()
     while data := link.recv(MAX):
         request = msgspec.msgpack.decode(data, type=Request)
-        out, err = os.memfd_create("out"), os.memfd_create("err")
+        out, err, slow = (os.memfd_create(name) for name in ("out", "err", "slow"))
         pid = os.fork()
         if pid == 0:
             link.close()
-            _run(request, out, err)
+            _run(request, out, err, slow)
         _, status = os.waitpid(pid, 0)
-        link.send(msgspec.msgpack.encode(Ended(os.waitstatus_to_exitcode(status), _all(out), _all(err))))
+        ended = Ended(
+            os.waitstatus_to_exitcode(status), _all(out), _all(err), tuple(_all(slow).decode().split())
+        )  # fmt: skip
+        link.send(msgspec.msgpack.encode(ended))
 
 
 def _all(file: int) -> bytes:
@@ -112,7 +117,7 @@ def _all(file: int) -> bytes:
         return opened.read()[: MAX // 4]
 
 
-def _run(request: Request, out: int, err: int) -> None:
+def _run(request: Request, out: int, err: int, slow: int) -> None:
     """In the child: never returns."""
     status = 70
     try:
@@ -132,6 +137,7 @@ def _run(request: Request, out: int, err: int) -> None:
                 stream and stream.flush()
             except OSError:
                 status = 120  # as the interpreter has it
+        os.write(slow, " ".join(name for name in SLOW if name in sys.modules).encode())
         os._exit(status)
 
 

@@ -145,6 +145,8 @@ def complaint(name: str, ended: Ended) -> str:
         return f"status 1, and not one line that says why: {said[-600:]!r}"
     if ended.status == 2 and not said and not ended.stdout:
         return "status 2 and not a word"
+    if ended.status and ended.slow_imports:
+        return f"{', '.join(ended.slow_imports)} imported before it was found out"
     return ""
 
 
