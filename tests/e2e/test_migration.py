@@ -12,6 +12,7 @@ from tests.e2e.conftest import Serve
 from tests.support.helpers import eventually
 from tests.support.served import elastic, shows, stream_all, texts_of
 
+TOKENS = 250  # of each answer: it outlasts the change
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
 
@@ -34,9 +35,9 @@ def test_ranks_leave_and_nothing_is_recomputed(serve: Serve, demo_model: Path) -
 def leaves(cluster: ServedCluster, command: tuple[str, ...], leave: set[int], stay: set[int]) -> int:
     """Do it under load: every request on a departing rank moves to one that stays. How many do."""
     model = cluster.model_name()
-    expected = texts_of(cluster, model, 400)
+    expected = texts_of(cluster, model, TOKENS)
     earlier = len(cluster.events())
-    streams = stream_all(cluster, model, 400)
+    streams = stream_all(cluster, model, TOKENS)
     eventually(lambda: elastic(cluster, "status")["requests"]["running"] > 12, 60.0, "streams under way")
     assert elastic(cluster, *command)["phase"] == "done"
     running = elastic(cluster, "status")["requests"]["running"]

@@ -14,37 +14,19 @@ import pytest
 
 from chaos.faults import kill
 from chaos.target.cluster import ServedCluster
-from chaos.workload.history import RequestRecord, compare
 from chaos.workload.streams import Workload
 from membership.base.errors import ElasticError
 from membership.store.etcd import connect
 from tests.e2e.conftest import Serve
 from tests.support.etcd_members import three_members
 from tests.support.helpers import eventually
-from tests.support.served import another, answered, fault_free, role_pid, streaming
+from tests.support.served import CALM, another, answered, role_pid, under_load
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
 RANKS = 3
 T = 60.0
 OUTAGE_S = float(os.environ.get("ELASTIC_TEST_OUTAGE_S", "0"))  # a longer one, by hand
-
-
-@contextmanager
-def under_load(cluster: ServedCluster, ranks: int) -> Iterator[Workload]:
-    """Requests stream during the block; each of them must come out as without any fault."""
-    cluster.wait_serving(ranks)
-    oracle = fault_free(cluster)
-    workload = Workload(cluster.url, cluster.model_name())
-    workload.start()
-    history: list[RequestRecord] = []
-    try:
-        eventually(lambda: streaming(workload), T, "two streams under way")
-        yield workload
-    finally:
-        history += workload.stop()
-    verdict = compare(history, oracle)
-    assert verdict.ok, verdict.differences
 
 
 def masks_a_death(cluster: ServedCluster, workload: Workload, rank: int, pid: int) -> None:
@@ -83,7 +65,8 @@ def test_without_a_controller_steps_go_on_and_a_death_is_masked(serve: Serve, de
         status = cluster.client().state().engine_status
         return status.step if status is not None else 0
 
-    with under_load(cluster, RANKS) as workload:
+    cluster.wait_serving(RANKS)
+    with under_load(cluster, CALM) as workload:
         before = cluster.status()
         with stopped(cluster.pid):  # it would start another one
             kill(role_pid(cluster, "controller"))
@@ -104,7 +87,8 @@ def test_without_a_controller_steps_go_on_and_a_death_is_masked(serve: Serve, de
 def test_an_etcd_stopped_for_long_freezes_membership_and_nothing_else(serve: Serve, demo_model: Path) -> None:
     """All leases run out meanwhile. The ranks that survived it are the same processes afterwards."""
     cluster = serve(demo_model, RANKS)
-    with under_load(cluster, RANKS) as workload:
+    cluster.wait_serving(RANKS)
+    with under_load(cluster, CALM) as workload:
         before, config = cluster.status(), cluster.client().state().config
         assert config is not None
         until = time.monotonic() + (OUTAGE_S or 3 * config.lease_ttl_s)
@@ -135,7 +119,8 @@ def test_etcd_loses_its_leader(serve: Serve, demo_model: Path, tmp_path: Path) -
         urls = [member.url for member in members]
         connect(urls, connect_timeout_s=T).close()  # they have a leader
         cluster = serve(demo_model, 2, ("--etcd", ",".join(urls)))
-        with under_load(cluster, 2) as workload:
+        cluster.wait_serving(2)
+        with under_load(cluster, CALM) as workload:
             old = members[0].status().leader
             leader = next(member for member in members if member.status().member_id == old)
             leader.kill()
@@ -157,7 +142,8 @@ def test_an_agents_death_takes_its_ranks_and_only_those(serve: Serve, demo_model
     with another(cluster, "agent", "--node", "second") as agent:
         eventually(lambda: "second" in cluster.client().state().agents, T, "the second agent's record")
         cluster.scale(4)
-        with under_load(cluster, 4):
+        cluster.wait_serving(4)
+        with under_load(cluster):
             before = cluster.status()["ranks"]
             lost = [r for r in before if r["node"] == "second"]
             assert len(lost) == 2, before

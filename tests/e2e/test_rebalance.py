@@ -23,7 +23,7 @@ from membership.store.keys import Keys
 from membership.store.records import ExpertLoad
 from tests.e2e.conftest import Serve
 from tests.support.helpers import eventually
-from tests.support.served import command, fault_free, shows
+from tests.support.served import CALM, command, fault_free, shows, under_load
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
@@ -60,10 +60,7 @@ def skew(cluster: ServedCluster, hot: int = 160, cold: int = 8) -> None:
 def test_a_death_moves_no_weights_and_the_rest_comes_in_the_background(serve: Serve, demo_model: Path) -> None:
     cluster = serve(demo_model, RANKS)
     before = cluster.wait_serving(RANKS)
-    oracle = fault_free(cluster)
-    workload = Workload(cluster.url, cluster.model_name())
-    workload.start()
-    try:
+    with under_load(cluster, CALM):
         eventually(lambda: cluster.status()["imbalance"], 60.0, "measured expert load", interval_s=0.1)
         shows(cluster, lambda text: "elastic_ep_expert_imbalance_ratio" in text, "the imbalance")
         kill(before["ranks"][1]["pid"])
@@ -87,10 +84,6 @@ def test_a_death_moves_no_weights_and_the_rest_comes_in_the_background(serve: Se
         assert moved.fields["ranks"] == [0, 1, 2, 3]
         taken = 'elastic_ep_weight_bytes_moved_total{trigger="rebalance"}'
         shows(cluster, lambda text: taken in text, "weights that were moved")
-    finally:
-        history = workload.stop()
-    verdict = compare(history, oracle)
-    assert verdict.ok, verdict.differences
     state = cluster.client().state()
     assert state.config is not None
     assert state.view is not None
@@ -147,24 +140,16 @@ def test_both_holders_dead_only_orphans_are_loaded_and_every_request_goes_on(ser
 def test_where_no_rank_replaces_it_redundancy_is_restored_in_the_background(serve: Serve, demo_model: Path) -> None:
     cluster = serve(demo_model, 3, ("--restart-intensity", "1"))
     before = cluster.wait_serving(3)
-    oracle = fault_free(cluster)
-    workload = Workload(cluster.url, cluster.model_name())
-    workload.start()
-    try:
-        eventually(lambda: len(workload.open_streams()) >= 4, 60.0, "four streams under way", interval_s=0.1)
+    with under_load(cluster, CALM) as workload:
         kill(before["ranks"][1]["pid"])
         loss, restored = loss_and_next(cluster, [0, 2])
         ended = len(workload.records())
         eventually(lambda: len(workload.records()) > ended + 4, 60.0, "requests ending", interval_s=0.1)
-    finally:
-        history = workload.stop()
     assert loss.fields["weight_bytes"] == 0
     assert restored.fields["ranks"] == [0, 2]
     assert "redundancy is restored" in str(staging(cluster, restored))
     assert restored.fields["weight_bytes"] > 0
     assert cluster.status()["coverage"] == {"min_live_replicas": 2, "uncovered": 0}
-    verdict = compare(history, oracle)
-    assert verdict.ok, verdict.differences
 
 
 def test_who_asks_need_not_wait_for_the_background(serve: Serve, demo_model: Path) -> None:

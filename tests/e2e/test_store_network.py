@@ -18,8 +18,9 @@ from membership.base.errors import StoreUnavailable
 from membership.operations.change import scale
 from membership.store.etcd import connect
 from tests.e2e.conftest import Serve
-from tests.e2e.test_outages import grown, under_load
+from tests.e2e.test_outages import grown
 from tests.support.helpers import eventually
+from tests.support.served import CALM, under_load
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
@@ -68,7 +69,8 @@ def thawed(past: StoreClient) -> bool:
 def test_serving_goes_on_whatever_the_way_to_etcd_is_like(serve: Serve, demo_model: Path, tmp_path: Path) -> None:
     with ProxiedEtcd(tmp_path / "etcd", flags={"quota-backend-bytes": str(8 << 20)}) as etcd:
         cluster = serve(demo_model, RANKS, ("--etcd", etcd.url))
-        with under_load(cluster, RANKS) as workload, closing(connect([etcd.server.url])) as store:
+        cluster.wait_serving(RANKS)
+        with under_load(cluster, CALM) as workload, closing(connect([etcd.server.url])) as store:
             site, before = ProxiedSite(cluster, etcd), cluster.status()
             past = StoreClient(store, cluster.state.address().cluster, cluster.state.events)  # the proxy
             with in_force(site, "net-black-hole"):

@@ -2,40 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
 from chaos.target.cluster import ServedCluster
-from chaos.workload.history import compare
-from chaos.workload.streams import Workload
 from tests.e2e.conftest import Serve
 from tests.e2e.test_kill_rank import RANKS, back_as_new
 from tests.support.helpers import eventually, running
-from tests.support.served import fault_free, shows, streaming
+from tests.support.served import CALM, shows, under_load
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
-
-
-@contextlib.contextmanager
-def loaded(cluster: ServedCluster) -> Iterator[None]:
-    """Streams all the while; each must be exact."""
-    model = cluster.model_name()
-    oracle = fault_free(cluster)
-    workload = Workload(cluster.url, model)
-    workload.start()
-    try:
-        eventually(lambda: streaming(workload, 4), 60.0, "four streams under way")
-        yield
-    finally:
-        history = workload.stop()
-    verdict = compare(history, oracle)
-    assert verdict.ok, verdict.differences
 
 
 def masked(cluster: ServedCluster, incarnation: int) -> str:
@@ -54,7 +34,7 @@ def fenced(metrics: str) -> float:
 def test_stopped_past_its_lease_then_continued(serve: Serve, demo_model: Path) -> None:
     cluster = serve(demo_model, RANKS)
     cluster.wait_serving(RANKS)
-    with loaded(cluster):
+    with under_load(cluster, CALM):
         # One wakes as soon as it is masked, and finds itself evicted; one stays stopped beyond its lease.
         for rank, wakes in ((1, True), (2, False)):
             victim = next(r for r in cluster.status()["ranks"] if r["rank"] == rank)

@@ -20,15 +20,17 @@ from typing import Any
 import httpx
 import openai
 import psutil
+from msgspec.structs import replace
 
 from chaos.target.cluster import ServedCluster
 from chaos.target.warm_start import WarmProcess
-from chaos.workload.history import RequestRecord
-from chaos.workload.streams import PROMPTS, Workload
+from chaos.workload.history import RequestRecord, compare
+from chaos.workload.streams import FULL, PROMPTS, Load, Workload
 from membership.base.errors import StoreError
 from membership.base.process_stats import command_words
 from tests.support.helpers import eventually
 
+CALM = replace(FULL, streams=4, rest_s=1.0)  # for faults that last as long as leases do: FULL takes all of the machine
 COMMAND_S = 150.0  # max time of a command, on a busy machine
 _records: dict[str, dict[int, RequestRecord]] = {}
 
@@ -127,6 +129,21 @@ def fault_free(cluster: ServedCluster) -> dict[int, RequestRecord]:
         assert all(record.complete for record in records), [record.error for record in records if not record.complete]
         _records[model] = {record.prompt: record for record in records}
     return _records[model]
+
+
+@contextmanager
+def under_load(cluster: ServedCluster, load: Load = FULL, busy: int = 2) -> Iterator[Workload]:
+    """Requests stream during the block, `busy` of them from its start; each must come out as without any fault."""
+    oracle = fault_free(cluster)
+    workload = Workload(cluster.url, cluster.model_name(), load)
+    workload.start()
+    try:
+        eventually(lambda: streaming(workload, busy), 60.0, f"{busy} streams under way")
+        yield workload
+    finally:
+        history = workload.stop()
+    verdict = compare(history, oracle)
+    assert verdict.ok, verdict.differences
 
 
 def streaming(workload: Workload, streams: int = 2) -> bool:

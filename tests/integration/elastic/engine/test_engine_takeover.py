@@ -15,7 +15,6 @@ from elastic.engine.role import run_terms
 from elastic.serve.etcd_server import EtcdServer
 from membership.base.errors import StoreUnavailable
 from membership.base.events import EventLog
-from membership.store.etcd import connect
 from membership.store.in_memory import MemoryStore
 from membership.store.interface import KeyValue, Store
 from tests.support import ROOT
@@ -23,19 +22,6 @@ from tests.support.helpers import eventually
 from tests.support.standins import Gateway, StandInCluster, cluster_config
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture
-def etcd(tmp_path: Path) -> Iterator[EtcdServer]:
-    with EtcdServer(tmp_path / "etcd") as server:
-        yield server
-
-
-@pytest.fixture
-def store(etcd: EtcdServer) -> Iterator[Store]:
-    store = connect([etcd.url])
-    yield store
-    store.close()
 
 
 class EngineProcess:

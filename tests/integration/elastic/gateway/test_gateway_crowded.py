@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -23,12 +22,6 @@ DESCRIPTORS = 256
 ADMIN = {"Authorization": "Bearer t"}
 
 
-@pytest.fixture
-def etcd(tmp_path: Path) -> Iterator[EtcdServer]:
-    with EtcdServer(tmp_path / "etcd") as server:
-        yield server
-
-
 def text_of(lines: list[str]) -> str:
     events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
     assert not [event for event in events if "error" in event], events
@@ -44,7 +37,7 @@ def test_more_connections_than_descriptors(etcd: EtcdServer, tmp_path: Path, sen
         process = opened.enter_context(
             gateway(etcd, tmp_path, port, "--admin-port", str(admin_port), descriptors=DESCRIPTORS)
         )
-        eventually(lambda: alive(port), 30.0, "the gateway to answer")
+        eventually(lambda: alive(port), 60.0, "the gateway to answer")
         url = f"http://127.0.0.1:{port}"
         answer = opened.enter_context(httpx.stream("POST", f"{url}/v1/completions", json=BODY, timeout=30))
         lines = answer.iter_lines()
@@ -73,7 +66,7 @@ def test_more_requests_than_connections(etcd: EtcdServer, tmp_path: Path) -> Non
     with ExitStack() as opened:
         opened.enter_context(engine_in(etcd, tmp_path))
         opened.enter_context(gateway(etcd, tmp_path, port, "--max-connections", "3"))
-        eventually(lambda: alive(port), 30.0, "the gateway to answer")
+        eventually(lambda: alive(port), 60.0, "the gateway to answer")
         url = f"http://127.0.0.1:{port}"
         streams = [
             opened.enter_context(httpx.stream("POST", f"{url}/v1/completions", json=BODY, timeout=30)).iter_lines()

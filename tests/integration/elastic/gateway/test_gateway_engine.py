@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import httpx
 import msgspec.structs
@@ -28,19 +27,6 @@ from tests.support.scripted_engine import ScriptedEngine
 pytestmark = pytest.mark.integration
 
 TEXT = "the quick brown fox jumps over the lazy dog and some more"
-
-
-@pytest.fixture
-def cluster(tmp_path: Path) -> GatewayCluster:
-    cluster = GatewayCluster(tmp_path)
-    cluster.publish_view()
-    return cluster
-
-
-@pytest.fixture
-def gateway(cluster: GatewayCluster) -> Iterator[RunningGateway]:
-    with cluster.gateway() as running:
-        yield running
 
 
 @pytest.fixture

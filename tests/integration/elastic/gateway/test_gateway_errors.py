@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,7 +15,7 @@ from elastic.gateway import health, openai, tokenization
 from elastic.gateway.admin import admin_app
 from elastic.gateway.http import new_app
 from membership.store.records import ClusterConfig
-from tests.support.gateway_cluster import MODEL, TOKEN, GatewayCluster, RunningGateway
+from tests.support.gateway_cluster import MODEL, TOKEN, RunningGateway
 
 pytestmark = pytest.mark.integration
 
@@ -52,14 +51,6 @@ def routes(*, of_admin: bool) -> list[APIRoute]:
     found = [route for route in app.routes if isinstance(route, APIRoute)]
     assert len(found) == len(app.routes) > 6
     return found
-
-
-@pytest.fixture
-def gateway(tmp_path: Path) -> Iterator[RunningGateway]:
-    cluster = GatewayCluster(tmp_path)
-    cluster.publish_view()
-    with cluster.gateway() as running:
-        yield running
 
 
 @contextlib.contextmanager

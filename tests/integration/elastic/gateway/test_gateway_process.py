@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -20,16 +19,10 @@ from tests.support.replaced_files import replace_text
 pytestmark = pytest.mark.integration
 
 
-@pytest.fixture
-def etcd(tmp_path: Path) -> Iterator[EtcdServer]:
-    with EtcdServer(tmp_path / "etcd") as server:
-        yield server
-
-
 def test_sigterm_lets_the_stream_end(etcd: EtcdServer, tmp_path: Path) -> None:
     port = free_port()
     with engine_in(etcd, tmp_path) as engine, gateway(etcd, tmp_path, port) as process:
-        eventually(lambda: alive(port), 30.0, "the gateway to answer")
+        eventually(lambda: alive(port), 60.0, "the gateway to answer")
         mapped = Path(f"/proc/{process.pid}/maps").read_text()
         assert "libtorch" not in mapped
         with httpx.stream("POST", f"http://127.0.0.1:{port}/v1/completions", json=BODY, timeout=30) as answer:
@@ -52,7 +45,7 @@ def _stopping(port: int) -> bool:
 def test_a_killed_gateway_is_forgotten_and_its_clients_requests_end(etcd: EtcdServer, tmp_path: Path) -> None:
     port = free_port()
     with engine_in(etcd, tmp_path) as engine, gateway(etcd, tmp_path, port) as process:
-        eventually(lambda: alive(port) and _registered(etcd), 30.0, "the gateway to register")
+        eventually(lambda: alive(port) and _registered(etcd), 60.0, "the gateway to register")
         with httpx.stream("POST", f"http://127.0.0.1:{port}/v1/completions", json=BODY, timeout=30) as answer:
             lines = answer.iter_lines()
             assert next(lines).startswith("data: {")
@@ -76,7 +69,7 @@ def test_no_gateway_works_with_another_tokenizer_than_the_cluster_serves(etcd: E
             return engine.submits[-1].prompt
 
         with gateway(etcd, tmp_path / "a", ports[0]) as first:
-            eventually(lambda: alive(ports[0]), 30.0, "the gateway to answer")
+            eventually(lambda: alive(ports[0]), 60.0, "the gateway to answer")
             expected = prompt(ports[0])
             replace_text(tmp_path / "model", "tokenizer_config.json", lambda text: text.replace("true", "false"))
             first.kill()

@@ -26,13 +26,6 @@ STRANGER = 4321
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> GatewayCluster:
-    cluster = GatewayCluster(tmp_path)
-    cluster.publish_view()
-    return cluster
-
-
-@pytest.fixture
 def gateway(cluster: GatewayCluster) -> Iterator[RunningGateway]:
     with cluster.gateway(link=QUICK) as running:
         yield running

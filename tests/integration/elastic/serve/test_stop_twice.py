@@ -16,7 +16,6 @@ import pytest
 
 from elastic.serve.etcd_server import EtcdServer
 from membership.base.rank_id import RankId
-from membership.store.etcd import connect
 from membership.store.interface import Store
 from membership.store.keys import Keys
 from tests.integration.elastic.gateway.test_gateway_process import BODY, alive, engine_in, free_port, gateway
@@ -28,19 +27,6 @@ pytestmark = pytest.mark.integration
 A, B = RankId(0, 1), RankId(1, 2)
 SECOND = 128 + signal.SIGTERM
 EITHER = (128 + signal.SIGINT, SECOND)
-
-
-@pytest.fixture
-def etcd(tmp_path: Path) -> Iterator[EtcdServer]:
-    with EtcdServer(tmp_path / "etcd") as server:
-        yield server
-
-
-@pytest.fixture
-def store(etcd: EtcdServer) -> Iterator[Store]:
-    made = connect([etcd.url])
-    yield made
-    made.close()
 
 
 @contextmanager

@@ -1,0 +1,25 @@
+"""An etcd of a test's own, and a connection to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from elastic.serve.etcd_server import EtcdServer
+from membership.store.etcd import connect
+from membership.store.interface import Store
+
+
+@pytest.fixture
+def etcd(tmp_path: Path) -> Iterator[EtcdServer]:
+    with EtcdServer(tmp_path / "etcd") as server:
+        yield server
+
+
+@pytest.fixture
+def store(etcd: EtcdServer) -> Iterator[Store]:
+    with closing(connect([etcd.url])) as found:
+        yield found
