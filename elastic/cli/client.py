@@ -5,6 +5,7 @@ The store path works with every gateway dead; the admin path works from anywhere
 
 from __future__ import annotations
 
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -115,10 +116,11 @@ class StoreClient:
 class AdminClient:
     """Talks to a gateway's admin port with a bearer token."""
 
-    def __init__(self, url: str, token: str, timeout_s: float = 10.0) -> None:
+    def __init__(self, url: str, token: str, timeout_s: float = 10.0, *, trust: ssl.SSLContext | None = None) -> None:
+        """`trust`: certificates instead of the environment's."""
         headers = {"Authorization": f"Bearer {admin_token(token)}"}
         # It heeds the environment's certificates, and no proxy: nothing reads the token.
-        transport = httpx.HTTPTransport()
+        transport = httpx.HTTPTransport(verify=True if trust is None else trust)
         self._http = httpx.Client(
             base_url=http_url(url, "--admin"), headers=headers, timeout=timeout_s, transport=transport, trust_env=False
         )

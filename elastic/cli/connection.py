@@ -30,6 +30,10 @@ class AdminConnection(StateDirOptions):
         "", "Bearer token of the admin port.", names=("--admin-token", "--token"), env="ELASTIC_ADMIN_TOKEN"
     )
 
+    cacert: Path | None = option(
+        None, "PEM file of the authority that signed the admin port's certificate (https).", env="ELASTIC_CACERT"
+    )
+
     def state(self) -> StateDir:
         """The state directory that was named, else that of the cluster served last."""
         return StateDir(self.state_dir) if self.state_dir else StateDir.last_served()
@@ -41,7 +45,7 @@ class AdminConnection(StateDirOptions):
             address = ClusterAddress(cluster="", admin_url=self.admin, admin_token=self.admin_token)
         else:
             address = self.state().address()
-        with _admin_client(address) as client:
+        with _admin_client(address, self.cacert) as client:
             yield client
 
 
@@ -62,16 +66,20 @@ class Connection(AdminConnection, StoreOptions):
         state = self.state()
         address = state.address()
         if address.trouble:  # the store was wiped or set back; a gateway still knows the cluster as it is served
-            return _admin_client(address)
+            return _admin_client(address, self.cacert)
         known = msgspec.structs.replace(address, credentials=self.credentials(address.credentials))
         return _store_client(known, state.events)
 
 
 @contextmanager
-def _admin_client(address: ClusterAddress) -> Iterator[AdminClient]:
+def _admin_client(address: ClusterAddress, cacert: Path | None) -> Iterator[AdminClient]:
     from elastic.cli.client import AdminClient
+    from elastic.serve.tls import pinned, trusting
 
-    with closing(AdminClient(address.admin_url, address.token())) as client:
+    trust = None
+    if address.admin_url.startswith("https:"):
+        trust = trusting(cacert) if cacert else pinned(address.certificate) if address.certificate else None
+    with closing(AdminClient(address.admin_url, address.token(), trust=trust)) as client:
         yield client
 
 

@@ -18,6 +18,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from elastic.gateway.connection import CERTIFIED
 from elastic.gateway.health import PATHS
 from elastic.gateway.http import CLIENT_GONE_STATUS, error_response
 from elastic.gateway.key_ring import Account, KeyRing
@@ -66,12 +67,21 @@ def visit_of(request: Request) -> Visit:
 
 
 class Access:
-    """`logged`: write a line per request, except for those of probes and scrapes that went well."""
+    """`logged`: write a line per request, except for those of probes and scrapes that went well.
+
+    `certified`: clients show a certificate, except for probes and scrapes.
+    """
 
     def __init__(
-        self, app: ASGIApp, keys: KeyRing, *, logged: bool, clock: Callable[[], float] = time.monotonic
+        self,
+        app: ASGIApp,
+        keys: KeyRing,
+        *,
+        logged: bool,
+        certified: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._app, self._keys, self._logged, self._clock = app, keys, logged, clock
+        self._app, self._keys, self._logged, self._certified, self._clock = app, keys, logged, certified, clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or refuse it."""
@@ -111,6 +121,9 @@ class Access:
 
     def _account(self, scope: Scope, headers: Headers) -> Account | None:
         needed = scope["path"] not in PATHS and scope["method"] != "OPTIONS"  # what browsers ask first has no key
+        if needed and self._certified and not scope["state"].get(CERTIFIED):
+            message = "this needs a client certificate"
+            raise RequestError(message, status=403, code="client_certificate_required")
         return self._keys.account(headers.get("authorization", "")) if needed else None
 
     def _log(self, scope: Scope, visit: Visit, began: float) -> None:

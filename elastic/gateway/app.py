@@ -32,9 +32,10 @@ from elastic.gateway.model_files import kept_files
 from elastic.gateway.registration import Registration
 from elastic.gateway.server import Server
 from elastic.gateway.tokenizer import Tokenizer
-from elastic.serve.listening import ADMIN_CONNECTIONS, Listeners, listening, most_connections, url_of
+from elastic.serve.listening import ADMIN_CONNECTIONS, Listeners, is_loopback, listening, most_connections, urls_of
 from elastic.serve.options import ApiOptions
 from elastic.serve.state_dir import StateDir
+from elastic.serve.tls import certificates_of
 from membership.base import descriptors
 from membership.base.enums import GenerationConfig
 from membership.base.errors import ConfigError, ElasticError, RequestError
@@ -103,6 +104,7 @@ def run_gateway(
     name = settings.name
     note = partial(events.emit, cluster=cluster)
     most = most_connections(descriptors.limit(), settings.max_connections)
+    certificates = certificates_of(settings.api)
     with (
         listening(settings, settings.listeners) as bound,
         Mirror(store, cluster) as mirror,
@@ -117,14 +119,25 @@ def run_gateway(
         metrics = GatewayMetrics(mirror.state, history, cluster, keys)
         metrics.follow_load(link, config.served_model_name if settings.api.metrics_aliases else "")
         service = _service(config, settings, link, metrics)
-        access = Access(_public_app(service, readiness), keys, logged=settings.api.access_log)
+        access = Access(
+            _public_app(service, readiness),
+            keys,
+            logged=settings.api.access_log,
+            certified=settings.api.ssl_cert_reqs == 2,
+        )
         public = for_browsers(access, settings.api)
         admin = admin_app(Admin(store, cluster, mirror, settings.admin_token, history, lambda: readiness.stopping))
         servers = (
-            Server(public, bound.api, settings.grace_s, most, urgent=health.PATHS),
-            Server(admin, bound.admin, 1.0, ADMIN_CONNECTIONS),
+            Server(public, bound.api, settings.grace_s, most, urgent=health.PATHS, certificates=certificates),
+            Server(
+                admin,
+                bound.admin,
+                1.0,
+                ADMIN_CONNECTIONS,
+                certificates=None if is_loopback(bound.admin) else certificates,
+            ),
         )
-        url, admin_url = (url_of(each, any_host=socket.gethostname()) for each in bound)
+        url, admin_url = urls_of(bound, socket.gethostname(), tls=certificates is not None)
         record = GatewayRecord(name=name, pid=os.getpid(), url=url, admin_url=admin_url)
         gateway = Gateway(config, mirror, link, readiness, *servers, settings.grace_s, hurry or threading.Event())
         with Registration(store, cluster, record, config.lease_ttl_s):

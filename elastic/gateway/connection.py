@@ -22,6 +22,7 @@ from membership.base.errors import RequestError
 from membership.base.timing import HEADER_TIMEOUT_S, IDLE_TIMEOUT_S, SEND_TIMEOUT_S
 
 FIRST_LOOK_S, LAST_LOOK_S = 0.02, 2.5  # at a client that has half-closed: is it still there? Each later than the last
+CERTIFIED = "certified"  # in a request's state: the client has shown a certificate that we trust
 INTERIM = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -55,11 +56,14 @@ class Connection(H11Protocol):
         self._place, self._patience, self._crowded = place, patience, crowded
         self._deadline: asyncio.TimerHandle | None = None  # of the header
         self._look: asyncio.TimerHandle | None = None  # at a client that has half-closed
-        self._half_closed = self._closed = False
+        self._half_closed = self._closed = self._encrypted = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A client has connected."""
         super().connection_made(transport)  # type: ignore[arg-type]
+        self._encrypted = transport.get_extra_info("sslcontext") is not None
+        if transport.get_extra_info("peercert"):
+            self.app_state = {**self.app_state, CERTIFIED: True}
         peer = transport.get_extra_info("socket")
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(self._patience.send_s * 1000))
         if not self._place.entered(self):
@@ -88,8 +92,11 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """The client sends no more. Keep the connection if it waits for an answer: it may have closed one half only."""
-        if not self._answering or self.conn.their_state is h11.SEND_BODY:
+        """The client sends no more. Keep the connection if it waits for an answer: it may have closed one half only.
+
+        Not with TLS, where nobody closes one half.
+        """
+        if self._encrypted or not self._answering or self.conn.their_state is h11.SEND_BODY:
             return False
         if not self._half_closed:
             self._half_closed = True

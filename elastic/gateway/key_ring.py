@@ -7,7 +7,6 @@ file that cannot be used changes nothing, and is logged.
 from __future__ import annotations
 
 import hmac
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ import structlog
 
 from elastic.http_errors import message_of
 from elastic.serve.api_keys import NO_LIMITS, ApiKey, KeyLimits, all_keys, digest_of
+from elastic.serve.tls import stamp_of
 from membership.base.errors import ConfigError, RequestError
 
 MINUTE_S = 60.0
@@ -155,10 +155,4 @@ class KeyRing:
 
     def _stamp_now(self) -> object:
         """What changes whenever the file does."""
-        if self._path is None:
-            return None
-        try:
-            info = os.stat(self._path)
-        except OSError as error:
-            return error.errno
-        return info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
+        return None if self._path is None else stamp_of(self._path)

@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import structlog
 import uvicorn
 from starlette.types import ASGIApp
 
-from elastic.gateway.connection import Connection, Patience
+from elastic.gateway.connection import Connection, Patience, Place
 from elastic.gateway.http import error_response
 from elastic.serve.listening import BACKLOG, OVERFLOW
+from elastic.serve.tls import Certificates
 from membership.base.errors import RequestError
 
 MAX_HEADER_BYTES = 32 * 1024
@@ -32,14 +35,21 @@ ROOM_TIMEOUT_S = 1.0
 log = structlog.get_logger(__name__)
 
 
+class Guest(Protocol):
+    """A connection, or what is to become one."""
+
+    def drop(self) -> None:
+        """Make room for another one."""
+
+
 class Door:
     """The connections of one port. Each tells what it is about (see `Place` in connection.py)."""
 
     def __init__(self, most: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._most = most
         self._clock = clock
-        self._open: set[Connection] = set()
-        self._owing: dict[Connection, None] = {}  # the one that owes longest is first
+        self._open: set[Guest] = set()
+        self._owing: dict[Guest, None] = {}  # the one that owes longest is first
         self._left = asyncio.Event()
         self._reported_at, self._unreported = -REPORT_EVERY_S, 0
 
@@ -50,7 +60,7 @@ class Door:
             async with asyncio.timeout(ROOM_TIMEOUT_S):
                 await self._left.wait()
 
-    def entered(self, connection: Connection) -> bool:
+    def entered(self, connection: Guest) -> bool:
         """Let it in; another one leaves if the port is full. False: none could, so only for what is urgent."""
         self._open.add(connection)
         if len(self._open) > self._most and (longest := next(iter(self._owing), None)):
@@ -58,13 +68,13 @@ class Door:
             longest.drop()
         return len(self._open) <= self._most
 
-    def left(self, connection: Connection) -> None:
+    def left(self, connection: Guest) -> None:
         """Its place is free."""
         self._open.discard(connection)
         self._owing.pop(connection, None)
         self._left.set()
 
-    def owing(self, connection: Connection, owes: bool) -> None:
+    def owing(self, connection: Guest, owes: bool) -> None:
         """It may be dropped, or not."""
         if not owes:
             self._owing.pop(connection, None)
@@ -85,6 +95,58 @@ class Door:
             self._reported_at, self._unreported = now, 0
 
 
+class Handshake:
+    """A connection until its TLS handshake is done. It owes something all the while, so it gives way to others.
+
+    Beside the loop that accepts: a client that is slow here delays no other one.
+    """
+
+    def __init__(self, door: Door, accepted: socket.socket) -> None:
+        self._door, self._accepted = door, accepted
+        self._begun = False
+        self._task: asyncio.Task[None] | None = None
+
+    def begin(self, connection: Callable[[Place], Connection], context: ssl.SSLContext, timeout_s: float) -> None:
+        """Start it; it ends by itself."""
+        self._task = asyncio.create_task(self._run(connection, context, timeout_s), name="handshake")
+        self._task.add_done_callback(self._ended)
+        self._door.entered(self)
+        self._door.owing(self, True)
+
+    def drop(self) -> None:
+        """Make room for another connection."""
+        if self._task is not None:
+            self._task.cancel()
+
+    def entered(self, connection: Connection) -> bool:
+        """It has become a connection."""
+        self._door.left(self)
+        return self._door.entered(connection)
+
+    def left(self, connection: Connection) -> None:
+        """That connection is closed."""
+        self._door.left(connection)
+
+    def owing(self, connection: Connection, owes: bool) -> None:
+        """See `Place`."""
+        self._door.owing(connection, owes)
+
+    async def _run(self, connection: Callable[[Place], Connection], context: ssl.SSLContext, timeout_s: float) -> None:
+        self._begun = True
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.connect_accepted_socket(
+                partial(connection, self), self._accepted, ssl=context, ssl_handshake_timeout=timeout_s
+            )
+        except OSError as error:  # no TLS, a certificate that is not good, a client that went away or is too slow
+            log.debug("handshake_failed", error=str(error))
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._door.left(self)
+        if not self._begun:
+            self._accepted.close()
+
+
 class Server(uvicorn.Server):
     """uvicorn on a socket that is bound already, leaving signals to the role. `urgent`: paths answered when crowded."""
 
@@ -97,11 +159,14 @@ class Server(uvicorn.Server):
         *,
         urgent: frozenset[str] = frozenset(),
         patience: Patience | None = None,
+        certificates: Certificates | None = None,
     ) -> None:
+        """`certificates`: for TLS."""
         self._bound = bound
         self._door = Door(most)
         self._urgent = urgent
         self._patience = patience or Patience()
+        self._certificates = certificates
         self._accepting: asyncio.Task[None] | None = None
         config = uvicorn.Config(
             app,
@@ -151,16 +216,21 @@ class Server(uvicorn.Server):
             try:
                 await self._door.room()
                 accepted, _ = await loop.sock_accept(self._bound)
-                await loop.connect_accepted_socket(self._connection, accepted)
+                if self._certificates is None:
+                    await loop.connect_accepted_socket(partial(self._connection, self._door), accepted)
+                else:
+                    Handshake(self._door, accepted).begin(
+                        self._connection, self._certificates.context(), self._patience.header_s
+                    )
             except TimeoutError:
                 continue  # still full
             except OSError as error:
                 self._door.report(error)
                 await asyncio.sleep(ACCEPT_RETRY_S)
 
-    def _connection(self) -> Connection:
+    def _connection(self, place: Place) -> Connection:
         return Connection(
-            self._door, self._patience, self._when_crowded,
+            place, self._patience, self._when_crowded,
             config=self.config, server_state=self.server_state, app_state=self.lifespan.state,
         )  # fmt: skip
 

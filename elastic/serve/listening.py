@@ -6,6 +6,7 @@ process to take while a gateway dies and returns, and clients that connect meanw
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 from collections.abc import Iterator, MutableMapping, Sequence
@@ -74,12 +75,23 @@ def inherited_listeners(environ: MutableMapping[str, str] = os.environ) -> Liste
     return Listeners(socket.socket(fileno=api), socket.socket(fileno=admin))
 
 
-def url_of(bound: socket.socket, any_host: str | None = None) -> str:
+def urls_of(bound: Listeners, any_host: str | None = None, *, tls: bool = False) -> tuple[str, str]:
+    """How to reach both. `tls`: there is a certificate."""
+    return url_of(bound.api, any_host, tls=tls), url_of(bound.admin, any_host, tls=tls and not is_loopback(bound.admin))
+
+
+def is_loopback(bound: socket.socket) -> bool:
+    """Whether only this machine can reach it."""
+    return ipaddress.ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback
+
+
+def url_of(bound: socket.socket, any_host: str | None = None, *, tls: bool = False) -> str:
     """How to reach the socket; `any_host` replaces an address that means all of them (default: this machine's own)."""
     host, port = bound.getsockname()[:2]
     if host in ANY_ADDRESS:
         host = any_host or ANY_ADDRESS[host]
-    return f"http://[{host.replace('%', '%25')}]:{port}" if ":" in host else f"http://{host}:{port}"
+    shown = f"[{host.replace('%', '%25')}]" if ":" in host else host
+    return f"{'https' if tls else 'http'}://{shown}:{port}"
 
 
 def _bound(wanted: Addresses) -> Listeners:

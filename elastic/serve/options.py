@@ -271,6 +271,18 @@ class ApiOptions:
     reasoning_parser: ReasoningParser = option(
         ReasoningParser.NONE, "How the model marks its reasoning, which answers then have as `reasoning_content`."
     )
+    ssl_certfile: Path | None = option(
+        None,
+        "PEM file of the API's certificate (https), and of an admin API beyond loopback; a changed file counts.",
+    )
+    ssl_keyfile: Path | None = option(None, "PEM file of that certificate's key. Default: in the same file.")
+    ssl_ca_certs: Path | None = option(None, "PEM file of the authorities of clients' certificates.")
+    ssl_cert_reqs: int = option(
+        0,
+        "Client certificates: 0 = none are asked for, 1 = checked, 2 = required, except of probes.",
+        minimum=0,
+        maximum=2,
+    )
     admin_token_file: Path | None = option(
         None, "File with the admin API's token; a changed file counts at once. Default: ELASTIC_ADMIN_TOKEN."
     )

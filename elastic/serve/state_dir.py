@@ -42,6 +42,7 @@ class ClusterAddress(msgspec.Struct, frozen=True, kw_only=True):
     credentials: Credentials = NO_CREDENTIALS  # for etcd: names of files, no secrets
     url: str = ""
     admin_url: str = ""
+    certificate: str = ""  # file of the ports' certificate, if they have one
     admin_token: str = ""
     admin_token_file: str = ""  # where it is instead, if it may change
     pid: int = 0

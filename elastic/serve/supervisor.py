@@ -24,7 +24,7 @@ from elastic.serve import chaos_mode
 from elastic.serve.api_keys import all_keys
 from elastic.serve.cluster_config import cluster_config
 from elastic.serve.etcd_server import EtcdServer
-from elastic.serve.listening import Listeners, listening, most_connections, url_of
+from elastic.serve.listening import Listeners, listening, most_connections, urls_of
 from elastic.serve.load_bar import LoadBar, RankLoad
 from elastic.serve.log_stream import LogStream
 from elastic.serve.options import DEFAULT_RANKS, ServeOptions, admin_token, read_admin_token
@@ -36,6 +36,7 @@ from elastic.serve.roles import Roles
 from elastic.serve.state_dir import ClusterAddress, StateDir, home
 from elastic.serve.store_guard import StoreGuard
 from elastic.serve.stored_config import write_config
+from elastic.serve.tls import certificates_of, pinned
 from membership.base import descriptors, rotation
 from membership.base.attempts import Attempts
 from membership.base.errors import ConfigError, ElasticError, StoreReplaced, WaitTimeout
@@ -96,6 +97,8 @@ class Supervisor:
         if options.admin_token_file is not None:
             read_admin_token(options.admin_token_file)
         all_keys(options.api_key, options.api_key_file)  # what a gateway would refuse is refused now
+        certificates_of(options)
+        self._certificate = str(options.ssl_certfile.absolute()) if options.ssl_certfile else ""
         self.options = options
         self.ranks = options.ranks or DEFAULT_RANKS
         self.state = StateDir(options.state_dir or home() / self.config.cluster)
@@ -127,7 +130,7 @@ class Supervisor:
     def __enter__(self) -> Supervisor:
         with ExitStack() as opened:
             self._listeners = opened.enter_context(listening(self.options))
-            self._urls = tuple(map(url_of, self._listeners))
+            self._urls = urls_of(self._listeners, tls=self._certificate != "")
             self.state.claim()
             opened.callback(self.state.release)
             killed = self._predecessor()
@@ -307,6 +310,7 @@ class Supervisor:
             credentials=self.options.credentials(),
             url=self._urls[0],
             admin_url=self._urls[1],
+            certificate=self._certificate,
             admin_token="" if token_file else self.options.admin_token,
             admin_token_file=str(token_file.absolute()) if token_file else "",
             pid=os.getpid(),
@@ -348,13 +352,14 @@ class Supervisor:
 
     def _readiness(self) -> Readiness:
         try:
-            answer = httpx.get(f"{self.address(()).url}/readyz", timeout=2.0, trust_env=False)
+            verify = pinned(self._certificate) if self._certificate else True
+            answer = httpx.get(f"{self.address(()).url}/readyz", timeout=2.0, trust_env=False, verify=verify)
             if answer.status_code == 200:
                 return Readiness(ready=True)
             found = answer.json()
             loads = msgspec.convert(found.get("loading", []), tuple[RankLoad, ...])
             return Readiness(missing="; ".join(str(r) for r in found.get("reasons") or [answer.text]), loads=loads)
-        except (httpx.HTTPError, OSError, ValueError, AttributeError):
+        except (httpx.HTTPError, OSError, ValueError, AttributeError, ConfigError):
             # OSError: no descriptor to be had. The last two: it is not our gateway that answers there.
             return Readiness(missing="the gateway to answer")
 

@@ -17,12 +17,13 @@ from chaos.faults import kill
 from chaos.target.cluster import ServedCluster
 from chaos.target.warm_start import WarmStart
 from elastic.serve.listening import bind
+from elastic.serve.tls import pinned
 from membership.base.errors import ConfigError
 from membership.base.process_stats import command_words
 from membership.base.run_dir import run_dir
 from tests.e2e.conftest import Serve
 from tests.support.helpers import eventually, running
-from tests.support.secured_etcd import PASSWORD, secured_etcd
+from tests.support.secured_etcd import PASSWORD, Authority, secured_etcd
 from tests.support.served import completion, role_pid
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
@@ -137,12 +138,14 @@ def test_a_term_signal_lets_requests_end(serve: Serve, demo_model: Path) -> None
     assert not [line for line in lost if json.loads(line)["open_requests"]]
 
 
-def test_ipv6_and_a_gateway_that_returns_under_its_clients(serve: Serve, demo_model: Path) -> None:
+def test_ipv6_tls_and_a_gateway_that_returns_under_its_clients(serve: Serve, demo_model: Path, tmp_path: Path) -> None:
     """Its ports are never free: clients that connect meanwhile wait, and no other process can take them."""
-    cluster = serve(demo_model, 2, ("--host", "::1", "--admin-host", "::1"))
+    certificate, key = Authority(tmp_path / "authority").issue("server")
+    tls = ("--ssl-certfile", certificate, "--ssl-keyfile", key)
+    cluster = serve(demo_model, 2, ("--host", "::1", "--admin-host", "::1", *tls))
     eventually(lambda: (cluster.state.path / "cluster.json").exists(), 120.0, "the address to be published")
     address = cluster.state.address()
-    assert (address.url, address.admin_url) == (f"http://[::1]:{cluster.port}", f"http://[::1]:{cluster.admin_port}")
+    assert (address.url, address.admin_url) == (f"https://[::1]:{cluster.port}", f"http://[::1]:{cluster.admin_port}")
     ready = f"ready: OpenAI API at {address.url}/v1"
     eventually(lambda: ready in (cluster.state.path / "serve.log").read_text(), 120.0, "the cluster to be ready")
     token = {"Authorization": f"Bearer {address.admin_token}"}
@@ -152,7 +155,8 @@ def test_ipv6_and_a_gateway_that_returns_under_its_clients(serve: Serve, demo_mo
     for port in (cluster.port, cluster.admin_port):
         with pytest.raises(ConfigError, match="Address already in use"):
             bind("::1", port, ("--host", "--port"))
-    assert httpx.get(f"{address.url}/livez", timeout=60.0).json()["status"] == "alive"
+    answer = httpx.get(f"{address.url}/livez", timeout=60.0, verify=pinned(address.certificate))
+    assert answer.json()["status"] == "alive"
     view = httpx.get(f"{address.admin_url}/admin/v1/view", headers=token, timeout=60.0)
     assert view.json()["epoch"] >= 1
     status = subprocess.run(

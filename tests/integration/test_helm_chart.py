@@ -43,7 +43,7 @@ def test_lint_is_clean() -> None:
             "model.volume.persistentVolumeClaim.claimName=models",
             "etcd.endpoints={http://etcd-0:2379,http://etcd-1:2379}",
         ),
-        ("admin.existingSecret=token", "serviceAccount.create=false", "api.keysSecret=keys"),
+        ("admin.existingSecret=token", "serviceAccount.create=false", "api.keysSecret=keys", "api.tlsSecret=tls"),
         (
             "etcd.endpoints={https://etcd-0:2379}",
             "etcd.tlsSecret=etcd-client",
@@ -95,6 +95,21 @@ def test_api_keys_come_from_a_secret_and_are_where_the_flag_says() -> None:
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
     secrets = {volume["name"]: volume["secret"]["secretName"] for volume in pod["volumes"] if "secret" in volume}
     assert (secrets[mounts[path.rpartition("/")[0]]], path.rpartition("/")[2]) == ("clients", "keys")
+
+
+def test_a_certificate_comes_from_a_secret_and_probes_then_use_https() -> None:
+    pod = render("api.tlsSecret=mine")["StatefulSet"]["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+    mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+    secrets = {volume["name"]: volume["secret"]["secretName"] for volume in pod["volumes"] if "secret" in volume}
+    assert secrets[mounts["/etc/elastic-ep/api-tls"]["name"]] == "mine"
+    assert "subPath" not in mounts["/etc/elastic-ep/api-tls"], "a subPath is not updated"
+    for flag, key in (("--ssl-certfile", "tls.crt"), ("--ssl-keyfile", "tls.key")):
+        assert f"{flag}=/etc/elastic-ep/api-tls/{key}" in container["args"]
+    plain = render()["StatefulSet"]["spec"]["template"]["spec"]["containers"][0]
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        schemes = (container[probe]["httpGet"]["scheme"], plain[probe]["httpGet"]["scheme"])
+        assert schemes == ("HTTPS", "HTTP")
 
 
 def test_the_admin_token_is_a_file_so_that_a_changed_secret_counts_without_a_restart() -> None:
@@ -152,6 +167,7 @@ def test_the_command_line_is_one_that_serve_takes() -> None:
             "etcd.user=u",
             "etcd.passwordSecret=p",
             "api.keysSecret=k",
+            "api.tlsSecret=t",
         )
     )
     passed = {argument.split("=")[0] for argument in rendered if argument.startswith("--")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,9 +57,10 @@ class RunningGateway:
     thread: threading.Thread
     failures: list[BaseException]
 
-    def client(self, key: str = "x") -> OpenAI:
-        """The official client; close it."""
-        fleeting = httpx.Client(limits=httpx.Limits(max_keepalive_connections=0))  # nothing open between tests
+    def client(self, key: str = "x", trust: ssl.SSLContext | None = None) -> OpenAI:
+        """The official client; close it. `trust`: whose certificates it takes."""
+        none_kept = httpx.Limits(max_keepalive_connections=0)  # nothing open between tests
+        fleeting = httpx.Client(limits=none_kept, verify=True if trust is None else trust)
         return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=20.0, http_client=fleeting)
 
 
@@ -141,11 +143,14 @@ class GatewayCluster:
         grace_s: float = 2.0,
         link: LinkSettings = PATIENT,
         api: ApiOptions = OPEN,
+        admin_host: str = "127.0.0.1",
     ) -> Iterator[RunningGateway]:
         """A gateway that serves, until the block ends."""
         stop, failures = threading.Event(), []
         asked = AdminToken(token, api.admin_token_file)
-        settings = GatewaySettings(name, self.path, asked, port=port, grace_s=grace_s, link=link, api=api)
+        settings = GatewaySettings(
+            name, self.path, asked, port=port, admin_host=admin_host, grace_s=grace_s, link=link, api=api
+        )
         log = EventLog(self.events, "gateway")
 
         def run() -> None:
