@@ -92,7 +92,8 @@ class Engine:
         self._flip = (0, 0)  # (previous epoch, requests that lost their home)
 
     def on_membership(self, state: ClusterState) -> None:
-        """The mirror has a new state; called in its thread."""
+        """The mirror has a new state; called in its thread. A step may wait for a rank that has ended elsewhere."""
+        self._report_exits(state)
         self._membership_changed = True
         self._fleet.ring()
 
@@ -359,6 +360,7 @@ class Engine:
         for identity, record in state.ranks.items():
             if record.engine_token == self._token and identity not in self._lost:
                 self._fleet.attach(record)
+        self._report_exits(state)
         named = set(state.ranks) | {m.id for m in (state.view.members if state.view else ())}
         named |= {spec.id for each in state.assignments.values() for spec in each.ranks}
         if self._scheduler.view is not None:
@@ -367,6 +369,10 @@ class Engine:
             self._ready.discard(identity)
             self._fleet.detach(identity)
         self._lost &= named
+
+    def _report_exits(self, state: ClusterState) -> None:
+        for found in state.exits.values():
+            self._fleet.ended(found.id)
 
     def _adopt(self, newer: Adoption, model: str) -> None:
         """Flip to the view: the next batch carries its epoch. Requests of departed ranks continue on others."""

@@ -20,6 +20,7 @@ from membership.base import failpoints, loop_watchdog
 from membership.base.attempts import is_shortage
 from membership.base.errors import Fenced, LeaseLost, StoreReplaced, StoreUnavailable, WaitTimeout
 from membership.base.events import EventLog
+from membership.base.network import Network
 from membership.store.codec import encode
 from membership.store.election import Election
 from membership.store.interface import Store
@@ -35,7 +36,9 @@ REMIND_S = 60.0
 log = structlog.get_logger(__name__)
 
 
-def run_terms(store: Store, cluster: str, node: str, stop: threading.Event, events: EventLog) -> None:
+def run_terms(
+    store: Store, cluster: str, node: str, stop: threading.Event, events: EventLog, network: Network | None = None
+) -> None:
     """Serve term after term until `stop`: an engine that was replaced, or whose lease was lost, stands by again.
 
     So does one that cannot begin its term because the store is unavailable. It stays the same process: to start
@@ -43,7 +46,7 @@ def run_terms(store: Store, cluster: str, node: str, stop: threading.Event, even
     """
     while not stop.is_set():
         try:
-            run_engine(store, cluster, node, stop, events)
+            run_engine(store, cluster, node, stop, events, network)
         except Fenced as fenced:
             log.warning("engine_stood_down", reason=str(fenced))
         except StoreReplaced as replaced:  # no engine can be elected; the active one serves on
@@ -57,13 +60,15 @@ def run_terms(store: Store, cluster: str, node: str, stop: threading.Event, even
             stop.wait(timeout=CAMPAIGN_SLICE_S)
 
 
-def run_engine(store: Store, cluster: str, node: str, stop: threading.Event, events: EventLog) -> None:
+def run_engine(
+    store: Store, cluster: str, node: str, stop: threading.Event, events: EventLog, network: Network | None = None
+) -> None:
     """Stand by, then serve for one term, until `stop`. Fenced if another engine has taken over."""
     with Mirror(store, cluster) as mirror, ExitStack() as opened:
         config = _config(mirror, stop)
         if config is None:
             return
-        fleet = Fleet()
+        fleet = Fleet(network=network)
         opened.callback(fleet.close)
         server = EngineServer(fleet.ring)
         opened.callback(server.close)

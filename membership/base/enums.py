@@ -76,3 +76,4 @@ class DetectedBy(StrEnum):
     START = "start"  # it never came up
     HEARTBEAT = "heartbeat"  # it was alive, and silent for too long
     STALL = "stall"  # its load made no progress for too long
+    AGENT = "agent"  # its agent, on another host, reported its exit

@@ -6,8 +6,10 @@ Each is imported when it is first opened, so that one does not need another's li
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from membership.base.errors import ConfigError
+from membership.base.network import Network
 from workers.exchange.link import Transport
 from workers.exchange.links import Links
 
@@ -28,6 +30,13 @@ def _loopback(links: Links) -> Transport:
 
 
 _OPENERS: dict[str, Opener] = {"shm": _shm, "loopback": _loopback}
+
+
+def between_hosts(network: Network | None) -> Opener:
+    """What ranks run: shared memory on one host, and TCP to other hosts if there is a network."""
+    from workers.exchange.auto import Auto
+
+    return partial(Auto, network=network)
 
 
 def register(name: str, opener: Opener) -> None:

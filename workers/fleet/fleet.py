@@ -23,6 +23,7 @@ from membership.base import failpoints
 from membership.base.attempts import Attempts
 from membership.base.enums import DetectedBy
 from membership.base.errors import ElasticError, QueueClosed, WaitTimeout
+from membership.base.network import Network
 from membership.base.process_stats import threads
 from membership.base.rank_id import RankId
 from membership.base.timing import STEP_DEADLINE_S
@@ -43,7 +44,9 @@ from workers.protocol.messages import (
     StepResult,
     reader_id,
 )
+from workers.queue.handle import Handle, this_host
 from workers.queue.message_queue import MessageQueue, MsgpackCodec, SlowReaders
+from workers.queue.network import keys_for, remote_of
 
 MAX_OWED_PINGS = 8  # a stopped rank's queue is not to be filled with them
 BEATING_FACTOR = 3.0  # x the deadline, for a rank whose interpreter runs
@@ -75,11 +78,11 @@ FleetEvent = RankMessage | RankJoined | RankLost
 
 @dataclass(eq=False)
 class _Link:
-    """One rank, attached."""
+    """One rank, attached. `page` None: it is on another host, and its connection and its agent tell of its death."""
 
     key: RankId
     answers: MessageQueue
-    page: LivenessPage
+    page: LivenessPage | None
     resources: ExitStack
     joined: bool = False
     owed: dict[int, float] = field(default_factory=dict)  # step or ping not answered yet -> when it was sent
@@ -87,19 +90,19 @@ class _Link:
 
     def owe(self, step: int, now: float) -> None:
         """It was asked something."""
-        if not self.owed:
+        if not self.owed and self.page is not None:
             self.heartbeats = self.page.heartbeats
         self.owed[step] = now
 
     def excuse(self, now: float) -> None:
         """A rank that loads owes no ping yet: its agent watches it, and ends it if nothing advances."""
-        if self.owed and max(self.owed) < 0 and self.page.load.loading:
+        if self.owed and max(self.owed) < 0 and self.page is not None and self.page.load.loading:
             self.owed = dict.fromkeys(self.owed, now)
 
     def look(self) -> Look | None:
-        """What it does at this moment; None if it is gone."""
-        seen, page = threads(self.page.pid), self.page
-        if seen is None:
+        """What it does at this moment; None if it is gone, or cannot be seen from here."""
+        page = self.page
+        if page is None or (seen := threads(page.pid)) is None:
             return None
         return Look(seen.state, seen.main_s, seen.others_run, seen.all_s, page.heartbeats, page.steps, page.turns)
 
@@ -107,7 +110,7 @@ class _Link:
         """When its answer is overdue; infinity if it owes none."""
         if not self.owed:
             return math.inf
-        beating = self.page.heartbeats > self.heartbeats + 1
+        beating = self.page is None or self.page.heartbeats > self.heartbeats + 1
         return min(self.owed.values()) + deadline_s * (BEATING_FACTOR if beating else 1.0)
 
 
@@ -119,13 +122,17 @@ class Fleet:
         step_deadline_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
         parts: tuple[Doorbell, MessageQueue, LiveMask] | None = None,
+        network: Network | None = None,
     ) -> None:
-        """`parts` replace its own; then it has no thread either, and the caller runs `join_wanted`."""
+        """`parts` replace its own; then it has no thread either, and the caller runs `join_wanted`. `network`: it has
+        ranks on other hosts, too.
+        """
         self._clock = clock
+        self._network = network
         self._step_deadline_s = STEP_DEADLINE_S if step_deadline_s is None else step_deadline_s
         self._doorbell, self._steps, self._mask = parts or (
             Doorbell(),
-            MessageQueue("engine-steps", MsgpackCodec(EngineMessage)),
+            MessageQueue("engine-steps", MsgpackCodec(EngineMessage), remote=remote_of(network) if network else None),
             LiveMask.create(),
         )
         self._watchdog = Watchdog()
@@ -187,6 +194,12 @@ class Fleet:
             self._wanted.pop(key, None)
         self._drop(key)
 
+    def ended(self, key: RankId) -> None:
+        """Its agent has recorded its exit; from any thread. For a rank of this host the kernel is faster."""
+        link = self._links.get(key)
+        if link is not None and link.page is None:
+            self._on_death(key, DetectedBy.AGENT)
+
     def mask(self, rank: int) -> None:
         """Take a rank out of use at once, in the middle of a step too: the Ping wakes all ranks to look at the mask.
 
@@ -231,7 +244,8 @@ class Fleet:
 
     def _ping(self) -> None:
         self._pings += 1
-        self.broadcast(Ping(self._token, -self._pings))
+        masked = self._mask.masked()
+        self.broadcast(Ping(self._token, -self._pings, [r for r in range(masked.bit_length()) if masked >> r & 1]))
 
     def collect(self, timeout_s: float, or_when: Callable[[], bool]) -> list[FleetEvent]:
         """Wait until something has happened, or `or_when()`; return what has, answers before their rank's death."""
@@ -321,7 +335,8 @@ class Fleet:
         """Ranks that keep the step waiting and do nothing. Members without chunks count: peers need their experts."""
         now = self._clock()
         if now >= self._pace.due:
-            self._pace.compare({key.rank: link.page.waited_s for key, link in self._links.items()}, now)
+            waited_s = {key.rank: link.page.waited_s for key, link in self._links.items() if link.page is not None}
+            self._pace.compare(waited_s, now)
         if now < self._watchdog.due:
             return []
         watched = [link for key, link in self._links.items() if key in self._members or self._watchdog.waits_for(key)]
@@ -387,15 +402,18 @@ class Fleet:
         key = record.id
         with ExitStack() as opened:
             reader, codec = f"engine-{self._token}", MsgpackCodec(RankMessage)
+            handle = Handle.decode(record.response_handle)
             answers = MessageQueue.create_from_handle(
-                record.response_handle, reader, self._doorbell, JOIN_TIMEOUT_S, codec
+                handle, reader, self._doorbell, JOIN_TIMEOUT_S, codec, keys_for(handle, self._network)
             )
             opened.enter_context(answers)
-            page = opened.enter_context(LivenessPage.attach(record.liveness_handle))
-            opened.callback(DeathWatcher(page, partial(self._on_death, key)).stop)
+            page: LivenessPage | None = None
+            if handle.host == this_host():
+                page = opened.enter_context(LivenessPage.attach(record.liveness_handle))
+                opened.callback(DeathWatcher(page, partial(self._on_death, key)).stop)
             return _Link(key, answers, page, opened.pop_all())
 
     def _on_death(self, key: RankId, source: DetectedBy) -> None:
-        """In the watcher's thread."""
+        """In the thread that noticed it."""
         self._deaths.append((key, source, self._clock()))
         self._doorbell.ring()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from membership.base.network import Network
 from membership.base.rank_id import ProcessId
 from membership.store.records import ClusterConfig
 
@@ -33,6 +34,7 @@ class Launch:
     external_input_handles: tuple[bytes, ...] = ()  # queues of callers on other hosts (nnodes > 1)
     scale_up: bool = True  # elastic launch: the device and the model come later, by calls
     weights: bytes = b""  # the host's weight store
+    network: Network | None = None  # how ranks and engines on other hosts are reached; None: there are none
 
 
 class Ready(msgspec.Struct, frozen=True):

@@ -77,10 +77,14 @@ class StepBatch(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Ping(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Asks every rank that has joined the queue for an empty StepResult: proves the queues after a handshake."""
+    """Asks every rank that has joined the queue for an empty StepResult: proves the queues after a handshake.
+
+    It tells ranks on other hosts at once which ranks are masked now; the others have the engine's page.
+    """
 
     engine_token: int
     step: int
+    masked: list[int] = []
 
 
 class CopyBlocks(msgspec.Struct, frozen=True, array_like=True, tag=True):

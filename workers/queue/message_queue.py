@@ -87,7 +87,7 @@ class MessageQueue:
         else:
             raise QueueError(
                 f"queue {handle.queue}: its writer is on another host" + (" and we have no keys" * bool(handle.remote)),
-                hint="give the writer `remote` and the reader `keys`",
+                hint="start the roles on both hosts with --advertise and the same join secret",
             )
         queue._read_from(reader)
         return queue
@@ -130,6 +130,15 @@ class MessageQueue:
     def pending(self) -> bool:
         """Reading end: whether `try_dequeue` would return or raise something. Cheap, for Doorbell.wait."""
         return self._reader.pending()
+
+    def watch(self, on_arrival: Callable[[Any], None]) -> None:
+        """Reading end on another host: give each message to `on_arrival` as it arrives, in the socket's thread.
+
+        Those that have arrived are given at once, in this thread. All are dequeued as ever.
+        """
+        if isinstance(self._reader, QueueReader):
+            raise QueueError(f"queue {self.name}: its writer is on this host")
+        self._reader.watch(on_arrival)
 
     def export_handle(self) -> Handle:
         """Writing end: plain data by which readers join; put `.encode()` into records."""

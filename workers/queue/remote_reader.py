@@ -6,6 +6,7 @@ import secrets
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -37,6 +38,8 @@ class RemoteReader:
         self._own_bell = doorbell is None
         self._bell = Doorbell() if doorbell is None else doorbell
         self._inbox: deque[bytes] = deque()
+        self._arriving = threading.Lock()  # so that `watch` misses none, and gives none twice
+        self._on_arrival: Callable[[Any], None] | None = None
         self._received = self._done = self._acknowledged = 0
         self._joined = threading.Event()
         self._ended = ""  # why
@@ -76,6 +79,13 @@ class RemoteReader:
             raise QueueTimeout(f"queue {self.name}: no message from {self._handle.remote} within {timeout_s} s")
         return self.try_dequeue()
 
+    def watch(self, on_arrival: Callable[[Any], None]) -> None:
+        """See MessageQueue."""
+        with self._arriving:
+            self._on_arrival = on_arrival
+            for data in tuple(self._inbox):
+                on_arrival(self.codec.decode(data, ()))
+
     def shutdown(self) -> None:
         """Leave. Idempotent."""
         if self._io.stopping:
@@ -102,7 +112,10 @@ class RemoteReader:
             self._end("the writer has ended it")
         elif head.number == self._received + 1:
             self._received += 1
-            self._inbox.append(data)
+            with self._arriving:
+                if self._on_arrival is not None:
+                    self._on_arrival(self.codec.decode(data, ()))
+                self._inbox.append(data)
             self._bell.ring()
 
     def _end(self, why: str) -> None:

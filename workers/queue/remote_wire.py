@@ -59,9 +59,18 @@ class SocketThread:
         """Call `turn` after every wake and at least every quarter of HEARTBEAT_S, and actions for readable sockets."""
         self._turn = turn
         for socket, action in sockets.items():
-            self._poller.register(socket, zmq.POLLIN)
-            self._actions[socket] = action
+            self.watch(socket, action)
         self._thread.start()
+
+    def watch(self, socket: zmq.Socket[Any], action: Callable[[], None]) -> None:
+        """Call `action` when `socket` is readable. Once started, only in the thread."""
+        self._poller.register(socket, zmq.POLLIN)
+        self._actions[socket] = action
+
+    def unwatch(self, socket: zmq.Socket[Any]) -> None:
+        """The opposite; only in the thread."""
+        self._poller.unregister(socket)
+        del self._actions[socket]
 
     def wake(self) -> None:
         os.eventfd_write(self._wake, 1)
@@ -88,7 +97,7 @@ class SocketThread:
                 for ready, _ in self._poller.poll(0 if last else int(HEARTBEAT_S * 250)):
                     if ready == self._wake:
                         os.eventfd_read(self._wake)
-                    else:
+                    elif ready in self._actions:  # not unwatched by what came before it
                         self._attempts.run(partial(_until_again, self._actions[ready]), "receive")
                 while self._calls:
                     self._attempts.once(self._calls.popleft(), "call")

@@ -14,10 +14,12 @@ import structlog
 
 from membership.base import failpoints
 from membership.base.errors import CoverageLost, ElasticError, Fenced, QueueClosed, QueueError, RankError
+from membership.base.network import Network
 from membership.base.rank_id import RankId
 from membership.base.timing import STEP_ANSWER_TIMEOUT_S, STEP_OUTPUT_TIMEOUT_S
 from workers.ipc.doorbell import Doorbell
 from workers.protocol import step_fence
+from workers.protocol.live_mask import LiveMask
 from workers.protocol.messages import (
     BlocksCopied,
     CopyBlocks,
@@ -31,7 +33,9 @@ from workers.protocol.messages import (
     reader_id,
 )
 from workers.protocol.rpc import Failure
+from workers.queue.handle import Handle, this_host
 from workers.queue.message_queue import MessageQueue, MsgpackCodec
+from workers.queue.network import keys_for, remote_of
 from workers.rank.output import OutputThread
 from workers.rank.worker_api import AsyncOutput, Worker
 
@@ -43,13 +47,23 @@ log = structlog.get_logger(__name__)
 class EnginePort:
     """All calls come from the rank's main thread; only answers to asynchronous steps leave from another."""
 
-    def __init__(self, key: RankId | None, worker: Worker, doorbell: Doorbell, on_step: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        key: RankId | None,
+        worker: Worker,
+        doorbell: Doorbell,
+        on_step: Callable[[], None],
+        network: Network | None = None,
+    ) -> None:
+        """`network`: the engine may be on another host."""
         self.token = 0
         self.epoch = 0  # the last one committed here
         self._key = key
         self._worker = worker
         self._doorbell = doorbell
         self._on_step = on_step
+        self._network = network
+        self._own_mask: LiveMask | None = None  # of an engine on another host, as its messages say
         self._steps: MessageQueue | None = None
         self._answers: MessageQueue | None = None
         self._outputs = OutputThread("engine-outputs")
@@ -78,20 +92,38 @@ class EnginePort:
 
     def _open(self, token: int, broadcast_handle: bytes, mask_handle: bytes) -> tuple[MessageQueue, MessageQueue]:
         """The engine's steps and our answers to it."""
+        handle = Handle.decode(broadcast_handle)
+        near = handle.host == this_host()
         steps = MessageQueue.create_from_handle(
-            broadcast_handle,
+            handle,
             reader_id=reader_id(self.key),
             doorbell=self._doorbell,
             codec=MsgpackCodec(EngineMessage),
             timeout_s=JOIN_TIMEOUT_S,
+            keys=keys_for(handle, self._network),
         )
         try:
-            self._worker.attach_mask(mask_handle)
+            if near:
+                self._worker.attach_mask(mask_handle)
+            else:
+                self._follow_mask(steps)
             name = f"rank-{self.key.rank}.{self.key.incarnation}-to-{token}"
-            return steps, MessageQueue(name, codec=MsgpackCodec(RankMessage))
+            remote = remote_of(self._network) if self._network is not None and not near else None
+            return steps, MessageQueue(name, codec=MsgpackCodec(RankMessage), remote=remote)
         except BaseException:
             steps.shutdown()
             raise
+
+    def _follow_mask(self, steps: MessageQueue) -> None:
+        """Keep a page of our own as the engine on another host has its page: a step looks at it while it waits."""
+        self._own_mask = mask = LiveMask.create()
+        self._worker.attach_mask(mask.handle())
+
+        def arrived(message: EngineMessage) -> None:
+            if isinstance(message, StepBatch | Ping) and step_fence.obeys(self.token, message.engine_token):
+                mask.reset(message.masked)
+
+        steps.watch(arrived)
 
     def leave(self) -> None:
         """Let go of the engine's queues; another may be joined later."""
@@ -99,6 +131,9 @@ class EnginePort:
             if queue is not None:
                 queue.shutdown()
         self._steps = self._answers = None
+        if self._own_mask is not None:  # the worker has mapped it, and keeps what it says
+            self._own_mask.close()
+            self._own_mask = None
 
     def close(self) -> None:
         """Leave, and stop the thread."""

@@ -155,11 +155,11 @@ class EPWorker:
     def make_exchange(self) -> Exchange:
         """The link to the other ranks; tests put another one here."""
         from workers.exchange.loop import Exchange
-        from workers.exchange.transports import opener
+        from workers.exchange.transports import between_hosts
 
         ctx = self._ctx
         me = RankId(ctx.rank, ctx.incarnation)
-        return Exchange(me, self.bank, ctx.doorbell, opener("shm"), self.masked)
+        return Exchange(me, self.bank, ctx.doorbell, between_hosts(ctx.network), self.masked)
 
     def masked(self) -> int:
         """The engine's live mask as bits."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from membership.base.errors import ConfigError
+from membership.base.network import Network
 from membership.store.records import ClusterConfig, View
 from workers.protocol.identity import Identity
 from workers.protocol.load_progress import LoadProgress
@@ -35,6 +36,7 @@ class WorkerContext:
     host_lock: AbstractContextManager[object]  # held by at most one worker of this host; freed if its holder dies
     weights: bytes = b""  # handle of this host's weight store (`workers/agent/weight_store.py`); empty if there is none
     progress: LoadProgress = field(default_factory=LoadProgress)  # where the worker counts what it has loaded
+    network: Network | None = None  # how ranks on other hosts are reached
 
 
 @runtime_checkable

@@ -77,7 +77,7 @@ class WorkerProcChild:
                 self.worker.load_model()
             self.setup_proc_title_and_log_prefix(self.rank, grouped=True)
             member = self.key if isinstance(self.key, RankId) else None
-            self.engine = EnginePort(member, self.worker, self.doorbell, self.liveness.progress)
+            self.engine = EnginePort(member, self.worker, self.doorbell, self.liveness.progress, launch.network)
             undo.pop_all()
 
     def _context(self, launch: Launch, host_lock: HostLock) -> WorkerContext:
@@ -92,6 +92,7 @@ class WorkerProcChild:
             host_lock=host_lock,
             weights=launch.weights,
             progress=self.liveness.load_progress,
+            network=launch.network,
         )
 
     @staticmethod

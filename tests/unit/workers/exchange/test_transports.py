@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from membership.base.errors import ConfigError, CoverageLost, ElasticError, PeerTimeout, RankError
+from membership.base.network import Network
 from membership.base.rank_id import RankId
 from membership.store.records import Member, Placement, View
 from tests.support.exchange_ranks import Experts, batch, broken
+from tests.support.helpers import eventually
 from tests.support.local_exchange import LocalExchange
 from tests.support.toy_transport import ToyTransport
 from workers.exchange.link import Refusal, Tag, refusal_of
@@ -27,14 +29,22 @@ from workers.exchange.loop import Exchange
 from workers.exchange.model_side import StepContext
 from workers.exchange.router import Parcel
 from workers.exchange.shm.transport import ShmTransport
+from workers.exchange.tcp.transport import TcpTransport
 from workers.exchange.transports import Opener, opener, register
 from workers.ipc.doorbell import Doorbell
 
 pytestmark = pytest.mark.unit
 
-TRANSPORTS = ("toy", "shm")
-FEW_PAIRS = {"toy": partial(ToyTransport, most_pairs=5), "shm": partial(ShmTransport, area=4096)}
+TRANSPORTS = ("toy", "shm", "tcp")
+NETWORK = Network("127.0.0.1", "moe", b"a secret of the tests' cluster")
+FEW_PAIRS = {
+    "toy": partial(ToyTransport, most_pairs=5),
+    "shm": partial(ShmTransport, area=4096),
+    "tcp": partial(TcpTransport, network=NETWORK, most_bytes=4096),
+}
+register("tcp", partial(TcpTransport, network=NETWORK))
 EXPERTS, HIDDEN, TOKENS, TOP_K, TIMEOUT_S = 4, 16, 6, 2, 10.0
+WAIT_S = 30.0
 ALL = tuple(range(EXPERTS))
 BF16 = 1
 TAG = Tag(sequence=5, epoch=3, engine_token=70, step=11, attempt=1, layer=0)
@@ -172,7 +182,7 @@ def test_rows_of_a_peer_that_is_gone_go_to_a_replica(cluster: Make, lost: int) -
     asker, dying, other = made.ranks[0], made.ranks[lost], made.ranks[3 - lost]
 
     def die() -> None:
-        assert dying.exchange.pending(), "nothing was asked of the rank that dies"
+        eventually(dying.exchange.pending, WAIT_S, "something to be asked of the rank that dies")
         dying.exchange.close()
         asker.bell.on_wait = lambda: other.exchange.serve()
 
@@ -244,6 +254,7 @@ def test_an_answer_to_anything_else_is_not_taken(cluster: Make, field: str) -> N
 
     def answer_wrongly() -> None:
         link = stray.link_with(ASKER)
+        eventually(link.asked, WAIT_S, "a request")
         request = link.take()
         link.room(request)[:] = 0
         if field == "incarnation":
@@ -277,21 +288,29 @@ def test_an_answer_that_comes_twice_is_harmless(cluster: Make) -> None:
 # -- what the exchange expects of links ------------------------------------------------------------------------------
 
 
-def test_a_request_is_taken_once_and_a_newer_one_replaces_it(cluster: Make) -> None:
+def test_a_request_is_taken_once_and_a_newer_one_replaces_it(cluster: Make, transport: str) -> None:
     made = cluster({0: ((),), 1: (ALL,)})
     near, far = made.ranks[0].link_with(made.ranks[1].me), made.ranks[1].link_with(ASKER)
     data = np.arange(2 * HIDDEN, dtype=np.int16).reshape(2, HIDDEN)
     assert (far.asked(), far.take(), near.answered()) == (False, None, 0)
     near.ask(TAG, PARCEL, data, BF16)
     near.ask(TAG._replace(sequence=6), PARCEL, data, BF16)
-    assert far.asked()
-    request = far.take()
-    assert (request.tag.sequence, request.experts, request.counts) == (6, [2], [2])
+    taken = []
+
+    def is_replaced() -> bool:
+        eventually(far.asked, WAIT_S, "a request")
+        taken.append(far.take())
+        return taken[-1].tag.sequence == 6
+
+    eventually(is_replaced, WAIT_S, "the newer request")
+    assert len(taken) == 1 or transport == "tcp", "only over a network can the older one be there before the newer one"
+    request = taken[-1]
+    assert (request.experts, request.counts) == ([2], [2])
     assert request.rows[request.row_of].tolist() == data.tolist()
     assert (far.asked(), far.take()) == (False, None)
     far.room(request)[:] = data + 1
     far.answer(request.tag)
-    assert near.answered() == 6
+    eventually(lambda: near.answered() == 6, WAIT_S, "the answer")
     assert near.rows(2, HIDDEN, BF16).tolist() == (data + 1).tolist()
 
 
@@ -300,18 +319,24 @@ def test_an_answer_counts_for_its_whole_tag_only(cluster: Make, field: str) -> N
     made = cluster({0: ((),), 1: (ALL,)})
     near, far = made.ranks[0].link_with(made.ranks[1].me), made.ranks[1].link_with(ASKER)
     far.answer(TAG)
-    assert refusal_of(near, TAG) is None
+    eventually(lambda: refusal_of(near, TAG) is None, WAIT_S, "the answer")
     assert refusal_of(near, TAG._replace(**{field: getattr(TAG, field) + 1})) is not None
     far.answer(TAG, Refusal([2], "not here"))
-    assert refusal_of(near, TAG) == Refusal([2], "not here")
+    eventually(lambda: refusal_of(near, TAG) == Refusal([2], "not here"), WAIT_S, "the refusal")
     far.incarnation += 1
     far.answer(TAG)
+    eventually(lambda: not near.reply().refused, WAIT_S, "the answer of another incarnation")
     assert refusal_of(near, TAG) is not None
 
 
-def test_bulk_data_reaches_the_peer_it_is_for(cluster: Make) -> None:
+def test_bulk_data_reaches_the_peer_it_is_for(cluster: Make, transport: str) -> None:
     made = cluster(REPLICATED)
     source, other, target = made.ranks
+    if transport == "tcp":
+        for carry in (lambda: source.exchange.outbox(target.me, 3), lambda: target.exchange.inbox(source.me)):
+            with pytest.raises(RankError, match="which is on another host"):
+                carry()
+        return
     source.exchange.outbox(target.me, 3)[:] = b"abc"
     assert target.exchange.inbox(source.me)[:3] == b"abc"
     assert other.exchange.inbox(source.me)[:3] == bytes(3)
@@ -348,7 +373,7 @@ def test_transports_have_names() -> None:
         register("toy", ToyTransport)
     with pytest.raises(ConfigError, match="'pigeon'") as unknown:
         opener("pigeon")
-    assert "loopback, shm, toy" in str(unknown.value.hint)
+    assert "loopback, shm, tcp, toy" in str(unknown.value.hint)
 
 
 def test_over_the_loopback_a_rank_computes_alone_and_links_with_no_peer() -> None:

@@ -1,0 +1,250 @@
+"""Makes links over TCP. One thread owns the sockets: one that listens, and one per link that sends."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import msgspec
+import structlog
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from membership.base.errors import ElasticError, QueueError, RankDied
+from membership.base.network import Network
+from membership.base.rank_id import RankId
+from membership.base.timing import REMOTE_SILENCE_S
+from workers.exchange.links import Links
+from workers.exchange.tcp.link import TcpLink
+from workers.exchange.tcp.wire import Answer, Ask, Bye, Hello, Message, Refused, TcpHandle, Welcome
+from workers.queue.curve import Authenticator, serve_curve, use_curve
+from workers.queue.network import connecting_keys, listening_keys, require_same_secret
+from workers.queue.remote_wire import HEARTBEAT_S, SocketThread
+
+MOST_BYTES = 32 << 20  # of the rows of one request, and of one answer
+MAX_PAIRS = 1 << 15
+ENDS = (
+    zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_CLOSED
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
+log = structlog.get_logger("exchange")
+
+
+class _Dial:
+    """A link that is being made by this side."""
+
+    def __init__(self, link: TcpLink) -> None:
+        self.link = link
+        self.settled = threading.Event()
+        self.error = ""
+
+    def settle(self, error: str = "") -> None:
+        self.error = error
+        self.settled.set()
+
+
+class TcpTransport:
+    """`exchange.link.Transport` for ranks of different hosts."""
+
+    def __init__(self, links: Links, network: Network, most_bytes: int = MOST_BYTES) -> None:
+        self._links = links
+        self._network = network
+        self._most_bytes = most_bytes
+        self._dials: dict[RankId, _Dial] = {}  # these three belong to the thread
+        self._routes: dict[bytes, TcpLink] = {}  # of the connections over which peers send
+        self._senders: dict[TcpLink, zmq.Socket[Any]] = {}
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decoder = msgspec.msgpack.Decoder(Message)
+        self._io = SocketThread("exchange-tcp")
+        auth = Authenticator(self._io.context, [connecting_keys(network).public])
+        self._listener = self._io.context.socket(zmq.ROUTER)
+        self._listener.setsockopt(zmq.RCVHWM, 0)  # at most one request and one answer per peer are under way
+        _beat(self._listener)
+        serve_curve(self._listener, listening_keys(network))
+        port = self._listener.bind_to_random_port(f"tcp://{network.address}")
+        self._handle = TcpHandle(f"tcp://{network.address}:{port}", listening_keys(network).public)
+        self._io.start(lambda: None, {self._listener: self._receive, auth.socket: auth.answer})
+
+    def handle(self) -> bytes:
+        """Where peers reach this rank."""
+        return msgspec.msgpack.encode(self._handle)
+
+    def most_pairs(self, row_bytes: int) -> int:
+        """The number of pairs whose rows and answer fit into one request."""
+        return max(1, min(self._most_bytes // row_bytes, MAX_PAIRS))
+
+    def dial(self, peer: RankId, handle: bytes, deadline: float) -> None:
+        """Connect to `peer`, and have it connect to us. RankDied if it cannot be reached, or refuses."""
+        to = msgspec.msgpack.decode(handle, type=TcpHandle)
+        try:
+            require_same_secret(to.key, self._network)
+        except QueueError as error:
+            raise RankDied(f"{peer} cannot be linked: {error}", hint=error.hint) from error
+        dial = _Dial(self._new_link(peer))
+        self._run(partial(self._begin, dial, to))
+        if not dial.settled.wait(max(deadline - time.monotonic(), 0.001)):
+            dial.error = "it did not answer in time"
+        if dial.error:
+            dial.link.hang_up()
+            raise RankDied(f"{peer} at {to.address} cannot be linked: {dial.error}")
+        try:
+            self._links.add(dial.link)
+        except BaseException:
+            dial.link.hang_up()
+            raise
+        self._links.doorbell.ring()  # it may have asked something before the link was known
+        if dial.link.ended:
+            self._links.retire(dial.link)
+
+    def close(self) -> None:
+        """Accept no more peers, and let the linked ones see that we are gone."""
+        if not self._io.stopping:
+            self._run(self._close_all)
+            self._io.stop()
+
+    def _new_link(self, peer: RankId) -> TcpLink:
+        return TcpLink(self._links.me.incarnation, peer, self._send_soon, self._end_soon)
+
+    def _send_soon(self, link: TcpLink, head: Message, buffers: Sequence[memoryview]) -> None:
+        self._run(partial(self._send, link, head, buffers))
+
+    def _end_soon(self, link: TcpLink) -> None:
+        self._run(partial(self._hang_up, link))
+
+    def _run(self, action: partial[None] | Any) -> None:
+        if not self._io.stopping:
+            self._io.call(action)
+
+    # ---- the thread
+
+    def _begin(self, dial: _Dial, to: TcpHandle) -> None:
+        peer = dial.link.peer
+        self._dials[peer] = dial
+        try:
+            self._connect(dial.link, to)
+        except zmq.ZMQError as error:
+            del self._dials[peer]
+            return dial.settle(str(error))
+        self._send(dial.link, Hello(self._links.hello(peer), self._handle))
+
+    def _connect(self, link: TcpLink, to: TcpHandle) -> None:
+        """A connection to the peer, over which we send. It is made once: when it ends, so does the link."""
+        sender = self._io.context.socket(zmq.DEALER)
+        sender.setsockopt(zmq.SNDHWM, 0)
+        sender.setsockopt(zmq.RECONNECT_IVL, -1)
+        sender.setsockopt(zmq.CONNECT_TIMEOUT, int(REMOTE_SILENCE_S * 1000))
+        _beat(sender)
+        use_curve(sender, connecting_keys(self._network), to.key)
+        monitor = sender.get_monitor_socket(ENDS)
+        self._io.watch(monitor, partial(self._look, link, monitor))
+        self._io.watch(sender, partial(self._refused, link, sender))
+        try:
+            sender.connect(to.address)
+        except BaseException:
+            self._close_socket(sender)
+            raise
+        self._senders[link] = sender
+
+    def _look(self, link: TcpLink, monitor: zmq.Socket[Any]) -> None:
+        if link not in self._senders:
+            raise zmq.Again  # it has ended by now, and the socket is closed
+        event = recv_monitor_message(monitor, zmq.NOBLOCK)["event"]
+        if event & ENDS:
+            self._lost(link, "its connection has ended")
+
+    def _refused(self, link: TcpLink, sender: zmq.Socket[Any]) -> None:
+        if link not in self._senders:
+            raise zmq.Again  # as above
+        head = self._decoder.decode(sender.recv_multipart(zmq.NOBLOCK)[0])
+        self._lost(link, head.reason if isinstance(head, Refused) else "it answered something else than asked")
+
+    def _receive(self) -> None:
+        route, data, *buffers = self._listener.recv_multipart(zmq.NOBLOCK)
+        try:
+            head = self._decoder.decode(data)
+            link = self._routes.get(route)
+            if isinstance(head, Hello):
+                self._admit(route, head)
+            elif isinstance(head, Welcome):
+                self._welcomed(route, head)
+            elif link is not None and isinstance(head, Bye):
+                self._lost(link, "it has hung up")
+            elif link is not None and isinstance(head, Ask | Answer):
+                link.arrived(head, buffers)
+                self._links.doorbell.ring()
+        except (ElasticError, msgspec.MsgspecError) as error:
+            log.warning("exchange_message_dropped", error=str(error))
+
+    def _admit(self, route: bytes, head: Hello) -> None:
+        link: TcpLink | None = None
+        try:
+            require_same_secret(head.handle.key, self._network)
+            link = self._new_link(self._links.admit(head.hello))
+            self._connect(link, head.handle)
+            self._routes[route] = link
+            self._send(link, Welcome(self._links.hello(link.peer)))
+            self._links.add(link)
+        except (ElasticError, msgspec.MsgspecError, zmq.ZMQError) as error:
+            if link is not None:
+                self._drop(link)
+            self._listener.send_multipart([route, self._encode(Refused(str(error)))], zmq.NOBLOCK)
+
+    def _welcomed(self, route: bytes, head: Welcome) -> None:
+        dial = self._dials.pop(self._links.admit(head.hello), None)
+        if dial is not None:
+            self._routes[route] = dial.link
+            dial.settle()
+
+    def _send(self, link: TcpLink, head: Message, buffers: Sequence[memoryview] = ()) -> None:
+        sender = self._senders.get(link)
+        if sender is None:
+            return  # it has ended
+        try:
+            sender.send_multipart([self._encode(head), *buffers], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            self._lost(link, str(error))
+
+    def _lost(self, link: TcpLink, why: str) -> None:
+        if link in self._senders:
+            log.info("exchange_link_ended", peer=link.peer.rank, reason=why)
+        self._drop(link, why)
+        self._links.retire(link)
+
+    def _hang_up(self, link: TcpLink) -> None:
+        self._send(link, Bye())
+        self._drop(link)
+
+    def _drop(self, link: TcpLink, why: str = "given up") -> None:
+        link.ended = True
+        dial = self._dials.get(link.peer)
+        if dial is not None and dial.link is link:
+            del self._dials[link.peer]
+            dial.settle(why)
+        self._routes = {route: other for route, other in self._routes.items() if other is not link}
+        sender = self._senders.pop(link, None)
+        if sender is not None:
+            self._close_socket(sender)
+
+    def _close_socket(self, sender: zmq.Socket[Any]) -> None:
+        monitor = sender.get_monitor_socket(ENDS)  # the one that was made
+        self._io.unwatch(monitor)
+        self._io.unwatch(sender)
+        sender.disable_monitor()
+        monitor.close(linger=0)
+        sender.close()
+
+    def _close_all(self) -> None:
+        for link in list(self._senders):
+            self._hang_up(link)
+
+
+def _beat(socket: zmq.Socket[Any]) -> None:
+    """ZeroMQ asks the other side by itself, whatever our threads do, and ends a connection that is silent."""
+    socket.setsockopt(zmq.HEARTBEAT_IVL, int(HEARTBEAT_S * 1000))
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(REMOTE_SILENCE_S * 1000))

@@ -1,0 +1,95 @@
+"""What ranks of different hosts say to each other: a head of fixed schema (msgpack), then raw buffers."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+
+from membership.base.errors import RankError
+from workers.exchange.link import Request, Tag
+from workers.exchange.router import Parcel
+from workers.exchange.rows import DTYPES, Rows
+
+
+class TcpHandle(msgspec.Struct, frozen=True, array_like=True):
+    """Where peers on other hosts reach a rank's exchange."""
+
+    address: str
+    key: bytes  # CURVE public key of whoever listens there
+
+
+class Hello(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """First message of the side that dials: `Links.hello`, and where the other side connects to in turn."""
+
+    hello: bytes
+    handle: TcpHandle
+
+
+class Welcome(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """First message of the side that was dialled, over its own connection."""
+
+    hello: bytes
+
+
+class Refused(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Instead of a Welcome, and the only message that goes back over the connection of the side that dials."""
+
+    reason: str
+
+
+class Ask(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Head of a request; `row_of` and the rows follow."""
+
+    tag: Tag
+    incarnation: int
+    experts: list[int]
+    counts: list[int]
+    hidden: int
+    dtype: int
+
+
+class Answer(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Head of an answer; its rows follow, unless it is `refused`."""
+
+    tag: Tag
+    incarnation: int
+    refused: bool = False
+    experts: list[int] = []
+    reason: str = ""
+
+
+class Bye(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The sender has hung up."""
+
+
+Message = Hello | Welcome | Refused | Ask | Answer | Bye
+
+
+def ask_frames(tag: Tag, incarnation: int, parcel: Parcel, rows: Rows, dtype: int) -> tuple[Ask, list[memoryview]]:
+    """A request for `rows[parcel.rows]`. What it sends is a copy."""
+    head = Ask(tag, incarnation, parcel.experts, parcel.counts, rows.shape[1], dtype)
+    return head, [_raw(parcel.row_of.astype(np.int64)), _raw(rows.take(parcel.rows, 0, mode="clip"))]
+
+
+def request_of(head: Ask, buffers: list[bytes]) -> Request:
+    """A request as it arrived. RankError if its parts do not fit together."""
+    if len(buffers) != 2 or not 0 <= head.dtype < len(DTYPES) or head.hidden <= 0:
+        raise RankError(f"malformed request {head}")
+    kind = np.dtype(DTYPES[head.dtype][1])
+    row_of, data = buffers
+    count, rest = divmod(len(data), head.hidden * kind.itemsize)
+    pairs = np.frombuffer(row_of, np.int64) if len(row_of) % 8 == 0 else np.empty(0, np.int64)
+    whole = rest == 0 and len(pairs) == sum(head.counts) and len(head.counts) == len(head.experts)
+    if not whole or (len(pairs) and not 0 <= pairs.min() <= pairs.max() < count):
+        raise RankError(f"malformed request {head} with {len(pairs)} pairs and {len(data)} bytes of rows")
+    rows = np.frombuffer(bytearray(data), kind).reshape(count, head.hidden)
+    return Request(head.tag, head.experts, head.counts, pairs.copy(), rows, head.dtype)
+
+
+def raw_rows(rows: Rows) -> memoryview:
+    """The rows of an answer, as they are sent."""
+    return _raw(rows)
+
+
+def _raw(array: Rows) -> memoryview:
+    return np.ascontiguousarray(array).data.cast("B") if array.size else memoryview(b"")

@@ -1,0 +1,54 @@
+"""The keys of connections between hosts: all hosts of a cluster derive them from its join secret.
+
+Nothing secret is in a record. One pair of keys is for the side that listens, one for the side that connects; each side
+knows the other's public half by itself, so a record that names another one is refused.
+"""
+
+from __future__ import annotations
+
+import hmac
+
+from membership.base.errors import QueueError
+from membership.base.network import Network
+from workers.queue.handle import CurveKeys, Handle, Remote, this_host
+
+
+def listening_keys(network: Network) -> CurveKeys:
+    """The keys of the side that is connected to."""
+    return _derived(network, "listening")
+
+
+def connecting_keys(network: Network) -> CurveKeys:
+    """The keys of the side that connects."""
+    return _derived(network, "connecting")
+
+
+def remote_of(network: Network) -> Remote:
+    """How a queue serves readers on other hosts."""
+    return Remote(network.address, listening_keys(network), frozenset({connecting_keys(network).public}))
+
+
+def keys_for(handle: Handle, network: Network | None) -> CurveKeys | None:
+    """What joining this queue needs; None where its writer is on this host, or does not serve others.
+
+    QueueError if its writer has another join secret.
+    """
+    if network is None or not handle.remote or handle.host == this_host():
+        return None
+    require_same_secret(handle.remote_key, network)
+    return connecting_keys(network)
+
+
+def require_same_secret(listener: bytes, network: Network) -> None:
+    """QueueError unless a process that listens with this public key has our join secret."""
+    if not hmac.compare_digest(listener, listening_keys(network).public):
+        raise QueueError("a process on another host has another join secret", hint="give all hosts the same one")
+
+
+def _derived(network: Network, side: str) -> CurveKeys:
+    import zmq  # only where there are several hosts
+    from zmq.utils import z85
+
+    purpose = f"elastic-ep 1 {side} {network.cluster}".encode()
+    secret = z85.encode(hmac.digest(network.secret, purpose, "sha256"))
+    return CurveKeys(zmq.curve_public(secret), secret)
