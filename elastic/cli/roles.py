@@ -9,6 +9,7 @@ import msgspec
 import typer
 
 from elastic.cli.command import command
+from elastic.serve.join_secret import network_of
 from elastic.serve.listening import inherited_listeners
 from elastic.serve.options import AgentOptions, GatewayOptions, RoleOptions, StoreOptions, admin_token
 from elastic.serve.role_main import role
@@ -53,7 +54,10 @@ def agent(options: AgentOptions) -> None:
 
     address, state = _find(options)
     with role("agent", address, state.events, options.limit) as (store, stop, events):
-        how = Options(options.worker_class, options.spares, options.drain_grace_s)
+        network = network_of(options.advertise, options.join_secret_file, address.cluster)
+        model = str(options.model.absolute()) if options.model is not None else ""
+        capacity = options.capacity or 0
+        how = Options(options.worker_class, options.spares, options.drain_grace_s, capacity, model, network)
         run_agent(store, address.cluster, options.node, stop, events, how, stop.hurry)
 
 
@@ -64,7 +68,8 @@ def engine(options: RoleOptions) -> None:
 
     address, state = _find(options)
     with role("engine", address, state.events, options.limit) as (store, stop, events):
-        run_terms(store, address.cluster, options.node, stop, events)
+        network = network_of(options.advertise, options.join_secret_file, address.cluster)
+        run_terms(store, address.cluster, options.node, stop, events, network)
 
 
 @command

@@ -306,9 +306,26 @@ class ApiOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpareOptions:
-    """How many spares a host keeps."""
+class NetworkOptions:
+    """How hosts reach each other."""
 
+    advertise: str = option(
+        "", "IPv4 address or name at which other hosts reach this one. Default: none do.", env="ELASTIC_ADVERTISE"
+    )
+    join_secret_file: Path | None = option(
+        None,
+        "File with the secret that a cluster's hosts share. Default: ELASTIC_JOIN_SECRET; `serve` makes one.",
+        env="ELASTIC_JOIN_SECRET_FILE",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpareOptions:
+    """How many ranks and spares a host runs."""
+
+    capacity: int | None = option(
+        None, "Most ranks that this host runs. Default: as many as the cluster may have.", minimum=1, maximum=MAX_RANKS
+    )
     spares: int = option(
         0, "Warm spares per host: processes with the model loaded, ready to replace a dead rank.", minimum=0
     )
@@ -330,7 +347,7 @@ class LogOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions(StoreOptions, ListenOptions, ApiOptions, SpareOptions, LogOptions):
+class ServeOptions(StoreOptions, NetworkOptions, ListenOptions, ApiOptions, SpareOptions, LogOptions):
     """Options of `elastic serve`."""
 
     model: Path = field(
@@ -441,7 +458,7 @@ NODE = Option(env="ELASTIC_NODE", help="Name of this host in the cluster. Defaul
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoleOptions(StoreOptions, LogOptions):
+class RoleOptions(StoreOptions, NetworkOptions, LogOptions):
     """Options of the roles that run on a named host: controller and engine."""
 
     node: str = field(default_factory=socket.gethostname, metadata={"option": NODE})
@@ -451,6 +468,7 @@ class RoleOptions(StoreOptions, LogOptions):
 class AgentOptions(RoleOptions, SpareOptions):
     """Options of `elastic agent`."""
 
+    model: Path | None = option(None, "This host's copy of the checkpoint. Default: the path that `serve` was given.")
     worker_class: str = option("workers.rank.worker:EPWorker", "Worker that ranks run, as module:Class.")
     drain_grace_s: float = option(
         60.0, "On SIGTERM: max time to hand ranks over to other hosts before exit (0 = exit at once)."

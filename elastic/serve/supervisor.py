@@ -20,7 +20,7 @@ import httpx
 import msgspec
 import structlog
 
-from elastic.serve import chaos_mode
+from elastic.serve import chaos_mode, join_secret
 from elastic.serve.api_keys import all_keys
 from elastic.serve.cluster_config import cluster_config
 from elastic.serve.etcd_server import EtcdServer
@@ -119,6 +119,7 @@ class Supervisor:
         self._pause = threading.Event()
         self._hurry = hurry or threading.Event()
         self._environment: dict[str, str] = {}
+        self._network: list[str] = []  # flags
         self._zygote: Zygote | None = None
         self._waiting: dict[str, WaitingProcess] = {}
         self._opened = ExitStack()
@@ -141,6 +142,7 @@ class Supervisor:
             sweep(run, newborn_s=0.0)  # what an earlier run left that was killed
             self._environment = {**chaos_mode.begin(self.state, self.options.chaos), RUN_DIR_ENV: str(run)}
             opened.callback(self.state.failpoints.unlink, missing_ok=True)
+            self._network = self._network_flags()
             self._start(opened, killed)
             self._opened = opened.pop_all()
         return self
@@ -324,18 +326,31 @@ class Supervisor:
         arguments = [command, "--etcd", ",".join(endpoints), "--cluster", self.config.cluster]
         arguments += ["--state-dir", str(self.state.path), *self.options.credentials().as_flags()]
         arguments += ["--log-max-mb", str(self.options.log_max_mb), "--log-keep", str(self.options.log_keep)]
-        arguments += ["--node", self.node] if name != "gateway" else self._gateway_arguments()
+        arguments += ["--node", self.node, *self._network] if name != "gateway" else self._gateway_arguments()
         secrets: dict[str, str] = {}
         if name == "gateway":
             secrets = self.options.passed_on()[1] | {"ELASTIC_ADMIN_TOKEN": self.options.admin_token}
         if name == "agent":
             arguments += ["--spares", str(self.options.spares), "--drain-grace", "0"]  # it ends with everything else
+            arguments += ["--capacity", str(self.options.capacity)] if self.options.capacity else []
         stable_s = min(STABLE_S, self.options.restart_window_s)  # a death that does not count for ranks does not here
         return RoleProcess(
             name, arguments, self.state.log(name), environment={**self._environment, **secrets}, stable_s=stable_s,
             forkserver=self._zygote.forkserver if self._zygote is not None and name == "agent" else None,
             listeners=self._listeners if name == "gateway" else None, waiting=self._waiting.get(name),
         )  # fmt: skip
+
+    def _network_flags(self) -> list[str]:
+        """For the roles that other hosts reach. The secret is made if none is given. ConfigError: it is no good."""
+        options, file = self.options, self.options.join_secret_file
+        if not options.advertise:
+            return []
+        if file is None and not os.environ.get(join_secret.ENV):
+            file = join_secret.make_secret(self.state.path)
+            say(f"other hosts join with the secret in {file}")
+        join_secret.network_of(options.advertise, file, self.config.cluster)  # what a role would refuse is refused now
+        named = ["--join-secret-file", str(file.absolute())] if file is not None else []
+        return ["--advertise", options.advertise, *named]
 
     def _gateway_arguments(self) -> list[str]:
         most = self.options.max_connections

@@ -27,6 +27,7 @@ from membership.base.endings import OomKills, kills_so_far
 from membership.base.enums import DetectedBy
 from membership.base.errors import ElasticError, NoResources, WaitTimeout
 from membership.base.events import EventLog
+from membership.base.network import Network
 from membership.base.rank_id import RankId
 from membership.base.timing import ATTACH_TIMEOUT_S, RETIRE_TIMEOUT_S
 from membership.planning.identity import refusal
@@ -49,7 +50,7 @@ from workers.agent.decide import (
     RetireEpoch,
     Spawn,
 )
-from workers.agent.executor import Death, MultiprocExecutor
+from workers.agent.executor import Death, Elsewhere, MultiprocExecutor
 from workers.agent.exits import Exits
 from workers.agent.forkserver import Serving
 from workers.agent.handles import WorkerProcHandle
@@ -76,6 +77,9 @@ class AgentOptions:
     worker_class: str = WORKER_CLASS
     spares: int = 0  # warm spares to keep
     drain_grace_s: float = 0.0  # how long to wait, once asked to stop, for other nodes to take over its ranks
+    capacity: int = 0  # most ranks on this node; 0: as many as the cluster may have
+    model: str = ""  # this node's copy of the checkpoint, if it is not where `elastic serve` has it
+    network: Network | None = None  # how ranks and engines on other hosts are reached
 
 
 @dataclass(frozen=True)
@@ -106,8 +110,14 @@ class Agent:
         parts = parts or Parts()
         self._clock, self._wall = parts.clock, parts.wall
         self.me = AgentRecord(
-            node=node, pid=os.getpid(), started=self._wall(), capacity=config.max_ranks, spares_wanted=options.spares
+            node=node,
+            pid=os.getpid(),
+            started=self._wall(),
+            capacity=options.capacity or config.max_ranks,
+            spares_wanted=options.spares,
         )
+        if options.model:
+            config = changed(config, model=options.model)
         self._mirror, self._config = mirror, config
         self._ranks: dict[RankId, LocalRank] = {}
         self._heartbeats: dict[RankId, Heartbeat] = {}
@@ -131,6 +141,7 @@ class Agent:
             worker_class=options.worker_class,
             on_serving=partial(self._post, self._forkserver_serves),
             on_weights=self._emit_of_node,
+            elsewhere=Elsewhere(options.network),
         )
         self._executor.register_failure_callback(partial(self._post, self._died))
         self._executor.register_exit_callback(partial(self._post, self._exited))

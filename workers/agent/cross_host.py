@@ -1,6 +1,6 @@
 """Calls to ranks that an executor on another host made: `nnodes > 1`.
 
-The caller owns the queue of its calls, and gives its handle to the other hosts' executors (`external_handles`); their
+The caller owns the queue of its calls, and gives its handle to the other hosts' executors (`Elsewhere.callers`); their
 ranks join it, and each answers on a queue of its own for this caller (`peer_response_handles`). All of it is msgpack.
 The end of a rank's queue is its death here: its process belongs to its own host.
 """
@@ -42,7 +42,7 @@ class CrossHostCaller:
         self._collector.start()
 
     def handle(self) -> bytes:
-        """For `MultiprocExecutor(external_handles=…)` on the other hosts."""
+        """For `Elsewhere.callers` of the executors on the other hosts."""
         return self._calls.export_handle().encode()
 
     def adopt(self, key: RankId, peer_response_handle: bytes) -> None:

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +25,7 @@ from membership.base import failpoints
 from membership.base.attempts import Attempts, is_shortage
 from membership.base.enums import DetectedBy
 from membership.base.errors import ElasticError, NoResources, QueueClosed, RankDied, RankError
+from membership.base.network import Network
 from membership.base.rank_id import ProcessId, RankId, SpareId
 from membership.store.records import ClusterConfig
 from workers.agent.forkserver import Serving
@@ -58,6 +59,15 @@ class Death:
     detected_by: DetectedBy
 
 
+@dataclass(frozen=True)
+class Elsewhere:
+    """What the ranks of this host are told of other hosts."""
+
+    network: Network | None = None
+    callers: tuple[bytes, ...] = ()  # handles of the queues of calls that come from there
+
+
+NOWHERE = Elsewhere()
 OnStarted = Callable[[ProcessId, WorkerProcHandle | ElasticError], None]
 
 
@@ -71,7 +81,7 @@ class MultiprocExecutor:
         *,
         worker_class: str,
         scale_up: bool = True,
-        external_handles: Sequence[bytes] = (),
+        elsewhere: Elsewhere = NOWHERE,
         on_serving: Callable[[Serving], None] | None = None,
         on_weights: OnEvent | None = None,
     ) -> None:
@@ -79,7 +89,7 @@ class MultiprocExecutor:
         self._config, self._node, self._worker_class, self._scale_up = config, node, worker_class, scale_up
         self._lock = threading.Lock()
         self._calls = CallTable()
-        self._external_handles = tuple(external_handles)
+        self._elsewhere = elsewhere
         self._failure_callbacks: list[Callable[[Death], None]] = []
         self._exit_callbacks: list[Callable[[int, int], None]] = []
         self._going: set[ProcessId] = set()
@@ -111,8 +121,8 @@ class MultiprocExecutor:
         try:
             for key in keys:
                 launch = Launch(
-                    key, self._node, self._config, self._worker_class, handle, self._external_handles, self._scale_up,
-                    self.weights.handle(),
+                    key, self._node, self._config, self._worker_class, handle, self._elsewhere.callers, self._scale_up,
+                    self.weights.handle(), self._elsewhere.network,
                 )  # fmt: skip
                 unready.append(WorkerProcParent.make_worker_process(launch, self._forkserver, self._host_lock))
         except BaseException:

@@ -13,7 +13,7 @@ from membership.base.rank_id import RankId
 from tests.support.executors import executor, launch
 from tests.support.helpers import eventually
 from workers.agent.cross_host import CrossHostCaller
-from workers.agent.executor import MultiprocExecutor
+from workers.agent.executor import Elsewhere, MultiprocExecutor
 
 pytestmark = pytest.mark.integration
 
@@ -29,7 +29,7 @@ def caller() -> Iterator[CrossHostCaller]:
 
 @pytest.fixture
 def made(caller: CrossHostCaller) -> Iterator[MultiprocExecutor]:
-    made = executor(external_handles=[caller.handle()])
+    made = executor(elsewhere=Elsewhere(callers=(caller.handle(),)))
     for handle in launch(made, [A, B], 30):
         assert len(handle.peer_response_handles) == 1
         caller.adopt(handle.key, handle.peer_response_handles[0])
@@ -66,7 +66,7 @@ def test_a_rank_that_died_fails_the_calls_of_both(made: MultiprocExecutor, calle
 
 def test_ranks_outlive_a_caller_that_is_not_their_parent() -> None:
     caller = CrossHostCaller("driver-calls")
-    made = executor(external_handles=[caller.handle()])
+    made = executor(elsewhere=Elsewhere(callers=(caller.handle(),)))
     try:
         launch(made, [A], 30)
         caller.close()

@@ -1,0 +1,67 @@
+"""The join secret: what a host needs besides etcd to belong to a cluster. From it come the keys of all connections.
+
+`elastic serve --advertise` makes one in its state directory unless it is given one; the other hosts get a copy.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from pathlib import Path
+
+from membership.base.errors import ConfigError
+from membership.base.network import Network
+
+ENV = "ELASTIC_JOIN_SECRET"
+FILE = "join-secret"  # in the state directory
+SECRET_BYTES = 32
+
+
+def network_of(address: str, file: Path | None, cluster: str) -> Network | None:
+    """This host among others; None if it has no address for them. ConfigError: the secret or the address is no good."""
+    if not address:
+        return None
+    secret = _read(file) if file is not None else os.environ.get(ENV, "").strip()
+    if not secret:
+        raise ConfigError(
+            "--advertise needs the cluster's join secret",
+            hint=f"copy {FILE} of the state directory of `elastic serve`, and give --join-secret-file or {ENV}",
+        )
+    _require_ours(address)
+    return Network(address, cluster, secret.encode())
+
+
+def make_secret(state_dir: Path) -> Path:
+    """The file with the secret in this state directory; it is made once, readable by its owner alone."""
+    file = state_dir / FILE
+    try:
+        fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        return file
+    with open(fd, "w", encoding="ascii") as made:
+        made.write(secrets.token_hex(SECRET_BYTES) + "\n")
+    return file
+
+
+def _read(file: Path) -> str:
+    try:
+        secret = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ConfigError(f"--join-secret-file {file} cannot be read: {why}") from error
+    if not secret:
+        raise ConfigError(f"--join-secret-file {file} is empty", hint="copy the one of `elastic serve` there")
+    return secret
+
+
+def _require_ours(address: str) -> None:
+    """ConfigError unless this host can listen at this address."""
+    try:
+        with socket.socket() as probe:
+            probe.bind((address, 0))
+    except OSError as error:
+        raise ConfigError(
+            f"--advertise {address}: this host cannot listen there: {error.strerror or error}",
+            hint="give an IPv4 address of this host, or a name of it, that the other hosts reach",
+        ) from error
