@@ -1,0 +1,121 @@
+"""Two hosts, one cluster: what README says under "Two hosts", typed in two network namespaces.
+
+The answers are those of one host, and the death of a rank on the other host loses no request.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from chaos.faults import kill
+from chaos.target.cluster import Cluster
+from chaos.workload.history import compare
+from chaos.workload.streams import Workload
+from elastic.serve.etcd_server import EtcdServer
+from elastic.serve.state_dir import StateDir
+from membership.base import starter
+from membership.base.enums import DetectedBy
+from tests.support.helpers import eventually
+from tests.support.hosts import Hosts, made_hosts
+from tests.support.served import fault_free, streaming
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+
+PYTHON = [sys.executable, "-m", "elastic.cli"]
+
+
+class TwoHosts(Cluster):
+    """`elastic serve` on host a, `elastic agent` on host b, etcd outside of both."""
+
+    def __init__(self, hosts: Hosts, etcd: str, folder: Path) -> None:
+        super().__init__(StateDir(folder / "a"))
+        self.hosts, self.etcd, self.folder = hosts, etcd, folder
+        self.logs: list[Path] = []
+        self._started: list[subprocess.Popen[bytes]] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.hosts.addresses['a']}:8000"
+
+    def start(self, host: str, *command: str) -> None:
+        state = self.folder / host
+        state.mkdir(exist_ok=True)
+        self.logs.append(state / "output.log")
+        environ = {"XDG_STATE_HOME": str(state / "home"), starter.ENV: starter.named()}
+        at = ["--etcd", self.etcd, "--cluster", "moe", "--state-dir", str(state)]
+        at += ["--advertise", self.hosts.addresses[host]]
+        self._started.append(self.hosts.start(host, [*PYTHON, *command, *at], self.logs[-1], environ))
+
+    def type_on(self, host: str, *command: str) -> str:
+        outcome = subprocess.run(
+            self.hosts.command(host, *PYTHON, *command), capture_output=True, text=True, timeout=180
+        )
+        assert outcome.returncode == 0, outcome.stderr
+        return outcome.stdout
+
+    def require_alive(self) -> None:
+        for process, log in zip(self._started, self.logs, strict=True):
+            assert process.poll() is None, log.read_text(errors="replace")[-2000:]
+
+    def close(self) -> None:
+        super().close()
+        for process in reversed(self._started):
+            process.terminate()
+        for process in self._started:
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(timeout=30)
+
+
+@pytest.fixture
+def two_hosts(tmp_path: Path) -> Iterator[TwoHosts]:
+    with ExitStack() as ends:
+        hosts = ends.enter_context(made_hosts("a", "b"))
+        etcd = ends.enter_context(EtcdServer(tmp_path / "etcd", address=hosts.outside))
+        cluster = TwoHosts(hosts, etcd.url, tmp_path)
+        ends.callback(cluster.close)
+        yield cluster
+
+
+def nodes_of(cluster: Cluster) -> dict[int, str]:
+    return {rank["rank"]: rank["node"] for rank in cluster.status()["ranks"]}
+
+
+def test_two_hosts_answer_as_one_and_a_death_on_the_other_host_loses_nothing(
+    two_hosts: TwoHosts, demo_model: Path
+) -> None:
+    two_hosts.start("a", "serve", str(demo_model), "--ranks", "2", "--host", two_hosts.hosts.addresses["a"])
+    two_hosts.wait_serving(2)
+    oracle = fault_free(two_hosts)
+    secret = two_hosts.folder / "a" / "join-secret"
+    assert secret.stat().st_mode & 0o777 == 0o600
+    two_hosts.start("b", "agent", "--capacity", "2", "--join-secret-file", str(secret))
+    eventually(lambda: "b" in two_hosts.client().state().agents, 120.0, "host b to be there")
+    two_hosts.type_on("a", "scale", "4", "--state-dir", str(two_hosts.state.path))
+    status = two_hosts.wait_serving(4)
+    assert nodes_of(two_hosts) == {0: "a", 1: "a", 2: "b", 3: "b"}
+    workload = Workload(two_hosts.url, two_hosts.model_name())
+    workload.start()
+    try:
+        eventually(lambda: streaming(workload, 4), 60.0, "four streams under way")
+        victim = next(rank for rank in status["ranks"] if rank["node"] == "b")
+        kill(victim["pid"])
+        masked = two_hosts.wait_event(
+            lambda e: e.kind == "rank_masked" and e.fields["incarnation"] == victim["incarnation"], "of the loss"
+        )
+        eventually(lambda: len(workload.records()) > 8, 120.0, "requests that end after it")
+        two_hosts.wait_serving(4)
+    finally:
+        history = workload.stop()
+    verdict = compare(history, oracle)
+    assert verdict.ok, verdict.differences
+    assert masked.fields["source"] in (DetectedBy.AGENT, DetectedBy.QUEUE)
+    assert masked.fields["requests"] > 0, "requests lived on the rank that died"

@@ -1,0 +1,72 @@
+"""Hosts that a test makes: network namespaces on one bridge, each with its own host name, address and loopback.
+
+Processes of different hosts have a file system in common, and nothing else: no Unix socket in one is handed memory by
+another, as `this_host` differs.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+TOOL_S = 60.0
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, timeout=TOOL_S)
+
+
+class Hosts:
+    """`addresses[name]` is a host's; `outside` is ours on the same network."""
+
+    def __init__(self, addresses: dict[str, str], outside: str, names: dict[str, str]) -> None:
+        self.addresses, self.outside = addresses, outside
+        self._names = names
+
+    def command(self, host: str, *command: str) -> list[str]:
+        """The same command, on that host."""
+        inside = ["ip", "netns", "exec", self._names[host], "unshare", "--uts", "sh", "-c"]
+        return [*inside, f'hostname {host} && exec "$@"', "sh", *command]
+
+    def start(self, host: str, command: list[str], output: Path, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        """Start it there, in a session of its own."""
+        with output.open("ab") as out:
+            return subprocess.Popen(
+                self.command(host, *command), stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+                start_new_session=True, env={**os.environ, **environ},
+            )  # fmt: skip
+
+
+@contextmanager
+def made_hosts(*hosts: str) -> Iterator[Hosts]:
+    """Make them; skip the test where that is not allowed."""
+    number = os.getpid()
+    net = f"10.{64 + number % 128}.{number // 128 % 256}"
+    bridge = f"ee{number}"
+    names = {host: f"ee{number}-{host}" for host in hosts}
+    addresses = {host: f"{net}.{index}" for index, host in enumerate(hosts, 1)}
+    with ExitStack() as undo:
+        try:
+            _run("ip", "link", "add", bridge, "type", "bridge")
+            undo.callback(_run, "ip", "link", "del", bridge)
+            _run("ip", "addr", "add", f"{net}.254/24", "dev", bridge)
+            _run("ip", "link", "set", bridge, "up")
+            for index, host in enumerate(hosts):
+                name, cable = names[host], f"{bridge}v{index}"
+                _run("ip", "netns", "add", name)
+                undo.callback(_run, "ip", "netns", "del", name)
+                _run("ip", "link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", name)
+                _run("ip", "link", "set", cable, "master", bridge, "up")
+                _run("ip", "-n", name, "addr", "add", f"{addresses[host]}/24", "dev", "eth0")
+                _run("ip", "-n", name, "link", "set", "eth0", "up")
+                _run("ip", "-n", name, "link", "set", "lo", "up")
+            _run(*Hosts(addresses, "", names).command(hosts[0], "true"))
+        except (OSError, subprocess.CalledProcessError) as error:
+            why = getattr(error, "stderr", b"") or str(error).encode()
+            pytest.skip(f"network namespaces cannot be made here: {why.decode(errors='replace').strip()}")
+        yield Hosts(addresses, f"{net}.254", names)
