@@ -54,6 +54,24 @@ def test_local_and_remote_readers_get_the_same_in_the_same_order(queue: MessageQ
     eventually(lambda: queue.readers == (), 30, "both to have left")
 
 
+def test_what_arrives_can_be_seen_before_it_is_dequeued(queue: MessageQueue) -> None:
+    seen: list[int] = []
+    with join(elsewhere(queue)) as far:
+        queue.enqueue(0)
+        eventually(far.pending, 30, "the first message")
+        far.watch(seen.append)
+        assert seen == [0], "what was there already"
+        for number in range(1, 100):
+            queue.enqueue(number)
+        eventually(lambda: len(seen) == 100, 30, "all messages")
+        assert seen == [far.dequeue(30) for _ in range(100)] == list(range(100))
+    with (
+        MessageQueue.create_from_handle(queue.export_handle(), "near") as near,
+        pytest.raises(QueueError, match="this"),
+    ):
+        near.watch(seen.append)
+
+
 def test_strangers_and_wrong_servers_stay_out(queue: MessageQueue) -> None:
     with pytest.raises(WaitTimeout, match="did not admit us"):
         join(elsewhere(queue), keys=STRANGER, timeout_s=0.5)

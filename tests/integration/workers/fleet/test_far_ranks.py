@@ -1,0 +1,156 @@
+"""A rank on another host, as engine and rank see each other: both sides as shipped, over TCP. Only the host differs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+
+import msgspec
+import pytest
+
+from membership.base.enums import DetectedBy
+from membership.base.errors import QueueError
+from membership.base.network import Network
+from membership.base.rank_id import RankId
+from membership.store.records import RankRecord, RankState
+from tests.support.helpers import eventually
+from workers.fleet.fleet import Fleet, FleetEvent, RankJoined, RankLost
+from workers.ipc.doorbell import Doorbell
+from workers.protocol.live_mask import LiveMask
+from workers.protocol.messages import SeqChunk, StepBatch, StepResult, StepStatus, reader_id
+from workers.queue.handle import Handle
+from workers.rank.engine_port import EnginePort
+
+pytestmark = pytest.mark.integration
+
+TOKEN, KEY, WAIT_S = 7, RankId(3, 12), 30.0
+NETWORK = Network("127.0.0.1", "moe", b"a secret of the tests' cluster")
+
+
+class Worker:
+    """What an engine's port asks of a worker."""
+
+    mask: LiveMask | None = None
+
+    def attach_mask(self, handle: bytes) -> None:
+        self.mask = LiveMask.attach(handle)
+
+    def masked(self) -> int:
+        return self.mask.masked() if self.mask is not None else 0
+
+    def evicted(self) -> bool:
+        return False
+
+    def commit_epoch(self, epoch: int) -> None: ...
+
+    def execute_model(self, batch: StepBatch) -> StepResult:
+        return StepResult(*KEY, batch.engine_token, batch.epoch, batch.step, batch.attempt, StepStatus.OK)
+
+    def close(self) -> None:
+        if self.mask is not None:
+            self.mask.close()
+
+
+def elsewhere(handle: bytes) -> bytes:
+    """As a process on another host would get it."""
+    return msgspec.structs.replace(Handle.decode(handle), host="another host").encode()
+
+
+class Scene:
+    """An engine's fleet and one far rank, whose main thread is the test's."""
+
+    def __init__(self, ends: ExitStack, network: Network = NETWORK) -> None:
+        self.fleet = Fleet(network=network)
+        ends.callback(self.fleet.close)
+        self.fleet.open(TOKEN)
+        self.bell = Doorbell()
+        ends.callback(self.bell.close)
+        self.worker = Worker()
+        ends.callback(self.worker.close)
+        self.port = EnginePort(KEY, self.worker, self.bell, lambda: None, NETWORK)  # type: ignore[arg-type]
+        ends.callback(self.port.close)
+        self.seen: list[FleetEvent] = []
+
+    def join(self) -> None:
+        answers = self.port.attach(TOKEN, elsewhere(self.fleet.broadcast_handle), self.fleet.mask_handle)
+        rank, incarnation = KEY
+        self.fleet.attach(
+            RankRecord(
+                rank=rank, incarnation=incarnation, node="b", pid=1, state=RankState.STANDBY,
+                response_handle=elsewhere(answers), liveness_handle=b"of no use here",
+            )
+        )  # fmt: skip
+        self.collect(lambda: RankJoined(KEY) in self.seen, serving=True)
+
+    def collect(self, enough: Callable[[], bool], *, serving: bool = False) -> None:
+        def look() -> bool:
+            while serving and self.port.pending():
+                self.port.serve()
+            self.seen += self.fleet.collect(0.01, lambda: False)
+            return enough()
+
+        eventually(look, WAIT_S, "what the fleet should see")
+
+    def losses(self) -> list[DetectedBy]:
+        return [event.source for event in self.seen if isinstance(event, RankLost) and event.rank_id == KEY]
+
+
+@pytest.fixture
+def scene() -> Iterator[Scene]:
+    with ExitStack() as ends:
+        made = Scene(ends)
+        made.join()
+        yield made
+
+
+def batch(step: int, *masked: int) -> StepBatch:
+    return StepBatch(TOKEN, 1, step, 0, [*masked], {KEY.rank: [SeqChunk(1, 0, [5], [0])]})
+
+
+def test_a_far_rank_joins_and_answers_its_steps(scene: Scene) -> None:
+    scene.fleet.broadcast(batch(1))
+    scene.collect(lambda: any(isinstance(e, StepResult) and e.step == 1 for e in scene.seen), serving=True)
+    assert scene.losses() == []
+
+
+def test_a_mask_reaches_a_far_rank_in_the_middle_of_a_step(scene: Scene) -> None:
+    """Its main thread takes no message here: it is inside a step, and looks at the mask while it waits for a peer."""
+    scene.fleet.broadcast(batch(1))
+    scene.fleet.mask(5)
+    eventually(lambda: scene.worker.masked() == 1 << 5, WAIT_S, "the mask")
+    scene.fleet.mask(70)
+    eventually(lambda: scene.worker.masked() == 1 << 5 | 1 << 70, WAIT_S, "the mask to grow")
+    scene.fleet.adopt([2])
+    scene.fleet.broadcast(batch(2, 2))
+    eventually(lambda: scene.worker.masked() == 1 << 2, WAIT_S, "the mask of another epoch")
+
+
+def test_an_older_engine_changes_no_mask(scene: Scene) -> None:
+    scene.port.token = TOKEN + 1  # it follows another engine by now
+    scene.fleet.mask(5)
+    scene.collect(lambda: scene.port.pending())
+    assert scene.worker.masked() == 0
+
+
+def test_its_agent_tells_of_its_death(scene: Scene) -> None:
+    scene.fleet.ended(RankId(KEY.rank, 11))
+    scene.fleet.ended(KEY)
+    scene.collect(lambda: bool(scene.losses()))
+    assert scene.losses() == [DetectedBy.AGENT]
+    scene.fleet.ended(KEY)
+    assert scene.fleet.collect(0.0, lambda: True) == [], "it is lost once"
+    assert reader_id(KEY) not in scene.fleet._steps.readers
+
+
+def test_the_end_of_its_connection_is_its_end(scene: Scene) -> None:
+    scene.port.leave()
+    scene.collect(lambda: bool(scene.losses()))
+    assert scene.losses() == [DetectedBy.QUEUE]
+
+
+def test_another_secret_keeps_it_out() -> None:
+    with ExitStack() as ends:
+        stranger = Scene(ends, replace(NETWORK, secret=b"another secret, no less long"))
+        with pytest.raises(QueueError, match="another join secret"):
+            stranger.port.attach(TOKEN, elsewhere(stranger.fleet.broadcast_handle), stranger.fleet.mask_handle)

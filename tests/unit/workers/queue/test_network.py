@@ -1,0 +1,49 @@
+"""Keys of connections between hosts: derived from the join secret, never stored."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+
+import pytest
+
+from membership.base.errors import ConfigError, QueueError
+from membership.base.network import Network
+from workers.queue.handle import Handle, this_host
+from workers.queue.network import connecting_keys, keys_for, listening_keys, remote_of
+
+pytestmark = pytest.mark.unit
+
+NETWORK = Network("10.0.0.1", "moe", b"a secret of the tests' cluster")
+FAR = Handle("queue/x/1", "msgpack", "another host", "/run/x", "tcp://10.0.0.1:1", listening_keys(NETWORK).public)
+
+
+def test_hosts_with_one_secret_have_the_same_keys_wherever_they_are() -> None:
+    there = replace(NETWORK, address="10.0.0.2")
+    assert (listening_keys(there), connecting_keys(there)) == (listening_keys(NETWORK), connecting_keys(NETWORK))
+    assert remote_of(NETWORK).allowed == {connecting_keys(there).public}
+    assert listening_keys(NETWORK) != connecting_keys(NETWORK)
+
+
+@pytest.mark.parametrize("other", [{"secret": b"another secret, no less long"}, {"cluster": "eom"}])
+def test_another_secret_or_cluster_has_other_keys_and_is_refused(other: dict[str, object]) -> None:
+    stranger = replace(NETWORK, **other)  # type: ignore[arg-type]
+    assert listening_keys(stranger) != listening_keys(NETWORK)
+    assert connecting_keys(stranger) != connecting_keys(NETWORK)
+    assert keys_for(FAR, NETWORK) == connecting_keys(NETWORK)
+    with pytest.raises(QueueError, match="another join secret"):
+        keys_for(FAR, stranger)
+
+
+def test_on_one_host_no_keys_are_needed() -> None:
+    near = Handle("queue/x/1", "msgpack", this_host(), "/run/x", FAR.remote, FAR.remote_key)
+    assert keys_for(near, NETWORK) is None
+    assert keys_for(FAR, None) is None
+    assert keys_for(Handle("queue/x/1", "msgpack", "another host", "/run/x"), NETWORK) is None
+
+
+def test_a_secret_is_long_and_shown_nowhere() -> None:
+    with pytest.raises(ConfigError, match="has 5 bytes, and needs at least 20"):
+        Network("10.0.0.1", "moe", b"short")
+    assert "secret of" not in repr(NETWORK) + repr(listening_keys(NETWORK))
+    assert pickle.loads(pickle.dumps(NETWORK)) == NETWORK, "it is handed to rank processes"
