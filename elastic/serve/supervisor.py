@@ -345,6 +345,9 @@ class Supervisor:
         options, file = self.options, self.options.join_secret_file
         if not options.advertise:
             return []
+        if not options.etcd:
+            hint = "start an etcd of your own, and name it with --etcd on all hosts"
+            raise ConfigError("--advertise without --etcd: other hosts cannot reach the embedded etcd", hint=hint)
         if file is None and not os.environ.get(join_secret.ENV):
             file = join_secret.make_secret(self.state.path)
             say(f"other hosts join with the secret in {file}")

@@ -11,7 +11,7 @@ SECRET_MIN_BYTES = 20
 
 @dataclass(frozen=True)
 class Network:
-    """`address` is bound on this host, and other hosts connect to it. Whoever has the secret belongs to `cluster`."""
+    """`address` is bound on this host, and other hosts connect to it. Who has the secret belongs to `cluster`."""
 
     address: str
     cluster: str

@@ -89,9 +89,19 @@ def nodes_of(cluster: Cluster) -> dict[int, str]:
     return {rank["rank"]: rank["node"] for rank in cluster.status()["ranks"]}
 
 
-def test_two_hosts_answer_as_one_and_a_death_on_the_other_host_loses_nothing(
-    two_hosts: TwoHosts, demo_model: Path
-) -> None:
+def the_host_dies(cluster: TwoHosts) -> None:
+    """Its agent goes, and its ranks with it: no agent is left to record their exits."""
+    ranks = {rank["rank"] for rank in cluster.status()["ranks"] if rank["node"] == "b"}
+    before = len([event for event in cluster.events() if event.kind == "rank_masked"])
+    kill(cluster.client().state().agents["b"].pid)
+
+    def masked() -> set[int | None]:
+        return {event.rank for event in [e for e in cluster.events() if e.kind == "rank_masked"][before:]}
+
+    eventually(lambda: masked() >= ranks, 60.0, "its ranks to be masked")
+
+
+def test_two_hosts_answer_as_one_and_deaths_on_the_other_lose_nothing(two_hosts: TwoHosts, demo_model: Path) -> None:
     two_hosts.start("a", "serve", str(demo_model), "--ranks", "2", "--host", two_hosts.hosts.addresses["a"])
     two_hosts.wait_serving(2)
     oracle = fault_free(two_hosts)
@@ -111,8 +121,12 @@ def test_two_hosts_answer_as_one_and_a_death_on_the_other_host_loses_nothing(
         masked = two_hosts.wait_event(
             lambda e: e.kind == "rank_masked" and e.fields["incarnation"] == victim["incarnation"], "of the loss"
         )
-        eventually(lambda: len(workload.records()) > 8, 120.0, "requests that end after it")
         two_hosts.wait_serving(4)
+        eventually(lambda: streaming(workload, 4), 60.0, "four streams under way")
+        the_host_dies(two_hosts)
+        ended = len(workload.records())
+        eventually(lambda: len(workload.records()) > ended + 4, 120.0, "requests that end without host b")
+        eventually(lambda: set(nodes_of(two_hosts).values()) == {"a"}, 120.0, "host a to have all ranks")
     finally:
         history = workload.stop()
     verdict = compare(history, oracle)

@@ -86,7 +86,8 @@ class MessageQueue:
             reader = RemoteReader(handle, reader_id, codec, doorbell, timeout_s, keys)
         else:
             raise QueueError(
-                f"queue {handle.queue}: its writer is on another host" + (" and we have no keys" * bool(handle.remote)),
+                f"queue {handle.queue}: its writer is on another host, and "
+                + ("we run without --advertise" if handle.remote else "runs without --advertise"),
                 hint="start the roles on both hosts with --advertise and the same join secret",
             )
         queue._read_from(reader)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import secrets
+import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from membership.base.errors import QueueClosed, QueueTimeout, WaitTimeout
 from membership.base.timing import REMOTE_SILENCE_S
@@ -20,6 +25,8 @@ from workers.queue.codec import Codec, MsgpackCodec
 from workers.queue.curve import use_curve
 from workers.queue.handle import CurveKeys, Handle
 from workers.queue.remote_wire import END, HEARTBEAT_S, SocketThread, ToReader, ToWriter
+
+PROBE_S = 0.2
 
 
 class RemoteReader:
@@ -50,8 +57,9 @@ class RemoteReader:
         self._dealer.setsockopt(zmq.RCVHWM, 0)  # the window limits
         self._dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
         use_curve(self._dealer, keys, handle.remote_key)
+        monitor = self._dealer.get_monitor_socket(zmq.EVENT_CLOSED)  # an attempt to connect has failed
         self._dealer.connect(handle.remote)
-        self._io.start(self._turn, {self._dealer: self._receive})
+        self._io.start(self._turn, {self._dealer: self._receive, monitor: partial(self._look, monitor)})
         if not self._joined.wait(timeout_s):
             why = self._ended
             self.shutdown()
@@ -118,6 +126,12 @@ class RemoteReader:
                 self._inbox.append(data)
             self._bell.ring()
 
+    def _look(self, monitor: zmq.Socket[Any]) -> None:
+        """The connection had ended and was not made again: a dead process is known by that long before it is silent."""
+        recv_monitor_message(monitor, zmq.NOBLOCK)
+        if self._joined.is_set() and not self._ended and _is_refused(self._handle.remote):
+            self._end("its writer's process has ended")
+
     def _end(self, why: str) -> None:
         self._ended = self._ended or why
         self._joined.set()
@@ -142,3 +156,14 @@ class RemoteReader:
                 self._dealer.send(msgspec.msgpack.encode(message), zmq.NOBLOCK)
             except zmq.Again:
                 self._send_at = now + HEARTBEAT_S / 4
+
+
+def _is_refused(endpoint: str) -> bool:
+    """Whether the host says that no process listens there. A host that says nothing may only be cut off."""
+    where = urlsplit(endpoint)
+    with socket.socket() as probe:
+        probe.settimeout(PROBE_S)
+        try:
+            return probe.connect_ex((where.hostname or "", where.port or 0)) == errno.ECONNREFUSED
+        except OSError:
+            return False

@@ -15,7 +15,7 @@ class TcpHandle(msgspec.Struct, frozen=True, array_like=True):
     """Where peers on other hosts reach a rank's exchange."""
 
     address: str
-    key: bytes  # CURVE public key of whoever listens there
+    key: bytes  # CURVE public key of what listens there
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -15,7 +15,7 @@ from membership.base.errors import QueueClosed, QueueError, WaitTimeout
 from tests.support import ROOT
 from tests.support.helpers import eventually
 from workers.ipc.handover import HandoverRefused
-from workers.queue import remote_writer
+from workers.queue import remote_reader, remote_writer
 from workers.queue.curve import new_keys
 from workers.queue.handle import CurveKeys
 from workers.queue.message_queue import Handle, MessageQueue, MsgpackCodec, PickleCodec, Remote, SlowReaders
@@ -95,7 +95,7 @@ def test_the_same_id_twice_is_refused_and_pickle_never_crosses(queue: MessageQue
         MessageQueue.create_from_handle(elsewhere(queue), "x", codec=PickleCodec(), keys=THEIRS)
     with pytest.raises(QueueError, match="only msgpack"):
         MessageQueue("far", remote=Remote("127.0.0.1", OURS, frozenset()))
-    with pytest.raises(QueueError, match="another host and we have no keys"):
+    with pytest.raises(QueueError, match="another host, and we run without --advertise"):
         MessageQueue.create_from_handle(elsewhere(queue), "x")
     assert "secret" not in repr(OURS)
 
@@ -151,6 +151,31 @@ def test_a_killed_reader_is_forgotten(queue: MessageQueue, monkeypatch: pytest.M
     eventually(lambda: queue.readers == (), 30, "the silent reader to be forgotten")
 
 
+def test_a_killed_writer_is_known_long_before_it_counts_as_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_reader, "REMOTE_SILENCE_S", 1e6)
+    script = (
+        "import sys, threading\nfrom workers.queue.message_queue import *\n"
+        "ours = CurveKeys(*(a.encode() for a in sys.argv[1:3]))\n"
+        "remote = Remote('127.0.0.1', ours, frozenset([sys.argv[3].encode()]))\n"
+        "queue = MessageQueue('dies', MsgpackCodec(), remote=remote)\n"
+        "print(queue.export_handle().encode().hex(), flush=True)\nqueue.wait_until_ready(['far'], 60)\n"
+        "queue.enqueue('last words')\nthreading.Event().wait()\n"
+    )
+    arguments = [OURS.public.decode(), OURS.secret.decode(), THEIRS.public.decode()]
+    writer = subprocess.Popen([sys.executable, "-c", script, *arguments], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        assert writer.stdout is not None
+        handle = Handle.decode(bytes.fromhex(writer.stdout.readline()))
+        with join(msgspec.structs.replace(handle, host="another host")) as far:
+            assert far.dequeue(30) == "last words"
+            writer.kill()
+            with pytest.raises(QueueClosed, match="its writer's process has ended"):
+                far.dequeue(30)
+    finally:
+        writer.kill()
+        writer.communicate(timeout=30)
+
+
 def test_what_a_broken_connection_lost_is_sent_again_once_and_in_order(queue: MessageQueue) -> None:
     with join(elsewhere(queue)) as far:
         reader = far._end
@@ -165,8 +190,6 @@ def test_what_a_broken_connection_lost_is_sent_again_once_and_in_order(queue: Me
 
 
 def test_silence_ends_a_reader(queue: MessageQueue, monkeypatch: pytest.MonkeyPatch) -> None:
-    from workers.queue import remote_reader
-
     with join(elsewhere(queue)) as far:
         monkeypatch.setattr(remote_reader, "REMOTE_SILENCE_S", 0.0)
         with pytest.raises(QueueClosed, match="silent"):
