@@ -61,7 +61,7 @@ class Death:
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """What the ranks of this host are told of other hosts."""
+    """What the ranks of this host are given of other hosts."""
 
     network: Network | None = None
     callers: tuple[bytes, ...] = ()  # handles of the queues of calls that come from there
