@@ -6,6 +6,7 @@ may be stopped, hang in native code, be slow, or die at any moment.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -65,6 +66,7 @@ class SimWorker(EPWorker):
         self.runner = Runner(rank)
         self._runner = cast(Any, self.runner)
         self._device = self._latest = self._mask = None
+        self._load_due = math.inf  # nothing is reported: when it is due, the clock of this machine would say
         self._view, self._preparing, self._engine_token, self._left = View(epoch=0), {}, 0, set()
 
     def attach_mask(self, handle: bytes) -> None:

@@ -118,6 +118,7 @@ def test_a_rank_that_loads_owes_no_ping_and_answers_it_afterwards(three: Ranks) 
     three.attach()
     three.ranks[2].send(do="load")
     assert three.ranks[2].receive() == {"done": True}
+    three.collect(lambda _: not any(link.owed for link in three.fleet._links.values() if link.key.rank != 2))
     three.ranks[1].process.send_signal(signal.SIGSTOP)
     three.fleet.probe()
     (lost,) = three.collect(lambda seen: len(seen) == 1)
