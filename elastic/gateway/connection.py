@@ -94,7 +94,7 @@ class Connection(H11Protocol):
     def eof_received(self) -> bool:  # type: ignore[override]
         """The client sends no more. Keep the connection if it waits for an answer: it may have closed one half only.
 
-        Not with TLS, where nobody closes one half.
+        Not with TLS, which has no half-closed connections.
         """
         if self._encrypted or not self._answering or self.conn.their_state is h11.SEND_BODY:
             return False
