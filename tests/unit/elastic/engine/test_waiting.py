@@ -6,6 +6,8 @@ import pytest
 
 from chaos.simulation.kv_model import KvModel
 from elastic.engine.scheduler import Scheduler
+from elastic.engine.sequence import Sequence
+from elastic.engine.waiting import WaitingRoom
 from elastic.protocol import Rejected
 from tests.support.rank_model import TOKEN, Client, ask, config, drive, view
 
@@ -107,3 +109,13 @@ def test_retry_after_follows_the_rate_at_which_places_became_free() -> None:
     assert found is not None
     assert found.retry_after_s == pytest.approx(60.0)
     assert not client.ends
+
+
+def test_the_rate_is_that_since_the_first_place_remembered() -> None:
+    room = WaitingRoom(config())
+    requests = [Sequence.of(ask(f"r{n}", [5]), n, 0.0) for n in range(6)]
+    for request in requests:
+        room.add(request)
+    for request, now in zip(requests, (0.0, 10.0, 20.0, 30.0), strict=False):
+        room.place(request, now)
+    assert room.retry_after_s(40.0) == pytest.approx(20.0), "four places in 40 s, two wait"

@@ -94,6 +94,7 @@ def test_the_first_view_makes_the_reference_of_all_its_members() -> None:
     staged = state(*ranks, checkpoint=None, next=View(epoch=1, members=members))
     assert learned(staged) == KNOWN
     assert learned(replace(staged, checkpoint=KNOWN)) is None, "it stays what it is"
+    assert learned(replace(staged, next=None)) is None, "there is no view to be the first"
     nothing = [record(r.rank, identity={}, fingerprint="") for r in ranks]
     assert learned(state(*nothing, checkpoint=None, next=staged.next)) is None
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
 from membership.base.enums import OperationKind
-from membership.planning.own_times import OwnTimes
+from membership.base.timing import CLOCK_SKEW_S
+from membership.planning.own_times import REGULAR_S, OwnTimes
 from membership.store.records import (
     Assignment,
     ClusterState,
@@ -85,6 +87,34 @@ def test_our_own_clock_may_jump_back() -> None:
     state = written(NOW + 60.5)  # our own record
     assert clock.own(state, NOW + 60.5) is state
     assert times(clock.own(state, NOW + 1)) == pytest.approx([NOW + 1] * 8, abs=0.01)
+
+
+def test_while_we_look_a_record_grows_as_old_as_it_is() -> None:
+    clock, state = OwnTimes(), written(NOW)
+    clock.own(EMPTY, NOW - 1)
+    assert all(clock.own(state, NOW + later_s) is state for later_s in range(20))
+
+
+def test_after_our_clock_went_back_a_new_record_may_be_old() -> None:
+    clock, state = OwnTimes(), written(NOW - HOUR)
+    clock.own(EMPTY, NOW)
+    assert clock.own(state, NOW - 0.5) is state
+
+
+def test_a_time_is_moved_only_by_more_than_the_skew() -> None:
+    clock, state = OwnTimes(), written(NOW - REGULAR_S - CLOCK_SKEW_S)
+    clock.own(EMPTY, NOW)
+    assert clock.own(replace(state, rebalance=None), NOW).view == state.view
+
+
+@pytest.mark.parametrize("later_s", [-0.5, 0.5])
+def test_a_request_stays_before_or_after_the_view_that_it_was_made_for(later_s: float) -> None:
+    at = NOW + HOUR
+    state = replace(written(at), rebalance=RebalanceRequest(at=at + later_s))
+    moved = OwnTimes().own(state, NOW)
+    assert moved.view is not None
+    assert moved.rebalance is not None
+    assert (moved.rebalance.at > moved.view.staged) == (later_s > 0)
 
 
 def test_a_record_that_is_written_again_is_looked_at_again() -> None:

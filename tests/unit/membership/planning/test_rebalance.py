@@ -7,14 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from membership.base.timing import FAILED_REST_S
+from membership.base.timing import BALANCE_REST_S, FAILED_REST_S
 from membership.placement.balance import balanced, cut, imbalance
 from membership.placement.plan import coverage, moves, plan, repair
 from membership.placement.survivability import survivability
 from membership.planning.cluster_facts import ClusterFacts
 from membership.planning.planner import reconcile
 from membership.planning.rebalance import rebalance
-from membership.store.records import ClusterState, ExpertLoad, Member, View
+from membership.store.records import ClusterState, ExpertLoad, Member, RebalanceRequest, View
 from tests.support.world import CONFIG, World
 
 pytestmark = pytest.mark.unit
@@ -185,12 +185,40 @@ def test_what_was_begun_is_finished_and_a_loss_ends_in_balance() -> None:
     assert moved <= 0.2 * layers * experts * 1.25, "a third of it to have what the dead rank had"
 
 
+def skewed_facts(budget: int, expert_bytes: int = MEMORY, **changes: object) -> ClusterFacts:
+    """Three ranks with uneven loads, of which no exchange of one expert makes anything better."""
+    config = replace(CONFIG, moe_layers=1, experts=4, redundancy=1.5, expert_bytes=expert_bytes, rebalance_bytes=budget)
+    members = tuple(Member(rank=rank, node="a", incarnation=rank + 1) for rank in range(3))
+    nodes = {rank: "a" for rank in range(3)}
+    view = View(epoch=1, members=members, placement=plan(1, 4, nodes, 1.5, nodes=nodes), staged=100.0)
+    loads = ExpertLoad(at=1.0, loads=((100, 1, 1, 40),))
+    return ClusterFacts(ClusterState(revision=1, config=config, view=view, expert_load=loads, **changes), 110.0)  # type: ignore[arg-type]
+
+
+def test_a_budget_of_one_expert_moves_one() -> None:
+    facts = skewed_facts(budget=MEMORY)
+    better = rebalance(facts)
+    assert better is not None
+    assert len(moves(facts.view.placement, better.placement)) == 1
+    loads = ((100, 1, 1, 40),)
+    assert imbalance(better.placement, loads) < imbalance(facts.view.placement, loads)
+
+
+@pytest.mark.parametrize(("later_s", "asked"), [(-1.0, False), (0.0, False), (1.0, True)])
+def test_a_request_is_about_the_view_that_it_found(later_s: float, asked: bool) -> None:
+    """A view that was staged since may be its answer."""
+    better = rebalance(skewed_facts(budget=1 << 30, rebalance=RebalanceRequest(at=100.0 + later_s)))
+    assert better is not None
+    assert better.at == (0.0 if asked else 100.0 + BALANCE_REST_S)
+
+
 def test_nothing_is_moved_where_it_is_off_or_loads_are_even() -> None:
     world = up(budget=0)
     skew(world)
     world.now += 100.0
     world.settle()
     assert world.epochs == [1]
+    assert rebalance(skewed_facts(budget=0, expert_bytes=0)) is None, "whatever an expert weighs"
     world = up()
     world.put(world.keys.expert_load, ExpertLoad(at=world.now, loads=((16,) * 8, (16,) * 8)))
     world.now += 100.0
