@@ -93,6 +93,9 @@ def test_no_config(tmp_path: Path) -> None:
     [
         ({"model_type": "llama", "num_local_experts": None}, "llama is a dense model"),
         ({"model_type": "dbrx"}, "'dbrx' is not supported"),
+        ({"model_type": "gpt_oss"}, "'gpt_oss' is not supported"),
+        ({"model_type": "qwen3_next"}, "qwen3_next has layers with a state of their own"),
+        ({"model_type": "jamba"}, "jamba has layers with a state of their own"),
         ({"num_local_experts": 0}, "no positive num_local_experts"),
         ({"model_type": "qwen3_moe", "mlp_only_layers": [0, 1, 2]}, "no layer of this qwen3_moe model has experts"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantized"),
