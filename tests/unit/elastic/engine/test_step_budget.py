@@ -238,6 +238,31 @@ def test_blocks_kept_for_short_requests_take_none_from_who_asks_for_none() -> No
     assert machine.scheduler.preemptions == 0
 
 
+def test_a_long_request_makes_room_for_itself_and_not_a_short_one_for_it() -> None:
+    rng, machine = random.Random(8), Machine(block_size=4, kv_blocks=32, max_seqs=16, max_batched_tokens=100)
+    machine.ranks = KvModel(4)
+    for name in ("a", "b", "waits"):
+        machine.ask(name, 48, 40, rng)
+    (home,) = machine.scheduler._homes.values()
+    machine.step()
+    while home.pool.free > 4:
+        machine.step()
+    machine.ask("short", 1, 7, rng)
+    while not machine.scheduler.preemptions:
+        machine.step()
+    assert "short" not in machine.client.ends
+    assert [each.request.request_id for each in home.running] == ["a", "short"]
+
+
+def test_nothing_passes_by_those_that_wait_while_no_step_may_run() -> None:
+    rng, machine = random.Random(9), Machine(max_waiting_requests=20)
+    for n in range(56 + 20):
+        machine.ask(f"stream {n}", 8, 1000, rng)
+    machine.scheduler.set_view(view(2, {0: 10}, covered=False), [], machine.now)
+    machine.ask("short", 8, 8, rng)
+    assert machine.client.ends["short"].startswith("503")
+
+
 @pytest.mark.parametrize(("kv_blocks", "places"), [(64, 8), (63, 0)])
 def test_no_place_is_kept_where_the_cache_has_no_share_for_it(kv_blocks: int, places: int) -> None:
     assert Reserve(config(kv_blocks=kv_blocks, max_seqs=64)).places == places

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from membership.planning.cluster_facts import ClusterFacts
 from membership.planning.planner import due, reconcile, sound
-from membership.store.records import Assignment, ClusterState, Desired, Operation, Phase, RankState
+from membership.store.records import Assignment, ClusterState, Desired, Operation, Pause, Phase, RankState
 from tests.support.world import CONFIG, World, phases
 
 pytestmark = pytest.mark.unit
@@ -34,6 +34,12 @@ def test_nothing_is_decided_without_config_or_desired_state() -> None:
     started = ClusterState(revision=1, config=CONFIG)
     assert reconcile(started, 0.0) == []
     assert ClusterFacts(started, 0.0).desired == Desired(ranks=0)
+    world = up(1)
+    paused = replace(
+        world.state, config=replace(CONFIG, follow_agents=True), pause=Pause(until=world.now + 60.0, since=0.0)
+    )
+    assert due(paused, world.now) == world.now + 60.0
+    assert due(replace(paused, desired=None), world.now) is None
 
 
 def test_bring_up_is_one_epoch() -> None:

@@ -219,6 +219,8 @@ def test_nothing_is_moved_where_it_is_off_or_loads_are_even() -> None:
     world.settle()
     assert world.epochs == [1]
     assert rebalance(skewed_facts(budget=0, expert_bytes=0)) is None, "whatever an expert weighs"
+    unborn = replace(skewed_facts(budget=1 << 30).state, view=None)
+    assert rebalance(ClusterFacts(unborn, 110.0)) is None
     world = up()
     world.put(world.keys.expert_load, ExpertLoad(at=world.now, loads=((16,) * 8, (16,) * 8)))
     world.now += 100.0
