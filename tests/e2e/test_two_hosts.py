@@ -1,6 +1,7 @@
 """Two hosts, one cluster: what README says under "Two hosts", typed in two network namespaces.
 
-The answers are those of one host, and the death of a rank on the other host loses no request.
+The answers are those of one host. The death of a rank on the other host, of the engine, of the other host, and a cable
+that is pulled lose no request.
 """
 
 from __future__ import annotations
@@ -89,20 +90,53 @@ def nodes_of(cluster: Cluster) -> dict[int, str]:
     return {rank["rank"]: rank["node"] for rank in cluster.status()["ranks"]}
 
 
+def ranks_of_b(cluster: Cluster) -> set[int]:
+    return {rank for rank, node in nodes_of(cluster).items() if node == "b"}
+
+
+def masked_ranks(cluster: Cluster) -> list[int | None]:
+    return [event.rank for event in cluster.events() if event.kind == "rank_masked"]
+
+
+def a_rank_dies(cluster: TwoHosts) -> None:
+    """Its agent says so."""
+    victim = next(rank for rank in cluster.status()["ranks"] if rank["node"] == "b")
+    kill(victim["pid"])
+    masked = cluster.wait_event(
+        lambda e: e.kind == "rank_masked" and e.fields["incarnation"] == victim["incarnation"], "of the loss"
+    )
+    assert masked.fields["source"] in (DetectedBy.AGENT, DetectedBy.QUEUE)
+    assert masked.fields["requests"] > 0, "requests lived on the rank that died"
+
+
+def the_engine_dies(cluster: TwoHosts) -> None:
+    """Ranks of both hosts follow the next one."""
+    engine = cluster.client().state().engine
+    assert engine is not None
+    kill(engine.pid)
+    cluster.wait_event(lambda e: e.kind == "engine_elected" and e.fields["pid"] != engine.pid, "of the next engine")
+
+
+def the_cable_is_pulled(cluster: TwoHosts) -> None:
+    """Only silence tells. The host's old ranks are replaced, whatever they still do."""
+    ranks, before = ranks_of_b(cluster), len(masked_ranks(cluster))
+    cluster.hosts.cut("b")
+    eventually(lambda: set(masked_ranks(cluster)[before:]) >= ranks, 60.0, "its ranks to be masked")
+    cluster.hosts.heal("b")
+    eventually(lambda: len(ranks_of_b(cluster)) == 2, 120.0, "ranks on host b again")
+
+
 def the_host_dies(cluster: TwoHosts) -> None:
-    """Its agent goes, and its ranks with it: no agent is left to record their exits."""
-    ranks = {rank["rank"] for rank in cluster.status()["ranks"] if rank["node"] == "b"}
-    before = len([event for event in cluster.events() if event.kind == "rank_masked"])
+    """Its agent goes, and its ranks with it: no agent is left to record their exits, and nothing listens there."""
+    ranks, before = ranks_of_b(cluster), len(masked_ranks(cluster))
     kill(cluster.client().state().agents["b"].pid)
-
-    def masked() -> set[int | None]:
-        return {event.rank for event in [e for e in cluster.events() if e.kind == "rank_masked"][before:]}
-
-    eventually(lambda: masked() >= ranks, 60.0, "its ranks to be masked")
+    eventually(lambda: set(masked_ranks(cluster)[before:]) >= ranks, 60.0, "its ranks to be masked")
 
 
 def test_two_hosts_answer_as_one_and_deaths_on_the_other_lose_nothing(two_hosts: TwoHosts, demo_model: Path) -> None:
-    two_hosts.start("a", "serve", str(demo_model), "--ranks", "2", "--host", two_hosts.hosts.addresses["a"])
+    two_hosts.start(
+        "a", "serve", str(demo_model), "--ranks", "2", "--capacity", "2", "--host", two_hosts.hosts.addresses["a"]
+    )
     two_hosts.wait_serving(2)
     oracle = fault_free(two_hosts)
     secret = two_hosts.folder / "a" / "join-secret"
@@ -110,26 +144,18 @@ def test_two_hosts_answer_as_one_and_deaths_on_the_other_lose_nothing(two_hosts:
     two_hosts.start("b", "agent", "--capacity", "2", "--join-secret-file", str(secret))
     eventually(lambda: "b" in two_hosts.client().state().agents, 120.0, "host b to be there")
     two_hosts.type_on("a", "scale", "4", "--state-dir", str(two_hosts.state.path))
-    status = two_hosts.wait_serving(4)
+    two_hosts.wait_serving(4)
     assert nodes_of(two_hosts) == {0: "a", 1: "a", 2: "b", 3: "b"}
     workload = Workload(two_hosts.url, two_hosts.model_name())
     workload.start()
     try:
-        eventually(lambda: streaming(workload, 4), 60.0, "four streams under way")
-        victim = next(rank for rank in status["ranks"] if rank["node"] == "b")
-        kill(victim["pid"])
-        masked = two_hosts.wait_event(
-            lambda e: e.kind == "rank_masked" and e.fields["incarnation"] == victim["incarnation"], "of the loss"
-        )
-        two_hosts.wait_serving(4)
-        eventually(lambda: streaming(workload, 4), 60.0, "four streams under way")
-        the_host_dies(two_hosts)
+        for fault in (a_rank_dies, the_engine_dies, the_cable_is_pulled, the_host_dies):
+            two_hosts.wait_serving(4)
+            eventually(lambda: streaming(workload, 4), 60.0, "four streams under way")
+            fault(two_hosts)
         ended = len(workload.records())
         eventually(lambda: len(workload.records()) > ended + 4, 120.0, "requests that end without host b")
-        eventually(lambda: set(nodes_of(two_hosts).values()) == {"a"}, 120.0, "host a to have all ranks")
     finally:
         history = workload.stop()
     verdict = compare(history, oracle)
     assert verdict.ok, verdict.differences
-    assert masked.fields["source"] in (DetectedBy.AGENT, DetectedBy.QUEUE)
-    assert masked.fields["requests"] > 0, "requests lived on the rank that died"

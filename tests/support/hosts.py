@@ -33,6 +33,14 @@ class Hosts:
         inside = ["ip", "netns", "exec", self._names[host], "unshare", "--uts", "sh", "-c"]
         return [*inside, f'hostname {host} && exec "$@"', "sh", *command]
 
+    def cut(self, host: str) -> None:
+        """Pull its cable: nothing is answered or refused from there any more."""
+        _run("ip", "-n", self._names[host], "link", "set", "eth0", "down")
+
+    def heal(self, host: str) -> None:
+        """Plug it in again."""
+        _run("ip", "-n", self._names[host], "link", "set", "eth0", "up")
+
     def start(self, host: str, command: list[str], output: Path, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
         """Start it there, in a session of its own."""
         with output.open("ab") as out:

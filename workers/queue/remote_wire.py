@@ -60,6 +60,7 @@ class SocketThread:
         self._turn = turn
         for socket, action in sockets.items():
             self.watch(socket, action)
+        self.wake()  # the first turn is due now
         self._thread.start()
 
     def watch(self, socket: zmq.Socket[Any], action: Callable[[], None]) -> None:
