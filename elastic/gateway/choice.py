@@ -90,6 +90,11 @@ class Choice:
         return Piece(text, tuple(entries), reason, stopped, said, self.called)
 
     @property
+    def pieces(self) -> Sequence[Said]:
+        """The text so far by what it is, in the pieces that it came in."""
+        return self._said
+
+    @property
     def said(self) -> Said:
         """The text so far by what it is."""
         return gathered(self._said)

@@ -26,6 +26,9 @@ class Place(StrEnum):
     STREAM_OPTIONS = "stream_options"
     MESSAGE = "messages"
     PART = "content"
+    RESPONSES = "responses"
+    TEXT = "text"  # of /v1/responses,
+    REASONING = "reasoning"  # as this
 
 
 class Of(StrEnum):
@@ -53,6 +56,7 @@ class Extra:
 
 ONE_AT_A_TIME = "ask for each alternative with n"
 CHAT_ONLY = "only /v1/chat/completions has it"
+NOT_STORED = "nothing is stored here: send the whole conversation as input"
 OLD_TOOLS = "use tools and tool_choice"
 TEXT_ONLY = "this serves text models"
 
@@ -86,6 +90,21 @@ EXTRAS = (
     Extra("function_call", Of.OPENAI, ({},), "use tool_calls", Place.MESSAGE),
     Extra("refusal", Of.OPENAI, ("",), "put it into content", Place.MESSAGE),
     Extra("audio", Of.OPENAI, ({},), TEXT_ONLY, Place.MESSAGE),
+    # OpenAI's of /v1/responses
+    *(Extra(name, Of.OPENAI, place=Place.RESPONSES) for name in (
+        "user", "store", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "stream_options",
+    )),
+    Extra("verbosity", Of.OPENAI, place=Place.TEXT),
+    Extra("summary", Of.OPENAI, place=Place.REASONING),  # the reasoning itself is in the answer
+    Extra("generate_summary", Of.OPENAI, place=Place.REASONING),
+    Extra("include", Of.OPENAI, ([], ["reasoning.encrypted_content"]), "leave it out", Place.RESPONSES),
+    *(Extra(name, Of.OPENAI, (), NOT_STORED, Place.RESPONSES)
+      for name in ("previous_response_id", "conversation", "prompt")),
+    Extra("background", Of.OPENAI, (False,), NOT_STORED, Place.RESPONSES),
+    Extra("truncation", Of.OPENAI, ("disabled",), "shorten the input", Place.RESPONSES),
+    Extra("service_tier", Of.OPENAI, ("auto", "default"), "there is one tier", Place.RESPONSES),
+    Extra("max_tool_calls", Of.OPENAI, (), "tools are called by the client", Place.RESPONSES),
+    Extra("top_logprobs", Of.OPENAI, (0,), "use /v1/chat/completions", Place.RESPONSES),
     # vLLM's that would
     Extra("use_beam_search", Of.VLLM, (False,), ONE_AT_A_TIME),
     Extra("length_penalty", Of.VLLM, (1,), "it needs beam search, which is not offered"),

@@ -7,6 +7,7 @@ it is an error event, never a bare end of the stream.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -31,7 +32,9 @@ from elastic.gateway.fields import Note, NotedOnce
 from elastic.gateway.http import EventStream, internal_error, json_response, read_body, unless_gone
 from elastic.gateway.journal import Request as Sequence
 from elastic.gateway.metrics import GatewayMetrics
-from elastic.gateway.render import DONE, ChatRenderer, CompletionRenderer, Json, Renderer, UsageShown, error_body, event
+from elastic.gateway.render import Answering, ChatRenderer, CompletionRenderer, Json, Renderer, UsageShown
+from elastic.gateway.responses import ResponseRenderer
+from elastic.gateway.responses_schema import ResponsesRequest
 from elastic.gateway.sampling import sampling_of
 from elastic.gateway.schema import MAX_SEED, ChatRequest, CommonRequest, CompletionRequest, Message, parse, seed_for
 from elastic.gateway.structured import Forms
@@ -83,13 +86,13 @@ class Job:
 
     sequences: list[Sequence]
     choices: list[Choice]
-    renderer: Renderer
+    renderer: Answering
     prompt_tokens: int
     visit: Visit
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
-    """Serve /v1/models, /v1/completions and /v1/chat/completions."""
+    """Serve /v1/models, /v1/completions, /v1/chat/completions and /v1/responses."""
 
     def described(name: str) -> Json:
         return {
@@ -126,6 +129,18 @@ def add_routes(app: FastAPI, service: Service) -> None:
         sampling = await _sampling(service, asked)
         job = _job(service, asked, [prompt], sampling, ChatRenderer, visit_of(request))
         return await _answer(request, service, asked, job)
+
+    @app.post("/v1/responses")
+    async def responses(request: Request) -> Response:
+        asked = parse(await read_body(request), ResponsesRequest, service.ignored)
+        require_model(service, asked.model)
+        chat = asked.as_chat(service.ignored)
+        prompt = await chat_token_ids(service, chat.messages, chat.variables)
+        sampling = await _sampling(service, chat)
+        job = _job(service, chat, [prompt], sampling, ChatRenderer, visit_of(request))
+        answer = job.renderer.id.removeprefix(ChatRenderer.id_prefix)
+        renderer = ResponseRenderer(service.tokenizer, answer, asked, int(service.now()))
+        return await _answer(request, service, chat, dataclasses.replace(job, renderer=renderer))
 
 
 def require_model(service: Service, name: str) -> None:
@@ -263,7 +278,7 @@ async def _answer(request: Request, service: Service, asked: CommonRequest, job:
     except BaseException:
         await events.aclose()
         raise
-    return EventStream(_never_bare(first, events, job.renderer.id), {})
+    return EventStream(_never_bare(first, events, job.renderer), {})
 
 
 async def _first(events: AsyncGenerator[bytes, None]) -> bytes:
@@ -278,32 +293,27 @@ async def _whole(service: Service, job: Job) -> Json:
 
 
 async def _events(service: Service, job: Job) -> AsyncGenerator[bytes, None]:
-    """The stream's events up to [DONE]."""
-    opened: set[int] = set()
+    """The stream's events up to its end."""
     async with aclosing(_pieces(service, job)) as pieces:
         async for index, piece in pieces:
-            opening = None if index in opened else job.renderer.opening(index)
-            opened.add(index)
-            for chunk in (opening, job.renderer.chunk(index, piece)):
-                if chunk is not None:
-                    yield event(job.renderer.counted(chunk, job.prompt_tokens, job.choices))
-    usage = job.renderer.usage_chunk(job.prompt_tokens, job.choices)
-    if usage is not None:
-        yield event(usage)
-    yield DONE
+            if data := job.renderer.said(index, piece, job.prompt_tokens, job.choices):
+                yield data
+    yield job.renderer.ended(job.prompt_tokens, job.choices)
 
 
-async def _never_bare(first: bytes, events: AsyncGenerator[bytes, None], name: str) -> AsyncGenerator[bytes, None]:
+async def _never_bare(
+    first: bytes, events: AsyncGenerator[bytes, None], renderer: Answering
+) -> AsyncGenerator[bytes, None]:
     """The events; if they break off, the reason as an event."""
     try:
         yield first
         async for data in events:
             yield data
     except RequestError as error:
-        yield event(error_body(error)) + DONE
+        yield renderer.failed(error)
     except Exception:
-        log.exception("stream_failed", request=name)
-        yield event(error_body(internal_error())) + DONE
+        log.exception("stream_failed", request=renderer.id)
+        yield renderer.failed(internal_error())
     finally:
         await events.aclose()
 

@@ -27,7 +27,29 @@ class UsageShown(NamedTuple):
     in_each: bool = False
 
 
-class Renderer(ABC):
+class Answering(ABC):
+    """How a request is answered: in one go, or by events."""
+
+    id: str
+
+    @abstractmethod
+    def whole(self, prompt_tokens: int, choices: Sequence[Choice]) -> Json:
+        """The response in one go."""
+
+    @abstractmethod
+    def said(self, index: int, piece: Piece, prompt_tokens: int, choices: Sequence[Choice]) -> bytes:
+        """The events of a choice's piece, if it has any."""
+
+    @abstractmethod
+    def ended(self, prompt_tokens: int, choices: Sequence[Choice]) -> bytes:
+        """The last events."""
+
+    @abstractmethod
+    def failed(self, error: RequestError) -> bytes:
+        """The last events of a stream that breaks off."""
+
+
+class Renderer(Answering):
     """One response's shape: its id, model and time are the same in every chunk."""
 
     id_prefix: ClassVar[str]
@@ -42,6 +64,23 @@ class Renderer(ABC):
         self._model = model
         self._created = created
         self._usage_shown = usage_shown
+        self._opened: set[int] = set()  # choices of which a chunk was sent
+
+    def said(self, index: int, piece: Piece, prompt_tokens: int, choices: Sequence[Choice]) -> bytes:
+        """A piece's chunk, after the one that opens its choice."""
+        opening = None if index in self._opened else self.opening(index)
+        self._opened.add(index)
+        chunks = (chunk for chunk in (opening, self.chunk(index, piece)) if chunk is not None)
+        return b"".join(event(self.counted(chunk, prompt_tokens, choices)) for chunk in chunks)
+
+    def ended(self, prompt_tokens: int, choices: Sequence[Choice]) -> bytes:
+        """The usage, if it was asked for, and the end."""
+        usage = self.usage_chunk(prompt_tokens, choices)
+        return DONE if usage is None else event(usage) + DONE
+
+    def failed(self, error: RequestError) -> bytes:
+        """The error, and the end."""
+        return event(error_body(error)) + DONE
 
     def opening(self, index: int) -> Json | None:
         """The chunk that begins a choice, if this API has one."""

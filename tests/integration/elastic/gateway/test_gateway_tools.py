@@ -1,4 +1,4 @@
-"""Tool calls and reasoning over real sockets, with the official client and a scripted engine that says them."""
+"""Tool calls, reasoning and /v1/responses over real sockets, with the official client and a scripted engine."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from openai import OpenAI
+from openai.types.responses import FunctionToolParam, Response, ResponseStreamEvent
+from pydantic import TypeAdapter
 
 from elastic.protocol import Submit
 from elastic.serve.options import ApiOptions
@@ -23,6 +26,8 @@ WEATHER: Any = {"type": "function", "function": {"name": "weather", "parameters"
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
 TWO_CALLS = f"<think>\nBoth.\n</think>\n\nI look.\n{CALL}\n{CALL}"
 PLAIN = "It is 21 °C, <tool_call> or so."
+FLAT: FunctionToolParam = {"type": "function", "name": "weather", "parameters": {"type": "object"}, "strict": False}
+EVENTS: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 ANSWERS = {"one": CALL, "two": TWO_CALLS, "21": PLAIN}
 
 
@@ -137,3 +142,76 @@ def test_tools_that_are_not_to_be_called(client: OpenAI, cluster: GatewayCluster
     assert "<tools>" not in cluster.tokenizer.decode_all(engine.submits[-1].prompt)
     with pytest.raises(openai.BadRequestError, match="tool_choice: required is not supported"):
         client.chat.completions.create(model=MODEL, messages=user("one"), tools=[WEATHER], tool_choice="required")
+
+
+def test_a_response_calls_a_tool_and_its_output_is_sent(
+    client: OpenAI, cluster: GatewayCluster, engine: ScriptedEngine
+) -> None:
+    items: Any = [{"role": "user", "content": "one"}]
+    first = client.responses.create(model=MODEL, input=items, tools=[FLAT], instructions="be brief", store=False)
+    (call,) = first.output
+    assert call.type == "function_call"
+    assert (call.name, call.arguments, first.status, first.store) == ("weather", '{"city": "Köln"}', "completed", False)
+    assert first.usage is not None
+    assert first.usage.total_tokens == first.usage.input_tokens + first.usage.output_tokens
+    items += [*first.output, {"type": "function_call_output", "call_id": call.call_id, "output": "21 °C"}]
+    last = client.responses.create(model=MODEL, input=items, tools=[FLAT])
+    assert last.output_text == PLAIN
+    prompt = cluster.tokenizer.decode_all(engine.submits[-1].prompt)
+    assert f"{CALL}<|im_end|>\n<|im_start|>user\n<tool_response>\n21 °C\n</tool_response>" in prompt
+    assert first.id != last.id
+
+
+def test_a_response_is_streamed_as_typed_events(client: OpenAI, gateway: RunningGateway) -> None:
+    """As the client puts them together, and as it describes them."""
+    with client.responses.stream(model=MODEL, input="two", tools=[FLAT]) as stream:
+        kinds = [event.type for event in stream]
+        response = stream.get_final_response()
+    assert kinds[:3] == ["response.created", "response.in_progress", "response.output_item.added"]
+    assert kinds[-1] == "response.completed"
+    assert [item.type for item in response.output] == ["reasoning", "message", "function_call", "function_call"]
+    assert response.output_text == "I look.\n"
+    assert [item.arguments for item in response.output if item.type == "function_call"] == ['{"city": "Köln"}'] * 2
+    for started, ended in (("output_item.added", "output_item.done"), ("content_part.added", "content_part.done")):
+        assert kinds.count(f"response.{started}") == kinds.count(f"response.{ended}") > 0
+    body = {"model": MODEL, "input": "two", "tools": [FLAT], "stream": True}
+    raw = httpx.post(f"{gateway.url}/v1/responses", json=body, timeout=20).text
+    blocks = [block.split("\n") for block in raw.strip().split("\n\n")]
+    events = [json.loads(data.removeprefix("data: ")) for _, data in blocks]
+    assert (
+        [name.removeprefix("event: ") for name, _ in blocks] == [event["type"] for event in events] == kinds_of(events)
+    )
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    whole = httpx.post(f"{gateway.url}/v1/responses", json=body | {"stream": False}, timeout=20).json()
+    Response.model_validate(whole)
+    streamed = events[-1]["response"]
+    for each in (whole, streamed):
+        for item in each["output"]:
+            assert item.pop("id").startswith(("rs_", "msg_", "fc_"))
+            item.pop("call_id", None)
+    assert whole["output"] == streamed["output"]
+    assert whole["usage"] == streamed["usage"]
+
+
+def kinds_of(events: list[dict[str, Any]]) -> list[str]:
+    """Their types; a ValidationError if one is not as the client describes it."""
+    return [str(EVENTS.validate_python(event).type) for event in events]
+
+
+def test_a_response_that_is_cut_off_is_incomplete(client: OpenAI) -> None:
+    short = client.responses.create(model=MODEL, input="21", max_output_tokens=3)
+    assert (short.status, short.incomplete_details and short.incomplete_details.reason) == (
+        "incomplete", "max_output_tokens",
+    )  # fmt: skip
+    assert PLAIN.startswith(short.output_text)
+    events = list(client.responses.create(model=MODEL, input="21", max_output_tokens=3, stream=True))
+    assert events[-1].type == "response.incomplete"
+
+
+def test_what_a_response_cannot_be_is_refused_by_name(client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="previous_response_id is not supported"):
+        client.responses.create(model=MODEL, input="x", previous_response_id="resp_1")
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        client.responses.create(model="other", input="x")
+    with pytest.raises(openai.BadRequestError, match=r"tools\.0\.type"):
+        client.responses.create(model=MODEL, input="x", tools=[{"type": "web_search"}])

@@ -10,6 +10,7 @@ from structlog.testing import capture_logs
 
 from docs.api import API_PAGE, api_page
 from elastic.gateway.fields import EXTRAS, Extra, NotedOnce, Place
+from elastic.gateway.responses_schema import ResponsesRequest, Text, Thinking
 from elastic.gateway.schema import (
     ChatRequest,
     CommonRequest,
@@ -28,6 +29,9 @@ SHAPES = {
     Place.STREAM_OPTIONS: (StreamOptions,),
     Place.MESSAGE: (Message,),
     Place.PART: (TextPart,),
+    Place.RESPONSES: (ResponsesRequest,),
+    Place.TEXT: (Text,),
+    Place.REASONING: (Thinking,),
 }
 
 
@@ -42,9 +46,17 @@ def chat(**fields: Any) -> ChatRequest:
     )
 
 
-def with_extra(extra: Extra, value: Any) -> CommonRequest:
+def response(**fields: Any) -> ResponsesRequest:
+    return parse(json.dumps({"model": "m", "input": "x", **fields}).encode(), ResponsesRequest)
+
+
+def with_extra(extra: Extra, value: Any) -> CommonRequest | ResponsesRequest:
     """A request that says `value` in the extra's place."""
     said = {extra.name: value}
+    if extra.place is Place.RESPONSES:
+        return response(**said)
+    if extra.place in (Place.TEXT, Place.REASONING):
+        return response(**{extra.place: said})
     if extra.place is Place.STREAM_OPTIONS:
         return chat(stream=True, stream_options=said)
     if extra.place is Place.MESSAGE:
@@ -139,6 +151,54 @@ def test_a_choice_that_needs_structured_output_is_refused(choice: Any) -> None:
     assert (refusal.value.param, refusal.value.code) == ("tool_choice", "unsupported_parameter")
     with pytest.raises(RequestError, match="tool_choice needs tools"):
         chat(tool_choice=choice)
+
+
+def test_the_items_of_a_response_are_messages() -> None:
+    """What an assistant thought, said and called in a row is one of them."""
+    items = [
+        {"role": "user", "content": [{"type": "input_text", "text": "weather"}, {"type": "input_text", "text": "?"}]},
+        {"type": "reasoning", "id": "rs", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "I ", "annotations": []}]},
+        {"type": "function_call", "id": "fc", "call_id": "c", "name": "f", "arguments": "{}", "status": "completed"},
+        {"type": "function_call", "call_id": "d", "name": "g", "arguments": '{"a": 1}'},
+        {"type": "function_call_output", "call_id": "c", "output": "21"},
+        {"type": "function_call_output", "call_id": "d", "output": [{"type": "input_text", "text": "22"}]},
+        {"role": "assistant", "content": "done"},
+    ]
+    chat = response(input=items, instructions="be brief").as_chat(lambda name: None)
+    calls = [
+        {"id": name, "type": "function", "function": {"name": function, "arguments": arguments}}
+        for name, function, arguments in (("c", "f", "{}"), ("d", "g", '{"a": 1}'))
+    ]
+    assert [message.plain() for message in chat.messages] == [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "weather?"},
+        {"role": "assistant", "content": "I ", "thinking": "hm", "reasoning_content": "hm", "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "c", "content": "21"},
+        {"role": "tool", "tool_call_id": "d", "content": "22"},
+        {"role": "assistant", "content": "done"},
+    ]
+    for wrong in ({"type": "item_reference", "id": "x"}, {"role": "user", "content": [{"type": "input_image"}]}):
+        with pytest.raises(RequestError, match=r"input\.0: .*(not supported|text parts)"):
+            response(input=[wrong]).as_chat(lambda name: None)
+
+
+def test_a_response_s_fields_are_those_of_a_chat() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    tool = {"type": "function", "name": "f", "parameters": schema, "strict": True}
+    form = {"type": "json_schema", "name": "n", "schema": schema, "strict": True}
+    chat = response(
+        tools=[tool], tool_choice="auto", text={"format": form, "verbosity": "low"}, reasoning={"effort": "low"},
+        max_output_tokens=7, temperature=0, seed=3, stream=True, store=False, chat_template_kwargs={"x": 1},
+    ).as_chat(lambda name: None)  # fmt: skip
+    function = {"name": "f", "parameters": schema, "strict": True}
+    wanted = {"tools": [{"type": "function", "function": function}], "reasoning_effort": "low", "x": 1}
+    assert chat.variables == wanted
+    assert (chat.token_limit, chat.temperature, chat.seed, chat.stream) == (7, 0, 3, True)
+    assert chat.response_format is not None
+    assert chat.response_format.json_schema is not None
+    assert chat.response_format.json_schema.schema_ == schema
+    assert "top_p" not in chat.model_fields_set  # so that the checkpoint's counts
 
 
 def test_values_as_openai_and_vllm_take_them() -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from elastic.gateway.choice import Choice
+from elastic.gateway.answer.said import Said
+from elastic.gateway.choice import Choice, Piece
 from elastic.gateway.journal import Delta
 from elastic.gateway.render import CompletionRenderer, UsageShown
+from elastic.gateway.responses import ResponseRenderer
+from elastic.gateway.responses_schema import ResponsesRequest
+from elastic.gateway.schema import parse
 from elastic.gateway.text import StopMatcher
 from elastic.gateway.tokenizer import Tokenizer
+from membership.base.errors import RequestError
 from tests.support.tiny_tokenizer import write_tokenizer
 from workers.protocol.messages import TokenLogprobs
 
@@ -47,3 +53,15 @@ def test_the_sampled_token_is_among_the_top_ones(tmp_path: Path, top: list[str],
     renderer = CompletionRenderer(tokenizer, "id", "m", 0, UsageShown())
     (found,) = renderer.whole(1, [choice])["choices"][0]["logprobs"]["top_logprobs"]
     assert found == {"a": -3.0} | dict.fromkeys(likeliest, -1.0)
+
+
+def test_a_response_that_breaks_off_says_why_in_its_last_event(tmp_path: Path) -> None:
+    asked = parse(b'{"model": "m", "input": "x"}', ResponsesRequest)
+    renderer = ResponseRenderer(Tokenizer(write_tokenizer(tmp_path)), "1", asked, 0)
+    first = renderer.said(0, Piece("a", said=Said("a")), 1, [])
+    assert first.count(b"event: ") == 5
+    name, data = renderer.failed(RequestError("no rank", status=503)).decode().strip().split("\n")
+    event = json.loads(data.removeprefix("data: "))
+    assert name == "event: response.failed"
+    assert (event["sequence_number"], event["response"]["status"]) == (5, "failed")
+    assert event["response"]["error"] == {"code": "server_error", "message": "no rank"}
