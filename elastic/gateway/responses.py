@@ -53,8 +53,9 @@ class Item:
         item: Json = {"id": self.id, "type": self.kind, "status": status}
         if self.call is not None:
             return item | {"call_id": self.call.id, "name": self.call.name, "arguments": self._text}
-        content = [] if status == "in_progress" else [self._shown_part()]
-        return item | ({"role": "assistant"} if self.kind == "message" else {"summary": []}) | {"content": content}
+        item["content"] = [] if status == "in_progress" else [self._shown_part()]
+        more: Json = {"role": "assistant"} if self.kind == "message" else {"summary": []}
+        return item | more
 
     @property
     def _text(self) -> str:
@@ -73,7 +74,7 @@ class Item:
     def _event(self, name: str, more: Json) -> Json:
         if self.call is not None:
             return {"type": f"response.function_call_arguments.{name}", **self._where(), **more}
-        logprobs = {"logprobs": []} if self.kind == "message" else {}
+        logprobs: Json = {"logprobs": []} if self.kind == "message" else {}
         return {"type": f"response.{PARTS[self.kind]}.{name}", **self._where(), **more, **logprobs}
 
     def _where(self) -> Json:
