@@ -1,8 +1,8 @@
 """Processes forked from their supervisor, which has imported what roles need: a second of a core for each otherwise.
 
 They are forked while the supervisor has none but threads that sleep in the kernel, hence no connection to the store:
-grpc's threads survive no fork. Each waits on a socket for its command; it ends if the supervisor does. A role that is
-started again gets an interpreter of its own: by then there are threads.
+grpc's threads survive no fork. Importing it makes none. Each waits on a socket for its command; it ends if the
+supervisor does. A role that is started again gets an interpreter of its own: by then there are threads.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import setproctitle
 
 MODULES = (
     "elastic.cli.main", "elastic.engine.role", "elastic.gateway.app", "membership.planning.controller",
-    "workers.agent.agent", "encodings.idna",
+    "membership.store.etcd", "workers.agent.agent", "tokenizers", "encodings.idna",
 )  # fmt: skip
 MAX_MESSAGE = 128 * 1024  # a longer command line or environment gets an interpreter of its own
 MAX_FDS = 8
