@@ -177,6 +177,11 @@ class GatewayCluster:
         return None if found is None else codec.decode(found.value, GatewayRecord)
 
 
-def wait_ready(gateway: RunningGateway) -> None:
-    """Until /readyz says so."""
-    eventually(lambda: httpx.get(f"{gateway.url}/readyz").status_code == 200, 60.0, "the gateway to be ready")
+def wait_ready(gateway: RunningGateway, trust: ssl.SSLContext | None = None) -> None:
+    """Until /readyz says so: it is linked to the engine. `trust`: whose certificates count."""
+    verify = True if trust is None else trust
+
+    def ready() -> bool:
+        return httpx.get(f"{gateway.url}/readyz", timeout=20, verify=verify).status_code == 200
+
+    eventually(ready, 60.0, "the gateway to be ready")

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from elastic.serve.options import ApiOptions
 from membership.store import codec
-from tests.support.gateway_cluster import MODEL, GatewayCluster, RunningGateway
+from tests.support.gateway_cluster import MODEL, GatewayCluster, RunningGateway, wait_ready
 from tests.support.helpers import eventually
 
 pytestmark = pytest.mark.integration
@@ -38,6 +38,7 @@ def gateway(cluster: GatewayCluster) -> Iterator[RunningGateway]:
     api = ApiOptions(access_log=True, allowed_origins=(f'["{PAGE}"]',), api_key=("k",), metrics_aliases=True)
     with cluster.engine(cluster.says("hello")) as engine, cluster.gateway(api=api) as running:
         assert engine.token
+        wait_ready(running)  # its sockets to the engine are no test's
         yield running
 
 

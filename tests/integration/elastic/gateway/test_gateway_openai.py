@@ -17,7 +17,7 @@ from elastic.gateway.schema import seed_for
 from elastic.protocol import Rejected
 from elastic.serve.options import ApiOptions
 from membership.base.enums import GenerationConfig
-from tests.support.gateway_cluster import MODEL, GatewayCluster, RunningGateway
+from tests.support.gateway_cluster import MODEL, GatewayCluster, RunningGateway, wait_ready
 from tests.support.helpers import eventually
 from tests.support.scripted_engine import ScriptedEngine
 from workers.protocol.messages import Shaping
@@ -50,6 +50,7 @@ def engine(cluster: GatewayCluster) -> Iterator[ScriptedEngine]:
 @pytest.fixture(scope="module")
 def gateway(cluster: GatewayCluster, engine: ScriptedEngine) -> Iterator[RunningGateway]:
     with cluster.gateway() as running:
+        wait_ready(running)  # its sockets to the engine are no test's
         yield running
 
 

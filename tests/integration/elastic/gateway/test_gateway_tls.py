@@ -16,7 +16,7 @@ import pytest
 from elastic.cli.client import AdminClient
 from elastic.serve.options import ApiOptions
 from elastic.serve.tls import pinned, trusting
-from tests.support.gateway_cluster import MODEL, TOKEN, GatewayCluster, RunningGateway
+from tests.support.gateway_cluster import MODEL, TOKEN, GatewayCluster, RunningGateway, wait_ready
 from tests.support.secured_etcd import Authority
 
 pytestmark = pytest.mark.integration
@@ -46,8 +46,9 @@ def files(cluster: GatewayCluster, authority: Authority) -> ApiOptions:
 
 
 @pytest.fixture(scope="module")
-def gateway(cluster: GatewayCluster, files: ApiOptions) -> Iterator[RunningGateway]:
+def gateway(cluster: GatewayCluster, files: ApiOptions, authority: Authority) -> Iterator[RunningGateway]:
     with cluster.gateway(api=files) as running:
+        wait_ready(running, trusting(Path(authority.pem)))  # its sockets to the engine are no test's
         yield running
 
 

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from elastic.protocol import Submit
 from elastic.serve.options import ApiOptions
 from membership.base.enums import ReasoningParser
-from tests.support.gateway_cluster import MODEL, GatewayCluster, RunningGateway
+from tests.support.gateway_cluster import MODEL, GatewayCluster, RunningGateway, wait_ready
 from tests.support.scripted_engine import ScriptedEngine
 from tests.support.wild_templates import TEMPLATES
 
@@ -57,6 +57,7 @@ def engine(cluster: GatewayCluster) -> Iterator[ScriptedEngine]:
 @pytest.fixture(scope="module")
 def gateway(cluster: GatewayCluster, engine: ScriptedEngine) -> Iterator[RunningGateway]:
     with cluster.gateway(api=ApiOptions(reasoning_parser=ReasoningParser.QWEN3)) as running:
+        wait_ready(running)  # its sockets to the engine are no test's
         yield running
 
 
