@@ -63,6 +63,7 @@ class SimExecutor:
         self._host = host
         self._starting: dict[RankId, tuple[RankProcess, OnStarted]] = {}
         self._going: set[RankId] = set()
+        self._pools: set[RankId] = set()
         self._calls: list[Pending] = []
         self._on_death: Callable[[Death], None] = lambda death: None
         self._on_exit: Callable[[int, int], None] = lambda pid, status: None
@@ -76,6 +77,7 @@ class SimExecutor:
     def start(self, keys: Collection[RankId], timeout_s: float, on_started: OnStarted) -> None:
         """Fork ranks, each of which is ready a little later."""
         for key in keys:
+            self._pools.add(key)
             rank = self._host.cluster.fork(key, self._host)
             self._starting[key] = (rank, on_started)
             rank.after(rank.random.uniform(*READY_S), self._ready, key)
@@ -171,6 +173,17 @@ class SimExecutor:
     def _forget(self, key: RankId) -> None:
         self.workers.pop(key, None)
         self._going.discard(key)
+
+    def left_pools(self) -> set[RankId]:
+        return self._pools - self.workers.keys() - self._starting.keys()
+
+    def free_pool(self, key: RankId) -> None:
+        self._pools.discard(key)
+
+    def check_pool(self, key: RankId) -> None:
+        """Whether it may be read: RankFailed if it is not kept."""
+        if key not in self._pools or not self._host.alive:
+            raise RankFailed(f"the pool of {key} is not kept")
 
     def drop_weights(self) -> None:
         return  # a simulated host stores none

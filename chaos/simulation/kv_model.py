@@ -77,10 +77,14 @@ class KvModel:
         return [token for _, token in stored]
 
     def copy(self, order: CopyBlocks, piece: int = 100, error: str = "") -> BlocksCopied:
-        """Half of a move: at most `piece` blocks into or out of the buffer of one pair of ranks."""
+        """Half of a move: at most `piece` blocks into or out of the buffer of one pair of ranks; or out of a pool."""
         count = 0 if error else min(len(order.blocks), piece)
         key = order.source, order.target
-        if order.arriving and count:
+        if order.there:
+            for block, source in zip(order.blocks[:count], order.there[:count], strict=True):
+                for offset in range(self.block_size):
+                    self.cells[*order.target, block, offset] = self.cells.get((*order.source, source, offset), (-1, -1))
+        elif order.arriving and count:
             number, blocks = self.in_transit[key]
             count = len(blocks) if number == order.copy else 0
             for block, cells in zip(order.blocks, blocks, strict=True) if count else ():

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 from chaos.simulation.exchange import Bank, Runner, SimExchange
-from chaos.simulation.invariants import Violation
+from chaos.simulation.invariants import Violation, require
 from chaos.simulation.process import Process
 from membership.base import failpoints
 from membership.base.errors import CoverageLost, ElasticError, Fenced, QueueClosed
@@ -86,6 +86,10 @@ class SimWorker(EPWorker):
     def copy_blocks(self, order: CopyBlocks) -> int:
         """Two blocks at a time, as if the host had no room for more."""
         try:
+            if order.there:
+                lives = order.source in self._process.cluster.ranks
+                require(not lives, f"a KV pool is read while its {order.source} may still write")
+                self._process.host.executor.check_pool(order.source)
             return self._process.cluster.kv.copy(order, piece=2).blocks
         except Violation as violation:  # the caller takes any error for the copy's
             self._process.cluster.report(violation)
@@ -248,6 +252,10 @@ class RankProcess(Process):
         computes = self._busy and not self._waits and not self.stopped
         state = "S" if self.hang else "T" if self.stopped else "R" if computes else "S"
         return Look(state, self._ran_s if computes else 0.0, False, 0.0, self.heartbeats, self.steps, self.turns)
+
+    @property
+    def ended(self) -> bool:
+        return not self.alive
 
     # --- what is done to it
 

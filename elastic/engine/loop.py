@@ -201,6 +201,7 @@ class Engine:
                 waiting=scheduler.waiting,
                 queried_tokens=scheduler.queried_tokens,
                 cached_tokens=scheduler.cached_tokens,
+                salvaged_tokens=scheduler.salvaged_tokens,
                 waiting_tokens=scheduler.waiting_tokens,
                 shed=scheduler.shed,
                 kv_usage=scheduler.kv_usage,
@@ -210,6 +211,7 @@ class Engine:
                 pause_ms=self._pause_ms,
                 slow=tuple(sorted(self._slow)),
                 vacated_revision=self._vacated_revision(),
+                reading=scheduler.reading,
             )
         )
 
@@ -233,7 +235,7 @@ class Engine:
                 self._welcome(event)
 
     def _copy(self, orders: Iterable[CopyBlocks]) -> None:
-        """Have ranks copy KV blocks, and report the requests that have moved."""
+        """Have ranks copy KV blocks, and report the requests that have moved, or need not be computed again."""
         for order in orders:
             failpoints.hit("engine.before.copy")
             self._fleet.copy(order)
@@ -245,6 +247,15 @@ class Engine:
                 request_id=moved.request_id,
                 tokens=moved.tokens,
                 ms=round(moved.ms, 3),
+            )
+        for salvaged in self._scheduler.salvaged():
+            self._emit(
+                "request_salvaged",
+                salvaged.target,
+                source=salvaged.source,
+                request_id=salvaged.request_id,
+                tokens=salvaged.tokens,
+                ms=round(salvaged.ms, 3),
             )
 
     def _take_result(self, result: StepResult) -> None:
@@ -277,7 +288,7 @@ class Engine:
             return
         self._fleet.mask(identity.rank)
         now = self._clock()
-        moved = self._scheduler.lose_ranks([identity.rank], now)
+        moved = self._scheduler.lose_ranks([identity.rank], now, ended=loss.ended)
         self._recovery.lost(identity.rank, loss.at, moved)
         if self._outcome == "ok":
             self._outcome = "rank_lost"  # the survivors' step goes on anyway

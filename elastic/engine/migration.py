@@ -50,12 +50,13 @@ class _Move:
 class Migration:
     """The moves under way. It takes blocks from and returns them to the homes' pools."""
 
-    def __init__(self, config: ClusterConfig, engine_token: int) -> None:
+    def __init__(self, config: ClusterConfig, engine_token: int, numbers: Iterator[int]) -> None:
+        """`numbers`: of copies, none twice under this token."""
         self._config = config
         self._token = engine_token
         self._moves: list[_Move] = []
         self._staying: set[int] = set()  # sequences that could not be moved
-        self._copies = 0
+        self._numbers = numbers
         self.leaving: frozenset[int] = frozenset()  # ranks
         self.moved: list[Moved] = []  # since the list was last cleared
 
@@ -138,7 +139,7 @@ class Migration:
     def _begin(self, source: Home, homes: Mapping[int, Home], now: float) -> None:
         """Choose the oldest request that fits somewhere, and take the blocks for it."""
         for sequence in source.running:
-            if sequence.failures or sequence.seq in self._staying:
+            if sequence.failures or sequence.seq in self._staying or sequence.left is not None:
                 continue
             size = self._config.block_size
             blocks, full = blocks_for(len(sequence.tokens), size), sequence.names[: sequence.computed // size]
@@ -171,8 +172,7 @@ class Migration:
             self._finish(move, now)
         elif self._has_room(move, total):
             end = min(total, move.copied + move.piece)
-            self._copies += 1
-            yield self._ask(move, self._copies, sequence.blocks[move.copied : end], now, arriving=False)
+            yield self._ask(move, next(self._numbers), sequence.blocks[move.copied : end], now, arriving=False)
         else:
             self._give_up(move)
 

@@ -7,16 +7,19 @@ an answer other than OK changes nothing here, and the same chunk is simply sched
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import count
 
 from elastic.engine.kv_blocks import BlockPool, blocks_for
 from elastic.engine.migration import Migration, Moved
 from elastic.engine.prefix import Contents, crowding
 from elastic.engine.reserve import Reserve
+from elastic.engine.salvage import Salvage, Salvaged
 from elastic.engine.sequence import Home, Sequence, refusal
 from elastic.engine.step_budget import StepBudget, Work, shares
 from elastic.engine.waiting import Shed, WaitingRoom
 from elastic.protocol import EndToken, Rejected, Submit, Tokens
 from membership.base.errors import ElasticError
+from membership.base.rank_id import RankId
 from membership.base.timing import RETRY_AFTER_S
 from membership.store.records import ClusterConfig, View
 from workers.protocol import step_fence
@@ -82,7 +85,9 @@ class Scheduler:
         self.uncovered = config.moe_layers * config.experts
         self._held_since: float | None = now  # since when no step may run at all
         self._homes: dict[int, Home] = {}
-        self._migration = Migration(config, engine_token)
+        copies = count(1)
+        self._migration = Migration(config, engine_token, copies)
+        self._salvage = Salvage(config, engine_token, copies)
         self._sequences: dict[str, Sequence] = {}  # by request id
         self._waiting = WaitingRoom(config)
         self._reserve = Reserve(config)
@@ -93,6 +98,7 @@ class Scheduler:
         self.queried_tokens = 0  # of requests that were given a home
         self.preemptions = 0  # requests that lost their blocks to older ones
         self.cached_tokens = 0  # of those, the ones that the home had already
+        self.salvaged_tokens = 0  # of those, the ones that it read from a dead rank's pool
 
     # ---- membership
 
@@ -117,20 +123,25 @@ class Scheduler:
     def _pool(self) -> BlockPool:
         return BlockPool(self.config.kv_blocks, self.config.block_size)
 
-    def lose_ranks(self, ranks: Iterable[int], now: float) -> list[str]:
-        """Mask ranks of the view for good. Returns their requests, which wait at the front to be computed elsewhere."""
+    def lose_ranks(self, ranks: Iterable[int], now: float, *, ended: bool = False) -> list[str]:
+        """Mask ranks of the view for good. Returns their requests, which wait at the front to be computed elsewhere.
+
+        `ended`: their processes have certainly ended, so that what they had computed can be read from their pools.
+        """
         self._under_way = None
         gone = set(ranks) & set(self.view.ranks if self.view else ())
         self.masked |= gone
-        moved = self._evict(home for home in self._homes.values() if home.rank in gone)
+        moved = self._evict((home for home in self._homes.values() if home.rank in gone), ended=ended)
         self._review_coverage(now)
         return moved
 
-    def _evict(self, homes: Iterable[Home]) -> list[str]:
+    def _evict(self, homes: Iterable[Home], *, ended: bool = False) -> list[str]:
         moved = []
         for home in list(homes):
             del self._homes[home.rank]
             for sequence in home.running.copy():
+                if ended:
+                    self._salvage.lose(home, sequence)
                 self._requeue(sequence)
                 moved.append(sequence.request.request_id)
         return moved
@@ -148,16 +159,27 @@ class Scheduler:
 
     def copies(self, now: float) -> list[CopyBlocks]:
         """Copies to send to ranks before the next step."""
-        return self._migration.orders(self._homes, now)
+        return self._migration.orders(self._homes, now) + self._salvage.orders(self._homes, now)
 
     def copied(self, answer: BlocksCopied, now: float) -> list[CopyBlocks]:
         """Handle a copy's answer; return the next copies to send."""
-        return self._migration.take(answer, self._homes, now)
+        return self._migration.take(answer, self._homes, now) + self._salvage.take(answer, self._homes, now)
 
     def moved(self) -> list[Moved]:
         """Requests that have moved with their blocks since the last call."""
         moved, self._migration.moved = self._migration.moved, []
         return moved
+
+    def salvaged(self) -> list[Salvaged]:
+        """What need not be computed again since a rank died, since the last call."""
+        done, self._salvage.done = self._salvage.done, []
+        self.salvaged_tokens += sum(each.tokens for each in done)
+        return done
+
+    @property
+    def reading(self) -> tuple[RankId, ...]:
+        """Dead ranks whose KV pools are still needed."""
+        return tuple(sorted(self._salvage.reading))
 
     def _review_coverage(self, now: float) -> None:
         if self.view is not None:
@@ -265,6 +287,7 @@ class Scheduler:
         if sequence.home is None:
             self._waiting.remove(sequence)
         sequence.leave()
+        sequence.left = None
         del self._sequences[sequence.request.request_id]
 
     def _reject(self, sequence: Sequence, status: int, message: str, retry_after_s: float = 0.0) -> Rejected:
@@ -294,6 +317,7 @@ class Scheduler:
         if self.view is None or self.held:
             return None
         self._migration.review(self._homes, now)
+        self._salvage.review(self._homes, now)
         self._admit(now)
         able = [home for home in self._homes.values() if home.running and home.retry_at <= now]
         prompting = sum(any(map(_prefilling, home.running)) for home in able)
@@ -343,11 +367,13 @@ class Scheduler:
         ]
         if not fitting:
             return False
-        home = min(fitting, key=lambda home: _unwelcome(home, size * len(shared[home.rank])))
+        there = {h.rank: max(size * len(shared[h.rank]), self._salvage.promised(sequence, h)) for h in fitting}
+        home = min(fitting, key=lambda home: _unwelcome(home, there[home.rank]))
         cached = len(shared[home.rank]) * size
         self._waiting.place(sequence, now)
         sequence.enter(home, home.pool.take(blocks, shared[home.rank]), cached, now)
         sequence.guest = guest
+        self._salvage.begin(sequence, home, now)
         self.queried_tokens += len(sequence.tokens)
         self.cached_tokens += cached
         return True
@@ -359,7 +385,7 @@ class Scheduler:
         """
         suspect = next((sequence for sequence in home.running if sequence.failures), None)
         able = [suspect] if suspect else home.running
-        able = [sequence for sequence in able if not self._migration.pauses(sequence)]
+        able = [each for each in able if not self._migration.pauses(each) and not self._salvage.pauses(each)]
         for sequence in [each for each in able if not _prefilling(each)][: self.config.max_batched_tokens]:
             self._begin(home, sequence, 1)
         prompts = sorted((each for each in able if _prefilling(each) and each.home is home), key=_new)

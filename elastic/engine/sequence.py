@@ -32,6 +32,15 @@ class Home:
         return RankId(self.rank, self.incarnation)
 
 
+@dataclass(frozen=True)
+class Left:
+    """What a dead rank had computed for a request, in the pool that it left."""
+
+    source: RankId
+    node: str
+    blocks: tuple[int, ...]  # full, and confirmed before it died
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """`tokens` is prompt + emitted; positions below `computed` are in the KV cache of `home`."""
@@ -46,6 +55,7 @@ class Sequence:
     computed: int = 0
     cached: int | None = None  # prompt tokens that its first home had already; None: it has had no home
     queued_s: float = 0.0  # how long it waited for its first home
+    left: Left | None = None  # where it can still be read
     failures: int = 0  # consecutive FAILED answers on this home
     failed_on: set[int] = field(default_factory=set)  # ranks that failed on it to the end
     guest: bool = False  # it has a reserved place

@@ -123,4 +123,4 @@ class StatusWriter:
 
 def _urgent(status: EngineStatus) -> tuple[object, ...]:
     """The fields that other processes act on."""
-    return status.epoch, status.masked, status.uncovered, status.vacated_revision
+    return status.epoch, status.masked, status.uncovered, status.vacated_revision, status.reading

@@ -92,6 +92,10 @@ _time = _times("change", "membership/planning/cluster_facts.py")
 VACATE_S = _time(30.0, "Max time a commit waits for requests to migrate off departing ranks")
 _time = _times("change", "elastic/engine/migration.py")
 COPY_TIMEOUT_S = _time(5.0, "Max time for one half of a migrating request's KV copy")
+_time = _times("change", "workers/protocol/pool_client.py")
+POOL_TIMEOUT_S = _time(0.3, "Max wait of a rank for its agent to hand over a dead rank's KV pool")
+_time = _times("change", "workers/agent/handles.py")
+POOL_DEATH_S = _time(0.05, "How long an agent that is asked for that pool waits for the kernel's sign of the death")
 
 # --- Repair and rebalance in the background.
 

@@ -280,6 +280,7 @@ class EngineStatus(Record, frozen=True, kw_only=True):
     waiting: int = 0
     queried_tokens: int = 0  # of requests that got a rank, since this engine began
     cached_tokens: int = 0  # of those, the ones that the rank had in its prefix cache: they were not computed
+    salvaged_tokens: int = 0  # of those, the ones that it read from a dead rank's KV pool
     waiting_tokens: int = 0  # of those that wait
     shed: dict[str, int] = {}  # why -> number of requests refused for want of room since this engine began
     kv_usage: float = 0.0  # part of all ranks' KV blocks that requests use
@@ -289,6 +290,7 @@ class EngineStatus(Record, frozen=True, kw_only=True):
     pause_ms: float = 0.0  # how long tokens waited at the flip to `epoch`
     slow: tuple[int, ...] = ()  # ranks much slower than the others
     vacated_revision: int = 0  # mod revision of the staged view whose departing ranks have no request left
+    reading: tuple[RankId, ...] = ()  # dead ranks whose KV pools it may still have read
 
 
 class ExpertLoad(Record, frozen=True, kw_only=True):

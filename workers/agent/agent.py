@@ -183,6 +183,8 @@ class Agent:
             self._registrar.withdraw(key)
         self._act(decide.decide(state, self.me, self._ranks, self._buried, now))
         self._spares.tend(state, now)
+        for process in decide.pools_to_free(state, self._executor.left_pools()):
+            self._executor.free_pool(process)
 
     def close(self, hurry: threading.Event | None = None) -> None:
         """End the ranks, by SIGKILL once `hurry` is set; then give up the leases."""

@@ -244,6 +244,17 @@ def record_of(rank: LocalRank, node: str) -> RankRecord:
     )
 
 
+def pools_to_free(state: ClusterState, left: Iterable[ProcessId]) -> list[ProcessId]:
+    """KV pools of ranks that have ended, which the engine does not read any more, or never will."""
+    view, status = state.view, state.engine_status
+    if view is None or status is None or status.token != state.engine_token:
+        return list(left)  # a new engine knows nothing of what is in them
+    if status.epoch < view.epoch:
+        return []  # it has yet to see who is in the view, and may not know of the death
+    unnoticed = {member.id for member in view.members if member.rank not in status.masked}
+    return [process for process in left if process not in unnoticed and process not in set(status.reading)]
+
+
 def relief(state: ClusterState, me: AgentRecord, ranks: Iterable[RankId]) -> bool:
     """Whether an agent that leaves should go on waiting: it has ranks still, and others serve that can take over."""
     staying = {node for node, agent in state.agents.items() if not agent.leaving}

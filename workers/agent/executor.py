@@ -31,6 +31,7 @@ from membership.store.records import ClusterConfig
 from workers.agent.forkserver import Serving
 from workers.agent.forkserver_client import ForkServer
 from workers.agent.handles import UnreadyWorkerProcHandle, WorkerProcHandle, send_signal
+from workers.agent.kv_pools import KvPools
 from workers.agent.preload import preload_for
 from workers.agent.weight_store import OnEvent, WeightStore
 from workers.agent.worker_proc import WorkerProcParent
@@ -102,6 +103,7 @@ class MultiprocExecutor:
         self._host_lock = HostLock.create()
         self._doorbell = Doorbell()
         self.weights = WeightStore(on_weights, config.load_bytes_per_s)
+        self.pools = KvPools(self._writes_no_more)
         self.rpc_broadcast_mq = MessageQueue(f"{node}-calls")
         preload = preload_for(worker_class, config.model, config.dtype)
         self._new_forkserver = partial(ForkServer, preload, on_exit=self._on_exit, on_serving=on_serving)
@@ -122,12 +124,15 @@ class MultiprocExecutor:
             for key in keys:
                 launch = Launch(
                     key, self._node, self._config, self._worker_class, handle, self._elsewhere.callers, self._scale_up,
-                    self.weights.handle(), self._elsewhere.network,
+                    self.weights.handle(), self.pools.handle(), self._elsewhere.network,
                 )  # fmt: skip
-                unready.append(WorkerProcParent.make_worker_process(launch, self._forkserver, self._host_lock))
+                make = partial(WorkerProcParent.make_worker_process, launch, self._forkserver, self._host_lock)
+                unready.append(make(self.pools.make(key)))
         except BaseException:
             for made in unready:
                 made.close()
+            for key in keys:
+                self.pools.free(key)
             raise
         with self._lock:
             self._starting |= {handle.key: handle for handle in unready}
@@ -149,6 +154,8 @@ class MultiprocExecutor:
                     raise
                 handle.close()
                 outcome = NoResources(f"{handle.key}: {error}")
+            if isinstance(outcome, ElasticError):
+                self.pools.free(handle.key)
             with self._lock:
                 self._starting.pop(handle.key, None)
             on_started(handle.key, outcome)
@@ -190,6 +197,7 @@ class MultiprocExecutor:
         worker.key, worker.exchange_handle = key, called.result(timeout=0)[spare]
         with self._lock:
             self.workers[key] = self.workers.pop(spare)
+            self.pools.rename(spare, key)
         on_adopted(key, worker)
 
     # --- calls --------------------------------------------------------------------------------------------------
@@ -338,6 +346,8 @@ class MultiprocExecutor:
         self._post(partial(self._forget, key))
 
     def _forget(self, key: ProcessId) -> None:
+        if not self._writes_no_more(key):
+            self.pools.free(key)  # it may still write: none may read it
         worker = self.workers.pop(key, None)
         self._going.discard(key)
         if worker is not None:
@@ -345,6 +355,20 @@ class MultiprocExecutor:
             self.rpc_broadcast_mq.drop_reader(worker.reader)
             self._calls.on_death(key, worker.dead)
             worker.close()
+
+    def _writes_no_more(self, key: ProcessId) -> bool:
+        """Whether this rank has certainly ended; from any thread."""
+        worker = self.workers.get(key)
+        return key not in self._starting if worker is None else worker.writes_no_more()
+
+    def left_pools(self) -> set[ProcessId]:
+        """Whose KV pools are kept though they have ended."""
+        with self._lock:
+            return set(self.pools.keys - self.workers.keys() - self._starting.keys())
+
+    def free_pool(self, key: ProcessId) -> None:
+        """Let go of one of those."""
+        self.pools.free(key)
 
     def _job(self, name: str, work: Callable[[], None]) -> None:
         def run() -> None:
@@ -389,5 +413,6 @@ class MultiprocExecutor:
             self._forget(key)
         self.rpc_broadcast_mq.shutdown()
         self.weights.close()
+        self.pools.close()
         self._doorbell.close()
         os.close(self._host_lock)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from membership.base.errors import ElasticError
 from membership.base.rank_id import ProcessId
-from membership.base.timing import FORK_TIMEOUT_S
+from membership.base.timing import FORK_TIMEOUT_S, POOL_DEATH_S
 from workers.agent.forkserver_client import Child
 from workers.protocol.launch import Ready
 from workers.protocol.liveness import DeathWatcher, LivenessPage, process_ended
@@ -97,6 +97,7 @@ class WorkerProcHandle(_Handle):
     watcher: DeathWatcher | None = None
     dead: str = ""  # how, once it is
     _closed: bool = field(default=False, repr=False)
+    _mapped: threading.Lock = field(default_factory=threading.Lock, repr=False)  # held while the page is looked at
 
     @classmethod
     def from_unready_handle(
@@ -128,11 +129,17 @@ class WorkerProcHandle(_Handle):
         """Whether it is dead by the kernel's first sign: the process may still be unmapping its memory."""
         return bool(self.dead or self.liveness.mutex.owner_died(0.0) or self.ended())
 
+    def writes_no_more(self) -> bool:
+        """Whether its main thread has certainly ended; from any thread, and after `close` too (then False)."""
+        with self._mapped:
+            return not self._closed and bool(self.liveness.mutex.owner_died(POOL_DEATH_S) or self.ended())
+
     def close(self) -> None:
         """Release all on our side."""
-        if self._closed:
-            return
-        self._closed = True
+        with self._mapped:
+            if self._closed:
+                return
+            self._closed = True
         self.close_death_pipe()
         if self.watcher is not None:
             self.watcher.stop()

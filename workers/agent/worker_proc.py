@@ -1,8 +1,8 @@
 """WorkerProc, the parent's half: start a rank process, wait until it is ready, join its queues.
 
-A rank comes from the forkserver with three descriptors: the ready pipe, on which it reports that it is ready and how
-it is reached; the death pipe, whose end of file means that its parent is gone; and the host's lock. The child's half
-is `workers/rank/worker_proc.py`; how a rank is ended is the executor's ladder (`MultiprocExecutor.retire`).
+A rank comes from the forkserver with four descriptors: the ready pipe, on which it reports that it is ready and how
+it is reached; the death pipe, whose end of file means that its parent is gone; the host's lock; and its KV pool. The
+child's half is `workers/rank/worker_proc.py`; the executor's ladder ends a rank (`MultiprocExecutor.retire`).
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ class WorkerProcParent:
     """What a parent does to get a rank process; static methods only. Whole: `workers/worker_proc.py`."""
 
     @staticmethod
-    def make_worker_process(launch: Launch, forkserver: ForkServer, host_lock: int) -> UnreadyWorkerProcHandle:
-        """Ask for a rank; returns at once, so that many start at the same time."""
+    def make_worker_process(
+        launch: Launch, forkserver: ForkServer, host_lock: int, pool: int = -1
+    ) -> UnreadyWorkerProcHandle:
+        """Ask for a rank; returns at once, so that many start at the same time. `pool`: the memory of its KV cache."""
         with ExitStack() as theirs, ExitStack() as ours:
             ready_reader, ready_writer = os.pipe()
             theirs.callback(os.close, ready_writer)
@@ -44,7 +46,8 @@ class WorkerProcParent:
             death_reader, death_writer = os.pipe()
             theirs.callback(os.close, death_reader)
             ours.callback(os.close, death_writer)
-            forked = forkserver.fork(RANK_MAIN, pickle.dumps(launch), [ready_writer, death_reader, host_lock])
+            fds = [ready_writer, death_reader, host_lock, *([pool] if pool >= 0 else [])]
+            forked = forkserver.fork(RANK_MAIN, pickle.dumps(launch), fds)
             ours.pop_all()
         return UnreadyWorkerProcHandle(launch.key, death_writer, forked, ready_reader)
 

@@ -52,6 +52,7 @@ MAX_OWED_PINGS = 8  # a stopped rank's queue is not to be filled with them
 BEATING_FACTOR = 3.0  # x the deadline, for a rank whose interpreter runs
 JOIN_TIMEOUT_S = 5.0
 RETRY_S = 0.5
+CERTAIN = frozenset({DetectedBy.ROBUST_FUTEX, DetectedBy.PIDFD})  # the kernel's word
 
 log = structlog.get_logger(__name__)
 
@@ -71,6 +72,7 @@ class RankLost:
     source: DetectedBy
     at: float
     silent_s: float = 0.0  # how long it had owed an answer by then, if that was the sign
+    ended: bool = False  # whether its process has certainly ended: it writes nothing any more
 
 
 FleetEvent = RankMessage | RankJoined | RankLost
@@ -318,9 +320,10 @@ class Fleet:
     def _lose(self, key: RankId, source: DetectedBy, at: float) -> list[RankLost]:
         if key not in self._links:
             return []
+        ended = source in CERTAIN or self._links[key].page.ended
         self._mask.evict(*key)  # before it sees that it is dropped: if it is alive, it looks there
         self._drop(key)
-        return [RankLost(key, source, at)]
+        return [RankLost(key, source, at, ended=ended)]
 
     def _overdue(self) -> list[FleetEvent]:
         now = self._clock()

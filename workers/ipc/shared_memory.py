@@ -64,6 +64,20 @@ class Segment:
             os.close(fd)
 
     @classmethod
+    def fill(cls, fd: int, size: int) -> Segment:
+        """Give an empty memfd of another process its size, for good, and map it. `fd` stays the caller's.
+
+        A second time with the same size maps it again.
+        """
+        try:
+            if os.fstat(fd).st_size != size:
+                os.ftruncate(fd, size)
+                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        except OSError as error:
+            raise _failed(f"cannot get {size} bytes of shared memory", error) from error
+        return cls(fd, size, owned=False)
+
+    @classmethod
     def attach(cls, fd: int, at_least: int = 0) -> Segment:
         """Map a segment that another process made. `fd` stays the caller's, who may close it afterwards."""
         size = os.fstat(fd).st_size

@@ -48,14 +48,14 @@ class Tiles:
     cell_rows: dict[int, Tensor] = field(default_factory=dict)
     masks: dict[int | None, Tensor] = field(default_factory=dict)
 
-    def rows(self, heads: int, all_blocks: int) -> Tensor:
+    def rows(self, heads: int, rows_per_block: int) -> Tensor:
         """Rows of a layer's cache that hold the context of every (tile, head), in that order."""
         if heads not in self.cell_rows:
             blocks = np.zeros((self.count, 1, self.length // self.block_size), dtype=np.int64)
             for i, table in enumerate(self.tables):
                 blocks[i, 0, : len(table)] = table
-            first = np.arange(heads, dtype=np.int64)[None, :, None] * all_blocks
-            self.cell_rows[heads] = torch.from_numpy((blocks + first).reshape(-1)).to(self.tokens.device)
+            rows = blocks * rows_per_block + np.arange(heads, dtype=np.int64)[None, :, None]
+            self.cell_rows[heads] = torch.from_numpy(rows.reshape(-1)).to(self.tokens.device)
         return self.cell_rows[heads]
 
     def mask(self, window: int | None) -> Tensor:
@@ -83,6 +83,7 @@ class StepPlan:
     starts: list[int]  # each chunk's first position
     cells: list[int]  # where each row's key goes: block * block_size + offset
     tables: list[list[int]]  # each chunk's blocks
+    block_size: int
     follows: bool = False  # the same sequences as in the step before, one token further
     _cells_of: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
 
@@ -91,9 +92,13 @@ class StepPlan:
         """Whether this is a decode step: one token of each sequence, all in one kind of tile."""
         return len(self.tiles) == 1 and self.tiles[0].positions == 1 and self.tiles[0].in_order
 
-    def cache_cells(self, heads: int, all_cells: int) -> Tensor:
-        """Where the step's keys go in a layer's cache, for every (token, head)."""
-        return self._cells(np.array(self.cells), heads, 1, all_cells)
+    def cache_cells(self, heads: int, rows_per_block: int, cells_per_row: int) -> Tensor:
+        """Where the step's keys, or values, go in a layer's cache, for every (token, head)."""
+        found = self._cells_of.get((1, heads, cells_per_row))
+        if found is not None:
+            return found
+        blocks, offsets = np.divmod(np.array(self.cells), self.block_size)
+        return self._cells(blocks * (rows_per_block * cells_per_row) + offsets, heads, 1, cells_per_row)
 
     def mirror_cells(self, heads: int) -> Tensor:
         """Where a plain step's keys go in the gathered context [token, head, cell]."""
@@ -198,6 +203,7 @@ def plan_step(
         starts=[c.start for c in chunks],
         cells=[cell for c in chunks for cell in _cells(c, block_size)],
         tables=[c.blocks for c in chunks],
+        block_size=block_size,
         follows=follows,
     )
 

@@ -24,6 +24,7 @@ from workers.model.row_tiles import RowTiles
 
 Activation = Callable[[Tensor], Tensor]
 """[R, 2I] -> [R, I]: what an expert does between its two products."""
+NO_POOL = -1
 StepFunction = Callable[[StepPlan], Tensor]
 """The model without its head: a step's plan -> hidden states [plan.padded, H]."""
 
@@ -54,6 +55,10 @@ class KVCache(Protocol):
     @property
     def block_bytes(self) -> int:
         """Bytes of one block in all layers; 0 before the first step."""
+
+    def room(self, block: int) -> memoryview[int] | None:
+        """The memory of a block in all layers: as many bytes, at the same place of the memory of each rank of this
+        host (`Backend.pool_fd`). None if it is on a device."""
 
     def copy_out(self, blocks: Sequence[int], room: memoryview[int]) -> None:
         """Copy the bits of `blocks` to the first `len(blocks) * block_bytes` bytes of host memory."""
@@ -113,6 +118,8 @@ class ExpertProducts(Protocol):
 
 class Backend(Protocol):
     """One device of one rank."""
+
+    pool_fd: int  # an empty memfd for the KV cache, where that is in host memory; it stays its giver's
 
     @property
     def device(self) -> torch.device:

@@ -2,16 +2,20 @@
 
 The source writes, the engine learns of it, the target reads: no rank waits for another. Each message begins with what
 it is for, so that a stale one is never taken for the one that was announced. The bits are copied as they are.
+
+What a rank that has died had is read from its pool instead: the memory of its cache, which its agent has kept.
 """
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable, Sequence
 
 from membership.base.errors import RankError
 from workers.model.backend import KVCache
 
+PIECE_BYTES = 64 << 20  # most that is read at once: a step may wait for it
 _HEADER = struct.Struct("<4q")  # engine token, copy, blocks, bytes per block
 HEADER_BYTES = 64
 Stamp = tuple[int, int]
@@ -39,3 +43,19 @@ def take_in(cache: KVCache, blocks: Sequence[int], room: memoryview[int], stamp:
         raise RankError(f"KV blocks {found} have come instead of {wanted}")
     cache.copy_in(blocks, room[HEADER_BYTES:])
     return len(blocks)
+
+
+def read_in(cache: KVCache, blocks: Sequence[int], pool: int, there: Sequence[int]) -> int:
+    """Read blocks `there` of a pool into `blocks`, from the first on, as many as may be at once; returns how many.
+
+    RankError if the pool is of another size than this cache's, or either is not in host memory.
+    """
+    size = cache.block_bytes
+    if os.fstat(pool).st_size // cache.blocks != size or not size:
+        raise RankError(f"the pool has {os.fstat(pool).st_size} bytes, not {cache.blocks} KV blocks of {size}")
+    count = min(len(blocks), max(1, PIECE_BYTES // size))
+    for block, source in zip(blocks[:count], there[:count], strict=True):
+        room = cache.room(block)
+        if room is None or os.preadv(pool, [room], source * size) != size:
+            raise RankError(f"KV block {source} cannot be read from the pool")
+    return count

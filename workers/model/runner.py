@@ -18,7 +18,7 @@ from workers.model.expert_bank import LocalExpertBank
 from workers.model.grammar import Grammars
 from workers.model.hooks import connect_attention, connect_experts
 from workers.model.kept_calibrations import KeptCalibrations
-from workers.model.kv_transfer import Outbox, Stamp, take_in, write_out
+from workers.model.kv_transfer import Outbox, Stamp, read_in, take_in, write_out
 from workers.model.load import LoadedModel
 from workers.model.moe import Dispatcher, MoeLayers, activation_of
 from workers.model.rotary import tabulate
@@ -183,6 +183,16 @@ class ModelRunner:
         self._check_known(blocks)
         self._done = None  # what the last step gathered may be of sequences that had these blocks before
         return take_in(self.cache, blocks, room, stamp)
+
+    @torch.inference_mode()
+    def read_in(self, blocks: Sequence[int], pool: int, there: Sequence[int]) -> int:
+        """Fill KV blocks with those of another rank's `pool`, a descriptor of its memory; returns how many.
+
+        ModelError, RankError.
+        """
+        self._check_known(blocks)
+        self._done = None  # as in `take_in`
+        return read_in(self.cache, blocks, pool, there)
 
     def take_load(self) -> bytes:
         """Rows routed to each (MoE layer, expert) since the last call, as uint32 in C order."""

@@ -34,6 +34,7 @@ class Launch:
     external_input_handles: tuple[bytes, ...] = ()  # queues of callers on other hosts (nnodes > 1)
     scale_up: bool = True  # elastic launch: the device and the model come later, by calls
     weights: bytes = b""  # the host's weight store
+    pools: bytes = b""  # the host's KV pools
     network: Network | None = None  # how ranks and engines on other hosts are reached; None: there are none
 
 

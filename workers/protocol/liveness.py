@@ -77,6 +77,11 @@ class LivenessPage(SharedPage):
         return self._counters[_WAITED] / 1e9
 
     @property
+    def ended(self) -> bool:
+        """Whether the rank's main thread has certainly ended, by the kernel's word."""
+        return bool(self.mutex.owner_died(0.0))
+
+    @property
     def load(self) -> LoadSeen:
         """How far the rank has loaded."""
         return load_progress.seen(self._load)

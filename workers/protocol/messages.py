@@ -90,6 +90,8 @@ class Ping(msgspec.Struct, frozen=True, array_like=True, tag=True):
 class CopyBlocks(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Half of a move of KV blocks between two ranks. First the source writes its blocks out and answers; then the
     target reads them into its own `blocks` and answers.
+
+    With `there` it is the whole: the source has ended, and the target reads its blocks `there` from the pool it left.
     """
 
     engine_token: int
@@ -98,6 +100,7 @@ class CopyBlocks(msgspec.Struct, frozen=True, array_like=True, tag=True):
     target: RankId
     blocks: list[int]
     arriving: bool = False  # the target's turn
+    there: list[int] = []
 
     @property
     def addressee(self) -> RankId:

@@ -29,6 +29,7 @@ from workers.protocol.bandwidth import Brake
 from workers.protocol.identity import Identity
 from workers.protocol.load_progress import LoadProgress
 from workers.protocol.messages import CopyBlocks, StepBatch, StepResult, StepStatus
+from workers.protocol.pool_client import opened
 from workers.rank.environment import give_memory_back
 from workers.rank.worker_api import WorkerContext
 
@@ -172,6 +173,7 @@ class EPWorker:
         from workers.model.devices import open_backend
 
         self._backend = open_backend(self._ctx.config.device, self._ctx.rank)
+        self._backend.pool_fd = self._ctx.pool_fd
         torch.set_num_threads(1)
         self.exchange.device = self._backend.device
 
@@ -331,9 +333,12 @@ class EPWorker:
         return result
 
     def copy_blocks(self, order: CopyBlocks) -> int:
-        """Write out KV blocks for a peer, or take in those that it has written for us; how many."""
+        """Write out KV blocks for a peer, or take in those that it has written or left for us; how many."""
         if self._runner is None:
             raise ConfigError("copy_blocks before load_model")
+        if order.there:
+            with opened(self._ctx.pools, order.source) as pool:
+                return self._runner.read_in(order.blocks, pool, order.there)
         stamp = (order.engine_token, order.copy)
         if order.arriving:
             return self._runner.take_in(order.blocks, self.exchange.inbox(order.source), stamp)

@@ -35,6 +35,8 @@ class WorkerContext:
     environ: Mapping[str, str]
     host_lock: AbstractContextManager[object]  # held by at most one worker of this host; freed if its holder dies
     weights: bytes = b""  # handle of this host's weight store (`workers/agent/weight_store.py`); empty if there is none
+    pools: bytes = b""  # handle of this host's KV pools (`workers/agent/kv_pools.py`); empty if there are none
+    pool_fd: int = -1  # this rank's own: an empty memfd for its KV cache
     progress: LoadProgress = field(default_factory=LoadProgress)  # where the worker counts what it has loaded
     network: Network | None = None  # how ranks on other hosts are reached
 
@@ -78,7 +80,10 @@ class Worker(Protocol):
         """This rank's part of a step; None if it has none."""
 
     def copy_blocks(self, order: CopyBlocks) -> int:
-        """This rank's half of a move of KV blocks, between two steps; how many of them, from the first, it did."""
+        """This rank's half of a move of KV blocks, between two steps; how many of them, from the first, it did.
+
+        Where `order.there` names blocks, it reads those from the pool that the source has left (`WorkerContext.pools`).
+        """
 
     def poll(self) -> None:
         """Serve peers; called whenever the doorbell rang."""

@@ -54,7 +54,7 @@ class WorkerProcChild:
     READY_STR = READY_STR
     ResponseStatus = ResponseStatus
 
-    def __init__(self, launch: Launch, death_reader: int, host_lock: HostLock) -> None:
+    def __init__(self, launch: Launch, death_reader: int, host_lock: HostLock, pool: int = -1) -> None:
         self.key = launch.key
         self.rank = launch.key.slot
         self.shutdown_requested = threading.Event()
@@ -68,7 +68,7 @@ class WorkerProcChild:
             self.liveness = LivenessPage.create()
             undo.callback(self.liveness.close)
             self.doorbell.on_slept = self.liveness.slept
-            self.worker: Worker = load_worker_class(launch.worker_class)(self._context(launch, host_lock))
+            self.worker: Worker = load_worker_class(launch.worker_class)(self._context(launch, host_lock, pool))
             undo.callback(self.worker.shutdown)
             if not launch.scale_up:
                 self.worker.init_device()
@@ -80,7 +80,7 @@ class WorkerProcChild:
             self.engine = EnginePort(member, self.worker, self.doorbell, self.liveness.progress, launch.network)
             undo.pop_all()
 
-    def _context(self, launch: Launch, host_lock: HostLock) -> WorkerContext:
+    def _context(self, launch: Launch, host_lock: HostLock, pool: int) -> WorkerContext:
         rank, incarnation = labels(launch.key)
         return WorkerContext(
             rank=rank,
@@ -91,13 +91,15 @@ class WorkerProcChild:
             environ=frozen_environment(),
             host_lock=host_lock,
             weights=launch.weights,
+            pools=launch.pools,
+            pool_fd=pool,
             progress=self.liveness.load_progress,
             network=launch.network,
         )
 
     @staticmethod
-    def worker_main(launch: Launch, ready_writer: int, death_reader: int, host_lock: int) -> None:
-        """Run a rank from its start to its end; SystemExit carries its exit status."""
+    def worker_main(launch: Launch, ready_writer: int, death_reader: int, host_lock: int, pool: int = -1) -> None:
+        """Run a rank from its start to its end; SystemExit carries its exit status. All descriptors are its own."""
         signals = signals_end_it_once()
         rank, incarnation = labels(launch.key)
         WorkerProcChild.setup_proc_title_and_log_prefix(rank, grouped=False)
@@ -105,7 +107,7 @@ class WorkerProcChild:
         failpoints.arm("rank")
         proc = None
         try:
-            proc = WorkerProcChild(launch, death_reader, HostLock(host_lock))
+            proc = WorkerProcChild(launch, death_reader, HostLock(host_lock), pool)
             _report(ready_writer, proc.ready())
             os.close(ready_writer)
             failpoints.hit("rank.registered", proc.rank)

@@ -40,30 +40,37 @@ class CpuAttention:
         cache = self.cache.layers[layer]
         heads, rows = key.shape[1], plan.rows
         new_keys, new_values = key[0].transpose(0, 1)[:rows], value[0].transpose(0, 1)[:rows]  # [T, Hkv, D]
-        cache.write(plan.cache_cells(heads, self.cache.blocks * self.cache.block_size), new_keys, new_values)
+        layout = self.cache.layout(new_keys, new_values)
+        key_cells, value_cells = (
+            plan.cache_cells(heads, layout.rows_per_block, count)
+            for count in (layout.keys_per_row, layout.values_per_row)
+        )
+        cache.write(key_cells, value_cells, new_keys, new_values)
         queries = query[0].transpose(0, 1)  # [T, Hq, D]
         if plan.plain:
-            context = self._mirrored(plan, cache, new_keys, new_values)
+            context = self._mirrored(plan, cache, new_keys, new_values, layout.rows_per_block)
             out = self._attend(plan.tiles[0], queries[:rows], context, heads, scaling, window)
         else:
             cache.mirror = None
             out = queries.new_empty(rows, queries.shape[1], value.shape[-1], dtype=torch.float32)
             for tiles in plan.tiles:
                 picked = queries.index_select(0, tiles.tokens)
-                context = cache.gather(tiles.rows(heads, self.cache.blocks), tiles.length)
+                context = cache.gather(tiles.rows(heads, layout.rows_per_block), tiles.length)
                 found = self._attend(tiles, picked, context, heads, scaling, window)
                 out.index_copy_(0, tiles.targets, found.index_select(0, tiles.real))
         if plan.padded != rows:
             out = functional.pad(out, (0, 0, 0, 0, 0, plan.padded - rows))
         return out.to(query.dtype)[None]
 
-    def _mirrored(self, plan: StepPlan, cache: LayerCache, keys: Tensor, values: Tensor) -> Context:
+    def _mirrored(
+        self, plan: StepPlan, cache: LayerCache, keys: Tensor, values: Tensor, rows_per_block: int
+    ) -> Context:
         """The contexts of a plain step: those of the step before plus the new tokens, if it directly follows that."""
         heads, tiles = keys.shape[1], plan.tiles[0]
         if plan.follows and cache.mirror is not None:
             cache.mirror.append(plan.mirror_cells(heads), keys, values)
             return cache.mirror
-        context = cache.gather(tiles.rows(heads, self.cache.blocks), tiles.length)
+        context = cache.gather(tiles.rows(heads, rows_per_block), tiles.length)
         fits = context.nbytes * len(self.cache.layers) <= MIRROR_BYTES
         cache.mirror = context if fits else None
         return context

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from membership.base.enums import Exactness
-from workers.model.backend import Activation, Attention, AttentionSpec, MoeBoundary, StepFunction
+from workers.model.backend import NO_POOL, Activation, Attention, AttentionSpec, MoeBoundary, StepFunction
 from workers.model.calibrations import Calibrations
 from workers.model.cpu.attention import CpuAttention
 from workers.model.cpu.attention_check import fewest_exact_rows
@@ -22,6 +22,7 @@ class CpuBackend:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.pool_fd = NO_POOL
 
     def enter_thread(self) -> None:
         """All threads use the same CPU."""
@@ -41,7 +42,7 @@ class CpuBackend:
     def attention(self, spec: AttentionSpec, exactness: Exactness, calibrations: Calibrations) -> CpuAttention:
         """See `Backend`. What exact attention needs is measured on the device that computes."""
         kept_as = torch.float32 if self.device.type == "cpu" else spec.dtype
-        made = CpuAttention(CpuKVCache(spec.layers, spec.blocks, spec.block_size, kept_as))
+        made = CpuAttention(CpuKVCache(spec.layers, spec.blocks, spec.block_size, kept_as, self.pool_fd))
         if exactness == Exactness.INVARIANT:
             shape = f"{spec.group} x {spec.key_width} to {spec.value_width} over {spec.longest}"
             what = f"attention {shape} on {self.device.type}"

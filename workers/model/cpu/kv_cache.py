@@ -1,17 +1,24 @@
 """The KV cache of one rank: preallocated blocks, written by position. A step that runs again rewrites the same cells.
 
-One row of memory per (head, block): gathering a sequence is then a copy of whole rows, and comes out in the order that
-the attention's matrix products want. Kept in fp32 on CPUs: the attention computes in fp32, and converting the whole
-context in every step would cost more than it saves.
+All layers of a block lie together, in one piece: so a block is copied as a whole, and another process that has the
+memory's descriptor reads it by its number alone. In it there is one row of memory per (layer, head), its keys before
+its values: gathering a sequence is then a copy of whole rows, and comes out in the order that the attention's matrix
+products want. Kept in fp32 on CPUs: the attention computes in fp32, and converting the whole context in every step
+would cost more than it saves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from membership.base.errors import ModelError
+from workers.ipc.shared_memory import Segment
+from workers.model.backend import NO_POOL
 
 
 class Context(NamedTuple):
@@ -32,25 +39,29 @@ class Context(NamedTuple):
         return int(self.keys.nbytes + self.values.nbytes)
 
 
-class LayerCache:
-    """Keys and values of one attention layer; allocated when the first tokens show their shape."""
+class Layout(NamedTuple):
+    """Where one token's keys and values are: the same in each layer, counted from where that layer begins."""
 
-    def __init__(self, blocks: int, block_size: int, dtype: torch.dtype) -> None:
-        self._blocks = blocks
-        self._block_size = block_size
-        self._dtype = dtype
+    rows_per_block: int  # of all layers and heads
+    keys_per_row: int  # key cells in the width of a row
+    values_per_row: int  # value cells in it
+
+
+class LayerCache:
+    """Keys and values of one attention layer."""
+
+    def __init__(self, cache: CpuKVCache) -> None:
+        self._cache = cache
         self.mirror: Context | None = None  # the contexts of the last step, if that was a plain decode step
         self.keys = torch.empty(0)
         self.values = torch.empty(0)
         self._key_cells = self.keys
         self._value_cells = self.values
 
-    def write(self, cells: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Store keys and values [tokens, heads, width] of this step at `cells` [tokens * heads]."""
-        if self.keys.numel() == 0:
-            self._allocate(keys, values)
-        self._key_cells.index_copy_(0, cells, keys.reshape(-1, keys.shape[-1]).to(self._dtype))
-        self._value_cells.index_copy_(0, cells, values.reshape(-1, values.shape[-1]).to(self._dtype))
+    def write(self, key_cells: Tensor, value_cells: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store keys and values [tokens, heads, width] of this step at these cells [tokens * heads]."""
+        for cells, places, new in ((self._key_cells, key_cells, keys), (self._value_cells, value_cells, values)):
+            cells.index_copy_(0, places, new.reshape(-1, new.shape[-1]).to(cells.dtype))
 
     def gather(self, rows: Tensor, length: int) -> Context:
         """Contexts [len(rows) * block_size / length, length, width] of the given rows, in fp32."""
@@ -58,49 +69,86 @@ class LayerCache:
         values = self.values.index_select(0, rows).view(-1, length, self._value_cells.shape[-1])
         return Context(keys.float(), values.float())
 
-    def _allocate(self, keys: Tensor, values: Tensor) -> None:
-        rows = keys.shape[1] * self._blocks
-        self.keys = torch.zeros(rows, self._block_size * keys.shape[-1], dtype=self._dtype, device=keys.device)
-        self.values = torch.zeros(rows, self._block_size * values.shape[-1], dtype=self._dtype, device=keys.device)
-        self._key_cells = self.keys.view(-1, keys.shape[-1])
-        self._value_cells = self.values.view(-1, values.shape[-1])
+    def lay_out(self, memory: Tensor, offset: int, rows: int, row: int, widths: tuple[int, int]) -> None:
+        """Its part of the memory: `rows` rows of `row` numbers from `offset` on, the first of each block's its own."""
+        size = self._cache.block_size
+        starts = offset, offset + size * widths[0]
+        self.keys, self.values = (
+            memory.as_strided((rows, size * width), (row, 1), start)
+            for width, start in zip(widths, starts, strict=True)
+        )
+        self._key_cells, self._value_cells = (
+            memory.as_strided(((rows - 1) * row // width + size, width), (width, 1), start)
+            for width, start in zip(widths, starts, strict=True)
+        )
 
 
 class CpuKVCache:
-    """All layers' caches, the same blocks in each. Satisfies `KVCache`."""
+    """All layers' caches, the same blocks in each. Satisfies `KVCache`. Allocated when tokens show their shape."""
 
-    def __init__(self, layers: int, blocks: int, block_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, layers: int, blocks: int, block_size: int, dtype: torch.dtype, pool_fd: int = NO_POOL) -> None:
+        """`pool_fd`: an empty memfd to keep it in, which stays the caller's."""
         self.blocks = blocks
         self.block_size = block_size
-        self.layers = [LayerCache(blocks, block_size, dtype) for _ in range(layers)]
+        self.layers = [LayerCache(self) for _ in range(layers)]
+        self._dtype, self._pool_fd = dtype, pool_fd
+        self._memory = torch.empty(0)
+        self._shapes: tuple[int, ...] = ()  # heads, width of a key and of a value
+
+    def layout(self, keys: Tensor, values: Tensor) -> Layout:
+        """For keys and values [tokens, heads, width]. ModelError if other layers have another shape."""
+        heads, widths = keys.shape[1], (keys.shape[-1], values.shape[-1])
+        if not self._shapes:
+            self._allocate(keys, heads, widths)
+        if self._shapes != (heads, *widths):
+            raise ModelError(f"attention layers of two shapes: {self._shapes} and {(heads, *widths)}")
+        row = self._row(widths)
+        return Layout(len(self.layers) * heads, row // widths[0], row // widths[1])
+
+    def _row(self, widths: tuple[int, int]) -> int:
+        """Numbers in a row: cells of either kind can be counted through from one row to the next."""
+        step = math.lcm(*widths)
+        return -(-self.block_size * sum(widths) // step) * step
+
+    def _allocate(self, like: Tensor, heads: int, widths: tuple[int, int]) -> None:
+        row, layers = self._row(widths), len(self.layers)
+        shape = self.blocks, layers * heads * row
+        if self._pool_fd != NO_POOL and like.device.type == "cpu":
+            room = Segment.fill(self._pool_fd, math.prod(shape) * self._dtype.itemsize).view()
+            self._memory = torch.frombuffer(room, dtype=self._dtype, count=math.prod(shape)).view(shape)
+        else:
+            self._memory = torch.zeros(shape, dtype=self._dtype, device=like.device)
+        self._shapes = heads, *widths
+        for number, layer in enumerate(self.layers):
+            rows = (self.blocks - 1) * layers * heads + heads
+            layer.lay_out(self._memory, number * heads * row, rows, row, widths)
 
     @property
-    def parts(self) -> list[Tensor]:
-        """All layers' keys and values, each [heads * blocks, cells]; empty before the first step (or warm-up)."""
-        return [part for layer in self.layers for part in (layer.keys, layer.values)]
+    def memory(self) -> Tensor:
+        """All that it holds: [blocks, numbers of a block]."""
+        return self._memory
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block in all layers."""
-        return sum(part.nbytes for part in self.parts) // self.blocks
+        """Bytes of one block in all layers; 0 before the first step."""
+        return self._memory.nbytes // self.blocks
+
+    def room(self, block: int) -> memoryview[int] | None:
+        """The memory of one block, if that is host memory."""
+        if self._memory.device.type != "cpu" or not self._shapes:
+            return None
+        return self._memory[block].numpy().data.cast("B")
 
     def copy_out(self, blocks: Sequence[int], room: memoryview[int]) -> None:
         """Copy the bits of `blocks` to the start of `room`."""
-        for cells, rows, there in self._places(blocks, room):
-            there.copy_(cells.index_select(0, rows))
+        picked = torch.tensor(blocks, device=self._memory.device)
+        self._there(blocks, room).copy_(self._memory.index_select(0, picked))
 
     def copy_in(self, blocks: Sequence[int], room: memoryview[int]) -> None:
         """Copy what `copy_out` left in `room` into `blocks`."""
-        for cells, rows, there in self._places(blocks, room):
-            cells.index_copy_(0, rows, there.to(cells.device))
+        picked = torch.tensor(blocks, device=self._memory.device)
+        self._memory.index_copy_(0, picked, self._there(blocks, room).to(self._memory.device))
 
-    def _places(self, blocks: Sequence[int], room: memoryview[int]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Each layer's keys, and values: the cells, the rows that `blocks` have there, and their place in `room`."""
-        picked, at = torch.tensor(blocks), 0
-        for cells in self.parts:
-            heads = cells.shape[0] // self.blocks
-            rows = (picked[None, :] + torch.arange(heads)[:, None] * self.blocks).reshape(-1).to(cells.device)
-            shape = (len(rows), cells.shape[1])
-            there = torch.frombuffer(room, dtype=cells.dtype, count=shape[0] * shape[1], offset=at).view(shape)
-            at += there.nbytes
-            yield cells, rows, there
+    def _there(self, blocks: Sequence[int], room: memoryview[int]) -> Tensor:
+        shape = len(blocks), self._memory.shape[1]
+        return torch.frombuffer(room, dtype=self._dtype, count=math.prod(shape)).view(shape)

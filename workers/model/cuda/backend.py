@@ -11,7 +11,7 @@ from torch import nn
 
 from membership.base.enums import Exactness
 from membership.base.errors import ModelError
-from workers.model.backend import Activation, Attention, AttentionSpec, MoeBoundary, StepFunction
+from workers.model.backend import NO_POOL, Activation, Attention, AttentionSpec, MoeBoundary, StepFunction
 from workers.model.calibrations import Calibrations
 from workers.model.cpu.fingerprint import kernel_fingerprint
 from workers.model.cpu.linear import make_invariant
@@ -28,6 +28,7 @@ class CudaBackend:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.pool_fd = NO_POOL
         self.enter_thread()
 
     def enter_thread(self) -> None:

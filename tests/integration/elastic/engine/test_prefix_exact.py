@@ -76,8 +76,7 @@ class Ranks:
 
         self.scheduler.lose_ranks([rank], 0.0)
         with torch.inference_mode():
-            for part in self.runners[rank].cache.parts:  # type: ignore[attr-defined]
-                part.fill_(7.0)
+            self.runners[rank].cache.memory.fill_(7.0)  # type: ignore[attr-defined]
         self.members[rank] += 10
 
 

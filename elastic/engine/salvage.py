@@ -1,0 +1,146 @@
+"""Reads what a dead rank had computed for its requests out of the KV pool that it left, so that only the rest is
+computed again. Pure.
+
+The pool is its agent's and outlives it. A request that lost its home is given another one as ever. If that is on the
+same host, its new rank copies the blocks that it lacks, a piece between two steps, and the request waits for them. Only
+full blocks of confirmed tokens are read, and only from a rank whose end is certain. Whatever fails meanwhile: the
+request is computed from where it got to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from elastic.engine.sequence import Home, Left, Sequence
+from membership.base.rank_id import RankId
+from membership.base.timing import COPY_TIMEOUT_S
+from membership.store.records import ClusterConfig
+from workers.protocol.messages import BlocksCopied, CopyBlocks
+
+
+@dataclass(frozen=True)
+class Salvaged:
+    """So many tokens of a request need not be computed again."""
+
+    request_id: str
+    source: int
+    target: int
+    tokens: int
+    ms: float
+
+
+@dataclass(slots=True, eq=False)
+class _Read:
+    """One request whose home reads what is left of it."""
+
+    sequence: Sequence
+    home: Home
+    left: Left
+    first: int  # tokens that its home had already
+    began: float
+    order: CopyBlocks | None = None  # not answered yet
+    deadline: float = 0.0
+
+
+class Salvage:
+    """The reads under way, at most one order at a time per rank."""
+
+    def __init__(self, config: ClusterConfig, engine_token: int, numbers: Iterator[int]) -> None:
+        """`numbers`: of copies, none twice under this token."""
+        self._size, self._token, self._numbers = config.block_size, engine_token, numbers
+        self._lost: list[Sequence] = []  # that have something left
+        self._reads: list[_Read] = []
+        self.done: list[Salvaged] = []  # since the list was last cleared
+
+    @property
+    def reading(self) -> frozenset[RankId]:
+        """Dead ranks whose pools are still needed."""
+        self._lost = [sequence for sequence in self._lost if sequence.left is not None]
+        return frozenset(sequence.left.source for sequence in self._lost if sequence.left is not None)
+
+    def lose(self, home: Home, sequence: Sequence) -> None:
+        """Its home has certainly ended: note what it leaves, if that is more than an earlier one has left."""
+        blocks = sequence.blocks[: sequence.computed // self._size]
+        if len(blocks) > (len(sequence.left.blocks) if sequence.left is not None else 0):
+            sequence.left = Left(home.rank_id, home.node, tuple(blocks))
+            self._lost.append(sequence)
+
+    def promised(self, sequence: Sequence, home: Home) -> int:
+        """How many tokens a request without a home would not have to compute there."""
+        left = sequence.left
+        return len(left.blocks) * self._size if left is not None and self._reaches(left, home, sequence) else 0
+
+    def _reaches(self, left: Left, home: Home, sequence: Sequence) -> bool:
+        """Whether that home can read it. A prompt whose tokens are to be scored is computed whole."""
+        return left.node == home.node and not sequence.unscored
+
+    def begin(self, sequence: Sequence, home: Home, now: float) -> None:
+        """A request has a home again."""
+        self._reads = [read for read in self._reads if read.sequence is not sequence]
+        left = sequence.left
+        if left is not None and self.promised(sequence, home) > sequence.computed:
+            self._reads.append(_Read(sequence, home, left, sequence.computed, now))
+        else:
+            sequence.left = None
+
+    def pauses(self, sequence: Sequence) -> bool:
+        """Whether it waits for its blocks."""
+        return any(read.sequence is sequence for read in self._reads)
+
+    def review(self, homes: Mapping[int, Home], now: float) -> None:
+        """Drop reads for requests that have lost that home too, and give up those that are not answered."""
+        for read in self._reads.copy():
+            if read.sequence.home is not read.home or homes.get(read.home.rank) is not read.home:
+                self._reads.remove(read)
+            elif read.order is not None and now >= read.deadline:
+                self._give_up(read)
+
+    def orders(self, homes: Mapping[int, Home], now: float) -> list[CopyBlocks]:
+        """What ranks are to read now, before the next step."""
+        self.review(homes, now)
+        busy = {read.home.rank for read in self._reads if read.order is not None}
+        made = []
+        for read in self._reads:
+            if read.home.rank not in busy:
+                busy.add(read.home.rank)
+                read.order, read.deadline = self._order(read), now + COPY_TIMEOUT_S
+                made.append(read.order)
+        return made
+
+    def _order(self, read: _Read) -> CopyBlocks:
+        first, end = read.sequence.computed // self._size, len(read.left.blocks)
+        blocks, there = read.sequence.blocks[first:end], list(read.left.blocks[first:])
+        source, target = read.left.source, read.home.rank_id
+        return CopyBlocks(self._token, next(self._numbers), source, target, blocks, arriving=True, there=there)
+
+    def take(self, answer: BlocksCopied, homes: Mapping[int, Home], now: float) -> list[CopyBlocks]:
+        """Handle an answer; answers to anything but the last order have no effect."""
+        self.review(homes, now)
+        for read in self._reads:
+            order = read.order
+            if order is None or (order.copy, order.target) != (answer.copy, answer.rank_id):
+                continue
+            read.order = None
+            if answer.error or not 0 < answer.blocks <= len(order.blocks):
+                self._give_up(read)
+            else:
+                read.sequence.advance(answer.blocks * self._size)
+                if answer.blocks == len(order.blocks):
+                    self._finish(read, now)
+            return self.orders(homes, now)
+        return []
+
+    def _finish(self, read: _Read, now: float) -> None:
+        self._reads.remove(read)
+        read.sequence.left = None
+        tokens, ms = read.sequence.computed - read.first, (now - read.began) * 1000
+        request = read.sequence.request.request_id
+        self.done.append(Salvaged(request, read.left.source.rank, read.home.rank, tokens, ms))
+
+    def _give_up(self, read: _Read) -> None:
+        """What one request cannot be read from, its home cannot read for others either."""
+        for each in self._reads.copy():
+            if each.home is read.home and each.left.source == read.left.source:
+                self._reads.remove(each)
+                each.sequence.left = None
