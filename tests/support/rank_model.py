@@ -68,11 +68,14 @@ def ask(name: str, prompt: list[int], max_tokens: int = 5, **more: object) -> Su
 
 
 def drive(scheduler: Scheduler, ranks: KvModel, client: Client, members: dict[int, int], now: float = 0.0) -> int:
-    """Run steps until nothing is left; returns how many."""
+    """Run steps until nothing is left; returns how many. Whatever ranks are to copy is copied at once."""
     steps = 0
-    while (batch := scheduler.schedule(now)) is not None:
-        for result in ranks.run(batch, members):
+    while (batch := scheduler.schedule(now)) is not None or scheduler.reading:
+        for result in ranks.run(batch, members) if batch is not None else []:
             client.take(scheduler.apply(result, now))
+        orders = scheduler.copies(now)
+        while orders:
+            orders = [more for order in orders for more in scheduler.copied(ranks.copy(order), now)]
         steps += 1
         assert steps < 5000, "the requests do not finish"
         now += 1.0

@@ -70,7 +70,9 @@ class Segment:
         A second time with the same size maps it again.
         """
         try:
-            if os.fstat(fd).st_size != size:
+            if (before := os.fstat(fd).st_size) not in (0, size):
+                raise SegmentError(f"this memory has {before} bytes, not {size}")
+            if not before:
                 os.ftruncate(fd, size)
                 fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         except OSError as error:

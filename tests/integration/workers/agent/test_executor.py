@@ -27,7 +27,9 @@ from tests.support.helpers import eventually, shm_as_before
 from workers.agent.executor import Death, MultiprocExecutor
 from workers.agent.forkserver_client import Child
 from workers.agent.handles import UnreadyWorkerProcHandle
+from workers.ipc.handover import HandoverRefused
 from workers.protocol.identity import Identity
+from workers.protocol.pool_client import opened
 
 pytestmark = pytest.mark.integration
 
@@ -92,6 +94,38 @@ def test_ranks_join_at_run_time(three: MultiprocExecutor) -> None:
 
 
 # --- deaths
+
+
+def test_a_killed_rank_leaves_its_pool_and_one_that_lives_does_not_show_it(three: MultiprocExecutor) -> None:
+    """Also once it is forgotten, until it is freed. A rank that is stopped lives."""
+    dead, alive = RankId(1, 2), RankId(2, 3)
+    three.collective_rpc(write_into_pool, 30, (b"computed",))
+    os.kill(pid_of(three, 2), signal.SIGSTOP)
+    with pytest.raises(HandoverRefused, match="may still write"):
+        pool_of(three, alive)
+    os.kill(pid_of(three, 1), signal.SIGKILL)
+    assert three.workers[dead].ended(30.0)
+    assert pool_of(three, dead) == b"computed"
+    three.forget(dead)
+    eventually(lambda: three.left_pools() == {dead}, 30, "the rank to be forgotten")
+    assert pool_of(three, dead) == b"computed"
+    three.free_pool(dead)
+    with pytest.raises(HandoverRefused, match="not kept"):
+        pool_of(three, dead)
+    os.kill(pid_of(three, 2), signal.SIGCONT)
+    three.forget(alive)  # as if it would not end
+    eventually(lambda: alive not in three.workers, 30, "the rank to be forgotten")
+    with pytest.raises(HandoverRefused, match="not kept"):
+        pool_of(three, alive)
+
+
+def write_into_pool(worker: Any, data: bytes) -> None:
+    os.pwrite(worker.ctx.pool_fd, data, 0)
+
+
+def pool_of(made: MultiprocExecutor, key: RankId) -> bytes:
+    with opened(made.pools.handle(), key) as fd:
+        return os.pread(fd, 100, 0)
 
 
 def test_a_killed_rank_fails_its_calls_and_the_others_stay(three: MultiprocExecutor) -> None:

@@ -89,7 +89,8 @@ def _random_change_of_mind(chance: random.Random, scheduler: Scheduler, client: 
 
 def _copy(chance: random.Random, ranks: KvModel, order: CopyBlocks) -> BlocksCopied:
     """A rank does its half of a copy: all of it, a part, or nothing."""
-    return ranks.copy(order, chance.choice((1, 2, 100)) if not order.arriving else 100, "e" * (chance.random() < 0.05))
+    whole = order.arriving and not order.there
+    return ranks.copy(order, 100 if whole else chance.choice((1, 2, 100)), "e" * (chance.random() < 0.05))
 
 
 def _random_answers(
@@ -116,7 +117,7 @@ def _random_step(
     for result in results:
         fate = chance.random()
         if fate < 0.1:
-            scheduler.lose_ranks([result.rank], now)
+            scheduler.lose_ranks([result.rank], now, ended=chance.random() < 0.7)
             client.take(scheduler.apply(result, now))
         elif fate < 0.2:
             status = chance.choice([StepStatus.COVERAGE_LOST, StepStatus.STALE, StepStatus.FAILED])

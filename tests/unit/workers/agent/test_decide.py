@@ -41,6 +41,7 @@ from workers.agent.decide import (
     hung,
     observe,
     peers_of,
+    pools_to_free,
     record_of,
     stale_records,
 )
@@ -266,3 +267,38 @@ def test_heartbeats_are_published_in_the_time_of_day() -> None:
     assert (published.node, published.at) == ("n", 5000.0)
     assert published.beats == {A[1]: 4990.0}, "a rank that was not looked at yet has no heartbeat yet"
     assert published.loads == {A[1]: (3, 8)}, "a spare is no rank"
+
+
+# --- pools of ranks that have ended
+
+
+def serving(token: int = 3, **status: object) -> ClusterState:
+    """The engine with token 3 uses view 5 of A and B, unless `status` says otherwise."""
+    members = tuple(Member(rank=key.rank, node="n", incarnation=key.incarnation) for key in (A, B))
+    seen = EngineStatus(**({"token": token, "epoch": 5} | status))  # type: ignore[arg-type]
+    return assigned(A, B, view=View(epoch=5, members=members), engine_token=3, engine_status=seen)
+
+
+def test_a_pool_is_kept_until_the_engine_has_noticed_the_death() -> None:
+    assert pools_to_free(serving(), [B]) == []
+    assert pools_to_free(serving(masked=(1,)), [B]) == [B]
+
+
+def test_a_pool_is_kept_as_long_as_the_engine_reads_it() -> None:
+    assert pools_to_free(serving(masked=(1,), reading=(B,)), [A, B]) == []
+    assert pools_to_free(serving(masked=(0, 1), reading=(B,)), [A, B]) == [A]
+
+
+def test_pools_of_processes_that_the_engine_never_used_are_freed() -> None:
+    others = [RankId(1, 1), SpareId(4)]
+    assert pools_to_free(serving(), others) == others
+    assert pools_to_free(assigned(A, B), [A]) == [A], "there is no engine"
+
+
+def test_a_pool_is_kept_while_the_engine_is_behind_the_view() -> None:
+    """It may be a member of the older view, whose death the engine has yet to notice."""
+    assert pools_to_free(serving(epoch=4), [RankId(2, 9)]) == []
+
+
+def test_a_new_engine_needs_no_pool() -> None:
+    assert pools_to_free(serving(token=2, masked=(1,), reading=(B,)), [B]) == [B]

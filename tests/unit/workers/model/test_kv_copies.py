@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+
 import pytest
 import torch
 
-from membership.base.errors import RankError
+from membership.base.errors import ModelError, RankError
+from workers.ipc.shared_memory import SegmentError
+from workers.model.backend import NO_POOL
 from workers.model.cpu.kv_cache import CpuKVCache
-from workers.model.kv_transfer import HEADER_BYTES, take_in, write_out
+from workers.model.kv_transfer import HEADER_BYTES, read_in, take_in, write_out
 
 pytestmark = pytest.mark.unit
 
 BLOCKS, STAMP = 6, (7, 20)
+ONE = torch.zeros(1, 2, 8)
 
 
-def filled(seed: int) -> CpuKVCache:
-    cache = CpuKVCache(layers=2, blocks=BLOCKS, block_size=4, dtype=torch.float32)
+def filled(seed: int, pool: int = NO_POOL) -> CpuKVCache:
+    cache = CpuKVCache(layers=2, blocks=BLOCKS, block_size=4, dtype=torch.float32, pool_fd=pool)
     values = torch.randn(2, 24, 2, 8, generator=torch.Generator().manual_seed(seed))
     layout = cache.layout(values[0], values[1])
     rows = torch.arange(BLOCKS)[:, None, None] * layout.rows_per_block + torch.arange(2)
@@ -53,3 +59,43 @@ def test_announced_blocks_arrive_unaltered(source: CpuKVCache, copied: memoryvie
     take_in(target, [0, 5], copied, STAMP)
     assert torch.equal(source.memory[[1, 4]], target.memory[[0, 5]])
     assert source.memory.count_nonzero() == source.memory.numel(), "every cell of the blocks was written"
+
+
+@pytest.fixture
+def pool() -> Iterator[int]:
+    fd = os.memfd_create("kv", os.MFD_ALLOW_SEALING)
+    yield fd
+    os.close(fd)
+
+
+def test_blocks_are_read_out_of_the_memory_that_another_has_left(pool: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target, untouched = filled(1, pool), filled(2), filled(2)
+    left = source.memory.clone()
+    del source
+    monkeypatch.setattr("workers.model.kv_transfer.PIECE_BYTES", 2 * target.block_bytes + 1)
+    assert read_in(target, [0, 5, 2], pool, [4, 1, 3]) == 2, "as many as may be at once"
+    assert torch.equal(target.memory[[0, 5]], left[[4, 1]])
+    assert torch.equal(target.memory[1:5], untouched.memory[1:5])
+
+
+def test_memory_of_another_size_is_refused(pool: int) -> None:
+    target, before = filled(2), filled(2)
+    with pytest.raises(RankError):
+        read_in(target, [0], pool, [0])  # the rank died before it had filled it
+    os.ftruncate(pool, 2 * target.memory.nbytes)
+    with pytest.raises(RankError):
+        read_in(target, [0], pool, [0])
+    assert torch.equal(target.memory, before.memory)
+
+
+def test_a_model_that_is_loaded_again_has_the_same_memory(pool: int) -> None:
+    first = filled(1, pool)
+    again = filled(2, pool)
+    assert torch.equal(first.memory, again.memory)
+    with pytest.raises(SegmentError, match="bytes, not"):
+        CpuKVCache(layers=3, blocks=BLOCKS, block_size=4, dtype=torch.float32, pool_fd=pool).layout(*[ONE] * 2)
+
+
+def test_layers_of_two_shapes_are_refused() -> None:
+    with pytest.raises(ModelError, match="two shapes"):
+        filled(1).layout(ONE[:, :1], ONE[:, :1])

@@ -1,0 +1,244 @@
+"""Requests whose rank has died go on with what is left in its pool: what is read when, and what undoes it."""
+
+from __future__ import annotations
+
+import pytest
+
+from chaos.simulation.kv_model import KvModel
+from elastic.engine.scheduler import Scheduler
+from membership.base.rank_id import RankId
+from membership.base.timing import COPY_TIMEOUT_S
+from membership.store.records import Member, View
+from tests.support.rank_model import TOKEN, Client, ask, config, drive, pool_is_whole, view
+from workers.protocol.messages import BlocksCopied, CopyBlocks, StepBatch
+
+pytestmark = pytest.mark.unit
+
+SIZE, PROMPT = 4, 17
+DEAD = RankId(1, 11)
+
+
+class Scene:
+    """Ranks that all have requests of 17 tokens and a few more; rank 1 is about to die."""
+
+    def __init__(self, requests: int = 2, ranks: int = 2, nodes: str = "nnn", **changes: object) -> None:
+        limits: dict[str, object] = {"kv_blocks": 60, "max_seqs": 8, "max_batched_tokens": 200}
+        self.scheduler = Scheduler(config(**(limits | changes)), TOKEN)
+        self.members = dict(enumerate(range(10, 10 + ranks)))
+        placed = tuple(Member(rank=r, node=nodes[r], incarnation=i) for r, i in self.members.items())
+        whole = view(1, self.members)
+        self.scheduler.set_view(View(epoch=1, members=placed, placement=whole.placement), [], 0.0)
+        self.ranks, self.client = KvModel(SIZE), Client()
+        for n in range(requests):
+            self.client.submit(self.scheduler, ask(f"r{n}", [5 + n] * PROMPT, 25, ignore_eos=True), 0.0)
+        for _ in range(4):
+            self.step()
+
+    def step(self, now: float = 0.0) -> StepBatch | None:
+        batch = self.scheduler.schedule(now)
+        for result in self.ranks.run(batch, self.members) if batch is not None else []:
+            self.client.take(self.scheduler.apply(result, now))
+        return batch
+
+    def kill(self, *, ended: bool = True) -> StepBatch | None:
+        """Rank 1 is lost between two steps; what runs next. Then the requests that it had have another home."""
+        self.scheduler.lose_ranks([1], 0.0, ended=ended)
+        return self.step()
+
+    def read(self, piece: int = 100) -> list[CopyBlocks]:
+        """Answer everything that is asked, with steps between; what was asked."""
+        asked, orders = [], self.scheduler.copies(0.0)
+        while orders:
+            asked += orders
+            orders = [more for o in orders for more in self.scheduler.copied(self.ranks.copy(o, piece), 0.0)]
+            pool_is_whole(self.scheduler)
+            self.step()
+        return asked
+
+    def computed(self, batch: StepBatch | None) -> dict[int, int]:
+        """sequence -> tokens that this step computes of it."""
+        chunks = [chunk for each in batch.ranks.values() for chunk in each] if batch is not None else []
+        return {chunk.seq: len(chunk.tokens) for chunk in chunks}
+
+    def finish(self) -> None:
+        drive(self.scheduler, self.ranks, self.client, self.members)
+        self.client.check()
+        pool_is_whole(self.scheduler)
+        assert self.scheduler.reading == ()
+
+
+def test_what_a_dead_rank_had_computed_is_not_computed_again() -> None:
+    scene = Scene(4)
+    before = [(s.seq, s.computed) for s in scene.scheduler._homes[1].running]
+    assert scene.kill() is not None
+    assert scene.scheduler.reading == (DEAD,)
+    asked = scene.read()
+    assert [order.source for order in asked] == [DEAD] * 2
+    done = scene.scheduler.salvaged()
+    assert [(each.source, each.target, each.tokens) for each in done] == [(1, 0, c // SIZE * SIZE) for _, c in before]
+    assert scene.scheduler.salvaged_tokens == sum(each.tokens for each in done)
+    scene.finish()
+
+
+def test_only_the_rest_of_a_block_is_computed_again() -> None:
+    scene = Scene(2)
+    (lost,) = scene.scheduler._homes[1].running
+    scene.kill()
+    (order,) = scene.scheduler.copies(0.0)
+    scene.scheduler.copied(scene.ranks.copy(order), 0.0)
+    assert 1 <= scene.computed(scene.scheduler.schedule(0.0))[lost.seq] <= SIZE
+
+
+def test_the_others_go_on_while_blocks_are_read_piece_by_piece() -> None:
+    scene = Scene(4)
+    waiting = [sequence.seq for sequence in scene.scheduler._homes[1].running]
+    others = [sequence.seq for sequence in scene.scheduler._homes[0].running]
+    scene.kill()
+    orders = scene.scheduler.copies(0.0)
+    assert len(orders) == 1, "a rank's step waits for one piece at most"
+    assert sorted(scene.computed(scene.step())) == others
+    orders = scene.scheduler.copied(scene.ranks.copy(orders[0], 1), 0.0)
+    assert sorted(scene.computed(scene.step())) == others
+    while orders:
+        orders = [more for order in orders for more in scene.scheduler.copied(scene.ranks.copy(order, 1), 0.0)]
+    assert sorted(scene.computed(scene.step())) == sorted(others + waiting)
+    scene.finish()
+
+
+def test_a_block_is_not_read_before_its_step_was_answered() -> None:
+    """The dead rank may have computed it or not, or half of it."""
+    scene = Scene(2)
+    (lost,) = scene.scheduler._homes[1].running
+    while lost.computed % SIZE != SIZE - 1:
+        scene.step()
+    batch = scene.scheduler.schedule(0.0)
+    assert batch is not None
+    assert scene.computed(batch)[lost.seq] == 1, "the block will be full"
+    confirmed = lost.computed // SIZE
+    scene.scheduler.lose_ranks([1], 0.0, ended=True)
+    scene.client.take(scene.scheduler.apply(scene.ranks.answer(batch, 0, 10), 0.0))
+    scene.step()
+    (order,) = scene.scheduler.copies(0.0)
+    assert len(order.there) == confirmed
+    scene.scheduler.copied(scene.ranks.copy(order), 0.0)
+    scene.finish()
+
+
+def test_what_is_read_is_found_by_requests_that_begin_alike() -> None:
+    scene = Scene(2)
+    scene.kill()
+    scene.read()
+    known = scene.scheduler.cached_tokens
+    scene.client.submit(scene.scheduler, ask("again", [6] * PROMPT, 3, ignore_eos=True), 0.0)
+    scene.step()
+    assert scene.scheduler.cached_tokens - known == 4 * SIZE
+    scene.finish()
+
+
+def test_a_rank_that_may_live_leaves_nothing() -> None:
+    scene = Scene(2)
+    scene.kill(ended=False)
+    assert (scene.scheduler.copies(0.0), scene.scheduler.reading) == ([], ())
+    scene.finish()
+
+
+def test_nothing_is_read_on_another_host() -> None:
+    scene = Scene(2, nodes="mn")
+    scene.kill()
+    assert (scene.scheduler.copies(0.0), scene.scheduler.reading) == ([], ())
+    scene.finish()
+
+
+def test_a_home_on_the_same_host_is_preferred() -> None:
+    scene = Scene(3, ranks=3, nodes="mnn")
+    scene.kill()
+    assert [order.target.rank for order in scene.scheduler.copies(0.0)] == [2]
+
+
+def test_a_prompt_that_is_scored_is_computed_whole() -> None:
+    scene = Scene(0)
+    for n in range(2):
+        request = ask(f"s{n}", [5 + n] * 40, 5, ignore_eos=True, prompt_logprobs=1)
+        scene.client.submit(scene.scheduler, request, 0.0)
+    scene.scheduler._budget.tokens = lambda decodes, prompting: 20  # type: ignore[method-assign]
+    scene.step()
+    scene.kill()
+    assert (scene.scheduler.copies(0.0), scene.scheduler.reading) == ([], ())
+    scene.finish()
+
+
+def test_a_pool_that_cannot_be_read_is_asked_for_once() -> None:
+    scene = Scene(4)
+    scene.kill()
+    (order,) = scene.scheduler.copies(0.0)
+    assert scene.scheduler.copied(scene.ranks.copy(order, error="refused"), 0.0) == []
+    assert (scene.scheduler.copies(0.0), scene.scheduler.reading) == ([], ())
+    scene.finish()
+
+
+def test_a_rank_that_does_not_answer_computes_from_where_it_got_to() -> None:
+    scene = Scene(2)
+    (lost,) = scene.scheduler._homes[1].running
+    scene.kill()
+    (order,) = scene.scheduler.copies(0.0)
+    scene.scheduler.copied(scene.ranks.copy(order, 2), 0.0)
+    assert scene.scheduler.copies(COPY_TIMEOUT_S + 0.1) == []
+    batch = scene.scheduler.schedule(COPY_TIMEOUT_S + 0.1)
+    assert scene.computed(batch)[lost.seq] == len(lost.tokens) - 2 * SIZE
+
+
+@pytest.mark.parametrize("copied", [0, 2], ids=["nothing yet", "a part"])
+def test_the_new_home_dies_too_while_it_reads(copied: int) -> None:
+    """What the first one left is more than what the second one has got."""
+    scene = Scene(3, ranks=3)
+    scene.kill()
+    (order,) = scene.scheduler.copies(0.0)
+    if copied:
+        scene.scheduler.copied(scene.ranks.copy(order, copied), 0.0)
+    scene.scheduler.lose_ranks([order.target.rank], 0.0, ended=True)
+    scene.step()
+    assert DEAD in scene.scheduler.reading
+    again = [each for each in scene.read() if each.source == DEAD]
+    assert [each.there for each in again] == [order.there]
+    scene.finish()
+
+
+def test_an_aborted_request_needs_no_pool() -> None:
+    scene = Scene(2)
+    (lost,) = scene.scheduler._homes[1].running
+    scene.kill()
+    assert scene.scheduler.reading == (DEAD,)
+    (order,) = scene.scheduler.copies(0.0)
+    scene.scheduler.abort(lost.request.request_id)
+    assert scene.scheduler.reading == ()
+    assert scene.scheduler.copied(scene.ranks.copy(order), 0.0) == []
+
+
+@pytest.mark.parametrize("wrong", ["copy", "rank", "too many"])
+def test_other_answers_count_for_nothing(wrong: str) -> None:
+    scene = Scene(2)
+    (lost,) = scene.scheduler._homes[1].running
+    scene.kill()
+    (order,) = scene.scheduler.copies(0.0)
+    good = scene.ranks.copy(order)
+    bad = {
+        "copy": BlocksCopied(0, 10, TOKEN, good.copy - 1, good.blocks),
+        "rank": BlocksCopied(0, 9, TOKEN, good.copy, good.blocks),
+        "too many": BlocksCopied(0, 10, TOKEN, good.copy, good.blocks + 1),
+    }[wrong]
+    scene.scheduler.copied(bad, 0.0)
+    assert lost.computed == 0
+
+
+def test_a_rank_that_leaves_moves_what_it_has_read() -> None:
+    scene = Scene(3, ranks=3)
+    scene.kill()
+    (order,) = scene.scheduler.copies(0.0)
+    scene.scheduler.leave([order.target.rank])
+    orders = scene.scheduler.copies(0.0) + scene.scheduler.copied(scene.ranks.copy(order), 0.0)
+    while orders or scene.scheduler.waited_for:
+        orders = [more for each in orders for more in scene.scheduler.copied(scene.ranks.copy(each), 0.0)]
+        scene.step()
+        orders += scene.scheduler.copies(0.0)
+    assert order.target.rank in {moved.source for moved in scene.scheduler.moved()}
+    scene.finish()
