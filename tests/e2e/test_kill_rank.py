@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import random
 import re
+import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -20,7 +25,7 @@ from chaos.workload.streams import PREAMBLE, Workload
 from membership.base.events import Event
 from membership.base.failpoints import ENV
 from tests.support.helpers import eventually
-from tests.support.served import fault_free, shows, streaming
+from tests.support.served import fault_free, role_pid, shows, streaming
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
@@ -110,6 +115,7 @@ def test_each_rank_in_turn(demo_model: Path, tmp_path: Path, warm: WarmStart) ->
             gate.touch()
             history = workload.stop()
         the_second_turn_computes_what_is_new(cluster)
+        what_a_dead_rank_had_computed_is_read(cluster)
     verdict = compare(history, oracle)
     assert verdict.ok, verdict.differences
     assert all(later >= earlier + 2 for earlier, later in itertools.pairwise(epochs)), epochs
@@ -133,6 +139,50 @@ def the_second_turn_computes_what_is_new(cluster: ServedCluster) -> None:
     assert longer >= full
     eventually(lambda: cluster.status()["prefix_cache"]["cached_tokens"] >= full + longer, 60.0, "the status")
     shows(cluster, lambda text: hits(text) >= full + longer, "what was had from the cache")
+
+
+def what_a_dead_rank_had_computed_is_read(cluster: ServedCluster) -> None:
+    """Each of its requests goes on with all its full blocks, and the same text; then its pool is freed."""
+    chance = random.Random(4)
+    prompts = [[chance.randrange(2, 1000) for _ in range(400)] for _ in range(8)]
+    begun = threading.Barrier(len(prompts) + 1)
+
+    def ask(prompt: list[int], pause: Callable[[], object]) -> str:
+        body = {"model": cluster.model_name(), "prompt": prompt, "max_tokens": 200, "temperature": 0}
+        body |= {"ignore_eos": True, "stream": True}
+        text = ""
+        with httpx.stream("POST", f"{cluster.url}/v1/completions", json=body, timeout=120.0) as answer:
+            for number, line in enumerate(line for line in answer.iter_lines() if line.startswith("data: {")):
+                text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
+                if number == 3:
+                    pause()
+        return text
+
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        running = [pool.submit(ask, prompt, lambda: begun.wait(120.0)) for prompt in prompts]
+        begun.wait(120.0)
+        victim = cluster.status()["ranks"][1]
+        kill(victim["pid"])
+        mask = cluster.wait_event(lambda e: masked(e) == victim["incarnation"], "the mask")
+        texts = [each.result(timeout=120.0) for each in running]
+        assert texts == list(pool.map(lambda prompt: ask(prompt, lambda: None), prompts))
+    assert mask.fields["requests"] >= 1
+    read = [event.fields for event in cluster.events() if event.kind == "request_salvaged"]
+    read = [fields for fields in read if fields["request_id"] in mask.fields["request_ids"]]
+    assert len(read) == mask.fields["requests"]
+    assert all(fields["tokens"] >= 400 for fields in read), read
+    eventually(lambda: back_as_new(cluster, 1, victim["incarnation"]), 60.0, "rank 1 as new")
+    agent = role_pid(cluster, "agent")
+    eventually(lambda: pools_of(agent) == RANKS, 60.0, "one KV pool per rank")
+
+
+def pools_of(agent: int) -> int:
+    """How many KV pools an agent has."""
+    found = 0
+    for name in os.listdir(f"/proc/{agent}/fd"):
+        with suppress(FileNotFoundError):
+            found += "memfd:elastic-ep-kv" in os.readlink(f"/proc/{agent}/fd/{name}")
+    return found
 
 
 def hits(metrics: str) -> float:

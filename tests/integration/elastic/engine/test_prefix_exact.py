@@ -1,7 +1,10 @@
-"""The prefix cache with a real model: the same tokens and log-probabilities, to the bit, as without it."""
+"""The prefix cache, and the pools of dead ranks, with a real model: the same tokens and log-probabilities, to the bit,
+as without them.
+"""
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 
@@ -9,11 +12,12 @@ import pytest
 
 from elastic.engine.scheduler import Scheduler
 from elastic.protocol import Submit, Tokens
+from membership.base.rank_id import RankId
 from membership.store.records import ClusterConfig, Member, View
 from tests.support.families import VOCAB, write_checkpoint
 from tests.support.model_helpers import BLOCK, make_runner
 from workers.model.runner import ModelRunner
-from workers.protocol.messages import Sampling, StepResult, StepStatus
+from workers.protocol.messages import BlocksCopied, Sampling, StepResult, StepStatus
 
 pytestmark = pytest.mark.integration
 
@@ -38,8 +42,9 @@ def runners(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 class Ranks:
     """A scheduler over two ranks. A rank that comes back has another incarnation, and nonsense in its cache."""
 
-    def __init__(self, runners: list[ModelRunner], *, cached: bool) -> None:
+    def __init__(self, runners: list[ModelRunner], *, cached: bool, pools: bool = False) -> None:
         self.runners = runners
+        self.pools: dict[RankId, int] | None = {} if pools else None  # of the dead
         config = ClusterConfig(
             cluster="c", model="m", served_model_name="m", moe_layers=1, experts=1, max_model_len=256,
             block_size=BLOCK, kv_blocks=BLOCKS, max_batched_tokens=48, prefix_cache=cached,
@@ -61,7 +66,26 @@ class Ranks:
         assert self.scheduler.submit(Submit(name, prompt, sampled, NEW_TOKENS, ignore_eos=True), 0.0) == []
         self.seen[name] = []
 
+    def read(self) -> None:
+        """Have ranks read from the pools what they are asked to."""
+        orders = self.scheduler.copies(0.0)
+        while orders:
+            order = orders.pop()
+            assert self.pools is not None
+            count = self.runners[order.target.rank].read_in(order.blocks, self.pools[order.source], order.there)
+            orders += self.scheduler.copied(BlocksCopied(*order.target, 1, order.copy, count), 0.0)
+
+    def fullest(self) -> int:
+        """The rank that has computed most of what its requests are."""
+        homes = self.scheduler._homes.values()
+        return max(homes, key=lambda home: sum(sequence.computed for sequence in home.running)).rank
+
+    def close(self) -> None:
+        for pool in (self.pools or {}).values():
+            os.close(pool)
+
     def step(self) -> bool:
+        self.read()
         batch = self.scheduler.schedule(0.0)
         for rank, chunks in batch.ranks.items() if batch is not None else ():
             tokens = self.runners[rank].run(chunks)
@@ -74,9 +98,13 @@ class Ranks:
     def kill(self, rank: int) -> None:
         import torch
 
-        self.scheduler.lose_ranks([rank], 0.0)
+        memory: torch.Tensor = self.runners[rank].cache.memory  # type: ignore[attr-defined]
+        if self.pools is not None:
+            self.pools[RankId(rank, self.members[rank])] = pool = os.memfd_create("kv")
+            os.write(pool, memory.numpy().data)
+        self.scheduler.lose_ranks([rank], 0.0, ended=self.pools is not None)
         with torch.inference_mode():
-            self.runners[rank].cache.memory.fill_(7.0)  # type: ignore[attr-defined]
+            memory.fill_(7.0)
         self.members[rank] += 10
 
 
@@ -92,22 +120,31 @@ def prompts() -> dict[str, list[int]]:
     return made
 
 
-def test_the_same_bits_with_and_without_over_deaths_and_evictions(runners: list[ModelRunner]) -> None:
+@pytest.mark.parametrize(
+    ("cached", "kills", "pools"),
+    [(True, False, False), (True, True, False), (True, True, True), (False, True, True)],
+    ids=["cached", "cached, deaths", "cached, deaths, pools", "deaths, pools"],
+)
+def test_the_same_bits_with_and_without_over_deaths_and_evictions(
+    runners: list[ModelRunner], cached: bool, kills: bool, pools: bool
+) -> None:
     found = {}
-    for cached, kills in ((False, False), (True, False), (True, True)):
-        ranks = Ranks(runners, cached=cached)
+    for with_them in (False, True):
+        ranks = Ranks(runners, cached=cached and with_them, pools=pools and with_them)
         for number, (name, prompt) in enumerate(prompts().items()):
             ranks.submit(name, prompt)
             for _ in range(3):
                 ranks.step()
-            if kills and number % 5 == 4:
-                ranks.kill(number % 2)
+            if kills and with_them and number % 3 == 2:
+                ranks.kill(ranks.fullest())
                 ranks.step()
                 ranks.commit()
         while ranks.step():
             pass
-        found[cached, kills] = ranks.seen
-        assert (ranks.scheduler.cached_tokens > 8 * BLOCK) == cached
-    assert all(len(tokens) == NEW_TOKENS for tokens in found[False, False].values())
-    assert found[True, False] == found[False, False]
-    assert found[True, True] == found[False, False]
+        ranks.close()
+        found[with_them] = ranks.seen
+        assert (ranks.scheduler.cached_tokens > 8 * BLOCK) == (cached and with_them)
+        ranks.scheduler.salvaged()
+        assert (ranks.scheduler.salvaged_tokens > 2 * BLOCK) == (pools and with_them)
+    assert all(len(tokens) == NEW_TOKENS for tokens in found[False].values())
+    assert found[True] == found[False]
