@@ -8,6 +8,8 @@ JOURNAL = "tests/unit/elastic/gateway/test_journal.py"
 SCHEDULER = "tests/unit/elastic/engine/test_scheduler.py"
 LOOP = "tests/unit/elastic/engine/test_loop.py"
 PREFIX = "tests/unit/elastic/engine/test_prefix.py"
+SALVAGE = "tests/unit/elastic/engine/test_salvage.py"
+POOLS = "tests/unit/workers/agent/test_kv_pools.py"
 MIGRATION = "tests/unit/elastic/engine/test_migration.py"
 
 MUTANTS: tuple[Mutant, ...] = (
@@ -174,6 +176,39 @@ MUTANTS: tuple[Mutant, ...] = (
         before="(order.copy, order.addressee) != (answer.copy, identity)",
         after="order.addressee != identity",
         tests=(f"{MIGRATION}::test_an_answer_to_an_earlier_copy_has_no_effect",),
+    ),
+    # --- pools of dead ranks
+    Mutant(
+        name="read-before-confirmed",
+        guards="G3: of a dead rank's pool only blocks are read whose tokens it has confirmed",
+        file="elastic/engine/salvage.py",
+        before="sequence.blocks[: sequence.computed // self._size] if self._on",
+        after="sequence.blocks[: (len(sequence.tokens) - 1) // self._size] if self._on",
+        tests=(f"{SALVAGE}::test_a_block_is_not_read_before_its_step_was_answered",),
+    ),
+    Mutant(
+        name="pool-of-an-uncertain-death",
+        guards="G3: the engine has a pool read only of a rank that has certainly ended",
+        file="elastic/engine/scheduler.py",
+        before="                if ended:\n                    self._salvage",
+        after="                if True:\n                    self._salvage",
+        tests=(f"{SALVAGE}::test_a_rank_that_may_live_leaves_nothing",),
+    ),
+    Mutant(
+        name="pool-of-the-living",
+        guards="G3: an agent gives a rank's pool away only once that rank has certainly ended",
+        file="workers/agent/kv_pools.py",
+        before="        if not self._ended(key):\n",
+        after="        if False:\n",
+        tests=(f"{POOLS}::test_the_pool_of_a_rank_that_may_live_is_refused",),
+    ),
+    Mutant(
+        name="runs-before-it-is-read",
+        guards="G3: a request waits until what is left of it has been read",
+        file="elastic/engine/salvage.py",
+        before="return any(read.sequence is sequence for read in self._reads)",
+        after="return False",
+        tests=(f"{SALVAGE}::test_the_others_go_on_while_blocks_are_read_piece_by_piece",),
     ),
     # --- the engine's office
     Mutant(

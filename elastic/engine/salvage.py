@@ -9,6 +9,7 @@ request is computed from where it got to.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from membership.base.rank_id import RankId
 from membership.base.timing import COPY_TIMEOUT_S
 from membership.store.records import ClusterConfig
 from workers.protocol.messages import BlocksCopied, CopyBlocks
+
+AT_ONCE = 4  # pieces that a rank reads between two steps
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,12 @@ class _Read:
 
 
 class Salvage:
-    """The reads under way, at most one order at a time per rank."""
+    """The reads under way, a few at a time per rank."""
 
     def __init__(self, config: ClusterConfig, engine_token: int, numbers: Iterator[int]) -> None:
         """`numbers`: of copies, none twice under this token."""
-        self._size, self._token, self._numbers = config.block_size, engine_token, numbers
+        self._on, self._size = config.kv_pools, config.block_size
+        self._token, self._numbers = engine_token, numbers
         self._lost: list[Sequence] = []  # that have something left
         self._reads: list[_Read] = []
         self.done: list[Salvaged] = []  # since the list was last cleared
@@ -61,7 +65,7 @@ class Salvage:
 
     def lose(self, home: Home, sequence: Sequence) -> None:
         """Its home has certainly ended: note what it leaves, if that is more than an earlier one has left."""
-        blocks = sequence.blocks[: sequence.computed // self._size]
+        blocks = sequence.blocks[: sequence.computed // self._size] if self._on else []
         if len(blocks) > (len(sequence.left.blocks) if sequence.left is not None else 0):
             sequence.left = Left(home.rank_id, home.node, tuple(blocks))
             self._lost.append(sequence)
@@ -99,11 +103,11 @@ class Salvage:
     def orders(self, homes: Mapping[int, Home], now: float) -> list[CopyBlocks]:
         """What ranks are to read now, before the next step."""
         self.review(homes, now)
-        busy = {read.home.rank for read in self._reads if read.order is not None}
+        under_way = Counter(read.home.rank for read in self._reads if read.order is not None)
         made = []
         for read in self._reads:
-            if read.home.rank not in busy:
-                busy.add(read.home.rank)
+            if read.order is None and under_way[read.home.rank] < AT_ONCE:
+                under_way[read.home.rank] += 1
                 read.order, read.deadline = self._order(read), now + COPY_TIMEOUT_S
                 made.append(read.order)
         return made

@@ -403,6 +403,11 @@ class ServeOptions(StoreOptions, NetworkOptions, ListenOptions, ApiOptions, Spar
         "Compute a prompt's beginning once: later requests use the KV blocks of earlier ones.",
         off="--no-prefix-cache",
     )
+    kv_pools: bool = option(
+        DEFAULTS["kv_pools"],
+        "After a rank's death its requests go on with the KV blocks that it had, on the other ranks of its host.",
+        off="--no-kv-pools",
+    )
     step_budget_s: float = option(
         DEFAULTS["step_budget_s"],
         "Max time of a step: prompts are cut to fit into it (0 = 512 tokens each, however long they take).",

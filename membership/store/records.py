@@ -92,6 +92,7 @@ class ClusterConfig(Record, frozen=True, kw_only=True):
     block_size: int = 16  # tokens per KV block
     kv_blocks: int = 1024  # KV blocks per rank
     prefix_cache: bool = True  # KV blocks of earlier requests serve later ones that begin alike
+    kv_pools: bool = True  # a dead rank's KV blocks serve its requests on the other ranks of its host
     max_batched_tokens: int = 512  # per rank and step: decode tokens plus prefill chunks
     step_budget_s: float = STEP_BUDGET_S  # which the prefill chunks of a step keep to; 0: no limit but the above
     max_seqs: int = 64  # per rank and step

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from chaos.simulation.kv_model import KvModel
+from elastic.engine.salvage import AT_ONCE
 from elastic.engine.scheduler import Scheduler
 from membership.base.rank_id import RankId
 from membership.base.timing import COPY_TIMEOUT_S
@@ -95,13 +96,28 @@ def test_the_others_go_on_while_blocks_are_read_piece_by_piece() -> None:
     others = [sequence.seq for sequence in scene.scheduler._homes[0].running]
     scene.kill()
     orders = scene.scheduler.copies(0.0)
-    assert len(orders) == 1, "a rank's step waits for one piece at most"
+    assert len(orders) == 2
     assert sorted(scene.computed(scene.step())) == others
-    orders = scene.scheduler.copied(scene.ranks.copy(orders[0], 1), 0.0)
+    orders = [more for order in orders for more in scene.scheduler.copied(scene.ranks.copy(order, 1), 0.0)]
     assert sorted(scene.computed(scene.step())) == others
     while orders:
         orders = [more for order in orders for more in scene.scheduler.copied(scene.ranks.copy(order, 1), 0.0)]
     assert sorted(scene.computed(scene.step())) == sorted(others + waiting)
+    scene.finish()
+
+
+def test_a_rank_reads_a_few_pieces_between_two_steps() -> None:
+    scene = Scene(14, max_seqs=14, kv_blocks=300)
+    scene.kill()
+    orders = scene.scheduler.copies(0.0)
+    assert (len(orders), scene.scheduler.copies(0.0)) == (AT_ONCE, [])
+    assert len(scene.scheduler.copied(scene.ranks.copy(orders[0]), 0.0)) == 1
+
+
+def test_without_pools_nothing_is_read() -> None:
+    scene = Scene(2, kv_pools=False)
+    scene.kill()
+    assert (scene.scheduler.copies(0.0), scene.scheduler.reading) == ([], ())
     scene.finish()
 
 
@@ -170,8 +186,9 @@ def test_a_prompt_that_is_scored_is_computed_whole() -> None:
 def test_a_pool_that_cannot_be_read_is_asked_for_once() -> None:
     scene = Scene(4)
     scene.kill()
-    (order,) = scene.scheduler.copies(0.0)
+    order, other = scene.scheduler.copies(0.0)
     assert scene.scheduler.copied(scene.ranks.copy(order, error="refused"), 0.0) == []
+    scene.scheduler.copied(scene.ranks.copy(other), 0.0)
     assert (scene.scheduler.copies(0.0), scene.scheduler.reading) == ([], ())
     scene.finish()
 
