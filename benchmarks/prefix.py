@@ -2,8 +2,8 @@
 
     python -m benchmarks.prefix [--model DIR] [--rounds 10] [--history 1000] [--context 400] [--streams 4]
 
-Two served clusters of two ranks, one with the cache and one without, take turns in one run, so that a busy machine
-slows both alike. Without --model the demo's checkpoint is served. One JSON line per row.
+Two served clusters of two ranks, one with the cache and pools that outlive ranks, one with neither, take turns in one
+run, so that a busy machine slows both alike. Without --model the demo's checkpoint is served. One JSON line per row.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from chaos.target.waiting import until
 from elastic.demo.model import shipped_demo_model
 
 RANKS, ANSWER, QUESTION = 2, 24, 16
-SIDES = {"with": (), "without": ("--no-prefix-cache",)}
+SIDES = {"with": (), "without": ("--no-prefix-cache", "--no-kv-pools")}
 VOCABULARY = range(2, 1000)
 
 
@@ -75,8 +75,8 @@ def second_turn(clusters: dict[str, ServedCluster], history: int, rounds: int, c
 
 def computed(cluster: ServedCluster) -> int:
     """Tokens that ranks were given to compute when they got requests, since the engine began."""
-    cache = cluster.client().state().engine_status
-    return cache.queried_tokens - cache.cached_tokens if cache is not None else 0
+    seen = cluster.client().state().engine_status
+    return seen.queried_tokens - seen.cached_tokens - seen.salvaged_tokens if seen is not None else 0
 
 
 def killed(

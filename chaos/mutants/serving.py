@@ -183,7 +183,7 @@ MUTANTS: tuple[Mutant, ...] = (
         guards="G3: of a dead rank's pool only blocks are read whose tokens it has confirmed",
         file="elastic/engine/salvage.py",
         before="sequence.blocks[: sequence.computed // self._size] if self._on",
-        after="sequence.blocks[: (len(sequence.tokens) - 1) // self._size] if self._on",
+        after="sequence.blocks[: len(sequence.tokens) // self._size] if self._on",
         tests=(f"{SALVAGE}::test_a_block_is_not_read_before_its_step_was_answered",),
     ),
     Mutant(

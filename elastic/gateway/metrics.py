@@ -142,6 +142,8 @@ class ClusterGauges(Collector):
         for outcome, count in (state.engine_status.steps if state.engine_status else {}).items():
             steps.add_metric([outcome], count)
         yield steps
+        salvaged = state.engine_status.salvaged_tokens if state.engine_status else 0
+        yield _counter("kv_salvaged_tokens", "Tokens whose KV blocks were read from dead ranks' pools.", salvaged)
         if status.prefix_cache is not None:
             queries, hits = "Prompt tokens of requests that got a rank.", "Those of them that its prefix cache had."
             yield _counter("prefix_cache_queries", queries, status.prefix_cache.queried_tokens)
