@@ -320,7 +320,8 @@ class Fleet:
     def _lose(self, key: RankId, source: DetectedBy, at: float) -> list[RankLost]:
         if key not in self._links:
             return []
-        ended = source in CERTAIN or self._links[key].page.ended
+        page = self._links[key].page
+        ended = source in CERTAIN or (page is not None and page.ended)
         self._mask.evict(*key)  # before it sees that it is dropped: if it is alive, it looks there
         self._drop(key)
         return [RankLost(key, source, at, ended=ended)]
