@@ -101,8 +101,9 @@ def test_after_our_clock_went_back_a_new_record_may_be_old() -> None:
     assert clock.own(state, NOW - 0.5) is state
 
 
-def test_a_time_is_moved_only_by_more_than_the_skew() -> None:
-    clock, state = OwnTimes(), written(NOW - REGULAR_S - CLOCK_SKEW_S)
+@pytest.mark.parametrize("lag_s", [-REGULAR_S - CLOCK_SKEW_S, CLOCK_SKEW_S])
+def test_a_time_is_moved_only_by_more_than_the_skew(lag_s: float) -> None:
+    clock, state = OwnTimes(), written(NOW + lag_s)
     clock.own(EMPTY, NOW)
     assert clock.own(replace(state, rebalance=None), NOW).view == state.view
 
