@@ -70,6 +70,11 @@ def test_bring_up_goes_on_without_a_quarantined_slot() -> None:
     assert world.serving == (0, 1, 3)
 
 
+def test_drained_slots_are_passed_by_however_many_there_are() -> None:
+    state = replace(up(1).state, desired=Desired(ranks=3, cordoned=(1, 2)))
+    assert ClusterFacts(state, 0.0).fill == (3, 4)
+
+
 def test_scale_up_and_down_go_through_all_phases() -> None:
     world = up()
     before = world.state.view

@@ -204,6 +204,18 @@ def test_a_budget_of_one_expert_moves_one() -> None:
     assert imbalance(better.placement, loads) < imbalance(facts.view.placement, loads)
 
 
+def test_both_replicas_of_an_expert_on_one_host_are_parted() -> None:
+    config = replace(CONFIG, moe_layers=1, experts=4, redundancy=2.0, expert_bytes=MEMORY, rebalance_bytes=1 << 30)
+    members = tuple(Member(rank=rank, node="aabb"[rank], incarnation=rank + 1) for rank in range(4))
+    placement = {rank: ((0, 1) if rank < 2 else (2, 3),) for rank in range(4)}
+    view = View(epoch=1, members=members, placement=placement)
+    better = rebalance(ClusterFacts(ClusterState(revision=1, config=config, view=view), 0.0))
+    assert better is not None
+    nodes = {member.rank: member.node for member in members}
+    assert survivability(placement, nodes, 1, 4).vital_hosts
+    assert not survivability(better.placement, nodes, 1, 4).vital_hosts
+
+
 @pytest.mark.parametrize(("later_s", "asked"), [(-1.0, False), (0.0, False), (1.0, True)])
 def test_a_request_is_about_the_view_that_it_found(later_s: float, asked: bool) -> None:
     """A view that was staged since may be its answer."""

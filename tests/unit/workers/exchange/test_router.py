@@ -184,6 +184,16 @@ def test_replicas_share_the_load_of_each_layer_and_source_anew() -> None:
     assert max(alike) < 0.4, "a quarter, by chance"
 
 
+def test_a_rank_knows_whether_it_holds_all_of_them() -> None:
+    router = Router(1, {0: ((0, 1), (2,)), 1: ((0, 2), (1,))})
+    assert router.all_mine(0, [0, 2])
+    assert router.all_mine(1, [1])
+    assert not router.all_mine(0, [0, 1])
+    assert not router.all_mine(2, [])
+    assert not router.all_mine(-1, [])
+    assert not Router(5, {0: ((0,),)}).all_mine(0, [0]), "it is not in the placement"
+
+
 @pytest.mark.parametrize("pairs", [1, FEW + 1])
 def test_unknown_layers_and_experts_have_no_owner(pairs: int) -> None:
     router = Router(0, {0: ((0, 1),)})
