@@ -22,7 +22,7 @@ from fastapi import FastAPI, Request, Response
 from msgspec.structs import replace
 
 from elastic.gateway.access import Visit, visit_of
-from elastic.gateway.answer.formats import Format
+from elastic.gateway.answer.formats import CHOSEN, Format
 from elastic.gateway.answer.reader import Expected, Reader
 from elastic.gateway.answer.reasoning import reasons_first
 from elastic.gateway.answer.said import call_id
@@ -231,6 +231,8 @@ def _expected(service: Service, asked: CommonRequest, prompt: list[int]) -> Expe
         return None
     form = service.tool_calls if asked.calls_tools else None
     reasoning = service.reasoning if asked.separate_reasoning else ReasoningParser.NONE
+    if asked.forced_tools:  # the grammar has nothing but calls
+        form, reasoning = CHOSEN, ReasoningParser.NONE
     if form is None and reasoning is ReasoningParser.NONE:
         return None
     return Expected(

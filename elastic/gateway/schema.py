@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from elastic.gateway.fields import Note, Place, without_extras
-from elastic.gateway.tools import MAX_NAME, ToolCall, ToolChoice, Tools, require_choice, template_variables
+from elastic.gateway.tools import MAX_NAME, Tool, ToolCall, ToolChoice, Tools, forced_tools, template_variables
 from membership.base.errors import RequestError
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
@@ -305,8 +305,18 @@ class ChatRequest(CommonRequest):
 
     @model_validator(mode="after")
     def _tools(self) -> ChatRequest:
-        require_choice(self.tool_choice, self.tools)
+        forced_tools(self.tool_choice, self.tools)
         return self
+
+    @property
+    def forced_tools(self) -> list[Tool]:
+        """The tools of which one has to be called."""
+        return forced_tools(self.tool_choice, self.tools)
+
+    @property
+    def most_calls(self) -> int | None:
+        """How many calls there may be; None: any number."""
+        return None if self.tool_choice == "required" and self.parallel_tool_calls else 1
 
     @property
     def variables(self) -> dict[str, Any]:

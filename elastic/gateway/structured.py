@@ -12,7 +12,7 @@ from enum import StrEnum
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from elastic.gateway.schema import CommonRequest
+from elastic.gateway.schema import ChatRequest, CommonRequest
 from membership.base.errors import RequestError
 from workers.model.grammar import mask_of, matcher_of
 
@@ -69,7 +69,7 @@ class Forms:
 
 def form_of(asked: CommonRequest) -> Form | None:
     """The form that the answer must have. RequestError if there are several, or if it could not end where that ends."""
-    forms = [*_openai(asked), *_vllm(asked), *_guided(asked)]
+    forms = [*_openai(asked), *_vllm(asked), *_guided(asked), *_tool_choice(asked)]
     if not forms:
         return None
     form = forms[0]
@@ -115,6 +115,21 @@ def _guided(asked: CommonRequest) -> Iterator[Form]:
         value = getattr(asked, f"guided_{kind}")
         if value is not None:
             yield _form(f"guided_{kind}", kind, value)
+
+
+def _tool_choice(asked: CommonRequest) -> Iterator[Form]:
+    """A list of calls. Each tool's schema stays a document of its own, since its references are to its own parts."""
+    if not isinstance(asked, ChatRequest) or not (tools := asked.forced_tools):
+        return
+    calls, rules = [], []
+    for number, tool in enumerate(tools):
+        head = json.dumps(f'{{"name": {json.dumps(tool.function.name)}, "arguments": ', ensure_ascii=False)
+        schema = tool.function.parameters or ANY_OBJECT
+        calls.append(f'{head} arguments{number} "}}"')
+        rules.append(f"arguments{number}: %json {json.dumps(schema | {'x-guidance': JSON_OPTIONS})}")
+    more = "" if asked.most_calls else ' (", " call)*'
+    grammar = "\n".join((f'start: "[" call{more} "]"', f"call: {' | '.join(calls)}", *rules))
+    yield _form("tool_choice", Kind.GRAMMAR, grammar)
 
 
 @lru_cache(KEPT)

@@ -69,19 +69,20 @@ class ToolCall(BaseModel):
     function: CalledFunction
 
 
-def require_choice(choice: ToolChoice | None, tools: Sequence[Any]) -> None:
-    """RequestError unless we can do as `tool_choice` says."""
+def forced_tools(choice: ToolChoice | None, tools: Sequence[Tool]) -> list[Tool]:
+    """The tools of which one has to be called; none: the model is free. RequestError: `tool_choice` names none."""
     if choice in (None, "none", "auto"):
-        return
+        return []
     if not tools:
         raise RequestError("tool_choice needs tools", param="tool_choice")
-    shown = choice if isinstance(choice, str) else "a named function"
-    raise RequestError(
-        f"tool_choice: {shown} is not supported: the model is free in what it writes",
-        param="tool_choice",
-        code="unsupported_parameter",
-        hint='send "auto", and say in a message which tool to call',
-    )
+    if choice == "required":
+        return list(tools)
+    function = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
+    found = [tool for tool in tools if isinstance(function, dict) and tool.function.name == function.get("name")]
+    if not found:
+        message = "tool_choice is none, auto, required, or a function of tools"
+        raise RequestError(message, param="tool_choice", code="invalid_value")
+    return found[:1]
 
 
 def template_variables(

@@ -72,6 +72,7 @@ class GatewayCluster:
     max_model_len: int = 128
     chat_template: str = TEMPLATE
     specials: tuple[str, ...] = ()
+    end_tokens: tuple[int, ...] = ()
     store: MemoryStore = field(default_factory=MemoryStore)
     keys: Keys = field(default_factory=lambda: Keys(NAME))
 
@@ -87,6 +88,7 @@ class GatewayCluster:
             experts=4,
             max_model_len=self.max_model_len,
             vocab_size=self.tokenizer.vocab_size,
+            eos_token_ids=self.end_tokens,
         )
         self.store.put(self.keys.config, codec.encode(self.config))
 

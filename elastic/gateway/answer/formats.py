@@ -66,6 +66,7 @@ DEEPSEEK = Format(
     closers=("```", DEEPSEEK_ONE_END, DEEPSEEK_ALL_END),
     inside=(DEEPSEEK_SEP,),
 )
+CHOSEN = Format(regex.compile(r"[\[,]\s*(?=\{)"), (), first=("[",), more=(",",), closers=("]",))  # see `structured.py`
 FORMATS = {
     ToolCallParser.HERMES: HERMES,
     ToolCallParser.MISTRAL: MISTRAL,

@@ -28,7 +28,7 @@ TWO_CALLS = f"<think>\nBoth.\n</think>\n\nI look.\n{CALL}\n{CALL}"
 PLAIN = "It is 21 °C, <tool_call> or so."
 FLAT: FunctionToolParam = {"type": "function", "name": "weather", "parameters": {"type": "object"}, "strict": False}
 EVENTS: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
-ANSWERS = {"one": CALL, "two": TWO_CALLS, "21": PLAIN}
+ANSWERS = {"forced": '[{"name": "weather", "arguments": {}}]', "one": CALL, "two": TWO_CALLS, "21": PLAIN}
 
 
 def user(text: str) -> Any:
@@ -39,7 +39,7 @@ def user(text: str) -> Any:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> GatewayCluster:
     marks = ("<tool_call>", "</tool_call>", "<think>")
     path = tmp_path_factory.mktemp("tools")
-    cluster = GatewayCluster(path, 4096, chat_template=TEMPLATES["qwen_tool_calls"], specials=marks)
+    cluster = GatewayCluster(path, 4096, chat_template=TEMPLATES["qwen_tool_calls"], specials=marks, end_tokens=(1,))
     cluster.publish_view()
     return cluster
 
@@ -141,8 +141,25 @@ def test_tools_that_are_not_to_be_called(client: OpenAI, cluster: GatewayCluster
     assert "name" in (answer.choices[0].message.content or "")
     assert answer.choices[0].message.tool_calls is None
     assert "<tools>" not in cluster.tokenizer.decode_all(engine.submits[-1].prompt)
-    with pytest.raises(openai.BadRequestError, match="tool_choice: required is not supported"):
-        client.chat.completions.create(model=MODEL, messages=user("one"), tools=[WEATHER], tool_choice="required")
+
+
+def test_a_tool_that_has_to_be_called(client: OpenAI, engine: ScriptedEngine) -> None:
+    """The answer is under a grammar; the ranks follow it."""
+    named: Any = {"type": "function", "function": {"name": "weather"}}
+    for choice in ("required", named):
+        answer = client.chat.completions.create(
+            model=MODEL, messages=user("forced"), tools=[WEATHER], tool_choice=choice
+        ).choices[0]
+        assert (answer.finish_reason, answer.message.content) == ("tool_calls", None)
+        assert [call.function.name for call in answer.message.tool_calls or ()] == ["weather"]
+        shaping = engine.submits[-1].sampling.shaping
+        assert shaping is not None
+        assert shaping.grammar
+    with pytest.raises(openai.BadRequestError, match="only one of response_format, tool_choice"):
+        client.chat.completions.create(
+            model=MODEL, messages=user("forced"), tools=[WEATHER], tool_choice="required",
+            response_format={"type": "json_object"},
+        )  # fmt: skip
 
 
 def test_a_response_calls_a_tool_and_its_output_is_sent(

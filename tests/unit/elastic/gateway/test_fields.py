@@ -145,10 +145,14 @@ def test_tools_reach_the_template_as_they_were_written() -> None:
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "f"}}])
-def test_a_choice_that_needs_structured_output_is_refused(choice: Any) -> None:
-    with pytest.raises(RequestError, match=r"tool_choice: .* is not supported") as refusal:
-        chat(tools=[{"type": "function", "function": {"name": "f"}}], tool_choice=choice)
-    assert (refusal.value.param, refusal.value.code) == ("tool_choice", "unsupported_parameter")
+def test_a_tool_that_has_to_be_called_must_be_there(choice: Any) -> None:
+    tools = [{"type": "function", "function": {"name": name}} for name in ("f", "g")]
+    forced = [tool.function.name for tool in chat(tools=tools, tool_choice=choice).forced_tools]
+    assert forced == (["f", "g"] if choice == "required" else ["f"])
+    assert chat(tools=tools, tool_choice="auto").forced_tools == []
+    for wrong in ("always", {"type": "function", "function": {"name": "h"}}, {"type": "custom"}):
+        with pytest.raises(RequestError, match="tool_choice is none, auto, required, or a function of tools"):
+            chat(tools=tools, tool_choice=wrong)
     with pytest.raises(RequestError, match="tool_choice needs tools"):
         chat(tool_choice=choice)
 

@@ -155,3 +155,44 @@ def test_each_tokenizer_is_followed_or_refused(kind: str, tmp_path: Path) -> Non
 def draw(random: np.random.Generator, mask: np.ndarray, end: int) -> int:
     """The end as soon as there is one."""
     return end if mask[end] else int(random.choice(np.flatnonzero(mask)))
+
+
+TOOLS = [
+    {"type": "function", "function": {"name": "f", "parameters": SCHEMA}},
+    {
+        "type": "function",
+        "function": {
+            "name": "say",
+            "parameters": {
+                "$defs": {"x": {"enum": ["ä", "b"]}},
+                "type": "object",
+                "properties": {"x": {"$ref": "#/$defs/x"}},
+                "required": ["x"],
+            },
+        },
+    },
+    {"type": "function", "function": {"name": "any"}},
+]
+F, SAY = '{"name": "f", "arguments": {"a": 5}}', '{"name": "say", "arguments": {"x": "ä"}}'
+
+
+@pytest.mark.parametrize(
+    ("more", "good", "bad"),
+    [
+        ({"tool_choice": "required"}, [f"[{F}]", f"[{F}, {SAY}]", '[{"name": "any", "arguments": {"b": []}}]'], ["[]"]),
+        ({"tool_choice": "required", "parallel_tool_calls": False}, [f"[{SAY}]"], [f"[{F}, {SAY}]"]),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, [f"[{F}]"], [f"[{SAY}]", f"[{F}, {F}]"]),
+    ],
+)
+def test_tools_that_have_to_be_called(more: Any, good: list[str], bad: list[str]) -> None:
+    found = grammar(tools=TOOLS, **more)
+    assert [follows(found, text) for text in good] == [True] * len(good)
+    assert not any(accepts(found, text) for text in bad)
+    assert grammar(tools=TOOLS) == ""
+
+
+def accepts(found: str, text: str) -> bool:
+    try:
+        return follows(found, text)
+    except RequestError:  # a token that may not be there
+        return False
