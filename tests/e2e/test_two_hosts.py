@@ -106,7 +106,6 @@ def a_rank_dies(cluster: TwoHosts) -> None:
         lambda e: e.kind == "rank_masked" and e.fields["incarnation"] == victim["incarnation"], "of the loss"
     )
     assert masked.fields["source"] in (DetectedBy.AGENT, DetectedBy.QUEUE)
-    assert masked.fields["requests"] > 0, "requests lived on the rank that died"
 
 
 def the_engine_dies(cluster: TwoHosts) -> None:
@@ -159,3 +158,5 @@ def test_two_hosts_answer_as_one_and_deaths_on_the_other_lose_nothing(two_hosts:
         history = workload.stop()
     verdict = compare(history, oracle)
     assert verdict.ok, verdict.differences
+    moved = [event.fields["requests"] for event in two_hosts.events() if event.kind == "rank_masked"]
+    assert sum(moved) > 0, "requests lived on the ranks that were lost"
