@@ -376,7 +376,7 @@ class Engine:
         named |= {spec.id for each in state.assignments.values() for spec in each.ranks}
         if self._scheduler.view is not None:
             named |= {member.id for member in self._scheduler.view.members}
-        for identity in self._ready - named:
+        for identity in (self._ready | self._fleet.awaited) - named:
             self._ready.discard(identity)
             self._fleet.detach(identity)
         self._lost &= named

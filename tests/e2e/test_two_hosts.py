@@ -98,6 +98,16 @@ def masked_ranks(cluster: Cluster) -> list[int | None]:
     return [event.rank for event in cluster.events() if event.kind == "rank_masked"]
 
 
+def steps_over_all(cluster: TwoHosts) -> bool:
+    """Whether the engine uses a view of four ranks, and none of them is masked."""
+    cluster.require_alive()
+    state = cluster.client().state()
+    view, status = state.view, state.engine_status
+    if view is None or status is None or status.token != state.engine_token:
+        return False
+    return (status.epoch, len(view.members), status.masked) == (view.epoch, 4, ())
+
+
 def a_rank_dies(cluster: TwoHosts) -> None:
     """Its agent says so."""
     victim = next(rank for rank in cluster.status()["ranks"] if rank["node"] == "b")
@@ -149,7 +159,7 @@ def test_two_hosts_answer_as_one_and_deaths_on_the_other_lose_nothing(two_hosts:
     workload.start()
     try:
         for fault in (a_rank_dies, the_engine_dies, the_cable_is_pulled, the_host_dies):
-            two_hosts.wait_serving(4)
+            eventually(lambda: steps_over_all(two_hosts), 120.0, "steps over four ranks")
             eventually(lambda: streaming(workload, 4), 60.0, "four streams under way")
             fault(two_hosts)
         ended = len(workload.records())

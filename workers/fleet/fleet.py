@@ -190,6 +190,12 @@ class Fleet:
             self._wanted[key] = record
         self._wake.set()
 
+    @property
+    def awaited(self) -> frozenset[RankId]:
+        """Ranks whose queues are still to be joined."""
+        with self._lock:
+            return frozenset(self._wanted)
+
     def detach(self, key: RankId) -> None:
         """Release a rank that is no longer part of the cluster."""
         with self._lock:

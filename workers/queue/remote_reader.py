@@ -127,9 +127,12 @@ class RemoteReader:
             self._bell.ring()
 
     def _look(self, monitor: zmq.Socket[Any]) -> None:
-        """The connection had ended and was not made again: a dead process is known by that long before it is silent."""
+        """No connection is made, or not again: a dead process is known by that long before it is silent.
+
+        A writer listens before its handle is known, so a refusal is no matter of a moment.
+        """
         recv_monitor_message(monitor, zmq.NOBLOCK)
-        if self._joined.is_set() and not self._ended and _is_refused(self._handle.remote):
+        if not self._ended and _is_refused(self._handle.remote):
             self._end("its writer's process has ended")
 
     def _end(self, why: str) -> None:

@@ -18,8 +18,10 @@ from tests.support.helpers import eventually
 from workers.fleet.fleet import Fleet, FleetEvent, RankJoined, RankLost
 from workers.ipc.doorbell import Doorbell
 from workers.protocol.live_mask import LiveMask
-from workers.protocol.messages import SeqChunk, StepBatch, StepResult, StepStatus, reader_id
+from workers.protocol.messages import RankMessage, SeqChunk, StepBatch, StepResult, StepStatus, reader_id
 from workers.queue.handle import Handle
+from workers.queue.message_queue import MessageQueue, MsgpackCodec
+from workers.queue.network import remote_of
 from workers.rank.engine_port import EnginePort
 
 pytestmark = pytest.mark.integration
@@ -147,6 +149,20 @@ def test_the_end_of_its_connection_is_its_end(scene: Scene) -> None:
     scene.port.leave()
     scene.collect(lambda: bool(scene.losses()))
     assert scene.losses() == [DetectedBy.QUEUE]
+
+
+def test_a_rank_whose_process_has_ended_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its record may stand for a while, or again after a cut. Ranks are joined one after the other."""
+    monkeypatch.setattr("workers.fleet.fleet.JOIN_TIMEOUT_S", WAIT_S + 10.0)
+    with ExitStack() as ends:
+        scene = Scene(ends)
+        gone = MessageQueue("gone", MsgpackCodec(RankMessage), remote=remote_of(NETWORK))
+        handle = elsewhere(gone.export_handle().encode())
+        gone.shutdown()
+        scene.fleet.attach(
+            RankRecord(rank=2, incarnation=5, node="b", pid=1, state=RankState.STANDBY, response_handle=handle)
+        )
+        scene.join()
 
 
 def test_another_secret_keeps_it_out() -> None:
