@@ -158,10 +158,10 @@ def what_a_dead_rank_had_computed_is_read(cluster: ServedCluster) -> None:
                     pause()
         return text
 
+    victim = next(rank for rank in cluster.status()["ranks"] if rank["rank"] == 1)
     with ThreadPoolExecutor(len(prompts)) as pool:
         running = [pool.submit(ask, prompt, lambda: begun.wait(120.0)) for prompt in prompts]
         begun.wait(120.0)
-        victim = cluster.status()["ranks"][1]
         kill(victim["pid"])
         mask = cluster.wait_event(lambda e: masked(e) == victim["incarnation"], "the mask")
         texts = [each.result(timeout=120.0) for each in running]
