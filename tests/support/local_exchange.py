@@ -16,6 +16,10 @@ class LocalExchange:
     def __init__(self, bank: ExpertBank) -> None:
         self._bank = bank
 
+    def stays(self) -> bool:
+        """There is no other rank."""
+        return True
+
     def dispatch_combine(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """[T, H] -> [T, H]: the weighted sum of each row's experts. CoverageLost if one is not here."""
         ids, weights = ascending(topk_ids, topk_weights)

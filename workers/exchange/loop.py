@@ -147,6 +147,10 @@ class Exchange:
             self.suspects.update(rank for rank in unlinked if not ctx.masked >> rank & 1)
         return ctx.masked | self._mask() | self._unlinked
 
+    def stays(self) -> bool:
+        """Whether no rows need to travel in this step: every rank holds all experts, and nobody waits for an answer."""
+        return self._ctx is not None and self._router.everywhere and not self.pending()
+
     # -- asking ------------------------------------------------------------------------------------------------------
 
     def dispatch_combine(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:

@@ -53,6 +53,7 @@ class Router:
                 held[layer, list(of_layer), column] = True
         self._held = held
         self._tables: dict[tuple[int, int], Ints] = {}
+        self.everywhere = bool(held.size and held.all())  # each rank holds all experts: no rows travel
         self._mine = [frozenset(of_layer) for of_layer in placement.get(me, ())]
 
     def all_mine(self, layer: int, experts: list[int]) -> bool:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -92,12 +94,43 @@ class Attention(Protocol):
 class MoeBoundary(Protocol):
     """The MoE layers of a model: where a step leaves its device."""
 
+    stays: bool
+    """Whether the step that runs now stays on its device, as this rank computes all experts; `leave` is not called."""
+
     leave: Callable[[int, Tensor, Tensor, Tensor], Tensor] | None
     """What a recorder wants called in the place of an MoE layer: layer, hidden [T, H], ids and weights [T, k] -> [T, H]
     with T being the rows of the step with its padding. None: nothing is being recorded."""
 
     def compute(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The routed part of an MoE layer for real rows alone, on whichever ranks: as the exchange, with its errors."""
+
+
+class HeldExperts(Protocol):
+    """The experts that a rank holds, by (MoE layer, logical id)."""
+
+    version: int  # another one whenever an expert has come or gone
+
+    def holds(self, layer: int, expert: int) -> bool:
+        """Whether this one is here."""
+
+    def weights(self, layer: int, expert: int) -> ExpertWeights:
+        """ModelError if it is not here."""
+
+
+class LocalExperts(Protocol):
+    """The routed experts of a rank that holds them all, computed without leaving the device."""
+
+    def begin(self, rows: int) -> bool:
+        """Before each step, which has that many real rows: whether all experts are here."""
+
+    def compute(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The routed part of an MoE layer: hidden [T, H], ids and weights [T, k] -> [T, H], zeros past the real rows.
+
+        The same bits as through the exchange. May be captured.
+        """
+
+    def take_load(self) -> npt.NDArray[np.uint32]:
+        """Real rows routed to each [layer, expert] since the last call."""
 
 
 class ExpertProducts(Protocol):
@@ -147,6 +180,9 @@ class Backend(Protocol):
         self, activation: Activation, exactness: Exactness, calibrations: Calibrations
     ) -> ExpertProducts:
         """The products of this model's routed experts."""
+
+    def local_experts(self, held: HeldExperts, activation: Activation, shape: tuple[int, int]) -> LocalExperts | None:
+        """For steps whose experts are all here; `shape`: MoE layers, experts. None: the exchange does as well."""
 
     def capture(self, step: StepFunction, attention: Attention, experts: MoeBoundary) -> StepFunction:
         """`step`, or something faster with the same results, such as graphs recorded once per padded size.

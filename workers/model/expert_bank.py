@@ -27,6 +27,7 @@ class LocalExpertBank:
         self._source: ExpertSource | None = None
         self._products: ExpertProducts | None = None
         self._held: dict[tuple[int, int], ExpertWeights] = {}
+        self.version = 0  # another one whenever an expert has come or gone
         self.bytes_mapped = 0  # from the host's weight store, in all
 
     def open(self, source: ExpertSource, products: ExpertProducts) -> None:
@@ -67,9 +68,10 @@ class LocalExpertBank:
         """
         if self._products is None:
             raise ModelError(_NOT_OPEN)
-        return self._products.compute([self._weights(layer, expert) for expert in experts], sizes, rows)
+        return self._products.compute([self.weights(layer, expert) for expert in experts], sizes, rows)
 
-    def _weights(self, layer: int, expert: int) -> ExpertWeights:
+    def weights(self, layer: int, expert: int) -> ExpertWeights:
+        """ModelError if it is not here."""
         weights = self._held.get((layer, expert))
         if weights is None:
             raise ModelError(f"expert {expert} of MoE layer {layer} is not on this rank")
@@ -102,6 +104,7 @@ class LocalExpertBank:
             for key, weights in coming:
                 self._products.calibrate(weights)
                 self._held[key] = weights
+                self.version += 1
                 if weights.mapped:
                     self.bytes_mapped += weights.nbytes
                 else:
@@ -115,4 +118,5 @@ class LocalExpertBank:
         gone = [key for key in self._held if key not in keep]
         for key in gone:
             del self._held[key]
+            self.version += 1
         return len(gone)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from membership.base.errors import ModelError
-from workers.model.backend import Activation
+from workers.model.backend import Activation, LocalExperts
 
 
 class Dispatcher(Protocol):
@@ -22,6 +22,9 @@ class Dispatcher(Protocol):
 
         `topk_ids` and `topk_weights` are [T, k]. CoverageLost and PeerTimeout as the exchange raises them.
         """
+
+    def stays(self) -> bool:
+        """Whether no rows need to travel in this step: every rank holds all experts, and nobody waits for an answer."""
 
 
 def activation_of(module: nn.Module) -> Activation:
@@ -45,18 +48,27 @@ class MoeLayers:
 
     def __init__(self, layers: int, experts: int) -> None:
         self.exchange: Dispatcher | None = None
+        self.local: LocalExperts | None = None
+        self.stays = False  # see `MoeBoundary`
         self.leave: Callable[[int, Tensor, Tensor, Tensor], Tensor] | None = None  # see `MoeBoundary`
         self.rows = 0  # rows of the current step that are real; the rest is padding and goes nowhere
         self._routed: list[list[Tensor]] = [[] for _ in range(layers)]
         self._shape = (layers, experts)
 
+    def begin(self, rows: int) -> None:
+        """A step of that many real rows follows."""
+        self.rows = rows
+        self.stays = (
+            self.local is not None and self.exchange is not None and self.exchange.stays() and self.local.begin(rows)
+        )
+
     def take_load(self) -> np.ndarray:
         """Rows routed to each (MoE layer, expert) since the last call: uint32 [layers, experts]."""
-        load = np.zeros(self._shape, dtype=np.uint32)
+        load = np.zeros(self._shape, dtype=np.uint32) if self.local is None else self.local.take_load()
         for layer, routed in enumerate(self._routed):
             if routed:
                 ids = torch.cat(routed).cpu().numpy()
-                load[layer] = np.bincount(ids, minlength=self._shape[1])
+                load[layer] += np.bincount(ids, minlength=self._shape[1]).astype(np.uint32)
                 routed.clear()
         return load
 
@@ -65,6 +77,8 @@ class MoeLayers:
 
         ModelError before an exchange is attached.
         """
+        if self.stays and self.local is not None:
+            return self.local.compute(layer, hidden, ids, weights)
         if self.leave is not None:
             return self.leave(layer, hidden, ids, weights)
         rows = self.rows

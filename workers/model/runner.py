@@ -80,6 +80,7 @@ class ModelRunner:
                 calibrations.keep()
         connect_attention(loaded.attention_modules, self.attention)
         connect_experts(loaded.expert_modules, self.moe)
+        self.moe.local = backend.local_experts(bank, activation, (len(loaded.expert_modules), loaded.info.experts))
         self._forward = backend.capture(self._hidden, self.attention, self.moe)
 
     @property
@@ -112,6 +113,7 @@ class ModelRunner:
             chunks, self.cache.block_size, padded, self._backend.device, self._done, tiled=self.attention.tiled
         )
         self._done = None  # an attempt that fails leaves nothing to build on
+        self.moe.begin(plan.rows)
         hidden = self._forward(plan)
         self._done = plan
         return hidden[:rows], plan
@@ -129,7 +131,6 @@ class ModelRunner:
     def _hidden(self, plan: StepPlan) -> Tensor:
         """The model without its head: the final hidden states [plan.padded, H] of one step."""
         self.attention.plan = plan
-        self.moe.rows = plan.rows
         try:
             out = self._backbone(input_ids=plan.tokens, position_ids=plan.positions, use_cache=False)
         finally:
@@ -237,6 +238,10 @@ def _attention_spec(loaded: LoadedModel, kv_blocks: int, block_size: int, longes
 
 class _NoExperts:
     """Takes the place of an exchange while warming up."""
+
+    def stays(self) -> bool:
+        """No experts are here yet."""
+        return False
 
     def dispatch_combine(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """Nothing comes back from experts."""

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from membership.base.enums import Exactness
-from workers.model.backend import NO_POOL, Activation, Attention, AttentionSpec, MoeBoundary, StepFunction
+from workers.model.backend import NO_POOL, Activation, Attention, AttentionSpec, HeldExperts, MoeBoundary, StepFunction
 from workers.model.calibrations import Calibrations
 from workers.model.cpu.attention import CpuAttention
 from workers.model.cpu.attention_check import fewest_exact_rows
@@ -54,6 +54,9 @@ class CpuBackend:
     ) -> CpuExpertProducts:
         """See `Backend`."""
         return CpuExpertProducts(activation, exactness, calibrations)
+
+    def local_experts(self, held: HeldExperts, activation: Activation, shape: tuple[int, int]) -> None:
+        """None: rows are in host memory already, where the exchange has them at hand."""
 
     def capture(self, step: StepFunction, attention: Attention, experts: MoeBoundary) -> StepFunction:
         """The step itself: nothing is recorded."""

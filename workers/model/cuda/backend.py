@@ -11,7 +11,7 @@ from torch import nn
 
 from membership.base.enums import Exactness
 from membership.base.errors import ModelError
-from workers.model.backend import NO_POOL, Activation, Attention, AttentionSpec, MoeBoundary, StepFunction
+from workers.model.backend import NO_POOL, Activation, Attention, AttentionSpec, HeldExperts, MoeBoundary, StepFunction
 from workers.model.calibrations import Calibrations
 from workers.model.cpu.fingerprint import kernel_fingerprint
 from workers.model.cpu.linear import make_invariant
@@ -20,6 +20,7 @@ from workers.model.cuda.attention import CudaAttention
 from workers.model.cuda.expert_products import CudaExpertProducts
 from workers.model.cuda.graphs import StepGraphs
 from workers.model.cuda.kv_cache import CudaKVCache
+from workers.model.cuda.local_experts import CudaLocalExperts
 from workers.model.row_tiles import RowTiles
 
 
@@ -59,6 +60,10 @@ class CudaBackend:
     ) -> CudaExpertProducts:
         """See `Backend`."""
         return CudaExpertProducts(activation, exactness, calibrations)
+
+    def local_experts(self, held: HeldExperts, activation: Activation, shape: tuple[int, int]) -> CudaLocalExperts:
+        """See `Backend`."""
+        return CudaLocalExperts(held, activation, shape, self.device)
 
     def capture(self, step: StepFunction, attention: Attention, experts: MoeBoundary) -> StepFunction:
         """Decode steps as CUDA graphs. ModelError for another backend's attention."""

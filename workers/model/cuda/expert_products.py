@@ -54,7 +54,9 @@ class CudaExpertProducts:
     def compute(self, experts: Sequence[ExpertWeights], sizes: Sequence[int], rows: Tensor) -> Tensor:
         """See `ExpertProducts`."""
         up, down = ([getattr(w, name) for w in experts] for name in ("gate_up", "down"))
-        ends, up_at, down_at = _on_device([0, *accumulate(sizes)], _addresses(up), _addresses(down), device=rows.device)
+        ends, up_at, down_at = _on_device(
+            [0, *accumulate(sizes)], addresses_of(up), addresses_of(down), device=rows.device
+        )
         both = multiply(rows, up[0], up_at, ends)
         return multiply(self._activation(both), down[0], down_at, ends)
 
@@ -70,7 +72,7 @@ def multiply(rows: Tensor, matrix: Tensor, addresses: Tensor, ends: Tensor) -> T
     return out
 
 
-def _addresses(matrices: Sequence[Tensor]) -> list[int]:
+def addresses_of(matrices: Sequence[Tensor]) -> list[int]:
     """ModelError if the matrices are laid out differently."""
     strides = matrices[0].stride()
     if any(matrix.stride() != strides for matrix in matrices):
@@ -86,7 +88,7 @@ def _on_device(*lists: list[int], device: torch.device) -> tuple[Tensor, ...]:
 
 def _agreeing(matrix: Tensor) -> Sequence[int]:
     def product(rows: Tensor, weight: Tensor) -> Tensor:
-        ends, addresses = _on_device([0, len(rows)], _addresses([weight.t()]), device=rows.device)
+        ends, addresses = _on_device([0, len(rows)], addresses_of([weight.t()]), device=rows.device)
         return multiply(rows, weight.t(), addresses, ends)
 
     return calibrate_product(product, matrix.t(), "experts").sizes

@@ -1,7 +1,8 @@
 """Decode steps as CUDA graphs: what the GPU does between two calls of routed experts is recorded once, then replayed.
 
 The host takes 14 ms to launch what keeps an H200 busy for 2 ms (8 layers, one token). Routed experts stay outside:
-their rows travel through host memory, to whichever ranks are there. So nothing in a graph knows of membership.
+their rows travel through host memory, to whichever ranks are there. So nothing in a graph knows of membership. Where
+every rank holds all experts no rows travel: then a whole step is one graph, and a graph of each kind is kept.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from workers.model.cuda.attention import SPLIT, CudaAttention, Layout
 log = structlog.get_logger(__name__)
 
 LARGEST = 128  # rows; larger steps keep the GPU busy for longer than they take to launch
+_Size = tuple[int, int, bool]  # padded rows, splits, whether the step stays on the GPU
 MET = 3  # a size is recorded when it is met so often
 
 
@@ -141,8 +143,8 @@ class StepGraphs:
         self._step = step
         self._attention = attention
         self._experts = experts
-        self._met: Counter[tuple[int, int]] = Counter()
-        self._recorded: dict[tuple[int, int], _Recording] = {}
+        self._met: Counter[_Size] = Counter()
+        self._recorded: dict[_Size, _Recording] = {}
         self._able = True
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._pool: Any = torch.cuda.graph_pool_handle()  # of all: no two run at once, only the last result is read
@@ -152,14 +154,14 @@ class StepGraphs:
         if not self._able or plan.padded > LARGEST or plan.rows != len(plan.last):
             return self._step(plan)
         splits = -(-(max(plan.starts) + 1) // SPLIT)
-        size = plan.padded, 1 << (splits - 1).bit_length()
+        size = plan.padded, 1 << (splits - 1).bit_length(), self._experts.stays
         known = self._recorded.get(size)
         if known is not None:
             return known.replay(plan, self._experts)
         self._met[size] += 1
         return self._record(plan, size) if self._met[size] >= MET else self._step(plan)
 
-    def _record(self, plan: StepPlan, size: tuple[int, int]) -> Tensor:
+    def _record(self, plan: StepPlan, size: _Size) -> Tensor:
         recording = _Recording(plan, size[1], self._attention, self._pool)
         here = torch.cuda.current_stream()
         self._stream.wait_stream(here)

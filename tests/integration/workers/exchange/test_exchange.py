@@ -250,7 +250,9 @@ def test_an_expert_that_fails_and_has_no_replica_is_named() -> None:
     bank.before = broken(1)
     with closing(Doorbell()) as bell, closing(Exchange(RankId(0, 1), bank, bell, opener("shm"))) as exchange:
         members = (Member(rank=0, node="n", incarnation=1),)
+        assert not exchange.stays(), "outside of a step"
         exchange.begin_step(StepContext(View(epoch=1, members=members, placement=placement), 7, 1, 1))
+        assert exchange.stays()
         with pytest.raises(ExpertFailed, match=r"layer 0, expert 1: .*broken here"):
             exchange.dispatch_combine(0, *batch(1, 6, 3, 3, HIDDEN, torch.float32))
         bank.before = broken(None)

@@ -62,6 +62,9 @@ class ScriptedExchange(Exchange):
         self.steps.append(ctx)
         self.suspects = {1}
 
+    def stays(self) -> bool:
+        return self.local.stays()
+
     def dispatch_combine(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         return self.local.dispatch_combine(layer, hidden, topk_ids, topk_weights)
 

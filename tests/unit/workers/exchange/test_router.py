@@ -194,6 +194,15 @@ def test_a_rank_knows_whether_it_holds_all_of_them() -> None:
     assert not Router(5, {0: ((0,),)}).all_mine(0, [0]), "it is not in the placement"
 
 
+def test_no_rows_travel_where_each_rank_holds_all_experts_of_all_layers() -> None:
+    whole, part = (0, 1, 2), (0, 2)
+    assert Router(0, {0: (whole, whole)}).everywhere
+    assert Router(0, {0: (whole, whole), 3: (whole, whole)}).everywhere
+    assert not Router(0, {0: (whole, whole), 3: (whole, part)}).everywhere, "rank 3 may ask"
+    assert not Router(0, {0: (part, whole), 3: (whole, whole)}).everywhere
+    assert not Router(0, {}).everywhere
+
+
 @pytest.mark.parametrize("pairs", [1, FEW + 1])
 def test_unknown_layers_and_experts_have_no_owner(pairs: int) -> None:
     router = Router(0, {0: ((0, 1),)})

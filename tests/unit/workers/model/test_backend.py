@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -13,6 +13,8 @@ from torch.nn import functional
 
 from membership.base.enums import Device, Exactness
 from membership.base.errors import ConfigError, ModelError
+from tests.support.filled_bank import FilledBank, gated
+from tests.support.local_exchange import LocalExchange
 from workers.model.attention_plan import StepPlan, plan_step
 from workers.model.backend import Attention, AttentionSpec, Backend
 from workers.model.calibrations import Calibrations
@@ -329,6 +331,9 @@ def test_products_and_norms_of_a_model_can_be_made_exact(backend: Backend, dtype
 class Elsewhere:
     """Routed experts that double what they get, far from the device."""
 
+    def stays(self) -> bool:
+        return False
+
     def dispatch_combine(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """[T, H] -> [T, H]"""
         assert topk_ids.shape == topk_weights.shape == (len(hidden), 2)
@@ -348,7 +353,7 @@ class TinyModel:
 
     def step(self, plan: StepPlan) -> Tensor:
         """Hidden states [plan.padded, 64]."""
-        self.attention.plan, self.moe.rows = plan, plan.rows
+        self.attention.plan = plan
         hidden = self.table.index_select(0, plan.tokens[0])
         ids = plan.tokens[0][:, None].remainder(4).expand(-1, 2)
         out = hidden[:, 0].flatten(1)
@@ -384,7 +389,35 @@ def test_threads_compute_on_the_gpu_of_their_rank() -> None:
 @torch.inference_mode()
 def test_a_captured_step_follows_its_plan(backend: Backend) -> None:
     """Prefill, decode of one to four sequences that come and go, and contexts that grow: as without."""
+    _follows_its_plan(backend, TinyModel(backend), TinyModel(backend))
+
+
+@torch.inference_mode()
+def test_a_captured_step_of_a_rank_with_all_experts_follows_its_plan(backend: Backend) -> None:
+    """Also where the experts lie elsewhere in memory after a while, or are not all here."""
+    bank = FilledBank(backend, LAYERS, 4, 64)
     model, plain = TinyModel(backend), TinyModel(backend)
+    model.moe.exchange = plain.moe.exchange = LocalExchange(bank)
+    model.moe.local = backend.local_experts(bank, gated, (LAYERS, 4))
+    if model.moe.local is None:
+        pytest.skip("rows leave no device here")
+    stayed = set()
+
+    def change(turn: int) -> None:
+        stayed.add(model.moe.stays)
+        if turn == 20:
+            weights = bank.weights(1, 2)
+            bank.put(1, 2, ExpertWeights(weights.gate_up.t().clone().t() * 2, weights.down.t().clone().t()))
+        model.moe.local = None if 30 <= turn < 40 else local
+
+    local = model.moe.local
+    _follows_its_plan(backend, model, plain, change)
+    assert stayed == {True, False}
+
+
+def _follows_its_plan(
+    backend: Backend, model: TinyModel, plain: TinyModel, change: Callable[[int], None] = lambda turn: None
+) -> None:
     captured = backend.capture(model.step, model.attention, model.moe)
     blocks = {seq: list(range(10 * seq, 10 * seq + 10)) for seq in range(4)}
     length = dict.fromkeys(blocks, 0)
@@ -401,6 +434,9 @@ def test_a_captured_step_follows_its_plan(backend: Backend) -> None:
         rows = sum(many)
         tiled = model.attention.tiled
         plan, again = (plan_step(chunks, BLOCK_SIZE, -(-rows // 4) * 4, backend.device, tiled=tiled) for _ in "ab")
+        change(turn)
+        for moe in (model.moe, plain.moe):
+            moe.begin(rows)
         assert torch.equal(captured(plan)[:rows], plain.step(again)[:rows]), turn
         assert model.moe.take_load().tolist() == plain.moe.take_load().tolist(), turn
 

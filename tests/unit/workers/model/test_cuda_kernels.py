@@ -13,6 +13,8 @@ from torch import Tensor
 
 from membership.base.enums import Exactness
 from membership.base.errors import ConfigError, ModelError
+from tests.support.filled_bank import FilledBank, gated
+from tests.support.local_exchange import LocalExchange
 from workers.model.attention_plan import plan_step
 from workers.model.backend import AttentionSpec
 from workers.model.calibrations import Calibrations
@@ -24,7 +26,7 @@ pytest.importorskip("triton")
 
 from workers.model.cuda import attention as cuda_attention
 from workers.model.cuda.backend import CudaBackend
-from workers.model.cuda.expert_products import _addresses, _on_device, multiply
+from workers.model.cuda.expert_products import _on_device, addresses_of, multiply
 
 pytestmark = [
     pytest.mark.unit,
@@ -136,8 +138,45 @@ def test_experts_products_are_right_and_exact(dtype: torch.dtype) -> None:
 
 
 def product(rows: Tensor, matrices: Sequence[Tensor], ends: list[int]) -> Tensor:
-    there, addresses = _on_device(ends, _addresses(matrices), device=rows.device)
+    there, addresses = _on_device(ends, addresses_of(matrices), device=rows.device)
     return multiply(rows, matrices[0], addresses, there)
+
+
+def test_experts_that_are_all_here_give_the_bits_of_the_exchange(backend: CudaBackend) -> None:
+    held = FilledBank(backend, 2, 5, 24)
+    local = backend.local_experts(held, gated, (2, 5))
+    exchange = LocalExchange(held)
+    generator = torch.Generator().manual_seed(6)
+    load = torch.zeros(2, 5, dtype=torch.int64)
+    for rows, padding in ((1, 0), (7, 3), (20, 4)):
+        assert local.begin(rows)
+        for layer in range(2):
+            hidden = torch.randn(rows + padding, 24, generator=generator)
+            ids = torch.stack([torch.randperm(5, generator=generator)[:3] for _ in range(rows + padding)])
+            weights = torch.rand(rows + padding, 3, generator=generator)
+            found = local.compute(layer, hidden, ids, weights)
+            assert torch.equal(
+                found[:rows], exchange.dispatch_combine(layer, hidden[:rows], ids[:rows], weights[:rows])
+            )
+            assert not found[rows:].any()
+            load[layer] += ids[:rows].flatten().bincount(minlength=5)
+    assert local.take_load().tolist() == load.tolist()
+    assert not local.take_load().any()
+
+
+def test_experts_come_and_go(backend: CudaBackend) -> None:
+    held = FilledBank(backend, 1, 2, 24)
+    local = backend.local_experts(held, gated, (1, 2))
+    hidden, ids, weights = torch.ones(1, 24), torch.tensor([[1]]), torch.ones(1, 1)
+    assert local.begin(1)
+    old = local.compute(0, hidden, ids, weights)
+    was = held.weights(0, 1)
+    held.drop(frozenset({(0, 0)}))
+    assert not local.begin(1)
+    held.put(0, 0, was)
+    held.put(0, 1, ExpertWeights(was.gate_up * 2, was.down))
+    assert local.begin(1)
+    assert not torch.equal(local.compute(0, hidden, ids, weights), old)
 
 
 def test_experts_of_one_call_have_one_layout() -> None:

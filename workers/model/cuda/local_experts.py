@@ -1,0 +1,77 @@
+"""Routed experts of a rank that holds them all: which rows are for which expert is found on the GPU.
+
+So the host neither waits for a layer's routing nor launches per layer, and a whole step is one graph. Where experts lie
+is read from a table in the GPU's memory, which is written anew when experts come or go.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from workers.exchange.combine import ascending, combine
+from workers.model.backend import Activation, HeldExperts
+from workers.model.cuda.expert_products import addresses_of, multiply
+
+
+class CudaLocalExperts:
+    """Satisfies `LocalExperts`, with the kernel and the sum of the other way, so with the same bits."""
+
+    def __init__(self, held: HeldExperts, activation: Activation, shape: tuple[int, int], device: torch.device) -> None:
+        """`shape`: MoE layers, experts."""
+        self._held = held
+        self._activation = activation
+        self._layers, self._experts = shape
+        self._seen = -1  # the version of `held` that the tables are of
+        self._complete = False
+        self._up = self._down = torch.empty(0)  # one expert's: all are laid out alike
+        self._up_at, self._down_at = torch.zeros(2, *shape, dtype=torch.int64, device=device)
+        self._counts = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._numbers = torch.arange(self._experts + 1, device=device)
+        self._rows = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def begin(self, rows: int) -> bool:
+        """See `LocalExperts`."""
+        version = self._held.version
+        if version != self._seen:
+            self._seen, self._complete = version, self._renew()
+        if self._complete:
+            self._rows.fill_(rows)
+        return self._complete
+
+    def _renew(self) -> bool:
+        keys = [(layer, expert) for layer in range(self._layers) for expert in range(self._experts)]
+        found = [self._held.weights(*key) for key in keys if self._held.holds(*key)]
+        if len(found) < len(keys):
+            return False
+        self._up, self._down = found[0].gate_up, found[0].down
+        for table, matrices in (
+            (self._up_at, [weights.gate_up for weights in found]),
+            (self._down_at, [weights.down for weights in found]),
+        ):
+            table.copy_(torch.tensor(addresses_of(matrices)).view_as(table))
+        return True
+
+    def compute(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """See `LocalExperts`."""
+        ids, weights = ascending(ids, weights)
+        tokens, k = weights.shape
+        number = torch.arange(tokens, device=hidden.device)
+        real = (number < self._rows)[:, None]
+        wanted, pairs = torch.where(real, ids, self._experts).view(-1).sort(stable=True)  # padding is for no expert
+        ends = torch.searchsorted(wanted, self._numbers)
+        self._counts[layer] += ends.diff()
+        rows = hidden.index_select(0, pairs // k)
+        both = multiply(rows, self._up, self._up_at[layer], ends)
+        out = multiply(self._activation(both), self._down, self._down_at[layer], ends)
+        places = torch.empty_like(pairs).scatter_(0, pairs, torch.arange(len(pairs), device=pairs.device))
+        total = combine(out.index_select(0, places).view(tokens, k, -1), weights, hidden.dtype)
+        return torch.where(real, total, 0)
+
+    def take_load(self) -> npt.NDArray[np.uint32]:
+        """See `LocalExperts`."""
+        counts = self._counts.cpu().numpy().astype(np.uint32)
+        self._counts.zero_()
+        return counts
