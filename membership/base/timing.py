@@ -113,6 +113,7 @@ FAILED_REST_S = _time(60.0, "Before a rebalance that ranks could not prepare is 
 _time = _times("store", "membership/store/etcd.py")
 STORE_CALL_TIMEOUT_S = _time(5.0, "Max wait for the store's answer to one call")
 STORE_CONNECT_TIMEOUT_S = _time(2.0, "Max wait for a connection to the store")
+_time = _times("store", "membership/store/endpoints.py")
 STORE_LISTENS_S = _time(1.0, "Max wait of a command for any sign of the store")
 _time = _times("store", "membership/store/mirror.py")
 STORE_SILENCE_S = _time(3.0, "A store that does not answer for this long is reported; serving continues")
