@@ -148,7 +148,7 @@ class Exchange:
         return ctx.masked | self._mask() | self._unlinked
 
     def stays(self) -> bool:
-        """Whether no rows need to travel in this step: every rank holds all experts, and no peer waits for an answer."""
+        """Whether no rows need to travel in this step: every rank holds all experts, and no peer has asked."""
         return self._ctx is not None and self._router.everywhere and not self.pending()
 
     # -- asking ------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ class Dispatcher(Protocol):
         """
 
     def stays(self) -> bool:
-        """Whether no rows need to travel in this step: every rank holds all experts, and no peer waits for an answer."""
+        """Whether no rows need to travel in this step: every rank holds all experts, and no peer has asked."""
 
 
 def activation_of(module: nn.Module) -> Activation:
