@@ -192,7 +192,9 @@ class StandIn:
         return chunk.blocks[block], offset
 
     def copy(self, order: CopyBlocks) -> BlocksCopied:
-        """Half of a move, by a file that only the two ranks know."""
+        """Half of a move, by a file that only the two ranks know. No dead rank leaves a pool here."""
+        if order.there:
+            return BlocksCopied(self.rank, self.incarnation, self.token, order.copy, 0, "no pool was left")
         (source, incarnation), (target, _) = order.source, order.target
         path = Path(self.mail) / f"{source}.{incarnation}-{target}"
         if order.arriving:

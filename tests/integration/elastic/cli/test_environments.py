@@ -6,6 +6,7 @@ Commands are those of the two apps. None has a cluster here: `tests/e2e/test_env
 from __future__ import annotations
 
 import os
+import pwd
 import re
 import tempfile
 from collections.abc import Iterator
@@ -75,9 +76,10 @@ class Environment:
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "grpc_proxy")
 HARMLESS = {"TMPDIR": "/nonexistent", "TERM": "dumb", "COLUMNS": "1", "LINES": "1"}
+NOBODY = pwd.getpwnam("nobody").pw_uid  # our own passwd entry names a home, where a cluster may be served
 ENVIRONMENTS = {
     "harmless": Environment(dict.fromkeys(PROXIES, "socks5://127.0.0.1:9") | HARMLESS, umask=0o077),
-    "no-home": Environment(without=("HOME",), named=False),
+    "no-home": Environment(without=("HOME",), uid=NOBODY, named=False),
     "a-file-for-a-home": Environment({"HOME": "/dev/null"}, named=False),
     "uid-without-passwd-entry": Environment(without=("HOME",), uid=54_321, named=False),
     "another-user": Environment(uid=54_321, cluster_json=b"{}"),

@@ -41,6 +41,7 @@ class Ranks:
             self.fleet.attach(rank.record)
         joined = self.collect(lambda seen: len(seen) == len(self.ranks))
         assert sorted(joined, key=str) == [RankJoined(RankId(n, 100 + n)) for n in range(len(self.ranks))]
+        self.collect(lambda _: not any(link.owed for link in self.fleet._links.values()))  # a ping to whoever joins
 
     def collect(self, enough: Callable[[list[FleetEvent]], bool], timeout_s: float = 30.0) -> list[FleetEvent]:
         seen: list[FleetEvent] = []

@@ -84,9 +84,16 @@ STRANGER = 4321
 
 
 @pytest.fixture
-def handover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Handover]:
+def short() -> Iterator[Path]:
+    """A directory in which a socket's path is not too long, as it may be in pytest's."""
+    with tempfile.TemporaryDirectory(prefix="ep-") as made:
+        yield Path(made)
+
+
+@pytest.fixture
+def handover(short: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Handover]:
     """One with a run directory of its own."""
-    monkeypatch.setenv(ENV, str(tmp_path / "run"))
+    monkeypatch.setenv(ENV, str(short / "run"))
     handover = Handover()
     yield handover
     handover.close()
@@ -99,17 +106,17 @@ def test_a_socket_is_there_as_long_as_its_process(handover: Handover) -> None:
     assert list(path.parent.iterdir()) == []
 
 
-def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_killed_process_left_is_removed_by_the_next(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("workers.ipc.handover.sweep", partial(sweep, newborn_s=0.0))
     script = "from workers.ipc.handover import Handover; print(Handover.default().address, flush=True); input()"
-    environ = {**os.environ, ENV: str(tmp_path / "run")}
+    environ = {**os.environ, ENV: str(short / "run")}
     command = [sys.executable, "-c", script]
     with subprocess.Popen(command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         left = Path(child.stdout.readline().strip())
         child.kill()
     assert left.is_socket()
-    monkeypatch.setenv(ENV, str(tmp_path / "run"))
+    monkeypatch.setenv(ENV, str(short / "run"))
     handover = Handover()
     assert not left.exists()
     handover.close()
