@@ -1,11 +1,12 @@
 """What a transport gives the exchange: a `Transport` that connects to peers, and one `Link` per connected peer.
 
-To add a transport (say `tcp`):
+To add a transport (say `rdma`):
 
-1. Make a folder `tcp/` with a class that implements `Transport` and one that implements `Link`. `shm/` is the example;
+1. Make a folder `rdma/` with a class that implements `Transport` and one that implements `Link`. `shm/` is the example;
    `tests/support/toy_transport.py` is the smallest one that works.
 2. Add its name to `transports.py`, and to the list at the top of `tests/unit/workers/exchange/test_transports.py`,
    which runs the same tests over each transport.
+3. Say in `auto.py` between which peers it is used: that is what ranks run.
 
 A transport only carries messages. Which rank is asked, retries, refusals, timeouts, and the check that an answer
 belongs to the open request are in `loop.py`; which incarnations may connect is decided in `links.py`.
