@@ -343,7 +343,7 @@ class Agent:
             return
         self._started(key, outcome)
         if key in self._ranks:
-            self._update(key, loaded=True, identity=identity)
+            self._identify(key, identity)
 
     def _attached(self, effect: Attach, handle: Any, error: str) -> None:
         key, token = effect.key, effect.token
@@ -360,9 +360,20 @@ class Agent:
             self._emit("rank_load_failed", key, error=error)
             self._update(key, loading=False, failed_revision=effect.revision, prepare_error=error)
         else:
-            self._update(key, loading=False, loaded=True, identity=found.parts)
             self._emit("rank_loaded", key, took_ms=_ms(self._wall() - self._ranks[key].started))
+            self._identify(key, found.parts)
             self._note_replaced(found.replaced)
+
+    def _identify(self, key: RankId, identity: Mapping[str, str]) -> None:
+        """Publish what the rank has loaded. Another model is not published: the controller would see it before the slot
+        is set aside, and start the next rank there.
+        """
+        loaded = replace(self._ranks[key], loading=False, loaded=True, identity=identity)
+        reason = refusal(self._mirror.state(), decide.record_of(loaded, self.me.node))
+        if reason and key not in self._members():
+            self._refuse(key, reason)
+        else:
+            self._update(key, loading=False, loaded=True, identity=identity)
 
     def _note_replaced(self, files: tuple[str, ...]) -> None:
         """A rank found other files than this node has loaded, or again the same."""

@@ -95,9 +95,9 @@ class Registrar:
             key = self._keys.rank(*rank)
             entry = self._entries.setdefault(key, _Entry(None))
             entry.value = None
+            if exit_record is not None:
+                self.record_exit(exit_record)
             self._touch()
-        if exit_record is not None:
-            self.record_exit(exit_record)
 
     def record_exit(self, exit_record: RankExit) -> None:
         """Write, or correct, the exit of a rank slot."""

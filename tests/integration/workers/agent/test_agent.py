@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -15,8 +16,9 @@ from membership.base.errors import Fenced
 from membership.base.events import EventLog
 from membership.base.rank_id import RankId
 from membership.planning.identity import learned
-from membership.store.codec import encode
+from membership.store.codec import decode, encode
 from membership.store.in_memory import MemoryStore
+from membership.store.interface import Watch
 from membership.store.records import AgentRecord, Checkpoint, ClusterState, RankRecord, RankState
 from tests.support.agent_scene import KEYS, Scene, agent
 from tests.support.helpers import eventually
@@ -345,11 +347,16 @@ def test_a_rank_that_loaded_another_model_is_refused_at_once_and_others_serve(
         serve_model(scene, tmp_path, A, B)
         (tmp_path / "model").write_text("two")
         later = RankId(1, 9)
+        published = scene.store.watch(KEYS.rank(*later), 0)
+        monkeypatch.setattr("workers.agent.decide._refusals", lambda *_: [])  # the next look would be too late
         os.kill(scene.state().ranks[B].pid, signal.SIGKILL)
         scene.until(lambda s: B not in s.ranks, "the death published")
         scene.assign(A, later)
         pid = scene.until_registered(A, later).ranks[later].pid
         revision = scene.stage(2, A, later)
+        records = until_gone(published)
+        assert len(records) > 1
+        assert not any(record.identity for record in records), "the controller would start another rank in the slot"
         exited = scene.until(lambda s: s.exits[1].incarnation == 9, "the refusal").exits[1]
         assert (exited.refused, exited.quarantined) == (True, True)
         assert exited.reason == (
@@ -363,6 +370,19 @@ def test_a_rank_that_loaded_another_model_is_refused_at_once_and_others_serve(
         assert [event.rank for event in scene.events("rank_quarantined")] == [1]
         eventually(lambda: len(scene.events("rank_exited")) == 2, 30, "its exit status")
         assert scene.state().exits[1].reason == exited.reason, "that we killed it is no news"
+
+
+def until_gone(watch: Watch) -> list[RankRecord]:
+    """All that was published of a rank until its record was withdrawn."""
+    records: list[RankRecord] = []
+    with closing(watch):
+        while True:
+            batch = watch.next(30.0)
+            assert batch is not None, "the record stays"
+            for event in batch.events:
+                if event.kind == "delete":
+                    return records
+                records.append(decode(event.kv.value, RankRecord))
 
 
 def test_an_expert_with_other_weights_is_not_used_by_a_serving_rank_and_refuses_a_new_one(
