@@ -19,7 +19,8 @@ def engine_in(state: ClusterState) -> Engine:
     """An engine without requests, whose status writer has noticed nothing."""
     server = SimpleNamespace(take=list, send=lambda _: pytest.fail("it goes on"))
     mirror, status = SimpleNamespace(state=lambda: state), SimpleNamespace(fenced=False)
-    peers: Any = SimpleNamespace(mirror=mirror, fleet=None, server=server, status=status, events=None)
+    fleet = SimpleNamespace(awaited=frozenset())
+    peers: Any = SimpleNamespace(mirror=mirror, fleet=fleet, server=server, status=status, events=None)
     return Engine(config(), TOKEN, cast(Peers, peers))
 
 
