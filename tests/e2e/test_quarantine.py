@@ -60,5 +60,6 @@ def test_a_slot_is_set_aside_and_comes_back(serve: Serve, demo_model: Path) -> N
         cluster.wait_serving(RANKS)
         (rank,) = [each for each in cluster.status()["ranks"] if each["rank"] == VICTIM]
         kill(rank["pid"])
+        eventually(lambda: successor(cluster, rank["incarnation"]), 60.0, "the victim's successor serving")
         cluster.wait_serving(RANKS)
         assert elastic(cluster, "explain")[0]["state"] == "serving", "one more death is a first one"
