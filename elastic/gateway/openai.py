@@ -139,7 +139,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
         sampling = await _sampling(service, chat)
         job = _job(service, chat, [prompt], sampling, ChatRenderer, visit_of(request))
         answer = job.renderer.id.removeprefix(ChatRenderer.id_prefix)
-        renderer = ResponseRenderer(service.tokenizer, answer, asked, int(service.now()))
+        renderer = ResponseRenderer(answer, asked, int(service.now()))
         return await _answer(request, service, chat, dataclasses.replace(job, renderer=renderer))
 
 

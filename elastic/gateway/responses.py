@@ -9,9 +9,8 @@ import msgspec
 
 from elastic.gateway.answer.said import Call, Said
 from elastic.gateway.choice import Choice, Piece
-from elastic.gateway.render import Json, Renderer, UsageShown
+from elastic.gateway.render import Answering, Json
 from elastic.gateway.responses_schema import ResponsesRequest
-from elastic.gateway.tokenizer import Tokenizer
 from elastic.http_errors import message_of
 from membership.base.errors import RequestError
 
@@ -123,13 +122,13 @@ class Output:
         yield from self.items[-1].begin()
 
 
-class ResponseRenderer(Renderer):
+class ResponseRenderer(Answering):
     """/v1/responses."""
 
-    whole_object = chunk_object = "response"
-
-    def __init__(self, tokenizer: Tokenizer, answer: str, asked: ResponsesRequest, created: int) -> None:
-        super().__init__(tokenizer, f"resp_{answer}", asked.model, created, UsageShown())
+    def __init__(self, answer: str, asked: ResponsesRequest, created: int) -> None:
+        self.id = f"resp_{answer}"
+        self._model = asked.model
+        self._created = created
         self._asked = asked
         self._output = Output(answer)
         self._events = 0
@@ -212,9 +211,3 @@ class ResponseRenderer(Renderer):
             written += b"event: " + str(event["type"]).encode() + b"\ndata: " + data + b"\n\n"
             self._events += 1
         return written
-
-    def _chunk_choice(self, index: int, piece: Piece) -> Json:
-        raise NotImplementedError("its events are typed")
-
-    def _whole_choice(self, index: int, choice: Choice) -> Json:
-        raise NotImplementedError("it has items")

@@ -55,9 +55,9 @@ def test_the_sampled_token_is_among_the_top_ones(tmp_path: Path, top: list[str],
     assert found == {"a": -3.0} | dict.fromkeys(likeliest, -1.0)
 
 
-def test_a_response_that_breaks_off_says_why_in_its_last_event(tmp_path: Path) -> None:
+def test_a_response_that_breaks_off_says_why_in_its_last_event() -> None:
     asked = parse(b'{"model": "m", "input": "x"}', ResponsesRequest)
-    renderer = ResponseRenderer(Tokenizer(write_tokenizer(tmp_path)), "1", asked, 0)
+    renderer = ResponseRenderer("1", asked, 0)
     first = renderer.said(0, Piece("a", said=Said("a")), 1, [])
     assert first.count(b"event: ") == 5
     name, data = renderer.failed(RequestError("no rank", status=503)).decode().strip().split("\n")
