@@ -239,23 +239,15 @@ class Engine:
         for order in orders:
             failpoints.hit("engine.before.copy")
             self._fleet.copy(order)
-        for moved in self._scheduler.moved():
+        moved = [("request_moved", each) for each in self._scheduler.moved()]
+        for kind, done in (*moved, *(("request_salvaged", each) for each in self._scheduler.salvaged())):
             self._emit(
-                "request_moved",
-                moved.target,
-                source=moved.source,
-                request_id=moved.request_id,
-                tokens=moved.tokens,
-                ms=round(moved.ms, 3),
-            )
-        for salvaged in self._scheduler.salvaged():
-            self._emit(
-                "request_salvaged",
-                salvaged.target,
-                source=salvaged.source,
-                request_id=salvaged.request_id,
-                tokens=salvaged.tokens,
-                ms=round(salvaged.ms, 3),
+                kind,
+                done.target,
+                source=done.source,
+                request_id=done.request_id,
+                tokens=done.tokens,
+                ms=round(done.ms, 3),
             )
 
     def _take_result(self, result: StepResult) -> None:

@@ -22,7 +22,7 @@ from workers.protocol.messages import BlocksCopied, CopyBlocks
 
 @dataclass(frozen=True)
 class Moved:
-    """A request has another home, with everything that was computed for it."""
+    """A request has another home, where so many of its tokens need not be computed again."""
 
     request_id: str
     source: int

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from elastic.engine.migration import Moved
 from elastic.engine.sequence import Home, Left, Sequence
 from membership.base.rank_id import RankId
 from membership.base.timing import COPY_TIMEOUT_S
@@ -20,17 +21,6 @@ from membership.store.records import ClusterConfig
 from workers.protocol.messages import BlocksCopied, CopyBlocks
 
 AT_ONCE = 4  # pieces that a rank reads between two steps
-
-
-@dataclass(frozen=True)
-class Salvaged:
-    """So many tokens of a request need not be computed again."""
-
-    request_id: str
-    source: int
-    target: int
-    tokens: int
-    ms: float
 
 
 @dataclass(slots=True, eq=False)
@@ -55,7 +45,7 @@ class Salvage:
         self._token, self._numbers = engine_token, numbers
         self._lost: list[Sequence] = []  # that have something left
         self._reads: list[_Read] = []
-        self.done: list[Salvaged] = []  # since the list was last cleared
+        self.done: list[Moved] = []  # since the list was last cleared
 
     @property
     def reading(self) -> frozenset[RankId]:
@@ -140,7 +130,7 @@ class Salvage:
         read.sequence.left = None
         tokens, ms = read.sequence.computed - read.first, (now - read.began) * 1000
         request = read.sequence.request.request_id
-        self.done.append(Salvaged(request, read.left.source.rank, read.home.rank, tokens, ms))
+        self.done.append(Moved(request, read.left.source.rank, read.home.rank, tokens, ms))
 
     def _give_up(self, read: _Read) -> None:
         """What one request cannot be read from, its home cannot read for others either."""

@@ -13,7 +13,7 @@ from elastic.engine.kv_blocks import BlockPool, blocks_for
 from elastic.engine.migration import Migration, Moved
 from elastic.engine.prefix import Contents, crowding
 from elastic.engine.reserve import Reserve
-from elastic.engine.salvage import Salvage, Salvaged
+from elastic.engine.salvage import Salvage
 from elastic.engine.sequence import Home, Sequence, refusal
 from elastic.engine.step_budget import StepBudget, Work, shares
 from elastic.engine.waiting import Shed, WaitingRoom
@@ -170,7 +170,7 @@ class Scheduler:
         moved, self._migration.moved = self._migration.moved, []
         return moved
 
-    def salvaged(self) -> list[Salvaged]:
+    def salvaged(self) -> list[Moved]:
         """What need not be computed again since a rank died, since the last call."""
         done, self._salvage.done = self._salvage.done, []
         self.salvaged_tokens += sum(each.tokens for each in done)
