@@ -15,6 +15,9 @@ EXCHANGE = "tests/integration/workers/exchange/test_exchange_threads.py"
 ROUTER = "tests/unit/workers/exchange/test_router.py"
 LINKS = "tests/unit/workers/exchange/test_links.py"
 WIRE = "tests/unit/workers/exchange/shm/test_wire.py"
+KNOWN_EPISODES = (
+    "tests/unit/chaos/simulation/test_simulation.py::test_an_episode_that_once_broke_a_promise_does_not_break_it_again"
+)
 
 MUTANTS: tuple[Mutant, ...] = (
     Mutant(
@@ -191,5 +194,14 @@ MUTANTS: tuple[Mutant, ...] = (
         file="workers/exchange/shm/wire.py",
         before="        self.words[ASK] = 0\n        fence()\n",
         tests=(f"{WIRE}::test_a_peer_never_sees_a_half_written_request",),
+    ),
+    # --- agents
+    Mutant(
+        name="replaced-preparation-counts",
+        guards="G5: the end of a preparation that was replaced says nothing about its successor",
+        file="workers/agent/agent.py",
+        before="        if revision < self._ranks[key].preparing_revision:\n            return",
+        after="        if False:\n            return",
+        tests=(KNOWN_EPISODES,),
     ),
 )
