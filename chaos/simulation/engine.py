@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from chaos.simulation.fleet import SimFleet
 from chaos.simulation.process import Process
-from elastic.engine.gateway_server import EngineServer
+from elastic.engine.gateway_server import EngineServer, Route
 from elastic.engine.loop import Engine, Peers
 from elastic.engine.status_writer import StatusWriter
 from membership.base.errors import Fenced, LeaseLost, StoreUnavailable, WaitTimeout
@@ -47,10 +47,10 @@ class SimServer(EngineServer):
         self._send_all()
 
     def receive(self, connection: bytes, message: Any) -> None:
-        self._receive(connection, message)
+        self._receive((cast(Any, None), connection), message)  # there are no sockets here
 
-    def _send_to(self, gateway: bytes, message: Any) -> bool:
-        connection = self.connections.get(gateway)
+    def _send_to(self, gateway: Route, message: Any) -> bool:
+        connection = self.connections.get(gateway[1])
         return connection is not None and connection.to_gateway(message)
 
     def close(self) -> None:

@@ -91,6 +91,7 @@ def gateway(options: GatewayOptions) -> None:
         listeners=inherited_listeners(),
         grace_s=options.stop_grace_s,
         api=options,
+        network=network_of(options.advertise, options.join_secret_file, address.cluster),
     )
     with role("gateway", address, state.events, options.limit) as (store, stop, events):
         run_gateway(store, address.cluster, settings, stop, events, stop.hurry)

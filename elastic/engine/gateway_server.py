@@ -1,7 +1,7 @@
-"""The engine's server for gateways: a ZeroMQ ROUTER in a thread of its own, so that no gateway can slow a step down.
+"""The engine's server for gateways: ZeroMQ ROUTERs in a thread of its own, so that no gateway can slow a step down.
 
-Only processes of this user reach it (a socket in the run directory, peer uid checked). What does not decode is dropped
-with a log.
+On this host only processes of this user reach it (a socket in the run directory, peer uid checked); from other hosts,
+if there is a network, those that have the join secret (TCP, CURVE). What does not decode is dropped with a log.
 A request belongs to the gateway that submitted it last; when that gateway is gone, its requests are aborted.
 """
 
@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import msgspec
 import structlog
@@ -21,12 +22,20 @@ from elastic.protocol import Abort, Hello, Rejected, Submit, ToEngine, ToGateway
 from membership.base import failpoints
 from membership.base.attempts import Attempts
 from membership.base.errors import WaitTimeout
+from membership.base.network import Network
 from membership.base.run_dir import default_run_dir, make_run_dir, new_socket
+from membership.base.timing import REMOTE_SILENCE_S
+from workers.queue.curve import Authenticator, serve_curve
+from workers.queue.network import Purpose, connecting_keys, listening_keys
 
 MAX_MESSAGE_BYTES = 16 << 20
 MAX_QUEUED_MESSAGES = 100_000  # per gateway; one that reads so slowly loses its requests
 _POLL_MS = 1000
 RETRY_S = 0.05
+HEARTBEAT_MS = 1000  # on a connection to another host: whose cable is pulled does not say that it ends
+
+Route = tuple[zmq.Socket[Any], bytes]
+"""The socket on which a gateway is, and its routing id there."""
 
 log = structlog.get_logger(__name__)
 
@@ -34,13 +43,14 @@ log = structlog.get_logger(__name__)
 class EngineServer:
     """`take` and `send` never block; `on_message` is called in the server's thread when there is something to take."""
 
-    def __init__(self, on_message: Callable[[], None]) -> None:
+    def __init__(self, on_message: Callable[[], None], network: Network | None = None) -> None:
         self._path = make_run_dir(default_run_dir()) / new_socket("engine")
         self.address = f"ipc://{self._path}"
+        self.remote, self.remote_key = "", b""  # where other hosts connect, if they may
         self._on_message = on_message
         self._inbox: deque[Submit | Abort] = deque()
         self._outbox: deque[Tokens | Rejected] = deque()
-        self._routes: dict[str, bytes] = {}  # request id -> its gateway's routing id
+        self._routes: dict[str, Route] = {}  # request id -> its gateway
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
         self._encoder = msgspec.msgpack.Encoder()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -50,13 +60,13 @@ class EngineServer:
         self._failure: Exception | None = None
         self._thread: threading.Thread | None = None
         self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.set(zmq.LINGER, 500)
-        self._socket.set(zmq.ROUTER_MANDATORY, 1)
-        self._socket.set(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-        self._socket.set(zmq.SNDHWM, MAX_QUEUED_MESSAGES)
-        self._socket.set(zmq.IPC_FILTER_UID, os.geteuid())
-        self._socket.bind(self.address)
+        near = self._router()
+        near.set(zmq.IPC_FILTER_UID, os.geteuid())
+        near.bind(self.address)
+        self._sockets = [near]
+        self._auth: Authenticator | None = None
+        if network is not None:
+            self._listen_to_hosts(network)
 
     def serve(self, engine_token: int) -> None:
         """Answer gateways from now on; what they have sent before waits in the socket."""
@@ -93,10 +103,30 @@ class EngineServer:
             self._thread.join(timeout=5.0)
             if self._thread.is_alive():
                 raise WaitTimeout("the engine's server thread did not stop within 5 s")
-        self._socket.close()
+        for socket in (*self._sockets, *([self._auth.socket] if self._auth is not None else [])):
+            socket.close()
         self._context.term()
         os.close(self._wake)
         self._path.unlink(missing_ok=True)
+
+    def _router(self) -> zmq.Socket[Any]:
+        router = self._context.socket(zmq.ROUTER)
+        router.set(zmq.LINGER, 500)
+        router.set(zmq.ROUTER_MANDATORY, 1)
+        router.set(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        router.set(zmq.SNDHWM, MAX_QUEUED_MESSAGES)
+        return router
+
+    def _listen_to_hosts(self, network: Network) -> None:
+        keys = listening_keys(network, Purpose.GATEWAYS)
+        self._auth = Authenticator(self._context, {connecting_keys(network, Purpose.GATEWAYS).public})
+        far = self._router()
+        self._sockets.append(far)
+        serve_curve(far, keys)
+        far.set(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+        far.set(zmq.HEARTBEAT_TIMEOUT, int(REMOTE_SILENCE_S * 1000))
+        port = far.bind_to_random_port(f"tcp://{network.address}")
+        self.remote, self.remote_key = f"tcp://{network.address}:{port}", keys.public
 
     def _run(self) -> None:
         try:
@@ -108,36 +138,41 @@ class EngineServer:
 
     def _serve(self) -> None:
         poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
+        for socket in self._sockets:
+            poller.register(socket, zmq.POLLIN)
+        if self._auth is not None:
+            poller.register(self._auth.socket, zmq.POLLIN)
         poller.register(self._wake, zmq.POLLIN)
         while not self._stop.is_set():
             ready = dict(poller.poll(_POLL_MS))
             if self._wake in ready:
                 os.eventfd_read(self._wake)
-            if not self._attempts.run(partial(self._turn, self._socket in ready)):
+            if self._auth is not None and self._auth.socket in ready:
+                self._attempts.run(self._auth.answer, "admission of a gateway")
+            if not self._attempts.run(partial(self._turn, [each for each in self._sockets if each in ready])):
                 self._stop.wait(RETRY_S)
         self._send_all()
 
-    def _turn(self, readable: bool) -> None:
+    def _turn(self, readable: Iterable[zmq.Socket[Any]]) -> None:
         self._send_all()
-        if readable:
-            self._receive_all()
+        for socket in readable:
+            self._receive_all(socket)
 
-    def _receive_all(self) -> None:
+    def _receive_all(self, socket: zmq.Socket[Any]) -> None:
         while True:
             try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                frames = socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
             if len(frames) != 2:
                 log.warning("gateway_message_misshapen", frames=len(frames))
                 continue
             try:
-                self._receive(frames[0], self._decoder.decode(frames[1]))
+                self._receive((socket, frames[0]), self._decoder.decode(frames[1]))
             except msgspec.DecodeError as error:
                 log.warning("gateway_message_malformed", error=str(error), size=len(frames[1]))
 
-    def _receive(self, gateway: bytes, message: ToEngine) -> None:
+    def _receive(self, gateway: Route, message: ToEngine) -> None:
         if isinstance(message, Hello):
             failpoints.hit("engine.hello")
             self._send_to(gateway, Welcome(self._token))  # also the answer to a gateway's ping
@@ -167,10 +202,11 @@ class EngineServer:
                 self._inbox.append(Abort(output.request_id))
                 self._on_message()
 
-    def _send_to(self, gateway: bytes, message: ToGateway) -> bool:
+    def _send_to(self, gateway: Route, message: ToGateway) -> bool:
         """False if that gateway is gone, or does not read."""
+        socket, name = gateway
         try:
-            self._socket.send_multipart([gateway, self._encoder.encode(message)], zmq.NOBLOCK)
+            socket.send_multipart([name, self._encoder.encode(message)], zmq.NOBLOCK)
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise

@@ -29,6 +29,7 @@ from membership.store.lease import LeaseKeeper
 from membership.store.mirror import Mirror
 from membership.store.records import ClusterConfig, EngineRecord
 from workers.fleet.fleet import Fleet
+from workers.queue.handle import this_host
 
 CAMPAIGN_SLICE_S = 1.0
 REMIND_S = 60.0
@@ -70,7 +71,7 @@ def run_engine(
             return
         fleet = Fleet(network=network)
         opened.callback(fleet.close)
-        server = EngineServer(fleet.ring)
+        server = EngineServer(fleet.ring, network)
         opened.callback(server.close)
         record = EngineRecord(
             node=node,
@@ -78,6 +79,9 @@ def run_engine(
             address=server.address,
             broadcast_handle=fleet.broadcast_handle,
             mask_handle=fleet.mask_handle,
+            host=this_host(),
+            remote=server.remote,
+            remote_key=server.remote_key,
         )
         keys = Keys(cluster)
         elected = _get_elected(store, keys, record, config.lease_ttl_s, stop)

@@ -40,6 +40,7 @@ from membership.base import descriptors
 from membership.base.enums import GenerationConfig
 from membership.base.errors import ConfigError, ElasticError, RequestError
 from membership.base.events import EventLog
+from membership.base.network import Network
 from membership.base.timing import STOP_GRACE_S
 from membership.store.interface import Store
 from membership.store.mirror import Mirror
@@ -73,6 +74,7 @@ class GatewaySettings:
     grace_s: float = STOP_GRACE_S  # for open streams when the gateway is stopped
     link: LinkSettings = field(default_factory=LinkSettings)
     api: ApiOptions = field(default_factory=ApiOptions)
+    network: Network | None = None  # how an engine on another host is reached
 
 
 @dataclass
@@ -112,7 +114,7 @@ def run_gateway(
         config = mirror.wait(lambda s: s.config is not None, CONFIG_TIMEOUT_S, f"the config of {cluster!r}").config
         if config is None:
             raise ConfigError(f"cluster {cluster!r} has no config")
-        link = EngineLink(name, settings.link, note=note)
+        link = EngineLink(name, settings.link, network=settings.network, note=note)
         readiness = health.Readiness(link, mirror.state, lambda: mirror.trouble)
         history = StateDir(settings.state_dir).events
         keys = KeyRing(settings.api.api_key, settings.api.api_key_file)
@@ -137,13 +139,18 @@ def run_gateway(
                 certificates=None if is_loopback(bound.admin) else certificates,
             ),
         )
-        url, admin_url = urls_of(bound, socket.gethostname(), tls=certificates is not None)
+        url, admin_url = urls_of(bound, _host_name(settings), tls=certificates is not None)
         record = GatewayRecord(name=name, pid=os.getpid(), url=url, admin_url=admin_url)
         gateway = Gateway(config, mirror, link, readiness, *servers, settings.grace_s, hurry or threading.Event())
         with Registration(store, cluster, record, config.lease_ttl_s):
             note("gateway_started", name=name, url=record.url)
             asyncio.run(_serve(gateway, stop))
             note("gateway_stopped", name=name)
+
+
+def _host_name(settings: GatewaySettings) -> str:
+    """Of a gateway that listens at all of its host's addresses."""
+    return settings.network.address if settings.network is not None else socket.gethostname()
 
 
 def _service(

@@ -22,13 +22,14 @@ import structlog
 import zmq
 import zmq.asyncio
 
-from elastic.gateway.engine_socket import EngineSocket, engine_socket
+from elastic.gateway.engine_socket import EngineSocket, engine_socket, is_near
 from elastic.gateway.journal import Delta, Journal, Request
 from elastic.protocol import Hello, Rejected, ToEngine, ToGateway, Tokens, Welcome
 from membership.base import failpoints
-from membership.base.errors import ConfigError, JournalError, RequestError
+from membership.base.errors import ConfigError, JournalError, QueueError, RequestError
+from membership.base.network import Network
 from membership.base.timing import ENGINE_SILENCE_S, ENGINE_WAIT_S, STALL_S
-from membership.store.records import ClusterState
+from membership.store.records import ClusterState, EngineRecord
 
 TICK_S = 0.2
 
@@ -50,10 +51,15 @@ class LinkSettings:
 
 @dataclass(frozen=True)
 class Target:
-    """An engine: its token and its address."""
+    """An engine: its token and its record."""
 
     token: int
-    address: str
+    record: EngineRecord
+
+    @property
+    def address(self) -> str:
+        """Where this gateway connects."""
+        return self.record.address if is_near(self.record) else self.record.remote
 
 
 @dataclass(frozen=True)
@@ -127,9 +133,11 @@ class EngineLink:
         gateway: str,
         settings: LinkSettings | None = None,
         *,
+        network: Network | None = None,
         clock: Callable[[], float] = time.monotonic,
         note: Callable[..., Any] = lambda kind, **fields: None,
     ) -> None:
+        """`network`: the engine may be on another host."""
         self.journal = Journal()
         self.settings = settings or LinkSettings()
         self.ready = False
@@ -137,6 +145,7 @@ class EngineLink:
         self.refusal = ""  # set when no more requests are taken
         self.trouble = ""  # why the engine cannot be connected to
         self._gateway = gateway
+        self._network = network
         self._clock = clock
         self._note = note
         self._target: Target | None = None
@@ -214,7 +223,7 @@ class EngineLink:
         """Connect to the engine that the store names. While it names none, keep the connection."""
         if state.engine is None:
             return
-        target = Target(state.engine_token, state.engine.address)
+        target = Target(state.engine_token, state.engine)
         if target != self._target:
             self._target = target
             if self._moved is not None and not self._moved.done():
@@ -248,7 +257,7 @@ class EngineLink:
         jobs: list[asyncio.Future[Any]] = []
         routing_id = f"{self._gateway[:200]}/{secrets.token_hex(8)}"  # new: what is still sent to the last one is lost
         try:
-            with engine_socket(context, target.address, routing_id.encode()) as engine:
+            with engine_socket(context, target.record, routing_id.encode(), self._network) as engine:
                 for job in (self._follow(engine), self._listen(engine.socket, target), self._ping()):
                     jobs.append(asyncio.ensure_future(job))
                 try:
@@ -260,7 +269,7 @@ class EngineLink:
                     for each in jobs:
                         each.cancel()
                     await asyncio.gather(*jobs, return_exceptions=True)
-        except (zmq.ZMQError, OSError, ConfigError) as error:
+        except (zmq.ZMQError, OSError, ConfigError, QueueError) as error:
             if str(error) != self.trouble:
                 log.warning("engine_unreachable", address=target.address, error=str(error))
             self.trouble = str(error)

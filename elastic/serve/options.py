@@ -481,7 +481,7 @@ class AgentOptions(RoleOptions, SpareOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatewayOptions(StoreOptions, ListenOptions, ApiOptions, LogOptions):
+class GatewayOptions(StoreOptions, NetworkOptions, ListenOptions, ApiOptions, LogOptions):
     """Options of `elastic gateway`."""
 
     name: str = option("", "Name of this gateway. Default: host name and process id.")

@@ -265,9 +265,12 @@ class EngineRecord(Record, frozen=True, kw_only=True):
 
     node: str
     pid: int
-    address: str  # ZeroMQ endpoint for gateways
+    address: str  # ZeroMQ endpoint for gateways of its host
     broadcast_handle: bytes  # queue handle that ranks join
     mask_handle: bytes  # live-mask page that ranks map
+    host: str = ""  # which host and network namespace it is in
+    remote: str = ""  # ZeroMQ endpoint for gateways elsewhere
+    remote_key: bytes = b""  # CURVE public key of that endpoint
 
 
 class EngineStatus(Record, frozen=True, kw_only=True):

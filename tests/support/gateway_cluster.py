@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+import msgspec
 from openai import OpenAI
 
 from elastic.gateway.admin_token import AdminToken
@@ -18,6 +19,7 @@ from elastic.gateway.engine_link import LinkSettings
 from elastic.gateway.tokenizer import Tokenizer
 from elastic.serve.options import ApiOptions
 from membership.base.events import EventLog
+from membership.base.network import Network
 from membership.store import codec
 from membership.store.in_memory import MemoryStore
 from membership.store.keys import Keys
@@ -38,6 +40,7 @@ from membership.store.records import (
 from tests.support.helpers import eventually
 from tests.support.scripted_engine import Answer, ScriptedEngine
 from tests.support.tiny_tokenizer import TEMPLATE, write_tokenizer
+from workers.queue.network import Purpose, listening_keys
 
 NAME = "test"
 MODEL = "tiny"
@@ -73,6 +76,7 @@ class GatewayCluster:
     chat_template: str = TEMPLATE
     specials: tuple[str, ...] = ()
     end_tokens: tuple[int, ...] = ()
+    network: Network | None = None  # of its gateways
     store: MemoryStore = field(default_factory=MemoryStore)
     keys: Keys = field(default_factory=lambda: Keys(NAME))
 
@@ -118,14 +122,17 @@ class GatewayCluster:
     def engine(self, answer: Answer, **options: object) -> Iterator[ScriptedEngine]:
         """A new engine that holds the token, until the block ends."""
         engine = ScriptedEngine(0, answer, **options)  # type: ignore[arg-type]
-        engine.token = self.publish_engine(engine.address)
+        engine.token = self.publish_engine(engine.address, engine.network)
         with engine:
             yield engine
 
-    def publish_engine(self, address: str) -> int:
-        """Another engine is elected; its token."""
+    def publish_engine(self, address: str, network: Network | None = None) -> int:
+        """Another engine is elected; its token. `network`: it is on another host, at this address."""
         self.store.delete(self.keys.engine)
         record = EngineRecord(node="n", pid=1, address=address, broadcast_handle=b"", mask_handle=b"")
+        if network is not None:
+            key = listening_keys(network, Purpose.GATEWAYS).public
+            record = msgspec.structs.replace(record, host="another", remote=address, remote_key=key)
         token = self.store.put(self.keys.engine, codec.encode(record))
         self.store.put(self.keys.engine_status, codec.encode(EngineStatus(token=token, epoch=1)))
         return token
@@ -151,8 +158,9 @@ class GatewayCluster:
         stop, failures = threading.Event(), []
         asked = AdminToken(token, api.admin_token_file)
         settings = GatewaySettings(
-            name, self.path, asked, port=port, admin_host=admin_host, grace_s=grace_s, link=link, api=api
-        )
+            name, self.path, asked, port=port, admin_host=admin_host, grace_s=grace_s, link=link, api=api,
+            network=self.network,
+        )  # fmt: skip
         log = EventLog(self.events, "gateway")
 
         def run() -> None:

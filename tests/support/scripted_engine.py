@@ -12,8 +12,11 @@ import msgspec
 import zmq
 
 from elastic.protocol import Abort, EndToken, Hello, Rejected, Submit, ToEngine, ToGateway, Tokens, Welcome
+from membership.base.network import Network
 from membership.base.run_dir import default_run_dir, make_run_dir, new_socket
 from workers.protocol.messages import TokenLogprobs
+from workers.queue.curve import Authenticator, serve_curve
+from workers.queue.network import Purpose, connecting_keys, listening_keys
 
 Answer = Callable[[Submit], list[int]]
 Mangle = Callable[[ToGateway], list[ToGateway]]
@@ -38,12 +41,14 @@ class ScriptedEngine:
         answer: Answer,
         *,
         address: str = "",
+        network: Network | None = None,
         pause_after: int | None = None,
         mangle: Mangle = lambda message: [message],
         reject: Callable[[Submit], Rejected | None] = lambda submit: None,
     ) -> None:
         self.token = token
         self.address = address or f"ipc://{make_run_dir(default_run_dir()) / new_socket('engine')}"
+        self.network = network  # it is on another host, and listens there at `address`
         self.pause_after = pause_after
         self.mute = False  # deaf and dumb, but connected
         self.submits: list[Submit] = []
@@ -77,8 +82,11 @@ class ScriptedEngine:
         context = zmq.Context()
         self._socket = context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
+        auth = self._admit(context, self.network) if self.network is not None else None
         self._socket.bind(self.address)
         while not self._stop.is_set():
+            while auth is not None and auth.socket.poll(0):
+                auth.answer()
             while not self.mute and self._socket.poll(2):
                 peer, body = self._socket.recv_multipart()
                 self._on(peer, self._decoder.decode(body))
@@ -88,6 +96,10 @@ class ScriptedEngine:
                 self._step()
         context.destroy(linger=0)
         Path(self.address.removeprefix("ipc://")).unlink(missing_ok=True)
+
+    def _admit(self, context: zmq.Context[zmq.Socket[bytes]], network: Network) -> Authenticator:
+        serve_curve(self._socket, listening_keys(network, Purpose.GATEWAYS))
+        return Authenticator(context, {connecting_keys(network, Purpose.GATEWAYS).public})
 
     def _on(self, peer: bytes, message: ToEngine) -> None:
         if isinstance(message, Hello):

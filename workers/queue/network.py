@@ -1,26 +1,34 @@
 """The keys of connections between hosts: all hosts of a cluster derive them from its join secret.
 
-Nothing secret is in a record. One pair of keys is for the side that listens, one for the side that connects; each side
-knows the other's public half by itself, so a record that names another one is refused.
+Nothing secret is in a record. For each purpose one pair of keys is for the side that listens, one for the side that
+connects; each side knows the other's public half by itself, so a record that names another one is refused.
 """
 
 from __future__ import annotations
 
 import hmac
+from enum import StrEnum
 
 from membership.base.errors import QueueError
 from membership.base.network import Network
 from workers.queue.handle import CurveKeys, Handle, Remote, this_host
 
 
-def listening_keys(network: Network) -> CurveKeys:
+class Purpose(StrEnum):
+    """What keys are for: those of one purpose open no connection of another."""
+
+    RANKS = ""  # steps, answers and rows
+    GATEWAYS = "gateways "
+
+
+def listening_keys(network: Network, purpose: Purpose = Purpose.RANKS) -> CurveKeys:
     """The keys of the side that is connected to."""
-    return _derived(network, "listening")
+    return _derived(network, f"{purpose}listening")
 
 
-def connecting_keys(network: Network) -> CurveKeys:
+def connecting_keys(network: Network, purpose: Purpose = Purpose.RANKS) -> CurveKeys:
     """The keys of the side that connects."""
-    return _derived(network, "connecting")
+    return _derived(network, f"{purpose}connecting")
 
 
 def remote_of(network: Network) -> Remote:
@@ -39,9 +47,9 @@ def keys_for(handle: Handle, network: Network | None) -> CurveKeys | None:
     return connecting_keys(network)
 
 
-def require_same_secret(listener: bytes, network: Network) -> None:
+def require_same_secret(listener: bytes, network: Network, purpose: Purpose = Purpose.RANKS) -> None:
     """QueueError unless a process that listens with this public key has our join secret."""
-    if not hmac.compare_digest(listener, listening_keys(network).public):
+    if not hmac.compare_digest(listener, listening_keys(network, purpose).public):
         raise QueueError("a process on another host has another join secret", hint="give all hosts the same one")
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -15,20 +16,29 @@ import zmq
 
 from elastic.engine.gateway_server import EngineServer
 from elastic.protocol import Abort, Hello, Rejected, Submit, ToGateway, Tokens, Welcome
+from membership.base.network import Network
 from membership.base.run_dir import ENV
 from tests.support.helpers import eventually, let_all_in
 from workers.protocol.messages import Sampling
+from workers.queue.curve import use_curve
+from workers.queue.handle import CurveKeys
+from workers.queue.network import Purpose, connecting_keys, listening_keys
 
 pytestmark = pytest.mark.integration
 TOKEN = 42
+NETWORK = Network("127.0.0.1", "moe", b"a secret of the tests' cluster")
 
 
 class Peer:
     """A gateway's socket."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], address: str, keys: tuple[CurveKeys, bytes] | None = None
+    ) -> None:
         self.socket = context.socket(zmq.DEALER)
         self.socket.set(zmq.LINGER, 0)
+        if keys is not None:
+            use_curve(self.socket, *keys)
         self.socket.connect(address)
 
     def send(self, message: object) -> None:
@@ -47,6 +57,14 @@ def rung() -> threading.Event:
 @pytest.fixture
 def server(rung: threading.Event) -> Iterator[EngineServer]:
     server = EngineServer(rung.set)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def between(rung: threading.Event) -> Iterator[EngineServer]:
+    """It also listens for other hosts."""
+    server = EngineServer(rung.set, NETWORK)
     yield server
     server.close()
 
@@ -117,6 +135,47 @@ def test_the_requests_of_a_gateway_that_is_gone_are_aborted(
         return server.take()
 
     assert eventually(sent, 30.0, "the abort of the lost gateway's request") == [Abort("a")]
+
+
+def test_gateways_of_both_kinds_get_the_same(between: EngineServer, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    keys = connecting_keys(NETWORK, Purpose.GATEWAYS), between.remote_key
+    assert between.remote_key == listening_keys(NETWORK, Purpose.GATEWAYS).public
+    far, near = Peer(context, between.remote, keys), Peer(context, between.address)
+    far.send(Hello("g"))  # before it serves
+    between.serve(TOKEN)
+    assert far.receive() == Welcome(TOKEN)
+    far.send(submit("a"))
+    assert taken(between) == [submit("a")]
+    near.send(Abort("a"))  # not its request
+    near.send(submit("b"))
+    assert taken(between) == [submit("b")]
+    between.send([Tokens(TOKEN, "a", 0, [7]), Tokens(TOKEN, "b", 0, [8])])
+    assert (far.receive(), near.receive()) == (Tokens(TOKEN, "a", 0, [7]), Tokens(TOKEN, "b", 0, [8]))
+    far.socket.close()
+
+    def sent() -> list[Submit | Abort]:
+        between.send([Tokens(TOKEN, "a", 1, [7])])
+        return between.take()
+
+    assert eventually(sent, 30.0, "the abort of the lost gateway's request") == [Abort("a")]
+
+
+def test_who_has_no_secret_is_not_answered(between: EngineServer, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    between.serve(TOKEN)
+    other = replace(NETWORK, secret=b"another secret, no less long")
+    strangers = [
+        Peer(context, between.remote),
+        Peer(context, between.remote, (connecting_keys(other, Purpose.GATEWAYS), between.remote_key)),
+        Peer(context, between.remote, (connecting_keys(NETWORK), between.remote_key)),  # a rank's
+    ]
+    for each in strangers:
+        each.send(Hello("g"))
+        each.send(submit("stolen"))
+    ours = Peer(context, between.remote, (connecting_keys(NETWORK, Purpose.GATEWAYS), between.remote_key))
+    ours.send(submit("ours"))
+    assert taken(between) == [submit("ours")]
+    assert not any(each.socket.poll(200) for each in strangers)
+    assert between.take() == []
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
