@@ -25,6 +25,7 @@ from chaos.simulation.invariants import require
 from chaos.simulation.pairs import walk
 from membership.base import failpoints
 from membership.base.errors import ElasticError
+from membership.base.timing import FAILED_REST_S
 from membership.operations.pause import resume
 from membership.operations.quarantine import unquarantine
 
@@ -32,7 +33,8 @@ PACES = ((120, 0.3), (120, 0.3), (120, 0.2), (60, 1.0))  # (number of events, fa
 GAPS_S = (0.0, 0.005, 0.05, 0.15, 0.4, 0.9)
 GAP_S = 1.0  # longest gap that events leave behind which are left out
 WALKED = 100
-SETTLED_WITHIN_S, QUIESCENT_WITHIN_S, POLL_S = 20.0, 60.0, 0.5
+SETTLED_WITHIN_S, POLL_S = 20.0, 0.5
+QUIESCENT_WITHIN_S = FAILED_REST_S + 20.0  # a rebalance that failed last thing rests before it is tried again
 REQUEST_EVERY_S = 0.35
 STAGED = 40  # views staged without faults: that is no progress
 LATE_S = 15.0  # within which an operation must end after its deadline and after the faults
