@@ -22,55 +22,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.checkpoints import Shape, make
 from workers.agent.weight_store import WeightStore
 
-HIDDEN, INNER, EXPERTS, VOCAB = 1024, 448, 64, 32_000
 LOOK_S = 0.02
-
-
-def make(path: Path, gigabytes: float) -> None:
-    """A checkpoint of OLMoE's kind with random bf16 weights, one file per layer: none is ever whole in memory."""
-    import torch
-    from safetensors.torch import save_file
-    from transformers import OlmoeConfig
-
-    layer = 2 * (EXPERTS * 3 * HIDDEN * INNER + 4 * HIDDEN * HIDDEN)
-    layers = max(1, round((gigabytes * 1e9 - 4 * VOCAB * HIDDEN) / layer))
-    config = OlmoeConfig(
-        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=layers,
-        num_attention_heads=16, num_key_value_heads=16, num_experts=EXPERTS, num_experts_per_tok=8,
-        max_position_embeddings=4096, tie_word_embeddings=False, torch_dtype="bfloat16",
-        architectures=["OlmoeForCausalLM"],
-    )  # fmt: skip
-    config.save_pretrained(path)
-    index: dict[str, str] = {}
-
-    def write(file: str, tensors: dict[str, tuple[int, ...]]) -> None:
-        made = {name: torch.randn(shape, dtype=torch.bfloat16) * 0.02 for name, shape in tensors.items()}
-        save_file(made, path / file, metadata={"format": "pt"})
-        index.update(dict.fromkeys(made, file))
-
-    square = (HIDDEN, HIDDEN)
-    for number in range(layers):
-        prefix = f"model.layers.{number}."
-        tensors: dict[str, tuple[int, ...]] = {f"{prefix}self_attn.{each}_proj.weight": square for each in "qkvo"}
-        tensors |= {f"{prefix}self_attn.{each}_norm.weight": (HIDDEN,) for each in "qk"}
-        tensors |= {f"{prefix}{each}_layernorm.weight": (HIDDEN,) for each in ("input", "post_attention")}
-        tensors[f"{prefix}mlp.gate.weight"] = (EXPERTS, HIDDEN)
-        for expert in range(EXPERTS):
-            name = f"{prefix}mlp.experts.{expert}."
-            tensors |= {f"{name}{each}_proj.weight": (INNER, HIDDEN) for each in ("gate", "up")}
-            tensors[f"{name}down_proj.weight"] = (HIDDEN, INNER)
-        write(f"model-{number:05}.safetensors", tensors)
-    whole = {
-        "model.embed_tokens.weight": (VOCAB, HIDDEN),
-        "lm_head.weight": (VOCAB, HIDDEN),
-        "model.norm.weight": (HIDDEN,),
-    }
-    write("model-rest.safetensors", whole)  # type: ignore[arg-type]
-    (path / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": index}), encoding="utf-8"
-    )
 
 
 def rank(path: str, handle: str) -> None:
@@ -176,8 +131,7 @@ def main() -> None:
     path = given.path or Path(tempfile.mkdtemp(prefix="elastic-ep-loading-"))
     try:
         if not (path / "config.json").exists():
-            path.mkdir(parents=True, exist_ok=True)
-            make(path, given.gigabytes)
+            make(path, Shape.of_size(given.gigabytes))
         size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
         runs: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
         for _ in range(given.repeats):

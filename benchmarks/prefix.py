@@ -17,17 +17,20 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from benchmarks.recovery_cluster import History
 from chaos.faults import kill
 from chaos.target.cluster import ServedCluster
 from chaos.target.waiting import until
+from chaos.workload.history import percentile
 from elastic.demo.model import shipped_demo_model
 
-RANKS, ANSWER, QUESTION = 2, 24, 16
+RANKS, ANSWER, QUESTION, KILL_ANSWER = 2, 24, 16, 400  # tokens
 SIDES = {"with": (), "without": ("--no-prefix-cache", "--no-kv-pools")}
 VOCABULARY = range(2, 1000)
 
@@ -79,40 +82,58 @@ def computed(cluster: ServedCluster) -> int:
     return seen.queried_tokens - seen.cached_tokens - seen.salvaged_tokens if seen is not None else 0
 
 
+@dataclass(frozen=True)
+class Killed:
+    """What one kill cost. Times in milliseconds."""
+
+    moved: int  # requests that lost their home
+    again: int  # tokens of theirs that were computed again
+    silence: float  # the longest gap between two tokens of a stream from the kill on
+    steady_p99: float  # of gaps before it
+    full: float  # until as many ranks as before step together
+
+
 def killed(
-    cluster: ServedCluster, context: int, streams: int, common: int, chance: random.Random
-) -> tuple[int, int, float]:
-    """Kill a rank under `streams` requests: tokens computed again, requests that moved, the longest silence in ms."""
+    cluster: ServedCluster, context: int, streams: int, common: int, chance: random.Random, answer: int = KILL_ANSWER
+) -> Killed:
+    """Kill a rank under `streams` requests with this much context, of which the first `common` tokens are the same."""
     shared = [chance.choice(VOCABULARY) for _ in range(common)]
     prompts = [shared + [chance.choice(VOCABULARY) for _ in range(context - common)] for _ in range(streams)]
-    gaps: list[float] = []
+    gaps: list[tuple[float, float]] = []  # when it ended, and how long it was
     begun = threading.Semaphore(0)
 
     def follow(prompt: list[int]) -> None:
         last = 0.0
-        for number, at in enumerate(stream(cluster, prompt, 400)):
+        for number, at in enumerate(stream(cluster, prompt, answer)):
             if number > 1:
-                gaps.append((at - last) * 1000)
+                gaps.append((at, at - last))
             if number == 5:
                 begun.release()
             last = at
 
+    history = History(cluster.state.events)
     with ThreadPoolExecutor(streams) as pool:
         running = [pool.submit(follow, prompt) for prompt in prompts]
         for _ in running:
             if not begun.acquire(timeout=60.0):
                 raise TimeoutError("a stream did not begin within 60 s")
+        all_began = time.monotonic()
         settled = until(lambda: _unchanged(cluster), "the counts of computed tokens to be published", 30.0)
         victim = cluster.status()["ranks"][0]
-        kill(victim["pid"])
-        masked = cluster.wait_event(
-            lambda e: e.kind == "rank_masked" and e.fields["incarnation"] == victim["incarnation"], "the mask"
+        mark = history.mark()
+        at = kill(victim["pid"]).at
+        masked = history.wait(
+            mark, "the mask", lambda e: e.kind == "rank_masked" and e.fields["incarnation"] == victim["incarnation"]
         )
         for each in running:
             each.result(timeout=120.0)
     again = until(lambda: _unchanged(cluster), "the counts of computed tokens to be published", 30.0) - settled
+    full = history.wait_adopted(mark, RANKS, "after the kill")
     cluster.wait_serving(RANKS)
-    return again, masked.fields["requests"], max(gaps)
+    steady = [1000 * gap for ended, gap in gaps if all_began < ended - gap and ended < at]
+    silence = max((1000 * gap for ended, gap in gaps if ended > at), default=0.0)
+    full_ms = 1000 * (history.when(full) - at)
+    return Killed(masked.fields["requests"], again, silence, percentile(steady, 0.99), full_ms)
 
 
 def _unchanged(cluster: ServedCluster) -> int:
@@ -130,9 +151,9 @@ def kills(
         row: dict[str, Any] = {"row": "kill", "streams": args.streams, "context": args.context, "in common": common}
         for side, cluster in clusters.items():
             found = [killed(cluster, args.context, args.streams, common, chance) for _ in range(args.kills)]
-            moved = sum(requests for _, requests, _ in found)
-            row[f"{side}: tokens computed again per request"] = round(sum(f[0] for f in found) / max(1, moved))
-            row[f"{side}: longest silence ms"] = round(statistics.median(f[2] for f in found), 1)
+            moved = sum(each.moved for each in found)
+            row[f"{side}: tokens computed again per request"] = round(sum(f.again for f in found) / max(1, moved))
+            row[f"{side}: longest silence ms"] = round(statistics.median(f.silence for f in found), 1)
         yield row
 
 

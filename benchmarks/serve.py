@@ -57,14 +57,20 @@ def ours(path: str, dtype: str, exactness: str, streams: int, context: int, tota
     return step
 
 
-def plain(path: str, dtype: str, streams: int, context: int) -> Step:
-    """A decode step of transformers as `generate` does it: a batch, a growing cache, greedy."""
+def load_plain(path: str, dtype: str) -> Any:
+    """The model as transformers runs it."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype)).eval()
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype)).eval()
+
+
+def plain(model: Any, streams: int, context: int) -> Step:
+    """A decode step of transformers as `generate` does it: a batch, a growing cache, greedy."""
+    import torch
+
     prompt = torch.tensor([[prompt_token(s, i) for i in range(context)] for s in range(streams)])
     with torch.inference_mode():
         out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
@@ -108,7 +114,7 @@ def measure(args: argparse.Namespace, streams: int) -> dict[str, Any]:
     total = context + args.steps * args.rounds + 4
     with ExitStack() as stack:
         engines: dict[str, Step] = {
-            "transformers": plain(path, dtype, streams, context),
+            "transformers": plain(load_plain(path, dtype), streams, context),
             "stock": ours(path, dtype, "stock", streams, context, total),
             "invariant": ours(path, dtype, "invariant", streams, context, total),
         }

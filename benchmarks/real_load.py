@@ -1,0 +1,65 @@
+"""What it took until a service was ready: seconds, bytes that its ranks read, private memory, deaths."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from chaos.target.cluster import ServedCluster
+from membership.base.errors import ElasticError
+
+LOOK_S = 0.05
+READY_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True)
+class Load:
+    """Bytes, but for `ready_s` and `deaths`."""
+
+    ready_s: float
+    nbytes: int  # of the checkpoint
+    read: int  # by all ranks
+    anonymous: int  # the most of one rank
+    deaths: int
+
+
+def loaded(cluster: ServedCluster, path: Path) -> Load:
+    """Wait until the service, which has just been started, is ready."""
+    began, over, peaks = time.monotonic(), threading.Event(), dict[int, int]()
+    watcher = threading.Thread(target=_watch, args=(cluster, over, peaks))
+    watcher.start()
+    try:
+        ranks = cluster.wait_serving(2, timeout_s=READY_TIMEOUT_S)["ranks"]
+        ready_s = time.monotonic() - began
+    finally:
+        over.set()
+        watcher.join(30.0)
+    return Load(
+        ready_s,
+        sum(file.stat().st_size for file in path.glob("*.safetensors")),
+        sum(_number(rank["pid"], "io", "rchar") for rank in ranks),
+        1024 * max(peaks.values(), default=0),
+        sum(event.kind == "rank_died" for event in cluster.events()),
+    )
+
+
+def _watch(cluster: ServedCluster, over: threading.Event, peaks: dict[int, int]) -> None:
+    """Note the most private memory of each rank, in kB."""
+    while not over.wait(LOOK_S):
+        try:
+            pids = [rank["pid"] for rank in cluster.status()["ranks"]]
+        except (ElasticError, OSError):
+            continue  # it has no store yet
+        for pid in filter(None, pids):
+            peaks[pid] = max(peaks.get(pid, 0), _number(pid, "status", "RssAnon"))
+
+
+def _number(pid: int, file: str, name: str) -> int:
+    """From /proc; 0 if the process has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/{file}").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), 0)
