@@ -70,6 +70,7 @@ class DetectedBy(StrEnum):
     ROBUST_FUTEX = "robust futex"  # its main thread ended
     PIDFD = "pidfd"  # its process ended
     QUEUE = "queue"  # its queue of answers ended
+    SILENCE = "silence"  # nothing comes from its host any more
     STOPPED = "stopped"  # the kernel holds it stopped
     HUNG = "hung"  # it owes an answer and does nothing
     DEADLINE = "deadline"  # it did not answer in time

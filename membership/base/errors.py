@@ -117,6 +117,12 @@ class QueueClosed(QueueError):
     """The queue was shut down, or its writer is gone."""
 
 
+class QueueSilent(QueueClosed):
+    """The writer, on another host, has fallen silent. `silent_s`: for how long it had been by then."""
+
+    silent_s: float = 0.0
+
+
 class QueueTimeout(QueueError, WaitTimeout):
     """Nothing came (or no room was made) before the deadline."""
 

@@ -147,6 +147,12 @@ _time = _times("queue", "workers/queue/writer.py")
 ENQUEUE_TIMEOUT_S = _time(10.0, "Max wait of a writer for room in a queue")
 _time = _times("queue", "workers/queue/remote_writer.py")
 REMOTE_SILENCE_S = _time(5.0, "The other end of a cross-host queue counts as gone after this long without a message")
+_time = _times("queue", "workers/queue/silence.py")
+LINK_BEAT_S = _time(0.025, "Between two signs of life on a connection between hosts, sent by ZeroMQ's own thread")
+LINK_SUSPECT_MIN_S = _time(
+    0.2, "Another host is suspected if its kernel acknowledges nothing for 2 x (RTT + 4 x jitter), but not before this"
+)
+LINK_SUSPECT_MAX_S = _time(0.3, "And after this at the latest, where acknowledgements do not take longer anyway")
 _time = _times("queue", "workers/rank/call_port.py")
 REPLY_TIMEOUT_S = _time(5.0, "Max wait of a rank for room for its reply to the agent")
 _time = _times("queue", "workers/rank/engine_port.py")

@@ -94,8 +94,14 @@ def ranks_of_b(cluster: Cluster) -> set[int]:
     return {rank for rank, node in nodes_of(cluster).items() if node == "b"}
 
 
-def masked_ranks(cluster: Cluster) -> list[int | None]:
-    return [event.rank for event in cluster.events() if event.kind == "rank_masked"]
+def masked_ranks(cluster: Cluster) -> list[tuple[int | None, str]]:
+    """Each with what told of its loss."""
+    return [(event.rank, event.fields["source"]) for event in cluster.events() if event.kind == "rank_masked"]
+
+
+def wait_for_silence(cluster: TwoHosts, before: int, ranks: set[int]) -> None:
+    silent = {(rank, DetectedBy.SILENCE) for rank in ranks}
+    eventually(lambda: set(masked_ranks(cluster)[before:]) >= silent, 60.0, "its ranks to be masked as silent")
 
 
 def steps_over_all(cluster: TwoHosts) -> bool:
@@ -126,11 +132,21 @@ def the_engine_dies(cluster: TwoHosts) -> None:
     cluster.wait_event(lambda e: e.kind == "engine_elected" and e.fields["pid"] != engine.pid, "of the next engine")
 
 
+def the_cable_is_loose(cluster: TwoHosts) -> None:
+    """Its ranks are suspected, and answer again before their host's lease ends: they are replaced all the same."""
+    ranks, before = ranks_of_b(cluster), len(masked_ranks(cluster))
+    cluster.hosts.cut("b")
+    wait_for_silence(cluster, before, ranks)
+    cluster.hosts.heal("b")
+    eventually(lambda: len(ranks_of_b(cluster)) == 2, 120.0, "ranks on host b again")
+
+
 def the_cable_is_pulled(cluster: TwoHosts) -> None:
     """Only silence tells. The host's old ranks are replaced, whatever they still do."""
     ranks, before = ranks_of_b(cluster), len(masked_ranks(cluster))
     cluster.hosts.cut("b")
-    eventually(lambda: set(masked_ranks(cluster)[before:]) >= ranks, 60.0, "its ranks to be masked")
+    wait_for_silence(cluster, before, ranks)
+    eventually(lambda: "b" not in cluster.client().state().agents, 60.0, "its lease to end")
     cluster.hosts.heal("b")
     eventually(lambda: len(ranks_of_b(cluster)) == 2, 120.0, "ranks on host b again")
 
@@ -139,7 +155,7 @@ def the_host_dies(cluster: TwoHosts) -> None:
     """Its agent goes, and its ranks with it: no agent is left to record their exits, and nothing listens there."""
     ranks, before = ranks_of_b(cluster), len(masked_ranks(cluster))
     kill(cluster.client().state().agents["b"].pid)
-    eventually(lambda: set(masked_ranks(cluster)[before:]) >= ranks, 60.0, "its ranks to be masked")
+    eventually(lambda: {rank for rank, _ in masked_ranks(cluster)[before:]} >= ranks, 60.0, "its ranks to be masked")
 
 
 def test_two_hosts_answer_as_one_and_deaths_on_the_other_lose_nothing(two_hosts: TwoHosts, demo_model: Path) -> None:
@@ -158,7 +174,7 @@ def test_two_hosts_answer_as_one_and_deaths_on_the_other_lose_nothing(two_hosts:
     workload = Workload(two_hosts.url, two_hosts.model_name())
     workload.start()
     try:
-        for fault in (a_rank_dies, the_engine_dies, the_cable_is_pulled, the_host_dies):
+        for fault in (a_rank_dies, the_engine_dies, the_cable_is_loose, the_cable_is_pulled, the_host_dies):
             eventually(lambda: steps_over_all(two_hosts), 120.0, "steps over four ranks")
             eventually(lambda: streaming(workload, 4), 60.0, "four streams under way")
             fault(two_hosts)

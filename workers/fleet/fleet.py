@@ -22,7 +22,7 @@ import structlog
 from membership.base import failpoints
 from membership.base.attempts import Attempts
 from membership.base.enums import DetectedBy
-from membership.base.errors import ElasticError, QueueClosed, WaitTimeout
+from membership.base.errors import ElasticError, QueueClosed, QueueSilent, WaitTimeout
 from membership.base.network import Network
 from membership.base.process_stats import threads
 from membership.base.rank_id import RankId
@@ -296,6 +296,9 @@ class Fleet:
         try:
             while link.key in self._links and (result := link.answers.try_dequeue()) is not None:
                 events += self._answered(link, result)
+        except QueueSilent as silent:
+            lost = self._lose(link.key, DetectedBy.SILENCE, self._clock())
+            events += [replace(loss, silent_s=silent.silent_s) for loss in lost]
         except QueueClosed:
             events += self._lose(link.key, DetectedBy.QUEUE, self._clock())
         return events
@@ -421,6 +424,8 @@ class Fleet:
             if handle.host == this_host():
                 page = opened.enter_context(LivenessPage.attach(record.liveness_handle))
                 opened.callback(DeathWatcher(page, partial(self._on_death, key)).stop)
+            else:
+                answers.end_on_silence()
             return _Link(key, answers, page, opened.pop_all())
 
     def _on_death(self, key: RankId, source: DetectedBy) -> None:

@@ -141,6 +141,13 @@ class MessageQueue:
             raise QueueError(f"queue {self.name}: its writer is on this host")
         self._reader.watch(on_arrival)
 
+    def end_on_silence(self) -> None:
+        """Reading end on another host: the queue ends (QueueSilent) as soon as the writer's host is suspected, and not
+        only after REMOTE_SILENCE_S.
+        """
+        if not isinstance(self._reader, QueueReader):
+            self._reader.end_on_silence()
+
     def export_handle(self) -> Handle:
         """Writing end: plain data by which readers join; put `.encode()` into records."""
         return self._writer.handle()

@@ -17,7 +17,7 @@ import msgspec
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from membership.base.errors import QueueClosed, QueueTimeout, WaitTimeout
+from membership.base.errors import QueueClosed, QueueSilent, QueueTimeout, WaitTimeout
 from membership.base.timing import REMOTE_SILENCE_S
 from workers.ipc.doorbell import Doorbell
 from workers.ipc.handover import HandoverRefused
@@ -25,6 +25,7 @@ from workers.queue.codec import Codec, MsgpackCodec
 from workers.queue.curve import use_curve
 from workers.queue.handle import CurveKeys, Handle
 from workers.queue.remote_wire import END, HEARTBEAT_S, SocketThread, ToReader, ToWriter
+from workers.queue.silence import LOOK_S, Connection, beat
 
 PROBE_S = 0.2
 
@@ -50,6 +51,9 @@ class RemoteReader:
         self._received = self._done = self._acknowledged = 0
         self._joined = threading.Event()
         self._ended = ""  # why
+        self._silent_s = 0.0  # for how long the writer was silent, if that is why
+        self._connection = Connection()
+        self._hurried = False  # whether it ends as soon as the writer's host is suspected
         self._last_message_at = time.monotonic()
         self._send_at = 0.0
         self._io = SocketThread("queue-remote-reader")
@@ -57,7 +61,8 @@ class RemoteReader:
         self._dealer.setsockopt(zmq.RCVHWM, 0)  # the window limits
         self._dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
         use_curve(self._dealer, keys, handle.remote_key)
-        monitor = self._dealer.get_monitor_socket(zmq.EVENT_CLOSED)  # an attempt to connect has failed
+        beat(self._dealer)
+        monitor = self._dealer.get_monitor_socket(zmq.EVENT_CONNECTED | zmq.EVENT_CLOSED)
         self._dealer.connect(handle.remote)
         self._io.start(self._turn, {self._dealer: self._receive, monitor: partial(self._look, monitor)})
         if not self._joined.wait(timeout_s):
@@ -74,6 +79,10 @@ class RemoteReader:
 
     def try_dequeue(self) -> Any:
         if not self._inbox:
+            if self._silent_s:
+                silent = QueueSilent(f"queue {self.name}: {self._ended}")
+                silent.silent_s = self._silent_s
+                raise silent
             if self._ended:
                 raise QueueClosed(f"queue {self.name}: {self._ended}")
             return None
@@ -93,6 +102,12 @@ class RemoteReader:
             self._on_arrival = on_arrival
             for data in tuple(self._inbox):
                 on_arrival(self.codec.decode(data, ()))
+
+    def end_on_silence(self) -> None:
+        """See MessageQueue."""
+        self._hurried = True
+        self._io.turn_s = LOOK_S
+        self._io.wake()
 
     def shutdown(self) -> None:
         """Leave. Idempotent."""
@@ -127,12 +142,14 @@ class RemoteReader:
             self._bell.ring()
 
     def _look(self, monitor: zmq.Socket[Any]) -> None:
-        """No connection is made, or not again: a dead process is known by that long before it is silent.
+        """A connection is made. Or not, or not again: a dead process is known by that long before it is silent.
 
         A writer listens before its handle is known, so a refusal is no matter of a moment.
         """
-        recv_monitor_message(monitor, zmq.NOBLOCK)
-        if not self._ended and _is_refused(self._handle.remote):
+        seen = recv_monitor_message(monitor, zmq.NOBLOCK)
+        if seen["event"] == zmq.EVENT_CONNECTED:
+            self._connection.made(seen["value"])
+        elif not self._ended and _is_refused(self._handle.remote):
             self._end("its writer's process has ended")
 
     def _end(self, why: str) -> None:
@@ -142,8 +159,13 @@ class RemoteReader:
 
     def _turn(self) -> None:
         now = time.monotonic()
-        if self._joined.is_set() and not self._ended and now - self._last_message_at > REMOTE_SILENCE_S:
-            self._end(f"its writer has been silent for {REMOTE_SILENCE_S} s")
+        if self._joined.is_set() and not self._ended:
+            silent_s = now - self._last_message_at
+            if silent_s <= REMOTE_SILENCE_S:
+                silent_s = self._connection.silent_s(now) if self._hurried else 0.0
+            if silent_s:
+                self._silent_s = silent_s
+                self._end(f"its writer has been silent for {silent_s:.3f} s")
         if now >= self._send_at or self._done != self._acknowledged or self._io.stopping:
             self._send_at, self._acknowledged = now + HEARTBEAT_S / 2, self._done
             message = ToWriter(

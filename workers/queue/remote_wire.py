@@ -52,11 +52,12 @@ class SocketThread:
         self._actions: dict[Any, Callable[[], None]] = {}
         self._calls: deque[Callable[[], object]] = deque()
         self.stopping = False
+        self.turn_s = HEARTBEAT_S / 4
         self._attempts = Attempts(name)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self, turn: Callable[[], None], sockets: dict[zmq.Socket[Any], Callable[[], None]]) -> None:
-        """Call `turn` after every wake and at least every quarter of HEARTBEAT_S, and actions for readable sockets."""
+        """Call `turn` after every wake and at least every `turn_s`, and actions for readable sockets."""
         self._turn = turn
         for socket, action in sockets.items():
             self.watch(socket, action)
@@ -95,7 +96,7 @@ class SocketThread:
         try:
             while not last:
                 last = self.stopping
-                for ready, _ in self._poller.poll(0 if last else int(HEARTBEAT_S * 250)):
+                for ready, _ in self._poller.poll(0 if last else int(self.turn_s * 1000)):
                     if ready == self._wake:
                         os.eventfd_read(self._wake)
                     elif ready in self._actions:  # not unwatched by what came before it

@@ -22,6 +22,7 @@ from workers.protocol.messages import RankMessage, SeqChunk, StepBatch, StepResu
 from workers.queue.handle import Handle
 from workers.queue.message_queue import MessageQueue, MsgpackCodec
 from workers.queue.network import remote_of
+from workers.queue.silence import Connection
 from workers.rank.engine_port import EnginePort
 
 pytestmark = pytest.mark.integration
@@ -149,6 +150,14 @@ def test_the_end_of_its_connection_is_its_end(scene: Scene) -> None:
     scene.port.leave()
     scene.collect(lambda: bool(scene.losses()))
     assert scene.losses() == [DetectedBy.QUEUE]
+
+
+def test_the_silence_of_its_host_is_its_end(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How that is seen: tests/integration/workers/queue/test_silence.py."""
+    monkeypatch.setattr(Connection, "silent_s", lambda *_: 0.25)
+    scene.collect(lambda: bool(scene.losses()))
+    (lost,) = [event for event in scene.seen if isinstance(event, RankLost)]
+    assert (lost.source, lost.silent_s, lost.ended) == (DetectedBy.SILENCE, 0.25, False)
 
 
 def test_a_rank_whose_process_has_ended_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,85 @@
+"""When another host is suspected: by acknowledgements that are owed, and by nothing else."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from membership.base.timing import LINK_BEAT_S, LINK_SUSPECT_MAX_S, LINK_SUSPECT_MIN_S
+from workers.queue.silence import LOOK_S, Acks, Connection, Silence, look, suspect_after_s, suspected
+
+pytestmark = pytest.mark.unit
+
+QUIET = Acks(owed=True, heard_s=1e6, rtt_s=0.001, jitter_s=0.001)
+HEARD = Acks(owed=True, heard_s=0.0, rtt_s=0.001, jitter_s=0.001)
+DONE = Acks(owed=False, heard_s=1e6, rtt_s=0.001, jitter_s=0.001)
+
+
+def after(*looks: tuple[float, Acks]) -> Silence:
+    """What a watcher knows after looks that are this far apart."""
+    silence, now = look(Silence(), DONE, 100.0), 100.0
+    for passed_s, acks in looks:
+        now += passed_s
+        silence = look(silence, acks, now)
+    return silence
+
+
+def looks_until_suspected(acks: Acks, passed_s: float = LOOK_S) -> float:
+    count = 1
+    while not suspected(after(*[(passed_s, acks)] * count), acks):
+        count += 1
+        assert count < 1000
+    return count * passed_s
+
+
+def test_a_host_that_acknowledges_nothing_is_suspected_in_time() -> None:
+    """A beat may be due just after the cut, and the look before it just before it."""
+    assert looks_until_suspected(QUIET) + LINK_BEAT_S <= 0.3
+
+
+@pytest.mark.parametrize("sign", [HEARD, DONE])
+def test_any_acknowledgement_begins_it_anew(sign: Acks) -> None:
+    silence = after(*[(LOOK_S, QUIET)] * 8, (LOOK_S, sign))
+    assert not silence.waiting
+    assert not suspected(after(*[(LOOK_S, QUIET)] * 8, (LOOK_S, sign), *[(LOOK_S, QUIET)] * 8), QUIET)
+
+
+def test_who_owes_nothing_is_never_suspected() -> None:
+    assert not suspected(after(*[(10.0, DONE)] * 100), DONE)
+
+
+def test_the_time_of_a_watcher_that_did_not_run_does_not_count() -> None:
+    """It was stopped for an hour. What it sends then is not acknowledged yet at its first look, nor at the second."""
+    assert not suspected(after((3600.0, QUIET), (LOOK_S, QUIET)), QUIET)
+    assert not suspected(after((LOOK_S, QUIET), (3600.0, QUIET)), QUIET)
+
+
+def test_a_slow_link_is_given_more_time_but_no_more_than_is_said() -> None:
+    assert suspect_after_s(0.0001, 0.0001) == LINK_SUSPECT_MIN_S
+    assert LINK_SUSPECT_MIN_S < suspect_after_s(0.1, 0.005) < LINK_SUSPECT_MAX_S
+    assert suspect_after_s(0.2, 0.005) == LINK_SUSPECT_MAX_S
+    assert suspect_after_s(0.6, 0.1) == pytest.approx(1.0), "never less than an acknowledgement takes"
+
+
+@given(st.floats(0, 10), st.floats(0, 10))
+def test_no_host_is_suspected_before_its_acknowledgement_can_be_there(rtt_s: float, jitter_s: float) -> None:
+    assert suspect_after_s(rtt_s, jitter_s) >= max(LINK_SUSPECT_MIN_S, rtt_s + 4 * jitter_s)
+
+
+@given(st.lists(st.tuples(st.floats(0.0, 0.2), st.sampled_from([QUIET, HEARD, DONE])), max_size=60))
+def test_it_lasts_no_longer_than_the_looks_that_saw_it(looks: list[tuple[float, Acks]]) -> None:
+    silence, quiet_s = after(*looks), 0.0
+    for passed_s, acks in reversed(looks):
+        if acks is not QUIET:
+            break
+        quiet_s += passed_s
+    assert silence.lasted_s <= quiet_s + 1e-9
+
+
+def test_a_descriptor_that_is_no_connection_any_more_is_not_suspected() -> None:
+    connection = Connection()
+    assert connection.silent_s(100.0) == 0.0, "not connected yet"
+    connection.made(0)  # no socket
+    assert connection.silent_s(101.0) == 0.0
+    assert connection.acks is None

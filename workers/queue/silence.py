@@ -1,0 +1,130 @@
+"""Whether the host at the other end of a TCP connection has fallen silent, by what its kernel acknowledges.
+
+ZeroMQ's own thread sends something each LINK_BEAT_S, and the other host's kernel acknowledges it. Neither needs the
+interpreter, nor a processor for the process there: a host that is only busy, and a process that hangs or is stopped,
+still acknowledge. A host without power, or a cable that is pulled in either direction, does not.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+import struct
+from dataclasses import dataclass
+
+import zmq
+
+from membership.base.timing import LINK_BEAT_S, LINK_SUSPECT_MAX_S, LINK_SUSPECT_MIN_S, REMOTE_SILENCE_S
+
+LOOK_S = 0.025  # between two looks
+_TCP_INFO = struct.Struct("8B24I")  # the beginning of the kernel's struct tcp_info
+_UNACKED, _LAST_ACK_MS, _RTT_US, _JITTER_US = 12, 20, 23, 24  # places in it
+_COOKIE = 57  # SO_COOKIE: a number that no other socket of this host has or had
+
+
+@dataclass(frozen=True)
+class Acks:
+    """What our kernel knows of a connection at one moment."""
+
+    owed: bool  # something was sent and is not acknowledged
+    heard_s: float  # since anything was acknowledged
+    rtt_s: float  # learned by the kernel, with its variation
+    jitter_s: float
+
+
+@dataclass(frozen=True)
+class Silence:
+    """How long a host has been silent by the looks so far. The time in which nobody looked does not count."""
+
+    looked_at: float = -math.inf
+    waiting: bool = False  # what was sent is not acknowledged
+    lasted_s: float = 0.0
+
+
+def suspect_after_s(rtt_s: float, jitter_s: float) -> float:
+    """How long a host may be silent: twice what an acknowledgement takes at most, within limits, but never less than
+    it takes.
+    """
+    slowest_s = rtt_s + 4 * jitter_s
+    return max(LINK_SUSPECT_MIN_S, slowest_s, min(LINK_SUSPECT_MAX_S, 2 * slowest_s))
+
+
+def look(before: Silence, acks: Acks, now: float) -> Silence:
+    """What a look at `now` changes."""
+    passed_s = now - before.looked_at
+    if not acks.owed or acks.heard_s < passed_s:
+        return Silence(now)
+    if not before.waiting:
+        return Silence(now, waiting=True)
+    return Silence(now, True, before.lasted_s + min(passed_s, 2 * LOOK_S))
+
+
+def suspected(silence: Silence, acks: Acks) -> bool:
+    """Whether rows must go around that host."""
+    return silence.waiting and silence.lasted_s >= suspect_after_s(acks.rtt_s, acks.jitter_s)
+
+
+class Connection:
+    """What is known of one of ZeroMQ's connections. Only its thread uses it."""
+
+    def __init__(self) -> None:
+        self._fd, self._cookie = -1, b""
+        self._silence = Silence()
+        self.acks: Acks | None = None  # at the last look
+
+    @property
+    def looked_at(self) -> float:
+        """When the last look was."""
+        return self._silence.looked_at
+
+    def made(self, fd: int) -> None:
+        """ZeroMQ has connected. The descriptor is ZeroMQ's, and may be closed at any time."""
+        self._fd, self._cookie = fd, _cookie(fd)
+        self._silence = Silence()
+
+    def silent_s(self, now: float) -> float:
+        """How long its host is silent, if that makes it suspected; else 0, also if nothing can be seen."""
+        if self._fd < 0 or now - self._silence.looked_at < LOOK_S / 2:
+            return 0.0
+        self.acks = _acks(self._fd, self._cookie)
+        if self.acks is None:
+            self._fd = -1  # it has ended; a next one is reported
+            return 0.0
+        self._silence = look(self._silence, self.acks, now)
+        return self._silence.lasted_s if suspected(self._silence, self.acks) else 0.0
+
+
+def beat(connection: zmq.Socket[bytes]) -> None:
+    """Have ZeroMQ send something over this socket's connections each LINK_BEAT_S, and end one that answers nothing."""
+    connection.setsockopt(zmq.HEARTBEAT_IVL, int(LINK_BEAT_S * 1000))
+    connection.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(REMOTE_SILENCE_S * 1000))
+
+
+def _acks(fd: int, cookie: bytes) -> Acks | None:
+    """None if this is not that connection any more."""
+    try:
+        seen = socket.socket(fileno=fd)
+    except OSError:
+        return None
+    try:
+        if seen.getsockopt(socket.SOL_SOCKET, _COOKIE, 8) != cookie:
+            return None
+        info = _TCP_INFO.unpack(seen.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size))
+    except OSError:
+        return None
+    finally:
+        seen.detach()
+    return Acks(info[_UNACKED] > 0, info[_LAST_ACK_MS] / 1e3, info[_RTT_US] / 1e6, info[_JITTER_US] / 1e6)
+
+
+def _cookie(fd: int) -> bytes:
+    try:
+        seen = socket.socket(fileno=fd)
+    except OSError:
+        return b""
+    try:
+        return seen.getsockopt(socket.SOL_SOCKET, _COOKIE, 8)
+    except OSError:
+        return b""
+    finally:
+        seen.detach()
