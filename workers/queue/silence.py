@@ -27,14 +27,14 @@ class Acks:
     """What our kernel knows of a connection at one moment."""
 
     owed: bool  # something was sent and is not acknowledged
-    heard_s: float  # since anything was acknowledged
+    acked_s: float  # since anything was acknowledged
     rtt_s: float  # learned by the kernel, with its variation
     jitter_s: float
 
 
 @dataclass(frozen=True)
 class Silence:
-    """How long a host has been silent by the looks so far. The time in which nobody looked does not count."""
+    """How long a host has been silent by the looks so far. Time without looks does not count."""
 
     looked_at: float = -math.inf
     waiting: bool = False  # what was sent is not acknowledged
@@ -52,7 +52,7 @@ def suspect_after_s(rtt_s: float, jitter_s: float) -> float:
 def look(before: Silence, acks: Acks, now: float) -> Silence:
     """What a look at `now` changes."""
     passed_s = now - before.looked_at
-    if not acks.owed or acks.heard_s < passed_s:
+    if not acks.owed or acks.acked_s < passed_s:
         return Silence(now)
     if not before.waiting:
         return Silence(now, waiting=True)

@@ -11,9 +11,9 @@ from workers.queue.silence import LOOK_S, Acks, Connection, Silence, look, suspe
 
 pytestmark = pytest.mark.unit
 
-QUIET = Acks(owed=True, heard_s=1e6, rtt_s=0.001, jitter_s=0.001)
-HEARD = Acks(owed=True, heard_s=0.0, rtt_s=0.001, jitter_s=0.001)
-DONE = Acks(owed=False, heard_s=1e6, rtt_s=0.001, jitter_s=0.001)
+QUIET = Acks(owed=True, acked_s=1e6, rtt_s=0.001, jitter_s=0.001)
+ACKED = Acks(owed=True, acked_s=0.0, rtt_s=0.001, jitter_s=0.001)
+DONE = Acks(owed=False, acked_s=1e6, rtt_s=0.001, jitter_s=0.001)
 
 
 def after(*looks: tuple[float, Acks]) -> Silence:
@@ -38,7 +38,7 @@ def test_a_host_that_acknowledges_nothing_is_suspected_in_time() -> None:
     assert looks_until_suspected(QUIET) + LINK_BEAT_S <= 0.3
 
 
-@pytest.mark.parametrize("sign", [HEARD, DONE])
+@pytest.mark.parametrize("sign", [ACKED, DONE])
 def test_any_acknowledgement_begins_it_anew(sign: Acks) -> None:
     silence = after(*[(LOOK_S, QUIET)] * 8, (LOOK_S, sign))
     assert not silence.waiting
@@ -67,7 +67,7 @@ def test_no_host_is_suspected_before_its_acknowledgement_can_be_there(rtt_s: flo
     assert suspect_after_s(rtt_s, jitter_s) >= max(LINK_SUSPECT_MIN_S, rtt_s + 4 * jitter_s)
 
 
-@given(st.lists(st.tuples(st.floats(0.0, 0.2), st.sampled_from([QUIET, HEARD, DONE])), max_size=60))
+@given(st.lists(st.tuples(st.floats(0.0, 0.2), st.sampled_from([QUIET, ACKED, DONE])), max_size=60))
 def test_it_lasts_no_longer_than_the_looks_that_saw_it(looks: list[tuple[float, Acks]]) -> None:
     silence, quiet_s = after(*looks), 0.0
     for passed_s, acks in reversed(looks):
