@@ -19,6 +19,7 @@ from pydantic import Field
 from elastic.explain import explain
 from elastic.gateway.admin_token import AdminToken
 from elastic.gateway.http import EventStream, json_response, new_app, read_body
+from elastic.gateway.live import Live
 from elastic.gateway.schema import Shape, parse
 from elastic.http_errors import as_http, message_of
 from elastic.status import cluster_status
@@ -121,6 +122,7 @@ class Admin:
     token: AdminToken
     events: Path
     stopping: Callable[[], bool]
+    live: Live
 
     def check(self, request: Request) -> None:
         """RequestError unless the request bears the token, or if no token is set."""
@@ -285,6 +287,11 @@ def _add_reading(app: FastAPI, admin: Admin) -> None:
     @app.get("/admin/v1/events")
     async def events(request: Request, follow: bool = False) -> Response:
         return EventStream(_event_lines(admin.events, follow, admin.stopping), {}, "application/x-ndjson", b"\n")
+
+    @app.get("/admin/v1/stream")
+    async def stream() -> Response:
+        admin.live.check()
+        return EventStream(admin.live.stream(), {})
 
     @app.get("/is_scaling_elastic_ep")
     @app.post("/is_scaling_elastic_ep")

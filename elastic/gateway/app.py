@@ -27,8 +27,10 @@ from elastic.gateway.answer.formats import format_for
 from elastic.gateway.engine_link import EngineLink, LinkSettings
 from elastic.gateway.http import new_app
 from elastic.gateway.key_ring import KeyRing
+from elastic.gateway.live import Live
 from elastic.gateway.metrics import GatewayMetrics
 from elastic.gateway.model_files import kept_files
+from elastic.gateway.page import with_page
 from elastic.gateway.registration import Registration
 from elastic.gateway.server import Server
 from elastic.gateway.tokenizer import Tokenizer
@@ -128,11 +130,14 @@ def run_gateway(
             certified=settings.api.ssl_cert_reqs == 2,
         )
         public = for_browsers(access, settings.api)
-        admin = admin_app(Admin(store, cluster, mirror, settings.admin_token, history, lambda: readiness.stopping))
+        live = Live(mirror, history, metrics.traffic, lambda: readiness.stopping)
+        admin = admin_app(
+            Admin(store, cluster, mirror, settings.admin_token, history, lambda: readiness.stopping, live)
+        )
         servers = (
             Server(public, bound.api, settings.grace_s, most, urgent=health.PATHS, certificates=certificates),
             Server(
-                admin,
+                with_page(admin),
                 bound.admin,
                 1.0,
                 ADMIN_CONNECTIONS,

@@ -15,6 +15,7 @@ from elastic.gateway.event_metrics import HistoryMetrics
 from elastic.gateway.key_ring import KeyRing
 from elastic.gateway.load_metrics import LoadGauges, OpenRequests
 from elastic.gateway.metric_aliases import with_aliases
+from elastic.gateway.traffic import Traffic
 from elastic.status import cluster_status
 from membership.store.records import ClusterState, RankState
 
@@ -36,6 +37,7 @@ class GatewayMetrics:
         self._clock = clock
         self._state = state
         self._aliased = ""
+        self.traffic = Traffic()
         self._registry = CollectorRegistry()
         self._history = HistoryMetrics(PREFIX, history, cluster, self._registry)
         self._registry.register(ClusterGauges(state))
@@ -88,6 +90,7 @@ class StreamTimer:
             return
         now = self._clock()
         gap_s, self._last = now - self._last, now
+        self._metrics.traffic.sent(count, gap_s if self._started else 0.0)
         if self._started:
             self._metrics.inter_token_s.observe(gap_s)
             self._max_gap_s = max(self._max_gap_s, gap_s)
@@ -104,6 +107,7 @@ class StreamTimer:
         if self._ended:
             return
         self._ended = True
+        self._metrics.traffic.ended()
         self._metrics.finished.labels(reason).inc()
         self._metrics.request_s.observe(self._clock() - self._begun)
         if self._started:

@@ -151,6 +151,22 @@ class Tail:
         self._position = 0
         self._rest = b""
 
+    @classmethod
+    def recent(cls, path: FilePath, nbytes: int) -> Tail:
+        """Begin near the end: with the last whole lines of about `nbytes` of the newest file."""
+        tail = cls(path)
+        try:
+            with ExitStack() as opened:
+                file = open_to_read(tail._path, opened)
+                if file is not None and (skipped := os.fstat(file.fileno()).st_size - nbytes) > 0:
+                    tail._begins = file.read(BEGINNING)
+                    file.seek(skipped)
+                    file.readline()
+                    tail._position = file.tell()
+        except OSError as error:  # then from the beginning, as soon as that can be read
+            log.warning("events_not_read", path=str(path), error=str(error))
+        return tail
+
     def read(self) -> list[Event] | None:
         """Return the events of the next chunk, perhaps none; None if nothing was written since the last read."""
         try:

@@ -52,7 +52,7 @@ ROUTES = [
     ("GET", "/admin/v1/status"), ("GET", "/admin/v1/view"), ("GET", "/admin/v1/operations"),
     ("GET", "/admin/v1/operations/x"), ("GET", "/admin/v1/events"), ("GET", "/admin/v1/explain"),
     ("GET", "/is_scaling_elastic_ep"), ("POST", "/is_scaling_elastic_ep"), ("GET", "/admin/v1/failpoints"),
-    ("POST", "/admin/v1/ranks/1/unquarantine"),
+    ("POST", "/admin/v1/ranks/1/unquarantine"), ("GET", "/admin/v1/stream"),
     ("POST", "/admin/v1/scale"), ("POST", "/scale_elastic_ep"), ("POST", "/admin/v1/drain"),
     ("POST", "/admin/v1/undrain"), ("POST", "/admin/v1/pause"), ("POST", "/admin/v1/resume"),
     ("POST", "/admin/v1/rebalance"), ("POST", "/admin/v1/operations/x/cancel"), ("PUT", "/admin/v1/failpoints"),

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from membership.base.events import Event, EventLog
+from membership.base.events import Event, EventLog, Tail
+from membership.base.rotation import Limit
 
 pytestmark = pytest.mark.unit
 
@@ -154,3 +155,28 @@ def test_follow_yields_what_was_written_before_the_stop(path: Path) -> None:
     stop.set()
     follower: Iterator[Event] = EventLog.follow(path, stop)
     assert [e.kind for e in follower] == ["a"]
+
+
+def test_a_reader_may_begin_near_the_end(path: Path) -> None:
+    """With whole lines only, and it goes on with what is written later, in this file and in its successor."""
+    log = EventLog(path, "r", limit=Limit(max_bytes=12_000, keep=2))
+    for number in range(100):
+        log.emit("early", number=number)
+    tail = Tail.recent(path, 1000)
+    read = [event.fields["number"] for event in tail.read() or ()]
+    assert read == list(range(read[0], 100))
+    assert 5 < len(read) < 20
+    assert tail.read() is None
+    for number in range(100, 300):
+        log.emit("late", number=number)
+    while (more := tail.read()) is not None:
+        read += [event.fields["number"] for event in more]
+    assert read == list(range(read[0], 300))
+
+
+def test_a_reader_that_begins_near_the_end_of_a_short_history_reads_all_of_it(path: Path) -> None:
+    tail = Tail.recent(path, 1000)
+    assert tail.read() is None
+    emitted = [EventLog(path, "r").emit("a", number=number) for number in range(3)]
+    assert tail.read() == emitted
+    assert Tail.recent(path, 1 << 20).read() == emitted
