@@ -20,6 +20,7 @@ from elastic.explain import explain
 from elastic.gateway.admin_token import AdminToken
 from elastic.gateway.http import EventStream, json_response, new_app, read_body
 from elastic.gateway.live import Live
+from elastic.gateway.scaling import scaling_status
 from elastic.gateway.schema import Shape, parse
 from elastic.http_errors import as_http, message_of
 from elastic.status import cluster_status
@@ -170,6 +171,7 @@ def admin_app(admin: Admin) -> FastAPI:
     """The application of the admin port."""
     app = new_app("elastic-ep admin", admin.check)
     _add_reading(app, admin)
+    _add_scaling(app, admin)
     _add_operations(app, admin)
     _add_maintenance(app, admin)
     _add_failpoints(app)
@@ -292,6 +294,17 @@ def _add_reading(app: FastAPI, admin: Admin) -> None:
     async def stream() -> Response:
         admin.live.check()
         return EventStream(admin.live.stream(), {})
+
+
+def _add_scaling(app: FastAPI, admin: Admin) -> None:
+    """For controllers that run outside: ours, and vLLM's."""
+
+    @app.get("/admin/v1/scaling")
+    async def scaling() -> Response:
+        try:
+            return json_response(scaling_status(admin.mirror.state(), time.time()))
+        except ElasticError as error:
+            raise as_http(error) from error
 
     @app.get("/is_scaling_elastic_ep")
     @app.post("/is_scaling_elastic_ep")

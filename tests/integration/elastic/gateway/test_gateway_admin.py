@@ -52,7 +52,7 @@ ROUTES = [
     ("GET", "/admin/v1/status"), ("GET", "/admin/v1/view"), ("GET", "/admin/v1/operations"),
     ("GET", "/admin/v1/operations/x"), ("GET", "/admin/v1/events"), ("GET", "/admin/v1/explain"),
     ("GET", "/is_scaling_elastic_ep"), ("POST", "/is_scaling_elastic_ep"), ("GET", "/admin/v1/failpoints"),
-    ("POST", "/admin/v1/ranks/1/unquarantine"), ("GET", "/admin/v1/stream"),
+    ("POST", "/admin/v1/ranks/1/unquarantine"), ("GET", "/admin/v1/stream"), ("GET", "/admin/v1/scaling"),
     ("POST", "/admin/v1/scale"), ("POST", "/scale_elastic_ep"), ("POST", "/admin/v1/drain"),
     ("POST", "/admin/v1/undrain"), ("POST", "/admin/v1/pause"), ("POST", "/admin/v1/resume"),
     ("POST", "/admin/v1/rebalance"), ("POST", "/admin/v1/operations/x/cancel"), ("PUT", "/admin/v1/failpoints"),
@@ -138,6 +138,9 @@ def test_scale_is_an_operation_that_others_find(gateway: RunningGateway, cluster
     assert [op["id"] for op in admin(gateway, "GET", "/admin/v1/operations").json()["operations"]] == ["grow"]
     assert admin(gateway, "GET", "/is_scaling_elastic_ep").json() == {"is_scaling_elastic_ep": True}
     assert admin(gateway, "GET", "/admin/v1/status").json()["operation"]["id"] == "grow"
+    scaling = admin(gateway, "GET", "/admin/v1/scaling").json()
+    assert (scaling["operation_id"], scaling["phase"], scaling["pending_size"]) == ("grow", "proposed", 4)
+    assert (scaling["effective_size"], scaling["safe_to_terminate_ranks"]) == (2, [])
     stored = cluster.store.get(cluster.keys.op("grow"))
     assert stored is not None
     assert codec.decode(stored.value, Operation).phase is Phase.PROPOSED
