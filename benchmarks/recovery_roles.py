@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 import workers.agent.preload as preload
-import workers.protocol.restart_policy as restart
+import workers.agent.restart_policy as restart
 from benchmarks import recovery_switch
 from elastic.cli import main as cli
 from elastic.serve import role_process

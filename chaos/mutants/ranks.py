@@ -6,7 +6,7 @@ from chaos.mutants.mutant import Mutant
 
 DECIDE = "tests/unit/workers/agent/test_decide.py"
 WATCHDOG = "tests/unit/workers/fleet/test_watchdog.py"
-RESTARTS = "tests/unit/workers/protocol/test_restart_policy.py"
+RESTARTS = "tests/unit/workers/agent/test_restart_policy.py"
 ENGINE_PORT = "tests/unit/workers/rank/test_engine_port.py"
 LIVE_MASK = "tests/unit/workers/protocol/test_live_mask.py"
 KV_COPIES = "tests/unit/workers/model/test_kv_copies.py"
@@ -64,7 +64,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="crash-loop-at-full-speed",
         guards="G8: deaths that follow one another have the slot wait, longer each time",
-        file="workers/protocol/restart_policy.py",
+        file="workers/agent/restart_policy.py",
         before="    if recent <= 1:\n",
         after="    if recent:\n",
         tests=(f"{RESTARTS}::test_deaths_that_follow_one_another_back_off",),
@@ -72,7 +72,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="crash-loop-for-ever",
         guards="G8: a slot whose ranks keep dying is set aside",
-        file="workers/protocol/restart_policy.py",
+        file="workers/agent/restart_policy.py",
         before="quarantined = recent >= policy.intensity",
         after="quarantined = False",
         tests=(f"{RESTARTS}::test_enough_deaths_in_the_window_mean_quarantine_with_a_reason",),

@@ -25,7 +25,7 @@ from workers.fleet.watchdog import Look
 from workers.protocol.identity import Identity
 from workers.protocol.load_progress import LoadSeen
 from workers.protocol.messages import CopyBlocks, StepBatch
-from workers.protocol.restart_policy import FENCED_STATUS
+from workers.protocol.step_fence import FENCED_STATUS
 from workers.rank.engine_port import EnginePort
 from workers.rank.worker import EPWorker, Preparation, experts_of
 from workers.rank.worker_api import WorkerContext

@@ -1,7 +1,7 @@
 """Ends the quarantine of a rank slot, once an operator has removed the cause of its deaths.
 
 The exit record is changed, not deleted: without it the dead rank would count as alive. The agent no longer counts the
-slot's earlier deaths (`workers/protocol/restart_policy.py`), and the controller starts a new incarnation.
+slot's earlier deaths (`workers/agent/restart_policy.py`), and the controller starts a new incarnation.
 """
 
 from __future__ import annotations

@@ -57,8 +57,8 @@ from workers.agent.handles import WorkerProcHandle
 from workers.agent.load_watch import UNTIL_IT_STALLS, Failing, LoadWatch
 from workers.agent.preload import WORKER_CLASS
 from workers.agent.registrar import Registrar
+from workers.agent.restart_policy import policy_of
 from workers.agent.spares import Spares
-from workers.protocol.restart_policy import policy_of
 from workers.protocol.rpc import Outcome, PendingCall
 
 TICK_S = 0.1

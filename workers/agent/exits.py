@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from membership.base.endings import OomKills
 from membership.base.rank_id import RankId
 from membership.store.records import RankExit
-from workers.protocol.restart_policy import RestartPolicy, counted, ending, exit_record, recent_deaths
+from workers.agent.restart_policy import RestartPolicy, counted, ending, exit_record, recent_deaths
 
 
 class Exits:

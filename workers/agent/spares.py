@@ -25,7 +25,7 @@ from workers.agent.decide import Heartbeat, hung, observe
 from workers.agent.executor import MultiprocExecutor
 from workers.agent.handles import WorkerProcHandle
 from workers.agent.load_watch import UNTIL_IT_STALLS, LoadWatch
-from workers.protocol.restart_policy import RestartPolicy, backoff_s, recent_deaths
+from workers.agent.restart_policy import RestartPolicy, backoff_s, recent_deaths
 from workers.protocol.rpc import PendingCall
 
 DOUBTS = 2  # observations without a heartbeat after which a spare is not taken any more

@@ -10,6 +10,9 @@ from membership.base.errors import Fenced
 from membership.base.rank_id import RankId
 from workers.protocol.messages import RankMessage, StepResult
 
+FENCED_STATUS = 75
+"""Exit status of a rank that found itself evicted: it was taken for dead, but was not."""
+
 
 def follow(followed: int, offered: int) -> int:
     """The engine token that a rank obeys once the engine with `offered` asks it to. Fenced if that engine is older."""

@@ -34,8 +34,8 @@ from workers.ipc.host_lock import HostLock
 from workers.protocol.identity import Identity
 from workers.protocol.launch import FAILED_STR, READY_STR, Launch, Ready
 from workers.protocol.liveness import LivenessPage
-from workers.protocol.restart_policy import FENCED_STATUS
 from workers.protocol.rpc import AnyCall, ResponseStatus, failure_of
+from workers.protocol.step_fence import FENCED_STATUS
 from workers.rank.call_port import CallPort
 from workers.rank.engine_port import EnginePort
 from workers.rank.environment import destroy_parallel_groups, frozen_environment, set_name, signals_end_it_once

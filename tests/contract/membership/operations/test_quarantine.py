@@ -10,7 +10,7 @@ from membership.store.codec import decode, encode
 from membership.store.interface import Put, Store
 from membership.store.keys import Keys
 from membership.store.records import RankExit
-from workers.protocol.restart_policy import counted
+from workers.agent.restart_policy import counted
 
 pytestmark = pytest.mark.contract
 

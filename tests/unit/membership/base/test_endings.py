@@ -10,7 +10,7 @@ import pytest
 from membership.base.endings import OomKills, counted, signal_name
 from membership.base.rank_id import RankId
 from workers.agent.exits import Exits
-from workers.protocol.restart_policy import RestartPolicy, ending
+from workers.agent.restart_policy import RestartPolicy, ending
 
 pytestmark = pytest.mark.unit
 

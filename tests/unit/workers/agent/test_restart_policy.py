@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from membership.base.rank_id import RankId
 from membership.store.records import RankExit
-from workers.protocol.restart_policy import RestartPolicy, backoff_s, counted, exit_record, recent_deaths
+from workers.agent.restart_policy import RestartPolicy, backoff_s, counted, exit_record, recent_deaths
 
 NOW = 1000.0
 

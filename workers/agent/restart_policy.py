@@ -13,9 +13,7 @@ from membership.base.endings import signal_name
 from membership.base.rank_id import RankId
 from membership.base.timing import CLOCK_SKEW_S
 from membership.store.records import ClusterConfig, RankExit
-
-FENCED_STATUS = 75
-"""Exit status of a rank that found itself evicted: it was taken for dead, but was not."""
+from workers.protocol.step_fence import FENCED_STATUS
 
 
 def ending(status: int) -> str:
