@@ -15,7 +15,8 @@ from membership.base.errors import ConfigError
 if TYPE_CHECKING:
     from chaos.mutants.hunt import Hunted
 
-ROW = "{:<28} {:<9} {:<10} {:>6}  {}"
+ROW = "{:<32} {:<9} {:<8} {:>6} {:>8}  {}"
+DEAREST = 5  # mutants whose time is worth a look
 
 
 @command
@@ -36,11 +37,14 @@ def planted(
         raise ConfigError(f"no planted bug {sorted(unknown)}", hint="elastic-chaos planted shows all of them")
     mutants = [mutant for mutant in MUTANTS if not only or mutant.name in only]
     if output is Output.TEXT:
-        typer.echo(ROW.format("mutant", "caught by", "after", "events", "what it takes away"))
+        typer.echo(ROW.format("mutant", "caught by", "after", "events", "cpu s", "what it takes away"))
     receipt = hunt(mutants, jobs, _row if output is Output.TEXT else _missed)
     shown = [f"control failed, so that no catch means anything: {broken}" for broken in receipt.control]
     shortest = f", median of {receipt.median_events:g} events" if receipt.median_events is not None else ""
-    shown.append(f"{receipt.caught} of {receipt.planted} mutants caught{shortest}, {receipt.seconds:g} s")
+    dearest = sorted(receipt.bugs, key=lambda found: found.cpu_s, reverse=True)[:DEAREST]
+    shown.append(f"most of the processor: {', '.join(f'{found.bug} {found.cpu_s:.1f} s' for found in dearest)}")
+    took = f"{receipt.seconds:g} s, {receipt.cpu_s:g} s of processors"
+    shown.append(f"{receipt.caught} of {receipt.planted} mutants caught{shortest}, {took}")
     finish(receipt.ok, receipt, shown, output)
 
 
@@ -51,7 +55,7 @@ def _missed(found: Hunted) -> None:
 
 def _row(found: Hunted) -> None:
     by = "NOT CAUGHT" if not found.caught else "simulate" if found.lives else "tests"
-    after = f"{found.lives} runs" if found.lives else f"{found.seconds:.1f} s"
-    typer.echo(ROW.format(found.bug, by, after, "" if found.events is None else found.events, found.guards))
+    after, events = f"{found.lives} runs" if found.lives else "", "" if found.events is None else found.events
+    typer.echo(ROW.format(found.bug, by, after, events, f"{found.cpu_s:.1f}", found.guards))
     if not found.caught:
         typer.echo(f"    {found.caught_by}: {found.how or 'nothing broke'}")

@@ -6,6 +6,7 @@ the tree is what it imports, because a hunt in the genuine product would prove n
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from chaos.mutants.mutant import SIMULATE
+from chaos.mutants.mutant import SIMULATE, Shown
 from chaos.mutants.tree import PACKAGES, TESTS, require_tests
 from membership.base.errors import ConfigError, ElasticError
 from membership.base.starter import end_with_starter
@@ -30,15 +31,16 @@ PYTEST_OPTIONS = ("-q", "--tb=no", "-p", "no:cacheprovider", "-o", "addopts=")
 
 
 class Catch(msgspec.Struct, frozen=True, kw_only=True):
-    """The result of one attempt. `how`: the promise that broke, "" if none did. `seed`: of the run in which it did.
+    """The result of one attempt. `how`: the promise that broke, "" if none did.
 
     If not `sure`, the attempt itself went wrong and proves nothing; `how` says why.
     """
 
     how: str = ""
     lives: int = 0
-    seed: int = 0
+    shown: Shown | None = None  # the shortest schedule that shows it
     seconds: float = 0.0
+    cpu_s: float = 0.0  # of processors, of this process from its start and of what it started
     events: int | None = None  # in the shortest schedule that shows it; None: unknown
     sure: bool = True
 
@@ -51,25 +53,32 @@ def main(tree: str, catcher: str, *arguments: str) -> None:
         if found != Path(tree) / package:
             raise ConfigError(f"{package} would be imported from {found}, not from the mutant's tree {tree}")
     began = time.monotonic()
-    caught = _simulate([int(seed) for seed in arguments]) if catcher == SIMULATE else _run_tests(tree, arguments)
-    caught = msgspec.structs.replace(caught, seconds=time.monotonic() - began)
+    caught = (
+        _simulate(msgspec.json.decode(arguments[0], type=list[Shown]))
+        if catcher == SIMULATE
+        else _run_tests(tree, arguments)
+    )
+    caught = msgspec.structs.replace(caught, seconds=time.monotonic() - began, cpu_s=sum(os.times()[:4]))
     sys.stdout.write("\n" + msgspec.json.encode(caught).decode() + "\n")
 
 
-def _simulate(seeds: Sequence[int]) -> Catch:
+def _simulate(runs: Sequence[Shown]) -> Catch:
     """Run simulations until one finds a violation. One that ends in any other error has noticed something too."""
     from chaos.simulation.episode import run_episode
     from chaos.simulation.minimise import minimise
 
-    for done, seed in enumerate(seeds, start=1):
+    for done, run in enumerate(runs, start=1):
         try:
-            episode = run_episode(seed)
+            episode = run_episode(run.seed, run.keep, timing=run.timing)
         except Exception as error:  # noqa: BLE001 - the mutant may raise anything
-            return Catch(how=f"{type(error).__name__}: {error}", lives=done, seed=seed)
+            return Catch(how=f"{type(error).__name__}: {error}", lives=done, shown=run)
+        if episode.violation and run.keep is not None:
+            return Catch(how=episode.violation, lives=done, shown=run, events=len(episode.steps))
         if episode.violation:
-            events = len(minimise(episode, MINIMISE_LIMIT_S, clock=time.process_time).events)
-            return Catch(how=episode.violation, lives=done, seed=seed, events=events)
-    return Catch(lives=len(seeds))
+            shortest = minimise(episode, MINIMISE_LIMIT_S, clock=time.process_time)
+            shown = Shown(run.seed, shortest.keep, shortest.timing)
+            return Catch(how=episode.violation, lives=done, shown=shown, events=len(shortest.events))
+    return Catch(lives=len(runs))
 
 
 class _Outcomes:

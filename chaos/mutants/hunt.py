@@ -17,13 +17,13 @@ from statistics import median
 import msgspec
 
 from chaos.mutants.catch import PYTEST, Catch
-from chaos.mutants.mutant import SIMULATE, Mutant
+from chaos.mutants.mutant import SIMULATE, Mutant, Shown
 from chaos.mutants.tree import planted, require_tests
 
 FIRST = 1  # seed of the first simulated run; fixed, so that a mutant is caught in the same run each time
 LIVES = 250  # simulated runs within which a mutant must be caught
 CONTROL_SHARE = 10  # simulated runs of the control per process
-LIMIT_S = 240.0  # for one process
+LIMIT_S = 600.0  # for one process, at the lowest priority beside tests
 HOW_LENGTH = 300  # characters of what broke
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # plugins would take most of the time
 
@@ -37,8 +37,10 @@ class Hunted(msgspec.Struct, frozen=True, kw_only=True):
     caught: bool
     how: str = ""
     seed: int = 0
+    shown: Shown | None = None  # the shortest schedule of this seed that shows it
     lives: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # this depends on what else runs
+    cpu_s: float = 0.0  # of processors
     events: int | None = None  # in the shortest schedule that shows it; None: unknown
 
 
@@ -52,6 +54,7 @@ class HuntReceipt(msgspec.Struct, frozen=True, kw_only=True):
     control: tuple[str, ...] = ()
     median_events: float | None = None
     seconds: float
+    cpu_s: float = 0.0  # of processors, for all mutants and the control
     bugs: tuple[Hunted, ...] = ()
 
 
@@ -65,10 +68,11 @@ def hunt(
     pool = ThreadPoolExecutor(jobs)
     try:
         found = _hunt_all(mutants, pool, on_result, lives)
-        control = _control(mutants, found, pool)
+        controls = _controls(mutants, found, pool)
     finally:
         pool.shutdown(cancel_futures=True)
     caught = sum(each.caught for each in found)
+    control = tuple(f"{catcher}: {done.how}" for catcher, done in controls if done.how)
     return HuntReceipt(
         ok=caught == len(mutants) and not control,
         planted=len(mutants),
@@ -77,6 +81,7 @@ def hunt(
         control=control,
         median_events=_median(each.events for each in found),
         seconds=round(time.monotonic() - began, 1),
+        cpu_s=round(sum(each.cpu_s for each in found) + sum(done.cpu_s for _, done in controls), 1),
         bugs=found,
     )
 
@@ -88,17 +93,15 @@ def _hunt_all(
     return tuple(each.result(timeout=LIMIT_S * len(hunts)) for each in hunts)
 
 
-def _control(mutants: Sequence[Mutant], found: Sequence[Hunted], pool: Executor) -> tuple[str, ...]:
-    """What breaks in the unchanged product."""
-    seeds = sorted({each.seed for each in found if each.seed})
+def _controls(mutants: Sequence[Mutant], found: Sequence[Hunted], pool: Executor) -> list[tuple[str, Catch]]:
+    """What breaks in the unchanged product, by what noticed it."""
+    shown = [run for each in found if each.shown for run in (each.shown, Shown(each.seed))]
+    runs = list(dict.fromkeys(shown))
     tests = sorted({test for mutant in mutants for test in mutant.tests})
-    attempts = [(PYTEST, tests)] if tests else []
-    attempts += [
-        (SIMULATE, [str(seed) for seed in seeds[at : at + CONTROL_SHARE]]) for at in range(0, len(seeds), CONTROL_SHARE)
-    ]
+    attempts: list[tuple[str, list[str]]] = [(PYTEST, tests)] if tests else []
+    attempts += [(SIMULATE, _simulated(runs[at : at + CONTROL_SHARE])) for at in range(0, len(runs), CONTROL_SHARE)]
     controls = [(catcher, pool.submit(_catch, None, catcher, arguments)) for catcher, arguments in attempts]
-    broken = [(catcher, done.result(timeout=LIMIT_S * len(controls)).how) for catcher, done in controls]
-    return tuple(f"{catcher}: {how}" for catcher, how in broken if how)
+    return [(catcher, done.result(timeout=LIMIT_S * len(controls))) for catcher, done in controls]
 
 
 def _median(events: Iterable[int | None]) -> float | None:
@@ -110,21 +113,28 @@ def _hunt(mutant: Mutant, lives: int, on_result: Callable[[Hunted], None]) -> Hu
     if mutant.tests:
         catch = _catch(mutant, PYTEST, mutant.tests)
     else:
-        seeds = dict.fromkeys([*([mutant.seed] if mutant.seed else []), *range(FIRST, FIRST + lives)])
-        catch = _catch(mutant, SIMULATE, [str(seed) for seed in seeds])
+        runs = [*filter(None, [mutant.shown]), *map(Shown, range(FIRST, FIRST + lives))]
+        catch = _catch(mutant, SIMULATE, _simulated(runs))
     found = Hunted(
         bug=mutant.name,
         guards=mutant.guards,
         caught_by=mutant.caught_by,
         caught=bool(catch.how) and catch.sure,
         how=catch.how[:HOW_LENGTH],
-        seed=catch.seed,
+        seed=catch.shown.seed if catch.shown else 0,
+        shown=catch.shown,
         lives=catch.lives,
         seconds=round(catch.seconds, 2),
+        cpu_s=round(catch.cpu_s, 2),
         events=catch.events,
     )
     on_result(found)
     return found
+
+
+def _simulated(runs: Sequence[Shown]) -> list[str]:
+    """As arguments."""
+    return [msgspec.json.encode(runs).decode()]
 
 
 def _catch(mutant: Mutant | None, catcher: str, arguments: Sequence[str]) -> Catch:
@@ -137,7 +147,7 @@ def _catch(mutant: Mutant | None, catcher: str, arguments: Sequence[str]) -> Cat
                 program, cwd=tree, env=environment, capture_output=True, encoding="utf-8", timeout=LIMIT_S, check=False
             )
         except subprocess.TimeoutExpired:
-            return Catch(how=f"{catcher} did not end within {LIMIT_S:g} s", sure=False, seconds=LIMIT_S)
+            return Catch(how=f"{catcher} did not end within {LIMIT_S:g} s", sure=False)
         if ended.returncode:
             last = (ended.stderr.strip().splitlines() or ["no output"])[-1]
             return Catch(how=f"{catcher} ended with status {ended.returncode}: {last}", sure=False)

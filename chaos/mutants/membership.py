@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from chaos.mutants.mutant import Mutant
+from chaos.mutants.mutant import Mutant, Shown
 
 CONTROLLER = "tests/contract/membership/planning/test_controller.py"
 ELECTION = "tests/contract/membership/store/test_election.py"
@@ -136,14 +136,14 @@ MUTANTS: tuple[Mutant, ...] = (
             "    if not staged.members or not keep <= set(staged.members) <= keep | set(facts.ready):\n"
             "        return False\n"
         ),
-        seed=248,
+        shown=Shown(248),
     ),
     Mutant(
         name="cancelled-commit",
         guards="G5: an operation that was cancelled before its commit is not committed",
         file="membership/planning/planner.py",
         before="    if operation is not None and operation.cancelled:\n        return None\n",
-        seed=223,
+        shown=Shown(223),
     ),
     Mutant(
         name="orphans-left",

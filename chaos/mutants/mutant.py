@@ -7,6 +7,14 @@ import msgspec
 SIMULATE = "simulate"
 
 
+class Shown(msgspec.Struct, frozen=True):
+    """A simulated run that has shown a mutant once, as `elastic-chaos replay` takes it. `keep` None: all its events."""
+
+    seed: int
+    keep: tuple[int, ...] | None = None
+    timing: int = 0
+
+
 class Mutant(msgspec.Struct, frozen=True, kw_only=True):
     """The product without one guard: `before`, which `file` contains exactly once, is replaced by `after`."""
 
@@ -16,7 +24,7 @@ class Mutant(msgspec.Struct, frozen=True, kw_only=True):
     before: str
     after: str = ""
     tests: tuple[str, ...] = ()  # ids of the tests that must fail; empty: simulated runs must find a violation
-    seed: int = 0  # of a simulated run that has shown it once; tried first, only to be quick
+    shown: Shown | None = None  # tried first, only to be quick
 
     @property
     def caught_by(self) -> str:

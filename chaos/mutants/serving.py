@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from chaos.mutants.mutant import Mutant
+from chaos.mutants.mutant import Mutant, Shown
 
 JOURNAL = "tests/unit/elastic/gateway/test_journal.py"
 SCHEDULER = "tests/unit/elastic/engine/test_scheduler.py"
@@ -20,7 +20,7 @@ MUTANTS: tuple[Mutant, ...] = (
         file="elastic/gateway/journal.py",
         before="return message.tokens[overlap - message.index :]",
         after="return message.tokens",
-        seed=154,
+        shown=Shown(154),
     ),
     Mutant(
         name="gap-accepted",

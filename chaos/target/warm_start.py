@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO
+from typing import IO, Self
 
 import msgspec
 
@@ -26,6 +26,7 @@ from workers.agent.preload import WORKER_CLASS, preload_for
 from workers.agent.zygote import Zygote
 
 STDERR = 2
+RUN = "chaos.target.warm_start:run"
 PRELOAD = (
     *MODULES, "elastic.cli.client", "elastic.cli.doctor", "elastic.cli.rollout", "elastic.explain",
     "elastic.serve.role_fork", "elastic.serve.supervisor",
@@ -74,32 +75,30 @@ class WarmProcess:
             self._pidfd = -1
 
 
-class WarmStart:
-    """Owns both processes. A context manager; make it in a thread that outlives it."""
+class WarmCommands:
+    """Owns the process that has the imports of every role. A context manager; make it in a thread that outlives it."""
 
-    def __init__(self, model: Path, folder: Path) -> None:
+    def __init__(self, folder: Path) -> None:
         self._ends: dict[int, Future[int]] = {}
         self._lock = threading.Lock()
-        with ExitStack() as opened:
-            preload = preload_for(WORKER_CLASS, str(model.resolve()))
-            self.zygote = Zygote(preload, os.environ, folder / "zygote.log")
-            opened.callback(self.zygote.close)
-            with open_log(folder / "serve.log") as out:
-                self._server = ForkServer(PRELOAD, on_exit=self._on_exit, output=out, name="warm-start")
-            opened.callback(self._server.close)
-            self._opened = opened.pop_all()
+        with open_log(folder / "serve.log") as out:
+            self._server = ForkServer(PRELOAD, on_exit=self._on_exit, output=out, name="warm-start")
 
-    def __enter__(self) -> WarmStart:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._opened.close()
+        self.close()
 
-    def start(self, arguments: Sequence[str], environ: Mapping[str, str], output: int) -> WarmProcess:
-        """`elastic ARGUMENTS`, in a session of its own. An agent of it need not start a forkserver."""
-        with self.zygote.forkserver() as forkserver:
-            number = forkserver.fileno()
-            return self._start(arguments, {**environ, FORKSERVER_FD: str(number)}, [output, number], [number])
+    def close(self) -> None:
+        """End it, and what runs of it."""
+        self._server.close()
+
+    def start(
+        self, arguments: Sequence[str], environ: Mapping[str, str], output: int, target: str = RUN
+    ) -> WarmProcess:
+        """`elastic ARGUMENTS`, in a session of its own. `target`: what calls `run`, below, in the fork."""
+        return self._start(arguments, environ, [output], (), target)
 
     def run(
         self, arguments: Sequence[str], environ: Mapping[str, str], timeout_s: float
@@ -118,11 +117,12 @@ class WarmStart:
             return subprocess.CompletedProcess(["elastic", *arguments], status, _text(out), _text(err))
 
     def _start(
-        self, arguments: Sequence[str], environ: Mapping[str, str], files: Sequence[int], numbers: Sequence[int]
-    ) -> WarmProcess:
+        self, arguments: Sequence[str], environ: Mapping[str, str], files: Sequence[int], numbers: Sequence[int],
+        target: str = RUN,
+    ) -> WarmProcess:  # fmt: skip
         """`files`: of its output, then those that are to have these `numbers`."""
         command = msgspec.msgpack.encode(Command.of("elastic.cli", arguments, environ, numbers))
-        child = self._server.fork("chaos.target.warm_start:run", command, files).result(FORKED_S)
+        child = self._server.fork(target, command, files).result(FORKED_S)
         return WarmProcess(child, self._end_of(child.pid))
 
     def _on_exit(self, pid: int, status: int) -> None:
@@ -134,6 +134,33 @@ class WarmStart:
             if pid in self._ends:
                 return self._ends.pop(pid)
             return self._ends.setdefault(pid, Future())
+
+
+class WarmStart(WarmCommands):
+    """Also owns the process that has the imports of ranks."""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        self.zygote = Zygote(preload_for(WORKER_CLASS, str(model.resolve())), os.environ, folder / "zygote.log")
+        with ExitStack() as undo:
+            undo.callback(self.zygote.close)
+            super().__init__(folder)
+            undo.pop_all()
+
+    def close(self) -> None:
+        """End both."""
+        try:
+            super().close()
+        finally:
+            self.zygote.close()
+
+    def start(
+        self, arguments: Sequence[str], environ: Mapping[str, str], output: int, target: str = RUN
+    ) -> WarmProcess:
+        """The same. An agent of it need not start a forkserver."""
+        with self.zygote.forkserver() as forkserver:
+            number = forkserver.fileno()
+            variables = {**environ, FORKSERVER_FD: str(number)}
+            return self._start(arguments, variables, [output, number], [number], target)
 
 
 def _text(file: IO[bytes]) -> str:

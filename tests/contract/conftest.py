@@ -13,7 +13,7 @@ from membership.store.in_memory import MemoryStore
 from membership.store.interface import Store
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer]:
     folder = tmp_path_factory.mktemp("etcd")
     with EtcdServer(folder, sockets=folder) as server:

@@ -1,19 +1,28 @@
-"""`elastic gateway` as a process of its own, on a real etcd, with a scripted engine."""
+"""`elastic gateway` as a process of its own, on a real etcd, with a scripted engine.
+
+It is forked from where the imports are: an interpreter of its own costs two seconds of a core.
+"""
 
 from __future__ import annotations
 
 import os
+import resource
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO
 
 import httpx
+import msgspec
 
+from chaos.target import warm_start
+from chaos.target.warm_start import WarmCommands, WarmProcess
 from elastic.gateway.tokenizer import Tokenizer
 from elastic.serve.etcd_server import EtcdServer
+from elastic.serve.role_fork import Command
 from membership.store import codec
 from membership.store.etcd import connect
 from membership.store.keys import Keys
@@ -24,6 +33,7 @@ from workers.model.content import small_files
 
 CLUSTER = "real"
 TEXT = "the quick brown fox jumps over the lazy dog"
+DESCRIPTORS = "TEST_DESCRIPTORS"
 BODY = {"model": "tiny", "prompt": "x", "max_tokens": 60, "stream": True}
 
 
@@ -55,25 +65,52 @@ def engine_in(etcd: EtcdServer, tmp_path: Path, pause_after: int | None = 3) -> 
         store.close()
 
 
+@dataclass(frozen=True)
+class GatewayProcess:
+    """One that runs, and the file of what it says."""
+
+    process: WarmProcess
+    output: IO[bytes]
+
+    def end(self, timeout: float = 30.0) -> tuple[int, str]:
+        """Its exit status, once it has ended, and all that it said."""
+        status = self.process.wait(timeout)
+        self.output.seek(0)
+        return status, self.output.read().decode()
+
+
 @contextmanager
 def gateway(
-    etcd: EtcdServer, state_dir: Path, port: int, *flags: str, descriptors: int | None = None
-) -> Iterator[subprocess.Popen[str]]:
+    commands: WarmCommands,
+    etcd: EtcdServer,
+    state_dir: Path,
+    port: int,
+    *flags: str,
+    descriptors: int | None = None,
+) -> Iterator[GatewayProcess]:
     """The command, killed at the end if it still runs. `descriptors`: how many it may have."""
-    command = [str(Path(sys.executable).with_name("elastic")), "gateway", "--etcd", etcd.url, "--cluster", CLUSTER]
-    command += ["--state-dir", str(state_dir), "--name", "g", "--port", str(port)]
-    command += [*flags] if "--admin-port" in flags else ["--admin-port", str(free_port()), *flags]
+    words = ["gateway", "--etcd", etcd.url, "--cluster", CLUSTER, "--state-dir", str(state_dir), "--name", "g"]
+    words += ["--port", str(port), *flags]
+    if "--admin-port" not in flags:
+        words += ["--admin-port", str(free_port())]
+    environ = os.environ | {"ELASTIC_ADMIN_TOKEN": "t"}
     if descriptors is not None:
-        command = ["prlimit", f"--nofile={descriptors}", *command]
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env=os.environ | {"ELASTIC_ADMIN_TOKEN": "t"}
-    )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
+        environ[DESCRIPTORS] = str(descriptors)
+    with TemporaryFile() as output:
+        process = commands.start(words, environ, output.fileno(), f"{__name__}:limited")
+        try:
+            yield GatewayProcess(process, output)
+        finally:
             process.kill()
-        process.communicate(timeout=60)
+            process.wait(60.0)
+            process.close()
+
+
+def limited(payload: bytes, files: list[int]) -> None:
+    """In the fork: with as many descriptors as it may have."""
+    if most := msgspec.msgpack.decode(payload, type=Command).environ.get(DESCRIPTORS.encode()):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (int(most), int(most)))
+    warm_start.run(payload, files)
 
 
 def alive(port: int) -> bool:

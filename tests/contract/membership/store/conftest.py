@@ -18,7 +18,7 @@ from membership.store.keys import ROOT
 from tests.support.secured_etcd import SecuredEtcd, secured_etcd
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecuredEtcd]:
     """USER may use the keys of the tests, as a cluster's user may use that cluster's."""
     with secured_etcd(tmp_path_factory.mktemp("secured"), "/test/", ROOT, token_ttl_s=1) as etcd:
@@ -33,9 +33,9 @@ def open_store(request: pytest.FixtureRequest, etcd: EtcdServer) -> Iterator[Sto
 
 
 @pytest.fixture(params=["memory", "etcd", "secured"])
-def store(request: pytest.FixtureRequest, etcd: EtcdServer) -> Iterator[Store]:
+def store(request: pytest.FixtureRequest, etcd: EtcdServer, secured: SecuredEtcd) -> Iterator[Store]:
     if request.param == "secured":
-        found: Store = request.getfixturevalue("secured").connect(prefix="/test/")
+        found: Store = secured.connect(prefix="/test/")
     else:
         found = MemoryStore() if request.param == "memory" else connect([etcd.url])
     with closing(found):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from chaos.target.warm_start import WarmCommands
 from elastic.serve.etcd_server import EtcdServer
 from tests.support.gateway_process import BODY, TEXT, alive, engine_in, free_port, gateway
 from tests.support.helpers import eventually
@@ -29,13 +31,15 @@ def text_of(lines: list[str]) -> str:
 
 
 @pytest.mark.parametrize("sent", [b"", HALF, HALF_BODY, b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"])
-def test_more_connections_than_descriptors(etcd: EtcdServer, tmp_path: Path, sent: bytes) -> None:
+def test_more_connections_than_descriptors(
+    commands: WarmCommands, etcd: EtcdServer, tmp_path: Path, sent: bytes
+) -> None:
     port, admin_port = free_port(), free_port()
     ports = [port, admin_port]
     with ExitStack() as opened:
         first = opened.enter_context(engine_in(etcd, tmp_path))
-        process = opened.enter_context(
-            gateway(etcd, tmp_path, port, "--admin-port", str(admin_port), descriptors=DESCRIPTORS)
+        running = opened.enter_context(
+            gateway(commands, etcd, tmp_path, port, "--admin-port", str(admin_port), descriptors=DESCRIPTORS)
         )
         eventually(lambda: alive(port), 60.0, "the gateway to answer")
         url = f"http://127.0.0.1:{port}"
@@ -56,16 +60,16 @@ def test_more_connections_than_descriptors(etcd: EtcdServer, tmp_path: Path, sen
             asked = httpx.post(f"{url}/v1/completions", json=BODY | {"stream": False}, timeout=30)
         assert asked.json()["choices"][0]["text"] == TEXT
         assert (text_of(seen), seen[-2]) == (TEXT, "data: [DONE]")
-        process.terminate()
-        _, said = process.communicate(timeout=30)
+        running.process.send_signal(signal.SIGTERM)
+        _, said = running.end()
         assert len(said) < 20_000, said[:2000]
 
 
-def test_more_requests_than_connections(etcd: EtcdServer, tmp_path: Path) -> None:
+def test_more_requests_than_connections(commands: WarmCommands, etcd: EtcdServer, tmp_path: Path) -> None:
     port = free_port()
     with ExitStack() as opened:
         opened.enter_context(engine_in(etcd, tmp_path))
-        opened.enter_context(gateway(etcd, tmp_path, port, "--max-connections", "3"))
+        opened.enter_context(gateway(commands, etcd, tmp_path, port, "--max-connections", "3"))
         eventually(lambda: alive(port), 60.0, "the gateway to answer")
         url = f"http://127.0.0.1:{port}"
         streams = [
@@ -79,11 +83,12 @@ def test_more_requests_than_connections(etcd: EtcdServer, tmp_path: Path) -> Non
         assert alive(port)
 
 
-def test_too_few_descriptors_are_one_clear_line(etcd: EtcdServer, tmp_path: Path) -> None:
+def test_too_few_descriptors_are_one_clear_line(commands: WarmCommands, etcd: EtcdServer, tmp_path: Path) -> None:
     with engine_in(etcd, tmp_path):
         for flags in ((), ("--max-connections", "10000")):
-            with gateway(etcd, tmp_path, free_port(), *flags, descriptors=200 if flags else 100) as process:
-                _, said = process.communicate(timeout=30)
-            assert process.returncode == 1
+            few = 200 if flags else 100
+            with gateway(commands, etcd, tmp_path, free_port(), *flags, descriptors=few) as running:
+                status, said = running.end()
+            assert status == 1
             assert said.splitlines()[-1].startswith("error: the limit of open files is")
             assert "ulimit -Hn" in said

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +13,13 @@ import httpx
 import psutil
 import pytest
 
+from chaos.target.warm_start import WarmCommands, WarmProcess
 from elastic.serve.etcd_server import EtcdServer
 from membership.base.rank_id import RankId
 from membership.store.interface import Store
 from membership.store.keys import Keys
-from tests.integration.elastic.gateway.test_gateway_process import BODY, alive, engine_in, free_port, gateway
 from tests.support.agent_scene import WORKER, Scene
+from tests.support.gateway_process import BODY, alive, engine_in, free_port, gateway
 from tests.support.helpers import eventually
 
 pytestmark = pytest.mark.integration
@@ -30,19 +30,19 @@ EITHER = (128 + signal.SIGINT, SECOND)
 
 
 @contextmanager
-def role(etcd: EtcdServer, folder: Path, *command: str) -> Iterator[subprocess.Popen[bytes]]:
+def role(commands: WarmCommands, etcd: EtcdServer, folder: Path, *command: str) -> Iterator[WarmProcess]:
     """A role command, killed at the end if it still runs."""
     arguments = [*command, "--etcd", etcd.url, "--cluster", "c", "--state-dir", str(folder)]
-    process = subprocess.Popen([sys.executable, "-m", "elastic.cli", *arguments], env=os.environ)
+    process = commands.start(arguments, os.environ, sys.stderr.fileno())
     try:
         yield process
     finally:
-        if process.poll() is None:
-            process.kill()
+        process.kill()
         process.wait(timeout=30)
+        process.close()
 
 
-def signal_twice(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> None:
+def signal_twice(process: WarmProcess) -> None:
     """Both at once: it is stopped meanwhile, so that it cannot end between them. Either may be the second: `EITHER`."""
     for number in (signal.SIGSTOP, signal.SIGINT, signal.SIGTERM, signal.SIGCONT):
         process.send_signal(number)
@@ -50,21 +50,23 @@ def signal_twice(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> No
 
 @pytest.mark.parametrize("name", ["controller", "engine"])
 def test_a_role_gives_up_its_lease_and_says_that_it_was_hastened(
-    name: str, etcd: EtcdServer, store: Store, tmp_path: Path
+    name: str, commands: WarmCommands, etcd: EtcdServer, store: Store, tmp_path: Path
 ) -> None:
     Scene(store, tmp_path / "events.jsonl").configure()
     key = Keys("c").leader if name == "controller" else Keys("c").engine
-    with role(etcd, tmp_path / "state", name, "--node", "n") as process:
+    with role(commands, etcd, tmp_path / "state", name, "--node", "n") as process:
         eventually(lambda: store.get(key), 60.0, f"{name} elected")
         signal_twice(process)
         assert process.wait(timeout=30) in EITHER
     assert store.get(key) is None, "its lease is revoked, not left to expire"
 
 
-def test_a_role_that_hangs_is_ended_all_the_same(etcd: EtcdServer, store: Store, tmp_path: Path) -> None:
+def test_a_role_that_hangs_is_ended_all_the_same(
+    commands: WarmCommands, etcd: EtcdServer, store: Store, tmp_path: Path
+) -> None:
     """It waits for a store that does not answer."""
     Scene(store, tmp_path / "events.jsonl").configure()
-    with role(etcd, tmp_path / "state", "controller", "--node", "n") as process:
+    with role(commands, etcd, tmp_path / "state", "controller", "--node", "n") as process:
         eventually(lambda: store.get(Keys("c").leader), 60.0, "a leader")
         os.kill(etcd.pid, signal.SIGSTOP)
         try:
@@ -74,12 +76,14 @@ def test_a_role_that_hangs_is_ended_all_the_same(etcd: EtcdServer, store: Store,
             os.kill(etcd.pid, signal.SIGCONT)
 
 
-def test_an_agent_ends_its_ranks_at_once_and_waits_for_them(etcd: EtcdServer, store: Store, tmp_path: Path) -> None:
+def test_an_agent_ends_its_ranks_at_once_and_waits_for_them(
+    commands: WarmCommands, etcd: EtcdServer, store: Store, tmp_path: Path
+) -> None:
     """One rank does not react to anything milder than SIGKILL, and nothing is waited for that it could do."""
     scene = Scene(store, tmp_path / "events.jsonl")
     scene.configure()
     command = ("agent", "--node", "n", "--worker-class", WORKER)
-    with role(etcd, tmp_path / "state", *command) as process:
+    with role(commands, etcd, tmp_path / "state", *command) as process:
         scene.assign(A, B)
         ranks = scene.until_registered(A, B).ranks
         os.kill(ranks[A].pid, signal.SIGSTOP)
@@ -100,17 +104,19 @@ def running(pid: int) -> bool:
         return False
 
 
-def test_a_gateway_tells_its_clients_and_does_not_wait_for_their_streams(etcd: EtcdServer, tmp_path: Path) -> None:
+def test_a_gateway_tells_its_clients_and_does_not_wait_for_their_streams(
+    commands: WarmCommands, etcd: EtcdServer, tmp_path: Path
+) -> None:
     port = free_port()
-    with engine_in(etcd, tmp_path), gateway(etcd, tmp_path, port) as process:
+    with engine_in(etcd, tmp_path), gateway(commands, etcd, tmp_path, port) as running:
         eventually(lambda: alive(port), 30.0, "the gateway to answer")
         with httpx.stream("POST", f"http://127.0.0.1:{port}/v1/completions", json=BODY, timeout=30) as answer:
             lines = answer.iter_lines()
             assert next(lines).startswith("data: {")
-            process.send_signal(signal.SIGTERM)
+            running.process.send_signal(signal.SIGTERM)
             ready = f"http://127.0.0.1:{port}/readyz"
             eventually(lambda: "shutting down" in httpx.get(ready, timeout=30).text, 30.0, "the gateway to drain")
-            process.send_signal(signal.SIGTERM)
+            running.process.send_signal(signal.SIGTERM)
             rest = "".join(lines)
         assert "shutting down" in rest, "an error of ours, not a broken connection"
-        assert process.wait(timeout=30) == SECOND
+        assert running.process.wait(timeout=30) == SECOND

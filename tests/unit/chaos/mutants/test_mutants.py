@@ -12,13 +12,14 @@ from typer.testing import CliRunner
 from chaos.cli.main import app
 from chaos.mutants.catalogue import MUTANTS
 from chaos.mutants.hunt import HuntReceipt, hunt
-from chaos.mutants.mutant import Mutant
+from chaos.mutants.mutant import Mutant, Shown
 from chaos.mutants.tree import ROOT, mutated_source, require_tests
 from membership.base.errors import ConfigError
 
 pytestmark = pytest.mark.unit
 
-TWICE = next(mutant for mutant in MUTANTS if mutant.name == "tokens-twice")
+NAMED = {mutant.name: mutant for mutant in MUTANTS}
+TWICE = NAMED["tokens-twice"]
 JOURNAL = "tests/unit/elastic/gateway/test_journal.py"
 IN_ORDER = f"{JOURNAL}::test_tokens_are_accepted_in_order_and_duplicates_are_dropped"
 
@@ -64,6 +65,16 @@ def test_a_mutant_is_caught_and_an_unchanged_product_is_not() -> None:
     assert not receipt.ok
 
 
+def test_a_schedule_that_has_shown_it_is_tried_first_and_a_stale_one_costs_no_more_than_time() -> None:
+    known = replace(NAMED["cache-believed"], shown=Shown(1, ()))
+    stale = replace(NAMED["submitted-twice"], shown=Shown(1, ()))
+    receipt = hunt([known, stale], jobs=2, lives=3)
+    assert not receipt.control
+    assert [(found.caught, found.lives > 1) for found in receipt.bugs] == [(True, False), (True, True)]
+    assert (receipt.bugs[0].shown, receipt.bugs[0].events) == (Shown(1, ()), 0)
+    assert receipt.bugs[1].shown != stale.shown
+
+
 def test_a_test_that_fails_for_another_reason_catches_nothing() -> None:
     """A module that cannot be imported, a name that is gone, a test that does not notice."""
     broken = replace(TWICE, name="broken", after="return message.nonsense", tests=(IN_ORDER,))
@@ -81,6 +92,7 @@ def test_the_command() -> None:
     assert outcome.exit_code == 0, outcome.output
     receipt = msgspec.json.decode(outcome.stdout.splitlines()[-1], type=HuntReceipt)
     assert (receipt.planted, receipt.caught, receipt.control) == (1, 1, ())
+    assert 0 < receipt.bugs[0].cpu_s < receipt.cpu_s
     outcome = CliRunner().invoke(app, ["mutants", "--only", "nothing"])
     assert outcome.exit_code == 1
     assert "no planted bug ['nothing']" in outcome.output
