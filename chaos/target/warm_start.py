@@ -117,9 +117,13 @@ class WarmCommands:
             return subprocess.CompletedProcess(["elastic", *arguments], status, _text(out), _text(err))
 
     def _start(
-        self, arguments: Sequence[str], environ: Mapping[str, str], files: Sequence[int], numbers: Sequence[int],
+        self,
+        arguments: Sequence[str],
+        environ: Mapping[str, str],
+        files: Sequence[int],
+        numbers: Sequence[int],
         target: str = RUN,
-    ) -> WarmProcess:  # fmt: skip
+    ) -> WarmProcess:
         """`files`: of its output, then those that are to have these `numbers`."""
         command = msgspec.msgpack.encode(Command.of("elastic.cli", arguments, environ, numbers))
         child = self._server.fork(target, command, files).result(FORKED_S)
