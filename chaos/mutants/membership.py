@@ -70,6 +70,7 @@ MUTANTS: tuple[Mutant, ...] = (
         file="membership/planning/planner.py",
         before="incarnation = max([state.incarnation, *(m.incarnation",
         after="incarnation = max([0, *(m.incarnation",
+        shown=Shown(2, (0, 1, 2, 3, 4, 6, 7, 8, 12, 13, 14, 15, 27, 29, 31, 32, 33, 34, 37, 39)),
     ),
     # --- what a process takes for the store's state
     Mutant(
@@ -127,6 +128,7 @@ MUTANTS: tuple[Mutant, ...] = (
         file="membership/planning/planner.py",
         before="staged is None or facts.unprepared or facts.now",
         after="staged is None or facts.now",
+        shown=Shown(1, ()),
     ),
     Mutant(
         name="unwanted-commit",
@@ -136,14 +138,14 @@ MUTANTS: tuple[Mutant, ...] = (
             "    if not staged.members or not keep <= set(staged.members) <= keep | set(facts.ready):\n"
             "        return False\n"
         ),
-        shown=Shown(248),
+        shown=Shown(248, (0, 1, 2, 5, 6)),
     ),
     Mutant(
         name="cancelled-commit",
         guards="G5: an operation that was cancelled before its commit is not committed",
         file="membership/planning/planner.py",
         before="    if operation is not None and operation.cancelled:\n        return None\n",
-        shown=Shown(223),
+        shown=Shown(223, (0, 1, 3), 2),
     ),
     Mutant(
         name="orphans-left",
@@ -151,6 +153,7 @@ MUTANTS: tuple[Mutant, ...] = (
         file="membership/planning/next_view.py",
         before="placement = repair(config.moe_layers, config.experts, old)",
         after="placement = old",
+        shown=Shown(10, (2, 3, 52), 1),
     ),
     # --- deaths and repairs
     Mutant(
@@ -167,6 +170,7 @@ MUTANTS: tuple[Mutant, ...] = (
         file="membership/planning/planner.py",
         before="    gone = set(facts.members) - set(facts.alive)\n    gone |=",
         after="    gone = set[Member]()\n    gone |=",
+        shown=Shown(4, (44, 52)),
     ),
     Mutant(
         name="loss-not-first",
@@ -174,6 +178,7 @@ MUTANTS: tuple[Mutant, ...] = (
         file="membership/planning/planner.py",
         before="    if gone and keep and not (_stuck(facts) and ready):\n",
         after="    if False:\n",
+        shown=Shown(10, (45,)),
     ),
     Mutant(
         name="no-backoff",
@@ -181,6 +186,7 @@ MUTANTS: tuple[Mutant, ...] = (
         file="membership/planning/planner.py",
         before="(last.quarantined or last.held_back_s(facts.now))",
         after="last.quarantined",
+        shown=Shown(11, (0, 2, 3, 12, 13, 14, 15, 22, 23, 27, 28, 41, 42, 43, 44)),
     ),
     # --- operations
     Mutant(
@@ -224,6 +230,41 @@ MUTANTS: tuple[Mutant, ...] = (
         before=(
             '    if _late(facts, operation):\n        return f"not done by its deadline; waited for {awaited(facts)}"\n'
         ),
+        shown=Shown(
+            6,
+            (
+                3,
+                4,
+                5,
+                6,
+                8,
+                9,
+                10,
+                12,
+                13,
+                15,
+                16,
+                18,
+                19,
+                20,
+                22,
+                24,
+                25,
+                26,
+                27,
+                31,
+                32,
+                33,
+                36,
+                68,
+                85,
+                86,
+                87,
+                88,
+                90,
+                92,
+            ),
+        ),
     ),
     Mutant(
         name="rollback-keeps-the-desired-size",
@@ -231,6 +272,7 @@ MUTANTS: tuple[Mutant, ...] = (
         file="membership/planning/planner.py",
         before="    desired = desired_without(operation, facts.desired, len(facts.members))\n",
         after="    desired = facts.desired\n",
+        shown=Shown(3, (5,)),
     ),
     Mutant(
         name="never-done",
@@ -238,6 +280,7 @@ MUTANTS: tuple[Mutant, ...] = (
         file="membership/planning/planner.py",
         before="return advance(operation, Phase.DONE, now=now) if retired or late else None",
         after="return None",
+        shown=Shown(4, (30,)),
     ),
     Mutant(
         name="drained-slot-filled",
@@ -245,6 +288,7 @@ MUTANTS: tuple[Mutant, ...] = (
         file="membership/planning/cluster_facts.py",
         before="barred, named = set(self.desired.cordoned), ",
         after="barred, named = set[int](), ",
+        shown=Shown(6, (67, 68, 72, 73, 76, 78, 79, 80, 85, 86, 87, 88, 90, 92, 95, 96)),
     ),
     Mutant(
         name="quarantine-ignored",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from chaos.mutants.mutant import Mutant
+from chaos.mutants.mutant import Mutant, Shown
 
 DECIDE = "tests/unit/workers/agent/test_decide.py"
 WATCHDOG = "tests/unit/workers/fleet/test_watchdog.py"
@@ -83,6 +83,7 @@ MUTANTS: tuple[Mutant, ...] = (
         guards="G9: a record that is away shows nothing: the engine keeps a rank that is assigned",
         file="elastic/engine/loop.py",
         before="named |= {spec.id for each in state.assignments.values() for spec in each.ranks}",
+        shown=Shown(2, (8,), 1),
     ),
     Mutant(
         name="left-without-a-word",
@@ -90,6 +91,7 @@ MUTANTS: tuple[Mutant, ...] = (
         file="workers/rank/engine_port.py",
         before="self._answer(Farewell(*self.key, self.token, successor=token))",
         after="pass",
+        shown=Shown(2, (21, 25)),
     ),
     Mutant(
         name="older-engine-obeyed",

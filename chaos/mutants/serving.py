@@ -20,7 +20,7 @@ MUTANTS: tuple[Mutant, ...] = (
         file="elastic/gateway/journal.py",
         before="return message.tokens[overlap - message.index :]",
         after="return message.tokens",
-        shown=Shown(154),
+        shown=Shown(154, (42, 61, 63, 64), 1),
     ),
     Mutant(
         name="gap-accepted",
@@ -43,6 +43,7 @@ MUTANTS: tuple[Mutant, ...] = (
         guards="G3: a request ends once",
         file="elastic/gateway/journal.py",
         before="        if reason:\n            self._end(request, RequestState.FINISHED)\n",
+        shown=Shown(3),
     ),
     # --- steps
     Mutant(
@@ -93,6 +94,7 @@ MUTANTS: tuple[Mutant, ...] = (
         file="elastic/engine/scheduler.py",
         before="                self._requeue(sequence)\n                moved",
         after="                self._forget(sequence)\n                moved",
+        shown=Shown(7, (109,)),
     ),
     Mutant(
         name="mask-comes-back",
@@ -100,6 +102,7 @@ MUTANTS: tuple[Mutant, ...] = (
         file="elastic/engine/scheduler.py",
         before="self.masked |= gone",
         after="self.masked = gone",
+        shown=Shown(3, (4, 5, 8), 4),
     ),
     Mutant(
         name="submitted-twice",
@@ -107,6 +110,7 @@ MUTANTS: tuple[Mutant, ...] = (
         file="elastic/engine/scheduler.py",
         before="        self.abort(request.request_id)\n        if refused",
         after="        if refused",
+        shown=Shown(2),
     ),
     Mutant(
         name="cache-believed",
@@ -114,6 +118,7 @@ MUTANTS: tuple[Mutant, ...] = (
         file="elastic/engine/scheduler.py",
         before="cached = len(shared[home.rank]) * size\n",
         after="cached = (len(sequence.tokens) - 1) // size * size\n",
+        shown=Shown(1, ()),
     ),
     # --- the prefix cache
     Mutant(
@@ -138,6 +143,50 @@ MUTANTS: tuple[Mutant, ...] = (
         file="elastic/engine/sequence.py",
         before="min(self.computed // pool.block_size, len(self.names))",
         after="len(self.names)",
+        shown=Shown(
+            5,
+            (
+                34,
+                35,
+                36,
+                37,
+                38,
+                39,
+                40,
+                41,
+                48,
+                50,
+                51,
+                52,
+                53,
+                54,
+                55,
+                58,
+                59,
+                60,
+                62,
+                64,
+                66,
+                67,
+                70,
+                71,
+                72,
+                73,
+                74,
+                75,
+                76,
+                79,
+                80,
+                82,
+                85,
+                87,
+                88,
+                89,
+                90,
+                91,
+            ),
+            1,
+        ),
     ),
     Mutant(
         name="used-block-freed",
@@ -151,6 +200,9 @@ MUTANTS: tuple[Mutant, ...] = (
         guards="G3: a KV block that gets other content is no longer found by its former one",
         file="elastic/engine/kv_blocks.py",
         before="            del self._holder[self._content.pop(block)]\n",
+        shown=Shown(
+            1, (62, 63, 64, 66, 68, 69, 70, 72, 75, 78, 79, 80, 81, 82, 83, 84, 103, 105, 106, 110, 114, 115, 117, 118)
+        ),
     ),
     # --- moves
     Mutant(
