@@ -167,6 +167,9 @@ class Backend(Protocol):
     def fingerprint(self, dtype: torch.dtype) -> str:
         """A short string; equal on ranks that compute the same bits, judged by samples."""
 
+    def fuse(self, model: nn.Module) -> None:
+        """Replace modules by what is faster on this device, with the same results but for rounding."""
+
     def make_invariant(self, model: nn.Module, calibrations: Calibrations) -> RowTiles:
         """Make every product and norm of `model` (all but attention and routed experts) exact.
 

@@ -72,6 +72,7 @@ class ModelRunner:
         spec = _attention_spec(loaded, kv_blocks, block_size, max_len)
         with torch.inference_mode():
             tabulate(loaded.model, min(max_len, loaded.info.max_position), loaded.dtype, backend.device)
+            backend.fuse(loaded.model)
             try:
                 if invariant:
                     self._tiles = backend.make_invariant(loaded.model, calibrations)

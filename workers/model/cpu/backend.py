@@ -35,6 +35,9 @@ class CpuBackend:
         """See `Backend`."""
         return kernel_fingerprint(dtype, self.device)
 
+    def fuse(self, model: nn.Module) -> None:
+        """Nothing: oneDNN has no such operations."""
+
     def make_invariant(self, model: nn.Module, calibrations: Calibrations) -> RowTiles:
         """See `Backend`."""
         return make_invariant(model, calibrations)

@@ -21,6 +21,7 @@ from workers.model.cuda.expert_products import CudaExpertProducts
 from workers.model.cuda.graphs import StepGraphs
 from workers.model.cuda.kv_cache import CudaKVCache
 from workers.model.cuda.local_experts import CudaLocalExperts
+from workers.model.cuda.norm import fuse_norms
 from workers.model.row_tiles import RowTiles
 
 
@@ -46,6 +47,10 @@ class CudaBackend:
         ours = Path(kernels.__file__).read_bytes()
         plain = kernel_fingerprint(dtype, self.device)
         return hashlib.sha256(f"{plain} {triton.__version__}".encode() + ours).hexdigest()[:16]
+
+    def fuse(self, model: nn.Module) -> None:
+        """Norms."""
+        fuse_norms(model)
 
     def make_invariant(self, model: nn.Module, calibrations: Calibrations) -> RowTiles:
         """See `Backend`."""

@@ -116,6 +116,7 @@ def merge(partial, sizes, out, splits, VALUE_WIDTH: tl.constexpr, VALUE_WIDE: tl
 @triton.jit
 def grouped_product(
     rows,
+    order,
     matrices,
     ends,
     out,
@@ -123,6 +124,7 @@ def grouped_product(
     width,
     inner_stride,
     width_stride,
+    SHARED_BY: tl.constexpr,
     KIND: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -130,8 +132,9 @@ def grouped_product(
 ):
     """COLUMNS columns of one group's product: out[i, :] = rows[i, :] times the matrix of the group that has row i.
 
-    rows [R, inner], out [R, width]; group g is rows ends[g] to ends[g + 1]; matrices[g] is the address of its matrix
-    [inner, width] with these strides, all of type KIND.
+    out [R, width]; group g is rows ends[g] to ends[g + 1]; matrices[g] is the address of its matrix [inner, width] with
+    these strides, all of type KIND. rows [R, inner], or with SHARED_BY > 0 [R // SHARED_BY, inner]: then row i of the
+    product is made of row order[i] // SHARED_BY.
     """
     group = tl.program_id(1)
     begin, end = tl.load(ends + group).to(tl.int32), tl.load(ends + group + 1).to(tl.int32)
@@ -143,13 +146,90 @@ def grouped_product(
     for first in range(begin, end, ROWS):
         row = first + tl.arange(0, ROWS)
         real = row[:, None] < end
+        source = tl.load(order + row, mask=row < end, other=0) // SHARED_BY if SHARED_BY > 0 else row
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
         for start in range(0, inner, PIECE):
             at = start + piece
-            left = tl.load(rows + row[:, None] * inner + at[None, :], mask=real & (at[None, :] < inner), other=0.0)
+            left = tl.load(rows + source[:, None] * inner + at[None, :], mask=real & (at[None, :] < inner), other=0.0)
             right = tl.load(
                 matrix + at[:, None] * inner_stride + column[None, :] * width_stride,
                 mask=inside & (at[:, None] < inner), other=0.0,
             )  # fmt: skip
             total = tl.dot(left, right, total, input_precision="ieee")
         tl.store(out + row[:, None] * width + column[None, :], total.to(out.dtype.element_ty), mask=real & inside)
+
+
+NO_EXPERT = tl.constexpr(1 << 30)
+
+
+@triton.jit
+def group_pairs(ids, rows, pairs, places, ends, counts, total, K: tl.constexpr, PAIRS: tl.constexpr):
+    """One expert: which of the (token, choice) pairs are for it, in their order, and where its group begins.
+
+    ids [total] of experts, K of each token, of which those of the first rows[0] tokens count. pairs[i] is the pair that
+    row i of the grouped rows is of, and places[p] the row of pair p; group g is rows ends[g] to ends[g + 1]; counts[g]
+    grows by its size.
+    """
+    expert = tl.program_id(0)
+    real = tl.load(rows) * K
+    number = tl.arange(0, PAIRS)
+    begin = 0
+    size = 0
+    for start in range(0, total, PAIRS):
+        pair = start + number
+        wanted = tl.load(ids + pair, mask=pair < real, other=NO_EXPERT)
+        begin += tl.sum((wanted < expert).to(tl.int32))
+        size += tl.sum((wanted == expert).to(tl.int32))
+    tl.store(ends + expert, begin)
+    if expert == tl.num_programs(0) - 1:
+        tl.store(ends + expert + 1, begin + size)
+    tl.store(counts + expert, tl.load(counts + expert) + size)
+    place = begin
+    for start in range(0, total, PAIRS):
+        pair = start + number
+        mine = tl.load(ids + pair, mask=pair < real, other=NO_EXPERT) == expert
+        at = place + tl.cumsum(mine.to(tl.int32), 0) - 1
+        tl.store(pairs + at, pair, mask=mine)
+        tl.store(places + pair, at, mask=mine)
+        place += tl.sum(mine.to(tl.int32))
+
+
+@triton.jit
+def weighted_sum(
+    parts, ids, weights, places, rows, out, width, K: tl.constexpr, WIDE_K: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """One token: the sum of its K rows of `parts`, by ascending expert; zeros from token rows[0] on.
+
+    parts [R, width], ids, weights and places [T, K], out [T, width]. To be launched without fused multiply-add: each
+    product and each sum is rounded by itself, as workers/exchange/combine.py has it.
+    """
+    token = tl.program_id(0)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    real = token < tl.load(rows)
+    choice = tl.arange(0, WIDE_K)
+    some = choice < K
+    wanted = tl.load(ids + token * K + choice, mask=some, other=NO_EXPERT)
+    rank = tl.sum((wanted[None, :] < wanted[:, None]).to(tl.int32), 1)
+    weight = tl.load(weights + token * K + choice, mask=some, other=0.0).to(tl.float32)
+    place = tl.load(places + token * K + choice, mask=some & real, other=0)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for nth in tl.static_range(K):
+        chosen = rank == nth
+        at = tl.sum(tl.where(chosen, place, 0))
+        part = tl.load(parts + at * width + column, mask=real & (column < width), other=0.0).to(tl.float32)
+        part = part * tl.sum(tl.where(chosen, weight, 0.0))
+        total = part if nth == 0 else total + part
+    tl.store(out + token * width + column, total.to(out.dtype.element_ty), mask=column < width)
+
+
+@triton.jit
+def rms_norm(rows, weight, out, epsilon, WIDTH: tl.constexpr, WIDE: tl.constexpr):
+    """One row of WIDTH numbers: x / sqrt(mean(x^2) + epsilon) in fp32, rounded, times `weight`."""
+    row = tl.program_id(0).to(tl.int64) * WIDTH
+    wide = tl.arange(0, WIDE)
+    inside = wide < WIDTH
+    given = tl.load(rows + row + wide, mask=inside, other=0.0)
+    exact = given.to(tl.float32)
+    normed = (exact * tl.rsqrt(tl.sum(exact * exact) / WIDTH + epsilon)).to(given.dtype).to(tl.float32)
+    scale = tl.load(weight + wide, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row + wide, (normed * scale).to(out.dtype.element_ty), mask=inside)

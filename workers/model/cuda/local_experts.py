@@ -9,11 +9,15 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import torch
+import triton
 from torch import Tensor
 
-from workers.exchange.combine import ascending, combine
 from workers.model.backend import Activation, HeldExperts
 from workers.model.cuda.expert_products import addresses_of, multiply
+from workers.model.cuda.kernels import group_pairs, weighted_sum
+
+PAIRS = 1024  # of a token and one of its experts, looked at together
+COLUMNS = 512  # of a sum per program
 
 
 class CudaLocalExperts:
@@ -29,8 +33,8 @@ class CudaLocalExperts:
         self._up = self._down = torch.empty(0)  # one expert's: all are laid out alike
         self._up_at, self._down_at = torch.zeros(2, *shape, dtype=torch.int64, device=device)
         self._counts = torch.zeros(shape, dtype=torch.int64, device=device)
-        self._numbers = torch.arange(self._experts + 1, device=device)
-        self._rows = torch.zeros(1, dtype=torch.int64, device=device)
+        self._rows = torch.zeros(1, dtype=torch.int32, device=device)
+        self._numbers = torch.empty(0, dtype=torch.int32, device=device)  # what is made of it has type and place
 
     def begin(self, rows: int) -> bool:
         """See `LocalExperts`."""
@@ -56,19 +60,21 @@ class CudaLocalExperts:
 
     def compute(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """See `LocalExperts`."""
-        ids, weights = ascending(ids, weights)
-        tokens, k = weights.shape
-        number = torch.arange(tokens, device=hidden.device)
-        real = (number < self._rows)[:, None]
-        wanted, pairs = torch.where(real, ids, self._experts).view(-1).sort(stable=True)  # padding is for no expert
-        ends = torch.searchsorted(wanted, self._numbers)
-        self._counts[layer] += ends.diff()
-        rows = hidden.index_select(0, pairs // k)
-        both = multiply(rows, self._up, self._up_at[layer], ends)
-        out = multiply(self._activation(both), self._down, self._down_at[layer], ends)
-        places = torch.empty_like(pairs).scatter_(0, pairs, torch.arange(len(pairs), device=pairs.device))
-        total = combine(out.index_select(0, places).view(tokens, k, -1), weights, hidden.dtype)
-        return torch.where(real, total, 0)
+        (tokens, k), width = ids.shape, hidden.shape[1]
+        ids, weights = ids.contiguous(), weights.contiguous()
+        pairs, places = self._numbers.new_empty(2, tokens * k)
+        ends = self._numbers.new_empty(self._experts + 1)
+        group_pairs[(self._experts,)](
+            ids, self._rows, pairs, places, ends, self._counts[layer], tokens * k, K=k, PAIRS=PAIRS
+        )
+        both = multiply(hidden, self._up, self._up_at[layer], ends, pairs, k)
+        parts = multiply(self._activation(both), self._down, self._down_at[layer], ends)
+        total = torch.empty_like(hidden)
+        weighted_sum[(tokens, triton.cdiv(width, COLUMNS))](
+            parts, ids, weights, places, self._rows, total, width,
+            K=k, WIDE_K=triton.next_power_of_2(k), COLUMNS=COLUMNS, enable_fp_fusion=False,
+        )  # fmt: skip
+        return total
 
     def take_load(self) -> npt.NDArray[np.uint32]:
         """See `LocalExperts`."""

@@ -285,11 +285,13 @@ class Norm(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
+        self.weight = nn.Parameter(torch.rand(width) + 0.5)
+        self.variance_epsilon = 1e-6
 
     def forward(self, hidden: Tensor) -> Tensor:
         wide = hidden.float()
-        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(hidden.dtype)
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * normed.to(hidden.dtype)
 
 
 class Dense(nn.Module):
@@ -313,6 +315,7 @@ def test_products_and_norms_of_a_model_can_be_made_exact(backend: Backend, dtype
     model = Dense().to(backend.device, dtype)
     rows = torch.randn(1, 300, 256).to(backend.device, dtype)
     before = model(rows)
+    backend.fuse(model)
     tiles = backend.make_invariant(model, Calibrations())
 
     def outputs(given: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
 from membership.base.enums import Exactness
 from membership.base.errors import ConfigError, ModelError
@@ -25,6 +26,7 @@ from workers.protocol.messages import SeqChunk
 pytest.importorskip("triton")
 
 from workers.model.cuda import attention as cuda_attention
+from workers.model.cuda import local_experts
 from workers.model.cuda.backend import CudaBackend
 from workers.model.cuda.expert_products import _on_device, addresses_of, multiply
 
@@ -142,7 +144,11 @@ def product(rows: Tensor, matrices: Sequence[Tensor], ends: list[int]) -> Tensor
     return multiply(rows, matrices[0], addresses, there)
 
 
-def test_experts_that_are_all_here_give_the_bits_of_the_exchange(backend: CudaBackend) -> None:
+@pytest.mark.parametrize("at_once", [8, 1024])
+def test_experts_that_are_all_here_give_the_bits_of_the_exchange(
+    backend: CudaBackend, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_experts, "PAIRS", at_once)
     held = FilledBank(backend, 2, 5, 24)
     local = backend.local_experts(held, gated, (2, 5))
     exchange = LocalExchange(held)
@@ -162,6 +168,35 @@ def test_experts_that_are_all_here_give_the_bits_of_the_exchange(backend: CudaBa
             load[layer] += ids[:rows].flatten().bincount(minlength=5)
     assert local.take_load().tolist() == load.tolist()
     assert not local.take_load().any()
+
+
+class Shifted(nn.Module):
+    """A norm whose weight is what it adds to 1."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(width))
+        self.variance_epsilon = 1e-5
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        wide = hidden.float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return ((1.0 + self.weight) * normed).to(hidden.dtype)
+
+
+@torch.inference_mode()
+def test_a_norm_of_another_definition_stays_as_it_is(backend: CudaBackend) -> None:
+    usual, shifted = MixtralRMSNorm(72, eps=1e-5), Shifted(72)
+    usual.weight.data.uniform_(0.5, 1.5)
+    rows = torch.randn(1, 9, 72)
+    before = usual(rows), shifted(rows)
+    backend.fuse(nn.ModuleList([usual, shifted]))
+    assert "forward" in vars(usual)
+    assert "forward" not in vars(shifted)
+    assert torch.allclose(usual(rows), before[0], 1e-5, 1e-5)
+    assert torch.equal(shifted(rows), before[1])
+    assert torch.equal(usual(rows[:, 4:5]), usual(rows)[:, 4:5])
+    assert usual(rows.to(torch.float16)).dtype == torch.float32, "the wider type, as torch has it"
 
 
 def test_experts_come_and_go(backend: CudaBackend) -> None:
