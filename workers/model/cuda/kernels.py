@@ -209,7 +209,9 @@ def weighted_sum(
     choice = tl.arange(0, WIDE_K)
     some = choice < K
     wanted = tl.load(ids + token * K + choice, mask=some, other=NO_EXPERT)
-    rank = tl.sum((wanted[None, :] < wanted[:, None]).to(tl.int32), 1)
+    earlier = choice[None, :] < choice[:, None]
+    first = (wanted[None, :] < wanted[:, None]) | ((wanted[None, :] == wanted[:, None]) & earlier)
+    rank = tl.sum(first.to(tl.int32), 1)
     weight = tl.load(weights + token * K + choice, mask=some, other=0.0).to(tl.float32)
     place = tl.load(places + token * K + choice, mask=some & real, other=0)
     total = tl.zeros((COLUMNS,), tl.float32)
