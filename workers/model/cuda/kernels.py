@@ -1,7 +1,8 @@
 """Triton kernels with fixed tiles: a row's bits are the same alone and in any company.
 
 No program's tile depends on how many rows, sequences or experts share the launch, and every sum runs in one order. Each
-also runs in Triton's interpreter on a CPU, which is how it is tested without a GPU.
+also runs in Triton's interpreter on a CPU, which is how it is tested without a GPU. Numbers that change from
+step to step are not specialised, or a kernel would be compiled again in the midst of serving.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def _add_cells(rows, key, value, seen, scaling, top, total, mixed):
     return new, total * kept + tl.sum(weights, 1), mixed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "pages"])
 def attend(
     queries,
     keys,
@@ -94,7 +95,7 @@ def attend(
     tl.store(sizes + place, tl.where(some, top + tl.log(tl.where(some, total, 1.0)), float("-inf")), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def merge(partial, sizes, out, splits, VALUE_WIDTH: tl.constexpr, VALUE_WIDE: tl.constexpr):
     """One (token, query head): its splits, ascending. Those that saw no cell add exact zeros."""
     query = tl.program_id(0)
@@ -162,7 +163,7 @@ def grouped_product(
 NO_EXPERT = tl.constexpr(1 << 30)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def group_pairs(ids, rows, pairs, places, ends, counts, total, K: tl.constexpr, PAIRS: tl.constexpr):
     """One expert: which of the (token, choice) pairs are for it, in their order, and where its group begins.
 
