@@ -18,6 +18,7 @@ from elastic.serve.options import (
     MAX_PORT,
     AgentOptions,
     GatewayOptions,
+    InitOptions,
     Kind,
     RoleOptions,
     ServeOptions,
@@ -31,6 +32,7 @@ SCHEMA = Path("helm/elastic-ep/values.schema.json")
 BEGIN, END = "# Options of `elastic serve`, written by `make docs`:", "# (end of what `make docs` writes)"
 SECTIONS = (
     ("elastic serve MODEL", ServeOptions),
+    ("elastic init MODEL", InitOptions),
     ("elastic controller, elastic engine", RoleOptions),
     ("elastic agent", AgentOptions),
     ("elastic gateway", GatewayOptions),

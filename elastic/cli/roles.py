@@ -1,4 +1,4 @@
-"""The role commands: `elastic agent|engine|controller|gateway`. `elastic serve` starts these; so does a pod."""
+"""`elastic init`, and the role commands: `elastic agent|engine|controller|gateway`, which `elastic serve` starts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from elastic.cli.command import command
 from elastic.serve.join_secret import network_of
 from elastic.serve.listening import inherited_listeners
-from elastic.serve.options import AgentOptions, GatewayOptions, RoleOptions, StoreOptions, admin_token
+from elastic.serve.options import AgentOptions, GatewayOptions, InitOptions, RoleOptions, StoreOptions, admin_token
 from elastic.serve.role_main import role
 from elastic.serve.state_dir import ClusterAddress, StateDir, home
 from membership.base.errors import ConfigError
@@ -31,6 +31,17 @@ def _find(options: StoreOptions) -> tuple[ClusterAddress, StateDir]:
     state = StateDir(options.state_dir) if options.state_dir else StateDir.last_served()
     address = state.address()
     return msgspec.structs.replace(address, credentials=options.credentials(address.credentials)), state
+
+
+@command
+def init(options: InitOptions) -> None:
+    """Write what roles need before they begin: the cluster's config and size. Run again, it changes nothing.
+
+    `elastic serve` does this by itself. A cluster that spans hosts needs the join secret here, too.
+    """
+    from elastic.serve.init_config import run_init
+
+    run_init(options, typer.echo)
 
 
 @command
@@ -55,9 +66,9 @@ def agent(options: AgentOptions) -> None:
     address, state = _find(options)
     with role("agent", address, state.events, options.limit) as (store, stop, events):
         network = network_of(options.advertise, options.join_secret_file, address.cluster)
-        model = str(options.model.absolute()) if options.model is not None else ""
         capacity = options.capacity or 0
-        how = Options(options.worker_class, options.spares, options.drain_grace_s, capacity, model, network)
+        model, grace_s = options.local_model, options.drain_grace_s
+        how = Options(options.worker_class, options.spares, grace_s, capacity, model, network)
         run_agent(store, address.cluster, options.node, stop, events, how, stop.hurry)
 
 
@@ -92,6 +103,7 @@ def gateway(options: GatewayOptions) -> None:
         grace_s=options.stop_grace_s,
         api=options,
         network=network_of(options.advertise, options.join_secret_file, address.cluster),
+        model=options.local_model,
     )
     with role("gateway", address, state.events, options.limit) as (store, stop, events):
         run_gateway(store, address.cluster, settings, stop, events, stop.hurry)
@@ -99,5 +111,5 @@ def gateway(options: GatewayOptions) -> None:
 
 def add_to(app: typer.Typer) -> None:
     """Register the role commands."""
-    for each in (controller, agent, engine, gateway):
+    for each in (init, controller, agent, engine, gateway):
         app.command(rich_help_panel="Roles")(each)

@@ -27,9 +27,10 @@ from membership.store.interface import Store
 from membership.store.keys import Keys
 from membership.store.lease import LeaseKeeper
 from membership.store.mirror import Mirror
-from membership.store.records import ClusterConfig, EngineRecord
+from membership.store.records import EngineRecord
 from workers.fleet.fleet import Fleet
 from workers.queue.handle import this_host
+from workers.queue.network import require_joined
 
 CAMPAIGN_SLICE_S = 1.0
 REMIND_S = 60.0
@@ -66,9 +67,10 @@ def run_engine(
 ) -> None:
     """Stand by, then serve for one term, until `stop`. Fenced if another engine has taken over."""
     with Mirror(store, cluster) as mirror, ExitStack() as opened:
-        config = _config(mirror, stop)
+        config = mirror.wait_for_config(stop)
         if config is None:
             return
+        require_joined(config, network)
         fleet = Fleet(network=network)
         opened.callback(fleet.close)
         server = EngineServer(fleet.ring, network)
@@ -105,14 +107,6 @@ def run_engine(
         except Fenced as fenced:
             events.emit("engine_stood_down", cluster=cluster, token=token, reason=str(fenced))
             raise
-
-
-def _config(mirror: Mirror, stop: threading.Event) -> ClusterConfig | None:
-    """The cluster's configuration, once there is one; None if stopped first."""
-    state = mirror.state()
-    while state.config is None and not stop.is_set():
-        state = mirror.poll(state.revision, CAMPAIGN_SLICE_S)
-    return state.config
 
 
 def _get_elected(

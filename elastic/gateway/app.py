@@ -48,8 +48,8 @@ from membership.store.interface import Store
 from membership.store.mirror import Mirror
 from membership.store.records import ClusterConfig, ClusterState, GatewayRecord
 from workers.model.text_files import SamplingDefaults, not_applied, sampling_defaults
+from workers.queue.network import require_joined
 
-CONFIG_TIMEOUT_S = 60.0
 STOP_POLL_S = 0.1
 CLOSE_TIMEOUT_S = 5
 HURRIED_S = 0.5  # for the last words to clients, once the stop is hastened
@@ -77,6 +77,7 @@ class GatewaySettings:
     link: LinkSettings = field(default_factory=LinkSettings)
     api: ApiOptions = field(default_factory=ApiOptions)
     network: Network | None = None  # how an engine on another host is reached
+    model: str = ""  # this host's copy of the checkpoint, if it is not where the config says
 
 
 @dataclass
@@ -113,9 +114,12 @@ def run_gateway(
         listening(settings, settings.listeners) as bound,
         Mirror(store, cluster) as mirror,
     ):
-        config = mirror.wait(lambda s: s.config is not None, CONFIG_TIMEOUT_S, f"the config of {cluster!r}").config
+        config = mirror.wait_for_config(stop)
         if config is None:
-            raise ConfigError(f"cluster {cluster!r} has no config")
+            return
+        require_joined(config, settings.network)
+        if settings.model:
+            config = msgspec.structs.replace(config, model=settings.model)
         link = EngineLink(name, settings.link, network=settings.network, note=note)
         readiness = health.Readiness(link, mirror.state, lambda: mirror.trouble)
         history = StateDir(settings.state_dir).events

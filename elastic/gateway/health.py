@@ -48,7 +48,7 @@ def obstacles(state: ClusterState, link: EngineLink, stopping: bool) -> list[str
     found = ["this gateway is shutting down"] if stopping else []
     status = cluster_status(state, time.time())
     if not status.epoch:
-        found.append("no epoch is committed yet")
+        found.append(f"no epoch is committed yet{_too_few_agents(state)}")
     if status.coverage.uncovered:
         found.append(f"{status.coverage.uncovered} (layer, expert) pairs have no live replica")
     if link.stuck_s() > STUCK_S:
@@ -60,6 +60,11 @@ def obstacles(state: ClusterState, link: EngineLink, stopping: bool) -> list[str
     elif status.epoch and not patient and (state.engine_status is None or not state.engine_status.epoch):
         found.append("the engine has not taken up the view yet")
     return found
+
+
+def _too_few_agents(state: ClusterState) -> str:
+    here, wanted = len(state.agents), state.config.min_agents if state.config is not None else 0
+    return f": {here} of {wanted} agents are there" if 1 < wanted > here else ""
 
 
 def add_routes(app: FastAPI, readiness: Readiness, metrics: GatewayMetrics) -> None:

@@ -1,16 +1,16 @@
-"""The cluster configuration that `elastic serve` stores: made from its options and the checkpoint."""
+"""The cluster configuration that `elastic serve` and `elastic init` store: made from its options and the checkpoint."""
 
 from __future__ import annotations
 
 from elastic.serve.model_check import require_model
-from elastic.serve.options import DEFAULT_RANKS, DEFAULTS, ServeOptions, check_options
+from elastic.serve.options import DEFAULT_RANKS, DEFAULTS, InitOptions, ServeOptions, check_options
 from membership.base.errors import PlanRefused
 from membership.planning.cluster_facts import scale_refusal
 from membership.store.records import ClusterConfig
 from workers.model.content import small_files
 
 
-def cluster_config(options: ServeOptions) -> ClusterConfig:
+def cluster_config(options: ServeOptions | InitOptions) -> ClusterConfig:
     """Check the options against the model. Raises ModelError, ConfigError or PlanRefused."""
     check_options(options)
     ranks = options.ranks or DEFAULT_RANKS

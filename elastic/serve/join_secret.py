@@ -12,6 +12,7 @@ from pathlib import Path
 
 from membership.base.errors import ConfigError
 from membership.base.network import Network
+from workers.queue.network import join_key
 
 ENV = "ELASTIC_JOIN_SECRET"
 FILE = "join-secret"  # in the state directory
@@ -22,7 +23,7 @@ def network_of(address: str, file: Path | None, cluster: str) -> Network | None:
     """This host among others; None if it has no address for them. ConfigError: the secret or the address is no good."""
     if not address:
         return None
-    secret = _read(file) if file is not None else os.environ.get(ENV, "").strip()
+    secret = _given(file)
     if not secret:
         raise ConfigError(
             "--advertise needs the cluster's join secret",
@@ -30,6 +31,12 @@ def network_of(address: str, file: Path | None, cluster: str) -> Network | None:
         )
     _require_ours(address)
     return Network(address, cluster, secret.encode())
+
+
+def join_key_of(file: Path | None, cluster: str) -> str:
+    """What the config of a cluster says of its join secret; "" if none is given: it is on one host."""
+    secret = _given(file)
+    return join_key(Network("", cluster, secret.encode())) if secret else ""
 
 
 def make_secret(state_dir: Path) -> Path:
@@ -42,6 +49,10 @@ def make_secret(state_dir: Path) -> Path:
     with open(fd, "w", encoding="ascii") as made:
         made.write(secrets.token_hex(SECRET_BYTES) + "\n")
     return file
+
+
+def _given(file: Path | None) -> str:
+    return _read(file) if file is not None else os.environ.get(ENV, "").strip()
 
 
 def _read(file: Path) -> str:

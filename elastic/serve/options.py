@@ -306,16 +306,22 @@ class ApiOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkOptions:
-    """How hosts reach each other."""
+class JoinOptions:
+    """What hosts of a cluster have in common."""
 
-    advertise: str = option(
-        "", "IPv4 address or name at which other hosts reach this one. Default: none do.", env="ELASTIC_ADVERTISE"
-    )
     join_secret_file: Path | None = option(
         None,
         "File with the secret that a cluster's hosts share. Default: ELASTIC_JOIN_SECRET; `serve` makes one.",
         env="ELASTIC_JOIN_SECRET_FILE",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions(JoinOptions):
+    """How hosts reach each other."""
+
+    advertise: str = option(
+        "", "IPv4 address or name at which other hosts reach this one. Default: none do.", env="ELASTIC_ADVERTISE"
     )
 
 
@@ -347,8 +353,8 @@ class LogOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions(StoreOptions, NetworkOptions, ListenOptions, ApiOptions, SpareOptions, LogOptions):
-    """Options of `elastic serve`."""
+class ConfigOptions:
+    """What a cluster serves and how: what becomes its stored configuration."""
 
     model: Path = field(
         metadata={"option": Option(argument=True, helm="model.path", help="Checkpoint directory, Hugging Face format.")}
@@ -452,10 +458,32 @@ class ServeOptions(StoreOptions, NetworkOptions, ListenOptions, ApiOptions, Spar
     load_stall_s: float = option(
         DEFAULTS["load_stall_s"], "Give up the load of a rank once no byte has come for this long.", minimum=1
     )
+    min_agents: int = option(
+        DEFAULTS["min_agents"], "How many agents must be there before the first ranks start.", minimum=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisorOptions:
+    """How `elastic serve` starts its roles, and watches over them."""
+
     ready_timeout_s: float = option(180.0, "Exit if not ready, and no rank loads any further, within this time.")
     only_on: str = option("", "Refuse to start on a node of another name (a StatefulSet's other pods).")
     log_stdout: bool = option(False, "Also write the logs of all roles to stdout, as JSON lines that name the role.")
     chaos: bool = option(False, "For tests only: allow faults to be armed at run time, by file or admin API.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitOptions(ConfigOptions, StoreOptions, JoinOptions):
+    """Options of `elastic init`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(
+    ConfigOptions, SupervisorOptions, StoreOptions, NetworkOptions, ListenOptions, ApiOptions, SpareOptions, LogOptions
+):
+    """Options of `elastic serve`."""
+
     admin_token: str = field(default_factory=lambda: os.environ.get("ELASTIC_ADMIN_TOKEN") or secrets.token_urlsafe(24))
 
 
@@ -470,10 +498,21 @@ class RoleOptions(StoreOptions, NetworkOptions, LogOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AgentOptions(RoleOptions, SpareOptions):
+class ModelOptions:
+    """Where a role finds the checkpoint."""
+
+    model: Path | None = option(None, "This host's copy of the checkpoint. Default: where `serve` or `init` found it.")
+
+    @property
+    def local_model(self) -> str:
+        """The same as text; empty: as the cluster's config has it."""
+        return str(self.model.absolute()) if self.model is not None else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentOptions(RoleOptions, ModelOptions, SpareOptions):
     """Options of `elastic agent`."""
 
-    model: Path | None = option(None, "This host's copy of the checkpoint. Default: the path that `serve` was given.")
     worker_class: str = option("workers.rank.worker:EPWorker", "Worker that ranks run, as module:Class.")
     drain_grace_s: float = option(
         60.0, "On SIGTERM: max time to hand ranks over to other hosts before exit (0 = exit at once)."
@@ -481,7 +520,7 @@ class AgentOptions(RoleOptions, SpareOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatewayOptions(StoreOptions, NetworkOptions, ListenOptions, ApiOptions, LogOptions):
+class GatewayOptions(StoreOptions, NetworkOptions, ModelOptions, ListenOptions, ApiOptions, LogOptions):
     """Options of `elastic gateway`."""
 
     name: str = option("", "Name of this gateway. Default: host name and process id.")

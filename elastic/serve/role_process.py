@@ -174,6 +174,13 @@ def leases_of(store: Store, prefix: str, pid: int | None = None, node: str = "")
     return {item.lease for item in items if item.lease and (pid is None or _names(item.value, pid, node))}
 
 
+def nodes_of(store: Store, prefix: str) -> set[str]:
+    """Nodes of which a process has a record under a lease: it lives, or died a moment ago."""
+    _, items = store.range(prefix)
+    owners = [owner_of(item.value) for item in items if item.lease]
+    return {owner.node for owner in owners if owner is not None and owner.node}
+
+
 def owner_of(record: bytes) -> Owner | None:
     """Whose record it is; None: it cannot be read."""
     try:

@@ -3,6 +3,7 @@
 A cluster that served the same model before continues from its last epoch, at the size that it had, unless `--ranks` is
 another than at its last start: a pod has the same flags at each start. While another process serves the cluster,
 nothing is written. One that was killed cannot say that it is gone: its leases run out, or are revoked if it was here.
+A cluster that lives on other hosts is joined as it is.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from collections.abc import Callable
 
 import msgspec
 
-from elastic.serve.options import DEFAULT_RANKS, DEFAULTS, ServeOptions
+from elastic.serve.options import DEFAULT_RANKS, DEFAULTS, InitOptions, ServeOptions
 from elastic.serve.predecessor import Predecessor
-from elastic.serve.role_process import revoke_leases
+from elastic.serve.role_process import nodes_of, revoke_leases
 from membership.base.errors import ConfigError, PlanRefused, StoreError
 from membership.base.timing import LEASE_GRACE_S
 from membership.planning.cluster_facts import scale_refusal
@@ -30,11 +31,15 @@ POLL_S = 0.1
 def write_config(
     store: Store,
     config: ClusterConfig,
-    options: ServeOptions,
+    options: ServeOptions | InitOptions,
     say: Callable[[str], None],
     predecessor: Predecessor | None = None,
+    node: str = "",
 ) -> tuple[ClusterConfig, int]:
-    """Store the config and the size; return both as they are now. `say` tells the user what is awaited or kept."""
+    """Store the config and the size; return both as they are now. `say` tells the user what is awaited or kept.
+
+    `node`: ours, in a cluster that spans hosts.
+    """
     keys = Keys(config.cluster)
     before = store.get(keys.config)
     known = codec.decode(before.value, ClusterConfig) if before else None
@@ -42,6 +47,8 @@ def write_config(
         if predecessor is not None and predecessor.served(config.cluster, options.etcd):
             for key in predecessor.fence(store, (keys.leader, keys.engine)):
                 say(f"{key} was held by the server that was killed here: taken over")
+        if node and (hosts := nodes_of(store, keys.prefix) - {node}):
+            return _joined(store, keys, config, options, known, sorted(hosts), say)
         require_unserved(store, keys, known.lease_ttl_s, say)
     same_model = known is not None and _shape(known) == _shape(config)
     desired = Desired(ranks=options.ranks or DEFAULT_RANKS)
@@ -65,6 +72,35 @@ def write_config(
     if not outcome.succeeded:
         raise StoreError("this cluster's config was written by another process at the same time", hint="try again")
     return config, desired.ranks
+
+
+def _joined(
+    store: Store,
+    keys: Keys,
+    config: ClusterConfig,
+    options: ServeOptions | InitOptions,
+    known: ClusterConfig,
+    hosts: list[str],
+    say: Callable[[str], None],
+) -> tuple[ClusterConfig, int]:
+    """What the cluster has, unchanged. ConfigError: it was begun with other settings than ours."""
+    where = f"host{'s' * (len(hosts) > 1)} {', '.join(hosts)}"
+    if other := differing(config, options, known):
+        raise ConfigError(
+            f"cluster {keys.cluster!r} lives on {where} with another {', '.join(other)}",
+            hint="start this host with the same flags, model and join secret, or stop the cluster on all hosts first",
+        )
+    found = store.get(keys.desired)
+    ranks = codec.decode(found.value, Desired).ranks if found is not None else options.ranks or DEFAULT_RANKS
+    say(f"cluster {keys.cluster!r} lives on {where}: this host joins it; {ranks} ranks are wanted, as before")
+    return msgspec.structs.replace(known, model=config.model), ranks
+
+
+def differing(config: ClusterConfig, options: ServeOptions | InitOptions, known: ClusterConfig) -> list[str]:
+    """Names of the settings that the known config has otherwise, save those that hosts or operations may change."""
+    free = {"model", "ranks_asked"} | (set() if options.max_ranks else {"max_ranks"})
+    names = [each.name for each in msgspec.structs.fields(ClusterConfig) if each.name not in free]
+    return [name for name in names if getattr(config, name) != getattr(known, name)]
 
 
 def require_unserved(store: Store, keys: Keys, lease_ttl_s: float, say: Callable[[str], None]) -> None:

@@ -55,6 +55,7 @@ from workers.agent.preload import WORKER_CLASS, preload_for
 from workers.agent.zygote import Zygote
 from workers.ipc.cpu_priority import run_in_short_turns
 from workers.model.content import stamp_files
+from workers.queue.network import join_key
 
 log = structlog.get_logger(__name__)
 
@@ -120,6 +121,7 @@ class Supervisor:
         self._hurry = hurry or threading.Event()
         self._environment: dict[str, str] = {}
         self._network: list[str] = []  # flags
+        self._join_key = ""
         self._zygote: Zygote | None = None
         self._waiting: dict[str, WaitingProcess] = {}
         self._opened = ExitStack()
@@ -143,6 +145,7 @@ class Supervisor:
             self._environment = {**chaos_mode.begin(self.state, self.options.chaos), RUN_DIR_ENV: str(run)}
             opened.callback(self.state.failpoints.unlink, missing_ok=True)
             self._network = self._network_flags()
+            self.config = msgspec.structs.replace(self.config, join_key=self._join_key)
             self._start(opened, killed)
             self._opened = opened.pop_all()
         return self
@@ -194,7 +197,8 @@ class Supervisor:
             endpoints = (self.etcd.url,)
         self._store = self.address(endpoints).connect()
         opened.callback(self._store.close)
-        self.config, self.ranks = write_config(self._store, self.config, self.options, say, killed)
+        node = self.node if self._network else ""
+        self.config, self.ranks = write_config(self._store, self.config, self.options, say, killed, node)
         opened.callback(self._stop_roles)
         for name in STOP_S:
             self._roles.add(self._role(name, endpoints))
@@ -331,6 +335,8 @@ class Supervisor:
         secrets: dict[str, str] = {}
         if name == "gateway":
             secrets = self.options.passed_on()[1] | {"ELASTIC_ADMIN_TOKEN": self.options.admin_token}
+        if name in ("agent", "gateway") and self._network:
+            arguments += ["--model", str(self.options.model.absolute())]
         if name == "agent":
             arguments += ["--spares", str(self.options.spares), "--drain-grace", "0"]  # it ends with everything else
             arguments += ["--capacity", str(self.options.capacity)] if self.options.capacity else []
@@ -352,7 +358,8 @@ class Supervisor:
         if file is None and not os.environ.get(join_secret.ENV):
             file = join_secret.make_secret(self.state.path)
             say(f"other hosts join with the secret in {file}")
-        join_secret.network_of(options.advertise, file, self.config.cluster)  # what a role would refuse is refused now
+        network = join_secret.network_of(options.advertise, file, self.config.cluster)  # refused now, not by a role
+        self._join_key = join_key(network)
         named = ["--join-secret-file", str(file.absolute())] if file is not None else []
         return ["--advertise", options.advertise, *named]
 

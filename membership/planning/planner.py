@@ -348,6 +348,8 @@ def _may_start(facts: ClusterFacts, slot: int) -> bool:
 def _assign(facts: ClusterFacts) -> Effect | None:
     """Start new incarnations in the slots to fill, each on the live agent with the fewest ranks."""
     state = facts.state
+    if not facts.view.epoch and len(state.agents) < facts.config.min_agents:
+        return None  # else all ranks would be on the first ones to come
     known = [*(m.id for m in facts.members), *state.ranks]
     incarnation = max([state.incarnation, *(m.incarnation for m in known)])
     sent: dict[str, list[RankSpec]] = {}

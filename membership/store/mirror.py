@@ -35,10 +35,12 @@ from membership.base.errors import (
 from membership.base.timing import STORE_SILENCE_S
 from membership.store.interface import Store, Watch, WatchEvent
 from membership.store.keys import Keys, Reading
-from membership.store.records import ClusterState
+from membership.store.records import ClusterConfig, ClusterState
 
 PROBE_EVERY_S = 1.0
 CLOSE_TIMEOUT_S = 10.0
+CONFIG_POLL_S = 0.5  # a stop is noticed within this
+REMIND_S = 60.0
 Until = int | Callable[[ClusterState], bool]
 
 log = structlog.get_logger(__name__)
@@ -118,6 +120,16 @@ class Mirror:
             return self.wait(after_revision, timeout_s)
         except WaitTimeout:
             return self.state()
+
+    def wait_for_config(self, stop: threading.Event) -> ClusterConfig | None:
+        """The cluster's config, once it is written; None if asked to stop first."""
+        remind_at = time.monotonic() + REMIND_S
+        while (state := self.state()).config is None and not stop.is_set():
+            self.poll(state.revision, CONFIG_POLL_S)
+            if time.monotonic() >= remind_at:
+                remind_at += REMIND_S
+                log.warning("config_missing", cluster=self._keys.cluster, hint="run `elastic init` or `elastic serve`")
+        return state.config
 
     def subscribe(self, callback: Callable[[ClusterState], None]) -> Callable[[], None]:
         """Call `callback` with each new state, in the mirror's thread; return a function that ends this."""

@@ -114,6 +114,8 @@ class ClusterConfig(Record, frozen=True, kw_only=True):
     coverage_deadline_s: float = COVERAGE_DEADLINE_S  # max wait of a request for lost experts before it gets a 503
     files: tuple[tuple[str, str], ...] = ()  # (name, digest) of the checkpoint's small files, e.g. tokenizer.json
     served_model_aliases: tuple[str, ...] = ()  # more names of the model in the API
+    min_agents: int = 1  # how many must be there before the first ranks start
+    join_key: str = ""  # public half of what the join secret gives; "": the cluster is on one host
 
     @property
     def model_names(self) -> tuple[str, ...]:

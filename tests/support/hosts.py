@@ -7,9 +7,10 @@ another, as `this_host` differs.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ import pytest
 TOOL_S = 60.0
 
 
-def _run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, timeout=TOOL_S)
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, timeout=TOOL_S, text=True).stdout
 
 
 class Hosts:
@@ -36,6 +37,16 @@ class Hosts:
     def cut(self, host: str) -> None:
         """Pull its cable: nothing is answered or refused from there any more."""
         _run("ip", "-n", self._names[host], "link", "set", "eth0", "down")
+
+    def kill(self, host: str) -> None:
+        """Its power fails: SIGKILL to all processes there, before any of them can tell another."""
+        while pids := _run("ip", "netns", "pids", self._names[host]).split():
+            for pid in map(int, pids):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGSTOP)
+            for pid in map(int, pids):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     def heal(self, host: str) -> None:
         """Plug it in again."""
@@ -75,6 +86,6 @@ def made_hosts(*hosts: str) -> Iterator[Hosts]:
                 _run("ip", "-n", name, "link", "set", "lo", "up")
             _run(*Hosts(addresses, "", names).command(hosts[0], "true"))
         except (OSError, subprocess.CalledProcessError) as error:
-            why = getattr(error, "stderr", b"") or str(error).encode()
-            pytest.skip(f"network namespaces cannot be made here: {why.decode(errors='replace').strip()}")
+            why = getattr(error, "stderr", "") or str(error)
+            pytest.skip(f"network namespaces cannot be made here: {why.strip()}")
         yield Hosts(addresses, f"{net}.254", names)

@@ -36,7 +36,7 @@ from membership.store.keys import Keys
 from membership.store.mirror import Mirror
 from membership.store.records import AgentRecord, ClusterConfig
 from workers.agent import decide
-from workers.agent.begin import wait_for_config, wait_for_name
+from workers.agent.begin import wait_for_name
 from workers.agent.decide import (
     Attach,
     Effect,
@@ -60,6 +60,7 @@ from workers.agent.registrar import Registrar
 from workers.agent.restart_policy import policy_of
 from workers.agent.spares import Spares
 from workers.protocol.rpc import Outcome, PendingCall
+from workers.queue.network import require_joined
 
 TICK_S = 0.1
 ATTACH_RETRY_S = 0.3
@@ -515,9 +516,10 @@ def run_agent(
     """
     options, hurry = options or AgentOptions(), hurry or threading.Event()
     with Mirror(store, cluster) as mirror:
-        config = wait_for_config(mirror, stop)
+        config = mirror.wait_for_config(stop)
         if config is None:
             return
+        require_joined(config, options.network)
         wait_for_name(mirror, node, stop)
         agent = Agent(store, mirror, config, node, events, options)
         try:

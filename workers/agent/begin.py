@@ -1,4 +1,4 @@
-"""What an agent waits for before it begins: the cluster's config, and the end of an earlier agent of its node."""
+"""What an agent waits for before it begins: the end of an earlier agent of its node."""
 
 from __future__ import annotations
 
@@ -7,18 +7,7 @@ import threading
 from membership.base.errors import Fenced, WaitTimeout
 from membership.base.timing import TAKEOVER_S
 from membership.store.mirror import Mirror
-from membership.store.records import ClusterConfig, ClusterState
-
-CONFIG_POLL_S = 0.5
-
-
-def wait_for_config(mirror: Mirror, stop: threading.Event) -> ClusterConfig | None:
-    """The cluster's config, once it is written; None if asked to stop first."""
-    while not stop.is_set():
-        state = mirror.poll(mirror.state().revision, CONFIG_POLL_S) if mirror.state().config is None else mirror.state()
-        if state.config is not None:
-            return state.config
-    return None
+from membership.store.records import ClusterState
 
 
 def wait_for_name(mirror: Mirror, node: str, stop: threading.Event) -> None:

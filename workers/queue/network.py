@@ -9,8 +9,9 @@ from __future__ import annotations
 import hmac
 from enum import StrEnum
 
-from membership.base.errors import QueueError
+from membership.base.errors import ConfigError, QueueError
 from membership.base.network import Network
+from membership.store.records import ClusterConfig
 from workers.queue.handle import CurveKeys, Handle, Remote, this_host
 
 
@@ -51,6 +52,26 @@ def require_same_secret(listener: bytes, network: Network, purpose: Purpose = Pu
     """QueueError unless a process that listens with this public key has our join secret."""
     if not hmac.compare_digest(listener, listening_keys(network, purpose).public):
         raise QueueError("a process on another host has another join secret", hint="give all hosts the same one")
+
+
+def join_key(network: Network | None) -> str:
+    """For the cluster's config: what tells its join secret from others, and no more than that."""
+    return listening_keys(network).public.decode("ascii") if network is not None else ""
+
+
+def require_joined(config: ClusterConfig, network: Network | None) -> None:
+    """ConfigError unless a role with this network can work in the cluster: both span hosts, with one join secret."""
+    if config.join_key == join_key(network):
+        return
+    hint = "give each role --advertise and the join secret of the host on which the cluster was begun"
+    if network is None:
+        raise ConfigError(f"cluster {config.cluster!r} spans hosts, and this role has no --advertise", hint=hint)
+    if config.join_key:
+        raise ConfigError(f"cluster {config.cluster!r} has another join secret than this role", hint=hint)
+    raise ConfigError(
+        f"cluster {config.cluster!r} is on one host: it was begun without --advertise",
+        hint="start `elastic serve` with --advertise, or this role without",
+    )
 
 
 def _derived(network: Network, side: str) -> CurveKeys:

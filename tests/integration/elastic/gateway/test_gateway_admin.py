@@ -298,6 +298,8 @@ def test_readiness_says_what_is_missing(cluster: GatewayCluster) -> None:
         assert httpx.get(f"{gateway.url}/livez").status_code == 200
         assert reasons() == "no epoch is committed yet; there is no engine"
         assert httpx.get(f"{gateway.url}/health").status_code == 503
+        cluster.store.put(cluster.keys.config, codec.encode(msgspec.structs.replace(cluster.config, min_agents=2)))
+        eventually(lambda: "yet: 0 of 2 agents are there" in reasons(), 30.0, "the number of agents")
         assert "loading" not in httpx.get(f"{gateway.url}/readyz").json()
         cluster.publish_view()
         cluster.store.put(cluster.keys.heartbeats("n"), codec.encode(Heartbeats(node="n", at=1.0, loads={1: (5, 8)})))

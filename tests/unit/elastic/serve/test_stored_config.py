@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import msgspec
 import pytest
 
 from elastic.demo.model import shipped_demo_model
 from elastic.serve.cluster_config import cluster_config
-from elastic.serve.options import DEFAULT_RANKS, ServeOptions
+from elastic.serve.init_config import init_config
+from elastic.serve.options import DEFAULT_RANKS, InitOptions, ServeOptions
 from elastic.serve.stored_config import write_config
-from membership.base.errors import PlanRefused
+from membership.base.errors import ConfigError, PlanRefused
 from membership.store.codec import decode, encode
 from membership.store.in_memory import MemoryStore
 from membership.store.keys import Keys
-from membership.store.records import ClusterConfig, Desired
+from membership.store.records import AgentRecord, Assignment, ClusterConfig, Desired
 
 pytestmark = pytest.mark.unit
 
@@ -102,3 +104,87 @@ def test_another_model_begins_anew(store: MemoryStore) -> None:
     left(store, Desired(ranks=6))
     store.put(KEYS.config, encode(msgspec.structs.replace(CONFIG, experts=CONFIG.experts + 1)))
     assert started(store) == (Desired(ranks=DEFAULT_RANKS), [])
+
+
+# -- a cluster that spans hosts
+
+
+def live(store: MemoryStore, node: str) -> None:
+    """An agent of that host holds its lease."""
+    store.put(KEYS.agent(node), encode(AgentRecord(node=node, pid=1, started=1.0)), store.grant(60.0))
+
+
+def joins(store: MemoryStore, config: ClusterConfig = CONFIG, **given: Any) -> tuple[ClusterConfig, int, str]:
+    """What a start on host "a" makes of it, and says; it must write nothing."""
+    said: list[str] = []
+    before = store.range(KEYS.prefix)
+    config, ranks = write_config(store, config, replace(OPTIONS, etcd=("e",), **given), said.append, node="a")
+    assert store.range(KEYS.prefix) == before
+    return config, ranks, " ".join(said)
+
+
+def test_a_cluster_that_lives_on_other_hosts_is_joined_as_it_is(store: MemoryStore) -> None:
+    """Whoever holds its offices: there may be no controller and no engine at this moment, and both a moment later."""
+    left(store, Desired(ranks=6, slots=(0, 1, 2, 3, 4, 5)))
+    store.put(KEYS.assign("b"), encode(Assignment(node="b")))
+    live(store, "b")
+    config, ranks, said = joins(store, ranks=2)
+    assert (config.model, ranks) == (CONFIG.model, 6)
+    assert said.endswith("lives on host b: this host joins it; 6 ranks are wanted, as before")
+    elsewhere = msgspec.structs.replace(CONFIG, model="/where/this/host/has/it")
+    assert joins(store, elsewhere)[0].model == elsewhere.model
+
+
+def test_one_with_other_settings_is_not_joined(store: MemoryStore) -> None:
+    started(store)
+    live(store, "b")
+    for changes, named in (({"redundancy": 3.0}, "redundancy"), ({"join_key": "k", "experts": 9}, "experts, join_key")):
+        with pytest.raises(ConfigError, match=f"lives on host b with another {named}$"):
+            joins(store, msgspec.structs.replace(CONFIG, **changes))
+
+
+def test_one_of_which_only_this_host_is_left_begins_anew(store: MemoryStore) -> None:
+    """As after a stop of all: what its last processes here left behind belongs to nothing."""
+    left(store, Desired(ranks=6))
+    live(store, "a")
+    store.put(KEYS.assign("a"), encode(Assignment(node="a")))
+    _, ranks = write_config(store, CONFIG, replace(OPTIONS, etcd=("e",)), lambda line: None, node="a")
+    assert (ranks, store.get(KEYS.assign("a")), store.get(KEYS.agent("a"))) == (6, None, None)
+
+
+# -- `elastic init`
+
+
+def initialised(store: MemoryStore, config: ClusterConfig = CONFIG, **given: Any) -> tuple[int, str]:
+    """The size that is stored, and what was said."""
+    said: list[str] = []
+    options = InitOptions(model=OPTIONS.model, redundancy=OPTIONS.redundancy, etcd=("e",), **given)
+    init_config(store, config, options, said.append)
+    desired = store.get(KEYS.desired)
+    assert desired is not None
+    return decode(desired.value, Desired).ranks, " ".join(said)
+
+
+def test_it_begins_a_cluster_once_and_changes_nothing_any_more(store: MemoryStore) -> None:
+    assert initialised(store, ranks=2) == (2, f"cluster {CONFIG.cluster!r} may begin, with 2 ranks")
+    store.put(KEYS.desired, encode(Desired(ranks=6, cordoned=(1,))))
+    live(store, "b")
+    before = store.range(KEYS.prefix)
+    for ranks in (2, 3):
+        size, said = initialised(store, ranks=ranks)
+        assert (size, said.endswith("is there already: nothing is changed")) == (6, True)
+    assert store.range(KEYS.prefix) == before
+
+
+def test_it_changes_settings_only_of_a_cluster_that_does_not_live(store: MemoryStore) -> None:
+    initialised(store, ranks=2)
+    store.put(KEYS.desired, encode(Desired(ranks=6)))
+    live(store, "b")
+    other = msgspec.structs.replace(CONFIG, kv_blocks=7)
+    before = store.range(KEYS.prefix)
+    with pytest.raises(ConfigError, match=r"lives on b with another kv_blocks$"):
+        initialised(store, other)
+    assert store.range(KEYS.prefix) == before
+    store.delete(KEYS.agent("b"))
+    size, said = initialised(store, other)
+    assert (size, said.endswith("has another kv_blocks now")) == (6, True)

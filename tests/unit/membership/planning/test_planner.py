@@ -61,6 +61,19 @@ def test_bring_up_waits_for_an_agent_and_spreads_ranks_over_all() -> None:
     assert {node: len(a.ranks) for node, a in world.state.assignments.items()} == {"a": 2, "b": 2}
 
 
+def test_bring_up_waits_for_as_many_agents_as_were_asked_for() -> None:
+    world = World(nodes=("a",), config=replace(CONFIG, min_agents=2))
+    world.settle()
+    assert (world.serving, world.state.assignments) == ((), {})
+    world.start_agent("b")
+    world.settle()
+    world.assert_whole(4)
+    assert {node: len(a.ranks) for node, a in world.state.assignments.items()} == {"a": 2, "b": 2}
+    world.stop_agent("b")
+    world.settle()
+    assert len(world.serving) == 4, "once there was an epoch, one agent does"
+
+
 def test_bring_up_goes_on_without_a_quarantined_slot() -> None:
     world = World()
     world.controller_acts()

@@ -5,12 +5,22 @@ from __future__ import annotations
 import pickle
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 from membership.base.errors import ConfigError, QueueError
 from membership.base.network import Network
+from membership.store.records import ClusterConfig
 from workers.queue.handle import Handle, this_host
-from workers.queue.network import connecting_keys, keys_for, listening_keys, remote_of
+from workers.queue.network import (
+    Purpose,
+    connecting_keys,
+    join_key,
+    keys_for,
+    listening_keys,
+    remote_of,
+    require_joined,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -47,3 +57,34 @@ def test_a_secret_is_long_and_shown_nowhere() -> None:
         Network("10.0.0.1", "moe", b"short")
     assert "secret of" not in repr(NETWORK) + repr(listening_keys(NETWORK))
     assert pickle.loads(pickle.dumps(NETWORK)) == NETWORK, "it is handed to rank processes"
+
+
+def test_gateways_and_ranks_have_keys_of_their_own() -> None:
+    keys = [make(NETWORK, purpose) for make in (listening_keys, connecting_keys) for purpose in Purpose]
+    assert len({each.public for each in keys}) == 4
+
+
+SPANNING = ClusterConfig(
+    cluster="moe", model="m", served_model_name="m", moe_layers=1, experts=2, join_key=join_key(NETWORK)
+)
+
+
+@pytest.mark.parametrize(
+    ("spans", "network", "why"),
+    [
+        (True, None, "spans hosts, and this role has no --advertise"),
+        (True, replace(NETWORK, secret=b"another secret, no less long"), "has another join secret than this role"),
+        (False, NETWORK, "is on one host: it was begun without --advertise"),
+    ],
+)
+def test_a_role_that_could_not_work_in_the_cluster_is_refused(spans: bool, network: Network | None, why: str) -> None:
+    config = SPANNING if spans else msgspec.structs.replace(SPANNING, join_key="")
+    with pytest.raises(ConfigError, match=why) as refused:
+        require_joined(config, network)
+    assert "--advertise" in refused.value.hint
+
+
+def test_one_that_can_is_let_in_wherever_it_is() -> None:
+    require_joined(SPANNING, NETWORK)
+    require_joined(SPANNING, replace(NETWORK, address="10.0.0.2"))
+    require_joined(msgspec.structs.replace(SPANNING, join_key=""), None)

@@ -1,0 +1,57 @@
+"""`elastic init`: what roles need before they begin, written once. They may be started before it or after it, in any
+order; to run it again changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+
+from msgspec.structs import replace
+
+from elastic.serve.cluster_config import cluster_config
+from elastic.serve.join_secret import join_key_of
+from elastic.serve.options import DEFAULT_RANKS, InitOptions
+from elastic.serve.role_process import nodes_of
+from elastic.serve.state_dir import ClusterAddress
+from elastic.serve.stored_config import differing, write_config
+from membership.base.errors import ConfigError
+from membership.store import codec
+from membership.store.endpoints import require_listener
+from membership.store.interface import Compare, Put, Store
+from membership.store.keys import Keys
+from membership.store.records import ClusterConfig, Desired
+
+
+def run_init(options: InitOptions, say: Callable[[str], None]) -> None:
+    """Write the cluster's config and size into its etcd, unless they are there."""
+    if not options.etcd:
+        hint = "start an etcd that all hosts reach, and name it with --etcd"
+        raise ConfigError("`elastic init` needs --etcd: roles meet there", hint=hint)
+    config = cluster_config(options)
+    config = replace(config, join_key=join_key_of(options.join_secret_file, config.cluster))
+    require_listener(options.etcd)
+    address = ClusterAddress(cluster=config.cluster, etcd=options.etcd, credentials=options.credentials())
+    with closing(address.connect()) as store:
+        init_config(store, config, options, say)
+
+
+def init_config(store: Store, config: ClusterConfig, options: InitOptions, say: Callable[[str], None]) -> None:
+    """The same in this store. ConfigError: processes live there that were begun with other settings."""
+    keys, ranks = Keys(config.cluster), options.ranks or DEFAULT_RANKS
+    puts = [Put(keys.config, codec.encode(config)), Put(keys.desired, codec.encode(Desired(ranks=ranks)))]
+    if store.txn([Compare(keys.config, "mod", "=", 0)], puts).succeeded:
+        say(f"cluster {config.cluster!r} may begin, with {ranks} ranks")
+        return
+    found = store.get(keys.config)
+    other = differing(config, options, codec.decode(found.value, ClusterConfig)) if found is not None else []
+    if not other:
+        say(f"cluster {config.cluster!r} is there already: nothing is changed")
+    elif hosts := nodes_of(store, keys.prefix):
+        raise ConfigError(
+            f"cluster {config.cluster!r} lives on {', '.join(sorted(hosts))} with another {', '.join(other)}",
+            hint="stop its roles on all hosts first, or give the settings that it has",
+        )
+    else:
+        write_config(store, config, options, say)
+        say(f"cluster {config.cluster!r} has another {', '.join(other)} now")
