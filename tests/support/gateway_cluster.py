@@ -40,7 +40,7 @@ from membership.store.records import (
 from tests.support.helpers import eventually
 from tests.support.scripted_engine import Answer, ScriptedEngine
 from tests.support.tiny_tokenizer import TEMPLATE, write_tokenizer
-from workers.queue.network import Purpose, listening_keys
+from workers.queue.network import Purpose, join_key, listening_keys
 
 NAME = "test"
 MODEL = "tiny"
@@ -76,7 +76,7 @@ class GatewayCluster:
     chat_template: str = TEMPLATE
     specials: tuple[str, ...] = ()
     end_tokens: tuple[int, ...] = ()
-    network: Network | None = None  # of its gateways
+    network: Network | None = None  # of its gateways: `span`
     store: MemoryStore = field(default_factory=MemoryStore)
     keys: Keys = field(default_factory=lambda: Keys(NAME))
 
@@ -100,6 +100,12 @@ class GatewayCluster:
     def events(self) -> Path:
         """The event history's file."""
         return self.path / "events.jsonl"
+
+    def span(self, network: Network) -> None:
+        """From now on it spans hosts, and its gateways have this network."""
+        self.network = network
+        self.config = msgspec.structs.replace(self.config, join_key=join_key(network))
+        self.store.put(self.keys.config, codec.encode(self.config))
 
     def publish_view(self, dead: tuple[int, ...] = ()) -> None:
         """Epoch 1: two ranks that hold all experts, on one node, without those that are dead."""

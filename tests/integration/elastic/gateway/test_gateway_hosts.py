@@ -33,7 +33,7 @@ def free_address() -> str:
 
 @pytest.fixture
 def gateway(cluster: GatewayCluster) -> Iterator[RunningGateway]:
-    cluster.network = NETWORK
+    cluster.span(NETWORK)
     with cluster.gateway() as running:
         yield running
 
@@ -84,7 +84,8 @@ def test_a_broken_connection_between_hosts_is_made_anew(cluster: GatewayCluster,
 @pytest.mark.parametrize("theirs", [OTHER, None], ids=["another secret", "no keys"])
 def test_what_has_not_the_secret_is_sent_no_prompt(cluster: GatewayCluster, theirs: Network | None) -> None:
     """Though the record names our key."""
-    cluster.network, address = NETWORK, free_address()
+    cluster.span(NETWORK)
+    address = free_address()
     token = cluster.publish_engine(address, NETWORK)
     with (
         ScriptedEngine(token, cluster.says(TEXT), address=address, network=theirs) as impostor,
@@ -96,7 +97,7 @@ def test_what_has_not_the_secret_is_sent_no_prompt(cluster: GatewayCluster, thei
 
 
 def test_a_record_with_another_key_is_refused(cluster: GatewayCluster) -> None:
-    cluster.network = NETWORK
+    cluster.span(NETWORK)
     with (
         cluster.engine(cluster.says(TEXT), address=free_address(), network=OTHER) as stranger,
         cluster.gateway(link=QUICK) as gateway,
@@ -107,7 +108,8 @@ def test_a_record_with_another_key_is_refused(cluster: GatewayCluster) -> None:
 
 @pytest.mark.parametrize("ours", [NETWORK, None], ids=["it has none", "we have none"])
 def test_without_a_network_it_says_whose_is_missing(cluster: GatewayCluster, ours: Network | None) -> None:
-    cluster.network = ours
+    if ours is not None:
+        cluster.span(ours)
     cluster.publish_engine("" if ours else free_address(), NETWORK)
     with cluster.gateway(link=QUICK) as gateway:
         no_engine(gateway, "it runs without --advertise" if ours else "this gateway runs without --advertise")
