@@ -114,12 +114,9 @@ def run_gateway(
         listening(settings, settings.listeners) as bound,
         Mirror(store, cluster) as mirror,
     ):
-        config = mirror.wait_for_config(stop)
+        config = _config(mirror, settings, stop)
         if config is None:
             return
-        require_joined(config, settings.network)
-        if settings.model:
-            config = msgspec.structs.replace(config, model=settings.model)
         link = EngineLink(name, settings.link, network=settings.network, note=note)
         readiness = health.Readiness(link, mirror.state, lambda: mirror.trouble)
         history = StateDir(settings.state_dir).events
@@ -155,6 +152,14 @@ def run_gateway(
             note("gateway_started", name=name, url=record.url)
             asyncio.run(_serve(gateway, stop))
             note("gateway_stopped", name=name)
+
+
+def _config(mirror: Mirror, settings: GatewaySettings, stop: threading.Event) -> ClusterConfig | None:
+    """The cluster's, with the checkpoint where this host has it; None if asked to stop first."""
+    config = mirror.wait_for_config(stop)
+    if config is not None:
+        require_joined(config, settings.network)
+    return msgspec.structs.replace(config, model=settings.model) if config and settings.model else config
 
 
 def _host_name(settings: GatewaySettings) -> str:
