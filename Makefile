@@ -40,10 +40,10 @@ test: setup $(CACHE)/helm  ## every tier of the tests
 	@$(BIN)/python -m pytest tests/e2e $(SIDE_BY_SIDE) 2
 
 check: setup  ## lint, types, import law, unit tests (under 90 s)
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	@$(BIN)/mypy
+	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet .
+	@$(BIN)/mypy --no-error-summary
 	@$(BIN)/lint-imports --config pyproject.toml > $(VENV)/imports.log 2>&1 || { cat $(VENV)/imports.log; exit 1; }
-	@$(BIN)/python -m pytest tests -m unit $(SIDE_BY_SIDE) 2
+	@$(BIN)/python -m pytest tests/unit $(SIDE_BY_SIDE) 2
 
 matrix: setup  ## every fault at every edge of an operation; `test` has each edge and each fault once or more
 	@ELASTIC_WHOLE_MATRIX=1 $(BIN)/python -m pytest tests/e2e/test_operation_faults.py
