@@ -153,6 +153,10 @@ LINK_SUSPECT_MIN_S = _time(
     0.2, "Another host is suspected if its kernel acknowledges nothing for 2 x (RTT + 4 x jitter), but not before this"
 )
 LINK_SUSPECT_MAX_S = _time(0.3, "And after this at the latest, where acknowledgements do not take longer anyway")
+_time = _times("queue", "workers/exchange/tcp/redial.py")
+LINK_RETRY_S = _time(0.1, "A link between hosts that was cut is made again after this; doubles with each attempt")
+LINK_RETRY_MAX_S = _time(2.0, "The longest such pause")
+LINK_DIAL_S = _time(1.5, "Max time of such an attempt")
 _time = _times("queue", "workers/rank/call_port.py")
 REPLY_TIMEOUT_S = _time(5.0, "Max wait of a rank for room for its reply to the agent")
 _time = _times("queue", "workers/rank/engine_port.py")

@@ -191,7 +191,10 @@ class Exchange:
     def _send(self, ctx: StepContext, call: Call) -> None:
         """Send to each peer without an open request; the rest of a large parcel follows the answer."""
         for rank in [r for r in call.queued if r not in call.flights]:
-            link, parcel = self._peers[rank], call.next_parcel(rank)
+            link = self._peers.get(rank)
+            if link is None:
+                continue  # it was lost a moment ago: the next turn finds it excluded
+            parcel = call.next_parcel(rank)
             self._sequence += 1
             tag = Tag(self._sequence, ctx.view.epoch, ctx.engine_token, ctx.step, ctx.attempt, call.layer)
             link.ask(tag, parcel, call.rows, call.dtype)
@@ -213,9 +216,10 @@ class Exchange:
         if call.failed is not None:
             self._replace_own(ctx, call, call.failed)
         excluded = self._excluded(ctx)
-        if excluded & call.asked:
+        cut = {rank for rank, flight in call.flights.items() if flight.link.gone}  # the peer may have a new link by now
+        if cut or excluded & call.asked:
             for rank in {*call.flights, *call.queued}:
-                if excluded >> rank & 1:
+                if rank in cut or excluded >> rank & 1:
                     self.suspects.add(rank)
                     self._again(ctx, call, rank)
         if call.queued:
@@ -238,8 +242,8 @@ class Exchange:
             raise error from None
 
     def _stirred(self, call: Call) -> bool:
-        """Whether there is a reason to stop sleeping: a request, an answer, or the loss of a peer."""
-        if self.pending():
+        """Whether there is a reason to stop sleeping: a request, an answer, the loss of a peer, or something unsent."""
+        if self.pending() or any(rank not in call.flights for rank in call.queued):
             return True
         masked = self._mask()
         return any(

@@ -94,9 +94,9 @@ class Connection:
         return self._silence.lasted_s if suspected(self._silence, self.acks) else 0.0
 
 
-def beat(connection: zmq.Socket[bytes]) -> None:
-    """Have ZeroMQ send something over this socket's connections each LINK_BEAT_S, and end one that answers nothing."""
-    connection.setsockopt(zmq.HEARTBEAT_IVL, int(LINK_BEAT_S * 1000))
+def beat(connection: zmq.Socket[bytes], each_s: float = LINK_BEAT_S) -> None:
+    """Have ZeroMQ send something over this socket's connections that often, and end one that answers nothing."""
+    connection.setsockopt(zmq.HEARTBEAT_IVL, int(each_s * 1000))
     connection.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(REMOTE_SILENCE_S * 1000))
 
 

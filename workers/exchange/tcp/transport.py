@@ -1,4 +1,8 @@
-"""Makes links over TCP. One thread owns the sockets: one that listens, and one per link that sends."""
+"""Makes links over TCP. One thread owns the sockets: one that listens, and one per link that sends.
+
+A link whose connection ends, or whose host falls silent, has ended. The side that had made it makes it again
+(`redial.py`). Each side notifies the other of the end, where that still arrives.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +20,16 @@ from zmq.utils.monitor import recv_monitor_message
 from membership.base.errors import ElasticError, QueueError, RankDied
 from membership.base.network import Network
 from membership.base.rank_id import RankId
-from membership.base.timing import REMOTE_SILENCE_S
+from membership.base.timing import LINK_DIAL_S, REMOTE_SILENCE_S
 from workers.exchange.links import Links
+from workers.exchange.tcp import redial
 from workers.exchange.tcp.link import TcpLink
+from workers.exchange.tcp.redial import Redial
 from workers.exchange.tcp.wire import Answer, Ask, Bye, Hello, Message, Refused, TcpHandle, Welcome
 from workers.queue.curve import Authenticator, serve_curve, use_curve
 from workers.queue.network import connecting_keys, listening_keys, require_same_secret
 from workers.queue.remote_wire import HEARTBEAT_S, SocketThread
+from workers.queue.silence import LOOK_S, Connection, beat
 
 MOST_BYTES = 32 << 20  # of the rows of one request, and of one answer
 MAX_PAIRS = 1 << 15
@@ -37,10 +44,11 @@ log = structlog.get_logger("exchange")
 
 
 class _Dial:
-    """A link that is being made by this side."""
+    """A link that is being made by this side, for the first time or `again`."""
 
-    def __init__(self, link: TcpLink) -> None:
-        self.link = link
+    def __init__(self, link: TcpLink, to: TcpHandle, *, again: bool = False) -> None:
+        self.link, self.to, self.again = link, to, again
+        self.attempt = 0
         self.settled = threading.Event()
         self.error = ""
 
@@ -56,20 +64,23 @@ class TcpTransport:
         self._links = links
         self._network = network
         self._most_bytes = most_bytes
-        self._dials: dict[RankId, _Dial] = {}  # these three belong to the thread
+        self._dials: dict[RankId, _Dial] = {}  # this and what follows belongs to the thread
+        self._redials: dict[RankId, Redial] = {}  # peers that this side has linked with
+        self._attempts = 0
         self._routes: dict[bytes, TcpLink] = {}  # of the connections over which peers send
         self._senders: dict[TcpLink, zmq.Socket[Any]] = {}
+        self._connections: dict[TcpLink, Connection] = {}  # of the senders
         self._encode = msgspec.msgpack.Encoder().encode
         self._decoder = msgspec.msgpack.Decoder(Message)
         self._io = SocketThread("exchange-tcp")
         auth = Authenticator(self._io.context, [connecting_keys(network).public])
         self._listener = self._io.context.socket(zmq.ROUTER)
         self._listener.setsockopt(zmq.RCVHWM, 0)  # at most one request and one answer per peer are under way
-        _beat(self._listener)
+        beat(self._listener, HEARTBEAT_S)
         serve_curve(self._listener, listening_keys(network))
         port = self._listener.bind_to_random_port(f"tcp://{network.address}")
         self._handle = TcpHandle(f"tcp://{network.address}:{port}", listening_keys(network).public)
-        self._io.start(lambda: None, {self._listener: self._receive, auth.socket: auth.answer})
+        self._io.start(self._turn, {self._listener: self._receive, auth.socket: auth.answer})
 
     def handle(self) -> bytes:
         """Where peers reach this rank."""
@@ -86,8 +97,8 @@ class TcpTransport:
             require_same_secret(to.key, self._network)
         except QueueError as error:
             raise RankDied(f"{peer} cannot be linked: {error}", hint=error.hint) from error
-        dial = _Dial(self._new_link(peer))
-        self._run(partial(self._begin, dial, to))
+        dial = _Dial(self._new_link(peer), to)
+        self._run(partial(self._begin, dial))
         if not dial.settled.wait(max(deadline - time.monotonic(), 0.001)):
             dial.error = "it did not answer in time"
         if dial.error:
@@ -100,7 +111,7 @@ class TcpTransport:
             raise
         self._links.doorbell.ring()  # it may have asked something before the link was known
         if dial.link.ended:
-            self._links.retire(dial.link)
+            self._links.retire(dial.link, returns=True)
 
     def close(self) -> None:
         """Accept no more peers, and let the linked ones see that we are gone."""
@@ -123,25 +134,48 @@ class TcpTransport:
 
     # ---- the thread
 
-    def _begin(self, dial: _Dial, to: TcpHandle) -> None:
+    def _turn(self) -> None:
+        now = time.monotonic()
+        for link, connection in list(self._connections.items()):
+            if silent_s := connection.silent_s(now):
+                self._lost(link, f"its host has been silent for {silent_s:.3f} s")
+        for peer, known in list(self._redials.items()):
+            if now >= known.due:
+                self._try_again(peer, known, now)
+
+    def _try_again(self, peer: RankId, known: Redial, now: float) -> None:
+        dial = self._dials.get(peer)
+        if dial is not None and dial.again:
+            self._lost(dial.link, "it did not answer in time")
+        elif not self._links.returning(peer):
+            del self._redials[peer]
+        elif dial is None:
+            self._redials[peer] = redial.begin(known, now)
+            self._begin(_Dial(self._new_link(peer), known.to, again=True))
+
+    def _begin(self, dial: _Dial) -> None:
         peer = dial.link.peer
+        if (older := self._dials.get(peer)) is not None:
+            self._drop(older.link, "it is dialled once more")
+        self._attempts += 1
+        dial.attempt = self._attempts
         self._dials[peer] = dial
         try:
-            self._connect(dial.link, to)
+            self._connect(dial.link, dial.to, LINK_DIAL_S if dial.again else REMOTE_SILENCE_S)
         except zmq.ZMQError as error:
             del self._dials[peer]
             return dial.settle(str(error))
-        self._send(dial.link, Hello(self._links.hello(peer), self._handle))
+        self._send(dial.link, Hello(self._links.hello(peer), self._handle, dial.attempt))
 
-    def _connect(self, link: TcpLink, to: TcpHandle) -> None:
+    def _connect(self, link: TcpLink, to: TcpHandle, timeout_s: float = REMOTE_SILENCE_S) -> None:
         """A connection to the peer, over which we send. It is made once: when it ends, so does the link."""
         sender = self._io.context.socket(zmq.DEALER)
         sender.setsockopt(zmq.SNDHWM, 0)
         sender.setsockopt(zmq.RECONNECT_IVL, -1)
-        sender.setsockopt(zmq.CONNECT_TIMEOUT, int(REMOTE_SILENCE_S * 1000))
-        _beat(sender)
+        sender.setsockopt(zmq.CONNECT_TIMEOUT, int(timeout_s * 1000))
+        beat(sender)
         use_curve(sender, connecting_keys(self._network), to.key)
-        monitor = sender.get_monitor_socket(ENDS)
+        monitor = sender.get_monitor_socket(ENDS | zmq.EVENT_CONNECTED)
         self._io.watch(monitor, partial(self._look, link, monitor))
         self._io.watch(sender, partial(self._refused, link, sender))
         try:
@@ -149,13 +183,16 @@ class TcpTransport:
         except BaseException:
             self._close_socket(sender)
             raise
-        self._senders[link] = sender
+        self._senders[link], self._connections[link] = sender, Connection()
+        self._io.turn_s = LOOK_S
 
     def _look(self, link: TcpLink, monitor: zmq.Socket[Any]) -> None:
         if link not in self._senders:
             raise zmq.Again  # it has ended by now, and the socket is closed
-        event = recv_monitor_message(monitor, zmq.NOBLOCK)["event"]
-        if event & ENDS:
+        seen = recv_monitor_message(monitor, zmq.NOBLOCK)
+        if seen["event"] == zmq.EVENT_CONNECTED:
+            self._connections[link].made(seen["value"])
+        elif seen["event"] & ENDS:
             self._lost(link, "its connection has ended")
 
     def _refused(self, link: TcpLink, sender: zmq.Socket[Any]) -> None:
@@ -173,9 +210,12 @@ class TcpTransport:
                 self._admit(route, head)
             elif isinstance(head, Welcome):
                 self._welcomed(route, head)
-            elif link is not None and isinstance(head, Bye):
-                self._lost(link, "it has hung up")
-            elif link is not None and isinstance(head, Ask | Answer):
+            elif link is None:
+                self._say_refused(route, "there is no link")
+            elif isinstance(head, Bye):
+                self._redials.pop(link.peer, None)
+                self._lost(link, "it has hung up", returns=False)
+            elif isinstance(head, Ask | Answer):
                 link.arrived(head, buffers)
                 self._links.doorbell.ring()
         except (ElasticError, msgspec.MsgspecError) as error:
@@ -188,18 +228,29 @@ class TcpTransport:
             link = self._new_link(self._links.admit(head.hello))
             self._connect(link, head.handle)
             self._routes[route] = link
-            self._send(link, Welcome(self._links.hello(link.peer)))
+            self._send(link, Welcome(self._links.hello(link.peer), head.attempt))
             self._links.add(link)
         except (ElasticError, msgspec.MsgspecError, zmq.ZMQError) as error:
             if link is not None:
                 self._drop(link)
-            self._listener.send_multipart([route, self._encode(Refused(str(error)))], zmq.NOBLOCK)
+            self._say_refused(route, str(error))
+
+    def _say_refused(self, route: bytes, why: str) -> None:
+        self._listener.send_multipart([route, self._encode(Refused(why))], zmq.NOBLOCK)
 
     def _welcomed(self, route: bytes, head: Welcome) -> None:
-        dial = self._dials.pop(self._links.admit(head.hello), None)
-        if dial is not None:
-            self._routes[route] = dial.link
-            dial.settle()
+        peer, now = self._links.admit(head.hello), time.monotonic()
+        dial = self._dials.get(peer)
+        if dial is None or dial.attempt != head.attempt:
+            return  # an earlier attempt's
+        del self._dials[peer]
+        self._routes[route] = dial.link
+        self._redials[peer] = redial.linked(self._redials.get(peer, Redial(dial.to, now)), now)
+        if dial.again:
+            self._links.add(dial.link, again=True)
+            self._links.doorbell.ring()
+            log.info("exchange_link_back", peer=peer.rank)
+        dial.settle()
 
     def _send(self, link: TcpLink, head: Message, buffers: Sequence[memoryview] = ()) -> None:
         sender = self._senders.get(link)
@@ -210,14 +261,21 @@ class TcpTransport:
         except zmq.ZMQError as error:
             self._lost(link, str(error))
 
-    def _lost(self, link: TcpLink, why: str) -> None:
+    def _lost(self, link: TcpLink, why: str, *, returns: bool = True) -> None:
         if link in self._senders:
-            log.info("exchange_link_ended", peer=link.peer.rank, reason=why)
+            if link.peer not in self._dials:  # else it is one attempt of many
+                log.info("exchange_link_ended", peer=link.peer.rank, reason=why)
+            for route in [route for route, other in self._routes.items() if other is link]:
+                self._say_refused(route, why)
+            if (known := self._redials.get(link.peer)) is not None:
+                self._redials[link.peer] = redial.cut(known, time.monotonic())
         self._drop(link, why)
-        self._links.retire(link)
+        self._links.retire(link, returns=returns)
 
     def _hang_up(self, link: TcpLink) -> None:
-        self._send(link, Bye())
+        if link in self._senders:  # else it was cut, and may return
+            self._redials.pop(link.peer, None)
+            self._send(link, Bye())
         self._drop(link)
 
     def _drop(self, link: TcpLink, why: str = "given up") -> None:
@@ -228,6 +286,7 @@ class TcpTransport:
             dial.settle(why)
         self._routes = {route: other for route, other in self._routes.items() if other is not link}
         sender = self._senders.pop(link, None)
+        self._connections.pop(link, None)
         if sender is not None:
             self._close_socket(sender)
 
@@ -242,9 +301,3 @@ class TcpTransport:
     def _close_all(self) -> None:
         for link in list(self._senders):
             self._hang_up(link)
-
-
-def _beat(socket: zmq.Socket[Any]) -> None:
-    """ZeroMQ asks the other side by itself, whatever our threads do, and ends a connection that is silent."""
-    socket.setsockopt(zmq.HEARTBEAT_IVL, int(HEARTBEAT_S * 1000))
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(REMOTE_SILENCE_S * 1000))

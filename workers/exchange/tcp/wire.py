@@ -23,16 +23,18 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
     hello: bytes
     handle: TcpHandle
+    attempt: int = 0  # of that side; the Welcome has it, too
 
 
 class Welcome(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """First message of the side that was dialled, over its own connection."""
 
     hello: bytes
+    attempt: int = 0
 
 
 class Refused(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Instead of a Welcome, and the only message that goes back over the connection of the side that dials."""
+    """Back over the connection on which a peer sends: it is not welcome, or its link has ended on this side."""
 
     reason: str
 

@@ -1,0 +1,211 @@
+"""A link over TCP that was cut is made again by the side that had made it, while both sides want it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from membership.base.errors import Fenced
+from membership.base.network import Network
+from membership.base.rank_id import RankId
+from membership.base.timing import LINK_DIAL_S, LINK_RETRY_MAX_S, LINK_RETRY_S
+from membership.store.records import Member, View
+from tests.support.exchange_ranks import Experts, batch
+from tests.support.helpers import eventually
+from tests.support.local_exchange import LocalExchange
+from workers.exchange.links import Links
+from workers.exchange.loop import Exchange
+from workers.exchange.model_side import StepContext
+from workers.exchange.tcp import redial
+from workers.exchange.tcp.link import TcpLink
+from workers.exchange.tcp.redial import Redial
+from workers.exchange.tcp.transport import TcpTransport
+from workers.exchange.tcp.wire import TcpHandle
+from workers.ipc.doorbell import Doorbell
+
+pytestmark = pytest.mark.unit
+
+NETWORK = Network("127.0.0.1", "moe", b"a secret of the tests' cluster")
+WAIT_S = 30.0
+ALL = (0, 1, 2, 3)
+PLACEMENT = {0: ((),), 1: (ALL,)}
+ACCEPTS, DIALS = RankId(0, 1), RankId(1, 2)
+KNOWN = Redial(TcpHandle("tcp://10.0.0.2:7000", b"key"), linked_at=100.0)
+
+
+class Bell(Doorbell):
+    """Lets the test act when its rank has to wait."""
+
+    on_wait: Callable[[], None] = staticmethod(lambda: None)
+
+    def wait(self, ready: Callable[[], object], timeout_s: float) -> bool:
+        def look() -> object:
+            self.on_wait()
+            return ready()
+
+        return super().wait(look, timeout_s)
+
+
+class Rank:
+    """One side, over TCP."""
+
+    def __init__(self, me: RankId, ends: ExitStack) -> None:
+        self.me, self.bell = me, Bell()
+        ends.callback(self.bell.close)
+        opener = partial(TcpTransport, network=NETWORK)
+        self.exchange = Exchange(me, Experts(me.rank, PLACEMENT), self.bell, opener, answer_timeout_s=WAIT_S)
+        ends.callback(self.exchange.close)
+        view = View(
+            epoch=1, members=tuple(Member(rank=r, node="n", incarnation=r + 1) for r in PLACEMENT), placement=PLACEMENT
+        )
+        self.context = StepContext(view, 7, 1, 1)
+
+    @property
+    def links(self) -> Links:
+        return self.exchange._links
+
+    def link_with(self, peer: RankId) -> TcpLink | None:
+        link = self.links.of(peer)
+        assert link is None or isinstance(link, TcpLink)
+        return link
+
+    def lose(self, peer: RankId) -> TcpLink:
+        """Its side of the link has ended, as if the connection had."""
+        transport, link = self.exchange._transport, self.link_with(peer)
+        assert isinstance(transport, TcpTransport)
+        assert link is not None
+        transport._io.call(partial(transport._lost, link, "the test has cut it"))
+        return link
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[Rank, Rank]]:
+    with ExitStack() as ends:
+        accepts, dials = Rank(ACCEPTS, ends), Rank(DIALS, ends)
+        dials.exchange.connect({ACCEPTS: accepts.exchange.handle()}, WAIT_S)
+        accepts.exchange.connect({DIALS: dials.exchange.handle()}, WAIT_S)
+        for rank in (accepts, dials):
+            rank.exchange.begin_step(rank.context)
+        yield accepts, dials
+
+
+def is_new(rank: Rank, peer: RankId, old: TcpLink | None) -> bool:
+    link = rank.link_with(peer)
+    return link is not None and link is not old
+
+
+def ask(accepts: Rank, dials: Rank) -> None:
+    """Rank 0 has no expert, and asks rank 1: the bits are those of one rank."""
+    rows = batch(3, 6, 2, len(ALL), 16, torch.bfloat16)
+    accepts.bell.on_wait = lambda: dials.exchange.serve() and None
+    found = accepts.exchange.dispatch_combine(0, *rows)
+    assert torch.equal(found, LocalExchange(Experts(0, {0: (ALL,)})).dispatch_combine(0, *rows))
+
+
+@pytest.mark.parametrize("loser", [0, 1], ids=["the side that was dialled", "the side that dialled"])
+def test_a_link_that_one_side_has_lost_is_made_again_for_both(pair: tuple[Rank, Rank], loser: int) -> None:
+    accepts, dials = pair
+    old = accepts.link_with(DIALS), dials.link_with(ACCEPTS)
+    pair[loser].lose(pair[1 - loser].me)
+    eventually(lambda: is_new(accepts, DIALS, old[0]) and is_new(dials, ACCEPTS, old[1]), WAIT_S, "new links")
+    for link in old:
+        assert link is not None
+        assert link.gone
+    accepts.exchange.begin_step(accepts.context)
+    ask(accepts, dials)
+    assert accepts.exchange.suspects == set()
+
+
+def test_rows_that_were_on_their_way_are_asked_for_again_over_the_new_link(pair: tuple[Rank, Rank]) -> None:
+    """The peer is linked again before the asker has looked: no rank is missing, but the answer will never come."""
+    accepts, dials = pair
+    rows = batch(3, 6, 2, len(ALL), 16, torch.bfloat16)
+
+    def cut() -> None:
+        eventually(dials.exchange.pending, WAIT_S, "rows to be asked for")
+        old = accepts.lose(DIALS)
+        eventually(lambda: is_new(accepts, DIALS, old), WAIT_S, "a new link")
+        accepts.bell.on_wait = lambda: dials.exchange.serve() and None
+
+    accepts.bell.on_wait = cut
+    found = accepts.exchange.dispatch_combine(0, *rows)
+    assert torch.equal(found, LocalExchange(Experts(0, {0: (ALL,)})).dispatch_combine(0, *rows))
+    assert accepts.exchange.retried_rows > 0
+
+
+def test_a_link_that_was_given_up_does_not_return(pair: tuple[Rank, Rank]) -> None:
+    accepts, dials = pair
+    old = accepts.lose(DIALS)
+    eventually(lambda: old.gone, WAIT_S, "the cut")
+    dials.exchange.disconnect([ACCEPTS])
+    accepts.exchange.disconnect([DIALS])
+    transport = dials.exchange._transport
+    assert isinstance(transport, TcpTransport)
+    eventually(lambda: not transport._redials, WAIT_S, "the last attempt to be over")
+    eventually(lambda: not accepts.links.live and not dials.links.live, WAIT_S, "no links")
+
+
+def test_a_view_can_be_prepared_while_a_link_is_cut(pair: tuple[Rank, Rank]) -> None:
+    """It returns by itself; no rank waits for it, and none is blamed."""
+    _, dials = pair
+    link = dials.link_with(ACCEPTS)
+    assert link is not None
+    dials.links.retire(link, returns=True)
+    dials.exchange.connect({ACCEPTS: b"not dialled"}, 0.0)
+
+
+def test_a_link_that_was_made_again_too_late_is_refused(pair: tuple[Rank, Rank]) -> None:
+    accepts, _ = pair
+    link = accepts.link_with(DIALS)
+    assert link is not None
+    accepts.links.retire(link, returns=True)
+    accepts.exchange.disconnect([DIALS])
+    with pytest.raises(Fenced, match="does not need the link"):
+        accepts.links.add(link, again=True)
+    assert accepts.links.live == ()
+
+
+def test_a_newer_incarnation_ends_the_wait_for_an_older_ones_link(pair: tuple[Rank, Rank]) -> None:
+    accepts, _ = pair
+    link = accepts.link_with(DIALS)
+    assert link is not None
+    accepts.links.retire(link, returns=True)
+    with ExitStack() as ends:
+        newer = Rank(RankId(DIALS.rank, 9), ends)
+        newer.exchange.connect({ACCEPTS: accepts.exchange.handle()}, WAIT_S)
+        assert not accepts.links.returning(DIALS)
+
+
+def test_pauses_grow_until_a_link_holds() -> None:
+    known, now, pauses = KNOWN, 100.5, []
+    for _ in range(8):
+        known = redial.cut(known, now)
+        pauses.append(known.due - now)
+        now = known.due
+        known = redial.begin(known, now)
+        assert known.due == now + LINK_DIAL_S
+        now += 0.1
+    assert pauses[:3] == pytest.approx([LINK_RETRY_S, 2 * LINK_RETRY_S, 4 * LINK_RETRY_S])
+    assert pauses[-1] == pytest.approx(LINK_RETRY_MAX_S)
+    known = redial.linked(known, now)
+    flapping = redial.cut(known, now + 0.1)
+    assert flapping.due - now - 0.1 == pytest.approx(LINK_RETRY_MAX_S)
+    held = redial.cut(known, now + LINK_RETRY_MAX_S + 0.1)
+    assert held.due - held.linked_at < 2 * LINK_RETRY_MAX_S
+    assert held.attempts == 1
+
+
+@given(st.lists(st.sampled_from(["cut", "begin", "linked"]), max_size=40), st.floats(0.0, 5.0))
+def test_a_cut_link_always_has_a_next_attempt_soon(steps: list[str], pause_s: float) -> None:
+    known, now = KNOWN, 100.0
+    for step in steps:
+        now += pause_s
+        known = getattr(redial, step)(known, now)
+        if step != "linked":
+            assert now < known.due <= now + max(LINK_RETRY_MAX_S, LINK_DIAL_S)

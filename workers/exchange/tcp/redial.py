@@ -1,0 +1,38 @@
+"""When a link that was cut is made again: pure, for `transport.py`. The side that had made it does so."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from membership.base.timing import LINK_DIAL_S, LINK_RETRY_MAX_S, LINK_RETRY_S
+from workers.exchange.tcp.wire import TcpHandle
+
+
+@dataclass(frozen=True)
+class Redial:
+    """One peer that this side has linked with."""
+
+    to: TcpHandle
+    linked_at: float
+    attempts: int = 0  # since a link last held
+    due: float = math.inf  # when the next attempt begins, or the one under way is given up
+    trying: bool = False
+
+
+def linked(before: Redial, now: float) -> Redial:
+    """An attempt has succeeded. The pauses stay as long as they were until the link has held."""
+    return replace(before, linked_at=now, due=math.inf, trying=False)
+
+
+def cut(before: Redial, now: float) -> Redial:
+    """The link, or the attempt to make it, has ended."""
+    held = not before.trying and now - before.linked_at > LINK_RETRY_MAX_S
+    attempts = 0 if held else before.attempts
+    pause_s = min(LINK_RETRY_MAX_S, LINK_RETRY_S * 2.0 ** min(attempts, 16))
+    return replace(before, attempts=attempts + 1, due=now + pause_s, trying=False)
+
+
+def begin(before: Redial, now: float) -> Redial:
+    """An attempt begins."""
+    return replace(before, due=now + LINK_DIAL_S, trying=True)
