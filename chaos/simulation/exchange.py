@@ -71,6 +71,10 @@ class SimExchange:
         self._ctx: StepContext | None = None
         self._router: Router | None = None
 
+    def unlinked(self) -> list[int]:
+        """Links are cut by deaths only, which the engine sees."""
+        return []
+
     def begin_step(self, ctx: StepContext) -> None:
         if self._ctx is None or ctx.view is not self._ctx.view:
             self._router = Router(self._rank.key[0], ctx.view.placement)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import structlog
 
 from elastic.engine.adoption import Adoption, absent, adoption, leaving
+from elastic.engine.cut_links import CutLinks
 from elastic.engine.expert_load import LoadWindow
 from elastic.engine.gateway_server import EngineServer
 from elastic.engine.recovery import Recovery
@@ -74,6 +75,7 @@ class Engine:
         self._recovery = Recovery()
         self._loads = LoadWindow(config.moe_layers, config.experts, self._clock())
         self._slow: set[int] = set()
+        self._cut_links = CutLinks()
         self._outbox: list[Output] = []
         self._ready: set[RankId] = set()
         self._lost: set[RankId] = set()
@@ -261,7 +263,21 @@ class Engine:
         if result.suspects:
             self._emit("ranks_suspected", result.rank, suspects=result.suspects)
             self._fleet.probe()
+        self._note_links(result)
         self._outbox += self._scheduler.apply(result, self._clock())
+
+    def _note_links(self, result: StepResult) -> None:
+        """Report links that were cut while we reach both ranks, or that are back."""
+        view = self._scheduler.view
+        if view is None:
+            return
+        node_of = {member.rank: member.node for member in view.members}
+        changes = self._cut_links.answered(result.rank, result.unlinked, self._scheduler.masked)
+        for kind, peers in (("link_lost", changes.lost), ("link_back", changes.back)):
+            for peer in peers:
+                nodes = {"node": node_of.get(result.rank, ""), "peer_node": node_of.get(peer, "")}
+                log.warning(kind, rank=result.rank, peer=peer, **nodes)
+                self._emit(kind, result.rank, peer=peer, **nodes)
 
     def _welcome(self, joined: RankJoined) -> None:
         self._ready.add(joined.rank_id)
@@ -385,6 +401,7 @@ class Engine:
         self._pause_since = self._last_step_end if self._last_step_end is not None else now
         self._fleet.adopt(newer.masked, (member.id for member in newer.view.members))
         moved = self._scheduler.set_view(newer.view, newer.masked, now, model)
+        self._cut_links.adopt(newer.view.ranks)
         log.info("view_adopted", epoch=newer.view.epoch, ranks=newer.view.ranks, masked=newer.masked)
         self._flip = (before, len(moved))
         failpoints.hit("engine.after.flip")

@@ -74,6 +74,7 @@ class HistoryMetrics:
         self._fenced = counter(
             "fenced", "Replaced or evicted processes that were still running and were kept from acting.", "what"
         )
+        self._cuts = counter("link_cuts", "Links between ranks that were cut while the engine reached both, by side.")
         self._taken = counter(
             "weight_bytes_moved",
             "Expert weights that members had to get before a view was committed, by what the view was for.",
@@ -130,6 +131,8 @@ class HistoryMetrics:
             self._detection.labels(fields["source"].replace(" ", "_")).observe(took_ms / 1000)
         elif event.kind == "rank_died":
             self._take_eviction(event, alive=fields.get("detected_by") == DetectedBy.HEARTBEAT)
+        elif event.kind == "link_lost":
+            self._cuts.inc()
         elif event.kind == "engine_stood_down":
             self._fenced.labels("engine").inc()
         elif event.kind == "leader_left" and fields.get("fenced"):

@@ -147,6 +147,13 @@ class Exchange:
             self.suspects.update(rank for rank in unlinked if not ctx.masked >> rank & 1)
         return ctx.masked | self._mask() | self._unlinked
 
+    def unlinked(self) -> list[int]:
+        """Ranks of the view, not masked, with which there is no link now."""
+        if self._ctx is None or not self._unlinked:
+            return []
+        missing = self._unlinked & ~(self._ctx.masked | self._mask())
+        return [rank for rank in range(missing.bit_length()) if missing >> rank & 1]
+
     def stays(self) -> bool:
         """Whether no rows need to travel in this step: every rank holds all experts, and no peer has asked."""
         return self._ctx is not None and self._router.everywhere and not self.pending()

@@ -168,6 +168,7 @@ class StepResult(_FromRank, frozen=True, array_like=True, tag=True):
     load: bytes = b""  # uint32[moe_layers, experts]: rows routed by this rank since its last report; mostly empty
     # When the last of those rows was answered, on the monotonic clock of the rank's host; 0: there were none.
     retried_at: float = 0.0
+    unlinked: list[int] = []  # ranks of the view, not masked, with which it has no link now
 
 
 class BlocksCopied(_FromRank, frozen=True, array_like=True, tag=True):

@@ -374,6 +374,7 @@ class EPWorker:
             retried_rows=self.exchange.retried_rows,
             load=self._load() if status is StepStatus.OK else b"",
             retried_at=self.exchange.retried_at,
+            unlinked=self.exchange.unlinked(),
         )
 
     def _load(self) -> bytes:

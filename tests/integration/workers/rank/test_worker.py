@@ -62,6 +62,9 @@ class ScriptedExchange(Exchange):
         self.steps.append(ctx)
         self.suspects = {1}
 
+    def unlinked(self) -> list[int]:
+        return [2]
+
     def stays(self) -> bool:
         return self.local.stays()
 
@@ -172,7 +175,7 @@ def test_a_step_after_prepare(worker: TestedWorker) -> None:
     assert result is not None
     assert (result.status, result.epoch, result.rank, result.incarnation) == (StepStatus.OK, 1, 0, 1)
     assert [t.seq for t in result.tokens] == [1]
-    assert result.suspects == [1]
+    assert (result.suspects, result.unlinked) == ([1], [2])
     load = np.frombuffer(result.load, dtype=np.uint32).reshape(2, 8)
     assert load.sum(axis=1).tolist() == [3 * 2, 3 * 2]
     assert worker.script.steps[-1].masked == 0b1100

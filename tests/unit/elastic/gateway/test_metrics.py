@@ -101,6 +101,13 @@ def test_who_was_given_up_alive_is_counted_once(world: World) -> None:
     assert world.scrape()["fenced_total{controller}"] == 1
 
 
+def test_links_that_were_cut_are_counted(world: World) -> None:
+    assert world.scrape()["link_cuts_total"] == 0
+    world.log.emit("link_lost", rank=1, peer=2, node="a", peer_node="b")
+    world.log.emit("link_back", rank=1, peer=2, node="a", peer_node="b")
+    assert world.scrape()["link_cuts_total"] == 1
+
+
 def test_changes_of_membership_by_what_caused_them(world: World) -> None:
     world.view(1, [0, 1, 2], took_s=1.0)
     world.view(2, [0, 2])

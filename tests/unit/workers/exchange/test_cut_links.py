@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -137,6 +138,19 @@ def test_rows_that_were_on_their_way_are_asked_for_again_over_the_new_link(pair:
     found = accepts.exchange.dispatch_combine(0, *rows)
     assert torch.equal(found, LocalExchange(Experts(0, {0: (ALL,)})).dispatch_combine(0, *rows))
     assert accepts.exchange.retried_rows > 0
+
+
+def test_a_rank_says_which_peers_it_does_not_reach(pair: tuple[Rank, Rank]) -> None:
+    """In each step anew, unless they are masked."""
+    accepts, dials = pair
+    assert accepts.exchange.unlinked() == []
+    dials.exchange.close()
+    eventually(lambda: not accepts.links.live, WAIT_S, "the end of the link")
+    for _ in range(2):
+        accepts.exchange.begin_step(accepts.context)
+        assert accepts.exchange.unlinked() == [DIALS.rank]
+    accepts.exchange.begin_step(replace(accepts.context, masked=1 << DIALS.rank))
+    assert accepts.exchange.unlinked() == []
 
 
 def test_a_link_that_was_given_up_does_not_return(pair: tuple[Rank, Rank]) -> None:
