@@ -1,9 +1,11 @@
 """How many prompt tokens a rank may compute in one step, so that the step keeps to its time. Pure.
 
 Learned from the times that steps took: of steps without prompts, by the number of sequences that decode; of the others,
-what a prompt token costs beyond that, by the number of ranks that compute prompts at once, since they share the cores.
-Medians of the last few: one step that took long for another reason changes nothing. The share at most doubles from what
-has been measured, so the first steps are short, and never falls below a floor, so that a prompt always advances.
+what prompts cost beyond that, by the number of ranks that compute prompts at once, since they share the cores: once per
+step (weights are read, ranks exchange), and per token. The first part buys nothing, so a step's prompts get at least as
+much time again, even if the step then exceeds its time. Medians of the last few: one step that took long for another
+reason changes nothing. The share at most doubles from what has been measured, so the first steps are short, and never
+falls below a floor, so that a prompt always advances.
 """
 
 from __future__ import annotations
@@ -12,10 +14,12 @@ import statistics
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 FLOOR_TOKENS = 16
 FIRST_TOKENS = 64  # while nothing is known
 REMEMBERED = 5
+COMPARED = 16  # steps with prompts of different sizes, which tell what a step costs whatever its size
 LEAST_SHARE = 0.25  # of a step's time that its prompts are charged with, whatever its decodes seem to cost
 
 
@@ -28,13 +32,42 @@ class Work:
     ranks: int
 
 
+class _Prompts:
+    """What prompts have cost in steps with this number of ranks that compute some."""
+
+    def __init__(self) -> None:
+        self.step_s = 0.0  # of a step, whatever its size
+        self._large: deque[tuple[int, float]] = deque(maxlen=REMEMBERED)
+        self._compared: deque[tuple[int, float]] = deque(maxlen=COMPARED)
+
+    def learn(self, tokens: int, took_s: float, *, large: bool) -> None:
+        """Small ones say little of what a token costs, but more of what a step costs."""
+        self._compared.append((tokens, took_s))
+        if large or not self._large:
+            self._large.append((tokens, took_s))
+        pairs = [(a, b) for a, b in combinations(sorted(self._compared), 2) if 2 * a[0] <= b[0]]
+        if pairs:
+            found = statistics.median_low([(a[1] * b[0] - b[1] * a[0]) / (b[0] - a[0]) for a, b in pairs])
+            self.step_s = max(0.0, found)
+
+    @property
+    def token_s(self) -> float:
+        """Of each token beyond that."""
+        return statistics.median_low([max(took_s - self.step_s, 0.0) / tokens for tokens, took_s in self._large])
+
+    @property
+    def most(self) -> int:
+        """The largest that has been measured."""
+        return max(tokens for tokens, _ in self._large)
+
+
 class StepBudget:
     """`budget_s` 0: no limit but `most` tokens."""
 
     def __init__(self, budget_s: float, most: int) -> None:
         self._budget_s, self._most = budget_s, most
         self._decode_s: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
-        self._prompts: dict[int, deque[tuple[int, float]]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
+        self._prompts: dict[int, _Prompts] = defaultdict(_Prompts)
 
     def tokens(self, decodes: int, ranks: int) -> int:
         """Of prompts, for each of `ranks` ranks, beside `decodes` sequences that decode."""
@@ -44,19 +77,20 @@ class StepBudget:
             return min(FIRST_TOKENS, self._most)
         known = ranks if ranks in self._prompts else min(self._prompts, key=lambda each: abs(each - ranks))
         seen = self._prompts[known]
-        token_s = statistics.median_low([took_s / tokens for tokens, took_s in seen]) * max(1.0, ranks / known)
-        wanted = (self._budget_s - self._decoding_s(decodes)) / max(token_s, 1e-9)
-        most = min(self._most, 2 * max(tokens for tokens, _ in seen))
-        return min(max(int(min(wanted, most)), FLOOR_TOKENS), self._most)
+        token_s = seen.token_s * max(1.0, ranks / known)
+        wanted = max(self._budget_s - self._decoding_s(decodes) - seen.step_s, seen.step_s) / max(token_s, 1e-9)
+        return min(max(int(min(wanted, 2 * seen.most)), FLOOR_TOKENS), self._most)
 
     def learn(self, work: Work, took_s: float) -> None:
         """A step has ended well."""
+        if not self._budget_s:
+            return
         if not work.tokens:
             self._decode_s[work.decodes.bit_length()].append(took_s)
-        elif 2 * work.tokens >= self.tokens(work.decodes, work.ranks) or took_s > self._budget_s:
-            # Small ones say little: most of their time is the step's own.
-            prompts_s = max(took_s - self._decoding_s(work.decodes), LEAST_SHARE * took_s)
-            self._prompts[work.ranks].append((work.tokens, prompts_s))
+            return
+        large = 2 * work.tokens >= self.tokens(work.decodes, work.ranks) or took_s > self._budget_s
+        prompts_s = max(took_s - self._decoding_s(work.decodes), LEAST_SHARE * took_s)
+        self._prompts[work.ranks].learn(work.tokens, prompts_s, large=large)
 
     def _decoding_s(self, decodes: int) -> float:
         """What they take, or fewer if that is not known: never too much."""

@@ -55,6 +55,24 @@ def test_the_first_steps_are_short_and_then_at_most_twice_what_was_measured() ->
     assert sizes == [FIRST_TOKENS, 128, 256, 512, 512]
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_a_step_that_costs_more_than_its_budget_whatever_its_size_gets_as_much_time_again_for_prompts(
+    noise: float,
+) -> None:
+    """Weights that take 190 ms to be read: at 16 tokens a step nearly all of the time would go there."""
+    rng, budget, last = random.Random(1), StepBudget(BUDGET_S, MOST), list[int]()
+    for _ in range(60):
+        last.append(budget.tokens(0, 1))
+        budget.learn(Work(0, last[-1], 1), (0.19 + 0.0034 * last[-1]) * (1.0 + noise * rng.expovariate(1.0)))
+    assert all(0.19 * 0.8 <= 0.0034 * tokens <= 0.19 * 1.5 for tokens in last[10:])
+
+
+def test_what_a_step_costs_whatever_its_size_is_forgotten_when_the_machine_is_free_again() -> None:
+    budget = StepBudget(BUDGET_S, MOST)
+    run(budget, 0.19, 0.0034)
+    assert run(budget, 0.01, 0.0003, 20) == pytest.approx(BUDGET_S, rel=0.05)
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_one_step_that_took_long_for_another_reason_changes_nothing(first: bool) -> None:
     budget = StepBudget(BUDGET_S, MOST)
