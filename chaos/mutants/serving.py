@@ -10,6 +10,7 @@ LOOP = "tests/unit/elastic/engine/test_loop.py"
 PREFIX = "tests/unit/elastic/engine/test_prefix.py"
 SALVAGE = "tests/unit/elastic/engine/test_salvage.py"
 POOLS = "tests/unit/workers/agent/test_kv_pools.py"
+PORT = "tests/unit/workers/rank/test_engine_port.py"
 MIGRATION = "tests/unit/elastic/engine/test_migration.py"
 
 MUTANTS: tuple[Mutant, ...] = (
@@ -261,6 +262,31 @@ MUTANTS: tuple[Mutant, ...] = (
         before="return any(read.sequence is sequence for read in self._reads)",
         after="return False",
         tests=(f"{SALVAGE}::test_the_others_go_on_while_blocks_are_read_piece_by_piece",),
+    ),
+    # --- what ranks tell a new engine of their blocks
+    Mutant(
+        name="eviction-unsaid",
+        guards="G3: a rank learns, before a block is written again, that it holds nothing that is known",
+        file="elastic/engine/kv_blocks.py",
+        before='            self._news[block] = b""\n',
+        after="            pass\n",
+        tests=(f"{PREFIX}::test_engine_after_engine_under_random_requests_yields_the_same_tokens",),
+    ),
+    Mutant(
+        name="new-pool-unsaid",
+        guards="G3: a rank forgets what it held once an engine uses it with a pool that knows nothing of that",
+        file="elastic/engine/kv_blocks.py",
+        before='dict.fromkeys(range(size), b"")',
+        after="{}",
+        tests=(f"{PREFIX}::test_a_rank_that_comes_back_to_an_engine_as_it_was_forgets_what_it_held",),
+    ),
+    Mutant(
+        name="copied-into-but-known",
+        guards="G3: a block that is copied into holds nothing that was known of it",
+        file="workers/rank/engine_port.py",
+        before='                self._learn(dict.fromkeys(order.blocks, b""))\n',
+        after="                pass\n",
+        tests=(f"{PORT}::test_a_new_engine_learns_first_and_once_what_is_known_of_the_blocks",),
     ),
     # --- the engine's office
     Mutant(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from membership.base.errors import ElasticError
+from workers.protocol.messages import Known
 
 
 def blocks_for(tokens: int, block_size: int) -> int:
@@ -31,6 +32,21 @@ class BlockPool:
         self._users = [0] * size
         self._content: dict[int, bytes] = {}  # block -> what it holds
         self._holder: dict[bytes, int] = {}  # and back
+        self._news: Known = dict.fromkeys(range(size), b"")  # what the rank has not received
+
+    def restore(self, known: Known) -> None:
+        """Nothing is used yet, and the rank, which served an engine before, says what its blocks hold."""
+        for block, content in known.items():
+            if 0 <= block < self.size and content not in self._holder:
+                self._content[block], self._holder[content] = content, block
+                self._idle[block] = None
+                self._news.pop(block, None)
+        self._free = [block for block in self._free if block not in self._content]
+
+    def news(self) -> Known:
+        """What has become of the blocks' content since the last call; the rank keeps it for the next engine."""
+        news, self._news = self._news, {}
+        return news
 
     @property
     def free(self) -> int:
@@ -72,6 +88,7 @@ class BlockPool:
             block = next(iter(self._idle))
             del self._idle[block]
             del self._holder[self._content.pop(block)]
+            self._news[block] = b""
         self._users[block] = 1
         return block
 
@@ -79,6 +96,7 @@ class BlockPool:
         """A used block holds this from now on. Where another one does already, that one stays the one to be found."""
         if block not in self._content and content not in self._holder:
             self._content[block], self._holder[content] = content, block
+            self._news[block] = content
 
     def give_back(self, blocks: list[int]) -> None:
         """One user less. Empties the list, so that its owner cannot use or return them again.

@@ -31,7 +31,7 @@ from membership.planning.identity import name_of
 from membership.store.mirror import Mirror
 from membership.store.records import ClusterConfig, ClusterState, EngineStatus
 from workers.fleet.fleet import Fleet, FleetEvent, RankJoined, RankLost
-from workers.protocol.messages import BlocksCopied, CopyBlocks, Farewell, StepBatch, StepResult, StepStatus
+from workers.protocol.messages import BlocksCopied, CopyBlocks, Farewell, Holding, StepBatch, StepResult, StepStatus
 
 IDLE_S = 0.5
 EXPIRE_EVERY_S = 0.25
@@ -231,6 +231,8 @@ class Engine:
                 self._copy(self._scheduler.copied(event, self._clock()))
             elif isinstance(event, RankLost):
                 self._lose(event)
+            elif isinstance(event, Holding):
+                self._scheduler.holds(event.rank_id, event.known)
             elif isinstance(event, Farewell):
                 raise Fenced(f"engine {self._token} has been replaced: rank {event.rank} follows {event.successor}")
             else:
@@ -282,7 +284,8 @@ class Engine:
     def _welcome(self, joined: RankJoined) -> None:
         self._ready.add(joined.rank_id)
         self._membership_changed = True
-        self._emit("rank_joined", joined.rank_id.rank, incarnation=joined.rank_id.incarnation)
+        held = self._scheduler.held_by(joined.rank_id)
+        self._emit("rank_joined", joined.rank_id.rank, incarnation=joined.rank_id.incarnation, held_blocks=held)
 
     def _lose(self, loss: RankLost) -> None:
         """Take a rank out of use: first for the survivors in mid-step, then in the scheduler."""

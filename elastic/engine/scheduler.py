@@ -27,6 +27,7 @@ from workers.protocol.messages import (
     NO_TOKEN,
     BlocksCopied,
     CopyBlocks,
+    Known,
     SampledToken,
     SeqChunk,
     StepBatch,
@@ -95,6 +96,7 @@ class Scheduler:
         self._under_way: tuple[Work, float] | None = None  # the step in flight, if its time will mean something
         self._arrivals = 0
         self._contents = Contents(config, "")
+        self._holding: dict[RankId, Known] = {}  # of ranks that are not used yet
         self.queried_tokens = 0  # of requests that were given a home
         self.preemptions = 0  # requests that lost their blocks to older ones
         self.cached_tokens = 0  # of those, the ones that the home had already
@@ -116,12 +118,23 @@ class Scheduler:
         moved = self._evict(home for home in self._homes.values() if home.rank_id not in stay)
         for rank, member in sorted(kept.items()):
             if rank not in self._homes:
-                self._homes[rank] = Home(rank, member.incarnation, self._pool(), member.node)
+                self._homes[rank] = Home(rank, member.incarnation, self._pool(member.id), member.node)
         self._review_coverage(now)
         return moved
 
-    def _pool(self) -> BlockPool:
-        return BlockPool(self.config.kv_blocks, self.config.block_size)
+    def _pool(self, rank: RankId) -> BlockPool:
+        pool = BlockPool(self.config.kv_blocks, self.config.block_size)
+        pool.restore(self._holding.pop(rank, {}))
+        return pool
+
+    def holds(self, rank: RankId, known: Known) -> None:
+        """A rank that served an engine before us has said what its blocks hold; it is in no view of ours yet."""
+        if self.config.prefix_cache:
+            self._holding[rank] = known
+
+    def held_by(self, rank: RankId) -> int:
+        """How many of its blocks hold something that is known from before us, until it is used."""
+        return len(self._holding.get(rank, ()))
 
     def lose_ranks(self, ranks: Iterable[int], now: float, *, ended: bool = False) -> list[str]:
         """Mask ranks of the view for good. Returns their requests, which wait at the front to be computed elsewhere.
@@ -333,7 +346,8 @@ class Scheduler:
         self._under_way = self._work(), now
         self.step += 1
         self.attempt = max(self._homes[rank].setbacks for rank in ranks)
-        return StepBatch(self.token, self.view.epoch, self.step, self.attempt, sorted(self.masked), ranks)
+        known = {home.rank: news for home in self._homes.values() if (news := home.pool.news())}
+        return StepBatch(self.token, self.view.epoch, self.step, self.attempt, sorted(self.masked), ranks, known)
 
     def _admit(self, now: float) -> None:
         """Give waiting requests homes, oldest first, as long as the oldest fits somewhere; then reserved ones."""

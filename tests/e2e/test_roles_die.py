@@ -41,6 +41,8 @@ def test_a_standby_engine_takes_over_and_ranks_stay(serve: Serve, demo_model: Pa
         ended = len(workload.records())
         eventually(lambda: len(workload.records()) > ended + 4, 60.0, "requests ending again")
         assert {r["pid"] for r in cluster.status()["ranks"]} == ranks
+        joined = [e for e in cluster.events() if e.kind == "rank_joined"]
+        assert all(e.fields["held_blocks"] > 0 for e in joined[-RANKS:]), "what they had computed is known"
         eventually(lambda: len(set(engine_pids(cluster)) - {first}) == 2, 60.0, "a new standby")
 
 

@@ -65,6 +65,10 @@ class SeqChunk(msgspec.Struct, frozen=True, array_like=True):
     score: Score | None = None
 
 
+Known = dict[int, bytes]
+"""What a rank's KV blocks hold: block -> name (`elastic/engine/prefix.py`); empty: nothing that is known."""
+
+
 class StepBatch(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """One step of the whole cluster, broadcast to all ranks. Ranks without chunks only serve experts."""
 
@@ -74,6 +78,7 @@ class StepBatch(msgspec.Struct, frozen=True, array_like=True, tag=True):
     attempt: int
     masked: list[int]  # ranks of the epoch's view that must not be used
     ranks: dict[int, list[SeqChunk]]
+    known: dict[int, Known] = {}  # what has become known of ranks' blocks since the last step
 
 
 class Ping(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -179,13 +184,19 @@ class BlocksCopied(_FromRank, frozen=True, array_like=True, tag=True):
     error: str = ""
 
 
+class Holding(_FromRank, frozen=True, array_like=True, tag=True):
+    """A rank's first word to an engine: what its KV blocks hold, as the engines before have said."""
+
+    known: Known
+
+
 class Farewell(_FromRank, frozen=True, array_like=True, tag=True):
     """A rank's last word to an engine that has been replaced: it leaves the queue, and follows the `successor`."""
 
     successor: int  # its engine token
 
 
-RankMessage = StepResult | BlocksCopied | Farewell
+RankMessage = StepResult | BlocksCopied | Holding | Farewell
 
 
 def reader_id(process: ProcessId) -> str:

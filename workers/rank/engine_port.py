@@ -25,6 +25,8 @@ from workers.protocol.messages import (
     CopyBlocks,
     EngineMessage,
     Farewell,
+    Holding,
+    Known,
     Ping,
     RankMessage,
     StepBatch,
@@ -66,6 +68,8 @@ class EnginePort:
         self._own_mask: LiveMask | None = None  # of an engine on another host, as its messages say
         self._steps: MessageQueue | None = None
         self._answers: MessageQueue | None = None
+        self._known: Known = {}  # what our KV blocks hold, for the next engine
+        self._reported = True  # to this engine, if there is anything
         self._outputs = OutputThread("engine-outputs")
 
     @property
@@ -86,7 +90,7 @@ class EnginePort:
             return self._answers.export_handle().encode()  # asked again: the same answer
         self._answer(Farewell(*self.key, self.token, successor=token))
         self.leave()
-        self.token = token
+        self.token, self._reported = token, not self._known
         self._steps, self._answers = self._open(token, broadcast_handle, mask_handle)
         return self._answers.export_handle().encode()
 
@@ -161,6 +165,7 @@ class EnginePort:
             return False
         if step_fence.obeys(self.token, message.engine_token):
             if isinstance(message, Ping):
+                self._report()
                 self._answer(self._result_of_ping(message))
             elif isinstance(message, CopyBlocks):
                 if message.addressee == self.key:
@@ -170,7 +175,21 @@ class EnginePort:
                 self._on_step()
         return True
 
+    def _report(self) -> None:
+        """A new engine learns what our blocks hold before it uses us: its first Ping asks whether we answer."""
+        if not self._reported:
+            self._reported = True
+            self._answer(Holding(*self.key, self.token, self._known))
+
+    def _learn(self, known: Known) -> None:
+        for block, name in known.items():
+            if name:
+                self._known[block] = name
+            else:
+                self._known.pop(block, None)
+
     def _run(self, batch: StepBatch) -> None:
+        self._learn(batch.known.get(self.key.rank, {}))  # first: blocks that this step writes hold nothing any more
         chunks = batch.ranks.get(self.key.rank, [])
         result = self._step(batch)
         if result is not None and not isinstance(result, StepResult):
@@ -213,6 +232,8 @@ class EnginePort:
         blocks, failed = 0, ""
         try:
             failpoints.hit("rank.copy", self.key.rank)
+            if order.arriving:
+                self._learn(dict.fromkeys(order.blocks, b""))
             blocks = self._worker.copy_blocks(order)
         except Exception as error:  # noqa: BLE001 - whatever it was, the rank serves on
             failed = f"{type(error).__name__}: {error}"

@@ -1,5 +1,5 @@
-"""The prefix cache, and the pools of dead ranks, with a real model: the same tokens and log-probabilities, to the bit,
-as without them.
+"""The prefix cache, also over new engines, and the pools of dead ranks, with a real model: the same tokens and
+log-probabilities, to the bit, as without them.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterator
 
 import pytest
+from msgspec.structs import replace
 
 from elastic.engine.scheduler import Scheduler
 from elastic.protocol import Submit, Tokens
@@ -17,7 +18,7 @@ from membership.store.records import ClusterConfig, Member, View
 from tests.support.families import VOCAB, write_checkpoint
 from tests.support.model_helpers import BLOCK, make_runner
 from workers.model.runner import ModelRunner
-from workers.protocol.messages import BlocksCopied, Sampling, StepResult, StepStatus
+from workers.protocol.messages import BlocksCopied, Known, Sampling, StepResult, StepStatus
 
 pytestmark = pytest.mark.integration
 
@@ -45,15 +46,33 @@ class Ranks:
     def __init__(self, runners: list[ModelRunner], *, cached: bool, pools: bool = False) -> None:
         self.runners = runners
         self.pools: dict[RankId, int] | None = {} if pools else None  # of the dead
-        config = ClusterConfig(
+        self.config = ClusterConfig(
             cluster="c", model="m", served_model_name="m", moe_layers=1, experts=1, max_model_len=256,
             block_size=BLOCK, kv_blocks=BLOCKS, max_batched_tokens=48, prefix_cache=cached,
         )  # fmt: skip
-        self.scheduler = Scheduler(config, 1)
+        self.token = 1  # of the engine
+        self.scheduler = Scheduler(self.config, self.token)
         self.members = {0: 1, 1: 2}
+        self.known: dict[int, Known] = {0: {}, 1: {}}  # what ranks were told of their blocks
         self.epoch = 0
+        self.requests: dict[str, Submit] = {}
         self.seen: Seen = {}
+        self.cached = 0  # tokens, by engines before
         self.commit()
+
+    def take_over(self) -> None:
+        """Another engine. It gets what has not ended, and from ranks what they were told."""
+        self.cached += self.scheduler.cached_tokens
+        self.token += 1
+        self.scheduler = Scheduler(self.config, self.token)
+        for rank, incarnation in self.members.items():
+            known = {block: name for block, name in self.known[rank].items() if name}
+            self.scheduler.holds(RankId(rank, incarnation), known)
+        self.commit()
+        for name, request in self.requests.items():
+            if len(seen := self.seen[name]) < NEW_TOKENS:
+                emitted = [token for token, _ in seen]
+                assert self.scheduler.submit(replace(request, emitted=emitted), 0.0) == []
 
     def commit(self) -> None:
         self.epoch += 1
@@ -63,7 +82,8 @@ class Ranks:
 
     def submit(self, name: str, prompt: list[int]) -> None:
         sampled = Sampling(temperature=0.8, seed=3, logprobs=2) if len(prompt) % 2 else Sampling(logprobs=2)
-        assert self.scheduler.submit(Submit(name, prompt, sampled, NEW_TOKENS, ignore_eos=True), 0.0) == []
+        self.requests[name] = request = Submit(name, prompt, sampled, NEW_TOKENS, ignore_eos=True)
+        assert self.scheduler.submit(request, 0.0) == []
         self.seen[name] = []
 
     def read(self) -> None:
@@ -87,9 +107,11 @@ class Ranks:
     def step(self) -> bool:
         self.read()
         batch = self.scheduler.schedule(0.0)
+        for rank, known in batch.known.items() if batch is not None else ():
+            self.known[rank] |= known
         for rank, chunks in batch.ranks.items() if batch is not None else ():
             tokens = self.runners[rank].run(chunks)
-            answer = (rank, self.members[rank], 1, batch.epoch, batch.step, batch.attempt) if batch else ()
+            answer = (rank, self.members[rank], self.token, batch.epoch, batch.step, batch.attempt) if batch else ()
             for output in self.scheduler.apply(StepResult(*answer, StepStatus.OK, tokens), 0.0):
                 assert isinstance(output, Tokens)
                 self.seen[output.request_id] += zip(output.tokens, output.logprobs or [], strict=True)
@@ -121,13 +143,10 @@ def prompts() -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("cached", "kills", "pools"),
-    [(True, False, False), (True, True, False), (True, True, True), (False, True, True)],
-    ids=["cached", "cached, deaths", "cached, deaths, pools", "deaths, pools"],
+    "how", ["cached", "cached, engines", "cached, deaths", "cached, deaths, pools", "deaths, pools"]
 )
-def test_the_same_bits_with_and_without_over_deaths_and_evictions(
-    runners: list[ModelRunner], cached: bool, kills: bool, pools: bool
-) -> None:
+def test_the_same_bits_with_and_without_over_deaths_and_evictions(runners: list[ModelRunner], how: str) -> None:
+    cached, kills, pools, engines = ("cached" in how, "deaths" in how, "pools" in how, "engines" in how)
     found = {}
     for with_them in (False, True):
         ranks = Ranks(runners, cached=cached and with_them, pools=pools and with_them)
@@ -135,6 +154,8 @@ def test_the_same_bits_with_and_without_over_deaths_and_evictions(
             ranks.submit(name, prompt)
             for _ in range(3):
                 ranks.step()
+            if engines and with_them and number % 2:
+                ranks.take_over()
             if kills and with_them and number % 3 == 2:
                 ranks.kill(ranks.fullest())
                 ranks.step()
@@ -143,7 +164,7 @@ def test_the_same_bits_with_and_without_over_deaths_and_evictions(
             pass
         ranks.close()
         found[with_them] = ranks.seen
-        assert (ranks.scheduler.cached_tokens > 8 * BLOCK) == (cached and with_them)
+        assert (ranks.cached + ranks.scheduler.cached_tokens > 8 * BLOCK) == (cached and with_them)
         ranks.scheduler.salvaged()
         assert (ranks.scheduler.salvaged_tokens > 2 * BLOCK) == (pools and with_them)
     assert all(len(tokens) == NEW_TOKENS for tokens in found[False].values())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from msgspec.structs import replace
 
@@ -12,6 +14,7 @@ from elastic.engine.scheduler import Scheduler
 from elastic.protocol import Tokens
 from membership.base.enums import Device, Dtype, Exactness
 from membership.base.errors import ElasticError
+from membership.base.rank_id import RankId
 from tests.support.rank_model import TOKEN, Client, ask, config, drive, pool_is_whole, view
 from workers.protocol.messages import StepBatch, StepStatus
 
@@ -261,3 +264,102 @@ def test_the_engine_reports_what_the_first_home_had_and_only_with_the_first_toke
     (output,) = scene.scheduler.apply(result, 0.0)
     assert isinstance(output, Tokens)
     assert (output.index, output.cached) == (1, 0)
+
+
+# ---- a new engine: ranks tell it what their blocks hold
+
+
+class Takeover:
+    """One rank under an engine, with what it was told of its blocks; then under another engine."""
+
+    def __init__(self, **changes: object) -> None:
+        self.config = config(**{"kv_blocks": 60, **changes})
+        self.ranks, self.client, self.known = KvModel(4), Client(), dict[int, bytes]()
+        self.engines = 0
+        self.elect()
+
+    def elect(self) -> None:
+        """A new engine; gateways submit again what has not ended."""
+        self.engines += 1
+        self.scheduler = Scheduler(self.config, TOKEN + self.engines)
+        if self.known:
+            self.scheduler.holds(RankId(0, 10), self.known.copy())
+        self.scheduler.set_view(view(1, ONE), [], 0.0)
+        for name, request in self.client.requests.items():
+            if name not in self.client.ends:
+                emitted = self.client.outputs[name]
+                self.client.take(self.scheduler.submit(replace(request, emitted=emitted.copy()), 0.0))
+
+    def submit(self, name: str, prompt: list[int], max_tokens: int) -> None:
+        self.client.submit(self.scheduler, ask(name, prompt, max_tokens, ignore_eos=True), 0.0)
+
+    def step(self) -> list[int]:
+        """How many tokens each chunk had."""
+        batch = self.scheduler.schedule(0.0)
+        assert batch is not None
+        for block, name in batch.known.get(0, {}).items():
+            self.known[block] = name
+        self.known = {block: name for block, name in self.known.items() if name}
+        for result in self.ranks.run(batch, ONE):
+            self.client.take(self.scheduler.apply(result, 0.0))
+        pool_is_whole(self.scheduler)
+        return [len(chunk.tokens) for chunk in batch.ranks[0]]
+
+
+def test_a_new_engine_goes_on_where_the_last_full_block_ends() -> None:
+    scene = Takeover()
+    scene.submit("a", PROMPT, 20)
+    while len(scene.client.outputs["a"]) < 9:
+        scene.step()
+    scene.elect()
+    assert scene.step() == [2], "17 + 9 tokens: all but the last block's"
+    while scene.scheduler.knows("a"):
+        scene.step()
+    scene.client.check()
+
+
+def test_engine_after_engine_under_random_requests_yields_the_same_tokens() -> None:
+    """Few blocks, common beginnings: what one engine was told is evicted, and written again, under the next."""
+    rng, scene, hits = random.Random(11), Takeover(kv_blocks=14), 0
+    for number in range(60):
+        prompt = PROMPT[: rng.randrange(4, 18)] + [rng.randrange(4, 40) for _ in range(rng.randrange(5))]
+        scene.submit(f"r{number}", prompt, rng.randrange(1, 12))
+        for _ in range(rng.randrange(1, 8)):
+            if scene.scheduler.running + scene.scheduler.waiting:
+                scene.step()
+        if rng.random() < 0.4:
+            scene.elect()
+        hits += scene.scheduler.cached_tokens
+    while scene.scheduler.running + scene.scheduler.waiting:
+        scene.step()
+    scene.client.check()
+    assert hits > 100
+
+
+def test_a_rank_that_comes_back_to_an_engine_as_it_was_forgets_what_it_held() -> None:
+    scene = Takeover()
+    scene.submit("a", PROMPT, 20)
+    scene.step()
+    scene.step()
+    assert scene.known
+    scene.scheduler.set_view(view(2, {1: 11}), [], 0.0)
+    scene.scheduler.set_view(view(3, ONE), [], 0.0)  # the same process, and a pool that knows nothing of it
+    assert scene.step() == [9]
+    assert not scene.known
+
+
+def test_blocks_that_no_pool_has_and_contents_that_two_blocks_hold_are_not_restored() -> None:
+    pool = BlockPool(4, 4)
+    pool.restore({1: b"a", 2: b"a", 9: b"c"})
+    assert pool.find([b"a"]) == [1]
+    assert pool.free == 4
+    assert pool.news() == {0: b"", 2: b"", 3: b""}
+
+
+def test_without_the_cache_a_new_engine_finds_nothing() -> None:
+    scene = Takeover(prefix_cache=False)
+    scene.submit("a", PROMPT, 20)
+    scene.step()
+    scene.known = {1: b"a"}
+    scene.elect()
+    assert scene.step() == [9]

@@ -12,7 +12,11 @@ from membership.base.errors import Fenced
 from membership.base.rank_id import RankId
 from workers.ipc.doorbell import Doorbell
 from workers.protocol.messages import (
+    CopyBlocks,
     EngineMessage,
+    Holding,
+    Ping,
+    RankMessage,
     SampledToken,
     SeqChunk,
     StepBatch,
@@ -20,6 +24,7 @@ from workers.protocol.messages import (
     StepStatus,
     reader_id,
 )
+from workers.queue.handle import Handle
 from workers.queue.message_queue import MessageQueue, MsgpackCodec
 from workers.rank.engine_port import EnginePort
 from workers.rank.worker_api import Worker
@@ -83,3 +88,44 @@ def test_a_rank_never_goes_back_to_an_older_engine(port: EnginePort, steps: Mess
     with pytest.raises(Fenced, match="engine token 10 is older than 20"):
         port.attach(10, steps.export_handle().encode(), b"")
     assert port.token == 20
+
+
+def first_words(port: EnginePort, token: int) -> list[RankMessage]:
+    """What the rank says to a new engine that asks whether it answers."""
+    steps = MessageQueue("test-steps", MsgpackCodec(EngineMessage))
+    handle = Handle.decode(port.attach(token, steps.export_handle().encode(), b""))
+    with closing(Doorbell()) as bell:
+        codec = MsgpackCodec(RankMessage)
+        with MessageQueue.create_from_handle(handle, f"engine-{token}", bell, WAIT_S, codec) as answers:
+            steps.wait_until_ready([reader_id(KEY)], timeout_s=WAIT_S)
+            for number in (-1, -2):
+                steps.enqueue(Ping(token, number), WAIT_S)
+            while port.pending():
+                port.serve()
+            said = []
+            while answers.pending():
+                said.append(answers.dequeue(timeout_s=WAIT_S))
+    steps.shutdown()
+    return said
+
+
+def held(said: list[RankMessage]) -> list[dict[int, bytes]]:
+    return [message.known for message in said if isinstance(message, Holding)]
+
+
+def test_a_new_engine_learns_first_and_once_what_is_known_of_the_blocks(port: EnginePort, steps: MessageQueue) -> None:
+    chunks = {0: [SeqChunk(1, 0, [2], [0])]}
+    told: list[dict[int, dict[int, bytes]]] = [{0: {3: b"c", 4: b"d", 5: b"e"}, 1: {9: b"x"}}, {0: {4: b"", 6: b"f"}}]
+    for number, known in enumerate(told):
+        steps.enqueue(StepBatch(20, 3, number, 0, [], chunks, known), WAIT_S)
+    steps.enqueue(CopyBlocks(20, 1, RankId(1, 1), KEY, [5], arriving=True), WAIT_S)
+    while port.pending():
+        port.serve()
+    said = first_words(port, 21)
+    assert isinstance(said[0], Holding), "before the answer by which it is used"
+    assert held(said) == [{3: b"c", 6: b"f"}]
+    assert held(first_words(port, 22)) == [{3: b"c", 6: b"f"}], "the second engine has said nothing else"
+
+
+def test_a_rank_that_was_told_nothing_says_nothing(port: EnginePort) -> None:
+    assert held(first_words(port, 20)) == []
