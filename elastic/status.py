@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import StrEnum
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -15,7 +16,19 @@ from membership.placement.plan import coverage
 from membership.planning.cluster_facts import ClusterFacts
 from membership.planning.identity import name_of
 from membership.planning.rebalance import loads_of
-from membership.store.records import ClusterConfig, ClusterState, EngineStatus, Member, Operation, Phase, RankState
+from membership.store.records import (
+    ClusterConfig,
+    ClusterState,
+    EngineStatus,
+    ExpertLoad,
+    Member,
+    Operation,
+    Phase,
+    RankState,
+    View,
+)
+
+T = TypeVar("T")
 
 
 class Health(StrEnum):
@@ -226,16 +239,43 @@ def _driven(state: ClusterState) -> bool:
     return state.engine is not None and status is not None and status.token == state.engine_token and status.epoch > 0
 
 
-def _coverage(facts: ClusterFacts) -> CoverageStatus:
-    if not facts.members:
-        return CoverageStatus(min_live_replicas=0, uncovered=0)
-    found = coverage(facts.view.placement, (m.rank for m in facts.alive), facts.config.experts)
+class _Remembered(Generic[T]):
+    """The last answer of a pure function, while it is asked about the same record with the same further arguments.
+
+    What follows from a large placement takes tens of milliseconds, and probes, metrics and pages ask all the time.
+    """
+
+    def __init__(self, answer: Callable[..., T]) -> None:
+        self._answer = answer
+        self._known: tuple[View, tuple[Any, ...], T] | None = None
+
+    def __call__(self, view: View, *more: Any) -> T:
+        known = self._known
+        if known is None or known[0] is not view or known[1] != more:
+            self._known = known = (view, more, self._answer(view, *more))
+        return known[2]
+
+
+@_Remembered
+def _coverage_of(view: View, alive: tuple[int, ...], experts: int) -> CoverageStatus:
+    found = coverage(view.placement, alive, experts)
     return CoverageStatus(min_live_replicas=found.min_live_replicas, uncovered=len(found.uncovered))
 
 
+@_Remembered
+def _imbalance_of(view: View, config: ClusterConfig, load: ExpertLoad | None) -> float | None:
+    loads = loads_of(config, load)
+    return round(imbalance(view.placement, loads), 3) if loads is not None else None
+
+
+def _coverage(facts: ClusterFacts) -> CoverageStatus:
+    if not facts.members:
+        return CoverageStatus(min_live_replicas=0, uncovered=0)
+    return _coverage_of(facts.view, tuple(m.rank for m in facts.alive), facts.config.experts)
+
+
 def _imbalance(facts: ClusterFacts) -> float | None:
-    loads = loads_of(facts.config, facts.state.expert_load)
-    return round(imbalance(facts.view.placement, loads), 3) if loads is not None and facts.members else None
+    return _imbalance_of(facts.view, facts.config, facts.state.expert_load) if facts.members else None
 
 
 def _ranks(facts: ClusterFacts) -> Iterator[RankStatus]:
@@ -292,7 +332,7 @@ def _rank(facts: ClusterFacts, member: Member, state: RankState) -> RankStatus:
         pid=0 if record is None else record.pid,
         incarnation=member.incarnation,
         state=state,
-        slots=sum(len(layer) for layer in held),
+        slots=sum(map(len, held)),
         heartbeat_age_ms=_heartbeat_age_ms(facts, member),
         restarts=0 if last is None else last.restarts,
         slow=state is RankState.SERVING and load is not None and member.rank in load.slow,

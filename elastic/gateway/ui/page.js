@@ -30,7 +30,7 @@ const text = (id, words) => { const e = $(id); if (e.textContent !== words) e.te
 const rank = (e) => `Rank ${e.rank}`;
 const SAY = {
   rank_died: (e, f) => ["bad", `${rank(e)} died`, f.reason ?? f.detected_by],
-  rank_masked: (e, f) => ["bad", `${rank(e)} is masked`, `${plural(f.requests, "request")} move on; noticed by ${f.source}${f.ms >= 0 ? ` in ${ms(f.ms)}` : ""}`],
+  rank_masked: (e, f) => ["bad", `${rank(e)} is masked`, `${plural(f.requests, "request")} to move on; noticed by ${f.source}${f.ms >= 0 ? ` in ${ms(f.ms)}` : ""}`],
   rank_quarantined: (e, f) => ["bad", `${rank(e)} is set aside`, f.reason],
   rank_refused: (e, f) => ["bad", `${rank(e)} is another model, and refused`, f.reason],
   rank_load_failed: (e, f) => ["bad", `${rank(e)} cannot load`, f.error],
@@ -164,6 +164,7 @@ function happened(fresh) {
     if (FAULTS.has(e.kind)) marks.push([e.ts, words, "bad"]);
     if (e.kind === "epoch_committed") marks.push([e.ts, e.epoch, "epoch"]);
     if (!old && tells(e) && now_s() - e.ts < 10 && (family === "bad" || family === "good")) aloud(words);
+    if (!old && e.kind === "rank_died" && now_s() - e.ts < 5) { flash(e.rank, "dead"); draw("grid"); }
     lane(e, f);
   }
   events = [...events, ...fresh].slice(-KEPT_EVENTS);
@@ -369,7 +370,7 @@ function drawGrid() {
   replicaStrip(g);
   const lost = rows.filter((r) => LOST.has(r.state)), words = lost.length ? `; lost: ${lost.map((r) => `rank ${r.rank}`).join(", ")}` : "";
   $("experts").setAttribute("aria-label", `${plural(rows.length, "rank")} by ${plural(doc.shape.layers, "layer")} of ${experts} experts${words}. The table below has it as text.`);
-  text("grid-sub", `which rank holds which; ${G.loads ? "the darker the busier, as measured over the last minute" : "load is not measured yet"}`);
+  text("grid-sub", `which rank holds which; ${G.loads ? "the stronger its colour the busier, as measured over the last minute" : "load is not measured yet"}`);
   light();
 }
 
@@ -426,8 +427,9 @@ function replicaStrip(g) {
 const flashes = new Map(), calm = matchMedia("(prefers-reduced-motion: reduce)");
 let lit = 0;
 function flash(number, state) {
-  if (["handshaking", "loading", "standby"].includes(state)) return;
-  flashes.set(number, { since: performance.now(), colour: LOST.has(state) ? "dead" : state === "serving" ? "hot" : "loading" });
+  const colour = LOST.has(state) ? "dead" : state === "serving" ? "hot" : "loading", known = flashes.get(number);
+  if (["handshaking", "loading", "standby"].includes(state) || (known?.colour === "dead" && colour !== "hot")) return;
+  flashes.set(number, { since: performance.now(), colour });  // a death is seen, however soon the successor starts
 }
 function light() {
   if (!flashes.size || lit) return;
@@ -586,7 +588,7 @@ function drawRows() {
     let row = rows.get(r.rank);
     if (!row) {
       row = el("tr");
-      for (let i = 0; i < 9; i++) row.append(el(i ? "td" : "th", undefined, [3, 4, 5, 6, 7].includes(i) ? "n" : ""));
+      for (let i = 0; i < 9; i++) row.append(el(i ? "td" : "th", undefined, ["", "", "", "n wide", "n wide", "n wide", "n", "n wide", ""][i]));
       row.firstChild.scope = "row";
       const state = row.children[1], button = el("button", "Drain…", "small");
       state.append(el("span", undefined, "dot"), el("span"));
