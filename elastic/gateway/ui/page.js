@@ -24,6 +24,7 @@ const capital = (words) => words[0].toUpperCase() + words.slice(1);
 const list = (numbers) => numbers.length ? numbers.join(", ") : "none";
 const now_s = () => Date.now() / 1000 + ahead_s;
 const ranks = () => Object.values(doc.ranks ?? {});
+const collate = new Intl.Collator(undefined, { numeric: true }).compare;
 const text = (id, words) => { const e = $(id); if (e.textContent !== words) e.textContent = words; };
 
 // What is said of an event: [family, words, more]. Families colour the dot; `said` ones are read out and shown by default.
@@ -125,7 +126,8 @@ function linked(on, why = "") {
 
 function take(kind, data) {
   if (kind === "begin") {
-    doc = {}; events = []; traffic = []; marks.length = 0; lanes.clear();
+    doc = {}; events = []; traffic = []; marks.length = 0; lanes.clear(); stale.clear();
+    rows.clear(); $("rows").replaceChildren();
     ahead_s = data.now - Date.now() / 1000;
     $("sign-in").hidden = true; $("live").hidden = $("forget").hidden = false;
     linked(true);
@@ -152,6 +154,8 @@ function changed(patch) {
     if (r.node) hosts.set(r.rank, r.node);
     if (!first && before.get(r.rank) !== r.state) flash(r.rank, r.state);
   }
+  for (const number of Object.keys(patch.ranks ?? {})) stale.add(+number);
+  if (patch.placement || patch.loads) for (const r of ranks()) stale.add(r.rank);
   if (patch.ranks || patch.placement || patch.loads || patch.shape) draw("grid", "rows");
   if (patch.operations) draw("operations", "timeline");
   draw("status", "tiles");
@@ -164,7 +168,7 @@ function happened(fresh) {
     if (FAULTS.has(e.kind)) marks.push([e.ts, words, "bad"]);
     if (e.kind === "epoch_committed") marks.push([e.ts, e.epoch, "epoch"]);
     if (!old && tells(e) && now_s() - e.ts < 10 && (family === "bad" || family === "good")) aloud(words);
-    if (!old && e.kind === "rank_died" && now_s() - e.ts < 5) { flash(e.rank, "dead"); draw("grid"); }
+    if (!old && e.kind === "rank_died" && now_s() - e.ts < 5) flash(e.rank, "dead");
     lane(e, f);
   }
   events = [...events, ...fresh].slice(-KEPT_EVENTS);
@@ -201,9 +205,19 @@ function aloud(words) {
 // ---- drawing, once per frame
 
 const due = new Set();
+let rested = 0;  // drawing rests for twice as long as it took, so that what is large leaves room for scrolling
 function draw(...parts) {
-  if (!due.size) requestAnimationFrame(() => { const now = [...due]; due.clear(); for (const part of now) PARTS[part](); });
+  if (!due.size) {
+    const wait_ms = rested - performance.now();
+    if (wait_ms > 16) setTimeout(() => requestAnimationFrame(frame), wait_ms); else requestAnimationFrame(frame);
+  }
   for (const part of parts) due.add(part);
+}
+function frame() {
+  const begun = performance.now(), parts = [...due];
+  due.clear();
+  for (const part of parts) PARTS[part]();
+  rested = 3 * performance.now() - 2 * begun;
 }
 
 const SEALS = { good: "M14 25l7 7 13-15", warn: "M24 13v14M24 34v.5", bad: "M16 16l16 16M32 16L16 32", busy: "M24 14v10l7 5" };
@@ -308,11 +322,11 @@ function layout(width) {
     $("layers").hidden = layers < 2;
   }
   const picked = picker.value || "all", groups = picked !== "all" ? [+picked] : fits ? Array.from({ length: layers }, (_, i) => i) : [-1];
-  const rows = ranks().map((r) => ({ ...r, host: r.node || hosts.get(r.rank) || "" })).sort((a, b) => a.host.localeCompare(b.host) || a.rank - b.rank);
-  const cw = clamp(Math.floor((room - GAP * (groups.length - 1)) / (groups.length * experts || 1)), 1, 38), ch = clamp(Math.floor(560 / (rows.length || 1)), 2, 30);
+  const rows = ranks().map((r) => ({ ...r, host: r.node || hosts.get(r.rank) || "" })).sort((a, b) => (a.host === b.host ? 0 : collate(a.host, b.host)) || a.rank - b.rank);
+  const wide = (room - GAP * (groups.length - 1)) / (groups.length * experts || 1), cw = wide < 4 ? wide : Math.min(Math.floor(wide), 38), ch = clamp(Math.floor(560 / (rows.length || 1)), 2, 30);
   let y = 22;
   const several = new Set(rows.map((r) => r.host)).size > 1;
-  rows.forEach((r, i) => { if (several && r.host !== rows[i - 1]?.host) { r.first = true; y += i || ch < 14 ? 18 : 16; } r.y = y; y += ch; });
+  rows.forEach((r, i) => { if (several && r.host !== rows[i - 1]?.host) { r.first = true; y += ch < 11 ? 3 : 18; } r.y = y; y += ch; });
   return { left, right, experts, groups, rows, cw, ch, width, several, cols: groups.length * experts, end: y, height: y + (ch >= 6 ? 24 : 12), x: (group) => left + group * (experts * cw + GAP) };
 }
 
@@ -326,6 +340,7 @@ function measure(L) {
     for (let l = group < 0 ? 0 : group; l < (group < 0 ? layers : group + 1); l++)
       for (let e = 0; e < experts; e++) replicas[i * experts + e] = Math.min(replicas[i * experts + e], live[l][e]);
   });
+  const filled = [];
   let most = 0;
   L.rows.forEach((r, row) => {
     r.sum = 0;
@@ -336,6 +351,7 @@ function measure(L) {
         r.sum += share;
         if (group < 0) continue;
         const at = row * L.cols + group * experts + e;
+        if (values[at] < 0) filled.push(at);
         values[at] = Math.max(0, values[at]) + share;
         if (values[at] > most) most = values[at];
       }
@@ -343,15 +359,27 @@ function measure(L) {
   });
   const serving = L.rows.filter((r) => ALIVE.has(r.state)), mean = serving.reduce((sum, r) => sum + r.sum, 0) / (serving.length || 1);
   for (const r of L.rows) r.share = ALIVE.has(r.state) && mean ? r.sum / mean : 0;
-  return { ...L, values, replicas, most, loads, live };
+  return { ...L, values, filled, replicas, most, loads, live };
 }
 
 function drawGrid() {
   const width = $("grid").clientWidth;
   if (!doc.shape?.experts || !width) return;
   G = measure(layout(width));
-  const g = sized($("experts"), width, G.height), { rows, cols, cw, ch, experts, left } = G;
   paint();
+  show();
+  const lost = G.rows.filter((r) => LOST.has(r.state)), words = lost.length ? `; lost: ${lost.map((r) => `rank ${r.rank}`).join(", ")}` : "";
+  $("experts").setAttribute("aria-label", `${plural(G.rows.length, "rank")} by ${plural(doc.shape.layers, "layer")} of ${G.experts} experts${words}. The table below has it as text.`);
+  text("grid-sub", `which rank holds which; ${G.loads ? "the stronger its colour the busier, as measured over the last minute" : "load is not measured yet"}`);
+}
+
+// Draw the part of the grid that is scrolled to: thousands of rows cost what those on the screen do.
+function show() {
+  if (!G) return;
+  const tall = Math.min(G.height, Math.round(.72 * innerHeight)), top = Math.min($("grid").scrollTop, G.height - tall), g = sized($("experts"), G.width, tall);
+  const { rows, cw, ch, experts } = G, seen = (y, height) => y + height > top && y < top + tall;
+  $("space").style.height = `${G.height - tall}px`;
+  g.translate(0, -top);
   g.font = `12px ${C.sans}`; g.textBaseline = "middle";
   G.groups.forEach((layer, i) => {
     g.fillStyle = C.faint; g.textAlign = "left";
@@ -360,18 +388,16 @@ function drawGrid() {
     for (let from = 0; from < rows.length;) {
       let to = from + 1;
       while (to < rows.length && !rows[to].first) to++;
-      g.fillStyle = C.soft; g.fillRect(G.x(i), rows[from].y, experts * cw, (to - from) * ch);
-      g.drawImage(pixels, i * experts, from, experts, to - from, G.x(i), rows[from].y, experts * cw, (to - from) * ch);
+      if (seen(rows[from].y, (to - from) * ch)) {
+        g.fillStyle = C.soft; g.fillRect(G.x(i), rows[from].y, experts * cw, (to - from) * ch);
+        g.drawImage(pixels, i * experts, from, experts, to - from, G.x(i), rows[from].y, experts * cw, (to - from) * ch);
+      }
       from = to;
     }
   });
   if (cw >= 5 && ch >= 4) lines(g, cw >= 14 && ch >= 12 ? 2 : 1);
-  rows.forEach((r, row) => label(g, r, row));
-  replicaStrip(g);
-  const lost = rows.filter((r) => LOST.has(r.state)), words = lost.length ? `; lost: ${lost.map((r) => `rank ${r.rank}`).join(", ")}` : "";
-  $("experts").setAttribute("aria-label", `${plural(rows.length, "rank")} by ${plural(doc.shape.layers, "layer")} of ${experts} experts${words}. The table below has it as text.`);
-  text("grid-sub", `which rank holds which; ${G.loads ? "the stronger its colour the busier, as measured over the last minute" : "load is not measured yet"}`);
-  light();
+  rows.forEach((r, row) => { if (seen(r.y - 16, ch + 16)) label(g, r, row); });
+  if (seen(G.end, 24)) replicaStrip(g);
 }
 
 function paint() {
@@ -379,10 +405,9 @@ function paint() {
   const g = pixels.getContext("2d"), image = g.createImageData(G.cols, G.rows.length), out = new Uint32Array(image.data.buffer);
   const cold = rgb(C.cold), hot = rgb(C.hot), ramp = Array.from({ length: 64 }, (_, i) => packed(mix(cold, hot, G.loads ? Math.sqrt(i / 63) : .45)));
   const scale = 63 / (G.most || 1);
-  G.rows.forEach((r, row) => {
-    const fixed = ALIVE.has(r.state) ? 0 : packed(mix(rgb(C.card), rgb(LOST.has(r.state) ? C.dead : C.loading), .55)), away = r.state === "draining" ? packed(rgb(C.draining)) : 0;
-    for (let c = 0, at = row * G.cols; c < G.cols; c++, at++) if (G.values[at] >= 0) out[at] = fixed || away || ramp[Math.round(G.values[at] * scale)];
-  });
+  const lost = packed(mix(rgb(C.card), rgb(C.dead), .55)), early = packed(mix(rgb(C.card), rgb(C.loading), .55)), away = packed(rgb(C.draining));
+  const fixed = G.rows.map((r) => r.state === "draining" ? away : ALIVE.has(r.state) ? 0 : LOST.has(r.state) ? lost : early);
+  for (const at of G.filled) out[at] = fixed[Math.floor(at / G.cols)] || ramp[Math.round(G.values[at] * scale)];
   g.putImageData(image, 0, 0);
 }
 
@@ -395,7 +420,7 @@ function lines(g, wide) {
 
 function label(g, r, row) {
   const { ch, left, width, right } = G, middle = r.y + ch / 2 + .5, bad = LOST.has(r.state);
-  if (r.first) { g.fillStyle = C.dim; g.textAlign = "left"; g.font = `600 12px ${C.sans}`; g.fillText(r.host || "no host", 0, r.y - 8); }
+  if (r.first && ch >= 11) { g.fillStyle = C.dim; g.textAlign = "left"; g.font = `600 12px ${C.sans}`; g.fillText(r.host || "no host", 0, r.y - 8); }
   if (ch < 11 && !(bad || row % Math.ceil(14 / ch) === 0)) return;
   if (ch < 11 && bad) { g.fillStyle = C.dead; g.fillRect(left - 8, r.y, 5, Math.max(ch, 2)); if (row % Math.ceil(14 / ch)) return; }
   g.textAlign = "left"; g.font = `${bad ? 600 : 450} ${ch < 11 ? 10 : 12}px ${C.sans}`;
@@ -424,31 +449,20 @@ function replicaStrip(g) {
 
 // ---- flashes: a rank that changed its state lights up, and fades
 
-const flashes = new Map(), calm = matchMedia("(prefers-reduced-motion: reduce)");
-let lit = 0;
+const flashes = new Map();  // rank -> the element that fades
 function flash(number, state) {
-  const colour = LOST.has(state) ? "dead" : state === "serving" ? "hot" : "loading", known = flashes.get(number);
-  if (["handshaking", "loading", "standby"].includes(state) || (known?.colour === "dead" && colour !== "hot")) return;
-  flashes.set(number, { since: performance.now(), colour });  // a death is seen, however soon the successor starts
-}
-function light() {
-  if (!flashes.size || lit) return;
-  const step = (at) => {
-    lit = 0;
-    const g = sized($("over"), $("grid").clientWidth, G.height);
-    for (const [number, { since, colour }] of flashes) {
-      const left = 1 - (at - since) / FLASH_MS, r = G.rows.find((each) => each.rank === number);
-      if (left <= 0 || !r) { flashes.delete(number); continue; }
-      g.globalAlpha = (calm.matches ? .5 : Math.min(1, left) ** 2) * .7; g.fillStyle = C[colour];
-      g.fillRect(G.left - 6, r.y, G.x(G.groups.length - 1) + G.experts * G.cw - G.left + 12, G.ch);
-    }
-    if (flashes.size) lit = requestAnimationFrame(step);
-  };
-  lit = requestAnimationFrame(step);
+  const colour = LOST.has(state) ? "dead" : state === "serving" ? "serving" : "launching", known = flashes.get(number), r = G?.rows.find((each) => each.rank === number);
+  if (!r || flashes.size > 40 || ["handshaking", "loading", "standby"].includes(state) || (known?.className === "flash dead" && colour !== "serving")) return;
+  const light = el("i", undefined, `flash ${colour}`);  // a death is seen, however soon the successor starts
+  Object.assign(light.style, { top: `${r.y}px`, height: `${G.ch}px`, left: `${G.left - 6}px`, width: `${G.x(G.groups.length - 1) + G.experts * G.cw - G.left + 12}px` });
+  known?.remove();
+  flashes.set(number, light);
+  $("grid").append(light);
+  setTimeout(() => { light.remove(); if (flashes.get(number) === light) flashes.delete(number); }, FLASH_MS);
 }
 
 function point(event) {
-  const box = $("experts").getBoundingClientRect(), x = event.clientX - box.left, y = event.clientY - box.top, tip = $("tip");
+  const box = $("experts").getBoundingClientRect(), x = event.clientX - box.left, y = event.clientY - box.top + $("grid").scrollTop, tip = $("tip");
   const r = G?.rows.find((each) => y >= each.y && y < each.y + G.ch);
   tip.hidden = !r;
   if (!r) return;
@@ -581,10 +595,16 @@ function drawOperations() {
   if (!all.length) $("operations").append(el("li", "No operation yet. Scale, drain or undrain ranks, and it is listed here.", "empty"));
 }
 
-const rows = new Map();
+const rows = new Map(), stale = new Set();  // ranks whose row is not as they are
+let tableSeen = true, rowsDue = 0, rowsAt = 0;
 function drawRows() {
+  // A long table that is not on the screen is brought up to date every other second: laying it out takes long.
+  const wait_ms = !tableSeen && rows.size > 64 ? rowsAt + 2000 - performance.now() : 0;
+  if (wait_ms > 0) { rowsDue ||= setTimeout(() => { rowsDue = 0; draw("rows"); }, wait_ms); return; }
+  rowsAt = performance.now();
   const shares = new Map((G?.rows ?? []).map((r) => [r.rank, r.share])), order = ranks().sort((a, b) => a.rank - b.rank);
   for (const r of order) {
+    if (!stale.has(r.rank) && rows.has(r.rank)) continue;
     let row = rows.get(r.rank);
     if (!row) {
       row = el("tr");
@@ -603,12 +623,13 @@ function drawRows() {
     row.children[1].firstChild.className = `dot ${r.state}`; row.children[1].lastChild.textContent = words;
     row.lastChild.firstChild.disabled = r.state !== "serving";
   }
+  stale.clear();
   for (const [number, row] of rows) if (!doc.ranks?.[number]) { row.remove(); rows.delete(number); }
   const body = $("rows");
   order.forEach((r, i) => { if (body.children[i] !== rows.get(r.rank)) body.insertBefore(rows.get(r.rank), body.children[i] ?? null); });
 }
 
-const PARTS = { status: drawStatus, tiles: drawTiles, grid: drawGrid, timeline: drawTimeline, events: drawEvents, operations: drawOperations, rows: drawRows };
+const PARTS = { status: drawStatus, tiles: drawTiles, grid: drawGrid, shown: show, timeline: drawTimeline, events: drawEvents, operations: drawOperations, rows: drawRows };
 
 // ---- changes: what would happen is shown first, and done once it is confirmed
 
@@ -690,9 +711,11 @@ $("d-close").addEventListener("click", () => $("dialog").close());
 $("all").addEventListener("change", () => draw("events"));
 $("layer").addEventListener("change", () => draw("grid"));
 for (const button of document.querySelectorAll("[data-open]")) button.addEventListener("click", () => open(button.dataset.open));
+$("grid").addEventListener("scroll", () => draw("shown"));
 $("experts").addEventListener("pointermove", point);
 $("experts").addEventListener("pointerdown", point);
 $("experts").addEventListener("pointerleave", () => { $("tip").hidden = true; });
+new IntersectionObserver(([entry]) => { tableSeen = entry.isIntersecting; if (tableSeen) draw("rows"); }).observe($("ranks"));
 const redraw = () => draw(...Object.keys(PARTS));
 new ResizeObserver(() => draw("grid", "timeline")).observe($("live"));
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { palette(); redraw(); });
