@@ -1,7 +1,7 @@
 """Two hosts, one cluster: what README says under "Two hosts", typed in two network namespaces.
 
-The answers are those of one host. The death of a rank on the other host, of the engine, of the other host, and a cable
-that is pulled lose no request.
+The answers are those of one host. The death of a rank on the other host, of the engine, of the other host, cut links
+and a cable that is pulled lose no request.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from chaos.faults import kill
@@ -27,6 +28,8 @@ from membership.store.records import LeaderRecord
 from tests.support.helpers import eventually
 from tests.support.hosts import Hosts, made_hosts
 from tests.support.served import fault_free, streaming, under_load
+from workers.exchange.auto import AutoHandle
+from workers.exchange.tcp.wire import TcpHandle
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -155,6 +158,26 @@ def the_engine_dies(cluster: TwoHosts) -> None:
     cluster.wait_event(lambda e: e.kind == "engine_elected" and e.fields["pid"] != engine.pid, "of the next engine")
 
 
+def link_events(cluster: TwoHosts, kind: str) -> set[tuple[int | None, int]]:
+    return {(event.rank, event.fields["peer"]) for event in cluster.events() if event.kind == kind}
+
+
+def links_are_cut(cluster: TwoHosts) -> None:
+    """Those between the hosts' ranks, in one direction. Each host has a replica of each expert, and the engine reaches
+    all ranks: none is masked.
+    """
+    before = len(masked_ranks(cluster))
+    ranks = cluster.client().state().ranks.values()
+    handles = [msgspec.msgpack.decode(rank.exchange_handle, type=AutoHandle) for rank in ranks]
+    addresses = [msgspec.msgpack.decode(handle.tcp, type=TcpHandle).address for handle in handles]
+    ports = [int(address.rpartition(":")[2]) for address in addresses]
+    cluster.hosts.cut_ports("b", ports)
+    lost = eventually(lambda: link_events(cluster, "link_lost"), 60.0, "a cut link to be reported")
+    cluster.hosts.heal_ports("b", ports)
+    eventually(lambda: link_events(cluster, "link_back") >= lost, 120.0, "these links to be back")
+    assert masked_ranks(cluster)[before:] == []
+
+
 def the_cable_is_loose(cluster: TwoHosts) -> None:
     """Its ranks are suspected, and answer again before their host's lease ends: they are replaced all the same."""
     ranks, before = ranks_of_b(cluster), len(masked_ranks(cluster))
@@ -221,7 +244,14 @@ def test_two_hosts_answer_as_one_and_the_deaths_of_either_lose_nothing(two_hosts
     two_hosts.wait_serving(4)
     assert nodes_of(two_hosts) == {0: "a", 1: "a", 2: "b", 3: "b"}
     with under_load(two_hosts, busy=4) as workload:
-        for fault in (a_rank_dies, the_engine_dies, the_cable_is_loose, the_cable_is_pulled, the_host_dies):
+        for fault in (
+            links_are_cut,
+            a_rank_dies,
+            the_engine_dies,
+            the_cable_is_loose,
+            the_cable_is_pulled,
+            the_host_dies,
+        ):
             eventually(lambda: steps_over_all(two_hosts), 120.0, "steps over four ranks")
             eventually(lambda: streaming(workload, 4), 60.0, "four streams under way")
             fault(two_hosts)

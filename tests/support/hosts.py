@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -51,6 +51,19 @@ class Hosts:
     def heal(self, host: str) -> None:
         """Plug it in again."""
         _run("ip", "-n", self._names[host], "link", "set", "eth0", "up")
+
+    def cut_ports(self, host: str, ports: Iterable[int]) -> None:
+        """Lose what it sends in TCP connections with these ports, at either end. What others send arrives."""
+        self._rules("add", host, ports)
+
+    def heal_ports(self, host: str, ports: Iterable[int]) -> None:
+        """Lose it no more."""
+        self._rules("del", host, ports)
+
+    def _rules(self, verb: str, host: str, ports: Iterable[int]) -> None:
+        for port in ports:
+            for end in ("sport", "dport"):
+                _run("ip", "-n", self._names[host], "rule", verb, "ipproto", "tcp", end, str(port), "blackhole")
 
     def start(self, host: str, command: list[str], output: Path, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
         """Start it there, in a session of its own."""
