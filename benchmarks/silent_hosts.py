@@ -58,7 +58,7 @@ def connected(network: Network, how: str) -> Iterator[tuple[MessageQueue, Remote
     arguments = [OURS.public.decode(), OURS.secret.decode(), THEIRS.public.decode(), b.address, how]
     command, root = [sys.executable, "-c", PEER, *arguments], Path(__file__).parent.parent
     with ExitStack() as ends:
-        peer = b.run(lambda: subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True))
+        peer = b.run(lambda: subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, encoding="utf-8"))
         ends.callback(peer.communicate, timeout=WAIT_S)
         ends.callback(peer.kill)
         line = peer.stdout.readline() if peer.stdout is not None else ""
@@ -111,10 +111,10 @@ def main() -> None:
         took = [until_suspected(network) for _ in range(options.rounds)]
         with burning(options.hogs):
             ours_s, beats_s = longest(network, options.seconds)
+    busy = f"busy host, {options.hogs} hogs, {options.seconds:g} s"
     sys.stdout.write(
         f"cable pulled -> suspected: p50 {percentile(took, 0.5) * 1000:.0f} ms, largest {max(took) * 1000:.0f} ms\n"
-        f"busy host, {options.hogs} hogs, {options.seconds:g} s: silent for at most {ours_s * 1000:.0f} ms by its kernel,"
-        f" {beats_s * 1000:.0f} ms by its process's beats: {beats_s / max(ours_s, LINK_BEAT_S):.1f} x\n"
+        f"{busy}: silent for {ours_s * 1000:.0f} ms at most by its kernel, for {beats_s * 1000:.0f} ms by its process's beats: {beats_s / max(ours_s, LINK_BEAT_S):.1f} x\n"
     )
     sys.exit(1 if ours_s >= LINK_SUSPECT_MIN_S else 0)
 
