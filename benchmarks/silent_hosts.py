@@ -114,7 +114,8 @@ def main() -> None:
     busy = f"busy host, {options.hogs} hogs, {options.seconds:g} s"
     sys.stdout.write(
         f"cable pulled -> suspected: p50 {percentile(took, 0.5) * 1000:.0f} ms, largest {max(took) * 1000:.0f} ms\n"
-        f"{busy}: silent for {ours_s * 1000:.0f} ms at most by its kernel, for {beats_s * 1000:.0f} ms by its process's beats: {beats_s / max(ours_s, LINK_BEAT_S):.1f} x\n"
+        f"{busy}: silent for {ours_s * 1000:.0f} ms at most by its kernel,"
+        f" for {beats_s * 1000:.0f} ms by its process's beats: {beats_s / max(ours_s, LINK_BEAT_S):.1f} x\n"
     )
     sys.exit(1 if ours_s >= LINK_SUSPECT_MIN_S else 0)
 
