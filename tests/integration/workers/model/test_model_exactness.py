@@ -168,22 +168,33 @@ def _scores(runner: ModelRunner, rng: random.Random, asked: list[list[int]], mos
             sequences.done(chunk)
 
 
-@pytest.mark.parametrize("exactness", list(Exactness))
-def test_agrees_with_transformers(checkpoint: tuple[Path, str], exactness: Exactness) -> None:
+@pytest.fixture(scope="module")
+def generated(checkpoint: tuple[Path, str]) -> list[tuple[list[int], Any]]:
+    """Prompts, and what transformers makes of them."""
     import torch
     from transformers import AutoModelForCausalLM
 
     path, dtype = checkpoint
-    rng = random.Random(3)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), experts_implementation="eager")
+    return [
+        (prompt, model.generate(
+            torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=1,
+            return_dict_in_generate=True, output_logits=True,
+        ))
+        for prompt in prompts(6, VOCAB, random.Random(3))
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("exactness", list(Exactness))
+def test_agrees_with_transformers(
+    checkpoint: tuple[Path, str], generated: list[tuple[list[int], Any]], exactness: Exactness
+) -> None:
+    path, dtype = checkpoint
+    rng = random.Random(3)
     runner = make_runner(path, exactness=exactness)
     differences = []
     try:
-        for seq, prompt in enumerate(prompts(6, VOCAB, rng)):
-            expected = model.generate(
-                torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=1,
-                return_dict_in_generate=True, output_logits=True,
-            )  # fmt: skip
+        for seq, (prompt, expected) in enumerate(generated):
             sequences = Sequences(runner, rng)
             sequences.add(seq, prompt)
             for step, (theirs,) in enumerate(expected.logits):
