@@ -52,7 +52,7 @@ def suspect_after_s(rtt_s: float, jitter_s: float) -> float:
 def look(before: Silence, acks: Acks, now: float) -> Silence:
     """What a look at `now` changes."""
     passed_s = now - before.looked_at
-    if not acks.owed or acks.acked_s < passed_s:
+    if not acks.owed or acks.acked_s <= passed_s:
         return Silence(now)
     if not before.waiting:
         return Silence(now, waiting=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from membership.base.timing import LINK_BEAT_S, LINK_SUSPECT_MAX_S, LINK_SUSPECT_MIN_S
@@ -67,6 +67,7 @@ def test_no_host_is_suspected_before_its_acknowledgement_can_be_there(rtt_s: flo
     assert suspect_after_s(rtt_s, jitter_s) >= max(LINK_SUSPECT_MIN_S, rtt_s + 4 * jitter_s)
 
 
+@example([(0.0, QUIET), (LOOK_S, QUIET), (0.0, ACKED)])  # two looks at one moment
 @given(st.lists(st.tuples(st.floats(0.0, 0.2), st.sampled_from([QUIET, ACKED, DONE])), max_size=60))
 def test_it_lasts_no_longer_than_the_looks_that_saw_it(looks: list[tuple[float, Acks]]) -> None:
     silence, quiet_s = after(*looks), 0.0
