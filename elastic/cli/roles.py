@@ -103,6 +103,7 @@ def gateway(options: GatewayOptions) -> None:
         grace_s=options.stop_grace_s,
         api=options,
         network=network_of(options.advertise, options.join_secret_file, address.cluster),
+        node=options.node,
         model=options.local_model,
     )
     with role("gateway", address, state.events, options.limit) as (store, stop, events):

@@ -77,6 +77,7 @@ class GatewaySettings:
     link: LinkSettings = field(default_factory=LinkSettings)
     api: ApiOptions = field(default_factory=ApiOptions)
     network: Network | None = None  # how an engine on another host is reached
+    node: str = ""  # this host's name in the cluster
     model: str = ""  # this host's copy of the checkpoint, if it is not where the config says
 
 
@@ -146,7 +147,7 @@ def run_gateway(
             ),
         )
         url, admin_url = urls_of(bound, _host_name(settings), tls=certificates is not None)
-        record = GatewayRecord(name=name, pid=os.getpid(), url=url, admin_url=admin_url)
+        record = GatewayRecord(name=name, pid=os.getpid(), url=url, admin_url=admin_url, node=settings.node)
         gateway = Gateway(config, mirror, link, readiness, *servers, settings.grace_s, hurry or threading.Event())
         with Registration(store, cluster, record, config.lease_ttl_s):
             note("gateway_started", name=name, url=record.url)

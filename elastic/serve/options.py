@@ -524,3 +524,4 @@ class GatewayOptions(StoreOptions, NetworkOptions, ModelOptions, ListenOptions, 
     """Options of `elastic gateway`."""
 
     name: str = option("", "Name of this gateway. Default: host name and process id.")
+    node: str = field(default_factory=socket.gethostname, metadata={"option": NODE})

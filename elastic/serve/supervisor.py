@@ -330,8 +330,8 @@ class Supervisor:
         arguments = [command, "--etcd", ",".join(endpoints), "--cluster", self.config.cluster]
         arguments += ["--state-dir", str(self.state.path), *self.options.credentials().as_flags()]
         arguments += ["--log-max-mb", str(self.options.log_max_mb), "--log-keep", str(self.options.log_keep)]
-        arguments += self._network
-        arguments += ["--node", self.node] if name != "gateway" else self._gateway_arguments()
+        arguments += ["--node", self.node, *self._network]
+        arguments += self._gateway_arguments() if name == "gateway" else []
         secrets: dict[str, str] = {}
         if name == "gateway":
             secrets = self.options.passed_on()[1] | {"ELASTIC_ADMIN_TOKEN": self.options.admin_token}

@@ -316,6 +316,7 @@ class GatewayRecord(Record, frozen=True, kw_only=True):
     pid: int
     url: str
     admin_url: str
+    node: str = ""
 
 
 class LeaderRecord(Record, frozen=True, kw_only=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -11,6 +12,7 @@ import pytest
 
 from chaos.target.warm_start import WarmCommands
 from elastic.serve.etcd_server import EtcdServer
+from elastic.serve.role_process import leases_of
 from membership.store.etcd import connect
 from membership.store.keys import Keys
 from tests.support.gateway_process import BODY, CLUSTER, alive, engine_in, free_port, gateway
@@ -46,9 +48,13 @@ def _stopping(port: int) -> bool:
 def test_a_killed_gateway_is_forgotten_and_its_clients_requests_end(
     commands: WarmCommands, etcd: EtcdServer, tmp_path: Path
 ) -> None:
-    port = free_port()
-    with engine_in(etcd, tmp_path) as engine, gateway(commands, etcd, tmp_path, port) as running:
+    port, there = free_port(), ("--node", "there")
+    with engine_in(etcd, tmp_path) as engine, gateway(commands, etcd, tmp_path, port, *there) as running:
         eventually(lambda: alive(port) and _registered(etcd), 60.0, "the gateway to register")
+        with closing(connect([etcd.url])) as store:
+            prefix, pid = Keys(CLUSTER).prefix, running.process.pid
+            assert leases_of(store, prefix, pid, "here") == set(), "a process of that pid died on another host"
+            assert len(leases_of(store, prefix, pid, "there")) == 1
         with httpx.stream("POST", f"http://127.0.0.1:{port}/v1/completions", json=BODY, timeout=30) as answer:
             lines = answer.iter_lines()
             assert next(lines).startswith("data: {")
