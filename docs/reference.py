@@ -39,9 +39,11 @@ SECTIONS = (
     ("Client commands (status, scale, drain, ops, …)", Connection),
 )
 LOWEST_PORT = 1024  # of a pod that is not root
+ONE_POD = "ranks, for one pod is one cluster; with mode: many, agents.replicas"
 INSTEAD = {  # what people write where the chart has another value, and which that is; "." is the top
     ".": {
-        "replicas": "ranks, for one pod is one cluster", "replicaCount": "ranks, for one pod is one cluster",
+        "replicas": ONE_POD, "replicaCount": ONE_POD, "controllers": "controller", "engines": "engine",
+        "gateways": "gateway", "agent": "agents",
         "servicePort": "service.port", "port": "service.port", "adminPort": "service.adminPort",
         "gracePeriodSeconds": "terminationGracePeriodSeconds", "persistence": "state.persistence",
         "shmSize": "sharedMemory.size", "shm": "sharedMemory.size", "args": "extraArgs", "pdb": "podDisruptionBudget",
@@ -50,6 +52,12 @@ INSTEAD = {  # what people write where the chart has another value, and which th
         "adminToken": "admin.existingSecret",
     },
     "admin": {"token": "admin.existingSecret, a Secret with key token"},
+    "agents": {
+        "ranks": "agents.ranksPerPod", "capacity": "agents.ranksPerPod", "resources": "resources, at the top",
+        "gracePeriodSeconds": "agents.terminationGracePeriodSeconds",
+    },
+    "gateway": {"port": "service.containerPort"},
+    "join": {"secret": "join.existingSecret, a Secret with key join-secret"},
     "etcd": {"password": "etcd.passwordSecret, a Secret with key password"},
     "service": {"targetPort": "service.containerPort"},
 }  # fmt: skip

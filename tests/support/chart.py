@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,8 +28,36 @@ def template(*settings: str, release: str = "demo") -> subprocess.CompletedProce
     return helm("template", release, str(CHART), "--kube-version", KUBERNETES, *flags)
 
 
-def render(*settings: str, release: str = "demo") -> dict[str, dict[str, Any]]:
-    """The manifests by their kind."""
+def manifests(*settings: str, release: str = "demo") -> list[dict[str, Any]]:
+    """All that is rendered."""
     outcome = template(*settings, release=release)
     assert outcome.returncode == 0, outcome.stderr
-    return {document["kind"]: document for document in yaml.safe_load_all(outcome.stdout) if document}
+    return [document for document in yaml.safe_load_all(outcome.stdout) if document]
+
+
+def render(*settings: str, release: str = "demo") -> dict[str, dict[str, Any]]:
+    """The manifests by their kind: of one pod, each kind once."""
+    return {document["kind"]: document for document in manifests(*settings, release=release)}
+
+
+def render_many(*settings: str, release: str = "demo") -> dict[tuple[str, str], dict[str, Any]]:
+    """The manifests with `mode: many`, by kind and role ("" is that of what all roles share)."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for document in manifests("mode=many", "etcd.endpoints={http://etcd:2379}", *settings, release=release):
+        key = document["kind"], document["metadata"]["labels"].get("app.kubernetes.io/component", "")
+        assert key not in found, key
+        found[key] = document
+    return found
+
+
+def notes(folder: Path, *settings: str) -> str:
+    """NOTES.txt; without a cluster helm shows it only as part of a manifest."""
+    chart = folder / "chart"
+    shutil.copytree(CHART, chart, dirs_exist_ok=True)
+    text = (chart / "templates" / "NOTES.txt").read_text()
+    manifest = '{{ define "notes" }}' + text + '{{ end }}\nkind: Notes\ntext: {{ include "notes" . | quote }}\n'
+    (chart / "templates" / "notes.yaml").write_text(manifest)
+    flags = [flag for setting in settings for flag in ("--set", setting)]
+    outcome = helm("template", "demo", str(chart), "--show-only", "templates/notes.yaml", *flags)
+    assert outcome.returncode == 0, outcome.stderr
+    return str(yaml.safe_load(outcome.stdout)["text"])

@@ -33,6 +33,11 @@ app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- $grace -}}
 {{- end -}}
 
+{{/* Seconds that an agent gets to hand its ranks over: the grace of its pod, without 10 s for their end. */}}
+{{- define "elastic-ep.drainGrace" -}}
+{{- sub (int .Values.agents.terminationGracePeriodSeconds) 10 -}}
+{{- end -}}
+
 {{/* What the schema cannot say, since it is about two values. */}}
 {{- define "elastic-ep.validate" -}}
 {{- $values := .Values -}}
@@ -49,10 +54,42 @@ app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- fail (printf "model.path: %s is not below model.mountPath, %s, where model.volume is mounted" $values.model.path $values.model.mountPath) -}}
 {{- end -}}
 {{- $ours := list "host" "port" "admin-host" "admin-port" "state-dir" "cluster" "stop-grace" "only-on" "log-stdout" "admin-token-file" -}}
-{{- range $values.extraArgs -}}
-{{- $flag := trimPrefix "--" (first (splitList "=" .)) -}}
-{{- if has $flag $ours -}}
-{{- fail (printf "extraArgs: --%s is given by the chart, whose Service and probes rely on it" $flag) -}}
+{{- include "elastic-ep.validateFlags" (dict "key" "extraArgs" "flags" $values.extraArgs "ours" $ours) -}}
+{{- if eq $values.mode "many" }}{{ include "elastic-ep.validateMany" . }}{{ end -}}
 {{- end -}}
+
+{{- define "elastic-ep.validateFlags" -}}
+{{- range .flags -}}
+{{- $flag := trimPrefix "--" (first (splitList "=" .)) -}}
+{{- if has $flag $.ours -}}
+{{- fail (printf "%s: --%s is given by the chart, whose Service and probes rely on it" $.key $flag) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The same for pods of single roles. */}}
+{{- define "elastic-ep.validateMany" -}}
+{{- $values := .Values -}}
+{{- if not $values.etcd.endpoints -}}
+{{- fail "mode: many needs etcd.endpoints: its pods meet in an etcd of yours, which outlives each of them" -}}
+{{- end -}}
+{{- if $values.state.persistence.enabled -}}
+{{- fail "state.persistence is for mode: single: with many pods all state is in your etcd" -}}
+{{- end -}}
+{{- if $values.extraArgs -}}
+{{- fail "extraArgs are flags of `elastic serve`, which mode: many does not run: give init.extraArgs, agents.extraArgs, engine.extraArgs, controller.extraArgs or gateway.extraArgs" -}}
+{{- end -}}
+{{- if and $values.ranks $values.agents.follow -}}
+{{- fail "ranks: the number of pods sets the size, agents.replicas x agents.ranksPerPod; or set agents.follow to false" -}}
+{{- end -}}
+{{- if and $values.agents.replicas (gt (int $values.agents.minAgents) (int $values.agents.replicas)) -}}
+{{- fail (printf "agents.minAgents: the first ranks would wait for %d pods, and agents.replicas is %d" (int $values.agents.minAgents) (int $values.agents.replicas)) -}}
+{{- end -}}
+{{- if and (not $values.admin.existingSecret) (not (has $values.service.adminHost (list "127.0.0.1" "localhost"))) -}}
+{{- fail "service.adminHost: gateways have no admin API without a token: give one by admin.existingSecret" -}}
+{{- end -}}
+{{- $ours := list "host" "port" "admin-host" "admin-port" "state-dir" "cluster" "node" "name" "stop-grace" "drain-grace" "admin-token-file" "capacity" "ranks" "follow-agents" "min-agents" "etcd" "advertise" "join-secret-file" -}}
+{{- range list "init" "agents" "engine" "controller" "gateway" -}}
+{{- include "elastic-ep.validateFlags" (dict "key" (printf "%s.extraArgs" .) "flags" (index $values .).extraArgs "ours" $ours) -}}
 {{- end -}}
 {{- end -}}

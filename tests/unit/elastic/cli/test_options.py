@@ -48,9 +48,10 @@ def test_a_value_of_the_chart_has_the_options_default_and_reaches_its_flag(state
     for key in stated.option.helm.split("."):
         value = value[key]
     assert stated.required or value == plain_default(stated)
-    template = (ROOT / "helm" / "elastic-ep" / "templates" / "statefulset.yaml").read_text()
-    assert f".Values.{stated.option.helm}" in template
-    assert stated.option.argument or f"{stated.flags[0]}=" in template
+    folder = ROOT / "helm" / "elastic-ep" / "templates"
+    templates = "".join(path.read_text() for path in (folder / "statefulset.yaml", folder / "_pod.tpl"))
+    assert f".Values.{stated.option.helm}" in templates
+    assert stated.option.argument or f"{stated.flags[0]}=" in templates
 
 
 @pytest.mark.parametrize(("kind", "stated"), ALL, ids=lambda each: getattr(each, "field", None))

@@ -1,0 +1,186 @@
+{{/* Parts of a pod's spec that the one pod and the pods of single roles have in common. */}}
+{{- define "elastic-ep.image" -}}
+image: "{{ .Values.image.repository }}:{{ default .Chart.AppVersion .Values.image.tag }}"
+imagePullPolicy: {{ .Values.image.pullPolicy }}
+{{- end -}}
+
+{{- define "elastic-ep.modelArgs" -}}
+{{- with .Values.model.servedName }}
+- {{ printf "--served-model-name=%s" . | quote }}
+{{- end }}
+{{- with .Values.maxModelLen }}
+- --max-model-len={{ int64 . }}
+{{- end }}
+{{- end -}}
+
+{{- define "elastic-ep.listenArgs" -}}
+- --host=0.0.0.0
+- --port={{ int .Values.service.containerPort }}
+- {{ printf "--admin-host=%s" .Values.service.adminHost | quote }}
+- --admin-port={{ int .Values.service.adminPort }}
+- --stop-grace={{ include "elastic-ep.stopGrace" . }}s
+{{- end -}}
+
+{{- define "elastic-ep.apiArgs" -}}
+{{- if .Values.api.keysSecret }}
+- --api-key-file=/etc/elastic-ep/api-keys/keys
+{{- end }}
+{{- if .Values.api.tlsSecret }}
+- --ssl-certfile=/etc/elastic-ep/api-tls/tls.crt
+- --ssl-keyfile=/etc/elastic-ep/api-tls/tls.key
+{{- end }}
+{{- end -}}
+
+{{- define "elastic-ep.env" -}}
+- name: OMP_NUM_THREADS
+  value: "1"
+- name: HF_HUB_OFFLINE
+  value: "1"
+- name: HOME
+  value: /state
+- name: ELASTIC_STATE_DIR
+  value: /state
+- name: ELASTIC_NODE
+  valueFrom:
+    fieldRef:
+      fieldPath: metadata.name
+{{- end -}}
+
+{{- define "elastic-ep.containerSecurity" -}}
+# A start that failed says why in its last line, which `kubectl describe pod` shows.
+terminationMessagePolicy: FallbackToLogsOnError
+securityContext:
+  allowPrivilegeEscalation: false
+  readOnlyRootFilesystem: true
+  capabilities:
+    drop: ["ALL"]
+{{- end -}}
+
+{{- define "elastic-ep.http" -}}
+ports:
+  - name: http
+    containerPort: {{ int .Values.service.containerPort }}
+{{- end -}}
+
+{{- define "elastic-ep.httpProbes" -}}
+# Loading a model takes as long as it takes: startup is patient, liveness then is not.
+startupProbe:
+  httpGet: {path: /livez, port: http, scheme: {{ ternary "HTTPS" "HTTP" (ne .Values.api.tlsSecret "") }}}
+  periodSeconds: 2
+  failureThreshold: 150
+livenessProbe:
+  httpGet: {path: /livez, port: http, scheme: {{ ternary "HTTPS" "HTTP" (ne .Values.api.tlsSecret "") }}}
+  periodSeconds: 5
+  timeoutSeconds: 3
+  failureThreshold: 6
+readinessProbe:
+  httpGet: {path: /readyz, port: http, scheme: {{ ternary "HTTPS" "HTTP" (ne .Values.api.tlsSecret "") }}}
+  periodSeconds: 2
+  timeoutSeconds: 2
+  failureThreshold: 2
+lifecycle:
+  preStop:
+    exec:
+      command: ["sleep", {{ int .Values.preStopSeconds | quote }}]
+{{- end -}}
+
+{{- define "elastic-ep.etcdMounts" -}}
+{{- if .Values.etcd.tlsSecret }}
+- name: etcd-tls
+  mountPath: /etc/elastic-ep/etcd-tls
+  readOnly: true
+{{- end }}
+{{- if .Values.etcd.user }}
+- name: etcd-user
+  mountPath: /etc/elastic-ep/etcd-user
+  readOnly: true
+{{- end }}
+{{- end -}}
+
+{{- define "elastic-ep.etcdVolumes" -}}
+{{- with .Values.etcd.tlsSecret }}
+- name: etcd-tls
+  secret:
+    secretName: {{ . | quote }}
+    defaultMode: 0440
+{{- end }}
+{{- if .Values.etcd.user }}
+- name: etcd-user
+  secret:
+    secretName: {{ required "etcd.passwordSecret: etcd.user needs a Secret with its password" .Values.etcd.passwordSecret | quote }}
+    defaultMode: 0440
+{{- end }}
+{{- end -}}
+
+{{- define "elastic-ep.apiMounts" -}}
+{{- if .Values.admin.existingSecret }}
+- name: admin-token
+  mountPath: /etc/elastic-ep/admin
+  readOnly: true
+{{- end }}
+{{- if .Values.api.keysSecret }}
+- name: api-keys
+  mountPath: /etc/elastic-ep/api-keys
+  readOnly: true
+{{- end }}
+{{- if .Values.api.tlsSecret }}
+- name: api-tls
+  mountPath: /etc/elastic-ep/api-tls
+  readOnly: true
+{{- end }}
+{{- end -}}
+
+{{- define "elastic-ep.apiVolumes" -}}
+{{- with .Values.admin.existingSecret }}
+- name: admin-token
+  secret:
+    secretName: {{ . | quote }}
+    defaultMode: 0440
+{{- end }}
+{{- with .Values.api.keysSecret }}
+- name: api-keys
+  secret:
+    secretName: {{ . | quote }}
+    defaultMode: 0440
+{{- end }}
+{{- with .Values.api.tlsSecret }}
+- name: api-tls
+  secret:
+    secretName: {{ . | quote }}
+    defaultMode: 0440
+{{- end }}
+{{- end -}}
+
+{{- define "elastic-ep.modelMount" -}}
+{{- if .Values.model.volume }}
+- name: model
+  mountPath: {{ .Values.model.mountPath | quote }}
+  readOnly: true
+{{- end }}
+{{- end -}}
+
+{{- define "elastic-ep.modelVolume" -}}
+{{- with .Values.model.volume }}
+- name: model
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end -}}
+
+{{- define "elastic-ep.shmVolume" -}}
+- name: shm
+  emptyDir:
+    medium: Memory
+    sizeLimit: {{ .Values.sharedMemory.size | quote }}
+{{- end -}}
+
+{{- define "elastic-ep.scheduling" -}}
+{{- with .Values.nodeSelector }}
+nodeSelector: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.tolerations }}
+tolerations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.affinity }}
+affinity: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end -}}

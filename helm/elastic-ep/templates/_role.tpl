@@ -1,0 +1,125 @@
+{{/* A pod of one role (mode: many), from a dict: root (the top of the templates), role, command, args, and what it has
+     beside every role's: model, shm, api (true or not), probes (YAML), grace (seconds), resources, restart. */}}
+{{- define "elastic-ep.roleName" -}}
+{{- printf "%s-%s" (include "elastic-ep.name" .root | trunc 41 | trimSuffix "-") .role -}}
+{{- end -}}
+
+{{- define "elastic-ep.roleSelector" -}}
+{{ include "elastic-ep.selector" .root }}
+app.kubernetes.io/component: {{ .role }}
+{{- end -}}
+
+{{- define "elastic-ep.roleLabels" -}}
+{{ include "elastic-ep.labels" .root }}
+app.kubernetes.io/component: {{ .role }}
+{{- end -}}
+
+{{/* The Secret with the join secret: yours, or the one that is made at the first install. */}}
+{{- define "elastic-ep.joinSecret" -}}
+{{- default (include "elastic-ep.roleName" (dict "root" . "role" "join")) .Values.join.existingSecret -}}
+{{- end -}}
+
+{{/* How every role finds the cluster, and `elastic status` by `kubectl exec`, too. */}}
+{{- define "elastic-ep.roleEnv" -}}
+{{ include "elastic-ep.env" . }}
+- name: ELASTIC_ADVERTISE
+  valueFrom:
+    fieldRef:
+      fieldPath: status.podIP
+- name: ELASTIC_JOIN_SECRET_FILE
+  value: /etc/elastic-ep/join/join-secret
+- name: ELASTIC_CLUSTER
+  value: {{ include "elastic-ep.name" . | quote }}
+- name: ELASTIC_ETCD
+  value: {{ join "," .Values.etcd.endpoints | quote }}
+{{- if .Values.etcd.tlsSecret }}
+- name: ELASTIC_ETCD_CA
+  value: /etc/elastic-ep/etcd-tls/ca.crt
+{{- if .Values.etcd.clientCertificate }}
+- name: ELASTIC_ETCD_CERT
+  value: /etc/elastic-ep/etcd-tls/tls.crt
+- name: ELASTIC_ETCD_KEY
+  value: /etc/elastic-ep/etcd-tls/tls.key
+{{- end }}
+{{- end }}
+{{- with .Values.etcd.user }}
+- name: ELASTIC_ETCD_USER
+  value: {{ . | quote }}
+- name: ELASTIC_ETCD_PASSWORD_FILE
+  value: /etc/elastic-ep/etcd-user/password
+{{- end }}
+{{- end -}}
+
+{{- define "elastic-ep.rolePod" -}}
+{{- $values := .root.Values -}}
+metadata:
+  labels: {{- include "elastic-ep.roleSelector" . | nindent 4 }}
+  {{- with $values.podAnnotations }}
+  annotations: {{- toYaml . | nindent 4 }}
+  {{- end }}
+spec:
+  {{- with .account }}
+  serviceAccountName: {{ . | quote }}
+  {{- end }}
+  automountServiceAccountToken: false
+  {{- with .restart }}
+  restartPolicy: {{ . }}
+  {{- end }}
+  terminationGracePeriodSeconds: {{ int .grace }}
+  securityContext: {{- toYaml $values.podSecurityContext | nindent 4 }}
+  {{- with $values.imagePullSecrets }}
+  imagePullSecrets: {{- toYaml . | nindent 4 }}
+  {{- end }}
+  containers:
+    - name: {{ .role }}
+      {{- include "elastic-ep.image" .root | nindent 6 }}
+      command: {{ toJson .command }}
+      {{- with .args }}
+      args: {{- toYaml . | nindent 8 }}
+      {{- end }}
+      env: {{- include "elastic-ep.roleEnv" .root | nindent 8 }}
+      {{- include "elastic-ep.containerSecurity" .root | nindent 6 }}
+      {{- if .api }}
+      {{- include "elastic-ep.http" .root | nindent 6 }}
+      {{- include "elastic-ep.httpProbes" .root | nindent 6 }}
+      {{- end }}
+      resources: {{- toYaml .resources | nindent 8 }}
+      volumeMounts:
+        - name: state
+          mountPath: /state
+        - name: tmp
+          mountPath: /tmp
+        - name: join
+          mountPath: /etc/elastic-ep/join
+          readOnly: true
+        {{- if .shm }}
+        - name: shm
+          mountPath: /dev/shm
+        {{- end }}
+        {{- with include "elastic-ep.etcdMounts" .root | trim }}{{ nindent 8 . }}{{ end }}
+        {{- if .api }}{{ with include "elastic-ep.apiMounts" .root | trim }}{{ nindent 8 . }}{{ end }}{{ end }}
+        {{- if .model }}{{ with include "elastic-ep.modelMount" .root | trim }}{{ nindent 8 . }}{{ end }}{{ end }}
+  volumes:
+    - name: state
+      emptyDir: {}
+    - name: tmp
+      emptyDir: {}
+    - name: join
+      secret:
+        secretName: {{ include "elastic-ep.joinSecret" .root | quote }}
+        defaultMode: 0440
+    {{- if .shm }}
+    {{- include "elastic-ep.shmVolume" .root | nindent 4 }}
+    {{- end }}
+    {{- with include "elastic-ep.etcdVolumes" .root | trim }}{{ nindent 4 . }}{{ end }}
+    {{- if .api }}{{ with include "elastic-ep.apiVolumes" .root | trim }}{{ nindent 4 . }}{{ end }}{{ end }}
+    {{- if .model }}{{ with include "elastic-ep.modelVolume" .root | trim }}{{ nindent 4 . }}{{ end }}{{ end }}
+  # Two pods of a role on one machine would end with it together.
+  topologySpreadConstraints:
+    - maxSkew: 1
+      topologyKey: kubernetes.io/hostname
+      whenUnsatisfiable: ScheduleAnyway
+      labelSelector:
+        matchLabels: {{- include "elastic-ep.roleSelector" . | nindent 10 }}
+  {{- with include "elastic-ep.scheduling" .root | trim }}{{ nindent 2 . }}{{ end }}
+{{- end -}}

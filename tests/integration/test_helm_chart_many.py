@@ -1,0 +1,336 @@
+"""With `mode: many` the chart renders a workload per role: manifests that Kubernetes accepts, commands and environments
+that the command line takes, Secrets where these say. They have not been started on a Kubernetes (docs/KUBERNETES.md).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import typer.main
+from typer.testing import CliRunner
+
+from elastic.cli.main import app
+from elastic.demo.model import shipped_demo_model
+from elastic.serve.etcd_server import EtcdServer
+from membership.store.etcd import connect
+from membership.store.mirror import Mirror
+from tests.support.chart import CHART, KUBERNETES, helm, notes, render, render_many, template
+
+pytestmark = pytest.mark.integration
+
+Manifests = dict[tuple[str, str], dict[str, Any]]
+WORKLOADS = {
+    "agents": "StatefulSet",
+    "controller": "Deployment",
+    "engine": "Deployment",
+    "gateway": "Deployment",
+    "init": "Job",
+}
+MODEL = "model.volume.persistentVolumeClaim.claimName=models"
+EVERYTHING = (
+    MODEL, "etcd.endpoints={https://etcd-0:2379,https://etcd-1:2379}", "etcd.tlsSecret=etcd-client",
+    "etcd.clientCertificate=true", "etcd.user=server", "etcd.passwordSecret=etcd-user", "api.keysSecret=keys",
+    "api.tlsSecret=tls", "admin.existingSecret=token", "service.adminHost=0.0.0.0", "model.servedName=m",
+    "maxModelLen=512", "serviceAccount.create=false", "join.existingSecret=hosts", "agents.extraArgs={--spares=1}",
+    "gateway.extraArgs={--access-log}", "init.extraArgs={--kv-blocks=64}", "engine.extraArgs={--log-keep=1}",
+    "controller.extraArgs={--log-keep=1}", "imagePullSecrets[0].name=registry", "nodeSelector.disk=fast",
+)  # fmt: skip
+KEYS = {  # of Secrets that the user makes, as values.yaml names them
+    "etcd-client": {"ca.crt", "tls.crt", "tls.key"}, "etcd-user": {"password"}, "keys": {"keys"},
+    "tls": {"tls.crt", "tls.key"}, "token": {"token"}, "hosts": {"join-secret"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[(MODEL,), EVERYTHING], ids=["as it is", "with everything"])
+def rendered(request: pytest.FixtureRequest) -> Manifests:
+    return render_many(*request.param)
+
+
+def pods(manifests: Manifests) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The pod of each role."""
+    for role, kind in WORKLOADS.items():
+        yield role, manifests[kind, role]["spec"]["template"]["spec"]
+
+
+def container_of(manifests: Manifests, role: str) -> dict[str, Any]:
+    [container] = manifests[WORKLOADS[role], role]["spec"]["template"]["spec"]["containers"]
+    assert isinstance(container, dict)
+    return container
+
+
+def environment_of(container: dict[str, Any], **fields: str) -> dict[str, str]:
+    """As the kubelet makes it; `fields` are those of the downward API, by the last part of their paths."""
+    return {
+        each["name"]: each.get("value") or fields[each["valueFrom"]["fieldRef"]["fieldPath"].rpartition(".")[2]]
+        for each in container["env"]
+    }
+
+
+def parsed(role: str, container: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Mapping[str, Any]:
+    """What the role's command makes of the rendered arguments and environment. UsageError if it refuses them."""
+    program, name, *rest = container["command"]
+    assert program == "elastic"
+    with monkeypatch.context() as patched:
+        for key, value in environment_of(container, name=f"demo-{role}-0", podIP="10.0.0.7").items():
+            patched.setenv(key, value)
+        command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+        params: Mapping[str, Any] = command.make_context(name, [*rest, *container.get("args", ())]).params
+    return params
+
+
+def test_lint_of_the_shipped_values_is_clean() -> None:
+    outcome = helm("lint", "--strict", str(CHART), "--values", str(CHART / "values-many.yaml"))
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+
+
+def test_the_shipped_values_are_of_this_mode() -> None:
+    outcome = helm("template", "demo", str(CHART), "--values", str(CHART / "values-many.yaml"))
+    assert outcome.returncode == 0, outcome.stderr
+    assert set(re.findall("^kind: (StatefulSet|Deployment|Job)$", outcome.stdout, re.M)) == set(WORKLOADS.values())
+
+
+def test_manifests_are_valid_and_there_is_one_workload_per_role(rendered: Manifests) -> None:
+    for manifest in rendered.values():
+        kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+    workloads = {role: kind for kind, role in rendered if kind in {*WORKLOADS.values()}}
+    assert workloads == WORKLOADS
+
+
+def test_a_role_takes_the_command_line_and_environment_that_it_is_given(
+    rendered: Manifests, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = {
+        parameter.envvar for command in typer.main.get_command(app).commands.values() for parameter in command.params
+    }  # type: ignore[attr-defined]
+    for role, _ in pods(rendered):
+        container = container_of(rendered, role)
+        given = parsed(role, container, monkeypatch)
+        named = {each["name"] for each in container["env"] if each["name"].startswith("ELASTIC_")}
+        assert named <= known, (role, named - known)
+        assert (given["cluster"], str(given["state_dir"])) == ("demo", "/state")
+        assert given["etcd"], role
+        assert str(given["join_secret_file"]) == "/etc/elastic-ep/join/join-secret"
+        if role != "init":
+            assert (given["node"], given["advertise"]) == (f"demo-{role}-0", "10.0.0.7")
+
+
+def test_values_reach_their_roles(monkeypatch: pytest.MonkeyPatch) -> None:
+    manifests = render_many(*EVERYTHING, "agents.ranksPerPod=3", "agents.replicas=5", "agents.minAgents=4")
+    given = {role: parsed(role, container_of(manifests, role), monkeypatch) for role in WORKLOADS}
+    assert all(each["etcd"] == ("https://etcd-0:2379", "https://etcd-1:2379") for each in given.values())
+    assert all(each["etcd_user"] == "server" for each in given.values())
+    assert (given["agents"]["capacity"], given["agents"]["spares"]) == (3, 1)
+    names = ("follow_agents", "min_agents", "ranks", "served_model_name", "max_model_len", "kv_blocks")
+    assert [given["init"][name] for name in names] == [3, 4, 15, "m", 512, 64]
+    assert (given["gateway"]["host"], given["gateway"]["admin_host"]) == ("0.0.0.0", "0.0.0.0")
+    assert given["gateway"]["access_log"]
+    assert (given["engine"]["log_keep"], given["controller"]["log_keep"]) == (1, 1)
+
+
+def test_a_size_may_be_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = parsed("init", container_of(render_many("agents.follow=false", "ranks=3"), "init"), monkeypatch)
+    assert (given["follow_agents"], given["ranks"]) == (0, 3)
+    unsaid = parsed("init", container_of(render_many("agents.follow=false"), "init"), monkeypatch)
+    assert unsaid["ranks"] is None
+
+
+@pytest.mark.parametrize(("role", "kind"), [("agents", "StatefulSet"), ("gateway", "Deployment")])
+def test_a_size_may_be_an_autoscalers(role: str, kind: str) -> None:
+    manifests = render_many(f"{role}.replicas=null")
+    assert "replicas" not in manifests[kind, role]["spec"]
+    assert manifests["PodDisruptionBudget", role]["spec"]["maxUnavailable"] == 1
+
+
+def test_pods_are_restricted_and_have_no_token_of_the_api(rendered: Manifests) -> None:
+    """Pod Security "restricted", as the one pod."""
+    for role, pod in pods(rendered):
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod)
+        [container] = pod["containers"]
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}
+        }, role  # fmt: skip
+        assert {kind for each in pod["volumes"] for kind in each} <= {
+            "name", "emptyDir", "secret", "persistentVolumeClaim"
+        }  # fmt: skip
+        assert container["terminationMessagePolicy"] == "FallbackToLogsOnError"
+
+
+def test_secrets_are_where_flags_and_environment_say(rendered: Manifests) -> None:
+    made = [each for (kind, _), each in rendered.items() if kind == "Secret"]
+    keys = KEYS | {each["metadata"]["name"]: set(each["stringData"]) for each in made}
+    for role, pod in pods(rendered):
+        [container] = pod["containers"]
+        said = [*environment_of(container, name="n", podIP="i").values(), *container.get("args", ())]
+        files = {text.rpartition("=")[2] for text in said if "/etc/elastic-ep/" in text}
+        secrets = {each["name"]: each["secret"]["secretName"] for each in pod["volumes"] if "secret" in each}
+        mounts = {
+            each["mountPath"]: secrets[each["name"]] for each in container["volumeMounts"] if each["name"] in secrets
+        }
+        for file in files:
+            folder, _, key = file.rpartition("/")
+            assert key in keys[mounts[folder]], (role, file)
+        assert {file.rpartition("/")[0] for file in files} == set(mounts), f"{role} has only what it reads"
+        assert len(container["volumeMounts"]) == len(pod["volumes"])
+
+
+def test_the_model_is_where_it_is_read(rendered: Manifests) -> None:
+    """A volume that one machine may mount keeps no engine from another one."""
+    have = {role for role, pod in pods(rendered) if any(each["name"] == "model" for each in pod["volumes"])}
+    assert have == {"agents", "gateway", "init"}
+
+
+def test_selectors_name_one_role_each(rendered: Manifests) -> None:
+    labels = {role: rendered[kind, role]["spec"]["template"]["metadata"]["labels"] for role, kind in WORKLOADS.items()}
+    for (kind, role), manifest in rendered.items():
+        selector = manifest["spec"].get("selector") if "spec" in manifest else None
+        if selector is None:
+            continue
+        wanted = selector if kind == "Service" else selector["matchLabels"]
+        matched = {name for name, has in labels.items() if wanted.items() <= has.items()}
+        assert matched == {"gateway" if kind == "Service" else role}, (kind, role)
+    assert {role for kind, role in rendered if kind == "PodDisruptionBudget"} == {*WORKLOADS} - {"init"}
+
+
+def test_requests_go_to_ready_gateways_which_alone_have_probes(rendered: Manifests) -> None:
+    gateway = container_of(rendered, "gateway")
+    single = render(*(("api.tlsSecret=tls",) if "--ssl-keyfile" in str(gateway["args"]) else ()))
+    one = single["StatefulSet"]["spec"]["template"]["spec"]["containers"][0]
+    probes = ("startupProbe", "livenessProbe", "readinessProbe", "lifecycle", "ports")
+    assert [gateway[each] for each in probes] == [one[each] for each in probes]
+    assert rendered["Service", ""]["spec"]["ports"] == [{"name": "http", "port": 8000, "targetPort": "http"}]
+    for role in {*WORKLOADS} - {"gateway"}:
+        assert not {*probes} & set(container_of(rendered, role)), f"{role} listens on no port that could be probed"
+
+
+def test_a_pod_that_is_stopped_has_time_for_what_its_role_does_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    manifests = render_many(
+        "agents.terminationGracePeriodSeconds=130", "terminationGracePeriodSeconds=100", "preStopSeconds=7"
+    )
+    graces = {role: pod["terminationGracePeriodSeconds"] for role, pod in pods(manifests)}
+    assert (graces["agents"], graces["gateway"]) == (130, 100)
+    assert parsed("agents", container_of(manifests, "agents"), monkeypatch)["drain_grace_s"] == 120.0
+    assert parsed("gateway", container_of(manifests, "gateway"), monkeypatch)["stop_grace_s"] == 83.0
+
+
+def test_a_role_is_replaced_one_pod_at_a_time() -> None:
+    manifests = render_many("engine.replicas=1")
+    for role in ("engine", "controller", "gateway"):
+        strategy = manifests["Deployment", role]["spec"]["strategy"]
+        assert strategy == {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
+    agents = manifests["StatefulSet", "agents"]["spec"]
+    assert (agents["podManagementPolicy"], agents["minReadySeconds"]) == ("Parallel", 120)
+    allowed = {role: manifests["PodDisruptionBudget", role]["spec"]["maxUnavailable"] for role in ("agents", "engine")}
+    assert allowed == {"agents": 1, "engine": 0}, "the only pod of a role is the whole service"
+
+
+def test_settings_are_written_before_any_pod_and_the_join_secret_before_that() -> None:
+    manifests = render_many()
+    job, secret = manifests["Job", "init"], manifests["Secret", "join"]
+    assert job["metadata"]["annotations"]["helm.sh/hook"] == "pre-install,pre-upgrade,pre-rollback"
+    assert "before-hook-creation" in job["metadata"]["annotations"]["helm.sh/hook-delete-policy"], "a Job is fixed"
+    assert secret["metadata"]["annotations"]["helm.sh/hook"] == "pre-install,pre-upgrade"
+    assert int(secret["metadata"]["annotations"]["helm.sh/hook-weight"]) < 0
+    assert len(secret["stringData"]["join-secret"]) >= 20
+    assert ("Secret", "join") not in render_many("join.existingSecret=mine")
+    account = job["spec"]["template"]["spec"].get("serviceAccountName")
+    assert account is None, "the release's own is made after hooks"
+
+
+def test_the_rendered_init_writes_the_settings_once_and_takes_another_number_of_pods(tmp_path: Path) -> None:
+    """On a real etcd. So `helm upgrade` with another `agents.replicas` is not refused while roles live."""
+    secret = tmp_path / "join-secret"
+    said = []
+    with EtcdServer(tmp_path / "etcd") as server:
+        for replicas in (2, 3):
+            settings = (f"agents.replicas={replicas}", f"etcd.endpoints={{{server.url}}}")
+            manifests = render_many(*settings, f"model.path={shipped_demo_model()}")
+            container = container_of(manifests, "init")
+            if not secret.exists():
+                secret.write_text(manifests["Secret", "join"]["stringData"]["join-secret"])
+            environment = environment_of(container, name="demo-init", podIP="10.0.0.7")
+            environment |= {"ELASTIC_JOIN_SECRET_FILE": str(secret), "ELASTIC_STATE_DIR": str(tmp_path / "state")}
+            outcome = CliRunner().invoke(app, [*container["command"][1:], *container["args"]], env=environment)
+            assert outcome.exit_code == 0, outcome.output
+            said.append(outcome.output.strip())
+        with closing(connect([server.url])) as store, Mirror(store, "demo") as mirror:
+            config, desired = mirror.state().config, mirror.state().desired
+    assert said == ["cluster 'demo' may begin, with 4 ranks", "cluster 'demo' is there already: nothing is changed"]
+    assert config is not None
+    assert desired is not None
+    assert (config.follow_agents, config.min_agents, desired.ranks) == (2, 2, 4)
+    assert config.join_key
+
+
+@pytest.mark.parametrize("release", ["123", "true", "my.release", "a" * 53])
+def test_any_release_name_gives_names_that_kubernetes_takes(release: str) -> None:
+    for (kind, role), manifest in render_many(release=release).items():
+        kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+        name = manifest["metadata"]["name"]
+        assert re.fullmatch("[a-z]([-a-z0-9]{0,61}[a-z0-9])?", name), name
+        assert len(name) <= 52, f"the hash of a revision, pod or job follows: {kind} {role}"
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["agents.replicas=3", "agents.ranksPerPod=1", "image.tag=v2", "agents.minReadySeconds=1", "podAnnotations.a=b"],
+)
+def test_no_value_changes_what_workloads_cannot_change(setting: str) -> None:
+    """Else `helm upgrade` would leave the release failed."""
+
+    def fixed(manifests: Manifests) -> list[Any]:
+        free = ("replicas", "template", "minReadySeconds")
+        return [
+            [each["spec"][key] for key in each["spec"] if key not in free]
+            for each in manifests.values()
+            if "spec" in each
+        ]
+
+    assert fixed(render_many(setting)) == fixed(render_many())
+
+
+def test_one_pod_has_nothing_of_this_mode() -> None:
+    of_many = ("agents.replicas=5", "agents.follow=false", "engine.replicas=3", "join.existingSecret=x")
+    assert render(*of_many) == render()
+    assert {kind for kind, _ in render_many()} - {*render()} == {"Deployment", "Job", "Secret"}
+
+
+def test_the_notes_have_the_next_commands_of_this_mode(tmp_path: Path) -> None:
+    said = notes(tmp_path, "mode=many", "etcd.endpoints={http://etcd:2379}")
+    assert "kubectl -n default rollout status deployment/demo-gateway" in said
+    assert "kubectl -n default exec deploy/demo-gateway -- elastic explain" in said
+    assert "kubectl -n default scale statefulset/demo-agents --replicas=3" in said
+    assert "demo-0" not in said
+    fixed = notes(tmp_path, "mode=many", "etcd.endpoints={http://etcd:2379}", "agents.follow=false")
+    assert "exec deploy/demo-gateway -- elastic scale 3" in fixed
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (("etcd.endpoints=null",), "mode: many needs etcd.endpoints: its pods meet in an etcd of yours"),
+        (("state.persistence.enabled=true",), "state.persistence is for mode: single"),
+        (("extraArgs={--spares=1}",), "give init.extraArgs, agents.extraArgs"),
+        (("ranks=4",), "or set agents.follow to false"),
+        (("agents.minAgents=3",), "the first ranks would wait for 3 pods, and agents.replicas is 2"),
+        (("service.adminHost=0.0.0.0",), "give one by admin.existingSecret"),
+        (("agents.extraArgs={--capacity=1}",), "agents.extraArgs: --capacity is given by the chart"),
+        (("gateway.extraArgs={--port=1}",), "gateway.extraArgs: --port is given by the chart"),
+        (("agents.terminationGracePeriodSeconds=10",), "Must be greater than or equal to 11"),
+        (("agents.replicas=0",), "agents.replicas"),
+        (("agents.ranks=2",), "set agents.ranksPerPod"),
+        (("mode=several",), "mode"),
+    ],
+)
+def test_values_that_do_not_fit_are_refused_with_what_to_do(settings: tuple[str, ...], says: str) -> None:
+    outcome = template("mode=many", "etcd.endpoints={http://etcd:2379}", *settings)
+    assert outcome.returncode != 0
+    assert says in outcome.stderr
