@@ -4,6 +4,7 @@ that the command line takes, Secrets where these say. They have not been started
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -21,6 +22,7 @@ from elastic.serve.etcd_server import EtcdServer
 from membership.store.etcd import connect
 from membership.store.mirror import Mirror
 from tests.support.chart import CHART, KUBERNETES, helm, notes, render, render_many, template
+from tests.support.kubernetes_api import kubernetes_api
 
 pytestmark = pytest.mark.integration
 
@@ -243,6 +245,22 @@ def test_settings_are_written_before_any_pod_and_the_join_secret_before_that() -
     assert ("Secret", "join") not in render_many("join.existingSecret=mine")
     account = job["spec"]["template"]["spec"].get("serviceAccountName")
     assert account is None, "the release's own is made after hooks"
+
+
+def test_a_join_secret_that_is_there_is_not_made_again(tmp_path: Path) -> None:
+    """By `helm install` itself, which asks an API; only what the kubelet would do is missing (--no-hooks)."""
+
+    def hooks(*secrets: str) -> set[str]:
+        values = ("--set", "mode=many", "--set", "etcd.endpoints={http://etcd:2379}")
+        with kubernetes_api(tmp_path, secrets) as environment:
+            flags = ("--no-hooks", "--disable-openapi-validation", "--output", "json")
+            outcome = helm("install", "demo", str(CHART), *flags, *values, environment=environment)
+        assert outcome.returncode == 0, outcome.stderr
+        return {each["name"] for each in json.loads(outcome.stdout)["hooks"]}
+
+    assert hooks() == {"demo-join", "demo-init"}
+    assert hooks("demo-join") == {"demo-init"}
+    assert hooks("other-join") == {"demo-join", "demo-init"}
 
 
 def test_the_rendered_init_writes_the_settings_once_and_takes_another_number_of_pods(tmp_path: Path) -> None:

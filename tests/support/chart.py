@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ CHART = ROOT / "helm" / "elastic-ep"
 KUBERNETES = "1.30"
 
 
-def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
+def helm(*arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     binary = ROOT / ".cache" / "helm"
     if not binary.exists():
         pytest.fail("no .cache/helm: run `make test`, which fetches it")
-    return subprocess.run([str(binary), *arguments], capture_output=True, text=True, timeout=60)
+    command = [str(binary), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
 
 
 def template(*settings: str, release: str = "demo") -> subprocess.CompletedProcess[str]:
