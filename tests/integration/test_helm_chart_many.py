@@ -345,7 +345,7 @@ def test_the_notes_have_the_next_commands_of_this_mode(tmp_path: Path) -> None:
         (("agents.terminationGracePeriodSeconds=10",), "Must be greater than or equal to 11"),
         (("agents.replicas=0",), "agents.replicas"),
         (("agents.ranks=2",), "set agents.ranksPerPod"),
-        (("mode=several",), "mode"),
+        (("mode=several",), 'one of the following: "single", "many"'),
     ],
 )
 def test_values_that_do_not_fit_are_refused_with_what_to_do(settings: tuple[str, ...], says: str) -> None:
