@@ -206,7 +206,7 @@ def _spares(state: ClusterState) -> SparesStatus:
 def _node(facts: ClusterFacts, node: str) -> NodeStatus:
     ranks = sum(where == node for where, _ in facts.assigned.values())
     ending = any(facts.state.ranks[key].node == node for key in facts.lingering)
-    safe = not ranks and not ending and bool(facts.members)
+    safe = not ranks and not ending and bool(facts.members) and node not in facts.offices
     return NodeStatus(node=node, ranks=ranks, safe_to_delete=safe, trouble=facts.state.agents[node].trouble)
 
 

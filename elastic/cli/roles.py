@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from functools import partial
 
 import msgspec
 import typer
@@ -48,10 +49,13 @@ def init(options: InitOptions) -> None:
 def controller(options: RoleOptions) -> None:
     """Plan the cluster's membership and commit it as epochs. One controller leads, others stand by."""
     from membership.planning.controller import run_controller
+    from workers.queue.network import require_joined
 
     address, state = _find(options)
     with role("controller", address, state.events, options.limit) as (store, stop, events):
-        run_controller(store, address.cluster, options.node, stop, events)
+        network = network_of(options.advertise, options.join_secret_file, address.cluster)
+        admit = partial(require_joined, network=network)
+        run_controller(store, address.cluster, options.node, stop, events, admit=admit)
 
 
 @command

@@ -302,7 +302,8 @@ def _add_scaling(app: FastAPI, admin: Admin) -> None:
     @app.get("/admin/v1/scaling")
     async def scaling() -> Response:
         try:
-            return json_response(scaling_status(admin.mirror.state(), time.time()))
+            status = scaling_status(admin.mirror.state(), time.time(), admin.mirror.trouble)
+            return json_response(status, headers={"Age": str(int(admin.mirror.staleness_s))})
         except ElasticError as error:
             raise as_http(error) from error
 

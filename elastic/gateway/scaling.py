@@ -32,15 +32,17 @@ class ScalingStatus(msgspec.Struct, frozen=True, kw_only=True):
     safe_to_terminate_ranks: tuple[int, ...]  # slots that hold nothing, and that nothing is on its way to
     safe_to_terminate_nodes: tuple[str, ...]  # hosts of which that is true altogether
     last_error: str  # of that operation
+    trouble: str  # why all this may be out of date; then nothing is safe
 
 
-def scaling_status(state: ClusterState, now: float) -> ScalingStatus:
-    """Describe it. ConfigError: there is no cluster yet."""
+def scaling_status(state: ClusterState, now: float, trouble: str = "") -> ScalingStatus:
+    """Describe it. `trouble`: of the mirror. ConfigError: there is no cluster yet."""
     facts = ClusterFacts(state, now)
     config, operation = facts.config, _last(state)
     members, alive = {m.rank for m in facts.members}, {m.rank for m in facts.alive}
     joining = facts.newcomers.keys() - members
     retiring = {rank.rank for rank in facts.lingering} - members - joining
+    certain = not trouble and _settled(facts)
     used = members | joining | retiring | set(facts.desired.slots) | set(state.next.ranks if state.next else ())
     return ScalingStatus(
         instance_id=f"{config.cluster}-{state.engine_token}",
@@ -55,9 +57,10 @@ def scaling_status(state: ClusterState, now: float) -> ScalingStatus:
         unavailable_ranks=tuple(sorted(members - alive)),
         joining_ranks=tuple(sorted(joining)),
         retiring_ranks=tuple(sorted(retiring)),
-        safe_to_terminate_ranks=tuple(sorted(set(range(config.max_ranks)) - used)) if _settled(facts) else (),
-        safe_to_terminate_nodes=_empty_nodes(facts) if _settled(facts) else (),
+        safe_to_terminate_ranks=tuple(sorted(set(range(config.max_ranks)) - used)) if certain else (),
+        safe_to_terminate_nodes=_empty_nodes(facts) if certain else (),
         last_error=operation.error if operation else "",
+        trouble=trouble,
     )
 
 
@@ -74,5 +77,5 @@ def _settled(facts: ClusterFacts) -> bool:
 
 def _empty_nodes(facts: ClusterFacts) -> tuple[str, ...]:
     busy = {m.node for m in facts.members} | {node for node, _ in facts.assigned.values()}
-    busy |= {facts.state.ranks[rank].node for rank in facts.lingering}
+    busy |= {facts.state.ranks[rank].node for rank in facts.lingering} | facts.offices
     return tuple(sorted(facts.state.agents.keys() - busy))

@@ -71,8 +71,14 @@ def _require_ours(address: str) -> None:
     try:
         with socket.socket() as probe:
             probe.bind((address, 0))
+            found = str(probe.getsockname()[0])
     except OSError as error:
         raise ConfigError(
             f"--advertise {address}: this host cannot listen there: {error.strerror or error}",
             hint="give an IPv4 address of this host, or a name of it, that the other hosts reach",
         ) from error
+    if found.startswith("127.") and not address.startswith("127."):
+        raise ConfigError(
+            f"--advertise {address}: that is {found}, where no other host reaches this one",
+            hint="give an address of this host's network; /etc/hosts often has a host's own name as 127.0.1.1",
+        )

@@ -72,6 +72,12 @@ class ClusterFacts:
         return tuple(sorted(self.view.members, key=lambda m: m.rank))
 
     @cached_property
+    def offices(self) -> frozenset[str]:
+        """Nodes of the engine in office and of gateways, whose end clients would feel."""
+        engine = {self.state.engine.node} if self.state.engine is not None else set()
+        return frozenset(engine | {gateway.node for gateway in self.state.gateways.values()})
+
+    @cached_property
     def operation(self) -> Operation | None:
         """The active operation that can still be rolled back, if any."""
         return next((op for op in self._active if before_commit(op)), None)

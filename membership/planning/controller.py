@@ -34,7 +34,7 @@ from membership.store.interface import Compare, Delete, Get, Op, Put, Store
 from membership.store.keys import Keys
 from membership.store.lease import LeaseKeeper
 from membership.store.mirror import Mirror
-from membership.store.records import ClusterState, Counter, LeaderRecord, Record
+from membership.store.records import ClusterConfig, ClusterState, Counter, LeaderRecord, Record
 
 LOOK_S = 0.5  # between two reads of a quiet cluster; a stop is noticed within this
 PAUSE_S = 0.2  # after a call that the store did not answer
@@ -100,14 +100,18 @@ def run_controller(
     stop: threading.Event,
     events: EventLog,
     clock: Callable[[], float] = time.time,
+    admit: Callable[[ClusterConfig], None] = lambda config: None,
 ) -> None:
     """Stand by, lead, and stand by again, until `stop` is set. Waits while the store is unavailable.
 
-    A replaced store ends the work: nothing may be decided from other data than the lost ones.
+    `admit` gets the cluster's config first, and raises unless we may work in it. A replaced store ends the work:
+    nothing may be decided from other data than the lost ones.
     """
     while not stop.is_set():
         try:
             with Mirror(store, cluster) as mirror:
+                if (config := mirror.wait_for_config(stop)) is not None:
+                    admit(config)
                 times = OwnTimes()
                 while not stop.is_set():
                     Term(store, cluster, node, stop, events, clock, mirror, times).serve()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from chaos.faults import kill
@@ -101,7 +102,9 @@ def test_kill_a_rank_and_see_it_then_scale(page: Page, demo_model: Path, tmp_pat
         kill_and_see(page, cluster, gate)
         scale_and_see(page)
         pause_and_resume(page)
+        names_and_words_are_data(page, cluster)
         fits_on_a_phone(page)
+        leave(page)
         said = [line for line in page.browser.get_log("browser") if line["level"] == "SEVERE"]
         assert [line for line in said if "401" not in line["message"]] == [], "the wrong token's answer, and no more"
 
@@ -149,6 +152,27 @@ def pause_and_resume(page: Page) -> None:
     page.see("#notes", "paused")
     page.click("#notes button")
     eventually(lambda: page.text("#notes") == "", T, "the pause to end", 0.1)
+
+
+def names_and_words_are_data(page: Page, cluster: ServedCluster) -> None:
+    """A line separator within a reason; an operation that is named like what every object of JavaScript has."""
+    token = {"Authorization": f"Bearer {cluster.state.address().token()}"}
+    with httpx.Client(base_url=f"http://127.0.0.1:{cluster.admin_port}", headers=token, timeout=T) as admin:
+        admin.post("/admin/v1/pause", json={"ttl_s": 300, "reason": "pasted\u2028text"}).raise_for_status()
+        page.see("#notes", "pasted")
+        admin.post("/admin/v1/resume").raise_for_status()
+        admin.post("/admin/v1/scale", json={"ranks": 3, "op_id": "__proto__"}).raise_for_status()
+    page.see("#operations", "Scale to 3")
+    page.see("#t-ranks", "3 of 3")
+    assert page.browser.execute_script("return Object.keys(Object.prototype)") == []
+
+
+def leave(page: Page) -> None:
+    """Nothing of the cluster stays; a token that no header could hold is refused in words."""
+    page.click("#forget")
+    assert page.browser.execute_script("return document.querySelectorAll('#rows tr').length") == 0
+    page.type("#token", "ключ\n")
+    page.see("#sign-in-error", "no such characters")
 
 
 def fits_on_a_phone(page: Page) -> None:

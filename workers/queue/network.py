@@ -70,7 +70,7 @@ def require_joined(config: ClusterConfig, network: Network | None) -> None:
         raise ConfigError(f"cluster {config.cluster!r} has another join secret than this role", hint=hint)
     raise ConfigError(
         f"cluster {config.cluster!r} is on one host: it was begun without --advertise",
-        hint="start `elastic serve` with --advertise, or this role without",
+        hint="begin it by `elastic serve --advertise` or `elastic init --join-secret-file`, or start this role without",
     )
 
 

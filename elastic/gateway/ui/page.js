@@ -7,7 +7,7 @@ const WINDOW_S = 300, KEPT_EVENTS = 400, QUIET_MS = 15000, FLASH_MS = 1800, KEY 
 const ALIVE = new Set(["serving", "draining"]), LOST = new Set(["dead", "masked", "quarantined"]);
 const PHASES = ["proposed", "spawning", "handshaking", "loading", "ready", "committed", "retiring", "done"];
 
-let doc = {}, events = [], traffic = [], ahead_s = 0, connected = false;
+let doc = Object.create(null), events = [], traffic = [], ahead_s = 0, connected = false;
 const lanes = new Map();  // rank -> [[time, state], …], read off the events
 const marks = [];  // [time, words, family] of faults and epochs
 const hosts = new Map();  // rank -> its last host: a dead rank has none
@@ -86,17 +86,17 @@ async function* messages(body, arrived) {
     const blocks = (rest + value).split("\n\n");
     rest = blocks.pop();
     for (const block of blocks) {
-      const found = /^event: (\w+)\ndata: (.*)$/.exec(block);
+      const found = /^event: (\w+)\ndata: ([^]*)$/.exec(block);  // a dot would not match every line separator
       if (found) yield [found[1], JSON.parse(found[2])];
     }
   }
 }
 
-let following = 0;
+let following = 0, stream = new AbortController();
 async function follow() {
   const mine = ++following;
   for (let wait_ms = 500; mine === following; wait_ms = Math.min(2 * wait_ms, 5000)) {
-    const abort = new AbortController();
+    const abort = stream = new AbortController();
     let timer = 0;
     const arrived = () => { clearTimeout(timer); timer = setTimeout(() => abort.abort(), QUIET_MS); };
     let why = "";
@@ -124,10 +124,14 @@ function linked(on, why = "") {
   text("link", on ? "live" : `no connection${why && `: ${why}`}, trying again`);
 }
 
+function forget() {
+  doc = empty(); events = []; traffic = []; marks.length = 0; lanes.clear(); stale.clear(); hosts.clear();
+  rows.clear(); $("rows").replaceChildren();
+}
+
 function take(kind, data) {
   if (kind === "begin") {
-    doc = {}; events = []; traffic = []; marks.length = 0; lanes.clear(); stale.clear();
-    rows.clear(); $("rows").replaceChildren();
+    forget();
     ahead_s = data.now - Date.now() / 1000;
     $("sign-in").hidden = true; $("live").hidden = $("forget").hidden = false;
     linked(true);
@@ -137,11 +141,12 @@ function take(kind, data) {
   else if (kind === "trouble") linked(false, data.message);
 }
 
+const empty = () => Object.create(null);  // names are data: none is inherited
 function apply(target, patch) {
   for (const [key, value] of Object.entries(patch)) {
     if (value === null) delete target[key];
     else if (typeof value === "object" && !Array.isArray(value)) {
-      if (typeof target[key] !== "object" || Array.isArray(target[key])) target[key] = {};
+      if (typeof target[key] !== "object" || Array.isArray(target[key])) target[key] = empty();
       apply(target[key], value);
     } else target[key] = value;
   }
@@ -699,12 +704,17 @@ async function act(path, body) {
 // ---- signing in, and what else the page listens to
 
 function signIn(why = "") {
-  following++; connected = false;
+  following++; connected = false; stream.abort(); forget();
   sessionStorage.removeItem(KEY);
   $("live").hidden = $("forget").hidden = true; $("sign-in").hidden = false;
   $("link").className = "link"; text("link", "not connected"); text("sign-in-error", why); $("token").focus();
 }
-$("sign-in").addEventListener("submit", (event) => { event.preventDefault(); sessionStorage.setItem(KEY, $("token").value.trim()); $("token").value = ""; text("sign-in-error", ""); follow(); });
+function enter(typed) {
+  $("token").value = "";
+  if (/[^\x21-\x7e]/.test(typed)) return signIn("a token has no such characters");  // a header could not hold it
+  sessionStorage.setItem(KEY, typed); text("sign-in-error", ""); follow();
+}
+$("sign-in").addEventListener("submit", (event) => { event.preventDefault(); enter($("token").value.trim()); });
 $("forget").addEventListener("click", () => signIn());
 $("d-form").addEventListener("submit", go);
 $("d-close").addEventListener("click", () => $("dialog").close());

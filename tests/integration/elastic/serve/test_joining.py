@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from elastic.serve.options import InitOptions
 from membership.base.errors import ConfigError
 from membership.base.events import EventLog
 from membership.base.network import Network
+from membership.planning.controller import run_controller
 from membership.store.codec import encode
 from membership.store.etcd import connect
 from membership.store.in_memory import MemoryStore
@@ -29,7 +31,7 @@ from membership.store.keys import Keys
 from membership.store.mirror import Mirror
 from membership.store.records import ClusterConfig
 from workers.agent.agent import run_agent
-from workers.queue.network import join_key
+from workers.queue.network import join_key, require_joined
 
 pytestmark = pytest.mark.integration
 
@@ -40,6 +42,11 @@ Role = Callable[[MemoryStore, threading.Event, Path], None]
 
 def agent(store: MemoryStore, stop: threading.Event, folder: Path) -> None:
     run_agent(store, "moe", "n", stop, EventLog(folder / "events.jsonl", "agent"))
+
+
+def controller(store: MemoryStore, stop: threading.Event, folder: Path) -> None:
+    admit = partial(require_joined, network=None)
+    run_controller(store, "moe", "n", stop, EventLog(folder / "events.jsonl", "controller"), admit=admit)
 
 
 def engine(store: MemoryStore, stop: threading.Event, folder: Path) -> None:
@@ -56,7 +63,7 @@ def store() -> Iterator[MemoryStore]:
         yield store
 
 
-@pytest.mark.parametrize("role", [agent, engine, gateway])
+@pytest.mark.parametrize("role", [controller, agent, engine, gateway])
 def test_a_role_without_an_address_waits_for_the_cluster_and_then_says_what_it_lacks(
     role: Role, store: MemoryStore, tmp_path: Path
 ) -> None:
@@ -67,7 +74,7 @@ def test_a_role_without_an_address_waits_for_the_cluster_and_then_says_what_it_l
             running.result(timeout=60)
 
 
-@pytest.mark.parametrize("role", [agent, engine, gateway])
+@pytest.mark.parametrize("role", [controller, agent, engine, gateway])
 def test_one_that_is_stopped_before_there_is_a_cluster_ends(role: Role, store: MemoryStore, tmp_path: Path) -> None:
     stop = threading.Event()
     with ThreadPoolExecutor(1) as roles:

@@ -8,9 +8,20 @@ import pytest
 from msgspec.structs import replace
 
 from elastic.gateway.scaling import IDLE, scaling_status
+from elastic.status import cluster_status
 from membership.base.enums import OperationKind
 from membership.base.errors import ConfigError
-from membership.store.records import AgentRecord, ClusterState, Desired, EngineStatus, Member, Operation, Phase
+from membership.store.records import (
+    AgentRecord,
+    ClusterState,
+    Desired,
+    EngineRecord,
+    EngineStatus,
+    GatewayRecord,
+    Member,
+    Operation,
+    Phase,
+)
 from tests.support.cluster_states import TOKEN, healthy, record, without
 
 pytestmark = pytest.mark.unit
@@ -61,6 +72,22 @@ def test_ranks_that_join_are_not_safe() -> None:
 def test_none_is_safe_while_it_is_not_certain(uncertain: dict[str, Any]) -> None:
     found = scaling_status(replace(healthy(), **uncertain), 10.0)
     assert (found.safe_to_terminate_ranks, found.safe_to_terminate_nodes) == ((), ())
+
+
+def test_none_is_safe_while_the_store_is_silent() -> None:
+    found = scaling_status(healthy(), 10.0, "the store has been silent for 7 s")
+    assert (found.safe_to_terminate_ranks, found.safe_to_terminate_nodes) == ((), ())
+    assert found.trouble == "the store has been silent for 7 s"
+
+
+def test_a_host_of_the_engine_or_of_a_gateway_is_not_safe() -> None:
+    small = healthy(2)
+    agents = {**small.agents, **{node: AgentRecord(node=node, pid=4, started=1.0) for node in "bcd"}}
+    engine = EngineRecord(node="b", pid=5, address="", broadcast_handle=b"", mask_handle=b"")
+    gateways = {"g": GatewayRecord(name="g", pid=6, url="", admin_url="", node="c")}
+    state = replace(small, agents=agents, engine=engine, gateways=gateways)
+    assert scaling_status(state, 10.0).safe_to_terminate_nodes == ("d",)
+    assert [node.node for node in cluster_status(state, 10.0).nodes if node.safe_to_delete] == ["d"]
 
 
 def test_a_rank_that_left_is_safe_once_its_process_has_ended() -> None:

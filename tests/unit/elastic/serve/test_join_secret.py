@@ -59,3 +59,10 @@ def test_what_is_no_good_is_refused_with_what_to_do(tmp_path: Path) -> None:
     for address in ("203.0.113.7", "no.such.name.invalid", "::1"):
         with pytest.raises(ConfigError, match=f"--advertise {address}: this host cannot listen there"):
             network_of(address, make_secret(tmp_path), "moe")
+
+
+def test_a_name_that_means_this_host_alone_is_refused(tmp_path: Path) -> None:
+    """As Debian's /etc/hosts has a host's own name."""
+    with pytest.raises(ConfigError, match=r"localhost: that is 127\.0\.0\.1, where no other host") as refused:
+        network_of("localhost", make_secret(tmp_path), "moe")
+    assert "/etc/hosts" in refused.value.hint
