@@ -14,6 +14,12 @@ from chaos.target.warm_start import WarmStart
 from elastic.demo.model import write_demo_model
 
 Serve = Callable[..., ServedCluster]
+LONGEST = "test_two_hosts.py"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file goes first: two run at a time, and at the end it would be alone."""
+    items.sort(key=lambda item: item.path.name != LONGEST)
 
 
 @pytest.fixture(scope="session")
