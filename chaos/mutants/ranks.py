@@ -172,7 +172,7 @@ MUTANTS: tuple[Mutant, ...] = (
         guards="G4: a rank that waits for a rank that dies wakes at once and asks a replica",
         file="workers/exchange/links.py",
         before="            if not self._closed:\n                self.doorbell.ring()\n",
-        tests=(f"{EXCHANGE}::test_a_death_wakes_whichever_rank_waits_for_an_answer",),
+        tests=(f"{LINKS}::test_the_end_of_a_link_rings_the_doorbell",),
     ),
     Mutant(
         name="stranger-linked",
