@@ -161,6 +161,7 @@ def names_and_words_are_data(page: Page, cluster: ServedCluster) -> None:
         admin.post("/admin/v1/pause", json={"ttl_s": 300, "reason": "pasted\u2028text"}).raise_for_status()
         page.see("#notes", "pasted")
         admin.post("/admin/v1/resume").raise_for_status()
+        eventually(lambda: page.text("#notes") == "", T, "the pause to end", 0.1)
         admin.post("/admin/v1/scale", json={"ranks": 3, "op_id": "__proto__"}).raise_for_status()
     page.see("#operations", "Scale to 3")
     page.see("#t-ranks", "3 of 3")
