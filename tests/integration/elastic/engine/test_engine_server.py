@@ -84,6 +84,16 @@ def taken(server: EngineServer) -> list[Submit | Abort]:
     return eventually(server.take, 30.0, "a message for the engine")
 
 
+def found_lost(server: EngineServer, index: int) -> list[Submit | Abort]:
+    """What it finds out by sending tokens to a gateway that has gone."""
+
+    def sent() -> list[Submit | Abort]:
+        server.send([Tokens(TOKEN, "a", index, [7])])
+        return server.take()
+
+    return eventually(sent, 30.0, "the abort of the lost gateway's request")
+
+
 def test_hello_before_serving_is_welcomed_with_the_token(
     server: EngineServer, context: zmq.Context[zmq.Socket[bytes]]
 ) -> None:
@@ -130,11 +140,7 @@ def test_the_requests_of_a_gateway_that_is_gone_are_aborted(
     assert taken(server) == [submit("a")]
     peer.socket.close()
 
-    def sent() -> list[Submit | Abort]:
-        server.send([Tokens(TOKEN, "a", 0, [7])])
-        return server.take()
-
-    assert eventually(sent, 30.0, "the abort of the lost gateway's request") == [Abort("a")]
+    assert found_lost(server, 0) == [Abort("a")]
 
 
 def test_gateways_of_both_kinds_get_the_same(between: EngineServer, context: zmq.Context[zmq.Socket[bytes]]) -> None:
@@ -153,11 +159,7 @@ def test_gateways_of_both_kinds_get_the_same(between: EngineServer, context: zmq
     assert (far.receive(), near.receive()) == (Tokens(TOKEN, "a", 0, [7]), Tokens(TOKEN, "b", 0, [8]))
     far.socket.close()
 
-    def sent() -> list[Submit | Abort]:
-        between.send([Tokens(TOKEN, "a", 1, [7])])
-        return between.take()
-
-    assert eventually(sent, 30.0, "the abort of the lost gateway's request") == [Abort("a")]
+    assert found_lost(between, 1) == [Abort("a")]
 
 
 def test_who_has_no_secret_is_not_answered(between: EngineServer, context: zmq.Context[zmq.Socket[bytes]]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -20,6 +20,7 @@ from membership.store.records import Member, View
 from tests.support.exchange_ranks import Experts, batch
 from tests.support.helpers import eventually
 from tests.support.local_exchange import LocalExchange
+from tests.support.watched_doorbell import WatchedDoorbell
 from workers.exchange.links import Links
 from workers.exchange.loop import Exchange
 from workers.exchange.model_side import StepContext
@@ -28,7 +29,6 @@ from workers.exchange.tcp.link import TcpLink
 from workers.exchange.tcp.redial import Redial
 from workers.exchange.tcp.transport import TcpTransport
 from workers.exchange.tcp.wire import TcpHandle
-from workers.ipc.doorbell import Doorbell
 
 pytestmark = pytest.mark.unit
 
@@ -40,24 +40,11 @@ ACCEPTS, DIALS = RankId(0, 1), RankId(1, 2)
 KNOWN = Redial(TcpHandle("tcp://10.0.0.2:7000", b"key"), linked_at=100.0)
 
 
-class Bell(Doorbell):
-    """Lets the test act when its rank has to wait."""
-
-    on_wait: Callable[[], None] = staticmethod(lambda: None)
-
-    def wait(self, ready: Callable[[], object], timeout_s: float) -> bool:
-        def look() -> object:
-            self.on_wait()
-            return ready()
-
-        return super().wait(look, timeout_s)
-
-
 class Rank:
     """One side, over TCP."""
 
     def __init__(self, me: RankId, ends: ExitStack) -> None:
-        self.me, self.bell = me, Bell()
+        self.me, self.bell = me, WatchedDoorbell()
         ends.callback(self.bell.close)
         opener = partial(TcpTransport, network=NETWORK)
         self.exchange = Exchange(me, Experts(me.rank, PLACEMENT), self.bell, opener, answer_timeout_s=WAIT_S)

@@ -24,6 +24,7 @@ from tests.support.exchange_ranks import Experts, batch, broken
 from tests.support.helpers import eventually
 from tests.support.local_exchange import LocalExchange
 from tests.support.toy_transport import ToyTransport
+from tests.support.watched_doorbell import WatchedDoorbell
 from workers.exchange.link import Refusal, Tag, refusal_of
 from workers.exchange.loop import Exchange
 from workers.exchange.model_side import StepContext
@@ -31,7 +32,6 @@ from workers.exchange.router import Parcel
 from workers.exchange.shm.transport import ShmTransport
 from workers.exchange.tcp.transport import TcpTransport
 from workers.exchange.transports import Opener, opener, register
-from workers.ipc.doorbell import Doorbell
 
 pytestmark = pytest.mark.unit
 
@@ -53,26 +53,11 @@ ASKER, REPLICA = RankId(0, 1), RankId(2, 3)
 REPLICATED: Placement = {0: ((),), 1: (ALL,), 2: (ALL,)}  # rank 0 holds nothing; either peer can answer
 
 
-class Bell(Doorbell):
-    """A doorbell that lets the test act when its rank has to wait."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.on_wait: Callable[[], None] = lambda: None
-
-    def wait(self, ready: Callable[[], object], timeout_s: float) -> bool:
-        def look() -> object:
-            self.on_wait()
-            return ready()
-
-        return super().wait(look, timeout_s)
-
-
 class Rank:
     def __init__(self, me: RankId, placement: Placement, open_transport: Opener, timeout_s: float) -> None:
         self.me = me
         self.bank = Experts(me.rank, placement)
-        self.bell = Bell()
+        self.bell = WatchedDoorbell()
         self.masked = 0
         self.exchange = Exchange(
             me, self.bank, self.bell, open_transport, lambda: self.masked, answer_timeout_s=timeout_s
