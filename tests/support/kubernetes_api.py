@@ -39,7 +39,7 @@ def kubernetes_api(folder: Path, secrets: Collection[str]) -> Iterator[dict[str,
     finally:
         server.shutdown()
         server.server_close()
-        thread.join()
+        thread.join(30.0)
 
 
 def _config(url: str) -> dict[str, Any]:
