@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from chaos.faults.base import SEEN_S, NotInjected, SiteInjector, see
+from membership.base.process_stats import is_stopped
 
 _STATE, _EXIT_CODE = 0, 49  # fields of /proc/PID/stat after the process's name
 
@@ -55,7 +56,7 @@ class Hold:
     def stop(self) -> str:
         """SIGSTOP it and return the proof."""
         self.send(signal.SIGSTOP)
-        see(lambda: self.state() == "T", f"{self.name} stopped")
+        see(lambda: is_stopped(self.pid), f"{self.name} stopped")
         return "/proc says stopped (T)"
 
     def resume(self) -> None:

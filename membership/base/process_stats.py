@@ -100,6 +100,15 @@ def threads(pid: int) -> Threads | None:
     return Threads(main[0], main[1], all_s, any(state in "RD" for state, _ in seen.values()))
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether each of its threads is stopped: SIGSTOP stops them one by one. False if it is gone."""
+    try:
+        tasks = [int(name) for name in os.listdir(f"/proc/{pid}/task")]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return all(_task(pid, task)[0] in "TtX" for task in tasks)
+
+
 def _task(pid: int, task: int) -> tuple[str, float]:
     """State and processor time of a thread; one that has ended meanwhile counts as dead."""
     fields = _fields(Path(f"/proc/{pid}/task/{task}/stat"))

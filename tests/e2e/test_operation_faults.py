@@ -20,8 +20,8 @@ from chaos.target.warm_start import WarmStart
 from membership.operations.change import Change, drain, scale, undrain
 from membership.store.records import Member, Operation, Phase
 from tests.support.held_cluster import DEADLINE_S, HeldCluster, T
-from tests.support.helpers import eventually
-from tests.support.served import hang, role_pid
+from tests.support.helpers import eventually, hang
+from tests.support.served import role_pid
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 

@@ -15,7 +15,7 @@ import pytest
 from chaos.target.cluster import ServedCluster
 from membership.base.errors import ConfigError
 from tests.e2e.conftest import Serve
-from tests.support.helpers import eventually, running, shm_as_before
+from tests.support.helpers import eventually, hang, running, shm_as_before
 from tests.support.served import completion, role_pid
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
@@ -41,7 +41,7 @@ def test_a_second_signal_hastens_the_stop_and_leaves_nothing(serve: Serve, demo_
         assert {r["pid"] for r in cluster.status()["ranks"]} < {process.pid for process in processes}
         if stopped:
             for role in ("agent", "gateway"):
-                os.kill(role_pid(cluster, role), signal.SIGSTOP)
+                hang(role_pid(cluster, role))
         serving = psutil.Process(cluster.pid)
         serving.send_signal(signal.SIGTERM)
         eventually(lambda: stopped or _draining(cluster), 60.0, "the stop to begin")

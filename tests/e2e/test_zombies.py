@@ -12,7 +12,7 @@ import pytest
 from chaos.target.cluster import ServedCluster
 from tests.e2e.conftest import Serve
 from tests.e2e.test_kill_rank import RANKS, back_as_new
-from tests.support.helpers import eventually, running
+from tests.support.helpers import eventually, hang, running
 from tests.support.served import CALM, shows, under_load
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
@@ -39,7 +39,7 @@ def test_stopped_past_its_lease_then_continued(serve: Serve, demo_model: Path) -
         for rank, wakes in ((1, True), (2, False)):
             victim = next(r for r in cluster.status()["ranks"] if r["rank"] == rank)
             process = psutil.Process(victim["pid"])
-            os.kill(victim["pid"], signal.SIGSTOP)
+            hang(victim["pid"])
             sign = eventually(lambda i=victim["incarnation"]: masked(cluster, i), 60.0, f"mask of rank {rank}")
             assert sign in ("stopped", "robust futex", "pidfd", "queue"), sign
             if wakes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import psutil
+
+from membership.base.process_stats import is_dying, is_stopped
 
 T = TypeVar("T")
 
@@ -27,6 +30,12 @@ def let_all_in(path: Path) -> None:
     for folder in path.parents:
         if folder.is_relative_to(tempfile.gettempdir()) and folder != Path(tempfile.gettempdir()):
             folder.chmod(0o711)
+
+
+def hang(pid: int) -> None:
+    """It does nothing from now on: SIGSTOP, and each of its threads is stopped."""
+    os.kill(pid, signal.SIGSTOP)
+    eventually(lambda: is_stopped(pid) or is_dying(pid), 60.0, f"process {pid} to be stopped")
 
 
 def eventually(predicate: Callable[[], T], timeout_s: float, what: str, interval_s: float = 0.01) -> T:

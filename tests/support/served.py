@@ -9,7 +9,6 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -177,10 +176,3 @@ def role_pid(cluster: ServedCluster, role: str) -> int:
         if command[1:4] == ["-m", "elastic.cli", role]:
             return child.pid
     raise AssertionError(f"no process of role {role}")
-
-
-def hang(pid: int) -> None:
-    """It does nothing from now on."""
-    process = psutil.Process(pid)
-    os.kill(pid, signal.SIGSTOP)
-    eventually(lambda: process.status() == psutil.STATUS_STOPPED, 60.0, f"process {pid} to be stopped")

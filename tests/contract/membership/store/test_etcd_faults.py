@@ -25,7 +25,7 @@ from membership.store.keys import Keys
 from membership.store.lease import LeaseKeeper
 from membership.store.mirror import Mirror
 from membership.store.records import Desired
-from tests.support.helpers import eventually
+from tests.support.helpers import eventually, hang
 
 pytestmark = pytest.mark.contract
 
@@ -41,7 +41,7 @@ def server(tmp_path: Path) -> Iterator[EtcdServer]:
 
 @contextmanager
 def stopped(server: EtcdServer) -> Iterator[None]:
-    os.kill(server.pid, signal.SIGSTOP)
+    hang(server.pid)
     try:
         yield
     finally:

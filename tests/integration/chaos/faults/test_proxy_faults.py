@@ -24,13 +24,14 @@ from membership.store.etcd import EtcdStore, connect
 from membership.store.keys import Keys
 from membership.store.lease import LeaseKeeper
 from membership.store.mirror import Mirror
-from membership.store.records import Desired, LeaderRecord
+from membership.store.records import ClusterConfig, Desired, LeaderRecord
 from tests.support.helpers import eventually
 
 pytestmark = pytest.mark.integration
 
 T = 30.0
 KEYS = Keys("proxied")
+CONFIG = ClusterConfig(cluster=KEYS.cluster, model="m", served_model_name="m", moe_layers=1, experts=2)
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +183,7 @@ def leader(store: EtcdStore) -> int:
 def test_one_role_is_cut_off_while_the_others_keep_the_store(etcd: ProxiedEtcd, tmp_path: Path) -> None:
     """The leading controller gets no answers: the other one leads, and the first stands by when it is reached again."""
     with closing(connect([etcd.server.url])) as store, controller(etcd.url, tmp_path / "first") as first:
+        store.put(KEYS.config, encode(CONFIG))
         eventually(lambda: leader(store) == first, T, "the first to lead")
         with controller(etcd.server.url, tmp_path / "second") as second, in_force(etcd.proxy, "net-deaf"):
             eventually(lambda: leader(store) == second, T, "the second to lead")

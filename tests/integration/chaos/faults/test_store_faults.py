@@ -25,13 +25,14 @@ from membership.store.etcd import EtcdStore, connect
 from membership.store.keys import Keys
 from membership.store.lease import LeaseKeeper
 from membership.store.mirror import Mirror
-from membership.store.records import Desired, LeaderRecord
+from membership.store.records import ClusterConfig, Desired, LeaderRecord
 from tests.support.helpers import eventually
 
 pytestmark = pytest.mark.integration
 
 T = 30.0
 KEYS = Keys("store-faults")
+CONFIG = ClusterConfig(cluster=KEYS.cluster, model="m", served_model_name="m", moe_layers=1, experts=2)
 
 
 class OwnSite:
@@ -176,6 +177,7 @@ def wrote(store: EtcdStore, ranks: int) -> bool:
 @contextmanager
 def controller(site: OwnSite, store: EtcdStore) -> Iterator[None]:
     """`elastic controller`, in office."""
+    store.put(KEYS.config, encode(CONFIG))
     state = StateDir(site.folder)
     state.claim()
     state.publish(ClusterAddress(cluster=KEYS.cluster, etcd=(site.etcd.url,)))

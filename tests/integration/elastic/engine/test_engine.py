@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ import pytest
 
 from membership.base.errors import Fenced
 from membership.store.in_memory import MemoryStore
-from tests.support.helpers import eventually
+from tests.support.helpers import eventually, hang
 from tests.support.standins import EngineThread, Gateway, StandInCluster, cluster_config, oracle
 
 pytestmark = pytest.mark.integration
@@ -103,7 +102,7 @@ def test_ranks_without_a_record_prove_that_they_are_there(tmp_path: Path, monkey
     monkeypatch.setattr("workers.fleet.fleet.STEP_DEADLINE_S", 1.0)
     with contextlib.closing(Service(tmp_path)) as service:
         service.start(3)
-        service.cluster.ranks[1].process.send_signal(signal.SIGSTOP)
+        hang(service.cluster.ranks[1].process.pid)
         for rank in range(3):
             service.store.delete(service.cluster.keys.rank(rank, service.cluster.ranks[rank].record.incarnation))
         eventually(lambda: (s := service.cluster.state().engine_status) and s.masked, 30.0, "a mask in the status")
@@ -271,7 +270,7 @@ def test_a_stopped_rank_is_given_up_long_before_the_deadline(tmp_path: Path, mon
         service.start(2)
         service.gateway.submit(6, 60)
         service.underway(50)
-        service.cluster.ranks[1].process.send_signal(signal.SIGSTOP)
+        hang(service.cluster.ranks[1].process.pid)
         service.gateway.finish()
         (masked,) = service.engine.events("rank_masked")
         assert (masked.rank, masked.fields["source"]) == (1, "stopped")

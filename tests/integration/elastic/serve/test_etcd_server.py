@@ -18,7 +18,7 @@ import pytest
 from elastic.serve.etcd_server import ENV_BINARY, EtcdServer, find_binary
 from membership.base.errors import ConfigError, StoreUnavailable
 from membership.store.etcd import EtcdStore, connect
-from tests.support.helpers import eventually
+from tests.support.helpers import eventually, hang
 from tests.support.other_user import NEEDS_ROOT, UID, run_as
 
 pytestmark = pytest.mark.integration
@@ -102,7 +102,7 @@ def test_starting_twice_is_one_server(tmp_path: Path) -> None:
 def test_a_stopped_server_can_be_stopped_for_good(tmp_path: Path) -> None:
     server = EtcdServer(tmp_path / "e")
     server.start()
-    os.kill(server.pid, signal.SIGSTOP)
+    hang(server.pid)
     assert server.alive
     server.stop()
     assert not psutil.pid_exists(server.pid)

@@ -20,7 +20,7 @@ from membership.store.interface import Store
 from membership.store.keys import Keys
 from tests.support.agent_scene import WORKER, Scene
 from tests.support.gateway_process import BODY, alive, engine_in, free_port, gateway
-from tests.support.helpers import eventually
+from tests.support.helpers import eventually, hang
 
 pytestmark = pytest.mark.integration
 
@@ -68,7 +68,7 @@ def test_a_role_that_hangs_is_ended_all_the_same(
     Scene(store, tmp_path / "events.jsonl").configure()
     with role(commands, etcd, tmp_path / "state", "controller", "--node", "n") as process:
         eventually(lambda: store.get(Keys("c").leader), 60.0, "a leader")
-        os.kill(etcd.pid, signal.SIGSTOP)
+        hang(etcd.pid)
         try:
             signal_twice(process)
             assert process.wait(timeout=30) in (*EITHER, -signal.SIGALRM)
@@ -86,7 +86,7 @@ def test_an_agent_ends_its_ranks_at_once_and_waits_for_them(
     with role(commands, etcd, tmp_path / "state", *command) as process:
         scene.assign(A, B)
         ranks = scene.until_registered(A, B).ranks
-        os.kill(ranks[A].pid, signal.SIGSTOP)
+        hang(ranks[A].pid)
         family = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
         assert {record.pid for record in ranks.values()} < set(family)
         signal_twice(process)

@@ -21,7 +21,7 @@ from membership.store.in_memory import MemoryStore
 from membership.store.interface import Watch
 from membership.store.records import AgentRecord, Checkpoint, ClusterState, RankRecord, RankState
 from tests.support.agent_scene import KEYS, Scene, agent
-from tests.support.helpers import eventually
+from tests.support.helpers import eventually, hang
 from workers.protocol.messages import EngineMessage, StepResult
 from workers.queue.message_queue import MessageQueue, MsgpackCodec
 
@@ -113,7 +113,7 @@ def test_a_stopped_rank_loses_its_lease_and_is_killed(scene: Scene) -> None:
     with agent(scene):
         scene.assign(A, B)
         pid = scene.until_registered(A, B).ranks[B].pid
-        os.kill(pid, signal.SIGSTOP)
+        hang(pid)
         state = scene.until(lambda s: B not in s.ranks and 1 in s.exits, "the stopped rank out")
         assert "no heartbeat" in state.exits[1].reason
         eventually(lambda: not psutil.pid_exists(pid), 30, "the stopped rank killed")
@@ -126,7 +126,7 @@ def test_the_heartbeat_of_a_stopped_rank_ages_and_the_others_stay_young(scene: S
         scene.assign(A, B)
         pid = scene.until_registered(A, B).ranks[B].pid
         scene.until(lambda s: set(beats(s)) == {1, 2}, "both heartbeats")
-        os.kill(pid, signal.SIGSTOP)
+        hang(pid)
         try:
             state = scene.until(lambda s: beats(s)[1] > beats(s)[2] + 2.5, "the stopped rank's heartbeat left behind")
             assert state.heartbeats["n"].at - beats(state)[2] > 2.5

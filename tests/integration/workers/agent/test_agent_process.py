@@ -19,7 +19,7 @@ from membership.base.rank_id import RankId
 from membership.store.etcd import connect
 from membership.store.interface import Store
 from tests.support.agent_scene import WORKER, Scene
-from tests.support.helpers import eventually
+from tests.support.helpers import eventually, hang
 
 pytestmark = pytest.mark.integration
 
@@ -78,7 +78,7 @@ def test_a_killed_agent_takes_its_ranks_along_and_the_next_one_cleans_up(server:
         scene.assign(A, B, C)
         state = scene.until_registered(A, B, C)
         pids = [record.pid for record in state.ranks.values()]
-        os.kill(pids[0], signal.SIGSTOP)
+        hang(pids[0])
         family = [child.pid for child in psutil.Process(first.pid).children(recursive=True)]
         assert set(pids) < set(family)
         first.kill()

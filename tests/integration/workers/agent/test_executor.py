@@ -23,7 +23,7 @@ from membership.base.errors import RankDied, RankError, RankFailed, WaitTimeout
 from membership.base.rank_id import RankId
 from membership.planning.identity import KERNELS
 from tests.support.executors import executor, launch
-from tests.support.helpers import eventually, shm_as_before
+from tests.support.helpers import eventually, hang, shm_as_before
 from workers.agent.executor import Death, MultiprocExecutor
 from workers.agent.forkserver_client import Child
 from workers.agent.handles import UnreadyWorkerProcHandle
@@ -100,7 +100,7 @@ def test_a_killed_rank_leaves_its_pool_and_one_that_lives_does_not_show_it(three
     """Also once it is forgotten, until it is freed. A rank that is stopped lives."""
     dead, alive = RankId(1, 2), RankId(2, 3)
     three.collective_rpc(write_into_pool, 30, (b"computed",))
-    os.kill(pid_of(three, 2), signal.SIGSTOP)
+    hang(pid_of(three, 2))
     with pytest.raises(HandoverRefused, match="may still write"):
         pool_of(three, alive)
     os.kill(pid_of(three, 1), signal.SIGKILL)
@@ -331,7 +331,7 @@ def test_a_rank_that_died_before_it_was_retired_is_reported_as_a_death(three: Mu
 
 
 def test_the_ladder_ends_even_a_rank_that_ignores_everything(three: MultiprocExecutor) -> None:
-    os.kill(pid_of(three, 1), signal.SIGSTOP)
+    hang(pid_of(three, 1))
     ended: list[RankId] = []
     three.retire([RankId(1, 2)], ended.append)
     eventually(lambda: ended == [(1, 2)], 30, "the stopped rank to be killed")

@@ -13,7 +13,7 @@ import pytest
 from membership.base.rank_id import RankId
 from membership.store.in_memory import MemoryStore
 from tests.support.agent_scene import Scene, agent
-from tests.support.helpers import eventually
+from tests.support.helpers import eventually, hang
 
 pytestmark = pytest.mark.integration
 
@@ -86,7 +86,7 @@ def test_a_spare_that_dies_is_replaced_and_no_slot_pays_for_it(scene: Scene) -> 
         second = spare(scene, but=first)
         assert scene.state().exits == {}
         assert [event.fields["pid"] for event in scene.events("spare_lost")] == [first]
-        os.kill(second, signal.SIGSTOP)
+        hang(second)
         kill(scene, B)
         scene.assign(A, C)
         assert scene.until_registered(A, C).ranks[C].pid != second, "a stopped spare succeeds no rank"

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from membership.base.timing import FORKSERVER_FORK_S
-from tests.support.helpers import eventually, running
+from tests.support.helpers import eventually, hang, running
 from workers.agent.forkserver_client import FORKSERVER_FD, ForkServer
 from workers.agent.zygote import Zygote
 
@@ -73,7 +73,7 @@ def test_one_that_hangs_is_ended_and_who_waits_for_it_reads_so(
 ) -> None:
     process = zygote._server.process
     assert process is not None
-    os.kill(process.pid, signal.SIGSTOP)
+    hang(process.pid)
     eventually(lambda: psutil.Process(process.pid).status() == psutil.STATUS_STOPPED, 60.0, "it to be stopped")
     waiting = zygote.forkserver()
     clock.now += FORKSERVER_FORK_S

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from membership.base.rank_id import RankId
-from tests.support.helpers import eventually
+from tests.support.helpers import eventually, hang
 from tests.support.standins import StandInRank
 from workers.fleet.fleet import Fleet, FleetEvent, RankJoined, RankLost
 from workers.protocol.messages import Sampling, SeqChunk, StepBatch, StepResult
@@ -106,7 +106,7 @@ def test_an_answer_counts_even_if_its_rank_died_afterwards(three: Ranks) -> None
 def test_a_stopped_rank_without_work_is_found_by_a_probe(three: Ranks) -> None:
     three.fleet._step_deadline_s = 0.5
     three.attach()
-    three.ranks[2].process.send_signal(signal.SIGSTOP)
+    hang(three.ranks[2].process.pid)
     three.fleet.probe()
     (lost,) = three.collect(lambda seen: len(seen) == 1)
     assert isinstance(lost, RankLost)
@@ -120,7 +120,7 @@ def test_a_rank_that_loads_owes_no_ping_and_answers_it_afterwards(three: Ranks) 
     three.ranks[2].send(do="load")
     assert three.ranks[2].receive() == {"done": True}
     three.collect(lambda _: not any(link.owed for link in three.fleet._links.values() if link.key.rank != 2))
-    three.ranks[1].process.send_signal(signal.SIGSTOP)
+    hang(three.ranks[1].process.pid)
     three.fleet.probe()
     (lost,) = three.collect(lambda seen: len(seen) == 1)
     assert isinstance(lost, RankLost)
@@ -137,7 +137,7 @@ def test_a_rank_that_loads_owes_no_ping_and_answers_it_afterwards(three: Ranks) 
 def test_a_stopped_rank_whose_queue_is_full_is_given_up(three: Ranks) -> None:
     three.fleet._step_deadline_s = 0.5
     three.attach()
-    three.ranks[2].process.send_signal(signal.SIGSTOP)
+    hang(three.ranks[2].process.pid)
     seen: list[FleetEvent] = []
     for step in range(100):
         three.fleet.broadcast(three.batch(step, 7, tokens=3000))
@@ -209,7 +209,7 @@ def test_a_stopped_rank_is_given_up_long_before_the_deadline_and_learns_it(three
     for step in range(10):
         three.fleet.broadcast(three.batch(step, 0, 1, 2))
         three.collect(lambda seen: len(seen) == 3, 30.0)
-    three.ranks[2].process.send_signal(signal.SIGSTOP)
+    hang(three.ranks[2].process.pid)
     three.fleet.broadcast(three.batch(10, 0, 1, 2))
     seen = three.collect(lambda seen: len(seen) == 3, 30.0)
     (lost,) = [event for event in seen if isinstance(event, RankLost)]

@@ -7,11 +7,10 @@ import queue
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from tests.support.helpers import eventually
+from tests.support.helpers import eventually, hang
 from workers.protocol.liveness import DeathWatcher, LivenessPage
 
 pytestmark = pytest.mark.integration
@@ -86,12 +85,6 @@ def test_a_rank_that_let_the_mutex_go_is_watched_by_pidfd() -> None:
         watcher.stop()
 
 
-def all_stopped(pid: int) -> bool:
-    """Each thread stops by itself: the one that beats may be the last."""
-    stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
-    return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
-
-
 def test_heartbeats_stop_with_the_process_and_steps_count_work() -> None:
     with Rank() as rank, LivenessPage.attach(rank.handle) as page:
         assert page.steps == 0
@@ -99,8 +92,7 @@ def test_heartbeats_stop_with_the_process_and_steps_count_work() -> None:
         eventually(lambda: page.steps == 1, 30.0, "a step")
         before = page.heartbeats
         eventually(lambda: page.heartbeats > before, 30.0, "a heartbeat")
-        os.kill(rank.process.pid, signal.SIGSTOP)
-        eventually(lambda: all_stopped(rank.process.pid), 30.0, "each of its threads to be stopped")
+        hang(rank.process.pid)
         stopped_at = page.heartbeats
         reported: queue.Queue[str] = queue.Queue()
         watcher = DeathWatcher(page, reported.put)

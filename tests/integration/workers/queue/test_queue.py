@@ -17,7 +17,7 @@ import pytest
 
 from membership.base.errors import MessageTooLarge, QueueClosed, QueueError, QueueTimeout, WaitTimeout
 from tests.support import ROOT
-from tests.support.helpers import eventually
+from tests.support.helpers import eventually, hang
 from tests.support.queue_process import ReaderProcess, describe
 from workers.ipc.doorbell import Doorbell
 from workers.ipc.handover import HandoverRefused
@@ -153,7 +153,7 @@ def test_a_wrong_codec_and_a_dead_queue_are_refused() -> None:
 
 def test_a_slow_live_reader_is_named_and_the_others_get_nothing_twice() -> None:
     with MessageQueue("q") as queue, ReaderProcess(queue, "slow") as slow, ReaderProcess(queue, "quick") as quick:
-        slow.signal(signal.SIGSTOP)
+        hang(slow.process.pid)
         sent, error = fill(queue)
         assert f"slow (pid {slow.process.pid})" in str(error)
         assert error.readers == ("slow",)
@@ -170,7 +170,7 @@ def test_a_slow_live_reader_is_named_and_the_others_get_nothing_twice() -> None:
 
 def test_a_reader_killed_mid_stream_never_stalls_the_writer() -> None:
     with MessageQueue("q") as queue, ReaderProcess(queue, "killed") as killed, ReaderProcess(queue, "other") as other:
-        killed.signal(signal.SIGSTOP)
+        hang(killed.process.pid)
         sent, error = fill(queue)
         assert error.readers == ("killed",)
         killed.signal(signal.SIGKILL)

@@ -18,7 +18,7 @@ from chaos.faults.cuts import CUTS
 from chaos.faults.netns import Network
 from membership.base.errors import QueueSilent, QueueTimeout
 from tests.support import ROOT
-from tests.support.helpers import eventually
+from tests.support.helpers import eventually, hang
 from workers.queue import remote_reader
 from workers.queue.curve import new_keys
 from workers.queue.handle import Handle
@@ -104,7 +104,7 @@ def test_a_process_that_is_stopped_is_not_suspected(scene: Scene) -> None:
     with scene.join("patient") as far:
         reader = far._end
         assert isinstance(reader, RemoteReader)
-        os.kill(scene.writer.pid, signal.SIGSTOP)
+        hang(scene.writer.pid)
         try:
             until = time.monotonic() + 2.0
             eventually(lambda: reader._connection.looked_at > until, WAIT_S, "looks over two seconds")
