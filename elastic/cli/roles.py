@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-from functools import partial
 
 import msgspec
 import typer
@@ -13,10 +12,12 @@ from elastic.cli.command import command
 from elastic.serve.join_secret import network_of
 from elastic.serve.listening import inherited_listeners
 from elastic.serve.options import AgentOptions, GatewayOptions, InitOptions, RoleOptions, StoreOptions, admin_token
+from elastic.serve.probe import probe
 from elastic.serve.role_main import role
 from elastic.serve.state_dir import ClusterAddress, StateDir, home
 from membership.base.errors import ConfigError
 from membership.store.endpoints import require_listener
+from membership.store.records import ClusterConfig
 
 
 def _find(options: StoreOptions) -> tuple[ClusterAddress, StateDir]:
@@ -54,8 +55,13 @@ def controller(options: RoleOptions) -> None:
     address, state = _find(options)
     with role("controller", address, state.events, options.limit) as (store, stop, events):
         network = network_of(options.advertise, options.join_secret_file, address.cluster)
-        admit = partial(require_joined, network=network)
-        run_controller(store, address.cluster, options.node, stop, events, admit=admit)
+        with probe(options.advertise, options.probe_port) as report:
+
+            def admit(config: ClusterConfig) -> None:
+                require_joined(config, network)
+                report("")
+
+            run_controller(store, address.cluster, options.node, stop, events, admit=admit)
 
 
 @command
@@ -72,8 +78,9 @@ def agent(options: AgentOptions) -> None:
         network = network_of(options.advertise, options.join_secret_file, address.cluster)
         capacity = options.capacity or 0
         model, grace_s = options.local_model, options.drain_grace_s
-        how = Options(options.worker_class, options.spares, grace_s, capacity, model, network)
-        run_agent(store, address.cluster, options.node, stop, events, how, stop.hurry)
+        with probe(options.advertise, options.probe_port) as report:
+            how = Options(options.worker_class, options.spares, grace_s, capacity, model, network, report)
+            run_agent(store, address.cluster, options.node, stop, events, how, stop.hurry)
 
 
 @command
@@ -84,7 +91,8 @@ def engine(options: RoleOptions) -> None:
     address, state = _find(options)
     with role("engine", address, state.events, options.limit) as (store, stop, events):
         network = network_of(options.advertise, options.join_secret_file, address.cluster)
-        run_terms(store, address.cluster, options.node, stop, events, network)
+        with probe(options.advertise, options.probe_port) as report:
+            run_terms(store, address.cluster, options.node, stop, events, network, report)
 
 
 @command

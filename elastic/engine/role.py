@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 
 import structlog
@@ -39,16 +40,22 @@ log = structlog.get_logger(__name__)
 
 
 def run_terms(
-    store: Store, cluster: str, node: str, stop: threading.Event, events: EventLog, network: Network | None = None
+    store: Store,
+    cluster: str,
+    node: str,
+    stop: threading.Event,
+    events: EventLog,
+    network: Network | None = None,
+    report: Callable[[str], None] = lambda lacking: None,
 ) -> None:
     """Serve term after term until `stop`: an engine that was replaced, or whose lease was lost, stands by again.
 
     So does one that cannot begin its term because the store is unavailable. It stays the same process: to start
-    another would make requests wait for a second.
+    another would make requests wait for a second. `report` gets "" once it can take over.
     """
     while not stop.is_set():
         try:
-            run_engine(store, cluster, node, stop, events, network)
+            run_engine(store, cluster, node, stop, events, network, report)
         except Fenced as fenced:
             log.warning("engine_stood_down", reason=str(fenced))
         except StoreReplaced as replaced:  # no engine can be elected; the active one serves on
@@ -63,7 +70,13 @@ def run_terms(
 
 
 def run_engine(
-    store: Store, cluster: str, node: str, stop: threading.Event, events: EventLog, network: Network | None = None
+    store: Store,
+    cluster: str,
+    node: str,
+    stop: threading.Event,
+    events: EventLog,
+    network: Network | None = None,
+    report: Callable[[str], None] = lambda lacking: None,
 ) -> None:
     """Stand by, then serve for one term, until `stop`. Fenced if another engine has taken over."""
     with Mirror(store, cluster) as mirror, ExitStack() as opened:
@@ -86,6 +99,7 @@ def run_engine(
             remote_key=server.remote_key,
         )
         keys = Keys(cluster)
+        report("")
         elected = _get_elected(store, keys, record, config.lease_ttl_s, stop)
         if elected is None:
             return

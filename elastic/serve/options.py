@@ -495,6 +495,12 @@ class RoleOptions(StoreOptions, NetworkOptions, LogOptions):
     """Options of the roles that run on a named host: controller and engine."""
 
     node: str = field(default_factory=socket.gethostname, metadata={"option": NODE})
+    probe_port: int | None = option(
+        None,
+        "Port of `/readyz` at the address of --advertise, for a kubelet. Default: none.",
+        minimum=1,
+        maximum=MAX_PORT,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

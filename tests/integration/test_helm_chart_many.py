@@ -202,15 +202,25 @@ def test_selectors_name_one_role_each(rendered: Manifests) -> None:
     assert {role for kind, role in rendered if kind == "PodDisruptionBudget"} == {*WORKLOADS} - {"init"}
 
 
-def test_requests_go_to_ready_gateways_which_alone_have_probes(rendered: Manifests) -> None:
+def test_requests_go_to_ready_gateways_whose_probes_are_those_of_the_one_pod(rendered: Manifests) -> None:
     gateway = container_of(rendered, "gateway")
     single = render(*(("api.tlsSecret=tls",) if "--ssl-keyfile" in str(gateway["args"]) else ()))
     one = single["StatefulSet"]["spec"]["template"]["spec"]["containers"][0]
     probes = ("startupProbe", "livenessProbe", "readinessProbe", "lifecycle", "ports")
     assert [gateway[each] for each in probes] == [one[each] for each in probes]
     assert rendered["Service", ""]["spec"]["ports"] == [{"name": "http", "port": 8000, "targetPort": "http"}]
-    for role in {*WORKLOADS} - {"gateway"}:
-        assert not {*probes} & set(container_of(rendered, role)), f"{role} listens on no port that could be probed"
+
+
+def test_the_other_roles_are_asked_whether_they_are_ready_where_they_answer(
+    rendered: Manifests, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for role in ("agents", "engine", "controller"):
+        container = container_of(rendered, role)
+        [port] = container["ports"]
+        assert parsed(role, container, monkeypatch)["probe_port"] == port["containerPort"], role
+        assert container["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": port["name"]}
+        assert "livenessProbe" not in container, "an agent that hangs must not take ranks that serve with it"
+    assert "readinessProbe" not in container_of(rendered, "init")
 
 
 def test_a_pod_that_is_stopped_has_time_for_what_its_role_does_then(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +239,7 @@ def test_a_role_is_replaced_one_pod_at_a_time() -> None:
         strategy = manifests["Deployment", role]["spec"]["strategy"]
         assert strategy == {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
     agents = manifests["StatefulSet", "agents"]["spec"]
-    assert (agents["podManagementPolicy"], agents["minReadySeconds"]) == ("Parallel", 120)
+    assert (agents["podManagementPolicy"], agents["minReadySeconds"]) == ("Parallel", 0)
     allowed = {role: manifests["PodDisruptionBudget", role]["spec"]["maxUnavailable"] for role in ("agents", "engine")}
     assert allowed == {"agents": 1, "engine": 0}, "the only pod of a role is the whole service"
 
@@ -341,6 +351,7 @@ def test_the_notes_have_the_next_commands_of_this_mode(tmp_path: Path) -> None:
         (("agents.minAgents=3",), "the first ranks would wait for 3 pods, and agents.replicas is 2"),
         (("service.adminHost=0.0.0.0",), "give one by admin.existingSecret"),
         (("agents.extraArgs={--capacity=1}",), "agents.extraArgs: --capacity is given by the chart"),
+        (("engine.extraArgs={--probe-port=1}",), "engine.extraArgs: --probe-port is given by the chart"),
         (("gateway.extraArgs={--port=1}",), "gateway.extraArgs: --port is given by the chart"),
         (("agents.terminationGracePeriodSeconds=10",), "Must be greater than or equal to 11"),
         (("agents.replicas=0",), "agents.replicas"),

@@ -95,14 +95,16 @@ class Scene:
 
 
 @contextmanager
-def agent(scene: Scene, spares: int = 0) -> Iterator[threading.Thread]:
+def agent(
+    scene: Scene, spares: int = 0, report: Callable[[str], None] = lambda lacking: None
+) -> Iterator[threading.Thread]:
     """A running agent, in a thread; what it raised is raised here."""
     stop = threading.Event()
     failures: list[BaseException] = []
 
     def run() -> None:
         try:
-            options = AgentOptions(WORKER, spares)
+            options = AgentOptions(WORKER, spares, report=report)
             run_agent(scene.store, "c", scene.node, stop, EventLog(scene.path, "agent", "c"), options)
         except BaseException as error:  # noqa: BLE001 - handed to the test
             failures.append(error)

@@ -1,6 +1,6 @@
 """A rendered pod as a process in its shape, without Kubernetes: its command as pid 1 of a PID namespace, its user
 without an entry in passwd, its environment and nothing of ours, a read-only root, and emptyDirs that are root's with
-mode 2777. The network is the host's. Needs root.
+mode 2777. The network is the host's, unless it is given a namespace of its own. Needs root.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pytest
 from tests.support import ROOT
 from tests.support.helpers import eventually
 
-SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/etc")
+SYSTEM = ("/usr", "/bin", "/lib", "/lib64")
 PATH = f"{Path(sys.executable).parent}:/usr/bin:/bin"
 SECRET_MODE = 0o440
 DIES_WITH_US = ("setpriv", "--pdeathsig=KILL")  # again after a change of the user, which clears it
@@ -40,10 +40,14 @@ NEEDS_NAMESPACES = pytest.mark.skipif(not _may(), reason="only root may make mou
 class Pod:
     """One pod of a StatefulSet. `start` and `kill` are what the kubelet does to its container."""
 
-    def __init__(self, template: dict[str, Any], name: str, folder: Path) -> None:
-        """`folder`: where its volumes are, which last as long as the pod."""
+    def __init__(
+        self, template: dict[str, Any], name: str, folder: Path, *, address: str = "", inside: Sequence[str] = ()
+    ) -> None:
+        """`folder`: of its volumes, which last as long as the pod. `inside`: what runs a command at `address`."""
         self._spec, self.name, self._folder = template["spec"], name, folder
-        self._container = self._spec["containers"][0]
+        self.address, self._inside = address, inside
+        self.container: dict[str, Any] = self._spec["containers"][0]
+        self.grace_s = float(self._spec["terminationGracePeriodSeconds"])
         self._process: subprocess.Popen[bytes] | None = None
         self.output = folder / "output"
         folder.mkdir(parents=True)
@@ -69,17 +73,17 @@ class Pod:
 
     @property
     def environment(self) -> dict[str, str]:
-        """As rendered; of the downward API, the pod's name."""
-        fields = {"metadata.name": self.name}
+        """As rendered; of the downward API, the pod's name and address."""
+        fields = {"metadata.name": self.name, "status.podIP": self.address}
         given = {
             each["name"]: each["value"] if "value" in each else fields[each["valueFrom"]["fieldRef"]["fieldPath"]]
-            for each in self._container["env"]
+            for each in self.container["env"]
         }
         return {"PATH": PATH, **given}
 
     def start(self) -> None:
         """Start the container."""
-        command = [*DIES_WITH_US, "unshare", "--mount", "--pid", "--fork", "sh", "-ec", self._script()]
+        command = [*DIES_WITH_US, *self._inside, "unshare", "--mount", "--pid", "--fork", "sh", "-ec", self._script()]
         with self.output.open("ab") as out:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env={"PATH": os.environ["PATH"]}
@@ -122,7 +126,7 @@ class Pod:
         readable = [*SYSTEM, sys.base_prefix, str(ROOT)]
         binds = [(each, f"{root}{each}", "ro") for each in dict.fromkeys(readable) if Path(each).exists()]
         sources = {each["name"]: each for each in self._spec["volumes"]}
-        for mount in self._container["volumeMounts"]:
+        for mount in self.container["volumeMounts"]:
             volume = sources[mount["name"]]
             source = volume["hostPath"]["path"] if "hostPath" in volume else str(self._folder / mount["name"])
             binds.append((source, f"{root}{mount['mountPath']}", "ro" if mount.get("readOnly") else "rw"))
@@ -132,13 +136,14 @@ class Pod:
             f"mkdir -p {q(str(root))}/proc {q(str(root))}/dev {q(str(root))}/sys",
             f"mount -t proc proc {q(str(root))}/proc", f"mount --rbind /dev {q(str(root))}/dev",
             f"mount --rbind /sys {q(str(root))}/sys",
+            f"cp -a /etc {q(str(root))}",  # not mounted: Secrets are, below it
         ]  # fmt: skip
         for source, target, how in sorted(binds, key=lambda bind: bind[1]):  # a checkout in /tmp lies in a volume
             lines += [f"mkdir -p {q(target)}", f"mount --bind {q(source)} {q(target)}"]
             lines += [f"mount -o remount,bind,ro {q(target)}"] if how == "ro" else []
         lines.append(f"mount -o remount,ro {q(str(root))}")
         inside = ["env", "-i", *(f"{key}={value}" for key, value in self.environment.items())]
-        inside += self._as_user([*self._container["command"], *self._container["args"]])
+        inside += self._as_user([*self.container["command"], *self.container.get("args", ())])
         return "\n".join([*lines, f"exec chroot {q(str(root))} {shlex.join(inside)}"])
 
     def _as_user(self, command: Sequence[str]) -> list[str]:

@@ -81,6 +81,7 @@ class AgentOptions:
     capacity: int = 0  # most ranks on this node; 0: as many as the cluster may have
     model: str = ""  # this node's copy of the checkpoint, if it is not where `elastic serve` has it
     network: Network | None = None  # how ranks and engines on other hosts are reached
+    report: Callable[[str], None] = lambda lacking: None  # what is missing until all that is meant for this node serves
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ class Agent:
         )
         if options.model:
             config = changed(config, model=options.model)
-        self._mirror, self._config = mirror, config
+        self._mirror, self._config, self._report = mirror, config, options.report
+        self._whole = False  # once all that was meant for this node has served
         self._ranks: dict[RankId, LocalRank] = {}
         self._heartbeats: dict[RankId, Heartbeat] = {}
         self._loads = LoadWatch(config)
@@ -186,6 +188,9 @@ class Agent:
         self._spares.tend(state, now)
         for process in decide.pools_to_free(state, self._executor.left_pools()):
             self._executor.free_pool(process)
+        if not self._whole:
+            self._report(lacking := decide.lacking(state, self.me, now))
+            self._whole = not lacking
 
     def close(self, hurry: threading.Event | None = None) -> None:
         """End the ranks, by SIGKILL once `hurry` is set; then give up the leases."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
 from membership.base.rank_id import ProcessId, RankId
+from membership.planning.cluster_facts import ClusterFacts
 from membership.planning.identity import KERNELS, refusal
 from membership.store.records import AgentRecord, ClusterState, Heartbeats, RankRecord, RankState, View
 from workers.protocol.load_progress import LoadSeen
@@ -260,6 +261,24 @@ def relief(state: ClusterState, me: AgentRecord, ranks: Iterable[RankId]) -> boo
     staying = {node for node, agent in state.agents.items() if not agent.leaving}
     others = any(m.node in staying and m.node != me.node for m in (state.view.members if state.view else ()))
     return others and any(True for _ in ranks)
+
+
+def lacking(state: ClusterState, me: AgentRecord, now: float) -> str:
+    """What is missing until all that is meant for this node serves; nothing: it does."""
+    facts = ClusterFacts(state, now)
+    mine = state.agents.get(me.node)
+    if mine is None or mine.started != me.started or state.desired is None:
+        return "the cluster does not know this agent yet"
+    if facts.config.follow_agents and me.node not in facts.desired.nodes:
+        return "the cluster's size does not count this agent yet"
+    here = {spec.id for node, spec in facts.assigned.values() if node == me.node}
+    serving = {member.id for member in facts.alive if member.node == me.node}
+    if starting := sorted(rank for rank, _ in here - serving):
+        return f"ranks {starting} do not serve yet"
+    aside = sum(each.quarantined for each in state.exits.values())
+    if (unplaced := facts.target - aside - len(facts.assigned)) > 0 and len(here) < me.capacity:
+        return f"{unplaced} ranks have no host yet"
+    return ""
 
 
 def stale_records(state: ClusterState, node: str, ranks: Mapping[RankId, LocalRank]) -> list[RankId]:

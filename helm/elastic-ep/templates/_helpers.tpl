@@ -88,7 +88,7 @@ app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- if and (not $values.admin.existingSecret) (not (has $values.service.adminHost (list "127.0.0.1" "localhost"))) -}}
 {{- fail "service.adminHost: gateways have no admin API without a token: give one by admin.existingSecret" -}}
 {{- end -}}
-{{- $ours := list "host" "port" "admin-host" "admin-port" "state-dir" "cluster" "node" "name" "stop-grace" "drain-grace" "admin-token-file" "capacity" "ranks" "follow-agents" "min-agents" "etcd" "advertise" "join-secret-file" -}}
+{{- $ours := list "host" "port" "admin-host" "admin-port" "state-dir" "cluster" "node" "name" "stop-grace" "drain-grace" "admin-token-file" "capacity" "ranks" "follow-agents" "min-agents" "etcd" "advertise" "join-secret-file" "probe-port" -}}
 {{- range list "init" "agents" "engine" "controller" "gateway" -}}
 {{- include "elastic-ep.validateFlags" (dict "key" (printf "%s.extraArgs" .) "flags" (index $values .).extraArgs "ours" $ours) -}}
 {{- end -}}

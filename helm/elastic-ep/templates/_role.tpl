@@ -1,5 +1,5 @@
 {{/* A pod of one role (mode: many), from a dict: root (the top of the templates), role, command, args, and what it has
-     beside every role's: model, shm, api (true or not), probes (YAML), grace (seconds), resources, restart. */}}
+     beside every role's: model, shm, api, probe (true or not), grace (seconds), resources, restart. */}}
 {{- define "elastic-ep.roleName" -}}
 {{- printf "%s-%s" (include "elastic-ep.name" .root | trunc 41 | trimSuffix "-") .role -}}
 {{- end -}}
@@ -13,6 +13,9 @@ app.kubernetes.io/component: {{ .role }}
 {{ include "elastic-ep.labels" .root }}
 app.kubernetes.io/component: {{ .role }}
 {{- end -}}
+
+{{/* Where a role without an API says whether it has begun its work. Not a value: nobody but the kubelet asks there. */}}
+{{- define "elastic-ep.probePort" -}}8002{{- end -}}
 
 {{/* The Secret with the join secret: yours, or the one that is made at the first install. */}}
 {{- define "elastic-ep.joinSecret" -}}
@@ -82,6 +85,14 @@ spec:
       {{- if .api }}
       {{- include "elastic-ep.http" .root | nindent 6 }}
       {{- include "elastic-ep.httpProbes" .root | nindent 6 }}
+      {{- else if .probe }}
+      ports:
+        - name: probe
+          containerPort: {{ include "elastic-ep.probePort" . }}
+      readinessProbe:
+        httpGet: {path: /readyz, port: probe}
+        periodSeconds: 2
+        timeoutSeconds: 2
       {{- end }}
       resources: {{- toYaml .resources | nindent 8 }}
       volumeMounts:

@@ -9,8 +9,10 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
+from msgspec.structs import replace as replace_in
 
 from elastic.demo.model import shipped_demo_model
 from elastic.engine.role import run_terms
@@ -81,6 +83,21 @@ def test_one_that_is_stopped_before_there_is_a_cluster_ends(role: Role, store: M
         running = roles.submit(role, store, stop, tmp_path)
         stop.set()
         assert running.result(timeout=60) is None
+
+
+def test_an_engine_is_ready_once_it_could_take_over(store: MemoryStore, tmp_path: Path) -> None:
+    """So a rolling update ends no engine before another one stands by; without a cluster none does."""
+    stop, reported = threading.Event(), SimpleQueue[str]()
+    events = EventLog(tmp_path / "events.jsonl", "engine")
+    with ThreadPoolExecutor(2) as roles:
+        for _ in range(2):
+            roles.submit(run_terms, store, "moe", "n", stop, events, None, reported.put)
+        try:
+            assert reported.empty()
+            store.put(Keys("moe").config, encode(replace_in(CONFIG, join_key="")))
+            assert [reported.get(timeout=60) for _ in range(2)] == ["", ""], "also the one that only stands by"
+        finally:
+            stop.set()
 
 
 def test_init_says_what_it_did_and_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from membership.planning.identity import learned
 from membership.store.codec import decode, encode
 from membership.store.in_memory import MemoryStore
 from membership.store.interface import Watch
-from membership.store.records import AgentRecord, Checkpoint, ClusterState, RankRecord, RankState
+from membership.store.records import AgentRecord, Checkpoint, ClusterState, Desired, RankRecord, RankState
 from tests.support.agent_scene import KEYS, Scene, agent
 from tests.support.helpers import eventually, hang
 from workers.protocol.messages import EngineMessage, StepResult
@@ -52,7 +52,9 @@ def steps() -> Iterator[MessageQueue]:
 
 
 def test_assigned_ranks_get_registered_attached_prepared_and_cleaned_up(scene: Scene, steps: MessageQueue) -> None:
-    with agent(scene):
+    lacking: list[str] = []
+    scene.store.put(KEYS.desired, encode(Desired(ranks=4)))
+    with agent(scene, report=lacking.append):
         scene.assign(A, B, C, D)
         state = scene.until_registered(A, B, C, D)
         assert {record.state for record in state.ranks.values()} == {RankState.HANDSHAKING}
@@ -70,10 +72,17 @@ def test_assigned_ranks_get_registered_attached_prepared_and_cleaned_up(scene: S
         scene.commit()
         scene.engine_runs(token, 1)
         eventually(lambda: len(scene.events("rank_prepared")) == 3, 30, "prepared events")
+        eventually(lambda: lacking[-1] == "ranks [3] do not serve yet", 30, "what the agent lacks")
+        scene.assign(A, B, C)
+        scene.store.put(KEYS.desired, encode(Desired(ranks=3)))
+        eventually(lambda: lacking[-1] == "", 30, "the agent to be ready")
+        scene.assign(A, B, C, (3, 9))
+        scene.until_registered((3, 9))
+        assert lacking.count("") == 1, "it has been ready: what is added later takes that from nobody"
     state = scene.state()
     assert state.ranks == {}
     assert state.agents == {}
-    assert len(scene.events("rank_spawned")) == len(scene.events("rank_ready")) == 4
+    assert len(scene.events("rank_spawned")) == len(scene.events("rank_ready")) == 5
 
 
 def test_a_killed_rank_leaves_an_exit_and_is_not_started_again_under_its_name(scene: Scene) -> None:

@@ -1,0 +1,89 @@
+"""The probe of a role that serves nothing else over HTTP: `GET /readyz`, for a kubelet.
+
+There is no `/livez`: a loop that hangs ends its process by itself, save an agent's, with which its ranks would end.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import structlog
+
+from membership.base.errors import ConfigError
+
+CLIENT_TIMEOUT_S = 5.0
+BEGINNING = "it has just been started"
+
+log = structlog.get_logger(__name__)
+
+
+class Probe:
+    """Listens from its making until `close`. Ready once its role has `report`ed that nothing is lacking."""
+
+    def __init__(self, address: str, port: int) -> None:
+        """ConfigError: it cannot listen there."""
+        self._lacking = BEGINNING
+        probe = self
+
+        class Handler(BaseHTTPRequestHandler):
+            timeout = CLIENT_TIMEOUT_S
+
+            def do_GET(self) -> None:
+                status, body = probe.answer(self.path)
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, format: str, *args: object) -> None:
+                log.debug("probed", request=format % args)
+
+        try:
+            self._server = ThreadingHTTPServer((address, port), Handler)
+        except OSError as error:
+            raise ConfigError(
+                f"--probe-port: cannot listen at {address}:{port}: {error.strerror or error}",
+                hint="choose a free port from 1024 on; it listens at the address of --advertise",
+            ) from error
+        self._server.daemon_threads = True
+        self.port: int = self._server.server_address[1]
+        self._thread = threading.Thread(target=self._server.serve_forever, name="probe", daemon=True)
+        self._thread.start()
+
+    def report(self, lacking: str) -> None:
+        """What is missing until the role does its part; nothing: it does."""
+        self._lacking = lacking
+
+    def answer(self, path: str) -> tuple[HTTPStatus, bytes]:
+        """Status and body."""
+        if path != "/readyz":
+            return HTTPStatus.NOT_FOUND, b"{}"
+        if lacking := self._lacking:
+            text = json.dumps({"status": "not ready", "reasons": [lacking]})
+            return HTTPStatus.SERVICE_UNAVAILABLE, text.encode()
+        return HTTPStatus.OK, b'{"status": "ready"}'
+
+    def close(self) -> None:
+        """Listen no more."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join(timeout=CLIENT_TIMEOUT_S)
+
+
+@contextmanager
+def probe(advertise: str, port: int | None) -> Iterator[Callable[[str], None]]:
+    """How a role reports, while it answers at this port. Without a port there is none to report to."""
+    if port is None:
+        yield lambda lacking: None
+        return
+    answering = Probe(advertise or "127.0.0.1", port)
+    try:
+        yield answering.report
+    finally:
+        answering.close()

@@ -1,0 +1,184 @@
+"""The chart's `mode: many` as processes in the shape of its pods, each with a network of its own: it serves, and
+a pod that is replaced while streams run says by its probe when the next one may be.
+
+What Kubernetes itself does is not tried here (docs/KUBERNETES.md).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx
+import pytest
+
+from elastic.serve.etcd_server import EtcdServer
+from tests.support.chart import render_many
+from tests.support.helpers import eventually
+from tests.support.hosts import Hosts, made_hosts
+from tests.support.pod import NEEDS_NAMESPACES, Pod
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600), NEEDS_NAMESPACES]
+
+WORKLOADS = {"agents": "StatefulSet", "init": "Job"}  # the others are Deployments
+READY_S = 180.0
+TOKENS = 100
+REST_S = 0.5  # of a client between two answers: pods that start need the processor, too
+
+
+class Pods:
+    """The release `moe`. A pod is named as its StatefulSet or Deployment names it, and has a host of its own."""
+
+    def __init__(self, hosts: Hosts, etcd: str, model: Path, folder: Path) -> None:
+        self._hosts, self._folder = hosts, folder
+        settings = (
+            f"etcd.endpoints={{{etcd}}}", f"model.path=/models/{model.name}",
+            f"model.volume.hostPath.path={model.parent}", "agents.ranksPerPod=1",
+            "terminationGracePeriodSeconds=100", "preStopSeconds=0",
+        )  # fmt: skip
+        self.manifests = render_many(*settings, release="moe")
+        self._secret: str = self.manifests["Secret", "join"]["stringData"]["join-secret"]
+        self._made = 0
+        self.running: dict[str, Pod] = {}
+
+    def start(self, host: str) -> Pod:
+        """A new pod, with new emptyDirs."""
+        role = host.rpartition("-")[0]
+        template = self.manifests[WORKLOADS.get(role, "Deployment"), role]["spec"]["template"]
+        self._made += 1
+        folder, address = self._folder / str(self._made), self._hosts.addresses[host]
+        pod = Pod(template, f"moe-{host}", folder, address=address, inside=self._hosts.command(host))
+        pod.put_secret("join", "join-secret", self._secret)
+        pod.start()
+        self.running[host] = pod
+        return pod
+
+    def replace(self, host: str) -> None:
+        """What `kubectl delete pod` does: a new one once the old one has ended; then its readiness is awaited."""
+        self.stop(host)
+        self.start(host)
+        self.until_ready(host)
+
+    def stop(self, host: str) -> None:
+        """End it as the kubelet does, within its grace."""
+        pod = self.running.pop(host)
+        pod.signal(signal.SIGTERM)
+        assert pod.wait(pod.grace_s) == 0, pod.lines()[-5:]
+
+    def until_ready(self, *hosts: str) -> None:
+        for host in hosts:
+            eventually(lambda host=host: self.ready(host), READY_S, f"{host} to be ready")  # type: ignore[misc]
+
+    def ready(self, host: str) -> bool:
+        """What the rendered readiness probe finds."""
+        container = self.running[host].container
+        ports = {each["name"]: each["containerPort"] for each in container["ports"]}
+        probe = container["readinessProbe"]["httpGet"]
+        url = f"http://{self._hosts.addresses[host]}:{ports[probe['port']]}{probe['path']}"
+        try:
+            return httpx.get(url, timeout=2.0, trust_env=False).is_success
+        except httpx.HTTPError:
+            return False
+
+    @property
+    def url(self) -> str:
+        return f"http://{self._hosts.addresses['gateway-0']}:8000"
+
+    def serving(self) -> Counter[str]:
+        """How many ranks serve in each pod, by `kubectl exec`."""
+        said = self.running["gateway-0"].exec("elastic", "status", "-o", "json")
+        assert said.returncode == 0, said.stderr
+        return Counter(rank["node"] for rank in json.loads(said.stdout)["ranks"] if rank["state"] == "serving")
+
+    def close(self) -> None:
+        for pod in self.running.values():
+            pod.close()
+
+
+@pytest.fixture
+def pods(demo_model: Path, tmp_path: Path) -> Iterator[Pods]:
+    names = ("init-0", "agents-0", "agents-1", "controller-0", "engine-0", "engine-1", "gateway-0")
+    with ExitStack() as ends:
+        folder = Path(ends.enter_context(tempfile.TemporaryDirectory(prefix="elastic-ep-pods-")))
+        models = folder / "models"
+        shutil.copytree(demo_model, models / demo_model.name)
+        for each in (models, *models.rglob("*")):
+            each.chmod(0o755 if each.is_dir() else 0o644)
+        hosts = ends.enter_context(made_hosts(*names))
+        etcd = ends.enter_context(EtcdServer(tmp_path / "etcd", address=hosts.outside))
+        made = Pods(hosts, etcd.url, models / demo_model.name, folder)
+        ends.callback(made.close)
+        yield made
+
+
+class Streams:
+    """Clients that stream one answer after the other; `failed` is what a client saw instead of a whole one."""
+
+    def __init__(self, url: str, clients: int) -> None:
+        self._url, self._stop = url, threading.Event()
+        self.whole, self.failed = 0, list[str]()
+        self._threads = [threading.Thread(target=self._run, name=f"client-{number}") for number in range(clients)]
+
+    def __enter__(self) -> Streams:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(timeout=180.0)
+            assert not thread.is_alive(), "a client waits for ever"
+
+    def go_on(self) -> None:
+        """Wait until each client has had another whole answer, begun from now on or before."""
+        wanted = self.whole + 2 * len(self._threads)
+        eventually(lambda: self.whole >= wanted or self.failed, READY_S, "answers after that")
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self._ask()
+            except (AssertionError, httpx.HTTPError) as error:
+                self.failed.append(repr(error))
+                return
+            self.whole += 1
+            self._stop.wait(REST_S)
+
+    def _ask(self) -> None:
+        body = {
+            "model": "demo-moe", "prompt": "The", "max_tokens": TOKENS, "stream": True, "ignore_eos": True,
+            "stream_options": {"include_usage": True},
+        }  # fmt: skip
+        url = f"{self._url}/v1/completions"
+        with httpx.stream("POST", url, json=body, timeout=120.0, trust_env=False) as answer:
+            assert answer.status_code == 200, answer.read()
+            lines = [line for line in answer.iter_lines() if line]
+        assert lines[-1] == "data: [DONE]", lines[-1]
+        assert json.loads(lines[-2].removeprefix("data: "))["usage"]["completion_tokens"] == TOKENS
+
+
+def test_pods_of_each_role_serve_and_each_may_be_replaced_under_load(pods: Pods) -> None:
+    assert pods.start("init-0").wait(120.0) == 0, pods.running["init-0"].lines()[-5:]
+    del pods.running["init-0"]
+    for host in ("agents-0", "agents-1", "controller-0", "engine-0", "gateway-0"):
+        pods.start(host)
+    pods.until_ready("gateway-0", "agents-0", "agents-1", "controller-0", "engine-0")
+    assert pods.serving() == {"moe-agents-0": 1, "moe-agents-1": 1}
+    with Streams(pods.url, clients=2) as streams:
+        streams.go_on()
+        pods.replace("agents-1")
+        assert pods.serving() == {"moe-agents-0": 1, "moe-agents-1": 1}, "as soon as it says that it is ready"
+        streams.go_on()
+        pods.start("engine-1")  # as a Deployment does: the new one first
+        pods.until_ready("engine-1")
+        pods.stop("engine-0")
+        streams.go_on()
+    assert streams.failed == []

@@ -1,0 +1,61 @@
+"""The readiness probe of roles without an API, as a kubelet asks it."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from elastic.serve.probe import Probe, probe
+from membership.base.errors import ConfigError
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def answering() -> Iterator[Probe]:
+    made = Probe("127.0.0.1", 0)
+    yield made
+    made.close()
+
+
+def asked(answering: Probe, path: str = "/readyz") -> httpx.Response:
+    return httpx.get(f"http://127.0.0.1:{answering.port}{path}", timeout=30)
+
+
+def test_it_is_ready_once_nothing_is_lacking(answering: Probe) -> None:
+    begun = asked(answering)
+    assert (begun.status_code, begun.json()["status"]) == (503, "not ready")
+    answering.report("ranks [2] do not serve yet")
+    assert asked(answering).json()["reasons"] == ["ranks [2] do not serve yet"]
+    answering.report("")
+    assert (asked(answering).status_code, asked(answering).json()) == (200, {"status": "ready"})
+    assert asked(answering, "/metrics").status_code == 404
+
+
+def test_a_client_that_says_nothing_keeps_nobody_from_an_answer(answering: Probe) -> None:
+    answering.report("")
+    with socket.create_connection(("127.0.0.1", answering.port), timeout=30):
+        assert asked(answering).status_code == 200
+
+
+def test_a_port_in_use_is_refused_by_name(answering: Probe) -> None:
+    with pytest.raises(
+        ConfigError, match=f"--probe-port: cannot listen at 127.0.0.1:{answering.port}: Address already"
+    ):
+        Probe("127.0.0.1", answering.port)
+
+
+def test_it_listens_for_as_long_as_the_role_works() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = int(free.getsockname()[1])
+    with probe("", port) as report:
+        report("")
+        assert httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=30).status_code == 200
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=30)
+    with probe("", None) as report:
+        report("")
