@@ -233,11 +233,11 @@ MUTANTS: tuple[Mutant, ...] = (
     # --- pools of dead ranks
     Mutant(
         name="read-before-confirmed",
-        guards="G3: of a dead rank's pool only blocks are read whose tokens it has confirmed",
+        guards="G3: of a dead rank's pool only tokens are used that it has confirmed",
         file="elastic/engine/salvage.py",
-        before="sequence.blocks[: sequence.computed // self._size] if self._on",
-        after="sequence.blocks[: len(sequence.tokens) // self._size] if self._on",
-        tests=(f"{SALVAGE}::test_a_block_is_not_read_before_its_step_was_answered",),
+        before="tokens = sequence.computed if self._on",
+        after="tokens = len(sequence.tokens) if self._on",
+        tests=(f"{SALVAGE}::test_a_token_is_not_read_before_its_step_was_answered",),
     ),
     Mutant(
         name="pool-of-an-uncertain-death",

@@ -109,11 +109,15 @@ class Engine:
         self._flush()
 
     def turn(self) -> None:
-        """Begin a step, continue the running one, or wait for something to do."""
+        """Begin a step, continue the running one, or wait for copies or something to do."""
         if not self._scheduler.unanswered:
             self._take_requests()
             self._follow_membership()
             self._copy(self._scheduler.copies(self._clock()))
+            if (wait_s := self._scheduler.copies_wait_s(self._clock())) > 0:
+                self._flush()
+                self._handle(self._fleet.collect(min(wait_s, IDLE_S), self._has_news))
+                return
             batch = self._scheduler.schedule(self._clock())
             if batch is None:
                 self._idle()

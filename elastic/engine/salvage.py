@@ -2,9 +2,10 @@
 computed again. Pure.
 
 The pool is its agent's and outlives it. A request that lost its home is given another one as ever. If that is on the
-same host, its new rank copies the blocks that it lacks, a piece between two steps, and the request waits for them. Only
-full blocks of confirmed tokens are read, and only from a rank whose end is certain. Whatever fails meanwhile: the
-request is computed from where it got to.
+same host, its new rank copies the blocks that it lacks, piece after piece, and the request waits for them. So does the
+next step, so that the request is in it, but no longer than a step takes: others go on between two such waits. Only
+confirmed tokens are read, and only from a rank whose end is certain. Whatever fails meanwhile: the request is computed
+from where it got to.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from elastic.engine.kv_blocks import blocks_for
 from elastic.engine.migration import Moved
 from elastic.engine.sequence import Home, Left, Sequence
 from membership.base.rank_id import RankId
-from membership.base.timing import COPY_TIMEOUT_S
+from membership.base.timing import COPY_TIMEOUT_S, SALVAGE_WAIT_S
 from membership.store.records import ClusterConfig
 from workers.protocol.messages import BlocksCopied, CopyBlocks
 
-AT_ONCE = 4  # pieces that a rank reads between two steps
+AT_ONCE = 4  # pieces that a rank is asked for at a time
 
 
 @dataclass(slots=True, eq=False)
@@ -45,6 +47,7 @@ class Salvage:
         self._token, self._numbers = engine_token, numbers
         self._lost: list[Sequence] = []  # that have something left
         self._reads: list[_Read] = []
+        self._waiting_since: float | None = None  # the next step, for reads
         self.done: list[Moved] = []  # since the list was last cleared
 
     @property
@@ -55,15 +58,16 @@ class Salvage:
 
     def lose(self, home: Home, sequence: Sequence) -> None:
         """Its home has certainly ended: note what it leaves, if that is more than an earlier one has left."""
-        blocks = sequence.blocks[: sequence.computed // self._size] if self._on else []
-        if len(blocks) > (len(sequence.left.blocks) if sequence.left is not None else 0):
-            sequence.left = Left(home.rank_id, home.node, tuple(blocks))
+        tokens = sequence.computed if self._on else 0
+        if tokens > (sequence.left.tokens if sequence.left is not None else 0):
+            blocks = tuple(sequence.blocks[: blocks_for(tokens, self._size)])
+            sequence.left = Left(home.rank_id, home.node, blocks, tokens)
             self._lost.append(sequence)
 
     def promised(self, sequence: Sequence, home: Home) -> int:
         """How many tokens a request without a home would not have to compute there."""
         left = sequence.left
-        return len(left.blocks) * self._size if left is not None and self._reaches(left, home, sequence) else 0
+        return left.tokens if left is not None and self._reaches(left, home, sequence) else 0
 
     def _reaches(self, left: Left, home: Home, sequence: Sequence) -> bool:
         """Whether that home can read it. A prompt whose tokens are to be scored is computed whole."""
@@ -81,6 +85,18 @@ class Salvage:
     def pauses(self, sequence: Sequence) -> bool:
         """Whether it waits for its blocks."""
         return any(read.sequence is sequence for read in self._reads)
+
+    def wait_s(self, now: float, step_s: float) -> float:
+        """How long the next step waits for answers to reads at most; steps take `step_s`."""
+        if not any(read.order for read in self._reads):
+            return 0.0
+        if self._waiting_since is None:
+            self._waiting_since = now
+        return self._waiting_since + max(step_s, SALVAGE_WAIT_S) - now
+
+    def stepped(self) -> None:
+        """A step has begun: the next one may wait again."""
+        self._waiting_since = None
 
     def review(self, homes: Mapping[int, Home], now: float) -> None:
         """Drop reads for requests that have lost that home too, and give up those that are not answered."""
@@ -119,7 +135,7 @@ class Salvage:
             if answer.error or not 0 < answer.blocks <= len(order.blocks):
                 self._give_up(read)
             else:
-                read.sequence.advance(answer.blocks * self._size)
+                read.sequence.advance(min(answer.blocks * self._size, read.left.tokens - read.sequence.computed))
                 if answer.blocks == len(order.blocks):
                     self._finish(read, now)
             return self.orders(homes, now)

@@ -94,6 +94,7 @@ class Scheduler:
         self._reserve = Reserve(config)
         self._budget = StepBudget(config.step_budget_s, config.max_batched_tokens)
         self._under_way: tuple[Work, float] | None = None  # the step in flight, if its time will mean something
+        self._began, self._step_s = now, 0.0  # when the last step began; how long the last answered one took
         self._arrivals = 0
         self._contents = Contents(config, "")
         self._holding: dict[RankId, Known] = {}  # of ranks that are not used yet
@@ -171,8 +172,15 @@ class Scheduler:
         return self._migration.waited_for(self._homes)
 
     def copies(self, now: float) -> list[CopyBlocks]:
-        """Copies to send to ranks before the next step."""
-        return self._migration.orders(self._homes, now) + self._salvage.orders(self._homes, now)
+        """Copies to send to ranks before the next step. What has lost its home has another by then, if it fits."""
+        moves = self._migration.orders(self._homes, now)
+        if self._salvage.reading and not self.held:
+            self._admit(now)
+        return moves + self._salvage.orders(self._homes, now)
+
+    def copies_wait_s(self, now: float) -> float:
+        """How long the next step waits at most for what a dead rank has left, so that its requests are in it."""
+        return self._salvage.wait_s(now, self._step_s)
 
     def copied(self, answer: BlocksCopied, now: float) -> list[CopyBlocks]:
         """Handle a copy's answer; return the next copies to send."""
@@ -343,7 +351,8 @@ class Scheduler:
                 ranks[home.rank] = [chunk for _, chunk in home.in_flight]
         if not ranks:
             return None
-        self._under_way = self._work(), now
+        self._under_way, self._began = (self._work(), now), now
+        self._salvage.stepped()
         self.step += 1
         self.attempt = max(self._homes[rank].setbacks for rank in ranks)
         known = {home.rank: news for home in self._homes.values() if (news := home.pool.news())}
@@ -442,6 +451,7 @@ class Scheduler:
             return []
         in_flight, home.in_flight = home.in_flight, []
         self._learn(result, now)
+        self._step_s = now - self._began
         current = [(sequence, chunk) for sequence, chunk in in_flight if sequence.home is home]
         if result.status is not StepStatus.OK:
             return self._set_back(home, [sequence for sequence, _ in current], result, now)

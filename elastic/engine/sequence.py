@@ -38,7 +38,8 @@ class Left:
 
     source: RankId
     node: str
-    blocks: tuple[int, ...]  # full, and confirmed before it died
+    blocks: tuple[int, ...]
+    tokens: int  # confirmed before it died; what else is in the last block is written again
 
 
 @dataclass(slots=True, eq=False)

@@ -7,11 +7,16 @@ from typing import Any, cast
 
 import pytest
 
+from chaos.simulation.kv_model import KvModel
 from elastic.engine.loop import Engine, Peers
+from elastic.protocol import Tokens
+from membership.base.enums import DetectedBy
 from membership.base.errors import Fenced
+from membership.base.rank_id import RankId
 from membership.store.records import ClusterState
-from tests.support.rank_model import TOKEN, config, view
-from workers.protocol.messages import StepResult, StepStatus
+from tests.support.rank_model import TOKEN, ask, config, view
+from workers.fleet.fleet import FleetEvent, RankLost
+from workers.protocol.messages import CopyBlocks, StepBatch, StepResult, StepStatus
 
 pytestmark = pytest.mark.unit
 
@@ -44,3 +49,62 @@ def test_a_link_that_is_cut_and_that_is_back_is_reported_with_the_peer() -> None
     node = used.members[1].node
     assert node
     assert seen == [("link_lost", 0, 1, node), ("link_back", 0, 1, node)]
+
+
+class Ranks:
+    """Two ranks of one host, each of which takes one message after the other; and what else an engine talks to."""
+
+    def __init__(self) -> None:
+        self.members, self.dying = {0: 10, 1: 11}, False
+        self.kv, self.happened = KvModel(4), list[FleetEvent]()
+        self.log: list[tuple[str, object]] = []
+        self.slow: dict[int, float] = {}
+        self.awaited = frozenset[RankId]()
+        self.fenced = self.pending = False
+
+    def broadcast(self, batch: StepBatch) -> None:
+        self.log.append(("step", sorted(chunk.seq for chunks in batch.ranks.values() for chunk in chunks)))
+        answers = self.kv.run(batch, self.members)
+        if self.dying:  # rank 1, with its answer unsaid
+            self.happened.append(RankLost(RankId(1, self.members[1]), DetectedBy.ROBUST_FUTEX, 0.0, ended=True))
+        self.happened += [answer for answer in answers if answer.rank != 1 or not self.dying]
+        self.dying = False
+
+    def copy(self, order: CopyBlocks) -> None:
+        self.log.append(("copy", len(order.blocks)))
+        self.happened.append(self.kv.copy(order, 1))
+
+    def collect(self, timeout_s: float, or_when: object) -> list[FleetEvent]:
+        happened, self.happened = self.happened, []
+        assert happened, "it waits for nothing"
+        return happened
+
+    def send(self, outputs: list[Tokens]) -> None:
+        self.log += [("token", each.request_id) for each in outputs]
+
+    def take(self) -> list[object]:
+        return []
+
+    def ignore(self, *args: object, **fields: object) -> None:
+        """Not looked at here."""
+
+    mask = update = emit = ignore
+
+
+def test_the_step_after_a_death_has_all_requests_and_no_token_waits_for_it() -> None:
+    """What the dead rank has left is read before it, however many pieces that takes."""
+    ranks: Any = Ranks()
+    mirror: Any = SimpleNamespace(state=lambda: ClusterState(revision=1, engine_token=TOKEN))
+    engine = Engine(config(max_batched_tokens=50), TOKEN, Peers(mirror, ranks, ranks, ranks, ranks), clock=lambda: 0.0)
+    engine._scheduler.set_view(view(1, ranks.members), (), 0.0)
+    for first, name in enumerate("ab"):
+        engine._scheduler.submit(ask(name, [first] * 14, 20, ignore_eos=True), 0.0)
+    engine.turn()
+    ranks.dying = True
+    engine.turn()
+    assert ranks.log == [("step", [1, 2]), ("step", [1, 2]), ("token", "a"), ("token", "b")]
+    ranks.log.clear()
+    while ranks.log[-1:] != [("step", [1, 2])]:
+        engine.turn()
+    pieces = [("copy", 4), ("token", "a"), ("copy", 3), ("copy", 2), ("copy", 1)]
+    assert ranks.log == [*pieces, ("step", [1, 2])]

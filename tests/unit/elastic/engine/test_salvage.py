@@ -8,7 +8,7 @@ from chaos.simulation.kv_model import KvModel
 from elastic.engine.salvage import AT_ONCE
 from elastic.engine.scheduler import Scheduler
 from membership.base.rank_id import RankId
-from membership.base.timing import COPY_TIMEOUT_S
+from membership.base.timing import COPY_TIMEOUT_S, SALVAGE_WAIT_S
 from membership.store.records import Member, View
 from tests.support.rank_model import TOKEN, Client, ask, config, drive, pool_is_whole, view
 from workers.protocol.messages import BlocksCopied, CopyBlocks, StepBatch
@@ -76,18 +76,57 @@ def test_what_a_dead_rank_had_computed_is_not_computed_again() -> None:
     asked = scene.read()
     assert [order.source for order in asked] == [DEAD] * 2
     done = scene.scheduler.salvaged()
-    assert [(each.source, each.target, each.tokens) for each in done] == [(1, 0, c // SIZE * SIZE) for _, c in before]
+    assert [(each.source, each.target, each.tokens) for each in done] == [(1, 0, computed) for _, computed in before]
     assert scene.scheduler.salvaged_tokens == sum(each.tokens for each in done)
     scene.finish()
 
 
-def test_only_the_rest_of_a_block_is_computed_again() -> None:
+@pytest.mark.parametrize("more", range(SIZE))
+def test_only_the_token_under_way_is_computed_again(more: int) -> None:
+    """Wherever in its last block it is, its next step is like any other."""
     scene = Scene(2)
-    (lost,) = scene.scheduler._homes[1].running
-    scene.kill()
+    (kept,), (lost,) = (scene.scheduler._homes[rank].running for rank in (0, 1))
+    for _ in range(more):
+        scene.step()
+    scene.scheduler.lose_ranks([1], 0.0, ended=True)
     (order,) = scene.scheduler.copies(0.0)
     scene.scheduler.copied(scene.ranks.copy(order), 0.0)
-    assert 1 <= scene.computed(scene.scheduler.schedule(0.0))[lost.seq] <= SIZE
+    assert scene.computed(scene.step()) == {kept.seq: 1, lost.seq: 1}
+    scene.finish()
+
+
+def test_a_request_that_lost_its_home_is_in_the_next_step() -> None:
+    """That waits for as long as the last one took, not for one that was given up on the way."""
+    scene = Scene(4)
+    waiting = [sequence.seq for sequence in scene.scheduler._homes[1].running]
+    batch = scene.scheduler.schedule(10.0)
+    assert batch is not None
+    scene.client.take(scene.scheduler.apply(scene.ranks.answer(batch, 1, 11), 11.0))
+    assert scene.scheduler.copies_wait_s(12.0) == 0.0
+    scene.scheduler.lose_ranks([1], 12.0, ended=True)
+    scene.client.take(scene.scheduler.apply(scene.ranks.answer(batch, 0, 10), 13.0))
+    orders = scene.scheduler.copies(13.0)
+    assert len(orders) == 2
+    while orders:
+        assert scene.scheduler.copies_wait_s(13.0) == 3.0
+        orders = [more for order in orders for more in scene.scheduler.copied(scene.ranks.copy(order, 1), 13.0)]
+    assert scene.scheduler.copies_wait_s(13.0) == 0.0
+    assert scene.computed(scene.step(13.0)).keys() >= set(waiting)
+    scene.finish()
+
+
+def test_steps_go_on_between_reads_that_take_long() -> None:
+    scene = Scene(2)
+    scene.scheduler.lose_ranks([1], 0.0, ended=True)
+    (order,) = scene.scheduler.copies(1.0)
+    assert scene.scheduler.copies_wait_s(1.0) == pytest.approx(SALVAGE_WAIT_S)
+    assert scene.scheduler.copies_wait_s(1.0 + 2 * SALVAGE_WAIT_S) < 0.0
+    assert len(scene.computed(scene.step(2.0))) == 1
+    (order,) = scene.scheduler.copied(scene.ranks.copy(order, 1), 2.0)
+    assert scene.scheduler.copies_wait_s(2.0) == pytest.approx(SALVAGE_WAIT_S), "once more"
+    scene.scheduler.abort(scene.scheduler._homes[0].running[1].request.request_id)
+    assert scene.scheduler.copies(2.0) == []
+    assert scene.scheduler.copies_wait_s(2.0) == 0.0
 
 
 def test_the_others_go_on_while_blocks_are_read_piece_by_piece() -> None:
@@ -121,7 +160,7 @@ def test_without_pools_nothing_is_read() -> None:
     scene.finish()
 
 
-def test_a_block_is_not_read_before_its_step_was_answered() -> None:
+def test_a_token_is_not_read_before_its_step_was_answered() -> None:
     """The dead rank may have computed it or not, or half of it."""
     scene = Scene(2)
     (lost,) = scene.scheduler._homes[1].running
@@ -130,13 +169,12 @@ def test_a_block_is_not_read_before_its_step_was_answered() -> None:
     batch = scene.scheduler.schedule(0.0)
     assert batch is not None
     assert scene.computed(batch)[lost.seq] == 1, "the block will be full"
-    confirmed = lost.computed // SIZE
+    confirmed = lost.computed
     scene.scheduler.lose_ranks([1], 0.0, ended=True)
     scene.client.take(scene.scheduler.apply(scene.ranks.answer(batch, 0, 10), 0.0))
-    scene.step()
     (order,) = scene.scheduler.copies(0.0)
-    assert len(order.there) == confirmed
     scene.scheduler.copied(scene.ranks.copy(order), 0.0)
+    assert lost.computed == confirmed
     scene.finish()
 
 
