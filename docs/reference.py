@@ -115,7 +115,9 @@ def chart_values(text: str) -> str:
 
 def plain_default(stated: Stated) -> Any:
     """The default as YAML and JSON have it; a whole number without a fraction."""
-    default = list(stated.default) if isinstance(stated.default, tuple) else stated.default
+    default = stated.default
+    if isinstance(default, tuple):  # what a flag takes with commas is one text
+        default = list(default) if stated.kind is Kind.URLS else ",".join(default)
     return int(default) if isinstance(default, float) and default.is_integer() else default
 
 

@@ -18,6 +18,7 @@ from pydantic import Field
 
 from elastic.explain import explain
 from elastic.gateway.admin_token import AdminToken
+from elastic.gateway.connection import DROP
 from elastic.gateway.http import EventStream, json_response, new_app, read_body
 from elastic.gateway.live import Live
 from elastic.gateway.scaling import scaling_status
@@ -291,9 +292,9 @@ def _add_reading(app: FastAPI, admin: Admin) -> None:
         return EventStream(_event_lines(admin.events, follow, admin.stopping), {}, "application/x-ndjson", b"\n")
 
     @app.get("/admin/v1/stream")
-    async def stream() -> Response:
-        admin.live.check()
-        return EventStream(admin.live.stream(), {})
+    async def stream(request: Request) -> Response:
+        admin.live.make_room()
+        return EventStream(admin.live.stream(request.scope["state"][DROP]), {})
 
 
 def _add_scaling(app: FastAPI, admin: Admin) -> None:

@@ -153,12 +153,14 @@ class _Calls(NamedTuple):
 
 
 def _arguments(text: str) -> Any:
-    """The arguments of a call as an object; none are an empty one."""
+    """The arguments of a call as an object; none are an empty one.
+
+    What a model wrote wrong stays as it is: agents send it back with what is wrong about it.
+    """
     try:
-        found = json.loads(text or "{}")
-    except ValueError as error:
-        raise RequestError(f"messages: the arguments of a tool call are no JSON: {error}", param="messages") from error
-    return found
+        return json.loads(text or "{}")
+    except ValueError:
+        return _NoJson(text)
 
 
 def _left_out(what: str, param: str) -> RequestError:
@@ -178,6 +180,12 @@ class _Generation(Extension):
 
     def _inside(self, caller: Callable[[], str]) -> str:
         return caller()
+
+
+class _NoJson(str):
+    """Shown as it is."""
+
+    __slots__ = ()
 
 
 class _Dict:
@@ -218,6 +226,8 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """Without jinja's escapes for HTML."""
+    if isinstance(value, _NoJson):
+        return value
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -23,6 +23,7 @@ from membership.base.timing import HEADER_TIMEOUT_S, IDLE_TIMEOUT_S, SEND_TIMEOU
 
 FIRST_LOOK_S, LAST_LOOK_S = 0.02, 2.5  # at a client that has half-closed: is it still there? Each later than the last
 CERTIFIED = "certified"  # in a request's state: the client has shown a certificate that we trust
+DROP = "drop"  # in a request's state: what ends its connection at once
 INTERIM = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -62,8 +63,8 @@ class Connection(H11Protocol):
         """A client has connected."""
         super().connection_made(transport)  # type: ignore[arg-type]
         self._encrypted = transport.get_extra_info("sslcontext") is not None
-        if transport.get_extra_info("peercert"):
-            self.app_state = {**self.app_state, CERTIFIED: True}
+        known = {CERTIFIED: True} if transport.get_extra_info("peercert") else {}
+        self.app_state = {**self.app_state, DROP: self.drop, **known}
         peer = transport.get_extra_info("socket")
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(self._patience.send_s * 1000))
         if not self._place.entered(self):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 import msgspec
@@ -15,6 +15,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
+from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
 from elastic.gateway.render import error_body
@@ -50,10 +51,13 @@ def new_app(title: str, *checks: Callable[[Request], None]) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:
+        headers = dict(error.headers or {})
+        if error.status_code == 405:  # one path may have several routes
+            headers["Allow"] = ", ".join(sorted({*_methods(app, request.scope), "OPTIONS"}))
         if request.method == "OPTIONS" and error.status_code == 405:
-            return Response(status_code=204, headers={"Allow": f"{(error.headers or {})['Allow']}, OPTIONS"})
+            return Response(status_code=204, headers=headers)
         found = RequestError(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code)
-        return error_response(found, dict(error.headers or {}))
+        return error_response(found, headers)
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Response:
@@ -71,6 +75,13 @@ def new_app(title: str, *checks: Callable[[Request], None]) -> FastAPI:
         return error_response(internal_error())
 
     return app
+
+
+def _methods(app: FastAPI, scope: Scope) -> Iterator[str]:
+    """What the path of a request can be asked by."""
+    for route in app.routes:
+        if isinstance(route, Route) and route.matches(scope)[0] is not Match.NONE:
+            yield from route.methods or ()
 
 
 def internal_error() -> RequestError:

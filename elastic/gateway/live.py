@@ -7,8 +7,10 @@ the whole document. Heartbeats are left out, because they change all the time; /
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ REFRESH_S = 1.0  # what wakes no reader of a mirror (loads, and how far a rank h
 SILENCE_S = 5.0  # after which a comment shows that the gateway lives
 RECENT_BYTES = 256 * 1024  # of the event history that a reader gets first
 MAX_READERS = 8  # each holds one of the admin port's connections
+STALLED_S = 5.0  # a reader that takes nothing for so long gives way to a new one
 
 Json = dict[str, Any]
 
@@ -68,28 +71,57 @@ def merge_patch(old: Json, new: Json) -> Json:
     return patch
 
 
+@dataclass(eq=False)
+class Reader:
+    """Of the stream. `sending_since`: it has not yet taken what it was sent then."""
+
+    drop: Callable[[], None]
+    sending_since: float = math.inf
+
+
 class Live:
     """The stream, for several readers at a time."""
 
-    def __init__(self, mirror: Mirror, events: Path, traffic: Traffic, stopping: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        mirror: Mirror,
+        events: Path,
+        traffic: Traffic,
+        stopping: Callable[[], bool],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._mirror, self._events, self._traffic, self._stopping = mirror, events, traffic, stopping
-        self._readers = 0
+        self._clock = clock
+        self._readers: set[Reader] = set()
 
-    def check(self) -> None:
-        """RequestError if there is no room for another reader."""
-        if self._readers >= MAX_READERS:
+    def make_room(self) -> None:
+        """For another reader: one that has stopped reading leaves if need be. RequestError: there is none."""
+        if len(self._readers) < MAX_READERS:
+            return
+        longest = min(self._readers, key=lambda reader: reader.sending_since)
+        if self._clock() - longest.sending_since < STALLED_S:
             full = f"{MAX_READERS} readers follow this gateway already"
             raise RequestError(full, status=503, code="overloaded", retry_after_s=SILENCE_S)
+        self._readers.remove(longest)
+        longest.drop()
 
-    async def stream(self) -> AsyncGenerator[bytes, None]:
-        """Server-sent events: `begin`, then `patch`, `events` and `traffic` whenever there is something new."""
-        self._readers += 1
+    async def stream(self, drop: Callable[[], None]) -> AsyncGenerator[bytes, None]:
+        """Server-sent events: `begin`, then `patch`, `events` and `traffic` whenever there is something new.
+
+        `drop` ends the reader's connection.
+        """
+        reader = Reader(drop)
+        self._readers.add(reader)
         try:
+            reader.sending_since = self._clock()
             yield _message("begin", {"now": time.time()})
+            reader.sending_since = math.inf
             async for news in self._news():
+                reader.sending_since = self._clock()
                 yield news
+                reader.sending_since = math.inf
         finally:
-            self._readers -= 1
+            self._readers.discard(reader)
 
     async def _news(self) -> AsyncGenerator[bytes, None]:
         document, tail = LiveDocument(), Tail.recent(self._events, RECENT_BYTES)

@@ -154,7 +154,7 @@ async def chat_token_ids(service: Service, messages: list[Message], variables: d
     """A conversation as the model gets it. `variables`: what the chat template gets beside it."""
     length = sum(message.characters for message in messages) + len(msgspec.json.encode(variables))
     if length > service.context * service.tokenizer.longest_token:
-        raise _too_long(f"the messages have {length} characters", service, "messages")
+        raise _too_long(f"it has {length} characters", service, "messages")
     plain = [message.plain() for message in messages]
     return known_tokens(service, await asyncio.to_thread(service.tokenizer.encode_chat, plain, variables), "messages")
 
@@ -163,7 +163,7 @@ async def token_ids(service: Service, prompt: str | list[int], *, special: bool 
     """A prompt as the model gets it. `special`: with the tokens that it wants around a text."""
     if isinstance(prompt, str):
         if len(prompt) > service.context * service.tokenizer.longest_token:  # not worth seconds of tokenizing
-            raise _too_long(f"the prompt has {len(prompt)} characters", service, "prompt")
+            raise _too_long(f"it has {len(prompt)} characters", service, "prompt")
         prompt = await asyncio.to_thread(service.tokenizer.encode, prompt, special=special)
     return known_tokens(service, prompt, "prompt")
 
@@ -253,20 +253,20 @@ def _max_tokens(service: Service, asked: CommonRequest, prompt: list[int]) -> in
     if not prompt:
         raise RequestError(f"{field} must not be empty", param=field)
     if room < 1:
-        raise _too_long(f"the prompt has {len(prompt)} tokens", service, field)
+        raise _too_long(f"it has {len(prompt)} tokens", service, field)
     limit = asked.token_limit if isinstance(asked, ChatRequest) else asked.max_tokens
     if limit is None:
         return room if chat else min(room, COMPLETION_TOKENS)
     if limit > room:
-        message = f"{len(prompt)} prompt tokens and max_tokens={limit} do not fit into a context of {service.context}"
-        raise RequestError(message, param="max_tokens", code="context_length_exceeded")
+        raise _too_long(f"it has {len(prompt)} tokens, and max_tokens is {limit}", service, "max_tokens")
     if limit < asked.min_tokens:
         raise RequestError(f"min_tokens={asked.min_tokens} is more than max_tokens={limit}", param="min_tokens")
     return limit
 
 
 def _too_long(what: str, service: Service, field: str) -> RequestError:
-    message = f"{what}; with an answer it must fit into {service.context} tokens"
+    """In words by which clients (litellm, LangChain) know that a shorter prompt may be tried."""
+    message = f"the prompt is too long: {what}, and this model's maximum context length is {service.context} tokens"
     return RequestError(message, param=field, code="context_length_exceeded")
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from importlib.resources import files
 
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route, Router
+from fastapi import FastAPI, Response
 from starlette.types import ASGIApp
+
+from elastic.gateway.http import new_app
 
 FILES = {
     "/ui": ("page.html", "text/html"),
@@ -32,15 +32,17 @@ HEADERS = {
 }
 
 
-def with_page(admin: ASGIApp) -> ASGIApp:
+def with_page(admin: ASGIApp) -> FastAPI:
     """The admin application, and the page beside it."""
-    folder = files("elastic.gateway").joinpath("ui")
-    pages = [Route(path, _file(folder.joinpath(name).read_bytes(), kind)) for path, (name, kind) in FILES.items()]
-    return Router(pages, default=admin)
+    folder, app = files("elastic.gateway").joinpath("ui"), new_app("live page")
+    for path, (name, kind) in FILES.items():
+        app.get(path)(_file(folder.joinpath(name).read_bytes(), kind))
+    app.router.default = admin
+    return app
 
 
-def _file(content: bytes, kind: str) -> Callable[[Request], Awaitable[Response]]:
-    async def answer(request: Request) -> Response:
+def _file(content: bytes, kind: str) -> Callable[[], Awaitable[Response]]:
+    async def answer() -> Response:
         return Response(content, headers=HEADERS, media_type=kind)
 
     return answer

@@ -84,7 +84,13 @@ class ResponsesRequest(OpenShape):
         chat |= {"tool_choice": _choice(self.tool_choice), "chat_template_kwargs": self.chat_template_kwargs}
         chat |= {"reasoning_effort": self.reasoning and self.reasoning.effort}
         chat |= {"response_format": _form(self.text.format) if self.text and self.text.format else None}
-        return parse(msgspec.json.encode(chat), ChatRequest, note)
+        try:
+            return parse(msgspec.json.encode(chat), ChatRequest, note)
+        except RequestError as error:
+            if not error.param.startswith("messages"):
+                raise
+            message = f"input: as a chat it is refused: {error}"
+            raise RequestError(message, param="input", code=error.code, hint=error.hint) from error
 
 
 def _nested(tool: FunctionTool) -> Json:

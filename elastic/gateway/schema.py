@@ -5,6 +5,7 @@ What is not here is in `fields.py`, or an error that names it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
@@ -35,6 +36,15 @@ MAX_MESSAGES = 2048
 MAX_TOKENS = 2**31 - 1  # of a request's field; the context is the limit
 MAX_SEED = 2**63 - 1
 MAX_ID = 2**31 - 1  # of a token; whatever is sent to the engine must fit into 64 bits
+
+ALTERNATIVES = {  # fields of several types: one line rather than one for each type
+    "prompt": "a string, strings, token ids, or lists of token ids",
+    "messages.content": "a string or a list of text parts",
+    "input": f"a string or a list of 1 to {MAX_MESSAGES} items, which are objects",
+    "tool_choice": "a string or an object",
+    "guided_json": "an object or a string",
+    "structured_outputs.json": "an object or a string",
+}
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 Choices = Annotated[list[str], Field(min_length=1, max_length=MAX_STRUCTURED_CHOICES)]
@@ -357,7 +367,6 @@ def parse(body: bytes, shape: type[R], note: Note = _unnoted) -> R:
 def _explained(error: ValidationError) -> RequestError:
     first = error.errors(include_url=False, include_context=True)[0]
     where = [str(part) for part in first["loc"]]
-    param = where[0] if where else ""
     if first["type"] == "json_invalid":
         return RequestError(f"the body is not valid JSON: {first['msg']}", code="invalid_json")
     if first["type"] == "extra_forbidden":
@@ -366,13 +375,17 @@ def _explained(error: ValidationError) -> RequestError:
     if first["type"] == "missing":
         path = ".".join(where)
         return RequestError(f"{path} is required", param=path, code="missing_required_parameter")
-    if param == "prompt":  # one line rather than one per alternative
-        return RequestError("prompt must be a string, strings, token ids, or lists of token ids", param=param)
-    if "content" in where:
-        where = where[: where.index("content") + 1]
-        return RequestError(f"{'.'.join(where)} must be a string or a list of text parts", param=".".join(where))
+    for field, kinds in ALTERNATIVES.items():
+        if (place := _within(where, field.split("."))) is not None:
+            return RequestError(f"{place} must be {kinds}", param=place, code="invalid_value")
     path = ".".join(where)
     return RequestError(f"{path}: {first['msg']}" if path else str(first["msg"]), param=path, code="invalid_value")
+
+
+def _within(where: Sequence[str], field: Sequence[str]) -> str | None:
+    """The path of this field, if the error is in it: `messages.2.content`."""
+    names = [(at, part) for at, part in enumerate(where) if not part.isdigit()][: len(field)]
+    return ".".join(where[: names[-1][0] + 1]) if [part for _, part in names] == list(field) else None
 
 
 def seed_for(seed: int, choice: int) -> int:

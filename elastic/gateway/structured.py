@@ -69,7 +69,9 @@ class Forms:
 
 def form_of(asked: CommonRequest) -> Form | None:
     """The form that the answer must have. RequestError if there are several, or if it could not end where that ends."""
-    forms = [*_openai(asked), *_vllm(asked), *_guided(asked), *_tool_choice(asked)]
+    calls = [*_tool_choice(asked)]
+    text = [] if calls else [*_openai(asked)]  # it is about texts, and a call that has to be made is none
+    forms = [*text, *_vllm(asked), *_guided(asked), *calls]
     if not forms:
         return None
     form = forms[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from elastic.serve.model_check import require_model
 from elastic.serve.options import DEFAULT_RANKS, DEFAULTS, InitOptions, ServeOptions, check_options
 from membership.base.errors import PlanRefused
@@ -16,7 +18,7 @@ def cluster_config(options: ServeOptions | InitOptions) -> ClusterConfig:
     ranks = options.ranks or DEFAULT_RANKS
     info = require_model(options.model)
     directory = options.model.resolve()
-    names = tuple(dict.fromkeys(filter(None, options.served_model_name.split(",")))) or (directory.name,)
+    names = _listed(options.served_model_name) or (directory.name,)
     as_given = {name: getattr(options, name) for name in DEFAULTS if hasattr(options, name)}
     derived = dict(
         cluster=options.cluster or directory.name,
@@ -38,3 +40,9 @@ def cluster_config(options: ServeOptions | InitOptions) -> ClusterConfig:
     if refused:
         raise PlanRefused(refused)
     return config
+
+
+def _listed(given: Sequence[str]) -> tuple[str, ...]:
+    """Names that were given one by one, or with commas; each once."""
+    names = (name.strip() for each in given for name in each.split(","))
+    return tuple(dict.fromkeys(filter(None, names)))

@@ -383,9 +383,9 @@ class ConfigOptions:
         minimum=1,
         helm="redundancy",
     )
-    served_model_name: str = option(
-        "",
-        "Names of the model in the API, comma-separated. Default: name of the checkpoint directory.",
+    served_model_name: tuple[str, ...] = option(
+        (),
+        "Name of the model in the API; may be repeated, or several with commas. Default: the checkpoint directory's.",
         helm="model.servedName",
     )
     dtype: Dtype = option(DEFAULTS["dtype"], "Type of weights (auto = the checkpoint's).", helm="dtype")

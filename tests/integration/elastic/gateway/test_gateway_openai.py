@@ -317,6 +317,8 @@ def test_prompt_logprobs_in_vllms_shape(client: OpenAI, cluster: GatewayCluster)
     assert len(chat.prompt_logprobs) == chat.usage.prompt_tokens
 
 
+# Words by which litellm and LangChain know it, and try a shorter prompt or another model.
+TOO_LONG = "and this model's maximum context length is 128 tokens"
 BAD = [
     (b"{", 400, "not valid JSON", None),
     (b'{"model": "tiny", "prompt": "\xff"}', 400, "not valid JSON", None),
@@ -348,10 +350,10 @@ BAD = [
     ({"model": MODEL, "prompt": []}, 400, "must not be empty", "prompt"),
     ({"model": MODEL, "prompt": ["x"] * 40, "n": 2}, 400, "more than 64 choices", "prompt"),
     ({"model": MODEL, "prompt": [10**6]}, 400, "not in the vocabulary", "prompt"),
-    ({"model": MODEL, "prompt": [1] * 128}, 400, "must fit into 128", "prompt"),
-    ({"model": MODEL, "prompt": "long " * 200}, 400, "must fit into 128", "prompt"),
-    ({"model": MODEL, "prompt": "long " * 800_000}, 400, "4000000 characters; with an answer it must fit", "prompt"),
-    ({"model": MODEL, "prompt": [1] * 100, "max_tokens": 29}, 400, "do not fit", "max_tokens"),
+    ({"model": MODEL, "prompt": [1] * 128}, 400, f"128 tokens, {TOO_LONG}", "prompt"),
+    ({"model": MODEL, "prompt": "long " * 200}, 400, f"tokens, {TOO_LONG}", "prompt"),
+    ({"model": MODEL, "prompt": "long " * 800_000}, 400, f"4000000 characters, {TOO_LONG}", "prompt"),
+    ({"model": MODEL, "prompt": [1] * 100, "max_tokens": 29}, 400, f"max_tokens is 29, {TOO_LONG}", "max_tokens"),
     (
         {"model": MODEL, "prompt": "x", "stream_options": {"include_usage": True}},
         400,

@@ -155,10 +155,16 @@ def test_a_tool_that_has_to_be_called(client: OpenAI, engine: ScriptedEngine) ->
         shaping = engine.submits[-1].sampling.shaping
         assert shaping is not None
         assert shaping.grammar
-    with pytest.raises(openai.BadRequestError, match="only one of response_format, tool_choice"):
+    alone = engine.submits[-1].sampling.shaping
+    also: Any = {"type": "json_object"}  # agents send it beside their tools: it is about texts
+    client.chat.completions.create(
+        model=MODEL, messages=user("forced"), tools=[WEATHER], tool_choice=named, response_format=also
+    )
+    assert engine.submits[-1].sampling.shaping == alone
+    with pytest.raises(openai.BadRequestError, match="only one of guided_json, tool_choice"):
         client.chat.completions.create(
             model=MODEL, messages=user("forced"), tools=[WEATHER], tool_choice="required",
-            response_format={"type": "json_object"},
+            extra_body={"guided_json": {}},
         )  # fmt: skip
 
 

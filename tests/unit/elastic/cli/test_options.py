@@ -69,7 +69,7 @@ def test_what_is_stored_has_the_same_defaults() -> None:
     shared = [stated for stated in options_of(ServeOptions) if stated.field in stored and not stated.required]
     assert {"kv_blocks", "redundancy", "rebalance_bytes", "coverage_deadline_s"} <= {each.field for each in shared}
     differ = {each.field: each.default for each in shared if each.default != stored[each.field]}
-    derived = {"cluster": "", "served_model_name": "", "max_model_len": None, "max_ranks": None}
+    derived = {"cluster": "", "served_model_name": (), "max_model_len": None, "max_ranks": None}
     assert differ == derived, "only these depend on the model or on --ranks"
 
 

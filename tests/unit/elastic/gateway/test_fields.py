@@ -229,3 +229,35 @@ def test_the_page_is_written_from_the_tables() -> None:
     assert api_page(text) == text, "run `make docs`"
     for name in ("temperature", "safety_identifier", "tools"):
         assert f"| `{name}` |" in text
+
+
+NO_TEXT = [{"role": "user", "content": 3}]
+NO_PART = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
+
+
+@pytest.mark.parametrize(
+    ("ask", "given", "field"),
+    [
+        (response, {"input": []}, "input"), (response, {"input": 3}, "input"), (response, {"input": ["x"]}, "input"),
+        (response, {"tool_choice": 3}, "tool_choice"), (chat, {"tool_choice": []}, "tool_choice"),
+        (chat, {"guided_json": 3}, "guided_json"), (completion, {"prompt": 3}, "prompt"),
+        (chat, {"messages": NO_TEXT}, "messages.0.content"), (chat, {"messages": NO_PART}, "messages.0.content"),
+        (chat, {"structured_outputs": {"json": 3}}, "structured_outputs.json"),
+    ],
+)  # fmt: skip
+def test_a_field_of_several_types_is_refused_in_one_line(ask: Any, given: dict[str, Any], field: str) -> None:
+    """It names the field and what it may be, and nothing of how that is checked."""
+    with pytest.raises(RequestError, match=rf"^{field} must be an? ") as refused:
+        ask(**given)
+    assert refused.value.param == field
+
+
+@pytest.mark.parametrize(
+    "items",
+    [[{"role": "nobody", "content": "x"}], [{"role": "user"}], [{"type": "function_call", "call_id": "x"}], [{}]],
+)
+def test_what_an_item_lacks_is_the_inputs_fault(items: Any) -> None:
+    """Not that of `messages`, which the client did not send."""
+    with pytest.raises(RequestError, match=r"^input") as refused:
+        response(input=items).as_chat(print)
+    assert refused.value.param == "input"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+from functools import partial
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from elastic.gateway.live import LiveDocument, merge_patch
+from elastic.gateway.live import MAX_READERS, STALLED_S, Live, LiveDocument, merge_patch
 from elastic.gateway.page import FILES, POLICY
 from elastic.gateway.traffic import KEPT_S, Traffic
 from membership.base.enums import OperationKind
+from membership.base.errors import RequestError
 from membership.store.records import ClusterState, ExpertLoad, Heartbeats, Operation
 from tests.support.cluster_states import healthy, without
 
@@ -128,3 +132,33 @@ def test_the_page_needs_nothing_that_its_policy_forbids() -> None:
     assert "unsafe" not in POLICY
     named = set(re.findall(r"\$\(\"([\w-]+)\"\)", texts["page.js"]))
     assert named <= set(re.findall(r'\bid="([\w-]+)"', texts["page.html"])), "elements that the script looks for"
+
+
+def test_who_has_not_read_for_longest_gives_way_and_no_one_else() -> None:
+    nothing: Any = None
+    at, dropped = [100.0], []
+    live = Live(nothing, Path("none"), Traffic(), lambda: False, clock=lambda: at[0])
+
+    async def fill() -> None:
+        readers = [live.stream(partial(dropped.append, number)) for number in range(MAX_READERS)]
+        for reader in readers:  # each is being sent its first message
+            live.make_room()
+            assert (await anext(reader)).startswith(b"event: begin")
+            at[0] += 1.0
+        at[0] = 100.0 + STALLED_S - 0.1
+        with pytest.raises(RequestError, match="8 readers"):
+            live.make_room()
+        at[0] = 100.0 + STALLED_S
+        live.make_room()
+        assert dropped == [0]
+        newcomer = live.stream(partial(dropped.append, MAX_READERS))
+        await anext(newcomer)
+        with pytest.raises(RequestError, match="8 readers"):
+            live.make_room()
+        await readers[3].aclose()  # it leaves by itself
+        live.make_room()
+        for each in (*readers, newcomer):
+            await each.aclose()
+        assert dropped == [0]
+
+    asyncio.run(fill())

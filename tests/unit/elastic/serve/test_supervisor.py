@@ -63,8 +63,13 @@ def test_a_second_pod_of_a_stateful_set_refuses_to_start(monkeypatch: pytest.Mon
 
 
 def test_a_model_may_be_served_under_a_name_with_a_slash() -> None:
-    config = cluster_config(replace(OPTIONS, served_model_name="org/model"))
+    config = cluster_config(replace(OPTIONS, served_model_name=("org/model",)))
     assert (config.served_model_name, config.cluster) == ("org/model", shipped_demo_model().name)
+
+
+@pytest.mark.parametrize("given", [("a", "b/c"), ("a,b/c",), ("a, b/c,", "a")])
+def test_a_model_may_have_several_names(given: tuple[str, ...]) -> None:
+    assert cluster_config(replace(OPTIONS, served_model_name=given)).model_names == ("a", "b/c")
 
 
 def test_the_config_names_the_small_files_by_content() -> None:
