@@ -6,6 +6,7 @@ Pure: everything comes from the records that the decisions themselves are made f
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from operator import attrgetter
 
@@ -19,6 +20,7 @@ from membership.base.rank_id import RankId
 from membership.operations.change import describe_change
 from membership.planning.cluster_facts import ClusterFacts
 from membership.planning.identity import HINT, advice
+from membership.planning.node_selection import homeless
 from membership.planning.planner import awaited
 from membership.store.phases import before_commit
 from membership.store.records import ClusterState, Operation, Phase, RankExit, RankState
@@ -56,12 +58,14 @@ def explain(state: ClusterState, now: float, subject: str | None = None, store: 
             )
         return (_rank(state, now, ranks[rank]),)
     ailing = [each for each in status.ranks if each.state is not RankState.SERVING]
-    return (_cluster(state, status, ailing), *(_rank(state, now, each) for each in ailing))
+    return (_cluster(state, now, status, ailing), *(_rank(state, now, each) for each in ailing))
 
 
-def _cluster(state: ClusterState, status: ClusterStatus, ailing: list[RankStatus]) -> Explanation:
+def _cluster(state: ClusterState, now: float, status: ClusterStatus, ailing: list[RankStatus]) -> Explanation:
     because = tuple(_cluster_facts(state, status, len(status.ranks) - len(ailing)))
     follows, do = _cluster_outlook(state, status)
+    facts = ClusterFacts(state, now)
+    because, do = (*because, *_short_of_hosts(facts)), do or _hosts_wanted(facts)
     return Explanation(subject="cluster", state=status.state, because=because, next=follows, do=do)
 
 
@@ -114,6 +118,43 @@ def _cluster_outlook(state: ClusterState, status: ClusterStatus) -> tuple[str, s
     return follows, do
 
 
+def _too_few_agents(facts: ClusterFacts) -> bool:
+    """Whether the first ranks wait for more hosts."""
+    return not facts.view.epoch and 0 < len(facts.state.agents) < facts.config.min_agents
+
+
+def _short_of_hosts(facts: ClusterFacts) -> Iterator[str]:
+    """Why ranks that are wanted are on no host."""
+    if facts.state.config is None:
+        return
+    if _too_few_agents(facts):
+        here = ", ".join(sorted(facts.state.agents))
+        needed = facts.config.min_agents
+        yield f"{len(facts.state.agents)} of {needed} agents are there ({here}): the first ranks wait (--min-agents)"
+    elif slots := homeless(facts):
+        yield f"no host has room for rank {', '.join(map(str, slots))}: {_fullness(facts)}"
+
+
+def _fullness(facts: ClusterFacts) -> str:
+    """How many ranks each host has, of those that it may have."""
+    running = Counter(node for node, _ in facts.assigned.values())
+    agents = sorted(facts.state.agents.items())
+    return ", ".join(
+        f"{node} {'is leaving' if agent.leaving else f'has {running[node]} of {agent.capacity}'}"
+        for node, agent in agents
+    )
+
+
+def _hosts_wanted(facts: ClusterFacts) -> str:
+    if facts.state.config is None:
+        return ""
+    if _too_few_agents(facts):
+        return "start `elastic agent` on more hosts"
+    if homeless(facts):
+        return "start `elastic agent` on another host, or one of these with a larger --capacity; else: elastic scale N"
+    return ""
+
+
 def _starved(state: ClusterState, status: ClusterStatus) -> list[int]:
     """Slots whose last rank died for want of memory, and in which none serves since."""
     serving = {rank.rank for rank in status.ranks if rank.state is RankState.SERVING}
@@ -124,6 +165,9 @@ def _rank(state: ClusterState, now: float, rank: RankStatus) -> Explanation:
     last = state.exits.get(rank.rank)
     because = [*_facts(state, now, rank), *(_history(last, now) if last is not None else ())]
     follows, do = _outlook(rank, last, now)
+    facts = ClusterFacts(state, now)
+    if rank.state is RankState.DEAD and rank.rank in homeless(facts):
+        follows, do = f"it is started once a host has room: {_fullness(facts)}", do or _hosts_wanted(facts)
     return Explanation(subject=f"rank {rank.rank}", state=rank.state.value, because=tuple(because), next=follows, do=do)
 
 
@@ -146,7 +190,7 @@ def explain_operation(state: ClusterState, now: float, operation: Operation) -> 
         because.append(f"epoch {operation.epoch}; tokens waited {operation.pause_ms:.1f} ms at its commit")
     elif before_commit(operation):
         facts = ClusterFacts(state, now)
-        because.append(f"waits for {awaited(facts)}")
+        because += [f"waits for {awaited(facts)}", *_short_of_hosts(facts)]
         follows = f"rolled back in {ago(operation.deadline - now)} if it is not committed by then"
         do = f"to give it up: elastic ops cancel {operation.id}"
     else:

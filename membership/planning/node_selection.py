@@ -32,3 +32,13 @@ def choose_nodes(facts: ClusterFacts, slots: Iterable[int]) -> dict[int, str]:
             heapq.heappush(queue, (number + 1, node))
         found[slot] = node
     return found
+
+
+def homeless(facts: ClusterFacts) -> tuple[int, ...]:
+    """Slots to fill that no live agent has room for. One that was set aside waits for an operator instead."""
+    if not facts.state.agents:
+        return ()
+    free = sum(room(facts).values())
+    aside = {slot for slot, last in facts.state.exits.items() if last.quarantined}
+    wanting = [slot for slot in facts.fill if slot not in facts.assigned and slot not in aside]
+    return tuple(wanting[free:])

@@ -10,8 +10,8 @@ from membership.base.endings import MEMORY_HINT
 from membership.base.enums import OperationKind
 from membership.base.errors import ConfigError
 from membership.planning.identity import HINT
-from membership.store.records import ClusterState, Operation, Phase, RankExit
-from tests.support.cluster_states import healthy, without
+from membership.store.records import ClusterState, Desired, Operation, Phase, RankExit
+from tests.support.cluster_states import CONFIG, healthy, without
 
 pytestmark = pytest.mark.unit
 
@@ -129,3 +129,44 @@ def test_a_nodes_replaced_files_are_explained_while_all_serve() -> None:
     cluster = of(healthy(agents=agents), "cluster")
     assert "node n: model.safetensors in /m changed" in cluster.because
     assert cluster.do.startswith("put the files back")
+
+
+def test_first_ranks_that_wait_for_more_hosts_say_how_many_are_there() -> None:
+    few = replace(healthy(view=None, assignments={}, ranks={}), config=replace(CONFIG, min_agents=2))
+    cluster = of(few, "cluster")
+    assert cluster.because[-1] == "1 of 2 agents are there (n): the first ranks wait (--min-agents)"
+    assert cluster.do == "start `elastic agent` on more hosts"
+    enough = replace(few, config=CONFIG)
+    assert "--min-agents" not in explained(explain(enough, NOW))
+    assert "--min-agents" not in explained(explain(healthy(config=replace(CONFIG, min_agents=2)), NOW)), "it has begun"
+
+
+def full(state: ClusterState, capacity: int) -> ClusterState:
+    """The only host may have so many ranks."""
+    return replace(state, agents={"n": replace(state.agents["n"], capacity=capacity)})
+
+
+def test_a_full_host_is_named_with_what_it_has_and_what_to_do() -> None:
+    wanted = healthy(desired=Desired(ranks=6, slots=tuple(range(6))))
+    cluster = of(full(wanted, 4), "cluster")
+    assert cluster.because[-1] == "no host has room for rank 4, 5: n has 4 of 4"
+    assert cluster.do.startswith("start `elastic agent` on another host, or one of these with a larger --capacity")
+    assert of(full(wanted, 5), "cluster").because[-1] == "no host has room for rank 5: n has 4 of 5"
+    for roomy in (full(wanted, 6), full(healthy(), 4)):
+        assert "no host has room" not in explained(explain(roomy, NOW))
+    leaving = replace(wanted, agents={"n": replace(wanted.agents["n"], leaving=True)})
+    assert of(leaving, "cluster").because[-1] == "no host has room for rank 4, 5: n is leaving"
+
+
+def test_a_dead_rank_without_room_and_a_scale_without_room_say_so() -> None:
+    dead = full(without(healthy(), 1), 3)
+    unassigned = {
+        "n": replace(dead.assignments["n"], ranks=dead.assignments["n"].ranks[::2] + dead.assignments["n"].ranks[3:])
+    }
+    rank = of(replace(dead, assignments=unassigned), "rank 1")
+    assert rank.next == "it is started once a host has room: n has 3 of 3"
+    grow = Operation(
+        id="grow", kind=OperationKind.SCALE, target=6, previous=4, started=1.0, phase_times={Phase.PROPOSED: 1.0}
+    )
+    state = full(healthy(desired=Desired(ranks=6, operation="grow"), operations={"grow": grow}), 4)
+    assert "no host has room for rank 4, 5: n has 4 of 4" in explain(state, NOW, "grow")[0].because
