@@ -31,7 +31,7 @@ from membership.store.mirror import Mirror
 from membership.store.records import EngineRecord
 from workers.fleet.fleet import Fleet
 from workers.queue.handle import this_host
-from workers.queue.network import require_joined
+from workers.queue.network import require_joined, require_reachable
 
 CAMPAIGN_SLICE_S = 1.0
 REMIND_S = 60.0
@@ -84,6 +84,7 @@ def run_engine(
         if config is None:
             return
         require_joined(config, network)
+        require_reachable(mirror.state(), node, network)
         fleet = Fleet(network=network)
         opened.callback(fleet.close)
         server = EngineServer(fleet.ring, network)

@@ -14,7 +14,7 @@ from elastic.serve.join_secret import join_key_of
 from elastic.serve.options import DEFAULT_RANKS, InitOptions
 from elastic.serve.role_process import nodes_of
 from elastic.serve.state_dir import ClusterAddress
-from elastic.serve.stored_config import differing, write_config
+from elastic.serve.stored_config import differing, in_words, write_config
 from membership.base.errors import ConfigError
 from membership.store import codec
 from membership.store.endpoints import require_listener
@@ -49,9 +49,9 @@ def init_config(store: Store, config: ClusterConfig, options: InitOptions, say: 
         say(f"cluster {config.cluster!r} is there already: nothing is changed")
     elif hosts := nodes_of(store, keys.prefix):
         raise ConfigError(
-            f"cluster {config.cluster!r} lives on {', '.join(sorted(hosts))} with another {', '.join(other)}",
+            f"cluster {config.cluster!r} lives on {', '.join(sorted(hosts))} with another {in_words(other)}",
             hint="stop its roles on all hosts first, or give the settings that it has",
         )
     else:
         write_config(store, config, options, say)
-        say(f"cluster {config.cluster!r} has another {', '.join(other)} now")
+        say(f"cluster {config.cluster!r} has another {in_words(other)} now")

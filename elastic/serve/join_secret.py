@@ -11,7 +11,7 @@ import socket
 from pathlib import Path
 
 from membership.base.errors import ConfigError
-from membership.base.network import Network
+from membership.base.network import Network, is_loopback
 from workers.queue.network import join_key
 
 ENV = "ELASTIC_JOIN_SECRET"
@@ -29,7 +29,7 @@ def network_of(address: str, file: Path | None, cluster: str) -> Network | None:
             "--advertise needs the cluster's join secret",
             hint=f"copy {FILE} of the state directory of `elastic serve`, and give --join-secret-file or {ENV}",
         )
-    _require_ours(address)
+    require_ours(address)
     return Network(address, cluster, secret.encode())
 
 
@@ -37,6 +37,12 @@ def join_key_of(file: Path | None, cluster: str) -> str:
     """What the config of a cluster says of its join secret; "" if none is given: it is on one host."""
     secret = _given(file)
     return join_key(Network("", cluster, secret.encode())) if secret else ""
+
+
+def made_secret(state_dir: Path) -> Path | None:
+    """The file with the secret that was made in this state directory, if one was."""
+    file = state_dir / FILE
+    return file if file.exists() else None
 
 
 def make_secret(state_dir: Path) -> Path:
@@ -66,7 +72,7 @@ def _read(file: Path) -> str:
     return secret
 
 
-def _require_ours(address: str) -> None:
+def require_ours(address: str) -> None:
     """ConfigError unless this host can listen at this address."""
     try:
         with socket.socket() as probe:
@@ -77,7 +83,7 @@ def _require_ours(address: str) -> None:
             f"--advertise {address}: this host cannot listen there: {error.strerror or error}",
             hint="give an IPv4 address of this host, or a name of it, that the other hosts reach",
         ) from error
-    if found.startswith("127.") and not address.startswith("127."):
+    if is_loopback(found) and not is_loopback(address):
         raise ConfigError(
             f"--advertise {address}: that is {found}, where no other host reaches this one",
             hint="give an address of this host's network; /etc/hosts often has a host's own name as 127.0.1.1",

@@ -338,6 +338,15 @@ class SpareOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LeaveOptions:
+    """How a host leaves others."""
+
+    drain_grace_s: float = option(
+        60.0, "On SIGTERM: max time to hand ranks over to other hosts before exit (0 = exit at once)."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class LogOptions:
     """How large logs and the event history may grow."""
 
@@ -480,7 +489,15 @@ class InitOptions(ConfigOptions, StoreOptions, JoinOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions(
-    ConfigOptions, SupervisorOptions, StoreOptions, NetworkOptions, ListenOptions, ApiOptions, SpareOptions, LogOptions
+    ConfigOptions,
+    SupervisorOptions,
+    StoreOptions,
+    NetworkOptions,
+    ListenOptions,
+    ApiOptions,
+    LeaveOptions,
+    SpareOptions,
+    LogOptions,
 ):
     """Options of `elastic serve`."""
 
@@ -516,13 +533,10 @@ class ModelOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AgentOptions(RoleOptions, ModelOptions, SpareOptions):
+class AgentOptions(RoleOptions, ModelOptions, LeaveOptions, SpareOptions):
     """Options of `elastic agent`."""
 
     worker_class: str = option("workers.rank.worker:EPWorker", "Worker that ranks run, as module:Class.")
-    drain_grace_s: float = option(
-        60.0, "On SIGTERM: max time to hand ranks over to other hosts before exit (0 = exit at once)."
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,18 +3,21 @@
 A cluster that served the same model before continues from its last epoch, at the size that it had, unless `--ranks` is
 another than at its last start: a pod has the same flags at each start. While another process serves the cluster,
 nothing is written. One that was killed cannot say that it is gone: its leases run out, or are revoked if it was here.
-A cluster that lives on other hosts is joined as it is.
+A cluster that lives on other hosts is joined as it is. So is one that may: its ranks there were not stopped, and etcd
+does not see them.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import msgspec
 
-from elastic.serve.options import DEFAULT_RANKS, DEFAULTS, InitOptions, ServeOptions
+from elastic.serve.join_secret import ENV, FILE
+from elastic.serve.options import DEFAULT_RANKS, DEFAULTS, InitOptions, ServeOptions, options_of
 from elastic.serve.predecessor import Predecessor
 from elastic.serve.role_process import nodes_of, revoke_leases
 from membership.base.errors import ConfigError, PlanRefused, StoreError
@@ -23,9 +26,15 @@ from membership.planning.cluster_facts import scale_refusal
 from membership.store import codec
 from membership.store.interface import Compare, Delete, KeyValue, Put, Store
 from membership.store.keys import Keys
-from membership.store.records import ClusterConfig, Desired
+from membership.store.records import Assignment, ClusterConfig, Desired
 
 POLL_S = 0.1
+OF_MODEL = ("moe_layers", "experts", "expert_bytes", "vocab_size", "eos_token_ids", "files")
+NOT_FLAGS = {
+    **dict.fromkeys(OF_MODEL, "model"),
+    "join_key": "join secret",
+    "served_model_aliases": "--served-model-name",
+}
 
 
 def write_config(
@@ -38,7 +47,7 @@ def write_config(
 ) -> tuple[ClusterConfig, int]:
     """Store the config and the size; return both as they are now. `say` tells the user what is awaited or kept.
 
-    `node`: ours, in a cluster that spans hosts.
+    `node`: ours; "": whatever may live elsewhere, the cluster begins anew.
     """
     keys = Keys(config.cluster)
     before = store.get(keys.config)
@@ -47,8 +56,14 @@ def write_config(
         if predecessor is not None and predecessor.served(config.cluster, options.etcd):
             for key in predecessor.fence(store, (keys.leader, keys.engine)):
                 say(f"{key} was held by the server that was killed here: taken over")
-        if node and (hosts := nodes_of(store, keys.prefix) - {node}):
-            return _joined(store, keys, config, options, known, sorted(hosts), say)
+        hosts = _elsewhere(store, keys, node)
+        if node and config.join_key and (hosts.living or hosts.unseen):
+            return _joined(store, keys, config, options, known, hosts, say)
+        if node and known.join_key and hosts.living:
+            raise ConfigError(
+                f"cluster {keys.cluster!r} lives on {_named(hosts.living)} and spans hosts",
+                hint="to join it, give --advertise and its join secret; else choose another name with --cluster",
+            )
         require_unserved(store, keys, known.lease_ttl_s, say)
     same_model = known is not None and _shape(known) == _shape(config)
     desired = Desired(ranks=options.ranks or DEFAULT_RANKS)
@@ -74,26 +89,71 @@ def write_config(
     return config, desired.ranks
 
 
+@dataclass(frozen=True)
+class Elsewhere:
+    """Other hosts of the cluster. `unseen`: ranks are assigned to them, and none of their processes holds a lease."""
+
+    living: frozenset[str]
+    unseen: frozenset[str]
+
+
+def _elsewhere(store: Store, keys: Keys, node: str) -> Elsewhere:
+    """An agent that stops takes its assignment along, so one that is left is of a host that died, or is cut off."""
+    _, found = store.range(keys.assignments)
+    assigned = [codec.decode(each.value, Assignment) for each in found]
+    living = nodes_of(store, keys.prefix) - {node}
+    unseen = {each.node for each in assigned if each.ranks} - {node} - living
+    return Elsewhere(frozenset(living), frozenset(unseen))
+
+
+def _named(hosts: Iterable[str]) -> str:
+    names = sorted(hosts)
+    return f"host{'s' * (len(names) > 1)} {', '.join(names)}"
+
+
+def require_no_secret(store: Store, keys: Keys, node: str) -> None:
+    """ConfigError if the cluster has a join secret that other hosts have: ours must be the same."""
+    found = store.get(keys.config)
+    if found is None or not codec.decode(found.value, ClusterConfig).join_key:
+        return
+    hosts = _elsewhere(store, keys, node)
+    if where := hosts.living | hosts.unseen:
+        raise ConfigError(
+            f"cluster {keys.cluster!r} is on {_named(where)}, and this cluster has a join secret",
+            hint=f"bring it with --join-secret-file or {ENV}; `elastic serve` there has it in STATE-DIR/{FILE}",
+        )
+
+
 def _joined(
     store: Store,
     keys: Keys,
     config: ClusterConfig,
     options: ServeOptions | InitOptions,
     known: ClusterConfig,
-    hosts: list[str],
+    hosts: Elsewhere,
     say: Callable[[str], None],
 ) -> tuple[ClusterConfig, int]:
     """What the cluster has, unchanged. ConfigError: it was begun with other settings than ours."""
-    where = f"host{'s' * (len(hosts) > 1)} {', '.join(hosts)}"
+    if hosts.living:
+        where, otherwise = f"lives on {_named(hosts.living)}", "stop the cluster on all hosts first"
+    else:
+        where = f"has ranks on {_named(hosts.unseen)}, which may be cut off from this etcd"
+        otherwise = "if no process of it lives on any host, run `elastic init` with the new settings first"
     if other := differing(config, options, known):
         raise ConfigError(
-            f"cluster {keys.cluster!r} lives on {where} with another {', '.join(other)}",
-            hint="start this host with the same flags, model and join secret, or stop the cluster on all hosts first",
+            f"cluster {keys.cluster!r} {where}, and has another {in_words(other)}",
+            hint=f"start this host with the same flags, model and join secret, or {otherwise}",
         )
     found = store.get(keys.desired)
     ranks = codec.decode(found.value, Desired).ranks if found is not None else options.ranks or DEFAULT_RANKS
-    say(f"cluster {keys.cluster!r} lives on {where}: this host joins it; {ranks} ranks are wanted, as before")
+    say(f"cluster {keys.cluster!r} {where}: this host joins it; {ranks} ranks are wanted, as before")
     return msgspec.structs.replace(known, model=config.model), ranks
+
+
+def in_words(settings: Iterable[str]) -> str:
+    """Settings of a config, as users know them: by their flags, or by what they come from."""
+    flags = {stated.field: stated.flags[0] for stated in options_of(ServeOptions)}
+    return ", ".join(dict.fromkeys(NOT_FLAGS.get(name) or flags.get(name, name) for name in settings))
 
 
 def differing(config: ClusterConfig, options: ServeOptions | InitOptions, known: ClusterConfig) -> list[str]:

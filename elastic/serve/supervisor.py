@@ -35,14 +35,15 @@ from elastic.serve.role_process import RoleProcess, revoke_leases
 from elastic.serve.roles import Roles
 from elastic.serve.state_dir import ClusterAddress, StateDir, home
 from elastic.serve.store_guard import StoreGuard
-from elastic.serve.stored_config import write_config
+from elastic.serve.stored_config import require_no_secret, write_config
 from elastic.serve.tls import certificates_of, pinned
 from membership.base import descriptors, rotation
 from membership.base.attempts import Attempts
-from membership.base.errors import ConfigError, ElasticError, StoreReplaced, WaitTimeout
+from membership.base.errors import ConfigError, ElasticError, StoreError, StoreReplaced, WaitTimeout
 from membership.base.events import EventLog, Tail
 from membership.base.failpoints import HISTORY_ENV
 from membership.base.logs import configure, write_line
+from membership.base.network import Network
 from membership.base.run_dir import ENV as RUN_DIR_ENV
 from membership.base.run_dir import make_run_dir, remove_run_dir, run_dir, sweep
 from membership.base.timing import STABLE_S
@@ -50,12 +51,13 @@ from membership.placement.plan import thin_spread
 from membership.store.credentials import NO_CREDENTIALS
 from membership.store.endpoints import require_listener
 from membership.store.interface import Store
-from membership.store.keys import Keys
+from membership.store.keys import Keys, state_from
+from membership.store.records import ClusterState
 from workers.agent.preload import WORKER_CLASS, preload_for
 from workers.agent.zygote import Zygote
 from workers.ipc.cpu_priority import run_in_short_turns
 from workers.model.content import stamp_files
-from workers.queue.network import join_key
+from workers.queue.network import join_key, require_reachable
 
 log = structlog.get_logger(__name__)
 
@@ -63,6 +65,8 @@ log = structlog.get_logger(__name__)
 STOP_S = {"controller": 5.0, "agent": 15.0, "engine": 5.0, "engine-standby": 5.0, "gateway": 5.0}  # and its streams'
 # So that requests can end: either engine may be the one in office.
 STOPPED_TOGETHER = (("gateway",), ("engine", "engine-standby"), ("agent", "controller"))
+# Where other hosts go on: its ranks are handed over while all roles are there to do it.
+LEFT_TOGETHER = (("agent",), ("gateway",), ("engine", "engine-standby"), ("controller",))
 MAYBE_MEMORY = ", perhaps for want of memory (in a pod: `kubectl describe pod` says OOMKilled; fewer ranks need less)"
 PAUSE_S = 0.1  # between two turns that cannot even look at the processes
 TROUBLES = {"rank_load_failed", "rank_prepare_failed", "rank_quarantined", "forkserver_ready"}
@@ -120,8 +124,8 @@ class Supervisor:
         self._pause = threading.Event()
         self._hurry = hurry or threading.Event()
         self._environment: dict[str, str] = {}
-        self._network: list[str] = []  # flags
-        self._join_key = ""
+        self._network: Network | None = None
+        self._network_flags: list[str] = []  # of the roles that other hosts reach
         self._zygote: Zygote | None = None
         self._waiting: dict[str, WaitingProcess] = {}
         self._opened = ExitStack()
@@ -144,8 +148,7 @@ class Supervisor:
             sweep(run, newborn_s=0.0)  # what an earlier run left that was killed
             self._environment = {**chaos_mode.begin(self.state, self.options.chaos), RUN_DIR_ENV: str(run)}
             opened.callback(self.state.failpoints.unlink, missing_ok=True)
-            self._network = self._network_flags()
-            self.config = msgspec.structs.replace(self.config, join_key=self._join_key)
+            self._check_network()
             self._start(opened, killed)
             self._opened = opened.pop_all()
         return self
@@ -158,7 +161,29 @@ class Supervisor:
         if self._listeners is not None:
             self._listeners.close()  # the gateway has them until its requests have ended
         grace_s = {**STOP_S, "gateway": STOP_S["gateway"] + self.options.stop_grace_s}
-        self._roles.stop(STOPPED_TOGETHER, grace_s, self._hurry)
+        together: tuple[tuple[str, ...], ...] = STOPPED_TOGETHER
+        if self._network is not None and self._serves_elsewhere():
+            together = LEFT_TOGETHER
+            grace_s["agent"] += self.options.drain_grace_s
+            say("handing this host's ranks over to the others (Ctrl-C again: at once)")
+        self._roles.stop(together, grace_s, self._hurry)
+
+    def _serves_elsewhere(self) -> bool:
+        """Whether ranks of other hosts can take over from ours."""
+        try:
+            state = self._state()
+        except StoreError as error:
+            log.warning("hosts_unknown", error=str(error))
+            return False
+        members = state.view.members if state.view is not None else ()
+        staying = {node for node, agent in state.agents.items() if not agent.leaving} - {self.node}
+        return any(member.node in staying for member in members)
+
+    def _state(self) -> ClusterState:
+        if self._store is None:
+            return ClusterState(revision=0)
+        revision, items = self._store.range(self.keys.prefix)
+        return state_from(items, revision)
 
     def _stop_etcd(self) -> None:
         if self.etcd is not None:
@@ -197,8 +222,10 @@ class Supervisor:
             endpoints = (self.etcd.url,)
         self._store = self.address(endpoints).connect()
         opened.callback(self._store.close)
-        node = self.node if self._network else ""
-        self.config, self.ranks = write_config(self._store, self.config, self.options, say, killed, node)
+        if self.options.advertise and not self._network:
+            self._make_secret(self._store)
+        require_reachable(self._state(), self.node, self._network)
+        self.config, self.ranks = write_config(self._store, self.config, self.options, say, killed, self.node)
         opened.callback(self._stop_roles)
         for name in STOP_S:
             self._roles.add(self._role(name, endpoints))
@@ -330,7 +357,7 @@ class Supervisor:
         arguments = [command, "--etcd", ",".join(endpoints), "--cluster", self.config.cluster]
         arguments += ["--state-dir", str(self.state.path), *self.options.credentials().as_flags()]
         arguments += ["--log-max-mb", str(self.options.log_max_mb), "--log-keep", str(self.options.log_keep)]
-        arguments += ["--node", self.node, *self._network]
+        arguments += ["--node", self.node, *self._network_flags]
         arguments += self._gateway_arguments() if name == "gateway" else []
         secrets: dict[str, str] = {}
         if name == "gateway":
@@ -338,7 +365,8 @@ class Supervisor:
         if name in ("agent", "gateway") and self._network:
             arguments += ["--model", str(self.options.model.absolute())]
         if name == "agent":
-            arguments += ["--spares", str(self.options.spares), "--drain-grace", "0"]  # it ends with everything else
+            grace_s = self.options.drain_grace_s if self._network else 0.0  # alone it ends with everything else
+            arguments += ["--spares", str(self.options.spares), "--drain-grace", f"{grace_s:.3f}s"]
             arguments += ["--capacity", str(self.options.capacity)] if self.options.capacity else []
         stable_s = min(STABLE_S, self.options.restart_window_s)  # a death that does not count for ranks does not here
         return RoleProcess(
@@ -347,21 +375,33 @@ class Supervisor:
             listeners=self._listeners if name == "gateway" else None, waiting=self._waiting.get(name),
         )  # fmt: skip
 
-    def _network_flags(self) -> list[str]:
-        """For the roles that other hosts reach. The secret is made if none is given. ConfigError: it is no good."""
+    def _check_network(self) -> None:
+        """Of the roles that other hosts reach, if there is a join secret. ConfigError: it is no good."""
         options, file = self.options, self.options.join_secret_file
         if not options.advertise:
-            return []
+            return
         if not options.etcd:
             hint = "start an etcd of your own, and name it with --etcd on all hosts"
             raise ConfigError("--advertise without --etcd: other hosts cannot reach the embedded etcd", hint=hint)
+        join_secret.require_ours(options.advertise)
         if file is None and not os.environ.get(join_secret.ENV):
-            file = join_secret.make_secret(self.state.path)
-            say(f"other hosts join with the secret in {file}")
-        network = join_secret.network_of(options.advertise, file, self.config.cluster)  # refused now, not by a role
-        self._join_key = join_key(network)
+            file = join_secret.made_secret(self.state.path)
+        if file is not None or os.environ.get(join_secret.ENV):
+            self._join(file)
+
+    def _make_secret(self, store: Store) -> None:
+        """The first host makes it. ConfigError: this is another one."""
+        require_no_secret(store, self.keys, self.node)
+        file = join_secret.make_secret(self.state.path)
+        say(f"other hosts join with the secret in {file}")
+        self._join(file)
+
+    def _join(self, file: Path | None) -> None:
+        """Have roles reached by other hosts. ConfigError now, not by a role."""
+        self._network = join_secret.network_of(self.options.advertise, file, self.config.cluster)
+        self.config = msgspec.structs.replace(self.config, join_key=join_key(self._network))
         named = ["--join-secret-file", str(file.absolute())] if file is not None else []
-        return ["--advertise", options.advertise, *named]
+        self._network_flags = ["--advertise", self.options.advertise, *named]
 
     def _gateway_arguments(self) -> list[str]:
         most = self.options.max_connections

@@ -23,3 +23,8 @@ class Network:
                 f"the join secret has {len(self.secret)} bytes, and needs at least {SECRET_MIN_BYTES}",
                 hint="write 32 random bytes as hexadecimal digits into --join-secret-file",
             )
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only processes of the same host get there."""
+    return address.startswith("127.")

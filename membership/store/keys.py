@@ -69,6 +69,7 @@ class Keys:
         self.engine = prefix + "engine"  # its create revision is the engine token
         self.engine_status = prefix + "engine-status"
         self.expert_load = prefix + "expert-load"
+        self.assignments = prefix + "assign/"
         self.incarnation = prefix + "incarnation"  # Counter: the last incarnation given out
         # Prefixes of records on which no process acts: their changes wake no reader of a mirror.
         self.quiet = (prefix + "heartbeats/", self.expert_load)
@@ -79,7 +80,7 @@ class Keys:
 
     def assign(self, node: str) -> str:
         """Assignment."""
-        return f"{self.prefix}assign/{_segment(node, 'node name')}"
+        return f"{self.assignments}{_segment(node, 'node name')}"
 
     def rank(self, rank: int, incarnation: int) -> str:
         """RankRecord."""

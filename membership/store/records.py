@@ -208,6 +208,8 @@ class AgentRecord(Record, frozen=True, kw_only=True):
     spares: tuple[int, ...] = ()  # pids of its spare processes
     leaving: bool = False  # it asks that its ranks move away, and exits once it has none
     trouble: str = ""  # what is wrong with its copy of the checkpoint, while its ranks serve on
+    host: str = ""  # which host and network namespace it is in, if other hosts reach it
+    address: str = ""  # at which they do
 
 
 class RankRecord(RankProcess, frozen=True, kw_only=True):

@@ -22,6 +22,7 @@ from elastic.serve.etcd_server import EtcdServer
 from elastic.serve.state_dir import StateDir
 from membership.base import starter
 from membership.base.enums import DetectedBy
+from membership.base.events import Event, EventLog
 from membership.store.codec import decode
 from membership.store.keys import Keys
 from membership.store.records import LeaderRecord
@@ -77,6 +78,20 @@ class TwoHosts(Cluster):
         self.hosts.kill(host)
         for place in [each for each in self._started if each[0] == host]:
             self._started.pop(place)[0].wait(timeout=60)
+
+    def stop(self, host: str, command: str) -> int:
+        """SIGTERM, as by an operator; the exit code."""
+        process, _ = self._started.pop((host, command))
+        process.terminate()
+        return process.wait(timeout=120)
+
+    def refused_on(self, host: str, *command: str) -> str:
+        """What it says on stderr."""
+        outcome = subprocess.run(
+            self.hosts.command(host, *PYTHON, *command), capture_output=True, text=True, timeout=180
+        )
+        assert outcome.returncode == 1, outcome.stderr
+        return outcome.stderr
 
     def type_on(self, host: str, *command: str) -> str:
         outcome = subprocess.run(
@@ -233,11 +248,46 @@ def host_a_dies(cluster: TwoHosts, workload: Workload) -> None:
     eventually(lambda: len(workload.records()) > ended + 4, 120.0, "requests that end without host a")
 
 
+def a_second_serve_lacks_the_secret(cluster: TwoHosts, model: Path) -> None:
+    """It makes none of its own, but says what it lacks."""
+    state = cluster.folder / "without-secret"
+    flags = ["--etcd", cluster.etcd, "--cluster", "moe", "--state-dir", str(state)]
+    said = cluster.refused_on("b", "serve", str(model), *flags, "--advertise", cluster.hosts.addresses["b"])
+    assert "this cluster has a join secret: bring it with --join-secret-file or ELASTIC_JOIN_SECRET" in said
+    assert not (state / "join-secret").exists()
+
+
+def host_a_leaves(cluster: TwoHosts, workload: Workload) -> None:
+    """SIGTERM of its `elastic serve`, which has the engine and the controller in charge, in the middle of streams."""
+    for role in ("engine", "controller"):
+        assert cluster.stop("b", role) == 0
+    eventually(lambda: offices(cluster) == ("a", "a"), 120.0, "host a to be in charge")
+    for role in ("engine", "controller"):
+        cluster.start_on_b(role)
+    eventually(lambda: steps_over_all(cluster), 120.0, "steps over four ranks")
+    eventually(lambda: streaming(workload, 4), 60.0, "four streams under way")
+    before = events_of_both(cluster, "rank_masked")
+    assert cluster.stop("a", "serve") == 0
+    assert set(nodes_of(cluster).values()) == {"b"}, "its ranks had left the view when it ended"
+    assert "a" not in cluster.client().state().assignments
+    ended = len(workload.records())
+    eventually(lambda: len(workload.records()) > ended + 4, 120.0, "requests that end without host a")
+    assert offices(cluster) == ("b", "b")
+    assert events_of_both(cluster, "rank_masked") == before, "none was lost"
+
+
+def events_of_both(cluster: TwoHosts, kind: str) -> list[Event]:
+    """Each host has a history of its own."""
+    paths = [StateDir(cluster.folder / host).events for host in ("a", "b")]
+    return [event for path in paths for event in EventLog.read(path) if event.kind == kind]
+
+
 def test_two_hosts_answer_as_one_and_the_deaths_of_either_lose_nothing(two_hosts: TwoHosts, demo_model: Path) -> None:
     two_hosts.serve_on_a(demo_model)
     two_hosts.wait_serving(2)
     fault_free(two_hosts)
     assert two_hosts.secret.stat().st_mode & 0o777 == 0o600
+    a_second_serve_lacks_the_secret(two_hosts, demo_model)
     two_hosts.start_on_b("agent", "--capacity", "2")
     eventually(lambda: "b" in two_hosts.client().state().agents, 120.0, "host b to be there")
     two_hosts.type_on("a", "scale", "4", "--state-dir", str(two_hosts.state.path))
@@ -264,7 +314,8 @@ def test_two_hosts_answer_as_one_and_the_deaths_of_either_lose_nothing(two_hosts
         host_a_dies(two_hosts, workload)
         two_hosts.serve_on_a(demo_model)
         eventually(lambda: steps_over_all(two_hosts), 180.0, "steps over the ranks of both hosts again")
-    assert offices(two_hosts) == ("b", "b")
+        assert offices(two_hosts) == ("b", "b")
+        host_a_leaves(two_hosts, workload)
     desired = two_hosts.client().state().desired
     assert desired is not None
     assert desired.ranks == 4, "as it was scaled, not as it was begun"

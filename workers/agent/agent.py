@@ -60,7 +60,8 @@ from workers.agent.registrar import Registrar
 from workers.agent.restart_policy import policy_of
 from workers.agent.spares import Spares
 from workers.protocol.rpc import Outcome, PendingCall
-from workers.queue.network import require_joined
+from workers.queue.handle import this_host
+from workers.queue.network import require_joined, require_reachable
 
 TICK_S = 0.1
 ATTACH_RETRY_S = 0.3
@@ -117,6 +118,8 @@ class Agent:
             started=self._wall(),
             capacity=options.capacity or config.max_ranks,
             spares_wanted=options.spares,
+            host=this_host() if options.network is not None else "",
+            address=options.network.address if options.network is not None else "",
         )
         if options.model:
             config = changed(config, model=options.model)
@@ -193,10 +196,11 @@ class Agent:
             self._whole = not lacking
 
     def close(self, hurry: threading.Event | None = None) -> None:
-        """End the ranks, by SIGKILL once `hurry` is set; then give up the leases."""
+        """End the ranks, by SIGKILL once `hurry` is set; then give up the leases, and what was assigned."""
         self._unsubscribe()
         self._executor.shutdown((hurry or threading.Event()).is_set)
         self._registrar.close()
+        self._registrar.unassign(self.me)
 
     def _post(self, work: Callable[..., None], *args: Any) -> None:
         self._posted.put(partial(work, *args))
@@ -526,6 +530,7 @@ def run_agent(
             return
         require_joined(config, options.network)
         wait_for_name(mirror, node, stop)
+        require_reachable(mirror.state(), node, options.network)
         agent = Agent(store, mirror, config, node, events, options)
         try:
             agent.run(stop)

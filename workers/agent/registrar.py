@@ -18,10 +18,10 @@ from membership.base import failpoints
 from membership.base.attempts import Attempts
 from membership.base.errors import LeaseLost, StoreError, StoreReplaced, StoreUnavailable, WaitTimeout
 from membership.base.rank_id import RankId
-from membership.store.codec import encode
-from membership.store.interface import Delete, Op, Put, Store
+from membership.store.codec import decode, encode
+from membership.store.interface import Compare, Delete, Op, Put, Store
 from membership.store.keys import Keys
-from membership.store.records import RankExit, Record
+from membership.store.records import AgentRecord, Assignment, RankExit, Record
 
 RETRY_S = 0.25
 CLOSE_TIMEOUT_S = 10.0
@@ -133,6 +133,16 @@ class Registrar:
                     self._store.revoke(entry.lease)
         except StoreError as error:
             log.warning("leases_left_to_expire", error=str(error))
+
+    def unassign(self, agent: AgentRecord) -> None:
+        """Take the assignment of an agent that has ended its ranks. One that is left says that they may still run."""
+        key = self._keys.assign(agent.node)
+        try:
+            found = self._store.get(key)
+            if found is not None and decode(found.value, Assignment).agent_started == agent.started:
+                self._store.txn([Compare(key, "mod", "=", found.mod_revision)], [Delete(key)])
+        except StoreError as error:
+            log.warning("assignment_left", error=str(error))
 
     def _touch(self) -> None:
         self._dirty = True

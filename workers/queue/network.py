@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hmac
 from enum import StrEnum
+from urllib.parse import urlsplit
 
 from membership.base.errors import ConfigError, QueueError
-from membership.base.network import Network
-from membership.store.records import ClusterConfig
+from membership.base.network import Network, is_loopback
+from membership.store.records import ClusterConfig, ClusterState
 from workers.queue.handle import CurveKeys, Handle, Remote, this_host
 
 
@@ -72,6 +73,29 @@ def require_joined(config: ClusterConfig, network: Network | None) -> None:
         f"cluster {config.cluster!r} is on one host: it was begun without --advertise",
         hint="begin it by `elastic serve --advertise` or `elastic init --join-secret-file`, or start this role without",
     )
+
+
+def require_reachable(state: ClusterState, node: str, network: Network | None) -> None:
+    """ConfigError if another host is there, and it or this one is at a loopback address. On one host all may be."""
+    if network is None:
+        return
+    here = this_host()
+    others = {agent.node: agent.address for agent in state.agents.values() if agent.address and agent.host != here}
+    engine = state.engine
+    if engine is not None and engine.remote and engine.host != here:
+        others[engine.node] = urlsplit(engine.remote).hostname or ""
+    others.pop(node, None)  # what it was before a restart
+    for other, address in sorted(others.items()):
+        if is_loopback(network.address):
+            raise ConfigError(
+                f"--advertise {network.address}: host {other} cannot reach this one there",
+                hint="give an address of this host's network",
+            )
+        if is_loopback(address):
+            raise ConfigError(
+                f"host {other} is at {address}, where this one cannot reach it",
+                hint="start that one with --advertise and an address of its network",
+            )
 
 
 def _derived(network: Network, side: str) -> CurveKeys:

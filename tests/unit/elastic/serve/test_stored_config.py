@@ -13,12 +13,12 @@ from elastic.demo.model import shipped_demo_model
 from elastic.serve.cluster_config import cluster_config
 from elastic.serve.init_config import init_config
 from elastic.serve.options import DEFAULT_RANKS, InitOptions, ServeOptions
-from elastic.serve.stored_config import write_config
+from elastic.serve.stored_config import require_no_secret, write_config
 from membership.base.errors import ConfigError, PlanRefused
 from membership.store.codec import decode, encode
 from membership.store.in_memory import MemoryStore
 from membership.store.keys import Keys
-from membership.store.records import AgentRecord, Assignment, ClusterConfig, Desired
+from membership.store.records import AgentRecord, Assignment, ClusterConfig, Desired, RankSpec
 
 pytestmark = pytest.mark.unit
 
@@ -114,41 +114,101 @@ def live(store: MemoryStore, node: str) -> None:
     store.put(KEYS.agent(node), encode(AgentRecord(node=node, pid=1, started=1.0)), store.grant(60.0))
 
 
-def joins(store: MemoryStore, config: ClusterConfig = CONFIG, **given: Any) -> tuple[ClusterConfig, int, str]:
+SPANNING = msgspec.structs.replace(CONFIG, join_key="key of the secret")
+
+
+def spans(store: MemoryStore, **desired: Any) -> None:
+    """It was served on several hosts."""
+    store.put(KEYS.config, encode(SPANNING))
+    store.put(KEYS.desired, encode(Desired(**{"ranks": 6, **desired})))
+
+
+def assigned(store: MemoryStore, node: str, *ranks: int) -> None:
+    specs = tuple(RankSpec(rank=rank, incarnation=rank + 1) for rank in ranks)
+    store.put(KEYS.assign(node), encode(Assignment(node=node, ranks=specs)))
+
+
+def joins(store: MemoryStore, config: ClusterConfig = SPANNING, **given: Any) -> tuple[ClusterConfig, int, str]:
     """What a start on host "a" makes of it, and says; it must write nothing."""
     said: list[str] = []
     before = store.range(KEYS.prefix)
-    config, ranks = write_config(store, config, replace(OPTIONS, etcd=("e",), **given), said.append, node="a")
-    assert store.range(KEYS.prefix) == before
+    try:
+        config, ranks = write_config(store, config, replace(OPTIONS, etcd=("e",), **given), said.append, node="a")
+    finally:
+        assert store.range(KEYS.prefix) == before
     return config, ranks, " ".join(said)
 
 
 def test_a_cluster_that_lives_on_other_hosts_is_joined_as_it_is(store: MemoryStore) -> None:
     """Whoever holds its offices: there may be no controller and no engine at this moment, and both a moment later."""
-    left(store, Desired(ranks=6, slots=(0, 1, 2, 3, 4, 5)))
-    store.put(KEYS.assign("b"), encode(Assignment(node="b")))
+    spans(store, slots=(0, 1, 2, 3, 4, 5))
+    assigned(store, "b")
     live(store, "b")
     config, ranks, said = joins(store, ranks=2)
-    assert (config.model, ranks) == (CONFIG.model, 6)
+    assert (config.model, ranks) == (SPANNING.model, 6)
     assert said.endswith("lives on host b: this host joins it; 6 ranks are wanted, as before")
-    elsewhere = msgspec.structs.replace(CONFIG, model="/where/this/host/has/it")
+    elsewhere = msgspec.structs.replace(SPANNING, model="/where/this/host/has/it")
     assert joins(store, elsewhere)[0].model == elsewhere.model
 
 
+def test_one_whose_other_hosts_may_be_cut_off_from_etcd_is_joined_too(store: MemoryStore) -> None:
+    """Their leases have run out, and their ranks serve on: to begin anew would end them all once they are back."""
+    spans(store)
+    assigned(store, "a", 0, 1)
+    assigned(store, "b", 2, 3)
+    _, ranks, said = joins(store)
+    assert ranks == 6
+    assert said.endswith(
+        "has ranks on host b, which may be cut off from this etcd: this host joins it; 6 ranks are wanted, as before"
+    )
+    with pytest.raises(ConfigError, match=r"may be cut off from this etcd, and has another --redundancy$") as refused:
+        joins(store, msgspec.structs.replace(SPANNING, redundancy=3.0))
+    assert "elastic init" in refused.value.hint
+
+
 def test_one_with_other_settings_is_not_joined(store: MemoryStore) -> None:
-    started(store)
+    """They are named as users know them."""
+    spans(store)
     live(store, "b")
-    for changes, named in (({"redundancy": 3.0}, "redundancy"), ({"join_key": "k", "experts": 9}, "experts, join_key")):
-        with pytest.raises(ConfigError, match=f"lives on host b with another {named}$"):
-            joins(store, msgspec.structs.replace(CONFIG, **changes))
+    for changes, named in (
+        ({"redundancy": 3.0}, "--redundancy"),
+        ({"join_key": "k", "experts": 9, "files": ()}, "model, join secret"),
+        ({"rebalance_bytes": 1, "served_model_aliases": ("x",)}, "--rebalance-budget, --served-model-name"),
+    ):
+        with pytest.raises(ConfigError, match=f"lives on host b, and has another {named}$"):
+            joins(store, msgspec.structs.replace(SPANNING, **changes))
+
+
+def test_a_host_that_does_not_advertise_cannot_join(store: MemoryStore) -> None:
+    """Where nobody holds an office at this moment it began anew, under the agents of others."""
+    spans(store)
+    live(store, "b")
+    with pytest.raises(ConfigError, match="lives on host b and spans hosts") as refused:
+        joins(store, CONFIG)
+    assert "--advertise" in refused.value.hint
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_host_without_the_join_secret_of_the_others_is_told_to_bring_it(store: MemoryStore, seen: bool) -> None:
+    require_no_secret(store, KEYS, "a")
+    spans(store)
+    require_no_secret(store, KEYS, "a")
+    live(store, "a")
+    assigned(store, "a", 0)
+    require_no_secret(store, KEYS, "a")
+    live(store, "b") if seen else assigned(store, "b", 1)
+    with pytest.raises(ConfigError, match="is on host b, and this cluster has a join secret") as refused:
+        require_no_secret(store, KEYS, "a")
+    assert refused.value.hint.startswith("bring it with --join-secret-file or ELASTIC_JOIN_SECRET")
 
 
 def test_one_of_which_only_this_host_is_left_begins_anew(store: MemoryStore) -> None:
     """As after a stop of all: what its last processes here left behind belongs to nothing."""
-    left(store, Desired(ranks=6))
+    spans(store)
     live(store, "a")
-    store.put(KEYS.assign("a"), encode(Assignment(node="a")))
-    _, ranks = write_config(store, CONFIG, replace(OPTIONS, etcd=("e",)), lambda line: None, node="a")
+    assigned(store, "a", 0, 1)
+    assigned(store, "b")
+    _, ranks = write_config(store, SPANNING, replace(OPTIONS, etcd=("e",)), lambda line: None, node="a")
     assert (ranks, store.get(KEYS.assign("a")), store.get(KEYS.agent("a"))) == (6, None, None)
 
 
@@ -182,9 +242,9 @@ def test_it_changes_settings_only_of_a_cluster_that_does_not_live(store: MemoryS
     live(store, "b")
     other = msgspec.structs.replace(CONFIG, kv_blocks=7)
     before = store.range(KEYS.prefix)
-    with pytest.raises(ConfigError, match=r"lives on b with another kv_blocks$"):
+    with pytest.raises(ConfigError, match=r"lives on b with another --kv-blocks$"):
         initialised(store, other)
     assert store.range(KEYS.prefix) == before
     store.delete(KEYS.agent("b"))
     size, said = initialised(store, other)
-    assert (size, said.endswith("has another kv_blocks now")) == (6, True)
+    assert (size, said.endswith("has another --kv-blocks now")) == (6, True)

@@ -9,10 +9,10 @@ from contextlib import closing
 import pytest
 
 from membership.base.rank_id import RankId
-from membership.store.codec import decode
+from membership.store.codec import decode, encode
 from membership.store.in_memory import MemoryStore
 from membership.store.keys import Keys
-from membership.store.records import AgentRecord, Heartbeats, RankExit, RankRecord, RankState
+from membership.store.records import AgentRecord, Assignment, Heartbeats, RankExit, RankRecord, RankState
 from tests.support.helpers import eventually
 from workers.agent.registrar import Registrar
 
@@ -76,6 +76,18 @@ def test_records_are_written_under_leases_and_revoked_at_the_end(store: MemorySt
     assert kv.lease
     registrar.close()
     assert store.range(KEYS.prefix)[1] == ()
+
+
+@pytest.mark.parametrize(("agent_started", "stays"), [(1.0, False), (2.0, True)])
+def test_an_agent_that_ends_takes_its_own_assignment_along(
+    store: MemoryStore, registrar: Registrar, agent_started: float, stays: bool
+) -> None:
+    """Not that of the next agent of its node."""
+    me = AgentRecord(node="n", pid=1, started=1.0)
+    registrar.unassign(me)
+    store.put(KEYS.assign("n"), encode(Assignment(node="n", agent_started=agent_started)))
+    registrar.unassign(me)
+    assert (store.get(KEYS.assign("n")) is not None) == stays
 
 
 def test_a_withdrawn_record_and_its_exit_change_in_one_transaction(store: MemoryStore, registrar: Registrar) -> None:

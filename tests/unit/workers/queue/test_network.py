@@ -10,7 +10,7 @@ import pytest
 
 from membership.base.errors import ConfigError, QueueError
 from membership.base.network import Network
-from membership.store.records import ClusterConfig
+from membership.store.records import AgentRecord, ClusterConfig, ClusterState, EngineRecord
 from workers.queue.handle import Handle, this_host
 from workers.queue.network import (
     Purpose,
@@ -20,6 +20,7 @@ from workers.queue.network import (
     listening_keys,
     remote_of,
     require_joined,
+    require_reachable,
 )
 
 pytestmark = pytest.mark.unit
@@ -88,3 +89,47 @@ def test_one_that_can_is_let_in_wherever_it_is() -> None:
     require_joined(SPANNING, NETWORK)
     require_joined(SPANNING, replace(NETWORK, address="10.0.0.2"))
     require_joined(msgspec.structs.replace(SPANNING, join_key=""), None)
+
+
+def hosts(*advertised: tuple[str, str, str], engine: tuple[str, str, str] | None = None) -> ClusterState:
+    """Agents, and perhaps an engine: (node, host, address) of each."""
+    state = ClusterState(
+        revision=1,
+        agents={n: AgentRecord(node=n, pid=1, started=1.0, host=h, address=a) for n, h, a in advertised},
+    )
+    if engine is None:
+        return state
+    node, host, address = engine
+    record = EngineRecord(
+        node=node,
+        pid=2,
+        address="ipc://",
+        broadcast_handle=b"",
+        mask_handle=b"",
+        host=host,
+        remote=f"tcp://{address}:9",
+    )
+    return msgspec.structs.replace(state, engine=record)
+
+
+LOOPBACK = replace(NETWORK, address="127.0.0.1")
+
+
+def test_hosts_at_a_loopback_address_reach_no_other() -> None:
+    """Whichever comes second is refused."""
+    for state in (hosts(("b", "another", "10.0.0.2")), hosts(engine=("b", "another", "10.0.0.2"))):
+        require_reachable(state, "a", NETWORK)
+        with pytest.raises(ConfigError, match=r"--advertise 127\.0\.0\.1: host b cannot reach this one there"):
+            require_reachable(state, "a", LOOPBACK)
+    for state in (hosts(("b", "another", "127.0.0.1")), hosts(engine=("b", "another", "127.0.0.1"))):
+        with pytest.raises(ConfigError, match=r"host b is at 127\.0\.0\.1, where this one cannot reach it"):
+            require_reachable(state, "a", NETWORK)
+
+
+def test_a_trial_on_one_machine_may_be_at_a_loopback_address() -> None:
+    here = this_host()
+    state = hosts(("b", here, "127.0.0.1"), ("a", "before its restart", "10.0.0.1"), engine=("c", here, "127.0.0.1"))
+    require_reachable(state, "a", LOOPBACK)
+    require_reachable(state, "a", NETWORK)
+    require_reachable(hosts(("b", "", "")), "a", LOOPBACK)
+    require_reachable(hosts(("b", "another", "10.0.0.2")), "a", None)
