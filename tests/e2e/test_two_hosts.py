@@ -253,7 +253,7 @@ def a_second_serve_lacks_the_secret(cluster: TwoHosts, model: Path) -> None:
     state = cluster.folder / "without-secret"
     flags = ["--etcd", cluster.etcd, "--cluster", "moe", "--state-dir", str(state)]
     said = cluster.refused_on("b", "serve", str(model), *flags, "--advertise", cluster.hosts.addresses["b"])
-    assert "this cluster has a join secret: bring it with --join-secret-file or ELASTIC_JOIN_SECRET" in said
+    assert "this cluster has a join secret (bring it with --join-secret-file or ELASTIC_JOIN_SECRET" in said
     assert not (state / "join-secret").exists()
 
 
