@@ -88,6 +88,24 @@ class NodeStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     trouble: str = ""  # its copy of the checkpoint is another one by now; left out if it is not
 
 
+class LinkStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """The connections from one host to another, of its ranks or of the engine; each side reports what it sends.
+
+    `rtt_ms`: the longest, as kernels have learned it. The counters only rise while the reporting process lives.
+    """
+
+    role: str  # ranks | engine
+    node: str
+    peer_node: str
+    links: int
+    up: int
+    rtt_ms: float
+    sent_bytes: int
+    retransmits: int
+    suspects: int  # how often the other host was silent
+    cuts: int  # links that ended though both ends lived on
+
+
 class PauseStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Planned changes are refused until then."""
 
@@ -149,6 +167,7 @@ class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
     owner: Owner = Owner.OPERATOR
     drained: tuple[int, ...] = ()  # slots that stay empty until they are undrained
     nodes: tuple[NodeStatus, ...] = ()
+    links: tuple[LinkStatus, ...] = ()  # between hosts; empty on one host
     pause: PauseStatus | None = None
     exactness: Exactness = Exactness.INVARIANT  # stock: tokens may depend on the batch
     imbalance: float | None = None  # the busiest rank's measured expert load over the mean; null: not measured yet
@@ -181,6 +200,7 @@ def cluster_status(state: ClusterState, now: float, store: str = "") -> ClusterS
         owner=Owner.AGENTS if state.config.follow_agents else Owner.OPERATOR,
         drained=facts.desired.cordoned,
         nodes=tuple(_node(facts, node) for node in sorted(state.agents)),
+        links=tuple(links_of(state)),
         pause=_pause(state, now),
         exactness=state.config.exactness,
         imbalance=_imbalance(facts),
@@ -208,6 +228,20 @@ def _node(facts: ClusterFacts, node: str) -> NodeStatus:
     ending = any(facts.state.ranks[key].node == node for key in facts.lingering)
     safe = not ranks and not ending and bool(facts.members) and node not in facts.offices
     return NodeStatus(node=node, ranks=ranks, safe_to_delete=safe, trouble=facts.state.agents[node].trouble)
+
+
+def links_of(state: ClusterState) -> Iterator[LinkStatus]:
+    """Between hosts, as agents and the engine publish them about once per second."""
+    reported = [("ranks", node, known.links) for node, known in sorted(state.heartbeats.items())]
+    if state.engine is not None and state.engine_status is not None:
+        reported.append(("engine", state.engine.node, state.engine_status.links))
+    for role, node, links in reported:
+        for peer_node, link in sorted(links.items()):
+            yield LinkStatus(
+                role=role, node=node, peer_node=peer_node, links=link.links, up=link.up,
+                rtt_ms=round(link.rtt_s * 1e3, 3), sent_bytes=link.sent_bytes, retransmits=link.retransmits,
+                suspects=link.suspects, cuts=link.cuts,
+            )  # fmt: skip
 
 
 def _pause(state: ClusterState, now: float) -> PauseStatus | None:

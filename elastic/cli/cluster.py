@@ -4,41 +4,59 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from elastic.cli.command import WaitTimeoutFlag, command
 from elastic.cli.connection import Connection
 from elastic.cli.flags import Output, OutputFlag, interruptible, show, write_json
-from membership.base.errors import WaitTimeout
+from membership.base.errors import ConfigError, WaitTimeout
 from membership.store.records import RankState
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from elastic.cli.client import Client
+    from membership.base.events import Event
+
+LINK_EVENTS = 8  # of cut links that `status --links` shows
 
 
 @command
 def status(
     connection: Connection,
     watch: Annotated[bool, typer.Option("-w", "--watch", help="Keep showing it until Ctrl-C.")] = False,
+    links: Annotated[bool, typer.Option("--links", help="Show connections between hosts instead.")] = False,
     output: OutputFlag = Output.TEXT,
 ) -> None:
     """Show epoch, ranks, coverage, the running operation and the load."""
     with connection.client() as client, interruptible() as stop:
-        from elastic.cli.render import console, status_view, watch_status
+        from elastic.cli.render import console, links_view, status_view, watch_status
+
+        def view(document: dict[str, Any]) -> RenderableType:
+            return links_view(document, _link_events(client, stop)) if links else status_view(document)
 
         if watch and output is Output.TEXT:
-            watch_status(client.status, stop)
+            watch_status(client.status, view, stop)
             return
         while True:
             document = client.status()
             if output is Output.JSON:
                 write_json(document)
             else:
-                console().print(status_view(document))
+                console().print(view(document))
             if not watch or stop.wait(1.0):
                 return
+
+
+def _link_events(client: Client, stop: threading.Event) -> list[Event]:
+    """The last links that were cut, or came back; none where the history is out of reach."""
+    try:
+        found = [event for event in client.events(False, stop) if event.kind in ("link_lost", "link_back")]
+    except ConfigError:
+        return []
+    return found[-LINK_EVENTS:]
 
 
 @command

@@ -17,7 +17,7 @@ from elastic.cli import changes, cluster, roles
 from elastic.cli.command import command
 from elastic.cli.entry import run
 from elastic.cli.flags import Output, OutputFlag, show, write_json
-from elastic.serve.options import DEFAULT_RANKS, ServeOptions
+from elastic.serve.options import DEFAULT_RANKS, ServeOptions, StoreOptions
 
 app = typer.Typer(
     name="elastic",
@@ -55,6 +55,7 @@ def demo_model(
 @app.command()
 @command
 def doctor(
+    where: StoreOptions,
     model: Annotated[Path | None, typer.Argument(help="Also check this checkpoint.")] = None,
     ranks: Annotated[int, typer.Option(help="Check coverage for this many ranks.")] = DEFAULT_RANKS,
     redundancy: Annotated[float, typer.Option(help="Check coverage for this redundancy.")] = ServeOptions.redundancy,
@@ -64,7 +65,10 @@ def doctor(
     ] = False,
     output: OutputFlag = Output.TEXT,
 ) -> None:
-    """Check that this machine can serve (MODEL, if given), and what the death of a rank would cost. Exit 1 if not."""
+    """Check that this machine can serve (MODEL, if given), and what the death of a rank would cost. Exit 1 if not.
+
+    With --cluster: also which listeners of the cluster's other hosts are reached from here.
+    """
     from elastic.cli.doctor import examine, show_findings, show_timing
     from elastic.serve.model_check import first_failure
     from membership.base.timing import TIMINGS
@@ -76,6 +80,10 @@ def doctor(
             show_timing()
         return
     findings = examine(model, ranks, redundancy, hosts)
+    if where.cluster:
+        from elastic.cli.reach import examine_hosts
+
+        findings += examine_hosts(where)
     if output is Output.JSON:
         write_json(findings)
     else:

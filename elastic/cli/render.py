@@ -103,11 +103,33 @@ def _ranks_table(ranks: list[dict[str, Any]]) -> Table:
     return table
 
 
-def watch_status(read: Callable[[], dict[str, Any]], stop: threading.Event, interval_s: float = 0.5) -> None:
+def links_view(document: dict[str, Any], events: Iterable[Event]) -> RenderableType:
+    """The connections between hosts as a table, and the last that were cut."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("from", "to", "of", "up", "rtt", "sent", "retransmits", "suspected", "cut"):
+        table.add_column(column, justify="left" if column in ("from", "to", "of") else "right")
+    for link in document["links"]:
+        table.add_row(
+            link["node"], link["peer_node"], link["role"],
+            Text(f"{link['up']}/{link['links']}", "" if link["up"] == link["links"] else "red"),
+            f"{link['rtt_ms']:.2f} ms", in_bytes(link["sent_bytes"]),
+            *(str(link[counter]) for counter in ("retransmits", "suspects", "cuts")),
+        )  # fmt: skip
+    lines: list[RenderableType] = [table if document["links"] else Text("no connections between hosts")]
+    lines += [Text(event_line(event), "red" if event.kind == "link_lost" else "") for event in events]
+    return Group(*lines)
+
+
+def watch_status(
+    read: Callable[[], dict[str, Any]],
+    view: Callable[[dict[str, Any]], RenderableType],
+    stop: threading.Event,
+    interval_s: float = 0.5,
+) -> None:
     """Redraw the status until `stop` is set."""
-    with Live(status_view(read()), refresh_per_second=4, transient=False) as live:
+    with Live(view(read()), refresh_per_second=4, transient=False) as live:
         while not stop.wait(interval_s):
-            live.update(status_view(read()))
+            live.update(view(read()))
 
 
 def plan_view(plan: Plan) -> str:

@@ -24,19 +24,22 @@ from elastic.engine.scheduler import Output, Scheduler
 from elastic.engine.status_writer import StatusWriter
 from elastic.protocol import Abort
 from membership.base import failpoints, loop_watchdog
+from membership.base.enums import DetectedBy
 from membership.base.errors import Fenced, SchemaError
 from membership.base.events import EventLog
 from membership.base.rank_id import RankId
 from membership.planning.identity import name_of
 from membership.store.mirror import Mirror
-from membership.store.records import ClusterConfig, ClusterState, EngineStatus
+from membership.store.records import ClusterConfig, ClusterState, EngineStatus, HostLink
 from workers.fleet.fleet import Fleet, FleetEvent, RankJoined, RankLost
+from workers.protocol.host_links import HostLinks
 from workers.protocol.messages import BlocksCopied, CopyBlocks, Farewell, Holding, StepBatch, StepResult, StepStatus
 
 IDLE_S = 0.5
 EXPIRE_EVERY_S = 0.25
 PATIENCE_TTLS = 2.0  # for a member without a record: its agent needs one at most to write it again
 
+OURS = RankId(-1, 0)  # the engine, beside ranks
 log = structlog.get_logger(__name__)
 
 
@@ -76,6 +79,8 @@ class Engine:
         self._loads = LoadWindow(config.moe_layers, config.experts, self._clock())
         self._slow: set[int] = set()
         self._cut_links = CutLinks()
+        self._host_links = HostLinks()
+        self._links_now: dict[str, HostLink] = {}
         self._outbox: list[Output] = []
         self._ready: set[RankId] = set()
         self._lost: set[RankId] = set()
@@ -182,6 +187,13 @@ class Engine:
             loads = self._loads.due(now, self._wall())
             if loads is not None:
                 self._status.publish_loads(loads)
+            self._look_at_links()
+
+    def _look_at_links(self) -> None:
+        """Take in what our connections with other hosts have carried. Members only: of others the node is not known."""
+        members = self._scheduler.view.members if self._scheduler.view is not None else ()
+        self._host_links.reported(OURS, self._fleet.far_links(), {member.id: member.node for member in members})
+        self._links_now = self._host_links.record()
 
     def _note_slow(self) -> None:
         """Report ranks that have become far slower than the others, or no longer are."""
@@ -218,6 +230,7 @@ class Engine:
                 slow=tuple(sorted(self._slow)),
                 vacated_revision=self._vacated_revision(),
                 reading=scheduler.reading,
+                links=self._links_now,
             )
         )
 
@@ -294,6 +307,8 @@ class Engine:
     def _lose(self, loss: RankLost) -> None:
         """Take a rank out of use: first for the survivors in mid-step, then in the scheduler."""
         identity = loss.rank_id
+        if loss.source == DetectedBy.SILENCE:
+            self._host_links.suspected(identity)
         self._ready.discard(identity)
         self._lost.add(identity)
         self._membership_changed = True

@@ -16,7 +16,7 @@ from elastic.gateway.key_ring import KeyRing
 from elastic.gateway.load_metrics import LoadGauges, OpenRequests
 from elastic.gateway.metric_aliases import with_aliases
 from elastic.gateway.traffic import Traffic
-from elastic.status import cluster_status
+from elastic.status import LinkStatus, cluster_status
 from membership.store.records import ClusterState, RankState
 
 PREFIX = "elastic_ep_"
@@ -148,6 +148,7 @@ class ClusterGauges(Collector):
         yield steps
         salvaged = state.engine_status.salvaged_tokens if state.engine_status else 0
         yield _counter("kv_salvaged_tokens", "Tokens whose KV blocks were read from dead ranks' pools.", salvaged)
+        yield from _links(status.links)
         if status.prefix_cache is not None:
             queries, hits = "Prompt tokens of requests that got a rank.", "Those of them that its prefix cache had."
             yield _counter("prefix_cache_queries", queries, status.prefix_cache.queried_tokens)
@@ -182,6 +183,26 @@ class KeyCounters(Collector):
     def describe(self) -> Iterable[Metric]:
         """Nothing: names are known at collection."""
         return []
+
+
+def _links(links: Iterable[LinkStatus]) -> Iterable[Metric]:
+    """One series per pair of hosts and role."""
+    labels = ["role", "node", "peer_node"]
+    wanted = GaugeMetricFamily(PREFIX + "links", "Connections to another host that are wanted.", labels=labels)
+    up = GaugeMetricFamily(PREFIX + "links_up", "Those of them that are up.", labels=labels)
+    rtt = GaugeMetricFamily(PREFIX + "link_rtt_seconds", "Longest round trip of them.", labels=labels)
+    sent = CounterMetricFamily(PREFIX + "link_sent_bytes", "Bytes that the other host has acknowledged.", labels=labels)
+    again = CounterMetricFamily(PREFIX + "link_retransmits", "Packets that were sent again.", labels=labels)
+    suspects = CounterMetricFamily(PREFIX + "link_suspects", "How often the other host was silent.", labels=labels)
+    for link in links:
+        where = [link.role, link.node, link.peer_node]
+        wanted.add_metric(where, link.links)
+        up.add_metric(where, link.up)
+        rtt.add_metric(where, link.rtt_ms / 1e3)
+        sent.add_metric(where, link.sent_bytes)
+        again.add_metric(where, link.retransmits)
+        suspects.add_metric(where, link.suspects)
+    return (wanted, up, rtt, sent, again, suspects)
 
 
 def _counter(name: str, text: str, value: float) -> Metric:

@@ -252,6 +252,18 @@ class RankExit(RankProcess, frozen=True, kw_only=True):
         return left_s if backoff_s > 0 and 0 < left_s <= backoff_s + CLOCK_SKEW_S else 0.0
 
 
+class HostLink(Record, frozen=True, kw_only=True):
+    """Connections from one node to another, of all ranks there or of the engine. The counters only rise."""
+
+    links: int = 0
+    up: int = 0  # of them
+    rtt_s: float = 0.0  # the longest of them, as kernels have learned it
+    sent_bytes: int = 0
+    retransmits: int = 0  # packets that were sent again
+    suspects: int = 0  # how often the other node was silent
+    cuts: int = 0  # links that ended though both ends lived on
+
+
 class Heartbeats(Record, frozen=True, kw_only=True):
     """The last observed heartbeat of each of a node's ranks. Key `heartbeats/<node>`, under the agent's lease; 1 Hz.
 
@@ -262,6 +274,7 @@ class Heartbeats(Record, frozen=True, kw_only=True):
     at: float  # when it was written
     beats: dict[int, float] = {}  # incarnation -> when its heartbeat counter last rose
     loads: dict[int, tuple[int, int]] = {}  # incarnation of a rank that loads -> bytes that are there, bytes in all
+    links: dict[str, HostLink] = {}  # node -> links of this node's ranks with ranks there
 
 
 class EngineRecord(Record, frozen=True, kw_only=True):
@@ -299,6 +312,7 @@ class EngineStatus(Record, frozen=True, kw_only=True):
     slow: tuple[int, ...] = ()  # ranks much slower than the others
     vacated_revision: int = 0  # mod revision of the staged view whose departing ranks have no request left
     reading: tuple[RankId, ...] = ()  # dead ranks whose KV pools it may still have read
+    links: dict[str, HostLink] = {}  # node -> its connections with ranks there, if that is another host
 
 
 class ExpertLoad(Record, frozen=True, kw_only=True):

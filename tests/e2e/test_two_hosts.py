@@ -6,11 +6,13 @@ and a cable that is pulled lose no request.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -18,8 +20,9 @@ import pytest
 from chaos.faults import kill
 from chaos.target.cluster import Cluster
 from chaos.workload.streams import Workload
+from elastic.cli.client import StoreClient
 from elastic.serve.etcd_server import EtcdServer
-from elastic.serve.state_dir import StateDir
+from elastic.serve.state_dir import ClusterAddress, StateDir
 from membership.base import starter
 from membership.base.enums import DetectedBy
 from membership.base.events import Event, EventLog
@@ -49,6 +52,16 @@ class TwoHosts(Cluster):
     @property
     def url(self) -> str:
         return f"http://{self.hosts.addresses[self.gateway]}:8000"
+
+    @property
+    def address(self) -> ClusterAddress:
+        """Also where no `elastic serve` says so."""
+        return ClusterAddress(cluster="moe", etcd=(self.etcd,))
+
+    def client(self) -> StoreClient:
+        if self._store is None:
+            self._store = self.address.connect()
+        return StoreClient(self._store, "moe", self.state.events)
 
     @property
     def secret(self) -> Path:
@@ -191,6 +204,23 @@ def links_are_cut(cluster: TwoHosts) -> None:
     cluster.hosts.heal_ports("b", ports)
     eventually(lambda: link_events(cluster, "link_back") >= lost, 120.0, "these links to be back")
     assert masked_ranks(cluster)[before:] == []
+    eventually(lambda: sum(link["cuts"] for link in links(cluster).values()) > 0, 60.0, "the cuts to be counted")
+    shown = cluster.type_on("a", "status", "--links", "--state-dir", str(cluster.state.path))
+    assert "link_back" in shown
+    for host, other in (("a", "b"), ("b", "a")):
+        seen = cluster.type_on(host, "doctor", "--etcd", cluster.etcd, "--cluster", "moe")
+        assert re.search(rf"ok +host {other} +all \d+ listeners are reached from here", seen), seen
+
+
+def links(cluster: TwoHosts) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """By role and both hosts, as in `elastic status -o json`."""
+    return {(link["role"], link["node"], link["peer_node"]): link for link in cluster.status()["links"]}
+
+
+def links_are_known(cluster: TwoHosts) -> bool:
+    """Each of two ranks with two on the other host, and the engine with those of host b."""
+    up = {where: (link["links"], link["up"]) for where, link in links(cluster).items() if link["sent_bytes"]}
+    return up == {("ranks", "a", "b"): (4, 4), ("ranks", "b", "a"): (4, 4), ("engine", "a", "b"): (2, 2)}
 
 
 def the_cable_is_loose(cluster: TwoHosts) -> None:
@@ -219,10 +249,10 @@ def the_host_dies(cluster: TwoHosts) -> None:
     eventually(lambda: {rank for rank, _ in masked_ranks(cluster)[before:]} >= ranks, 60.0, "its ranks to be masked")
 
 
-def offices(cluster: Cluster) -> tuple[str, str]:
+def offices(cluster: TwoHosts) -> tuple[str, str]:
     """On which hosts the controller and the engine are that are in charge."""
     state = cluster.client().state()
-    with closing(cluster.state.address().connect()) as store:
+    with closing(cluster.address.connect()) as store:
         leader = store.get(Keys("moe").leader)
     return decode(leader.value, LeaderRecord).node if leader else "", state.engine.node if state.engine else ""
 
@@ -293,6 +323,7 @@ def test_two_hosts_answer_as_one_and_the_deaths_of_either_lose_nothing(two_hosts
     two_hosts.type_on("a", "scale", "4", "--state-dir", str(two_hosts.state.path))
     two_hosts.wait_serving(4)
     assert nodes_of(two_hosts) == {0: "a", 1: "a", 2: "b", 3: "b"}
+    eventually(lambda: links_are_known(two_hosts), 60.0, "links between the hosts in the status")
     with under_load(two_hosts, busy=4) as workload:
         for fault in (
             links_are_cut,

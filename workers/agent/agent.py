@@ -59,6 +59,8 @@ from workers.agent.preload import WORKER_CLASS
 from workers.agent.registrar import Registrar
 from workers.agent.restart_policy import policy_of
 from workers.agent.spares import Spares
+from workers.protocol.far_link import FarLink
+from workers.protocol.host_links import HostLinks
 from workers.protocol.rpc import Outcome, PendingCall
 from workers.queue.handle import this_host
 from workers.queue.network import require_joined, require_reachable
@@ -133,6 +135,8 @@ class Agent:
         self._start_failures = 0  # in a row, for want of something
         self._start_at = 0.0  # when ranks may be started again after that
         self._publish_heartbeats_at = 0.0
+        self._links = HostLinks()
+        self._asked: set[RankId] = set()  # for their links, and have not answered yet
         self._buried: set[RankId] = set()
         policy = policy_of(config)
         self._exits = Exits(policy, parts.chance, OomKills(parts.oom_kills))
@@ -477,7 +481,25 @@ class Agent:
             self._publish_heartbeats_at = now + HEARTBEATS_EVERY_S
             node = self.me.node
             record = decide.heartbeats(node, self._heartbeats, self._loads.seen, now, self._wall())
+            record = changed(record, links=self._links.record())
             self._registrar.note(self._keys.heartbeats(node), record, beside=self._keys.agent(node))
+            if self.me.address:
+                self._ask_for_links()
+
+    def _ask_for_links(self) -> None:
+        """What ranks know of their links with other hosts is published with the next heartbeats."""
+        self._links.keep(self._ranks.keys())
+        self._asked &= self._ranks.keys()
+        ready = [key for key, rank in self._ranks.items() if rank.phase is Phase.READY and key not in self._asked]
+        for key in ready:
+            self._asked.add(key)
+            self._call(key, "far_links", (), ATTACH_TIMEOUT_S, partial(self._note_links, key))
+
+    def _note_links(self, key: RankId, links: dict[RankId, FarLink] | None, error: str) -> None:
+        self._asked.discard(key)
+        if links is not None:
+            others = {id: r.node for id, r in self._mirror.state().ranks.items() if r.node != self.me.node}
+            self._links.reported(key, links, others)
 
     def _give_load_up(self, key: RankId, call: Failing, reason: str) -> None:
         """A rank that serves keeps what it has; another one would never get further."""

@@ -16,6 +16,7 @@ from membership.base.errors import Fenced, PeerTimeout
 from membership.base.rank_id import RankId
 from workers.exchange.link import Link
 from workers.ipc.doorbell import Doorbell
+from workers.protocol.far_link import FarLink
 
 Dial = Callable[[RankId, bytes, float], None]
 """`Transport.dial`."""
@@ -30,13 +31,14 @@ class _Hello(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Links:
-    """All links of a rank. `live` and `version` may be read at any time without a lock."""
+    """All links of a rank. `live`, `far` and `version` may be read at any time without a lock."""
 
     def __init__(self, me: RankId, doorbell: Doorbell) -> None:
         self.me = me
         self.doorbell = doorbell  # peers ring it; so does the loss of a link
         self.live: tuple[Link, ...] = ()
         self.version = 0  # rises whenever `live` changes
+        self.far: Mapping[RankId, FarLink] = {}  # replaced by the transport about once per second
         self._changed = threading.Condition()
         self._closed = False
         self._retired: list[Link] = []
@@ -113,6 +115,11 @@ class Links:
         if dial.to_incarnation != self.me.incarnation or dial.rank == self.me.rank:
             raise Fenced(f"this is rank {self.me.rank} incarnation {self.me.incarnation}, not {dial.to_incarnation}")
         return RankId(dial.rank, dial.incarnation)
+
+    @property
+    def all_returning(self) -> frozenset[RankId]:
+        """Processes whose links were cut, and are still wanted."""
+        return self._returning
 
     def returning(self, peer: RankId) -> bool:
         """Whether the link with this process was cut, and is still wanted."""

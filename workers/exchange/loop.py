@@ -29,6 +29,7 @@ from workers.exchange.model_side import ExpertBank, StepContext
 from workers.exchange.router import Ints, Parcel, Router
 from workers.exchange.transports import Opener
 from workers.ipc.doorbell import Doorbell
+from workers.protocol.far_link import FarLink
 
 log = structlog.get_logger("exchange")
 Key = tuple[int, int, int]  # layer, hidden size, dtype
@@ -146,6 +147,10 @@ class Exchange:
             self._seen = (ctx.view.epoch, version)
             self.suspects.update(rank for rank in unlinked if not ctx.masked >> rank & 1)
         return ctx.masked | self._mask() | self._unlinked
+
+    def far_links(self) -> Mapping[RankId, FarLink]:
+        """What is known of the links with peers on other hosts."""
+        return self._links.far
 
     def unlinked(self) -> list[int]:
         """Ranks of the view, not masked, with which there is no link now."""

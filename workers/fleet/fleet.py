@@ -32,6 +32,7 @@ from workers.fleet.pace import Pace
 from workers.fleet.watchdog import Look, Watchdog
 from workers.ipc.doorbell import Doorbell
 from workers.protocol import step_fence
+from workers.protocol.far_link import FarLink
 from workers.protocol.live_mask import LiveMask
 from workers.protocol.liveness import DeathWatcher, LivenessPage
 from workers.protocol.messages import (
@@ -170,6 +171,16 @@ class Fleet:
     def slow(self) -> dict[int, float]:
         """Ranks far slower than the others, and by what factor."""
         return self._pace.slow
+
+    def far_links(self) -> dict[RankId, FarLink]:
+        """Our connections with ranks of other hosts."""
+        far = [link for link in self._links.values() if link.page is None] if self._network is not None else []
+        seen = [(link.key, link.answers.acks) for link in far]
+        return {
+            key: FarLink(up=True, rtt_s=acks.rtt_s, sent_bytes=acks.sent_bytes, retransmits=acks.retransmits)
+            for key, acks in seen
+            if acks is not None
+        }
 
     def ring(self) -> None:
         """Wake the engine's thread; from any thread."""

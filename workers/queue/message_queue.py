@@ -25,6 +25,7 @@ from workers.queue.writer import QueueWriter, SlowReaders
 if TYPE_CHECKING:  # ZeroMQ is loaded only where it is used
     from workers.queue.remote_reader import RemoteReader
     from workers.queue.remote_writer import CrossHostWriter
+    from workers.queue.silence import Acks
 
 __all__ = ["Codec", "CurveKeys", "Handle", "MessageQueue", "MsgpackCodec", "PickleCodec", "Remote", "SlowReaders"]
 
@@ -147,6 +148,11 @@ class MessageQueue:
         """
         if not isinstance(self._reader, QueueReader):
             self._reader.end_on_silence()
+
+    @property
+    def acks(self) -> Acks | None:
+        """Reading end on another host, once it ends on silence: what the kernel knows of the connection."""
+        return None if isinstance(self._reader, QueueReader) else self._reader.acks
 
     def export_handle(self) -> Handle:
         """Writing end: plain data by which readers join; put `.encode()` into records."""

@@ -25,7 +25,7 @@ from workers.queue.codec import Codec, MsgpackCodec
 from workers.queue.curve import use_curve
 from workers.queue.handle import CurveKeys, Handle
 from workers.queue.remote_wire import END, HEARTBEAT_S, SocketThread, ToReader, ToWriter
-from workers.queue.silence import LOOK_S, Connection, beat
+from workers.queue.silence import LOOK_S, Acks, Connection, beat
 
 PROBE_S = 0.2
 
@@ -102,6 +102,11 @@ class RemoteReader:
             self._on_arrival = on_arrival
             for data in tuple(self._inbox):
                 on_arrival(self.codec.decode(data, ()))
+
+    @property
+    def acks(self) -> Acks | None:
+        """What the kernel knew of the connection at the last look; looks are made once `end_on_silence` is asked."""
+        return self._connection.acks
 
     def end_on_silence(self) -> None:
         """See MessageQueue."""

@@ -17,8 +17,9 @@ import zmq
 from membership.base.timing import LINK_BEAT_S, LINK_SUSPECT_MAX_S, LINK_SUSPECT_MIN_S, REMOTE_SILENCE_S
 
 LOOK_S = 0.025  # between two looks
-_TCP_INFO = struct.Struct("8B24I")  # the beginning of the kernel's struct tcp_info
+_TCP_INFO = struct.Struct("8B24I4Q")  # the beginning of the kernel's struct tcp_info
 _UNACKED, _LAST_ACK_MS, _RTT_US, _JITTER_US = 12, 20, 23, 24  # places in it
+_RETRANSMITS, _SENT_BYTES = 31, 34
 _COOKIE = 57  # SO_COOKIE: a number that no other socket of this host has or had
 
 
@@ -30,6 +31,8 @@ class Acks:
     acked_s: float  # since anything was acknowledged
     rtt_s: float  # learned by the kernel, with its variation
     jitter_s: float
+    sent_bytes: int = 0  # that were acknowledged
+    retransmits: int = 0
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,14 @@ def _acks(fd: int, cookie: bytes) -> Acks | None:
         return None
     finally:
         seen.detach()
-    return Acks(info[_UNACKED] > 0, info[_LAST_ACK_MS] / 1e3, info[_RTT_US] / 1e6, info[_JITTER_US] / 1e6)
+    return Acks(
+        owed=info[_UNACKED] > 0,
+        acked_s=info[_LAST_ACK_MS] / 1e3,
+        rtt_s=info[_RTT_US] / 1e6,
+        jitter_s=info[_JITTER_US] / 1e6,
+        sent_bytes=info[_SENT_BYTES],
+        retransmits=info[_RETRANSMITS],
+    )
 
 
 def _cookie(fd: int) -> bytes:

@@ -26,6 +26,7 @@ from membership.planning.identity import KERNELS, THREADS
 from membership.store.records import View
 from workers.protocol import step_fence
 from workers.protocol.bandwidth import Brake
+from workers.protocol.far_link import FarLink
 from workers.protocol.identity import Identity
 from workers.protocol.load_progress import LoadProgress
 from workers.protocol.messages import CopyBlocks, StepBatch, StepResult, StepStatus
@@ -407,6 +408,10 @@ class EPWorker:
     def exchange_handle(self) -> bytes:
         """Where peers reach this rank."""
         return self.exchange.handle()
+
+    def far_links(self) -> dict[RankId, FarLink]:
+        """What is known of the links with ranks of other hosts."""
+        return dict(self.exchange.far_links())
 
     def attach_mask(self, handle: bytes) -> None:
         """Use this engine's live mask from now on."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -11,9 +13,11 @@ from msgspec.structs import replace
 from rich.console import Console
 
 from elastic import status as status_module
-from elastic.cli.render import status_view
+from elastic.cli.render import links_view, status_view
+from elastic.gateway.metrics import GatewayMetrics
 from elastic.status import ClusterStatus, cluster_status
 from membership.base.enums import OperationKind
+from membership.base.events import Event
 from membership.planning.identity import name_of
 from membership.store.records import (
     AgentRecord,
@@ -24,6 +28,7 @@ from membership.store.records import (
     EngineStatus,
     ExpertLoad,
     Heartbeats,
+    HostLink,
     Operation,
     Phase,
     RankSpec,
@@ -53,6 +58,7 @@ def test_the_document_is_exactly_as_promised() -> None:
         "owner": "operator",
         "drained": [],
         "nodes": [{"node": "n", "ranks": 4, "safe_to_delete": False}],
+        "links": [],
         "pause": None,
         "exactness": "invariant",
         "imbalance": None,
@@ -97,6 +103,53 @@ def test_a_heartbeat_ages_from_when_it_was_seen() -> None:
     assert ages(10.0, heartbeats={}) == [None, None]
     other = Heartbeats(node="n", at=9.9, beats={1: 9.5, 77: 9.9})
     assert ages(10.0, heartbeats={"n": other}) == [500.0, None], "another incarnation's heartbeat is not this one's"
+
+
+def between_hosts() -> ClusterState:
+    """Ranks of "n" have two links with "b", of which one is cut; the engine reaches "b"."""
+    link = HostLink(links=2, up=1, rtt_s=0.0123, sent_bytes=4_200_000, retransmits=3, suspects=1, cuts=5)
+    beats = Heartbeats(node="n", at=9.9, links={"b": link})
+    status = EngineStatus(token=TOKEN, epoch=3, links={"b": HostLink(links=1, up=1, rtt_s=0.001)})
+    return healthy(heartbeats={"n": beats}, engine_status=status)
+
+
+def test_links_between_hosts_are_in_the_document_and_shown_with_those_that_were_cut() -> None:
+    document = msgspec.to_builtins(cluster_status(between_hosts(), 10.0))
+    assert list(document["links"]) == [
+        {
+            "role": "ranks", "node": "n", "peer_node": "b",
+            "links": 2, "up": 1, "rtt_ms": 12.3, "sent_bytes": 4_200_000, "retransmits": 3, "suspects": 1, "cuts": 5,
+        },
+        {
+            "role": "engine", "node": "n", "peer_node": "b", "links": 1, "up": 1, "rtt_ms": 1.0, "sent_bytes": 0,
+            "retransmits": 0, "suspects": 0, "cuts": 0,
+        },
+    ]  # fmt: skip
+    lost = Event(ts=0.0, role="engine", kind="link_lost", rank=0, fields={"peer": 2, "node": "n", "peer_node": "b"})
+    shown = Console(width=120, file=io.StringIO())
+    shown.print(links_view(document, [lost]))
+    assert isinstance(shown.file, io.StringIO)
+    text = shown.file.getvalue()
+    for part in ("1/2", "12.30 ms", "4.2 MB", "link_lost", "peer_node=b"):
+        assert part in text
+    alone = Console(width=120, file=io.StringIO())
+    alone.print(links_view(msgspec.to_builtins(cluster_status(healthy(), 10.0)), []))
+    assert isinstance(alone.file, io.StringIO)
+    assert alone.file.getvalue() == "no connections between hosts\n"
+
+
+def test_links_between_hosts_are_metrics_by_pair(tmp_path: Path) -> None:
+    text = GatewayMetrics(between_hosts, tmp_path / "events.jsonl", "c").exposition().decode()
+    where = '{node="n",peer_node="b",role="ranks"}'
+    for line in (
+        f"elastic_ep_links{where} 2.0",
+        f"elastic_ep_links_up{where} 1.0",
+        f"elastic_ep_link_rtt_seconds{where} 0.0123",
+        f"elastic_ep_link_sent_bytes_total{where} 4.2e+06",
+        f"elastic_ep_link_retransmits_total{where} 3.0",
+        f"elastic_ep_link_suspects_total{where} 1.0",
+    ):
+        assert line in text.splitlines()
 
 
 def test_a_slow_rank_is_shown_and_counts_as_serving() -> None:

@@ -23,6 +23,7 @@ from membership.base.rank_id import RankId
 from membership.base.timing import LINK_DIAL_S, REMOTE_SILENCE_S
 from workers.exchange.links import Links
 from workers.exchange.tcp import redial
+from workers.exchange.tcp.ledger import Ledger
 from workers.exchange.tcp.link import TcpLink
 from workers.exchange.tcp.redial import Redial
 from workers.exchange.tcp.wire import Answer, Ask, Bye, Hello, Message, Refused, TcpHandle, Welcome
@@ -33,6 +34,7 @@ from workers.queue.silence import LOOK_S, Connection, beat
 
 MOST_BYTES = 32 << 20  # of the rows of one request, and of one answer
 MAX_PAIRS = 1 << 15
+REPORT_S = 1.0  # between two reports of what links have carried
 ENDS = (
     zmq.EVENT_DISCONNECTED
     | zmq.EVENT_CLOSED
@@ -70,6 +72,7 @@ class TcpTransport:
         self._routes: dict[bytes, TcpLink] = {}  # of the connections over which peers send
         self._senders: dict[TcpLink, zmq.Socket[Any]] = {}
         self._connections: dict[TcpLink, Connection] = {}  # of the senders
+        self._ledger, self._report_at = Ledger(), 0.0
         self._encode = msgspec.msgpack.Encoder().encode
         self._decoder = msgspec.msgpack.Decoder(Message)
         self._io = SocketThread("exchange-tcp")
@@ -138,10 +141,16 @@ class TcpTransport:
         now = time.monotonic()
         for link, connection in list(self._connections.items()):
             if silent_s := connection.silent_s(now):
+                self._ledger.suspected(link.peer)
                 self._lost(link, f"its host has been silent for {silent_s:.3f} s")
         for peer, known in list(self._redials.items()):
             if now >= known.due:
                 self._try_again(peer, known, now)
+        if now >= self._report_at:
+            self._report_at = now + REPORT_S
+            linked = set(self._routes.values())
+            acks = {link.peer: each.acks for link, each in self._connections.items() if link in linked}
+            self._links.far = self._ledger.report(acks, self._links.all_returning)
 
     def _try_again(self, peer: RankId, known: Redial, now: float) -> None:
         dial = self._dials.get(peer)
@@ -267,6 +276,8 @@ class TcpTransport:
                 log.info("exchange_link_ended", peer=link.peer.rank, reason=why)
             for route in [route for route, other in self._routes.items() if other is link]:
                 self._say_refused(route, why)
+                if returns:
+                    self._ledger.cut(link.peer)
             if (known := self._redials.get(link.peer)) is not None:
                 self._redials[link.peer] = redial.cut(known, time.monotonic())
         self._drop(link, why)
@@ -286,7 +297,9 @@ class TcpTransport:
             dial.settle(why)
         self._routes = {route: other for route, other in self._routes.items() if other is not link}
         sender = self._senders.pop(link, None)
-        self._connections.pop(link, None)
+        connection = self._connections.pop(link, None)
+        if connection is not None:
+            self._ledger.closed(link.peer, connection.acks)
         if sender is not None:
             self._close_socket(sender)
 

@@ -29,6 +29,7 @@ from workers.exchange.tcp.link import TcpLink
 from workers.exchange.tcp.redial import Redial
 from workers.exchange.tcp.transport import TcpTransport
 from workers.exchange.tcp.wire import TcpHandle
+from workers.protocol.far_link import FarLink
 
 pytestmark = pytest.mark.unit
 
@@ -108,6 +109,22 @@ def test_a_link_that_one_side_has_lost_is_made_again_for_both(pair: tuple[Rank, 
     accepts.exchange.begin_step(accepts.context)
     ask(accepts, dials)
     assert accepts.exchange.suspects == set()
+
+
+def test_what_links_have_carried_and_suffered_is_counted_over_all_their_connections(pair: tuple[Rank, Rank]) -> None:
+    accepts, dials = pair
+    ask(accepts, dials)
+    eventually(lambda: accepts.links.far.get(DIALS, FarLink()).sent_bytes > 0, WAIT_S, "a report of the first link")
+    before = accepts.links.far[DIALS]
+    assert (before.up, before.cuts, before.suspects) == (True, 0, 0)
+    assert 0 < before.rtt_s < WAIT_S
+    old = accepts.lose(DIALS)
+    eventually(lambda: is_new(accepts, DIALS, old), WAIT_S, "a new link")
+    for rank, peer in ((accepts, DIALS), (dials, ACCEPTS)):
+        eventually(lambda r=rank, p=peer: r.links.far[p].cuts == 1 and r.links.far[p].up, WAIT_S, "both to count it")
+    assert accepts.links.far[DIALS].sent_bytes >= before.sent_bytes
+    dials.exchange.disconnect([ACCEPTS])
+    eventually(lambda: not accepts.links.far and not dials.links.far, WAIT_S, "the link to be forgotten")
 
 
 def test_rows_that_were_on_their_way_are_asked_for_again_over_the_new_link(pair: tuple[Rank, Rank]) -> None:

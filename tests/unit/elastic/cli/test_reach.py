@@ -1,0 +1,68 @@
+"""Which listeners of other hosts `elastic doctor --cluster` tries, and what it says of them."""
+
+from __future__ import annotations
+
+import socket
+
+import msgspec
+import pytest
+from msgspec.structs import replace
+
+from elastic.cli.reach import Listener, by_node, examine_hosts, listeners, reach
+from elastic.serve.options import StoreOptions
+from membership.base.rank_id import RankId
+from membership.store.records import ClusterState, EngineRecord
+from tests.support.cluster_states import healthy, record
+from workers.exchange.auto import AutoHandle
+from workers.exchange.tcp.wire import TcpHandle
+from workers.queue.handle import Handle
+
+pytestmark = pytest.mark.unit
+
+HERE, THERE = "boot/1", "boot/2"
+
+
+def on_host_b(host: str = THERE) -> ClusterState:
+    """The engine and rank 1 are on host b."""
+    rows = AutoHandle(host, b"shm", msgspec.msgpack.encode(TcpHandle("tcp://10.0.0.2:3", b"key")))
+    rank = replace(
+        record(1), node="b", response_handle=Handle("q", "msgpack", host, "/x", "tcp://10.0.0.2:2").encode(),
+        exchange_handle=msgspec.msgpack.encode(rows),
+    )  # fmt: skip
+    engine = EngineRecord(
+        node="b", pid=1, address="ipc:///x", mask_handle=b"", host=host, remote="tcp://10.0.0.2:0",
+        broadcast_handle=Handle("q", "msgpack", host, "/x", "tcp://10.0.0.2:1").encode(),
+    )  # fmt: skip
+    return healthy(engine=engine, ranks={RankId(0, 1): record(0), RankId(1, 2): rank})
+
+
+def test_all_that_other_hosts_listen_with_is_tried() -> None:
+    assert list(listeners(on_host_b(), HERE)) == [
+        Listener("b", "the engine, for gateways", "tcp://10.0.0.2:0"),
+        Listener("b", "the engine's steps", "tcp://10.0.0.2:1"),
+        Listener("b", "rank 1's answers", "tcp://10.0.0.2:2"),
+        Listener("b", "rank 1's rows", "tcp://10.0.0.2:3"),
+    ]
+    assert list(listeners(on_host_b(HERE), HERE)) == [], "this host's own"
+    assert list(listeners(healthy(), HERE)) == [], "a cluster on one host"
+
+
+def test_what_cannot_be_reached_is_named_by_its_host() -> None:
+    engine, rows = Listener("b", "the engine's steps", "tcp://x:1"), Listener("b", "rank 1's rows", "tcp://x:3")
+    fine, wrong = by_node({engine: 0.001, rows: "no answer in 2 s", Listener("a", "rank 0's rows", "tcp://y:1"): 0.5})
+    assert (fine.what, fine.level, "all 1 listeners" in fine.message) == ("host a", "ok", True)
+    assert (wrong.what, wrong.level) == ("host b", "fail")
+    assert wrong.message == "1 of 2 listeners are not reached from here: rank 1's rows at tcp://x:3: no answer in 2 s"
+    assert "docs/HOSTS.md" in wrong.hint
+
+
+def test_a_connection_is_made_or_refused() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert isinstance(reach(f"tcp://127.0.0.1:{port}"), float)
+    assert reach(f"tcp://127.0.0.1:{port}") == "refused"
+
+
+def test_a_store_that_is_not_there_is_a_finding() -> None:
+    (found,) = examine_hosts(StoreOptions(etcd=("127.0.0.1:1",), cluster="moe"))
+    assert (found.what, found.level) == ("cluster", "fail")
