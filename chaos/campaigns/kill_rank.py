@@ -49,11 +49,11 @@ class KillRank(Campaign):
     def act(self, workload: Workload) -> None:
         """Scale, kill, scale."""
         began, more = time.monotonic(), self.ranks + 2
-        _until_tokens(workload, streams=workload.concurrency)
+        until_tokens(workload, streams=workload.concurrency)
         self.notify(f"scale {self.ranks} -> {more} while they stream")
         self.scales.append(self.cluster.scale(more))
         victim = random.Random(self.seed).choice(self.cluster.wait_serving(more)["ranks"])
-        _until_tokens(workload, streams=1)
+        until_tokens(workload, streams=1)
         self.notify(f"kill -9 rank {victim['rank']} (pid {victim['pid']})")
         self.victim, self.killed = victim["rank"], kill(victim["pid"])
         until(lambda: self._replaced(victim, more), f"a new incarnation of rank {self.victim}", BACK_S)
@@ -71,17 +71,14 @@ class KillRank(Campaign):
         """Check the finished run. Pure. `events`: the cluster's history."""
         sent_at = self.killed.sent_at if self.killed else 0.0
         steady = [gap for record in self.oracle.values() for gap in record.gaps_ms()]
-        committed = [event.epoch for event in events if event.kind == "epoch_committed"]
-        # A controller that dies between its commit and its event reports nothing: then the engine's event is the proof.
-        epochs = tuple(sorted({*committed, *(event.epoch for event in events if event.kind == "epoch_adopted")}))
+        committed, epochs = epochs_of(events)
         detected_ms, recovered_ms = (self._since_kill(events, kind) for kind in ("rank_masked", "rank_recovered"))
         broken = [*self.verdict().explained(SHOWN), *self.unproven()]
         if self.killed is None:
             broken.append("no rank was killed")
         if not self.restored_at:
             broken.append("the cluster did not come back to full strength")
-        rising = committed == sorted(set(committed))
-        if not committed or not rising or epochs != tuple(range(epochs[0], epochs[0] + len(epochs))):
+        if uneven(committed, epochs):
             broken.append(f"epochs do not rise by exactly 1: {list(epochs)}")
         if min(detected_ms, recovered_ms) < 0:
             broken.append(f"the engine did not notice the death of rank {self.victim}, or did not recover from it")
@@ -105,7 +102,22 @@ class KillRank(Campaign):
         return next((round((ts - sent_at) * 1000.0, 2) for ts in found), -1.0)
 
 
-def _until_tokens(workload: Workload, streams: int) -> None:
+def epochs_of(events: Sequence[Event]) -> tuple[list[int], tuple[int, ...]]:
+    """Epochs in the order of their commits, and all that are proven to have been committed.
+
+    A controller that dies between its commit and its event reports nothing: then the engine's event is the proof.
+    """
+    committed = [event.epoch for event in events if event.kind == "epoch_committed"]
+    return committed, tuple(sorted({*committed, *(each.epoch for each in events if each.kind == "epoch_adopted")}))
+
+
+def uneven(committed: list[int], epochs: tuple[int, ...]) -> bool:
+    """Whether epochs do not rise by exactly 1, or there are none."""
+    rising = committed == sorted(set(committed))
+    return not committed or not rising or epochs != tuple(range(epochs[0], epochs[0] + len(epochs)))
+
+
+def until_tokens(workload: Workload, streams: int) -> None:
     """Wait until that many streams have tokens and are in the middle of a request."""
     until(
         lambda: sum(count > 0 for count in workload.open_streams().values()) >= streams,

@@ -1,21 +1,23 @@
-"""Hosts that a test makes: network namespaces on one bridge, each with its own host name, address and loopback.
+"""Hosts made of this machine: network namespaces on one bridge, each with its own host name, address and loopback.
 
-Processes of different hosts have a file system in common, and nothing else: no Unix socket in one is handed memory by
-another, as `this_host` differs.
+For the demo, benchmarks and tests. Processes of different hosts have a file system in common, and nothing else: no Unix
+socket in one is handed memory by another, as `this_host` differs.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-import pytest
+from membership.base.errors import ConfigError
 
 TOOL_S = 60.0
+PREFIX = "ee"  # then the owner's process id: the names of interfaces are short
 
 
 def _run(*command: str) -> str:
@@ -38,8 +40,9 @@ class Hosts:
         """Pull its cable: nothing is answered or refused from there any more."""
         _run("ip", "-n", self._names[host], "link", "set", "eth0", "down")
 
-    def kill(self, host: str) -> None:
-        """Its power fails: SIGKILL to all processes there, before any of them can tell another."""
+    def kill(self, host: str) -> int:
+        """Its power fails: SIGKILL to all processes there, before any of them can tell another; how many there were."""
+        killed: set[int] = set()
         while pids := _run("ip", "netns", "pids", self._names[host]).split():
             for pid in map(int, pids):
                 with suppress(ProcessLookupError):
@@ -47,6 +50,8 @@ class Hosts:
             for pid in map(int, pids):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+            killed |= set(map(int, pids))
+        return len(killed)
 
     def heal(self, host: str) -> None:
         """Plug it in again."""
@@ -76,12 +81,13 @@ class Hosts:
 
 @contextmanager
 def made_hosts(*hosts: str) -> Iterator[Hosts]:
-    """Make them; skip the test where that is not allowed."""
+    """Make them. ConfigError where that is not allowed."""
     number = os.getpid()
     net = f"10.{64 + number % 128}.{number // 128 % 256}"
-    bridge = f"ee{number}"
-    names = {host: f"ee{number}-{host}" for host in hosts}
+    bridge = f"{PREFIX}{number}"
+    names = {host: f"{bridge}-{host}" for host in hosts}
     addresses = {host: f"{net}.{index}" for index, host in enumerate(hosts, 1)}
+    _sweep()
     with ExitStack() as undo:
         try:
             _run("ip", "link", "add", bridge, "type", "bridge")
@@ -100,5 +106,17 @@ def made_hosts(*hosts: str) -> Iterator[Hosts]:
             _run(*Hosts(addresses, "", names).command(hosts[0], "true"))
         except (OSError, subprocess.CalledProcessError) as error:
             why = getattr(error, "stderr", "") or str(error)
-            pytest.skip(f"network namespaces cannot be made here: {why.strip()}")
+            hint = "it takes root, iproute2, and a kernel or container that lets root make them"
+            raise ConfigError(f"network namespaces cannot be made here: {why.strip()}", hint=hint) from error
         yield Hosts(addresses, f"{net}.254", names)
+
+
+def _sweep() -> None:
+    """Delete what processes have left that were killed."""
+    for kind in (Path("/run/netns"), Path("/sys/class/net")):  # with a namespace go its cables
+        for left in kind.iterdir() if kind.exists() else ():
+            found = re.fullmatch(rf"{PREFIX}(\d+)(-\w+)?", left.name)
+            if found is not None and not Path("/proc", found[1]).exists():
+                what = ("ip", "netns", "del") if found[2] else ("ip", "link", "del")
+                with suppress(OSError, subprocess.CalledProcessError):
+                    _run(*what, left.name)
