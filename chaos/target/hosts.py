@@ -115,7 +115,7 @@ def _sweep() -> None:
     """Delete what processes have left that were killed."""
     for kind in (Path("/run/netns"), Path("/sys/class/net")):  # with a namespace go its cables
         for left in kind.iterdir() if kind.exists() else ():
-            found = re.fullmatch(rf"{PREFIX}(\d+)(-\w+)?", left.name)
+            found = re.fullmatch(rf"{PREFIX}(\d+)(-.+)?", left.name)
             if found is not None and not Path("/proc", found[1]).exists():
                 what = ("ip", "netns", "del") if found[2] else ("ip", "link", "del")
                 with suppress(OSError, subprocess.CalledProcessError):

@@ -20,6 +20,7 @@ from membership.base.errors import ConfigError, ElasticError, QueueError
 from membership.store.endpoints import require_listener
 from membership.store.keys import Keys, state_from
 from membership.store.records import ClusterState, RankRecord
+from workers.protocol.exchange_handle import far_endpoint
 from workers.queue.handle import Handle, this_host
 
 REACH_S = 2.0
@@ -33,21 +34,6 @@ class Listener(NamedTuple):
     node: str
     what: str
     endpoint: str  # tcp://HOST:PORT
-
-
-class _RowsHandle(msgspec.Struct, array_like=True):
-    """`workers.exchange.auto.AutoHandle`, without what it takes to use it."""
-
-    host: str
-    shm: bytes
-    tcp: bytes = b""
-
-
-class _TcpHandle(msgspec.Struct, array_like=True):
-    """`workers.exchange.tcp.wire.TcpHandle`."""
-
-    address: str
-    key: bytes
 
 
 def examine_hosts(options: StoreOptions) -> Iterator[Finding]:
@@ -106,12 +92,7 @@ def _of_rank(record: RankRecord) -> Iterator[tuple[str, str, str]]:
         answers = _queue(record.response_handle)
         yield "answers", answers.host, answers.remote
     if record.exchange_handle:
-        try:
-            rows = msgspec.msgpack.decode(record.exchange_handle, type=_RowsHandle)
-            at = msgspec.msgpack.decode(rows.tcp, type=_TcpHandle).address if rows.tcp else ""
-        except msgspec.MsgspecError:
-            return  # a transport of its own
-        yield "rows", rows.host, at
+        yield "rows", *far_endpoint(record.exchange_handle)
 
 
 def _queue(handle: bytes) -> Handle:

@@ -10,7 +10,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 
 import structlog
@@ -52,6 +52,8 @@ class Peers:
     server: EngineServer
     status: StatusWriter
     events: EventLog
+    gone: Callable[[Set[RankId]], Set[RankId]] = lambda members: frozenset()
+    """Which of these, that have no record, certainly do not listen any more (`unrecorded.py`)."""
 
 
 class Engine:
@@ -73,6 +75,7 @@ class Engine:
         self._server = peers.server
         self._status = peers.status
         self._events = peers.events
+        self._gone = peers.gone
         self._clock, self._wall = clock, wall
         self._scheduler = Scheduler(config, token, self._clock())
         self._recovery = Recovery()
@@ -101,6 +104,10 @@ class Engine:
     def on_membership(self, state: ClusterState) -> None:
         """The mirror has a new state; called in its thread. A step may wait for a rank that has ended elsewhere."""
         self._report_exits(state)
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Something about the members is known now; from any thread."""
         self._membership_changed = True
         self._fleet.ring()
 
@@ -371,7 +378,7 @@ class Engine:
         began = since[1] if state.view is not None and state.view.epoch == since[0] else now
         patience_s = PATIENCE_TTLS * self._config.lease_ttl_s
         patient = now < began + patience_s
-        newer = adoption(state, self._epoch, self._ready, self._lost, patient=patient, overdue=overdue)
+        newer = adoption(state, self._epoch, self._ready, self._given_up(state), patient=patient, overdue=overdue)
         if newer is None:
             self._newer_view_since = (0, 0.0)
         elif newer.waiting_for:
@@ -381,6 +388,12 @@ class Engine:
         else:
             self._newer_view_since = (0, 0.0)
             self._adopt(newer, name_of(state.checkpoint))
+
+    def _given_up(self, state: ClusterState) -> Set[RankId]:
+        """Those that we have lost, and members of the next view without a record that do not listen any more."""
+        if state.view is None or state.view.epoch <= self._epoch:
+            return self._lost
+        return self._lost | self._gone(absent(state.view, state) - self._ready)
 
     def _follow_leavers(self, state: ClusterState) -> None:
         """Note which ranks leave with the next view: its commit waits until their requests have moved."""

@@ -17,6 +17,7 @@ import structlog
 from elastic.engine.gateway_server import EngineServer
 from elastic.engine.loop import Engine, Peers
 from elastic.engine.status_writer import StatusWriter
+from elastic.engine.unrecorded import Unrecorded
 from membership.base import failpoints, loop_watchdog
 from membership.base.attempts import is_shortage
 from membership.base.errors import Fenced, LeaseLost, StoreReplaced, StoreUnavailable, WaitTimeout
@@ -87,6 +88,11 @@ def run_engine(
         require_reachable(mirror.state(), node, network)
         fleet = Fleet(network=network)
         opened.callback(fleet.close)
+        known = Unrecorded()
+        opened.callback(known.close)
+        if network is not None:
+            known.note(mirror.state())
+            opened.callback(mirror.subscribe(known.note))
         server = EngineServer(fleet.ring, network)
         opened.callback(server.close)
         record = EngineRecord(
@@ -111,7 +117,8 @@ def run_engine(
         mirror.wait(lambda state: state.revision >= token, timeout_s=config.launch_deadline_s, what="our own election")
         status = StatusWriter(store, keys, token, keeper.lease, on_fenced=fleet.ring)
         opened.callback(status.close)
-        engine = Engine(config, token, Peers(mirror, fleet, server, status, events))
+        engine = Engine(config, token, Peers(mirror, fleet, server, status, events, known.gone))
+        known.on_change = engine.look_again
         opened.callback(mirror.subscribe(engine.on_membership))
         server.serve(token)
         gc.collect()

@@ -63,3 +63,20 @@ def test_the_receipt_is_measured_and_good_behind_a_proxy_in_latin_1_without_a_ho
     )  # fmt: skip
     assert checked.returncode == 0, checked.stderr
     assert json.loads(checked.stdout)["requests"] == receipt["requests"]
+
+
+def test_the_receipt_of_a_killed_host_is_measured_and_good(tmp_path: Path) -> None:
+    """The one in charge, with one of two ranks."""
+    command = [sys.executable, "-m", "elastic.cli", "demo", "--hosts", "2", "--ranks", "2", "--seconds", "0", "--plain"]
+    environ = {**os.environ, "TMPDIR": str(tmp_path)}
+    outcome = subprocess.run([*command, "-o", "json"], capture_output=True, text=True, timeout=380, env=environ)
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr[-3000:]
+    receipt = json.loads(outcome.stdout.strip().splitlines()[-1])
+    if "skipped" in receipt:
+        pytest.skip(receipt["skipped"])
+    assert receipt["ok"] is True
+    assert (receipt["hosts"], receipt["killed_host"], receipt["killed_processes"] > 5) == (2, "a", True)
+    assert (receipt["lost"], receipt["duplicated"], receipt["altered"]) == (0, 0, 0)
+    for measured in ("detected_ms", "recovered_ms", "max_token_gap_ms", "steady_token_gap_p99_ms", "restored_ms"):
+        assert receipt[measured] > 0, measured
+    assert not list(tmp_path.glob("elastic-ep-*"))

@@ -9,15 +9,8 @@ from membership.base.network import Network
 from membership.base.rank_id import RankId
 from workers.exchange.links import Links
 from workers.exchange.shm.transport import ShmTransport
+from workers.protocol.exchange_handle import AutoHandle
 from workers.queue.handle import this_host
-
-
-class AutoHandle(msgspec.Struct, frozen=True, array_like=True):
-    """Where peers reach a rank: those of its host, and those of other hosts (empty: they cannot)."""
-
-    host: str
-    shm: bytes
-    tcp: bytes = b""
 
 
 class Auto:

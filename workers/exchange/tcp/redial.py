@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from membership.base.timing import LINK_DIAL_S, LINK_RETRY_MAX_S, LINK_RETRY_S
-from workers.exchange.tcp.wire import TcpHandle
+from workers.protocol.exchange_handle import TcpHandle
 
 
 @dataclass(frozen=True)

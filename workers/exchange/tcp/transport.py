@@ -26,7 +26,8 @@ from workers.exchange.tcp import redial
 from workers.exchange.tcp.ledger import Ledger
 from workers.exchange.tcp.link import TcpLink
 from workers.exchange.tcp.redial import Redial
-from workers.exchange.tcp.wire import Answer, Ask, Bye, Hello, Message, Refused, TcpHandle, Welcome
+from workers.exchange.tcp.wire import Answer, Ask, Bye, Hello, Message, Refused, Welcome
+from workers.protocol.exchange_handle import TcpHandle
 from workers.queue.curve import Authenticator, serve_curve, use_curve
 from workers.queue.network import connecting_keys, listening_keys, require_same_secret
 from workers.queue.remote_wire import HEARTBEAT_S, SocketThread

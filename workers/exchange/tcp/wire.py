@@ -9,13 +9,7 @@ from membership.base.errors import RankError
 from workers.exchange.link import Request, Tag
 from workers.exchange.router import Parcel
 from workers.exchange.rows import DTYPES, Rows
-
-
-class TcpHandle(msgspec.Struct, frozen=True, array_like=True):
-    """Where peers on other hosts reach a rank's exchange."""
-
-    address: str
-    key: bytes  # CURVE public key of what listens there
+from workers.protocol.exchange_handle import TcpHandle
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -13,8 +13,7 @@ from elastic.serve.options import StoreOptions
 from membership.base.rank_id import RankId
 from membership.store.records import ClusterState, EngineRecord
 from tests.support.cluster_states import healthy, record
-from workers.exchange.auto import AutoHandle
-from workers.exchange.tcp.wire import TcpHandle
+from workers.protocol.exchange_handle import AutoHandle, TcpHandle
 from workers.queue.handle import Handle
 
 pytestmark = pytest.mark.unit

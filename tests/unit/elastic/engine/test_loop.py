@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Set
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -21,12 +22,12 @@ from workers.protocol.messages import CopyBlocks, StepBatch, StepResult, StepSta
 pytestmark = pytest.mark.unit
 
 
-def engine_in(state: ClusterState, events: object = None) -> Engine:
+def engine_in(state: ClusterState, events: object = None, gone: Callable[[Set[RankId]], Set[RankId]] = set) -> Engine:
     """An engine without requests, whose status writer has noticed nothing."""
     server = SimpleNamespace(take=list, send=lambda _: pytest.fail("it goes on"))
     mirror, status = SimpleNamespace(state=lambda: state), SimpleNamespace(fenced=False)
     fleet = SimpleNamespace(awaited=frozenset())
-    peers: Any = SimpleNamespace(mirror=mirror, fleet=fleet, server=server, status=status, events=events)
+    peers: Any = SimpleNamespace(mirror=mirror, fleet=fleet, server=server, status=status, events=events, gone=gone)
     return Engine(config(), TOKEN, cast(Peers, peers))
 
 
@@ -34,6 +35,24 @@ def engine_in(state: ClusterState, events: object = None) -> Engine:
 def test_an_engine_that_sees_another_token_in_the_store_starts_no_step(token: int, by: str) -> None:
     with pytest.raises(Fenced, match=f"engine {TOKEN} has been replaced by {by}"):
         engine_in(ClusterState(revision=9, engine_token=token)).turn()
+
+
+def test_members_without_a_record_that_do_not_listen_are_not_waited_for() -> None:
+    """They are asked for once there is a view to adopt, and only those that have not joined this engine."""
+    asked: list[Set[RankId]] = []
+    next_view = view(1, {0: 1, 1: 2})
+
+    def gone(members: Set[RankId]) -> Set[RankId]:
+        asked.append(members)
+        return {RankId(1, 2)}
+
+    state = ClusterState(revision=9, engine_token=TOKEN, view=next_view)
+    engine = engine_in(state, gone=gone)
+    engine._ready.add(RankId(0, 1))
+    assert engine._given_up(state) == {RankId(1, 2)}
+    assert asked == [{RankId(1, 2)}]
+    engine._scheduler.set_view(next_view, (), 0.0)
+    assert (engine._given_up(state), len(asked)) == (set(), 1), "it uses that view already"
 
 
 def test_a_link_that_is_cut_and_that_is_back_is_reported_with_the_peer() -> None:

@@ -13,12 +13,13 @@ from membership.base.errors import RankDied
 from membership.base.network import Network
 from membership.base.rank_id import RankId
 from tests.support.helpers import eventually
-from workers.exchange.auto import Auto, AutoHandle
+from workers.exchange.auto import Auto
 from workers.exchange.links import Links
 from workers.exchange.shm.link import ShmLink
 from workers.exchange.tcp.link import TcpLink
 from workers.exchange.transports import between_hosts
 from workers.ipc.doorbell import Doorbell
+from workers.protocol.exchange_handle import AutoHandle
 
 pytestmark = pytest.mark.unit
 

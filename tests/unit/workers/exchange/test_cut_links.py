@@ -28,7 +28,7 @@ from workers.exchange.tcp import redial
 from workers.exchange.tcp.link import TcpLink
 from workers.exchange.tcp.redial import Redial
 from workers.exchange.tcp.transport import TcpTransport
-from workers.exchange.tcp.wire import TcpHandle
+from workers.protocol.exchange_handle import TcpHandle
 from workers.protocol.far_link import FarLink
 
 pytestmark = pytest.mark.unit

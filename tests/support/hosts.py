@@ -1,0 +1,25 @@
+"""Hosts for a test, which is skipped where none can be made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import pytest
+
+from chaos.target import hosts as of_this_machine
+from chaos.target.hosts import Hosts
+from membership.base.errors import ConfigError
+
+__all__ = ["Hosts", "made_hosts"]
+
+
+@contextmanager
+def made_hosts(*hosts: str) -> Iterator[Hosts]:
+    """See chaos/target/hosts.py."""
+    with ExitStack() as opened:
+        try:
+            made = opened.enter_context(of_this_machine.made_hosts(*hosts))
+        except ConfigError as error:
+            pytest.skip(str(error))
+        yield made
