@@ -25,10 +25,10 @@ def _run(*command: str) -> str:
 
 
 class Hosts:
-    """`addresses[name]` is a host's; `outside` is ours on the same network."""
+    """`addresses[name]` is a host's; `outside` is ours on the same network, at the interface `bridge`."""
 
-    def __init__(self, addresses: dict[str, str], outside: str, names: dict[str, str]) -> None:
-        self.addresses, self.outside = addresses, outside
+    def __init__(self, addresses: dict[str, str], outside: str, names: dict[str, str], bridge: str = "") -> None:
+        self.addresses, self.outside, self.bridge = addresses, outside, bridge
         self._names = names
 
     def command(self, host: str, *command: str) -> list[str]:
@@ -108,7 +108,7 @@ def made_hosts(*hosts: str) -> Iterator[Hosts]:
             why = getattr(error, "stderr", "") or str(error)
             hint = "it takes root, iproute2, and a kernel or container that lets root make them"
             raise ConfigError(f"network namespaces cannot be made here: {why.strip()}", hint=hint) from error
-        yield Hosts(addresses, f"{net}.254", names)
+        yield Hosts(addresses, f"{net}.254", names, bridge)
 
 
 def _sweep() -> None:
