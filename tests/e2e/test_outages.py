@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from membership.base.errors import ElasticError
 from membership.store.etcd import connect
 from tests.e2e.conftest import Serve
 from tests.support.etcd_members import three_members
-from tests.support.helpers import eventually
+from tests.support.helpers import eventually, stopped
 from tests.support.served import CALM, another, answered, role_pid, under_load
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
@@ -45,17 +45,6 @@ def insist(ask: Callable[[], object], what: str) -> None:
 def seen(cluster: ServedCluster, kind: str) -> list[int | None]:
     """The ranks of the events of a kind."""
     return [event.rank for event in cluster.events() if event.kind == kind]
-
-
-@contextmanager
-def stopped(pid: int) -> Iterator[None]:
-    process = psutil.Process(pid)
-    process.suspend()
-    try:
-        eventually(lambda: process.status() == psutil.STATUS_STOPPED, T, f"process {pid} to be stopped")
-        yield
-    finally:
-        process.resume()
 
 
 def test_without_a_controller_steps_go_on_and_a_death_is_masked(serve: Serve, demo_model: Path) -> None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 
 from chaos.faults import kill
@@ -19,7 +17,7 @@ from elastic.cli.client import AdminClient
 from membership.base.errors import StoreReplaced
 from membership.operations.change import scale
 from tests.e2e.conftest import Serve
-from tests.support.helpers import eventually
+from tests.support.helpers import eventually, stopped
 from tests.support.served import CALM, role_pid, streaming, under_load
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
@@ -29,15 +27,10 @@ RANKS = 2
 
 def wipe(cluster: ServedCluster) -> None:
     """Kill etcd and delete its data before the supervisor starts it again."""
-    etcd, supervisor = role_pid(cluster, "etcd"), psutil.Process(cluster.pid)
-    supervisor.suspend()
-    try:
-        eventually(lambda: supervisor.status() == psutil.STATUS_STOPPED, 60.0, "the supervisor to be stopped")
-        os.kill(etcd, signal.SIGKILL)
-        eventually(lambda: psutil.Process(etcd).status() == psutil.STATUS_ZOMBIE, 60.0, "etcd to be dead")
+    etcd = role_pid(cluster, "etcd")
+    with stopped(cluster.pid):
+        kill(etcd)
         shutil.rmtree(cluster.state.etcd_data / "data")
-    finally:
-        supervisor.resume()
 
 
 def said(cluster: ServedCluster, command: str) -> str:

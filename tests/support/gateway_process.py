@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import resource
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import msgspec
 from chaos.target import warm_start
 from chaos.target.warm_start import WarmCommands, WarmProcess
 from elastic.gateway.tokenizer import Tokenizer
-from elastic.serve.etcd_server import EtcdServer
+from elastic.serve.etcd_server import EtcdServer, free_ports
 from elastic.serve.role_fork import Command
 from membership.store import codec
 from membership.store.etcd import connect
@@ -38,9 +37,8 @@ BODY = {"model": "tiny", "prompt": "x", "max_tokens": 60, "stream": True}
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    (port,) = free_ports(1)
+    return port
 
 
 @contextmanager

@@ -13,8 +13,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import psutil
-
 from chaos.faults import kill
 from chaos.target.cluster import ServedCluster
 from chaos.target.warm_start import WarmProcess, WarmStart
@@ -28,7 +26,7 @@ from membership.operations.change import Change
 from membership.store import codec
 from membership.store.keys import Keys
 from membership.store.records import ClusterState, LeaderRecord, Operation, RankRecord
-from tests.support.helpers import eventually
+from tests.support.helpers import eventually, stopped
 from tests.support.served import another, role_pid
 
 T = 60.0
@@ -148,15 +146,10 @@ class HeldCluster:
 
     def stop_etcd(self, seconds: float, point: str) -> None:
         """etcd answers no client for `seconds`; what waits at `point` goes on meanwhile."""
-        etcd = psutil.Process(role_pid(self.cluster, "etcd"))
-        etcd.suspend()
-        try:
-            eventually(lambda: etcd.status() == psutil.STATUS_STOPPED, T, "etcd to be stopped")
+        with stopped(role_pid(self.cluster, "etcd")):
             self._gates[point].touch()
             until = time.monotonic() + seconds
             eventually(lambda: time.monotonic() > until, T, "the outage to have lasted")
-        finally:
-            etcd.resume()
 
     # --- what must hold
 

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -36,6 +36,17 @@ def hang(pid: int) -> None:
     """It does nothing from now on: SIGSTOP, and each of its threads is stopped."""
     os.kill(pid, signal.SIGSTOP)
     eventually(lambda: is_stopped(pid) or is_dying(pid), 60.0, f"process {pid} to be stopped")
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """It does nothing during the block, and goes on afterwards if it is still there."""
+    hang(pid)
+    try:
+        yield
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
 
 def eventually(predicate: Callable[[], T], timeout_s: float, what: str, interval_s: float = 0.01) -> T:

@@ -9,7 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,7 @@ from membership.store.keys import Keys
 from membership.store.lease import LeaseKeeper
 from membership.store.mirror import Mirror
 from membership.store.records import Desired
-from tests.support.helpers import eventually, hang
+from tests.support.helpers import eventually, stopped
 
 pytestmark = pytest.mark.contract
 
@@ -37,15 +37,6 @@ KEYS = Keys("faults")
 def server(tmp_path: Path) -> Iterator[EtcdServer]:
     with EtcdServer(tmp_path / "etcd") as found:
         yield found
-
-
-@contextmanager
-def stopped(server: EtcdServer) -> Iterator[None]:
-    hang(server.pid)
-    try:
-        yield
-    finally:
-        os.kill(server.pid, signal.SIGCONT)
 
 
 def kill(server: EtcdServer) -> None:
@@ -108,7 +99,7 @@ def test_a_stopped_server_is_noticed_by_every_call(server: EtcdServer) -> None:
     with closing(connect([server.url])) as patient, closing(connect([server.url], timeout_s=0.5)) as store:
         patient.put("/a", b"1")
         lease = patient.grant(60)
-        with stopped(server):
+        with stopped(server.pid):
             for call in (
                 lambda: store.get("/a"),
                 lambda: store.range("/"),
@@ -133,7 +124,7 @@ def test_a_stopped_server_is_noticed_by_a_silent_watch(server: EtcdServer) -> No
     with (
         closing(connect([server.url])) as store,
         closing(store.watch("/a", 0)) as watch,
-        stopped(server),
+        stopped(server.pid),
         pytest.raises(StoreUnavailable),
     ):
         watch.next(T)
@@ -145,7 +136,7 @@ def test_a_stopped_server_is_noticed_by_the_mirror_and_forgiven(server: EtcdServ
         Mirror(store, KEYS.cluster, probe_every_s=0.1) as mirror,
     ):
         eventually(lambda: mirror.synced, T, "the first watch")
-        with stopped(server):
+        with stopped(server.pid):
             eventually(lambda: not mirror.synced, T, "the mirror to notice")
             eventually(lambda: mirror.staleness_s > 1.0, T, "the state to be called stale")
         eventually(lambda: mirror.synced and mirror.staleness_s < 1.0, T, "the mirror to be back")
@@ -158,7 +149,7 @@ def test_a_lease_is_given_up_by_the_local_clock_while_the_server_is_stopped(serv
     with closing(connect([server.url])) as store:
         lost = threading.Event()
         keeper = LeaseKeeper(store, 1.0, on_lost=lost.set)
-        with stopped(server):
+        with stopped(server.pid):
             assert lost.wait(T)
             assert not keeper.alive
         keeper.close()

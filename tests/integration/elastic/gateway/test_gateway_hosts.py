@@ -4,7 +4,6 @@ sent a prompt.
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,6 +11,7 @@ from dataclasses import replace
 import httpx
 import pytest
 
+from elastic.serve.etcd_server import free_ports
 from membership.base.network import Network
 from tests.support.gateway_cluster import MODEL, QUICK, GatewayCluster, RunningGateway, wait_ready
 from tests.support.helpers import eventually
@@ -26,9 +26,8 @@ BODY = {"model": MODEL, "prompt": "x", "max_tokens": 60}
 
 
 def free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    (port,) = free_ports(1)
+    return f"tcp://127.0.0.1:{port}"
 
 
 @pytest.fixture

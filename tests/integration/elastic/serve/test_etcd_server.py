@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from elastic.serve.etcd_server import ENV_BINARY, EtcdServer, find_binary
+from elastic.serve.etcd_server import ANY_PORT_RANGE, ENV_BINARY, EtcdServer, find_binary, free_ports
 from membership.base.errors import ConfigError, StoreUnavailable
 from membership.store.etcd import EtcdStore, connect
 from tests.support.helpers import eventually, hang
@@ -43,6 +43,16 @@ def test_it_keeps_its_data_and_ports_over_a_crash(tmp_path: Path) -> None:
         again = server.pid
     assert not psutil.pid_exists(again)
     assert not server.alive
+
+
+def test_a_free_port_is_none_that_a_process_gets_which_takes_any() -> None:
+    """And two processes look at different ones."""
+    below = int(ANY_PORT_RANGE.read_text().split()[0])
+    ports = [port for _ in range(20) for port in free_ports(3)]
+    program = "from elastic.serve.etcd_server import free_ports; print(*free_ports(60))"
+    other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert len({*ports, *map(int, other.stdout.split())}) == 120
+    assert 1024 < min(ports) < max(ports) < below
 
 
 def test_on_sockets_it_listens_nowhere_else_and_leaves_no_file(tmp_path: Path) -> None:

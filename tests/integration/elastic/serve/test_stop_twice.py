@@ -20,7 +20,7 @@ from membership.store.interface import Store
 from membership.store.keys import Keys
 from tests.support.agent_scene import WORKER, Scene
 from tests.support.gateway_process import BODY, alive, engine_in, free_port, gateway
-from tests.support.helpers import eventually, hang
+from tests.support.helpers import eventually, hang, stopped
 
 pytestmark = pytest.mark.integration
 
@@ -44,8 +44,9 @@ def role(commands: WarmCommands, etcd: EtcdServer, folder: Path, *command: str) 
 
 def signal_twice(process: WarmProcess) -> None:
     """Both at once: it is stopped meanwhile, so that it cannot end between them. Either may be the second: `EITHER`."""
-    for number in (signal.SIGSTOP, signal.SIGINT, signal.SIGTERM, signal.SIGCONT):
-        process.send_signal(number)
+    with stopped(process.pid):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            process.send_signal(number)
 
 
 @pytest.mark.parametrize("name", ["controller", "engine"])
@@ -68,12 +69,9 @@ def test_a_role_that_hangs_is_ended_all_the_same(
     Scene(store, tmp_path / "events.jsonl").configure()
     with role(commands, etcd, tmp_path / "state", "controller", "--node", "n") as process:
         eventually(lambda: store.get(Keys("c").leader), 60.0, "a leader")
-        hang(etcd.pid)
-        try:
+        with stopped(etcd.pid):
             signal_twice(process)
             assert process.wait(timeout=30) in (*EITHER, -signal.SIGALRM)
-        finally:
-            os.kill(etcd.pid, signal.SIGCONT)
 
 
 def test_an_agent_ends_its_ranks_at_once_and_waits_for_them(
