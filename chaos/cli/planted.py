@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from chaos.mutants.hunt import Hunted
 
 ROW = "{:<32} {:<9} {:<8} {:>6} {:>8}  {}"
+JOBS = 1 + (os.cpu_count() or 1)  # some wait for what their mutant never does, until a deadline
 DEAREST = 5  # mutants whose time is worth a look
 
 
 @command
 def planted(
     only: Annotated[list[str] | None, typer.Option(help="Only this mutant. May be repeated.")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Number of processes.")] = os.cpu_count() or 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Number of processes.")] = JOBS,
     output: OutputFlag = Output.TEXT,
 ) -> None:
     """Remove one guard at a time from copies of the product. Exit 1 unless tests or simulation catch every mutant.

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from statistics import median
 
 import msgspec
@@ -58,6 +58,10 @@ class HuntReceipt(msgspec.Struct, frozen=True, kw_only=True):
     bugs: tuple[Hunted, ...] = ()
 
 
+Control = tuple[str, Future[Catch]]
+"""What looks at the unchanged product, and what it finds."""
+
+
 def hunt(
     mutants: Sequence[Mutant], jobs: int, on_result: Callable[[Hunted], None] = lambda found: None, lives: int = LIVES
 ) -> HuntReceipt:
@@ -67,8 +71,11 @@ def hunt(
     began = time.monotonic()
     pool = ThreadPoolExecutor(jobs)
     try:
+        tested = _control_tests(mutants, pool)
         found = _hunt_all(mutants, pool, on_result, lives)
-        controls = _controls(mutants, found, pool)
+        controls = [
+            (catcher, done.result(LIMIT_S * len(mutants))) for catcher, done in (*tested, *_control_runs(found, pool))
+        ]
     finally:
         pool.shutdown(cancel_futures=True)
     caught = sum(each.caught for each in found)
@@ -93,15 +100,18 @@ def _hunt_all(
     return tuple(each.result(timeout=LIMIT_S * len(hunts)) for each in hunts)
 
 
-def _controls(mutants: Sequence[Mutant], found: Sequence[Hunted], pool: Executor) -> list[tuple[str, Catch]]:
-    """What breaks in the unchanged product, by what noticed it."""
+def _control_tests(mutants: Sequence[Mutant], pool: Executor) -> list[Control]:
+    """All named tests in the unchanged product. They take longest, and so begin first."""
+    tests = sorted({test for mutant in mutants for test in mutant.tests})
+    return [(PYTEST, pool.submit(_catch, None, PYTEST, tests))] if tests else []
+
+
+def _control_runs(found: Sequence[Hunted], pool: Executor) -> list[Control]:
+    """The simulated runs that have shown a mutant, in the unchanged product."""
     shown = [run for each in found if each.shown for run in (each.shown, Shown(each.seed))]
     runs = list(dict.fromkeys(shown))
-    tests = sorted({test for mutant in mutants for test in mutant.tests})
-    attempts: list[tuple[str, list[str]]] = [(PYTEST, tests)] if tests else []
-    attempts += [(SIMULATE, _simulated(runs[at : at + CONTROL_SHARE])) for at in range(0, len(runs), CONTROL_SHARE)]
-    controls = [(catcher, pool.submit(_catch, None, catcher, arguments)) for catcher, arguments in attempts]
-    return [(catcher, done.result(timeout=LIMIT_S * len(controls))) for catcher, done in controls]
+    shares = [_simulated(runs[at : at + CONTROL_SHARE]) for at in range(0, len(runs), CONTROL_SHARE)]
+    return [(SIMULATE, pool.submit(_catch, None, SIMULATE, share)) for share in shares]
 
 
 def _median(events: Iterable[int | None]) -> float | None:

@@ -140,7 +140,7 @@ class StandInCluster:
 
     def attach(self, *ranks: int) -> None:
         """Have ranks (default: all) join the queues of the engine in office."""
-        state = eventually(lambda: (s := self.state()).engine_token and s, 20.0, "an engine in office")
+        state = eventually(lambda: (s := self.state()).engine_token and s, 30.0, "an engine in office")
         assert state
         engine = state.engine
         assert engine is not None
@@ -234,7 +234,7 @@ class Gateway:
 
     def connect(self) -> None:
         """Say hello to the engine in office, and go on there with what is open."""
-        state = eventually(lambda: (s := self._cluster.state()).engine and s, 20.0, "an engine's address")
+        state = eventually(lambda: (s := self._cluster.state()).engine and s, 30.0, "an engine's address")
         assert state
         assert state.engine is not None
         if self._socket is not None:

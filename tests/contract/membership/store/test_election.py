@@ -64,7 +64,7 @@ def test_a_revoked_lease_is_noticed_and_stays_lost(store: Store) -> None:
 
 def test_one_wins_and_its_token_is_the_keys_create_revision(store: Store, prefix: str) -> None:
     key = prefix + "leader"
-    with LeaseKeeper(store, 5.0) as mine, LeaseKeeper(store, 5.0) as theirs:
+    with LeaseKeeper(store, 30.0) as mine, LeaseKeeper(store, 30.0) as theirs:
         winner, loser = Election(store, key, b"me", mine), Election(store, key, lambda: b"them", theirs)
         assert winner.campaign(T) == winner.token == winner.campaign(T)
         kv = store.get(key)
@@ -118,7 +118,7 @@ def test_the_fence_stops_a_zombie(store: Store, prefix: str) -> None:
 def test_a_candidate_whose_lease_ends_stops(store: Store, prefix: str) -> None:
     with LeaseKeeper(store, 30.0) as holder:
         Election(store, prefix + "leader", b"", holder).campaign(T)
-        keeper = LeaseKeeper(store, 1.0)
+        keeper = LeaseKeeper(store, 30.0)
         store.revoke(keeper.lease)
         with pytest.raises(LeaseLost):
             Election(store, prefix + "leader", b"", keeper).campaign(T)
@@ -128,6 +128,6 @@ def test_a_candidate_whose_lease_ends_stops(store: Store, prefix: str) -> None:
 def test_an_unanswered_attempt_that_took_effect_is_recognised(store: Store, prefix: str) -> None:
     """The put was made, the answer lost: campaigning again finds the key under our own lease."""
     key = prefix + "leader"
-    with LeaseKeeper(store, 5.0) as keeper:
+    with LeaseKeeper(store, 30.0) as keeper:
         written = store.txn([Compare(key, "create", "=", 0)], [Put(key, b"", keeper.lease)]).revision
         assert Election(store, key, b"", keeper).campaign(0.0) == written

@@ -87,7 +87,7 @@ def test_a_full_etcd_freezes_membership_and_nothing_else(site: OwnSite) -> None:
     with (
         closing(connect([site.etcd.url])) as store,
         Mirror(store, KEYS.cluster, probe_every_s=0.1) as mirror,
-        LeaseKeeper(store, 5.0) as keeper,
+        LeaseKeeper(store, 9.0) as keeper,
     ):
         election = Election(store, KEYS.leader, b"", keeper)
         election.campaign(T)
@@ -121,7 +121,7 @@ def test_a_forgotten_history_is_listed_anew(site: OwnSite) -> None:
 
 @pytest.mark.skipif(shutil.which("strace") is None or os.geteuid() != 0, reason="needs strace and root")
 def test_a_slow_disk_slows_writes_and_no_lease_is_lost(site: OwnSite) -> None:
-    with closing(connect([site.etcd.url])) as store, LeaseKeeper(store, 5.0) as keeper:
+    with closing(connect([site.etcd.url])) as store, LeaseKeeper(store, 9.0) as keeper:
         with in_force(site, "etcd-slow-disk", delay_s=0.15) as injected:
             assert float(injected.proof.split()[1]) >= 120.0
             with Mirror(store, KEYS.cluster) as mirror:

@@ -160,7 +160,7 @@ def test_an_engine_that_lost_its_lease_takes_office_again_in_the_same_process(
 def test_serving_goes_on_while_etcd_is_down_for_longer_than_the_lease(
     etcd: EtcdServer, store: Store, tmp_path: Path
 ) -> None:
-    cluster = StandInCluster(store, cluster_config(lease_ttl_s=2.0), step_s=0.03)
+    cluster = StandInCluster(store, cluster_config(lease_ttl_s=4.0), step_s=0.03)
     engine = EngineProcess(etcd.url, tmp_path / "events.jsonl")
     with streaming(cluster, engine, requests=4, tokens=180) as (token, gateway):
         etcd.stop()
