@@ -41,7 +41,7 @@ from membership.store.mirror import Mirror
 from membership.store.records import AgentRecord, ClusterConfig, Desired, EngineStatus, GatewayRecord
 from tests.support.agent_scene import Scene as AgentScene
 from tests.support.agent_scene import agent
-from tests.support.helpers import eventually
+from tests.support.helpers import eventually, running
 from workers.agent import worker_proc
 from workers.agent.forkserver_client import ForkServer
 from workers.agent.registrar import Registrar
@@ -117,7 +117,7 @@ def supervisor(folder: Path) -> Iterator[Scene]:
 
         def only_two() -> bool:
             children = set(psutil.Process().children()) - strangers
-            return sum(child.status() != psutil.STATUS_ZOMBIE for child in children) == 2
+            return sum(running(child) for child in children) == 2
 
         calls: tuple[Call, ...] = (
             (subprocess, "_fork_exec"), (os, "pidfd_open"), (subprocess.os, "read"), (Path, "open"),

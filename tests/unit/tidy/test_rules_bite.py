@@ -51,7 +51,7 @@ def test_each_rule_fails_when_it_is_broken(tmp_path: Path) -> None:
     for name in tracked():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
-    subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, timeout=30, check=True)
+    subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, timeout=120, check=True)
     for name, breach in BREACHES.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         with (tmp_path / name).open("a") as file:

@@ -32,7 +32,7 @@ SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
 def tool(name: str, *arguments: str) -> str:
     """Run a program that stands beside this interpreter; what it said if it failed, else ""."""
     command = [str(Path(sys.executable).with_name(name)), *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     return "" if done.returncode == 0 else done.stdout + done.stderr
 
 
