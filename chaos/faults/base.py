@@ -19,6 +19,7 @@ from membership.base.errors import ElasticError
 from membership.base.events import Event
 
 SEEN_S = 5.0  # a fault that is not seen within this time has not happened
+OBEYED_S = 30.0  # a signal that stops or ends: on a busy machine, or in a call that the disk holds up, it takes long
 POLL_S = 0.002
 
 ROLES = ("gateway", "engine", "engine-standby", "controller", "agent")

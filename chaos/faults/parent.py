@@ -10,7 +10,7 @@ from contextlib import ExitStack, closing, suppress
 
 import psutil
 
-from chaos.faults.base import SEEN_S, Faults, NotInjected, Site
+from chaos.faults.base import OBEYED_S, Faults, NotInjected, Site
 from chaos.faults.process import Hold, ProcessInjector
 
 FAULTS = Faults()
@@ -41,9 +41,9 @@ class HostDeath(ProcessInjector):
                     family[pid] = holds.enter_context(closing(Hold(pid, f"{self.victim}'s child")))
                 for each in family.values():
                     each.send(number)
-            left = [str(each.pid) for each in family.values() if not each.gone(SEEN_S)]
+            left = [str(each.pid) for each in family.values() if not each.gone(OBEYED_S)]
         if left:
-            raise NotInjected(f"did not end within {SEEN_S:g} s of SIGKILL: processes {', '.join(left)}")
+            raise NotInjected(f"did not end within {OBEYED_S:g} s of SIGKILL: processes {', '.join(left)}")
         return f"pidfds say that all {len(family)} processes are gone"
 
     def _restore(self, hold: Hold) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from chaos.faults.base import SEEN_S, NotInjected, SiteInjector, see
+from chaos.faults.base import OBEYED_S, NotInjected, SiteInjector, see
 from membership.base.process_stats import is_stopped
 
 _STATE, _EXIT_CODE = 0, 49  # fields of /proc/PID/stat after the process's name
@@ -46,7 +46,7 @@ class Hold:
             return False
         return True
 
-    def end(self, number: signal.Signals, within_s: float = SEEN_S) -> str:
+    def end(self, number: signal.Signals, within_s: float = OBEYED_S) -> str:
         """End it by a signal and return the proof; NotInjected if it does not end."""
         self.send(number)
         if not self.gone(within_s):
@@ -54,9 +54,11 @@ class Hold:
         return f"pidfd says gone after {number.name}"
 
     def stop(self) -> str:
-        """SIGSTOP it and return the proof."""
+        """SIGSTOP it and return the proof; NotInjected if it ends instead."""
         self.send(signal.SIGSTOP)
-        see(lambda: is_stopped(self.pid), f"{self.name} stopped")
+        see(lambda: is_stopped(self.pid) or self.gone(), f"{self.name} stopped", OBEYED_S)
+        if self.gone():
+            raise NotInjected(f"{self.name} has ended")
         return "/proc says stopped (T)"
 
     def resume(self) -> None:

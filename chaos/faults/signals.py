@@ -13,7 +13,7 @@ import time
 from contextlib import closing
 from dataclasses import dataclass
 
-from chaos.faults.base import POLL_S, PROCESSES, SEEN_S, Faults, NotInjected, Params, Site, poll, see
+from chaos.faults.base import OBEYED_S, POLL_S, PROCESSES, SEEN_S, Faults, NotInjected, Params, Site, poll, see
 from chaos.faults.process import Hold, Limit, ProcessInjector
 
 SLOW_RUN_S = 0.002  # how long a slowed process runs between two stops
@@ -32,7 +32,7 @@ class Killed:
     at: float = 0.0  # when it was sent, on the monotonic clock that all processes of a host share
 
 
-def kill(pid: int, timeout_s: float = SEEN_S) -> Killed:
+def kill(pid: int, timeout_s: float = OBEYED_S) -> Killed:
     """SIGKILL `pid` and wait until it is gone by the kernel's word; NotInjected if there is no such process."""
     with closing(Hold(pid, "the victim")) as hold:
         sent_at, at = time.time(), time.monotonic()
