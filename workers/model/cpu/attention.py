@@ -70,10 +70,8 @@ class CpuAttention:
         if plan.follows and cache.mirror is not None:
             cache.mirror.append(plan.mirror_cells(heads), keys, values)
             return cache.mirror
-        context = cache.gather(tiles.rows(heads, rows_per_block), tiles.length)
-        fits = context.nbytes * len(self.cache.layers) <= MIRROR_BYTES
-        cache.mirror = context if fits else None
-        return context
+        most = MIRROR_BYTES // len(self.cache.layers)
+        return cache.gather_mirror(tiles.rows(heads, rows_per_block), tiles.length, most)
 
     def _attend(
         self, tiles: Tiles, queries: Tensor, context: Context, heads: int, scaling: float, window: int | None

@@ -55,6 +55,7 @@ class LayerCache:
         self.mirror: Context | None = None  # the contexts of the last step, if that was a plain decode step
         self.keys = torch.empty(0)
         self.values = torch.empty(0)
+        self._rooms: tuple[Tensor, ...] = ()  # memory of mirrors, which the next one uses again
         self._key_cells = self.keys
         self._value_cells = self.values
 
@@ -65,9 +66,29 @@ class LayerCache:
 
     def gather(self, rows: Tensor, length: int) -> Context:
         """Contexts [len(rows) * block_size / length, length, width] of the given rows, in fp32."""
-        keys = self.keys.index_select(0, rows).view(-1, length, self._key_cells.shape[-1])
-        values = self.values.index_select(0, rows).view(-1, length, self._value_cells.shape[-1])
-        return Context(keys.float(), values.float())
+        return self._context(length, self.keys.index_select(0, rows), self.values.index_select(0, rows))
+
+    def gather_mirror(self, rows: Tensor, length: int, most_bytes: int) -> Context:
+        """The same, kept as the mirror if it takes no more than `most_bytes`: in the memory of the mirror before, since
+        the page faults of fresh memory take longer than the copy. That has room for twice as much, untouched.
+        """
+        self.mirror = None
+        sources = self.keys, self.values
+        sizes = [len(rows) * source.shape[1] for source in sources]
+        if sum(sizes) * torch.float32.itemsize > most_bytes:
+            self._rooms = ()
+            return self.gather(rows, length)
+        if [room.numel() >= size for room, size in zip(self._rooms, sizes, strict=False)] != [True, True]:
+            self._rooms = tuple(self.keys.new_empty(2 * size) for size in sizes)
+        outs = [room[:size].view(len(rows), -1) for room, size in zip(self._rooms, sizes, strict=True)]
+        for source, out in zip(sources, outs, strict=True):
+            torch.index_select(source, 0, rows, out=out)
+        self.mirror = self._context(length, *outs)
+        return self.mirror
+
+    def _context(self, length: int, keys: Tensor, values: Tensor) -> Context:
+        widths = self._key_cells.shape[-1], self._value_cells.shape[-1]
+        return Context(*(p.view(-1, length, w).float() for p, w in zip((keys, values), widths, strict=True)))
 
     def lay_out(self, memory: Tensor, offset: int, rows: int, row: int, widths: tuple[int, int]) -> None:
         """Its part of the memory: `rows` rows of `row` numbers from `offset` on, the first of each block's its own."""
