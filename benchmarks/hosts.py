@@ -70,7 +70,7 @@ class Ways:
         """Its process there, and the line that it says first."""
         command = self.hosts.command("b", sys.executable, "-m", "benchmarks.hosts_peer", way, self.there, argument)
         environ = {**os.environ, "GLOO_SOCKET_IFNAME": "eth0", starter.ENV: starter.named()}
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8", env=environ)
         self.opened.callback(_end, process)
         return process, (process.stdout.readline() if process.stdout else "").strip()
 

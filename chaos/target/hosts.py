@@ -21,7 +21,7 @@ PREFIX = "ee"  # then the owner's process id: the names of interfaces are short
 
 
 def _run(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, timeout=TOOL_S, text=True).stdout
+    return subprocess.run(command, check=True, capture_output=True, timeout=TOOL_S, encoding="utf-8").stdout
 
 
 class Hosts:

@@ -59,7 +59,7 @@ class Unrecorded:
     def _answered(self, member: RankId, answer: Future[bool]) -> None:
         if answer.cancelled():
             return
-        if not answer.result():
+        if not answer.result(timeout=0):
             with self._lock:
                 self._gone |= {member}
             self.on_change()

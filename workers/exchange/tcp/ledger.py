@@ -23,7 +23,7 @@ class Ledger:
         self._ended[peer] = known._replace(suspects=known.suspects + 1)
 
     def cut(self, peer: RankId) -> None:
-        """The link has ended, and nobody had wanted that."""
+        """The link has ended though both ends lived on."""
         known = self._of(peer)
         self._ended[peer] = known._replace(cuts=known.cuts + 1)
 
