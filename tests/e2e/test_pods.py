@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 from collections import Counter
@@ -97,6 +99,14 @@ class Pods:
         assert said.returncode == 0, said.stderr
         return Counter(rank["node"] for rank in json.loads(said.stdout)["ranks"] if rank["state"] == "serving")
 
+    def helm_test(self) -> str:
+        """What its client says; the Service is the only gateway here."""
+        [client] = self.manifests["Pod", ""]["spec"]["containers"]
+        command = [sys.executable, *client["command"][1:], *client["args"][:-1], self.url]
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=150, env={})
+        assert asked.returncode == 0, asked.stderr
+        return asked.stdout
+
     def close(self) -> None:
         for pod in self.running.values():
             pod.close()
@@ -172,6 +182,7 @@ def test_pods_of_each_role_serve_and_each_may_be_replaced_under_load(pods: Pods)
         pods.start(host)
     pods.until_ready("gateway-0", "agents-0", "agents-1", "controller-0", "engine-0")
     assert pods.serving() == {"moe-agents-0": 1, "moe-agents-1": 1}
+    assert pods.helm_test().startswith("demo-moe answers: ")
     with Streams(pods.url, clients=2) as streams:
         streams.go_on()
         pods.replace("agents-1")

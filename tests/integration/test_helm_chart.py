@@ -214,6 +214,21 @@ def test_one_pod_is_behind_the_service_and_any_other_refuses_to_start() -> None:
     assert (budget["maxUnavailable"], budget["unhealthyPodEvictionPolicy"]) == (0, "AlwaysAllow")
 
 
+def test_the_client_of_helm_test_asks_the_service_and_is_no_pod_of_it() -> None:
+    """What it does is in e2e/test_pods.py. Selected with the one pod, it would count as disrupted once it has ended."""
+    manifests = render("service.port=80", "api.keysSecret=keys")
+    client = manifests["Pod"]
+    assert client["metadata"]["annotations"]["helm.sh/hook"] == "test"
+    assert client["spec"]["containers"][0]["args"][-1] == "http://demo:80"
+    assert render("api.tlsSecret=tls")["Pod"]["spec"]["containers"][0]["args"][-1] == "https://demo:8000"
+    [volume] = client["spec"]["volumes"]
+    [mount] = client["spec"]["containers"][0]["volumeMounts"]
+    assert (volume["secret"]["secretName"], mount["mountPath"]) == ("keys", "/etc/elastic-ep/api-keys")
+    for kind in ("StatefulSet", "PodDisruptionBudget"):
+        selector = manifests[kind]["spec"]["selector"]["matchLabels"]
+        assert not selector.items() <= client["metadata"]["labels"].items(), kind
+
+
 def test_the_port_of_the_service_is_not_the_pods() -> None:
     manifests = render("service.port=80", "service.containerPort=9000")
     assert manifests["Service"]["spec"]["ports"] == [{"name": "http", "port": 80, "targetPort": "http"}]

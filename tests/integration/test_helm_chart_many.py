@@ -266,7 +266,7 @@ def test_a_join_secret_that_is_there_is_not_made_again(tmp_path: Path) -> None:
             flags = ("--no-hooks", "--disable-openapi-validation", "--output", "json")
             outcome = helm("install", "demo", str(CHART), *flags, *values, environment=environment)
         assert outcome.returncode == 0, outcome.stderr
-        return {each["name"] for each in json.loads(outcome.stdout)["hooks"]}
+        return {each["name"] for each in json.loads(outcome.stdout)["hooks"]} - {"demo-test"}
 
     assert hooks() == {"demo-join", "demo-init"}
     assert hooks("demo-join") == {"demo-init"}
@@ -318,8 +318,8 @@ def test_no_value_changes_what_workloads_cannot_change(setting: str) -> None:
         free = ("replicas", "template", "minReadySeconds")
         return [
             [each["spec"][key] for key in each["spec"] if key not in free]
-            for each in manifests.values()
-            if "spec" in each
+            for (kind, _), each in manifests.items()
+            if "spec" in each and kind != "Pod"  # of `helm test`, which makes it anew
         ]
 
     assert fixed(render_many(setting)) == fixed(render_many())
