@@ -10,24 +10,31 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import TYPE_CHECKING
 
 import structlog
 
 from elastic.serve.state_dir import ClusterAddress
 from membership.base import descriptors, failpoints, loop_watchdog
+from membership.base.errors import StoreDenied, StoreUnavailable
 from membership.base.events import EventLog
 from membership.base.rotation import Limit
 from membership.base.run_dir import ENV as RUN_DIR_ENV
 from membership.base.run_dir import default_run_dir, make_run_dir, run_dir
 from membership.base.starter import StarterWatch
-from membership.base.timing import HURRY_GRACE_S, ROLE_GRACE_S
+from membership.base.timing import ATTEMPT_PAUSE_S, HURRY_GRACE_S, ROLE_GRACE_S, STORE_AWAITED_S
 from membership.store.interface import Store
 
 STORE_SEEN = "ELASTIC_STORE_SEEN"  # what the supervisor has seen of the store: a role must not start on another one
+
+if TYPE_CHECKING:
+    from membership.store.etcd import EtcdStore
 
 log = structlog.get_logger(__name__)
 
@@ -104,6 +111,23 @@ def end_with_any_thread() -> None:
     threading.excepthook = end
 
 
+def reach_store(connect: Callable[[], EtcdStore], stop: threading.Event) -> EtcdStore:
+    """The store, awaited for STORE_AWAITED_S: to start a role again takes longer than an etcd that starts or is busy.
+
+    StoreUnavailable: no answer by then, or the role is to stop.
+    """
+    deadline = time.monotonic() + STORE_AWAITED_S
+    while True:
+        try:
+            return connect()
+        except StoreUnavailable as error:
+            if isinstance(error, StoreDenied) or time.monotonic() > deadline:
+                raise
+            log.warning("store_awaited", error=str(error))
+            if stop.wait(ATTEMPT_PAUSE_S):
+                raise
+
+
 @contextmanager
 def role(name: str, address: ClusterAddress, events: Path, limit: Limit) -> Iterator[tuple[Store, Stop, EventLog]]:
     """This process as a role: its connection to the store, its stop event and the history that it writes."""
@@ -119,5 +143,5 @@ def role(name: str, address: ClusterAddress, events: Path, limit: Limit) -> Iter
     loop_watchdog.require()
     run_in_short_turns()  # before there are threads: a role reacts at once, however busy the ranks are
     seen = os.environ.get(STORE_SEEN, "")
-    with StopSignal(HURRY_GRACE_S) as stop, closing(address.connect(seen=seen)) as store:
+    with StopSignal(HURRY_GRACE_S) as stop, closing(reach_store(partial(address.connect, seen=seen), stop)) as store:
         yield store, stop, EventLog(events, name, limit=limit)

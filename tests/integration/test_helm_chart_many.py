@@ -1,5 +1,5 @@
 """With `mode: many` the chart renders a workload per role: manifests that Kubernetes accepts, commands and environments
-that the command line takes, Secrets where these say. They have not been started on a Kubernetes (docs/KUBERNETES.md).
+that the command line takes, Secrets where these say. They are started in e2e/test_pods.py.
 """
 
 from __future__ import annotations
