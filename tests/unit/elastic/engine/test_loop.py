@@ -104,6 +104,9 @@ class Ranks:
     def take(self) -> list[object]:
         return []
 
+    def far_links(self) -> dict[RankId, object]:
+        return {}
+
     def ignore(self, *args: object, **fields: object) -> None:
         """Not looked at here."""
 
