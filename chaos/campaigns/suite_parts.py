@@ -16,6 +16,7 @@ BUGS = 25
 EVENTS = 6  # median of the minimised schedules
 COMPUTED_S, BESIDE_S = 600.0, 2400.0  # limits of what only computes: alone; at the lowest priority beside tests
 KILLS, ZOMBIES, OUTAGES, REQUESTS = 300, 40, 20, 15_000
+FORMED_KILLS = 50  # while answers have a form
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,16 @@ def parts(seed: int, folder: Path, pace: bool = True, dose: Dose = Dose()) -> St
          "--ranks", "3", "--streams", "32", "--record", str(record), *drawn),
         partial(_soaked, dose), 900.0,
     )  # fmt: skip
+    formed = Part(
+        "structured", "ranks die while answers have to be JSON of a schema",
+        ("run", "kill-structured", "-o", "json"), _formed, 900.0,
+    )  # fmt: skip
     check = Part("check", "the soak's record, checked offline", ("check", str(record), "-o", "json"), _checked, 120.0)
     report = Part(
         "report", f"and drawn: {page}", ("report", str(record), "--output", str(page), "--json", "-"), _drawn, 120.0
     )
     first = ((simulate,), (planted,)) if pace else ((simulate, planted),)
-    return *first, (points, roles), (soak,), (check, report)
+    return *first, (points, roles), (formed,), (soak,), (check, report)
 
 
 def _simulated(pace: bool, dose: Dose, receipt: Receipt) -> Iterator[Goal]:
@@ -99,6 +104,14 @@ def _soaked(dose: Dose, receipt: Receipt) -> Iterator[Goal]:
     for name in ("lost", "duplicated", "altered", "non_2xx"):
         yield none_of(name, receipt[name])
     yield none_of("promises broken, and leaks", len(receipt["broken"]))
+
+
+def _formed(receipt: Receipt) -> Iterator[Goal]:
+    yield at_least("SIGKILLs of ranks", FORMED_KILLS, receipt["faults"].get("kill", 0))
+    yield at_least("structured answers, each valid", 1, receipt["requests"])
+    for name in ("lost", "duplicated", "altered", "non_2xx"):
+        yield none_of(name, receipt[name])
+    yield none_of("promises broken", len(receipt["broken"]))
 
 
 def _checked(receipt: Receipt) -> Iterator[Goal]:

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 import httpx
 import msgspec
@@ -42,8 +42,20 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     lengths: tuple[Positive, ...] = ()  # of answers, in turn, instead of `max_tokens`
     rest_s: float = 0.0  # of a stream between two requests
     preamble: str = ""  # what every prompt begins with, so that requests have KV blocks in common
+    structured: bool = False  # every answer has to be JSON of a schema
 
 
+class Answer(msgspec.Struct, forbid_unknown_fields=True):
+    """What a structured answer is. So narrow that any model comes to its end, and not in a few tokens."""
+
+    n: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)]
+    words: Annotated[list[Literal["for", "while", "with"]], msgspec.Meta(min_length=4, max_length=6)]
+
+
+FORM = {
+    "type": "json_schema",
+    "json_schema": {"name": "answer", "strict": True, "schema": msgspec.json.schema(Answer)},
+}
 FULL = Load(max_tokens=96, prompts=len(PROMPTS))  # every prompt, and answers that are long enough for a fault
 
 
@@ -70,6 +82,7 @@ class Workload:
         self.prompts = prompts or [load.preamble + each for each in PROMPTS[: load.prompts]]
         self.concurrency, self.seed, self.rest_s, self.timeout_s = load.streams, seed, load.rest_s, timeout_s
         self.lengths = load.lengths or (load.max_tokens,)
+        self.structured = load.structured
         self.distinct = math.lcm(len(self.prompts), len(self.lengths))
         self._lock = threading.Lock()
         self._done: list[RequestRecord] = []
@@ -150,6 +163,7 @@ class Workload:
             "model": self.model, "prompt": self.prompts[prompt % len(self.prompts)],
             "max_tokens": self.lengths[prompt % len(self.lengths)], "stream": True, "logprobs": 0,
             "seed": self.seed + prompt, **(sampled if prompt % 2 == 1 else {"temperature": 0.0}),
+            **({"response_format": FORM} if self.structured else {}),
         }  # fmt: skip
 
     async def _request(self, client: httpx.AsyncClient, number: int, prompt: int) -> RequestRecord:
@@ -168,11 +182,22 @@ class Workload:
                             self._open[number] = len(seen.tokens)
         except (httpx.HTTPError, ValueError) as problem:  # ValueError: an event that is no JSON
             seen.error = f"{type(problem).__name__}: {problem}"
+        if self.structured and seen.done and not seen.error:
+            seen.error = what_is_wrong("".join(seen.tokens))
         return RequestRecord(
             prompt=prompt, started=started, ended=time.monotonic(), id=seen.id, error=seen.error, status=seen.status,
             token_times=tuple(seen.times), tokens=tuple(seen.tokens),
             finish_reason=seen.finish_reason if seen.done else "",
         )  # fmt: skip
+
+
+def what_is_wrong(text: str) -> str:
+    """Why this is no structured answer; "" if it is one."""
+    try:
+        msgspec.json.decode(text, type=Answer)
+    except msgspec.MsgspecError as error:
+        return f"it is not what its schema says: {error}: {text[:200]!r}"
+    return ""
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,10 +45,26 @@ def server(answer: Callable[[], bytes]) -> Iterator[str]:
             thread.join(30.0)
 
 
-def once(data: bytes) -> RequestRecord:
+def once(data: bytes, structured: bool = False) -> RequestRecord:
     with server(lambda: data) as url:
-        (record,) = Workload(url, "m", Load(streams=1, prompts=1)).run_once()
+        (record,) = Workload(url, "m", Load(streams=1, prompts=1, structured=structured)).run_once()
     return record
+
+
+@pytest.mark.parametrize(
+    ("text", "valid"),
+    [
+        ('{"n": 7, "words": ["for", "while", "with", "for"]}', True),
+        ('{"n": 7, "words": ["for", "while", "with"]}', False),
+        ('{"n": -1, "words": ["for", "for", "for", "for"]}', False),
+        ('{"n": 7, "words": ["for", "for", "for", "for"], "more": 1}', False),
+        ('{"n": 7, "words": ["for", "for", "for", "f', False),
+    ],
+)
+def test_a_structured_answer_that_is_not_as_its_schema_says_has_failed(text: str, valid: bool) -> None:
+    choice = {"logprobs": {"tokens": list(text)}, "finish_reason": "stop"}
+    record = once(b"data: %s\n\n" % json.dumps({"choices": [choice]}).encode() + DONE, structured=True)
+    assert (record.complete, "its schema" in record.error) == (valid, not valid), record.error
 
 
 def test_a_whole_stream_is_complete() -> None:

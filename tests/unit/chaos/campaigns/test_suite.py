@@ -70,6 +70,22 @@ def test_a_share_does_less_and_leaves_no_part_out(tmp_path: Path) -> None:
     assert [goal.ok for goal in whole["soak"].goals({**done, **clean})].count(False) == len(done)
 
 
+def test_answers_with_a_form_are_judged_by_kills_and_by_each_request(tmp_path: Path) -> None:
+    (formed,) = (each for stage in parts(1, tmp_path) for each in stage if each.name == "structured")
+    held: Receipt = {
+        "faults": {"kill": 50},
+        "requests": 9,
+        "lost": 0,
+        "duplicated": 0,
+        "altered": 0,
+        "non_2xx": 0,
+        "broken": [],
+    }
+    assert all(goal.ok for goal in formed.goals(held))
+    for worse in ({"faults": {"kill": 49}}, {"requests": 0}, {"altered": 1}, {"lost": 1}, {"broken": ["x"]}):
+        assert [goal.ok for goal in formed.goals({**held, **worse})].count(False) == 1
+
+
 def test_a_speed_is_judged_of_what_runs_alone(tmp_path: Path) -> None:
     stages = {pace: [[each.name for each in stage] for stage in parts(1, tmp_path, pace)] for pace in (True, False)}
     assert stages[True][:2] == [["simulate"], ["planted"]]
