@@ -61,7 +61,7 @@ mutation: setup  ## small changes of the modules that decide, which their unit t
 	@$(BIN)/python -c 'import cosmic_ray' 2> /dev/null || $(BIN)/python -m pip install --quiet --editable '.[mutation]'
 	@$(BIN)/python -m tests.support.mutation $(if $(SEED),--seed $(SEED)) $(if $(SHARE),--share $(SHARE)) $(if $(ONLY),--only $(ONLY))
 
-# The clients and what they need: 0.5 GB, several minutes the first time.
+# The clients and what they need: 1.3 GB, several minutes the first time.
 $(CACHE)/clients/.ready: pyproject.toml
 	@$(PYTHON) -m venv $(CACHE)/clients
 	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["clients"], sep="\n")' > $(CACHE)/clients/wanted.txt
@@ -69,7 +69,7 @@ $(CACHE)/clients/.ready: pyproject.toml
 	@mkdir -p $(CACHE)/clients-node && if command -v npm > /dev/null; then npm install --silent --prefix $(CACHE)/clients-node $(OPENAI_NODE); fi
 	@touch $@
 
-clients: setup $(CACHE)/clients/.ready  ## other people's clients against a served model (litellm, LangChain, agents, ...)
+clients: setup $(CACHE)/clients/.ready  ## other people's clients against a served model (litellm, LangChain, agents, lm-eval, ...)
 	@cp tests/clients/use_openai.mjs $(CACHE)/clients-node/
 	@$(BIN)/python -m pytest tests/clients -n0
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chaos.target.cluster import ServedCluster
 from elastic.demo.model import write_demo_model
@@ -24,6 +27,10 @@ CACHE = ROOT / ".cache"
 PYTHON = CACHE / "clients" / "bin" / "python"
 KEY = "sk-clients"
 LIMIT_S = 600.0
+PAIRS = [
+    ("The for statement", " is used to iterate over the elements of a sequence"), ("Lists are", " mutable sequences"),
+    ("A function definition", " defines a user-defined function object"), ("x =", " 3"), ("def f(", "self):"),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +46,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cluster(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedCluster]:
     if not PYTHON.exists():
         pytest.skip("make clients installs them")
-    flags, state = ("--api-key", KEY), tmp_path_factory.mktemp("state")
+    flags, state = ("--api-key", KEY, "--dtype", "float32"), tmp_path_factory.mktemp("state")
     with ServedCluster(model, 2, state_dir=state, flags=flags, environ={"ELASTIC_API_KEY": KEY}) as served:
         served.wait_serving(2)
         yield served
@@ -70,3 +77,19 @@ def test_the_client_of_node(cluster: ServedCluster) -> None:
     if shutil.which("node") is None or not (CACHE / "clients-node" / "node_modules").exists():
         pytest.skip("node and npm are not here")
     used(cluster, "node", str(CACHE / "clients-node" / "use_openai.mjs"))
+
+
+def test_lm_evals_scores_are_those_of_transformers(cluster: ServedCluster, model: Path) -> None:
+    said = used(cluster, str(PYTHON), "-m", "tests.clients.use_lm_eval", str(model), json.dumps(PAIRS))
+    scores = json.loads(said.splitlines()[-1])
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    for (context, continuation), (score, greedy) in zip(PAIRS, scores, strict=True):
+        before, whole = (
+            tokenizer(text, add_special_tokens=False)["input_ids"] for text in (context, context + continuation)
+        )
+        with torch.inference_mode():
+            logits = plain(torch.tensor([whole])).logits[0, len(before) - 1 : -1].double()
+        theirs = logits.log_softmax(-1).gather(1, torch.tensor(whole[len(before) :])[:, None])[:, 0]
+        assert score == pytest.approx(theirs.sum().item(), abs=1e-4 * len(theirs))
+        assert greedy == bool((logits.argmax(-1) == torch.tensor(whole[len(before) :])).all())
