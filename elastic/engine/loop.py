@@ -325,6 +325,8 @@ class Engine:
             return
         self._fleet.mask(identity.rank)
         now = self._clock()
+        if loss.source == DetectedBy.DEADLINE:
+            self._scheduler.overran()
         moved = self._scheduler.lose_ranks([identity.rank], now, ended=loss.ended)
         self._recovery.lost(identity.rank, loss.at, moved)
         if self._outcome == "ok":

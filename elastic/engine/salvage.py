@@ -100,10 +100,11 @@ class Salvage:
 
     def review(self, homes: Mapping[int, Home], now: float) -> None:
         """Drop reads for requests that have lost that home too, and give up those that are not answered."""
+        self._reads = [
+            read for read in self._reads if read.sequence.home is read.home and homes.get(read.home.rank) is read.home
+        ]
         for read in self._reads.copy():
-            if read.sequence.home is not read.home or homes.get(read.home.rank) is not read.home:
-                self._reads.remove(read)
-            elif read.order is not None and now >= read.deadline:
+            if read.order is not None and now >= read.deadline:
                 self._give_up(read)
 
     def orders(self, homes: Mapping[int, Home], now: float) -> list[CopyBlocks]:

@@ -137,6 +137,11 @@ class Scheduler:
         """How many of its blocks hold something that is known from before us, until it is used."""
         return len(self._holding.get(rank, ()))
 
+    def overran(self) -> None:
+        """A rank that still computed, as far as could be seen, owed its answer to the step for too long."""
+        if self._under_way is not None:
+            self._budget.overran(self._under_way[0])
+
     def lose_ranks(self, ranks: Iterable[int], now: float, *, ended: bool = False) -> list[str]:
         """Mask ranks of the view for good. Returns their requests, which wait at the front to be computed elsewhere.
 

@@ -6,6 +6,8 @@ step (weights are read, ranks exchange), and per token. The first part buys noth
 much time again, even if the step then exceeds its time. Medians of the last few: one step that took long for another
 reason changes nothing. The share at most doubles from what has been measured, so the first steps are short, and never
 falls below a floor, so that a prompt always advances.
+
+With or without a budget: a step whose answer was overdue is not tried again as it was, since it might never end.
 """
 
 from __future__ import annotations
@@ -16,10 +18,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+from membership.base.timing import STEP_DEADLINE_S
+
 FLOOR_TOKENS = 16
 FIRST_TOKENS = 64  # while nothing is known
 REMEMBERED = 5
 COMPARED = 16  # steps with prompts of different sizes, which tell what a step costs whatever its size
+SAFE_S = STEP_DEADLINE_S / 2  # a step that takes so long is not near to being overdue
 LEAST_SHARE = 0.25  # of a step's time that its prompts are charged with, whatever its decodes seem to cost
 
 
@@ -66,23 +71,26 @@ class StepBudget:
 
     def __init__(self, budget_s: float, most: int) -> None:
         self._budget_s, self._most = budget_s, most
+        self._limit = most  # less after steps whose answers were overdue
         self._decode_s: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
         self._prompts: dict[int, _Prompts] = defaultdict(_Prompts)
 
     def tokens(self, decodes: int, ranks: int) -> int:
         """Of prompts, for each of `ranks` ranks, beside `decodes` sequences that decode."""
         if not self._budget_s:
-            return self._most
+            return self._limit
         if not self._prompts:
-            return min(FIRST_TOKENS, self._most)
+            return min(FIRST_TOKENS, self._limit)
         known = ranks if ranks in self._prompts else min(self._prompts, key=lambda each: abs(each - ranks))
         seen = self._prompts[known]
         token_s = seen.token_s * max(1.0, ranks / known)
         wanted = max(self._budget_s - self._decoding_s(decodes) - seen.step_s, seen.step_s) / max(token_s, 1e-9)
-        return min(max(int(min(wanted, 2 * seen.most)), FLOOR_TOKENS), self._most)
+        return min(max(int(min(wanted, 2 * seen.most)), FLOOR_TOKENS), self._limit)
 
     def learn(self, work: Work, took_s: float) -> None:
         """A step has ended well."""
+        if 2 * took_s < SAFE_S and work.tokens >= self._limit:
+            self._limit = min(2 * self._limit, self._most)
         if not self._budget_s:
             return
         if not work.tokens:
@@ -91,6 +99,11 @@ class StepBudget:
         large = 2 * work.tokens >= self.tokens(work.decodes, work.ranks) or took_s > self._budget_s
         prompts_s = max(took_s - self._decoding_s(work.decodes), LEAST_SHARE * took_s)
         self._prompts[work.ranks].learn(work.tokens, prompts_s, large=large)
+
+    def overran(self, work: Work) -> None:
+        """An answer to a step was overdue. Prompts get half as much from now on, until twice that would be safe."""
+        if work.tokens:
+            self._limit = min(self._limit, max(work.tokens // 2, FLOOR_TOKENS))
 
     def _decoding_s(self, decodes: int) -> float:
         """What they take, or fewer if that is not known: never too much."""

@@ -130,3 +130,33 @@ def test_the_step_after_a_death_has_all_requests_and_no_token_waits_for_it() -> 
         engine.turn()
     pieces = [("copy", 4), ("token", "a"), ("copy", 3), ("copy", 2), ("copy", 1)]
     assert ranks.log == [*pieces, ("step", [1, 2])]
+
+
+class SlowRanks(Ranks):
+    """Each answer to more than 20 tokens of a prompt is overdue."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tried: list[int] = []
+
+    def broadcast(self, batch: StepBatch) -> None:
+        ((rank, (chunk,)),) = batch.ranks.items()
+        self.tried.append(len(chunk.tokens))
+        if self.tried[-1] > 20:
+            self.happened.append(RankLost(RankId(rank, self.members.pop(rank)), DetectedBy.DEADLINE, 0.0))
+        else:
+            self.happened += self.kv.run(batch, self.members)
+
+
+def test_a_step_that_was_overdue_is_tried_again_in_smaller_ones() -> None:
+    """Else the next rank would be given up for it, and so on for ever."""
+    ranks: Any = SlowRanks()
+    mirror: Any = SimpleNamespace(state=lambda: ClusterState(revision=1, engine_token=TOKEN))
+    settings = config(max_batched_tokens=40)
+    engine = Engine(settings, TOKEN, Peers(mirror, ranks, ranks, ranks, ranks), clock=lambda: 0.0)
+    engine._scheduler.set_view(view(1, ranks.members), (), 0.0)
+    engine._scheduler.submit(ask("a", [1] * 44, 3, ignore_eos=True), 0.0)
+    while len(ranks.tried) < 2:
+        engine.turn()
+    assert ranks.tried == [40, 20]
+    assert len(ranks.members) == 1

@@ -269,6 +269,16 @@ def test_an_aborted_request_needs_no_pool() -> None:
     assert scene.scheduler.copied(scene.ranks.copy(order), 0.0) == []
 
 
+def test_a_read_is_overdue_while_another_of_the_same_ranks_is_not_wanted_any_more() -> None:
+    scene = Scene(4)
+    _, unwanted = scene.scheduler._homes[1].running
+    scene.kill()
+    assert len(scene.scheduler.copies(0.0)) == 2
+    scene.scheduler.abort(unwanted.request.request_id)
+    assert scene.scheduler.copies(COPY_TIMEOUT_S) == []
+    pool_is_whole(scene.scheduler)
+
+
 @pytest.mark.parametrize("wrong", ["copy", "rank", "too many"])
 def test_other_answers_count_for_nothing(wrong: str) -> None:
     scene = Scene(2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from chaos.simulation.kv_model import KvModel, reply
@@ -26,6 +26,7 @@ SLOTS = 4
     budget=st.integers(1, 20),
     cached=st.booleans(),
 )
+@example(1_000_000_000, 28, 5, 15, False)  # a read is overdue while another one of the same ranks has lost its request
 def test_random_histories_lose_duplicate_and_alter_nothing(
     seed: int, kv_blocks: int, max_seqs: int, budget: int, cached: bool
 ) -> None:

@@ -55,6 +55,32 @@ def test_the_first_steps_are_short_and_then_at_most_twice_what_was_measured() ->
     assert sizes == [FIRST_TOKENS, 128, 256, 512, 512]
 
 
+@pytest.mark.parametrize("budget_s", [0.0, 1000.0])
+def test_a_step_that_was_overdue_is_not_tried_again_as_it_was(budget_s: float) -> None:
+    """Each token takes a tenth of a second, and steps that take 30 s are given up; then the machine is quick again."""
+    budget, tried = StepBudget(budget_s, MOST), list[int]()
+    budget.learn(Work(0, MOST, 1), 0.01)
+    for _ in range(20):
+        tried.append(budget.tokens(0, 1))
+        work = Work(0, tried[-1], 1)
+        if (took_s := tried[-1] * 0.1) >= 30:
+            budget.overran(work)
+        else:
+            budget.learn(work, took_s)
+    assert tried == [MOST] + 19 * [MOST // 2]
+    for _ in range(3):
+        budget.learn(Work(0, budget.tokens(0, 1), 1), 1.0)
+    assert budget.tokens(0, 1) == MOST
+
+
+def test_there_is_an_end_to_smaller_steps() -> None:
+    budget = StepBudget(0.0, MOST)
+    for _ in range(20):
+        budget.overran(Work(3, budget.tokens(0, 1), 1))
+    budget.overran(Work(3, 0, 0))  # of decodes alone: prompts are not to blame
+    assert budget.tokens(0, 1) == FLOOR_TOKENS
+
+
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 def test_a_step_that_costs_more_than_its_budget_whatever_its_size_gets_as_much_time_again_for_prompts(
     noise: float,
