@@ -23,7 +23,7 @@ from chaos.workload.history import RequestRecord
 from chaos.workload.streams import Load
 from membership.base.errors import ElasticError, WaitTimeout
 from membership.base.events import Event
-from membership.base.failpoint_catalogue import POINTS
+from membership.base.failpoint_catalogue import ON_ONE_HOST
 from membership.base.failpoints import KIND
 
 FLAGS = ("--chaos", "--max-ranks", "4", "--spares", "1", "--restart-intensity", "1000", "--restart-window", "1s")
@@ -54,7 +54,7 @@ class CellResult(msgspec.Struct, frozen=True, kw_only=True):
     said: str  # the victim and how it ended; or what did not hold
 
 
-def every_cell(points: Iterable[str] = POINTS, actions: Sequence[str] = ACTIONS) -> list[Cell]:
+def every_cell(points: Iterable[str] = ON_ONE_HOST, actions: Sequence[str] = ACTIONS) -> list[Cell]:
     """The matrix."""
     return [(point, action) for point in points for action in actions]
 

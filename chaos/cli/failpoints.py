@@ -15,7 +15,7 @@ from elastic.cli.command import command
 from elastic.cli.connection import AdminConnection
 from elastic.cli.flags import Output, OutputFlag, write_json
 from membership.base.errors import ConfigError
-from membership.base.failpoint_catalogue import POINTS
+from membership.base.failpoint_catalogue import ON_ONE_HOST
 
 
 @command
@@ -43,7 +43,7 @@ def failpoint_matrix(
     output: OutputFlag = Output.TEXT,
 ) -> None:
     """A role that dies, raises or hangs at every failpoint, under load. Exit 1 if a promise broke, or none passed."""
-    cells = every_cell([point for point in POINTS if point.startswith(only or "")], tuple(action or ACTIONS))
+    cells = every_cell([point for point in ON_ONE_HOST if point.startswith(only or "")], tuple(action or ACTIONS))
     if not cells:
         raise ConfigError(f"there is no failpoint {only!r}", hint="see: elastic-chaos failpoints")
     started = time.monotonic()

@@ -54,4 +54,7 @@ GATEWAY = (
 )
 EVERY_ROLE = ("mirror.before.list", "mirror.before.watch")
 
-POINTS = (*CONTROLLER, *AGENT, *RANK, *ENGINE, *GATEWAY, *EVERY_ROLE)
+ACROSS_HOSTS = ("agent.before.far_links", "rank.far_links")  # nothing passes them where all ranks are on one host
+
+ON_ONE_HOST = (*CONTROLLER, *AGENT, *RANK, *ENGINE, *GATEWAY, *EVERY_ROLE)
+POINTS = (*ON_ONE_HOST, *ACROSS_HOSTS)

@@ -147,7 +147,7 @@ def test_bad_requests_are_refused_and_serving_goes_on(serve: Serve, demo_model: 
         (post("{not json"), 400, "JSON"),
         (post({**good, "n": 100000}), 400, "n"),
         (post({**good, "colour": "red"}), 400, "colour"),
-        (post({**good, "prompt": [1] * 100_000}), 400, "must fit"),
+        (post({**good, "prompt": [1] * 100_000}), 400, "too long"),
         (post({**good, "prompt": [10**6]}), 400, "token"),
         (post({**good, "max_tokens": -1}), 400, "max_tokens"),
         (post({**good, "temperature": "hot"}), 400, "temperature"),

@@ -11,7 +11,7 @@ from chaos.campaigns.failpoint_stimuli import SMALL, STIMULI
 from chaos.campaigns.targets import LocalTarget
 from chaos.target.cluster import ServedCluster
 from chaos.target.warm_start import WarmStart
-from membership.base.failpoint_catalogue import POINTS
+from membership.base.failpoint_catalogue import ON_ONE_HOST
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
@@ -26,8 +26,8 @@ SAMPLE = (
 
 
 def test_every_point_has_a_stimulus() -> None:
-    assert STIMULI.keys() == set(POINTS)
-    assert len(every_cell()) == 3 * len(POINTS)
+    assert STIMULI.keys() == set(ON_ONE_HOST)
+    assert len(every_cell()) == 3 * len(ON_ONE_HOST)
 
 
 def test_a_sample_of_cells(demo_model: Path, tmp_path: Path, warm: WarmStart) -> None:

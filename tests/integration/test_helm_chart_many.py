@@ -129,7 +129,7 @@ def test_values_reach_their_roles(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(each["etcd_user"] == "server" for each in given.values())
     assert (given["agents"]["capacity"], given["agents"]["spares"]) == (3, 1)
     names = ("follow_agents", "min_agents", "ranks", "served_model_name", "max_model_len", "kv_blocks")
-    assert [given["init"][name] for name in names] == [3, 4, 15, "m", 512, 64]
+    assert [given["init"][name] for name in names] == [3, 4, 15, ["m"], 512, 64]
     assert (given["gateway"]["host"], given["gateway"]["admin_host"]) == ("0.0.0.0", "0.0.0.0")
     assert given["gateway"]["access_log"]
     assert (given["engine"]["log_keep"], given["controller"]["log_keep"]) == (1, 1)
