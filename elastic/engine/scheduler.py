@@ -94,6 +94,7 @@ class Scheduler:
         self._reserve = Reserve(config)
         self._budget = StepBudget(config.step_budget_s, config.max_batched_tokens)
         self._under_way: tuple[Work, float] | None = None  # the step in flight, if its time will mean something
+        self._begun: Work | None = None  # the last step, until it is known that it took too long
         self._began, self._step_s = now, 0.0  # when the last step began; how long the last answered one took
         self._arrivals = 0
         self._contents = Contents(config, "")
@@ -139,8 +140,9 @@ class Scheduler:
 
     def overran(self) -> None:
         """A rank that still computed, as far as could be seen, owed its answer to the step for too long."""
-        if self._under_way is not None:
-            self._budget.overran(self._under_way[0])
+        if self._begun is not None and self.unanswered:
+            self._budget.overran(self._begun)
+            self._begun = None
 
     def lose_ranks(self, ranks: Iterable[int], now: float, *, ended: bool = False) -> list[str]:
         """Mask ranks of the view for good. Returns their requests, which wait at the front to be computed elsewhere.
@@ -356,7 +358,8 @@ class Scheduler:
                 ranks[home.rank] = [chunk for _, chunk in home.in_flight]
         if not ranks:
             return None
-        self._under_way, self._began = (self._work(), now), now
+        self._begun, self._began = self._work(), now
+        self._under_way = self._begun, now
         self._salvage.stepped()
         self.step += 1
         self.attempt = max(self._homes[rank].setbacks for rank in ranks)

@@ -89,7 +89,7 @@ class StepBudget:
 
     def learn(self, work: Work, took_s: float) -> None:
         """A step has ended well."""
-        if 2 * took_s < SAFE_S and work.tokens >= self._limit:
+        if 2 * took_s < SAFE_S and 2 * work.tokens >= self._limit:
             self._limit = min(2 * self._limit, self._most)
         if not self._budget_s:
             return

@@ -80,7 +80,7 @@ def free_ports(count: int) -> list[int]:
     """Return loopback ports that were free a moment ago, none of them twice. StoreUnavailable if there are none.
 
     They are below the range from which the kernel serves connections and listeners that take any port: one of these
-    may be taken by the time that it is used. Each process looks at places of its own.
+    may be taken by the time that it is used. Processes begin at different places.
     """
     below = int(ANY_PORT_RANGE.read_text(encoding="ascii").split()[0])
     places = _places(os.getpid())

@@ -45,13 +45,14 @@ def init_config(store: Store, config: ClusterConfig, options: InitOptions, say: 
         return
     found = store.get(keys.config)
     other = differing(config, options, codec.decode(found.value, ClusterConfig)) if found is not None else []
-    if not other:
+    if not other and not options.anew:
         say(f"cluster {config.cluster!r} is there already: nothing is changed")
     elif hosts := nodes_of(store, keys.prefix):
+        with_other = f" with another {in_words(other)}" if other else ""
         raise ConfigError(
-            f"cluster {config.cluster!r} lives on {', '.join(sorted(hosts))} with another {in_words(other)}",
+            f"cluster {config.cluster!r} lives on {', '.join(sorted(hosts))}{with_other}",
             hint="stop its roles on all hosts first, or give the settings that it has",
         )
     else:
         write_config(store, config, options, say)
-        say(f"cluster {config.cluster!r} has another {in_words(other)} now")
+        say(f"cluster {config.cluster!r} {f'has another {in_words(other)} now' if other else 'begins anew'}")

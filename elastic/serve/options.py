@@ -486,6 +486,11 @@ class SupervisorOptions:
 class InitOptions(ConfigOptions, StoreOptions, JoinOptions):
     """Options of `elastic init`."""
 
+    anew: bool = option(
+        False,
+        "Begin anew even with the same settings: forget what ranks computed with. No process of it may live.",
+    )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions(

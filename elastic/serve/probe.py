@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import TCPServer
 
 import structlog
 
@@ -20,6 +21,14 @@ CLIENT_TIMEOUT_S = 5.0
 BEGINNING = "it has just been started"
 
 log = structlog.get_logger(__name__)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def server_bind(self) -> None:
+        """Without HTTPServer's look-up of our own name, which a name server without an answer holds up."""
+        TCPServer.server_bind(self)
 
 
 class Probe:
@@ -45,13 +54,12 @@ class Probe:
                 log.debug("probed", request=format % args)
 
         try:
-            self._server = ThreadingHTTPServer((address, port), Handler)
+            self._server = _Server((address, port), Handler)
         except OSError as error:
             raise ConfigError(
                 f"--probe-port: cannot listen at {address}:{port}: {error.strerror or error}",
                 hint="choose a free port from 1024 on; it listens at the address of --advertise",
             ) from error
-        self._server.daemon_threads = True
         self.port: int = self._server.server_address[1]
         self._thread = threading.Thread(target=self._server.serve_forever, name="probe", daemon=True)
         self._thread.start()

@@ -29,6 +29,7 @@ from membership.store.keys import Keys
 from membership.store.records import Assignment, ClusterConfig, Desired
 
 POLL_S = 0.1
+ANEW = "if no process of it lives on any host, run `elastic init --anew` first"
 OF_MODEL = ("moe_layers", "experts", "expert_bytes", "vocab_size", "eos_token_ids", "files")
 NOT_FLAGS = {
     **dict.fromkeys(OF_MODEL, "model"),
@@ -59,10 +60,12 @@ def write_config(
         hosts = _elsewhere(store, keys, node)
         if node and config.join_key and (hosts.living or hosts.unseen):
             return _joined(store, keys, config, options, known, hosts, say)
-        if node and known.join_key and hosts.living:
+        if node and known.join_key and (hosts.living or hosts.unseen):
+            where = f"lives on {_named(hosts.living)}" if hosts.living else _unseen(hosts)
             raise ConfigError(
-                f"cluster {keys.cluster!r} lives on {_named(hosts.living)} and spans hosts",
-                hint="to join it, give --advertise and its join secret; else choose another name with --cluster",
+                f"cluster {keys.cluster!r} {where} and spans hosts",
+                hint="to join it, give --advertise and its join secret; else choose another name with --cluster"
+                + ("" if hosts.living else f"; or, {ANEW}"),
             )
         require_unserved(store, keys, known.lease_ttl_s, say)
     same_model = known is not None and _shape(known) == _shape(config)
@@ -106,6 +109,10 @@ def _elsewhere(store: Store, keys: Keys, node: str) -> Elsewhere:
     return Elsewhere(frozenset(living), frozenset(unseen))
 
 
+def _unseen(hosts: Elsewhere) -> str:
+    return f"has ranks on {_named(hosts.unseen)}, which may be cut off from this etcd"
+
+
 def _named(hosts: Iterable[str]) -> str:
     names = sorted(hosts)
     return f"host{'s' * (len(names) > 1)} {', '.join(names)}"
@@ -120,7 +127,8 @@ def require_no_secret(store: Store, keys: Keys, node: str) -> None:
     if where := hosts.living | hosts.unseen:
         raise ConfigError(
             f"cluster {keys.cluster!r} is on {_named(where)}, and this cluster has a join secret",
-            hint=f"bring it with --join-secret-file or {ENV}; `elastic serve` there has it in STATE-DIR/{FILE}",
+            hint=f"bring it with --join-secret-file or {ENV}; `elastic serve` there has it in STATE-DIR/{FILE}"
+            + ("" if hosts.living else f"; {ANEW}"),
         )
 
 
@@ -137,8 +145,7 @@ def _joined(
     if hosts.living:
         where, otherwise = f"lives on {_named(hosts.living)}", "stop the cluster on all hosts first"
     else:
-        where = f"has ranks on {_named(hosts.unseen)}, which may be cut off from this etcd"
-        otherwise = "if no process of it lives on any host, run `elastic init` with the new settings first"
+        where, otherwise = _unseen(hosts), ANEW
     if other := differing(config, options, known):
         raise ConfigError(
             f"cluster {keys.cluster!r} {where}, and has another {in_words(other)}",

@@ -224,7 +224,8 @@ class Supervisor:
         opened.callback(self._store.close)
         if self.options.advertise and not self._network:
             self._make_secret(self._store)
-        require_reachable(self._state(), self.node, self._network)
+        if self._network is not None:
+            require_reachable(self._state(), self.node, self._network)
         self.config, self.ranks = write_config(self._store, self.config, self.options, say, killed, self.node)
         opened.callback(self._stop_roles)
         for name in STOP_S:

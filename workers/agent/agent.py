@@ -196,7 +196,7 @@ class Agent:
         for process in decide.pools_to_free(state, self._executor.left_pools()):
             self._executor.free_pool(process)
         if not self._whole:
-            self._report(lacking := decide.lacking(state, self.me, now))
+            self._report(lacking := decide.lacking(state, self.me, self._buried, now))
             self._whole = not lacking
 
     def close(self, hurry: threading.Event | None = None) -> None:

@@ -6,7 +6,7 @@ under way already (`LocalRank` notes that). So an agent that missed some events 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
@@ -263,8 +263,11 @@ def relief(state: ClusterState, me: AgentRecord, ranks: Iterable[RankId]) -> boo
     return others and any(True for _ in ranks)
 
 
-def lacking(state: ClusterState, me: AgentRecord, now: float) -> str:
-    """What is missing until all that is meant for this node serves; nothing: it does."""
+def lacking(state: ClusterState, me: AgentRecord, buried: Collection[RankId], now: float) -> str:
+    """What is missing until all that is meant for this node serves; nothing: it does.
+
+    `buried`: ranks of this agent that have died. Where they were set aside a rolling update must not go on.
+    """
     facts = ClusterFacts(state, now)
     mine = state.agents.get(me.node)
     if mine is None or mine.started != me.started or state.desired is None:
@@ -275,8 +278,12 @@ def lacking(state: ClusterState, me: AgentRecord, now: float) -> str:
     serving = {member.id for member in facts.alive if member.node == me.node}
     if starting := sorted(rank for rank, _ in here - serving):
         return f"ranks {starting} do not serve yet"
-    aside = sum(each.quarantined for each in state.exits.values())
-    if (unplaced := facts.target - aside - len(facts.assigned)) > 0 and len(here) < me.capacity:
+    aside = {slot for slot, last in state.exits.items() if last.quarantined}
+    if failed := sorted(slot for slot in aside if state.exits[slot].id in buried):
+        return f"ranks {failed} were set aside here: see `elastic explain`"
+    if (unplaced := facts.target - len(aside.intersection(facts.fill)) - len(facts.assigned)) > 0 and len(
+        here
+    ) < me.capacity:
         return f"{unplaced} ranks have no host yet"
     return ""
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
+from elastic.serve.etcd_server import free_ports
 from elastic.serve.probe import Probe, probe
 from membership.base.errors import ConfigError
 
@@ -49,9 +50,7 @@ def test_a_port_in_use_is_refused_by_name(answering: Probe) -> None:
 
 
 def test_it_listens_for_as_long_as_the_role_works() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = int(free.getsockname()[1])
+    (port,) = free_ports(1)
     with probe("", port) as report:
         report("")
         assert httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=30).status_code == 200

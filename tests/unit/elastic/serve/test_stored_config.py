@@ -200,6 +200,7 @@ def test_a_host_without_the_join_secret_of_the_others_is_told_to_bring_it(store:
     with pytest.raises(ConfigError, match="is on host b, and this cluster has a join secret") as refused:
         require_no_secret(store, KEYS, "a")
     assert refused.value.hint.startswith("bring it with --join-secret-file or ELASTIC_JOIN_SECRET")
+    assert ("elastic init --anew" in refused.value.hint) is not seen
 
 
 def test_one_of_which_only_this_host_is_left_begins_anew(store: MemoryStore) -> None:
@@ -248,3 +249,17 @@ def test_it_changes_settings_only_of_a_cluster_that_does_not_live(store: MemoryS
     store.delete(KEYS.agent("b"))
     size, said = initialised(store, other)
     assert (size, said.endswith("has another --kv-blocks now")) == (6, True)
+
+
+def test_it_begins_anew_if_told_to_and_nobody_lives(store: MemoryStore) -> None:
+    """After a failure of all hosts: what is stored of ranks' weights and versions would refuse others for good."""
+    initialised(store, ranks=2)
+    store.put(KEYS.checkpoint, b"what the last ranks computed with")
+    assigned(store, "b", 1)
+    live(store, "b")
+    with pytest.raises(ConfigError, match=r"lives on b$"):
+        initialised(store, anew=True)
+    store.delete(KEYS.agent("b"))
+    assert initialised(store)[1].endswith("nothing is changed")
+    assert initialised(store, anew=True)[1].endswith("begins anew")
+    assert (store.get(KEYS.checkpoint), store.get(KEYS.assign("b"))) == (None, None)

@@ -15,7 +15,7 @@ FOLLOWING = replace(CONFIG, follow_agents=2)
 
 
 def said(world: World, node: str) -> str:
-    return lacking(world.state, world.state.agents[node], world.now)
+    return lacking(world.state, world.state.agents[node], frozenset(), world.now)
 
 
 @dataclass
@@ -58,9 +58,9 @@ def test_an_agent_that_is_back_waits_for_ranks_of_its_own_run() -> None:
     world.settle()
     earlier = world.state.agents["b"]
     world.stop_agent("b")
-    assert lacking(world.state, earlier, world.now) == "the cluster does not know this agent yet"
+    assert lacking(world.state, earlier, frozenset(), world.now) == "the cluster does not know this agent yet"
     world.start_agent("b")
-    assert lacking(world.state, earlier, world.now) == "the cluster does not know this agent yet"
+    assert lacking(world.state, earlier, frozenset(), world.now) == "the cluster does not know this agent yet"
     assert said(world, "b") == "2 ranks have no host yet"
     assert Heard(world, "b").settle()[-1] == ""
     world.assert_whole(4)
@@ -81,3 +81,16 @@ def test_a_slot_that_is_set_aside_holds_no_agent_up() -> None:
     world.kill(0, quarantined=True)
     world.settle()
     assert [said(world, node) for node in ("a", "b")] == ["", ""]
+
+
+@pytest.mark.parametrize("refused", [True, False])
+def test_an_agent_whose_ranks_were_set_aside_is_not_ready(refused: bool) -> None:
+    """Else a rolling update to what cannot serve would go on until nothing is left that does."""
+    world = World(nodes=("a", "b"), config=FOLLOWING)
+    world.settle()
+    assert world.state.view is not None
+    ((mine, node),) = ((member.id, member.node) for member in world.state.view.members if member.rank == 1)
+    world.kill(1, quarantined=True, refused=refused)
+    world.settle()
+    assert lacking(world.state, world.state.agents[node], {mine}, world.now).startswith("ranks [1] were set aside here")
+    assert said(world, node) == "", "an earlier run's"
