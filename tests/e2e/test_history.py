@@ -68,5 +68,5 @@ def test_a_recorded_run_is_checked_from_its_file(serve: Serve, demo_model: Path,
     assert rows["linearizable"]["figures"]["clients"] == 3
     assert rows["watch"]["figures"]["gaps"] == 0
     after = aftermaths(Evidence(read(path)))[0]
-    assert 0 <= after.noticed_ms <= after.recovered_ms < after.restored_ms
+    assert 0 <= after.noticed_ms <= min(after.recovered_ms, after.restored_ms)  # of these two either may be first
     assert after.pause_ms > 0
