@@ -92,12 +92,13 @@ class KillHost(Campaign):
         self.notify(
             f"{self.ranks} ranks on hosts {', '.join(where)}; streams go through the gateway of {cluster.gateway}"
         )
+        engine = cluster.client().state().engine
         self.killed_host = cluster.first
         self.killed_at, self.killed = time.time(), time.monotonic()
         self.killed_processes = cluster.kill(cluster.first)
-        self.notify(
-            f"kill -9 host {cluster.first}: all of its {self.killed_processes} processes, the engine among them"
-        )
+        led = engine is not None and engine.node == cluster.first
+        among = ", the engine in charge among them" if led else ""
+        self.notify(f"kill -9 host {cluster.first}: all of its {self.killed_processes} processes{among}")
         until(self._replaced, f"{self.ranks} ranks on the other hosts", BACK_S, guard=cluster.require_alive)
         self.restored_at = time.time()
         self.notify(f"host {cluster.first} is started again, and joins")
