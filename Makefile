@@ -16,10 +16,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test tests-of-the-service tests-of-parts installed check matrix mutation clients chaos bench docs format wheel release clean
+.PHONY: help setup demo test tests-of-the-service tests-of-parts test-helm installed check matrix mutation clients chaos bench docs format wheel release clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
 setup: $(VENV)/.ready  ## make .venv with everything that demo and test need
 
@@ -47,6 +47,9 @@ tests-of-the-service:
 
 tests-of-parts:
 	@$(BIN)/python -m pytest tests --ignore tests/e2e --ignore tests/clients $(SIDE_BY_SIDE) 2
+
+test-helm: setup $(CACHE)/helm  ## those tests that are of the Helm chart; `test` has them, too
+	@$(BIN)/python -m pytest tests/integration/test_helm_*.py tests/e2e/test_pod.py tests/e2e/test_pods.py $(SIDE_BY_SIDE) 2
 
 check: setup  ## lint, types, import law, unit tests (under 90 s)
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet .

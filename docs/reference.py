@@ -49,7 +49,8 @@ INSTEAD = {  # what people write where the chart has another value, and which th
         "shmSize": "sharedMemory.size", "shm": "sharedMemory.size", "args": "extraArgs", "pdb": "podDisruptionBudget",
         "modelPath": "model.path", "servedModelName": "model.servedName", "annotations": "podAnnotations",
         "securityContext": "podSecurityContext", "etcdEndpoints": "etcd.endpoints",
-        "adminToken": "admin.existingSecret",
+        "adminToken": "admin.existingSecret", "networkPolicies": "networkPolicy.enabled",
+        "serviceMonitor": "monitoring.serviceMonitor", "prometheusRule": "monitoring.rules", "metrics": "monitoring",
     },
     "admin": {"token": "admin.existingSecret, a Secret with key token"},
     "agents": {

@@ -338,7 +338,7 @@ def test_a_typo_in_any_key_is_refused_with_the_right_one() -> None:
     schema = json.loads((CHART / "values.schema.json").read_text())
     values = yaml.safe_load((CHART / "values.yaml").read_text())
     opened = re.compile(  # Kubernetes checks what is below
-        r"model\.volume|podSecurityContext|(\w+\.)?resources\.(requests|limits)"
+        r"model\.volume|monitoring\.(labels|dashboardLabels)|podSecurityContext|(\w+\.)?resources\.(requests|limits)"
     )
     judged = 0
     for path in keys_of(values):

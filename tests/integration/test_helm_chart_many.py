@@ -21,7 +21,7 @@ from elastic.demo.model import shipped_demo_model
 from elastic.serve.etcd_server import EtcdServer
 from membership.store.etcd import connect
 from membership.store.mirror import Mirror
-from tests.support.chart import CHART, KUBERNETES, helm, notes, render, render_many, template
+from tests.support.chart import CHART, KUBERNETES, helm, notes, render, render_many, shipped, template
 from tests.support.kubernetes_api import kubernetes_api
 
 pytestmark = pytest.mark.integration
@@ -86,15 +86,13 @@ def parsed(role: str, container: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     return params
 
 
-def test_lint_of_the_shipped_values_is_clean() -> None:
-    outcome = helm("lint", "--strict", str(CHART), "--values", str(CHART / "values-many.yaml"))
+@pytest.mark.parametrize("name", ["values-many.yaml", "values-production.yaml"])
+def test_the_shipped_values_are_of_this_mode_and_lint_is_clean(name: str) -> None:
+    outcome = helm("lint", "--strict", str(CHART), "--values", str(CHART / name))
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
-
-
-def test_the_shipped_values_are_of_this_mode() -> None:
-    outcome = helm("template", "demo", str(CHART), "--values", str(CHART / "values-many.yaml"))
-    assert outcome.returncode == 0, outcome.stderr
-    assert set(re.findall("^kind: (StatefulSet|Deployment|Job)$", outcome.stdout, re.M)) == set(WORKLOADS.values())
+    found = [each["kind"] for each in shipped(name)]
+    assert set(WORKLOADS.values()) <= set(found)
+    assert ("NetworkPolicy" in found) is (name == "values-production.yaml")
 
 
 def test_manifests_are_valid_and_there_is_one_workload_per_role(rendered: Manifests) -> None:
@@ -204,7 +202,8 @@ def test_selectors_name_one_role_each(rendered: Manifests) -> None:
 
 def test_requests_go_to_ready_gateways_whose_probes_are_those_of_the_one_pod(rendered: Manifests) -> None:
     gateway = container_of(rendered, "gateway")
-    single = render(*(("api.tlsSecret=tls",) if "--ssl-keyfile" in str(gateway["args"]) else ()))
+    everything = "--ssl-keyfile" in str(gateway["args"])
+    single = render(*(("api.tlsSecret=tls", "service.adminHost=0.0.0.0") if everything else ()))
     one = single["StatefulSet"]["spec"]["template"]["spec"]["containers"][0]
     probes = ("startupProbe", "livenessProbe", "readinessProbe", "lifecycle", "ports")
     assert [gateway[each] for each in probes] == [one[each] for each in probes]

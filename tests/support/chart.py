@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -25,7 +26,9 @@ def helm(*arguments: str, environment: Mapping[str, str] | None = None) -> subpr
     return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
 
 
+@functools.cache
 def template(*settings: str, release: str = "demo") -> subprocess.CompletedProcess[str]:
+    """Each way of rendering costs a helm, and so happens once."""
     flags = [flag for setting in settings for flag in ("--set", setting)]
     return helm("template", release, str(CHART), "--kube-version", KUBERNETES, *flags)
 
@@ -34,7 +37,19 @@ def manifests(*settings: str, release: str = "demo") -> list[dict[str, Any]]:
     """All that is rendered."""
     outcome = template(*settings, release=release)
     assert outcome.returncode == 0, outcome.stderr
-    return [document for document in yaml.safe_load_all(outcome.stdout) if document]
+    return documents(outcome.stdout)
+
+
+def shipped(values: str) -> list[dict[str, Any]]:
+    """What a values file that comes with the chart gives, as it is."""
+    outcome = helm("template", "demo", str(CHART), "--kube-version", KUBERNETES, "--values", str(CHART / values))
+    assert outcome.returncode == 0, outcome.stderr
+    return documents(outcome.stdout)
+
+
+def documents(text: str) -> list[dict[str, Any]]:
+    """What helm has written."""
+    return [document for document in yaml.load_all(text, yaml.CSafeLoader) if document]
 
 
 def render(*settings: str, release: str = "demo") -> dict[str, dict[str, Any]]:

@@ -56,12 +56,6 @@ securityContext:
     drop: ["ALL"]
 {{- end -}}
 
-{{- define "elastic-ep.http" -}}
-ports:
-  - name: http
-    containerPort: {{ int .Values.service.containerPort }}
-{{- end -}}
-
 {{- define "elastic-ep.httpProbes" -}}
 # Loading a model takes as long as it takes: startup is patient, liveness then is not.
 startupProbe:

@@ -14,9 +14,6 @@ app.kubernetes.io/component: {{ .role }}
 app.kubernetes.io/component: {{ .role }}
 {{- end -}}
 
-{{/* Where a role without an API says whether it has begun its work. Not a value: nobody but the kubelet asks there. */}}
-{{- define "elastic-ep.probePort" -}}8002{{- end -}}
-
 {{/* The Secret with the join secret: yours, or the one that is made at the first install. */}}
 {{- define "elastic-ep.joinSecret" -}}
 {{- default (include "elastic-ep.roleName" (dict "root" . "role" "join")) .Values.join.existingSecret -}}
@@ -83,12 +80,10 @@ spec:
       env: {{- include "elastic-ep.roleEnv" .root | nindent 8 }}
       {{- include "elastic-ep.containerSecurity" .root | nindent 6 }}
       {{- if .api }}
-      {{- include "elastic-ep.http" .root | nindent 6 }}
+      {{- include "elastic-ep.containerPorts" . | nindent 6 }}
       {{- include "elastic-ep.httpProbes" .root | nindent 6 }}
       {{- else if .probe }}
-      ports:
-        - name: probe
-          containerPort: {{ include "elastic-ep.probePort" . }}
+      {{- include "elastic-ep.containerPorts" . | nindent 6 }}
       readinessProbe:
         httpGet: {path: /readyz, port: probe}
         periodSeconds: 2

@@ -1,0 +1,60 @@
+{{/* Where each role listens for other pods, and which roles connect there: the containers' ports and the NetworkPolicies
+     are made of this one table. Without `port` the kernel chooses it. `from`: roles, or `clients` and `admins`, who are
+     values; the kubelet needs no rule, so a probe has nobody. tests/integration/test_helm_policies.py holds it against
+     the sockets in the code. */}}
+{{- define "elastic-ep.listeners" -}}
+{{- $ports := .Values.service -}}
+{{- range $role := ternary (list "gateway") (list "serve") (eq .Values.mode "many") }}
+{{ $role }}:
+  - {name: http, port: {{ int $ports.containerPort }}, from: [clients]}
+  {{- if not (has $ports.adminHost (list "127.0.0.1" "localhost" "::1")) }}
+  - {name: admin, port: {{ int $ports.adminPort }}, from: [admins]}
+  {{- end }}
+{{- end }}
+{{- if eq .Values.mode "many" }}
+engine:
+  - {name: probe, port: {{ include "elastic-ep.probePort" . }}, from: []}
+  - {name: steps, from: [agents]}
+  - {name: prompts, from: [gateway]}
+agents:
+  - {name: probe, port: {{ include "elastic-ep.probePort" . }}, from: []}
+  - {name: answers, from: [engine]}
+  - {name: rows, from: [agents]}
+controller:
+  - {name: probe, port: {{ include "elastic-ep.probePort" . }}, from: []}
+init: []
+{{- end }}
+{{- end -}}
+
+{{/* Where a role without an API says whether it has begun its work. Not a value: nobody but the kubelet asks there. */}}
+{{- define "elastic-ep.probePort" -}}8002{{- end -}}
+
+{{/* The ports of a role's container, from a dict: root, role. */}}
+{{- define "elastic-ep.containerPorts" -}}
+ports:
+{{- range index (include "elastic-ep.listeners" .root | fromYaml) .role }}
+{{- if .port }}
+  - name: {{ .name }}
+    containerPort: {{ int .port }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* Pods of a role, as a peer of a NetworkPolicy, from a dict: root, role. */}}
+{{- define "elastic-ep.rolePeer" -}}
+podSelector:
+  matchLabels: {{- include "elastic-ep.roleSelector" . | nindent 4 }}
+{{- end -}}
+
+{{/* The pod of `helm test`, which is a client. */}}
+{{- define "elastic-ep.testPeer" -}}
+podSelector:
+  matchLabels:
+    app.kubernetes.io/name: elastic-ep-test
+    app.kubernetes.io/instance: {{ .Release.Name | quote }}
+{{- end -}}
+
+{{/* The port of one of etcd's URLs. */}}
+{{- define "elastic-ep.portOf" -}}
+{{- regexFind "[0-9]+$" (urlParse .).host | default "2379" -}}
+{{- end -}}
