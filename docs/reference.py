@@ -1,4 +1,5 @@
-"""What is written from tables: docs/OPTIONS.md and the chart's values from the options; a part of docs/API.md.
+"""What is written from tables: docs/OPTIONS.md and the chart's values from the options; its dashboards; a part of
+docs/API.md.
 
 `python -m docs.reference` in a checkout (`make docs`) rewrites them; a test fails while they differ.
 """
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from docs.api import API_PAGE, api_page
+from docs.dashboards import boards
 from elastic.cli.command import as_text
 from elastic.cli.connection import Connection
 from elastic.serve.options import (
@@ -177,6 +179,8 @@ def main() -> None:
     API_PAGE.write_text(api_page(API_PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     VALUES.write_text(chart_values(VALUES.read_text(encoding="utf-8")), encoding="utf-8")
     SCHEMA.write_text(chart_schema(SCHEMA.read_text(encoding="utf-8")), encoding="utf-8")
+    for path, text in boards():
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ order; to run it again changes nothing.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import closing
 
@@ -12,6 +13,7 @@ from msgspec.structs import replace
 from elastic.serve.cluster_config import cluster_config
 from elastic.serve.join_secret import join_key_of
 from elastic.serve.options import DEFAULT_RANKS, InitOptions
+from elastic.serve.role_main import reach_store
 from elastic.serve.role_process import nodes_of
 from elastic.serve.state_dir import ClusterAddress
 from elastic.serve.stored_config import differing, in_words, write_config
@@ -32,7 +34,7 @@ def run_init(options: InitOptions, say: Callable[[str], None]) -> None:
     config = replace(config, join_key=join_key_of(options.join_secret_file, config.cluster))
     require_listener(options.etcd)
     address = ClusterAddress(cluster=config.cluster, etcd=options.etcd, credentials=options.credentials())
-    with closing(address.connect()) as store:
+    with closing(reach_store(address.connect, threading.Event())) as store:
         init_config(store, config, options, say)
 
 

@@ -22,12 +22,13 @@ from elastic.serve.etcd_server import EtcdServer
 from elastic.serve.init_config import run_init
 from elastic.serve.join_secret import ENV
 from elastic.serve.options import InitOptions
-from membership.base.errors import ConfigError
+from elastic.serve.state_dir import ClusterAddress
+from membership.base.errors import ConfigError, StoreUnavailable
 from membership.base.events import EventLog
 from membership.base.network import Network
 from membership.planning.controller import run_controller
 from membership.store.codec import encode
-from membership.store.etcd import connect
+from membership.store.etcd import EtcdStore, connect
 from membership.store.in_memory import MemoryStore
 from membership.store.keys import Keys
 from membership.store.mirror import Mirror
@@ -98,6 +99,22 @@ def test_an_engine_is_ready_once_it_could_take_over(store: MemoryStore, tmp_path
             assert [reported.get(timeout=60) for _ in range(2)] == ["", ""], "also the one that only stands by"
         finally:
             stop.set()
+
+
+def test_init_waits_for_an_etcd_that_does_not_answer_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As roles do: on Kubernetes all of them start at the same time."""
+    monkeypatch.setenv(ENV, "a secret of the tests' cluster")
+    silent, reached, said = [StoreUnavailable("no answer")], ClusterAddress.connect, list[str]()
+
+    def reach(address: ClusterAddress) -> EtcdStore:
+        if silent:
+            raise silent.pop()
+        return reached(address)
+
+    monkeypatch.setattr(ClusterAddress, "connect", reach)
+    with EtcdServer(tmp_path / "etcd") as server:
+        run_init(InitOptions(model=shipped_demo_model(), cluster="moe", ranks=2, etcd=(server.url,)), said.append)
+    assert said == ["cluster 'moe' may begin, with 2 ranks"]
 
 
 def test_init_says_what_it_did_and_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

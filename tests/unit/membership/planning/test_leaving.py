@@ -144,6 +144,21 @@ def test_the_size_follows_the_agents() -> None:
     assert cluster_status(world.state, world.now).owner == "agents"
 
 
+def test_a_node_that_was_lost_is_counted_no_more_once_its_agent_has_come_back_and_left() -> None:
+    """The way out for a pod that died while its StatefulSet was scaled down: docs/KUBERNETES.md."""
+    world = following()
+    world.start_agent("b")
+    world.settle()
+    world.stop_agent("b")
+    world.settle()
+    assert desired(world) == 4, "it may be back at any time"
+    world.start_agent("b")
+    world.leave("b")
+    world.settle()
+    assert desired(world) == 2
+    world.assert_whole(2)
+
+
 def test_an_agent_that_dies_is_a_fault_and_no_intent() -> None:
     world = following()
     world.start_agent("b")
