@@ -50,7 +50,6 @@ class KillHost(Campaign):
     killed_at: float = 0.0  # wall clock, as events have it
     killed: float = 0.0  # monotonic, as tokens have it
     restored_at: float = 0.0
-    _first: tuple[str, ...] = ()  # the command of the first host
 
     @property
     def over_hosts(self) -> HostCluster:
@@ -64,16 +63,8 @@ class KillHost(Campaign):
         first, second, *more = cluster.hosts.addresses
         self.hosts = len(cluster.hosts.addresses)
         flags: tuple[str, ...] = ("--min-agents", str(self.hosts), "--ready-timeout", f"{START_S:g}s")
-        self._first = (
-            "serve",
-            str(model),
-            "--ranks",
-            str(self.ranks),
-            *flags,
-            "--host",
-            cluster.hosts.addresses[first],
-        )
-        cluster.start(first, *self._first)
+        at = cluster.hosts.addresses[first]
+        cluster.start(first, "serve", str(model), "--ranks", str(self.ranks), *flags, "--host", at)
         until(cluster.secret.exists, "the join secret", START_S, guard=cluster.require_alive)
         for host in (second, *more):
             cluster.join(host, "agent")
@@ -102,7 +93,7 @@ class KillHost(Campaign):
         until(self._replaced, f"{self.ranks} ranks on the other hosts", BACK_S, guard=cluster.require_alive)
         self.restored_at = time.time()
         self.notify(f"host {cluster.first} is started again, and joins")
-        cluster.start(cluster.first, *self._first)
+        cluster.start_again(cluster.first)
         until(lambda: cluster.first in cluster.client().state().agents, f"host {cluster.first}", BACK_S)
         time.sleep(max(0.0, began + self.at_least_s - time.monotonic()))
 

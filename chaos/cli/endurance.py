@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import string
+import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import msgspec
+import typer
 
 from chaos.campaigns.bursts import Quota
 from chaos.campaigns.campaign import seed_of
 from chaos.campaigns.churn import Churn
+from chaos.campaigns.host_soak import HostSoak
 from chaos.campaigns.soak import FLAGS, LOAD, Soak
-from chaos.cli.shared import RanksFlag, RunOptions, run_on_own_cluster, show_receipt
+from chaos.campaigns.targets import LocalTarget
+from chaos.cli.shared import RanksFlag, RunOptions, progress, run_on_own_cluster, save_record, show_receipt
+from chaos.target.checkpoint import checkpoint
+from chaos.target.host_cluster import cluster_over
 from chaos.workload.streams import FULL
 from elastic.cli.command import command
 from elastic.cli.flags import Output, OutputFlag
 from elastic.serve.options import Option, option
+from membership.base.errors import ConfigError
 
 StreamsFlag = Annotated[int, Option(help="Requests under way at a time.", minimum=1)]
 
@@ -36,15 +46,36 @@ class QuotaOptions:
         return msgspec.structs.replace(Quota.of(self.kills), **{k: v for k, v in given.items() if v is not None})
 
 
+@dataclass(frozen=True, kw_only=True)
+class HostOptions:
+    """A soak over several hosts, and how long it is."""
+
+    hosts: int = option(
+        1, "3 or more: over so many network namespaces, whose hosts and links fail, too.", minimum=1, maximum=9
+    )
+    faults: int = option(300, "With --hosts: end after so many faults.", minimum=1)
+    seconds: float = option(0.0, "With --hosts: end after this time, however few they were.", minimum=0)
+
+    def __post_init__(self) -> None:
+        if self.hosts == 2:
+            raise ConfigError(
+                "two hosts are too few for --hosts", hint="without one of three, two are left to repair it"
+            )
+
+
 @command
 def soak(
     wanted: QuotaOptions,
+    over: HostOptions,
     options: RunOptions,
     ranks: RanksFlag = 4,
     streams: StreamsFlag = 24,
     output: OutputFlag = Output.TEXT,
 ) -> None:
     """Inject faults into ranks, roles and etcd at random moments under load, nested too. Exit 1 if a promise broke."""
+    if over.hosts > 1:
+        soak_over_hosts(over, options, ranks, output)
+        return
     quota, load = wanted.quota(), msgspec.structs.replace(LOAD, streams=streams)
     run = Soak(seed=seed_of(options.seed), ranks=ranks, quota=quota, minutes=wanted.minutes, load=load)
     counts = f"--kills {quota.kills} --zombies {quota.zombies} --outages {quota.outages} --requests {quota.requests}"
@@ -54,6 +85,23 @@ def soak(
     receipt = run.receipt()
     done = f"{receipt.kills} kills, {receipt.zombies} zombies, {receipt.outages} outages, {receipt.roles} roles"
     show_receipt(receipt, done, output)
+
+
+def soak_over_hosts(over: HostOptions, options: RunOptions, ranks: int, output: Output) -> None:
+    """Hosts, links, roles and ranks fail at random. What it takes of the machine is said if it is not there."""
+    names = tuple(string.ascii_lowercase[: over.hosts])
+    run = HostSoak(seed=seed_of(options.seed), ranks=ranks, faults=over.faults, limit_s=over.seconds, hosts=names)
+    run.replay = f"elastic-chaos soak --hosts {over.hosts} --faults {over.faults} --ranks {ranks} --seed {run.seed}"
+    typer.echo(f"seed {run.seed}", err=True)
+    notify = progress()
+    with ExitStack() as opened:
+        folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="elastic-ep-chaos-")))
+        cluster = opened.enter_context(cluster_over(names, folder))
+        run.serve(cluster, checkpoint(options.model, folder))
+        run.run(LocalTarget(cluster), notify)
+    save_record(run, options.record)
+    receipt = run.receipt()
+    show_receipt(receipt, f"{receipt.faults} faults on {receipt.hosts} hosts", output)
 
 
 @command

@@ -1,4 +1,4 @@
-"""Rules of nftables in a network namespace, over netlink: packets that a fault drops, resets or counts.
+"""Rules of nftables in a network namespace, over netlink: packets that a fault drops, resets, loses or counts.
 
 Each fault has a table of its own: a packet must pass all tables, and deleting a table deletes its rules. pyroute2
 talks to the kernel; the program `nft` is not needed.
@@ -15,9 +15,10 @@ import msgspec
 
 from chaos.faults.netns import netlink
 
+LOST_OF = 20  # of so many packets a lossy rule drops one: 5 %
 IPV4 = 2  # NFPROTO_IPV4
 DROP, ACCEPT = 0, 1
-META_L4PROTO, TCP, TCP_RST = 16, b"\x06", 1
+META_L4PROTO, TCP, TCP_RST, RANDOM = 16, b"\x06", 1, 1
 Expression = dict[str, Any]
 
 _numbers = itertools.count(1)
@@ -28,7 +29,7 @@ class Rule(msgspec.Struct, frozen=True):
 
     hook: Literal["input", "output"]
     peer: str  # IPv4 address
-    verdict: Literal["drop", "reset", "count"]
+    verdict: Literal["drop", "reset", "count", "lose"]  # lose: one of LOST_OF, at random
 
 
 class Table:
@@ -49,7 +50,7 @@ class Table:
                 raise
 
     def packets(self) -> tuple[int, ...]:
-        """Number of packets that each rule has matched."""
+        """Number of packets that each rule has acted on."""
         with _nftables() as nft:
             found = [rule for rule in nft.get_rules() if rule.get_attr("NFTA_RULE_TABLE") == self.name]
         counted: dict[str, list[int]] = {"input": [], "output": []}
@@ -84,4 +85,10 @@ def _expressions(rule: Rule) -> Sequence[Sequence[Expression]]:
         is_tcp = {"attrs": [("NFTA_DATA_VALUE", TCP)]}
         tcp = [genex("meta", {"key": META_L4PROTO, "dreg": 1}), genex("cmp", {"sreg": 1, "op": 0, "data": is_tcp})]
         return tcp, address, counter, [genex("reject", {"type": TCP_RST})]
+    if rule.verdict == "lose":
+        drawn = {"DREG": 1, "MODULUS": LOST_OF, "TYPE": RANDOM, "OFFSET": 0}
+        draw = {"attrs": [(f"NFTA_NG_{name}", value) for name, value in drawn.items()]}
+        chosen = {"attrs": [("NFTA_DATA_VALUE", bytes(4))]}
+        loss = [{"attrs": [("NFTA_EXPR_NAME", "numgen"), ("NFTA_EXPR_DATA", draw)]}]
+        return address, [*loss, genex("cmp", {"sreg": 1, "op": 0, "data": chosen})], counter, verdict(DROP)
     return (address, counter, verdict(DROP)) if rule.verdict == "drop" else (address, counter)

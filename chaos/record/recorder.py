@@ -33,7 +33,7 @@ from chaos.record.record import (
 from chaos.target.cluster import Cluster
 from chaos.workload.history import RequestRecord
 from membership.base.errors import SchemaError, StoreCompacted, StoreReplaced, StoreUnavailable, WaitTimeout
-from membership.base.events import Event, EventLog
+from membership.base.events import Event
 from membership.store.interface import Get, KeyValue, Response, Store, WatchBatch
 from membership.store.keys import Keys
 
@@ -165,12 +165,12 @@ class Recorder:
         connecting: Callable[[], Store],
         header: Header,
         *,
-        events: Path | None = None,
+        events: Callable[[], list[Event]] | None = None,
         readers: int = READERS,
         reads_per_s: float = READS_PER_S,
         clock: Callable[[], float] | None = None,
     ) -> None:
-        """`connecting` opens a connection, which the recorder closes; `events`: the file of the cluster's history."""
+        """`connecting` opens a connection, which the recorder closes; `events`: the cluster's history."""
         self.header = header
         self._connecting, self._events, self._readers = connecting, events, readers
         self._pause_s = readers / reads_per_s
@@ -195,7 +195,7 @@ class Recorder:
             wall=time.time() - time.monotonic(), ranks=state.desired.ranks if state.desired else 0,
             model=state.config.served_model_name if state.config else "",
         )  # fmt: skip
-        return cls(address.connect, header, events=cluster.state.events, **options)
+        return cls(address.connect, header, events=cluster.events, **options)
 
     def __enter__(self) -> Recorder:
         try:
@@ -225,7 +225,7 @@ class Recorder:
             self._stop.set()
             self._close()
         if self._events is not None:
-            self.happened(EventLog.read(self._events))
+            self.happened(self._events())
         if self._failure is not None and kind is None:
             raise self._failure
 

@@ -7,17 +7,24 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from chaos.target.cluster import Cluster
-from chaos.target.hosts import Hosts
+from chaos.target.hosts import Hosts, made_hosts
 from elastic.cli.client import StoreClient
+from elastic.serve.etcd_server import EtcdServer, find_binary
 from elastic.serve.state_dir import ClusterAddress, StateDir
 from membership.base import starter
 from membership.base.errors import ElasticError
 from membership.base.events import Event, EventLog
+from membership.store.codec import decode
+from membership.store.keys import Keys
+from membership.store.records import LeaderRecord
 
 NAME = "moe"
+ETCD = "etcd"  # its host, where it has one of its own
 PYTHON = [sys.executable, "-m", "elastic.cli"]
 STOP_S = 60.0
 KILLED_S = 30.0
@@ -30,7 +37,9 @@ class HostCluster(Cluster):
         self.first = next(iter(hosts.addresses))
         super().__init__(StateDir(folder / self.first))
         self.hosts, self.etcd, self.folder, self.gateway = hosts, etcd, folder, gateway
+        self.etcd_pid = 0  # if it is ours
         self._started: dict[tuple[str, str], tuple[subprocess.Popen[bytes], Path]] = {}
+        self._commands: dict[tuple[str, str], tuple[str, ...]] = {}
 
     @property
     def url(self) -> str:
@@ -63,6 +72,7 @@ class HostCluster(Cluster):
 
     def start(self, host: str, *command: str) -> None:
         """Also in the place of one that has ended."""
+        self._commands[host, command[0]] = command
         state = self.folder / host
         state.mkdir(exist_ok=True)
         log = state / f"{command[0]}-output.log"
@@ -74,6 +84,26 @@ class HostCluster(Cluster):
             before[0].wait(timeout=STOP_S)
         self._started[host, command[0]] = self.hosts.start(host, [*PYTHON, *command, *at], log, environ), log
 
+    def is_started(self, host: str, command: str) -> bool:
+        """Whether we have started it there, and it was not killed or stopped by us since."""
+        return (host, command) in self._started
+
+    def start_again(self, host: str) -> None:
+        """What was started there and was killed since."""
+        for (where, role), command in list(self._commands.items()):
+            if where == host and (host, role) not in self._started:
+                self.start(host, *command)
+
+    def leader(self) -> LeaderRecord | None:
+        """The controller in charge."""
+        self.client()
+        found = self._store.get(Keys(NAME).leader) if self._store is not None else None
+        return decode(found.value, LeaderRecord) if found else None
+
+    def forget_dead(self, host: str, role: str) -> None:
+        """It was killed: that it has ended is no failure."""
+        self._started.pop((host, role))[0].wait(timeout=STOP_S)
+
     def stop(self, host: str, command: str) -> int:
         """SIGTERM, as by an operator; the exit code."""
         process, _ = self._started.pop((host, command))
@@ -84,7 +114,7 @@ class HostCluster(Cluster):
         """SIGKILL to all processes there; how many there were."""
         killed = self.hosts.kill(host)
         for place in [each for each in self._started if each[0] == host]:
-            self._started.pop(place)[0].wait(timeout=STOP_S)
+            self.forget_dead(*place)
         return killed
 
     def require_alive(self) -> None:
@@ -104,3 +134,21 @@ class HostCluster(Cluster):
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait(timeout=KILLED_S)
+
+
+@contextmanager
+def cluster_over(names: Sequence[str], folder: Path) -> Iterator[HostCluster]:
+    """Hosts with these names, and an etcd on one more; nothing else is started. The last host's gateway is used."""
+    with ExitStack() as opened:
+        hosts = opened.enter_context(made_hosts(*names, ETCD))
+        binary = folder / "etcd-there"
+        binary.write_text(
+            f'#!/bin/sh\nexec ip netns exec {hosts.namespace(ETCD)} {find_binary()} "$@"\n', encoding="utf-8"
+        )
+        binary.chmod(0o700)
+        at = hosts.addresses[ETCD]
+        etcd = opened.enter_context(EtcdServer(folder / ETCD, binary=str(binary), address=at))
+        cluster = HostCluster(hosts, etcd.url, folder, gateway=names[-1])
+        cluster.etcd_pid = etcd.pid
+        opened.callback(cluster.close)
+        yield cluster

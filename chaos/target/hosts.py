@@ -36,6 +36,24 @@ class Hosts:
         inside = ["ip", "netns", "exec", self._names[host], "unshare", "--uts", "sh", "-c"]
         return [*inside, f'hostname {host} && exec "$@"', "sh", *command]
 
+    def namespace(self, host: str) -> str:
+        """Name of its network namespace."""
+        return self._names[host]
+
+    def slow(self, host: str, rate: str) -> None:
+        """Let it send so much per second, as "1mbit"."""
+        queue = ("root", "tbf", "rate", rate, "burst", "4kb", "latency", "1s")
+        _run("tc", "-n", self._names[host], "qdisc", "replace", "dev", "eth0", *queue)
+
+    def slowed(self, host: str) -> int:
+        """How many packets had to wait since."""
+        shown = _run("tc", "-n", self._names[host], "-s", "qdisc", "show", "dev", "eth0")
+        return sum(map(int, re.findall(r"overlimits (\d+)", shown)))
+
+    def fast(self, host: str) -> None:
+        """As before."""
+        _run("tc", "-n", self._names[host], "qdisc", "del", "dev", "eth0", "root")
+
     def cut(self, host: str) -> None:
         """Pull its cable: nothing is answered or refused from there any more."""
         _run("ip", "-n", self._names[host], "link", "set", "eth0", "down")

@@ -1,0 +1,87 @@
+"""The faults of a soak over hosts, drawn from a seed: which host, which link, by what, and how long. Pure.
+
+Kinds are dealt like cards, so that each comes once before any comes again. Some bursts have a second fault, which falls
+into the first one or into the recovery from it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from enum import StrEnum
+
+import msgspec
+
+from chaos.target.host_cluster import ETCD
+
+HOLDS_S = ((0.1, 1.5), (4.0, 8.0))  # shorter than a host's lease, and longer
+PAUSE_S = 1.0
+DELAY_S = 2.0
+NESTED = 0.3  # share of the bursts
+
+
+class HostFaultKind(StrEnum):
+    """What is done."""
+
+    KILL_RANK = "kill-rank"
+    KILL_ENGINE = "kill-engine"  # the one in charge, wherever it is
+    KILL_CONTROLLER = "kill-controller"
+    KILL_AGENT = "kill-agent"
+    STOP_RANK = "stop-rank"  # it goes on afterwards, as a zombie if it was given up
+    FREEZE_ETCD = "freeze-etcd"
+    KILL_HOST = "kill-host"  # all its processes; the kernel closes their connections
+    POWER = "power"  # the same, and no other host is told: their connections are half open
+    CABLE = "cable"  # nothing passes, not even a client's request
+    ISOLATE = "isolate"  # no other host is reached, nor etcd; clients are
+    CUT = "cut"  # a link, both ways
+    MUTE = "mute"  # a link, from the host to the peer only
+    RESET = "reset"  # a link's connections
+    LOSSY = "lossy"  # a link, both ways
+    SLOW = "slow"  # all that the host sends
+
+
+Kind = HostFaultKind
+OF_HOSTS = (Kind.KILL_HOST, Kind.POWER, Kind.CABLE)  # their streams end with them, so never the gateway's host
+OF_LINKS = (Kind.CUT, Kind.MUTE, Kind.RESET, Kind.LOSSY)
+ENDS = (Kind.KILL_RANK, Kind.KILL_ENGINE, Kind.KILL_CONTROLLER, Kind.KILL_AGENT)  # over at once
+SECOND = (Kind.KILL_RANK, Kind.KILL_ENGINE, Kind.KILL_CONTROLLER, Kind.STOP_RANK, *OF_LINKS, Kind.SLOW)
+
+
+class HostFault(msgspec.Struct, frozen=True):
+    """One fault. `peer`: the other end of a link. `chance` chooses among what the host has when it comes to that."""
+
+    kind: HostFaultKind
+    host: str
+    peer: str = ""
+    hold_s: float = 0.0
+    chance: float = 0.0
+
+    def __str__(self) -> str:
+        where = self.host + (f" -> {self.peer}" if self.peer else "")
+        return f"{self.kind} {where}" + (f" for {self.hold_s:.1f} s" if self.hold_s else "")
+
+
+class HostBurst(msgspec.Struct, frozen=True):
+    """One fault, or two: the second one `delay_s` after the first."""
+
+    faults: tuple[HostFault, ...]
+    pause_s: float  # to wait at full strength before it
+    delay_s: float = 0.0
+
+
+def bursts(seed: int, hosts: Sequence[str], gateway: str) -> Iterator[HostBurst]:
+    """Bursts without end, the same for the same arguments. `gateway`: the host that clients use."""
+    chooser, dealt = random.Random(seed), list[Kind]()
+    while True:
+        dealt = dealt or chooser.sample(tuple(Kind), len(Kind))
+        faults = [_fault(chooser, dealt.pop(), hosts, gateway)]
+        if chooser.random() < NESTED:
+            faults.append(_fault(chooser, chooser.choice(SECOND), hosts, gateway))
+        yield HostBurst(tuple(faults), chooser.uniform(0.0, PAUSE_S), chooser.uniform(0.0, DELAY_S))
+
+
+def _fault(chooser: random.Random, kind: Kind, hosts: Sequence[str], gateway: str) -> HostFault:
+    host = chooser.choice([each for each in hosts if kind not in OF_HOSTS or each != gateway])
+    peer = chooser.choice([*(each for each in hosts if each != host), ETCD]) if kind in OF_LINKS else ""
+    hold_s = 0.0 if kind in ENDS else chooser.uniform(*chooser.choice(HOLDS_S))
+    return HostFault(kind, host, peer, hold_s, chooser.random())

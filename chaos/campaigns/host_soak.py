@@ -1,0 +1,178 @@
+"""The soak over several hosts: hosts, links, roles and ranks fail at random moments under load, some of them at a time.
+
+Each fault is proven by what the kernel says of processes, or has counted of packets; one that was not seen to happen
+does not count. Clients use the gateway of the last host, which keeps its power.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from chaos.campaigns.campaign import SHOWN, Campaign, LongReceipt
+from chaos.campaigns.host_bursts import HostBurst, HostFault, bursts
+from chaos.campaigns.host_faults import Injection
+from chaos.campaigns.kill_host import START_S
+from chaos.check.checker import check_record
+from chaos.faults.base import Injected, NotInjected
+from chaos.target.host_cluster import HostCluster
+from chaos.target.waiting import until
+from chaos.workload.history import percentile
+from chaos.workload.streams import Load, Workload
+from membership.base.errors import NoAnswer
+
+FLAGS = ("--restart-intensity", "1000", "--restart-window", "1s", "--capacity", "2", "--ready-timeout", f"{START_S:g}s")
+LOAD = Load(streams=6, prompts=12, lengths=(4, 24, 8, 60, 12, 6))
+CONVERGED_S = 10.0  # promised after healing
+WHOLE_S = 120.0  # what a run allows, on a machine that is busy
+
+
+class HostSoakReceipt(LongReceipt, frozen=True, kw_only=True):
+    """What the soak proved. All faults that are counted were seen to happen."""
+
+    hosts: int
+    faults: int
+    kinds: dict[str, int]
+    not_injected: int
+    non_2xx: int
+    converged_p50_ms: float  # from the end of a burst to full strength
+    converged_max_ms: float
+    late: int  # bursts after which that took longer than is promised
+    max_token_gap_ms: float
+
+
+@dataclass(kw_only=True)
+class HostSoak(Campaign):
+    """Burst after burst over a `HostCluster`, until there were so many faults, or the time is over."""
+
+    watched: bool = True
+
+    faults: int = 0
+    limit_s: float = 0.0  # 0: none
+    load: Load = LOAD
+    hosts: tuple[str, ...] = ()
+    injected: list[tuple[HostFault, Injected]] = field(default_factory=list)
+    missed: list[str] = field(default_factory=list)  # faults that were not seen to happen
+    converged_ms: list[float] = field(default_factory=list)
+    epochs: int = 0
+
+    @property
+    def over_hosts(self) -> HostCluster:
+        """The cluster."""
+        if not isinstance(self.cluster, HostCluster):
+            raise TypeError("hosts fail in a cluster of several")
+        return self.cluster
+
+    def serve(self, cluster: HostCluster, model: Path) -> None:
+        """`elastic serve` on each host but the last, which has an agent and the gateway that clients use."""
+        first, *more = self.hosts
+        flags = (str(model), "--ranks", str(self.ranks), "--min-agents", str(len(self.hosts)), *FLAGS)
+        cluster.start(first, "serve", *flags, "--host", cluster.hosts.addresses[first])
+        until(cluster.secret.exists, "the join secret", START_S, guard=cluster.require_alive)
+        for host in more[:-1]:
+            cluster.join(host, "serve", *flags, "--host", cluster.hosts.addresses[host])
+        cluster.join(more[-1], "agent", "--capacity", "2")
+        cluster.join(more[-1], "gateway", "--host", cluster.hosts.addresses[more[-1]])
+
+    def wait_whole(self) -> None:
+        self.cluster.wait_serving(self.ranks, START_S, notify=self.notify)
+
+    def before(self) -> None:
+        self.epochs = -self.cluster.status()["epoch"]
+
+    def act(self, workload: Workload) -> None:
+        """Burst after burst, each followed by full strength."""
+        began = time.monotonic()
+        for burst in bursts(self.seed, self.hosts, self.hosts[-1]):
+            over = self.limit_s and time.monotonic() > began + self.limit_s
+            if over or len(self.injected) >= self.faults:
+                break
+            time.sleep(burst.pause_s)
+            self._inject(burst)
+            self.notify(
+                f"{len(self.injected)} faults; {', '.join(map(str, burst.faults))}: whole after "
+                f"{self.converged_ms[-1]:.0f} ms; {len(workload.records())} requests ended"
+            )
+
+    def _inject(self, burst: HostBurst) -> None:
+        """Inject it, take it back, wait for full strength."""
+        before = self.over_hosts.client().state()
+        killed = set[int]()  # incarnations that must be followed by others
+        with ExitStack() as heals:
+            for number, fault in enumerate(burst.faults):
+                if number:
+                    time.sleep(burst.delay_s)
+                try:
+                    injection = Injection(self.over_hosts, fault, before)
+                    heals.callback(self._heal, injection)
+                    injected = injection.inject()
+                except (NotInjected, NoAnswer) as error:
+                    self.missed.append(f"{fault}: {error}")
+                    self.notify(f"not injected: {fault}: {error}")
+                    continue
+                killed |= injection.killed
+                self.injected.append((fault, injected))
+                if self.recorder is not None:
+                    self.recorder.injected(injected)
+            time.sleep(max(fault.hold_s for fault in burst.faults))
+        healed = time.monotonic()
+        until(lambda: self._whole(killed), lambda: f"{self.ranks} ranks after {self._said(burst)}", WHOLE_S)
+        self.converged_ms.append((time.monotonic() - healed) * 1000)
+
+    def _heal(self, injection: Injection) -> None:
+        injection.heal()
+        if self.recorder is not None and injection.injected is not None:
+            self.recorder.healed(injection.injected)
+
+    def _said(self, burst: HostBurst) -> str:
+        return ", ".join(map(str, burst.faults))
+
+    def _whole(self, killed: set[int]) -> bool:
+        """Whether all hosts are there, and steps go over all ranks."""
+        status = self.cluster.wait_serving(self.ranks, WHOLE_S)
+        state = self.cluster.client().state()
+        if state.view is None or state.engine_status is None or state.engine_status.token != state.engine_token:
+            return False
+        steps = state.engine_status.epoch == state.view.epoch and not state.engine_status.masked
+        old = killed & {rank["incarnation"] for rank in status["ranks"]}
+        return steps and not old and set(self.hosts) <= state.agents.keys()
+
+    def after(self) -> None:
+        if not self.troubles:
+            self.epochs += self.cluster.status()["epoch"]
+        if self.recorder is not None:
+            longest_s = max(self.converged_ms, default=0.0) / 1000
+            said = f"{len(self.converged_ms)} waits for full strength, the longest {longest_s:.1f} s"
+            self.recorder.verified("G8", not self.troubles, "; ".join(self.troubles) or said)
+
+    def receipt(self) -> HostSoakReceipt:
+        """Check the finished run. Pure."""
+        refused = sum(record.status != 200 for record in self.history)
+        broken = [*self.verdict().explained(SHOWN), *self.unproven(), *self._found()]
+        if refused:
+            broken.append(f"{refused} requests were refused, though every expert came back in time")
+        if not self.injected:
+            broken.append("no fault was injected")
+        return HostSoakReceipt(
+            **self.long_outcome(broken, max(0, self.epochs)),
+            hosts=len(self.hosts),
+            faults=len(self.injected),
+            kinds=dict(sorted(Counter(fault.kind.value for fault, _ in self.injected).items())),
+            not_injected=len(self.missed),
+            non_2xx=refused,
+            converged_p50_ms=round(percentile(self.converged_ms, 0.5), 1),
+            converged_max_ms=round(max(self.converged_ms, default=0.0), 1),
+            late=sum(each > CONVERGED_S * 1000 for each in self.converged_ms),
+            max_token_gap_ms=self.max_token_gap_ms(),
+        )
+
+    def _found(self) -> list[str]:
+        """What the checks of the record found, beyond the requests, which are compared here."""
+        outcomes = check_record(self.recorder.lines()).outcomes if self.recorder is not None else ()
+        found = [
+            each for outcome in outcomes if outcome.title not in ("requests", "by the run") for each in outcome.findings
+        ]
+        return [f"{each.promise}: {each.what}" for each in found]

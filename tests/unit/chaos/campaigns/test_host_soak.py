@@ -1,0 +1,84 @@
+"""The soak over hosts: what is drawn, which rules a fault of a link is, and what its receipt calls broken."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chaos.campaigns.host_bursts import ENDS, OF_HOSTS, OF_LINKS, HostFault, HostFaultKind, bursts
+from chaos.campaigns.host_faults import rules
+from chaos.campaigns.host_soak import HostSoak
+from chaos.faults.base import Injected
+from chaos.faults.nftables import Rule
+from chaos.target.host_cluster import ETCD
+from chaos.workload.history import RequestRecord
+
+pytestmark = pytest.mark.unit
+
+HOSTS = ("a", "b", "c")
+ADDRESSES = {"a": "1", "b": "2", "c": "3", ETCD: "4"}
+WHOLE = RequestRecord(prompt=0, started=0.0, tokens=("a", "b"), token_times=(0.1, 0.2), finish_reason="length")
+CUT = HostFault(HostFaultKind.CUT, "a", "b")
+SEEN = Injected(fault="cut", victim="host a", at=0.0, seen_at=0.1, proof="7 packets met the rules")
+
+
+@given(st.integers(0, 10_000))
+def test_what_is_drawn(seed: int) -> None:
+    drawn = list(islice(bursts(seed, HOSTS, "c"), 2 * len(HostFaultKind)))
+    assert drawn == list(islice(bursts(seed, HOSTS, "c"), len(drawn)))
+    firsts = [burst.faults[0].kind for burst in drawn]
+    assert sorted(firsts[: len(HostFaultKind)]) == sorted(firsts[len(HostFaultKind) :]) == sorted(HostFaultKind)
+    for fault in (fault for burst in drawn for fault in burst.faults):
+        assert fault.host in HOSTS
+        assert fault.host != "c" or fault.kind not in OF_HOSTS, "clients' streams would end with their gateway"
+        assert bool(fault.peer) == (fault.kind in OF_LINKS)
+        assert fault.peer != fault.host
+        assert (fault.hold_s == 0) == (fault.kind in ENDS)
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        (CUT, {("b", Rule("input", "1", "drop")), ("a", Rule("input", "2", "drop"))}),
+        (HostFault(HostFaultKind.MUTE, "a", ETCD), {(ETCD, Rule("input", "1", "drop"))}),
+        (
+            HostFault(HostFaultKind.LOSSY, "c", "b"),
+            {("b", Rule("input", "3", "lose")), ("c", Rule("input", "2", "lose"))},
+        ),
+        (
+            HostFault(HostFaultKind.RESET, "a", "c"),
+            {("a", Rule("output", "3", "reset")), ("c", Rule("output", "1", "reset"))},
+        ),
+        (
+            HostFault(HostFaultKind.ISOLATE, "a"),
+            {("a", Rule("input", other, "drop")) for other in ("2", "3", "4")}
+            | {(other, Rule("input", "1", "drop")) for other in ("b", "c", ETCD)},
+        ),
+    ],
+)
+def test_which_packets_a_fault_drops(fault: HostFault, expected: set[tuple[str, Rule]]) -> None:
+    assert set(rules(fault, ADDRESSES)) == expected
+
+
+def finished(*history: RequestRecord, faults: int = 1) -> HostSoak:
+    return HostSoak(
+        seed=1, hosts=HOSTS, injected=[(CUT, SEEN)] * faults, oracle={0: WHOLE}, history=list(history or [WHOLE]),
+        converged_ms=[900.0, 11_000.0],
+    )  # fmt: skip
+
+
+def test_a_good_run() -> None:
+    receipt = finished().receipt()
+    assert receipt.ok, receipt.broken
+    assert (receipt.hosts, receipt.faults, receipt.kinds, receipt.late) == (3, 1, {"cut": 1}, 1)
+
+
+def test_what_breaks_it() -> None:
+    refused = RequestRecord(prompt=0, started=0.0, error="HTTP 503: later", status=503)
+    assert "1 requests were refused, though every expert came back in time" in finished(refused).receipt().broken
+    assert finished(faults=0).receipt().broken == ("no fault was injected",)
+    altered = finished(RequestRecord(prompt=0, started=0.0, tokens=("a", "x"), finish_reason="length"))
+    assert "token 1" in " ".join(altered.receipt().broken)
