@@ -30,6 +30,7 @@ from workers.queue.curve import new_keys
 from workers.queue.handle import Handle
 from workers.queue.message_queue import MessageQueue
 from workers.queue.remote_reader import RemoteReader
+from workers.queue.silence import OtherHosts
 
 WAIT_S = 30.0
 OURS, THEIRS = new_keys(), new_keys()
@@ -65,7 +66,7 @@ def connected(network: Network, how: str) -> Iterator[tuple[MessageQueue, Remote
         handle = msgspec.structs.replace(Handle.decode(bytes.fromhex(line)), host="another host")
         far = network["a"].run(lambda: MessageQueue.create_from_handle(handle, "far", timeout_s=WAIT_S, keys=THEIRS))
         ends.callback(far.shutdown)
-        far.end_on_silence()
+        far.end_on_silence(OtherHosts())
         yield far, cast(RemoteReader, far._end)
 
 

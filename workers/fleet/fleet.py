@@ -48,6 +48,7 @@ from workers.protocol.messages import (
 from workers.queue.handle import Handle, this_host
 from workers.queue.message_queue import MessageQueue, MsgpackCodec, SlowReaders
 from workers.queue.network import keys_for, remote_of
+from workers.queue.silence import OtherHosts
 
 MAX_OWED_PINGS = 8  # a stopped rank's queue is not to be filled with them
 BEATING_FACTOR = 3.0  # x the deadline, for a rank whose interpreter runs
@@ -132,6 +133,7 @@ class Fleet:
         """
         self._clock = clock
         self._network = network
+        self._others = OtherHosts()
         self._step_deadline_s = STEP_DEADLINE_S if step_deadline_s is None else step_deadline_s
         self._doorbell, self._steps, self._mask = parts or (
             Doorbell(),
@@ -436,7 +438,7 @@ class Fleet:
                 page = opened.enter_context(LivenessPage.attach(record.liveness_handle))
                 opened.callback(DeathWatcher(page, partial(self._on_death, key)).stop)
             else:
-                answers.end_on_silence()
+                answers.end_on_silence(self._others)
             return _Link(key, answers, page, opened.pop_all())
 
     def _on_death(self, key: RankId, source: DetectedBy) -> None:

@@ -25,7 +25,7 @@ from workers.queue.writer import QueueWriter, SlowReaders
 if TYPE_CHECKING:  # ZeroMQ is loaded only where it is used
     from workers.queue.remote_reader import RemoteReader
     from workers.queue.remote_writer import CrossHostWriter
-    from workers.queue.silence import Acks
+    from workers.queue.silence import Acks, OtherHosts
 
 __all__ = ["Codec", "CurveKeys", "Handle", "MessageQueue", "MsgpackCodec", "PickleCodec", "Remote", "SlowReaders"]
 
@@ -142,12 +142,12 @@ class MessageQueue:
             raise QueueError(f"queue {self.name}: its writer is on this host")
         self._reader.watch(on_arrival)
 
-    def end_on_silence(self) -> None:
+    def end_on_silence(self, others: OtherHosts) -> None:
         """Reading end on another host: the queue ends (QueueSilent) as soon as the writer's host is suspected, and not
-        only after REMOTE_SILENCE_S.
+        only after REMOTE_SILENCE_S. That is left if all `others` are silent, too.
         """
         if not isinstance(self._reader, QueueReader):
-            self._reader.end_on_silence()
+            self._reader.end_on_silence(others)
 
     @property
     def acks(self) -> Acks | None:

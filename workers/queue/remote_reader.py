@@ -25,7 +25,7 @@ from workers.queue.codec import Codec, MsgpackCodec
 from workers.queue.curve import use_curve
 from workers.queue.handle import CurveKeys, Handle
 from workers.queue.remote_wire import END, HEARTBEAT_S, SocketThread, ToReader, ToWriter
-from workers.queue.silence import LOOK_S, Acks, Connection, beat
+from workers.queue.silence import LOOK_S, Acks, Connection, OtherHosts, beat
 
 PROBE_S = 0.2
 
@@ -53,7 +53,7 @@ class RemoteReader:
         self._ended = ""  # why
         self._silent_s = 0.0  # for how long the writer was silent, if that is why
         self._connection = Connection()
-        self._hurried = False  # whether it ends as soon as the writer's host is suspected
+        self._others: OtherHosts | None = None  # if it ends as soon as the writer's host is suspected
         self._last_message_at = time.monotonic()
         self._send_at = 0.0
         self._io = SocketThread("queue-remote-reader")
@@ -108,9 +108,10 @@ class RemoteReader:
         """What the kernel knew of the connection at the last look; looks are made once `end_on_silence` is asked."""
         return self._connection.acks
 
-    def end_on_silence(self) -> None:
+    def end_on_silence(self, others: OtherHosts) -> None:
         """See MessageQueue."""
-        self._hurried = True
+        others.add(self._connection, self._handle.host)
+        self._others = others
         self._io.turn_s = LOOK_S
         self._io.wake()
 
@@ -120,6 +121,8 @@ class RemoteReader:
             return
         self._ended = self._ended or "shut down"
         self._io.stop()
+        if self._others is not None:
+            self._others.discard(self._connection)
         self._bell.ring()
         if self._own_bell:
             self._bell.close()
@@ -167,7 +170,8 @@ class RemoteReader:
         if self._joined.is_set() and not self._ended:
             silent_s = now - self._last_message_at
             if silent_s <= REMOTE_SILENCE_S:
-                silent_s = self._connection.silent_s(now) if self._hurried else 0.0
+                others = self._others
+                silent_s = self._connection.silent_s(now, others.cut_off) if others is not None else 0.0
             if silent_s:
                 self._silent_s = silent_s
                 self._end(f"its writer has been silent for {silent_s:.3f} s")

@@ -3,6 +3,9 @@
 ZeroMQ's own thread sends something each LINK_BEAT_S, and the other host's kernel acknowledges it. Neither needs the
 interpreter, nor a processor for the process there: a host that is only busy, and a process that hangs or is stopped,
 still acknowledge. A host without power, or a cable that is pulled in either direction, does not.
+
+If no other host acknowledges, of two or more, it is our own that is cut off: to give up all others would cost their
+ranks for a matter of a moment. `OtherHosts` sees to that.
 """
 
 from __future__ import annotations
@@ -10,7 +13,9 @@ from __future__ import annotations
 import math
 import socket
 import struct
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import zmq
 
@@ -42,6 +47,7 @@ class Silence:
     looked_at: float = -math.inf
     waiting: bool = False  # what was sent is not acknowledged
     lasted_s: float = 0.0
+    patience_s: float = 0.0  # how much longer than usual it may last, since our own host was cut off meanwhile
 
 
 def suspect_after_s(rtt_s: float, jitter_s: float) -> float:
@@ -59,12 +65,27 @@ def look(before: Silence, acks: Acks, now: float) -> Silence:
         return Silence(now)
     if not before.waiting:
         return Silence(now, waiting=True)
-    return Silence(now, True, before.lasted_s + min(passed_s, 2 * LOOK_S))
+    return replace(before, looked_at=now, lasted_s=before.lasted_s + min(passed_s, 2 * LOOK_S))
+
+
+def excused(silence: Silence) -> Silence:
+    """Our own host is cut off. A kernel sends again at intervals that double: so it may take after the cut, too."""
+    return replace(silence, patience_s=2 * silence.lasted_s + LINK_SUSPECT_MAX_S)
 
 
 def suspected(silence: Silence, acks: Acks) -> bool:
     """Whether rows must go around that host."""
-    return silence.waiting and silence.lasted_s >= suspect_after_s(acks.rtt_s, acks.jitter_s)
+    return silence.waiting and silence.lasted_s >= max(silence.patience_s, suspect_after_s(acks.rtt_s, acks.jitter_s))
+
+
+def is_ours(silences: Iterable[tuple[str, float]]) -> bool:
+    """Whether our own host is cut off, given (host, how long it is silent) of each connection: of two others or more,
+    all are silent, if not all for as long as would make them suspected.
+    """
+    by_host: dict[str, float] = {}
+    for host, lasted_s in silences:
+        by_host[host] = min(lasted_s, by_host.get(host, math.inf))
+    return len(by_host) > 1 and min(by_host.values()) >= LINK_SUSPECT_MIN_S / 2
 
 
 class Connection:
@@ -85,8 +106,15 @@ class Connection:
         self._fd, self._cookie = fd, _cookie(fd)
         self._silence = Silence()
 
-    def silent_s(self, now: float) -> float:
-        """How long its host is silent, if that makes it suspected; else 0, also if nothing can be seen."""
+    @property
+    def lasted_s(self) -> float:
+        """For how long its host was silent at the last look; from any thread."""
+        return self._silence.lasted_s
+
+    def silent_s(self, now: float, cut_off: Callable[[], bool] = lambda: False) -> float:
+        """How long its host is silent, if that makes it suspected; else 0, also if nothing can be seen. `cut_off`:
+        whether our own host is, rather.
+        """
         if self._fd < 0 or now - self._silence.looked_at < LOOK_S / 2:
             return 0.0
         self.acks = _acks(self._fd, self._cookie)
@@ -94,7 +122,32 @@ class Connection:
             self._fd = -1  # it has ended; a next one is reported
             return 0.0
         self._silence = look(self._silence, self.acks, now)
+        if suspected(self._silence, self.acks) and cut_off():
+            self._silence = excused(self._silence)
         return self._silence.lasted_s if suspected(self._silence, self.acks) else 0.0
+
+
+class OtherHosts:
+    """The hosts that one process has connections with. Any thread may use it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._connections: dict[Connection, str] = {}
+
+    def add(self, connection: Connection, host: str) -> None:
+        """A connection with that host counts from now on."""
+        with self._lock:
+            self._connections[connection] = host
+
+    def discard(self, connection: Connection) -> None:
+        """It has ended."""
+        with self._lock:
+            self._connections.pop(connection, None)
+
+    def cut_off(self) -> bool:
+        """Whether all of them are silent, so that it is us who are cut off."""
+        with self._lock:
+            return is_ours((host, connection.lasted_s) for connection, host in self._connections.items())
 
 
 def beat(connection: zmq.Socket[bytes], each_s: float = LINK_BEAT_S) -> None:

@@ -24,6 +24,7 @@ from workers.queue.curve import new_keys
 from workers.queue.handle import Handle
 from workers.queue.message_queue import MessageQueue
 from workers.queue.remote_reader import RemoteReader
+from workers.queue.silence import OtherHosts
 
 pytestmark = [
     pytest.mark.integration,
@@ -42,11 +43,11 @@ WRITER = (
 
 
 class Scene:
-    """A writer on host b, and what reads on host a."""
+    """A writer on host b, or another one, and what reads on host a."""
 
-    def __init__(self, network: Network, ends: ExitStack) -> None:
+    def __init__(self, network: Network, ends: ExitStack, host: str = "b") -> None:
         self.network = network
-        b = network["b"]
+        b = network[host]
         arguments = [OURS.public.decode(), OURS.secret.decode(), THEIRS.public.decode(), b.address]
         self.writer = b.run(
             lambda: subprocess.Popen(
@@ -58,14 +59,14 @@ class Scene:
         ends.callback(self.writer.kill)
         assert self.writer.stdout is not None
         handle = Handle.decode(bytes.fromhex(self.writer.stdout.readline()))
-        self._handle = msgspec.structs.replace(handle, host="another host")
+        self._handle = msgspec.structs.replace(handle, host=f"host {host}")
 
-    def join(self, reader_id: str) -> MessageQueue:
+    def join(self, reader_id: str, others: OtherHosts | None = None) -> MessageQueue:
         def made() -> MessageQueue:
             return MessageQueue.create_from_handle(self._handle, reader_id, timeout_s=WAIT_S, keys=THEIRS)
 
         far = self.network["a"].run(made)
-        far.end_on_silence()
+        far.end_on_silence(others or OtherHosts())
         return far
 
     def send(self, line: str) -> None:
@@ -78,7 +79,7 @@ class Scene:
 def scene() -> Iterator[Scene]:
     before = netns.namespaces()
     with ExitStack() as ends:
-        yield Scene(ends.enter_context(Network(["a", "b"])), ends)
+        yield Scene(ends.enter_context(Network(["a", "b", "c"])), ends)
     assert netns.namespaces() == before
 
 
@@ -95,6 +96,41 @@ def test_a_host_that_is_cut_off_is_suspected(scene: Scene, fault: str, monkeypat
             with pytest.raises(QueueSilent, match="silent") as silent:
                 far.dequeue(WAIT_S)
             assert silent.value.silent_s >= 0.2
+        finally:
+            injector.heal()
+
+
+def reader_of(queue: MessageQueue) -> RemoteReader:
+    assert isinstance(queue._end, RemoteReader)
+    return queue._end
+
+
+def test_where_all_others_are_silent_it_is_our_own_host_that_is_cut_off(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None of them is given up, until one answers and another does not."""
+    monkeypatch.setattr(remote_reader, "REMOTE_SILENCE_S", 1e6)
+    network, others = scene.network, OtherHosts()
+    with ExitStack() as ends:
+        both = scene, Scene(network, ends, "c")
+        queues = [ends.enter_context(each.join("ours", others)) for each in both]
+        injector = CUTS["host-cut-off"][1](network["a"], [network["b"], network["c"]])
+        try:
+            injector.inject()
+            eventually(lambda: all(reader_of(each)._connection.lasted_s > 0.6 for each in queues), WAIT_S, "a silence")
+            assert others.cut_off()
+            assert not any(each.pending() for each in queues)
+        finally:
+            injector.heal()
+        for each, queue in zip(both, queues, strict=True):
+            each.send("still there")
+            assert queue.dequeue(WAIT_S) == "still there"
+        injector = CUTS["host-cut-off"][1](network["b"], [network["a"]])
+        try:
+            injector.inject()
+            with pytest.raises(QueueSilent):
+                queues[0].dequeue(WAIT_S)
+            assert not queues[1].pending()
         finally:
             injector.heal()
 

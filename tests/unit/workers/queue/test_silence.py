@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from membership.base.timing import LINK_BEAT_S, LINK_SUSPECT_MAX_S, LINK_SUSPECT_MIN_S
-from workers.queue.silence import LOOK_S, Acks, Connection, Silence, look, suspect_after_s, suspected
+from workers.queue.silence import LOOK_S, Acks, Connection, Silence, excused, is_ours, look, suspect_after_s, suspected
 
 pytestmark = pytest.mark.unit
 
@@ -76,6 +76,38 @@ def test_it_lasts_no_longer_than_the_looks_that_saw_it(looks: list[tuple[float, 
             break
         quiet_s += passed_s
     assert silence.lasted_s <= quiet_s + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("silences", "ours"),
+    [
+        ([("b", 0.2), ("c", 0.1)], True),
+        ([("b", 0.2), ("c", 0.2), ("c", 0.15)], True),
+        ([("b", 0.2), ("c", 0.0)], False),
+        ([("b", 0.2), ("b", 0.0), ("c", 0.2)], False),  # one of its ranks is heard
+        ([("b", 0.2), ("b", 0.2)], False),  # one other host: nothing tells which of the two it is
+        ([("b", 9.0), ("c", 0.05)], False),
+        ([], False),
+    ],
+)
+def test_our_own_host_is_cut_off_where_no_other_of_several_is_heard(
+    silences: list[tuple[str, float]], ours: bool
+) -> None:
+    assert is_ours(silences) is ours
+
+
+def test_after_our_own_host_was_cut_off_the_others_have_the_time_until_their_kernels_send_again() -> None:
+    """At intervals that double: at the latest as long after the cut as it took."""
+    silence = excused(after(*[(LOOK_S, QUIET)] * 41))
+    assert silence.lasted_s == pytest.approx(1.0)
+    for _ in range(40):
+        silence = look(silence, QUIET, silence.looked_at + LOOK_S)
+        assert not suspected(silence, QUIET)
+    again = look(silence, ACKED, silence.looked_at + LOOK_S)
+    assert again.patience_s == 0.0, "it is heard: from now on as ever"
+    for _ in range(40):
+        silence = look(silence, QUIET, silence.looked_at + LOOK_S)
+    assert suspected(silence, QUIET), "it is still silent"
 
 
 def test_a_descriptor_that_is_no_connection_any_more_is_not_suspected() -> None:
