@@ -98,10 +98,11 @@ class Injection:
         return f"{met} packets met the rules"
 
     def _rank(self) -> int:
-        """Process of a rank there; NotInjected if it has none."""
-        here = [rank for rank in self.before.ranks.values() if rank.node == self.fault.host and rank.pid]
+        """Process of a rank there, or of any if the host has none; NotInjected if there is none at all."""
+        ranks = [rank for rank in self.before.ranks.values() if rank.pid]
+        here = [rank for rank in ranks if rank.node == self.fault.host] or ranks
         if not here:
-            raise NotInjected(f"host {self.fault.host} has no rank")
+            raise NotInjected("there is no rank")
         chosen = sorted(here, key=lambda rank: rank.rank)[int(self.fault.chance * len(here))]
         return chosen.pid
 
