@@ -1,6 +1,6 @@
 """The faults of a soak over hosts, drawn from a seed: which host, which link, by what, and how long. Pure.
 
-Kinds are dealt like cards, so that each comes once before any comes again. Some bursts have a second fault, which falls
+Kinds are drawn like cards, so that each comes once before any comes again. Some bursts have a second fault, which falls
 into the first one or into the recovery from it.
 """
 
@@ -71,10 +71,10 @@ class HostBurst(msgspec.Struct, frozen=True):
 
 def bursts(seed: int, hosts: Sequence[str], gateway: str) -> Iterator[HostBurst]:
     """Bursts without end, the same for the same arguments. `gateway`: the host that clients use."""
-    chooser, dealt = random.Random(seed), list[Kind]()
+    chooser, deck = random.Random(seed), list[Kind]()
     while True:
-        dealt = dealt or chooser.sample(tuple(Kind), len(Kind))
-        faults = [_fault(chooser, dealt.pop(), hosts, gateway)]
+        deck = deck or chooser.sample(tuple(Kind), len(Kind))
+        faults = [_fault(chooser, deck.pop(), hosts, gateway)]
         if chooser.random() < NESTED:
             faults.append(_fault(chooser, chooser.choice(SECOND), hosts, gateway))
         yield HostBurst(tuple(faults), chooser.uniform(0.0, PAUSE_S), chooser.uniform(0.0, DELAY_S))

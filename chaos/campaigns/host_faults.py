@@ -38,7 +38,7 @@ class Injection:
     def inject(self) -> Injected:
         """See that it happens, or NotInjected."""
         at, kind = time.time(), self.fault.kind
-        proof = self._kill() if kind.startswith("kill-") and kind is not Kind.KILL_HOST else self._strike()
+        proof = self._kill() if kind.startswith("kill-") and kind is not Kind.KILL_HOST else self._affect()
         self.injected = Injected(
             fault=kind, victim=self._victim(), at=at, seen_at=time.time(), proof=proof, pid=self._pid
         )
@@ -52,7 +52,7 @@ class Injection:
         of_process = {Kind.KILL_ENGINE: "engine", Kind.KILL_CONTROLLER: "controller", Kind.FREEZE_ETCD: "etcd"}
         return of_process.get(self.fault.kind, f"host {self.fault.host}")
 
-    def _strike(self) -> str:
+    def _affect(self) -> str:
         """Hosts, links, and what is stopped."""
         cluster, host, hosts = self.cluster, self.fault.host, self.cluster.hosts
         match self.fault.kind:

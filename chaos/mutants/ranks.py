@@ -5,6 +5,7 @@ from __future__ import annotations
 from chaos.mutants.mutant import Mutant, Shown
 
 DECIDE = "tests/unit/workers/agent/test_decide.py"
+SILENCE = "tests/unit/workers/queue/test_silence.py"
 WATCHDOG = "tests/unit/workers/fleet/test_watchdog.py"
 RESTARTS = "tests/unit/workers/agent/test_restart_policy.py"
 ENGINE_PORT = "tests/unit/workers/rank/test_engine_port.py"
@@ -44,6 +45,14 @@ MUTANTS: tuple[Mutant, ...] = (
         before="passed_s = min(now - self._watched_at, 2 * TICK_S)",
         after="passed_s = now - self._watched_at",
         tests=(f"{WATCHDOG}::test_the_watchdogs_own_lateness_evicts_no_rank",),
+    ),
+    Mutant(
+        name="cut-off-host-blames-others",
+        guards="G9: an engine whose own host is cut off for a moment gives up no rank of other hosts",
+        file="workers/queue/silence.py",
+        before="return len(by_host) > 1 and min",
+        after="return len(by_host) > 9 and min",
+        tests=(f"{SILENCE}::test_our_own_host_is_cut_off_where_no_other_of_several_is_heard",),
     ),
     Mutant(
         name="busy-rank-evicted",
