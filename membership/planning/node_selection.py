@@ -1,4 +1,7 @@
-"""Node selection: a new rank starts on the live node with the fewest ranks. Pure; used by the planner and dry runs."""
+"""Node selection: a new rank starts on the live node with the fewest ranks. Pure; used by the planner and dry runs.
+
+One that replaces a dead one rather starts where that takes no imports first: a host that has just come back takes long.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +23,17 @@ def room(facts: ClusterFacts) -> dict[str, int]:
 def choose_nodes(facts: ClusterFacts, slots: Iterable[int]) -> dict[int, str]:
     """slot -> node, in the order of the slots, until there is no room left."""
     left, running = room(facts), Counter(node for node, _ in facts.assigned.values())
-    queue = [(running[node], node) for node in left]
+    repairs = facts.view.epoch > 0 and facts.operation is None
+    queue = [(repairs and facts.state.agents[node].importing, running[node], node) for node in left]
     heapq.heapify(queue)
     found: dict[int, str] = {}
     for slot in slots:
         if not queue:
             break
-        number, node = heapq.heappop(queue)
+        slow, number, node = heapq.heappop(queue)
         left[node] -= 1
         if left[node]:
-            heapq.heappush(queue, (number + 1, node))
+            heapq.heappush(queue, (slow, number + 1, node))
         found[slot] = node
     return found
 

@@ -210,6 +210,7 @@ class AgentRecord(Record, frozen=True, kw_only=True):
     trouble: str = ""  # what is wrong with its copy of the checkpoint, while its ranks serve on
     host: str = ""  # which host and network namespace it is in, if other hosts reach it
     address: str = ""  # at which they do
+    importing: bool = False  # a rank that is started there now waits for imports of seconds, on a busy host of minutes
 
 
 class RankRecord(RankProcess, frozen=True, kw_only=True):

@@ -122,6 +122,7 @@ class Agent:
             spares_wanted=options.spares,
             host=this_host() if options.network is not None else "",
             address=options.network.address if options.network is not None else "",
+            importing=True,
         )
         if options.model:
             config = changed(config, model=options.model)
@@ -529,6 +530,8 @@ class Agent:
     def _forkserver_serves(self, serving: Serving) -> None:
         if serving.error:
             log.error("forkserver_cannot_serve", error=serving.error)
+        self.me = changed(self.me, importing=False)
+        self._publish_me()
         self._emit_of_node("forkserver_ready", error=serving.error, import_ms=_ms(serving.import_s))
 
 

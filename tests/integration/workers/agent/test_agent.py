@@ -59,6 +59,7 @@ def test_assigned_ranks_get_registered_attached_prepared_and_cleaned_up(scene: S
         state = scene.until_registered(A, B, C, D)
         assert {record.state for record in state.ranks.values()} == {RankState.HANDSHAKING}
         assert state.ranks[B].exchange_handle == b"exchange-1-2"
+        scene.until(lambda s: not s.agents["n"].importing, "the imports of later ranks to be done")
         assert all(psutil.pid_exists(record.pid) for record in state.ranks.values())
         token = scene.elect(steps)
         state = scene.until(lambda s: all(r.engine_token == token for r in s.ranks.values()), "all attached")
