@@ -12,8 +12,7 @@ from enum import StrEnum
 
 import msgspec
 
-from chaos.target.host_cluster import ETCD
-
+ETCD = "etcd"  # its host, where it has one of its own: the far end of a link
 HOLDS_S = ((0.1, 1.5), (4.0, 8.0))  # shorter than a host's lease, and longer
 PAUSE_S = 1.0
 DELAY_S = 2.0
@@ -69,19 +68,21 @@ class HostBurst(msgspec.Struct, frozen=True):
     delay_s: float = 0.0
 
 
-def bursts(seed: int, hosts: Sequence[str], gateway: str) -> Iterator[HostBurst]:
-    """Bursts without end, the same for the same arguments. `gateway`: the host that clients use."""
+def bursts(seed: int, hosts: Sequence[str], gateway: str, far: Sequence[str] = ()) -> Iterator[HostBurst]:
+    """Bursts without end, the same for the same arguments. `gateway`: the host that clients use. `far`: only the ends
+    of links.
+    """
     chooser, deck = random.Random(seed), list[Kind]()
     while True:
         deck = deck or chooser.sample(tuple(Kind), len(Kind))
-        faults = [_fault(chooser, deck.pop(), hosts, gateway)]
+        faults = [_fault(chooser, deck.pop(), hosts, gateway, far)]
         if chooser.random() < NESTED:
-            faults.append(_fault(chooser, chooser.choice(SECOND), hosts, gateway))
+            faults.append(_fault(chooser, chooser.choice(SECOND), hosts, gateway, far))
         yield HostBurst(tuple(faults), chooser.uniform(0.0, PAUSE_S), chooser.uniform(0.0, DELAY_S))
 
 
-def _fault(chooser: random.Random, kind: Kind, hosts: Sequence[str], gateway: str) -> HostFault:
+def _fault(chooser: random.Random, kind: Kind, hosts: Sequence[str], gateway: str, far: Sequence[str]) -> HostFault:
     host = chooser.choice([each for each in hosts if kind not in OF_HOSTS or each != gateway])
-    peer = chooser.choice([*(each for each in hosts if each != host), ETCD]) if kind in OF_LINKS else ""
+    peer = chooser.choice([*(each for each in hosts if each != host), *far]) if kind in OF_LINKS else ""
     hold_s = 0.0 if kind in ENDS else chooser.uniform(*chooser.choice(HOLDS_S))
     return HostFault(kind, host, peer, hold_s, chooser.random())

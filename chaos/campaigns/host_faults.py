@@ -11,7 +11,7 @@ from contextlib import ExitStack, closing
 from functools import partial
 from typing import Literal
 
-from chaos.campaigns.host_bursts import HostFault
+from chaos.campaigns.host_bursts import ETCD, HostFault
 from chaos.campaigns.host_bursts import HostFaultKind as Kind
 from chaos.faults.base import Injected, NotInjected, see
 from chaos.faults.netns import inside
@@ -54,14 +54,16 @@ class Injection:
 
     def _affect(self) -> str:
         """Hosts, links, and what is stopped."""
-        cluster, host, hosts = self.cluster, self.fault.host, self.cluster.hosts
+        host, hosts = self.fault.host, self.cluster.hosts
         match self.fault.kind:
             case Kind.KILL_HOST:
                 return self._power()
             case Kind.POWER:
                 hosts.cut(host)
-                self._heals.callback(hosts.heal, host)
-                return self._power()
+                try:
+                    return self._power()
+                finally:  # taken back before the host is started
+                    self._heals.callback(hosts.heal, host)
             case Kind.CABLE:
                 hosts.cut(host)
                 self._heals.callback(hosts.heal, host)
@@ -71,7 +73,7 @@ class Injection:
                 self._heals.callback(hosts.fast, host)
                 return f"{see(partial(hosts.slowed, host), 'a packet that waits')} packets had to wait"
             case Kind.STOP_RANK | Kind.FREEZE_ETCD:
-                self._pid = cluster.etcd_pid if self.fault.kind is Kind.FREEZE_ETCD else self._rank()
+                self._pid = self._etcd() if self.fault.kind is Kind.FREEZE_ETCD else self._rank()
                 hold = self._heals.enter_context(closing(Hold(self._pid, self._victim())))
                 proof = hold.stop()
                 self._heals.callback(hold.resume)
@@ -96,6 +98,11 @@ class Injection:
             tables.append((namespace, table))
         met = see(lambda: _packets(tables), "packets that the rules meet")
         return f"{met} packets met the rules"
+
+    def _etcd(self) -> int:
+        """Process of the host's member, or of the only one."""
+        members = self.cluster.members
+        return members[self.fault.host if self.fault.host in members else ETCD].server.pid
 
     def _rank(self) -> int:
         """Process of a rank there, or of any if the host has none; NotInjected if there is none at all."""

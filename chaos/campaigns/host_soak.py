@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from chaos.campaigns.campaign import SHOWN, Campaign, LongReceipt
-from chaos.campaigns.host_bursts import HostBurst, HostFault, bursts
+from chaos.campaigns.host_bursts import ETCD, HostBurst, HostFault, bursts
 from chaos.campaigns.host_faults import Injection
 from chaos.campaigns.kill_host import START_S
 from chaos.check.checker import check_record
@@ -86,7 +86,8 @@ class HostSoak(Campaign):
     def act(self, workload: Workload) -> None:
         """Burst after burst, each followed by full strength."""
         began = time.monotonic()
-        for burst in bursts(self.seed, self.hosts, self.hosts[-1]):
+        far = [ETCD] if ETCD in self.over_hosts.hosts.addresses else []
+        for burst in bursts(self.seed, self.hosts, self.hosts[-1], far):
             over = self.limit_s and time.monotonic() > began + self.limit_s
             if over or len(self.injected) >= self.faults:
                 break

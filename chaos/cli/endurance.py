@@ -16,11 +16,11 @@ from chaos.campaigns.bursts import Quota
 from chaos.campaigns.campaign import seed_of
 from chaos.campaigns.churn import Churn
 from chaos.campaigns.host_soak import HostSoak
+from chaos.campaigns.own_hosts import own_hosts
 from chaos.campaigns.soak import FLAGS, LOAD, Soak
 from chaos.campaigns.targets import LocalTarget
 from chaos.cli.shared import RanksFlag, RunOptions, progress, run_on_own_cluster, save_record, show_receipt
 from chaos.target.checkpoint import checkpoint
-from chaos.target.host_cluster import cluster_over
 from chaos.workload.streams import FULL
 from elastic.cli.command import command
 from elastic.cli.flags import Output, OutputFlag
@@ -53,6 +53,7 @@ class HostOptions:
     hosts: int = option(
         1, "3 or more: over so many network namespaces, whose hosts and links fail, too.", minimum=1, maximum=9
     )
+    etcd_on_hosts: bool = option(False, "With --hosts: a member of etcd on each host, instead of one apart.")
     faults: int = option(300, "With --hosts: end after so many faults.", minimum=1)
     seconds: float = option(0.0, "With --hosts: end after this time, however few they were.", minimum=0)
 
@@ -92,11 +93,12 @@ def soak_over_hosts(over: HostOptions, options: RunOptions, ranks: int, output: 
     names = tuple(string.ascii_lowercase[: over.hosts])
     run = HostSoak(seed=seed_of(options.seed), ranks=ranks, faults=over.faults, limit_s=over.seconds, hosts=names)
     run.replay = f"elastic-chaos soak --hosts {over.hosts} --faults {over.faults} --ranks {ranks} --seed {run.seed}"
+    run.replay += " --etcd-on-hosts" if over.etcd_on_hosts else ""
     typer.echo(f"seed {run.seed}", err=True)
     notify = progress()
     with ExitStack() as opened:
         folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="elastic-ep-chaos-")))
-        cluster = opened.enter_context(cluster_over(names, folder))
+        cluster = opened.enter_context(own_hosts(names, folder, etcd_on_hosts=over.etcd_on_hosts))
         run.serve(cluster, checkpoint(options.model, folder))
         run.run(LocalTarget(cluster), notify)
     save_record(run, options.record)

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
+from chaos.faults.members import Member
 from chaos.target.cluster import Cluster
-from chaos.target.hosts import Hosts, made_hosts
+from chaos.target.hosts import Hosts
 from elastic.cli.client import StoreClient
-from elastic.serve.etcd_server import EtcdServer, find_binary
 from elastic.serve.state_dir import ClusterAddress, StateDir
 from membership.base import starter
 from membership.base.errors import ElasticError
@@ -24,7 +23,6 @@ from membership.store.keys import Keys
 from membership.store.records import LeaderRecord
 
 NAME = "moe"
-ETCD = "etcd"  # its host, where it has one of its own
 PYTHON = [sys.executable, "-m", "elastic.cli"]
 STOP_S = 60.0
 KILLED_S = 30.0
@@ -33,11 +31,14 @@ KILLED_S = 30.0
 class HostCluster(Cluster):
     """`gateway`: the host whose gateway is used. The first of `hosts` makes the join secret, by `elastic serve`."""
 
-    def __init__(self, hosts: Hosts, etcd: str, folder: Path, gateway: str) -> None:
+    def __init__(
+        self, hosts: Hosts, etcd: str, folder: Path, gateway: str, members: Mapping[str, Member] | None = None
+    ) -> None:
+        """`etcd`: its URLs, comma-separated. `members`: those of it that are on these hosts."""
         self.first = next(iter(hosts.addresses))
         super().__init__(StateDir(folder / self.first))
         self.hosts, self.etcd, self.folder, self.gateway = hosts, etcd, folder, gateway
-        self.etcd_pid = 0  # if it is ours
+        self.members = dict(members or {})
         self._started: dict[tuple[str, str], tuple[subprocess.Popen[bytes], Path]] = {}
         self._commands: dict[tuple[str, str], tuple[str, ...]] = {}
 
@@ -48,7 +49,7 @@ class HostCluster(Cluster):
     @property
     def address(self) -> ClusterAddress:
         """Also where no `elastic serve` says so."""
-        return ClusterAddress(cluster=NAME, etcd=(self.etcd,))
+        return ClusterAddress(cluster=NAME, etcd=tuple(self.etcd.split(",")))
 
     def client(self) -> StoreClient:
         with self._connecting:
@@ -89,7 +90,9 @@ class HostCluster(Cluster):
         return (host, command) in self._started
 
     def start_again(self, host: str) -> None:
-        """What was started there and was killed since."""
+        """What was started there and was killed since; first its member of etcd."""
+        if host in self.members and not self.members[host].server.alive:
+            self.members[host].restart()
         for (where, role), command in list(self._commands.items()):
             if where == host and (host, role) not in self._started:
                 self.start(host, *command)
@@ -134,21 +137,3 @@ class HostCluster(Cluster):
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait(timeout=KILLED_S)
-
-
-@contextmanager
-def cluster_over(names: Sequence[str], folder: Path) -> Iterator[HostCluster]:
-    """Hosts with these names, and an etcd on one more; nothing else is started. The last host's gateway is used."""
-    with ExitStack() as opened:
-        hosts = opened.enter_context(made_hosts(*names, ETCD))
-        binary = folder / "etcd-there"
-        binary.write_text(
-            f'#!/bin/sh\nexec ip netns exec {hosts.namespace(ETCD)} {find_binary()} "$@"\n', encoding="utf-8"
-        )
-        binary.chmod(0o700)
-        at = hosts.addresses[ETCD]
-        etcd = opened.enter_context(EtcdServer(folder / ETCD, binary=str(binary), address=at))
-        cluster = HostCluster(hosts, etcd.url, folder, gateway=names[-1])
-        cluster.etcd_pid = etcd.pid
-        opened.callback(cluster.close)
-        yield cluster

@@ -8,12 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chaos.campaigns.host_bursts import ENDS, OF_HOSTS, OF_LINKS, HostFault, HostFaultKind, bursts
+from chaos.campaigns.host_bursts import ENDS, ETCD, OF_HOSTS, OF_LINKS, HostFault, HostFaultKind, bursts
 from chaos.campaigns.host_faults import rules
 from chaos.campaigns.host_soak import HostSoak
 from chaos.faults.base import Injected
 from chaos.faults.nftables import Rule
-from chaos.target.host_cluster import ETCD
 from chaos.workload.history import RequestRecord
 
 pytestmark = pytest.mark.unit
@@ -27,8 +26,8 @@ SEEN = Injected(fault="cut", victim="host a", at=0.0, seen_at=0.1, proof="7 pack
 
 @given(st.integers(0, 10_000))
 def test_what_is_drawn(seed: int) -> None:
-    drawn = list(islice(bursts(seed, HOSTS, "c"), 2 * len(HostFaultKind)))
-    assert drawn == list(islice(bursts(seed, HOSTS, "c"), len(drawn)))
+    drawn = list(islice(bursts(seed, HOSTS, "c", [ETCD]), 2 * len(HostFaultKind)))
+    assert drawn == list(islice(bursts(seed, HOSTS, "c", [ETCD]), len(drawn)))
     firsts = [burst.faults[0].kind for burst in drawn]
     assert sorted(firsts[: len(HostFaultKind)]) == sorted(firsts[len(HostFaultKind) :]) == sorted(HostFaultKind)
     for fault in (fault for burst in drawn for fault in burst.faults):
