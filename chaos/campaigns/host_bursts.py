@@ -29,7 +29,7 @@ class HostFaultKind(StrEnum):
     STOP_RANK = "stop-rank"  # it goes on afterwards, as a zombie if it was given up
     FREEZE_ETCD = "freeze-etcd"
     KILL_HOST = "kill-host"  # all its processes; the kernel closes their connections
-    POWER = "power"  # the same, and no other host is told: their connections are half open
+    POWER = "power"  # the same, and no other host learns of it: connections are half open
     CABLE = "cable"  # nothing passes, not even a client's request
     ISOLATE = "isolate"  # no other host is reached, nor etcd; clients are
     CUT = "cut"  # a link, both ways

@@ -52,7 +52,7 @@ MUTANTS: tuple[Mutant, ...] = (
         file="workers/queue/silence.py",
         before="return len(by_host) > 1 and min",
         after="return len(by_host) > 9 and min",
-        tests=(f"{SILENCE}::test_our_own_host_is_cut_off_where_no_other_of_several_is_heard",),
+        tests=(f"{SILENCE}::test_our_own_host_is_cut_off_where_no_other_of_several_answers",),
     ),
     Mutant(
         name="busy-rank-evicted",

@@ -90,7 +90,7 @@ def test_it_lasts_no_longer_than_the_looks_that_saw_it(looks: list[tuple[float, 
         ([], False),
     ],
 )
-def test_our_own_host_is_cut_off_where_no_other_of_several_is_heard(
+def test_our_own_host_is_cut_off_where_no_other_of_several_answers(
     silences: list[tuple[str, float]], ours: bool
 ) -> None:
     assert is_ours(silences) is ours
