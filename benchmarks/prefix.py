@@ -91,6 +91,7 @@ class Killed:
     silence: float  # the longest gap between two tokens of a stream from the kill on
     steady_p99: float  # of gaps before it
     full: float  # until as many ranks as before step together
+    parts: str  # what the recovery was made up of
 
 
 def killed(
@@ -129,11 +130,23 @@ def killed(
             each.result(timeout=120.0)
     again = until(lambda: _unchanged(cluster), "the counts of computed tokens to be published", 30.0) - settled
     full = history.wait_adopted(mark, RANKS, "after the kill")
+    over = history.wait(mark, "the recovery", lambda e: e.kind == "rank_recovered" and e.rank == victim["rank"])
+    parts = _parts(over.fields, [e.fields for e in history.events[mark:] if e.kind == "request_salvaged"])
     cluster.wait_serving(RANKS)
     steady = [1000 * gap for ended, gap in gaps if all_began < ended - gap and ended < at]
     silence = max((1000 * gap for ended, gap in gaps if ended > at), default=0.0)
     full_ms = 1000 * (history.when(full) - at)
-    return Killed(masked.fields["requests"], again, silence, percentile(steady, 0.99), full_ms)
+    return Killed(masked.fields["requests"], again, silence, percentile(steady, 0.99), full_ms, parts)
+
+
+def _parts(recovered: dict[str, Any], read: list[dict[str, Any]]) -> str:
+    """Where the time from the detection to the last request's next token went."""
+    rest_ms = recovered["ms"] - recovered["in_flight_ms"] - recovered["wait_ms"]
+    return (
+        f"{recovered['steps']} steps: {recovered['in_flight_ms']:.0f} ms left of the one under way, waited"
+        f" {recovered['wait_ms']:.0f} ms (longest read {max((each['ms'] for each in read), default=0.0):.0f} ms), "
+        f"then {rest_ms:.0f} ms"
+    )
 
 
 def _unchanged(cluster: ServedCluster) -> int:

@@ -158,7 +158,7 @@ def rows_kill(scene: Scene) -> Iterator[Row]:
     how = KILL_CONTEXT, KILL_STREAMS, 0, scene.chance, KILL_ANSWER
     found = [killed(scene.cluster, *how) for _ in range(scene.args.kills)]
     worst = max(found, key=lambda each: each.silence - each.steady_p99)
-    beside = f"silence {worst.silence:.0f} ms, steady p99 {worst.steady_p99:.0f} ms, n {len(found)}"
+    beside = f"silence {worst.silence:.0f} ms, steady p99 {worst.steady_p99:.0f} ms, n {len(found)}; {worst.parts}"
     yield at_most("kill: largest gap beyond steady p99", worst.silence - worst.steady_p99, "ms", 300.0, beside)
     again = max(each.again / max(1, each.moved) for each in found)
     yield at_most("kill: tokens computed again per request", again, "", 16, f"{sum(e.moved for e in found)} requests")

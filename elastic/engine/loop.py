@@ -149,6 +149,7 @@ class Engine:
         """Start a step. While ranks compute it, send the last step's tokens and take new requests."""
         self._outcome = "ok"
         failpoints.hit("engine.before.step")
+        self._recovery.step_began(self._clock())
         self._fleet.broadcast(batch)
         self._flush()
         self._take_requests()
@@ -156,6 +157,7 @@ class Engine:
     def _end_step(self) -> None:
         self._steps[self._outcome] += 1
         self._last_step_end = self._clock()
+        self._recovery.step_ended(self._last_step_end)
         self._note_flip(self._last_step_end)
         self._note_recoveries()
 
@@ -351,7 +353,15 @@ class Engine:
     def _note_recoveries(self) -> None:
         emitted = (output.request_id for output in self._outbox)
         for recovered in self._recovery.progress(emitted, self._scheduler.knows, self._clock()):
-            self._emit("rank_recovered", recovered.rank, ms=round(recovered.ms, 3), requests=recovered.moved)
+            self._emit(
+                "rank_recovered",
+                recovered.rank,
+                ms=round(recovered.ms, 3),
+                requests=recovered.moved,
+                steps=recovered.steps,
+                in_flight_ms=round(recovered.in_flight_ms, 3),
+                wait_ms=round(recovered.wait_ms, 3),
+            )
 
     # ---- news from the store
 

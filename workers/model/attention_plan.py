@@ -84,7 +84,7 @@ class StepPlan:
     cells: list[int]  # where each row's key goes: block * block_size + offset
     tables: list[list[int]]  # each chunk's blocks
     block_size: int
-    follows: bool = False  # the same sequences as in the step before, one token further
+    followed: int = 0  # how many steps right before it had the same sequences, each one token further
     _cells_of: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
 
     @property
@@ -204,7 +204,7 @@ def plan_step(
         cells=[cell for c in chunks for cell in _cells(c, block_size)],
         tables=[c.blocks for c in chunks],
         block_size=block_size,
-        follows=follows,
+        followed=before.followed + 1 if before is not None and follows else 0,
     )
 
 

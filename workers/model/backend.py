@@ -58,9 +58,9 @@ class KVCache(Protocol):
     def block_bytes(self) -> int:
         """Bytes of one block in all layers; 0 before the first step."""
 
-    def room(self, block: int) -> memoryview[int] | None:
-        """The memory of a block in all layers: as many bytes, at the same place of the memory of each rank of this
-        host (`Backend.pool_fd`). None if it is on a device."""
+    def put(self, block: int, bits: memoryview[int]) -> bool:
+        """Replace a block in all layers by the bits of one in the memory of another rank of this host, where each is at
+        the same place (`Backend.pool_fd`). False if it is on a device."""
 
     def copy_out(self, blocks: Sequence[int], room: memoryview[int]) -> None:
         """Copy the bits of `blocks` to the first `len(blocks) * block_bytes` bytes of host memory."""

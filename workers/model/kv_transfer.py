@@ -8,6 +8,7 @@ What a rank that has died had is read from its pool instead: the memory of its c
 
 from __future__ import annotations
 
+import mmap
 import os
 import struct
 from collections.abc import Callable, Sequence
@@ -54,8 +55,9 @@ def read_in(cache: KVCache, blocks: Sequence[int], pool: int, there: Sequence[in
     if os.fstat(pool).st_size // cache.blocks != size or not size:
         raise RankError(f"the pool has {os.fstat(pool).st_size} bytes, not {cache.blocks} KV blocks of {size}")
     count = min(len(blocks), max(1, PIECE_BYTES // size))
-    for block, source in zip(blocks[:count], there[:count], strict=True):
-        room = cache.room(block)
-        if room is None or os.preadv(pool, [room], source * size) != size:
-            raise RankError(f"KV block {source} cannot be read from the pool")
+    with mmap.mmap(pool, 0, mmap.MAP_SHARED, mmap.PROT_READ) as mapped, memoryview(mapped) as left:
+        for block, source in zip(blocks[:count], there[:count], strict=True):
+            with left[source * size : (source + 1) * size] as bits:
+                if len(bits) != size or not cache.put(block, bits):
+                    raise RankError(f"KV block {source} cannot be read from the pool")
     return count

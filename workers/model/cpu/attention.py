@@ -14,10 +14,10 @@ from torch.nn import functional
 
 from membership.base.errors import ModelError
 from workers.model.attention_plan import StepPlan, Tiles
-from workers.model.cpu.kv_cache import Context, CpuKVCache, LayerCache
+from workers.model.cpu.kv_cache import Context, CpuKVCache
 
 SLICE = 128  # cells per accumulated product with the values
-MIRROR_BYTES = 256 << 20  # most memory for keeping the gathered contexts of all layers from one decode step to the next
+KEPT_AT_ONCE = 32 << 20  # contexts that one step begins to keep: its first pages are slow, and clients wait for it
 
 
 class CpuAttention:
@@ -48,7 +48,7 @@ class CpuAttention:
         cache.write(key_cells, value_cells, new_keys, new_values)
         queries = query[0].transpose(0, 1)  # [T, Hq, D]
         if plan.plain:
-            context = self._mirrored(plan, cache, new_keys, new_values, layout.rows_per_block)
+            context = self._mirrored(plan, layer, new_keys, new_values, layout.rows_per_block)
             out = self._attend(plan.tiles[0], queries[:rows], context, heads, scaling, window)
         else:
             cache.mirror = None
@@ -62,16 +62,24 @@ class CpuAttention:
             out = functional.pad(out, (0, 0, 0, 0, 0, plan.padded - rows))
         return out.to(query.dtype)[None]
 
-    def _mirrored(
-        self, plan: StepPlan, cache: LayerCache, keys: Tensor, values: Tensor, rows_per_block: int
-    ) -> Context:
-        """The contexts of a plain step: those of the step before plus the new tokens, if it directly follows that."""
-        heads, tiles = keys.shape[1], plan.tiles[0]
-        if plan.follows and cache.mirror is not None:
+    def _mirrored(self, plan: StepPlan, layer: int, keys: Tensor, values: Tensor, rows_per_block: int) -> Context:
+        """The contexts of a plain step: those of the step before plus the new tokens, where these were kept.
+
+        Nothing is kept of a step with other sequences than before, which is the first one after a death: it may be the
+        only one. Those that follow it begin with a few layers each.
+        """
+        cache, heads, tiles = self.cache.layers[layer], keys.shape[1], plan.tiles[0]
+        if plan.followed and cache.mirror is not None:
             cache.mirror.append(plan.mirror_cells(heads), keys, values)
             return cache.mirror
-        most = MIRROR_BYTES // len(self.cache.layers)
-        return cache.gather_mirror(tiles.rows(heads, rows_per_block), tiles.length, most)
+        cache.mirror = None
+        rows = tiles.rows(heads, rows_per_block)
+        context_bytes = len(rows) * tiles.block_size * (keys.shape[-1] + values.shape[-1]) * torch.float32.itemsize
+        if layer < plan.followed * max(1, KEPT_AT_ONCE // context_bytes):
+            kept = cache.keep(rows, tiles.length)
+            if kept is not None:
+                return kept
+        return cache.gather(rows, tiles.length)
 
     def _attend(
         self, tiles: Tiles, queries: Tensor, context: Context, heads: int, scaling: float, window: int | None

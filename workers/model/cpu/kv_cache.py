@@ -10,6 +10,7 @@ would cost more than it saves.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,6 +20,9 @@ from torch import Tensor
 from membership.base.errors import ModelError
 from workers.ipc.shared_memory import Segment
 from workers.model.backend import NO_POOL
+
+MIRROR_BYTES = 256 << 20  # most memory for keeping the gathered contexts of all layers from one decode step to the next
+SCRATCH_BYTES = 128 << 20  # most memory for those of one layer that are not kept
 
 
 class Context(NamedTuple):
@@ -39,6 +43,30 @@ class Context(NamedTuple):
         return int(self.keys.nbytes + self.values.nbytes)
 
 
+class Rooms:
+    """Memory that gathered contexts use again and again: the page faults of fresh memory take longer than the copy."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most = most_bytes
+        self._parts: tuple[Tensor, ...] = ()
+
+    def take(self, sources: Sequence[Tensor], rows: int) -> list[Tensor] | None:
+        """Memory for so many rows of each source, with what is in it; None, and nothing is held, if that is too much.
+
+        There is room for twice as much, untouched: then others may join.
+        """
+        sizes = [rows * source.shape[1] for source in sources]
+        nbytes = sum(size * source.itemsize for size, source in zip(sizes, sources, strict=True))
+        if nbytes > self._most:
+            self._parts = ()
+            return None
+        if [part.numel() >= size for part, size in zip(self._parts, sizes, strict=False)] != [True] * len(sizes):
+            self._parts = ()  # before more is taken
+            spare = 2 if 2 * nbytes <= self._most else 1
+            self._parts = tuple(source.new_empty(spare * size) for source, size in zip(sources, sizes, strict=True))
+        return [part[:size].view(rows, -1) for part, size in zip(self._parts, sizes, strict=True)]
+
+
 class Layout(NamedTuple):
     """Where one token's keys and values are: the same in each layer, counted from where that layer begins."""
 
@@ -52,10 +80,10 @@ class LayerCache:
 
     def __init__(self, cache: CpuKVCache) -> None:
         self._cache = cache
-        self.mirror: Context | None = None  # the contexts of the last step, if that was a plain decode step
+        self.mirror: Context | None = None  # the contexts of the last step, if they were kept
         self.keys = torch.empty(0)
         self.values = torch.empty(0)
-        self._rooms: tuple[Tensor, ...] = ()  # memory of mirrors, which the next one uses again
+        self._rooms = Rooms(MIRROR_BYTES // cache.count)
         self._key_cells = self.keys
         self._value_cells = self.values
 
@@ -65,26 +93,26 @@ class LayerCache:
             cells.index_copy_(0, places, new.reshape(-1, new.shape[-1]).to(cells.dtype))
 
     def gather(self, rows: Tensor, length: int) -> Context:
-        """Contexts [len(rows) * block_size / length, length, width] of the given rows, in fp32."""
-        return self._context(length, self.keys.index_select(0, rows), self.values.index_select(0, rows))
-
-    def gather_mirror(self, rows: Tensor, length: int, most_bytes: int) -> Context:
-        """The same, kept as the mirror if it takes no more than `most_bytes`: in the memory of the mirror before, since
-        the page faults of fresh memory take longer than the copy. That has room for twice as much, untouched.
+        """Contexts [len(rows) * block_size / length, length, width] of the given rows, in fp32, until the next call for
+        any layer.
         """
-        self.mirror = None
+        return self._gather(rows, length, self._cache.scratch) or self._context(
+            length, self.keys.index_select(0, rows), self.values.index_select(0, rows)
+        )
+
+    def keep(self, rows: Tensor, length: int) -> Context | None:
+        """The same, kept as the mirror; None if that takes too much."""
+        self.mirror = self._gather(rows, length, self._rooms)
+        return self.mirror
+
+    def _gather(self, rows: Tensor, length: int, rooms: Rooms) -> Context | None:
         sources = self.keys, self.values
-        sizes = [len(rows) * source.shape[1] for source in sources]
-        if sum(sizes) * torch.float32.itemsize > most_bytes:
-            self._rooms = ()
-            return self.gather(rows, length)
-        if [room.numel() >= size for room, size in zip(self._rooms, sizes, strict=False)] != [True, True]:
-            self._rooms = tuple(self.keys.new_empty(2 * size) for size in sizes)
-        outs = [room[:size].view(len(rows), -1) for room, size in zip(self._rooms, sizes, strict=True)]
+        outs = rooms.take(sources, len(rows))
+        if outs is None:
+            return None
         for source, out in zip(sources, outs, strict=True):
             torch.index_select(source, 0, rows, out=out)
-        self.mirror = self._context(length, *outs)
-        return self.mirror
+        return self._context(length, *outs)
 
     def _context(self, length: int, keys: Tensor, values: Tensor) -> Context:
         widths = self._key_cells.shape[-1], self._value_cells.shape[-1]
@@ -111,6 +139,8 @@ class CpuKVCache:
         """`pool_fd`: an empty memfd to keep it in, which stays the caller's."""
         self.blocks = blocks
         self.block_size = block_size
+        self.count = layers
+        self.scratch = Rooms(SCRATCH_BYTES)
         self.layers = [LayerCache(self) for _ in range(layers)]
         self._dtype, self._pool_fd = dtype, pool_fd
         self._memory = torch.empty(0)
@@ -154,11 +184,18 @@ class CpuKVCache:
         """Bytes of one block in all layers; 0 before the first step."""
         return self._memory.nbytes // self.blocks
 
-    def room(self, block: int) -> memoryview[int] | None:
-        """The memory of one block, if that is host memory."""
+    def put(self, block: int, bits: memoryview[int]) -> bool:
+        """Replace one block by the bits of another; False if it is not in host memory.
+
+        Written through the descriptor where there is one: pages that are replaced whole are neither faulted in nor
+        zeroed before, which takes longer than the copy.
+        """
         if self._memory.device.type != "cpu" or not self._shapes:
-            return None
-        return self._memory[block].numpy().data.cast("B")
+            return False
+        if self._pool_fd == NO_POOL:
+            self._memory[block].numpy().data.cast("B")[:] = bits
+            return True
+        return os.pwrite(self._pool_fd, bits, block * len(bits)) == len(bits)
 
     def copy_out(self, blocks: Sequence[int], room: memoryview[int]) -> None:
         """Copy the bits of `blocks` to the start of `room`."""

@@ -40,9 +40,9 @@ class CudaKVCache:
         """Bytes of one block in all layers; 0 before the first step."""
         return sum(part.nbytes for layer in self.layers for part in (layer.keys, layer.values)) // (self.blocks + 1)
 
-    def room(self, block: int) -> memoryview[int] | None:
+    def put(self, block: int, bits: memoryview[int]) -> bool:
         """It is not in host memory."""
-        return None
+        return False
 
     def copy_out(self, blocks: Sequence[int], room: memoryview[int]) -> None:
         """Copy the bits of `blocks` to the start of `room`, in host memory."""

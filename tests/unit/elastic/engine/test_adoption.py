@@ -118,6 +118,29 @@ def test_a_loss_that_moved_nothing_is_over_at_once() -> None:
     assert recovery.progress([], lambda name: True, 1.002) == [Recovered(1, pytest.approx(2.0), 0)]
 
 
+def test_a_recovery_says_what_its_time_was_made_up_of() -> None:
+    """The step under way, the wait for what the dead rank had left, a step without its requests, one with them."""
+    recovery = Recovery()
+    recovery.step_began(99.9)
+    recovery.lost(2, 100.0, ["a"])
+    recovery.step_ended(100.125)
+    assert recovery.progress([], lambda name: True, 100.125) == []
+    for began, ended, emitted in ((100.25, 100.5, []), (100.5, 101.0, ["a"])):
+        recovery.step_began(began)
+        recovery.step_ended(ended)
+        over = recovery.progress(emitted, lambda name: True, ended)
+    assert over == [Recovered(2, 1000.0, 1, steps=3, in_flight_ms=125.0, wait_ms=125.0)]
+
+
+def test_a_rank_that_was_lost_between_two_steps_had_none_under_way() -> None:
+    recovery = Recovery()
+    recovery.step_ended(99.0)
+    recovery.lost(2, 100.0, ["a"])
+    recovery.step_began(100.25)
+    recovery.step_ended(100.5)
+    assert recovery.progress(["a"], lambda name: True, 100.5) == [Recovered(2, 500.0, 1, steps=1, wait_ms=250.0)]
+
+
 def without(epoch: int, *ranks: int) -> View:
     return View(epoch=epoch, members=tuple(member for member in VIEW.members if member.rank not in ranks))
 

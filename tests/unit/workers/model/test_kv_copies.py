@@ -68,8 +68,18 @@ def pool() -> Iterator[int]:
     os.close(fd)
 
 
-def test_blocks_are_read_out_of_the_memory_that_another_has_left(pool: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, target, untouched = filled(1, pool), filled(2), filled(2)
+@pytest.fixture
+def own_pool() -> Iterator[int]:
+    fd = os.memfd_create("own", os.MFD_ALLOW_SEALING)
+    yield fd
+    os.close(fd)
+
+
+@pytest.mark.parametrize("pooled", [True, False], ids=["into a pool", "into other memory"])
+def test_blocks_are_read_out_of_the_memory_that_another_has_left(
+    pool: int, own_pool: int, monkeypatch: pytest.MonkeyPatch, *, pooled: bool
+) -> None:
+    source, target, untouched = filled(1, pool), filled(2, own_pool if pooled else NO_POOL), filled(2)
     left = source.memory.clone()
     del source
     monkeypatch.setattr("workers.model.kv_transfer.PIECE_BYTES", 2 * target.block_bytes + 1)
