@@ -1,0 +1,108 @@
+"""The image's Dockerfile and its script against what chart, command line and pyproject.toml say. No image is built:
+docs/KUBERNETES.md says where one was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import tomllib
+from typing import Any
+
+import pytest
+import typer.main
+
+from elastic.cli.main import app
+from tests.support import ROOT
+from tests.support.chart import render
+
+pytestmark = pytest.mark.integration
+
+IMAGE = ROOT / "helm" / "image"
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def instructions() -> list[tuple[str, str]]:
+    """Instruction and its rest, with continued lines joined."""
+    text = re.sub(r"^#.*\n", "", (IMAGE / "Dockerfile").read_text(), flags=re.MULTILINE)
+    lines = text.replace("\\\n", " ").splitlines()
+    return [(word, rest) for word, _, rest in (line.partition(" ") for line in lines if line.strip())]
+
+
+def of(word: str) -> list[str]:
+    return [rest for each, rest in instructions() if each == word]
+
+
+def environment() -> dict[str, str]:
+    return dict(pair.split("=", 1) for rest in of("ENV") for pair in shlex.split(rest))
+
+
+def test_the_base_is_given_by_its_digest_and_by_nothing_else() -> None:
+    outside = [rest.split()[0] for rest in of("FROM") if not rest.startswith("runtime")]
+    assert outside == ["${BASE}", "${BASE}"]
+    assert "BASE" in of("ARG"), "without a default"
+    for arguments, says in (
+        (("cpu", "python:3.11", "/tmp/x"), "is not named by its digest"),
+        (("tpu", "python@sha256:1", "/tmp/x"), "no variant tpu"),
+        (("cpu",), "the base image"),
+    ):
+        command = ["bash", str(IMAGE / "build.sh"), *arguments]
+        outcome = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        assert outcome.returncode != 0
+        assert says in outcome.stderr
+
+
+def test_both_variants_are_stages() -> None:
+    stages = {rest.partition(" AS ")[2] for rest in of("FROM")}
+    assert {"runtime-cpu", "runtime-cuda"} <= stages
+    assert of("FROM")[-1] == "runtime-${VARIANT}"
+    assert "VARIANT=cpu" in of("ARG")
+
+
+def test_its_user_is_the_charts_and_has_an_entry_and_a_home() -> None:
+    stateful = render()["StatefulSet"]["spec"]["template"]["spec"]
+    user = stateful["securityContext"]["runAsUser"]
+    assert of("USER") == [str(user)]
+    assert f"echo 'elastic:x:{user}:{user}:elastic:/state:/usr/sbin/nologin' >> /etc/passwd" in " ".join(of("RUN"))
+    given = {each["name"]: each.get("value") for each in stateful["containers"][0]["env"]}
+    assert environment().items() >= {key: given[key] for key in ("HOME", "ELASTIC_STATE_DIR", "HF_HUB_OFFLINE")}.items()
+
+
+def test_its_command_is_the_charts_and_takes_what_it_is_given() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    known = {parameter.envvar for command in commands.values() for parameter in command.params}
+    assert {name for name in environment() if name.startswith("ELASTIC_")} <= known
+    [entry], [default] = map(json.loads, of("ENTRYPOINT")), map(json.loads, of("CMD"))
+    container = render()["StatefulSet"]["spec"]["template"]["spec"]["containers"][0]
+    assert (entry, default) == (["tini", "--", container["command"][0]], ["--help"])
+    assert environment()["PATH"].startswith("/opt/elastic/bin:")
+    assert [int(port) for port in of("EXPOSE")] == [each["containerPort"] for each in container["ports"]]
+
+
+def test_what_is_installed_is_what_the_project_declares() -> None:
+    arguments = dict(rest.split("=", 1) for rest in of("ARG") if "=" in rest)
+    [torch] = [each for each in PROJECT["project"]["dependencies"] if each.startswith("torch")]
+    lowest = re.fullmatch(r"torch>=([\d.]+),<[\d.]+", torch)
+    assert lowest is not None
+    assert arguments["TORCH"].startswith(f"torch=={lowest[1]}.")
+    assert f"TORCH  ?= {arguments['TORCH']}\n" in (ROOT / "Makefile").read_text(), "what is tested is what is installed"
+    extras = set(re.findall(r"^ *(?:\[\[.*&& )?extras=(\S+)$", (IMAGE / "build.sh").read_text(), re.MULTILINE))
+    assert extras == {"embedded", "embedded,cuda"}
+    assert {name for each in extras for name in each.split(",")} <= set(PROJECT["project"]["optional-dependencies"])
+
+
+def test_the_build_gets_all_packages_and_what_pyproject_names() -> None:
+    wanted = {pattern.rstrip("*") for pattern in PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]}
+    wanted |= {"pyproject.toml", PROJECT["project"]["readme"], *PROJECT["project"]["license-files"]}
+    copied = {name for rest in of("COPY") if "--from" not in rest for name in rest.split()[:-1]}
+    let_in = {line[1:] for line in (IMAGE / "Dockerfile.dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert copied == let_in == wanted
+    assert all((ROOT / name).exists() for name in wanted)
+
+
+def test_the_script_is_one_that_may_be_run() -> None:
+    assert os.access(IMAGE / "build.sh", os.X_OK)
+    assert subprocess.run(["bash", "-n", str(IMAGE / "build.sh")], timeout=30).returncode == 0
