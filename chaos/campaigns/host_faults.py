@@ -30,7 +30,8 @@ class Injection:
 
     def __init__(self, cluster: HostCluster, fault: HostFault, before: ClusterState) -> None:
         self.cluster, self.fault, self.before = cluster, fault, before
-        self.killed = set[int]()
+        self.killed = set[int]()  # incarnations that others must follow
+        self.agents = set[int]()  # process ids of agents that others must follow
         self.injected: Injected | None = None
         self._pid = 0
         self._heals = ExitStack()
@@ -83,9 +84,9 @@ class Injection:
 
     def _power(self) -> str:
         """Kill all of the host; it is started again when this is healed."""
+        self._agent_dies()
         number = self.cluster.kill(self.fault.host)
         self._heals.callback(self.cluster.start_again, self.fault.host)
-        self.killed |= {r.incarnation for r in self.before.ranks.values() if r.node == self.fault.host}
         return f"{number} processes are gone"
 
     def _filter(self, wanted: Rules) -> str:
@@ -120,12 +121,17 @@ class Injection:
         if role == "rank":
             self.killed |= {r.incarnation for r in self.before.ranks.values() if r.pid == self._pid}
         if role == "agent":
-            self.killed |= {r.incarnation for r in self.before.ranks.values() if r.node == host}
+            self._agent_dies()
         kill(self._pid)
         if self.cluster.is_started(host, role):
             self.cluster.forget_dead(host, role)
             self._heals.callback(self.cluster.start_again, host)
         return "its pidfd is readable: it is gone"
+
+    def _agent_dies(self) -> None:
+        """The host's, and so its ranks."""
+        self.agents |= {agent.pid for node, agent in self.before.agents.items() if node == self.fault.host}
+        self.killed |= {r.incarnation for r in self.before.ranks.values() if r.node == self.fault.host}
 
     def _pid_of(self, role: str) -> int:
         """Process of the role in charge, or of the host's agent; NotInjected if there is none."""

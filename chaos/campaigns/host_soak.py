@@ -101,7 +101,7 @@ class HostSoak(Campaign):
     def _inject(self, burst: HostBurst) -> None:
         """Inject it, take it back, wait for full strength."""
         before = self.over_hosts.client().state()
-        killed = set[int]()  # incarnations that must be followed by others
+        killed, agents = set[int](), set[int]()
         with ExitStack() as heals:
             for number, fault in enumerate(burst.faults):
                 if number:
@@ -115,12 +115,13 @@ class HostSoak(Campaign):
                     self.notify(f"not injected: {fault}: {error}")
                     continue
                 killed |= injection.killed
+                agents |= injection.agents
                 self.injected.append((fault, injected))
                 if self.recorder is not None:
                     self.recorder.injected(injected)
             time.sleep(max(fault.hold_s for fault in burst.faults))
         healed = time.monotonic()
-        until(lambda: self._whole(killed), lambda: f"{self.ranks} ranks after {self._said(burst)}", WHOLE_S)
+        until(lambda: self._whole(killed, agents), lambda: f"{self.ranks} ranks after {self._said(burst)}", WHOLE_S)
         self.converged_ms.append((time.monotonic() - healed) * 1000)
 
     def _heal(self, injection: Injection) -> None:
@@ -131,15 +132,16 @@ class HostSoak(Campaign):
     def _said(self, burst: HostBurst) -> str:
         return ", ".join(map(str, burst.faults))
 
-    def _whole(self, killed: set[int]) -> bool:
-        """Whether all hosts are there, and steps go over all ranks."""
+    def _whole(self, killed: set[int], agents: set[int]) -> bool:
+        """Whether all hosts are there, and steps go over all ranks: none of those that were killed."""
         status = self.cluster.wait_serving(self.ranks, WHOLE_S)
         state = self.cluster.client().state()
         if state.view is None or state.engine_status is None or state.engine_status.token != state.engine_token:
             return False
         steps = state.engine_status.epoch == state.view.epoch and not state.engine_status.masked
         old = killed & {rank["incarnation"] for rank in status["ranks"]}
-        return steps and not old and set(self.hosts) <= state.agents.keys()
+        there = {node for node, agent in state.agents.items() if agent.pid not in agents}
+        return steps and not old and set(self.hosts) <= there
 
     def after(self) -> None:
         if not self.troubles:
