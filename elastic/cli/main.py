@@ -67,7 +67,8 @@ def doctor(
 ) -> None:
     """Check that this machine can serve (MODEL, if given), and what the death of a rank would cost. Exit 1 if not.
 
-    With --cluster: also which listeners of the cluster's other hosts are reached from here.
+    With --cluster: also which listeners of the cluster's other hosts are reached from here, and in what this host
+    differs from them (versions, kernels, the checkpoint at MODEL or where the cluster has it, clock, MTU).
     """
     from elastic.cli.doctor import examine, show_findings, show_timing
     from elastic.serve.model_check import first_failure
@@ -81,9 +82,9 @@ def doctor(
         return
     findings = examine(model, ranks, redundancy, hosts)
     if where.cluster:
-        from elastic.cli.reach import examine_hosts
+        from elastic.cli.hosts import examine_hosts
 
-        findings += examine_hosts(where)
+        findings += examine_hosts(where, model)
     if output is Output.JSON:
         write_json(findings)
     else:

@@ -1,4 +1,6 @@
-"""Which listeners of a cluster's other hosts this host reaches: for `elastic doctor --cluster`. Only connects."""
+"""Which listeners of a cluster's other hosts this host reaches, and with packets of which size: for `elastic doctor
+--cluster`. Only connects.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +8,21 @@ import errno
 import socket
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-import msgspec
-
 from elastic.serve.model_check import Finding
-from elastic.serve.options import StoreOptions
-from elastic.serve.state_dir import ClusterAddress, StateDir
-from membership.base.errors import ConfigError, ElasticError, QueueError
-from membership.store.endpoints import require_listener
-from membership.store.keys import Keys, state_from
+from membership.base.errors import QueueError
 from membership.store.records import ClusterState, RankRecord
 from workers.protocol.exchange_handle import far_endpoint
-from workers.queue.handle import Handle, this_host
+from workers.queue.handle import Handle
 
 REACH_S = 2.0
 AT_ONCE = 32
+PACKET_SLACK = 16  # bytes that a connection keeps for itself in each packet, at most
+LARGEST = 16384  # bytes that are compared: TCP sends no packet beyond half a window, as within one host
+HINT_PACKETS = "give both hosts' interfaces the same MTU; one on the way that is smaller still is not seen from here"
+_IP_MTU, _IPV6_MTU = 14, 24  # of Linux; Python has no names for them
 HINT = "let all TCP pass between the hosts of a cluster (docs/HOSTS.md); a process that has just ended refuses, too"
 
 
@@ -36,39 +34,12 @@ class Listener(NamedTuple):
     endpoint: str  # tcp://HOST:PORT
 
 
-def examine_hosts(options: StoreOptions) -> Iterator[Finding]:
-    """One finding per other host; nothing raises."""
-    try:
-        address = _address(options)
-        require_listener(address.etcd)
-        with closing(address.connect()) as store:
-            revision, items = store.range(Keys(address.cluster).prefix)
-        state = state_from(items, revision)
-    except ElasticError as error:
-        yield Finding("cluster", "fail", str(error), error.hint)
-        return
-    if state.config is None:
-        yield Finding(
-            "cluster", "fail", f"there is no cluster {address.cluster!r} in this etcd", "elastic init, or serve"
-        )
-        return
-    found = list(listeners(state, this_host()))
-    if not found:
-        yield Finding("hosts", "ok", "no process of another host listens for this one")
-    with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="reach") as pool:
-        outcomes = dict(zip(found, pool.map(reach, (each.endpoint for each in found)), strict=True))
-    yield from by_node(outcomes)
+class Reached(NamedTuple):
+    """A connection to it, as this host's kernel sees it."""
 
-
-def _address(options: StoreOptions) -> ClusterAddress:
-    if options.etcd:
-        return ClusterAddress(cluster=options.cluster, etcd=options.etcd, credentials=options.credentials())
-    state = StateDir(options.state_dir) if options.state_dir else StateDir.last_served()
-    if (address := state.address()).cluster != options.cluster:
-        raise ConfigError(
-            f"cluster {options.cluster!r} is not the one in {state.path}", hint="name its etcd with --etcd"
-        )
-    return msgspec.structs.replace(address, credentials=options.credentials(address.credentials))
+    took_s: float  # until it was made
+    mtu: int  # of the way there, as far as it is known
+    packet: int  # the largest that both ends take, without what the connection keeps for itself
 
 
 def listeners(state: ClusterState, here: str) -> Iterator[Listener]:
@@ -102,28 +73,41 @@ def _queue(handle: bytes) -> Handle:
         return Handle("", "", "", "")
 
 
-def reach(endpoint: str, clock: Callable[[], float] = time.monotonic) -> float | str:
-    """How many seconds a connection takes to be made; or why there is none."""
+def reach(endpoint: str, clock: Callable[[], float] = time.monotonic) -> Reached | str:
+    """Connect to it; or say why that cannot be done."""
     where, begun = urlsplit(endpoint), clock()
     try:
-        with socket.create_connection((where.hostname or "", where.port or 0), timeout=REACH_S):
-            return clock() - begun
+        with socket.create_connection((where.hostname or "", where.port or 0), timeout=REACH_S) as made:
+            took_s = clock() - begun
+            six = made.family == socket.AF_INET6
+            option = (socket.IPPROTO_IPV6, _IPV6_MTU) if six else (socket.IPPROTO_IP, _IP_MTU)
+            headers = 60 if six else 40
+            segment = made.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)
+            return Reached(took_s, made.getsockopt(*option), segment + headers)
     except TimeoutError:
         return f"no answer in {REACH_S:g} s"
     except OSError as error:
         return "refused" if error.errno == errno.ECONNREFUSED else str(error.strerror or error)
 
 
-def by_node(outcomes: dict[Listener, float | str]) -> Iterator[Finding]:
-    """A finding per host."""
+def by_node(outcomes: dict[Listener, Reached | str]) -> Iterator[Finding]:
+    """What each host is reached with, and where packets must be smaller than this host's own."""
     for node in sorted({each.node for each in outcomes}):
         there = {each: outcome for each, outcome in outcomes.items() if each.node == node}
         failed = {each: outcome for each, outcome in there.items() if isinstance(outcome, str)}
-        took = [outcome for outcome in there.values() if not isinstance(outcome, str)]
+        reached = [outcome for outcome in there.values() if not isinstance(outcome, str)]
         if failed:
             named = "; ".join(f"{each.what} at {each.endpoint}: {why}" for each, why in failed.items())
             message = f"{len(failed)} of {len(there)} listeners are not reached from here: {named}"
             yield Finding(f"host {node}", "fail", message, HINT)
         else:
-            slowest = f"the slowest in {max(took) * 1e3:.1f} ms"
-            yield Finding(f"host {node}", "ok", f"all {len(there)} listeners are reached from here, {slowest}")
+            slowest, mtu = max(each.took_s for each in reached), min(each.mtu for each in reached)
+            message = (
+                f"all {len(there)} listeners are reached from here, the slowest in {slowest * 1e3:.1f} ms, MTU {mtu}"
+            )
+            yield Finding(f"host {node}", "ok", message)
+        narrow = [each for each in reached if min(each.mtu, LARGEST) - each.packet > PACKET_SLACK]
+        if narrow:
+            least = min(narrow, key=lambda each: each.packet)
+            message = f"it takes packets of {least.packet} bytes at most, where this host sends {least.mtu}"
+            yield Finding(f"host {node}", "warn", message, HINT_PACKETS)

@@ -72,6 +72,7 @@ def agent(options: AgentOptions) -> None:
     """
     from workers.agent.agent import AgentOptions as Options
     from workers.agent.agent import run_agent
+    from workers.model.code import code_version
 
     address, state = _find(options)
     with role("agent", address, state.events, options.limit) as (store, stop, events):
@@ -79,7 +80,8 @@ def agent(options: AgentOptions) -> None:
         capacity = options.capacity or 0
         model, grace_s = options.local_model, options.drain_grace_s
         with probe(options.advertise, options.probe_port) as report:
-            how = Options(options.worker_class, options.spares, grace_s, capacity, model, network, report)
+            code = code_version() if network is not None else ""
+            how = Options(options.worker_class, options.spares, grace_s, capacity, model, network, report, code)
             run_agent(store, address.cluster, options.node, stop, events, how, stop.hurry)
 
 

@@ -70,9 +70,10 @@ class Keys:
         self.engine_status = prefix + "engine-status"
         self.expert_load = prefix + "expert-load"
         self.assignments = prefix + "assign/"
+        self.all_heartbeats = prefix + "heartbeats/"
         self.incarnation = prefix + "incarnation"  # Counter: the last incarnation given out
         # Prefixes of records on which no process acts: their changes wake no reader of a mirror.
-        self.quiet = (prefix + "heartbeats/", self.expert_load)
+        self.quiet = (self.all_heartbeats, self.expert_load)
 
     def agent(self, node: str) -> str:
         """AgentRecord."""
@@ -92,7 +93,7 @@ class Keys:
 
     def heartbeats(self, node: str) -> str:
         """Heartbeats."""
-        return f"{self.prefix}heartbeats/{_segment(node, 'node name')}"
+        return f"{self.all_heartbeats}{_segment(node, 'node name')}"
 
     def gateway(self, name: str) -> str:
         """GatewayRecord."""

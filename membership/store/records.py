@@ -211,6 +211,7 @@ class AgentRecord(Record, frozen=True, kw_only=True):
     host: str = ""  # which host and network namespace it is in, if other hosts reach it
     address: str = ""  # at which they do
     importing: bool = False  # a rank that is started there now waits for imports of seconds, on a busy host of minutes
+    code: str = ""  # versions of what its ranks compute with, as in `RankRecord.identity`, if other hosts reach it
 
 
 class RankRecord(RankProcess, frozen=True, kw_only=True):

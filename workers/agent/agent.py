@@ -85,6 +85,7 @@ class AgentOptions:
     model: str = ""  # this node's copy of the checkpoint, if it is not where `elastic serve` has it
     network: Network | None = None  # how ranks and engines on other hosts are reached
     report: Callable[[str], None] = lambda lacking: None  # what is missing until all that is meant for this node serves
+    code: str = ""  # versions of what its ranks compute with, for other hosts to compare
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ class Agent:
             host=this_host() if options.network is not None else "",
             address=options.network.address if options.network is not None else "",
             importing=True,
+            code=options.code,
         )
         if options.model:
             config = changed(config, model=options.model)

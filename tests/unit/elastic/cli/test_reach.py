@@ -8,7 +8,8 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from elastic.cli.reach import Listener, by_node, examine_hosts, listeners, reach
+from elastic.cli.hosts import examine_hosts
+from elastic.cli.reach import Listener, Reached, by_node, listeners, reach
 from elastic.serve.options import StoreOptions
 from membership.base.rank_id import RankId
 from membership.store.records import ClusterState, EngineRecord
@@ -48,20 +49,32 @@ def test_all_that_other_hosts_listen_with_is_tried() -> None:
 
 def test_what_cannot_be_reached_is_named_by_its_host() -> None:
     engine, rows = Listener("b", "the engine's steps", "tcp://x:1"), Listener("b", "rank 1's rows", "tcp://x:3")
-    fine, wrong = by_node({engine: 0.001, rows: "no answer in 2 s", Listener("a", "rank 0's rows", "tcp://y:1"): 0.5})
+    near = Reached(0.001, 1500, 1488)
+    other = Listener("a", "rank 0's rows", "tcp://y:1")
+    fine, wrong = by_node({engine: near, rows: "no answer in 2 s", other: near})
     assert (fine.what, fine.level, "all 1 listeners" in fine.message) == ("host a", "ok", True)
     assert (wrong.what, wrong.level) == ("host b", "fail")
     assert wrong.message == "1 of 2 listeners are not reached from here: rank 1's rows at tcp://x:3: no answer in 2 s"
     assert "docs/HOSTS.md" in wrong.hint
 
 
+def test_a_host_that_takes_smaller_packets_than_this_one_sends_is_named() -> None:
+    """A connection keeps a few bytes of each packet for itself: they are no difference."""
+    jumbo, plain = Listener("a", "it", "tcp://x:1"), Listener("b", "it", "tcp://y:1")
+    found = list(by_node({jumbo: Reached(0.001, 9000, 1488), plain: Reached(0.001, 9000, 8988)}))
+    assert [(each.what, each.level) for each in found] == [("host a", "ok"), ("host a", "warn"), ("host b", "ok")]
+    assert "packets of 1488 bytes at most, where this host sends 9000" in found[1].message
+
+
 def test_a_connection_is_made_or_refused() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        assert isinstance(reach(f"tcp://127.0.0.1:{port}"), float)
+        reached = reach(f"tcp://127.0.0.1:{port}")
+        assert isinstance(reached, Reached)
+        assert [each.level for each in by_node({Listener("a", "it", "tcp://y:1"): reached})] == ["ok"], reached
     assert reach(f"tcp://127.0.0.1:{port}") == "refused"
 
 
 def test_a_store_that_is_not_there_is_a_finding() -> None:
-    (found,) = examine_hosts(StoreOptions(etcd=("127.0.0.1:1",), cluster="moe"))
+    (found,) = examine_hosts(StoreOptions(etcd=("127.0.0.1:1",), cluster="moe"), None)
     assert (found.what, found.level) == ("cluster", "fail")
