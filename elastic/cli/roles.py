@@ -11,11 +11,20 @@ import typer
 from elastic.cli.command import command
 from elastic.serve.join_secret import network_of
 from elastic.serve.listening import inherited_listeners
-from elastic.serve.options import AgentOptions, GatewayOptions, InitOptions, RoleOptions, StoreOptions, admin_token
+from elastic.serve.options import (
+    AgentOptions,
+    GatewayOptions,
+    InitOptions,
+    NetworkOptions,
+    RoleOptions,
+    StoreOptions,
+    admin_token,
+)
 from elastic.serve.probe import probe
 from elastic.serve.role_main import role
 from elastic.serve.state_dir import ClusterAddress, StateDir, home
 from membership.base.errors import ConfigError
+from membership.base.network import Network
 from membership.store.endpoints import require_listener
 from membership.store.records import ClusterConfig
 
@@ -33,6 +42,10 @@ def _find(options: StoreOptions) -> tuple[ClusterAddress, StateDir]:
     state = StateDir(options.state_dir) if options.state_dir else StateDir.last_served()
     address = state.address()
     return msgspec.structs.replace(address, credentials=options.credentials(address.credentials)), state
+
+
+def _network(options: NetworkOptions, address: ClusterAddress) -> Network | None:
+    return network_of(options.advertise, options.join_secret_file, address.cluster, options.port_range)
 
 
 @command
@@ -54,7 +67,7 @@ def controller(options: RoleOptions) -> None:
 
     address, state = _find(options)
     with role("controller", address, state.events, options.limit) as (store, stop, events):
-        network = network_of(options.advertise, options.join_secret_file, address.cluster)
+        network = _network(options, address)
         with probe(options.advertise, options.probe_port) as report:
 
             def admit(config: ClusterConfig) -> None:
@@ -76,7 +89,7 @@ def agent(options: AgentOptions) -> None:
 
     address, state = _find(options)
     with role("agent", address, state.events, options.limit) as (store, stop, events):
-        network = network_of(options.advertise, options.join_secret_file, address.cluster)
+        network = _network(options, address)
         capacity = options.capacity or 0
         model, grace_s = options.local_model, options.drain_grace_s
         with probe(options.advertise, options.probe_port) as report:
@@ -92,7 +105,7 @@ def engine(options: RoleOptions) -> None:
 
     address, state = _find(options)
     with role("engine", address, state.events, options.limit) as (store, stop, events):
-        network = network_of(options.advertise, options.join_secret_file, address.cluster)
+        network = _network(options, address)
         with probe(options.advertise, options.probe_port) as report:
             run_terms(store, address.cluster, options.node, stop, events, network, report)
 
@@ -116,7 +129,7 @@ def gateway(options: GatewayOptions) -> None:
         listeners=inherited_listeners(),
         grace_s=options.stop_grace_s,
         api=options,
-        network=network_of(options.advertise, options.join_secret_file, address.cluster),
+        network=_network(options, address),
         node=options.node,
         model=options.local_model,
     )

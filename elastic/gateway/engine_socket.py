@@ -25,6 +25,7 @@ from membership.base.run_dir import entered
 from membership.store.records import EngineRecord
 from workers.ipc.peer import Peer
 from workers.queue.curve import use_curve
+from workers.queue.endpoints import connect
 from workers.queue.handle import this_host
 from workers.queue.network import Purpose, connecting_keys, require_same_secret
 
@@ -104,7 +105,7 @@ def engine_socket(
             yield EngineSocket(dealer, monitor)
         else:
             _use_keys(dealer, engine, network)
-            dealer.connect(engine.remote)
+            connect(dealer, engine.remote)
             yield FarSocket(dealer, monitor, engine.remote)
 
 

@@ -11,7 +11,7 @@ import socket
 from pathlib import Path
 
 from membership.base.errors import ConfigError
-from membership.base.network import Network, is_loopback
+from membership.base.network import Network, bare, is_ipv6, is_loopback, ports_of
 from workers.queue.network import join_key
 
 ENV = "ELASTIC_JOIN_SECRET"
@@ -19,8 +19,8 @@ FILE = "join-secret"  # in the state directory
 SECRET_BYTES = 32
 
 
-def network_of(address: str, file: Path | None, cluster: str) -> Network | None:
-    """This host among others; None if it has no address for them. ConfigError: the secret or the address is no good."""
+def network_of(address: str, file: Path | None, cluster: str, port_range: str = "") -> Network | None:
+    """This host among others; None if it has no address for them. ConfigError: one of these is no good."""
     if not address:
         return None
     secret = _given(file)
@@ -30,7 +30,7 @@ def network_of(address: str, file: Path | None, cluster: str) -> Network | None:
             hint=f"copy {FILE} of the state directory of `elastic serve`, and give --join-secret-file or {ENV}",
         )
     require_ours(address)
-    return Network(address, cluster, secret.encode())
+    return Network(bare(address), cluster, secret.encode(), ports_of(port_range))
 
 
 def join_key_of(file: Path | None, cluster: str) -> str:
@@ -75,15 +75,15 @@ def _read(file: Path) -> str:
 def require_ours(address: str) -> None:
     """ConfigError unless this host can listen at this address."""
     try:
-        with socket.socket() as probe:
-            probe.bind((address, 0))
+        with socket.socket(socket.AF_INET6 if is_ipv6(address) else socket.AF_INET) as probe:
+            probe.bind((bare(address), 0))
             found = str(probe.getsockname()[0])
     except OSError as error:
         raise ConfigError(
             f"--advertise {address}: this host cannot listen there: {error.strerror or error}",
-            hint="give an IPv4 address of this host, or a name of it, that the other hosts reach",
+            hint="give an IPv4 or IPv6 address of this host, or a name of an IPv4 one, that the other hosts reach",
         ) from error
-    if is_loopback(found) and not is_loopback(address):
+    if is_loopback(found) and not is_loopback(bare(address)):
         raise ConfigError(
             f"--advertise {address}: that is {found}, where no other host reaches this one",
             hint="give an address of this host's network; /etc/hosts often has a host's own name as 127.0.1.1",

@@ -321,7 +321,14 @@ class NetworkOptions(JoinOptions):
     """How hosts reach each other."""
 
     advertise: str = option(
-        "", "IPv4 address or name at which other hosts reach this one. Default: none do.", env="ELASTIC_ADVERTISE"
+        "",
+        "Address (IPv4, IPv6) or name at which other hosts reach this one. Default: none do.",
+        env="ELASTIC_ADVERTISE",
+    )
+    port_range: str = option(
+        "",
+        "Ports at which engine and ranks listen there, as FIRST-LAST. Default: the kernel chooses.",
+        env="ELASTIC_PORT_RANGE",
     )
 
 

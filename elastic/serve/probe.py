@@ -6,6 +6,7 @@ There is no `/livez`: a loop that hangs ends its process by itself, save an agen
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from socketserver import TCPServer
 import structlog
 
 from membership.base.errors import ConfigError
+from membership.base.network import bare, is_ipv6
 
 CLIENT_TIMEOUT_S = 5.0
 BEGINNING = "it has just been started"
@@ -29,6 +31,10 @@ class _Server(ThreadingHTTPServer):
     def server_bind(self) -> None:
         """Without HTTPServer's look-up of our own name, which a name server without an answer holds up."""
         TCPServer.server_bind(self)
+
+
+class _SixServer(_Server):
+    address_family = socket.AF_INET6
 
 
 class Probe:
@@ -54,7 +60,7 @@ class Probe:
                 log.debug("probed", request=format % args)
 
         try:
-            self._server = _Server((address, port), Handler)
+            self._server = (_SixServer if is_ipv6(address) else _Server)((bare(address), port), Handler)
         except OSError as error:
             raise ConfigError(
                 f"--probe-port: cannot listen at {address}:{port}: {error.strerror or error}",

@@ -43,7 +43,7 @@ from membership.base.errors import ConfigError, ElasticError, StoreError, StoreR
 from membership.base.events import EventLog, Tail
 from membership.base.failpoints import HISTORY_ENV
 from membership.base.logs import configure, write_line
-from membership.base.network import Network
+from membership.base.network import Network, ports_of
 from membership.base.run_dir import ENV as RUN_DIR_ENV
 from membership.base.run_dir import make_run_dir, remove_run_dir, run_dir, sweep
 from membership.base.timing import STABLE_S
@@ -384,6 +384,7 @@ class Supervisor:
         if not options.etcd:
             hint = "start an etcd of your own, and name it with --etcd on all hosts"
             raise ConfigError("--advertise without --etcd: other hosts cannot reach the embedded etcd", hint=hint)
+        ports_of(options.port_range)
         join_secret.require_ours(options.advertise)
         if file is None and not os.environ.get(join_secret.ENV):
             file = join_secret.made_secret(self.state.path)
@@ -399,10 +400,12 @@ class Supervisor:
 
     def _join(self, file: Path | None) -> None:
         """Have roles reached by other hosts. ConfigError now, not by a role."""
-        self._network = join_secret.network_of(self.options.advertise, file, self.config.cluster)
+        options = self.options
+        self._network = join_secret.network_of(options.advertise, file, self.config.cluster, options.port_range)
         self.config = msgspec.structs.replace(self.config, join_key=join_key(self._network))
         named = ["--join-secret-file", str(file.absolute())] if file is not None else []
-        self._network_flags = ["--advertise", self.options.advertise, *named]
+        ports = ["--port-range", options.port_range] if options.port_range else []
+        self._network_flags = ["--advertise", options.advertise, *ports, *named]
 
     def _gateway_arguments(self) -> list[str]:
         most = self.options.max_connections

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 from membership.base.errors import QueueError
+from membership.base.network import ANY_PORT, Ports
 
 
 class Handle(msgspec.Struct, frozen=True, array_like=True):
@@ -49,6 +50,7 @@ class Remote(msgspec.Struct, frozen=True):
     host: str  # what is bound, and what readers connect to
     keys: CurveKeys
     allowed: frozenset[bytes]  # public keys of the readers that may join
+    ports: Ports = ANY_PORT
 
 
 class Join(msgspec.Struct, frozen=True, array_like=True):

@@ -35,7 +35,7 @@ def connecting_keys(network: Network, purpose: Purpose = Purpose.RANKS) -> Curve
 
 def remote_of(network: Network) -> Remote:
     """How a queue serves readers on other hosts."""
-    return Remote(network.address, listening_keys(network), frozenset({connecting_keys(network).public}))
+    return Remote(network.address, listening_keys(network), frozenset({connecting_keys(network).public}), network.ports)
 
 
 def keys_for(handle: Handle, network: Network | None) -> CurveKeys | None:

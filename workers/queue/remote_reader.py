@@ -23,6 +23,7 @@ from workers.ipc.doorbell import Doorbell
 from workers.ipc.handover import HandoverRefused
 from workers.queue.codec import Codec, MsgpackCodec
 from workers.queue.curve import use_curve
+from workers.queue.endpoints import connect
 from workers.queue.handle import CurveKeys, Handle
 from workers.queue.remote_wire import END, HEARTBEAT_S, SocketThread, ToReader, ToWriter
 from workers.queue.silence import LOOK_S, Acks, Connection, OtherHosts, beat
@@ -63,7 +64,7 @@ class RemoteReader:
         use_curve(self._dealer, keys, handle.remote_key)
         beat(self._dealer)
         monitor = self._dealer.get_monitor_socket(zmq.EVENT_CONNECTED | zmq.EVENT_CLOSED)
-        self._dealer.connect(handle.remote)
+        connect(self._dealer, handle.remote)
         self._io.start(self._turn, {self._dealer: self._receive, monitor: partial(self._look, monitor)})
         if not self._joined.wait(timeout_s):
             why = self._ended
@@ -195,9 +196,8 @@ class RemoteReader:
 def _is_refused(endpoint: str) -> bool:
     """Whether the host says that no process listens there. A host that says nothing may only be cut off."""
     where = urlsplit(endpoint)
-    with socket.socket() as probe:
-        probe.settimeout(PROBE_S)
-        try:
-            return probe.connect_ex((where.hostname or "", where.port or 0)) == errno.ECONNREFUSED
-        except OSError:
-            return False
+    try:
+        socket.create_connection((where.hostname or "", where.port or 0), timeout=PROBE_S).close()
+    except OSError as error:
+        return error.errno == errno.ECONNREFUSED
+    return False

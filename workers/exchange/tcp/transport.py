@@ -29,6 +29,7 @@ from workers.exchange.tcp.redial import Redial
 from workers.exchange.tcp.wire import Answer, Ask, Bye, Hello, Message, Refused, Welcome
 from workers.protocol.exchange_handle import TcpHandle
 from workers.queue.curve import Authenticator, serve_curve, use_curve
+from workers.queue.endpoints import connect, listen
 from workers.queue.network import connecting_keys, listening_keys, require_same_secret
 from workers.queue.remote_wire import HEARTBEAT_S, SocketThread
 from workers.queue.silence import LOOK_S, Connection, beat
@@ -82,8 +83,8 @@ class TcpTransport:
         self._listener.setsockopt(zmq.RCVHWM, 0)  # at most one request and one answer per peer are under way
         beat(self._listener, HEARTBEAT_S)
         serve_curve(self._listener, listening_keys(network))
-        port = self._listener.bind_to_random_port(f"tcp://{network.address}")
-        self._handle = TcpHandle(f"tcp://{network.address}:{port}", listening_keys(network).public)
+        address = listen(self._listener, network.address, network.ports)
+        self._handle = TcpHandle(address, listening_keys(network).public)
         self._io.start(self._turn, {self._listener: self._receive, auth.socket: auth.answer})
 
     def handle(self) -> bytes:
@@ -189,7 +190,7 @@ class TcpTransport:
         self._io.watch(monitor, partial(self._look, link, monitor))
         self._io.watch(sender, partial(self._refused, link, sender))
         try:
-            sender.connect(to.address)
+            connect(sender, to.address)
         except BaseException:
             self._close_socket(sender)
             raise

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from elastic.serve.etcd_server import EtcdServer
 from membership.base.errors import StoreUnavailable
 from membership.store.codec import encode
+from membership.store.endpoints import require_listener
 from membership.store.etcd import EtcdStore, connect
 from membership.store.keys import Keys
 from membership.store.lease import LeaseKeeper
@@ -18,6 +20,7 @@ from membership.store.mirror import Mirror
 from membership.store.records import Desired
 from tests.support.etcd_members import Member, three_members
 from tests.support.helpers import eventually
+from tests.support.ipv6 import needs_ipv6
 
 pytestmark = pytest.mark.contract
 
@@ -70,3 +73,14 @@ def test_a_member_without_quorum_says_so(members: list[Member]) -> None:
                 store.put("/a", b"")
             eventually(lambda: not mirror.synced, T, "the mirror to notice")
             assert mirror.state().desired == Desired(ranks=1)
+
+
+@needs_ipv6
+def test_an_etcd_at_an_ipv6_address_is_reached(tmp_path: Path) -> None:
+    with EtcdServer(tmp_path, address="[::1]") as server:
+        require_listener([server.url])
+        with closing(connect([server.url])) as store:
+            revision = store.put(KEYS.desired, b"1")
+            found = store.get(KEYS.desired)
+    assert found is not None
+    assert found.mod_revision == revision

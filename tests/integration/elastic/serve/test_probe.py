@@ -11,6 +11,7 @@ import pytest
 from elastic.serve.etcd_server import free_ports
 from elastic.serve.probe import Probe, probe
 from membership.base.errors import ConfigError
+from tests.support.ipv6 import needs_ipv6
 
 pytestmark = pytest.mark.integration
 
@@ -34,6 +35,15 @@ def test_it_is_ready_once_nothing_is_lacking(answering: Probe) -> None:
     answering.report("")
     assert (asked(answering).status_code, asked(answering).json()) == (200, {"status": "ready"})
     assert asked(answering, "/metrics").status_code == 404
+
+
+@needs_ipv6
+def test_it_listens_at_an_ipv6_address() -> None:
+    six = Probe("[::1]", 0)
+    try:
+        assert httpx.get(f"http://[::1]:{six.port}/readyz", timeout=30).status_code == 503
+    finally:
+        six.close()
 
 
 def test_a_client_that_says_nothing_keeps_nobody_from_an_answer(answering: Probe) -> None:

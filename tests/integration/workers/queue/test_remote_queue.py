@@ -14,6 +14,7 @@ import zmq
 from membership.base.errors import QueueClosed, QueueError, WaitTimeout
 from tests.support import ROOT
 from tests.support.helpers import eventually
+from tests.support.ipv6 import needs_ipv6
 from workers.ipc.handover import HandoverRefused
 from workers.queue import remote_reader, remote_writer
 from workers.queue.curve import new_keys
@@ -70,6 +71,18 @@ def test_what_arrives_can_be_seen_before_it_is_dequeued(queue: MessageQueue) -> 
         pytest.raises(QueueError, match="this"),
     ):
         near.watch(seen.append)
+
+
+@needs_ipv6
+def test_readers_come_over_ipv6_too() -> None:
+    remote = Remote("::1", OURS, frozenset([THEIRS.public]))
+    with MessageQueue("far", MsgpackCodec(), remote=remote) as queue, join(elsewhere(queue)) as far:
+        assert queue.export_handle().remote.startswith("tcp://[::1]:")
+        queue.enqueue("it works")
+        assert far.dequeue(30) == "it works"
+        queue.shutdown()
+        with pytest.raises(QueueClosed):
+            far.dequeue(30)
 
 
 def test_strangers_and_wrong_servers_stay_out(queue: MessageQueue) -> None:

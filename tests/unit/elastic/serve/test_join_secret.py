@@ -8,6 +8,8 @@ import pytest
 
 from elastic.serve.join_secret import ENV, make_secret, network_of
 from membership.base.errors import ConfigError
+from membership.base.network import Ports
+from tests.support.ipv6 import needs_ipv6
 
 pytestmark = pytest.mark.unit
 
@@ -56,9 +58,20 @@ def test_what_is_no_good_is_refused_with_what_to_do(tmp_path: Path) -> None:
     empty.write_text(" \n")
     with pytest.raises(ConfigError, match="is empty"):
         network_of(HERE, empty, "moe")
-    for address in ("203.0.113.7", "no.such.name.invalid", "::1"):
+    for address in ("203.0.113.7", "no.such.name.invalid", "2001:db8::7"):
         with pytest.raises(ConfigError, match=f"--advertise {address}: this host cannot listen there"):
             network_of(address, make_secret(tmp_path), "moe")
+
+
+@needs_ipv6
+def test_an_ipv6_address_is_given_with_brackets_or_without(tmp_path: Path) -> None:
+    secret = make_secret(tmp_path)
+    assert network_of("[::1]", secret, "moe", "7000-7001") == network_of("::1", secret, "moe", "7000-7001")
+    found = network_of("::1", secret, "moe", "7000-7001")
+    assert found is not None
+    assert (found.address, found.ports) == ("::1", Ports(7000, 7001))
+    with pytest.raises(ConfigError, match="--port-range 0"):
+        network_of("::1", secret, "moe", "0")
 
 
 def test_a_name_that_means_this_host_alone_is_refused(tmp_path: Path) -> None:

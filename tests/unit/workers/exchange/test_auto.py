@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -13,6 +14,7 @@ from membership.base.errors import RankDied
 from membership.base.network import Network
 from membership.base.rank_id import RankId
 from tests.support.helpers import eventually
+from tests.support.ipv6 import needs_ipv6
 from workers.exchange.auto import Auto
 from workers.exchange.links import Links
 from workers.exchange.shm.link import ShmLink
@@ -63,8 +65,10 @@ def test_on_one_host_memory_is_shared(rank: Rank) -> None:
     assert [type(link) for link in (*ours.live, *theirs.live)] == [ShmLink, ShmLink]
 
 
-def test_to_another_host_rows_go_over_tcp_and_the_end_of_either_side_is_seen(rank: Rank) -> None:
-    (ours, a), (theirs, b) = rank(A, NETWORK), rank(B, NETWORK)
+@pytest.mark.parametrize("address", ["127.0.0.1", pytest.param("::1", marks=needs_ipv6)])
+def test_to_another_host_rows_go_over_tcp_and_the_end_of_either_side_is_seen(rank: Rank, address: str) -> None:
+    network = replace(NETWORK, address=address)
+    (ours, a), (theirs, b) = rank(A, network), rank(B, network)
     dial(b, A, far(a.handle()))
     assert [type(link) for link in (*ours.live, *theirs.live)] == [TcpLink, TcpLink]
     (link,) = ours.live
