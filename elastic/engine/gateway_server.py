@@ -26,7 +26,7 @@ from membership.base.network import Network
 from membership.base.run_dir import default_run_dir, make_run_dir, new_socket
 from membership.base.timing import REMOTE_SILENCE_S
 from workers.queue.curve import Authenticator, serve_curve
-from workers.queue.endpoints import listen
+from workers.queue.endpoints import listen_for_hosts
 from workers.queue.network import Purpose, connecting_keys, listening_keys
 
 MAX_MESSAGE_BYTES = 16 << 20
@@ -126,7 +126,7 @@ class EngineServer:
         serve_curve(far, keys)
         far.set(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
         far.set(zmq.HEARTBEAT_TIMEOUT, int(REMOTE_SILENCE_S * 1000))
-        self.remote, self.remote_key = listen(far, network.address, network.ports), keys.public
+        self.remote, self.remote_key = listen_for_hosts(far, network.address, network.ports), keys.public
 
     def _run(self) -> None:
         try:

@@ -28,13 +28,14 @@ log = structlog.get_logger(__name__)
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
+    def __init__(self, address: str, port: int, handler: type[BaseHTTPRequestHandler]) -> None:
+        if is_ipv6(address):
+            self.address_family = socket.AF_INET6
+        super().__init__((bare(address), port), handler)
+
     def server_bind(self) -> None:
         """Without HTTPServer's look-up of our own name, which a name server without an answer holds up."""
         TCPServer.server_bind(self)
-
-
-class _SixServer(_Server):
-    address_family = socket.AF_INET6
 
 
 class Probe:
@@ -60,7 +61,7 @@ class Probe:
                 log.debug("probed", request=format % args)
 
         try:
-            self._server = (_SixServer if is_ipv6(address) else _Server)((bare(address), port), Handler)
+            self._server = _Server(address, port, Handler)
         except OSError as error:
             raise ConfigError(
                 f"--probe-port: cannot listen at {address}:{port}: {error.strerror or error}",

@@ -44,7 +44,7 @@ ROWS = Listener("agents", "rows", frozenset({"agents"}))
 PROBES = tuple(Listener(role, "probe", frozenset()) for role in ("engine", "agents", "controller"))
 LISTENERS = (HTTP, ADMIN_API, STEPS, PROMPTS, ANSWERS, ROWS, *PROBES)
 
-BINDING = {"bind", "bind_to_random_port", "create_server", "start_server", "_Server"}
+BINDING = {"bind", "listen_for_hosts", "create_server", "start_server", "_Server"}
 BOUND: dict[str, tuple[Listener, ...]] = {  # where the product listens; (): on this machine only, or only to try
     "elastic/serve/listening.py": (HTTP, ADMIN_API),
     "elastic/serve/probe.py": PROBES,
@@ -56,6 +56,7 @@ BOUND: dict[str, tuple[Listener, ...]] = {  # where the product listens; (): on 
     "membership/base/run_dir.py": (),
     "workers/ipc/handover.py": (),
     "workers/queue/curve.py": (),
+    "workers/queue/endpoints.py": (),  # by which those above listen
 }
 DIALLING = {"connect", "connect_ex", "create_connection", "accepts"}
 DIALLED: dict[str, dict[Listener, set[str]]] = {  # where the product dials, and in which roles that runs
@@ -65,12 +66,14 @@ DIALLED: dict[str, dict[Listener, set[str]]] = {  # where the product dials, and
     "workers/exchange/tcp/transport.py": {ROWS: {"agents"}},
 }
 NOT_BETWEEN_PODS = {  # etcd's, this machine's, or what only looks like a connection
-    "elastic/cli/connection.py", "elastic/cli/reach.py", "elastic/serve/init_config.py", "elastic/serve/role_main.py",
-    "elastic/serve/state_dir.py", "elastic/serve/supervisor.py",
+    "elastic/cli/connection.py", "elastic/cli/hosts.py", "elastic/cli/reach.py",
+    "elastic/serve/init_config.py", "elastic/serve/role_main.py", "elastic/serve/state_dir.py",
+    "elastic/serve/supervisor.py",
     "membership/base/run_dir.py", "membership/base/sockets.py", "membership/store/endpoints.py",
     "membership/store/etcd_session.py", "workers/exchange/loop.py", "workers/exchange/shm/transport.py",
     "workers/ipc/handover.py", "workers/ipc/shared_page.py", "workers/protocol/pool_client.py",
-    "workers/protocol/weight_client.py", "workers/queue/reader.py", "workers/rank/worker.py",
+    "workers/protocol/weight_client.py", "workers/queue/endpoints.py", "workers/queue/reader.py",
+    "workers/rank/worker.py",
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from membership.base.errors import ConfigError
 from membership.base.network import ANY_PORT, Ports, bracketed
 
 
-def listen(socket: zmq.Socket[Any], address: str, ports: Ports = ANY_PORT) -> str:
+def listen_for_hosts(socket: zmq.Socket[Any], address: str, ports: Ports = ANY_PORT) -> str:
     """Bind at this address; the endpoint that others connect to. ConfigError if no port of the range is free."""
     host = bracketed(address)
     _prepare(socket, host)
@@ -30,7 +30,7 @@ def listen(socket: zmq.Socket[Any], address: str, ports: Ports = ANY_PORT) -> st
 
 
 def connect(socket: zmq.Socket[Any], endpoint: str) -> None:
-    """Connect to what `listen` returned elsewhere."""
+    """Connect to what `listen_for_hosts` returned elsewhere."""
     _prepare(socket, endpoint)
     socket.connect(endpoint)
 

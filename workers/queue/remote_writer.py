@@ -24,7 +24,7 @@ from membership.base.errors import QueueError
 from membership.base.timing import ENQUEUE_TIMEOUT_S, REMOTE_SILENCE_S
 from workers.queue.codec import MsgpackCodec
 from workers.queue.curve import Authenticator, serve_curve
-from workers.queue.endpoints import listen
+from workers.queue.endpoints import listen_for_hosts
 from workers.queue.handle import Handle, Remote
 from workers.queue.remote_wire import END, HEARTBEAT_S, SocketThread, ToReader, ToWriter
 from workers.queue.writer import QueueWriter, SlowReaders
@@ -71,7 +71,7 @@ class RemoteWriter:
         self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._router.setsockopt(zmq.SNDHWM, 0)  # the window limits
         serve_curve(self._router, remote.keys)
-        self.address = listen(self._router, remote.host, remote.ports)
+        self.address = listen_for_hosts(self._router, remote.host, remote.ports)
         self.public_key = remote.keys.public
         self._io.start(self._turn, {self._router: self._receive, self._auth.socket: self._auth.answer})
 

@@ -29,7 +29,7 @@ from workers.exchange.tcp.redial import Redial
 from workers.exchange.tcp.wire import Answer, Ask, Bye, Hello, Message, Refused, Welcome
 from workers.protocol.exchange_handle import TcpHandle
 from workers.queue.curve import Authenticator, serve_curve, use_curve
-from workers.queue.endpoints import connect, listen
+from workers.queue.endpoints import connect, listen_for_hosts
 from workers.queue.network import connecting_keys, listening_keys, require_same_secret
 from workers.queue.remote_wire import HEARTBEAT_S, SocketThread
 from workers.queue.silence import LOOK_S, Connection, beat
@@ -83,7 +83,7 @@ class TcpTransport:
         self._listener.setsockopt(zmq.RCVHWM, 0)  # at most one request and one answer per peer are under way
         beat(self._listener, HEARTBEAT_S)
         serve_curve(self._listener, listening_keys(network))
-        address = listen(self._listener, network.address, network.ports)
+        address = listen_for_hosts(self._listener, network.address, network.ports)
         self._handle = TcpHandle(address, listening_keys(network).public)
         self._io.start(self._turn, {self._listener: self._receive, auth.socket: auth.answer})
 

@@ -12,7 +12,7 @@ import zmq
 from membership.base.errors import ConfigError
 from membership.base.network import ANY_PORT, Ports, bare, is_loopback, ports_of
 from tests.support.ipv6 import needs_ipv6
-from workers.queue.endpoints import connect, listen
+from workers.queue.endpoints import connect, listen_for_hosts
 
 pytestmark = pytest.mark.unit
 
@@ -43,22 +43,22 @@ def free_range(count: int) -> Ports:
 
 def test_each_port_of_a_range_serves_one_listener_and_then_there_is_none(opened: Open) -> None:
     ports = free_range(3)
-    found = {listen(opened(zmq.ROUTER), "127.0.0.1", ports) for _ in range(3)}
+    found = {listen_for_hosts(opened(zmq.ROUTER), "127.0.0.1", ports) for _ in range(3)}
     assert found == {f"tcp://127.0.0.1:{port}" for port in range(ports.first, ports.last + 1)}
     with pytest.raises(ConfigError, match=f"no port of --port-range {ports.first}-{ports.last} is free") as refused:
-        listen(opened(zmq.ROUTER), "127.0.0.1", ports)
+        listen_for_hosts(opened(zmq.ROUTER), "127.0.0.1", ports)
     assert "for each rank" in refused.value.hint
 
 
 def test_an_address_that_is_not_ours_is_not_taken_for_a_lack_of_ports(opened: Open) -> None:
     with pytest.raises(zmq.ZMQError, match="Cannot assign requested address"):
-        listen(opened(zmq.ROUTER), "203.0.113.7", Ports(7000, 7001))
+        listen_for_hosts(opened(zmq.ROUTER), "203.0.113.7", Ports(7000, 7001))
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "localhost", pytest.param("::1", marks=needs_ipv6)])
 def test_what_is_advertised_can_be_connected_to(opened: Open, address: str) -> None:
     server, client = opened(zmq.PULL), opened(zmq.PUSH)
-    endpoint = listen(server, address)
+    endpoint = listen_for_hosts(server, address)
     connect(client, endpoint)
     client.send(b"it works")
     assert server.poll(30_000), endpoint
