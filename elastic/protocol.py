@@ -23,6 +23,7 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag=True):
     ignore_eos: bool = False
     prompt_logprobs: int = -1  # of the prompt's own tokens, before the first token: as `Sampling.logprobs`
     taken: bool = False  # an engine may have it already: it is not refused for want of room
+    trace: str = ""  # W3C traceparent of the gateway's span, if that is sampled
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag=True):

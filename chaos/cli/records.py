@@ -14,6 +14,7 @@ from chaos.record.record import read
 from chaos.report import figures, page
 from chaos.report.promises import checked
 from chaos.report.render import headline
+from chaos.report.stream import recording
 from chaos.workload.history import Saved, compare, load
 from elastic.cli.command import command
 from elastic.cli.flags import Output, OutputFlag
@@ -58,6 +59,9 @@ def report(
     json: Annotated[
         Path | None, typer.Option("--json", help="Also write the figures here, as JSON; -: on stdout.")
     ] = None,
+    stream: Annotated[
+        Path | None, typer.Option("--stream", help="Also write the run here as a recording that the live page replays.")
+    ] = None,
 ) -> None:
     """Draw a run as one self-contained HTML file: verdict, timeline, faults, gaps. Exit 1 if a promise broke."""
     lines = list(read(record))
@@ -67,6 +71,8 @@ def report(
     figured = msgspec.json.encode(found)
     if json is not None and str(json) != "-":
         _write(json, figured)
+    if stream is not None:
+        _write(stream, b"".join(recording(lines)))
     typer.echo(figured if str(json) == "-" else f"{headline(found)}: {target}")
     raise typer.Exit(1 if found.verdict == "broke" else 0)
 

@@ -43,7 +43,7 @@ class SimServer(EngineServer):
 
     def send(self, outputs: Any) -> None:
         """Send at once: the connection adds the delay."""
-        self._outbox.extend(outputs)
+        self._outbox.extend(self._addressed(outputs))
         self._send_all()
 
     def receive(self, connection: bytes, message: Any) -> None:

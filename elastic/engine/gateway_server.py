@@ -3,6 +3,7 @@
 On this host only processes of this user reach it (a socket in the run directory, peer uid checked); from other hosts,
 if there is a network, those that have the join secret (TCP, CURVE). What does not decode is dropped with a log.
 A request belongs to the gateway that submitted it last; when that gateway is gone, its requests are aborted.
+Whose it is changes when the engine takes the submission, not when that comes: what an earlier one has given goes there.
 """
 
 from __future__ import annotations
@@ -49,9 +50,9 @@ class EngineServer:
         self.address = f"ipc://{self._path}"
         self.remote, self.remote_key = "", b""  # where other hosts connect, if they may
         self._on_message = on_message
-        self._inbox: deque[Submit | Abort] = deque()
-        self._outbox: deque[Tokens | Rejected] = deque()
-        self._routes: dict[str, Route] = {}  # request id -> its gateway
+        self._inbox: deque[tuple[Route, Submit | Abort]] = deque()
+        self._outbox: deque[tuple[Route, Tokens | Rejected]] = deque()
+        self._routes: dict[str, Route] = {}  # request id -> its gateway; of the engine's thread
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
         self._encoder = msgspec.msgpack.Encoder()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -84,17 +85,35 @@ class EngineServer:
         """What has come since the last call, in order. Raises what has ended the server's thread, if anything has."""
         if self._failure is not None:
             raise self._failure
-        taken = []
+        taken: list[Submit | Abort] = []
         while self._inbox:
-            taken.append(self._inbox.popleft())
+            gateway, message = self._inbox.popleft()
+            if isinstance(message, Submit):
+                self._routes[message.request_id] = gateway
+            elif self._routes.get(message.request_id) == gateway:
+                del self._routes[message.request_id]
+            else:
+                continue  # ended, or another gateway's by now
+            taken.append(message)
         return taken
 
     def send(self, outputs: Iterable[Tokens | Rejected]) -> None:
         """Hand outputs over to be sent, in order."""
-        before = len(self._outbox)
-        self._outbox.extend(outputs)
-        if len(self._outbox) > before:
+        addressed = self._addressed(outputs)
+        if addressed:
+            self._outbox.extend(addressed)
             os.eventfd_write(self._wake, 1)
+
+    def _addressed(self, outputs: Iterable[Tokens | Rejected]) -> list[tuple[Route, Tokens | Rejected]]:
+        addressed: list[tuple[Route, Tokens | Rejected]] = []
+        for output in outputs:
+            gateway = self._routes.get(output.request_id)
+            if gateway is None:
+                continue  # aborted meanwhile
+            if _ends(output):
+                del self._routes[output.request_id]
+            addressed.append((gateway, output))
+        return addressed
 
     def close(self) -> None:
         """Send what is handed over, then close."""
@@ -177,29 +196,15 @@ class EngineServer:
             failpoints.hit("engine.hello")
             self._send_to(gateway, Welcome(self._token))  # also the answer to a gateway's ping
             return
-        if isinstance(message, Submit):
-            failpoints.hit("engine.submit")
-            self._routes[message.request_id] = gateway
-        elif self._routes.get(message.request_id) != gateway:
-            return  # ended, or another gateway's by now
-        else:
-            failpoints.hit("engine.abort")
-            del self._routes[message.request_id]
-        self._inbox.append(message)
+        failpoints.hit("engine.submit" if isinstance(message, Submit) else "engine.abort")
+        self._inbox.append((gateway, message))
         self._on_message()
 
     def _send_all(self) -> None:
         while self._outbox:
-            output = self._outbox.popleft()
-            gateway = self._routes.get(output.request_id)
-            if gateway is None:
-                continue  # aborted meanwhile
-            ended = isinstance(output, Rejected) or bool(output.finish_reason)
-            if ended:
-                del self._routes[output.request_id]
-            if not self._send_to(gateway, output) and not ended:
-                del self._routes[output.request_id]
-                self._inbox.append(Abort(output.request_id))
+            gateway, output = self._outbox.popleft()
+            if not self._send_to(gateway, output) and not _ends(output):
+                self._inbox.append((gateway, Abort(output.request_id)))
                 self._on_message()
 
     def _send_to(self, gateway: Route, message: ToGateway) -> bool:
@@ -213,3 +218,7 @@ class EngineServer:
             log.warning("gateway_send_failed", error=str(error))
             return False
         return True
+
+
+def _ends(output: Tokens | Rejected) -> bool:
+    return isinstance(output, Rejected) or bool(output.finish_reason)

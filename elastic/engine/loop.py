@@ -22,11 +22,12 @@ from elastic.engine.gateway_server import EngineServer
 from elastic.engine.recovery import Recovery
 from elastic.engine.scheduler import Output, Scheduler
 from elastic.engine.status_writer import StatusWriter
+from elastic.engine.traces import Traces
 from elastic.protocol import Abort
 from membership.base import failpoints, loop_watchdog
 from membership.base.enums import DetectedBy
 from membership.base.errors import Fenced, SchemaError
-from membership.base.events import EventLog
+from membership.base.events import Event, EventLog
 from membership.base.rank_id import RankId
 from membership.planning.identity import name_of
 from membership.store.mirror import Mirror
@@ -79,6 +80,7 @@ class Engine:
         self._clock, self._wall = clock, wall
         self._scheduler = Scheduler(config, token, self._clock())
         self._recovery = Recovery()
+        self._traces = Traces(self._wall)
         self._loads = LoadWindow(config.moe_layers, config.experts, self._clock())
         self._slow: set[int] = set()
         self._cut_links = CutLinks()
@@ -115,10 +117,13 @@ class Engine:
 
     def run(self, stop: threading.Event) -> None:
         """Serve until stopped; Fenced if replaced."""
-        while not stop.is_set():
-            loop_watchdog.heartbeat()
-            self.turn()
-        self._flush()
+        try:
+            while not stop.is_set():
+                loop_watchdog.heartbeat()
+                self.turn()
+            self._flush()
+        finally:
+            self._traces.close()
 
     def turn(self) -> None:
         """Begin a step, continue the running one, or wait for copies or something to do."""
@@ -150,7 +155,7 @@ class Engine:
         self._outcome = "ok"
         failpoints.hit("engine.before.step")
         self._recovery.step_began(self._clock())
-        self._fleet.broadcast(batch)
+        self._fleet.broadcast(self._traces.begun(batch))
         self._flush()
         self._take_requests()
 
@@ -179,8 +184,18 @@ class Engine:
         for message in self._server.take():
             if isinstance(message, Abort):
                 self._scheduler.abort(message.request_id)
+                self._traces.dropped(message.request_id)
             else:
-                self._outbox += self._scheduler.submit(message, self._clock())
+                if message.taken:  # what is unsent of its earlier submission came of other beginnings
+                    self._outbox = [each for each in self._outbox if each.request_id != message.request_id]
+                outputs = self._scheduler.submit(message, self._clock())
+                self._traces.admitted(message, self._scheduler.number_of(message.request_id))
+                self._put(outputs)
+
+    def _put(self, outputs: list[Output]) -> None:
+        """Send these with the next flush."""
+        self._traces.put(outputs)
+        self._outbox += outputs
 
     def _flush(self) -> None:
         self._server.send(self._outbox)
@@ -190,7 +205,7 @@ class Engine:
         now = self._clock()
         if now >= self._expire_at:
             self._expire_at = now + EXPIRE_EVERY_S
-            self._outbox += self._scheduler.expire(now)
+            self._put(self._scheduler.expire(now))
             if self._unrecorded:
                 self._fleet.probe()
             loads = self._loads.due(now, self._wall())
@@ -271,7 +286,7 @@ class Engine:
             self._fleet.copy(order)
         moved = [("request_moved", each) for each in self._scheduler.moved()]
         for kind, done in (*moved, *(("request_salvaged", each) for each in self._scheduler.salvaged())):
-            self._emit(
+            event = self._emit(
                 kind,
                 done.target,
                 source=done.source,
@@ -279,6 +294,7 @@ class Engine:
                 tokens=done.tokens,
                 ms=round(done.ms, 3),
             )
+            self._traces.moved(done, event)
 
     def _take_result(self, result: StepResult) -> None:
         if result.status is not StepStatus.OK:
@@ -292,7 +308,8 @@ class Engine:
             self._emit("ranks_suspected", result.rank, suspects=result.suspects)
             self._fleet.probe()
         self._note_links(result)
-        self._outbox += self._scheduler.apply(result, self._clock())
+        self._traces.answered(result)
+        self._put(self._scheduler.apply(result, self._clock()))
 
     def _note_links(self, result: StepResult) -> None:
         """Report links that were cut while we reach both ranks, or that are back."""
@@ -335,7 +352,7 @@ class Engine:
             self._outcome = "rank_lost"  # the survivors' step goes on anyway
         masked_ms = (now - loss.at) * 1000
         log.warning("rank_masked", rank=identity.rank, source=loss.source, requests=len(moved))
-        self._emit(
+        event = self._emit(
             "rank_masked",
             identity.rank,
             incarnation=identity.incarnation,
@@ -348,6 +365,7 @@ class Engine:
             uncovered=self._scheduler.uncovered,
             noticed_at=loss.at,
         )
+        self._traces.lost(moved, now - loss.at, event, self._epoch)
         self._report()
 
     def _note_recoveries(self) -> None:
@@ -451,6 +469,7 @@ class Engine:
         self._cut_links.adopt(newer.view.ranks)
         log.info("view_adopted", epoch=newer.view.epoch, ranks=newer.view.ranks, masked=newer.masked)
         self._flip = (before, len(moved))
+        self._traces.lost(moved, 0.0, None, newer.view.epoch)
         failpoints.hit("engine.after.flip")
 
     def _note_flip(self, now: float) -> None:
@@ -462,5 +481,5 @@ class Engine:
         before, moved = self._flip
         self._emit("epoch_adopted", None, previous=before, requests=moved, pause_ms=self._pause_ms)
 
-    def _emit(self, kind: str, rank: int | None, **fields: object) -> None:
-        self._events.emit(kind, cluster=self._config.cluster, epoch=self._epoch, rank=rank, **fields)
+    def _emit(self, kind: str, rank: int | None, **fields: object) -> Event:
+        return self._events.emit(kind, cluster=self._config.cluster, epoch=self._epoch, rank=rank, **fields)

@@ -254,6 +254,11 @@ class Scheduler:
         """Whether the request is still under way."""
         return request_id in self._sequences
 
+    def number_of(self, request_id: str) -> int:
+        """Its sequence's number in steps; 0 if the request is not under way."""
+        sequence = self._sequences.get(request_id)
+        return sequence.seq if sequence is not None else 0
+
     def submit(self, request: Submit, now: float) -> list[Output]:
         """Take a request on; an earlier one with the same id is dropped."""
         self.abort(request.request_id)

@@ -40,6 +40,7 @@ class Visit:
     account: Account | None = None
     response_id: str = ""
     trace_id: int = 0  # of the client's trace, or of ours
+    trace: str = ""  # W3C traceparent for the engine, if it is sampled
     status: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0
@@ -108,6 +109,9 @@ class Access:
         try:
             with TRACER.start_as_current_span("request", PROPAGATOR.extract(headers), trace.SpanKind.SERVER) as span:
                 visit.trace_id = span.get_span_context().trace_id
+                if span.get_span_context().trace_flags.sampled:
+                    PROPAGATOR.inject(carrier := dict[str, str]())
+                    visit.trace = carrier.get("traceparent", "")
                 await answer(scope, receive, sent)
                 span.set_attribute("http.response.status_code", visit.status)
         finally:

@@ -291,9 +291,11 @@ class EngineLink:
             log.warning("engine_lost", token=target.token, open_requests=len(self.journal))
 
     async def _ping(self) -> None:
-        while self._clock() - self._last_message_at < self.settings.silence_s:
+        """Until it has been silent for too long. While this loop itself was late nothing was received."""
+        while (asked := self._clock()) - self._last_message_at < self.settings.silence_s:
             self._hello()
             await asyncio.sleep(self.settings.ping_every_s)
+            self._last_message_at += max(0.0, self._clock() - asked - self.settings.ping_every_s)
         log.warning("engine_silent", silent_s=round(self._clock() - self._last_message_at, 1))
 
     def _hello(self) -> None:

@@ -34,6 +34,7 @@ class Request(msgspec.Struct, kw_only=True):
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
     prompt_logprobs: int = -1  # as in Submit, until they are here
+    trace: str = ""  # as in Submit
     emitted: list[int] = []
     sent: bool = False  # to an engine, which may have taken it
     state: RequestState = RequestState.OPEN
@@ -52,6 +53,7 @@ class Request(msgspec.Struct, kw_only=True):
             ignore_eos=self.ignore_eos,
             prompt_logprobs=self.prompt_logprobs,
             taken=self.sent,
+            trace=self.trace,
         )
 
 

@@ -159,8 +159,13 @@ class Live:
             return str(error)
 
 
+def message(kind: str, data: Any, at: float) -> bytes:
+    """One message, sent at this time: a saved stream is a recording that the page can replay."""
+    return b"event: %s\ndata: %s\nid: %.3f\n\n" % (kind.encode(), msgspec.json.encode(data), at)
+
+
 def _message(kind: str, data: Any) -> bytes:
-    return b"event: %s\ndata: %s\n\n" % (kind.encode(), msgspec.json.encode(data))
+    return message(kind, data, time.time())
 
 
 def _shape(config: ClusterConfig) -> Json:

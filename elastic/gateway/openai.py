@@ -216,6 +216,7 @@ def _job(
                 prompt_logprobs=asked.wanted_prompt_logprobs,
                 stop_token_ids=asked.stop_token_ids,
                 ignore_eos=asked.ignore_eos,
+                trace=visit.trace,
             )
             job.sequences.append(sequence)
             stops = StopMatcher(asked.stop, keep=asked.include_stop_str_in_output)

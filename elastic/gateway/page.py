@@ -1,4 +1,4 @@
-"""The live page of the admin port: three files, served as they are, before the admin API and without its token.
+"""The live page of the admin port: a few files, served as they are, before the admin API and without its token.
 
 They hold nothing of the cluster. What the page shows comes over the admin API, with the token that it asks for.
 """
@@ -17,6 +17,7 @@ FILES = {
     "/ui": ("page.html", "text/html"),
     "/ui/page.css": ("page.css", "text/css"),
     "/ui/page.js": ("page.js", "text/javascript"),
+    "/ui/replay.js": ("replay.js", "text/javascript"),
 }
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from elastic.serve.state_dir import ClusterAddress
+from elastic.serve.trace_export import exported
 from membership.base import descriptors, failpoints, loop_watchdog
 from membership.base.errors import StoreDenied, StoreUnavailable
 from membership.base.events import EventLog
@@ -143,5 +144,9 @@ def role(name: str, address: ClusterAddress, events: Path, limit: Limit) -> Iter
     loop_watchdog.require()
     run_in_short_turns()  # before there are threads: a role reacts at once, however busy the ranks are
     seen = os.environ.get(STORE_SEEN, "")
-    with StopSignal(HURRY_GRACE_S) as stop, closing(reach_store(partial(address.connect, seen=seen), stop)) as store:
+    with (
+        StopSignal(HURRY_GRACE_S) as stop,
+        exported(name),
+        closing(reach_store(partial(address.connect, seen=seen), stop)) as store,
+    ):
         yield store, stop, EventLog(events, name, limit=limit)

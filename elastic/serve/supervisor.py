@@ -37,6 +37,7 @@ from elastic.serve.state_dir import ClusterAddress, StateDir, home
 from elastic.serve.store_guard import StoreGuard
 from elastic.serve.stored_config import require_no_secret, write_config
 from elastic.serve.tls import certificates_of, pinned
+from elastic.serve.trace_export import require_no_sdk
 from membership.base import descriptors, rotation
 from membership.base.attempts import Attempts
 from membership.base.errors import ConfigError, ElasticError, StoreError, StoreReplaced, WaitTimeout
@@ -446,6 +447,7 @@ def require_node(wanted: str, node: str) -> None:
 def run_serve(options: ServeOptions) -> None:
     """Serve until SIGTERM or Ctrl-C; print on stderr what is awaited and the addresses."""
     configure("supervisor")
+    require_no_sdk()
     chaos_mode.check(options.chaos)
     run_in_short_turns()  # etcd and all roles inherit it, as they do the limit of open files
     most_connections(descriptors.raise_limit(), options.max_connections)  # what a gateway would refuse is refused now

@@ -176,6 +176,13 @@ class Reading:
         return ClusterState(revision=revision, **self._fields)
 
 
+def kind_of(key: str) -> type[Record] | None:
+    """The kind of record at a key; None: its value is no part of the state."""
+    name, rest, _ = _parsed(key)
+    found = _FAMILIES.get(name) if rest else _SINGLES.get(name)
+    return found[1] if found is not None else None
+
+
 def state_from(items: Iterable[KeyValue], revision: int) -> ClusterState:
     """Return the typed state of the one cluster that `items` (all keys under its prefix) describe."""
     reading = Reading()

@@ -35,6 +35,8 @@ from workers.protocol.messages import (
     StepBatch,
     StepResult,
     StepStatus,
+    TracedResult,
+    TracedStep,
     reader_id,
 )
 from workers.queue.message_queue import MessageQueue, MsgpackCodec
@@ -173,7 +175,8 @@ class StandIn:
         if self.status is not StepStatus.OK:
             return self.reply(batch.epoch, batch.step, batch.attempt, self.status, [])
         tokens = [token for chunk in batch.ranks[self.rank] if (token := self.chunk(chunk)) is not None]
-        return self.reply(batch.epoch, batch.step, batch.attempt, StepStatus.OK, tokens)
+        result = self.reply(batch.epoch, batch.step, batch.attempt, StepStatus.OK, tokens)
+        return TracedResult.of(result, self.step_s, self.step_s / 2) if isinstance(batch, TracedStep) else result
 
     def chunk(self, chunk: SeqChunk) -> SampledToken | None:
         if self.step_s < 0:  # answer at once: the benchmark's ranks

@@ -259,11 +259,11 @@ class Gateway:
             return None
         return msgspec.msgpack.decode(self._socket.recv(), type=ToGateway)  # type: ignore[no-any-return]
 
-    def submit(self, count: int, length: int, prompt: int = 6) -> None:
+    def submit(self, count: int, length: int, prompt: int = 6, trace: str = "") -> None:
         for _ in range(count):
             name = f"r{len(self.requests)}"
             tokens = [(len(self.requests) * 7 + n) % VOCAB for n in range(prompt + len(self.requests) % 5)]
-            self.requests[name] = Submit(name, tokens, Sampling(), length, ignore_eos=True)
+            self.requests[name] = Submit(name, tokens, Sampling(), length, ignore_eos=True, trace=trace)
             self.outputs[name] = []
             self.send(self.requests[name])
 

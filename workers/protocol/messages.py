@@ -81,6 +81,20 @@ class StepBatch(msgspec.Struct, frozen=True, array_like=True, tag=True):
     known: dict[int, Known] = {}  # what has become known of ranks' blocks since the last step
 
 
+class TracedStep(StepBatch, frozen=True, array_like=True, tag=True):
+    """A step with traced sequences: ranks that run any of them say how long they took (TracedResult).
+
+    A message of its own, so that steps carry nothing for traces while there are none.
+    """
+
+    traced: list[int] = []  # sequences
+
+    @classmethod
+    def of(cls, batch: StepBatch, traced: list[int]) -> TracedStep:
+        """The same step."""
+        return cls(**msgspec.structs.asdict(batch), traced=traced)
+
+
 class Ping(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Asks every rank that has joined the queue for an empty StepResult: proves the queues after a handshake.
 
@@ -113,7 +127,7 @@ class CopyBlocks(msgspec.Struct, frozen=True, array_like=True, tag=True):
         return self.target if self.arriving else self.source
 
 
-EngineMessage = StepBatch | Ping | CopyBlocks
+EngineMessage = StepBatch | TracedStep | Ping | CopyBlocks
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -176,6 +190,18 @@ class StepResult(_FromRank, frozen=True, array_like=True, tag=True):
     unlinked: list[int] = []  # ranks of the view, not masked, with which it has no link now
 
 
+class TracedResult(StepResult, frozen=True, array_like=True, tag=True):
+    """A rank's answer to a TracedStep that went well. Durations, since no two hosts' clocks are compared."""
+
+    took_s: float = 0.0
+    exchange_s: float = 0.0  # of that, in which it waited for rows at other ranks and computed others' and its own
+
+    @classmethod
+    def of(cls, result: StepResult, took_s: float, exchange_s: float) -> TracedResult:
+        """The same answer."""
+        return cls(**msgspec.structs.asdict(result), took_s=took_s, exchange_s=exchange_s)
+
+
 class BlocksCopied(_FromRank, frozen=True, array_like=True, tag=True):
     """A rank's answer to CopyBlocks: it has copied the first `blocks` of them, as many as fit; none if `error`."""
 
@@ -196,7 +222,7 @@ class Farewell(_FromRank, frozen=True, array_like=True, tag=True):
     successor: int  # its engine token
 
 
-RankMessage = StepResult | BlocksCopied | Holding | Farewell
+RankMessage = StepResult | TracedResult | BlocksCopied | Holding | Farewell
 
 
 def reader_id(process: ProcessId) -> str:

@@ -29,9 +29,10 @@ from workers.protocol.bandwidth import Brake
 from workers.protocol.far_link import FarLink
 from workers.protocol.identity import Identity
 from workers.protocol.load_progress import LoadProgress
-from workers.protocol.messages import CopyBlocks, StepBatch, StepResult, StepStatus
+from workers.protocol.messages import CopyBlocks, StepBatch, StepResult, StepStatus, TracedResult, TracedStep
 from workers.protocol.pool_client import opened
 from workers.rank.environment import give_memory_back
+from workers.rank.step_clock import StepClock
 from workers.rank.worker_api import WorkerContext
 
 if TYPE_CHECKING:
@@ -322,8 +323,10 @@ class EPWorker:
         if runner is None:
             return self._result(batch, StepStatus.FAILED, error="no model is loaded")
         self._begin(batch)
+        watched = isinstance(batch, TracedStep) and any(chunk.seq in batch.traced for chunk in chunks)
+        clock = StepClock(self.exchange) if watched else None
         try:
-            tokens = runner.run(chunks)
+            tokens = runner.run(chunks) if clock is None else clock.run(runner, chunks)
         except CoverageLost as error:
             return self._result(batch, StepStatus.COVERAGE_LOST, error=str(error))
         except Exception as error:  # noqa: BLE001 - whatever it was, it is reported to the engine and the rank serves on
@@ -331,7 +334,7 @@ class EPWorker:
             return self._result(batch, StepStatus.FAILED, error=f"{type(error).__name__}: {error}")
         result = self._result(batch, StepStatus.OK)
         result.tokens.extend(tokens)
-        return result
+        return result if clock is None else TracedResult.of(result, clock.took_s, clock.exchange_s)
 
     def copy_blocks(self, order: CopyBlocks) -> int:
         """Write out KV blocks for a peer, or take in those that it has written or left for us; how many."""

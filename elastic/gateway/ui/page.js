@@ -1,6 +1,9 @@
 // The live page. One stream of server-sent events (/admin/v1/stream) feeds it: `patch` changes the document that all is
 // drawn from (RFC 7396), `events` are the cluster's event history, `traffic` is what this gateway sent in each second.
 // Nothing is drawn unless something changed, but for the timeline, which moves on once a second while it is seen.
+// A recording of such a stream is shown in the same way, at the moment that its slider says.
+
+import { parsed, Player, recorded } from "/ui/replay.js";
 
 const $ = (id) => document.getElementById(id);
 const WINDOW_S = 300, KEPT_EVENTS = 400, QUIET_MS = 15000, FLASH_MS = 1800, KEY = "elastic-ep admin token";
@@ -8,6 +11,7 @@ const ALIVE = new Set(["serving", "draining"]), LOST = new Set(["dead", "masked"
 const PHASES = ["proposed", "spawning", "handshaking", "loading", "ready", "committed", "retiring", "done"];
 
 let doc = Object.create(null), events = [], traffic = [], ahead_s = 0, connected = false;
+let player = null;  // of a recording, which is shown instead of the cluster
 const lanes = new Map();  // rank -> [[time, state], …], read off the events
 const marks = [];  // [time, words, family] of faults and epochs
 const hosts = new Map();  // rank -> its last host: a dead rank has none
@@ -22,7 +26,7 @@ const bytes = (v) => { for (const unit of ["B", "kB", "MB", "GB"]) { if (v < 999
 const clock = (t) => new Date(t * 1000).toLocaleTimeString([], { hour12: false });
 const capital = (words) => words[0].toUpperCase() + words.slice(1);
 const list = (numbers) => numbers.length ? numbers.join(", ") : "none";
-const now_s = () => Date.now() / 1000 + ahead_s;
+const now_s = () => player ? player.at : Date.now() / 1000 + ahead_s;
 const ranks = () => Object.values(doc.ranks ?? {});
 const collate = new Intl.Collator(undefined, { numeric: true }).compare;
 const text = (id, words) => { const e = $(id); if (e.textContent !== words) e.textContent = words; };
@@ -86,8 +90,8 @@ async function* messages(body, arrived) {
     const blocks = (rest + value).split("\n\n");
     rest = blocks.pop();
     for (const block of blocks) {
-      const found = /^event: (\w+)\ndata: ([^]*)$/.exec(block);  // a dot would not match every line separator
-      if (found) yield [found[1], JSON.parse(found[2])];
+      const found = parsed(block);
+      if (found) yield [found[0], JSON.parse(found[1])];
     }
   }
 }
@@ -132,13 +136,14 @@ function forget() {
 function take(kind, data) {
   if (kind === "begin") {
     forget();
+    if (player) return;
     ahead_s = data.now - Date.now() / 1000;
     $("sign-in").hidden = true; $("live").hidden = $("forget").hidden = false;
     linked(true);
   } else if (kind === "patch") changed(data);
   else if (kind === "events") happened(data);
   else if (kind === "traffic") { traffic = [...traffic, ...data].slice(-WINDOW_S); draw("tiles", "timeline"); }
-  else if (kind === "trouble") linked(false, data.message);
+  else if (kind === "trouble" && !player) linked(false, data.message);
 }
 
 const empty = () => Object.create(null);  // names are data: none is inherited
@@ -163,7 +168,7 @@ function changed(patch) {
   if (patch.placement || patch.loads) for (const r of ranks()) stale.add(r.rank);
   if (patch.ranks || patch.placement || patch.loads || patch.shape) draw("grid", "rows");
   if (patch.operations) draw("operations", "timeline");
-  draw("status", "tiles");
+  draw("status", "tiles", "far");
 }
 
 function happened(fresh) {
@@ -584,6 +589,17 @@ function item(t, family, words, more) {
   line.append(when, el("i"), what);
   return line;
 }
+function drawFar() {
+  const links = doc.status?.links ?? [];
+  $("far").hidden = !links.length;
+  $("far-rows").replaceChildren(...links.map((l) => {
+    const row = el("tr", undefined, l.up < l.links ? "dead" : "serving"), from = el("th", l.role === "engine" ? `${l.node}, engine` : l.node), state = el("td");
+    from.scope = "row";
+    state.append(el("span", undefined, `dot ${l.up < l.links ? "dead" : "serving"}`), el("span", l.up < l.links ? `${l.up} of ${l.links} up` : `${l.links} up`));
+    row.append(from, el("td", l.peer_node), state, el("td", l.rtt_ms ? ms(l.rtt_ms) : "–", "n"), el("td", bytes(l.sent_bytes), "n wide"), el("td", l.retransmits, "n wide"), el("td", l.suspects, "n"), el("td", l.cuts, "n"));
+    return row;
+  }));
+}
 function drawEvents() {
   const all = $("all").checked;
   const shown = events.filter((e) => all || tells(e)).slice(-150).reverse();
@@ -634,7 +650,7 @@ function drawRows() {
   order.forEach((r, i) => { if (body.children[i] !== rows.get(r.rank)) body.insertBefore(rows.get(r.rank), body.children[i] ?? null); });
 }
 
-const PARTS = { status: drawStatus, tiles: drawTiles, grid: drawGrid, shown: show, timeline: drawTimeline, events: drawEvents, operations: drawOperations, rows: drawRows };
+const PARTS = { status: drawStatus, tiles: drawTiles, grid: drawGrid, shown: show, timeline: drawTimeline, events: drawEvents, operations: drawOperations, rows: drawRows, far: drawFar };
 
 // ---- changes: what would happen is shown first, and done once it is confirmed
 
@@ -700,6 +716,46 @@ function plan(p) {
 async function act(path, body) {
   try { await post(path, body); } catch (error) { aloud(error.message); linked(connected); text("link", error.message); }
 }
+
+// ---- a recording
+
+const TURN_MS = 250;
+let turns = 0;
+function showing(on) {
+  $("player").hidden = !on; document.body.classList.toggle("replay", on);
+  clearInterval(turns); turns = 0;
+}
+function running(on) {
+  clearInterval(turns);
+  turns = on ? setInterval(() => at(player.at + TURN_MS / 1000 * +$("speed").value), TURN_MS) : 0;
+  text("play", on ? "Pause" : "Play");
+}
+function at(moment) {
+  player.seek(clamp(moment, player.from, player.to));
+  const words = `${clock(player.at)}, ${Math.round(player.at - player.from)} s of ${Math.round(player.to - player.from)} s`;
+  $("moment").value = player.at - player.from; $("moment").setAttribute("aria-valuetext", words); text("clock", words);
+  if (player.at >= player.to) running(false);
+  redraw();
+}
+function replay(saved, name) {
+  let recording;
+  try { recording = recorded(saved); } catch (error) { text("recording-error", error.message); return; }
+  text("recording-error", "");
+  following++; stream.abort(); connected = false; forget();
+  player = new Player(recording, forget, take);
+  $("moment").max = Math.ceil(10 * (recording.to - recording.from)) / 10;  // a step: its end is reached, too
+  $("sign-in").hidden = $("forget").hidden = true; $("live").hidden = false;
+  $("link").className = "link"; text("link", `recording: ${name}`);
+  showing(true); at(recording.from); running(true); $("play").focus();
+}
+function eject() {
+  showing(false); player = null; forget();
+  if (token()) { redraw(); text("link", "connecting"); follow(); } else signIn();
+}
+$("recording").addEventListener("change", async ({ target }) => { const [file] = target.files; if (file) replay(await file.text(), file.name); target.value = ""; });
+$("play").addEventListener("click", () => { if (!turns && player.at >= player.to) at(player.from); running(!turns); });
+$("moment").addEventListener("input", () => { running(false); at(player.from + +$("moment").value); });
+$("eject").addEventListener("click", eject);
 
 // ---- signing in, and what else the page listens to
 

@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from opentelemetry.trace import format_trace_id
 
 from membership.base.errors import Fenced
 from membership.store.in_memory import MemoryStore
 from tests.support.helpers import eventually, hang
+from tests.support.spans import SAMPLED, TRACE, kept_spans
 from tests.support.standins import EngineThread, Gateway, StandInCluster, cluster_config, oracle
 
 pytestmark = pytest.mark.integration
@@ -82,6 +84,31 @@ def test_a_killed_rank_costs_no_token(service: Service, victim: int) -> None:
     eventually(
         lambda: (s := service.cluster.state().engine_status) and s.masked == (victim,), 30.0, "mask in the status"
     )
+
+
+def test_a_traced_request_that_survives_a_kill_shows_it_in_its_trace(service: Service) -> None:
+    """Over the real queues: ranks answer with their times, the engine makes the spans."""
+    with kept_spans() as kept:
+        service.start(2)
+        service.gateway.submit(2, 150, trace=SAMPLED)
+        service.gateway.submit(2, 150)
+        service.underway(40)
+        service.cluster.ranks[1].kill()
+        service.gateway.finish()
+        (masked,) = service.engine.events("rank_masked")
+        eventually(lambda: sum(s.name == "engine" for s in kept.get_finished_spans()) == 2, 30.0, "spans of both")
+    spans = kept.get_finished_spans()
+    assert {format_trace_id(span.context.trace_id) for span in spans} == {TRACE}
+    traced = {span.attributes["elastic_ep.request_id"] for span in spans if span.name == "engine" and span.attributes}
+    assert traced == {"r0", "r1"}
+    (recovery,) = [span for span in spans if span.name == "recovery"]
+    said = recovery.attributes or {}
+    assert (said["elastic_ep.rank"], said["elastic_ep.target_rank"], said["elastic_ep.epoch"]) == (1, 0, 1)
+    (event,) = recovery.events
+    assert (event.name, (event.attributes or {})["elastic_ep.event.ts"]) == ("rank_masked", masked.ts)
+    steps = [span for span in spans if span.name == "step"]
+    assert {(step.attributes or {})["elastic_ep.rank"] for step in steps} == {0, 1}
+    assert all((step.attributes or {})["elastic_ep.exchange_s"] == service.cluster.step_s / 2 for step in steps)
 
 
 def test_a_record_that_cannot_be_read_ends_nobodys_service(service: Service) -> None:

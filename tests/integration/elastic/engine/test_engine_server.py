@@ -121,6 +121,24 @@ def test_outputs_go_to_the_gateway_that_submitted_last(
     assert first.receive() == Rejected(TOKEN, "b", 503, "no", 1.0)
 
 
+def test_what_an_earlier_submission_gave_does_not_go_where_the_next_one_came_from(
+    server: EngineServer, context: zmq.Context[zmq.Socket[bytes]], rung: threading.Event
+) -> None:
+    """A gateway has connected anew: of tokens that were lost with its old connection, it would see a gap."""
+    server.serve(TOKEN)
+    old, new = Peer(context, server.address), Peer(context, server.address)
+    old.send(submit("a"))
+    assert taken(server) == [submit("a")]
+    rung.clear()
+    new.send(submit("a"))
+    assert rung.wait(30.0)
+    server.send([Tokens(TOKEN, "a", 7, [7], finish_reason="length")])
+    assert old.receive() == Tokens(TOKEN, "a", 7, [7], finish_reason="length")
+    assert taken(server) == [submit("a")]
+    server.send([Tokens(TOKEN, "a", 0, [5])])
+    assert new.receive() == Tokens(TOKEN, "a", 0, [5])
+
+
 def test_malformed_messages_are_dropped(server: EngineServer, context: zmq.Context[zmq.Socket[bytes]]) -> None:
     server.serve(TOKEN)
     peer = Peer(context, server.address)

@@ -17,6 +17,7 @@ from elastic.serve.options import ApiOptions
 from membership.store import codec
 from tests.support.gateway_cluster import MODEL, GatewayCluster, RunningGateway, wait_ready
 from tests.support.helpers import eventually
+from tests.support.scripted_engine import ScriptedEngine
 
 pytestmark = pytest.mark.integration
 
@@ -34,9 +35,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> GatewayCluster:
 
 
 @pytest.fixture(scope="module")
-def gateway(cluster: GatewayCluster) -> Iterator[RunningGateway]:
+def engine(cluster: GatewayCluster) -> Iterator[ScriptedEngine]:
+    with cluster.engine(cluster.says("hello")) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def gateway(cluster: GatewayCluster, engine: ScriptedEngine) -> Iterator[RunningGateway]:
     api = ApiOptions(access_log=True, allowed_origins=(f'["{PAGE}"]',), api_key=("k",), metrics_aliases=True)
-    with cluster.engine(cluster.says("hello")) as engine, cluster.gateway(api=api) as running:
+    with cluster.gateway(api=api) as running:
         assert engine.token
         wait_ready(running)  # its sockets to the engine are no test's
         yield running
@@ -133,6 +140,14 @@ def test_a_clients_trace_is_in_the_log(http: httpx.Client) -> None:
             lambda: [x["trace"] for x in lines if x["event"] == "request_ended"][1:] and lines, 30.0, "lines"
         )
     assert [line["trace"] for line in seen if line["event"] == "request_ended"] == [TRACE, None]
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+def test_the_engine_gets_a_trace_that_is_sampled(http: httpx.Client, engine: ScriptedEngine, sampled: bool) -> None:
+    trace = f"00-{TRACE}-b7ad6b7169203331-0{int(sampled)}"
+    body = {"model": MODEL, "prompt": "x", "max_tokens": 2}
+    assert http.post("/v1/completions", json=body, headers={"traceparent": trace}).status_code == 200
+    assert engine.submits[-1].trace == (trace if sampled else "")
 
 
 QUERIES = {

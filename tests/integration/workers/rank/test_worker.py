@@ -23,7 +23,7 @@ from workers.exchange.model_side import StepContext
 from workers.exchange.transports import opener
 from workers.ipc.doorbell import Doorbell
 from workers.model.shared_weights import SharedWeights
-from workers.protocol.messages import Sampling, SeqChunk, StepBatch, StepStatus
+from workers.protocol.messages import Sampling, SeqChunk, StepBatch, StepStatus, TracedResult, TracedStep
 from workers.rank.worker import EPWorker
 from workers.rank.worker_api import Worker, WorkerContext
 
@@ -182,6 +182,22 @@ def test_a_step_after_prepare(worker: TestedWorker) -> None:
     again = worker.execute_model(batch(1, step=2))
     assert again is not None
     assert again.tokens == result.tokens
+
+
+@pytest.mark.parametrize("traced", [[1], [2]])
+def test_a_step_of_a_traced_sequence_is_answered_with_its_times(worker: TestedWorker, traced: list[int]) -> None:
+    """With the same tokens, and others are not timed."""
+    worker.prepare_epoch(view(1, WHOLE), {}).get_output(60)
+    plain = worker.execute_model(batch(1))
+    timed = worker.execute_model(TracedStep.of(batch(1, step=2), traced))
+    assert plain is not None
+    assert timed is not None
+    assert timed.tokens == plain.tokens
+    assert isinstance(timed, TracedResult) == (traced == [1])
+    if isinstance(timed, TracedResult):
+        assert 0 < timed.exchange_s < timed.took_s
+    assert worker._runner is not None
+    assert worker._runner.moe.exchange is worker.script
 
 
 def test_a_rank_without_chunks_says_nothing_but_flips(worker: TestedWorker) -> None:

@@ -160,3 +160,16 @@ def test_a_step_that_was_overdue_is_tried_again_in_smaller_ones() -> None:
         engine.turn()
     assert ranks.tried == [40, 20]
     assert len(ranks.members) == 1
+
+
+def test_what_an_earlier_submission_gave_is_not_sent_after_the_next_one_was_taken() -> None:
+    """Its first tokens went to a connection that is gone: what is left would be a gap."""
+    ranks: Any = Ranks()
+    mirror: Any = SimpleNamespace(state=lambda: ClusterState(revision=1, engine_token=TOKEN))
+    engine = Engine(config(), TOKEN, Peers(mirror, ranks, ranks, ranks, ranks), clock=lambda: 0.0)
+    engine._outbox = [Tokens(TOKEN, "a", 7, [1]), Tokens(TOKEN, "b", 3, [1])]
+    again = [ask("a", [1] * 4, 9, taken=True)]
+    ranks.take = lambda: again.copy() if again else []
+    engine._take_requests()
+    assert [each.request_id for each in engine._outbox] == ["b"]
+    assert engine._scheduler.knows("a")

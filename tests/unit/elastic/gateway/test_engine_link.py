@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
-from elastic.gateway.engine_link import EngineLink
+from elastic.gateway.engine_link import EngineLink, LinkSettings
 from elastic.gateway.health import obstacles
 from elastic.gateway.journal import Request
 from membership.base.errors import JournalError
@@ -42,3 +44,17 @@ def test_an_engine_that_answers_pings_and_nothing_else_shows_in_the_probes() -> 
         with link.generation([request("b")]):  # a new request does not make it look alive
             assert stuck()
     assert not stuck()
+
+
+def test_time_in_which_the_gateway_itself_was_late_is_no_silence_of_the_engine() -> None:
+    """Thousands of connections at once kept its loop busy for ten seconds, and it connected anew for nothing."""
+    now, asked = [0.0], [0]
+
+    def hello() -> None:
+        asked[0] += 1
+        now[0] += 9.0
+
+    link = EngineLink("g", LinkSettings(ping_every_s=0.001, silence_s=0.0105), clock=lambda: now[0])
+    link._hello = hello  # type: ignore[method-assign]
+    asyncio.run(link._ping())
+    assert asked == [11]
