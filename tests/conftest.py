@@ -23,8 +23,10 @@ import pytest
 
 from membership.base import starter
 from membership.base.run_dir import default_run_dir, remove_run_dir
+from tests.support.own_shm import take_own_shm
 from workers.ipc.handover import Handover, close_default
 
+take_own_shm()
 gc.disable()  # until everything is imported: see `pytest_collection_finish`
 os.environ[starter.ENV] = starter.named()  # every role and cluster that a test starts ends with this process
 os.environ["TRITON_INTERPRET"] = "0" if Path("/dev/nvidiactl").exists() else "1"  # before anything imports triton

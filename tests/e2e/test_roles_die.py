@@ -18,7 +18,7 @@ from elastic.serve.etcd_server import free_ports
 from membership.base.process_stats import command_words
 from membership.base.run_dir import remove_run_dir, run_dir
 from tests.e2e.conftest import Serve
-from tests.support.helpers import eventually, running, shm_as_before
+from tests.support.helpers import eventually, running
 from tests.support.served import CALM, another, completion, fault_free, role_pid, streaming, under_load
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
@@ -151,14 +151,12 @@ def test_an_agent_dies_without_a_zygote_and_a_supervisors_death_leaves_nothing(s
     cluster.wait_serving(RANKS)
     eventually(lambda: not running(forkserver), 60.0, "the agent's forkserver to end")
     assert titled(cluster, FORKSERVER).ppid() == titled(cluster, ZYGOTE).pid != zygote.pid
-    shm_before = set(os.listdir("/dev/shm"))
     family = psutil.Process(cluster.pid).children(recursive=True)
     ranks = [psutil.Process(r["pid"]) for r in cluster.status()["ranks"]]
     assert len(family) >= 5
     os.kill(cluster.pid, signal.SIGKILL)
     _, alive = psutil.wait_procs([*family, *ranks], timeout=60)
     assert not alive, [p.cmdline() for p in alive]
-    shm_as_before(shm_before)
     run = run_dir(cluster.state.path)
     assert list(run.iterdir()), "the files of its sockets stay until the next start"
     remove_run_dir(run)

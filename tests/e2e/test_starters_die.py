@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.helpers import eventually, shm_as_before
+from tests.support.helpers import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -81,7 +81,6 @@ class Family:
 
 @pytest.fixture
 def family(tmp_path: Path) -> Iterator[Family]:
-    before = set(os.listdir("/dev/shm"))
     made = Family(tmp_path)
     yield made
     made.close_terminal()
@@ -89,7 +88,6 @@ def family(tmp_path: Path) -> Iterator[Family]:
         process.kill()
     if made.command is not None:
         made.command.wait(timeout=10.0)
-    shm_as_before(before)
 
 
 def test_a_terminal_that_is_closed(family: Family) -> None:

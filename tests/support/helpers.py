@@ -19,11 +19,6 @@ from membership.base.process_stats import is_dying, is_stopped
 T = TypeVar("T")
 
 
-def shm_as_before(before: set[str]) -> None:
-    """Nothing is left in /dev/shm. Other processes of this machine may have something there for a moment."""
-    eventually(lambda: set(os.listdir("/dev/shm")) <= before, 60.0, f"nothing in /dev/shm but {before}")
-
-
 def let_all_in(path: Path) -> None:
     """Have every user of this machine reach a socket of ours, as if its directory were open by mistake."""
     path.chmod(0o777)

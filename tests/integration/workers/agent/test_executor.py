@@ -23,7 +23,7 @@ from membership.base.errors import RankDied, RankError, RankFailed, WaitTimeout
 from membership.base.rank_id import RankId
 from membership.planning.identity import KERNELS
 from tests.support.executors import executor, launch
-from tests.support.helpers import eventually, hang, shm_as_before
+from tests.support.helpers import eventually, hang
 from workers.agent.executor import Death, MultiprocExecutor
 from workers.agent.forkserver_client import Child
 from workers.agent.handles import UnreadyWorkerProcHandle
@@ -350,7 +350,6 @@ os.kill(pids[0], signal.SIGSTOP)
 print(made._forkserver.process.pid, *pids, flush=True)
 time.sleep(60)
 """
-    shm = set(os.listdir("/dev/shm"))
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     pids = [int(pid) for pid in parent.stdout.readline().split()]
@@ -358,7 +357,6 @@ time.sleep(60)
     parent.wait(timeout=30)
     parent.stdout.close()
     eventually(lambda: not any(psutil.pid_exists(pid) for pid in pids), 30, f"{pids} gone")
-    shm_as_before(shm)
 
 
 def test_a_rank_is_ended_though_no_thread_could_wait_for_its_start(monkeypatch: pytest.MonkeyPatch) -> None:

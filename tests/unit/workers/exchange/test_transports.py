@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 
 import numpy as np
@@ -208,7 +208,13 @@ def test_a_peer_that_does_not_answer_is_named(cluster: Make) -> None:
     with pytest.raises(PeerTimeout, match=r"step 1, layer 0: no answer from ranks \[1\]"):
         made.ranks[0].run()
     made.ranks[0].bell.on_wait = made.serve
-    assert torch.equal(made.ranks[0].run(4), alone(4))
+
+    def the_next_is_answered() -> bool:
+        with suppress(PeerTimeout):  # 10 ms are short on a busy machine
+            return torch.equal(made.ranks[0].run(4), alone(4))
+        return False
+
+    eventually(the_next_is_answered, WAIT_S, "an answer")
 
 
 @pytest.mark.parametrize("how", ["not held", "raises"])
