@@ -11,6 +11,7 @@ MIRROR = "tests/contract/membership/store/test_mirror.py"
 REPLACED = "tests/contract/membership/store/test_store_replaced.py"
 CODEC = "tests/unit/membership/store/test_codec.py"
 PLANNER = "tests/unit/membership/planning/test_planner.py"
+LEAVING = "tests/unit/membership/planning/test_leaving.py"
 TIMES = "tests/unit/membership/planning/test_own_times.py"
 OPERATIONS = "tests/unit/membership/operations/test_operations.py"
 CHANGE = "tests/unit/membership/operations/test_change.py"
@@ -31,6 +32,13 @@ MUTANTS: tuple[Mutant, ...] = (
         file="membership/planning/controller.py",
         before='    compares += [Compare(key, "mod", "<", state.revision + 1) for key in writes if key not in known]\n',
         tests=(f"{CONTROLLER}::test_a_record_that_changed_since_the_controller_looked_is_not_replaced",),
+    ),
+    Mutant(
+        name="assignments-taken-away",
+        guards="G1: ranks whose agent has taken their assignment away enter no view and are not assigned again",
+        file="membership/planning/controller.py",
+        before='    compares += [Compare(keys.assign(node), "mod", ">", 0) for node in sorted(relied_on)]\n',
+        tests=(f"{LEAVING}::test_what_was_decided_before_an_agent_took_its_assignment_away_is_not_done",),
     ),
     Mutant(
         name="any-model",

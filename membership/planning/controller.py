@@ -48,7 +48,8 @@ def transaction(effect: Effect, state: ClusterState, keys: Keys) -> tuple[list[C
 
     Each key written must be unchanged since `state`: no later revision than the state's. Epochs and incarnations must
     never be given out twice, so views and the counter must be at exactly the known revisions in every transaction: a
-    store that was set back to before our last change of them refuses it, even before that is detected.
+    store that was set back to before our last change of them refuses it, even before that is detected. An agent that ends
+    takes its assignment away at any moment: then its ranks enter no view, and the assignment is not written again.
     """
     writes: dict[str, Record | None] = {}
     if effect.commit is not None:
@@ -73,6 +74,9 @@ def transaction(effect: Effect, state: ClusterState, keys: Keys) -> tuple[list[C
     }
     compares = [Compare(key, "mod", "=", revision) for key, revision in known.items()]
     compares += [Compare(key, "mod", "<", state.revision + 1) for key in writes if key not in known]
+    relied_on = {m.node for m in effect.commit.members} if effect.commit is not None else set()
+    relied_on |= {a.node for a in effect.assignments if a.node in state.assignments}
+    compares += [Compare(keys.assign(node), "mod", ">", 0) for node in sorted(relied_on)]
     return compares, [Delete(key) if record is None else Put(key, encode(record)) for key, record in writes.items()]
 
 

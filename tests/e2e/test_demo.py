@@ -36,8 +36,8 @@ def test_the_receipt_is_measured_and_good_behind_a_proxy_in_latin_1_without_a_ho
     environ |= {**PROXIES, "TMPDIR": str(folder)}
     if SOURCES.exists():
         environ |= {"LC_ALL": LATIN_1, "LOCPATH": str(latin_1_folder(tmp_path))}
-    command = [sys.executable, "-m", "elastic.cli", "demo", "--seed", "7", "--plain", "-o", "json"]
-    command += ["--history", str(saved)]
+    command = [sys.executable, "-m", "elastic.cli", "demo", "--seed", "7", "--seconds", "1", "--plain"]
+    command += ["-o", "json", "--history", str(saved)]
     if os.geteuid() == 0 and shutil.which("unshare"):  # a mount namespace of its own
         command = ["unshare", "--mount", "bash", "-c", NO_SHM, "demo", *command]
     outcome = subprocess.run(command, capture_output=True, encoding="latin-1", timeout=300, env=environ, umask=0o077)

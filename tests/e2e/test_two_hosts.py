@@ -200,7 +200,7 @@ def roles_on_b(cluster: TwoHosts) -> None:
 def host_a_dies(cluster: TwoHosts, workload: Workload) -> None:
     """With all that `elastic serve` has started, in the middle of streams."""
     eventually(lambda: steps_over_all(cluster), 120.0, "steps over four ranks")
-    eventually(lambda: streaming(workload, 4), 60.0, "four streams under way")
+    eventually(lambda: streaming(workload, 3), 60.0, "three streams under way")
     assert offices(cluster) == ("a", "a")
     cluster.kill("a")
     eventually(lambda: offices(cluster) == ("b", "b"), 120.0, "host b to be in charge")
@@ -226,7 +226,7 @@ def host_a_leaves(cluster: TwoHosts, workload: Workload) -> None:
     for role in ("engine", "controller"):
         cluster.start_on_b(role)
     eventually(lambda: steps_over_all(cluster), 120.0, "steps over four ranks")
-    eventually(lambda: streaming(workload, 4), 60.0, "four streams under way")
+    eventually(lambda: streaming(workload, 3), 60.0, "three streams under way")
     before = masked_ranks(cluster)
     assert cluster.stop("a", "serve") == 0
     state = cluster.client().state()
@@ -261,7 +261,7 @@ def test_two_hosts_answer_as_one_and_the_deaths_of_either_lose_nothing(two_hosts
             the_host_dies,
         ):
             eventually(lambda: steps_over_all(two_hosts), 120.0, "steps over four ranks")
-            eventually(lambda: streaming(workload, 4), 60.0, "four streams under way")
+            eventually(lambda: streaming(workload, 3), 60.0, "three streams under way")
             fault(two_hosts)
         ended = len(workload.records())
         eventually(lambda: len(workload.records()) > ended + 4, 120.0, "requests that end without host b")

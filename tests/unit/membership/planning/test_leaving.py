@@ -9,6 +9,7 @@ from elastic.status import cluster_status
 from membership.base.errors import PlanRefused
 from membership.operations.change import drain
 from membership.operations.pause import pause
+from membership.planning.planner import reconcile
 from membership.store.records import RankState
 from tests.support.world import CONFIG, World
 from workers.agent.decide import relief
@@ -67,6 +68,18 @@ def test_no_rank_ends_before_the_engine_has_left_the_old_view() -> None:
     assert len(world.state.assignments["b"].ranks) == 2
     world.settle()
     assert world.state.assignments["b"].ranks == ()
+
+
+@pytest.mark.parametrize("decided", ["commit", "assignments"])
+def test_what_was_decided_before_an_agent_took_its_assignment_away_is_not_done(decided: str) -> None:
+    """Its ranks have ended: no view may have them, and nobody would run what the controller writes there again."""
+    world = two_nodes()
+    world.scale(6)
+    world.settle(until=lambda: any(getattr(effect, decided) for effect in reconcile(world.state, world.now)))
+    seen, (effect,) = world.state, reconcile(world.state, world.now)
+    node = (effect.commit.members if effect.commit is not None else effect.assignments)[0].node
+    world.store.delete(world.keys.assign(node))
+    assert not world.controller_acts(seen)
 
 
 def test_where_there_is_no_room_the_rest_serves_until_the_node_is_back() -> None:
