@@ -21,8 +21,8 @@ FORMED_KILLS = 50  # while answers have a form
 
 @dataclass(frozen=True)
 class Dose:
-    """How much is done. `share` 3: a third of the simulated faults. The soak is halved at most: it has each kind of
-    burst then, too, and the same proportions, but in it a leak looks like a process that warms up.
+    """How much is done. `share` 3: a third of the simulated faults. Of the soak a third is done at least: it has each
+    kind of burst then, too, and the same proportions, but in it a leak looks like a process that warms up.
     """
 
     share: int = 1
@@ -33,7 +33,7 @@ class Dose:
 
     def of_soak(self, whole: int) -> int:
         """This dose's part of the soak."""
-        return -(-whole // min(2, self.share))
+        return -(-whole // min(3, self.share))
 
 
 def parts(seed: int, folder: Path, pace: bool = True, dose: Dose = Dose()) -> Stages:
