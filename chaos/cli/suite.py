@@ -25,7 +25,7 @@ def suite(
     seed: Annotated[int | None, typer.Option(help="Of all that is drawn.")] = None,
     out: Annotated[Path, typer.Option(help="Where receipts, logs and the record go.")] = Path("chaos-report"),
     share: Annotated[
-        int, typer.Option(min=1, help="Simulate a third (3), a sixth (6) … of the faults; of the soak a third at least.")
+        int, typer.Option(min=1, help="Simulate a third (3), a sixth (6) … of the faults; soak a third at least.")
     ] = 1,
     pace: Annotated[bool, typer.Option(help="Also check how fast the simulation is: needs two idle cores.")] = True,
     output: OutputFlag = Output.TEXT,

@@ -48,8 +48,8 @@ def transaction(effect: Effect, state: ClusterState, keys: Keys) -> tuple[list[C
 
     Each key written must be unchanged since `state`: no later revision than the state's. Epochs and incarnations must
     never be given out twice, so views and the counter must be at exactly the known revisions in every transaction: a
-    store that was set back to before our last change of them refuses it, even before that is detected. An agent that ends
-    takes its assignment away at any moment: then its ranks enter no view, and the assignment is not written again.
+    store that was set back to before our last change of them refuses it, even before that is detected. An agent that
+    ends takes its assignment away at any moment: then its ranks enter no view, and it is not written again.
     """
     writes: dict[str, Record | None] = {}
     if effect.commit is not None:
