@@ -260,14 +260,13 @@ def test_experts_that_are_not_restored_cost_a_503_and_the_next_requests_nothing(
 
 def test_a_rank_that_answers_coverage_lost_is_asked_again(service: Service) -> None:
     service.start(2)
-    service.gateway.submit(6, 40)
+    service.gateway.submit(6, 150)
     service.underway(30)
     service.cluster.ranks[0].send(do="answer", status="coverage_lost")
     service.cluster.ranks[0].receive()
-    service.underway(30)
+    eventually(lambda: service.engine.events("step_setback"), 30.0, "such an answer")
     service.cluster.ranks[0].send(do="answer", status="ok")
     service.gateway.finish()
-    assert service.engine.events("step_setback")
 
 
 def test_serving_goes_on_while_the_store_is_away(service: Service) -> None:
