@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import pytest
 
+from chaos.faults import netns
 from chaos.target import hosts as of_this_machine
 from chaos.target.hosts import Hosts
 from membership.base.errors import ConfigError
 
 __all__ = ["Hosts", "made_hosts"]
+
+
+def own_namespaces() -> set[str]:
+    """Those of this process: tests that run beside make some, too."""
+    return {name for name in netns.namespaces() if name.startswith(f"{netns.PREFIX}{os.getpid()}-")}
 
 
 @contextmanager

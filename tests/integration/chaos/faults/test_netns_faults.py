@@ -22,6 +22,7 @@ from chaos.faults.members import EtcdMembers, Member
 from chaos.faults.netns import Host, Network
 from membership.base.errors import StoreUnavailable
 from tests.support.helpers import eventually
+from tests.support.hosts import own_namespaces
 
 pytestmark = [
     pytest.mark.integration,
@@ -73,11 +74,6 @@ class Scene:
             assert left < won, f"{before} and {after} were in office at once, for {left - won:.3f} s"
         acts = sorted((line["revision"], line["token"]) for line in lines if line["kind"] == "acted")
         assert [token for _, token in acts] == sorted(token for _, token in acts)
-
-
-def own_namespaces() -> set[str]:
-    """Those of this process: tests that run beside make some, too."""
-    return {name for name in netns.namespaces() if name.startswith(f"{netns.PREFIX}{os.getpid()}-")}
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,12 @@ from contextlib import ExitStack
 
 import pytest
 
-from chaos.faults import netns
 from chaos.faults.cuts import CUTS
 from chaos.faults.netns import Host, Network
 from membership.base import network
 from membership.base.rank_id import RankId
 from tests.support.helpers import eventually
+from tests.support.hosts import own_namespaces
 from workers.exchange.links import Links
 from workers.exchange.tcp.transport import TcpTransport
 from workers.ipc.doorbell import Doorbell
@@ -43,10 +43,9 @@ class Side:
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[Network]:
-    before = netns.namespaces()
     with Network(["a", "b"]) as made:
         yield made
-    assert netns.namespaces() == before
+    assert own_namespaces() == set()
 
 
 @pytest.fixture

@@ -13,12 +13,12 @@ from contextlib import ExitStack
 import msgspec
 import pytest
 
-from chaos.faults import netns
 from chaos.faults.cuts import CUTS
 from chaos.faults.netns import Network
 from membership.base.errors import QueueSilent, QueueTimeout
 from tests.support import ROOT
 from tests.support.helpers import eventually, hang
+from tests.support.hosts import own_namespaces
 from workers.queue import remote_reader
 from workers.queue.curve import new_keys
 from workers.queue.handle import Handle
@@ -77,10 +77,9 @@ class Scene:
 
 @pytest.fixture(scope="module")
 def scene() -> Iterator[Scene]:
-    before = netns.namespaces()
     with ExitStack() as ends:
         yield Scene(ends.enter_context(Network(["a", "b", "c"])), ends)
-    assert netns.namespaces() == before
+    assert own_namespaces() == set()
 
 
 @pytest.mark.parametrize("fault", ["host-cut-off", "host-deaf", "host-mute", "host-link-down"])
