@@ -50,8 +50,8 @@ MUTANTS: tuple[Mutant, ...] = (
         name="cut-off-host-blames-others",
         guards="G9: an engine whose own host is cut off for a moment gives up no rank of other hosts",
         file="workers/queue/silence.py",
-        before="return len(by_host) > 1 and min",
-        after="return len(by_host) > 9 and min",
+        before="return len(longest) > 1 and min",
+        after="return len(longest) > 9 and min",
         tests=(f"{SILENCE}::test_our_own_host_is_cut_off_where_no_other_of_several_answers",),
     ),
     Mutant(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from typing import TYPE_CHECKING, Any, cast
 
@@ -31,7 +32,7 @@ class SimServer(EngineServer):
     def __init__(self, process: EngineProcess, name: str) -> None:
         self.address, self._process = name, process
         self._on_message = process.wake_now
-        self._inbox, self._outbox, self._routes = deque(), deque(), {}
+        self._inbox, self._outbox, self._routes, self._numbers = deque(), deque(), {}, itertools.count(1)
         self._token, self._failure = 0, None
         self.connections: dict[bytes, Connection] = {}
 

@@ -8,12 +8,13 @@ Whose it is changes when the engine takes the submission, not when that comes: w
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import structlog
@@ -37,6 +38,15 @@ RETRY_S = 0.05
 HEARTBEAT_MS = 1000  # on a connection to another host: whose cable is pulled does not say that it ends
 
 Route = tuple[zmq.Socket[Any], bytes]
+
+
+class Submission(NamedTuple):
+    """Where the answers to a request go. The same gateway may submit it again: then it has another number."""
+
+    gateway: Route
+    number: int
+
+
 """The socket on which a gateway is, and its routing id there."""
 
 log = structlog.get_logger(__name__)
@@ -50,9 +60,10 @@ class EngineServer:
         self.address = f"ipc://{self._path}"
         self.remote, self.remote_key = "", b""  # where other hosts connect, if they may
         self._on_message = on_message
-        self._inbox: deque[tuple[Route, Submit | Abort]] = deque()
-        self._outbox: deque[tuple[Route, Tokens | Rejected]] = deque()
-        self._routes: dict[str, Route] = {}  # request id -> its gateway; of the engine's thread
+        self._inbox: deque[tuple[Route | Submission, Submit | Abort]] = deque()  # a submission: not reached any more
+        self._outbox: deque[tuple[Submission, Tokens | Rejected]] = deque()
+        self._routes: dict[str, Submission] = {}  # by request id; of the engine's thread
+        self._numbers = itertools.count(1)
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
         self._encoder = msgspec.msgpack.Encoder()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -87,13 +98,14 @@ class EngineServer:
             raise self._failure
         taken: list[Submit | Abort] = []
         while self._inbox:
-            gateway, message = self._inbox.popleft()
-            if isinstance(message, Submit):
-                self._routes[message.request_id] = gateway
-            elif self._routes.get(message.request_id) == gateway:
+            sender, message = self._inbox.popleft()
+            there = self._routes.get(message.request_id)
+            if isinstance(message, Submit) and not isinstance(sender, Submission):
+                self._routes[message.request_id] = Submission(sender, next(self._numbers))
+            elif there is not None and sender in (there, there.gateway):
                 del self._routes[message.request_id]
             else:
-                continue  # ended, or another gateway's by now
+                continue  # ended, or submitted again by now
             taken.append(message)
         return taken
 
@@ -104,15 +116,15 @@ class EngineServer:
             self._outbox.extend(addressed)
             os.eventfd_write(self._wake, 1)
 
-    def _addressed(self, outputs: Iterable[Tokens | Rejected]) -> list[tuple[Route, Tokens | Rejected]]:
-        addressed: list[tuple[Route, Tokens | Rejected]] = []
+    def _addressed(self, outputs: Iterable[Tokens | Rejected]) -> list[tuple[Submission, Tokens | Rejected]]:
+        addressed: list[tuple[Submission, Tokens | Rejected]] = []
         for output in outputs:
-            gateway = self._routes.get(output.request_id)
-            if gateway is None:
+            submission = self._routes.get(output.request_id)
+            if submission is None:
                 continue  # aborted meanwhile
             if _ends(output):
                 del self._routes[output.request_id]
-            addressed.append((gateway, output))
+            addressed.append((submission, output))
         return addressed
 
     def close(self) -> None:
@@ -196,15 +208,18 @@ class EngineServer:
             failpoints.hit("engine.hello")
             self._send_to(gateway, Welcome(self._token))  # also the answer to a gateway's ping
             return
-        failpoints.hit("engine.submit" if isinstance(message, Submit) else "engine.abort")
+        if isinstance(message, Submit):
+            failpoints.hit("engine.submit")
+        else:
+            failpoints.hit("engine.abort")
         self._inbox.append((gateway, message))
         self._on_message()
 
     def _send_all(self) -> None:
         while self._outbox:
-            gateway, output = self._outbox.popleft()
-            if not self._send_to(gateway, output) and not _ends(output):
-                self._inbox.append((gateway, Abort(output.request_id)))
+            submission, output = self._outbox.popleft()
+            if not self._send_to(submission.gateway, output) and not _ends(output):
+                self._inbox.append((submission, Abort(output.request_id)))
                 self._on_message()
 
     def _send_to(self, gateway: Route, message: ToGateway) -> bool:

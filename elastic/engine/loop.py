@@ -402,6 +402,9 @@ class Engine:
         if state.engine_token != self._token:
             raise Fenced(f"engine {self._token} has been replaced by {state.engine_token or 'none yet'}")
         self._attach_ranks(state)
+        if self._report_exits(state):
+            self._membership_changed = True
+            return  # first the loss: what it had computed is read, while a view without it would only lack it
         view = self._scheduler.view
         self._follow_leavers(state)
         self._unrecorded = view is not None and not absent(view, state).isdisjoint(self._ready)
@@ -444,7 +447,6 @@ class Engine:
         for identity, record in state.ranks.items():
             if record.engine_token == self._token and identity not in self._lost:
                 self._fleet.attach(record)
-        self._report_exits(state)
         named = set(state.ranks) | {m.id for m in (state.view.members if state.view else ())}
         named |= {spec.id for each in state.assignments.values() for spec in each.ranks}
         if self._scheduler.view is not None:
@@ -454,9 +456,9 @@ class Engine:
             self._fleet.detach(identity)
         self._lost &= named
 
-    def _report_exits(self, state: ClusterState) -> None:
-        for found in state.exits.values():
-            self._fleet.ended(found.id)
+    def _report_exits(self, state: ClusterState) -> bool:
+        """Whether any loss is on its way."""
+        return any([self._fleet.ended(found.id) for found in state.exits.values()])  # each of them
 
     def _adopt(self, newer: Adoption, model: str) -> None:
         """Flip to the view: the next batch carries its epoch. Requests of departed ranks continue on others."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
@@ -44,13 +44,13 @@ def require_no_sdk() -> None:
 @contextmanager
 def exported(role: str) -> Iterator[None]:
     """Within the block spans of this process are exported, if it is a role that makes any and the environment asks."""
-    name = os.environ.get(ENV, "")
-    if role not in ROLES or name in ("", "none"):
+    names = {name.strip() for name in os.environ.get(ENV, "").split(",")} - {"", "none"}
+    provider = _provider(role, names) if role in ROLES and names else None
+    if provider is None:
         yield
         return
     from opentelemetry import trace
 
-    provider = _provider(role, name)
     trace.set_tracer_provider(provider)
     try:
         yield
@@ -58,17 +58,24 @@ def exported(role: str) -> Iterator[None]:
         _shut_down(provider)
 
 
-def _provider(role: str, name: str) -> TracerProvider:
-    found = next(iter(entry_points(group="opentelemetry_traces_exporter", name=ALIASES.get(name, name))), None)
-    if found is None:
-        raise ConfigError(f"{ENV}={name}: no such exporter is installed", hint="pip install 'elastic-ep[traces]'")
+def _provider(role: str, names: Iterable[str]) -> TracerProvider | None:
+    """None without any of these exporters: a variable that others set for all of their programs stops no service."""
+    found = []
+    for name in sorted(names):
+        there = list(entry_points(group="opentelemetry_traces_exporter", name=ALIASES.get(name, name)))[:1]
+        found += there
+        if not there:
+            log.warning("traces_not_exported", exporter=name, hint="pip install 'elastic-ep[traces]', or set none")
+    if not found:
+        return None
     from opentelemetry.sdk.resources import SERVICE_NAME, Resource
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
     named = {} if os.environ.get("OTEL_SERVICE_NAME") else {SERVICE_NAME: f"elastic-ep-{role}"}
     provider = TracerProvider(resource=Resource.create(named), shutdown_on_exit=False)
-    provider.add_span_processor(BatchSpanProcessor(found.load()()))
+    for exporter in found:
+        provider.add_span_processor(BatchSpanProcessor(exporter.load()()))
     return provider
 
 

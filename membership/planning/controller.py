@@ -74,9 +74,8 @@ def transaction(effect: Effect, state: ClusterState, keys: Keys) -> tuple[list[C
     }
     compares = [Compare(key, "mod", "=", revision) for key, revision in known.items()]
     compares += [Compare(key, "mod", "<", state.revision + 1) for key in writes if key not in known]
-    relied_on = {m.node for m in effect.commit.members} if effect.commit is not None else set()
-    relied_on |= {a.node for a in effect.assignments if a.node in state.assignments}
-    compares += [Compare(keys.assign(node), "mod", ">", 0) for node in sorted(relied_on)]
+    if effect.commit is not None or effect.assignments:
+        compares.append(Compare(keys.unassigned, "mod", "<", state.revision + 1))
     return compares, [Delete(key) if record is None else Put(key, encode(record)) for key, record in writes.items()]
 
 

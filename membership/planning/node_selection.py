@@ -23,11 +23,12 @@ def room(facts: ClusterFacts) -> dict[str, int]:
 def choose_nodes(facts: ClusterFacts, slots: Iterable[int]) -> dict[int, str]:
     """slot -> node, in the order of the slots, until there is no room left."""
     left, running = room(facts), Counter(node for node, _ in facts.assigned.values())
-    repairs = facts.view.epoch > 0 and facts.operation is None
+    wanted = tuple(slots)
+    repairs = bool(facts.alive) and not facts.leaving and set(wanted) <= set(facts.desired.slots)
     queue = [(repairs and facts.state.agents[node].importing, running[node], node) for node in left]
     heapq.heapify(queue)
     found: dict[int, str] = {}
-    for slot in slots:
+    for slot in wanted:
         if not queue:
             break
         slow, number, node = heapq.heappop(queue)

@@ -70,6 +70,7 @@ class Keys:
         self.engine_status = prefix + "engine-status"
         self.expert_load = prefix + "expert-load"
         self.assignments = prefix + "assign/"
+        self.unassigned = prefix + "unassigned"  # the node whose agent took its assignment away last
         self.all_heartbeats = prefix + "heartbeats/"
         self.incarnation = prefix + "incarnation"  # Counter: the last incarnation given out
         # Prefixes of records on which no process acts: their changes wake no reader of a mirror.

@@ -25,7 +25,7 @@ from chaos.workload.streams import PREAMBLE, Workload
 from membership.base.events import Event
 from membership.base.failpoints import ENV
 from tests.support.helpers import eventually
-from tests.support.served import fault_free, role_pid, shows, streaming
+from tests.support.served import STEADY, fault_free, role_pid, shows, streaming
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
@@ -88,7 +88,7 @@ def test_each_rank_in_turn(demo_model: Path, tmp_path: Path, warm: WarmStart) ->
         for text in formed:
             jsonschema.validate(json.loads(text), SCHEMA)
         epochs = [cluster.status()["epoch"]]
-        workload = Workload(cluster.url, cluster.model_name())
+        workload = Workload(cluster.url, cluster.model_name(), STEADY)
         workload.start()
         try:
             for rank in range(RANKS):

@@ -27,7 +27,7 @@ from membership.base.run_dir import run_dir
 from tests.e2e.conftest import Serve
 from tests.support import stranger
 from tests.support.helpers import eventually
-from tests.support.served import fault_free, role_pid
+from tests.support.served import STEADY, fault_free, role_pid
 
 pytestmark = [
     pytest.mark.e2e,
@@ -162,7 +162,7 @@ def test_another_user_gets_nowhere(place: Path, serve: Serve, demo_model: Path) 
     token, ports = cluster.state.address().admin_token, (cluster.port, cluster.admin_port)
     first = {rank["pid"] for rank in cluster.status()["ranks"]}
     oracle = fault_free(cluster)
-    workload = Workload(cluster.url, cluster.model_name())
+    workload = Workload(cluster.url, cluster.model_name(), STEADY)
     with watching() as watched:
         attack(watched, cluster)
         die_and_return(watched, cluster, "gateway")  # which its streams do not survive

@@ -23,7 +23,7 @@ from membership.store.keys import Keys
 from membership.store.records import ExpertLoad
 from tests.e2e.conftest import Serve
 from tests.support.helpers import eventually
-from tests.support.served import CALM, command, fault_free, shows, under_load
+from tests.support.served import CALM, STEADY, command, fault_free, shows, under_load
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
@@ -108,7 +108,7 @@ def test_both_holders_dead_only_orphans_are_loaded_and_every_request_goes_on(ser
     held = [{e for rank in view.ranks for e in view.placement[rank][layer]} for layer in range(len(left))]
     orphans = sum(len(all_of - kept) for all_of, kept in zip(held, left, strict=True))
     assert orphans, "ranks 1 and 2 alone hold nothing: choose others"
-    workload = Workload(cluster.url, cluster.model_name())
+    workload = Workload(cluster.url, cluster.model_name(), STEADY)
     workload.start()
     try:
         eventually(lambda: len(workload.open_streams()) >= 4, 60.0, "four streams under way", interval_s=0.1)

@@ -217,6 +217,14 @@ def test_clients_and_admins_are_those_that_are_named(many: list[dict[str, Any]])
         assert reached == wanted, name
 
 
+def test_without_named_admins_nobody_reaches_the_admin_api() -> None:
+    manifests = list(render_many(ON, *ADMIN, "networkPolicy.admins=null").values())
+    rules, gateway, fixed = Rules(manifests), pods(manifests)["gateway"], ports(manifests)
+    assert not [
+        who for who, pod in pods(manifests).items() if rules.let_through(pod, gateway, fixed["gateway", "admin"])
+    ]
+
+
 def test_policies_are_valid_and_there_for_each_workload(many: list[dict[str, Any]]) -> None:
     for manifest in (*many, *rendered(ON)):
         if manifest["kind"] == "NetworkPolicy":

@@ -16,13 +16,14 @@ LEFT = Path(f"/dev/shm/elastic-ep-left-{os.getpid()}")
 STRANGER = f"""
 from pathlib import Path
 from tests.support.own_shm import take_own_shm
-assert take_own_shm()
-Path("{LEFT}").touch()
-print(Path("{LEFT}").exists())
+if take_own_shm():
+    Path("{LEFT}").touch()
+    print("left")
 """
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="a mount namespace needs root")
 def test_what_others_leave_in_dev_shm_is_not_seen() -> None:
     done = subprocess.run([sys.executable, "-c", STRANGER], capture_output=True, text=True, cwd=ROOT, timeout=60)
-    assert (done.stdout, LEFT.exists()) == ("True\n", False), done.stderr
+    if (done.returncode, done.stdout) == (0, ""):
+        pytest.skip("a mount namespace needs more rights")
+    assert (done.stdout, LEFT.exists()) == ("left\n", False), done.stderr

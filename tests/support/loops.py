@@ -478,6 +478,7 @@ LOOPS = (
 OTHERS = {  # files that start threads, and why they are not in the table
     "membership/base/starter.py": "it only polls",
     "elastic/serve/probe.py": "socketserver's own loop, which reports what a request raised and goes on",
+    "elastic/serve/trace_export.py": "the last export: it ends with its only call, or with the process",
     "elastic/serve/log_stream.py": "it runs its only step through Attempts, as the others do",
     "membership/store/etcd_watch.py": "its owner, the mirror, opens another watch after any end",
     "workers/agent/executor.py": "part of the agent's scene",

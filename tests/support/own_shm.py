@@ -6,7 +6,6 @@ Other tests run beside, and so does the simulation of faults, whose pool of proc
 from __future__ import annotations
 
 import ctypes
-import os
 
 CLONE_NEWNS = 0x00020000
 MS_REC, MS_PRIVATE = 0x4000, 1 << 18
@@ -18,9 +17,9 @@ def take_own_shm() -> bool:
 
     False without the right to do so: then it is shared with the machine as before.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if os.geteuid() != 0 or libc.unshare(CLONE_NEWNS) != 0:
-        return False
-    if libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None) != 0:
-        raise OSError(ctypes.get_errno(), "the mounts of a new mount namespace could not be made private")
-    return libc.mount(b"tmpfs", FOLDER, b"tmpfs", 0, None) == 0
+    libc = ctypes.CDLL(None)
+    return not (
+        libc.unshare(CLONE_NEWNS)
+        or libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None)
+        or libc.mount(b"tmpfs", FOLDER, b"tmpfs", 0, None)
+    )

@@ -140,7 +140,8 @@ class Registrar:
         try:
             found = self._store.get(key)
             if found is not None and decode(found.value, Assignment).agent_started == agent.started:
-                self._store.txn([Compare(key, "mod", "=", found.mod_revision)], [Delete(key)])
+                noted = Put(self._keys.unassigned, agent.node.encode())  # a key that is gone has no revision
+                self._store.txn([Compare(key, "mod", "=", found.mod_revision)], [Delete(key), noted])
         except StoreError as error:
             log.warning("assignment_left", error=str(error))
 

@@ -215,11 +215,12 @@ class Fleet:
             self._wanted.pop(key, None)
         self._drop(key)
 
-    def ended(self, key: RankId) -> None:
-        """Its agent has recorded its exit; from any thread. For a rank of this host the kernel is faster."""
-        link = self._links.get(key)
-        if link is not None and link.page is None:
+    def ended(self, key: RankId) -> bool:
+        """Its agent has recorded its exit; from any thread. Whether its loss is on its way now."""
+        attached = key in self._links
+        if attached:
             self._on_death(key, DetectedBy.AGENT)
+        return attached
 
     def mask(self, rank: int) -> None:
         """Take a rank out of use at once, in the middle of a step too: the Ping wakes all ranks to look at the mask.

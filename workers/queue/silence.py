@@ -78,14 +78,18 @@ def suspected(silence: Silence, acks: Acks) -> bool:
     return silence.waiting and silence.lasted_s >= max(silence.patience_s, suspect_after_s(acks.rtt_s, acks.jitter_s))
 
 
-def is_ours(silences: Iterable[tuple[str, float]]) -> bool:
-    """Whether our own host is cut off, given (host, how long it is silent) of each connection: of two others or more,
-    all are silent, if not all for as long as would make them suspected.
+def is_ours(silences: Iterable[tuple[str, Silence]]) -> bool:
+    """Whether our own host is cut off, given (host, its silence) of each connection: of two others or more, all are
+    silent, if not all for as long as would make them suspected. Of a host's connections one may be looked at late.
     """
-    by_host: dict[str, float] = {}
-    for host, lasted_s in silences:
-        by_host[host] = min(lasted_s, by_host.get(host, math.inf))
-    return len(by_host) > 1 and min(by_host.values()) >= LINK_SUSPECT_MIN_S / 2
+    by_host: dict[str, list[Silence]] = {}
+    for host, silence in silences:
+        if silence.looked_at > -math.inf:
+            by_host.setdefault(host, []).append(silence)
+    longest = [
+        max(each.lasted_s for each in seen) if all(each.waiting for each in seen) else 0.0 for seen in by_host.values()
+    ]
+    return len(longest) > 1 and min(longest) >= LINK_SUSPECT_MIN_S / 2
 
 
 class Connection:
@@ -107,9 +111,9 @@ class Connection:
         self._silence = Silence()
 
     @property
-    def lasted_s(self) -> float:
-        """For how long its host was silent at the last look; from any thread."""
-        return self._silence.lasted_s
+    def silence(self) -> Silence:
+        """That of its host at the last look, if there is a connection; from any thread."""
+        return self._silence if self._fd >= 0 else Silence()
 
     def silent_s(self, now: float, cut_off: Callable[[], bool] = lambda: False) -> float:
         """How long its host is silent, if that makes it suspected; else 0, also if nothing can be seen. `cut_off`:
@@ -122,7 +126,7 @@ class Connection:
             self._fd = -1  # it has ended; a next one is reported
             return 0.0
         self._silence = look(self._silence, self.acks, now)
-        if suspected(self._silence, self.acks) and cut_off():
+        if self._silence.lasted_s >= LINK_SUSPECT_MIN_S and cut_off():  # at each look: the excuse grows with the cut
             self._silence = excused(self._silence)
         return self._silence.lasted_s if suspected(self._silence, self.acks) else 0.0
 
@@ -147,7 +151,7 @@ class OtherHosts:
     def cut_off(self) -> bool:
         """Whether all of them are silent, so that it is us who are cut off."""
         with self._lock:
-            return is_ours((host, connection.lasted_s) for connection, host in self._connections.items())
+            return is_ours((host, connection.silence) for connection, host in self._connections.items())
 
 
 def beat(connection: zmq.Socket[bytes], each_s: float = LINK_BEAT_S) -> None:

@@ -4,7 +4,7 @@
 export function recorded(saved) {
   const messages = [];
   let at = 0;
-  for (const block of saved.replaceAll("\r\n", "\n").split("\n\n")) {
+  for (const block of saved.replaceAll("\r\n", "\n").split("\n\n").slice(0, -1)) {  // what was cut off is no message
     const found = parsed(block);
     if (!found) continue;
     const [kind, text, sent] = found;

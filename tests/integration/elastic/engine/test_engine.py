@@ -12,8 +12,12 @@ from pathlib import Path
 import pytest
 from opentelemetry.trace import format_trace_id
 
+from membership.base.enums import DetectedBy
 from membership.base.errors import Fenced
+from membership.store.codec import encode
 from membership.store.in_memory import MemoryStore
+from membership.store.interface import Put
+from membership.store.records import RankExit
 from tests.support.helpers import eventually, hang
 from tests.support.spans import SAMPLED, TRACE, kept_spans
 from tests.support.standins import EngineThread, Gateway, StandInCluster, cluster_config, oracle
@@ -84,6 +88,23 @@ def test_a_killed_rank_costs_no_token(service: Service, victim: int) -> None:
     eventually(
         lambda: (s := service.cluster.state().engine_status) and s.masked == (victim,), 30.0, "mask in the status"
     )
+
+
+def test_an_exit_that_comes_with_the_view_after_it_is_a_loss(service: Service) -> None:
+    """By the view alone the rank has left: then nobody reads what it had computed, or says that it recovers."""
+    service.start(2)
+    service.gateway.submit(6, 150)
+    service.underway(30)
+    cluster, gone = service.cluster, service.cluster.ranks[1].record
+    cluster.epoch += 1
+    ended = RankExit(rank=1, incarnation=gone.incarnation, reason="killed", at=time.time())
+    view = cluster.view(cluster.epoch, (0,))
+    cluster.store.txn([], [Put(cluster.keys.exit(1), encode(ended)), Put(cluster.keys.view, encode(view))])
+    service.gateway.finish()
+    (masked,) = service.engine.events("rank_masked")
+    assert (masked.rank, masked.fields["source"], masked.fields["requests"] > 0) == (1, DetectedBy.AGENT, True)
+    assert [event.rank for event in service.engine.events("rank_recovered")] == [1]
+    assert service.engine.events("rank_left") == []
 
 
 def test_a_traced_request_that_survives_a_kill_shows_it_in_its_trace(service: Service) -> None:

@@ -139,6 +139,30 @@ def test_what_an_earlier_submission_gave_does_not_go_where_the_next_one_came_fro
     assert new.receive() == Tokens(TOKEN, "a", 0, [5])
 
 
+def test_what_cannot_be_sent_for_an_earlier_submission_does_not_end_the_next_one(
+    server: EngineServer,
+    context: zmq.Context[zmq.Socket[bytes]],
+    rung: threading.Event,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A gateway that reads slowly has lost a token, and asks again over the same connection."""
+    server.serve(TOKEN)
+    peer = Peer(context, server.address)
+    peer.send(submit("a"))
+    assert taken(server) == [submit("a")]
+    rung.clear()
+    peer.send(submit("a"))
+    assert rung.wait(30.0)
+    rung.clear()
+    with monkeypatch.context() as full:
+        full.setattr(server, "_send_to", lambda *_: False)
+        server.send([Tokens(TOKEN, "a", 7, [7])])
+        assert rung.wait(30.0)
+    assert taken(server) == [submit("a")]
+    server.send([Tokens(TOKEN, "a", 0, [5])])
+    assert peer.receive() == Tokens(TOKEN, "a", 0, [5])
+
+
 def test_malformed_messages_are_dropped(server: EngineServer, context: zmq.Context[zmq.Socket[bytes]]) -> None:
     server.serve(TOKEN)
     peer = Peer(context, server.address)

@@ -61,7 +61,8 @@ def test_forward_only_what_is_new_and_backward_from_the_beginning(tmp_path: Path
 
 def test_a_stream_saved_on_another_system_or_from_its_middle_or_without_times(tmp_path: Path) -> None:
     cut = b"data: {}\n\n" + message("patch", {}, 3.0) + RUN.replace(b"\n", b"\r\n") + b"event: patch\ndata: {"
-    assert played(tmp_path, cut)["from"] == 10.5
+    found = played(tmp_path, cut + b"ra", 12.0)
+    assert (found["from"], found["to"], found["seen"][-1]) == (10.5, 12.0, 12.0), "what was cut off is no message"
     timeless = b'event: begin\ndata: {"now":7}\n\nevent: patch\ndata: {}\n\n'
     assert played(tmp_path, timeless, 7.0)["seen"] == [["begin", {"now": 7}], ["patch", {}], 7.0]
 

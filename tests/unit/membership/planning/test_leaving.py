@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import pytest
 from msgspec.structs import replace
 
@@ -13,6 +15,7 @@ from membership.planning.planner import reconcile
 from membership.store.records import RankState
 from tests.support.world import CONFIG, World
 from workers.agent.decide import relief
+from workers.agent.registrar import Registrar
 
 pytestmark = pytest.mark.unit
 
@@ -78,7 +81,9 @@ def test_what_was_decided_before_an_agent_took_its_assignment_away_is_not_done(d
     world.settle(until=lambda: any(getattr(effect, decided) for effect in reconcile(world.state, world.now)))
     seen, (effect,) = world.state, reconcile(world.state, world.now)
     node = (effect.commit.members if effect.commit is not None else effect.assignments)[0].node
-    world.store.delete(world.keys.assign(node))
+    with closing(Registrar(world.store, world.keys, ttl_s=60.0, background=False)) as registrar:
+        registrar.unassign(seen.agents[node])
+    assert node not in world.state.assignments
     assert not world.controller_acts(seen)
 
 

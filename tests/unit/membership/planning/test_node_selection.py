@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from membership.planning.cluster_facts import ClusterFacts
 from membership.planning.node_selection import choose_nodes, room
-from membership.store.records import AgentRecord, Assignment, ClusterState, Operation, Phase, RankSpec, View
+from membership.store.records import AgentRecord, Assignment, ClusterState, Desired, Member, RankSpec, View
 from tests.support.cluster_states import CONFIG
 from tests.support.helpers import calls_in
 
@@ -34,18 +34,24 @@ def test_the_node_with_the_fewest_ranks_comes_first_until_there_is_no_room() -> 
 
 
 def importing(on: str, **more: object) -> ClusterFacts:
-    """Two nodes with a rank each and one without; that one still imports. A view is committed."""
+    """Two nodes with a member each and one without; that one still imports."""
     state = facts({"a": 1, "b": 1, "c": 0}, capacity=2).state
     agents = {**state.agents, on: replace(state.agents[on], importing=True)}
-    return ClusterFacts(replace(state, agents=agents, **{"view": View(epoch=1), **more}), 0.0)
+    placed = [(node, spec) for node, given in state.assignments.items() for spec in given.ranks]
+    members = tuple(Member(rank=spec.rank, node=node, incarnation=spec.incarnation) for node, spec in placed)
+    served = {"view": View(epoch=1, members=members), "desired": Desired(ranks=4, slots=(0, 1, 2, 3))}
+    return ClusterFacts(replace(state, agents=agents, **{**served, **more}), 0.0)
 
 
 def test_a_rank_that_replaces_another_starts_where_it_need_not_wait_for_imports() -> None:
-    """Where there is room: else it waits. A boot and a scale-up spread ranks over all nodes as ever."""
+    """Where there is room: else it waits. Otherwise ranks are spread over all nodes as ever."""
     assert choose_nodes(importing("c"), range(4)) == {0: "a", 1: "b", 2: "c", 3: "c"}
-    assert choose_nodes(importing("c", view=None), range(1)) == {0: "c"}
-    growing = Operation(id="o", kind="scale", target=3, started=0.0, deadline=9.0, phase=Phase.PROPOSED)
-    assert choose_nodes(importing("c", operations={"o": growing}), range(1)) == {0: "c"}
+    assert choose_nodes(importing("c", view=None), range(1)) == {0: "c"}, "a boot"
+    assert choose_nodes(importing("c", view=View(epoch=1)), range(1)) == {0: "c"}, "nobody has outlived a power loss"
+    assert choose_nodes(importing("c"), (4,)) == {4: "c"}, "a new slot, as ranks or hosts become more"
+    state = importing("c").state
+    leaving = {**state.agents, "b": replace(state.agents["b"], leaving=True)}
+    assert choose_nodes(ClusterFacts(replace(state, agents=leaving), 0.0), range(1)) == {0: "c"}, "no repair"
 
 
 def test_a_boot_of_256_ranks_on_256_nodes_looks_at_each_node_a_few_times() -> None:

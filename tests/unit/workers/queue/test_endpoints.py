@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import socket
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
@@ -27,26 +27,14 @@ def opened() -> Iterator[Open]:
         yield lambda kind: ends.enter_context(context.socket(kind))
 
 
-def free_range(count: int) -> Ports:
-    """Ports of which each was free a moment ago."""
-    for _ in range(100):
-        with ExitStack() as probes:
-            first = probes.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]
-            try:
-                for port in range(first + 1, first + count):
-                    probes.enter_context(socket.create_server(("127.0.0.1", port)))
-            except OSError:
-                continue
-            return Ports(first, first + count - 1)
-    raise AssertionError("there are no free ports")
-
-
 def test_each_port_of_a_range_serves_one_listener_and_then_there_is_none(opened: Open) -> None:
-    ports = free_range(3)
-    found = {listen_for_hosts(opened(zmq.ROUTER), "127.0.0.1", ports) for _ in range(3)}
-    assert found == {f"tcp://127.0.0.1:{port}" for port in range(ports.first, ports.last + 1)}
+    """At an address of this process's own, where no test that runs beside listens."""
+    high, low = divmod(os.getpid() % 65_000, 256)
+    mine, ports = f"127.1.{high}.{low}", Ports(7400, 7402)
+    found = {listen_for_hosts(opened(zmq.ROUTER), mine, ports) for _ in range(3)}
+    assert found == {f"tcp://{mine}:{port}" for port in range(ports.first, ports.last + 1)}
     with pytest.raises(ConfigError, match=f"no port of --port-range {ports.first}-{ports.last} is free") as refused:
-        listen_for_hosts(opened(zmq.ROUTER), "127.0.0.1", ports)
+        listen_for_hosts(opened(zmq.ROUTER), mine, ports)
     assert "for each rank" in refused.value.hint
 
 

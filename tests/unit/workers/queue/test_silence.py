@@ -82,7 +82,7 @@ def test_it_lasts_no_longer_than_the_looks_that_saw_it(looks: list[tuple[float, 
     ("silences", "ours"),
     [
         ([("b", 0.2), ("c", 0.1)], True),
-        ([("b", 0.2), ("c", 0.2), ("c", 0.15)], True),
+        ([("b", 0.2), ("c", 0.2), ("c", 0.01)], True),  # the last one was looked at less often
         ([("b", 0.2), ("c", 0.0)], False),
         ([("b", 0.2), ("b", 0.0), ("c", 0.2)], False),  # one of its ranks is heard
         ([("b", 0.2), ("b", 0.2)], False),  # one other host: nothing tells which of the two it is
@@ -93,7 +93,7 @@ def test_it_lasts_no_longer_than_the_looks_that_saw_it(looks: list[tuple[float, 
 def test_our_own_host_is_cut_off_where_no_other_of_several_answers(
     silences: list[tuple[str, float]], ours: bool
 ) -> None:
-    assert is_ours(silences) is ours
+    assert is_ours((host, Silence(1.0, s > 0, s)) for host, s in silences) is ours
 
 
 def test_after_our_own_host_was_cut_off_the_others_have_the_time_until_their_kernels_send_again() -> None:
