@@ -21,7 +21,7 @@ MUTANTS: tuple[Mutant, ...] = (
         file="elastic/gateway/journal.py",
         before="return message.tokens[overlap - message.index :]",
         after="return message.tokens",
-        shown=Shown(154, (42, 61, 63, 64), 1),
+        tests=(f"{JOURNAL}::test_tokens_are_accepted_in_order_and_duplicates_are_dropped",),
     ),
     Mutant(
         name="gap-accepted",
