@@ -78,7 +78,7 @@ def evaluate(tree: Any, recording: Recording, at: float) -> Any:
         return _binary(tree, evaluate(tree.lhs, recording, at), evaluate(tree.rhs, recording, at))
     if kind == "Call":
         return _called(tree, recording, at)
-    raise NotImplementedError(f"{kind}: {tree}")
+    raise ValueError(f"no alert or dashboard has had {kind} until now, so it is not evaluated here: {tree}")
 
 
 def _called(tree: Any, recording: Recording, at: float) -> Vector:
@@ -94,7 +94,7 @@ def _called(tree: Any, recording: Recording, at: float) -> Vector:
         return {labels: _rate(samples) * per for labels, samples in selected.items() if len(samples) > 1}
     if name == "histogram_quantile":
         return _quantiles(evaluate(tree.args[0], recording, at), evaluate(tree.args[1], recording, at))
-    raise NotImplementedError(name)
+    raise ValueError(f"no alert or dashboard has had {name}() until now, so it is not evaluated here")
 
 
 def _selected(tree: Any, recording: Recording, at: float, within_s: float) -> dict[Labels, list[tuple[float, float]]]:
