@@ -84,6 +84,13 @@ def taken(server: EngineServer) -> list[Submit | Abort]:
     return eventually(server.take, 30.0, "a message for the engine")
 
 
+def submit_unseen(peer: Peer, rung: threading.Event) -> None:
+    """Submit "a". It is there, and the engine has not taken it."""
+    rung.clear()
+    peer.send(submit("a"))
+    assert rung.wait(30.0), "the submission did not arrive"
+
+
 def found_lost(server: EngineServer, index: int) -> list[Submit | Abort]:
     """What it finds out by sending tokens to a gateway that has gone."""
 
@@ -129,9 +136,7 @@ def test_what_an_earlier_submission_gave_does_not_go_where_the_next_one_came_fro
     old, new = Peer(context, server.address), Peer(context, server.address)
     old.send(submit("a"))
     assert taken(server) == [submit("a")]
-    rung.clear()
-    new.send(submit("a"))
-    assert rung.wait(30.0)
+    submit_unseen(new, rung)
     server.send([Tokens(TOKEN, "a", 7, [7], finish_reason="length")])
     assert old.receive() == Tokens(TOKEN, "a", 7, [7], finish_reason="length")
     assert taken(server) == [submit("a")]
@@ -150,9 +155,7 @@ def test_what_cannot_be_sent_for_an_earlier_submission_does_not_end_the_next_one
     peer = Peer(context, server.address)
     peer.send(submit("a"))
     assert taken(server) == [submit("a")]
-    rung.clear()
-    peer.send(submit("a"))
-    assert rung.wait(30.0)
+    submit_unseen(peer, rung)
     rung.clear()
     with monkeypatch.context() as full:
         full.setattr(server, "_send_to", lambda *_: False)
