@@ -118,7 +118,9 @@ def run_gateway(
         config = _config(mirror, settings, stop)
         if config is None:
             return
-        link = EngineLink(name, settings.link, network=settings.network, note=note)
+        link = EngineLink(
+            name, settings.link, network=settings.network, max_open=settings.api.max_open_requests, note=note
+        )
         readiness = health.Readiness(link, mirror.state, lambda: mirror.trouble)
         history = StateDir(settings.state_dir).events
         keys = KeyRing(settings.api.api_key, settings.api.api_key_file)

@@ -25,6 +25,7 @@ import zmq.asyncio
 from elastic.gateway.engine_socket import EngineSocket, engine_socket, is_near
 from elastic.gateway.journal import Delta, Journal, Request
 from elastic.protocol import Hello, Rejected, ToEngine, ToGateway, Tokens, Welcome
+from elastic.serve.options import ApiOptions
 from membership.base import failpoints
 from membership.base.errors import ConfigError, JournalError, QueueError, RequestError
 from membership.base.network import Network
@@ -46,7 +47,6 @@ class LinkSettings:
     silence_s: float = ENGINE_SILENCE_S  # an engine that answers no ping for this long is connected to anew
     resubmit_after_s: float = 5.0  # how long faulty output is ignored after its request was submitted again
     max_faults: int = 3
-    max_open: int = 2048  # requests
 
 
 @dataclass(frozen=True)
@@ -134,10 +134,11 @@ class EngineLink:
         settings: LinkSettings | None = None,
         *,
         network: Network | None = None,
+        max_open: int = ApiOptions.max_open_requests,
         clock: Callable[[], float] = time.monotonic,
         note: Callable[..., Any] = lambda kind, **fields: None,
     ) -> None:
-        """`network`: the engine may be on another host."""
+        """`network`: the engine may be on another host. `max_open`: requests, of which each choice is one."""
         self.journal = Journal()
         self.settings = settings or LinkSettings()
         self.ready = False
@@ -146,6 +147,7 @@ class EngineLink:
         self.trouble = ""  # why the engine cannot be connected to
         self._gateway = gateway
         self._network = network
+        self._max_open = max_open
         self._clock = clock
         self._note = note
         self._target: Target | None = None
@@ -169,8 +171,11 @@ class EngineLink:
         """Admit requests; they are submitted now, or as soon as there is an engine."""
         if self.refusal:
             raise RequestError(self.refusal, status=503, code="shutting_down", retry_after_s=1.0)
-        if len(self.journal) + len(requests) > self.settings.max_open:
-            message = f"{len(self.journal)} requests are open, which is all this gateway takes"
+        if len(requests) > self._max_open:
+            message = f"{len(requests)} choices at once are more than this gateway takes, {self._max_open}"
+            raise RequestError(message, code="invalid_value")
+        if len(self.journal) + len(requests) > self._max_open:
+            message = f"{len(self.journal)} requests are open: this gateway takes {self._max_open}"
             raise RequestError(message, status=503, code="overloaded", retry_after_s=1.0)
         for request in requests:
             failpoints.hit("gateway.before.submit")

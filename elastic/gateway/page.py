@@ -17,6 +17,7 @@ FILES = {
     "/ui": ("page.html", "text/html"),
     "/ui/page.css": ("page.css", "text/css"),
     "/ui/page.js": ("page.js", "text/javascript"),
+    "/ui/events.js": ("events.js", "text/javascript"),
     "/ui/replay.js": ("replay.js", "text/javascript"),
 }
 POLICY = (

@@ -260,6 +260,12 @@ class ApiOptions:
     allowed_methods: tuple[str, ...] = option((), "HTTP method that such pages may use; may be repeated. Default: all.")
     allowed_headers: tuple[str, ...] = option((), "Header that such pages may send; may be repeated. Default: all.")
     allow_credentials: bool = option(False, "Let such pages send cookies and other credentials.")
+    max_open_requests: int = option(
+        2048,
+        "Most open requests of a gateway, of which each choice is one; further ones get a 503.",
+        minimum=1,
+        helm="maxOpenRequests",
+    )
     metrics_aliases: bool = option(False, "Show metrics under vLLM's names, too.")
     access_log: bool = option(False, "Log a line for each request to the OpenAI API.")
     generation_config: GenerationConfig = option(

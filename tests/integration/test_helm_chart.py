@@ -159,6 +159,7 @@ def test_the_command_line_is_one_that_serve_takes() -> None:
         render(
             "model.servedName=m",
             "maxModelLen=512",
+            "maxOpenRequests=9",
             "etcd.endpoints={https://e:2379}",
             "ranks=2",
             "etcd.tlsSecret=t",

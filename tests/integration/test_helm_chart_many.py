@@ -39,7 +39,8 @@ EVERYTHING = (
     MODEL, "etcd.endpoints={https://etcd-0:2379,https://etcd-1:2379}", "etcd.tlsSecret=etcd-client",
     "etcd.clientCertificate=true", "etcd.user=server", "etcd.passwordSecret=etcd-user", "api.keysSecret=keys",
     "api.tlsSecret=tls", "admin.existingSecret=token", "service.adminHost=0.0.0.0", "model.servedName=m",
-    "maxModelLen=512", "serviceAccount.create=false", "join.existingSecret=hosts", "agents.extraArgs={--spares=1}",
+    "maxModelLen=512", "maxOpenRequests=9", "serviceAccount.create=false", "join.existingSecret=hosts",
+    "agents.extraArgs={--spares=1}",
     "gateway.extraArgs={--access-log}", "init.extraArgs={--kv-blocks=64}", "engine.extraArgs={--log-keep=1}",
     "controller.extraArgs={--log-keep=1}", "imagePullSecrets[0].name=registry", "nodeSelector.disk=fast",
 )  # fmt: skip
@@ -129,7 +130,7 @@ def test_values_reach_their_roles(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("follow_agents", "min_agents", "ranks", "served_model_name", "max_model_len", "kv_blocks")
     assert [given["init"][name] for name in names] == [3, 4, 15, ["m"], 512, 64]
     assert (given["gateway"]["host"], given["gateway"]["admin_host"]) == ("0.0.0.0", "0.0.0.0")
-    assert given["gateway"]["access_log"]
+    assert (given["gateway"]["access_log"], given["gateway"]["max_open_requests"]) == (True, 9)
     assert (given["engine"]["log_keep"], given["controller"]["log_keep"]) == (1, 1)
 
 

@@ -3,6 +3,7 @@
 // Nothing is drawn unless something changed, but for the timeline, which moves on once a second while it is seen.
 // A recording of such a stream is shown in the same way, at the moment that its slider says.
 
+import { capital, FAULTS, lane, list, ms, plural, say, tells, title } from "/ui/events.js";
 import { parsed, Player, recorded } from "/ui/replay.js";
 
 const $ = (id) => document.getElementById(id);
@@ -20,54 +21,12 @@ const hosts = new Map();  // rank -> its last host: a dead rank has none
 
 const el = (tag, text, name) => { const e = document.createElement(tag); if (text !== undefined) e.textContent = text; if (name) e.className = name; return e; };
 const clamp = (v, low, high) => Math.min(high, Math.max(low, v));
-const plural = (n, one, many = one + "s") => `${n} ${n === 1 ? one : many}`;
-const ms = (v) => v < 99.5 ? `${+v.toFixed(v < 9.95 ? 1 : 0)} ms` : v < 999.5 ? `${v.toFixed(0)} ms` : `${+(v / 1000).toPrecision(3)} s`;
 const bytes = (v) => { for (const unit of ["B", "kB", "MB", "GB"]) { if (v < 999.5) return `${+v.toPrecision(3)} ${unit}`; v /= 1000; } return `${+v.toPrecision(3)} TB`; };
 const clock = (t) => new Date(t * 1000).toLocaleTimeString([], { hour12: false });
-const capital = (words) => words[0].toUpperCase() + words.slice(1);
-const list = (numbers) => numbers.length ? numbers.join(", ") : "none";
 const now_s = () => player ? player.at : Date.now() / 1000 + ahead_s;
 const ranks = () => Object.values(doc.ranks ?? {});
 const collate = new Intl.Collator(undefined, { numeric: true }).compare;
 const text = (id, words) => { const e = $(id); if (e.textContent !== words) e.textContent = words; };
-
-// What is said of an event: [family, words, more]. Families colour the dot; `said` ones are read out and shown by default.
-const rank = (e) => `Rank ${e.rank}`;
-const SAY = {
-  rank_died: (e, f) => ["bad", `${rank(e)} died`, f.reason ?? f.detected_by],
-  rank_masked: (e, f) => ["bad", `${rank(e)} is masked`, `${plural(f.requests, "request")} to move on; noticed by ${f.source}${f.ms >= 0 ? ` in ${ms(f.ms)}` : ""}`],
-  rank_quarantined: (e, f) => ["bad", `${rank(e)} is set aside`, f.reason],
-  rank_refused: (e, f) => ["bad", `${rank(e)} is another model, and refused`, f.reason],
-  rank_load_failed: (e, f) => ["bad", `${rank(e)} cannot load`, f.error],
-  rank_recovered: (e, f) => ["good", `Requests of rank ${e.rank} go on`, `${ms(f.ms)} after its loss`],
-  rank_spawned: (e, f) => ["busy", `${rank(e)} starts`, `incarnation ${f.incarnation} on ${f.node}`],
-  rank_slow: (e, f) => ["warn", `${rank(e)} is slow`, `${f.factor} times the others' time`],
-  rank_slow_no_more: (e) => ["good", `${rank(e)} is no longer slow`],
-  rank_retired: (e) => ["", `${rank(e)} has left`],
-  epoch_committed: (e, f) => ["good", `Epoch ${e.epoch}`, `${plural(f.ranks.length, "rank")}${f.experts_taken ? `, ${f.experts_taken} experts loaded` : ""}`],
-  operation_phase: (e, f) => [f.phase === "aborted" ? "bad" : f.phase === "done" ? "good" : "busy", `${doc.operations?.[f.operation] ? capital(title(doc.operations[f.operation])) : "Operation"}: ${f.phase}`, f.error],
-  role_died: (e, f) => ["bad", `The ${f.name} died`, f.reason],
-  role_started: (e, f) => ["busy", `The ${f.name} starts`],
-  etcd_died: () => ["bad", "etcd died", "serving goes on; membership is frozen"],
-  engine_lost: (e, f) => ["bad", "The gateway lost its engine", plural(f.open_requests, "open request")],
-  engine_attached: (e, f) => ["good", "The gateway has an engine", f.resubmitted ? `${plural(f.resubmitted, "request")} sent again` : ""],
-  engine_elected: () => ["good", "An engine takes over"],
-  leader_elected: () => ["good", "A controller takes over"],
-  store_replaced: (e, f) => ["bad", "The store was replaced", f.error],
-  checkpoint_replaced: (e, f) => ["warn", "The checkpoint's files were replaced", f.node],
-  events_lost: (e, f) => ["warn", `${f.count} events were lost`],
-  failpoint: (e, f) => ["bad", `Failpoint ${f.name}`, f.action],
-  step_setback: (e, f) => ["warn", `A step is computed again`, f.status],
-};
-// Shown by default: what one can tell the cluster's life by. The rest is under "all of them".
-const tells = (e) => e.kind in SAY && !(e.kind === "operation_phase" && !["done", "aborted"].includes(e.fields.phase));
-const FAULTS = new Set(["rank_died", "rank_quarantined", "role_died", "etcd_died", "store_replaced", "failpoint"]);
-function say(e) {
-  const f = e.fields ?? {};
-  if (SAY[e.kind]) return SAY[e.kind](e, f);
-  const more = Object.entries(f).filter(([, v]) => typeof v !== "object").map(([k, v]) => `${k} ${v}`).join(", ");
-  return ["", e.kind.replaceAll("_", " ") + (e.rank === undefined || e.rank === null ? "" : `, rank ${e.rank}`), more];
-}
 
 // ---- the stream
 
@@ -174,32 +133,16 @@ function changed(patch) {
 function happened(fresh) {
   const old = events.length === 0 && fresh.length > 1;
   for (const e of fresh) {
-    const [family, words] = say(e), f = e.fields ?? {};
+    const [family, words] = say(e, doc.operations);
     if (FAULTS.has(e.kind)) marks.push([e.ts, words, "bad"]);
     if (e.kind === "epoch_committed") marks.push([e.ts, e.epoch, "epoch"]);
     if (!old && tells(e) && now_s() - e.ts < 10 && (family === "bad" || family === "good")) aloud(words);
     if (!old && e.kind === "rank_died" && now_s() - e.ts < 5) flash(e.rank, "dead");
-    lane(e, f);
+    lane(lanes, e, 2 * WINDOW_S);
   }
   events = [...events, ...fresh].slice(-KEPT_EVENTS);
   while (marks.length && marks[0][0] < now_s() - 2 * WINDOW_S) marks.shift();
   draw("events", "timeline");
-}
-
-// The states of ranks over time.
-function lane(e, f) {
-  const states = { rank_spawned: "launching", rank_load_started: "loading", rank_loaded: "standby", rank_died: "dead", rank_masked: "dead", rank_quarantined: "quarantined", rank_retired: "" };
-  const to = (r, state) => {
-    const known = lanes.get(r) ?? lanes.set(r, []).get(r);
-    if (known.at(-1)?.[1] !== state && !(state === "dead" && known.at(-1)?.[1] === "quarantined")) known.push([e.ts, state]);
-    while (known.length > 1 && known[1][0] < e.ts - 2 * WINDOW_S) known.shift();
-  };
-  if (e.kind in states && e.rank !== undefined && e.rank !== null) to(e.rank, states[e.kind]);
-  if (e.kind === "epoch_staged") for (const [r, known] of lanes) if (known.at(-1)[1] === "serving" && !f.ranks.includes(r)) to(r, "draining");
-  if (e.kind === "epoch_committed") {
-    for (const r of f.ranks) if (["standby", "loading", "draining"].includes(lanes.get(r)?.at(-1)[1]) || !lanes.has(r)) to(r, "serving");
-    for (const [r, known] of lanes) if (["serving", "draining"].includes(known.at(-1)[1]) && !f.ranks.includes(r)) to(r, "");
-  }
 }
 
 const sayings = [];
@@ -577,7 +520,6 @@ function drawChanges({ g, px, from, to, gutter, name }, y) {
     ends[line] = before ? x + w : x + w + span + 8;
   }
 }
-const title = (o) => o.kind === "scale" ? `scale to ${o.target}` : `${o.kind} ${list(o.ranks ?? [])}`;
 
 // ---- lists and the table
 
@@ -603,7 +545,7 @@ function drawFar() {
 function drawEvents() {
   const all = $("all").checked;
   const shown = events.filter((e) => all || tells(e)).slice(-150).reverse();
-  $("events").replaceChildren(...shown.map((e) => item(e.ts, ...say(e))));
+  $("events").replaceChildren(...shown.map((e) => item(e.ts, ...say(e, doc.operations))));
   if (!shown.length) $("events").append(el("li", "Nothing has happened yet.", "empty"));
 }
 function drawOperations() {

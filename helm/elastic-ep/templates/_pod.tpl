@@ -22,6 +22,7 @@ imagePullPolicy: {{ .Values.image.pullPolicy }}
 {{- end -}}
 
 {{- define "elastic-ep.apiArgs" -}}
+- --max-open-requests={{ int64 .Values.maxOpenRequests }}
 {{- if .Values.api.keysSecret }}
 - --api-key-file=/etc/elastic-ep/api-keys/keys
 {{- end }}

@@ -20,6 +20,7 @@ from openai import OpenAI
 
 from elastic.gateway.engine_link import LinkSettings
 from elastic.protocol import ToGateway, Tokens
+from elastic.serve.options import ApiOptions
 from tests.support.gateway_cluster import MODEL, PATIENT, QUICK, GatewayCluster, RunningGateway, wait_ready
 from tests.support.helpers import eventually
 from tests.support.scripted_engine import ScriptedEngine
@@ -281,13 +282,17 @@ def test_a_client_that_half_closes_gets_its_answer(
 def test_more_requests_than_the_gateway_takes(cluster: GatewayCluster) -> None:
     with (
         cluster.engine(cluster.says(TEXT), pause_after=1) as engine,
-        cluster.gateway("small", link=LinkSettings(max_open=2)) as gateway,
+        cluster.gateway("small", api=ApiOptions(max_open_requests=2)) as gateway,
         gateway.client() as client,
     ):
         readers = [Reader(client) for _ in range(2)]
         eventually(lambda: all(reader.text for reader in readers), 30.0, "the streams to begin")
-        with pytest.raises(openai.InternalServerError, match="all this gateway takes"):
+        with pytest.raises(openai.InternalServerError, match="2 requests are open: this gateway takes 2") as refused:
             client.completions.create(model=MODEL, prompt="x")
+        assert (refused.value.status_code, refused.value.code) == (503, "overloaded")
+        assert refused.value.response.headers["retry-after"] == "1"
+        with pytest.raises(openai.BadRequestError, match="3 choices at once are more than this gateway takes, 2"):
+            client.completions.create(model=MODEL, prompt="x", n=3)
         engine.pause_after = None
         assert [reader.join().text for reader in readers] == [TEXT] * 2
 

@@ -90,7 +90,7 @@ def test_what_clients_need_reaches_the_gateway_and_no_key_is_on_a_command_line(
     """Any user of the machine can read a command line."""
     path = tmp_path / "keys"
     path.write_text("ann:sk-ann")
-    given = ApiOptions(api_key=("sk-one", "sk-two"), api_key_file=path, access_log=True)
+    given = ApiOptions(api_key=("sk-one", "sk-two"), api_key_file=path, access_log=True, max_open_requests=9)
     options = replace(OPTIONS, state_dir=tmp_path, **{each.name: getattr(given, each.name) for each in fields(given)})
     supervisor = Supervisor(options)
     roles = [supervisor._role(name, ("http://e:1",)) for name in ("controller", "agent", "engine", "gateway")]
