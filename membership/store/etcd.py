@@ -2,7 +2,8 @@
 
 Reads are retried within their deadline. Writes are sent once: if there is no answer, the outcome is *unknown*, and the
 caller must read back. The channel's keepalive detects a server that is stopped or unreachable. After a lost
-connection the first call is a read, so that a replaced store is refused before anything is written to it.
+connection the first call is a read, so that a replaced store is refused before anything is written to it. Nothing is
+returned before etcd has it on disk: see durability.py.
 
 Of several endpoints one is used until it does not answer, then the next: a member that is cut off from its peers costs
 one call, not every third.
@@ -34,6 +35,7 @@ from membership.base.attempts import is_shortage
 from membership.base.errors import LeaseLost, StoreDenied, StoreUnavailable
 from membership.base.timing import STORE_CALL_TIMEOUT_S, STORE_CONNECT_TIMEOUT_S
 from membership.store.credentials import NO_CREDENTIALS, Credentials
+from membership.store.durability import acknowledges_early
 from membership.store.endpoints import parsed
 from membership.store.etcd3_compat import etcd3, etcdrpc
 from membership.store.etcd_session import Session, tls_refusal
@@ -106,6 +108,7 @@ def connect(
         if secure:
             _require_tls(store, urls, credentials, connect_timeout_s)
         store.probe(connect_timeout_s)
+        store.learn_version(connect_timeout_s)
         undo.pop_all()
     return store
 
@@ -136,7 +139,8 @@ class EtcdStore:
     ) -> None:
         self._clients = clients
         self._session = session
-        self._unused_key = prefix + "\0"
+        self._nothing = Get(prefix + "\0")  # a key that does not exist
+        self._acknowledges_early = True  # until its version is known
         self._turn = random.randrange(len(clients))  # so that clients use different members
         self._provenance = provenance
         self._where = where
@@ -150,7 +154,16 @@ class EtcdStore:
 
     def probe(self, timeout_s: float) -> None:
         """Read a key that does not exist; StoreUnavailable if there is no answer."""
-        self._read(Get(self._unused_key), timeout_s)
+        self._read(self._nothing, timeout_s)
+
+    def learn_version(self, timeout_s: float) -> None:
+        """Ask for etcd's version, by which it is known whether answers must be confirmed."""
+        request = etcdrpc.StatusRequest()
+        try:
+            answer = self._attempt(_status, request, "ask for its version", timeout_s, self._turn)
+        except StoreDenied:  # what its version is may be none of ours
+            return
+        self._acknowledges_early = acknowledges_early(answer.version)
 
     def get(self, key: str) -> KeyValue | None:
         found = self._read(Get(key), self._timeout_s)
@@ -185,7 +198,12 @@ class EtcdStore:
     def keepalive(self, lease: int, timeout_s: float | None = None) -> float:
         """See Store. One stream per renewal: there is nothing to reopen after an outage."""
         answer = self._call(
-            lambda etcd: partial(self._renew, etcd), lease, f"renew lease {lease:x}", timeout_s, ordered=False
+            lambda etcd: partial(self._renew, etcd),
+            lease,
+            f"renew lease {lease:x}",
+            timeout_s,
+            ordered=False,
+            confirmed=False,
         )
         if answer.TTL <= 0:
             raise LeaseLost(f"lease {lease:x} has ended")
@@ -227,7 +245,9 @@ class EtcdStore:
         stub, metadata = etcdrpc.WatchStub(client.channel), self._session.metadata(client, self._timeout_s)
         where, provenance = self._where, self._provenance
         try:
-            return EtcdWatch((stub, metadata), prefix, start_revision, self._timeout_s, where, provenance)
+            return EtcdWatch(
+                (stub, metadata), prefix, start_revision, self._timeout_s, where, provenance, self._confirm
+            )
         except Exception as error:
             raise self._without_resources(error, f"watch of {prefix}") from error
 
@@ -257,7 +277,7 @@ class EtcdStore:
         def attempt() -> Any:
             left = max(0.05, min(timeout_s / 2, deadline - time.monotonic()))
             what = f"read {op.key.removesuffix(chr(0)) or 'anything'}"
-            return self._call(lambda etcd: etcd.kvstub.Range, request, what, left, reads=True)
+            return self._call(_range, request, what, left, reads=True)
 
         return Retrying(
             retry=retry_if_exception(lambda e: isinstance(e, StoreUnavailable) and not isinstance(e, StoreDenied)),
@@ -282,16 +302,37 @@ class EtcdStore:
         *,
         ordered: bool = True,
         reads: bool = False,
+        confirmed: bool = True,
     ) -> Any:
-        """Make one call. `ordered`: the answer's revision is linearizable, not that of a member that may lag."""
-        if self._closed.is_set():
-            raise StoreUnavailable(f"the connection to etcd at {self._where} is closed")
+        """Make one call.
+
+        `ordered`: the answer's revision is linearizable, not that of a member that may lag. `confirmed`: return once
+        what the answer shows is on disk.
+        """
         timeout_s = timeout_s or self._timeout_s
         if not reads:
             self._probe_if_doubtful(timeout_s)
         floor, turn = self._provenance.floor(), self._turn
+        answer = self._attempt(method, request, what, timeout_s, turn)
+        if confirmed:
+            self._confirm(what, timeout_s)
+        header = answer.header
+        revision, floor = (header.revision, floor) if ordered else (0, 0)
+        self._provenance.observed(header.cluster_id, revision, floor, settled=reads)
+        return answer
+
+    def _confirm(self, what: str, timeout_s: float | None = None) -> None:
+        """Return once all that etcd has shown so far is on disk. StoreUnavailable: it may be, or not."""
+        if self._acknowledges_early:
+            request = _range_request(self._nothing)
+            self._attempt(_range, request, f"confirm {what}", timeout_s or self._timeout_s, self._turn)
+
+    def _attempt(self, method: Callable[[Any], Any], request: Any, what: str, timeout_s: float, turn: int) -> Any:
+        """Send it to one endpoint, and return its answer; a StoreError if there is none."""
+        if self._closed.is_set():
+            raise StoreUnavailable(f"the connection to etcd at {self._where} is closed")
         try:
-            answer = self._send(method, self._clients[turn], request, timeout_s)
+            return self._send(method, self._clients[turn], request, timeout_s)
         except grpc.RpcError as error:
             ours = translated(error, what, self._where)
             if isinstance(ours, StoreUnavailable) and not ours.definite:
@@ -302,9 +343,6 @@ class EtcdStore:
             raise StoreUnavailable(f"etcd at {self._where}: {what}: {error}") from error
         except Exception as error:
             raise self._without_resources(error, what) from error
-        header = answer.header
-        self._provenance.observed(header.cluster_id, header.revision, floor if ordered else 0, settled=reads)
-        return answer
 
     def _without_resources(self, error: Exception, what: str) -> Exception:
         """What this process lacked (a thread, memory, a descriptor) is an outage of the store to its callers."""
@@ -322,6 +360,14 @@ class EtcdStore:
             if not self._session.forgotten(error):
                 raise
         return method(client)(request, timeout=timeout_s, metadata=self._session.metadata(client, timeout_s))
+
+
+def _range(client: Any) -> Any:
+    return client.kvstub.Range
+
+
+def _status(client: Any) -> Any:
+    return etcdrpc.MaintenanceStub(client.channel).Status
 
 
 def _range_request(op: Get) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
@@ -102,8 +102,10 @@ class EtcdWatch:
         timeout_s: float,
         where: str,
         provenance: Provenance,
+        confirm: Callable[[str], None],
     ) -> None:
-        """`calls`: the watch stub, and what goes with its calls."""
+        """`calls`: the watch stub, and what goes with its calls. `confirm` returns once what was shown is on disk."""
+        self._confirm_on_disk = confirm
         self._provenance = provenance
         self._prefix = prefix
         self._start_revision = start_revision
@@ -173,6 +175,8 @@ class EtcdWatch:
         what = f"watch of {self._prefix}"
         try:
             for response in self._call:
+                if response.events and response.events[-1].kv.mod_revision > self._provenance.revision:
+                    self._confirm_on_disk(f"the {what}")
                 item = self._decoded(response)
                 if item is not None or response.created:
                     self._inbox.put(item)
@@ -182,6 +186,8 @@ class EtcdWatch:
             if not self._closed.is_set():
                 self._provenance.doubt()
             self._inbox.put(translated(error, what, self._where))
+        except StoreError as error:
+            self._inbox.put(error)
         except (OSError, MemoryError) as error:
             self._provenance.doubt()
             self._inbox.put(StoreUnavailable(f"etcd at {self._where}: {what}: {error or type(error).__name__}"))

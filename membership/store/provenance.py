@@ -37,6 +37,11 @@ class Provenance:
             return f"{self._store_id:x}:{self._revision:x}" if self._store_id else ""
 
     @property
+    def revision(self) -> int:
+        """The highest revision seen."""
+        return self._revision
+
+    @property
     def doubtful(self) -> bool:
         """Whether the connection was lost since the last good read: probe the store before anything is written."""
         return self._doubtful
