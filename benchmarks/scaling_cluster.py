@@ -48,7 +48,7 @@ class Scaled:
 
 def scaled(scene: Scene, before: int, target: int, rest: Span) -> Scaled:
     """Scale at a random moment, and prove that it happened."""
-    known = {scene.pid_of(rank) for rank in range(before)}
+    known = {record.pid for record in scene.state().ranks.values()}
     scene.pause()
     mark, asked_at = scene.history.mark(), time.monotonic()
     operation = scene.cluster.scale(target, OPS_S)

@@ -1,5 +1,7 @@
 """The faults of a soak, drawn from a seed: which victims, by what, and when in relation to one another. Pure.
 
+Which numbers the ranks will have then is not known: a scale down keeps those that live. So victims are drawn by their
+place in the view.
 A burst is one or more faults; the later ones fall into the recovery from the first (a nested failure). Kinds are drawn
 in proportion to what is left of each group, so that all groups are used up together.
 """
@@ -7,7 +9,7 @@ in proportion to what is left of each group, so that all groups are used up toge
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Literal, get_args
 
 import msgspec
@@ -46,7 +48,8 @@ class Quota(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Burst(msgspec.Struct, frozen=True):
-    """Faults close together. `ranks` die in this order, `delay_s` after one another; a newcomer's slot dies twice.
+    """Faults close together. Ranks die in the order of `places`, `delay_s` after one another; a newcomer's slot dies
+    twice.
 
     `commit`: the second dies `delay_s` after the view with the first one's successor was staged.
     `scale`: the rank dies `delay_s` after one more rank was asked for; afterwards the size is as before.
@@ -57,7 +60,7 @@ class Burst(msgspec.Struct, frozen=True):
 
     kind: Kind
     pause_s: float  # to wait at full strength before it
-    ranks: tuple[int, ...] = ()  # empty: chosen by the placement, with `chance`, or none
+    places: tuple[int, ...] = ()  # of the victims among the view's ranks; empty: by its placement and `chance`, or none
     delay_s: float = 0.0
     chance: float = 0.0
     role: str = ""
@@ -67,7 +70,12 @@ class Burst(msgspec.Struct, frozen=True):
         """How many ranks die of it by SIGKILL, as far as that is known beforehand."""
         if self.kind in ("newcomer", "holders"):
             return 2
-        return 0 if self.kind == "zombie" else len(self.ranks)
+        return 0 if self.kind == "zombie" else len(self.places)
+
+    def victims(self, ranks: Collection[int]) -> tuple[int, ...]:
+        """Its victims among the ranks that are in the view now."""
+        known = sorted(ranks)
+        return tuple(known[place] for place in self.places)
 
 
 def bursts(seed: int, quota: Quota, ranks: int) -> Iterator[Burst]:
@@ -94,22 +102,22 @@ def bursts(seed: int, quota: Quota, ranks: int) -> Iterator[Burst]:
 def _burst(chooser: random.Random, group: str, ranks: int, first: Kind | None) -> Burst:
     """One of `group`; of the bursts that kill ranks the kind `first`, if given."""
     pause_s, delay_s, chance = chooser.uniform(0.0, 0.4), chooser.uniform(0.0, RECOVERY_S), chooser.random()
-    victims = tuple(chooser.sample(range(ranks), ranks))
+    places = tuple(chooser.sample(range(ranks), ranks))
     if group == "zombies":
-        return Burst("zombie", pause_s, victims[:1], delay_s / 2)
+        return Burst("zombie", pause_s, places[:1], delay_s / 2)
     if group == "outages":
         if chance < 0.25:
             return Burst("restart", pause_s)
-        return Burst("freeze", pause_s, victims[: chooser.randint(0, 1)], chooser.uniform(*chooser.choice(FREEZES_S)))
+        return Burst("freeze", pause_s, places[: chooser.randint(0, 1)], chooser.uniform(*chooser.choice(FREEZES_S)))
     kind = first or chooser.choices(tuple(SHARES), tuple(SHARES.values()))[0]
     if kind == "one" or ranks == 1:
-        return Burst("one", pause_s, victims[:1])
+        return Burst("one", pause_s, places[:1])
     if kind == "second":
-        return Burst(kind, pause_s, victims[:2], delay_s)
+        return Burst(kind, pause_s, places[:2], delay_s)
     if kind == "commit":
-        return Burst(kind, pause_s, victims[:2], delay_s / 6)
+        return Burst(kind, pause_s, places[:2], delay_s / 6)
     if kind in ("newcomer", "scale"):
-        return Burst(kind, pause_s, victims[:1], delay_s / 2)
+        return Burst(kind, pause_s, places[:1], delay_s / 2)
     if kind == "all":
-        return Burst(kind, pause_s, victims)
+        return Burst(kind, pause_s, places)
     return Burst(kind, pause_s, (), chance=chance)

@@ -118,7 +118,7 @@ class FailpointMatrix(Matrix[Cell, CellResult]):
         """Arm, stimulate, see, release, wait until whole; the victim and how the stimulus ended, in words."""
         began, ranks, site = time.monotonic(), self.scene.rank_pids(), self.target.site
         self.target.events()  # what was before
-        site.arm(";".join((f"{point}=1*{action}", *stimulus.also)))
+        stimulus.arm(self.scene, f"{point}=1*{action}")
         with stimulus.under_way(self.scene) as under_way:
             injected = self._injected(point, stimulus, under_way)
             if action == "hang":

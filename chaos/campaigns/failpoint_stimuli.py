@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import httpx
 
@@ -27,7 +27,6 @@ SMALL, LARGE = 2, 3  # ranks between which the cluster is changed
 DEADLINE_S = 15.0  # of an operation
 SLACK_S = 1.0  # until its end is seen
 READY_S = 30.0  # for the cluster to be as a stimulus needs it
-VICTIM = 1  # the rank that is killed where one is to be
 HTTP_S = 1.5
 LONG_REQUESTS, LONG_TOKENS = 6, 200
 
@@ -53,6 +52,11 @@ class Scene:
     def other_size(self) -> int:
         """The size that a change leads to."""
         return LARGE if self.size == SMALL else SMALL
+
+    @property
+    def victim(self) -> int:
+        """The rank that is killed where one is to be: the last of the view, whose numbers may have gaps."""
+        return max(until(lambda: self.cluster.client().view().ranks, "a view with ranks", READY_S))
 
     def pid(self, victim: str) -> int:
         """Its process; 0 if there is none now."""
@@ -126,7 +130,7 @@ class Stimulus:
     begin: Begin
     needs: int = 0  # the size to start from; 0: any
     spare: bool = False  # whether there must be one
-    also: tuple[str, ...] = field(default=())  # faults that it takes to get there
+    also: str = ""  # a fault that it takes to get there, of `{victim}`
     again_s: float = 0.0  # after which it is begun once more, and so on: its effect may be over too soon
 
     def prepare(self, scene: Scene) -> None:
@@ -136,6 +140,11 @@ class Stimulus:
             scene.change()
         if self.spare:
             scene.wait_spare()
+
+    def arm(self, scene: Scene, failpoint: str) -> None:
+        """Arm this failpoint, and what it takes to get there."""
+        also = self.also.format(victim=scene.victim) if self.also else ""
+        scene.site.arm(";".join(filter(None, (failpoint, also))))
 
     @contextmanager
     def under_way(self, scene: Scene) -> Iterator[UnderWay]:
@@ -217,6 +226,10 @@ def _kill(victim: str) -> Begin:
     return begin
 
 
+def _kill_rank(scene: Scene) -> UnderWay:
+    return _kill(f"rank {scene.victim}")(scene)
+
+
 def _by_gateway(cancelled: bool) -> Begin:
     """Change through the admin API; if the gateway does not answer, ask the store, with the same id."""
 
@@ -264,10 +277,8 @@ DOWN_BUSY = Stimulus("scale down, of ranks with requests", _change_when_busy, ne
 CANCEL = Stimulus("a change that is cancelled", _change_and_cancel)
 ADMIN_CHANGE = Stimulus("a change through the gateway", _by_gateway(cancelled=False))
 ADMIN_CANCEL = Stimulus("a change that is cancelled through the gateway", _by_gateway(cancelled=True))
-KILL_RANK = Stimulus("a rank's death", _kill(f"rank {VICTIM}"))
-KILL_TWICE = Stimulus(
-    "a rank's death, and its successor's", _kill(f"rank {VICTIM}"), also=(f"rank.before.prepare@{VICTIM}=1*kill",)
-)
+KILL_RANK = Stimulus("a rank's death", _kill_rank)
+KILL_TWICE = Stimulus("a rank's death, and its successor's", _kill_rank, also="rank.before.prepare@{victim}=1*kill")
 NEW_CONTROLLER = Stimulus("a controller's death", _kill("controller"))
 NEW_ENGINE = Stimulus("an engine's death", _kill("engine"))
 GO_AWAY = Stimulus("clients that go away", _go_away, again_s=0.3)

@@ -118,7 +118,7 @@ class RoleMatrix(Matrix[Cell, CellResult]):
     def cell(self, cell: Cell) -> CellResult:
         """One cell."""
         began, injected, said = time.monotonic(), None, ""
-        victim = f"rank {len(self.results) % self.ranks}" if cell.role == "rank" else cell.role
+        victim = self._rank() if cell.role == "rank" else cell.role
         until(self._streaming, "streams under way")
         family = psutil.Process(self.cluster.pid).children(recursive=True) if cell.fatal else []
         try:
@@ -142,6 +142,11 @@ class RoleMatrix(Matrix[Cell, CellResult]):
             cell=cell.name, ok=ok, injected=injected, requests=requests, broken=broken,
             seconds=round(time.monotonic() - began, 2), said="; ".join([*([said] if said else []), *wrong[:3]]),
         )  # fmt: skip
+
+    def _rank(self) -> str:
+        """The next one of the view's."""
+        ranks = until(lambda: self.cluster.client().view().ranks, "a view with ranks")
+        return f"rank {ranks[len(self.results) % len(ranks)]}"
 
     def _wait_effect(self, cell: Cell, victim: str, injected: Injected) -> None:
         """Wait for what must come of the fault before it is healed."""

@@ -147,7 +147,8 @@ class _Injection:
     def inject(self) -> float:
         """Inject it, then wait until every slot serves again, the victims' with a new incarnation; how long, in ms."""
         time.sleep(self.burst.pause_s)
-        self.before = until(lambda: _members(self._state()), "a record of each rank in the view")
+        self.before = until(lambda: _members(self._state(), self.soak.ranks), "a full view, with a record of each rank")
+        self.victims = self.burst.victims(self.before)
         began = time.monotonic()
         getattr(self, f"_{self.burst.kind}", self._deaths)()
         until(self._whole, f"{self.soak.ranks} ranks to serve, with others for {sorted(self.dead)}", WHOLE_S)
@@ -164,9 +165,9 @@ class _Injection:
 
     def _deaths(self) -> None:
         """One rank after the other."""
-        for number, rank in enumerate(self.burst.ranks):
+        for number, rank in enumerate(self.victims):
             if number and self.burst.kind == "commit":
-                self._wait_staged(self.before[self.burst.ranks[0]])
+                self._wait_staged(self.before[self.victims[0]])
             if number and self.burst.delay_s:
                 time.sleep(self.burst.delay_s)
             self._kill_rank(self.before[rank])
@@ -182,7 +183,7 @@ class _Injection:
     def _newcomer(self) -> None:
         """The successor of a rank dies, too: while it handshakes, loads, or has just been committed."""
         self._deaths()
-        victim = self.before[self.burst.ranks[0]]
+        victim = self.before[self.victims[0]]
         newcomer = until(lambda: _successor(self._state(), victim), f"a successor of rank {victim.rank}")
         time.sleep(self.burst.delay_s)
         with suppress(ElasticError):  # it may fail by itself meanwhile; only a proven kill counts
@@ -190,7 +191,7 @@ class _Injection:
 
     def _scale(self) -> None:
         """A rank dies while one more is on its way; the operation ends, one way or the other."""
-        client, (rank,) = self.cluster.client(), self.burst.ranks
+        client, (rank,) = self.cluster.client(), self.victims
         growing = client.propose(scale(self.soak.ranks + 1), op_id=None, if_epoch=None, timeout_s=LIMIT_S)
         time.sleep(self.burst.delay_s)
         self._kill_rank(self.before[rank])
@@ -206,7 +207,7 @@ class _Injection:
 
     def _zombie(self) -> None:
         """Stopped until it is given up; awake again, it must find itself evicted and end."""
-        (rank,) = self.burst.ranks
+        (rank,) = self.victims
         stop = injector("stop", self.site, f"rank {rank}")
         stopped = stop.inject()
         try:
@@ -223,7 +224,7 @@ class _Injection:
         """etcd answers nothing for a while; ranks that die meanwhile are masked, and replaced afterwards."""
         with self._outage("stop"):
             end = time.monotonic() + self.burst.delay_s
-            for rank in self.burst.ranks:
+            for rank in self.victims:
                 self._kill_rank(self.before[rank])
             time.sleep(max(0.0, end - time.monotonic()))
 
@@ -269,12 +270,12 @@ class _Injection:
 # --- what is waited for, seen in one state of the store
 
 
-def _members(state: ClusterState) -> dict[int, RankRecord] | None:
-    """The record of each rank in the view; None while one has none (leases may have run out while etcd was away)."""
+def _members(state: ClusterState, ranks: int) -> dict[int, RankRecord] | None:
+    """The record of each rank in the view of so many; None while one has none (leases run out while etcd is away)."""
     members = state.view.members if state.view is not None else ()
     found = {member.rank: state.ranks.get(member.id) for member in members}
     whole = {rank: record for rank, record in found.items() if record is not None}
-    return whole if len(whole) == len(found) else None
+    return whole if len(whole) == len(found) == ranks else None
 
 
 def _successor(state: ClusterState, victim: RankRecord) -> RankRecord | None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from itertools import islice
+from types import SimpleNamespace
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -11,13 +14,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from chaos.campaigns.bursts import FOR_EACH_KIND, KINDS, ROLES, SHARES, Quota, bursts
+from chaos.campaigns import soak
+from chaos.campaigns.bursts import FOR_EACH_KIND, KINDS, ROLES, SHARES, Burst, Kind, Quota, bursts
+from chaos.campaigns.failpoint_stimuli import KILL_TWICE, LOAD, Scene
 from chaos.campaigns.soak import Soak
+from chaos.campaigns.targets import LocalTarget
 from chaos.faults.base import Injected
+from chaos.faults.signals import Killed
+from chaos.faults.site import ServedSite
 from chaos.scenarios.victims import holders
 from chaos.target import footprint
+from chaos.target.cluster import Cluster
 from chaos.target.footprint import Footprint, growth, slope
 from chaos.workload.history import RequestRecord
+from membership.store.records import ClusterState, Member, View
+from tests.support.cluster_states import healthy, record
 
 pytestmark = pytest.mark.unit
 
@@ -52,8 +63,8 @@ def test_bursts_come_from_the_seed_and_add_up(seed: int, kills: int, ranks: int)
     assert sum(burst.kind in ("freeze", "restart") for burst in drawn) >= quota.outages
     assert [burst.kind for burst in drawn[: quota.roles + 1]].count("role") == quota.roles, "first, and never again"
     for burst in drawn:
-        assert len(set(burst.ranks)) == len(burst.ranks)
-        assert set(burst.ranks) <= set(range(ranks))
+        assert len(set(burst.places)) == len(burst.places)
+        assert set(burst.places) <= set(range(ranks))
 
 
 def test_every_kind_of_burst_comes_up() -> None:
@@ -94,15 +105,15 @@ def test_a_clean_soak_holds() -> None:
 
 
 @pytest.mark.parametrize(
-    ("soak", "said"),
+    ("run", "said"),
     [
         (finished(kills=199), "199 kills instead of 200"),
         (finished(grown_mb=1.5), "memory of engine 7 grows by 1.5 MB"),
         (finished(grown_files=20), "open files of engine 7"),
     ],
 )
-def test_what_broke_is_said(soak: Soak, said: str) -> None:
-    receipt = soak.receipt()
+def test_what_broke_is_said(run: Soak, said: str) -> None:
+    receipt = run.receipt()
     assert not receipt.ok
     assert said in " ".join(receipt.broken)
 
@@ -114,11 +125,11 @@ def test_what_a_process_grows_by_while_it_warms_up_is_no_leak() -> None:
 
 
 def test_a_lost_request_and_leftovers_break_it() -> None:
-    soak = finished()
-    soak.history.append(RequestRecord(prompt=0, started=0.0, tokens=("a",), token_times=(0.1,), error="cut"))
-    soak.history.append(RequestRecord(prompt=0, started=0.0, error="HTTP 503: later", status=503))
-    soak.processes, soak.shm = (12, 13), (0, 2)
-    receipt = soak.receipt()
+    run = finished()
+    run.history.append(RequestRecord(prompt=0, started=0.0, tokens=("a",), token_times=(0.1,), error="cut"))
+    run.history.append(RequestRecord(prompt=0, started=0.0, error="HTTP 503: later", status=503))
+    run.processes, run.shm = (12, 13), (0, 2)
+    receipt = run.receipt()
     assert (receipt.lost, receipt.non_2xx) == (2, 1)
     assert len(receipt.broken) == 5
 
@@ -128,3 +139,71 @@ def test_a_soak_of_some_length_has_every_kind_of_burst(seed: int) -> None:
     quota = Quota.of(FOR_EACH_KIND)
     drawn = {burst.kind for burst in islice(bursts(seed, quota, 3), quota.roles + 30)}
     assert drawn >= {*SHARES}
+
+
+class Survivors(Cluster):
+    """A cluster of the ranks 1, 2 and 3: rank 0 died while it was made smaller. A successor comes at once."""
+
+    def __init__(self) -> None:
+        self.view = View(epoch=1, members=tuple(Member(rank=r, node="n", incarnation=r) for r in (1, 2, 3)))
+
+    @property
+    def now(self) -> ClusterState:
+        of_each = {(m.rank, m.incarnation): record(m.rank, incarnation=m.incarnation) for m in self.view.members}
+        return healthy(view=self.view, ranks={key: replace(each, pid=key[1]) for key, each in of_each.items()})
+
+    def end(self, pid: int) -> Killed:
+        assert pid in {member.incarnation for member in self.view.members}
+        later = (replace(m, incarnation=m.incarnation + 100 * (m.incarnation == pid)) for m in self.view.members)
+        self.view = replace(self.view, members=tuple(later))
+        return Killed(pid, 0.0, 0.0)
+
+    def stopped(self, fault: str, site: object, victim: str) -> Any:
+        """The injector that stops a process; a rank is given up at once."""
+
+        def inject() -> Injected:
+            if victim != "etcd":
+                self.end(next(m.incarnation for m in self.view.members if f"rank {m.rank}" == victim))
+            return injected(fault, victim, 1)[0]
+
+        return SimpleNamespace(inject=inject, heal=lambda: None)
+
+    def client(self) -> Any:
+        return SimpleNamespace(state=lambda: self.now, propose=lambda *_, **__: None)
+
+    def wait_serving(self, ranks: int, timeout_s: float = 0.0, notify: Callable[[str], None] = print) -> dict[str, Any]:
+        return {"ranks": [{"rank": m.rank, "incarnation": m.incarnation} for m in self.view.members]}
+
+    def scale(self, target: int, timeout_s: float = 0.0) -> Any:
+        assert target == len(self.view.members)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dying"),
+    [("one", 1), ("newcomer", 1), ("scale", 1), ("zombie", 1), ("freeze", 1), ("second", 2), ("commit", 2), ("all", 3)],
+)
+def test_victims_are_drawn_from_the_ranks_that_there_are(
+    kind: Kind, dying: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scale down keeps the ranks that live, so their numbers need not begin with 0."""
+    cluster, run = Survivors(), Soak(seed=1, ranks=3, quota=QUOTA)
+    run.target = cast(LocalTarget, SimpleNamespace(site=None))
+    monkeypatch.setattr(Soak, "cluster", cluster)
+    monkeypatch.setattr(soak, "kill", cluster.end)
+    monkeypatch.setattr(soak, "injector", cluster.stopped)
+    monkeypatch.setattr(soak, "wait_for", lambda *_: ())
+    for first in range(3):
+        places = tuple((first + number) % 3 for number in range(dying))
+        before = cluster.view.members
+        soak._Injection(run, Burst(kind, 0.0, places)).inject()
+        died = [m.rank for m in before if m not in cluster.view.members]
+        assert died == sorted((1, 2, 3)[place] for place in places)
+
+
+def test_a_failpoints_victim_is_a_rank_that_there_is() -> None:
+    cluster, armed = Survivors(), list[str]()
+    scene = Scene(cast(Cluster, SimpleNamespace(client=lambda: SimpleNamespace(view=lambda: cluster.view))))
+    scene.site = cast(ServedSite, SimpleNamespace(arm=armed.append))
+    KILL_TWICE.arm(scene, "x=1*kill")
+    LOAD.arm(scene, "x=1*kill")
+    assert armed == ["x=1*kill;rank.before.prepare@3=1*kill", "x=1*kill"]
