@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import lru_cache
 from typing import Any
 
 from membership.base.errors import ConfigError, SchemaError
@@ -14,6 +13,9 @@ from membership.store.interface import KeyValue
 from membership.store.records import ClusterState, Record
 
 ROOT = "/elastic-ep/"
+
+Place = tuple[str, str, str | int | RankId]
+"""Name under the cluster's prefix, rest of the key, the rest as key of its family."""
 
 _SINGLES: dict[str, tuple[str, type[Record]]] = {
     "config": ("config", records.ClusterConfig),
@@ -115,6 +117,7 @@ class Reading:
         self._fields: dict[str, Any] = {attribute: {} for attribute, _ in _FAMILIES.values()}
         self._own: set[str] = set()  # families not shared with a returned state: these may be changed in place
         self._seen: dict[str, int] = {}  # key -> mod revision
+        self._places: dict[str, Place] = {}  # of the keys that there are: each incarnation has keys of its own
         self._unreadable: dict[str, SchemaError] = {}
 
     def list(self, items: Iterable[KeyValue]) -> None:
@@ -137,7 +140,7 @@ class Reading:
             self._unreadable.pop(kv.key, None)
 
     def _put(self, kv: KeyValue) -> None:
-        name, rest, place = _parsed(kv.key)
+        name, rest, place = self._places.get(kv.key) or self._places.setdefault(kv.key, _parsed(kv.key))
         if not rest:
             if (numbered := _REVISIONS.get(name)) is not None:
                 self._fields[numbered[0]] = getattr(kv, numbered[1])
@@ -151,10 +154,9 @@ class Reading:
         """Remove one key."""
         self._seen.pop(key, None)
         self._unreadable.pop(key, None)
-        try:
-            name, rest, place = _parsed(key)
-        except SchemaError:
+        if (known := self._places.pop(key, None)) is None:
             return  # it was never added
+        name, rest, place = known
         if rest and name in _FAMILIES:
             self._family(_FAMILIES[name][0]).pop(place, None)
         elif not rest:
@@ -191,9 +193,7 @@ def state_from(items: Iterable[KeyValue], revision: int) -> ClusterState:
     return reading.state(revision)
 
 
-@lru_cache(maxsize=4096)
-def _parsed(key: str) -> tuple[str, str, str | int | RankId]:
-    """Return (name under the cluster's prefix, rest of the key, the rest as key of its family)."""
+def _parsed(key: str) -> Place:
     name, _, rest = key.removeprefix(ROOT).partition("/")[2].partition("/")
     return name, rest, _family_key(key, name, rest) if rest and name in _FAMILIES else rest
 
