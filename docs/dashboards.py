@@ -10,9 +10,7 @@ from typing import Any
 
 FOLDER = Path("helm/elastic-ep/files/dashboards")
 PROMETHEUS = {"type": "prometheus", "uid": "${datasource}"}
-OWN_HOST = (
-    "From the event history of the gateway's own host: in one pod all of it, with many pods only that pod's part."
-)
+HISTORY = "From the event history: in one pod the gateway's, with many pods the sum of what each role's pod says."
 SHARED = "Each gateway shows the whole cluster's: the maximum is taken, not the sum."
 WIDTH, HEIGHT, COLUMNS = 8, 7, 3
 
@@ -87,16 +85,16 @@ BOARDS: dict[str, tuple[str, tuple[Panel, ...]]] = {
             }),
             Panel("Slow ranks", "short", {"slow": most("ranks_slow")}),
             Panel("Steps", "ops", {"{{outcome}}": shared_rate("steps_total", "outcome")}),
-            Panel("Changes of membership", "ops", {"{{outcome}}": rate("reconfigurations_total", "outcome")}, OWN_HOST),
+            Panel("Changes of membership", "ops", {"{{outcome}}": rate("reconfigurations_total", "outcome")}, HISTORY),
             Panel("Phases of a change, 95%", "s", {
                 "{{trigger}}: {{phase}}": quantile(0.95, "reconfiguration_seconds", "phase, trigger"),
-            }, OWN_HOST),
+            }, HISTORY),
             Panel("Detection of a loss, 95%", "s", {
                 "{{source}}": quantile(0.95, "detection_seconds", "source"),
-            }, OWN_HOST),
-            Panel("Recovery from a loss", "s", quantiles("recovery_seconds"), OWN_HOST),
-            Panel("Requests that moved", "reqps", {"{{how}}": rate("requests_migrated_total", "how")}, OWN_HOST),
-            Panel("Kept from acting", "ops", {"{{what}}": rate("fenced_total", "what")}, OWN_HOST),
+            }, HISTORY),
+            Panel("Recovery from a loss", "s", quantiles("recovery_seconds"), HISTORY),
+            Panel("Requests that moved", "reqps", {"{{how}}": rate("requests_migrated_total", "how")}, HISTORY),
+            Panel("Kept from acting", "ops", {"{{what}}": rate("fenced_total", "what")}, HISTORY),
             Panel("Links", "short", {
                 "{{role}} {{node}} to {{peer_node}}: up": most("links_up", "role, node, peer_node"),
                 "{{role}} {{node}} to {{peer_node}}: wanted": most("links", "role, node, peer_node"),
@@ -129,8 +127,8 @@ BOARDS: dict[str, tuple[str, tuple[Panel, ...]]] = {
             }),
             Panel("Experts without a replica", "short", {"experts": most("experts_uncovered")}),
             Panel("Busiest rank over the mean", "short", {"load of experts": most("expert_imbalance_ratio")}),
-            Panel("Weights that moved", "Bps", {"{{trigger}}": rate("weight_bytes_moved_total", "trigger")}, OWN_HOST),
-            Panel("Weights in memory", "bytes", {"{{node}}": most("weight_store_bytes", "node")}, OWN_HOST),
+            Panel("Weights that moved", "Bps", {"{{trigger}}": rate("weight_bytes_moved_total", "trigger")}, HISTORY),
+            Panel("Weights in memory", "bytes", {"{{node}}": most("weight_store_bytes", "node")}, HISTORY),
         ),
     ),
 }  # fmt: skip

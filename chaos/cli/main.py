@@ -17,6 +17,7 @@ from chaos.cli.shared import end_in_order
 from chaos.cli.simulate import replay, simulate
 from chaos.cli.suite import suite
 from elastic.cli import entry
+from elastic.cli.flags import described
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "run": run,
@@ -40,6 +41,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 app = typer.Typer(
     name="elastic-chaos",
     help="Prove that a killed rank loses, duplicates and alters nothing.",
+    callback=described,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from importlib.metadata import version
 from types import FrameType
 from typing import Annotated, Any
 
@@ -24,6 +25,21 @@ class Output(StrEnum):
 
 
 OutputFlag = Annotated[Output, typer.Option("-o", "--output", help="text for people, json for programs.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"elastic-ep {version('elastic-ep')}")
+        raise typer.Exit
+
+
+def described(
+    asked: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """What a command line of ours takes before its first command."""
+
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
 

@@ -16,12 +16,13 @@ import typer
 from elastic.cli import changes, cluster, roles
 from elastic.cli.command import command
 from elastic.cli.entry import run
-from elastic.cli.flags import Output, OutputFlag, show, write_json
+from elastic.cli.flags import Output, OutputFlag, described, show, write_json
 from elastic.serve.options import DEFAULT_RANKS, ServeOptions, StoreOptions
 
 app = typer.Typer(
     name="elastic",
     help="Serve Mixture-of-Experts models on expert-parallel ranks that may die, join and leave at run time.",
+    callback=described,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -114,4 +115,4 @@ def extra_commands(arguments: list[str]) -> None:
 
 def wanted(command: str, arguments: list[str]) -> bool:
     """Whether a command from another package may be called or listed: only then is it worth its import."""
-    return not arguments or arguments[0] == command or arguments[0].startswith("-")
+    return not arguments or arguments[0] == command or arguments[0] in ("-h", "--help")

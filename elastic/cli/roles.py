@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import AbstractContextManager
+from functools import cache
+from typing import TYPE_CHECKING
 
 import msgspec
 import typer
@@ -20,19 +23,20 @@ from elastic.serve.options import (
     StoreOptions,
     admin_token,
 )
-from elastic.serve.probe import probe
+from elastic.serve.probe import Report, probe
 from elastic.serve.role_main import role
 from elastic.serve.state_dir import ClusterAddress, StateDir, home
 from membership.base.errors import ConfigError
 from membership.base.network import Network
-from membership.store.endpoints import require_listener
 from membership.store.records import ClusterConfig
+
+if TYPE_CHECKING:
+    from elastic.gateway.event_metrics import RoleMetrics
 
 
 def _find(options: StoreOptions) -> tuple[ClusterAddress, StateDir]:
     """The cluster's store and state directory. What is not given is taken from the cluster served last."""
     if options.etcd and options.cluster:
-        require_listener(options.etcd)
         state = StateDir(options.state_dir or home() / options.cluster)
         state.make()
         address = ClusterAddress(cluster=options.cluster, etcd=options.etcd, credentials=options.credentials())
@@ -46,6 +50,18 @@ def _find(options: StoreOptions) -> tuple[ClusterAddress, StateDir]:
 
 def _network(options: NetworkOptions, address: ClusterAddress) -> Network | None:
     return network_of(options.advertise, options.join_secret_file, address.cluster, options.port_range)
+
+
+def _probe(options: RoleOptions, address: ClusterAddress, state: StateDir) -> AbstractContextManager[Report]:
+    """How the role says that it does its part, and what has happened to it."""
+
+    @cache
+    def counted() -> RoleMetrics:
+        from elastic.gateway.event_metrics import RoleMetrics  # only where it is asked
+
+        return RoleMetrics(state.events, address.cluster)
+
+    return probe(options.advertise, options.probe_port, lambda: counted().exposition())
 
 
 @command
@@ -66,9 +82,9 @@ def controller(options: RoleOptions) -> None:
     from workers.queue.network import require_joined
 
     address, state = _find(options)
-    with role("controller", address, state.events, options.limit) as (store, stop, events):
+    with role("controller", address, state.events, options.limit, options.etcd_wait_s) as (store, stop, events):
         network = _network(options, address)
-        with probe(options.advertise, options.probe_port) as report:
+        with _probe(options, address, state) as report:
 
             def admit(config: ClusterConfig) -> None:
                 require_joined(config, network)
@@ -88,11 +104,11 @@ def agent(options: AgentOptions) -> None:
     from workers.model.code import code_version
 
     address, state = _find(options)
-    with role("agent", address, state.events, options.limit) as (store, stop, events):
+    with role("agent", address, state.events, options.limit, options.etcd_wait_s) as (store, stop, events):
         network = _network(options, address)
         capacity = options.capacity or 0
         model, grace_s = options.local_model, options.drain_grace_s
-        with probe(options.advertise, options.probe_port) as report:
+        with _probe(options, address, state) as report:
             code = code_version() if network is not None else ""
             how = Options(options.worker_class, options.spares, grace_s, capacity, model, network, report, code)
             run_agent(store, address.cluster, options.node, stop, events, how, stop.hurry)
@@ -104,9 +120,9 @@ def engine(options: RoleOptions) -> None:
     from elastic.engine.role import run_terms
 
     address, state = _find(options)
-    with role("engine", address, state.events, options.limit) as (store, stop, events):
+    with role("engine", address, state.events, options.limit, options.etcd_wait_s) as (store, stop, events):
         network = _network(options, address)
-        with probe(options.advertise, options.probe_port) as report:
+        with _probe(options, address, state) as report:
             run_terms(store, address.cluster, options.node, stop, events, network, report)
 
 
@@ -133,7 +149,7 @@ def gateway(options: GatewayOptions) -> None:
         node=options.node,
         model=options.local_model,
     )
-    with role("gateway", address, state.events, options.limit) as (store, stop, events):
+    with role("gateway", address, state.events, options.limit, options.etcd_wait_s) as (store, stop, events):
         run_gateway(store, address.cluster, settings, stop, events, stop.hurry)
 
 

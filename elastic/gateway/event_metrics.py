@@ -1,21 +1,26 @@
 """Metrics of what has happened to the cluster: read off its event history and its operations, at each scrape.
 
 All gateways that read the history count the same, also after a restart: the history is the only memory.
-Each duration was measured where it happened (engine, controller); nothing is timed here. The engine and the gateway of
-a cluster on several hosts write separate histories: there each gateway counts those of its own host.
+Each duration was measured where it happened (engine, controller); nothing is timed here. Roles with state directories
+of their own write separate histories: there each gateway counts its own, and the other roles' probes say theirs
+(`RoleMetrics`). The sum is the cluster's, but for the time from a commit to its adoption, of which the controller and
+the engine know one end each.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from membership.base.enums import DetectedBy
 from membership.base.events import Event, Tail
-from membership.store.records import ClusterState, Operation
+from membership.store.records import Operation
 
+PREFIX = "elastic_ep_"
 MAX_READS = 64  # per scrape, of 64 KiB each: the gateway streams tokens meanwhile; the rest comes with the next scrape
 SHORT_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 10.0, 30.0)
 ALIVE = (DetectedBy.STOPPED, DetectedBy.HUNG, DetectedBy.DEADLINE)  # signs of a rank that is not dead
@@ -83,7 +88,7 @@ class HistoryMetrics:
         text = "Memory of each host's weight store, counted once."
         self._weights = Gauge(prefix + "weight_store_bytes", text, ["node"], registry=registry)
 
-    def update(self, state: ClusterState) -> None:
+    def update(self, operations: Iterable[Operation] = ()) -> None:
         """Take in what is new."""
         for _ in range(MAX_READS):
             events = self._tail.read()
@@ -92,11 +97,10 @@ class HistoryMetrics:
             for event in events:
                 if event.cluster == self._cluster:
                     self._take(event)
-        for operation in state.operations.values():
-            if not operation.active and operation.id not in self._counted:
-                self._counted.add(operation.id)
-                self._take_operation(operation)
-        self._counted &= state.operations.keys()
+        ended = {each.id: each for each in operations if not each.active}
+        for operation in (ended[each] for each in ended.keys() - self._counted):
+            self._take_operation(operation)
+        self._counted = set(ended)
 
     def _take(self, event: Event) -> None:
         self._take_change(event)
@@ -174,3 +178,18 @@ class HistoryMetrics:
         entered = sorted(operation.phase_times.items(), key=lambda entry: entry[1])
         for (phase, since), (_, until) in pairwise(entered):
             self._phases.labels(phase, operation.kind).observe(until - since)
+
+
+class RoleMetrics:
+    """The same as a role without an API says them at its probe; operations are the gateways', from their records."""
+
+    def __init__(self, history: Path, cluster: str) -> None:
+        self._registry = CollectorRegistry()
+        self._history = HistoryMetrics(PREFIX, history, cluster, self._registry)
+        self._lock = threading.Lock()  # each request has a thread of its own
+
+    def exposition(self) -> bytes:
+        """Everything, in Prometheus' text format."""
+        with self._lock:
+            self._history.update()
+            return generate_latest(self._registry)

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from elastic.gateway.event_metrics import HistoryMetrics
+from elastic.gateway.event_metrics import PREFIX, HistoryMetrics
 from elastic.gateway.key_ring import KeyRing
 from elastic.gateway.load_metrics import LoadGauges, OpenRequests
 from elastic.gateway.metric_aliases import with_aliases
@@ -19,7 +19,6 @@ from elastic.gateway.traffic import Traffic
 from elastic.status import LinkStatus, cluster_status
 from membership.store.records import ClusterState, RankState
 
-PREFIX = "elastic_ep_"
 LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
@@ -65,7 +64,7 @@ class GatewayMetrics:
 
     def exposition(self) -> bytes:
         """Everything, in Prometheus' text format."""
-        self._history.update(self._state())
+        self._history.update(self._state().operations.values())
         if not self._aliased:
             return generate_latest(self._registry)
         return generate_latest(with_aliases(self._registry.collect(), PREFIX, self._aliased))

@@ -7,19 +7,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 
 from msgspec.structs import replace
 
 from elastic.serve.cluster_config import cluster_config
 from elastic.serve.join_secret import join_key_of
 from elastic.serve.options import DEFAULT_RANKS, InitOptions
-from elastic.serve.role_main import reach_store
+from elastic.serve.role_main import connected, reach_store
 from elastic.serve.role_process import nodes_of
 from elastic.serve.state_dir import ClusterAddress
 from elastic.serve.stored_config import differing, in_words, write_config
 from membership.base.errors import ConfigError
+from membership.base.logs import configure
 from membership.store import codec
-from membership.store.endpoints import require_listener
 from membership.store.interface import Compare, Put, Store
 from membership.store.keys import Keys
 from membership.store.records import ClusterConfig, Desired
@@ -32,9 +33,9 @@ def run_init(options: InitOptions, say: Callable[[str], None]) -> None:
         raise ConfigError("`elastic init` needs --etcd: roles meet there", hint=hint)
     config = cluster_config(options)
     config = replace(config, join_key=join_key_of(options.join_secret_file, config.cluster))
-    require_listener(options.etcd)
+    configure("init")
     address = ClusterAddress(cluster=config.cluster, etcd=options.etcd, credentials=options.credentials())
-    with closing(reach_store(address.connect, threading.Event())) as store:
+    with closing(reach_store(partial(connected, address), threading.Event(), options.etcd_wait_s)) as store:
         init_config(store, config, options, say)
 
 

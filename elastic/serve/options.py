@@ -25,7 +25,7 @@ import msgspec
 from membership.base.enums import Device, Dtype, Exactness, GenerationConfig, ReasoningParser, ToolCallParser
 from membership.base.errors import ConfigError
 from membership.base.rotation import MAX_FILES, MEGABYTE, Limit
-from membership.base.timing import STOP_GRACE_S
+from membership.base.timing import STOP_GRACE_S, STORE_AWAITED_S
 from membership.store.credentials import NO_CREDENTIALS, Credentials
 from membership.store.records import MAX_RANKS, ClusterConfig
 
@@ -219,6 +219,17 @@ class StoreOptions(StateDirOptions):
             if (value := getattr(self, f"etcd_{each.name}"))
         }
         return msgspec.structs.replace(known, **given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AwaitedStoreOptions(StoreOptions):
+    """The same where etcd may be started later than we are, as pods are on Kubernetes."""
+
+    etcd_wait_s: float = option(
+        STORE_AWAITED_S,
+        "Max wait for an etcd that nothing answers for yet, also while its name is unknown; 0: one try."
+        " A refused certificate or password ends it at once.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -496,7 +507,7 @@ class SupervisorOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InitOptions(ConfigOptions, StoreOptions, JoinOptions):
+class InitOptions(ConfigOptions, AwaitedStoreOptions, JoinOptions):
     """Options of `elastic init`."""
 
     anew: bool = option(
@@ -509,7 +520,7 @@ class InitOptions(ConfigOptions, StoreOptions, JoinOptions):
 class ServeOptions(
     ConfigOptions,
     SupervisorOptions,
-    StoreOptions,
+    AwaitedStoreOptions,
     NetworkOptions,
     ListenOptions,
     ApiOptions,
@@ -519,6 +530,9 @@ class ServeOptions(
 ):
     """Options of `elastic serve`."""
 
+    etcd_wait_s: float = option(
+        0.0, "Max wait for an etcd of yours (--etcd) that nothing answers for yet. Default: one try."
+    )
     admin_token: str = field(default_factory=lambda: os.environ.get("ELASTIC_ADMIN_TOKEN") or secrets.token_urlsafe(24))
 
 
@@ -526,13 +540,13 @@ NODE = Option(env="ELASTIC_NODE", help="Name of this host in the cluster. Defaul
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoleOptions(StoreOptions, NetworkOptions, LogOptions):
+class RoleOptions(AwaitedStoreOptions, NetworkOptions, LogOptions):
     """Options of the roles that run on a named host: controller and engine."""
 
     node: str = field(default_factory=socket.gethostname, metadata={"option": NODE})
     probe_port: int | None = option(
         None,
-        "Port of `/readyz` at the address of --advertise, for a kubelet. Default: none.",
+        "Port of `/readyz` and `/metrics` at the address of --advertise, for kubelet and Prometheus. Default: none.",
         minimum=1,
         maximum=MAX_PORT,
     )
@@ -558,7 +572,7 @@ class AgentOptions(RoleOptions, ModelOptions, LeaveOptions, SpareOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatewayOptions(StoreOptions, NetworkOptions, ModelOptions, ListenOptions, ApiOptions, LogOptions):
+class GatewayOptions(AwaitedStoreOptions, NetworkOptions, ModelOptions, ListenOptions, ApiOptions, LogOptions):
     """Options of `elastic gateway`."""
 
     name: str = option("", "Name of this gateway. Default: host name and process id.")

@@ -1,4 +1,4 @@
-"""The probe of a role that serves nothing else over HTTP: `GET /readyz`, for a kubelet.
+"""The probe of a role that serves nothing else over HTTP: `GET /readyz`, for a kubelet, and `/metrics`, for Prometheus.
 
 There is no `/livez`: a loop that hangs ends its process by itself, save an agent's, with which its ranks would end.
 """
@@ -19,8 +19,10 @@ import structlog
 from membership.base.errors import ConfigError
 from membership.base.network import bare, is_ipv6
 
+Report = Callable[[str], None]  # what is lacking
 CLIENT_TIMEOUT_S = 5.0
 BEGINNING = "it has just been started"
+JSON, METRICS = "application/json", "text/plain; version=0.0.4; charset=utf-8"  # Prometheus' text format
 
 log = structlog.get_logger(__name__)
 
@@ -41,18 +43,18 @@ class _Server(ThreadingHTTPServer):
 class Probe:
     """Listens from its making until `close`. Ready once its role has `report`ed that nothing is lacking."""
 
-    def __init__(self, address: str, port: int) -> None:
-        """ConfigError: it cannot listen there."""
-        self._lacking = BEGINNING
+    def __init__(self, address: str, port: int, metrics: Callable[[], bytes]) -> None:
+        """`metrics`: what to say at `/metrics`; any thread may call it. ConfigError: it cannot listen there."""
+        self._lacking, self._metrics = BEGINNING, metrics
         probe = self
 
         class Handler(BaseHTTPRequestHandler):
             timeout = CLIENT_TIMEOUT_S
 
             def do_GET(self) -> None:
-                status, body = probe.answer(self.path)
+                status, kind, body = probe.answer(self.path)
                 self.send_response(status)
-                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Type", kind)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
@@ -75,14 +77,16 @@ class Probe:
         """What is missing until the role does its part; nothing: it does."""
         self._lacking = lacking
 
-    def answer(self, path: str) -> tuple[HTTPStatus, bytes]:
-        """Status and body."""
+    def answer(self, path: str) -> tuple[HTTPStatus, str, bytes]:
+        """Status, type and body."""
+        if path == "/metrics":
+            return HTTPStatus.OK, METRICS, self._metrics()
         if path != "/readyz":
-            return HTTPStatus.NOT_FOUND, b"{}"
+            return HTTPStatus.NOT_FOUND, JSON, b"{}"
         if lacking := self._lacking:
             text = json.dumps({"status": "not ready", "reasons": [lacking]})
-            return HTTPStatus.SERVICE_UNAVAILABLE, text.encode()
-        return HTTPStatus.OK, b'{"status": "ready"}'
+            return HTTPStatus.SERVICE_UNAVAILABLE, JSON, text.encode()
+        return HTTPStatus.OK, JSON, b'{"status": "ready"}'
 
     def close(self) -> None:
         """Listen no more."""
@@ -92,12 +96,12 @@ class Probe:
 
 
 @contextmanager
-def probe(advertise: str, port: int | None) -> Iterator[Callable[[str], None]]:
+def probe(advertise: str, port: int | None, metrics: Callable[[], bytes]) -> Iterator[Report]:
     """How a role reports, while it answers at this port. Without a port there is none to report to."""
     if port is None:
         yield lambda lacking: None
         return
-    answering = Probe(advertise or "127.0.0.1", port)
+    answering = Probe(advertise or "127.0.0.1", port, metrics)
     try:
         yield answering.report
     finally:

@@ -16,7 +16,7 @@ from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import structlog
 
@@ -30,6 +30,7 @@ from membership.base.run_dir import ENV as RUN_DIR_ENV
 from membership.base.run_dir import default_run_dir, make_run_dir, run_dir
 from membership.base.starter import StarterWatch
 from membership.base.timing import ATTEMPT_PAUSE_S, HURRY_GRACE_S, ROLE_GRACE_S, STORE_AWAITED_S
+from membership.store.endpoints import require_listener
 from membership.store.interface import Store
 
 STORE_SEEN = "ELASTIC_STORE_SEEN"  # what the supervisor has seen of the store: a role must not start on another one
@@ -37,6 +38,7 @@ STORE_SEEN = "ELASTIC_STORE_SEEN"  # what the supervisor has seen of the store: 
 if TYPE_CHECKING:
     from membership.store.etcd import EtcdStore
 
+T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 
@@ -112,25 +114,36 @@ def end_with_any_thread() -> None:
     threading.excepthook = end
 
 
-def reach_store(connect: Callable[[], EtcdStore], stop: threading.Event) -> EtcdStore:
-    """The store, awaited for STORE_AWAITED_S: to start a role again takes longer than an etcd that starts or is busy.
+def reach_store(connect: Callable[[], T], stop: threading.Event, wait_s: float = STORE_AWAITED_S) -> T:
+    """What `connect` returns, awaited for `wait_s`: to start a role again takes longer than an etcd that starts.
 
-    StoreUnavailable: no answer by then, or the role is to stop.
+    A name that is not known is awaited, too: on Kubernetes it is not before its pod is ready. StoreUnavailable: no
+    answer by then, or the role is to stop. StoreDenied and ConfigError (certificates) come at once.
     """
-    deadline = time.monotonic() + STORE_AWAITED_S
+    deadline = time.monotonic() + wait_s
     while True:
         try:
             return connect()
         except StoreUnavailable as error:
-            if isinstance(error, StoreDenied) or time.monotonic() > deadline:
+            if isinstance(error, StoreDenied) or not wait_s:
                 raise
-            log.warning("store_awaited", error=str(error))
+            if time.monotonic() > deadline:
+                raise StoreUnavailable(f"{error} (waited for {wait_s:g} s)", hint=error.hint) from error
+            log.warning("store_awaited", error=str(error), wait_s=wait_s)
             if stop.wait(ATTEMPT_PAUSE_S):
                 raise
 
 
+def connected(address: ClusterAddress, seen: str = "") -> EtcdStore:
+    """One attempt at the store. Whether anything listens there is asked first: gRPC does not say why it does not."""
+    require_listener(address.etcd)
+    return address.connect(seen=seen)
+
+
 @contextmanager
-def role(name: str, address: ClusterAddress, events: Path, limit: Limit) -> Iterator[tuple[Store, Stop, EventLog]]:
+def role(
+    name: str, address: ClusterAddress, events: Path, limit: Limit, etcd_wait_s: float = STORE_AWAITED_S
+) -> Iterator[tuple[Store, Stop, EventLog]]:
     """This process as a role: its connection to the store, its stop event and the history that it writes."""
     from membership.base.logs import configure
     from workers.ipc.cpu_priority import run_in_short_turns
@@ -147,6 +160,6 @@ def role(name: str, address: ClusterAddress, events: Path, limit: Limit) -> Iter
     with (
         StopSignal(HURRY_GRACE_S) as stop,
         exported(name),
-        closing(reach_store(partial(address.connect, seen=seen), stop)) as store,
+        closing(reach_store(partial(connected, address, seen), stop, etcd_wait_s)) as store,
     ):
         yield store, stop, EventLog(events, name, limit=limit)

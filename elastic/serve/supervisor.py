@@ -14,7 +14,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import httpx
 import msgspec
@@ -30,7 +32,7 @@ from elastic.serve.log_stream import LogStream
 from elastic.serve.options import DEFAULT_RANKS, ServeOptions, admin_token, read_admin_token
 from elastic.serve.predecessor import Predecessor
 from elastic.serve.role_fork import WaitingProcess
-from elastic.serve.role_main import STORE_SEEN, StopSignal
+from elastic.serve.role_main import STORE_SEEN, Stop, StopSignal, reach_store
 from elastic.serve.role_process import RoleProcess, revoke_leases
 from elastic.serve.roles import Roles
 from elastic.serve.state_dir import ClusterAddress, StateDir, home
@@ -60,6 +62,7 @@ from workers.ipc.cpu_priority import run_in_short_turns
 from workers.model.content import stamp_files
 from workers.queue.network import join_key, require_reachable
 
+T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 # As they are started. The standby engine has everything imported: streams do not wait for a process to start.
@@ -90,8 +93,8 @@ class Readiness:
 class Supervisor:
     """Starts, watches and stops etcd and the role processes. Use as a context manager; `run` until `stop` is set."""
 
-    def __init__(self, options: ServeOptions, hurry: threading.Event | None = None) -> None:
-        """`hurry`: once it is set, what is being stopped is given less time."""
+    def __init__(self, options: ServeOptions, stop: Stop | None = None) -> None:
+        """`stop`: ends the wait for etcd; once asked to hurry, what is being stopped is given less time."""
         self._stamps = stamp_files(options.model)
         self.config = cluster_config(options)
         if not options.etcd and options.credentials() != NO_CREDENTIALS:
@@ -123,7 +126,8 @@ class Supervisor:
             on_died=self._on_role_died,
         )
         self._pause = threading.Event()
-        self._hurry = hurry or threading.Event()
+        self._stop = stop or Stop()
+        self._hurry = self._stop.hurry
         self._environment: dict[str, str] = {}
         self._network: Network | None = None
         self._network_flags: list[str] = []  # of the roles that other hosts reach
@@ -186,6 +190,9 @@ class Supervisor:
         revision, items = self._store.range(self.keys.prefix)
         return state_from(items, revision)
 
+    def _awaited(self, attempt: Callable[[], T]) -> T:
+        return reach_store(attempt, self._stop, self.options.etcd_wait_s)
+
     def _stop_etcd(self) -> None:
         if self.etcd is not None:
             if self._hurry.is_set() and self.etcd.started:
@@ -207,7 +214,7 @@ class Supervisor:
     def _start(self, opened: ExitStack, killed: Predecessor | None) -> None:
         endpoints = self.options.etcd
         if endpoints:
-            require_listener(endpoints)
+            self._awaited(partial(require_listener, endpoints))  # connected only once all are forked
         else:
             self.etcd = EtcdServer(self.state.etcd_data, sockets=run_dir(self.state.path))
         environ = {**os.environ, **self._environment, HISTORY_ENV: str(self.state.events)}  # an agent's, for its ranks
@@ -221,7 +228,7 @@ class Supervisor:
             opened.callback(self._stop_etcd)
             self.etcd.start()
             endpoints = (self.etcd.url,)
-        self._store = self.address(endpoints).connect()
+        self._store = self._awaited(self.address(endpoints).connect)
         opened.callback(self._store.close)
         if self.options.advertise and not self._network:
             self._make_secret(self._store)
@@ -451,7 +458,7 @@ def run_serve(options: ServeOptions) -> None:
     chaos_mode.check(options.chaos)
     run_in_short_turns()  # etcd and all roles inherit it, as they do the limit of open files
     most_connections(descriptors.raise_limit(), options.max_connections)  # what a gateway would refuse is refused now
-    with StopSignal() as stop, Supervisor(options, stop.hurry) as supervisor:
+    with StopSignal() as stop, Supervisor(options, stop) as supervisor:
         where, name = supervisor.address(()), supervisor.config.served_model_name
         if options.chaos:
             say(chaos_mode.WARNING.format(supervisor.state.failpoints))

@@ -19,7 +19,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from elastic.serve.etcd_server import EtcdServer
 from tests.support.chart import render_many
@@ -33,6 +35,7 @@ WORKLOADS = {"agents": "StatefulSet", "init": "Job"}  # the others are Deploymen
 READY_S = 180.0
 TOKENS = 100
 REST_S = 0.5  # of a client between two answers: pods that start need the processor, too
+RANK = "elastic-ep::Worker"  # how its title begins
 
 
 class Pods:
@@ -80,14 +83,30 @@ class Pods:
 
     def ready(self, host: str) -> bool:
         """What the rendered readiness probe finds."""
-        container = self.running[host].container
-        ports = {each["name"]: each["containerPort"] for each in container["ports"]}
-        probe = container["readinessProbe"]["httpGet"]
-        url = f"http://{self._hosts.addresses[host]}:{ports[probe['port']]}{probe['path']}"
+        probe = self.running[host].container["readinessProbe"]["httpGet"]
         try:
-            return httpx.get(url, timeout=2.0, trust_env=False).is_success
+            return httpx.get(
+                self._address(host, probe["port"]) + probe["path"], timeout=2.0, trust_env=False
+            ).is_success
         except httpx.HTTPError:
             return False
+
+    def metrics(self, host: str) -> dict[tuple[str, str], float]:
+        """What Prometheus scrapes there (ServiceMonitor and PodMonitor): by name and the labels' values."""
+        port = "http" if host.startswith("gateway") else "probe"
+        said = httpx.get(f"{self._address(host, port)}/metrics", timeout=30.0, trust_env=False)
+        families = text_string_to_metric_families(said.raise_for_status().text)
+        return {(each.name, ",".join(each.labels.values())): each.value for all_ in families for each in all_.samples}
+
+    def _address(self, host: str, port: str) -> str:
+        ports = {each["name"]: each["containerPort"] for each in self.running[host].container["ports"]}
+        return f"http://{self._hosts.addresses[host]}:{ports[port]}"
+
+    def kill_rank(self, host: str) -> None:
+        """Its first rank's process."""
+        below = psutil.Process(self.running[host].pid).children(recursive=True)
+        rank = next(each for each in below if RANK in " ".join(each.cmdline()))
+        rank.kill()
 
     @property
     def url(self) -> str:
@@ -175,6 +194,19 @@ class Streams:
         assert json.loads(lines[-2].removeprefix("data: "))["usage"]["completion_tokens"] == TOKENS
 
 
+def until_each_role_says_what_it_knows_of_a_death(pods: Pods) -> None:
+    """No gateway knows it: their histories are their own."""
+    committed = ("elastic_ep_reconfigurations_total", "committed")
+    before = pods.metrics("controller-0")[committed]
+
+    def said() -> bool:
+        found = [n for (name, _), n in pods.metrics("engine-0").items() if name == "elastic_ep_detection_seconds_count"]
+        return sum(found) > 0 and pods.metrics("controller-0")[committed] > before
+
+    eventually(said, READY_S, "the engine to say how it found the death, and the controller what it did")
+    assert pods.metrics("agents-0")["elastic_ep_weight_store_bytes", "moe-agents-0"] > 0
+
+
 def test_pods_of_each_role_serve_and_each_may_be_replaced_under_load(pods: Pods) -> None:
     assert pods.start("init-0").wait(120.0) == 0, pods.running["init-0"].lines()[-5:]
     del pods.running["init-0"]
@@ -187,6 +219,9 @@ def test_pods_of_each_role_serve_and_each_may_be_replaced_under_load(pods: Pods)
         streams.go_on()
         pods.replace("agents-1")
         assert pods.serving() == {"moe-agents-0": 1, "moe-agents-1": 1}, "as soon as it says that it is ready"
+        streams.go_on()
+        pods.kill_rank("agents-0")
+        until_each_role_says_what_it_knows_of_a_death(pods)
         streams.go_on()
         pods.start("engine-1")  # as a Deployment does: the new one first
         pods.until_ready("engine-1")

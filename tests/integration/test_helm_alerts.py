@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from elastic.cli.main import app
 from membership.store.records import HostLink, RankExit, View
 from tests.support import ROOT
-from tests.support.chart import manifests
+from tests.support.chart import manifests, render_many
 from tests.support.cluster_states import without
 from tests.support.promql import Recording, fires, groupings, parsed, selectors
 from tests.support.recorded_metrics import EVERY_S, SCRAPED, Recorder, names
@@ -215,7 +215,29 @@ def test_scrapes_are_of_the_services_port_where_metrics_are() -> None:
         assert (endpoint["port"], endpoint["path"]) == (service["spec"]["ports"][0]["name"], "/metrics")
         assert endpoint.get("scheme") == ("https" if more else None)
         assert (endpoint["interval"], service["metadata"]["name"]) == ("30s", SCRAPED["job"])
-    assert not {"ServiceMonitor", "PrometheusRule", "ConfigMap"} & {each["kind"] for each in manifests()}
+    assert not {"ServiceMonitor", "PodMonitor", "PrometheusRule", "ConfigMap"} & {each["kind"] for each in manifests()}
+
+
+def test_with_many_pods_each_pod_that_has_metrics_is_scraped_once_and_as_of_the_same_job() -> None:
+    made = list(render_many("monitoring.serviceMonitor=true").values())
+    [monitor] = [each["spec"] for each in made if each["kind"] == "PodMonitor"]
+    [endpoint] = monitor["podMetricsEndpoints"]
+    [expression] = monitor["selector"]["matchExpressions"]
+    assert (expression["key"], expression["operator"]) == ("app.kubernetes.io/component", "In")
+    [by_service] = [each["spec"]["selector"] for each in made if each["kind"] == "Service"]
+    for each in made:
+        if each["kind"] not in ("Deployment", "StatefulSet", "Job"):
+            continue
+        pod = each["spec"]["template"]
+        labels = pod["metadata"]["labels"]
+        [container] = pod["spec"]["containers"]
+        ports = {port["name"] for port in container.get("ports") or ()}
+        found = monitor["selector"]["matchLabels"].items() <= labels.items()
+        found = found and labels[expression["key"]] in expression["values"]
+        assert found == (endpoint["port"] in ports), container["name"]
+        assert not (found and by_service.items() <= labels.items()), "a ServiceMonitor has it, too"
+    assert endpoint["path"] == "/metrics"
+    assert endpoint["relabelings"] == [{"targetLabel": "job", "replacement": SCRAPED["job"]}]
 
 
 @pytest.mark.skipif(PROMTOOL is None, reason="no promtool: what follows is checked by tests/support/promql.py alone")

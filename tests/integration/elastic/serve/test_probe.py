@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
 from elastic.serve.etcd_server import free_ports
 from elastic.serve.probe import Probe, probe
@@ -16,9 +17,13 @@ from tests.support.ipv6 import needs_ipv6
 pytestmark = pytest.mark.integration
 
 
+def counted() -> bytes:
+    return b"elastic_ep_something 1.0\n"
+
+
 @pytest.fixture
 def answering() -> Iterator[Probe]:
-    made = Probe("127.0.0.1", 0)
+    made = Probe("127.0.0.1", 0, counted)
     yield made
     made.close()
 
@@ -34,12 +39,18 @@ def test_it_is_ready_once_nothing_is_lacking(answering: Probe) -> None:
     assert asked(answering).json()["reasons"] == ["ranks [2] do not serve yet"]
     answering.report("")
     assert (asked(answering).status_code, asked(answering).json()) == (200, {"status": "ready"})
-    assert asked(answering, "/metrics").status_code == 404
+    assert asked(answering, "/livez").status_code == 404
+
+
+def test_it_says_what_its_role_has_counted(answering: Probe) -> None:
+    said = asked(answering, "/metrics")
+    assert (said.status_code, said.headers["content-type"]) == (200, CONTENT_TYPE_PLAIN_0_0_4)
+    assert said.content == counted()
 
 
 @needs_ipv6
 def test_it_listens_at_an_ipv6_address() -> None:
-    six = Probe("[::1]", 0)
+    six = Probe("[::1]", 0, counted)
     try:
         assert httpx.get(f"http://[::1]:{six.port}/readyz", timeout=30).status_code == 503
     finally:
@@ -56,15 +67,15 @@ def test_a_port_in_use_is_refused_by_name(answering: Probe) -> None:
     with pytest.raises(
         ConfigError, match=f"--probe-port: cannot listen at 127.0.0.1:{answering.port}: Address already"
     ):
-        Probe("127.0.0.1", answering.port)
+        Probe("127.0.0.1", answering.port, counted)
 
 
 def test_it_listens_for_as_long_as_the_role_works() -> None:
     (port,) = free_ports(1)
-    with probe("", port) as report:
+    with probe("", port, counted) as report:
         report("")
         assert httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=30).status_code == 200
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=30)
-    with probe("", None) as report:
+    with probe("", None, counted) as report:
         report("")

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from structlog.testing import capture_logs
 
 from elastic.serve.etcd_server import EtcdServer, free_ports
-from elastic.serve.role_main import reach_store
-from membership.base.errors import StoreDenied, StoreUnavailable
-from membership.store.etcd import EtcdStore, connect
+from elastic.serve.role_main import connected, reach_store
+from elastic.serve.state_dir import ClusterAddress
+from membership.base.errors import ConfigError, StoreDenied, StoreUnavailable
+from membership.base.timing import STORE_AWAITED_S
+from membership.store.etcd import EtcdStore
 from tests.support.helpers import eventually
 
 pytestmark = pytest.mark.integration
@@ -25,7 +30,7 @@ def test_an_etcd_that_comes_later_is_awaited(tmp_path: Path) -> None:
 
     def attempt() -> EtcdStore:
         try:
-            return connect([f"http://127.0.0.1:{ports[0]}"])
+            return connected(ClusterAddress(cluster="c", etcd=(f"http://127.0.0.1:{ports[0]}",)))
         finally:
             tried.set()
 
@@ -35,7 +40,8 @@ def test_an_etcd_that_comes_later_is_awaited(tmp_path: Path) -> None:
         server = EtcdServer(tmp_path / "etcd", ports=(ports[0], ports[1]))
         with server, closing(reaching.result(timeout=60)) as store:
             store.put("/k", b"v")
-    assert {each["event"] for each in logs} == {"store_awaited"}
+    assert {(each["event"], each["wait_s"]) for each in logs} == {("store_awaited", STORE_AWAITED_S)}
+    assert f"http://127.0.0.1:{ports[0]} cannot be reached: Connection refused" in logs[0]["error"]
 
 
 def test_a_role_that_is_stopped_waits_no_longer() -> None:
@@ -60,3 +66,32 @@ def test_a_user_that_is_denied_is_told_at_once() -> None:
 
     with pytest.raises(StoreDenied):
         reach_store(attempt, threading.Event())
+
+
+def test_a_name_that_nobody_knows_is_awaited_too_and_named_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Kubernetes a name is known once its pod is ready."""
+    refused = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    monkeypatch.setattr(socket, "create_connection", Mock(side_effect=refused))
+    address = ClusterAddress(cluster="c", etcd=("http://etcd:2379",))
+    says = r"http://etcd:2379 cannot be reached: Name or service not known \(waited for 0.01 s\)"
+    with pytest.raises(StoreUnavailable, match=says) as raised:
+        reach_store(partial(connected, address), threading.Event(), wait_s=0.01)
+    assert raised.value.hint == "is it running, and is that its address?"
+
+
+def test_what_no_wait_mends_is_told_at_once() -> None:
+    address = ClusterAddress(cluster="c", etcd=("http://127.0.0.1:1", "https://127.0.0.1:1"))
+    with pytest.raises(ConfigError, match="all http, all https"):
+        reach_store(partial(connected, address), threading.Event())
+
+
+def test_without_a_wait_there_is_one_try() -> None:
+    asked: list[int] = []
+
+    def attempt() -> EtcdStore:
+        asked.append(1)
+        raise StoreUnavailable("no answer")
+
+    with pytest.raises(StoreUnavailable, match=r"^no answer$"):
+        reach_store(attempt, threading.Event(), wait_s=0.0)
+    assert asked == [1]

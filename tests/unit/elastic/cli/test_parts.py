@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pwd
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import typer
 from rich.table import Table
 from typer.testing import CliRunner
 
+from chaos.cli.main import app as chaos
 from elastic.cli.changes import user
 from elastic.cli.command import command
 from elastic.cli.flags import seconds, size
@@ -92,6 +94,13 @@ def test_commands_of_other_packages_load_only_when_called_or_listed() -> None:
     assert wanted("demo", ["demo", "--seed", "1"])
     assert wanted("demo", ["--help"])
     assert not wanted("demo", ["status"])
+    assert not wanted("demo", ["--version"])
+
+
+@pytest.mark.parametrize("program", [app, chaos])
+def test_a_program_says_its_version(program: typer.Typer) -> None:
+    said = CliRunner().invoke(program, ["--version"])
+    assert (said.exit_code, said.output) == (0, f"elastic-ep {version('elastic-ep')}\n")
 
 
 def test_a_role_that_keeps_dying_young_waits_longer() -> None:
