@@ -219,7 +219,6 @@ def test_pods_of_each_role_serve_and_each_may_be_replaced_under_load(pods: Pods)
         streams.go_on()
         pods.replace("agents-1")
         assert pods.serving() == {"moe-agents-0": 1, "moe-agents-1": 1}, "as soon as it says that it is ready"
-        streams.go_on()
         pods.kill_rank("agents-0")
         until_each_role_says_what_it_knows_of_a_death(pods)
         streams.go_on()

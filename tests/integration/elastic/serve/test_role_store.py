@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -13,12 +14,15 @@ from unittest.mock import Mock
 import pytest
 from structlog.testing import capture_logs
 
+from chaos.target.warm_start import WarmCommands
 from elastic.serve.etcd_server import EtcdServer, free_ports
 from elastic.serve.role_main import connected, reach_store
 from elastic.serve.state_dir import ClusterAddress
 from membership.base.errors import ConfigError, StoreDenied, StoreUnavailable
 from membership.base.timing import STORE_AWAITED_S
-from membership.store.etcd import EtcdStore
+from membership.store.etcd import EtcdStore, connect
+from membership.store.keys import Keys
+from tests.support.agent_scene import Scene
 from tests.support.helpers import eventually
 
 pytestmark = pytest.mark.integration
@@ -42,6 +46,23 @@ def test_an_etcd_that_comes_later_is_awaited(tmp_path: Path) -> None:
             store.put("/k", b"v")
     assert {(each["event"], each["wait_s"]) for each in logs} == {("store_awaited", STORE_AWAITED_S)}
     assert f"http://127.0.0.1:{ports[0]} cannot be reached: Connection refused" in logs[0]["error"]
+
+
+def test_a_role_is_started_before_its_etcd(commands: WarmCommands, tmp_path: Path) -> None:
+    client, peer = free_ports(2)
+    where = ["--etcd", f"http://127.0.0.1:{client}", "--cluster", "c", "--state-dir", str(tmp_path / "state")]
+    log = tmp_path / "log"
+    with log.open("wb") as out:
+        process = commands.start(["controller", "--node", "n", *where], os.environ, out.fileno())
+    try:
+        eventually(lambda: b"store_awaited" in log.read_bytes(), 60.0, "it to say what it waits for")
+        with EtcdServer(tmp_path / "etcd", ports=(client, peer)) as etcd, closing(connect([etcd.url])) as store:
+            Scene(store, tmp_path / "events.jsonl").configure()
+            eventually(lambda: store.get(Keys("c").leader), 60.0, "it to lead")
+    finally:
+        process.kill()
+        process.wait(timeout=30)
+        process.close()
 
 
 def test_a_role_that_is_stopped_waits_no_longer() -> None:
