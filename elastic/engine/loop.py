@@ -255,6 +255,7 @@ class Engine:
                 vacated_revision=self._vacated_revision(),
                 reading=scheduler.reading,
                 links=self._links_now,
+                recovering=() if scheduler.held else self._recovery.ranks,
             )
         )
 

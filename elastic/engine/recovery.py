@@ -36,6 +36,11 @@ class Recovery:
     def __init__(self) -> None:
         self._open: list[_Recovering] = []
 
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The lost ones."""
+        return tuple(sorted({loss.rank for loss in self._open}))
+
     def lost(self, rank: int, detected_at: float, moved: Iterable[str]) -> None:
         """A rank was lost, and these requests with it."""
         requests = set(moved)

@@ -123,4 +123,6 @@ class StatusWriter:
 
 def _urgent(status: EngineStatus) -> tuple[object, ...]:
     """The fields that other processes act on."""
-    return status.epoch, status.masked, status.uncovered, status.vacated_revision, status.reading
+    return (
+        status.epoch, status.masked, status.uncovered, status.vacated_revision, status.reading, status.recovering,
+    )  # fmt: skip

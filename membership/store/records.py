@@ -315,6 +315,7 @@ class EngineStatus(Record, frozen=True, kw_only=True):
     vacated_revision: int = 0  # mod revision of the staged view whose departing ranks have no request left
     reading: tuple[RankId, ...] = ()  # dead ranks whose KV pools it may still have read
     links: dict[str, HostLink] = {}  # node -> its connections with ranks there, if that is another host
+    recovering: tuple[int, ...] = ()  # lost ranks whose requests have not all gone on elsewhere, though they could
 
 
 class ExpertLoad(Record, frozen=True, kw_only=True):

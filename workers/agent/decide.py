@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
 from membership.base.rank_id import ProcessId, RankId
+from membership.base.timing import RECOVERY_FIRST_S
 from membership.planning.cluster_facts import ClusterFacts
 from membership.planning.identity import KERNELS, refusal
 from membership.store.records import AgentRecord, ClusterState, Heartbeats, RankRecord, RankState, View
@@ -128,7 +129,7 @@ def decide(
     going |= {e.key for e in effects if isinstance(e, Refuse)}
     ready = [r for r in ranks.values() if r.phase is Phase.READY and r.key not in going]
     effects += _attachments(state, ready, now)
-    effects += _preparations(state, ready)
+    effects += _preparations(state, ready, now)
     effects += _retired_epochs(state, ready)
     return effects
 
@@ -174,7 +175,7 @@ def _attachments(state: ClusterState, ready: list[LocalRank], now: float) -> lis
     ]
 
 
-def _preparations(state: ClusterState, ready: list[LocalRank]) -> list[Effect]:
+def _preparations(state: ClusterState, ready: list[LocalRank], now: float) -> list[Effect]:
     view, revision = state.next, state.next_revision
     if view is None:
         return []
@@ -186,9 +187,19 @@ def _preparations(state: ClusterState, ready: list[LocalRank]) -> list[Effect]:
         effects += [
             Prepare(r.key, revision, view, peers)
             for r in members
-            if r.loaded and max(r.preparing_revision, r.prepared_revision) < revision
+            if r.loaded and max(r.preparing_revision, r.prepared_revision) < revision and not _gives_way(state, r, now)
         ]
     return effects
+
+
+def _gives_way(state: ClusterState, rank: LocalRank, now: float) -> bool:
+    """Whether a new rank waits with its experts for requests that a death has interrupted: mapping them takes the
+    processors, and what the memory can carry, from the very step that these are in. Not for long: that may be a long
+    prompt. The ranks that serve prepare meanwhile, as they take a call between two steps only.
+    """
+    status = state.engine_status
+    recovering = status is not None and status.token == state.engine_token and bool(status.recovering)
+    return recovering and 0.0 <= now - rank.started < RECOVERY_FIRST_S
 
 
 def _retired_epochs(state: ClusterState, ready: list[LocalRank]) -> list[Effect]:

@@ -97,6 +97,7 @@ class WorkerProcHandle(_Handle):
     watcher: DeathWatcher | None = None
     dead: str = ""  # how, once it is
     _closed: bool = field(default=False, repr=False)
+    _writes_no_more: bool = field(default=False, repr=False)  # once that is certain; outlives the page
     _mapped: threading.Lock = field(default_factory=threading.Lock, repr=False)  # held while the page is looked at
 
     @classmethod
@@ -130,9 +131,11 @@ class WorkerProcHandle(_Handle):
         return bool(self.dead or self.liveness.mutex.owner_died(0.0) or self.ended())
 
     def writes_no_more(self) -> bool:
-        """Whether its main thread has certainly ended; from any thread, and after `close` too (then False)."""
+        """Whether its main thread has certainly ended; from any thread, and after `close` too."""
         with self._mapped:
-            return not self._closed and bool(self.liveness.mutex.owner_died(POOL_DEATH_S) or self.ended())
+            if not self._closed and not self._writes_no_more:
+                self._writes_no_more = bool(self.liveness.mutex.owner_died(POOL_DEATH_S) or self.ended())
+            return self._writes_no_more
 
     def close(self) -> None:
         """Release all on our side."""

@@ -26,6 +26,7 @@ from workers.protocol.load_progress import LoadProgress, LoadSeen
 HEARTBEAT_S = 0.1
 SLICE_S = 0.2  # longest sleep of a watcher before it checks whether it should stop
 STOP_TIMEOUT_S = 5.0
+PASSED_ON_S = 0.01
 _HEARTBEATS, _STEPS, _TURNS, _WAITED = range(4)  # 64-bit words behind the mutex; then those of the load
 _COUNTERS = 4
 
@@ -78,8 +79,10 @@ class LivenessPage(SharedPage):
 
     @property
     def ended(self) -> bool:
-        """Whether the rank's main thread has certainly ended, by the kernel's word."""
-        return bool(self.mutex.owner_died(0.0))
+        """Whether the rank's main thread has certainly ended, by the kernel's word. A watcher may just have got that
+        word, and holds the mutex until it has its interpreter lock, which this lets go.
+        """
+        return bool(self.mutex.owner_died(PASSED_ON_S))
 
     @property
     def load(self) -> LoadSeen:

@@ -106,8 +106,11 @@ def test_a_killed_rank_leaves_its_pool_and_one_that_lives_does_not_show_it(three
     os.kill(pid_of(three, 1), signal.SIGKILL)
     assert three.workers[dead].ended(30.0)
     assert pool_of(three, dead) == b"computed"
+    asked = three.workers[dead]
     three.forget(dead)
     eventually(lambda: three.left_pools() == {dead}, 30, "the rank to be forgotten")
+    asked.close()  # if it is not yet
+    assert asked.writes_no_more(), "a reader's question may find the rank before it is forgotten, and look at it after"
     assert pool_of(three, dead) == b"computed"
     three.free_pool(dead)
     with pytest.raises(HandoverRefused, match="not kept"):

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import queue
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
 from tests.support.helpers import eventually, hang
+from workers.ipc import futex
+from workers.protocol import liveness
 from workers.protocol.liveness import DeathWatcher, LivenessPage
 
 pytestmark = pytest.mark.integration
@@ -71,6 +76,34 @@ def test_a_watcher_that_comes_late_is_notified_too() -> None:
         watcher = DeathWatcher(page, reported.put)
         assert reported.get(timeout=30.0)
         watcher.stop()
+
+
+def test_a_death_is_certain_while_another_watcher_passes_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That watcher has the mutex, and waits for its interpreter lock before it lets go."""
+    monkeypatch.setattr(liveness, "PASSED_ON_S", 30.0)
+    with Rank() as rank, LivenessPage.attach(rank.handle) as page:
+        got, looked_at = threading.Event(), threading.Event()
+
+        def watch() -> None:
+            code = futex._mutex_clocklock(page.mutex.address, time.CLOCK_MONOTONIC, futex.Timespec.of(2**31))
+            assert code == errno.EOWNERDEAD
+            got.set()
+            looked_at.wait(timeout=30.0)
+            page.mutex.unlock()
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        rank.process.kill()
+        assert got.wait(timeout=30.0)
+        known = page.mutex.owner_died
+
+        def look(timeout_s: float) -> bool | None:
+            looked_at.set()
+            return known(timeout_s)
+
+        monkeypatch.setattr(page.mutex, "owner_died", look)
+        assert page.ended
+        watcher.join(timeout=30.0)
 
 
 def test_a_rank_that_let_the_mutex_go_is_watched_by_pidfd() -> None:

@@ -132,6 +132,27 @@ def test_the_step_after_a_death_has_all_requests_and_no_token_waits_for_it() -> 
     assert ranks.log == [*pieces, ("step", [1, 2])]
 
 
+def test_new_ranks_give_way_until_interrupted_requests_go_on_unless_these_wait_for_them() -> None:
+    ranks: Any = Ranks()
+    seen: list[tuple[int, ...]] = []
+    status: Any = SimpleNamespace(fenced=False, update=lambda status: seen.append(status.recovering))
+    mirror: Any = SimpleNamespace(state=lambda: ClusterState(revision=1, engine_token=TOKEN))
+    engine = Engine(config(), TOKEN, Peers(mirror, ranks, ranks, status, ranks), clock=lambda: 0.0)
+    engine._scheduler.set_view(view(1, ranks.members), (), 0.0)
+    for first, name in enumerate("ab"):
+        engine._scheduler.submit(ask(name, [first] * 14, 20, ignore_eos=True), 0.0)
+    engine.turn()
+    assert seen[-1] == ()
+    ranks.dying = True
+    engine.turn()
+    assert seen[-1] == (1,)
+    while seen[-1]:
+        engine.turn()
+    assert ranks.log[-1] == ("step", [1, 2])
+    engine._lose(RankLost(RankId(0, 10), DetectedBy.ROBUST_FUTEX, 0.0, ended=True))
+    assert seen[-1] == (), "no rank is left, so they wait for the replacement"
+
+
 class SlowRanks(Ranks):
     """Each answer to more than 20 tokens of a prompt is overdue."""
 

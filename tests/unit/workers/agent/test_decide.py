@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from membership.base.rank_id import RankId, SpareId
+from membership.base.timing import RECOVERY_FIRST_S
 from membership.store.records import (
     AgentRecord,
     Assignment,
@@ -168,6 +169,21 @@ def test_new_members_load_as_soon_as_a_view_names_them() -> None:
     outsider = RankId(5, 9)
     state = msgspec.structs.replace(staged(), assignments=assigned(outsider).assignments)
     assert run(state, ready(outsider)) == []
+
+
+def test_a_new_ranks_experts_give_way_to_interrupted_requests_for_a_while() -> None:
+    old, new = ready(A, loaded=True), replace(ready(B, loaded=True), started=100.0)
+
+    def preparing(now: float, token: int = 5, **status: object) -> list[RankId]:
+        said = EngineStatus(token=5, epoch=2, **status)  # type: ignore[arg-type]
+        effects = run(staged(old, new, engine_token=token, engine_status=said), old, new, now=now)
+        return [effect.key for effect in effects if isinstance(effect, Prepare)]
+
+    assert preparing(100.0, recovering=(1,)) == [A], "one that serves takes the call at the end of its step"
+    assert preparing(100.0) == [A, B], "nothing is interrupted"
+    assert preparing(100.0 + RECOVERY_FIRST_S, recovering=(1,)) == [A, B], "it may be a long prompt"
+    assert preparing(99.0, recovering=(1,)) == [A, B], "a clock that was set back keeps nothing waiting"
+    assert preparing(100.0, token=6, recovering=(1,)) == [A, B], "an earlier engine said that"
 
 
 def test_preparing_waits_until_every_member_is_registered() -> None:
