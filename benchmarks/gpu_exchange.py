@@ -282,8 +282,8 @@ def shape_of(ranks: int, copies: int) -> WindowShape:
     return WindowShape(ranks, EXPERTS // ranks * copies, ROWS, HIDDEN, TOP_K)
 
 
-def rank_main(me: int, ranks: int, page: Page, sock: socket.socket) -> None:
-    rank = Rank(me, ranks, page, sock)
+def rank_main(kind: type[Rank], me: int, ranks: int, page: Page, sock: socket.socket) -> None:
+    rank = kind(me, ranks, page, sock)
     rank.reply(ready=True)
     while True:
         order, fds = rank.receive()
@@ -303,8 +303,8 @@ def rank_main(me: int, ranks: int, page: Page, sock: socket.socket) -> None:
 class Ranks:
     """The processes, and the descriptors of the slots' windows."""
 
-    def __init__(self, count: int, page: Page) -> None:
-        self.count, self.page = count, page
+    def __init__(self, count: int, page: Page, kind: type[Rank] = Rank) -> None:
+        self.count, self.page, self._kind = count, page, kind
         self._context = mp.get_context("fork")
         self.processes: dict[int, Any] = {}
         self._socks: dict[int, socket.socket] = {}
@@ -316,7 +316,9 @@ class Ranks:
     def start(self, rank: int) -> None:
         self.page.mutex(rank).initialise()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        process = self._context.Process(target=rank_main, args=(rank, self.count, self.page, theirs), daemon=True)
+        process = self._context.Process(
+            target=rank_main, args=(self._kind, rank, self.count, self.page, theirs), daemon=True
+        )
         process.start()
         theirs.close()
         ours.settimeout(ANSWER_S)
