@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import linear_regression
 
@@ -14,6 +15,7 @@ from membership.base.process_stats import command_words
 
 ROLES = ("controller", "agent", "engine", "gateway")
 MB = float(1 << 20)
+ONCE_MB = 2.0  # that a process may grow by at once: the interpreter's table of interned strings doubles, to 1.9 MB
 SETTLED_S = 10.0  # a younger process is still starting, and says nothing of those that live on
 
 
@@ -30,7 +32,7 @@ class Growth(msgspec.Struct, frozen=True):
 
     process: str
     rss_mb: tuple[float, float]
-    rss_mb_per_100: float
+    rss_mb_per_100: float  # without one rise, of ONCE_MB at most
     files: tuple[int, int]
     threads: tuple[int, int]
 
@@ -61,6 +63,17 @@ def slope(points: Sequence[tuple[float, float]]) -> float:
     return linear_regression([x for x, _ in points], [y for _, y in points]).slope
 
 
+def without_one_rise(values: Sequence[float]) -> list[float]:
+    """The values without the greatest rise from one to the next, of which ONCE_MB at most is left out.
+
+    What leaks grows all the time: it keeps all its rises but one. A table that is enlarged is one rise.
+    """
+    rises = [last - first for first, last in pairwise(values)]
+    if rises and (most := max(rises)) > 0:
+        rises[rises.index(most)] -= min(most, ONCE_MB)
+    return list(accumulate(rises, initial=values[0])) if values else []
+
+
 def growth(looks: Sequence[tuple[int, dict[str, Footprint]]]) -> tuple[Growth, ...]:
     """Of each process that is in all `looks`: (number of actions so far, footprint of each process)."""
     if not looks:
@@ -71,10 +84,11 @@ def growth(looks: Sequence[tuple[int, dict[str, Footprint]]]) -> tuple[Growth, .
 
 def _growth(name: str, points: Sequence[tuple[int, Footprint]]) -> Growth:
     first, last = points[0][1], points[-1][1]
+    held_mb = without_one_rise([found.rss_mb for _, found in points])
     return Growth(
         name,
         (round(first.rss_mb, 1), round(last.rss_mb, 1)),
-        round(100 * slope([(done, found.rss_mb) for done, found in points]), 2),
+        round(100 * slope([(done, mb) for (done, _), mb in zip(points, held_mb, strict=True)]), 2),
         (first.files, last.files),
         (first.threads, last.threads),
     )
