@@ -1,4 +1,4 @@
-"""A campaign that acts hundreds of times: also watched for leaks, and recorded so that every promise is checked.
+"""A recorded campaign that acts hundreds of times is also watched for leaks.
 
 The processes that live on are watched for what they hold. The soak (`soak.py`) and the churn (`churn.py`) say what is
 done.
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from chaos.campaigns.campaign import SHOWN, Campaign, LongReceipt
-from chaos.check.checker import check_record
+from chaos.campaigns.campaign import LongReceipt
+from chaos.campaigns.recorded import Recorded
 from chaos.target.footprint import Footprint, Growth, growth, look, processes
 from chaos.target.waiting import until
 from membership.base.errors import WaitTimeout
@@ -36,16 +36,14 @@ class EnduranceReceipt(LongReceipt, frozen=True, kw_only=True):
 
 
 @dataclass(kw_only=True)
-class Endurance(Campaign):
+class Endurance(Recorded):
     """What a long campaign gathers."""
 
     unit = "actions"  # what it does, in words
 
-    watched: bool = True
     looks: list[tuple[int, dict[str, Footprint]]] = field(default_factory=list)
     processes: tuple[int, int] = (0, 0)
     shm: tuple[int, int] = (0, 0)
-    epochs: int = 0
 
     @property
     @abstractmethod
@@ -54,13 +52,13 @@ class Endurance(Campaign):
 
     def before(self) -> None:
         """Count what there is."""
+        super().before()
         self.processes, self.shm = (processes(self.cluster.pid), 0), (_shm(), 0)
-        self.epochs = -self.cluster.status()["epoch"]
 
     def after(self) -> None:
         """Count again; note in the record whether anything leaks."""
+        super().after()
         if not self.troubles:
-            self.epochs += self.cluster.status()["epoch"]
             (processes_before, _), (shm_before, _) = self.processes, self.shm
             self.processes = (processes_before, _settled(lambda: processes(self.cluster.pid), processes_before))
             self.shm = (shm_before, _settled(_shm, shm_before))
@@ -68,11 +66,6 @@ class Endurance(Campaign):
         grown = max((each.rss_mb_per_100 for each in growth(self.looks) if each.process.startswith(OURS)), default=0.0)
         counts = f"{self.processes[0]} processes before, {self.processes[1]} after"
         self.verify("G7", leaks, f"{counts}; memory grows by at most {grown:g} MB per 100 {self.unit}")
-
-    def verify(self, promise: str, broken: Sequence[str], held: str) -> None:
-        """Note in the record what only the run itself can know."""
-        if self.recorder is not None:
-            self.recorder.verified(promise, not broken, "; ".join(broken) or held)
 
     def look(self, wanted: int) -> None:
         """See what the processes hold, now and then."""
@@ -85,7 +78,7 @@ class Endurance(Campaign):
 
     def broken(self) -> list[str]:
         """What did not hold, a line each."""
-        return [*self.verdict().explained(SHOWN), *self.unproven(), *self._found(), *self.leaks()]
+        return [*super().broken(), *self.leaks()]
 
     def long_receipt(self, broken: list[str]) -> dict[str, Any]:
         """The fields of an EnduranceReceipt."""
@@ -105,14 +98,6 @@ class Endurance(Campaign):
                 if last > first + SLACK:
                     leaks.append(f"{kind} of {each.process}: {first} at first, {last} at last")
         return leaks
-
-    def _found(self) -> list[str]:
-        """What the checks of the record found, beyond the requests, which are compared here."""
-        if self.recorder is None:
-            return []
-        outcomes = check_record(self.recorder.lines()).outcomes
-        found = [f for outcome in outcomes if outcome.title not in ("requests", "by the run") for f in outcome.findings]
-        return [f"{each.promise}: {each.what}" for each in found]
 
 
 def _settled(number: Callable[[], int], expected: int) -> int:

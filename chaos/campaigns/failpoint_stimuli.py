@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from collections.abc import Set as AbstractSet
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 
 import httpx
@@ -191,24 +191,23 @@ def _change_when_busy(scene: Scene) -> UnderWay:
 
 def _stream(scene: Scene, number: int, running: threading.Semaphore) -> None:
     """One request to its end; releases `running` once it runs."""
-    body = {"model": scene.cluster.model_name(), "prompt": "Numbers " * (number + 1), "max_tokens": LONG_TOKENS,
-            "stream": True}  # fmt: skip
-    with (
-        suppress(httpx.HTTPError),  # a gateway's death ends it early, which does not matter here
-        httpx.stream(
-            "POST",
-            f"{scene.cluster.url}/v1/completions",
-            json=body,
-            headers=client_headers(),
-            timeout=READY_S,
-            trust_env=False,
-        ) as answer,
-    ):
-        lines = answer.iter_lines()
-        next(lines, "")
+    lines = _lines(scene, "Numbers " * (number + 1), READY_S)
+    if next(lines, None) is not None:
         running.release()
-        for _ in lines:
-            continue
+    for _ in lines:
+        continue
+
+
+def _lines(scene: Scene, prompt: str, timeout_s: float) -> Generator[str, None, None]:
+    """The lines of a long answer. A gateway's death ends it early, which does not matter here."""
+    body = {"model": scene.cluster.model_name(), "prompt": prompt, "max_tokens": LONG_TOKENS, "stream": True}
+    client = httpx.Client(headers=client_headers(), timeout=timeout_s, trust_env=False)
+    with (
+        suppress(httpx.HTTPError),
+        client,
+        client.stream("POST", f"{scene.cluster.url}/v1/completions", json=body) as answer,
+    ):
+        yield from answer.iter_lines()
 
 
 def _change_and_cancel(scene: Scene) -> UnderWay:
@@ -252,19 +251,8 @@ def _by_gateway(cancelled: bool) -> Begin:
 
 def _go_away(scene: Scene) -> UnderWay:
     """A client that closes its stream after the first token."""
-    body = {"model": scene.cluster.model_name(), "prompt": "A client", "max_tokens": 200, "stream": True}
-    with (
-        suppress(httpx.HTTPError),
-        httpx.stream(
-            "POST",
-            f"{scene.cluster.url}/v1/completions",
-            json=body,
-            headers=client_headers(),
-            timeout=HTTP_S,
-            trust_env=False,
-        ) as answer,
-    ):
-        next(answer.iter_lines(), "")
+    with closing(_lines(scene, "A client", HTTP_S)) as lines:
+        next(lines, "")
     return UnderWay(scene)
 
 

@@ -12,13 +12,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from chaos.campaigns.campaign import SHOWN, Campaign, LongReceipt
+from chaos.campaigns.campaign import LongReceipt
 from chaos.campaigns.host_bursts import ETCD, HostBurst, HostFault, bursts
 from chaos.campaigns.host_faults import Injection
 from chaos.campaigns.kill_host import START_S
-from chaos.check.checker import check_record
+from chaos.campaigns.recorded import Recorded
 from chaos.faults.base import Injected, NotInjected
-from chaos.target.host_cluster import HostCluster
+from chaos.target.host_cluster import HostCluster, over_hosts
 from chaos.target.waiting import until
 from chaos.workload.history import percentile
 from chaos.workload.streams import Load, Workload
@@ -45,10 +45,8 @@ class HostSoakReceipt(LongReceipt, frozen=True, kw_only=True):
 
 
 @dataclass(kw_only=True)
-class HostSoak(Campaign):
+class HostSoak(Recorded):
     """Burst after burst over a `HostCluster`, until there were so many faults, or the time is over."""
-
-    watched: bool = True
 
     faults: int = 0
     limit_s: float = 0.0  # 0: none
@@ -57,14 +55,11 @@ class HostSoak(Campaign):
     injected: list[tuple[HostFault, Injected]] = field(default_factory=list)
     missed: list[str] = field(default_factory=list)  # faults that were not seen to happen
     converged_ms: list[float] = field(default_factory=list)
-    epochs: int = 0
 
     @property
     def over_hosts(self) -> HostCluster:
         """The cluster."""
-        if not isinstance(self.cluster, HostCluster):
-            raise TypeError("hosts fail in a cluster of several")
-        return self.cluster
+        return over_hosts(self.cluster)
 
     def serve(self, cluster: HostCluster, model: Path) -> None:
         """`elastic serve` on each host but the last, which has an agent and the gateway that clients use."""
@@ -79,9 +74,6 @@ class HostSoak(Campaign):
 
     def wait_whole(self) -> None:
         self.cluster.wait_serving(self.ranks, START_S, notify=self.notify)
-
-    def before(self) -> None:
-        self.epochs = -self.cluster.status()["epoch"]
 
     def act(self, workload: Workload) -> None:
         """Burst after burst, each followed by full strength."""
@@ -117,8 +109,7 @@ class HostSoak(Campaign):
                 killed |= injection.killed
                 agents |= injection.agents
                 self.injected.append((fault, injected))
-                if self.recorder is not None:
-                    self.recorder.injected(injected)
+                self.note(injected)
             time.sleep(max(fault.hold_s for fault in burst.faults))
         healed = time.monotonic()
         until(lambda: self._whole(killed, agents), lambda: f"{self.ranks} ranks after {self._said(burst)}", WHOLE_S)
@@ -126,8 +117,8 @@ class HostSoak(Campaign):
 
     def _heal(self, injection: Injection) -> None:
         injection.heal()
-        if self.recorder is not None and injection.injected is not None:
-            self.recorder.healed(injection.injected)
+        if injection.injected is not None:
+            self.note_healed(injection.injected)
 
     def _said(self, burst: HostBurst) -> str:
         return ", ".join(map(str, burst.faults))
@@ -144,19 +135,12 @@ class HostSoak(Campaign):
         return steps and not old and set(self.hosts) <= there
 
     def after(self) -> None:
-        if not self.troubles:
-            self.epochs += self.cluster.status()["epoch"]
-        if self.recorder is not None:
-            longest_s = max(self.converged_ms, default=0.0) / 1000
-            said = f"{len(self.converged_ms)} waits for full strength, the longest {longest_s:.1f} s"
-            self.recorder.verified("G8", not self.troubles, "; ".join(self.troubles) or said)
+        super().after()
+        self.verify_strength(self.converged_ms)
 
     def receipt(self) -> HostSoakReceipt:
         """Check the finished run. Pure."""
-        refused = sum(record.status != 200 for record in self.history)
-        broken = [*self.verdict().explained(SHOWN), *self.unproven(), *self._found()]
-        if refused:
-            broken.append(f"{refused} requests were refused, though every expert came back in time")
+        broken = [*self.broken(), *self.refusals()]
         if not self.injected:
             broken.append("no fault was injected")
         return HostSoakReceipt(
@@ -165,17 +149,9 @@ class HostSoak(Campaign):
             faults=len(self.injected),
             kinds=dict(sorted(Counter(fault.kind.value for fault, _ in self.injected).items())),
             not_injected=len(self.missed),
-            non_2xx=refused,
+            non_2xx=self.refused,
             converged_p50_ms=round(percentile(self.converged_ms, 0.5), 1),
             converged_max_ms=round(max(self.converged_ms, default=0.0), 1),
             late=sum(each > CONVERGED_S * 1000 for each in self.converged_ms),
             max_token_gap_ms=self.max_token_gap_ms(),
         )
-
-    def _found(self) -> list[str]:
-        """What the checks of the record found, beyond the requests, which are compared here."""
-        outcomes = check_record(self.recorder.lines()).outcomes if self.recorder is not None else ()
-        found = [
-            each for outcome in outcomes if outcome.title not in ("requests", "by the run") for each in outcome.findings
-        ]
-        return [f"{each.promise}: {each.what}" for each in found]

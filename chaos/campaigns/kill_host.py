@@ -13,7 +13,7 @@ from pathlib import Path
 
 from chaos.campaigns.campaign import SHOWN, Campaign, Receipt
 from chaos.campaigns.kill_rank import epochs_of, uneven, until_tokens
-from chaos.target.host_cluster import HostCluster
+from chaos.target.host_cluster import HostCluster, over_hosts
 from chaos.target.waiting import until
 from chaos.workload.history import RequestRecord, percentile
 from chaos.workload.streams import FULL, Load, Workload
@@ -54,9 +54,7 @@ class KillHost(Campaign):
     @property
     def over_hosts(self) -> HostCluster:
         """The cluster."""
-        if not isinstance(self.cluster, HostCluster):
-            raise TypeError("a host is killed in a cluster of several")
-        return self.cluster
+        return over_hosts(self.cluster)
 
     def serve(self, cluster: HostCluster, model: Path) -> None:
         """Start all roles: the first host gets all that one machine has, the second the same, the others ranks."""

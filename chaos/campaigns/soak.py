@@ -97,9 +97,7 @@ class Soak(Endurance):
         super().after()
         others = f"{self.count('roles')} roles killed, {self.count('outages')} outages of etcd"
         self.verify("G6", self.troubles, f"{others}: full strength each time")
-        longest_s = max(self.restored_ms, default=0.0) / 1000
-        waits = f"{len(self.restored_ms)} waits for full strength, the longest {longest_s:.1f} s"
-        self.verify("G8", self.troubles, waits)
+        self.verify_strength(self.restored_ms)
 
     def missing(self, requests: int) -> list[str]:
         """What of the quota is not done yet, given how many requests have ended."""
@@ -112,9 +110,7 @@ class Soak(Endurance):
         broken = self.broken()
         if not self.minutes:
             broken += self.missing(len(self.history))
-        refused = sum(record.status != 200 for record in self.history)
-        if refused:
-            broken.append(f"{refused} requests were refused, though every expert came back in time")
+        broken += self.refusals()
         return SoakReceipt(
             **self.long_receipt(broken),
             kills=self.count("kills"),
@@ -122,7 +118,7 @@ class Soak(Endurance):
             outages=self.count("outages"),
             roles=self.count("roles"),
             strikes=dict(self.bursts),
-            non_2xx=refused,
+            non_2xx=self.refused,
             restored_p50_ms=round(percentile(self.restored_ms, 0.5), 1),
             restored_max_ms=round(max(self.restored_ms, default=0.0), 1),
         )
@@ -218,7 +214,7 @@ class _Injection:
             with suppress(NotInjected):  # its agent was faster, and has ended it: no zombie, and not counted
                 stop.heal()
                 self._note(stopped)
-                self._note_healed(stopped)
+                self.soak.note_healed(stopped)
 
     def _freeze(self) -> None:
         """etcd answers nothing for a while; ranks that die meanwhile are masked, and replaced afterwards."""
@@ -244,7 +240,7 @@ class _Injection:
             yield
         finally:
             outage.heal()
-            self._note_healed(injected)
+            self.soak.note_healed(injected)
 
     def _kill_rank(self, record: RankRecord) -> None:
         self._kill(f"rank {record.rank}", record.pid)
@@ -259,12 +255,7 @@ class _Injection:
 
     def _note(self, fault: Injected) -> None:
         self.soak.injected.append(fault)
-        if self.soak.recorder is not None:
-            self.soak.recorder.injected(fault)
-
-    def _note_healed(self, fault: Injected) -> None:
-        if self.soak.recorder is not None:
-            self.soak.recorder.healed(fault)
+        self.soak.note(fault)
 
 
 # --- what is waited for, seen in one state of the store

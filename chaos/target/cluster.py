@@ -18,7 +18,7 @@ from chaos.target.waiting import until
 from chaos.target.warm_start import WarmProcess, WarmStart
 from elastic.cli.client import StoreClient, wait_for
 from elastic.serve.etcd_server import free_ports
-from elastic.serve.state_dir import StateDir
+from elastic.serve.state_dir import ClusterAddress, StateDir
 from membership.base import starter
 from membership.base.errors import ElasticError
 from membership.base.events import Event, EventLog, Tail
@@ -43,6 +43,11 @@ class Cluster:
             self._store.close()
 
     @property
+    def address(self) -> ClusterAddress:
+        """Where it is."""
+        return self.state.address()
+
+    @property
     def url(self) -> str:
         """Base URL of the OpenAI-compatible API."""
         return self.state.address().url
@@ -54,7 +59,7 @@ class Cluster:
 
     def client(self) -> StoreClient:
         """Client of the cluster's store; connects on first use."""
-        address = self.state.address()
+        address = self.address
         with self._connecting:
             if self._store is None:
                 self._store = address.connect()

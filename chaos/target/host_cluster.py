@@ -13,7 +13,6 @@ from pathlib import Path
 from chaos.faults.members import Member
 from chaos.target.cluster import Cluster
 from chaos.target.hosts import Hosts
-from elastic.cli.client import StoreClient
 from elastic.serve.state_dir import ClusterAddress, StateDir
 from membership.base import starter
 from membership.base.errors import ElasticError
@@ -50,12 +49,6 @@ class HostCluster(Cluster):
     def address(self) -> ClusterAddress:
         """Also where no `elastic serve` says so."""
         return ClusterAddress(cluster=NAME, etcd=tuple(self.etcd.split(",")))
-
-    def client(self) -> StoreClient:
-        with self._connecting:
-            if self._store is None:
-                self._store = self.address.connect()
-        return StoreClient(self._store, NAME, self.state.events)
 
     @property
     def secret(self) -> Path:
@@ -137,3 +130,10 @@ class HostCluster(Cluster):
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait(timeout=KILLED_S)
+
+
+def over_hosts(cluster: Cluster) -> HostCluster:
+    """The cluster, whose hosts are to fail."""
+    if not isinstance(cluster, HostCluster):
+        raise TypeError("hosts fail in a cluster of several")
+    return cluster
