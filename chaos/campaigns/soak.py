@@ -286,8 +286,9 @@ def _staged(state: ClusterState, victim: RankRecord) -> bool:
 
 
 def _given_up(state: ClusterState, victim: RankRecord) -> bool:
-    """Whether this incarnation is masked, or out of the view."""
-    member = state.view.member(victim.rank) if state.view is not None else None
-    if member is None or member.incarnation != victim.incarnation:
+    """Whether this incarnation is out of the view, or masked: a mask in an older view was of its predecessor."""
+    view, status = state.view, state.engine_status
+    member = view.member(victim.rank) if view is not None else None
+    if view is None or member is None or member.incarnation != victim.incarnation:
         return True
-    return state.engine_status is not None and victim.rank in state.engine_status.masked
+    return status is not None and status.epoch == view.epoch and victim.rank in status.masked

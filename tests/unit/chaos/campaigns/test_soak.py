@@ -242,3 +242,17 @@ def test_a_failpoints_victim_is_a_rank_that_there_is() -> None:
     KILL_TWICE.arm(scene, "x=1*kill")
     LOAD.arm(scene, "x=1*kill")
     assert armed == ["x=1*kill;rank.before.prepare@3=1*kill", "x=1*kill"]
+
+
+def test_a_rank_is_not_given_up_for_the_mask_of_its_predecessor() -> None:
+    """The engine's status is of the view before for a moment, in which that one was masked."""
+    state = healthy(3)
+    victim, status = record(0), state.engine_status
+    assert status is not None
+    assert state.view is not None
+    older, masked = replace(status, epoch=state.view.epoch - 1, masked=(0,)), replace(status, masked=(0,))
+    without = replace(state.view, members=state.view.members[1:])
+    assert not soak._given_up(state, victim)
+    assert not soak._given_up(replace(state, engine_status=older), victim)
+    assert soak._given_up(replace(state, engine_status=masked), victim)
+    assert soak._given_up(replace(state, view=without), victim)
