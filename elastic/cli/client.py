@@ -28,6 +28,7 @@ from membership.operations.operations import cancel, propose
 from membership.operations.pause import pause, resume
 from membership.operations.quarantine import unquarantine
 from membership.operations.rebalance_now import RebalancePlan, plan_rebalance, request_rebalance
+from membership.operations.rotate_keys import RotationPlan, Secrets, plan_rotation, rotate_keys, secrets_in
 from membership.store.codec import decode
 from membership.store.interface import Store
 from membership.store.keys import Keys, state_from
@@ -90,6 +91,18 @@ class StoreClient:
     def rebalance(self, by: str) -> RebalancePlan:
         """Request a rebalance now."""
         return request_rebalance(self._store, self._cluster, by)
+
+    def secrets(self) -> Secrets:
+        """Who has which join secrets."""
+        return secrets_in(self.state())
+
+    def plan_rotation(self) -> RotationPlan:
+        """What a rotation of the join secret would do now, or has still to do."""
+        return plan_rotation(self.state(), time.time())
+
+    def rotate_keys(self) -> RotationPlan:
+        """Have the cluster use the other join secret."""
+        return rotate_keys(self._store, self._cluster)
 
     def operation(self, op_id: str) -> Operation:
         """One operation by id."""
@@ -170,6 +183,18 @@ class AdminClient:
     def rebalance(self, by: str) -> RebalancePlan:
         """POST rebalance."""
         return _record(self._call("POST", "rebalance", json={"by": by}), RebalancePlan)
+
+    def secrets(self) -> Secrets:
+        """GET keys."""
+        return _record(self._call("GET", "keys"), Secrets)
+
+    def plan_rotation(self) -> RotationPlan:
+        """POST keys/rotate with plan=true: changes nothing."""
+        return _record(self._call("POST", "keys/rotate", json={"plan": True}), RotationPlan)
+
+    def rotate_keys(self) -> RotationPlan:
+        """POST keys/rotate."""
+        return _record(self._call("POST", "keys/rotate", json={}), RotationPlan)
 
     def operation(self, op_id: str) -> Operation:
         """GET one operation."""

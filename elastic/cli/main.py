@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from elastic.cli import changes, cluster, roles
+from elastic.cli import changes, cluster, keys, roles
 from elastic.cli.command import command
 from elastic.cli.entry import run
 from elastic.cli.flags import Output, OutputFlag, described, show, write_json
@@ -97,6 +97,7 @@ def doctor(
 
 cluster.add_to(app)
 changes.add_to(app)
+keys.add_to(app)
 roles.add_to(app)
 
 

@@ -20,6 +20,7 @@ from membership.base.events import Event
 from membership.operations.change import describe_change as words
 from membership.operations.dry_run import Plan
 from membership.operations.rebalance_now import RebalancePlan
+from membership.operations.rotate_keys import RotationPlan, Secrets
 from membership.placement.survivability import describe_survivability
 from membership.store.phases import ORDER
 from membership.store.records import Operation, Phase
@@ -172,6 +173,34 @@ def rebalance_view(plan: RebalancePlan, *, asked: bool) -> str:
     lines += ["  it would happen without a request, too"] if plan.unasked and not asked else []
     lines += ["  it waits for the change that is under way"] if plan.waits else []
     return "\n".join([*lines, "asked for; see: elastic events"] if asked else lines)
+
+
+def rotation_view(plan: RotationPlan) -> str:
+    """What a rotation of the join secret does, one fact a line."""
+    if not plan.changes:
+        return f"nothing to do: all listen with join secret {plan.secret}, generation {plan.generation}"
+    lines = [f"join secret {plan.secret} becomes generation {plan.generation}"]
+    lines += ["  the engine begins a new term"] if plan.engine else []
+    lines += [f"  a new process for each of ranks {_ranks(plan.ranks)}"] if plan.ranks else []
+    return "\n".join(lines)
+
+
+def secrets_view(found: Secrets) -> str:
+    """Who has which join secrets, a process a line."""
+    if not found.current:
+        return "this cluster is on one host: it has no join secret"
+    lines = [f"join secret {found.current}, generation {found.generation}"]
+    if found.before in found.in_use:
+        lines.append(f"  {found.before} (generation {found.generation - 1}) is still in use: elastic keys rotate")
+    elif found.before and any(found.before in (use.has or ()) for use in found.uses):
+        lines.append(f"  {found.before} is used no more: its line may go from the files")
+    lines += [f"  {name} is not in use" for name in found.others]
+    for use in found.uses:
+        generation = "another generation" if use.generation is None else f"generation {use.generation}"
+        listens = f"listens with {generation}" if use.listens else ""
+        has = f"has {', '.join(use.has)}" if use.has else "has none" if use.has is not None else ""
+        lines.append(f"{use.role:<24}{use.node:<20}{'; '.join(filter(None, (listens, has)))}")
+    return "\n".join(lines)
 
 
 def in_bytes(number: float) -> str:

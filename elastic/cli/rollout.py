@@ -48,6 +48,15 @@ def resume_hint(before: int) -> str:
     return f"once the cause is gone, go on with: elastic rollout --before {before}"
 
 
+def is_unfinished(client: Client, before: int) -> bool:
+    """Whether the last change was a step of this rollout, and its extra rank is still there."""
+    operations = client.operations()
+    surge = next((each for each in operations if each.id == f"rollout-{before}-surge"), None)
+    if surge is None or surge.phase is Phase.ABORTED or not operations[-1].id.startswith(f"rollout-{before}-"):
+        return False
+    return int(client.status()["desired"]) != surge.previous
+
+
 def _size(client: Client, surge: str) -> int:
     """The number of ranks at the end, which is the number before the rollout began."""
     begun = [operation for operation in client.operations() if operation.id == surge]

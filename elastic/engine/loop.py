@@ -7,11 +7,11 @@ A slow or unavailable store never delays a step. Only a successor ends the servi
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
+from typing import Protocol
 
 import structlog
 
@@ -55,6 +55,13 @@ class Peers:
     events: EventLog
     gone: Callable[[Set[RankId]], Set[RankId]] = lambda members: frozenset()
     """Which of these, that have no record, certainly do not listen any more (`unrecorded.py`)."""
+
+
+class Stop(Protocol):
+    """Says when to end: a threading.Event, or the term of an engine."""
+
+    def is_set(self) -> bool:
+        """Whether it is time."""
 
 
 class Engine:
@@ -115,7 +122,7 @@ class Engine:
 
     # ---- the loop
 
-    def run(self, stop: threading.Event) -> None:
+    def run(self, stop: Stop) -> None:
         """Serve until stopped; Fenced if replaced."""
         try:
             while not stop.is_set():

@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 
 import structlog
 
@@ -29,15 +30,42 @@ from membership.store.interface import Store
 from membership.store.keys import Keys
 from membership.store.lease import LeaseKeeper
 from membership.store.mirror import Mirror
-from membership.store.records import EngineRecord
+from membership.store.records import ClusterState, EngineRecord
 from workers.fleet.fleet import Fleet
 from workers.queue.handle import this_host
-from workers.queue.network import require_joined, require_reachable
+from workers.queue.network import join_key, join_keys, require_joined, require_reachable
 
 CAMPAIGN_SLICE_S = 1.0
 REMIND_S = 60.0
+REKEYED = "the cluster's join secret was replaced"
 
 log = structlog.get_logger(__name__)
+
+
+class Term:
+    """Until when an engine campaigns and serves: `stop`, or another join secret, with which it has to listen anew.
+
+    One that does not have that secret goes on as it is: ranks and gateways keep the one before beside it.
+    """
+
+    def __init__(self, stop: threading.Event, network: Network | None) -> None:
+        self._stop, self._network = stop, network
+        self._join_key = join_key(network)
+        self.outdated = False
+
+    def note(self, state: ClusterState) -> None:
+        """The mirror has a new state; called in its thread."""
+        config = state.config
+        if config is not None and config.join_key != self._join_key and config.join_key in join_keys(self._network):
+            self.outdated = True
+
+    def is_set(self) -> bool:
+        """Whether it has ended."""
+        return self.outdated or self._stop.is_set()
+
+    def wait(self, timeout: float) -> None:
+        """Until the process is to stop, or for this time."""
+        self._stop.wait(timeout)
 
 
 def run_terms(
@@ -79,14 +107,14 @@ def run_engine(
     network: Network | None = None,
     report: Callable[[str], None] = lambda lacking: None,
 ) -> None:
-    """Stand by, then serve for one term, until `stop`. Fenced if another engine has taken over."""
+    """Stand by, then serve for one term, until `stop` or another join secret. Fenced if another engine took over."""
     with Mirror(store, cluster) as mirror, ExitStack() as opened:
         config = mirror.wait_for_config(stop)
         if config is None:
             return
-        require_joined(config, network)
+        network = require_joined(config, network)
         require_reachable(mirror.state(), node, network)
-        fleet = Fleet(network=network)
+        term, fleet = Term(stop, network), Fleet(network=network)
         opened.callback(fleet.close)
         known = Unrecorded()
         opened.callback(known.close)
@@ -95,19 +123,11 @@ def run_engine(
             opened.callback(mirror.subscribe(known.note))
         server = EngineServer(fleet.ring, network)
         opened.callback(server.close)
-        record = EngineRecord(
-            node=node,
-            pid=os.getpid(),
-            address=server.address,
-            broadcast_handle=fleet.broadcast_handle,
-            mask_handle=fleet.mask_handle,
-            host=this_host(),
-            remote=server.remote,
-            remote_key=server.remote_key,
-        )
+        opened.callback(mirror.subscribe(term.note))  # before the engine's: it looks up then
+        term.note(mirror.state())
         keys = Keys(cluster)
         report("")
-        elected = _get_elected(store, keys, record, config.lease_ttl_s, stop)
+        elected = _get_elected(store, keys, _record(node, fleet, server, network), config.lease_ttl_s, term)
         if elected is None:
             return
         keeper, token = elected
@@ -115,7 +135,7 @@ def run_engine(
         events.emit("engine_elected", cluster=cluster, token=token, pid=os.getpid())
         fleet.open(token)
         mirror.wait(lambda state: state.revision >= token, timeout_s=config.launch_deadline_s, what="our own election")
-        status = StatusWriter(store, keys, token, keeper.lease, on_fenced=fleet.ring)
+        status = StatusWriter(store, keys, token, keeper.lease, fleet.ring, partial(join_keys, network))
         opened.callback(status.close)
         engine = Engine(config, token, Peers(mirror, fleet, server, status, events, known.gone))
         known.on_change = engine.look_again
@@ -125,14 +145,30 @@ def run_engine(
         gc.freeze()  # these objects stay: the collector need not scan them between steps
         try:
             with loop_watchdog.watched():
-                engine.run(stop)
+                engine.run(term)
+            if term.outdated:
+                events.emit("engine_stood_down", cluster=cluster, token=token, reason=REKEYED)
         except Fenced as fenced:
             events.emit("engine_stood_down", cluster=cluster, token=token, reason=str(fenced))
             raise
 
 
+def _record(node: str, fleet: Fleet, server: EngineServer, network: Network | None) -> EngineRecord:
+    return EngineRecord(
+        node=node,
+        pid=os.getpid(),
+        address=server.address,
+        broadcast_handle=fleet.broadcast_handle,
+        mask_handle=fleet.mask_handle,
+        host=this_host(),
+        remote=server.remote,
+        remote_key=server.remote_key,
+        join_key=join_key(network),
+    )
+
+
 def _get_elected(
-    store: Store, keys: Keys, record: EngineRecord, ttl_s: float, stop: threading.Event
+    store: Store, keys: Keys, record: EngineRecord, ttl_s: float, stop: Term
 ) -> tuple[LeaseKeeper, int] | None:
     """Campaign until elected, with a new lease where the old one ran out meanwhile; None if stopped first."""
     while not stop.is_set():
@@ -150,7 +186,7 @@ def _get_elected(
     return None
 
 
-def _campaign(election: Election, keeper: LeaseKeeper, stop: threading.Event) -> int:
+def _campaign(election: Election, keeper: LeaseKeeper, stop: Term) -> int:
     """Our token; 0 if stopped, or if the lease has ended."""
     while not stop.is_set():
         loop_watchdog.heartbeat()

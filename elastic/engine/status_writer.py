@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 
 import structlog
+from msgspec.structs import replace
 
 from membership.base import failpoints
 from membership.base.attempts import Attempts
@@ -31,6 +32,7 @@ class StatusWriter:
         token: int,
         lease: int,
         on_fenced: Callable[[], None],
+        join_keys: Callable[[], tuple[str, ...]] = tuple,
         *,
         background: bool = True,
     ) -> None:
@@ -39,6 +41,7 @@ class StatusWriter:
         self._fence = Compare(keys.engine, "create", "=", token)
         self._lease = lease
         self._on_fenced = on_fenced
+        self._join_keys = join_keys
         self._changed = threading.Condition()
         self._status = EngineStatus(token=token, epoch=0)
         self._loads: ExpertLoad | None = None
@@ -104,7 +107,7 @@ class StatusWriter:
 
     def _write(self, status: EngineStatus, loads: ExpertLoad | None) -> bool:
         """False if this engine has been replaced, or its lease has ended, which lets others replace it."""
-        puts: list[Op] = [Put(self._key, encode(status), self._lease)]
+        puts: list[Op] = [Put(self._key, encode(replace(status, join_keys=self._join_keys())), self._lease)]
         if loads is not None:
             puts.append(Put(self._loads_key, encode(loads), self._lease))
         failpoints.hit("engine.before.status")

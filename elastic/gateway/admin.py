@@ -36,6 +36,7 @@ from membership.operations.operations import cancel, propose
 from membership.operations.pause import pause, resume
 from membership.operations.quarantine import unquarantine
 from membership.operations.rebalance_now import plan_rebalance, request_rebalance
+from membership.operations.rotate_keys import plan_rotation, rotate_keys, secrets_in
 from membership.store.interface import Store
 from membership.store.mirror import Mirror
 from membership.store.records import ClusterState, Operation, View
@@ -83,6 +84,12 @@ class RebalanceRequest(Shape):
     """POST /admin/v1/rebalance. `plan`: only say what would change."""
 
     by: str = Field(default="admin API", max_length=128)
+    plan: bool = False
+
+
+class RotationRequest(Shape):
+    """POST /admin/v1/keys/rotate. `plan`: only say what would change."""
+
     plan: bool = False
 
 
@@ -219,6 +226,17 @@ def _add_maintenance(app: FastAPI, admin: Admin) -> None:
         if asked.plan:
             return json_response(asdict(plan_rebalance(admin.mirror.state(), time.time())))
         return json_response(asdict(await admin.call(request_rebalance, asked.by)), 202)
+
+    @app.get("/admin/v1/keys")
+    async def secrets() -> Response:
+        return json_response(asdict(secrets_in(admin.mirror.state())))
+
+    @app.post("/admin/v1/keys/rotate")
+    async def rotate(request: Request) -> Response:
+        asked = await _read(request, RotationRequest)
+        if asked.plan:
+            return json_response(asdict(plan_rotation(admin.mirror.state(), time.time())))
+        return json_response(asdict(await admin.call(rotate_keys)), 202)
 
     @app.post("/admin/v1/pause")
     async def pause_changes(request: Request) -> Response:

@@ -48,7 +48,7 @@ from membership.store.interface import Store
 from membership.store.mirror import Mirror
 from membership.store.records import ClusterConfig, ClusterState, GatewayRecord
 from workers.model.text_files import SamplingDefaults, not_applied, sampling_defaults
-from workers.queue.network import require_joined
+from workers.queue.network import join_keys, require_joined
 
 STOP_POLL_S = 0.1
 CLOSE_TIMEOUT_S = 5
@@ -151,7 +151,7 @@ def run_gateway(
         url, admin_url = urls_of(bound, _host_name(settings), tls=certificates is not None)
         record = GatewayRecord(name=name, pid=os.getpid(), url=url, admin_url=admin_url, node=settings.node)
         gateway = Gateway(config, mirror, link, readiness, *servers, settings.grace_s, hurry or threading.Event())
-        with Registration(store, cluster, record, config.lease_ttl_s):
+        with Registration(store, cluster, record, config.lease_ttl_s, partial(join_keys, settings.network)):
             note("gateway_started", name=name, url=record.url)
             asyncio.run(_serve(gateway, stop))
             note("gateway_stopped", name=name)

@@ -27,7 +27,7 @@ from workers.ipc.peer import Peer
 from workers.queue.curve import use_curve
 from workers.queue.endpoints import connect
 from workers.queue.handle import this_host
-from workers.queue.network import Purpose, connecting_keys, require_same_secret
+from workers.queue.network import Purpose, connecting_keys, same_secret
 
 SCHEME = "ipc://"
 RECONNECT_MS, RECONNECT_MAX_MS = 20, 500  # while the engine does not listen yet
@@ -123,8 +123,8 @@ def _use_keys(dealer: zmq.asyncio.Socket, engine: EngineRecord, network: Network
             f"the engine is on another host ({engine.node}), and {whose} runs without --advertise",
             hint="start the roles on both hosts with --advertise and the same join secret",
         )
-    require_same_secret(engine.remote_key, network, Purpose.GATEWAYS)
-    use_curve(dealer, connecting_keys(network, Purpose.GATEWAYS), engine.remote_key)
+    theirs = same_secret(engine.remote_key, network, Purpose.GATEWAYS)
+    use_curve(dealer, connecting_keys(theirs, Purpose.GATEWAYS), engine.remote_key)
 
 
 def _stop_monitor(dealer: zmq.asyncio.Socket) -> None:

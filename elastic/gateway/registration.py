@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from types import TracebackType
+
+from msgspec.structs import replace
 
 from membership.base.attempts import Attempts
 from membership.base.errors import StoreError, WaitTimeout
@@ -18,10 +21,20 @@ CLOSE_TIMEOUT_S = 15.0
 
 
 class Registration:
-    """Keeps the record under a lease, from a thread; registers again whenever the lease was lost."""
+    """Keeps the record under a lease, from a thread; registers again whenever the lease was lost.
 
-    def __init__(self, store: Store, cluster: str, record: GatewayRecord, ttl_s: float) -> None:
-        self._store = store
+    `join_keys` is asked again and again: the gateway's host may get another join secret.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        cluster: str,
+        record: GatewayRecord,
+        ttl_s: float,
+        join_keys: Callable[[], tuple[str, ...]] = tuple,
+    ) -> None:
+        self._store, self._join_keys = store, join_keys
         self._key = Keys(cluster).gateway(record.name)
         self._record = record
         self._ttl_s = ttl_s
@@ -52,6 +65,10 @@ class Registration:
             self._hold(keeper)
 
     def _hold(self, keeper: LeaseKeeper) -> None:
-        self._store.put(self._key, codec.encode(self._record), keeper.lease)
+        written: GatewayRecord | None = None
         while not (self._stop.is_set() or self._wake.is_set()):
+            record = replace(self._record, join_keys=self._join_keys())
+            if record != written:
+                self._store.put(self._key, codec.encode(record), keeper.lease)
+                written = record
             self._wake.wait(RETRY_S)

@@ -11,8 +11,7 @@ import socket
 from pathlib import Path
 
 from membership.base.errors import ConfigError
-from membership.base.network import Network, bare, is_ipv6, is_loopback, ports_of
-from workers.queue.network import join_key
+from membership.base.network import Network, bare, is_ipv6, is_loopback, lines_of, ports_of, read_secrets
 
 ENV = "ELASTIC_JOIN_SECRET"
 FILE = "join-secret"  # in the state directory
@@ -23,20 +22,21 @@ def network_of(address: str, file: Path | None, cluster: str, port_range: str = 
     """This host among others; None if it has no address for them. ConfigError: one of these is no good."""
     if not address:
         return None
-    secret = _given(file)
-    if not secret:
+    found = _given(file)
+    if not found:
         raise ConfigError(
             "--advertise needs the cluster's join secret",
             hint=f"copy {FILE} of the state directory of `elastic serve`, and give --join-secret-file or {ENV}",
         )
     require_ours(address)
-    return Network(bare(address), cluster, secret.encode(), ports_of(port_range))
+    ports, absolute = ports_of(port_range), file.absolute() if file is not None else None
+    return Network(bare(address), cluster, found[0], ports, found[1:], absolute)
 
 
-def join_key_of(file: Path | None, cluster: str) -> str:
-    """What the config of a cluster says of its join secret; "" if none is given: it is on one host."""
-    secret = _given(file)
-    return join_key(Network("", cluster, secret.encode())) if secret else ""
+def secrets_of(file: Path | None, cluster: str) -> Network | None:
+    """From which the config of a cluster has its `join_key`; None if no secret is given: it is on one host."""
+    found = _given(file)
+    return Network("", cluster, found[0], others=found[1:]) if found else None
 
 
 def made_secret(state_dir: Path) -> Path | None:
@@ -53,23 +53,17 @@ def make_secret(state_dir: Path) -> Path:
     except FileExistsError:
         return file
     with open(fd, "w", encoding="ascii") as made:
-        made.write(secrets.token_hex(SECRET_BYTES) + "\n")
+        made.write(new_secret() + "\n")
     return file
 
 
-def _given(file: Path | None) -> str:
-    return _read(file) if file is not None else os.environ.get(ENV, "").strip()
+def new_secret() -> str:
+    """A random one."""
+    return secrets.token_hex(SECRET_BYTES)
 
 
-def _read(file: Path) -> str:
-    try:
-        secret = file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise ConfigError(f"--join-secret-file {file} cannot be read: {why}") from error
-    if not secret:
-        raise ConfigError(f"--join-secret-file {file} is empty", hint="copy the one of `elastic serve` there")
-    return secret
+def _given(file: Path | None) -> tuple[bytes, ...]:
+    return read_secrets(file) if file is not None else lines_of(os.environ.get(ENV, ""))
 
 
 def require_ours(address: str) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 
 import msgspec
@@ -31,9 +31,10 @@ from membership.store.records import Assignment, ClusterConfig, Desired
 POLL_S = 0.1
 ANEW = "if no process of it lives on any host, run `elastic init --anew` first"
 OF_MODEL = ("moe_layers", "experts", "expert_bytes", "vocab_size", "eos_token_ids", "files")
+OF_JOIN_SECRET = ("join_key", "join_generation", "join_key_before", "join_since")
 NOT_FLAGS = {
     **dict.fromkeys(OF_MODEL, "model"),
-    "join_key": "join secret",
+    **dict.fromkeys(OF_JOIN_SECRET, "join secret"),
     "served_model_aliases": "--served-model-name",
 }
 
@@ -45,14 +46,16 @@ def write_config(
     say: Callable[[str], None],
     predecessor: Predecessor | None = None,
     node: str = "",
+    join_keys: tuple[str, ...] = (),
 ) -> tuple[ClusterConfig, int]:
     """Store the config and the size; return both as they are now. `say` tells the user what is awaited or kept.
 
-    `node`: ours; "": whatever may live elsewhere, the cluster begins anew.
+    `node`: ours; "": whatever may live elsewhere, the cluster begins anew. `join_keys`: of all join secrets we have.
     """
     keys = Keys(config.cluster)
     before = store.get(keys.config)
     known = codec.decode(before.value, ClusterConfig) if before else None
+    config = with_known_secret(config, known, join_keys)
     if options.etcd and known is not None:
         if predecessor is not None and predecessor.served(config.cluster, options.etcd):
             for key in predecessor.fence(store, (keys.leader, keys.engine)):
@@ -90,6 +93,13 @@ def write_config(
     if not outcome.succeeded:
         raise StoreError("this cluster's config was written by another process at the same time", hint="try again")
     return config, desired.ranks
+
+
+def with_known_secret(config: ClusterConfig, known: ClusterConfig | None, join_keys: Container[str]) -> ClusterConfig:
+    """The cluster may use any of the join secrets that we have: which one it is `elastic keys rotate` says."""
+    if known is None or known.join_key not in join_keys:
+        return config
+    return msgspec.structs.replace(config, **{name: getattr(known, name) for name in OF_JOIN_SECRET})
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ from workers.agent.preload import WORKER_CLASS, preload_for
 from workers.agent.zygote import Zygote
 from workers.ipc.cpu_priority import run_in_short_turns
 from workers.model.content import stamp_files
-from workers.queue.network import join_key, require_reachable
+from workers.queue.network import join_key, join_keys, require_reachable
 
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
@@ -234,7 +234,8 @@ class Supervisor:
             self._make_secret(self._store)
         if self._network is not None:
             require_reachable(self._state(), self.node, self._network)
-        self.config, self.ranks = write_config(self._store, self.config, self.options, say, killed, self.node)
+        ours = join_keys(self._network)
+        self.config, self.ranks = write_config(self._store, self.config, self.options, say, killed, self.node, ours)
         opened.callback(self._stop_roles)
         for name in STOP_S:
             self._roles.add(self._role(name, endpoints))

@@ -1,13 +1,22 @@
-"""This host among others: the address at which they reach it, and the secret that all hosts of a cluster share."""
+"""This host among others: the address at which they reach it, and the secret that all hosts of a cluster share.
+
+While that secret is replaced a host has two: it listens with the one that the cluster's config names, and connects with
+either. They are lines of a file that is read again, so that no process need be started anew for another line.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import structlog
 
 from membership.base.errors import ConfigError
 
 SECRET_MIN_BYTES = 20
 LAST_PORT = (1 << 16) - 1
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,15 +39,57 @@ class Network:
 
     address: str
     cluster: str
-    secret: bytes = field(repr=False)
+    secret: bytes = field(repr=False)  # to listen with
     ports: Ports = ANY_PORT
+    others: tuple[bytes, ...] = field(default=(), repr=False)  # with which other processes may listen
+    file: Path | None = None  # that has all of them; None: they cannot change
 
     def __post_init__(self) -> None:
-        if len(self.secret) < SECRET_MIN_BYTES:
+        shortest = min(map(len, self.secrets))
+        if shortest < SECRET_MIN_BYTES:
             raise ConfigError(
-                f"the join secret has {len(self.secret)} bytes, and needs at least {SECRET_MIN_BYTES}",
+                f"the join secret has {shortest} bytes, and needs at least {SECRET_MIN_BYTES}",
                 hint="write 32 random bytes as hexadecimal digits into --join-secret-file",
             )
+
+    @property
+    def secrets(self) -> tuple[bytes, ...]:
+        """All that this host has; the one to listen with comes first."""
+        return (self.secret, *self.others)
+
+    def listening_with(self, secret: bytes) -> Network:
+        """The same with another one of its secrets in front."""
+        return replace(self, secret=secret, others=tuple(each for each in self.secrets if each != secret))
+
+    def read_again(self) -> Network:
+        """With the secrets that the file has by now. A file that cannot be used changes nothing, and is logged."""
+        if self.file is None:
+            return self
+        try:
+            first, *others = read_secrets(self.file)
+            now = replace(self, secret=first, others=tuple(others))
+        except ConfigError as error:
+            log.warning("join_secret_not_read", error=str(error), hint=error.hint)
+            return self
+        return now.listening_with(self.secret) if self.secret in now.secrets else now
+
+
+def read_secrets(file: Path) -> tuple[bytes, ...]:
+    """The join secrets in a file, one per line. ConfigError: it cannot be read, or has none."""
+    try:
+        secrets = lines_of(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ConfigError(f"--join-secret-file {file} cannot be read: {why}") from error
+    if not secrets:
+        raise ConfigError(f"--join-secret-file {file} is empty", hint="copy the one of `elastic serve` there")
+    return secrets
+
+
+def lines_of(text: str) -> tuple[bytes, ...]:
+    """The secrets in a text, each once, in order."""
+    stripped = (line.strip() for line in text.splitlines())
+    return tuple(dict.fromkeys(line.encode() for line in stripped if line))
 
 
 def is_loopback(address: str) -> bool:

@@ -76,7 +76,10 @@ class Phase(StrEnum):
 
 
 class ClusterConfig(Record, frozen=True, kw_only=True):
-    """What the cluster serves and how; written once by `elastic serve` (key `config`), constant afterwards."""
+    """What the cluster serves and how; written once by `elastic serve` (key `config`).
+
+    Constant afterwards, but for `join_…`, which `elastic keys rotate` changes.
+    """
 
     cluster: str
     model: str  # absolute path of the checkpoint directory
@@ -116,6 +119,9 @@ class ClusterConfig(Record, frozen=True, kw_only=True):
     served_model_aliases: tuple[str, ...] = ()  # more names of the model in the API
     min_agents: int = 1  # how many must be there before the first ranks start
     join_key: str = ""  # public half of what the join secret gives; "": the cluster is on one host
+    join_generation: int = 0  # how often that secret has been replaced
+    join_key_before: str = ""  # of the secret before this one
+    join_since: int = 0  # the last incarnation that was given out before the secret was replaced
 
     @property
     def model_names(self) -> tuple[str, ...]:
@@ -212,6 +218,7 @@ class AgentRecord(Record, frozen=True, kw_only=True):
     address: str = ""  # at which they do
     importing: bool = False  # a rank that is started there now waits for imports of seconds, on a busy host of minutes
     code: str = ""  # versions of what its ranks compute with, as in `RankRecord.identity`, if other hosts reach it
+    join_keys: tuple[str, ...] = ()  # of all join secrets that it has
 
 
 class RankRecord(RankProcess, frozen=True, kw_only=True):
@@ -235,6 +242,7 @@ class RankRecord(RankProcess, frozen=True, kw_only=True):
     identity: dict[str, str] = {}  # all else that decides a bit of its output: name of the part -> its digest or value
     loaded: bool = False  # all but its experts
     expert_digests: tuple[bytes, ...] = ()  # [MoE layer]: DIGEST_BYTES per expert; zeros: it has not loaded that one
+    join_key: str = ""  # of the join secret with which it listens to ranks on other hosts
 
 
 class RankExit(RankProcess, frozen=True, kw_only=True):
@@ -290,6 +298,7 @@ class EngineRecord(Record, frozen=True, kw_only=True):
     host: str = ""  # which host and network namespace it is in
     remote: str = ""  # ZeroMQ endpoint for gateways elsewhere
     remote_key: bytes = b""  # CURVE public key of that endpoint
+    join_key: str = ""  # of the join secret with which it listens to other hosts
 
 
 class EngineStatus(Record, frozen=True, kw_only=True):
@@ -316,6 +325,7 @@ class EngineStatus(Record, frozen=True, kw_only=True):
     reading: tuple[RankId, ...] = ()  # dead ranks whose KV pools it may still have read
     links: dict[str, HostLink] = {}  # node -> its connections with ranks there, if that is another host
     recovering: tuple[int, ...] = ()  # lost ranks whose requests have not all gone on elsewhere, though they could
+    join_keys: tuple[str, ...] = ()  # of all join secrets that it has
 
 
 class ExpertLoad(Record, frozen=True, kw_only=True):
@@ -336,6 +346,7 @@ class GatewayRecord(Record, frozen=True, kw_only=True):
     url: str
     admin_url: str
     node: str = ""
+    join_keys: tuple[str, ...] = ()  # of all join secrets that it has
 
 
 class LeaderRecord(Record, frozen=True, kw_only=True):

@@ -65,6 +65,7 @@ class World:
     crowded: bool = False  # the engine has requests on ranks that leave
     pause_ms: float = 0.0  # of the last flip, as the engine publishes it
     engine: bool = True
+    join_keys: tuple[str, ...] = ()  # of the engine's host
     elected: bool = True  # False: controllers run elsewhere
 
     def __post_init__(self) -> None:
@@ -169,7 +170,7 @@ class World:
         published = state.engine_status
         if published is not None and (published.token, published.epoch) == (state.engine_token, epoch):
             ranks = tuple(sorted({*ranks, *published.masked}))  # within an epoch no rank is unmasked
-        status = EngineStatus(token=state.engine_token, epoch=epoch, masked=ranks)
+        status = EngineStatus(token=state.engine_token, epoch=epoch, masked=ranks, join_keys=self.join_keys)
         self.put(self.keys.engine_status, status)
 
     def scale(self, target: int, timeout_s: float = 60.0, op_id: str | None = None) -> Operation:
@@ -237,6 +238,7 @@ class World:
             masked=tuple(sorted(masked)),
             pause_ms=self.pause_ms,
             vacated_revision=0 if self.crowded or state.next is None else state.next_revision,
+            join_keys=self.join_keys,
         )
         if published != status:
             self.put(self.keys.engine_status, published)

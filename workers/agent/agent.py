@@ -34,7 +34,7 @@ from membership.planning.identity import refusal
 from membership.store.interface import Store
 from membership.store.keys import Keys
 from membership.store.mirror import Mirror
-from membership.store.records import AgentRecord, ClusterConfig
+from membership.store.records import AgentRecord, ClusterConfig, ClusterState
 from workers.agent import decide
 from workers.agent.begin import wait_for_name
 from workers.agent.decide import (
@@ -54,6 +54,7 @@ from workers.agent.executor import Death, Elsewhere, MultiprocExecutor
 from workers.agent.exits import Exits
 from workers.agent.forkserver import Serving
 from workers.agent.handles import WorkerProcHandle
+from workers.agent.join_secrets import JoinSecrets
 from workers.agent.load_watch import UNTIL_IT_STALLS, Failing, LoadWatch
 from workers.agent.preload import WORKER_CLASS
 from workers.agent.registrar import Registrar
@@ -115,6 +116,7 @@ class Agent:
     ) -> None:
         parts = parts or Parts()
         self._clock, self._wall = parts.clock, parts.wall
+        self._secrets = JoinSecrets(options.network, self._clock)
         self.me = AgentRecord(
             node=node,
             pid=os.getpid(),
@@ -125,6 +127,7 @@ class Agent:
             address=options.network.address if options.network is not None else "",
             importing=True,
             code=options.code,
+            join_keys=self._secrets.keys,
         )
         if options.model:
             config = changed(config, model=options.model)
@@ -135,14 +138,12 @@ class Agent:
         self._loads = LoadWatch(config)
         self._next_check = 0.0  # of the heartbeats
         self._attempts = Attempts("agent", clock=self._clock)
-        self._start_failures = 0  # in a row, for want of something
-        self._start_at = 0.0  # when ranks may be started again after that
+        self._start_failures, self._start_at = 0, 0.0  # in a row, for want of something; when to start again after that
         self._publish_heartbeats_at = 0.0
         self._links = HostLinks()
         self._asked: set[RankId] = set()  # for their links, and have not answered yet
         self._buried: set[RankId] = set()
-        policy = policy_of(config)
-        self._exits = Exits(policy, parts.chance, OomKills(parts.oom_kills))
+        self._exits = Exits(policy := policy_of(config), parts.chance, OomKills(parts.oom_kills))
         self._pids: dict[int, RankId] = {}
         self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._keys = Keys(config.cluster)
@@ -192,6 +193,7 @@ class Agent:
         now = self._wall()
         self._check_heartbeats(self._clock())
         state = self._mirror.state()
+        self._follow_join_secret(state)
         for key in decide.stale_records(state, self.me.node, self._ranks):
             self._registrar.withdraw(key)
         self._act(decide.decide(state, self.me, self._ranks, self._buried, now))
@@ -253,10 +255,20 @@ class Agent:
                 then = partial(self._retired_epoch, effect)
                 self._call(effect.key, "retire_epoch", (effect.epoch,), RETIRE_TIMEOUT_S, then)
 
+    def _follow_join_secret(self, state: ClusterState) -> None:
+        """Ranks that are started now listen with the secret that the cluster uses now."""
+        renewed = self._secrets.look(state.config)
+        if self._secrets.keys != self.me.join_keys:
+            self.me = changed(self.me, join_keys=self._secrets.keys)
+            self._publish_me()
+        if renewed:
+            self._executor.use(self._secrets.network)
+            self._spares.renew()
+
     def _spawn(self, keys: list[RankId]) -> None:
         for key in keys:
             failpoints.hit("agent.before.spawn", key.rank)
-            self._ranks[key] = LocalRank(key, started=self._wall())
+            self._ranks[key] = LocalRank(key, started=self._wall(), join_key=self._secrets.key)
             self._update(key)
             self._emit("rank_spawned", key)
         left = [key for key in keys if not self._spares.take(key, self._adopted)]
@@ -555,7 +567,7 @@ def run_agent(
         config = mirror.wait_for_config(stop)
         if config is None:
             return
-        require_joined(config, options.network)
+        options = replace(options, network=require_joined(config, options.network))
         wait_for_name(mirror, node, stop)
         require_reachable(mirror.state(), node, options.network)
         agent = Agent(store, mirror, config, node, events, options)

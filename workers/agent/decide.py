@@ -52,6 +52,7 @@ class LocalRank:
     failed_revision: int = 0
     prepare_error: str = ""
     retired: tuple[int, int] = (0, 0)  # (epoch, prepared revision) at the last retire_epoch
+    join_key: str = ""  # of the join secret that it was started with
 
 
 @dataclass(frozen=True)
@@ -253,6 +254,7 @@ def record_of(rank: LocalRank, node: str) -> RankRecord:
         identity={name: value for name, value in rank.identity.items() if name != KERNELS},
         loaded=rank.loaded,
         expert_digests=rank.expert_digests,
+        join_key=rank.join_key,
     )
 
 

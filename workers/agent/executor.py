@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -110,6 +110,10 @@ class MultiprocExecutor:
         self._forkserver = self._new_forkserver()
         self._collector = threading.Thread(target=self._collect, name="executor-replies", daemon=True)
         self._collector.start()
+
+    def use(self, network: Network | None) -> None:
+        """What ranks that are started from now on are given of other hosts."""
+        self._elsewhere = replace(self._elsewhere, network=network)
 
     # --- ranks come ---------------------------------------------------------------------------------------------
 

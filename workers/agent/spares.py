@@ -133,6 +133,13 @@ class Spares:
             self._executor.retire([key], lambda key: None, kill=True)
         self._publish_ready()
 
+    def renew(self) -> None:
+        """End all of them; others are made. What they were started with is outdated."""
+        for key in list(self._spares):
+            del self._spares[key]
+            self._executor.retire([key], lambda key: None, kill=True)
+        self._publish_ready()
+
     def died(self, key: ProcessId, reason: str) -> None:
         """A spare died. If it was being promoted, the promotion's own callback reports it."""
         if isinstance(key, SpareId) and key in self._spares:
@@ -154,9 +161,11 @@ class Spares:
 
     def _started(self, key: SpareId, outcome: WorkerProcHandle | ElasticError) -> None:
         spare = self._spares.get(key)
+        if spare is None:
+            return  # it was given up meanwhile
         if isinstance(outcome, ElasticError):
             self.lost(key, str(outcome))
-        elif spare is not None:
+        else:
             spare.pid = outcome.child.pid
             pending = self._executor.submit("initialise", keys=[key], timeout_s=UNTIL_IT_STALLS)
             self._loads.begin(key, pending, time.monotonic())

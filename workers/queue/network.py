@@ -2,12 +2,17 @@
 
 Nothing secret is in a record. For each purpose one pair of keys is for the side that listens, one for the side that
 connects; each side knows the other's public half by itself, so a record that names another one is refused.
+
+Which secret a process listens with is what the cluster's config says (`join_key`, a public half) when it begins to. Who
+connects takes the secret that the listener's public key is of. So a cluster may use two at a time, while it goes over
+from one to the other (`membership/operations/rotate_keys.py`).
 """
 
 from __future__ import annotations
 
 import hmac
 from enum import StrEnum
+from functools import cache
 from urllib.parse import urlsplit
 
 from membership.base.errors import ConfigError, QueueError
@@ -45,14 +50,20 @@ def keys_for(handle: Handle, network: Network | None) -> CurveKeys | None:
     """
     if network is None or not handle.remote or handle.host == this_host():
         return None
-    require_same_secret(handle.remote_key, network)
-    return connecting_keys(network)
+    return connecting_keys(same_secret(handle.remote_key, network))
 
 
-def require_same_secret(listener: bytes, network: Network, purpose: Purpose = Purpose.RANKS) -> None:
-    """QueueError unless a process that listens with this public key has our join secret."""
-    if not hmac.compare_digest(listener, listening_keys(network, purpose).public):
-        raise QueueError("a process on another host has another join secret", hint="give all hosts the same one")
+def same_secret(listener: bytes, network: Network, purpose: Purpose = Purpose.RANKS) -> Network:
+    """`network` with the secret of who listens with this public key in front. QueueError: we have no such secret."""
+    for known in (network, network.read_again()):
+        for secret in known.secrets:
+            ours = known.listening_with(secret)
+            if hmac.compare_digest(listener, listening_keys(ours, purpose).public):
+                return ours
+    raise QueueError(
+        "a process on another host has another join secret",
+        hint="give all hosts the same one; while it is replaced, both (`elastic keys ls`)",
+    )
 
 
 def join_key(network: Network | None) -> str:
@@ -60,14 +71,34 @@ def join_key(network: Network | None) -> str:
     return listening_keys(network).public.decode("ascii") if network is not None else ""
 
 
-def require_joined(config: ClusterConfig, network: Network | None) -> None:
-    """ConfigError unless a role with this network can work in the cluster: both span hosts, with one join secret."""
-    if config.join_key == join_key(network):
-        return
+def join_keys(network: Network | None) -> tuple[str, ...]:
+    """The same of all secrets that this host has by now, in any order that is always the same."""
+    if network is None:
+        return ()
+    now = network.read_again()
+    return tuple(sorted(join_key(now.listening_with(secret)) for secret in now.secrets))
+
+
+def network_for(config: ClusterConfig, network: Network | None) -> Network | None:
+    """What a process that begins now listens with; as it is, if this host lacks the secret that the cluster uses."""
+    if network is None:
+        return None
+    now = network.read_again()
+    found = (ours for ours in map(now.listening_with, now.secrets) if join_key(ours) == config.join_key)
+    return next(found, now)
+
+
+def require_joined(config: ClusterConfig, network: Network | None) -> Network | None:
+    """The same; ConfigError unless a role can work with it: it and the cluster span hosts, with one join secret."""
+    ours = network_for(config, network)
+    if config.join_key == join_key(ours):
+        return ours
     hint = "give each role --advertise and the join secret of the host on which the cluster was begun"
     if network is None:
         raise ConfigError(f"cluster {config.cluster!r} spans hosts, and this role has no --advertise", hint=hint)
     if config.join_key:
+        if config.join_generation:
+            hint = "it was replaced: copy the file of a host that has the new one (`elastic keys ls` names them)"
         raise ConfigError(f"cluster {config.cluster!r} has another join secret than this role", hint=hint)
     raise ConfigError(
         f"cluster {config.cluster!r} is on one host: it was begun without --advertise",
@@ -99,9 +130,13 @@ def require_reachable(state: ClusterState, node: str, network: Network | None) -
 
 
 def _derived(network: Network, side: str) -> CurveKeys:
+    return _derived_from(network.secret, f"elastic-ep 1 {side} {network.cluster}".encode())
+
+
+@cache
+def _derived_from(join_secret: bytes, purpose: bytes) -> CurveKeys:
     import zmq  # only where there are several hosts
     from zmq.utils import z85
 
-    purpose = f"elastic-ep 1 {side} {network.cluster}".encode()
-    secret = z85.encode(hmac.digest(network.secret, purpose, "sha256"))
+    secret = z85.encode(hmac.digest(join_secret, purpose, "sha256"))
     return CurveKeys(zmq.curve_public(secret), secret)

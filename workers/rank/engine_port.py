@@ -37,7 +37,7 @@ from workers.protocol.messages import (
 from workers.protocol.rpc import Failure
 from workers.queue.handle import Handle, this_host
 from workers.queue.message_queue import MessageQueue, MsgpackCodec
-from workers.queue.network import keys_for, remote_of
+from workers.queue.network import keys_for, remote_of, same_secret
 from workers.rank.output import OutputThread
 from workers.rank.worker_api import AsyncOutput, Worker
 
@@ -112,7 +112,9 @@ class EnginePort:
             else:
                 self._follow_mask(steps)
             name = f"rank-{self.key.rank}.{self.key.incarnation}-to-{token}"
-            remote = remote_of(self._network) if self._network is not None and not near else None
+            remote = None
+            if self._network is not None and not near:  # with the secret that the engine has chosen
+                remote = remote_of(same_secret(handle.remote_key, self._network))
             return steps, MessageQueue(name, codec=MsgpackCodec(RankMessage), remote=remote)
         except BaseException:
             steps.shutdown()

@@ -30,7 +30,7 @@ from workers.exchange.tcp.wire import Answer, Ask, Bye, Hello, Message, Refused,
 from workers.protocol.exchange_handle import TcpHandle
 from workers.queue.curve import Authenticator, serve_curve, use_curve
 from workers.queue.endpoints import connect, listen_for_hosts
-from workers.queue.network import connecting_keys, listening_keys, require_same_secret
+from workers.queue.network import connecting_keys, listening_keys, same_secret
 from workers.queue.remote_wire import HEARTBEAT_S, SocketThread
 from workers.queue.silence import LOOK_S, Connection, beat
 
@@ -99,7 +99,7 @@ class TcpTransport:
         """Connect to `peer`, and have it connect to us. RankDied if it cannot be reached, or refuses."""
         to = msgspec.msgpack.decode(handle, type=TcpHandle)
         try:
-            require_same_secret(to.key, self._network)
+            same_secret(to.key, self._network)
         except QueueError as error:
             raise RankDied(f"{peer} cannot be linked: {error}", hint=error.hint) from error
         dial = _Dial(self._new_link(peer), to)
@@ -173,19 +173,20 @@ class TcpTransport:
         self._dials[peer] = dial
         try:
             self._connect(dial.link, dial.to, LINK_DIAL_S if dial.again else REMOTE_SILENCE_S)
-        except zmq.ZMQError as error:
+        except (zmq.ZMQError, QueueError) as error:
             del self._dials[peer]
             return dial.settle(str(error))
         self._send(dial.link, Hello(self._links.hello(peer), self._handle, dial.attempt))
 
     def _connect(self, link: TcpLink, to: TcpHandle, timeout_s: float = REMOTE_SILENCE_S) -> None:
         """A connection to the peer, over which we send. It is made once: when it ends, so does the link."""
+        keys = connecting_keys(same_secret(to.key, self._network))
         sender = self._io.context.socket(zmq.DEALER)
         sender.setsockopt(zmq.SNDHWM, 0)
         sender.setsockopt(zmq.RECONNECT_IVL, -1)
         sender.setsockopt(zmq.CONNECT_TIMEOUT, int(timeout_s * 1000))
         beat(sender)
-        use_curve(sender, connecting_keys(self._network), to.key)
+        use_curve(sender, keys, to.key)
         monitor = sender.get_monitor_socket(ENDS | zmq.EVENT_CONNECTED)
         self._io.watch(monitor, partial(self._look, link, monitor))
         self._io.watch(sender, partial(self._refused, link, sender))
@@ -235,7 +236,7 @@ class TcpTransport:
     def _admit(self, route: bytes, head: Hello) -> None:
         link: TcpLink | None = None
         try:
-            require_same_secret(head.handle.key, self._network)
+            same_secret(head.handle.key, self._network)
             link = self._new_link(self._links.admit(head.hello))
             self._connect(link, head.handle)
             self._routes[route] = link

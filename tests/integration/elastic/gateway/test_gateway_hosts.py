@@ -7,15 +7,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import pytest
 
 from elastic.serve.etcd_server import free_ports
 from membership.base.network import Network
+from membership.store.codec import decode
+from membership.store.records import GatewayRecord
 from tests.support.gateway_cluster import MODEL, QUICK, GatewayCluster, RunningGateway, wait_ready
 from tests.support.helpers import eventually
 from tests.support.scripted_engine import ScriptedEngine
+from workers.queue.network import join_key
 
 pytestmark = pytest.mark.integration
 
@@ -66,6 +70,29 @@ def test_a_stream_goes_on_from_a_far_engine_to_a_near_one_and_to_a_far_one(
             answered = response.result(timeout=60)
     assert answered.json()["choices"][0]["text"] == TEXT
     assert [len(each.submits[0].emitted) for each in (far, near, last)] == [0, 3, 6]
+
+
+def test_a_stream_follows_the_engine_to_another_join_secret(cluster: GatewayCluster, tmp_path: Path) -> None:
+    """Of which the gateway's host had not heard when it began. Its record says what it has."""
+    file = tmp_path / "secrets"
+    file.write_bytes(NETWORK.secret)
+    cluster.span(replace(NETWORK, file=file))
+    with ThreadPoolExecutor(1) as clients, cluster.gateway() as gateway:
+        with cluster.engine(cluster.says(TEXT), address=free_address(), network=NETWORK, pause_after=3) as old:
+            wait_ready(gateway)
+            response = clients.submit(complete, gateway)
+            eventually(lambda: any(each.sent == 3 for each in old.running), 30.0, "three tokens")
+        file.write_bytes(NETWORK.secret + b"\n" + OTHER.secret)
+        with cluster.engine(cluster.says(TEXT), address=free_address(), network=OTHER) as new:
+            assert response.result(timeout=60).json()["choices"][0]["text"] == TEXT
+        assert len(new.submits[0].emitted) == 3
+        both = tuple(sorted(map(join_key, (NETWORK, OTHER))))
+        eventually(lambda: gateway_record(cluster).join_keys == both, 30.0, "both in the gateway's record")
+
+
+def gateway_record(cluster: GatewayCluster) -> GatewayRecord:
+    _, (found,) = cluster.store.range(f"{cluster.keys.prefix}gateways/")
+    return decode(found.value, GatewayRecord)
 
 
 def test_a_broken_connection_between_hosts_is_made_anew(cluster: GatewayCluster, gateway: RunningGateway) -> None:

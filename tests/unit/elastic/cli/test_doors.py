@@ -35,7 +35,7 @@ NO_URLS = ("http://[::1", "http://[::1]:x", "http://[zz]", "localhost:8001", "ht
 NO_TOKENS = ("t\u00f6k\u00e9n", "two words", "tab\t", "\udcff", "\u2603", "x\n")
 COMMANDS = (["status"], ["events"], ["explain"], ["scale", "2"], ["drain", "0"], ["undrain", "0"], ["pause"],
             ["resume"], ["rebalance"], ["rollout"], ["unquarantine", "0"], ["ops", "ls"], ["ops", "show", "x"],
-            ["ops", "cancel", "x"])  # fmt: skip
+            ["ops", "cancel", "x"], ["keys", "ls"], ["keys", "rotate"])  # fmt: skip
 DURATIONS = [
     each
     for kind in (ServeOptions, AgentOptions, GatewayOptions, TimedChange, DrainChange)

@@ -128,12 +128,15 @@ def assigned(store: MemoryStore, node: str, *ranks: int) -> None:
     store.put(KEYS.assign(node), encode(Assignment(node=node, ranks=specs)))
 
 
-def joins(store: MemoryStore, config: ClusterConfig = SPANNING, **given: Any) -> tuple[ClusterConfig, int, str]:
+def joins(
+    store: MemoryStore, config: ClusterConfig = SPANNING, ours: tuple[str, ...] = (), **given: Any
+) -> tuple[ClusterConfig, int, str]:
     """What a start on host "a" makes of it, and says; it must write nothing."""
     said: list[str] = []
     before = store.range(KEYS.prefix)
     try:
-        config, ranks = write_config(store, config, replace(OPTIONS, etcd=("e",), **given), said.append, node="a")
+        options = replace(OPTIONS, etcd=("e",), **given)
+        config, ranks = write_config(store, config, options, said.append, node="a", join_keys=ours)
     finally:
         assert store.range(KEYS.prefix) == before
     return config, ranks, " ".join(said)
@@ -177,6 +180,30 @@ def test_one_with_other_settings_is_not_joined(store: MemoryStore) -> None:
     ):
         with pytest.raises(ConfigError, match=f"lives on host b, and has another {named}$"):
             joins(store, msgspec.structs.replace(SPANNING, **changes))
+
+
+ROTATED = {"join_key": "key of the next", "join_key_before": "key of the secret", "join_generation": 1, "join_since": 9}
+
+
+def test_a_host_that_has_the_secret_among_others_joins_with_what_the_cluster_uses(store: MemoryStore) -> None:
+    """Its file may have the one before in front."""
+    rotated = msgspec.structs.replace(SPANNING, **ROTATED)
+    store.put(KEYS.config, encode(rotated))
+    live(store, "b")
+    with pytest.raises(ConfigError, match=r"has another join secret$"):
+        joins(store, ours=("key of the secret",))
+    config, _, _ = joins(store, ours=("key of the secret", "key of the next"))
+    assert config == rotated
+
+
+def test_a_cluster_that_begins_anew_keeps_the_secret_that_it_had_come_to(store: MemoryStore) -> None:
+    rotated = msgspec.structs.replace(SPANNING, **ROTATED)
+    store.put(KEYS.config, encode(rotated))
+    options = replace(OPTIONS, etcd=("e",))
+    ours = ("key of the secret", "key of the next")
+    assert write_config(store, SPANNING, options, lambda line: None, node="a", join_keys=ours)[0] == rotated
+    third = msgspec.structs.replace(SPANNING, join_key="a third")
+    assert write_config(store, third, options, lambda line: None, node="a", join_keys=("a third",))[0] == third
 
 
 def test_a_host_that_does_not_advertise_cannot_join(store: MemoryStore) -> None:

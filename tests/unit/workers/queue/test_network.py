@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -16,11 +17,14 @@ from workers.queue.network import (
     Purpose,
     connecting_keys,
     join_key,
+    join_keys,
     keys_for,
     listening_keys,
+    network_for,
     remote_of,
     require_joined,
     require_reachable,
+    same_secret,
 )
 
 pytestmark = pytest.mark.unit
@@ -89,6 +93,61 @@ def test_one_that_can_is_let_in_wherever_it_is() -> None:
     require_joined(SPANNING, NETWORK)
     require_joined(SPANNING, replace(NETWORK, address="10.0.0.2"))
     require_joined(msgspec.structs.replace(SPANNING, join_key=""), None)
+
+
+OTHER = b"another secret, no less long"
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Network:
+    """A host with both secrets; it was begun with the first."""
+    file = tmp_path / "secrets"
+    file.write_bytes(NETWORK.secret + b"\n" + OTHER + b"\n")
+    return replace(NETWORK, file=file)
+
+
+def test_a_host_with_both_secrets_connects_to_listeners_with_either(two: Network) -> None:
+    """Also where it has got the other one since it began; the listener admits who connects with the same."""
+    other = replace(NETWORK, secret=OTHER)
+    for listener in (NETWORK, other):
+        far = msgspec.structs.replace(FAR, remote_key=listening_keys(listener).public)
+        keys = keys_for(far, two)
+        assert keys is not None
+        assert remote_of(listener).allowed == {keys.public}
+        for purpose in Purpose:
+            assert same_secret(listening_keys(listener, purpose).public, two, purpose).secret == listener.secret
+    assert two.file is not None
+    two.file.write_bytes(OTHER)
+    with pytest.raises(QueueError, match="another join secret"):
+        keys_for(FAR, replace(two, secret=b"a third secret, long enough, too"))
+
+
+def test_it_listens_with_the_one_that_the_cluster_uses(two: Network) -> None:
+    other = join_key(replace(NETWORK, secret=OTHER))
+    for key, secret in ((join_key(NETWORK), NETWORK.secret), (other, OTHER)):
+        ours = require_joined(msgspec.structs.replace(SPANNING, join_key=key), two)
+        assert ours is not None
+        assert (ours.secret, set(ours.secrets)) == (secret, {NETWORK.secret, OTHER})
+    assert set(join_keys(two)) == {join_key(NETWORK), other}
+    lacking = msgspec.structs.replace(SPANNING, join_key="a third", join_generation=1)
+    assert network_for(lacking, two) == two.read_again(), "as it is"
+    with pytest.raises(ConfigError, match="has another join secret than this role") as refused:
+        require_joined(lacking, two)
+    assert "elastic keys ls" in refused.value.hint
+
+
+@pytest.mark.parametrize("broken", [None, b"\n", b"\xff\xfe", b"short"])
+def test_a_file_that_cannot_be_used_changes_nothing(two: Network, broken: bytes | None) -> None:
+    assert two.file is not None
+    now = two.read_again()
+    two.file.unlink() if broken is None else two.file.write_bytes(broken)
+    assert now.read_again() == now
+
+
+def test_a_secret_that_is_gone_from_the_file_opens_nothing_more(two: Network) -> None:
+    assert two.file is not None
+    two.file.write_bytes(OTHER)
+    assert two.read_again().secrets == (OTHER,)
 
 
 def hosts(*advertised: tuple[str, str, str], engine: tuple[str, str, str] | None = None) -> ClusterState:
