@@ -163,6 +163,8 @@ class RemoteReader:
 
     def _end(self, why: str) -> None:
         self._ended = self._ended or why
+        if self._others is not None:
+            self._others.discard(self._connection)
         self._joined.set()
         self._bell.ring()
 

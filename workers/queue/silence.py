@@ -23,7 +23,7 @@ from membership.base.timing import LINK_BEAT_S, LINK_SUSPECT_MAX_S, LINK_SUSPECT
 
 LOOK_S = 0.025  # between two looks
 _TCP_INFO = struct.Struct("8B24I4Q")  # the beginning of the kernel's struct tcp_info
-_UNACKED, _LAST_ACK_MS, _RTT_US, _JITTER_US = 12, 20, 23, 24  # places in it
+_ATTEMPTS, _UNACKED, _LAST_ACK_MS, _RTT_US, _JITTER_US = 2, 12, 20, 23, 24  # places in it
 _RETRANSMITS, _SENT_BYTES = 31, 34
 _COOKIE = 57  # SO_COOKIE: a number that no other socket of this host has or had
 
@@ -38,6 +38,7 @@ class Acks:
     jitter_s: float
     sent_bytes: int = 0  # that were acknowledged
     retransmits: int = 0
+    backing_off: bool = False  # what is owed was sent again in vain; it is sent next after twice the time
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,10 @@ def look(before: Silence, acks: Acks, now: float) -> Silence:
     """What a look at `now` changes."""
     passed_s = now - before.looked_at
     if not acks.owed or acks.acked_s <= passed_s:
-        return Silence(now)
+        keeps = acks.owed and acks.backing_off  # it lives, and cannot acknowledge what it is not sent yet
+        return Silence(now, patience_s=before.patience_s if keeps else 0.0)
     if not before.waiting:
-        return Silence(now, waiting=True)
+        return replace(before, looked_at=now, waiting=True)
     return replace(before, looked_at=now, lasted_s=before.lasted_s + min(passed_s, 2 * LOOK_S))
 
 
@@ -181,6 +183,7 @@ def _acks(fd: int, cookie: bytes) -> Acks | None:
         jitter_s=info[_JITTER_US] / 1e6,
         sent_bytes=info[_SENT_BYTES],
         retransmits=info[_RETRANSMITS],
+        backing_off=info[_ATTEMPTS] > 0,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -108,6 +110,29 @@ def test_after_our_own_host_was_cut_off_the_others_have_the_time_until_their_ker
     for _ in range(40):
         silence = look(silence, QUIET, silence.looked_at + LOOK_S)
     assert suspected(silence, QUIET), "it is still silent"
+
+
+HEARD = replace(ACKED, backing_off=True)
+HELD_BACK = replace(QUIET, backing_off=True)
+
+
+def test_that_time_is_theirs_also_if_they_are_heard_before_it() -> None:
+    """By something that they send of themselves. Our kernel keeps back what it owes until it is time, and so they
+    acknowledge nothing: host c seemed silent for 0.6 s after such a cut, and was given up where b had just gone.
+    """
+    silence = excused(after(*[(LOOK_S, HELD_BACK)] * 41))
+    silence = look(silence, HEARD, silence.looked_at + LOOK_S)
+    assert (silence.lasted_s, silence.waiting) == (0.0, False)
+    for _ in range(40):
+        silence = look(silence, HELD_BACK, silence.looked_at + LOOK_S)
+        assert not suspected(silence, HELD_BACK)
+    silence = look(silence, ACKED, silence.looked_at + LOOK_S)
+    assert silence.patience_s == 0.0, "what was owed is acknowledged: from now on as ever"
+
+
+def test_who_is_heard_without_such_a_cut_has_no_more_time_than_ever() -> None:
+    silence = after(*[(LOOK_S, HELD_BACK)] * 4, (LOOK_S, HEARD), *[(LOOK_S, HELD_BACK)] * 20)
+    assert suspected(silence, HELD_BACK)
 
 
 def test_a_descriptor_that_is_no_connection_any_more_is_not_suspected() -> None:
