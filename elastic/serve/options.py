@@ -328,7 +328,7 @@ class JoinOptions:
 
     join_secret_file: Path | None = option(
         None,
-        "File with the secret that a cluster's hosts share. Default: ELASTIC_JOIN_SECRET; `serve` makes one.",
+        "File with the secret that hosts share, and the next one. Default: ELASTIC_JOIN_SECRET; `serve` makes one.",
         env="ELASTIC_JOIN_SECRET_FILE",
     )
 
