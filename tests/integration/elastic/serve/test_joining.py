@@ -106,10 +106,10 @@ def test_init_waits_for_an_etcd_that_does_not_answer_yet(tmp_path: Path, monkeyp
     monkeypatch.setenv(ENV, "a secret of the tests' cluster")
     silent, reached, said = [StoreUnavailable("no answer")], ClusterAddress.connect, list[str]()
 
-    def reach(address: ClusterAddress) -> EtcdStore:
+    def reach(address: ClusterAddress, seen: str = "") -> EtcdStore:
         if silent:
             raise silent.pop()
-        return reached(address)
+        return reached(address, seen=seen)
 
     monkeypatch.setattr(ClusterAddress, "connect", reach)
     with EtcdServer(tmp_path / "etcd") as server:
