@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test tests-of-the-service tests-of-parts test-helm installed check matrix mutation clients chaos bench docs format wheel release clean
+.PHONY: help setup demo test tests-of-the-service tests-of-parts tests-of-clients test-helm installed check matrix mutation clients chaos bench docs format wheel release clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -39,14 +39,17 @@ $(CACHE)/helm:
 demo: setup  ## serve, stream, scale, kill a rank, and print the receipt; HOSTS=3: over three hosts, of which one is killed
 	@$(BIN)/elastic demo $(if $(HOSTS),--hosts $(HOSTS))
 
-test: setup $(CACHE)/helm  ## every tier of the tests: those of the whole service beside the others
-	@$(MAKE) --no-print-directory --jobs 2 --keep-going tests-of-the-service tests-of-parts
+test: setup $(CACHE)/helm  ## every tier of the tests: those of the whole service beside the others, and other people's clients
+	@$(MAKE) --no-print-directory --jobs 3 --keep-going tests-of-the-service tests-of-parts tests-of-clients
 
 tests-of-the-service:
 	@$(BIN)/python -m pytest tests/e2e $(SIDE_BY_SIDE) 2 > $(VENV)/e2e.log 2>&1; status=$$?; cat $(VENV)/e2e.log; exit $$status
 
 tests-of-parts:
 	@$(BIN)/python -m pytest tests --ignore tests/e2e --ignore tests/clients $(SIDE_BY_SIDE) 2
+
+tests-of-clients: $(CACHE)/clients/.ready
+	@$(BIN)/python -m pytest tests/clients -n0 > $(VENV)/clients.log 2>&1; status=$$?; cat $(VENV)/clients.log; exit $$status
 
 test-helm: setup $(CACHE)/helm  ## those tests that are of the Helm chart; `test` has them, too
 	@$(BIN)/python -m pytest tests/integration/test_helm_*.py tests/e2e/test_pod.py tests/e2e/test_pods.py $(SIDE_BY_SIDE) 2
@@ -64,16 +67,24 @@ mutation: setup  ## small changes of the modules that decide, which their unit t
 	@$(BIN)/python -c 'import cosmic_ray' 2> /dev/null || $(BIN)/python -m pip install --quiet --editable '.[mutation]'
 	@$(BIN)/python -m tests.support.mutation $(if $(SEED),--seed $(SEED)) $(if $(SHARE),--share $(SHARE)) $(if $(ONLY),--only $(ONLY))
 
-# The clients and what they need: 1.3 GB, several minutes the first time.
+# Other people's clients, in an environment of their own, since what they need need not be what we need: 350 MB.
 $(CACHE)/clients/.ready: pyproject.toml
-	@$(PYTHON) -m venv $(CACHE)/clients
-	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["clients"], sep="\n")' > $(CACHE)/clients/wanted.txt
-	@$(CACHE)/clients/bin/python -m pip install --quiet --requirement $(CACHE)/clients/wanted.txt
-	@mkdir -p $(CACHE)/clients-node && if command -v npm > /dev/null; then npm install --silent --prefix $(CACHE)/clients-node $(OPENAI_NODE); fi
+	@rm -rf $(@D) && $(PYTHON) -m venv --without-pip $(@D)
+	@$(call for-clients,clients)
+	@npm install --loglevel error --no-audit --no-fund --prefix $(@D) $(OPENAI_NODE) > $(@D)/npm.log 2>&1 || { cat $(@D)/npm.log >&2; exit 1; }
 	@touch $@
 
-clients: setup $(CACHE)/clients/.ready  ## other people's clients against a served model (litellm, LangChain, agents, lm-eval, ...)
-	@cp tests/clients/use_openai.mjs $(CACHE)/clients-node/
+# And those that take long to install: 1 GB more.
+$(CACHE)/clients/.all: $(CACHE)/clients/.ready
+	@$(call for-clients,clients-large)
+	@touch $@
+
+define for-clients
+$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$(1)"], sep="\n")' > $(@D)/wanted.txt \
+	&& { $(BIN)/python -m pip --python $(@D)/bin/python install --quiet --no-compile --requirement $(@D)/wanted.txt 2> $(@D)/pip.err || { cat $(@D)/pip.err >&2; exit 1; }; }
+endef
+
+clients: setup $(CACHE)/clients/.all  ## other people's clients against a served model; beside those of `test` the large ones (agents, lm-eval)
 	@$(BIN)/python -m pytest tests/clients -n0
 
 chaos: setup  ## prove the promises: simulation, mutants, every fault for every role, a soak; one table (13 minutes on two fast cores)

@@ -9,7 +9,7 @@ import msgspec
 from pydantic import Field
 
 from elastic.gateway.fields import Note, Place
-from elastic.gateway.schema import MAX_MESSAGES, MAX_SEED, MAX_TOKENS, ChatRequest, OpenShape, Shape, parse
+from elastic.gateway.schema import MAX_MESSAGES, MAX_SEED, MAX_TOKENS, ChatRequest, OpenShape, Shape, only_text, parse
 from elastic.gateway.tools import MAX_NAME, MAX_TOOLS
 from membership.base.errors import RequestError
 
@@ -152,6 +152,9 @@ def _text(content: Any, number: int) -> str:
         return content
     parts = content if isinstance(content, list) else [content]
     for part in parts:
-        if not isinstance(part, dict) or part.get("type") not in TEXT_PARTS or not isinstance(part.get("text"), str):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and kind not in TEXT_PARTS:
+            raise RequestError(f"input.{number}: {only_text(kind)}", param="input", code="unsupported_value")
+        if kind is None or not isinstance(part.get("text"), str):
             raise RequestError(f"input.{number}: its content must be a string or a list of text parts", param="input")
     return "".join(part["text"] for part in parts)

@@ -375,11 +375,21 @@ def _explained(error: ValidationError) -> RequestError:
     if first["type"] == "missing":
         path = ".".join(where)
         return RequestError(f"{path} is required", param=path, code="missing_required_parameter")
+    for each in error.errors(include_url=False, include_context=False):
+        at = [str(part) for part in each["loc"]]
+        place = _within(at, ["messages", "content"])
+        if place is not None and at[-1] == "type" and isinstance(each["input"], str):
+            return RequestError(f"{place}: {only_text(each['input'])}", param=place, code="unsupported_value")
     for field, kinds in ALTERNATIVES.items():
         if (place := _within(where, field.split("."))) is not None:
             return RequestError(f"{place} must be {kinds}", param=place, code="invalid_value")
     path = ".".join(where)
     return RequestError(f"{path}: {first['msg']}" if path else str(first["msg"]), param=path, code="invalid_value")
+
+
+def only_text(kind: str) -> str:
+    """Why a part of a message is refused."""
+    return f"a part of type {kind[:64]!r} is not supported: this serves text models, so send a string or text parts"
 
 
 def _within(where: Sequence[str], field: Sequence[str]) -> str | None:

@@ -9,7 +9,7 @@ from instructor import Mode
 from tests.clients.asked import ENOUGH, KEY, MODEL, URL, USER, Place, fails
 
 client = openai.OpenAI(base_url=URL, api_key=KEY, max_retries=0)
-for mode in (Mode.TOOLS, Mode.TOOLS_STRICT, Mode.JSON_SCHEMA):
+for mode in (Mode.TOOLS, Mode.JSON_SCHEMA):
     asking = instructor.from_openai(client, mode=mode).chat.completions
     asked = {"model": MODEL, "messages": USER, "response_model": Place, "max_retries": 0, "max_tokens": ENOUGH}
     assert isinstance(asking.create(**asked), Place)
