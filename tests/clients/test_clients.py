@@ -16,10 +16,14 @@ LARGE = pytest.mark.skipif(not (CLIENTS / ".all").exists(), reason="only make cl
 
 
 @pytest.mark.parametrize(
-    "program", ["use_openai", "use_litellm", "use_langchain", "use_instructor", pytest.param("use_agents", marks=LARGE)]
-)
+    "program",
+    [
+        "tests.clients.use_openai", "tests.clients.use_litellm", "tests.clients.use_langchain",
+        "tests.clients.use_instructor", pytest.param("tests.clients.use_agents", marks=LARGE),
+    ],
+)  # fmt: skip
 def test_a_client_of_python(use: Use, program: str) -> None:
-    use("python", "-m", f"tests.clients.{program}")
+    use("python", "-m", program)
 
 
 def test_the_client_of_node(use: Use) -> None:
