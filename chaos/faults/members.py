@@ -103,15 +103,17 @@ class Member:
 
 
 class EtcdMembers:
-    """An etcd of several members, each in its place. A context manager."""
+    """An etcd of several members, each in its place: as many as `places`, else `count`. A context manager."""
 
     def __init__(self, folder: Path, count: int = 3, *, places: Sequence[Place] = ()) -> None:
-        own = [place or Here() for place in places] or [Here()] * count
-        free = iter(free_ports(2 * count)) if not places else iter([CLIENT_PORT, PEER_PORT] * count)
-        ports = [(next(free), next(free)) for _ in range(count)]
-        peers = ",".join(f"m{i}=http://{own[i].address}:{ports[i][1]}" for i in range(count))
+        own = list(places) or [Here()] * count
+        free = iter([CLIENT_PORT, PEER_PORT] * len(own) if places else free_ports(2 * count))
+        ports = [(next(free), next(free)) for _ in own]
+        peers = ",".join(
+            f"m{i}=http://{place.address}:{peer}" for i, (place, (_, peer)) in enumerate(zip(own, ports, strict=True))
+        )
         token = secrets.token_hex(8)
-        self.members = [self._member(f"m{i}", folder, own[i], ports[i], peers, token) for i in range(count)]
+        self.members = [self._member(f"m{i}", folder, own[i], ports[i], peers, token) for i in range(len(own))]
 
     @staticmethod
     def _member(name: str, folder: Path, place: Place, ports: tuple[int, int], peers: str, token: str) -> Member:
