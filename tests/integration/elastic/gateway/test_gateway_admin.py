@@ -19,12 +19,15 @@ from elastic.cli.connection import Connection
 from elastic.serve.options import ApiOptions
 from membership.base.errors import ConfigError, ElasticError, ModelError, PlanRefused
 from membership.base.events import Event, EventLog
+from membership.base.network import Network
 from membership.operations.change import drain, scale
+from membership.operations.rotate_keys import name_of
 from membership.store import codec
 from membership.store.interface import Put
 from membership.store.records import EngineStatus, GatewayRecord, Heartbeats, Operation, Phase, RankExit, View
 from tests.support.gateway_cluster import MODEL, TOKEN, GatewayCluster, RunningGateway, wait_ready
 from tests.support.helpers import eventually
+from workers.queue.network import join_key
 
 pytestmark = pytest.mark.integration
 
@@ -121,6 +124,25 @@ def test_rebalance_is_planned_and_asked_for(gateway: RunningGateway, cluster: Ga
     refused = admin(gateway, "POST", "/admin/v1/rebalance", json={})
     assert refused.status_code == 422
     assert "paused" in refused.json()["error"]["message"]
+
+
+def test_the_join_secret_is_shown_and_replaced(cluster: GatewayCluster, tmp_path: Path) -> None:
+    """The gateway's host has another one, and nothing else is there to be asked."""
+    file = tmp_path / "secrets"
+    file.write_text("a secret of the tests' cluster\nand the one that comes after it\n")
+    old = Network("127.0.0.1", "test", b"a secret of the tests' cluster", file=file)
+    cluster.span(old)
+    with cluster.gateway() as gateway, closing(AdminClient(gateway.admin_url, TOKEN)) as client:
+        found = eventually(lambda: (seen := client.secrets()).others and seen, 30.0, "what the gateway has")
+        (new,) = found.others
+        assert (found.generation, found.current) == (0, name_of(join_key(old)))
+        assert [(use.listens, sorted(use.has or ())) for use in found.uses] == [("", sorted((new, found.current)))]
+        plan = client.plan_rotation()
+        assert (plan.secret, plan.generation, plan.begun, plan.refused) == (new, 1, False, "")
+        assert client.rotate_keys() == plan
+        eventually(lambda: client.secrets().current == new, 30.0, "the new one in the gateway's mirror")
+        with pytest.raises(PlanRefused, match="no host has another join secret"):
+            client.rotate_keys()
 
 
 def test_scale_is_an_operation_that_others_find(gateway: RunningGateway, cluster: GatewayCluster) -> None:
