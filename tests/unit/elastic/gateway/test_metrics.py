@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from elastic.gateway.metric_aliases import ALIASES
+from elastic.gateway.metric_aliases import ALIASES, Alias
 from elastic.gateway.metrics import GatewayMetrics
 from membership.base.enums import OperationKind
 from membership.base.events import EventLog
@@ -240,3 +241,13 @@ def test_each_alias_is_of_a_metric_that_there_is(world: World) -> None:
     world.state = ClusterState(revision=2, engine=ENGINE, engine_status=status, config=config)
     shown = {family.name for family in text_string_to_metric_families(world.metrics.exposition().decode())}
     assert {f"vllm:{alias.name}" for alias in ALIASES} - shown == set()
+
+
+@pytest.mark.parametrize("alias", ALIASES, ids=lambda alias: alias.name)
+def test_the_page_of_the_api_has_each_alias_beside_its_metric(alias: Alias) -> None:
+    lines = Path("docs/API.md").read_text(encoding="utf-8").partition("## Metrics\n")[2].splitlines()
+    rows = [line.split("|")[1:4] for line in lines if line.startswith("| `")]
+    theirs = [theirs for ours, _, theirs in rows if re.search(rf"`{alias.ours}(_total)?[`{{]", ours)]
+    assert len(theirs) == 1
+    same = alias.name == alias.ours and theirs[0].strip() == "the same"
+    assert same or re.search(rf"`{alias.name}(_total)?[`{{]", theirs[0])
