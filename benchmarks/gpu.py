@@ -1,9 +1,10 @@
 """Whole product on GPUs: is a prompt's text the same in any company, and how fast; transformers beside it.
 
-    python -m benchmarks.gpu [--layers 12] [--ranks 2] [--exactness invariant,stock] [--tokens 48]
+    python -m benchmarks.gpu [--layers 12] [--ranks 2] [--redundancy 2] [--exactness invariant,stock]
 
 Makes a checkpoint of Qwen3-30B-A3B's shape (fewer layers, a small vocabulary, random weights), serves it, and asks the
 same prompts: 32 at once three times, 8 at once, each alone, and 32 while a rank is killed. Prints one JSON line each.
+Two ranks with redundancy 2 each hold all experts; with 1 each holds half, and rows travel between them.
 Rates are per run: transformers decodes the same prompts after the server has ended, since both want the GPU's memory.
 """
 
@@ -111,7 +112,8 @@ class Server:
         self.model, self.state, self.log = model, folder / f"state-{exactness}", folder / f"serve-{exactness}.log"
         self._command = [
             sys.executable, "-m", "elastic.cli", "serve", str(model), "--ranks", str(arguments.ranks),
-            "--device", arguments.device, "--state-dir", str(self.state), "--exactness", exactness,
+            "--redundancy", f"{arguments.redundancy:g}", "--device", arguments.device,
+            "--state-dir", str(self.state), "--exactness", exactness,
             "--max-model-len", "1024", "--ready-timeout", f"{READY_S:g}s",
         ]  # fmt: skip
 
@@ -232,6 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--redundancy", type=float, default=2.0)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--exactness", default="invariant,stock")
@@ -241,7 +244,8 @@ def main() -> None:
     import transformers
 
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    say("machine", gpu=name, torch=torch.__version__, transformers=transformers.__version__, layers=arguments.layers)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    say("machine", gpu=name, **versions, layers=arguments.layers, redundancy=arguments.redundancy)
     with tempfile.TemporaryDirectory(prefix="gpu-") as made:
         folder = Path(made)
         model = folder / "model"
