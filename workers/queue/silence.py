@@ -82,12 +82,11 @@ def suspected(silence: Silence, acks: Acks) -> bool:
 
 def is_ours(silences: Iterable[tuple[str, Silence]]) -> bool:
     """Whether our own host is cut off, given (host, its silence) of each connection: of two others or more, all are
-    silent, if not all for as long as would make them suspected. Of a host's connections one may be looked at late.
+    silent, if not all for as long as would make them suspected. Of a host's connections one may be newer than others.
     """
     by_host: dict[str, list[Silence]] = {}
     for host, silence in silences:
-        if silence.looked_at > -math.inf:
-            by_host.setdefault(host, []).append(silence)
+        by_host.setdefault(host, []).append(silence)
     longest = [
         max(each.lasted_s for each in seen) if all(each.waiting for each in seen) else 0.0 for seen in by_host.values()
     ]
@@ -95,9 +94,10 @@ def is_ours(silences: Iterable[tuple[str, Silence]]) -> bool:
 
 
 class Connection:
-    """What is known of one of ZeroMQ's connections. Only its thread uses it."""
+    """What is known of one of ZeroMQ's connections. Its own thread asks about it; others may look on its behalf."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._fd, self._cookie = -1, b""
         self._silence = Silence()
         self.acks: Acks | None = None  # at the last look
@@ -109,28 +109,32 @@ class Connection:
 
     def made(self, fd: int) -> None:
         """ZeroMQ has connected. The descriptor is ZeroMQ's, and may be closed at any time."""
-        self._fd, self._cookie = fd, _cookie(fd)
-        self._silence = Silence()
+        with self._lock:
+            self._fd, self._cookie = fd, _cookie(fd)
+            self._silence = Silence()
 
-    @property
-    def silence(self) -> Silence:
-        """That of its host at the last look, if there is a connection; from any thread."""
-        return self._silence if self._fd >= 0 else Silence()
+    def look(self, now: float) -> Silence | None:
+        """What a look shows, unless the last one is recent; None if nothing can be seen. From any thread."""
+        with self._lock:
+            if self._fd >= 0 and now - self._silence.looked_at >= LOOK_S / 2:
+                self.acks = _acks(self._fd, self._cookie)
+                if self.acks is None:
+                    self._fd = -1  # it has ended; a next one is reported
+                else:
+                    self._silence = look(self._silence, self.acks, now)
+            return self._silence if self._fd >= 0 else None
 
-    def silent_s(self, now: float, cut_off: Callable[[], bool] = lambda: False) -> float:
+    def silent_s(self, now: float, cut_off: Callable[[float], bool] = lambda now: False) -> float:
         """How long its host is silent, if that makes it suspected; else 0, also if nothing can be seen. `cut_off`:
         whether our own host is, rather.
         """
-        if self._fd < 0 or now - self._silence.looked_at < LOOK_S / 2:
+        silence = self.look(now)
+        if silence is None or not silence.waiting or self.acks is None:
             return 0.0
-        self.acks = _acks(self._fd, self._cookie)
-        if self.acks is None:
-            self._fd = -1  # it has ended; a next one is reported
-            return 0.0
-        self._silence = look(self._silence, self.acks, now)
-        if self._silence.lasted_s >= LINK_SUSPECT_MIN_S and cut_off():  # at each look: the excuse grows with the cut
-            self._silence = excused(self._silence)
-        return self._silence.lasted_s if suspected(self._silence, self.acks) else 0.0
+        if cut_off(now) and silence.lasted_s >= LINK_SUSPECT_MIN_S:  # at each look: the excuse grows with the cut
+            with self._lock:
+                self._silence = silence = excused(self._silence)
+        return silence.lasted_s if suspected(silence, self.acks) else 0.0
 
 
 class OtherHosts:
@@ -150,10 +154,14 @@ class OtherHosts:
         with self._lock:
             self._connections.pop(connection, None)
 
-    def cut_off(self) -> bool:
-        """Whether all of them are silent, so that it is us who are cut off."""
+    def cut_off(self, now: float) -> bool:
+        """Whether all of them are silent, so that it is us who are cut off.
+
+        It looks itself: the threads of the other connections may be late, and their hosts would seem to be heard.
+        """
         with self._lock:
-            return is_ours((host, connection.silence) for connection, host in self._connections.items())
+            looks = [(host, connection.look(now)) for connection, host in self._connections.items()]
+        return is_ours((host, silence) for host, silence in looks if silence is not None)
 
 
 def beat(connection: zmq.Socket[bytes], each_s: float = LINK_BEAT_S) -> None:

@@ -117,9 +117,9 @@ def test_where_all_others_are_silent_it_is_our_own_host_that_is_cut_off(
         try:
             injector.inject()
             eventually(
-                lambda: all(reader_of(each)._connection.silence.lasted_s > 0.6 for each in queues), WAIT_S, "a silence"
+                lambda: all(reader_of(each)._connection._silence.lasted_s > 0.6 for each in queues), WAIT_S, "a silence"
             )
-            assert others.cut_off()
+            assert others.cut_off(time.monotonic())
             assert not any(each.pending() for each in queues)
         finally:
             injector.heal()

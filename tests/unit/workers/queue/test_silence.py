@@ -9,7 +9,19 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from membership.base.timing import LINK_BEAT_S, LINK_SUSPECT_MAX_S, LINK_SUSPECT_MIN_S
-from workers.queue.silence import LOOK_S, Acks, Connection, Silence, excused, is_ours, look, suspect_after_s, suspected
+from workers.queue import silence as module
+from workers.queue.silence import (
+    LOOK_S,
+    Acks,
+    Connection,
+    OtherHosts,
+    Silence,
+    excused,
+    is_ours,
+    look,
+    suspect_after_s,
+    suspected,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -141,3 +153,20 @@ def test_a_descriptor_that_is_no_connection_any_more_is_not_suspected() -> None:
     connection.made(0)  # no socket
     assert connection.silent_s(101.0) == 0.0
     assert connection.acks is None
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_cut_of_our_own_host_is_known_by_one_thread_while_the_others_are_late(
+    ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Host c's own thread looks once, before the cut, and has no processor from then on."""
+    by_fd = {-1: DONE, 1: DONE, 2: DONE}
+    monkeypatch.setattr(module, "_acks", lambda fd, cookie: by_fd[fd])
+    others, b, c = OtherHosts(), Connection(), Connection()
+    for fd, (connection, host) in enumerate([(b, "b"), (c, "c")], start=1):
+        connection.made(fd)
+        others.add(connection, host)
+        assert connection.silent_s(100.0, others.cut_off) == 0.0
+    by_fd = {1: QUIET, 2: QUIET if ours else ACKED}
+    silent = [b.silent_s(100.0 + LOOK_S * count, others.cut_off) for count in range(1, 40)]
+    assert any(silent) is not ours
