@@ -157,7 +157,7 @@ class OtherHosts:
     def cut_off(self, now: float) -> bool:
         """Whether all of them are silent, so that it is us who are cut off.
 
-        It looks itself: the threads of the other connections may be late, and their hosts would seem to be heard.
+        It looks itself: the threads of the other connections may be late, and their hosts would seem to be answering.
         """
         with self._lock:
             looks = [(host, connection.look(now)) for connection, host in self._connections.items()]
