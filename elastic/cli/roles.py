@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import cache
-from typing import TYPE_CHECKING
 
 import msgspec
 import typer
@@ -30,9 +29,6 @@ from membership.base.errors import ConfigError
 from membership.base.network import Network
 from membership.store.records import ClusterConfig
 
-if TYPE_CHECKING:
-    from elastic.gateway.event_metrics import RoleMetrics
-
 
 def _find(options: StoreOptions) -> tuple[ClusterAddress, StateDir]:
     """The cluster's store and state directory. What is not given is taken from the cluster served last."""
@@ -54,14 +50,12 @@ def _network(options: NetworkOptions, address: ClusterAddress) -> Network | None
 
 def _probe(options: RoleOptions, address: ClusterAddress, state: StateDir) -> AbstractContextManager[Report]:
     """How the role says that it does its part, and what has happened to it."""
+    metrics: Callable[[], bytes] = bytes
+    if options.probe_port is not None:  # else it cannot be asked
+        from elastic.gateway.event_metrics import RoleMetrics  # now: it takes long, and later steps would wait for it
 
-    @cache
-    def counted() -> RoleMetrics:
-        from elastic.gateway.event_metrics import RoleMetrics  # only where it is asked
-
-        return RoleMetrics(state.events, address.cluster)
-
-    return probe(options.advertise, options.probe_port, lambda: counted().exposition())
+        metrics = RoleMetrics(state.events, address.cluster).exposition
+    return probe(options.advertise, options.probe_port, metrics)
 
 
 @command

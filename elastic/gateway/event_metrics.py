@@ -22,6 +22,8 @@ from membership.store.records import Operation
 
 PREFIX = "elastic_ep_"
 MAX_READS = 64  # per scrape, of 64 KiB each: the gateway streams tokens meanwhile; the rest comes with the next scrape
+ROLE_READS = 8  # of a role: an engine's steps wait for what is read here, some 3 ms for each
+OPEN_COMMITS = 8  # most that await an engine's adoption: in a controller's own history none is ever adopted
 SHORT_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 10.0, 30.0)
 ALIVE = (DetectedBy.STOPPED, DetectedBy.HUNG, DetectedBy.DEADLINE)  # signs of a rank that is not dead
 LONG_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -30,12 +32,15 @@ LONG_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 6
 class HistoryMetrics:
     """Counters and histograms in `registry`, brought up to date by `update`."""
 
-    def __init__(self, prefix: str, path: Path, cluster: str, registry: CollectorRegistry) -> None:
+    def __init__(
+        self, prefix: str, path: Path, cluster: str, registry: CollectorRegistry, reads: int = MAX_READS
+    ) -> None:
         self._tail = Tail(path)
+        self._reads = reads
         self._cluster = cluster
         self._staged: dict[int, float] = {}  # epoch -> when it was (last) staged
         self._committed: dict[int, tuple[float, str]] = {}  # epoch -> when, and what for, until the engine has it
-        self._members: set[int] | None = None
+        self._last: tuple[int, set[int]] = (0, set())  # the last committed epoch and its members
         self._evicted: set[int] = set()  # incarnations that were given up alive
         self._counted: set[str] = set()  # operations that were counted
 
@@ -90,7 +95,7 @@ class HistoryMetrics:
 
     def update(self, operations: Iterable[Operation] = ()) -> None:
         """Take in what is new."""
-        for _ in range(MAX_READS):
+        for _ in range(self._reads):
             events = self._tail.read()
             if events is None:
                 break
@@ -152,20 +157,25 @@ class HistoryMetrics:
             self._fenced.labels("rank").inc()
 
     def _take_commit(self, event: Event) -> None:
-        before, self._members = self._members, set(event.fields["ranks"])
+        (last, before), members = self._last, set(event.fields["ranks"])
+        self._last = event.epoch, members
         self._changes.labels("committed").inc()
         if event.fields.get("operation"):
             trigger = "scale"  # its phases are in its record
-        elif before is None or event.epoch == 1:
+        elif event.epoch == 1:
             trigger = "start"
+        elif event.epoch != last + 1:  # another controller's history has the one before
+            trigger = "unknown"
         else:
-            trigger = "loss" if before - self._members else "join" if self._members - before else "rebalance"
+            trigger = "loss" if before - members else "join" if members - before else "rebalance"
         self._taken.labels(trigger).inc(event.fields.get("weight_bytes", 0))
         staged = self._staged.get(event.epoch)
         if staged is not None and trigger != "scale":
             self._phases.labels("loading", trigger).observe(max(0.0, event.ts - staged))
         self._staged.clear()
         self._committed[event.epoch] = (event.ts, trigger)
+        if len(self._committed) > OPEN_COMMITS:
+            del self._committed[min(self._committed)]
 
     def _take_adoption(self, event: Event) -> None:
         """An engine has the epoch; the first to have it ends the change (a successor adopts it once more)."""
@@ -185,7 +195,7 @@ class RoleMetrics:
 
     def __init__(self, history: Path, cluster: str) -> None:
         self._registry = CollectorRegistry()
-        self._history = HistoryMetrics(PREFIX, history, cluster, self._registry)
+        self._history = HistoryMetrics(PREFIX, history, cluster, self._registry, ROLE_READS)
         self._lock = threading.Lock()  # each request has a thread of its own
 
     def exposition(self) -> bytes:

@@ -155,6 +155,6 @@ def _text(content: Any, number: int) -> str:
         kind = part.get("type") if isinstance(part, dict) else None
         if isinstance(kind, str) and kind not in TEXT_PARTS:
             raise RequestError(f"input.{number}: {only_text(kind)}", param="input", code="unsupported_value")
-        if kind is None or not isinstance(part.get("text"), str):
+        if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
             raise RequestError(f"input.{number}: its content must be a string or a list of text parts", param="input")
     return "".join(part["text"] for part in parts)

@@ -9,10 +9,11 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
+from typing import Any
 
 import structlog
 
@@ -21,6 +22,7 @@ from membership.base.network import bare, is_ipv6
 
 Report = Callable[[str], None]  # what is lacking
 CLIENT_TIMEOUT_S = 5.0
+MAX_CLIENTS = 32  # at once, each with a thread; beyond that the oldest gives way, so that a kubelet gets its answer
 BEGINNING = "it has just been started"
 JSON, METRICS = "application/json", "text/plain; version=0.0.4; charset=utf-8"  # Prometheus' text format
 
@@ -29,15 +31,51 @@ log = structlog.get_logger(__name__)
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 128  # without room a kubelet's connection would be tried again seconds later
 
     def __init__(self, address: str, port: int, handler: type[BaseHTTPRequestHandler]) -> None:
         if is_ipv6(address):
             self.address_family = socket.AF_INET6
+        self._clients: dict[socket.socket, None] = {}  # the oldest first
+        self._lock = threading.Lock()
         super().__init__((bare(address), port), handler)
 
     def server_bind(self) -> None:
         """Without HTTPServer's look-up of our own name, which a name server without an answer holds up."""
         TCPServer.server_bind(self)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """In a thread of its own. Of too many clients the oldest is cut off."""
+        with self._lock:
+            self._clients[request] = None
+            oldest = list(self._clients)[:-MAX_CLIENTS]
+        for each in oldest:
+            self._cut(each)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Its thread is done with it."""
+        with self._lock:
+            self._clients.pop(request, None)
+        super().shutdown_request(request)
+
+    def server_close(self) -> None:
+        """No client is left."""
+        super().server_close()
+        with self._lock:
+            clients = list(self._clients)
+        for each in clients:
+            self._cut(each)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """As a log line, not on stderr: mostly a client that did not wait for its answer."""
+        log.info("probe_failed", client=str(client_address), exc_info=True)
+
+    def _cut(self, client: socket.socket) -> None:
+        with self._lock:
+            self._clients.pop(client, None)
+        with suppress(OSError):  # its thread has closed it, or the client has
+            client.shutdown(socket.SHUT_RDWR)  # its thread reads the end, and ends
 
 
 class Probe:
@@ -80,13 +118,21 @@ class Probe:
     def answer(self, path: str) -> tuple[HTTPStatus, str, bytes]:
         """Status, type and body."""
         if path == "/metrics":
-            return HTTPStatus.OK, METRICS, self._metrics()
+            return self._counted()
         if path != "/readyz":
             return HTTPStatus.NOT_FOUND, JSON, b"{}"
         if lacking := self._lacking:
             text = json.dumps({"status": "not ready", "reasons": [lacking]})
             return HTTPStatus.SERVICE_UNAVAILABLE, JSON, text.encode()
         return HTTPStatus.OK, JSON, b'{"status": "ready"}'
+
+    def _counted(self) -> tuple[HTTPStatus, str, bytes]:
+        try:
+            return HTTPStatus.OK, METRICS, self._metrics()
+        except Exception as error:
+            log.exception("metrics_failed")
+            text = json.dumps({"error": f"{type(error).__name__}: {error}"})
+            return HTTPStatus.INTERNAL_SERVER_ERROR, JSON, text.encode()
 
     def close(self) -> None:
         """Listen no more."""

@@ -16,7 +16,8 @@ from tests.support.wild_templates import TEMPLATES
 ROOT = Path(__file__).parents[2]
 CLIENTS = ROOT / ".cache" / "clients"
 KEY = "sk-clients"
-LIMIT_S = 600.0
+START_S, LIMIT_S = 400.0, 600.0  # of the cluster, and of a client's program
+TIMEOUT_S = START_S + LIMIT_S + 200.0  # of a test: the first one has both, and the last one the cluster's end
 Use = Callable[..., str]
 
 
@@ -36,7 +37,7 @@ def use(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Use]:
         pytest.fail("the clients are not installed: make .cache/clients/.ready, which make test and make clients do")
     flags, state = ("--api-key", KEY, "--dtype", "float32"), tmp_path_factory.mktemp("state")
     with ServedCluster(model, 2, state_dir=state, flags=flags, environ={"ELASTIC_API_KEY": KEY}) as cluster:
-        cluster.wait_serving(2, timeout_s=400.0)
+        cluster.wait_serving(2, timeout_s=START_S)
         environ = {name: os.environ[name] for name in ("HOME", "LANG", "TMPDIR") if name in os.environ}
         environ |= {"PATH": f"{CLIENTS / 'bin'}:{os.environ['PATH']}"}
         environ |= {"CLIENT_URL": f"{cluster.url}/v1", "CLIENT_KEY": KEY, "CLIENT_MODEL": cluster.model_name()}

@@ -9,9 +9,9 @@ import shutil
 
 import pytest
 
-from tests.clients.conftest import CLIENTS, Use
+from tests.clients.conftest import CLIENTS, TIMEOUT_S, Use
 
-pytestmark = [pytest.mark.clients, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.clients, pytest.mark.timeout(TIMEOUT_S)]
 LARGE = pytest.mark.skipif(not (CLIENTS / ".all").exists(), reason="only make clients installs it, since it takes long")
 
 

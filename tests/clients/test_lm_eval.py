@@ -8,10 +8,10 @@ from pydoc_data.topics import topics
 
 import pytest
 
-from tests.clients.conftest import Use
+from tests.clients.conftest import TIMEOUT_S, Use
 from tests.clients.test_clients import LARGE
 
-pytestmark = [pytest.mark.clients, pytest.mark.timeout(900), LARGE]
+pytestmark = [pytest.mark.clients, pytest.mark.timeout(TIMEOUT_S), LARGE]
 CONTINUATIONS = (" is used to iterate over the elements of a sequence", " mutable sequences", "self):", " 3")
 CONTEXTS = 50
 

@@ -217,15 +217,14 @@ def test_clients_and_admins_are_those_that_are_named(many: list[dict[str, Any]])
         assert reached == wanted, name
 
 
-def test_probes_are_scraped_by_clients_if_they_are_to_be_scraped() -> None:
-    scraped = (ON, *ADMIN, "monitoring.serviceMonitor=true")
-    for named, wanted in (
-        ((), {"stranger", "prometheus"}),
-        (("clients[0].podSelector.matchLabels.app=p",), {"prometheus"}),
-    ):
-        manifests = list(render_many(*scraped, *(f"networkPolicy.{each}" for each in named)).values())
+def test_probes_are_scraped_by_scrapers_and_by_no_client() -> None:
+    """The engine answers there in the process that has the token loop."""
+    named = [f"networkPolicy.{each}[0].podSelector.matchLabels.app={each}" for each in ("clients", "scrapers")]
+    for settings, wanted in (((), set()), (named, {"scrapers"})):
+        manifests = list(render_many(ON, *ADMIN, "monitoring.serviceMonitor=true", *settings).values())
         rules, around, fixed = Rules(manifests), pods(manifests), ports(manifests)
-        others = {"stranger": around["stranger"], "prometheus": Pod({"app": "p"})}
+        others = {each: around[each] for each in ("neighbour", "stranger")}
+        others |= {each: Pod({"app": each}) for each in ("clients", "scrapers")}
         for role in ("agents", "controller", "engine"):
             port = fixed[role, "probe"]
             assert {who for who, pod in others.items() if rules.let_through(pod, around[role], port)} == wanted, role

@@ -4,7 +4,17 @@ image: "{{ .Values.image.repository }}:{{ default .Chart.AppVersion .Values.imag
 imagePullPolicy: {{ .Values.image.pullPolicy }}
 {{- end -}}
 
+{{/* A value may be missing, since `helm upgrade --reuse-values` knows none that has come since the last one: its flag then, too. */}}
 {{- define "elastic-ep.modelArgs" -}}
+{{- with .Values.redundancy }}
+- --redundancy={{ . }}
+{{- end }}
+{{- with .Values.dtype }}
+- --dtype={{ . }}
+{{- end }}
+{{- with .Values.exactness }}
+- --exactness={{ . }}
+{{- end }}
 {{- with .Values.model.servedName }}
 - {{ printf "--served-model-name=%s" . | quote }}
 {{- end }}
@@ -22,7 +32,9 @@ imagePullPolicy: {{ .Values.image.pullPolicy }}
 {{- end -}}
 
 {{- define "elastic-ep.apiArgs" -}}
-- --max-open-requests={{ int64 .Values.maxOpenRequests }}
+{{- with .Values.maxOpenRequests }}
+- --max-open-requests={{ int64 . }}
+{{- end }}
 {{- if .Values.api.keysSecret }}
 - --api-key-file=/etc/elastic-ep/api-keys/keys
 {{- end }}

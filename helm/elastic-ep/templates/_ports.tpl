@@ -1,7 +1,7 @@
 {{/* Where each role listens for other pods, and which roles connect there: the containers' ports and the NetworkPolicies
      are made of this one table. Without `port` the kernel chooses it. `from`: roles, or `clients` and `admins`, who are
-     values; the kubelet needs no rule, so a probe has nobody but `scrapers`: clients, if it is scraped at all. tests/integration/test_helm_policies.py holds it against
-     the sockets in the code. */}}
+     values; so are `scrapers`, of a probe: the kubelet needs no rule. tests/integration/test_helm_policies.py holds it
+     against the sockets in the code. */}}
 {{- define "elastic-ep.listeners" -}}
 {{- $ports := .Values.service -}}
 {{- range $role := ternary (list "gateway") (list "serve") (eq .Values.mode "many") }}
@@ -12,17 +12,16 @@
   {{- end }}
 {{- end }}
 {{- if eq .Values.mode "many" }}
-{{- $scraped := ternary "[scrapers]" "[]" .Values.monitoring.serviceMonitor }}
 engine:
-  - {name: probe, port: {{ include "elastic-ep.probePort" . }}, from: {{ $scraped }}}
+  - {name: probe, port: {{ include "elastic-ep.probePort" . }}, from: [scrapers]}
   - {name: steps, from: [agents]}
   - {name: prompts, from: [gateway]}
 agents:
-  - {name: probe, port: {{ include "elastic-ep.probePort" . }}, from: {{ $scraped }}}
+  - {name: probe, port: {{ include "elastic-ep.probePort" . }}, from: [scrapers]}
   - {name: answers, from: [engine]}
   - {name: rows, from: [agents]}
 controller:
-  - {name: probe, port: {{ include "elastic-ep.probePort" . }}, from: {{ $scraped }}}
+  - {name: probe, port: {{ include "elastic-ep.probePort" . }}, from: [scrapers]}
 init: []
 {{- end }}
 {{- end -}}

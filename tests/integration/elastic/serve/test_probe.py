@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 
 import httpx
 import pytest
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
+from structlog.testing import capture_logs
 
+from elastic.serve import probe as module
 from elastic.serve.etcd_server import free_ports
-from elastic.serve.probe import Probe, probe
+from elastic.serve.probe import MAX_CLIENTS, Probe, probe
 from membership.base.errors import ConfigError
 from tests.support.ipv6 import needs_ipv6
 
@@ -48,6 +51,19 @@ def test_it_says_what_its_role_has_counted(answering: Probe) -> None:
     assert said.content == counted()
 
 
+def test_an_error_in_what_is_counted_is_an_answer_and_a_log_line() -> None:
+    def failing() -> bytes:
+        raise KeyError("node")
+
+    with capture_logs() as logged, closing(Probe("127.0.0.1", 0, failing)) as answering:
+        said = asked(answering, "/metrics")
+        assert (said.status_code, said.json()) == (500, {"error": "KeyError: 'node'"})
+        assert asked(answering).status_code == 503
+    assert [(each["event"], each["log_level"]) for each in logged if each["log_level"] == "error"] == [
+        ("metrics_failed", "error")
+    ]
+
+
 @needs_ipv6
 def test_it_listens_at_an_ipv6_address() -> None:
     six = Probe("[::1]", 0, counted)
@@ -61,6 +77,19 @@ def test_a_client_that_says_nothing_keeps_nobody_from_an_answer(answering: Probe
     answering.report("")
     with socket.create_connection(("127.0.0.1", answering.port), timeout=30):
         assert asked(answering).status_code == 200
+
+
+def test_of_too_many_clients_that_say_nothing_the_oldest_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CLIENT_TIMEOUT_S", 600.0)  # none of them goes by itself
+    with closing(Probe("127.0.0.1", 0, counted)) as answering, ExitStack() as clients:
+        idle = [
+            clients.enter_context(socket.create_connection(("127.0.0.1", answering.port), timeout=60))
+            for _ in range(MAX_CLIENTS + 2)
+        ]
+        assert asked(answering).status_code == 503, "a kubelet is heard"
+        assert [each.recv(1) for each in idle[:3]] == [b"", b"", b""]
+        idle[-1].sendall(b"GET /readyz HTTP/1.0\r\n\r\n")
+        assert idle[-1].recv(16).startswith(b"HTTP/1.0 503"), "the newest stay"
 
 
 def test_a_port_in_use_is_refused_by_name(answering: Probe) -> None:

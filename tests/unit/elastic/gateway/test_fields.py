@@ -187,6 +187,12 @@ def test_the_items_of_a_response_are_messages() -> None:
             response(input=[wrong]).as_chat(lambda name: None)
 
 
+@pytest.mark.parametrize("kind", [3, True, [], {}, None])
+def test_a_part_whose_type_is_no_name_is_refused(kind: Any) -> None:
+    with pytest.raises(RequestError, match=r"^input\.0: its content must be a string or a list of text parts"):
+        response(input=[{"role": "user", "content": [{"type": kind, "text": "x"}]}]).as_chat(print)
+
+
 def test_a_response_s_fields_are_those_of_a_chat() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     tool = {"type": "function", "name": "f", "parameters": schema, "strict": True}

@@ -127,6 +127,28 @@ def test_changes_of_membership_by_what_caused_them(world: World) -> None:
     assert not [name for name in found if "{x}" in name], "an operation under way is not counted"
 
 
+def test_who_came_and_went_is_known_of_successive_epochs_only(world: World) -> None:
+    for epoch, ranks in ((41, [0, 1, 2]), (42, [0, 1]), (50, [0]), (51, [0, 3])):  # 43 to 49: another controller's
+        world.log.emit("epoch_staged", epoch=epoch, ranks=ranks, operation="")
+        world.log.emit("epoch_committed", epoch=epoch, ranks=ranks, operation="", weight_bytes=epoch)
+    found = world.scrape()
+    said = {name: value for name, value in found.items() if name.startswith("weight_bytes_moved_total")}
+    assert said == {
+        f"weight_bytes_moved_total{{{trigger}}}": value
+        for trigger, value in (("unknown", 91), ("loss", 42), ("join", 51))
+    }
+
+
+def test_epochs_that_no_engine_adopts_are_forgotten(world: World) -> None:
+    """Of a controller's own history, where none ever is, the last few are kept."""
+    for epoch in range(1, 21):
+        world.log.emit("epoch_committed", epoch=epoch, ranks=[0], operation="")
+    world.log.emit("epoch_adopted", epoch=3, requests=0)
+    assert not [name for name in world.scrape() if name.startswith("reconfiguration_seconds_count{committed}")]
+    world.log.emit("epoch_adopted", epoch=20, requests=0)
+    assert world.scrape()["reconfiguration_seconds_count{committed}{rebalance}"] == 1
+
+
 def test_what_did_not_come_to_be(world: World) -> None:
     world.log.emit("epoch_unstaged", operation="")
     world.log.emit("epoch_unstaged", operation="op")

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from elastic.gateway import event_metrics
 from elastic.gateway.event_metrics import RoleMetrics
-from membership.base.events import EventLog
+from membership.base.events import CHUNK, EventLog
 
 pytestmark = pytest.mark.unit
 
@@ -66,3 +66,16 @@ def test_the_sum_of_the_roles_is_the_cluster(tmp_path: Path) -> None:
 def test_each_kind_that_is_counted_is_in_this_past() -> None:
     counted = set(re.findall(r'event\.kind == "(\w+)"', getsource(event_metrics)))
     assert counted == {kind for _, kind, _, _ in PAST}
+
+
+def test_a_scrape_of_a_role_reads_a_part_of_a_long_history(tmp_path: Path) -> None:
+    """An engine's steps wait for it; the next scrapes have the rest."""
+    history = EventLog(tmp_path / "events", "engine")
+    for _ in range(10):
+        history.emit("link_lost", cluster="c", padding="x" * (event_metrics.ROLE_READS * CHUNK // 8))
+    metrics, found = RoleMetrics(tmp_path / "events", "c"), list[float]()
+    for _ in range(3):
+        families = text_string_to_metric_families(metrics.exposition().decode())
+        found += [each.value for all_ in families for each in all_.samples if each.name == "elastic_ep_link_cuts_total"]
+    assert 0 < found[0] < 10
+    assert found[1:] == [10, 10]
