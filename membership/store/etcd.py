@@ -32,7 +32,7 @@ from tenacity import (
 )
 
 from membership.base.attempts import is_shortage
-from membership.base.errors import LeaseLost, StoreDenied, StoreUnavailable
+from membership.base.errors import LeaseLost, StoreDenied, StoreError, StoreUnavailable
 from membership.base.timing import STORE_CALL_TIMEOUT_S, STORE_CONNECT_TIMEOUT_S
 from membership.store.credentials import NO_CREDENTIALS, Credentials
 from membership.store.durability import acknowledges_early
@@ -68,6 +68,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.enable_http_proxy", 0),
     ("grpc.max_receive_message_length", -1),  # a list of the whole prefix may exceed the default 4 MiB
 )
+LEAST_S = 0.05  # that an attempt is given
 FIRST_PROBE_S = 1.0  # then it is asked whether certificates are to blame
 _OPERATORS = {"=": "EQUAL", "!=": "NOT_EQUAL", "<": "LESS", ">": "GREATER"}
 
@@ -157,11 +158,11 @@ class EtcdStore:
         self._read(self._nothing, timeout_s)
 
     def learn_version(self, timeout_s: float) -> None:
-        """Ask for etcd's version, by which it is known whether answers must be confirmed."""
+        """Ask for etcd's version, which says whether answers must be confirmed. They are until it is known."""
         request = etcdrpc.StatusRequest()
         try:
             answer = self._attempt(_status, request, "ask for its version", timeout_s, self._turn)
-        except StoreDenied:  # what its version is may be none of ours
+        except StoreError:  # it has answered before: a moment's outage, or it has no such call, or not for us
             return
         self._acknowledges_early = acknowledges_early(answer.version)
 
@@ -275,7 +276,7 @@ class EtcdStore:
         request = _range_request(op)
 
         def attempt() -> Any:
-            left = max(0.05, min(timeout_s / 2, deadline - time.monotonic()))
+            left = max(LEAST_S, min(timeout_s / 2, deadline - time.monotonic()))
             what = f"read {op.key.removesuffix(chr(0)) or 'anything'}"
             return self._call(_range, request, what, left, reads=True)
 
@@ -312,10 +313,10 @@ class EtcdStore:
         timeout_s = timeout_s or self._timeout_s
         if not reads:
             self._probe_if_doubtful(timeout_s)
-        floor, turn = self._provenance.floor(), self._turn
-        answer = self._attempt(method, request, what, timeout_s, turn)
+        floor, deadline = self._provenance.floor(), time.monotonic() + timeout_s
+        answer = self._attempt(method, request, what, timeout_s, self._turn)
         if confirmed:
-            self._confirm(what, timeout_s)
+            self._confirm(what, max(LEAST_S, deadline - time.monotonic()))
         header = answer.header
         revision, floor = (header.revision, floor) if ordered else (0, 0)
         self._provenance.observed(header.cluster_id, revision, floor, settled=reads)

@@ -29,8 +29,8 @@ T = 30.0
 class LoneMember:
     """Says that it is an etcd of this version; acknowledges at once, and answers reads while its disk is quick."""
 
-    def __init__(self, version: str) -> None:
-        self.version = version
+    def __init__(self, version: str, *, says_version: bool = True) -> None:
+        self.version, self._says_version = version, says_version
         self.written = threading.Event()
         self.written.set()
 
@@ -67,6 +67,8 @@ class LoneMember:
                 )
             },
         }
+        if not self._says_version:
+            del handlers["Maintenance"]
         server = grpc.server(ThreadPoolExecutor(8))
         for service, methods in handlers.items():
             server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(f"etcdserverpb.{service}", methods),))
@@ -123,6 +125,17 @@ def test_an_etcd_that_writes_first_is_believed(call: str) -> None:
     with etcd.connected() as store:
         etcd.written.clear()
         assert CALLS[call](store)
+
+
+def test_an_etcd_that_does_not_say_its_version_is_not_believed() -> None:
+    etcd = LoneMember("3.5.9", says_version=False)
+    with etcd.connected() as store, ThreadPoolExecutor(1) as thread:
+        etcd.written.clear()
+        done = thread.submit(store.put, "k", b"v")
+        with pytest.raises(TimeoutError):
+            done.result(0.2)
+        etcd.written.set()
+        assert done.result(T)
 
 
 def test_a_killed_etcd_has_all_that_it_acknowledged(tmp_path: Path) -> None:
