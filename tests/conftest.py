@@ -20,6 +20,7 @@ from pathlib import Path
 import hypothesis
 import psutil
 import pytest
+import structlog
 
 from membership.base import starter
 from membership.base.run_dir import default_run_dir, remove_run_dir
@@ -143,9 +144,12 @@ def _strangers(name: str) -> bool:
 
 @pytest.fixture(autouse=True)
 def nothing_leaks() -> Iterator[None]:
-    """Fail a test that leaves a process, thread, open file or /dev/shm entry behind."""
-    before = Holdings.now()
+    """Fail a test that leaves a process, thread, open file or /dev/shm entry behind, or another way of logging."""
+    before, logging_as = Holdings.now(), structlog.get_config()["processors"]
     yield
+    if structlog.get_config()["processors"] != logging_as:
+        structlog.reset_defaults()
+        pytest.fail("left behind: logs that go elsewhere (membership.base.logs.configure, which is of a process)")
     deadline = time.monotonic() + SETTLE_S
     left = Holdings.now().left_since(before)
     if left:

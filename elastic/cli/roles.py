@@ -65,7 +65,9 @@ def init(options: InitOptions) -> None:
     `elastic serve` does this by itself. A cluster that spans hosts needs the join secret here, too.
     """
     from elastic.serve.init_config import run_init
+    from membership.base.logs import configure
 
+    configure("init")
     run_init(options, typer.echo)
 
 

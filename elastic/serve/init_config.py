@@ -19,7 +19,6 @@ from elastic.serve.role_process import nodes_of
 from elastic.serve.state_dir import ClusterAddress
 from elastic.serve.stored_config import differing, in_words, with_known_secret, write_config
 from membership.base.errors import ConfigError
-from membership.base.logs import configure
 from membership.store import codec
 from membership.store.interface import Compare, Put, Store
 from membership.store.keys import Keys
@@ -35,7 +34,6 @@ def run_init(options: InitOptions, say: Callable[[str], None]) -> None:
     config = cluster_config(options)
     secrets = secrets_of(options.join_secret_file, config.cluster)
     config = replace(config, join_key=join_key(secrets))
-    configure("init")
     address = ClusterAddress(cluster=config.cluster, etcd=options.etcd, credentials=options.credentials())
     with closing(reach_store(partial(connected, address), threading.Event(), options.etcd_wait_s)) as store:
         init_config(store, config, options, say, join_keys(secrets))

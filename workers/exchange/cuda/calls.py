@@ -94,8 +94,10 @@ class DeviceCalls:
         Zeros past the real rows, and everywhere once the attempt has failed. Launches alone; waits for no kernel.
         """
         tokens, shape, out = len(hidden), self._shape, torch.empty_like(hidden)
-        if tokens > shape.rows or hidden.dtype != torch.bfloat16 or ids.dtype != torch.int64:
-            raise ConfigError(f"a call of {tokens} rows of {hidden.dtype}: windows are for {shape.rows} of bfloat16")
+        fits = tokens <= shape.rows and hidden.shape[1:] == (shape.hidden,) and ids.shape == (tokens, shape.top_k)
+        if not fits or weights.shape != ids.shape or hidden.dtype != torch.bfloat16 or ids.dtype != torch.int64:
+            asked = f"{tuple(hidden.shape)} of {hidden.dtype} to experts {tuple(ids.shape)}"
+            raise ConfigError(f"a call of rows {asked}: windows are for {shape.rows} of {shape.hidden} bfloat16")
         given = (layer, hidden.contiguous(), ids.contiguous(), weights.float().contiguous(), out)
         stream = torch.cuda.current_stream().cuda_stream
         asking = self._arguments(*given, self._packed)

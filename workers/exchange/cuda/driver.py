@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from cuda.bindings import driver
@@ -48,17 +49,21 @@ class Mapping:
 
     def __init__(self, fd: int, size: int, gpu: int) -> None:
         self.size = size
-        handle = done(driver.cuMemImportFromShareableHandle(fd, FD))
-        try:
-            self.address = int(done(driver.cuMemAddressReserve(size, 0, 0, 0)))
-            done(driver.cuMemMap(self.address, size, 0, handle, 0))
-        finally:
-            done(driver.cuMemRelease(handle))  # the mapping keeps it
         access = driver.CUmemAccessDesc()
         access.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
         access.location.id = gpu
         access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
-        done(driver.cuMemSetAccess(self.address, size, [access], 1))
+        with ExitStack() as undo:
+            handle = done(driver.cuMemImportFromShareableHandle(fd, FD))
+            try:
+                self.address = int(done(driver.cuMemAddressReserve(size, 0, 0, 0)))
+                undo.callback(driver.cuMemAddressFree, self.address, size)
+                done(driver.cuMemMap(self.address, size, 0, handle, 0))
+            finally:
+                done(driver.cuMemRelease(handle))  # the mapping keeps it
+            undo.callback(driver.cuMemUnmap, self.address, size)
+            done(driver.cuMemSetAccess(self.address, size, [access], 1))
+            undo.pop_all()
 
     def clear(self) -> None:
         """Zeros everywhere; waits for them."""

@@ -16,6 +16,7 @@ BANKS = 2  # a rank may be one call ahead of a peer that it sends no rows to
 ALIGNMENT = 256
 WORD_BYTES = 8
 CHUNK_BYTES = 16  # what a thread copies at a time
+MOST_ROWS = 8192  # a block keeps a number of each in its 48 KiB of shared memory
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class WindowShape:
 
     def __post_init__(self) -> None:
         """ConfigError if the kernels are not made for it."""
-        if not 1 <= self.ranks <= MOST_RANKS or not 1 <= self.rows < 1 << 16 or self.row_bytes % CHUNK_BYTES:
+        if not 1 <= self.ranks <= MOST_RANKS or not 1 <= self.rows <= MOST_ROWS or self.row_bytes % CHUNK_BYTES:
             raise ConfigError(f"no exchange on GPUs for {self.ranks} ranks, {self.rows} rows of {self.row_bytes} bytes")
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from membership.base.errors import ConfigError
-from workers.exchange.cuda.window import ALIGNMENT, BANKS, WORD_BYTES, WindowShape
+from workers.exchange.cuda.window import ALIGNMENT, BANKS, MOST_ROWS, WORD_BYTES, WindowShape
 
 pytestmark = pytest.mark.unit
 
@@ -29,7 +29,7 @@ def test_kernels_get_the_sizes_and_offsets() -> None:
     assert given["ANSWERS_AT"] == SHAPE.offsets["answers"]
 
 
-@pytest.mark.parametrize("wrong", [{"ranks": 9}, {"ranks": 0}, {"rows": 1 << 16}, {"hidden": 20}])
+@pytest.mark.parametrize("wrong", [{"ranks": 9}, {"ranks": 0}, {"rows": MOST_ROWS + 1}, {"hidden": 20}])
 def test_what_the_kernels_cannot_do_is_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ConfigError):
         WindowShape(**{"ranks": 2, "held": 4, "rows": 8, "hidden": 32, "top_k": 2} | wrong)
