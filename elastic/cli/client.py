@@ -100,9 +100,9 @@ class StoreClient:
         """What a rotation of the join secret would do now, or has still to do."""
         return plan_rotation(self.state(), time.time())
 
-    def rotate_keys(self) -> RotationPlan:
+    def rotate_keys(self, generation: int | None = None) -> RotationPlan:
         """Have the cluster use the other join secret."""
-        return rotate_keys(self._store, self._cluster)
+        return rotate_keys(self._store, self._cluster, generation=generation)
 
     def operation(self, op_id: str) -> Operation:
         """One operation by id."""
@@ -192,9 +192,9 @@ class AdminClient:
         """POST keys/rotate with plan=true: changes nothing."""
         return _record(self._call("POST", "keys/rotate", json={"plan": True}), RotationPlan)
 
-    def rotate_keys(self) -> RotationPlan:
+    def rotate_keys(self, generation: int | None = None) -> RotationPlan:
         """POST keys/rotate."""
-        return _record(self._call("POST", "keys/rotate", json={}), RotationPlan)
+        return _record(self._call("POST", "keys/rotate", json={"generation": generation}), RotationPlan)
 
     def operation(self, op_id: str) -> Operation:
         """GET one operation."""

@@ -180,6 +180,8 @@ def rotation_view(plan: RotationPlan) -> str:
     if not plan.changes:
         return f"nothing to do: all listen with join secret {plan.secret}, generation {plan.generation}"
     lines = [f"join secret {plan.secret} becomes generation {plan.generation}"]
+    if plan.ends:
+        lines = [f"all listen with join secret {plan.secret}, generation {plan.generation}: the one before is retired"]
     lines += ["  the engine begins a new term"] if plan.engine else []
     lines += [f"  a new process for each of ranks {_ranks(plan.ranks)}"] if plan.ranks else []
     return "\n".join(lines)
@@ -192,6 +194,8 @@ def secrets_view(found: Secrets) -> str:
     lines = [f"join secret {found.current}, generation {found.generation}"]
     if found.before in found.in_use:
         lines.append(f"  {found.before} (generation {found.generation - 1}) is still in use: elastic keys rotate")
+    elif found.grace:
+        lines.append(f"  {found.before} is used no more, and not yet retired: elastic keys rotate")
     elif found.before and any(found.before in (use.has or ()) for use in found.uses):
         lines.append(f"  {found.before} is used no more: its line may go from the files")
     lines += [f"  {name} is not in use" for name in found.others]

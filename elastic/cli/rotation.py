@@ -29,8 +29,11 @@ def rotate(client: Client, timeout_s: float, stop: threading.Event) -> Iterator[
     before = client.plan_rotation()
     if lacks_its_end(client, before):
         yield from rollout(client, before.before, timeout_s, stop)
-        return
-    client.rotate_keys()
+        if stop.is_set():
+            return
+    elif before.refused:
+        raise PlanRefused(before.refused, hint=before.hint)
+    client.rotate_keys(before.generation)
     for _ in range(ROUNDS):
         plan = _after_engine(client, timeout_s, stop)
         if stop.is_set() or not plan.ranks:
@@ -38,7 +41,7 @@ def rotate(client: Client, timeout_s: float, stop: threading.Event) -> Iterator[
         if plan.refused:
             raise PlanRefused(plan.refused, hint=plan.hint)
         yield from rollout(client, plan.before, timeout_s, stop)
-    if ranks := client.plan_rotation().ranks:
+    if ranks := _after_engine(client, timeout_s, stop).ranks:
         named = ", ".join(map(str, ranks))
         raise ElasticError(f"ranks {named} were started with the old join secret again", hint="see: elastic keys ls")
 
@@ -49,19 +52,22 @@ def lacks_its_end(client: Client, plan: RotationPlan) -> bool:
 
 
 def _after_engine(client: Client, timeout_s: float, stop: threading.Event) -> RotationPlan:
-    """What is left once the engine listens with the new secret."""
-    deadline = time.monotonic() + timeout_s
+    """What is left once the engine listens with the new secret. If that is nothing, the one before is retired."""
+    deadline, awaited = time.monotonic() + timeout_s, "the engine still listens with the old join secret"
     while True:
         silence = ""
         try:
             plan = client.plan_rotation()
-            if not plan.engine or stop.is_set():
+            if stop.is_set() or not (plan.engine or plan.ends):
                 return plan
+            if plan.ends:
+                awaited = "the old join secret is not seen to be retired"
+                client.rotate_keys(plan.generation)
         except NoAnswer as error:
             silence = f" ({error})"
         if time.monotonic() > deadline:
             raise WaitTimeout(
-                f"the engine still listens with the old join secret after {timeout_s:g} s{silence}",
+                f"{awaited} after {timeout_s:g} s{silence}",
                 hint="see: elastic keys ls; then run elastic keys rotate again",
             )
         stop.wait(POLL_S)

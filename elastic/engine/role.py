@@ -37,7 +37,6 @@ from workers.queue.network import join_key, join_keys, require_joined, require_r
 
 CAMPAIGN_SLICE_S = 1.0
 REMIND_S = 60.0
-REKEYED = "the cluster's join secret was replaced"
 
 log = structlog.get_logger(__name__)
 
@@ -123,6 +122,7 @@ def run_engine(
             opened.callback(mirror.subscribe(known.note))
         server = EngineServer(fleet.ring, network)
         opened.callback(server.close)
+        opened.callback(mirror.subscribe(fleet.note))
         opened.callback(mirror.subscribe(term.note))  # before the engine's: it looks up then
         term.note(mirror.state())
         keys = Keys(cluster)
@@ -147,7 +147,7 @@ def run_engine(
             with loop_watchdog.watched():
                 engine.run(term)
             if term.outdated:
-                events.emit("engine_stood_down", cluster=cluster, token=token, reason=REKEYED)
+                events.emit("engine_rekeyed", cluster=cluster, token=token)
         except Fenced as fenced:
             events.emit("engine_stood_down", cluster=cluster, token=token, reason=str(fenced))
             raise

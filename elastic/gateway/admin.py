@@ -88,9 +88,10 @@ class RebalanceRequest(Shape):
 
 
 class RotationRequest(Shape):
-    """POST /admin/v1/keys/rotate. `plan`: only say what would change."""
+    """POST /admin/v1/keys/rotate. `plan`: only say what would change. `generation`: begin none beyond this."""
 
     plan: bool = False
+    generation: int | None = None
 
 
 class CancelRequest(Shape):
@@ -236,7 +237,7 @@ def _add_maintenance(app: FastAPI, admin: Admin) -> None:
         asked = await _read(request, RotationRequest)
         if asked.plan:
             return json_response(asdict(plan_rotation(admin.mirror.state(), time.time())))
-        return json_response(asdict(await admin.call(rotate_keys)), 202)
+        return json_response(asdict(await admin.call(rotate_keys, generation=asked.generation)), 202)
 
     @app.post("/admin/v1/pause")
     async def pause_changes(request: Request) -> Response:

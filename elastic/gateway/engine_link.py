@@ -31,6 +31,7 @@ from membership.base.errors import ConfigError, JournalError, QueueError, Reques
 from membership.base.network import Network
 from membership.base.timing import ENGINE_SILENCE_S, ENGINE_WAIT_S, STALL_S
 from membership.store.records import ClusterState, EngineRecord
+from workers.queue.network import refusing_retired
 
 TICK_S = 0.2
 
@@ -226,6 +227,8 @@ class EngineLink:
 
     def on_state(self, state: ClusterState) -> None:
         """Connect to the engine that the store names. While it names none, keep the connection."""
+        if state.config is not None:
+            self._network = refusing_retired(state.config, self._network)
         if state.engine is None:
             return
         target = Target(state.engine_token, state.engine)

@@ -31,7 +31,7 @@ from membership.store.records import Assignment, ClusterConfig, Desired
 POLL_S = 0.1
 ANEW = "if no process of it lives on any host, run `elastic init --anew` first"
 OF_MODEL = ("moe_layers", "experts", "expert_bytes", "vocab_size", "eos_token_ids", "files")
-OF_JOIN_SECRET = ("join_key", "join_generation", "join_key_before", "join_since")
+OF_JOIN_SECRET = ("join_key", "join_generation", "join_keys_before", "join_grace", "join_since")
 NOT_FLAGS = {
     **dict.fromkeys(OF_MODEL, "model"),
     **dict.fromkeys(OF_JOIN_SECRET, "join secret"),

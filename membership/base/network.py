@@ -43,6 +43,7 @@ class Network:
     ports: Ports = ANY_PORT
     others: tuple[bytes, ...] = field(default=(), repr=False)  # with which other processes may listen
     file: Path | None = None  # that has all of them; None: they cannot change
+    retired: frozenset[str] = frozenset()  # public halves of those with which nothing may listen any more
 
     def __post_init__(self) -> None:
         shortest = min(map(len, self.secrets))
@@ -75,7 +76,7 @@ class Network:
 
 
 def read_secrets(file: Path) -> tuple[bytes, ...]:
-    """The join secrets in a file, one per line. ConfigError: it cannot be read, or has none."""
+    """The join secrets in a file, one per line, beside comments. ConfigError: it cannot be read, or has none."""
     try:
         secrets = lines_of(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -87,9 +88,9 @@ def read_secrets(file: Path) -> tuple[bytes, ...]:
 
 
 def lines_of(text: str) -> tuple[bytes, ...]:
-    """The secrets in a text, each once, in order."""
+    """The secrets in a text, each once, in order. A line that begins with # is a comment."""
     stripped = (line.strip() for line in text.splitlines())
-    return tuple(dict.fromkeys(line.encode() for line in stripped if line))
+    return tuple(dict.fromkeys(line.encode() for line in stripped if line and not line.startswith("#")))
 
 
 def is_loopback(address: str) -> bool:

@@ -2,7 +2,8 @@
 
 Hosts get the new secret as one more line of their file, and say so in their records. Then the config names it, and a
 process that begins to listen does so with it: the engine at once, in a new term, and each new rank process. The secret
-before it opens what still listens with it, and nothing else. Once that is nothing, hosts may forget it.
+before it opens what still listens with it, and nothing else. Once that is nothing it is retired for good: it opens
+nothing, wherever its line is left, and no rotation goes back to it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Secrets(msgspec.Struct, frozen=True, kw_only=True):
     generation: int  # how often it has been replaced
     current: str  # "": the cluster is on one host
     before: str  # the one that it replaced
-    others: tuple[str, ...]  # that some host has besides these two
+    grace: bool  # whether that still opens what listens with it
+    others: tuple[str, ...]  # that some host has, and that the cluster has never used
     in_use: tuple[str, ...]  # with which something listens
     uses: tuple[SecretUse, ...]
 
@@ -54,6 +56,7 @@ class RotationPlan(msgspec.Struct, frozen=True, kw_only=True):
     begun: bool = False  # the config names it already: what is left is to have all listen with it
     engine: bool = False  # whether the engine begins a new term
     ranks: tuple[int, ...] = ()  # slots whose process is replaced
+    ends: bool = False  # nothing listens with the secret before: it is retired
     before: int = 0  # the last incarnation that is, or was in the rotation before
     refused: str = ""
     hint: str = ""
@@ -61,7 +64,7 @@ class RotationPlan(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def changes(self) -> bool:
         """Whether anything would change."""
-        return not self.refused and (self.engine or bool(self.ranks) or not self.begun)
+        return not self.refused and (self.engine or bool(self.ranks) or self.ends or not self.begun)
 
 
 def name_of(join_key: str) -> str:
@@ -73,11 +76,12 @@ def secrets_in(state: ClusterState) -> Secrets:
     """Who has which join secrets, and who listens with which."""
     config = _config(state)
     uses = tuple(_uses(state, config))
-    usual = {name_of(config.join_key), name_of(config.join_key_before)}
+    usual = {name_of(config.join_key), *map(name_of, config.join_keys_before)}
     return Secrets(
         generation=config.join_generation,
         current=name_of(config.join_key),
-        before=name_of(config.join_key_before),
+        before=name_of(config.join_keys_before[-1]) if config.join_keys_before else "",
+        grace=config.join_grace,
         others=tuple(sorted({name for use in uses for name in use.has or ()} - usual)),
         in_use=tuple(sorted({use.listens for use in uses} - {""})),
         uses=uses,
@@ -99,8 +103,12 @@ def plan_rotation(state: ClusterState, now: float) -> RotationPlan:
         since = config.join_since if any(rank.incarnation <= config.join_since for rank in outdated) else 0
         before = since or max((rank.incarnation for rank in outdated), default=0)
         plan = replace(plan, ranks=tuple(sorted(rank.rank for rank in outdated)), before=before)
+    elif config.join_grace:
+        return replace(plan, ends=True)
     else:
         found = _new_keys(state, config)
+        if not found and config.join_generation:
+            return plan  # it has been replaced, and there is nothing else
         if len(found) != 1:
             return replace(plan, **_no_choice(found))
         (key,) = found
@@ -116,29 +124,27 @@ def plan_rotation(state: ClusterState, now: float) -> RotationPlan:
     return replace(plan, **_obstacle(state, key, now))
 
 
-def rotate_keys(store: Store, cluster: str, clock: Callable[[], float] = time.time) -> RotationPlan:
+def rotate_keys(
+    store: Store, cluster: str, clock: Callable[[], float] = time.time, generation: int | None = None
+) -> RotationPlan:
     """Have the cluster use the other join secret that its hosts have; return what follows. PlanRefused: it is refused.
 
-    Again, where a rotation has begun, it changes nothing.
+    Again, where a rotation has begun, it changes nothing until nothing listens with the secret before, which it then
+    retires. `generation`: begin none beyond this.
     """
     keys = Keys(cluster)
     for _ in range(ATTEMPTS):
         revision, items = store.range(keys.prefix)
         state = state_from(items, revision)
         plan = plan_rotation(state, clock())
+        config = _config(state)
+        if generation is not None and generation <= config.join_generation and not plan.ends:
+            return plan
         if plan.refused:
             raise PlanRefused(plan.refused, hint=plan.hint)
-        if plan.begun:
+        if plan.begun and not plan.ends:
             return plan
-        config = _config(state)
-        (key,) = _new_keys(state, config)
-        rotated = replace(
-            config,
-            join_key=key,
-            join_generation=config.join_generation + 1,
-            join_key_before=config.join_key,
-            join_since=state.incarnation,
-        )
+        rotated = _rotated(state, plan)
         unchanged = [
             Compare(keys.config, "mod", "=", next(each.mod_revision for each in items if each.key == keys.config)),
             Compare(keys.incarnation, "mod", "=", state.incarnation_revision),
@@ -148,6 +154,22 @@ def rotate_keys(store: Store, cluster: str, clock: Callable[[], float] = time.ti
     raise OperationConflict("the cluster has changed at each attempt to replace its join secret", hint="try again")
 
 
+def _rotated(state: ClusterState, plan: RotationPlan) -> ClusterConfig:
+    """The config after what is planned."""
+    config = _config(state)
+    if plan.ends:
+        return replace(config, join_grace=False)
+    (key,) = _new_keys(state, config)
+    return replace(
+        config,
+        join_key=key,
+        join_generation=plan.generation,
+        join_keys_before=(*config.join_keys_before, config.join_key),
+        join_grace=True,
+        join_since=state.incarnation,
+    )
+
+
 def _config(state: ClusterState) -> ClusterConfig:
     if state.config is None:
         raise PlanRefused("the cluster has no config yet", hint="start it, or run `elastic init`")
@@ -155,7 +177,7 @@ def _config(state: ClusterState) -> ClusterConfig:
 
 
 def _uses(state: ClusterState, config: ClusterConfig) -> Iterator[SecretUse]:
-    generations = {config.join_key_before: config.join_generation - 1, config.join_key: config.join_generation}
+    generations = {key: number for number, key in enumerate((*config.join_keys_before, config.join_key))}
     if (engine := state.engine) is not None:
         status = state.engine_status
         yield SecretUse(
@@ -183,10 +205,10 @@ def _names(join_keys: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _new_keys(state: ClusterState, config: ClusterConfig) -> set[str]:
-    """Of secrets that some host has, and that the cluster has not used lately."""
+    """Of secrets that some host has, and that the cluster has never used."""
     known = [record.join_keys for records in (state.agents, state.gateways) for record in records.values()]
     known += [state.engine_status.join_keys] if state.engine_status is not None else []
-    return {key for keys in known for key in keys} - {config.join_key, config.join_key_before}
+    return {key for keys in known for key in keys} - {config.join_key, *config.join_keys_before}
 
 
 def _no_choice(found: set[str]) -> dict[str, str]:
@@ -197,7 +219,7 @@ def _no_choice(found: set[str]) -> dict[str, str]:
             "hint": "leave the current one and one other in the files of --join-secret-file",
         }
     return {
-        "refused": "no host has another join secret than those that are used already",
+        "refused": "no host has another join secret than the one that is used",
         "hint": "write one (`elastic keys new`) as another line into the file of --join-secret-file on each host",
     }
 

@@ -120,13 +120,19 @@ class ClusterConfig(Record, frozen=True, kw_only=True):
     min_agents: int = 1  # how many must be there before the first ranks start
     join_key: str = ""  # public half of what the join secret gives; "": the cluster is on one host
     join_generation: int = 0  # how often that secret has been replaced
-    join_key_before: str = ""  # of the secret before this one
+    join_keys_before: tuple[str, ...] = ()  # of all secrets that were replaced, the oldest first
+    join_grace: bool = False  # whether the last of these still opens what listens with it
     join_since: int = 0  # the last incarnation that was given out before the secret was replaced
 
     @property
     def model_names(self) -> tuple[str, ...]:
         """All names of the model in the API."""
         return (self.served_model_name, *self.served_model_aliases)
+
+    @property
+    def join_keys_retired(self) -> tuple[str, ...]:
+        """Of the secrets with which nothing may listen any more."""
+        return self.join_keys_before[:-1] if self.join_grace else self.join_keys_before
 
 
 class Checkpoint(Record, frozen=True, kw_only=True):

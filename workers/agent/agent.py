@@ -261,8 +261,9 @@ class Agent:
         if self._secrets.keys != self.me.join_keys:
             self.me = changed(self.me, join_keys=self._secrets.keys)
             self._publish_me()
-        if renewed:
+        if self._secrets.network is not None:
             self._executor.use(self._secrets.network)
+        if renewed:
             self._spares.renew()
 
     def _spawn(self, keys: list[RankId]) -> None:
@@ -315,7 +316,7 @@ class Agent:
 
     def _attach(self, effect: Attach) -> None:
         self._update(effect.key, attaching_token=effect.token)
-        args = (effect.token, effect.broadcast_handle, effect.mask_handle)
+        args = effect.token, effect.broadcast_handle, effect.mask_handle, self._secrets.retired
         self._call(effect.key, "attach_engine", args, ATTACH_TIMEOUT_S, partial(self._attached, effect))
 
     def _call(

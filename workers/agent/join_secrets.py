@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from membership.base.network import Network
 from membership.store.records import ClusterConfig
-from workers.queue.network import join_key, join_keys, network_for
+from workers.queue.network import join_key, join_keys, network_for, refusing_retired
 
 LOOK_EVERY_S = 1.0
 
@@ -26,10 +26,18 @@ class JoinSecrets:
         """Of the secret with which a rank listens that is started now."""
         return join_key(self.network)
 
+    @property
+    def retired(self) -> frozenset[str]:
+        """Of the secrets with which no engine may listen any more."""
+        return self.network.retired if self.network is not None else frozenset()
+
     def look(self, config: ClusterConfig | None) -> bool:
         """Look again; whether ranks listen with another secret from now on. If the host lacks it, they do not."""
         other = config is not None and config.join_key != self.key
-        if self.network is None or config is None or not (other or self._clock() >= self._look_at):
+        if self.network is None or config is None:
+            return False
+        self.network = refusing_retired(config, self.network)
+        if not (other or self._clock() >= self._look_at):
             return False
         self._look_at = self._clock() + LOOK_EVERY_S
         self.keys = join_keys(self.network)

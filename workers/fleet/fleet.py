@@ -27,7 +27,7 @@ from membership.base.network import Network
 from membership.base.process_stats import threads
 from membership.base.rank_id import RankId
 from membership.base.timing import STEP_DEADLINE_S
-from membership.store.records import RankRecord
+from membership.store.records import ClusterState, RankRecord
 from workers.fleet.pace import Pace
 from workers.fleet.watchdog import Look, Watchdog
 from workers.ipc.doorbell import Doorbell
@@ -47,7 +47,7 @@ from workers.protocol.messages import (
 )
 from workers.queue.handle import Handle, this_host
 from workers.queue.message_queue import MessageQueue, MsgpackCodec, SlowReaders
-from workers.queue.network import keys_for, remote_of
+from workers.queue.network import keys_for, refusing_retired, remote_of
 from workers.queue.silence import OtherHosts
 
 MAX_OWED_PINGS = 8  # a stopped rank's queue is not to be filled with them
@@ -401,6 +401,11 @@ class Fleet:
             self._wake.wait(timeout=RETRY_S if self._wanted else 60.0)
             self._wake.clear()
             self._attempts.run(self.join_wanted)
+
+    def note(self, state: ClusterState) -> None:
+        """Which join secrets are retired by now. Called in the mirror's thread."""
+        if state.config is not None:
+            self._network = refusing_retired(state.config, self._network)
 
     def join_wanted(self) -> None:
         """Join the wanted ranks that can be joined now, and close the dropped ones."""

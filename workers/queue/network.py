@@ -5,12 +5,14 @@ connects; each side knows the other's public half by itself, so a record that na
 
 Which secret a process listens with is what the cluster's config says (`join_key`, a public half) when it begins to. Who
 connects takes the secret that the listener's public key is of. So a cluster may use two at a time, while it goes over
-from one to the other (`membership/operations/rotate_keys.py`).
+from one to the other (`membership/operations/rotate_keys.py`). Afterwards the one before is retired: who connects
+refuses it, whatever its host's file still has.
 """
 
 from __future__ import annotations
 
 import hmac
+from dataclasses import replace
 from enum import StrEnum
 from functools import cache
 from urllib.parse import urlsplit
@@ -54,12 +56,21 @@ def keys_for(handle: Handle, network: Network | None) -> CurveKeys | None:
 
 
 def same_secret(listener: bytes, network: Network, purpose: Purpose = Purpose.RANKS) -> Network:
-    """`network` with the secret of who listens with this public key in front. QueueError: we have no such secret."""
-    for known in (network, network.read_again()):
-        for secret in known.secrets:
-            ours = known.listening_with(secret)
-            if hmac.compare_digest(listener, listening_keys(ours, purpose).public):
-                return ours
+    """`network` with the secret of who listens with this public key in front.
+
+    QueueError: our file has no such secret by now, or it is retired. What is remembered counts only where there is no
+    file to read.
+    """
+    now = network.read_again()
+    for ours in map(now.listening_with, now.secrets):
+        if not hmac.compare_digest(listener, listening_keys(ours, purpose).public):
+            continue
+        if join_key(ours) in now.retired:
+            raise QueueError(
+                "a process on another host listens with a join secret that was replaced",
+                hint="end it: it was not there when the secret was replaced (`elastic keys ls`)",
+            )
+        return ours
     raise QueueError(
         "a process on another host has another join secret",
         hint="give all hosts the same one; while it is replaced, both (`elastic keys ls`)",
@@ -79,8 +90,15 @@ def join_keys(network: Network | None) -> tuple[str, ...]:
     return tuple(sorted(join_key(now.listening_with(secret)) for secret in now.secrets))
 
 
+def refusing_retired(config: ClusterConfig, network: Network | None) -> Network | None:
+    """The same, which connects to nothing that listens with a secret that this config says is retired."""
+    retired = frozenset(config.join_keys_retired)
+    return network if network is None or network.retired == retired else replace(network, retired=retired)
+
+
 def network_for(config: ClusterConfig, network: Network | None) -> Network | None:
     """What a process that begins now listens with; as it is, if this host lacks the secret that the cluster uses."""
+    network = refusing_retired(config, network)
     if network is None:
         return None
     now = network.read_again()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import structlog
@@ -83,8 +84,15 @@ class EnginePort:
         """A spare is this rank from now on."""
         self._key = key
 
-    def attach(self, token: int, broadcast_handle: bytes, mask_handle: bytes) -> bytes:
-        """Join this engine's queue; an older engine gets a Farewell. Return the handle of our answers to it."""
+    def attach(
+        self, token: int, broadcast_handle: bytes, mask_handle: bytes, retired: frozenset[str] = frozenset()
+    ) -> bytes:
+        """Join this engine's queue; an older engine gets a Farewell. Return the handle of our answers to it.
+
+        `retired`: of the join secrets with which it must not listen; a rank has no copy of the config by itself.
+        """
+        if self._network is not None:
+            self._network = replace(self._network, retired=retired)
         token = step_fence.follow(self.token, token)
         if token == self.token and self._answers is not None:
             return self._answers.export_handle().encode()  # asked again: the same answer

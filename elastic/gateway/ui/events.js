@@ -28,6 +28,7 @@ export const SAY = {
   engine_lost: (e, f) => ["bad", "The gateway lost its engine", plural(f.open_requests, "open request")],
   engine_attached: (e, f) => ["good", "The gateway has an engine", f.resubmitted ? `${plural(f.resubmitted, "request")} sent again` : ""],
   engine_elected: () => ["good", "An engine takes over"],
+  engine_rekeyed: () => ["", "The engine listens with another join secret from now on"],
   leader_elected: () => ["good", "A controller takes over"],
   store_replaced: (e, f) => ["bad", "The store was replaced", f.error],
   checkpoint_replaced: (e, f) => ["warn", "The checkpoint's files were replaced", f.node],

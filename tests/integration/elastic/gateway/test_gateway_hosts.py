@@ -11,10 +11,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+from msgspec.structs import replace as replace_in
 
 from elastic.serve.etcd_server import free_ports
 from membership.base.network import Network
-from membership.store.codec import decode
+from membership.store.codec import decode, encode
 from membership.store.records import GatewayRecord
 from tests.support.gateway_cluster import MODEL, QUICK, GatewayCluster, RunningGateway, wait_ready
 from tests.support.helpers import eventually
@@ -130,6 +131,23 @@ def test_a_record_with_another_key_is_refused(cluster: GatewayCluster) -> None:
     ):
         no_engine(gateway, "another join secret")
     assert (stranger.hellos, stranger.submits) == (0, [])
+
+
+def test_an_engine_with_a_retired_secret_is_sent_no_prompt(cluster: GatewayCluster, tmp_path: Path) -> None:
+    """Though both lines are left in the gateway's file, as they were when it began; it is told while it runs."""
+    file = tmp_path / "secrets"
+    file.write_bytes(OTHER.secret + b"\n" + NETWORK.secret)
+    cluster.span(replace(NETWORK, others=(OTHER.secret,), file=file))
+    with cluster.gateway(link=QUICK) as gateway:
+        old, new = join_key(NETWORK), join_key(OTHER)
+        cluster.config = replace_in(cluster.config, join_key=new, join_keys_before=(old,), join_generation=1)
+        cluster.store.put(cluster.keys.config, encode(cluster.config))
+        with cluster.engine(cluster.says(TEXT), address=free_address(), network=NETWORK) as impostor:
+            no_engine(gateway, "a join secret that was replaced")
+        assert (impostor.hellos, impostor.submits) == (0, [])
+        with cluster.engine(cluster.says(TEXT), address=free_address(), network=OTHER):
+            wait_ready(gateway)
+            assert complete(gateway).json()["choices"][0]["text"] == TEXT
 
 
 @pytest.mark.parametrize("ours", [NETWORK, None], ids=["it has none", "we have none"])

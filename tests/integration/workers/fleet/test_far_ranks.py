@@ -13,15 +13,16 @@ from membership.base.enums import DetectedBy
 from membership.base.errors import QueueError
 from membership.base.network import Network
 from membership.base.rank_id import RankId
-from membership.store.records import RankRecord, RankState
+from membership.store.records import ClusterState, RankRecord, RankState
 from tests.support.helpers import eventually
+from tests.support.world import CONFIG
 from workers.fleet.fleet import Fleet, FleetEvent, RankJoined, RankLost
 from workers.ipc.doorbell import Doorbell
 from workers.protocol.live_mask import LiveMask
 from workers.protocol.messages import RankMessage, SeqChunk, StepBatch, StepResult, StepStatus, reader_id
 from workers.queue.handle import Handle
 from workers.queue.message_queue import MessageQueue, MsgpackCodec
-from workers.queue.network import remote_of
+from workers.queue.network import join_key, remote_of
 from workers.queue.silence import Connection
 from workers.rank.engine_port import EnginePort
 
@@ -60,6 +61,14 @@ def elsewhere(handle: bytes) -> bytes:
     return msgspec.structs.replace(Handle.decode(handle), host="another host").encode()
 
 
+def record_of(answers: bytes) -> RankRecord:
+    """The far rank's."""
+    return RankRecord(
+        rank=KEY.rank, incarnation=KEY.incarnation, node="b", pid=1, state=RankState.STANDBY,
+        response_handle=elsewhere(answers), liveness_handle=b"of no use here",
+    )  # fmt: skip
+
+
 class Scene:
     """An engine's fleet and one far rank, whose main thread is the test's."""
 
@@ -77,13 +86,7 @@ class Scene:
 
     def join(self) -> None:
         answers = self.port.attach(TOKEN, elsewhere(self.fleet.broadcast_handle), self.fleet.mask_handle)
-        rank, incarnation = KEY
-        self.fleet.attach(
-            RankRecord(
-                rank=rank, incarnation=incarnation, node="b", pid=1, state=RankState.STANDBY,
-                response_handle=elsewhere(answers), liveness_handle=b"of no use here",
-            )
-        )  # fmt: skip
+        self.fleet.attach(record_of(answers))
         self.collect(lambda: RankJoined(KEY) in self.seen, serving=True)
 
     def collect(self, enough: Callable[[], bool], *, serving: bool = False) -> None:
@@ -105,6 +108,21 @@ def scene() -> Iterator[Scene]:
         made = Scene(ends)
         made.join()
         yield made
+
+
+def test_neither_joins_who_listens_with_a_retired_secret() -> None:
+    """Its host has the secret still, and each of them hears while it runs that it is retired."""
+    gone = join_key(NETWORK)
+    config = msgspec.structs.replace(CONFIG, join_key="new", join_keys_before=(gone,), join_generation=1)
+    with ExitStack() as ends:
+        scene = Scene(ends)
+        engine = TOKEN, elsewhere(scene.fleet.broadcast_handle), scene.fleet.mask_handle
+        with pytest.raises(QueueError, match="a join secret that was replaced"):
+            scene.port.attach(*engine, frozenset({gone}))
+        answers = scene.port.attach(TOKEN + 1, *engine[1:])
+        scene.fleet.note(ClusterState(revision=1, config=config))
+        with pytest.raises(QueueError, match="a join secret that was replaced"):
+            scene.fleet._join(record_of(answers))
 
 
 def batch(step: int, *masked: int) -> StepBatch:

@@ -95,6 +95,7 @@ def test_who_was_given_up_alive_is_counted_once(world: World) -> None:
     world.log.emit("rank_died", rank=3, incarnation=9, detected_by="heartbeat")
     world.log.emit("leader_left", fenced=False)
     world.log.emit("engine_stood_down", token=3)
+    world.log.emit("engine_rekeyed", token=4)  # which is no fencing
     found = world.scrape()
     assert (found["fenced_total{rank}"], found["fenced_total{engine}"]) == (2, 1)
     assert "fenced_total{controller}" not in found

@@ -182,7 +182,12 @@ def test_one_with_other_settings_is_not_joined(store: MemoryStore) -> None:
             joins(store, msgspec.structs.replace(SPANNING, **changes))
 
 
-ROTATED = {"join_key": "key of the next", "join_key_before": "key of the secret", "join_generation": 1, "join_since": 9}
+ROTATED = {
+    "join_key": "key of the next",
+    "join_keys_before": ("key of the secret",),
+    "join_generation": 1,
+    "join_since": 9,
+}
 
 
 def test_a_host_that_has_the_secret_among_others_joins_with_what_the_cluster_uses(store: MemoryStore) -> None:

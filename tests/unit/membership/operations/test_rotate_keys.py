@@ -51,9 +51,9 @@ def cluster(**changes: Any) -> ClusterState:
     return ClusterState(**(whole | changes))
 
 
-def rotated(*ranks: RankRecord, engine: str = NEW, **changes: Any) -> ClusterState:
+def rotated(*ranks: RankRecord, engine: str = NEW, grace: bool = True, **changes: Any) -> ClusterState:
     """The same once the config names the new one; these ranks are there, and the engine listens with this."""
-    config = replace(CONFIG, join_key=NEW, join_key_before=OLD, join_generation=1, join_since=4)
+    config = replace(CONFIG, join_key=NEW, join_keys_before=(OLD,), join_grace=grace, join_generation=1, join_since=4)
     before = cluster()
     assert before.engine is not None
     record = replace(before.engine, join_key=engine)
@@ -79,9 +79,16 @@ def test_one_that_was_interrupted_goes_on_with_what_is_left() -> None:
 
 def test_nothing_is_left_once_all_listen_with_the_new_one() -> None:
     plan = plan_rotation(rotated(rank(0, 5, NEW)), NOW)
-    assert plan.begun
-    assert not plan.changes
-    assert plan.refused == "no host has another join secret than those that are used already"
+    assert (plan.begun, plan.ends, plan.changes) == (True, True, True), "but to retire the one before"
+    plan = plan_rotation(rotated(rank(0, 5, NEW), grace=False), NOW)
+    assert (plan.begun, plan.ends, plan.changes, plan.refused) == (True, False, False, "")
+
+
+def test_where_it_was_never_replaced_another_one_is_asked_for() -> None:
+    alone = AgentRecord(node="a", pid=1, started=1.0, join_keys=(OLD,))
+    status = EngineStatus(token=7, epoch=1, join_keys=(OLD,))
+    plan = plan_rotation(cluster(agents={"a": alone}, gateways={}, engine_status=status), NOW)
+    assert plan.refused == "no host has another join secret than the one that is used"
     assert "elastic keys new" in plan.hint
 
 
@@ -123,12 +130,13 @@ def test_what_is_in_the_way_is_said(changes: dict[str, Any], why: str) -> None:
 
 def test_the_secret_before_is_no_new_one() -> None:
     """Its line may stay in the files for as long as one likes."""
-    assert plan_rotation(rotated(rank(0, 5, NEW)), NOW).refused.startswith("no host has another")
+    assert not plan_rotation(rotated(rank(0, 5, NEW), grace=False), NOW).changes
 
 
 def test_each_process_is_shown_with_its_generation() -> None:
     found = secrets_in(rotated(rank(0, 5, NEW), rank(1, 4, OLD), rank(2, 6, OTHER), engine=OLD))
     assert (found.generation, found.current, found.before, found.others) == (1, name_of(NEW), name_of(OLD), ())
+    assert found.grace
     assert found.in_use == tuple(sorted(map(name_of, (OLD, NEW, OTHER))))
     names = tuple(map(name_of, BOTH))
     assert [(use.role, use.node, use.generation, use.has) for use in found.uses] == [

@@ -60,6 +60,18 @@ def test_ranks_listen_with_what_the_cluster_uses_from_the_moment_that_it_does(tm
     assert not secrets.look(NEW_CONFIG)
 
 
+def test_what_is_retired_is_known_at_once(tmp_path: Path) -> None:
+    """And handed on to ranks, which have no copy of the config."""
+    file = tmp_path / "secret"
+    file.write_bytes(OLD + b"\n" + NEW)
+    secrets = JoinSecrets(Network("10.0.0.1", "moe", OLD, file=file), Clock())
+    grace = msgspec.structs.replace(NEW_CONFIG, join_keys_before=(key_of(OLD),), join_grace=True)
+    assert secrets.look(grace)
+    assert secrets.retired == frozenset()
+    assert not secrets.look(msgspec.structs.replace(grace, join_grace=False))
+    assert secrets.retired == {key_of(OLD)}
+
+
 def test_on_one_host_there_is_nothing_to_look_at() -> None:
     secrets = JoinSecrets(None, Clock())
     assert not secrets.look(CONFIG)

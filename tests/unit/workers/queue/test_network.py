@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from membership.base.errors import ConfigError, QueueError
-from membership.base.network import Network
+from membership.base.network import Network, read_secrets
 from membership.store.records import AgentRecord, ClusterConfig, ClusterState, EngineRecord
 from workers.queue.handle import Handle, this_host
 from workers.queue.network import (
@@ -21,6 +21,7 @@ from workers.queue.network import (
     keys_for,
     listening_keys,
     network_for,
+    refusing_retired,
     remote_of,
     require_joined,
     require_reachable,
@@ -144,10 +145,38 @@ def test_a_file_that_cannot_be_used_changes_nothing(two: Network, broken: bytes 
     assert now.read_again() == now
 
 
-def test_a_secret_that_is_gone_from_the_file_opens_nothing_more(two: Network) -> None:
+@pytest.mark.parametrize("purpose", Purpose)
+def test_a_secret_that_is_gone_from_the_file_opens_nothing_more(two: Network, purpose: Purpose) -> None:
+    """Though the process remembers it."""
     assert two.file is not None
     two.file.write_bytes(OTHER)
     assert two.read_again().secrets == (OTHER,)
+    with pytest.raises(QueueError, match="another join secret"):
+        same_secret(listening_keys(NETWORK, purpose).public, two, purpose)
+    two.file.unlink()
+    assert same_secret(listening_keys(NETWORK, purpose).public, two, purpose).secret == NETWORK.secret
+
+
+@pytest.mark.parametrize("purpose", Purpose)
+def test_a_retired_secret_opens_nothing_though_its_line_is_left(two: Network, purpose: Purpose) -> None:
+    other = replace(NETWORK, secret=OTHER)
+    config = msgspec.structs.replace(
+        SPANNING, join_key=join_key(other), join_generation=1, join_keys_before=(join_key(NETWORK),), join_grace=True
+    )
+    grace = network_for(config, two)
+    assert grace is not None
+    assert same_secret(listening_keys(NETWORK, purpose).public, grace, purpose).secret == NETWORK.secret
+    after = refusing_retired(msgspec.structs.replace(config, join_grace=False), grace)
+    assert after is not None
+    assert same_secret(listening_keys(other, purpose).public, after, purpose).secret == OTHER
+    with pytest.raises(QueueError, match="a join secret that was replaced"):
+        same_secret(listening_keys(NETWORK, purpose).public, after, purpose)
+
+
+def test_a_comment_in_the_file_is_no_secret(two: Network) -> None:
+    assert two.file is not None
+    two.file.write_bytes(b"# of the year before last, long enough\n" + OTHER + b"\n")
+    assert read_secrets(two.file) == (OTHER,)
 
 
 def hosts(*advertised: tuple[str, str, str], engine: tuple[str, str, str] | None = None) -> ClusterState:
