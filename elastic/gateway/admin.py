@@ -91,7 +91,7 @@ class RotationRequest(Shape):
     """POST /admin/v1/keys/rotate. `plan`: only say what would change. `generation`: begin none beyond this."""
 
     plan: bool = False
-    generation: int | None = None
+    generation: int | None = Field(default=None, ge=0, le=MAX_EPOCH)
 
 
 class CancelRequest(Shape):
