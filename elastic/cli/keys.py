@@ -27,7 +27,10 @@ def list_secrets(connection: Connection, output: OutputFlag = Output.TEXT) -> No
 @keys.command("new")
 @command
 def new(output: OutputFlag = Output.TEXT) -> None:
-    """Print a new random secret: another line for the file of --join-secret-file on each host."""
+    """Print a new random secret: another line for the file of --join-secret-file on each host.
+
+    Beside the old one, whether or not the file ends with a line break: (echo; elastic keys new) >> FILE
+    """
     from elastic.serve.join_secret import new_secret
 
     secret = new_secret()

@@ -71,6 +71,7 @@ def write_config(
                 + ("" if hosts.living else f"; or, {ANEW}"),
             )
         require_unserved(store, keys, known.lease_ttl_s, say)
+    _require_unretired(config)
     same_model = known is not None and _shape(known) == _shape(config)
     desired = Desired(ranks=options.ranks or DEFAULT_RANKS)
     as_asked = known is not None and options.ranks in (None, known.ranks_asked)
@@ -96,10 +97,30 @@ def write_config(
 
 
 def with_known_secret(config: ClusterConfig, known: ClusterConfig | None, join_keys: Container[str]) -> ClusterConfig:
-    """The cluster may use any of the join secrets that we have: which one it is `elastic keys rotate` says."""
-    if known is None or known.join_key not in join_keys:
+    """The cluster may use any of the join secrets that we have: which one it is `elastic keys rotate` says.
+
+    If we lack it, ours replaces it: which ones were used stays known.
+    """
+    if known is None:
         return config
-    return msgspec.structs.replace(config, **{name: getattr(known, name) for name in OF_JOIN_SECRET})
+    if known.join_key == config.join_key or known.join_key in join_keys:
+        return msgspec.structs.replace(config, **{name: getattr(known, name) for name in OF_JOIN_SECRET})
+    replaced = (known.join_key,) if known.join_key and config.join_key else ()
+    return msgspec.structs.replace(
+        config,
+        join_generation=known.join_generation + len(replaced),
+        join_keys_before=(*known.join_keys_before, *replaced),
+    )
+
+
+def _require_unretired(config: ClusterConfig) -> None:
+    """ConfigError if the cluster would go back to a join secret that was replaced, and may be known to others."""
+    if config.join_key in config.join_keys_before:
+        raise ConfigError(
+            f"cluster {config.cluster!r} has replaced this join secret by another one: it is not gone back to",
+            hint="bring the one that it used last, e.g. with --join-secret-file; if that is lost, a new one: "
+            "elastic keys new",
+        )
 
 
 @dataclass(frozen=True)

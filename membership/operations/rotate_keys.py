@@ -230,12 +230,26 @@ def _obstacle(state: ClusterState, key: str, now: float) -> dict[str, str]:
         return {"refused": paused_words(state.pause, now)}
     if (active := state.active) is not None:
         return {"refused": f"operation {active.id} is under way", "hint": "wait for it: elastic ops show ID --wait"}
-    name, uses = name_of(key), _uses(state, _config(state))
-    lacking = [f"{use.role} on {use.node or 'its host'}" for use in uses if use.has is not None and name not in use.has]
-    if not lacking:
-        return {}
-    return {
-        "refused": f"join secret {name} is lacking: {', '.join(lacking)}",
-        "hint": "write it as another line into the file of --join-secret-file there, and wait a second; a role with "
-        "the one of ELASTIC_JOIN_SECRET must be started again",
-    }
+    config = _config(state)
+    uses = tuple(_uses(state, config))
+    if lacking := _lacking(uses, name_of(key)):
+        return {
+            "refused": f"join secret {name_of(key)} is lacking: {lacking}",
+            "hint": "write it as another line into the file of --join-secret-file there, and wait a second; a role "
+            "with the one of ELASTIC_JOIN_SECRET must be started again",
+        }
+    opens = (config.join_key,) if key != config.join_key else config.join_keys_before[-1:] if config.join_grace else ()
+    for old in map(name_of, opens):
+        if any(use.listens == old for use in uses) and (lacking := _lacking(uses, old)):
+            return {
+                "refused": f"join secret {old}, with which processes still listen, is lacking: {lacking}",
+                "hint": "put its line back into the file of --join-secret-file there, beside the new one, until the "
+                "rotation has ended",
+            }
+    return {}
+
+
+def _lacking(uses: tuple[SecretUse, ...], name: str) -> str:
+    """Whose hosts say what they have, and have not this one."""
+    has_not = (use for use in uses if use.has is not None and name not in use.has)
+    return ", ".join(f"{use.role} on {use.node or 'its host'}" for use in has_not)

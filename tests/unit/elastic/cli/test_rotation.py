@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 from msgspec.structs import replace
 
 from elastic.cli.client import StoreClient
 from elastic.cli.render import rotation_view, secrets_view
-from elastic.cli.rotation import lacks_its_end, rotate
-from membership.base.errors import PlanRefused, WaitTimeout
-from membership.operations.rotate_keys import name_of
-from membership.store.records import EngineRecord
+from elastic.cli.rotation import ROUNDS, lacks_its_end, rotate
+from membership.base.errors import ElasticError, PlanRefused, WaitTimeout
+from membership.operations.rotate_keys import RotationPlan, name_of
+from membership.store.records import EngineRecord, Operation
 from tests.support.world import CONFIG, World
 
 pytestmark = pytest.mark.unit
@@ -113,6 +115,30 @@ def test_an_engine_that_does_not_follow_is_named_and_no_rank_is_replaced() -> No
     with pytest.raises(WaitTimeout, match="the engine still listens with the old join secret"):
         list(rotate(client, 0.0, hosts))
     assert set(world.state.ranks) == before
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_one_that_is_stopped_in_its_last_round_blames_no_host(monkeypatch: pytest.MonkeyPatch, stopped: bool) -> None:
+    """Its ranks are not replaced yet; they were not started with the old secret again."""
+    stop, rounds = threading.Event(), []
+
+    class Left(StoreClient):
+        def plan_rotation(self) -> RotationPlan:
+            return RotationPlan(begun=True, ranks=(0,), before=4)
+
+        def rotate_keys(self, generation: int) -> RotationPlan:
+            return self.plan_rotation()
+
+    def rollout(*_: object) -> Iterator[Operation]:
+        rounds.append(0)
+        if stopped and len(rounds) == ROUNDS:
+            stop.set()
+        yield from ()
+
+    monkeypatch.setattr("elastic.cli.rotation.rollout", rollout)
+    with nullcontext() if stopped else pytest.raises(ElasticError, match="old join secret again"):
+        list(rotate(Left(up()[0].store, CONFIG.cluster, None), 60.0, stop))
+    assert len(rounds) == ROUNDS
 
 
 def test_without_a_new_secret_it_is_refused() -> None:

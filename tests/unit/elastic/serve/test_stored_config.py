@@ -207,8 +207,28 @@ def test_a_cluster_that_begins_anew_keeps_the_secret_that_it_had_come_to(store: 
     options = replace(OPTIONS, etcd=("e",))
     ours = ("key of the secret", "key of the next")
     assert write_config(store, SPANNING, options, lambda line: None, node="a", join_keys=ours)[0] == rotated
-    third = msgspec.structs.replace(SPANNING, join_key="a third")
-    assert write_config(store, third, options, lambda line: None, node="a", join_keys=("a third",))[0] == third
+
+
+def test_a_cluster_that_begins_anew_goes_back_to_no_secret_that_it_has_replaced(store: MemoryStore) -> None:
+    """Whoever starts it with a backup of the file; and a third secret makes it forget none."""
+    store.put(KEYS.config, encode(msgspec.structs.replace(SPANNING, **ROTATED)))
+
+    def begun(key: str) -> ClusterConfig:
+        config, options = msgspec.structs.replace(SPANNING, join_key=key), replace(OPTIONS, etcd=("e",))
+        return write_config(store, config, options, lambda line: None, node="a", join_keys=(key,) if key else ())[0]
+
+    before = store.range(KEYS.prefix)
+    with pytest.raises(ConfigError, match="has replaced this join secret by another one") as refused:
+        begun("key of the secret")
+    assert "elastic keys new" in refused.value.hint
+    assert store.range(KEYS.prefix) == before
+    third = begun("a third")
+    assert (third.join_key, third.join_generation, third.join_grace) == ("a third", 2, False)
+    assert third.join_keys_retired == ("key of the secret", "key of the next")
+    assert begun("").join_keys_retired == third.join_keys_retired, "on one host it needs none"
+    assert begun("a third").join_keys_retired == third.join_keys_retired, "which replaces none"
+    with pytest.raises(ConfigError, match="has replaced this join secret"):
+        begun("key of the next")
 
 
 def test_a_host_that_does_not_advertise_cannot_join(store: MemoryStore) -> None:

@@ -107,6 +107,20 @@ def test_a_process_that_lacks_the_new_secret_is_named(lacks: str) -> None:
     assert "--join-secret-file" in plan.hint
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_host_that_lacks_the_old_secret_is_named_while_something_listens_with_it(begun: bool) -> None:
+    """The new engine could join no far rank: `elastic keys new > FILE` has ended the old line."""
+    alone = {"b": AgentRecord(node="b", pid=1, started=1.0, join_keys=(NEW,))}
+    plan = plan_rotation(rotated(rank(0, 3, OLD), agents=alone) if begun else cluster(agents=alone), NOW)
+    assert plan.begun is begun
+    assert plan.refused == f"join secret {name_of(OLD)}, with which processes still listen, is lacking: agent on b"
+    assert "put its line back" in plan.hint
+    plan = plan_rotation(rotated(rank(0, 5, NEW), agents=alone), NOW)
+    assert (plan.refused, plan.ends) == ("", True), "nothing does any more"
+    plan = plan_rotation(rotated(rank(0, 3, OLD), agents=alone, grace=False), NOW)
+    assert (plan.refused, plan.ranks) == ("", (0,)), "it is retired, and opens nothing"
+
+
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
