@@ -7,6 +7,7 @@ wider-scoped fixture holds is there before and after, so only what the test itse
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import signal
 import tempfile
@@ -145,10 +146,13 @@ def _strangers(name: str) -> bool:
 @pytest.fixture(autouse=True)
 def nothing_leaks() -> Iterator[None]:
     """Fail a test that leaves a process, thread, open file or /dev/shm entry behind, or another way of logging."""
-    before, logging_as = Holdings.now(), structlog.get_config()["processors"]
+    before, logging_as, root = Holdings.now(), structlog.get_config()["processors"], logging.getLogger()
+    handlers, level = root.handlers[:], root.level
     yield
     if structlog.get_config()["processors"] != logging_as:
         structlog.reset_defaults()
+        root.handlers[:] = handlers
+        root.setLevel(level)
         pytest.fail("left behind: logs that go elsewhere (membership.base.logs.configure, which is of a process)")
     deadline = time.monotonic() + SETTLE_S
     left = Holdings.now().left_since(before)

@@ -69,7 +69,7 @@ class _Server(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """As a log line, not on stderr: mostly a client that did not wait for its answer."""
-        log.info("probe_failed", client=str(client_address), exc_info=True)
+        log.debug("probe_failed", client=str(client_address), exc_info=True)
 
     def _cut(self, client: socket.socket) -> None:
         with self._lock:

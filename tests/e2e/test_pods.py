@@ -30,7 +30,7 @@ from tests.support.helpers import eventually
 from tests.support.hosts import Hosts, made_hosts
 from tests.support.pod import NEEDS_NAMESPACES, Pod
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600), NEEDS_NAMESPACES]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800), NEEDS_NAMESPACES]
 
 WORKLOADS = {"agents": "StatefulSet", "init": "Job"}  # the others are Deployments
 READY_S = 180.0

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from elastic.cli.main import app
 from elastic.demo.model import shipped_demo_model
 from elastic.serve.etcd_server import EtcdServer
+from membership.base import logs
 from membership.store.etcd import connect
 from membership.store.mirror import Mirror
 from tests.support.chart import CHART, KUBERNETES, helm, notes, render, render_many, shipped, template
@@ -273,8 +274,11 @@ def test_a_join_secret_that_is_there_is_not_made_again(tmp_path: Path) -> None:
     assert hooks("other-join") == {"demo-join", "demo-init"}
 
 
-def test_the_rendered_init_writes_the_settings_once_and_takes_another_number_of_pods(tmp_path: Path) -> None:
+def test_the_rendered_init_writes_the_settings_once_and_takes_another_number_of_pods(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a real etcd. So `helm upgrade` with another `agents.replicas` is not refused while roles live."""
+    monkeypatch.setattr(logs, "configure", lambda role: None)  # it is of a process, and this one has other tests
     secret = tmp_path / "join-secret"
     said = []
     with EtcdServer(tmp_path / "etcd") as server:

@@ -113,8 +113,8 @@ class Connection:
             self._fd, self._cookie = fd, _cookie(fd)
             self._silence = Silence()
 
-    def look(self, now: float) -> Silence | None:
-        """What a look shows, unless the last one is recent; None if nothing can be seen. From any thread."""
+    def look(self, now: float) -> tuple[Silence, Acks] | None:
+        """What a look shows, or the last one if that is recent; None if nothing can be seen. From any thread."""
         with self._lock:
             if self._fd >= 0 and now - self._silence.looked_at >= LOOK_S / 2:
                 self.acks = _acks(self._fd, self._cookie)
@@ -122,19 +122,20 @@ class Connection:
                     self._fd = -1  # it has ended; a next one is reported
                 else:
                     self._silence = look(self._silence, self.acks, now)
-            return self._silence if self._fd >= 0 else None
+            return (self._silence, self.acks) if self._fd >= 0 and self.acks is not None else None
 
     def silent_s(self, now: float, cut_off: Callable[[float], bool] = lambda now: False) -> float:
         """How long its host is silent, if that makes it suspected; else 0, also if nothing can be seen. `cut_off`:
         whether our own host is, rather.
         """
-        silence = self.look(now)
-        if silence is None or not silence.waiting or self.acks is None:
+        seen = self.look(now)
+        if seen is None or not seen[0].waiting:
             return 0.0
+        silence, acks = seen
         if cut_off(now) and silence.lasted_s >= LINK_SUSPECT_MIN_S:  # at each look: the excuse grows with the cut
             with self._lock:
                 self._silence = silence = excused(self._silence)
-        return silence.lasted_s if suspected(silence, self.acks) else 0.0
+        return silence.lasted_s if suspected(silence, acks) else 0.0
 
 
 class OtherHosts:
@@ -161,7 +162,7 @@ class OtherHosts:
         """
         with self._lock:
             looks = [(host, connection.look(now)) for connection, host in self._connections.items()]
-        return is_ours((host, silence) for host, silence in looks if silence is not None)
+        return is_ours((host, seen[0]) for host, seen in looks if seen is not None)
 
 
 def beat(connection: zmq.Socket[bytes], each_s: float = LINK_BEAT_S) -> None:

@@ -155,6 +155,25 @@ def test_a_descriptor_that_is_no_connection_any_more_is_not_suspected() -> None:
     assert connection.acks is None
 
 
+def test_a_connection_may_end_while_it_is_asked_whether_the_cut_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Acks | None] = [QUIET]
+    monkeypatch.setattr(module, "_acks", lambda fd, cookie: found[-1])
+    b = Connection()
+    b.made(1)
+    asked = []
+
+    def ended(now: float) -> bool:
+        """Another thread looks, and finds the descriptor closed."""
+        found.append(None)
+        asked.append(b.look(now + LOOK_S))
+        return False
+
+    for count in range(3):
+        b.silent_s(100.0 + LOOK_S * count, ended)
+    assert asked
+    assert set(asked) == {None}
+
+
 @pytest.mark.parametrize("ours", [True, False])
 def test_a_cut_of_our_own_host_is_known_by_one_thread_while_the_others_are_late(
     ours: bool, monkeypatch: pytest.MonkeyPatch
