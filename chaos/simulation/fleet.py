@@ -98,11 +98,15 @@ class SimFleet(Fleet):
 
     def detach(self, key: RankId) -> None:
         """See Fleet. A live rank that is assigned must not be detached: it would never come back."""
-        for assignment in self._process.cluster.store.state.assignments.values():
-            kept = any(spec.id == key for spec in assignment.ranks)
-            alive = key in self._process.cluster.ranks
-            require(not (kept and alive), f"the engine detaches rank {key.rank}, which is alive and assigned")
+        alive = key in self._process.cluster.ranks
+        require(
+            not (alive and self._assigned(key)), f"the engine detaches rank {key.rank}, which is alive and assigned"
+        )
         super().detach(key)
+
+    def _assigned(self, key: RankId) -> bool:
+        assignments = self._process.cluster.store.state.assignments.values()
+        return any(spec.id == key for assignment in assignments for spec in assignment.ranks)
 
     def _join_soon(self) -> None:
         self._process.after(JOIN_S, self._join_all)
@@ -124,5 +128,6 @@ class SimFleet(Fleet):
         rank = self._process.cluster.ranks.get(key)
         if rank is not None and key in self._links:
             ill = rank.stopped or rank.ill_until > self._clock() - 1.0
-            require(ill, f"rank {key[0]} beats and advances, and was evicted: {source}")
+            ended = source is DetectedBy.QUEUE and not self._assigned(key)  # as its agent asked
+            require(ill or ended, f"rank {key[0]} beats and advances, and was evicted: {source}")
         return super()._lose(key, source, at)
