@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 from membership.base.errors import ConfigError
+from membership.base.text_file import text_of
 
 ENV = "ELASTIC_API_KEY"
 NAME, KEY, LIMIT = r"[A-Za-z0-9._-]{1,64}", r"[!-~]{1,512}", r"[a-z_]+=[0-9]{1,12}"
@@ -63,11 +64,7 @@ def plain_keys(keys: Iterable[str]) -> list[ApiKey]:
 
 def read_keys(path: Path) -> list[ApiKey]:
     """The keys of a file. ConfigError names the line that is wrong, never what is in it."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise ConfigError(f"--api-key-file {path} cannot be read: {why}") from error
+    lines = text_of("--api-key-file", path).splitlines()
     given = [(number, text) for number, line in enumerate(lines, 1) if (text := line.strip()) and text[0] != "#"]
     if not given:
         raise ConfigError(f"--api-key-file {path} has no keys", hint=HINT)

@@ -25,6 +25,7 @@ import msgspec
 from membership.base.enums import Device, Dtype, Exactness, GenerationConfig, ReasoningParser, ToolCallParser
 from membership.base.errors import ConfigError
 from membership.base.rotation import MAX_FILES, MEGABYTE, Limit
+from membership.base.text_file import text_of
 from membership.base.timing import STOP_GRACE_S, STORE_AWAITED_S
 from membership.store.credentials import NO_CREDENTIALS, Credentials
 from membership.store.records import MAX_RANKS, ClusterConfig
@@ -126,11 +127,7 @@ def admin_token(token: str) -> str:
 
 def read_admin_token(path: Path) -> str:
     """The admin token in a file. ConfigError: it cannot be read, is empty, or no header can carry it."""
-    try:
-        token = admin_token(path.read_text(encoding="utf-8").strip())
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise ConfigError(f"--admin-token-file {path} cannot be read: {why}") from error
+    token = admin_token(text_of("--admin-token-file", path).strip())
     if not token:
         raise ConfigError(f"--admin-token-file {path} is empty", hint="write the token into it")
     return token

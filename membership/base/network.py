@@ -12,6 +12,7 @@ from pathlib import Path
 import structlog
 
 from membership.base.errors import ConfigError
+from membership.base.text_file import text_of
 
 SECRET_MIN_BYTES = 20
 LAST_PORT = (1 << 16) - 1
@@ -77,11 +78,7 @@ class Network:
 
 def read_secrets(file: Path) -> tuple[bytes, ...]:
     """The join secrets in a file, one per line, beside comments. ConfigError: it cannot be read, or has none."""
-    try:
-        secrets = lines_of(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise ConfigError(f"--join-secret-file {file} cannot be read: {why}") from error
+    secrets = lines_of(text_of("--join-secret-file", file))
     if not secrets:
         raise ConfigError(f"--join-secret-file {file} is empty", hint="copy the one of `elastic serve` there")
     return secrets
