@@ -128,6 +128,9 @@ class Client:
     def keepalive(self, lease: int, timeout_s: float | None = None) -> float:
         return self._write(lambda store: store.keepalive(lease, timeout_s))
 
+    def keepalives(self, leases: Sequence[int], timeout_s: float | None = None) -> dict[int, float]:
+        return self._write(lambda store: store.keepalives(leases, timeout_s))
+
     def revoke(self, lease: int) -> None:
         self._write(lambda store: store.revoke(lease))
 

@@ -18,7 +18,8 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 from urllib.parse import SplitResult
 
 import grpc
@@ -126,6 +127,13 @@ def _require_tls(store: EtcdStore, urls: Sequence[SplitResult], credentials: Cre
                 raise refusal from None
 
 
+class _Renewals(NamedTuple):
+    """The answers of one stream, in the order asked."""
+
+    header: Any  # of the last one
+    each: tuple[Any, ...]
+
+
 class EtcdStore:
     """See Store. Made by `connect`."""
 
@@ -197,18 +205,24 @@ class EtcdStore:
         return int(self._call(lambda etcd: etcd.leasestub.LeaseGrant, request, "grant a lease", ordered=False).ID)
 
     def keepalive(self, lease: int, timeout_s: float | None = None) -> float:
-        """See Store. One stream per renewal: there is nothing to reopen after an outage."""
-        answer = self._call(
+        renewed = self.keepalives([lease], timeout_s)
+        if not renewed:
+            raise LeaseLost(f"lease {lease:x} has ended")
+        return renewed[lease]
+
+    def keepalives(self, leases: Sequence[int], timeout_s: float | None = None) -> dict[int, float]:
+        """See Store. One stream, however many leases; one per renewal: there is nothing to reopen after an outage."""
+        if not leases:
+            return {}
+        answers = self._call(
             lambda etcd: partial(self._renew, etcd),
-            lease,
-            f"renew lease {lease:x}",
+            tuple(leases),
+            f"renew lease {leases[0]:x}" + (f" and {len(leases) - 1} more" if len(leases) > 1 else ""),
             timeout_s,
             ordered=False,
             confirmed=False,
         )
-        if answer.TTL <= 0:
-            raise LeaseLost(f"lease {lease:x} has ended")
-        return float(answer.TTL)
+        return {answer.ID: float(answer.TTL) for answer in answers.each if answer.TTL > 0}
 
     def revoke(self, lease: int) -> None:
         request = etcdrpc.LeaseRevokeRequest(ID=lease)
@@ -260,15 +274,16 @@ class EtcdStore:
                 if endpoint == turn:
                     watch.break_off()
 
-    def _renew(self, client: Any, lease: int, timeout: float, metadata: Metadata) -> Any:
-        request = iter([etcdrpc.LeaseKeepAliveRequest(ID=lease)])
-        call = client.leasestub.LeaseKeepAlive(request, timeout=timeout, metadata=metadata)
+    def _renew(self, client: Any, leases: Sequence[int], timeout: float, metadata: Metadata) -> _Renewals:
+        requests = (etcdrpc.LeaseKeepAliveRequest(ID=lease) for lease in leases)
+        call = client.leasestub.LeaseKeepAlive(requests, timeout=timeout, metadata=metadata)
         try:
-            for response in call:
-                return response
+            answers = tuple(islice(call, len(leases)))
         finally:
             call.cancel()
-        raise StoreUnavailable(f"etcd at {self._where} did not answer: renew lease {lease:x}")
+        if len(answers) < len(leases):
+            raise StoreUnavailable(f"etcd at {self._where} answered {len(answers)} of {len(leases)} renewals")
+        return _Renewals(answers[-1].header, answers)
 
     def _read(self, op: Get, timeout_s: float) -> Any:
         """Read with retries within `timeout_s`. An attempt takes at most half of it: then another member."""

@@ -139,13 +139,18 @@ class MemoryStore:
             return lease
 
     def keepalive(self, lease: int, timeout_s: float | None = None) -> float:
+        renewed = self.keepalives([lease], timeout_s)
+        if not renewed:
+            raise LeaseLost(f"lease {lease:x} has ended")
+        return renewed[lease]
+
+    def keepalives(self, leases: Sequence[int], timeout_s: float | None = None) -> dict[int, float]:
         with self._changed:
             self._enter()
-            found = self._leases.get(lease)
-            if found is None:
-                raise LeaseLost(f"lease {lease:x} has ended")
-            found.expires_at = self._clock() + found.ttl_s
-            return found.ttl_s
+            found = {lease: self._leases[lease] for lease in leases if lease in self._leases}
+            for each in found.values():
+                each.expires_at = self._clock() + each.ttl_s
+            return {lease: each.ttl_s for lease, each in found.items()}
 
     def revoke(self, lease: int) -> None:
         with self._changed:

@@ -140,6 +140,10 @@ class Store(Protocol):
         """Renew it; return its time to live, which counts from before this call. LeaseLost if it has ended."""
         ...
 
+    def keepalives(self, leases: Sequence[int], timeout_s: float | None = None) -> dict[int, float]:
+        """Renew all of these in one exchange; return the time to live of each that has not ended."""
+        ...
+
     def revoke(self, lease: int) -> None:
         """End it, and delete its keys. Ending a lease that has ended already is no error."""
         ...

@@ -237,7 +237,7 @@ def registrar(folder: Path) -> Iterator[Scene]:
         return found is not None and b"%d" % wanted[0] in found.value and made.settled
 
     try:
-        yield Scene(provoke, done, ((store, "put"),))
+        yield Scene(provoke, done, ((store, "txn"),))
     finally:
         made.close()
         store.close()

@@ -12,7 +12,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
@@ -136,12 +136,12 @@ class Agent:
         self._ranks: dict[RankId, LocalRank] = {}
         self._heartbeats: dict[RankId, Heartbeat] = {}
         self._loads = LoadWatch(config)
-        self._next_check = 0.0  # of the heartbeats
+        self._next_check = self._publish_heartbeats_at = 0.0  # when heartbeats are looked at next, and written
         self._attempts = Attempts("agent", clock=self._clock)
         self._start_failures, self._start_at = 0, 0.0  # in a row, for want of something; when to start again after that
-        self._publish_heartbeats_at = 0.0
         self._links = HostLinks()
         self._asked: set[RankId] = set()  # for their links, and have not answered yet
+        self._unreported: dict[RankId, float] = {}  # ranks that have prepared a view -> since when
         self._buried: set[RankId] = set()
         self._exits = Exits(policy := policy_of(config), parts.chance, OomKills(parts.oom_kills))
         self._pids: dict[int, RankId] = {}
@@ -197,6 +197,9 @@ class Agent:
         for key in decide.stale_records(state, self.me.node, self._ranks):
             self._registrar.withdraw(key)
         self._act(decide.decide(state, self.me, self._ranks, self._buried, now))
+        if decide.report_due(self._ranks, self._unreported, self._clock()):
+            self._publish_ranks(self._unreported.keys() & self._ranks.keys())
+            self._unreported.clear()
         self._spares.tend(state, now)
         for process in decide.pools_to_free(state, self._executor.left_pools()):
             self._executor.free_pool(process)
@@ -426,7 +429,9 @@ class Agent:
             self._emit("rank_prepare_failed", key, revision=revision, error=error)
             self._update(key, failed_revision=revision, prepare_error=error)
         else:
-            self._update(key, prepared_revision=revision, prepare_error="", expert_digests=digests)
+            done = {"prepared_revision": revision, "prepare_error": "", "expert_digests": digests}
+            self._ranks[key] = replace(self._ranks[key], **done)
+            self._unreported.setdefault(key, self._clock())
             self._emit("rank_prepared", key, revision=revision, **found)
 
     def _refused(self, key: RankId, digests: tuple[bytes, ...]) -> str:
@@ -534,8 +539,12 @@ class Agent:
     # --- small things -------------------------------------------------------------------------------------------
 
     def _update(self, key: RankId, **changes: Any) -> None:
-        self._ranks[key] = rank = replace(self._ranks[key], **changes)
-        self._registrar.publish(self._keys.rank(*key), decide.record_of(rank, self.me.node))
+        self._ranks[key] = replace(self._ranks[key], **changes)
+        self._publish_ranks([key])
+
+    def _publish_ranks(self, keys: Iterable[RankId]) -> None:
+        node = self.me.node
+        self._registrar.publish_all({self._keys.rank(*key): decide.record_of(self._ranks[key], node) for key in keys})
 
     def _emit(self, kind: str, key: RankId, **fields: Any) -> None:
         view = self._mirror.state().view

@@ -17,6 +17,8 @@ from membership.planning.identity import KERNELS, refusal
 from membership.store.records import AgentRecord, ClusterState, Heartbeats, RankRecord, RankState, View
 from workers.protocol.load_progress import LoadSeen
 
+REPORT_WITHIN_S = 1.0
+"""Ranks of a node that prepare a view are reported together, if they are done within this."""
 Peers = dict[int, tuple[int, bytes]]
 """rank -> (incarnation, exchange handle)"""
 
@@ -201,6 +203,19 @@ def _gives_way(state: ClusterState, rank: LocalRank, now: float) -> bool:
     status = state.engine_status
     recovering = status is not None and status.token == state.engine_token and bool(status.recovering)
     return recovering and 0.0 <= now - rank.started < RECOVERY_FIRST_S
+
+
+def report_due(ranks: Mapping[RankId, LocalRank], unreported: Mapping[RankId, float], now: float) -> bool:
+    """Whether to publish that ranks have prepared a view (`unreported`: since when): once no other one here still does.
+
+    The controller needs all of them, and each write wakes every reader of the cluster. After a while the others are
+    published all the same, so that it shows which rank is waited for.
+    """
+    preparing = any(
+        r.phase is Phase.READY and r.preparing_revision > max(r.prepared_revision, r.failed_revision)
+        for r in ranks.values()
+    )
+    return bool(unreported) and (not preparing or now >= min(unreported.values()) + REPORT_WITHIN_S)
 
 
 def _retired_epochs(state: ClusterState, ready: list[LocalRank]) -> list[Effect]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import structlog
 
@@ -25,6 +26,9 @@ from membership.store.records import AgentRecord, Assignment, RankExit, Record
 
 RETRY_S = 0.25
 CLOSE_TIMEOUT_S = 10.0
+MOST_KEYS = 100  # of one transaction: etcd takes 128 by default
+MOST_SLOTS = 40  # whose ends are in one: each has an exit, and one or two records that go
+MOST_BYTES = 1 << 19  # of one, if it has several keys: etcd takes 1.5 MB
 
 log = structlog.get_logger(__name__)
 
@@ -38,6 +42,14 @@ class _Entry:
     written: bytes | None = None  # None: unknown, or nothing
     lease: int = 0
     renew_at: float = 0.0
+
+
+class _Wanted(NamedTuple):
+    """What is to stand at a key now."""
+
+    key: str
+    entry: _Entry
+    value: bytes
 
 
 class Registrar:
@@ -70,16 +82,17 @@ class Registrar:
 
     def publish(self, key: str, record: Record) -> None:
         """Keep `record` at `key`, under a lease of its own, from now on."""
-        value = encode(record)
+        self.publish_all({key: record})
+
+    def publish_all(self, records: Mapping[str, Record]) -> None:
+        """The same for several records, which are written together."""
+        values = {key: encode(record) for key, record in records.items()}
         with self._changed:
-            entry = self._entries.get(key)
-            if entry is None:
-                self._entries[key] = _Entry(value)
-            elif entry.value == value:
-                return
-            else:
-                entry.value = value
-            self._touch()
+            for key, value in values.items():
+                entry = self._entries.setdefault(key, _Entry(None))
+                if entry.value != value:
+                    entry.value = value
+                    self._touch()
 
     def set_renewing(self, rank: RankId, renewing: bool) -> None:
         """Whether the rank's lease may be renewed: not while its heartbeat stands still."""
@@ -202,22 +215,30 @@ class Registrar:
         going = [(key, entry) for key, entry, value in entries if value is None]
         if going or self._exits:
             self._sync_ends(going)
-        for key, entry, value in entries:
-            if value is not None and entry.renewing:
-                self._sync_entry(key, entry, value)
+        kept = [_Wanted(key, entry, value) for key, entry, value in entries if value is not None and entry.renewing]
+        self._hold_leases(kept)
+        changed = [each for each in kept if each.entry.lease and each.entry.written != each.value]
+        for together in _portions(changed):
+            self._write(together)
         with self._changed:
             notes, self._notes = self._notes, {}
         for key, (beside, noted) in notes.items():
             self._write_note(key, self._entries.get(beside), noted)
 
     def _sync_ends(self, going: list[tuple[str, _Entry]]) -> None:
-        """Records that must go, and exits, in one transaction: where a record is missing, the reason is there."""
+        """Records that must go, and exits, in one transaction: where a record is missing, the reason is there.
+
+        Of very many ranks, some at a time.
+        """
         with self._changed:
             exits = dict(self._exits)
         operations: list[Op] = [Delete(key) for key, _ in going]
         operations += [Put(key, value) for key, value in exits.items()]
-        failpoints.hit("agent.before.withdraw")
-        self._store.txn((), operations)
+        slots = sorted({self._slot(op) for op in operations})
+        for start in range(0, len(slots), MOST_SLOTS):
+            some = set(slots[start : start + MOST_SLOTS])
+            failpoints.hit("agent.before.withdraw")
+            self._store.txn((), [op for op in operations if self._slot(op) in some])
         with self._changed:
             for key, value in exits.items():
                 if self._exits.get(key) == value:
@@ -229,24 +250,42 @@ class Registrar:
             if entry.lease:
                 self._store.revoke(entry.lease)
 
-    def _sync_entry(self, key: str, entry: _Entry, value: bytes) -> None:
-        try:
+    def _slot(self, op: Op) -> str:
+        """The rank slot that a record, or an exit, is of."""
+        return op.key.removeprefix(self._keys.prefix).split("/")[1]
+
+    def _hold_leases(self, kept: list[_Wanted]) -> None:
+        """A lease for each record. Once one is due, all are renewed: one exchange per agent, however many ranks."""
+        for _, entry, _ in kept:
             if not entry.lease:
                 begun = self._clock()
                 failpoints.hit("agent.before.grant")
                 entry.lease = self._store.grant(self._ttl_s)
                 entry.renew_at = begun + self._ttl_s / 3
-            elif self._clock() >= entry.renew_at:
-                begun = self._clock()
-                self._store.keepalive(entry.lease, timeout_s=self._ttl_s / 3)
+        begun = self._clock()
+        if any(begun >= entry.renew_at for _, entry, _ in kept):
+            left = self._store.keepalives([entry.lease for _, entry, _ in kept], timeout_s=self._ttl_s / 3)
+            for key, entry, _ in kept:
                 entry.renew_at = begun + self._ttl_s / 3
-            if entry.written != value:
-                entry.written = None  # if the write's outcome stays unknown, it is written again
-                failpoints.hit("agent.before.publish")
-                self._store.put(key, value, entry.lease)
-                entry.written = value
+                if entry.lease not in left:
+                    self._lease_lost(key, entry)
+
+    def _write(self, together: list[_Wanted]) -> None:
+        """Write what has changed in one transaction: each of them wakes all readers of the cluster."""
+        for _, entry, _ in together:
+            entry.written = None  # if the write's outcome stays unknown, it is written again
+        failpoints.hit("agent.before.publish")
+        try:
+            self._store.txn((), [Put(key, value, entry.lease) for key, entry, value in together])
         except LeaseLost:
-            self._lease_lost(key, entry)
+            if len(together) == 1:
+                self._lease_lost(together[0].key, together[0].entry)
+            else:  # find out whose
+                for each in together:
+                    self._write([each])
+        else:
+            for _, entry, value in together:
+                entry.written = value
 
     def _write_note(self, key: str, beside: _Entry | None, value: bytes) -> None:
         if beside is None or not beside.lease:
@@ -261,3 +300,17 @@ class Registrar:
         entry.lease, entry.written, entry.renew_at = 0, None, 0.0
         with self._changed:
             self._dirty = True
+
+
+def _portions(changed: Iterable[_Wanted]) -> Iterator[list[_Wanted]]:
+    """What one transaction takes at a time."""
+    portion: list[_Wanted] = []
+    size = 0
+    for each in changed:
+        if portion and (len(portion) == MOST_KEYS or size + len(each.value) > MOST_BYTES):
+            yield portion
+            portion, size = [], 0
+        portion.append(each)
+        size += len(each.value)
+    if portion:
+        yield portion

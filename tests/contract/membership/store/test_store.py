@@ -224,6 +224,15 @@ def test_an_ended_lease_is_lost_to_all_but_revoke(store: Store, prefix: str) -> 
     assert store.range(prefix)[1] == ()
 
 
+def test_leases_are_renewed_together_and_those_that_have_ended_are_missing(store: Store) -> None:
+    kept, ended, other = store.grant(60), store.grant(60), store.grant(90)
+    store.revoke(ended)
+    assert store.keepalives([kept, ended, other]) == {kept: 60.0, other: 90.0}
+    assert store.keepalives([]) == {}
+    for lease in (kept, other):
+        store.revoke(lease)
+
+
 def test_ttls_are_whole_seconds_rounded_up(store: Store) -> None:
     lease = store.grant(59.5)
     assert store.keepalive(lease) == 60.0

@@ -25,6 +25,7 @@ from membership.store.records import (
     View,
 )
 from workers.agent.decide import (
+    REPORT_WITHIN_S,
     Attach,
     Effect,
     Heartbeat,
@@ -44,6 +45,7 @@ from workers.agent.decide import (
     peers_of,
     pools_to_free,
     record_of,
+    report_due,
     stale_records,
 )
 from workers.protocol.load_progress import LoadSeen
@@ -318,3 +320,19 @@ def test_a_pool_is_kept_while_the_engine_is_behind_the_view() -> None:
 
 def test_a_new_engine_needs_no_pool() -> None:
     assert pools_to_free(serving(token=2, masked=(1,), reading=(B,)), [B]) == [B]
+
+
+def test_ranks_report_what_they_have_prepared_when_the_last_one_here_has() -> None:
+    done, busy = ready(A, preparing_revision=7, prepared_revision=7), ready(B, preparing_revision=7)
+    since = {A: 100.0}
+    assert not report_due({A: done, B: busy}, since, 100.5)
+    assert report_due({A: done, B: replace(busy, prepared_revision=7)}, since, 100.5)
+    assert report_due({A: done, B: replace(busy, failed_revision=7)}, since, 100.5)
+    assert report_due({A: done, B: replace(busy, phase=Phase.ENDING)}, since, 100.5)
+    assert report_due({A: done}, since, 100.5)
+    assert not report_due({A: done}, {}, 100.5)
+
+
+def test_a_rank_that_prepares_for_long_does_not_hide_what_the_others_have_done() -> None:
+    ranks = {A: ready(A, preparing_revision=7, prepared_revision=7), B: ready(B, preparing_revision=7)}
+    assert report_due(ranks, {A: 100.0}, 100.0 + REPORT_WITHIN_S)

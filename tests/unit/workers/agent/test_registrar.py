@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 
 import pytest
@@ -11,10 +11,11 @@ import pytest
 from membership.base.rank_id import RankId
 from membership.store.codec import decode, encode
 from membership.store.in_memory import MemoryStore
+from membership.store.interface import Compare, KeyValue, Op, TxnResult
 from membership.store.keys import Keys
 from membership.store.records import AgentRecord, Assignment, Heartbeats, RankExit, RankRecord, RankState
 from tests.support.helpers import eventually
-from workers.agent.registrar import Registrar
+from workers.agent.registrar import MOST_BYTES, Registrar
 
 pytestmark = pytest.mark.unit
 
@@ -161,3 +162,79 @@ def test_after_an_outage_everything_stands_as_wanted(store: MemoryStore, quick: 
     eventually(lambda: stored(store) == record(RankState.STANDBY), T, "the record under a new lease")
     eventually(lambda: store.get(KEYS.exit(1)), T, "the exit")
     assert store.get(KEYS.rank(1, 2)) is None
+
+
+class Counting(MemoryStore):
+    """It counts calls."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda: 0.0)
+        self.transactions: list[int] = []  # the number of operations of each
+        self.renewals: list[int] = []  # the number of leases of each
+
+    def txn(self, compares: Sequence[Compare], success: Sequence[Op], failure: Sequence[Op] = ()) -> TxnResult:
+        self.transactions.append(len(success))
+        return super().txn(compares, success, failure)
+
+    def keepalives(self, leases: Sequence[int], timeout_s: float | None = None) -> dict[int, float]:
+        self.renewals.append(len(leases))
+        return super().keepalives(leases, timeout_s)
+
+
+def ranks(number: int, error: str = "") -> dict[str, RankRecord]:
+    records = [
+        RankRecord(rank=r, node="n", incarnation=r + 1, pid=5, state=RankState.STANDBY, prepare_error=error)
+        for r in range(number)
+    ]
+    return {KEYS.rank(*each.id): each for each in records}
+
+
+def test_what_changes_together_is_one_write_and_all_leases_are_renewed_in_one_call() -> None:
+    now, store = [0.0], Counting()
+    registrar = Registrar(store, KEYS, ttl_s=TTL_S, clock=lambda: now[0], background=False)
+    registrar.publish_all(ranks(64))
+    registrar.turn()
+    assert (store.transactions, store.renewals) == ([64], [])
+    now[0] += TTL_S / 2
+    registrar.turn()
+    assert (store.transactions, store.renewals) == ([64], [64])
+    registrar.turn()
+    assert store.renewals == [64]
+
+
+def test_more_than_a_transaction_takes_is_written_in_parts() -> None:
+    store = Counting()
+    with closing(Registrar(store, KEYS, ttl_s=TTL_S, background=False)) as registrar:
+        registrar.publish_all(ranks(256))
+        registrar.turn()
+        assert store.transactions == [100, 100, 56]
+        registrar.publish_all(ranks(3, "x" * MOST_BYTES))
+        registrar.turn()
+        assert store.transactions[3:] == [1, 1, 1]
+        for rank in range(256):
+            gone = RankId(rank, rank + 1)
+            registrar.withdraw(gone, RankExit(rank=rank, incarnation=rank + 1, reason="killed", at=1.0))
+        registrar.turn()
+        assert store.transactions[6:] == [80, 80, 80, 80, 80, 80, 32]
+        assert {kv.key for kv in store.range(KEYS.prefix)[1]} == {KEYS.exit(rank) for rank in range(256)}
+
+
+def test_one_lease_that_has_ended_does_not_hold_up_the_records_of_others() -> None:
+    store, first, other = MemoryStore(lambda: 0.0), KEYS.rank(0, 1), KEYS.rank(1, 2)
+    with closing(Registrar(store, KEYS, ttl_s=TTL_S, background=False)) as registrar:
+        registrar.publish_all(ranks(2))
+        registrar.turn()
+        ended = found(store, first).lease
+        store.revoke(ended)
+        registrar.publish_all(ranks(2, "new"))
+        registrar.turn()
+        assert b"new" in found(store, other).value
+        registrar.turn()
+        assert b"new" in found(store, first).value
+        assert found(store, first).lease != ended
+
+
+def found(store: MemoryStore, key: str) -> KeyValue:
+    kv = store.get(key)
+    assert kv is not None
+    return kv
