@@ -208,12 +208,11 @@ class SharedWeights:
         self.put(SERVED, {}, msgspec.msgpack.encode(served))
 
     def report(self) -> None:
-        """Report to the store which checksums were compared since the last report; at the end of each load."""
+        """At the end of each load, if none was compared, too: which checksums were compared since the last report."""
         with self._lock:
             right, self._right = self._right, []
             wrong, self._wrong = self._wrong, []
-        if right or wrong:
-            self._ask(lambda: self._client.checked(right, wrong))
+        self._ask(lambda: self._client.checked(right, wrong))
 
     def _key(self, name: str) -> str:
         return f"{self._scope}/{name}"
