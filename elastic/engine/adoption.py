@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Set
 from dataclasses import dataclass
 
+from membership.base.enums import Trigger
 from membership.base.rank_id import RankId
 from membership.planning.cluster_facts import ClusterFacts
 from membership.store.records import ClusterState, View
@@ -62,3 +63,13 @@ def leaving(view: View, state: ClusterState) -> tuple[int, ...]:
     """Ranks of the view in use that the next one leaves out: the committed one where that is newer, else the staged."""
     newer = next((v for v in (state.view, state.next) if v is not None and v.epoch > view.epoch), view)
     return tuple(member.rank for member in view.members if member not in newer.members)
+
+
+def trigger(view: View, state: ClusterState, before: View | None) -> Trigger | None:
+    """What the adopted view is for. None: a predecessor may have adopted it before us, which ended the change."""
+    status = state.engine_status
+    if any(operation.epoch == view.epoch for operation in state.operations.values()):
+        return Trigger.SCALE
+    if before is not None:
+        return Trigger.between(before.ranks, view.ranks)
+    return Trigger.START if view.epoch == 1 and not (status and status.epoch) else None

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import structlog
 
-from elastic.engine.adoption import Adoption, absent, adoption, leaving
+from elastic.engine.adoption import Adoption, absent, adoption, leaving, trigger
 from elastic.engine.cut_links import CutLinks
 from elastic.engine.expert_load import LoadWindow
 from elastic.engine.gateway_server import EngineServer
@@ -25,7 +25,7 @@ from elastic.engine.status_writer import StatusWriter
 from elastic.engine.traces import Traces
 from elastic.protocol import Abort
 from membership.base import failpoints, loop_watchdog
-from membership.base.enums import DetectedBy
+from membership.base.enums import DetectedBy, Trigger
 from membership.base.errors import Fenced, SchemaError
 from membership.base.events import Event, EventLog
 from membership.base.rank_id import RankId
@@ -108,6 +108,7 @@ class Engine:
         self._pause_ms = 0.0
         self._outcome = "ok"  # of the step under way
         self._steps: Counter[str] = Counter()  # how many ended how
+        self._change: tuple[Trigger | None, float] = (None, 0.0)  # what the view is for, and when it was first seen
         self._flip = (0, 0)  # (previous epoch, requests that lost their home)
 
     def on_membership(self, state: ClusterState) -> None:
@@ -428,7 +429,7 @@ class Engine:
                 log.info("view_waiting", epoch=newer.view.epoch, ranks=newer.waiting_for)
         else:
             self._newer_view_since = (0, 0.0)
-            self._adopt(newer, name_of(state.checkpoint))
+            self._adopt(newer, state, began)
 
     def _given_up(self, state: ClusterState) -> Set[RankId]:
         """Those that we have lost, and members of the next view without a record that do not listen any more."""
@@ -468,14 +469,16 @@ class Engine:
         """Whether any loss is on its way."""
         return any([self._fleet.ended(found.id) for found in state.exits.values()])  # each of them
 
-    def _adopt(self, newer: Adoption, model: str) -> None:
-        """Flip to the view: the next batch carries its epoch. Requests of departed ranks continue on others."""
+    def _adopt(self, newer: Adoption, state: ClusterState, seen: float) -> None:
+        """Flip to the view, seen at that time: the next batch carries its epoch. Requests of departed ranks continue
+        on others."""
         failpoints.hit("engine.before.flip")
         now = self._clock()
         before = self._epoch
+        self._change = trigger(newer.view, state, self._scheduler.view), seen
         self._pause_since = self._last_step_end if self._last_step_end is not None else now
         self._fleet.adopt(newer.masked, (member.id for member in newer.view.members))
-        moved = self._scheduler.set_view(newer.view, newer.masked, now, model)
+        moved = self._scheduler.set_view(newer.view, newer.masked, now, name_of(state.checkpoint))
         self._cut_links.adopt(newer.view.ranks)
         log.info("view_adopted", epoch=newer.view.epoch, ranks=newer.view.ranks, masked=newer.masked)
         self._flip = (before, len(moved))
@@ -488,8 +491,9 @@ class Engine:
             return
         self._pause_ms = round((now - self._pause_since) * 1000, 3)
         self._pause_since = None
-        before, moved = self._flip
-        self._emit("epoch_adopted", None, previous=before, requests=moved, pause_ms=self._pause_ms)
+        (before, moved), (change, seen) = self._flip, self._change
+        took = {"trigger": change, "committed_ms": round((now - seen) * 1000, 3)}
+        self._emit("epoch_adopted", None, previous=before, requests=moved, pause_ms=self._pause_ms, **took)
 
     def _emit(self, kind: str, rank: int | None, **fields: object) -> Event:
         return self._events.emit(kind, cluster=self._config.cluster, epoch=self._epoch, rank=rank, **fields)

@@ -3,27 +3,27 @@
 All gateways that read the history count the same, also after a restart: the history is the only memory.
 Each duration was measured where it happened (engine, controller); nothing is timed here. Roles with state directories
 of their own write separate histories: there each gateway counts its own, and the other roles' probes say theirs
-(`RoleMetrics`). The sum is the cluster's, but for the time from a commit to its adoption, of which the controller and
-the engine know one end each.
+(`RoleMetrics`). The sum is the cluster's.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from membership.base.enums import DetectedBy
+from membership.base.enums import DetectedBy, Trigger
 from membership.base.events import Event, Tail
 from membership.store.records import Operation
 
 PREFIX = "elastic_ep_"
 MAX_READS = 64  # per scrape, of 64 KiB each: the gateway streams tokens meanwhile; the rest comes with the next scrape
 ROLE_READS = 8  # of a role: an engine's steps wait for what is read here, some 3 ms for each
-OPEN_COMMITS = 8  # most that await an engine's adoption: in a controller's own history none is ever adopted
+EVICTED = 1024  # remembered, since engine and agent may both say it of one rank, within the time that its end takes
 SHORT_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 10.0, 30.0)
 ALIVE = (DetectedBy.STOPPED, DetectedBy.HUNG, DetectedBy.DEADLINE)  # signs of a rank that is not dead
 LONG_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -39,9 +39,8 @@ class HistoryMetrics:
         self._reads = reads
         self._cluster = cluster
         self._staged: dict[int, float] = {}  # epoch -> when it was (last) staged
-        self._committed: dict[int, tuple[float, str]] = {}  # epoch -> when, and what for, until the engine has it
         self._last: tuple[int, set[int]] = (0, set())  # the last committed epoch and its members
-        self._evicted: set[int] = set()  # incarnations that were given up alive
+        self._evicted: deque[int] = deque(maxlen=EVICTED)  # the last incarnations that were given up alive
         self._counted: set[str] = set()  # operations that were counted
 
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -120,7 +119,8 @@ class HistoryMetrics:
             self._take_commit(event)
         elif event.kind == "epoch_adopted":
             self._migrated.labels("replayed").inc(fields.get("requests", 0))
-            self._take_adoption(event)
+            if fields.get("trigger") not in (None, Trigger.SCALE):
+                self._phases.labels("committed", fields["trigger"]).observe(fields["committed_ms"] / 1000)
         elif event.kind == "request_moved":
             self._migrated.labels("copied").inc()
         elif event.kind == "epoch_unstaged" and not fields.get("operation"):
@@ -153,7 +153,7 @@ class HistoryMetrics:
         """A rank was given up without being dead: by the engine, by its agent, or by one after the other."""
         incarnation = event.fields.get("incarnation", 0)
         if alive and incarnation not in self._evicted:
-            self._evicted.add(incarnation)
+            self._evicted.append(incarnation)
             self._fenced.labels("rank").inc()
 
     def _take_commit(self, event: Event) -> None:
@@ -161,28 +161,16 @@ class HistoryMetrics:
         self._last = event.epoch, members
         self._changes.labels("committed").inc()
         if event.fields.get("operation"):
-            trigger = "scale"  # its phases are in its record
+            trigger = Trigger.SCALE  # its phases are in its record
         elif event.epoch == 1:
-            trigger = "start"
-        elif event.epoch != last + 1:  # another controller's history has the one before
-            trigger = "unknown"
-        else:
-            trigger = "loss" if before - members else "join" if members - before else "rebalance"
+            trigger = Trigger.START
+        else:  # another controller's history may have the one before
+            trigger = Trigger.between(before, members) if event.epoch == last + 1 else Trigger.UNKNOWN
         self._taken.labels(trigger).inc(event.fields.get("weight_bytes", 0))
         staged = self._staged.get(event.epoch)
-        if staged is not None and trigger != "scale":
+        if staged is not None and trigger != Trigger.SCALE:
             self._phases.labels("loading", trigger).observe(max(0.0, event.ts - staged))
         self._staged.clear()
-        self._committed[event.epoch] = (event.ts, trigger)
-        if len(self._committed) > OPEN_COMMITS:
-            del self._committed[min(self._committed)]
-
-    def _take_adoption(self, event: Event) -> None:
-        """An engine has the epoch; the first to have it ends the change (a successor adopts it once more)."""
-        at, trigger = self._committed.pop(event.epoch, (0.0, "scale"))
-        if trigger != "scale":
-            self._phases.labels("committed", trigger).observe(max(0.0, event.ts - at))
-        self._committed = {epoch: entry for epoch, entry in self._committed.items() if epoch > event.epoch}
 
     def _take_operation(self, operation: Operation) -> None:
         entered = sorted(operation.phase_times.items(), key=lambda entry: entry[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import StrEnum
 
 
@@ -78,3 +79,20 @@ class DetectedBy(StrEnum):
     HEARTBEAT = "heartbeat"  # it was alive, and silent for too long
     STALL = "stall"  # its load made no progress for too long
     AGENT = "agent"  # its agent, on another host, reported its exit
+
+
+class Trigger(StrEnum):
+    """What a change of membership was for."""
+
+    START = "start"
+    LOSS = "loss"
+    JOIN = "join"
+    REBALANCE = "rebalance"
+    SCALE = "scale"  # any operation, of which its record has the times
+    UNKNOWN = "unknown"  # the epoch before is not known
+
+    @classmethod
+    def between(cls, before: Iterable[int], members: Iterable[int]) -> Trigger:
+        """Of a change that no operation asked for, from the ranks before it and after it."""
+        before, members = set(before), set(members)
+        return cls.LOSS if before - members else cls.JOIN if members - before else cls.REBALANCE

@@ -77,7 +77,8 @@ class Recorder:
         self.log.emit("rank_masked", rank=1, incarnation=1, source="stopped", ms=0.5, silent_ms=0.0, requests=3)
         self.log.emit("rank_recovered", rank=1, ms=12.0, requests=3)
         for kind in ("epoch_staged", "epoch_committed", "epoch_adopted"):
-            self.log.emit(kind, epoch=1, ranks=[0], requests=0, weight_bytes=1)
+            adopted = {"requests": 0, "trigger": "start", "committed_ms": 5.0}
+            self.log.emit(kind, epoch=1, ranks=[0], weight_bytes=1, **adopted)
         self.log.emit("weights_held", node="n", bytes=1)
         account = self.keys.account("Bearer secret")
         assert account is not None

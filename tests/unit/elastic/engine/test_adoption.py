@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 
-from elastic.engine.adoption import Adoption, adoption, leaving
+from elastic.engine.adoption import Adoption, adoption, leaving, trigger
 from elastic.engine.recovery import Recovered, Recovery
+from membership.base.enums import Trigger
 from membership.store.records import (
     AgentRecord,
     Assignment,
     ClusterState,
+    EngineStatus,
     Member,
+    Operation,
     RankExit,
     RankRecord,
     RankSpec,
@@ -168,3 +171,24 @@ def test_a_slot_with_another_incarnation_leaves_too() -> None:
     successor = Member(rank=1, node="n", incarnation=99)
     newer = View(epoch=6, members=(VIEW.members[0], successor, VIEW.members[2]))
     assert leaving(VIEW, state(0, 1, 2, view=newer)) == (1,)
+
+
+@pytest.mark.parametrize(
+    ("before", "members", "change"),
+    [((0, 1), (0,), Trigger.LOSS), ((0,), (0, 1), Trigger.JOIN), ((0, 1), (1, 0), Trigger.REBALANCE)],
+)
+def test_what_a_view_is_for_is_seen_from_the_one_in_use(
+    before: tuple[int, ...], members: tuple[int, ...], change: Trigger
+) -> None:
+    old, new = (View(epoch=e, members=tuple(Member(rank=r, node="n", incarnation=r) for r in ranks))
+                for e, ranks in ((4, before), (5, members)))  # fmt: skip
+    assert trigger(new, state(view=new), old) is change
+    asked = state(view=new, operations={"op": Operation(id="op", kind="scale", target=1, epoch=5)})
+    assert trigger(new, asked, old) is Trigger.SCALE
+
+
+def test_a_successor_ends_no_change_that_its_predecessor_may_have_ended() -> None:
+    first = View(epoch=1)
+    assert trigger(first, state(view=first), None) is Trigger.START
+    assert trigger(first, state(view=first, engine_status=EngineStatus(token=1, epoch=1)), None) is None
+    assert trigger(VIEW, state(), None) is None

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from elastic.gateway.event_metrics import EVICTED
 from elastic.gateway.metric_aliases import ALIASES, Alias
 from elastic.gateway.metrics import GatewayMetrics
 from membership.base.enums import OperationKind
@@ -61,13 +62,13 @@ class World:
             for sample in family.samples
         }
 
-    def view(self, epoch: int, ranks: list[int], *, operation: str = "", took_s: float = 2.0) -> None:
+    def view(self, epoch: int, ranks: list[int], trigger: str, *, operation: str = "", took_s: float = 2.0) -> None:
         """Staged, committed `took_s` later, adopted 0.5 s after that."""
         self.log.emit("epoch_staged", epoch=epoch, ranks=ranks, operation=operation)
         self.now += took_s
         self.log.emit("epoch_committed", epoch=epoch, ranks=ranks, operation=operation)
         self.now += 0.5
-        self.log.emit("epoch_adopted", epoch=epoch, requests=0)
+        self.log.emit("epoch_adopted", epoch=epoch, requests=0, trigger=trigger, committed_ms=500.0)
 
 
 @pytest.fixture
@@ -111,10 +112,10 @@ def test_links_that_were_cut_are_counted(world: World) -> None:
 
 
 def test_changes_of_membership_by_what_caused_them(world: World) -> None:
-    world.view(1, [0, 1, 2], took_s=1.0)
-    world.view(2, [0, 2])
-    world.view(3, [0, 1, 2], took_s=3.0)
-    world.view(4, [0, 1, 2, 3], operation="op")
+    world.view(1, [0, 1, 2], "start", took_s=1.0)
+    world.view(2, [0, 2], "loss")
+    world.view(3, [0, 1, 2], "join", took_s=3.0)
+    world.view(4, [0, 1, 2, 3], "scale", operation="op")
     world.state = ClusterState(revision=2, operations={"op": OPERATION, "on": Operation(id="on", kind="x", target=1)})
     found = world.scrape()
     for trigger, loading_s in (("start", 1.0), ("loss", 2.0), ("join", 3.0)):
@@ -140,14 +141,14 @@ def test_who_came_and_went_is_known_of_successive_epochs_only(world: World) -> N
     }
 
 
-def test_epochs_that_no_engine_adopts_are_forgotten(world: World) -> None:
-    """Of a controller's own history, where none ever is, the last few are kept."""
-    for epoch in range(1, 21):
-        world.log.emit("epoch_committed", epoch=epoch, ranks=[0], operation="")
-    world.log.emit("epoch_adopted", epoch=3, requests=0)
-    assert not [name for name in world.scrape() if name.startswith("reconfiguration_seconds_count{committed}")]
-    world.log.emit("epoch_adopted", epoch=20, requests=0)
-    assert world.scrape()["reconfiguration_seconds_count{committed}{rebalance}"] == 1
+def test_only_the_last_of_those_given_up_are_remembered(world: World) -> None:
+    def died(*incarnations: int) -> float:
+        for incarnation in incarnations:
+            world.log.emit("rank_died", rank=1, incarnation=incarnation, detected_by="heartbeat")
+        return world.scrape()["fenced_total{rank}"]
+
+    assert died(*range(EVICTED + 1), EVICTED) == EVICTED + 1
+    assert died(0) == EVICTED + 2, "forgotten: nobody says it of a rank so much later"
 
 
 def test_what_did_not_come_to_be(world: World) -> None:
@@ -160,14 +161,14 @@ def test_what_did_not_come_to_be(world: World) -> None:
 
 
 def test_a_successor_that_takes_up_the_epoch_again_ends_no_change(world: World) -> None:
-    world.view(1, [0, 1])
+    world.view(1, [0, 1], "start")
     world.now += 100.0
-    world.log.emit("epoch_adopted", epoch=1, requests=0)
+    world.log.emit("epoch_adopted", epoch=1, requests=0, trigger=None, committed_ms=2.0)
     assert world.scrape()["reconfiguration_seconds_count{committed}{start}"] == 1
 
 
 def test_each_event_counts_once_for_each_gateway_and_other_clusters_never(world: World) -> None:
-    world.view(1, [0, 1])
+    world.view(1, [0, 1], "start")
     world.log.emit("rank_recovered", cluster="other", rank=1, ms=1.0)
     world.scrape()
     world.log.emit("rank_recovered", rank=1, ms=12.0)

@@ -22,7 +22,7 @@ PAST: tuple[tuple[str, str, int, dict[str, Any]], ...] = (  # role, kind, epoch,
     ("controller", "epoch_staged", 1, {}),
     ("agent", "weights_held", 0, {"node": "n", "bytes": 7}),
     ("controller", "epoch_committed", 1, {"ranks": [0, 1], "weight_bytes": 5}),
-    ("engine", "epoch_adopted", 1, {"requests": 0}),
+    ("engine", "epoch_adopted", 1, {"requests": 0, "trigger": "start", "committed_ms": 30.0}),
     ("engine", "rank_masked", 1, {"incarnation": 1, "source": "hung", "ms": 2.0, "silent_ms": 900.0, "requests": 3}),
     ("engine", "request_moved", 1, {}),
     ("engine", "rank_recovered", 1, {"ms": 40.0}),
@@ -32,12 +32,11 @@ PAST: tuple[tuple[str, str, int, dict[str, Any]], ...] = (  # role, kind, epoch,
     ("controller", "epoch_unstaged", 1, {}),
     ("controller", "epoch_staged", 2, {}),
     ("controller", "epoch_committed", 2, {"ranks": [0], "weight_bytes": 9}),
-    ("engine", "epoch_adopted", 2, {"requests": 1}),
+    ("engine", "epoch_adopted", 2, {"requests": 1, "trigger": "loss", "committed_ms": 20.0}),
     ("controller", "operation_phase", 2, {"phase": "aborted"}),
     ("engine", "engine_stood_down", 2, {}),
     ("controller", "leader_left", 2, {"fenced": True}),
 )  # fmt: skip
-IN_NO_ROLE = {"committed"}  # the phase from a commit until the engine has it: each of both knows one end
 
 
 def said(path: Path) -> Counter[str]:
@@ -48,7 +47,7 @@ def said(path: Path) -> Counter[str]:
         {
             f"{each.name}{sorted(each.labels.items())}": each.value
             for each in samples
-            if each.value and not each.name.endswith("_created") and each.labels.get("phase") not in IN_NO_ROLE
+            if each.value and not each.name.endswith("_created")
         }
     )
 
@@ -61,6 +60,12 @@ def test_the_sum_of_the_roles_is_the_cluster(tmp_path: Path) -> None:
     parts = [said(tmp_path / role) for role in ("controller", "engine", "agent")]
     assert all(parts), "each role has something to say"
     assert sum(parts, Counter[str]()) == said(tmp_path / "all")
+    for change in ("start", "loss"):
+        phases = {
+            f"elastic_ep_reconfiguration_seconds_count[('phase', '{each}'), ('trigger', '{change}')]"
+            for each in ("loading", "committed")
+        }
+        assert phases <= sum(parts, Counter[str]()).keys()
 
 
 def test_each_kind_that_is_counted_is_in_this_past() -> None:
