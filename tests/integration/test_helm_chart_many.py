@@ -22,8 +22,11 @@ from elastic.serve.etcd_server import EtcdServer
 from membership.base import logs
 from membership.store.etcd import connect
 from membership.store.mirror import Mirror
-from tests.support.chart import CHART, KUBERNETES, helm, notes, render, render_many, shipped, template
+from tests.support.chart import CHART, KUBERNETES, documents, helm, notes, render, render_many, shipped, template
 from tests.support.kubernetes_api import kubernetes_api
+from tests.support.promql import evaluate
+from tests.support.promql import parsed as query_tree
+from tests.support.recorded_metrics import Recorder, names
 
 pytestmark = pytest.mark.integration
 
@@ -45,10 +48,22 @@ EVERYTHING = (
     "gateway.extraArgs={--access-log}", "init.extraArgs={--kv-blocks=64}", "engine.extraArgs={--log-keep=1}",
     "controller.extraArgs={--log-keep=1}", "imagePullSecrets[0].name=registry", "nodeSelector.disk=fast",
 )  # fmt: skip
+SCALED = ("agents.replicas=null", "autoscaling.kind=hpa")
 KEYS = {  # of Secrets that the user makes, as values.yaml names them
     "etcd-client": {"ca.crt", "tls.crt", "tls.key"}, "etcd-user": {"password"}, "keys": {"keys"},
     "tls": {"tls.crt", "tls.key"}, "token": {"token"}, "hosts": {"join-secret"},
 }  # fmt: skip
+
+
+def installed(folder: Path, there: Mapping[str, Mapping[str, Any]], *settings: str) -> dict[str, Any]:
+    """What `helm install` makes where these objects are."""
+    values = [f"--set={each}" for each in ("mode=many", "etcd.endpoints={http://etcd:2379}", *settings)]
+    with kubernetes_api(folder, there) as environment:
+        flags = ("--no-hooks", "--disable-openapi-validation", "--output", "json")
+        outcome = helm("install", "demo", str(CHART), *flags, *values, environment=environment)
+    assert outcome.returncode == 0, outcome.stderr
+    made: dict[str, Any] = json.loads(outcome.stdout)
+    return made
 
 
 @pytest.fixture(scope="module", params=[(MODEL,), EVERYTHING], ids=["as it is", "with everything"])
@@ -147,6 +162,59 @@ def test_a_size_may_be_an_autoscalers(role: str, kind: str) -> None:
     manifests = render_many(f"{role}.replicas=null")
     assert "replicas" not in manifests[kind, role]["spec"]
     assert manifests["PodDisruptionBudget", role]["spec"]["maxUnavailable"] == 1
+
+
+def test_a_size_that_is_the_autoscalers_stays_as_it_is(tmp_path: Path) -> None:
+    """Where the last revision had a number and this one had none, Helm would remove it, and one pod is the default."""
+    there: dict[str, dict[str, Any]] = {
+        "statefulsets/demo-agents": {"replicas": 5},
+        "deployments/demo-engine": {"replicas": 3},
+    }
+    made = documents(installed(tmp_path, there, "agents.replicas=null", "engine.replicas=1")["manifest"])
+    sizes = {each["metadata"]["name"]: each["spec"]["replicas"] for each in made if "template" in each.get("spec", {})}
+    assert (sizes["demo-agents"], sizes["demo-engine"]) == (5, 1), "a number that is given counts"
+
+
+@pytest.mark.parametrize(
+    ("kind", "made"), [("none", None), ("hpa", "HorizontalPodAutoscaler"), ("keda", "ScaledObject")]
+)
+def test_there_is_at_most_one_autoscaler(kind: str, made: str | None, tmp_path: Path) -> None:
+    """Of the pods of agents; it asks for a metric that there is, and another mode has none."""
+    settings = (f"autoscaling.kind={kind}", "autoscaling.prometheus=http://p:9090", "autoscaling.requestsWaiting=7")
+    manifests = render_many("agents.replicas=null", *settings)
+    found = [each for (name, _), each in manifests.items() if name in ("HorizontalPodAutoscaler", "ScaledObject")]
+    assert [each["kind"] for each in found] == ([made] if made else [])
+    assert "replicas" not in manifests["StatefulSet", "agents"]["spec"], "helm would set it back"
+    if kind == "none":
+        assert render(*settings) == render(), "one pod"
+        return
+    [scaler] = found
+    spec, name = scaler["spec"], manifests["StatefulSet", "agents"]["metadata"]["name"]
+    assert spec["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "StatefulSet", "name": name}
+    recorder = Recorder(tmp_path)
+    times = recorder.record(1, Recorder.answer)
+    if kind == "hpa":
+        kubernetes_validate.validate(scaler, KUBERNETES, strict=True)
+        external = spec["metrics"][0]["external"]
+        assert (spec["minReplicas"], spec["maxReplicas"], external["target"]["value"]) == (2, 8, "7")
+        metric = external["metric"]
+        assert {*metric["selector"]["matchLabels"]} <= names(recorder.recording)[metric["name"]]
+    else:  # its schema is KEDA's
+        [trigger] = spec["triggers"]
+        assert (spec["minReplicaCount"], spec["maxReplicaCount"], trigger["metadata"]["threshold"]) == (2, 8, "7")
+        assert [*evaluate(query_tree(trigger["metadata"]["query"]), recorder.recording, times[-1]).values()] == [0.0]
+
+
+def test_null_is_the_default_or_refused_by_name() -> None:
+    optional = ("minReadySeconds", "extraArgs", "replicas")
+    nulls = [f"agents.{each}=null" for each in optional]
+    nulls += [
+        f"{role}.{each}=null"
+        for role in ("engine", "controller", "gateway")
+        for each in ("replicas", "extraArgs", "resources")
+    ]
+    for manifest in render_many("autoscaling=null", "init.extraArgs=null", "init.resources=null", *nulls).values():
+        kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
 
 
 def test_pods_are_restricted_and_have_no_token_of_the_api(rendered: Manifests) -> None:
@@ -262,12 +330,8 @@ def test_a_join_secret_that_is_there_is_not_made_again(tmp_path: Path) -> None:
     """By `helm install` itself, which asks an API; only what the kubelet would do is missing (--no-hooks)."""
 
     def hooks(*secrets: str) -> set[str]:
-        values = ("--set", "mode=many", "--set", "etcd.endpoints={http://etcd:2379}")
-        with kubernetes_api(tmp_path, secrets) as environment:
-            flags = ("--no-hooks", "--disable-openapi-validation", "--output", "json")
-            outcome = helm("install", "demo", str(CHART), *flags, *values, environment=environment)
-        assert outcome.returncode == 0, outcome.stderr
-        return {each["name"] for each in json.loads(outcome.stdout)["hooks"]} - {"demo-test"}
+        made = installed(tmp_path, {f"secrets/{each}": {} for each in secrets})["hooks"]
+        return {each["name"] for each in made} - {"demo-test"}
 
     assert hooks() == {"demo-join", "demo-init"}
     assert hooks("demo-join") == {"demo-init"}
@@ -359,6 +423,13 @@ def test_the_notes_have_the_next_commands_of_this_mode(tmp_path: Path) -> None:
         (("gateway.extraArgs={--port=1}",), "gateway.extraArgs: --port is given by the chart"),
         (("agents.terminationGracePeriodSeconds=10",), "Must be greater than or equal to 11"),
         (("agents.replicas=0",), "agents.replicas"),
+        (("agents.minAgents=null",), "agents.minAgents: null is no value of it"),
+        (("engine=null",), "engine: null is no value of it"),
+        (("autoscaling.kind=hpa",), "agents.replicas: set it to null"),
+        ((*SCALED, "agents.follow=false"), "pods of agents are only room"),
+        ((*SCALED, "agents.minAgents=3"), "must be from agents.minAgents, 3, to autoscaling.maxReplicas, 8"),
+        ((*SCALED, "autoscaling.maxReplicas=1"), "must be from agents.minAgents, 2, to autoscaling.maxReplicas, 1"),
+        (("agents.replicas=null", "autoscaling.kind=keda"), "autoscaling.prometheus: KEDA asks a Prometheus"),
         (("agents.ranks=2",), "set agents.ranksPerPod"),
         (("mode=several",), 'one of the following: "single", "many"'),
     ],

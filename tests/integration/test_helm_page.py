@@ -13,12 +13,10 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import typer.main
-import yaml
 
 from elastic.cli.main import app
 from tests.support import ROOT
 from tests.support.chart import KUBERNETES, documents, helm, manifests, render_many
-from tests.support.recorded_metrics import Recorder, names
 
 pytestmark = pytest.mark.integration
 
@@ -110,17 +108,3 @@ def test_what_is_run_in_a_pod_is_a_command_of_ours() -> None:
     assert {each[0] for each in inside} >= {"status", "scale"}
     for name, *arguments in inside:
         ours[name].make_context(name, arguments)
-
-
-def test_the_autoscaler_names_what_is_there(tmp_path: Any) -> None:
-    [written] = re.findall(r"^```yaml\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
-    autoscaler = yaml.safe_load(written)
-    kubernetes_validate.validate(autoscaler, KUBERNETES, strict=True)
-    target = autoscaler["spec"]["scaleTargetRef"]
-    scaled = render_many("agents.replicas=null", release=RELEASE)[target["kind"], "agents"]
-    assert (target["apiVersion"], target["name"]) == (scaled["apiVersion"], scaled["metadata"]["name"])
-    assert "replicas" not in scaled["spec"], "helm would set it back"
-    recorder = Recorder(tmp_path)
-    recorder.record(1, Recorder.answer)
-    [metric] = [each["external"]["metric"] for each in autoscaler["spec"]["metrics"]]
-    assert {*metric["selector"]["matchLabels"]} <= names(recorder.recording)[metric["name"]]

@@ -1,4 +1,4 @@
-"""As much of the Kubernetes API as `helm install --no-hooks` asks for: which kinds there are, and which Secrets.
+"""As much of the Kubernetes API as `helm install --no-hooks` asks for: which kinds there are, and what of them.
 
 Nothing is kept and nothing is started: what helm makes is sent back to it. It shows what a chart makes of what it
 finds there (`lookup`), which `helm template` cannot.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,9 +25,12 @@ KINDS = {
 
 
 @contextmanager
-def kubernetes_api(folder: Path, secrets: Collection[str]) -> Iterator[dict[str, str]]:
-    """Serve an API with these Secrets; yields the environment in which helm finds it. `folder`: for helm's files."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"secrets": secrets}))
+def kubernetes_api(folder: Path, there: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, str]]:
+    """Serve an API with these objects of release "demo", such as `statefulsets/demo-agents`, each with its spec.
+
+    Yields the environment in which helm finds it. `folder`: for helm's files.
+    """
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"there": there}))
     thread = threading.Thread(target=server.serve_forever, name="kubernetes-api")
     thread.start()
     try:
@@ -53,21 +56,26 @@ def _config(url: str) -> dict[str, Any]:
 class _Handler(BaseHTTPRequestHandler):
     """One request."""
 
-    secrets: Collection[str]
+    there: Mapping[str, Mapping[str, Any]]
 
     def do_GET(self) -> None:
-        """A description of the API, or a Secret."""
+        """A description of the API, or an object."""
         path = urlsplit(self.path).path
         found = _description(path)
-        folder, _, name = path.rpartition("/")
-        if found is None and folder.endswith("/secrets") and name in self.secrets:
-            found = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name, "namespace": "default"}}
+        *_, plural, name = f"/{path}".split("/")
+        if found is None and f"{plural}/{name}" in self.there:
+            found = _object(plural, name, self.there[f"{plural}/{name}"])
         missing = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "NotFound", "code": 404}
         self._answer(found or missing, 200 if found else 404)
 
     def do_POST(self) -> None:
         """What was made, as it was sent."""
         self._answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))), 201)
+
+    def do_PATCH(self) -> None:
+        """What is changed stays as it was."""
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.do_GET()
 
     def _answer(self, found: dict[str, Any], code: int) -> None:
         text = json.dumps(found).encode()
@@ -79,6 +87,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: a test says what it found."""
+
+
+def _object(plural: str, name: str, spec: Mapping[str, Any]) -> dict[str, Any]:
+    """With the marks by which helm takes it for the release's own."""
+    version, kind = next((v, k) for v, kinds in KINDS.items() for k in kinds if f"{k.lower()}s" == plural)
+    annotations = {"meta.helm.sh/release-name": "demo", "meta.helm.sh/release-namespace": "default"}
+    labels = {"app.kubernetes.io/managed-by": "Helm"}
+    metadata = {"name": name, "namespace": "default", "labels": labels, "annotations": annotations}
+    return {"apiVersion": version, "kind": kind, "metadata": metadata, "spec": spec}
 
 
 def _description(path: str) -> dict[str, Any] | None:
@@ -98,7 +115,7 @@ def _description(path: str) -> dict[str, Any] | None:
     if group not in KINDS:
         return None
     resources = [
-        {"name": f"{kind.lower()}s", "namespaced": True, "kind": kind, "verbs": ["get", "create"]}
+        {"name": f"{kind.lower()}s", "namespaced": True, "kind": kind, "verbs": ["get", "create", "patch"]}
         for kind in KINDS[group]
     ]
     return {"kind": "APIResourceList", "groupVersion": group, "resources": resources}

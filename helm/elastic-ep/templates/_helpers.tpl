@@ -70,6 +70,13 @@ app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{/* The same for pods of single roles. */}}
 {{- define "elastic-ep.validateMany" -}}
 {{- $values := .Values -}}
+{{- range $role := list "init" "agents" "engine" "controller" "gateway" -}}
+{{- if not (kindIs "map" (index $values $role)) }}{{ fail (printf "%s: null is no value of it: leave it out for the default" $role) }}{{ end -}}
+{{- end -}}
+{{- range $key := list "ranksPerPod" "follow" "minAgents" "terminationGracePeriodSeconds" -}}
+{{- if kindIs "invalid" (index $values.agents $key) }}{{ fail (printf "agents.%s: null is no value of it: leave it out for the default" $key) }}{{ end -}}
+{{- end -}}
+{{- include "elastic-ep.validateScaling" . -}}
 {{- if not $values.etcd.endpoints -}}
 {{- fail "mode: many needs etcd.endpoints: its pods meet in an etcd of yours, which outlives each of them" -}}
 {{- end -}}
@@ -91,5 +98,21 @@ app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- $ours := list "host" "port" "admin-host" "admin-port" "state-dir" "cluster" "node" "name" "stop-grace" "drain-grace" "admin-token-file" "capacity" "ranks" "follow-agents" "min-agents" "etcd" "advertise" "join-secret-file" "probe-port" -}}
 {{- range list "init" "agents" "engine" "controller" "gateway" -}}
 {{- include "elastic-ep.validateFlags" (dict "key" (printf "%s.extraArgs" .) "flags" (index $values .).extraArgs "ours" $ours) -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "elastic-ep.validateScaling" -}}
+{{- $scaling := .Values.autoscaling | default dict -}}
+{{- if ne ($scaling.kind | default "none") "none" -}}
+{{- if .Values.agents.replicas -}}
+{{- fail "agents.replicas: set it to null, the number of pods is the autoscaler's" -}}
+{{- end -}}
+{{- if not .Values.agents.follow -}}
+{{- fail "autoscaling.kind: with agents.follow=false pods of agents are only room, and the size stays" -}}
+{{- end -}}
+{{- $least := int $scaling.minReplicas -}}
+{{- if or (lt $least (int .Values.agents.minAgents)) (lt (int $scaling.maxReplicas) $least) -}}
+{{- fail (printf "autoscaling.minReplicas: %d, which must be from agents.minAgents, %d, to autoscaling.maxReplicas, %d" $least (int .Values.agents.minAgents) (int $scaling.maxReplicas)) -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}

@@ -50,6 +50,18 @@ app.kubernetes.io/component: {{ .role }}
 {{- end }}
 {{- end -}}
 
+{{/* How many pods. Null: as many as there are, which are an autoscaler's or `kubectl scale`'s: without a number, where
+     the last revision had one, Helm would remove it, and Kubernetes' default is one. From a dict: root, role, kind. */}}
+{{- define "elastic-ep.replicas" -}}
+{{- $wanted := (index .root.Values .role).replicas -}}
+{{- if not $wanted -}}
+{{- $wanted = ((lookup "apps/v1" .kind .root.Release.Namespace (include "elastic-ep.roleName" .)).spec | default dict).replicas -}}
+{{- end -}}
+{{- with $wanted }}
+replicas: {{ int . }}
+{{- end }}
+{{- end -}}
+
 {{- define "elastic-ep.rolePod" -}}
 {{- $values := .root.Values -}}
 metadata:
