@@ -6,6 +6,9 @@ import ctypes
 import os
 import platform
 import threading
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
 
 import structlog
 
@@ -14,6 +17,8 @@ SLICE_US = 100
 LOW_NICE = 10
 """About a tenth of the share of the others; the lowest (19) would be next to nothing on a busy machine."""
 _SYS_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}
+
+CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # "quota period" of the container, or "max period"
 
 log = structlog.get_logger(__name__)
 
@@ -58,3 +63,13 @@ def _ask_for(slice_us: int) -> bool:
 def at_low_priority() -> None:
     """Give this thread a low priority for the rest of its life: without privilege, it cannot be raised again."""
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOW_NICE)
+
+
+@cache
+def usable_cores() -> int:
+    """How many cores this process may use, by its affinity and its container's limit."""
+    cores = len(os.sched_getaffinity(0))
+    with suppress(OSError, ValueError):  # no such file, or no limit in it
+        quota, period = map(int, CPU_MAX.read_text(encoding="ascii").split())
+        cores = min(cores, max(1, quota // period))
+    return cores

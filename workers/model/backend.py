@@ -161,6 +161,12 @@ class Backend(Protocol):
     def enter_thread(self) -> None:
         """Called first in each thread that is to use this backend: some devices are chosen per thread."""
 
+    def use_cores(self, count: int) -> None:
+        """How many of the host's cores the next products may take, this thread's included; shows in no bit of them."""
+
+    def close(self) -> None:
+        """End what threads it has."""
+
     def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
         """The type to compute in, for weights stored as `stored`, if nothing else is asked for."""
 

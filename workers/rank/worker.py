@@ -24,6 +24,7 @@ from membership.base.rank_id import RankId
 from membership.base.timing import LOAD_REPORT_S
 from membership.planning.identity import KERNELS, THREADS
 from membership.store.records import View
+from workers.ipc.cpu_priority import usable_cores
 from workers.protocol import step_fence
 from workers.protocol.bandwidth import Brake
 from workers.protocol.far_link import FarLink
@@ -326,15 +327,30 @@ class EPWorker:
         watched = isinstance(batch, TracedStep) and any(chunk.seq in batch.traced for chunk in chunks)
         clock = StepClock(self.exchange) if watched else None
         try:
+            self._use_cores(self._idle_cores(batch))
             tokens = runner.run(chunks) if clock is None else clock.run(runner, chunks)
         except CoverageLost as error:
             return self._result(batch, StepStatus.COVERAGE_LOST, error=str(error))
         except Exception as error:  # noqa: BLE001 - whatever it was, it is reported to the engine and the rank serves on
             log.error("step_failed", rank=self.rank, step=batch.step, error=traceback.format_exc())
             return self._result(batch, StepStatus.FAILED, error=f"{type(error).__name__}: {error}")
+        finally:
+            self._use_cores(1)
         result = self._result(batch, StepStatus.OK)
         result.tokens.extend(tokens)
         return result if clock is None else TracedResult.of(result, clock.took_s, clock.exchange_s)
+
+    def _idle_cores(self, batch: StepBatch) -> int:
+        """How many cores this rank may take in a step: others of its host compute beside it, or compute for it."""
+        if not self.exchange.stays():
+            return 1
+        nodes = {member.rank: member.node for member in self._view.members}
+        busy = sum(bool(chunks) and nodes.get(rank) == nodes.get(self.rank) for rank, chunks in batch.ranks.items())
+        return usable_cores() // max(1, busy)
+
+    def _use_cores(self, count: int) -> None:
+        if self._backend is not None:
+            self._backend.use_cores(count)
 
     def copy_blocks(self, order: CopyBlocks) -> int:
         """Write out KV blocks for a peer, or take in those that it has written or left for us; how many."""
@@ -441,3 +457,5 @@ class EPWorker:
         if self._runner is not None:
             self._runner.close()
             self._runner = None
+        if self._backend is not None:
+            self._backend.close()

@@ -14,9 +14,11 @@ from torch.nn import functional
 
 from membership.base.errors import ModelError
 from workers.model.attention_plan import StepPlan, Tiles
+from workers.model.cpu.compute_threads import ComputeThreads
 from workers.model.cpu.kv_cache import Context, CpuKVCache
 
 SLICE = 128  # cells per accumulated product with the values
+CACHED = 128 * 1024  # attention weights that are computed at once, so that they stay in a core's cache
 KEPT_AT_ONCE = 32 << 20  # contexts that one step begins to keep: its first pages are slow, and clients wait for it
 
 
@@ -25,9 +27,10 @@ class CpuAttention:
 
     tiled = True
 
-    def __init__(self, cache: CpuKVCache) -> None:
+    def __init__(self, cache: CpuKVCache, threads: ComputeThreads) -> None:
         self.plan: StepPlan | None = None
         self.cache = cache
+        self._threads = threads
         self.min_rows = 1  # fewest query rows per product; more where exactness needs it
 
     def forward(
@@ -93,25 +96,36 @@ class CpuAttention:
         short = self.min_rows - positions * group
         if short > 0:
             picked = functional.pad(picked, (0, 0, 0, short))
-        probs = self._scores(picked, context.keys, tiles.mask(window), scaling, count, heads, group)
-        mixed = mix(probs, context.values)
+        mask = tiles.mask(window)
+
+        def attend(part: range) -> Tensor:
+            own, first = slice(part.start, part.stop), part.start // heads
+            seen = mask[first : first + max(1, len(part) // heads)]
+            return mix(_probs(picked[own], context.keys[own], seen, scaling, group), context.values[own])
+
+        numbers = picked.shape[1] * tiles.length
+        some = parts(count, heads, numbers)
+        found = self._threads.map(attend, some, len(some[0]) * numbers * (width + context.values.shape[-1]))
+        mixed = found[0] if len(found) == 1 else torch.cat(found)
         mixed = mixed[:, : positions * group].view(count, heads, positions, group, -1)
         return mixed.transpose(1, 2).reshape(count * positions, query_heads, -1)
 
-    @staticmethod
-    def _scores(
-        queries: Tensor, keys: Tensor, mask: Tensor, scaling: float, count: int, heads: int, group: int
-    ) -> Tensor:
-        """Attention weights [count * heads, rows, length]."""
-        scores = torch.bmm(queries * scaling, keys.transpose(1, 2))
-        rows, length = scores.shape[1:]
-        positions = mask.shape[2]
-        shaped = scores.view(count, heads, rows, length)
-        if positions == 1:
-            shaped.add_(mask)  # all rows are at one position, padding too
-        else:
-            shaped.view(count, heads, positions, group, length).add_(mask.unsqueeze(3))
-        return torch.softmax(scores, dim=-1)
+
+def parts(tiles: int, heads: int, numbers: int) -> list[range]:
+    """All (tile, head), each with so many numbers, in parts that fit in the cache: whole tiles, or heads of one."""
+    most = max(1, CACHED // numbers)
+    size = most // heads * heads or most
+    within = tiles * heads if most >= heads else heads
+    starts = range(0, tiles * heads, within)
+    return [range(a + b, a + min(b + size, within)) for a in starts for b in range(0, within, size)]
+
+
+def _probs(queries: Tensor, keys: Tensor, mask: Tensor, scaling: float, group: int) -> Tensor:
+    """Attention weights [(tile, head), rows, length]; rows beyond positions * group mean nothing."""
+    scores = torch.bmm(queries * scaling, keys.transpose(1, 2))
+    tiles, _, positions, length = mask.shape
+    scores[:, : positions * group].view(tiles, -1, positions, group, length).add_(mask.unsqueeze(3))
+    return torch.softmax(scores, dim=-1)
 
 
 def mix(probs: Tensor, values: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from workers.model.backend import NO_POOL, Activation, Attention, AttentionSpec,
 from workers.model.calibrations import Calibrations
 from workers.model.cpu.attention import CpuAttention
 from workers.model.cpu.attention_check import fewest_exact_rows
+from workers.model.cpu.compute_threads import MOST, ComputeThreads
 from workers.model.cpu.expert_products import CpuExpertProducts
 from workers.model.cpu.fingerprint import kernel_fingerprint
 from workers.model.cpu.kv_cache import CpuKVCache
@@ -23,6 +24,15 @@ class CpuBackend:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.pool_fd = NO_POOL
+        self._threads = ComputeThreads()
+
+    def use_cores(self, count: int) -> None:
+        """See `Backend`."""
+        self._threads.count = max(1, min(count, MOST)) if self.device.type == "cpu" else 1
+
+    def close(self) -> None:
+        """See `Backend`."""
+        self._threads.close()
 
     def enter_thread(self) -> None:
         """All threads use the same CPU."""
@@ -40,12 +50,13 @@ class CpuBackend:
 
     def make_invariant(self, model: nn.Module, calibrations: Calibrations) -> RowTiles:
         """See `Backend`."""
-        return make_invariant(model, calibrations)
+        return make_invariant(model, calibrations, self._threads)
 
     def attention(self, spec: AttentionSpec, exactness: Exactness, calibrations: Calibrations) -> CpuAttention:
         """See `Backend`. What exact attention needs is measured on the device that computes."""
         kept_as = torch.float32 if self.device.type == "cpu" else spec.dtype
-        made = CpuAttention(CpuKVCache(spec.layers, spec.blocks, spec.block_size, kept_as, self.pool_fd))
+        cache = CpuKVCache(spec.layers, spec.blocks, spec.block_size, kept_as, self.pool_fd)
+        made = CpuAttention(cache, self._threads)
         if exactness == Exactness.INVARIANT:
             shape = f"{spec.group} x {spec.key_width} to {spec.value_width} over {spec.longest}"
             what = f"attention {shape} on {self.device.type}"
@@ -56,7 +67,7 @@ class CpuBackend:
         self, activation: Activation, exactness: Exactness, calibrations: Calibrations
     ) -> CpuExpertProducts:
         """See `Backend`."""
-        return CpuExpertProducts(activation, exactness, calibrations)
+        return CpuExpertProducts(activation, exactness, calibrations, self._threads)
 
     def local_experts(self, held: HeldExperts, activation: Activation, shape: tuple[int, int]) -> None:
         """None: rows are in host memory already, where the exchange has them at hand."""

@@ -12,15 +12,21 @@ from torch import Tensor
 from membership.base.enums import Exactness
 from workers.model.backend import Activation
 from workers.model.calibrations import Calibrations
+from workers.model.cpu.compute_threads import ComputeThreads, product_work
 from workers.model.expert_source import ExpertWeights
 from workers.model.row_tiles import RowTiles, calibrate_product
+
+FEW_ROWS = 16  # of an expert; above, what lies between its two products had better stay in the cache
 
 
 class CpuExpertProducts:
     """Satisfies `ExpertProducts`."""
 
-    def __init__(self, activation: Activation, exactness: Exactness, calibrations: Calibrations) -> None:
+    def __init__(
+        self, activation: Activation, exactness: Exactness, calibrations: Calibrations, threads: ComputeThreads
+    ) -> None:
         self._activation = activation
+        self._threads = threads
         self._exact = exactness == Exactness.INVARIANT
         self._calibrations = calibrations
         self._tiles: RowTiles | None = None  # known once the first expert is here; never in stock mode
@@ -41,25 +47,33 @@ class CpuExpertProducts:
         return self._tiles.padded(rows) if self._tiles is not None else rows
 
     def compute(self, experts: Sequence[ExpertWeights], sizes: Sequence[int], rows: Tensor) -> Tensor:
-        """See `ExpertProducts`. The activation runs once over all rows, not once per expert."""
-        if len(experts) == 1 and (self._tiles is None or sizes[0] <= self._tiles.sizes[-1]):
-            return torch.mm(self._activation(torch.mm(rows, experts[0].gate_up)), experts[0].down)
-        both = rows.new_empty(rows.shape[0], experts[0].gate_up.shape[1])
-        self._multiply(rows, [w.gate_up for w in experts], sizes, both)
+        """See `ExpertProducts`. With few rows the activation runs once over all of them, not once per expert."""
+        most = self._tiles.sizes[-1] if self._tiles is not None else rows.shape[0]
+        if len(experts) == 1 and sizes[0] <= most:
+            return self._chain(rows, experts[0])
         out = rows.new_empty(rows.shape[0], experts[0].down.shape[1])
-        self._multiply(self._activation(both), [w.down for w in experts], sizes, out)
+        groups = zip(experts, rows.split_with_sizes(sizes), out.split_with_sizes(sizes), strict=True)
+        pieces = [
+            (weights, group[first : first + most], into[first : first + most])
+            for weights, group, into in groups
+            for first in range(0, group.shape[0], most)
+        ]
+        each = rows.shape[0] // len(pieces)
+        work = product_work(each, experts[0].gate_up.numel() + experts[0].down.numel())
+        if self._threads.helps(work) or each > FEW_ROWS:
+            self._threads.map(lambda piece: self._chain(piece[1], piece[0], piece[2]), pieces, work)
+            return out
+        both = rows.new_empty(rows.shape[0], experts[0].gate_up.shape[1])
+        ups = both.split_with_sizes([group.shape[0] for _, group, _ in pieces])
+        for (weights, group, _), up in zip(pieces, ups, strict=True):
+            torch.mm(group, weights.gate_up, out=up)
+        acted = self._activation(both).split_with_sizes([group.shape[0] for _, group, _ in pieces])
+        for (weights, _, into), inner in zip(pieces, acted, strict=True):
+            torch.mm(inner, weights.down, out=into)
         return out
 
-    def _multiply(self, rows: Tensor, weights: Sequence[Tensor], sizes: Sequence[int], out: Tensor) -> None:
-        """Multiply each group of rows with its matrix, in pieces of at most the largest agreeing row count."""
-        most = self._tiles.sizes[-1] if self._tiles is not None else rows.shape[0]
-        groups = zip(weights, sizes, rows.split_with_sizes(sizes), out.split_with_sizes(sizes), strict=True)
-        for weight, size, group, into in groups:
-            if size <= most:
-                torch.mm(group, weight, out=into)
-                continue
-            for first in range(0, size, most):
-                torch.mm(group[first : first + most], weight, out=into[first : first + most])
+    def _chain(self, rows: Tensor, weights: ExpertWeights, out: Tensor | None = None) -> Tensor:
+        return torch.mm(self._activation(torch.mm(rows, weights.gate_up)), weights.down, out=out)
 
 
 def _agreeing_sizes(weights: ExpertWeights) -> list[int]:

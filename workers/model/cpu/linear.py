@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from membership.base.errors import ModelError
 from workers.model.calibrations import Calibrations
+from workers.model.cpu.compute_threads import ComputeThreads, product_work
 from workers.model.row_tiles import CANDIDATES, REFERENCE, RowTiles, calibrate, calibrate_product, cut
 
 VECTOR = 64  # no narrower than two vectors of any type: what elementwise kernels handle at once
@@ -33,10 +34,11 @@ def _spaced(out: Tensor) -> Tensor:
     return wide[..., :width].copy_(out)
 
 
-def _tile(module: nn.Module, tiles: RowTiles) -> None:
+def _tile(module: nn.Module, tiles: RowTiles, threads: ComputeThreads) -> None:
     """Make `module` compute in tiles. Steps are padded to common sizes, so mostly this only looks at the shape."""
     forward = module.forward
     known = frozenset(tiles.sizes)
+    weights = sum(weight.numel() for weight in module.parameters(recurse=False))
     narrow = isinstance(module, nn.Linear) and module.out_features < VECTOR
 
     def tiled(hidden: Tensor) -> object:
@@ -47,7 +49,8 @@ def _tile(module: nn.Module, tiles: RowTiles) -> None:
         padded = tiles.padded(rows)
         if padded != rows:
             flat = torch.cat((flat, flat.new_zeros(padded - rows, flat.shape[-1])))
-        outputs = [forward(part) for part in cut(flat, tiles.sizes[-1])]
+        pieces = cut(flat, tiles.sizes[-1])
+        outputs = threads.map(forward, pieces, product_work(len(pieces[0]), weights))
         if isinstance(outputs[0], tuple):
             return tuple(torch.cat(column)[:rows] for column in zip(*outputs, strict=True))
         whole = (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[:rows].view(*hidden.shape[:-1], -1)
@@ -86,7 +89,7 @@ def _fits_vectors(model: nn.Module, size: int) -> bool:
     return all(size * gate.out_features % VECTOR == 0 for gate in gates if isinstance(gate, nn.Linear))
 
 
-def make_invariant(model: nn.Module, calibrations: Calibrations) -> RowTiles:
+def make_invariant(model: nn.Module, calibrations: Calibrations, threads: ComputeThreads) -> RowTiles:
     """Calibrate and tile every module of `model` that owns a matrix; returns the row counts for whole steps.
 
     Small steps must suit every module; large ones only what is not cut into tiles: norms and activations.
@@ -103,7 +106,7 @@ def make_invariant(model: nn.Module, calibrations: Calibrations) -> RowTiles:
             done[key] = RowTiles(calibrations.of(" ".join(str(part) for part in key), measure))
         agreed = set(done[key].sizes)
         if weight.dim() == 2:
-            _tile(module, done[key])
+            _tile(module, done[key], threads)
             narrow = weight.shape[0] < VECTOR  # cheap enough to be padded alone
             agreed |= {size for size in CANDIDATES if size > REFERENCE or narrow}
         step_sizes &= agreed

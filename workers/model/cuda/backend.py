@@ -13,6 +13,7 @@ from membership.base.enums import Exactness
 from membership.base.errors import ModelError
 from workers.model.backend import NO_POOL, Activation, Attention, AttentionSpec, HeldExperts, MoeBoundary, StepFunction
 from workers.model.calibrations import Calibrations
+from workers.model.cpu.compute_threads import ComputeThreads
 from workers.model.cpu.fingerprint import kernel_fingerprint
 from workers.model.cpu.linear import make_invariant
 from workers.model.cuda import kernels
@@ -38,6 +39,12 @@ class CudaBackend:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
 
+    def use_cores(self, count: int) -> None:
+        """Nothing: cores do not compute."""
+
+    def close(self) -> None:
+        """Nothing: it has no threads."""
+
     def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
         """As stored."""
         return stored
@@ -54,7 +61,7 @@ class CudaBackend:
 
     def make_invariant(self, model: nn.Module, calibrations: Calibrations) -> RowTiles:
         """See `Backend`."""
-        return make_invariant(model, calibrations)
+        return make_invariant(model, calibrations, ComputeThreads())
 
     def attention(self, spec: AttentionSpec, exactness: Exactness, calibrations: Calibrations) -> CudaAttention:
         """See `Backend`. One way for both: its tiles are fixed."""

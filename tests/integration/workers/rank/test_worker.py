@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from msgspec.structs import replace
@@ -198,6 +199,26 @@ def test_a_step_of_a_traced_sequence_is_answered_with_its_times(worker: TestedWo
         assert 0 < timed.exchange_s < timed.took_s
     assert worker._runner is not None
     assert worker._runner.moe.exchange is worker.script
+
+
+@pytest.mark.parametrize(
+    ("busy", "stays", "cores"), [([0], True, 4), ([0, 1], True, 2), ([0, 2], True, 4), ([0], False, 1)]
+)
+def test_a_step_takes_the_cores_that_no_other_rank_of_its_host_computes_on(
+    worker: TestedWorker, monkeypatch: pytest.MonkeyPatch, busy: list[int], *, stays: bool, cores: int
+) -> None:
+    """And one where rows travel, since the others compute these then. Rank 2 is on another host."""
+    whole = view(1, WHOLE | {1: WHOLE[0], 2: WHOLE[0]})
+    members = tuple(msgspec.structs.replace(m, node="n" if m.rank < 2 else "other") for m in whole.members)
+    worker.prepare_epoch(msgspec.structs.replace(whole, members=members), {}).get_output(60)
+    taken: list[int] = []
+    monkeypatch.setattr("workers.rank.worker.usable_cores", lambda: 4)
+    monkeypatch.setattr(worker._backend, "use_cores", taken.append)
+    monkeypatch.setattr(worker.script.local, "stays", lambda: stays)
+    chunks = batch(1).ranks[0]
+    result = worker.execute_model(msgspec.structs.replace(batch(1), ranks=dict.fromkeys(busy, chunks)))
+    assert result is not None
+    assert (result.status, taken) == (StepStatus.OK, [cores, 1])
 
 
 def test_a_rank_without_chunks_says_nothing_but_flips(worker: TestedWorker) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 
 import pytest
 import torch
@@ -41,11 +42,20 @@ def one_thread() -> None:
 
 
 @pytest.fixture(params=list(BACKENDS))
-def backend(request: pytest.FixtureRequest) -> Backend:
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     try:
-        return open_backend(request.param)
+        opened = open_backend(request.param)
     except ConfigError as absent:
         pytest.skip(str(absent))
+    with closing(opened):
+        yield opened
+
+
+@pytest.fixture
+def spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is computed here is small, and is shared by several cores all the same, once a backend may use them."""
+    monkeypatch.setattr("workers.model.cpu.compute_threads.LEAST", 0)
+    monkeypatch.setattr("workers.model.cpu.attention.CACHED", 8000)
 
 
 @pytest.fixture(params=DTYPES, ids=str)
@@ -160,10 +170,13 @@ def test_attention_is_what_its_definition_says(sequences: Sequences, exactness: 
         assert (found.double() - expected).abs().max() < TOLERANCE[sequences.dtype], (seq, layer, position)
 
 
+@pytest.mark.usefixtures("spread")
 def test_attention_is_exact_in_any_company(sequences: Sequences) -> None:
-    """Bits of a sequence that runs alone in one piece: those of others beside it, of other cuts, blocks and padding."""
+    """Bits of a sequence that runs alone in one piece: those of others beside it, of other cuts, blocks and padding,
+    on several cores."""
     alone = Steps(sequences, sequences.attention())
     prefill_and_decode(alone, [1], cut=150)
+    sequences.backend.use_cores(3)
     together = Steps(sequences, sequences.attention())
     sequences.tables = dict(enumerate(sequences.shuffled(8)))
     prefill_and_decode(together, [3, 1, 0, 2], cut=37)
@@ -259,6 +272,7 @@ def test_experts_products(backend: Backend, dtype: torch.dtype, exactness: Exact
         assert (out.double() - of_expert(weights, given)).abs().max() < TOLERANCE[dtype]
 
 
+@pytest.mark.usefixtures("spread")
 def test_experts_products_are_exact_for_any_number_of_rows(backend: Backend, dtype: torch.dtype) -> None:
     held = experts(backend, dtype, 3)
     products = backend.expert_products(gate, Exactness.INVARIANT, Calibrations())
@@ -276,8 +290,10 @@ def test_experts_products_are_exact_for_any_number_of_rows(backend: Backend, dty
     for count in (2, 3, 5, 8, 13, 16, 31, 64, 100, 129, 300):
         assert torch.equal(outputs([1], [rows[:count]])[0], alone[:count]), count
         assert torch.equal(outputs([1], [rows[-count:].flip(0)])[0], alone[-count:].flip(0)), count
-        beside = outputs([0, 1, 2], [rows[:7], rows[:count], rows[:1]])
-        assert torch.equal(beside[1], alone[:count]), count
+        for cores in (1, 3):
+            backend.use_cores(cores)
+            beside = outputs([0, 1, 2], [rows[:7], rows[:count], rows[:1]])
+            assert torch.equal(beside[1], alone[:count]), (count, cores)
 
 
 class Norm(nn.Module):
@@ -309,6 +325,7 @@ class Dense(nn.Module):
         return torch.cat((hidden + mixed, torch.softmax(self.router(mixed), -1)), -1)
 
 
+@pytest.mark.usefixtures("spread")
 @torch.inference_mode()
 def test_products_and_norms_of_a_model_can_be_made_exact(backend: Backend, dtype: torch.dtype) -> None:
     torch.manual_seed(4)
@@ -325,6 +342,7 @@ def test_products_and_norms_of_a_model_can_be_made_exact(backend: Backend, dtype
         return model(functional.pad(given, (0, 0, 0, padding), value=3.0))[:, :count]
 
     alone = torch.cat([outputs(rows[:, i : i + 1]) for i in range(300)], 1)
+    backend.use_cores(3)
     assert (alone.float() - before.float()).abs().max() < TOLERANCE[dtype]
     for count in (2, 3, 5, 8, 13, 16, 31, 64, 100, 129, 300):
         assert torch.equal(outputs(rows[:, :count]), alone[:, :count]), count

@@ -9,6 +9,7 @@ import torch
 from workers.model.attention_plan import StepPlan, plan_step
 from workers.model.cpu import attention, kv_cache
 from workers.model.cpu.attention import CpuAttention
+from workers.model.cpu.compute_threads import ComputeThreads
 from workers.model.cpu.kv_cache import CpuKVCache, LayerCache
 from workers.protocol.messages import SeqChunk
 
@@ -22,7 +23,7 @@ class Decoding:
     """Layers of attention over sequences of 40 tokens; each step is one more token of some of them."""
 
     def __init__(self, layers: int = 1) -> None:
-        self.attention = CpuAttention(CpuKVCache(layers, 40, SIZE, torch.float32))
+        self.attention = CpuAttention(CpuKVCache(layers, 40, SIZE, torch.float32), ComputeThreads())
         self.lengths = [PROMPT] * 4
         self.done: StepPlan | None = None
         self._random = torch.Generator().manual_seed(1)

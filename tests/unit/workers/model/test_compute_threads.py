@@ -1,0 +1,68 @@
+"""Threads that share the calls of a step: results in order, errors after the last call has ended."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+
+import pytest
+import torch
+
+from workers.model.cpu.attention import parts
+from workers.model.cpu.compute_threads import LEAST, ComputeThreads
+
+pytestmark = pytest.mark.unit
+DEADLINE_S = 60.0
+
+
+@pytest.fixture
+def threads() -> Iterator[ComputeThreads]:
+    with closing(ComputeThreads()) as made:
+        yield made
+
+
+def test_calls_run_beside_each_other_and_their_results_are_in_order(threads: ComputeThreads) -> None:
+    threads.count = 3
+    all_three = threading.Barrier(3)
+
+    def call(number: int) -> tuple[int, bool, int]:
+        all_three.wait(DEADLINE_S)  # fails unless three threads are here at once
+        return number, torch.is_inference_mode_enabled(), torch.get_num_threads()
+
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        assert threads.map(call, range(6), LEAST) == [(number, True, 1) for number in range(6)]
+
+
+@pytest.mark.parametrize(("count", "work"), [(1, LEAST), (4, LEAST - 1)])
+def test_one_core_or_small_calls_need_no_helper(threads: ComputeThreads, count: int, work: int) -> None:
+    threads.count = count
+    assert set(threads.map(lambda _: threading.get_ident(), range(5), work)) == {threading.get_ident()}
+
+
+@pytest.mark.parametrize("by_helper", [False, True])
+def test_an_error_is_raised_once_no_call_is_under_way(threads: ComputeThreads, *, by_helper: bool) -> None:
+    threads.count, running = 2, set[int]()
+    both = threading.Barrier(2)
+
+    def call(number: int) -> None:
+        running.add(number)
+        both.wait(DEADLINE_S)
+        if by_helper != (threading.current_thread() is threading.main_thread()):
+            raise ValueError(number)
+        running.discard(number)
+
+    with pytest.raises(ValueError, match=r"[01]"):
+        threads.map(call, range(2), LEAST)
+    assert len(running) == 1  # the one that failed
+    assert threads.map(abs, [-1, -2, -3], LEAST) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("tiles", "heads", "numbers"), [(3, 5, 1000), (3, 5, 30_000), (2, 16, 131_072), (1, 1, 10**7)])
+def test_parts_are_whole_tiles_or_heads_of_one(tiles: int, heads: int, numbers: int) -> None:
+    found = parts(tiles, heads, numbers)
+    assert [entry for part in found for entry in part] == list(range(tiles * heads))
+    for part in found:
+        assert len(part) * numbers <= 128 * 1024 or len(part) == 1
+        assert len(part) % heads == 0 or part.start // heads == (part.stop - 1) // heads
