@@ -48,11 +48,12 @@ class Owner(StrEnum):
     AGENTS = "agents"
 
 
-class LoadStatus(msgspec.Struct, frozen=True, kw_only=True):
+class LoadStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How far a rank has loaded, as its agent last published it (once per second)."""
 
     bytes: int
     total: int
+    sources: tuple[str, ...] = ()  # nodes from which its host takes weights, if it lacks the files
 
 
 class RankStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -380,7 +381,7 @@ def _load(facts: ClusterFacts, member: Member) -> LoadStatus | None:
     if published is None or member.incarnation not in published.loads:
         return None
     done, total = published.loads[member.incarnation]
-    return LoadStatus(bytes=done, total=total)
+    return LoadStatus(bytes=done, total=total, sources=published.weights_from)
 
 
 def _heartbeat_age_ms(facts: ClusterFacts, member: Member) -> float | None:

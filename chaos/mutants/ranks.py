@@ -12,6 +12,7 @@ ENGINE_PORT = "tests/unit/workers/rank/test_engine_port.py"
 LIVE_MASK = "tests/unit/workers/protocol/test_live_mask.py"
 KV_COPIES = "tests/unit/workers/model/test_kv_copies.py"
 SAMPLER = "tests/unit/workers/model/test_sampler.py"
+PEERS = "tests/integration/workers/agent/test_peer_weights.py"
 EXCHANGE = "tests/integration/workers/exchange/test_exchange_threads.py"
 ROUTER = "tests/unit/workers/exchange/test_router.py"
 LINKS = "tests/unit/workers/exchange/test_links.py"
@@ -207,6 +208,14 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=(f"{WIRE}::test_a_peer_never_sees_a_half_written_request",),
     ),
     # --- agents
+    Mutant(
+        name="piece-unchecked",
+        guards="G4: weights of another host are used once their checksum was compared",
+        file="workers/model/peer_weights.py",
+        before="if checksum == holder.tensors[slot].checksum:",
+        after="if True:",
+        tests=(f"{PEERS}::test_a_damaged_piece_is_not_used_and_who_sent_it_is_named",),
+    ),
     Mutant(
         name="replaced-preparation-counts",
         guards="G5: the end of a preparation that was replaced says nothing about its successor",

@@ -75,7 +75,7 @@ def _files(here: Here, known: Mapping[str, str]) -> Finding:
     if not here.files:
         message = f"there is no checkpoint at {here.model}"
         return Finding(
-            "checkpoint", "warn", message, "only a host with an agent or a gateway needs one: name it as MODEL"
+            "checkpoint", "warn", message, "its agent and gateway take it from other hosts; else name it as MODEL"
         )
     names = sorted(name for name in known.keys() | here.files.keys() if known.get(name) != here.files.get(name))
     if names:

@@ -95,6 +95,8 @@ def _ranks_table(ranks: list[dict[str, Any]]) -> Table:
         state = Text(rank["state"], COLOURS.get(rank["state"], ""))
         if load := rank.get("load"):
             state.append(f" {in_bytes(load['bytes'])} of {in_bytes(load['total'])}", "blue")
+            if sources := load.get("sources"):
+                state.append(f" from node {', '.join(sources)}", "blue")
         if rank.get("slow"):
             state.append(" slow", "yellow")
         table.add_row(

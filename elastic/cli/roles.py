@@ -106,7 +106,9 @@ def agent(options: AgentOptions) -> None:
         model, grace_s = options.local_model, options.drain_grace_s
         with _probe(options, address, state) as report:
             code = code_version() if network is not None else ""
-            how = Options(options.worker_class, options.spares, grace_s, capacity, model, network, report, code)
+            how = Options(
+                options.worker_class, options.spares, grace_s, capacity, model, network, report, code, state.model_files
+            )
             run_agent(store, address.cluster, options.node, stop, events, how, stop.hurry)
 
 

@@ -36,7 +36,7 @@ from elastic.gateway.server import Server
 from elastic.gateway.tokenizer import Tokenizer
 from elastic.serve.listening import ADMIN_CONNECTIONS, Listeners, is_loopback, listening, most_connections, urls_of
 from elastic.serve.options import ApiOptions
-from elastic.serve.state_dir import StateDir
+from elastic.serve.state_dir import MODEL_FILES, StateDir
 from elastic.serve.tls import certificates_of
 from membership.base import descriptors
 from membership.base.enums import GenerationConfig
@@ -47,6 +47,7 @@ from membership.base.timing import STOP_GRACE_S
 from membership.store.interface import Store
 from membership.store.mirror import Mirror
 from membership.store.records import ClusterConfig, ClusterState, GatewayRecord
+from workers.bulk.model_files import model_directory
 from workers.model.text_files import SamplingDefaults, not_applied, sampling_defaults
 from workers.queue.network import join_keys, require_joined
 
@@ -158,11 +159,14 @@ def run_gateway(
 
 
 def _config(mirror: Mirror, settings: GatewaySettings, stop: threading.Event) -> ClusterConfig | None:
-    """The cluster's, with the checkpoint where this host has it; None if asked to stop first."""
+    """The cluster's, with the checkpoint (but for weights) where this host has it; None if asked to stop first."""
     config = mirror.wait_for_config(stop)
     if config is not None:
         require_joined(config, settings.network)
-    return msgspec.structs.replace(config, model=settings.model) if config and settings.model else config
+        keep = settings.state_dir / MODEL_FILES
+        model = model_directory(mirror, settings.model, settings.node, keep, settings.network, stop)
+        config = msgspec.structs.replace(config, model=model or config.model)
+    return config
 
 
 def _host_name(settings: GatewaySettings) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import structlog
 
+from elastic.serve.state_dir import MODEL_FILES
 from membership.store.records import ClusterConfig
 from workers.model.content import changed, small_files
 
@@ -20,7 +21,7 @@ log = structlog.get_logger(__name__)
 
 def kept_files(config: ClusterConfig, state_dir: Path) -> Path:
     """A directory with the files that the cluster's config names; ModelError names those that are other ones by now."""
-    wanted, own, copy = dict(config.files), Path(config.model), state_dir / "model-files"
+    wanted, own, copy = dict(config.files), Path(config.model), state_dir / MODEL_FILES
     if not wanted:
         return own
     if small_files(copy) == wanted:

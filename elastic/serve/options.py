@@ -475,7 +475,7 @@ class ConfigOptions:
     )
     load_bytes_per_s: int = option(
         DEFAULTS["load_bytes_per_s"],
-        "Max checkpoint read rate per host while serving, e.g. 500MB/s (0 = unlimited).",
+        "Max rate per host of weights read, or sent to other hosts, while serving, e.g. 500MB/s (0 = unlimited).",
         names=("--load-bandwidth",),
         kind=Kind.SIZE,
     )

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from membership.store.etcd import EtcdStore
 
 
+MODEL_FILES = "model-files"
 HINT = "choose another --state-dir, one that you may write to; its mode becomes 0700"
 log = structlog.get_logger(__name__)
 
@@ -127,6 +128,11 @@ class StateDir:
     def events(self) -> Path:
         """The cluster's one event history, JSON lines."""
         return self.path / "events.jsonl"
+
+    @property
+    def model_files(self) -> Path:
+        """Config and tokenizer of what the cluster serves: a gateway's copy, or an agent's from another host."""
+        return self.path / MODEL_FILES
 
     @property
     def failpoints(self) -> Path:

@@ -109,7 +109,7 @@ class ClusterConfig(Record, frozen=True, kw_only=True):
     lease_ttl_s: float = LEASE_TTL_S
     expert_bytes: int = 0  # weights of one expert in one layer
     rebalance_bytes: int = 2 << 30  # max weights loaded by one background rebalance; 0: never rebalance
-    load_bytes_per_s: int = 0  # max checkpoint read rate of a host's ranks while they prepare a view; 0: unlimited
+    load_bytes_per_s: int = 0  # max rate at which a host's ranks get weights for a view, or it sends them; 0: unlimited
     restart_intensity: int = 6  # number of deaths within the window that quarantine a slot
     restart_window_s: float = RESTART_WINDOW_S
     launch_deadline_s: float = LAUNCH_DEADLINE_S  # of a rank's start and of its handshakes, never of a load
@@ -225,6 +225,8 @@ class AgentRecord(Record, frozen=True, kw_only=True):
     importing: bool = False  # a rank that is started there now waits for imports of seconds, on a busy host of minutes
     code: str = ""  # versions of what its ranks compute with, as in `RankRecord.identity`, if other hosts reach it
     join_keys: tuple[str, ...] = ()  # of all join secrets that it has
+    weights_at: str = ""  # ZeroMQ endpoint where other hosts get weights and small files of its checkpoint
+    weights_key: str = ""  # CURVE public key of that endpoint
 
 
 class RankRecord(RankProcess, frozen=True, kw_only=True):
@@ -291,6 +293,7 @@ class Heartbeats(Record, frozen=True, kw_only=True):
     beats: dict[int, float] = {}  # incarnation -> when its heartbeat counter last rose
     loads: dict[int, tuple[int, int]] = {}  # incarnation of a rank that loads -> bytes that are there, bytes in all
     links: dict[str, HostLink] = {}  # node -> links of this node's ranks with ranks there
+    weights_from: tuple[str, ...] = ()  # nodes from which this node's ranks take weights now
 
 
 class EngineRecord(Record, frozen=True, kw_only=True):

@@ -41,7 +41,8 @@ class TwoHosts(HostCluster):
         self.start("a", "serve", str(model), "--ranks", "2", "--capacity", "2", "--host", at)
 
     def start_on_b(self, role: str, *flags: str) -> None:
-        self.join("b", role, *flags)
+        """Host b has no checkpoint: what it lacks comes from host a."""
+        self.join("b", role, *flags, *(("--model", "/absent") if role in ("agent", "gateway") else ()))
 
     def type_on(self, host: str, *command: str) -> str:
         outcome = self._typed(host, *command)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -60,6 +61,7 @@ from workers.agent.preload import WORKER_CLASS
 from workers.agent.registrar import Registrar
 from workers.agent.restart_policy import policy_of
 from workers.agent.spares import Spares
+from workers.bulk.model_files import model_directory
 from workers.protocol.far_link import FarLink
 from workers.protocol.host_links import HostLinks
 from workers.protocol.rpc import Outcome, PendingCall
@@ -87,6 +89,7 @@ class AgentOptions:
     network: Network | None = None  # how ranks and engines on other hosts are reached
     report: Callable[[str], None] = lambda lacking: None  # what is missing until all that is meant for this node serves
     code: str = ""  # versions of what its ranks compute with, for other hosts to compare
+    keep: Path | None = None  # where config and tokenizer go that this node gets of another
 
 
 @dataclass(frozen=True)
@@ -261,11 +264,13 @@ class Agent:
     def _follow_join_secret(self, state: ClusterState) -> None:
         """Ranks that are started now listen with the secret that the cluster uses now."""
         renewed = self._secrets.look(state.config)
-        if self._secrets.keys != self.me.join_keys:
-            self.me = changed(self.me, join_keys=self._secrets.keys)
-            self._publish_me()
+        me = changed(self.me, join_keys=self._secrets.keys)
         if self._secrets.network is not None:
-            self._executor.use(self._secrets.network)
+            endpoint, key = self._executor.use(self._secrets.network, state)
+            me = changed(me, weights_at=endpoint, weights_key=key)
+        if me != self.me:
+            self.me = me
+            self._publish_me()
         if renewed:
             self._spares.renew()
 
@@ -503,6 +508,8 @@ class Agent:
             node = self.me.node
             record = decide.heartbeats(node, self._heartbeats, self._loads.seen, now, self._wall())
             record = changed(record, links=self._links.record())
+            if self.me.address:
+                record = changed(record, weights_from=self._executor.weights.taking_from)
             self._registrar.note(self._keys.heartbeats(node), record, beside=self._keys.agent(node))
             if self.me.address:
                 self._ask_for_links()
@@ -580,6 +587,9 @@ def run_agent(
         options = replace(options, network=require_joined(config, options.network))
         wait_for_name(mirror, node, stop)
         require_reachable(mirror.state(), node, options.network)
+        if options.keep is not None:
+            model = model_directory(mirror, options.model, node, options.keep, options.network, stop)
+            options = replace(options, model=model)
         agent = Agent(store, mirror, config, node, events, options)
         try:
             agent.run(stop)

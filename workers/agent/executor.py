@@ -27,11 +27,12 @@ from membership.base.enums import DetectedBy
 from membership.base.errors import ElasticError, NoResources, QueueClosed, RankDied, RankError
 from membership.base.network import Network
 from membership.base.rank_id import ProcessId, RankId, SpareId
-from membership.store.records import ClusterConfig
+from membership.store.records import ClusterConfig, ClusterState
 from workers.agent.forkserver import Serving
 from workers.agent.forkserver_client import ForkServer
 from workers.agent.handles import UnreadyWorkerProcHandle, WorkerProcHandle, send_signal
 from workers.agent.kv_pools import KvPools
+from workers.agent.peer_hosts import PeerHosts
 from workers.agent.preload import preload_for
 from workers.agent.weight_store import OnEvent, WeightStore
 from workers.agent.worker_proc import WorkerProcParent
@@ -103,6 +104,7 @@ class MultiprocExecutor:
         self._host_lock = HostLock.create()
         self._doorbell = Doorbell()
         self.weights = WeightStore(on_weights, config.load_bytes_per_s)
+        self.peers = PeerHosts(config, node, self.weights)
         self.pools = KvPools(self._writes_no_more)
         self.rpc_broadcast_mq = MessageQueue(f"{node}-calls")
         preload = preload_for(worker_class, config.model, config.dtype)
@@ -111,9 +113,10 @@ class MultiprocExecutor:
         self._collector = threading.Thread(target=self._collect, name="executor-replies", daemon=True)
         self._collector.start()
 
-    def use(self, network: Network | None) -> None:
-        """What ranks that are started from now on are given of other hosts."""
+    def use(self, network: Network, state: ClusterState) -> tuple[str, str]:
+        """What ranks that are started from now on are given of other hosts; where those get this host's weights."""
         self._elsewhere = replace(self._elsewhere, network=network)
+        return self.peers.meet(state, network)
 
     # --- ranks come ---------------------------------------------------------------------------------------------
 
@@ -416,6 +419,7 @@ class MultiprocExecutor:
         for key in list(self.workers):
             self._forget(key)
         self.rpc_broadcast_mq.shutdown()
+        self.peers.close()
         self.weights.close()
         self.pools.close()
         self._doorbell.close()

@@ -5,7 +5,8 @@ over the handover, by descriptor. It reads no checkpoint itself: the ranks divid
 neither yet nor claimed, reads and deposits it, and maps what others have deposited. A claim ends with its session: a
 rank that dies leaves its part to the others. A shard of several entries is one memfd, sealed before the store takes it:
 from then on not even its maker can change it. The store holds the descriptor, so a shard outlives its maker, and is in
-memory once however many ranks map it. `workers/model/shared_weights.py` is the ranks' side.
+memory once however many ranks map it. `workers/model/shared_weights.py` is the ranks' side. It knows which other hosts
+have a store, for ranks that lack the files, and is what this host's `BulkServer` sends of (`peer_hosts.py`).
 """
 
 from __future__ import annotations
@@ -39,8 +40,12 @@ from workers.protocol.weight_client import (
     Find,
     Held,
     Join,
+    Takes,
+    Wanted,
     WeightRequest,
+    Wrong,
 )
+from workers.protocol.weight_peers import Elsewhere, Peer, Place, on_any_host
 
 log = structlog.get_logger(__name__)
 
@@ -73,6 +78,10 @@ class WeightStore:
         self._of: dict[str, _Shard] = {}  # the shard that has the entry
         self._sessions: dict[int, Link] = {}
         self._claims: dict[str, int] = {}  # entry that is being read -> the session that reads it
+        self._named: dict[str, _Shard] = {}  # the same as `_of`, by what other hosts call the entry
+        self._taking: dict[int, list[str]] = {}  # session -> nodes from which it takes entries
+        self._peers: tuple[Peer, ...] = ()
+        self._digest: Callable[[str], bytes] = lambda name: b""
         self._numbers = count(1)
         self._reported = -1
         self._resource = f"weights-{secrets.token_hex(8)}"
@@ -107,9 +116,44 @@ class WeightStore:
             shards = list(self._shards.values())
             self._shards.clear()
             self._of.clear()
+            self._named.clear()
         for shard in shards:
             os.close(shard.fd)
         self._report()
+
+    # --- other hosts: from any thread
+
+    def know(self, peers: tuple[Peer, ...], digest: Callable[[str], bytes]) -> None:
+        """These hosts may have what ranks lack; `digest` says what an entry is by content, as far as that is known."""
+        with self._lock:
+            self._peers, self._digest = peers, digest
+
+    @property
+    def taking_from(self) -> tuple[str, ...]:
+        """Nodes from which ranks of this host take weights now."""
+        return tuple(sorted({node for nodes in list(self._taking.values()) for node in nodes}))
+
+    def held(self, names: Sequence[str]) -> list[Place]:
+        """Where entries are, by what all hosts call them."""
+        with self._lock:
+            found = [(name, self._named[name]) for name in names[:BATCH] if name in self._named]
+        return [Place(name, shard.number, shard.size, shard.checksum) for name, shard in found]
+
+    def read(self, shard: int, offset: int, nbytes: int) -> bytes:
+        """A range of a shard. QueueError: there is none."""
+        with self._lock:  # so that nothing closes the descriptor
+            found = self._shards.get(shard)
+            size = os.fstat(found.fd).st_size if found is not None else 0
+            if found is None or not 0 <= offset <= offset + nbytes <= size:
+                raise QueueError(f"no shard {shard} with {nbytes} bytes at {offset}")
+            return os.pread(found.fd, nbytes, offset)
+
+    def book(self, nbytes: int) -> float:
+        """Announce that so much is read of the checkpoint, or sent to another host; how many seconds to wait first."""
+        with self._lock:
+            return self._bucket.book(nbytes, self._clock()) if self._bucket is not None else 0.0
+
+    # --- the listener thread
 
     def _answer(self, link: Link, request: bytes, fds: list[int]) -> Grant:
         asked = msgspec.msgpack.decode(request, type=WeightRequest)
@@ -123,9 +167,19 @@ class WeightStore:
             self._take(asked, fds)
             return self._grant(asked.keys)
         if isinstance(asked, Book):
+            return Grant(msgspec.msgpack.encode(self.book(asked.nbytes)))
+        if isinstance(asked, Wanted):
             with self._lock:
-                wait_s = self._bucket.book(asked.nbytes, self._clock()) if self._bucket is not None else 0.0
-            return Grant(msgspec.msgpack.encode(wait_s))
+                peers, digest = self._peers, self._digest
+            digests = [digest(name) for name in asked.names[:BATCH]]
+            return Grant(msgspec.msgpack.encode(Elsewhere(list(peers), digests)))
+        if isinstance(asked, Takes):
+            self._takes(asked)
+            return Grant()
+        if isinstance(asked, Wrong):
+            log.error("weights_peer_left_out", peer=asked.node, key=asked.name, reason=asked.reason)
+            self._emit("weights_peer_left_out", peer=asked.node, key=asked.name, reason=asked.reason)
+            return Grant()
         self._note(asked)
         return Grant()
 
@@ -148,9 +202,17 @@ class WeightStore:
 
     def _left(self, session: int) -> None:
         self._sessions.pop(session, None)
+        self._taking.pop(session, None)
         for key in [key for key, claimant in self._claims.items() if claimant == session]:
             del self._claims[key]
         self._notify(session)
+
+    def _takes(self, asked: Takes) -> None:
+        before = self.taking_from
+        if asked.session in self._sessions:
+            self._taking[asked.session] = asked.nodes
+        if self.taking_from != before:
+            self._emit("weights_from_peers", peers=list(self.taking_from))
 
     def _notify(self, session: int) -> None:
         """All other sessions: one of them may wait for this one."""
@@ -177,6 +239,7 @@ class WeightStore:
                 shard = _Shard(next(self._numbers), fd, size, asked.checksum, new)
                 self._shards[shard.number] = shard
                 self._of |= dict.fromkeys(new, shard)
+                self._named |= dict.fromkeys(map(on_any_host, new), shard)
         for key in asked.keys:
             self._claims.pop(key, None)
         self._notify(0)
@@ -192,6 +255,7 @@ class WeightStore:
                     dropped.append(self._shards.pop(number))
             for shard in dropped:
                 self._of = {key: of for key, of in self._of.items() if of is not shard}
+                self._named = {name: of for name, of in self._named.items() if of is not shard}
                 os.close(shard.fd)
         for shard in dropped:
             for key in sorted(shard.keys):

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from membership.base.errors import ModelError
 from membership.planning.identity import HINT
 from workers.model.families import INDEX_FILE
+from workers.protocol.weight_peers import small_file_digest
 
 CONFIG_FILE = "config.json"
 SMALL_FILES = (  # all that a gateway reads, and what decides when an answer ends
@@ -66,7 +67,7 @@ def name_of(stamps: Stamps) -> str:
 def file_digest(path: Path) -> str:
     """By content. ModelError if it cannot be read."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        return small_file_digest(path.read_bytes())
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}") from error
 

@@ -85,7 +85,7 @@ class LocalExpertBank:
         self,
         wanted: Iterable[tuple[int, int]],
         stop: Callable[[], bool] = lambda: False,
-        before_read: Callable[[], object] = lambda: None,
+        before_read: Callable[[], object] | None = None,
     ) -> int:
         """Get what is missing of `wanted`, in order, until `stop` says to give up; the bytes read from the checkpoint.
 

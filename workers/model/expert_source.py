@@ -1,4 +1,6 @@
-"""Single experts of a checkpoint, on demand: from the host's weight store if it has them, else from the files."""
+"""Single experts of a checkpoint, on demand: from the host's weight store if it has them, else from the files, or from
+other hosts where there are no files.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import threading
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,10 +19,12 @@ from torch import Tensor
 
 from membership.base.errors import ModelError
 from workers.model.checkpoint import Checkpoint, Stored, memory_of
+from workers.model.peer_weights import OtherHosts, PeerWeights
 from workers.model.shared_weights import SIGN_TIMEOUT_S, Entry, Mapped, Session, SharedWeights, Slot, copied
 from workers.model.weight_digests import expert_digest
-from workers.protocol.load_progress import LoadProgress
+from workers.protocol.load_progress import LoadProgress, LoadStopped
 from workers.protocol.weight_client import BATCH
+from workers.protocol.weight_peers import expert_name
 
 PARAMETERS = ("gate_up_proj", "down_proj")
 SHARD_BYTES = 512 << 20  # of one shard in the host's store
@@ -39,14 +44,6 @@ class ExpertWeights:
     def nbytes(self) -> int:
         """Memory it takes."""
         return int(self.gate_up.nbytes + self.down.nbytes)
-
-
-def _expert_name(layer: int, expert: int) -> str:
-    return f"expert/{layer}/{expert}"
-
-
-class LoadStopped(Exception):
-    """The load is not wanted any more."""
 
 
 class _Pace(NamedTuple):
@@ -86,6 +83,7 @@ class ExpertSource:
         expert_bytes: int = 0,
         progress: LoadProgress | None = None,
     ) -> None:
+        self.others: OtherHosts | None = None  # from which experts are taken, as their files are not here
         self._progress = progress or LoadProgress()
         self.expert_bytes = expert_bytes  # of one expert in one layer
         self._checkpoint = checkpoint
@@ -118,32 +116,38 @@ class ExpertSource:
     def load_many(
         self,
         wanted: Iterable[tuple[int, int]],
-        before_read: Callable[[], object] = lambda: None,
+        before_read: Callable[[], object] | None = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> Generator[tuple[tuple[int, int], ExpertWeights]]:
         """Get experts one after the other, until `stop`; `before_read` is called before each that is read.
 
-        In order, save that what another rank of the host is reading comes later: they divide the reading.
+        In order, save that what another rank of the host is reading comes later: they divide the reading. Without
+        `before_read` it is urgent.
         """
         left = list(wanted)
         self._progress.expect(len(left) * self.expert_bytes)
         if self._shared is None:
             for key in left:
-                before_read()
+                if before_read is not None:
+                    before_read()
                 yield key, self._placed(self._entry(*key).alone(), mapped=False)
                 self._progress.add(self.expert_bytes)
             return
-        with self._shared.session(self._progress) as session:
-            pace, barren = _Pace(session, before_read, stop, self._progress), 0
+        with (
+            self._shared.session(self._progress) as session,
+            self._peers(session, stop, urgent=before_read is None) as peers,
+        ):
+            pace, barren = _Pace(session, before_read or (lambda: None), stop, self._progress), 0
             while left and not stop():
                 some = left[: max(1, min(BATCH, len(left) // 4, SHARD_BYTES // max(1, self.expert_bytes)))]
-                names = {_expert_name(*key): key for key in some}
+                names = {expert_name(*key): key for key in some}
                 found, ours = session.claim(list(names))
                 barren = 0 if found or ours else barren + len(some)
                 if barren >= len(left):  # other ranks read all that is left
                     barren, ours = 0, [] if session.wait(SIGN_TIMEOUT_S) else list(names)
                 try:
-                    read = self._read([self._entry(*names[name]) for name in ours], pace)
+                    entries = [self._entry(*names[name]) for name in ours] if peers is None else peers.entries(ours)
+                    read = self._read(entries, pace)
                 except LoadStopped:
                     return
                 there = [name for name in names if name in found or name in read]
@@ -152,6 +156,13 @@ class ExpertSource:
                 for name in there:
                     yield names[name], self._placed(read.get(name) or found[name], mapped=name in found)
             self._shared.report()
+
+    def _peers(
+        self, session: Session, stop: Callable[[], bool], *, urgent: bool
+    ) -> AbstractContextManager[PeerWeights | None]:
+        if self.others is None or self._shared is None:
+            return nullcontext()
+        return closing(PeerWeights(self._shared, session, self.others, self._progress.mark, stop, urgent=urgent))
 
     def _read(self, entries: list[Entry], pace: _Pace) -> dict[str, Mapped]:
         """Read experts from the checkpoint, straight into the host's store if that has room."""
@@ -166,7 +177,7 @@ class ExpertSource:
                 self._fill(self)
                 self._filled = True
         return Entry(
-            _expert_name(layer, expert), [self._slot(layer, expert, name) for name in PARAMETERS], expert_digest
+            expert_name(layer, expert), [self._slot(layer, expert, name) for name in PARAMETERS], expert_digest
         )
 
     def _placed(self, found: Mapped, *, mapped: bool) -> ExpertWeights:

@@ -99,8 +99,11 @@ class ModelInfo:
         return 3 * self.hidden * self.expert_width * (4 if stored == "float32" else 2)
 
 
-def read_model_info(path: str | Path) -> ModelInfo:
-    """Describe the checkpoint in directory `path`; ModelError says what is wrong with it and what to do."""
+def read_model_info(path: str | Path, *, weights: bool = True) -> ModelInfo:
+    """Describe the checkpoint in directory `path`; ModelError says what is wrong with it and what to do.
+
+    Without `weights`, its weight files may be missing or incomplete: then `files` is empty.
+    """
     root = Path(path)
     if not root.is_dir():
         hint = "give the directory of a Hugging Face checkpoint; `elastic demo-model DIR` writes a small one"
@@ -112,7 +115,7 @@ def read_model_info(path: str | Path) -> ModelInfo:
     moe_layer_ids = FAMILIES[family](config, layers)
     if not moe_layer_ids:
         raise ModelError(f"{root}: no layer of this {family} model has experts", hint="only MoE models can be served")
-    files, dtype = _check_weights(root)
+    files, dtype = _check_weights(root) if weights else _weights_if_whole(root, config)
     whole = complete(family, config)
     return ModelInfo(
         path=str(root.resolve()),
@@ -231,6 +234,14 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
     if 8 + length + end != size:
         raise ModelError(f"{path} is truncated: {size} bytes instead of {8 + length + end}", hint=hint)
     return header
+
+
+def _weights_if_whole(root: Path, config: dict[str, Any]) -> tuple[tuple[str, ...], str]:
+    try:
+        return _check_weights(root)
+    except (ModelError, OSError):
+        stored = str(config.get("dtype") or config.get("torch_dtype"))
+        return (), stored if stored in DTYPES.values() else DTYPES["F32"]
 
 
 def _check_weights(root: Path) -> tuple[tuple[str, ...], str]:

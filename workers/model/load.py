@@ -3,13 +3,15 @@
 The model is laid out on the `meta` device, names are mapped with transformers' own conversion rules, and only what a
 rank needs is read: everything but experts at once, an expert when the placement gives it to the rank. Where the host
 has a weight store, what it holds is mapped instead, and a rank that finds everything there reads no weight file at all.
-So a new rank gets what its host serves, also when the checkpoint's files have been replaced since.
+So a new rank gets what its host serves, also when the checkpoint's files have been replaced since. A host without the
+weight files takes them from other hosts of the cluster.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,13 +30,14 @@ from workers.model.content import CONFIG_FILE, Stamps, changed, changed_files, f
 from workers.model.devices import open_backend
 from workers.model.expert_source import ExpertSource
 from workers.model.families import ModelInfo, read_model_info
+from workers.model.peer_weights import OtherHosts, PeerWeights
 from workers.model.shared_weights import SIGN_TIMEOUT_S, Entry, Mapped, Served, SharedWeights, Slot, copied
 from workers.model.weight_digests import dense_digest
 from workers.protocol.load_progress import LoadProgress
 from workers.protocol.weight_client import WeightClient
+from workers.protocol.weight_peers import DENSE
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DENSE = "dense"  # the store's entry of all that is not a routed expert
 
 
 @dataclass
@@ -92,7 +95,7 @@ def _build(path: str | Path, dtype: str, backend: Backend) -> Skeleton:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     stamps, digest = stamp_files(path), file_digest(Path(path) / CONFIG_FILE)
-    info = read_model_info(path)
+    info = read_model_info(path, weights=False)
     kind = resolve_dtype(info, dtype, backend)
     config = AutoConfig.from_pretrained(info.path)
     hooks.register()
@@ -128,10 +131,12 @@ def load_model(
     backend: Backend | None = None,
     store: WeightClient | None = None,
     progress: LoadProgress | None = None,
+    others: OtherHosts | None = None,
 ) -> LoadedModel:
     """Load everything but the routed experts, from the host's `store` where it has it; on the CPU without a backend.
 
-    ModelError says what is wrong with the checkpoint, or that `dtype` is unknown.
+    What neither the store nor a file has is taken from `others`. ModelError says what is wrong with the checkpoint, or
+    that `dtype` is unknown.
     """
     backend = backend or open_backend(Device.CPU)
     host = SharedWeights(store, dtype) if store is not None else None
@@ -140,13 +145,18 @@ def load_model(
     made = _skeleton(path, dtype, backend, served)
     progress.mark()
     info, model, kind = made.info, made.model, made.dtype
+    if info.files or store is None:
+        others = None
+    if not info.files and others is None:
+        read_model_info(path)  # raises, and says what is wrong with the files
     shared = SharedWeights(store, f"{name_of(made.stamps)}/{kind}") if store is not None else None
     checkpoint = Checkpoint(info.path, made.stamps, progress)
     files = _Files(made, checkpoint)
     expert_bytes = info.expert_bytes(str(kind).removeprefix("torch."))
     source = ExpertSource(checkpoint, kind, backend.device, files.add_experts, shared, expert_bytes, progress)
+    source.others = others
     try:
-        digest = _load_weights(made, files, shared, backend.device, progress)
+        digest = _load_weights(made, _dense(files, kind, shared, progress, others), shared, backend.device)
         if host is not None and served is None:
             host.note_served(Served(made.stamps, made.config_digest))
     except BaseException:
@@ -227,12 +237,9 @@ class _Files:
         return Slot(key, dtype, stored.shape, fill)
 
 
-def _load_weights(
-    made: Skeleton, files: _Files, shared: SharedWeights | None, device: torch.device, progress: LoadProgress
-) -> str:
+def _load_weights(made: Skeleton, got: Mapped, shared: SharedWeights | None, device: torch.device) -> str:
     """Fill the model; the digest of its weights."""
     model = made.model
-    got = _dense(files, made.dtype, shared, progress)
     for key, tensor in got.tensors.items():
         _assign(model, key, tensor.to(device))
     if shared is not None:
@@ -246,7 +253,13 @@ def _load_weights(
     return got.note.decode()
 
 
-def _dense(files: _Files, dtype: torch.dtype, shared: SharedWeights | None, progress: LoadProgress) -> Mapped:
+def _dense(
+    files: _Files,
+    dtype: torch.dtype,
+    shared: SharedWeights | None,
+    progress: LoadProgress,
+    others: OtherHosts | None,
+) -> Mapped:
     """From the host's store, else from the checkpoint: one rank of the host reads it, the others wait for that."""
 
     def counted(entry: Entry, still_reads: Callable[[], object]) -> Entry:
@@ -266,8 +279,14 @@ def _dense(files: _Files, dtype: torch.dtype, shared: SharedWeights | None, prog
             found, ours = session.claim([DENSE])
             if DENSE in found:
                 return found[DENSE]
-            if ours or not session.wait(SIGN_TIMEOUT_S):
+            if not ours and session.wait(SIGN_TIMEOUT_S):
+                continue
+            if others is None:
                 entry = files.dense(dtype)
+                kept = shared.fill([counted(entry, session.still_reads)])
+                return kept.get(DENSE) or entry.alone()
+            with closing(PeerWeights(shared, session, others, progress.mark)) as peers:
+                (entry,) = peers.entries([DENSE])
                 kept = shared.fill([counted(entry, session.still_reads)])
                 return kept.get(DENSE) or entry.alone()
 

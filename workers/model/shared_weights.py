@@ -41,11 +41,13 @@ from workers.model.content import Stamps
 from workers.model.weight_digests import Part
 from workers.protocol.load_progress import LoadProgress
 from workers.protocol.weight_client import BATCH, SEALS, Held, Shards, WeightClient
+from workers.protocol.weight_peers import Elsewhere, on_any_host
 
 ALIGN = 64
 LAYOUT = 2  # of entries; a rank with another one asks for other keys
 SERVED = "served"  # an entry without tensors
 _SUFFIX = struct.Struct("<Q")
+SUFFIX_BYTES = _SUFFIX.size
 SIGN_EVERY_S, SIGN_TIMEOUT_S = 1.0, 15.0  # of a rank that reads what others wait for
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -59,7 +61,9 @@ class WeightsCorrupt(ModelError):
     """What the store holds is not what was deposited."""
 
 
-class _Place(msgspec.Struct, frozen=True, array_like=True):
+class StoredAt(msgspec.Struct, frozen=True, array_like=True):
+    """Where in its shard a tensor is, and the checksum of its bytes."""
+
     entry: str
     name: str
     dtype: str
@@ -67,9 +71,28 @@ class _Place(msgspec.Struct, frozen=True, array_like=True):
     offset: int
     checksum: int
 
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return math.prod(self.shape) * self.kind.itemsize
 
-class _Header(msgspec.Struct, frozen=True, array_like=True):
-    places: list[_Place]
+    @property
+    def kind(self) -> torch.dtype:
+        """Its type. WeightsCorrupt: there is no such type."""
+        found = getattr(torch, self.dtype, None)
+        if not isinstance(found, torch.dtype):
+            raise WeightsCorrupt(f"{self.entry}: no type {self.dtype}")
+        return found
+
+    def part(self) -> Part:
+        """For a digest."""
+        return Part(self.name, self.kind, self.shape, self.checksum)
+
+
+class Header(msgspec.Struct, frozen=True, array_like=True):
+    """At the end of a shard."""
+
+    places: list[StoredAt]
     notes: dict[str, bytes]
 
 
@@ -198,6 +221,22 @@ class SharedWeights:
         """Seconds to wait before `nbytes` of the checkpoint are read, so that serving ranks keep their bandwidth."""
         return float(self._ask(lambda: self._client.book(nbytes)) or 0.0)
 
+    def on_any_host(self, name: str) -> str:
+        """What other hosts call the entry."""
+        return on_any_host(self._key(name))
+
+    def wanted(self, names: Sequence[str]) -> Elsewhere:
+        """Which hosts may have these entries (at most BATCH), and what they are by content."""
+        return self._ask(lambda: self._client.wanted(names)) or Elsewhere([], [b""] * len(names))
+
+    def wrong(self, node: str, name: str, reason: str) -> None:
+        """Say which host could not give an entry."""
+        self._ask(lambda: self._client.wrong(node, name, reason))
+
+    def takes(self, session: int, nodes: Sequence[str]) -> None:
+        """Say from which hosts entries of this session come."""
+        self._ask(lambda: self._client.takes(session, nodes))
+
     def served(self) -> Served | None:
         """What the host's ranks have loaded, as the first of them noted it."""
         found = self.find([SERVED]).get(SERVED)
@@ -264,12 +303,12 @@ class Session:
     """The claims of one load."""
 
     def __init__(self, shared: SharedWeights, link: Link | None, number: int, news: threading.Event) -> None:
-        self._shared, self._link, self._number, self._news = shared, link, number, news
+        self._shared, self._link, self.number, self._news = shared, link, number, news
         self._notified_at = 0.0
 
     def claim(self, names: Sequence[str]) -> tuple[dict[str, Mapped], list[str]]:
         """See `SharedWeights.claim`. What is in neither is being read by another rank: `wait`, and claim again."""
-        return self._shared.claim(self._number, names)
+        return self._shared.claim(self.number, names)
 
     def wait(self, timeout_s: float = SIGN_TIMEOUT_S) -> bool:
         """Until another rank has deposited, still reads, or has gone, since the last wait. False: no sign of any, so
@@ -294,7 +333,7 @@ def write_shard(entries: Sequence[Entry]) -> tuple[int, int]:
     fd = os.memfd_create("elastic-ep-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         places, notes = _filled(fd, size, entries) if size else ([], {e.name: e.note(()) for e in entries})
-        header = msgspec.msgpack.encode(_Header(places, notes))
+        header = msgspec.msgpack.encode(Header(places, notes))
         os.pwrite(fd, header + _SUFFIX.pack(len(header)), size)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS | fcntl.F_SEAL_SEAL)  # fails while anybody could still write
     except BaseException:
@@ -307,7 +346,7 @@ def _aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGN) * ALIGN
 
 
-def _filled(fd: int, size: int, entries: Sequence[Entry]) -> tuple[list[_Place], dict[str, bytes]]:
+def _filled(fd: int, size: int, entries: Sequence[Entry]) -> tuple[list[StoredAt], dict[str, bytes]]:
     places, notes, offset = [], {}, 0
     os.ftruncate(fd, size)
     os.posix_fallocate(fd, 0, size)  # a lack of memory is an error here, not a SIGBUS below
@@ -317,7 +356,7 @@ def _filled(fd: int, size: int, entries: Sequence[Entry]) -> tuple[list[_Place],
         for slot in entry.slots:
             part = slot.part(_tensor(memory, slot.dtype, slot.shape, offset))
             dtype = str(slot.dtype).removeprefix("torch.")
-            places.append(_Place(entry.name, slot.name, dtype, slot.shape, offset, part.checksum))
+            places.append(StoredAt(entry.name, slot.name, dtype, slot.shape, offset, part.checksum))
             parts.append(part)
             offset += _aligned(slot.nbytes)
         notes[entry.name] = entry.note(parts)
@@ -343,10 +382,9 @@ def compare(pages: Any, held: Held) -> None:
     """WeightsCorrupt unless header and tensors have the checksums that they were deposited with."""
     memory = _bytes(pages)
     header = _header(memory, held)
-    good = zlib.crc32(msgspec.msgpack.encode(header)) == held.checksum
+    good = checksum_of(header) == held.checksum
     for place in header.places:
-        nbytes = math.prod(place.shape) * getattr(torch, place.dtype).itemsize
-        good = good and zlib.crc32(memory[place.offset : place.offset + nbytes]) == place.checksum
+        good = good and zlib.crc32(memory[place.offset : place.offset + place.nbytes]) == place.checksum
     if not good:
         raise WeightsCorrupt(f"{held.keys}: its bytes do not have the checksum they were deposited with")
 
@@ -356,7 +394,7 @@ def entries_of(pages: Any, held: Held) -> dict[str, Mapped]:
     header = _header(_bytes(pages), held)
     made = {name: Mapped({}, note) for name, note in header.notes.items()}
     for place in header.places:
-        made[place.entry].tensors[place.name] = _tensor(pages, getattr(torch, place.dtype), place.shape, place.offset)
+        made[place.entry].tensors[place.name] = _tensor(pages, place.kind, place.shape, place.offset)
     return made
 
 
@@ -364,11 +402,28 @@ def _bytes(pages: Any) -> memoryview:
     return np.frombuffer(pages, np.uint8).data
 
 
-def _header(memory: memoryview, held: Held) -> _Header:
+def header_size(tail: memoryview) -> int:
+    """How many bytes at the end of a shard are its header, given at least the last SUFFIX_BYTES."""
+    return int(_SUFFIX.unpack(tail[-SUFFIX_BYTES:])[0]) + SUFFIX_BYTES
+
+
+def header_of(memory: memoryview) -> Header:
+    """The header of a shard, or of its end. WeightsCorrupt: there is none."""
     try:
-        (length,) = _SUFFIX.unpack(memory[-_SUFFIX.size :])
-        return msgspec.msgpack.decode(memory[-_SUFFIX.size - length : -_SUFFIX.size], type=_Header)
+        return msgspec.msgpack.decode(memory[-header_size(memory) : -SUFFIX_BYTES], type=Header)
     except (msgspec.MsgspecError, struct.error) as error:
+        raise WeightsCorrupt("no header") from error
+
+
+def checksum_of(header: Header) -> int:
+    """As the shard was deposited with."""
+    return zlib.crc32(msgspec.msgpack.encode(header))
+
+
+def _header(memory: memoryview, held: Held) -> Header:
+    try:
+        return header_of(memory)
+    except WeightsCorrupt as error:
         raise WeightsCorrupt(f"{held.keys}: no header") from error
 
 

@@ -16,6 +16,10 @@ WORDS = 4
 _LOADING, _DONE, _TOTAL, _MARKS = range(WORDS)
 
 
+class LoadStopped(Exception):
+    """The load is not wanted any more."""
+
+
 class LoadSeen(NamedTuple):
     """What one look at a rank's words saw. Bytes are of the load under way, else of the last one."""
 

@@ -13,6 +13,7 @@ import msgspec
 
 from membership.base.errors import ConfigError, QueueError
 from workers.ipc.handover import JOIN_TIMEOUT_S, MAX_FDS, Handover, Link, OnMessage, ResourceHandle
+from workers.protocol.weight_peers import Elsewhere
 
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 BATCH = MAX_FDS  # keys per question
@@ -80,7 +81,28 @@ class Book(msgspec.Struct, frozen=True, array_like=True, tag=True):
     nbytes: int
 
 
-WeightRequest = Find | Claim | Join | Deposit | Checked | Book
+class Wanted(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Rank to store: I have no files of these entries (at most BATCH). Which hosts may have them?"""
+
+    names: list[str]
+
+
+class Takes(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Rank to store: this session takes entries from these nodes, until its end."""
+
+    session: int
+    nodes: list[str]
+
+
+class Wrong(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Rank to store: this node could not give what it is said to have."""
+
+    node: str
+    name: str
+    reason: str
+
+
+WeightRequest = Find | Claim | Join | Deposit | Checked | Book | Wanted | Takes | Wrong
 Shards = list[tuple[Held, int]]
 """With a descriptor each, which the caller closes."""
 
@@ -124,6 +146,22 @@ class WeightClient:
             return msgspec.msgpack.decode(link.reply, type=float)
         finally:
             link.close()
+
+    def wanted(self, names: Sequence[str]) -> Elsewhere:
+        """Which hosts may have these entries, and what they are by content."""
+        link = self._connect(Wanted(list(names)))
+        try:
+            return msgspec.msgpack.decode(link.reply, type=Elsewhere)
+        finally:
+            link.close()
+
+    def takes(self, session: int, nodes: Sequence[str]) -> None:
+        """Say from whom entries come now."""
+        self._connect(Takes(session, list(nodes))).close()
+
+    def wrong(self, node: str, name: str, reason: str) -> None:
+        """Say which node could not give an entry."""
+        self._connect(Wrong(node, name, reason)).close()
 
     def checked(self, right: list[tuple[int, int]], wrong: list[tuple[int, int]]) -> None:
         """Say what came of comparing checksums."""

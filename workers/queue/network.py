@@ -28,6 +28,7 @@ class Purpose(StrEnum):
 
     RANKS = ""  # steps, answers and rows
     GATEWAYS = "gateways "
+    WEIGHTS = "weights "
 
 
 def listening_keys(network: Network, purpose: Purpose = Purpose.RANKS) -> CurveKeys:
@@ -40,9 +41,10 @@ def connecting_keys(network: Network, purpose: Purpose = Purpose.RANKS) -> Curve
     return _derived(network, f"{purpose}connecting")
 
 
-def remote_of(network: Network) -> Remote:
+def remote_of(network: Network, purpose: Purpose = Purpose.RANKS) -> Remote:
     """How a queue serves readers on other hosts."""
-    return Remote(network.address, listening_keys(network), frozenset({connecting_keys(network).public}), network.ports)
+    allowed = frozenset({connecting_keys(network, purpose).public})
+    return Remote(network.address, listening_keys(network, purpose), allowed, network.ports)
 
 
 def keys_for(handle: Handle, network: Network | None) -> CurveKeys | None:

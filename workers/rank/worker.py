@@ -191,6 +191,7 @@ class EPWorker:
 
         from workers.model.grammar import TOKENIZER_FILE, Grammars
         from workers.model.load import load_model
+        from workers.model.peer_weights import OtherHosts
         from workers.model.runner import ModelRunner
         from workers.protocol.weight_client import WeightClient
 
@@ -201,7 +202,8 @@ class EPWorker:
         started = time.monotonic()
         torch.get_num_threads()  # this thread's own number of compute threads: as in the main thread
         store = WeightClient(self._ctx.weights) if self._ctx.weights else None
-        loaded = load_model(config.model, config.dtype, self._backend, store, self.progress)
+        others = OtherHosts(self._ctx.network, config.load_stall_s / 2) if self._ctx.network is not None else None
+        loaded = load_model(config.model, config.dtype, self._backend, store, self.progress, others)
         runner = ModelRunner(
             loaded,
             self.bank,
@@ -261,12 +263,12 @@ class EPWorker:
         self._preparing[view.epoch] = self._latest = Preparation(self, view, others, older)
         return self._latest
 
-    def brake(self, view: View, wait: Callable[[float], object]) -> Callable[[], object]:
+    def brake(self, view: View, wait: Callable[[float], object]) -> Callable[[], object] | None:
         """What to call before an expert is read for this view, so that its host's ranks keep to their bandwidth."""
         config = self._ctx.config
         shared = self._runner.loaded.shared if self._runner is not None else None
         if not config.load_bytes_per_s or view.urgent or shared is None:
-            return lambda: None
+            return None
         return Brake(partial(shared.book, config.expert_bytes), wait, config.load_stall_s / 2, self.progress.mark)
 
     @property

@@ -296,6 +296,18 @@ def test_the_load_of_a_rank_is_shown_in_bytes_while_it_loads() -> None:
     assert "1.2 MB of 2.8 MB" in captured.get()
 
 
+def test_where_weights_come_from_is_shown_while_a_rank_takes_them() -> None:
+    state = healthy()
+    loading = {state.view.member(2).incarnation: (1_200_000, 2_800_000)} if state.view else {}  # type: ignore[union-attr]
+    beats = Heartbeats(node="n", at=9.0, loads=loading, weights_from=("b", "c"))
+    document = json.loads(msgspec.json.encode(cluster_status(replace(state, heartbeats={"n": beats}), 10.0)))
+    assert document["ranks"][2]["load"] == {"bytes": 1_200_000, "total": 2_800_000, "sources": ["b", "c"]}
+    shown = Console(width=200)
+    with shown.capture() as captured:
+        shown.print(status_view(document))
+    assert "1.2 MB of 2.8 MB from node b, c" in captured.get()
+
+
 def test_what_follows_from_a_placement_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes tens of milliseconds with 58 layers of 256 experts, and each probe, scrape and page asks for it."""
     computed: list[str] = []

@@ -1,0 +1,367 @@
+"""A host without weight files takes them from other hosts: the same bits, whatever happens to who sends them."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+import zmq
+
+from membership.base.errors import ConfigError, ModelError, QueueError
+from membership.store.records import AgentRecord, Checkpoint, ClusterConfig, ClusterState
+from tests.support.families import write_checkpoint
+from tests.support.helpers import eventually
+from tests.support.replaced_files import is_expert, replace_weights
+from tests.support.weight_peer import NETWORK, Killed
+from workers.agent.peer_hosts import HostSource
+from workers.agent.weight_store import WeightStore
+from workers.bulk.client import BulkLink, PeerLost
+from workers.bulk.model_files import model_directory
+from workers.bulk.server import BulkServer
+from workers.model.content import small_files
+from workers.model.expert_source import ExpertWeights
+from workers.model.load import LoadedModel, load_model
+from workers.model.peer_weights import OtherHosts
+from workers.model.shared_weights import LAYOUT
+from workers.model.weight_digests import table
+from workers.protocol.load_progress import LoadProgress, seen
+from workers.protocol.weight_client import WeightClient
+from workers.protocol.weight_peers import DENSE, PIECE, Peer, Read, digest_of, expert_name
+from workers.queue.network import Purpose, remote_of
+
+pytestmark = pytest.mark.integration
+
+CONFIG = ClusterConfig(cluster="c", model="", served_model_name="m", moe_layers=2, experts=4)
+OTHERS = OtherHosts(NETWORK, patience_s=2.0, silent_s=1.0)
+RATE = 1 << 12
+Loaded = dict[tuple[int, int], ExpertWeights]
+
+
+class Source(HostSource):
+    """Counts what it sends, and may change it."""
+
+    change: Callable[[bytes], bytes] = staticmethod(lambda data: data)
+    sent = 0
+
+    def read(self, shard: int, offset: int, nbytes: int) -> bytes:
+        data = self.change(super().read(shard, offset, nbytes))
+        self.sent += len(data)
+        return data
+
+
+class Host:
+    """A host's store and, once `serve` was called, who sends of it."""
+
+    def __init__(self, node: str, clock: Callable[[], float] | None = None, bytes_per_s: int = 0) -> None:
+        self.node, self.clock = node, clock or (lambda: 0.0)
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.store = WeightStore(lambda kind, **f: self.events.append((kind, f)), bytes_per_s, self.clock)
+        self.servers: list[BulkServer] = []
+
+    def load(self, path: Path, others: OtherHosts | None = None, progress: LoadProgress | None = None) -> LoadedModel:
+        return load_model(path, store=WeightClient(self.store.handle()), progress=progress, others=others)
+
+    def serve(self, path: Path) -> Source:
+        source = Source(
+            self.store, msgspec.structs.replace(CONFIG, model=str(path), files=tuple(small_files(path).items()))
+        )
+        self.servers.append(BulkServer(remote_of(NETWORK, Purpose.WEIGHTS), source, self.clock))
+        return source
+
+    @property
+    def peer(self) -> Peer:
+        return Peer(self.node, self.servers[-1].endpoint, self.servers[-1].key)
+
+    def close(self) -> None:
+        for server in self.servers:
+            server.close()
+        self.store.close()
+
+    def left_out(self) -> list[tuple[str, str]]:
+        return [(f["peer"], f["reason"]) for kind, f in self.events if kind == "weights_peer_left_out"]
+
+
+def everything(loaded: LoadedModel) -> Loaded:
+    info = loaded.info
+    every = [(layer, expert) for layer in range(info.moe_layers) for expert in range(info.experts)]
+    return dict(loaded.source.load_many(every))
+
+
+def same(one: Loaded, other: Loaded) -> bool:
+    pairs = [(one[key], other[key]) for key in one]
+    return one.keys() == other.keys() and all(
+        torch.equal(a.gate_up, b.gate_up) and torch.equal(a.down, b.down) and a.digest == b.digest for a, b in pairs
+    )
+
+
+class Scene:
+    """Host `a` has the checkpoint and has loaded all of it; `b` has its config only."""
+
+    def __init__(self, root: Path, opened: ExitStack) -> None:
+        self.opened = opened
+        self.path = write_checkpoint(root / "model", "mixtral", intermediate_size=96)
+        self.bare = root / "bare"
+        self.bare.mkdir()
+        shutil.copy(self.path / "config.json", self.bare)
+        self.a, self.b = self.host("a"), self.host("b")
+        self.loaded = self.a.load(self.path)
+        opened.callback(self.loaded.checkpoint.close)
+        self.experts = everything(self.loaded)
+        digests = {key: weights.digest for key, weights in self.experts.items()}
+        info = self.loaded.info
+        self.served = Checkpoint(
+            parts={"weights": self.loaded.dense_digest}, experts=table(digests, info.moe_layers, info.experts)
+        )
+
+    def host(self, node: str) -> Host:
+        made = Host(node)
+        self.opened.callback(made.close)
+        return made
+
+    @property
+    def names(self) -> list[str]:
+        return [
+            f"torch.float32/layout{LAYOUT}/{name}" for name in (DENSE, *(expert_name(*key) for key in self.experts))
+        ]
+
+    def join(self, *peers: Peer, served: Checkpoint | None = None) -> tuple[LoadedModel, Loaded]:
+        """All of it at b, from these hosts."""
+        self.b.store.know(peers, partial(digest_of, served=served or self.served))
+        loaded = self.b.load(self.bare, OTHERS)
+        try:
+            return loaded, everything(loaded)
+        finally:
+            loaded.checkpoint.close()
+
+    def require_same(self, found: tuple[LoadedModel, Loaded]) -> None:
+        loaded, experts = found
+        assert same(experts, self.experts)
+        assert loaded.dense_digest == self.loaded.dense_digest
+        assert loaded.checkpoint.bytes_read == 0
+        theirs = loaded.model.state_dict()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in self.loaded.model.state_dict().items())
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Iterator[Scene]:
+    with ExitStack() as opened:
+        yield Scene(tmp_path, opened)
+
+
+def test_a_host_without_weight_files_gets_the_bits_of_one_that_has_them_and_gives_them_on(scene: Scene) -> None:
+    source = scene.a.serve(scene.path)
+    scene.require_same(scene.join(scene.a.peer))
+    assert ("weights_from_peers", {"peers": ["a"]}) in scene.b.events
+    assert scene.b.left_out() == []
+    assert source.sent >= scene.a.store.nbytes - len(scene.names) * 4096
+
+    scene.b.serve(scene.bare)
+    c = scene.host("c")
+    c.store.know((scene.b.peer,), partial(digest_of, served=scene.served))
+    loaded = c.load(scene.bare, OTHERS)
+    scene.require_same((loaded, everything(loaded)))
+    eventually(lambda: scene.b.store.taking_from == (), 20, "the end of b's sessions")
+
+
+def test_what_a_host_takes_is_progress_of_its_load(scene: Scene) -> None:
+    scene.a.serve(scene.path)
+    scene.b.store.know((scene.a.peer,), partial(digest_of, served=scene.served))
+    words = memoryview(bytearray(32)).cast("Q")
+    progress = LoadProgress(words)
+    with progress.loading():
+        experts = everything(scene.b.load(scene.bare, OTHERS, progress))
+        now = seen(words)
+    assert now.done == now.total > sum(weights.nbytes for weights in experts.values())
+    assert now.marks > len(scene.names)
+
+
+def test_another_host_gives_the_rest_of_one_that_is_killed_in_the_middle(scene: Scene) -> None:
+    scene.a.serve(scene.path)
+    with Killed(scene.a.store, scene.names, reads=4) as killed:
+        scene.require_same(scene.join(killed.peer, scene.a.peer))
+        assert killed.ended_by(30) == -9
+    assert {node for node, _ in scene.b.left_out()} == {"killed"}
+    assert "was silent" in scene.b.left_out()[0][1]
+
+
+def damaged(data: bytes) -> bytes:
+    """One bit of the weights; headers are as they were."""
+    return bytes([data[0] ^ 1]) + data[1:]
+
+
+def test_a_damaged_piece_is_not_used_and_who_sent_it_is_named(scene: Scene) -> None:
+    source = scene.a.serve(scene.path)
+    source.change = damaged
+    with pytest.raises(ModelError, match=r"node a sent .* with a wrong checksum"):
+        scene.join(scene.a.peer)
+    assert scene.b.store.keys == frozenset(), "nothing of it was kept"
+    assert [node for node, _ in scene.b.left_out()] == ["a"]
+
+
+def test_what_one_host_damages_another_one_gives(scene: Scene) -> None:
+    scene.a.serve(scene.path).change = damaged
+    bad, good = replace_node(scene.a.peer, "bad"), scene.a.serve(scene.path)
+    scene.require_same(scene.join(bad, scene.a.peer))
+    assert good.sent > 0
+    assert {node for node, _ in scene.b.left_out()} == {"bad"}
+
+
+def replace_node(peer: Peer, node: str) -> Peer:
+    return msgspec.structs.replace(peer, node=node)
+
+
+@pytest.mark.parametrize("changed", [is_expert, lambda name: True], ids=["experts", "all"])
+def test_a_host_with_another_model_is_refused_before_its_weights_are_sent(
+    scene: Scene, changed: Callable[[str], bool], tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(scene.path, other)
+    replace_weights(other, changed)
+    c = scene.host("c")
+    loaded = c.load(other)
+    everything(loaded)
+    loaded.checkpoint.close()
+    wrong, right = c.serve(other), scene.a.serve(scene.path)
+    scene.require_same(scene.join(c.peer, scene.a.peer))
+    assert "than the cluster serves" in dict(scene.b.left_out())["c"]
+    assert right.sent > 0
+    assert wrong.sent < scene.a.store.nbytes / 2 or changed is is_expert, "headers only"
+
+
+def test_without_a_host_that_has_it_the_load_ends_with_who_was_asked(scene: Scene) -> None:
+    empty = scene.host("empty")
+    empty.serve(scene.path)
+    with pytest.raises(ModelError, match=r"lacks dense, and so do other hosts \(asked: empty\)"):
+        scene.join(empty.peer)
+    with pytest.raises(ModelError, match="no safetensors weights"):
+        load_model(scene.bare)
+
+
+def test_a_load_waits_for_a_host_that_has_it_and_ends_when_it_is_not_wanted(scene: Scene) -> None:
+    scene.a.serve(scene.path)
+    known = threading.Timer(0.2, lambda: scene.b.store.know((scene.a.peer,), lambda name: b""))
+    known.start()
+    try:
+        loaded = scene.b.load(scene.bare, replace(OTHERS, patience_s=60.0))
+    finally:
+        known.join(10)
+    assert loaded.dense_digest == scene.loaded.dense_digest
+    assert list(loaded.source.load_many([(0, 0)], stop=lambda: True)) == []
+    loaded.checkpoint.close()
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_host_sends_no_faster_than_its_bandwidth_but_what_is_urgent(scene: Scene) -> None:
+    clock = Clock()
+    slow = Host("slow", clock, bytes_per_s=RATE)
+    scene.opened.callback(slow.close)
+    loaded = slow.load(scene.path)
+    everything(loaded)
+    loaded.checkpoint.close()
+    slow.serve(scene.path)
+    context = scene.opened.enter_context(zmq.Context())
+    link = BulkLink(slow.peer, NETWORK, context)
+    scene.opened.callback(link.close)
+    (place,) = link.find(scene.names[:1])
+    half = Read(place.shard, 0, place.size // 2)
+    each_s = half.nbytes / RATE
+    clock.now = 1000.0
+    assert len(link.take(link.ask(half))) == half.nbytes, "what was unused for a moment may be used at once"
+    waiting = [link.ask(half) for _ in range(3)]
+    outbox = slow.servers[0]._outbox
+    eventually(lambda: len(outbox._due) == 3, 20, "three promises")
+    assert [round(at - clock.now, 6) for at, *_ in sorted(outbox._due)] == [
+        round((turn + 1) * each_s - 0.1, 6) for turn in range(3)
+    ]
+    assert len(link.take(link.ask(replace_urgent(half)))) == half.nbytes
+    assert len(outbox._due) == 3
+    clock.now += 2 * each_s
+    assert [len(link.take(number)) for number in waiting[:2]] == [half.nbytes] * 2
+    assert len(outbox._due) == 1
+
+
+def replace_urgent(asked: Read) -> Read:
+    return msgspec.structs.replace(asked, urgent=True)
+
+
+def test_a_host_refuses_what_it_has_not_got_and_who_has_another_secret(scene: Scene) -> None:
+    scene.a.serve(scene.path)
+    context = scene.opened.enter_context(zmq.Context())
+    link = BulkLink(scene.a.peer, NETWORK, context)
+    scene.opened.callback(link.close)
+    (place,) = link.find([*scene.names[:1], "absent"])
+    for asked in (
+        Read(place.shard, place.size, 1),
+        Read(place.shard, -1, 1),
+        Read(place.shard, 0, PIECE + 1),
+        Read(place.shard, 0, 0),
+        Read(999, 0, 1),
+    ):
+        with pytest.raises(PeerLost, match="node a refused"):
+            link.take(link.ask(asked))
+    with pytest.raises(PeerLost, match="no small file"):
+        link.file("model.safetensors")
+    with pytest.raises(PeerLost, match="another join secret"):
+        BulkLink(scene.a.peer, replace(NETWORK, secret=b"another secret of another cluster"), context)
+    with pytest.raises(QueueError):
+        scene.a.store.read(place.shard, place.size - 1, 2)
+
+
+class Mirrored:
+    """As much of a mirror as is looked at."""
+
+    def __init__(self, state: ClusterState) -> None:
+        self._state = state
+
+    def state(self) -> ClusterState:
+        return self._state
+
+
+def cluster(scene: Scene, *peers: Peer, deadline_s: float = 1.5) -> Any:
+    """What b's mirror shows, of a cluster whose checkpoint is not on b."""
+    config = msgspec.structs.replace(
+        CONFIG, model="/absent", files=tuple(small_files(scene.path).items()), launch_deadline_s=deadline_s
+    )
+    agents = {
+        peer.node: AgentRecord(node=peer.node, pid=1, started=0.0, weights_at=peer.endpoint, weights_key=peer.key)
+        for peer in peers
+    }
+    return Mirrored(ClusterState(revision=1, config=config, agents=agents))
+
+
+def test_config_and_tokenizer_come_whole_from_the_first_host_that_has_the_right_ones(
+    scene: Scene, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(scene.path, other)
+    (other / "config.json").write_text("{}")
+    scene.a.serve(other)
+    wrong = replace_node(scene.a.peer, "wrong")
+    scene.a.serve(scene.path)
+    keep, stop = tmp_path / "state" / "model-files", threading.Event()
+    with pytest.raises(ConfigError, match=r"no checkpoint at /absent, .* node wrong has another config.json"):
+        model_directory(cluster(scene, wrong), "", "b", keep, NETWORK, stop)
+    assert not keep.exists()
+    found = model_directory(cluster(scene, wrong, scene.a.peer), "", "b", keep, NETWORK, stop)
+    assert found == str(keep)
+    assert small_files(keep) == small_files(scene.path)
+    assert [path.name for path in keep.parent.iterdir()] == ["model-files"], "and nothing else stays"
+    assert model_directory(cluster(scene), "", "b", keep, NETWORK, stop) == str(keep), "kept for the next start"
+    assert model_directory(cluster(scene), str(scene.path), "b", keep, NETWORK, stop) == str(scene.path), "its own copy"
+    assert model_directory(cluster(scene), "", "b", keep, None, stop) == "", "one host asks no other"

@@ -1,0 +1,71 @@
+"""This host among those that have weights: it sends what it holds, and its store knows who has what its ranks lack.
+
+It listens with the cluster's join secret; when another one is taken up it listens anew, and what was under way is asked
+again (`workers/model/peer_weights.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from membership.base.errors import QueueError
+from membership.base.network import Network
+from membership.store.records import ClusterConfig, ClusterState
+from workers.agent.weight_store import WeightStore
+from workers.bulk.model_files import peers_of
+from workers.bulk.server import BulkServer
+from workers.protocol.weight_peers import Place, digest_of
+from workers.queue.network import Purpose, listening_keys, remote_of
+
+
+class HostSource:
+    """What this host sends: its weight store, and the small files that the cluster's config names."""
+
+    def __init__(self, store: WeightStore, config: ClusterConfig) -> None:
+        self._store, self._root, self._names = store, Path(config.model), frozenset(dict(config.files))
+
+    def held(self, names: Sequence[str]) -> list[Place]:
+        """Where these entries are."""
+        return self._store.held(names)
+
+    def read(self, shard: int, offset: int, nbytes: int) -> bytes:
+        """A range of a shard."""
+        return self._store.read(shard, offset, nbytes)
+
+    def book(self, nbytes: int) -> float:
+        """How long to wait before so much is sent."""
+        return self._store.book(nbytes)
+
+    def file(self, name: str) -> bytes:
+        """One of the small files, as it is now: who asked knows its digest."""
+        if name not in self._names:
+            raise QueueError(f"{name} is no small file of the checkpoint")
+        try:
+            return (self._root / name).read_bytes()
+        except OSError as error:
+            raise QueueError(f"{name}: {error.strerror}") from error
+
+
+class PeerHosts:
+    """Owns this host's `BulkServer`. All calls come from one thread."""
+
+    def __init__(self, config: ClusterConfig, node: str, store: WeightStore) -> None:
+        self._node, self._store, self._source = node, store, HostSource(store, config)
+        self._server: BulkServer | None = None
+
+    def meet(self, state: ClusterState, network: Network) -> tuple[str, str]:
+        """Note who is there; where this host listens and with which public key, for its agent's record."""
+        self._store.know(peers_of(state, self._node), partial(digest_of, served=state.checkpoint))
+        key = listening_keys(network, Purpose.WEIGHTS).public.decode("ascii")
+        if self._server is None or self._server.key != key:
+            self.close()
+            self._server = BulkServer(remote_of(network, Purpose.WEIGHTS), self._source)
+        return self._server.endpoint, self._server.key
+
+    def close(self) -> None:
+        """Send no more."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None

@@ -1,0 +1,106 @@
+"""Asks another host's `BulkServer`: many questions may be open, each is waited for by its number.
+
+For one thread. A host that says nothing for SILENT_S while it owes an answer is gone, unless it said that the answer
+takes longer. Pieces are taken as ZeroMQ's own memory: they are copied once, to where they shall be.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from itertools import count
+from typing import Any
+
+import msgspec
+import zmq
+
+from membership.base.errors import ElasticError, QueueError
+from membership.base.network import Network
+from workers.protocol.weight_peers import Asked, File, Find, Peer, Place, Read, Said
+from workers.queue.curve import use_curve
+from workers.queue.endpoints import connect
+from workers.queue.network import Purpose, connecting_keys, same_secret
+
+SILENT_S = 10.0
+LOOK_S = 0.5
+Data = memoryview
+
+
+class PeerLost(ElasticError):
+    """The other host does not answer, or refuses; the text names it."""
+
+
+class BulkLink:
+    """A connection to one host. `close` it."""
+
+    def __init__(self, peer: Peer, network: Network, context: zmq.Context[Any], silent_s: float = SILENT_S) -> None:
+        self.peer, self._silent_s = peer, silent_s
+        self._numbers = count(1)
+        self._arrived: dict[int, tuple[Said, Data]] = {}
+        self._forgotten: set[int] = set()
+        self._patient_until = 0.0  # an answer was promised for then
+        try:
+            ours = same_secret(peer.key.encode("ascii"), network, Purpose.WEIGHTS)
+        except (QueueError, ValueError) as error:
+            raise PeerLost(f"node {peer.node}: {error}") from error
+        self._dealer = context.socket(zmq.DEALER)
+        self._dealer.setsockopt(zmq.RCVHWM, 0)  # we limit what is under way
+        self._dealer.setsockopt(zmq.LINGER, 0)
+        use_curve(self._dealer, connecting_keys(ours, Purpose.WEIGHTS), peer.key.encode("ascii"))
+        connect(self._dealer, peer.endpoint)
+
+    def close(self) -> None:
+        """What is open is not answered any more."""
+        self._dealer.close()
+
+    def ask(self, what: Find | Read | File) -> int:
+        """Ask, and go on: the number of the question."""
+        number = next(self._numbers)
+        self._dealer.send(msgspec.msgpack.encode(Asked(number, what)))
+        return number
+
+    def forget(self, number: int) -> None:
+        """Its answer is not wanted any more."""
+        if self._arrived.pop(number, None) is None:
+            self._forgotten.add(number)
+
+    def find(self, names: list[str]) -> list[Place]:
+        """Where these entries are there."""
+        return self._wait(self.ask(Find(names)))[0].places
+
+    def file(self, name: str) -> bytes:
+        """A small file of its checkpoint."""
+        return bytes(self._wait(self.ask(File(name)))[1])
+
+    def take(self, number: int, waiting: Callable[[], object] = lambda: None) -> Data:
+        """The bytes that were asked for. `waiting` is called now and then while they have been promised for later."""
+        return self._wait(number, waiting)[1]
+
+    def _wait(self, number: int, waiting: Callable[[], object] = lambda: None) -> tuple[Said, Data]:
+        since = time.monotonic()
+        while number not in self._arrived:
+            now = time.monotonic()
+            if now < self._patient_until:
+                waiting()
+            elif now > max(since, self._patient_until) + self._silent_s:
+                raise PeerLost(f"node {self.peer.node} ({self.peer.endpoint}) was silent for {self._silent_s:g} s")
+            if self._dealer.poll(int(LOOK_S * 1000)):
+                since = time.monotonic()
+                self._receive()
+        said, data = self._arrived.pop(number)
+        if said.refused:
+            raise PeerLost(f"node {self.peer.node} refused: {said.refused}")
+        return said, data
+
+    def _receive(self) -> None:
+        first, *rest = self._dealer.recv_multipart(copy=False)
+        try:
+            said = msgspec.msgpack.decode(first.buffer, type=Said)
+        except msgspec.MsgspecError as error:
+            raise PeerLost(f"node {self.peer.node} sent what is no answer: {error}") from error
+        if said.wait_s:
+            self._patient_until = max(self._patient_until, time.monotonic() + said.wait_s)
+        elif said.number in self._forgotten:
+            self._forgotten.discard(said.number)
+        else:
+            self._arrived[said.number] = said, rest[0].buffer if rest else memoryview(b"")
