@@ -61,7 +61,6 @@ from workers.agent.preload import WORKER_CLASS
 from workers.agent.registrar import Registrar
 from workers.agent.restart_policy import policy_of
 from workers.agent.spares import Spares
-from workers.bulk.model_files import model_directory
 from workers.protocol.far_link import FarLink
 from workers.protocol.host_links import HostLinks
 from workers.protocol.rpc import Outcome, PendingCall
@@ -587,7 +586,9 @@ def run_agent(
         options = replace(options, network=require_joined(config, options.network))
         wait_for_name(mirror, node, stop)
         require_reachable(mirror.state(), node, options.network)
-        if options.keep is not None:
+        if options.keep is not None and options.network is not None:
+            from workers.bulk.model_files import model_directory  # with ZeroMQ: only where there are several hosts
+
             model = model_directory(mirror, options.model, node, options.keep, options.network, stop)
             options = replace(options, model=model)
         agent = Agent(store, mirror, config, node, events, options)

@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from membership.base.errors import QueueError
 from membership.base.network import Network
 from membership.store.records import ClusterConfig, ClusterState
 from workers.agent.weight_store import WeightStore
-from workers.bulk.model_files import peers_of
-from workers.bulk.server import BulkServer
-from workers.protocol.weight_peers import Place, digest_of
+from workers.protocol.weight_peers import Place, digest_of, peers_of
 from workers.queue.network import Purpose, listening_keys, remote_of
+
+if TYPE_CHECKING:
+    from workers.bulk.server import BulkServer
 
 
 class HostSource:
@@ -60,6 +62,8 @@ class PeerHosts:
         self._store.know(peers_of(state, self._node), partial(digest_of, served=state.checkpoint))
         key = listening_keys(network, Purpose.WEIGHTS).public.decode("ascii")
         if self._server is None or self._server.key != key:
+            from workers.bulk.server import BulkServer  # with ZeroMQ: only where there are several hosts
+
             self.close()
             self._server = BulkServer(remote_of(network, Purpose.WEIGHTS), self._source)
         return self._server.endpoint, self._server.key

@@ -17,19 +17,12 @@ import zmq
 from membership.base.errors import ConfigError
 from membership.base.network import Network
 from membership.store.mirror import Mirror
-from membership.store.records import ClusterState
 from workers.bulk.client import BulkLink, PeerLost
-from workers.protocol.weight_peers import Peer, small_file_digest
+from workers.protocol.weight_peers import Peer, peers_of, small_file_digest
 
 CONFIG_FILE = "config.json"
 ASK_EVERY_S = 1.0
 log = structlog.get_logger(__name__)
-
-
-def peers_of(state: ClusterState, node: str) -> tuple[Peer, ...]:
-    """The other hosts that send what they have."""
-    found = (a for a in state.agents.values() if a.weights_at and a.node != node)
-    return tuple(Peer(a.node, a.weights_at, a.weights_key) for a in found)
 
 
 def model_directory(

@@ -11,7 +11,7 @@ import re
 
 import msgspec
 
-from membership.store.records import DIGEST_BYTES, Checkpoint
+from membership.store.records import DIGEST_BYTES, Checkpoint, ClusterState
 
 PIECE = 1 << 20  # most bytes of one answer
 DENSE = "dense"  # all that is not a routed expert
@@ -54,6 +54,12 @@ class Peer(msgspec.Struct, frozen=True, array_like=True):
     node: str
     endpoint: str
     key: str
+
+
+def peers_of(state: ClusterState, node: str) -> tuple[Peer, ...]:
+    """The other hosts that send what they have."""
+    found = (a for a in state.agents.values() if a.weights_at and a.node != node)
+    return tuple(Peer(a.node, a.weights_at, a.weights_key) for a in found)
 
 
 class Elsewhere(msgspec.Struct, frozen=True, array_like=True):
