@@ -37,7 +37,7 @@ from membership.store.keys import Keys
 from membership.store.mirror import Mirror
 from membership.store.records import AgentRecord, ClusterConfig, ClusterState
 from workers.agent import decide
-from workers.agent.begin import wait_for_name
+from workers.agent.begin import admitted, model_of
 from workers.agent.decide import (
     Attach,
     Effect,
@@ -65,7 +65,6 @@ from workers.protocol.far_link import FarLink
 from workers.protocol.host_links import HostLinks
 from workers.protocol.rpc import Outcome, PendingCall
 from workers.queue.handle import this_host
-from workers.queue.network import require_joined, require_reachable
 
 TICK_S = 0.1
 ATTACH_RETRY_S = 0.3
@@ -265,8 +264,7 @@ class Agent:
         renewed = self._secrets.look(state.config)
         me = changed(self.me, join_keys=self._secrets.keys)
         if self._secrets.network is not None:
-            endpoint, key = self._executor.use(self._secrets.network, state)
-            me = changed(me, weights_at=endpoint, weights_key=key)
+            me = changed(me, **self._executor.use(self._secrets.network, state))
         if me != self.me:
             self.me = me
             self._publish_me()
@@ -506,9 +504,8 @@ class Agent:
             self._publish_heartbeats_at = now + HEARTBEATS_EVERY_S
             node = self.me.node
             record = decide.heartbeats(node, self._heartbeats, self._loads.seen, now, self._wall())
-            record = changed(record, links=self._links.record())
-            if self.me.address:
-                record = changed(record, weights_from=self._executor.weights.taking_from)
+            taking = self._executor.weights.taking_from if self.me.address else ()
+            record = changed(record, links=self._links.record(), weights_from=taking)
             self._registrar.note(self._keys.heartbeats(node), record, beside=self._keys.agent(node))
             if self.me.address:
                 self._ask_for_links()
@@ -583,14 +580,9 @@ def run_agent(
         config = mirror.wait_for_config(stop)
         if config is None:
             return
-        options = replace(options, network=require_joined(config, options.network))
-        wait_for_name(mirror, node, stop)
-        require_reachable(mirror.state(), node, options.network)
-        if options.keep is not None and options.network is not None:
-            from workers.bulk.model_files import model_directory  # with ZeroMQ: only where there are several hosts
-
-            model = model_directory(mirror, options.model, node, options.keep, options.network, stop)
-            options = replace(options, model=model)
+        network = admitted(mirror, config, node, options.network, stop)
+        model = model_of(mirror, options.model, node, options.keep, network, stop)
+        options = replace(options, network=network, model=model)
         agent = Agent(store, mirror, config, node, events, options)
         try:
             agent.run(stop)

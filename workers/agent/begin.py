@@ -1,13 +1,37 @@
-"""What an agent waits for before it begins: the end of an earlier agent of its node."""
+"""What an agent needs before it begins: the end of an earlier agent of its node, the join secret, config and tokenizer."""
 
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 from membership.base.errors import Fenced, WaitTimeout
+from membership.base.network import Network
 from membership.base.timing import TAKEOVER_S
 from membership.store.mirror import Mirror
-from membership.store.records import ClusterState
+from membership.store.records import ClusterConfig, ClusterState
+from workers.queue.network import require_joined, require_reachable
+
+
+def admitted(
+    mirror: Mirror, config: ClusterConfig, node: str, network: Network | None, stop: threading.Event
+) -> Network | None:
+    """What the agent listens with, once no other one has its name. ConfigError: the cluster has other secrets or hosts."""
+    ours = require_joined(config, network)
+    wait_for_name(mirror, node, stop)
+    require_reachable(mirror.state(), node, ours)
+    return ours
+
+
+def model_of(
+    mirror: Mirror, model: str, node: str, keep: Path | None, network: Network | None, stop: threading.Event
+) -> str:
+    """Where its checkpoint's config is: `model`, unless it is not there and other hosts have sent it into `keep`."""
+    if keep is None or network is None:
+        return model
+    from workers.bulk.model_files import model_directory  # with ZeroMQ: only where there are several hosts
+
+    return model_directory(mirror, model, node, keep, network, stop)
 
 
 def wait_for_name(mirror: Mirror, node: str, stop: threading.Event) -> None:

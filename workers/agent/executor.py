@@ -113,8 +113,10 @@ class MultiprocExecutor:
         self._collector = threading.Thread(target=self._collect, name="executor-replies", daemon=True)
         self._collector.start()
 
-    def use(self, network: Network, state: ClusterState) -> tuple[str, str]:
-        """What ranks that are started from now on are given of other hosts; where those get this host's weights."""
+    def use(self, network: Network, state: ClusterState) -> dict[str, str]:
+        """What ranks that are started from now on are given of other hosts; for the agent's record, where those get
+        this host's weights.
+        """
         self._elsewhere = replace(self._elsewhere, network=network)
         return self.peers.meet(state, network)
 

@@ -57,8 +57,8 @@ class PeerHosts:
         self._node, self._store, self._source = node, store, HostSource(store, config)
         self._server: BulkServer | None = None
 
-    def meet(self, state: ClusterState, network: Network) -> tuple[str, str]:
-        """Note who is there; where this host listens and with which public key, for its agent's record."""
+    def meet(self, state: ClusterState, network: Network) -> dict[str, str]:
+        """Note who is there; where this host listens and with which public key, as its agent's record has it."""
         self._store.know(peers_of(state, self._node), partial(digest_of, served=state.checkpoint))
         key = listening_keys(network, Purpose.WEIGHTS).public.decode("ascii")
         if self._server is None or self._server.key != key:
@@ -66,7 +66,7 @@ class PeerHosts:
 
             self.close()
             self._server = BulkServer(remote_of(network, Purpose.WEIGHTS), self._source)
-        return self._server.endpoint, self._server.key
+        return {"weights_at": self._server.endpoint, "weights_key": self._server.key}
 
     def close(self) -> None:
         """Send no more."""
