@@ -1,4 +1,4 @@
-"""What an agent needs before it begins: the end of an earlier agent of its node, the join secret, config and tokenizer."""
+"""What an agent needs before it begins: its name, the join secret, config and tokenizer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from workers.queue.network import require_joined, require_reachable
 def admitted(
     mirror: Mirror, config: ClusterConfig, node: str, network: Network | None, stop: threading.Event
 ) -> Network | None:
-    """What the agent listens with, once no other one has its name. ConfigError: the cluster has other secrets or hosts."""
+    """What the agent listens with, once no other has its name. ConfigError: it does not fit the cluster."""
     ours = require_joined(config, network)
     wait_for_name(mirror, node, stop)
     require_reachable(mirror.state(), node, ours)
