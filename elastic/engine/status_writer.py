@@ -12,8 +12,9 @@ from membership.base import failpoints
 from membership.base.attempts import Attempts
 from membership.base.errors import LeaseLost, StoreError, WaitTimeout
 from membership.store.codec import encode
-from membership.store.interface import Compare, Op, Put, Store
+from membership.store.interface import Compare, Put, Store
 from membership.store.keys import Keys
+from membership.store.ordered import OrderedKey
 from membership.store.records import EngineStatus, ExpertLoad
 
 PERIOD_S = 1.0
@@ -36,8 +37,7 @@ class StatusWriter:
         *,
         background: bool = True,
     ) -> None:
-        self._store = store
-        self._key, self._loads_key = keys.engine_status, keys.expert_load
+        self._key, self._loads_key = OrderedKey(store, keys.engine_status), keys.expert_load
         self._fence = Compare(keys.engine, "create", "=", token)
         self._lease = lease
         self._on_fenced = on_fenced
@@ -107,12 +107,11 @@ class StatusWriter:
 
     def _write(self, status: EngineStatus, loads: ExpertLoad | None) -> bool:
         """False if this engine has been replaced, or its lease has ended, which lets others replace it."""
-        puts: list[Op] = [Put(self._key, encode(replace(status, join_keys=self._join_keys())), self._lease)]
-        if loads is not None:
-            puts.append(Put(self._loads_key, encode(loads), self._lease))
+        more = [] if loads is None else [Put(self._loads_key, encode(loads), self._lease)]
+        value = encode(replace(status, join_keys=self._join_keys()))
         failpoints.hit("engine.before.status")
         try:
-            outcome = self._store.txn([self._fence], puts)
+            in_office = self._key.put(value, self._lease, [self._fence], more)
         except LeaseLost:
             return False
         except StoreError as error:
@@ -121,7 +120,7 @@ class StatusWriter:
             self._reachable = False
             return True
         self._reachable = True
-        return outcome.succeeded
+        return in_office
 
 
 def _urgent(status: EngineStatus) -> tuple[object, ...]:
