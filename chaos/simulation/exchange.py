@@ -75,6 +75,10 @@ class SimExchange:
         """Links are cut by deaths only, which the engine sees."""
         return []
 
+    def stays(self) -> bool:
+        """Rows travel: nothing here computes, so no cores are shared out."""
+        return False
+
     def begin_step(self, ctx: StepContext) -> None:
         if self._ctx is None or ctx.view is not self._ctx.view:
             self._router = Router(self._rank.key[0], ctx.view.placement)

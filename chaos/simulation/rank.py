@@ -65,7 +65,7 @@ class SimWorker(EPWorker):
         self.exchange = cast(Any, rank.exchange)
         self.runner = Runner(rank)
         self._runner = cast(Any, self.runner)
-        self._device = self._latest = self._mask = None
+        self._device = self._backend = self._latest = self._mask = None
         self._load_due = math.inf  # nothing is reported: when it is due, the clock of this machine would say
         self._view, self._preparing, self._engine_token, self._left = View(epoch=0), {}, 0, set()
 
