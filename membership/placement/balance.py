@@ -6,7 +6,8 @@ layer is as slow as its busiest rank, so imbalance is the busiest rank's load ov
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ from membership.placement.tally import (
     Bools,
     Floats,
     Held,
+    Ints,
     held_by,
     held_in,
     host_numbers,
@@ -38,18 +40,26 @@ def imbalance(placement: Placement, loads: Loads) -> float:
 
 @dataclass(frozen=True)
 class Search:
-    """Moves that lower the busiest ranks' load, in the order in which they were found: at most one per layer in each
-    step."""
+    """Moves that lower the busiest ranks' load in the searched `layers`, in the order in which they were found: at most
+    one per layer in each step."""
 
     placement: Placement
     holds: Bools
-    uneven: Floats  # [layer], before
+    layers: Ints  # the most uneven one first
+    before: float  # imbalance of these layers
+    reached: float  # the same after all steps
     steps: tuple[Swap, ...]
+    others: Callable[[], bool]  # whether there are moves in layers that were not searched
+
+    @property
+    def moves(self) -> int:
+        """The number of expert loads in all steps."""
+        return sum(step.layer.size for step in self.steps)
 
     def after(self, most_moves: int) -> Placement:
         """Return the placement after at most this many expert loads, worst layers first."""
         holds, left = self.holds.copy(), most_moves
-        for layer in np.argsort(-self.uneven, kind="stable").tolist():
+        for layer in self.layers.tolist():
             for step in self.steps:
                 mine = step.layer == layer
                 if not mine.any():
@@ -63,19 +73,43 @@ class Search:
 
 
 def search(
-    placement: Placement, loads: Loads, nodes: Mapping[int, str], redundancy: float, *, exchanges: bool = True
+    placement: Placement,
+    loads: Loads,
+    nodes: Mapping[int, str],
+    redundancy: float,
+    *,
+    exchanges: bool = True,
+    slots: int = sys.maxsize,
 ) -> Search:
-    """Search for a better placement.
+    """Search for a better placement of the most uneven layers that can be improved, as many as have `slots` slots.
 
     Ranks swap experts (if `exchanges`), and replicas beyond the redundancy's whole part go from cold experts to hot
     ones. No rank's number of slots changes, and no expert ends on fewer than two hosts (or fewer than it has now).
     """
     order, weights = sorted(placement), _weights(loads)
     found = held_in(order, placement)
-    holds = held_by(len(weights), weights.shape[1], order, found)
+    holds, hosts = held_by(len(weights), weights.shape[1], order, found), host_numbers(order, nodes)
     floor = min(int(redundancy), len(order))
-    local = LocalSearch(holds, weights, host_numbers(order, nodes), floor, exchanges=exchanges)
-    return Search(placement, holds, _uneven(found, len(order), weights), tuple(local.steps()))
+
+    def local(layers: Ints) -> LocalSearch:
+        return LocalSearch(holds[layers], weights[layers], hosts, floor, exchanges=exchanges)
+
+    uneven = _uneven(found, len(order), weights)
+    worst = np.argsort(-uneven, kind="stable")
+    number = max(1, slots * len(weights) // max(1, found.layer.size))
+    steps: tuple[Swap, ...] = ()
+    layers, left, reached = worst[:0], worst, 1.0
+    while left.size and not steps:
+        layers, left = left[:number], left[number:]
+        searched = local(layers)
+        steps = tuple(step._replace(layer=layers[step.layer]) for step in searched.steps())
+        reached = float((searched.load.max(axis=1) / searched.load.mean(axis=1)).mean())
+    before = float(uneven[layers].mean()) if layers.size else 1.0
+
+    def others() -> bool:
+        return bool(left.size) and next(local(left).steps(), None) is not None
+
+    return Search(placement, holds, layers, before, reached, steps, others)
 
 
 def balanced(

@@ -47,7 +47,7 @@ def held_by(moe_layers: int, experts: int, order: Sequence[int], current: Placem
 def held_in(order: Sequence[int], current: Placement) -> Held:
     """Return the replicas of a placement, rank by rank."""
     by_row = [current.get(rank, ()) for rank in order]
-    sizes = [len(mine) for held in by_row for mine in held]
+    sizes = list(map(len, chain.from_iterable(by_row)))
     layers = [layer for held in by_row for layer in range(len(held))]
     rows = [row for row, held in enumerate(by_row) for _ in held]
     experts = np.fromiter(chain.from_iterable(chain.from_iterable(by_row)), dtype=np.int64, count=sum(sizes))

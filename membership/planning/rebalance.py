@@ -24,7 +24,8 @@ from membership.planning.cluster_facts import ClusterFacts
 from membership.store.records import ClusterConfig, ExpertLoad, Member, Placement
 
 UNEVEN = 1.3  # rebalance if the imbalance is above this
-BETTER = 0.9  # and only if it would fall to at most this part of it
+BETTER = 0.9  # and only if that of the worst layers would fall to at most this part of it
+SEARCHED = 1280  # slots of the layers that one step is looked for in: a large model's layers take a byte budget each
 GOING_ON = 0.99  # the same for a rebalance that is unfinished or requested
 
 
@@ -90,15 +91,15 @@ def _better(problem: _Problem) -> Rebalance | None:
         return Rebalance(step, RESTORE_REST_S, "redundancy is restored", unfinished=True) if step != now else None
     if loads is None or (uneven := imbalance(now, loads)) <= (EVEN if problem.begun else UNEVEN):
         return None
-    found = search(now, loads, nodes, config.redundancy)
-    goal = found.after(sys.maxsize)
-    if imbalance(goal, loads) > (GOING_ON if problem.begun else BETTER) * uneven:
+    found = search(now, loads, nodes, config.redundancy, slots=SEARCHED)
+    if found.reached > (GOING_ON if problem.begun else BETTER) * found.before:
         return None
     step = found.after(most) if most > 1 else balanced(now, loads, nodes, config.redundancy, most)
-    if imbalance(step, loads) >= uneven:
+    after = imbalance(step, loads)
+    if after >= uneven:
         return None
-    words = f"load is balanced, imbalance {uneven:.2f} -> {imbalance(step, loads):.2f}"
-    return Rebalance(step, BALANCE_REST_S, words, step != goal)
+    words = f"load is balanced, imbalance {uneven:.2f} -> {after:.2f}"
+    return Rebalance(step, BALANCE_REST_S, words, found.moves > most or found.others())
 
 
 def _strength(problem: _Problem, placement: Placement) -> tuple[int, int, int]:
