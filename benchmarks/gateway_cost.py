@@ -1,10 +1,11 @@
 """What the gateway takes of a processor per token streamed, bare and with all that people switch on.
 
-    python -m benchmarks.gateway_cost [--streams 32] [--tokens 256] [--rounds 6]
+    python -m benchmarks.gateway_cost [--streams 32] [--tokens 256] [--rounds 6] [--parent DIR]
 
 Two clusters of one rank serve the demo model: one as it comes, and one with API keys, an access log, and its metrics
 read once per second. Rounds of streams go to the two in turn, and of each gateway's process the time is counted. What
-it takes depends on how many tokens arrive at once, so both get the same requests.
+it takes depends on how many tokens arrive at once, so both get the same requests. `--parent`: a third one is served
+bare from another tree, to compare a change with what was before (`git worktree add DIR COMMIT`).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ MODEL = Path(__file__).resolve().parents[1] / "elastic" / "demo" / "checkpoint"
 KEY = "a-key-of-nobody-in-particular"
 SILENCE_S = 120.0
 SCRAPE_S = 1.0
+BARE, FULL, PARENT = "bare", "with keys, access log, metrics", "bare, parent"
 
 
 def gateway_of(cluster: ServedCluster) -> psutil.Process:
@@ -89,19 +91,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, default in (("streams", 32), ("tokens", 256), ("rounds", 6)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--parent", type=Path)
     args = parser.parse_args()
     with ExitStack() as ends:
         folder = Path(ends.enter_context(tempfile.TemporaryDirectory()))
         keys = folder / "keys"
         keys.write_text(f"somebody:{KEY}\n", encoding="utf-8")
         keys.chmod(0o600)
-        flags = {"bare": (), "with keys, access log, metrics": ("--api-key-file", str(keys), "--access-log")}
+        flags = {BARE: (), FULL: ("--api-key-file", str(keys), "--access-log")} | ({PARENT: ()} if args.parent else {})
+        there = {"PYTHONPATH": str(args.parent), "PYTHONSAFEPATH": "1"}  # else the folder we are in comes first
         clusters = {}
         for name, more in flags.items():
-            cluster = ServedCluster(MODEL, 1, flags=("--served-model-name", "demo", *more))
+            environ = there if name == PARENT else {}
+            cluster = ServedCluster(MODEL, 1, flags=("--served-model-name", "demo", *more), environ=environ)
             clusters[name] = ends.enter_context(cluster)
         for cluster in clusters.values():
-            cluster.wait_serving(1)
+            cluster.wait_serving(1, SILENCE_S * 3)
         taken: dict[str, list[float]] = {name: [] for name in clusters}
         for number in range(args.rounds + 1):
             for name, cluster in clusters.items():
@@ -110,14 +115,11 @@ def main() -> None:
                 asyncio.run(one_round(cluster, args.streams, args.tokens, scraped=bool(flags[name])))
                 if number:  # the first one warms up
                     taken[name].append((spent_s(gateway) - before) / (args.streams * args.tokens) * 1e6)
-    bare, full = (statistics.median(each) for each in taken.values())
+    medians = {name: statistics.median(each) for name, each in taken.items()}
     for name, each in taken.items():
         print(json.dumps({"gateway": name, "us_per_token": [round(one, 1) for one in each]}))
-    print(
-        json.dumps(
-            {"streams": args.streams, "bare_us": round(bare, 1), "full_us": round(full, 1), "ratio": full / bare}
-        )
-    )
+    ratios = {f"{name}, to bare": round(each / medians[BARE], 3) for name, each in medians.items() if name != BARE}
+    print(json.dumps({"streams": args.streams, "median_us": {n: round(m, 1) for n, m in medians.items()}} | ratios))
 
 
 if __name__ == "__main__":

@@ -1,24 +1,64 @@
-"""The tables of docs/API.md that are written from the code: fields that are honoured, ignored and refused."""
+"""The tables of docs/API.md that are written from the code: routes; fields that are honoured, ignored and refused."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+
+from elastic.gateway.admin import admin_app
+from elastic.gateway.app import public_app
 from elastic.gateway.fields import EXTRAS, Extra, Place
+from elastic.gateway.health import PATHS
+from elastic.gateway.page import with_page
 from elastic.gateway.schema import ChatRequest, CompletionRequest
 
 API_PAGE = Path("docs/API.md")
 BEGIN, END = "<!-- fields, written by `make docs` -->", "<!-- (end of the fields) -->"
+ROUTES = "<!-- routes, written by `make docs` -->", "<!-- (end of the routes) -->"
 FAR = 2**31 - 1  # a bound that only keeps numbers within 64 bits
 
 
 def api_page(text: str) -> str:
-    """The text of docs/API.md with its tables of fields written anew."""
-    part = "\n".join((BEGIN, "", *_honoured(), "", *_extras(), "", END))
-    return re.sub(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda found: part, text, flags=re.DOTALL)
+    """The text of docs/API.md with its tables written anew."""
+    tables = {ROUTES: _routes(), (BEGIN, END): (*_honoured(), "", *_extras())}
+    for (begin, end), lines in tables.items():
+        part = "\n".join((begin, "", *lines, "", end))
+        text = re.sub(f"{re.escape(begin)}.*{re.escape(end)}", lambda found, part=part: part, text, flags=re.DOTALL)
+    return text
+
+
+def served() -> Iterator[tuple[str, str, set[str]]]:
+    """The port, path and methods of each route. The applications are made for it with nothing behind them."""
+    nothing = cast(Any, SimpleNamespace(metrics=None, check=lambda request: None))
+    admin = admin_app(nothing)
+    for port, app in (("API", public_app(nothing, nothing)), ("admin", with_page(admin)), ("admin", admin)):
+        yield from ((port, *route) for route in _of(app))
+
+
+def _of(app: FastAPI) -> Iterator[tuple[str, set[str]]]:
+    for route in app.routes:
+        if not isinstance(route, APIRoute):
+            raise TypeError(f"{route} is no route that the page can describe")
+        yield route.path, set(route.methods or ())
+
+
+def _routes() -> list[str]:
+    found: dict[tuple[str, str], set[str]] = {}
+    for port, path, methods in served():
+        found.setdefault((path, port), set()).update(methods)
+    lines = ["| path | methods beside `OPTIONS` | port | needs |", "|---|---|---|---|"]
+    for (path, port), methods in sorted(found.items()):
+        needs = "nothing" if path in PATHS or path.startswith("/ui") else "a key, if there are keys"
+        needs = "the admin token" if port == "admin" and needs != "nothing" else needs
+        lines.append(f"| `{path}` | {', '.join(f'`{each}`' for each in sorted(methods))} | {port} | {needs} |")
+    return lines
 
 
 def _honoured() -> list[str]:

@@ -24,6 +24,7 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag=True):
     prompt_logprobs: int = -1  # of the prompt's own tokens, before the first token: as `Sampling.logprobs`
     taken: bool = False  # an engine may have it already: it is not refused for want of room
     trace: str = ""  # W3C traceparent of the gateway's span, if that is sampled
+    together: bool = False  # the gateway takes several outputs in one message: `Outputs`
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -76,5 +77,12 @@ class Rejected(msgspec.Struct, frozen=True, array_like=True, tag=True):
     retry_after_s: float = 0.0
 
 
+class Outputs(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """What one gateway's requests got at once, in order: a step gives each of them a token."""
+
+    engine_token: int
+    outputs: list[Tokens | Rejected]
+
+
 ToEngine = Hello | Submit | Abort
-ToGateway = Welcome | Tokens | Rejected
+ToGateway = Welcome | Tokens | Rejected | Outputs

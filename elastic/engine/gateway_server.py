@@ -20,7 +20,7 @@ import msgspec
 import structlog
 import zmq
 
-from elastic.protocol import Abort, Hello, Rejected, Submit, ToEngine, ToGateway, Tokens, Welcome
+from elastic.protocol import Abort, Hello, Outputs, Rejected, Submit, ToEngine, ToGateway, Tokens, Welcome
 from membership.base import failpoints
 from membership.base.attempts import Attempts
 from membership.base.errors import WaitTimeout
@@ -45,6 +45,7 @@ class Submission(NamedTuple):
 
     gateway: Route
     number: int
+    together: bool  # with the answers to others
 
 
 """The socket on which a gateway is, and its routing id there."""
@@ -101,7 +102,7 @@ class EngineServer:
             sender, message = self._inbox.popleft()
             there = self._routes.get(message.request_id)
             if isinstance(message, Submit) and not isinstance(sender, Submission):
-                self._routes[message.request_id] = Submission(sender, next(self._numbers))
+                self._routes[message.request_id] = Submission(sender, next(self._numbers), message.together)
             elif there is not None and sender in (there, there.gateway):
                 del self._routes[message.request_id]
             else:
@@ -216,9 +217,24 @@ class EngineServer:
         self._on_message()
 
     def _send_all(self) -> None:
+        """Each gateway gets all that is there for it in one message, if it takes that: it wakes up once."""
+        together: dict[Route, list[tuple[Submission, Tokens | Rejected]]] = {}
         while self._outbox:
             submission, output = self._outbox.popleft()
-            if not self._send_to(submission.gateway, output) and not _ends(output):
+            if submission.together:
+                together.setdefault(submission.gateway, []).append((submission, output))
+            else:
+                self._send_some(submission.gateway, [(submission, output)])
+        for gateway, outputs in together.items():
+            self._send_some(gateway, outputs)
+
+    def _send_some(self, gateway: Route, outputs: list[tuple[Submission, Tokens | Rejected]]) -> None:
+        alone = len(outputs) == 1
+        message = outputs[0][1] if alone else Outputs(self._token, [output for _, output in outputs])
+        if self._send_to(gateway, message):
+            return
+        for submission, output in outputs:
+            if not _ends(output):
                 self._inbox.append((submission, Abort(output.request_id)))
                 self._on_message()
 

@@ -129,7 +129,7 @@ def run_gateway(
         metrics.follow_load(link, config.served_model_name if settings.api.metrics_aliases else "")
         service = _service(config, settings, link, metrics)
         access = Access(
-            _public_app(service, readiness),
+            public_app(service, readiness),
             keys,
             logged=settings.api.access_log,
             certified=settings.api.ssl_cert_reqs == 2,
@@ -196,7 +196,8 @@ def _service(
     )
 
 
-def _public_app(service: openai.Service, readiness: health.Readiness) -> FastAPI:
+def public_app(service: openai.Service, readiness: health.Readiness) -> FastAPI:
+    """The application of the API port."""
     app = new_app("elastic-ep")
     openai.add_routes(app, service)
     tokenization.add_routes(app, service)

@@ -24,7 +24,7 @@ import zmq.asyncio
 
 from elastic.gateway.engine_socket import EngineSocket, engine_socket, is_near
 from elastic.gateway.journal import Delta, Journal, Request
-from elastic.protocol import Hello, Rejected, ToEngine, ToGateway, Tokens, Welcome
+from elastic.protocol import Hello, Outputs, Rejected, ToEngine, ToGateway, Tokens, Welcome
 from elastic.serve.options import ApiOptions
 from membership.base import failpoints
 from membership.base.errors import ConfigError, JournalError, QueueError, RequestError
@@ -83,6 +83,8 @@ class Generation:
         self._timeout_s = timeout_s
         self._inbox: deque[tuple[str, Delta | RequestError]] = deque()
         self._wake: asyncio.Future[None] | None = None
+        self._waits_since = 0.0
+        self._watcher: asyncio.TimerHandle | None = None
 
     def __enter__(self) -> Generation:
         try:
@@ -104,19 +106,32 @@ class Generation:
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
         """Everything that arrives until each request has ended; RequestError if one fails."""
-        while self._running:
-            while not self._inbox:
-                self._wake = asyncio.get_running_loop().create_future()
-                try:
-                    await asyncio.wait_for(self._wake, self._timeout_s)
-                except TimeoutError:
-                    raise RequestError(f"no news of the request for {self._timeout_s:g} s", status=503) from None
-            request_id, update = self._inbox.popleft()
-            if isinstance(update, RequestError):
-                raise update
-            if update.finish_reason:
-                self._running.discard(request_id)
-            yield self._position[request_id], update
+        loop = asyncio.get_running_loop()
+        self._watch(loop)
+        try:
+            while self._running:
+                while not self._inbox:
+                    self._wake, self._waits_since = loop.create_future(), loop.time()
+                    await self._wake
+                request_id, update = self._inbox.popleft()
+                if isinstance(update, RequestError):
+                    raise update
+                if update.finish_reason:
+                    self._running.discard(request_id)
+                yield self._position[request_id], update
+        finally:
+            if self._watcher is not None:
+                self._watcher.cancel()
+
+    def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Fail the wait that is under way once it is too long. One timer for all of them: there is one per token."""
+        left_s = self._timeout_s
+        if self._wake is not None and not self._wake.done():
+            left_s -= loop.time() - self._waits_since
+            if left_s <= 0:
+                self._wake.set_exception(RequestError(f"no news of the request for {self._timeout_s:g} s", status=503))
+                return
+        self._watcher = loop.call_later(left_s, self._watch, loop)
 
     def stop(self, position: int) -> None:
         """Stop one of the requests; nothing more of it will arrive."""
@@ -327,6 +342,9 @@ class EngineLink:
         if isinstance(message, Welcome):
             if not self.ready:
                 self._attach(message.engine_token)
+        elif isinstance(message, Outputs):
+            for output in message.outputs:
+                self._handle(output)
         elif isinstance(message, Tokens):
             self._on_tokens(message)
         elif self.journal.reject(message):

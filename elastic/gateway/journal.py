@@ -54,6 +54,7 @@ class Request(msgspec.Struct, kw_only=True):
             prompt_logprobs=self.prompt_logprobs,
             taken=self.sent,
             trace=self.trace,
+            together=True,
         )
 
 
@@ -168,20 +169,26 @@ class Journal:
 
     def _fresh(self, request: Request, message: Tokens) -> list[int]:
         """The tokens of the message that were not emitted yet."""
-        known, end = len(request.emitted), message.index + len(message.tokens)
-        where = f"request {request.id}, engine {message.engine_token}"
-        if not 0 <= message.index <= known:
-            raise JournalError(f"{where}: tokens from index {message.index} leave a gap after {known} emitted ones")
-        overlap = min(end, known)
-        if message.tokens[: overlap - message.index] != request.emitted[message.index : overlap]:
-            raise JournalError(f"{where}: tokens {message.index}..{overlap - 1} differ from the ones already emitted")
-        if end > request.max_tokens:
-            raise JournalError(f"{where}: {end} tokens are more than max_tokens={request.max_tokens}")
-        if message.finish_reason and end < known:
-            raise JournalError(f"{where}: ends after {end} tokens, but {known} were emitted")
-        if message.logprobs is not None and len(message.logprobs) != len(message.tokens):
-            raise JournalError(f"{where}: {len(message.logprobs)} logprobs for {len(message.tokens)} tokens")
-        scores = message.prompt_logprobs
-        if request.prompt_logprobs >= 0 and (scores is None or len(scores) != len(request.prompt) - 1):
-            raise JournalError(f"{where}: tokens came without the log probabilities of the prompt")
-        return message.tokens[overlap - message.index :]
+        if wrong := _wrong(request, message):
+            raise JournalError(f"request {request.id}, engine {message.engine_token}: {wrong}")
+        return message.tokens[len(request.emitted) - message.index :]
+
+
+def _wrong(request: Request, message: Tokens) -> str:
+    """What contradicts the request so far; empty if nothing does."""
+    known, end = len(request.emitted), message.index + len(message.tokens)
+    if not 0 <= message.index <= known:
+        return f"tokens from index {message.index} leave a gap after {known} emitted ones"
+    overlap = min(end, known)
+    if message.tokens[: overlap - message.index] != request.emitted[message.index : overlap]:
+        return f"tokens {message.index}..{overlap - 1} differ from the ones already emitted"
+    if end > request.max_tokens:
+        return f"{end} tokens are more than max_tokens={request.max_tokens}"
+    if message.finish_reason and end < known:
+        return f"ends after {end} tokens, but {known} were emitted"
+    if message.logprobs is not None and len(message.logprobs) != len(message.tokens):
+        return f"{len(message.logprobs)} logprobs for {len(message.tokens)} tokens"
+    scores = message.prompt_logprobs
+    if request.prompt_logprobs >= 0 and (scores is None or len(scores) != len(request.prompt) - 1):
+        return "tokens came without the log probabilities of the prompt"
+    return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import msgspec
@@ -17,6 +18,7 @@ from membership.base.errors import RequestError
 from workers.protocol.messages import TokenLogprobs
 
 Json = dict[str, Any]
+encode = msgspec.json.Encoder().encode
 DONE = b"data: [DONE]\n\n"
 
 
@@ -68,43 +70,46 @@ class Renderer(Answering):
 
     def said(self, index: int, piece: Piece, prompt_tokens: int, choices: Sequence[Choice]) -> bytes:
         """A piece's chunk, after the one that opens its choice."""
-        opening = None if index in self._opened else self.opening(index)
-        self._opened.add(index)
-        chunks = (chunk for chunk in (opening, self.chunk(index, piece)) if chunk is not None)
-        return b"".join(event(self.counted(chunk, prompt_tokens, choices)) for chunk in chunks)
+        opening = b""
+        if index not in self._opened:
+            self._opened.add(index)
+            if begins := self.opening(index):
+                opening = self._chunk(begins, prompt_tokens, choices)
+        if not (self._shown(piece) or piece.entries or piece.finish_reason):
+            return opening
+        return opening + self._chunk(self._chunk_choice(index, piece), prompt_tokens, choices)
 
     def ended(self, prompt_tokens: int, choices: Sequence[Choice]) -> bytes:
         """The usage, if it was asked for, and the end."""
-        usage = self.usage_chunk(prompt_tokens, choices)
-        return DONE if usage is None else event(usage) + DONE
+        if not self._usage_shown.at_end:
+            return DONE
+        return event(self._envelope(self.chunk_object, []) | {"usage": usage(prompt_tokens, choices)}) + DONE
 
     def failed(self, error: RequestError) -> bytes:
         """The error, and the end."""
         return event(error_body(error)) + DONE
 
     def opening(self, index: int) -> Json | None:
-        """The chunk that begins a choice, if this API has one."""
+        """What the chunk that begins a choice has of it, if this API has one."""
         return None
 
-    def chunk(self, index: int, piece: Piece) -> Json | None:
-        """The chunk for a piece; None if it would be empty."""
-        if not (self._shown(piece) or piece.entries or piece.finish_reason):
-            return None
-        return self._envelope(self.chunk_object, [self._chunk_choice(index, piece)])
+    def _chunk(self, choice: Json, prompt_tokens: int, choices: Sequence[Choice]) -> bytes:
+        """An event with a choice's news. There is one per token, so what is the same in all of them is encoded once."""
+        end = b"}\n\n"
+        if self._usage_shown.in_each:
+            end = b',"usage":' + encode(usage(prompt_tokens, choices)) + end
+        elif self._usage_shown.at_end:
+            end = b',"usage":null' + end
+        return self._chunk_head + encode(choice) + b"]" + end
+
+    @cached_property
+    def _chunk_head(self) -> bytes:
+        whole = event(self._envelope(self.chunk_object, []))
+        return whole[: whole.rindex(b'"choices":[') + len(b'"choices":[')]
 
     def _shown(self, piece: Piece) -> bool:
         """Whether it has something to say."""
         return bool(piece.text)
-
-    def usage_chunk(self, prompt_tokens: int, choices: Sequence[Choice]) -> Json | None:
-        """The last chunk, if usage was asked for."""
-        if not self._usage_shown.at_end:
-            return None
-        return self._envelope(self.chunk_object, []) | {"usage": usage(prompt_tokens, choices)}
-
-    def counted(self, chunk: Json, prompt_tokens: int, choices: Sequence[Choice]) -> Json:
-        """The chunk with the usage so far, if every chunk is to have it."""
-        return chunk | {"usage": usage(prompt_tokens, choices)} if self._usage_shown.in_each else chunk
 
     def whole(self, prompt_tokens: int, choices: Sequence[Choice]) -> Json:
         """The response in one go."""
@@ -189,8 +194,7 @@ class ChatRenderer(Renderer):
     def opening(self, index: int) -> Json:
         """The role comes first."""
         delta = {"role": "assistant", "content": ""}
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-        return self._envelope(self.chunk_object, [choice])
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def whole(self, prompt_tokens: int, choices: Sequence[Choice]) -> Json:
         """With the prompt's log probabilities beside the choices."""
@@ -283,4 +287,4 @@ def error_body(error: RequestError) -> Json:
 
 def event(data: Json) -> bytes:
     """A server-sent event."""
-    return b"data: " + msgspec.json.encode(data) + b"\n\n"
+    return b"data: " + encode(data) + b"\n\n"

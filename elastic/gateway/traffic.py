@@ -31,7 +31,8 @@ class Traffic:
         """Tokens that a stream got now. `gap_s`: since its last ones; 0 if they are its first."""
         second = self._now()
         second.tokens += tokens
-        second.gap_ms = max(second.gap_ms, round(gap_s * 1000, 1))
+        if gap_s * 1000 > second.gap_ms:  # once per token: rounded only where it counts
+            second.gap_ms = round(gap_s * 1000, 1)
 
     def ended(self) -> None:
         """A stream has ended."""

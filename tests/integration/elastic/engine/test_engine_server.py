@@ -15,7 +15,7 @@ import pytest
 import zmq
 
 from elastic.engine.gateway_server import EngineServer
-from elastic.protocol import Abort, Hello, Rejected, Submit, ToGateway, Tokens, Welcome
+from elastic.protocol import Abort, Hello, Outputs, Rejected, Submit, ToGateway, Tokens, Welcome
 from membership.base.network import Network
 from membership.base.run_dir import ENV
 from tests.support.helpers import eventually, let_all_in
@@ -126,6 +126,41 @@ def test_outputs_go_to_the_gateway_that_submitted_last(
     server.send([Tokens(TOKEN, "a", 0, [7]), Rejected(TOKEN, "b", 503, "no", 1.0)])
     assert second.receive() == Tokens(TOKEN, "a", 0, [7])
     assert first.receive() == Rejected(TOKEN, "b", 503, "no", 1.0)
+
+
+def test_a_gateway_that_takes_outputs_together_gets_those_of_a_step_in_one_message(
+    server: EngineServer, context: zmq.Context[zmq.Socket[bytes]]
+) -> None:
+    server.serve(TOKEN)
+    new, old = Peer(context, server.address), Peer(context, server.address)
+    for name, peer in (("a", new), ("b", old), ("c", new), ("d", old)):
+        peer.send(msgspec.structs.replace(submit(name), together=peer is new))
+        taken(server)
+    a, b, c, d = (Tokens(TOKEN, name, 0, [7]) for name in "abcd")
+    refused = Rejected(TOKEN, "c", 503, "no")
+    server.send([a, b, c, d, refused])
+    assert [new.receive(), old.receive(), old.receive()] == [Outputs(TOKEN, [a, c, refused]), b, d]
+    server.send([a])
+    assert new.receive() == a
+
+
+def test_of_outputs_together_that_cannot_be_sent_each_request_is_aborted(
+    server: EngineServer,
+    context: zmq.Context[zmq.Socket[bytes]],
+    rung: threading.Event,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server.serve(TOKEN)
+    peer = Peer(context, server.address)
+    for name in "abc":
+        peer.send(msgspec.structs.replace(submit(name), together=True))
+        taken(server)
+    with monkeypatch.context() as full:
+        full.setattr(server, "_send_to", lambda *_: False)
+        server.send([*(Tokens(TOKEN, name, 0, [7]) for name in "ab"), Tokens(TOKEN, "c", 0, [7], finish_reason="stop")])
+        found: list[Submit | Abort] = []
+        eventually(lambda: found.extend(server.take()) or len(found) == 2, 30.0, "the aborts of what goes on")
+    assert found == [Abort("a"), Abort("b")]
 
 
 def test_what_an_earlier_submission_gave_does_not_go_where_the_next_one_came_from(

@@ -6,10 +6,11 @@ import asyncio
 
 import pytest
 
-from elastic.gateway.engine_link import EngineLink, LinkSettings
+from elastic.gateway.engine_link import EngineLink, Generation, LinkSettings
 from elastic.gateway.health import obstacles
-from elastic.gateway.journal import Request
-from membership.base.errors import JournalError
+from elastic.gateway.journal import Delta, Request
+from elastic.protocol import Outputs, Rejected, Tokens
+from membership.base.errors import JournalError, RequestError
 from membership.base.timing import STUCK_S
 from membership.store.records import ClusterState
 from workers.protocol.messages import Sampling
@@ -26,6 +27,39 @@ def test_nothing_stays_open_when_a_response_cannot_begin() -> None:
     with pytest.raises(JournalError, match="open already"), link.generation([request("a"), request("a")]):
         pytest.fail("entered")
     assert len(link.journal) == 0
+
+
+def test_outputs_that_come_together_reach_each_its_own_response() -> None:
+    link = EngineLink("g")
+    link._attach(7)
+    with link.generation([request("a")]) as first, link.generation([request("b"), request("c")]) as second:
+        link._handle(Outputs(7, [Tokens(7, "b", 0, [4]), Rejected(7, "c", 503, "full"), Tokens(7, "a", 0, [5])]))
+        assert list(first._inbox) == [("a", Delta((5,), finish_reason="length"))]
+        (_, token), (_, refused) = second._inbox
+        assert (token, str(refused)) == (Delta((4,), finish_reason="length"), "full")
+
+
+def test_a_response_that_nobody_continues_ends_with_an_error() -> None:
+    """One timer watches all its waits: it counts from the last one's beginning, and not before."""
+
+    async def asked() -> None:
+        loop = asyncio.get_running_loop()
+        with Generation(EngineLink("g"), [request("a")], 60.0) as generation:
+            deltas = generation.deltas()
+            waiting = asyncio.ensure_future(anext(deltas))
+            await asyncio.sleep(0)
+            generation._waits_since = loop.time() - 59.0
+            generation._watch(loop)
+            assert generation._wake is not None
+            assert not generation._wake.done()
+            generation._waits_since = loop.time() - 61.0
+            generation._watch(loop)
+            with pytest.raises(RequestError, match="no news of the request for 60 s"):
+                await waiting
+            assert generation._watcher is not None
+            assert generation._watcher.cancelled()
+
+    asyncio.run(asked())
 
 
 def test_an_engine_that_answers_pings_and_nothing_else_shows_in_the_probes() -> None:
