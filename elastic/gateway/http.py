@@ -56,7 +56,9 @@ def new_app(title: str, *checks: Callable[[Request], None]) -> FastAPI:
             headers["Allow"] = ", ".join(sorted({*_methods(app, request.scope), "OPTIONS"}))
         if request.method == "OPTIONS" and error.status_code == 405:
             return Response(status_code=204, headers=headers)
-        found = RequestError(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code)
+        instead = _instead(app, request.url.path) if error.status_code == 404 else ""
+        message = f"{request.method} {request.url.path}: {error.detail}{instead}"
+        found = RequestError(message, status=error.status_code)
         return error_response(found, headers)
 
     @app.exception_handler(RequestValidationError)
@@ -84,6 +86,16 @@ def _methods(app: FastAPI, scope: Scope) -> Iterator[str]:
             yield from route.methods or ()
 
 
+def _instead(app: FastAPI, path: str) -> str:
+    """What may have been meant by an unknown path: what it ends with (`/v1` forgotten or twice), else all of /v1."""
+    plain = "/".join(["", *filter(None, path.lower().split("/"))])
+    known = sorted(route.path for route in app.routes if isinstance(route, Route) and "{" not in route.path)
+    if near := [each for each in known if plain.endswith(each) or each == f"/v1{plain}"]:
+        return f"; try {max(near, key=len)}"
+    served = ", ".join(each for each in known if each.startswith("/v1/"))
+    return f"; here are {served}" if served else ""
+
+
 def internal_error() -> RequestError:
     """The answer to a client when the gateway has a bug."""
     return RequestError("internal error; the gateway's log has the details", status=500)
@@ -103,7 +115,10 @@ def error_response(error: RequestError, headers: dict[str, str] | None = None) -
 
 
 async def read_body(request: Request, limit: int = MAX_BODY_BYTES) -> bytes:
-    """The body, unless it is too large or too slow."""
+    """The body, unless it is too large, too slow or compressed."""
+    coding = request.headers.get("content-encoding", "identity")
+    if coding.lower() != "identity":
+        raise RequestError(f"Content-Encoding {coding}: a body is taken as it is, not compressed", status=415)
     declared = request.headers.get("content-length", "0")
     if declared.isdigit() and int(declared) > limit:
         raise _too_large(limit)

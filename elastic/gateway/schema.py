@@ -5,6 +5,7 @@ What is not here is in `fields.py`, or an error that names it.
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8
 from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
@@ -356,10 +357,10 @@ R = TypeVar("R", bound=Shape)
 def parse(body: bytes, shape: type[R], note: Note = _unnoted) -> R:
     """The request in `body`; RequestError names the first field that is wrong, and how.
 
-    `note` gets the names of fields that are ignored.
+    `note` gets the names of fields that are ignored. Files that were written on Windows begin with a byte order mark.
     """
     try:
-        return shape.model_validate_json(body, context=note)
+        return shape.model_validate_json(body.removeprefix(BOM_UTF8), context=note)
     except ValidationError as error:
         raise _explained(error) from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Iterator
 from functools import partial
@@ -408,8 +409,27 @@ def test_a_huge_body_is_refused_unread(gateway: RunningGateway) -> None:
         assert "larger than" in answer.json()["error"]["message"]
 
 
+def test_a_body_with_a_byte_order_mark_and_one_that_is_compressed(gateway: RunningGateway) -> None:
+    body = json.dumps({"model": MODEL, "prompt": "a", "max_tokens": 1}).encode()
+    url = f"{gateway.url}/v1/completions"
+    assert httpx.post(url, content=b"\xef\xbb\xbf" + body).status_code == 200
+    assert httpx.post(url, content=body, headers={"Content-Encoding": "identity"}).status_code == 200
+    refused = httpx.post(url, content=gzip.compress(body), headers={"Content-Encoding": "gzip"})
+    assert (refused.status_code, "not compressed" in refused.json()["error"]["message"]) == (415, True)
+
+
 def test_unknown_path_and_method(gateway: RunningGateway) -> None:
-    assert httpx.get(f"{gateway.url}/v2/models").json()["error"]["message"] == "GET /v2/models: Not Found"
+    here = "/v1/chat/completions, /v1/completions, /v1/models, /v1/responses"
+    for asked, instead in {
+        "/v2/rerank": f"here are {here}",
+        "/v1/embeddings": f"here are {here}",
+        "/completions": "try /v1/completions",
+        "//v1//Completions": "try /v1/completions",
+        "/v1/v1/chat/completions": "try /v1/chat/completions",
+    }.items():
+        answer = httpx.post(gateway.url + asked, json={})
+        assert answer.status_code == 404
+        assert answer.json()["error"]["message"] == f"POST {asked}: Not Found; {instead}"
     assert httpx.get(f"{gateway.url}/v1/completions").status_code == 405
     assert httpx.get(f"{gateway.url}/admin/v1/status").status_code == 404, "the admin API has its own port"
 
