@@ -24,6 +24,7 @@ class Shape:
         return cls(layers=max(1, round((gigabytes * 1e9 - 4 * cls.vocabulary * cls.hidden) / layer_bytes)))
 
 
+OLMOE_HALF = Shape(hidden=2048, inner=1024, layers=8, experts=64, vocabulary=50_304)  # OLMoE-1B-7B, half of its layers
 SMALL = Shape(hidden=256, inner=128, layers=4, experts=32, vocabulary=4000)
 
 

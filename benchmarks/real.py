@@ -1,10 +1,11 @@
 """The promises with a model of real size: 1.4 B parameters with random weights, two ranks, transformers beside it.
 
-    python -m benchmarks.real [--small] [--rows load,decode,prefill,turns,shorts,kill,flip] [--path DIR] [--json]
+    python -m benchmarks.real [--small] [--rows load,decode,prefill,turns,shorts,kill,memory,flip] [--path DIR] [--json]
 
 Makes the checkpoint (`--path` keeps it), serves it, and measures through HTTP; transformers has as many threads as all
 ranks together and takes turns with the service. At most ten minutes on two cores. `--small`: a checkpoint of 28 MB, to
-see that all of it works. Prints the table, or with `--json` a JSON line per row.
+see that all of it works. `--large`: OLMoE-1B-7B with half of its layers, 7.1 GB. Prints the table, or with `--json` a
+JSON line per row.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.checkpoints import SMALL, Shape, make
+from benchmarks.checkpoints import OLMOE_HALF, SMALL, Shape, make
 from benchmarks.prefix import RANKS, first_token_ms, killed, second_turn, stream
 from benchmarks.real_load import Load, loaded
+from benchmarks.real_memory import available, memory
 from benchmarks.real_plain import CONTEXT, Plain
 from benchmarks.recovery_cluster import History
 from benchmarks.recovery_report import say
@@ -74,6 +76,7 @@ class Scene:
     cluster: ServedCluster
     plain: Plain | None
     load: Load
+    before: int  # bytes that the machine had left
     args: argparse.Namespace
     chance: random.Random
 
@@ -165,6 +168,16 @@ def rows_kill(scene: Scene) -> Iterator[Row]:
     yield at_most("kill: full strength again", max(each.full for each in found) / 1000, "s", 1.5)
 
 
+def rows_memory(scene: Scene) -> Iterator[Row]:
+    """What the machine has lost to the service, and where it is."""
+    nbytes, parts = scene.load.nbytes, memory(scene.cluster.pid)
+    for name, sizes in parts.items():
+        beside = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in sizes.items())
+        yield Row(f"memory of {name}", round(sizes.total() / 1e9, 3), "GB", "", True, beside)
+    taken = scene.before - available()
+    yield at_most("memory taken / bytes of the checkpoint", taken / nbytes, "", 1.5, f"{taken / 1e9:.2f} GB")
+
+
 def rows_flip(scene: Scene) -> Iterator[Row]:
     """From 2 ranks to 4 under streams."""
     history, cluster = History(scene.cluster.state.events), scene.cluster
@@ -198,7 +211,7 @@ def rows_flip(scene: Scene) -> Iterator[Row]:
 
 ROWS: dict[str, Callable[[Scene], Iterator[Row]]] = {
     "load": rows_load, "decode": rows_decode, "prefill": rows_prefill, "turns": rows_turns, "shorts": rows_shorts,
-    "kill": rows_kill, "flip": rows_flip,
+    "kill": rows_kill, "memory": rows_memory, "flip": rows_flip,
 }  # fmt: skip
 
 
@@ -206,12 +219,13 @@ def measure(args: argparse.Namespace, path: Path, names: list[str]) -> Iterator[
     """All rows that were asked for."""
     size = f"{sum(file.stat().st_size for file in path.glob('*.safetensors')) / 1e9:.2f} GB"
     say(f"serving {size} with {RANKS} ranks")
+    before = available()
     with ExitStack() as opened:
         cluster = opened.enter_context(ServedCluster(path, RANKS, flags=(*PATIENT, *args.flag)))
         load = loaded(cluster, path)
         wanted = {"decode", "prefill"} & set(names)
         plain = opened.enter_context(Plain(str(path), RANKS)) if wanted else None
-        scene = Scene(cluster, plain, load, args, random.Random(args.seed))
+        scene = Scene(cluster, plain, load, before, args, random.Random(args.seed))
         for name in names:
             began = time.monotonic()
             for row in ROWS[name](scene):
@@ -223,7 +237,9 @@ def measure(args: argparse.Namespace, path: Path, names: list[str]) -> Iterator[
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--small", action="store_const", dest="shape", const=SMALL, default=Shape())
+    size.add_argument("--large", action="store_const", dest="shape", const=OLMOE_HALF)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--path", type=Path, help="where the checkpoint is kept, or is already")
@@ -237,7 +253,7 @@ def main() -> None:
     path = args.path or Path(tempfile.mkdtemp(prefix="elastic-ep-real-"))
     try:
         if not (path / "config.json").exists():
-            make(path, SMALL if args.small else Shape())
+            make(path, args.shape)
         rows = []
         for row in measure(args, path, names):
             rows.append(row)
