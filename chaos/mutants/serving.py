@@ -19,7 +19,7 @@ MUTANTS: tuple[Mutant, ...] = (
         name="tokens-twice",
         guards="G3: a token index is sent to the client once",
         file="elastic/gateway/journal.py",
-        before="return message.tokens[overlap - message.index :]",
+        before="return message.tokens[len(request.emitted) - message.index :]",
         after="return message.tokens",
         tests=(f"{JOURNAL}::test_tokens_are_accepted_in_order_and_duplicates_are_dropped",),
     ),

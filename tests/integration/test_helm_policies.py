@@ -41,8 +41,9 @@ STEPS = Listener("engine", "steps", frozenset({"agents"}))
 PROMPTS = Listener("engine", "prompts", frozenset({"gateway"}))
 ANSWERS = Listener("agents", "answers", frozenset({"engine"}))
 ROWS = Listener("agents", "rows", frozenset({"agents"}))
+WEIGHTS = Listener("agents", "weights", frozenset({"agents", "gateway"}))
 PROBES = tuple(Listener(role, "probe", frozenset()) for role in ("engine", "agents", "controller"))
-LISTENERS = (HTTP, ADMIN_API, STEPS, PROMPTS, ANSWERS, ROWS, *PROBES)
+LISTENERS = (HTTP, ADMIN_API, STEPS, PROMPTS, ANSWERS, ROWS, WEIGHTS, *PROBES)
 
 BINDING = {"bind", "listen_for_hosts", "create_server", "start_server", "_Server"}
 BOUND: dict[str, tuple[Listener, ...]] = {  # where the product listens; (): on this machine only, or only to try
@@ -51,6 +52,7 @@ BOUND: dict[str, tuple[Listener, ...]] = {  # where the product listens; (): on 
     "elastic/engine/gateway_server.py": (PROMPTS,),
     "workers/queue/remote_writer.py": (STEPS, ANSWERS),
     "workers/exchange/tcp/transport.py": (ROWS,),
+    "workers/bulk/server.py": (WEIGHTS,),
     "elastic/serve/etcd_server.py": (),
     "elastic/serve/join_secret.py": (),
     "membership/base/run_dir.py": (),
@@ -64,6 +66,7 @@ DIALLED: dict[str, dict[Listener, set[str]]] = {  # where the product dials, and
     "elastic/engine/unrecorded.py": {ANSWERS: {"engine"}},
     "workers/queue/remote_reader.py": {STEPS: {"agents"}, ANSWERS: {"engine"}},
     "workers/exchange/tcp/transport.py": {ROWS: {"agents"}},
+    "workers/bulk/client.py": {WEIGHTS: {"agents", "gateway"}},
 }
 NOT_BETWEEN_PODS = {  # etcd's, this machine's, or what only looks like a connection
     "elastic/cli/connection.py", "elastic/cli/hosts.py", "elastic/cli/reach.py",
@@ -150,7 +153,7 @@ def test_every_socket_of_the_product_is_known() -> None:
     assert calling(BINDING) == set(BOUND)
     assert set(DIALLED) <= calling(DIALLING) <= set(DIALLED) | NOT_BETWEEN_PODS
     assert {each for bound in BOUND.values() for each in bound} == set(LISTENERS)
-    for listener in (STEPS, PROMPTS, ANSWERS, ROWS):
+    for listener in (STEPS, PROMPTS, ANSWERS, ROWS, WEIGHTS):
         dialled = set().union(*(each.get(listener, set()) for each in DIALLED.values()))
         assert dialled == listener.dialled_by, listener
 

@@ -211,8 +211,11 @@ def report_due(ranks: Mapping[RankId, LocalRank], unreported: Mapping[RankId, fl
     The controller needs all of them, and each write wakes every reader of the cluster. After a while the others are
     published all the same, so that it shows which rank is waited for.
     """
+    newest = max((ranks[key].prepared_revision for key in unreported if key in ranks), default=0)
     preparing = any(
-        r.phase is Phase.READY and r.preparing_revision > max(r.prepared_revision, r.failed_revision)
+        r.phase is Phase.READY
+        and r.preparing_revision > max(r.prepared_revision, r.failed_revision)
+        and r.preparing_revision >= newest  # one that still does an earlier view is not in this one
         for r in ranks.values()
     )
     return bool(unreported) and (not preparing or now >= min(unreported.values()) + REPORT_WITHIN_S)

@@ -6,12 +6,15 @@ again (`workers/model/peer_weights.py`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from membership.base.errors import QueueError
+import structlog
+
+from membership.base.errors import ConfigError, QueueError
 from membership.base.network import Network
 from membership.store.records import ClusterConfig, ClusterState
 from workers.agent.weight_store import WeightStore
@@ -20,6 +23,10 @@ from workers.queue.network import Purpose, listening_keys, remote_of
 
 if TYPE_CHECKING:
     from workers.bulk.server import BulkServer
+
+
+LISTEN_AGAIN_S = 5.0  # after no port was free
+log = structlog.get_logger(__name__)
 
 
 class HostSource:
@@ -53,20 +60,35 @@ class HostSource:
 class PeerHosts:
     """Owns this host's `BulkServer`. All calls come from one thread."""
 
-    def __init__(self, config: ClusterConfig, node: str, store: WeightStore) -> None:
+    def __init__(
+        self, config: ClusterConfig, node: str, store: WeightStore, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._node, self._store, self._source = node, store, HostSource(store, config)
         self._server: BulkServer | None = None
+        self._clock, self._again_at = clock, 0.0
 
     def meet(self, state: ClusterState, network: Network) -> dict[str, str]:
         """Note who is there; where this host listens and with which public key, as its agent's record has it."""
         self._store.know(peers_of(state, self._node), partial(digest_of, served=state.checkpoint))
         key = listening_keys(network, Purpose.WEIGHTS).public.decode("ascii")
-        if self._server is None or self._server.key != key:
-            from workers.bulk.server import BulkServer  # with ZeroMQ: only where there are several hosts
-
-            self.close()
-            self._server = BulkServer(remote_of(network, Purpose.WEIGHTS), self._source)
+        if (self._server is None or self._server.key != key) and self._clock() >= self._again_at:
+            self._listen(network)
+        if self._server is None:
+            return {"weights_at": "", "weights_key": ""}
         return {"weights_at": self._server.endpoint, "weights_key": self._server.key}
+
+    def _listen(self, network: Network) -> None:
+        """Anew, if need be. Ranks that serve do not depend on it: without a free port it is tried again later."""
+        from workers.bulk.server import BulkServer  # with ZeroMQ: only where there are several hosts
+
+        try:
+            newer = BulkServer(remote_of(network, Purpose.WEIGHTS), self._source)
+        except (ConfigError, QueueError) as error:
+            log.warning("weights_not_sent", error=str(error), hint=error.hint)
+            self._again_at = self._clock() + LISTEN_AGAIN_S
+            return
+        self.close()
+        self._server = newer
 
     def close(self) -> None:
         """Send no more."""

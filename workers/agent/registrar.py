@@ -27,6 +27,7 @@ from membership.store.records import AgentRecord, Assignment, RankExit, Record
 RETRY_S = 0.25
 CLOSE_TIMEOUT_S = 10.0
 MOST_KEYS = 100  # of one transaction: etcd takes 128 by default
+MOST_RENEWALS = 64  # in one exchange
 MOST_SLOTS = 40  # whose ends are in one: each has an exit, and one or two records that go
 MOST_BYTES = 1 << 19  # of one, if it has several keys: etcd takes 1.5 MB
 
@@ -255,17 +256,30 @@ class Registrar:
         return op.key.removeprefix(self._keys.prefix).split("/")[1]
 
     def _hold_leases(self, kept: list[_Wanted]) -> None:
-        """A lease for each record. Once one is due, all are renewed: one exchange per agent, however many ranks."""
+        """A lease for each record. Those that there are do not wait for those of many new ranks."""
+        self._renew(kept)
         for _, entry, _ in kept:
             if not entry.lease:
                 begun = self._clock()
                 failpoints.hit("agent.before.grant")
                 entry.lease = self._store.grant(self._ttl_s)
                 entry.renew_at = begun + self._ttl_s / 3
-        begun = self._clock()
-        if any(begun >= entry.renew_at for _, entry, _ in kept):
-            left = self._store.keepalives([entry.lease for _, entry, _ in kept], timeout_s=self._ttl_s / 3)
-            for key, entry, _ in kept:
+                self._renew(kept)
+
+    def _renew(self, kept: list[_Wanted]) -> None:
+        """Once a lease is due, all are renewed, in few exchanges per agent, however many ranks.
+
+        Where the store is slow, an exchange that is cut short counts for none of its leases: so one has a bound,
+        and those that have waited longest go first.
+        """
+        now = self._clock()
+        held = sorted((each for each in kept if each.entry.lease and each.entry.renewing), key=_renewed_at)
+        if not held or now < held[0].entry.renew_at:
+            return
+        for first in range(0, len(held), MOST_RENEWALS):
+            some, begun = held[first : first + MOST_RENEWALS], self._clock()
+            left = self._store.keepalives([each.entry.lease for each in some], timeout_s=self._ttl_s / 3)
+            for key, entry, _ in some:
                 entry.renew_at = begun + self._ttl_s / 3
                 if entry.lease not in left:
                     self._lease_lost(key, entry)
@@ -300,6 +314,10 @@ class Registrar:
         entry.lease, entry.written, entry.renew_at = 0, None, 0.0
         with self._changed:
             self._dirty = True
+
+
+def _renewed_at(each: _Wanted) -> float:
+    return each.entry.renew_at
 
 
 def _portions(changed: Iterable[_Wanted]) -> Iterator[list[_Wanted]]:

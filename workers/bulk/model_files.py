@@ -94,6 +94,10 @@ def _keep(files: dict[str, bytes], directory: Path) -> None:
                 raise ConfigError(f"the cluster's config names a file outside of its checkpoint: {name}")
             (draft / name).parent.mkdir(parents=True, exist_ok=True)
             (draft / name).write_bytes(data)
-        if directory.exists():
-            directory.rename(Path(made) / "old")  # of another model
-        draft.rename(directory)
+        try:
+            if directory.exists():
+                directory.rename(Path(made) / "old")  # of another model
+            draft.rename(directory)
+        except OSError:  # another role has just done it
+            if not _has(directory, {name: small_file_digest(data) for name, data in files.items()}):
+                raise

@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import math
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -77,14 +78,14 @@ class BulkServer:
     def __init__(self, remote: Remote, source: Source, clock: Callable[[], float] = time.monotonic) -> None:
         self._source, self._clock, self._outbox = source, clock, Outbox()
         self._io = SocketThread("bulk-server")
-        self._auth = Authenticator(self._io.context, remote.allowed)
-        self._router = self._io.context.socket(zmq.ROUTER)
-        self._router.setsockopt(zmq.SNDHWM, 0)  # who asks limits what is under way
-        serve_curve(self._router, remote.keys)
         try:
+            self._auth = Authenticator(self._io.context, remote.allowed)
+            self._router = self._io.context.socket(zmq.ROUTER)
+            self._router.setsockopt(zmq.SNDHWM, 0)  # who asks limits what is under way
+            serve_curve(self._router, remote.keys)
             self.endpoint = listen_for_hosts(self._router, remote.host, remote.ports)
         except BaseException:
-            self._io.context.destroy()
+            self._io.discard()
             raise
         self.key = remote.keys.public.decode("ascii")
         self._io.start(self._turn, {self._router: self._receive, self._auth.socket: self._auth.answer})
@@ -97,11 +98,12 @@ class BulkServer:
     # ---- socket thread
 
     def _receive(self) -> None:
-        route, data = self._router.recv_multipart(zmq.NOBLOCK)[:2]
+        frames = self._router.recv_multipart(zmq.NOBLOCK)
         try:
+            route, data = frames[0], frames[1]
             asked = msgspec.msgpack.decode(data, type=Asked)
-        except msgspec.MsgspecError as error:
-            log.warning("bulk_message_malformed", error=str(error))
+        except (IndexError, msgspec.MsgspecError) as error:
+            log.warning("bulk_message_malformed", frames=len(frames), error=str(error))
             return
         what = asked.what
         wait_s = self._source.book(what.nbytes) if isinstance(what, Read) and not what.urgent else 0.0
@@ -129,6 +131,9 @@ class BulkServer:
                 self._send(route, Said(asked.number), self._source.read(what.shard, what.offset, what.nbytes))
         except ElasticError as error:
             self._send(route, Said(asked.number, refused=str(error)))
+        except Exception as error:  # noqa: BLE001 - whatever it is, it must not end the agent and its ranks
+            log.error("bulk_answer_failed", error=traceback.format_exc())
+            self._send(route, Said(asked.number, refused=f"{type(error).__name__}: {error}"))
 
     def _send(self, route: bytes, said: Said, data: bytes = b"") -> None:
         self._router.send_multipart([route, msgspec.msgpack.encode(said), data])

@@ -91,6 +91,11 @@ class SocketThread:
             raise WaitTimeout(f"thread {self._thread.name} did not end")
         os.close(self._wake)
 
+    def discard(self) -> None:
+        """Instead of `start`: let go of what there is."""
+        self.context.destroy(linger=0)
+        os.close(self._wake)
+
     def _run(self) -> None:
         last = False
         try:

@@ -20,6 +20,7 @@ agents:
   - {name: probe, port: {{ include "elastic-ep.probePort" . }}, from: [scrapers]}
   - {name: answers, from: [engine]}
   - {name: rows, from: [agents]}
+  - {name: weights, from: [agents, gateway]}
 controller:
   - {name: probe, port: {{ include "elastic-ep.probePort" . }}, from: [scrapers]}
 init: []

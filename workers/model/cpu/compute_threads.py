@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
 
+from membership.base.attempts import is_shortage
 from membership.base.timing import EXCHANGE_ANSWER_TIMEOUT_S
 
 MOST = 4  # more would mostly wait for the interpreter's lock
@@ -50,7 +51,13 @@ class ComputeThreads:
             # A thread has compute threads of its own until it asks how many: then as many as the main one, one.
             self._pool = ThreadPoolExecutor(MOST - 1, "compute", initializer=torch.get_num_threads)
         left, found = deque(enumerate(items)), dict[int, Result]()
-        helpers = [self._pool.submit(_help, left, call, found) for _ in range(min(self.count, len(items)) - 1)]
+        helpers: list[Future[None]] = []
+        try:
+            for _ in range(min(self.count, len(items)) - 1):
+                helpers.append(self._pool.submit(_help, left, call, found))
+        except RuntimeError as error:  # no thread is to be had: those that there are do it, or the caller alone
+            if not is_shortage(error):
+                raise
         try:
             _take(left, call, found)
         finally:
