@@ -17,9 +17,6 @@ EXCHANGE = "tests/integration/workers/exchange/test_exchange_threads.py"
 ROUTER = "tests/unit/workers/exchange/test_router.py"
 LINKS = "tests/unit/workers/exchange/test_links.py"
 WIRE = "tests/unit/workers/exchange/shm/test_wire.py"
-KNOWN_EPISODES = (
-    "tests/unit/chaos/simulation/test_simulation.py::test_an_episode_that_once_broke_a_promise_does_not_break_it_again"
-)
 
 MUTANTS: tuple[Mutant, ...] = (
     Mutant(
@@ -219,9 +216,9 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="replaced-preparation-counts",
         guards="G5: the end of a preparation that was replaced says nothing about its successor",
-        file="workers/agent/agent.py",
-        before="        if revision < self._ranks[key].preparing_revision:\n            return",
-        after="        if False:\n            return",
-        tests=(KNOWN_EPISODES,),
+        file="workers/agent/decide.py",
+        before="return revision < rank.preparing_revision",
+        after="return False",
+        tests=(f"{DECIDE}::test_the_end_of_a_preparation_that_was_replaced_says_nothing",),
     ),
 )

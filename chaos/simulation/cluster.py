@@ -263,7 +263,7 @@ class Cluster:
             for member in after.view.members:
                 key = member.id
                 require((key, before.next_revision) in self._prepared, f"{member} is committed, and never prepared")
-            token = by.election.token if by is not None and by.election is not None else 0
+            token = by.decided_in.token if by is not None and by.decided_in is not None else 0
             require(token == before.leader_revision, f"{author} committed under token {token}, and leads no more")
 
     def trouble(self) -> str:

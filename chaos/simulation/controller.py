@@ -47,6 +47,7 @@ class ControllerProcess(Process):
         self._wait_until = 0.0
         self._acting = False
         self.decided: Decided | None = None  # of the transaction under way
+        self.decided_in: Election | None = None  # the term: a late one is of a term that it may have left
         self.after(self.random.uniform(0.0, 0.05), self._tick)
 
     @property
@@ -110,7 +111,7 @@ class ControllerProcess(Process):
         self._acting = False
         point = f"controller.after.{edge(effect)}"
         try:
-            with self._deciding(decided):
+            with self._deciding(decided, election):
                 self._written = max(term.apply(effect, state, election), state.revision + 1)
             self._wait_until = self.clock.now + LOOK_S
         except StoreUnavailable:
@@ -126,17 +127,17 @@ class ControllerProcess(Process):
         self.wake()
 
     def repeat(self, effect: Effect, state: ClusterState, term: Term, election: Election, decided: Decided) -> None:
-        with suppress(Fenced, StoreError), self._deciding(decided):
+        with suppress(Fenced, StoreError), self._deciding(decided, election):
             term.apply(effect, state, election)
 
     @contextmanager
-    def _deciding(self, decided: Decided) -> Iterator[None]:
+    def _deciding(self, decided: Decided, election: Election) -> Iterator[None]:
         """Attribute what is written meanwhile to this decision."""
-        self.decided = decided
+        self.decided, self.decided_in = decided, election
         try:
             yield
         finally:
-            self.decided = None
+            self.decided, self.decided_in = None, None
 
     def _renew(self, keeper: LeaseKeeper) -> None:
         pause = keeper.turn() if keeper is self._keeper else None

@@ -421,8 +421,8 @@ class Agent:
 
     def _prepared(self, effect: Prepare, result: Any, error: str) -> None:
         key, revision = effect.key, effect.revision
-        if revision < self._ranks[key].preparing_revision:
-            return  # replaced by a later one, whose result may be here already: they end in any order
+        if decide.replaced(self._ranks[key], revision):
+            return
         found = dict(result) if isinstance(result, dict) else {}
         digests = found.pop("expert_digests", ())
         if not error and (error := self._refused(key, digests)) and key not in self._members():

@@ -205,6 +205,12 @@ def _gives_way(state: ClusterState, rank: LocalRank, now: float) -> bool:
     return recovering and 0.0 <= now - rank.started < RECOVERY_FIRST_S
 
 
+def replaced(rank: LocalRank, revision: int) -> bool:
+    """Whether a preparation that has ended was replaced by one of a later view, whose result may be here already:
+    they end in any order."""
+    return revision < rank.preparing_revision
+
+
 def report_due(ranks: Mapping[RankId, LocalRank], unreported: Mapping[RankId, float], now: float) -> bool:
     """Whether to publish that ranks have prepared a view (`unreported`: since when): once no other one here still does.
 

@@ -45,6 +45,7 @@ from workers.agent.decide import (
     peers_of,
     pools_to_free,
     record_of,
+    replaced,
     report_due,
     stale_records,
 )
@@ -331,6 +332,17 @@ def test_ranks_report_what_they_have_prepared_when_the_last_one_here_has() -> No
     assert report_due({A: done, B: replace(busy, phase=Phase.ENDING)}, since, 100.5)
     assert report_due({A: done}, since, 100.5)
     assert not report_due({A: done}, {}, 100.5)
+
+
+def test_a_rank_that_still_does_an_earlier_view_is_not_waited_for() -> None:
+    done, newcomer = ready(A, preparing_revision=9, prepared_revision=9), ready(B, preparing_revision=7)
+    assert report_due({A: done, B: newcomer}, {A: 100.0}, 100.0)
+
+
+def test_the_end_of_a_preparation_that_was_replaced_says_nothing() -> None:
+    rank = ready(A, preparing_revision=9)
+    assert replaced(rank, 7)
+    assert not replaced(rank, 9)
 
 
 def test_a_rank_that_prepares_for_long_does_not_hide_what_the_others_have_done() -> None:
