@@ -51,7 +51,7 @@ def model_directory(
                 why = str(error)
                 log.warning("model_files_refused", node=peer.node, error=why)
                 continue
-            _keep(files, keep)
+            keep_files(files, keep)
             log.info("model_files_taken", node=peer.node, path=str(keep))
             return str(keep)
         if time.monotonic() > deadline:
@@ -84,8 +84,8 @@ def _taken(peer: Peer, network: Network, wanted: dict[str, str]) -> dict[str, by
     return found
 
 
-def _keep(files: dict[str, bytes], directory: Path) -> None:
-    """Atomically: a gateway of this host may do the same."""
+def keep_files(files: dict[str, bytes], directory: Path) -> None:
+    """Put them there atomically: a gateway of this host may do the same."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".model-files-", dir=directory.parent) as made:
         draft = Path(made) / "new"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -17,15 +19,16 @@ import torch
 import zmq
 
 from membership.base.errors import ConfigError, ModelError, QueueError
+from membership.base.network import Ports
 from membership.store.records import AgentRecord, Checkpoint, ClusterConfig, ClusterState
 from tests.support.families import write_checkpoint
 from tests.support.helpers import eventually
 from tests.support.replaced_files import is_expert, replace_weights
 from tests.support.weight_peer import NETWORK, Killed
-from workers.agent.peer_hosts import HostSource
+from workers.agent.peer_hosts import LISTEN_AGAIN_S, HostSource, PeerHosts
 from workers.agent.weight_store import WeightStore
 from workers.bulk.client import BulkLink, PeerLost
-from workers.bulk.model_files import model_directory
+from workers.bulk.model_files import keep_files, model_directory
 from workers.bulk.server import BulkServer
 from workers.model.content import small_files
 from workers.model.expert_source import ExpertWeights
@@ -323,6 +326,38 @@ def test_a_host_refuses_what_it_has_not_got_and_who_has_another_secret(scene: Sc
         scene.a.store.read(place.shard, place.size - 1, 2)
 
 
+def test_whatever_a_host_stumbles_over_it_refuses_and_goes_on(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the agent a thread that ends takes all of its ranks along."""
+    source = scene.a.serve(scene.path)
+    context = scene.opened.enter_context(zmq.Context())
+    link = BulkLink(scene.a.peer, NETWORK, context)
+    scene.opened.callback(link.close)
+
+    def broken(_name: str) -> bytes:
+        raise KeyError("no such thing")
+
+    with monkeypatch.context() as changed:
+        changed.setattr(source, "file", broken)
+        with pytest.raises(PeerLost, match=r"node a refused.*KeyError"):
+            link.file("config.json")
+    assert link.file("config.json") == (scene.path / "config.json").read_bytes()
+
+
+def test_without_a_free_port_a_host_sends_nothing_and_tries_again(scene: Scene) -> None:
+    now, state = [0.0], ClusterState(revision=1, config=CONFIG)
+    hosts = PeerHosts(CONFIG, "b", scene.b.store, lambda: now[0])
+    scene.opened.callback(hosts.close)
+    with socket.create_server((NETWORK.address, 0)) as taken:
+        port = taken.getsockname()[1]
+        network = replace(NETWORK, ports=Ports(port, port))
+        for _ in range(3):
+            files = os.listdir("/proc/self/fd")
+            assert hosts.meet(state, network) == {"weights_at": "", "weights_key": ""}
+            assert len(os.listdir("/proc/self/fd")) == len(files), "what it had opened is closed"
+            now[0] += LISTEN_AGAIN_S
+    assert hosts.meet(state, network)["weights_at"].endswith(f":{port}")
+
+
 class Mirrored:
     """As much of a mirror as is looked at."""
 
@@ -365,3 +400,21 @@ def test_config_and_tokenizer_come_whole_from_the_first_host_that_has_the_right_
     assert model_directory(cluster(scene), "", "b", keep, NETWORK, stop) == str(keep), "kept for the next start"
     assert model_directory(cluster(scene), str(scene.path), "b", keep, NETWORK, stop) == str(scene.path), "its own copy"
     assert model_directory(cluster(scene), "", "b", keep, None, stop) == "", "one host asks no other"
+
+
+@pytest.mark.parametrize("theirs", [b"{}", b"[]"])
+def test_two_roles_of_a_host_may_keep_the_files_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, theirs: bytes
+) -> None:
+    """The other one has just put them there, after this one had looked."""
+    keep = tmp_path / "model-files"
+    keep.mkdir()
+    (keep / "config.json").write_bytes(theirs)
+    with monkeypatch.context() as late:
+        late.setattr(Path, "exists", lambda _: False)
+        if theirs == b"{}":
+            keep_files({"config.json": b"{}"}, keep)
+        else:
+            with pytest.raises(OSError, match="not empty"):
+                keep_files({"config.json": b"{}"}, keep)
+    assert (keep / "config.json").read_bytes() == theirs

@@ -15,7 +15,7 @@ from membership.store.interface import Compare, KeyValue, Op, TxnResult
 from membership.store.keys import Keys
 from membership.store.records import AgentRecord, Assignment, Heartbeats, RankExit, RankRecord, RankState
 from tests.support.helpers import eventually
-from workers.agent.registrar import MOST_BYTES, Registrar
+from workers.agent.registrar import MOST_BYTES, MOST_RENEWALS, Registrar
 
 pytestmark = pytest.mark.unit
 
@@ -200,6 +200,40 @@ def test_what_changes_together_is_one_write_and_all_leases_are_renewed_in_one_ca
     assert (store.transactions, store.renewals) == ([64], [64])
     registrar.turn()
     assert store.renewals == [64]
+
+
+def test_leases_that_there_are_do_not_wait_for_those_of_new_ranks() -> None:
+    now, done = [0.0], list[str]()
+
+    class Slow(Counting):
+        """A grant takes a third of a lease's time."""
+
+        def grant(self, ttl_s: float) -> int:
+            now[0] += TTL_S / 3
+            done.append("grant")
+            return super().grant(ttl_s)
+
+        def keepalives(self, leases: Sequence[int], timeout_s: float | None = None) -> dict[int, float]:
+            done.append("renew")
+            return super().keepalives(leases, timeout_s)
+
+    registrar = Registrar(Slow(), KEYS, ttl_s=TTL_S, clock=lambda: now[0], background=False)
+    registrar.publish_all(ranks(1))
+    registrar.turn()
+    done.clear()
+    registrar.publish_all(ranks(4))
+    registrar.turn()
+    assert done == ["grant", "renew"] * 3
+
+
+def test_of_very_many_leases_those_that_waited_longest_are_renewed_first() -> None:
+    now, store = [0.0], Counting()
+    registrar = Registrar(store, KEYS, ttl_s=TTL_S, clock=lambda: now[0], background=False)
+    registrar.publish_all(ranks(MOST_RENEWALS + 1))
+    registrar.turn()
+    now[0] += TTL_S / 2
+    registrar.turn()
+    assert store.renewals == [MOST_RENEWALS, 1]
 
 
 def test_more_than_a_transaction_takes_is_written_in_parts() -> None:

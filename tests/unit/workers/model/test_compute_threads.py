@@ -41,6 +41,20 @@ def test_one_core_or_small_calls_need_no_helper(threads: ComputeThreads, count: 
     assert set(threads.map(lambda _: threading.get_ident(), range(5), work)) == {threading.get_ident()}
 
 
+def test_where_no_thread_is_to_be_had_the_caller_does_all(
+    threads: ComputeThreads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads.count = 3
+
+    def none(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", none)
+    assert threads.map(abs, [-1, -2, -3], LEAST) == [1, 2, 3]
+    monkeypatch.undo()
+    assert threads.map(abs, [-1, -2, -3], LEAST) == [1, 2, 3], "and what was left of it disturbs nothing"
+
+
 @pytest.mark.parametrize("by_helper", [False, True])
 def test_an_error_is_raised_once_no_call_is_under_way(threads: ComputeThreads, *, by_helper: bool) -> None:
     threads.count, running = 2, set[int]()
