@@ -353,7 +353,8 @@ def test_without_a_free_port_a_host_sends_nothing_and_tries_again(scene: Scene) 
         for _ in range(3):
             files = os.listdir("/proc/self/fd")
             assert hosts.meet(state, network) == {"weights_at": "", "weights_key": ""}
-            assert len(os.listdir("/proc/self/fd")) == len(files), "what it had opened is closed"
+            # Fewer: what an earlier test left to its sockets' own threads may be closed meanwhile.
+            assert len(os.listdir("/proc/self/fd")) <= len(files), "what it had opened is closed"
             now[0] += LISTEN_AGAIN_S
     assert hosts.meet(state, network)["weights_at"].endswith(f":{port}")
 
