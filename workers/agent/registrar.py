@@ -2,7 +2,9 @@
 
 Level-triggered: the agent says what should be there; one thread compares that with what it has written, and renews the
 leases. So an outage needs no special case: what could not be written is written after it, under new leases if the old
-ones have expired. The agent itself never waits for the store.
+ones have expired. The agent itself never waits for the store. A record is written only over what we know to stand
+there: a write whose answer did not come may take effect after newer ones (`membership/store/ordered.py`), and must not
+undo them.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from membership.base.attempts import Attempts
 from membership.base.errors import LeaseLost, StoreError, StoreReplaced, StoreUnavailable, WaitTimeout
 from membership.base.rank_id import RankId
 from membership.store.codec import decode, encode
-from membership.store.interface import Compare, Delete, Op, Put, Store
+from membership.store.interface import Compare, Delete, Get, Op, Put, Store
 from membership.store.keys import Keys
 from membership.store.records import AgentRecord, Assignment, RankExit, Record
 
@@ -41,6 +43,7 @@ class _Entry:
     value: bytes | None
     renewing: bool = True
     written: bytes | None = None  # None: unknown, or nothing
+    revision: int = 0  # of the key, as far as we know; 0: it is not there
     lease: int = 0
     renew_at: float = 0.0
 
@@ -290,16 +293,28 @@ class Registrar:
             entry.written = None  # if the write's outcome stays unknown, it is written again
         failpoints.hit("agent.before.publish")
         try:
-            self._store.txn((), [Put(key, value, entry.lease) for key, entry, value in together])
+            if not (self._put(together) or self._put(together)):  # the first one learns what stands there
+                with self._changed:
+                    self._dirty = True
         except LeaseLost:
             if len(together) == 1:
                 self._lease_lost(together[0].key, together[0].entry)
             else:  # find out whose
                 for each in together:
                     self._write([each])
-        else:
+
+    def _put(self, together: list[_Wanted]) -> bool:
+        """Write them over what we know of. If one is not as we knew it, none is written, and we know it then."""
+        known = [Compare(key, "mod", "=", entry.revision) for key, entry, _ in together]
+        puts = [Put(key, value, entry.lease) for key, entry, value in together]
+        outcome = self._store.txn(known, puts, [Get(key) for key, _, _ in together])
+        if outcome.succeeded:
             for _, entry, value in together:
-                entry.written = value
+                entry.written, entry.revision = value, outcome.revision
+            return True
+        for (_, entry, _), found in zip(together, outcome.responses, strict=True):
+            entry.revision = found[0].mod_revision if isinstance(found, tuple) and found else 0
+        return False
 
     def _write_note(self, key: str, beside: _Entry | None, value: bytes) -> None:
         if beside is None or not beside.lease:

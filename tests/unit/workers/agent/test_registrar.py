@@ -15,6 +15,7 @@ from membership.store.interface import Compare, KeyValue, Op, TxnResult
 from membership.store.keys import Keys
 from membership.store.records import AgentRecord, Assignment, Heartbeats, RankExit, RankRecord, RankState
 from tests.support.helpers import eventually
+from tests.support.late_store import LateStore
 from workers.agent.registrar import MOST_BYTES, MOST_RENEWALS, Registrar
 
 pytestmark = pytest.mark.unit
@@ -266,6 +267,58 @@ def test_one_lease_that_has_ended_does_not_hold_up_the_records_of_others() -> No
         registrar.turn()
         assert b"new" in found(store, first).value
         assert found(store, first).lease != ended
+
+
+def stands(store: LateStore, registrar: Registrar, wanted: RankRecord) -> None:
+    """After a few turns, and although what was under way arrives then."""
+    for _ in range(3):
+        if registrar.due:
+            registrar.turn()
+    store.arrive()
+    assert stored(store) == wanted
+    assert registrar.settled
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_record_that_arrives_late_undoes_no_newer_one(first: bool) -> None:
+    """Whether it was the key's first one or not: the kernel sends it again after the cut, behind what came since."""
+    store = LateStore()
+    with closing(Registrar(store, KEYS, ttl_s=TTL_S, background=False)) as registrar:
+        if not first:
+            publish(registrar, record())
+            registrar.turn()
+        store.cut = True
+        publish(registrar, record(RankState.LOADING))
+        assert not registrar.turn(), "no answer came"
+        store.cut = False
+        publish(registrar, record(RankState.STANDBY))
+        stands(store, registrar, record(RankState.STANDBY))
+
+
+def test_a_record_that_arrived_after_all_is_written_over() -> None:
+    store = LateStore()
+    with closing(Registrar(store, KEYS, ttl_s=TTL_S, background=False)) as registrar:
+        store.cut = True
+        publish(registrar, record(RankState.LOADING))
+        assert not registrar.turn()
+        store.cut = False
+        store.arrive()
+        publish(registrar, record(RankState.STANDBY))
+        stands(store, registrar, record(RankState.STANDBY))
+
+
+def test_a_late_record_of_one_rank_holds_up_no_other() -> None:
+    """What is written together is compared key by key; one that is not as we knew it costs one more turn."""
+    store = LateStore()
+    with closing(Registrar(store, KEYS, ttl_s=TTL_S, background=False)) as registrar:
+        registrar.publish_all(ranks(4))
+        registrar.turn()
+        store.put(KEYS.rank(2, 3), b"{}")
+        registrar.publish_all(ranks(4, "new"))
+        registrar.turn()
+        registrar.turn()
+        assert all(b"new" in found(store, KEYS.rank(r, r + 1)).value for r in range(4))
+        assert registrar.settled
 
 
 def found(store: MemoryStore, key: str) -> KeyValue:
