@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_exchange [--ranks 2] [--kills 6] [--layers 16]
 
 Prints one JSON line per result. This process plays the agent and the engine: it holds the windows' descriptors, hands
-them to the ranks, and writes the abort word; it never touches CUDA. Parts:
+them to the ranks, and calls attempts off; it never touches CUDA. Parts:
 
 * `layer`: the four kernels of a layer in a CUDA graph of 16 layers, by rows per rank, where experts cost nothing;
   then with experts of Qwen3-30B-A3B's shape, and those alone; and NCCL moving the same rows there and back.
@@ -49,15 +49,16 @@ def say(what: str, **fields: object) -> None:
 
 
 class Page:
-    """Host memory that all processes of this benchmark share: the abort word, and a mutex that each rank holds."""
+    """Host memory that all processes of this benchmark share: the word below which calls are over, and a mutex that each
+    rank holds."""
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, PAGE_BYTES)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self._words = memoryview(self._memory).cast("Q")
 
-    def abort(self, value: int) -> None:
-        self._words[0] = value
+    def call_off(self, below: int) -> None:
+        self._words[0] = below
 
     def mutex(self, rank: int) -> RobustMutex:
         return RobustMutex(self.address + MUTEX_AT + MUTEX_BYTES * rank)
@@ -88,7 +89,7 @@ class Rank:
         self.me, self.ranks, self._sock = me, ranks, sock
         torch.cuda.set_device(me)
         torch.zeros(1, device="cuda")
-        self.abort_word = host_words(page.address, PAGE_BYTES)
+        self.called_off = host_words(page.address, PAGE_BYTES)
         self._base = 1
         page.mutex(me).lock_now()
 
@@ -110,7 +111,7 @@ class Rank:
         self._mapped = [Mapping(fd, size, self.me) for fd in fds]
         for fd in fds:
             os.close(fd)
-        reach = Reach([each.address for each in self._mapped], self.abort_word)
+        reach = Reach([each.address for each in self._mapped], self.called_off)
         self.calls = DeviceCalls(shape, self.me, EXPERTS, reach, LIMIT_S)
         self.shape = shape
         self.scales = (1 + torch.arange(EXPERTS, device="cuda") / EXPERTS / 64).bfloat16()
@@ -409,10 +410,9 @@ def kill(ranks: Ranks, base: int, step_ms: float, early: bool) -> int:
     os.kill(ranks.processes[victim].pid, signal.SIGKILL)
     page.mutex(victim).owner_died(ANSWER_S)
     known = time.monotonic_ns()
-    page.abort(1)
-    gave_up = [ranks.answer(rank) for rank in live]
-    page.abort(0)
     base += KILL_LAYERS
+    page.call_off(base)
+    gave_up = [ranks.answer(rank) for rank in live]
     ranks.launch(live, base, 1 << victim)
     again = [ranks.answer(rank) for rank in live]
     ranks.drop(victim)
@@ -442,14 +442,13 @@ def kill(ranks: Ranks, base: int, step_ms: float, early: bool) -> int:
 
 
 def call_off(ranks: Ranks, base: int, step_ms: float) -> int:
-    """No process dies: the abort word alone ends a step, which waits as the last rank has not launched it."""
+    """No process dies: the word alone ends a step, which waits as the last rank has not launched it."""
     waiting = range(ranks.count - 1)
     ranks.launch(waiting, base)
     time.sleep(step_ms / 2000)
     written = time.monotonic_ns()
-    ranks.page.abort(1)
+    ranks.page.call_off(base + KILL_LAYERS)
     found = [ranks.answer(rank) for rank in waiting]
-    ranks.page.abort(0)
     ended = [round((each["ended_ns"] - written) / 1e6, 2) for each in found]
     say("called off", kernels_ended_ms=ended, failed=[each["failed"] for each in found])
     return base + KILL_LAYERS

@@ -2,7 +2,7 @@
 
 Each rank runs dispatch, collect, reply and combine of each layer in moves that others' may come between; the engine
 begins attempts, notices a death and calls off. Promised in every order: a live rank reads only rows that were written
-for that call of that attempt, no rank waits for ever, and without a fault no attempt fails. `Rules` break one by one.
+for that call of that attempt, reports no success if it has left out a row, none waits for ever, and without a fault no attempt fails. `Rules` break one by one.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ class Kernels(NamedTuple):
     published: int = 0  # to how many peers, in this phase
     failed: bool = False
     ended: bool = False
+    cut: bool = False  # it has left out rows
     wrong: int = 0  # bits of askers whose rows were not those that they asked about
 
 
@@ -96,6 +97,7 @@ class Rules:
     base_rises: bool = True
     masked_are_not_awaited: bool = True
     aborts: bool = True
+    gives_up_by_failing: bool = True  # whoever leaves out a row has first said that the attempt failed
     reuse_waits: bool = True  # a slot has a successor only once its process is over
 
 
@@ -169,7 +171,7 @@ def _moves(setting: Setting, state: State) -> Iterator[tuple[str, State]]:
         if kernels.ended:
             continue
         if state.abort:
-            ended = kernels._replace(failed=True, ended=True)
+            ended = kernels._replace(failed=setting.rules.gives_up_by_failing, ended=True, cut=True)
             yield f"{rank} sees the abort", state._replace(ranks=_with(state.ranks, rank, ended))
         for what, memory, after in _step(setting, state, rank, kernels):
             yield f"{rank} {what}", state._replace(ranks=_with(state.ranks, rank, after), memory=memory)
@@ -210,6 +212,8 @@ def _next_attempt(setting: Setting, state: State) -> Iterator[tuple[str, State]]
     ended = [kernels for kernels in reports if kernels.ended]
     if len(ended) < len(reports) or (state.death == Death.HAPPENED and unmasked):
         return
+    if any(kernels.cut and not kernels.failed for kernels in ended):
+        raise Violation("rows that were left out are taken for a result")
     failed = state.abort or any(kernels.failed for kernels in ended) or (dead and unmasked)
     steps = state.steps + (not failed)
     reusable = Death.OVER if rules.reuse_waits else Death.KNOWN

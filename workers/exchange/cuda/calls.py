@@ -39,27 +39,30 @@ class Failure(IntFlag):
 
 @dataclass(frozen=True)
 class Reach:
-    """What a rank's kernels reach of others: each slot's window, and the host's abort word."""
+    """What a rank's kernels reach of others: each slot's window, and the host's word below which calls are over."""
 
     windows: Sequence[int]
-    abort_word: int
+    called_off: int
 
 
 class DeviceCalls:
     """Of one rank, on the current GPU."""
 
-    def __init__(self, shape: WindowShape, me: int, experts: int, reach: Reach, limit_s: float) -> None:
-        """`limit_s`: how long a call waits for peers at most."""
+    def __init__(
+        self, shape: WindowShape, me: int, experts: int, reach: Reach, limit_s: float, layers: int = 1
+    ) -> None:
+        """`limit_s`: how long a call waits for peers at most. `layers` that differ in where experts are; 1: none do."""
         self._shape, self._me, self._experts, self._limit_ns = shape, me, experts, int(limit_s * 1e9)
         self._windows = [*reach.windows, *[0] * (MOST_RANKS - len(reach.windows))]
-        self._abort_word = reach.abort_word
+        self._called_off = reach.called_off
         self._device = torch.device("cuda", torch.cuda.current_device())
         major, minor = torch.cuda.get_device_capability(self._device)
         cubin = compiled(shape, f"sm_{major}{minor}{'a' if major >= 9 else ''}")
         self._launch = {name: launcher(cubin, name) for name in NAMES}
         places = shape.ranks * shape.held
-        self._words = self._numbers(5, WORD_STRIDE, kind=torch.int64)
-        self._where = self._numbers(experts, kind=torch.int64) + NO_PLACE
+        self._words = self._numbers(4, WORD_STRIDE, kind=torch.int64)
+        self._where = self._numbers(layers, experts, kind=torch.int64) + NO_PLACE
+        self._loads = self._numbers(layers, shape.held, kind=torch.int64)
         self._held = self._numbers(places, kind=torch.int64) + NO_PLACE
         self._real = self._numbers(1)
         self._ends, self._starts, self._sizes = (
@@ -75,18 +78,28 @@ class DeviceCalls:
 
     def place(self, held: Sequence[Sequence[int]], where: Sequence[tuple[int, int] | None]) -> None:
         """`held[rank][place]`: the expert there, or NO_PLACE; `where[expert]`: rank and place of the replica in use."""
-        codes = [NO_PLACE if at is None else at[0] << 32 | at[1] for at in where]
+        self.place_each(held, [where] * len(self._where))
+
+    def place_each(self, held: Sequence[Sequence[int]], where: Sequence[Sequence[tuple[int, int] | None]]) -> None:
+        """The same with a `where` for each layer."""
+        codes = [[NO_PLACE if at is None else at[0] << 32 | at[1] for at in layer] for layer in where]
         self._held.copy_(torch.tensor([expert for places in held for expert in places]))
         self._where.copy_(torch.tensor(codes))
 
     def begin(self, base: int, rows: int, masked: int = 0) -> None:
         """Before an attempt of `rows` real rows. `base` is above any number of a call before it, on every rank."""
-        self._words[:, 0].copy_(torch.tensor([base, masked, 0, 0, 0]))
+        self._words[:, 0].copy_(torch.tensor([base, masked, 0, 0]))
         self._real.fill_(rows)
 
     def failure(self) -> Failure:
         """Of the attempt so far; 0: none. Waits for the kernels."""
-        return Failure(int(self._words[3, 0].item()))
+        return Failure(int(self._words[2, 0].item()))
+
+    def take_loads(self) -> Tensor:
+        """Rows that this rank was asked to compute, [layers, held], since the last call; on the host."""
+        found = self._loads.cpu()
+        self._loads.zero_()
+        return found
 
     def call(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor, compute: Compute) -> Tensor:
         """The routed part of a layer: hidden [T, H], ids [T, k] int64 and weights [T, k] fp32 -> [T, H].
@@ -112,14 +125,15 @@ class DeviceCalls:
     def _arguments(
         self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor, out: Tensor, computed: Tensor
     ) -> bytes:
-        base, masked, abort_here, failed, ended = (word.data_ptr() for word in self._words)
+        base, masked, failed, ended = (word.data_ptr() for word in self._words)
+        of_layer = layer % len(self._where)
         numbers = [
-            base, masked, self._abort_word, abort_here, failed, ended,
+            base, masked, self._called_off, failed, ended,
             layer, self._me, len(hidden), self._experts, self._limit_ns,
         ]  # fmt: skip
         tensors = [
-            self._where, self._held, self._real, ids, weights, self._row_of, hidden, self._packed,
-            self._ends, self._starts, self._sizes, computed, out,
+            self._where[of_layer], self._held, self._real, ids, weights, self._row_of, hidden, self._packed,
+            self._ends, self._loads[of_layer], self._starts, self._sizes, computed, out,
         ]  # fmt: skip
         words = [*numbers, *(tensor.data_ptr() for tensor in tensors), *self._windows]
         return struct.pack(f"<{len(words)}Q", *words)

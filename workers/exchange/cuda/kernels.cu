@@ -10,9 +10,11 @@
 // the next call only once it was asked, which an owner does when it has summed.
 // Words are waited for with >=, so that none is waited for in vain; a number that is greater than it can be fails the call.
 //
-// Block 0 of a kernel that waits is the only one that reads the host's abort word, since reads of one line of the host's
-// memory queue up (1 us each). It is block 0 because the first blocks get a place on the GPU whatever else waits there.
-// A call that failed writes no words, and what follows it in the graph finds garbage: so whatever ids, tables, words and
+// The host calls attempts off by a word: calls with numbers below it are over. It rises only, so nobody has to clear it.
+// Block 0 of a kernel that waits is the only one that reads it, since reads of one line of the host's memory queue up
+// (1 us each). It is block 0 because the first blocks get a place on the GPU whatever else waits there.
+// What makes any block give up is in `failed` first, and blocks look at nothing else: an attempt of which some block left
+// out a row is never taken for done. A call that failed writes no words, and what follows it in the graph finds garbage: so whatever ids, tables, words and
 // rows hold, each kernel stays within its buffers and ends.
 typedef unsigned long long u64;
 
@@ -20,8 +22,7 @@ enum Failure { ABORTED = 1, TOO_LATE = 2, OVERTAKEN = 4, UNCOVERED = 8, TOO_MANY
 
 struct Args {  // 64 bits each, in the order of calls.py
   const u64 *base, *masked;       // set by the host before an attempt; bit r: rank r is neither used nor waited for
-  const u64 *abort_host;          // in host memory; not 0: give up
-  u64 *abort_here;                // what block 0 saw, for all others
+  const u64 *called_off;          // in host memory: calls with smaller numbers are over
   u64 *failed;                    // why the attempt's results are worth nothing; 0: they are good
   u64 *ended;                     // blocks of this call's `collect` and `combine` that wait no more
   u64 layer, me, tokens, experts, limit_ns;
@@ -34,6 +35,7 @@ struct Args {  // 64 bits each, in the order of calls.py
   const uint4 *hidden;            // [tokens, CHUNKS]
   uint4 *packed;                  // [ROOM, CHUNKS]: group g is rows ends[g] to ends[g + 1]
   int *ends;                      // [HELD + 1]
+  u64 *loads;                     // [HELD]: rows for each place since the host last looked
   int *starts, *sizes;            // [RANKS * HELD]: where the rows of each rank for each place are in `packed`
   const uint4 *computed;          // [ROOM, CHUNKS]
   uint4 *out;                     // [tokens, CHUNKS]
@@ -76,18 +78,15 @@ __device__ __forceinline__ u64 number_of(const Args &a) { return *a.base + a.lay
 // The same answer for all threads of a block, which must all ask. Ends with a barrier.
 __device__ __forceinline__ bool is_off(const Args &a) {
   __shared__ int off;
-  if (threadIdx.x == 0) off = peek(a.failed) != 0 || peek(a.abort_here) != 0;
+  if (threadIdx.x == 0) off = peek(a.failed) != 0;
   __syncthreads();
   return off;
 }
 
-// Waits until *word >> shift >= number; returns the word, or fails the call and returns 0.
+// Waits until *word >> shift >= number; returns the word, or 0 once the attempt has failed.
 __device__ __forceinline__ u64 await(const Args &a, const u64 *word, u64 number, int shift) {
   for (unsigned turn = 1; peek(word) >> shift < number; ++turn)
-    if ((turn & 7) == 0) {
-      u64 why = peek(a.abort_here);
-      if (why) return fail(a, why), 0;
-    }
+    if ((turn & 7) == 0 && peek(a.failed)) return 0;
   u64 found = acquire(word);
   return found >> shift == number ? found : (fail(a, OVERTAKEN), 0);
 }
@@ -95,11 +94,11 @@ __device__ __forceinline__ u64 await(const Args &a, const u64 *word, u64 number,
 // Block 0 of a kernel that waits, until `others` blocks wait no more: the host's word and the time for all of them.
 __device__ __forceinline__ void watch(const Args &a, u64 others) {
   if (threadIdx.x != 0) return;
-  u64 begun = now_ns();
+  u64 begun = now_ns(), number = number_of(a);
   for (unsigned turn = 0; peek(a.ended) < others; ++turn) {
     if (turn < 16) continue;
-    u64 why = peek(a.abort_host) ? ABORTED : now_ns() - begun > a.limit_ns ? TOO_LATE : 0;
-    if (why) return release(a.abort_here, why);
+    u64 why = peek(a.called_off) > number ? ABORTED : now_ns() - begun > a.limit_ns ? TOO_LATE : 0;
+    if (why) return fail(a, why);
   }
 }
 __device__ __forceinline__ void wait_no_more(const Args &a) {
@@ -195,7 +194,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) collect(const __grid_const
     copy_rows(a.packed + (u64)at * CHUNKS, count, [&](int r) { return from + (u64)r * CHUNKS; });
     at += count;
   }
-  if (threadIdx.x == 0) a.ends[place + 1] = at;
+  if (threadIdx.x == 0) a.ends[place + 1] = at, a.loads[place] += bad ? 0 : at - before;
 }
 
 // Block: a rank and the place of an expert that this rank holds.

@@ -33,6 +33,7 @@ RANKS, EXPERTS, ROWS, HIDDEN, TOP_K = 2, 8, 16, 512, 4
 SHARE = EXPERTS // RANKS
 SHAPE = WindowShape(RANKS, SHARE, ROWS, HIDDEN, TOP_K)
 LIMIT_S = 20.0
+EVERY_CALL = (1 << 64) - 1
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -53,11 +54,11 @@ def test_what_the_compiler_says_is_in_the_error(monkeypatch: pytest.MonkeyPatch)
 class Pair:
     """Two ranks, each holding half of the experts. Expert e multiplies by 1 + e / 8, which bf16 has exactly."""
 
-    def __init__(self, abort_word: int, limit_s: float = LIMIT_S) -> None:
+    def __init__(self, called_off: int, limit_s: float = LIMIT_S) -> None:
         from workers.exchange.cuda.calls import DeviceCalls, Reach
 
         self.windows = [torch.zeros(SHAPE.offsets["bytes"], dtype=torch.uint8, device="cuda") for _ in range(RANKS)]
-        reach = Reach([window.data_ptr() for window in self.windows], abort_word)
+        reach = Reach([window.data_ptr() for window in self.windows], called_off)
         self.ranks = [DeviceCalls(SHAPE, rank, EXPERTS, reach, limit_s) for rank in range(RANKS)]
         self.streams = [torch.cuda.Stream() for _ in range(RANKS)]
         self.scales = (1 + torch.arange(EXPERTS, device="cuda") / 8).bfloat16()
@@ -102,8 +103,8 @@ class Pair:
         return [int(calls.failure()) for calls in self.ranks]
 
 
-class AbortWord:
-    """A word of host memory. A page can be registered once."""
+class CalledOff:
+    """The word below which calls are over, in host memory. A page can be registered once."""
 
     def __init__(self) -> None:
         from workers.exchange.cuda.driver import host_words
@@ -115,24 +116,25 @@ class AbortWord:
 
 
 @pytest.fixture(scope="module")
-def registered() -> AbortWord:
-    return AbortWord()
+def registered() -> CalledOff:
+    return CalledOff()
 
 
 @pytest.fixture
-def abort(registered: AbortWord) -> Iterator[AbortWord]:
+def word(registered: CalledOff) -> Iterator[CalledOff]:
     registered.word.value = 0
     yield registered
-    registered.word.value = 1  # no kernel waits on
+    registered.word.value = EVERY_CALL  # no kernel waits on
     torch.cuda.synchronize()
 
 
 @on_gpu
 @pytest.mark.parametrize("rows", [(16, 16), (1, 16), (0, 7), (5, 0), (0, 0)])
-def test_sums_are_those_of_a_loop(abort: AbortWord, rows: tuple[int, int]) -> None:
+def test_sums_are_those_of_a_loop(word: CalledOff, rows: tuple[int, int]) -> None:
     """To the last bit, with padding, and where a rank is ahead as it has no rows for the other."""
-    pair = Pair(abort.address)
+    pair = Pair(word.address)
     pair.begin([*rows])
+    word.word.value = pair.base  # an attempt before this one was called off
     given = [pair.draw(rank + 1) for rank in range(RANKS)]
     outs = [[pair.call(rank, layer, given[rank]) for rank in range(RANKS)] for layer in range(20)]
     assert pair.failures() == [0, 0]
@@ -143,8 +145,8 @@ def test_sums_are_those_of_a_loop(abort: AbortWord, rows: tuple[int, int]) -> No
 
 
 @on_gpu
-def test_a_masked_rank_is_not_waited_for(abort: AbortWord) -> None:
-    pair = Pair(abort.address)
+def test_a_masked_rank_is_not_waited_for(word: CalledOff) -> None:
+    pair = Pair(word.address)
     hidden, ids, weights = pair.draw(3)
     pair.begin([ROWS, 0], masked=2)
     own = torch.arange(TOP_K, device="cuda").expand_as(ids).contiguous()
@@ -154,26 +156,54 @@ def test_a_masked_rank_is_not_waited_for(abort: AbortWord) -> None:
 
 
 @on_gpu
-def test_the_abort_word_ends_a_wait(abort: AbortWord) -> None:
-    pair = Pair(abort.address)
+def test_calling_off_ends_a_wait(word: CalledOff) -> None:
+    pair = Pair(word.address)
     pair.begin([ROWS, ROWS])
     out = [pair.call(0, layer, pair.draw(4)) for layer in range(5)]  # the other rank does not call
-    abort.word.value = 1
+    word.word.value = pair.base + 5
     assert pair.failures() == [1, 0]
     assert not any(each.any() for each in out)
 
 
 @on_gpu
-def test_a_wait_has_a_limit(abort: AbortWord) -> None:
-    pair = Pair(abort.address, limit_s=0.05)
+def test_what_is_called_off_is_right_or_has_failed(word: CalledOff) -> None:
+    """Also where no block waits for a peer: each of them may find itself off before it has done its part."""
+    pair = Pair(word.address)
+    hidden, ids, weights = pair.draw(3)
+    own = torch.arange(TOP_K, device="cuda").expand_as(ids).contiguous()
+    wanted = pair.expected(hidden, own, weights)
+    for _ in range(20):
+        pair.begin([ROWS, 0], masked=2)
+        word.word.value = pair.base + 50
+        outs = [pair.call(0, layer, (hidden, own, weights)) for layer in range(50)]
+        assert pair.failures()[0] == 1 or all(torch.equal(out, wanted) for out in outs)
+
+
+@on_gpu
+def test_loads_are_counted_where_rows_are_computed(word: CalledOff) -> None:
+    pair = Pair(word.address)
+    given = [pair.draw(rank + 1) for rank in range(RANKS)]
+    pair.begin([ROWS, 3])
+    for rank in range(RANKS):
+        pair.call(rank, 0, given[rank])
+    assert pair.failures() == [0, 0]
+    ids = torch.cat((given[0][1], given[1][1][:3])).flatten()
+    found = torch.cat([calls.take_loads()[0] for calls in pair.ranks])
+    assert torch.equal(found, torch.bincount(ids.cpu(), minlength=EXPERTS))
+    assert not any(calls.take_loads().any() for calls in pair.ranks)
+
+
+@on_gpu
+def test_a_wait_has_a_limit(word: CalledOff) -> None:
+    pair = Pair(word.address, limit_s=0.05)
     pair.begin([ROWS, ROWS])
     pair.call(0, 0, pair.draw(4))
     assert pair.failures() == [2, 0]
 
 
 @on_gpu
-def test_a_later_number_fails_the_call(abort: AbortWord) -> None:
-    pair = Pair(abort.address)
+def test_a_later_number_fails_the_call(word: CalledOff) -> None:
+    pair = Pair(word.address)
     pair.begin([ROWS, ROWS])
     words = pair.windows[0][: SHAPE.offsets["answered"]].view(torch.int64)
     words.fill_((pair.base + 2) << 16)
@@ -183,8 +213,8 @@ def test_a_later_number_fails_the_call(abort: AbortWord) -> None:
 
 
 @on_gpu
-def test_an_expert_that_no_rank_holds_fails_the_call(abort: AbortWord) -> None:
-    pair = Pair(abort.address)
+def test_an_expert_that_no_rank_holds_fails_the_call(word: CalledOff) -> None:
+    pair = Pair(word.address)
     pair.begin([ROWS, 0])
     pair.ranks[0].place([[0, 1, 2, 3], [-1] * SHARE], [(0, e) if e < SHARE else None for e in range(EXPERTS)])
     torch.cuda.synchronize()
@@ -194,9 +224,9 @@ def test_an_expert_that_no_rank_holds_fails_the_call(abort: AbortWord) -> None:
 
 
 @on_gpu
-def test_garbage_keeps_kernels_in_their_buffers(abort: AbortWord) -> None:
+def test_garbage_keeps_kernels_in_their_buffers(word: CalledOff) -> None:
     """They end, and the GPU has no error. Where they write is seen by compute-sanitizer alone (docs/gpu.md)."""
-    pair = Pair(abort.address, limit_s=0.01)
+    pair = Pair(word.address, limit_s=0.01)
     generator = torch.Generator(device="cuda").manual_seed(5)
     for number in range(30):
         small = number % 2 == 0  # half of them are so small that they may be valid

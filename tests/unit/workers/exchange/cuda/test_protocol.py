@@ -51,10 +51,11 @@ def test_two_of_three_go_on() -> None:
         Rules(base_rises=False),
         Rules(masked_are_not_awaited=False),
         Rules(aborts=False),
+        Rules(gives_up_by_failing=False),
         Rules(reuse_waits=False),
         *(Rules(order=order) for order in EARLY_WORDS.values()),
     ],
-    ids=["one bank", "base", "masked", "no abort", "reuse at once", *EARLY_WORDS],
+    ids=["one bank", "base", "masked", "no abort", "silent", "reuse at once", *EARLY_WORDS],
 )
 def test_each_rule_is_needed(rules: Rules) -> None:
     with pytest.raises(Violation):
