@@ -2,7 +2,9 @@
 
 A member is usable once it has proved its queues to this engine. Until each member is usable or gone, the present view
 stays in use: it serves well meanwhile. No record in the store is no death: after an outage an agent may be about to
-write it again. But a missing record is awaited only as long as that takes: a dead host writes nothing.
+write it again. But a missing record is awaited only as long as that takes: a dead host writes nothing. Unless the view
+is of no use without those members: in a long outage of the store agents write nothing either, and a rank that is masked
+serves no more.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Set
 from dataclasses import dataclass
 
+from elastic.engine.scheduler import uncovered
 from membership.base.enums import Trigger
 from membership.base.rank_id import RankId
 from membership.planning.cluster_facts import ClusterFacts
@@ -41,15 +44,18 @@ def adoption(
 ) -> Adoption | None:
     """The newer view in the store, if there is one. A member that is not ready when it is `overdue` counts as lost.
 
-    A member without a record counts as lost sooner: once its end is certain, or when not `patient` any more.
+    A member without a record counts as lost sooner: once its end is certain, or when not `patient` any more and the
+    others have its experts.
     """
     view = state.view
     if view is None or view.epoch <= epoch:
         return None
     gone = absent(view, state) - ready
-    if patient:
+    if gone:
         facts = ClusterFacts(state, 0.0)
-        gone &= {member.id for member in view.members if facts.ended(member)}
+        ended = {member.id for member in view.members if facts.ended(member)}
+        if patient or _experts_missing(state, gone | lost) > _experts_missing(state, ended | lost):
+            gone &= ended
     gone |= lost
     missing = [member for member in view.members if member.id not in gone | ready]
     masked = {member.rank for member in view.members if member.id in gone}
@@ -57,6 +63,12 @@ def adoption(
         masked |= {member.rank for member in missing}
         missing = []
     return Adoption(view, tuple(sorted(masked)), tuple(sorted(member.rank for member in missing)))
+
+
+def _experts_missing(state: ClusterState, without: Set[RankId]) -> int:
+    if state.view is None or state.config is None:
+        return 0
+    return uncovered(state.view, (member.rank for member in state.view.members if member.id in without), state.config)
 
 
 def leaving(view: View, state: ClusterState) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from elastic.engine.adoption import Adoption, adoption, leaving, trigger
 from elastic.engine.recovery import Recovered, Recovery
@@ -22,6 +23,7 @@ from membership.store.records import (
     RankState,
     View,
 )  # fmt: skip
+from tests.support.rank_model import config
 
 pytestmark = pytest.mark.unit
 
@@ -83,6 +85,39 @@ def test_who_has_no_record_for_now_is_waited_for_while_patient() -> None:
 
 def test_an_engine_that_says_nothing_of_patience_waits_for_no_absent_member() -> None:
     assert adoption(state(0, assignments=assigned(0, 1, 2)), 4, {(0, 10)}, set()) == Adoption(VIEW, (1, 2), ())
+
+
+HALF, OTHER_HALF, ALL = ((0,), (0,)), ((1,), (1,)), ((0, 1), (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("placement", "joined", "masked", "waiting_for"),
+    [
+        ((ALL, ALL, ALL), (0,), (1, 2), ()),
+        ((ALL, ALL, ALL), (), (), (0, 1, 2)),  # an outage in which no agent could write: the ranks are well
+        ((HALF, OTHER_HALF, HALF), (0,), (), (1, 2)),
+        ((HALF, OTHER_HALF, HALF), (0, 1), (2,), ()),
+    ],
+)
+def test_who_has_no_record_is_waited_for_longer_where_experts_would_be_missing(
+    placement: tuple[Any, ...], joined: tuple[int, ...], masked: tuple[int, ...], waiting_for: tuple[int, ...]
+) -> None:
+    known = state(
+        config=config(), view=replace(VIEW, placement=dict(enumerate(placement))), assignments=assigned(0, 1, 2)
+    )
+    ready = {(rank, 10 + rank) for rank in joined}
+    found = adoption(known, 4, ready, set())
+    assert found is not None
+    assert (found.masked, found.waiting_for) == (masked, waiting_for)
+    overdue = adoption(known, 4, ready, set(), overdue=True)
+    assert overdue is not None
+    assert overdue.waiting_for == (), "the controller must hear of it some time"
+
+
+def test_experts_that_are_missing_without_them_are_no_reason_to_wait_for_others() -> None:
+    placement = {0: HALF, 1: HALF, 2: OTHER_HALF}
+    known = state(0, config=config(), view=replace(VIEW, placement=placement), assignments=assigned(0, 1))
+    assert adoption(known, 4, {(0, 10)}, set()) == Adoption(known.view, (1, 2), ())
 
 
 @pytest.mark.parametrize(
