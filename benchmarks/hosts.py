@@ -1,11 +1,13 @@
 """Two hosts (network namespaces of this machine): what steps and rows cost between them, beside bare sockets.
 
-    python -m benchmarks.hosts [--rounds 300] [--decode 3] [-o json]
+    python -m benchmarks.hosts [--rounds 300] [--decode 3] [--weights 2.8 --rate 1gbit] [--faults 20] [-o json]
 
 Each way answers from a process in the other namespace; the ways take turns in one run. `rows`: dispatch + combine of 32
 rows, top-2, hidden 1024, against bare TCP and gloo's all_to_all with the same bytes (TCP and gloo are not encrypted).
-`step`: 200 bytes to a rank and back over our queues, against a bare ZeroMQ DEALER and ROUTER. `--decode N`: N
-rounds of eight streams on 2 hosts x 2 ranks and on 1 host x 4 ranks. It takes root.
+`step`: 200 bytes to a rank and back over our queues, against a bare ZeroMQ DEALER and ROUTER, and (`shm`) the queues of
+one host: `cpu_us` is processor time of both ends per round. `--decode N`: N rounds of eight streams on 2 hosts x 2
+ranks and on 1 host x 4 ranks. `--weights GB`: see benchmarks/hosts_weights.py. `--faults N`: N deaths of a rank, and a
+sixth as many of a host and of its cable; see benchmarks/hosts_faults.py. It takes root.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from pathlib import Path
 import torch
 import zmq
 
+from benchmarks import hosts_faults, hosts_weights
+from benchmarks.hosts_cluster import two_hosts
 from benchmarks.hosts_peer import (
     ANSWERED,
     ASKED,
@@ -38,18 +42,17 @@ from benchmarks.hosts_peer import (
     percentiles,
     take,
 )
+from benchmarks.mq import cpu_ns
 from chaos.target.checkpoint import checkpoint
 from chaos.target.cluster import Cluster, ServedCluster
-from chaos.target.host_cluster import HostCluster
 from chaos.target.hosts import Hosts, made_hosts
 from chaos.workload.streams import Load, Workload
-from elastic.serve.etcd_server import EtcdServer
 from membership.base import starter
 from membership.base.logs import configure
 from membership.base.rank_id import RankId
 from workers.exchange.model_side import StepContext
 from workers.ipc.doorbell import Doorbell
-from workers.queue.handle import Handle
+from workers.queue.handle import Handle, Remote
 from workers.queue.message_queue import MessageQueue, MsgpackCodec
 from workers.queue.network import keys_for, remote_of
 
@@ -57,6 +60,7 @@ TURNS = 6  # the first one warms up
 GLOO_SHARE = 5  # gloo does that many times fewer rounds
 LOAD = Load(streams=8, max_tokens=64, prompts=8)
 Call = Callable[[], object]
+Table = dict[str, dict[str, float]]
 
 
 class Ways:
@@ -65,14 +69,21 @@ class Ways:
     def __init__(self, hosts: Hosts, rounds: int, opened: ExitStack) -> None:
         self.hosts, self.rounds, self.opened = hosts, rounds, opened
         self.there, self.here = hosts.addresses["b"], hosts.outside
+        self.peers = dict[str, int]()  # way -> process at its other end, where its processor time counts
 
-    def peer(self, way: str, argument: str = "") -> tuple[subprocess.Popen[str], str]:
-        """Its process there, and the line that it says first."""
-        command = self.hosts.command("b", sys.executable, "-m", "benchmarks.hosts_peer", way, self.there, argument)
+    def peer(self, way: str, argument: str = "", *, near: bool = False) -> tuple[subprocess.Popen[str], str]:
+        """Its process there, or on our host, and the line that it says first."""
+        command = [sys.executable, "-m", "benchmarks.hosts_peer", way, "" if near else self.there, argument]
+        command = command if near else self.hosts.command("b", *command)
         environ = {**os.environ, "GLOO_SOCKET_IFNAME": "eth0", starter.ENV: starter.named()}
         process = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8", env=environ)
         self.opened.callback(_end, process)
         return process, (process.stdout.readline() if process.stdout else "").strip()
+
+    def spent_s(self, way: str) -> float:
+        """Processor time so far of our process and of the one at the other end; 0 where it does not count."""
+        pids = [os.getpid(), self.peers[way]] if way in self.peers else []
+        return cpu_ns(pids) / 1e9
 
     def rows(self) -> Call:
         """Our exchange."""
@@ -112,10 +123,19 @@ class Ways:
         return max(1, self.rounds // GLOO_SHARE)
 
     def step(self) -> Call:
-        """Our queues: one of steps, one of answers."""
+        """Our queues between the hosts: one of steps, one of answers."""
+        return self.queues("step", remote_of(network(self.here)))
+
+    def shm(self) -> Call:
+        """The same queues on one host."""
+        return self.queues("shm", None)
+
+    def queues(self, way: str, remote: Remote | None) -> Call:
+        """Both ends; the process at the other end counts with ours."""
         codec = MsgpackCodec(bytes)
-        steps = self.opened.enter_context(MessageQueue("steps", codec, remote=remote_of(network(self.here))))
-        _, text = self.peer("queue", steps.export_handle().encode().hex())
+        steps = self.opened.enter_context(MessageQueue("steps", codec, remote=remote))
+        process, text = self.peer("queue", steps.export_handle().encode().hex(), near=remote is None)
+        self.peers[way] = process.pid
         handle, bell = Handle.decode(bytes.fromhex(text)), Doorbell()
         self.opened.callback(bell.close)
         keys = keys_for(handle, network(self.here))
@@ -143,22 +163,26 @@ class Ways:
         return call
 
 
-def race(ways: Ways) -> dict[str, list[float]]:
-    """Seconds of each call, by way."""
+def race(ways: Ways) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of each call, by way; and seconds of processor per call, of both ends, of those where it counts."""
     rounds = ways.rounds
     contenders = {
         "rows": (ways.rows(), rounds), "tcp": (ways.tcp(), rounds), "gloo": (ways.gloo(), ways.gloo_rounds),
-        "step": (ways.step(), rounds), "ping": (ways.ping(), rounds),
+        "step": (ways.step(), rounds), "ping": (ways.ping(), rounds), "shm": (ways.shm(), rounds),
     }  # fmt: skip
     found: dict[str, list[float]] = {name: [] for name in contenders}
+    spent = dict.fromkeys(ways.peers, 0.0)
     for turn in range(TURNS):
         for name, (call, count) in contenders.items():
+            before = ways.spent_s(name)
             for _ in range(count):
                 begun = time.perf_counter()
                 call()
                 if turn:
                     found[name].append(time.perf_counter() - begun)
-    return found
+            if turn and name in spent:
+                spent[name] += ways.spent_s(name) - before
+    return found, {name: each / len(found[name]) for name, each in spent.items()}
 
 
 def _end(process: subprocess.Popen[str]) -> None:
@@ -171,16 +195,7 @@ def clusters(folder: Path) -> Iterator[dict[str, Cluster]]:
     """Both at once; each rests while the other works."""
     model = checkpoint(None, folder)
     with ExitStack() as opened:
-        hosts = opened.enter_context(made_hosts("a", "b"))
-        etcd = opened.enter_context(EtcdServer(folder / "etcd", address=hosts.outside))
-        two = HostCluster(hosts, etcd.url, folder, gateway="a")
-        opened.callback(two.close)
-        at = ("--capacity", "2", "--min-agents", "2", "--host", hosts.addresses["a"])
-        two.start("a", "serve", str(model), "--ranks", "4", *at)
-        while not two.secret.exists():
-            two.require_alive()
-            time.sleep(0.1)
-        two.join("b", "agent", "--capacity", "2")
+        two = two_hosts(model, folder, opened)
         one = opened.enter_context(ServedCluster(model, 4, state_dir=folder / "one"))
         for cluster in (two, one):
             cluster.wait_serving(4, 300.0)
@@ -201,43 +216,59 @@ def decode(rounds: int) -> dict[str, float]:
     return {name: round(sorted(found)[len(found) // 2], 1) for name, found in speeds.items()}
 
 
-def report(times: dict[str, list[float]], speeds: dict[str, float]) -> dict[str, dict[str, float]]:
+def report(times: dict[str, list[float]], spent: dict[str, float]) -> Table:
     """A row per way, and the ratios."""
-    found = {name: dict(zip(("p50_us", "p99_us"), percentiles(each), strict=True)) for name, each in times.items()}
+    found: Table = {
+        name: dict(zip(("p50_us", "p99_us"), percentiles(each), strict=True)) for name, each in times.items()
+    }
     p50 = {name: row["p50_us"] for name, row in found.items()}
+    for name, each in spent.items():
+        found[name]["cpu_us"] = round(each * 1e6, 1)
     found["ratios (p50)"] = {
         "rows over tcp": round(p50["rows"] / p50["tcp"], 2),
         "gloo over rows": round(p50["gloo"] / p50["rows"], 2),
         "step over ping": round(p50["step"] / p50["ping"], 2),
     }
-    if speeds:
-        ratio = speeds["two hosts"] / speeds["one host"]
-        found["decode, tokens/s"] = {
-            **{name: round(speed, 1) for name, speed in speeds.items()},
-            "ratio": round(ratio, 2),
-        }
+    found["ratios (cpu)"] = {"step over shm": round(spent["step"] / spent["shm"], 2)}
     return found
+
+
+def decode_row(rounds: int) -> dict[str, float]:
+    """Both speeds, and their ratio."""
+    speeds = decode(rounds)
+    return {**speeds, "ratio": round(speeds["two hosts"] / speeds["one host"], 2)}
 
 
 def main() -> None:
     """Run, and print a table or JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=300)
+    parser.add_argument("--rounds", type=int, default=300, help="of each way, per turn; 0: none")
     parser.add_argument("--decode", type=int, default=0)
+    parser.add_argument("--weights", type=float, default=0.0, metavar="GB")
+    parser.add_argument("--rate", default="1gbit", help="of the link over which weights come, as tc has it")
+    parser.add_argument("--faults", type=int, default=0)
     parser.add_argument("-o", "--output", choices=("text", "json"), default="text")
     options = parser.parse_args()
     configure("benchmark")  # what is logged goes to stderr
     torch.set_num_threads(1)
-    with ExitStack() as opened:
-        hosts = opened.enter_context(made_hosts("b"))
-        os.environ["GLOO_SOCKET_IFNAME"] = hosts.bridge
-        times = race(Ways(hosts, options.rounds, opened))
-    found = report(times, decode(options.decode) if options.decode else {})
+    found: Table = {}
+    if options.rounds:
+        with ExitStack() as opened:
+            hosts = opened.enter_context(made_hosts("b"))
+            os.environ["GLOO_SOCKET_IFNAME"] = hosts.bridge
+            found |= report(*race(Ways(hosts, options.rounds, opened)))
+    if options.decode:
+        found["decode, tokens/s"] = decode_row(options.decode)
+    if options.weights:
+        found[f"weights, {options.rate}"] = hosts_weights.measure(options.weights, 3, options.rate)
+    if options.faults:
+        rare = max(1, options.faults // 6)
+        found |= hosts_faults.table(hosts_faults.measure(options.faults, rare, rare))
     if options.output == "json":
         print(json.dumps(found))
         return
     for name, row in found.items():
-        print(f"{name:18s}", "  ".join(f"{key} {value:g}" for key, value in row.items()))
+        print(f"{name:30s}", "  ".join(f"{key} {value:g}" for key, value in row.items()))
 
 
 if __name__ == "__main__":

@@ -143,10 +143,11 @@ class GlooCall:
 
 
 def queue(address: str, handle: str) -> None:
-    """A rank's queues: steps in, answers out."""
+    """A rank's queues: steps in, answers out. Without an address it is on the same host."""
     steps = Handle.decode(bytes.fromhex(handle))
     codec = MsgpackCodec(bytes)
-    with MessageQueue("answers", codec, remote=remote_of(network(address))) as answers:
+    remote = remote_of(network(address)) if address else None
+    with MessageQueue("answers", codec, remote=remote) as answers:
         say(answers.export_handle().encode().hex())
         keys = keys_for(steps, network(address))
         with MessageQueue.create_from_handle(steps, "far", None, WAIT_S, codec, keys) as reader:
