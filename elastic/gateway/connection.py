@@ -16,7 +16,7 @@ import h11
 import msgspec
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from elastic.gateway.http import SILENCE
+from elastic.gateway.http import PARTS, SILENCE
 from elastic.gateway.render import error_body
 from membership.base.errors import RequestError
 from membership.base.timing import HEADER_TIMEOUT_S, IDLE_TIMEOUT_S, SEND_TIMEOUT_S
@@ -64,7 +64,7 @@ class Connection(H11Protocol):
         super().connection_made(transport)  # type: ignore[arg-type]
         self._encrypted = transport.get_extra_info("sslcontext") is not None
         known = {CERTIFIED: True} if transport.get_extra_info("peercert") else {}
-        self.app_state = {**self.app_state, DROP: self.drop, **known}
+        self.app_state = {**self.app_state, DROP: self.drop, PARTS: self, **known}
         peer = transport.get_extra_info("socket")
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(self._patience.send_s * 1000))
         if not self._place.entered(self):
@@ -125,6 +125,14 @@ class Connection(H11Protocol):
     def drop(self) -> None:
         """Make room for another connection."""
         self.transport.abort()
+
+    def takes_part(self) -> bool:
+        """Whether a part of the answer's body may be written now: its head was sent, and the client reads."""
+        return self.conn.our_state is h11.SEND_BODY and not (self.cycle.disconnected or self.flow.write_paused)
+
+    def write_part(self, data: bytes) -> None:
+        """Write a part of the answer's body at once, past all that stands between an application and its client."""
+        self.transport.write(self.conn.send(h11.Data(data=data)))
 
     @property
     def _answering(self) -> bool:

@@ -72,10 +72,18 @@ class Fault:
     error: JournalError
 
 
+Taker = Callable[[int, Delta], bool]
+
+
 class Generation:
-    """The requests behind one response, as one stream of (position, Delta). Leaving the block aborts what is open."""
+    """The requests behind one response, as one stream of (position, Delta). Leaving the block aborts what is open.
+
+    Waking a task for a token costs more than the token. So there may be a `taker`: while the reader has nothing to do,
+    it gets what ends nothing at once, and says whether it took it; what it does not take goes to the reader.
+    """
 
     def __init__(self, link: EngineLink, requests: Sequence[Request], timeout_s: float) -> None:
+        self.taker: Taker | None = None
         self._link = link
         self._position = {request.id: position for position, request in enumerate(requests)}
         self._requests = requests
@@ -100,9 +108,9 @@ class Generation:
 
     def deliver(self, request_id: str, update: Delta | RequestError) -> None:
         """Called by the link."""
-        self._inbox.append((request_id, update))
-        if self._wake is not None and not self._wake.done():
-            self._wake.set_result(None)
+        if not (isinstance(update, Delta) and self._taken(self._position[request_id], update)):
+            self._inbox.append((request_id, update))
+            self._awake()
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
         """Everything that arrives until each request has ended; RequestError if one fails."""
@@ -110,9 +118,10 @@ class Generation:
         self._watch(loop)
         try:
             while self._running:
-                while not self._inbox:
+                if not self._inbox:
                     self._wake, self._waits_since = loop.create_future(), loop.time()
                     await self._wake
+                    continue
                 request_id, update = self._inbox.popleft()
                 if isinstance(update, RequestError):
                     raise update
@@ -139,6 +148,24 @@ class Generation:
         self._link.close(request_id)
         self._inbox = deque(each for each in self._inbox if each[0] != request_id)
         self._running.discard(request_id)
+        if not self._running:
+            self._awake()
+
+    def _taken(self, position: int, delta: Delta) -> bool:
+        """Whether the taker has it. What it raises is for the reader: other responses go on."""
+        if self.taker is None or delta.finish_reason or self._wake is None or self._wake.done():
+            return False
+        self._waits_since = self._wake.get_loop().time()
+        try:
+            return self.taker(position, delta)
+        except Exception as error:  # noqa: BLE001 - raised by the reader
+            self._wake.set_exception(error)
+            return True
+
+    def _awake(self) -> None:
+        """Have the reader look for what is new."""
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
 
 
 class EngineLink:

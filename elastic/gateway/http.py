@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 import structlog
@@ -23,6 +23,7 @@ from elastic.gateway.schema import MAX_BODY_BYTES
 from membership.base.errors import RequestError
 from membership.base.timing import BODY_TIMEOUT_S
 
+PARTS = "parts"  # in a request's state: its connection, as `Parts`
 SILENCE = "silence"  # in a request's state: what may be written into its answer at any time, and says nothing
 CLIENT_GONE_STATUS = 499  # only the access log shows it
 
@@ -157,6 +158,33 @@ async def _gone(request: Request) -> None:
         continue
 
 
+class Parts(Protocol):
+    """A connection whose answer is a stream."""
+
+    def takes_part(self) -> bool:
+        """Whether it takes another part just now."""
+
+    def write_part(self, data: bytes) -> None:
+        """Send it."""
+
+
+class Shortcut:
+    """A way to a stream's client that needs no task, once the stream has begun; see `Generation.taker`."""
+
+    def __init__(self) -> None:
+        self.parts: Parts | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether an event may go this way now."""
+        return self.parts is not None and self.parts.takes_part()
+
+    def write(self, event: bytes) -> None:
+        """Send an event, if there is any. Only while it is open."""
+        if event and self.parts is not None:
+            self.parts.write_part(event)
+
+
 class EventStream(StreamingResponse):
     """A stream of events. The generator is closed when the response ends, however it ends."""
 
@@ -166,8 +194,10 @@ class EventStream(StreamingResponse):
         headers: dict[str, str],
         media_type: str = "text/event-stream",
         silence: bytes = b":\n\n",
+        shortcut: Shortcut | None = None,
     ) -> None:
-        self._events, self._silence = events, silence
+        """`shortcut`: for events that are not in the generator, between two that are."""
+        self._events, self._silence, self._shortcut = events, silence, shortcut or Shortcut()
         plain = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, headers=plain | headers, media_type=media_type)
 
@@ -179,6 +209,8 @@ class EventStream(StreamingResponse):
                 await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
                 await send({"type": "http.response.body"})
             else:
+                self._shortcut.parts = scope["state"].get(PARTS)
                 await super().__call__(scope, receive, send)
         finally:
+            self._shortcut.parts = None
             await self._events.aclose()

@@ -10,8 +10,8 @@ import asyncio
 import dataclasses
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -27,11 +27,12 @@ from elastic.gateway.answer.reader import Expected, Reader
 from elastic.gateway.answer.reasoning import reasons_first
 from elastic.gateway.answer.said import call_id
 from elastic.gateway.choice import Choice, Extent, Piece
-from elastic.gateway.engine_link import EngineLink
+from elastic.gateway.engine_link import EngineLink, Generation
 from elastic.gateway.fields import Note, NotedOnce
-from elastic.gateway.http import EventStream, internal_error, json_response, read_body, unless_gone
+from elastic.gateway.http import EventStream, Shortcut, internal_error, json_response, read_body, unless_gone
+from elastic.gateway.journal import Delta
 from elastic.gateway.journal import Request as Sequence
-from elastic.gateway.metrics import GatewayMetrics
+from elastic.gateway.metrics import GatewayMetrics, StreamTimer
 from elastic.gateway.render import Answering, ChatRenderer, CompletionRenderer, Json, Renderer, UsageShown
 from elastic.gateway.responses import ResponseRenderer
 from elastic.gateway.responses_schema import ResponsesRequest
@@ -275,13 +276,14 @@ async def _answer(request: Request, service: Service, asked: CommonRequest, job:
     job.visit.begin(job.renderer.id, job.prompt_tokens)
     if not asked.stream:
         return json_response(await unless_gone(request, _whole(service, job)))
-    events = _events(service, job)
+    shortcut = Shortcut()
+    events = _events(service, job, shortcut)
     try:
         first = await unless_gone(request, _first(events))
     except BaseException:
         await events.aclose()
         raise
-    return EventStream(_never_bare(first, events, job.renderer), {})
+    return EventStream(_never_bare(first, events, job.renderer), {}, shortcut=shortcut)
 
 
 async def _first(events: AsyncGenerator[bytes, None]) -> bytes:
@@ -289,17 +291,25 @@ async def _first(events: AsyncGenerator[bytes, None]) -> bytes:
 
 
 async def _whole(service: Service, job: Job) -> Json:
-    async with aclosing(_pieces(service, job)) as pieces:
-        async for _ in pieces:
-            continue
+    with _run(service, job) as run:
+        async for index, delta in run.generation.deltas():
+            run.piece(index, delta)
     return job.renderer.whole(job.prompt_tokens, job.choices)
 
 
-async def _events(service: Service, job: Job) -> AsyncGenerator[bytes, None]:
-    """The stream's events up to its end."""
-    async with aclosing(_pieces(service, job)) as pieces:
-        async for index, piece in pieces:
-            if data := job.renderer.said(index, piece, job.prompt_tokens, job.choices):
+async def _events(service: Service, job: Job, shortcut: Shortcut) -> AsyncGenerator[bytes, None]:
+    """The stream's events up to its end, but for those that go the shorter way."""
+    with _run(service, job) as run:
+
+        def taken(index: int, delta: Delta) -> bool:
+            if not shortcut.is_open:
+                return False
+            shortcut.write(run.event(index, delta))
+            return True
+
+        run.generation.taker = taken
+        async for index, delta in run.generation.deltas():
+            if data := run.event(index, delta):
                 yield data
     yield job.renderer.ended(job.prompt_tokens, job.choices)
 
@@ -321,25 +331,41 @@ async def _never_bare(
         await events.aclose()
 
 
-async def _pieces(service: Service, job: Job) -> AsyncGenerator[tuple[int, Piece], None]:
+class Run:
+    """A job under way: what arrives is counted, timed and made text of."""
+
+    def __init__(self, job: Job, generation: Generation, timers: list[StreamTimer]) -> None:
+        self.generation = generation
+        self._job, self._timers = job, timers
+
+    def piece(self, index: int, delta: Delta) -> Piece:
+        """What a delta adds to its choice."""
+        self._timers[index].tokens(len(delta.tokens), delta.queued_s)
+        piece = self._job.choices[index].push(delta)
+        self._job.visit.generated(len(delta.tokens), piece.finish_reason)
+        if piece.stopped:
+            self.generation.stop(index)
+        if piece.finish_reason:
+            self._timers[index].end(piece.finish_reason)
+        return piece
+
+    def event(self, index: int, delta: Delta) -> bytes:
+        """The same as an event, if there is something to say."""
+        return self._job.renderer.said(index, self.piece(index, delta), self._job.prompt_tokens, self._job.choices)
+
+
+@contextmanager
+def _run(service: Service, job: Job) -> Iterator[Run]:
     """Run the job; what does not come to its end is aborted at the engine."""
     timers = [service.metrics.timer() for _ in job.choices]
     service.metrics.prompt_tokens.inc(job.prompt_tokens)
-    with service.link.generation(job.sequences) as generation:
-        try:
-            async for index, delta in generation.deltas():
-                timers[index].tokens(len(delta.tokens), delta.queued_s)
-                piece = job.choices[index].push(delta)
-                job.visit.generated(len(delta.tokens), piece.finish_reason)
-                if piece.stopped:
-                    generation.stop(index)
-                if piece.finish_reason:
-                    timers[index].end(piece.finish_reason)
-                yield index, piece
-        except Exception:
-            for timer in timers:
-                timer.end("error")
-            raise
-        finally:  # the client went away
-            for timer in timers:
-                timer.end("abort")
+    try:
+        with service.link.generation(job.sequences) as generation:
+            yield Run(job, generation, timers)
+    except Exception:
+        for timer in timers:
+            timer.end("error")
+        raise
+    finally:  # the client went away
+        for timer in timers:
+            timer.end("abort")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
 import pytest
 
 from elastic.gateway.engine_link import EngineLink, Generation, LinkSettings
@@ -58,6 +59,84 @@ def test_a_response_that_nobody_continues_ends_with_an_error() -> None:
                 await waiting
             assert generation._watcher is not None
             assert generation._watcher.cancelled()
+
+    asyncio.run(asked())
+
+
+def test_a_taker_gets_what_the_reader_waits_for_and_the_reader_the_rest_in_order() -> None:
+    """Tokens 1 to 3 come while the taker is free, busy, and free again: it must not overtake what waits for the reader."""
+
+    async def asked() -> None:
+        link, taken, free = EngineLink("g"), list[int](), [True]
+        link._attach(7)
+        with link.generation([msgspec.structs.replace(request("a"), max_tokens=9)]) as generation:
+
+            def taker(position: int, delta: Delta) -> bool:
+                taken.extend(delta.tokens if free[0] else ())
+                return free[0]
+
+            generation.taker = taker
+            deltas = generation.deltas()
+            link._handle(Tokens(7, "a", 0, [0]))
+            assert await anext(deltas) == (0, Delta((0,)))  # it was there before the reader waited
+            waiting = asyncio.ensure_future(anext(deltas))
+            await asyncio.sleep(0)
+            link._handle(Tokens(7, "a", 1, [1]))
+            free[0] = False
+            link._handle(Tokens(7, "a", 2, [2]))
+            free[0] = True
+            link._handle(Tokens(7, "a", 3, [3]))
+            assert taken == [1]
+            assert await waiting == (0, Delta((2,)))
+            assert await anext(deltas) == (0, Delta((3,)))
+            waiting = asyncio.ensure_future(anext(deltas))
+            await asyncio.sleep(0)
+            link._handle(Tokens(7, "a", 4, [4]))
+            link._handle(Tokens(7, "a", 5, [5], finish_reason="stop"))  # an end is the reader's
+            assert taken == [1, 4]
+            assert await waiting == (0, Delta((5,), finish_reason="stop"))
+            with pytest.raises(StopAsyncIteration):
+                await anext(deltas)
+
+    asyncio.run(asked())
+
+
+def test_what_a_taker_raises_ends_its_own_response_only() -> None:
+    async def asked() -> None:
+        link = EngineLink("g")
+        link._attach(7)
+        with link.generation([msgspec.structs.replace(request("a"), max_tokens=9)]) as generation:
+
+            def taker(position: int, delta: Delta) -> bool:
+                raise ValueError("a bug")
+
+            generation.taker = taker
+            waiting = asyncio.ensure_future(anext(generation.deltas()))
+            await asyncio.sleep(0)
+            link._handle(Tokens(7, "a", 0, [1]))
+            with pytest.raises(ValueError, match="a bug"):
+                await waiting
+
+    asyncio.run(asked())
+
+
+def test_a_reader_ends_when_its_taker_stops_the_last_request() -> None:
+    async def asked() -> None:
+        link = EngineLink("g")
+        link._attach(7)
+        with link.generation([msgspec.structs.replace(request("a"), max_tokens=9)]) as generation:
+
+            def taker(position: int, delta: Delta) -> bool:
+                generation.stop(position)
+                return True
+
+            generation.taker = taker
+            waiting = asyncio.ensure_future(anext(generation.deltas(), None))
+            await asyncio.sleep(0)
+            link._handle(Tokens(7, "a", 0, [1]))
+            async with asyncio.timeout(10):
+                assert await waiting is None
+        assert not len(link.journal)
 
     asyncio.run(asked())
 
