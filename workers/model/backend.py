@@ -161,6 +161,9 @@ class Backend(Protocol):
     def enter_thread(self) -> None:
         """Called first in each thread that is to use this backend: some devices are chosen per thread."""
 
+    def pack(self, matrix: Tensor) -> bytes:
+        """Lay a matrix [N, K] in host memory out, in place, as this device multiplies fastest: see `packing.py`."""
+
     def use_cores(self, count: int) -> None:
         """How many of the host's cores the next products may take, this thread's included; shows in no bit of them."""
 

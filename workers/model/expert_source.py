@@ -19,6 +19,7 @@ from torch import Tensor
 
 from membership.base.errors import ModelError
 from workers.model.checkpoint import Checkpoint, Stored, memory_of
+from workers.model.packing import Pack, is_packed, plain, stays_plain
 from workers.model.peer_weights import OtherHosts, PeerWeights
 from workers.model.shared_weights import SIGN_TIMEOUT_S, Entry, Mapped, Session, SharedWeights, Slot, copied
 from workers.model.weight_digests import expert_digest
@@ -33,7 +34,9 @@ _EXPERT_INDEX = re.compile(r"\.experts\.(\d+)\.")
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """One expert as right-hand sides of products: `gate_up` [H, 2I], `down` [I, H], views of what is stored."""
+    """One expert as right-hand sides of products (`packing.product`), views of what is stored: `gate_up` [H, 2I] and
+    `down` [I, H]; or packed, [2I, H] and [H, I].
+    """
 
     gate_up: Tensor
     down: Tensor
@@ -84,6 +87,7 @@ class ExpertSource:
         progress: LoadProgress | None = None,
     ) -> None:
         self.others: OtherHosts | None = None  # from which experts are taken, as their files are not here
+        self.pack: Pack = stays_plain  # see `Backend.pack`
         self._progress = progress or LoadProgress()
         self.expert_bytes = expert_bytes  # of one expert in one layer
         self._checkpoint = checkpoint
@@ -176,13 +180,17 @@ class ExpertSource:
             if not self._filled:
                 self._fill(self)
                 self._filled = True
-        return Entry(
-            expert_name(layer, expert), [self._slot(layer, expert, name) for name in PARAMETERS], expert_digest
-        )
+        slots = [self._slot(layer, expert, name)._replace(pack=self.pack) for name in PARAMETERS]
+        return Entry(expert_name(layer, expert), slots, expert_digest)
 
     def _placed(self, found: Mapped, *, mapped: bool) -> ExpertWeights:
-        gate_up, down = (found.tensors[name].to(self._device) for name in PARAMETERS)
-        return ExpertWeights(gate_up.t(), down.t(), mapped, found.note)
+        gate_up, down = (self._operand(found.tensors[name]) for name in PARAMETERS)
+        return ExpertWeights(gate_up, down, mapped, found.note)
+
+    def _operand(self, matrix: Tensor) -> Tensor:
+        if self._device.type == "cpu" and is_packed(matrix):
+            return matrix
+        return plain(matrix).to(self._device).t()
 
     def _slot(self, layer: int, expert: int, parameter: str) -> Slot:
         fused = self._fused.get((layer, parameter))

@@ -30,6 +30,7 @@ from workers.model.content import CONFIG_FILE, Stamps, changed, changed_files, f
 from workers.model.devices import open_backend
 from workers.model.expert_source import ExpertSource
 from workers.model.families import ModelInfo, read_model_info
+from workers.model.packing import Pack, parameter, plain
 from workers.model.peer_weights import OtherHosts, PeerWeights
 from workers.model.shared_weights import SIGN_TIMEOUT_S, Entry, Mapped, Served, SharedWeights, Slot, copied
 from workers.model.weight_digests import dense_digest
@@ -151,10 +152,10 @@ def load_model(
         read_model_info(path)  # raises, and says what is wrong with the files
     shared = SharedWeights(store, f"{name_of(made.stamps)}/{kind}") if store is not None else None
     checkpoint = Checkpoint(info.path, made.stamps, progress)
-    files = _Files(made, checkpoint)
+    files = _Files(made, checkpoint, backend.pack)
     expert_bytes = info.expert_bytes(str(kind).removeprefix("torch."))
     source = ExpertSource(checkpoint, kind, backend.device, files.add_experts, shared, expert_bytes, progress)
-    source.others = others
+    source.others, source.pack = others, backend.pack
     try:
         digest = _load_weights(made, _dense(files, kind, shared, progress, others), shared, backend.device)
         if host is not None and served is None:
@@ -184,8 +185,9 @@ def _detach_experts(model: nn.Module) -> list[nn.Module]:
 class _Files:
     """What each stored tensor is to the model, by transformers' own rules; looked up only when something is read."""
 
-    def __init__(self, made: Skeleton, checkpoint: Checkpoint) -> None:
+    def __init__(self, made: Skeleton, checkpoint: Checkpoint, pack: Pack) -> None:
         self._made, self._model, self._checkpoint = made, made.model, checkpoint
+        self._pack = pack
 
     @cached_property
     def _sorted(self) -> tuple[dict[str, str], list[tuple[int, str, str, str | None, Any]]]:
@@ -234,14 +236,17 @@ class _Files:
                 return self._checkpoint.read_into(stored, memory_of(room))
             return copied(self._checkpoint.read(name))(room)
 
-        return Slot(key, dtype, stored.shape, fill)
+        slot = Slot(key, dtype, stored.shape, fill)
+        module, _, leaf = key.rpartition(".")
+        multiplies = leaf == "weight" and isinstance(self._model.get_submodule(module), nn.Linear)
+        return slot._replace(pack=self._pack) if multiplies else slot
 
 
 def _load_weights(made: Skeleton, got: Mapped, shared: SharedWeights | None, device: torch.device) -> str:
     """Fill the model; the digest of its weights."""
     model = made.model
     for key, tensor in got.tensors.items():
-        _assign(model, key, tensor.to(device))
+        _assign(model, key, tensor if device.type == "cpu" else plain(tensor).to(device))
     if shared is not None:
         shared.report()
     # As transformers does: an output layer of its own is used even where config.json says that it is the embeddings.
@@ -299,7 +304,7 @@ def _assign(model: nn.Module, key: str, tensor: Tensor) -> None:
     if old.shape != tensor.shape:
         raise ModelError(f"{key} has shape {tuple(tensor.shape)}, config.json implies {tuple(old.shape)}")
     if leaf in module._parameters:
-        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        module._parameters[leaf] = parameter(tensor)
     else:
         module._buffers[leaf] = tensor
 

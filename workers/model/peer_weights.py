@@ -227,7 +227,10 @@ class PeerWeights:
 
     def _entry(self, name: str) -> Entry:
         tensors = self._holder(name).tensors
-        slots = [Slot(key, at.kind, at.shape, partial(self._fill, name, key)) for key, at in tensors.items()]
+        slots = [
+            Slot(key, at.kind, at.shape, partial(self._fill, name, key), lambda _, packing=at.packing: packing)  # type: ignore[misc]
+            for key, at in tensors.items()
+        ]
         return Entry(name, slots, _noted(name))
 
     def _holder(self, name: str) -> _Holder:
@@ -248,7 +251,7 @@ class PeerWeights:
                 self._leave_out(holder.host.link.peer, name, error)
                 continue
             if checksum == holder.tensors[slot].checksum:
-                return checksum
+                return holder.tensors[slot].content
             wrong = WeightsCorrupt(f"node {holder.host.node} sent {slot} of {name} with a wrong checksum")
             self._leave_out(holder.host.link.peer, name, wrong)
 

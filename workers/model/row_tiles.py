@@ -67,8 +67,13 @@ def calibrate(fn: Callable[[Tensor], Tensor], sample: Tensor, what: str) -> RowT
     return RowTiles(tuple(agreed))
 
 
-def calibrate_product(product: Callable[[Tensor, Tensor], Tensor], weight: Tensor, what: str) -> RowTiles:
-    """Find the row counts on which `product(rows, weight)`, for `weight` [N, K], sums in the same order.
+def calibrate_product(
+    product: Callable[[Tensor, Tensor], Tensor],
+    weight: Tensor,
+    what: str,
+    lay: Callable[[Tensor], Tensor] = lambda made: made,
+) -> RowTiles:
+    """Find the row counts on which `product(rows, lay(weight))`, for `weight` [N, K], sums in the same order.
 
     The numbers are chosen so that every true sum is zero: what comes out is rounding error alone, which shows the order
     of summation in nearly every element. With ordinary numbers bfloat16's rounding would hide it.
@@ -83,5 +88,5 @@ def calibrate_product(product: Callable[[Tensor, Tensor], Tensor], weight: Tenso
     rows[:, right] = -rows[:, left]
     columns[:, left] = torch.randn(out_width, pairs, generator=generator)
     columns[:, right] = columns[:, left]
-    made = columns.to(weight.device, weight.dtype)
+    made = lay(columns.to(weight.device, weight.dtype))
     return calibrate(lambda part: product(part, made), rows.to(weight.device, weight.dtype), what)

@@ -38,13 +38,14 @@ from membership.base.errors import ModelError, QueueError, WaitTimeout
 from workers.ipc.handover import Link
 from workers.model.checkpoint import memory_of
 from workers.model.content import Stamps
+from workers.model.packing import Pack, packed, stays_plain
 from workers.model.weight_digests import Part
 from workers.protocol.load_progress import LoadProgress
 from workers.protocol.weight_client import BATCH, SEALS, Held, Shards, WeightClient
 from workers.protocol.weight_peers import Elsewhere, on_any_host
 
 ALIGN = 64
-LAYOUT = 2  # of entries; a rank with another one asks for other keys
+LAYOUT = 3  # of entries; a rank with another one asks for other keys
 SERVED = "served"  # an entry without tensors
 _SUFFIX = struct.Struct("<Q")
 SUFFIX_BYTES = _SUFFIX.size
@@ -62,7 +63,7 @@ class WeightsCorrupt(ModelError):
 
 
 class StoredAt(msgspec.Struct, frozen=True, array_like=True):
-    """Where in its shard a tensor is, and the checksum of its bytes."""
+    """Where in its shard a tensor is, the checksum of its bytes there, and that of its bytes before it was packed."""
 
     entry: str
     name: str
@@ -70,6 +71,8 @@ class StoredAt(msgspec.Struct, frozen=True, array_like=True):
     shape: tuple[int, ...]
     offset: int
     checksum: int
+    content: int
+    packing: bytes = b""  # empty: it is plain
 
     @property
     def nbytes(self) -> int:
@@ -86,7 +89,7 @@ class StoredAt(msgspec.Struct, frozen=True, array_like=True):
 
     def part(self) -> Part:
         """For a digest."""
-        return Part(self.name, self.kind, self.shape, self.checksum)
+        return Part(self.name, self.kind, self.shape, self.content)
 
 
 class Header(msgspec.Struct, frozen=True, array_like=True):
@@ -104,21 +107,22 @@ class Mapped(msgspec.Struct, frozen=True):
 
 
 class Slot(NamedTuple):
-    """A tensor to be: `fill` writes all of it and returns the CRC-32 of its bytes."""
+    """A tensor to be: `fill` writes all of it and returns the CRC-32 of its plain bytes, `pack` packs it afterwards."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     fill: Callable[[Tensor], int]
+    pack: Pack = stays_plain
 
     @property
     def nbytes(self) -> int:
         """Memory it takes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def part(self, tensor: Tensor) -> Part:
-        """Fill it; what was written."""
-        return Part(self.name, self.dtype, self.shape, self.fill(tensor))
+    def write(self, tensor: Tensor) -> tuple[Part, bytes]:
+        """Fill it and pack it: what was written, and how it is packed."""
+        return Part(self.name, self.dtype, self.shape, self.fill(tensor)), self.pack(tensor)
 
 
 class Entry(NamedTuple):
@@ -130,8 +134,13 @@ class Entry(NamedTuple):
 
     def alone(self) -> Mapped:
         """It in memory of this process."""
-        tensors = {slot.name: torch.empty(slot.shape, dtype=slot.dtype) for slot in self.slots}
-        return Mapped(tensors, self.note([slot.part(tensors[slot.name]) for slot in self.slots]))
+        rooms = [torch.empty(slot.shape, dtype=slot.dtype) for slot in self.slots]
+        written = [slot.write(room) for slot, room in zip(self.slots, rooms, strict=True)]
+        tensors = {
+            part.name: packed(room, packing) if packing else room
+            for room, (part, packing) in zip(rooms, written, strict=True)
+        }
+        return Mapped(tensors, self.note([part for part, _ in written]))
 
 
 def copied(tensor: Tensor) -> Callable[[Tensor], int]:
@@ -354,9 +363,13 @@ def _filled(fd: int, size: int, entries: Sequence[Entry]) -> tuple[list[StoredAt
     for entry in entries:
         parts = []
         for slot in entry.slots:
-            part = slot.part(_tensor(memory, slot.dtype, slot.shape, offset))
+            room = _tensor(memory, slot.dtype, slot.shape, offset)
+            part, packing = slot.write(room)
+            checksum = zlib.crc32(memory_of(room)) if packing else part.checksum
             dtype = str(slot.dtype).removeprefix("torch.")
-            places.append(StoredAt(entry.name, slot.name, dtype, slot.shape, offset, part.checksum))
+            at = StoredAt(entry.name, slot.name, dtype, slot.shape, offset, checksum, part.checksum, packing)
+            places.append(at)
+            del room
             parts.append(part)
             offset += _aligned(slot.nbytes)
         notes[entry.name] = entry.note(parts)
@@ -394,7 +407,8 @@ def entries_of(pages: Any, held: Held) -> dict[str, Mapped]:
     header = _header(_bytes(pages), held)
     made = {name: Mapped({}, note) for name, note in header.notes.items()}
     for place in header.places:
-        made[place.entry].tensors[place.name] = _tensor(pages, place.kind, place.shape, place.offset)
+        room = _tensor(pages, place.kind, place.shape, place.offset)
+        made[place.entry].tensors[place.name] = packed(room, place.packing) if place.packing else room
     return made
 
 

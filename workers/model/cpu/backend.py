@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from membership.base.enums import Exactness
 from workers.model.backend import NO_POOL, Activation, Attention, AttentionSpec, HeldExperts, MoeBoundary, StepFunction
@@ -15,6 +15,7 @@ from workers.model.cpu.expert_products import CpuExpertProducts
 from workers.model.cpu.fingerprint import kernel_fingerprint
 from workers.model.cpu.kv_cache import CpuKVCache
 from workers.model.cpu.linear import make_invariant
+from workers.model.packing import pack, use_packed
 from workers.model.row_tiles import RowTiles
 
 
@@ -25,6 +26,10 @@ class CpuBackend:
         self.device = device
         self.pool_fd = NO_POOL
         self._threads = ComputeThreads()
+
+    def pack(self, matrix: Tensor) -> bytes:
+        """See `Backend`."""
+        return pack(matrix) if self.device.type == "cpu" else b""
 
     def use_cores(self, count: int) -> None:
         """See `Backend`."""
@@ -46,7 +51,8 @@ class CpuBackend:
         return kernel_fingerprint(dtype, self.device)
 
     def fuse(self, model: nn.Module) -> None:
-        """Nothing: oneDNN has no such operations."""
+        """Only what products take: oneDNN has no such operations."""
+        use_packed(model)
 
     def make_invariant(self, model: nn.Module, calibrations: Calibrations) -> RowTiles:
         """See `Backend`."""

@@ -14,6 +14,7 @@ from workers.model.backend import Activation
 from workers.model.calibrations import Calibrations
 from workers.model.cpu.compute_threads import ComputeThreads, product_work
 from workers.model.expert_source import ExpertWeights
+from workers.model.packing import is_packed, product, repacked
 from workers.model.row_tiles import RowTiles, calibrate_product
 
 FEW_ROWS = 16  # of an expert; above, what lies between its two products had better stay in the cache
@@ -37,6 +38,7 @@ class CpuExpertProducts:
         with self._calibrating:
             if self._tiles is None and self._exact:
                 shapes = f"{tuple(weights.gate_up.shape)} {tuple(weights.down.shape)}"
+                shapes += " packed" * is_packed(weights.gate_up) + " packed" * is_packed(weights.down)
                 try:
                     self._tiles = RowTiles(self._calibrations.of(shapes, partial(_agreeing_sizes, weights)))
                 finally:
@@ -51,7 +53,7 @@ class CpuExpertProducts:
         most = self._tiles.sizes[-1] if self._tiles is not None else rows.shape[0]
         if len(experts) == 1 and sizes[0] <= most:
             return self._chain(rows, experts[0])
-        out = rows.new_empty(rows.shape[0], experts[0].down.shape[1])
+        out = torch.empty_like(rows, memory_format=torch.contiguous_format)
         groups = zip(experts, rows.split_with_sizes(sizes), out.split_with_sizes(sizes), strict=True)
         pieces = [
             (weights, group[first : first + most], into[first : first + most])
@@ -63,24 +65,24 @@ class CpuExpertProducts:
         if self._threads.helps(work) or each > FEW_ROWS:
             self._threads.map(lambda piece: self._chain(piece[1], piece[0], piece[2]), pieces, work)
             return out
-        both = rows.new_empty(rows.shape[0], experts[0].gate_up.shape[1])
+        both = rows.new_empty(rows.shape[0], experts[0].gate_up.numel() // rows.shape[1])
         ups = both.split_with_sizes([group.shape[0] for _, group, _ in pieces])
         for (weights, group, _), up in zip(pieces, ups, strict=True):
-            torch.mm(group, weights.gate_up, out=up)
+            product(group, weights.gate_up, up)
         acted = self._activation(both).split_with_sizes([group.shape[0] for _, group, _ in pieces])
         for (weights, _, into), inner in zip(pieces, acted, strict=True):
-            torch.mm(inner, weights.down, out=into)
+            product(inner, weights.down, into)
         return out
 
     def _chain(self, rows: Tensor, weights: ExpertWeights, out: Tensor | None = None) -> Tensor:
-        return torch.mm(self._activation(torch.mm(rows, weights.gate_up)), weights.down, out=out)
+        return product(self._activation(product(rows, weights.gate_up)), weights.down, out)
 
 
 def _agreeing_sizes(weights: ExpertWeights) -> list[int]:
-    up = calibrate_product(_product, weights.gate_up.t(), "experts")
-    down = calibrate_product(_product, weights.down.t(), "experts")
+    up, down = (
+        calibrate_product(product, matrix, "experts", repacked)
+        if is_packed(matrix)
+        else calibrate_product(product, matrix.t(), "experts", Tensor.t)
+        for matrix in (weights.gate_up, weights.down)
+    )
     return [size for size in up.sizes if size in down.sizes]
-
-
-def _product(rows: Tensor, weight: Tensor) -> Tensor:
-    return torch.mm(rows, weight.t())

@@ -15,6 +15,7 @@ from torch.nn import functional
 from membership.base.errors import ModelError
 from workers.model.calibrations import Calibrations
 from workers.model.cpu.compute_threads import ComputeThreads, product_work
+from workers.model.packing import is_packed, linear, repacked
 from workers.model.row_tiles import CANDIDATES, REFERENCE, RowTiles, calibrate, calibrate_product, cut
 
 VECTOR = 64  # no narrower than two vectors of any type: what elementwise kernels handle at once
@@ -66,6 +67,8 @@ def _calibrate_module(module: nn.Module, name: str) -> RowTiles:
         raise ModelError(f"{name} has no weight")
     if isinstance(module, nn.Linear):
         bias = None if module.bias is None else torch.zeros_like(module.bias)
+        if is_packed(weight):
+            return calibrate_product(lambda rows, w: linear(rows, w, bias), weight, name, repacked)
         return calibrate_product(lambda rows, w: functional.linear(rows, w, bias), weight, name)
     # Norms compute in fp32 whatever they are given, and show it when given fp32.
     dtype = weight.dtype if weight.dim() == 2 else torch.float32
@@ -100,7 +103,14 @@ def make_invariant(model: nn.Module, calibrations: Calibrations, threads: Comput
         weight = module._parameters.get("weight")
         if weight is None or isinstance(module, nn.Embedding):
             continue
-        key = (type(module), tuple(weight.shape), weight.dtype, module._parameters.get("bias") is not None)
+        key: tuple[object, ...] = (
+            type(module),
+            tuple(weight.shape),
+            weight.dtype,
+            module._parameters.get("bias") is not None,
+        )
+        if is_packed(weight):
+            key = (*key, "packed")
         if key not in done:
             measure = partial(_sizes, module, name)
             done[key] = RowTiles(calibrations.of(" ".join(str(part) for part in key), measure))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import triton
-from torch import nn
+from torch import Tensor, nn
 
 from membership.base.enums import Exactness
 from membership.base.errors import ModelError
@@ -38,6 +38,10 @@ class CudaBackend:
         """Triton launches on the GPU of the thread, whatever it is given; using another makes a context there."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+
+    def pack(self, matrix: Tensor) -> bytes:
+        """It stays plain."""
+        return b""
 
     def use_cores(self, count: int) -> None:
         """Nothing: cores do not compute."""

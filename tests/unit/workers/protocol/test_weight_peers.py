@@ -14,8 +14,8 @@ SERVED = Checkpoint(parts={"weights": "d1"}, experts=(b"aaaabbbb", b"cccc" + byt
 
 def test_the_name_of_a_hosts_own_files_is_no_part_of_an_entrys_name_elsewhere() -> None:
     name = expert_name(1, 2)
-    assert on_any_host(f"0123/torch.float32/layout2/{name}") == on_any_host(f"4567/torch.float32/layout2/{name}")
-    assert on_any_host(f"0123/torch.float32/layout2/{name}") != on_any_host(f"0123/torch.bfloat16/layout2/{name}")
+    assert on_any_host(f"0123/torch.float32/layout3/{name}") == on_any_host(f"4567/torch.float32/layout3/{name}")
+    assert on_any_host(f"0123/torch.float32/layout3/{name}") != on_any_host(f"0123/torch.bfloat16/layout3/{name}")
 
 
 @pytest.mark.parametrize(

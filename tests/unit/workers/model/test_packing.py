@@ -1,0 +1,113 @@
+"""Packed matrices: the same bits as plain ones, in memory that is given, for as long as they are used."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from workers.model import packing
+from workers.model.packing import available, is_packed, linear, pack, packed, plain, product, repacked, use_packed
+from workers.model.shared_weights import Entry, Slot, copied, entries_of, map_shard, write_shard
+from workers.protocol.weight_client import Held
+
+pytestmark = pytest.mark.unit
+needs_packing = pytest.mark.skipif(not available(), reason="this torch, or this processor, packs nothing")
+
+
+def matrix(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(dtype)
+
+
+@needs_packing
+@pytest.mark.parametrize("rows", [1, 2, 7, 16, 128, 300])
+@pytest.mark.parametrize("shape", [(256, 128), (832, 1024), (1024, 416)])
+def test_a_product_has_the_bits_of_a_plain_one(rows: int, shape: tuple[int, int]) -> None:
+    weights, x = matrix(*shape), matrix(rows, shape[1])
+    wanted = torch.mm(x, weights.t())
+    found = repacked(weights.clone())
+    assert is_packed(found)
+    assert torch.equal(product(x, found), wanted)
+    out = torch.empty_like(wanted)
+    assert product(x, found, out) is out
+    assert torch.equal(out, wanted)
+    assert torch.equal(
+        product(matrix(1, shape[1]).expand(rows, -1), found)[0], torch.mm(matrix(1, shape[1]), weights.t())[0]
+    )
+    assert torch.equal(plain(found), weights)
+
+
+def test_what_would_grow_or_is_of_another_type_stays_plain() -> None:
+    for weights in (matrix(100, 70), matrix(256, 128, torch.float32), matrix(256, 128).flatten(), matrix(0, 8)):
+        before = weights.clone()
+        assert pack(weights) == b""
+        assert torch.equal(weights, before)
+
+
+@needs_packing
+def test_it_lies_in_the_memory_that_was_given_and_keeps_it() -> None:
+    room = matrix(256, 128)
+    wanted, x = torch.mm(matrix(4, 128), room.t()), matrix(4, 128)
+    before, how = room.data_ptr(), pack(room)
+    found = packed(room, how)
+    assert torch.ops.mkldnn.data_ptr(found) == before
+    parameter: Any = packing.parameter(found)
+    del room, found
+    gc.collect()
+    noise = [matrix(256, 128) for _ in range(50)]
+    assert torch.equal(linear(x, parameter), wanted)
+    assert len(noise) == 50
+
+
+@needs_packing
+def test_a_linear_module_multiplies_with_packed_weights() -> None:
+    module = nn.Linear(128, 256, dtype=torch.bfloat16)
+    x = matrix(5, 128)
+    wanted = module(x)
+    module.weight = packing.parameter(repacked(module.weight.detach().clone()))
+    use_packed(nn.Sequential(module))
+    assert torch.equal(module(x), wanted)
+    assert torch.equal(module(x[None])[0], wanted)
+
+
+@needs_packing
+def test_a_shard_holds_it_packed_and_its_digest_is_of_what_was_read() -> None:
+    import os
+
+    weights, seen = matrix(256, 128), list[Any]()
+
+    def shard(pack_it: bool) -> tuple[int, int]:
+        slot = Slot("w", weights.dtype, tuple(weights.shape), copied(weights))
+        entry = Entry(
+            "e", [slot._replace(pack=pack) if pack_it else slot], lambda parts: seen.append(list(parts)) or b""
+        )
+        return write_shard([entry])
+
+    found = {}
+    for pack_it in (False, True):
+        fd, checksum = shard(pack_it)
+        held = Held(1, ["e"], os.fstat(fd).st_size, checksum, verified=False)
+        found[pack_it] = entries_of(map_shard(fd, held), held)["e"].tensors["w"]
+        os.close(fd)
+    assert seen[0] == seen[1]
+    assert [is_packed(found[each]) for each in (False, True)] == [False, True]
+    assert torch.equal(plain(found[True]), found[False])
+
+
+def test_where_it_does_not_work_matrices_stay_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another torch may lack what this needs, or give other bits."""
+
+    def raises(*_: object) -> bytes:
+        raise RuntimeError("no such operation")
+
+    weights = matrix(256, 128)
+    for broken in (raises, lambda _: b"", lambda made: made.mul_(2).sign().sum().item() and b"?"):
+        available.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(packing, "_pack", broken)
+            assert not available()
+            assert pack(weights) == b""
+    available.cache_clear()

@@ -1,0 +1,129 @@
+"""Matrices as oneDNN multiplies with them, in memory that we give, so that all ranks of a host can share them.
+
+Of a plain bfloat16 matrix oneDNN makes such a copy at each call, which takes longer than a product of few rows. torch
+keeps packed ones, but in private memory. Its interface for compiled models, whose constants lie in one block, makes
+such a tensor over any memory: with that, a matrix is packed in place once per host. Whether all of it works is tried
+first; where it does not, matrices stay plain. Products have the same bits either way (`row_tiles.py` measures them).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, cast
+
+import structlog
+import torch
+from torch import Tensor, nn
+
+from membership.base.errors import ModelError
+
+log = structlog.get_logger(__name__)
+_PACKED = cast("torch.layout", torch._mkldnn)  # type: ignore[attr-defined]
+Pack = Callable[[Tensor], bytes]
+
+
+def pack(matrix: Tensor) -> bytes:
+    """Pack a contiguous matrix [N, K] in place; how, for `packed`. Empty: it stays plain."""
+    return _pack(matrix) if available() else b""
+
+
+def packed(room: Tensor, packing: bytes) -> Tensor:
+    """The packed matrix that is in `room`, a tensor of its plain shape."""
+    library, sizes = _library(), (ctypes.c_int64 * 2)
+    made = ctypes.c_void_p()
+    code = library.aoti_torch_create_tensor_from_blob_v2(
+        ctypes.c_void_p(room.data_ptr()), ctypes.c_int64(2), sizes(*room.shape), sizes(*room.stride()),
+        ctypes.c_int64(0), library.aoti_torch_dtype_bfloat16(), library.aoti_torch_device_type_cpu(), 0,
+        ctypes.byref(made), library.aoti_torch_layout__mkldnn(), packing, ctypes.c_int64(len(packing)),
+    )  # fmt: skip
+    if code:
+        raise ModelError("torch does not take these packed weights", hint="another version of it has packed them")
+    tensor: Any = torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(_capsule(made.value, None, None))
+    tensor.room = room  # which ends with it
+    return cast("Tensor", tensor)
+
+
+def parameter(weights: Tensor) -> nn.Parameter:
+    """Weights as a module has them."""
+    made: Any = nn.Parameter(weights, requires_grad=False)
+    if is_packed(weights):
+        made.room = cast("Any", weights).room
+    return cast("nn.Parameter", made)
+
+
+def is_packed(matrix: Tensor) -> bool:
+    """Whether it came from `packed`."""
+    return matrix.layout is _PACKED
+
+
+def plain(matrix: Tensor) -> Tensor:
+    """[N, K] as it was before it was packed."""
+    return matrix.to_dense() if is_packed(matrix) else matrix
+
+
+def product(rows: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
+    """[R, K] times a right-hand side, plain [K, N] or packed [N, K]."""
+    if not is_packed(weights):
+        return torch.mm(rows, weights, out=out)
+    found = linear(rows, weights)
+    return found if out is None else out.copy_(found)
+
+
+def linear(rows: Tensor, weights: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[.., K] times packed weights [N, K]."""
+    return cast("Tensor", torch.ops.mkldnn._linear_pointwise.default(rows, weights, bias, "none", [], ""))
+
+
+def repacked(matrix: Tensor) -> Tensor:
+    """A plain matrix packed in its own memory."""
+    return packed(matrix, _pack(matrix))
+
+
+def stays_plain(_: Tensor) -> bytes:
+    """What `pack` is where nothing is packed."""
+    return b""
+
+
+def use_packed(model: nn.Module) -> None:
+    """Have all of its linear modules whose weights are packed multiply with these."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and is_packed(module.weight):
+            module.forward = partial(linear, weights=module.weight, bias=module.bias)  # type: ignore[method-assign]
+
+
+@cache
+def available() -> bool:
+    """Whether a product with a packed matrix in memory of ours has the bits of a plain one."""
+    generator = torch.Generator().manual_seed(1)
+    matrix, rows = (torch.randn(n, 128, generator=generator).to(torch.bfloat16) for n in (256, 4))
+    try:
+        with torch.inference_mode():
+            wanted, packing = torch.mm(rows, matrix.t()), _pack(matrix)
+            return bool(packing) and torch.equal(linear(rows, packed(matrix, packing)), wanted)
+    except (AttributeError, RuntimeError, OSError, ModelError) as error:  # another torch, or one without oneDNN
+        log.info("weights_stay_plain", reason=str(error))
+        return False
+
+
+def _pack(matrix: Tensor) -> bytes:
+    if matrix.dtype != torch.bfloat16 or matrix.dim() != 2 or not matrix.numel():
+        return b""
+    ops: Any = torch.ops.mkldnn
+    made = ops._reorder_linear_weight(matrix, None)
+    if ops._nbytes(made) != matrix.nbytes:  # it would be padded
+        return b""
+    ctypes.memmove(matrix.data_ptr(), ops.data_ptr(made), matrix.nbytes)
+    return bytes(ops._get_mkldnn_serialized_md(made).tolist())
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+
+
+_capsule = ctypes.pythonapi.PyCapsule_New
+_capsule.restype = ctypes.py_object
+_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
