@@ -1,6 +1,7 @@
 """Asks another host's `BulkServer`: many questions may be open, each is waited for by its number.
 
-For one thread. A host that says nothing for SILENT_S while it owes an answer is gone, unless it said that the answer
+For one thread. A host is gone once its connection has ended: at once if its agent dies, and within REMOTE_SILENCE_S if
+its kernel says nothing more. Or if it says nothing for SILENT_S while it owes an answer, unless it said that the answer
 takes longer. Pieces are taken as ZeroMQ's own memory: they are copied once, to where they shall be.
 """
 
@@ -13,6 +14,7 @@ from typing import Any
 
 import msgspec
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from membership.base.errors import ElasticError, QueueError
 from membership.base.network import Network
@@ -20,9 +22,11 @@ from workers.protocol.weight_peers import Asked, File, Find, Peer, Place, Read, 
 from workers.queue.curve import use_curve
 from workers.queue.endpoints import connect
 from workers.queue.network import Purpose, connecting_keys, same_secret
+from workers.queue.silence import beat
 
 SILENT_S = 10.0
 LOOK_S = 0.5
+ENDS = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED  # of a connection that was made, or could not be made
 Data = memoryview
 
 
@@ -47,10 +51,17 @@ class BulkLink:
         self._dealer.setsockopt(zmq.RCVHWM, 0)  # we limit what is under way
         self._dealer.setsockopt(zmq.LINGER, 0)
         use_curve(self._dealer, connecting_keys(ours, Purpose.WEIGHTS), peer.key.encode("ascii"))
+        beat(self._dealer)
+        self._monitor = self._dealer.get_monitor_socket(ENDS)
+        self._poller = zmq.Poller()
+        for each in (self._dealer, self._monitor):
+            self._poller.register(each, zmq.POLLIN)
         connect(self._dealer, peer.endpoint)
 
     def close(self) -> None:
         """What is open is not answered any more."""
+        self._dealer.disable_monitor()
+        self._monitor.close(linger=0)
         self._dealer.close()
 
     def ask(self, what: Find | Read | File) -> int:
@@ -84,9 +95,12 @@ class BulkLink:
                 waiting()
             elif now > max(since, self._patient_until) + self._silent_s:
                 raise PeerLost(f"node {self.peer.node} ({self.peer.endpoint}) was silent for {self._silent_s:g} s")
-            if self._dealer.poll(int(LOOK_S * 1000)):
+            ready = dict(self._poller.poll(int(LOOK_S * 1000)))
+            if self._dealer in ready:  # first what had arrived before the end
                 since = time.monotonic()
                 self._receive()
+            elif self._monitor in ready and recv_monitor_message(self._monitor)["event"] & ENDS:
+                raise PeerLost(f"node {self.peer.node} ({self.peer.endpoint}) has ended the connection, or takes none")
         said, data = self._arrived.pop(number)
         if said.refused:
             raise PeerLost(f"node {self.peer.node} refused: {said.refused}")

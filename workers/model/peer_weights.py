@@ -152,11 +152,13 @@ class PeerWeights:
             self._ask_for(missing, leave_out=self._wrong)
 
     def _ask_for(self, names: Sequence[str], leave_out: Mapping[Peer, str]) -> None:
+        self._session.still_reads()  # other ranks of this host wait as long as we do
         wanted = self._shared.wanted(names)
         self._digests |= dict(zip(names, wanted.digests, strict=True))
         for peer in wanted.peers:
             if peer in leave_out:
                 continue
+            self._session.still_reads()
             try:
                 host = self._hosts.get(peer) or self._meet(peer)
                 found = host.link.find([self._shared.on_any_host(name) for name in names])

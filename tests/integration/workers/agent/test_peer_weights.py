@@ -193,7 +193,7 @@ def test_another_host_gives_the_rest_of_one_that_is_killed_in_the_middle(scene: 
         scene.require_same(scene.join(killed.peer, scene.a.peer))
         assert killed.ended_by(30) == -9
     assert {node for node, _ in scene.b.left_out()} == {"killed"}
-    assert "was silent" in scene.b.left_out()[0][1]
+    assert "has ended the connection" in scene.b.left_out()[0][1]
 
 
 def damaged(data: bytes) -> bytes:
@@ -301,6 +301,58 @@ def test_a_host_sends_no_faster_than_its_bandwidth_but_what_is_urgent(scene: Sce
 
 def replace_urgent(asked: Read) -> Read:
     return msgspec.structs.replace(asked, urgent=True)
+
+
+def test_a_promise_ends_with_the_host_that_gave_it(scene: Scene) -> None:
+    """It may be for much later; that the connection has ended is known at once."""
+    slow = Host("slow", Clock(), bytes_per_s=1)
+    scene.opened.callback(slow.close)
+    slow.load(scene.path).checkpoint.close()
+    slow.serve(scene.path)
+    context = scene.opened.enter_context(zmq.Context())
+    link = BulkLink(slow.peer, NETWORK, context)
+    scene.opened.callback(link.close)
+    (place,) = link.find(scene.names[:1])
+    _, number = [link.ask(Read(place.shard, 0, place.size // 2)) for _ in range(2)]
+    eventually(lambda: slow.servers[0]._outbox._due, 20, "a promise for the second one")
+    looks: list[int] = []
+
+    def waiting() -> None:
+        if not looks:
+            slow.servers[0].close()
+        looks.append(1)
+        assert len(looks) < 60, "the promise of a host that has ended is believed"
+
+    with pytest.raises(PeerLost, match=r"node slow .* has ended the connection"):
+        link.take(number, waiting)
+
+
+def test_a_host_whose_agent_has_ended_takes_no_connection(scene: Scene) -> None:
+    scene.a.serve(scene.path)
+    scene.a.servers[0].close()
+    context = scene.opened.enter_context(zmq.Context())
+    link = BulkLink(scene.a.peer, NETWORK, context, silent_s=600.0)
+    scene.opened.callback(link.close)
+    with pytest.raises(PeerLost, match=r"node a .* takes none"):
+        link.find(scene.names[:1])
+
+
+def test_while_a_load_waits_for_a_host_other_ranks_of_its_own_wait_with_it(scene: Scene) -> None:
+    """A rank that waits for another one's reading begins its own once that gives no sign of life."""
+    scene.a.serve(scene.path)
+    signs: list[int] = []
+    link, _ = WeightClient(scene.b.store.handle()).join(lambda: signs.append(1))
+    scene.opened.callback(link.close)
+    loaded: list[LoadedModel] = []
+    load = threading.Thread(target=lambda: loaded.append(scene.b.load(scene.bare, replace(OTHERS, patience_s=60.0))))
+    load.start()
+    try:
+        eventually(lambda: signs, 30, "a sign before there is anything to read")
+    finally:
+        scene.b.store.know((scene.a.peer,), lambda name: b"")
+        load.join(60)
+    assert [each.dense_digest for each in loaded] == [scene.loaded.dense_digest]
+    loaded[0].checkpoint.close()
 
 
 def test_a_host_refuses_what_it_has_not_got_and_who_has_another_secret(scene: Scene) -> None:
