@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
@@ -29,20 +28,14 @@ from tests.support.chart import render_many
 from tests.support.helpers import eventually
 from tests.support.hosts import Hosts, made_hosts
 from tests.support.pod import NEEDS_NAMESPACES, Pod
+from tests.support.streams import Streams, client
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800), NEEDS_NAMESPACES]
 
 WORKLOADS = {"agents": "StatefulSet", "init": "Job"}  # the others are Deployments
 READY_S = 180.0
-TOKENS = 60
-REST_S = 1.0  # of a client between two answers: pods that start need the processor, too
 POLL_S = 0.25  # between two questions of ours, each of which costs processor time here and in the pod
 RANK = "elastic-ep::Worker"  # how its title begins
-
-
-def client() -> httpx.Client:
-    """One for many questions: each new one would read the certificates of all authorities, of which none is asked."""
-    return httpx.Client(verify=False, trust_env=False)
 
 
 class Pods:
@@ -155,54 +148,6 @@ def pods(demo_model: Path, tmp_path: Path) -> Iterator[Pods]:
         made = Pods(hosts, etcd.url, models / demo_model.name, folder)
         ends.callback(made.close)
         yield made
-
-
-class Streams:
-    """Clients that stream one answer after the other; `failed` is what a client saw instead of a whole one."""
-
-    def __init__(self, url: str, clients: int) -> None:
-        self._url, self._stop = url, threading.Event()
-        self.whole, self.failed = 0, list[str]()
-        self._threads = [threading.Thread(target=self._run, name=f"client-{number}") for number in range(clients)]
-
-    def __enter__(self) -> Streams:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join(timeout=180.0)
-            assert not thread.is_alive(), "a client waits for ever"
-
-    def go_on(self) -> None:
-        """Wait until each client has had another whole answer, begun from now on or before."""
-        wanted = self.whole + 2 * len(self._threads)
-        eventually(lambda: self.whole >= wanted or self.failed, READY_S, "answers after that")
-
-    def _run(self) -> None:
-        with client() as asking:
-            while not self._stop.is_set():
-                try:
-                    self._ask(asking)
-                except (AssertionError, httpx.HTTPError) as error:
-                    self.failed.append(repr(error))
-                    return
-                self.whole += 1
-                self._stop.wait(REST_S)
-
-    def _ask(self, asking: httpx.Client) -> None:
-        body = {
-            "model": "demo-moe", "prompt": "The", "max_tokens": TOKENS, "stream": True, "ignore_eos": True,
-            "stream_options": {"include_usage": True},
-        }  # fmt: skip
-        url = f"{self._url}/v1/completions"
-        with asking.stream("POST", url, json=body, timeout=120.0) as answer:
-            assert answer.status_code == 200, answer.read()
-            lines = [line for line in answer.iter_lines() if line]
-        assert lines[-1] == "data: [DONE]", lines[-1]
-        assert json.loads(lines[-2].removeprefix("data: "))["usage"]["completion_tokens"] == TOKENS
 
 
 def a_rank_dies_and_each_role_says_what_it_knows_of_it(pods: Pods) -> None:

@@ -17,7 +17,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.support.chart import CHART, KUBERNETES, helm, manifests, notes, render, template
+from tests.support.chart import CHART, KUBERNETES, helm, manifests, notes, render, shipped, template
 from tests.support.other_user import NEEDS_ROOT, run_as
 
 pytestmark = pytest.mark.integration
@@ -75,6 +75,14 @@ def test_manifests_are_valid(settings: tuple[str, ...]) -> None:
         kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
 
 
+def test_the_values_to_try_it_with_are_one_pod_and_complete() -> None:
+    assert helm("lint", "--strict", str(CHART), "--values", str(CHART / "values-demo.yaml")).returncode == 0
+    made = {each["kind"]: each for each in shipped("values-demo.yaml")}
+    for manifest in made.values():
+        kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+    assert {"--ranks=4", "--stop-grace=15s"} <= {*arguments_of(made)}
+
+
 def test_values_reach_the_command_line() -> None:
     arguments = arguments_of(
         render("ranks=6", "redundancy=1.5", "etcd.endpoints={http://etcd-0:2379}", "model.path=/models/x")
@@ -94,7 +102,7 @@ def test_credentials_for_etcd_come_from_secrets_and_are_where_the_flags_say() ->
     container = pod["containers"][0]
     flags = dict(argument.split("=", 1) for argument in container["args"] if argument.startswith("--etcd-"))
     assert flags.pop("--etcd-user") == "server"
-    assert flags.pop("--etcd-wait") == "30s", "an etcd that is installed with it may start later"
+    assert flags.pop("--etcd-wait") == "120s", "an etcd that is installed with it may start later"
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
     secrets = {volume["name"]: volume["secret"]["secretName"] for volume in pod["volumes"] if "secret" in volume}
     found = {flag: (secrets[mounts[path.rpartition("/")[0]]], path.rpartition("/")[2]) for flag, path in flags.items()}

@@ -27,6 +27,7 @@ from tests.support.kubernetes_api import kubernetes_api
 from tests.support.promql import evaluate
 from tests.support.promql import parsed as query_tree
 from tests.support.recorded_metrics import Recorder, names
+from workers.ipc.cpu_priority import CORES
 
 pytestmark = pytest.mark.integration
 
@@ -49,6 +50,7 @@ EVERYTHING = (
     "controller.extraArgs={--log-keep=1}", "imagePullSecrets[0].name=registry", "nodeSelector.disk=fast",
 )  # fmt: skip
 SCALED = ("agents.replicas=null", "autoscaling.kind=hpa")
+TARGETS, TYPES = ["7", "0.80", "16"], ["Value", "Value", "AverageValue"]
 KEYS = {  # of Secrets that the user makes, as values.yaml names them
     "etcd-client": {"ca.crt", "tls.crt", "tls.key"}, "etcd-user": {"password"}, "keys": {"keys"},
     "tls": {"tls.crt", "tls.key"}, "token": {"token"}, "hosts": {"join-secret"},
@@ -85,10 +87,15 @@ def container_of(manifests: Manifests, role: str) -> dict[str, Any]:
 
 def environment_of(container: dict[str, Any], **fields: str) -> dict[str, str]:
     """As the kubelet makes it; `fields` are those of the downward API, by the last part of their paths."""
-    return {
-        each["name"]: each.get("value") or fields[each["valueFrom"]["fieldRef"]["fieldPath"].rpartition(".")[2]]
-        for each in container["env"]
-    }
+
+    def value(variable: dict[str, Any]) -> str:
+        source = variable.get("valueFrom", {})
+        if "resourceFieldRef" in source:
+            which, resource = source["resourceFieldRef"]["resource"].split(".")
+            return str(container["resources"][which][resource])
+        return variable.get("value") or fields[source["fieldRef"]["fieldPath"].rpartition(".")[2]]
+
+    return {each["name"]: value(each) for each in container["env"]}
 
 
 def parsed(role: str, container: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Mapping[str, Any]:
@@ -129,7 +136,8 @@ def test_a_role_takes_the_command_line_and_environment_that_it_is_given(
         container = container_of(rendered, role)
         given = parsed(role, container, monkeypatch)
         named = {each["name"] for each in container["env"] if each["name"].startswith("ELASTIC_")}
-        assert named <= known, (role, named - known)
+        assert named <= known | {CORES}, (role, named - known)
+        assert (CORES in named) is (role == "agents"), "ranks compute there"
         assert (given["cluster"], str(given["state_dir"])) == ("demo", "/state")
         assert given["etcd"], role
         assert str(given["join_secret_file"]) == "/etc/elastic-ep/join/join-secret"
@@ -150,6 +158,55 @@ def test_values_reach_their_roles(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (given["engine"]["log_keep"], given["controller"]["log_keep"]) == (1, 1)
 
 
+@pytest.mark.parametrize(("settings", "wait_s"), [((), 120.0), (("etcd.waitSeconds=0",), 0.0)])
+def test_every_role_waits_for_an_etcd_that_comes_later(
+    settings: tuple[str, ...], wait_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifests = render_many(*settings)
+    waits = {role: parsed(role, container_of(manifests, role), monkeypatch)["etcd_wait_s"] for role in WORKLOADS}
+    assert waits == dict.fromkeys(WORKLOADS, wait_s)
+
+
+def test_what_is_extra_is_in_every_pod_that_runs_a_role() -> None:
+    settings = (
+        "priorityClassName=high", "runtimeClassName=nvidia", "extraEnv[0].name=A", "extraEnv[0].value=b",
+        "extraVolumes[0].name=models", "extraVolumeMounts[0].name=models", "extraVolumeMounts[0].mountPath=/models",
+        "extraInitContainers[0].name=fetch", "extraInitContainers[0].image=fetcher",
+        "extraInitContainers[0].volumeMounts[0].name=models", "extraInitContainers[0].volumeMounts[0].mountPath=/m",
+    )  # fmt: skip
+    manifests = render_many(*settings)
+    for role, pod in [*pods(manifests), ("serve", render(*settings)["StatefulSet"]["spec"]["template"]["spec"])]:
+        assert (pod["priorityClassName"], pod["runtimeClassName"]) == ("high", "nvidia"), role
+        assert pod["initContainers"][0]["name"] == "fetch"
+        assert {"name": "A", "value": "b"} in pod["containers"][0]["env"]
+        assert {"name": "models"} in pod["volumes"]
+        assert {"name": "models", "mountPath": "/models"} in pod["containers"][0]["volumeMounts"]
+    for manifest in manifests.values():
+        kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+    more = ("extraObjects[0].apiVersion=v1", "extraObjects[0].kind=ConfigMap", "extraObjects[0].metadata.name=mine")
+    assert render(*more)["ConfigMap"]["metadata"] == {"name": "mine"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "cores"),
+    [
+        ((), "requests.cpu"),
+        (("resources.limits.cpu=3",), "limits.cpu"),
+        (("resources.requests.cpu=null",), None),
+        (("resources=null",), None),
+    ],
+)
+def test_ranks_count_the_cores_of_their_pod_and_not_all_of_the_machine(
+    settings: tuple[str, ...], cores: str | None
+) -> None:
+    single = render(*settings)["StatefulSet"]["spec"]["template"]["spec"]["containers"][0]
+    for container in (single, container_of(render_many(*settings), "agents")):
+        found = [
+            each["valueFrom"]["resourceFieldRef"]["resource"] for each in container["env"] if each["name"] == CORES
+        ]
+        assert found == ([cores] if cores else [])
+
+
 def test_a_size_may_be_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     given = parsed("init", container_of(render_many("agents.follow=false", "ranks=3"), "init"), monkeypatch)
     assert (given["follow_agents"], given["ranks"]) == (0, 3)
@@ -159,9 +216,26 @@ def test_a_size_may_be_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("role", "kind"), [("agents", "StatefulSet"), ("gateway", "Deployment")])
 def test_a_size_may_be_an_autoscalers(role: str, kind: str) -> None:
-    manifests = render_many(f"{role}.replicas=null")
-    assert "replicas" not in manifests[kind, role]["spec"]
-    assert manifests["PodDisruptionBudget", role]["spec"]["maxUnavailable"] == 1
+    assert "replicas" not in render_many(f"{role}.replicas=null")[kind, role]["spec"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "role", "allowed"),
+    [
+        (("gateway.replicas=2",), "gateway", {"maxUnavailable": 1}),
+        (("gateway.replicas=1",), "gateway", {"maxUnavailable": 0}),
+        (("gateway.replicas=null",), "gateway", {"minAvailable": "50%"}),
+        (("agents.replicas=null",), "agents", {"minAvailable": "50%"}),
+        ((*SCALED,), "agents", {"maxUnavailable": 1}),
+        ((*SCALED, "agents.minAgents=1", "autoscaling.minReplicas=1"), "agents", {"minAvailable": "50%"}),
+    ],
+)
+def test_the_only_pod_of_a_role_is_not_evicted_whoever_says_how_many_there_are(
+    settings: tuple[str, ...], role: str, allowed: dict[str, Any]
+) -> None:
+    """Kubernetes rounds up how many of them must stay: of one pod one, of two one, of five three."""
+    spec = render_many(*settings)["PodDisruptionBudget", role]["spec"]
+    assert {name: spec[name] for name in ("maxUnavailable", "minAvailable") if name in spec} == allowed
 
 
 def test_a_size_that_is_the_autoscalers_stays_as_it_is(tmp_path: Path) -> None:
@@ -169,10 +243,13 @@ def test_a_size_that_is_the_autoscalers_stays_as_it_is(tmp_path: Path) -> None:
     there: dict[str, dict[str, Any]] = {
         "statefulsets/demo-agents": {"replicas": 5},
         "deployments/demo-engine": {"replicas": 3},
+        "deployments/demo-gateway": {"replicas": 0},  # somebody has stopped it
     }
-    made = documents(installed(tmp_path, there, "agents.replicas=null", "engine.replicas=1")["manifest"])
+    unsaid = ("agents.replicas=null", "gateway.replicas=null")
+    made = documents(installed(tmp_path, there, *unsaid, "engine.replicas=1")["manifest"])
     sizes = {each["metadata"]["name"]: each["spec"]["replicas"] for each in made if "template" in each.get("spec", {})}
     assert (sizes["demo-agents"], sizes["demo-engine"]) == (5, 1), "a number that is given counts"
+    assert sizes["demo-gateway"] == 0
 
 
 @pytest.mark.parametrize(
@@ -180,7 +257,10 @@ def test_a_size_that_is_the_autoscalers_stays_as_it_is(tmp_path: Path) -> None:
 )
 def test_there_is_at_most_one_autoscaler(kind: str, made: str | None, tmp_path: Path) -> None:
     """Of the pods of agents; it asks for a metric that there is, and another mode has none."""
-    settings = (f"autoscaling.kind={kind}", "autoscaling.prometheus=http://p:9090", "autoscaling.requestsWaiting=7")
+    settings = (
+        f"autoscaling.kind={kind}", "autoscaling.prometheus=http://p:9090", "autoscaling.requestsWaiting=7",
+        "autoscaling.requestsRunning=16",
+    )  # fmt: skip
     manifests = render_many("agents.replicas=null", *settings)
     found = [each for (name, _), each in manifests.items() if name in ("HorizontalPodAutoscaler", "ScaledObject")]
     assert [each["kind"] for each in found] == ([made] if made else [])
@@ -195,14 +275,30 @@ def test_there_is_at_most_one_autoscaler(kind: str, made: str | None, tmp_path: 
     times = recorder.record(1, Recorder.answer)
     if kind == "hpa":
         kubernetes_validate.validate(scaler, KUBERNETES, strict=True)
-        external = spec["metrics"][0]["external"]
-        assert (spec["minReplicas"], spec["maxReplicas"], external["target"]["value"]) == (2, 8, "7")
-        metric = external["metric"]
-        assert {*metric["selector"]["matchLabels"]} <= names(recorder.recording)[metric["name"]]
+        externals = [metric["external"] for metric in spec["metrics"]]
+        assert (spec["minReplicas"], spec["maxReplicas"]) == (2, 8)
+        targets = [external["target"] for external in externals]
+        assert [each.get("value", each.get("averageValue")) for each in targets] == TARGETS
+        assert [each["type"] for each in targets] == TYPES
+        for metric in (external["metric"] for external in externals):
+            assert {*metric["selector"]["matchLabels"]} <= names(recorder.recording)[metric["name"]]
     else:  # its schema is KEDA's
-        [trigger] = spec["triggers"]
-        assert (spec["minReplicaCount"], spec["maxReplicaCount"], trigger["metadata"]["threshold"]) == (2, 8, "7")
-        assert [*evaluate(query_tree(trigger["metadata"]["query"]), recorder.recording, times[-1]).values()] == [0.0]
+        assert (spec["minReplicaCount"], spec["maxReplicaCount"]) == (2, 8)
+        assert [trigger["metadata"]["threshold"] for trigger in spec["triggers"]] == TARGETS
+        assert [trigger["metricType"] for trigger in spec["triggers"]] == TYPES
+        for trigger in spec["triggers"]:
+            found = evaluate(query_tree(trigger["metadata"]["query"]), recorder.recording, times[-1])
+            assert len(found) == 1, trigger
+
+
+@pytest.mark.parametrize(("kind", "where"), [("hpa", "metrics"), ("keda", "triggers")])
+def test_what_an_autoscaler_asks_for_may_be_less_or_more(kind: str, where: str) -> None:
+    settings = ("agents.replicas=null", f"autoscaling.kind={kind}", "autoscaling.prometheus=http://p:9090")
+    found = render_many(*settings, "autoscaling.kvUsage=null", "autoscaling.more[0].type=cron")
+    [scaler] = [each for (name, _), each in found.items() if name in ("HorizontalPodAutoscaler", "ScaledObject")]
+    first, mine = scaler["spec"][where]
+    assert "elastic_ep_requests_waiting" in str(first)
+    assert mine == {"type": "cron"}
 
 
 def test_null_is_the_default_or_refused_by_name() -> None:

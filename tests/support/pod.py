@@ -5,6 +5,7 @@ mode 2777. The network is the host's, unless it is given a namespace of its own.
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import shutil
@@ -73,13 +74,18 @@ class Pod:
 
     @property
     def environment(self) -> dict[str, str]:
-        """As rendered; of the downward API, the pod's name and address."""
-        fields = {"metadata.name": self.name, "status.podIP": self.address}
-        given = {
-            each["name"]: each["value"] if "value" in each else fields[each["valueFrom"]["fieldRef"]["fieldPath"]]
-            for each in self.container["env"]
-        }
-        return {"PATH": PATH, **given}
+        """As rendered; of the downward API, the pod's name and address, and what its container asks for or may have."""
+        return {"PATH": PATH, **{each["name"]: self._value(each) for each in self.container["env"]}}
+
+    def _value(self, variable: dict[str, Any]) -> str:
+        if "value" in variable:
+            return str(variable["value"])
+        source = variable["valueFrom"]
+        if "fieldRef" in source:
+            return {"metadata.name": self.name, "status.podIP": self.address}[source["fieldRef"]["fieldPath"]]
+        which, resource = source["resourceFieldRef"]["resource"].split(".")
+        quantity = str(self.container["resources"][which][resource])
+        return str(math.ceil(int(quantity[:-1]) / 1000) if quantity.endswith("m") else math.ceil(float(quantity)))
 
     def start(self) -> None:
         """Start the container."""

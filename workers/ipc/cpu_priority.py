@@ -19,6 +19,8 @@ LOW_NICE = 10
 _SYS_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}
 
 CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # "quota period" of the container, or "max period"
+CORES = "ELASTIC_CORES"
+"""Environment: the most cores that this host's ranks share; of a pod without a limit, say, those it asked for."""
 
 log = structlog.get_logger(__name__)
 
@@ -67,8 +69,10 @@ def at_low_priority() -> None:
 
 @cache
 def usable_cores() -> int:
-    """How many cores this process may use, by its affinity and its container's limit."""
+    """How many cores this process may use, by its affinity, its container's limit and its environment."""
     cores = len(os.sched_getaffinity(0))
+    if (given := os.environ.get(CORES, "")).isdecimal() and int(given):
+        cores = min(cores, int(given))
     with suppress(OSError, ValueError):  # no such file, or no limit in it
         quota, period = map(int, CPU_MAX.read_text(encoding="ascii").split())
         cores = min(cores, max(1, quota // period))

@@ -23,6 +23,13 @@ imagePullPolicy: {{ .Values.image.pullPolicy }}
 {{- end }}
 {{- end -}}
 
+{{/* A pod may start before etcd, and its name is not known at once. */}}
+{{- define "elastic-ep.etcdWaitArgs" -}}
+{{- if not (kindIs "invalid" .Values.etcd.waitSeconds) }}
+- --etcd-wait={{ int .Values.etcd.waitSeconds }}s
+{{- end }}
+{{- end -}}
+
 {{- define "elastic-ep.listenArgs" -}}
 - --host=0.0.0.0
 - --port={{ int .Values.service.containerPort }}
@@ -57,6 +64,32 @@ imagePullPolicy: {{ .Values.image.pullPolicy }}
   valueFrom:
     fieldRef:
       fieldPath: metadata.name
+{{- end -}}
+
+{{/* How many cores the ranks of a pod share among them: those of its limit, else those it asked for. Without a limit they
+     would count all of the machine, as those of any other pod there do. From the container's resources. */}}
+{{- define "elastic-ep.coresEnv" -}}
+{{- $given := . | default dict -}}
+{{- $which := ternary "limits" "requests" (hasKey ($given.limits | default dict) "cpu") -}}
+{{- if hasKey ((index $given $which) | default dict) "cpu" }}
+- name: ELASTIC_CORES
+  valueFrom:
+    resourceFieldRef:
+      resource: {{ $which }}.cpu
+{{- end }}
+{{- end -}}
+
+{{/* Of a pod, as you give it. Init containers have the pod's volumes: one may fetch the checkpoint. */}}
+{{- define "elastic-ep.extraPod" -}}
+{{- with .Values.priorityClassName }}
+priorityClassName: {{ . | quote }}
+{{- end }}
+{{- with .Values.runtimeClassName }}
+runtimeClassName: {{ . | quote }}
+{{- end }}
+{{- with .Values.extraInitContainers }}
+initContainers: {{- toYaml . | nindent 2 }}
+{{- end }}
 {{- end -}}
 
 {{- define "elastic-ep.containerSecurity" -}}

@@ -54,12 +54,27 @@ app.kubernetes.io/component: {{ .role }}
      the last revision had one, Helm would remove it, and Kubernetes' default is one. From a dict: root, role, kind. */}}
 {{- define "elastic-ep.replicas" -}}
 {{- $wanted := (index .root.Values .role).replicas -}}
-{{- if not $wanted -}}
+{{- if kindIs "invalid" $wanted -}}
 {{- $wanted = ((lookup "apps/v1" .kind .root.Release.Namespace (include "elastic-ep.roleName" .)).spec | default dict).replicas -}}
 {{- end -}}
-{{- with $wanted }}
-replicas: {{ int . }}
+{{- if not (kindIs "invalid" $wanted) }}
+replicas: {{ int $wanted }}
 {{- end }}
+{{- end -}}
+
+{{/* How many pods of a role may be evicted at once: one, and not the only one. Where the number is another's and may come
+     to one, half of them: Kubernetes rounds so that the only one stays. From a dict: root, role. */}}
+{{- define "elastic-ep.budget" -}}
+{{- $replicas := (index .root.Values .role).replicas -}}
+{{- $scaling := .root.Values.autoscaling | default dict -}}
+{{- if and (kindIs "invalid" $replicas) (eq .role "agents") (ne ($scaling.kind | default "none") "none") -}}
+{{- if gt (int $scaling.minReplicas) 1 }}{{ $replicas = $scaling.minReplicas }}{{ end -}}
+{{- end -}}
+{{- if kindIs "invalid" $replicas -}}
+minAvailable: 50%
+{{- else -}}
+maxUnavailable: {{ ternary 0 1 (eq (int $replicas) 1) }}
+{{- end -}}
 {{- end -}}
 
 {{- define "elastic-ep.rolePod" -}}
@@ -74,6 +89,7 @@ spec:
   serviceAccountName: {{ . | quote }}
   {{- end }}
   automountServiceAccountToken: false
+  {{- with include "elastic-ep.extraPod" .root | trim }}{{ nindent 2 . }}{{ end }}
   {{- with .restart }}
   restartPolicy: {{ . }}
   {{- end }}
@@ -86,10 +102,14 @@ spec:
     - name: {{ .role }}
       {{- include "elastic-ep.image" .root | nindent 6 }}
       command: {{ toJson .command }}
-      {{- with .args }}
+      {{- $wait := include "elastic-ep.etcdWaitArgs" .root | trim }}
+      {{- with concat ($wait | fromYamlArray) (.args | default list) }}
       args: {{- toYaml . | nindent 8 }}
       {{- end }}
-      env: {{- include "elastic-ep.roleEnv" .root | nindent 8 }}
+      env:
+        {{- include "elastic-ep.roleEnv" .root | nindent 8 }}
+        {{- if .shm }}{{ with include "elastic-ep.coresEnv" .resources | trim }}{{ nindent 8 . }}{{ end }}{{ end }}
+        {{- with $values.extraEnv }}{{ toYaml . | nindent 8 }}{{ end }}
       {{- include "elastic-ep.containerSecurity" .root | nindent 6 }}
       {{- if .api }}
       {{- include "elastic-ep.containerPorts" . | nindent 6 }}
@@ -117,6 +137,7 @@ spec:
         {{- with include "elastic-ep.etcdMounts" .root | trim }}{{ nindent 8 . }}{{ end }}
         {{- if .api }}{{ with include "elastic-ep.apiMounts" .root | trim }}{{ nindent 8 . }}{{ end }}{{ end }}
         {{- if .model }}{{ with include "elastic-ep.modelMount" .root | trim }}{{ nindent 8 . }}{{ end }}{{ end }}
+        {{- with $values.extraVolumeMounts }}{{ toYaml . | nindent 8 }}{{ end }}
   volumes:
     - name: state
       emptyDir: {}
@@ -132,6 +153,7 @@ spec:
     {{- with include "elastic-ep.etcdVolumes" .root | trim }}{{ nindent 4 . }}{{ end }}
     {{- if .api }}{{ with include "elastic-ep.apiVolumes" .root | trim }}{{ nindent 4 . }}{{ end }}{{ end }}
     {{- if .model }}{{ with include "elastic-ep.modelVolume" .root | trim }}{{ nindent 4 . }}{{ end }}{{ end }}
+    {{- with $values.extraVolumes }}{{ toYaml . | nindent 4 }}{{ end }}
   # Two pods of a role on one machine would end with it together.
   topologySpreadConstraints:
     - maxSkew: 1

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from workers.ipc.cpu_priority import usable_cores
 
 pytestmark = pytest.mark.integration
 
@@ -43,3 +47,12 @@ def test_a_process_and_its_later_threads_get_short_turns() -> None:
     length, nice = eval(before)
     assert length > 100_000
     assert eval(ours) == eval(threads) == (100_000, nice)
+
+
+@pytest.mark.parametrize(("given", "most"), [("1", 1), ("4096", None), ("0", None), ("", None), ("many", None)])
+def test_ranks_use_no_more_cores_than_their_pod_was_given(
+    given: str, most: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.ipc.cpu_priority.CPU_MAX", Path("/missing"))
+    monkeypatch.setenv("ELASTIC_CORES", given)
+    assert usable_cores.__wrapped__() == (most or len(os.sched_getaffinity(0)))
