@@ -12,16 +12,22 @@ from typing import Any, cast
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
+from docs.other_servers import SGLANG, SGLANG_FIELDS, VLLM, VLLM_FIELDS
 from elastic.gateway.admin import admin_app
 from elastic.gateway.app import public_app
 from elastic.gateway.fields import EXTRAS, Extra, Place
 from elastic.gateway.health import PATHS
 from elastic.gateway.page import with_page
-from elastic.gateway.schema import ChatRequest, CompletionRequest
+from elastic.gateway.responses_schema import ResponsesRequest
+from elastic.gateway.schema import ChatRequest, CompletionRequest, OpenShape
 
 API_PAGE = Path("docs/API.md")
 BEGIN, END = "<!-- fields, written by `make docs` -->", "<!-- (end of the fields) -->"
 ROUTES = "<!-- routes, written by `make docs` -->", "<!-- (end of the routes) -->"
+SHAPES: dict[str, type[OpenShape]] = {
+    "completions": CompletionRequest, "chat": ChatRequest, "responses": ResponsesRequest,
+}  # fmt: skip
+OTHERS = {f"vLLM {VLLM}": VLLM_FIELDS, f"SGLang {SGLANG}": SGLANG_FIELDS}
 FAR = 2**31 - 1  # a bound that only keeps numbers within 64 bits
 
 
@@ -62,13 +68,23 @@ def _routes() -> list[str]:
 
 
 def _honoured() -> list[str]:
-    completion, chat = (shape.model_json_schema()["properties"] for shape in (CompletionRequest, ChatRequest))
-    lines = ["| field | value | default | completions | chat |", "|---|---|---|---|---|"]
-    for name in completion | chat:
-        rows = [_described(each[name]) if name in each else "" for each in (completion, chat)]
-        for row in dict.fromkeys(filter(None, rows)):  # two if the APIs differ
-            lines.append(f"| `{name}` | {row} | {' | '.join('yes' if each == row else '' for each in rows)} |")
+    shapes = {api: shape.model_json_schema()["properties"] for api, shape in SHAPES.items()}
+    heads = ("field", "value", "default", *SHAPES, *OTHERS)
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name in dict.fromkeys(name for fields in shapes.values() for name in fields):
+        rows = [_described(fields[name]) if name in fields else "" for fields in shapes.values()]
+        for row in dict.fromkeys(filter(None, rows)):  # several if the APIs differ
+            apis = [api for api, each in zip(SHAPES, rows, strict=True) if each == row]
+            cells = ("yes" if api in apis else "" for api in SHAPES)
+            lines.append(f"| `{name}` | {row} | {' | '.join(cells)} | {' | '.join(_elsewhere(name, apis))} |")
     return lines
+
+
+def _elsewhere(name: str, apis: list[str]) -> Iterator[str]:
+    """Which of these the other servers have the field for: all, or these."""
+    for fields in OTHERS.values():
+        there = [api for api in apis if name in fields.get(api, ())]
+        yield "yes" if there == apis else ", ".join(there)
 
 
 def _described(value: dict[str, Any]) -> str:
@@ -95,20 +111,23 @@ def _kind(value: dict[str, Any]) -> str:
 
 
 def _extras() -> list[str]:
-    lines = ["| field | of | where | accepted | otherwise |", "|---|---|---|---|---|"]
+    heads = ("field", "of", "where", "accepted", "otherwise", *OTHERS)
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for extra in EXTRAS:
         if extra.off is None:
             accepted, otherwise = "any value, ignored", ""
         else:
             values = " ".join(f"`{json.dumps(value)}`" for value in extra.off)
             accepted, otherwise = values or "`null`", f"400: {extra.hint}"
-        lines.append(f"| `{extra.name}` | {extra.of} | {_place(extra)} | {accepted} | {otherwise} |")
+        places = _places(extra)
+        where = ", ".join(places) if extra.place is Place.REQUEST else f"`{extra.place}`"
+        others = " | ".join(_elsewhere(extra.name, places))
+        lines.append(f"| `{extra.name}` | {extra.of} | {where} | {accepted} | {otherwise} | {others} |")
     return lines
 
 
-def _place(extra: Extra) -> str:
+def _places(extra: Extra) -> list[str]:
+    """Where the field is one of those that are not offered."""
     if extra.place is not Place.REQUEST:
-        return f"`{extra.place}`"
-    offered = [shape.model_fields for shape in (CompletionRequest, ChatRequest)]
-    names = ["completions", "chat"]
-    return ", ".join(api for api, fields in zip(names, offered, strict=True) if extra.name not in fields)
+        return [extra.place]
+    return [api for api in ("completions", "chat") if extra.name not in SHAPES[api].model_fields]

@@ -9,7 +9,7 @@ import msgspec
 from pydantic import Field
 
 from elastic.gateway.fields import Note, Place
-from elastic.gateway.schema import MAX_MESSAGES, MAX_SEED, MAX_TOKENS, ChatRequest, OpenShape, Shape, only_text, parse
+from elastic.gateway.schema import MAX_MESSAGES, MAX_TOKENS, ChatRequest, OpenShape, Sampled, Shape, only_text, parse
 from elastic.gateway.tools import MAX_NAME, MAX_TOOLS
 from membership.base.errors import RequestError
 
@@ -51,7 +51,7 @@ class FunctionTool(Shape):
     strict: bool | None = None
 
 
-class ResponsesRequest(OpenShape):
+class ResponsesRequest(Sampled):
     """POST /v1/responses."""
 
     place = Place.RESPONSES
@@ -60,15 +60,13 @@ class ResponsesRequest(OpenShape):
     input: str | Annotated[list[Json], Field(min_length=1, max_length=MAX_MESSAGES)]
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
-    temperature: float = Field(default=1.0, ge=0, le=2)
-    top_p: float = Field(default=1.0, ge=0, le=1)
-    seed: int | None = Field(default=None, ge=-MAX_SEED - 1, le=MAX_SEED)
     tools: list[FunctionTool] = Field(default=[], max_length=MAX_TOOLS)
     tool_choice: str | Json | None = None
     parallel_tool_calls: bool = True
     text: Text | None = None
     reasoning: Thinking | None = None
     chat_template_kwargs: Json = Field(default={})
+    include_reasoning: bool = True
     metadata: dict[str, str] = Field(default={})
     stream: bool = False
 
@@ -78,8 +76,8 @@ class ResponsesRequest(OpenShape):
         messages = [{"role": "system", "content": self.instructions}] if self.instructions else []
         items = self.input if isinstance(self.input, list) else [{"role": "user", "content": self.input}]
         chat: Json = {"model": self.model, "messages": [*messages, *_messages(items)], "stream": self.stream}
-        chat |= {name: getattr(self, name) for name in ("temperature", "top_p") if name in said}
-        chat |= {"seed": self.seed, "max_completion_tokens": self.max_output_tokens}
+        chat |= self.model_dump(include=set(Sampled.model_fields) & said, exclude_none=True, by_alias=True)
+        chat |= {"max_completion_tokens": self.max_output_tokens, "include_reasoning": self.include_reasoning}
         chat |= {"tools": [_nested(tool) for tool in self.tools], "parallel_tool_calls": self.parallel_tool_calls}
         chat |= {"tool_choice": _choice(self.tool_choice), "chat_template_kwargs": self.chat_template_kwargs}
         chat |= {"reasoning_effort": self.reasoning and self.reasoning.effort}

@@ -112,9 +112,10 @@ class ResponseFormat(Shape):
     json_schema: JsonSchema | None = None
 
 
-class StructuredOutputs(Shape):
+class StructuredOutputs(OpenShape):
     """vLLM's: one form that the answer must have."""
 
+    place = Place.STRUCTURED
     schema_: dict[str, Any] | str | None = Field(default=None, alias="json")
     regex: str | None = None
     choice: Choices | None = None
@@ -122,14 +123,9 @@ class StructuredOutputs(Shape):
     json_object: bool | None = None
 
 
-class CommonRequest(OpenShape):
-    """What both APIs share."""
+class Sampled(OpenShape):
+    """How tokens are chosen, and where an answer ends: the same for all APIs."""
 
-    place = Place.REQUEST
-
-    model: str
-    n: int = Field(default=1, ge=1, le=MAX_N)
-    max_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKENS)
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, ge=0, le=1)
     top_k: int = Field(default=0, ge=-1, le=MAX_ID)
@@ -138,23 +134,12 @@ class CommonRequest(OpenShape):
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     repetition_penalty: float = Field(default=1.0, gt=0, le=10)
     logit_bias: dict[str, Bias] = Field(default={}, max_length=MAX_BIASES)
-    allowed_token_ids: list[TokenId] | None = Field(default=None, min_length=1)
-    bad_words: list[StopString] = Field(default=[], max_length=MAX_BAD_WORDS)
-    min_tokens: int = Field(default=0, ge=0, le=MAX_TOKENS)
-    response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    guided_json: dict[str, Any] | str | None = None
-    guided_regex: str | None = None
-    guided_choice: Choices | None = None
-    guided_grammar: str | None = None
     seed: int | None = Field(default=None, ge=-MAX_SEED - 1, le=MAX_SEED)
     stop: list[StopString] = Field(default=[], max_length=MAX_STOPS)
     stop_token_ids: list[TokenId] = Field(default=[], max_length=MAX_STOPS)
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -162,6 +147,27 @@ class CommonRequest(OpenShape):
         """One or several; an empty one stops nothing."""
         given = [stop] if isinstance(stop, str) else stop
         return [each for each in given if each != ""] if isinstance(given, list) else given
+
+
+class CommonRequest(Sampled):
+    """What completions and chats share."""
+
+    place = Place.REQUEST
+
+    model: str
+    n: int = Field(default=1, ge=1, le=MAX_N)
+    max_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKENS)
+    allowed_token_ids: list[TokenId] | None = Field(default=None, min_length=1)
+    bad_words: list[StopString] = Field(default=[], max_length=MAX_BAD_WORDS)
+    min_tokens: int = Field(default=0, ge=0, le=MAX_TOKENS)
+    response_format: ResponseFormat | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
 
     @model_validator(mode="after")
     def _consistent(self) -> CommonRequest:

@@ -64,7 +64,7 @@ def test_a_response_that_nobody_continues_ends_with_an_error() -> None:
 
 
 def test_a_taker_gets_what_the_reader_waits_for_and_the_reader_the_rest_in_order() -> None:
-    """Tokens 1 to 3 come while the taker is free, busy, and free again: it must not overtake what waits for the reader."""
+    """Tokens come while the taker is free, busy, and free again: it must not overtake what waits for the reader."""
 
     async def asked() -> None:
         link, taken, free = EngineLink("g"), list[int](), [True]

@@ -6,9 +6,13 @@ import json
 from typing import Any
 
 import pytest
+from openai.types import completion_create_params
+from openai.types.chat import completion_create_params as chat_create_params
+from openai.types.responses import response_create_params
 from structlog.testing import capture_logs
 
 from docs.api import API_PAGE, api_page
+from docs.other_servers import SGLANG_FIELDS, VLLM_FIELDS
 from elastic.gateway.fields import EXTRAS, Extra, NotedOnce, Place
 from elastic.gateway.responses_schema import ResponsesRequest, Text, Thinking
 from elastic.gateway.schema import (
@@ -17,6 +21,7 @@ from elastic.gateway.schema import (
     CompletionRequest,
     Message,
     StreamOptions,
+    StructuredOutputs,
     TextPart,
     parse,
 )
@@ -30,6 +35,7 @@ SHAPES = {
     Place.MESSAGE: (Message,),
     Place.PART: (TextPart,),
     Place.RESPONSES: (ResponsesRequest,),
+    Place.STRUCTURED: (StructuredOutputs,),
     Place.TEXT: (Text,),
     Place.REASONING: (Thinking,),
 }
@@ -57,6 +63,8 @@ def with_extra(extra: Extra, value: Any) -> CommonRequest | ResponsesRequest:
         return response(**said)
     if extra.place in (Place.TEXT, Place.REASONING):
         return response(**{extra.place: said})
+    if extra.place is Place.STRUCTURED:
+        return chat(structured_outputs={"regex": "a"} | said)
     if extra.place is Place.STREAM_OPTIONS:
         return chat(stream=True, stream_options=said)
     if extra.place is Place.MESSAGE:
@@ -78,6 +86,31 @@ def test_each_field_of_the_table(extra: Extra) -> None:
             with_extra(extra, "something")
         assert (refusal.value.param, refusal.value.code) == (extra.name, "unsupported_parameter")
         assert refusal.value.hint
+
+
+def known(place: str) -> set[str]:
+    """The names of the fields that we take, ignore or refuse there."""
+    apis = {"completions": (Place.REQUEST, CompletionRequest), "chat": (Place.REQUEST, ChatRequest)}
+    at, shape = apis.get(place) or (Place(place), SHAPES[Place(place)][0])
+    fields = {field.alias or name for name, field in shape.model_fields.items()}
+    return fields | {extra.name for extra in EXTRAS if extra.place is at}
+
+
+@pytest.mark.parametrize("fields", [VLLM_FIELDS, SGLANG_FIELDS], ids=["vllm", "sglang"])
+def test_each_field_of_the_other_servers_is_known(fields: dict[str, frozenset[str]]) -> None:
+    assert {place: sorted(names - known(place)) for place, names in fields.items()} == {place: [] for place in fields}
+
+
+def test_each_field_of_openais_client_is_known() -> None:
+    """Of the release that is installed. It sends nothing else, unless it is told to (`extra_body`)."""
+    asked = {
+        "completions": completion_create_params.CompletionCreateParamsBase,
+        "chat": chat_create_params.CompletionCreateParamsBase,
+        "responses": response_create_params.ResponseCreateParamsBase,
+    }
+    of_transport = {"stream"}
+    unknown = {api: sorted(set(params.__annotations__) - known(api) - of_transport) for api, params in asked.items()}
+    assert unknown == {api: [] for api in asked}
 
 
 def test_no_field_is_in_the_table_twice_or_for_nothing() -> None:
@@ -191,6 +224,17 @@ def test_the_items_of_a_response_are_messages() -> None:
 def test_a_part_whose_type_is_no_name_is_refused(kind: Any) -> None:
     with pytest.raises(RequestError, match=r"^input\.0: its content must be a string or a list of text parts"):
         response(input=[{"role": "user", "content": [{"type": kind, "text": "x"}]}]).as_chat(print)
+
+
+def test_a_response_is_sampled_as_a_chat() -> None:
+    said = {
+        "top_k": 4, "min_p": 0.1, "frequency_penalty": 0.5, "presence_penalty": -0.5, "repetition_penalty": 1.2,
+        "logit_bias": {"7": -1.0}, "structured_outputs": {"json": {"type": "object"}}, "seed": 3, "stop": ["x"],
+        "stop_token_ids": [5], "include_stop_str_in_output": True, "ignore_eos": True, "temperature": 0.5, "top_p": 0.9,
+        "include_reasoning": False,
+    }  # fmt: skip
+    assert response(**said).as_chat(print) == chat(messages=[{"role": "user", "content": "x"}], **said, tools=[])
+    assert not response().as_chat(print).model_fields_set & set(said) - {"include_reasoning"}
 
 
 def test_a_response_s_fields_are_those_of_a_chat() -> None:
