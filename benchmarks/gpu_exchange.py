@@ -49,8 +49,7 @@ def say(what: str, **fields: object) -> None:
 
 
 class Page:
-    """Host memory that all processes of this benchmark share: the word below which calls are over, and a mutex that each
-    rank holds."""
+    """Host memory that all processes share: the word below which calls are over, one mutex per rank."""
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, PAGE_BYTES)

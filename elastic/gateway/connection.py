@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import http
 import socket
+import sys
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -105,8 +106,10 @@ class Connection(H11Protocol):
         return True
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is not HTTP, if an answer has not begun."""
-        self.refuse(RequestError(msg, status=400))
+        """Answer what is not HTTP, if an answer has not begun. uvicorn calls it while it handles h11's error."""
+        error = sys.exception()
+        hint = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
+        self.refuse(RequestError(f"{msg} {error or ''}".rstrip(), status=hint))
 
     def refuse(self, error: RequestError) -> None:
         """Close, with an answer if none has begun."""

@@ -43,7 +43,9 @@ class Route(APIRoute):
 def new_app(title: str, *checks: Callable[[Request], None]) -> FastAPI:
     """An application without generated pages that answers errors in OpenAI's shape. `checks` run before each route."""
     guards = [Depends(check) for check in checks]
-    app = FastAPI(title=title, docs_url=None, redoc_url=None, openapi_url=None, dependencies=guards)
+    app = FastAPI(
+        title=title, docs_url=None, redoc_url=None, openapi_url=None, dependencies=guards, redirect_slashes=False
+    )
     app.router.route_class = Route
 
     @app.exception_handler(RequestError)

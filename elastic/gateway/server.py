@@ -23,11 +23,11 @@ from starlette.types import ASGIApp
 
 from elastic.gateway.connection import Connection, Patience, Place
 from elastic.gateway.http import error_response
+from elastic.gateway.target import MAX_HEADER_BYTES, Plain, plain_path
 from elastic.serve.listening import BACKLOG, OVERFLOW
 from elastic.serve.tls import Certificates
 from membership.base.errors import RequestError
 
-MAX_HEADER_BYTES = 32 * 1024
 ACCEPT_RETRY_S = 0.2
 REPORT_EVERY_S = 10.0
 ROOM_TIMEOUT_S = 1.0
@@ -169,7 +169,7 @@ class Server(uvicorn.Server):
         self._certificates = certificates
         self._accepting: asyncio.Task[None] | None = None
         config = uvicorn.Config(
-            app,
+            Plain(app),
             http="h11",
             ws="none",
             lifespan="off",
@@ -236,7 +236,7 @@ class Server(uvicorn.Server):
 
     async def _when_crowded(self, scope: Any, receive: Any, send: Any) -> None:
         answer: ASGIApp = self.config.loaded_app
-        if scope["path"] not in self._urgent:
+        if plain_path(scope["path"]) not in self._urgent:
             full = RequestError("all connections are in use", status=503, code="overloaded", retry_after_s=1.0)
             answer = error_response(full, {"Connection": "close"})
         await answer(scope, receive, send)

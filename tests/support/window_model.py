@@ -2,7 +2,8 @@
 
 Each rank runs dispatch, collect, reply and combine of each layer in moves that others' may come between; the engine
 begins attempts, notices a death and calls off. Promised in every order: a live rank reads only rows that were written
-for that call of that attempt, reports no success if it has left out a row, none waits for ever, and without a fault no attempt fails. `Rules` break one by one.
+for that call of that attempt, reports no success if it has left out a row, none waits for ever, and without a fault no
+attempt fails. `Rules` break one by one.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import { parsed, Player, recorded } from "/ui/replay.js";
 const $ = (id) => document.getElementById(id);
 const WINDOW_S = 300, KEPT_EVENTS = 400, QUIET_MS = 15000, FLASH_MS = 1800, KEY = "elastic-ep admin token";
 const ALIVE = new Set(["serving", "draining"]), LOST = new Set(["dead", "masked", "quarantined"]);
+const SHORT = { launching: "start", handshaking: "join", loading: "load", standby: "spare", draining: "drain", masked: "mask", dead: "dead", quarantined: "out" };  // on a phone
 const PHASES = ["proposed", "spawning", "handshaking", "loading", "ready", "committed", "retiring", "done"];
 
 let doc = Object.create(null), events = [], traffic = [], ahead_s = 0, connected = false;
@@ -379,7 +380,7 @@ function label(g, r, row) {
   g.textAlign = "left"; g.font = `${bad ? 600 : 450} ${ch < 11 ? 10 : 12}px ${C.sans}`;
   g.fillStyle = bad ? C.bad : C.text; g.fillText(left < 100 ? `${r.rank}` : `rank ${r.rank}`, 0, middle);
   if (ch < 11) return;
-  const aside = left < 100 ? (r.state === "serving" ? "" : r.state.slice(0, 5)) : r.slow ? "slow" : r.load?.total && r.state === "loading" ? `${Math.floor(100 * r.load.bytes / r.load.total)} %` : r.state;
+  const aside = left < 100 ? SHORT[r.state] ?? "" : r.slow ? "slow" : r.load?.total && r.state === "loading" ? `${Math.floor(100 * r.load.bytes / r.load.total)} %` : r.state;
   g.font = `450 12px ${C.sans}`; g.fillStyle = bad ? C.bad : r.state === "serving" ? C.faint : C.accent;
   g.textAlign = "right"; g.fillText(aside, left - 12, middle);
   if (!r.share || right < 60) return;
@@ -468,7 +469,7 @@ function drawTimeline() {
 
 function drawRates({ g, px, from, to, gutter, name }, base) {
   const most = Math.max(10, ...traffic.map((t) => t.tokens));
-  name(gutter < 100 ? "tok/s" : "tokens / s", 20);
+  if (gutter < 100) name("tok/s", base - 26); else name("tokens / s", 20);  // below its number, or beside it
   g.font = `11px ${C.sans}`; g.textAlign = "right"; g.fillStyle = C.faint; g.fillText(`${most}`, gutter - 10, base - 44);
   const by = new Map(traffic.map((t) => [t.at, t.tokens]));
   g.beginPath(); g.moveTo(px(Math.ceil(from)), base);

@@ -418,6 +418,19 @@ def test_a_body_with_a_byte_order_mark_and_one_that_is_compressed(gateway: Runni
     assert (refused.status_code, "not compressed" in refused.json()["error"]["message"]) == (415, True)
 
 
+def test_a_slash_at_the_end_is_nothing(gateway: RunningGateway) -> None:
+    """A redirect would leave the proxy that ends TLS, and turn a POST into a GET."""
+    answer = httpx.post(f"{gateway.url}/v1/completions/", json={}, follow_redirects=False)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, "model is required")
+    assert httpx.get(f"{gateway.url}/v1/models/").json()["object"] == "list"
+    assert httpx.get(f"{gateway.url}/livez/").status_code == 200
+
+
+def test_of_two_equal_keys_the_last_counts(gateway: RunningGateway) -> None:
+    answer = httpx.post(f"{gateway.url}/v1/completions", content=b'{"model": "a", "prompt": "x", "model": "b"}')
+    assert "'b' does not exist" in answer.json()["error"]["message"]
+
+
 def test_unknown_path_and_method(gateway: RunningGateway) -> None:
     here = "/v1/chat/completions, /v1/completions, /v1/models, /v1/responses"
     for asked, instead in {

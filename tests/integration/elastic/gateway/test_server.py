@@ -148,6 +148,28 @@ def test_what_is_not_http_is_told_so_in_the_one_shape_of_errors() -> None:
         assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
 
 
+@pytest.mark.parametrize("pieces", [1, 5])
+def test_a_header_that_is_too_long_is_told_so(pieces: int) -> None:
+    """However it comes: one that is complete at once, and one of which the end is not there yet."""
+    header = b"GET /now HTTP/1.1\r\nhost: x\r\nconnection: close\r\nx-long: " + b"x" * 40_000 + b"\r\n\r\n"
+    with serving() as port, closing(port.connect()) as client:
+        if pieces == 1:
+            client.sendall(header)
+        else:
+            client.sendall(header[:-4])
+        head, _, body = all_of(client).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 431 ")
+        assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
+        assert port.app.asked == 0
+
+
+@pytest.mark.parametrize("target", ["/now/", "http://proxied.example/now", "HTTPS://proxied.example:8443/now//"])
+def test_a_target_in_another_form_is_for_the_same(target: str) -> None:
+    with serving() as port, closing(port.connect()) as client:
+        client.sendall(f"GET {target} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode())
+        assert all_of(client).endswith(b"\r\n\r\nanswer to /now")
+
+
 @pytest.mark.parametrize("asked", [GET % b"b", POST % b"b", POST % b"a" + GET % b"b"])
 def test_a_client_that_half_closes_gets_its_answers(asked: bytes) -> None:
     with serving() as port, closing(port.connect()) as client:
