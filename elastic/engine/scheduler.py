@@ -6,6 +6,7 @@ an answer other than OK changes nothing here, and the same chunk is simply sched
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from itertools import count
 
@@ -52,9 +53,12 @@ def uncovered(view: View, masked: Iterable[int], config: ClusterConfig) -> int:
     )
 
 
-def _unwelcome(home: Home, cached_tokens: int) -> tuple[int, int, int]:
-    """Sorts the best home for one more request first."""
-    return crowding(len(home.running), cached_tokens), home.pool.used, home.rank
+def _unwelcome(home: Home, cached_tokens: int, on_host: int) -> tuple[int, ...]:
+    """Sorts the best home for one more request first. `on_host`: requests of all ranks of its host."""
+    running = len(home.running)
+    if home.fills_host:  # the more it has of them, the fewer experts are read twice
+        return crowding(on_host, cached_tokens), -running, home.pool.used, home.rank
+    return crowding(running, cached_tokens), 0, home.pool.used, home.rank
 
 
 def is_complete(chunk: SeqChunk, answer: SampledToken | None) -> bool:
@@ -404,7 +408,10 @@ class Scheduler:
         if not fitting:
             return False
         there = {h.rank: max(size * len(shared[h.rank]), self._salvage.promised(sequence, h)) for h in fitting}
-        home = min(fitting, key=lambda home: _unwelcome(home, there[home.rank]))
+        on_host = Counter[str]()
+        for each in self._homes.values():
+            on_host[each.node] += len(each.running)
+        home = min(fitting, key=lambda home: _unwelcome(home, there[home.rank], on_host[home.node]))
         cached = len(shared[home.rank]) * size
         self._waiting.place(sequence, now)
         sequence.enter(home, home.pool.take(blocks, shared[home.rank]), cached, now)
@@ -465,6 +472,9 @@ class Scheduler:
         in_flight, home.in_flight = home.in_flight, []
         self._learn(result, now)
         self._step_s = now - self._began
+        for each in self._homes.values():
+            if each.node == home.node:
+                each.fills_host = result.fills_host
         current = [(sequence, chunk) for sequence, chunk in in_flight if sequence.home is home]
         if result.status is not StepStatus.OK:
             return self._set_back(home, [sequence for sequence, _ in current], result, now)

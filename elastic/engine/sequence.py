@@ -25,6 +25,7 @@ class Home:
     in_flight: list[tuple[Sequence, SeqChunk]] = field(default_factory=list)
     setbacks: int = 0  # consecutive answers other than OK
     retry_at: float = 0.0
+    fills_host: bool = False  # its rank uses all cores of its host alone: requests of one host go best to one rank
 
     @property
     def rank_id(self) -> RankId:

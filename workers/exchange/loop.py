@@ -159,9 +159,14 @@ class Exchange:
         missing = self._unlinked & ~(self._ctx.masked | self._mask())
         return [rank for rank in range(missing.bit_length()) if missing >> rank & 1]
 
+    @property
+    def everywhere(self) -> bool:
+        """Whether every rank of the view holds all experts."""
+        return self._ctx is not None and self._router.everywhere
+
     def stays(self) -> bool:
         """Whether no rows need to travel in this step: every rank holds all experts, and no peer has asked."""
-        return self._ctx is not None and self._router.everywhere and not self.pending()
+        return self.everywhere and not self.pending()
 
     # -- asking ------------------------------------------------------------------------------------------------------
 

@@ -167,6 +167,9 @@ class Backend(Protocol):
     def use_cores(self, count: int) -> None:
         """How many of the host's cores the next products may take, this thread's included; shows in no bit of them."""
 
+    def fills(self, cores: int, weights: int) -> bool:
+        """Whether one rank alone makes use of so many cores, where an expert has so many weights."""
+
     def close(self) -> None:
         """End what threads it has."""
 

@@ -188,6 +188,7 @@ class StepResult(_FromRank, frozen=True, array_like=True, tag=True):
     # When the last of those rows was answered, on the monotonic clock of the rank's host; 0: there were none.
     retried_at: float = 0.0
     unlinked: list[int] = []  # ranks of the view, not masked, with which it has no link now
+    fills_host: bool = False  # alone it makes use of all cores of its host: see `Home.fills_host`
 
 
 class TracedResult(StepResult, frozen=True, array_like=True, tag=True):

@@ -397,7 +397,16 @@ class EPWorker:
             load=self._load() if status is StepStatus.OK else b"",
             retried_at=self.exchange.retried_at,
             unlinked=self.exchange.unlinked(),
+            fills_host=self._fills_host(),
         )
+
+    def _fills_host(self) -> bool:
+        """Whether it would use all cores of its host if no other rank there computed. Two ranks would read most experts
+        twice, for half of the rows each."""
+        if self._runner is None or self._backend is None or not self.exchange.everywhere:
+            return False
+        weights = self._ctx.config.expert_bytes // self._runner.dtype.itemsize
+        return self._backend.fills(usable_cores(), weights)
 
     def _load(self) -> bytes:
         """What to report of the experts' load: now and then, since it is 60 kB for 58 layers of 256 experts."""

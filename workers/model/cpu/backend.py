@@ -10,7 +10,7 @@ from workers.model.backend import NO_POOL, Activation, Attention, AttentionSpec,
 from workers.model.calibrations import Calibrations
 from workers.model.cpu.attention import CpuAttention
 from workers.model.cpu.attention_check import fewest_exact_rows
-from workers.model.cpu.compute_threads import MOST, ComputeThreads
+from workers.model.cpu.compute_threads import LEAST, MOST, ComputeThreads, product_work
 from workers.model.cpu.expert_products import CpuExpertProducts
 from workers.model.cpu.fingerprint import kernel_fingerprint
 from workers.model.cpu.kv_cache import CpuKVCache
@@ -34,6 +34,10 @@ class CpuBackend:
     def use_cores(self, count: int) -> None:
         """See `Backend`."""
         self._threads.count = max(1, min(count, MOST)) if self.device.type == "cpu" else 1
+
+    def fills(self, cores: int, weights: int) -> bool:
+        """See `Backend`."""
+        return self.device.type == "cpu" and cores <= MOST and product_work(1, weights) >= LEAST
 
     def close(self) -> None:
         """See `Backend`."""

@@ -46,6 +46,10 @@ class CudaBackend:
     def use_cores(self, count: int) -> None:
         """Nothing: cores do not compute."""
 
+    def fills(self, cores: int, weights: int) -> bool:
+        """No: each rank has a device of its own."""
+        return False
+
     def close(self) -> None:
         """Nothing: it has no threads."""
 
