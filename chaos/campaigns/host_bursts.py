@@ -1,14 +1,15 @@
 """The faults of a soak over hosts, drawn from a seed: which host, which link, by what, and how long. Pure.
 
 Kinds are drawn like cards, so that each comes once before any comes again. Some bursts have a second fault, which falls
-into the first one or into the recovery from it.
+into the first one or into the recovery from it. The matrix has each fault of a network in each phase of the cluster.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from enum import StrEnum
+from itertools import product
 
 import msgspec
 
@@ -32,6 +33,7 @@ class HostFaultKind(StrEnum):
     POWER = "power"  # the same, and no other host learns of it: connections are half open
     CABLE = "cable"  # nothing passes, not even a client's request
     ISOLATE = "isolate"  # no other host is reached, nor etcd; clients are
+    DIVIDE = "divide"  # no other host is reached; etcd is, where it has a host of its own
     CUT = "cut"  # a link, both ways
     MUTE = "mute"  # a link, from the host to the peer only
     RESET = "reset"  # a link's connections
@@ -43,7 +45,22 @@ Kind = HostFaultKind
 OF_HOSTS = (Kind.KILL_HOST, Kind.POWER, Kind.CABLE)  # their streams end with them, so never the gateway's host
 OF_LINKS = (Kind.CUT, Kind.MUTE, Kind.RESET, Kind.LOSSY)
 ENDS = (Kind.KILL_RANK, Kind.KILL_ENGINE, Kind.KILL_CONTROLLER, Kind.KILL_AGENT)  # over at once
+NETWORK = (Kind.CABLE, Kind.ISOLATE, Kind.DIVIDE, *OF_LINKS, Kind.SLOW)
 SECOND = (Kind.KILL_RANK, Kind.KILL_ENGINE, Kind.KILL_CONTROLLER, Kind.STOP_RANK, *OF_LINKS, Kind.SLOW)
+
+
+class HostPhase(StrEnum):
+    """What the cluster is in the middle of while the fault lasts."""
+
+    STEADY = "steady"
+    SCALE_UP = "scale-up"
+    DRAIN = "drain"
+    RECOVERY = "recovery"  # from the death of a rank
+
+
+PHASES = (HostPhase.SCALE_UP, HostPhase.DRAIN, HostPhase.RECOVERY)
+PASSES = 3  # of the matrix: a fault that was not seen to happen is tried again
+Cell = tuple[Kind, HostPhase]
 
 
 class HostFault(msgspec.Struct, frozen=True):
@@ -66,6 +83,21 @@ class HostBurst(msgspec.Struct, frozen=True):
     faults: tuple[HostFault, ...]
     pause_s: float  # to wait at full strength before it
     delay_s: float = 0.0
+    phase: HostPhase = HostPhase.STEADY
+
+
+def matrix(
+    seed: int, hosts: Sequence[str], gateway: str, far: Sequence[str], done: Collection[Cell]
+) -> Iterator[HostBurst]:
+    """Each fault of a network in each phase, in an order drawn from the seed; `done` grows meanwhile."""
+    chooser = random.Random(seed)
+    cells = list(product(NETWORK, PHASES))
+    for _ in range(PASSES):
+        for kind, phase in chooser.sample(cells, len(cells)):
+            fault = _fault(chooser, kind, hosts, gateway, far)
+            fault = msgspec.structs.replace(fault, hold_s=chooser.uniform(*HOLDS_S[-1]))  # the phase falls into it
+            if (kind, phase) not in done:
+                yield HostBurst((fault,), chooser.uniform(0.0, PAUSE_S), phase=phase)
 
 
 def bursts(seed: int, hosts: Sequence[str], gateway: str, far: Sequence[str] = ()) -> Iterator[HostBurst]:

@@ -152,8 +152,9 @@ def rules(fault: HostFault, addresses: Mapping[str, str]) -> Rules:
     """What is dropped, lost or reset, and at which host. Pure."""
     one, two = fault.host, fault.peer
     match fault.kind:
-        case Kind.ISOLATE:
-            pairs = [pair for other in addresses if other != one for pair in ((one, other), (other, one))]
+        case Kind.ISOLATE | Kind.DIVIDE:
+            others = [each for each in addresses if each not in (one, ETCD if fault.kind is Kind.DIVIDE else one)]
+            pairs = [pair for other in others for pair in ((one, other), (other, one))]
             return _at_receivers(pairs, addresses, "drop")
         case Kind.CUT:
             return _at_receivers([(one, two), (two, one)], addresses, "drop")

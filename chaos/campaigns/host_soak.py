@@ -10,11 +10,13 @@ import time
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 from chaos.campaigns.campaign import LongReceipt
-from chaos.campaigns.host_bursts import ETCD, HostBurst, HostFault, bursts
+from chaos.campaigns.host_bursts import ETCD, NETWORK, PHASES, Cell, HostBurst, HostFault, bursts, matrix
 from chaos.campaigns.host_faults import Injection
+from chaos.campaigns.host_phases import PhaseUnderWay
 from chaos.campaigns.kill_host import START_S
 from chaos.campaigns.recorded import Recorded
 from chaos.faults.base import Injected, NotInjected
@@ -36,6 +38,7 @@ class HostSoakReceipt(LongReceipt, frozen=True, kw_only=True):
     hosts: int
     faults: int
     kinds: dict[str, int]
+    cells: int  # of the matrix of network faults and phases, that were met
     not_injected: int
     non_2xx: int
     converged_p50_ms: float  # from the end of a burst to full strength
@@ -50,9 +53,11 @@ class HostSoak(Recorded):
 
     faults: int = 0
     limit_s: float = 0.0  # 0: none
+    matrix: bool = False  # each fault of a network in each phase, instead of what is drawn
     load: Load = LOAD
     hosts: tuple[str, ...] = ()
     injected: list[tuple[HostFault, Injected]] = field(default_factory=list)
+    cells: set[Cell] = field(default_factory=set)  # met so far
     missed: list[str] = field(default_factory=list)  # faults that were not seen to happen
     converged_ms: list[float] = field(default_factory=list)
 
@@ -79,14 +84,15 @@ class HostSoak(Recorded):
         """Burst after burst, each followed by full strength."""
         began = time.monotonic()
         far = [ETCD] if ETCD in self.over_hosts.hosts.addresses else []
-        for burst in bursts(self.seed, self.hosts, self.hosts[-1], far):
+        drawn = (self.seed, self.hosts, self.hosts[-1], far)
+        for burst in matrix(*drawn, self.cells) if self.matrix else bursts(*drawn):
             over = self.limit_s and time.monotonic() > began + self.limit_s
             if over or len(self.injected) >= self.faults:
                 break
             time.sleep(burst.pause_s)
             self._inject(burst)
             self.notify(
-                f"{len(self.injected)} faults; {', '.join(map(str, burst.faults))}: whole after "
+                f"{len(self.injected)} faults; {', '.join(map(str, burst.faults))} ({burst.phase}): whole after "
                 f"{self.converged_ms[-1]:.0f} ms; {len(workload.records())} requests ended"
             )
 
@@ -94,6 +100,7 @@ class HostSoak(Recorded):
         """Inject it, take it back, wait for full strength."""
         before = self.over_hosts.client().state()
         killed, agents = set[int](), set[int]()
+        phase = PhaseUnderWay(self.over_hosts, burst.phase, self.ranks, burst.faults[0].chance)
         with ExitStack() as heals:
             for number, fault in enumerate(burst.faults):
                 if number:
@@ -110,9 +117,17 @@ class HostSoak(Recorded):
                 agents |= injection.agents
                 self.injected.append((fault, injected))
                 self.note(injected)
+                if not number:
+                    phase.begin(before)
+                    self.cells |= {(fault.kind, burst.phase)} & set(product(NETWORK, PHASES))
             time.sleep(max(fault.hold_s for fault in burst.faults))
         healed = time.monotonic()
-        until(lambda: self._whole(killed, agents), lambda: f"{self.ranks} ranks after {self._said(burst)}", WHOLE_S)
+        phase.settle()
+        until(
+            lambda: self._whole(killed | phase.killed, agents),
+            lambda: f"{self.ranks} ranks after {self._said(burst)}",
+            WHOLE_S,
+        )
         self.converged_ms.append((time.monotonic() - healed) * 1000)
 
     def _heal(self, injection: Injection) -> None:
@@ -143,11 +158,15 @@ class HostSoak(Recorded):
         broken = [*self.broken(), *self.refusals()]
         if not self.injected:
             broken.append("no fault was injected")
+        if self.matrix and not self.limit_s:
+            left = sorted(set(product(NETWORK, PHASES)) - self.cells)
+            broken += [f"{kind} during {phase} was not seen to happen" for kind, phase in left]
         return HostSoakReceipt(
             **self.long_outcome(broken, max(0, self.epochs)),
             hosts=len(self.hosts),
             faults=len(self.injected),
             kinds=dict(sorted(Counter(fault.kind.value for fault, _ in self.injected).items())),
+            cells=len(self.cells),
             not_injected=len(self.missed),
             non_2xx=self.refused,
             converged_p50_ms=round(percentile(self.converged_ms, 0.5), 1),

@@ -56,6 +56,9 @@ class HostOptions:
     etcd_on_hosts: bool = option(False, "With --hosts: a member of etcd on each host, instead of one apart.")
     faults: int = option(300, "With --hosts: end after so many faults.", minimum=1)
     seconds: float = option(0.0, "With --hosts: end after this time, however few they were.", minimum=0)
+    matrix: bool = option(
+        False, "With --hosts: instead, each fault of the network once during a scale-up, a drain and a recovery."
+    )
 
     def __post_init__(self) -> None:
         if self.hosts == 2:
@@ -92,8 +95,9 @@ def soak_over_hosts(over: HostOptions, options: RunOptions, ranks: int, output: 
     """Hosts, links, roles and ranks fail at random. What it takes of the machine is said if it is not there."""
     names = tuple(string.ascii_lowercase[: over.hosts])
     run = HostSoak(seed=seed_of(options.seed), ranks=ranks, faults=over.faults, limit_s=over.seconds, hosts=names)
+    run.matrix = over.matrix
     run.replay = f"elastic-chaos soak --hosts {over.hosts} --faults {over.faults} --ranks {ranks} --seed {run.seed}"
-    run.replay += " --etcd-on-hosts" if over.etcd_on_hosts else ""
+    run.replay += (" --etcd-on-hosts" if over.etcd_on_hosts else "") + (" --matrix" if over.matrix else "")
     typer.echo(f"seed {run.seed}", err=True)
     notify = progress()
     with ExitStack() as opened:

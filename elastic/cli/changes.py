@@ -15,7 +15,7 @@ from elastic.cli.command import WaitTimeoutFlag, command
 from elastic.cli.connection import Connection
 from elastic.cli.flags import Output, OutputFlag, interruptible, show, write_json
 from elastic.serve.options import Option, option
-from membership.base.errors import PlanRefused
+from membership.base.errors import ConfigError, PlanRefused
 from membership.base.timing import LONGEST_TIMEOUT_S, OPERATION_TIMEOUT_S, SHORTEST_TIMEOUT_S
 from membership.operations import change as changes
 from membership.operations.change import Change, describe_change
@@ -31,6 +31,7 @@ PlanFlag = Annotated[bool, typer.Option("--plan", help=PLAN_HELP)]
 LIMITS = {"minimum": SHORTEST_TIMEOUT_S, "maximum": LONGEST_TIMEOUT_S}
 TtlFlag = Annotated[float, Option(help="The pause ends by itself after this time.", **LIMITS)]
 StepTimeoutFlag = Annotated[float, Option(help="Roll a step back if it is not committed within this time.", **LIMITS)]
+DrainedArgument = Annotated[list[int] | None, typer.Argument(metavar="RANK", help="Rank slots.")]
 RanksArgument = Annotated[list[int], typer.Argument(metavar="RANK...", help="Rank slots.")]
 OpIdArgument = Annotated[str, typer.Argument(metavar="ID", help="Operation id.")]
 
@@ -59,6 +60,7 @@ class DrainChange(ChangeOptions):
     """What drain takes."""
 
     timeout_s: float = option(90.0, TIMEOUT_HELP, names=("--deadline",), **LIMITS)
+    node: str = option("", "Instead of RANK...: all ranks of this host.")
 
 
 @command
@@ -73,9 +75,24 @@ def scale(
 
 
 @command
-def drain(ranks: RanksArgument, options: DrainChange, connection: Connection, output: OutputFlag = Output.TEXT) -> None:
+def drain(
+    options: DrainChange, connection: Connection, ranks: DrainedArgument = None, output: OutputFlag = Output.TEXT
+) -> None:
     """Take ranks out of service: experts and requests move first. Their slots stay empty until undrained."""
-    _apply(connection, changes.drain(*ranks), options, output)
+    if bool(ranks) == bool(options.node):
+        raise ConfigError("name ranks, or a host", hint="elastic drain 0 2, or elastic drain --node NAME")
+    chosen = ranks or ranks_of(connection, options.node)
+    _apply(connection, changes.drain(*chosen), options, output)
+
+
+def ranks_of(connection: Connection, node: str) -> list[int]:
+    """All ranks of a host. ConfigError if it has none."""
+    with connection.client() as client:
+        found = [(rank["node"], rank["rank"]) for rank in client.status()["ranks"]]
+    if not any(where == node for where, _ in found):
+        hosts = ", ".join(sorted({where for where, _ in found if where}))
+        raise ConfigError(f"no rank is on a host named {node}", hint=f"ranks are on: {hosts or 'none'}")
+    return [rank for where, rank in found if where == node]
 
 
 @command

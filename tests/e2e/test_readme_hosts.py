@@ -88,6 +88,15 @@ def nodes(cluster: Cluster) -> list[str]:
     return sorted(rank["node"] for rank in status["ranks"]) if serving else []
 
 
+def host_b_is_taken_out_and_back(typist: Typist, cluster: Cluster) -> None:
+    """By its name, which nobody has to turn into numbers of ranks."""
+    typist.run("a", "elastic drain --node b")
+    assert nodes(cluster) == ["a", "a"]
+    assert "safe to delete: node b" in typist.run("a", "elastic status")
+    typist.run("a", "elastic undrain 2 3")
+    eventually(lambda: nodes(cluster) == ["a", "a", "b", "b"], START_S, "host B's ranks again")
+
+
 def test_what_readme_says_about_two_hosts_is_all_that_it_takes(typist: Typist, request: pytest.FixtureRequest) -> None:
     typed = TYPED.findall(README.read_text(encoding="utf-8"))
     assert [host for host, _ in typed] == ["A", "B", "A"], "README has another procedure: type that one here"
@@ -104,5 +113,6 @@ def test_what_readme_says_about_two_hosts_is_all_that_it_takes(typist: Typist, r
     typist.run("a", scale)
     eventually(lambda: nodes(cluster) == ["a", "a", "b", "b"], START_S, "two ranks on each host")
     assert typist.answer() == before, "the same bits as on one host"
+    host_b_is_taken_out_and_back(typist, cluster)
     typist.hosts.kill("b")
     assert typist.answer() == before, "and host B may die"

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from itertools import islice, product
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chaos.campaigns.host_bursts import ENDS, ETCD, OF_HOSTS, OF_LINKS, HostFault, HostFaultKind, bursts
+from chaos.campaigns.host_bursts import (
+    ENDS,
+    ETCD,
+    NETWORK,
+    OF_HOSTS,
+    OF_LINKS,
+    PASSES,
+    PHASES,
+    Cell,
+    HostFault,
+    HostFaultKind,
+    bursts,
+    matrix,
+)
 from chaos.campaigns.host_faults import rules
 from chaos.campaigns.host_soak import HostSoak
 from chaos.faults.base import Injected
@@ -38,6 +51,21 @@ def test_what_is_drawn(seed: int) -> None:
         assert (fault.hold_s == 0) == (fault.kind in ENDS)
 
 
+def test_the_matrix_has_each_fault_of_a_network_in_each_phase_and_repeats_only_what_is_missing() -> None:
+    every, done = set(product(NETWORK, PHASES)), set[Cell]()
+    drawn = list(matrix(1, HOSTS, "c", [ETCD], done))
+    assert len(drawn) == PASSES * len(every)
+    missing = (HostFaultKind.RESET, PHASES[0])
+    met: list[Cell] = []
+    for burst in matrix(1, HOSTS, "c", [ETCD], done):
+        (fault,) = burst.faults
+        assert fault.hold_s >= 4.0, "the phase falls into it"
+        met.append((fault.kind, burst.phase))
+        done |= {met[-1]} - {missing}
+    assert set(met[: len(every)]) == every
+    assert met[len(every) :] == [missing] * (PASSES - 1)
+
+
 @pytest.mark.parametrize(
     ("fault", "expected"),
     [
@@ -55,6 +83,11 @@ def test_what_is_drawn(seed: int) -> None:
             HostFault(HostFaultKind.ISOLATE, "a"),
             {("a", Rule("input", other, "drop")) for other in ("2", "3", "4")}
             | {(other, Rule("input", "1", "drop")) for other in ("b", "c", ETCD)},
+        ),
+        (
+            HostFault(HostFaultKind.DIVIDE, "a"),
+            {("a", Rule("input", other, "drop")) for other in ("2", "3")}
+            | {(other, Rule("input", "1", "drop")) for other in ("b", "c")},
         ),
     ],
 )
@@ -79,5 +112,8 @@ def test_what_breaks_it() -> None:
     refused = RequestRecord(prompt=0, started=0.0, error="HTTP 503: later", status=503)
     assert "1 requests were refused, though every expert came back in time" in finished(refused).receipt().broken
     assert finished(faults=0).receipt().broken == ("no fault was injected",)
+    partial = finished()
+    partial.matrix, partial.cells = True, set(product(NETWORK, PHASES)) - {(HostFaultKind.CUT, PHASES[1])}
+    assert partial.receipt().broken == ("cut during drain was not seen to happen",)
     altered = finished(RequestRecord(prompt=0, started=0.0, tokens=("a", "x"), finish_reason="length"))
     assert "token 1" in " ".join(altered.receipt().broken)
