@@ -12,6 +12,8 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,15 @@ from elastic.serve.etcd_server import EtcdServer, free_ports
 from tests.support.chart import render
 from tests.support.helpers import eventually
 from tests.support.pod import NEEDS_NAMESPACES, Pod
+from tests.support.streams import Streams, client
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400), NEEDS_NAMESPACES]
 
 MakePod = Callable[..., Pod]
 READY_S = 120.0
 STREAMS = 4
+SCALES = 20
+PROBE_EVERY_S = 0.1  # the rendered probe asks every 2 s, and fails at the second time
 
 
 @pytest.fixture
@@ -123,6 +128,95 @@ def test_a_pod_that_is_killed_or_replaced_keeps_its_size_and_its_streams(make_po
         replaced = make_pod(*settings)
         replaced.start()
         assert serving(replaced, url) == 3, "of a new emptyDir"
+
+
+@contextmanager
+def probed(url: str) -> Iterator[list[str]]:
+    """Ask as the kubelet does, more often, until the end of the block; what was answered each time."""
+    answers, over = list[str](), threading.Event()
+
+    def probe() -> None:
+        with client() as asking:
+            while not over.wait(PROBE_EVERY_S):
+                try:
+                    answer = asking.get(f"{url}/readyz", timeout=10.0)  # a busy machine is slow, and no less ready
+                except httpx.HTTPError as error:
+                    answers.append(repr(error))
+                else:
+                    answers.append("ready" if answer.is_success else answer.text)
+
+    thread = threading.Thread(target=probe, name="kubelet")
+    thread.start()
+    try:
+        yield answers
+    finally:
+        over.set()
+        thread.join(30.0)
+
+
+class Admin:
+    """The admin API of a pod, which shares our network."""
+
+    def __init__(self, url: str, asking: httpx.Client) -> None:
+        self._url, self._asking = url, asking
+
+    def status(self, token: str) -> int:
+        """The code of an answer to this token."""
+        return self._asking.get(f"{self._url}/admin/v1/status", headers=_bearer(token)).status_code
+
+    def scale(self, token: str, ranks: int) -> None:
+        """Until the operation is done."""
+        asked = self._asking.post(f"{self._url}/admin/v1/scale", json={"ranks": ranks}, headers=_bearer(token))
+        where = asked.raise_for_status().headers["Location"]
+
+        def phase() -> str:
+            found = self._asking.get(self._url + where, headers=_bearer(token)).raise_for_status()
+            return str(found.json()["phase"])
+
+        eventually(lambda: phase() in ("done", "aborted"), READY_S, f"{ranks} ranks")
+        assert phase() == "done"
+
+
+def _bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
+def test_a_pod_is_ready_through_twenty_scales_and_takes_changed_secrets_as_it_runs(make_pod: MakePod) -> None:
+    port, admin_port = free_ports(2)
+    url = f"http://127.0.0.1:{port}"
+    pod = make_pod(
+        "ranks=2", f"service.containerPort={port}", f"service.adminPort={admin_port}", "api.keysSecret=keys",
+        "admin.existingSecret=token",
+    )  # fmt: skip
+    pod.put_secret("api-keys", "keys", "alice:first-key-of-alice\n")
+    pod.put_secret("admin-token", "token", "the-first-admin-token")
+    pod.start()
+    eventually(lambda: ready(url), READY_S, "the pod to be ready")
+    process = pod.pid
+    with client() as asking, Streams(url, clients=1, key="first-key-of-alice") as streams:
+        admin = Admin(f"http://127.0.0.1:{admin_port}", asking)
+        with probed(url) as answers:
+            for number in range(SCALES):
+                admin.scale("the-first-admin-token", 3 - number % 2)
+            streams.go_on()
+        assert len(answers) > SCALES
+        assert {*answers} == {"ready"}
+
+        def models(key: str) -> int:
+            return asking.get(f"{url}/v1/models", headers=_bearer(key)).status_code
+
+        pod.put_secret("api-keys", "keys", "alice:first-key-of-alice\nbob:key-of-bob-who-is-new\n")
+        eventually(lambda: models("key-of-bob-who-is-new") == 200, 30.0, "the new key")
+        streams.go_on()
+        pod.put_secret("admin-token", "token", "the-second-admin-token")
+        eventually(lambda: admin.status("the-second-admin-token") == 200, 30.0, "the new token")
+        assert admin.status("the-first-admin-token") == 401
+    assert streams.failed == []
+    pod.put_secret("api-keys", "keys", "bob:key-of-bob-who-is-new\n")
+    with client() as asking:
+        old = partial(asking.get, f"{url}/v1/models", headers=_bearer("first-key-of-alice"))
+        eventually(lambda: old().status_code == 401, 30.0, "the old key to be refused")
+    assert pod.pid == process, "nothing was started anew"
 
 
 @pytest.mark.parametrize(

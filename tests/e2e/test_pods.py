@@ -1,5 +1,5 @@
 """The chart's `mode: many` as processes in the shape of its pods, each with a network of its own: it serves, and
-a pod that is replaced while streams run says by its probe when the next one may be.
+while streams run every pod is replaced, as an upgrade with other values does it, by what the probes say.
 
 What Kubernetes itself does is not tried here (docs/KUBERNETES.md).
 """
@@ -43,15 +43,16 @@ class Pods:
 
     def __init__(self, hosts: Hosts, etcd: str, model: Path, folder: Path) -> None:
         self._hosts, self._folder = hosts, folder
-        settings = (
+        self._settings = (
             f"etcd.endpoints={{{etcd}}}", f"model.path=/models/{model.name}",
             f"model.volume.hostPath.path={model.parent}", "agents.ranksPerPod=1",
             "terminationGracePeriodSeconds=100", "preStopSeconds=0",
         )  # fmt: skip
-        self.manifests = render_many(*settings, release="moe")
+        self.manifests = render_many(*self._settings, release="moe")
         self._secret: str = self.manifests["Secret", "join"]["stringData"]["join-secret"]
         self._made = 0
         self.running: dict[str, Pod] = {}
+        self._gateway = "gateway-0"  # behind the Service
         self._client = client()
 
     def start(self, host: str) -> Pod:
@@ -77,6 +78,29 @@ class Pods:
         pod = self.running.pop(host)
         pod.signal(signal.SIGTERM)
         assert pod.wait(pod.grace_s) == 0, pod.lines()[-5:]
+
+    def initialise(self) -> None:
+        """Run the Job that is a hook before install, upgrade and rollback."""
+        assert self.start("init-0").wait(120.0) == 0, self.running["init-0"].lines()[-5:]
+        del self.running["init-0"]
+
+    def upgrade(self, *settings: str) -> None:
+        """What `helm upgrade` does with these values: the Job, then each workload's own rolling update."""
+        self.manifests = render_many(*self._settings, *settings, release="moe")
+        self.initialise()
+        for host in ("agents-1", "agents-0"):
+            self.replace(host)
+        for role in ("controller", "engine", "gateway"):
+            self._surge(role)
+
+    def _surge(self, role: str) -> None:
+        """As a Deployment: the new one first. A Service sends nobody to the old one before that is told to end."""
+        old, new = f"{role}-0", f"{role}-1"
+        self.start(new)
+        self.until_ready(new)
+        if role == "gateway":
+            self._gateway = new
+        self.stop(old)
 
     def until_ready(self, *hosts: str) -> None:
         for host in hosts:
@@ -110,20 +134,20 @@ class Pods:
                     return
         pytest.fail(f"{host} has no rank")
 
-    @property
     def url(self) -> str:
-        return f"http://{self._hosts.addresses['gateway-0']}:8000"
+        """Where the Service leads to now."""
+        return f"http://{self._hosts.addresses[self._gateway]}:8000"
 
     def serving(self) -> Counter[str]:
         """How many ranks serve in each pod, by `kubectl exec`."""
-        said = self.running["gateway-0"].exec("elastic", "status", "-o", "json")
+        said = self.running[self._gateway].exec("elastic", "status", "-o", "json")
         assert said.returncode == 0, said.stderr
         return Counter(rank["node"] for rank in json.loads(said.stdout)["ranks"] if rank["state"] == "serving")
 
     def helm_test(self) -> str:
         """What its client says; the Service is the only gateway here."""
         [client] = self.manifests["Pod", ""]["spec"]["containers"]
-        command = [sys.executable, *client["command"][1:], *client["args"][:-1], self.url]
+        command = [sys.executable, *client["command"][1:], *client["args"][:-1], self.url()]
         asked = subprocess.run(command, capture_output=True, text=True, timeout=150, env={})
         assert asked.returncode == 0, asked.stderr
         return asked.stdout
@@ -136,7 +160,7 @@ class Pods:
 
 @pytest.fixture
 def pods(demo_model: Path, tmp_path: Path) -> Iterator[Pods]:
-    names = ("init-0", "agents-0", "agents-1", "controller-0", "engine-0", "engine-1", "gateway-0")
+    names = [f"{role}-{n}" for role in ("agents", "controller", "engine", "gateway") for n in range(2)] + ["init-0"]
     with ExitStack() as ends:
         folder = Path(ends.enter_context(tempfile.TemporaryDirectory(prefix="elastic-ep-pods-")))
         models = folder / "models"
@@ -167,8 +191,7 @@ def a_rank_dies_and_each_role_says_what_it_knows_of_it(pods: Pods) -> None:
 
 
 def test_pods_of_each_role_serve_and_each_may_be_replaced_under_load(pods: Pods) -> None:
-    assert pods.start("init-0").wait(120.0) == 0, pods.running["init-0"].lines()[-5:]
-    del pods.running["init-0"]
+    pods.initialise()
     for host in ("agents-0", "agents-1", "controller-0", "engine-0", "gateway-0"):
         pods.start(host)
     pods.until_ready("gateway-0", "agents-0", "agents-1", "controller-0", "engine-0")
@@ -176,12 +199,11 @@ def test_pods_of_each_role_serve_and_each_may_be_replaced_under_load(pods: Pods)
     assert pods.helm_test().startswith("demo-moe answers: ")
     with Streams(pods.url, clients=2) as streams:
         streams.go_on()
-        pods.replace("agents-1")
-        assert pods.serving() == {"moe-agents-0": 1, "moe-agents-1": 1}, "as soon as it says that it is ready"
         a_rank_dies_and_each_role_says_what_it_knows_of_it(pods)
-        streams.go_on()
-        pods.start("engine-1")  # as a Deployment does: the new one first
-        pods.until_ready("engine-1")
-        pods.stop("engine-0")
+        eventually(lambda: sum(pods.serving().values()) == 2, READY_S, "its successor to serve", POLL_S)
+        before = {*pods.running.values()}
+        pods.upgrade("engine.extraArgs={--log-keep=1}", "gateway.extraArgs={--access-log}", "podAnnotations.now=other")
+        assert not before & {*pods.running.values()}, "every pod is another one"
+        assert pods.serving() == {"moe-agents-0": 1, "moe-agents-1": 1}, "as soon as they say that they are ready"
         streams.go_on()
     assert streams.failed == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
 
 import httpx
 
@@ -22,7 +23,8 @@ def client() -> httpx.Client:
 class Streams:
     """Clients that stream one answer after the other; `failed` is what a client saw instead of a whole one."""
 
-    def __init__(self, url: str, clients: int, key: str = "") -> None:
+    def __init__(self, url: str | Callable[[], str], clients: int, key: str = "") -> None:
+        """`url`: where each answer is asked for, if a Service would choose anew each time."""
         self._url, self._stop = url, threading.Event()
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.whole, self.failed = 0, list[str]()
@@ -60,8 +62,10 @@ class Streams:
             "model": "demo-moe", "prompt": "The", "max_tokens": TOKENS, "stream": True, "ignore_eos": True,
             "stream_options": {"include_usage": True},
         }  # fmt: skip
-        url = f"{self._url}/v1/completions"
-        with asking.stream("POST", url, json=body, headers=self._headers, timeout=ANSWER_S) as answer:
+        at = self._url if isinstance(self._url, str) else self._url()
+        with asking.stream(
+            "POST", f"{at}/v1/completions", json=body, headers=self._headers, timeout=ANSWER_S
+        ) as answer:
             assert answer.status_code == 200, answer.read()
             lines = [line for line in answer.iter_lines() if line]
         assert lines[-1] == "data: [DONE]", lines[-1]
