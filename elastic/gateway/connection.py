@@ -134,8 +134,12 @@ class Connection(H11Protocol):
         return self.conn.our_state is h11.SEND_BODY and not (self.cycle.disconnected or self.flow.write_paused)
 
     def write_part(self, data: bytes) -> None:
-        """Write a part of the answer's body at once, past all that stands between an application and its client."""
-        self.transport.write(self.conn.send(h11.Data(data=data)))
+        """Write a part of a stream at once, past all that stands between an application and its client.
+
+        A stream has no length, so to clients of HTTP/1.1 it goes in chunks (RFC 9112, 7.1); h11 keeps no count of them.
+        """
+        whole = self.scope["http_version"] == "1.0"
+        self.transport.write(data if whole else b"%x\r\n%b\r\n" % (len(data), data))
 
     @property
     def _answering(self) -> bool:
