@@ -1,9 +1,10 @@
 """Whole product on GPUs: is a prompt's text the same in any company, and how fast; transformers beside it.
 
-    python -m benchmarks.gpu [--layers 12] [--ranks 2] [--redundancy 2] [--exactness invariant,stock]
+    python -m benchmarks.gpu [--layers 12] [--ranks 2] [--redundancy 2] [--exactness invariant,stock] [--gpu-exchange]
 
 Makes a checkpoint of Qwen3-30B-A3B's shape (fewer layers, a small vocabulary, random weights), serves it, and asks the
-same prompts: 32 at once three times, 8 at once, each alone, and 32 while a rank is killed. Prints one JSON line each.
+same prompts: 32 at once three times, 8 at once, each alone, and 32 while a rank is killed, `--kills` times. Prints one
+JSON line each, and what the engine said of steps that went wrong.
 Two ranks with redundancy 2 each hold all experts; with 1 each holds half, and rows travel between them.
 Rates are per run: transformers decodes the same prompts after the server has ended, since both want the GPU's memory.
 """
@@ -109,12 +110,14 @@ class Server:
     """One `elastic serve`, ended with the block."""
 
     def __init__(self, model: Path, arguments: argparse.Namespace, exactness: str, folder: Path) -> None:
+        self._ranks = arguments.ranks
         self.model, self.state, self.log = model, folder / f"state-{exactness}", folder / f"serve-{exactness}.log"
         self._command = [
             sys.executable, "-m", "elastic.cli", "serve", str(model), "--ranks", str(arguments.ranks),
             "--redundancy", f"{arguments.redundancy:g}", "--device", arguments.device,
             "--state-dir", str(self.state), "--exactness", exactness,
             "--max-model-len", "1024", "--ready-timeout", f"{READY_S:g}s",
+            *(["--gpu-exchange", str(arguments.ranks)] if arguments.gpu_exchange else []),
         ]  # fmt: skip
 
     def __enter__(self) -> Server:
@@ -145,11 +148,28 @@ class Server:
             self._process.wait(10)
         self._output.close()
 
+    def _asked(self, *what: str) -> str:
+        """What a command of ours prints."""
+        command = [sys.executable, "-m", "elastic.cli", *what, "-o", "json", "--state-dir", str(self.state)]
+        return subprocess.run(
+            command, capture_output=True, text=True, encoding="utf-8", timeout=60, check=True
+        ).stdout  # fmt: skip
+
     def last_pid(self) -> int:
-        """Of the rank with the highest number."""
-        command = [sys.executable, "-m", "elastic.cli", "status", "-o", "json", "--state-dir", str(self.state)]
-        out = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=60, check=True).stdout
-        return int(max(json.loads(out)["ranks"], key=lambda rank: rank["rank"])["pid"])
+        """Of the rank with the highest number, once all serve."""
+        deadline = time.monotonic() + READY_S
+        while True:
+            ranks = json.loads(self._asked("status"))["ranks"]
+            if len(ranks) == self._ranks and all(rank["state"] == "serving" for rank in ranks):
+                return int(max(ranks, key=lambda rank: rank["rank"])["pid"])
+            if time.monotonic() > deadline:
+                raise SystemExit(f"not all ranks serve again: {ranks}")
+            time.sleep(0.2)
+
+    def events(self, *kinds: str) -> list[dict[str, Any]]:
+        """What happened so far, of these kinds."""
+        events = [json.loads(line) for line in self._asked("events").splitlines()]
+        return [event for event in events if event["kind"] in kinds]
 
 
 async def texts(
@@ -173,17 +193,12 @@ async def texts(
         return list(await asyncio.gather(*jobs)), time.monotonic() - begun
 
 
-def measure(server: Server, exactness: str, tokens: int) -> None:
+def measure(server: Server, exactness: str, tokens: int, kills: int) -> None:
     """All runs of one server."""
     for count in (2, 32, 32, 32):  # kernels are compiled, and graphs recorded
         asyncio.run(texts(range(count), 8))
-    pid = server.last_pid()
-
-    async def kill() -> None:
-        await asyncio.sleep(1.0)
-        os.kill(pid, signal.SIGKILL)
-
     first, seconds = asyncio.run(texts(range(32), tokens))
+    seconds_of_32 = seconds
     say(
         "32 streams",
         exactness=exactness,
@@ -200,10 +215,21 @@ def measure(server: Server, exactness: str, tokens: int) -> None:
     for name in ("second", "third"):
         runs[name], _ = asyncio.run(texts(range(32), tokens))
     runs["8 at once"], _ = asyncio.run(texts(range(8), tokens))
-    runs["a rank killed"], _ = asyncio.run(texts(range(32), tokens, kill))
+    for number in range(kills):
+        pid = server.last_pid()
+
+        async def kill(pid: int = pid) -> None:
+            await asyncio.sleep(seconds_of_32 / 3)
+            os.kill(pid, signal.SIGKILL)
+
+        runs[f"a rank killed, {number + 1}"], _ = asyncio.run(texts(range(32), tokens, kill))
     for name, found in runs.items():
         same = sum(a == b for a, b in zip(first, found, strict=False))
         say(f"same text as the first run: {name}", exactness=exactness, same=same, of=len(found))
+    for event in server.events("gpu_exchange_used", "gpu_exchange_off", "rank_masked", "step_setback"):
+        known = event | event["fields"]
+        said = {name: known[name] for name in ("kind", "epoch", "rank", "ms", "status", "reason") if known.get(name)}
+        say("event", exactness=exactness, **said)
 
 
 def transformers_rate(model: Path, tokens: int, device: str) -> None:
@@ -238,6 +264,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--exactness", default="invariant,stock")
+    parser.add_argument("--gpu-exchange", action="store_true", help="rows travel between GPUs in decode steps")
+    parser.add_argument("--kills", type=int, default=1)
     parser.add_argument("--no-transformers", action="store_true")
     arguments = parser.parse_args()
     import torch
@@ -255,7 +283,7 @@ def main() -> None:
         say("checkpoint", seconds=round(time.monotonic() - begun, 1))
         for exactness in arguments.exactness.split(","):
             with Server(model, arguments, exactness, folder) as server:
-                measure(server, exactness, arguments.tokens)
+                measure(server, exactness, arguments.tokens, arguments.kills)
         if not arguments.no_transformers:
             transformers_rate(model, arguments.tokens, arguments.device)
 

@@ -3,8 +3,8 @@
     python -m benchmarks.gpu_shared_step [--ranks 2] [--layers 8] [--streams 1,8,32] [--steps 40]
 
 The same sequences are decoded twice by each rank: with all experts on its GPU, as the product does where no rows
-travel, then with its share alone and the others' over `workers/exchange/cuda`. Prints the median milliseconds of a step
-both ways, and whether the tokens are the same. No server: a rank's step does not use that exchange yet.
+travel, then with its share alone and the others' over `workers/exchange/cuda`, as with `--gpu-exchange`. Prints the
+median milliseconds of a step both ways, and whether the tokens are the same. No server.
 """
 
 from __future__ import annotations
@@ -17,49 +17,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from benchmarks.gpu import make_checkpoint
-from benchmarks.gpu_exchange import EXPERTS, Page, Rank, Ranks, placement, say
+from benchmarks.gpu_exchange import EXPERTS, LIMIT_S, Page, Rank, Ranks, placement, say
 from benchmarks.serve import prompt_token
 
 BLOCK, CONTEXT, WARM = 16, 64, 8
 NUMBERS_PER_STEP = 1 << 10
-
-
-class SharedExperts:
-    """Satisfies `LocalExperts` with a share of the experts, and the other ranks for the rest."""
-
-    def __init__(self, calls: Any, bank: Any, activation: Any, layers: int, mine: list[int]) -> None:
-        from workers.model.cuda.expert_products import addresses_of
-
-        self._calls, self._activation = calls, activation
-        self._base, self._load = NUMBERS_PER_STEP, np.zeros((layers, EXPERTS), np.uint32)
-        found = [[bank.weights(layer, expert) for expert in mine] for layer in range(layers)]
-        self._up, self._down = found[0][0].gate_up, found[0][0].down
-        self._up_at, self._down_at = (
-            torch.tensor([addresses_of([getattr(each, name) for each in row]) for row in found], device="cuda")
-            for name in ("gate_up", "down")
-        )
-
-    def begin(self, rows: int) -> bool:
-        self._base += NUMBERS_PER_STEP
-        self._calls.begin(self._base, rows)
-        return True
-
-    def compute(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        from workers.model.cuda.expert_products import multiply
-
-        def experts(packed: Tensor, ends: Tensor) -> Tensor:
-            both = multiply(packed, self._up, self._up_at[layer], ends)
-            return multiply(self._activation(both), self._down, self._down_at[layer], ends)
-
-        return self._calls.call(layer, hidden, ids, weights, experts)
-
-    def take_load(self) -> np.ndarray:
-        return self._load
 
 
 class ModelRank(Rank):
@@ -83,24 +46,31 @@ class ModelRank(Rank):
         )
         bank.load_all([(layer, expert) for layer in range(layers) for expert in range(EXPERTS)])
         self._runner.attach(LocalExchange(bank))
-        mine = placement(self.ranks, 1, 0)[0][self.me]
-        self._local = self._runner.moe.local
-        self._shared = SharedExperts(self.calls, bank, activation_of(loaded.expert_modules[0]), layers, mine)
+        self._runner.moe.shared = self._shared = self._share(bank, activation_of(loaded.expert_modules[0]), layers)
         return {}
 
-    def decode(self, streams: int, steps: int) -> dict[str, object]:
-        runner, found = self._runner, {}
-        tokens = {}
-        for name, experts in (("all_experts", self._local), ("share", self._shared)):
-            runner.moe.local = experts
-            backend = runner.loaded.backend
-            runner._forward = backend.capture(runner._hidden, runner.attention, runner.moe)  # graphs are of one of them
-            self.meet()
-            tokens[name], times = self._run(streams, steps)
-            found[f"{name}_ms"] = round(statistics.median(times[WARM:]), 2)
-        return {**found, "same_tokens": tokens["share"] == tokens["all_experts"], "failed": int(self.calls.failure())}
+    def _share(self, bank: Any, activation: Any, layers: int) -> Any:
+        """As if this rank had its share of the experts alone."""
+        from workers.exchange.cuda.calls import DeviceCalls, Reach
+        from workers.model.cuda.shared_experts import SharedExperts
 
-    def _run(self, streams: int, steps: int) -> tuple[list[list[int]], list[float]]:
+        reach = Reach([each.address for each in self._mapped], self.called_off)
+        calls = DeviceCalls(self.shape, self.me, EXPERTS, reach, LIMIT_S, layers)
+        shared = SharedExperts(calls, self.shape, bank, activation, layers)
+        owner = [place[0] if place else None for place in placement(self.ranks, 1, 0)[1]]
+        shared.place([owner] * layers)
+        return shared
+
+    def decode(self, streams: int, steps: int) -> dict[str, object]:
+        found: dict[str, object] = {}
+        tokens = {}
+        for name in ("all_experts", "share"):
+            self.meet()
+            tokens[name], times = self._run(streams, steps, together=name == "share")
+            found[f"{name}_ms"] = round(statistics.median(times[WARM:]), 2)
+        return {**found, "same_tokens": tokens["share"] == tokens["all_experts"]}
+
+    def _run(self, streams: int, steps: int, *, together: bool) -> tuple[list[list[int]], list[float]]:
         from workers.protocol.messages import Sampling, SeqChunk
 
         blocks = [list(range(s * self._per_stream, (s + 1) * self._per_stream)) for s in range(streams)]
@@ -111,7 +81,9 @@ class ModelRank(Rank):
         for step in range(WARM + steps):
             begun = time.perf_counter()
             chunks = [SeqChunk(s, CONTEXT + step, [texts[s][-1]], blocks[s], Sampling()) for s in range(streams)]
-            for text, sampled in zip(texts, self._runner.run(chunks), strict=True):
+            self._base += NUMBERS_PER_STEP
+            self._shared.follow(self._base, 0)
+            for text, sampled in zip(texts, self._runner.run(chunks, together=together), strict=True):
                 text.append(sampled.token)
             times.append(1000 * (time.perf_counter() - begun))
         return texts, times
@@ -132,9 +104,9 @@ def main() -> None:
         maker.join(300)
         ranks = Ranks(arguments.ranks, Page(), ModelRank)
         try:
-            ranks.make_windows(1)
+            ranks.make_windows(ranks.count)  # with a place for every expert
             for rank in range(ranks.count):
-                ranks.open(rank, 1)
+                ranks.open(rank, ranks.count)
             ranks.all(do="load", path=made, streams=max(streams), steps=arguments.steps)
             for count in streams:
                 found = ranks.all(do="decode", streams=count, steps=arguments.steps)

@@ -19,6 +19,7 @@ from elastic.engine.adoption import Adoption, absent, adoption, leaving, trigger
 from elastic.engine.cut_links import CutLinks
 from elastic.engine.expert_load import LoadWindow
 from elastic.engine.gateway_server import EngineServer
+from elastic.engine.gpu_steps import GpuSteps
 from elastic.engine.recovery import Recovery
 from elastic.engine.scheduler import Output, Scheduler
 from elastic.engine.status_writer import StatusWriter
@@ -87,6 +88,7 @@ class Engine:
         self._clock, self._wall = clock, wall
         self._scheduler = Scheduler(config, token, self._clock())
         self._recovery = Recovery()
+        self._gpu = GpuSteps(config)
         self._traces = Traces(self._wall)
         self._loads = LoadWindow(config.moe_layers, config.experts, self._clock())
         self._slow: set[int] = set()
@@ -163,12 +165,17 @@ class Engine:
         self._outcome = "ok"
         failpoints.hit("engine.before.step")
         self._recovery.step_began(self._clock())
+        if self._config.gpu_exchange and self._scheduler.view is not None:
+            batch = self._gpu.plan(batch, self._scheduler.view, self._fleet.near, self._clock())
+            self._scheduler.served_by(rank for rank, chunks in batch.ranks.items() if not chunks)
         self._fleet.broadcast(self._traces.begun(batch))
         self._flush()
         self._take_requests()
 
     def _end_step(self) -> None:
         self._steps[self._outcome] += 1
+        if self._gpu.ended():
+            self._emit("gpu_exchange_used", None)
         self._last_step_end = self._clock()
         self._recovery.step_ended(self._last_step_end)
         self._note_flip(self._last_step_end)
@@ -310,6 +317,10 @@ class Engine:
             self._outcome = str(result.status)
             log.warning("step_setback", rank=result.rank, step=result.step, status=result.status)
             self._emit("step_setback", result.rank, status=str(result.status), error=result.error[-2000:])
+            self._call_off(self._gpu.answered(result))
+            if result.status is StepStatus.APART:
+                log.warning("gpu_exchange_off", rank=result.rank, reason=result.error)
+                self._emit("gpu_exchange_off", result.rank, reason=result.error)
         self._loads.add(result.load)
         if result.retried_rows:
             self._emit("rows_retried", result.rank, rows=result.retried_rows, answered_at=result.retried_at)
@@ -319,6 +330,11 @@ class Engine:
         self._note_links(result)
         self._traces.answered(result)
         self._put(self._scheduler.apply(result, self._clock()))
+
+    def _call_off(self, below: int) -> None:
+        """End what ranks run together on their GPUs, if there is a number."""
+        if below:
+            self._fleet.call_off(below)
 
     def _note_links(self, result: StepResult) -> None:
         """Report links that were cut while we reach both ranks, or that are back."""
@@ -351,6 +367,7 @@ class Engine:
         if view is None or identity not in {member.id for member in view.members}:
             self._emit("rank_left", identity.rank, incarnation=identity.incarnation, source=loss.source)
             return
+        self._call_off(self._gpu.failed())  # first: the others wait in their kernels
         self._fleet.mask(identity.rank)
         now = self._clock()
         if loss.source == DetectedBy.DEADLINE:

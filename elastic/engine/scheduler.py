@@ -97,6 +97,7 @@ class Scheduler:
         self._waiting = WaitingRoom(config)
         self._reserve = Reserve(config)
         self._budget = StepBudget(config.step_budget_s, config.max_batched_tokens)
+        self._serving: set[int] = set()  # ranks without chunks that owe an answer, too
         self._under_way: tuple[Work, float] | None = None  # the step in flight, if its time will mean something
         self._begun: Work | None = None  # the last step, until it is known that it took too long
         self._began, self._step_s = now, 0.0  # when the last step began; how long the last answered one took
@@ -341,7 +342,11 @@ class Scheduler:
     @property
     def unanswered(self) -> set[int]:
         """Ranks that have not answered the step in flight."""
-        return {home.rank for home in self._homes.values() if home.in_flight}
+        return {home.rank for home in self._homes.values() if home.in_flight or home.rank in self._serving}
+
+    def served_by(self, ranks: Iterable[int]) -> None:
+        """These ranks have no chunks in the step that begins, but run it, too, and answer."""
+        self._serving = set(ranks)
 
     def next_retry(self) -> float | None:
         """When a rank that backs off may be tried again, if any does."""
@@ -470,6 +475,7 @@ class Scheduler:
         if home is None or not step_fence.answers_step(result, home.rank_id, self.token, epoch, self.step):
             return []
         in_flight, home.in_flight = home.in_flight, []
+        self._serving.discard(home.rank)
         self._learn(result, now)
         self._step_s = now - self._began
         for each in self._homes.values():
@@ -525,10 +531,12 @@ class Scheduler:
 
     def _set_back(self, home: Home, sequences: list[Sequence], result: StepResult, now: float) -> list[Output]:
         """The step had no effect: back off, and count a failure of the sequences only if no peer is suspected."""
-        home.setbacks += 1
-        home.retry_at = now + min(_BACKOFF_S * 2**home.setbacks, _BACKOFF_MAX_S)
         for sequence in sequences:
             sequence.stalled_since = now if sequence.stalled_since is None else sequence.stalled_since
+        if result.status in (StepStatus.CALLED_OFF, StepStatus.APART):
+            return []  # the next step is at once, without the rank that it failed by, or otherwise
+        home.setbacks += 1
+        home.retry_at = now + min(_BACKOFF_S * 2**home.setbacks, _BACKOFF_MAX_S)
         if result.status is StepStatus.FAILED and not result.suspects:
             return self._count_failure(sequences, result.error)
         return []

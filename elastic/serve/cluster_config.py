@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from elastic.serve.model_check import require_model
 from elastic.serve.options import DEFAULT_RANKS, DEFAULTS, InitOptions, ServeOptions, check_options
-from membership.base.errors import PlanRefused
+from membership.base.enums import Device
+from membership.base.errors import ConfigError, PlanRefused
 from membership.planning.cluster_facts import scale_refusal
 from membership.store.records import ClusterConfig
 from workers.model.content import small_files
@@ -16,6 +17,7 @@ def cluster_config(options: ServeOptions | InitOptions) -> ClusterConfig:
     """Check the options against the model. Raises ModelError, ConfigError or PlanRefused."""
     check_options(options)
     ranks = options.ranks or DEFAULT_RANKS
+    _check_gpu_exchange(options.gpu_exchange, options.device, ranks)
     info = require_model(options.model)
     directory = options.model.resolve()
     names = _listed(options.served_model_name) or (directory.name,)
@@ -40,6 +42,17 @@ def cluster_config(options: ServeOptions | InitOptions) -> ClusterConfig:
     if refused:
         raise PlanRefused(refused)
     return config
+
+
+def _check_gpu_exchange(slots: int, device: Device, ranks: int) -> None:
+    """ConfigError if rows certainly cannot travel between GPUs. What is known on the GPUs alone is told by an event."""
+    flag = f"--gpu-exchange {slots}"
+    if slots and device is Device.CPU:
+        raise ConfigError(f"{flag}: ranks compute on the CPU", hint="use --device cuda, or leave it out")
+    if slots == 1:
+        raise ConfigError(f"{flag}: rows travel between two ranks at least", hint="use 0, or a number from 2 to 8")
+    if slots and ranks > slots:
+        raise ConfigError(f"{flag}: there are {ranks} ranks", hint=f"use --gpu-exchange {ranks}, 8 at most")
 
 
 def _listed(given: Sequence[str]) -> tuple[str, ...]:

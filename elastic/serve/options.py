@@ -434,6 +434,12 @@ class ConfigOptions:
     kv_blocks: int = option(
         DEFAULTS["kv_blocks"], f"KV-cache blocks per rank, of {DEFAULTS['block_size']} tokens each.", minimum=1
     )
+    gpu_exchange: int = option(
+        DEFAULTS["gpu_exchange"],
+        "Rows of decode steps travel between the GPUs of so many ranks of one host, 2 to 8 (0 = over host memory).",
+        minimum=0,
+        maximum=8,
+    )
     prefix_cache: bool = option(
         DEFAULTS["prefix_cache"],
         "Compute a prompt's beginning once: later requests use the KV blocks of earlier ones.",

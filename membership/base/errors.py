@@ -133,6 +133,10 @@ class MessageTooLarge(QueueError):
     """The message exceeds what this queue may carry."""
 
 
+class CalledOff(ElasticError):
+    """A step that all ranks run together was given up by one of them; its results mean nothing."""
+
+
 class CoverageLost(ElasticError):
     """Some expert has no live replica: no answer may be computed until it is repaired."""
 

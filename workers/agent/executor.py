@@ -30,6 +30,7 @@ from membership.base.rank_id import ProcessId, RankId, SpareId
 from membership.store.records import ClusterConfig, ClusterState
 from workers.agent.forkserver import Serving
 from workers.agent.forkserver_client import ForkServer
+from workers.agent.gpu_windows import GpuWindows
 from workers.agent.handles import UnreadyWorkerProcHandle, WorkerProcHandle, send_signal
 from workers.agent.kv_pools import KvPools
 from workers.agent.peer_hosts import PeerHosts
@@ -106,6 +107,7 @@ class MultiprocExecutor:
         self.weights = WeightStore(on_weights, config.load_bytes_per_s)
         self.peers = PeerHosts(config, node, self.weights)
         self.pools = KvPools(self._writes_no_more)
+        self._windows = GpuWindows()
         self.rpc_broadcast_mq = MessageQueue(f"{node}-calls")
         preload = preload_for(worker_class, config.model, config.dtype)
         self._new_forkserver = partial(ForkServer, preload, on_exit=self._on_exit, on_serving=on_serving)
@@ -133,7 +135,7 @@ class MultiprocExecutor:
             for key in keys:
                 launch = Launch(
                     key, self._node, self._config, self._worker_class, handle, self._elsewhere.callers, self._scale_up,
-                    self.weights.handle(), self.pools.handle(), self._elsewhere.network,
+                    self.weights.handle(), self.pools.handle(), self._windows.handle(), self._elsewhere.network,
                 )  # fmt: skip
                 make = partial(WorkerProcParent.make_worker_process, launch, self._forkserver, self._host_lock)
                 unready.append(make(self.pools.make(key)))
@@ -424,5 +426,6 @@ class MultiprocExecutor:
         self.peers.close()
         self.weights.close()
         self.pools.close()
+        self._windows.close()
         self._doorbell.close()
         os.close(self._host_lock)

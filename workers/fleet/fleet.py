@@ -184,6 +184,17 @@ class Fleet:
             if acks is not None
         }
 
+    @property
+    def near(self) -> frozenset[RankId]:
+        """Ranks of this host: what runs on their GPUs can be called off."""
+        return frozenset(key for key, link in self._links.items() if link.page is not None)
+
+    def call_off(self, below: int) -> None:
+        """What ranks run together on their GPUs in calls with smaller numbers is over, for all of them."""
+        for link in self._links.values():
+            if link.page is not None:
+                link.page.call_off(below)
+
     def ring(self) -> None:
         """Wake the engine's thread; from any thread."""
         self._doorbell.ring()

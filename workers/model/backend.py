@@ -94,8 +94,9 @@ class Attention(Protocol):
 class MoeBoundary(Protocol):
     """The MoE layers of a model: where a step leaves its device."""
 
-    stays: bool
-    """Whether the step that runs now stays on its device, as this rank computes all experts; `leave` is not called."""
+    on_device: LocalExperts | None
+    """Computes the experts of the step that runs now without its leaving the device; `leave` is not called then. A
+    recording is of one of them. None: rows travel through the host."""
 
     leave: Callable[[int, Tensor, Tensor, Tensor], Tensor] | None
     """What a recorder wants called in the place of an MoE layer: layer, hidden [T, H], ids and weights [T, k] -> [T, H]
@@ -118,10 +119,10 @@ class HeldExperts(Protocol):
 
 
 class LocalExperts(Protocol):
-    """The routed experts of a rank that holds them all, computed without leaving the device."""
+    """The routed experts of a step that does not leave the device: all are here, or it reaches the other ranks'."""
 
     def begin(self, rows: int) -> bool:
-        """Before each step, which has that many real rows: whether all experts are here."""
+        """Before each step, which has that many real rows: whether it can compute all experts."""
 
     def compute(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The routed part of an MoE layer: hidden [T, H], ids and weights [T, k] -> [T, H], zeros past the real rows.
@@ -129,8 +130,11 @@ class LocalExperts(Protocol):
         The same bits as through the exchange. May be captured.
         """
 
+    def check(self) -> None:
+        """Once a step's results are there: CalledOff if they mean nothing."""
+
     def take_load(self) -> npt.NDArray[np.uint32]:
-        """Real rows routed to each [layer, expert] since the last call."""
+        """Real rows routed to each [layer, expert] since the last call, by this rank or to it."""
 
 
 class ExpertProducts(Protocol):

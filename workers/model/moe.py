@@ -49,22 +49,33 @@ class MoeLayers:
     def __init__(self, layers: int, experts: int) -> None:
         self.exchange: Dispatcher | None = None
         self.local: LocalExperts | None = None
-        self.stays = False  # see `MoeBoundary`
+        self.shared: LocalExperts | None = None  # those of all ranks of a step that they run together
+        self.on_device: LocalExperts | None = None  # see `MoeBoundary`
         self.leave: Callable[[int, Tensor, Tensor, Tensor], Tensor] | None = None  # see `MoeBoundary`
         self.rows = 0  # rows of the current step that are real; the rest is padding and goes nowhere
         self._routed: list[list[Tensor]] = [[] for _ in range(layers)]
         self._shape = (layers, experts)
 
-    def begin(self, rows: int) -> None:
-        """A step of that many real rows follows."""
+    def begin(self, rows: int, *, together: bool = False) -> None:
+        """A step of that many real rows follows. `together`: over `shared`. ModelError if there is none."""
         self.rows = rows
-        self.stays = (
-            self.local is not None and self.exchange is not None and self.exchange.stays() and self.local.begin(rows)
-        )
+        if together and self.shared is None:
+            raise ModelError("a step of all ranks together, but this rank does not reach the others' GPUs")
+        stays = self.exchange is not None and self.exchange.stays()
+        experts = self.shared if together else self.local if stays else None
+        self.on_device = experts if experts is not None and experts.begin(rows) else None
+
+    def check(self) -> None:
+        """Once the step's results are there: CalledOff if they mean nothing."""
+        if self.on_device is not None:
+            self.on_device.check()
 
     def take_load(self) -> np.ndarray:
         """Rows routed to each (MoE layer, expert) since the last call: uint32 [layers, experts]."""
-        load = np.zeros(self._shape, dtype=np.uint32) if self.local is None else self.local.take_load()
+        load = np.zeros(self._shape, dtype=np.uint32)
+        for experts in (self.local, self.shared):
+            if experts is not None:
+                load += experts.take_load()
         for layer, routed in enumerate(self._routed):
             if routed:
                 ids = torch.cat(routed).cpu().numpy()
@@ -77,8 +88,8 @@ class MoeLayers:
 
         ModelError before an exchange is attached.
         """
-        if self.stays and self.local is not None:
-            return self.local.compute(layer, hidden, ids, weights)
+        if self.on_device is not None:
+            return self.on_device.compute(layer, hidden, ids, weights)
         if self.leave is not None:
             return self.leave(layer, hidden, ids, weights)
         rows = self.rows

@@ -106,7 +106,7 @@ class ModelRunner:
         hidden, plan = self._step(chunks)
         return self._head_of(hidden, [plan.last[i] for i in wanted])
 
-    def _step(self, chunks: Sequence[SeqChunk]) -> tuple[Tensor, StepPlan]:
+    def _step(self, chunks: Sequence[SeqChunk], *, together: bool = False) -> tuple[Tensor, StepPlan]:
         rows = sum(len(c.tokens) for c in chunks)
         padded = self._tiles.padded(rows) if self._tiles else rows
         self._check_blocks(chunks)
@@ -114,7 +114,7 @@ class ModelRunner:
             chunks, self.cache.block_size, padded, self._backend.device, self._done, tiled=self.attention.tiled
         )
         self._done = None  # an attempt that fails leaves nothing to build on
-        self.moe.begin(plan.rows)
+        self.moe.begin(plan.rows, together=together)
         hidden = self._forward(plan)
         self._done = plan
         return hidden[:rows], plan
@@ -148,14 +148,20 @@ class ModelRunner:
             raise ModelError(f"KV blocks {blocks} are not all within 0..{self.cache.blocks - 1}")
 
     @torch.inference_mode()
-    def run(self, chunks: Sequence[SeqChunk]) -> list[SampledToken]:
-        """Run one step's chunks; sample after those that ask for it, and score those that ask for that."""
-        hidden, plan = self._step(chunks)
+    def run(self, chunks: Sequence[SeqChunk], *, together: bool = False) -> list[SampledToken]:
+        """Run one step's chunks; sample after those that ask for it, and score those that ask for that.
+
+        `together`: all ranks run it, over `MoeLayers.shared`. CalledOff if one of them did not finish it.
+        """
+        hidden, plan = self._step(chunks, together=together)
         asked = [chunk for chunk in chunks if chunk.sample is not None]
         logits = self._head_of(hidden, [last for chunk, last in zip(chunks, plan.last, strict=True) if chunk.sample])
         settings = [cast("Sampling", chunk.sample) for chunk in asked]
         positions = [chunk.start + len(chunk.tokens) for chunk in asked]
-        chosen = iter(sample(logits, settings, positions, [chunk.history for chunk in asked], self.grammars))
+        try:
+            chosen = iter(sample(logits, settings, positions, [chunk.history for chunk in asked], self.grammars))
+        finally:
+            self._confirm()  # first: what was called off may be why the sampler failed
         results = []
         for chunk, last in zip(chunks, plan.last, strict=True):
             drawn = next(chosen) if chunk.sample is not None else Drawn(NO_TOKEN)
@@ -163,6 +169,12 @@ class ModelRunner:
             if chunk.sample is not None or chunk.score is not None:
                 results.append(SampledToken(chunk.seq, drawn.token, drawn.logprobs, scores, drawn.error))
         return results
+
+    def _confirm(self) -> None:
+        """CalledOff if the step's results mean nothing: then the next one builds on nothing, either."""
+        done, self._done = self._done, None
+        self.moe.check()
+        self._done = done
 
     def _scores(self, hidden: Tensor, first: int, score: Score) -> list[TokenLogprobs]:
         """What follows the rows from `first` on; a few rows at a time, as each has a logit for every token."""

@@ -35,6 +35,7 @@ class Launch:
     scale_up: bool = True  # elastic launch: the device and the model come later, by calls
     weights: bytes = b""  # the host's weight store
     pools: bytes = b""  # the host's KV pools
+    windows: bytes = b""  # the host's GPU windows
     network: Network | None = None  # how ranks and engines on other hosts are reached; None: there are none
 
 

@@ -5,6 +5,7 @@ whatever way, the kernel hands the mutex over before it tears the process down: 
 process. A pidfd or the end of a pipe waits until the memory is freed (90 ms and more at 2 GB). The pidfd is the second
 source: it also covers a rank that has released the mutex. Counters show whether a live rank is stuck: `heartbeats`
 rises with time (the interpreter runs), `steps` with work, `turns` whenever the main thread wakes on its doorbell.
+One word is for the other direction: the engine writes it, and the rank's kernels on a GPU read it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Self
 from membership.base.attempts import Attempts
 from membership.base.enums import DetectedBy
 from workers.ipc.futex import MUTEX_BYTES, RobustMutex
-from workers.ipc.shared_memory import Segment
+from workers.ipc.shared_memory import PAGE, Segment
 from workers.ipc.shared_page import SharedPage
 from workers.protocol import load_progress
 from workers.protocol.load_progress import LoadProgress, LoadSeen
@@ -29,6 +30,7 @@ STOP_TIMEOUT_S = 5.0
 PASSED_ON_S = 0.01
 _HEARTBEATS, _STEPS, _TURNS, _WAITED = range(4)  # 64-bit words behind the mutex; then those of the load
 _COUNTERS = 4
+_CALLED_OFF_AT = PAGE // 2  # away from what the rank writes
 
 
 class LivenessPage(SharedPage):
@@ -42,6 +44,8 @@ class LivenessPage(SharedPage):
         self._counters = segment.view(MUTEX_BYTES, 8 * _COUNTERS, "Q")
         self._load = segment.view(MUTEX_BYTES + 8 * _COUNTERS, 8 * load_progress.WORDS, "Q")
         self.load_progress = LoadProgress(self._load)  # for the rank itself
+        self._called_off = segment.view(_CALLED_OFF_AT, 8, "Q")
+        self.called_off_at = segment.address + _CALLED_OFF_AT  # for the rank's kernels
         self._stop = threading.Event()
         self._beating: threading.Thread | None = None
         self._holder = 0
@@ -88,6 +92,15 @@ class LivenessPage(SharedPage):
     def load(self) -> LoadSeen:
         """How far the rank has loaded."""
         return load_progress.seen(self._load)
+
+    @property
+    def called_off(self) -> int:
+        """GPU calls with smaller numbers are over."""
+        return self._called_off[0]
+
+    def call_off(self, below: int) -> None:
+        """GPU calls with smaller numbers are over from now on; by the engine. Never taken back, so nobody clears it."""
+        self._called_off[0] = max(below, self._called_off[0])
 
     def slept(self, ns: int) -> None:
         """Count one sleep on the doorbell; in the rank's main thread."""

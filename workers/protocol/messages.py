@@ -69,8 +69,12 @@ Known = dict[int, bytes]
 """What a rank's KV blocks hold: block -> name (`elastic/engine/prefix.py`); empty: nothing that is known."""
 
 
+TOGETHER_ROWS = 128
+"""Of a rank at most, in a step that all ranks run together; each is the only token of its sequence in the step."""
+
+
 class StepBatch(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """One step of the whole cluster, broadcast to all ranks. Ranks without chunks only serve experts."""
+    """One step of the whole cluster, broadcast to all ranks. Ranks that are not named only serve experts."""
 
     engine_token: int
     epoch: int
@@ -79,6 +83,7 @@ class StepBatch(msgspec.Struct, frozen=True, array_like=True, tag=True):
     masked: list[int]  # ranks of the epoch's view that must not be used
     ranks: dict[int, list[SeqChunk]]
     known: dict[int, Known] = {}  # what has become known of ranks' blocks since the last step
+    together: int = 0  # not 0: all of `ranks` run it over their GPUs, with or without chunks; the first call's number
 
 
 class TracedStep(StepBatch, frozen=True, array_like=True, tag=True):
@@ -157,6 +162,8 @@ class StepStatus(StrEnum):
     OK = "ok"
     COVERAGE_LOST = "coverage_lost"  # an expert had no live owner
     STALE = "stale"  # the batch's epoch or engine token is not current on this rank
+    CALLED_OFF = "called_off"  # a step of all ranks together that one of them did not finish
+    APART = "apart"  # this rank cannot run such steps; `error` says why
     FAILED = "failed"  # `error` says why
 
 

@@ -200,11 +200,11 @@ class EnginePort:
 
     def _run(self, batch: StepBatch) -> None:
         self._learn(batch.known.get(self.key.rank, {}))  # first: blocks that this step writes hold nothing any more
-        chunks = batch.ranks.get(self.key.rank, [])
+        named = self.key.rank in batch.ranks
         result = self._step(batch)
         if result is not None and not isinstance(result, StepResult):
             self._outputs.put(result, STEP_OUTPUT_TIMEOUT_S, partial(self._deliver, batch))
-        elif result is not None and (chunks or result.status is StepStatus.OK):
+        elif result is not None and (named or result.status is StepStatus.OK):
             self._answer(result)
 
     def _step(self, batch: StepBatch) -> StepResult | AsyncOutput | None:

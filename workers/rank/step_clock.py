@@ -21,12 +21,15 @@ class StepClock:
         self.took_s = self.exchange_s = 0.0
         self._exchange, self._clock = exchange, clock
 
-    def run(self, runner: ModelRunner, chunks: list[SeqChunk]) -> list[SampledToken]:
-        """Run the step, and take its time. Afterwards the runner uses the exchange directly again."""
+    def run(self, runner: ModelRunner, chunks: list[SeqChunk], *, together: bool = False) -> list[SampledToken]:
+        """Run the step, and take its time. Afterwards the runner uses the exchange directly again.
+
+        Of a step of all ranks together no time is known to be the exchange's.
+        """
         began = self._clock()
         runner.attach(self)
         try:
-            return runner.run(chunks)
+            return runner.run(chunks, together=together)
         finally:
             runner.attach(self._exchange)
             self.took_s = self._clock() - began

@@ -19,7 +19,7 @@ import structlog
 
 from membership.base import failpoints
 from membership.base.enums import Exactness
-from membership.base.errors import ConfigError, CoverageLost, Fenced, WaitTimeout
+from membership.base.errors import CalledOff, ConfigError, CoverageLost, Fenced, WaitTimeout
 from membership.base.rank_id import RankId
 from membership.base.timing import LOAD_REPORT_S
 from membership.planning.identity import KERNELS, THREADS
@@ -33,6 +33,7 @@ from workers.protocol.load_progress import LoadProgress
 from workers.protocol.messages import CopyBlocks, StepBatch, StepResult, StepStatus, TracedResult, TracedStep
 from workers.protocol.pool_client import opened
 from workers.rank.environment import give_memory_back
+from workers.rank.gpu_exchange import Apart, GpuExchange
 from workers.rank.step_clock import StepClock
 from workers.rank.worker_api import WorkerContext
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from workers.model.expert_bank import LocalExpertBank
     from workers.model.runner import ModelRunner
     from workers.protocol.live_mask import LiveMask
+    from workers.protocol.messages import SampledToken, SeqChunk
 
 log = structlog.get_logger(__name__)
 
@@ -109,6 +111,7 @@ class Preparation:
             # First: all peers prepare at this moment, and each of them may load for as long as it takes.
             self._worker.exchange.connect(peers, self._worker.connect_timeout_s, self._stopped.is_set)
             self._load(sorted(experts_of(self.view, self._worker.rank)))
+            self._worker.open_gpu_exchange()
             failpoints.hit("rank.prepared", self._worker.rank)
         except BaseException as error:  # noqa: BLE001 - raised by get_output
             self._error = error
@@ -147,6 +150,7 @@ class EPWorker:
         self.bank: LocalExpertBank = LocalExpertBank()
         self._mask: LiveMask | None = None
         self.exchange = self.make_exchange()
+        self._gpu_exchange = GpuExchange(ctx) if ctx.config.gpu_exchange else None
         self._backend: Backend | None = None
         self._runner: ModelRunner | None = None
         self._view = View(epoch=0)
@@ -243,6 +247,11 @@ class EPWorker:
         }
         return Identity(parts, loaded.replaced)
 
+    def open_gpu_exchange(self) -> None:
+        """If it is wanted, and not there yet; in the thread that prepares, once this rank has experts."""
+        if self._gpu_exchange is not None and self._runner is not None:
+            self._gpu_exchange.open(self._runner)
+
     def expert_digests(self) -> tuple[bytes, ...]:
         """Of the experts that it holds, by content."""
         config = self._ctx.config
@@ -318,7 +327,7 @@ class EPWorker:
         """This rank's part of a step; None if it has none. Errors become statuses: the engine decides what follows."""
         stale = self._refuse(batch)
         chunks = batch.ranks.get(self.rank)
-        if not chunks:
+        if chunks is None or not (chunks or batch.together):
             return None
         if stale:
             return self._result(batch, StepStatus.STALE, error=stale)
@@ -330,7 +339,11 @@ class EPWorker:
         clock = StepClock(self.exchange) if watched else None
         try:
             self._use_cores(self._idle_cores(batch))
-            tokens = runner.run(chunks) if clock is None else clock.run(runner, chunks)
+            tokens = self._run(runner, batch, chunks, clock)
+        except Apart as error:
+            return self._result(batch, StepStatus.APART, error=str(error))
+        except CalledOff as error:
+            return self._result(batch, StepStatus.CALLED_OFF, error=str(error))
         except CoverageLost as error:
             return self._result(batch, StepStatus.COVERAGE_LOST, error=str(error))
         except Exception as error:  # noqa: BLE001 - whatever it was, it is reported to the engine and the rank serves on
@@ -341,6 +354,21 @@ class EPWorker:
         result = self._result(batch, StepStatus.OK)
         result.tokens.extend(tokens)
         return result if clock is None else TracedResult.of(result, clock.took_s, clock.exchange_s)
+
+    def _run(
+        self, runner: ModelRunner, batch: StepBatch, chunks: list[SeqChunk], clock: StepClock | None
+    ) -> list[SampledToken]:
+        together = bool(batch.together)
+        if together:
+            if self._gpu_exchange is None:
+                raise Apart(f"rank {self.rank} was started without --gpu-exchange")
+            shared = self._gpu_exchange.begin(self._view, batch)
+            if not chunks:
+                shared.serve()
+                return []
+        if clock is not None:
+            return clock.run(runner, chunks, together=together)
+        return runner.run(chunks, together=together)
 
     def _idle_cores(self, batch: StepBatch) -> int:
         """How many cores this rank may take in a step: others of its host compute beside it, or compute for it."""
@@ -430,6 +458,7 @@ class EPWorker:
         self._ctx, self.rank = replace(self._ctx, rank=rank, incarnation=incarnation), rank
         self.exchange.close()
         self.exchange = self.make_exchange()
+        self._gpu_exchange = GpuExchange(self._ctx) if self._ctx.config.gpu_exchange else None
         if self._backend is not None:
             self.exchange.device = self._backend.device
         if self._runner is not None:

@@ -92,6 +92,8 @@ class WorkerProcChild:
             host_lock=host_lock,
             weights=launch.weights,
             pools=launch.pools,
+            windows=launch.windows,
+            called_off_at=self.liveness.called_off_at,
             pool_fd=pool,
             progress=self.liveness.load_progress,
             network=launch.network,

@@ -2,7 +2,8 @@
 
 The host takes 14 ms to launch what keeps an H200 busy for 2 ms (8 layers, one token). Routed experts stay outside:
 their rows travel through host memory, to whichever ranks are there. So nothing in a graph knows of membership. Where
-every rank holds all experts no rows travel: then a whole step is one graph, and a graph of each kind is kept.
+every rank holds all experts no rows travel, or they travel between GPUs: then a whole step is one graph. A graph of
+each kind is kept.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ import torch
 from torch import Tensor
 
 from workers.model.attention_plan import StepPlan
-from workers.model.backend import MoeBoundary, StepFunction
+from workers.model.backend import LocalExperts, MoeBoundary, StepFunction
 from workers.model.cuda.attention import SPLIT, CudaAttention, Layout
 
 log = structlog.get_logger(__name__)
 
 LARGEST = 128  # rows; larger steps keep the GPU busy for longer than they take to launch
-_Size = tuple[int, int, bool]  # padded rows, splits, whether the step stays on the GPU
+_Size = tuple[int, int, LocalExperts | None]  # padded rows, splits, who computes experts on the GPU, if it stays there
 MET = 3  # a size is recorded when it is met so often
 
 
@@ -154,7 +155,7 @@ class StepGraphs:
         if not self._able or plan.padded > LARGEST or plan.rows != len(plan.last):
             return self._step(plan)
         splits = -(-(max(plan.starts) + 1) // SPLIT)
-        size = plan.padded, 1 << (splits - 1).bit_length(), self._experts.stays
+        size = plan.padded, 1 << (splits - 1).bit_length(), self._experts.on_device
         known = self._recorded.get(size)
         if known is not None:
             return known.replay(plan, self._experts)

@@ -76,6 +76,9 @@ class CudaLocalExperts:
         )  # fmt: skip
         return total
 
+    def check(self) -> None:
+        """Nothing can go wrong with them."""
+
     def take_load(self) -> npt.NDArray[np.uint32]:
         """See `LocalExperts`."""
         counts = self._counts.cpu().numpy().astype(np.uint32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import queue
@@ -51,6 +52,17 @@ class Rank:
     def __exit__(self, *exc: object) -> None:
         self.process.kill()
         self.process.communicate(timeout=30)
+
+
+def test_what_is_called_off_is_seen_by_the_rank_and_never_taken_back() -> None:
+    with LivenessPage.create() as page, LivenessPage.attach(page.handle()) as seen_by_engine:
+        for below in (70, 50):
+            seen_by_engine.call_off(below)
+            word = ctypes.c_uint64.from_address(page.called_off_at)
+            assert (page.called_off, word.value) == (70, 70)
+            del word
+        page.progress()
+        assert (seen_by_engine.steps, seen_by_engine.called_off) == (1, 70)
 
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGSEGV", "end"])

@@ -14,6 +14,7 @@ from elastic.serve.cluster_config import cluster_config
 from elastic.serve.init_config import init_config
 from elastic.serve.options import DEFAULT_RANKS, InitOptions, ServeOptions
 from elastic.serve.stored_config import require_no_secret, write_config
+from membership.base.enums import Device
 from membership.base.errors import ConfigError, PlanRefused
 from membership.store.codec import decode, encode
 from membership.store.in_memory import MemoryStore
@@ -51,6 +52,21 @@ def left(store: MemoryStore, desired: Desired) -> None:
     """A cluster was served, and stopped when it was like this."""
     started(store, ranks=2)
     store.put(KEYS.desired, encode(desired))
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"gpu_exchange": 2, "device": Device.CPU}, "compute on the CPU"),
+        ({"gpu_exchange": 1, "ranks": 1}, "two ranks at least"),
+        ({"gpu_exchange": 2, "ranks": 3}, "there are 3 ranks"),
+        ({"gpu_exchange": 9}, "from 0 to 8"),
+    ],
+)
+def test_rows_do_not_travel_between_gpus_that_are_not_there(given: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        cluster_config(replace(OPTIONS, **given))
+    assert cluster_config(replace(OPTIONS, gpu_exchange=2, ranks=2)).gpu_exchange == 2
 
 
 def test_a_first_start_has_the_size_that_was_asked_for(store: MemoryStore) -> None:

@@ -84,6 +84,25 @@ def test_steps_of_another_engine_or_an_older_epoch_are_not_run(
     assert worker.ran == [(20, 3, 1), (20, 3, 4)]
 
 
+@pytest.mark.parametrize(("ranks", "said"), [({0: []}, 1), ({}, 0)], ids=["named", "not named"])
+def test_a_rank_without_requests_says_that_a_step_failed_if_it_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+    worker: NotingWorker,
+    port: EnginePort,
+    steps: MessageQueue,
+    ranks: dict[int, list[SeqChunk]],
+    said: int,
+) -> None:
+    """The engine waits for all that are named; of the others it expects nothing."""
+    answers: list[RankMessage] = []
+    monkeypatch.setattr(port, "_answer", answers.append)
+    monkeypatch.setattr(worker, "commit_epoch", lambda epoch: (_ for _ in ()).throw(Fenced("not prepared")))
+    steps.enqueue(StepBatch(20, 3, 1, 0, [], ranks, together=5), WAIT_S)
+    while port.pending():
+        port.serve()
+    assert [cast(StepResult, each).status for each in answers] == [StepStatus.STALE] * said
+
+
 def test_a_rank_never_goes_back_to_an_older_engine(port: EnginePort, steps: MessageQueue) -> None:
     with pytest.raises(Fenced, match="engine token 10 is older than 20"):
         port.attach(10, steps.export_handle().encode(), b"")

@@ -1,0 +1,77 @@
+"""The host's GPU windows: descriptors of GPU memory that its ranks write into one another. Light: no torch, no CUDA.
+
+A window belongs to a slot. A descriptor keeps the memory, whatever becomes of the process that made it, so a rank's
+successor maps the same window, and the others' mappings, pointers and graphs stay valid. What a killed process has
+launched writes for some ms after its death: a successor is told which processes had its slot before and still run.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+from dataclasses import dataclass, field
+
+import msgspec
+
+from workers.ipc.handover import MAX_FDS, Grant, Handover, HandoverRefused, Link, ResourceHandle
+from workers.protocol.liveness import process_ended
+from workers.protocol.window_client import WindowAsked, WindowGiven
+
+
+@dataclass
+class _Window:
+    """One slot's. `owners`: by process id, a pidfd of each process that has had the slot and may still run."""
+
+    fd: int
+    nbytes: int
+    shape: str
+    owners: dict[int, int] = field(default_factory=dict)
+
+    def claimed_by(self, pid: int) -> list[int]:
+        """Note an owner; those before it that still run."""
+        for other, process in list(self.owners.items()):
+            if process_ended(process, 0.0):
+                os.close(self.owners.pop(other))
+        before = [process for other, process in self.owners.items() if other != pid]
+        if len(before) >= MAX_FDS:
+            raise HandoverRefused(f"{len(before)} processes that had this slot still run")
+        if pid not in self.owners:
+            self.owners[pid] = os.pidfd_open(pid)
+        return before
+
+
+class GpuWindows:
+    """All windows of one host. `close` it: what no rank maps is then free."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._windows: dict[int, _Window] = {}
+        self._resource = f"gpu-windows-{secrets.token_hex(8)}"
+        Handover.default().serve(self._resource, self._answer)
+
+    def handle(self) -> bytes:
+        """What ranks need to reach it."""
+        return msgspec.msgpack.encode(ResourceHandle(Handover.default().address, self._resource))
+
+    def close(self) -> None:
+        """Let go of all."""
+        Handover.default().withdraw(self._resource)
+        with self._lock:
+            for window in self._windows.values():
+                for fd in (window.fd, *window.owners.values()):
+                    os.close(fd)
+            self._windows.clear()
+
+    def _answer(self, link: Link, request: bytes, fds: list[int]) -> Grant:
+        asked = msgspec.msgpack.decode(request, type=WindowAsked)
+        with self._lock:
+            if fds and asked.slot not in self._windows:
+                self._windows[asked.slot] = _Window(os.dup(fds[0]), asked.nbytes, asked.shape)
+            window = self._windows.get(asked.slot)
+            if window is None:
+                return Grant(msgspec.msgpack.encode(WindowGiven(0)))
+            if window.shape != asked.shape:
+                raise HandoverRefused(f"the window of slot {asked.slot} is for {window.shape}, not for {asked.shape}")
+            before = window.claimed_by(link.peer_pid) if asked.own else []
+            return Grant(msgspec.msgpack.encode(WindowGiven(window.nbytes)), [window.fd, *before])

@@ -1,0 +1,120 @@
+"""Routed experts of a step that all ranks of a host run together: each computes those that it holds, for all of them.
+
+Rows travel between GPUs (`workers/exchange/cuda`), so a whole step is one graph, as on a rank that holds all experts. A
+rank without rows of its own computes for the others (`serve`). An expert's place in a rank's window is its number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from membership.base.errors import CalledOff, ModelError
+from workers.exchange.cuda.calls import DeviceCalls, Failure
+from workers.exchange.cuda.window import WindowShape
+from workers.model.backend import Activation, HeldExperts
+from workers.model.cuda.expert_products import addresses_of, multiply
+
+MET = 3  # a step without rows is recorded when it is met so often
+GIVEN_UP = Failure.ABORTED | Failure.TOO_LATE
+
+
+class SharedExperts:
+    """Satisfies `LocalExperts`, with the kernel and the order of sums of the other ways, so with the same bits."""
+
+    def __init__(self, calls: DeviceCalls, shape: WindowShape, held: HeldExperts, activation: Activation, layers: int):
+        """ModelError if `held` has nothing yet. `layers`: MoE layers, as `calls` has them."""
+        self._calls, self._held, self._activation = calls, held, activation
+        self._shape, self._layers = shape, layers
+        keys = [(layer, expert) for layer in range(layers) for expert in range(shape.held)]
+        some = next((held.weights(*key) for key in keys if held.holds(*key)), None)
+        if some is None:
+            raise ModelError("this rank holds no expert")
+        self._some = some
+        device = some.gate_up.device
+        self._up_at, self._down_at = torch.zeros(2, layers, shape.held, dtype=torch.int64, device=device)
+        self._base = self._masked = 0
+        self._nothing = (
+            torch.zeros(1, shape.hidden, dtype=torch.bfloat16, device=device),
+            torch.zeros(1, shape.top_k, dtype=torch.int64, device=device),
+            torch.zeros(1, shape.top_k, dtype=torch.float32, device=device),
+        )
+        self._served = 0
+        self._serving: torch.cuda.CUDAGraph | None = None
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+    def place(self, holders: Sequence[Sequence[int | None]]) -> None:
+        """`holders[layer][expert]`: the rank that is asked for it. Those of this rank must be here. ModelError."""
+        experts = range(self._shape.held)
+        self._calls.place_each(
+            [experts] * self._shape.ranks,
+            [[None if rank is None else (rank, e) for e, rank in enumerate(layer)] for layer in holders],
+        )
+        for layer in range(self._layers):
+            found = [self._held.weights(layer, e) if self._held.holds(layer, e) else self._some for e in experts]
+            for table, matrices in (
+                (self._up_at, [weights.gate_up for weights in found]),
+                (self._down_at, [weights.down for weights in found]),
+            ):
+                table[layer].copy_(torch.tensor(addresses_of(matrices)))
+
+    def follow(self, base: int, masked: int) -> None:
+        """The next step's calls have numbers from `base` on; these slots are neither used nor waited for."""
+        self._base, self._masked = base, masked
+
+    def begin(self, rows: int) -> bool:
+        """See `LocalExperts`."""
+        self._calls.begin(self._base, rows, self._masked)
+        return True
+
+    def compute(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """See `LocalExperts`."""
+
+        def products(packed: Tensor, ends: Tensor) -> Tensor:
+            both = multiply(packed, self._some.gate_up, self._up_at[layer], ends)
+            return multiply(self._activation(both), self._some.down, self._down_at[layer], ends)
+
+        return self._calls.call(layer, hidden, ids, weights, products)
+
+    @torch.inference_mode()
+    def serve(self) -> None:
+        """A whole step without rows of this rank: what the others ask for. CalledOff."""
+        self.begin(0)
+        self._served += 1
+        if self._serving is None and self._served >= MET:
+            self._record()
+        if self._serving is None:
+            self._compute_nothing()
+        else:
+            self._serving.replay()
+        self.check()
+
+    def _compute_nothing(self) -> None:
+        for layer in range(self._layers):
+            self.compute(layer, *self._nothing)
+
+    def _record(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(capture_error_mode="thread_local")  # another thread may load experts meanwhile
+            self._compute_nothing()
+            graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        self._serving = graph
+
+    def check(self) -> None:
+        """See `LocalExperts`. ModelError if more is wrong than that a rank has given up."""
+        failure = self._calls.failure()
+        if failure & ~GIVEN_UP:
+            raise ModelError(f"a step of all ranks together went wrong: {failure!r}")
+        if failure:
+            raise CalledOff(f"a step of all ranks together was given up: {failure!r}")
+
+    def take_load(self) -> npt.NDArray[np.uint32]:
+        """See `LocalExperts`: the rows that this rank was asked to compute, so all ranks' together are all rows."""
+        return self._calls.take_loads().numpy().astype(np.uint32)

@@ -1,0 +1,138 @@
+"""This rank's part in steps that all ranks of a host run together, with rows that travel between their GPUs.
+
+Opened once, while the first view is prepared: all slots' windows are mapped then, so that what is recorded in graphs
+outlives every change of the view. What cannot be had is a reason, not an error: rows go over host memory as before, and
+the engine learns why from the answer to the first such step (`StepStatus.APART`).
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import structlog
+
+from membership.base.errors import ElasticError
+from membership.base.timing import TOGETHER_S
+from membership.store.records import View
+from workers.protocol.messages import TOGETHER_ROWS, StepBatch
+from workers.protocol.window_client import WindowAsked, window_of
+from workers.rank.worker_api import WorkerContext
+
+if TYPE_CHECKING:
+    from workers.exchange.cuda.driver import Mapping as Mapped
+    from workers.exchange.cuda.window import WindowShape
+    from workers.model.cuda.shared_experts import SharedExperts
+    from workers.model.runner import ModelRunner
+
+log = structlog.get_logger(__name__)
+
+
+class Apart(ElasticError):
+    """This rank cannot run a step together with the others."""
+
+
+def holders_of(
+    placement: Mapping[int, Sequence[Sequence[int]]], live: Collection[int], me: int, shape: tuple[int, int]
+) -> list[list[int | None]]:
+    """Whom to ask for each [layer][expert]: this rank itself if it can, else its holders by turns. `shape`: how many.
+
+    Ranks may choose differently, as each asks for its own rows alone.
+    """
+    found: list[list[int | None]] = []
+    for layer in range(shape[0]):
+        holding: dict[int, list[int]] = {}
+        for rank in sorted(live):
+            for expert in placement.get(rank, ((),) * shape[0])[layer]:
+                holding.setdefault(expert, []).append(rank)
+        row: list[int | None] = []
+        for expert in range(shape[1]):
+            ranks = holding.get(expert, [])
+            row.append(me if me in ranks else ranks[(expert + me) % len(ranks)] if ranks else None)
+        found.append(row)
+    return found
+
+
+class GpuExchange:
+    """Of one rank process."""
+
+    def __init__(self, ctx: WorkerContext) -> None:
+        self._ctx = ctx
+        self._shared: SharedExperts | None = None
+        self._refusal = "this rank has not prepared a view yet"
+        self._placed: tuple[int, frozenset[int]] = (0, frozenset())  # epoch and live ranks that the tables are of
+        self._mapped: list[Mapped] = []  # for as long as this process lives: kernels know their addresses
+
+    def open(self, runner: ModelRunner) -> None:
+        """Map the windows of all slots, and make what uses them; in the thread that prepares. Never an error."""
+        if self._shared is not None:
+            return
+        try:
+            self._shared = runner.moe.shared = self._made(runner)
+        except (ElasticError, ImportError, OSError, RuntimeError) as error:  # the last: CUDA, and what looks for NVRTC
+            self._refusal = f"rank {self._ctx.rank}: {error}"
+            log.warning("no_gpu_exchange", rank=self._ctx.rank, reason=str(error))
+
+    def _made(self, runner: ModelRunner) -> SharedExperts:
+        import torch
+
+        config, info = self._ctx.config, runner.loaded.info
+        device = runner.loaded.backend.device
+        if device.type != "cuda" or runner.dtype != torch.bfloat16:
+            raise Apart(f"rows travel between GPUs in bfloat16, not {runner.dtype} on {device.type}")
+        from workers.exchange.cuda.calls import DeviceCalls, Reach
+        from workers.exchange.cuda.driver import host_words
+        from workers.exchange.cuda.window import WindowShape
+        from workers.model.cuda.shared_experts import SharedExperts
+        from workers.model.moe import activation_of
+
+        hidden = int(runner.loaded.model.config.hidden_size)
+        shape = WindowShape(config.gpu_exchange, config.experts, TOGETHER_ROWS, hidden, info.top_k)
+        if self._ctx.rank >= shape.ranks:
+            raise Apart(f"--gpu-exchange {shape.ranks} is for ranks 0 to {shape.ranks - 1}")
+        gpu = torch.cuda.current_device()
+        while len(self._mapped) < shape.ranks:  # a second try goes on where the first one failed
+            self._mapped.append(self._window(len(self._mapped), shape, gpu))
+        page = self._ctx.called_off_at & ~(mmap.PAGESIZE - 1)
+        called_off = host_words(page, mmap.PAGESIZE) + self._ctx.called_off_at - page
+        reach = Reach([each.address for each in self._mapped], called_off)
+        calls = DeviceCalls(shape, self._ctx.rank, config.experts, reach, TOGETHER_S, config.moe_layers)
+        return SharedExperts(calls, shape, runner.bank, activation_of(runner.loaded.expert_modules[0]), info.moe_layers)
+
+    def _window(self, slot: int, shape: WindowShape, gpu: int) -> Mapped:
+        import torch
+
+        from workers.exchange.cuda.driver import Mapping as Mapped
+
+        asked = WindowAsked(slot, repr(shape), own=slot == self._ctx.rank)
+        make = partial(_new_window, slot % torch.cuda.device_count(), shape.offsets["bytes"], gpu)
+        with window_of(self._ctx.windows, asked, make) as (fd, nbytes):
+            return Mapped(fd, nbytes, gpu)
+
+    def begin(self, view: View, batch: StepBatch) -> SharedExperts:
+        """Before such a step: where its experts are, its numbers, and who takes part. Apart."""
+        if self._shared is None:
+            raise Apart(self._refusal)
+        live, slots = frozenset(batch.ranks), self._ctx.config.gpu_exchange
+        if self._placed != (view.epoch, live):
+            config = self._ctx.config
+            shape = config.moe_layers, config.experts
+            self._placed = (0, frozenset())
+            self._shared.place(holders_of(view.placement, live, self._ctx.rank, shape))
+            self._placed = view.epoch, live
+        self._shared.follow(batch.together, sum(1 << slot for slot in range(slots) if slot not in live))
+        return self._shared
+
+
+def _new_window(gpu: int, nbytes: int, mapping_gpu: int) -> tuple[int, int]:
+    """A descriptor of zeroed memory on a GPU, and its size. RankFailed if it cannot be reached from the other GPU."""
+    from workers.exchange.cuda.driver import Mapping as Mapped
+    from workers.exchange.cuda.driver import make_memory
+
+    fd, size = make_memory(gpu, nbytes)
+    mapped = Mapped(fd, size, mapping_gpu)
+    mapped.clear()
+    mapped.close()
+    return fd, size
