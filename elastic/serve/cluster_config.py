@@ -45,7 +45,7 @@ def cluster_config(options: ServeOptions | InitOptions) -> ClusterConfig:
 
 
 def _check_gpu_exchange(slots: int, device: Device, ranks: int) -> None:
-    """ConfigError if rows certainly cannot travel between GPUs. What is known on the GPUs alone is told by an event."""
+    """ConfigError if rows certainly cannot travel between GPUs. What only the GPUs know, an event reports."""
     flag = f"--gpu-exchange {slots}"
     if slots and device is Device.CPU:
         raise ConfigError(f"{flag}: ranks compute on the CPU", hint="use --device cuda, or leave it out")

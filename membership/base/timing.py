@@ -97,7 +97,7 @@ COPY_TIMEOUT_S = _time(5.0, "Max time for one half of a migrating request's KV c
 _time = _times("rank failure", "elastic/engine/salvage.py")
 SALVAGE_WAIT_S = _time(0.05, "A step waits for dead ranks' KV blocks for this long, or as long as the last step took")
 _time = _times("change", "workers/protocol/pool_client.py")
-TOGETHER_S = _time(20.0, "How long GPUs wait for one another within a step that nobody has called off")
+TOGETHER_S = _time(20.0, "How long GPUs wait for one another within a step that is not called off")
 WINDOW_TIMEOUT_S = _time(
     5.0, "Max wait of a rank for its agent's GPU windows, and for the end of who had its slot before"
 )

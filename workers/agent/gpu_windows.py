@@ -2,7 +2,7 @@
 
 A window belongs to a slot. A descriptor keeps the memory, whatever becomes of the process that made it, so a rank's
 successor maps the same window, and the others' mappings, pointers and graphs stay valid. What a killed process has
-launched writes for some ms after its death: a successor is told which processes had its slot before and still run.
+launched writes for some ms after its death: a successor gets pidfds of those that had its slot before and still run.
 """
 
 from __future__ import annotations

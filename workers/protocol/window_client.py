@@ -36,7 +36,7 @@ class WindowGiven(msgspec.Struct, frozen=True, array_like=True):
 
 @contextmanager
 def window_of(handle: bytes, asked: WindowAsked, make: Callable[[], tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """The descriptor of a slot's window, and its size. `make` gives new memory likewise, if nobody has made it yet.
+    """The descriptor of a slot's window, and its size. `make` gives new memory likewise, if there is none yet.
 
     Of its own slot a rank gets the window once those that had it before are over: what they have launched may write
     until then. WaitTimeout if they are not; HandoverRefused, QueueClosed, WaitTimeout as the agent answers.

@@ -24,7 +24,6 @@ NAMED_BY_NOTHING = {
     "chaos/faults/clockwork/sitecustomize.py": "the interpreter imports it, where the clock fault puts it on the path",
     "elastic/cli/__main__.py": "python -m elastic.cli",
     "workers/worker_proc.py": "both halves of WorkerProc under one name, for whom that name is known from vLLM",
-    "workers/exchange/cuda/calls.py": "dispatch and combine on GPUs: tried on two, not yet wired into a rank's step",
     "workers/agent/cross_host.py": "ranks of several hosts under one parent: tested, not yet wired into the agent",
 }
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())

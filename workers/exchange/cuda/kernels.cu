@@ -10,7 +10,7 @@
 // the next call only once it was asked, which an owner does when it has summed.
 // Words are waited for with >=, so that none is waited for in vain; a number that is greater than it can be fails the call.
 //
-// The host calls attempts off by a word: calls with numbers below it are over. It rises only, so nobody has to clear it.
+// The host calls attempts off by a word: calls with numbers below it are over. It rises only, so it needs no clearing.
 // Block 0 of a kernel that waits is the only one that reads it, since reads of one line of the host's memory queue up
 // (1 us each). It is block 0 because the first blocks get a place on the GPU whatever else waits there.
 // What makes any block give up is in `failed` first, and blocks look at nothing else: an attempt of which some block left
