@@ -5,6 +5,7 @@
 Makes a checkpoint of Qwen3-30B-A3B's shape (fewer layers, a small vocabulary, random weights), serves it, and asks the
 same prompts: 32 at once three times, 8 at once, each alone, and 32 while a rank is killed, `--kills` times. Prints one
 JSON line each, and what the engine said of steps that went wrong.
+With `--prefill`: how long prompts of 4,095 tokens take.
 Two ranks with redundancy 2 each hold all experts; with 1 each holds half, and rows travel between them.
 Rates are per run: transformers decodes the same prompts after the server has ended, since both want the GPU's memory.
 """
@@ -28,6 +29,8 @@ from typing import Any
 HIDDEN, EXPERTS, INNER, HEADS, KV_HEADS, WIDTH, VOCABULARY = 2048, 128, 768, 32, 4, 128, 1024
 URL = "http://127.0.0.1:8000"
 READY_S = 300.0
+LONGEST = 4096  # tokens of a prompt and its answer
+PREFILLED = LONGEST - 1
 
 
 def say(what: str, **fields: object) -> None:
@@ -39,7 +42,7 @@ def _write_config(folder: Path, layers: int) -> None:
         "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": HIDDEN,
         "num_hidden_layers": layers, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": WIDTH,
         "num_experts": EXPERTS, "num_experts_per_tok": 8, "moe_intermediate_size": INNER, "intermediate_size": 6144,
-        "vocab_size": VOCABULARY, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "hidden_act": "silu",
+        "vocab_size": VOCABULARY, "max_position_embeddings": LONGEST, "rms_norm_eps": 1e-6, "hidden_act": "silu",
         "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}, "norm_topk_prob": True,
         "decoder_sparse_step": 1, "mlp_only_layers": [], "tie_word_embeddings": False, "attention_bias": False,
         "dtype": "bfloat16", "use_sliding_window": False, "bos_token_id": 0, "pad_token_id": 1,
@@ -116,7 +119,7 @@ class Server:
             sys.executable, "-m", "elastic.cli", "serve", str(model), "--ranks", str(arguments.ranks),
             "--redundancy", f"{arguments.redundancy:g}", "--device", arguments.device,
             "--state-dir", str(self.state), "--exactness", exactness,
-            "--max-model-len", "1024", "--ready-timeout", f"{READY_S:g}s",
+            "--max-model-len", str(LONGEST if arguments.prefill else 1024), "--ready-timeout", f"{READY_S:g}s",
             *(["--gpu-exchange", str(arguments.ranks)] if arguments.gpu_exchange else []),
         ]  # fmt: skip
 
@@ -232,6 +235,35 @@ def measure(server: Server, exactness: str, tokens: int, kills: int) -> None:
         say("event", exactness=exactness, **said)
 
 
+async def _answered(prompts: list[list[int]]) -> float:
+    """How many seconds it takes to answer these with one token each, all asked at once."""
+    import httpx
+
+    async with httpx.AsyncClient(timeout=300, trust_env=False) as client:
+        name = (await client.get(f"{URL}/v1/models")).json()["data"][0]["id"]
+        begun = time.monotonic()
+        bodies = [{"model": name, "prompt": each, "max_tokens": 1, "temperature": 0} for each in prompts]
+        for answer in await asyncio.gather(*(client.post(f"{URL}/v1/completions", json=body) for body in bodies)):
+            answer.raise_for_status()
+        return time.monotonic() - begun
+
+
+def prefill(server: Server, exactness: str) -> None:
+    """Prompts of PREFILLED tokens, none of which begins as another: one after the other, and three at once."""
+    import random
+
+    draw = random.Random(5)
+    prompts = [[draw.randrange(4, VOCABULARY) for _ in range(PREFILLED)] for _ in range(9)]
+    asyncio.run(_answered(prompts[:1]))  # kernels are compiled
+    alone = sorted(asyncio.run(_answered([each])) for each in prompts[1:6])
+    together = asyncio.run(_answered(prompts[6:]))
+    say(
+        "prefill", exactness=exactness, prompt_tokens=PREFILLED, ready_s=round(server.ready_s, 1),
+        seconds_alone=[round(each, 3) for each in alone], tokens_per_s_alone=round(PREFILLED / alone[2]),
+        tokens_per_s_three_at_once=round(3 * PREFILLED / together),
+    )  # fmt: skip
+
+
 def transformers_rate(model: Path, tokens: int, device: str) -> None:
     """Batched greedy decode of transformers, prefill and the first tokens left out."""
     import torch
@@ -265,6 +297,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--exactness", default="invariant,stock")
     parser.add_argument("--gpu-exchange", action="store_true", help="rows travel between GPUs in decode steps")
+    parser.add_argument("--prefill", action="store_true", help="long prompts, instead of all else")
     parser.add_argument("--kills", type=int, default=1)
     parser.add_argument("--no-transformers", action="store_true")
     arguments = parser.parse_args()
@@ -283,7 +316,10 @@ def main() -> None:
         say("checkpoint", seconds=round(time.monotonic() - begun, 1))
         for exactness in arguments.exactness.split(","):
             with Server(model, arguments, exactness, folder) as server:
-                measure(server, exactness, arguments.tokens, arguments.kills)
+                if arguments.prefill:
+                    prefill(server, exactness)
+                else:
+                    measure(server, exactness, arguments.tokens, arguments.kills)
         if not arguments.no_transformers:
             transformers_rate(model, arguments.tokens, arguments.device)
 

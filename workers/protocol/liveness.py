@@ -99,7 +99,7 @@ class LivenessPage(SharedPage):
         return self._called_off[0]
 
     def call_off(self, below: int) -> None:
-        """GPU calls with smaller numbers are over from now on; by the engine. Never taken back, so it needs no clearing."""
+        """GPU calls with smaller numbers are over; by the engine. Never taken back, so it needs no clearing."""
         self._called_off[0] = max(below, self._called_off[0])
 
     def slept(self, ns: int) -> None:
