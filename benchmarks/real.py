@@ -27,7 +27,7 @@ from pathlib import Path
 
 from benchmarks.checkpoints import OLMOE_HALF, SMALL, Shape, make
 from benchmarks.prefix import RANKS, first_token_ms, killed, second_turn, stream
-from benchmarks.real_load import Load, loaded
+from benchmarks.real_load import Load, compiled, loaded
 from benchmarks.real_memory import available, memory
 from benchmarks.real_plain import CONTEXT, Plain
 from benchmarks.recovery_cluster import History
@@ -221,7 +221,10 @@ def measure(args: argparse.Namespace, path: Path, names: list[str]) -> Iterator[
     say(f"serving {size} with {RANKS} ranks")
     before = available()
     with ExitStack() as opened:
-        cluster = opened.enter_context(ServedCluster(path, RANKS, flags=(*PATIENT, *args.flag)))
+        cache = opened.enter_context(tempfile.TemporaryDirectory(prefix="elastic-ep-compiled-"))
+        environ = compiled(path, Path(cache))
+        flags = (*PATIENT, *args.flag)
+        cluster = opened.enter_context(ServedCluster(path, RANKS, flags=flags, environ=environ))
         load = loaded(cluster, path)
         wanted = {"decode", "prefill"} & set(names)
         plain = opened.enter_context(Plain(str(path), RANKS)) if wanted else None
