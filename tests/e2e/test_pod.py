@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400), NEEDS_NAMESPACES]
 MakePod = Callable[..., Pod]
 READY_S = 120.0
 STREAMS = 4
-SCALES = 20
+SCALES = 21  # an odd number: the last one is kept
 PROBE_EVERY_S = 0.1  # the rendered probe asks every 2 s, and fails at the second time
 
 
@@ -184,10 +184,11 @@ def _bearer(token: str) -> dict[str, str]:
 def test_a_pod_is_ready_through_twenty_scales_and_takes_changed_secrets_as_it_runs(make_pod: MakePod) -> None:
     port, admin_port = free_ports(2)
     url = f"http://127.0.0.1:{port}"
-    pod = make_pod(
+    settings = (
         "ranks=2", f"service.containerPort={port}", f"service.adminPort={admin_port}", "api.keysSecret=keys",
-        "admin.existingSecret=token",
+        "admin.existingSecret=token", "state.persistence.enabled=true",
     )  # fmt: skip
+    pod = make_pod(*settings)
     pod.put_secret("api-keys", "keys", "alice:first-key-of-alice\n")
     pod.put_secret("admin-token", "token", "the-first-admin-token")
     pod.start()
@@ -217,6 +218,13 @@ def test_a_pod_is_ready_through_twenty_scales_and_takes_changed_secrets_as_it_ru
         old = partial(asking.get, f"{url}/v1/models", headers=_bearer("first-key-of-alice"))
         eventually(lambda: old().status_code == 401, 30.0, "the old key to be refused")
     assert pod.pid == process, "nothing was started anew"
+    pod.signal(signal.SIGTERM)
+    assert pod.wait(pod.grace_s) == 0
+    replaced = make_pod(*settings)
+    replaced.put_secret("api-keys", "keys", "bob:key-of-bob-who-is-new\n")
+    replaced.put_secret("admin-token", "token", "the-second-admin-token")
+    replaced.start()
+    assert serving(replaced, url) == 3, "etcd is on the volume of state.persistence"
 
 
 @pytest.mark.parametrize(

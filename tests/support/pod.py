@@ -46,6 +46,7 @@ class Pod:
     ) -> None:
         """`folder`: of its volumes, which last as long as the pod. `inside`: what runs a command at `address`."""
         self._spec, self.name, self._folder = template["spec"], name, folder
+        self._claims = folder.parent / "claims"  # of PersistentVolumes, which outlast pods
         self.address, self._inside = address, inside
         self.container: dict[str, Any] = self._spec["containers"][0]
         self.grace_s = float(self._spec["terminationGracePeriodSeconds"])
@@ -54,9 +55,9 @@ class Pod:
         folder.mkdir(parents=True)
         group = self._spec["securityContext"]["fsGroup"]
         for volume in self._spec["volumes"]:
-            if "emptyDir" in volume:
-                directory = folder / volume["name"]
-                directory.mkdir()
+            if "emptyDir" in volume or "persistentVolumeClaim" in volume:
+                directory = self._source(volume)
+                directory.mkdir(parents=True, exist_ok=True)
                 os.chown(directory, 0, group)
                 directory.chmod(0o2777)
             for key, value in volume.get("secret", {}).get("data", {}).items():
@@ -71,6 +72,13 @@ class Pod:
         os.chown(draft, 0, self._spec["securityContext"]["fsGroup"])
         draft.chmod(SECRET_MODE)
         draft.rename(directory / key)
+
+    def _source(self, volume: dict[str, Any]) -> Path:
+        """Where it is on the host."""
+        if "hostPath" in volume:
+            return Path(volume["hostPath"]["path"])
+        claim = volume.get("persistentVolumeClaim")
+        return self._claims / claim["claimName"] if claim else self._folder / volume["name"]
 
     @property
     def environment(self) -> dict[str, str]:
@@ -133,8 +141,7 @@ class Pod:
         binds = [(each, f"{root}{each}", "ro") for each in dict.fromkeys(readable) if Path(each).exists()]
         sources = {each["name"]: each for each in self._spec["volumes"]}
         for mount in self.container["volumeMounts"]:
-            volume = sources[mount["name"]]
-            source = volume["hostPath"]["path"] if "hostPath" in volume else str(self._folder / mount["name"])
+            source = str(self._source(sources[mount["name"]]))
             binds.append((source, f"{root}{mount['mountPath']}", "ro" if mount.get("readOnly") else "rw"))
         q = shlex.quote
         lines = [
