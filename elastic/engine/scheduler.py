@@ -53,12 +53,20 @@ def uncovered(view: View, masked: Iterable[int], config: ClusterConfig) -> int:
     )
 
 
-def _unwelcome(home: Home, cached_tokens: int, on_host: int) -> tuple[int, ...]:
+def _unwelcome(home: Home, sequence: Sequence, cached_tokens: int, on_host: int) -> tuple[int, ...]:
     """Sorts the best home for one more request first. `on_host`: requests of all ranks of its host."""
     running = len(home.running)
     if home.fills_host:  # the more it has of them, the fewer experts are read twice
-        return crowding(on_host, cached_tokens), -running, home.pool.used, home.rank
+        beside = -running if _to_the_end(home, sequence) else 1
+        return crowding(on_host, cached_tokens), beside, home.pool.used, home.rank
     return crowding(running, cached_tokens), 0, home.pool.used, home.rank
+
+
+def _to_the_end(home: Home, sequence: Sequence) -> bool:
+    """Whether its blocks suffice for one more request until all have ended, however long they get: none is put off."""
+    size = home.pool.block_size
+    all_of_them = (len(each.request.prompt) + each.request.max_tokens for each in (*home.running, sequence))
+    return sum(blocks_for(tokens, size) for tokens in all_of_them) <= home.pool.size
 
 
 def is_complete(chunk: SeqChunk, answer: SampledToken | None) -> bool:
@@ -416,7 +424,7 @@ class Scheduler:
         on_host = Counter[str]()
         for each in self._homes.values():
             on_host[each.node] += len(each.running)
-        home = min(fitting, key=lambda home: _unwelcome(home, there[home.rank], on_host[home.node]))
+        home = min(fitting, key=lambda home: _unwelcome(home, sequence, there[home.rank], on_host[home.node]))
         cached = len(shared[home.rank]) * size
         self._waiting.place(sequence, now)
         sequence.enter(home, home.pool.take(blocks, shared[home.rank]), cached, now)

@@ -18,10 +18,10 @@ pytestmark = pytest.mark.unit
 class Scene:
     """Ranks 0, 1, … on the hosts that `nodes` names, and a scheduler that has begun to serve."""
 
-    def __init__(self, nodes: str, *, fills: bool) -> None:
+    def __init__(self, nodes: str, *, fills: bool, kv_blocks: int = 60) -> None:
         self.members, self.fills = {rank: 10 + rank for rank in range(len(nodes))}, fills
         placed = tuple(Member(rank=r, node=nodes[r], incarnation=i) for r, i in self.members.items())
-        self.scheduler = Scheduler(config(kv_blocks=60, max_seqs=5), TOKEN)
+        self.scheduler = Scheduler(config(kv_blocks=kv_blocks, max_seqs=5), TOKEN)
         placement = view(1, self.members).placement
         self.scheduler.set_view(View(epoch=1, members=placed, placement=placement), [], 0.0)
         self.ranks, self.client, self.asked = KvModel(4), Client(), 0
@@ -61,6 +61,18 @@ def test_the_host_s_other_ranks_take_what_the_first_has_no_place_for() -> None:
     for _ in range(8):
         scene.ask()
     assert scene.homes() == {0: 5, 1: 3}
+
+
+def test_none_is_put_off_because_they_are_together() -> None:
+    """Each may become 31 tokens long, which is 8 blocks: 20 blocks are enough for two of them to the end."""
+    scene = Scene("aa", fills=True, kv_blocks=20)
+    for _ in range(4):
+        scene.ask()
+    assert scene.homes() == {0: 2, 1: 2}
+    while scene.homes():
+        scene.step()
+    assert scene.scheduler.preemptions == 0
+    scene.client.check()
 
 
 def test_they_go_on_together_where_their_rank_dies() -> None:
