@@ -30,6 +30,7 @@ README = Path(__file__).parents[2] / "README.md"
 TYPED = re.compile(r"^ {4}host ([AB]): {2}(elastic .+)$", re.MULTILINE)
 QUESTION = {"model": "demo-moe", "prompt": "The for statement", "max_tokens": 24, "temperature": 0.0}
 START_S = 240.0
+PATIENCE = ("--ready-timeout", f"{START_S:g}s")  # all that is added: the machine of a test may be busy
 
 
 class Typist:
@@ -49,9 +50,9 @@ class Typist:
     def environ(self, host: str) -> dict[str, str]:
         return {"XDG_STATE_HOME": str(self._folder / host), starter.ENV: starter.named()}
 
-    def leave_running(self, host: str, line: str) -> None:
+    def leave_running(self, host: str, line: str, *more: str) -> None:
         log = self._folder / f"{host}.log"
-        process = self.hosts.start(host, self.words(line), log, self.environ(host))
+        process = self.hosts.start(host, [*self.words(line), *more], log, self.environ(host))
         self._ends.callback(process.wait, 60)
         self._ends.callback(process.terminate)
 
@@ -101,7 +102,7 @@ def test_what_readme_says_about_two_hosts_is_all_that_it_takes(typist: Typist, r
     typed = TYPED.findall(README.read_text(encoding="utf-8"))
     assert [host for host, _ in typed] == ["A", "B", "A"], "README has another procedure: type that one here"
     (_, serve), (_, agent), (_, scale) = typed
-    typist.leave_running("a", serve)
+    typist.leave_running("a", serve, *PATIENCE)
     state = eventually(lambda: typist.state_of("a"), START_S, "host A's state directory")
     cluster = Cluster(StateDir(state))
     request.addfinalizer(cluster.close)
