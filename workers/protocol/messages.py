@@ -83,21 +83,20 @@ class StepBatch(msgspec.Struct, frozen=True, array_like=True, tag=True):
     masked: list[int]  # ranks of the epoch's view that must not be used
     ranks: dict[int, list[SeqChunk]]
     known: dict[int, Known] = {}  # what has become known of ranks' blocks since the last step
+    traced: list[int] = []  # sequences; of a TracedStep alone. It stays in this place: versions mix in an upgrade
     together: int = 0  # not 0: all of `ranks` run it over their GPUs, with or without chunks; the first call's number
 
 
 class TracedStep(StepBatch, frozen=True, array_like=True, tag=True):
     """A step with traced sequences: ranks that run any of them say how long they took (TracedResult).
 
-    A message of its own, so that steps carry nothing for traces while there are none.
+    A message of its own, so that no rank looks for traces while there are none.
     """
-
-    traced: list[int] = []  # sequences
 
     @classmethod
     def of(cls, batch: StepBatch, traced: list[int]) -> TracedStep:
         """The same step."""
-        return cls(**msgspec.structs.asdict(batch), traced=traced)
+        return cls(**(msgspec.structs.asdict(batch) | {"traced": traced}))
 
 
 class Ping(msgspec.Struct, frozen=True, array_like=True, tag=True):
