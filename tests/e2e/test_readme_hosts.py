@@ -89,13 +89,10 @@ def nodes(cluster: Cluster) -> list[str]:
     return sorted(rank["node"] for rank in status["ranks"]) if serving else []
 
 
-def host_b_is_taken_out_and_back(typist: Typist, cluster: Cluster) -> None:
-    """By its name, which nobody has to turn into numbers of ranks."""
-    typist.run("a", "elastic drain --node b")
-    assert nodes(cluster) == ["a", "a"]
-    assert "safe to delete: node b" in typist.run("a", "elastic status")
-    typist.run("a", "elastic undrain 2 3")
-    eventually(lambda: nodes(cluster) == ["a", "a", "b", "b"], START_S, "host B's ranks again")
+def has_done_its_imports(cluster: Cluster, node: str) -> bool:
+    """Before that its ranks may not register in time on a busy machine, and the scale is rolled back."""
+    agent = cluster.client().state().agents.get(node)
+    return agent is not None and not agent.importing
 
 
 def test_what_readme_says_about_two_hosts_is_all_that_it_takes(typist: Typist, request: pytest.FixtureRequest) -> None:
@@ -110,10 +107,9 @@ def test_what_readme_says_about_two_hosts_is_all_that_it_takes(typist: Typist, r
     before = typist.answer()
     shutil.copy(state / "join-secret", typist.secret)
     typist.leave_running("b", agent)
-    eventually(lambda: "b" in cluster.client().state().agents, START_S, "host B to be there")
+    eventually(lambda: has_done_its_imports(cluster, "b"), START_S, "host B to be there")
     typist.run("a", scale)
     eventually(lambda: nodes(cluster) == ["a", "a", "b", "b"], START_S, "two ranks on each host")
     assert typist.answer() == before, "the same bits as on one host"
-    host_b_is_taken_out_and_back(typist, cluster)
     typist.hosts.kill("b")
     assert typist.answer() == before, "and host B may die"
