@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import socket
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -103,6 +104,19 @@ def test_completion_stream(client: OpenAI) -> None:
     assert all(chunk.usage is None for chunk in chunks[:-1])
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens > 10
+
+
+def test_a_stream_to_a_client_of_http_1_0_has_no_chunks(gateway: RunningGateway, engine: ScriptedEngine) -> None:
+    """It ends with the connection. What is written past h11 has to be framed as h11 frames the rest."""
+    body = json.dumps({"model": MODEL, "prompt": "x", "max_tokens": 60, "stream": True}).encode()
+    host, port = gateway.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as client:
+        client.sendall(b"POST /v1/completions HTTP/1.0\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        head, _, rest = b"".join(iter(partial(client.recv, 65536), b"")).partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in head.lower()
+    events = [line.removeprefix("data: ") for line in rest.decode().split("\n\n") if line]
+    assert events[-1] == "[DONE]"
+    assert "".join(json.loads(event)["choices"][0]["text"] for event in events[:-1]) == TEXT
 
 
 def test_usage_in_every_chunk(client: OpenAI) -> None:
