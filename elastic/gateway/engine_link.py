@@ -89,7 +89,7 @@ class Generation:
         self._requests = requests
         self._running = {request.id for request in requests}
         self._timeout_s = timeout_s
-        self._inbox: deque[tuple[str, Delta | RequestError]] = deque()
+        self._inbox: deque[tuple[str, Delta | Exception]] = deque()
         self._wake: asyncio.Future[None] | None = None
         self._waits_since = 0.0
         self._watcher: asyncio.TimerHandle | None = None
@@ -117,13 +117,13 @@ class Generation:
         loop = asyncio.get_running_loop()
         self._watch(loop)
         try:
-            while self._running:
+            while self._running or self._inbox:
                 if not self._inbox:
                     self._wake, self._waits_since = loop.create_future(), loop.time()
                     await self._wake
                     continue
                 request_id, update = self._inbox.popleft()
-                if isinstance(update, RequestError):
+                if isinstance(update, Exception):
                     raise update
                 if update.finish_reason:
                     self._running.discard(request_id)
@@ -159,7 +159,8 @@ class Generation:
         try:
             return self.taker(position, delta)
         except Exception as error:  # noqa: BLE001 - raised by the reader
-            self._wake.set_exception(error)
+            self._inbox.append((self._requests[position].id, error))  # also if it stopped the last request before
+            self._awake()
             return True
 
     def _awake(self) -> None:

@@ -356,16 +356,16 @@ class Run:
 
 @contextmanager
 def _run(service: Service, job: Job) -> Iterator[Run]:
-    """Run the job; what does not come to its end is aborted at the engine."""
-    timers = [service.metrics.timer() for _ in job.choices]
-    service.metrics.prompt_tokens.inc(job.prompt_tokens)
-    try:
-        with service.link.generation(job.sequences) as generation:
+    """Run the job; what does not come to its end is aborted at the engine. What is refused has not begun: no end."""
+    with service.link.generation(job.sequences) as generation:
+        timers = [service.metrics.timer() for _ in job.choices]
+        service.metrics.prompt_tokens.inc(job.prompt_tokens)
+        try:
             yield Run(job, generation, timers)
-    except Exception:
-        for timer in timers:
-            timer.end("error")
-        raise
-    finally:  # the client went away
-        for timer in timers:
-            timer.end("abort")
+        except Exception:
+            for timer in timers:
+                timer.end("error")
+            raise
+        finally:  # the client went away
+            for timer in timers:
+                timer.end("abort")

@@ -25,7 +25,8 @@ def plain_path(path: str) -> str:
 
 def header_bytes(scope: Scope) -> int:
     """How long a request's header is, about."""
-    return len(scope["raw_path"]) + sum(len(name) + len(value) + 4 for name, value in scope["headers"])
+    line = len(scope["method"]) + len(scope["raw_path"]) + len(scope["query_string"])
+    return line + sum(len(name) + len(value) + 4 for name, value in scope["headers"])
 
 
 class Plain:

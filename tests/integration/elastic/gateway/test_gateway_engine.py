@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import socket
 import threading
 import time
@@ -295,6 +296,12 @@ def test_more_requests_than_the_gateway_takes(cluster: GatewayCluster) -> None:
             client.completions.create(model=MODEL, prompt="x", n=3)
         engine.pause_after = None
         assert [reader.join().text for reader in readers] == [TEXT] * 2
+        told = httpx.get(f"{gateway.url}/metrics", timeout=20).text
+        ends = {
+            reason: float(re.search(rf'requests_finished_total{{reason="{reason}"}} (\S+)', told)[1])
+            for reason in ("stop", "length", "abort", "error")
+        }
+        assert ends == {"stop": 2, "length": 0, "abort": 0, "error": 0}  # what was refused has not begun
 
 
 def test_many_streams_at_once(cluster: GatewayCluster, client: OpenAI) -> None:

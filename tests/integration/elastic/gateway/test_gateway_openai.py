@@ -106,12 +106,15 @@ def test_completion_stream(client: OpenAI) -> None:
     assert chunks[-1].usage.completion_tokens > 10
 
 
-def test_a_stream_to_a_client_of_http_1_0_has_no_chunks(gateway: RunningGateway, engine: ScriptedEngine) -> None:
-    """It ends with the connection. What is written past h11 has to be framed as h11 frames the rest."""
+@pytest.mark.parametrize("version", [b"1.0", b"0.9"])
+def test_a_stream_to_an_old_client_has_no_chunks(
+    gateway: RunningGateway, engine: ScriptedEngine, version: bytes
+) -> None:
+    """It ends with the connection, whichever way its parts go."""
     body = json.dumps({"model": MODEL, "prompt": "x", "max_tokens": 60, "stream": True}).encode()
     host, port = gateway.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=30) as client:
-        client.sendall(b"POST /v1/completions HTTP/1.0\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        client.sendall(b"POST /v1/completions HTTP/%b\r\nContent-Length: %d\r\n\r\n%b" % (version, len(body), body))
         head, _, rest = b"".join(iter(partial(client.recv, 65536), b"")).partition(b"\r\n\r\n")
     assert b"transfer-encoding" not in head.lower()
     events = [line.removeprefix("data: ") for line in rest.decode().split("\n\n") if line]

@@ -163,6 +163,14 @@ def test_a_header_that_is_too_long_is_told_so(pieces: int) -> None:
         assert port.app.asked == 0
 
 
+@pytest.mark.parametrize("line", ["GET /now?%s", "GET /%s", "%s /now"])
+def test_a_first_line_that_is_too_long_is_told_so(line: str) -> None:
+    with serving() as port, closing(port.connect()) as client:
+        client.sendall(f"{line % ('x' * 40_000)} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode())
+        assert all_of(client).startswith(b"HTTP/1.1 431 ")
+        assert port.app.asked == 0
+
+
 @pytest.mark.parametrize("target", ["/now/", "http://proxied.example/now", "HTTPS://proxied.example:8443/now//"])
 def test_a_target_in_another_form_is_for_the_same(target: str) -> None:
     with serving() as port, closing(port.connect()) as client:

@@ -101,13 +101,18 @@ def test_a_taker_gets_what_the_reader_waits_for_and_the_reader_the_rest_in_order
     asyncio.run(asked())
 
 
-def test_what_a_taker_raises_ends_its_own_response_only() -> None:
+@pytest.mark.parametrize("stops", [False, True])
+def test_what_a_taker_raises_ends_its_own_response_only(stops: bool) -> None:
+    """Also after it stopped the last request, with which the reader would end as if all were well."""
+
     async def asked() -> None:
         link = EngineLink("g")
         link._attach(7)
         with link.generation([msgspec.structs.replace(request("a"), max_tokens=9)]) as generation:
 
             def taker(position: int, delta: Delta) -> bool:
+                if stops:
+                    generation.stop(position)
                 raise ValueError("a bug")
 
             generation.taker = taker
