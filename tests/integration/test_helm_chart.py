@@ -19,6 +19,7 @@ import yaml
 
 from tests.support.chart import CHART, KUBERNETES, helm, manifests, notes, render, shipped, template
 from tests.support.other_user import NEEDS_ROOT, run_as
+from workers.ipc.cpu_priority import CORES
 
 pytestmark = pytest.mark.integration
 
@@ -51,6 +52,14 @@ def test_what_an_older_charts_values_lack_gives_no_flag_without_a_value(mode: tu
     assert [each for each in flags if re.search(r'=(0s?)?",?$|<nil>|%!', each)] == []
 
 
+def test_the_one_pod_waits_for_etcd_also_after_an_upgrade_from_values_without_that() -> None:
+    """Of itself `elastic serve` tries once."""
+    endpoint = "etcd.endpoints={http://etcd:2379}"
+    for settings, wait in (((), "120s"), (("etcd.waitSeconds=null",), "120s"), (("etcd.waitSeconds=0",), "0s")):
+        assert f"--etcd-wait={wait}" in arguments_of(render(endpoint, *settings)), settings
+    assert not re.search(r"\n[ ]*\n +- --", template(endpoint, "etcd.waitSeconds=null").stdout)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -81,6 +90,11 @@ def test_the_values_to_try_it_with_are_one_pod_and_complete() -> None:
     for manifest in made.values():
         kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
     assert {"--ranks=4", "--stop-grace=15s"} <= {*arguments_of(made)}
+    container = made["StatefulSet"]["spec"]["template"]["spec"]["containers"][0]
+    [cores] = [each["valueFrom"]["resourceFieldRef"]["resource"] for each in container["env"] if each["name"] == CORES]
+    which, resource = cores.split(".")
+    assert container["resources"][which][resource] == "2", "its ranks use both cores of the machine that it is for"
+    assert container["resources"]["requests"]["cpu"] == "1", "Kubernetes itself asks for some of them, too"
 
 
 def test_values_reach_the_command_line() -> None:

@@ -158,7 +158,9 @@ def test_values_reach_their_roles(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (given["engine"]["log_keep"], given["controller"]["log_keep"]) == (1, 1)
 
 
-@pytest.mark.parametrize(("settings", "wait_s"), [((), 120.0), (("etcd.waitSeconds=0",), 0.0)])
+@pytest.mark.parametrize(
+    ("settings", "wait_s"), [((), 120.0), (("etcd.waitSeconds=0",), 0.0), (("etcd.waitSeconds=null",), 120.0)]
+)
 def test_every_role_waits_for_an_etcd_that_comes_later(
     settings: tuple[str, ...], wait_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +187,34 @@ def test_what_is_extra_is_in_every_pod_that_runs_a_role() -> None:
         kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
     more = ("extraObjects[0].apiVersion=v1", "extraObjects[0].kind=ConfigMap", "extraObjects[0].metadata.name=mine")
     assert render(*more)["ConfigMap"]["metadata"] == {"name": "mine"}
+
+
+MINE = {
+    "ConfigMap": "extraVolumes[0].configMap.name=mine",
+    "Secret": "extraEnv[0].valueFrom.secretKeyRef.name=mine",
+    "PersistentVolumeClaim": "extraVolumes[0].persistentVolumeClaim.claimName=mine",
+    "ServiceAccount": "serviceAccount.create=false,serviceAccount.name=mine",
+}
+UNNEEDED = (
+    "extraVolumes[0].name=mine",
+    "extraVolumes[0].configMap.name=mine",
+    "extraVolumes[0].configMap.optional=true",
+)
+
+
+@pytest.mark.parametrize(("kind", "needing"), MINE.items(), ids=[*MINE])
+def test_what_pods_need_of_your_objects_is_there_before_the_init_job_or_refused(kind: str, needing: str) -> None:
+    """Helm waits for its hooks before it makes the rest: the first install would end with Helm's timeout."""
+    own = ("extraObjects[0].apiVersion=v1", f"extraObjects[0].kind={kind}", "extraObjects[0].metadata.name=mine")
+    named = ("extraVolumes[0].name=v",) if "extraVolumes" in needing else ("extraEnv[0].name=A",)
+    many = ("mode=many", "etcd.endpoints={http://etcd:2379}")
+    refused = template(*many, *own, *named, needing)
+    assert refused.returncode != 0
+    assert f"extraObjects[0]: the init Job needs the {kind} mine before Helm makes it" in refused.stderr
+    hook = "extraObjects[0].metadata.annotations.helm\\.sh/hook=pre-install\\,pre-upgrade\\,pre-rollback"
+    for fits in ((*many, *own, *named, needing, hook), (*many, *own, *UNNEEDED), (*own, *named, needing)):
+        outcome = template(*fits)
+        assert outcome.returncode == 0, outcome.stderr
 
 
 @pytest.mark.parametrize(
@@ -259,7 +289,7 @@ def test_there_is_at_most_one_autoscaler(kind: str, made: str | None, tmp_path: 
     """Of the pods of agents; it asks for a metric that there is, and another mode has none."""
     settings = (
         f"autoscaling.kind={kind}", "autoscaling.prometheus=http://p:9090", "autoscaling.requestsWaiting=7",
-        "autoscaling.requestsRunning=16",
+        "autoscaling.kvUsage=80", "autoscaling.requestsRunning=16",
     )  # fmt: skip
     manifests = render_many("agents.replicas=null", *settings)
     found = [each for (name, _), each in manifests.items() if name in ("HorizontalPodAutoscaler", "ScaledObject")]
@@ -294,11 +324,17 @@ def test_there_is_at_most_one_autoscaler(kind: str, made: str | None, tmp_path: 
 @pytest.mark.parametrize(("kind", "where"), [("hpa", "metrics"), ("keda", "triggers")])
 def test_what_an_autoscaler_asks_for_may_be_less_or_more(kind: str, where: str) -> None:
     settings = ("agents.replicas=null", f"autoscaling.kind={kind}", "autoscaling.prometheus=http://p:9090")
-    found = render_many(*settings, "autoscaling.kvUsage=null", "autoscaling.more[0].type=cron")
-    [scaler] = [each for (name, _), each in found.items() if name in ("HorizontalPodAutoscaler", "ScaledObject")]
-    first, mine = scaler["spec"][where]
-    assert "elastic_ep_requests_waiting" in str(first)
-    assert mine == {"type": "cron"}
+
+    def asked(*more: str) -> list[Any]:
+        found = render_many(*settings, *more)
+        [scaler] = [each for (name, _), each in found.items() if name in ("HorizontalPodAutoscaler", "ScaledObject")]
+        metrics: list[Any] = scaler["spec"][where]
+        return metrics
+
+    [only] = asked()
+    assert "elastic_ep_requests_waiting" in str(only), "an adapter that does not offer another one would keep all pods"
+    assert asked("autoscaling.more[0].type=cron") == [only, {"type": "cron"}]
+    assert "elastic_ep_kv_usage_ratio" in str(asked("autoscaling.kvUsage=80")[1])
 
 
 def test_null_is_the_default_or_refused_by_name() -> None:

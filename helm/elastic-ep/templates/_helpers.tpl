@@ -116,3 +116,35 @@ app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end -}}
 {{- end -}}
 {{- end -}}
+
+{{/* The objects without which Kubernetes does not start a container of this pod, a line each, as `|ConfigMap/name|`. From
+     any part of its spec, by the fields that Kubernetes has for them wherever they are. */}}
+{{- define "elastic-ep.needed" -}}
+{{- if kindIs "map" . -}}
+{{- range $field, $kind := dict "configMap" "ConfigMap" "configMapKeyRef" "ConfigMap" "configMapRef" "ConfigMap" "secret" "Secret" "secretKeyRef" "Secret" "secretRef" "Secret" "persistentVolumeClaim" "PersistentVolumeClaim" -}}
+{{- $given := index $ $field -}}
+{{- if kindIs "map" $given -}}
+{{- if not $given.optional }}
+|{{ $kind }}/{{ coalesce $given.name $given.secretName $given.claimName }}|
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- with .serviceAccountName }}
+|ServiceAccount/{{ . }}|
+{{- end -}}
+{{- range . }}{{ include "elastic-ep.needed" . }}{{ end -}}
+{{- else if kindIs "slice" . -}}
+{{- range . }}{{ include "elastic-ep.needed" . }}{{ end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Helm makes what is no hook once the init Job has ended, which would wait for it until Helm's timeout. */}}
+{{- define "elastic-ep.validateMadeBefore" -}}
+{{- range $n, $object := .objects -}}
+{{- $metadata := $object.metadata | default dict -}}
+{{- $hook := index ($metadata.annotations | default dict) "helm.sh/hook" | default "" -}}
+{{- if and (contains (printf "|%s/%s|" $object.kind $metadata.name) $.needed) (not (contains "pre-install" $hook)) -}}
+{{- fail (printf "extraObjects[%d]: the init Job needs the %s %s before Helm makes it, and would wait for ever: make it yourself, or give it the annotations helm.sh/hook: pre-install,pre-upgrade,pre-rollback and helm.sh/hook-weight: \"-2\" (Helm then makes it anew each time, so no PersistentVolumeClaim)" $n $object.kind $metadata.name) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}

@@ -23,11 +23,11 @@ imagePullPolicy: {{ .Values.image.pullPolicy }}
 {{- end }}
 {{- end -}}
 
-{{/* A pod may start before etcd, and its name is not known at once. */}}
+{{/* A pod may start before etcd, and its name is not known at once. The one flag that is never left to the command line,
+     where a missing one means one try (`elastic serve`) or 30 s (roles). Zero is a number, which `default` would not see. */}}
 {{- define "elastic-ep.etcdWaitArgs" -}}
-{{- if not (kindIs "invalid" .Values.etcd.waitSeconds) }}
-- --etcd-wait={{ int .Values.etcd.waitSeconds }}s
-{{- end }}
+{{- $wait := .Values.etcd.waitSeconds -}}
+- --etcd-wait={{ ternary 120 $wait (kindIs "invalid" $wait) | int }}s
 {{- end -}}
 
 {{- define "elastic-ep.listenArgs" -}}

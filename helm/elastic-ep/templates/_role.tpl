@@ -102,10 +102,7 @@ spec:
     - name: {{ .role }}
       {{- include "elastic-ep.image" .root | nindent 6 }}
       command: {{ toJson .command }}
-      {{- $wait := include "elastic-ep.etcdWaitArgs" .root | trim }}
-      {{- with concat ($wait | fromYamlArray) (.args | default list) }}
-      args: {{- toYaml . | nindent 8 }}
-      {{- end }}
+      args: {{- concat (include "elastic-ep.etcdWaitArgs" .root | fromYamlArray) (.args | default list) | toYaml | nindent 8 }}
       env:
         {{- include "elastic-ep.roleEnv" .root | nindent 8 }}
         {{- if .shm }}{{ with include "elastic-ep.coresEnv" .resources | trim }}{{ nindent 8 . }}{{ end }}{{ end }}
