@@ -28,7 +28,7 @@ $(VENV)/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python >= 3.11 is needed: make setup PYTHON=python3.11" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --no-compile "$(TORCH)" --editable '.[embedded,chaos,dev]' 2> $(VENV)/pip.err || { cat $(VENV)/pip.err >&2; exit 1; }
-	@$(BIN)/python -c '$(LARGEST), openai, hypothesis'  # a fifth of what was installed is ever imported: that is compiled here, and once
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -c '$(LARGEST), openai, hypothesis'  # a fifth of what was installed is ever imported: that is compiled here, and once
 	@touch $@
 
 $(CACHE)/helm:
@@ -115,7 +115,7 @@ $(ELSEWHERE): $(VENV)/.ready
 		&& { $(BIN)/python -m build --wheel --outdir "$$elsewhere" "$$elsewhere/source" > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log >&2; exit 1; }; } \
 		&& $(PYTHON) -m venv "$$elsewhere/empty" \
 		&& "$$elsewhere/empty/bin/python" -m pip install --quiet --no-compile "$(TORCH)" "$$(echo "$$elsewhere"/*.whl)[embedded]" \
-		&& "$$elsewhere/empty/bin/python" -c '$(LARGEST)' \
+		&& PYTHONDONTWRITEBYTECODE= "$$elsewhere/empty/bin/python" -c '$(LARGEST)' \
 		&& echo "$$elsewhere" > $@
 
 release: setup $(CACHE)/helm  ## wheel, sdist, chart and their checksums, in dist/

@@ -1,5 +1,6 @@
 """The chart's `mode: many` as processes in the shape of its pods, each with a network of its own: it serves, and
-while streams run every pod is replaced, as an upgrade with other values does it, by what the probes say.
+while streams run every pod is replaced, as an upgrade with other values does it, by what the probes say, and again as
+the rollback does it.
 
 What Kubernetes itself does is not tried here (docs/KUBERNETES.md).
 """
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -50,6 +52,7 @@ class Pods:
         )  # fmt: skip
         self.manifests = render_many(*self._settings, release="moe")
         self._secret: str = self.manifests["Secret", "join"]["stringData"]["join-secret"]
+        self._before = self.manifests  # of the revision before
         self._made = 0
         self.running: dict[str, Pod] = {}
         self._gateway = "gateway-0"  # behind the Service
@@ -85,22 +88,36 @@ class Pods:
         del self.running["init-0"]
 
     def upgrade(self, *settings: str) -> None:
-        """What `helm upgrade` does with these values: the Job, then each workload's own rolling update."""
-        self.manifests = render_many(*self._settings, *settings, release="moe")
+        """What `helm upgrade` does with these values."""
+        self._roll(render_many(*self._settings, *settings, release="moe"))
+
+    def roll_back(self) -> None:
+        """What `helm rollback` does: the revision before, as it was rendered then."""
+        self._roll(self._before)
+
+    def _roll(self, manifests: dict[tuple[str, str], dict[str, Any]]) -> None:
+        """The Job, then each workload's own rolling update."""
+        self._before, self.manifests = self.manifests, manifests
         self.initialise()
         for host in ("agents-1", "agents-0"):
             self.replace(host)
-        for role in ("controller", "engine", "gateway"):
-            self._surge(role)
+        self._surge("controller", "engine", "gateway")
 
-    def _surge(self, role: str) -> None:
-        """As a Deployment: the new one first. A Service sends nobody to the old one before that is told to end."""
-        old, new = f"{role}-0", f"{role}-1"
-        self.start(new)
-        self.until_ready(new)
-        if role == "gateway":
-            self._gateway = new
-        self.stop(old)
+    def _surge(self, *roles: str) -> None:
+        """As Deployments, side by side: the new ones first. A Service sends nobody to a gateway that is told to end."""
+        old = [host for host in self.running if host.rpartition("-")[0] in roles]
+        new = [f"{role}-{1 - int(number)}" for role, _, number in (host.rpartition("-") for host in old)]
+        for host in new:
+            self.start(host)
+        self.until_ready(*new)
+        [self._gateway] = [host for host in new if host.startswith("gateway-")]
+        for host in old:
+            self.stop(host)
+
+    def arguments(self, role: str) -> list[str]:
+        """Those with which its pod runs."""
+        [pod] = [pod for host, pod in self.running.items() if host.rpartition("-")[0] == role]
+        return list(pod.container["args"])
 
     def until_ready(self, *hosts: str) -> None:
         for host in hosts:
@@ -201,9 +218,15 @@ def test_pods_of_each_role_serve_and_each_may_be_replaced_under_load(pods: Pods)
         streams.go_on()
         a_rank_dies_and_each_role_says_what_it_knows_of_it(pods)
         eventually(lambda: sum(pods.serving().values()) == 2, READY_S, "its successor to serve", POLL_S)
-        before = {*pods.running.values()}
+        first, before = pods.running.copy(), pods.arguments("gateway")
         pods.upgrade("engine.extraArgs={--log-keep=1}", "gateway.extraArgs={--access-log}", "podAnnotations.now=other")
-        assert not before & {*pods.running.values()}, "every pod is another one"
+        upgraded = pods.running.copy()
+        assert not {*first.values()} & {*upgraded.values()}, "every pod is another one"
+        assert pods.arguments("gateway") == [*before, "--access-log"]
         assert pods.serving() == {"moe-agents-0": 1, "moe-agents-1": 1}, "as soon as they say that they are ready"
+        pods.roll_back()
+        assert not {*upgraded.values()} & {*pods.running.values()}, "and another one again"
+        assert pods.arguments("gateway") == before
+        assert pods.serving() == {"moe-agents-0": 1, "moe-agents-1": 1}
         streams.go_on()
     assert streams.failed == []
