@@ -139,9 +139,10 @@ class Runner:
         self._rank = rank
         self.batch: StepBatch | None = None
 
-    def run(self, chunks: list[SeqChunk]) -> list[SampledToken]:
+    def run(self, chunks: list[SeqChunk], *, together: bool = False) -> list[SampledToken]:
         """The sampled tokens. Raises CoverageLost where an expert has no holder: the commit gate."""
         try:
+            require(not together, "a step over GPUs, of which there are none here")
             return self._run(chunks)
         except Violation as violation:  # the caller takes any error for the model's
             self._rank.cluster.report(violation)
