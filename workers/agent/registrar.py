@@ -2,8 +2,8 @@
 
 Level-triggered: the agent says what should be there; one thread compares that with what it has written, and renews the
 leases. So an outage needs no special case: what could not be written is written after it, under new leases if the old
-ones have expired. The agent itself never waits for the store. A record is written only over what we know to stand
-there: a write whose answer did not come may take effect after newer ones (`membership/store/ordered.py`), and must not
+ones have expired. The agent itself never waits for the store. A key is changed only if what stands there is what we
+know: a write whose answer did not come may take effect after newer ones (`membership/store/ordered.py`), and must not
 undo them.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,11 +19,12 @@ import structlog
 
 from membership.base import failpoints
 from membership.base.attempts import Attempts
-from membership.base.errors import LeaseLost, StoreError, StoreReplaced, StoreUnavailable, WaitTimeout
+from membership.base.errors import LeaseLost, SchemaError, StoreError, StoreReplaced, StoreUnavailable, WaitTimeout
 from membership.base.rank_id import RankId
 from membership.store.codec import decode, encode
-from membership.store.interface import Compare, Delete, Get, Op, Put, Store
+from membership.store.interface import Compare, Delete, Get, KeyValue, Put, Store
 from membership.store.keys import Keys
+from membership.store.ordered import ATTEMPTS
 from membership.store.records import AgentRecord, Assignment, RankExit, Record
 
 RETRY_S = 0.25
@@ -43,7 +44,6 @@ class _Entry:
     value: bytes | None
     renewing: bool = True
     written: bytes | None = None  # None: unknown, or nothing
-    revision: int = 0  # of the key, as far as we know; 0: it is not there
     lease: int = 0
     renew_at: float = 0.0
 
@@ -75,6 +75,7 @@ class Registrar:
         self._changed = threading.Condition()
         self._entries: dict[str, _Entry] = {}
         self._exits: dict[str, bytes] = {}
+        self._revisions: dict[str, int] = {}  # of keys, as far as we know; what is not in it is not there
         self._notes: dict[str, tuple[str, bytes]] = {}
         self._dirty = False
         self._closing = False
@@ -236,13 +237,13 @@ class Registrar:
         """
         with self._changed:
             exits = dict(self._exits)
-        operations: list[Op] = [Delete(key) for key, _ in going]
+        operations: list[Put | Delete] = [Delete(key) for key, _ in going]
         operations += [Put(key, value) for key, value in exits.items()]
         slots = sorted({self._slot(op) for op in operations})
         for start in range(0, len(slots), MOST_SLOTS):
             some = set(slots[start : start + MOST_SLOTS])
             failpoints.hit("agent.before.withdraw")
-            self._store.txn((), [op for op in operations if self._slot(op) in some])
+            self._end([op for op in operations if self._slot(op) in some])
         with self._changed:
             for key, value in exits.items():
                 if self._exits.get(key) == value:
@@ -254,7 +255,38 @@ class Registrar:
             if entry.lease:
                 self._store.revoke(entry.lease)
 
-    def _slot(self, op: Op) -> str:
+    def _end(self, together: list[Put | Delete]) -> None:
+        """Do these in one transaction, but leave a later rank's exit: its host may have been quicker than we."""
+        for _ in range(ATTEMPTS):
+            found = self._change(together) if together else None
+            if found is None:
+                return
+            together = [op for op in together if isinstance(op, Delete) or not _later(found[op.key], op.value)]
+        raise StoreUnavailable(
+            f"{', '.join(op.key for op in together)}: changed {ATTEMPTS} times while we wrote: others write there, too"
+        )
+
+    def _change(self, together: Sequence[Put | Delete]) -> dict[str, KeyValue | None] | None:
+        """Do these over what we know, and return None. If a key is not as we knew it, none is done: what there is."""
+        known = [Compare(op.key, "mod", "=", self._revisions.get(op.key, 0)) for op in together]
+        outcome = self._store.txn(known, together, [Get(op.key) for op in together])
+        if outcome.succeeded:
+            for op in together:
+                self._know(op.key, outcome.revision if isinstance(op, Put) else 0)
+            return None
+        found: dict[str, KeyValue | None] = {}
+        for op, there in zip(together, outcome.responses, strict=True):
+            found[op.key] = kv = there[0] if isinstance(there, tuple) and there else None
+            self._know(op.key, kv.mod_revision if kv is not None else 0)
+        return found
+
+    def _know(self, key: str, revision: int) -> None:
+        if revision:
+            self._revisions[key] = revision
+        else:
+            self._revisions.pop(key, None)
+
+    def _slot(self, op: Put | Delete) -> str:
         """The rank slot that a record, or an exit, is of."""
         return op.key.removeprefix(self._keys.prefix).split("/")[1]
 
@@ -305,16 +337,11 @@ class Registrar:
 
     def _put(self, together: list[_Wanted]) -> bool:
         """Write them over what we know of. If one is not as we knew it, none is written, and we know it then."""
-        known = [Compare(key, "mod", "=", entry.revision) for key, entry, _ in together]
-        puts = [Put(key, value, entry.lease) for key, entry, value in together]
-        outcome = self._store.txn(known, puts, [Get(key) for key, _, _ in together])
-        if outcome.succeeded:
-            for _, entry, value in together:
-                entry.written, entry.revision = value, outcome.revision
-            return True
-        for (_, entry, _), found in zip(together, outcome.responses, strict=True):
-            entry.revision = found[0].mod_revision if isinstance(found, tuple) and found else 0
-        return False
+        if self._change([Put(key, value, entry.lease) for key, entry, value in together]) is not None:
+            return False
+        for _, entry, value in together:
+            entry.written = value
+        return True
 
     def _write_note(self, key: str, beside: _Entry | None, value: bytes) -> None:
         if beside is None or not beside.lease:
@@ -329,6 +356,15 @@ class Registrar:
         entry.lease, entry.written, entry.renew_at = 0, None, 0.0
         with self._changed:
             self._dirty = True
+
+
+def _later(found: KeyValue | None, ours: bytes) -> bool:
+    """Whether this exit is of a later rank of the slot than ours. What cannot be read is no exit."""
+    try:
+        return found is not None and decode(found.value, RankExit).incarnation > decode(ours, RankExit).incarnation
+    except SchemaError as error:
+        log.warning("unreadable_exit", error=str(error))
+        return False
 
 
 def _renewed_at(each: _Wanted) -> float:

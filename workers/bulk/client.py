@@ -2,7 +2,8 @@
 
 For one thread. A host is gone once its connection has ended: at once if its agent dies, and within REMOTE_SILENCE_S if
 its kernel says nothing more. Or if it says nothing for SILENT_S while it owes an answer, unless it said that the answer
-takes longer. Pieces are taken as ZeroMQ's own memory: they are copied once, to where they shall be.
+takes longer. A connection that ended while nothing was owed is no loss: ZeroMQ has made another, or tries to. Pieces
+are taken as ZeroMQ's own memory: they are copied once, to where they shall be.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class BulkLink:
         self.peer, self._silent_s = peer, silent_s
         self._numbers = count(1)
         self._arrived: dict[int, tuple[Said, Data]] = {}
+        self._owed: set[int] = set()  # questions whose answers are wanted
         self._forgotten: set[int] = set()
         self._patient_until = 0.0  # an answer was promised for then
         try:
@@ -66,13 +68,17 @@ class BulkLink:
 
     def ask(self, what: Find | Read | File) -> int:
         """Ask, and go on: the number of the question."""
+        if not self._owed:
+            self._pass_over_ends()
         number = next(self._numbers)
+        self._owed.add(number)
         self._dealer.send(msgspec.msgpack.encode(Asked(number, what)))
         return number
 
     def forget(self, number: int) -> None:
         """Its answer is not wanted any more."""
         if self._arrived.pop(number, None) is None:
+            self._owed.discard(number)
             self._forgotten.add(number)
 
     def find(self, names: list[str]) -> list[Place]:
@@ -86,6 +92,11 @@ class BulkLink:
     def take(self, number: int, waiting: Callable[[], object] = lambda: None) -> Data:
         """The bytes that were asked for. `waiting` is called now and then while they have been promised for later."""
         return self._wait(number, waiting)[1]
+
+    def _pass_over_ends(self) -> None:
+        """No question went down with these connections. If the host takes none, the next attempt will say so."""
+        while self._monitor.poll(0):
+            recv_monitor_message(self._monitor)
 
     def _wait(self, number: int, waiting: Callable[[], object] = lambda: None) -> tuple[Said, Data]:
         since = time.monotonic()
@@ -117,4 +128,5 @@ class BulkLink:
         elif said.number in self._forgotten:
             self._forgotten.discard(said.number)
         else:
+            self._owed.discard(said.number)
             self._arrived[said.number] = said, rest[0].buffer if rest else memoryview(b"")

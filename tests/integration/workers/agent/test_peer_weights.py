@@ -337,6 +337,38 @@ def test_a_host_whose_agent_has_ended_takes_no_connection(scene: Scene) -> None:
         link.find(scene.names[:1])
 
 
+def test_a_connection_that_ended_while_nothing_was_owed_is_no_loss(scene: Scene) -> None:
+    """A flap between two loads: ZeroMQ has another connection by the next question."""
+    scene.a.serve(scene.path)
+    context = scene.opened.enter_context(zmq.Context())
+    link = BulkLink(scene.a.peer, NETWORK, context)
+    scene.opened.callback(link.close)
+    before = link.find(scene.names[:1])
+    cut_connections_with(scene.a.peer)
+    assert link._monitor.poll(20_000), "ZeroMQ has not noticed"
+    assert link.find(scene.names[:1]) == before
+    link.forget(link.ask(Read(before[0].shard, 0, 1)))
+    cut_connections_with(scene.a.peer)
+    assert link._monitor.poll(20_000), "ZeroMQ has not noticed"
+    assert link.find(scene.names[:1]) == before, "an answer that nobody wants any more is not owed"
+
+
+def cut_connections_with(peer: Peer) -> None:
+    """End the connections that this process has made to that host, as a network would."""
+    port, ended = int(peer.endpoint.rpartition(":")[2]), 0
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            if not os.readlink(entry).startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(entry.name))) as connection:
+                if connection.family == socket.AF_INET and connection.getpeername()[1] == port:
+                    connection.shutdown(socket.SHUT_RDWR)
+                    ended += 1
+        except OSError:  # closed meanwhile, or it only listens
+            continue
+    assert ended, "there was no connection"
+
+
 def test_while_a_load_waits_for_a_host_other_ranks_of_its_own_wait_with_it(scene: Scene) -> None:
     """A rank that waits for another one's reading begins its own once that gives no sign of life."""
     scene.a.serve(scene.path)

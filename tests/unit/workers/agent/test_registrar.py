@@ -321,6 +321,74 @@ def test_a_late_record_of_one_rank_holds_up_no_other() -> None:
         assert registrar.settled
 
 
+def gone(incarnation: int) -> RankExit:
+    return RankExit(rank=0, incarnation=incarnation, reason=f"death of {incarnation}", at=1.0)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_an_exit_that_arrives_late_undoes_no_newer_one(first: bool) -> None:
+    """Exits have one key per slot: the death of a later rank stays known, whether the slot had one before or not."""
+    store = LateStore()
+    with closing(Registrar(store, KEYS, ttl_s=TTL_S, background=False)) as registrar:
+        if not first:
+            store.put(KEYS.exit(0), encode(gone(1)))  # another host's
+        registrar.publish(KEYS.rank(0, 10), record())
+        registrar.turn()
+        store.cut = True
+        registrar.withdraw(RankId(0, 10), gone(10))
+        assert not registrar.turn(), "no answer came"
+        store.cut = False
+        registrar.turn()
+        registrar.publish(KEYS.rank(0, 11), record())
+        registrar.withdraw(RankId(0, 11), gone(11))
+        registrar.turn()
+        store.arrive()
+        assert decode(found(store, KEYS.exit(0)).value, RankExit) == gone(11)
+        assert registrar.settled
+
+
+def test_an_exit_is_not_written_over_that_of_a_later_rank_of_another_host() -> None:
+    """That host may have been quicker to reach the store. Our record goes all the same."""
+    store = LateStore()
+    with closing(Registrar(store, KEYS, ttl_s=TTL_S, background=False)) as registrar:
+        publish(registrar, record())
+        registrar.turn()
+        store.put(KEYS.exit(0), encode(gone(2)))
+        registrar.withdraw(RankId(0, 1), gone(1))
+        registrar.turn()
+        assert decode(found(store, KEYS.exit(0)).value, RankExit) == gone(2)
+        assert stored(store) is None
+        assert registrar.settled
+        registrar.record_exit(gone(1))
+        registrar.turn()
+        assert registrar.settled, "there is nothing to write at all"
+
+
+def test_an_exit_is_written_over_what_is_none() -> None:
+    store = MemoryStore(lambda: 0.0)
+    store.put(KEYS.exit(0), b"{}")
+    with closing(Registrar(store, KEYS, ttl_s=TTL_S, background=False)) as registrar:
+        registrar.record_exit(gone(1))
+        registrar.turn()
+        assert decode(found(store, KEYS.exit(0)).value, RankExit) == gone(1)
+
+
+def test_a_record_that_is_there_again_is_not_taken_away_by_the_end_of_an_earlier_one() -> None:
+    """A start that is postponed and tried again has the same key."""
+    store = LateStore()
+    with closing(Registrar(store, KEYS, ttl_s=TTL_S, background=False)) as registrar:
+        publish(registrar, record(RankState.LOADING))
+        registrar.turn()
+        store.cut = True
+        registrar.withdraw(RankId(0, 1))
+        assert not registrar.turn(), "no answer came"
+        store.cut = False
+        registrar.turn()
+        assert stored(store) is None
+        publish(registrar, record(RankState.STANDBY))
+        stands(store, registrar, record(RankState.STANDBY))
+
+
 def found(store: MemoryStore, key: str) -> KeyValue:
     kv = store.get(key)
     assert kv is not None
