@@ -4,16 +4,21 @@ Of a plain bfloat16 matrix oneDNN makes such a copy at each call, which takes lo
 keeps packed ones, but in private memory. Its interface for compiled models, whose constants lie in one block, makes
 such a tensor over any memory: with that, a matrix is packed in place once per host. Whether all of it works is tried
 first; where it does not, matrices stay plain. Products have the same bits either way (`row_tiles.py` measures them).
+
+A packed matrix comes with oneDNN's own description of it, which it believes unseen: a wrong one reads memory that is
+not ours. So only that one is taken which this process makes for such a matrix itself (`layout`). It
+packs block by block of rows, so no second copy of a large matrix is made.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import structlog
 import torch
 from torch import Tensor, nn
@@ -22,6 +27,7 @@ from membership.base.errors import ModelError
 
 log = structlog.get_logger(__name__)
 _PACKED = cast("torch.layout", torch._mkldnn)  # type: ignore[attr-defined]
+_BLOCKS = (512, 256, 128, 64)  # rows of a block: the first one that divides a matrix's
 Pack = Callable[[Tensor], bytes]
 
 
@@ -30,8 +36,25 @@ def pack(matrix: Tensor) -> bytes:
     return _pack(matrix) if available() else b""
 
 
+def takes(dtype: torch.dtype, shape: tuple[int, ...], packing: bytes) -> bool:
+    """Whether this process has a use for matrices of that shape that are packed so, or plain."""
+    return not packing or (available() and dtype == torch.bfloat16 and layout(shape) == packing)
+
+
 def packed(room: Tensor, packing: bytes) -> Tensor:
-    """The packed matrix that is in `room`, a tensor of its plain shape."""
+    """The packed matrix that is in `room`, a tensor of its plain shape. ModelError: it is not packed as we do."""
+    if not (packing and takes(room.dtype, tuple(room.shape), packing)):
+        raise ModelError("these weights are packed for another torch or processor", hint="load them again")
+    return _packed(room, packing)
+
+
+def plain_blocks(room: Tensor) -> Iterator[Tensor]:
+    """The rows of the packed matrix that is in `room` as they were before, block after block."""
+    for block in torch.split(room, _block(len(room))):
+        yield plain(packed(block, layout(tuple(block.shape))))
+
+
+def _packed(room: Tensor, packing: bytes) -> Tensor:
     library, sizes = _library(), (ctypes.c_int64 * 2)
     made = ctypes.c_void_p()
     code = library.aoti_torch_create_tensor_from_blob_v2(
@@ -41,7 +64,8 @@ def packed(room: Tensor, packing: bytes) -> Tensor:
     )  # fmt: skip
     if code:
         raise ModelError("torch does not take these packed weights", hint="another version of it has packed them")
-    tensor: Any = torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(_capsule(made.value, None, None))
+    # Its sibling for one tensor takes no handle over, so that the tensor would never end.
+    (tensor,) = cast("Any", torch._C._aoti).alloc_tensors_by_stealing_from_void_ptrs([_capsule(made.value, None, None)])
     tensor.room = room  # which ends with it
     return cast("Tensor", tensor)
 
@@ -98,25 +122,54 @@ def use_packed(model: nn.Module) -> None:
 def available() -> bool:
     """Whether a product with a packed matrix in memory of ours has the bits of a plain one."""
     generator = torch.Generator().manual_seed(1)
-    matrix, rows = (torch.randn(n, 128, generator=generator).to(torch.bfloat16) for n in (256, 4))
+    matrix, rows = (torch.randn(n, 128, generator=generator).to(torch.bfloat16) for n in (3 * _BLOCKS[-1], 4))
     try:
         with torch.inference_mode():
             wanted, packing = torch.mm(rows, matrix.t()), _pack(matrix)
-            return bool(packing) and torch.equal(linear(rows, packed(matrix, packing)), wanted)
+            return bool(packing) and torch.equal(linear(rows, _packed(matrix, packing)), wanted)
     except (AttributeError, RuntimeError, OSError, ModelError) as error:  # another torch, or one without oneDNN
         log.info("weights_stay_plain", reason=str(error))
         return False
 
 
 def _pack(matrix: Tensor) -> bytes:
-    if matrix.dtype != torch.bfloat16 or matrix.dim() != 2 or not matrix.numel():
+    packing = layout(tuple(matrix.shape)) if matrix.dtype == torch.bfloat16 else b""
+    if packing:
+        for block in torch.split(matrix, _block(len(matrix))):
+            made = torch.ops.mkldnn._reorder_linear_weight(block, None)
+            ctypes.memmove(block.data_ptr(), torch.ops.mkldnn.data_ptr(made), block.nbytes)
+    return packing
+
+
+def _block(rows: int) -> int:
+    return next((block for block in _BLOCKS if rows % block == 0), 0)
+
+
+@cache
+def layout(shape: tuple[int, ...]) -> bytes:
+    """How oneDNN describes a packed bfloat16 matrix of that shape, all of whose blocks lie behind each other.
+
+    That of a block, with another number of rows: where nothing but this number differs between one block and two, no
+    element's place in its block depends on it. Empty: it would be padded or lie otherwise, so it stays plain.
+    """
+    if len(shape) != 2 or not all(shape) or not (block := _block(shape[0])):
         return b""
+    one, two = (_description(count * block, shape[1]) for count in (1, 2))
+    if not one or len(one) != len(two):
+        return b""
+    end = len(one) // 8 * 8
+    numbers, doubled = (np.frombuffer(each[:end], np.int64) for each in (one, two))
+    differ = numbers != doubled
+    if one[end:] != two[end:] or (numbers[differ] != block).any() or (doubled[differ] != 2 * block).any():
+        return b""
+    return np.where(differ, shape[0], numbers).tobytes() + one[end:]
+
+
+def _description(rows: int, columns: int) -> bytes:
     ops: Any = torch.ops.mkldnn
+    matrix = torch.zeros(rows, columns, dtype=torch.bfloat16)
     made = ops._reorder_linear_weight(matrix, None)
-    if ops._nbytes(made) != matrix.nbytes:  # it would be padded
-        return b""
-    ctypes.memmove(matrix.data_ptr(), ops.data_ptr(made), matrix.nbytes)
-    return bytes(ops._get_mkldnn_serialized_md(made).tolist())
+    return bytes(ops._get_mkldnn_serialized_md(made).tolist()) if ops._nbytes(made) == matrix.nbytes else b""
 
 
 @cache

@@ -2,9 +2,11 @@
 
 Nothing is used before it was compared. A shard's header, which is fetched first, has the checksum of each tensor, and
 these make the entry's digest: a host whose digest is not the one that the cluster serves is refused before a byte of it
-is fetched. Then each tensor's bytes are compared with its checksum as they arrive, straight in the host's store. A host
-that is silent, or whose bytes are wrong, is left out for the rest of the load, and the others are asked for what is
-missing: tensor by tensor, so that what is there stays. Some pieces are asked for ahead.
+is fetched, and so is one that packs otherwise than this host (`packing.py`). Then each tensor's bytes are compared with
+its checksum as they arrive, straight in the host's store; where they are packed they are unpacked once, block by block,
+as the digest is of plain bytes. A host that is silent, or whose bytes are wrong, is left out for the rest of the load,
+and the others are asked for what is missing: tensor by tensor, so that what is there stays, and each is packed or plain
+as who sent it has it. Some pieces are asked for ahead.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from membership.base.errors import ModelError
 from membership.base.network import Network
 from workers.bulk.client import SILENT_S, BulkLink, PeerLost
 from workers.model.checkpoint import memory_of
+from workers.model.packing import plain_blocks, takes
 from workers.model.shared_weights import (
     SUFFIX_BYTES,
     Entry,
@@ -109,6 +112,7 @@ class PeerWeights:
         self._holders: dict[str, list[_Holder]] = {}
         self._ahead: deque[_Piece] = deque()
         self._asked: dict[_Piece, tuple[_Host, int]] = {}
+        self._packing: dict[tuple[str, str], bytes] = {}  # of entry and slot, as it was sent
 
     def close(self) -> None:
         """Let go of all connections."""
@@ -209,6 +213,8 @@ class PeerWeights:
         digest = _noted(name)([at.part() for at in tensors.values()])
         if self._digests[name] not in (b"", digest):
             raise WeightsCorrupt(f"node {host.node} has another {name} than the cluster serves")
+        if not all(takes(at.kind, at.shape, at.packing) for at in tensors.values()):
+            raise WeightsCorrupt(f"node {host.node} has packed {name} for another torch or processor")
         for other in self._holders.get(name, []):
             if {key: at.part() for key, at in other.tensors.items()} != {key: at.part() for key, at in tensors.items()}:
                 raise WeightsCorrupt(f"node {host.node} has another {name} than node {other.host.node}")
@@ -230,7 +236,7 @@ class PeerWeights:
     def _entry(self, name: str) -> Entry:
         tensors = self._holder(name).tensors
         slots = [
-            Slot(key, at.kind, at.shape, partial(self._fill, name, key), lambda _, packing=at.packing: packing)  # type: ignore[misc]
+            Slot(key, at.kind, at.shape, partial(self._fill, name, key), partial(self._sent_as, name, key))
             for key, at in tensors.items()
         ]
         return Entry(name, slots, _noted(name))
@@ -252,10 +258,15 @@ class PeerWeights:
             except PeerLost as error:
                 self._leave_out(holder.host.link.peer, name, error)
                 continue
-            if checksum == holder.tensors[slot].checksum:
-                return holder.tensors[slot].content
+            at = holder.tensors[slot]
+            if checksum == at.checksum and (content := _content(at, room, checksum)) == at.content:
+                self._packing[name, slot] = at.packing
+                return content
             wrong = WeightsCorrupt(f"node {holder.host.node} sent {slot} of {name} with a wrong checksum")
             self._leave_out(holder.host.link.peer, name, wrong)
+
+    def _sent_as(self, name: str, slot: str, _: Tensor) -> bytes:
+        return self._packing.pop((name, slot))
 
     def _fetch(self, holder: _Holder, name: str, slot: str, memory: memoryview) -> int:
         checksum = 0
@@ -300,6 +311,16 @@ class PeerWeights:
         for host, number in self._asked.values():
             host.link.forget(number)
         self._asked.clear()
+
+
+def _content(at: StoredAt, room: Tensor, checksum: int) -> int:
+    """The checksum of a tensor's plain bytes, given that of its bytes."""
+    if not at.packing:
+        return checksum
+    content = 0
+    for block in plain_blocks(room):
+        content = zlib.crc32(memory_of(block), content)
+    return content
 
 
 def _noted(name: str) -> Callable[[Sequence[Part]], bytes]:

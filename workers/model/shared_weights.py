@@ -45,7 +45,8 @@ from workers.protocol.weight_client import BATCH, SEALS, Held, Shards, WeightCli
 from workers.protocol.weight_peers import Elsewhere, on_any_host
 
 ALIGN = 64
-LAYOUT = 3  # of entries; a rank with another one asks for other keys
+# Of entries; a rank with another one asks for other keys. What is packed is so for one torch and one kind of processor.
+LAYOUT = f"3-{torch.__version__}-{torch.backends.cpu.get_cpu_capability()}"
 SERVED = "served"  # an entry without tensors
 _SUFFIX = struct.Struct("<Q")
 SUFFIX_BYTES = _SUFFIX.size
@@ -403,12 +404,15 @@ def compare(pages: Any, held: Held) -> None:
 
 
 def entries_of(pages: Any, held: Held) -> dict[str, Mapped]:
-    """The entries of a mapped shard."""
+    """The entries of a mapped shard. WeightsCorrupt: one is packed as this process does not pack."""
     header = _header(_bytes(pages), held)
     made = {name: Mapped({}, note) for name, note in header.notes.items()}
     for place in header.places:
         room = _tensor(pages, place.kind, place.shape, place.offset)
-        made[place.entry].tensors[place.name] = packed(room, place.packing) if place.packing else room
+        try:
+            made[place.entry].tensors[place.name] = packed(room, place.packing) if place.packing else room
+        except ModelError as error:
+            raise WeightsCorrupt(f"{place.entry}: {error}") from error
     return made
 
 

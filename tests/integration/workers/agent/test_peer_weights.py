@@ -17,6 +17,7 @@ import msgspec
 import pytest
 import torch
 import zmq
+from torch import Tensor
 
 from membership.base.errors import ConfigError, ModelError, QueueError
 from membership.base.network import Ports
@@ -30,11 +31,15 @@ from workers.agent.weight_store import WeightStore
 from workers.bulk.client import BulkLink, PeerLost
 from workers.bulk.model_files import keep_files, model_directory
 from workers.bulk.server import BulkServer
+from workers.model import peer_weights
 from workers.model.content import small_files
+from workers.model.cpu import backend as cpu_backend
 from workers.model.expert_source import ExpertWeights
 from workers.model.load import LoadedModel, load_model
+from workers.model.packing import available, is_packed, pack, stays_plain
+from workers.model.packing import plain as unpacked
 from workers.model.peer_weights import OtherHosts
-from workers.model.shared_weights import LAYOUT
+from workers.model.shared_weights import LAYOUT, WeightsCorrupt, header_of
 from workers.model.weight_digests import table
 from workers.protocol.load_progress import LoadProgress, seen
 from workers.protocol.weight_client import WeightClient
@@ -102,16 +107,22 @@ def everything(loaded: LoadedModel) -> Loaded:
 def same(one: Loaded, other: Loaded) -> bool:
     pairs = [(one[key], other[key]) for key in one]
     return one.keys() == other.keys() and all(
-        torch.equal(a.gate_up, b.gate_up) and torch.equal(a.down, b.down) and a.digest == b.digest for a, b in pairs
+        equal(a.gate_up, b.gate_up) and equal(a.down, b.down) and a.digest == b.digest for a, b in pairs
     )
+
+
+def equal(one: Tensor, other: Tensor) -> bool:
+    """Two operands of products, whether packed or not."""
+    first, second = (unpacked(each) if is_packed(each) else each.t() for each in (one, other))
+    return torch.equal(first, second)
 
 
 class Scene:
     """Host `a` has the checkpoint and has loaded all of it; `b` has its config only."""
 
-    def __init__(self, root: Path, opened: ExitStack) -> None:
-        self.opened = opened
-        self.path = write_checkpoint(root / "model", "mixtral", intermediate_size=96)
+    def __init__(self, root: Path, opened: ExitStack, dtype: str = "float32", *, intermediate_size: int = 96) -> None:
+        self.opened, self.dtype = opened, dtype
+        self.path = write_checkpoint(root / "model", "mixtral", dtype, intermediate_size=intermediate_size)
         self.bare = root / "bare"
         self.bare.mkdir()
         shutil.copy(self.path / "config.json", self.bare)
@@ -133,7 +144,8 @@ class Scene:
     @property
     def names(self) -> list[str]:
         return [
-            f"torch.float32/layout{LAYOUT}/{name}" for name in (DENSE, *(expert_name(*key) for key in self.experts))
+            f"torch.{self.dtype}/layout{LAYOUT}/{name}"
+            for name in (DENSE, *(expert_name(*key) for key in self.experts))
         ]
 
     def join(self, *peers: Peer, served: Checkpoint | None = None) -> tuple[LoadedModel, Loaded]:
@@ -151,7 +163,8 @@ class Scene:
         assert loaded.dense_digest == self.loaded.dense_digest
         assert loaded.checkpoint.bytes_read == 0
         theirs = loaded.model.state_dict()
-        assert all(torch.equal(tensor, theirs[name]) for name, tensor in self.loaded.model.state_dict().items())
+        ours = self.loaded.model.state_dict()
+        assert all(torch.equal(unpacked(tensor), unpacked(theirs[name])) for name, tensor in ours.items())
 
 
 @pytest.fixture
@@ -216,6 +229,84 @@ def test_what_one_host_damages_another_one_gives(scene: Scene) -> None:
     scene.require_same(scene.join(bad, scene.a.peer))
     assert good.sent > 0
     assert {node for node, _ in scene.b.left_out()} == {"bad"}
+
+
+class Packing(Scene):
+    """Of a model whose matrices are packed."""
+
+    def __init__(self, root: Path, opened: ExitStack) -> None:
+        super().__init__(root, opened, "bfloat16", intermediate_size=128)
+
+    def has(self, node: str, monkeypatch: pytest.MonkeyPatch, pack: Callable[[Tensor], bytes]) -> Host:
+        """Another host that has loaded all, and packs like that."""
+        made = self.host(node)
+        with monkeypatch.context() as patched:
+            patched.setattr(cpu_backend, "pack", pack)
+            loaded = made.load(self.path)
+            everything(loaded)
+            loaded.checkpoint.close()
+        return made
+
+
+@pytest.fixture
+def packing(tmp_path: Path) -> Iterator[Packing]:
+    if not available():
+        pytest.skip("this torch, or this processor, packs nothing")
+    with ExitStack() as opened:
+        yield Packing(tmp_path, opened)
+
+
+def test_packed_weights_of_one_host_and_plain_ones_of_another_are_the_same_to_who_takes_them(
+    packing: Packing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one has told how its entries are packed, and is lost before it has sent one."""
+    packing.a.serve(packing.path).change = only_headers
+    plain_host = packing.has("plain", monkeypatch, stays_plain)
+    plain_host.serve(packing.path)
+    loaded, experts = packing.join(packing.a.peer, plain_host.peer)
+    assert {node for node, _ in packing.b.left_out()} == {"a"}
+    assert not any(is_packed(weights.gate_up) for weights in experts.values())
+    packing.require_same((loaded, experts))
+
+
+def only_headers(data: bytes) -> bytes:
+    """What a host sends that is lost before its first tensor."""
+    try:
+        header_of(memoryview(data))
+    except WeightsCorrupt as error:
+        raise QueueError("no more of it") from error
+    return data
+
+
+def off_by_a_bit(matrix: Tensor) -> bytes:
+    """An error between what was read, whose digest is the cluster's, and what is kept, whose checksum is right."""
+    if pack(matrix.clone()):
+        matrix.view(torch.int16)[0, 0] ^= 1
+    return pack(matrix)
+
+
+def test_packed_weights_are_compared_with_what_the_cluster_serves_and_not_with_what_their_sender_says(
+    packing: Packing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = packing.has("wrong", monkeypatch, off_by_a_bit)
+    wrong.serve(packing.path)
+    with pytest.raises(ModelError, match=r"node wrong sent .* with a wrong checksum"):
+        packing.join(wrong.peer)
+    packing.a.serve(packing.path)
+    packing.require_same(packing.join(wrong.peer, packing.a.peer))
+
+
+def test_a_host_that_packs_for_another_processor_is_left_out_before_it_sends_any(
+    packing: Packing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(peer_weights, "takes", lambda _kind, _shape, how: not how)
+        packing.a.serve(packing.path)
+        with pytest.raises(ModelError, match="node a has packed dense for another torch or processor"):
+            packing.join(packing.a.peer)
+        plain_host = packing.has("plain", monkeypatch, stays_plain)
+        plain_host.serve(packing.path)
+        packing.require_same(packing.join(packing.a.peer, plain_host.peer))
 
 
 def replace_node(peer: Peer, node: str) -> Peer:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import os
+import weakref
 from typing import Any
 
 import pytest
@@ -11,7 +14,17 @@ from torch import Tensor, nn
 
 from workers.model import packing
 from workers.model.packing import available, is_packed, linear, pack, packed, plain, product, repacked, use_packed
-from workers.model.shared_weights import Entry, Slot, copied, entries_of, map_shard, write_shard
+from workers.model.shared_weights import (
+    LAYOUT,
+    Entry,
+    Mapped,
+    Slot,
+    WeightsCorrupt,
+    copied,
+    entries_of,
+    map_shard,
+    write_shard,
+)
 from workers.protocol.weight_client import Held
 
 pytestmark = pytest.mark.unit
@@ -63,6 +76,20 @@ def test_it_lies_in_the_memory_that_was_given_and_keeps_it() -> None:
 
 
 @needs_packing
+def test_its_memory_ends_with_it() -> None:
+    """Else a rank would keep every expert that it ever had."""
+    room = matrix(256, 128)
+    found, memory = packed(room, pack(room)), weakref.ref(room)
+    kept = packing.parameter(found)
+    del room, found
+    gc.collect()
+    assert memory() is not None
+    del kept
+    gc.collect()
+    assert memory() is None
+
+
+@needs_packing
 def test_a_linear_module_multiplies_with_packed_weights() -> None:
     module = nn.Linear(128, 256, dtype=torch.bfloat16)
     x = matrix(5, 128)
@@ -75,8 +102,6 @@ def test_a_linear_module_multiplies_with_packed_weights() -> None:
 
 @needs_packing
 def test_a_shard_holds_it_packed_and_its_digest_is_of_what_was_read() -> None:
-    import os
-
     weights, seen = matrix(256, 128), list[Any]()
 
     def shard(pack_it: bool) -> tuple[int, int]:
@@ -95,6 +120,68 @@ def test_a_shard_holds_it_packed_and_its_digest_is_of_what_was_read() -> None:
     assert seen[0] == seen[1]
     assert [is_packed(found[each]) for each in (False, True)] == [False, True]
     assert torch.equal(plain(found[True]), found[False])
+
+
+@needs_packing
+@pytest.mark.parametrize("shape", [(192, 64), (2048, 64), (832, 128), (1024, 416)])
+def test_block_by_block_it_is_what_onednn_makes_of_the_whole(shape: tuple[int, int], monkeypatch: Any) -> None:
+    """So at no time is there a second copy of a large matrix, in memory of this process alone."""
+    ops: Any = torch.ops.mkldnn
+    weights, sizes = matrix(*shape), list[int]()
+    whole = ops._reorder_linear_weight(weights, None)
+    reorder = ops._reorder_linear_weight
+
+    def noted(block: Tensor, batch: None) -> Tensor:
+        sizes.append(block.shape[0])
+        made: Tensor = reorder(block, batch)
+        return made
+
+    monkeypatch.setattr(ops, "_reorder_linear_weight", noted)
+    room = weights.clone()
+    assert pack(room) == bytes(ops._get_mkldnn_serialized_md(whole).tolist())
+    assert torch.equal(room.view(torch.uint8), bytes_of(whole, room.nbytes).view(shape[0], -1))
+    assert sizes
+    assert max(sizes) < shape[0] or shape[0] <= 1024
+    assert max(sizes) <= 1024
+    assert torch.equal(torch.cat(list(packing.plain_blocks(room))), weights)
+
+
+def bytes_of(packed_matrix: Tensor, nbytes: int) -> Tensor:
+    memory = (ctypes.c_char * nbytes).from_address(torch.ops.mkldnn.data_ptr(packed_matrix))
+    return torch.frombuffer(bytearray(memory), dtype=torch.uint8)
+
+
+def entry_packed(weights: Tensor, how: bytes) -> Mapped:
+    """As a rank finds it in a shard whose header says that it is packed like that."""
+    slot = Slot("w", weights.dtype, tuple(weights.shape), copied(weights), lambda _: how)
+    fd, checksum = write_shard([Entry("e", [slot], lambda parts: b"")])
+    held = Held(1, ["e"], os.fstat(fd).st_size, checksum, verified=False)
+    try:
+        return entries_of(map_shard(fd, held), held)["e"]
+    finally:
+        os.close(fd)
+
+
+@needs_packing
+def test_what_another_torch_has_packed_is_damaged_and_no_error_of_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN believes a description unseen: one of another shape makes it read what is not there."""
+    weights = matrix(256, 128)
+    right, other = pack(weights.clone()), pack(matrix(512, 128))
+    entry_packed(weights, right)
+    for wrong in (b"?", right[:-1], right + b"?", other):
+        with pytest.raises(WeightsCorrupt, match="e: these weights are packed for another torch or processor"):
+            entry_packed(weights, wrong)
+    with pytest.raises(WeightsCorrupt):
+        entry_packed(weights.float(), right)
+    monkeypatch.setattr(packing, "available", lambda: False)
+    with pytest.raises(WeightsCorrupt):
+        entry_packed(weights, right)
+
+
+def test_a_rank_asks_for_what_its_own_torch_and_processor_have_packed() -> None:
+    assert torch.__version__ in LAYOUT
+    assert torch.backends.cpu.get_cpu_capability() in LAYOUT
+    assert "/" not in LAYOUT, "other hosts' names for an entry begin behind the first one of its key"
 
 
 def test_where_it_does_not_work_matrices_stay_plain(monkeypatch: pytest.MonkeyPatch) -> None:
