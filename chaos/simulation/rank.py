@@ -247,6 +247,9 @@ class RankProcess(Process):
         """It loads nothing, but each call that begins or ends is progress."""
         return LoadSeen(False, 0, 0, self._marks)
 
+    def call_off_before(self, now: float) -> None:
+        """It has no GPU."""
+
     def look(self) -> Look:
         """What /proc and the liveness page show now."""
         computes = self._busy and not self._waits and not self.stopped

@@ -13,9 +13,8 @@ import msgspec
 
 from membership.base.rank_id import RankId
 from membership.store.records import ClusterConfig, View
+from workers.protocol.liveness import NUMBERS_PER_S
 from workers.protocol.messages import TOGETHER_ROWS, StepBatch, StepResult, StepStatus
-
-NUMBERS_PER_S = 1_000_000
 
 
 class GpuSteps:

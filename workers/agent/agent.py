@@ -321,6 +321,7 @@ class Agent:
 
     def _attach(self, effect: Attach) -> None:
         self._update(effect.key, attaching_token=effect.token)
+        self._executor.workers[effect.key].liveness.call_off_before(self._clock())  # it may wait there to no purpose
         args = effect.token, effect.broadcast_handle, effect.mask_handle, self._secrets.retired
         self._call(effect.key, "attach_engine", args, ATTACH_TIMEOUT_S, partial(self._attached, effect))
 

@@ -5,7 +5,7 @@ whatever way, the kernel hands the mutex over before it tears the process down: 
 process. A pidfd or the end of a pipe waits until the memory is freed (90 ms and more at 2 GB). The pidfd is the second
 source: it also covers a rank that has released the mutex. Counters show whether a live rank is stuck: `heartbeats`
 rises with time (the interpreter runs), `steps` with work, `turns` whenever the main thread wakes on its doorbell.
-One word is for the other direction: the engine writes it, and the rank's kernels on a GPU read it.
+One word is for the other direction: the engine or the agent writes it, and the rank's kernels on a GPU read it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from workers.protocol import load_progress
 from workers.protocol.load_progress import LoadProgress, LoadSeen
 
 HEARTBEAT_S = 0.1
+NUMBERS_PER_S = 1_000_000  # GPU calls are numbered by the host's clock, so a new engine's numbers are larger
 SLICE_S = 0.2  # longest sleep of a watcher before it checks whether it should stop
 STOP_TIMEOUT_S = 5.0
 PASSED_ON_S = 0.01
@@ -101,6 +102,10 @@ class LivenessPage(SharedPage):
     def call_off(self, below: int) -> None:
         """GPU calls with smaller numbers are over; by the engine. Never taken back, so it needs no clearing."""
         self._called_off[0] = max(below, self._called_off[0])
+
+    def call_off_before(self, now: float) -> None:
+        """All GPU calls of an engine that another one has replaced by `now`, of the monotonic clock; by the agent."""
+        self.call_off(int(now * NUMBERS_PER_S))
 
     def slept(self, ns: int) -> None:
         """Count one sleep on the doorbell; in the rank's main thread."""

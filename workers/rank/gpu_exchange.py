@@ -64,6 +64,7 @@ class GpuExchange:
         self._refusal = "this rank has not prepared a view yet"
         self._placed: tuple[int, frozenset[int]] = (0, frozenset())  # epoch and live ranks that the tables are of
         self._mapped: list[Mapped] = []  # for as long as this process lives: kernels know their addresses
+        self._called_off = 0  # where kernels find that word; likewise, and CUDA takes its page once only
 
     def open(self, runner: ModelRunner) -> None:
         """Map the windows of all slots, and make what uses them; in the thread that prepares. Never an error."""
@@ -95,9 +96,10 @@ class GpuExchange:
         gpu = torch.cuda.current_device()
         while len(self._mapped) < shape.ranks:  # a second try goes on where the first one failed
             self._mapped.append(self._window(len(self._mapped), shape, gpu))
-        page = self._ctx.called_off_at & ~(mmap.PAGESIZE - 1)
-        called_off = host_words(page, mmap.PAGESIZE) + self._ctx.called_off_at - page
-        reach = Reach([each.address for each in self._mapped], called_off)
+        if not self._called_off:
+            page = self._ctx.called_off_at & ~(mmap.PAGESIZE - 1)
+            self._called_off = host_words(page, mmap.PAGESIZE) + self._ctx.called_off_at - page
+        reach = Reach([each.address for each in self._mapped], self._called_off)
         calls = DeviceCalls(shape, self._ctx.rank, config.experts, reach, TOGETHER_S, config.moe_layers)
         return SharedExperts(calls, shape, runner.bank, activation_of(runner.loaded.expert_modules[0]), info.moe_layers)
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 import torch
 from torch import Tensor
 
@@ -18,6 +19,8 @@ from workers.exchange.cuda.calls import DeviceCalls, Failure
 from workers.exchange.cuda.window import WindowShape
 from workers.model.backend import Activation, HeldExperts
 from workers.model.cuda.expert_products import addresses_of, multiply
+
+log = structlog.get_logger(__name__)
 
 MET = 3  # a step without rows is recorded when it is met so often
 GIVEN_UP = Failure.ABORTED | Failure.TOO_LATE
@@ -45,6 +48,7 @@ class SharedExperts:
         )
         self._served = 0
         self._serving: torch.cuda.CUDAGraph | None = None
+        self._able = True  # to record that
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def place(self, holders: Sequence[Sequence[int | None]]) -> None:
@@ -85,7 +89,7 @@ class SharedExperts:
         """A whole step without rows of this rank: what the others ask for. CalledOff."""
         self.begin(0)
         self._served += 1
-        if self._serving is None and self._served >= MET:
+        if self._able and self._serving is None and self._served >= MET:
             self._record()
         if self._serving is None:
             self._compute_nothing()
@@ -98,14 +102,22 @@ class SharedExperts:
             self.compute(layer, *self._nothing)
 
     def _record(self) -> None:
-        graph = torch.cuda.CUDAGraph()
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            graph.capture_begin(capture_error_mode="thread_local")  # another thread may load experts meanwhile
-            self._compute_nothing()
-            graph.capture_end()
-        torch.cuda.current_stream().wait_stream(self._stream)
-        self._serving = graph
+        """Keep such a step as a graph. If that cannot be, it is not tried again: peers wait for each of our steps."""
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        self._stream.wait_stream(here)
+        try:
+            with torch.cuda.stream(self._stream):
+                graph.capture_begin(capture_error_mode="thread_local")  # another thread may load experts meanwhile
+                try:
+                    self._compute_nothing()
+                finally:
+                    graph.capture_end()  # after an error, too: else the stream takes nothing but what it records
+            self._serving = graph
+        except Exception as error:  # noqa: BLE001 - whatever it was, steps go on as before
+            self._able = False
+            log.warning("serving_is_not_recorded", error=repr(error))
+        finally:
+            here.wait_stream(self._stream)
 
     def check(self) -> None:
         """See `LocalExperts`. ModelError if more is wrong than that a rank has given up."""

@@ -22,6 +22,7 @@ from membership.store.interface import Watch
 from membership.store.records import AgentRecord, Checkpoint, ClusterState, Desired, RankRecord, RankState
 from tests.support.agent_scene import KEYS, Scene, agent
 from tests.support.helpers import eventually, hang
+from workers.protocol.liveness import NUMBERS_PER_S, LivenessPage
 from workers.protocol.messages import EngineMessage, StepResult
 from workers.queue.message_queue import MessageQueue, MsgpackCodec
 
@@ -289,6 +290,23 @@ def test_ranks_join_each_new_engine(scene: Scene, steps: MessageQueue) -> None:
         assert state.ranks[A].response_handle != handle
         assert later.readers
         later.shutdown()
+
+
+def test_what_a_rank_runs_for_an_engine_that_was_replaced_is_called_off(scene: Scene, steps: MessageQueue) -> None:
+    """Its main thread may wait in a GPU's kernels and answer nobody, so not even the new engine can reach it."""
+    with agent(scene):
+        scene.assign(A)
+        scene.until_registered(A)
+        first = scene.elect(steps)
+        rank = scene.until(lambda s: s.ranks[A].engine_token == first, "attached").ranks[A]
+        with LivenessPage.attach(rank.liveness_handle) as page:
+            replaced_at = int(time.monotonic() * NUMBERS_PER_S)
+            hang(rank.pid)
+            second = scene.elect(steps)
+            eventually(lambda: page.called_off > replaced_at, 20.0, "what it ran to be called off")
+            os.kill(rank.pid, signal.SIGCONT)
+            scene.until(lambda s: A in s.ranks and s.ranks[A].engine_token == second, "attached to the next")
+            assert page.called_off < time.monotonic() * NUMBERS_PER_S, "steps of the new engine are not"
 
 
 def test_an_outage_of_the_store_leaves_ranks_running_and_registers_them_after_it(

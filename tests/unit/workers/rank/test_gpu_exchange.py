@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +27,47 @@ def test_a_rank_asks_itself_first_and_the_others_by_turns() -> None:
 def test_a_rank_that_is_not_live_is_not_asked_and_what_nobody_has_is_nowhere() -> None:
     assert holders_of(PLACED, {0, 2}, 2, (2, 3)) == [[0, 2, None], [2, None, 2]]
     assert holders_of({}, {0}, 0, (1, 2)) == [[None, None]]
+
+
+def test_a_second_try_goes_on_where_the_first_one_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA takes a page once only. What comes after it may fail for a moment, for want of memory."""
+    pages: list[int] = []
+    failures = [RuntimeError("no memory")]
+    made = SimpleNamespace()
+
+    def host_words(page: int, nbytes: int) -> int:
+        assert page not in pages, "CUDA's driver: CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED"
+        pages.append(page)
+        return 1 << 40
+
+    def calls(*given: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        made.reach = given[3]
+        return made
+
+    driver = SimpleNamespace(host_words=host_words)
+    reach = lambda windows, called_off: SimpleNamespace(windows=windows, called_off=called_off)  # noqa: E731
+    monkeypatch.setitem(sys.modules, "workers.exchange.cuda.driver", driver)
+    monkeypatch.setitem(sys.modules, "workers.exchange.cuda.calls", SimpleNamespace(DeviceCalls=calls, Reach=reach))
+    shared = SimpleNamespace(SharedExperts=lambda given, *_: given)
+    monkeypatch.setitem(sys.modules, "workers.model.cuda.shared_experts", shared)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr("workers.model.moe.activation_of", lambda module: None)
+    monkeypatch.setattr(GpuExchange, "_window", lambda self, slot, shape, gpu: SimpleNamespace(address=slot))
+    ctx: Any = SimpleNamespace(rank=0, config=config(gpu_exchange=2), called_off_at=(7 << 12) + 2048)
+    backend = SimpleNamespace(device=torch.device("cuda"))
+    model = SimpleNamespace(config=SimpleNamespace(hidden_size=64))
+    info = SimpleNamespace(top_k=2, moe_layers=2)
+    loaded = SimpleNamespace(backend=backend, info=info, model=model, expert_modules=[None])
+    moe = SimpleNamespace(shared=None)
+    runner: Any = SimpleNamespace(loaded=loaded, dtype=torch.bfloat16, moe=moe, bank=None)
+    exchange = GpuExchange(ctx)
+    exchange.open(runner)
+    assert moe.shared is None
+    exchange.open(runner)
+    assert moe.shared is made
+    assert (made.reach.windows, made.reach.called_off) == ([0, 1], (1 << 40) + 2048)
 
 
 def test_without_a_gpu_it_says_why() -> None:
