@@ -194,19 +194,19 @@ class StepResult(_FromRank, frozen=True, array_like=True, tag=True):
     # When the last of those rows was answered, on the monotonic clock of the rank's host; 0: there were none.
     retried_at: float = 0.0
     unlinked: list[int] = []  # ranks of the view, not masked, with which it has no link now
+    # The next two of a TracedResult alone; they stay in this place: versions mix in an upgrade.
+    took_s: float = 0.0
+    exchange_s: float = 0.0  # of that, in which it waited for rows at other ranks and computed others' and its own
     fills_host: bool = False  # alone it makes use of all cores of its host: see `Home.fills_host`
 
 
 class TracedResult(StepResult, frozen=True, array_like=True, tag=True):
     """A rank's answer to a TracedStep that went well. Durations, since no two hosts' clocks are compared."""
 
-    took_s: float = 0.0
-    exchange_s: float = 0.0  # of that, in which it waited for rows at other ranks and computed others' and its own
-
     @classmethod
     def of(cls, result: StepResult, took_s: float, exchange_s: float) -> TracedResult:
         """The same answer."""
-        return cls(**msgspec.structs.asdict(result), took_s=took_s, exchange_s=exchange_s)
+        return cls(**(msgspec.structs.asdict(result) | {"took_s": took_s, "exchange_s": exchange_s}))
 
 
 class BlocksCopied(_FromRank, frozen=True, array_like=True, tag=True):

@@ -5,7 +5,17 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from workers.protocol.messages import EngineMessage, SeqChunk, StepBatch, TracedStep
+from workers.protocol.messages import (
+    EngineMessage,
+    RankMessage,
+    SampledToken,
+    SeqChunk,
+    StepBatch,
+    StepResult,
+    StepStatus,
+    TracedResult,
+    TracedStep,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -49,3 +59,46 @@ def test_a_traced_step_is_run_together_like_any_other() -> None:
     step = TracedStep.of(StepBatch(7, 1, 2, 0, [], {0: [CHUNK], 1: []}, together=9), [1])
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(step), type=EngineMessage) == step
     assert (step.together, step.traced) == (9, [1])
+
+
+class AnsweredBefore(msgspec.Struct, frozen=True, array_like=True, tag="StepResult"):
+    """An answer as it was before ranks said whether one alone makes use of all cores of its host."""
+
+    rank: int
+    incarnation: int
+    engine_token: int
+    epoch: int
+    step: int
+    attempt: int
+    status: str
+    tokens: list[SampledToken] = []
+    error: str = ""
+    suspects: list[int] = []
+    retried_rows: int = 0
+    load: bytes = b""
+    retried_at: float = 0.0
+    unlinked: list[int] = []
+
+
+class TracedAnswerBefore(AnsweredBefore, frozen=True, array_like=True, tag="TracedResult"):
+    took_s: float = 0.0
+    exchange_s: float = 0.0
+
+
+def test_an_engine_of_the_version_before_reads_our_answers() -> None:
+    answer = StepResult(1, 4, 7, 1, 2, 0, StepStatus.OK, [SampledToken(1, 9)], fills_host=True)
+    decoder = msgspec.msgpack.Decoder(AnsweredBefore | TracedAnswerBefore)
+    known = (1, 4, 7, 1, 2, 0, "ok", [SampledToken(1, 9)])
+    assert decoder.decode(msgspec.msgpack.encode(answer)) == AnsweredBefore(*known)
+    traced = decoder.decode(msgspec.msgpack.encode(TracedResult.of(answer, 0.5, 0.25)))
+    assert traced == TracedAnswerBefore(*known, took_s=0.5, exchange_s=0.25)
+
+
+def test_we_read_the_answers_of_ranks_of_the_version_before() -> None:
+    decoder = msgspec.msgpack.Decoder(RankMessage)
+    given = (1, 4, 7, 1, 2, 0, "ok", [SampledToken(1, 9)])
+    answer = StepResult(1, 4, 7, 1, 2, 0, StepStatus.OK, [SampledToken(1, 9)])
+    assert decoder.decode(msgspec.msgpack.encode(AnsweredBefore(*given))) == answer
+    found = decoder.decode(msgspec.msgpack.encode(TracedAnswerBefore(*given, took_s=0.5, exchange_s=0.25)))
+    assert found == TracedResult.of(answer, 0.5, 0.25)
+    assert not found.fills_host
