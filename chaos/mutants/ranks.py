@@ -209,8 +209,8 @@ MUTANTS: tuple[Mutant, ...] = (
         name="piece-unchecked",
         guards="G4: weights of another host are used once their checksum was compared",
         file="workers/model/peer_weights.py",
-        before="if checksum == holder.tensors[slot].checksum:",
-        after="if True:",
+        before="if checksum == at.checksum and (content := _content(at, room, checksum)) == at.content:",
+        after="if (content := _content(at, room, checksum)) is not None:",
         tests=(f"{PEERS}::test_a_damaged_piece_is_not_used_and_who_sent_it_is_named",),
     ),
     Mutant(
