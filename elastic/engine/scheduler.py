@@ -19,6 +19,7 @@ from elastic.engine.sequence import Home, Sequence, refusal
 from elastic.engine.step_budget import StepBudget, Work, shares
 from elastic.engine.waiting import Shed, WaitingRoom
 from elastic.protocol import EndToken, Rejected, Submit, Tokens
+from membership.base.enums import Homes
 from membership.base.errors import ElasticError
 from membership.base.rank_id import RankId
 from membership.base.timing import RETRY_AFTER_S
@@ -488,7 +489,7 @@ class Scheduler:
         self._step_s = now - self._began
         for each in self._homes.values():
             if each.node == home.node:
-                each.fills_host = result.fills_host
+                each.fills_host = result.fills_host and self.config.homes is Homes.TOGETHER
         current = [(sequence, chunk) for sequence, chunk in in_flight if sequence.home is home]
         if result.status is not StepStatus.OK:
             return self._set_back(home, [sequence for sequence, _ in current], result, now)

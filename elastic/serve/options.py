@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from membership.base.enums import Device, Dtype, Exactness, GenerationConfig, ReasoningParser, ToolCallParser
+from membership.base.enums import Device, Dtype, Exactness, GenerationConfig, Homes, ReasoningParser, ToolCallParser
 from membership.base.errors import ConfigError
 from membership.base.rotation import MAX_FILES, MEGABYTE, Limit
 from membership.base.text_file import text_of
@@ -439,6 +439,11 @@ class ConfigOptions:
         "Rows of decode steps travel between the GPUs of so many ranks of one host, 2 to 8 (0 = over host memory).",
         minimum=0,
         maximum=8,
+    )
+    homes: Homes = option(
+        DEFAULTS["homes"],
+        "Requests of a CPU host: apart = on all its ranks, so a death concerns few;"
+        " together = on one, if that can use all cores (faster).",
     )
     prefix_cache: bool = option(
         DEFAULTS["prefix_cache"],

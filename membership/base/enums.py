@@ -13,6 +13,13 @@ class Exactness(StrEnum):
     STOCK = "stock"  # it may: the library's fastest kernels
 
 
+class Homes(StrEnum):
+    """Which ranks of a host run its requests, where one rank alone can use all of the host's cores."""
+
+    APART = "apart"  # all of them: a death concerns as few requests as can be
+    TOGETHER = "together"  # one: experts are read once for all of them, which is faster
+
+
 class Dtype(StrEnum):
     """Type of weights and activations."""
 

@@ -10,7 +10,7 @@ from enum import StrEnum
 
 import msgspec
 
-from membership.base.enums import Device, Dtype, Exactness, OperationKind
+from membership.base.enums import Device, Dtype, Exactness, Homes, OperationKind
 from membership.base.rank_id import RankId
 from membership.base.timing import (
     CLOCK_SKEW_S,
@@ -95,6 +95,7 @@ class ClusterConfig(Record, frozen=True, kw_only=True):
     block_size: int = 16  # tokens per KV block
     kv_blocks: int = 1024  # KV blocks per rank
     gpu_exchange: int = 0  # rows of decode steps travel between the GPUs of so many ranks; 0: over host memory
+    homes: Homes = Homes.APART
     prefix_cache: bool = True  # KV blocks of earlier requests serve later ones that begin alike
     kv_pools: bool = True  # a dead rank's KV blocks serve its requests on the other ranks of its host
     max_batched_tokens: int = 512  # per rank and step: decode tokens plus prefill chunks

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from chaos.simulation.kv_model import KvModel
 from elastic.engine.scheduler import Scheduler
+from membership.base.enums import Homes
 from membership.store.records import Member, View
 from tests.support.rank_model import TOKEN, Client, ask, config, view
 
@@ -18,10 +19,10 @@ pytestmark = pytest.mark.unit
 class Scene:
     """Ranks 0, 1, … on the hosts that `nodes` names, and a scheduler that has begun to serve."""
 
-    def __init__(self, nodes: str, *, fills: bool, kv_blocks: int = 60) -> None:
+    def __init__(self, nodes: str, *, fills: bool, homes: Homes = Homes.TOGETHER, kv_blocks: int = 60) -> None:
         self.members, self.fills = {rank: 10 + rank for rank in range(len(nodes))}, fills
         placed = tuple(Member(rank=r, node=nodes[r], incarnation=i) for r, i in self.members.items())
-        self.scheduler = Scheduler(config(kv_blocks=kv_blocks, max_seqs=5), TOKEN)
+        self.scheduler = Scheduler(config(kv_blocks=kv_blocks, max_seqs=5, homes=homes), TOKEN)
         placement = view(1, self.members).placement
         self.scheduler.set_view(View(epoch=1, members=placed, placement=placement), [], 0.0)
         self.ranks, self.client, self.asked = KvModel(4), Client(), 0
@@ -44,10 +45,19 @@ class Scene:
         return dict(Counter(h.rank for h in self.scheduler._homes.values() for _ in h.running))
 
 
-@pytest.mark.parametrize(("fills", "homes"), [(False, {0: 2, 1: 2, 2: 2, 3: 2}), (True, {0: 4, 2: 4})])
-def test_requests_of_a_host_stay_together_where_one_rank_fills_it(*, fills: bool, homes: dict[int, int]) -> None:
-    """Two ranks would read most experts twice. Hosts share the requests either way."""
-    scene = Scene("aabb", fills=fills)
+@pytest.mark.parametrize(
+    ("fills", "asked", "homes"),
+    [
+        (False, Homes.TOGETHER, {0: 2, 1: 2, 2: 2, 3: 2}),
+        (True, Homes.TOGETHER, {0: 4, 2: 4}),
+        (True, Homes.APART, {0: 2, 1: 2, 2: 2, 3: 2}),
+    ],
+)
+def test_requests_of_a_host_stay_together_where_one_rank_fills_it(
+    *, fills: bool, asked: Homes, homes: dict[int, int]
+) -> None:
+    """If that was asked for. Two ranks would read most experts twice. Hosts share the requests either way."""
+    scene = Scene("aabb", fills=fills, homes=asked)
     for _ in range(4):
         name = scene.ask(1)  # so that each host has said it
         assert not scene.scheduler.knows(name)
