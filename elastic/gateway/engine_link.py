@@ -63,6 +63,10 @@ class Target:
         return self.record.address if is_near(self.record) else self.record.remote
 
 
+class EngineRefusal(RequestError):
+    """The engine did not take a request on: nothing of it has begun, so it may be asked again."""
+
+
 @dataclass(frozen=True)
 class Fault:
     """A request's output was faulty `times` times in a row, last at `at`; it was submitted again then."""
@@ -463,7 +467,7 @@ def _report(sent: asyncio.Future[Any]) -> None:
         log.warning("engine_send_failed", error=str(sent.exception()))
 
 
-def _refused(message: Rejected) -> RequestError:
+def _refused(message: Rejected) -> EngineRefusal:
     status = message.status if 400 <= message.status < 600 else 503
     code = "overloaded" if status == HTTPStatus.TOO_MANY_REQUESTS else ""
-    return RequestError(message.message, status=status, code=code, retry_after_s=message.retry_after_s)
+    return EngineRefusal(message.message, status=status, code=code, retry_after_s=message.retry_after_s)

@@ -48,9 +48,9 @@ class GatewayMetrics:
         self.prompt_tokens = Counter(PREFIX + "prompt_tokens", "Tokens of prompts.", registry=self._registry)
         self.queue_s = self._histogram("queue_seconds", "From a request's submission until it got a rank.")
         self.request_s = self._histogram("request_seconds", "From a request's arrival to its end.")
-        text = "Requests by their end: stop, length, abort (the client went away), error."
+        text = "Requests by their end: stop, length, abort (the client went away), refused (by the engine), error."
         self.finished = Counter(PREFIX + "requests_finished", text, ["reason"], registry=self._registry)
-        for reason in ("stop", "length", "abort", "error"):
+        for reason in ("stop", "length", "abort", "refused", "error"):
             self.finished.labels(reason)
 
     def follow_load(self, link: OpenRequests, aliased: str = "") -> None:

@@ -27,7 +27,7 @@ from elastic.gateway.answer.reader import Expected, Reader
 from elastic.gateway.answer.reasoning import reasons_first
 from elastic.gateway.answer.said import call_id
 from elastic.gateway.choice import Choice, Extent, Piece
-from elastic.gateway.engine_link import EngineLink, Generation
+from elastic.gateway.engine_link import EngineLink, EngineRefusal, Generation
 from elastic.gateway.fields import Note, NotedOnce
 from elastic.gateway.http import EventStream, Shortcut, internal_error, json_response, read_body, unless_gone
 from elastic.gateway.journal import Delta
@@ -362,9 +362,9 @@ def _run(service: Service, job: Job) -> Iterator[Run]:
         service.metrics.prompt_tokens.inc(job.prompt_tokens)
         try:
             yield Run(job, generation, timers)
-        except Exception:
+        except Exception as error:
             for timer in timers:
-                timer.end("error")
+                timer.end("refused" if isinstance(error, EngineRefusal) else "error")
             raise
         finally:  # the client went away
             for timer in timers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import socket
 from collections.abc import Iterator
 from functools import partial
@@ -272,12 +273,20 @@ def test_chat_logprobs_add_up_to_the_bytes_of_the_text(client: OpenAI) -> None:
     assert streamed == content
 
 
-def test_the_engines_refusal_reaches_the_client(client: OpenAI) -> None:
+def ends(gateway: RunningGateway) -> dict[str, float]:
+    told = httpx.get(f"{gateway.url}/metrics", timeout=20).text
+    counts = re.findall(r'requests_finished_total{reason="(\w+)"} (\S+)', told)
+    return {reason: float(count) for reason, count in counts}
+
+
+def test_the_engines_refusal_reaches_the_client_and_is_no_error(client: OpenAI, gateway: RunningGateway) -> None:
+    before = ends(gateway)
     for stream in (False, True):
         with pytest.raises(openai.InternalServerError, match="no room for it") as refusal:
             client.completions.create(model=MODEL, prompt="full", stream=stream)
         assert refusal.value.status_code == 503
         assert refusal.value.response.headers["retry-after"] == "7"
+    assert ends(gateway) == before | {"refused": before["refused"] + 2}
 
 
 def test_lm_eval_scores_a_continuation(client: OpenAI, cluster: GatewayCluster) -> None:
