@@ -52,7 +52,7 @@ def make(path: Path, shape: Shape) -> int:
         _write(path / file, tensors)
     index = {"metadata": {}, "weight_map": {name: file for file, tensors in files.items() for name in tensors}}
     (path / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    _write_tokenizer(path, shape.vocabulary)
+    write_tokenizer(path, shape.vocabulary)
     return sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 
@@ -80,7 +80,8 @@ def _write(file: Path, tensors: dict[str, tuple[int, ...]]) -> None:
     save_file(made, file, metadata={"format": "pt"})
 
 
-def _write_tokenizer(path: Path, vocabulary: int) -> None:
+def write_tokenizer(path: Path, vocabulary: int) -> None:
+    """One whose tokens are words, so that a client sees each of them as it comes."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     made = Tokenizer(models.WordLevel({f"w{number}": number for number in range(vocabulary)}, unk_token="w0"))

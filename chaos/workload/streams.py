@@ -167,7 +167,7 @@ class Workload:
         }  # fmt: skip
 
     async def _request(self, client: httpx.AsyncClient, number: int, prompt: int) -> RequestRecord:
-        seen = _Seen()
+        seen = Seen()
         started = time.monotonic()
         try:
             async with client.stream("POST", "/v1/completions", json=self.body(prompt)) as answer:
@@ -201,7 +201,7 @@ def what_is_wrong(text: str) -> str:
 
 
 @dataclass
-class _Seen:
+class Seen:
     """What one stream has brought so far."""
 
     times: list[float] = field(default_factory=list)

@@ -179,4 +179,5 @@ class StepGraphs:
         finally:
             here.wait_stream(self._stream)
         self._recorded[size] = recording
+        log.info("step_recorded", rows=size[0], splits=size[1], whole=self._experts.on_device is not None)
         return out

@@ -113,6 +113,7 @@ class SharedExperts:
                 finally:
                     graph.capture_end()  # after an error, too: else the stream takes nothing but what it records
             self._serving = graph
+            log.info("step_recorded", rows=0)
         except Exception as error:  # noqa: BLE001 - whatever it was, steps go on as before
             self._able = False
             log.warning("serving_is_not_recorded", error=repr(error))
