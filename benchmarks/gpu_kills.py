@@ -161,7 +161,7 @@ def felt(kill: Kill, records: Sequence[RequestRecord], usual_ms: float) -> dict[
         gap = (spanning[1] - spanning[0]) * 1000 - usual_ms
         if f"{record.id}-0" in kill.moved:
             found["own_beyond"].append(gap)
-            found["again"].append(PROMPT + sum(each <= kill.at for each in record.token_times))
+            found["again"].append(PROMPT - 1 + sum(each <= kill.at for each in record.token_times))
         else:
             found["others_beyond"].append(gap)
             found["next_beyond"].append((spanning[1] - kill.at) * 1000 - usual_ms)

@@ -104,6 +104,9 @@ WINDOW_TIMEOUT_S = _time(
 )
 _time = _times("change", "workers/protocol/pool_client.py")
 POOL_TIMEOUT_S = _time(0.3, "Max wait of a rank for its agent to hand over a dead rank's KV pool")
+KEEP_TIMEOUT_S = _time(5.0, "Max wait of a rank on a GPU for its agent to keep its KV pool")
+_time = _times("change", "workers/rank/left_pools.py")
+POOL_MAPPED_S = _time(1.0, "How long a dead rank's KV pool on a GPU stays mapped after it was last read")
 _time = _times("change", "workers/agent/handles.py")
 POOL_DEATH_S = _time(0.05, "How long an agent that is asked for that pool waits for the kernel's sign of the death")
 

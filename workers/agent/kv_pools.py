@@ -1,8 +1,10 @@
 """The host's KV pools: the memory of each rank's KV cache, which outlives the rank. Light: no torch.
 
-A pool is a memfd without a size, which the rank gets when it is forked, and fills. The agent has the descriptor: so
-what a dead rank had computed can be read by its requests' next homes, until the engine needs it no more. It is given
-only once its rank has certainly ended: one that lives might write. A new incarnation has a pool of its own.
+A pool is a memfd without a size, which the rank gets when it is forked, and fills; a rank on a GPU gives us memory
+there in its place. The agent has the descriptor: so what a dead rank had computed can be read by its requests' next
+homes, until the engine needs it no more. It is given only once its rank has certainly ended: one that lives might
+write. What a dead rank's kernels still write on a GPU are cells of tokens that were not confirmed, and are not read.
+A new incarnation has a pool of its own.
 """
 
 from __future__ import annotations
@@ -10,14 +12,14 @@ from __future__ import annotations
 import os
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
 from membership.base.errors import NoResources
-from membership.base.rank_id import ProcessId, RankId
+from membership.base.rank_id import NO_SLOT, ProcessId, RankId, SpareId
 from workers.ipc.handover import Grant, Handover, HandoverRefused, Link, ResourceHandle
-from workers.protocol.pool_client import Open
+from workers.protocol.pool_client import Given, LeftPool, Open
 
 
 class KvPools:
@@ -27,7 +29,7 @@ class KvPools:
         """`ended`: whether the process has certainly ended; asked in the listener's thread."""
         self._ended = ended
         self._lock = threading.Lock()
-        self._fds: dict[ProcessId, int] = {}
+        self._pools: dict[ProcessId, LeftPool] = {}
         self._resource = f"kv-pools-{secrets.token_hex(8)}"
         Handover.default().serve(self._resource, self._answer)
 
@@ -39,7 +41,7 @@ class KvPools:
     def keys(self) -> frozenset[ProcessId]:
         """Whose pools there are."""
         with self._lock:
-            return frozenset(self._fds)
+            return frozenset(self._pools)
 
     def make(self, key: ProcessId) -> int:
         """An empty pool for a process that is about to be forked. The descriptor stays ours. NoResources."""
@@ -49,21 +51,21 @@ class KvPools:
             raise NoResources(f"no KV pool for {key}: {error.strerror}") from error
         self.free(key)
         with self._lock:
-            self._fds[key] = made
+            self._pools[key] = LeftPool(made, 0)
         return made
 
     def rename(self, old: ProcessId, new: ProcessId) -> None:
         """A spare has become a rank."""
         with self._lock:
-            if old in self._fds:
-                self._fds[new] = self._fds.pop(old)
+            if old in self._pools:
+                self._pools[new] = self._pools.pop(old)
 
     def free(self, key: ProcessId) -> None:
         """Let go of a pool, if it is there."""
         with self._lock:
-            fd = self._fds.pop(key, None)
-        if fd is not None:
-            os.close(fd)
+            pool = self._pools.pop(key, None)
+        if pool is not None:
+            os.close(pool.fd)
 
     def close(self) -> None:
         """Let go of all."""
@@ -73,13 +75,26 @@ class KvPools:
 
     def _answer(self, link: Link, request: bytes, fds: list[int]) -> Grant:
         asked = msgspec.msgpack.decode(request, type=Open)
-        key = RankId(asked.rank, asked.incarnation)
+        key = SpareId(asked.incarnation) if asked.rank == NO_SLOT else RankId(asked.rank, asked.incarnation)
         if key not in self.keys:
             raise HandoverRefused(f"the pool of {key} is not kept here")
+        if fds:
+            return self._keep(key, asked, fds)
         if not self._ended(key):
             raise HandoverRefused(f"{key} is not known to have ended: it may still write")
         with self._lock:
-            if (fd := self._fds.get(key)) is None:
+            if (pool := self._pools.get(key)) is None:
                 raise HandoverRefused(f"the pool of {key} is not kept here any more")
-            theirs = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
-        return Grant(fds=[theirs], on_gone=lambda link: os.close(theirs))
+            # A GPU's descriptor cannot be opened anew: then it is another file.
+            theirs = os.dup(pool.fd) if pool.nbytes else os.open(f"/proc/self/fd/{pool.fd}", os.O_RDONLY | os.O_CLOEXEC)
+        return Grant(msgspec.msgpack.encode(Given(pool.nbytes)), [theirs], on_gone=lambda link: os.close(theirs))
+
+    def _keep(self, key: ProcessId, asked: Open, fds: Sequence[int]) -> Grant:
+        """Memory on a GPU in the place of the memfd, which that rank leaves empty."""
+        with self._lock:
+            old = self._pools.get(key)
+            if old is None or asked.nbytes <= 0:
+                raise HandoverRefused(f"the pool of {key} cannot be kept: {asked.nbytes} bytes")
+            self._pools[key] = LeftPool(os.dup(fds[0]), asked.nbytes)
+        os.close(old.fd)
+        return Grant(msgspec.msgpack.encode(Given(asked.nbytes)))

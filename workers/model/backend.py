@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +45,25 @@ class AttentionSpec:
     dtype: torch.dtype  # of activations; the backend decides in which type it keeps keys and values
 
 
+class Lasting(NamedTuple):
+    """Memory on a device that outlives its process as long as a process has its descriptor."""
+
+    fd: int = -1  # the holder's to close
+    nbytes: int = 0  # 0: there is none
+
+
+class Reached(Protocol):
+    """Such memory of another process, where our device reaches it."""
+
+    @property
+    def address(self) -> int:
+        """Where."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+
+
 class KVCache(Protocol):
     """Keys and values of all layers, in blocks. What is in a block is the backend's affair; all its ranks agree on it.
 
@@ -61,6 +80,13 @@ class KVCache(Protocol):
     def put(self, block: int, bits: memoryview[int]) -> bool:
         """Replace a block in all layers by the bits of one in the memory of another rank of this host, where each is at
         the same place (`Backend.pool_fd`). False if it is on a device."""
+
+    def hand_over(self) -> Lasting:
+        """Its memory, to be kept for others by who asks first; nothing if it is not on a device, or ends with us."""
+
+    def fetch(self, blocks: Sequence[int], pool: Reached, there: Sequence[int]) -> bool:
+        """Copy blocks `there` of the cache of another rank of this host into `blocks`; may go on until the next step
+        begins. False if this cache is not on a device, or laid out in another way."""
 
     def copy_out(self, blocks: Sequence[int], room: memoryview[int]) -> None:
         """Copy the bits of `blocks` to the first `len(blocks) * block_bytes` bytes of host memory."""
@@ -156,7 +182,7 @@ class ExpertProducts(Protocol):
 class Backend(Protocol):
     """One device of one rank."""
 
-    pool_fd: int  # an empty memfd for the KV cache, where that is in host memory; it stays its giver's
+    pool_fd: int  # an empty memfd for the KV cache, which a device replaces by memory of its own; its giver's
 
     @property
     def device(self) -> torch.device:

@@ -3,7 +3,8 @@
 The source writes, the engine learns of it, the target reads: no rank waits for another. Each message begins with what
 it is for, so that a stale one is never taken for the one that was announced. The bits are copied as they are.
 
-What a rank that has died had is read from its pool instead: the memory of its cache, which its agent has kept.
+What a rank that has died had is read from its pool instead: the memory of its cache, which its agent has kept. A GPU
+copies it itself, also from another one.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import struct
 from collections.abc import Callable, Sequence
 
 from membership.base.errors import RankError
-from workers.model.backend import KVCache
+from workers.model.backend import KVCache, Reached
 
 PIECE_BYTES = 64 << 20  # most that is read at once for one request, some 30 ms: the next step waits for it
+FETCH_BYTES = 1 << 30  # the same between GPUs, some 3 ms
 _HEADER = struct.Struct("<4q")  # engine token, copy, blocks, bytes per block
 HEADER_BYTES = 64
 Stamp = tuple[int, int]
@@ -44,6 +46,14 @@ def take_in(cache: KVCache, blocks: Sequence[int], room: memoryview[int], stamp:
         raise RankError(f"KV blocks {found} have come instead of {wanted}")
     cache.copy_in(blocks, room[HEADER_BYTES:])
     return len(blocks)
+
+
+def fetch_in(cache: KVCache, blocks: Sequence[int], pool: Reached, there: Sequence[int]) -> int:
+    """As `read_in`, out of a pool on a device, which ours reaches."""
+    count = min(len(blocks), max(1, FETCH_BYTES // max(1, cache.block_bytes)))
+    if not cache.fetch(blocks[:count], pool, there[:count]):
+        raise RankError(f"a pool of {pool.size} bytes on a device does not fit this cache")
+    return count
 
 
 def read_in(cache: KVCache, blocks: Sequence[int], pool: int, there: Sequence[int]) -> int:

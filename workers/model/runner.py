@@ -11,14 +11,14 @@ from torch import Tensor
 from membership.base.enums import Exactness
 from membership.base.errors import ModelError
 from workers.model.attention_plan import StepPlan, plan_step
-from workers.model.backend import AttentionSpec, KVCache
+from workers.model.backend import AttentionSpec, KVCache, Reached
 from workers.model.calibrations import Calibrations
 from workers.model.code import code_version
 from workers.model.expert_bank import LocalExpertBank
 from workers.model.grammar import Grammars
 from workers.model.hooks import connect_attention, connect_experts
 from workers.model.kept_calibrations import KeptCalibrations
-from workers.model.kv_transfer import Outbox, Stamp, read_in, take_in, write_out
+from workers.model.kv_transfer import Outbox, Stamp, fetch_in, read_in, take_in, write_out
 from workers.model.load import LoadedModel
 from workers.model.moe import Dispatcher, MoeLayers, activation_of
 from workers.model.rotary import tabulate
@@ -207,6 +207,14 @@ class ModelRunner:
         self._check_known(blocks)
         self._done = None  # as in `take_in`
         return read_in(self.cache, blocks, pool, there)
+
+    @torch.inference_mode()
+    def fetch_in(self, blocks: Sequence[int], pool: Reached, there: Sequence[int]) -> int:
+        """The same, with a pool on a device. ModelError, RankError."""
+        self._check_known(blocks)
+        self._check_known(there)
+        self._done = None
+        return fetch_in(self.cache, blocks, pool, there)
 
     def take_load(self) -> bytes:
         """Rows routed to each (MoE layer, expert) since the last call, as uint32 in C order."""

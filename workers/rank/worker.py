@@ -31,9 +31,9 @@ from workers.protocol.far_link import FarLink
 from workers.protocol.identity import Identity
 from workers.protocol.load_progress import LoadProgress
 from workers.protocol.messages import CopyBlocks, StepBatch, StepResult, StepStatus, TracedResult, TracedStep
-from workers.protocol.pool_client import opened
 from workers.rank.environment import give_memory_back
 from workers.rank.gpu_exchange import Apart, GpuExchange
+from workers.rank.left_pools import LeftPools, keep_pool, map_on
 from workers.rank.step_clock import StepClock
 from workers.rank.worker_api import WorkerContext
 
@@ -151,6 +151,7 @@ class EPWorker:
         self._mask: LiveMask | None = None
         self.exchange = self.make_exchange()
         self._gpu_exchange = GpuExchange(ctx) if ctx.config.gpu_exchange else None
+        self._pools = LeftPools(ctx.pools, map_on(0))
         self._backend: Backend | None = None
         self._runner: ModelRunner | None = None
         self._view = View(epoch=0)
@@ -181,6 +182,7 @@ class EPWorker:
 
         self._backend = open_backend(self._ctx.config.device, self._ctx.rank)
         self._backend.pool_fd = self._ctx.pool_fd
+        self._pools = LeftPools(self._ctx.pools, map_on(self._backend.device.index or 0))
         torch.set_num_threads(1)
         self.exchange.device = self._backend.device
 
@@ -223,6 +225,7 @@ class EPWorker:
         grammars.read()
         runner.attach(self.exchange)
         runner.warm_up()
+        keep_pool(runner, self._ctx.pools, self._ctx.rank, self._ctx.incarnation)
         self._runner = runner  # only now: the main thread looks at it meanwhile
         log.info("model_loaded", rank=self.rank, took_s=round(time.monotonic() - started, 3))
 
@@ -387,8 +390,7 @@ class EPWorker:
         if self._runner is None:
             raise ConfigError("copy_blocks before load_model")
         if order.there:
-            with opened(self._ctx.pools, order.source) as pool:
-                return self._runner.read_in(order.blocks, pool, order.there)
+            return self._pools.read(self._runner, order)
         stamp = (order.engine_token, order.copy)
         if order.arriving:
             return self._runner.take_in(order.blocks, self.exchange.inbox(order.source), stamp)
@@ -449,7 +451,8 @@ class EPWorker:
         return self.exchange.pending()
 
     def poll(self) -> None:
-        """Compute what peers have asked for."""
+        """Compute what peers have asked for, and let go of what is not read any more."""
+        self._pools.rest()
         if self.exchange.pending():
             self.exchange.serve()
 
@@ -491,6 +494,7 @@ class EPWorker:
         self.exchange.close()
         if self._latest is not None:
             self._latest.join(SHUTDOWN_S)
+        self._pools.close()
         if self._mask is not None:
             self._mask.close()
             self._mask = None

@@ -71,7 +71,8 @@ class Mapping:
         done(driver.cuCtxSynchronize())
 
     def close(self) -> None:
-        """No kernel may use it any more."""
+        """Waits for all kernels of this process: one may use it."""
+        done(driver.cuCtxSynchronize())
         done(driver.cuMemUnmap(self.address, self.size))
         done(driver.cuMemAddressFree(self.address, self.size))
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from membership.base.errors import ModelError
 from workers.ipc.shared_memory import Segment
-from workers.model.backend import NO_POOL
+from workers.model.backend import NO_POOL, Lasting, Reached
 
 MIRROR_BYTES = 256 << 20  # most memory for keeping the gathered contexts of all layers from one decode step to the next
 SCRATCH_BYTES = 128 << 20  # most memory for those of one layer that are not kept
@@ -196,6 +196,14 @@ class CpuKVCache:
             self._memory[block].numpy().data.cast("B")[:] = bits
             return True
         return os.pwrite(self._pool_fd, bits, block * len(bits)) == len(bits)
+
+    def hand_over(self) -> Lasting:
+        """It is not on a device; who forked us has the memfd."""
+        return Lasting()
+
+    def fetch(self, blocks: Sequence[int], pool: Reached, there: Sequence[int]) -> bool:
+        """It is not on a device."""
+        return False
 
     def copy_out(self, blocks: Sequence[int], room: memoryview[int]) -> None:
         """Copy the bits of `blocks` to the start of `room`."""

@@ -21,6 +21,7 @@ from workers.model.cuda.attention import CudaAttention
 from workers.model.cuda.expert_products import CudaExpertProducts
 from workers.model.cuda.graphs import StepGraphs
 from workers.model.cuda.kv_cache import CudaKVCache
+from workers.model.cuda.kv_memory import lasting_memory, own_memory
 from workers.model.cuda.local_experts import CudaLocalExperts
 from workers.model.cuda.norm import fuse_norms
 from workers.model.row_tiles import RowTiles
@@ -73,7 +74,9 @@ class CudaBackend:
 
     def attention(self, spec: AttentionSpec, exactness: Exactness, calibrations: Calibrations) -> CudaAttention:
         """See `Backend`. One way for both: its tiles are fixed."""
-        return CudaAttention(CudaKVCache(spec.layers, spec.blocks, spec.block_size, spec.dtype), self.device)
+        take = own_memory if self.pool_fd == NO_POOL or self.device.type != "cuda" else lasting_memory
+        cache = CudaKVCache(spec.layers, spec.blocks, spec.block_size, spec.dtype, take)
+        return CudaAttention(cache, self.device)
 
     def expert_products(
         self, activation: Activation, exactness: Exactness, calibrations: Calibrations

@@ -236,3 +236,21 @@ def rms_norm(rows, weight, out, epsilon, WIDTH: tl.constexpr, WIDE: tl.constexpr
     normed = (exact * tl.rsqrt(tl.sum(exact * exact) / WIDTH + epsilon)).to(given.dtype).to(tl.float32)
     scale = tl.load(weight + wide, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row + wide, (normed * scale).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def copy_blocks(numbers, memory, parts, WORDS: tl.constexpr):
+    """One (part, block): copy it out of memory that is laid out as ours, maybe another GPU's, WORDS words at a time.
+
+    numbers [3, blocks]: the address of that memory, the block there, the block here. parts [parts, 2]: where each
+    begins, and its words of 8 bytes in a block.
+    """
+    part, number, count = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    begin, size = tl.load(parts + 2 * part), tl.load(parts + 2 * part + 1).to(tl.int32)
+    source = tl.multiple_of(tl.load(numbers + number), 16).to(tl.pointer_type(tl.int64))
+    source += begin + tl.load(numbers + count + number) * size
+    target = memory + begin + tl.load(numbers + 2 * count + number) * size
+    word = tl.arange(0, WORDS)
+    for start in range(0, size, WORDS):
+        inside = start + word < size
+        tl.store(target + start + word, tl.load(source + start + word, mask=inside), mask=inside)

@@ -27,8 +27,8 @@ class Scene:
         self.pools = KvPools(self.ended.__contains__)
 
     def read(self, key: RankId = KEY) -> bytes:
-        with opened(self.pools.handle(), key) as fd:
-            return os.pread(fd, 100, 0)
+        with opened(self.pools.handle(), key) as pool:
+            return os.pread(pool.fd, 100, 0)
 
 
 @pytest.fixture
@@ -48,8 +48,8 @@ def test_the_pool_of_a_rank_that_may_live_is_refused(scene: Scene) -> None:
 
 def test_it_can_be_read_only(scene: Scene) -> None:
     scene.ended.add(KEY)
-    with opened(scene.pools.handle(), KEY) as fd, pytest.raises(OSError, match="Bad file descriptor"):
-        os.write(fd, b"x")
+    with opened(scene.pools.handle(), KEY) as pool, pytest.raises(OSError, match="Bad file descriptor"):
+        os.write(pool.fd, b"x")
 
 
 def test_a_pool_that_is_freed_or_of_another_incarnation_is_not_there(scene: Scene) -> None:
