@@ -13,10 +13,8 @@ array at the mapping's address, which each tensor keeps alive, and with whose en
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import math
-import mmap
 import os
 import struct
 import threading
@@ -25,7 +23,6 @@ import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
 from typing import Any, NamedTuple
 
 import msgspec
@@ -36,6 +33,7 @@ from torch import Tensor
 
 from membership.base.errors import ModelError, QueueError, WaitTimeout
 from workers.ipc.handover import Link
+from workers.ipc.huge_pages import map_private, map_shared
 from workers.model.checkpoint import memory_of
 from workers.model.content import Stamps
 from workers.model.packing import Pack, packed, stays_plain
@@ -51,11 +49,6 @@ SERVED = "served"  # an entry without tensors
 _SUFFIX = struct.Struct("<Q")
 SUFFIX_BYTES = _SUFFIX.size
 SIGN_EVERY_S, SIGN_TIMEOUT_S = 1.0, 15.0  # of a rank that reads what others wait for
-_MAP_FAILED = ctypes.c_void_p(-1).value
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
-_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 log = structlog.get_logger(__name__)
 
 
@@ -359,8 +352,8 @@ def _aligned(nbytes: int) -> int:
 def _filled(fd: int, size: int, entries: Sequence[Entry]) -> tuple[list[StoredAt], dict[str, bytes]]:
     places, notes, offset = [], {}, 0
     os.ftruncate(fd, size)
+    memory = map_shared(fd, size)
     os.posix_fallocate(fd, 0, size)  # a lack of memory is an error here, not a SIGBUS below
-    memory = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
     for entry in entries:
         parts = []
         for slot in entry.slots:
@@ -374,7 +367,6 @@ def _filled(fd: int, size: int, entries: Sequence[Entry]) -> tuple[list[StoredAt
             parts.append(part)
             offset += _aligned(slot.nbytes)
         notes[entry.name] = entry.note(parts)
-    memory.close()  # after an error it goes with the last tensor of its traceback
     return places, notes
 
 
@@ -389,7 +381,7 @@ def map_shard(fd: int, held: Held) -> Any:
     size = os.fstat(fd).st_size
     if size != held.size or fcntl.fcntl(fd, fcntl.F_GET_SEALS) & SEALS != SEALS:
         raise WeightsCorrupt(f"{held.keys}: {size} bytes instead of {held.size}, or not sealed")
-    return _map(fd, size)
+    return map_private(fd, size)
 
 
 def compare(pages: Any, held: Held) -> None:
@@ -443,21 +435,3 @@ def _header(memory: memoryview, held: Held) -> Header:
         return header_of(memory)
     except WeightsCorrupt as error:
         raise WeightsCorrupt(f"{held.keys}: no header") from error
-
-
-def _map(fd: int, size: int) -> Any:
-    """The memory as a ctypes array that unmaps it in the end. Python's mmap would hold a descriptor per mapping.
-
-    Private: kernels before 6.7 refuse a shared mapping of write-sealed memory. Unwritten pages are shared anyway.
-    """
-    address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_PRIVATE | mmap.MAP_POPULATE, fd, 0)
-    if address in (None, _MAP_FAILED):
-        raise OSError(ctypes.get_errno(), f"cannot map {size} bytes of weights")
-    pages = _pages_type(size).from_address(address)
-    weakref.finalize(pages, _libc.munmap, address, size).atexit = False  # at exit the kernel does it, after all threads
-    return pages
-
-
-@cache
-def _pages_type(size: int) -> Any:
-    return type("Pages", (ctypes.c_char * size,), {})  # a class of its own can be referred to weakly
