@@ -57,6 +57,7 @@ INSTEAD = {  # what people write where the chart has another value, and which th
     "admin": {"token": "admin.existingSecret, a Secret with key token"},
     "agents": {
         "ranks": "agents.ranksPerPod", "capacity": "agents.ranksPerPod", "resources": "resources, at the top",
+        "zone": "agents.zoneLabel, or agents.extraArgs",
         "gracePeriodSeconds": "agents.terminationGracePeriodSeconds",
     },
     "gateway": {"port": "service.containerPort"},

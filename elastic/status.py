@@ -81,12 +81,17 @@ class CoverageStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NodeStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A host with an agent; `ranks`: present and planned. Safe to delete: no rank is there, planned or ending."""
+    """A host with an agent; `ranks`: present and planned. Safe to delete: no rank is there, planned or ending.
+
+    `machine` and `zone`: what it ends with, as its agent says; left out if it does not.
+    """
 
     node: str
     ranks: int
     safe_to_delete: bool
     trouble: str = ""  # its copy of the checkpoint is another one by now; left out if it is not
+    machine: str = ""
+    zone: str = ""
 
 
 class LinkStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -228,7 +233,10 @@ def _node(facts: ClusterFacts, node: str) -> NodeStatus:
     ranks = sum(where == node for where, _ in facts.assigned.values())
     ending = any(facts.state.ranks[key].node == node for key in facts.lingering)
     safe = not ranks and not ending and bool(facts.members) and node not in facts.offices
-    return NodeStatus(node=node, ranks=ranks, safe_to_delete=safe, trouble=facts.state.agents[node].trouble)
+    agent = facts.state.agents[node]
+    return NodeStatus(
+        node=node, ranks=ranks, safe_to_delete=safe, trouble=agent.trouble, machine=agent.machine, zone=agent.zone
+    )
 
 
 def links_of(state: ClusterState) -> Iterator[LinkStatus]:

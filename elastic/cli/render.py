@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -40,7 +40,7 @@ def console() -> Console:
 
 def status_view(document: dict[str, Any]) -> RenderableType:
     """The status document as a heading and a table of ranks."""
-    lines: list[RenderableType] = [_heading(document), _ranks_table(document["ranks"])]
+    lines: list[RenderableType] = [_heading(document), _ranks_table(document["ranks"], document.get("nodes", ()))]
     if operation := document.get("operation"):
         lines.append(Text(f"{operation['what']}: {operation['phase']} ({operation['id']})", "cyan"))
     return Group(*lines)
@@ -85,10 +85,12 @@ def _troubles(document: dict[str, Any]) -> Iterator[str]:
         yield document["store"]
 
 
-def _ranks_table(ranks: list[dict[str, Any]]) -> Table:
+def _ranks_table(ranks: list[dict[str, Any]], nodes: Sequence[dict[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("rank", "state", "node", "pid", "incarnation", "slots", "heartbeat", "restarts"):
-        table.add_column(column, justify="left" if column in ("state", "node") else "right")
+    domains = [name for name in ("machine", "zone") if any(node.get(name) for node in nodes)]
+    of_node = {node["node"]: [node.get(name, "") for name in domains] for node in nodes}
+    for column in ("rank", "state", "node", *domains, "pid", "incarnation", "slots", "heartbeat", "restarts"):
+        table.add_column(column, justify="left" if column in ("state", "node", "machine", "zone") else "right")
     for rank in ranks:
         age_ms = rank["heartbeat_age_ms"]
         heartbeat = "-" if age_ms is None else f"{age_ms:.0f} ms"
@@ -100,7 +102,7 @@ def _ranks_table(ranks: list[dict[str, Any]]) -> Table:
         if rank.get("slow"):
             state.append(" slow", "yellow")
         table.add_row(
-            str(rank["rank"]), state, rank["node"], str(rank["pid"]),
+            str(rank["rank"]), state, rank["node"], *of_node.get(rank["node"], [""] * len(domains)), str(rank["pid"]),
             str(rank["incarnation"]), str(rank["slots"]), heartbeat, str(rank["restarts"]),
         )  # fmt: skip
     return table

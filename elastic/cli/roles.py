@@ -107,7 +107,17 @@ def agent(options: AgentOptions) -> None:
         with _probe(options, address, state) as report:
             code = code_version() if network is not None else ""
             how = Options(
-                options.worker_class, options.spares, grace_s, capacity, model, network, report, code, state.model_files
+                worker_class=options.worker_class,
+                spares=options.spares,
+                drain_grace_s=grace_s,
+                capacity=capacity,
+                model=model,
+                network=network,
+                report=report,
+                code=code,
+                machine=options.machine,
+                zone=options.zone,
+                keep=state.model_files,
             )
             run_agent(store, address.cluster, options.node, stop, events, how, stop.hurry)
 

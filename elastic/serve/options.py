@@ -359,6 +359,18 @@ class SpareOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DomainOptions:
+    """What a host ends with: replicas of an expert are kept apart by it."""
+
+    machine: str = option(
+        "",
+        "Server or Kubernetes node, if others of the cluster are on it, too. Default: it alone.",
+        env="ELASTIC_MACHINE",
+    )
+    zone: str = option("", "Zone that this host is in, as of a cloud. Default: none is known.", env="ELASTIC_ZONE")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LeaveOptions:
     """How a host leaves others."""
 
@@ -534,6 +546,7 @@ class ServeOptions(
     ApiOptions,
     LeaveOptions,
     SpareOptions,
+    DomainOptions,
     LogOptions,
 ):
     """Options of `elastic serve`."""
@@ -573,7 +586,7 @@ class ModelOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AgentOptions(RoleOptions, ModelOptions, LeaveOptions, SpareOptions):
+class AgentOptions(RoleOptions, ModelOptions, LeaveOptions, SpareOptions, DomainOptions):
     """Options of `elastic agent`."""
 
     worker_class: str = option("workers.rank.worker:EPWorker", "Worker that ranks run, as module:Class.")

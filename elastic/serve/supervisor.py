@@ -378,6 +378,8 @@ class Supervisor:
             grace_s = self.options.drain_grace_s if self._network else 0.0  # alone it ends with everything else
             arguments += ["--spares", str(self.options.spares), "--drain-grace", f"{grace_s:.3f}s"]
             arguments += ["--capacity", str(self.options.capacity)] if self.options.capacity else []
+            arguments += ["--machine", self.options.machine] if self.options.machine else []
+            arguments += ["--zone", self.options.zone] if self.options.zone else []
         stable_s = min(STABLE_S, self.options.restart_window_s)  # a death that does not count for ranks does not here
         return RoleProcess(
             name, arguments, self.state.log(name), environment={**self._environment, **secrets}, stable_s=stable_s,

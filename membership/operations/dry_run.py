@@ -74,7 +74,7 @@ def _with_changes(plan: Plan, change: Change, state: ClusterState, desired: Desi
     fresh = {m.rank for m in members if m not in facts.members}
     loads = {rank: sum(move.rank == rank for move in needed) for rank in after.ranks if rank not in fresh}
     loads |= {rank: sum(map(len, after.placement[rank])) for rank in fresh}
-    config, nodes = facts.config, {m.rank: m.node for m in members}
+    config, nodes = facts.config, facts.domains(members)
     bytes_moved = sum(loads.values()) * config.expert_bytes
     return replace(
         plan,

@@ -7,7 +7,7 @@ layer is as slow as its busiest rank, so imbalance is the busiest rank's load ov
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,9 +19,10 @@ from membership.placement.tally import (
     Floats,
     Held,
     Ints,
+    Places,
     held_by,
     held_in,
-    host_numbers,
+    levels_of,
     placement_of,
     replicas_of,
     sums,
@@ -75,7 +76,7 @@ class Search:
 def search(
     placement: Placement,
     loads: Loads,
-    nodes: Mapping[int, str],
+    nodes: Places,
     redundancy: float,
     *,
     exchanges: bool = True,
@@ -84,15 +85,16 @@ def search(
     """Search for a better placement of the most uneven layers that can be improved, as many as have `slots` slots.
 
     Ranks swap experts (if `exchanges`), and replicas beyond the redundancy's whole part go from cold experts to hot
-    ones. No rank's number of slots changes, and no expert ends on fewer than two hosts (or fewer than it has now).
+    ones. No rank's number of slots changes, and no expert ends in fewer than two zones or on fewer than two
+    machines (or fewer than it has now).
     """
     order, weights = sorted(placement), _weights(loads)
     found = held_in(order, placement)
-    holds, hosts = held_by(len(weights), weights.shape[1], order, found), host_numbers(order, nodes)
+    holds, levels = held_by(len(weights), weights.shape[1], order, found), levels_of(order, nodes)
     floor = min(int(redundancy), len(order))
 
     def local(layers: Ints) -> LocalSearch:
-        return LocalSearch(holds[layers], weights[layers], hosts, floor, exchanges=exchanges)
+        return LocalSearch(holds[layers], weights[layers], levels, floor, exchanges=exchanges)
 
     uneven = _uneven(found, len(order), weights)
     worst = np.argsort(-uneven, kind="stable")
@@ -112,9 +114,7 @@ def search(
     return Search(placement, holds, layers, before, reached, steps, others)
 
 
-def balanced(
-    placement: Placement, loads: Loads, nodes: Mapping[int, str], redundancy: float, most_moves: int
-) -> Placement:
+def balanced(placement: Placement, loads: Loads, nodes: Places, redundancy: float, most_moves: int) -> Placement:
     """Return a better placement within `most_moves` expert loads; the same placement if there is none."""
     return search(placement, loads, nodes, redundancy, exchanges=most_moves > 1).after(most_moves)
 

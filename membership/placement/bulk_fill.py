@@ -40,8 +40,8 @@ def bulk_fill(
     """Add missing replicas to `holds` in place, heaviest first: in each round, one to each rank that has room.
 
     `holds` [layer, row, expert], `replicas` and `share` [layer, expert], `capacity` [layer, row], `hosts` [row]. Ranks
-    are ordered by room, then load, with swaps so that replicas of one expert go to different hosts. A replica is
-    skipped if its rank holds the expert already or the expert would stay on a single host.
+    are ordered by room, then load, with swaps so that replicas of one expert go to different hosts (zones or machines).
+    A replica is skipped if its rank holds the expert already or the expert would stay on a single host.
     """
     layers, rows, _ = holds.shape
     missing = replicas - holds.sum(axis=1)

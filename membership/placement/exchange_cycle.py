@@ -1,4 +1,7 @@
-"""Exchange cycles: an expert leaves its host, and full ranks hand experts on in a circle. No rank's size changes."""
+"""Exchange cycles: an expert leaves its only failure domain, and full ranks hand experts on in a circle.
+
+No rank's size changes.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,18 @@ Step = tuple[int, int, int]
 
 
 def shortest_cycle(
-    holds: Bools, share: Floats, hosts: Ints, may_come: Bools, first: tuple[int, int]
+    holds: Bools, share: Floats, domains: Ints, may_go: Bools, first: tuple[int, int]
 ) -> tuple[Step, ...]:
-    """Return the shortest cycle of exchanges that moves an expert from its only host to another; () if there is none.
+    """Return the shortest cycle of exchanges that moves an expert from its only domain to another; () if there is none.
 
-    `first`: a rank that holds the expert, and the expert. A rank on another host takes it and hands an expert on, and
-    so on back to the first rank. Each hands on its least loaded expert that the next one lacks, and that may leave its
-    host: `may_come` [host, expert] for steps onto the first rank's host. `holds` [row, expert]; `hosts` [row].
+    `first`: a rank that holds the expert, and the expert. A rank in another domain takes it and hands an expert on,
+    and so on back to the first rank. Each hands on its least loaded expert that the next one lacks, and that may go
+    from it to the first rank's domain: `may_go`, `holds` [row, expert]; `domains` [row].
     """
     start, expert = first
-    home = hosts == hosts[start]
+    home = domains == domains[start]
     away = np.flatnonzero(~home)
-    able_away = holds[away] & may_come[hosts[away]]
+    able_away = holds[away] & may_go[away]
     direct = np.flatnonzero((able_away & ~holds[start]).any(axis=1))
     if direct.size:
         at = int(direct[0])
@@ -36,7 +39,7 @@ def shortest_cycle(
     queue = away[able_away.any(axis=1)].tolist()
     for row in queue:
         path = _path(came, start, row)
-        able = holds[row] & may_come[hosts[row]] if hosts[row] != hosts[start] else holds[row].copy()
+        able = holds[row] & may_go[row]
         able[[taken for _, _, taken in path]] = False
         if (back := able & ~holds[start]).any():
             return ((row, start, _lightest(back, share)), *path)

@@ -15,7 +15,14 @@ class LayerPlan:
     """One layer being planned. Its part of `holds` and of the counts is changed in place."""
 
     def __init__(
-        self, layer: int, holds: Bools, replicas: Ints, share: Floats, capacity: Ints, hosts: Ints, now: Tally
+        self,
+        layer: int,
+        holds: Bools,
+        replicas: Ints,
+        share: Floats,
+        capacity: Ints,
+        levels: tuple[Ints, ...],
+        now: Tally,
     ) -> None:
         self.layer = layer
         self.holds = holds[layer]
@@ -23,10 +30,11 @@ class LayerPlan:
         self.replicas = replicas[layer]
         self.share = share[layer]
         self.capacity = capacity[layer]
-        self.hosts = hosts
+        self.levels = levels
         self.meets = np.zeros((self.rows, self.rows), dtype=np.int32)  # replicas placed together: spread them evenly
-        self.size, self.load, self.total, self.on_host = (each[layer] for each in now)
-        self._closed: set[int] = set()  # hosts that no expert may come to from another
+        self.size, self.load, self.total = now.size[layer], now.load[layer], now.total[layer]
+        self.within = tuple(each[layer] for each in now.within)  # [domain, expert] for each level
+        self._closed: set[tuple[int, int]] = set()  # (level, domain) that no expert may come to from another
 
     def place(self) -> None:
         """Place missing replicas."""
@@ -35,21 +43,23 @@ class LayerPlan:
             for expert in np.argsort(-self.share, kind="stable").tolist():
                 for _ in range(missing[expert]):
                     self._place(expert)
-        if len(self.on_host) > 1:
-            for expert in np.flatnonzero((self.on_host > 0).sum(axis=0) < np.minimum(self.replicas, 2)).tolist():
-                self._spread(expert)
+        for level, has in enumerate(self.within):
+            if len(has) > 1:
+                for expert in np.flatnonzero((has > 0).sum(axis=0) < np.minimum(self.replicas, 2)).tolist():
+                    self._spread(level, expert)
 
     def _place(self, expert: int) -> None:
-        """Add a replica: preferably on a host without one, then on the rank with most room, least load, and fewest
-        experts in common with the other holders."""
+        """Add a replica: preferably in a zone, then on a machine, without one; then on the rank with most room, least
+        load, and fewest experts in common with the other holders."""
         held = self.holds[:, expert]
         room = self.capacity - self.size
         able = np.flatnonzero(~held & (room > 0))
         if able.size == 0:
             self._swap_in(expert, np.flatnonzero(~held), int(np.argmax(room)))
             return
-        if len(self.on_host) > 1 and (apart := self.on_host[self.hosts[able], expert] == 0).any():
-            able = able[apart]
+        for has, of in zip(self.within, self.levels, strict=True):
+            if (apart := has[of[able], expert] == 0).any():
+                able = able[apart]
         for of_rank in (-room, self.load):
             value = of_rank[able]
             able = able[value == value.min()]
@@ -71,34 +81,42 @@ class LayerPlan:
         self._give(roomy, handed)
         self._give(host, expert)
 
-    def _spread(self, expert: int) -> None:
-        """Move one replica of an expert that is on a single host to another host, from any holder that can."""
-        there = np.flatnonzero(self.on_host[:, expert])
-        host = int(there[0])
-        if there.size > 1 or host in self._closed:
+    def _spread(self, level: int, expert: int) -> None:
+        """Move one replica of an expert that is in a single domain to another, from any holder that can."""
+        there = np.flatnonzero(self.within[level][:, expert])
+        home = int(there[0])
+        if there.size > 1 or (level, home) in self._closed:
             return  # another expert's exchange did it, or there is none
-        may_come = self._may_come(host)
-        if not may_come.any():
-            self._closed.add(host)
+        may_go = self._may_go(level, home)
+        if not (self.holds & may_go)[self.levels[level] != home].any():
+            self._closed.add((level, home))
             return
         for start in np.flatnonzero(self.holds[:, expert])[::-1].tolist():
-            cycle = shortest_cycle(self.holds, self.share, self.hosts, may_come, (start, expert))
+            cycle = shortest_cycle(self.holds, self.share, self.levels[level], may_go, (start, expert))
             for row, to, handed in cycle:
                 self._set(row, handed, False)
                 self._give(to, handed)
             if cycle:
                 return
 
-    def _may_come(self, host: int) -> Bools:
-        """[other host, expert]: whether a replica may leave that one for `host`.
+    def _may_go(self, level: int, home: int) -> Bools:
+        """[row, expert]: whether a rank may hand the expert on, to a rank in domain `home` of this level.
 
-        The expert must stay on two hosts, or on as many as it was.
+        At each level the expert must stay in two domains, or in as many as it was.
         """
-        hosts_of = (self.on_host > 0).sum(axis=0)
-        last_there = self.on_host == 1
-        known_here = self.on_host[host] > 0
-        may: Bools = (self.on_host > 0) & ~(last_there & known_here & (hosts_of == 2))
-        may[host] = False
+        of = self.levels[level]
+        may: Bools = np.ones_like(self.holds)
+        for wider in range(level + 1):
+            mine, has = self.levels[wider], self.within[wider]
+            ends_in = mine[int(np.flatnonzero(of == home)[0])]
+            leaves = ~((has == 1) & (has[ends_in] > 0) & ((has > 0).sum(axis=0) == 2))
+            leaves[ends_in] = True
+            may &= leaves[mine]
+        for narrower in range(level + 1, len(self.levels)):  # within `home`: one that is nowhere else stays as it is
+            has = self.within[narrower]
+            only_here = (self.within[level] > 0).sum(axis=0) == 1
+            stays = ~((has == 1) & ((has > 0).sum(axis=0) == 2) & only_here)
+            may &= stays[self.levels[narrower]] | (of != home)[:, None]
         return may
 
     def _give(self, row: int, expert: int) -> None:
@@ -112,6 +130,7 @@ class LayerPlan:
         self.holds[row, expert] = value
         self.size[row] += change
         self.total[expert] += change
-        self.on_host[self.hosts[row], expert] += change
+        for has, of in zip(self.within, self.levels, strict=True):
+            has[of[row], expert] += change
         self.load[row] += change * self.share[expert]
         self._closed.clear()

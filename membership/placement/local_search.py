@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from membership.placement.tally import Bools, Floats, Ints, counts, held, replicas_of
+from membership.placement.tally import Bools, Floats, Ints, counts, held, replicas_of, within
 
 EVEN = 1.05  # a layer is balanced if its busiest rank has at most this times the mean load
 PARTNERS = 8  # number of least busy ranks tried as partners of an exchange
@@ -43,8 +43,8 @@ class LocalSearch:
     `floor`: the minimum number of replicas of an expert. `exchanges`: whether moves of two experts are allowed.
     """
 
-    def __init__(self, holds: Bools, weights: Floats, hosts: Ints, floor: int, *, exchanges: bool) -> None:
-        self.holds, self.weights, self.hosts = holds.copy(), weights, hosts
+    def __init__(self, holds: Bools, weights: Floats, levels: tuple[Ints, ...], floor: int, *, exchanges: bool) -> None:
+        self.holds, self.weights, self.levels = holds.copy(), weights, levels
         self.floor, self.exchanges = max(floor, 1), exchanges
         layer, row, expert = found = held(holds)
         self.replicas = replicas_of(found, len(holds), holds.shape[2])
@@ -52,9 +52,8 @@ class LocalSearch:
         first = np.cumsum(size.ravel()) - size.ravel()
         self.slots = np.full((*size.shape, int(size.max(initial=1))), -1, dtype=np.int64)
         self.slots[layer, row, np.arange(layer.size) - first[layer * size.shape[1] + row]] = expert
-        number = int(hosts.max(initial=0)) + 1
-        self.on_host = counts((len(holds), number, holds.shape[2]), layer, hosts[row], expert)  # replicas there
-        self.hosts_of = (self.on_host > 0).sum(axis=1)  # [layer, expert]
+        self.within = tuple(within(found, len(holds), holds.shape[2], level) for level in levels)
+        self.spread = tuple((has > 0).sum(axis=1) for has in self.within)  # [layer, expert]: in how many domains it is
         self.load = self._loads(np.arange(len(holds)))
 
     def steps(self) -> Iterator[Swap]:
@@ -86,8 +85,9 @@ class LocalSearch:
         for expert, more in ((old, -1), (new, 1)):
             self.holds[layer, row, expert] = more > 0
             np.add.at(self.replicas, (layer, expert), more)
-            np.add.at(self.on_host, (layer, self.hosts[row], expert), more)
-            self.hosts_of[layer, expert] = (self.on_host[layer, :, expert] > 0).sum(axis=1)
+            for has, of, spread in zip(self.within, self.levels, self.spread, strict=True):
+                np.add.at(has, (layer, of[row], expert), more)
+                spread[layer, expert] = (has[layer, :, expert] > 0).sum(axis=1)
         self.load[at] = self._loads(at)
 
     def _exchange(self, at: Ints, share: Floats) -> _Options:
@@ -111,14 +111,14 @@ class LocalSearch:
         return _Options(higher[each, best], (there, back))
 
     def _may_go(self, at: Ints, expert: Ints, row: Ints, to: Ints) -> Bools:
-        """Whether `row` may give `expert` to `to`: the expert must keep its number of hosts, or at least two."""
+        """Whether `row` may give `expert` to `to`: it must stay in as many zones and machines, or in two."""
         layer = at[:, None, None]
         may = (expert >= 0) & ~self.holds[layer, to, expert]
-        if self.on_host.shape[1] > 1:
-            spread = _of(self.hosts_of[at], expert)
-            left = self.on_host[layer, self.hosts[row], expert] == 1
-            new = self.on_host[layer, self.hosts[to], expert] == 0
-            may &= (self.hosts[row] == self.hosts[to]) | (spread - left + new >= np.minimum(spread, 2))
+        for has, of, spread_of in zip(self.within, self.levels, self.spread, strict=True):
+            if has.shape[1] > 1:
+                spread = _of(spread_of[at], expert)
+                left, new = has[layer, of[row], expert] == 1, has[layer, of[to], expert] == 0
+                may &= (of[row] == of[to]) | (spread - left + new >= np.minimum(spread, 2))
         return may
 
     def _extra_replica(self, at: Ints, share: Floats) -> _Options:
@@ -134,9 +134,10 @@ class LocalSearch:
             & _of(spare, slots)
             & ~self.holds[at[:, None], np.arange(load.shape[1]), hot[:, None]][..., None]
         )
-        if self.on_host.shape[1] > 1:  # the expert would be left on one host
-            there = self.on_host[at[:, None, None], self.hosts[:, None], slots] == 1
-            may &= ~(there & (_of(self.hosts_of[at], slots) == 2))
+        for has, of, spread in zip(self.within, self.levels, self.spread, strict=True):
+            if has.shape[1] > 1:  # the expert would be left in one domain
+                there = has[at[:, None, None], of[:, None], slots] == 1
+                may &= ~(there & (_of(spread[at], slots) == 2))
         grown = self.weights[at] / np.maximum(replicas - 1, 1)  # share of an expert with one replica less
         top = np.zeros_like(share)  # load of its busiest holder
         np.maximum.at(top, (each[:, None, None], slots), np.where(slots >= 0, load[:, :, None], 0.0))

@@ -1,7 +1,8 @@
 """The placement of experts on ranks: coverage first, then balance, then fewest moves. Pure and deterministic.
 
 Each layer has `redundancy` slots per expert, at most one per rank. An expert gets the whole part of the redundancy as
-replicas on distinct ranks, on two or more hosts where there is room; the remaining slots go to the hottest experts.
+replicas on distinct ranks, in two or more zones where there is room, else on two or more machines; the remaining slots
+go to the hottest experts.
 Ranks have equal numbers of slots (within one, per layer and in total) and keep what they hold as far as possible: a
 rank that joins takes its share, and little else moves. After a loss, `repair` places orphaned experts only; redundancy
 and balance come back later (`membership/planning/rebalance.py`).
@@ -20,7 +21,7 @@ from membership.base.errors import PlanRefused
 from membership.placement.bulk_fill import bulk_fill, replica_counts
 from membership.placement.layer_plan import LayerPlan
 from membership.placement.surplus import Surplus
-from membership.placement.tally import held, held_by, held_in, host_numbers, placement_of, replicas_of, tally
+from membership.placement.tally import Places, held, held_by, held_in, levels_of, placement_of, replicas_of, tally
 from membership.store.records import Placement
 
 Loads = Sequence[Sequence[float]]
@@ -82,12 +83,12 @@ def plan(
     redundancy: float,
     current: Placement | None = None,
     loads: Loads | None = None,
-    nodes: Mapping[int, str] | None = None,
+    nodes: Places | None = None,
 ) -> Placement:
     """Return the placement on `ranks`. `current`: what live ranks hold; a rank that is not in it holds nothing.
 
-    `loads` [layer][expert]: measured load; None: equal. `nodes`: rank -> host; None: all on one host. PlanRefused if
-    the experts cannot be placed.
+    `loads` [layer][expert]: measured load; None: equal. `nodes`: where ranks are; None: all on one machine.
+    PlanRefused if the experts cannot be placed.
     """
     reason = refusal(experts, redundancy, len(ranks))
     if reason:
@@ -95,25 +96,26 @@ def plan(
     order = sorted(ranks)
     found = held_in(order, current or {})
     holds = held_by(moe_layers, experts, order, found)
-    hosts = host_numbers(order, nodes or {})
+    levels = levels_of(order, nodes or {})
     slots = min(max_ranks_allowed(experts, redundancy), experts * len(order))
     weights = np.ones((moe_layers, experts)) if loads is None else np.asarray(loads, dtype=np.float64)
     replicas = replica_counts(slots, weights, replicas_of(found, moe_layers, experts), len(order))
     share = weights / replicas
-    now = tally(found, share, hosts)
+    now = tally(found, share, levels)
     odd = _OddSlots(slots, now.size)
     capacity = np.array([odd.capacity(layer) for layer in range(moe_layers)])
-    if loads is None and not now.total.any() and hosts.max() == 0:  # all layers are the same problem
-        LayerPlan(0, holds, replicas, share, capacity, hosts, now).place()
+    if loads is None and not now.total.any() and levels[-1].max() == 0:  # all layers are the same problem
+        LayerPlan(0, holds, replicas, share, capacity, levels, now).place()
         for layer in range(1, moe_layers):
             holds[layer] = np.roll(holds[0], layer * (slots % len(order) or 1), axis=0)
         return placement_of(holds, order)
-    Surplus(holds, now, replicas, capacity, hosts).drop(found)
-    if slots * moe_layers - now.total.sum() > MANY:
-        bulk_fill(holds, replicas, share, capacity, hosts)
-    now = tally(held(holds), share, hosts)
+    Surplus(holds, now, replicas, capacity, levels).drop(found)
+    for level in levels:  # where zones cannot have equal parts, machines share what is left
+        if slots * moe_layers - holds.sum() > MANY:
+            bulk_fill(holds, replicas, share, capacity, level)
+    now = tally(held(holds), share, levels)
     for layer in range(moe_layers):
-        LayerPlan(layer, holds, replicas, share, capacity, hosts, now).place()
+        LayerPlan(layer, holds, replicas, share, capacity, levels, now).place()
     return placement_of(holds, order)
 
 

@@ -20,7 +20,7 @@ class Surplus:
     now: Tally
     replicas: Ints  # [layer, expert], planned
     capacity: Ints  # [layer, row], planned
-    hosts: Ints  # [row]
+    levels: tuple[Ints, ...]  # of failure domains: [row] each
 
     def drop(self, found: Held) -> None:
         """Drop what is too many. `found`: what is held."""
@@ -33,10 +33,10 @@ class Surplus:
             self._shrink(each)
 
     def _drop_replicas(self, expert: int, layer: Ints, row: Ints) -> None:
-        """Drop an expert from its fullest holders, first where it is not alone on its host."""
+        """Drop an expert from its fullest holders, first where it is not alone in its zone, then on its machine."""
         while (over := self.now.total[layer, expert] > self.replicas[layer, expert]).any():
             layer, row = layer[over], row[over]
-            alone = self.now.on_host[layer, self.hosts[row], expert] == 1
+            alone = self._alone(layer, row, expert)
             spare = self.capacity[layer, row] - self.now.size[layer, row]
             order = np.lexsort((row, spare, alone, layer))
             first = order[np.unique(layer, return_index=True)[1]]
@@ -50,15 +50,22 @@ class Surplus:
         at, expert = np.nonzero(self.holds[over, row])
         layer = over[at]
         left = self.now.total[layer, expert] - self.replicas[layer, expert]
-        alone = self.now.on_host[layer, self.hosts[row], expert] == 1
+        alone = self._alone(layer, np.full(layer.size, row), expert)
         order = np.lexsort((alone, -left, layer))
         place = np.arange(at.size) - np.searchsorted(at, at)
         chosen = order[place < excess[layer]]
         self._drop(layer[chosen], np.full(chosen.size, row), expert[chosen])
 
+    def _alone(self, layer: Ints, row: Ints, expert: Ints | int) -> Ints:
+        """In how many of its failure domains each replica is the only one: who is so in a zone is so on its machine."""
+        only = [has[layer, of[row], expert] == 1 for has, of in zip(self.now.within, self.levels, strict=True)]
+        number: Ints = np.sum(only, axis=0, dtype=np.int64)
+        return number
+
     def _drop(self, layer: Ints, row: Ints, expert: Ints) -> None:
         """Drop these; no expert twice in a layer."""
         self.holds[layer, row, expert] = False
         self.now.total[layer, expert] -= 1
-        self.now.on_host[layer, self.hosts[row], expert] -= 1
+        for has, of in zip(self.now.within, self.levels, strict=True):
+            has[layer, of[row], expert] -= 1
         np.subtract.at(self.now.size, (layer, row), 1)

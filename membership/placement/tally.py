@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,20 @@ from membership.store.records import Placement
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
+
+
+Name = TypeVar("Name", str, "Domain")
+
+
+class Domain(NamedTuple):
+    """What a rank ends with: its machine, and the zone that this is in ("": none is known)."""
+
+    zone: str
+    machine: str
+
+
+Places = Mapping[int, str] | Mapping[int, Domain]
+"""rank -> its machine, or its failure domain."""
 
 
 class Held(NamedTuple):
@@ -34,7 +48,7 @@ class Tally(NamedTuple):
     size: Ints  # [layer, row]: experts held
     load: Floats  # [layer, row]
     total: Ints  # [layer, expert]: replicas
-    on_host: Ints  # [layer, host, expert]: replicas there
+    within: tuple[Ints, ...]  # for each level of failure domains [layer, domain, expert]: replicas there
 
 
 def held_by(moe_layers: int, experts: int, order: Sequence[int], current: Placement | Held) -> Bools:
@@ -72,21 +86,42 @@ def placement_of(holds: Bools, order: Sequence[int]) -> Placement:
     return {rank: tuple(lines[row * layers : (row + 1) * layers]) for row, rank in enumerate(order)}
 
 
-def host_numbers(order: Sequence[int], nodes: Mapping[int, str]) -> Ints:
-    """Return for each rank in `order` the number of its host, from 0 in order of the hosts' names."""
-    number = {name: at for at, name in enumerate(sorted({nodes.get(rank, "") for rank in order}))}
-    return np.array([number[nodes.get(rank, "")] for rank in order], dtype=np.int64)
+def domains_of(order: Sequence[int], nodes: Places) -> list[Domain]:
+    """Return the failure domain of each rank in `order`."""
+    found = [nodes.get(rank, "") for rank in order]
+    return [each if isinstance(each, Domain) else Domain("", each) for each in found]
 
 
-def tally(found: Held, share: Floats, hosts: Ints) -> Tally:
-    """Count a placement. `share` [layer, expert]: load of one replica; `hosts` [row]."""
+def levels_of(order: Sequence[int], nodes: Places) -> tuple[Ints, ...]:
+    """Return for each rank in `order` the numbers of its zone, if there are several, and of its machine.
+
+    From the widest level to the narrowest. Numbers are from 0, in order of the names. A zone of one machine each says
+    nothing that the machines do not.
+    """
+    domains = domains_of(order, nodes)
+    zones, machines = _numbers([each.zone for each in domains]), _numbers(domains)
+    return (zones, machines) if 0 < zones.max(initial=0) < machines.max(initial=0) else (machines,)
+
+
+def _numbers(names: Sequence[Name]) -> Ints:
+    number = {name: at for at, name in enumerate(sorted(set(names)))}
+    return np.array([number[name] for name in names], dtype=np.int64)
+
+
+def within(found: Held, layers: int, experts: int, level: Ints) -> Ints:
+    """Return [layer, domain, expert]: the number of replicas there. `level` [row]: each rank's domain."""
+    return counts((layers, int(level.max(initial=0)) + 1, experts), found.layer, level[found.row], found.expert)
+
+
+def tally(found: Held, share: Floats, levels: tuple[Ints, ...]) -> Tally:
+    """Count a placement. `share` [layer, expert]: load of one replica; `levels`: [row] each."""
     layers, experts = share.shape
     layer, row, expert = found
     return Tally(
-        size=counts((layers, hosts.size), layer, row),
-        load=sums((layers, hosts.size), share[layer, expert], layer, row),
+        size=counts((layers, levels[0].size), layer, row),
+        load=sums((layers, levels[0].size), share[layer, expert], layer, row),
         total=replicas_of(found, layers, experts),
-        on_host=counts((layers, int(hosts.max(initial=0)) + 1, experts), layer, hosts[row], expert),
+        within=tuple(within(found, layers, experts, level) for level in levels),
     )
 
 

@@ -8,6 +8,7 @@ machine was stalled. The engine probes members directly, so its mask is what cou
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
@@ -16,6 +17,7 @@ from membership.base.errors import ConfigError
 from membership.base.rank_id import RankId
 from membership.base.timing import VACATE_S
 from membership.placement.plan import max_ranks_allowed, refusal
+from membership.placement.tally import Domain
 from membership.planning import identity
 from membership.store.phases import before_commit
 from membership.store.records import (
@@ -105,6 +107,15 @@ class ClusterFacts:
         """Whether the assignment is for the node's current (or last) agent."""
         agent = self.state.agents.get(assignment.node)
         return agent is None or agent.started == assignment.agent_started
+
+    def domains(self, members: Iterable[Member]) -> dict[int, Domain]:
+        """rank -> its failure domain."""
+        return {member.rank: self.domain(member.node) for member in members}
+
+    def domain(self, node: str) -> Domain:
+        """What ends with this node, as its agent says: two agents may be on one machine. Default: it alone."""
+        agent = self.state.agents.get(node)
+        return Domain(agent.zone, agent.machine or node) if agent is not None else Domain("", node)
 
     @cached_property
     def leaving(self) -> frozenset[str]:

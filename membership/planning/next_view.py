@@ -15,7 +15,7 @@ def next_view(facts: ClusterFacts, members: tuple[Member, ...], *, bare: bool = 
     """
     present = set(facts.members)
     old = {m.rank: facts.view.placement[m.rank] for m in members if m in present}
-    config, nodes = facts.config, {m.rank: m.node for m in members}
+    config, nodes = facts.config, facts.domains(members)
     lost = len(old) == len(members) and facts.members != facts.alive
     if lost or (bare and len(old) == len(members) and covers(facts, old)):
         placement = repair(config.moe_layers, config.experts, old)

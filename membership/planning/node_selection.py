@@ -1,5 +1,7 @@
 """Node selection: a new rank starts on the live node with the fewest ranks. Pure; used by the planner and dry runs.
 
+Among equals in the zone with the fewest ranks, then on the machine with the fewest, so that replicas can be apart.
+
 One that replaces a dead one rather starts where that takes no imports first: a host that has just come back takes long.
 """
 
@@ -10,6 +12,9 @@ from collections import Counter
 from collections.abc import Iterable
 
 from membership.planning.cluster_facts import ClusterFacts
+
+Turn = tuple[bool, int, int, str]
+"""What comes first: (not slow, few ranks on the node, few on its machine, name)."""
 
 
 def room(facts: ClusterFacts) -> dict[str, int]:
@@ -22,20 +27,40 @@ def room(facts: ClusterFacts) -> dict[str, int]:
 
 def choose_nodes(facts: ClusterFacts, slots: Iterable[int]) -> dict[int, str]:
     """slot -> node, in the order of the slots, until there is no room left."""
-    left, running = room(facts), Counter(node for node, _ in facts.assigned.values())
+    left, there = room(facts), Counter(node for node, _ in facts.assigned.values())
+    domain = {node: facts.domain(node) for node in {*left, *there}}
+    running = dict.fromkeys(domain, 0) | there
+    on_machine, in_zone = dict.fromkeys(domain.values(), 0), {each.zone: 0 for each in domain.values()}
+    for node, number in there.items():
+        in_zone[domain[node].zone] += number
+        on_machine[domain[node]] += number
     wanted = tuple(slots)
     repairs = bool(facts.alive) and not facts.leaving and set(wanted) <= set(facts.desired.slots)
-    queue = [(repairs and facts.state.agents[node].importing, running[node], node) for node in left]
-    heapq.heapify(queue)
+
+    def turn(node: str) -> Turn:
+        return repairs and facts.state.agents[node].importing, running[node], on_machine[domain[node]], node
+
+    queues: dict[str, list[Turn]] = {}
+    for node in left:
+        queues.setdefault(domain[node].zone, []).append(turn(node))
+    for queue in queues.values():
+        heapq.heapify(queue)
     found: dict[int, str] = {}
     for slot in wanted:
-        if not queue:
+        if not queues:
             break
-        slow, number, node = heapq.heappop(queue)
-        left[node] -= 1
-        if left[node]:
-            heapq.heappush(queue, (slow, number + 1, node))
+        zone = min(queues, key=lambda zone: (*queues[zone][0][:2], in_zone[zone], *queues[zone][0][2:]))
+        queue, node = queues[zone], queues[zone][0][-1]
         found[slot] = node
+        left[node] -= 1
+        running[node] += 1
+        in_zone[zone] += 1
+        on_machine[domain[node]] += 1
+        _ = heapq.heapreplace(queue, turn(node)) if left[node] else heapq.heappop(queue)
+        while queue and queue[0] != (now := turn(queue[0][-1])):  # its machine has another rank since
+            heapq.heapreplace(queue, now)
+        if not queue:
+            del queues[zone]
     return found
 
 

@@ -416,6 +416,8 @@ def _rebalance(facts: ClusterFacts) -> Effect | None:
     """In a quiet cluster: stage a better placement of the same members, one byte budget at a time."""
     if facts.state.next is not None or facts.state.paused(facts.now) or not quiet(facts):
         return None
+    if any(member.node not in facts.state.agents for member in facts.members):
+        return None  # what it ends with is in its agent's record, which will be written again
     better = rebalance(facts)
     if better is None or facts.now < better.at:
         return None

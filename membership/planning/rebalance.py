@@ -19,9 +19,9 @@ from membership.base.timing import BALANCE_REST_S, REQUEST_VALID_S, RESTORE_REST
 from membership.placement.balance import balanced, cut, imbalance, search
 from membership.placement.local_search import EVEN
 from membership.placement.plan import Loads, plan
-from membership.placement.tally import held_in, host_numbers, tally
+from membership.placement.tally import Domain, held_in, levels_of, tally
 from membership.planning.cluster_facts import ClusterFacts
-from membership.store.records import ClusterConfig, ExpertLoad, Member, Placement
+from membership.store.records import ClusterConfig, ExpertLoad, Placement
 
 UNEVEN = 1.3  # rebalance if the imbalance is above this
 BETTER = 0.9  # and only if that of the worst layers would fall to at most this part of it
@@ -53,7 +53,8 @@ def rebalance(facts: ClusterFacts) -> Rebalance | None:
     request = facts.state.rebalance
     asked = request is not None and facts.view.staged < request.at and facts.now < request.at + REQUEST_VALID_S
     problem = _Problem(
-        facts.config, facts.members, tuple(sorted(placement.items())), facts.state.expert_load,
+        facts.config, tuple(sorted(facts.domains(facts.members).items())), tuple(sorted(placement.items())),
+        facts.state.expert_load,
         facts.view.unfinished or asked, placement,
     )  # fmt: skip
     found = _better(problem)
@@ -67,16 +68,16 @@ class _Problem:
     """Everything that the answer depends on: the key of its cache, since it is asked often and seldom changes."""
 
     config: ClusterConfig
-    members: tuple[Member, ...]
+    domains: tuple[tuple[int, Domain], ...]
     key: tuple[tuple[int, tuple[tuple[int, ...], ...]], ...]
     record: ExpertLoad | None
     begun: bool
     placement: Placement = field(compare=False)
 
     @property
-    def nodes(self) -> dict[int, str]:
-        """rank -> its host."""
-        return {member.rank: member.node for member in self.members}
+    def nodes(self) -> dict[int, Domain]:
+        """rank -> its failure domain."""
+        return dict(self.domains)
 
 
 @lru_cache(maxsize=4)
@@ -102,12 +103,13 @@ def _better(problem: _Problem) -> Rebalance | None:
     return Rebalance(step, BALANCE_REST_S, words, found.moves > most or found.others())
 
 
-def _strength(problem: _Problem, placement: Placement) -> tuple[int, int, int]:
-    """Return (replicas that count towards redundancy, experts on two or more hosts, slots in use)."""
+def _strength(problem: _Problem, placement: Placement) -> tuple[int, ...]:
+    """Return (replicas that count towards redundancy, experts in two or more zones, on two or more machines, slots in
+    use); of zones if there are several."""
     config, order = problem.config, sorted(placement)
     now = tally(
-        held_in(order, placement), np.ones((config.moe_layers, config.experts)), host_numbers(order, problem.nodes)
+        held_in(order, placement), np.ones((config.moe_layers, config.experts)), levels_of(order, problem.nodes)
     )
     whole = min(int(config.redundancy), len(order))
-    hosts_of = (now.on_host > 0).sum(axis=1)
-    return int(np.minimum(now.total, whole).sum()), int((hosts_of > 1).sum()), int(now.size.sum())
+    apart = (int(((has > 0).sum(axis=1) > 1).sum()) for has in now.within)
+    return int(np.minimum(now.total, whole).sum()), *apart, int(now.size.sum())

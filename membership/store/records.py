@@ -229,6 +229,8 @@ class AgentRecord(Record, frozen=True, kw_only=True):
     join_keys: tuple[str, ...] = ()  # of all join secrets that it has
     weights_at: str = ""  # ZeroMQ endpoint where other hosts get weights and small files of its checkpoint
     weights_key: str = ""  # CURVE public key of that endpoint
+    machine: str = ""  # what ends with others of the same name: a server, a Kubernetes node. Empty: the node by itself
+    zone: str = ""  # the zone that this is in, if one is known
 
 
 class RankRecord(RankProcess, frozen=True, kw_only=True):

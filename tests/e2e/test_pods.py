@@ -155,11 +155,16 @@ class Pods:
         """Where the Service leads to now."""
         return f"http://{self._hosts.addresses[self._gateway]}:8000"
 
-    def serving(self) -> Counter[str]:
-        """How many ranks serve in each pod, by `kubectl exec`."""
+    def status(self) -> dict[str, Any]:
+        """By `kubectl exec`."""
         said = self.running[self._gateway].exec("elastic", "status", "-o", "json")
         assert said.returncode == 0, said.stderr
-        return Counter(rank["node"] for rank in json.loads(said.stdout)["ranks"] if rank["state"] == "serving")
+        document: dict[str, Any] = json.loads(said.stdout)
+        return document
+
+    def serving(self) -> Counter[str]:
+        """How many ranks serve in each pod."""
+        return Counter(rank["node"] for rank in self.status()["ranks"] if rank["state"] == "serving")
 
     def helm_test(self) -> str:
         """What its client says; the Service is the only gateway here."""
@@ -213,6 +218,8 @@ def test_pods_of_each_role_serve_and_each_may_be_replaced_under_load(pods: Pods)
         pods.start(host)
     pods.until_ready("gateway-0", "agents-0", "agents-1", "controller-0", "engine-0")
     assert pods.serving() == {"moe-agents-0": 1, "moe-agents-1": 1}
+    domains = [(each["node"], each["machine"], each["zone"]) for each in pods.status()["nodes"]]
+    assert domains == [(f"moe-agents-{n}", f"node-of-moe-agents-{n}", f"zone-{n}") for n in range(2)]
     assert pods.helm_test().startswith("demo-moe answers: ")
     with Streams(pods.url, clients=2) as streams:
         streams.go_on()

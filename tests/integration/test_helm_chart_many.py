@@ -51,6 +51,7 @@ EVERYTHING = (
 )  # fmt: skip
 SCALED = ("agents.replicas=null", "autoscaling.kind=hpa")
 TARGETS, TYPES = ["7", "0.80", "16"], ["Value", "Value", "AverageValue"]
+FIELDS = {"podIP": "10.0.0.7", "nodeName": "worker-7", "zone": "eu-1b"}  # of the downward API
 KEYS = {  # of Secrets that the user makes, as values.yaml names them
     "etcd-client": {"ca.crt", "tls.crt", "tls.key"}, "etcd-user": {"password"}, "keys": {"keys"},
     "tls": {"tls.crt", "tls.key"}, "token": {"token"}, "hosts": {"join-secret"},
@@ -93,7 +94,7 @@ def environment_of(container: dict[str, Any], **fields: str) -> dict[str, str]:
         if "resourceFieldRef" in source:
             which, resource = source["resourceFieldRef"]["resource"].split(".")
             return str(container["resources"][which][resource])
-        return variable.get("value") or fields[source["fieldRef"]["fieldPath"].rpartition(".")[2]]
+        return variable.get("value") or fields[re.findall(r"\w+", source["fieldRef"]["fieldPath"])[-1]]
 
     return {each["name"]: value(each) for each in container["env"]}
 
@@ -103,7 +104,7 @@ def parsed(role: str, container: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     program, name, *rest = container["command"]
     assert program == "elastic"
     with monkeypatch.context() as patched:
-        for key, value in environment_of(container, name=f"demo-{role}-0", podIP="10.0.0.7").items():
+        for key, value in environment_of(container, name=f"demo-{role}-0", **FIELDS).items():
             patched.setenv(key, value)
         command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
         params: Mapping[str, Any] = command.make_context(name, [*rest, *container.get("args", ())]).params
@@ -143,6 +144,29 @@ def test_a_role_takes_the_command_line_and_environment_that_it_is_given(
         assert str(given["join_secret_file"]) == "/etc/elastic-ep/join/join-secret"
         if role != "init":
             assert (given["node"], given["advertise"]) == (f"demo-{role}-0", "10.0.0.7")
+
+
+def test_agents_know_what_they_end_with_and_pods_of_a_role_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By labels that Kubernetes gives pods from 1.35 on, or another one, or a zone that is given."""
+    for settings, fields, zone in (
+        ((), FIELDS, "eu-1b"),
+        ((), {**FIELDS, "zone": ""}, ""),
+        (("agents.zoneLabel=example.com/rack",), {"podIP": "10.0.0.7", "nodeName": "worker-7", "rack": "r1"}, "r1"),
+        (("agents.extraArgs={--zone=here}",), FIELDS, "here"),
+        (("agents.zoneLabel=null",), FIELDS, "eu-1b"),
+    ):
+        manifests = render_many(MODEL, *settings)
+        container = container_of(manifests, "agents")
+        monkeypatch.setattr(f"{__name__}.FIELDS", fields)
+        given = parsed("agents", container, monkeypatch)
+        assert (given["machine"], given["zone"] or "", given["node"]) == ("worker-7", zone, "demo-agents-0")
+        for role, pod in pods(manifests):
+            spread = pod["topologySpreadConstraints"]
+            assert [each["topologyKey"] for each in spread] == ["topology.kubernetes.io/zone", "kubernetes.io/hostname"]
+            labels = manifests[WORKLOADS[role], role]["spec"]["template"]["metadata"]["labels"]
+            for each in spread:
+                assert each["labelSelector"]["matchLabels"].items() <= labels.items()
+                assert (each["maxSkew"], each["whenUnsatisfiable"]) == (1, "ScheduleAnyway")
 
 
 def test_values_reach_their_roles(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,7 +395,7 @@ def test_secrets_are_where_flags_and_environment_say(rendered: Manifests) -> Non
     keys = KEYS | {each["metadata"]["name"]: set(each["stringData"]) for each in made}
     for role, pod in pods(rendered):
         [container] = pod["containers"]
-        said = [*environment_of(container, name="n", podIP="i").values(), *container.get("args", ())]
+        said = [*environment_of(container, name="n", **FIELDS).values(), *container.get("args", ())]
         files = {text.rpartition("=")[2] for text in said if "/etc/elastic-ep/" in text}
         secrets = {each["name"]: each["secret"]["secretName"] for each in pod["volumes"] if "secret" in each}
         mounts = {
@@ -484,7 +508,7 @@ def test_the_rendered_init_writes_the_settings_once_and_takes_another_number_of_
             container = container_of(manifests, "init")
             if not secret.exists():
                 secret.write_text(manifests["Secret", "join"]["stringData"]["join-secret"])
-            environment = environment_of(container, name="demo-init", podIP="10.0.0.7")
+            environment = environment_of(container, name="demo-init", **FIELDS)
             environment |= {"ELASTIC_JOIN_SECRET_FILE": str(secret), "ELASTIC_STATE_DIR": str(tmp_path / "state")}
             outcome = CliRunner().invoke(app, [*container["command"][1:], *container["args"]], env=environment)
             assert outcome.exit_code == 0, outcome.output

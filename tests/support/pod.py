@@ -82,15 +82,24 @@ class Pod:
 
     @property
     def environment(self) -> dict[str, str]:
-        """As rendered; of the downward API, the pod's name and address, and what its container asks for or may have."""
+        """As rendered; of the downward API, what each pod has, and what its container asks for or may have."""
         return {"PATH": PATH, **{each["name"]: self._value(each) for each in self.container["env"]}}
+
+    @property
+    def _fields(self) -> dict[str, str]:
+        """Of the pod's object. Each is on a node of its own, in one of two zones in turn."""
+        zone = f"zone-{self.name[-1:]}" if self.address else ""
+        return {
+            "metadata.name": self.name, "status.podIP": self.address, "spec.nodeName": f"node-of-{self.name}",
+            "metadata.labels['topology.kubernetes.io/zone']": zone,
+        }  # fmt: skip
 
     def _value(self, variable: dict[str, Any]) -> str:
         if "value" in variable:
             return str(variable["value"])
         source = variable["valueFrom"]
         if "fieldRef" in source:
-            return {"metadata.name": self.name, "status.podIP": self.address}[source["fieldRef"]["fieldPath"]]
+            return self._fields[source["fieldRef"]["fieldPath"]]
         which, resource = source["resourceFieldRef"]["resource"].split(".")
         quantity = str(self.container["resources"][which][resource])
         return str(math.ceil(int(quantity[:-1]) / 1000) if quantity.endswith("m") else math.ceil(float(quantity)))

@@ -18,6 +18,7 @@ from chaos.simulation.invariants import Violation as Violation
 from membership.base.rank_id import RankId
 from membership.operations.change import Change, scale
 from membership.operations.operations import propose
+from membership.placement.tally import Domain
 from membership.planning.controller import transaction
 from membership.planning.identity import refusal
 from membership.planning.planner import Effect, due, reconcile
@@ -62,6 +63,7 @@ class World:
     mute: set[int] = field(default_factory=set)  # slots whose ranks never register
     others: set[int] = field(default_factory=set)  # slots whose new ranks load another model
     capacity: int = 12  # ranks that an agent takes
+    domains: dict[str, Domain] = field(default_factory=dict)  # of nodes whose agents say what they end with
     crowded: bool = False  # the engine has requests on ranks that leave
     pause_ms: float = 0.0  # of the last flip, as the engine publishes it
     engine: bool = True
@@ -108,7 +110,11 @@ class World:
 
     def start_agent(self, node: str) -> None:
         self.now += 0.001
-        self.put(self.keys.agent(node), AgentRecord(node=node, pid=1, started=self.now, capacity=self.capacity))
+        zone, machine = self.domains.get(node, Domain("", ""))
+        self.put(
+            self.keys.agent(node),
+            AgentRecord(node=node, pid=1, started=self.now, capacity=self.capacity, machine=machine, zone=zone),
+        )
 
     def leave(self, node: str) -> None:
         """The agent asks to be relieved of its ranks."""

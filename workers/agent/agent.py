@@ -87,6 +87,8 @@ class AgentOptions:
     network: Network | None = None  # how ranks and engines on other hosts are reached
     report: Callable[[str], None] = lambda lacking: None  # what is missing until all that is meant for this node serves
     code: str = ""  # versions of what its ranks compute with, for other hosts to compare
+    machine: str = ""  # what this node ends with, and the zone that is in
+    zone: str = ""
     keep: Path | None = None  # where config and tokenizer go that this node gets of another
 
 
@@ -119,17 +121,12 @@ class Agent:
         self._clock, self._wall = parts.clock, parts.wall
         self._secrets = JoinSecrets(options.network, self._clock)
         self.me = AgentRecord(
-            node=node,
-            pid=os.getpid(),
-            started=self._wall(),
-            capacity=options.capacity or config.max_ranks,
-            spares_wanted=options.spares,
+            node=node, pid=os.getpid(), started=self._wall(), capacity=options.capacity or config.max_ranks,
+            spares_wanted=options.spares, importing=True, code=options.code, join_keys=self._secrets.keys,
             host=this_host() if options.network is not None else "",
             address=options.network.address if options.network is not None else "",
-            importing=True,
-            code=options.code,
-            join_keys=self._secrets.keys,
-        )
+            machine=options.machine, zone=options.zone,
+        )  # fmt: skip
         if options.model:
             config = changed(config, model=options.model)
         self._mirror, self._config, self._report = mirror, config, options.report

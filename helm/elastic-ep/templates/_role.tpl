@@ -50,6 +50,19 @@ app.kubernetes.io/component: {{ .role }}
 {{- end }}
 {{- end -}}
 
+{{/* What a pod of agents ends with: its Kubernetes node, and the zone of that. Kubernetes gives pods the label from 1.35
+     on; where it is missing the zone is empty, which is none. A value may be missing (`--reuse-values`). */}}
+{{- define "elastic-ep.domainEnv" -}}
+- name: ELASTIC_MACHINE
+  valueFrom:
+    fieldRef:
+      fieldPath: spec.nodeName
+- name: ELASTIC_ZONE
+  valueFrom:
+    fieldRef:
+      fieldPath: "metadata.labels['{{ .Values.agents.zoneLabel | default "topology.kubernetes.io/zone" }}']"
+{{- end -}}
+
 {{/* How many pods. Null: as many as there are, which are an autoscaler's or `kubectl scale`'s: without a number, where
      the last revision had one, Helm would remove it, and Kubernetes' default is one. From a dict: root, role, kind. */}}
 {{- define "elastic-ep.replicas" -}}
@@ -105,7 +118,10 @@ spec:
       args: {{- concat (include "elastic-ep.etcdWaitArgs" .root | fromYamlArray) (.args | default list) | toYaml | nindent 8 }}
       env:
         {{- include "elastic-ep.roleEnv" .root | nindent 8 }}
-        {{- if .shm }}{{ with include "elastic-ep.coresEnv" .resources | trim }}{{ nindent 8 . }}{{ end }}{{ end }}
+        {{- if .shm }}
+        {{- with include "elastic-ep.coresEnv" .resources | trim }}{{ nindent 8 . }}{{ end }}
+        {{- include "elastic-ep.domainEnv" .root | nindent 8 }}
+        {{- end }}
         {{- with $values.extraEnv }}{{ toYaml . | nindent 8 }}{{ end }}
       {{- include "elastic-ep.containerSecurity" .root | nindent 6 }}
       {{- if .api }}
@@ -151,12 +167,14 @@ spec:
     {{- if .api }}{{ with include "elastic-ep.apiVolumes" .root | trim }}{{ nindent 4 . }}{{ end }}{{ end }}
     {{- if .model }}{{ with include "elastic-ep.modelVolume" .root | trim }}{{ nindent 4 . }}{{ end }}{{ end }}
     {{- with $values.extraVolumes }}{{ toYaml . | nindent 4 }}{{ end }}
-  # Two pods of a role on one machine would end with it together.
+  # Two pods of a role in one zone, or on one machine, would end with it together.
   topologySpreadConstraints:
+    {{- range $key := list "topology.kubernetes.io/zone" "kubernetes.io/hostname" }}
     - maxSkew: 1
-      topologyKey: kubernetes.io/hostname
+      topologyKey: {{ $key }}
       whenUnsatisfiable: ScheduleAnyway
       labelSelector:
-        matchLabels: {{- include "elastic-ep.roleSelector" . | nindent 10 }}
+        matchLabels: {{- include "elastic-ep.roleSelector" $ | nindent 10 }}
+    {{- end }}
   {{- with include "elastic-ep.scheduling" .root | trim }}{{ nindent 2 . }}{{ end }}
 {{- end -}}

@@ -93,6 +93,18 @@ def test_spares_are_counted_over_all_hosts_and_shown_where_there_shall_be_some()
         assert ("spares" in shown_text.get()) == shown
 
 
+def test_machines_and_zones_are_shown_where_an_agent_names_them() -> None:
+    plain = healthy()
+    named = {"n": replace(plain.agents["n"], machine="worker-7", zone="eu-1b")}
+    for agents, shown in ((named, True), (plain.agents, False)):
+        document = json.loads(msgspec.json.encode(cluster_status(healthy(agents=agents), 10.0)))
+        assert ({"machine", "zone"} <= document["nodes"][0].keys()) == shown
+        console = Console(width=200)
+        with console.capture() as text:
+            console.print(status_view(document))
+        assert [word in text.get() for word in ("machine", "worker-7", "zone", "eu-1b")] == [shown] * 4
+
+
 def test_a_heartbeat_ages_from_when_it_was_seen() -> None:
     def ages(now: float, **changes: Any) -> list[float | None]:
         return [rank.heartbeat_age_ms for rank in cluster_status(healthy(2, **changes), now).ranks]
