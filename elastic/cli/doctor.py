@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from elastic.cli.doctor_gpus import Gpus, describe, fits, probe
 from elastic.cli.render import console, in_bytes
 from elastic.serve.model_check import Finding, check_model
 from elastic.serve.state_dir import StateDir
@@ -36,6 +37,7 @@ def examine(model: Path | None, ranks: int, redundancy: float, hosts: int = 1) -
         _store,
         _checkpoint,
         _machine,
+        _gpus,
     ]
     if model is not None:
         checks.append(lambda: _model(model, ranks, redundancy, hosts))
@@ -175,6 +177,14 @@ def _machine() -> Iterator[Finding]:
     )
 
 
+def _gpus() -> Iterator[Finding]:
+    found = probe()
+    if isinstance(found, Gpus):
+        yield from describe(found)
+    elif found is not None:
+        yield found
+
+
 def _model(model: Path, ranks: int, redundancy: float, hosts: int) -> Iterator[Finding]:
     from membership.placement.plan import plan
 
@@ -190,6 +200,9 @@ def _model(model: Path, ranks: int, redundancy: float, hosts: int) -> Iterator[F
         yield Finding("coverage", "fail", str(error), error.hint)
         return
     yield from _coverage(placement, nodes, info.moe_layers, info.experts, info.expert_bytes("auto"))
+    gpus = probe()
+    if hosts == 1 and isinstance(gpus, Gpus) and gpus.each:
+        yield from fits(gpus.each, info, placement)
 
 
 def _coverage(

@@ -3,13 +3,17 @@
 A spare saves a new rank the fork and the load of the model. Spares are made one at a time, in the background
 (`WorkerProc.initialise`), and only while the cluster is settled: so none competes with a repair. All calls come from
 the agent's thread; callbacks post to it.
+
+On GPUs a spare is on one of them, by its number, as ranks are by their slots. It becomes only a rank of that GPU: on
+another one two ranks would share its time and memory. So a host needs as many spares as GPUs to have one at any death.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -51,6 +55,13 @@ def settled(state: ClusterState) -> bool:
     return assigned <= members and wanted <= set(view.ranks)
 
 
+def next_number(last: int, present: Iterable[int], devices: int) -> int:
+    """Of the next spare: larger than the last one, and on the device with the fewest of those present."""
+    there = Counter(number % devices for number in present)
+    fewest = min(there[device] for device in range(devices))
+    return next(number for number in count(last + 1) if there[number % devices] == fewest)
+
+
 def _set_aside(state: ClusterState, slot: int) -> bool:
     last = state.exits.get(slot)
     return last is not None and last.quarantined
@@ -83,7 +94,8 @@ class Spares:
         self._wanted, self._executor, self._config, self._policy = wanted, executor, config, policy
         self._post, self._publish, self._emit = post, publish, emit
         self._spares: dict[SpareId, _Spare] = {}
-        self._numbers = count(1)
+        self._last = 0  # number given out
+        self._devices = 1  # that ranks take in turn, as far as a spare has said
         self._loads = LoadWatch(config)
         self._deaths: tuple[float, ...] = ()
         self._not_before = 0.0
@@ -94,7 +106,8 @@ class Spares:
         short = len(self._spares) < self._wanted and all(spare.ready for spare in self._spares.values())
         if not short or now < self._not_before or not settled(state):
             return
-        key = SpareId(next(self._numbers))
+        self._last = next_number(self._last, (key.number for key in self._spares), self._devices)
+        key = SpareId(self._last)
         self._spares[key] = _Spare(now)
         try:
             self._executor.start([key], self._config.launch_deadline_s, partial(self._post, self._started))
@@ -105,8 +118,8 @@ class Spares:
 
     def take(self, key: RankId, adopted: Adopted) -> bool:
         """Whether a spare is to become this rank; then `adopted` is called in the agent's thread."""
-        there = (number for number, spare in self._spares.items() if spare.ready and spare.heartbeat.misses < DOUBTS)
-        found = next(there, None)
+        there = (spare for spare, known in self._spares.items() if known.ready and known.heartbeat.misses < DOUBTS)
+        found = next((spare for spare in there if (spare.number - key.rank) % self._devices == 0), None)
         if found is None:
             return False
         identity = self._spares.pop(found).identity
@@ -180,7 +193,8 @@ class Spares:
         if error is not None:
             self.lost(key, str(error))
             return
-        spare.ready, spare.identity = True, called.result(timeout=0)[key].parts
+        identity = called.result(timeout=0)[key]
+        spare.ready, spare.identity, self._devices = True, identity.parts, identity.devices
         spare.heartbeat = Heartbeat(-1, time.monotonic())
         self._emit("spare_ready", number=key.number, pid=spare.pid, took_ms=round((time.time() - spare.begun) * 1e3, 1))
         self._publish_ready()

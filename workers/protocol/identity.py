@@ -10,3 +10,4 @@ class Identity(msgspec.Struct, frozen=True):
 
     parts: dict[str, str] = {}
     replaced: tuple[str, ...] = ()  # files that changed since this host loaded them; the rank got the old content
+    devices: int = 1  # that the ranks of its host take in turn, by their slots; a spare by its number

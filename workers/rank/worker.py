@@ -20,7 +20,7 @@ import structlog
 from membership.base import failpoints
 from membership.base.enums import Exactness
 from membership.base.errors import CalledOff, ConfigError, CoverageLost, Fenced, WaitTimeout
-from membership.base.rank_id import RankId
+from membership.base.rank_id import NO_SLOT, RankId
 from membership.base.timing import LOAD_REPORT_S
 from membership.planning.identity import KERNELS, THREADS
 from membership.store.records import View
@@ -180,7 +180,8 @@ class EPWorker:
 
         from workers.model.devices import open_backend
 
-        self._backend = open_backend(self._ctx.config.device, self._ctx.rank)
+        ctx = self._ctx
+        self._backend = open_backend(ctx.config.device, ctx.incarnation if ctx.rank == NO_SLOT else ctx.rank)
         self._backend.pool_fd = self._ctx.pool_fd
         self._pools = LeftPools(self._ctx.pools, map_on(self._backend.device.index or 0))
         torch.set_num_threads(1)
@@ -235,6 +236,7 @@ class EPWorker:
 
         from workers.model.code import code_version
         from workers.model.content import CONFIG_FILE
+        from workers.model.devices import taken_in_turn
 
         if self._runner is None:
             raise ConfigError("identity before load_model")
@@ -248,7 +250,7 @@ class EPWorker:
             THREADS: str(torch.get_num_threads()),
             KERNELS: self._runner.fingerprint(),
         }
-        return Identity(parts, loaded.replaced)
+        return Identity(parts, loaded.replaced, taken_in_turn(self._ctx.config.device))
 
     def open_gpu_exchange(self) -> None:
         """If it is wanted, and not there yet; in the thread that prepares, once this rank has experts."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from msgspec.structs import replace
 
 from membership.base.enums import OperationKind
+from membership.base.rank_id import RankId, SpareId
 from membership.store.records import (
     Assignment,
+    ClusterConfig,
     Desired,
     EngineStatus,
     Operation,
@@ -18,7 +23,9 @@ from membership.store.records import (
     View,
 )
 from tests.support.cluster_states import TOKEN, healthy, without
-from workers.agent.spares import settled
+from workers.agent.restart_policy import RestartPolicy
+from workers.agent.spares import Spares, next_number, settled
+from workers.protocol.identity import Identity
 
 pytestmark = pytest.mark.unit
 
@@ -60,3 +67,73 @@ def test_not_between_a_death_and_the_view_with_its_successor() -> None:
 
 def test_an_operation_that_ended_is_no_hindrance() -> None:
     assert settled(healthy(operations={"o": Operation(id="o", kind=OperationKind.SCALE, target=4, phase=Phase.DONE)}))
+
+
+class Executor:
+    """Starts spares, which load at once, on a host with so many GPUs."""
+
+    def __init__(self, devices: int) -> None:
+        self.devices, self.started, self.adopted = devices, list[int](), list[tuple[int, int]]()
+        self.workers: dict[Any, Any] = {}
+
+    def start(self, keys: list[SpareId], timeout_s: float, on_started: Callable[..., None]) -> None:
+        self.started += [key.number for key in keys]
+        for key in keys:
+            self.workers[key] = SimpleNamespace(child=SimpleNamespace(pid=key.number), dead="")
+            on_started(key, self.workers[key])
+
+    def submit(self, method: str, *, keys: list[SpareId], timeout_s: float) -> SimpleNamespace:
+        future = Future[dict[SpareId, Identity]]()
+        future.set_result({key: Identity(devices=self.devices) for key in keys})
+        return SimpleNamespace(future=future)
+
+    def adopt(self, spare: SpareId, key: RankId, timeout_s: float, on_adopted: Callable[..., None]) -> None:
+        self.adopted.append((spare.number, key.rank))
+
+
+def with_spares(wanted: int, devices: int) -> tuple[Spares, Executor]:
+    """As many as are wanted, each made in a look of its own."""
+    executor, loads = Executor(devices), SimpleNamespace(begin=lambda *_: None, end=lambda *_: None)
+
+    def post(work: Callable[..., None], *args: Any) -> None:
+        work(*args)
+
+    config, policy = cast("ClusterConfig", healthy().config), RestartPolicy()
+    spares = Spares(wanted, cast("Any", executor), config, policy, post, lambda _: None, lambda *_, **__: None)
+    spares._loads = cast("Any", loads)
+    for _ in range(wanted):
+        spares.tend(healthy(), 1.0)
+    return spares, executor
+
+
+def test_a_spare_becomes_only_a_rank_of_its_gpu() -> None:
+    spares, executor = with_spares(1, devices=2)
+    assert executor.started == [1]
+    assert not spares.take(RankId(2, 21), lambda *_: None), "it is on the other GPU"
+    assert spares.take(RankId(3, 21), lambda *_: None)
+    assert executor.adopted == [(1, 3)]
+
+
+def test_each_gpu_has_a_spare_before_one_has_two() -> None:
+    spares, executor = with_spares(4, devices=2)
+    assert sorted(number % 2 for number in executor.started) == [0, 0, 1, 1]
+    assert executor.started[0] % 2 != executor.started[1] % 2
+    assert spares.take(RankId(0, 21), lambda *_: None)
+    spares.tend(healthy(), 2.0)
+    assert executor.started[-1] % 2 == 0, "where the one was that is a rank now"
+
+
+def test_on_a_cpu_any_spare_becomes_any_rank() -> None:
+    spares, executor = with_spares(2, devices=1)
+    assert [spares.take(RankId(rank, 21), lambda *_: None) for rank in (3, 0)] == [True, True]
+    assert executor.started == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("last", "present", "devices", "expected"),
+    [(0, [], 1, 1), (1, [1], 2, 2), (2, [1], 2, 4), (4, [2, 4], 2, 5), (5, [3, 4], 3, 8), (7, [], 8, 8)],
+)
+def test_numbers_rise_and_go_to_the_gpu_with_the_fewest(
+    last: int, present: list[int], devices: int, expected: int
+) -> None:
+    assert next_number(last, present, devices) == expected

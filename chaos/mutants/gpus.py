@@ -1,0 +1,45 @@
+"""Mutants around GPUs: steps of all ranks together, windows of slots, KV pools, spares. Caught without a GPU."""
+
+from __future__ import annotations
+
+from chaos.mutants.mutant import Mutant
+
+STEPS = "tests/unit/elastic/engine/test_gpu_steps.py"
+WINDOWS = "tests/unit/workers/agent/test_gpu_windows.py"
+POOLS = "tests/unit/workers/rank/test_left_pools.py"
+SPARES = "tests/unit/workers/agent/test_spares.py"
+
+MUTANTS: tuple[Mutant, ...] = (
+    Mutant(
+        name="called-off-too-little",
+        guards="G3: a step over GPUs that a rank did not finish is called off in all of its layers",
+        file="elastic/engine/gpu_steps.py",
+        before="self._below = first + self._layers",
+        after="self._below = first",
+        tests=(f"{STEPS}::test_a_loss_calls_off_all_numbers_so_far_once",),
+    ),
+    Mutant(
+        name="window-of-a-zombie",
+        guards="G3: a rank uses its slot's window once those that had it before are over",
+        file="workers/protocol/window_client.py",
+        before="if not process_ended(process, max(0.0, deadline - time.monotonic())):",
+        after="if False:",
+        tests=(f"{WINDOWS}::test_a_successor_waits_for_the_end_of_who_had_the_slot",),
+    ),
+    Mutant(
+        name="another-rank-s-pool",
+        guards="G3: what is read is what that very rank has left, not what was mapped for the one before",
+        file="workers/rank/left_pools.py",
+        before="if self._mapped is None or self._mapped[0] != order.source:",
+        after="if self._mapped is None:",
+        tests=(f"{POOLS}::test_another_rank_s_death_takes_the_place_of_the_first",),
+    ),
+    Mutant(
+        name="spare-on-another-gpu",
+        guards="G5: a spare becomes only a rank of the GPU that it is on",
+        file="workers/agent/spares.py",
+        before="if (spare.number - key.rank) % self._devices == 0), None)",
+        after="), None)",
+        tests=(f"{SPARES}::test_a_spare_becomes_only_a_rank_of_its_gpu",),
+    ),
+)
