@@ -81,7 +81,7 @@ class SimExchange:
 
     def begin_step(self, ctx: StepContext) -> None:
         if self._ctx is None or ctx.view is not self._ctx.view:
-            self._router = Router(self._rank.key[0], ctx.view.placement)
+            self._router = Router(self._rank.key[0], ctx.view.placement, ctx.near(self._rank.key[0]))
         self._ctx = ctx
         self.suspects.clear()
 

@@ -125,7 +125,7 @@ class Exchange:
     def begin_step(self, ctx: StepContext) -> None:
         """Everything until the next call belongs to this attempt."""
         if self._ctx is None or ctx.view is not self._ctx.view:
-            self._router = Router(self._me.rank, ctx.view.placement)
+            self._router = Router(self._me.rank, ctx.view.placement, ctx.near(self._me.rank))
             self._seen = (-1, -1)
         self._ctx = ctx
         self.retried_rows = 0

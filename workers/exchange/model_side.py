@@ -28,6 +28,11 @@ class StepContext:
         """Rank -> its incarnation in this view. A process with another incarnation is not a member."""
         return {m.rank: m.incarnation for m in self.view.members}
 
+    def near(self, rank: int) -> frozenset[int]:
+        """The ranks of the host that has this one; none if it is no member."""
+        hosts = {m.rank: m.node for m in self.view.members}
+        return frozenset(other for other, host in hosts.items() if host == hosts.get(rank))
+
 
 class ExpertBank(Protocol):
     """The experts that a rank holds."""

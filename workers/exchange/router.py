@@ -1,12 +1,13 @@
 """Which rank computes which (row, expert) pair: pure, the same for every transport.
 
-A rank prefers itself. Other holders are ordered by rendezvous hashing: load spreads over replicas, the same choice is
-made each time, and the loss of a rank moves only the pairs that it would have answered.
+A rank prefers itself, then ranks of its own host: rows between hosts cost several times as much. Within each of these,
+holders are ordered by rendezvous hashing: load spreads over replicas, the same choice is made each time, and the loss
+of a rank moves only the pairs that it would have answered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +22,7 @@ Refused = tuple[int, int]  # (rank, expert): the rank cannot answer for the expe
 _NO_RANK = -1
 FEW = 24
 """Number of pairs up to which plain Python is faster than numpy, whose calls cost a microsecond each."""
-_SELF = np.uint64(2**64 - 1)
+_SELF, _NEAR = np.uint64(2**64 - 1), np.uint64(2**63)
 _GOLDEN, _MIX1, _MIX2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
@@ -42,9 +43,11 @@ class Parcel:
 class Router:
     """One rank's choices under one placement."""
 
-    def __init__(self, me: int, placement: Placement) -> None:
+    def __init__(self, me: int, placement: Placement, near: Collection[int] = ()) -> None:
+        """`near`: ranks of the same host."""
         self._me = me
         self._ranks = np.array(sorted(placement), dtype=np.int64)
+        self._near = np.isin(self._ranks, list(near))
         layers = max((len(held) for held in placement.values()), default=0)
         experts = 1 + max((e for held in placement.values() for layer in held for e in layer), default=-1)
         held = np.zeros((layers, experts, len(self._ranks)), dtype=bool)
@@ -81,12 +84,13 @@ class Router:
         return np.where(usable.any(axis=1), self._ranks[preference.argmax(axis=1)], _NO_RANK)
 
     def _preference(self, layer: int, experts: int) -> npt.NDArray[np.uint64]:
-        """[experts, ranks]: a hash of (layer, source, expert, rank) >= 1; this rank itself comes first."""
+        """[experts, ranks]: a hash of (layer, source, expert, rank) >= 1; this rank itself comes first, its host next."""
         seed = np.uint64((layer << 40 | self._me << 20) & (2**64 - 1))
         x = np.arange(experts, dtype=np.uint64)[:, None] * _GOLDEN + self._ranks.astype(np.uint64)[None, :] + seed
         x = (x ^ (x >> np.uint64(30))) * _MIX1
         x = (x ^ (x >> np.uint64(27))) * _MIX2
         x = (x ^ (x >> np.uint64(31))) >> np.uint64(1) | np.uint64(1)
+        x = np.where(self._near[None, :], x | _NEAR, x)  # a hash alone is below
         return np.where(self._ranks[None, :] == self._me, _SELF, x)
 
     def parcels(

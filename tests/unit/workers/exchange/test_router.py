@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from membership.base.errors import CoverageLost
-from membership.store.records import Placement
+from membership.store.records import Member, Placement, View
+from workers.exchange.model_side import StepContext
 from workers.exchange.router import FEW, Parcel, Router, split
 
 pytestmark = pytest.mark.unit
@@ -182,6 +183,25 @@ def test_replicas_share_the_load_of_each_layer_and_source_anew() -> None:
     one, other = Router(0, everywhere), Router(5, everywhere)
     alike = [(one.owners(0, 0) == each).mean() for each in (one.owners(1, 0), other.owners(0, 0), other.owners(1, 0))]
     assert max(alike) < 0.4, "a quarter, by chance"
+
+
+def test_rows_stay_on_their_host_where_a_replica_is_there() -> None:
+    """And its ranks share them; they leave it only when these are lost."""
+    everywhere: Placement = {r: (tuple(range(240)) if r else (),) for r in range(5)}
+    router = Router(0, everywhere, near={0, 1, 2})
+    owners = Counter(router.owners(0, 0).tolist())
+    assert set(owners) == {1, 2}
+    assert min(owners.values()) > 80, owners
+    assert set(router.owners(0, 0b10).tolist()) == {2}
+    assert set(router.owners(0, 0b110).tolist()) == {3, 4}
+
+
+def test_near_are_the_ranks_of_the_own_host() -> None:
+    members = tuple(Member(rank=rank, node="ab"[rank // 2], incarnation=1) for rank in range(4))
+    ctx = StepContext(View(epoch=1, members=members), 1, 1, 1)
+    assert ctx.near(1) == {0, 1}
+    assert ctx.near(2) == {2, 3}
+    assert ctx.near(9) == frozenset(), "it is no member"
 
 
 def test_a_rank_knows_whether_it_holds_all_of_them() -> None:
