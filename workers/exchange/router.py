@@ -84,7 +84,7 @@ class Router:
         return np.where(usable.any(axis=1), self._ranks[preference.argmax(axis=1)], _NO_RANK)
 
     def _preference(self, layer: int, experts: int) -> npt.NDArray[np.uint64]:
-        """[experts, ranks]: a hash of (layer, source, expert, rank) >= 1; this rank itself comes first, its host next."""
+        """[experts, ranks]: a hash of (layer, source, expert, rank) >= 1; this rank comes first, its host next."""
         seed = np.uint64((layer << 40 | self._me << 20) & (2**64 - 1))
         x = np.arange(experts, dtype=np.uint64)[:, None] * _GOLDEN + self._ranks.astype(np.uint64)[None, :] + seed
         x = (x ^ (x >> np.uint64(30))) * _MIX1

@@ -29,6 +29,9 @@ from workers.queue.remote_wire import END, HEARTBEAT_S, SocketThread, ToReader, 
 from workers.queue.silence import LOOK_S, Acks, Connection, OtherHosts, beat
 
 PROBE_S = 0.2
+ACK_MESSAGES, ACK_BYTES = 256, 1 << 20
+"""What is dequeued is acknowledged after that much of it, else with the next heartbeat: far less than the window, and a
+message of its own for each would cost more threads' turns than the message that it is for."""
 
 
 class RemoteReader:
@@ -50,6 +53,7 @@ class RemoteReader:
         self._arriving = threading.Lock()  # so that `watch` misses none, and gives none twice
         self._on_arrival: Callable[[Any], None] | None = None
         self._received = self._done = self._acknowledged = 0
+        self._dequeued_bytes = 0  # that are not acknowledged
         self._joined = threading.Event()
         self._ended = ""  # why
         self._silent_s = 0.0  # for how long the writer was silent, if that is why
@@ -89,8 +93,13 @@ class RemoteReader:
             return None
         data = self._inbox.popleft()
         self._done += 1
-        self._io.wake()
+        self._dequeued_bytes += len(data)
+        if self._acks_due():
+            self._io.wake()
         return self.codec.decode(data, ())
+
+    def _acks_due(self) -> bool:
+        return self._done - self._acknowledged >= ACK_MESSAGES or self._dequeued_bytes >= ACK_BYTES
 
     def dequeue(self, timeout_s: float) -> Any:
         if not self._bell.wait(self.pending, timeout_s):
@@ -178,7 +187,8 @@ class RemoteReader:
             if silent_s:
                 self._silent_s = silent_s
                 self._end(f"its writer has been silent for {silent_s:.3f} s")
-        if now >= self._send_at or self._done != self._acknowledged or self._io.stopping:
+        if now >= self._send_at or self._acks_due() or self._io.stopping:
+            self._dequeued_bytes = 0  # first: what is dequeued meanwhile is counted twice rather than not
             self._send_at, self._acknowledged = now + HEARTBEAT_S / 2, self._done
             message = ToWriter(
                 self._handle.queue,

@@ -1,8 +1,8 @@
 """Readers on other hosts: the same queue over ZeroMQ TCP, encrypted (CURVE), acknowledged, msgpack only.
 
 Each message has a number. The writer keeps what a reader has not acknowledged and sends it again after a reconnect;
-a reader takes each number once, in order, and acknowledges when its owner has dequeued it. So a slow reader
-holds up at most a window of unacknowledged messages. A side that is silent for REMOTE_SILENCE_S is gone.
+a reader takes each number once, in order, and acknowledges what its owner has dequeued, many at a time. So a slow
+reader holds up at most a window of unacknowledged messages. A side that is silent for REMOTE_SILENCE_S is gone.
 """
 
 from __future__ import annotations

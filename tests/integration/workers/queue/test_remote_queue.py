@@ -20,6 +20,8 @@ from workers.queue import remote_reader, remote_writer
 from workers.queue.curve import new_keys
 from workers.queue.handle import CurveKeys
 from workers.queue.message_queue import Handle, MessageQueue, MsgpackCodec, PickleCodec, Remote, SlowReaders
+from workers.queue.remote_wire import ToWriter
+from workers.queue.remote_writer import RemoteWriter
 
 pytestmark = pytest.mark.integration
 
@@ -131,6 +133,31 @@ def test_a_reader_that_does_not_acknowledge_is_named(queue: MessageQueue, monkey
             assert lazy.dequeue(30) == number
         with pytest.raises(QueueClosed, match="dropped"):
             assert [lazy.dequeue(30), lazy.dequeue(30)] == [10, "never"]
+
+
+def test_what_was_dequeued_is_acknowledged_together(queue: MessageQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not each message by itself, nor so late that the window fills up: no heartbeat comes to help here."""
+    monkeypatch.setattr(remote_reader, "HEARTBEAT_S", 600.0)
+    monkeypatch.setattr(remote_writer, "WINDOW", remote_reader.ACK_MESSAGES + 50)
+    monkeypatch.setattr(remote_writer, "WINDOW_BYTES", remote_reader.ACK_BYTES + 5000)
+    monkeypatch.setattr(remote_writer, "REMOTE_SILENCE_S", 600.0)
+    monkeypatch.setattr(remote_reader, "REMOTE_SILENCE_S", 600.0)
+    done: list[int] = []
+    take = RemoteWriter._take
+
+    def taking(writer: RemoteWriter, route: bytes, message: ToWriter) -> str:
+        done.append(message.done)
+        return take(writer, route, message)
+
+    monkeypatch.setattr(RemoteWriter, "_take", taking)
+    with join(elsewhere(queue), "far") as far:
+        for number in range(4 * remote_reader.ACK_MESSAGES):
+            queue.enqueue(number, timeout_s=30)
+            assert far.dequeue(30) == number
+        assert 3 <= len(set(done)) <= 6, done
+        for _ in range(3):
+            queue.enqueue(bytes(remote_reader.ACK_BYTES), timeout_s=30)
+            assert len(far.dequeue(30)) == remote_reader.ACK_BYTES
 
 
 def test_readers_learn_of_the_writers_end(queue: MessageQueue) -> None:
