@@ -3,11 +3,12 @@
     python -m benchmarks.hosts [--rounds 300] [--decode 3] [--weights 2.8 --rate 1gbit] [--faults 20] [-o json]
 
 Each way answers from a process in the other namespace; the ways take turns in one run. `rows`: dispatch + combine of 32
-rows, top-2, hidden 1024, against bare TCP and gloo's all_to_all with the same bytes (TCP and gloo are not encrypted).
-`step`: 200 bytes to a rank and back over our queues, against a bare ZeroMQ DEALER and ROUTER, and (`shm`) the queues of
-one host: `cpu_us` is processor time of both ends per round. `--decode N`: N rounds of eight streams on 2 hosts x 2
-ranks and on 1 host x 4 ranks. `--weights GB`: see benchmarks/hosts_weights.py. `--faults N`: N deaths of a rank, and a
-sixth as many of a host and of its cable; see benchmarks/hosts_faults.py. It takes root.
+rows, top-2, hidden 1024, against bare TCP and gloo's all_to_all with the same bytes (which encrypt nothing), and
+`sealed`: TCP, encrypted as rows are. `step`: 200 bytes to a rank and back over our queues, against a bare ZeroMQ DEALER
+and ROUTER, and (`shm`) the queues of one host: `cpu_us` is processor time of both ends per round.
+`--decode N`: N rounds of eight streams on 2 hosts x 2 ranks and on 1 host x 4 ranks. `--weights GB`: see
+benchmarks/hosts_weights.py. `--faults N`: N deaths of a rank, and a sixth as many of a host and of its cable; see
+benchmarks/hosts_faults.py. It takes root.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ from benchmarks.hosts_peer import (
     inputs,
     network,
     percentiles,
+    send_sealed,
     take,
+    take_sealed,
 )
 from benchmarks.mq import cpu_ns
 from chaos.target.checkpoint import checkpoint
@@ -55,6 +58,7 @@ from workers.ipc.doorbell import Doorbell
 from workers.queue.handle import Handle, Remote
 from workers.queue.message_queue import MessageQueue, MsgpackCodec
 from workers.queue.network import keys_for, remote_of
+from workers.queue.sealed import SealedSocket, new_keys
 
 TURNS = 6  # the first one warms up
 GLOO_SHARE = 5  # gloo does that many times fewer rounds
@@ -109,6 +113,21 @@ class Ways:
         def call() -> None:
             connection.sendall(asked)
             take(connection, answer)
+
+        return call
+
+    def sealed(self) -> Call:
+        """The same bytes over a bare socket, encrypted as rows are."""
+        keys = new_keys()
+        _, port = self.peer("sealed", keys.hex())
+        bare = socket.create_connection((self.there, int(port)), timeout=WAIT_S)
+        connection = SealedSocket(bare, keys, connects=True)
+        self.opened.callback(connection.close)
+        asked = memoryview(bytes(ASKED))
+
+        def call() -> None:
+            send_sealed(connection, asked)
+            take_sealed(connection)
 
         return call
 
@@ -167,7 +186,8 @@ def race(ways: Ways) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Seconds of each call, by way; and seconds of processor per call, of both ends, of those where it counts."""
     rounds = ways.rounds
     contenders = {
-        "rows": (ways.rows(), rounds), "tcp": (ways.tcp(), rounds), "gloo": (ways.gloo(), ways.gloo_rounds),
+        "rows": (ways.rows(), rounds), "tcp": (ways.tcp(), rounds), "sealed": (ways.sealed(), rounds),
+        "gloo": (ways.gloo(), ways.gloo_rounds),
         "step": (ways.step(), rounds), "ping": (ways.ping(), rounds), "shm": (ways.shm(), rounds),
     }  # fmt: skip
     found: dict[str, list[float]] = {name: [] for name in contenders}
@@ -226,6 +246,7 @@ def report(times: dict[str, list[float]], spent: dict[str, float]) -> Table:
         found[name]["cpu_us"] = round(each * 1e6, 1)
     found["ratios (p50)"] = {
         "rows over tcp": round(p50["rows"] / p50["tcp"], 2),
+        "rows over sealed": round(p50["rows"] / p50["sealed"], 2),
         "gloo over rows": round(p50["gloo"] / p50["rows"], 2),
         "step over ping": round(p50["step"] / p50["ping"], 2),
     }

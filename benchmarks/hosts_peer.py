@@ -5,6 +5,7 @@ python -m benchmarks.hosts_peer WAY OUR_ADDRESS ARGUMENT
 
 from __future__ import annotations
 
+import select
 import socket
 import sys
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from workers.ipc.doorbell import Doorbell
 from workers.queue.handle import Handle
 from workers.queue.message_queue import MessageQueue, MsgpackCodec
 from workers.queue.network import keys_for, remote_of
+from workers.queue.sealed import SealedSocket
 
 HIDDEN, ROWS, TOP_K, EXPERTS = 1024, 32, 2, 16
 ROW_BYTES = 2 * HIDDEN
@@ -114,6 +116,31 @@ def take(connection: socket.socket, into: memoryview) -> bool:
     return True
 
 
+def sealed(address: str, keys: str) -> None:
+    """The same, encrypted."""
+    with socket.create_server((address, 0)) as server:
+        say(str(server.getsockname()[1]))
+        connection = SealedSocket(server.accept()[0], bytes.fromhex(keys), connects=False)
+        answer = memoryview(bytes(ANSWERED))
+        while True:
+            take_sealed(connection)
+            send_sealed(connection, answer)
+
+
+def send_sealed(connection: SealedSocket, data: memoryview) -> None:
+    """All of it."""
+    done = connection.send(b"", [data])
+    while not done:
+        select.select([], [connection], [], WAIT_S)
+        done = connection.flush()
+
+
+def take_sealed(connection: SealedSocket) -> None:
+    """One message."""
+    while not connection.take():
+        select.select([connection], [], [], WAIT_S)
+
+
 def gloo(address: str, rounds: str) -> None:
     """`all_to_all_single` of the same bytes, in lockstep with the other side."""
     with socket.create_server((address, 0)) as free:
@@ -182,4 +209,6 @@ if __name__ == "__main__":
     configure("benchmark")  # stdout is for the parent
     end_with_starter()
     torch.set_num_threads(1)
-    {"exchange": exchange, "echo": echo, "gloo": gloo, "queue": queue, "ping": ping}[sys.argv[1]](*sys.argv[2:])
+    {"exchange": exchange, "echo": echo, "sealed": sealed, "gloo": gloo, "queue": queue, "ping": ping}[sys.argv[1]](
+        *sys.argv[2:]
+    )

@@ -176,6 +176,7 @@ class Exchange:
             raise Fenced("dispatch_combine outside of a step: call begin_step first")
         if not len(hidden):
             return torch.empty_like(hidden)
+        self._doorbell.look()  # what peers on other hosts have asked
         ids, weights = ascending(topk_ids, topk_weights)
         experts = ids.reshape(-1).tolist()
         if self._router.all_mine(layer, experts) and hidden.device.type == self.device.type and not self.pending():
@@ -279,6 +280,7 @@ class Exchange:
     def serve(self) -> int:
         """Answer what peers have asked so far; returns the number of requests. Never blocks."""
         self._links.sweep()
+        self._doorbell.look()
         return self._answer(None)
 
     def _answer(self, call: Call | None) -> int:

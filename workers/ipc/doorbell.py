@@ -2,18 +2,20 @@
 
 The thread checks its sources, goes on checking for at most 40 us, then sleeps on a semaphore. A source writes first and
 rings afterwards; the semaphore is atomic, so no ring is lost between the last check and the sleep. Ringing a thread
-that is awake costs 0.1 us and no system call.
+that is awake costs 0.1 us and no system call. Sockets that it is to read as well are in `sockets.py`.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable
 
 from membership.base.errors import QueueError
 from workers.ipc import futex
 from workers.ipc.shared_memory import PAGE, Segment
+from workers.ipc.sockets import Sockets, Source
 
 SPIN_US = 40
 """Never longer: ranks outnumber cores in tests and under CPU limits, and a spinning one delays the others' answers."""
@@ -56,6 +58,32 @@ class Doorbell(Bell):
         self._waiting = False
         self._spin_ns = int(spin_us * 1000)
         self._began_ns = 0
+        self._opening = threading.Lock()
+        self._sockets: Sockets | None = None
+
+    def watch(self, source: Source) -> None:
+        """Have the thread that waits read this, too. From any thread."""
+        with self._opening:
+            if self._sockets is None:
+                self._sockets = Sockets(self.address)
+            self._sockets.add(source)
+        self.ring()  # it may sleep where only rings wake it
+
+    def unwatch(self, source: Source) -> None:
+        """The opposite, before it is closed; again, too. From any thread."""
+        if self._sockets is not None:
+            self._sockets.discard(source)
+
+    def look(self) -> None:
+        """Read what sockets have, by the thread that waits; `wait` does so only if it finds nothing else."""
+        if self._sockets is not None:
+            self._sockets.look()
+
+    def close(self) -> None:
+        """Stop what reads sockets; no process may ring any more."""
+        if self._sockets is not None:
+            self._sockets.close()
+        super().close()
 
     def fileno(self) -> int:
         """Descriptor to hand to the processes that will ring."""
@@ -76,28 +104,42 @@ class Doorbell(Bell):
         self._began_ns = now
         try:
             while now < deadline:
-                if often:
-                    spin_until = now + self._spin_ns
-                    while now < spin_until:
-                        _sched_yield()
-                        if ready():
-                            return True
-                        now = _now_ns()
-                rung = futex.sem_wait_until(self.address, min(deadline, now + SLICE_NS))
+                if often and self._spin(ready, now):
+                    return True
+                now = _now_ns()
+                rung = self._sleep(ready, now, deadline)
                 if self.on_slept is not None:
                     self.on_slept(_now_ns() - now)
                 if ready():
                     return True
-                if rung:  # for another source, or for what was found without waiting: forget all such rings
+                if not rung:
+                    often = False
+                elif self._sockets is None:  # for another source, or for what was found without waiting: forget them
                     futex.sem_drain(self.address)
                     if ready():
                         return True
-                else:
-                    often = False
                 now = _now_ns()
             return False
         finally:
             self._waiting = False
+
+    def _spin(self, ready: Callable[[], object], now: int) -> bool:
+        spin_until = now + self._spin_ns
+        while now < spin_until:
+            _sched_yield()
+            if self._sockets is not None:
+                self._sockets.look()
+            if ready():
+                return True
+            now = _now_ns()
+        return False
+
+    def _sleep(self, ready: Callable[[], object], now: int, deadline: int) -> bool:
+        until = min(deadline, now + SLICE_NS)
+        if self._sockets is None:
+            return futex.sem_wait_until(self.address, until)
+        self._sockets.sleep(ready, until - now)
+        return True
 
     def __enter__(self) -> Doorbell:
         return self

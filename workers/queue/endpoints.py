@@ -15,7 +15,7 @@ def listen_for_hosts(socket: zmq.Socket[Any], address: str, ports: Ports = ANY_P
     """Bind at this address; the endpoint that others connect to. ConfigError if no port of the range is free."""
     host = bracketed(address)
     _prepare(socket, host)
-    for port in _in_turn(ports):
+    for port in in_turn(ports):
         try:
             socket.bind(f"tcp://{host}:{port or '*'}")
         except zmq.ZMQError as error:
@@ -25,7 +25,7 @@ def listen_for_hosts(socket: zmq.Socket[Any], address: str, ports: Ports = ANY_P
             return f"tcp://{host}:{socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(':')[2]}"
     raise ConfigError(
         f"no port of --port-range {ports} is free at {address}",
-        hint="two for each engine, standbys too, one for each agent and four for each rank are enough (docs/HOSTS.md)",
+        hint="two for each engine, standbys too, one for each agent and six for each rank are enough (docs/HOSTS.md)",
     )
 
 
@@ -35,8 +35,8 @@ def connect(socket: zmq.Socket[Any], endpoint: str) -> None:
     socket.connect(endpoint)
 
 
-def _in_turn(ports: Ports) -> list[int]:
-    """Each process begins elsewhere: the port of one that has just ended is not taken at once."""
+def in_turn(ports: Ports) -> list[int]:
+    """The ports to try. Each process begins elsewhere: the port of one that has just ended is not taken at once."""
     start, count = os.getpid(), ports.last - ports.first + 1
     return [ports.first + (start + each) % count for each in range(count)]
 

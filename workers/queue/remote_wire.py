@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import zmq
@@ -18,6 +18,14 @@ from workers.queue.writer import STOP_TIMEOUT_S
 
 HEARTBEAT_S = 1.0
 END = 2**62  # number of the message that ends the queue
+
+
+class _Descriptor(Protocol):
+    def fileno(self) -> int:
+        """Of a socket that is not ZeroMQ's."""
+
+
+Pollable = zmq.Socket[Any] | _Descriptor
 
 
 class ToWriter(msgspec.Struct, frozen=True, array_like=True):
@@ -49,7 +57,7 @@ class SocketThread:
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._poller = zmq.Poller()
         self._poller.register(self._wake, zmq.POLLIN)
-        self._actions: dict[Any, Callable[[], None]] = {}
+        self._actions: dict[Any, dict[int, Callable[[], None]]] = {}  # of a ZeroMQ socket, or of a descriptor
         self._calls: deque[Callable[[], object]] = deque()
         self.stopping = False
         self.turn_s = HEARTBEAT_S / 4
@@ -64,15 +72,30 @@ class SocketThread:
         self.wake()  # the first turn is due now
         self._thread.start()
 
-    def watch(self, socket: zmq.Socket[Any], action: Callable[[], None]) -> None:
-        """Call `action` when `socket` is readable. Once started, only in the thread."""
-        self._poller.register(socket, zmq.POLLIN)
-        self._actions[socket] = action
+    def watch(self, socket: Pollable, action: Callable[[], None], event: int = zmq.POLLIN) -> None:
+        """Call `action` when `socket` is readable, until it raises zmq.Again; or, once, when it is writable.
 
-    def unwatch(self, socket: zmq.Socket[Any]) -> None:
-        """The opposite; only in the thread."""
-        self._poller.unregister(socket)
-        del self._actions[socket]
+        Once started, only in the thread.
+        """
+        actions = self._actions.setdefault(_key(socket), {})
+        actions[event] = action
+        self._poller.register(_key(socket), sum(actions))
+
+    def unwatch(self, socket: Pollable, event: int = zmq.POLLIN) -> None:
+        """The opposite; only in the thread, before `socket` is closed. Nothing happens if it was not watched."""
+        actions = self._actions.get(_key(socket), {})
+        if actions.pop(event, None) is None:
+            return
+        if actions:
+            self._poller.register(_key(socket), sum(actions))
+        else:
+            self._poller.unregister(_key(socket))
+            del self._actions[_key(socket)]
+
+    def forget(self, socket: Pollable) -> None:
+        """`unwatch` whatever it was watched for."""
+        for event in (zmq.POLLIN, zmq.POLLOUT):
+            self.unwatch(socket, event)
 
     def wake(self) -> None:
         os.eventfd_write(self._wake, 1)
@@ -96,21 +119,33 @@ class SocketThread:
         self.context.destroy(linger=0)
         os.close(self._wake)
 
+    def _act(self, ready: Any, events: int) -> None:
+        actions = self._actions[ready]
+        if events & (zmq.POLLOUT | zmq.POLLERR) and (action := actions.get(zmq.POLLOUT)) is not None:
+            self._attempts.run(action, "send")
+        if events & (zmq.POLLIN | zmq.POLLERR) and (action := actions.get(zmq.POLLIN)) is not None:
+            self._attempts.run(partial(_until_again, action), "receive")
+
     def _run(self) -> None:
         last = False
         try:
             while not last:
                 last = self.stopping
-                for ready, _ in self._poller.poll(0 if last else int(self.turn_s * 1000)):
+                for ready, events in self._poller.poll(0 if last else int(self.turn_s * 1000)):
                     if ready == self._wake:
                         os.eventfd_read(self._wake)
                     elif ready in self._actions:  # not unwatched by what came before it
-                        self._attempts.run(partial(_until_again, self._actions[ready]), "receive")
+                        self._act(ready, events)
                 while self._calls:
                     self._attempts.once(self._calls.popleft(), "call")
                 self._attempts.run(self._turn)
         finally:
             self.context.destroy()
+
+
+def _key(socket: Pollable) -> Any:
+    """As the poller returns it."""
+    return socket if isinstance(socket, zmq.Socket) else socket.fileno()
 
 
 def _until_again(action: Callable[[], None]) -> None:

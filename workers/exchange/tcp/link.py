@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -11,27 +12,30 @@ from membership.base.rank_id import RankId
 from workers.exchange.link import Refusal, Reply, Request, Tag
 from workers.exchange.router import Parcel
 from workers.exchange.rows import DTYPES, Rows
+from workers.exchange.tcp.data import LinkData
 from workers.exchange.tcp.wire import Answer, Ask, Message, ask_frames, raw_rows, request_of
 
 Send = Callable[["TcpLink", Message, Sequence[memoryview]], None]
-"""Hands a message to the transport's thread, in order."""
+"""Sends a message, at once or by the transport's thread."""
 _NOTHING_YET = Answer(Tag(0, 0, 0, 0, 0, 0), 0)
 
 
 class TcpLink:
-    """The protocol `workers.exchange.link.Link`, where each method is described. The transport's thread only replaces
-    `_newest` and `_answer`, each by a newer one.
+    """The protocol `workers.exchange.link.Link`, where each method is described. What arrives only replaces
+    `_newest` and `_answer`, each by a newer one: in the main thread over the data connection, else in the transport's.
     """
 
     def __init__(self, incarnation: int, peer: RankId, send: Send, end: Callable[[TcpLink], None]) -> None:
         self.incarnation = incarnation  # ours
         self.gone = False
         self.ended = False  # its connection, or before there was one
+        self.data: LinkData | None = None  # once there is one
         self._peer = peer
         self._send, self._end = send, end
         self._served = 0  # sequence number of the peer's last request that we took
         self._newest: Request | None = None
-        self._answer: tuple[Answer, bytes] = (_NOTHING_YET, b"")
+        self._answer: tuple[Answer, bytes | memoryview] = (_NOTHING_YET, b"")
+        self._arriving = threading.Lock()
         self._room: Rows = np.empty((0, 0))
 
     @property
@@ -90,10 +94,14 @@ class TcpLink:
     def close(self) -> None:
         self._end(self)
 
-    # -- the transport's thread --------------------------------------------------------------------------------------
+    # -- the transport -----------------------------------------------------------------------------------------------
 
-    def arrived(self, head: Ask | Answer, buffers: list[bytes]) -> None:
+    def arrived(self, head: Ask | Answer, buffers: Sequence[bytes | memoryview]) -> None:
         """Take in what the peer has sent, unless it is older than what there is. RankError: it is malformed."""
+        with self._arriving:
+            self._arrived(head, buffers)
+
+    def _arrived(self, head: Ask | Answer, buffers: Sequence[bytes | memoryview]) -> None:
         if isinstance(head, Ask):
             if head.incarnation != self._peer.incarnation:
                 raise RankError(f"{self._peer} sent a request of incarnation {head.incarnation}")

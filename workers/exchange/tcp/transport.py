@@ -23,15 +23,18 @@ from membership.base.rank_id import RankId
 from membership.base.timing import LINK_DIAL_S, REMOTE_SILENCE_S
 from workers.exchange.links import Links
 from workers.exchange.tcp import redial
+from workers.exchange.tcp.data import LinkData
 from workers.exchange.tcp.ledger import Ledger
 from workers.exchange.tcp.link import TcpLink
 from workers.exchange.tcp.redial import Redial
 from workers.exchange.tcp.wire import Answer, Ask, Bye, Hello, Message, Refused, Welcome
 from workers.protocol.exchange_handle import TcpHandle
 from workers.queue.curve import Authenticator, serve_curve, use_curve
+from workers.queue.data_port import CAN_SEAL, DataPort, Offer, take_up
 from workers.queue.endpoints import connect, listen_for_hosts
 from workers.queue.network import connecting_keys, listening_keys, same_secret
 from workers.queue.remote_wire import HEARTBEAT_S, SocketThread
+from workers.queue.sealed import SealedSocket
 from workers.queue.silence import LOOK_S, Connection, beat
 
 MOST_BYTES = 32 << 20  # of the rows of one request, and of one answer
@@ -77,6 +80,7 @@ class TcpTransport:
         self._ledger, self._report_at = Ledger(), 0.0
         self._encode = msgspec.msgpack.Encoder().encode
         self._decoder = msgspec.msgpack.Decoder(Message)
+        self._heads = msgspec.msgpack.Decoder(Ask | Answer)  # the main thread's
         self._io = SocketThread("exchange-tcp")
         auth = Authenticator(self._io.context, [connecting_keys(network).public])
         self._listener = self._io.context.socket(zmq.ROUTER)
@@ -85,6 +89,8 @@ class TcpTransport:
         serve_curve(self._listener, listening_keys(network))
         address = listen_for_hosts(self._listener, network.address, network.ports)
         self._handle = TcpHandle(address, listening_keys(network).public)
+        self._data_port = DataPort(self._io, network.address, network.ports)
+        self._offers: dict[TcpLink, Offer] = {}  # that the peer may take up
         self._io.start(self._turn, {self._listener: self._receive, auth.socket: auth.answer})
 
     def handle(self) -> bytes:
@@ -128,7 +134,10 @@ class TcpTransport:
         return TcpLink(self._links.me.incarnation, peer, self._send_soon, self._end_soon)
 
     def _send_soon(self, link: TcpLink, head: Message, buffers: Sequence[memoryview]) -> None:
-        self._run(partial(self._send, link, head, buffers))
+        if (data := link.data) is not None:
+            data.send(self._encode(head), buffers)
+        else:
+            self._run(partial(self._send, link, head, buffers))
 
     def _end_soon(self, link: TcpLink) -> None:
         self._run(partial(self._hang_up, link))
@@ -176,7 +185,7 @@ class TcpTransport:
         except (zmq.ZMQError, QueueError) as error:
             del self._dials[peer]
             return dial.settle(str(error))
-        self._send(dial.link, Hello(self._links.hello(peer), self._handle, dial.attempt))
+        self._send(dial.link, Hello(self._links.hello(peer), self._handle, dial.attempt, CAN_SEAL))
 
     def _connect(self, link: TcpLink, to: TcpHandle, timeout_s: float = REMOTE_SILENCE_S) -> None:
         """A connection to the peer, over which we send. It is made once: when it ends, so does the link."""
@@ -240,7 +249,10 @@ class TcpTransport:
             link = self._new_link(self._links.admit(head.hello))
             self._connect(link, head.handle)
             self._routes[route] = link
-            self._send(link, Welcome(self._links.hello(link.peer), head.attempt))
+            offer = self._data_port.offer(partial(self._data_made, link)) if head.data else None
+            if offer is not None:
+                self._offers[link] = offer
+            self._send(link, Welcome(self._links.hello(link.peer), head.attempt, offer))
             self._links.add(link)
         except (ElasticError, msgspec.MsgspecError, zmq.ZMQError) as error:
             if link is not None:
@@ -258,11 +270,29 @@ class TcpTransport:
         del self._dials[peer]
         self._routes[route] = dial.link
         self._redials[peer] = redial.linked(self._redials.get(peer, Redial(dial.to, now)), now)
+        if head.offer is not None:
+            take_up(self._io, head.offer, partial(self._data_made, dial.link))
         if dial.again:
             self._links.add(dial.link, again=True)
             self._links.doorbell.ring()
             log.info("exchange_link_back", peer=peer.rank)
         dial.settle()
+
+    def _data_made(self, link: TcpLink, sealed: SealedSocket) -> None:
+        if link not in self._senders:  # it has ended meanwhile
+            return sealed.close()
+        ended = partial(self._data_ended, link)
+        link.data = LinkData(sealed, self._links.doorbell, self._io, partial(self._data_arrived, link), ended)
+
+    def _data_arrived(self, link: TcpLink, data: bytes, buffers: Sequence[memoryview]) -> None:
+        try:
+            head = self._heads.decode(data)
+            link.arrived(head, buffers)
+        except (ElasticError, msgspec.MsgspecError) as error:
+            log.warning("exchange_message_dropped", error=str(error))
+
+    def _data_ended(self, link: TcpLink, why: str) -> None:
+        self._run(lambda: self._lost(link, why) if link in self._senders else None)
 
     def _send(self, link: TcpLink, head: Message, buffers: Sequence[memoryview] = ()) -> None:
         sender = self._senders.get(link)
@@ -299,6 +329,9 @@ class TcpTransport:
             del self._dials[link.peer]
             dial.settle(why)
         self._routes = {route: other for route, other in self._routes.items() if other is not link}
+        self._data_port.withdraw(self._offers.pop(link, None))
+        if link.data is not None:
+            link.data.close()
         sender = self._senders.pop(link, None)
         connection = self._connections.pop(link, None)
         if connection is not None:
@@ -317,3 +350,4 @@ class TcpTransport:
     def _close_all(self) -> None:
         for link in list(self._senders):
             self._hang_up(link)
+        self._data_port.close()

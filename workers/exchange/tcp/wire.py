@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 import numpy as np
 
@@ -10,6 +12,7 @@ from workers.exchange.link import Request, Tag
 from workers.exchange.router import Parcel
 from workers.exchange.rows import DTYPES, Rows
 from workers.protocol.exchange_handle import TcpHandle
+from workers.queue.data_port import Offer
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -18,6 +21,7 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=True):
     hello: bytes
     handle: TcpHandle
     attempt: int = 0  # of that side; the Welcome has it, too
+    data: bool = False  # it takes up an offer
 
 
 class Welcome(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -25,6 +29,7 @@ class Welcome(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
     hello: bytes
     attempt: int = 0
+    offer: Offer | None = None  # of a data connection, for requests and answers
 
 
 class Refused(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -67,7 +72,7 @@ def ask_frames(tag: Tag, incarnation: int, parcel: Parcel, rows: Rows, dtype: in
     return head, [_raw(parcel.row_of.astype(np.int64)), _raw(rows.take(parcel.rows, 0, mode="clip"))]
 
 
-def request_of(head: Ask, buffers: list[bytes]) -> Request:
+def request_of(head: Ask, buffers: Sequence[bytes | memoryview]) -> Request:
     """A request as it arrived. RankError if its parts do not fit together."""
     if len(buffers) != 2 or not 0 <= head.dtype < len(DTYPES) or head.hidden <= 0:
         raise RankError(f"malformed request {head}")
@@ -78,7 +83,7 @@ def request_of(head: Ask, buffers: list[bytes]) -> Request:
     whole = rest == 0 and len(pairs) == sum(head.counts) and len(head.counts) == len(head.experts)
     if not whole or (len(pairs) and not 0 <= pairs.min() <= pairs.max() < count):
         raise RankError(f"malformed request {head} with {len(pairs)} pairs and {len(data)} bytes of rows")
-    rows = np.frombuffer(bytearray(data), kind).reshape(count, head.hidden)
+    rows = np.frombuffer(data, kind).reshape(count, head.hidden)
     return Request(head.tag, head.experts, head.counts, pairs.copy(), rows, head.dtype)
 
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from membership.base.errors import Fenced
+from membership.base.errors import CoverageLost, Fenced, PeerTimeout
 from membership.base.network import Network
 from membership.base.rank_id import RankId
 from membership.base.timing import LINK_DIAL_S, LINK_RETRY_MAX_S, LINK_RETRY_S
@@ -111,6 +111,38 @@ def test_a_link_that_one_side_has_lost_is_made_again_for_both(pair: tuple[Rank, 
     assert accepts.exchange.suspects == set()
 
 
+def test_rows_pass_the_data_connection_and_its_end_is_the_end_of_the_link(
+    pair: tuple[Rank, Rank], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accepts, dials = pair
+    old = accepts.link_with(DIALS), dials.link_with(ACCEPTS)
+    for link in old:
+        eventually(lambda link=link: link is not None and link.data is not None, WAIT_S, "a data connection")
+    over_zeromq: list[str] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            TcpTransport, "_send", lambda _self, _link, head, _b=(): over_zeromq.append(type(head).__name__)
+        )
+        ask(accepts, dials)
+        large = batch(3, 4096, 2, len(ALL), 1024, torch.bfloat16)  # far more than a socket takes at once
+        accepts.bell.on_wait = lambda: dials.exchange.serve() and None
+        found = accepts.exchange.dispatch_combine(0, *large)
+    assert torch.equal(found, LocalExchange(Experts(0, {0: (ALL,)})).dispatch_combine(0, *large))
+    assert over_zeromq == []
+    assert old[0] is not None
+    assert old[0].data is not None
+    old[0].data._sealed.close()
+    accepts.bell.on_wait = lambda: dials.exchange.serve() and None
+    accepts.exchange.begin_step(accepts.context)
+    with monkeypatch.context() as patched:
+        patched.setattr(accepts.exchange, "_answer_timeout_s", 0.1)
+        with pytest.raises((CoverageLost, PeerTimeout)):
+            accepts.exchange.dispatch_combine(0, *batch(3, 6, 2, len(ALL), 16, torch.bfloat16))
+    eventually(lambda: is_new(accepts, DIALS, old[0]) and is_new(dials, ACCEPTS, old[1]), WAIT_S, "new links")
+    accepts.exchange.begin_step(accepts.context)
+    ask(accepts, dials)
+
+
 def test_what_links_have_carried_and_suffered_is_counted_over_all_their_connections(pair: tuple[Rank, Rank]) -> None:
     accepts, dials = pair
     ask(accepts, dials)
@@ -133,7 +165,7 @@ def test_rows_that_were_on_their_way_are_asked_for_again_over_the_new_link(pair:
     rows = batch(3, 6, 2, len(ALL), 16, torch.bfloat16)
 
     def cut() -> None:
-        eventually(dials.exchange.pending, WAIT_S, "rows to be asked for")
+        eventually(lambda: dials.bell.look() or dials.exchange.pending(), WAIT_S, "rows to be asked for")
         old = accepts.lose(DIALS)
         eventually(lambda: is_new(accepts, DIALS, old), WAIT_S, "a new link")
         accepts.bell.on_wait = lambda: dials.exchange.serve() and None

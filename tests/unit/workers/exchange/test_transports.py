@@ -21,10 +21,9 @@ from membership.base.network import Network
 from membership.base.rank_id import RankId
 from membership.store.records import Member, Placement, View
 from tests.support.exchange_ranks import Experts, batch, broken
-from tests.support.helpers import eventually
 from tests.support.local_exchange import LocalExchange
 from tests.support.toy_transport import ToyTransport
-from tests.support.watched_doorbell import WatchedDoorbell
+from tests.support.watched_doorbell import WatchedDoorbell, eventually_read
 from workers.exchange.link import Refusal, Tag, refusal_of
 from workers.exchange.loop import Exchange
 from workers.exchange.model_side import StepContext
@@ -167,7 +166,8 @@ def test_rows_of_a_peer_that_is_gone_go_to_a_replica(cluster: Make, lost: int) -
     asker, dying, other = made.ranks[0], made.ranks[lost], made.ranks[3 - lost]
 
     def die() -> None:
-        eventually(dying.exchange.pending, WAIT_S, "something to be asked of the rank that dies")
+        asked = "something to be asked of the rank that dies"
+        eventually_read(dying.exchange.pending, WAIT_S, asked)
         dying.exchange.close()
         asker.bell.on_wait = lambda: other.exchange.serve()
 
@@ -214,7 +214,7 @@ def test_a_peer_that_does_not_answer_is_named(cluster: Make) -> None:
             return torch.equal(made.ranks[0].run(4), alone(4))
         return False
 
-    eventually(the_next_is_answered, WAIT_S, "an answer")
+    eventually_read(the_next_is_answered, WAIT_S, "an answer")
 
 
 @pytest.mark.parametrize("how", ["not held", "raises"])
@@ -245,7 +245,7 @@ def test_an_answer_to_anything_else_is_not_taken(cluster: Make, field: str) -> N
 
     def answer_wrongly() -> None:
         link = stray.link_with(ASKER)
-        eventually(link.asked, WAIT_S, "a request")
+        eventually_read(link.asked, WAIT_S, "a request")
         request = link.take()
         link.room(request)[:] = 0
         if field == "incarnation":
@@ -289,11 +289,11 @@ def test_a_request_is_taken_once_and_a_newer_one_replaces_it(cluster: Make, tran
     taken = []
 
     def is_replaced() -> bool:
-        eventually(far.asked, WAIT_S, "a request")
+        eventually_read(far.asked, WAIT_S, "a request")
         taken.append(far.take())
         return taken[-1].tag.sequence == 6
 
-    eventually(is_replaced, WAIT_S, "the newer request")
+    eventually_read(is_replaced, WAIT_S, "the newer request")
     assert len(taken) == 1 or transport == "tcp", "only over a network can the older one be there before the newer one"
     request = taken[-1]
     assert (request.experts, request.counts) == ([2], [2])
@@ -301,7 +301,7 @@ def test_a_request_is_taken_once_and_a_newer_one_replaces_it(cluster: Make, tran
     assert (far.asked(), far.take()) == (False, None)
     far.room(request)[:] = data + 1
     far.answer(request.tag)
-    eventually(lambda: near.answered() == 6, WAIT_S, "the answer")
+    eventually_read(lambda: near.answered() == 6, WAIT_S, "the answer")
     assert near.rows(2, HIDDEN, BF16).tolist() == (data + 1).tolist()
 
 
@@ -310,13 +310,13 @@ def test_an_answer_counts_for_its_whole_tag_only(cluster: Make, field: str) -> N
     made = cluster({0: ((),), 1: (ALL,)})
     near, far = made.ranks[0].link_with(made.ranks[1].me), made.ranks[1].link_with(ASKER)
     far.answer(TAG)
-    eventually(lambda: refusal_of(near, TAG) is None, WAIT_S, "the answer")
+    eventually_read(lambda: refusal_of(near, TAG) is None, WAIT_S, "the answer")
     assert refusal_of(near, TAG._replace(**{field: getattr(TAG, field) + 1})) is not None
     far.answer(TAG, Refusal([2], "not here"))
-    eventually(lambda: refusal_of(near, TAG) == Refusal([2], "not here"), WAIT_S, "the refusal")
+    eventually_read(lambda: refusal_of(near, TAG) == Refusal([2], "not here"), WAIT_S, "the refusal")
     far.incarnation += 1
     far.answer(TAG)
-    eventually(lambda: not near.reply().refused, WAIT_S, "the answer of another incarnation")
+    eventually_read(lambda: not near.reply().refused, WAIT_S, "the answer of another incarnation")
     assert refusal_of(near, TAG) is not None
 
 

@@ -1,0 +1,111 @@
+"""A doorbell that reads sockets as well: rings and arrivals wake its thread, even if it slept before."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from workers.ipc.doorbell import Bell, Doorbell
+
+pytestmark = pytest.mark.integration
+WAIT_S = 30.0
+
+
+class Bytes:
+    """Collects what its end of a pair of sockets gets."""
+
+    def __init__(self) -> None:
+        self.far, self.near = socket.socketpair()
+        self.near.setblocking(False)
+        self.found = b""
+
+    def fileno(self) -> int:
+        return self.near.fileno()
+
+    def pump(self) -> None:
+        self.found += self.near.recv(100)
+
+    def close(self) -> None:
+        self.far.close()
+        self.near.close()
+
+
+@pytest.fixture
+def bell() -> Iterator[Doorbell]:
+    with Doorbell() as made:
+        yield made
+
+
+@pytest.fixture
+def source() -> Iterator[Bytes]:
+    made = Bytes()
+    yield made
+    made.close()
+
+
+def test_what_arrives_wakes_the_thread_that_reads_it(bell: Doorbell, source: Bytes) -> None:
+    bell.watch(source)
+    timer = threading.Timer(0.05, source.far.send, [b"hello"])
+    timer.start()
+    assert bell.wait(lambda: source.found == b"hello", WAIT_S)
+    timer.join()
+
+
+def test_a_ring_from_elsewhere_wakes_it_too(bell: Doorbell, source: Bytes) -> None:
+    bell.watch(source)
+    rung: list[int] = []
+    other = Bell.attach(bell.fileno())
+
+    def ring(number: int) -> None:
+        rung.append(number)
+        other.ring()
+
+    for number in range(20):
+        timer = threading.Timer(0.005, ring, [number])
+        timer.start()
+        assert bell.wait(lambda wanted=number: wanted in rung, WAIT_S)
+        timer.join()
+    other.close()
+
+
+def test_a_thread_that_sleeps_already_reads_a_socket_that_is_watched_later(bell: Doorbell, source: Bytes) -> None:
+    def late() -> None:
+        bell.watch(source)
+        source.far.send(b"hello")
+
+    timer = threading.Timer(0.05, late)
+    timer.start()
+    assert bell.wait(lambda: source.found == b"hello", WAIT_S)
+    timer.join()
+
+
+def test_no_ring_is_lost_between_many_of_them(bell: Doorbell, source: Bytes) -> None:
+    bell.watch(source)
+    asked, answered = [0], threading.Semaphore(0)
+
+    def ringing() -> None:
+        for _ in range(2000):
+            asked[0] += 1
+            bell.ring()
+            assert answered.acquire(timeout=WAIT_S)
+
+    thread = threading.Thread(target=ringing)
+    thread.start()
+    for number in range(1, 2001):
+        assert bell.wait(lambda wanted=number: asked[0] >= wanted, WAIT_S)
+        answered.release()
+    thread.join(WAIT_S)
+
+
+def test_what_is_not_watched_any_more_is_not_read(bell: Doorbell, source: Bytes) -> None:
+    bell.watch(source)
+    source.far.send(b"one")
+    bell.look()
+    bell.unwatch(source)
+    bell.unwatch(source)
+    source.far.send(b"two")
+    bell.look()
+    assert not bell.wait(lambda: source.found != b"one", 0.05)

@@ -1,0 +1,177 @@
+"""How a data connection (`sealed.py`) comes to be: one side listens and makes an offer, which goes to the other side
+over a connection that CURVE protects; that one connects, and shows the token of the offer. Others are hung up on.
+
+Both are done in the thread that owns the sockets of a queue or of a transport. Without such a connection (the port is
+not reached, none is free, the other side is older) everything goes over ZeroMQ, as the offer does: slower, no less.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from urllib.parse import urlsplit
+
+import msgspec
+import structlog
+import zmq
+
+from membership.base.network import ANY_PORT, Ports, bracketed, is_ipv6
+from membership.base.timing import REMOTE_SILENCE_S
+from workers.queue.endpoints import in_turn
+from workers.queue.remote_wire import SocketThread
+from workers.queue.sealed import SealedSocket, new_keys
+
+TOKEN_BYTES = 16
+MOST_STRANGERS = 64  # connections that have not shown a token yet
+CAN_SEAL = find_spec("cryptography") is not None  # an environment that was made for an older version goes on without
+Made = Callable[[SealedSocket], None]
+log = structlog.get_logger("data-port")
+
+
+class Offer(msgspec.Struct, frozen=True, array_like=True):
+    """Where to connect, once, what to show there, and the keys of that connection."""
+
+    address: str
+    token: bytes
+    keys: bytes
+
+    def __repr__(self) -> str:
+        return f"Offer({self.address!r})"  # the keys go into no log
+
+
+class DataPort:
+    """Listens. All calls come from the thread of `io`, except the first."""
+
+    def __init__(self, io: SocketThread, address: str, ports: Ports = ANY_PORT) -> None:
+        self._io = io
+        self._offers: dict[bytes, tuple[Offer, Made]] = {}
+        self._strangers: dict[socket.socket, float] = {}  # and until when they may stay
+        self._listener = _listen(address, ports) if CAN_SEAL else None
+        self._address = ""
+        if self._listener is not None:
+            self._listener.setblocking(False)
+            self._address = f"tcp://{bracketed(address)}:{self._listener.getsockname()[1]}"
+            io.watch(self._listener, self._accept)
+
+    def offer(self, made: Made) -> Offer | None:
+        """`made` gets the connection of who takes it up; None if we do not listen."""
+        if self._listener is None:
+            return None
+        offer = Offer(self._address, secrets.token_bytes(TOKEN_BYTES), new_keys())
+        self._offers[offer.token] = offer, made
+        return offer
+
+    def withdraw(self, offer: Offer | None) -> None:
+        """It is void, if it was not taken up."""
+        if offer is not None:
+            self._offers.pop(offer.token, None)
+
+    def close(self) -> None:
+        """Accept no more."""
+        for stranger in list(self._strangers):
+            self._hang_up(stranger)
+        if self._listener is not None:
+            self._io.unwatch(self._listener)
+            self._listener.close()
+            self._listener = None
+
+    def _accept(self) -> None:
+        if self._listener is None:
+            raise zmq.Again
+        try:
+            stranger, _ = self._listener.accept()
+        except OSError as error:  # it is gone by now, or none waits
+            raise zmq.Again from error
+        now = time.monotonic()
+        for each, until in list(self._strangers.items()):
+            if now > until or len(self._strangers) >= MOST_STRANGERS:
+                self._hang_up(each)
+        stranger.setblocking(False)
+        self._strangers[stranger] = now + REMOTE_SILENCE_S
+        self._io.watch(stranger, partial(self._greeted, stranger))
+
+    def _greeted(self, stranger: socket.socket) -> None:
+        if stranger not in self._strangers:
+            raise zmq.Again
+        try:
+            token = stranger.recv(TOKEN_BYTES)  # so few bytes come together, or not from us
+        except BlockingIOError as error:
+            raise zmq.Again from error
+        except OSError:
+            token = b""
+        found = next((each for each in self._offers if hmac.compare_digest(each, token)), None)
+        if found is None:
+            return self._hang_up(stranger)
+        offer, made = self._offers.pop(found)
+        del self._strangers[stranger]
+        self._io.unwatch(stranger)
+        made(SealedSocket(stranger, offer.keys, connects=False))
+
+    def _hang_up(self, stranger: socket.socket) -> None:
+        del self._strangers[stranger]
+        self._io.unwatch(stranger)
+        stranger.close()
+
+
+def take_up(io: SocketThread, offer: Offer, made: Made) -> None:
+    """Connect; `made` gets the connection. In the thread of `io`. Failures are logged: the way without it is open."""
+    where = urlsplit(offer.address)
+    host = where.hostname or ""
+    connection = socket.socket(socket.AF_INET6 if is_ipv6(host) else socket.AF_INET, socket.SOCK_STREAM)
+    connection.setblocking(False)
+
+    def settled() -> None:
+        io.unwatch(connection, zmq.POLLOUT)
+        if code := connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            return _unreached(offer, connection, OSError(code, "not connected"))
+        try:
+            connection.send(offer.token)
+        except OSError as error:
+            return _unreached(offer, connection, error)
+        made(SealedSocket(connection, offer.keys, connects=True))
+
+    try:
+        connection.connect((host, where.port or 0))
+    except BlockingIOError:
+        pass  # it is under way: `settled` says how it ends
+    except OSError as error:
+        return _unreached(offer, connection, error)
+    io.watch(connection, settled, zmq.POLLOUT)
+
+
+def flush_later(io: SocketThread, connection: SealedSocket, ended: Callable[[], None]) -> None:
+    """Send the rest of what was sent, as the other side takes it. From any thread."""
+
+    def writable() -> None:
+        try:
+            done = connection.flush()
+        except Exception:
+            io.unwatch(connection, zmq.POLLOUT)
+            ended()
+            raise
+        if done:
+            io.unwatch(connection, zmq.POLLOUT)
+
+    io.call(lambda: None if connection.fileno() < 0 else io.watch(connection, writable, zmq.POLLOUT))
+
+
+def _unreached(offer: Offer, connection: socket.socket, error: OSError) -> None:
+    log.warning("data_port_not_reached", address=offer.address, error=str(error))
+    connection.close()
+
+
+def _listen(address: str, ports: Ports) -> socket.socket | None:
+    """None if no port is free: a range may be meant for fewer."""
+    family = socket.AF_INET6 if is_ipv6(address) else socket.AF_INET
+    for port in in_turn(ports):
+        try:
+            return socket.create_server((address.strip("[]"), port), family=family, backlog=128)
+        except OSError:
+            continue
+    log.warning("no_data_port", address=address, ports=str(ports))
+    return None
