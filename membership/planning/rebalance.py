@@ -18,14 +18,14 @@ import numpy as np
 from membership.base.timing import BALANCE_REST_S, REQUEST_VALID_S, RESTORE_REST_S
 from membership.placement.balance import balanced, cut, imbalance, search
 from membership.placement.local_search import EVEN
-from membership.placement.plan import Loads, plan
+from membership.placement.plan import Loads, max_ranks_allowed, plan
 from membership.placement.tally import Domain, held_in, levels_of, tally
 from membership.planning.cluster_facts import ClusterFacts
 from membership.store.records import ClusterConfig, ExpertLoad, Placement
 
 UNEVEN = 1.3  # rebalance if the imbalance is above this
 BETTER = 0.9  # and only if that of the worst layers would fall to at most this part of it
-SEARCHED = 1280  # slots of the layers that one step is looked for in: a large model's layers take a byte budget each
+SEARCHED = 640  # slots of the layers that one step is looked for in: a large model's layers take a byte budget each
 GOING_ON = 0.99  # the same for a rebalance that is unfinished or requested
 
 
@@ -86,10 +86,12 @@ def _better(problem: _Problem) -> Rebalance | None:
     config, now, nodes = problem.config, problem.placement, problem.nodes
     loads = loads_of(config, problem.record)
     most = config.rebalance_bytes // config.expert_bytes if config.expert_bytes else sys.maxsize
-    whole = plan(config.moe_layers, config.experts, now, config.redundancy, now, loads, nodes)
-    if any(b > a for a, b in zip(_strength(problem, now), _strength(problem, whole), strict=True)):
-        step = cut(now, whole, config.moe_layers, config.experts, most)
-        return Rebalance(step, RESTORE_REST_S, "redundancy is restored", unfinished=True) if step != now else None
+    strength = _strength(problem, now)
+    if not strength.most:
+        whole = plan(config.moe_layers, config.experts, now, config.redundancy, now, loads, nodes)
+        if any(b > a for a, b in zip(strength.counts, _strength(problem, whole).counts, strict=True)):
+            step = cut(now, whole, config.moe_layers, config.experts, most)
+            return Rebalance(step, RESTORE_REST_S, "redundancy is restored", unfinished=True) if step != now else None
     if loads is None or (uneven := imbalance(now, loads)) <= (EVEN if problem.begun else UNEVEN):
         return None
     found = search(now, loads, nodes, config.redundancy, slots=SEARCHED)
@@ -103,13 +105,25 @@ def _better(problem: _Problem) -> Rebalance | None:
     return Rebalance(step, BALANCE_REST_S, words, found.moves > most or found.others())
 
 
-def _strength(problem: _Problem, placement: Placement) -> tuple[int, ...]:
-    """Return (replicas that count towards redundancy, experts in two or more zones, on two or more machines, slots in
-    use); of zones if there are several."""
+class _Strength(NamedTuple):
+    """What a placement survives. `counts`: replicas that count towards redundancy, experts in two or more zones, on two
+    or more machines, slots in use; of zones if there are several. `most`: no plan of these ranks could be stronger,
+    whatever the loads are; so none need be made."""
+
+    counts: tuple[int, ...]
+    most: bool
+
+
+def _strength(problem: _Problem, placement: Placement) -> _Strength:
     config, order = problem.config, sorted(placement)
     now = tally(
         held_in(order, placement), np.ones((config.moe_layers, config.experts)), levels_of(order, problem.nodes)
     )
     whole = min(int(config.redundancy), len(order))
-    apart = (int(((has > 0).sum(axis=1) > 1).sum()) for has in now.within)
-    return int(np.minimum(now.total, whole).sum()), *apart, int(now.size.sum())
+    slots = min(max_ranks_allowed(config.experts, config.redundancy), config.experts * len(order))
+    apart = [(has > 0).sum(axis=1) > 1 for has in now.within]
+    levels = zip(now.within, apart, strict=True)
+    spread = all(has.shape[1] == 1 or bool((two | (now.total < 2)).all()) for has, two in levels)
+    most = spread and bool((now.total >= whole).all()) and int(now.size.sum()) >= slots * config.moe_layers
+    counts = (int(np.minimum(now.total, whole).sum()), *(int(two.sum()) for two in apart), int(now.size.sum()))
+    return _Strength(counts, most)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +16,7 @@ from membership.placement.survivability import survivability
 from membership.planning.cluster_facts import ClusterFacts
 from membership.planning.planner import reconcile
 from membership.planning.rebalance import rebalance
-from membership.store.records import ClusterState, ExpertLoad, Member, RebalanceRequest, View
+from membership.store.records import ClusterState, ExpertLoad, Member, Placement, RebalanceRequest, View
 from tests.support.world import CONFIG, World
 
 pytestmark = pytest.mark.unit
@@ -325,3 +327,43 @@ def test_another_host_is_used_as_soon_as_ranks_run_there() -> None:
     while world.epochs[-1] == view.epoch:
         assert world.controller_acts() | world.agents_act() | world.engine_acts()
     assert loaded(world)[-1] == 0, "a host died, and no rank had to load anything"
+
+
+def test_other_loads_need_no_plan_of_redundancy_where_it_cannot_be_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes a quarter of a second for a large model, and would not be used: only what was lost needs it."""
+    planned = list[object]()
+
+    def planning(*args: Any) -> Placement:
+        planned.append(args)
+        return plan(*args)
+
+    monkeypatch.setattr("membership.planning.rebalance.plan", planning)
+    world = up(redundancy=1.5, nodes=("a", "b"))
+    skew(world)
+    found = rebalance(ClusterFacts(world.state, world.now + 2 * BALANCE_REST_S))
+    assert found is not None
+    assert found.reason.startswith("load is balanced")
+    assert not planned
+    view = world.state.view
+    assert view is not None
+    poorer = {**view.placement, 0: tuple(held[1:] for held in view.placement[0])}
+    lacking = replace(world.state, view=replace(view, placement=poorer))
+    found = rebalance(ClusterFacts(lacking, world.now + 2 * BALANCE_REST_S))
+    assert found is not None
+    assert found.reason == "redundancy is restored"
+    assert planned
+
+
+def test_a_second_replica_on_the_same_host_is_not_as_good_as_can_be() -> None:
+    world = up(4, redundancy=2.0, nodes=("a", "b"))
+    view = world.state.view
+    assert view is not None
+    one, other = ((m.rank for m in view.members if m.node == node) for node in ("a", "b"))
+    (a, b), (c, d) = sorted(one), sorted(other)
+    low, high = tuple(range(4)), tuple(range(4, 8))
+    layers = CONFIG.moe_layers
+    placement = {a: (low,) * layers, b: (low,) * layers, c: (high,) * layers, d: (high,) * layers}
+    apart = replace(world.state, view=replace(view, placement=placement))
+    found = rebalance(ClusterFacts(apart, world.now + 2 * BALANCE_REST_S))
+    assert found is not None
+    assert found.reason == "redundancy is restored"
