@@ -6,7 +6,6 @@ may be stopped, hang in native code, be slow, or die at any moment.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -27,6 +26,7 @@ from workers.protocol.load_progress import LoadSeen
 from workers.protocol.messages import CopyBlocks, StepBatch
 from workers.protocol.step_fence import FENCED_STATUS
 from workers.rank.engine_port import EnginePort
+from workers.rank.load_turns import LoadTurns
 from workers.rank.worker import EPWorker, Preparation, experts_of
 from workers.rank.worker_api import WorkerContext
 
@@ -50,6 +50,13 @@ class SimPreparation:
         self.stopped, self.ready, self.running = True, False, False
 
 
+class _NoTurns(LoadTurns):
+    """Nothing is reported: when it is due, the clock of this machine would say."""
+
+    def due(self, now: float, rank: int, ranks: int) -> bool:
+        return False
+
+
 class SimWorker(EPWorker):
     """The shipped worker around a model, experts and links that are only names."""
 
@@ -66,7 +73,7 @@ class SimWorker(EPWorker):
         self.runner = Runner(rank)
         self._runner = cast(Any, self.runner)
         self._device = self._backend = self._latest = self._mask = None
-        self._load_due = math.inf  # nothing is reported: when it is due, the clock of this machine would say
+        self._load_turns = _NoTurns()
         self._view, self._preparing, self._engine_token, self._left = View(epoch=0), {}, 0, set()
 
     def attach_mask(self, handle: bytes) -> None:

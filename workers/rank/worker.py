@@ -21,7 +21,6 @@ from membership.base import failpoints
 from membership.base.enums import Exactness
 from membership.base.errors import CalledOff, ConfigError, CoverageLost, Fenced, WaitTimeout
 from membership.base.rank_id import NO_SLOT, RankId
-from membership.base.timing import LOAD_REPORT_S
 from membership.planning.identity import KERNELS, THREADS
 from membership.store.records import View
 from workers.ipc.cpu_priority import usable_cores
@@ -34,6 +33,7 @@ from workers.protocol.messages import CopyBlocks, StepBatch, StepResult, StepSta
 from workers.rank.environment import give_memory_back
 from workers.rank.gpu_exchange import Apart, GpuExchange
 from workers.rank.left_pools import LeftPools, keep_pool, map_on
+from workers.rank.load_turns import LoadTurns
 from workers.rank.step_clock import StepClock
 from workers.rank.worker_api import WorkerContext
 
@@ -158,7 +158,7 @@ class EPWorker:
         self._preparing: dict[int, Preparation] = {}  # by epoch, later than the view in use
         self._latest: Preparation | None = None
         self._engine_token = 0
-        self._load_due = 0.0  # when the load of experts is to be reported next
+        self._load_turns = LoadTurns()
         self._left: set[RankId] = set()  # members of earlier views since the last retire_epoch
 
     def make_exchange(self) -> Exchange:
@@ -441,11 +441,9 @@ class EPWorker:
         return self._backend.fills(usable_cores(), weights)
 
     def _load(self) -> bytes:
-        """What to report of the experts' load: now and then, since it is 60 kB for 58 layers of 256 experts."""
-        now = time.monotonic()
-        if self._runner is None or now < self._load_due:
+        """What to report of the experts' load, if it is our turn."""
+        if self._runner is None or not self._load_turns.due(time.monotonic(), self.rank, len(self._view.members)):
             return b""
-        self._load_due = now + LOAD_REPORT_S
         return self._runner.take_load()
 
     def pending(self) -> bool:

@@ -151,7 +151,7 @@ def test_is_a_worker(worker: TestedWorker) -> None:
     assert len(found.parts["kernels"]) == 16
 
 
-def test_the_load_of_experts_is_reported_now_and_then(worker: TestedWorker) -> None:
+def test_the_load_of_experts_is_reported_now_and_then(worker: TestedWorker, monkeypatch: pytest.MonkeyPatch) -> None:
     """And none is left out: what is not reported with one step is with a later one."""
     worker.prepare_epoch(view(1, WHOLE), {}).get_output(60)
 
@@ -160,10 +160,10 @@ def test_the_load_of_experts_is_reported_now_and_then(worker: TestedWorker) -> N
         assert result is not None
         return result.load
 
+    turns = iter((True, False, False, True))
+    monkeypatch.setattr(worker._load_turns, "due", lambda *_: next(turns))
     first = np.frombuffer(report(1), dtype=np.uint32)
-    worker._load_due = float("inf")
     assert (report(2), report(3)) == (b"", b"")
-    worker._load_due = 0.0
     assert np.frombuffer(report(4), dtype=np.uint32).tolist() == (3 * first).tolist()
 
 
