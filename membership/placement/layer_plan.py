@@ -53,7 +53,7 @@ class LayerPlan:
         load, and fewest experts in common with the other holders."""
         held = self.holds[:, expert]
         room = self.capacity - self.size
-        able = np.flatnonzero(~held & (room > 0))
+        able = (~held & (room > 0)).nonzero()[0]  # methods: numpy's functions around them cost as much again
         if able.size == 0:
             self._swap_in(expert, np.flatnonzero(~held), int(np.argmax(room)))
             return
@@ -61,11 +61,12 @@ class LayerPlan:
             if (apart := has[of[able], expert] == 0).any():
                 able = able[apart]
         for of_rank in (-room, self.load):
-            value = of_rank[able]
-            able = able[value == value.min()]
+            if able.size > 1:
+                value = of_rank[able]
+                able = able[value == value[value.argmin()]]
         if able.size > 1:
-            shared = self.meets[able[:, None], np.flatnonzero(held)].sum(axis=1)
-            able = able[shared == shared.min()]
+            shared = self.meets[able[:, None], held.nonzero()[0]].sum(axis=1)
+            able = able[shared == shared[shared.argmin()]]
         turn = (able - expert - self.layer) % self.rows
         self._give(int(able[turn.argmin()]), expert)
 
@@ -120,7 +121,7 @@ class LayerPlan:
         return may
 
     def _give(self, row: int, expert: int) -> None:
-        others = np.flatnonzero(self.holds[:, expert])
+        others = self.holds[:, expert].nonzero()[0]
         self.meets[row, others] += 1
         self.meets[others, row] += 1
         self._set(row, expert, True)

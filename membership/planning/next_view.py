@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from membership.placement.plan import coverage, plan, repair
+from membership.placement.plan import plan, repair
+from membership.placement.tally import held_in, replicas_of
 from membership.planning.cluster_facts import ClusterFacts
 from membership.planning.rebalance import loads_of
 from membership.store.records import Member, Placement, View
@@ -30,4 +31,5 @@ def next_view(facts: ClusterFacts, members: tuple[Member, ...], *, bare: bool = 
 
 def covers(facts: ClusterFacts, placement: Placement) -> bool:
     """Whether each expert has a holder in the placement."""
-    return coverage(placement, placement, facts.config.experts).min_live_replicas >= 1
+    found = held_in(sorted(placement), placement)
+    return bool(replicas_of(found, facts.config.moe_layers, facts.config.experts).all())
