@@ -373,7 +373,7 @@ class Scheduler:
         able = [home for home in self._homes.values() if home.running and home.retry_at <= now]
         prompting = sum(any(map(_prefilling, home.running)) for home in able)
         decodes = max((sum(each.remaining == 1 for each in home.running) for home in able), default=0)
-        prompt_tokens = self._budget.tokens(decodes, prompting)
+        prompt_tokens = self._budget.tokens(decodes, prompting, alone=len(self._sequences) == 1)
         ranks: dict[int, list[SeqChunk]] = {}
         for home in able:
             self._fill(home, prompt_tokens)

@@ -3,9 +3,13 @@
 Learned from the times that steps took: of steps without prompts, by the number of sequences that decode; of the others,
 what prompts cost beyond that, by the number of ranks that compute prompts at once, since they share the cores: once per
 step (weights are read, ranks exchange), and per token. The first part buys nothing, so a step's prompts get at least as
-much time again, even if the step then exceeds its time. Medians of the last few: one step that took long for another
-reason changes nothing. The share at most doubles from what has been measured, so the first steps are short, and never
-falls below a floor, so that a prompt always advances.
+much time again, and half of what its decodes take, even if the step then exceeds its time. Steps of one size cannot
+tell the two parts apart: where all are small, a larger one is tried now and then. Medians of the last few: one step
+that took long for another reason changes nothing. The share at most doubles from what has been measured, so the first
+steps are short, and never falls below a floor, so that a prompt always advances.
+
+A request that is alone has no budget: no other waits for its steps, and each reads all weights anew. What its large
+steps take is learned from all the same.
 
 With or without a budget: a step whose answer was overdue is not tried again as it was, since it might never end.
 """
@@ -23,6 +27,7 @@ from membership.base.timing import STEP_DEADLINE_S
 FLOOR_TOKENS = 16
 FIRST_TOKENS = 64  # while nothing is known
 REMEMBERED = 5
+ALIKE = 4  # steps of one size after which a larger one is tried
 COMPARED = 16  # steps with prompts of different sizes, which tell what a step costs whatever its size
 SAFE_S = STEP_DEADLINE_S / 2  # a step that takes so long is not near to being overdue
 LEAST_SHARE = 0.25  # of a step's time that its prompts are charged with, whatever its decodes seem to cost
@@ -42,6 +47,7 @@ class _Prompts:
 
     def __init__(self) -> None:
         self.step_s = 0.0  # of a step, whatever its size
+        self.alike = False  # whether the steps that are remembered are of one size, and cannot tell that
         self._large: deque[tuple[int, float]] = deque(maxlen=REMEMBERED)
         self._compared: deque[tuple[int, float]] = deque(maxlen=COMPARED)
 
@@ -51,6 +57,7 @@ class _Prompts:
         if large or not self._large:
             self._large.append((tokens, took_s))
         pairs = [(a, b) for a, b in combinations(sorted(self._compared), 2) if 2 * a[0] <= b[0]]
+        self.alike = len(self._compared) >= ALIKE and not pairs
         if pairs:
             found = statistics.median_low([(a[1] * b[0] - b[1] * a[0]) / (b[0] - a[0]) for a, b in pairs])
             self.step_s = max(0.0, found)
@@ -75,16 +82,20 @@ class StepBudget:
         self._decode_s: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
         self._prompts: dict[int, _Prompts] = defaultdict(_Prompts)
 
-    def tokens(self, decodes: int, ranks: int) -> int:
-        """Of prompts, for each of `ranks` ranks, beside `decodes` sequences that decode."""
-        if not self._budget_s:
+    def tokens(self, decodes: int, ranks: int, *, alone: bool = False) -> int:
+        """Of prompts, for each of `ranks` ranks, beside `decodes` sequences that decode; or of the only request."""
+        if alone or not self._budget_s:
             return self._limit
         if not self._prompts:
             return min(FIRST_TOKENS, self._limit)
         known = ranks if ranks in self._prompts else min(self._prompts, key=lambda each: abs(each - ranks))
         seen = self._prompts[known]
         token_s = seen.token_s * max(1.0, ranks / known)
-        wanted = max(self._budget_s - self._decoding_s(decodes) - seen.step_s, seen.step_s) / max(token_s, 1e-9)
+        decoding_s = self._decoding_s(decodes)
+        given_s = max(self._budget_s - decoding_s - seen.step_s, seen.step_s + decoding_s / 2)
+        wanted = given_s / max(token_s, 1e-9)
+        if wanted < FLOOR_TOKENS and seen.alike:
+            return min(FIRST_TOKENS, self._limit)
         return min(max(int(min(wanted, 2 * seen.most)), FLOOR_TOKENS), self._limit)
 
     def learn(self, work: Work, took_s: float) -> None:

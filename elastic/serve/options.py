@@ -469,7 +469,7 @@ class ConfigOptions:
     )
     step_budget_s: float = option(
         DEFAULTS["step_budget_s"],
-        "Max time of a step: prompts are cut to fit into it (0 = 512 tokens each, however long they take).",
+        "Max time of a step while requests wait for each other: prompts are cut to fit (0 = 512 tokens each).",
     )
     max_waiting_requests: int = option(
         DEFAULTS["max_waiting_requests"],

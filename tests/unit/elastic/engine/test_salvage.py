@@ -214,7 +214,7 @@ def test_a_prompt_that_is_scored_is_computed_whole() -> None:
     for n in range(2):
         request = ask(f"s{n}", [5 + n] * 40, 5, ignore_eos=True, prompt_logprobs=1)
         scene.client.submit(scene.scheduler, request, 0.0)
-    scene.scheduler._budget.tokens = lambda decodes, prompting: 20  # type: ignore[method-assign]
+    scene.scheduler._budget.tokens = lambda decodes, prompting, alone=False: 20  # type: ignore[method-assign]
     scene.step()
     scene.kill()
     assert (scene.scheduler.copies(0.0), scene.scheduler.reading) == ([], ())
