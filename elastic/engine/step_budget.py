@@ -125,12 +125,15 @@ class StepBudget:
 def shares(prompts: Sequence[tuple[bool, int]], budget: int) -> list[int]:
     """How many tokens each prompt gets of a step; given as (new, tokens left), the oldest first.
 
-    Half is for the oldest, so that each prompt gets its turn. The rest is for interrupted streams, then for the
-    shortest, so that a short prompt does not wait for long ones. What is left over is for the oldest again.
+    Half is for the oldest, so that each prompt gets its turn; or a quarter, if that lets the next one end. The rest is
+    for interrupted streams, then for the shortest, so that a short prompt does not wait for long ones. What is left
+    over is for the oldest again.
     """
     given = [0] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda index: (prompts[index][0], index == 0, prompts[index][1]))
     if prompts:
-        given[0] = min(prompts[0][1], -(-budget // 2))
-    for index in sorted(range(len(prompts)), key=lambda index: (prompts[index][0], index == 0, prompts[index][1])):
+        left = budget - prompts[order[0]][1]
+        given[0] = min(prompts[0][1], left if budget <= 4 * left < 2 * budget else -(-budget // 2))
+    for index in order:
         given[index] += min(prompts[index][1] - given[index], budget - sum(given))
     return given

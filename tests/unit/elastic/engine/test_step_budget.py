@@ -168,13 +168,16 @@ def test_without_a_budget_there_is_the_limit_of_tokens_only() -> None:
         ([], []),
         ([(True, 900)], [100]),
         ([(True, 900), (True, 30)], [70, 30]),
-        ([(True, 900), (True, 400), (True, 60)], [50, 0, 50]),
+        ([(True, 900), (True, 400), (True, 60)], [40, 0, 60]),
+        ([(True, 900), (True, 400), (True, 80)], [50, 0, 50]),
         ([(True, 20), (True, 400), (True, 60)], [20, 20, 60]),
         ([(False, 900), (True, 10), (False, 300)], [50, 0, 50]),
         ([(True, 5), (True, 6)], [5, 6]),
     ],
 )
-def test_half_is_for_the_oldest_and_half_for_the_shortest(prompts: list[tuple[bool, int]], given: list[int]) -> None:
+def test_half_is_for_the_oldest_and_the_rest_for_the_shortest(
+    prompts: list[tuple[bool, int]], given: list[int]
+) -> None:
     assert shares(prompts, 100) == given
 
 
