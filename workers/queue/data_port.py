@@ -16,13 +16,13 @@ from functools import partial
 from importlib.util import find_spec
 from urllib.parse import urlsplit
 
-import msgspec
 import structlog
 import zmq
 
 from membership.base.network import ANY_PORT, Ports, bracketed, is_ipv6
 from membership.base.timing import REMOTE_SILENCE_S
 from workers.queue.endpoints import in_turn
+from workers.queue.handle import Offer
 from workers.queue.remote_wire import SocketThread
 from workers.queue.sealed import SealedSocket, new_keys
 
@@ -31,17 +31,6 @@ MOST_STRANGERS = 64  # connections that have not shown a token yet
 CAN_SEAL = find_spec("cryptography") is not None  # an environment that was made for an older version goes on without
 Made = Callable[[SealedSocket], None]
 log = structlog.get_logger("data-port")
-
-
-class Offer(msgspec.Struct, frozen=True, array_like=True):
-    """Where to connect, once, what to show there, and the keys of that connection."""
-
-    address: str
-    token: bytes
-    keys: bytes
-
-    def __repr__(self) -> str:
-        return f"Offer({self.address!r})"  # the keys go into no log
 
 
 class DataPort:

@@ -69,6 +69,17 @@ class Joined(msgspec.Struct, frozen=True, array_like=True):
     arena_bytes: int
 
 
+class Offer(msgspec.Struct, frozen=True, array_like=True):
+    """Of a data connection (`data_port.py`): where to connect, once, what to show there, and its keys."""
+
+    address: str
+    token: bytes
+    keys: bytes
+
+    def __repr__(self) -> str:
+        return f"Offer({self.address!r})"  # the keys go into no log
+
+
 def this_host() -> str:
     """Same value in two processes that are on one host and in one network namespace: they meet over Unix sockets."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()

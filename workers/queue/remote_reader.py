@@ -23,9 +23,11 @@ from workers.ipc.doorbell import Doorbell
 from workers.ipc.handover import HandoverRefused
 from workers.queue.codec import Codec, MsgpackCodec
 from workers.queue.curve import use_curve
+from workers.queue.data_port import CAN_SEAL, take_up
 from workers.queue.endpoints import connect
 from workers.queue.handle import CurveKeys, Handle
 from workers.queue.remote_wire import END, HEARTBEAT_S, SocketThread, ToReader, ToWriter
+from workers.queue.sealed import SealedSocket
 from workers.queue.silence import LOOK_S, Acks, Connection, OtherHosts, beat
 
 PROBE_S = 0.2
@@ -49,11 +51,14 @@ class RemoteReader:
         self._session = secrets.token_bytes(16)
         self._own_bell = doorbell is None
         self._bell = Doorbell() if doorbell is None else doorbell
-        self._inbox: deque[bytes] = deque()
+        self._inbox: deque[bytes | memoryview] = deque()
+        self._early: dict[int, bytes | memoryview] = {}  # what has overtaken others, over the other connection
+        self._data: SealedSocket | None = None
         self._arriving = threading.Lock()  # so that `watch` misses none, and gives none twice
         self._on_arrival: Callable[[Any], None] | None = None
         self._received = self._done = self._acknowledged = 0
         self._dequeued_bytes = 0  # that are not acknowledged
+        self._head = msgspec.msgpack.Decoder(ToReader)
         self._joined = threading.Event()
         self._ended = ""  # why
         self._silent_s = 0.0  # for how long the writer was silent, if that is why
@@ -79,10 +84,27 @@ class RemoteReader:
             self.shutdown()
             raise HandoverRefused(f"queue {self.name}: {refusal}")
 
+    def fileno(self) -> int:
+        """Of the data connection: see workers.ipc.sockets.Source."""
+        return self._data.fileno() if self._data is not None else -1
+
+    def pump(self) -> None:
+        """See workers.ipc.sockets.Source."""
+        data = self._data
+        if data is None:
+            return
+        try:
+            for head, buffers in data.take():
+                self._arrived(self._head.decode(head), buffers[0])
+        except QueueClosed:
+            self._data_lost()
+
     def pending(self) -> bool:
         return bool(self._inbox) or bool(self._ended)
 
     def try_dequeue(self) -> Any:
+        if not self._inbox:
+            self.pump()
         if not self._inbox:
             if self._silent_s:
                 silent = QueueSilent(f"queue {self.name}: {self._ended}")
@@ -131,6 +153,7 @@ class RemoteReader:
             return
         self._ended = self._ended or "shut down"
         self._io.stop()
+        self._data_lost()
         if self._others is not None:
             self._others.discard(self._connection)
         self._bell.ring()
@@ -149,15 +172,42 @@ class RemoteReader:
             if not self._joined.is_set():
                 self._received = self._done = head.start
                 self._joined.set()
-        elif head.number == END:
-            self._end("the writer has ended it")
-        elif head.number == self._received + 1:
-            self._received += 1
-            with self._arriving:
-                if self._on_arrival is not None:
-                    self._on_arrival(self.codec.decode(data, ()))
-                self._inbox.append(data)
+            if head.offer is not None and self._data is None:
+                take_up(self._io, head.offer, self._data_made)
+        else:
+            self._arrived(head, data)
             self._bell.ring()
+
+    def _data_made(self, sealed: SealedSocket) -> None:
+        if self._ended or self._data is not None:
+            return sealed.close()
+        self._data = sealed
+        self._bell.watch(self)
+
+    def _data_lost(self) -> None:
+        """From any thread. What was on its way comes over ZeroMQ."""
+        with self._arriving:
+            if self._data is None:
+                return
+            self._bell.unwatch(self)
+            sealed, self._data = self._data, None
+        sealed.close()
+        if not self._io.stopping:
+            self._send_at = 0.0
+            self._io.wake()
+
+    def _arrived(self, head: ToReader, data: bytes | memoryview) -> None:
+        """A numbered message, over either connection, in the thread that has read it."""
+        if head.number == END:
+            return self._end("the writer has ended it")
+        with self._arriving:
+            if head.number > self._received:
+                self._early[head.number] = data
+            while (ripe := self._early.pop(self._received + 1, None)) is not None:
+                self._received += 1
+                if self._on_arrival is not None:
+                    self._on_arrival(self.codec.decode(ripe, ()))
+                self._inbox.append(ripe)
 
     def _look(self, monitor: zmq.Socket[Any]) -> None:
         """A connection is made. Or not, or not again: a dead process is known by that long before it is silent.
@@ -198,6 +248,7 @@ class RemoteReader:
                 received=self._received,
                 done=self._acknowledged,
                 leaving=self._io.stopping,
+                data=CAN_SEAL and self._data is None,
             )
             try:
                 self._dealer.send(msgspec.msgpack.encode(message), zmq.NOBLOCK)

@@ -14,6 +14,7 @@ import zmq
 
 from membership.base.attempts import Attempts
 from membership.base.errors import WaitTimeout
+from workers.queue.handle import Offer
 from workers.queue.writer import STOP_TIMEOUT_S
 
 HEARTBEAT_S = 1.0
@@ -38,6 +39,7 @@ class ToWriter(msgspec.Struct, frozen=True, array_like=True):
     received: int
     done: int
     leaving: bool = False
+    data: bool = False  # it has no data connection, and takes up an offer
 
 
 class ToReader(msgspec.Struct, frozen=True, array_like=True):
@@ -46,6 +48,7 @@ class ToReader(msgspec.Struct, frozen=True, array_like=True):
     number: int
     start: int = 0
     refused: str = ""
+    offer: Offer | None = None  # of a data connection, for what is to come
 
 
 class SocketThread:

@@ -3,6 +3,9 @@
 Each message has a number. The writer keeps what a reader has not acknowledged and sends it again after a reconnect;
 a reader takes each number once, in order, and acknowledges what its owner has dequeued, many at a time. So a slow
 reader holds up at most a window of unacknowledged messages. A side that is silent for REMOTE_SILENCE_S is gone.
+
+Where it can be had a reader has a data connection beside (`sealed.py`): messages leave over it at once, in the thread
+that enqueues. Joins, heartbeats and acknowledgements stay with ZeroMQ; so does everything once that connection ends.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -20,17 +24,20 @@ import msgspec
 import structlog
 import zmq
 
-from membership.base.errors import QueueError
+from membership.base.errors import QueueClosed, QueueError
 from membership.base.timing import ENQUEUE_TIMEOUT_S, REMOTE_SILENCE_S
 from workers.queue.codec import MsgpackCodec
 from workers.queue.curve import Authenticator, serve_curve
+from workers.queue.data_port import DataPort, flush_later
 from workers.queue.endpoints import listen_for_hosts
-from workers.queue.handle import Handle, Remote
+from workers.queue.handle import Handle, Offer, Remote
 from workers.queue.remote_wire import END, HEARTBEAT_S, SocketThread, ToReader, ToWriter
+from workers.queue.sealed import SealedSocket
 from workers.queue.writer import QueueWriter, SlowReaders
 
 WINDOW = 1024  # messages that a reader may be behind
 WINDOW_BYTES = 64 << 20
+OFFER_S = 2.0  # between two offers of a data connection
 log = structlog.get_logger("remote-queue")
 
 
@@ -43,6 +50,9 @@ class _Peer:
     sent: int  # highest number given to ZeroMQ on this connection
     unacknowledged: deque[tuple[int, bytes]] = field(default_factory=deque)
     nbytes: int = 0  # of these
+    data: SealedSocket | None = None
+    offer: Offer | None = None  # that it may take up
+    offered_at: float = 0.0
 
     def unsent(self) -> Iterator[tuple[int, bytes]]:
         """What was not sent on this connection; numbers follow each other."""
@@ -73,6 +83,8 @@ class RemoteWriter:
         serve_curve(self._router, remote.keys)
         self.address = listen_for_hosts(self._router, remote.host, remote.ports)
         self.public_key = remote.keys.public
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._data_port = DataPort(self._io, remote.host, remote.ports)
         self._io.start(self._turn, {self._router: self._receive, self._auth.socket: self._auth.answer})
 
     def readers(self) -> tuple[str, ...]:
@@ -94,9 +106,7 @@ class RemoteWriter:
     def drop(self, reader_id: str) -> bool:
         """Forget a reader; its next message is refused."""
         with self._changed:
-            found = self._peers.pop(reader_id, None) is not None
-            self._changed.notify_all()
-        return found
+            return self._forget(reader_id)
 
     def close(self) -> None:
         """End the queue for its readers. Idempotent."""
@@ -113,10 +123,19 @@ class RemoteWriter:
             for peer in self._peers.values():
                 peer.unacknowledged.append((self._number, data))
                 peer.nbytes += len(data)
-            count = len(self._peers)
-        if count:
-            self._io.wake()
-        return count
+                if peer.data is not None and peer.sent == self._number - 1:
+                    self._transmit(peer, self._number, data)
+            if any(peer.sent != self._number for peer in self._peers.values()):
+                self._io.wake()
+            return len(self._peers)
+
+    def _forget(self, reader_id: str) -> bool:
+        peer = self._peers.pop(reader_id, None)
+        if peer is not None:
+            self._io.call(partial(self._data_port.withdraw, peer.offer))
+            self._data_lost(peer)
+        self._changed.notify_all()
+        return peer is not None
 
     def _full(self) -> list[str]:
         return [
@@ -150,19 +169,21 @@ class RemoteWriter:
         if peer is not None and peer.session != message.session:
             return f"reader {message.reader_id} has joined already"
         if message.leaving:
-            self._peers.pop(message.reader_id, None)
+            self._forget(message.reader_id)
         elif peer is None:
             if message.joined:
                 return "the writer has dropped this reader"
             peer = _Peer(message.session, route, self._number, time.monotonic(), self._number)
             self._peers[message.reader_id] = peer
-            self._send(route, ToReader(0, peer.start))
+            self._send(route, ToReader(0, peer.start, offer=self._offer(message, peer)))
         else:
             peer.last_message_at = time.monotonic()
             if route != peer.route:  # a new connection: what was on its way in the old one is lost
                 peer.route, peer.sent = route, max(message.received, peer.start)
             while peer.unacknowledged and peer.unacknowledged[0][0] <= message.done:
                 peer.nbytes -= len(peer.unacknowledged.popleft()[1])
+            if (offer := self._offer(message, peer)) is not None:
+                self._send(route, ToReader(0, peer.start, offer=offer))
         self._changed.notify_all()
         return ""
 
@@ -175,15 +196,75 @@ class RemoteWriter:
             for reader_id, peer in list(self._peers.items()):
                 if now - peer.last_message_at > REMOTE_SILENCE_S:
                     log.warning("remote_reader_silent", queue=self._queue, reader=reader_id)
-                    del self._peers[reader_id]
-                    self._changed.notify_all()
+                    self._forget(reader_id)
                     continue
                 if heartbeat_due:
                     self._send(peer.route, ToReader(0, peer.start))
                 for number, data in peer.unsent():
-                    if not self._send(peer.route, ToReader(number), data):
+                    if not self._transmit(peer, number, data):
                         break
-                    peer.sent = number
+            if self._io.stopping:
+                for peer in self._peers.values():
+                    self._close_data(peer)
+                self._data_port.close()
+
+    def _transmit(self, peer: _Peer, number: int, data: bytes) -> bool:
+        if peer.data is not None:
+            try:
+                if not peer.data.send(self._encode(ToReader(number)), [memoryview(data)]):
+                    flush_later(self._io, peer.data, self._io.wake)
+            except QueueClosed:
+                self._data_lost(peer)
+                self._io.wake()
+                return False
+        elif not self._send(peer.route, ToReader(number), data):
+            return False
+        peer.sent = number
+        return True
+
+    def _offer(self, message: ToWriter, peer: _Peer) -> Offer | None:
+        now = time.monotonic()
+        if not message.data or peer.data is not None or now - peer.offered_at < OFFER_S:
+            return None
+        self._data_port.withdraw(peer.offer)
+        peer.offered_at = now
+        peer.offer = self._data_port.offer(partial(self._data_made, message.reader_id, peer))
+        return peer.offer
+
+    def _data_made(self, reader_id: str, peer: _Peer, sealed: SealedSocket) -> None:
+        with self._changed:
+            if self._peers.get(reader_id) is not peer or self._io.stopping:
+                return sealed.close()
+            peer.data = sealed
+            self._io.watch(sealed, partial(self._data_ended, peer, sealed))
+
+    def _data_ended(self, peer: _Peer, sealed: SealedSocket) -> None:
+        """Its reader sends nothing there."""
+        with self._changed:
+            try:
+                sealed.take()
+            except QueueClosed:
+                self._data_lost(peer)
+        raise zmq.Again
+
+    def _data_lost(self, peer: _Peer) -> None:
+        """What is not acknowledged may not have arrived."""
+        sealed, peer.data = peer.data, None
+        if sealed is None:
+            return
+        if peer.unacknowledged:
+            peer.sent = peer.unacknowledged[0][0] - 1
+
+        self._io.call(partial(self._close, sealed))
+
+    def _close_data(self, peer: _Peer) -> None:
+        if peer.data is not None:
+            self._close(peer.data)
+            peer.data = None
+
+    def _close(self, sealed: SealedSocket) -> None:
+        self._io.forget(sealed)
+        sealed.close()
 
     def _send(self, route: bytes, head: ToReader, data: bytes = b"") -> bool:
         try:
@@ -212,7 +293,8 @@ class CrossHostWriter:
     def enqueue(self, message: Any, timeout_s: float = ENQUEUE_TIMEOUT_S) -> int:
         data, _ = self._local.codec.encode(message)
         with self._remote.sending(timeout_s) as send:
-            return self._local.enqueue(message, timeout_s) + send(data)
+            near = self._local.enqueue(message, timeout_s) if self._local.readers else 0
+            return near + send(data)
 
     def handle(self) -> Handle:
         """How to join, from this host or another."""

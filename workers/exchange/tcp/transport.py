@@ -30,8 +30,9 @@ from workers.exchange.tcp.redial import Redial
 from workers.exchange.tcp.wire import Answer, Ask, Bye, Hello, Message, Refused, Welcome
 from workers.protocol.exchange_handle import TcpHandle
 from workers.queue.curve import Authenticator, serve_curve, use_curve
-from workers.queue.data_port import CAN_SEAL, DataPort, Offer, take_up
+from workers.queue.data_port import CAN_SEAL, DataPort, take_up
 from workers.queue.endpoints import connect, listen_for_hosts
+from workers.queue.handle import Offer
 from workers.queue.network import connecting_keys, listening_keys, same_secret
 from workers.queue.remote_wire import HEARTBEAT_S, SocketThread
 from workers.queue.sealed import SealedSocket

@@ -12,7 +12,7 @@ from workers.exchange.link import Request, Tag
 from workers.exchange.router import Parcel
 from workers.exchange.rows import DTYPES, Rows
 from workers.protocol.exchange_handle import TcpHandle
-from workers.queue.data_port import Offer
+from workers.queue.handle import Offer
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import threading
@@ -20,8 +21,9 @@ from workers.queue import remote_reader, remote_writer
 from workers.queue.curve import new_keys
 from workers.queue.handle import CurveKeys
 from workers.queue.message_queue import Handle, MessageQueue, MsgpackCodec, PickleCodec, Remote, SlowReaders
-from workers.queue.remote_wire import ToWriter
-from workers.queue.remote_writer import RemoteWriter
+from workers.queue.remote_reader import RemoteReader
+from workers.queue.remote_wire import ToReader, ToWriter
+from workers.queue.remote_writer import CrossHostWriter, RemoteWriter
 
 pytestmark = pytest.mark.integration
 
@@ -61,12 +63,14 @@ def test_what_arrives_can_be_seen_before_it_is_dequeued(queue: MessageQueue) -> 
     seen: list[int] = []
     with join(elsewhere(queue)) as far:
         queue.enqueue(0)
-        eventually(far.pending, 30, "the first message")
+        reader = far._reading
+        assert isinstance(reader, RemoteReader)
+        eventually(lambda: reader.pump() or far.pending(), 30, "the first message")
         far.watch(seen.append)
         assert seen == [0], "what was there already"
         for number in range(1, 100):
             queue.enqueue(number)
-        eventually(lambda: len(seen) == 100, 30, "all messages")
+        eventually(lambda: reader.pump() or len(seen) == 100, 30, "all messages")
         assert seen == [far.dequeue(30) for _ in range(100)] == list(range(100))
     with (
         MessageQueue.create_from_handle(queue.export_handle(), "near") as near,
@@ -133,6 +137,35 @@ def test_a_reader_that_does_not_acknowledge_is_named(queue: MessageQueue, monkey
             assert lazy.dequeue(30) == number
         with pytest.raises(QueueClosed, match="dropped"):
             assert [lazy.dequeue(30), lazy.dequeue(30)] == [10, "never"]
+
+
+def test_messages_pass_a_data_connection_and_go_on_without_it(
+    queue: MessageQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = queue._writing
+    assert isinstance(writer, CrossHostWriter)
+    over_zeromq: list[int] = []
+    send = RemoteWriter._send
+
+    def sending(writer: RemoteWriter, route: bytes, head: ToReader, data: bytes = b"") -> bool:
+        over_zeromq.append(head.number)
+        return send(writer, route, head, data)
+
+    monkeypatch.setattr(RemoteWriter, "_send", sending)
+    with join(elsewhere(queue)) as far:
+        reader, peer = far._reading, writer._remote._peers["far"]
+        assert isinstance(reader, RemoteReader)
+        for end in range(100, 400, 100):
+            eventually(lambda: peer.data is not None and reader._data is not None, 30, "a data connection")
+            over_zeromq.clear()
+            for number in range(end - 100, end):
+                queue.enqueue(number)
+            assert set(over_zeromq) <= {0}, "heartbeats"
+            assert far.dequeue(30) == end - 100
+            assert peer.data is not None
+            peer.data._socket.shutdown(socket.SHUT_RDWR)  # with messages that are not acknowledged
+            queue.enqueue("last")
+            assert [far.dequeue(30) for _ in range(100)] == [*range(end - 99, end), "last"]
 
 
 def test_what_was_dequeued_is_acknowledged_together(queue: MessageQueue, monkeypatch: pytest.MonkeyPatch) -> None:
