@@ -52,6 +52,7 @@ BOUND: dict[str, tuple[Listener, ...]] = {  # where the product listens; (): on 
     "elastic/engine/gateway_server.py": (PROMPTS,),
     "workers/queue/remote_writer.py": (STEPS, ANSWERS),
     "workers/exchange/tcp/transport.py": (ROWS,),
+    "workers/queue/data_port.py": (STEPS, ANSWERS, ROWS),
     "workers/bulk/server.py": (WEIGHTS,),
     "elastic/serve/etcd_server.py": (),
     "elastic/serve/join_secret.py": (),
@@ -66,6 +67,7 @@ DIALLED: dict[str, dict[Listener, set[str]]] = {  # where the product dials, and
     "elastic/engine/unrecorded.py": {ANSWERS: {"engine"}},
     "workers/queue/remote_reader.py": {STEPS: {"agents"}, ANSWERS: {"engine"}},
     "workers/exchange/tcp/transport.py": {ROWS: {"agents"}},
+    "workers/queue/data_port.py": {STEPS: {"agents"}, ANSWERS: {"engine"}, ROWS: {"agents"}},
     "workers/bulk/client.py": {WEIGHTS: {"agents", "gateway"}},
 }
 NOT_BETWEEN_PODS = {  # etcd's, this machine's, or what only looks like a connection

@@ -6,12 +6,14 @@ Without one they pass ZeroMQ and its threads, as everything else of a link does.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from membership.base.errors import QueueClosed
 from workers.ipc.doorbell import Doorbell
 from workers.queue.data_port import flush_later
 from workers.queue.remote_wire import SocketThread
 from workers.queue.sealed import SealedSocket
+from workers.queue.silence import Acks, Connection
 
 Arrived = Callable[[bytes, Sequence[memoryview]], None]
 Ended = Callable[[str], None]
@@ -24,7 +26,19 @@ class LinkData:
         """`ended` may be called more than once, and from any thread."""
         self._sealed, self._doorbell, self._io = sealed, doorbell, io
         self._arrived, self._ended = arrived, ended
+        self._connection = Connection()
+        self._connection.made(sealed.fileno())
         doorbell.watch(self)
+
+    def added_to(self, acks: Acks | None, now: float) -> Acks | None:
+        """What the link's other connection has carried, and this one."""
+        self._connection.look(now)
+        ours = self._connection.acks
+        if acks is None or ours is None:
+            return acks
+        return replace(
+            acks, sent_bytes=acks.sent_bytes + ours.sent_bytes, retransmits=acks.retransmits + ours.retransmits
+        )
 
     def fileno(self) -> int:
         """See workers.ipc.sockets.Source."""

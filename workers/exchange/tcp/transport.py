@@ -36,7 +36,7 @@ from workers.queue.handle import Offer
 from workers.queue.network import connecting_keys, listening_keys, same_secret
 from workers.queue.remote_wire import HEARTBEAT_S, SocketThread
 from workers.queue.sealed import SealedSocket
-from workers.queue.silence import LOOK_S, Connection, beat
+from workers.queue.silence import LOOK_S, Acks, Connection, beat
 
 MOST_BYTES = 32 << 20  # of the rows of one request, and of one answer
 MAX_PAIRS = 1 << 15
@@ -161,7 +161,7 @@ class TcpTransport:
         if now >= self._report_at:
             self._report_at = now + REPORT_S
             linked = set(self._routes.values())
-            acks = {link.peer: each.acks for link, each in self._connections.items() if link in linked}
+            acks = {link.peer: _acks(link, each, now) for link, each in self._connections.items() if link in linked}
             self._links.far = self._ledger.report(acks, self._links.all_returning)
 
     def _try_again(self, peer: RankId, known: Redial, now: float) -> None:
@@ -331,12 +331,12 @@ class TcpTransport:
             dial.settle(why)
         self._routes = {route: other for route, other in self._routes.items() if other is not link}
         self._data_port.withdraw(self._offers.pop(link, None))
-        if link.data is not None:
-            link.data.close()
         sender = self._senders.pop(link, None)
         connection = self._connections.pop(link, None)
         if connection is not None:
-            self._ledger.closed(link.peer, connection.acks)
+            self._ledger.closed(link.peer, _acks(link, connection, time.monotonic()))
+        if link.data is not None:
+            link.data.close()
         if sender is not None:
             self._close_socket(sender)
 
@@ -352,3 +352,8 @@ class TcpTransport:
         for link in list(self._senders):
             self._hang_up(link)
         self._data_port.close()
+
+
+def _acks(link: TcpLink, connection: Connection, now: float) -> Acks | None:
+    """What the kernel knows of a link's connections."""
+    return connection.acks if link.data is None else link.data.added_to(connection.acks, now)
