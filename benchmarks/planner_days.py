@@ -1,6 +1,7 @@
 """The controller's looks on the planner's bad days, at the size of the largest open models. No process, no network.
 
     python -m benchmarks.planner_days [--ranks 256] [--layers 58] [--experts 256] [--redundancy 1.25] [--only boot,loss]
+    python -m benchmarks.planner_days --ranks 1024 --redundancy 4 --only growth,loss
 
 A look is what the controller computes between reading a state and writing an effect: `reconcile`, or `reconcile` and
 `due` if there is nothing to do. Agents answer at once. Figures are processor time of one look, in milliseconds.
@@ -19,8 +20,10 @@ from msgspec.structs import replace
 from benchmarks.recovery_report import Report, say
 from membership.placement.balance import imbalance
 from membership.placement.plan import moves
+from membership.planning import cluster_facts
 from membership.planning.planner import Effect, due, reconcile
 from membership.store.records import (
+    MAX_RANKS,
     AgentRecord,
     ClusterConfig,
     ClusterState,
@@ -34,6 +37,7 @@ from membership.store.records import (
 SPREAD = 0.5  # sigma of the lognormal loads: the busiest of 256 experts has some 4 times the mean
 EXPERT_BYTES = 44 << 20  # 3 matrices of 7168 x 2048 in fp8
 GOAL_MS = 100.0
+LIMIT = "MAX_RANKS"
 MOST_LOOKS = 120  # of one day: the background goes on for hours
 
 
@@ -190,6 +194,7 @@ def main() -> None:
         redundancy=options.redundancy, max_ranks=options.ranks, expert_bytes=EXPERT_BYTES,
     )  # fmt: skip
     ranks = options.ranks
+    setattr(cluster_facts, LIMIT, max(ranks, MAX_RANKS))  # the live mask has no place for more; the planner may
     days = {
         "second host: 8 + 1 ranks": lambda: first_on_second_host(config, ranks),
         "boot, no loads, 1 host": lambda: boot(config, ranks, 1, None),
@@ -216,7 +221,7 @@ def main() -> None:
         worst = max(cluster.looks)
         loads, view = cluster.state.expert_load, cluster.state.view
         even = f", imbalance {imbalance(view.placement, loads.loads):.3f}" if loads and view else ""
-        report.note(f"{name}: {cluster.moved} experts moved{even}; worst look {worst[0]:.1f} ms: {worst[1]}")
+        report.note(f"{name}: {cluster.moved} experts moved{even}; worst look {worst[0]:.1f} ms: {worst[1][:40]}")
     say(report.table())
 
 

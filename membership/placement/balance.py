@@ -109,7 +109,8 @@ def search(
     before = float(uneven[layers].mean()) if layers.size else 1.0
 
     def others() -> bool:
-        return bool(left.size) and next(local(left).steps(), None) is not None
+        parts = (left[at : at + number] for at in range(0, left.size, number))  # the first has some, as a rule
+        return any(next(local(part).steps(), None) is not None for part in parts)
 
     return Search(placement, holds, layers, before, reached, steps, others)
 
