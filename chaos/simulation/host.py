@@ -180,6 +180,10 @@ class SimExecutor:
     def free_pool(self, key: RankId) -> None:
         self._pools.discard(key)
 
+    def expert_pieces(self) -> frozenset[int]:
+        """Of a host without GPUs: none."""
+        return frozenset()
+
     def check_pool(self, key: RankId) -> None:
         """Whether it may be read: RankFailed if it is not kept."""
         if key not in self._pools or not self._host.alive:

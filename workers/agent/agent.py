@@ -201,6 +201,8 @@ class Agent:
         self._spares.tend(state, now)
         for process in decide.pools_to_free(state, self._executor.left_pools()):
             self._executor.free_pool(process)
+        for number in decide.expert_pieces_to_free(state, self.me.node, self._executor.expert_pieces()):
+            self._executor.free_expert_piece(number)
         if not self._whole:
             self._report(lacking := decide.lacking(state, self.me, self._buried, now))
             self._whole = not lacking

@@ -14,8 +14,9 @@ from membership.base.rank_id import ProcessId, RankId
 from membership.base.timing import RECOVERY_FIRST_S
 from membership.planning.cluster_facts import ClusterFacts
 from membership.planning.identity import KERNELS, refusal
-from membership.store.records import AgentRecord, ClusterState, Heartbeats, RankRecord, RankState, View
+from membership.store.records import AgentRecord, Assignment, ClusterState, Heartbeats, RankRecord, RankState, View
 from workers.protocol.load_progress import LoadSeen
+from workers.protocol.window_client import PIECES
 
 REPORT_WITHIN_S = 1.0
 """Ranks of a node that prepare a view are reported together, if they are done within this."""
@@ -291,6 +292,21 @@ def pools_to_free(state: ClusterState, left: Iterable[ProcessId]) -> list[Proces
         return []  # it has yet to see who is in the view, and may not know of the death
     unnoticed = {member.id for member in view.members if member.rank not in status.masked}
     return [process for process in left if process not in unnoticed and process not in set(status.reading)]
+
+
+def expert_pieces_to_free(state: ClusterState, me: str, numbers: Iterable[int]) -> list[int]:
+    """Memory of experts on GPUs whose slot no rank of this host will fill."""
+    desired, assigned = state.desired, {slot: a.node for a in state.assignments.values() for slot in _slots_of(a)}
+    if desired is None:
+        return []
+    elsewhere = {slot for slot, node in assigned.items() if node != me}
+    aside = {slot for slot, last in state.exits.items() if last.quarantined}
+    kept = (set(desired.slots) | assigned.keys()) - elsewhere - aside
+    return [number for number in numbers if number // PIECES not in kept]
+
+
+def _slots_of(assignment: Assignment) -> list[int]:
+    return [spec.rank for spec in assignment.ranks]
 
 
 def relief(state: ClusterState, me: AgentRecord, ranks: Iterable[RankId]) -> bool:

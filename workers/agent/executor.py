@@ -107,7 +107,7 @@ class MultiprocExecutor:
         self.weights = WeightStore(on_weights, config.load_bytes_per_s)
         self.peers = PeerHosts(config, node, self.weights)
         self.pools = KvPools(self._writes_no_more)
-        self._windows = GpuWindows()
+        self._windows, self._experts = GpuWindows(), GpuWindows()
         self.rpc_broadcast_mq = MessageQueue(f"{node}-calls")
         preload = preload_for(worker_class, config.model, config.dtype)
         self._new_forkserver = partial(ForkServer, preload, on_exit=self._on_exit, on_serving=on_serving)
@@ -136,6 +136,7 @@ class MultiprocExecutor:
                 launch = Launch(
                     key, self._node, self._config, self._worker_class, handle, self._elsewhere.callers, self._scale_up,
                     self.weights.handle(), self.pools.handle(), self._windows.handle(), self._elsewhere.network,
+                    self._experts.handle(),
                 )  # fmt: skip
                 make = partial(WorkerProcParent.make_worker_process, launch, self._forkserver, self._host_lock)
                 unready.append(make(self.pools.make(key)))
@@ -381,6 +382,14 @@ class MultiprocExecutor:
         """Let go of one of those."""
         self.pools.free(key)
 
+    def expert_pieces(self) -> frozenset[int]:
+        """Memory of experts on this host's GPUs, by number."""
+        return self._experts.numbers
+
+    def free_expert_piece(self, number: int) -> None:
+        """Let go of one."""
+        self._experts.free(number)
+
     def _job(self, name: str, work: Callable[[], None]) -> None:
         def run() -> None:
             try:
@@ -427,5 +436,6 @@ class MultiprocExecutor:
         self.weights.close()
         self.pools.close()
         self._windows.close()
+        self._experts.close()
         self._doorbell.close()
         os.close(self._host_lock)

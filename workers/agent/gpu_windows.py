@@ -3,6 +3,8 @@
 A window belongs to a slot. A descriptor keeps the memory, whatever becomes of the process that made it, so a rank's
 successor maps the same window, and the others' mappings, pointers and graphs stay valid. What a killed process has
 launched writes for some ms after its death: a successor gets pidfds of those that had its slot before and still run.
+The memory of experts is kept in the same way, under numbers that stand for a slot's pieces
+(`workers/rank/expert_pieces.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import msgspec
 
 from workers.ipc.handover import MAX_FDS, Grant, Handover, HandoverRefused, Link, ResourceHandle
 from workers.protocol.liveness import process_ended
-from workers.protocol.window_client import WindowAsked, WindowGiven
+from workers.protocol.window_client import ALL_SLOTS, WindowAsked, WindowGiven
 
 
 @dataclass
@@ -54,18 +56,31 @@ class GpuWindows:
         """What ranks need to reach it."""
         return msgspec.msgpack.encode(ResourceHandle(Handover.default().address, self._resource))
 
+    @property
+    def numbers(self) -> frozenset[int]:
+        """Which there are."""
+        with self._lock:
+            return frozenset(self._windows)
+
+    def free(self, number: int) -> None:
+        """Let go of one, if it is there."""
+        with self._lock:
+            window = self._windows.pop(number, None)
+        if window is not None:
+            for fd in (window.fd, *window.owners.values()):
+                os.close(fd)
+
     def close(self) -> None:
         """Let go of all."""
         Handover.default().withdraw(self._resource)
-        with self._lock:
-            for window in self._windows.values():
-                for fd in (window.fd, *window.owners.values()):
-                    os.close(fd)
-            self._windows.clear()
+        for number in self.numbers:
+            self.free(number)
 
     def _answer(self, link: Link, request: bytes, fds: list[int]) -> Grant:
         asked = msgspec.msgpack.decode(request, type=WindowAsked)
         with self._lock:
+            if asked.slot == ALL_SLOTS:
+                return Grant(msgspec.msgpack.encode(WindowGiven(0, tuple(self._windows))))
             if fds and asked.slot not in self._windows:
                 self._windows[asked.slot] = _Window(os.dup(fds[0]), asked.nbytes, asked.shape)
             window = self._windows.get(asked.slot)

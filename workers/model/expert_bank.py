@@ -119,4 +119,6 @@ class LocalExpertBank:
         for key in gone:
             del self._held[key]
             self.version += 1
+        if self._source is not None:
+            self._source.dropped(gone)
         return len(gone)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -73,6 +73,19 @@ class _Pace(NamedTuple):
         return entry._replace(slots=[slot._replace(fill=partial(fill, slot)) for slot in entry.slots])
 
 
+class Room(Protocol):
+    """Memory on a device that outlives the rank, maybe with experts in it (`cuda/expert_room.py`)."""
+
+    def place(self, key: tuple[int, int], digest: bytes, matrices: Sequence[Tensor]) -> list[Tensor] | None:
+        """The expert there; None: it has no room for it."""
+
+    def drop(self, keys: Iterable[tuple[int, int]]) -> None:
+        """They are used no more."""
+
+    def rest(self) -> None:
+        """A load is over."""
+
+
 class ExpertSource:
     """Knows which tensors make up each expert, and assembles one at a time, unless the host's store has it."""
 
@@ -88,6 +101,7 @@ class ExpertSource:
     ) -> None:
         self.others: OtherHosts | None = None  # from which experts are taken, as their files are not here
         self.pack: Pack = stays_plain  # see `Backend.pack`
+        self.room: Room | None = None  # on a GPU, if it has been opened
         self._progress = progress or LoadProgress()
         self.expert_bytes = expert_bytes  # of one expert in one layer
         self._checkpoint = checkpoint
@@ -134,7 +148,7 @@ class ExpertSource:
             for key in left:
                 if before_read is not None:
                     before_read()
-                yield key, self._placed(self._entry(*key).alone(), mapped=False)
+                yield key, self._placed(key, self._entry(*key).alone(), mapped=False)
                 self._progress.add(self.expert_bytes)
             return
         with (
@@ -158,7 +172,8 @@ class ExpertSource:
                 left = left[len(some) :] + [key for name, key in names.items() if name not in there]
                 self._progress.add(len(found.keys() - read) * self.expert_bytes)
                 for name in there:
-                    yield names[name], self._placed(read.get(name) or found[name], mapped=name in found)
+                    key = names[name]
+                    yield key, self._placed(key, read.get(name) or found[name], mapped=name in found)
             self._shared.report()
 
     def _peers(
@@ -183,8 +198,15 @@ class ExpertSource:
         slots = [self._slot(layer, expert, name)._replace(pack=self.pack) for name in PARAMETERS]
         return Entry(expert_name(layer, expert), slots, expert_digest)
 
-    def _placed(self, found: Mapped, *, mapped: bool) -> ExpertWeights:
-        gate_up, down = (self._operand(found.tensors[name]) for name in PARAMETERS)
+    def dropped(self, keys: Iterable[tuple[int, int]]) -> None:
+        """These experts are used no more."""
+        if self.room is not None:
+            self.room.drop(keys)
+
+    def _placed(self, key: tuple[int, int], found: Mapped, *, mapped: bool) -> ExpertWeights:
+        matrices = [found.tensors[name] for name in PARAMETERS]
+        there = self.room.place(key, found.note, [plain(m) for m in matrices]) if self.room is not None else None
+        gate_up, down = [m.t() for m in there] if there is not None else [self._operand(m) for m in matrices]
         return ExpertWeights(gate_up, down, mapped, found.note)
 
     def _operand(self, matrix: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ class Launch:
     pools: bytes = b""  # the host's KV pools
     windows: bytes = b""  # the host's GPU windows
     network: Network | None = None  # how ranks and engines on other hosts are reached; None: there are none
+    experts: bytes = b""  # the host's memory of experts on GPUs
 
 
 class Ready(msgspec.Struct, frozen=True):

@@ -18,11 +18,14 @@ from membership.base.timing import WINDOW_TIMEOUT_S
 from workers.ipc.handover import Handover, Link, ResourceHandle
 from workers.protocol.liveness import process_ended
 
+ALL_SLOTS = -1
+PIECES = 1 << 12  # of a slot's memory of experts at most: a piece is kept under slot * PIECES + its number
+
 
 class WindowAsked(msgspec.Struct, frozen=True, array_like=True):
     """Rank to agent: give me this slot's window. With a descriptor: or keep this one, if there is none yet."""
 
-    slot: int
+    slot: int  # ALL_SLOTS: only say which have one
     shape: str  # what decides its layout; all ranks of a host agree on it
     own: bool  # whether the asker is the rank in that slot
     nbytes: int = 0  # of the descriptor that comes along
@@ -32,6 +35,7 @@ class WindowGiven(msgspec.Struct, frozen=True, array_like=True):
     """Agent to rank, with the window's descriptor, then one pidfd of each process that had the slot and still runs."""
 
     nbytes: int  # 0: there is no window yet
+    slots: tuple[int, ...] = ()  # that have one, if that was the question
 
 
 @contextmanager
@@ -41,8 +45,6 @@ def window_of(handle: bytes, asked: WindowAsked, make: Callable[[], tuple[int, i
     Of its own slot a rank gets the window once those that had it before are over: what they have launched may write
     until then. WaitTimeout if they are not; HandoverRefused, QueueClosed, WaitTimeout as the agent answers.
     """
-    if not handle:
-        raise ConfigError("this rank's parent keeps no windows")
     link = _ask(handle, asked)
     try:
         if not link.reply_fds:
@@ -64,7 +66,18 @@ def window_of(handle: bytes, asked: WindowAsked, make: Callable[[], tuple[int, i
         link.close()
 
 
+def slots_of(handle: bytes) -> tuple[int, ...]:
+    """Which slots have a window now. Errors as of `window_of`."""
+    link = _ask(handle, WindowAsked(ALL_SLOTS, "", own=False))
+    try:
+        return msgspec.msgpack.decode(link.reply, type=WindowGiven).slots
+    finally:
+        link.close()
+
+
 def _ask(handle: bytes, asked: WindowAsked, fds: Sequence[int] = ()) -> Link:
+    if not handle:
+        raise ConfigError("this rank's parent keeps no windows")
     where = msgspec.msgpack.decode(handle, type=ResourceHandle)
     request = msgspec.msgpack.encode(asked)
     return Handover.default().connect(where.address, where.resource, request, fds, timeout_s=WINDOW_TIMEOUT_S)

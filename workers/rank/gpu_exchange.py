@@ -109,7 +109,7 @@ class GpuExchange:
         from workers.exchange.cuda.driver import Mapping as Mapped
 
         asked = WindowAsked(slot, repr(shape), own=slot == self._ctx.rank)
-        make = partial(_new_window, slot % torch.cuda.device_count(), shape.offsets["bytes"], gpu)
+        make = partial(new_window, slot % torch.cuda.device_count(), shape.offsets["bytes"], gpu)
         with window_of(self._ctx.windows, asked, make) as (fd, nbytes):
             return Mapped(fd, nbytes, gpu)
 
@@ -128,7 +128,7 @@ class GpuExchange:
         return self._shared
 
 
-def _new_window(gpu: int, nbytes: int, mapping_gpu: int) -> tuple[int, int]:
+def new_window(gpu: int, nbytes: int, mapping_gpu: int) -> tuple[int, int]:
     """A descriptor of zeroed memory on a GPU, and its size. RankFailed if it cannot be reached from the other GPU."""
     from workers.exchange.cuda.driver import Mapping as Mapped
     from workers.exchange.cuda.driver import make_memory

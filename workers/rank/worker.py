@@ -9,7 +9,8 @@ from __future__ import annotations
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from workers.protocol.identity import Identity
 from workers.protocol.load_progress import LoadProgress
 from workers.protocol.messages import CopyBlocks, StepBatch, StepResult, StepStatus, TracedResult, TracedStep
 from workers.rank.environment import give_memory_back
+from workers.rank.expert_pieces import open_room
 from workers.rank.gpu_exchange import Apart, GpuExchange
 from workers.rank.left_pools import LeftPools, keep_pool, map_on
 from workers.rank.load_turns import LoadTurns
@@ -121,7 +123,7 @@ class Preparation:
     def _load(self, wanted: list[tuple[int, int]]) -> None:
         bank, mapped = self._worker.bank, self._worker.bank.bytes_mapped
         brake = self._worker.brake(self.view, self._stopped.wait)
-        with self._worker.progress.loading():
+        with self._worker.progress.loading(), self._worker.expert_room():
             self.bytes_loaded = bank.load_all(wanted, self._stopped.is_set, brake)
         self.bytes_mapped = bank.bytes_mapped - mapped
         give_memory_back()
@@ -256,6 +258,18 @@ class EPWorker:
         """If it is wanted, and not there yet; in the thread that prepares, once this rank has experts."""
         if self._gpu_exchange is not None and self._runner is not None:
             self._gpu_exchange.open(self._runner)
+
+    @contextmanager
+    def expert_room(self) -> Iterator[None]:
+        """While experts are loaded: they go where they outlive this rank, if there is such a place."""
+        source = self._runner.loaded.source if self._runner is not None else None
+        if source is not None and source.room is None and self._runner is not None:
+            source.room = open_room(self._ctx.experts, self.rank, self._runner)
+        try:
+            yield
+        finally:
+            if source is not None and source.room is not None:
+                source.room.rest()
 
     def expert_digests(self) -> tuple[bytes, ...]:
         """Of the experts that it holds, by content."""
@@ -466,6 +480,7 @@ class EPWorker:
             self.exchange.device = self._backend.device
         if self._runner is not None:
             self._runner.attach(self.exchange)
+            self._runner.loaded.source.room = None  # that of the rank's slot, once it loads
 
     def exchange_handle(self) -> bytes:
         """Where peers reach this rank."""

@@ -37,6 +37,7 @@ class WorkerContext:
     weights: bytes = b""  # handle of this host's weight store (`workers/agent/weight_store.py`); empty if there is none
     pools: bytes = b""  # handle of this host's KV pools (`workers/agent/kv_pools.py`); empty if there are none
     windows: bytes = b""  # handle of this host's GPU windows (`workers/agent/gpu_windows.py`); empty if there are none
+    experts: bytes = b""  # handle of this host's memory of experts on GPUs, likewise
     called_off_at: int = 0  # where the engine calls off what runs on GPUs (`LivenessPage`)
     pool_fd: int = -1  # this rank's own: an empty memfd for its KV cache
     progress: LoadProgress = field(default_factory=LoadProgress)  # where the worker counts what it has loaded

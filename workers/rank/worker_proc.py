@@ -93,6 +93,7 @@ class WorkerProcChild:
             weights=launch.weights,
             pools=launch.pools,
             windows=launch.windows,
+            experts=launch.experts,
             called_off_at=self.liveness.called_off_at,
             pool_fd=pool,
             progress=self.liveness.load_progress,

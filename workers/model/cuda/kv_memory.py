@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import structlog
 import torch
@@ -29,6 +29,12 @@ class _Raw:
         self.__cuda_array_interface__ = {"shape": (nbytes,), "typestr": "|u1", "data": (address, False), "version": 3}
 
 
+def over(address: int, nbytes: int, device: torch.device) -> Tensor:
+    """The bytes at an address of this GPU; who mapped them keeps them."""
+    made: Tensor = torch.as_tensor(_Raw(address, nbytes), device=device)
+    return made
+
+
 def own_memory(nbytes: int, device: torch.device) -> KvMemory:
     """Memory that no other process reaches."""
     return KvMemory(torch.zeros(nbytes, dtype=torch.uint8, device=device))
@@ -46,5 +52,4 @@ def lasting_memory(nbytes: int, device: torch.device) -> KvMemory:
         log.warning("kv_cache_ends_with_its_rank", reason=str(error))
         return own_memory(nbytes, device)
     mapping.clear()
-    room: Any = torch.as_tensor(_Raw(mapping.address, nbytes), device=device)
-    return KvMemory(room, Lasting(fd, size), mapping)
+    return KvMemory(over(mapping.address, nbytes, device), Lasting(fd, size), mapping)

@@ -15,6 +15,7 @@ from membership.store.records import (
     Checkpoint,
     ClusterConfig,
     ClusterState,
+    Desired,
     EngineRecord,
     EngineStatus,
     Member,
@@ -39,6 +40,7 @@ from workers.agent.decide import (
     Spawn,
     advancing,
     decide,
+    expert_pieces_to_free,
     heartbeats,
     hung,
     observe,
@@ -50,6 +52,7 @@ from workers.agent.decide import (
     stale_records,
 )
 from workers.protocol.load_progress import LoadSeen
+from workers.protocol.window_client import PIECES
 
 pytestmark = pytest.mark.unit
 
@@ -348,3 +351,22 @@ def test_the_end_of_a_preparation_that_was_replaced_says_nothing() -> None:
 def test_a_rank_that_prepares_for_long_does_not_hide_what_the_others_have_done() -> None:
     ranks = {A: ready(A, preparing_revision=7, prepared_revision=7), B: ready(B, preparing_revision=7)}
     assert report_due(ranks, {A: 100.0}, 100.0 + REPORT_WITHIN_S)
+
+
+def test_memory_of_experts_stays_for_slots_that_this_host_fills_or_will_fill() -> None:
+    pieces = {slot: [slot * PIECES, slot * PIECES + 1] for slot in range(4)}
+    every = [number for each in pieces.values() for number in each]
+    left = {slot: RankExit(rank=slot, incarnation=9, reason="", at=1.0, quarantined=slot == 1) for slot in (1, 2)}
+    state = assigned(A, desired=Desired(ranks=3, slots=(0, 1, 2)), exits=left)
+    assert expert_pieces_to_free(state, "n", every) == pieces[1] + pieces[3], "1 is set aside, nobody wants 3"
+    moved = msgspec.structs.replace(state.assignments["n"], node="m")
+    elsewhere = replace(state, assignments={"m": moved}, exits={})
+    assert expert_pieces_to_free(elsewhere, "n", pieces[0] + pieces[2]) == pieces[0]
+
+
+def test_memory_of_experts_stays_while_it_is_not_known_what_is_wanted() -> None:
+    assert expert_pieces_to_free(assigned(), "n", [0, PIECES]) == []
+
+
+def test_a_rank_that_is_to_go_keeps_its_experts_until_it_has_gone() -> None:
+    assert expert_pieces_to_free(assigned(A, B, desired=Desired(ranks=1, slots=(0,))), "n", [PIECES]) == []

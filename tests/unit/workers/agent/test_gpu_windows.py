@@ -16,7 +16,7 @@ from workers.agent import gpu_windows
 from workers.agent.gpu_windows import GpuWindows
 from workers.ipc.handover import HandoverRefused
 from workers.protocol import window_client
-from workers.protocol.window_client import WindowAsked, window_of
+from workers.protocol.window_client import WindowAsked, slots_of, window_of
 
 pytestmark = pytest.mark.unit
 
@@ -72,7 +72,7 @@ def test_another_layout_is_refused(windows: GpuWindows) -> None:
 
 CHILD = """
 import sys, time
-from workers.protocol.window_client import WindowAsked, window_of
+from workers.protocol.window_client import WindowAsked, slots_of, window_of
 with window_of(bytes.fromhex(sys.argv[1]), WindowAsked(1, "small", True), None): print("has it", flush=True)
 time.sleep(600)
 """
@@ -132,3 +132,14 @@ def test_nothing_is_left_once_they_are_closed() -> None:
     eventually(lambda: kept() == 1, 30.0, "the askers' descriptors to be closed")
     windows.close()
     assert kept() == 0
+
+
+def test_which_there_are_can_be_asked_and_one_be_let_go(windows: GpuWindows) -> None:
+    assert slots_of(windows.handle()) == ()
+    read(windows)
+    read(windows, WindowAsked(7, "small", own=True), b"second")
+    assert set(slots_of(windows.handle())) == windows.numbers == {1, 7}
+    windows.free(7)
+    windows.free(8)
+    assert slots_of(windows.handle()) == (1,)
+    assert read(windows, WindowAsked(7, "large", own=False), b"another") == b"another"
