@@ -248,7 +248,7 @@ class Agent:
             elif isinstance(effect, Load):
                 self._update(effect.key, loading=True)
                 self._emit("rank_load_started", effect.key)
-                self._call_load(effect.key, "initialise", (), partial(self._loaded, effect))
+                self._call_load(effect.key, "initialise", (effect.gives_way,), partial(self._loaded, effect))
             elif isinstance(effect, Prepare):
                 self._update(effect.key, preparing_revision=effect.revision)
                 args = effect.view, effect.peers

@@ -97,6 +97,7 @@ class Load:
 
     key: RankId
     revision: int
+    gives_way: bool = False  # at a low priority
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,9 @@ def _preparations(state: ClusterState, ready: list[LocalRank], now: float) -> li
         return []
     ids = {member.id for member in view.members}
     members = [r for r in ready if r.key in ids and r.failed_revision < revision]
-    effects: list[Effect] = [Load(r.key, revision) for r in members if not r.loaded and not r.loading]
+    effects: list[Effect] = [
+        Load(r.key, revision, _gives_way(state, r, now)) for r in members if not r.loaded and not r.loading
+    ]
     peers = peers_of(view, state)
     if peers is not None and all(state.ranks[member.id].loaded for member in view.members):
         effects += [
@@ -197,9 +200,9 @@ def _preparations(state: ClusterState, ready: list[LocalRank], now: float) -> li
 
 
 def _gives_way(state: ClusterState, rank: LocalRank, now: float) -> bool:
-    """Whether a new rank waits with its experts for requests that a death has interrupted: mapping them takes the
-    processors, and what the memory can carry, from the very step that these are in. Not for long: that may be a long
-    prompt. The ranks that serve prepare meanwhile, as they take a call between two steps only.
+    """Whether requests that a death has interrupted come before a new rank: it takes processors from the very step that
+    these are in. So it loads at a low priority, and its experts wait. Not for long: that step may be of a long prompt.
+    The ranks that serve prepare meanwhile, as they take a call between two steps only.
     """
     status = state.engine_status
     recovering = status is not None and status.token == state.engine_token and bool(status.recovering)

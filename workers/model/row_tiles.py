@@ -17,7 +17,7 @@ from torch import Tensor
 from membership.base.errors import ModelError
 
 REFERENCE = 16
-CANDIDATES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+CANDIDATES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 96, 112, 128)
 
 
 def cut(rows: Tensor, size: int) -> list[Tensor]:

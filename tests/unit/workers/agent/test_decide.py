@@ -192,6 +192,18 @@ def test_a_new_ranks_experts_give_way_to_interrupted_requests_for_a_while() -> N
     assert preparing(100.0, token=6, recovering=(1,)) == [A, B], "an earlier engine said that"
 
 
+def test_a_new_rank_loads_at_a_low_priority_while_requests_are_interrupted() -> None:
+    new = replace(ready(B), started=100.0)
+
+    def load(now: float, **status: object) -> list[Effect]:
+        state = staged(ready(A, loaded=True), engine_status=EngineStatus(token=5, epoch=2, **status), engine_token=5)  # type: ignore[arg-type]
+        return [effect for effect in run(state, ready(A, loaded=True), new, now=now) if isinstance(effect, Load)]
+
+    assert load(100.0, recovering=(1,)) == [Load(B, 7, gives_way=True)]
+    assert load(100.0) == [Load(B, 7)], "nothing is interrupted"
+    assert load(100.0 + RECOVERY_FIRST_S, recovering=(1,)) == [Load(B, 7)]
+
+
 def test_preparing_waits_until_every_member_is_registered() -> None:
     a, b = ready(A, loaded=True), ready(B, loaded=True)
     assert run(staged(a), a, b) == []
