@@ -17,6 +17,7 @@ from torch import Tensor
 from membership.base.errors import ModelError
 
 REFERENCE = 16
+FILLED_AT_ONCE = 1024  # rows of a matrix that is made up to measure with
 CANDIDATES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 96, 112, 128)
 
 
@@ -83,10 +84,11 @@ def calibrate_product(
     pairs = width // 2
     order = torch.randperm(width, generator=generator)
     left, right = order[:pairs], order[pairs : 2 * pairs]
-    rows, columns = torch.zeros(128, width), torch.zeros(out_width, width)
+    rows, columns = torch.zeros(128, width), torch.zeros(out_width, width, dtype=weight.dtype)
     rows[:, left] = torch.randn(128, pairs, generator=generator)
     rows[:, right] = -rows[:, left]
-    columns[:, left] = torch.randn(out_width, pairs, generator=generator)
-    columns[:, right] = columns[:, left]
-    made = lay(columns.to(weight.device, weight.dtype))
+    for part in torch.split(columns, FILLED_AT_ONCE):  # an output layer is large, a loading rank is not to be
+        part[:, left] = torch.randn(len(part), pairs, generator=generator).to(weight.dtype)
+        part[:, right] = part[:, left]
+    made = lay(columns.to(weight.device))
     return calibrate(lambda part: product(part, made), rows.to(weight.device, weight.dtype), what)
