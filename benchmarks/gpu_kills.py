@@ -17,6 +17,7 @@ milliseconds, beyond the median gap between two tokens of a stream without a fau
     full           from SIGKILL until as many ranks as before step together
     recorded       CUDA graphs that ranks recorded which lived before
 
+At the end come the lines of the ranks' logs that say what loads were made of, and which graphs were recorded.
 Exit 1 if a request was lost, duplicated or altered.
 """
 
@@ -30,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -47,6 +48,11 @@ from chaos.workload.history import RequestRecord, compare, percentile
 from membership.base.events import Event
 
 READY_S = 400.0
+SAID = (
+    "device_taken", "model_loaded", "view_prepared", "experts_placed", "experts_end_with_their_rank",
+    "experts_of_others_not_reached", "experts_of_a_slot_not_reached", "kv_cache_ends_with_its_rank", "kv_pool_not_kept",
+    "step_recorded", "steps_are_not_recorded", "serving_is_not_recorded", "no_gpu_exchange",
+)  # fmt: skip
 STEADY_S = 4.0
 SETTLE_S = 1.0  # after full strength: what the successor still holds up
 PROMPT = 128
@@ -94,6 +100,13 @@ class Scene:
                 if '"step_recorded"' in line:
                     found += json.loads(line[line.index("{") :]).get("pid") in pids
         return found
+
+    def said(self) -> Iterator[dict[str, Any]]:
+        """What ranks said of their loads, and of memory that they did not get."""
+        for log in self.cluster.state.path.rglob("*.log"):
+            for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+                if any(f'"{name}"' in line for name in SAID):
+                    yield json.loads(line[line.index("{") :])
 
     def until_flowing(self, streams: RawStreams) -> None:
         """Wait until nearly all streams are in the midst of an answer: they end and begin all the time."""
@@ -254,6 +267,8 @@ def measure(scene: Scene, begun: float) -> bool:
         seen = [event.fields for event in scene.cluster.events() if event.kind == kind]
         if seen:
             say("event", kind=kind, times=len(seen), last=seen[-1])
+    for line in sorted(scene.said(), key=lambda line: str(line.get("timestamp"))):
+        say("log", **line)
     return verdict.ok
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 SHUTDOWN_S = 5.0
+LOADED_IN = "weights_s", "checks_s", "grammars_s", "warm_up_s", "pool_s"  # parts of a load, as they follow
 
 
 class Preparation:
@@ -109,11 +111,25 @@ class Preparation:
                 self._older = None
             failpoints.hit("rank.before.prepare", self._worker.rank)
             self._worker.enter_thread()
+            began = time.monotonic()
             peers = {RankId(rank, incarnation): handle for rank, (incarnation, handle) in self._peers.items()}
             # First: all peers prepare at this moment, and each of them may load for as long as it takes.
             self._worker.exchange.connect(peers, self._worker.connect_timeout_s, self._stopped.is_set)
+            linked_at = time.monotonic()
             self._load(sorted(experts_of(self.view, self._worker.rank)))
+            loaded_at = time.monotonic()
             self._worker.open_gpu_exchange()
+            took = {
+                "connect_s": linked_at - began,
+                "load_s": loaded_at - linked_at,
+                "open_s": time.monotonic() - loaded_at,
+            }
+            log.info(
+                "view_prepared",
+                rank=self._worker.rank,
+                epoch=self.view.epoch,
+                **{k: round(v, 3) for k, v in took.items()},
+            )
             failpoints.hit("rank.prepared", self._worker.rank)
         except BaseException as error:  # noqa: BLE001 - raised by get_output
             self._error = error
@@ -178,6 +194,7 @@ class EPWorker:
 
     def init_device(self) -> None:
         """Take the device; one compute thread, as ranks outnumber cores."""
+        began = time.monotonic()
         import torch
 
         from workers.model.devices import open_backend
@@ -188,6 +205,9 @@ class EPWorker:
         self._pools = LeftPools(self._ctx.pools, map_on(self._backend.device.index or 0))
         torch.set_num_threads(1)
         self.exchange.device = self._backend.device
+        log.info(
+            "device_taken", rank=self.rank, device=str(self._backend.device), took_s=round(time.monotonic() - began, 3)
+        )
 
     def enter_thread(self) -> None:
         """Called first in each other thread that loads."""
@@ -213,6 +233,7 @@ class EPWorker:
         store = WeightClient(self._ctx.weights) if self._ctx.weights else None
         others = OtherHosts(self._ctx.network, config.load_stall_s / 2) if self._ctx.network is not None else None
         loaded = load_model(config.model, config.dtype, self._backend, store, self.progress, others)
+        weights_at = time.monotonic()
         runner = ModelRunner(
             loaded,
             self.bank,
@@ -222,15 +243,20 @@ class EPWorker:
             max_len=config.max_model_len,
             progress=self.progress,
         )
+        made_at = time.monotonic()
         runner.grammars = grammars = Grammars(
             Path(config.model) / TOKENIZER_FILE, loaded.info.eos_token_ids, dict(config.files).get(TOKENIZER_FILE, "")
         )
         grammars.read()
         runner.attach(self.exchange)
+        grammars_at = time.monotonic()
         runner.warm_up()
+        warm_at = time.monotonic()
         keep_pool(runner, self._ctx.pools, self._ctx.rank, self._ctx.incarnation)
         self._runner = runner  # only now: the main thread looks at it meanwhile
-        log.info("model_loaded", rank=self.rank, took_s=round(time.monotonic() - started, 3))
+        times = started, weights_at, made_at, grammars_at, warm_at, time.monotonic()
+        parts = dict(zip(LOADED_IN, (round(b - a, 3) for a, b in pairwise(times)), strict=True))
+        log.info("model_loaded", rank=self.rank, took_s=round(times[-1] - started, 3), **parts)
 
     def identity(self) -> Identity:
         """Everything that decides a bit of this rank's output; ranks of one view must agree."""

@@ -372,7 +372,7 @@ def test_memory_of_experts_stays_for_slots_that_this_host_fills_or_will_fill() -
     state = assigned(A, desired=Desired(ranks=3, slots=(0, 1, 2)), exits=left)
     assert expert_pieces_to_free(state, "n", every) == pieces[1] + pieces[3], "1 is set aside, nobody wants 3"
     moved = msgspec.structs.replace(state.assignments["n"], node="m")
-    elsewhere = replace(state, assignments={"m": moved}, exits={})
+    elsewhere = msgspec.structs.replace(state, assignments={"m": moved}, exits={})
     assert expert_pieces_to_free(elsewhere, "n", pieces[0] + pieces[2]) == pieces[0]
 
 
