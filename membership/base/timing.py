@@ -98,6 +98,8 @@ _time = _times("rank failure", "elastic/engine/salvage.py")
 SALVAGE_WAIT_S = _time(0.05, "A step waits for dead ranks' KV blocks for this long, or as long as the last step took")
 _time = _times("change", "workers/rank/gpu_exchange.py")
 TOGETHER_S = _time(20.0, "How long GPUs wait for one another within a step that is not called off")
+_time = _times("change", "workers/rank/worker.py")
+REHEARSAL_S = _time(0.5, "How long a new rank on a GPU records steps at most before it is ready for its first view")
 _time = _times("change", "workers/protocol/window_client.py")
 WINDOW_TIMEOUT_S = _time(
     5.0, "Max wait of a rank for its agent's GPU windows, and for the end of who had its slot before"

@@ -182,6 +182,7 @@ class ExpertProducts(Protocol):
 class Backend(Protocol):
     """One device of one rank."""
 
+    records: bool  # whether `capture` records steps when it has met them a few times
     pool_fd: int  # an empty memfd for the KV cache, which a device replaces by memory of its own; its giver's
 
     @property

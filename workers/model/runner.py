@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any, cast
 
 import torch
@@ -28,6 +29,9 @@ from workers.protocol.load_progress import LoadProgress
 from workers.protocol.messages import NO_TOKEN, SampledToken, Sampling, Score, SeqChunk, TokenLogprobs
 
 SCORED_TOGETHER = 64  # rows
+REHEARSED_ROWS = (32, 16, 8, 4, 2, 1)  # of decode steps, those first that most requests wait for
+REHEARSED_STARTS = (1, 256)  # positions of a step's tokens: contexts of one split, and of two
+REHEARSED_TIMES = 3  # a step is recorded when it is met so often
 
 
 class ModelRunner:
@@ -230,6 +234,28 @@ class ModelRunner:
             self.moe.exchange = attached
             self.take_load()
 
+    def rehearse(self, stop: Callable[[], bool]) -> int:
+        """Have decode steps recorded before this rank serves, until `stop`; how many were run.
+
+        Else they would be recorded in the midst of serving, once a death has brought their size, while all wait. Only
+        where all experts are here; what is in the KV cache is written over.
+        """
+        if not self._backend.records or self.moe.local is None or not self.moe.local.begin(1):
+            return 0
+        attached, self.moe.exchange = self.moe.exchange, _AllHere()
+        done = 0
+        try:
+            for start, rows, _ in product(REHEARSED_STARTS, REHEARSED_ROWS, range(REHEARSED_TIMES)):
+                blocks = list(range(start // self.cache.block_size + 1))
+                if stop() or len(blocks) > self.cache.blocks:
+                    break
+                self.logits([SeqChunk(row, start, [0], blocks) for row in range(rows)], range(rows))
+                done += 1
+        finally:
+            self.moe.exchange, self._done = attached, None
+            self.take_load()
+        return done
+
     def close(self) -> None:
         """Close the checkpoint's files."""
         self.loaded.checkpoint.close()
@@ -255,6 +281,18 @@ def _attention_spec(loaded: LoadedModel, kv_blocks: int, block_size: int, longes
         block_size=block_size,
         dtype=loaded.dtype,
     )
+
+
+class _AllHere:
+    """Takes the place of an exchange while steps are rehearsed: no rows travel."""
+
+    def stays(self) -> bool:
+        """All experts are here."""
+        return True
+
+    def dispatch_combine(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """ModelError: an expert has gone."""
+        raise ModelError("an expert has gone while steps were rehearsed")
 
 
 class _NoExperts:

@@ -21,8 +21,9 @@ import structlog
 
 from membership.base import failpoints
 from membership.base.enums import Exactness
-from membership.base.errors import CalledOff, ConfigError, CoverageLost, Fenced, WaitTimeout
+from membership.base.errors import CalledOff, ConfigError, CoverageLost, ElasticError, Fenced, WaitTimeout
 from membership.base.rank_id import NO_SLOT, RankId
+from membership.base.timing import REHEARSAL_S
 from membership.planning.identity import KERNELS, THREADS
 from membership.store.records import View
 from workers.ipc.cpu_priority import usable_cores
@@ -119,6 +120,7 @@ class Preparation:
             self._load(sorted(experts_of(self.view, self._worker.rank)))
             loaded_at = time.monotonic()
             self._worker.open_gpu_exchange()
+            self._worker.rehearse(self._stopped.is_set)
             took = {
                 "connect_s": linked_at - began,
                 "load_s": loaded_at - linked_at,
@@ -296,6 +298,19 @@ class EPWorker:
         finally:
             if source is not None and source.room is not None:
                 source.room.rest()
+
+    def rehearse(self, stopped: Callable[[], bool]) -> None:
+        """Before this rank's first view, in the thread that prepares it: see `ModelRunner.rehearse`."""
+        if self._runner is None or self._view.epoch:
+            return
+        began = time.monotonic()
+        try:
+            done = self._runner.rehearse(lambda: stopped() or time.monotonic() - began > REHEARSAL_S)
+        except (ElasticError, RuntimeError) as error:  # the latter: CUDA
+            log.warning("steps_not_rehearsed", rank=self.rank, error=repr(error))
+            return
+        if done:
+            log.info("steps_rehearsed", rank=self.rank, steps=done, took_s=round(time.monotonic() - began, 3))
 
     def expert_digests(self) -> tuple[bytes, ...]:
         """Of the experts that it holds, by content."""
