@@ -7,6 +7,7 @@ from chaos.mutants.mutant import Mutant
 STEPS = "tests/unit/elastic/engine/test_gpu_steps.py"
 WINDOWS = "tests/unit/workers/agent/test_gpu_windows.py"
 POOLS = "tests/unit/workers/rank/test_left_pools.py"
+ANSWERS = "tests/unit/workers/model/test_answers_wait.py"
 ROOM = "tests/unit/workers/model/test_expert_room.py"
 SPARES = "tests/unit/workers/agent/test_spares.py"
 
@@ -34,6 +35,14 @@ MUTANTS: tuple[Mutant, ...] = (
         before="if self._mapped is None or self._mapped[0] != order.source:",
         after="if self._mapped is None:",
         tests=(f"{POOLS}::test_another_rank_s_death_takes_the_place_of_the_first",),
+    ),
+    Mutant(
+        name="answered-before-it-is-written",
+        guards="G3: a rank answers a step once its device has written what may be read after its death",
+        file="workers/model/runner.py",
+        before="        self._backend.finish()  # also",
+        after="        #",
+        tests=(f"{ANSWERS}::test_a_step_is_answered_once_it_is_written",),
     ),
     Mutant(
         name="named-before-it-is-whole",
