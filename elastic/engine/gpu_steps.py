@@ -1,5 +1,6 @@
 """Which steps all ranks run together over their GPUs' windows (`--gpu-exchange`), and when one of them is called off.
 
+It may have pieces of prompts, as long as each rank's rows fit into the windows: prompts are cut for that (`most_rows`).
 Ranks of such a step wait for each other's kernels, also for those of ranks without requests. So all live ranks are
 named in it, and once one of them is lost or does not finish, it is called off for all: the word that their kernels look
 at is set beyond its numbers. Its chunks are in the next step again. Pure: the loop carries out what is decided here.
@@ -34,14 +35,7 @@ class GpuSteps:
         Numbers are microseconds of the host's clock, so that those of the next engine are larger than all of ours.
         """
         live = frozenset(view.ranks) - set(batch.masked)
-        self._running = (
-            self._apart != view.epoch
-            and len(live) > 1
-            and max(live) < self._slots
-            and all(member.id in near for member in view.members if member.rank in live)
-            and all(_decodes(batch, rank) for rank in live)
-            and self._rows_travel(view, live)
-        )
+        self._running = all(_rows(batch, rank) <= TOGETHER_ROWS for rank in live) and self._able(view, live, near)
         if not self._running:
             return batch
         self._epoch = view.epoch
@@ -49,6 +43,20 @@ class GpuSteps:
         self._below = first + self._layers
         named = {rank: batch.ranks.get(rank, []) for rank in sorted(live)}
         return msgspec.structs.replace(batch, ranks=named, together=first)
+
+    def most_rows(self, view: View, masked: Set[int], near: Set[RankId], usual: int) -> int:
+        """How many rows a rank should have in the next step, so that all may run it together; or as many as usual."""
+        able = self._slots and self._able(view, frozenset(view.ranks) - masked, near)
+        return min(usual, TOGETHER_ROWS) if able else usual
+
+    def _able(self, view: View, live: frozenset[int], near: Set[RankId]) -> bool:
+        return (
+            self._apart != view.epoch
+            and len(live) > 1
+            and max(live) < self._slots
+            and all(member.id in near for member in view.members if member.rank in live)
+            and self._rows_travel(view, live)
+        )
 
     def _rows_travel(self, view: View, live: frozenset[int]) -> bool:
         """Whether some live rank lacks an expert; where all have all, each runs on its own."""
@@ -82,6 +90,5 @@ class GpuSteps:
         return self.failed()
 
 
-def _decodes(batch: StepBatch, rank: int) -> bool:
-    chunks = batch.ranks.get(rank, [])
-    return len(chunks) <= TOGETHER_ROWS and all(len(chunk.tokens) == 1 for chunk in chunks)
+def _rows(batch: StepBatch, rank: int) -> int:
+    return sum(len(chunk.tokens) for chunk in batch.ranks.get(rank, ()))
