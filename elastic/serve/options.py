@@ -447,7 +447,7 @@ class ConfigOptions:
     )
     gpu_exchange: int = option(
         DEFAULTS["gpu_exchange"],
-        "Rows travel between the GPUs of so many ranks of one host, 2 to 8, 128 per step and rank (0 = over host memory).",
+        "Rows travel between the GPUs of so many ranks of one host, 2 to 8, 128 per step (0 = over host memory).",
         minimum=0,
         maximum=8,
     )
