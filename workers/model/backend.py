@@ -156,6 +156,9 @@ class LocalExperts(Protocol):
         The same bits as through the exchange. May be captured.
         """
 
+    def warm_up(self, top_k: int) -> None:
+        """Have the kernels made that a step needs, with whichever experts are here; before this rank serves."""
+
     def check(self) -> None:
         """Once a step's results are there: CalledOff if they mean nothing."""
 

@@ -246,7 +246,10 @@ class ModelRunner:
         Else they would be recorded in the midst of serving, once a death has brought their size, while all wait. Only
         where all experts are here; what is in the KV cache is written over.
         """
-        if not self._backend.records or self.moe.local is None or not self.moe.local.begin(1):
+        if not self._backend.records or self.moe.local is None:
+            return 0
+        if not self.moe.local.begin(1):
+            self.moe.local.warm_up(self.loaded.info.top_k)  # a death may leave all experts to this rank
             return 0
         attached, self.moe.exchange = self.moe.exchange, _AllHere()
         done = 0

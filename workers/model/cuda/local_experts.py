@@ -76,6 +76,23 @@ class CudaLocalExperts:
         )  # fmt: skip
         return total
 
+    def warm_up(self, top_k: int) -> None:
+        """See `LocalExperts`: one row, for which one expert takes the place of all."""
+        held = ((layer, e) for layer in range(self._layers) for e in range(self._experts) if self._held.holds(layer, e))
+        if (key := next(held, None)) is None:
+            return
+        some, self._seen = self._held.weights(*key), -1  # the tables are written anew before they are used
+        self._up, self._down = some.gate_up, some.down
+        for table, matrix in ((self._up_at, some.gate_up), (self._down_at, some.down)):
+            table.fill_(*addresses_of([matrix]))
+        self._rows.fill_(1)
+        device = self._rows.device
+        hidden = torch.zeros(1, len(some.gate_up), dtype=some.gate_up.dtype, device=device)
+        ids = torch.arange(top_k, device=device).remainder(self._experts)[None]
+        for dtype in {torch.float32, hidden.dtype}:  # routers give weights of either
+            self.compute(0, hidden, ids, torch.ones(1, top_k, dtype=dtype, device=device))
+        self._counts.zero_()
+
     def check(self) -> None:
         """Nothing can go wrong with them."""
 

@@ -120,6 +120,9 @@ class SharedExperts:
         finally:
             here.wait_stream(self._stream)
 
+    def warm_up(self, top_k: int) -> None:
+        """Nothing: it computes only with the others."""
+
     def check(self) -> None:
         """See `LocalExperts`. ModelError if more is wrong than that a rank has given up."""
         failure = self._calls.failure()

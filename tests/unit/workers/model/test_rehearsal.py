@@ -25,13 +25,16 @@ class Here:
     """All experts on this device, which are cheap."""
 
     def __init__(self) -> None:
-        self.ready, self.taken = True, 0
+        self.ready, self.taken, self.warm = True, 0, False
 
     def begin(self, rows: int) -> bool:
         return self.ready
 
     def compute(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         return torch.zeros_like(hidden)
+
+    def warm_up(self, top_k: int) -> None:
+        self.warm = True
 
     def check(self) -> None:
         """Nothing is wrong."""
@@ -91,3 +94,4 @@ def test_without_all_experts_or_graphs_nothing_is_run(
     else:
         monkeypatch.setattr(runner.moe.local, "ready", False)
     assert runner.rehearse(lambda: False) == 0
+    assert getattr(runner.moe.local, "warm", False) == (why == "an expert is elsewhere"), "a death may bring them all"
