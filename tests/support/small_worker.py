@@ -107,15 +107,10 @@ class SmallWorker:
 
     def load_model(self) -> None:
         self.calls.append("load_model")
-        self.loaded_at = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
         if "fail-load" in self.faults:
             raise ValueError("no such checkpoint")
         if "piecemeal" in self.faults:
             self._load_bytes_of_a_pipe()
-
-    def load_priority(self) -> int:
-        """Of the thread that loaded, as `nice` counts."""
-        return self.loaded_at
 
     def _load_bytes_of_a_pipe(self) -> None:
         """Four bytes in all, as a test writes them."""

@@ -56,7 +56,6 @@ class LocalRank:
     prepare_error: str = ""
     retired: tuple[int, int] = (0, 0)  # (epoch, prepared revision) at the last retire_epoch
     join_key: str = ""  # of the join secret that it was started with
-    killed: bool = False  # on request, and its death is not noticed yet
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,6 @@ class Load:
 
     key: RankId
     revision: int
-    gives_way: bool = False  # at a low priority
 
 
 @dataclass(frozen=True)
@@ -121,15 +119,7 @@ class RetireEpoch:
     mark: tuple[int, int]
 
 
-@dataclass(frozen=True)
-class Kill:
-    """SIGKILL this rank, as a fault would: its death is then noticed as any other."""
-
-    key: RankId
-    by: str
-
-
-Effect = Spawn | Retire | Refuse | Kill | Attach | Load | Prepare | RetireEpoch
+Effect = Spawn | Retire | Refuse | Attach | Load | Prepare | RetireEpoch
 
 
 def decide(
@@ -142,7 +132,6 @@ def decide(
     effects += _refusals(state, me.node, [r for r in ranks.values() if r.key not in going])
     going |= {e.key for e in effects if isinstance(e, Refuse)}
     ready = [r for r in ranks.values() if r.phase is Phase.READY and r.key not in going]
-    effects += _kills(state, me, ready)
     effects += _attachments(state, ready, now)
     effects += _preparations(state, ready, now)
     effects += _retired_epochs(state, ready)
@@ -196,9 +185,7 @@ def _preparations(state: ClusterState, ready: list[LocalRank], now: float) -> li
         return []
     ids = {member.id for member in view.members}
     members = [r for r in ready if r.key in ids and r.failed_revision < revision]
-    effects: list[Effect] = [
-        Load(r.key, revision, _gives_way(state, r, now)) for r in members if not r.loaded and not r.loading
-    ]
+    effects: list[Effect] = [Load(r.key, revision) for r in members if not r.loaded and not r.loading]
     peers = peers_of(view, state)
     if peers is not None and all(state.ranks[member.id].loaded for member in view.members):
         effects += [
@@ -210,9 +197,9 @@ def _preparations(state: ClusterState, ready: list[LocalRank], now: float) -> li
 
 
 def _gives_way(state: ClusterState, rank: LocalRank, now: float) -> bool:
-    """Whether requests that a death has interrupted come before a new rank: it takes processors from the very step that
-    these are in. So it loads at a low priority, and its experts wait. Not for long: that step may be of a long prompt.
-    The ranks that serve prepare meanwhile, as they take a call between two steps only.
+    """Whether a new rank waits with its experts for requests that a death has interrupted: mapping them takes the
+    processors, and what the memory can carry, from the very step that these are in. Not for long: that may be a long
+    prompt. The ranks that serve prepare meanwhile, as they take a call between two steps only.
     """
     status = state.engine_status
     recovering = status is not None and status.token == state.engine_token and bool(status.recovering)
@@ -239,13 +226,6 @@ def report_due(ranks: Mapping[RankId, LocalRank], unreported: Mapping[RankId, fl
         for r in ranks.values()
     )
     return bool(unreported) and (not preparing or now >= min(unreported.values()) + REPORT_WITHIN_S)
-
-
-def _kills(state: ClusterState, me: AgentRecord, ready: list[LocalRank]) -> list[Effect]:
-    asked = state.kill
-    if asked is None or not me.killable:
-        return []
-    return [Kill(r.key, asked.by) for r in ready if r.key == asked.id and not r.killed]
 
 
 def _retired_epochs(state: ClusterState, ready: list[LocalRank]) -> list[Effect]:

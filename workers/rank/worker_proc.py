@@ -234,17 +234,14 @@ class WorkerProcChild:
             raise AttributeError(f"{method} is private")
         return getattr(self.worker, method)  # type: ignore[no-any-return]
 
-    def initialise(self, gives_way: bool = False) -> Identity | Loading:
-        """What an elastic launch left out: the device and the model. The output is what the worker has loaded.
-
-        `gives_way`: ranks that serve go first.
-        """
+    def initialise(self) -> Identity | Loading:
+        """What an elastic launch left out: the device and the model. The output is what the worker has loaded."""
         if self._initialised:
             return self._loaded()
         if self._loading is None or self._loading.failed:
             self.worker.init_device()
-            gives_way = gives_way or isinstance(self.key, SpareId)
-            self._loading = Loading(self._load, self.liveness.load_progress, low_priority=gives_way)
+            spare = isinstance(self.key, SpareId)  # it can wait, and the ranks have work to do
+            self._loading = Loading(self._load, self.liveness.load_progress, low_priority=spare)
         return self._loading
 
     def _load(self) -> Identity:

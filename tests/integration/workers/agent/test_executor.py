@@ -27,7 +27,6 @@ from tests.support.helpers import eventually, hang
 from workers.agent.executor import Death, MultiprocExecutor
 from workers.agent.forkserver_client import Child
 from workers.agent.handles import UnreadyWorkerProcHandle
-from workers.ipc.cpu_priority import LOW_NICE
 from workers.ipc.handover import HandoverRefused
 from workers.protocol.identity import Identity
 from workers.protocol.pool_client import opened
@@ -128,8 +127,8 @@ def write_into_pool(worker: Any, data: bytes) -> None:
 
 
 def pool_of(made: MultiprocExecutor, key: RankId) -> bytes:
-    with opened(made.pools.handle(), key) as fd:
-        return os.pread(fd, 100, 0)
+    with opened(made.pools.handle(), key) as pool:
+        return os.pread(pool.fd, 100, 0)
 
 
 def test_a_killed_rank_fails_its_calls_and_the_others_stay(three: MultiprocExecutor) -> None:
@@ -203,19 +202,6 @@ def test_an_elastic_launch_leaves_device_and_model_for_later(scale_up: bool) -> 
         for _ in range(2):
             assert made.collective_rpc("initialise", 30) == [Identity({KERNELS: "small"})]
         assert made.collective_rpc("all_calls", 30) == [["init_device", "load_model"]]
-    finally:
-        made.shutdown()
-
-
-@pytest.mark.parametrize("gives_way", [True, False])
-def test_a_load_that_gives_way_has_a_low_priority(gives_way: bool) -> None:
-    made = executor(scale_up=True)
-    try:
-        launch(made, [RankId(0, 1)], 30)
-        made.collective_rpc("initialise", 30, (gives_way,))
-        assert made.collective_rpc("load_priority", 30) == [
-            LOW_NICE if gives_way else os.getpriority(os.PRIO_PROCESS, 0)
-        ]
     finally:
         made.shutdown()
 

@@ -18,7 +18,6 @@ from membership.store.records import (
     Desired,
     EngineRecord,
     EngineStatus,
-    KillRequest,
     Member,
     RankExit,
     RankRecord,
@@ -31,7 +30,6 @@ from workers.agent.decide import (
     Attach,
     Effect,
     Heartbeat,
-    Kill,
     Load,
     LocalRank,
     Phase,
@@ -118,21 +116,6 @@ def test_a_rank_that_never_gets_ready_is_given_up() -> None:
     assert run(assigned(A), starting, now=61.0) == [Retire(A, failure="not ready within 60 s")]
 
 
-def test_a_rank_is_killed_on_request_once_and_only_where_that_is_allowed() -> None:
-    state = assigned(A, B, kill=KillRequest(rank=1, incarnation=2, by="ann"))
-    allowed = msgspec.structs.replace(ME, killable=True)
-
-    def kills(me: AgentRecord, *ranks: LocalRank) -> list[Effect]:
-        effects = decide(state, me, {rank.key: rank for rank in ranks}, (), 1.0)
-        return [effect for effect in effects if isinstance(effect, Kill)]
-
-    assert kills(allowed, ready(A), ready(B)) == [Kill(B, "ann")]
-    assert kills(ME, ready(A), ready(B)) == [], "no operator has allowed it"
-    assert kills(allowed, ready(A), ready(B, killed=True)) == [], "its death is not noticed yet"
-    assert kills(allowed, ready(RankId(1, 3))) == [], "its successor"
-    assert kills(allowed, LocalRank(B, started=0.0)) == [], "there is no process to kill yet"
-
-
 # --- identity
 
 
@@ -209,16 +192,13 @@ def test_a_new_ranks_experts_give_way_to_interrupted_requests_for_a_while() -> N
     assert preparing(100.0, token=6, recovering=(1,)) == [A, B], "an earlier engine said that"
 
 
-def test_a_new_rank_loads_at_a_low_priority_while_requests_are_interrupted() -> None:
+def test_a_new_rank_loads_at_once_whether_or_not_requests_are_interrupted() -> None:
+    """And at its usual priority: a thread cannot raise it again, and the cores may be busy for good."""
     new = replace(ready(B), started=100.0)
-
-    def load(now: float, **status: object) -> list[Effect]:
-        state = staged(ready(A, loaded=True), engine_status=EngineStatus(token=5, epoch=2, **status), engine_token=5)  # type: ignore[arg-type]
-        return [effect for effect in run(state, ready(A, loaded=True), new, now=now) if isinstance(effect, Load)]
-
-    assert load(100.0, recovering=(1,)) == [Load(B, 7, gives_way=True)]
-    assert load(100.0) == [Load(B, 7)], "nothing is interrupted"
-    assert load(100.0 + RECOVERY_FIRST_S, recovering=(1,)) == [Load(B, 7)]
+    for recovering in ((), (1,)):
+        status = EngineStatus(token=5, epoch=2, recovering=recovering)
+        state = staged(ready(A, loaded=True), engine_status=status, engine_token=5)
+        assert run(state, ready(A, loaded=True), new, now=100.0) == [Load(B, 7)]
 
 
 def test_preparing_waits_until_every_member_is_registered() -> None:
