@@ -15,11 +15,14 @@ class LoadTurns:
     """Of one rank."""
 
     def __init__(self) -> None:
-        self._last: tuple[float, int] | None = None  # how long turns were, and the number of the one it reported in
+        self._last: tuple[int, int] | None = None  # the number of ranks, and the number of the turn at the last step
 
     def due(self, now: float, rank: int, ranks: int) -> bool:
-        """Whether to report with this step. At once with the first one, and after a change of the number of ranks."""
+        """Whether to report with this step. At once with the first one.
+
+        A change of the number of ranks begins other turns, not a report: all would come in the step after a death.
+        """
         every_s = LOAD_REPORT_S * max(1.0, ranks / AT_ONCE)
-        turn = every_s, int(now / every_s + rank / max(1, ranks))
+        turn = ranks, int(now / every_s + rank / max(1, ranks))
         before, self._last = self._last, turn
-        return turn != before
+        return before is None or (before[0] == ranks and before != turn)

@@ -38,8 +38,18 @@ def test_a_rank_that_computed_nothing_for_long_reports_with_its_next_step() -> N
     assert turns.due(1000.0, 3, 256)
 
 
-def test_another_number_of_ranks_is_another_turn() -> None:
-    turns = LoadTurns()
-    assert turns.due(10.0, 0, 256)
-    assert turns.due(10.0, 0, 8)
-    assert not turns.due(10.0, 0, 8)
+@pytest.mark.parametrize(("before", "after"), [(16, 15), (8, 9), (256, 255), (256, 8)])
+def test_a_change_of_the_number_of_ranks_is_no_report_and_all_take_their_turns_from_then_on(
+    before: int, after: int
+) -> None:
+    """The step after a death is the one that recovery waits for."""
+    turns = [LoadTurns() for _ in range(min(before, after))]
+    assert all(each.due(BEGAN, rank, before) for rank, each in enumerate(turns))
+    assert not any(each.due(BEGAN + STEP_S, rank, after) for rank, each in enumerate(turns))
+    steps = round(LOAD_REPORT_S * max(1.0, after / AT_ONCE) / STEP_S) + 1
+    reported = [
+        step for step in range(2, steps + 2) for rank, each in enumerate(turns)
+        if each.due(BEGAN + step * STEP_S, rank, after)
+    ]  # fmt: skip
+    assert len(turns) <= len(reported) <= len(turns) + 2, "each within a turn"
+    assert max(Counter(reported).values()) <= 2, "not all in the same step"
