@@ -87,5 +87,11 @@ def _collapse(fd: int, address: int, size: int) -> None:
         for page in range(first, end, HUGE):
             os.pwrite(fd, b"\0", page)  # not through the mapping, where a lack of memory is a SIGBUS
         if _libc.madvise(address + first, end - first, _COLLAPSE):
-            log.info("no_huge_pages", reason=os.strerror(ctypes.get_errno()))
+            _say_none(os.strerror(ctypes.get_errno()))
             return
+
+
+@cache
+def _say_none(reason: str) -> None:
+    """Once, as a large model is hundreds of such memories."""
+    log.info("no_huge_pages", reason=reason)
