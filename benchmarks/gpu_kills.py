@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import random
 import subprocess
 import sys
@@ -41,7 +40,7 @@ from typing import Any
 from benchmarks.checkpoints import SMALL, make, write_tokenizer
 from benchmarks.gpu import VOCABULARY, make_checkpoint, say
 from benchmarks.raw_streams import RawStreams
-from benchmarks.recovery_cluster import History, OurCluster
+from benchmarks.recovery_cluster import History
 from chaos.faults import kill
 from chaos.target.cluster import ServedCluster
 from chaos.target.waiting import until
@@ -278,11 +277,10 @@ def served(arguments: argparse.Namespace, model: Path) -> ServedCluster:
     flags = [
         "--redundancy", f"{arguments.redundancy:g}", "--device", arguments.device, "--exactness", "invariant",
         "--max-model-len", "1024", "--ready-timeout", f"{READY_S:g}s", "--no-prefix-cache",
-        "--spares", str(arguments.spares), *arguments.flag,
+        "--restart-intensity", "1000", "--spares", str(arguments.spares), *arguments.flag,
         *(["--gpu-exchange", str(arguments.ranks)] if arguments.gpu_exchange else []),
     ]  # fmt: skip
-    os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
-    return OurCluster(model, arguments.ranks, flags=flags)  # in which each death is the first: no backoff grows
+    return ServedCluster(model, arguments.ranks, flags=flags)
 
 
 def checkpoint(arguments: argparse.Namespace, model: Path) -> int:

@@ -21,6 +21,7 @@ Floats = NDArray[np.float64]
 
 
 Name = TypeVar("Name", str, "Domain")
+Key = TypeVar("Key")
 
 
 class Domain(NamedTuple):
@@ -86,14 +87,28 @@ def placement_of(holds: Bools, order: Sequence[int]) -> Placement:
     return {rank: tuple(lines[row * layers : (row + 1) * layers]) for row, rank in enumerate(order)}
 
 
+def settled(domains: Mapping[Key, Domain]) -> dict[Key, Domain]:
+    """Return them with one zone for each machine, the last of those that its agents name; all without, if one has none.
+
+    A machine of unknown zone may be in any of the others'. As a zone of its own it would move experts for nothing, as
+    while agents learn their zones one by one.
+    """
+    zones: dict[str, str] = {}
+    for each in domains.values():
+        zones[each.machine] = max(each.zone, zones.get(each.machine, ""))
+    sure = all(zones.values())
+    return {key: Domain(zones[each.machine] if sure else "", each.machine) for key, each in domains.items()}
+
+
 def domains_of(order: Sequence[int], nodes: Places) -> list[Domain]:
-    """Return the failure domain of each rank in `order`."""
-    found = [nodes.get(rank, "") for rank in order]
-    return [each if isinstance(each, Domain) else Domain("", each) for each in found]
+    """Return the failure domain of each rank in `order`, `settled`."""
+    found = {rank: nodes.get(rank, "") for rank in order}
+    domains = settled({rank: at if isinstance(at, Domain) else Domain("", at) for rank, at in found.items()})
+    return [domains[rank] for rank in order]
 
 
 def levels_of(order: Sequence[int], nodes: Places) -> tuple[Ints, ...]:
-    """Return for each rank in `order` the numbers of its zone, if there are several, and of its machine.
+    """Return for each rank in `order` the numbers of its zone, if there are several (all known), and of its machine.
 
     From the widest level to the narrowest. Numbers are from 0, in order of the names. A zone of one machine each says
     nothing that the machines do not.

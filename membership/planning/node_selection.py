@@ -11,6 +11,7 @@ import heapq
 from collections import Counter
 from collections.abc import Iterable
 
+from membership.placement.tally import settled
 from membership.planning.cluster_facts import ClusterFacts
 
 Turn = tuple[bool, int, int, str]
@@ -28,12 +29,12 @@ def room(facts: ClusterFacts) -> dict[str, int]:
 def choose_nodes(facts: ClusterFacts, slots: Iterable[int]) -> dict[int, str]:
     """slot -> node, in the order of the slots, until there is no room left."""
     left, there = room(facts), Counter(node for node, _ in facts.assigned.values())
-    domain = {node: facts.domain(node) for node in {*left, *there}}
+    domain = settled({node: facts.domain(node) for node in facts.state.agents})  # where a lost one was is not known
     running = dict.fromkeys(domain, 0) | there
     on_machine, in_zone = dict.fromkeys(domain.values(), 0), {each.zone: 0 for each in domain.values()}
-    for node, number in there.items():
-        in_zone[domain[node].zone] += number
-        on_machine[domain[node]] += number
+    for node in domain:
+        in_zone[domain[node].zone] += running[node]
+        on_machine[domain[node]] += running[node]
     wanted = tuple(slots)
     repairs = bool(facts.alive) and not facts.leaving and set(wanted) <= set(facts.desired.slots)
 

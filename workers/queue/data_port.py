@@ -19,7 +19,6 @@ from urllib.parse import urlsplit
 import structlog
 import zmq
 
-from membership.base.errors import QueueClosed
 from membership.base.network import ANY_PORT, Ports, bracketed, is_ipv6
 from membership.base.timing import REMOTE_SILENCE_S
 from workers.queue.endpoints import in_turn
@@ -135,17 +134,15 @@ def take_up(io: SocketThread, offer: Offer, made: Made) -> None:
 
 
 def flush_later(io: SocketThread, connection: SealedSocket, ended: Callable[[], None]) -> None:
-    """Send the rest of what was sent, as the other side takes it. From any thread.
-
-    `ended` is called in the thread of `io`, if the connection ends first: a peer's death must not end that thread.
-    """
+    """Send the rest of what was sent, as the other side takes it. From any thread."""
 
     def writable() -> None:
         try:
             done = connection.flush()
-        except QueueClosed:
+        except Exception:
             io.unwatch(connection, zmq.POLLOUT)
-            return ended()
+            ended()
+            raise
         if done:
             io.unwatch(connection, zmq.POLLOUT)
 

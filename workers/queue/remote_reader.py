@@ -14,7 +14,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
-import structlog
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
@@ -35,8 +34,6 @@ PROBE_S = 0.2
 ACK_MESSAGES, ACK_BYTES = 256, 1 << 20
 """What is dequeued is acknowledged after that much of it, else with the next heartbeat: far less than the window, and a
 message of its own for each would cost more threads' turns than the message that it is for."""
-
-log = structlog.get_logger("remote-queue")
 
 
 class RemoteReader:
@@ -98,11 +95,8 @@ class RemoteReader:
             return
         try:
             for head, buffers in data.take():
-                if len(buffers) != 1:
-                    raise QueueClosed(f"its data connection has a message of {len(buffers)} parts")
                 self._arrived(self._head.decode(head), buffers[0])
-        except (QueueClosed, msgspec.MsgspecError) as error:
-            log.info("data_connection_ended", queue=self.name, reason=str(error))
+        except QueueClosed:
             self._data_lost()
 
     def pending(self) -> bool:

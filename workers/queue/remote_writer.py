@@ -212,7 +212,7 @@ class RemoteWriter:
         if peer.data is not None:
             try:
                 if not peer.data.send(self._encode(ToReader(number)), [memoryview(data)]):
-                    flush_later(self._io, peer.data, partial(self._unsendable, peer, peer.data))
+                    flush_later(self._io, peer.data, self._io.wake)
             except QueueClosed:
                 self._data_lost(peer)
                 self._io.wake()
@@ -247,12 +247,6 @@ class RemoteWriter:
                 self._data_lost(peer)
         raise zmq.Again
 
-    def _unsendable(self, peer: _Peer, sealed: SealedSocket) -> None:
-        """It has ended before it has taken all."""
-        with self._changed:
-            if peer.data is sealed:
-                self._data_lost(peer)
-
     def _data_lost(self, peer: _Peer) -> None:
         """What is not acknowledged may not have arrived."""
         sealed, peer.data = peer.data, None
@@ -260,6 +254,7 @@ class RemoteWriter:
             return
         if peer.unacknowledged:
             peer.sent = peer.unacknowledged[0][0] - 1
+
         self._io.call(partial(self._close, sealed))
 
     def _close_data(self, peer: _Peer) -> None:

@@ -61,7 +61,6 @@ class SealedSocket:
         self._sizes: list[int] = []
         self._body, self._filled = memoryview(b""), 0
         self._closed = False
-        self._ended = ""  # why, if not orderly
 
     def fileno(self) -> int:
         """-1 once it is closed."""
@@ -105,12 +104,11 @@ class SealedSocket:
                 except BlockingIOError:
                     return found
                 except OSError as error:
-                    self._ended = f": {error}"  # the socket says so only once
-                    got = 0
+                    raise QueueClosed(f"its data connection has ended: {error}") from error
                 if not got:
                     if found:
                         return found  # the end is seen next time
-                    raise QueueClosed(f"its data connection has ended{self._ended}")
+                    raise QueueClosed("its data connection has ended")
                 self._in_end += got
                 found += self._messages()
                 if got < len(room):
@@ -199,20 +197,14 @@ class SealedSocket:
 
     def _begin(self, plain: bytes) -> None:
         """The first record of a message."""
-        try:
-            nhead, count = _FIRST.unpack_from(plain)
-            start = _FIRST.size + count * _SIZE_BYTES
-            self._sizes = list(struct.unpack_from(f"<{count}Q", plain, _FIRST.size))
-        except struct.error as error:
-            raise QueueClosed(f"its data connection has a first record of {len(plain)} bytes") from error
+        nhead, count = _FIRST.unpack_from(plain)
+        start = _FIRST.size + count * _SIZE_BYTES
+        self._sizes = list(struct.unpack_from(f"<{count}Q", plain, _FIRST.size))
         self._head, inline = plain[start : start + nhead], plain[start + nhead :]
         total = sum(self._sizes)
         if total > MOST_BYTES or (inline and len(inline) != total):
             raise QueueClosed(f"its data connection has a message of {total} bytes")
-        try:
-            self._body = memoryview(bytearray(inline) if inline else np.empty(total, np.uint8).data)
-        except MemoryError as error:
-            raise QueueClosed(f"there is no memory for a message of {total} bytes") from error
+        self._body = memoryview(bytearray(inline) if inline else np.empty(total, np.uint8).data)
         self._filled = len(inline)
 
     def _fill(self, data: memoryview) -> None:

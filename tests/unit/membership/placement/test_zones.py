@@ -112,3 +112,35 @@ def test_balancing_keeps_replicas_apart(nodes: dict[int, Domain], seed: int) -> 
         for expert in range(EXPERTS):
             was, now = (spread(each, nodes, layer, expert) for each in (before, after))
             assert all(b >= min(a, 2) for a, b in zip(was, now, strict=True)), (layer, expert, was, now)
+
+
+@pytest.mark.parametrize("zones", ["aaaaaa", "aaaabb", "aabbaa", "aabbcc"])
+def test_agents_that_name_their_zone_one_by_one_move_nothing_before_the_last(zones: str) -> None:
+    """A rolling upgrade: what is not known is no zone of its own."""
+    named = {rank: Domain(zone, f"machine-{rank // 2}") for rank, zone in enumerate(zones)}
+    nodes = {rank: Domain("", each.machine) for rank, each in named.items()}
+    began = placement = plan(2, EXPERTS, nodes, 2.0, nodes=nodes)
+    for rank in sorted(named)[:-2]:  # the last machine's two are not known
+        nodes[rank] = named[rank]
+        placement = plan(2, EXPERTS, nodes, 2.0, placement, nodes=nodes)
+        assert placement == began
+        found = survivability(placement, nodes, 2, EXPERTS)
+        assert (found.after_zone_loss, found.vital_zones) == (None, ())
+        assert "zone" not in describe_survivability(found)
+    after = plan(2, EXPERTS, named, 2.0, placement, nodes=named)
+    if len(set(zones)) == 1:
+        assert after == began
+    else:
+        assert survivability(after, named, 2, EXPERTS).after_zone_loss is not None
+
+
+@pytest.mark.parametrize("said", [("a", ""), ("", "a"), ("a", "b")])
+def test_a_machine_whose_agents_disagree_about_its_zone_is_one_machine(said: tuple[str, str]) -> None:
+    """To the planner as to what is promised."""
+    nodes = {0: Domain(said[0], "m"), 1: Domain(said[1], "m"), 2: Domain("c", "n"), 3: Domain("c", "n")}
+    placement = plan(2, 8, nodes, 2.0, nodes=nodes)
+    machines = {rank: each.machine for rank, each in nodes.items()}
+    assert placement == plan(2, 8, machines, 2.0, nodes=machines)
+    assert survivability(placement, nodes, 2, 8).vital_hosts == ()
+    assert survivability(placement, nodes, 2, 8).after_zone_loss == 1
+    assert needed_redundancy({rank: nodes[rank] for rank in (0, 1)}, 8, hosts=True) is None

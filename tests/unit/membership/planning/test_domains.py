@@ -9,7 +9,7 @@ from membership.placement.survivability import survivability
 from membership.placement.tally import Domain
 from membership.planning.cluster_facts import ClusterFacts
 from membership.planning.node_selection import choose_nodes
-from membership.store.records import AgentRecord
+from membership.store.records import AgentRecord, Assignment, RankSpec
 from tests.support.cluster_states import CONFIG
 from tests.support.world import World
 
@@ -32,6 +32,17 @@ def test_a_rank_starts_in_the_zone_and_on_the_machine_with_the_fewest_of_the_nod
     named = {node: Domain("", "m" if node in "ab" else node) for node in "abc"}
     assert chosen(agents(named, capacity=1), 3) == ["a", "c", "b"], "a and b are one machine"
     assert chosen(agents({node: Domain("", "") for node in "abc"}, capacity=2), 4) == ["a", "b", "c", "a"]
+
+
+def test_a_zone_that_is_not_known_is_no_other_zone() -> None:
+    """Neither that of an agent that names none, nor that of one that is gone."""
+    half = {"a": Domain("east", ""), "b": Domain("east", ""), "c": Domain("", "")}
+    assert chosen(agents(half, capacity=1), 3) == ["a", "b", "c"], "as if none were known: c is not preferred"
+    world = agents({**half, "c": Domain("south", ""), "d": Domain("west", "")}, capacity=1)
+    state, ranks = world.state, (RankSpec(rank=0, incarnation=1),)
+    lost = {node: record for node, record in state.agents.items() if node != "c"}
+    state = replace(state, agents=lost, assignments={"c": Assignment(node="c", ranks=ranks)})
+    assert list(choose_nodes(ClusterFacts(state, 0.0), (1, 2)).values()) == ["a", "d"], "those of the others count"
 
 
 def test_no_zone_and_no_machine_holds_both_replicas_of_an_expert() -> None:

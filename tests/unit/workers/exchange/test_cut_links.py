@@ -144,24 +144,6 @@ def test_rows_pass_the_data_connection_and_its_end_is_the_end_of_the_link(
     ask(accepts, dials)
 
 
-def test_a_peer_that_dies_with_rows_on_their_way_ends_its_link_and_no_other_one(pair: tuple[Rank, Rank]) -> None:
-    """As the kernel does it for a process that is killed: a reset, while more is to be sent than the socket takes."""
-    accepts, dials = pair
-    old = accepts.link_with(DIALS), dials.link_with(ACCEPTS)
-    for link in old:
-        eventually(lambda link=link: link is not None and link.data is not None, WAIT_S, "a data connection")
-    assert old[0] is not None
-    assert old[0].data is not None
-    assert old[1] is not None
-    assert old[1].data is not None
-    old[0].data.send(b"rows", [memoryview(bytes(32 << 20))])
-    assert old[0].data._sealed._unsent, "it is more than the socket takes"
-    old[1].data._sealed.close()
-    eventually(lambda: is_new(accepts, DIALS, old[0]) and is_new(dials, ACCEPTS, old[1]), WAIT_S, "new links")
-    accepts.exchange.begin_step(accepts.context)
-    ask(accepts, dials)
-
-
 def test_what_links_have_carried_and_suffered_is_counted_over_all_their_connections(pair: tuple[Rank, Rank]) -> None:
     accepts, dials = pair
     ask(accepts, dials)

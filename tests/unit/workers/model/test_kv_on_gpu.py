@@ -33,15 +33,6 @@ def filled(gpu: int, seed: int) -> CudaKVCache:
     return cache
 
 
-@pytest.fixture(scope="module", autouse=True)
-def warm() -> None:
-    """Files and threads that CUDA and Triton open once are none that a test has left behind."""
-    for gpu in range(torch.cuda.device_count()):
-        fd, _ = filled(gpu, 0).hand_over()
-        os.close(fd)
-    filled(0, 0)
-
-
 @pytest.mark.parametrize("there", range(max(1, torch.cuda.device_count())))
 def test_it_outlives_its_mapping(there: int) -> None:
     source = filled(there, 1)
