@@ -99,7 +99,8 @@ SALVAGE_WAIT_S = _time(0.05, "A step waits for dead ranks' KV blocks for this lo
 _time = _times("change", "workers/rank/gpu_exchange.py")
 TOGETHER_S = _time(20.0, "How long GPUs wait for one another within a step that is not called off")
 _time = _times("change", "workers/rank/worker.py")
-REHEARSAL_S = _time(0.5, "How long a new rank on a GPU records steps at most before it is ready for its first view")
+REHEARSAL_S = _time(0.5, "How long a new rank on a GPU records steps ahead, at most, once it has loaded")
+SPARE_REHEARSAL_S = _time(5.0, "The same for a spare")
 _time = _times("change", "workers/protocol/window_client.py")
 WINDOW_TIMEOUT_S = _time(
     5.0, "Max wait of a rank for its agent's GPU windows, and for the end of who had its slot before"

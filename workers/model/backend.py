@@ -10,6 +10,7 @@ D width of a key, Dv width of a value. "Exact" means to the last bit, and is owe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -156,8 +157,9 @@ class LocalExperts(Protocol):
         The same bits as through the exchange. May be captured.
         """
 
-    def warm_up(self, top_k: int) -> None:
-        """Have the kernels made that a step needs, with whichever experts are here; before this rank serves."""
+    def pretending(self, some: ExpertWeights) -> AbstractContextManager[None]:
+        """Within it this one takes the place of all, so that steps can be recorded before any expert is here. What is
+        recorded holds for experts that are laid out alike; others are not computed this way."""
 
     def check(self) -> None:
         """Once a step's results are there: CalledOff if they mean nothing."""

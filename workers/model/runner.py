@@ -16,6 +16,7 @@ from workers.model.backend import AttentionSpec, KVCache, Reached
 from workers.model.calibrations import Calibrations
 from workers.model.code import code_version
 from workers.model.expert_bank import LocalExpertBank
+from workers.model.expert_source import ExpertWeights
 from workers.model.grammar import Grammars
 from workers.model.hooks import connect_attention, connect_experts
 from workers.model.kept_calibrations import KeptCalibrations
@@ -235,25 +236,27 @@ class ModelRunner:
             self.take_load()
 
     def rehearse(self, stop: Callable[[], bool]) -> int:
-        """Have decode steps recorded before this rank serves, until `stop`; how many were run.
+        """Have decode steps of a rank with all experts recorded before it serves, until `stop`; how many were run.
 
-        Else they would be recorded in the midst of serving, once a death has brought their size, while all wait. Only
-        where all experts are here; what is in the KV cache is written over.
+        Else they would be recorded in the midst of serving, once a death has brought their size, while all wait. No
+        expert has to be here. What is in the KV cache is written over.
         """
-        if not self._backend.records or self.moe.local is None:
+        info, local = self.loaded.info, self.moe.local
+        if not self._backend.records or local is None or not info.expert_width:
             return 0
-        if not self.moe.local.begin(1):
-            self.moe.local.warm_up(self.loaded.info.top_k)  # a death may leave all experts to this rank
-            return 0
+        shapes, device = ((2 * info.expert_width, info.hidden), (info.hidden, info.expert_width)), self._backend.device
+        gate_up, down = (torch.zeros(shape, dtype=self.dtype, device=device).t() for shape in shapes)
+        some = ExpertWeights(gate_up, down)
         attached, self.moe.exchange = self.moe.exchange, _AllHere()
         done = 0
         try:
-            for start, rows, _ in product(REHEARSED_STARTS, REHEARSED_ROWS, range(REHEARSED_TIMES)):
-                blocks = list(range(start // self.cache.block_size + 1))
-                if stop() or len(blocks) > self.cache.blocks:
-                    break
-                self.logits([SeqChunk(row, start, [0], blocks) for row in range(rows)], range(rows))
-                done += 1
+            with local.pretending(some):
+                for start, rows, _ in product(REHEARSED_STARTS, REHEARSED_ROWS, range(REHEARSED_TIMES)):
+                    blocks = list(range(start // self.cache.block_size + 1))
+                    if stop() or len(blocks) > self.cache.blocks:
+                        break
+                    self.logits([SeqChunk(row, start, [0], blocks) for row in range(rows)], range(rows))
+                    done += 1
         finally:
             self.moe.exchange, self._done = attached, None
             self.take_load()

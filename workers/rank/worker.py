@@ -23,7 +23,7 @@ from membership.base import failpoints
 from membership.base.enums import Exactness
 from membership.base.errors import CalledOff, ConfigError, CoverageLost, ElasticError, Fenced, WaitTimeout
 from membership.base.rank_id import NO_SLOT, RankId
-from membership.base.timing import REHEARSAL_S
+from membership.base.timing import REHEARSAL_S, SPARE_REHEARSAL_S
 from membership.planning.identity import KERNELS, THREADS
 from membership.store.records import View
 from workers.ipc.cpu_priority import usable_cores
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 SHUTDOWN_S = 5.0
-LOADED_IN = "weights_s", "checks_s", "grammars_s", "warm_up_s", "pool_s"  # parts of a load, as they follow
+LOADED_IN = "weights_s", "checks_s", "grammars_s", "warm_up_s", "ahead_s"  # parts of a load, as they follow
 
 
 class Preparation:
@@ -120,7 +120,6 @@ class Preparation:
             self._load(sorted(experts_of(self.view, self._worker.rank)))
             loaded_at = time.monotonic()
             self._worker.open_gpu_exchange()
-            self._worker.rehearse(self._stopped.is_set)
             took = {
                 "connect_s": linked_at - began,
                 "load_s": loaded_at - linked_at,
@@ -255,6 +254,7 @@ class EPWorker:
         runner.warm_up()
         warm_at = time.monotonic()
         keep_pool(runner, self._ctx.pools, self._ctx.rank, self._ctx.incarnation)
+        self._rehearse(runner)
         self._runner = runner  # only now: the main thread looks at it meanwhile
         times = started, weights_at, made_at, grammars_at, warm_at, time.monotonic()
         parts = dict(zip(LOADED_IN, (round(b - a, 3) for a, b in pairwise(times)), strict=True))
@@ -299,13 +299,11 @@ class EPWorker:
             if source is not None and source.room is not None:
                 source.room.rest()
 
-    def rehearse(self, stopped: Callable[[], bool]) -> None:
-        """Before this rank's first view, in the thread that prepares it: see `ModelRunner.rehearse`."""
-        if self._runner is None or self._view.epoch:
-            return
-        began = time.monotonic()
+    def _rehearse(self, runner: ModelRunner) -> None:
+        """See `ModelRunner.rehearse`. A spare has time."""
+        began, most_s = time.monotonic(), SPARE_REHEARSAL_S if self.rank == NO_SLOT else REHEARSAL_S
         try:
-            done = self._runner.rehearse(lambda: stopped() or time.monotonic() - began > REHEARSAL_S)
+            done = runner.rehearse(lambda: time.monotonic() - began > most_s)
         except (ElasticError, RuntimeError) as error:  # the latter: CUDA
             log.warning("steps_not_rehearsed", rank=self.rank, error=repr(error))
             return

@@ -215,24 +215,34 @@ def test_experts_come_and_go(backend: CudaBackend) -> None:
     assert not torch.equal(local.compute(0, hidden, ids, weights), old)
 
 
-def test_kernels_are_made_before_all_experts_are_here_and_nothing_of_it_is_left(backend: CudaBackend) -> None:
+def test_pretended_experts_leave_nothing_behind(backend: CudaBackend) -> None:
     held, whole = FilledBank(backend, 2, 4, 24), FilledBank(backend, 2, 4, 24)
     held.drop(frozenset({(1, 2)}))
     local, other = (backend.local_experts(each, gated, (2, 4)) for each in (held, whole))
-    local.warm_up(2)
+    hidden, ids = torch.randn(3, 24), torch.tensor([[0, 3], [2, 1], [1, 3]])
+    half = torch.full((3, 2), 0.5)
+    some = whole.weights(0, 0)
+    with local.pretending(some):
+        assert local.begin(3)
+        assert torch.isfinite(local.compute(1, hidden, ids, half)).all()
+    local.take_load()
     assert not local.begin(3)
     for layer in range(2):
         for expert in range(4):
             held.put(layer, expert, whole.weights(layer, expert))
-    hidden, ids = torch.randn(3, 24), torch.tensor([[0, 3], [2, 1], [1, 3]])
     assert local.begin(3)
     assert other.begin(3)
-    found, expected = (each.compute(1, hidden, ids, torch.full((3, 2), 0.5)) for each in (local, other))
-    assert torch.equal(found, expected)
+    assert torch.equal(local.compute(1, hidden, ids, half), other.compute(1, hidden, ids, half))
     assert local.take_load().tolist() == other.take_load().tolist() == [[0] * 4, [1, 2, 1, 2]]
-    empty = FilledBank(backend, 1, 1, 24)
-    empty.drop(frozenset())
-    backend.local_experts(empty, gated, (1, 1)).warm_up(1)
+
+
+def test_steps_that_were_recorded_for_another_layout_are_not_used(backend: CudaBackend) -> None:
+    held = FilledBank(backend, 1, 2, 24)
+    local = backend.local_experts(held, gated, (1, 2))
+    found = held.weights(0, 0)
+    with local.pretending(ExpertWeights(found.gate_up.contiguous(), found.down)):
+        assert local.begin(1)
+    assert not local.begin(1)
 
 
 def test_experts_of_one_call_have_one_layout() -> None:
