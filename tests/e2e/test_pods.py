@@ -1,6 +1,6 @@
 """The chart's `mode: many` as processes in the shape of its pods, each with a network of its own: it serves, and
-while streams run every pod is replaced, as an upgrade with other values does it, by what the probes say, and again as
-the rollback does it.
+while streams run `helm test` kills a rank, and every pod is replaced, as an upgrade with other values does it, by what
+the probes say, and again as the rollback does it.
 
 What Kubernetes itself does is not tried here (docs/KUBERNETES.md).
 """
@@ -15,13 +15,12 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -37,7 +36,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800), NEEDS_NAMESPACES]
 WORKLOADS = {"agents": "StatefulSet", "init": "Job"}  # the others are Deployments
 READY_S = 180.0
 POLL_S = 0.25  # between two questions of ours, each of which costs processor time here and in the pod
-RANK = "elastic-ep::Worker"  # how its title begins
+TOKEN = "token-of-the-admin-API"
 
 
 class Pods:
@@ -48,7 +47,8 @@ class Pods:
         self._settings = (
             f"etcd.endpoints={{{etcd}}}", f"model.path=/models/{model.name}",
             f"model.volume.hostPath.path={model.parent}", "agents.ranksPerPod=1",
-            "terminationGracePeriodSeconds=100", "preStopSeconds=0",
+            "terminationGracePeriodSeconds=100", "preStopSeconds=0", "tests.kill=true", "admin.existingSecret=admin",
+            "service.adminHost=0.0.0.0",
         )  # fmt: skip
         self.manifests = render_many(*self._settings, release="moe")
         self._secret: str = self.manifests["Secret", "join"]["stringData"]["join-secret"]
@@ -66,6 +66,7 @@ class Pods:
         folder, address = self._folder / str(self._made), self._hosts.addresses[host]
         pod = Pod(template, f"moe-{host}", folder, address=address, inside=self._hosts.command(host))
         pod.put_secret("join", "join-secret", self._secret)
+        pod.put_secret("admin-token", "token", TOKEN)
         pod.start()
         self.running[host] = pod
         return pod
@@ -124,7 +125,8 @@ class Pods:
             eventually(partial(self.ready, host), READY_S, f"{host} to be ready", POLL_S)
 
     def ready(self, host: str) -> bool:
-        """What the rendered readiness probe finds."""
+        """What the rendered readiness probe finds; a container that has ended says why."""
+        assert not self.running[host].ended(), self.running[host].lines()[-5:]
         probe = self.running[host].container["readinessProbe"]["httpGet"]
         try:
             return self._client.get(self._address(host, probe["port"]) + probe["path"], timeout=2.0).is_success
@@ -142,15 +144,6 @@ class Pods:
         ports = {each["name"]: each["containerPort"] for each in self.running[host].container["ports"]}
         return f"http://{self._hosts.addresses[host]}:{ports[port]}"
 
-    def kill_rank(self, host: str) -> None:
-        """Its first rank's process."""
-        for each in psutil.Process(self.running[host].pid).children(recursive=True):
-            with suppress(psutil.NoSuchProcess):  # it ended since it was listed
-                if RANK in " ".join(each.cmdline()):
-                    each.kill()
-                    return
-        pytest.fail(f"{host} has no rank")
-
     def url(self) -> str:
         """Where the Service leads to now."""
         return f"http://{self._hosts.addresses[self._gateway]}:8000"
@@ -166,13 +159,18 @@ class Pods:
         """How many ranks serve in each pod."""
         return Counter(rank["node"] for rank in self.status()["ranks"] if rank["state"] == "serving")
 
-    def helm_test(self) -> str:
-        """What its client says; the Service is the only gateway here."""
+    def helm_test(self) -> list[str]:
+        """What its client says; the only gateway stands for both Services here."""
         [client] = self.manifests["Pod", ""]["spec"]["containers"]
-        command = [sys.executable, *client["command"][1:], *client["args"][:-1], self.url()]
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=150, env={})
-        assert asked.returncode == 0, asked.stderr
-        return asked.stdout
+        script, service, admin = client["args"]
+        assert (service, admin) == ("http://moe:8000", "http://moe-admin:8001")
+        [variable] = client["env"]
+        assert variable["valueFrom"] == {"secretKeyRef": {"name": "admin", "key": "token"}}
+        command = [sys.executable, *client["command"][1:], script, self.url(), self._address(self._gateway, "admin")]
+        environment = {variable["name"]: TOKEN}
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=READY_S, env=environment)
+        assert asked.returncode == 0, asked.stderr + asked.stdout
+        return asked.stdout.splitlines()
 
     def close(self) -> None:
         self._client.close()
@@ -196,7 +194,7 @@ def pods(demo_model: Path, tmp_path: Path) -> Iterator[Pods]:
         yield made
 
 
-def a_rank_dies_and_each_role_says_what_it_knows_of_it(pods: Pods) -> None:
+def helm_test_kills_a_rank_and_each_role_says_what_it_knows_of_it(pods: Pods) -> None:
     """No gateway knows it: their histories are their own."""
 
     def said() -> tuple[float, float]:
@@ -205,7 +203,11 @@ def a_rank_dies_and_each_role_says_what_it_knows_of_it(pods: Pods) -> None:
         return sum(found), controller["elastic_ep_reconfigurations_total", "committed"]
 
     before = said()
-    pods.kill_rank("agents-0")
+    answer, receipt = pods.helm_test()
+    assert answer.startswith("demo-moe answers: ")
+    found = json.loads(receipt)
+    assert (found["lost"], found["altered"], found["kept"], found["exactness"]) == (0, 0, True, "invariant"), found
+    assert found["answers"] >= 8, "four clients, before the death and after it"
     both = "the engine to say how it found the death, and the controller what it did"
     eventually(lambda: all(now > then for now, then in zip(said(), before, strict=True)), READY_S, both, POLL_S)
     held = "elastic_ep_weight_store_bytes", "moe-agents-0"
@@ -220,10 +222,9 @@ def test_pods_of_each_role_serve_and_each_may_be_replaced_under_load(pods: Pods)
     assert pods.serving() == {"moe-agents-0": 1, "moe-agents-1": 1}
     domains = [(each["node"], each["machine"], each["zone"]) for each in pods.status()["nodes"]]
     assert domains == [(f"moe-agents-{n}", f"node-of-moe-agents-{n}", f"zone-{n}") for n in range(2)]
-    assert pods.helm_test().startswith("demo-moe answers: ")
     with Streams(pods.url, clients=2) as streams:
         streams.go_on()
-        a_rank_dies_and_each_role_says_what_it_knows_of_it(pods)
+        helm_test_kills_a_rank_and_each_role_says_what_it_knows_of_it(pods)
         eventually(lambda: sum(pods.serving().values()) == 2, READY_S, "its successor to serve", POLL_S)
         first, before = pods.running.copy(), pods.arguments("gateway")
         pods.upgrade("engine.extraArgs={--log-keep=1}", "gateway.extraArgs={--access-log}", "podAnnotations.now=other")

@@ -271,6 +271,28 @@ def test_the_client_of_helm_test_asks_the_service_and_is_no_pod_of_it() -> None:
         assert not selector.items() <= client["metadata"]["labels"].items(), kind
 
 
+def test_a_rank_is_killed_only_where_the_values_allow_it() -> None:
+    admin = "admin.existingSecret=admin", "service.adminHost=0.0.0.0"
+    assert "--allow-kill" not in arguments_of(render(*admin))
+    allowed = render(*admin, "tests.kill=true")
+    assert "--allow-kill" in arguments_of(allowed)
+    kubernetes_validate.validate(allowed["Pod"], KUBERNETES, strict=True)
+    [client] = allowed["Pod"]["spec"]["containers"]
+    assert client["args"][1:] == ["http://demo:8000", "http://demo-admin:8001"]
+    for lacking in (admin[:1], admin[1:]):
+        assert "tests.kill: the test asks the admin API" in template(*lacking, "tests.kill=true").stderr
+
+
+def test_the_admin_api_has_a_service_of_its_own_where_it_is_reached() -> None:
+    assert [each["metadata"]["name"] for each in manifests() if each["kind"] == "Service"] == ["demo"]
+    made = manifests("service.adminHost=0.0.0.0", "service.type=LoadBalancer", "admin.existingSecret=admin")
+    public, admin = [each for each in made if each["kind"] == "Service"]
+    assert (public["spec"]["type"], admin["spec"]["type"]) == ("LoadBalancer", "ClusterIP")
+    assert admin["spec"]["selector"] == public["spec"]["selector"]
+    assert admin["spec"]["ports"] == [{"name": "admin", "port": 8001, "targetPort": "admin"}]
+    kubernetes_validate.validate(admin, KUBERNETES, strict=True)
+
+
 def test_the_port_of_the_service_is_not_the_pods() -> None:
     manifests = render("service.port=80", "service.containerPort=9000")
     assert manifests["Service"]["spec"]["ports"] == [{"name": "http", "port": 80, "targetPort": "http"}]

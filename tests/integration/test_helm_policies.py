@@ -222,6 +222,13 @@ def test_clients_and_admins_are_those_that_are_named(many: list[dict[str, Any]])
         assert reached == wanted, name
 
 
+def test_the_client_of_helm_test_reaches_the_admin_api_where_it_may_kill() -> None:
+    for settings in (ADMIN, (*ADMIN, "networkPolicy.admins=null")):
+        manifests = list(render_many(ON, *settings, "tests.kill=true").values())
+        [test] = [pod for name, pod, _ in containers(manifests) if name == "client"]
+        assert Rules(manifests).let_through(test, pods(manifests)["gateway"], ports(manifests)["gateway", "admin"])
+
+
 def test_probes_are_scraped_by_scrapers_and_by_no_client() -> None:
     """The engine answers there in the process that has the token loop."""
     named = [f"networkPolicy.{each}[0].podSelector.matchLabels.app={each}" for each in ("clients", "scrapers")]

@@ -133,6 +133,10 @@ class Pod:
         assert self._process is not None
         return self._process.wait(timeout=timeout_s)
 
+    def ended(self) -> bool:
+        """Whether all of it has ended."""
+        return self._process is not None and self._process.poll() is not None
+
     def close(self) -> None:
         """Kill it: all of a PID namespace ends with its first process, and `unshare` with that."""
         if self._process is not None and self._process.poll() is None:

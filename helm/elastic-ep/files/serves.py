@@ -1,14 +1,31 @@
-"""`helm test`: one streamed answer of the served model, through the Service. Standard library only. serves.py URL"""
+"""`helm test`: one streamed answer of the served model, through the Service. Standard library only.
+
+serves.py URL [ADMIN]
+
+With ADMIN, the URL of the admin API, a rank is killed as well while answers stream: each must be whole, and have the
+tokens that it had before. What was seen is written as one line of JSON. The token is in ELASTIC_ADMIN_TOKEN.
+"""
 
 import json
+import os
 import ssl
 import sys
-from http.client import HTTPConnection, HTTPSConnection
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 from urllib.parse import urlsplit
 
 KEYS = Path("/etc/elastic-ep/api-keys/keys")  # NAME:KEY and perhaps limits, one a line
 TIMEOUT_S = 120
+PROMPTS = ["The", "A rank", "One two three", "In the end"]
+TOKENS = 64
+POLL_S = 0.2
+
+
+class Failed(Exception):
+    """What the test is there to find, in words."""
 
 
 def connection(url):
@@ -20,24 +37,121 @@ def connection(url):
     return HTTPSConnection(url.netloc, timeout=TIMEOUT_S, context=context)
 
 
-def lines_of(method, path, body=None):
-    headers = {"Content-Type": "application/json"}
+def api_key():
     named = [line.split() for line in KEYS.read_text().splitlines()] if KEYS.exists() else []
     keys = [words[0].partition(":")[2] for words in named if words and not words[0].startswith("#")]
-    if keys:
-        headers["Authorization"] = f"Bearer {keys[0]}"
-    asked = connection(urlsplit(sys.argv[1]))
-    asked.request(method, path, json.dumps(body) if body else None, headers)
-    answer = asked.getresponse()
-    lines = [line.decode().strip() for line in answer if line.strip()]
-    if answer.status != 200:
-        sys.exit(f"{method} {path}: {answer.status} {lines}")
+    return keys[0] if keys else ""
+
+
+def lines_of(url, key, method, path, body=None):
+    headers = {"Content-Type": "application/json"}
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
+    asked = connection(urlsplit(url))
+    try:
+        asked.request(method, path, json.dumps(body) if body is not None else None, headers)
+        answer = asked.getresponse()
+        lines = [line.decode().strip() for line in answer if line.strip()]
+    except (OSError, HTTPException) as error:
+        raise Failed(f"{method} {path}: {error!r}") from error
+    finally:
+        asked.close()
+    if answer.status not in (200, 202):
+        raise Failed(f"{method} {path}: {answer.status} {lines}")
     return lines
 
 
-model = json.loads("".join(lines_of("GET", "/v1/models")))["data"][0]["id"]
-lines = lines_of("POST", "/v1/completions", {"model": model, "prompt": "The", "max_tokens": 16, "stream": True})
-texts = [each["text"] for line in lines if line.startswith("data: {") for each in json.loads(line[6:])["choices"]]
-if lines[-1] != "data: [DONE]" or not texts:
-    sys.exit(f"the stream did not end as it should: {lines[-3:]}")
-sys.stdout.write(f"{model} answers: {''.join(texts)!r}\n")
+def streamed(url, **asked):
+    """The choices that an answer's lines have."""
+    lines = lines_of(url, api_key(), "POST", "/v1/completions", {"stream": True, **asked})
+    choices = [each for line in lines if line.startswith("data: {") for each in json.loads(line[6:]).get("choices", ())]
+    if not choices or lines[-1] != "data: [DONE]":
+        raise Failed(f"the stream did not end as it should: {lines[-3:]}")
+    return choices
+
+
+def tokens(url, model, prompt):
+    asked = {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, "logprobs": 1}
+    found = [token for each in streamed(url, model=model, **asked) for token in each["logprobs"]["tokens"]]
+    if len(found) != TOKENS:
+        raise Failed(f"{len(found)} of {TOKENS} tokens")
+    return found
+
+
+def status(admin):
+    return json.loads("".join(lines_of(admin, os.environ["ELASTIC_ADMIN_TOKEN"], "GET", "/admin/v1/status")))
+
+
+def until(admin, holds, what):
+    """The first status for which this holds."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not holds(found := status(admin)):
+        if time.monotonic() > deadline:
+            raise Failed(f"no {what} within {TIMEOUT_S} s: {found}")
+        time.sleep(POLL_S)
+    return found
+
+
+def serving(found, slot):
+    return [each["incarnation"] for each in found["ranks"] if each["rank"] == slot and each["state"] == "serving"]
+
+
+def kill(admin, begun):
+    """Kill a rank once each client has had an answer; return the receipt's part about it."""
+    for each in begun:
+        if not each.wait(TIMEOUT_S):
+            raise Failed("a client has had no answer")
+    before = until(admin, lambda found: found["state"] == "serving" and not found["operation"], "whole cluster")
+    slot = next(each["rank"] for each in before["ranks"] if each["state"] == "serving")
+    path, by = f"/admin/v1/ranks/{slot}/kill", {"by": "helm test"}
+    killed = json.loads("".join(lines_of(admin, os.environ["ELASTIC_ADMIN_TOKEN"], "POST", path, by)))
+    at, incarnation = time.monotonic(), killed["incarnation"]
+    until(admin, lambda found: {*serving(found, slot)} - {incarnation}, f"successor of rank {slot}")
+    took_s = round(time.monotonic() - at, 1)
+    return {"rank": slot, "incarnation": incarnation, "exactness": before["exactness"], "successor_after_s": took_s}
+
+
+def kill_while_streaming(url, admin, model):
+    """The receipt. Clients go on until a successor serves, so answers stream at the death whenever it comes."""
+    with ThreadPoolExecutor(len(PROMPTS) + 1) as pool:
+        wanted = list(pool.map(lambda prompt: tokens(url, model, prompt), PROMPTS))
+        over, begun, lost = threading.Event(), [threading.Event() for _ in PROMPTS], []
+
+        def client(number):
+            answers = altered = 0
+            while not over.is_set():
+                answers += 1
+                try:
+                    altered += tokens(url, model, PROMPTS[number]) != wanted[number]
+                except Failed as error:
+                    lost.append(str(error))
+                begun[number].set()
+            return answers, altered
+
+        clients = [pool.submit(client, number) for number in range(len(PROMPTS))]
+        try:
+            receipt = kill(admin, begun)
+        finally:
+            over.set()
+        counts = [each.result(TIMEOUT_S) for each in clients]
+    answers, altered = (sum(each) for each in zip(*counts, strict=True))
+    compared = receipt["exactness"] == "invariant"  # else tokens may depend on the batch
+    kept = not lost and not (compared and altered)
+    return {**receipt, "answers": answers, "lost": len(lost), "altered": altered, "errors": lost[:3], "kept": kept}
+
+
+def main(url, admin=""):
+    model = json.loads("".join(lines_of(url, api_key(), "GET", "/v1/models")))["data"][0]["id"]
+    text = "".join(each["text"] for each in streamed(url, model=model, prompt="The", max_tokens=16))
+    sys.stdout.write(f"{model} answers: {text!r}\n")
+    if admin:
+        receipt = kill_while_streaming(url, admin, model)
+        sys.stdout.write(json.dumps(receipt) + "\n")
+        if not receipt["kept"]:
+            raise Failed("the death of a rank was seen by clients")
+
+
+try:
+    main(*sys.argv[1:])
+except Failed as failed:
+    sys.exit(str(failed))

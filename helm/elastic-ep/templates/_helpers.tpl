@@ -44,6 +44,9 @@ app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- if eq (int $values.service.containerPort) (int $values.service.adminPort) -}}
 {{- fail "service.containerPort and service.adminPort are the same: choose another service.adminPort" -}}
 {{- end -}}
+{{- if and ($values.tests).kill (not (and $values.admin.existingSecret (include "elastic-ep.adminIsReached" .))) -}}
+{{- fail "tests.kill: the test asks the admin API to kill a rank: give its token by admin.existingSecret, and set service.adminHost to 0.0.0.0" -}}
+{{- end -}}
 {{- if and (not $values.etcd.endpoints) (or $values.etcd.user $values.etcd.tlsSecret) -}}
 {{- fail "etcd.user and etcd.tlsSecret are for an etcd of yours: name it by etcd.endpoints" -}}
 {{- end -}}

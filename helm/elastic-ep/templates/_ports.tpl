@@ -2,12 +2,16 @@
      are made of this one table. Without `port` the kernel chooses it. `from`: roles, or `clients` and `admins`, who are
      values; so are `scrapers`, of a probe: the kubelet needs no rule. tests/integration/test_helm_policies.py holds it
      against the sockets in the code. */}}
+{{- define "elastic-ep.adminIsReached" -}}
+{{- if not (has .Values.service.adminHost (list "127.0.0.1" "localhost" "::1")) }}true{{ end -}}
+{{- end -}}
+
 {{- define "elastic-ep.listeners" -}}
 {{- $ports := .Values.service -}}
 {{- range $role := ternary (list "gateway") (list "serve") (eq .Values.mode "many") }}
 {{ $role }}:
   - {name: http, port: {{ int $ports.containerPort }}, from: [clients]}
-  {{- if not (has $ports.adminHost (list "127.0.0.1" "localhost" "::1")) }}
+  {{- if include "elastic-ep.adminIsReached" $ }}
   - {name: admin, port: {{ int $ports.adminPort }}, from: [admins]}
   {{- end }}
 {{- end }}

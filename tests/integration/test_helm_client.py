@@ -1,0 +1,138 @@
+"""The client of `helm test` against a service that keeps its promise while a rank dies, and against some that do not.
+
+Against the product it runs in e2e/test_pods.py.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from tests.support.chart import CHART
+
+pytestmark = pytest.mark.integration
+
+TOKEN = "admin-token"
+
+
+class Service(ThreadingHTTPServer):
+    """API and admin API in one. After the kill, one answer is as `fault` says; the successor serves after that one."""
+
+    daemon_threads = True
+
+    def __init__(self, fault: str) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.fault, self.exactness = fault, "stock" if fault == "altered but stock" else "invariant"
+        self.killed, self.struck = threading.Event(), threading.Event()
+        self.turn = threading.Lock()
+        self.posted = list[str]()
+
+    def answer(self, prompt: str, count: int) -> tuple[list[str], bool]:
+        """The tokens, and whether the stream ends as it should."""
+        tokens = [f"{prompt}{number}" for number in range(count)]
+        with self.turn:
+            if not self.killed.is_set() or self.struck.is_set():
+                return tokens, True
+            self.struck.set()
+        if self.fault.startswith("altered"):
+            return [*tokens[:-1], "other"], True
+        return (tokens[:5], self.fault == "short") if self.fault in ("cut", "short") else (tokens, True)
+
+    def status(self) -> dict[str, Any]:
+        rank = {"rank": 0, "incarnation": 2 if self.struck.is_set() else 1, "state": "serving"}
+        return {"state": "serving", "operation": None, "exactness": self.exactness, "ranks": [rank]}
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Service
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+    def do_GET(self) -> None:
+        if self.path == "/v1/models":
+            self.reply({"data": [{"id": "m"}]})
+        else:
+            assert (self.path, self.headers["Authorization"]) == ("/admin/v1/status", f"Bearer {TOKEN}")
+            self.reply(self.server.status())
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/v1/completions":
+            self.stream(*self.server.answer(asked["prompt"], asked["max_tokens"]))
+            return
+        self.server.posted.append(self.path)
+        if self.server.fault == "not allowed":
+            self.reply({"error": {"message": "ranks of node 'n' may not be killed on request"}}, 409)
+            return
+        self.server.killed.set()
+        self.reply({"rank": 0, "incarnation": 1}, 202)
+
+    def stream(self, tokens: list[str], ends: bool) -> None:
+        choices = [{"text": token, "logprobs": {"tokens": [token]}} for token in tokens]
+        lines = [f"data: {json.dumps({'choices': [choice]})}\n\n" for choice in choices]
+        self.send("".join([*lines, "data: [DONE]\n\n" if ends else ""]), 200)
+
+    def reply(self, body: dict[str, Any], status: int = 200) -> None:
+        self.send(json.dumps(body), status)
+
+    def send(self, text: str, status: int) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text.encode())))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+
+@contextmanager
+def served(fault: str) -> Iterator[Service]:
+    with Service(fault) as service:
+        thread = threading.Thread(target=service.serve_forever, name="service")
+        thread.start()
+        try:
+            yield service
+        finally:
+            service.shutdown()
+            thread.join(timeout=10.0)
+
+
+def asked(service: Service, *, kill: bool = True) -> subprocess.CompletedProcess[str]:
+    url = f"http://127.0.0.1:{service.server_port}"
+    command = [sys.executable, "-c", (CHART / "files" / "serves.py").read_text(), url, *([url] if kill else [])]
+    environment = {"ELASTIC_ADMIN_TOKEN": TOKEN}
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+
+
+def test_without_leave_to_kill_it_asks_for_one_answer() -> None:
+    with served("") as service:
+        outcome = asked(service, kill=False)
+    assert (outcome.returncode, service.posted) == (0, []), outcome.stderr
+    assert outcome.stdout.startswith("m answers: 'The0The1")
+
+
+@pytest.mark.parametrize(
+    ("fault", "lost", "altered", "kept"),
+    [("", 0, 0, True), ("altered", 0, 1, False), ("altered but stock", 0, 1, True), ("cut", 1, 0, False),
+     ("short", 1, 0, False)],
+)  # fmt: skip
+def test_it_sees_each_answer_that_a_death_has_spoilt(fault: str, lost: int, altered: int, kept: bool) -> None:
+    with served(fault) as service:
+        outcome = asked(service)
+    assert service.posted == ["/admin/v1/ranks/0/kill"], outcome.stderr
+    receipt = json.loads(outcome.stdout.splitlines()[1])
+    assert (receipt["lost"], receipt["altered"], receipt["kept"]) == (lost, altered, kept), receipt
+    assert (outcome.returncode == 0) is kept, outcome.stderr
+
+
+def test_a_kill_that_no_operator_has_allowed_fails_the_test_with_the_reason() -> None:
+    with served("not allowed") as service:
+        outcome = asked(service)
+    assert outcome.returncode == 1
+    assert "may not be killed on request" in outcome.stderr
