@@ -133,6 +133,9 @@ def fits(gpus: Sequence[Gpu], info: ModelInfo, placement: Placement) -> Iterator
         said = (
             f"{parts}; a rank: {in_bytes(dense)} dense, {in_bytes(cache)} KV cache; replicas: {in_bytes(copies)} in all"
         )
-        large = needed[gpu.index] > gpu.total
-        hint = "more GPUs, a lower --redundancy, or fewer --kv-blocks" if large else ""
-        yield Finding(f"gpu {gpu.index} fit", "warn" if large else "ok", said, hint)
+        hint = ""
+        if needed[gpu.index] > gpu.total:
+            hint = "more GPUs, a lower --redundancy, or fewer --kv-blocks"
+        elif needed[gpu.index] + cache > gpu.total:
+            hint = "no room for a dead rank's KV cache beside its successor's, which would wait: fewer --kv-blocks"
+        yield Finding(f"gpu {gpu.index} fit", "warn" if hint else "ok", said, hint)

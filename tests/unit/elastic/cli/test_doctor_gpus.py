@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from elastic.cli.doctor import examine
+from elastic.cli.doctor import Finding, examine
 from elastic.cli.doctor_gpus import Gpu, Gpus, describe, fits, kv_token_bytes, probe, read_gpus
 from elastic.demo.model import write_demo_model
 from membership.placement.plan import plan
@@ -75,6 +75,24 @@ def test_what_ranks_need_is_held_against_each_gpu(tmp_path: Path) -> None:
     found = list(fits((large, small), info, placement))
     assert [(each.what, each.level) for each in found] == [("gpu 0 fit", "ok"), ("gpu 1 fit", "warn")]
     assert "--redundancy" in found[1].hint
+
+
+def test_a_gpu_without_room_for_a_dead_rank_s_cache_is_named(tmp_path: Path) -> None:
+    model = tmp_path / "demo"
+    write_demo_model(model)
+    info = read_model_info(model)
+    placement = plan(info.moe_layers, info.experts, range(1), 1.0)
+
+    def found(size: int) -> Finding:
+        return next(fits((Gpu(0, "H200", "580", size, 0),), info, placement))
+
+    low, high = 1 << 20, 1 << 40  # too little, and enough for all
+    while high - low > 1 << 16:
+        low, high = (
+            ((low + high) // 2, high) if "--redundancy" in found((low + high) // 2).hint else (low, (low + high) // 2)
+        )
+    assert "beside its successor's" in found(high).hint
+    assert found(1 << 40).level == "ok"
 
 
 @pytest.mark.parametrize(
