@@ -1,5 +1,6 @@
 """How a data connection (`sealed.py`) comes to be: one side listens and makes an offer, which goes to the other side
-over a connection that CURVE protects; that one connects, and shows the token of the offer. Others are hung up on.
+over a connection that CURVE protects; that one connects, and shows the token of the offer; the first one greets it.
+Others are hung up on.
 
 Both are done in the thread that owns the sockets of a queue or of a transport. Without such a connection (the port is
 not reached, none is free, the other side is older) everything goes over ZeroMQ, as the offer does: slower, no less.
@@ -8,6 +9,7 @@ not reached, none is free, the other side is older) everything goes over ZeroMQ,
 from __future__ import annotations
 
 import hmac
+import os
 import secrets
 import socket
 import time
@@ -19,6 +21,7 @@ from urllib.parse import urlsplit
 import structlog
 import zmq
 
+from membership.base.errors import QueueClosed
 from membership.base.network import ANY_PORT, Ports, bracketed, is_ipv6
 from membership.base.timing import REMOTE_SILENCE_S
 from workers.queue.endpoints import in_turn
@@ -44,7 +47,8 @@ class DataPort:
         self._address = ""
         if self._listener is not None:
             self._listener.setblocking(False)
-            self._address = f"tcp://{bracketed(address)}:{self._listener.getsockname()[1]}"
+            host, port, *_ = self._listener.getsockname()  # no name: who takes up an offer must not wait for DNS
+            self._address = f"tcp://{bracketed(host)}:{port}"
             io.watch(self._listener, self._accept)
 
     def offer(self, made: Made) -> Offer | None:
@@ -59,6 +63,11 @@ class DataPort:
         """It is void, if it was not taken up."""
         if offer is not None:
             self._offers.pop(offer.token, None)
+
+    def look(self, now: float) -> None:
+        """In each turn: who has shown no token in time is hung up on."""
+        for stranger in [each for each, until in self._strangers.items() if now > until]:
+            self._hang_up(stranger)
 
     def close(self) -> None:
         """Accept no more."""
@@ -76,12 +85,10 @@ class DataPort:
             stranger, _ = self._listener.accept()
         except OSError as error:  # it is gone by now, or none waits
             raise zmq.Again from error
-        now = time.monotonic()
-        for each, until in list(self._strangers.items()):
-            if now > until or len(self._strangers) >= MOST_STRANGERS:
-                self._hang_up(each)
+        if len(self._strangers) >= MOST_STRANGERS:
+            self._hang_up(next(iter(self._strangers)))
         stranger.setblocking(False)
-        self._strangers[stranger] = now + REMOTE_SILENCE_S
+        self._strangers[stranger] = time.monotonic() + REMOTE_SILENCE_S
         self._io.watch(stranger, partial(self._greeted, stranger))
 
     def _greeted(self, stranger: socket.socket) -> None:
@@ -99,7 +106,13 @@ class DataPort:
         offer, made = self._offers.pop(found)
         del self._strangers[stranger]
         self._io.unwatch(stranger)
-        made(SealedSocket(stranger, offer.keys, connects=False))
+        sealed = SealedSocket(stranger, offer.keys, connects=False)
+        try:
+            sealed.greet()
+        except QueueClosed as error:
+            log.info("data_connection_ended", reason=str(error))
+            return sealed.close()
+        made(sealed)
 
     def _hang_up(self, stranger: socket.socket) -> None:
         del self._strangers[stranger]
@@ -107,51 +120,85 @@ class DataPort:
         stranger.close()
 
 
-def take_up(io: SocketThread, offer: Offer, made: Made) -> None:
-    """Connect; `made` gets the connection. In the thread of `io`. Failures are logged: the way without it is open."""
-    where = urlsplit(offer.address)
-    host = where.hostname or ""
-    connection = socket.socket(socket.AF_INET6 if is_ipv6(host) else socket.AF_INET, socket.SOCK_STREAM)
-    connection.setblocking(False)
+class TakeUp:
+    """Connects; `made` gets the connection once the other side has greeted over it. Else `failed` gets the reason.
 
-    def settled() -> None:
-        io.unwatch(connection, zmq.POLLOUT)
-        if code := connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            return _unreached(offer, connection, OSError(code, "not connected"))
+    A port forward, or a mesh, accepts what no process takes: so the greeting counts. All calls come from the thread of
+    `io`, `look` in each of its turns. One of `made` and `failed` is called, once; perhaps before this has returned.
+    """
+
+    def __init__(self, io: SocketThread, offer: Offer, made: Made, failed: Callable[[str], None]) -> None:
+        self._io, self._offer, self._made, self._failed = io, offer, made, failed
+        self._until = time.monotonic() + REMOTE_SILENCE_S
+        self._sealed: SealedSocket | None = None
+        self.settled = False
+        where = urlsplit(offer.address)
+        host = where.hostname or ""
+        self._connection = socket.socket(socket.AF_INET6 if is_ipv6(host) else socket.AF_INET, socket.SOCK_STREAM)
+        self._connection.setblocking(False)
         try:
-            connection.send(offer.token)
+            self._connection.connect((host, where.port or 0))
+        except BlockingIOError:
+            pass  # it is under way: `_connected` says how it ends
         except OSError as error:
-            return _unreached(offer, connection, error)
-        made(SealedSocket(connection, offer.keys, connects=True))
+            return self._fail(str(error))
+        io.watch(self._connection, self._connected, zmq.POLLOUT)
 
-    try:
-        connection.connect((host, where.port or 0))
-    except BlockingIOError:
-        pass  # it is under way: `settled` says how it ends
-    except OSError as error:
-        return _unreached(offer, connection, error)
-    io.watch(connection, settled, zmq.POLLOUT)
+    def look(self, now: float) -> None:
+        """Give up at the deadline."""
+        if not self.settled and now > self._until:
+            self._fail(f"it did not answer within {REMOTE_SILENCE_S} s")
+
+    def close(self) -> None:
+        """Not wanted any more: neither of both is called."""
+        if not self.settled:
+            self.settled = True
+            self._io.forget(self._connection)
+            self._connection.close()
+
+    def _connected(self) -> None:
+        self._io.unwatch(self._connection, zmq.POLLOUT)
+        if code := self._connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            return self._fail(os.strerror(code))
+        try:
+            self._connection.send(self._offer.token)
+            self._sealed = SealedSocket(self._connection, self._offer.keys, connects=True)
+        except OSError as error:
+            return self._fail(str(error))
+        self._io.watch(self._connection, self._greeted)
+
+    def _greeted(self) -> None:
+        if self._sealed is not None and not self.settled:
+            try:
+                if self._sealed.greeted():
+                    self.settled = True
+                    self._io.unwatch(self._connection)
+                    self._made(self._sealed)
+            except QueueClosed as error:
+                self._fail(str(error))
+        raise zmq.Again
+
+    def _fail(self, why: str) -> None:
+        self.close()
+        self._failed(why)
 
 
 def flush_later(io: SocketThread, connection: SealedSocket, ended: Callable[[], None]) -> None:
-    """Send the rest of what was sent, as the other side takes it. From any thread."""
+    """Send the rest of what was sent, as the other side takes it. From any thread.
+
+    `ended` is called in the thread of `io`, if the connection ends first: a peer's death must not end that thread.
+    """
 
     def writable() -> None:
         try:
             done = connection.flush()
-        except Exception:
+        except QueueClosed:
             io.unwatch(connection, zmq.POLLOUT)
-            ended()
-            raise
+            return ended()
         if done:
             io.unwatch(connection, zmq.POLLOUT)
 
     io.call(lambda: None if connection.fileno() < 0 else io.watch(connection, writable, zmq.POLLOUT))
-
-
-def _unreached(offer: Offer, connection: socket.socket, error: OSError) -> None:
-    log.warning("data_port_not_reached", address=offer.address, error=str(error))
-    connection.close()
 
 
 def _listen(address: str, ports: Ports) -> socket.socket | None:

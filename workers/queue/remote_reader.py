@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
+import structlog
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
@@ -23,7 +24,7 @@ from workers.ipc.doorbell import Doorbell
 from workers.ipc.handover import HandoverRefused
 from workers.queue.codec import Codec, MsgpackCodec
 from workers.queue.curve import use_curve
-from workers.queue.data_port import CAN_SEAL, take_up
+from workers.queue.data_port import CAN_SEAL, TakeUp
 from workers.queue.endpoints import connect
 from workers.queue.handle import CurveKeys, Handle
 from workers.queue.remote_wire import END, HEARTBEAT_S, SocketThread, ToReader, ToWriter
@@ -31,9 +32,12 @@ from workers.queue.sealed import SealedSocket
 from workers.queue.silence import LOOK_S, Acks, Connection, OtherHosts, beat
 
 PROBE_S = 0.2
+ASK_S, ASK_MAX_S = 2.0, 120.0  # between two attempts at a data connection: twice as long after each that failed
 ACK_MESSAGES, ACK_BYTES = 256, 1 << 20
 """What is dequeued is acknowledged after that much of it, else with the next heartbeat: far less than the window, and a
 message of its own for each would cost more threads' turns than the message that it is for."""
+
+log = structlog.get_logger("remote-queue")
 
 
 class RemoteReader:
@@ -54,6 +58,8 @@ class RemoteReader:
         self._inbox: deque[bytes | memoryview] = deque()
         self._early: dict[int, bytes | memoryview] = {}  # what has overtaken others, over the other connection
         self._data: SealedSocket | None = None
+        self._taking_up: TakeUp | None = None  # one at a time
+        self._ask_at, self._ask_pause_s = 0.0, ASK_S
         self._arriving = threading.Lock()  # so that `watch` misses none, and gives none twice
         self._on_arrival: Callable[[Any], None] | None = None
         self._received = self._done = self._acknowledged = 0
@@ -95,8 +101,11 @@ class RemoteReader:
             return
         try:
             for head, buffers in data.take():
+                if len(buffers) != 1:
+                    raise QueueClosed(f"its data connection has a message of {len(buffers)} parts")
                 self._arrived(self._head.decode(head), buffers[0])
-        except QueueClosed:
+        except (QueueClosed, msgspec.MsgspecError) as error:
+            log.info("data_connection_ended", queue=self.name, reason=str(error))
             self._data_lost()
 
     def pending(self) -> bool:
@@ -172,13 +181,24 @@ class RemoteReader:
             if not self._joined.is_set():
                 self._received = self._done = head.start
                 self._joined.set()
-            if head.offer is not None and self._data is None:
-                take_up(self._io, head.offer, self._data_made)
+            if head.offer is not None and self._wants_data(self._last_message_at):
+                self._taking_up = TakeUp(self._io, head.offer, self._data_made, self._data_failed)
         else:
             self._arrived(head, data)
             self._bell.ring()
 
+    def _wants_data(self, now: float) -> bool:
+        under_way = self._taking_up is not None and not self._taking_up.settled
+        return CAN_SEAL and self._data is None and not under_way and now >= self._ask_at
+
+    def _data_failed(self, why: str) -> None:
+        if self._ask_pause_s == ASK_S:  # the first only: it may be so for good
+            log.warning("data_port_not_reached", queue=self.name, reason=why)
+        self._ask_at = time.monotonic() + self._ask_pause_s
+        self._ask_pause_s = min(ASK_MAX_S, 2 * self._ask_pause_s)
+
     def _data_made(self, sealed: SealedSocket) -> None:
+        self._ask_pause_s = ASK_S
         if self._ended or self._data is not None:
             return sealed.close()
         self._data = sealed
@@ -229,6 +249,10 @@ class RemoteReader:
 
     def _turn(self) -> None:
         now = time.monotonic()
+        if self._taking_up is not None:
+            self._taking_up.look(now)
+            if self._io.stopping:
+                self._taking_up.close()
         if self._joined.is_set() and not self._ended:
             silent_s = now - self._last_message_at
             if silent_s <= REMOTE_SILENCE_S:
@@ -248,7 +272,7 @@ class RemoteReader:
                 received=self._received,
                 done=self._acknowledged,
                 leaving=self._io.stopping,
-                data=CAN_SEAL and self._data is None,
+                data=self._wants_data(now),
             )
             try:
                 self._dealer.send(msgspec.msgpack.encode(message), zmq.NOBLOCK)

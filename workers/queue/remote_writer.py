@@ -33,6 +33,7 @@ from workers.queue.endpoints import listen_for_hosts
 from workers.queue.handle import Handle, Offer, Remote
 from workers.queue.remote_wire import END, HEARTBEAT_S, SocketThread, ToReader, ToWriter
 from workers.queue.sealed import SealedSocket
+from workers.queue.silence import Connection
 from workers.queue.writer import QueueWriter, SlowReaders
 
 WINDOW = 1024  # messages that a reader may be behind
@@ -51,6 +52,7 @@ class _Peer:
     unacknowledged: deque[tuple[int, bytes]] = field(default_factory=deque)
     nbytes: int = 0  # of these
     data: SealedSocket | None = None
+    watched: Connection = field(default_factory=Connection)  # that of `data`
     offer: Offer | None = None  # that it may take up
     offered_at: float = 0.0
 
@@ -192,12 +194,16 @@ class RemoteWriter:
         heartbeat_due = now >= self._heartbeat_at
         if heartbeat_due:
             self._heartbeat_at = now + HEARTBEAT_S
+        self._data_port.look(now)
         with self._changed:
             for reader_id, peer in list(self._peers.items()):
                 if now - peer.last_message_at > REMOTE_SILENCE_S:
                     log.warning("remote_reader_silent", queue=self._queue, reader=reader_id)
                     self._forget(reader_id)
                     continue
+                if peer.data is not None and (silent_s := peer.watched.silent_s(now)):
+                    log.info("data_connection_silent", queue=self._queue, reader=reader_id, silent_s=silent_s)
+                    self._data_lost(peer)
                 if heartbeat_due:
                     self._send(peer.route, ToReader(0, peer.start))
                 for number, data in peer.unsent():
@@ -212,7 +218,7 @@ class RemoteWriter:
         if peer.data is not None:
             try:
                 if not peer.data.send(self._encode(ToReader(number)), [memoryview(data)]):
-                    flush_later(self._io, peer.data, self._io.wake)
+                    flush_later(self._io, peer.data, partial(self._unsendable, peer, peer.data))
             except QueueClosed:
                 self._data_lost(peer)
                 self._io.wake()
@@ -236,6 +242,7 @@ class RemoteWriter:
             if self._peers.get(reader_id) is not peer or self._io.stopping:
                 return sealed.close()
             peer.data = sealed
+            peer.watched.made(sealed.fileno())
             self._io.watch(sealed, partial(self._data_ended, peer, sealed))
 
     def _data_ended(self, peer: _Peer, sealed: SealedSocket) -> None:
@@ -247,6 +254,12 @@ class RemoteWriter:
                 self._data_lost(peer)
         raise zmq.Again
 
+    def _unsendable(self, peer: _Peer, sealed: SealedSocket) -> None:
+        """It has ended before it has taken all."""
+        with self._changed:
+            if peer.data is sealed:
+                self._data_lost(peer)
+
     def _data_lost(self, peer: _Peer) -> None:
         """What is not acknowledged may not have arrived."""
         sealed, peer.data = peer.data, None
@@ -254,7 +267,6 @@ class RemoteWriter:
             return
         if peer.unacknowledged:
             peer.sent = peer.unacknowledged[0][0] - 1
-
         self._io.call(partial(self._close, sealed))
 
     def _close_data(self, peer: _Peer) -> None:

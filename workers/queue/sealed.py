@@ -26,9 +26,12 @@ RECORD = 1 << 16  # the most bytes that are sealed at once
 INLINE = 1 << 13  # buffers that are smaller together are in the record of the head
 MOST_BYTES = 1 << 30  # of all buffers of a message
 TAG_BYTES = 16
+KEEPALIVE = {socket.TCP_KEEPIDLE: 15, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
+"""Seconds, and attempts: an idle cluster sends nothing here, and firewalls forget what is silent for minutes."""
 _LENGTH = struct.Struct("<I")
 _FIRST = struct.Struct("<II")  # bytes of the head, number of buffers; their sizes follow
 _SIZE_BYTES = 8
+_GREETING_BYTES = _LENGTH.size + _FIRST.size + TAG_BYTES  # of an empty message
 
 
 def new_keys() -> bytes:
@@ -47,6 +50,9 @@ class SealedSocket:
         self._invalid = InvalidTag
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in KEEPALIVE.items():
+            connection.setsockopt(socket.IPPROTO_TCP, option, value)
         self._socket = connection
         ours, theirs = keys[:KEY_BYTES], keys[KEY_BYTES:]
         self._seal, self._open = (AESGCM(key) for key in ((ours, theirs) if connects else (theirs, ours)))
@@ -61,10 +67,34 @@ class SealedSocket:
         self._sizes: list[int] = []
         self._body, self._filled = memoryview(b""), 0
         self._closed = False
+        self._ended = ""  # why, if not orderly
 
     def fileno(self) -> int:
         """-1 once it is closed."""
         return self._socket.fileno()
+
+    def greet(self) -> None:
+        """First of all messages, by the side that listens: it is there."""
+        self.send(b"")
+
+    def greeted(self) -> bool:
+        """Whether the greeting has arrived; reads no more than that."""
+        with self._taking:
+            self._check_open()
+            try:
+                got = self._socket.recv_into(self._in[self._in_end : _GREETING_BYTES])
+            except BlockingIOError:
+                return False
+            except OSError as error:
+                raise QueueClosed(f"its data connection has ended: {error}") from error
+            if not got:
+                raise QueueClosed("its data connection has ended before anything passed")
+            self._in_end += got
+            if self._in_end < _GREETING_BYTES:
+                return False
+            if list(self._messages()) != [(b"", [])]:
+                raise QueueClosed("its data connection began with something else than a greeting")
+            return True
 
     def send(self, head: bytes, buffers: Sequence[memoryview] = ()) -> bool:
         """Whether all was sent; else the rest follows with `flush`, when the socket is writable."""
@@ -104,11 +134,12 @@ class SealedSocket:
                 except BlockingIOError:
                     return found
                 except OSError as error:
-                    raise QueueClosed(f"its data connection has ended: {error}") from error
+                    self._ended = f": {error}"  # the socket says so only once
+                    got = 0
                 if not got:
                     if found:
                         return found  # the end is seen next time
-                    raise QueueClosed("its data connection has ended")
+                    raise QueueClosed(f"its data connection has ended{self._ended}")
                 self._in_end += got
                 found += self._messages()
                 if got < len(room):
@@ -197,14 +228,20 @@ class SealedSocket:
 
     def _begin(self, plain: bytes) -> None:
         """The first record of a message."""
-        nhead, count = _FIRST.unpack_from(plain)
-        start = _FIRST.size + count * _SIZE_BYTES
-        self._sizes = list(struct.unpack_from(f"<{count}Q", plain, _FIRST.size))
+        try:
+            nhead, count = _FIRST.unpack_from(plain)
+            start = _FIRST.size + count * _SIZE_BYTES
+            self._sizes = list(struct.unpack_from(f"<{count}Q", plain, _FIRST.size))
+        except struct.error as error:
+            raise QueueClosed(f"its data connection has a first record of {len(plain)} bytes") from error
         self._head, inline = plain[start : start + nhead], plain[start + nhead :]
         total = sum(self._sizes)
         if total > MOST_BYTES or (inline and len(inline) != total):
             raise QueueClosed(f"its data connection has a message of {total} bytes")
-        self._body = memoryview(bytearray(inline) if inline else np.empty(total, np.uint8).data)
+        try:
+            self._body = memoryview(bytearray(inline) if inline else np.empty(total, np.uint8).data)
+        except MemoryError as error:
+            raise QueueClosed(f"there is no memory for a message of {total} bytes") from error
         self._filled = len(inline)
 
     def _fill(self, data: memoryview) -> None:

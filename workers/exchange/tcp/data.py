@@ -40,6 +40,12 @@ class LinkData:
             acks, sent_bytes=acks.sent_bytes + ours.sent_bytes, retransmits=acks.retransmits + ours.retransmits
         )
 
+    def silent_s(self, now: float) -> float:
+        """How long the peer's host has acknowledged nothing here, if that makes it suspected: as ZeroMQ's connection
+        may go on where a firewall has forgotten this one.
+        """
+        return self._connection.silent_s(now)
+
     def fileno(self) -> int:
         """See workers.ipc.sockets.Source."""
         return self._sealed.fileno()

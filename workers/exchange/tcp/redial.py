@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from membership.base.timing import LINK_DIAL_S, LINK_RETRY_MAX_S, LINK_RETRY_S
 from workers.protocol.exchange_handle import TcpHandle
 
+DATA_HOLDS_S = 60.0  # a data connection that lasts as long holds
+
 
 @dataclass(frozen=True)
 class Redial:
@@ -18,6 +20,20 @@ class Redial:
     attempts: int = 0  # since a link last held
     due: float = math.inf  # when the next attempt begins, or the one under way is given up
     trying: bool = False
+    data_ended_at: float = -math.inf  # its last data connection did
+    data_broke: bool = False  # it ended soon after another one had
+
+
+def data_ended(before: Redial, now: float) -> Redial:
+    """Its data connection has ended, and the link with it."""
+    return replace(before, data_ended_at=now, data_broke=now - before.data_ended_at <= DATA_HOLDS_S)
+
+
+def with_data(known: Redial, now: float) -> bool:
+    """Whether to ask for a data connection. Not soon after two have ended: what is between the hosts may take such
+    connections and not keep them, and each end is one of the link.
+    """
+    return not known.data_broke or now - known.data_ended_at > DATA_HOLDS_S
 
 
 def linked(before: Redial, now: float) -> Redial:

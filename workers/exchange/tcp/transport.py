@@ -30,7 +30,7 @@ from workers.exchange.tcp.redial import Redial
 from workers.exchange.tcp.wire import Answer, Ask, Bye, Hello, Message, Refused, Welcome
 from workers.protocol.exchange_handle import TcpHandle
 from workers.queue.curve import Authenticator, serve_curve, use_curve
-from workers.queue.data_port import CAN_SEAL, DataPort, take_up
+from workers.queue.data_port import CAN_SEAL, DataPort, TakeUp
 from workers.queue.endpoints import connect, listen_for_hosts
 from workers.queue.handle import Offer
 from workers.queue.network import connecting_keys, listening_keys, same_secret
@@ -92,6 +92,7 @@ class TcpTransport:
         self._handle = TcpHandle(address, listening_keys(network).public)
         self._data_port = DataPort(self._io, network.address, network.ports)
         self._offers: dict[TcpLink, Offer] = {}  # that the peer may take up
+        self._taking_up: dict[TcpLink, TakeUp] = {}  # what peers have offered
         self._io.start(self._turn, {self._listener: self._receive, auth.socket: auth.answer})
 
     def handle(self) -> bytes:
@@ -155,6 +156,11 @@ class TcpTransport:
             if silent_s := connection.silent_s(now):
                 self._ledger.suspected(link.peer)
                 self._lost(link, f"its host has been silent for {silent_s:.3f} s")
+            elif link.data is not None and (silent_s := link.data.silent_s(now)):
+                self._data_lost(link, f"its data connection has been silent for {silent_s:.3f} s")
+        self._data_port.look(now)
+        for taking_up in list(self._taking_up.values()):
+            taking_up.look(now)
         for peer, known in list(self._redials.items()):
             if now >= known.due:
                 self._try_again(peer, known, now)
@@ -186,7 +192,9 @@ class TcpTransport:
         except (zmq.ZMQError, QueueError) as error:
             del self._dials[peer]
             return dial.settle(str(error))
-        self._send(dial.link, Hello(self._links.hello(peer), self._handle, dial.attempt, CAN_SEAL))
+        known = self._redials.get(peer)
+        data = CAN_SEAL and (known is None or redial.with_data(known, time.monotonic()))
+        self._send(dial.link, Hello(self._links.hello(peer), self._handle, dial.attempt, data))
 
     def _connect(self, link: TcpLink, to: TcpHandle, timeout_s: float = REMOTE_SILENCE_S) -> None:
         """A connection to the peer, over which we send. It is made once: when it ends, so does the link."""
@@ -272,7 +280,8 @@ class TcpTransport:
         self._routes[route] = dial.link
         self._redials[peer] = redial.linked(self._redials.get(peer, Redial(dial.to, now)), now)
         if head.offer is not None:
-            take_up(self._io, head.offer, partial(self._data_made, dial.link))
+            made, failed = partial(self._data_made, dial.link), partial(self._data_failed, dial.link)
+            self._taking_up[dial.link] = TakeUp(self._io, head.offer, made, failed)
         if dial.again:
             self._links.add(dial.link, again=True)
             self._links.doorbell.ring()
@@ -282,6 +291,7 @@ class TcpTransport:
     def _data_made(self, link: TcpLink, sealed: SealedSocket) -> None:
         if link not in self._senders:  # it has ended meanwhile
             return sealed.close()
+        self._taking_up.pop(link, None)
         ended = partial(self._data_ended, link)
         link.data = LinkData(sealed, self._links.doorbell, self._io, partial(self._data_arrived, link), ended)
 
@@ -293,7 +303,16 @@ class TcpTransport:
             log.warning("exchange_message_dropped", error=str(error))
 
     def _data_ended(self, link: TcpLink, why: str) -> None:
-        self._run(lambda: self._lost(link, why) if link in self._senders else None)
+        self._run(lambda: self._data_lost(link, why) if link in self._senders else None)
+
+    def _data_lost(self, link: TcpLink, why: str) -> None:
+        if (known := self._redials.get(link.peer)) is not None:
+            self._redials[link.peer] = redial.data_ended(known, time.monotonic())
+        self._lost(link, why)
+
+    def _data_failed(self, link: TcpLink, why: str) -> None:
+        """It goes on without: slower, no less."""
+        log.warning("data_port_not_reached", peer=link.peer.rank, reason=why)
 
     def _send(self, link: TcpLink, head: Message, buffers: Sequence[memoryview] = ()) -> None:
         sender = self._senders.get(link)
@@ -331,6 +350,8 @@ class TcpTransport:
             dial.settle(why)
         self._routes = {route: other for route, other in self._routes.items() if other is not link}
         self._data_port.withdraw(self._offers.pop(link, None))
+        if (taking_up := self._taking_up.pop(link, None)) is not None:
+            taking_up.close()
         sender = self._senders.pop(link, None)
         connection = self._connections.pop(link, None)
         if connection is not None:

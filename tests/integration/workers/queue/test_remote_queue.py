@@ -224,6 +224,36 @@ def test_a_killed_reader_is_forgotten(queue: MessageQueue, monkeypatch: pytest.M
     eventually(lambda: queue.readers == (), 30, "the silent reader to be forgotten")
 
 
+def test_a_reader_that_is_killed_with_messages_on_their_way_ends_none_of_the_others(queue: MessageQueue) -> None:
+    script = (
+        "import sys, threading, msgspec\nfrom workers.queue.message_queue import *\n"
+        "handle = msgspec.structs.replace(Handle.decode(bytes.fromhex(sys.argv[1])), host='another host')\n"
+        "keys = CurveKeys(*(a.encode() for a in sys.argv[2:4]))\n"
+        "queue = MessageQueue.create_from_handle(handle, 'dies', keys=keys)\nprint('in', flush=True)\n"
+        "threading.Event().wait()\n"
+    )
+    writer = queue._writing
+    assert isinstance(writer, CrossHostWriter)
+    arguments = [queue.export_handle().encode().hex(), THEIRS.public.decode(), THEIRS.secret.decode()]
+    reader = subprocess.Popen([sys.executable, "-c", script, *arguments], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == "in\n"
+        peer = writer._remote._peers["dies"]
+        eventually(lambda: peer.data is not None, 30, "its data connection")
+        for _ in range(10):
+            queue.enqueue(bytes(2 << 20))
+        assert peer.data is not None
+        assert peer.data._unsent, "it is more than the socket takes"
+    finally:
+        reader.kill()
+        reader.communicate(timeout=30)
+    eventually(lambda: peer.data is None, 30, "the end of its data connection")
+    with join(elsewhere(queue), "lives") as lives:
+        queue.enqueue("to those that live")
+        assert lives.dequeue(30) == "to those that live"
+
+
 def test_a_killed_writer_is_known_long_before_it_counts_as_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote_reader, "REMOTE_SILENCE_S", 1e6)
     script = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from tests.support.helpers import eventually, hang
 from tests.support.hosts import own_namespaces
 from workers.queue import remote_reader
 from workers.queue.curve import new_keys
+from workers.queue.data_port import CAN_SEAL
 from workers.queue.handle import Handle
 from workers.queue.message_queue import MessageQueue
 from workers.queue.remote_reader import RemoteReader
@@ -134,6 +136,25 @@ def test_where_all_others_are_silent_it_is_our_own_host_that_is_cut_off(
             assert not queues[1].pending()
         finally:
             injector.heal()
+
+
+@pytest.mark.skipif(shutil.which("iptables") is None or not CAN_SEAL, reason="takes iptables and a data connection")
+def test_messages_go_around_a_data_connection_that_a_firewall_has_forgotten(scene: Scene) -> None:
+    """ZeroMQ's connection beside it lives on: the queue does not end, and waits for no more than the silence."""
+    with scene.join("forgotten") as far:
+        reader = reader_of(far)
+        eventually(lambda: reader._data is not None, WAIT_S, "a data connection")
+        assert reader._data is not None
+        port = reader._data._socket.getpeername()[1]
+        drop = ["iptables", "-A", "INPUT", "-p", "tcp", "--sport", str(port), "-j", "DROP"]
+        deaf = ["iptables", "-A", "OUTPUT", "-p", "tcp", "--dport", str(port), "-j", "DROP"]
+        for rule in (drop, deaf):
+            scene.network["a"].run(lambda rule=rule: subprocess.run(rule, check=True))
+        try:
+            scene.send("around it")
+            assert far.dequeue(WAIT_S) == "around it"
+        finally:
+            scene.network["a"].run(lambda: subprocess.run(["iptables", "-F"], check=True))
 
 
 def test_a_process_that_is_stopped_is_not_suspected(scene: Scene) -> None:

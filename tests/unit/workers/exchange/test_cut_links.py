@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -30,6 +31,7 @@ from workers.exchange.tcp.redial import Redial
 from workers.exchange.tcp.transport import TcpTransport
 from workers.protocol.exchange_handle import TcpHandle
 from workers.protocol.far_link import FarLink
+from workers.queue.data_port import DataPort
 
 pytestmark = pytest.mark.unit
 
@@ -144,6 +146,48 @@ def test_rows_pass_the_data_connection_and_its_end_is_the_end_of_the_link(
     ask(accepts, dials)
 
 
+def test_a_peer_that_dies_with_rows_on_their_way_ends_its_link_and_no_other_one(pair: tuple[Rank, Rank]) -> None:
+    """As the kernel does it for a process that is killed: a reset, while more is to be sent than the socket takes."""
+    accepts, dials = pair
+    old = accepts.link_with(DIALS), dials.link_with(ACCEPTS)
+    for link in old:
+        eventually(lambda link=link: link is not None and link.data is not None, WAIT_S, "a data connection")
+    assert old[0] is not None
+    assert old[0].data is not None
+    assert old[1] is not None
+    assert old[1].data is not None
+    old[0].data.send(b"rows", [memoryview(bytes(32 << 20))])
+    assert old[0].data._sealed._unsent, "it is more than the socket takes"
+    old[1].data._sealed.close()
+    eventually(lambda: is_new(accepts, DIALS, old[0]) and is_new(dials, ACCEPTS, old[1]), WAIT_S, "new links")
+    accepts.exchange.begin_step(accepts.context)
+    ask(accepts, dials)
+
+
+def test_a_link_stays_where_the_data_port_takes_what_nobody_answers(
+    pair: tuple[Rank, Rank], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a port forward does, or a mesh: rows go over the link's other connection."""
+    accepts, dials = pair
+    taken: list[bytes] = []
+
+    def hang_up(_port: DataPort, stranger: socket.socket) -> None:
+        taken.append(stranger.recv(100))
+        _port._hang_up(stranger)
+
+    monkeypatch.setattr(DataPort, "_greeted", hang_up)
+    old = accepts.lose(DIALS), dials.link_with(ACCEPTS)
+    eventually(lambda: is_new(accepts, DIALS, old[0]) and is_new(dials, ACCEPTS, old[1]), WAIT_S, "new links")
+    links = accepts.link_with(DIALS), dials.link_with(ACCEPTS)
+    transport = dials.exchange._transport
+    assert isinstance(transport, TcpTransport)
+    eventually(lambda: taken and all(each.settled for each in transport._taking_up.values()), WAIT_S, "the attempt")
+    accepts.exchange.begin_step(accepts.context)
+    ask(accepts, dials)
+    assert links == (accepts.link_with(DIALS), dials.link_with(ACCEPTS))
+    assert [link.data for link in links if link is not None] == [None, None]
+
+
 def test_what_links_have_carried_and_suffered_is_counted_over_all_their_connections(pair: tuple[Rank, Rank]) -> None:
     accepts, dials = pair
     ask(accepts, dials)
@@ -250,6 +294,16 @@ def test_pauses_grow_until_a_link_holds() -> None:
     held = redial.cut(known, now + LINK_RETRY_MAX_S + 0.1)
     assert held.due - held.linked_at < 2 * LINK_RETRY_MAX_S
     assert held.attempts == 1
+
+
+def test_data_connections_that_do_not_hold_are_not_asked_for_for_a_while() -> None:
+    once = redial.data_ended(KNOWN, 1000.0)
+    assert redial.with_data(KNOWN, 1000.0)
+    assert redial.with_data(once, 1000.0)
+    again = redial.linked(redial.begin(redial.cut(redial.data_ended(once, 1050.0), 1050.0), 1051.0), 1052.0)
+    assert not redial.with_data(again, 1052.0)
+    assert redial.with_data(again, 1111.0)
+    assert redial.with_data(redial.data_ended(again, 1200.0), 1200.0), "one that has held"
 
 
 @given(st.lists(st.sampled_from(["cut", "begin", "linked"]), max_size=40), st.floats(0.0, 5.0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import select
 import socket
 import threading
 from collections.abc import Iterator
@@ -9,7 +11,8 @@ from collections.abc import Iterator
 import pytest
 
 from membership.base.errors import QueueClosed
-from workers.queue.sealed import INLINE, KEY_BYTES, RECORD, Message, SealedSocket, new_keys
+from tests.support.helpers import eventually
+from workers.queue.sealed import INLINE, KEY_BYTES, RECORD, TAG_BYTES, Message, SealedSocket, new_keys
 
 pytest.importorskip("cryptography")
 pytestmark = pytest.mark.unit
@@ -109,6 +112,44 @@ def test_each_direction_has_a_key_of_its_own() -> None:
     near.send(b"mirrored")
     with pytest.raises(QueueClosed, match="not sealed by our peer"):
         received(mirror, 1)
+
+
+def test_what_arrived_before_a_reset_is_not_lost() -> None:
+    keys = new_keys()
+    connecting, listening = tcp_pair()
+    near, far = SealedSocket(connecting, keys, connects=True), SealedSocket(listening, keys, connects=False)
+    near.send(b"last words")
+    far._in = memoryview(bytearray(4 + 8 + 10 + TAG_BYTES))  # it is full after the message: one look, two reads
+    eventually(lambda: select.select([listening], [], [], 0)[0], 30, "the message")
+
+    class Reset:
+        """The connection, which is reset once that was read. A kernel says so once."""
+
+        def __init__(self) -> None:
+            self.reads = 0
+
+        def recv_into(self, room: memoryview) -> int:
+            self.reads += 1
+            if self.reads == 2:
+                raise ConnectionResetError(errno.ECONNRESET, "reset by peer")
+            return listening.recv_into(room) if self.reads == 1 else 0
+
+    far._socket = Reset()  # type: ignore[assignment]
+    assert far.take() == [(b"last words", [])]
+    with pytest.raises(QueueClosed, match="reset by peer"):
+        far.take()
+    near.close()
+    listening.close()
+
+
+@pytest.mark.parametrize("first", [b"", b"1234567", (2**31).to_bytes(4, "little") * 2, bytes(4) + b"\1\0\0\0"])
+def test_a_sealed_record_that_is_no_message_ends_the_connection(pair: Pair, first: bytes) -> None:
+    """Whoever takes it in catches QueueClosed, and no other error."""
+    near, far = pair
+    near._put(first)
+    near._push()
+    with pytest.raises(QueueClosed, match="first record"):
+        received(far, 1)
 
 
 def test_the_end_of_either_side_is_seen(pair: Pair) -> None:
