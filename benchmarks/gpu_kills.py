@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import random
 import subprocess
 import sys
@@ -40,7 +41,7 @@ from typing import Any
 from benchmarks.checkpoints import SMALL, make, write_tokenizer
 from benchmarks.gpu import VOCABULARY, make_checkpoint, say
 from benchmarks.raw_streams import RawStreams
-from benchmarks.recovery_cluster import History
+from benchmarks.recovery_cluster import History, OurCluster
 from chaos.faults import kill
 from chaos.target.cluster import ServedCluster
 from chaos.target.waiting import until
@@ -277,10 +278,11 @@ def served(arguments: argparse.Namespace, model: Path) -> ServedCluster:
     flags = [
         "--redundancy", f"{arguments.redundancy:g}", "--device", arguments.device, "--exactness", "invariant",
         "--max-model-len", "1024", "--ready-timeout", f"{READY_S:g}s", "--no-prefix-cache",
-        "--restart-intensity", "1000", "--spares", str(arguments.spares), *arguments.flag,
+        "--spares", str(arguments.spares), *arguments.flag,
         *(["--gpu-exchange", str(arguments.ranks)] if arguments.gpu_exchange else []),
     ]  # fmt: skip
-    return ServedCluster(model, arguments.ranks, flags=flags)
+    os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
+    return OurCluster(model, arguments.ranks, flags=flags)  # in which each death is the first: no backoff grows
 
 
 def checkpoint(arguments: argparse.Namespace, model: Path) -> int:

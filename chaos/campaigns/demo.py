@@ -28,7 +28,8 @@ from chaos.workload.history import save
 from elastic.cli.command import command
 from elastic.cli.flags import Output, OutputFlag, write_json
 from elastic.serve.etcd_server import EtcdServer
-from elastic.serve.options import option
+from elastic.serve.options import ServeOptions, option
+from membership.base.enums import Device
 from membership.base.errors import ConfigError
 
 FRAME_S = 0.25
@@ -42,6 +43,7 @@ class DemoOptions:
     hosts: int = option(
         1, "Several: each is a network namespace, and a host is killed.", minimum=1, maximum=len(string.ascii_lowercase)
     )
+    device: Device = option(ServeOptions.device, "Where ranks compute (auto = a GPU if there is one).")
     seconds: float = option(10.0, "Stream at least this long.")
     seed: int | None = option(None, "Chooses the victim and the sampled requests.")
     plain: bool = option(False, "Lines instead of a live picture.", names=("--plain",))
@@ -62,7 +64,8 @@ def demo(options: DemoOptions, output: OutputFlag = Output.TEXT) -> None:
     run = KillRank(seed=seed_of(options.seed), ranks=options.ranks, at_least_s=options.seconds)
     with tempfile.TemporaryDirectory(prefix="elastic-ep-demo-") as folder:
         path = checkpoint(options.model, Path(folder))
-        with ServedCluster(path, options.ranks, state_dir=Path(folder) / "state") as cluster:
+        flags = () if options.device == ServeOptions.device else ("--device", options.device)
+        with ServedCluster(path, options.ranks, state_dir=Path(folder) / "state", flags=flags) as cluster:
             _play(cluster, run, plain=options.plain or output is Output.JSON)
             receipt = run.receipt(cluster.events())
     _finish(run, receipt, options.history, output)

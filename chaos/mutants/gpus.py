@@ -7,6 +7,8 @@ from chaos.mutants.mutant import Mutant
 STEPS = "tests/unit/elastic/engine/test_gpu_steps.py"
 WINDOWS = "tests/unit/workers/agent/test_gpu_windows.py"
 POOLS = "tests/unit/workers/rank/test_left_pools.py"
+ANSWERS = "tests/unit/workers/model/test_answers_wait.py"
+ROOM = "tests/unit/workers/model/test_expert_room.py"
 SPARES = "tests/unit/workers/agent/test_spares.py"
 
 MUTANTS: tuple[Mutant, ...] = (
@@ -33,6 +35,30 @@ MUTANTS: tuple[Mutant, ...] = (
         before="if self._mapped is None or self._mapped[0] != order.source:",
         after="if self._mapped is None:",
         tests=(f"{POOLS}::test_another_rank_s_death_takes_the_place_of_the_first",),
+    ),
+    Mutant(
+        name="answered-before-it-is-written",
+        guards="G3: a rank answers a step once its device has written what may be read after its death",
+        file="workers/model/runner.py",
+        before="        self._backend.finish()  # also",
+        after="        #",
+        tests=(f"{ANSWERS}::test_a_step_is_answered_once_it_is_written",),
+    ),
+    Mutant(
+        name="named-before-it-is-whole",
+        guards="G3: memory of experts names only what was copied to its end",
+        file="workers/model/cuda/expert_room.py",
+        before="        self._say(place, NOTHING)\n",
+        after="        self._say(place, content)\n",
+        tests=(f"{ROOM}::test_a_rank_that_died_in_the_midst_of_a_copy_leaves_nothing_that_counts",),
+    ),
+    Mutant(
+        name="copied-while-it-changed",
+        guards="G3: an expert that its owner replaced while it was copied does not count",
+        file="workers/model/cuda/expert_room.py",
+        before="if self._contents(self._headers(piece, index, 1)) == [content]:",
+        after="if content.number:",
+        tests=(f"{ROOM}::test_what_changed_while_it_was_copied_does_not_count",),
     ),
     Mutant(
         name="spare-on-another-gpu",

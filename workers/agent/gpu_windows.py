@@ -89,4 +89,10 @@ class GpuWindows:
             if window.shape != asked.shape:
                 raise HandoverRefused(f"the window of slot {asked.slot} is for {window.shape}, not for {asked.shape}")
             before = window.claimed_by(link.peer_pid) if asked.own else []
-            return Grant(msgspec.msgpack.encode(WindowGiven(window.nbytes)), [window.fd, *before])
+            theirs = [os.dup(fd) for fd in (window.fd, *before)]  # ours may be closed before they are sent
+        return Grant(msgspec.msgpack.encode(WindowGiven(window.nbytes)), theirs, on_gone=lambda link: _close(theirs))
+
+
+def _close(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)

@@ -86,8 +86,8 @@ class KVCache(Protocol):
         """Its memory, to be kept for others by who asks first; nothing if it is not on a device, or ends with us."""
 
     def fetch(self, blocks: Sequence[int], pool: Reached, there: Sequence[int]) -> bool:
-        """Copy blocks `there` of the cache of another rank of this host into `blocks`; may go on until the next step
-        begins. False if this cache is not on a device, or laid out in another way."""
+        """Copy blocks `there` of the cache of another rank of this host into `blocks`; done once `Backend.finish`
+        returns. False if this cache is not on a device, or laid out in another way."""
 
     def copy_out(self, blocks: Sequence[int], room: memoryview[int]) -> None:
         """Copy the bits of `blocks` to the first `len(blocks) * block_bytes` bytes of host memory."""
@@ -199,6 +199,9 @@ class Backend(Protocol):
 
     def pack(self, matrix: Tensor) -> bytes:
         """Lay a matrix [N, K] in host memory out, in place, as this device multiplies fastest: see `packing.py`."""
+
+    def finish(self) -> None:
+        """Until all that this thread has begun is done. What a step or a copy has written counts only then."""
 
     def use_cores(self, count: int) -> None:
         """How many of the host's cores the next products may take, this thread's included; shows in no bit of them."""

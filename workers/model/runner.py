@@ -179,6 +179,7 @@ class ModelRunner:
         """CalledOff if the step's results mean nothing: then the next one builds on nothing, either."""
         done, self._done = self._done, None
         self.moe.check()
+        self._backend.finish()  # also where nothing was sampled: what is answered may be read once this rank is dead
         self._done = done
 
     def _scores(self, hidden: Tensor, first: int, score: Score) -> list[TokenLogprobs]:
@@ -201,7 +202,7 @@ class ModelRunner:
         """Fill KV blocks with what another rank has written out; returns how many. ModelError, RankError."""
         self._check_known(blocks)
         self._done = None  # what the last step gathered may be of sequences that had these blocks before
-        return take_in(self.cache, blocks, room, stamp)
+        return self._taken(take_in(self.cache, blocks, room, stamp))
 
     @torch.inference_mode()
     def read_in(self, blocks: Sequence[int], pool: int, there: Sequence[int]) -> int:
@@ -211,7 +212,7 @@ class ModelRunner:
         """
         self._check_known(blocks)
         self._done = None  # as in `take_in`
-        return read_in(self.cache, blocks, pool, there)
+        return self._taken(read_in(self.cache, blocks, pool, there))
 
     @torch.inference_mode()
     def fetch_in(self, blocks: Sequence[int], pool: Reached, there: Sequence[int]) -> int:
@@ -219,7 +220,12 @@ class ModelRunner:
         self._check_known(blocks)
         self._check_known(there)
         self._done = None
-        return fetch_in(self.cache, blocks, pool, there)
+        return self._taken(fetch_in(self.cache, blocks, pool, there))
+
+    def _taken(self, count: int) -> int:
+        """Blocks that have come are known to the engine only once they are there: it may have them read elsewhere."""
+        self._backend.finish()
+        return count
 
     def take_load(self) -> bytes:
         """Rows routed to each (MoE layer, expert) since the last call, as uint32 in C order."""

@@ -32,6 +32,9 @@ class CpuBackend:
         """See `Backend`."""
         return pack(matrix) if self.device.type == "cpu" else b""
 
+    def finish(self) -> None:
+        """Nothing: it is done when it returns."""
+
     def use_cores(self, count: int) -> None:
         """See `Backend`."""
         self._threads.count = max(1, min(count, MOST)) if self.device.type == "cpu" else 1

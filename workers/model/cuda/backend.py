@@ -45,6 +45,11 @@ class CudaBackend:
         """It stays plain."""
         return b""
 
+    def finish(self) -> None:
+        """For the stream of this thread."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
     def use_cores(self, count: int) -> None:
         """Nothing: cores do not compute."""
 

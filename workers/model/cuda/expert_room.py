@@ -8,6 +8,7 @@ header again afterwards: if it has changed, what was copied does not count. Only
 
 from __future__ import annotations
 
+import secrets
 import struct
 import threading
 from collections.abc import Iterable, Sequence
@@ -127,11 +128,10 @@ class ExpertRoom:
         self._places: list[_Place] = []
         self._known: dict[tuple[Key, bytes], _Place] = {}
         self._others: dict[Key, list[tuple[Content, Reached, int]]] | None = None  # once looked for, in a load
-        self._numbers = count(1)
+        self._numbers = count(secrets.randbits(62))  # none that was here before gave out any of these
         self.kept = self.copied = self.filled = 0  # experts found in place, copied from another slot, from the host
         while (piece := pieces.own(self._piece_count, make=False)) is not None:
             self._add(piece)
-        self._numbers = count(1 + max((place.content.number for place in self._places), default=0))
 
     @property
     def _piece_count(self) -> int:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -143,3 +145,20 @@ def test_which_there_are_can_be_asked_and_one_be_let_go(windows: GpuWindows) -> 
     windows.free(8)
     assert slots_of(windows.handle()) == (1,)
     assert read(windows, WindowAsked(7, "large", own=False), b"another") == b"another"
+
+
+def test_one_that_is_let_go_while_it_is_given_is_given_all_the_same(
+    windows: GpuWindows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The agent's main thread frees; the listener's answers."""
+    read(windows)
+    send = socket.send_fds
+
+    def late(*arguments: Any) -> int:
+        if arguments[2]:
+            windows.free(ASKED.slot)
+        return send(*arguments)
+
+    monkeypatch.setattr(socket, "send_fds", late)
+    with window_of(windows.handle(), ASKED, refuse) as (fd, nbytes):
+        assert os.pread(fd, nbytes, 0) == b"first"

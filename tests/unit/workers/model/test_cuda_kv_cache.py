@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from membership.base.errors import ModelError, RankError
+from membership.base.errors import ModelError, RankError, RankFailed
+from membership.base.timing import KV_ROOM_S
 
 pytest.importorskip("triton")
 
 from workers.model.backend import Lasting
 from workers.model.cuda.kv_cache import CudaKVCache
-from workers.model.cuda.kv_memory import KvMemory, lasting_memory
+from workers.model.cuda.kv_memory import KvMemory, _once_there_is_room, lasting_memory
 from workers.model.kv_transfer import fetch_in
 
 pytestmark = [
@@ -113,3 +114,34 @@ def test_layers_of_two_shapes_are_refused() -> None:
 def test_a_device_without_such_memory_serves_with_its_own() -> None:
     memory = lasting_memory(512, CPU)
     assert (memory.room.numel(), memory.lasting) == (512, Lasting())
+
+
+class Gpu:
+    """Has room from some time on; time passes by sleeping."""
+
+    def __init__(self, room_at: float, error: str = "CUDA's driver: CUDA_ERROR_OUT_OF_MEMORY") -> None:
+        self.now, self._room_at, self._error = 0.0, room_at, error
+
+    def make(self) -> tuple[int, int]:
+        if self.now < self._room_at:
+            raise RankFailed(self._error)
+        return 7, 512
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def asked(self) -> tuple[int, int]:
+        return _once_there_is_room(self.make, lambda: self.now, self.sleep)
+
+
+def test_a_cache_waits_for_the_room_of_the_one_before() -> None:
+    assert Gpu(KV_ROOM_S / 2).asked() == (7, 512)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "waited"), [(Gpu(1000.0), True), (Gpu(1.0, "CUDA_ERROR_INVALID_DEVICE"), False)], ids=["full", "broken"]
+)
+def test_but_not_for_ever_and_not_for_anything_else(gpu: Gpu, waited: bool) -> None:
+    with pytest.raises(RankFailed):
+        gpu.asked()
+    assert (gpu.now > KV_ROOM_S) == waited
