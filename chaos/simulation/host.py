@@ -130,6 +130,11 @@ class SimExecutor:
             call.future.set_exception(error)
             self._host.wake(0.0)
 
+    def kill(self, key: RankId) -> None:
+        worker = self.workers.get(key)
+        if worker is not None and not worker.dead:
+            worker.child.die()
+
     def died(self, rank: RankProcess) -> None:
         self._host.after(0.001, self._bury, rank)
         self._host.after(0.004, self._exited, rank)

@@ -117,6 +117,7 @@ def agent(options: AgentOptions) -> None:
                 code=code,
                 machine=options.machine,
                 zone=options.zone,
+                killable=options.allow_kill,
                 keep=state.model_files,
             )
             run_agent(store, address.cluster, options.node, stop, events, how, stop.hurry)

@@ -32,6 +32,7 @@ from membership.base.failpoint_catalogue import POINTS
 from membership.base.timing import LONGEST_TIMEOUT_S, SHORTEST_TIMEOUT_S
 from membership.operations.change import Change, drain, scale, undrain
 from membership.operations.dry_run import plan_change
+from membership.operations.kill import kill
 from membership.operations.operations import cancel, propose
 from membership.operations.pause import pause, resume
 from membership.operations.quarantine import unquarantine
@@ -98,6 +99,12 @@ class CancelRequest(Shape):
     """POST /admin/v1/operations/<id>/cancel."""
 
     by: str = Field(default="admin API", min_length=1, max_length=128)
+
+
+class KillRequest(Shape):
+    """POST /admin/v1/ranks/<rank>/kill."""
+
+    by: str = Field(default="admin API", max_length=128)
 
 
 class FailpointsRequest(Shape):
@@ -183,7 +190,7 @@ def admin_app(admin: Admin) -> FastAPI:
     _add_scaling(app, admin)
     _add_operations(app, admin)
     _add_maintenance(app, admin)
-    _add_failpoints(app)
+    _add_faults(app, admin)
     return app
 
 
@@ -253,8 +260,13 @@ def _add_maintenance(app: FastAPI, admin: Admin) -> None:
         return json_response(asdict(await admin.call(unquarantine, rank)))
 
 
-def _add_failpoints(app: FastAPI) -> None:
-    """Fault injection, for a cluster served with --chaos."""
+def _add_faults(app: FastAPI, admin: Admin) -> None:
+    """Faults on request: each needs an operator's leave, --allow-kill of an agent or --chaos."""
+
+    @app.post("/admin/v1/ranks/{rank}/kill")
+    async def kill_rank(request: Request, rank: Annotated[int, InPath(ge=0, le=MAX_RANKS)]) -> Response:
+        asked = await _read(request, KillRequest)
+        return json_response(asdict(await admin.call(kill, rank, asked.by)), 202)
 
     def source() -> Path:
         found = failpoints.source()

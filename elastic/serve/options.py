@@ -348,7 +348,7 @@ class NetworkOptions(JoinOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class SpareOptions:
-    """How many ranks and spares a host runs."""
+    """How many ranks and spares a host runs, and whether they may be killed on request."""
 
     capacity: int | None = option(
         None, "Most ranks that this host runs. Default: as many as the cluster may have.", minimum=1, maximum=MAX_RANKS
@@ -356,6 +356,7 @@ class SpareOptions:
     spares: int = option(
         0, "Warm spares per host: processes with the model loaded, ready to replace a dead rank.", minimum=0
     )
+    allow_kill: bool = option(False, "Let the admin API kill ranks of this host, as a test of a cluster does.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,9 +364,7 @@ class DomainOptions:
     """What a host ends with: replicas of an expert are kept apart by it."""
 
     machine: str = option(
-        "",
-        "Server or Kubernetes node, if others of the cluster are on it, too. Default: it alone.",
-        env="ELASTIC_MACHINE",
+        "", "Server or Kubernetes node, if others of the cluster are on it. Default: it alone.", env="ELASTIC_MACHINE"
     )
     zone: str = option("", "Zone that this host is in, as of a cloud. Default: none is known.", env="ELASTIC_ZONE")
 

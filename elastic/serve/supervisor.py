@@ -380,6 +380,7 @@ class Supervisor:
             arguments += ["--capacity", str(self.options.capacity)] if self.options.capacity else []
             arguments += ["--machine", self.options.machine] if self.options.machine else []
             arguments += ["--zone", self.options.zone] if self.options.zone else []
+            arguments += ["--allow-kill"] if self.options.allow_kill or self.options.chaos else []
         stable_s = min(STABLE_S, self.options.restart_window_s)  # a death that does not count for ranks does not here
         return RoleProcess(
             name, arguments, self.state.log(name), environment={**self._environment, **secrets}, stable_s=stable_s,

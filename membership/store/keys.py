@@ -23,6 +23,7 @@ _SINGLES: dict[str, tuple[str, type[Record]]] = {
     "desired": ("desired", records.Desired),
     "pause": ("pause", records.Pause),
     "rebalance": ("rebalance", records.RebalanceRequest),
+    "kill": ("kill", records.KillRequest),
     "view": ("view", records.View),
     "next": ("next", records.View),
     "engine": ("engine", records.EngineRecord),
@@ -65,6 +66,7 @@ class Keys:
         self.desired = prefix + "desired"
         self.pause = prefix + "pause"
         self.rebalance = prefix + "rebalance"
+        self.kill = prefix + "kill"
         self.view = prefix + "view"  # the committed one
         self.next = prefix + "next"  # the staged view
         self.leader = prefix + "leader"  # LeaderRecord; its create revision is the fencing token

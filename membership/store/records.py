@@ -197,6 +197,13 @@ class RebalanceRequest(Record, frozen=True, kw_only=True):
     by: str = ""
 
 
+class KillRequest(RankProcess, frozen=True, kw_only=True):
+    """A request to SIGKILL this incarnation of a rank, as a fault would. Key `kill`: the latest one. It needs no end:
+    the incarnation never comes again."""
+
+    by: str = ""
+
+
 class RankSpec(RankProcess, frozen=True, kw_only=True):
     """One rank that a node's agent must run."""
 
@@ -231,6 +238,7 @@ class AgentRecord(Record, frozen=True, kw_only=True):
     weights_key: str = ""  # CURVE public key of that endpoint
     machine: str = ""  # what ends with others of the same name: a server, a Kubernetes node. Empty: the node by itself
     zone: str = ""  # the zone that this is in, if one is known
+    killable: bool = False  # an operator allows that its ranks are killed on request
 
 
 class RankRecord(RankProcess, frozen=True, kw_only=True):
@@ -411,6 +419,7 @@ class ClusterState(msgspec.Struct, frozen=True, kw_only=True):
     desired: Desired | None = None
     pause: Pause | None = None
     rebalance: RebalanceRequest | None = None
+    kill: KillRequest | None = None
     view: View | None = None
     view_revision: int = 0
     next: View | None = None

@@ -96,7 +96,7 @@ class Scene:
 
 @contextmanager
 def agent(
-    scene: Scene, spares: int = 0, report: Callable[[str], None] = lambda lacking: None
+    scene: Scene, spares: int = 0, report: Callable[[str], None] = lambda lacking: None, killable: bool = False
 ) -> Iterator[threading.Thread]:
     """A running agent, in a thread; what it raised is raised here."""
     stop = threading.Event()
@@ -104,7 +104,7 @@ def agent(
 
     def run() -> None:
         try:
-            options = AgentOptions(WORKER, spares, report=report)
+            options = AgentOptions(WORKER, spares, report=report, killable=killable)
             run_agent(scene.store, "c", scene.node, stop, EventLog(scene.path, "agent", "c"), options)
         except BaseException as error:  # noqa: BLE001 - handed to the test
             failures.append(error)

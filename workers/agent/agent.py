@@ -38,19 +38,7 @@ from membership.store.mirror import Mirror
 from membership.store.records import AgentRecord, ClusterConfig, ClusterState
 from workers.agent import decide
 from workers.agent.begin import admitted, model_of
-from workers.agent.decide import (
-    Attach,
-    Effect,
-    Heartbeat,
-    Load,
-    LocalRank,
-    Phase,
-    Prepare,
-    Refuse,
-    Retire,
-    RetireEpoch,
-    Spawn,
-)
+from workers.agent.decide import LocalRank, Phase
 from workers.agent.executor import Death, Elsewhere, MultiprocExecutor
 from workers.agent.exits import Exits
 from workers.agent.forkserver import Serving
@@ -89,6 +77,7 @@ class AgentOptions:
     code: str = ""  # versions of what its ranks compute with, for other hosts to compare
     machine: str = ""  # what this node ends with, and the zone that is in
     zone: str = ""
+    killable: bool = False  # whether its ranks may be killed on request
     keep: Path | None = None  # where config and tokenizer go that this node gets of another
 
 
@@ -125,14 +114,14 @@ class Agent:
             spares_wanted=options.spares, importing=True, code=options.code, join_keys=self._secrets.keys,
             host=this_host() if options.network is not None else "",
             address=options.network.address if options.network is not None else "",
-            machine=options.machine, zone=options.zone,
+            machine=options.machine, zone=options.zone, killable=options.killable,
         )  # fmt: skip
         if options.model:
             config = changed(config, model=options.model)
         self._mirror, self._config, self._report = mirror, config, options.report
         self._whole = False  # once all that was meant for this node has served
         self._ranks: dict[RankId, LocalRank] = {}
-        self._heartbeats: dict[RankId, Heartbeat] = {}
+        self._heartbeats: dict[RankId, decide.Heartbeat] = {}
         self._loads = LoadWatch(config)
         self._next_check = self._publish_heartbeats_at = 0.0  # when heartbeats are looked at next, and written
         self._attempts = Attempts("agent", clock=self._clock)
@@ -235,25 +224,29 @@ class Agent:
 
     # --- acting -------------------------------------------------------------------------------------------------
 
-    def _act(self, effects: list[Effect]) -> None:
+    def _act(self, effects: list[decide.Effect]) -> None:
         if self._clock() >= self._start_at:
-            self._spawn([e.key for e in effects if isinstance(e, Spawn)])
+            self._spawn([e.key for e in effects if isinstance(e, decide.Spawn)])
         for effect in effects:
-            if isinstance(effect, Retire):
+            if isinstance(effect, decide.Retire):
                 self._retire(effect)
-            elif isinstance(effect, Refuse):
+            elif isinstance(effect, decide.Refuse):
                 self._refuse(effect.key, effect.reason)
-            elif isinstance(effect, Attach):
+            elif isinstance(effect, decide.Attach):
                 self._attach(effect)
-            elif isinstance(effect, Load):
+            elif isinstance(effect, decide.Kill):
+                self._ranks[effect.key] = replace(self._ranks[effect.key], killed=True)
+                self._emit("rank_kill_requested", effect.key, by=effect.by)
+                self._executor.kill(effect.key)
+            elif isinstance(effect, decide.Load):
                 self._update(effect.key, loading=True)
                 self._emit("rank_load_started", effect.key)
                 self._call_load(effect.key, "initialise", (), partial(self._loaded, effect))
-            elif isinstance(effect, Prepare):
+            elif isinstance(effect, decide.Prepare):
                 self._update(effect.key, preparing_revision=effect.revision)
                 args = effect.view, effect.peers
                 self._call_load(effect.key, "prepare_epoch", args, partial(self._prepared, effect))
-            elif isinstance(effect, RetireEpoch):
+            elif isinstance(effect, decide.RetireEpoch):
                 self._update(effect.key, retired=effect.mark)
                 then = partial(self._retired_epoch, effect)
                 self._call(effect.key, "retire_epoch", (effect.epoch,), RETIRE_TIMEOUT_S, then)
@@ -298,7 +291,7 @@ class Agent:
         del self._ranks[key]
         self._registrar.withdraw(key)
 
-    def _retire(self, effect: Retire) -> None:
+    def _retire(self, effect: decide.Retire) -> None:
         key = effect.key
         self._emit("rank_retiring", key, reason=effect.failure or "not assigned any more")
         if effect.failure:
@@ -318,7 +311,7 @@ class Agent:
     def _end(self, key: RankId, *, kill: bool) -> None:
         self._executor.retire([key], partial(self._post, self._ended), kill=kill)
 
-    def _attach(self, effect: Attach) -> None:
+    def _attach(self, effect: decide.Attach) -> None:
         self._update(effect.key, attaching_token=effect.token)
         self._executor.workers[effect.key].liveness.call_off_before(self._clock())  # it may wait there to no purpose
         args = effect.token, effect.broadcast_handle, effect.mask_handle, self._secrets.retired
@@ -362,7 +355,7 @@ class Agent:
         if rank is None or rank.phase is Phase.ENDING:
             self._end(key, kill=True)
             return
-        self._heartbeats[key] = Heartbeat(-1, self._clock())
+        self._heartbeats[key] = decide.Heartbeat(-1, self._clock())
         liveness, exchange = outcome.liveness_handle, outcome.exchange_handle
         self._update(key, phase=Phase.READY, pid=outcome.child.pid, liveness_handle=liveness, exchange_handle=exchange)
         self._emit("rank_ready", key, pid=outcome.child.pid, took_ms=_ms(self._wall() - rank.started))
@@ -380,7 +373,7 @@ class Agent:
         if key in self._ranks:
             self._identify(key, identity)
 
-    def _attached(self, effect: Attach, handle: Any, error: str) -> None:
+    def _attached(self, effect: decide.Attach, handle: Any, error: str) -> None:
         key, token = effect.key, effect.token
         if error:
             log.warning("attach_failed", rank=key.rank, token=token, error=error)
@@ -389,7 +382,7 @@ class Agent:
             self._update(key, attaching_token=0, attached_token=token, response_handle=handle)
             self._emit("rank_attached", key, token=token)
 
-    def _loaded(self, effect: Load, found: Any, error: str) -> None:
+    def _loaded(self, effect: decide.Load, found: Any, error: str) -> None:
         key = effect.key
         if error:
             self._emit("rank_load_failed", key, error=error)
@@ -419,7 +412,7 @@ class Agent:
             kind = "checkpoint_replaced" if files else "checkpoint_put_back"
             self._emit_of_node(kind, path=self._config.model, files=list(files))
 
-    def _prepared(self, effect: Prepare, result: Any, error: str) -> None:
+    def _prepared(self, effect: decide.Prepare, result: Any, error: str) -> None:
         key, revision = effect.key, effect.revision
         if decide.replaced(self._ranks[key], revision):
             return
@@ -445,7 +438,7 @@ class Agent:
         view = self._mirror.state().view
         return {member.id for member in view.members} if view is not None else set()
 
-    def _retired_epoch(self, effect: RetireEpoch, result: Any, error: str) -> None:
+    def _retired_epoch(self, effect: decide.RetireEpoch, result: Any, error: str) -> None:
         if error:
             log.warning("retire_epoch_failed", rank=effect.key.rank, epoch=effect.epoch, error=error)
 

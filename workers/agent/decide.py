@@ -56,6 +56,7 @@ class LocalRank:
     prepare_error: str = ""
     retired: tuple[int, int] = (0, 0)  # (epoch, prepared revision) at the last retire_epoch
     join_key: str = ""  # of the join secret that it was started with
+    killed: bool = False  # on request, and its death is not noticed yet
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,15 @@ class RetireEpoch:
     mark: tuple[int, int]
 
 
-Effect = Spawn | Retire | Refuse | Attach | Load | Prepare | RetireEpoch
+@dataclass(frozen=True)
+class Kill:
+    """SIGKILL this rank, as a fault would: its death is then noticed as any other."""
+
+    key: RankId
+    by: str
+
+
+Effect = Spawn | Retire | Refuse | Kill | Attach | Load | Prepare | RetireEpoch
 
 
 def decide(
@@ -132,6 +141,7 @@ def decide(
     effects += _refusals(state, me.node, [r for r in ranks.values() if r.key not in going])
     going |= {e.key for e in effects if isinstance(e, Refuse)}
     ready = [r for r in ranks.values() if r.phase is Phase.READY and r.key not in going]
+    effects += _kills(state, me, ready)
     effects += _attachments(state, ready, now)
     effects += _preparations(state, ready, now)
     effects += _retired_epochs(state, ready)
@@ -226,6 +236,13 @@ def report_due(ranks: Mapping[RankId, LocalRank], unreported: Mapping[RankId, fl
         for r in ranks.values()
     )
     return bool(unreported) and (not preparing or now >= min(unreported.values()) + REPORT_WITHIN_S)
+
+
+def _kills(state: ClusterState, me: AgentRecord, ready: list[LocalRank]) -> list[Effect]:
+    asked = state.kill
+    if asked is None or not me.killable:
+        return []
+    return [Kill(r.key, asked.by) for r in ready if r.key == asked.id and not r.killed]
 
 
 def _retired_epochs(state: ClusterState, ready: list[LocalRank]) -> list[Effect]:

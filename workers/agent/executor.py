@@ -326,6 +326,11 @@ class MultiprocExecutor:
             self._going |= set(living)
         self._job(f"retire-{len(living)}-ranks", partial(self._climb_down, living, on_ended, lambda: kill))
 
+    def kill(self, key: ProcessId) -> None:
+        """SIGKILL a rank, as a fault would: it counts as a death."""
+        if (worker := self.workers.get(key)) is not None:
+            send_signal(worker.child, signal.SIGKILL)
+
     def _climb_down(
         self, keys: list[ProcessId], on_ended: Callable[[ProcessId], None], kill: Callable[[], bool]
     ) -> None:

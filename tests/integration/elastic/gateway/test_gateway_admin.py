@@ -59,7 +59,7 @@ ROUTES = [
     ("POST", "/admin/v1/scale"), ("POST", "/scale_elastic_ep"), ("POST", "/admin/v1/drain"),
     ("POST", "/admin/v1/undrain"), ("POST", "/admin/v1/pause"), ("POST", "/admin/v1/resume"),
     ("POST", "/admin/v1/rebalance"), ("POST", "/admin/v1/operations/x/cancel"), ("PUT", "/admin/v1/failpoints"),
-    ("GET", "/admin/v1/keys"), ("POST", "/admin/v1/keys/rotate"),
+    ("GET", "/admin/v1/keys"), ("POST", "/admin/v1/keys/rotate"), ("POST", "/admin/v1/ranks/1/kill"),
 ]  # fmt: skip
 
 

@@ -19,7 +19,15 @@ from membership.planning.identity import learned
 from membership.store.codec import decode, encode
 from membership.store.in_memory import MemoryStore
 from membership.store.interface import Watch
-from membership.store.records import AgentRecord, Checkpoint, ClusterState, Desired, RankRecord, RankState
+from membership.store.records import (
+    AgentRecord,
+    Checkpoint,
+    ClusterState,
+    Desired,
+    KillRequest,
+    RankRecord,
+    RankState,
+)
 from tests.support.agent_scene import KEYS, Scene, agent
 from tests.support.helpers import eventually, hang
 from workers.protocol.liveness import NUMBERS_PER_S, LivenessPage
@@ -88,7 +96,7 @@ def test_assigned_ranks_get_registered_attached_prepared_and_cleaned_up(scene: S
 
 
 def test_a_killed_rank_leaves_an_exit_and_is_not_started_again_under_its_name(scene: Scene) -> None:
-    with agent(scene):
+    with agent(scene, killable=True):
         scene.assign(A, B, C, D)
         pid = scene.until_registered(A, B, C, D).ranks[B].pid
         os.kill(pid, signal.SIGKILL)
@@ -106,6 +114,10 @@ def test_a_killed_rank_leaves_an_exit_and_is_not_started_again_under_its_name(sc
         scene.assign(A, (1, 9), C, D)
         scene.until_registered((1, 9))
         assert [e.fields["incarnation"] for e in scene.events("rank_spawned") if e.rank == 1] == [2, 9]
+        scene.store.put(KEYS.kill, encode(KillRequest(rank=2, incarnation=C.incarnation, by="ann")))
+        state = scene.until(lambda s: "killed by signal 9" in s.exits[2].reason if 2 in s.exits else False, "its end")
+        assert state.ranks.keys() == {A, (1, 9), D}
+        assert [(e.rank, e.fields["by"]) for e in scene.events("rank_kill_requested")] == [(2, "ann")]
 
 
 def test_a_rank_that_is_not_assigned_any_more_ends_without_an_exit(scene: Scene) -> None:

@@ -18,6 +18,7 @@ from membership.store.records import (
     Desired,
     EngineRecord,
     EngineStatus,
+    KillRequest,
     Member,
     RankExit,
     RankRecord,
@@ -30,6 +31,7 @@ from workers.agent.decide import (
     Attach,
     Effect,
     Heartbeat,
+    Kill,
     Load,
     LocalRank,
     Phase,
@@ -114,6 +116,21 @@ def test_a_rank_that_never_gets_ready_is_given_up() -> None:
     starting = LocalRank(A, started=0.0)
     assert run(assigned(A), starting, now=59.0) == []
     assert run(assigned(A), starting, now=61.0) == [Retire(A, failure="not ready within 60 s")]
+
+
+def test_a_rank_is_killed_on_request_once_and_only_where_that_is_allowed() -> None:
+    state = assigned(A, B, kill=KillRequest(rank=1, incarnation=2, by="ann"))
+    allowed = msgspec.structs.replace(ME, killable=True)
+
+    def kills(me: AgentRecord, *ranks: LocalRank) -> list[Effect]:
+        effects = decide(state, me, {rank.key: rank for rank in ranks}, (), 1.0)
+        return [effect for effect in effects if isinstance(effect, Kill)]
+
+    assert kills(allowed, ready(A), ready(B)) == [Kill(B, "ann")]
+    assert kills(ME, ready(A), ready(B)) == [], "no operator has allowed it"
+    assert kills(allowed, ready(A), ready(B, killed=True)) == [], "its death is not noticed yet"
+    assert kills(allowed, ready(RankId(1, 3))) == [], "its successor"
+    assert kills(allowed, LocalRank(B, started=0.0)) == [], "there is no process to kill yet"
 
 
 # --- identity
