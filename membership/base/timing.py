@@ -100,9 +100,6 @@ _time = _times("change", "workers/rank/gpu_exchange.py")
 TOGETHER_S = _time(20.0, "How long GPUs wait for one another within a step that is not called off")
 _time = _times("change", "workers/model/cuda/kv_memory.py")
 KV_ROOM_S = _time(5.0, "Max wait of a rank for room for its KV cache on a GPU, where its predecessor's is still read")
-_time = _times("change", "workers/rank/worker.py")
-REHEARSAL_S = _time(0.5, "How long a new rank on a GPU records steps ahead, at most, once it has loaded")
-SPARE_REHEARSAL_S = _time(5.0, "The same for a spare")
 _time = _times("change", "workers/protocol/window_client.py")
 WINDOW_TIMEOUT_S = _time(
     5.0, "Max wait of a rank for its agent's GPU windows, and for the end of who had its slot before"

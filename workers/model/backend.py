@@ -10,7 +10,6 @@ D width of a key, Dv width of a value. "Exact" means to the last bit, and is owe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -157,10 +156,6 @@ class LocalExperts(Protocol):
         The same bits as through the exchange. May be captured.
         """
 
-    def pretending(self, some: ExpertWeights) -> AbstractContextManager[None]:
-        """Within it this one takes the place of all, so that steps can be recorded before any expert is here. What is
-        recorded holds for experts that are laid out alike; others are not computed this way."""
-
     def check(self) -> None:
         """Once a step's results are there: CalledOff if they mean nothing."""
 
@@ -187,7 +182,6 @@ class ExpertProducts(Protocol):
 class Backend(Protocol):
     """One device of one rank."""
 
-    records: bool  # whether `capture` records steps when it has met them a few times
     pool_fd: int  # an empty memfd for the KV cache, which a device replaces by memory of its own; its giver's
 
     @property

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import product
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -16,7 +15,6 @@ from workers.model.backend import AttentionSpec, KVCache, Reached
 from workers.model.calibrations import Calibrations
 from workers.model.code import code_version
 from workers.model.expert_bank import LocalExpertBank
-from workers.model.expert_source import ExpertWeights
 from workers.model.grammar import Grammars
 from workers.model.hooks import connect_attention, connect_experts
 from workers.model.kept_calibrations import KeptCalibrations
@@ -30,9 +28,6 @@ from workers.protocol.load_progress import LoadProgress
 from workers.protocol.messages import NO_TOKEN, SampledToken, Sampling, Score, SeqChunk, TokenLogprobs
 
 SCORED_TOGETHER = 64  # rows
-REHEARSED_ROWS = (32, 16, 8, 4, 2, 1)  # of decode steps, those first that most requests wait for
-REHEARSED_STARTS = (1, 256)  # positions of a step's tokens: contexts of one split, and of two
-REHEARSED_TIMES = 3  # a step is recorded when it is met so often
 
 
 class ModelRunner:
@@ -241,33 +236,6 @@ class ModelRunner:
             self.moe.exchange = attached
             self.take_load()
 
-    def rehearse(self, stop: Callable[[], bool]) -> int:
-        """Have decode steps of a rank with all experts recorded before it serves, until `stop`; how many were run.
-
-        Else they would be recorded in the midst of serving, once a death has brought their size, while all wait. No
-        expert has to be here. What is in the KV cache is written over.
-        """
-        info, local = self.loaded.info, self.moe.local
-        if not self._backend.records or local is None or not info.expert_width:
-            return 0
-        shapes, device = ((2 * info.expert_width, info.hidden), (info.hidden, info.expert_width)), self._backend.device
-        gate_up, down = (torch.zeros(shape, dtype=self.dtype, device=device).t() for shape in shapes)
-        some = ExpertWeights(gate_up, down)
-        attached, self.moe.exchange = self.moe.exchange, _AllHere()
-        done = 0
-        try:
-            with local.pretending(some):
-                for start, rows, _ in product(REHEARSED_STARTS, REHEARSED_ROWS, range(REHEARSED_TIMES)):
-                    blocks = list(range(start // self.cache.block_size + 1))
-                    if stop() or len(blocks) > self.cache.blocks:
-                        break
-                    self.logits([SeqChunk(row, start, [0], blocks) for row in range(rows)], range(rows))
-                    done += 1
-        finally:
-            self.moe.exchange, self._done = attached, None
-            self.take_load()
-        return done
-
     def close(self) -> None:
         """Close the checkpoint's files."""
         self.loaded.checkpoint.close()
@@ -293,18 +261,6 @@ def _attention_spec(loaded: LoadedModel, kv_blocks: int, block_size: int, longes
         block_size=block_size,
         dtype=loaded.dtype,
     )
-
-
-class _AllHere:
-    """Takes the place of an exchange while steps are rehearsed: no rows travel."""
-
-    def stays(self) -> bool:
-        """All experts are here."""
-        return True
-
-    def dispatch_combine(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """ModelError: an expert has gone."""
-        raise ModelError("an expert has gone while steps were rehearsed")
 
 
 class _NoExperts:

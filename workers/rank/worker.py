@@ -21,9 +21,8 @@ import structlog
 
 from membership.base import failpoints
 from membership.base.enums import Exactness
-from membership.base.errors import CalledOff, ConfigError, CoverageLost, ElasticError, Fenced, WaitTimeout
+from membership.base.errors import CalledOff, ConfigError, CoverageLost, Fenced, WaitTimeout
 from membership.base.rank_id import NO_SLOT, RankId
-from membership.base.timing import REHEARSAL_S, SPARE_REHEARSAL_S
 from membership.planning.identity import KERNELS, THREADS
 from membership.store.records import View
 from workers.ipc.cpu_priority import usable_cores
@@ -52,7 +51,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 SHUTDOWN_S = 5.0
-LOADED_IN = "weights_s", "checks_s", "grammars_s", "warm_up_s", "ahead_s"  # parts of a load, as they follow
+LOADED_IN = "weights_s", "checks_s", "grammars_s", "warm_up_s", "pool_s"  # parts of a load, as they follow
 
 
 class Preparation:
@@ -254,7 +253,6 @@ class EPWorker:
         runner.warm_up()
         warm_at = time.monotonic()
         keep_pool(runner, self._ctx.pools, self._ctx.rank, self._ctx.incarnation)
-        self._rehearse(runner)
         self._runner = runner  # only now: the main thread looks at it meanwhile
         times = started, weights_at, made_at, grammars_at, warm_at, time.monotonic()
         parts = dict(zip(LOADED_IN, (round(b - a, 3) for a, b in pairwise(times)), strict=True))
@@ -298,17 +296,6 @@ class EPWorker:
         finally:
             if source is not None and source.room is not None:
                 source.room.rest()
-
-    def _rehearse(self, runner: ModelRunner) -> None:
-        """See `ModelRunner.rehearse`. A spare has time."""
-        began, most_s = time.monotonic(), SPARE_REHEARSAL_S if self.rank == NO_SLOT else REHEARSAL_S
-        try:
-            done = runner.rehearse(lambda: time.monotonic() - began > most_s)
-        except (ElasticError, RuntimeError) as error:  # the latter: CUDA
-            log.warning("steps_not_rehearsed", rank=self.rank, error=repr(error))
-            return
-        if done:
-            log.info("steps_rehearsed", rank=self.rank, steps=done, took_s=round(time.monotonic() - began, 3))
 
     def expert_digests(self) -> tuple[bytes, ...]:
         """Of the experts that it holds, by content."""

@@ -24,7 +24,6 @@ class CpuBackend:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.records = False
         self.pool_fd = NO_POOL
         self._threads = ComputeThreads()
 

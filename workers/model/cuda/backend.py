@@ -32,7 +32,6 @@ class CudaBackend:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.records = device.type == "cuda"
         self.pool_fd = NO_POOL
         self.enter_thread()
 

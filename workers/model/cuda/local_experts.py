@@ -6,12 +6,8 @@ is read from a table in the GPU's memory, which is written anew when experts com
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import numpy as np
 import numpy.typing as npt
-import structlog
 import torch
 import triton
 from torch import Tensor
@@ -19,19 +15,9 @@ from torch import Tensor
 from workers.model.backend import Activation, HeldExperts
 from workers.model.cuda.expert_products import addresses_of, multiply
 from workers.model.cuda.kernels import group_pairs, weighted_sum
-from workers.model.expert_source import ExpertWeights
 
 PAIRS = 1024  # of a token and one of its experts, looked at together
 COLUMNS = 512  # of a sum per program
-
-
-_Layout = tuple[object, ...]
-log = structlog.get_logger(__name__)
-
-
-def _layout(some: ExpertWeights) -> _Layout:
-    """What a recorded step has of an expert beside its address."""
-    return tuple((tuple(m.shape), m.stride(), m.dtype) for m in (some.gate_up, some.down))
 
 
 class CudaLocalExperts:
@@ -44,7 +30,6 @@ class CudaLocalExperts:
         self._layers, self._experts = shape
         self._seen = -1  # the version of `held` that the tables are of
         self._complete = False
-        self._recorded: _Layout | None = None  # of the experts with which steps were recorded beforehand
         self._up = self._down = torch.empty(0)  # one expert's: all are laid out alike
         self._up_at, self._down_at = torch.zeros(2, *shape, dtype=torch.int64, device=device)
         self._counts = torch.zeros(shape, dtype=torch.int64, device=device)
@@ -64,9 +49,6 @@ class CudaLocalExperts:
         keys = [(layer, expert) for layer in range(self._layers) for expert in range(self._experts)]
         found = [self._held.weights(*key) for key in keys if self._held.holds(*key)]
         if len(found) < len(keys):
-            return False
-        if self._recorded not in (None, _layout(found[0])):
-            log.warning("experts_laid_out_otherwise", recorded=str(self._recorded), found=str(_layout(found[0])))
             return False
         self._up, self._down = found[0].gate_up, found[0].down
         for table, matrices in (
@@ -93,19 +75,6 @@ class CudaLocalExperts:
             K=k, WIDE_K=triton.next_power_of_2(k), COLUMNS=COLUMNS, enable_fp_fusion=False,
         )  # fmt: skip
         return total
-
-    @contextmanager
-    def pretending(self, some: ExpertWeights) -> Iterator[None]:
-        """See `LocalExperts`. The tables are written anew before they are used."""
-        self._up, self._down = some.gate_up, some.down
-        self._recorded = _layout(some)
-        for table, matrix in ((self._up_at, some.gate_up), (self._down_at, some.down)):
-            table.fill_(*addresses_of([matrix]))
-        self._seen, self._complete = self._held.version, True
-        try:
-            yield
-        finally:
-            self._seen, self._complete = -1, False
 
     def check(self) -> None:
         """Nothing can go wrong with them."""

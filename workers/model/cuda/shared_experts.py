@@ -7,7 +7,6 @@ rank without rows of its own computes for the others (`serve`). An expert's plac
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +19,6 @@ from workers.exchange.cuda.calls import DeviceCalls, Failure
 from workers.exchange.cuda.window import WindowShape
 from workers.model.backend import Activation, HeldExperts
 from workers.model.cuda.expert_products import addresses_of, multiply
-from workers.model.expert_source import ExpertWeights
 
 log = structlog.get_logger(__name__)
 
@@ -121,10 +119,6 @@ class SharedExperts:
             log.warning("serving_is_not_recorded", error=repr(error))
         finally:
             here.wait_stream(self._stream)
-
-    def pretending(self, some: ExpertWeights) -> AbstractContextManager[None]:
-        """Nothing is pretended: it computes only with the others."""
-        return nullcontext()
 
     def check(self) -> None:
         """See `LocalExperts`. ModelError if more is wrong than that a rank has given up."""

@@ -215,36 +215,6 @@ def test_experts_come_and_go(backend: CudaBackend) -> None:
     assert not torch.equal(local.compute(0, hidden, ids, weights), old)
 
 
-def test_pretended_experts_leave_nothing_behind(backend: CudaBackend) -> None:
-    held, whole = FilledBank(backend, 2, 4, 24), FilledBank(backend, 2, 4, 24)
-    held.drop(frozenset({(1, 2)}))
-    local, other = (backend.local_experts(each, gated, (2, 4)) for each in (held, whole))
-    hidden, ids = torch.randn(3, 24), torch.tensor([[0, 3], [2, 1], [1, 3]])
-    half = torch.full((3, 2), 0.5)
-    some = whole.weights(0, 0)
-    with local.pretending(some):
-        assert local.begin(3)
-        assert torch.isfinite(local.compute(1, hidden, ids, half)).all()
-    local.take_load()
-    assert not local.begin(3)
-    for layer in range(2):
-        for expert in range(4):
-            held.put(layer, expert, whole.weights(layer, expert))
-    assert local.begin(3)
-    assert other.begin(3)
-    assert torch.equal(local.compute(1, hidden, ids, half), other.compute(1, hidden, ids, half))
-    assert local.take_load().tolist() == other.take_load().tolist() == [[0] * 4, [1, 2, 1, 2]]
-
-
-def test_steps_that_were_recorded_for_another_layout_are_not_used(backend: CudaBackend) -> None:
-    held = FilledBank(backend, 1, 2, 24)
-    local = backend.local_experts(held, gated, (1, 2))
-    found = held.weights(0, 0)
-    with local.pretending(ExpertWeights(found.gate_up.contiguous(), found.down)):
-        assert local.begin(1)
-    assert not local.begin(1)
-
-
 def test_experts_of_one_call_have_one_layout() -> None:
     with pytest.raises(ModelError, match="laid out differently"):
         product(torch.ones(2, 4), [torch.ones(4, 4), torch.ones(4, 4).t()], [0, 1, 2])
