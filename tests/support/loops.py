@@ -484,6 +484,7 @@ OTHERS = {  # files that start threads, and why they are not in the table
     "workers/agent/executor.py": "part of the agent's scene",
     "workers/agent/forkserver_client.py": "part of the agent's scene",
     "workers/agent/cross_host.py": "not wired into the agent yet",
+    "workers/ipc/sockets.py": "the relay only waits and rings; where no thread is to be had its owner goes on without",
     "workers/fleet/fleet.py": "the joiner: it runs its only step through Attempts, as the others do",
     "workers/protocol/liveness.py": "the heartbeat only counts; the death watcher is part of the agent's scene",
     "workers/rank/loading.py": "hands on what the load raised",

@@ -14,10 +14,12 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from membership.base.attempts import is_shortage
 from membership.base.errors import WaitTimeout
 from workers.ipc import futex
 
 STOP_TIMEOUT_S = 5.0
+NAP_NS = 5_000_000
 SLICE_NS = 500_000_000  # the longest sleep of the relay: rings wake it, its end too
 
 
@@ -65,9 +67,8 @@ class Sockets:
 
     def sleep(self, ready: Callable[[], object], timeout_ns: int) -> None:
         """Until something arrives, a ring comes or the time is over, unless `ready()`; and read what there is."""
-        if self._relay is None:  # by this thread: no other one sleeps on the semaphore from now on
-            self._relay = threading.Thread(target=self._pass_on, name="doorbell-relay", daemon=True)
-            self._relay.start()
+        if self._relay is None and not self._has_relay():
+            return self._nap(timeout_ns)
         self._asleep = True
         try:
             if ready():  # what was rung before the relay could see that we sleep
@@ -76,6 +77,24 @@ class Sockets:
                 self._pump(fd)
         finally:
             self._asleep = False
+
+    def _has_relay(self) -> bool:
+        """Start it, by this thread: no other one sleeps on the semaphore from now on. False: the machine lacks one."""
+        relay = threading.Thread(target=self._pass_on, name="doorbell-relay", daemon=True)
+        try:
+            relay.start()
+        except (RuntimeError, MemoryError) as error:
+            if not is_shortage(error):
+                raise
+            return False
+        self._relay = relay
+        return True
+
+    def _nap(self, timeout_ns: int) -> None:
+        """Without a relay: rings wake it, sockets wait for its end."""
+        if futex.sem_wait_until(self._bell, time.monotonic_ns() + min(timeout_ns, NAP_NS)):
+            futex.sem_drain(self._bell)
+        self.look()
 
     def close(self) -> None:
         """Stop the relay; the sockets are their owners'."""

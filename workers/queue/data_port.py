@@ -15,7 +15,6 @@ import socket
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from urllib.parse import urlsplit
 
 import structlog
@@ -31,8 +30,19 @@ from workers.queue.sealed import SealedSocket, new_keys
 
 TOKEN_BYTES = 16
 MOST_STRANGERS = 64  # connections that have not shown a token yet
-CAN_SEAL = find_spec("cryptography") is not None  # an environment that was made for an older version goes on without
 Made = Callable[[SealedSocket], None]
+
+
+def _can_seal() -> bool:
+    """An environment that was made for an older version goes on without: with none, or one before 47."""
+    try:
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+    except ImportError:
+        return False
+    return hasattr(AESGCM, "encrypt_into") and hasattr(AESGCM, "decrypt_into")
+
+
+CAN_SEAL = _can_seal()
 log = structlog.get_logger("data-port")
 
 

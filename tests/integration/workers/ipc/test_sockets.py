@@ -82,6 +82,27 @@ def test_a_thread_that_sleeps_already_reads_a_socket_that_is_watched_later(bell:
     timer.join()
 
 
+def test_without_a_thread_for_the_relay_rings_and_arrivals_are_seen_all_the_same(
+    bell: Doorbell, source: Bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bell.watch(source)
+
+    def none_left(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    rung: list[int] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", none_left)
+        source.far.send(b"hello")
+        assert bell.wait(lambda: source.found == b"hello", WAIT_S)
+        bell.ring()
+        bell.wait(lambda: rung, 0.001)
+    thread = threading.Thread(target=lambda: (rung.append(1), bell.ring()))
+    thread.start()
+    assert bell.wait(lambda: rung, WAIT_S)
+    thread.join(WAIT_S)
+
+
 def test_no_ring_is_lost_between_many_of_them(bell: Doorbell, source: Bytes) -> None:
     bell.watch(source)
     asked, answered = [0], threading.Semaphore(0)
