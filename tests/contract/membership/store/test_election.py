@@ -118,7 +118,7 @@ def test_the_fence_stops_a_zombie(store: Store, prefix: str) -> None:
 def test_a_candidate_whose_lease_ends_stops(store: Store, prefix: str) -> None:
     with LeaseKeeper(store, 30.0) as holder:
         Election(store, prefix + "leader", b"", holder).campaign(T)
-        keeper = LeaseKeeper(store, 30.0)
+        keeper = LeaseKeeper(store, 2.0)
         store.revoke(keeper.lease)
         with pytest.raises(LeaseLost):
             Election(store, prefix + "leader", b"", keeper).campaign(T)
