@@ -155,8 +155,13 @@ def test_messages_pass_a_data_connection_and_go_on_without_it(
     with join(elsewhere(queue)) as far:
         reader, peer = far._reading, writer._remote._peers["far"]
         assert isinstance(reader, RemoteReader)
+
+        def connected() -> bool:
+            reader._bell.look()  # as who waits for a message does
+            return peer.data is not None and reader._data is not None
+
         for end in range(100, 400, 100):
-            eventually(lambda: peer.data is not None and reader._data is not None, 30, "a data connection")
+            eventually(connected, 30, "a data connection")
             over_zeromq.clear()
             for number in range(end - 100, end):
                 queue.enqueue(number)
