@@ -23,6 +23,7 @@ from pathlib import Path
 import httpx
 import psutil
 
+from benchmarks.recovery_cluster import import_path
 from elastic.demo.model import write_demo_model
 from elastic.serve.etcd_server import free_ports
 from membership.base.process_stats import command_words
@@ -41,7 +42,7 @@ def served(checkout: Path, model: Path, ranks: int, folder: Path) -> Iterator[tu
     begun = time.monotonic()
     with (folder / "log").open("wb") as out:
         process = subprocess.Popen(
-            command, env={**os.environ, "PYTHONPATH": str(checkout)}, cwd=folder, stdout=out, stderr=out
+            command, env={**os.environ, "PYTHONPATH": import_path(checkout)}, cwd=folder, stdout=out, stderr=out
         )
     try:
         while not _ready(ports[0]):

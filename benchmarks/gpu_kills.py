@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import random
 import subprocess
 import sys
@@ -48,7 +47,6 @@ from chaos.target.waiting import until
 from chaos.workload.history import RequestRecord, compare, percentile
 from membership.base.events import Event
 
-READY_S = 400.0
 SAID = (
     "device_taken", "model_loaded", "view_prepared", "experts_placed", "experts_end_with_their_rank",
     "experts_of_others_not_reached", "experts_of_a_slot_not_reached", "kv_cache_ends_with_its_rank", "kv_pool_not_kept",
@@ -277,11 +275,10 @@ def served(arguments: argparse.Namespace, model: Path) -> ServedCluster:
     """The cluster; enter it."""
     flags = [
         "--redundancy", f"{arguments.redundancy:g}", "--device", arguments.device, "--exactness", "invariant",
-        "--max-model-len", "1024", "--ready-timeout", f"{READY_S:g}s", "--no-prefix-cache",
+        "--max-model-len", "1024", "--ready-timeout", f"{arguments.ready:g}s", "--no-prefix-cache",
         "--spares", str(arguments.spares), *arguments.flag,
         *(["--gpu-exchange", str(arguments.ranks)] if arguments.gpu_exchange else []),
     ]  # fmt: skip
-    os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
     return OurCluster(model, arguments.ranks, flags=flags)  # in which each death is the first: no backoff grows
 
 
@@ -308,6 +305,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--gpu-exchange", action="store_true", help="rows travel between GPUs in decode steps")
     parser.add_argument("--limit", type=float, default=420.0, help="seconds after which no kill begins")
+    parser.add_argument("--ready", type=float, default=170.0, help="seconds after which it prints why it is not")
     parser.add_argument("--flag", action="append", default=[], help="of `elastic serve`, as --flag=--no-kv-pools")
     arguments = parser.parse_args()
     gc.disable()  # a collection would be seen as a gap
@@ -317,7 +315,7 @@ def main() -> None:
         vocabulary = checkpoint(arguments, model)
         made_s, started = time.monotonic() - begun, time.monotonic()
         with served(arguments, model) as cluster:
-            cluster.wait_serving(arguments.ranks, READY_S)
+            cluster.wait_serving(arguments.ranks, arguments.ready)
             options = {
                 name: getattr(arguments, name) for name in ("layers", "ranks", "redundancy", "spares", "streams")
             }

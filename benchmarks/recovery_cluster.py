@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import tempfile
@@ -23,6 +24,7 @@ from membership.base.events import Event, Tail
 from membership.store.records import ClusterState
 
 POLL_S = 0.01
+LAST_WORDS = 4000  # characters of a log
 PROMPTS, PROMPT_TOKENS, MAX_TOKENS = 16, 224, 64  # a context is about 256 tokens long when its rank dies
 
 
@@ -30,8 +32,18 @@ class OurCluster(ServedCluster):
     """`elastic serve`, by way of recovery_roles or as it is."""
 
     def __init__(self, *arguments: Any, roles: str = "benchmarks.recovery_roles", **named: Any) -> None:
-        super().__init__(*arguments, **named)
+        super().__init__(*arguments, environ={"PYTHONPATH": import_path()}, **named)
         self._command[self._command.index("elastic.cli")] = roles
+
+    def wait_serving(
+        self, ranks: int, timeout_s: float = 120.0, notify: Callable[[str], None] = lambda _: None
+    ) -> dict[str, Any]:
+        """As there; if it does not come, what the server last said is printed first: its folder ends with the run."""
+        try:
+            return super().wait_serving(ranks, timeout_s, notify)
+        except ElasticError:
+            print(json.dumps({"what": "not ready", **last_words(self)}), flush=True)
+            raise
 
     def read(self, key: str) -> bytes:
         """A record as it is stored."""
@@ -40,6 +52,24 @@ class OurCluster(ServedCluster):
         if found is None:
             raise ElasticError(f"{key} is not in the store")
         return found.value
+
+
+def import_path(first: Path = Path(__file__).parents[1]) -> str:
+    """PYTHONPATH for a child: this tree, then what we were given, or the child would import other versions."""
+    return os.pathsep.join(filter(None, (str(first), os.environ.get("PYTHONPATH", ""))))
+
+
+def last_words(cluster: ServedCluster) -> dict[str, Any]:
+    """Its status, and the end of every log."""
+    try:
+        status: Any = cluster.status()
+    except (ElasticError, OSError) as error:
+        status = f"{type(error).__name__}: {error}"
+    logs = {}
+    for log in sorted(cluster.state.path.rglob("*.log")):
+        end = log.read_text(encoding="utf-8", errors="replace")[-LAST_WORDS:]
+        logs[str(log.relative_to(cluster.state.path))] = end.splitlines()
+    return {"status": status, "logs": logs}
 
 
 class History:
@@ -207,8 +237,7 @@ def scene(
 ) -> Iterator[Scene]:
     """Serve, begin, and at the end compare and stop. `environment` is for recovery_roles."""
     changes = {name: str(value) for name, value in environment.items()}
-    before = {name: os.environ.get(name) for name in (*changes, "PYTHONPATH")}
-    changes["PYTHONPATH"] = str(Path(__file__).parents[1])
+    before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     try:
         with tempfile.TemporaryDirectory(prefix="elastic-ep-recovery-") as folder:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -78,7 +77,6 @@ class Service:
 @contextmanager
 def service() -> Iterator[Service]:
     """A model, and an address to serve it at."""
-    os.environ.setdefault("PYTHONPATH", str(Path(__file__).parents[1]))
     with tempfile.TemporaryDirectory(prefix="elastic-ep-scaling-") as folder:
         write_demo_model(Path(folder) / "model")
         made = Service(Path(folder))
