@@ -53,6 +53,7 @@ class RemoteReader:
         self._handle = handle
         self._id = reader_id
         self._session = secrets.token_bytes(16)
+        self._last: int | None = None  # number of the queue's last message, once the writer has ended it
         self._own_bell = doorbell is None
         self._bell = Doorbell() if doorbell is None else doorbell
         self._inbox: deque[bytes | memoryview] = deque()
@@ -218,16 +219,18 @@ class RemoteReader:
 
     def _arrived(self, head: ToReader, data: bytes | memoryview) -> None:
         """A numbered message, over either connection, in the thread that has read it."""
-        if head.number == END:
-            return self._end("the writer has ended it")
         with self._arriving:
-            if head.number > self._received:
+            if head.number == END:
+                self._last = head.start  # messages that it has overtaken come over the other connection
+            elif head.number > self._received:
                 self._early[head.number] = data
             while (ripe := self._early.pop(self._received + 1, None)) is not None:
                 self._received += 1
                 if self._on_arrival is not None:
                     self._on_arrival(self.codec.decode(ripe, ()))
                 self._inbox.append(ripe)
+        if self._last is not None and self._received >= self._last:
+            self._end("the writer has ended it")
 
     def _look(self, monitor: zmq.Socket[Any]) -> None:
         """A connection is made. Or not, or not again: a dead process is known by that long before it is silent.
@@ -237,8 +240,13 @@ class RemoteReader:
         seen = recv_monitor_message(monitor, zmq.NOBLOCK)
         if seen["event"] == zmq.EVENT_CONNECTED:
             self._connection.made(seen["value"])
+        elif self._last is not None and self._data is not None:
+            return  # the rest is on its way there, and its end is seen
         elif not self._ended and _is_refused(self._handle.remote):
-            self._end("its writer's process has ended")
+            self._end(f"its writer's process has ended{self._missing()}")
+
+    def _missing(self) -> str:
+        return "" if self._last is None else f" after message {self._last}, of which {self._received} have arrived"
 
     def _end(self, why: str) -> None:
         self._ended = self._ended or why
@@ -260,7 +268,7 @@ class RemoteReader:
                 silent_s = self._connection.silent_s(now, others.cut_off) if others is not None else 0.0
             if silent_s:
                 self._silent_s = silent_s
-                self._end(f"its writer has been silent for {silent_s:.3f} s")
+                self._end(f"its writer has been silent for {silent_s:.3f} s{self._missing()}")
         if now >= self._send_at or self._acks_due() or self._io.stopping:
             self._dequeued_bytes = 0  # first: what is dequeued meanwhile is counted twice rather than not
             self._send_at, self._acknowledged = now + HEARTBEAT_S / 2, self._done

@@ -18,6 +18,7 @@ from workers.queue.handle import Offer
 from workers.queue.writer import STOP_TIMEOUT_S
 
 HEARTBEAT_S = 1.0
+LINGER_S = 0.5  # at an end: for what is still to be sent
 END = 2**62  # number of the message that ends the queue
 
 
@@ -43,7 +44,9 @@ class ToWriter(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ToReader(msgspec.Struct, frozen=True, array_like=True):
-    """Precedes each payload; number 0 has none and is a heartbeat, with the number where the reader starts."""
+    """Precedes each payload. Number 0 has none and is a heartbeat, with the number where the reader starts; so has END,
+    with that of the last message.
+    """
 
     number: int
     start: int = 0
@@ -56,7 +59,7 @@ class SocketThread:
 
     def __init__(self, name: str) -> None:
         self.context: zmq.Context[Any] = zmq.Context(io_threads=1)
-        self.context.setsockopt(zmq.LINGER, 200)
+        self.context.setsockopt(zmq.LINGER, int(LINGER_S * 1000))
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._poller = zmq.Poller()
         self._poller.register(self._wake, zmq.POLLIN)

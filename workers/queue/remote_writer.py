@@ -31,7 +31,7 @@ from workers.queue.curve import Authenticator, serve_curve
 from workers.queue.data_port import DataPort, flush_later
 from workers.queue.endpoints import listen_for_hosts
 from workers.queue.handle import Handle, Offer, Remote
-from workers.queue.remote_wire import END, HEARTBEAT_S, SocketThread, ToReader, ToWriter
+from workers.queue.remote_wire import END, HEARTBEAT_S, LINGER_S, SocketThread, ToReader, ToWriter
 from workers.queue.sealed import SealedSocket
 from workers.queue.silence import Connection
 from workers.queue.writer import QueueWriter, SlowReaders
@@ -75,6 +75,7 @@ class RemoteWriter:
         self._changed = threading.Condition()
         self._peers: dict[str, _Peer] = {}
         self._number = 0
+        self._closed = False
         self._heartbeat_at = 0.0
         self._io = SocketThread("queue-remote-writer")
         self._auth = Authenticator(self._io.context, remote.allowed)
@@ -96,13 +97,14 @@ class RemoteWriter:
 
     @contextmanager
     def sending(self, timeout_s: float) -> Iterator[Callable[[bytes], int]]:
-        """Room for one message at every reader; call what is yielded to send it: to how many."""
+        """Room for one message at every reader; call what is yielded to send it: to how many. QueueClosed."""
         with self._one_sender:
             with self._changed:
-                if not self._changed.wait_for(lambda: not self._full(), timeout_s):
+                if not self._changed.wait_for(lambda: self._closed or not self._full(), timeout_s):
                     slow = self._full()
                     names = ", ".join(slow)
                     raise SlowReaders(f"queue {self._queue}: remote readers do not acknowledge: {names}", slow)
+                self._check_open()
             yield self._append
 
     def drop(self, reader_id: str) -> bool:
@@ -112,15 +114,18 @@ class RemoteWriter:
 
     def close(self) -> None:
         """End the queue for its readers. Idempotent."""
-        if self._io.stopping:
-            return
         with self._changed:
+            if self._closed:
+                return
+            self._closed = True
+            self._changed.notify_all()
             for peer in self._peers.values():
                 peer.unacknowledged.append((END, b""))
         self._io.stop()
 
     def _append(self, data: bytes) -> int:
         with self._changed:
+            self._check_open()
             self._number += 1
             for peer in self._peers.values():
                 peer.unacknowledged.append((self._number, data))
@@ -130,6 +135,10 @@ class RemoteWriter:
             if any(peer.sent != self._number for peer in self._peers.values()):
                 self._io.wake()
             return len(self._peers)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise QueueClosed(f"queue {self._queue} is shut down")
 
     def _forget(self, reader_id: str) -> bool:
         peer = self._peers.pop(reader_id, None)
@@ -210,20 +219,22 @@ class RemoteWriter:
                     if not self._transmit(peer, number, data):
                         break
             if self._io.stopping:
-                for peer in self._peers.values():
-                    self._close_data(peer)
+                until = time.monotonic() + LINGER_S
+                for reader_id, peer in self._peers.items():
+                    self._finish(reader_id, peer, until)
                 self._data_port.close()
 
     def _transmit(self, peer: _Peer, number: int, data: bytes) -> bool:
+        head = ToReader(number, self._number if number == END else 0)
         if peer.data is not None:
             try:
-                if not peer.data.send(self._encode(ToReader(number)), [memoryview(data)]):
+                if not peer.data.send(self._encode(head), [memoryview(data)]):
                     flush_later(self._io, peer.data, partial(self._unsendable, peer, peer.data))
             except QueueClosed:
                 self._data_lost(peer)
                 self._io.wake()
                 return False
-        elif not self._send(peer.route, ToReader(number), data):
+        elif not self._send(peer.route, head, data):
             return False
         peer.sent = number
         return True
@@ -269,10 +280,21 @@ class RemoteWriter:
             peer.sent = peer.unacknowledged[0][0] - 1
         self._io.call(partial(self._close, sealed))
 
-    def _close_data(self, peer: _Peer) -> None:
-        if peer.data is not None:
-            self._close(peer.data)
-            peer.data = None
+    def _finish(self, reader_id: str, peer: _Peer, until: float) -> None:
+        """The end of the queue: what its data connection has not taken by then is lost, and the reader can tell."""
+        sealed = peer.data
+        if sealed is None:
+            return
+        try:
+            if not sealed.drain(until - time.monotonic()):
+                log.warning("remote_reader_left_behind", queue=self._queue, reader=reader_id, waited_s=LINGER_S)
+        except QueueClosed:  # the rest goes over ZeroMQ, as ever
+            self._data_lost(peer)
+            for number, data in peer.unsent():
+                if not self._transmit(peer, number, data):
+                    break
+        peer.data = None
+        self._close(sealed)
 
     def _close(self, sealed: SealedSocket) -> None:
         self._io.forget(sealed)

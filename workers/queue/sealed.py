@@ -9,9 +9,11 @@ or put elsewhere.
 from __future__ import annotations
 
 import secrets
+import select
 import socket
 import struct
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 
@@ -121,6 +123,18 @@ class SealedSocket:
                     return False
                 self._unsent.popleft()
             return True
+
+    def drain(self, timeout_s: float) -> bool:
+        """Wait at most that long until all is sent; whether it is."""
+        deadline = time.monotonic() + timeout_s
+        while not self.flush():
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                return False
+            poll = select.poll()
+            poll.register(self._socket, select.POLLOUT)
+            poll.poll(left_s * 1000)
+        return True
 
     def take(self) -> list[Message]:
         """What has arrived."""

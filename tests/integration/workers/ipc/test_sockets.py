@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 
 import pytest
 
+from tests.support.helpers import eventually
 from workers.ipc.doorbell import Bell, Doorbell
 
 pytestmark = pytest.mark.integration
@@ -46,12 +51,30 @@ def source() -> Iterator[Bytes]:
     made.close()
 
 
+@contextmanager
+def once_asleep(bell: Doorbell, action: Callable[[], object]) -> Iterator[None]:
+    """`action` is done by another thread, once the one that waits within this sleeps."""
+    sleeper = threading.get_native_id()
+
+    def act() -> None:
+        eventually(lambda: bell._waiting and status(sleeper).startswith("S"), WAIT_S, "the sleep", interval_s=0.001)
+        action()
+
+    with ThreadPoolExecutor(1) as pool:
+        acting = pool.submit(act)
+        yield
+        acting.result(WAIT_S)
+
+
+def status(thread: int) -> str:
+    """R while it runs, S while it sleeps."""
+    return Path(f"/proc/self/task/{thread}/stat").read_text().rpartition(") ")[2]
+
+
 def test_what_arrives_wakes_the_thread_that_reads_it(bell: Doorbell, source: Bytes) -> None:
     bell.watch(source)
-    timer = threading.Timer(0.05, source.far.send, [b"hello"])
-    timer.start()
-    assert bell.wait(lambda: source.found == b"hello", WAIT_S)
-    timer.join()
+    with once_asleep(bell, lambda: source.far.send(b"hello")):
+        assert bell.wait(lambda: source.found == b"hello", WAIT_S)
 
 
 def test_a_ring_from_elsewhere_wakes_it_too(bell: Doorbell, source: Bytes) -> None:
@@ -64,10 +87,8 @@ def test_a_ring_from_elsewhere_wakes_it_too(bell: Doorbell, source: Bytes) -> No
         other.ring()
 
     for number in range(20):
-        timer = threading.Timer(0.005, ring, [number])
-        timer.start()
-        assert bell.wait(lambda wanted=number: wanted in rung, WAIT_S)
-        timer.join()
+        with once_asleep(bell, partial(ring, number)):
+            assert bell.wait(lambda wanted=number: wanted in rung, WAIT_S)
     other.close()
 
 
@@ -76,10 +97,8 @@ def test_a_thread_that_sleeps_already_reads_a_socket_that_is_watched_later(bell:
         bell.watch(source)
         source.far.send(b"hello")
 
-    timer = threading.Timer(0.05, late)
-    timer.start()
-    assert bell.wait(lambda: source.found == b"hello", WAIT_S)
-    timer.join()
+    with once_asleep(bell, late):
+        assert bell.wait(lambda: source.found == b"hello", WAIT_S)
 
 
 def test_without_a_thread_for_the_relay_rings_and_arrivals_are_seen_all_the_same(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import pytest
@@ -22,7 +23,7 @@ from workers.queue.curve import new_keys
 from workers.queue.handle import CurveKeys
 from workers.queue.message_queue import Handle, MessageQueue, MsgpackCodec, PickleCodec, Remote, SlowReaders
 from workers.queue.remote_reader import RemoteReader
-from workers.queue.remote_wire import ToReader, ToWriter
+from workers.queue.remote_wire import END, ToReader, ToWriter
 from workers.queue.remote_writer import CrossHostWriter, RemoteWriter
 
 pytestmark = pytest.mark.integration
@@ -205,6 +206,72 @@ def test_readers_learn_of_the_writers_end(queue: MessageQueue) -> None:
         assert far.dequeue(30) == "last words"
         with pytest.raises(QueueClosed, match="writer has ended it"):
             far.dequeue(30)
+
+
+def test_what_is_still_on_its_way_at_the_end_arrives(queue: MessageQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_writer, "LINGER_S", 30.0)
+    writer = queue._writing
+    assert isinstance(writer, CrossHostWriter)
+    with join(elsewhere(queue)) as far:
+        reader, peer = far._reading, writer._remote._peers["far"]
+        assert isinstance(reader, RemoteReader)
+        eventually(lambda: reader._bell.look() or (peer.data and reader._data), 30, "a data connection")
+        for number in range(10):
+            queue.enqueue(bytes([number]) * (2 << 20))
+        assert peer.data is not None
+        assert peer.data._unsent, "it is more than the socket takes"
+        ending = threading.Thread(target=queue.shutdown)
+        ending.start()
+        assert [far.dequeue(30)[0] for _ in range(10)] == list(range(10))
+        with pytest.raises(QueueClosed, match="writer has ended it"):
+            far.dequeue(30)
+        ending.join(30)
+
+
+def test_an_end_that_has_overtaken_messages_waits_for_them(queue: MessageQueue) -> None:
+    with join(elsewhere(queue)) as far:
+        reader = far._reading
+        assert isinstance(reader, RemoteReader)
+        reader._arrived(ToReader(END, 2), b"")
+        for number in (1, 2):
+            assert not far._reading.pending()
+            queue.enqueue(number)
+            assert far.dequeue(30) == number
+        with pytest.raises(QueueClosed, match="writer has ended it"):
+            far.dequeue(30)
+
+
+def test_an_end_without_the_last_messages_is_told_from_a_whole_one(
+    queue: MessageQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transmit = RemoteWriter._transmit
+
+    def losing(writer: RemoteWriter, peer: remote_writer._Peer, number: int, data: bytes) -> bool:
+        return number == 2 or transmit(writer, peer, number, data)
+
+    monkeypatch.setattr(RemoteWriter, "_transmit", losing)
+    with join(elsewhere(queue)) as far:
+        queue.enqueue("arrives")
+        queue.enqueue("does not")
+        queue.shutdown()
+        assert far.dequeue(30) == "arrives"
+        with pytest.raises(QueueClosed, match="ended after message 2, of which 1 have arrived"):
+            far.dequeue(30)
+
+
+def test_nothing_is_taken_once_the_queue_has_ended(queue: MessageQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without any reader on this host: it is the other hosts' half that refuses."""
+    monkeypatch.setattr(remote_writer, "WINDOW", 1)
+    with join(elsewhere(queue)):
+        queue.enqueue("fills the window")
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(queue.enqueue, "waits for room", 30)
+            eventually(lambda: queue._writing._remote._one_sender.locked(), 30, "the wait")  # type: ignore[union-attr]
+            queue.shutdown()
+            with pytest.raises(QueueClosed, match="shut down"):
+                waiting.result(30)
+        with pytest.raises(QueueClosed, match="shut down"):
+            queue.enqueue("too late")
 
 
 def test_a_killed_reader_is_forgotten(queue: MessageQueue, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from contextlib import ExitStack
 
 import pytest
 
+from membership.base.network import Ports
 from tests.support.helpers import eventually
 from workers.queue import data_port
 from workers.queue.data_port import DataPort, TakeUp
@@ -107,6 +109,20 @@ def test_a_port_where_nobody_listens_is_not_reached(side: Side) -> None:
     side.take_up(offer)
     eventually(lambda: side.failed, WAIT_S, "the refusal")
     assert "refused" in side.failed[0].lower()
+
+
+def test_any_free_port_of_a_range_is_taken_and_none_is_no_end() -> None:
+    """At an address of this process's own, where no test that runs beside listens."""
+    high, low = divmod(os.getpid() % 65_000, 256)
+    mine, ports = f"127.2.{high}.{low}", Ports(7400, 7401)
+    io = SocketThread("a side of the test")
+    made = [DataPort(io, mine, ports) for _ in range(3)]
+    offers = [each.offer(lambda sealed: sealed.close()) for each in made]
+    assert {offer.address for offer in offers if offer is not None} == {f"tcp://{mine}:7400", f"tcp://{mine}:7401"}
+    assert offers[2] is None
+    for each in made:
+        each.close()
+    io.discard()
 
 
 def test_strangers_that_say_nothing_are_hung_up_on(side: Side, monkeypatch: pytest.MonkeyPatch) -> None:
