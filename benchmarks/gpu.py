@@ -16,7 +16,6 @@ import argparse
 import asyncio
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,83 +25,16 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-HIDDEN, EXPERTS, INNER, HEADS, KV_HEADS, WIDTH, VOCABULARY = 2048, 128, 768, 32, 4, 128, 1024
+from benchmarks.gpu_checkpoint import LONGEST, QwenShape, make_checkpoint
+
+VOCABULARY = QwenShape.vocabulary
 URL = "http://127.0.0.1:8000"
 READY_S = 300.0
-LONGEST = 4096  # tokens of a prompt and its answer
 PREFILLED = LONGEST - 1
 
 
 def say(what: str, **fields: object) -> None:
     print(json.dumps({"what": what, **fields}), flush=True)
-
-
-def _write_config(folder: Path, layers: int) -> None:
-    config = {
-        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": HIDDEN,
-        "num_hidden_layers": layers, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": WIDTH,
-        "num_experts": EXPERTS, "num_experts_per_tok": 8, "moe_intermediate_size": INNER, "intermediate_size": 6144,
-        "vocab_size": VOCABULARY, "max_position_embeddings": LONGEST, "rms_norm_eps": 1e-6, "hidden_act": "silu",
-        "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}, "norm_topk_prob": True,
-        "decoder_sparse_step": 1, "mlp_only_layers": [], "tie_word_embeddings": False, "attention_bias": False,
-        "dtype": "bfloat16", "use_sliding_window": False, "bos_token_id": 0, "pad_token_id": 1,
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 0}), encoding="utf-8")
-
-
-def _some(*shape: int) -> Any:
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return (torch.randn(*shape, device=device) * shape[-1] ** -0.5).bfloat16().cpu()
-
-
-def _layer(at: str) -> dict[str, Any]:
-    import torch
-
-    ones = torch.ones(HIDDEN, dtype=torch.bfloat16)
-    tensors = {
-        at + "input_layernorm.weight": ones, at + "post_attention_layernorm.weight": ones.clone(),
-        at + "self_attn.q_norm.weight": ones[:WIDTH].clone(), at + "self_attn.k_norm.weight": ones[:WIDTH].clone(),
-        at + "self_attn.q_proj.weight": _some(HEADS * WIDTH, HIDDEN), at + "mlp.gate.weight": _some(EXPERTS, HIDDEN),
-        at + "self_attn.k_proj.weight": _some(KV_HEADS * WIDTH, HIDDEN),
-        at + "self_attn.v_proj.weight": _some(KV_HEADS * WIDTH, HIDDEN),
-        at + "self_attn.o_proj.weight": _some(HIDDEN, HEADS * WIDTH),
-    }  # fmt: skip
-    gate, up, down = _some(EXPERTS, INNER, HIDDEN), _some(EXPERTS, INNER, HIDDEN), _some(EXPERTS, HIDDEN, INNER)
-    for expert in range(EXPERTS):
-        name = at + f"mlp.experts.{expert}."
-        tensors[name + "gate_proj.weight"] = gate[expert]
-        tensors[name + "up_proj.weight"] = up[expert]
-        tensors[name + "down_proj.weight"] = down[expert]
-    return tensors
-
-
-def make_checkpoint(folder: Path, layers: int) -> None:
-    """Random weights in bf16, in the layout of Hugging Face."""
-    import torch
-    from safetensors.torch import save_file
-
-    demo = Path(__file__).parents[1] / "elastic/demo/checkpoint"
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        if (demo / name).exists():
-            shutil.copy(demo / name, folder)
-    _write_config(folder, layers)
-    index: dict[str, str] = {}
-
-    def keep(name: str, tensors: dict[str, Any]) -> None:
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name, {"format": "pt"})
-        index.update(dict.fromkeys(tensors, name))
-
-    ones = torch.ones(HIDDEN, dtype=torch.bfloat16)
-    top = {"model.embed_tokens.weight": _some(VOCABULARY, HIDDEN) * HIDDEN**0.5}
-    keep("top.safetensors", top | {"lm_head.weight": _some(VOCABULARY, HIDDEN), "model.norm.weight": ones})
-    for layer in range(layers):
-        keep(f"layer-{layer}.safetensors", _layer(f"model.layers.{layer}."))
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": index}), encoding="utf-8"
-    )
 
 
 def prompt(number: int) -> str:
@@ -235,15 +167,15 @@ def measure(server: Server, exactness: str, tokens: int, kills: int) -> None:
         say("event", exactness=exactness, **said)
 
 
-async def _answered(prompts: list[list[int]]) -> float:
+async def answered(url: str, prompts: list[list[int]]) -> float:
     """How many seconds it takes to answer these with one token each, all asked at once."""
     import httpx
 
     async with httpx.AsyncClient(timeout=300, trust_env=False) as client:
-        name = (await client.get(f"{URL}/v1/models")).json()["data"][0]["id"]
+        name = (await client.get(f"{url}/v1/models")).json()["data"][0]["id"]
         begun = time.monotonic()
         bodies = [{"model": name, "prompt": each, "max_tokens": 1, "temperature": 0} for each in prompts]
-        for answer in await asyncio.gather(*(client.post(f"{URL}/v1/completions", json=body) for body in bodies)):
+        for answer in await asyncio.gather(*(client.post(f"{url}/v1/completions", json=body) for body in bodies)):
             answer.raise_for_status()
         return time.monotonic() - begun
 
@@ -254,9 +186,9 @@ def prefill(server: Server, exactness: str) -> None:
 
     draw = random.Random(5)
     prompts = [[draw.randrange(4, VOCABULARY) for _ in range(PREFILLED)] for _ in range(9)]
-    asyncio.run(_answered(prompts[:1]))  # kernels are compiled
-    alone = sorted(asyncio.run(_answered([each])) for each in prompts[1:6])
-    together = asyncio.run(_answered(prompts[6:]))
+    asyncio.run(answered(URL, prompts[:1]))  # kernels are compiled
+    alone = sorted(asyncio.run(answered(URL, [each])) for each in prompts[1:6])
+    together = asyncio.run(answered(URL, prompts[6:]))
     say(
         "prefill", exactness=exactness, prompt_tokens=PREFILLED, ready_s=round(server.ready_s, 1),
         seconds_alone=[round(each, 3) for each in alone], tokens_per_s_alone=round(PREFILLED / alone[2]),

@@ -2,12 +2,15 @@
 
     python -m benchmarks.gpu_kills [--layers 12] [--ranks 2] [--redundancy 2] [--gpu-exchange] [--spares 0]
                                    [--kills 20] [--warm-kills 2] [--scales 2] [--streams 32] [--limit 420]
+    python -m benchmarks.gpu_kills --layers 48 --ready 300 --streams 64 --decode 1,64 --prefill --timed ...
     python -m benchmarks.gpu_kills --device cpu --kills 4 --streams 4       (a small checkpoint: does all of it work?)
 
 The checkpoint is `benchmarks.gpu`'s, with a word per token. Streams run without an end, and every answer is compared
 with that of before the first kill. Ranks are killed by turns at a random moment, each once all serve again;
-`--kills 50` is the soak. No more kills begin once `--limit` seconds have passed. Prints JSON lines; times are
-milliseconds, beyond the median gap between two tokens of a stream without a fault where a name ends in `_beyond`:
+`--kills 50` is the soak. No more kills begin once `--limit` seconds have passed. Before that, on request: rates of
+decoding and of long prompts (`gpu_decode.py`), and where the time of a step goes (`--timed`, `gpu_worker.py`). Prints
+JSON lines, one per kill as it goes, so that a run that was cut tells what it saw; times are milliseconds, beyond the
+median gap between two tokens of a stream without a fault where a name ends in `_beyond`:
 
     next_beyond    of requests elsewhere: from SIGKILL until their next token
     others_beyond  of requests elsewhere: the gap in which the rank was killed
@@ -26,6 +29,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import random
 import subprocess
 import sys
@@ -38,9 +42,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.checkpoints import SMALL, make, write_tokenizer
-from benchmarks.gpu import VOCABULARY, make_checkpoint, say
+from benchmarks.gpu import VOCABULARY, say
+from benchmarks.gpu_checkpoint import LONGEST, make_checkpoint
+from benchmarks.gpu_decode import decode, prefill
 from benchmarks.raw_streams import RawStreams
 from benchmarks.recovery_cluster import History, OurCluster
+from benchmarks.recovery_roles import WORKER
 from chaos.faults import kill
 from chaos.target.cluster import ServedCluster
 from chaos.target.waiting import until
@@ -50,7 +57,7 @@ from membership.base.events import Event
 SAID = (
     "device_taken", "model_loaded", "view_prepared", "experts_placed", "experts_end_with_their_rank",
     "experts_of_others_not_reached", "experts_of_a_slot_not_reached", "kv_cache_ends_with_its_rank", "kv_pool_not_kept",
-    "step_recorded", "steps_are_not_recorded", "serving_is_not_recorded", "no_gpu_exchange",
+    "step_recorded", "steps_are_not_recorded", "steps_timed", "serving_is_not_recorded", "no_gpu_exchange",
 )  # fmt: skip
 STEADY_S = 4.0
 SETTLE_S = 1.0  # after full strength: what the successor still holds up
@@ -82,10 +89,10 @@ class Scene:
         draw = [[self.chance.randrange(4, vocabulary) for _ in range(PROMPT)] for _ in range(arguments.streams)]
         self._prompts, self._name = draw, cluster.model_name()
 
-    def streams(self) -> RawStreams:
-        """All prompts, one a stream, again and again."""
-        count, tokens = self.arguments.streams, self.arguments.tokens
-        return RawStreams(self.cluster.url, self._name, self._prompts, count, tokens)
+    def streams(self, count: int = 0) -> RawStreams:
+        """All prompts, or the first ones, one a stream, again and again."""
+        count = count or self.arguments.streams
+        return RawStreams(self.cluster.url, self._name, self._prompts[:count], count, self.arguments.tokens)
 
     def pids(self) -> dict[int, int]:
         """By rank."""
@@ -111,6 +118,11 @@ class Scene:
         """Wait until nearly all streams are in the midst of an answer: they end and begin all the time."""
         wanted = max(1, round(0.9 * self.arguments.streams))
         until(lambda: streams.flowing() >= wanted, lambda: f"{wanted} streams", 60.0, poll_s=0.01)
+
+    def until_spared(self) -> None:
+        """Wait until as many spares as wanted are ready: else a kill would be one without a spare."""
+        wanted = self.arguments.spares
+        until(lambda: self.cluster.status().get("spares", {}).get("ready", 0) >= wanted, f"{wanted} spares", 60.0)
 
 
 def gpu_memory() -> list[int]:
@@ -223,6 +235,29 @@ def report_scales(changes: Sequence[dict[str, Any]], records: Sequence[RequestRe
 
 
 def measure(scene: Scene, begun: float) -> bool:
+    """What was asked for; whether nothing was lost, duplicated or altered."""
+    arguments = scene.arguments
+    if arguments.decode:
+        decode(scene.streams, [int(count) for count in arguments.decode.split(",")], say)
+    if arguments.prefill:
+        prefill(scene.cluster.url, arguments.vocabulary, say)
+    if arguments.timed:
+        say_logs(scene)
+    return not arguments.kills + arguments.warm_kills + arguments.scales or faults(scene, begun)
+
+
+def killed(scene: Scene, rank: int, number: int, begun: float) -> Kill:
+    """One more kill, told at once."""
+    death = kill_one(scene, rank)
+    say(
+        "killed", number=number, rank=rank, masked=death.masked_ms, recovered=death.recovered_ms,
+        full=round((death.full_at - death.at) * 1000), requests=len(death.moved), read=death.read,
+        recorded=death.recorded, memory=gpu_memory(), at_s=round(time.monotonic() - begun, 1),
+    )  # fmt: skip
+    return death
+
+
+def faults(scene: Scene, begun: float) -> bool:
     """All parts, with the same streams; whether nothing was lost, duplicated or altered."""
     arguments = scene.arguments
     for _ in range(3):  # kernels are compiled, and graphs recorded
@@ -241,8 +276,9 @@ def measure(scene: Scene, begun: float) -> bool:
             if time.monotonic() > begun + arguments.limit:
                 say("out of time", part=name, done=number, of=count)
                 break
+            scene.until_spared()
             scene.until_flowing(streams)
-            kills[name].append(kill_one(scene, number % arguments.ranks))
+            kills[name].append(killed(scene, number % arguments.ranks, number, begun))
     scene.cluster.wait_serving(arguments.ranks)
     after, changes = gpu_memory(), list[dict[str, Any]]()
     for target in (1, arguments.ranks) * arguments.scales:
@@ -266,19 +302,27 @@ def measure(scene: Scene, begun: float) -> bool:
         seen = [event.fields for event in scene.cluster.events() if event.kind == kind]
         if seen:
             say("event", kind=kind, times=len(seen), last=seen[-1])
+    say_logs(scene)
+    return verdict.ok
+
+
+def say_logs(scene: Scene) -> None:
+    """What the ranks said so far."""
     for line in sorted(scene.said(), key=lambda line: str(line.get("timestamp"))):
         say("log", **line)
-    return verdict.ok
 
 
 def served(arguments: argparse.Namespace, model: Path) -> ServedCluster:
     """The cluster; enter it."""
     flags = [
         "--redundancy", f"{arguments.redundancy:g}", "--device", arguments.device, "--exactness", "invariant",
-        "--max-model-len", "1024", "--ready-timeout", f"{arguments.ready:g}s", "--no-prefix-cache",
+        "--max-model-len", str(LONGEST if arguments.prefill else 1024), "--no-prefix-cache",
+        "--ready-timeout", f"{arguments.ready:g}s",
         "--spares", str(arguments.spares), *arguments.flag,
         *(["--gpu-exchange", str(arguments.ranks)] if arguments.gpu_exchange else []),
     ]  # fmt: skip
+    if arguments.timed:
+        os.environ[WORKER] = "benchmarks.gpu_worker:TimedWorker"
     return OurCluster(model, arguments.ranks, flags=flags)  # in which each death is the first: no backoff grows
 
 
@@ -288,9 +332,9 @@ def checkpoint(arguments: argparse.Namespace, model: Path) -> int:
         make(model, SMALL)
         return SMALL.vocabulary
     model.mkdir()
-    make_checkpoint(model, arguments.layers)
-    write_tokenizer(model, VOCABULARY)
-    return VOCABULARY
+    make_checkpoint(model, arguments.layers, arguments.vocabulary)
+    write_tokenizer(model, arguments.vocabulary)
+    return int(arguments.vocabulary)
 
 
 def main() -> None:
@@ -298,12 +342,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (
         ("layers", 12), ("ranks", 2), ("spares", 0), ("kills", 20), ("warm-kills", 2), ("scales", 2), ("streams", 32),
-        ("tokens", 256), ("seed", 1),
+        ("tokens", 256), ("seed", 1), ("vocabulary", VOCABULARY),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--redundancy", type=float, default=2.0)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--gpu-exchange", action="store_true", help="rows travel between GPUs in decode steps")
+    parser.add_argument("--decode", default="", help="numbers of streams, with commas, whose rates are measured first")
+    parser.add_argument("--prefill", action="store_true", help="prompts of 4,095 tokens, too")
+    parser.add_argument("--timed", action="store_true", help="ranks log where the time of decode steps goes")
     parser.add_argument("--limit", type=float, default=420.0, help="seconds after which no kill begins")
     parser.add_argument("--ready", type=float, default=170.0, help="seconds after which it prints why it is not")
     parser.add_argument("--flag", action="append", default=[], help="of `elastic serve`, as --flag=--no-kv-pools")

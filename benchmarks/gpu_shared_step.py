@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import make_checkpoint
+from benchmarks.gpu_checkpoint import make_checkpoint
 from benchmarks.gpu_exchange import EXPERTS, LIMIT_S, Page, Rank, Ranks, placement, say
 from benchmarks.serve import prompt_token
 

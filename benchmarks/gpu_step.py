@@ -13,7 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.gpu import make_checkpoint, say
+from benchmarks.gpu import say
+from benchmarks.gpu_checkpoint import make_checkpoint
 from benchmarks.serve import Step, ours
 
 WARM, TIMED = 5, 30

@@ -2,7 +2,8 @@
 
 A hundred kills in a row are each treated as a slot's (or role's) first death, without the backoff and quarantine that
 follow in production. By environment, all inherited: RECOVERY_BALLAST_MB (touched memory in each rank), RECOVERY_TTL_S
-(of leases) and RECOVERY_SWITCH (file of a page that turns detection and masking off and on while they run).
+(of leases), RECOVERY_SWITCH (file of a page that turns detection and masking off and on while they run) and
+RECOVERY_WORKER (a worker's class).
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from workers.agent import exits, restart_policy, spares
 
 BALLAST_MB = "RECOVERY_BALLAST_MB"
 TTL_S = "RECOVERY_TTL_S"
-WORKER = "benchmarks.recovery_worker:BenchWorker"
+WORKER = "RECOVERY_WORKER"
+BALLAST_WORKER = "benchmarks.recovery_worker:BenchWorker"
 
 
 def every_death_is_the_first() -> None:
@@ -41,12 +43,12 @@ def with_ttl(ttl_s: float) -> None:
     supervisor.cluster_config = lambda options: msgspec.structs.replace(made(options), lease_ttl_s=ttl_s)
 
 
-def with_our_worker() -> None:
-    """Ranks run our subclass of the worker, forked from a forkserver that has imported all that the product's has."""
+def with_worker(worker: str) -> None:
+    """Ranks run this subclass of the worker, forked from a forkserver that has imported all that the product's has."""
     usual = preload.preload_for
-    ours = WORKER.partition(":")[0]
+    ours = worker.partition(":")[0]
     preload.preload_for = lambda worker, *rest: (*usual("workers.rank.worker:EPWorker", *rest), ours)
-    sys.argv += ["--worker-class", WORKER]
+    sys.argv += ["--worker-class", worker]
 
 
 def main() -> None:
@@ -55,8 +57,9 @@ def main() -> None:
     if sys.argv[1:2] == ["serve"] and os.environ.get(TTL_S):
         with_ttl(float(os.environ[TTL_S]))
     recovery_switch.install()
-    if sys.argv[1:2] == ["agent"] and (os.environ.get(BALLAST_MB) or os.environ.get(recovery_switch.SWITCH)):
-        with_our_worker()
+    special = os.environ.get(BALLAST_MB) or os.environ.get(recovery_switch.SWITCH)
+    if sys.argv[1:2] == ["agent"] and (worker := os.environ.get(WORKER) or (BALLAST_WORKER if special else "")):
+        with_worker(worker)
     cli.main()
 
 
