@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,9 +15,9 @@ from urllib.parse import urlsplit
 
 import h11
 
+from chaos.workload.background import Background
 from chaos.workload.history import RequestRecord
 from chaos.workload.streams import Seen
-from membership.base.errors import WaitTimeout
 
 PIECE_BYTES = 1 << 16
 PAUSE_S = 0.05  # of a stream after a request that brought nothing
@@ -67,9 +66,7 @@ class RawStreams:
         self._limit: int | None = None
         self._noted: list[_Noted] = []
         self._open: dict[int, _Noted] = {}
-        self._stop = threading.Event()
-        self._failure: BaseException | None = None
-        self._thread: threading.Thread | None = None
+        self._background = Background("raw streams", self._run)
 
     def once(self) -> list[RequestRecord]:
         """Each prompt once."""
@@ -79,18 +76,11 @@ class RawStreams:
 
     def start(self) -> None:
         """Stream in a thread until `stop`."""
-        self._thread = threading.Thread(target=self._run_in_thread, name="raw-streams", daemon=True)
-        self._thread.start()
+        self._background.start()
 
     def stop(self) -> list[RequestRecord]:
         """Begin no more requests, wait for those under way, and read all. WaitTimeout, or what ended the streams."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(END_S)
-            if self._thread.is_alive():
-                raise WaitTimeout(f"streams {sorted(self._open)} did not end within {END_S:.0f} s")
-        if self._failure is not None:
-            raise self._failure
+        self._background.stop(END_S, lambda: f"streams {sorted(self._open)}")
         return self._records()
 
     def flowing(self) -> int:
@@ -116,17 +106,11 @@ class RawStreams:
         parts = [connection.send(each) or b"" for each in (request, h11.Data(data=content), h11.EndOfMessage())]
         return connection, b"".join(parts)
 
-    def _run_in_thread(self) -> None:
-        try:
-            asyncio.run(self._run())
-        except BaseException as error:  # noqa: BLE001 - raised by `stop`
-            self._failure = error
-
     async def _run(self) -> None:
         await asyncio.gather(*(self._stream(number) for number in range(self._streams)))
 
     async def _stream(self, number: int) -> None:
-        while not self._stop.is_set() and (self._limit is None or self._next < self._limit):
+        while not self._background.stopping.is_set() and (self._limit is None or self._next < self._limit):
             prompt, self._next = self._next % len(self._prompts), self._next + 1
             noted = self._open[number] = _Noted(prompt, time.monotonic())
             try:

@@ -14,9 +14,9 @@ from typing import Annotated, Literal
 import httpx
 import msgspec
 
+from chaos.workload.background import Background
 from chaos.workload.history import RequestRecord
 from elastic.serve.api_keys import client_headers
-from membership.base.errors import WaitTimeout
 
 PROMPTS = (
     "The for statement", "A function definition", "Lists are mutable", "The import statement", "Exceptions are",
@@ -87,9 +87,7 @@ class Workload:
         self._lock = threading.Lock()
         self._done: list[RequestRecord] = []
         self._open: dict[int, int] = {}  # stream -> tokens so far
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self._background = Background("workload", self._run)
         self._next = 0
         self._limit: int | None = None
 
@@ -103,22 +101,14 @@ class Workload:
 
     def start(self) -> None:
         """Stream in the background until `stop`."""
-        self._thread = threading.Thread(target=self._run_in_thread, name="workload", daemon=True)
-        self._thread.start()
+        self._background.start()
 
     def stop(self) -> list[RequestRecord]:
         """Start no more requests, wait for those under way, return all records: every request that was begun.
 
         WaitTimeout names the streams that do not end; whatever ended the workload itself is raised.
         """
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(timeout=self.timeout_s + 10.0)
-            if self._thread.is_alive():
-                raise WaitTimeout(f"streams {sorted(self.open_streams())} did not end; tokens: {self.open_streams()}")
-            self._thread = None
-        if self._failure is not None:
-            raise self._failure
+        self._background.stop(self.timeout_s + 10.0, lambda: f"tokens per open stream: {self.open_streams()}")
         return self.records()
 
     def records(self) -> list[RequestRecord]:
@@ -131,12 +121,6 @@ class Workload:
         with self._lock:
             return dict(self._open)
 
-    def _run_in_thread(self) -> None:
-        try:
-            asyncio.run(self._run())
-        except BaseException as error:  # noqa: BLE001 - raised by `stop`
-            self._failure = error
-
     # -- one stream --------------------------------------------------------------------------------------------------
 
     async def _run(self) -> None:
@@ -147,7 +131,7 @@ class Workload:
             await asyncio.gather(*(self._stream(client, number) for number in range(self.concurrency)))
 
     async def _stream(self, client: httpx.AsyncClient, number: int) -> None:
-        while not self._stop.is_set() and (self._limit is None or self._next < self._limit):
+        while not self._background.stopping.is_set() and (self._limit is None or self._next < self._limit):
             prompt, self._next = self._next % self.distinct, self._next + 1
             record = await self._request(client, number, prompt)
             with self._lock:
