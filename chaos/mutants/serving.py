@@ -284,9 +284,26 @@ MUTANTS: tuple[Mutant, ...] = (
         name="copied-into-but-known",
         guards="G3: a block that is copied into holds nothing that was known of it",
         file="workers/rank/engine_port.py",
-        before='                self._learn(dict.fromkeys(order.blocks, b""))\n',
-        after="                pass\n",
+        before='            self._learn(dict.fromkeys(order.blocks, b""))\n',
+        after="            pass\n",
         tests=(f"{PORT}::test_a_new_engine_learns_first_and_once_what_is_known_of_the_blocks",),
+    ),
+    # --- reads of a dead rank's pool beside a step
+    Mutant(
+        name="read-into-what-is-written",
+        guards="G3: nothing is read into blocks that the step under way may still write",
+        file="elastic/engine/scheduler.py",
+        before="        if any(sequence.home is not home for",
+        after="        if any(False and sequence.home is not home for",
+        tests=(f"{SALVAGE}::test_nothing_is_read_into_blocks_that_the_step_under_way_still_writes",),
+    ),
+    Mutant(
+        name="step-beside-a-read",
+        guards="G3: a rank runs no step before a read that was ordered before it has ended",
+        file="workers/rank/engine_port.py",
+        before="        self._reads.settle()\n        if step_fence",
+        after="        if step_fence",
+        tests=(f"{PORT}::test_a_dead_ranks_pool_is_read_beside_a_step_and_what_follows_waits_for_that",),
     ),
     # --- the engine's office
     Mutant(

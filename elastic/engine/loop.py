@@ -377,6 +377,7 @@ class Engine:
             return
         self._call_off(self._gpu.failed())  # first: the others wait in their kernels
         self._fleet.mask(identity.rank)
+        self._flush()  # what it had answered: clients need not wait for the others, nor does it end the recovery
         now = self._clock()
         if loss.source == DetectedBy.DEADLINE:
             self._scheduler.overran()
@@ -399,6 +400,7 @@ class Engine:
             uncovered=self._scheduler.uncovered,
             noticed_at=loss.at,
         )
+        self._copy(self._scheduler.reads(now))  # now: what they had computed may be there when this step ends
         self._traces.lost(moved, now - loss.at, event, self._epoch)
         self._report()
 

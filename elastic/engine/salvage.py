@@ -2,14 +2,15 @@
 computed again. Pure.
 
 The pool is its agent's and outlives it. A request that lost its home is given another one as ever. If that is on the
-same host, its new rank copies the blocks that it lacks, piece after piece, and the request waits for them. So does the
-next step, so that the request is in it, but no longer than a step takes: others go on between two such waits. Only
-confirmed tokens are read, and only from a rank whose end is certain. Whatever fails meanwhile: the request is computed
-from where it got to.
+same host, its new rank copies the blocks that it lacks, piece after piece, and the request waits for them. It begins at
+once, beside the step that was under way at the death. The next step waits, too, so that the request is in it, but no
+longer than a step takes: others go on between two such waits. Only confirmed tokens are read, and only from a rank
+whose end is certain. Whatever fails meanwhile: the request is computed from where it got to.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -107,15 +108,19 @@ class Salvage:
             if read.order is not None and now >= read.deadline:
                 self._give_up(read)
 
-    def orders(self, homes: Mapping[int, Home], now: float) -> list[CopyBlocks]:
-        """What ranks are to read now, before the next step."""
+    def orders(self, homes: Mapping[int, Home], now: float, *, amid: bool = False) -> list[CopyBlocks]:
+        """What ranks are to read now, before the next step; `amid`: beside one, whose end may be what an answer waits
+        for. Then nothing that this step writes may be read into, which is for the caller to see to."""
         self.review(homes, now)
+        for read in self._reads:
+            if read.deadline == math.inf and not amid:
+                read.deadline = now + COPY_TIMEOUT_S
         under_way = Counter(read.home.rank for read in self._reads if read.order is not None)
         made = []
         for read in self._reads:
             if read.order is None and under_way[read.home.rank] < AT_ONCE:
                 under_way[read.home.rank] += 1
-                read.order, read.deadline = self._order(read), now + COPY_TIMEOUT_S
+                read.order, read.deadline = self._order(read), math.inf if amid else now + COPY_TIMEOUT_S
                 made.append(read.order)
         return made
 
@@ -125,7 +130,7 @@ class Salvage:
         source, target = read.left.source, read.home.rank_id
         return CopyBlocks(self._token, next(self._numbers), source, target, blocks, arriving=True, there=there)
 
-    def take(self, answer: BlocksCopied, homes: Mapping[int, Home], now: float) -> list[CopyBlocks]:
+    def take(self, answer: BlocksCopied, homes: Mapping[int, Home], now: float) -> None:
         """Handle an answer; answers to anything but the last order have no effect."""
         self.review(homes, now)
         for read in self._reads:
@@ -139,8 +144,7 @@ class Salvage:
                 read.sequence.advance(min(answer.blocks * self._size, read.left.tokens - read.sequence.computed))
                 if answer.blocks == len(order.blocks):
                     self._finish(read, now)
-            return self.orders(homes, now)
-        return []
+            return
 
     def _finish(self, read: _Read, now: float) -> None:
         self._reads.remove(read)

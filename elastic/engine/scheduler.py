@@ -195,10 +195,16 @@ class Scheduler:
 
     def copies(self, now: float) -> list[CopyBlocks]:
         """Copies to send to ranks before the next step. What has lost its home has another by then, if it fits."""
-        moves = self._migration.orders(self._homes, now)
+        return self._migration.orders(self._homes, now) + self.reads(now)
+
+    def reads(self, now: float) -> list[CopyBlocks]:
+        """Those of what dead ranks have left. Also beside a step, unless that may still write into blocks that are free
+        again, as one of its requests has lost its home."""
+        if any(sequence.home is not home for home in self._homes.values() for sequence, _ in home.in_flight):
+            return []
         if self._salvage.reading and not self.held:
             self._admit(now)
-        return moves + self._salvage.orders(self._homes, now)
+        return self._salvage.orders(self._homes, now, amid=bool(self.unanswered))
 
     def copies_wait_s(self, now: float) -> float:
         """How long the next step waits at most for what a dead rank has left, so that its requests are in it."""
@@ -206,7 +212,9 @@ class Scheduler:
 
     def copied(self, answer: BlocksCopied, now: float) -> list[CopyBlocks]:
         """Handle a copy's answer; return the next copies to send."""
-        return self._migration.take(answer, self._homes, now) + self._salvage.take(answer, self._homes, now)
+        moves = self._migration.take(answer, self._homes, now)
+        self._salvage.take(answer, self._homes, now)
+        return moves + self.reads(now)
 
     def moved(self) -> list[Moved]:
         """Requests that have moved with their blocks since the last call."""

@@ -29,7 +29,7 @@ from elastic.serve.options import ApiOptions
 from membership.base import failpoints
 from membership.base.errors import ConfigError, JournalError, QueueError, RequestError
 from membership.base.network import Network
-from membership.base.timing import ENGINE_SILENCE_S, ENGINE_WAIT_S, STALL_S
+from membership.base.timing import ENGINE_SILENCE_S, ENGINE_WAIT_S, MAX_WAIT_S, STALL_S
 from membership.store.records import ClusterState, EngineRecord
 from workers.queue.network import refusing_retired
 
@@ -43,7 +43,7 @@ class LinkSettings:
     """Deadlines and caps."""
 
     engine_wait_s: float = ENGINE_WAIT_S  # how long a request waits for an engine
-    stall_s: float = STALL_S  # how long a request may go without a token while there is one
+    stall_s: float = STALL_S  # how long a request with a place may go without a token while there is one
     ping_every_s: float = 1.0
     silence_s: float = ENGINE_SILENCE_S  # an engine that answers no ping for this long is connected to anew
     resubmit_after_s: float = 5.0  # how long faulty output is ignored after its request was submitted again
@@ -204,6 +204,7 @@ class EngineLink:
         self._socket: zmq.asyncio.Socket | None = None
         self._last_message_at = self._down_since = self._token_at = clock()
         self._generations: dict[str, Generation] = {}
+        self._max_wait_s = MAX_WAIT_S  # for a place on a rank; as the cluster's config says
         self._faults: dict[str, Fault] = {}  # by request
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ToGateway)
@@ -213,7 +214,8 @@ class EngineLink:
     def generation(self, requests: Sequence[Request]) -> Generation:
         """A response's requests; enter the block to submit them."""
         settings = self.settings
-        return Generation(self, requests, settings.engine_wait_s + settings.stall_s + settings.silence_s)
+        patience_s = settings.engine_wait_s + self._max_wait_s + settings.stall_s + settings.silence_s
+        return Generation(self, requests, patience_s)
 
     def open(self, generation: Generation, requests: Sequence[Request]) -> None:
         """Admit requests; they are submitted now, or as soon as there is an engine."""
@@ -275,6 +277,7 @@ class EngineLink:
     def on_state(self, state: ClusterState) -> None:
         """Connect to the engine that the store names. While it names none, keep the connection."""
         if state.config is not None:
+            self._max_wait_s = state.config.max_wait_s
             self._network = refusing_retired(state.config, self._network)
         if state.engine is None:
             return
@@ -435,9 +438,14 @@ class EngineLink:
             if not self.ready and waited_s > settings.engine_wait_s:
                 message = f"no engine for {waited_s:.0f} s"
                 self._fail(request.id, RequestError(message, status=503, code="no_engine", retry_after_s=5.0))
-            elif self.ready and now - request.progress_at > settings.stall_s:
-                message = f"no token from the engine for {settings.stall_s:g} s"
+            elif self.ready and now - request.progress_at > (stall_s := self._stall_s(request)):
+                message = f"no token from the engine for {stall_s:g} s"
                 self._fail(request.id, RequestError(message, status=503, code="stalled", retry_after_s=5.0))
+
+    def _stall_s(self, request: Request) -> float:
+        """How long it may go without a token. Before the first it may wait for a place, for which the engine has a
+        limit of its own."""
+        return self.settings.stall_s + (0.0 if request.emitted else self._max_wait_s)
 
     def _fail(self, request_id: str, error: RequestError) -> None:
         generation = self._generations.get(request_id)

@@ -56,9 +56,10 @@ class Exchange:
         mask: Callable[[], int] = lambda: 0,
         *,
         answer_timeout_s: float = EXCHANGE_ANSWER_TIMEOUT_S,
+        look_ahead: Callable[[], None] = lambda: None,
     ) -> None:
         """`mask` gives the ranks that must not be used now, as bits. `doorbell` is what this rank's main thread
-        sleeps on; peers ring it.
+        sleeps on; peers ring it. `look_ahead` is called in each layer.
         """
         self.device = torch.device("cpu")  # where the experts compute
         self.retried_rows = 0  # rows sent again to a replica in this step
@@ -69,6 +70,7 @@ class Exchange:
         self._doorbell = doorbell
         self._mask = mask
         self._answer_timeout_s = answer_timeout_s
+        self._look_ahead = look_ahead
         self._links = Links(me, doorbell)
         self._transport = open_transport(self._links)
         self._sequence = 0  # of the last request
@@ -177,6 +179,7 @@ class Exchange:
         if not len(hidden):
             return torch.empty_like(hidden)
         self._doorbell.look()  # what peers on other hosts have asked
+        self._look_ahead()
         ids, weights = ascending(topk_ids, topk_weights)
         experts = ids.reshape(-1).tolist()
         if self._router.all_mine(layer, experts) and hidden.device.type == self.device.type and not self.pending():

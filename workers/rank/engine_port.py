@@ -7,6 +7,7 @@ then on. So an engine may die and be replaced while the weights stay loaded.
 from __future__ import annotations
 
 import traceback
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -39,6 +40,7 @@ from workers.protocol.rpc import Failure
 from workers.queue.handle import Handle, this_host
 from workers.queue.message_queue import MessageQueue, MsgpackCodec
 from workers.queue.network import keys_for, remote_of, same_secret
+from workers.rank.early_reads import EarlyReads
 from workers.rank.output import OutputThread
 from workers.rank.worker_api import AsyncOutput, Worker
 
@@ -48,7 +50,7 @@ log = structlog.get_logger(__name__)
 
 
 class EnginePort:
-    """All calls come from the rank's main thread; only answers to asynchronous steps leave from another."""
+    """All calls come from the rank's main thread. Answers to asynchronous steps and early reads leave from others."""
 
     def __init__(
         self,
@@ -72,6 +74,8 @@ class EnginePort:
         self._known: Known = {}  # what our KV blocks hold, for the next engine
         self._reported = True  # to this engine, if there is anything
         self._outputs = OutputThread("engine-outputs")
+        self._reads = EarlyReads()
+        self._taken: deque[EngineMessage] = deque()  # amid a step, for when it is over
 
     @property
     def key(self) -> RankId:
@@ -141,6 +145,8 @@ class EnginePort:
 
     def leave(self) -> None:
         """Let go of the engine's queues; another may be joined later."""
+        self._reads.settle()
+        self._taken.clear()
         for queue in (self._steps, self._answers):
             if queue is not None:
                 queue.shutdown()
@@ -153,17 +159,44 @@ class EnginePort:
         """Leave, and stop the thread."""
         self._outputs.close()
         self.leave()
+        self._reads.close()
 
     def pending(self) -> bool:
         """Whether `serve` would find something."""
-        return self._steps is not None and self._steps.pending()
+        return bool(self._taken) or (self._steps is not None and self._steps.pending())
+
+    def look_ahead(self) -> None:
+        """Amid a step, now and then: begin reads of dead ranks' pools that were ordered meanwhile. What else has come
+        waits for the step's end, and so does what follows it, save for questions whether we live."""
+        while self._steps is not None and self._steps.pending() and all(isinstance(m, Ping) for m in self._taken):
+            try:
+                message = self._steps.try_dequeue()
+            except QueueClosed:
+                return  # `serve` finds that, too, once the step is over
+            if message is None:
+                return
+            if not step_fence.obeys(self.token, message.engine_token):
+                continue
+            if isinstance(message, CopyBlocks) and message.addressee != self.key:
+                continue
+            if not isinstance(message, CopyBlocks) or not (message.there and self._begin(message)):
+                self._taken.append(message)
+
+    def _forget(self, order: CopyBlocks) -> None:
+        """A block that is copied into holds nothing that is known."""
+        if order.arriving:
+            self._learn(dict.fromkeys(order.blocks, b""))
+
+    def _begin(self, order: CopyBlocks) -> bool:
+        self._forget(order)
+        return self._reads.begin(lambda: self._answer(self._copied(order)))
 
     def serve(self) -> bool:
         """Take one message, if there is any; whether there was."""
         if self._steps is None:
             return False
         try:
-            message = self._steps.try_dequeue()
+            message = self._taken.popleft() if self._taken else self._steps.try_dequeue()
         except QueueClosed as closed:
             log.info("engine_gone", token=self.token, reason=str(closed))
             self.leave()
@@ -173,12 +206,14 @@ class EnginePort:
             return True
         if message is None:
             return False
+        self._reads.settle()
         if step_fence.obeys(self.token, message.engine_token):
             if isinstance(message, Ping):
                 self._report()
                 self._answer(self._result_of_ping(message))
             elif isinstance(message, CopyBlocks):
                 if message.addressee == self.key:
+                    self._forget(message)
                     self._answer(self._copied(message))
             else:
                 self._run(message)
@@ -242,8 +277,6 @@ class EnginePort:
         blocks, failed = 0, ""
         try:
             failpoints.hit("rank.copy", self.key.rank)
-            if order.arriving:
-                self._learn(dict.fromkeys(order.blocks, b""))
             blocks = self._worker.copy_blocks(order)
         except Exception as error:  # noqa: BLE001 - whatever it was, the rank serves on
             failed = f"{type(error).__name__}: {error}"

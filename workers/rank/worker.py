@@ -186,7 +186,14 @@ class EPWorker:
 
         ctx = self._ctx
         me = RankId(ctx.rank, ctx.incarnation)
-        return Exchange(me, self.bank, ctx.doorbell, between_hosts(ctx.network), self.masked)
+        return Exchange(
+            me, self.bank, ctx.doorbell, between_hosts(ctx.network), self.masked, look_ahead=self._look_ahead
+        )
+
+    def _look_ahead(self) -> None:
+        """In each layer of a step. A GPU's copies are queued behind what it computes: there a read waits its turn."""
+        if self._backend is not None and self._backend.device.type == "cpu":
+            self._ctx.look_ahead()
 
     def masked(self) -> int:
         """The engine's live mask as bits."""

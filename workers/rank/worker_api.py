@@ -7,7 +7,7 @@ To run another engine's worker under our supervision, write a class of this shap
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
@@ -42,6 +42,7 @@ class WorkerContext:
     pool_fd: int = -1  # this rank's own: an empty memfd for its KV cache
     progress: LoadProgress = field(default_factory=LoadProgress)  # where the worker counts what it has loaded
     network: Network | None = None  # how ranks on other hosts are reached
+    look_ahead: Callable[[], None] = lambda: None  # call it amid a step, if `copy_blocks` may read a pool beside that
 
 
 @runtime_checkable
@@ -85,7 +86,8 @@ class Worker(Protocol):
     def copy_blocks(self, order: CopyBlocks) -> int:
         """This rank's half of a move of KV blocks, between two steps; how many of them, from the first, it did.
 
-        Where `order.there` names blocks, it reads those from the pool that the source has left (`WorkerContext.pools`).
+        Where `order.there` names blocks, it reads those from the pool that the source has left (`WorkerContext.pools`);
+        this may be in another thread, amid a step that calls `WorkerContext.look_ahead`.
         """
 
     def poll(self) -> None:

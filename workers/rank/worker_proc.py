@@ -98,6 +98,7 @@ class WorkerProcChild:
             pool_fd=pool,
             progress=self.liveness.load_progress,
             network=launch.network,
+            look_ahead=lambda: self.engine.look_ahead(),  # it is made after the worker
         )
 
     @staticmethod

@@ -114,7 +114,7 @@ class Ranks:
 
 
 def test_the_step_after_a_death_has_all_requests_and_no_token_waits_for_it() -> None:
-    """What the dead rank has left is read before it, however many pieces that takes."""
+    """What the dead rank has left is read before it, from its death on, however many pieces that takes."""
     ranks: Any = Ranks()
     mirror: Any = SimpleNamespace(state=lambda: ClusterState(revision=1, engine_token=TOKEN))
     engine = Engine(config(max_batched_tokens=50), TOKEN, Peers(mirror, ranks, ranks, ranks, ranks), clock=lambda: 0.0)
@@ -124,11 +124,11 @@ def test_the_step_after_a_death_has_all_requests_and_no_token_waits_for_it() -> 
     engine.turn()
     ranks.dying = True
     engine.turn()
-    assert ranks.log == [("step", [1, 2]), ("step", [1, 2]), ("token", "a"), ("token", "b")]
+    assert ranks.log == [("step", [1, 2]), ("step", [1, 2]), ("token", "a"), ("token", "b"), ("copy", 4)]
     ranks.log.clear()
     while ranks.log[-1:] != [("step", [1, 2])]:
         engine.turn()
-    pieces = [("copy", 4), ("token", "a"), ("copy", 3), ("copy", 2), ("copy", 1)]
+    pieces = [("token", "a"), ("copy", 3), ("copy", 2), ("copy", 1)]
     assert ranks.log == [*pieces, ("step", [1, 2])]
 
 
@@ -151,6 +151,31 @@ def test_new_ranks_give_way_until_interrupted_requests_go_on_unless_these_wait_f
     assert ranks.log[-1] == ("step", [1, 2])
     engine._lose(RankLost(RankId(0, 10), DetectedBy.ROBUST_FUTEX, 0.0, ended=True))
     assert seen[-1] == (), "no rank is left, so they wait for the replacement"
+
+
+def test_what_a_rank_had_answered_before_its_death_is_sent_then_and_is_no_recovery() -> None:
+    ranks: Any = Ranks()
+    seen: list[tuple[int, ...]] = []
+    status: Any = SimpleNamespace(fenced=False, update=lambda status: seen.append(status.recovering))
+    mirror: Any = SimpleNamespace(state=lambda: ClusterState(revision=1, engine_token=TOKEN))
+    engine = Engine(config(), TOKEN, Peers(mirror, ranks, ranks, status, ranks), clock=lambda: 0.0)
+    engine._scheduler.set_view(view(1, ranks.members), (), 0.0)
+    for first, name in enumerate("ab"):
+        engine._scheduler.submit(ask(name, [first] * 14, 20, ignore_eos=True), 0.0)
+    engine.turn()
+    batch = engine._scheduler.schedule(0.0)
+    assert batch is not None
+    engine._begin_step(batch)
+    (other,) = (each for each in ranks.happened if each.rank == 0)
+    ranks.log.clear()
+    engine._handle([next(each for each in ranks.happened if each.rank == 1)])
+    engine._handle([RankLost(RankId(1, 11), DetectedBy.ROBUST_FUTEX, 0.0, ended=True)])
+    assert ranks.log[0] == ("token", "b")
+    ranks.happened = []
+    engine._handle([other])
+    engine._end_step()
+    engine._report()
+    assert seen[-1] == (1,), "it has no token since"
 
 
 class SlowRanks(Ranks):

@@ -115,6 +115,43 @@ def test_a_request_that_lost_its_home_is_in_the_next_step() -> None:
     scene.finish()
 
 
+def test_what_a_dead_rank_left_is_read_beside_the_step_under_way() -> None:
+    """Piece after piece. A rank may answer once its step is over, however long that takes: the time that it has for it
+    counts from then on."""
+    scene = Scene(2)
+    (lost,) = scene.scheduler._homes[1].running
+    batch = scene.scheduler.schedule(0.0)
+    assert batch is not None
+    scene.scheduler.lose_ranks([1], 0.0, ended=True)
+    (order,) = scene.scheduler.reads(0.0)
+    (order,) = scene.scheduler.copied(scene.ranks.copy(order, 1), 0.0)
+    late = 2 * COPY_TIMEOUT_S
+    assert scene.scheduler.reads(late) == []
+    scene.client.take(scene.scheduler.apply(scene.ranks.answer(batch, 0, 10), late))
+    assert scene.scheduler.copies(late) == []
+    scene.scheduler.copied(scene.ranks.copy(order), late)
+    assert scene.scheduler.copies_wait_s(late) == 0.0
+    assert scene.computed(scene.step(late))[lost.seq] == 1
+    scene.finish()
+
+
+def test_nothing_is_read_into_blocks_that_the_step_under_way_still_writes() -> None:
+    """They are free again once their request was aborted, and may be the only ones."""
+    scene = Scene(2, kv_blocks=11)
+    (kept,), (lost,) = (scene.scheduler._homes[rank].running for rank in (0, 1))
+    batch = scene.scheduler.schedule(0.0)
+    assert batch is not None
+    written = {block for chunk in batch.ranks[0] for block in chunk.blocks}
+    scene.scheduler.abort(kept.request.request_id)
+    scene.scheduler.lose_ranks([1], 0.0, ended=True)
+    assert scene.scheduler.reads(0.0) == []
+    scene.scheduler.apply(scene.ranks.answer(batch, 0, 10), 0.0)
+    (order,) = scene.scheduler.copies(0.0)
+    assert written.intersection(order.blocks)
+    scene.scheduler.copied(scene.ranks.copy(order), 0.0)
+    assert scene.computed(scene.step()) == {lost.seq: 1}
+
+
 def test_steps_go_on_between_reads_that_take_long() -> None:
     scene = Scene(2)
     scene.scheduler.lose_ranks([1], 0.0, ended=True)

@@ -6,6 +6,7 @@ import asyncio
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from elastic.gateway.engine_link import EngineLink, Generation, LinkSettings
 from elastic.gateway.health import obstacles
@@ -14,6 +15,7 @@ from elastic.protocol import Outputs, Rejected, Tokens
 from membership.base.errors import JournalError, RequestError
 from membership.base.timing import STUCK_S
 from membership.store.records import ClusterState
+from tests.support.rank_model import config
 from workers.protocol.messages import Sampling
 
 pytestmark = pytest.mark.unit
@@ -176,3 +178,17 @@ def test_time_in_which_the_gateway_itself_was_late_is_no_silence_of_the_engine()
     link._hello = hello  # type: ignore[method-assign]
     asyncio.run(link._ping())
     assert asked == [11]
+
+
+def test_a_request_that_waits_for_a_place_has_not_stalled() -> None:
+    """The engine refuses what has waited for too long. From the first token on it may not fall silent."""
+    now = [0.0]
+    link = EngineLink("g", LinkSettings(stall_s=10.0), clock=lambda: now[0])
+    link.on_state(ClusterState(revision=1, config=config(max_wait_s=500.0)))
+    link._attach(7)
+    with link.generation([replace(request("waits"), max_tokens=9), replace(request("runs"), max_tokens=9)]):
+        link._handle(Tokens(7, "runs", 0, [4]))
+        for at, left in ((9.0, ["waits", "runs"]), (11.0, ["waits"]), (509.0, ["waits"]), (511.0, [])):
+            now[0] = at
+            link.expire(at)
+            assert [each.id for each in link.journal.open_requests()] == left

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from typing import cast
 
+import msgspec
 import pytest
 
 from membership.base.errors import Fenced
 from membership.base.rank_id import RankId
 from workers.ipc.doorbell import Doorbell
 from workers.protocol.messages import (
+    BlocksCopied,
     CopyBlocks,
     EngineMessage,
     Holding,
@@ -51,6 +54,60 @@ class NotingWorker:
         self.ran.append((batch.engine_token, batch.epoch, batch.step))
         sampled = [SampledToken(chunk.seq, 4) for chunk in batch.ranks[0]]
         return StepResult(*KEY, batch.engine_token, batch.epoch, batch.step, 0, StepStatus.OK, sampled)
+
+
+class ReadingWorker(NotingWorker):
+    """Takes its time over each read of a pool, and looks ahead amid its steps until one has begun."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.port: EnginePort | None = None
+        self.order: list[str] = []
+        self.begun, self.go_on = threading.Event(), threading.Event()
+
+    def copy_blocks(self, order: CopyBlocks) -> int:
+        self.begun.set()
+        assert self.go_on.wait(WAIT_S)
+        self.order.append(f"read {order.copy}")
+        return len(order.blocks)
+
+    def execute_model(self, batch: StepBatch) -> StepResult:
+        if batch.step == 1 and self.port is not None:
+            self.port.look_ahead()
+            assert self.begun.wait(WAIT_S), "it reads beside the step"
+        self.order.append(f"step {batch.step}")
+        self.go_on.set()
+        return super().execute_model(batch)
+
+
+def test_a_dead_ranks_pool_is_read_beside_a_step_and_what_follows_waits_for_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A Ping, which an engine sends when it masks a rank, may come before it. Other messages end the looking ahead."""
+    worker = ReadingWorker()
+    pool = CopyBlocks(20, 1, RankId(1, 1), KEY, [5], arriving=True, there=[2])
+    said: list[RankMessage] = []
+    with closing(Doorbell()) as bell, closing(EnginePort(KEY, cast(Worker, worker), bell, lambda: None)) as port:
+        worker.port = port
+        with MessageQueue("test-steps", MsgpackCodec(EngineMessage)) as steps:
+            port.attach(20, steps.export_handle().encode(), b"")
+            steps.wait_until_ready([reader_id(KEY)], timeout_s=WAIT_S)
+            known = {0: {5: b"five", 6: b"six"}}
+            steps.enqueue(StepBatch(20, 3, 1, 0, [], {0: [SeqChunk(1, 0, [2], [0])]}, known), WAIT_S)
+            other = msgspec.structs.replace(pool, target=RankId(2, 2))
+            moved = CopyBlocks(20, 2, KEY, RankId(2, 2), [6])
+            later = msgspec.structs.replace(pool, copy=3)
+            for message in (other, Ping(20, -1), pool, moved, later):
+                steps.enqueue(message, WAIT_S)
+            steps.enqueue(StepBatch(20, 3, 2, 0, [], {0: [SeqChunk(1, 1, [3], [0])]}), WAIT_S)
+            monkeypatch.setattr(port, "_answer", said.append)
+            while port.pending():
+                port.serve()
+            monkeypatch.undo()
+        assert held(first_words(port, 21)) == [{6: b"six"}], "what was read into holds nothing that is known"
+    assert worker.order == ["step 1", "read 1", "read 2", "read 3", "step 2"]
+    assert [each.copy for each in said if isinstance(each, BlocksCopied)] == [1, 2, 3]
+    assert [each.step for each in said if isinstance(each, StepResult)] == [1, -1, 2]
 
 
 @pytest.fixture
