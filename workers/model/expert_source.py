@@ -76,6 +76,9 @@ class _Pace(NamedTuple):
 class Room(Protocol):
     """Memory on a device that outlives the rank, maybe with experts in it (`cuda/expert_room.py`)."""
 
+    def fetch(self, wanted: Mapping[tuple[int, int], bytes]) -> bool:
+        """Take these, by digest, from where they are on devices; whether they all are there then."""
+
     def place(self, key: tuple[int, int], digest: bytes, matrices: Sequence[Tensor]) -> list[Tensor] | None:
         """The expert there; None: it has no room for it."""
 
@@ -159,7 +162,7 @@ class ExpertSource:
             while left and not stop():
                 some = left[: max(1, min(BATCH, len(left) // 4, SHARD_BYTES // max(1, self.expert_bytes)))]
                 names = {expert_name(*key): key for key in some}
-                found, ours = session.claim(list(names))
+                found, ours = session.claim(list(names), partial(self._on_devices, names))
                 barren = 0 if found or ours else barren + len(some)
                 if barren >= len(left):  # other ranks read all that is left
                     barren, ours = 0, [] if session.wait(SIGN_TIMEOUT_S) else list(names)
@@ -168,6 +171,8 @@ class ExpertSource:
                     read = self._read(entries, pace)
                 except LoadStopped:
                     return
+                if self.room is not None:  # many at once, where bytes were compared before
+                    self.room.fetch({names[name]: mapped.note for name, mapped in found.items()})
                 there = [name for name in names if name in found or name in read]
                 left = left[len(some) :] + [key for name, key in names.items() if name not in there]
                 self._progress.add(len(found.keys() - read) * self.expert_bytes)
@@ -175,6 +180,10 @@ class ExpertSource:
                     key = names[name]
                     yield key, self._placed(key, read.get(name) or found[name], mapped=name in found)
             self._shared.report()
+
+    def _on_devices(self, keys: Mapping[str, tuple[int, int]], digests: Mapping[str, bytes]) -> bool:
+        """Whether all of these are in our room now, so that their bytes on the host are not looked at."""
+        return self.room is not None and self.room.fetch({keys[name]: digest for name, digest in digests.items()})
 
     def _peers(
         self, session: Session, stop: Callable[[], bool], *, urgent: bool

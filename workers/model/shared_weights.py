@@ -4,8 +4,9 @@ A shard holds the tensors of one or several entries in the very layout that the 
 bytes, which is also what torch's own allocator gives, so kernels that choose by alignment choose alike; then a header.
 Weights are read straight into it, and the checksum of each tensor, which the header has, is made while it is read. So
 a load takes no private memory, and what a later rank compares is what came from the file. Mapped memory is read-only: a
-stray write is a fault and not a wrong answer in every rank of the host. The first other rank that maps a shard compares
-its checksums; if one is wrong, the shard is dropped and the checkpoint is read instead.
+stray write is a fault and not a wrong answer in every rank of the host. The first other rank that reads a shard
+compares its checksums; if one is wrong, the shard is dropped and the checkpoint is read instead. Who takes the very
+content from a GPU needs its digest only, and does not spend a second per 4 GB on that.
 
 `torch.frombuffer` warns about read-only memory, and switching warnings off is not for threads: it is given a ctypes
 array at the mapping's address, which each tensor keeps alive, and with whose end the mapping ends.
@@ -100,6 +101,10 @@ class Mapped(msgspec.Struct, frozen=True):
     note: bytes = b""
 
 
+Unread = Callable[[Mapping[str, bytes]], bool]
+"""Of entries by name, with their notes."""
+
+
 class Slot(NamedTuple):
     """A tensor to be: `fill` writes all of it and returns the CRC-32 of its plain bytes, `pack` packs it afterwards."""
 
@@ -190,13 +195,18 @@ class SharedWeights:
             if link is not None:
                 link.close()
 
-    def claim(self, session: int, names: Sequence[str]) -> tuple[dict[str, Mapped], list[str]]:
-        """Map what the store has of `names` (at most BATCH), and say which of the rest this session must read."""
+    def claim(
+        self, session: int, names: Sequence[str], unread: Unread = lambda notes: False
+    ) -> tuple[dict[str, Mapped], list[str]]:
+        """Map what the store has of `names` (at most BATCH), and say which of the rest this session must read.
+
+        `unread`: whether no bytes of these entries of a shard will be looked at, which are not compared then.
+        """
         keys = {self._key(name): name for name in names}
         answer = self._ask(lambda: self._client.claim(session, list(keys)))
         if answer is None:
             return {}, list(names)
-        found = self._opened(answer[0])
+        found = self._opened(answer[0], unread=unread)
         damaged = {key for held, _ in answer[0] for key in held.keys if keys[key] not in found}
         return found, [keys[key] for key in keys if key in damaged or key in answer[1]]
 
@@ -268,12 +278,14 @@ class SharedWeights:
             self._failed = True  # said once; asked again all the same
             return None
 
-    def _opened(self, shards: Shards, trusted: int | None = None) -> dict[str, Mapped]:
+    def _opened(
+        self, shards: Shards, trusted: int | None = None, unread: Unread = lambda notes: False
+    ) -> dict[str, Mapped]:
         """Map shards and close their descriptors; the entries that were asked for, of those that are not damaged."""
         found: dict[str, Mapped] = {}
         for held, fd in shards:
             try:
-                entries = self._mapped(held, fd, check=not held.verified and held.checksum != trusted)
+                entries = self._mapped(held, fd, unread, check=not held.verified and held.checksum != trusted)
             except WeightsCorrupt as error:
                 log.error("weights_corrupt", keys=held.keys, error=str(error))
                 with self._lock:
@@ -287,13 +299,17 @@ class SharedWeights:
                 os.close(fd)
         return found
 
-    def _mapped(self, held: Held, fd: int, *, check: bool) -> dict[str, Mapped]:
+    def _mapped(self, held: Held, fd: int, unread: Unread, *, check: bool) -> dict[str, Mapped]:
         """All entries of a shard; mapped once, for as long as a tensor of it is in use."""
         with self._lock:
             pages = self._pages.get(held.shard)
         if pages is None:
             pages = map_shard(fd, held)
             if check:
+                entries = entries_of(pages, held)
+                prefix = len(f"{self._scope}/")
+                if unread({key[prefix:]: entries[key].note for key in held.keys if key in entries}):
+                    return entries
                 compare(pages, held)
                 with self._lock:
                     self._right.append((held.shard, held.checksum))
@@ -309,9 +325,9 @@ class Session:
         self._shared, self._link, self.number, self._news = shared, link, number, news
         self._notified_at = 0.0
 
-    def claim(self, names: Sequence[str]) -> tuple[dict[str, Mapped], list[str]]:
+    def claim(self, names: Sequence[str], unread: Unread = lambda notes: False) -> tuple[dict[str, Mapped], list[str]]:
         """See `SharedWeights.claim`. What is in neither is being read by another rank: `wait`, and claim again."""
-        return self._shared.claim(self.number, names)
+        return self._shared.claim(self.number, names, unread)
 
     def wait(self, timeout_s: float = SIGN_TIMEOUT_S) -> bool:
         """Until another rank has deposited, still reads, or has gone, since the last wait. False: no sign of any, so

@@ -2,8 +2,9 @@
 
 The memory is in pieces, each a number of places for one expert and a header for each place. A header is written after
 its content, by the same stream: what it names is whole, whatever dies meanwhile. A successor in the slot finds its
-experts in place. A rank that lacks one copies it out of another slot's memory, also another GPU's, and looks at the
-header again afterwards: if it has changed, what was copied does not count. Only then are the bytes taken from the host.
+experts in place. A rank that lacks some copies them out of other slots' memory, also another GPU's, and looks at the
+headers again afterwards: what has changed does not count. Only then are the bytes taken from the host. What the host
+waits for costs more than the copies do, so as many as can be are copied at once (`fetch`).
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from __future__ import annotations
 import secrets
 import struct
 import threading
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import structlog
 import torch
@@ -30,10 +32,11 @@ HEADER_BYTES = 128
 WORD_BYTES = 8
 CHUNK_BYTES = 1 << 16  # that a program copies
 WORDS = 1024
-_HEADER = struct.Struct("<qii96s")
+_HEADER = struct.Struct("<qiiB95s")  # with the digest's length: it may end with zeros
 
 Key = tuple[int, int]
 """(MoE layer, expert)."""
+T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 
@@ -98,13 +101,14 @@ class Content(NamedTuple):
 
     def packed(self) -> bytes:
         """As a header."""
-        return _HEADER.pack(self.number, self.layer, self.expert, self.digest).ljust(HEADER_BYTES, b"\0")
+        said = _HEADER.pack(self.number, self.layer, self.expert, len(self.digest), self.digest)
+        return said.ljust(HEADER_BYTES, b"\0")
 
     @classmethod
     def of(cls, header: bytes) -> Content:
         """The reverse."""
-        number, layer, expert, digest = _HEADER.unpack_from(header)
-        return cls(number, layer, expert, digest.rstrip(b"\0"))
+        number, layer, expert, length, digest = _HEADER.unpack_from(header)
+        return cls(number, layer, expert, digest[:length])
 
 
 NOTHING = Content(0, 0, 0, b"")
@@ -116,6 +120,23 @@ class _Place:
     index: int
     content: Content
     used: bool = False  # by the bank; else it may be overwritten
+    fetched: bool = False  # in this load, for the bank
+
+
+class _Source(NamedTuple):
+    """Where another slot has an expert, and what its header said."""
+
+    content: Content
+    piece: Reached
+    at: int  # of its places
+
+
+class _Copy(NamedTuple):
+    """To be made."""
+
+    place: _Place
+    content: Content  # with a number of ours
+    source: _Source
 
 
 class ExpertRoom:
@@ -127,7 +148,8 @@ class ExpertRoom:
         self._lock = threading.Lock()
         self._places: list[_Place] = []
         self._known: dict[tuple[Key, bytes], _Place] = {}
-        self._others: dict[Key, list[tuple[Content, Reached, int]]] | None = None  # once looked for, in a load
+        self._empty: deque[_Place] = deque()  # where nothing was when it was put here
+        self._others: dict[Key, list[_Source]] | None = None  # once looked for, in a load
         self._numbers = count(secrets.randbits(62))  # none that was here before gave out any of these
         self.kept = self.copied = self.filled = 0  # experts found in place, copied from another slot, from the host
         while (piece := pieces.own(self._piece_count, make=False)) is not None:
@@ -142,6 +164,8 @@ class ExpertRoom:
             self._places.append(place := _Place(piece, index, content))
             if content.number:
                 self._known[content.name] = place
+            else:
+                self._empty.append(place)
 
     def _contents(self, headers: Tensor) -> list[Content]:
         said = headers.numpy().tobytes()
@@ -152,7 +176,58 @@ class ExpertRoom:
         with self._lock:
             self._others = None
             self._pieces.let_go()
+            for place in self._places:
+                place.fetched = False  # else a load that was given up would keep it
             log.info("experts_placed", kept=self.kept, copied=self.copied, filled=self.filled)
+
+    def fetch(self, wanted: Mapping[Key, bytes]) -> bool:
+        """Copy what other slots have of these experts, by digest, all at once; whether all of them are here then.
+
+        What is here stays until `rest`.
+        """
+        with self._lock:
+            return self._fetch(wanted)
+
+    def _fetch(self, wanted: Mapping[Key, bytes]) -> bool:
+        copies = []
+        for key, digest in wanted.items():
+            place = self._known.get((key, digest)) if digest else None
+            if place is not None:
+                self.kept += not (place.used or place.fetched)
+                place.fetched = True
+            elif (source := self._elsewhere(key, digest)) is not None and (empty := self._free()) is not None:
+                empty.fetched = True
+                copies.append(_Copy(empty, Content(next(self._numbers), *key, digest), source))
+        self._copy_all(copies)
+        return all(name in self._known for name in wanted.items())
+
+    def _elsewhere(self, key: Key, digest: bytes) -> _Source | None:
+        if self._others is None:
+            self._others = self._look_around()
+        return next((source for source in self._others.get(key, ()) if source.content.digest == digest), None)
+
+    def _copy_all(self, copies: Sequence[_Copy]) -> None:
+        """Those whose source was the same before and afterwards are known then."""
+        for copy in copies:
+            self._known.pop(copy.place.content.name, None)
+        self._say([(copy.place, NOTHING) for copy in copies])
+        chunks, first = self._shape.place_bytes // CHUNK_BYTES, self._shape.first // CHUNK_BYTES
+        for group in _alike(copies, lambda copy: copy.place.piece):
+            addresses = [copy.source.piece.address for copy in group for _ in range(chunks)]
+            there = [first + copy.source.at * chunks + i for copy in group for i in range(chunks)]
+            here = [first + copy.place.index * chunks + i for copy in group for i in range(chunks)]
+            self._copy([addresses, there, here], group[0].place.piece, CHUNK_BYTES)
+        whole = []
+        for group in _alike(copies, lambda copy: copy.source.piece):
+            now = self._headers(group[0].source.piece)
+            whole += [copy for copy in group if now[copy.source.at] == copy.source.content]
+        self._say([(copy.place, copy.content) for copy in whole])
+        self._known |= {copy.content.name: copy.place for copy in whole}
+        self.copied += len(whole)
+        for copy in copies:
+            if not copy.place.content.number:
+                copy.place.fetched = False
+                self._empty.append(copy.place)
 
     def place(self, key: Key, digest: bytes, matrices: Sequence[Tensor]) -> list[Tensor] | None:
         """These matrices on the GPU, as they are stored. None: they do not fit, or nothing can tell them apart."""
@@ -160,12 +235,11 @@ class ExpertRoom:
         if not digest or shapes != self._shape.matrices or any(m.dtype != self._shape.dtype for m in matrices):
             return None
         with self._lock:
+            self._fetch({key: digest})
             place = self._known.get((key, digest))
-            if place is not None:
-                self.kept += not place.used
-            elif (place := self._free()) is None:
-                return None
-            else:
+            if place is None:
+                if (place := self._free()) is None:
+                    return None
                 self._fill(place, Content(next(self._numbers), *key, digest), matrices)
             place.used = True
             return self._views(place)
@@ -179,11 +253,14 @@ class ExpertRoom:
                     place.used = False
 
     def _free(self) -> _Place | None:
-        """One that is empty, before a new piece, before one with what may be wanted again."""
-        unused = [place for place in self._places if not place.used]
-        empty = next((place for place in unused if not place.content.number), None)
-        if empty is not None or unused:
-            return empty or unused[0]
+        """One that is empty, else one that is not used, else one in a new piece."""
+        while self._empty:
+            place = self._empty.popleft()
+            if not (place.used or place.fetched or place.content.number):
+                return place
+        unused = next((place for place in self._places if not (place.used or place.fetched)), None)
+        if unused is not None:
+            return unused
         try:
             piece = self._pieces.own(self._piece_count, make=True)
         except ElasticError as error:
@@ -192,49 +269,39 @@ class ExpertRoom:
         if piece is None:
             return None
         self._add(piece)
-        return self._places[-self._shape.places]
+        return self._free()
 
     def _fill(self, place: _Place, content: Content, matrices: Sequence[Tensor]) -> None:
         self._known.pop(place.content.name, None)
-        self._say(place, NOTHING)
-        if self._from_others(place, content):
-            self.copied += 1
-        else:
-            for view, matrix in zip(self._views(place), matrices, strict=True):
-                view.copy_(matrix)
-            self.filled += 1
-        self._say(place, content)
+        self._say([(place, NOTHING)])
+        for view, matrix in zip(self._views(place), matrices, strict=True):
+            view.copy_(matrix)
+        self.filled += 1
+        self._say([(place, content)])
         self._known[content.name] = place
 
-    def _look_around(self) -> dict[Key, list[tuple[Content, Reached, int]]]:
+    def _look_around(self) -> dict[Key, list[_Source]]:
         """What other slots have now; nothing if they cannot be reached."""
-        found: dict[Key, list[tuple[Content, Reached, int]]] = {}
+        found: dict[Key, list[_Source]] = {}
         try:
             for piece in self._pieces.others():
-                for index, content in enumerate(self._contents(self._headers(piece, 0, self._shape.places))):
+                for index, content in enumerate(self._headers(piece)):
                     if content.number:
-                        found.setdefault((content.layer, content.expert), []).append((content, piece, index))
+                        source = _Source(content, piece, index)
+                        found.setdefault((content.layer, content.expert), []).append(source)
         except ElasticError as error:
             log.warning("experts_of_others_not_reached", reason=str(error))
         return found
 
-    def _from_others(self, place: _Place, wanted: Content) -> bool:
-        if self._others is None:
-            self._others = self._look_around()
-        for content, piece, index in self._others.get((wanted.layer, wanted.expert), ()):
-            if content.digest != wanted.digest:
-                continue
-            chunks = self._shape.place_bytes // CHUNK_BYTES
-            there, here = (self._shape.first // CHUNK_BYTES + at * chunks for at in (index, place.index))
-            self._copy(piece.address, there, place.piece, here, chunks, CHUNK_BYTES)
-            if self._contents(self._headers(piece, index, 1)) == [content]:
-                return True
-        return False
-
-    def _say(self, place: _Place, content: Content) -> None:
-        place.content = content
-        at = place.index * HEADER_BYTES
-        place.piece[at : at + HEADER_BYTES].copy_(torch.frombuffer(bytearray(content.packed()), dtype=torch.uint8))
+    def _say(self, contents: Sequence[tuple[_Place, Content]]) -> None:
+        """What these places hold from now on."""
+        for place, content in contents:
+            place.content = content
+        for group in _alike(contents, lambda each: each[0].piece):
+            piece, headers = group[0][0].piece, bytearray(b"".join(content.packed() for _, content in group))
+            table = piece[: self._shape.places * HEADER_BYTES].view(-1, HEADER_BYTES)
+            rows = torch.frombuffer(headers, dtype=torch.uint8).view(-1, HEADER_BYTES).to(piece.device)
+            table[torch.tensor([place.index for place, _ in group], device=piece.device)] = rows
 
     def _views(self, place: _Place) -> list[Tensor]:
         at, views = self._shape.first + place.index * self._shape.place_bytes, []
@@ -244,15 +311,24 @@ class ExpertRoom:
             at += size
         return views
 
-    def _headers(self, piece: Reached, first: int, number: int) -> Tensor:
-        """Of another slot's piece, on the host."""
-        room = torch.empty(number * HEADER_BYTES, dtype=torch.uint8, device=self._device)
-        self._copy(piece.address, first, room, 0, number, HEADER_BYTES)
-        return room.cpu()
+    def _headers(self, piece: Reached) -> list[Content]:
+        """Of another slot's piece."""
+        count = self._shape.places
+        room = torch.empty(count * HEADER_BYTES, dtype=torch.uint8, device=self._device)
+        self._copy([[piece.address] * count, list(range(count)), list(range(count))], room, HEADER_BYTES)
+        return self._contents(room.cpu())
 
     @staticmethod
-    def _copy(address: int, there: int, target: Tensor, here: int, number: int, unit: int) -> None:
-        """`number` units of so many bytes, from the one of number `there` to that of number `here`."""
-        numbers = [[address] * number, list(range(there, there + number)), list(range(here, here + number))]
+    def _copy(numbers: Sequence[Sequence[int]], target: Tensor, unit: int) -> None:
+        """Units of so many bytes: out of the memory at an address the one of a number, to one of `target`."""
         parts = torch.tensor([[0, unit // WORD_BYTES]], device=target.device)
-        copy_blocks[1, number](torch.tensor(numbers, device=target.device), target.view(torch.int64), parts, WORDS)
+        on_device = torch.tensor(numbers, device=target.device)
+        copy_blocks[1, len(numbers[0])](on_device, target.view(torch.int64), parts, WORDS)
+
+
+def _alike(these: Iterable[T], kind: Callable[[T], object]) -> list[list[T]]:
+    """In groups of the same object, in order."""
+    groups: dict[int, list[T]] = {}
+    for each in these:
+        groups.setdefault(id(kind(each)), []).append(each)
+    return list(groups.values())

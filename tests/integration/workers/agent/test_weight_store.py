@@ -7,7 +7,7 @@ import fcntl
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -233,6 +233,27 @@ def test_a_checksum_is_compared_once(host: Host) -> None:
     assert other.find(["a"])["a"].note == b"note"
     other.report()
     assert held().verified
+
+
+def test_what_is_not_read_is_not_compared_until_somebody_reads_it(host: Host) -> None:
+    """Its digest is enough for who has the content elsewhere."""
+    import torch
+
+    maker, other = (SharedWeights(host.client(), "m/bf16") for _ in range(2))
+    maker.put("a", {"w": torch.ones(4)}, b"note")
+    asked: list[dict[str, bytes]] = []
+
+    def unread(notes: Mapping[str, bytes]) -> bool:
+        asked.append(dict(notes))
+        return len(asked) == 1
+
+    with other.session(LoadProgress()) as session:
+        found, ours = session.claim(["a"], unread)
+        assert (found["a"].note, ours, asked) == (b"note", [], [{"a": b"note"}])
+        assert other._right == []
+        found, _ = session.claim(["a"], unread)
+        assert found["a"].tensors["w"].tolist() == [1.0] * 4
+        assert len(other._right) == 1
 
 
 def test_a_byte_that_changed_in_a_shard_is_noticed() -> None:

@@ -147,8 +147,8 @@ def test_what_changed_while_it_was_copied_does_not_count(monkeypatch: pytest.Mon
     load(source, 1)
     reader, copy = host.room(1), ExpertRoom._copy
 
-    def overwritten(address: int, there: int, target: Tensor, here: int, number: int, unit: int) -> None:
-        copy(address, there, target, here, number, unit)
+    def overwritten(numbers: Sequence[Sequence[int]], target: Tensor, unit: int) -> None:
+        copy(numbers, target, unit)
         if unit == expert_room.CHUNK_BYTES:
             source.drop([(0, 1)])
             for place in source._places:
@@ -157,6 +157,45 @@ def test_what_changed_while_it_was_copied_does_not_count(monkeypatch: pytest.Mon
     monkeypatch.setattr(ExpertRoom, "_copy", staticmethod(overwritten))
     assert load(reader, 1)
     assert (reader.copied, reader.filled) == (0, 1)
+
+
+def test_all_that_others_have_is_copied_at_once() -> None:
+    """Several pieces on both sides; what they have with other bytes, and what nobody has, is not here then."""
+    host = Host()
+    first, second = host.room(0), host.room(1)
+    assert all(load(first, expert) for expert in range(4))
+    load(second, 4)
+    load(second, 5, GARBAGE)
+    room = host.room(2)
+    load(room, 3)
+    assert room.fetch({(0, expert): digest(expert) for expert in range(5)})
+    assert (room.kept, room.copied, room.filled) == (0, 5, 0)
+    assert not room.fetch({(0, 5): b"another digest", (0, 2): digest(2)})
+    assert not room.fetch({(0, 1): b""}), "nothing tells it apart"
+    assert all(load(room, expert, GARBAGE) for expert in range(5))
+    assert (room.kept, room.copied, room.filled) == (0, 5, 0)
+
+
+def test_what_was_fetched_keeps_its_place_until_the_load_is_over() -> None:
+    host = Host(most=2)
+    others = host.room(0)
+    assert all(load(others, expert) for expert in range(3))
+    room = host.room(1)
+    assert room.fetch({(0, expert): digest(expert) for expert in range(3)})
+    assert room.place((0, 4), digest(4), matrices(4)) is None, "there is no memory for more"
+    room.rest()
+    assert load(room, 4), "the load was given up"
+    assert all(load(room, expert, GARBAGE) for expert in (1, 2))
+
+
+def test_a_digest_may_end_with_zeros() -> None:
+    """One in 256 does: it was loaded from the host again by every successor."""
+    host, said = Host(), b"digest\0\0"
+    host.room(0).place((0, 1), said, matrices(1))
+    for room in (host.room(0), host.room(1)):
+        found = room.place((0, 1), said, GARBAGE)
+        assert found is not None
+        assert all(map(torch.equal, found, matrices(1)))
 
 
 def test_others_are_looked_for_once_in_a_load_and_only_if_something_is_missing() -> None:
