@@ -1,9 +1,10 @@
-"""The promises with a model of real size: 1.4 B parameters with random weights, two ranks, transformers beside it.
+"""The promises with a model of real size: 1.4 B parameters with random weights, two ranks, other engines beside it.
 
     python -m benchmarks.real [--small] [--rows load,decode,prefill,turns,shorts,kill,memory,flip] [--path DIR] [--json]
 
-Makes the checkpoint (`--path` keeps it), serves it, and measures through HTTP; transformers has as many threads as all
-ranks together and takes turns with the service. At most ten minutes on two cores. `--small`: a checkpoint of 28 MB, to
+Makes the checkpoint (`--path` keeps it), serves it, and measures through HTTP; transformers, and llama.cpp where it is
+installed (`real_llama.py` says how), have as many threads as all ranks together and take turns with the service. At
+most ten minutes on two cores. `--small`: a checkpoint of 28 MB, to
 see that all of it works. `--large`: OLMoE-1B-7B with half of its layers, 7.1 GB. Prints the table, or with `--json` a
 JSON line per row.
 """
@@ -27,9 +28,11 @@ from pathlib import Path
 
 from benchmarks.checkpoints import OLMOE_HALF, SMALL, Shape, make
 from benchmarks.prefix import RANKS, first_token_ms, killed, second_turn, stream
+from benchmarks.real_aside import CONTEXT, Aside
+from benchmarks.real_llama import llama_main, missing
 from benchmarks.real_load import Load, compiled, loaded
 from benchmarks.real_memory import available, memory
-from benchmarks.real_plain import CONTEXT, Plain
+from benchmarks.real_plain import plain_main
 from benchmarks.recovery_cluster import History
 from benchmarks.recovery_report import say
 from benchmarks.steps import PATIENT, Longs, prompt, shorts_beside
@@ -39,6 +42,8 @@ from chaos.workload.history import percentile
 LONG_TIMEOUT_S = 600.0
 KILL_CONTEXT, KILL_STREAMS, KILL_ANSWER = 400, 4, 200
 FLIP_ANSWER = 2000  # more tokens than come meanwhile
+# Least speed of ours beside theirs at decoding and at prefill; None: no aim, only told.
+AIMS: dict[str, tuple[float, float | None]] = {"transformers": (1.1, 1.0), "llama.cpp": (0.8, None)}
 BUDGET_MS = 100.0  # of a step, in which two of the targets are given
 
 
@@ -64,27 +69,23 @@ def at_most(what: str, value: float, unit: str, most: float, other: str = "") ->
     return Row(what, round(value, 3), unit, f"<= {most:g} {unit}".strip(), value <= most, other)
 
 
-def at_least(what: str, value: float, unit: str, least: float, other: str = "") -> Row:
-    """A row whose target is a bound from below."""
+def at_least(what: str, value: float, unit: str, least: float | None, other: str = "") -> Row:
+    """A row whose target is a bound from below, if it has one."""
+    if least is None:
+        return Row(what, round(value, 3), unit, "", True, other)
     return Row(what, round(value, 3), unit, f">= {least:g} {unit}".strip(), value >= least, other)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What is measured: the service, transformers, and how much of each."""
+    """What is measured: the service, the others beside it, and how much of each."""
 
     cluster: ServedCluster
-    plain: Plain | None
+    asides: list[Aside]
     load: Load
     before: int  # bytes that the machine had left
     args: argparse.Namespace
     chance: random.Random
-
-    def beside(self) -> Plain:
-        """Transformers."""
-        if self.plain is None:
-            raise RuntimeError("transformers was not started")
-        return self.plain
 
 
 def rows_load(scene: Scene) -> Iterator[Row]:
@@ -110,31 +111,37 @@ def rows_decode(scene: Scene) -> Iterator[Row]:
     """Tokens per second, in turns."""
     for streams in (1, 8, 32):
         prompts = [prompt(scene.chance, CONTEXT) for _ in range(streams)]
-        ours, theirs = list[float](), list[float]()
+        ours, theirs = list[float](), {aside.name: list[float]() for aside in scene.asides}
         for number in range(scene.args.rounds + 1):
             found = rate(scene.cluster, prompts, scene.args.steps + CONTEXT // 2)
-            steps = scene.beside().decode(streams, scene.args.steps)
+            steps = {aside.name: aside.decode(streams, scene.args.steps) for aside in scene.asides}
             if number:  # the first round warms up
                 ours.append(found)
-                theirs.append(streams / statistics.median(steps))
-        mine, other = statistics.median(ours), statistics.median(theirs)
-        beside = f"{mine:.1f} tokens/s, transformers {other:.1f}"
-        yield at_least(f"decode, {streams} streams / transformers", mine / other, "", 1.1, beside)
+                for name, took in steps.items():
+                    theirs[name].append(streams / statistics.median(took))
+        mine = statistics.median(ours)
+        for name, rates in theirs.items():
+            other = statistics.median(rates)
+            beside = f"{mine:.1f} tokens/s, {name} {other:.1f}"
+            yield at_least(f"decode, {streams} streams / {name}", mine / other, "", AIMS[name][0], beside)
 
 
 def rows_prefill(scene: Scene) -> Iterator[Row]:
     """Time to the first token of 1,024, in turns."""
-    ours, theirs = list[float](), list[float]()
+    ours, theirs = list[float](), {aside.name: list[float]() for aside in scene.asides}
     for number in range(scene.args.rounds + 1):
         tokens = prompt(scene.chance, 1024)
         asked, first, *_ = stream(scene.cluster, tokens, 1)
-        took_s = scene.beside().prefill(tokens)
+        took = {aside.name: aside.prefill(tokens) for aside in scene.asides}
         if number:
             ours.append(first - asked)
-            theirs.append(took_s)
-    mine, other = statistics.median(ours), statistics.median(theirs)
-    beside = f"{mine:.2f} s, transformers {other:.2f} s"
-    yield at_least("prefill of 1,024 tokens, speed / transformers", other / mine, "", 1.0, beside)
+            for name, took_s in took.items():
+                theirs[name].append(took_s)
+    mine = statistics.median(ours)
+    for name, times in theirs.items():
+        other = statistics.median(times)
+        beside = f"{mine:.2f} s, {name} {other:.2f} s"
+        yield at_least(f"prefill of 1,024 tokens, speed / {name}", other / mine, "", AIMS[name][1], beside)
 
 
 def rows_turns(scene: Scene) -> Iterator[Row]:
@@ -226,9 +233,14 @@ def measure(args: argparse.Namespace, path: Path, names: list[str]) -> Iterator[
         flags = (*PATIENT, *args.flag)
         cluster = opened.enter_context(ServedCluster(path, RANKS, flags=flags, environ=environ))
         load = loaded(cluster, path)
-        wanted = {"decode", "prefill"} & set(names)
-        plain = opened.enter_context(Plain(str(path), RANKS)) if wanted else None
-        scene = Scene(cluster, plain, load, before, args, random.Random(args.seed))
+        asides = list[Aside]()
+        if {"decode", "prefill"} & set(names):
+            asides.append(opened.enter_context(Aside("transformers", plain_main, str(path), RANKS)))
+            if absent := missing():
+                say(f"llama.cpp is not compared: {absent}")
+            else:
+                asides.append(opened.enter_context(Aside("llama.cpp", llama_main, str(path), RANKS)))
+        scene = Scene(cluster, asides, load, before, args, random.Random(args.seed))
         for name in names:
             began = time.monotonic()
             for row in ROWS[name](scene):
