@@ -1,12 +1,13 @@
 """The chart's `mode: many` as processes in the shape of its pods, each with a network of its own: it serves, and
 while streams run `helm test` kills a rank, and every pod is replaced, as an upgrade with other values does it, by what
-the probes say, and again as the rollback does it.
+the probes say, and again as the rollback does it. Its etcd is the chart's: three pods, of which one is killed first.
 
 What Kubernetes itself does is not tried here (docs/KUBERNETES.md).
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import signal
@@ -24,7 +25,6 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from elastic.serve.etcd_server import EtcdServer
 from tests.support.chart import render_many
 from tests.support.helpers import eventually
 from tests.support.hosts import Hosts, made_hosts
@@ -33,7 +33,8 @@ from tests.support.streams import Streams, client
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800), NEEDS_NAMESPACES]
 
-WORKLOADS = {"agents": "StatefulSet", "init": "Job"}  # the others are Deployments
+WORKLOADS = {"agents": "StatefulSet", "etcd": "StatefulSet", "init": "Job"}  # the others are Deployments
+MEMBERS = ("etcd-0", "etcd-1", "etcd-2")
 READY_S = 180.0
 POLL_S = 0.25  # between two questions of ours, each of which costs processor time here and in the pod
 TOKEN = "token-of-the-admin-API"
@@ -42,10 +43,11 @@ TOKEN = "token-of-the-admin-API"
 class Pods:
     """The release `moe`. A pod is named as its StatefulSet or Deployment names it, and has a host of its own."""
 
-    def __init__(self, hosts: Hosts, etcd: str, model: Path, folder: Path) -> None:
+    def __init__(self, hosts: Hosts, model: Path, folder: Path) -> None:
         self._hosts, self._folder = hosts, folder
+        self._names = {f"moe-{each}.moe-etcd": hosts.addresses[each] for each in MEMBERS}  # the headless Service's
         self._settings = (
-            f"etcd.endpoints={{{etcd}}}", f"model.path=/models/{model.name}",
+            "etcd.endpoints=null", f"model.path=/models/{model.name}",
             f"model.volume.hostPath.path={model.parent}", "agents.ranksPerPod=1",
             "terminationGracePeriodSeconds=100", "preStopSeconds=0", "tests.kill=true", "admin.existingSecret=admin",
             "service.adminHost=0.0.0.0",
@@ -61,12 +63,18 @@ class Pods:
     def start(self, host: str) -> Pod:
         """A new pod, with new emptyDirs."""
         role = host.rpartition("-")[0]
-        template = self.manifests[WORKLOADS.get(role, "Deployment"), role]["spec"]["template"]
+        workload = self.manifests[WORKLOADS.get(role, "Deployment"), role]["spec"]
+        template = copy.deepcopy(workload["template"])
+        volumes = template["spec"].setdefault("volumes", [])
+        for name in (each["metadata"]["name"] for each in workload.get("volumeClaimTemplates", ())):
+            volumes.append({"name": name, "persistentVolumeClaim": {"claimName": f"{name}-moe-{host}"}})
         self._made += 1
         folder, address = self._folder / str(self._made), self._hosts.addresses[host]
-        pod = Pod(template, f"moe-{host}", folder, address=address, inside=self._hosts.command(host))
-        pod.put_secret("join", "join-secret", self._secret)
-        pod.put_secret("admin-token", "token", TOKEN)
+        inside = self._hosts.command(host)
+        pod = Pod(template, f"moe-{host}", folder, address=address, inside=inside, names=self._names)
+        for name, key, value in (("join", "join-secret", self._secret), ("admin-token", "token", TOKEN)):
+            if any(each["name"] == name for each in volumes):
+                pod.put_secret(name, key, value)
         pod.start()
         self.running[host] = pod
         return pod
@@ -84,7 +92,7 @@ class Pods:
         assert pod.wait(pod.grace_s) == 0, pod.lines()[-5:]
 
     def initialise(self) -> None:
-        """Run the Job that is a hook before install, upgrade and rollback."""
+        """Run the Job that is a hook before upgrade and rollback."""
         assert self.start("init-0").wait(120.0) == 0, self.running["init-0"].lines()[-5:]
         del self.running["init-0"]
 
@@ -100,7 +108,7 @@ class Pods:
         """The Job, then each workload's own rolling update."""
         self._before, self.manifests = self.manifests, manifests
         self.initialise()
-        for host in ("agents-1", "agents-0"):
+        for host in ("agents-1", "agents-0", *reversed(MEMBERS)):
             self.replace(host)
         self._surge("controller", "engine", "gateway")
 
@@ -179,17 +187,16 @@ class Pods:
 
 
 @pytest.fixture
-def pods(demo_model: Path, tmp_path: Path) -> Iterator[Pods]:
-    names = [f"{role}-{n}" for role in ("agents", "controller", "engine", "gateway") for n in range(2)] + ["init-0"]
+def pods(demo_model: Path) -> Iterator[Pods]:
+    names = [f"{role}-{n}" for role in ("agents", "controller", "engine", "gateway") for n in range(2)]
     with ExitStack() as ends:
         folder = Path(ends.enter_context(tempfile.TemporaryDirectory(prefix="elastic-ep-pods-")))
         models = folder / "models"
         shutil.copytree(demo_model, models / demo_model.name)
         for each in (models, *models.rglob("*")):
             each.chmod(0o755 if each.is_dir() else 0o644)
-        hosts = ends.enter_context(made_hosts(*names))
-        etcd = ends.enter_context(EtcdServer(tmp_path / "etcd", address=hosts.outside))
-        made = Pods(hosts, etcd.url, models / demo_model.name, folder)
+        hosts = ends.enter_context(made_hosts(*names, *MEMBERS, "init-0"))
+        made = Pods(hosts, models / demo_model.name, folder)
         ends.callback(made.close)
         yield made
 
@@ -215,8 +222,7 @@ def helm_test_kills_a_rank_and_each_role_says_what_it_knows_of_it(pods: Pods) ->
 
 
 def test_pods_of_each_role_serve_and_each_may_be_replaced_under_load(pods: Pods) -> None:
-    pods.initialise()
-    for host in ("agents-0", "agents-1", "controller-0", "engine-0", "gateway-0"):
+    for host in ("agents-0", "agents-1", "controller-0", "engine-0", "gateway-0", *MEMBERS):
         pods.start(host)
     pods.until_ready("gateway-0", "agents-0", "agents-1", "controller-0", "engine-0")
     assert pods.serving() == {"moe-agents-0": 1, "moe-agents-1": 1}
@@ -224,7 +230,11 @@ def test_pods_of_each_role_serve_and_each_may_be_replaced_under_load(pods: Pods)
     assert domains == [(f"moe-agents-{n}", f"node-of-moe-agents-{n}", f"zone-{n}") for n in range(2)]
     with Streams(pods.url, clients=2) as streams:
         streams.go_on()
+        first_member = pods.running["etcd-0"]  # whose endpoint all roles begin with
+        first_member.close()
         helm_test_kills_a_rank_and_each_role_says_what_it_knows_of_it(pods)
+        first_member.start()
+        pods.until_ready("etcd-0")
         eventually(lambda: sum(pods.serving().values()) == 2, READY_S, "its successor to serve", POLL_S)
         first, before = pods.running.copy(), pods.arguments("gateway")
         pods.upgrade("engine.extraArgs={--log-keep=1}", "gateway.extraArgs={--access-log}", "podAnnotations.now=other")

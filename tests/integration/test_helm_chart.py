@@ -17,7 +17,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.support.chart import CHART, KUBERNETES, helm, manifests, notes, render, shipped, template
+from tests.support.chart import CHART, KUBERNETES, VERSIONS, helm, manifests, notes, render, shipped, template
 from tests.support.other_user import NEEDS_ROOT, run_as
 from workers.ipc.cpu_priority import CORES
 
@@ -81,7 +81,8 @@ def test_the_one_pod_waits_for_etcd_also_after_an_upgrade_from_values_without_th
 )
 def test_manifests_are_valid(settings: tuple[str, ...]) -> None:
     for manifest in render(*settings).values():
-        kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+        for version in VERSIONS:
+            kubernetes_validate.validate(manifest, version, strict=True)
 
 
 def test_the_values_to_try_it_with_are_one_pod_and_complete() -> None:

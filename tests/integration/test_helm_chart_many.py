@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -22,23 +22,36 @@ from elastic.serve.etcd_server import EtcdServer
 from membership.base import logs
 from membership.store.etcd import connect
 from membership.store.mirror import Mirror
-from tests.support.chart import CHART, KUBERNETES, documents, helm, notes, render, render_many, shipped, template
+from tests.support.chart import (
+    CHART,
+    KUBERNETES,
+    VERSIONS,
+    documents,
+    helm,
+    notes,
+    render,
+    render_many,
+    shipped,
+    template,
+)
 from tests.support.kubernetes_api import kubernetes_api
 from tests.support.promql import evaluate
 from tests.support.promql import parsed as query_tree
 from tests.support.recorded_metrics import Recorder, names
+from tests.support.role_pods import (
+    FIELDS,
+    WORKLOADS,
+    Manifests,
+    container_of,
+    environment_of,
+    parsed,
+    pods,
+    templates,
+)
 from workers.ipc.cpu_priority import CORES
 
 pytestmark = pytest.mark.integration
 
-Manifests = dict[tuple[str, str], dict[str, Any]]
-WORKLOADS = {
-    "agents": "StatefulSet",
-    "controller": "Deployment",
-    "engine": "Deployment",
-    "gateway": "Deployment",
-    "init": "Job",
-}
 MODEL = "model.volume.persistentVolumeClaim.claimName=models"
 EVERYTHING = (
     MODEL, "etcd.endpoints={https://etcd-0:2379,https://etcd-1:2379}", "etcd.tlsSecret=etcd-client",
@@ -49,9 +62,9 @@ EVERYTHING = (
     "gateway.extraArgs={--access-log}", "init.extraArgs={--kv-blocks=64}", "engine.extraArgs={--log-keep=1}",
     "controller.extraArgs={--log-keep=1}", "imagePullSecrets[0].name=registry", "nodeSelector.disk=fast",
 )  # fmt: skip
+OWN = ("etcd.endpoints=null",)  # the chart's
 SCALED = ("agents.replicas=null", "autoscaling.kind=hpa")
 TARGETS, TYPES = ["7", "0.80", "16"], ["Value", "Value", "AverageValue"]
-FIELDS = {"podIP": "10.0.0.7", "nodeName": "worker-7", "zone": "eu-1b"}  # of the downward API
 KEYS = {  # of Secrets that the user makes, as values.yaml names them
     "etcd-client": {"ca.crt", "tls.crt", "tls.key"}, "etcd-user": {"password"}, "keys": {"keys"},
     "tls": {"tls.crt", "tls.key"}, "token": {"token"}, "hosts": {"join-secret"},
@@ -69,62 +82,33 @@ def installed(folder: Path, there: Mapping[str, Mapping[str, Any]], *settings: s
     return made
 
 
-@pytest.fixture(scope="module", params=[(MODEL,), EVERYTHING], ids=["as it is", "with everything"])
+@pytest.fixture(
+    scope="module",
+    params=[(MODEL,), EVERYTHING, (*OWN, MODEL)],
+    ids=["as it is", "with everything", "with an etcd of its own"],
+)
 def rendered(request: pytest.FixtureRequest) -> Manifests:
     return render_many(*request.param)
-
-
-def pods(manifests: Manifests) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The pod of each role."""
-    for role, kind in WORKLOADS.items():
-        yield role, manifests[kind, role]["spec"]["template"]["spec"]
-
-
-def container_of(manifests: Manifests, role: str) -> dict[str, Any]:
-    [container] = manifests[WORKLOADS[role], role]["spec"]["template"]["spec"]["containers"]
-    assert isinstance(container, dict)
-    return container
-
-
-def environment_of(container: dict[str, Any], **fields: str) -> dict[str, str]:
-    """As the kubelet makes it; `fields` are those of the downward API, by the last part of their paths."""
-
-    def value(variable: dict[str, Any]) -> str:
-        source = variable.get("valueFrom", {})
-        if "resourceFieldRef" in source:
-            which, resource = source["resourceFieldRef"]["resource"].split(".")
-            return str(container["resources"][which][resource])
-        return variable.get("value") or fields[re.findall(r"\w+", source["fieldRef"]["fieldPath"])[-1]]
-
-    return {each["name"]: value(each) for each in container["env"]}
-
-
-def parsed(role: str, container: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Mapping[str, Any]:
-    """What the role's command makes of the rendered arguments and environment. UsageError if it refuses them."""
-    program, name, *rest = container["command"]
-    assert program == "elastic"
-    with monkeypatch.context() as patched:
-        for key, value in environment_of(container, name=f"demo-{role}-0", **FIELDS).items():
-            patched.setenv(key, value)
-        command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
-        params: Mapping[str, Any] = command.make_context(name, [*rest, *container.get("args", ())]).params
-    return params
 
 
 @pytest.mark.parametrize("name", ["values-many.yaml", "values-production.yaml"])
 def test_the_shipped_values_are_of_this_mode_and_lint_is_clean(name: str) -> None:
     outcome = helm("lint", "--strict", str(CHART), "--values", str(CHART / name))
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
-    found = [each["kind"] for each in shipped(name)]
+    made = shipped(name)
+    found = [each["kind"] for each in made]
     assert set(WORKLOADS.values()) <= set(found)
     assert ("NetworkPolicy" in found) is (name == "values-production.yaml")
+    own = "demo-etcd" in [each["metadata"]["name"] for each in made if each["kind"] == "StatefulSet"]
+    assert own is (name == "values-many.yaml"), "to try it needs nothing else; production brings its own, with TLS"
 
 
 def test_manifests_are_valid_and_there_is_one_workload_per_role(rendered: Manifests) -> None:
     for manifest in rendered.values():
-        kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+        for version in VERSIONS:
+            kubernetes_validate.validate(manifest, version, strict=True)
     workloads = {role: kind for kind, role in rendered if kind in {*WORKLOADS.values()}}
-    assert workloads == WORKLOADS
+    assert workloads == WORKLOADS | ({"etcd": "StatefulSet"} if ("Service", "etcd") in rendered else {})
 
 
 def test_a_role_takes_the_command_line_and_environment_that_it_is_given(
@@ -157,8 +141,7 @@ def test_agents_know_what_they_end_with_and_pods_of_a_role_are_apart(monkeypatch
     ):
         manifests = render_many(MODEL, *settings)
         container = container_of(manifests, "agents")
-        monkeypatch.setattr(f"{__name__}.FIELDS", fields)
-        given = parsed("agents", container, monkeypatch)
+        given = parsed("agents", container, monkeypatch, fields)
         assert (given["machine"], given["zone"] or "", given["node"]) == ("worker-7", zone, "demo-agents-0")
         for role, pod in pods(manifests):
             spread = pod["topologySpreadConstraints"]
@@ -375,19 +358,19 @@ def test_null_is_the_default_or_refused_by_name() -> None:
 
 def test_pods_are_restricted_and_have_no_token_of_the_api(rendered: Manifests) -> None:
     """Pod Security "restricted", as the one pod."""
-    for role, pod in pods(rendered):
+    for role, pod in ((role, each["spec"]) for role, each in templates(rendered).items()):
         assert pod["automountServiceAccountToken"] is False
         assert pod["securityContext"]["runAsNonRoot"] is True
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod)
-        [container] = pod["containers"]
-        assert container["securityContext"] == {
-            "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}
-        }, role  # fmt: skip
-        assert {kind for each in pod["volumes"] for kind in each} <= {
+        for container in (*pod["containers"], *pod.get("initContainers", ())):
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}
+            }, role  # fmt: skip
+            assert container["terminationMessagePolicy"] == "FallbackToLogsOnError"
+        assert {kind for each in pod.get("volumes", ()) for kind in each} <= {
             "name", "emptyDir", "secret", "persistentVolumeClaim"
         }  # fmt: skip
-        assert container["terminationMessagePolicy"] == "FallbackToLogsOnError"
 
 
 def test_secrets_are_where_flags_and_environment_say(rendered: Manifests) -> None:
@@ -405,25 +388,28 @@ def test_secrets_are_where_flags_and_environment_say(rendered: Manifests) -> Non
             folder, _, key = file.rpartition("/")
             assert key in keys[mounts[folder]], (role, file)
         assert {file.rpartition("/")[0] for file in files} == set(mounts), f"{role} has only what it reads"
-        assert len(container["volumeMounts"]) == len(pod["volumes"])
+        mounted = [each for box in (container, *pod.get("initContainers", ())) for each in box["volumeMounts"]]
+        assert {each["name"] for each in mounted} == {each["name"] for each in pod["volumes"]}
 
 
 def test_the_model_is_where_it_is_read(rendered: Manifests) -> None:
     """A volume that one machine may mount keeps no engine from another one."""
-    have = {role for role, pod in pods(rendered) if any(each["name"] == "model" for each in pod["volumes"])}
-    assert have == {"agents", "gateway", "init"}
+    for role, pod in pods(rendered):
+        for container in (*pod["containers"], *pod.get("initContainers", ())):
+            has = any(each["name"] == "model" for each in container["volumeMounts"])
+            assert has is (container["name"] in ("agents", "gateway", "init")), (role, container["name"])
 
 
 def test_selectors_name_one_role_each(rendered: Manifests) -> None:
-    labels = {role: rendered[kind, role]["spec"]["template"]["metadata"]["labels"] for role, kind in WORKLOADS.items()}
+    labels = {role: template["metadata"]["labels"] for role, template in templates(rendered).items()}
     for (kind, role), manifest in rendered.items():
         selector = manifest["spec"].get("selector") if "spec" in manifest else None
         if selector is None:
             continue
         wanted = selector if kind == "Service" else selector["matchLabels"]
         matched = {name for name, has in labels.items() if wanted.items() <= has.items()}
-        assert matched == {"gateway" if kind == "Service" else role}, (kind, role)
-    assert {role for kind, role in rendered if kind == "PodDisruptionBudget"} == {*WORKLOADS} - {"init"}
+        assert matched == {"gateway" if kind == "Service" and role != "etcd" else role}, (kind, role)
+    assert {role for kind, role in rendered if kind == "PodDisruptionBudget"} == {*labels} - {"init"}
 
 
 def test_requests_go_to_ready_gateways_whose_probes_are_those_of_the_one_pod(rendered: Manifests) -> None:
@@ -568,7 +554,7 @@ def test_the_notes_have_the_next_commands_of_this_mode(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        (("etcd.endpoints=null",), "mode: many needs etcd.endpoints: its pods meet in an etcd of yours"),
+        (("etcd.endpoints=null", "etcd.tlsSecret=t"), "are for an etcd of yours: name it by etcd.endpoints"),
         (("state.persistence.enabled=true",), "state.persistence is for mode: single"),
         (("extraArgs={--spares=1}",), "give init.extraArgs, agents.extraArgs"),
         (("ranks=4",), "or set agents.follow to false"),

@@ -198,6 +198,21 @@ def test_each_role_reaches_etcd_and_name_servers_and_no_other_stranger(many: lis
             assert Rules(etcd.values()).let_through(around[role], around["stranger"], port), role
 
 
+def test_an_etcd_of_the_chart_is_reached_by_the_roles_and_its_members_by_one_another() -> None:
+    own = (ON, *ADMIN, "etcd.endpoints=null")
+    manifests = list(render_many(*own, "networkPolicy.scrapers[0].podSelector.matchLabels.app=scrapers").values())
+    rules, fixed = Rules(manifests), ports(manifests)
+    around = pods(manifests) | {"scrapers": Pod({"app": "scrapers"})}
+    roles = {"agents", "controller", "engine", "gateway", "init"}
+    for name, wanted in (("client", roles), ("peer", {"etcd"}), ("health", {"scrapers"})):
+        reached = {who for who, pod in around.items() if rules.let_through(pod, around["etcd"], fixed["etcd", name])}
+        assert reached == wanted, name
+    for role in (*roles, "etcd"):
+        assert rules.let_through(around[role], around["stranger"], 53, "UDP"), "members have names"
+        assert not rules.let_through(around[role], around["stranger"], 2379), role
+    assert not {who for who, pod in around.items() if rules.let_through(pod, around["etcd"], ANY_PORT)}
+
+
 def test_one_pod_is_reached_at_its_api_only_and_dials_only_an_etcd_of_yours() -> None:
     alone, with_etcd = rendered(ON), rendered(ON, "etcd.endpoints={http://etcd:2379}")
     around = pods(alone)

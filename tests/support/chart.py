@@ -16,6 +16,7 @@ from tests.support import ROOT
 
 CHART = ROOT / "helm" / "elastic-ep"
 KUBERNETES = "1.30"
+VERSIONS = (KUBERNETES, "1.37")  # the oldest and the newest
 
 
 def helm(*arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:

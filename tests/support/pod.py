@@ -1,18 +1,20 @@
 """A rendered pod as a process in its shape, without Kubernetes: its command as pid 1 of a PID namespace, its user
 without an entry in passwd, its environment and nothing of ours, a read-only root, and emptyDirs that are root's with
-mode 2777. The network is the host's, unless it is given a namespace of its own. Needs root.
+mode 2777; its init containers run before. The network is the host's, unless it is given a namespace of its own. Needs
+root.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +44,20 @@ class Pod:
     """One pod of a StatefulSet. `start` and `kill` are what the kubelet does to its container."""
 
     def __init__(
-        self, template: dict[str, Any], name: str, folder: Path, *, address: str = "", inside: Sequence[str] = ()
+        self,
+        template: dict[str, Any],
+        name: str,
+        folder: Path,
+        *,
+        address: str = "",
+        inside: Sequence[str] = (),
+        names: Mapping[str, str] | None = None,
     ) -> None:
-        """`folder`: of its volumes, which last as long as the pod. `inside`: what runs a command at `address`."""
+        """`folder`: of its volumes, which last as long as the pod. `inside`: what runs a command at `address`.
+
+        `names`: the addresses of what the cluster's DNS knows.
+        """
+        self._names = dict(names or {})
         self._spec, self.name, self._folder = template["spec"], name, folder
         self._claims = folder.parent / "claims"  # of PersistentVolumes, which outlast pods
         self.address, self._inside = address, inside
@@ -83,7 +96,10 @@ class Pod:
     @property
     def environment(self) -> dict[str, str]:
         """As rendered; of the downward API, what each pod has, and what its container asks for or may have."""
-        return {"PATH": PATH, **{each["name"]: self._value(each) for each in self.container["env"]}}
+        return self._environment(self.container)
+
+    def _environment(self, container: dict[str, Any]) -> dict[str, str]:
+        return {"PATH": PATH, **{each["name"]: self._value(each) for each in container["env"]}}
 
     @property
     def _fields(self) -> dict[str, str]:
@@ -105,8 +121,11 @@ class Pod:
         return str(math.ceil(int(quantity[:-1]) / 1000) if quantity.endswith("m") else math.ceil(float(quantity)))
 
     def start(self) -> None:
-        """Start the container."""
-        command = [*DIES_WITH_US, *self._inside, "unshare", "--mount", "--pid", "--fork", "sh", "-ec", self._script()]
+        """Start the container, once each of the init containers has ended well."""
+        apart = [*DIES_WITH_US, "unshare", "--mount", "--pid", "--fork", "sh", "-ec"]
+        first = [shlex.join([*apart, self._script(each)]) for each in self._spec.get("initContainers", ())]
+        all_of_it = "\n".join([*first, f"exec {shlex.join([*apart, self._script(self.container)])}"])
+        command = [*DIES_WITH_US, *self._inside, "sh", "-ec", all_of_it]
         with self.output.open("ab") as out:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env={"PATH": os.environ["PATH"]}
@@ -148,12 +167,12 @@ class Pod:
         text = self.output.read_text(errors="replace") if self.output.exists() else ""
         return text[: text.rfind("\n") + 1].splitlines()
 
-    def _script(self) -> str:
+    def _script(self, container: dict[str, Any]) -> str:
         root = self._folder / "root"
         readable = [*SYSTEM, sys.base_prefix, str(ROOT)]
         binds = [(each, f"{root}{each}", "ro") for each in dict.fromkeys(readable) if Path(each).exists()]
         sources = {each["name"]: each for each in self._spec["volumes"]}
-        for mount in self.container["volumeMounts"]:
+        for mount in container["volumeMounts"]:
             source = str(self._source(sources[mount["name"]]))
             binds.append((source, f"{root}{mount['mountPath']}", "ro" if mount.get("readOnly") else "rw"))
         q = shlex.quote
@@ -163,13 +182,16 @@ class Pod:
             f"mount -t proc proc {q(str(root))}/proc", f"mount --rbind /dev {q(str(root))}/dev",
             f"mount --rbind /sys {q(str(root))}/sys",
             f"cp -a /etc {q(str(root))}",  # not mounted: Secrets are, below it
+            *(f"echo {address} {name} >> {q(str(root))}/etc/hosts" for name, address in self._names.items()),
         ]  # fmt: skip
         for source, target, how in sorted(binds, key=lambda bind: bind[1]):  # a checkout in /tmp lies in a volume
             lines += [f"mkdir -p {q(target)}", f"mount --bind {q(source)} {q(target)}"]
             lines += [f"mount -o remount,bind,ro {q(target)}"] if how == "ro" else []
         lines.append(f"mount -o remount,ro {q(str(root))}")
-        inside = ["env", "-i", *(f"{key}={value}" for key, value in self.environment.items())]
-        inside += self._as_user([*self.container["command"], *self.container.get("args", ())])
+        environment = self._environment(container)
+        given = [*container["command"], *container.get("args", ())]
+        expanded = [re.sub(r"\$\((\w+)\)", lambda found: environment[found[1]], each) for each in given]
+        inside = ["env", "-i", *(f"{key}={value}" for key, value in environment.items()), *self._as_user(expanded)]
         return "\n".join([*lines, f"exec chroot {q(str(root))} {shlex.join(inside)}"])
 
     def _as_user(self, command: Sequence[str]) -> list[str]:

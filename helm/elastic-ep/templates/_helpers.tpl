@@ -80,11 +80,8 @@ app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- if kindIs "invalid" (index $values.agents $key) }}{{ fail (printf "agents.%s: null is no value of it: leave it out for the default" $key) }}{{ end -}}
 {{- end -}}
 {{- include "elastic-ep.validateScaling" . -}}
-{{- if not $values.etcd.endpoints -}}
-{{- fail "mode: many needs etcd.endpoints: its pods meet in an etcd of yours, which outlives each of them" -}}
-{{- end -}}
 {{- if $values.state.persistence.enabled -}}
-{{- fail "state.persistence is for mode: single: with many pods all state is in your etcd" -}}
+{{- fail "state.persistence is for mode: single: with many pods all state is in etcd" -}}
 {{- end -}}
 {{- if $values.extraArgs -}}
 {{- fail "extraArgs are flags of `elastic serve`, which mode: many does not run: give init.extraArgs, agents.extraArgs, engine.extraArgs, controller.extraArgs or gateway.extraArgs" -}}

@@ -79,16 +79,13 @@ imagePullPolicy: {{ .Values.image.pullPolicy }}
 {{- end }}
 {{- end -}}
 
-{{/* Of a pod, as you give it. Init containers have the pod's volumes: one may fetch the checkpoint. */}}
+{{/* Of a pod, as you give it. */}}
 {{- define "elastic-ep.extraPod" -}}
 {{- with .Values.priorityClassName }}
 priorityClassName: {{ . | quote }}
 {{- end }}
 {{- with .Values.runtimeClassName }}
 runtimeClassName: {{ . | quote }}
-{{- end }}
-{{- with .Values.extraInitContainers }}
-initContainers: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end -}}
 

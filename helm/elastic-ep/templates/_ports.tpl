@@ -28,6 +28,12 @@ agents:
 controller:
   - {name: probe, port: {{ include "elastic-ep.probePort" . }}, from: [scrapers]}
 init: []
+{{- if include "elastic-ep.ownEtcd" . }}
+etcd:
+  - {name: client, port: 2379, from: [agents, controller, engine, gateway, init]}
+  - {name: peer, port: 2380, from: [etcd]}
+  - {name: health, port: 2381, from: [scrapers]}
+{{- end }}
 {{- end }}
 {{- end -}}
 

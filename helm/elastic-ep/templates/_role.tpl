@@ -1,5 +1,6 @@
 {{/* A pod of one role (mode: many), from a dict: root (the top of the templates), role, command, args, and what it has
-     beside every role's: model, shm, api, probe (true or not), grace (seconds), resources, restart. */}}
+     beside every role's: model, shm, api, probe, first (true or not), grace (seconds), resources, restart. `first`: before
+     its own container it runs `elastic init`. */}}
 {{- define "elastic-ep.roleName" -}}
 {{- printf "%s-%s" (include "elastic-ep.name" .root | trunc 41 | trimSuffix "-") .role -}}
 {{- end -}}
@@ -31,7 +32,7 @@ app.kubernetes.io/component: {{ .role }}
 - name: ELASTIC_CLUSTER
   value: {{ include "elastic-ep.name" . | quote }}
 - name: ELASTIC_ETCD
-  value: {{ join "," .Values.etcd.endpoints | quote }}
+  value: {{ include "elastic-ep.etcdEndpoints" . | quote }}
 {{- if .Values.etcd.tlsSecret }}
 - name: ELASTIC_ETCD_CA
   value: /etc/elastic-ep/etcd-tls/ca.crt
@@ -90,8 +91,81 @@ maxUnavailable: {{ ternary 0 1 (eq (int $replicas) 1) }}
 {{- end -}}
 {{- end -}}
 
+{{/* What `elastic init` runs with: the cluster's settings and size. A dict of command, args, resources. */}}
+{{- define "elastic-ep.init" -}}
+{{- $size := int .Values.ranks }}
+{{- $args := list }}
+{{- if .Values.agents.follow }}
+{{- $args = append $args (printf "--follow-agents=%d" (int .Values.agents.ranksPerPod)) }}
+{{- $size = mul (int .Values.agents.replicas) (int .Values.agents.ranksPerPod) }}
+{{- end }}
+{{- with int $size }}{{ $args = append $args (printf "--ranks=%d" .) }}{{ end }}
+{{- $args = concat $args (list (printf "--min-agents=%d" (int .Values.agents.minAgents))) }}
+{{- with include "elastic-ep.modelArgs" . | trim }}{{ $args = concat $args (fromYamlArray .) }}{{ end }}
+{{- dict "role" "init" "command" (list "elastic" "init" .Values.model.path) "args" (concat $args (.Values.init.extraArgs | default list)) "resources" .Values.init.resources "model" true | toYaml }}
+{{- end -}}
+
+{{/* One container, from the dict of its pod. */}}
+{{- define "elastic-ep.roleContainer" -}}
+- name: {{ .role }}
+  {{- include "elastic-ep.image" .root | nindent 2 }}
+  command: {{ toJson .command }}
+  args: {{- concat (include "elastic-ep.etcdWaitArgs" .root | fromYamlArray) (.args | default list) | toYaml | nindent 4 }}
+  env:
+    {{- include "elastic-ep.roleEnv" .root | nindent 4 }}
+    {{- if .shm }}
+    {{- with include "elastic-ep.coresEnv" .resources | trim }}{{ nindent 4 . }}{{ end }}
+    {{- include "elastic-ep.domainEnv" .root | nindent 4 }}
+    {{- end }}
+    {{- with .root.Values.extraEnv }}{{ toYaml . | nindent 4 }}{{ end }}
+  {{- include "elastic-ep.containerSecurity" .root | nindent 2 }}
+  {{- if .api }}
+  {{- include "elastic-ep.containerPorts" . | nindent 2 }}
+  {{- include "elastic-ep.httpProbes" .root | nindent 2 }}
+  {{- else if .probe }}
+  {{- include "elastic-ep.containerPorts" . | nindent 2 }}
+  readinessProbe:
+    httpGet: {path: /readyz, port: probe}
+    periodSeconds: 2
+    timeoutSeconds: 2
+  {{- end }}
+  resources: {{- toYaml .resources | nindent 4 }}
+  volumeMounts:
+    - name: state
+      mountPath: /state
+    - name: tmp
+      mountPath: /tmp
+    - name: join
+      mountPath: /etc/elastic-ep/join
+      readOnly: true
+    {{- if .shm }}
+    - name: shm
+      mountPath: /dev/shm
+    {{- end }}
+    {{- with include "elastic-ep.etcdMounts" .root | trim }}{{ nindent 4 . }}{{ end }}
+    {{- if .api }}{{ with include "elastic-ep.apiMounts" .root | trim }}{{ nindent 4 . }}{{ end }}{{ end }}
+    {{- if .model }}{{ with include "elastic-ep.modelMount" .root | trim }}{{ nindent 4 . }}{{ end }}{{ end }}
+    {{- with .root.Values.extraVolumeMounts }}{{ toYaml . | nindent 4 }}{{ end }}
+{{- end -}}
+
+{{/* Two pods of a role in one zone, or on one machine, would end with it together. From a dict: root, role. */}}
+{{- define "elastic-ep.spread" -}}
+topologySpreadConstraints:
+  {{- range $key := list "topology.kubernetes.io/zone" "kubernetes.io/hostname" }}
+  - maxSkew: 1
+    topologyKey: {{ $key }}
+    whenUnsatisfiable: ScheduleAnyway
+    labelSelector:
+      matchLabels: {{- include "elastic-ep.roleSelector" $ | nindent 8 }}
+  {{- end }}
+{{- end -}}
+
 {{- define "elastic-ep.rolePod" -}}
 {{- $values := .root.Values -}}
+{{- $before := $values.extraInitContainers | default list -}}
+{{- if .first -}}
+{{- $before = concat $before (merge (dict "root" .root) (include "elastic-ep.init" .root | fromYaml) | include "elastic-ep.roleContainer" | fromYamlArray) -}}
+{{- end -}}
 metadata:
   labels: {{- include "elastic-ep.roleSelector" . | nindent 4 }}
   {{- with $values.podAnnotations }}
@@ -111,46 +185,11 @@ spec:
   {{- with $values.imagePullSecrets }}
   imagePullSecrets: {{- toYaml . | nindent 4 }}
   {{- end }}
+  {{- with $before }}
+  initContainers: {{- toYaml . | nindent 4 }}
+  {{- end }}
   containers:
-    - name: {{ .role }}
-      {{- include "elastic-ep.image" .root | nindent 6 }}
-      command: {{ toJson .command }}
-      args: {{- concat (include "elastic-ep.etcdWaitArgs" .root | fromYamlArray) (.args | default list) | toYaml | nindent 8 }}
-      env:
-        {{- include "elastic-ep.roleEnv" .root | nindent 8 }}
-        {{- if .shm }}
-        {{- with include "elastic-ep.coresEnv" .resources | trim }}{{ nindent 8 . }}{{ end }}
-        {{- include "elastic-ep.domainEnv" .root | nindent 8 }}
-        {{- end }}
-        {{- with $values.extraEnv }}{{ toYaml . | nindent 8 }}{{ end }}
-      {{- include "elastic-ep.containerSecurity" .root | nindent 6 }}
-      {{- if .api }}
-      {{- include "elastic-ep.containerPorts" . | nindent 6 }}
-      {{- include "elastic-ep.httpProbes" .root | nindent 6 }}
-      {{- else if .probe }}
-      {{- include "elastic-ep.containerPorts" . | nindent 6 }}
-      readinessProbe:
-        httpGet: {path: /readyz, port: probe}
-        periodSeconds: 2
-        timeoutSeconds: 2
-      {{- end }}
-      resources: {{- toYaml .resources | nindent 8 }}
-      volumeMounts:
-        - name: state
-          mountPath: /state
-        - name: tmp
-          mountPath: /tmp
-        - name: join
-          mountPath: /etc/elastic-ep/join
-          readOnly: true
-        {{- if .shm }}
-        - name: shm
-          mountPath: /dev/shm
-        {{- end }}
-        {{- with include "elastic-ep.etcdMounts" .root | trim }}{{ nindent 8 . }}{{ end }}
-        {{- if .api }}{{ with include "elastic-ep.apiMounts" .root | trim }}{{ nindent 8 . }}{{ end }}{{ end }}
-        {{- if .model }}{{ with include "elastic-ep.modelMount" .root | trim }}{{ nindent 8 . }}{{ end }}{{ end }}
-        {{- with $values.extraVolumeMounts }}{{ toYaml . | nindent 8 }}{{ end }}
+    {{- include "elastic-ep.roleContainer" . | nindent 4 }}
   volumes:
     - name: state
       emptyDir: {}
@@ -165,16 +204,8 @@ spec:
     {{- end }}
     {{- with include "elastic-ep.etcdVolumes" .root | trim }}{{ nindent 4 . }}{{ end }}
     {{- if .api }}{{ with include "elastic-ep.apiVolumes" .root | trim }}{{ nindent 4 . }}{{ end }}{{ end }}
-    {{- if .model }}{{ with include "elastic-ep.modelVolume" .root | trim }}{{ nindent 4 . }}{{ end }}{{ end }}
+    {{- if or .model .first }}{{ with include "elastic-ep.modelVolume" .root | trim }}{{ nindent 4 . }}{{ end }}{{ end }}
     {{- with $values.extraVolumes }}{{ toYaml . | nindent 4 }}{{ end }}
-  # Two pods of a role in one zone, or on one machine, would end with it together.
-  topologySpreadConstraints:
-    {{- range $key := list "topology.kubernetes.io/zone" "kubernetes.io/hostname" }}
-    - maxSkew: 1
-      topologyKey: {{ $key }}
-      whenUnsatisfiable: ScheduleAnyway
-      labelSelector:
-        matchLabels: {{- include "elastic-ep.roleSelector" $ | nindent 10 }}
-    {{- end }}
+  {{- include "elastic-ep.spread" . | nindent 2 }}
   {{- with include "elastic-ep.scheduling" .root | trim }}{{ nindent 2 . }}{{ end }}
 {{- end -}}
