@@ -25,6 +25,7 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag=True):
     taken: bool = False  # an engine may have it already: it is not refused for want of room
     trace: str = ""  # W3C traceparent of the gateway's span, if that is sampled
     together: bool = False  # the gateway takes several outputs in one message: `Outputs`
+    key: str = ""  # the name of the API key that it was asked for with: keys take turns
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -1,7 +1,7 @@
 """Places of a rank that are kept for short requests, so that they do not wait until long ones have ended. Pure.
 
-Short is what needs no more than an even share of the KV cache, prompt and output together. While the oldest waiting
-request does not fit, short ones that came later may have a reserved place: they are the rank's guests.
+Short is what needs no more than an even share of the KV cache, prompt and output together. While the request whose turn
+it is does not fit, short ones may have a reserved place: they are the rank's guests.
 """
 
 from __future__ import annotations

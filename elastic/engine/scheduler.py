@@ -17,6 +17,7 @@ from elastic.engine.reserve import Reserve
 from elastic.engine.salvage import Salvage
 from elastic.engine.sequence import Home, Sequence, refusal
 from elastic.engine.step_budget import FLOOR_TOKENS, StepBudget, Work, shares
+from elastic.engine.turns import OUTPUT_COST
 from elastic.engine.waiting import Shed, WaitingRoom
 from elastic.protocol import EndToken, Rejected, Submit, Tokens
 from membership.base.enums import Homes
@@ -295,6 +296,7 @@ class Scheduler:
         self._arrivals += 1
         sequence = Sequence.of(request, self._arrivals, now)
         self._sequences[request.request_id] = sequence
+        self._waiting.turns.begin(request.key)
         self._waiting.add(sequence)
         if shed and not self._passes(sequence, now):
             self._forget(sequence)
@@ -303,8 +305,8 @@ class Scheduler:
 
     def _passes(self, sequence: Sequence, now: float) -> bool:
         """Whether it has found a reserved place, before all that wait."""
-        oldest = self._waiting.oldest
-        if oldest is None or self.view is None or self.held or not self._reserve.guests([sequence], oldest):
+        first = self._waiting.first
+        if first is None or self.view is None or self.held or not self._reserve.guests([sequence], first):
             return False
         return self._place(sequence, now, guest=True)
 
@@ -344,6 +346,7 @@ class Scheduler:
             self._waiting.remove(sequence)
         sequence.leave()
         sequence.left = None
+        self._waiting.turns.end(sequence.request.key)
         del self._sequences[sequence.request.request_id]
 
     def _reject(self, sequence: Sequence, status: int, message: str, retry_after_s: float = 0.0) -> Rejected:
@@ -399,11 +402,11 @@ class Scheduler:
         return StepBatch(self.token, self.view.epoch, self.step, self.attempt, sorted(self.masked), ranks, known)
 
     def _admit(self, now: float) -> None:
-        """Give waiting requests homes, oldest first, as long as the oldest fits somewhere; then reserved ones."""
-        while (oldest := self._waiting.oldest) and self._place(oldest, now):
+        """Give waiting requests homes, in turns, as long as the first fits somewhere; then reserved ones."""
+        while (first := self._waiting.first) and self._place(first, now):
             continue
-        if oldest is not None and any(map(self._reserve.unused, self._homes.values())):
-            for sequence in self._reserve.guests(self._waiting, oldest):
+        if first is not None and any(map(self._reserve.unused, self._homes.values())):
+            for sequence in self._reserve.guests(self._waiting, first):
                 if not self._place(sequence, now, guest=True):
                     return
 
@@ -436,7 +439,7 @@ class Scheduler:
             on_host[each.node] += len(each.running)
         home = min(fitting, key=lambda home: _unwelcome(home, sequence, there[home.rank], on_host[home.node]))
         cached = len(shared[home.rank]) * size
-        self._waiting.place(sequence, now)
+        self._waiting.place(sequence, cached, now)
         sequence.enter(home, home.pool.take(blocks, shared[home.rank]), cached, now)
         sequence.guest = guest
         self._salvage.begin(sequence, home, now)
@@ -534,6 +537,7 @@ class Scheduler:
 
     def _append(self, sequence: Sequence, sampled: SampledToken) -> Tokens:
         """Add one token to the output; end tokens end it and are not part of it."""
+        self._waiting.turns.charge(sequence.request.key, OUTPUT_COST)
         request, index, token = sequence.request, sequence.emitted, sampled.token
         scores = sequence.scores if request.prompt_logprobs >= 0 and index == 0 else None
         cached, queued_s = (0, 0.0) if index else (sequence.cached or 0, sequence.queued_s)

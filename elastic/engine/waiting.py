@@ -1,7 +1,8 @@
 """Requests that wait for a place, oldest first, and how many of them may. Pure.
 
-A request that no place will be free for in time is refused at once, with the time after which it is worth asking again.
-One that an engine has taken on before (it ran, or its engine died) is never refused.
+Of several API keys the least served one has the next place (`turns.py`), and one that fills the room leaves the others
+their part of it. A request that no place will be free for in time is refused at once, with the time after which it is
+worth asking again. One that an engine has taken on before (it ran, or its engine died) is never refused.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from enum import StrEnum
 
 from elastic.engine.sequence import Sequence, by_age
+from elastic.engine.turns import PROMPT_COST, Turns
 from elastic.protocol import Submit
 from membership.base.timing import RETRY_AFTER_MAX_S, RETRY_AFTER_MIN_S, RETRY_AFTER_S
 from membership.store.records import ClusterConfig
@@ -34,7 +36,8 @@ class WaitingRoom:
         self._config = config
         self._waiting: list[Sequence] = []
         self._placed: deque[float] = deque(maxlen=REMEMBERED)  # when the last ones found a place
-        self.tokens = 0  # of all that wait
+        self._requests, self._tokens = Counter[str](), Counter[str]()  # that wait, by key
+        self.turns = Turns()
         self.shed: Counter[str] = Counter()
 
     def __len__(self) -> int:
@@ -44,23 +47,43 @@ class WaitingRoom:
         return iter(self._waiting)
 
     @property
-    def oldest(self) -> Sequence | None:
-        """The one that has waited longest, if any waits."""
-        return self._waiting[0] if self._waiting else None
+    def tokens(self) -> int:
+        """Of all that wait."""
+        return self._tokens.total()
+
+    @property
+    def first(self) -> Sequence | None:
+        """Whose turn it is, if any waits: one that was interrupted, else the oldest of the least served key."""
+        if len(self._requests) < 2:
+            return self._waiting[0] if self._waiting else None
+        oldest: dict[str, Sequence] = {}
+        for each in self._waiting:
+            if each.taken:
+                return each
+            oldest.setdefault(each.request.key, each)
+        return min(oldest.values(), key=lambda each: self.turns.served(each.request.key))
 
     def add(self, sequence: Sequence) -> None:
         """Let it wait, in order of arrival."""
         insort(self._waiting, sequence, key=by_age)
-        self.tokens += len(sequence.tokens)
+        self._count(sequence.request.key, 1, len(sequence.tokens))
 
     def remove(self, sequence: Sequence) -> None:
         """It waits no more."""
         self._waiting.remove(sequence)
-        self.tokens -= len(sequence.tokens)
+        self._count(sequence.request.key, -1, -len(sequence.tokens))
 
-    def place(self, sequence: Sequence, now: float) -> None:
-        """It has found a place."""
+    def _count(self, key: str, requests: int, tokens: int) -> None:
+        self._requests[key] += requests
+        self._tokens[key] += tokens
+        if not self._requests[key]:
+            del self._requests[key], self._tokens[key]
+
+    def place(self, sequence: Sequence, cached: int, now: float) -> None:
+        """It has found a place, where so many of its tokens need not be computed."""
         self.remove(sequence)
+        if not sequence.taken:
+            self.turns.charge(sequence.request.key, PROMPT_COST * (len(sequence.tokens) - cached))
         sequence.taken = True
         self._placed.append(now)
 
@@ -69,9 +92,13 @@ class WaitingRoom:
         config, tokens = self._config, len(request.prompt)
         if request.taken or request.emitted or not self._waiting:
             return None
-        if len(self._waiting) >= config.max_waiting_requests:
+        key, keys = request.key, len(self._requests.keys() | {request.key})
+        most, most_tokens = config.max_waiting_requests, config.max_waiting_tokens
+        if len(self._waiting) >= most and keys * self._requests[key] >= most:
             return Shed.REQUESTS
-        return Shed.TOKENS if self.tokens + tokens > config.max_waiting_tokens else None
+        if self.tokens + tokens > most_tokens and keys * (self._tokens[key] + tokens) > most_tokens:
+            return Shed.TOKENS
+        return None
 
     def late(self, now: float) -> list[Sequence]:
         """Those that have waited for too long."""

@@ -52,13 +52,13 @@ class Visit:
         if self.account is not None:
             self.account.prompt(prompt_tokens)
 
-    def generated(self, tokens: int, finish_reason: str) -> None:
-        """One of its choices has grown, or ended."""
+    def generated(self, tokens: int, finish_reason: str, queued_s: float = 0.0) -> None:
+        """One of its choices has grown, or ended. `queued_s`: it had waited for a rank, and this is its first token."""
         self.generation_tokens += tokens
         if finish_reason:
             self.finish_reasons.append(finish_reason)
         if self.account is not None:
-            self.account.generated(tokens)
+            self.account.generated(tokens, queued_s)
 
 
 def visit_of(request: Request) -> Visit:

@@ -35,6 +35,7 @@ class Request(msgspec.Struct, kw_only=True):
     ignore_eos: bool = False
     prompt_logprobs: int = -1  # as in Submit, until they are here
     trace: str = ""  # as in Submit
+    key: str = ""  # as in Submit
     emitted: list[int] = []
     sent: bool = False  # to an engine, which may have taken it
     state: RequestState = RequestState.OPEN
@@ -55,6 +56,7 @@ class Request(msgspec.Struct, kw_only=True):
             taken=self.sent,
             trace=self.trace,
             together=True,
+            key=self.key,
         )
 
 

@@ -60,6 +60,7 @@ class Account:
         self.in_flight = 0
         self.answers: Counter[int] = Counter()  # by HTTP status
         self.prompt_tokens = self.generation_tokens = 0
+        self.queued_s = 0.0  # that its requests have waited for ranks, together
         self._limits = NO_LIMITS
         self._requests, self._tokens = Bucket(0, now), Bucket(0, now)
 
@@ -92,8 +93,9 @@ class Account:
         self.prompt_tokens += tokens
         self._tokens.spend(tokens)
 
-    def generated(self, tokens: int) -> None:
-        """So many were generated."""
+    def generated(self, tokens: int, queued_s: float = 0.0) -> None:
+        """So many were generated, of a request that waited for a rank for so long if these are its first."""
+        self.queued_s += queued_s
         self.generation_tokens += tokens
         self._tokens.spend(tokens)
 

@@ -171,13 +171,16 @@ class KeyCounters(Collector):
         answers = CounterMetricFamily(PREFIX + "key_requests", "Requests by API key.", labels=["key", "status"])
         tokens = CounterMetricFamily(PREFIX + "key_tokens", "Tokens by API key.", labels=["key", "kind"])
         open_now = GaugeMetricFamily(PREFIX + "key_requests_in_flight", "Open requests by API key.", labels=["key"])
+        text = "Seconds that requests waited for a rank, by API key."
+        queued = CounterMetricFamily(PREFIX + "key_queue_seconds", text, labels=["key"])
         for name, account in self._keys.accounts.items():
+            queued.add_metric([name], account.queued_s)
             for status, count in account.answers.items():
                 answers.add_metric([name, str(status)], count)
             tokens.add_metric([name, "prompt"], account.prompt_tokens)
             tokens.add_metric([name, "generation"], account.generation_tokens)
             open_now.add_metric([name], account.in_flight)
-        yield from (answers, tokens, open_now)
+        yield from (answers, tokens, open_now, queued)
 
     def describe(self) -> Iterable[Metric]:
         """Nothing: names are known at collection."""

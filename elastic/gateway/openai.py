@@ -218,6 +218,7 @@ def _job(
                 stop_token_ids=asked.stop_token_ids,
                 ignore_eos=asked.ignore_eos,
                 trace=visit.trace,
+                key=visit.account.name if visit.account is not None else "",
             )
             job.sequences.append(sequence)
             stops = StopMatcher(asked.stop, keep=asked.include_stop_str_in_output)
@@ -342,7 +343,7 @@ class Run:
         """What a delta adds to its choice."""
         self._timers[index].tokens(len(delta.tokens), delta.queued_s)
         piece = self._job.choices[index].push(delta)
-        self._job.visit.generated(len(delta.tokens), piece.finish_reason)
+        self._job.visit.generated(len(delta.tokens), piece.finish_reason, delta.queued_s)
         if piece.stopped:
             self.generation.stop(index)
         if piece.finish_reason:

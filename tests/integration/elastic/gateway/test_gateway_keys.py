@@ -13,6 +13,7 @@ import pytest
 import structlog
 from prometheus_client.parser import text_string_to_metric_families
 
+from elastic.protocol import Submit
 from elastic.serve.options import ApiOptions
 from tests.support.gateway_cluster import MODEL, GatewayCluster, RunningGateway
 from tests.support.helpers import eventually
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.integration
 
 ANN, BOB, SLOW = "sk-ann-1234", "sk-bob-5678", "sk-slow-9999"
 BODY = {"model": MODEL, "prompt": "x", "max_tokens": 4}
+submitted: list[str] = []  # the names that the engine was told
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,13 @@ def gateway(tmp_path_factory: pytest.TempPathFactory, keys: Path) -> Iterator[Ru
     cluster = GatewayCluster(tmp_path_factory.mktemp("gateway"))
     cluster.publish_view()
     api = ApiOptions(api_key_file=keys, access_log=True)
-    with cluster.engine(cluster.says("hello world"), pause_after=None) as engine, cluster.gateway(api=api) as running:
+    says = cluster.says("hello world")
+
+    def answer(submit: Submit) -> list[int]:
+        submitted.append(submit.key)
+        return says(submit)
+
+    with cluster.engine(answer, pause_after=None) as engine, cluster.gateway(api=api) as running:
         eventually(lambda: httpx.get(f"{running.url}/readyz").is_success, 30.0, "the gateway to be ready")
         assert engine.token
         yield running
@@ -75,6 +83,7 @@ def test_the_official_client_raises_what_it_should(gateway: RunningGateway) -> N
     with gateway.client("sk-wrong") as client, pytest.raises(openai.AuthenticationError, match="not known"):
         client.completions.create(**BODY)
     assert ask(gateway, SLOW).status_code == 200
+    assert submitted[-2:] == ["ann", "slow"], "by whose turns the engine gives places"
     with gateway.client(SLOW) as client, pytest.raises(openai.RateLimitError) as raised:
         client.completions.create(**BODY)
     assert 0 < int(raised.value.response.headers["retry-after"]) <= 60

@@ -115,7 +115,8 @@ def test_the_rate_is_that_since_the_first_place_remembered() -> None:
     room = WaitingRoom(config())
     requests = [Sequence.of(ask(f"r{n}", [5]), n, 0.0) for n in range(6)]
     for request in requests:
+        room.turns.begin("")
         room.add(request)
     for request, now in zip(requests, (0.0, 10.0, 20.0, 30.0), strict=False):
-        room.place(request, now)
+        room.place(request, 0, now)
     assert room.retry_after_s(40.0) == pytest.approx(20.0), "four places in 40 s, two wait"

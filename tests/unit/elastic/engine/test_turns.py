@@ -1,0 +1,104 @@
+"""Which API key's request has the next place, and what one key's flood costs another."""
+
+from __future__ import annotations
+
+import pytest
+
+from chaos.simulation.kv_model import KvModel
+from elastic.engine.scheduler import Scheduler
+from elastic.engine.turns import OUTPUT_COST, PROMPT_COST, Turns
+from elastic.protocol import Rejected
+from tests.support.rank_model import TOKEN, Client, ask, config, drive, view
+
+pytestmark = pytest.mark.unit
+
+MEMBERS = {0: 10}
+
+
+def flooded(**limits: object) -> tuple[Scheduler, Client, KvModel]:
+    """One rank of two places, and forty prompts of one key."""
+    many = {"max_seqs": 2, "kv_blocks": 200, "max_waiting_requests": 1000} | limits
+    scheduler, client = Scheduler(config(**many), TOKEN), Client()
+    scheduler.set_view(view(1, MEMBERS), [], 0.0)
+    for n in range(40):
+        client.submit(scheduler, ask(f"long{n}", [5 + n] * 30, 4, ignore_eos=True, key="many"), 0.0)
+    return scheduler, client, KvModel(4)
+
+
+def steps_until(scheduler: Scheduler, client: Client, ranks: KvModel, name: str) -> int:
+    """How many steps until this request has ended."""
+    for number in range(10_000):
+        if name in client.ends:
+            return number
+        batch = scheduler.schedule(0.0)
+        assert batch is not None
+        for result in ranks.run(batch, MEMBERS):
+            client.take(scheduler.apply(result, 0.0))
+    raise AssertionError(f"{name} does not end")
+
+
+def test_a_short_request_of_another_key_has_the_next_place_that_is_free() -> None:
+    taken = {}
+    for key in ("many", "few"):
+        scheduler, client, ranks = flooded()
+        steps_until(scheduler, client, ranks, "long3")
+        client.submit(scheduler, ask("short", [6], 1, key=key), 0.0)
+        taken[key] = steps_until(scheduler, client, ranks, "short")
+        drive(scheduler, ranks, client, MEMBERS)
+        client.check()
+    assert 10 * taken["few"] < taken["many"]
+
+
+def test_two_keys_that_flood_are_served_alike() -> None:
+    """By tokens: one asks for prompts that are ten times as long."""
+    scheduler, client, ranks = flooded()
+    for n in range(400):
+        client.submit(scheduler, ask(f"small{n}", [5 + n % 40, 6, 7], 4, ignore_eos=True, key="small"), 0.0)
+    steps_until(scheduler, client, ranks, "long19")
+    small = sum(name.startswith("small") for name in client.ends)
+    cost = {"long": 30 * PROMPT_COST + 4 * OUTPUT_COST, "small": 3 * PROMPT_COST + 4 * OUTPUT_COST}
+    assert small * cost["small"] == pytest.approx(20 * cost["long"], rel=0.1)
+
+
+def test_an_interrupted_request_goes_before_everybodys_turn() -> None:
+    scheduler, client, _ = flooded()
+    assert scheduler.schedule(0.0) is not None
+    client.submit(scheduler, ask("few", [6], 1, key="few"), 0.0)
+    scheduler.lose_ranks([0], 0.0)
+    scheduler.set_view(view(2, {1: 11}), [], 0.0)
+    batch = scheduler.schedule(0.0)
+    assert batch is not None
+    assert [chunk.seq for chunk in batch.ranks[1]] == [1, 2]
+
+
+@pytest.mark.parametrize("limit", [{"max_waiting_requests": 38}, {"max_waiting_tokens": 38 * 30}])
+def test_one_key_does_not_fill_the_room_for_others(limit: dict[str, object]) -> None:
+    scheduler, client, _ = flooded(**limit)
+    assert not client.ends
+    (refused,) = scheduler.submit(ask("one more", [5] * 30, 4, key="many"), 0.0)
+    assert isinstance(refused, Rejected)
+    assert scheduler.submit(ask("another", [5] * 30, 4, key="few"), 0.0) == []
+    (refused,) = scheduler.submit(ask("one more", [5] * 30, 4, key="many"), 0.0)
+    assert isinstance(refused, Rejected)
+
+
+def test_no_key_saves_up_turns() -> None:
+    turns = Turns()
+    for key in "ab":
+        turns.begin(key)
+    turns.charge("a", 100)
+    turns.charge("b", 60)
+    turns.end("b")
+    turns.begin("c")
+    assert turns.served("c") == 100, "it was not there before"
+    turns.charge("a", 50)
+    turns.begin("b")
+    assert turns.served("b") == 100, "it paused"
+    turns.end("b")
+    turns.charge("c", 7)
+    turns.begin("b")
+    assert turns.served("b") == 107, "of the others the least served"
+    for key in "abc":
+        turns.end(key)
+    turns.begin("a")
+    assert turns.served("a") == 0, "no one was there"
