@@ -480,6 +480,7 @@ class Engine:
 
         A missing record proves nothing: its agent's lease ran out, and the agent may write the same record again.
         """
+        self._fleet.meet(state.agents.values())
         for identity, record in state.ranks.items():
             if record.engine_token == self._token and identity not in self._lost:
                 self._fleet.attach(record)

@@ -239,6 +239,7 @@ class AgentRecord(Record, frozen=True, kw_only=True):
     machine: str = ""  # what ends with others of the same name: a server, a Kubernetes node. Empty: the node by itself
     zone: str = ""  # the zone that this is in, if one is known
     killable: bool = False  # an operator allows that its ranks are killed on request
+    notices: bytes = b""  # the queue by which it tells engines on other hosts of its ranks' deaths, if they reach it
 
 
 class RankRecord(RankProcess, frozen=True, kw_only=True):

@@ -40,19 +40,20 @@ ADMIN_API = Listener("gateway", "admin", frozenset({"neighbour"}))
 STEPS = Listener("engine", "steps", frozenset({"agents"}))
 PROMPTS = Listener("engine", "prompts", frozenset({"gateway"}))
 ANSWERS = Listener("agents", "answers", frozenset({"engine"}))
+DEATHS = Listener("agents", "deaths", frozenset({"engine"}))
 ROWS = Listener("agents", "rows", frozenset({"agents"}))
 WEIGHTS = Listener("agents", "weights", frozenset({"agents", "gateway"}))
 PROBES = tuple(Listener(role, "probe", frozenset()) for role in ("engine", "agents", "controller"))
-LISTENERS = (HTTP, ADMIN_API, STEPS, PROMPTS, ANSWERS, ROWS, WEIGHTS, *PROBES)
+LISTENERS = (HTTP, ADMIN_API, STEPS, PROMPTS, ANSWERS, DEATHS, ROWS, WEIGHTS, *PROBES)
 
 BINDING = {"bind", "listen_for_hosts", "create_server", "start_server", "_Server"}
 BOUND: dict[str, tuple[Listener, ...]] = {  # where the product listens; (): on this machine only, or only to try
     "elastic/serve/listening.py": (HTTP, ADMIN_API),
     "elastic/serve/probe.py": PROBES,
     "elastic/engine/gateway_server.py": (PROMPTS,),
-    "workers/queue/remote_writer.py": (STEPS, ANSWERS),
+    "workers/queue/remote_writer.py": (STEPS, ANSWERS, DEATHS),
     "workers/exchange/tcp/transport.py": (ROWS,),
-    "workers/queue/data_port.py": (STEPS, ANSWERS, ROWS),
+    "workers/queue/data_port.py": (STEPS, ANSWERS, DEATHS, ROWS),
     "workers/bulk/server.py": (WEIGHTS,),
     "elastic/serve/etcd_server.py": (),
     "elastic/serve/join_secret.py": (),
@@ -65,9 +66,9 @@ DIALLING = {"connect", "connect_ex", "create_connection", "accepts"}
 DIALLED: dict[str, dict[Listener, set[str]]] = {  # where the product dials, and in which roles that runs
     "elastic/gateway/engine_socket.py": {PROMPTS: {"gateway"}},
     "elastic/engine/unrecorded.py": {ANSWERS: {"engine"}},
-    "workers/queue/remote_reader.py": {STEPS: {"agents"}, ANSWERS: {"engine"}},
+    "workers/queue/remote_reader.py": {STEPS: {"agents"}, ANSWERS: {"engine"}, DEATHS: {"engine"}},
     "workers/exchange/tcp/transport.py": {ROWS: {"agents"}},
-    "workers/queue/data_port.py": {STEPS: {"agents"}, ANSWERS: {"engine"}, ROWS: {"agents"}},
+    "workers/queue/data_port.py": {STEPS: {"agents"}, ANSWERS: {"engine"}, DEATHS: {"engine"}, ROWS: {"agents"}},
     "workers/bulk/client.py": {WEIGHTS: {"agents", "gateway"}},
 }
 NOT_BETWEEN_PODS = {  # etcd's, this machine's, or what only looks like a connection
@@ -155,7 +156,7 @@ def test_every_socket_of_the_product_is_known() -> None:
     assert calling(BINDING) == set(BOUND)
     assert set(DIALLED) <= calling(DIALLING) <= set(DIALLED) | NOT_BETWEEN_PODS
     assert {each for bound in BOUND.values() for each in bound} == set(LISTENERS)
-    for listener in (STEPS, PROMPTS, ANSWERS, ROWS, WEIGHTS):
+    for listener in (STEPS, PROMPTS, ANSWERS, DEATHS, ROWS, WEIGHTS):
         dialled = set().union(*(each.get(listener, set()) for each in DIALLED.values()))
         assert dialled == listener.dialled_by, listener
 

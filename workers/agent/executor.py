@@ -28,6 +28,7 @@ from membership.base.errors import ElasticError, NoResources, QueueClosed, RankD
 from membership.base.network import Network
 from membership.base.rank_id import ProcessId, RankId, SpareId
 from membership.store.records import ClusterConfig, ClusterState
+from workers.agent.death_notices import DeathNotices
 from workers.agent.forkserver import Serving
 from workers.agent.forkserver_client import ForkServer
 from workers.agent.gpu_windows import GpuWindows
@@ -106,6 +107,7 @@ class MultiprocExecutor:
         self._doorbell = Doorbell()
         self.weights = WeightStore(on_weights, config.load_bytes_per_s)
         self.peers = PeerHosts(config, node, self.weights)
+        self._notices = DeathNotices(node)
         self.pools = KvPools(self._writes_no_more)
         self._windows, self._experts = GpuWindows(), GpuWindows()
         self.rpc_broadcast_mq = MessageQueue(f"{node}-calls")
@@ -115,12 +117,12 @@ class MultiprocExecutor:
         self._collector = threading.Thread(target=self._collect, name="executor-replies", daemon=True)
         self._collector.start()
 
-    def use(self, network: Network, state: ClusterState) -> dict[str, str]:
+    def use(self, network: Network, state: ClusterState) -> dict[str, str | bytes]:
         """What ranks that are started from now on are given of other hosts; for the agent's record, where those get
-        this host's weights.
+        this host's weights and hear of its ranks' deaths.
         """
         self._elsewhere = replace(self._elsewhere, network=network)
-        return self.peers.meet(state, network)
+        return {**self.peers.meet(state, network), "notices": self._notices.listen(network)}
 
     # --- ranks come ---------------------------------------------------------------------------------------------
 
@@ -183,9 +185,8 @@ class MultiprocExecutor:
             raise
         with self._lock:
             self.workers[worker.key] = worker
-        bury = lambda source: self._post(partial(self._bury, worker, source))  # noqa: E731
         try:
-            worker.watcher = DeathWatcher(worker.liveness, bury)
+            worker.watcher = DeathWatcher(worker.liveness, partial(self._found_dead, worker))
         except BaseException:
             with self._lock:
                 del self.workers[worker.key]
@@ -298,6 +299,12 @@ class MultiprocExecutor:
             replies.shutdown()
 
     # --- ranks go -----------------------------------------------------------------------------------------------
+
+    def _found_dead(self, worker: WorkerProcHandle, detected_by: DetectedBy) -> None:
+        """In the watcher's thread."""
+        if isinstance(worker.key, RankId) and worker.key not in self._going:
+            self._notices.tell(worker.key)
+        self._post(partial(self._bury, worker, detected_by))
 
     def _bury(self, worker: WorkerProcHandle, detected_by: DetectedBy) -> None:
         if worker.dead:
@@ -438,6 +445,7 @@ class MultiprocExecutor:
             self._forget(key)
         self.rpc_broadcast_mq.shutdown()
         self.peers.close()
+        self._notices.close()
         self.weights.close()
         self.pools.close()
         self._windows.close()

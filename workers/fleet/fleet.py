@@ -27,7 +27,8 @@ from membership.base.network import Network
 from membership.base.process_stats import threads
 from membership.base.rank_id import RankId
 from membership.base.timing import STEP_DEADLINE_S
-from membership.store.records import ClusterState, RankRecord
+from membership.store.records import AgentRecord, ClusterState, RankRecord
+from workers.fleet.notices import Notices
 from workers.fleet.pace import Pace
 from workers.fleet.watchdog import Look, Watchdog
 from workers.ipc.doorbell import Doorbell
@@ -134,12 +135,14 @@ class Fleet:
         self._clock = clock
         self._network = network
         self._others = OtherHosts()
+        self._here = this_host()
         self._step_deadline_s = STEP_DEADLINE_S if step_deadline_s is None else step_deadline_s
         self._doorbell, self._steps, self._mask = parts or (
             Doorbell(),
             MessageQueue("engine-steps", MsgpackCodec(EngineMessage), remote=remote_of(network) if network else None),
             LiveMask.create(),
         )
+        self._notices = Notices(self._doorbell, clock, lambda: self._wake.set())
         self._watchdog = Watchdog()
         self._pace = Pace(clock())
         self._members: frozenset[RankId] = frozenset()
@@ -214,6 +217,12 @@ class Fleet:
             self._wanted[key] = record
         self._wake.set()
 
+    def meet(self, agents: Iterable[AgentRecord]) -> None:
+        """These live: those of other hosts tell us of their ranks' deaths."""
+        far = {agent.node: agent.notices for agent in agents if agent.notices and agent.host != self._here}
+        if self._network is not None:
+            self._notices.meet(far)
+
     @property
     def awaited(self) -> frozenset[RankId]:
         """Ranks whose queues are still to be joined."""
@@ -286,6 +295,7 @@ class Fleet:
         due = min(due, self._watchdog.due)
         self._doorbell.wait(lambda: self._pending() or or_when(), max(0.0, min(timeout_s, due - self._clock())))
         happened = [event for link in list(self._links.values()) for event in self._drain(link)]
+        self._deaths.extend((key, DetectedBy.AGENT, self._clock()) for key in self._notices.take())
         while self._deaths:
             key, source, at = self._deaths.popleft()
             happened += self._lose(key, source, at)
@@ -306,6 +316,7 @@ class Fleet:
         for key in list(self._links):
             self._drop(key)
         self._close_dropped()
+        self._notices.close()
         self._steps.shutdown()
         self._mask.close()
         self._doorbell.close()
@@ -313,7 +324,9 @@ class Fleet:
     # ---- the engine's thread
 
     def _pending(self) -> bool:
-        return bool(self._deaths or self._joined) or any(link.answers.pending() for link in self._links.values())
+        if self._deaths or self._joined or self._notices.pending():
+            return True
+        return any(link.answers.pending() for link in self._links.values())
 
     def _drain(self, link: _Link) -> list[FleetEvent]:
         """The rank's messages, and its loss if its queue has ended."""
@@ -409,7 +422,7 @@ class Fleet:
 
     def _run_joiner(self) -> None:
         while not self._stop.is_set():
-            self._wake.wait(timeout=RETRY_S if self._wanted else 60.0)
+            self._wake.wait(timeout=RETRY_S if self._wanted or self._notices.retries else 60.0)
             self._wake.clear()
             self._attempts.run(self.join_wanted)
 
@@ -436,6 +449,8 @@ class Fleet:
                 continue
             self._joined.append(link)
             self._doorbell.ring()
+        if self._network is not None:  # after the ranks
+            self._notices.join(f"engine-{self._token}", self._network)
 
     def _close_dropped(self) -> None:
         while self._closing:

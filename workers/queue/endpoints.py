@@ -25,7 +25,7 @@ def listen_for_hosts(socket: zmq.Socket[Any], address: str, ports: Ports = ANY_P
             return f"tcp://{host}:{socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(':')[2]}"
     raise ConfigError(
         f"no port of --port-range {ports} is free at {address}",
-        hint="three for each engine, standbys too, one for each agent, eight for each rank are enough (docs/HOSTS.md)",
+        hint="three for each engine, standbys too, and each agent, eight for each rank are enough (docs/HOSTS.md)",
     )
 
 

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 
 import msgspec
 import pytest
 
 from membership.base.enums import DetectedBy
-from membership.base.errors import QueueError
+from membership.base.errors import ConfigError, QueueError
 from membership.base.network import Network
 from membership.base.rank_id import RankId
-from membership.store.records import ClusterState, RankRecord, RankState
+from membership.store.records import AgentRecord, ClusterState, RankRecord, RankState
 from tests.support.helpers import eventually
 from tests.support.world import CONFIG
+from workers.agent import death_notices
+from workers.agent.death_notices import DeathNotices
+from workers.fleet import notices
 from workers.fleet.fleet import Fleet, FleetEvent, RankJoined, RankLost
 from workers.ipc.doorbell import Doorbell
 from workers.protocol.live_mask import LiveMask
 from workers.protocol.messages import RankMessage, SeqChunk, StepBatch, StepResult, StepStatus, reader_id
-from workers.queue.handle import Handle
+from workers.queue.handle import Handle, Remote
 from workers.queue.message_queue import MessageQueue, MsgpackCodec
 from workers.queue.network import join_key, remote_of
 from workers.queue.silence import Connection
@@ -168,6 +171,77 @@ def test_its_agent_tells_of_its_death(scene: Scene) -> None:
     scene.fleet.ended(KEY)
     assert scene.fleet.collect(0.0, lambda: True) == [], "it is lost once"
     assert reader_id(KEY) not in scene.fleet._steps.readers
+
+
+def agent_record(notices: bytes) -> AgentRecord:
+    return AgentRecord(node="b", pid=1, started=0.0, host="another host", notices=notices)
+
+
+def heard(scene: Scene, agent: DeathNotices) -> bool:
+    """Whether the engine has joined this agent's queue."""
+    source = scene.fleet._notices._open.get("b")
+    return source is not None and agent._queue is not None and source.handle == elsewhere(agent._handle)
+
+
+def test_its_agent_tells_of_its_death_past_the_store(scene: Scene) -> None:
+    """And of another process of its slot, which is none of ours."""
+    with closing(DeathNotices("b")) as agent:
+        scene.fleet.meet([agent_record(elsewhere(agent.listen(NETWORK)))])
+        scene.collect(lambda: heard(scene, agent))
+        agent.tell(RankId(KEY.rank, KEY.incarnation - 1))
+        agent.tell(KEY)
+        scene.collect(lambda: bool(scene.losses()))
+        assert scene.losses() == [DetectedBy.AGENT]
+        scene.fleet.ended(KEY)
+        assert scene.fleet.collect(0.0, lambda: True) == [], "the record comes later"
+
+
+def test_an_agent_that_listens_anew_is_joined_anew(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(notices, "RETRY_S", 0.05)
+    with closing(DeathNotices("b")) as agent:
+        old = agent.listen(NETWORK)
+        scene.fleet.meet([agent_record(elsewhere(old))])
+        scene.collect(lambda: heard(scene, agent))
+        agent._listens_with = b"another secret's"
+        new = agent.listen(NETWORK)
+        assert new != old
+        assert agent.listen(NETWORK) == new
+        scene.fleet.meet([agent_record(elsewhere(new))])
+        scene.collect(lambda: heard(scene, agent))
+        agent.tell(KEY)
+        scene.collect(lambda: bool(scene.losses()))
+
+
+def test_an_agent_that_ends_is_forgotten_and_may_come_back_under_its_name(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notices, "RETRY_S", 0.05)
+    with closing(DeathNotices("b")) as first:
+        scene.fleet.meet([agent_record(elsewhere(first.listen(NETWORK)))])
+        scene.collect(lambda: heard(scene, first))
+    scene.collect(lambda: not scene.fleet._notices._open)
+    assert scene.losses() == [], "its end says nothing of its ranks"
+    with closing(DeathNotices("b")) as second:
+        scene.fleet.meet([agent_record(elsewhere(second.listen(NETWORK)))])
+        scene.collect(lambda: heard(scene, second))
+        second.tell(KEY)
+        scene.collect(lambda: bool(scene.losses()))
+
+
+def test_an_agent_without_a_free_port_tells_nothing_and_tries_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    with closing(DeathNotices("b", clock=lambda: now)) as agent, monkeypatch.context() as patched:
+        patched.setattr(death_notices, "remote_of", _no_port)
+        assert agent.listen(NETWORK) == b""
+        agent.tell(KEY)
+        patched.undo()
+        assert agent.listen(NETWORK) == b"", "not at once"
+        now += death_notices.LISTEN_AGAIN_S
+        assert agent.listen(NETWORK)
+
+
+def _no_port(network: Network) -> Remote:
+    raise ConfigError("no port is free")
 
 
 def test_the_end_of_its_connection_is_its_end(scene: Scene) -> None:
