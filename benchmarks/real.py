@@ -212,7 +212,10 @@ def rows_flip(scene: Scene) -> Iterator[Row]:
             each.result(LONG_TIMEOUT_S)
     at = history.when(adopted)
     longest = max((gap for ended, gap in gaps if ended > began and ended - gap < at), default=0.0)
-    beside = f"longest gap of a stream {1000 * longest:.0f} ms, {at - began:.1f} s until 4 ranks step"
+    beside = (
+        f"of which its first step {adopted.fields['step_ms']:.0f} ms, longest gap of a stream {1000 * longest:.0f} ms"
+    )
+    beside += f", {at - began:.1f} s until 4 ranks step"
     yield at_most("flip 2 -> 4 ranks: the engine's pause", adopted.fields["pause_ms"], "ms", BUDGET_MS, beside)
 
 

@@ -107,6 +107,7 @@ class Engine:
         self._staged_revision = 0  # of that next view, while it is staged
         self._pause_since: float | None = None  # since when a flip has kept tokens waiting
         self._expire_at = 0.0
+        self._step_began: float | None = None  # the first one under the new view
         self._pause_ms = 0.0
         self._outcome = "ok"  # of the step under way
         self._steps: Counter[str] = Counter()  # how many ended how
@@ -166,7 +167,8 @@ class Engine:
         """Start a step. While ranks compute it, send the last step's tokens and take new requests."""
         self._outcome = "ok"
         failpoints.hit("engine.before.step")
-        self._recovery.step_began(self._clock())
+        self._step_began = self._clock()
+        self._recovery.step_began(self._step_began)
         if self._config.gpu_exchange and self._scheduler.view is not None:
             batch = self._gpu.plan(batch, self._scheduler.view, self._fleet.near, self._clock())
             self._scheduler.served_by(rank for rank, chunks in batch.ranks.items() if not chunks)
@@ -505,6 +507,7 @@ class Engine:
         before = self._epoch
         self._change = trigger(newer.view, state, self._scheduler.view), seen
         self._pause_since = self._last_step_end if self._last_step_end is not None else now
+        self._step_began = None
         self._fleet.adopt(newer.masked, (member.id for member in newer.view.members))
         moved = self._scheduler.set_view(newer.view, newer.masked, now, name_of(state.checkpoint))
         self._cut_links.adopt(newer.view.ranks)
@@ -520,7 +523,8 @@ class Engine:
         self._pause_ms = round((now - self._pause_since) * 1000, 3)
         self._pause_since = None
         (before, moved), (change, seen) = self._flip, self._change
-        took = {"trigger": change, "committed_ms": round((now - seen) * 1000, 3)}
+        step_s = now - self._step_began if self._step_began is not None else 0.0  # of the pause
+        took = {"trigger": change, "committed_ms": round((now - seen) * 1000, 3), "step_ms": round(step_s * 1000, 3)}
         self._emit("epoch_adopted", None, previous=before, requests=moved, pause_ms=self._pause_ms, **took)
 
     def _emit(self, kind: str, rank: int | None, **fields: object) -> Event:

@@ -67,6 +67,7 @@ def test_requests_are_spread_over_ranks_and_exact(service: Service) -> None:
     service.gateway.finish()
     (adopted,) = service.engine.events("epoch_adopted")
     assert adopted.epoch == 1
+    assert adopted.fields["step_ms"] == 0.0, "there was no request"
 
 
 @pytest.mark.parametrize("victim", [0, 2])
@@ -200,6 +201,7 @@ def test_views_grow_and_shrink_while_requests_run(service: Service) -> None:
     service.gateway.finish()
     shrink = service.engine.events("epoch_adopted")[-1]
     assert shrink.fields["requests"] > 0, "there were requests on the departed ranks"
+    assert 0.0 < shrink.fields["step_ms"] <= shrink.fields["pause_ms"], "the first step is a part of the pause"
     assert service.engine.events("rank_masked") == []
 
 
