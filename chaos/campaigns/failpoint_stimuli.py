@@ -287,6 +287,7 @@ STIMULI: Mapping[str, Stimulus] = {
     "rank.before.prepare": CHANGE,
     "rank.prepared": CHANGE,
     "rank.step": LOAD,
+    "rank.launched": LOAD,
     "rank.copy": DOWN_BUSY,
     "rank.shutdown": DOWN,
     "engine.before.campaign": LOAD,  # the standby's

@@ -24,14 +24,15 @@ from membership.base.errors import ElasticError, StoreError, WaitTimeout
 ROLES = ("gateway", "engine", "engine-standby", "controller", "agent", "rank", "etcd", "supervisor")
 EVERYWHERE = ("kill", "segv", "stop", "slow", "fd-exhaustion", "oom")
 BESIDES = {  # faults that only some victims can have
-    "rank": ("step-raise", "step-hang", "step-hang-gil", "step-delay",
+    "rank": ("step-raise", "step-hang", "step-hang-gil", "step-delay", "launch-hang", "crash-device",
              "torn-write", "dead-reader", "bit-flip-answer", "bit-flip-liveness"),
     "agent": ("host-death",),
     "forkserver": ("parent-death",),
     "gateway": ("oversize",),
 }  # fmt: skip
-DEADLY = ("kill", "segv", "oom", "torn-write", "host-death", "parent-death")
-GIVEN_UP = ("stop", "dead-reader", "step-hang", "step-hang-gil")  # held until the product gives the rank up
+DEADLY = ("kill", "segv", "oom", "crash-device", "torn-write", "host-death", "parent-death")
+# held until the product gives the rank up
+GIVEN_UP = ("stop", "dead-reader", "step-hang", "step-hang-gil", "launch-hang")
 # Slots die often, on purpose; and with the only agent all ranks go, whose return takes long on a busy machine.
 FLAGS = ("--chaos", "--restart-intensity", "1000", "--restart-window", "1s", "--max-ranks", "4",
          "--coverage-deadline", "100s")  # fmt: skip

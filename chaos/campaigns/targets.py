@@ -190,7 +190,7 @@ class RemoteTarget:
         if why := unable_remotely(fault, victim):
             raise NotInjected(why)
         if fault in BY_FAILPOINT:
-            return step.AtStep(fault, BY_FAILPOINT[fault], site, victim, {"times": 1})
+            return step.AtStep(fault, step.POINT, BY_FAILPOINT[fault], site, victim, {"times": 1})
         return step.FAULTS[fault].injector(site, victim, params)
 
     def unable(self, fault: str, victim: str, needs: Collection[str]) -> str:

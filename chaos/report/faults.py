@@ -23,7 +23,7 @@ GAP_WINDOW_S = 1.0  # a gap that was open within this time after a fault, and be
 FOLLOW_S = 120.0  # later events of a victim are not attributed to the fault
 NOTICED = ("rank_masked", "rank_died", "rank_left", "rank_slow", "rank_exited")
 FAMILIES: dict[str, tuple[str, ...]] = {  # by words in the fault's name; the first that fits
-    "death": ("kill", "segv", "oom", "raise", "death"),
+    "death": ("kill", "segv", "oom", "crash", "raise", "death"),
     "network": ("net-", "host-", "link", "cut", "drop", "partition", "proxy"),
     "clock": ("clock", "skew"),
     "store": ("etcd", "lease", "disk", "checkpoint"),

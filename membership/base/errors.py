@@ -75,6 +75,10 @@ class Fenced(ElasticError):
     """We acted under a token, epoch or incarnation that is no longer current. Nothing took effect; stand down."""
 
 
+class DeviceLost(ElasticError):
+    """What a rank computes on takes no more work from its process, whatever is asked of it: the process has to end."""
+
+
 class OperationConflict(ElasticError):
     """Another operation is active; the message names it."""
 

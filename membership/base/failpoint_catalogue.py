@@ -30,6 +30,7 @@ RANK = (
     "rank.before.prepare",
     "rank.prepared",
     "rank.step",
+    "rank.launched",  # a step's kernels run, or have; of their results none is there
     "rank.copy",
     "rank.shutdown",
 )

@@ -12,7 +12,8 @@ from tests.e2e.conftest import Serve
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
-SAMPLE = ("engine/kill", "controller/kill", "agent/kill", "rank/step-hang-gil", "etcd/kill", "etcd/stop")
+SAMPLE = ("engine/kill", "controller/kill", "agent/kill", "rank/step-hang-gil", "rank/crash-device", "etcd/kill",
+          "etcd/stop")  # fmt: skip
 
 
 def test_a_sample_of_the_role_matrix(serve: Serve, demo_model: Path) -> None:

@@ -13,14 +13,16 @@ from membership.base.endings import signal_name
 from membership.base.rank_id import RankId
 from membership.base.timing import CLOCK_SKEW_S
 from membership.store.records import ClusterConfig, RankExit
-from workers.protocol.step_fence import FENCED_STATUS
+from workers.protocol.step_fence import FENCED_STATUS, LOST_STATUS
+
+ENDINGS = {FENCED_STATUS: "found itself evicted", LOST_STATUS: "lost its device"}
 
 
 def ending(status: int) -> str:
     """A process's exit status (negative: the signal) in words."""
     if status < 0:
         return f"killed by signal {-status}, {signal_name(-status)}"
-    return "found itself evicted" if status == FENCED_STATUS else f"exited with status {status}"
+    return ENDINGS.get(status, f"exited with status {status}")
 
 
 @dataclass(frozen=True)

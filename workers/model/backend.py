@@ -197,6 +197,9 @@ class Backend(Protocol):
     def finish(self) -> None:
         """Until all that this thread has begun is done. What a step or a copy has written counts only then."""
 
+    def check(self, error: BaseException) -> None:
+        """After work that failed with this error: DeviceLost if all that follows would fail, too. Does not wait."""
+
     def use_cores(self, count: int) -> None:
         """How many of the host's cores the next products may take, this thread's included; shows in no bit of them."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -83,6 +83,7 @@ class ModelRunner:
         connect_experts(loaded.expert_modules, self.moe)
         self.moe.local = backend.local_experts(bank, activation, (len(loaded.expert_modules), loaded.info.experts))
         self._forward = backend.capture(self._hidden, self.attention, self.moe)
+        self.on_launched: Callable[[], None] = _nothing  # a step's kernels run; a failpoint's place
 
     @property
     def cache(self) -> KVCache:
@@ -116,6 +117,7 @@ class ModelRunner:
         self._done = None  # an attempt that fails leaves nothing to build on
         self.moe.begin(plan.rows, together=together)
         hidden = self._forward(plan)
+        self.on_launched()
         self._done = plan
         return hidden[:rows], plan
 
@@ -261,6 +263,10 @@ def _attention_spec(loaded: LoadedModel, kv_blocks: int, block_size: int, longes
         block_size=block_size,
         dtype=loaded.dtype,
     )
+
+
+def _nothing() -> None:
+    """No more than that."""
 
 
 class _NoExperts:

@@ -13,6 +13,9 @@ from workers.protocol.messages import RankMessage, StepResult
 FENCED_STATUS = 75
 """Exit status of a rank that found itself evicted: it was taken for dead, but was not."""
 
+LOST_STATUS = 76
+"""Exit status of a rank whose device took no more work from it."""
+
 
 def follow(followed: int, offered: int) -> int:
     """The engine token that a rank obeys once the engine with `offered` asks it to. Fenced if that engine is older."""

@@ -15,7 +15,7 @@ from functools import partial
 import structlog
 
 from membership.base import failpoints
-from membership.base.errors import CoverageLost, ElasticError, Fenced, QueueClosed, QueueError, RankError
+from membership.base.errors import CoverageLost, DeviceLost, ElasticError, Fenced, QueueClosed, QueueError, RankError
 from membership.base.network import Network
 from membership.base.rank_id import RankId
 from membership.base.timing import STEP_ANSWER_TIMEOUT_S, STEP_OUTPUT_TIMEOUT_S
@@ -254,6 +254,9 @@ class EnginePort:
             return self._worker.execute_model(batch)
         except CoverageLost as error:
             return self._failed(batch, StepStatus.COVERAGE_LOST, str(error))
+        except DeviceLost as error:  # the last word of this process: the history then has the reason of its death
+            self._answer(self._failed(batch, StepStatus.FAILED, f"{type(error).__name__}: {error}"))
+            raise
         except Exception as error:  # noqa: BLE001 - a step's failure is an answer, not the end of the rank
             return self._failed(batch, StepStatus.FAILED, f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
 

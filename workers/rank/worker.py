@@ -21,7 +21,7 @@ import structlog
 
 from membership.base import failpoints
 from membership.base.enums import Exactness
-from membership.base.errors import CalledOff, ConfigError, CoverageLost, Fenced, WaitTimeout
+from membership.base.errors import CalledOff, ConfigError, CoverageLost, DeviceLost, Fenced, WaitTimeout
 from membership.base.rank_id import NO_SLOT, RankId
 from membership.planning.identity import KERNELS, THREADS
 from membership.store.records import View
@@ -133,6 +133,7 @@ class Preparation:
             failpoints.hit("rank.prepared", self._worker.rank)
         except BaseException as error:  # noqa: BLE001 - raised by get_output
             self._error = error
+            self._worker.after(error)
         finally:
             self._ended.set()
 
@@ -177,6 +178,7 @@ class EPWorker:
         self._latest: Preparation | None = None
         self._engine_token = 0
         self._load_turns = LoadTurns()
+        self._lost: DeviceLost | None = None  # as another thread has found
         self._left: set[RankId] = set()  # members of earlier views since the last retire_epoch
 
     def make_exchange(self) -> Exchange:
@@ -260,6 +262,7 @@ class EPWorker:
         runner.warm_up()
         warm_at = time.monotonic()
         keep_pool(runner, self._ctx.pools, self._ctx.rank, self._ctx.incarnation)
+        runner.on_launched = lambda: failpoints.hit("rank.launched", self.rank)  # not while it warms up
         self._runner = runner  # only now: the main thread looks at it meanwhile
         times = started, weights_at, made_at, grammars_at, warm_at, time.monotonic()
         parts = dict(zip(LOADED_IN, (round(b - a, 3) for a, b in pairwise(times)), strict=True))
@@ -398,7 +401,10 @@ class EPWorker:
             return self._result(batch, StepStatus.CALLED_OFF, error=str(error))
         except CoverageLost as error:
             return self._result(batch, StepStatus.COVERAGE_LOST, error=str(error))
+        except DeviceLost:
+            raise
         except Exception as error:  # noqa: BLE001 - whatever it was, it is reported to the engine and the rank serves on
+            self._check_device(error)
             log.error("step_failed", rank=self.rank, step=batch.step, error=traceback.format_exc())
             return self._result(batch, StepStatus.FAILED, error=f"{type(error).__name__}: {error}")
         finally:
@@ -421,6 +427,18 @@ class EPWorker:
         if clock is not None:
             return clock.run(runner, chunks, together=together)
         return runner.run(chunks, together=together)
+
+    def _check_device(self, error: BaseException) -> None:
+        """DeviceLost, if after this error nothing else will do."""
+        if self._backend is not None:
+            self._backend.check(error)
+
+    def after(self, error: BaseException) -> None:
+        """Another thread's work has failed with this. If the device has, `poll` says so: the process has to end."""
+        try:
+            self._check_device(error)
+        except DeviceLost as lost:
+            self._lost = lost
 
     def _idle_cores(self, batch: StepBatch) -> int:
         """How many cores this rank may take in a step: others of its host compute beside it, or compute for it."""
@@ -498,7 +516,9 @@ class EPWorker:
         return self.exchange.pending()
 
     def poll(self) -> None:
-        """Compute what peers have asked for, and let go of what is not read any more."""
+        """Compute what peers have asked for, and let go of what is not read any more. DeviceLost."""
+        if self._lost is not None:
+            raise self._lost
         self._pools.rest()
         if self.exchange.pending():
             self.exchange.serve()

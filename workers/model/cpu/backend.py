@@ -34,6 +34,9 @@ class CpuBackend:
     def finish(self) -> None:
         """Nothing: it is done when it returns."""
 
+    def check(self, error: BaseException) -> None:
+        """Nothing: a CPU computes on."""
+
     def use_cores(self, count: int) -> None:
         """See `Backend`."""
         self._threads.count = max(1, min(count, MOST)) if self.device.type == "cpu" else 1

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor, nn
 
 from membership.base.enums import Exactness
-from membership.base.errors import ModelError
+from membership.base.errors import DeviceLost, ModelError
 from workers.model.backend import NO_POOL, Activation, Attention, AttentionSpec, HeldExperts, MoeBoundary, StepFunction
 from workers.model.calibrations import Calibrations
 from workers.model.cpu.compute_threads import ComputeThreads
@@ -48,6 +48,19 @@ class CudaBackend:
         """For the stream of this thread."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
+
+    def check(self, error: BaseException) -> None:
+        """Some errors (a launch failure, an illegal address, what comes with an Xid) are then every later call's, too;
+        a question that waits for nothing tells. Where memory has ended, what torch keeps in reserve is given back.
+        """
+        if self.device.type != "cuda":
+            return
+        try:
+            torch.cuda.current_stream(self.device).query()
+            if isinstance(error, torch.OutOfMemoryError):
+                torch.cuda.empty_cache()
+        except RuntimeError as failed:
+            raise DeviceLost(f"{self.device}: {str(failed).splitlines()[0]}") from error
 
     def use_cores(self, count: int) -> None:
         """Nothing: cores do not compute."""

@@ -13,7 +13,7 @@ import pytest
 from msgspec.structs import replace
 from torch import Tensor
 
-from membership.base.errors import ConfigError, Fenced, PeerTimeout, WaitTimeout
+from membership.base.errors import ConfigError, DeviceLost, Fenced, PeerTimeout, WaitTimeout
 from membership.base.rank_id import RankId
 from membership.store.records import ClusterConfig, Member, Placement, View
 from tests.support.families import write_checkpoint
@@ -322,6 +322,31 @@ def test_a_broken_chunk_fails_its_step_only(worker: TestedWorker, chunk: SeqChun
     assert failed.status is StepStatus.FAILED
     assert "Error" in failed.error
     assert worker.execute_model(batch(1)).status is StepStatus.OK  # type: ignore[union-attr]
+
+
+def test_an_error_after_which_the_device_is_lost_ends_the_rank(
+    worker: TestedWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a step at once; of a load, in another thread, when the main thread looks next."""
+    worker.prepare_epoch(view(1, WHOLE), {}).get_output(60.0)
+    broken = batch(1, chunks=[SeqChunk(1, 0, [5], [99], Sampling())])
+    result = worker.execute_model(broken)
+    assert result is not None
+    assert result.status is StepStatus.FAILED
+    assert worker._backend is not None
+
+    def lost(error: BaseException) -> None:
+        raise DeviceLost("unspecified launch failure") from error
+
+    monkeypatch.setattr(worker._backend, "check", lost)
+    with pytest.raises(DeviceLost):
+        worker.execute_model(broken)
+    worker.poll()
+    worker.script.fail = PeerTimeout("peers did not answer")
+    with pytest.raises(PeerTimeout):
+        worker.prepare_epoch(view(2, WHOLE), {}).get_output(60.0)
+    with pytest.raises(DeviceLost):
+        worker.poll()
 
 
 def test_coverage_lost_inside_a_step_leaves_no_trace(worker: TestedWorker) -> None:

@@ -31,7 +31,7 @@ class Armed:
         self.armed.append(failpoints)
         if failpoints:
             action = failpoints.partition("*")[2].partition(":")[0]
-            fields = {"name": "rank.step", "action": action, "pid": 7}
+            fields = {"name": failpoints.partition("@")[0], "action": action, "pid": 7}
             self.history.append(Event(ts=2.0, role="rank", kind=KIND, rank=2, fields=fields))
 
     def events(self) -> list[Event]:
@@ -45,17 +45,19 @@ class Armed:
 
 
 @pytest.mark.parametrize(
-    ("name", "armed"),
-    [("step-raise", "raise"), ("step-hang", "hang"), ("step-hang-gil", "hang-gil"), ("step-delay", "delay:200")],
-)
-def test_a_step_fault_is_armed_seen_in_the_history_and_disarmed(name: str, armed: str) -> None:
+    ("name", "point", "armed"),
+    [("step-raise", "step", "raise"), ("step-hang", "step", "hang"), ("step-hang-gil", "step", "hang-gil"),
+     ("step-delay", "step", "delay:200"), ("launch-hang", "launched", "hang"),
+     ("crash-device", "launched", "lose-device")],
+)  # fmt: skip
+def test_a_step_fault_is_armed_seen_in_the_history_and_disarmed(name: str, point: str, armed: str) -> None:
     site = Armed()
     fault = injector(name, site, "rank 2")
     injected = fault.inject()
     assert (injected.fault, injected.pid, injected.seen_at) == (name, 7, 2.0)  # not the one of before
     fault.heal()
     fault.heal()
-    assert site.armed == [f"rank.step@2=1*{armed}", ""]
+    assert site.armed == [f"rank.{point}@2=1*{armed}", ""]
 
 
 def test_what_does_not_fit_is_refused_by_name() -> None:

@@ -45,8 +45,9 @@ def test_what_may_be_asked_for() -> None:
         Fault(name="rank.prepared", action="hang", rank=2, limit=1),
         Fault(name="engine.after.flip", action="wait", file="/a=b"),
     )
-    assert [f.action for f in parse("rank.step=hang-gil;rank.step=segv;rank.step=delay:5")] == [
-        "hang-gil", "segv", "delay",
+    faults = "rank.step=hang-gil;rank.step=segv;rank.step=delay:5;rank.launched=lose-device"
+    assert [f.action for f in parse(faults)] == [
+        "hang-gil", "segv", "delay", "lose-device",
     ]  # fmt: skip
     assert parse("rank.step=delay:50")[0].ms == 50
 

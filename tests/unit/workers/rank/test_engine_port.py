@@ -10,7 +10,7 @@ from typing import cast
 import msgspec
 import pytest
 
-from membership.base.errors import Fenced
+from membership.base.errors import DeviceLost, Fenced
 from membership.base.rank_id import RankId
 from workers.ipc.doorbell import Doorbell
 from workers.protocol.messages import (
@@ -158,6 +158,28 @@ def test_a_rank_without_requests_says_that_a_step_failed_if_it_is_named(
     while port.pending():
         port.serve()
     assert [cast(StepResult, each).status for each in answers] == [StepStatus.STALE] * said
+
+
+def test_a_lost_device_is_the_last_answer_of_its_rank(
+    monkeypatch: pytest.MonkeyPatch, worker: NotingWorker, port: EnginePort, steps: MessageQueue
+) -> None:
+    """The engine then knows why it died; steps that wait are not begun."""
+    answers: list[RankMessage] = []
+    monkeypatch.setattr(port, "_answer", answers.append)
+    failing: list[StepBatch] = []
+
+    def fails(batch: StepBatch) -> StepResult:
+        failing.append(batch)
+        raise DeviceLost("cuda:0: unspecified launch failure")
+
+    monkeypatch.setattr(worker, "execute_model", fails)
+    for step in (1, 2):
+        steps.enqueue(StepBatch(20, 3, step, 0, [], {0: [SeqChunk(1, 0, [2], [0])]}), WAIT_S)
+    with pytest.raises(DeviceLost):
+        port.serve()
+    assert [batch.step for batch in failing] == [1]
+    (said,) = (each for each in answers if isinstance(each, StepResult))
+    assert (said.status, said.error) == (StepStatus.FAILED, "DeviceLost: cuda:0: unspecified launch failure")
 
 
 def test_a_rank_never_goes_back_to_an_older_engine(port: EnginePort, steps: MessageQueue) -> None:

@@ -1,0 +1,53 @@
+"""After an error: does the GPU still work for this process? Its stream, whose answer tells, is a stand-in here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from membership.base.errors import DeviceLost
+
+pytest.importorskip("triton")
+
+from workers.model.cuda.backend import CudaBackend
+
+pytestmark = pytest.mark.unit
+
+
+class Stream:
+    """Of a device that has failed with this; or works."""
+
+    def __init__(self, failure: str) -> None:
+        self.failure = failure
+
+    def query(self) -> bool:
+        if self.failure:
+            raise RuntimeError(f"CUDA error: {self.failure}\nCompile with `TORCH_USE_CUDA_DSA` to ...")
+        return False  # kernels still run: nobody waits for them
+
+
+@pytest.mark.parametrize(
+    ("failure", "error", "given_back", "lost"),
+    [
+        ("", ValueError("a broken request"), False, ""),
+        ("", torch.OutOfMemoryError("CUDA out of memory"), True, ""),
+        ("unspecified launch failure", RuntimeError("whatever came first"), False, "unspecified launch failure"),
+        ("unspecified launch failure", torch.OutOfMemoryError("it cannot tell"), False, "unspecified launch failure"),
+    ],
+)
+def test_only_an_error_that_stays_ends_the_rank(
+    monkeypatch: pytest.MonkeyPatch, failure: str, error: Exception, given_back: bool, lost: str
+) -> None:
+    calls: list[str] = []
+    backend = CudaBackend(torch.device("cpu"))
+    backend.check(error)
+    assert calls == [], "a CPU computes on"
+    backend.device = torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(failure))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty_cache"))
+    if lost:
+        with pytest.raises(DeviceLost, match=f"^cuda:1: CUDA error: {lost}$"):
+            backend.check(error)
+    else:
+        backend.check(error)
+    assert calls == ["empty_cache"] * given_back
