@@ -156,7 +156,8 @@ class Engine:
                 return
             self._begin_step(batch)
         if self._scheduler.unanswered:
-            self._handle(self._fleet.collect(IDLE_S, self._has_news))
+            # Members are looked at between steps: what changes there must not wake us again and again until then.
+            self._handle(self._fleet.collect(IDLE_S, self._has_requests))
             self._take_requests()
         if not self._scheduler.unanswered:
             self._end_step()
@@ -202,8 +203,11 @@ class Engine:
         timeout_s = IDLE_S if retry is None else max(0.0, min(IDLE_S, retry - self._clock()))
         self._handle(self._fleet.collect(timeout_s, self._has_news))
 
+    def _has_requests(self) -> bool:
+        return self._server.pending
+
     def _has_news(self) -> bool:
-        return self._server.pending or self._membership_changed or self._status.fenced
+        return self._has_requests() or self._membership_changed or self._status.fenced
 
     def _take_requests(self) -> None:
         for message in self._server.take():

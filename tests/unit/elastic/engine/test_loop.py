@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Set
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -110,7 +111,7 @@ class Ranks:
     def ignore(self, *args: object, **fields: object) -> None:
         """Not looked at here."""
 
-    mask = update = emit = ignore
+    mask = update = emit = meet = ring = ignore
 
 
 def test_the_step_after_a_death_has_all_requests_and_no_token_waits_for_it() -> None:
@@ -176,6 +177,37 @@ def test_what_a_rank_had_answered_before_its_death_is_sent_then_and_is_no_recove
     engine._end_step()
     engine._report()
     assert seen[-1] == (1,), "it has no token since"
+
+
+class WaitedFor(Ranks):
+    """Notes what wakes the engine that waits for their answers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.changes = [lambda: None]
+        self.woken: list[bool] = []
+
+    def collect(self, timeout_s: float, or_when: Callable[[], bool]) -> list[FleetEvent]:  # type: ignore[override]
+        for change in self.changes:
+            change()
+            self.woken.append(or_when())
+        return super().collect(timeout_s, or_when)
+
+
+def test_in_a_step_only_what_is_taken_in_then_wakes_the_engine() -> None:
+    """Members are followed between steps. Were it woken by their change, it would turn until a long step's end, on a
+    core that the ranks need."""
+    ranks: Any = WaitedFor()
+    mirror: Any = SimpleNamespace(state=lambda: ClusterState(revision=1, engine_token=TOKEN))
+    engine = Engine(config(), TOKEN, Peers(mirror, ranks, ranks, ranks, ranks), clock=lambda: 0.0)
+    engine._scheduler.set_view(view(1, ranks.members), (), 0.0)
+    engine._scheduler.submit(ask("a", [1] * 14, 20, ignore_eos=True), 0.0)
+    ranks.changes = [lambda: None, engine.look_again, partial(setattr, ranks, "fenced", True),
+                     partial(setattr, ranks, "pending", True)]  # fmt: skip
+    engine.turn()
+    assert ranks.woken == [False, False, False, True]
+    with pytest.raises(Fenced):
+        engine.turn()
 
 
 class SlowRanks(Ranks):
