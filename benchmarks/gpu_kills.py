@@ -115,8 +115,9 @@ class Scene:
                     yield json.loads(line[line.index("{") :])
 
     def until_flowing(self, streams: RawStreams) -> None:
-        """Wait until nearly all streams are in the midst of an answer: they end and begin all the time."""
-        wanted = max(1, round(0.9 * self.arguments.streams))
+        """Wait until most streams are in the midst of an answer: they end and begin all the time, and with many of
+        them there is always a prompt that the others wait for."""
+        wanted = max(1, round(0.6 * self.arguments.streams))
         until(lambda: streams.flowing() >= wanted, lambda: f"{wanted} streams", 60.0, poll_s=0.01)
 
     def until_spared(self) -> None:

@@ -83,6 +83,11 @@ class RawStreams:
         self._background.stop(END_S, lambda: f"streams {sorted(self._open)}")
         return self._records()
 
+    @property
+    def answered(self) -> int:
+        """How many requests have ended."""
+        return len(self._noted)
+
     def flowing(self) -> int:
         """How many streams have begun to get tokens of their present request."""
         return sum(len(noted.pieces) > 1 for noted in list(self._open.values()))

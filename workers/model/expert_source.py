@@ -7,8 +7,9 @@ from __future__ import annotations
 import re
 import threading
 import zlib
-from collections import defaultdict
+from collections import ChainMap, defaultdict
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from membership.base.errors import ModelError
+from workers.ipc.cpu_priority import usable_cores
 from workers.model.checkpoint import Checkpoint, Stored, memory_of
 from workers.model.packing import Pack, is_packed, plain, stays_plain
 from workers.model.peer_weights import OtherHosts, PeerWeights
@@ -28,7 +30,8 @@ from workers.protocol.weight_client import BATCH
 from workers.protocol.weight_peers import expert_name
 
 PARAMETERS = ("gate_up_proj", "down_proj")
-SHARD_BYTES = 512 << 20  # of one shard in the host's store
+SHARD_BYTES = 512 << 20  # of one shard in the host's store, or of all that are written at once
+MOST_READERS = 8
 _EXPERT_INDEX = re.compile(r"\.experts\.(\d+)\.")
 
 
@@ -50,8 +53,9 @@ class ExpertWeights:
 
 
 class _Pace(NamedTuple):
-    """What happens between two experts of a shard."""
+    """What happens between two experts of a shard. Shards may be read by several threads at once."""
 
+    lock: threading.Lock
     session: Session
     before_read: Callable[[], object]
     stop: Callable[[], bool]
@@ -61,11 +65,12 @@ class _Pace(NamedTuple):
         """The same, with a look around before it is filled."""
 
         def fill(slot: Slot, room: Tensor) -> int:
-            if slot is entry.slots[0]:
-                if self.stop():
-                    raise LoadStopped
-                self.before_read()
-            self.session.still_reads()
+            with self.lock:
+                if slot is entry.slots[0]:
+                    if self.stop():
+                        raise LoadStopped
+                    self.before_read()
+                self.session.still_reads()
             checksum = slot.fill(room)
             self.progress.add(slot.nbytes)
             return checksum
@@ -89,6 +94,13 @@ class Room(Protocol):
         """A load is over."""
 
 
+def readers_for(device: str) -> int:
+    """How many threads read experts at once. One where cores compute: they have other work, and packing is theirs."""
+    if device == "cpu":
+        return 1
+    return max(1, min(MOST_READERS, usable_cores() // (2 * max(1, torch.cuda.device_count()))))
+
+
 class ExpertSource:
     """Knows which tensors make up each expert, and assembles one at a time, unless the host's store has it."""
 
@@ -105,6 +117,7 @@ class ExpertSource:
         self.others: OtherHosts | None = None  # from which experts are taken, as their files are not here
         self.pack: Pack = stays_plain  # see `Backend.pack`
         self.room: Room | None = None  # on a GPU, if it has been opened
+        self.readers = readers_for(device.type)
         self._progress = progress or LoadProgress()
         self.expert_bytes = expert_bytes  # of one expert in one layer
         self._checkpoint = checkpoint
@@ -158,7 +171,7 @@ class ExpertSource:
             self._shared.session(self._progress) as session,
             self._peers(session, stop, urgent=before_read is None) as peers,
         ):
-            pace, barren = _Pace(session, before_read or (lambda: None), stop, self._progress), 0
+            pace, barren = _Pace(threading.Lock(), session, before_read or (lambda: None), stop, self._progress), 0
             while left and not stop():
                 some = left[: max(1, min(BATCH, len(left) // 4, SHARD_BYTES // max(1, self.expert_bytes)))]
                 names = {expert_name(*key): key for key in some}
@@ -196,8 +209,18 @@ class ExpertSource:
         """Read experts from the checkpoint, straight into the host's store if that has room."""
         if not entries:
             return {}
-        kept = self._shared.fill([pace.entry(entry) for entry in entries]) if self._shared is not None else {}
+        kept = self._filled_shards([pace.entry(entry) for entry in entries])
         return {entry.name: kept.get(entry.name) or entry.alone() for entry in entries}
+
+    def _filled_shards(self, entries: list[Entry]) -> dict[str, Mapped]:
+        """One shard, or one per reader: new memory, its content and its checksum take a core a second per GB or so."""
+        if self._shared is None:
+            return {}
+        if self.readers == 1:
+            return self._shared.fill(entries)
+        parts = [part for first in range(self.readers) if (part := entries[first :: self.readers])]
+        with ThreadPoolExecutor(self.readers, "read-experts") as pool:
+            return dict(ChainMap(*pool.map(self._shared.fill, parts)))
 
     def _entry(self, layer: int, expert: int) -> Entry:
         with self._filling:

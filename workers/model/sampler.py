@@ -109,12 +109,13 @@ def sample(
     greedy = logits.argmax(dim=-1).tolist()
     chosen: list[Drawn] = []
     histories = histories or [None] * len(settings)
+    looked_at = [row for row, sampling in enumerate(settings) if not _is_plain(sampling)]
+    seen = _on_host(logits, looked_at)
     for row, (sampling, position, history) in enumerate(zip(settings, positions, histories, strict=True)):
-        token = int(greedy[row])
-        if is_greedy(sampling) and sampling.logprobs < 0 and sampling.shaping is None:
-            chosen.append(Drawn(token))
+        if _is_plain(sampling):
+            chosen.append(Drawn(int(greedy[row])))
             continue
-        values = logits[row].double().cpu().numpy()
+        values = next(seen)
         try:
             shaped = _shaped(values, sampling, history, grammars)
         except RequestError as error:  # of this request alone: the other rows' tokens count
@@ -123,6 +124,18 @@ def sample(
         token = choose(shaped, sampling, position)
         chosen.append(Drawn(token, logprobs_of(values, token, sampling.logprobs) if sampling.logprobs >= 0 else None))
     return chosen
+
+
+def _is_plain(sampling: Sampling) -> bool:
+    """Whether nothing but the likeliest token is wanted."""
+    return is_greedy(sampling) and sampling.logprobs < 0 and sampling.shaping is None
+
+
+def _on_host(logits: Tensor, rows: Sequence[int]) -> Iterator[Row]:
+    """These rows, in one copy: on a device each copy is a wait."""
+    if rows:
+        picked = logits if len(rows) == len(logits) else logits[list(rows)]
+        yield from picked.double().cpu().numpy()
 
 
 def _shaped(logits: Row, sampling: Sampling, history: History | None, grammars: Grammars | None) -> Row:

@@ -329,6 +329,34 @@ def test_ranks_of_a_host_read_each_expert_once(host: Host, tmp_path: Path) -> No
             rank.runner.close()
 
 
+def test_several_readers_write_a_shard_each(host: Host, tmp_path: Path) -> None:
+    """As ranks on GPUs have them; one that is told to stop leaves nothing half read."""
+    stopped: list[bool] = []
+
+    def stop_soon() -> None:
+        stopped.append(True)
+
+    path = write_checkpoint(tmp_path, "mixtral")
+    first, second = Rank(path, host), Rank(path, host)
+    try:
+        source, one = first.loaded.source, first.loaded.source.expert_bytes
+        source.readers = 3
+        assert first.bank.load_all([(0, expert) for expert in range(8)], lambda: len(stopped) > 2, stop_soon) < 8 * one
+        for rank in (first, second):
+            thread = rank.load()
+            thread.join(60)
+            assert not thread.is_alive()
+        assert second.bank.bytes_mapped == 16 * one
+        answers = []
+        for rank in (first, second):
+            rank.runner.attach(LocalExchange(rank.bank))
+            answers.append(rank.runner.run(CHUNKS))
+        assert answers[0] == answers[1] == run(load_model(path))[0]
+    finally:
+        for rank in (first, second):
+            rank.runner.close()
+
+
 def test_what_a_rank_that_died_was_reading_is_read_by_another(host: Host) -> None:
     import torch
 
