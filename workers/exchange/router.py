@@ -20,6 +20,7 @@ Ints = npt.NDArray[np.int64]
 Refused = tuple[int, int]  # (rank, expert): the rank cannot answer for the expert in this call
 
 _NO_RANK = -1
+_least, _most = np.minimum.reduce, np.maximum.reduce  # without the turns that `min` and `max` take to get there
 FEW = 24
 """Number of pairs up to which plain Python is faster than numpy, whose calls cost a microsecond each."""
 _SELF, _NEAR = np.uint64(2**64 - 1), np.uint64(2**63)
@@ -108,7 +109,7 @@ class Router:
         table = self.owners(layer, excluded, refused)
         if len(wanted) <= FEW:
             return _few(layer, wanted.tolist(), numbers.tolist(), top_k, table)
-        return _many(layer, wanted, numbers, top_k, table)
+        return _many(layer, wanted, numbers, top_k, table, len(experts) // top_k)
 
 
 def split(parcel: Parcel, most_pairs: int, top_k: int) -> list[Parcel]:
@@ -121,7 +122,8 @@ def split(parcel: Parcel, most_pairs: int, top_k: int) -> list[Parcel]:
     for first in range(0, len(parcel.pairs), most_pairs):
         last = min(first + most_pairs, len(parcel.pairs))
         inside = [(expert, max(a, first), min(b, last)) for expert, a, b in whole if a < last and b > first]
-        parts.append(_pack(parcel.rank, inside, parcel.pairs[first:last], top_k))
+        pairs = parcel.pairs[first:last]
+        parts.append(_pack(parcel.rank, inside, pairs, top_k, int(_most(pairs)) // top_k + 1))
     return parts
 
 
@@ -145,29 +147,37 @@ def _few(layer: int, wanted: list[int], numbers: list[int], top_k: int, table: I
     return parcels
 
 
-def _many(layer: int, wanted: Ints, numbers: Ints, top_k: int, table: Ints) -> list[Parcel]:
-    unknown = (wanted < 0) | (wanted >= len(table))
-    owners = table[np.where(unknown, 0, wanted)] if len(table) else np.full(len(wanted), _NO_RANK)
-    if unknown.any() or owners.min() == _NO_RANK:
-        raise _lost(layer, wanted[unknown | (owners == _NO_RANK)].tolist())
+def _many(layer: int, wanted: Ints, numbers: Ints, top_k: int, table: Ints, tokens: int) -> list[Parcel]:
+    """In as few calls of numpy as can be: each costs a microsecond or more, at each layer."""
+    if not 0 <= _least(wanted) <= _most(wanted) < len(table):
+        raise _lost(layer, [e for e in wanted.tolist() if not 0 <= e < len(table) or table[e] == _NO_RANK])
+    owners = table.take(wanted)
+    if _least(owners) == _NO_RANK:
+        raise _lost(layer, wanted[owners == _NO_RANK].tolist())
     keys = owners * len(table) + wanted
     order = keys.argsort(kind="stable")
-    keys, numbers = keys[order], numbers[order]
-    cuts = [0, *((keys[1:] != keys[:-1]).nonzero()[0] + 1).tolist(), len(keys)]
+    keys, numbers = keys.take(order), numbers.take(order)
+    ends = [*((keys[1:] != keys[:-1]).nonzero()[0] + 1).tolist(), len(keys)]
     segments: dict[int, list[tuple[int, int, int]]] = {}  # rank -> (expert, first pair, end)
-    for key, a, b in zip(keys[cuts[:-1]].tolist(), cuts[:-1], cuts[1:], strict=True):
-        segments.setdefault(key // len(table), []).append((key % len(table), a, b))
-    return [_pack(rank, found, numbers[found[0][1] : found[-1][2]], top_k) for rank, found in segments.items()]
+    start = 0
+    for end in ends:
+        rank, expert = divmod(keys.item(start), len(table))
+        segments.setdefault(rank, []).append((expert, start, end))
+        start = end
+    return [_pack(rank, found, numbers[found[0][1] : found[-1][2]], top_k, tokens) for rank, found in segments.items()]
 
 
-def _pack(rank: int, segments: list[tuple[int, int, int]], pairs: Ints, top_k: int) -> Parcel:
+def _pack(rank: int, segments: list[tuple[int, int, int]], pairs: Ints, top_k: int, tokens: int) -> Parcel:
     rows = pairs // top_k
-    first = int(rows.min())
-    seen = np.zeros(int(rows.max()) - first + 1, dtype=bool)
-    seen[rows - first] = True
-    row_of = seen.cumsum()[rows - first] - 1
+    seen = np.zeros(tokens, dtype=bool)
+    seen[rows] = True
+    places = seen.cumsum()  # behind each row: how many rows there are up to it
+    if places.item(-1) == tokens:  # each row travels, so it is its own place
+        asked, row_of = np.arange(tokens), rows
+    else:
+        asked, row_of = seen.nonzero()[0], places.take(rows) - 1
     counts = [end - start for _, start, end in segments]
-    return Parcel(rank, pairs, seen.nonzero()[0] + first, row_of, [expert for expert, _, _ in segments], counts)
+    return Parcel(rank, pairs, asked, row_of, [expert for expert, _, _ in segments], counts)
 
 
 def _lost(layer: int, experts: list[int]) -> CoverageLost:
