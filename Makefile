@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test tests-of-the-service tests-of-parts tests-of-clients test-helm installed check matrix mutation clients chaos bench docs format wheel release clean
+.PHONY: help setup demo test tests-of-the-service tests-of-parts tests-of-clients test-helm test-image installed check matrix mutation clients chaos bench docs format wheel release clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -53,6 +53,9 @@ tests-of-clients: $(CACHE)/clients/.ready
 
 test-helm: setup $(CACHE)/helm  ## those tests that are of the Helm chart; `test` has them, too
 	@$(BIN)/python -m pytest tests/integration/test_helm_*.py tests/e2e/test_pod.py tests/e2e/test_pods.py $(SIDE_BY_SIDE) 2
+
+test-image:  ## build the image of the chart and run its demo; `test` does not (half an hour); skipped where there is no buildah
+	@helm/image/try.sh
 
 check: setup  ## lint, types, import law, unit tests (under 90 s)
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet .

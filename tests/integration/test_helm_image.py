@@ -1,5 +1,5 @@
-"""The image's Dockerfile and its script against what chart, command line and pyproject.toml say. No image is built:
-docs/KUBERNETES.md says where one was.
+"""The image's Dockerfile and its script against what chart, command line and pyproject.toml say. No image is built
+here: `make test-image` does that.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import tomllib
 from pathlib import Path
@@ -138,6 +139,20 @@ def test_bytecode_is_compiled_once_and_of_what_is_imported() -> None:
     assert "MixtralForCausalLM" in getattr(importlib.import_module(module), table).values()
 
 
-def test_the_script_is_one_that_may_be_run() -> None:
-    assert os.access(IMAGE / "build.sh", os.X_OK)
-    assert subprocess.run(["bash", "-n", str(IMAGE / "build.sh")], timeout=30).returncode == 0
+@pytest.mark.parametrize("name", ["build.sh", "try.sh"])
+def test_the_script_is_one_that_may_be_run(name: str) -> None:
+    assert os.access(IMAGE / name, os.X_OK)
+    assert subprocess.run(["bash", "-n", str(IMAGE / name)], timeout=30).returncode == 0
+
+
+def test_where_a_tool_is_missing_the_image_is_not_tried_and_it_says_why(tmp_path: Path) -> None:
+    bash, dirname = shutil.which("bash"), shutil.which("dirname")
+    assert bash is not None
+    assert dirname is not None
+    (tmp_path / "dirname").symlink_to(dirname)
+    command, environment = [bash, str(IMAGE / "try.sh")], {"PATH": str(tmp_path)}
+    for lacking in ("buildah", "debootstrap"):
+        outcome = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
+        assert (outcome.returncode, outcome.stderr) == (0, "")
+        assert outcome.stdout.startswith(f"skipped: no {lacking} on the PATH")
+        (tmp_path / lacking).symlink_to(dirname)

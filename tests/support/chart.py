@@ -29,8 +29,12 @@ def helm(*arguments: str, environment: Mapping[str, str] | None = None) -> subpr
 
 @functools.cache
 def template(*settings: str, release: str = "demo") -> subprocess.CompletedProcess[str]:
-    """Each way of rendering costs a helm, and so happens once."""
-    flags = [flag for setting in settings for flag in ("--set", setting)]
+    """Each way of rendering costs a helm, and so happens once. A setting may be the chart's file of values."""
+    flags = [
+        part
+        for each in settings
+        for part in (("--values", str(CHART / each)) if each.endswith(".yaml") else ("--set", each))
+    ]
     return helm("template", release, str(CHART), "--kube-version", KUBERNETES, *flags)
 
 
