@@ -63,6 +63,7 @@ class Preparation:
         self.view = view
         self.bytes_loaded = 0  # read from the checkpoint
         self.bytes_mapped = 0  # found in the host's weight store
+        self._room_s = 0.0  # until memory of experts was there: of a slot whose last rank may not be over yet
         self._worker = worker
         self._peers = peers
         self._older = older
@@ -121,7 +122,8 @@ class Preparation:
             self._worker.open_gpu_exchange()
             took = {
                 "connect_s": linked_at - began,
-                "load_s": loaded_at - linked_at,
+                "room_s": self._room_s,
+                "load_s": loaded_at - linked_at - self._room_s,
                 "open_s": time.monotonic() - loaded_at,
             }
             log.info(
@@ -140,7 +142,9 @@ class Preparation:
     def _load(self, wanted: list[tuple[int, int]]) -> None:
         bank, mapped = self._worker.bank, self._worker.bank.bytes_mapped
         brake = self._worker.brake(self.view, self._stopped.wait)
+        began = time.monotonic()
         with self._worker.progress.loading(), self._worker.expert_room():
+            self._room_s = time.monotonic() - began
             self.bytes_loaded = bank.load_all(wanted, self._stopped.is_set, brake)
         self.bytes_mapped = bank.bytes_mapped - mapped
         give_memory_back()

@@ -116,7 +116,8 @@ NOTHING = Content(0, 0, 0, b"")
 
 @dataclass(eq=False)
 class _Place:
-    piece: Tensor
+    piece: Tensor  # bytes
+    whole: Tensor  # the same, in the type of matrices
     index: int
     content: Content
     used: bool = False  # by the bank; else it may be overwritten
@@ -145,6 +146,7 @@ class ExpertRoom:
     def __init__(self, shape: RoomShape, pieces: Pieces, device: torch.device) -> None:
         """What a rank that was here before has left is found. Errors as of `pieces`."""
         self._shape, self._pieces, self._device = shape, pieces, device
+        self._first, self._sizes, self._place_bytes = shape.first, shape.sizes, shape.place_bytes
         self._lock = threading.Lock()
         self._places: list[_Place] = []
         self._known: dict[tuple[Key, bytes], _Place] = {}
@@ -160,8 +162,9 @@ class ExpertRoom:
         return len(self._places) // self._shape.places
 
     def _add(self, piece: Tensor) -> None:
+        whole = piece[: len(piece) // self._shape.dtype.itemsize * self._shape.dtype.itemsize].view(self._shape.dtype)
         for index, content in enumerate(self._contents(piece[: self._shape.places * HEADER_BYTES].cpu())):
-            self._places.append(place := _Place(piece, index, content))
+            self._places.append(place := _Place(piece, whole, index, content))
             if content.number:
                 self._known[content.name] = place
             else:
@@ -235,8 +238,10 @@ class ExpertRoom:
         if not digest or shapes != self._shape.matrices or any(m.dtype != self._shape.dtype for m in matrices):
             return None
         with self._lock:
-            self._fetch({key: digest})
             place = self._known.get((key, digest))
+            if place is None or not (place.used or place.fetched):
+                self._fetch({key: digest})
+                place = self._known.get((key, digest))
             if place is None:
                 if (place := self._free()) is None:
                     return None
@@ -304,10 +309,9 @@ class ExpertRoom:
             table[torch.tensor([place.index for place, _ in group], device=piece.device)] = rows
 
     def _views(self, place: _Place) -> list[Tensor]:
-        at, views = self._shape.first + place.index * self._shape.place_bytes, []
-        for (rows, columns), size in zip(self._shape.matrices, self._shape.sizes, strict=True):
-            nbytes = rows * columns * self._shape.dtype.itemsize
-            views.append(place.piece[at : at + nbytes].view(self._shape.dtype).view(rows, columns))
+        at, views = self._first + place.index * self._place_bytes, []
+        for (rows, columns), size in zip(self._shape.matrices, self._sizes, strict=True):
+            views.append(place.whole.as_strided((rows, columns), (columns, 1), at // self._shape.dtype.itemsize))
             at += size
         return views
 
