@@ -72,7 +72,12 @@ def demo(options: DemoOptions, output: OutputFlag = Output.TEXT) -> None:
 
 
 def on_hosts(options: DemoOptions, output: Output) -> None:
-    """The same over several hosts. Where none can be made, say why: nothing was proven, and nothing broke."""
+    """The same over several hosts. Where none can be made, say why: nothing was proven, and nothing broke.
+
+    ConfigError if a device is asked for, which has no effect there.
+    """
+    if options.device != ServeOptions.device:
+        raise ConfigError("--device goes with one host", hint="leave out --hosts, or --device")
     names = string.ascii_lowercase[: options.hosts]
     run = KillHost(seed=seed_of(options.seed), ranks=options.ranks, at_least_s=options.seconds)
     with ExitStack() as opened:
