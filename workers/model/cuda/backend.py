@@ -24,6 +24,8 @@ from workers.model.cuda.kv_cache import CudaKVCache
 from workers.model.cuda.kv_memory import lasting_memory, own_memory
 from workers.model.cuda.local_experts import CudaLocalExperts
 from workers.model.cuda.norm import fuse_norms
+from workers.model.cuda.rotary import fuse_rotary
+from workers.model.cuda.router import fuse_routers
 from workers.model.row_tiles import RowTiles
 
 
@@ -83,8 +85,10 @@ class CudaBackend:
         return hashlib.sha256(f"{plain} {triton.__version__}".encode() + ours).hexdigest()[:16]
 
     def fuse(self, model: nn.Module) -> None:
-        """Norms."""
+        """Norms, routers, rotary embeddings."""
         fuse_norms(model)
+        fuse_routers(model)
+        fuse_rotary([module for module in model.modules() if hasattr(module, "layer_idx")], self.device)
 
     def make_invariant(self, model: nn.Module, calibrations: Calibrations) -> RowTiles:
         """See `Backend`."""

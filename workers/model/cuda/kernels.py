@@ -254,3 +254,118 @@ def copy_blocks(numbers, memory, parts, WORDS: tl.constexpr):
     for start in range(0, size, WORDS):
         inside = start + word < size
         tl.store(target + start + word, tl.load(source + start + word, mask=inside), mask=inside)
+
+
+@triton.jit
+def _turned(given, cosines, sines, out, WIDTH: tl.constexpr, WIDE: tl.constexpr):
+    wide = tl.arange(0, WIDE)
+    inside = wide < WIDTH
+    straight = tl.load(given + wide, mask=inside, other=0.0)
+    across = tl.load(given + (wide + WIDTH // 2) % WIDTH, mask=inside, other=0.0).to(tl.float32)
+    across = tl.where(wide < WIDTH // 2, -across, across)
+    cosine = tl.load(cosines + wide, mask=inside, other=0.0).to(tl.float32)
+    sine = tl.load(sines + wide, mask=inside, other=0.0).to(tl.float32)
+    kind = out.dtype.element_ty
+    along = (straight.to(tl.float32) * cosine).to(kind).to(tl.float32)
+    tl.store(out + wide, (along + (across * sine).to(kind).to(tl.float32)).to(kind), mask=inside)
+
+
+@triton.jit
+def rotate(
+    queries,
+    keys,
+    cosines,
+    sines,
+    turned_queries,
+    turned_keys,
+    query_head,
+    query_token,
+    key_head,
+    key_token,
+    QUERY_HEADS: tl.constexpr,
+    KEY_HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """One (token, head) of the queries, then of the keys: x * cos + (-x2, x1) * sin, each rounded as torch rounds it.
+
+    queries and keys [T, heads, WIDTH] with these strides, cosines and sines [T, WIDTH], what is made [T, heads, WIDTH].
+    To be launched without fused multiply-add.
+    """
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    angle = token * WIDTH
+    if head < QUERY_HEADS:
+        given = queries + token * query_token + head * query_head
+        _turned(
+            given, cosines + angle, sines + angle, turned_queries + (token * QUERY_HEADS + head) * WIDTH, WIDTH, WIDE
+        )
+    else:
+        head -= QUERY_HEADS
+        given = keys + token * key_token + head * key_head
+        _turned(given, cosines + angle, sines + angle, turned_keys + (token * KEY_HEADS + head) * WIDTH, WIDTH, WIDE)
+
+
+@triton.jit
+def _kept(given, out, WIDTH: tl.constexpr, WIDE: tl.constexpr):
+    wide = tl.arange(0, WIDE)
+    inside = wide < WIDTH
+    tl.store(out + wide, tl.load(given + wide, mask=inside, other=0.0).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def write_cells(
+    keys,
+    values,
+    cells,
+    kept_keys,
+    kept_values,
+    key_head,
+    key_token,
+    value_head,
+    value_token,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    WIDE: tl.constexpr,
+    VALUE_WIDE: tl.constexpr,
+):
+    """One (token, head): its key and its value go to cell cells[token]. keys and values [T, HEADS, width] with these
+    strides; what is kept is [cells, HEADS, width].
+    """
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = tl.load(cells + token) * HEADS + head
+    _kept(keys + token * key_token + head * key_head, kept_keys + at * WIDTH, WIDTH, WIDE)
+    _kept(values + token * value_token + head * value_head, kept_values + at * VALUE_WIDTH, VALUE_WIDTH, VALUE_WIDE)
+
+
+@triton.jit
+def choose(
+    logits,
+    ids,
+    weights,
+    EXPERTS: tl.constexpr,
+    K: tl.constexpr,
+    NORMED: tl.constexpr,
+    WIDE: tl.constexpr,
+    WIDE_K: tl.constexpr,
+):
+    """One token: the K largest of softmax(logits) in fp32, the largest first, of equal ones the first expert.
+
+    logits [T, EXPERTS], ids and weights [T, K]. NORMED: the weights are divided by their sum.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    wide = tl.arange(0, WIDE)
+    given = tl.load(logits + token * EXPERTS + wide, mask=wide < EXPERTS, other=float("-inf")).to(tl.float32)
+    powers = tl.exp(given - tl.max(given, 0))
+    shares = powers / tl.sum(powers, 0)
+    left = tl.where(wide < EXPERTS, shares, -1.0)
+    nth = tl.arange(0, WIDE_K)
+    chosen = tl.zeros((WIDE_K,), tl.float32)
+    for number in tl.static_range(K):
+        expert = tl.argmax(left, 0)
+        tl.store(ids + token * K + number, expert.to(tl.int64))
+        chosen = tl.where(nth == number, tl.max(left, 0), chosen)
+        left = tl.where(wide == expert, -1.0, left)
+    if NORMED:
+        chosen = chosen / tl.sum(chosen, 0)
+    tl.store(weights + token * K + nth, chosen.to(weights.dtype.element_ty), mask=nth < K)

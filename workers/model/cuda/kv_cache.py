@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+import triton
 from torch import Tensor
 
 from membership.base.errors import ModelError
 from workers.model.backend import Lasting, Reached
-from workers.model.cuda.kernels import copy_blocks
+from workers.model.cuda.kernels import copy_blocks, write_cells
 from workers.model.cuda.kv_memory import KvMemory, own_memory
 
 ALIGNMENT = 256
@@ -31,8 +32,13 @@ class CudaLayerCache:
     def write(self, cells: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store keys and values [T, heads, width] at `cells` [T]: block * block_size + offset. ModelError."""
         self._cache.lay_out(keys, values)
-        for kept, new in ((self.keys, keys), (self.values, values)):
-            kept.view(-1, *new.shape[1:]).index_copy_(0, cells, new.to(kept.dtype))
+        (rows, heads, width), value_width = keys.shape, values.shape[2]
+        keys, values = (part if part.stride(2) == 1 else part.contiguous() for part in (keys, values))
+        write_cells[(rows, heads)](
+            keys, values, cells, self.keys, self.values, keys.stride(1), keys.stride(0), values.stride(1),
+            values.stride(0), HEADS=heads, WIDTH=width, VALUE_WIDTH=value_width,
+            WIDE=triton.next_power_of_2(width), VALUE_WIDE=triton.next_power_of_2(value_width),
+        )  # fmt: skip
 
 
 class CudaKVCache:

@@ -10,7 +10,11 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import Glm4MoeConfig, Qwen3MoeConfig
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeTopkRouter
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
+from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_moe
 
 from membership.base.enums import Exactness
 from membership.base.errors import ConfigError, ModelError
@@ -29,6 +33,7 @@ from workers.model.cuda import attention as cuda_attention
 from workers.model.cuda import local_experts
 from workers.model.cuda.backend import CudaBackend
 from workers.model.cuda.expert_products import _on_device, addresses_of, multiply
+from workers.model.cuda.router import _choice
 
 pytestmark = [
     pytest.mark.unit,
@@ -198,6 +203,68 @@ def test_a_norm_of_another_definition_stays_as_it_is(backend: CudaBackend) -> No
     assert torch.equal(shifted(rows), before[1])
     assert torch.equal(usual(rows[:, 4:5]), usual(rows)[:, 4:5])
     assert usual(rows.to(torch.float16)).dtype == torch.float32, "the wider type, as torch has it"
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("normed", [True, False])
+def test_a_router_chooses_by_one_kernel_what_it_chose(backend: CudaBackend, normed: bool) -> None:
+    config = Qwen3MoeConfig(num_experts=24, num_experts_per_tok=5, norm_topk_prob=normed, hidden_size=40)
+    router = qwen3_moe.Qwen3MoeTopKRouter(config)
+    router.weight.data.normal_(std=0.2)
+    rows = torch.randn(19, 40)
+    before = router(rows)
+    backend.fuse(nn.ModuleList([router]))
+    assert "forward" in vars(router)
+    logits, weights, ids = router(rows)
+    assert torch.equal(logits, before[0])
+    assert torch.equal(ids, before[2])
+    assert torch.allclose(weights, before[1], 1e-5, 1e-5)
+    assert torch.equal(_choice(logits[7:8], 5, normed)[1], weights[7:8])
+    other = functional_call(router, {"weight": 2 * router.weight.data}, (rows,))
+    assert torch.equal(other[0], 2 * logits), "as products are measured"
+    router.weight.data[3:9] = router.weight.data[3]
+    assert router(100 * router.weight.data[3:4])[2].tolist() == [[3, 4, 5, 6, 7]], "of equal ones the first"
+
+
+@torch.inference_mode()
+def test_a_router_of_another_definition_stays_as_it_is(backend: CudaBackend) -> None:
+    config = Glm4MoeConfig(n_routed_experts=24, num_experts_per_tok=5, hidden_size=40, n_group=1, topk_group=1)
+    router = Glm4MoeTopkRouter(config)
+    router.weight.data.normal_()
+    backend.fuse(nn.ModuleList([router]))
+    assert "forward" not in vars(router), "a sigmoid, and no softmax"
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_queries_and_keys_are_turned_by_one_kernel(
+    backend: CudaBackend, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = qwen3_moe.apply_rotary_pos_emb
+    monkeypatch.setattr(qwen3_moe, "apply_rotary_pos_emb", plain)  # put back afterwards
+    config = Qwen3MoeConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=24)
+    backend.fuse(qwen3_moe.Qwen3MoeAttention(config, 0).to(dtype))
+    fused = qwen3_moe.apply_rotary_pos_emb
+    assert fused is not plain
+    queries, keys = (torch.randn(1, 7, heads, 24).to(dtype).transpose(1, 2) for heads in (4, 2))
+    angles = torch.randn(2, 1, 7, 24).to(dtype)
+    found, expected = fused(queries, keys, *angles), plain(queries, keys, *angles)
+    assert all(map(torch.equal, found, expected))
+    assert found[0].transpose(1, 2).is_contiguous()
+    wide = fused(queries.double(), keys.double(), *angles.double())
+    assert all(map(torch.equal, wide, plain(queries.double(), keys.double(), *angles.double()))), (
+        "not what was compared"
+    )
+
+
+@torch.inference_mode()
+def test_a_rotary_function_of_another_definition_stays(backend: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interleaved(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return q.flip(-1), k.flip(-1)
+
+    monkeypatch.setattr(qwen3_moe, "apply_rotary_pos_emb", interleaved)
+    backend.fuse(qwen3_moe.Qwen3MoeAttention(Qwen3MoeConfig(hidden_size=64), 0))
+    assert qwen3_moe.apply_rotary_pos_emb is interleaved
 
 
 def test_experts_come_and_go(backend: CudaBackend) -> None:
