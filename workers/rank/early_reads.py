@@ -10,17 +10,20 @@ it could not. By then the blocks may be another's, and live. The interpreter's e
 
 from __future__ import annotations
 
+import os
 import threading
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from queue import Empty, SimpleQueue
 
+import structlog
+
 from membership.base.attempts import is_shortage
-from membership.base.errors import WaitTimeout
 from membership.base.timing import EARLY_READ_TIMEOUT_S
 
 IDLE_S = 10.0
+
+log = structlog.get_logger(__name__)
 
 
 class EarlyReads:
@@ -29,7 +32,7 @@ class EarlyReads:
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._given: SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = SimpleQueue()
-        self._begun: deque[Future[None]] = deque()
+        self._begun: list[Future[None]] = []
 
     def begin(self, read: Callable[[], None]) -> bool:
         """Have it done, after those begun before; False if there is no thread for it: then it is not done here."""
@@ -48,19 +51,20 @@ class EarlyReads:
         return True
 
     def settle(self) -> None:
-        """Wait for all that were begun; their errors are raised here. WaitTimeout."""
+        """Wait for all that were begun; their errors are raised here. A read that does not end ends this process."""
         while self._begun:
-            try:
-                self._begun.popleft().result(EARLY_READ_TIMEOUT_S)
-            except TimeoutError:
-                raise WaitTimeout(f"a read of a KV pool has not ended after {EARLY_READ_TIMEOUT_S} s") from None
+            if not wait(self._begun[:1], EARLY_READ_TIMEOUT_S).done:
+                log.error("early_read_stuck", waited_s=EARLY_READ_TIMEOUT_S)
+                os._exit(1)  # an error to the caller would not stop the thread, which may write into live blocks later
+            self._begun.pop(0).result(0)
 
     def close(self) -> None:
-        """End the thread, once what was begun has ended. One that does not ends with the process."""
-        if self._thread is not None:
+        """End the thread, once what was begun has ended."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
             self._given.put(None)
-            self._thread.join(EARLY_READ_TIMEOUT_S)
-            self._thread = None
+            self.settle()
+            thread.join(EARLY_READ_TIMEOUT_S)
 
     def _run(self) -> None:
         while True:

@@ -179,8 +179,9 @@ class EnginePort:
                 continue
             if isinstance(message, CopyBlocks) and message.addressee != self.key:
                 continue
-            if not isinstance(message, CopyBlocks) or not (message.there and self._begin(message)):
-                self._taken.append(message)
+            self._taken.append(message)  # first: it is not lost if it cannot begin, for whatever reason
+            if isinstance(message, CopyBlocks) and message.there and self._begin(message):
+                self._taken.pop()
 
     def _forget(self, order: CopyBlocks) -> None:
         """A block that is copied into holds nothing that is known."""

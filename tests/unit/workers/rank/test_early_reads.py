@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from contextlib import closing
 
@@ -22,6 +24,34 @@ def test_a_read_that_found_no_thread_is_never_done(monkeypatch: pytest.MonkeyPat
         assert reads.begin(lambda: done.append("second"))
         reads.settle()
     assert done == ["second"]
+
+
+STUCK = """
+import threading
+from workers.rank import early_reads
+early_reads.EARLY_READ_TIMEOUT_S = 0.05
+reads = early_reads.EarlyReads()
+assert reads.begin(threading.Event().wait)
+try:
+    reads.{by}()
+except Exception:
+    pass  # as a rank does where its agent had called: the error is the answer
+"""
+
+
+@pytest.mark.parametrize("by", ["settle", "close"])
+def test_a_read_that_does_not_end_ends_its_rank(by: str) -> None:
+    """Nothing else keeps it from writing into blocks that the next engine hands out."""
+    process = subprocess.run([sys.executable, "-c", STUCK.format(by=by)], timeout=20, capture_output=True, check=False)
+    assert process.returncode == 1
+    assert b"early_read_stuck" in process.stdout + process.stderr
+
+
+def test_the_error_of_a_read_is_raised_where_it_is_waited_for() -> None:
+    with closing(EarlyReads()) as reads:
+        reads.begin(lambda: print(1 / 0))
+        with pytest.raises(ZeroDivisionError):
+            reads.settle()
 
 
 def _no_thread(thread: threading.Thread) -> None:
