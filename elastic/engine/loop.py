@@ -383,6 +383,7 @@ class Engine:
             return
         self._call_off(self._gpu.failed())  # first: the others wait in their kernels
         self._fleet.mask(identity.rank)
+        self._note_recoveries()  # of those before: what leaves now may be what they wait for
         self._flush()  # what it had answered: clients need not wait for the others, nor does it end the recovery
         now = self._clock()
         if loss.source == DetectedBy.DEADLINE:

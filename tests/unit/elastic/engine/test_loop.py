@@ -179,6 +179,29 @@ def test_what_a_rank_had_answered_before_its_death_is_sent_then_and_is_no_recove
     assert seen[-1] == (1,), "it has no token since"
 
 
+def test_a_second_death_sends_what_the_first_ones_recovery_waits_for_and_ends_it() -> None:
+    """In the step in which the moved request is answered another rank dies."""
+    ranks: Any = Ranks()
+    ranks.members = {0: 10, 1: 11, 2: 12}
+    seen: list[tuple[int, ...]] = []
+    status: Any = SimpleNamespace(fenced=False, update=lambda status: seen.append(status.recovering))
+    mirror: Any = SimpleNamespace(state=lambda: ClusterState(revision=1, engine_token=TOKEN))
+    engine = Engine(config(max_batched_tokens=50), TOKEN, Peers(mirror, ranks, ranks, status, ranks), clock=lambda: 0.0)
+    engine._scheduler.set_view(view(1, ranks.members), (), 0.0)
+    for first, name in enumerate("abc"):
+        engine._scheduler.submit(ask(name, [first] * 14, 20, ignore_eos=True), 0.0)
+    engine.turn()
+    engine._lose(RankLost(RankId(1, 11), DetectedBy.ROBUST_FUTEX, 0.0))
+    batch = engine._scheduler.schedule(0.0)
+    assert batch is not None
+    engine._begin_step(batch)
+    (home,) = (rank for rank, chunks in batch.ranks.items() if any(chunk.seq == 2 for chunk in chunks))
+    (other,) = {0, 2} - {home}
+    engine._handle([answer for answer in ranks.happened if answer.rank == home])
+    engine._lose(RankLost(RankId(other, ranks.members[other]), DetectedBy.ROBUST_FUTEX, 0.0))
+    assert seen[-1] == (other,)
+
+
 class WaitedFor(Ranks):
     """Notes what wakes the engine that waits for their answers."""
 
