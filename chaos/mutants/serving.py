@@ -293,8 +293,8 @@ MUTANTS: tuple[Mutant, ...] = (
         name="read-into-what-is-written",
         guards="G3: nothing is read into blocks that the step under way may still write",
         file="elastic/engine/scheduler.py",
-        before="        if any(sequence.home is not home for",
-        after="        if any(False and sequence.home is not home for",
+        before="if any(each.home is not home for each, _ in home.in_flight)",
+        after="if False",
         tests=(f"{SALVAGE}::test_nothing_is_read_into_blocks_that_the_step_under_way_still_writes",),
     ),
     Mutant(

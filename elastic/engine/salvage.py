@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
 from elastic.engine.kv_blocks import blocks_for
@@ -37,6 +37,8 @@ class _Read:
     began: float
     order: CopyBlocks | None = None  # not answered yet
     deadline: float = 0.0
+    early: bool = False  # it was ordered beside a step
+    in_turn: bool = False  # such an order has failed: the next ones are given between steps
 
 
 class Salvage:
@@ -108,9 +110,11 @@ class Salvage:
             if read.order is not None and now >= read.deadline:
                 self._give_up(read)
 
-    def orders(self, homes: Mapping[int, Home], now: float, *, amid: bool = False) -> list[CopyBlocks]:
+    def orders(
+        self, homes: Mapping[int, Home], now: float, *, amid: bool = False, writing: Container[int] = ()
+    ) -> list[CopyBlocks]:
         """What ranks are to read now, before the next step; `amid`: beside one, whose end may be what an answer waits
-        for. Then nothing that this step writes may be read into, which is for the caller to see to."""
+        for. Nothing that this step writes may be read into: `writing` are the ranks where it might be."""
         self.review(homes, now)
         for read in self._reads:
             if read.deadline == math.inf and not amid:
@@ -118,8 +122,11 @@ class Salvage:
         under_way = Counter(read.home.rank for read in self._reads if read.order is not None)
         made = []
         for read in self._reads:
+            if read.home.rank in writing or (amid and read.in_turn):
+                continue
             if read.order is None and under_way[read.home.rank] < AT_ONCE:
                 under_way[read.home.rank] += 1
+                read.early = amid
                 read.order, read.deadline = self._order(read), math.inf if amid else now + COPY_TIMEOUT_S
                 made.append(read.order)
         return made
@@ -139,7 +146,7 @@ class Salvage:
                 continue
             read.order = None
             if answer.error or not 0 < answer.blocks <= len(order.blocks):
-                self._give_up(read)
+                self._failed(read)
             else:
                 read.sequence.advance(min(answer.blocks * self._size, read.left.tokens - read.sequence.computed))
                 if answer.blocks == len(order.blocks):
@@ -153,9 +160,18 @@ class Salvage:
         request = read.sequence.request.request_id
         self.done.append(Moved(request, read.left.source.rank, read.home.rank, tokens, ms))
 
+    def _failed(self, read: _Read) -> None:
+        """So soon after a death its agent may have been busy with that: once more, between steps."""
+        if not read.early:
+            return self._give_up(read)
+        for each in self._alike(read):
+            each.in_turn = True
+
     def _give_up(self, read: _Read) -> None:
+        for each in self._alike(read):
+            self._reads.remove(each)
+            each.sequence.left = None
+
+    def _alike(self, read: _Read) -> list[_Read]:
         """What one request cannot be read from, its home cannot read for others either."""
-        for each in self._reads.copy():
-            if each.home is read.home and each.left.source == read.left.source:
-                self._reads.remove(each)
-                each.sequence.left = None
+        return [each for each in self._reads if each.home is read.home and each.left.source == read.left.source]

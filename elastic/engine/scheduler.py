@@ -199,13 +199,13 @@ class Scheduler:
         return self._migration.orders(self._homes, now) + self.reads(now)
 
     def reads(self, now: float) -> list[CopyBlocks]:
-        """Those of what dead ranks have left. Also beside a step, unless that may still write into blocks that are free
-        again, as one of its requests has lost its home."""
-        if any(sequence.home is not home for home in self._homes.values() for sequence, _ in home.in_flight):
-            return []
+        """Those of what dead ranks have left. Also beside a step, save on ranks that may still write into blocks that
+        are free again, as a request of theirs in it has lost its home."""
+        homes, amid = self._homes.values(), bool(self.unanswered)
+        writing = {home.rank for home in homes if any(each.home is not home for each, _ in home.in_flight)}
         if self._salvage.reading and not self.held:
-            self._admit(now)
-        return self._salvage.orders(self._homes, now, amid=bool(self.unanswered))
+            (self._admit_readers if amid else self._admit)(now)
+        return self._salvage.orders(self._homes, now, amid=amid, writing=writing)
 
     def copies_wait_s(self, now: float) -> float:
         """How long the next step waits at most for what a dead rank has left, so that its requests are in it."""
@@ -410,8 +410,16 @@ class Scheduler:
                 if not self._place(sequence, now, guest=True):
                     return
 
-    def _place(self, sequence: Sequence, now: float, *, guest: bool = False) -> bool:
-        """Give a waiting request a home; False if it fits nowhere.
+    def _admit_readers(self, now: float) -> None:
+        """Beside a step only those that can go on with what a dead rank has left, and only where it is: what is full
+        there may be free when the step ends, and till then nothing else can be done for them."""
+        homes, left = self._homes.values(), [each for each in self._waiting if each.left is not None]
+        for sequence in [each for each in left if any(self._salvage.promised(each, home) for home in homes)]:
+            if not self._place(sequence, now, reading=True):
+                return
+
+    def _place(self, sequence: Sequence, now: float, *, guest: bool = False, reading: bool = False) -> bool:
+        """Give a waiting request a home; False if it fits nowhere, or `reading` nowhere where it has something left.
 
         A home must have blocks for all tokens known so far, plus one spare for each sequence there, so that what is
         admitted is not thrown out again by the next few decode steps. What a home has of the request's beginning is not
@@ -427,7 +435,8 @@ class Scheduler:
         fitting = [
             home
             for home in [home for home in homes if home.rank not in sequence.failed_on] or homes
-            if self._reserve.fits(
+            if (not reading or self._salvage.promised(sequence, home))
+            and self._reserve.fits(
                 home, home.pool.cost(blocks, shared[home.rank]), self._migration.arriving(home), guest=guest
             )
         ]

@@ -152,6 +152,66 @@ def test_nothing_is_read_into_blocks_that_the_step_under_way_still_writes() -> N
     assert scene.computed(scene.step()) == {lost.seq: 1}
 
 
+def test_such_blocks_of_one_rank_keep_no_other_from_reading() -> None:
+    scene = Scene(9, ranks=3)
+    aborted = scene.scheduler._homes[2].running[0]
+    batch = scene.scheduler.schedule(0.0)
+    assert batch is not None
+    scene.scheduler.abort(aborted.request.request_id)
+    scene.scheduler.lose_ranks([1], 0.0, ended=True)
+    early = scene.scheduler.reads(0.0)
+    assert {order.target.rank for order in early} == {0}
+    for rank in (0, 2):
+        scene.client.take(scene.scheduler.apply(scene.ranks.answer(batch, rank, 10 + rank), 0.0))
+    late = scene.scheduler.copies(0.0)
+    assert {order.target.rank for order in late} == {2}
+    assert len(early + late) == 3
+
+
+def test_a_request_waits_for_the_step_if_only_that_keeps_it_from_where_its_tokens_are() -> None:
+    """Its host is full until then; on another, which has room, all of them would be computed again."""
+    scene = Scene(0, ranks=3, nodes="nnm", max_seqs=2)
+    for n, tokens in enumerate((25, 25, 25, 4)):
+        request = ask(f"r{n}", [5 + n] * PROMPT, tokens, ignore_eos=True)
+        scene.client.submit(scene.scheduler, request, 0.0)
+    for _ in range(3):
+        scene.step()
+    (lost,) = scene.scheduler._homes[1].running
+    assert [len(scene.scheduler._homes[rank].running) for rank in (0, 2)] == [2, 1]
+    batch = scene.scheduler.schedule(0.0)
+    assert batch is not None
+    scene.scheduler.lose_ranks([1], 0.0, ended=True)
+    assert scene.scheduler.reads(0.0) == []
+    for rank in (0, 2):
+        scene.client.take(scene.scheduler.apply(scene.ranks.answer(batch, rank, 10 + rank), 0.0))
+    assert scene.client.ends == {"r3": "length"}
+    (order,) = scene.scheduler.copies(0.0)
+    scene.scheduler.copied(scene.ranks.copy(order), 0.0)
+    assert (order.target.rank, lost.home) == (0, scene.scheduler._homes[0])
+    assert lost.computed == len(lost.tokens) - 1
+    scene.finish()
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["works then", "fails again"])
+def test_what_could_not_be_read_beside_a_step_is_asked_for_once_more_after_it(*, again: bool) -> None:
+    """An agent has much to do in the first moment after a death. All that were asked for may fail."""
+    scene = Scene(4)
+    lost = scene.scheduler._homes[1].running.copy()
+    batch = scene.scheduler.schedule(0.0)
+    assert batch is not None
+    scene.scheduler.lose_ranks([1], 0.0, ended=True)
+    for order in scene.scheduler.reads(0.0):
+        assert scene.scheduler.copied(scene.ranks.copy(order, error="timeout"), 0.0) == []
+    scene.client.take(scene.scheduler.apply(scene.ranks.answer(batch, 0, 10), 0.0))
+    orders = scene.scheduler.copies(0.0)
+    assert len(orders) == len(lost) == 2
+    for order in orders:
+        scene.scheduler.copied(scene.ranks.copy(order, error="" if again else "refused"), 0.0)
+    assert (scene.scheduler.copies(0.0), scene.scheduler.reading) == ([], ())
+    assert all(each.computed == (len(each.tokens) - 1 if again else 0) for each in lost)
+    scene.finish()
+
+
 def test_steps_go_on_between_reads_that_take_long() -> None:
     scene = Scene(2)
     scene.scheduler.lose_ranks([1], 0.0, ended=True)
