@@ -61,7 +61,7 @@ class Sequence:
     failures: int = 0  # consecutive FAILED answers on this home
     failed_on: set[int] = field(default_factory=set)  # ranks that failed on it to the end
     guest: bool = False  # it has a reserved place
-    taken: bool = False  # it has had a place, here or in an engine before
+    taken: bool = False  # it has had a place here, or an engine before may have had it: it is not refused
     stalled_since: float | None = None  # since when its rank answers something other than OK
     scores: list[TokenLogprobs] = field(default_factory=list)  # of the prompt's tokens but the first, if asked for
     packed: array[int] = field(default_factory=lambda: array("I"))  # `tokens`, as far as a history needed them
@@ -76,6 +76,12 @@ class Sequence:
     def emitted(self) -> int:
         """How many output tokens there are so far."""
         return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def interrupted(self) -> bool:
+        """Of one that waits: whether it has run here, or a client has tokens of it. A gateway cannot say whether what
+        it submits to an engine's successor ran, or only waited."""
+        return self.cached is not None or self.emitted > 0
 
     @property
     def remaining(self) -> int:

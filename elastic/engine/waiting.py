@@ -58,7 +58,7 @@ class WaitingRoom:
             return self._waiting[0] if self._waiting else None
         oldest: dict[str, Sequence] = {}
         for each in self._waiting:
-            if each.taken:
+            if each.interrupted:
                 return each
             oldest.setdefault(each.request.key, each)
         return min(oldest.values(), key=lambda each: self.turns.served(each.request.key))
@@ -82,7 +82,7 @@ class WaitingRoom:
     def place(self, sequence: Sequence, cached: int, now: float) -> None:
         """It has found a place, where so many of its tokens need not be computed."""
         self.remove(sequence)
-        if not sequence.taken:
+        if not sequence.interrupted:
             self.turns.charge(sequence.request.key, PROMPT_COST * (len(sequence.tokens) - cached))
         sequence.taken = True
         self._placed.append(now)

@@ -15,13 +15,13 @@ pytestmark = pytest.mark.unit
 MEMBERS = {0: 10}
 
 
-def flooded(**limits: object) -> tuple[Scheduler, Client, KvModel]:
-    """One rank of two places, and forty prompts of one key."""
+def flooded(*, taken: bool = False, **limits: object) -> tuple[Scheduler, Client, KvModel]:
+    """One rank of two places, and forty prompts of one key; `taken`: an engine had them that is gone."""
     many = {"max_seqs": 2, "kv_blocks": 200, "max_waiting_requests": 1000} | limits
     scheduler, client = Scheduler(config(**many), TOKEN), Client()
     scheduler.set_view(view(1, MEMBERS), [], 0.0)
     for n in range(40):
-        client.submit(scheduler, ask(f"long{n}", [5 + n] * 30, 4, ignore_eos=True, key="many"), 0.0)
+        client.submit(scheduler, ask(f"long{n}", [5 + n] * 30, 4, ignore_eos=True, key="many", taken=taken), 0.0)
     return scheduler, client, KvModel(4)
 
 
@@ -37,16 +37,27 @@ def steps_until(scheduler: Scheduler, client: Client, ranks: KvModel, name: str)
     raise AssertionError(f"{name} does not end")
 
 
-def test_a_short_request_of_another_key_has_the_next_place_that_is_free() -> None:
-    taken = {}
+@pytest.mark.parametrize("taken", [False, True], ids=["", "after a takeover"])
+def test_a_short_request_of_another_key_has_the_next_place_that_is_free(*, taken: bool) -> None:
+    """Also if all were submitted to an engine's successor, as a gateway does without knowing which of them ran."""
+    steps = {}
     for key in ("many", "few"):
-        scheduler, client, ranks = flooded()
+        scheduler, client, ranks = flooded(taken=taken)
         steps_until(scheduler, client, ranks, "long3")
         client.submit(scheduler, ask("short", [6], 1, key=key), 0.0)
-        taken[key] = steps_until(scheduler, client, ranks, "short")
+        steps[key] = steps_until(scheduler, client, ranks, "short")
         drive(scheduler, ranks, client, MEMBERS)
         client.check()
-    assert 10 * taken["few"] < taken["many"]
+    assert 10 * steps["few"] < steps["many"]
+
+
+def test_streams_of_an_engine_that_is_gone_go_before_everybodys_turn() -> None:
+    scheduler, _, _ = flooded(taken=True)
+    scheduler.submit(ask("few", [6], 1, key="few"), 0.0)
+    scheduler.submit(ask("stream", [7] * 4, 6, key="many", emitted=[8, 9]), 0.0)
+    batch = scheduler.schedule(0.0)
+    assert batch is not None
+    assert scheduler.number_of("stream") in [chunk.seq for chunk in batch.ranks[0]]
 
 
 def test_two_keys_that_flood_are_served_alike() -> None:
