@@ -406,9 +406,9 @@ class Scheduler:
         while (first := self._waiting.first) and self._place(first, now):
             continue
         if first is not None and any(map(self._reserve.unused, self._homes.values())):
-            for sequence in self._reserve.guests(self._waiting, first):
-                if not self._place(sequence, now, guest=True):
-                    return
+            guests = self._reserve.guests(self._waiting, first)
+            while guests and self._place(turn := self._waiting.first_of(guests), now, guest=True):
+                guests.remove(turn)
 
     def _admit_readers(self, now: float) -> None:
         """Beside a step only those that can go on with what a dead rank has left, and only where it is: what is full

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from enum import StrEnum
 
 from elastic.engine.sequence import Sequence, by_age
@@ -62,6 +62,14 @@ class WaitingRoom:
                 return each
             oldest.setdefault(each.request.key, each)
         return min(oldest.values(), key=lambda each: self.turns.served(each.request.key))
+
+    def first_of(self, some: Iterable[Sequence]) -> Sequence:
+        """Whose turn it is of some that wait, in the same order."""
+
+        def turn(each: Sequence) -> tuple[bool, int, int]:
+            return not each.interrupted, self.turns.served(each.request.key), each.seq
+
+        return min(some, key=turn)
 
     def add(self, sequence: Sequence) -> None:
         """Let it wait, in order of arrival."""

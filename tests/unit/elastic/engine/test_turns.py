@@ -82,6 +82,22 @@ def test_an_interrupted_request_goes_before_everybodys_turn() -> None:
     assert [chunk.seq for chunk in batch.ranks[1]] == [1, 2]
 
 
+def test_reserved_places_go_in_turns_too() -> None:
+    """While the least served key's long request does not fit, a flood of short ones comes before one of a third key."""
+    scheduler = Scheduler(config(max_seqs=8, kv_blocks=64, max_model_len=400), TOKEN)
+    scheduler.set_view(view(1, MEMBERS), [], 0.0)
+    scheduler.submit(ask("runs", [5] * 120, 4, key="many"), 0.0)
+    scheduler.schedule(0.0)
+    for name, key, tokens in (("long", "least", 160), *((f"short{n}", "many", 4) for n in range(5)), ("one", "few", 4)):
+        scheduler.submit(ask(name, [6] * tokens, 4, key=key), 0.0)
+    scheduler._waiting.turns.charge("few", 100)
+    scheduler._waiting.turns.charge("many", 500)
+    assert scheduler._waiting.first is not None
+    assert scheduler._waiting.first.request.request_id == "long"
+    scheduler._admit(0.0)
+    assert [each.request.request_id for each in scheduler._homes[0].running] == ["runs", "one"]
+
+
 @pytest.mark.parametrize("limit", [{"max_waiting_requests": 38}, {"max_waiting_tokens": 38 * 30}])
 def test_one_key_does_not_fill_the_room_for_others(limit: dict[str, object]) -> None:
     scheduler, client, _ = flooded(**limit)
