@@ -96,7 +96,8 @@ class WaitingRoom:
         self._placed.append(now)
 
     def full(self, request: Submit) -> Shed | None:
-        """Why this one may not wait too, if so."""
+        """Why this one may not wait too, if so. With N keys 1 + 1/2 + ... + 1/N times the limit may wait: a key has its
+        part though others, who came when there were fewer, have more."""
         config, tokens = self._config, len(request.prompt)
         if request.taken or request.emitted or not self._waiting:
             return None

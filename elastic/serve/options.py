@@ -472,12 +472,12 @@ class ConfigOptions:
     )
     max_waiting_requests: int = option(
         DEFAULTS["max_waiting_requests"],
-        "How many requests may wait for a place on a rank; further ones get a 429.",
+        "How many requests may wait for a place on a rank; further ones get a 429, but keys below their part.",
         minimum=1,
     )
     max_waiting_tokens: int = option(
         DEFAULTS["max_waiting_tokens"],
-        "How many tokens their prompts may have together; further ones get a 429.",
+        "How many tokens their prompts may have together; further ones get a 429, but keys below their part.",
         minimum=1,
     )
     max_wait_s: float = option(

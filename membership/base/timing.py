@@ -195,7 +195,9 @@ RETRY_AFTER_MAX_S = _time(60.0, "The longest one")
 _time = _times("request", "elastic/gateway/engine_link.py")
 ENGINE_SILENCE_S = _time(5.0, "An engine that answers no ping for this long is connected to anew")
 ENGINE_WAIT_S = _time(60.0, "Max wait of a request for an engine")
-STALL_S = _time(300.0, "Max time a request goes without a token while there is an engine")
+STALL_S = _time(
+    300.0, "Max time a request goes without a token while there is an engine (the first: plus `max_wait_s`)"
+)
 _time = _times("request", "elastic/gateway/health.py")
 ENGINE_GRACE_S = _time(10.0, "The gateway stays ready for this long without an engine")
 STUCK_S = _time(60.0, "The gateway turns not ready if no request got a token for this long")

@@ -109,6 +109,16 @@ def test_one_key_does_not_fill_the_room_for_others(limit: dict[str, object]) -> 
     assert isinstance(refused, Rejected)
 
 
+@pytest.mark.parametrize("limit", [{"max_waiting_requests": 60}, {"max_waiting_tokens": 60}])
+def test_the_room_exceeds_its_limit_by_no_more_than_the_parts_of_keys_that_came_later(limit: dict[str, object]) -> None:
+    limits: dict[str, object] = {"max_waiting_requests": 1000} | limit
+    scheduler = Scheduler(config(**limits), TOKEN)
+    for key in range(6):
+        for n in range(100):
+            scheduler.submit(ask(f"{key}-{n}", [5], 4, key=str(key)), 0.0)
+    assert scheduler.waiting == sum(60 // n for n in range(1, 7))
+
+
 def test_no_key_saves_up_turns() -> None:
     turns = Turns()
     for key in "ab":
