@@ -301,10 +301,14 @@ class MultiprocExecutor:
     # --- ranks go -----------------------------------------------------------------------------------------------
 
     def _found_dead(self, worker: WorkerProcHandle, detected_by: DetectedBy) -> None:
-        """In the watcher's thread."""
-        if isinstance(worker.key, RankId) and worker.key not in self._going:
-            self._notices.tell(worker.key)
-        self._post(partial(self._bury, worker, detected_by))
+        """In the watcher's thread. The notice goes first, as it is the more urgent; whatever becomes of it, the rank is
+        buried.
+        """
+        try:
+            if isinstance(worker.key, RankId) and worker.key not in self._going:
+                self._notices.tell(worker.key)
+        finally:
+            self._post(partial(self._bury, worker, detected_by))
 
     def _bury(self, worker: WorkerProcHandle, detected_by: DetectedBy) -> None:
         if worker.dead:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from membership.base.attempts import is_shortage
 from membership.base.errors import ConfigError, QueueError
 from membership.base.network import Network
 from membership.store.records import ClusterConfig, ClusterState
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from workers.bulk.server import BulkServer
 
 
-LISTEN_AGAIN_S = 5.0  # after no port was free
+LISTEN_AGAIN_S = 5.0  # after no port was free, or the machine lacked something
 log = structlog.get_logger(__name__)
 
 
@@ -83,12 +84,15 @@ class PeerHosts:
 
         try:
             newer = BulkServer(remote_of(network, Purpose.WEIGHTS), self._source)
-        except (ConfigError, QueueError) as error:
-            log.warning("weights_not_sent", error=str(error), hint=error.hint)
+        except Exception as error:
             self._again_at = self._clock() + LISTEN_AGAIN_S
+            if not isinstance(error, ConfigError | QueueError) and not is_shortage(error):
+                raise
+            log.warning("weights_not_sent", error=str(error), hint=getattr(error, "hint", ""))
             return
-        self.close()
-        self._server = newer
+        older, self._server = self._server, newer
+        if older is not None:
+            older.close()
 
     def close(self) -> None:
         """Send no more."""

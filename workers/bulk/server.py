@@ -84,11 +84,11 @@ class BulkServer:
             self._router.setsockopt(zmq.SNDHWM, 0)  # who asks limits what is under way
             serve_curve(self._router, remote.keys)
             self.endpoint = listen_for_hosts(self._router, remote.host, remote.ports)
+            self.key = remote.keys.public.decode("ascii")
+            self._io.start(self._turn, {self._router: self._receive, self._auth.socket: self._auth.answer})
         except BaseException:
             self._io.discard()
             raise
-        self.key = remote.keys.public.decode("ascii")
-        self._io.start(self._turn, {self._router: self._receive, self._auth.socket: self._auth.answer})
 
     def close(self) -> None:
         """Stop answering. Idempotent."""

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
@@ -54,8 +55,6 @@ class RemoteReader:
         self._id = reader_id
         self._session = secrets.token_bytes(16)
         self._last: int | None = None  # number of the queue's last message, once the writer has ended it
-        self._own_bell = doorbell is None
-        self._bell = Doorbell() if doorbell is None else doorbell
         self._inbox: deque[bytes | memoryview] = deque()
         self._early: dict[int, bytes | memoryview] = {}  # what has overtaken others, over the other connection
         self._data: SealedSocket | None = None
@@ -73,15 +72,20 @@ class RemoteReader:
         self._others: OtherHosts | None = None  # if it ends as soon as the writer's host is suspected
         self._last_message_at = time.monotonic()
         self._send_at = 0.0
-        self._io = SocketThread("queue-remote-reader")
-        self._dealer = self._io.context.socket(zmq.DEALER)
-        self._dealer.setsockopt(zmq.RCVHWM, 0)  # the window limits
-        self._dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-        use_curve(self._dealer, keys, handle.remote_key)
-        beat(self._dealer)
-        monitor = self._dealer.get_monitor_socket(zmq.EVENT_CONNECTED | zmq.EVENT_CLOSED)
-        connect(self._dealer, handle.remote)
-        self._io.start(self._turn, {self._dealer: self._receive, monitor: partial(self._look, monitor)})
+        with ExitStack() as opened:
+            self._own_bell = doorbell is None
+            self._bell = opened.enter_context(Doorbell()) if doorbell is None else doorbell
+            self._io = SocketThread("queue-remote-reader")
+            opened.callback(self._io.discard)
+            self._dealer = self._io.context.socket(zmq.DEALER)
+            self._dealer.setsockopt(zmq.RCVHWM, 0)  # the window limits
+            self._dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+            use_curve(self._dealer, keys, handle.remote_key)
+            beat(self._dealer)
+            monitor = self._dealer.get_monitor_socket(zmq.EVENT_CONNECTED | zmq.EVENT_CLOSED)
+            connect(self._dealer, handle.remote)
+            self._io.start(self._turn, {self._dealer: self._receive, monitor: partial(self._look, monitor)})
+            opened.pop_all()
         if not self._joined.wait(timeout_s):
             why = self._ended
             self.shutdown()

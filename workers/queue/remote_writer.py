@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -77,18 +77,22 @@ class RemoteWriter:
         self._number = 0
         self._closed = False
         self._heartbeat_at = 0.0
-        self._io = SocketThread("queue-remote-writer")
-        self._auth = Authenticator(self._io.context, remote.allowed)
-        self._router = self._io.context.socket(zmq.ROUTER)
-        self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        self._router.setsockopt(zmq.SNDHWM, 0)  # the window limits
-        serve_curve(self._router, remote.keys)
-        self.address = listen_for_hosts(self._router, remote.host, remote.ports)
-        self.public_key = remote.keys.public
         self._encode = msgspec.msgpack.Encoder().encode
-        self._data_port = DataPort(self._io, remote.host, remote.ports)
-        self._io.start(self._turn, {self._router: self._receive, self._auth.socket: self._auth.answer})
+        self.public_key = remote.keys.public
+        self._io = SocketThread("queue-remote-writer")
+        with ExitStack() as opened:
+            opened.callback(self._io.discard)
+            self._auth = Authenticator(self._io.context, remote.allowed)
+            self._router = self._io.context.socket(zmq.ROUTER)
+            self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+            self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
+            self._router.setsockopt(zmq.SNDHWM, 0)  # the window limits
+            serve_curve(self._router, remote.keys)
+            self.address = listen_for_hosts(self._router, remote.host, remote.ports)
+            self._data_port = DataPort(self._io, remote.host, remote.ports)
+            opened.callback(self._data_port.close)
+            self._io.start(self._turn, {self._router: self._receive, self._auth.socket: self._auth.answer})
+            opened.pop_all()
 
     def readers(self) -> tuple[str, ...]:
         """Ids of those that are in."""
@@ -312,16 +316,19 @@ class RemoteWriter:
 class CrossHostWriter:
     """A writing end for readers of this host and of others; has the methods of QueueWriter. Takes over `local`.
 
-    QueueError if the codec is not msgpack: nothing else may cross the network.
+    Whatever fails, `local` is shut down. QueueError if the codec is not msgpack: nothing else may cross the network.
     """
 
     def __init__(self, local: QueueWriter, remote: Remote) -> None:
-        if not isinstance(local.codec, MsgpackCodec):
-            local.shutdown()
-            raise QueueError(f"queue {local.name}: only msgpack crosses the network, not {local.codec.name}")
         self.name = local.name
         self._local = local
-        self._remote = RemoteWriter(local.handle().queue, remote, on_change=local.look_again)
+        try:
+            if not isinstance(local.codec, MsgpackCodec):
+                raise QueueError(f"queue {local.name}: only msgpack crosses the network, not {local.codec.name}")
+            self._remote = RemoteWriter(local.handle().queue, remote, on_change=local.look_again)
+        except BaseException:
+            local.shutdown()
+            raise
         local.elsewhere = self._remote.readers
 
     def enqueue(self, message: Any, timeout_s: float = ENQUEUE_TIMEOUT_S) -> int:

@@ -50,7 +50,11 @@ class RingWriter:
         self.capacity = ring_bytes
         self.inline_max = min(INLINE_MAX, ring_bytes // 4)
         self.segment = Segment.create(_RING0 + ring_bytes, "elastic-ep-queue")
-        self.segment.reserve(0, self.segment.size)
+        try:
+            self.segment.reserve(0, self.segment.size)
+        except BaseException:
+            self.segment.close()
+            raise
         self._words = self.segment.view(0, _RING0 + ring_bytes, "Q")
         self.held = self.segment.view(_HELD0, EXTENTS * SLOTS)
         self._memory = self.segment.map

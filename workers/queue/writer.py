@@ -10,7 +10,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -72,19 +72,23 @@ class QueueWriter:
         self._patience = threading.RLock()  # held by the one thread that waits for room or fills an extent
         self._lock = threading.Lock()  # guards what follows; only ever held for microseconds
         self._changed = threading.Condition(self._lock)
-        self._ring = RingWriter(ring_bytes)
-        self._inline_max = self._ring.inline_max
-        self._arena = ArenaWriter(self._ring.held, arena_bytes)
-        self._room = Doorbell(spin_us=0)
         self._readers: dict[str, _Reader] = {}
         self._leaving: set[_Reader] = set()  # dropped, but their processes may still touch their slots
         self._free_slots = list(range(SLOTS - 1, -1, -1))
         self._bells: tuple[int, ...] = ()
         self._closed = False
         self.elsewhere: Callable[[], Iterable[str]] = tuple  # ids of readers on other hosts
-        self._handover = Handover.default()
         self._queue = f"queue/{name}/{secrets.token_hex(16)}"
-        self._handover.serve(self._queue, self._join)
+        with ExitStack() as opened:
+            self._ring = RingWriter(ring_bytes)
+            opened.callback(self._ring.segment.close)
+            self._inline_max = self._ring.inline_max
+            self._arena = ArenaWriter(self._ring.held, arena_bytes)
+            opened.callback(self._arena.segment.close)
+            self._room = opened.enter_context(Doorbell(spin_us=0))
+            self._handover = Handover.default()
+            self._handover.serve(self._queue, self._join)
+            opened.pop_all()
 
     def handle(self) -> Handle:
         """How to join from this host."""

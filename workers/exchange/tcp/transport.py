@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -83,17 +84,21 @@ class TcpTransport:
         self._decoder = msgspec.msgpack.Decoder(Message)
         self._heads = msgspec.msgpack.Decoder(Ask | Answer)  # the main thread's
         self._io = SocketThread("exchange-tcp")
-        auth = Authenticator(self._io.context, [connecting_keys(network).public])
-        self._listener = self._io.context.socket(zmq.ROUTER)
-        self._listener.setsockopt(zmq.RCVHWM, 0)  # at most one request and one answer per peer are under way
-        beat(self._listener, HEARTBEAT_S)
-        serve_curve(self._listener, listening_keys(network))
-        address = listen_for_hosts(self._listener, network.address, network.ports)
-        self._handle = TcpHandle(address, listening_keys(network).public)
-        self._data_port = DataPort(self._io, network.address, network.ports)
         self._offers: dict[TcpLink, Offer] = {}  # that the peer may take up
         self._taking_up: dict[TcpLink, TakeUp] = {}  # what peers have offered
-        self._io.start(self._turn, {self._listener: self._receive, auth.socket: auth.answer})
+        with ExitStack() as opened:
+            opened.callback(self._io.discard)
+            auth = Authenticator(self._io.context, [connecting_keys(network).public])
+            self._listener = self._io.context.socket(zmq.ROUTER)
+            self._listener.setsockopt(zmq.RCVHWM, 0)  # at most one request and one answer per peer are under way
+            beat(self._listener, HEARTBEAT_S)
+            serve_curve(self._listener, listening_keys(network))
+            address = listen_for_hosts(self._listener, network.address, network.ports)
+            self._handle = TcpHandle(address, listening_keys(network).public)
+            self._data_port = DataPort(self._io, network.address, network.ports)
+            opened.callback(self._data_port.close)
+            self._io.start(self._turn, {self._listener: self._receive, auth.socket: auth.answer})
+            opened.pop_all()
 
     def handle(self) -> bytes:
         """Where peers reach this rank."""

@@ -15,6 +15,7 @@ from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -158,6 +159,17 @@ def test_a_dead_rank_does_not_stall_the_queue(three: MultiprocExecutor) -> None:
     os.kill(pid_of(three, 2), signal.SIGKILL)
     for _ in range(40):
         assert three.submit("echo", (1,), keys=[RankId(0, 1)], timeout_s=30).future.result(timeout=30)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_rank_is_buried_whatever_becomes_of_its_notice(
+    three: MultiprocExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deaths: list[Death] = []
+    three.register_failure_callback(deaths.append)
+    monkeypatch.setattr(three._notices, "tell", Mock(side_effect=ValueError("a fault of ours")))
+    os.kill(pid_of(three, 1), signal.SIGKILL)
+    eventually(lambda: [death.key for death in deaths] == [RankId(1, 2)], 30, "its death")
 
 
 def test_a_forkserver_that_died_takes_its_ranks_along_and_is_replaced(three: MultiprocExecutor) -> None:

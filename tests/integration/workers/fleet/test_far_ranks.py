@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from unittest.mock import Mock
 
 import msgspec
 import pytest
 
 from membership.base.enums import DetectedBy
 from membership.base.errors import ConfigError, QueueError
-from membership.base.network import Network
+from membership.base.network import Network, Ports
 from membership.base.rank_id import RankId
 from membership.store.records import AgentRecord, ClusterState, RankRecord, RankState
 from tests.support.helpers import eventually
@@ -242,6 +247,48 @@ def test_an_agent_without_a_free_port_tells_nothing_and_tries_again(monkeypatch:
 
 def _no_port(network: Network) -> Remote:
     raise ConfigError("no port is free")
+
+
+def test_an_agent_that_lacks_something_keeps_nothing_of_what_it_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A port, or a thread. It tries again for ever, so each descriptor that an attempt left would add up."""
+    now = 100.0
+    high, low = divmod(os.getpid() % 65_000, 256)  # an address of this process's own
+    network = replace(NETWORK, address=f"127.2.{high}.{low}", ports=Ports(7400, 7400))
+
+    def attempt(agent: DeathNotices, network: Network) -> int:
+        nonlocal now
+        now += death_notices.LISTEN_AGAIN_S
+        assert agent.listen(network) == b""
+        return len(os.listdir("/proc/self/fd"))
+
+    start = threading.Thread.start
+
+    def no_thread(thread: threading.Thread) -> None:
+        if thread.name == "queue-remote-writer":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with closing(DeathNotices("b", clock=lambda: now)) as agent:
+        with socket.create_server((network.address, network.ports.first)):
+            before = attempt(agent, network)  # what a process opens once, it has by now
+            assert [attempt(agent, network) for _ in range(3)] == [before] * 3
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", no_thread)
+            before = attempt(agent, NETWORK)
+            assert [attempt(agent, NETWORK) for _ in range(3)] == [before] * 3
+        now += death_notices.LISTEN_AGAIN_S
+        assert agent.listen(NETWORK)
+
+
+@pytest.mark.parametrize("lacking", [MemoryError(), OSError(errno.EMFILE, "Too many open files")], ids=type)
+def test_a_death_that_cannot_be_told_ends_nobody(lacking: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told in the thread that found it, which has more to do."""
+    with closing(DeathNotices("b")) as agent:
+        assert agent.listen(NETWORK)
+        assert agent._queue is not None
+        monkeypatch.setattr(agent._queue, "enqueue", Mock(side_effect=lacking))
+        agent.tell(KEY)
+        agent._queue.enqueue.assert_called_once()  # type: ignore[attr-defined]
 
 
 def test_the_end_of_its_connection_is_its_end(scene: Scene) -> None:

@@ -21,6 +21,7 @@ from tests.support.helpers import eventually, hang
 from tests.support.queue_process import ReaderProcess, describe
 from workers.ipc.doorbell import Doorbell
 from workers.ipc.handover import HandoverRefused
+from workers.ipc.shared_memory import Segment, SegmentError
 from workers.queue.message_queue import Handle, MessageQueue, MsgpackCodec, SlowReaders
 
 pytestmark = pytest.mark.integration
@@ -40,6 +41,24 @@ def fill(queue: MessageQueue) -> tuple[int, SlowReaders]:
         except SlowReaders as error:
             return sent, error
         sent += 1
+
+
+def test_a_queue_for_which_there_is_no_memory_keeps_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    create = Segment.create
+
+    def short(size: int, name: str) -> Segment:
+        if name == "elastic-ep-doorbell":
+            raise SegmentError("cannot create shared memory")
+        return create(size, name)
+
+    def attempt() -> int:
+        with pytest.raises(SegmentError):
+            MessageQueue("q")
+        return len(os.listdir("/proc/self/fd"))
+
+    monkeypatch.setattr(Segment, "create", short)
+    before = attempt()
+    assert [attempt() for _ in range(3)] == [before] * 3
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 200, 60_000, 70_000, 1 << 20, 32 << 20])

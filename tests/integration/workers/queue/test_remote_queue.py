@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import msgspec
 import pytest
 import zmq
 
 from membership.base.errors import QueueClosed, QueueError, WaitTimeout
+from membership.base.network import Network
 from tests.support import ROOT
 from tests.support.helpers import eventually
 from tests.support.ipv6 import needs_ipv6
+from workers.bulk.server import BulkServer
+from workers.exchange.tcp.transport import TcpTransport
 from workers.ipc.handover import HandoverRefused
 from workers.queue import remote_reader, remote_writer
 from workers.queue.curve import new_keys
@@ -362,6 +367,36 @@ def test_what_a_broken_connection_lost_is_sent_again_once_and_in_order(queue: Me
                 queue.enqueue(turn * 20 + number)
             reader._io.call(lambda: reader._dealer.connect(reader._handle.remote))  # type: ignore[union-attr]
             assert [far.dequeue(30) for _ in range(20)] == list(range(turn * 20, turn * 20 + 20))
+
+
+@pytest.mark.parametrize("thread", ["queue-remote-reader", "queue-remote-writer", "exchange-tcp", "bulk-server"])
+def test_what_finds_no_thread_for_its_sockets_keeps_none(
+    thread: str, queue: MessageQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tried again, maybe for ever."""
+    remote = Remote("127.0.0.1", OURS, frozenset([THEIRS.public]))
+    network = Network("127.0.0.1", "moe", b"a secret of the tests' cluster")
+    make: dict[str, Callable[[], object]] = {
+        "queue-remote-reader": lambda: join(elsewhere(queue)),
+        "queue-remote-writer": lambda: MessageQueue("another", MsgpackCodec(), remote=remote),
+        "exchange-tcp": lambda: TcpTransport(Mock(), network),
+        "bulk-server": lambda: BulkServer(remote, Mock()),
+    }
+    start = threading.Thread.start
+
+    def short(started: threading.Thread) -> None:
+        if started.name == thread:
+            raise RuntimeError("can't start new thread")
+        start(started)
+
+    def attempt() -> int:
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            make[thread]()
+        return len(os.listdir("/proc/self/fd"))
+
+    monkeypatch.setattr(threading.Thread, "start", short)
+    before = attempt()
+    assert [attempt() for _ in range(3)] == [before] * 3
 
 
 def test_silence_ends_a_reader(queue: MessageQueue, monkeypatch: pytest.MonkeyPatch) -> None:
