@@ -5,7 +5,8 @@ The pool is its agent's and outlives it. A request that lost its home is given a
 same host, its new rank copies the blocks that it lacks, piece after piece, and the request waits for them. It begins at
 once, beside the step that was under way at the death. The next step waits, too, so that the request is in it, but no
 longer than a step takes: others go on between two such waits. Only confirmed tokens are read, and only from a rank
-whose end is certain. Whatever fails meanwhile: the request is computed from where it got to.
+whose end is certain. What fails beside the step is asked for once more after it. Whatever fails else: the request is
+computed from where it got to.
 """
 
 from __future__ import annotations

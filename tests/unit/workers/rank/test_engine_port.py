@@ -110,6 +110,22 @@ def test_a_dead_ranks_pool_is_read_beside_a_step_and_what_follows_waits_for_that
     assert [each.step for each in said if isinstance(each, StepResult)] == [1, -1, 2]
 
 
+def test_an_order_whose_read_cannot_begin_for_any_reason_is_done_in_turn(
+    monkeypatch: pytest.MonkeyPatch, port: EnginePort, steps: MessageQueue
+) -> None:
+    """Whatever went wrong amid the step is that step's failure. The engine waits for an answer to its order, too."""
+    steps.enqueue(CopyBlocks(20, 1, RankId(1, 1), KEY, [5], arriving=True, there=[2]), WAIT_S)
+    said: list[RankMessage] = []
+    monkeypatch.setattr(port, "_answer", said.append)
+    with monkeypatch.context() as broken:
+        broken.setattr(port._reads, "begin", lambda _: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            port.look_ahead()
+    while port.pending():
+        port.serve()
+    assert [each.copy for each in said if isinstance(each, BlocksCopied)] == [1]
+
+
 @pytest.fixture
 def worker() -> NotingWorker:
     return NotingWorker()
