@@ -12,6 +12,7 @@ from collections.abc import Callable, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
+from membership.base.attempts import is_shortage
 from membership.base.rank_id import RankId
 from membership.base.sockets import accepts
 from membership.base.timing import LINK_DIAL_S
@@ -47,8 +48,14 @@ class Unrecorded:
         for member in members - self._asked:
             host, endpoint = far_endpoint(self._handles.get(member, b""))
             if endpoint and host != self._here:
+                try:
+                    answer = self._pool.submit(self._ask, endpoint)
+                except RuntimeError as error:
+                    if not is_shortage(error):
+                        raise
+                    break  # no thread is to be had: they are asked at the next look, or waited for
                 self._asked.add(member)
-                self._pool.submit(self._ask, endpoint).add_done_callback(partial(self._answered, member))
+                answer.add_done_callback(partial(self._answered, member))
         return self._gone & members
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ makes its calls fail.
 from __future__ import annotations
 
 import errno
+import threading
 import time
 from collections.abc import Callable
 
@@ -26,6 +27,17 @@ def is_shortage(error: BaseException) -> bool:
     """Whether the machine lacked something (a descriptor, memory, a thread, a file, a network), not the program."""
     no_thread = isinstance(error, RuntimeError) and "can't start new thread" in str(error)
     return no_thread or isinstance(error, OSError | MemoryError) or getattr(error, "errno", None) in SHORTAGES
+
+
+def started(thread: threading.Thread) -> bool:
+    """Start it; False if the machine has no thread now."""
+    try:
+        thread.start()
+    except RuntimeError as error:
+        if not is_shortage(error):
+            raise
+        return False
+    return True
 
 
 def pause_s(failures: int) -> float:

@@ -18,7 +18,7 @@ from queue import Empty, SimpleQueue
 
 import structlog
 
-from membership.base.attempts import is_shortage
+from membership.base.attempts import started
 from membership.base.timing import EARLY_READ_TIMEOUT_S
 
 IDLE_S = 10.0
@@ -38,11 +38,7 @@ class EarlyReads:
         """Have it done, after those begun before; False if there is no thread for it: then it is not done here."""
         if self._thread is None:
             thread = threading.Thread(target=self._run, name="early-reads", daemon=True)
-            try:
-                thread.start()
-            except RuntimeError as error:
-                if not is_shortage(error):
-                    raise
+            if not started(thread):
                 return False
             self._thread = thread
         done: Future[None] = Future()

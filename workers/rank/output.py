@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from membership.base.attempts import started
 from membership.base.errors import WaitTimeout
 from workers.protocol.rpc import failure_of
 from workers.rank.worker_api import AsyncOutput
@@ -37,11 +38,14 @@ class OutputThread:
         self._thread: threading.Thread | None = None
 
     def put(self, output: AsyncOutput, timeout_s: float, deliver: Callable[[Any], None]) -> None:
-        """Call `deliver` in the thread with the output's result, or with a Failure."""
-        self._queue.put(Waiting(output, time.monotonic() + timeout_s, deliver))
+        """Call `deliver` in the thread with the output's result, or with a Failure; here, if there is no thread."""
+        waiting = Waiting(output, time.monotonic() + timeout_s, deliver)
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            if not started(thread):
+                return self._wait_for(waiting)
+            self._thread = thread
+        self._queue.put(waiting)
 
     def close(self) -> None:
         """Stop; an output that is still not there is given up."""

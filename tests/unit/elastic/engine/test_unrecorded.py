@@ -99,3 +99,20 @@ def test_a_port_accepts_or_does_not() -> None:
         endpoint = f"tcp://127.0.0.1:{server.getsockname()[1]}"
         assert accepts(endpoint, WAIT_S)
     assert not accepts(endpoint, WAIT_S)
+
+
+def test_those_that_no_thread_could_ask_are_asked_at_the_next_look(
+    monkeypatch: pytest.MonkeyPatch, make: Callable[[bool], Unrecorded]
+) -> None:
+    """The engine goes on meanwhile."""
+    unrecorded = make(False)
+    unrecorded.note(state(far=THERE))
+
+    def no_thread(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as short:
+        short.setattr(threading.Thread, "start", no_thread)
+        assert unrecorded.gone({FAR}) == frozenset()
+    eventually(lambda: unrecorded.gone({FAR}), WAIT_S, "the answer")
+    assert unrecorded.gone({FAR}) == {FAR}
