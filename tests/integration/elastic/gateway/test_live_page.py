@@ -27,6 +27,7 @@ pytestmark = pytest.mark.integration
 
 GOOD = {"Authorization": f"Bearer {TOKEN}"}
 T = 60.0
+FILLING = 24  # events that fill what lies between the gateway and a reader
 Message = tuple[str, Any]
 
 
@@ -153,11 +154,13 @@ def test_readers_that_stop_reading_give_way(
     gateway: RunningGateway, cluster: GatewayCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All places are theirs but one; who reads keeps its own."""
-    monkeypatch.setattr(live, "STALLED_S", 0.1)
+    monkeypatch.setattr(live, "STALLED_S", 2.0)  # longer than the one that reads waits for a processor
     history = EventLog(cluster.events, "test")
+    texts = iter(["x" * 400_000] * FILLING)
 
     def let_in() -> bool:
-        history.emit("long", text="x" * 400_000)  # until it fills what lies between the gateway and a reader
+        if text := next(texts, ""):
+            history.emit("long", text=text)
         with httpx.stream("GET", f"{gateway.admin_url}/admin/v1/stream", headers=GOOD, timeout=T) as answer:
             return answer.status_code == 200
 
@@ -167,7 +170,7 @@ def test_readers_that_stop_reading_give_way(
         found: list[str] = []
         reads = Thread(target=lambda: found.extend(take_until(messages, "last")), name="reader")
         reads.start()
-        eventually(let_in, T, "a place for another reader")
+        eventually(let_in, T, "a place for another reader", interval_s=0.05)
         history.emit("last")
         reads.join(T)
         assert found[-1:] == ["last"]
