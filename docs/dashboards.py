@@ -73,6 +73,7 @@ BOARDS: dict[str, tuple[str, tuple[Panel, ...]]] = {
             Panel("Answers by key", "reqps", {"{{key}} {{status}}": rate("key_requests_total", "key, status")}),
             Panel("Tokens by key", "wps", {"{{key}} {{kind}}": rate("key_tokens_total", "key, kind")}),
             Panel("Open by key", "short", {"{{key}}": "sum by (key) (elastic_ep_key_requests_in_flight{RELEASE})"}),
+            Panel("Wait for a rank by key", "s", {"{{key}}": rate("key_queue_seconds_total", "key")}),
         ),
     ),
     "cluster": (
