@@ -181,7 +181,7 @@ class ExpertSource:
                     barren, ours = 0, [] if session.wait(SIGN_TIMEOUT_S) else list(names)
                 try:
                     entries = [self._entry(*names[name]) for name in ours] if peers is None else peers.entries(ours)
-                    read = self._read(entries, pace)
+                    read = self._read(entries, pace, 1 if peers is not None else self.readers)
                 except LoadStopped:
                     return
                 if self.room is not None:  # many at once, where bytes were compared before
@@ -205,21 +205,23 @@ class ExpertSource:
             return nullcontext()
         return closing(PeerWeights(self._shared, session, self.others, self._progress.mark, stop, urgent=urgent))
 
-    def _read(self, entries: list[Entry], pace: _Pace) -> dict[str, Mapped]:
-        """Read experts from the checkpoint, straight into the host's store if that has room."""
+    def _read(self, entries: list[Entry], pace: _Pace, readers: int) -> dict[str, Mapped]:
+        """Read experts straight into the host's store if that has room. What comes from other hosts takes one reader:
+        `PeerWeights` is for one thread.
+        """
         if not entries:
             return {}
-        kept = self._filled_shards([pace.entry(entry) for entry in entries])
+        kept = self._filled_shards([pace.entry(entry) for entry in entries], readers)
         return {entry.name: kept.get(entry.name) or entry.alone() for entry in entries}
 
-    def _filled_shards(self, entries: list[Entry]) -> dict[str, Mapped]:
+    def _filled_shards(self, entries: list[Entry], readers: int) -> dict[str, Mapped]:
         """One shard, or one per reader: new memory, its content and its checksum take a core a second per GB or so."""
         if self._shared is None:
             return {}
-        if self.readers == 1:
+        if readers == 1:
             return self._shared.fill(entries)
-        parts = [part for first in range(self.readers) if (part := entries[first :: self.readers])]
-        with ThreadPoolExecutor(self.readers, "read-experts") as pool:
+        parts = [part for first in range(readers) if (part := entries[first::readers])]
+        with ThreadPoolExecutor(readers, "read-experts") as pool:
             return dict(ChainMap(*pool.map(self._shared.fill, parts)))
 
     def _entry(self, layer: int, expert: int) -> Entry:

@@ -38,7 +38,6 @@ from workers.model.shared_weights import (
     Slot,
     StoredAt,
     WeightsCorrupt,
-    checksum_of,
     header_of,
     header_size,
 )
@@ -193,10 +192,10 @@ class PeerWeights:
                 if whole > min(place.size, PIECE):
                     raise WeightsCorrupt(f"node {host.node} has a header of {whole} bytes in a shard of {place.size}")
                 tail = self._end(host, place, whole)
-            header = header_of(tail)
-            if checksum_of(header) != place.checksum:
-                raise WeightsCorrupt(f"node {host.node} has a shard whose header has another checksum")
-            host.headers[key] = header
+            try:
+                host.headers[key] = header_of(tail, place.checksum)
+            except WeightsCorrupt as error:
+                raise WeightsCorrupt(f"node {host.node} has a shard of which {error}") from error
         return host.headers[key]
 
     def _end(self, host: _Host, place: Place, nbytes: int) -> memoryview:

@@ -23,7 +23,7 @@ import time
 import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import msgspec
@@ -282,6 +282,12 @@ class SharedWeights:
         self, shards: Shards, trusted: int | None = None, unread: Unread = lambda notes: False
     ) -> dict[str, Mapped]:
         """Map shards and close their descriptors; the entries that were asked for, of those that are not damaged."""
+        with ExitStack() as opened:  # also when a device fails at one of them
+            for _, fd in shards:
+                opened.callback(os.close, fd)
+            return self._entries_in(shards, trusted, unread)
+
+    def _entries_in(self, shards: Shards, trusted: int | None, unread: Unread) -> dict[str, Mapped]:
         found: dict[str, Mapped] = {}
         for held, fd in shards:
             try:
@@ -295,8 +301,6 @@ class SharedWeights:
                 log.warning("weights_not_mapped", keys=held.keys, error=str(error))
             else:
                 found |= {key.removeprefix(f"{self._scope}/"): entries[key] for key in held.keys if key in entries}
-            finally:
-                os.close(fd)
         return found
 
     def _mapped(self, held: Held, fd: int, unread: Unread, *, check: bool) -> dict[str, Mapped]:
@@ -403,16 +407,13 @@ def map_shard(fd: int, held: Held) -> Any:
 def compare(pages: Any, held: Held) -> None:
     """WeightsCorrupt unless header and tensors have the checksums that they were deposited with."""
     memory = _bytes(pages)
-    header = _header(memory, held)
-    good = checksum_of(header) == held.checksum
-    for place in header.places:
-        good = good and zlib.crc32(memory[place.offset : place.offset + place.nbytes]) == place.checksum
-    if not good:
-        raise WeightsCorrupt(f"{held.keys}: its bytes do not have the checksum they were deposited with")
+    for place in _header(memory, held).places:
+        if zlib.crc32(memory[place.offset : place.offset + place.nbytes]) != place.checksum:
+            raise WeightsCorrupt(f"{held.keys}: its bytes do not have the checksum they were deposited with")
 
 
 def entries_of(pages: Any, held: Held) -> dict[str, Mapped]:
-    """The entries of a mapped shard. WeightsCorrupt: one is packed as this process does not pack."""
+    """The entries of a mapped shard. WeightsCorrupt: its header is, or one is packed as this process does not pack."""
     header = _header(_bytes(pages), held)
     made = {name: Mapped({}, note) for name, note in header.notes.items()}
     for place in header.places:
@@ -433,21 +434,21 @@ def header_size(tail: memoryview) -> int:
     return int(_SUFFIX.unpack(tail[-SUFFIX_BYTES:])[0]) + SUFFIX_BYTES
 
 
-def header_of(memory: memoryview) -> Header:
-    """The header of a shard, or of its end. WeightsCorrupt: there is none."""
+def header_of(memory: memoryview, checksum: int) -> Header:
+    """The header of a shard, or of its end. WeightsCorrupt unless it has the checksum that it was deposited with, which
+    is compared before anything in it is used: its offsets, its types, how oneDNN has packed.
+    """
     try:
-        return msgspec.msgpack.decode(memory[-header_size(memory) : -SUFFIX_BYTES], type=Header)
+        said = memory[-header_size(memory) : -SUFFIX_BYTES]
+        if zlib.crc32(said) != checksum:
+            raise WeightsCorrupt("its header does not have the checksum it was deposited with")
+        return msgspec.msgpack.decode(said, type=Header)
     except (msgspec.MsgspecError, struct.error) as error:
         raise WeightsCorrupt("no header") from error
 
 
-def checksum_of(header: Header) -> int:
-    """As the shard was deposited with."""
-    return zlib.crc32(msgspec.msgpack.encode(header))
-
-
 def _header(memory: memoryview, held: Held) -> Header:
     try:
-        return header_of(memory)
+        return header_of(memory, held.checksum)
     except WeightsCorrupt as error:
-        raise WeightsCorrupt(f"{held.keys}: no header") from error
+        raise WeightsCorrupt(f"{held.keys}: {error}") from error

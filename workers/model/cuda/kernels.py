@@ -357,7 +357,8 @@ def choose(
     wide = tl.arange(0, WIDE)
     given = tl.load(logits + token * EXPERTS + wide, mask=wide < EXPERTS, other=float("-inf")).to(tl.float32)
     powers = tl.exp(given - tl.max(given, 0))
-    shares = powers / tl.sum(powers, 0)
+    total = tl.sum(powers, 0)
+    shares = tl.where(total == total, powers / total, 0.0)  # of no numbers, the first K experts: no id is out of range
     left = tl.where(wide < EXPERTS, shares, -1.0)
     nth = tl.arange(0, WIDE_K)
     chosen = tl.zeros((WIDE_K,), tl.float32)
@@ -368,4 +369,5 @@ def choose(
         left = tl.where(wide == expert, -1.0, left)
     if NORMED:
         chosen = chosen / tl.sum(chosen, 0)
+    chosen = tl.where(total == total, chosen, total)
     tl.store(weights + token * K + nth, chosen.to(weights.dtype.element_ty), mask=nth < K)

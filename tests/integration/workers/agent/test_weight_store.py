@@ -275,6 +275,55 @@ def test_a_byte_that_changed_in_a_shard_is_noticed() -> None:
         os.close(copy)
 
 
+def test_a_header_with_a_bit_that_changed_is_not_made_use_of() -> None:
+    """Neither are its offsets looked at, nor is anybody asked who has the content it names."""
+    import torch
+
+    fd, checksum = shard("k", {"a": torch.ones(3), "w": torch.arange(100)})
+    try:
+        size = os.fstat(fd).st_size
+        whole = os.pread(fd, size, 0)
+        for at in range(832 + 64, size):  # what is behind the tensors
+            wrong = bytearray(whole)
+            wrong[at] ^= 1
+            with pytest.raises(WeightsCorrupt, match="header"):
+                entries_of(wrong, Held(1, ["k"], size, checksum, verified=False))
+    finally:
+        os.close(fd)
+
+
+def test_a_damaged_header_is_reported_before_a_device_is_asked_for_what_it_names(host: Host) -> None:
+    import torch
+
+    maker, other = (SharedWeights(host.client(), "m/bf16") for _ in range(2))
+    fd, checksum = shard(maker._key("a"), {"w": torch.ones(4)})
+    for _, theirs in host.client().deposit([maker._key("a")], checksum ^ 1, fd):
+        os.close(theirs)
+    os.close(fd)
+    asked: list[Mapping[str, bytes]] = []
+    with other.session(LoadProgress()) as session:
+        found, ours = session.claim(["a"], lambda notes: not asked.append(notes))  # type: ignore[func-returns-value]
+    assert (found, ours, asked) == ({}, ["a"], [])
+    assert "weights_dropped" in host.kinds()
+
+
+def test_a_device_that_fails_in_the_midst_of_a_claim_leaves_no_descriptor(host: Host) -> None:
+    """As where its memory ends: the rank serves on, and tries again."""
+    import torch
+
+    maker, other = (SharedWeights(host.client(), "m/bf16") for _ in range(2))
+    for name in "abc":
+        maker.put(name, {"w": torch.ones(4)})
+    before = _memfds()
+
+    def unread(notes: Mapping[str, bytes]) -> bool:
+        raise torch.OutOfMemoryError(f"no room for {list(notes)}")
+
+    with other.session(LoadProgress()) as session, pytest.raises(torch.OutOfMemoryError, match="no room"):
+        session.claim(list("abc"), unread)
+    assert _memfds() <= before
+
+
 class Rank:
     """A rank's side of the store that loads in a thread of its own."""
 

@@ -5,15 +5,16 @@ On a GPU `test_backend.py` asks the same of the compiled kernels on larger sizes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import Glm4MoeConfig, Qwen3MoeConfig
+from transformers import DeepseekV2Config, Glm4MoeConfig, MixtralConfig, Qwen3MoeConfig
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeTopkRouter
-from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
+from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm, MixtralTopKRouter
 from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_moe
 
 from membership.base.enums import Exactness
@@ -219,11 +220,87 @@ def test_a_router_chooses_by_one_kernel_what_it_chose(backend: CudaBackend, norm
     assert torch.equal(logits, before[0])
     assert torch.equal(ids, before[2])
     assert torch.allclose(weights, before[1], 1e-5, 1e-5)
-    assert torch.equal(_choice(logits[7:8], 5, normed)[1], weights[7:8])
+    assert torch.equal(_choice(logits[7:8], 5, normed, torch.float32)[1], weights[7:8])
     other = functional_call(router, {"weight": 2 * router.weight.data}, (rows,))
     assert torch.equal(other[0], 2 * logits), "as products are measured"
     router.weight.data[3:9] = router.weight.data[3]
     assert router(100 * router.weight.data[3:4])[2].tolist() == [[3, 4, 5, 6, 7]], "of equal ones the first"
+
+
+def mixtral() -> nn.Module:
+    return MixtralTopKRouter(MixtralConfig(num_local_experts=24, num_experts_per_tok=5, hidden_size=40))
+
+
+def qwen3() -> nn.Module:
+    return qwen3_moe.Qwen3MoeTopKRouter(Qwen3MoeConfig(num_experts=24, num_experts_per_tok=5, hidden_size=40))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", [mixtral, qwen3])
+def test_a_fused_router_rounds_where_its_module_does(backend: CudaBackend, family: Callable[[], nn.Module]) -> None:
+    """Mixtral's weights stay fp32 in a narrower model, those of others do not. (The interpreter cuts bf16 off.)"""
+    router = family()
+    router.weight = nn.Parameter((torch.randn(24, 40, generator=torch.Generator().manual_seed(5)) / 5).half())
+    rows = torch.randn(19, 40, generator=torch.Generator().manual_seed(6)).half()
+    before = router(rows)
+    backend.fuse(nn.ModuleList([router]))
+    assert "forward" in vars(router)
+    found = router(rows)
+    assert [each.dtype for each in found] == [each.dtype for each in before]
+    assert torch.equal(found[0], before[0])
+    near = 1e-5 if before[1].dtype == torch.float32 else torch.finfo(before[1].dtype).eps
+    assert torch.allclose(found[1], before[1], near, near)
+
+
+class _Narrow(nn.Module):
+    """Its softmax is of its rows' type, and so is the sum that it divides by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.top_k, self.weight = 5, nn.Parameter(torch.empty(24, 40))
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = torch.nn.functional.linear(hidden, self.weight)
+        weights, ids = torch.topk(torch.softmax(logits, -1), self.top_k)
+        return logits, weights / weights.sum(-1, keepdim=True), ids
+
+
+def deepseek_v2() -> nn.Module:
+    return DeepseekV2TopkRouter(
+        DeepseekV2Config(
+            n_routed_experts=24,
+            num_experts_per_tok=1,
+            hidden_size=64,
+            topk_method="greedy",
+            routed_scaling_factor=1.0,
+        )
+    )
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", [_Narrow, deepseek_v2])
+@pytest.mark.parametrize("kept", [torch.float32, torch.float16])
+def test_a_router_that_computes_in_another_type_stays_as_it_is(
+    backend: CudaBackend, family: Callable[[], nn.Module], kept: torch.dtype
+) -> None:
+    """In fp32 there is no difference, but DeepSeek's takes rows of bf16 then as well."""
+    router = family()
+    router.weight = nn.Parameter(torch.randn_like(router.weight).to(kept))
+    backend.fuse(nn.ModuleList([router]))
+    assert ("forward" in vars(router)) == (family is _Narrow and kept is torch.float32)
+
+
+@torch.inference_mode()
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("normed", [True, False])
+def test_of_logits_that_are_no_numbers_experts_are_chosen_that_exist(wrong: float, normed: bool) -> None:
+    """An id beyond them would be an address beyond their memory. Which tokens are wrong can still be seen."""
+    logits = torch.randn(3, 24)
+    logits[1, 7 if wrong != -torch.inf else slice(None)] = wrong
+    _, weights, ids = _choice(logits, 5, normed, torch.float32)
+    assert ids[1].tolist() == [0, 1, 2, 3, 4]
+    assert weights.isnan().all(1).tolist() == [False, True, False]
 
 
 @torch.inference_mode()
