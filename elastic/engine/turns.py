@@ -7,6 +7,7 @@ from where the least served of the others is, so that no key saves up turns. Wit
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 PROMPT_COST, OUTPUT_COST = 1, 2  # of a token: a prompt's are computed many at a time
@@ -27,12 +28,14 @@ class Turns:
         self._open[key] += 1
 
     def end(self, key: str) -> None:
-        """It is not any more. Once none of anybody's is, all begin anew."""
+        """It is not any more. Once none of anybody's is, all begin anew; what no key would go on from is forgotten."""
         self._open[key] -= 1
         if not self._open[key]:
             del self._open[key]
-        if not self._open:
-            self._served.clear()
+            least = min((self._served[other] for other in self._open), default=math.inf)
+            self._served = {
+                name: served for name, served in self._served.items() if name in self._open or served > least
+            }
 
     def charge(self, key: str, cost: int) -> None:
         """It has been served so much more, for a request that is under way."""

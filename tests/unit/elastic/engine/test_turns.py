@@ -119,6 +119,22 @@ def test_the_room_exceeds_its_limit_by_no_more_than_the_parts_of_keys_that_came_
     assert scheduler.waiting == sum(60 // n for n in range(1, 7))
 
 
+def test_a_key_that_went_is_forgotten_once_the_others_have_been_served_as_much() -> None:
+    """It may have been taken out of the file of keys, while there is always somebody with a request under way."""
+    turns = Turns()
+    for key in ("stays", "goes"):
+        turns.begin(key)
+    turns.charge("goes", 10)
+    turns.end("goes")
+    turns.begin("goes")
+    assert turns.served("goes") == 10
+    turns.end("goes")
+    turns.charge("stays", 10)
+    turns.begin("another")
+    turns.end("another")
+    assert turns._served == {"stays": 10}
+
+
 def test_no_key_saves_up_turns() -> None:
     turns = Turns()
     for key in "ab":
