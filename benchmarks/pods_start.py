@@ -34,15 +34,14 @@ def start(pods: Pods) -> tuple[dict[str, float], Counter[str]]:
     ready: dict[str, float] = {}
     while len(ready) < len(hosts):
         for host in hosts:
-            if pods.running[host].ended():
-                print(f"         {host} ended and is started again: {pods.running[host].lines()[-1:]}")
-                pods.running[host].start()
-            elif host not in ready and pods.ready(host):
-                ready[host] = time.monotonic() - begun
+            if pods.ready(host):
+                ready.setdefault(host, time.monotonic() - begun)
         if time.monotonic() - begun > LIMIT_S:
             missing = ", ".join(sorted({*hosts} - {*ready}))
             raise TimeoutError(f"not ready within {LIMIT_S:g} s: {missing}")
         time.sleep(POLL_S)
+    if pods.restarts:
+        print(f"         started again after they had ended: {dict(pods.restarts)}")
     spent: Counter[str] = Counter()
     for host in hosts:
         spent[host.rpartition("-")[0]] += processor_s(pods.running[host].pid)

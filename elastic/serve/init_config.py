@@ -53,7 +53,9 @@ def init_config(
     keys, ranks = Keys(config.cluster), options.ranks or DEFAULT_RANKS
     puts = [Put(keys.config, codec.encode(config)), Put(keys.desired, codec.encode(Desired(ranks=ranks)))]
     if store.txn([Compare(keys.config, "mod", "=", 0)], puts).succeeded:
-        say(f"cluster {config.cluster!r} may begin, with {ranks} ranks")
+        by_agents = config.follow_agents if options.ranks is None else 0
+        size = f"{by_agents} ranks for each agent" if by_agents else f"{ranks} ranks"
+        say(f"cluster {config.cluster!r} may begin, with {size}")
         return
     found = store.get(keys.config)
     known = codec.decode(found.value, ClusterConfig) if found is not None else None

@@ -8,6 +8,7 @@ What Kubernetes itself does is not tried here (docs/KUBERNETES.md).
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,6 +51,44 @@ def helm_test_kills_a_rank_and_each_role_says_what_it_knows_of_it(pods: Pods) ->
     eventually(lambda: all(now > then for now, then in zip(said(), before, strict=True)), READY_S, both, POLL_S)
     held = "elastic_ep_weight_store_bytes", "moe-agents-0"
     eventually(lambda: pods.metrics("agents-0").get(held, 0) > 0, READY_S, "its agent to say what it holds", POLL_S)
+
+
+def test_a_member_that_lost_its_volume_is_replaced_as_the_page_says(pods: Pods) -> None:
+    """docs/KUBERNETES.md, with the very restart that leaves a removed member's data behind."""
+
+    def etcdctl(*arguments: str, host: str = "etcd-0") -> str:
+        said = pods.running[host].exec("etcdctl", *arguments)
+        assert said.returncode == 0, said.stderr
+        return said.stdout
+
+    for host in MEMBERS:
+        pods.start(host)
+    pods.until_ready(*MEMBERS)
+    etcdctl("put", "settings", "kept")
+    pods.running["etcd-2"].close()
+    shutil.rmtree(pods.claim("etcd-2"))
+    assert pods.start("etcd-2").wait(READY_S) != 0
+    assert "has already been bootstrapped" in "\n".join(pods.running["etcd-2"].lines()), (
+        "it does not come back by itself"
+    )
+    [lost] = [line.split(",")[0] for line in etcdctl("member", "list").splitlines() if "moe-etcd-2" in line]
+    etcdctl("member", "remove", lost)
+    removed = pods.start("etcd-2")
+    eventually((pods.claim("etcd-2") / "data" / "member" / "wal").exists, READY_S, "data of a removed member", POLL_S)
+    removed.close()
+    pods.render("etcd.extraArgs={--initial-cluster-state=existing}")
+    add = "etcdctl", "member", "add", "moe-etcd-2", "--peer-urls=http://moe-etcd-2.moe-etcd:2380"
+    both = "the other two to have been connected for the 5 s that etcd asks for"
+    eventually(lambda: pods.running["etcd-0"].exec(*add).returncode == 0, READY_S, both, POLL_S)
+    shutil.rmtree(pods.claim("etcd-2"))
+    pods.start("etcd-2")
+    pods.until_ready("etcd-2")
+    pods.render()
+    pods.replace("etcd-2")
+    assert etcdctl("get", "settings", "--print-value-only", "--consistency=s", host="etcd-2") == "kept\n"
+    members = etcdctl("member", "list")
+    assert members.count("started") == 3
+    assert lost not in members
 
 
 def test_pods_of_each_role_serve_and_each_may_be_replaced_under_load(pods: Pods) -> None:

@@ -4,9 +4,7 @@ that the command line takes, Secrets where these say. They are started in e2e/te
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -28,13 +26,13 @@ from tests.support.chart import (
     VERSIONS,
     documents,
     helm,
+    installed,
     notes,
     render,
     render_many,
     shipped,
     template,
 )
-from tests.support.kubernetes_api import kubernetes_api
 from tests.support.promql import evaluate
 from tests.support.promql import parsed as query_tree
 from tests.support.recorded_metrics import Recorder, names
@@ -71,17 +69,6 @@ KEYS = {  # of Secrets that the user makes, as values.yaml names them
 }  # fmt: skip
 
 
-def installed(folder: Path, there: Mapping[str, Mapping[str, Any]], *settings: str) -> dict[str, Any]:
-    """What `helm install` makes where these objects are."""
-    values = [f"--set={each}" for each in ("mode=many", "etcd.endpoints={http://etcd:2379}", *settings)]
-    with kubernetes_api(folder, there) as environment:
-        flags = ("--no-hooks", "--disable-openapi-validation", "--output", "json")
-        outcome = helm("install", "demo", str(CHART), *flags, *values, environment=environment)
-    assert outcome.returncode == 0, outcome.stderr
-    made: dict[str, Any] = json.loads(outcome.stdout)
-    return made
-
-
 @pytest.fixture(
     scope="module",
     params=[(MODEL,), EVERYTHING, (*OWN, MODEL)],
@@ -97,7 +84,8 @@ def test_the_shipped_values_are_of_this_mode_and_lint_is_clean(name: str) -> Non
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     made = shipped(name)
     found = [each["kind"] for each in made]
-    assert set(WORKLOADS.values()) <= set(found)
+    assert {"StatefulSet", "Deployment"} <= set(found)
+    assert ("Job" in found) is (name == "values-production.yaml"), "where etcd is there before"
     assert ("NetworkPolicy" in found) is (name == "values-production.yaml")
     own = "demo-etcd" in [each["metadata"]["name"] for each in made if each["kind"] == "StatefulSet"]
     assert own is (name == "values-many.yaml"), "to try it needs nothing else; production brings its own, with TLS"
@@ -108,7 +96,12 @@ def test_manifests_are_valid_and_there_is_one_workload_per_role(rendered: Manife
         for version in VERSIONS:
             kubernetes_validate.validate(manifest, version, strict=True)
     workloads = {role: kind for kind, role in rendered if kind in {*WORKLOADS.values()}}
-    assert workloads == WORKLOADS | ({"etcd": "StatefulSet"} if ("Service", "etcd") in rendered else {})
+    if ("Service", "etcd") in rendered:
+        wanted = {**WORKLOADS, "etcd": "StatefulSet"}
+        del wanted["init"]  # no Job where no cluster is seen: test_helm_etcd.py
+    else:
+        wanted = WORKLOADS
+    assert workloads == wanted
 
 
 def test_a_role_takes_the_command_line_and_environment_that_it_is_given(
@@ -159,7 +152,7 @@ def test_values_reach_their_roles(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(each["etcd_user"] == "server" for each in given.values())
     assert (given["agents"]["capacity"], given["agents"]["spares"]) == (3, 1)
     names = ("follow_agents", "min_agents", "ranks", "served_model_name", "max_model_len", "kv_blocks")
-    assert [given["init"][name] for name in names] == [3, 4, 15, ["m"], 512, 64]
+    assert [given["init"][name] for name in names] == [3, 4, None, ["m"], 512, 64], "agents make the size"
     assert (given["gateway"]["host"], given["gateway"]["admin_host"]) == ("0.0.0.0", "0.0.0.0")
     assert (given["gateway"]["access_log"], given["gateway"]["max_open_requests"]) == (True, 9)
     assert (given["engine"]["log_keep"], given["controller"]["log_keep"]) == (1, 1)
@@ -395,6 +388,7 @@ def test_secrets_are_where_flags_and_environment_say(rendered: Manifests) -> Non
 def test_the_model_is_where_it_is_read(rendered: Manifests) -> None:
     """A volume that one machine may mount keeps no engine from another one."""
     for role, pod in pods(rendered):
+        assert any(each["name"] == "model" for each in pod["volumes"]) is (role in ("agents", "gateway", "init")), role
         for container in (*pod["containers"], *pod.get("initContainers", ())):
             has = any(each["name"] == "model" for each in container["volumeMounts"])
             assert has is (container["name"] in ("agents", "gateway", "init")), (role, container["name"])
@@ -501,7 +495,9 @@ def test_the_rendered_init_writes_the_settings_once_and_takes_another_number_of_
             said.append(outcome.output.strip())
         with closing(connect([server.url])) as store, Mirror(store, "demo") as mirror:
             config, desired = mirror.state().config, mirror.state().desired
-    assert said == ["cluster 'demo' may begin, with 4 ranks", "cluster 'demo' is there already: nothing is changed"]
+    assert said == [
+        "cluster 'demo' may begin, with 2 ranks for each agent", "cluster 'demo' is there already: nothing is changed"
+    ]  # fmt: skip
     assert config is not None
     assert desired is not None
     assert (config.follow_agents, config.min_agents, desired.ranks) == (2, 2, 4)

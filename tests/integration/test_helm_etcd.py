@@ -5,15 +5,19 @@ They run in e2e/test_pods.py; test_helm_chart_many.py and test_helm_policies.py 
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
-from tests.support.chart import render_many
+import pytest
+import yaml
+
+from tests.support.chart import installed, installing, render_many
 from tests.support.role_pods import WORKLOADS, container_of, parsed
 
 pytestmark = pytest.mark.integration
 
 MODEL = "model.volume.persistentVolumeClaim.claimName=models"
 OWN = ("etcd.endpoints=null",)
+YOURS, THEIRS = "http://etcd:2379", ",".join(f"http://demo-etcd-{n}.demo-etcd:2379" for n in range(3))
 
 
 def test_an_etcd_of_the_chart_is_three_members_that_know_each_other_and_that_all_roles_know(
@@ -53,19 +57,77 @@ def test_an_etcd_of_the_chart_is_three_members_that_know_each_other_and_that_all
     }  # fmt: skip
 
 
-def test_an_etcd_of_the_chart_is_there_before_init_which_controllers_then_run() -> None:
-    """A hook before the install would wait for what Helm makes after its hooks."""
+def test_an_etcd_of_the_chart_is_there_before_init_which_gateways_then_run() -> None:
+    """They read the model anyway. A hook would wait for what Helm makes after its hooks, and so would Argo CD's."""
     manifests, with_yours = render_many(*OWN, MODEL), render_many(MODEL)
-    job = manifests["Job", "init"]
-    assert job["metadata"]["annotations"]["helm.sh/hook"] == "pre-upgrade,pre-rollback"
-    pod = manifests["Deployment", "controller"]["spec"]["template"]["spec"]
-    [of_the_job] = job["spec"]["template"]["spec"]["containers"]
-    assert pod["initContainers"] == [of_the_job]
-    assert {each["name"] for each in of_the_job["volumeMounts"]} <= {each["name"] for each in pod["volumes"]}
+    assert ("Job", "init") not in manifests
+    assert ("Job", "init") in with_yours
     for role, kind in WORKLOADS.items():
         assert "initContainers" not in with_yours[kind, role]["spec"]["template"]["spec"]
-        if role != "controller":
+        if role not in ("gateway", "init"):
             assert "initContainers" not in manifests[kind, role]["spec"]["template"]["spec"], role
     own = ("extraInitContainers[0].name=fetch", "extraInitContainers[0].image=fetcher")
-    spec = render_many(*OWN, *own)["Deployment", "controller"]["spec"]["template"]["spec"]
+    spec = render_many(*OWN, *own)["Deployment", "gateway"]["spec"]["template"]["spec"]
     assert [each["name"] for each in spec["initContainers"]] == ["fetch", "init"], "it may fetch what init reads"
+
+
+@pytest.mark.parametrize("setting", ["agents.replicas=3", "etcd.storage.size=3Gi"])
+def test_another_number_of_agents_replaces_no_pod_that_runs_init(setting: str) -> None:
+    before = render_many(*OWN, MODEL)["Deployment", "gateway"]
+    assert render_many(*OWN, MODEL, setting)["Deployment", "gateway"] == before
+
+
+@pytest.mark.parametrize(("ready", "asked"), [(None, False), (0, False), (1, False), (2, True), (3, True)])
+def test_an_upgrade_asks_an_etcd_that_answers_and_mends_one_that_does_not(
+    ready: int | None, asked: bool, tmp_path: Path
+) -> None:
+    """A Job that waits for a wrong image's etcd would keep the right one away."""
+    status = {} if ready is None else {"status": {"readyReplicas": ready}}
+    there = {"statefulsets/demo-etcd": {"replicas": 3, **status}}
+    hooks = {each["name"]: each for each in installed(tmp_path, there, *OWN, MODEL)["hooks"]}
+    assert ("demo-init" in hooks) is asked
+    if asked:
+        assert {*hooks["demo-init"]["events"]} == {"pre-upgrade", "pre-rollback"}
+        [container] = yaml.safe_load(hooks["demo-init"]["manifest"])["spec"]["template"]["spec"]["containers"]
+        assert container == container_of(render_many(*OWN, MODEL), "init"), "the same that gateways' pods run"
+
+
+@pytest.mark.parametrize(
+    ("used", "own", "fits"), [(YOURS, (), True), (THEIRS, OWN, True), (YOURS, OWN, False), (THEIRS, (), False)]
+)
+def test_another_etcd_of_a_release_that_serves_is_refused(
+    used: str, own: tuple[str, ...], fits: bool, tmp_path: Path
+) -> None:
+    """An old file of values that names none must not begin another cluster beside the one that serves."""
+    container = {"name": "agents", "env": [{"name": "POD", "valueFrom": {}}, {"name": "ELASTIC_ETCD", "value": used}]}
+    there = {"statefulsets/demo-agents": {"replicas": 2, "template": {"spec": {"containers": [container]}}}}
+    outcome = installing(tmp_path, there, *own)
+    assert (outcome.returncode == 0) is fits, outcome.stderr
+    if not fits:
+        assert (
+            f"etcd.endpoints: the roles of this release use {used}, and with these values they would" in outcome.stderr
+        )
+
+
+def test_members_are_on_as_many_nodes_as_there_are_and_their_data_ends_with_the_release() -> None:
+    """Two that end together are all of it. What they hold would bind the next install to the settings of this one."""
+    manifests = render_many(*OWN, MODEL)
+    etcd = manifests["StatefulSet", "etcd"]["spec"]
+    by_node, by_zone = (
+        next(each for each in etcd["template"]["spec"]["topologySpreadConstraints"] if each["topologyKey"] == key)
+        for key in ("kubernetes.io/hostname", "topology.kubernetes.io/zone")
+    )
+    assert (by_node["maxSkew"], by_node["whenUnsatisfiable"], by_node["nodeTaintsPolicy"]) == (
+        1,
+        "DoNotSchedule",
+        "Honor",
+    )
+    assert by_zone["whenUnsatisfiable"] == "ScheduleAnyway"
+    assert etcd["persistentVolumeClaimRetentionPolicy"] == {"whenDeleted": "Delete", "whenScaled": "Retain"}
+    budgets = {
+        role: each["spec"]["unhealthyPodEvictionPolicy"]
+        for (kind, role), each in manifests.items()
+        if kind == "PodDisruptionBudget"
+    }
+    assert budgets.pop("etcd") == "IfHealthyBudget", "without a majority none is ready, and the third is needed for it"
+    assert {*budgets.values()} == {"AlwaysAllow"}

@@ -75,11 +75,12 @@ def made() -> Iterator[dict[str, Any]]:
     """By the chart, with one pod and with many."""
     yield from manifests(release=RELEASE)
     yield from render_many(release=RELEASE).values()
+    yield from render_many("etcd.endpoints=null", release=RELEASE).values()
 
 
 def test_each_object_that_is_named_is_made_by_the_chart() -> None:
     there = {(each["kind"].lower(), each["metadata"]["name"]) for each in made()}
-    there.add(("pod", f"{RELEASE}-0"))  # of the StatefulSet of one pod
+    there |= {("pod", f"{RELEASE}-0"), *(("pod", f"{RELEASE}-etcd-{n}") for n in range(3))}  # of StatefulSets
     named = {(KINDS.get(kind, kind), name) for each in commands() | {*table()} for kind, name in OBJECTS.findall(each)}
     assert len(named) >= 5
     assert {each for each in named if each[0] != "Secret"} - there == set()

@@ -203,7 +203,7 @@ def test_an_etcd_of_the_chart_is_reached_by_the_roles_and_its_members_by_one_ano
     own = (ON, *ADMIN, "etcd.endpoints=null")
     manifests = list(render_many(*own, "networkPolicy.scrapers[0].podSelector.matchLabels.app=scrapers").values())
     rules, fixed = Rules(manifests), ports(manifests)
-    around = pods(manifests) | {"scrapers": Pod({"app": "scrapers"})}
+    around = pods(manifests) | {"scrapers": Pod({"app": "scrapers"}), "init": pods(render_many(ON).values())["init"]}
     roles = {"agents", "controller", "engine", "gateway", "init"}
     for name, wanted in (("client", roles), ("peer", {"etcd"}), ("health", {"scrapers"})):
         reached = {who for who, pod in around.items() if rules.let_through(pod, around["etcd"], fixed["etcd", name])}

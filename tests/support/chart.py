@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 from tests.support import ROOT
+from tests.support.kubernetes_api import kubernetes_api
 
 CHART = ROOT / "helm" / "elastic-ep"
 KUBERNETES = "1.30"
@@ -70,6 +72,24 @@ def render_many(*settings: str, release: str = "demo") -> dict[tuple[str, str], 
         assert key not in found, key
         found[key] = document
     return found
+
+
+def installing(
+    folder: Path, there: Mapping[str, Mapping[str, Any]], *settings: str
+) -> subprocess.CompletedProcess[str]:
+    """`helm install` of `mode: many`, hooks apart, where these objects are (kubernetes_api.py)."""
+    values = [f"--set={each}" for each in ("mode=many", "etcd.endpoints={http://etcd:2379}", *settings)]
+    with kubernetes_api(folder, there) as environment:
+        flags = ("--no-hooks", "--disable-openapi-validation", "--output", "json")
+        return helm("install", "demo", str(CHART), *flags, *values, environment=environment)
+
+
+def installed(folder: Path, there: Mapping[str, Mapping[str, Any]], *settings: str) -> dict[str, Any]:
+    """What it makes."""
+    outcome = installing(folder, there, *settings)
+    assert outcome.returncode == 0, outcome.stderr
+    made: dict[str, Any] = json.loads(outcome.stdout)
+    return made
 
 
 def notes(folder: Path, *settings: str) -> str:

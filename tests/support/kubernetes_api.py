@@ -28,6 +28,8 @@ KINDS = {
 def kubernetes_api(folder: Path, there: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, str]]:
     """Serve an API with these objects of release "demo", such as `statefulsets/demo-agents`, each with its spec.
 
+    A spec may have a `status`, which becomes the object's.
+
     Yields the environment in which helm finds it. `folder`: for helm's files.
     """
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"there": there}))
@@ -95,7 +97,9 @@ def _object(plural: str, name: str, spec: Mapping[str, Any]) -> dict[str, Any]:
     annotations = {"meta.helm.sh/release-name": "demo", "meta.helm.sh/release-namespace": "default"}
     labels = {"app.kubernetes.io/managed-by": "Helm"}
     metadata = {"name": name, "namespace": "default", "labels": labels, "annotations": annotations}
-    return {"apiVersion": version, "kind": kind, "metadata": metadata, "spec": spec}
+    status = spec.get("status", {})
+    rest = {key: value for key, value in spec.items() if key != "status"}
+    return {"apiVersion": version, "kind": kind, "metadata": metadata, "spec": rest, "status": status}
 
 
 def _description(path: str) -> dict[str, Any] | None:

@@ -133,8 +133,10 @@ class Pod:
 
     def exec(self, *command: str) -> subprocess.CompletedProcess[str]:
         """As `kubectl exec` does."""
-        target = ["nsenter", "--target", str(self.pid), "--mount", "--pid", "--root", "--wd", *self._as_user(command)]
-        return subprocess.run(target, capture_output=True, text=True, timeout=120, env=self.environment)
+        target = ["nsenter", "--target", str(self.pid), "--mount", "--pid", "--net", "--root", "--wd"]
+        return subprocess.run(
+            [*target, *self._as_user(command)], capture_output=True, text=True, timeout=120, env=self.environment
+        )
 
     @property
     def pid(self) -> int:

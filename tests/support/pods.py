@@ -28,10 +28,11 @@ from tests.support.hosts import Hosts, made_hosts
 from tests.support.pod import Pod
 from tests.support.streams import client
 
-WORKLOADS = {"agents": "StatefulSet", "etcd": "StatefulSet", "init": "Job"}  # the others are Deployments
+WORKLOADS = {"agents": "StatefulSet", "etcd": "StatefulSet"}  # the others are Deployments
 MEMBERS = ("etcd-0", "etcd-1", "etcd-2")
 ROLES = ("agents", "controller", "engine", "gateway")
 READY_S = 180.0
+RESTARTS = 3  # of a place: under load a role gives up on an etcd that is late
 POLL_S = 0.25  # between two questions of ours, each of which costs processor time here and in the pod
 TOKEN = "token-of-the-admin-API"
 
@@ -50,6 +51,7 @@ class Pods:
         self._before = self.manifests  # of the revision before
         self._made = 0
         self.running: dict[str, Pod] = {}
+        self.restarts: Counter[str] = Counter()
         self._gateway = "gateway-0"  # behind the Service
         self._client = client()
 
@@ -80,14 +82,18 @@ class Pods:
 
     def stop(self, host: str) -> None:
         """End it as the kubelet does, within its grace."""
-        pod = self.running.pop(host)
+        pod = self.running[host]
         pod.signal(signal.SIGTERM)
         assert pod.wait(pod.grace_s) == 0, pod.lines()[-5:]
+        del self.running[host]  # one that did not end is still ours to end
 
-    def initialise(self) -> None:
-        """Run the Job that is a hook before upgrade and rollback."""
-        assert self.start("init-0").wait(2 * READY_S) == 0, self.running["init-0"].lines()[-5:]
-        del self.running["init-0"]
+    def claim(self, host: str) -> Path:
+        """The volume of its StatefulSet's claim."""
+        return self._folder / "claims" / f"data-moe-{host}"
+
+    def render(self, *settings: str) -> None:
+        """New pods are from these values; those that run are not replaced."""
+        self.manifests = render_many(*self._settings, *settings, release="moe")
 
     def upgrade(self, *settings: str) -> None:
         """What `helm upgrade` does with these values."""
@@ -98,9 +104,8 @@ class Pods:
         self._roll(self._before)
 
     def _roll(self, manifests: dict[tuple[str, str], dict[str, Any]]) -> None:
-        """The Job, then each workload's own rolling update."""
+        """Each workload's own rolling update. Settings are compared by the init containers of gateways."""
         self._before, self.manifests = self.manifests, manifests
-        self.initialise()
         for host in ("agents-1", "agents-0", *reversed(MEMBERS)):
             self.replace(host)
         self._surge("controller", "engine", "gateway")
@@ -126,9 +131,14 @@ class Pods:
             eventually(partial(self.ready, host), READY_S, f"{host} to be ready", POLL_S)
 
     def ready(self, host: str) -> bool:
-        """What the rendered readiness probe finds; a container that has ended says why."""
-        assert not self.running[host].ended(), self.running[host].lines()[-5:]
-        probe = self.running[host].container["readinessProbe"]["httpGet"]
+        """What the rendered readiness probe finds. A container that has ended is started again, as the kubelet does."""
+        pod = self.running[host]
+        if pod.ended():
+            self.restarts[host] += 1
+            assert self.restarts[host] <= RESTARTS, (host, pod.lines()[-5:])
+            pod.start()
+            return False
+        probe = pod.container["readinessProbe"]["httpGet"]
         try:
             return self._client.get(self._address(host, probe["port"]) + probe["path"], timeout=2.0).is_success
         except httpx.HTTPError:
@@ -174,9 +184,11 @@ class Pods:
         return asked.stdout.splitlines()
 
     def close(self) -> None:
-        self._client.close()
-        for pod in self.running.values():
-            pod.close()
+        """End all, also where one cannot be ended."""
+        with ExitStack() as ends:
+            ends.callback(self._client.close)
+            for pod in self.running.values():
+                ends.callback(pod.close)
 
 
 @contextmanager
@@ -189,7 +201,7 @@ def made_pods(model: Path, *settings: str) -> Iterator[Pods]:
         shutil.copytree(model, models / model.name)
         for each in (models, *models.rglob("*")):
             each.chmod(0o755 if each.is_dir() else 0o644)
-        hosts = ends.enter_context(made_hosts(*names, *MEMBERS, "init-0"))
+        hosts = ends.enter_context(made_hosts(*names, *MEMBERS))
         made = Pods(hosts, models / model.name, folder, *settings)
         ends.callback(made.close)
         yield made

@@ -23,9 +23,10 @@ FIELDS = {"podIP": "10.0.0.7", "nodeName": "worker-7", "zone": "eu-1b"}  # of th
 
 
 def pods(manifests: Manifests) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The pod of each role."""
+    """The pod of each role. `init` is none where gateways' pods run it first."""
     for role, kind in WORKLOADS.items():
-        yield role, manifests[kind, role]["spec"]["template"]["spec"]
+        if (kind, role) in manifests:
+            yield role, manifests[kind, role]["spec"]["template"]["spec"]
 
 
 def templates(manifests: Manifests) -> dict[str, dict[str, Any]]:
@@ -36,7 +37,11 @@ def templates(manifests: Manifests) -> dict[str, dict[str, Any]]:
 
 
 def container_of(manifests: Manifests, role: str) -> dict[str, Any]:
-    [container] = manifests[WORKLOADS[role], role]["spec"]["template"]["spec"]["containers"]
+    if (WORKLOADS[role], role) not in manifests:
+        assert role == "init", role
+        [container] = manifests["Deployment", "gateway"]["spec"]["template"]["spec"]["initContainers"]
+    else:
+        [container] = manifests[WORKLOADS[role], role]["spec"]["template"]["spec"]["containers"]
     assert isinstance(container, dict)
     return container
 

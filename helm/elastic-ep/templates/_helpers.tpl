@@ -73,6 +73,7 @@ app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{/* The same for pods of single roles. */}}
 {{- define "elastic-ep.validateMany" -}}
 {{- $values := .Values -}}
+{{- include "elastic-ep.validateEtcd" . -}}
 {{- range $role := list "init" "agents" "engine" "controller" "gateway" -}}
 {{- if not (kindIs "map" (index $values $role)) }}{{ fail (printf "%s: null is no value of it: leave it out for the default" $role) }}{{ end -}}
 {{- end -}}

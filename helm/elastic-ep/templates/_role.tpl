@@ -93,13 +93,12 @@ maxUnavailable: {{ ternary 0 1 (eq (int $replicas) 1) }}
 
 {{/* What `elastic init` runs with: the cluster's settings and size. A dict of command, args, resources. */}}
 {{- define "elastic-ep.init" -}}
-{{- $size := int .Values.ranks }}
 {{- $args := list }}
-{{- if .Values.agents.follow }}
+{{- if .Values.agents.follow }}{{/* no number: agents make it, and another number of them must not replace who runs this */}}
 {{- $args = append $args (printf "--follow-agents=%d" (int .Values.agents.ranksPerPod)) }}
-{{- $size = mul (int .Values.agents.replicas) (int .Values.agents.ranksPerPod) }}
+{{- else if int .Values.ranks }}
+{{- $args = append $args (printf "--ranks=%d" (int .Values.ranks)) }}
 {{- end }}
-{{- with int $size }}{{ $args = append $args (printf "--ranks=%d" .) }}{{ end }}
 {{- $args = concat $args (list (printf "--min-agents=%d" (int .Values.agents.minAgents))) }}
 {{- with include "elastic-ep.modelArgs" . | trim }}{{ $args = concat $args (fromYamlArray .) }}{{ end }}
 {{- dict "role" "init" "command" (list "elastic" "init" .Values.model.path) "args" (concat $args (.Values.init.extraArgs | default list)) "resources" .Values.init.resources "model" true | toYaml }}
@@ -148,13 +147,19 @@ maxUnavailable: {{ ternary 0 1 (eq (int $replicas) 1) }}
     {{- with .root.Values.extraVolumeMounts }}{{ toYaml . | nindent 4 }}{{ end }}
 {{- end -}}
 
-{{/* Two pods of a role in one zone, or on one machine, would end with it together. From a dict: root, role. */}}
+{{/* Two pods of a role in one zone, or on one machine, would end with it together. From a dict: root, role. Members of etcd
+     are on as many nodes as there are for them: two that are lost together are all of it. */}}
 {{- define "elastic-ep.spread" -}}
 topologySpreadConstraints:
   {{- range $key := list "topology.kubernetes.io/zone" "kubernetes.io/hostname" }}
   - maxSkew: 1
     topologyKey: {{ $key }}
+    {{- if and (eq $.role "etcd") (eq $key "kubernetes.io/hostname") (semverCompare ">=1.26-0" $.root.Capabilities.KubeVersion.Version) }}
+    whenUnsatisfiable: DoNotSchedule
+    nodeTaintsPolicy: Honor  # nodes that take none of them do not count, nor one that is lost
+    {{- else }}
     whenUnsatisfiable: ScheduleAnyway
+    {{- end }}
     labelSelector:
       matchLabels: {{- include "elastic-ep.roleSelector" $ | nindent 8 }}
   {{- end }}
