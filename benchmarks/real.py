@@ -29,7 +29,7 @@ from pathlib import Path
 from benchmarks.checkpoints import OLMOE_HALF, SMALL, Shape, make
 from benchmarks.prefix import RANKS, first_token_ms, killed, second_turn, stream
 from benchmarks.real_aside import CONTEXT, Aside
-from benchmarks.real_llama import llama_main, missing
+from benchmarks.real_llama import READY_S, llama_main, missing
 from benchmarks.real_load import Load, compiled, loaded
 from benchmarks.real_memory import available, memory
 from benchmarks.real_plain import plain_main
@@ -225,6 +225,19 @@ ROWS: dict[str, Callable[[Scene], Iterator[Row]]] = {
 }  # fmt: skip
 
 
+def beside(path: Path, opened: ExitStack) -> Iterator[Aside]:
+    """The engines that take turns with ours; llama.cpp only where it is there, and loads the model."""
+    yield opened.enter_context(Aside("transformers", plain_main, str(path), RANKS))
+    absent = missing()
+    if not absent:
+        try:
+            yield opened.enter_context(Aside("llama.cpp", llama_main, str(path), RANKS, READY_S))
+        except (RuntimeError, TimeoutError) as error:
+            absent = str(error)
+    if absent:
+        say(f"llama.cpp is not compared: {absent}")
+
+
 def measure(args: argparse.Namespace, path: Path, names: list[str]) -> Iterator[Row]:
     """All rows that were asked for."""
     size = f"{sum(file.stat().st_size for file in path.glob('*.safetensors')) / 1e9:.2f} GB"
@@ -236,13 +249,7 @@ def measure(args: argparse.Namespace, path: Path, names: list[str]) -> Iterator[
         flags = (*PATIENT, *args.flag)
         cluster = opened.enter_context(ServedCluster(path, RANKS, flags=flags, environ=environ))
         load = loaded(cluster, path)
-        asides = list[Aside]()
-        if {"decode", "prefill"} & set(names):
-            asides.append(opened.enter_context(Aside("transformers", plain_main, str(path), RANKS)))
-            if absent := missing():
-                say(f"llama.cpp is not compared: {absent}")
-            else:
-                asides.append(opened.enter_context(Aside("llama.cpp", llama_main, str(path), RANKS)))
+        asides = list(beside(path, opened)) if {"decode", "prefill"} & set(names) else []
         scene = Scene(cluster, asides, load, before, args, random.Random(args.seed))
         for name in names:
             began = time.monotonic()

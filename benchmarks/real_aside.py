@@ -19,14 +19,18 @@ class Aside:
     streams of a prefill of the tokens.
     """
 
-    def __init__(self, name: str, main: Main, path: str, threads: int) -> None:
+    def __init__(self, name: str, main: Main, path: str, threads: int, ready_s: float = DEADLINE_S) -> None:
         self.name = name
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=main, args=(theirs, path, threads), daemon=True)
         self._process.start()
         theirs.close()
-        self._receive()
+        try:
+            self._receive(ready_s)
+        except BaseException:
+            self.__exit__()  # else it would compute beside all that is measured
+            raise
 
     def __enter__(self) -> Aside:
         return self
@@ -34,6 +38,7 @@ class Aside:
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.join(30.0)
+        self._pipe.close()
 
     def decode(self, streams: int, steps: int) -> list[float]:
         """Seconds of each step of these many streams, which go on where they were."""
@@ -45,12 +50,12 @@ class Aside:
 
     def _ask(self, asked: tuple[int, int, list[int]]) -> list[float]:
         self._pipe.send(asked)
-        found: list[float] = self._receive()
+        found: list[float] = self._receive(DEADLINE_S)
         return found
 
-    def _receive(self) -> Any:
-        if not self._pipe.poll(DEADLINE_S):
-            raise TimeoutError(f"{self.name} did not answer within {DEADLINE_S:.0f} s")
+    def _receive(self, deadline_s: float) -> Any:
+        if not self._pipe.poll(deadline_s):
+            raise TimeoutError(f"{self.name} did not answer within {deadline_s:.0f} s")
         try:
             return self._pipe.recv()
         except EOFError:

@@ -10,6 +10,7 @@ and the C declarations of the same state of llama.cpp in one of PyPI. Neither is
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import os
@@ -26,7 +27,7 @@ from benchmarks.gguf_file import write
 from benchmarks.real_aside import CONTEXT
 
 DIRECTORY = "LLAMA_CPP_DIR"
-FILE = "model.gguf"  # beside the checkpoint's own
+READY_S = 3600.0  # with the writing of its file
 MOST_STEPS = 992  # that a stream has room for
 ERROR_LEVEL = 4
 TOGETHER = 512  # tokens of a prompt, as it cuts them unless told otherwise
@@ -121,12 +122,23 @@ def _log(ffi: Any) -> Callable[[int, Any, Any], None]:
     return told
 
 
+def model_file(checkpoint: Path, write: Callable[[Path, Path], None] = write) -> Path:
+    """This very checkpoint's file beside it, written if it is not there whole; of another one that was there, none."""
+    made_of = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.glob("*.safetensors")]
+    named = hashlib.sha256(f"{sorted(made_of)}".encode()).hexdigest()[:16]
+    file = checkpoint / f"llama-cpp-{named}.gguf"
+    if not file.exists():
+        for old in checkpoint.glob("llama-cpp-*"):
+            old.unlink()
+        part = file.with_suffix(".part")
+        write(checkpoint, part)
+        part.rename(file)
+    return file
+
+
 def llama_main(pipe: Connection, path: str, threads: int) -> None:
     """Write the model's file where there is none, load it, then measure what is asked for."""
-    file = Path(path) / FILE
-    if not file.exists():
-        write(Path(path), file)
-    llama, chance = Llama(file, threads), random.Random(0)
+    llama, chance = Llama(model_file(Path(path)), threads), random.Random(0)
     contexts: dict[int, tuple[Any, int]] = {}  # of each number of streams: its context, and how many tokens are in it
     pipe.send("ready")
     while (asked := pipe.recv()) is not None:
