@@ -62,6 +62,7 @@ class Exchange:
         sleeps on; peers ring it. `look_ahead` is called in each layer.
         """
         self.device = torch.device("cpu")  # where the experts compute
+        self.failed: Callable[[BaseException], object] = lambda why: None  # called if they do not
         self.retried_rows = 0  # rows sent again to a replica in this step
         self.retried_at = 0.0  # when the last of them was answered (time.monotonic); 0: there were none
         self.suspects: set[int] = set()  # ranks that stopped answering in this step
@@ -328,6 +329,7 @@ class Exchange:
     def _fail(self, key: Key, group: _Group, call: Call | None, error: ExpertFailed) -> None:
         """Refuse the failed expert in each request that wants it, this rank's own call included, and run the rest."""
         log.error("expert_failed", error=str(error), rank=self._me.rank)
+        self.failed(error.__cause__ or error)
         own = len(group.own)
         rest = _Group()
         if call is not None and any(error.expert in parcel.experts for parcel in group.own):

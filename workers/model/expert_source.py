@@ -81,6 +81,9 @@ class _Pace(NamedTuple):
 class Room(Protocol):
     """Memory on a device that outlives the rank, maybe with experts in it (`cuda/expert_room.py`)."""
 
+    def expect(self, keys: Iterable[tuple[int, int]]) -> None:
+        """A load of these begins: what is there of them is overwritten last."""
+
     def fetch(self, wanted: Mapping[tuple[int, int], bytes]) -> bool:
         """Take these, by digest, from where they are on devices; whether they all are there then."""
 
@@ -160,6 +163,8 @@ class ExpertSource:
         """
         left = list(wanted)
         self._progress.expect(len(left) * self.expert_bytes)
+        if self.room is not None:
+            self.room.expect(left)
         if self._shared is None:
             for key in left:
                 if before_read is not None:

@@ -182,7 +182,7 @@ class EPWorker:
         self._latest: Preparation | None = None
         self._engine_token = 0
         self._load_turns = LoadTurns()
-        self._lost: DeviceLost | None = None  # as another thread has found
+        self._lost: DeviceLost | None = None  # as was found beside a step, maybe by another thread
         self._left: set[RankId] = set()  # members of earlier views since the last retire_epoch
 
     def make_exchange(self) -> Exchange:
@@ -217,7 +217,7 @@ class EPWorker:
         self._backend.pool_fd = self._ctx.pool_fd
         self._pools = LeftPools(self._ctx.pools, map_on(self._backend.device.index or 0))
         torch.set_num_threads(1)
-        self.exchange.device = self._backend.device
+        self.exchange.device, self.exchange.failed = self._backend.device, self.after
         log.info(
             "device_taken", rank=self.rank, device=str(self._backend.device), took_s=round(time.monotonic() - began, 3)
         )
@@ -438,7 +438,7 @@ class EPWorker:
             self._backend.check(error)
 
     def after(self, error: BaseException) -> None:
-        """Another thread's work has failed with this. If the device has, `poll` says so: the process has to end."""
+        """Work beside a step has failed with this. If the device has, `poll` says so: the process has to end."""
         try:
             self._check_device(error)
         except DeviceLost as lost:
@@ -460,12 +460,19 @@ class EPWorker:
         """Write out KV blocks for a peer, or take in those that it has written or left for us; how many."""
         if self._runner is None:
             raise ConfigError("copy_blocks before load_model")
+        try:
+            return self._copy_blocks(self._runner, order)
+        except Exception as error:
+            self.after(error)
+            raise
+
+    def _copy_blocks(self, runner: ModelRunner, order: CopyBlocks) -> int:
         if order.there:
-            return self._pools.read(self._runner, order)
+            return self._pools.read(runner, order)
         stamp = (order.engine_token, order.copy)
         if order.arriving:
-            return self._runner.take_in(order.blocks, self.exchange.inbox(order.source), stamp)
-        return self._runner.write_out(order.blocks, partial(self.exchange.outbox, order.target), stamp)
+            return runner.take_in(order.blocks, self.exchange.inbox(order.source), stamp)
+        return runner.write_out(order.blocks, partial(self.exchange.outbox, order.target), stamp)
 
     def _refuse(self, batch: StepBatch) -> str:
         """Why this batch must have no effect, else empty. Flips to the batch's epoch if that is prepared."""
@@ -521,11 +528,15 @@ class EPWorker:
 
     def poll(self) -> None:
         """Compute what peers have asked for, and let go of what is not read any more. DeviceLost."""
+        try:
+            self._pools.rest()
+            if self.exchange.pending():
+                self.exchange.serve()
+        except Exception as error:
+            self._check_device(error)
+            raise
         if self._lost is not None:
             raise self._lost
-        self._pools.rest()
-        if self.exchange.pending():
-            self.exchange.serve()
 
     def become(self, rank: int, incarnation: int) -> None:
         """A spare is this rank from now on. Its exchange, which has no links, gives way to one of the rank's name."""
@@ -534,7 +545,7 @@ class EPWorker:
         self.exchange = self.make_exchange()
         self._gpu_exchange = GpuExchange(self._ctx) if self._ctx.config.gpu_exchange else None
         if self._backend is not None:
-            self.exchange.device = self._backend.device
+            self.exchange.device, self.exchange.failed = self._backend.device, self.after
         if self._runner is not None:
             self._runner.attach(self.exchange)
             self._runner.loaded.source.room = None  # that of the rank's slot, once it loads

@@ -151,6 +151,7 @@ class ExpertRoom:
         self._places: list[_Place] = []
         self._known: dict[tuple[Key, bytes], _Place] = {}
         self._empty: deque[_Place] = deque()  # where nothing was when it was put here
+        self._expected: set[Key] = set()  # of the load under way
         self._others: dict[Key, list[_Source]] | None = None  # once looked for, in a load
         self._numbers = count(secrets.randbits(62))  # none that was here before gave out any of these
         self.kept = self.copied = self.filled = 0  # experts found in place, copied from another slot, from the host
@@ -178,10 +179,18 @@ class ExpertRoom:
         """A load is over: the next one looks anew at what others have."""
         with self._lock:
             self._others = None
+            self._expected.clear()
             self._pieces.let_go()
             for place in self._places:
                 place.fetched = False  # else a load that was given up would keep it
             log.info("experts_placed", kept=self.kept, copied=self.copied, filled=self.filled)
+
+    def expect(self, keys: Iterable[Key]) -> None:
+        """A load of these begins. What is here of them is overwritten last, until `rest`: all that a predecessor left
+        is unused, and else each one that is missing would take the place of the next.
+        """
+        with self._lock:
+            self._expected.update(keys)
 
     def fetch(self, wanted: Mapping[Key, bytes]) -> bool:
         """Copy what other slots have of these experts, by digest, all at once; whether all of them are here then.
@@ -192,13 +201,15 @@ class ExpertRoom:
             return self._fetch(wanted)
 
     def _fetch(self, wanted: Mapping[Key, bytes]) -> bool:
-        copies = []
-        for key, digest in wanted.items():
-            place = self._known.get((key, digest)) if digest else None
+        for place in (self._known.get(name) for name in wanted.items()):
             if place is not None:
                 self.kept += not (place.used or place.fetched)
                 place.fetched = True
-            elif (source := self._elsewhere(key, digest)) is not None and (empty := self._free()) is not None:
+        copies = []  # once no place of what is here can be taken for them
+        for key, digest in wanted.items():
+            if (key, digest) in self._known:
+                continue
+            if (source := self._elsewhere(key, digest)) is not None and (empty := self._free()) is not None:
                 empty.fetched = True
                 copies.append(_Copy(empty, Content(next(self._numbers), *key, digest), source))
         self._copy_all(copies)
@@ -263,9 +274,13 @@ class ExpertRoom:
             place = self._empty.popleft()
             if not (place.used or place.fetched or place.content.number):
                 return place
-        unused = next((place for place in self._places if not (place.used or place.fetched)), None)
-        if unused is not None:
-            return unused
+        unused = (place for place in self._places if not (place.used or place.fetched))
+        last = None
+        for last in unused:
+            if (last.content.layer, last.content.expert) not in self._expected:
+                break
+        if last is not None:  # else the latest of those that are expected
+            return last
         try:
             piece = self._pieces.own(self._piece_count, make=True)
         except ElasticError as error:

@@ -247,14 +247,16 @@ def test_what_a_rank_fails_to_compute_for_itself_goes_to_a_replica(context: Any)
 def test_an_expert_that_fails_and_has_no_replica_is_named() -> None:
     placement = {0: ((0, 1, 2),)}
     bank = Experts(0, placement)
-    bank.before = broken(1)
+    bank.before, whys = broken(1), list[BaseException]()
     with closing(Doorbell()) as bell, closing(Exchange(RankId(0, 1), bank, bell, opener("shm"))) as exchange:
+        exchange.failed = whys.append
         members = (Member(rank=0, node="n", incarnation=1),)
         assert not exchange.stays(), "outside of a step"
         exchange.begin_step(StepContext(View(epoch=1, members=members, placement=placement), 7, 1, 1))
         assert exchange.stays()
         with pytest.raises(ExpertFailed, match=r"layer 0, expert 1: .*broken here"):
             exchange.dispatch_combine(0, *batch(1, 6, 3, 3, HIDDEN, torch.float32))
+        assert ["broken here" in str(why) for why in whys] == [True], "of the device, maybe: who has it asks it"
         bank.before = broken(None)
         work = (0, 1, 6, 3, 3, HIDDEN, "float32")
         got = exchange.dispatch_combine(0, *batch(1, 6, 3, 3, HIDDEN, torch.float32))

@@ -24,7 +24,7 @@ from workers.exchange.model_side import StepContext
 from workers.exchange.transports import opener
 from workers.ipc.doorbell import Doorbell
 from workers.model.shared_weights import SharedWeights
-from workers.protocol.messages import Sampling, SeqChunk, StepBatch, StepStatus, TracedResult, TracedStep
+from workers.protocol.messages import CopyBlocks, Sampling, SeqChunk, StepBatch, StepStatus, TracedResult, TracedStep
 from workers.rank.worker import EPWorker
 from workers.rank.worker_api import Worker, WorkerContext
 
@@ -346,6 +346,37 @@ def test_an_error_after_which_the_device_is_lost_ends_the_rank(
     with pytest.raises(PeerTimeout):
         worker.prepare_epoch(view(2, WHOLE), {}).get_output(60.0)
     with pytest.raises(DeviceLost):
+        worker.poll()
+
+
+@pytest.mark.parametrize("at", ["rows for peers", "an expert for peers", "a copy of blocks"])
+def test_a_device_that_is_lost_beside_a_step_ends_the_rank(
+    worker: TestedWorker, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """A rank without requests of its own has no step that would find it."""
+    failure = RuntimeError("CUDA error: unspecified launch failure")
+
+    def fails(*_: object) -> int:
+        raise failure
+
+    def lost(error: BaseException) -> None:
+        if error is failure:
+            raise DeviceLost("cuda:0: unspecified launch failure")
+
+    assert worker._backend is not None
+    assert worker._runner is not None
+    monkeypatch.setattr(worker._backend, "check", lost)
+    worker.poll()
+    if at == "rows for peers":
+        monkeypatch.setattr(worker.exchange, "pending", lambda: True)
+        monkeypatch.setattr(worker.exchange, "serve", fails)
+    elif at == "an expert for peers":
+        worker.exchange.failed(failure)
+    else:
+        monkeypatch.setattr(worker._runner, "write_out", fails)
+        with pytest.raises(RuntimeError, match="launch failure"):
+            worker.copy_blocks(CopyBlocks(1, 1, RankId(0, 1), RankId(1, 1), [0]))
+    with pytest.raises(DeviceLost, match="launch failure"):
         worker.poll()
 
 

@@ -188,6 +188,36 @@ def test_what_was_fetched_keeps_its_place_until_the_load_is_over() -> None:
     assert all(load(room, expert, GARBAGE) for expert in (1, 2))
 
 
+def test_what_a_load_will_want_is_overwritten_last() -> None:
+    """A predecessor's experts are all unused at first, and the first of them is the next that is wanted."""
+    host = Host(most=1)
+    first = host.room(0)
+    assert all(load(first, expert) for expert in range(3))
+    successor = host.room(0)
+    successor.expect((0, expert) for expert in (4, 0, 1))
+    assert load(successor, 4), "in the place of 2"
+    assert all(load(successor, expert, GARBAGE) for expert in (0, 1))
+    assert (successor.kept, successor.filled) == (2, 1)
+    again = host.room(0)
+    again.expect((0, expert) for expert in (5, 0, 1, 4))
+    assert load(again, 5), "there is nothing else to take"
+    assert (
+        sum(load(again, expert, GARBAGE) for expert in (0, 1, 4) if again._known.get(((0, expert), digest(expert))))
+        == 2
+    )
+
+
+def test_a_copy_takes_no_place_of_what_is_wanted_with_it() -> None:
+    host = Host(most=2)
+    load(host.room(1), 4)
+    first = host.room(0)
+    assert all(load(first, expert) for expert in range(3))
+    successor = host.room(0)
+    assert successor.fetch({(0, 4): digest(4), (0, 0): digest(0), (0, 1): digest(1)})
+    assert all(load(successor, expert, GARBAGE) for expert in (4, 0, 1))
+    assert (successor.kept, successor.copied, successor.filled) == (2, 1, 0)
+
+
 def test_a_digest_may_end_with_zeros() -> None:
     """One in 256 does: it was loaded from the host again by every successor."""
     host, said = Host(), b"digest\0\0"
