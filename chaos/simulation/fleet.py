@@ -124,10 +124,10 @@ class SimFleet(Fleet):
         answers.ring = self._doorbell.ring
         return Link(answers.rank.key, cast(Any, answers), cast(Any, answers.rank), ExitStack())
 
-    def _lose(self, key: RankId, source: DetectedBy, at: float) -> list[RankLost]:
+    def _lose(self, key: RankId, source: DetectedBy, at: float, *, ended: bool = False) -> list[RankLost]:
         rank = self._process.cluster.ranks.get(key)
         if rank is not None and key in self._links:
             ill = rank.stopped or rank.ill_until > self._clock() - 1.0
-            ended = source is DetectedBy.QUEUE and not self._assigned(key)  # as its agent asked
-            require(ill or ended, f"rank {key[0]} beats and advances, and was evicted: {source}")
-        return super()._lose(key, source, at)
+            released = source is DetectedBy.QUEUE and not self._assigned(key)  # as its agent asked
+            require(ill or released, f"rank {key[0]} beats and advances, and was evicted: {source}")
+        return super()._lose(key, source, at, ended=ended)

@@ -294,8 +294,9 @@ class Fleet:
         due = min((link.due(self._step_deadline_s) for link in self._links.values()), default=math.inf)
         due = min(due, self._watchdog.due)
         self._doorbell.wait(lambda: self._pending() or or_when(), max(0.0, min(timeout_s, due - self._clock())))
+        reported, now = self._notices.take(), self._clock()  # first: what a rank had answered before has arrived by now
         happened = [event for link in list(self._links.values()) for event in self._drain(link)]
-        self._deaths.extend((key, DetectedBy.AGENT, self._clock()) for key in self._notices.take())
+        happened += [loss for key in reported for loss in self._lose(key, DetectedBy.AGENT, now, ended=True)]
         while self._deaths:
             key, source, at = self._deaths.popleft()
             happened += self._lose(key, source, at)
@@ -364,11 +365,12 @@ class Fleet:
             self._steps.drop_reader(reader)
         self._deaths.extend((key, DetectedBy.DEADLINE, self._clock()) for key in self._links if reader_id(key) in late)
 
-    def _lose(self, key: RankId, source: DetectedBy, at: float) -> list[RankLost]:
+    def _lose(self, key: RankId, source: DetectedBy, at: float, *, ended: bool = False) -> list[RankLost]:
+        """`ended`: the kernel of its host has said so."""
         if key not in self._links:
             return []
         page = self._links[key].page
-        ended = source in CERTAIN or (page is not None and page.ended)
+        ended = ended or source in CERTAIN or (page is not None and page.ended)
         self._mask.evict(*key)  # before it sees that it is dropped: if it is alive, it looks there
         self._drop(key)
         return [RankLost(key, source, at, ended=ended)]
@@ -432,8 +434,7 @@ class Fleet:
             self._network = refusing_retired(state.config, self._network)
 
     def join_wanted(self) -> None:
-        """Join the wanted ranks that can be joined now, and close the dropped ones."""
-        self._close_dropped()
+        """Join the wanted ranks that can be joined now; then close the dropped ones, which takes a moment for each."""
         with self._lock:
             wanted = list(self._wanted.items())
         for key, record in wanted:
@@ -449,6 +450,7 @@ class Fleet:
                 continue
             self._joined.append(link)
             self._doorbell.ring()
+        self._close_dropped()
         if self._network is not None:  # after the ranks
             self._notices.join(f"engine-{self._token}", self._network)
 

@@ -19,7 +19,7 @@ from workers.queue.message_queue import MessageQueue, MsgpackCodec
 from workers.queue.network import keys_for
 
 JOIN_S = 1.0  # shorter than for a rank: ranks wait for the same thread, and can do without this
-RETRY_S = 5.0
+RETRY_S, RETRY_MAX_S = 5.0, 160.0  # twice as long after each attempt that failed: a firewall may stand for good
 log = structlog.get_logger(__name__)
 
 
@@ -40,7 +40,7 @@ class Notices:
         self._joined: deque[_Source] = deque()  # by the joining thread, not yet taken over
         self._closing: deque[_Source] = deque()
         self._held: dict[str, bytes] = {}  # the joining thread's: what it has joined, and not closed
-        self._again_at: dict[str, float] = {}
+        self._pauses: dict[tuple[str, bytes], tuple[float, float]] = {}  # of agents: the last one, and until when
 
     # ---- the engine's thread
 
@@ -88,27 +88,43 @@ class Notices:
         return bool(self._closing) or any(self._held.get(node) != each for node, each in self._wanted.items())
 
     def join(self, reader: str, network: Network) -> None:
-        """Join those that can be joined now, and close what was dropped."""
+        """Close what was dropped, and join one agent that can be joined now; for a further one `wake`, since ranks may
+        wait for this thread.
+        """
         while self._closing:
             gone = self._closing.popleft()
             gone.queue.shutdown()
             if self._held.get(gone.node) == gone.handle:
                 del self._held[gone.node]
-                self._again_at[gone.node] = self._clock() + RETRY_S
-        for node, encoded in self._wanted.items():
-            if self._held.get(node) == encoded or self._clock() < self._again_at.get(node, 0.0):
-                continue
-            try:
-                handle = Handle.decode(encoded)
-                keys, codec = keys_for(handle, network), MsgpackCodec(DeathNotice)
-                queue = MessageQueue.create_from_handle(handle, reader, self._doorbell, JOIN_S, codec, keys)
-            except (ElasticError, msgspec.MsgspecError, OSError) as error:
+                self._pause(gone.node, gone.handle)
+        now, wanted = self._clock(), self._wanted.items()
+        self._pauses = {agent: pause for agent, pause in self._pauses.items() if agent in wanted}
+        waits = {agent for agent, (_, until) in self._pauses.items() if now < until}
+        due = [agent for agent in wanted if agent not in self._held.items() and agent not in waits]
+        if due:
+            self._join(*due[0], reader, network)
+        if len(due) > 1:
+            self._wake()
+
+    def _join(self, node: str, encoded: bytes, reader: str, network: Network) -> None:
+        try:
+            handle = Handle.decode(encoded)
+            keys, codec = keys_for(handle, network), MsgpackCodec(DeathNotice)
+            queue = MessageQueue.create_from_handle(handle, reader, self._doorbell, JOIN_S, codec, keys)
+        except (ElasticError, msgspec.MsgspecError, OSError) as error:
+            if (node, encoded) not in self._pauses:
                 log.warning("agent_not_joined", node=node, error=str(error))
-                self._again_at[node] = self._clock() + RETRY_S
-                continue
-            self._held[node] = encoded
-            self._joined.append(_Source(node, encoded, queue))
-            self._doorbell.ring()
+            return self._pause(node, encoded)
+        self._pauses.pop((node, encoded), None)
+        self._held[node] = encoded
+        self._joined.append(_Source(node, encoded, queue))
+        self._doorbell.ring()
+
+    def _pause(self, node: str, encoded: bytes) -> None:
+        """Before the next attempt."""
+        before, _ = self._pauses.get((node, encoded), (RETRY_S / 2, 0.0))
+        pause_s = min(2 * before, RETRY_MAX_S)
+        self._pauses[node, encoded] = pause_s, self._clock() + pause_s
 
     def close(self) -> None:
         """Leave all of them; the joining thread has ended."""

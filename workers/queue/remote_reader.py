@@ -33,6 +33,7 @@ from workers.queue.sealed import SealedSocket
 from workers.queue.silence import LOOK_S, Acks, Connection, OtherHosts, beat
 
 PROBE_S = 0.2
+LEAVE_S = 0.2  # at an end: for our leave to reach a writer that is there; one that is not forgets us by our silence
 ASK_S, ASK_MAX_S = 2.0, 120.0  # between two attempts at a data connection: twice as long after each that failed
 ACK_MESSAGES, ACK_BYTES = 256, 1 << 20
 """What is dequeued is acknowledged after that much of it, else with the next heartbeat: far less than the window, and a
@@ -67,6 +68,7 @@ class RemoteReader:
         self._head = msgspec.msgpack.Decoder(ToReader)
         self._joined = threading.Event()
         self._ended = ""  # why
+        self._takes_leave = False
         self._silent_s = 0.0  # for how long the writer was silent, if that is why
         self._connection = Connection()
         self._others: OtherHosts | None = None  # if it ends as soon as the writer's host is suspected
@@ -75,7 +77,7 @@ class RemoteReader:
         with ExitStack() as opened:
             self._own_bell = doorbell is None
             self._bell = opened.enter_context(Doorbell()) if doorbell is None else doorbell
-            self._io = SocketThread("queue-remote-reader")
+            self._io = SocketThread("queue-remote-reader", LEAVE_S)
             opened.callback(self._io.discard)
             self._dealer = self._io.context.socket(zmq.DEALER)
             self._dealer.setsockopt(zmq.RCVHWM, 0)  # the window limits
@@ -165,6 +167,7 @@ class RemoteReader:
         """Leave. Idempotent."""
         if self._io.stopping:
             return
+        self._takes_leave = not self._ended  # else no writer is left that would hear it
         self._ended = self._ended or "shut down"
         self._io.stop()
         self._data_lost()
@@ -265,6 +268,9 @@ class RemoteReader:
             self._taking_up.look(now)
             if self._io.stopping:
                 self._taking_up.close()
+        if self._io.stopping and not self._takes_leave:
+            self._dealer.linger = 0
+            return
         if self._joined.is_set() and not self._ended:
             silent_s = now - self._last_message_at
             if silent_s <= REMOTE_SILENCE_S:

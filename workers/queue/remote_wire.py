@@ -57,9 +57,9 @@ class ToReader(msgspec.Struct, frozen=True, array_like=True):
 class SocketThread:
     """A thread that owns a ZeroMQ context and sockets; others wake it by an eventfd."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, linger_s: float = LINGER_S) -> None:
         self.context: zmq.Context[Any] = zmq.Context(io_threads=1)
-        self.context.setsockopt(zmq.LINGER, int(LINGER_S * 1000))
+        self.context.setsockopt(zmq.LINGER, int(linger_s * 1000))
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._poller = zmq.Poller()
         self._poller.register(self._wake, zmq.POLLIN)
@@ -132,6 +132,10 @@ class SocketThread:
         if events & (zmq.POLLIN | zmq.POLLERR) and (action := actions.get(zmq.POLLIN)) is not None:
             self._attempts.run(partial(_until_again, action), "receive")
 
+    def _make_calls(self) -> None:
+        while self._calls:
+            self._attempts.once(self._calls.popleft(), "call")
+
     def _run(self) -> None:
         last = False
         try:
@@ -142,9 +146,9 @@ class SocketThread:
                         os.eventfd_read(self._wake)
                     elif ready in self._actions:  # not unwatched by what came before it
                         self._act(ready, events)
-                while self._calls:
-                    self._attempts.once(self._calls.popleft(), "call")
+                self._make_calls()
                 self._attempts.run(self._turn)
+            self._make_calls()  # which the last turn has asked for
         finally:
             self.context.destroy()
 

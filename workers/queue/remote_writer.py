@@ -32,7 +32,7 @@ from workers.queue.data_port import DataPort, flush_later
 from workers.queue.endpoints import listen_for_hosts
 from workers.queue.handle import Handle, Offer, Remote
 from workers.queue.remote_wire import END, HEARTBEAT_S, LINGER_S, SocketThread, ToReader, ToWriter
-from workers.queue.sealed import SealedSocket
+from workers.queue.sealed import SealedSocket, drain
 from workers.queue.silence import Connection
 from workers.queue.writer import QueueWriter, SlowReaders
 
@@ -219,14 +219,15 @@ class RemoteWriter:
                     self._data_lost(peer)
                 if heartbeat_due:
                     self._send(peer.route, ToReader(0, peer.start))
-                for number, data in peer.unsent():
-                    if not self._transmit(peer, number, data):
-                        break
+                self._send_rest(peer)
             if self._io.stopping:
-                until = time.monotonic() + LINGER_S
-                for reader_id, peer in self._peers.items():
-                    self._finish(reader_id, peer, until)
+                self._finish()
                 self._data_port.close()
+
+    def _send_rest(self, peer: _Peer) -> None:
+        for number, data in peer.unsent():
+            if not self._transmit(peer, number, data):
+                return
 
     def _transmit(self, peer: _Peer, number: int, data: bytes) -> bool:
         head = ToReader(number, self._number if number == END else 0)
@@ -284,21 +285,20 @@ class RemoteWriter:
             peer.sent = peer.unacknowledged[0][0] - 1
         self._io.call(partial(self._close, sealed))
 
-    def _finish(self, reader_id: str, peer: _Peer, until: float) -> None:
-        """The end of the queue: what its data connection has not taken by then is lost, and the reader can tell."""
-        sealed = peer.data
-        if sealed is None:
-            return
-        try:
-            if not sealed.drain(until - time.monotonic()):
+    def _finish(self) -> None:
+        """The end of the queue: what a data connection has not taken by then is lost, and the reader can tell."""
+        by_data = {reader_id: peer.data for reader_id, peer in self._peers.items() if peer.data is not None}
+        left, ended = drain(by_data, LINGER_S)
+        for reader_id, peer in self._peers.items():
+            if reader_id in left:
                 log.warning("remote_reader_left_behind", queue=self._queue, reader=reader_id, waited_s=LINGER_S)
-        except QueueClosed:  # the rest goes over ZeroMQ, as ever
-            self._data_lost(peer)
-            for number, data in peer.unsent():
-                if not self._transmit(peer, number, data):
-                    break
-        peer.data = None
-        self._close(sealed)
+                self._send(peer.route, ToReader(END, self._number))
+            elif reader_id in ended or peer.data is None:  # the rest goes over ZeroMQ, as ever
+                self._data_lost(peer)
+                self._send_rest(peer)
+            peer.data = None
+        for sealed in by_data.values():
+            self._close(sealed)
 
     def _close(self, sealed: SealedSocket) -> None:
         self._io.forget(sealed)

@@ -15,7 +15,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -123,18 +123,6 @@ class SealedSocket:
                     return False
                 self._unsent.popleft()
             return True
-
-    def drain(self, timeout_s: float) -> bool:
-        """Wait at most that long until all is sent; whether it is."""
-        deadline = time.monotonic() + timeout_s
-        while not self.flush():
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
-                return False
-            poll = select.poll()
-            poll.register(self._socket, select.POLLOUT)
-            poll.poll(left_s * 1000)
-        return True
 
     def take(self) -> list[Message]:
         """What has arrived."""
@@ -276,6 +264,29 @@ class SealedSocket:
             at += size
         self._sizes = []
         return self._head, buffers
+
+
+def drain(connections: Mapping[str, SealedSocket], timeout_s: float) -> tuple[set[str], set[str]]:
+    """Wait at most that long until all of them have sent all, each as fast as its other side takes it. Which have not,
+    and which have ended meanwhile.
+    """
+    deadline = time.monotonic() + timeout_s
+    left, ended = set(connections), set[str]()
+    while True:
+        poll = select.poll()
+        for name in list(left):
+            try:
+                if connections[name].flush():
+                    left.discard(name)
+                else:
+                    poll.register(connections[name], select.POLLOUT)
+            except QueueClosed:
+                left.discard(name)
+                ended.add(name)
+        left_s = deadline - time.monotonic()
+        if not left or left_s <= 0:
+            return left, ended
+        poll.poll(left_s * 1000)
 
 
 def _nonce(number: int) -> bytes:

@@ -31,6 +31,7 @@ from workers.protocol.messages import RankMessage, SeqChunk, StepBatch, StepResu
 from workers.queue.handle import Handle, Remote
 from workers.queue.message_queue import MessageQueue, MsgpackCodec
 from workers.queue.network import join_key, remote_of
+from workers.queue.remote_writer import CrossHostWriter
 from workers.queue.silence import Connection
 from workers.rank.engine_port import EnginePort
 
@@ -196,9 +197,46 @@ def test_its_agent_tells_of_its_death_past_the_store(scene: Scene) -> None:
         agent.tell(RankId(KEY.rank, KEY.incarnation - 1))
         agent.tell(KEY)
         scene.collect(lambda: bool(scene.losses()))
-        assert scene.losses() == [DetectedBy.AGENT]
+        (lost,) = [event for event in scene.seen if isinstance(event, RankLost)]
+        assert (lost.rank_id, lost.source, lost.ended) == (KEY, DetectedBy.AGENT, True), "its host's kernel says so"
         scene.fleet.ended(KEY)
         assert scene.fleet.collect(0.0, lambda: True) == [], "the record comes later"
+
+
+def test_what_it_had_answered_before_comes_before_its_death(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers and notices come over two connections."""
+    eventually(lambda: scene.bell.look() or by_data(scene), WAIT_S, "a data connection for its answers")
+    scene.fleet.broadcast(batch(1))
+    eventually(lambda: scene.bell.look() or scene.port.pending(), WAIT_S, "the step")
+
+    def told() -> list[RankId]:
+        while scene.port.pending():
+            scene.port.serve()
+        return [KEY]
+
+    monkeypatch.setattr(scene.fleet._notices, "take", told)
+    seen = scene.fleet.collect(0.0, lambda: True)
+    assert [type(event) for event in seen] == [StepResult, RankLost]
+
+
+def by_data(scene: Scene) -> bool:
+    """Whether its answers leave over a data connection, in the thread that gives them."""
+    scene.seen += scene.fleet.collect(0.0, lambda: True)
+    writer = scene.port._answers._writing if scene.port._answers is not None else None
+    assert isinstance(writer, CrossHostWriter)
+    return all(peer.data is not None for peer in writer._remote._peers.values())
+
+
+def test_ranks_are_joined_before_others_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that died is left in a moment, its host's thirty in thirty; a successor is waited for."""
+    done: list[str] = []
+    with Doorbell() as bell, MessageQueue("steps") as steps, LiveMask.create() as mask:
+        fleet = Fleet(parts=(bell, steps, mask))
+        monkeypatch.setattr(fleet, "_join", lambda record: done.append("joined") or Mock())
+        fleet._closing.append(Mock(**{"resources.close": lambda: done.append("left")}))
+        fleet.attach(record_of(steps.export_handle().encode()))
+        fleet.join_wanted()
+    assert done == ["joined", "left"]
 
 
 def test_an_agent_that_listens_anew_is_joined_anew(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:

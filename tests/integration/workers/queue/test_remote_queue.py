@@ -7,8 +7,11 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
 from unittest.mock import Mock
 
 import msgspec
@@ -30,6 +33,7 @@ from workers.queue.message_queue import Handle, MessageQueue, MsgpackCodec, Pick
 from workers.queue.remote_reader import RemoteReader
 from workers.queue.remote_wire import END, ToReader, ToWriter
 from workers.queue.remote_writer import CrossHostWriter, RemoteWriter
+from workers.queue.sealed import SealedSocket
 
 pytestmark = pytest.mark.integration
 
@@ -233,6 +237,91 @@ def test_what_is_still_on_its_way_at_the_end_arrives(queue: MessageQueue, monkey
         ending.join(30)
 
 
+def test_a_reader_that_does_not_read_takes_no_time_from_the_others_at_the_end(queue: MessageQueue) -> None:
+    """And hears which message was the last. The one that reads is the second that the writer knows."""
+    writer = queue._writing
+    assert isinstance(writer, CrossHostWriter)
+    with join(elsewhere(queue), "stuck") as stuck, join(elsewhere(queue), "reads") as reads:
+        readers, peers = (stuck._reading, reads._reading), writer._remote._peers
+        for reader, peer in zip(readers, peers.values(), strict=True):
+            assert isinstance(reader, RemoteReader)
+            eventually(lambda r=reader, p=peer: r._bell.look() or (p.data and r._data), 30, "data connections")
+        for number in range(10):
+            queue.enqueue(bytes([number]) * (2 << 20))
+        with ThreadPoolExecutor(1) as pool:
+            reading = pool.submit(lambda: [reads.dequeue(30)[0] for _ in range(10)])
+            queue.shutdown()
+            assert reading.result(60) == list(range(10))
+        with pytest.raises(QueueClosed, match="writer has ended it"):
+            reads.dequeue(30)
+        with pytest.raises(QueueClosed, match=r"after message 10, of which \d have arrived"):
+            deque(iter(partial(stuck.dequeue, 30), None), maxlen=0)
+
+
+def test_an_end_that_finds_its_data_connection_dead_goes_on_without_it(
+    queue: MessageQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the last thing that is sent there, and in the last turn: nothing is sent later that could notice."""
+    writer = queue._writing
+    assert isinstance(writer, CrossHostWriter)
+    send = SealedSocket.send
+
+    def sending(sealed: SealedSocket, head: bytes, buffers: Sequence[memoryview] = ()) -> bool:
+        if sealed is data and msgspec.msgpack.decode(head, type=ToReader).number == END:
+            raise QueueClosed("its data connection has ended")
+        return send(sealed, head, buffers)
+
+    io, held = writer._remote._io, threading.Event()
+
+    def turn_before_the_last() -> None:
+        turn()
+        held.set()
+        eventually(lambda: io.stopping, 30, "the end")
+
+    with join(elsewhere(queue)) as far:
+        reader, peer = far._reading, writer._remote._peers["far"]
+        assert isinstance(reader, RemoteReader)
+        eventually(lambda: reader._bell.look() or (peer.data and reader._data), 30, "a data connection")
+        data = peer.data
+        monkeypatch.setattr(SealedSocket, "send", sending)
+        queue.enqueue("last words")
+        turn = io._turn
+        monkeypatch.setattr(io, "_turn", turn_before_the_last)
+        io.wake()
+        assert held.wait(30)
+        queue.shutdown()
+        assert far.dequeue(30) == "last words"
+        with pytest.raises(QueueClosed, match="writer has ended it"):
+            far.dequeue(30)
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_reader_takes_leave_of_a_writer_that_is_there_and_waits_for_no_other(
+    ended: bool, queue: MessageQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host's ranks die together, and who leaves them has others to join."""
+    lingers: list[int] = []
+    destroy = zmq.Context.destroy
+
+    def destroying(context: zmq.Context[Any], linger: float | None = None) -> None:
+        if context is reader._io.context:
+            lingers.append(reader._dealer.linger)
+        destroy(context, linger)
+
+    with join(elsewhere(queue)) as far:
+        reader = far._reading
+        assert isinstance(reader, RemoteReader)
+        if ended:
+            queue.shutdown()
+            with pytest.raises(QueueClosed):
+                far.dequeue(30)
+        monkeypatch.setattr(zmq.Context, "destroy", destroying)
+        far.shutdown()
+    assert lingers == [0 if ended else 1000 * remote_reader.LEAVE_S]
+    if not ended:
+        eventually(lambda: queue.readers == (), 30, "it to have left")
+
+
 def test_an_end_that_has_overtaken_messages_waits_for_them(queue: MessageQueue) -> None:
     with join(elsewhere(queue)) as far:
         reader = far._reading
@@ -377,7 +466,7 @@ def test_what_finds_no_thread_for_its_sockets_keeps_none(
     remote = Remote("127.0.0.1", OURS, frozenset([THEIRS.public]))
     network = Network("127.0.0.1", "moe", b"a secret of the tests' cluster")
     make: dict[str, Callable[[], object]] = {
-        "queue-remote-reader": lambda: join(elsewhere(queue)),
+        "queue-remote-reader": lambda: join(elsewhere(queue, remote="tcp://127.0.0.1:1")),  # its other end is not ours
         "queue-remote-writer": lambda: MessageQueue("another", MsgpackCodec(), remote=remote),
         "exchange-tcp": lambda: TcpTransport(Mock(), network),
         "bulk-server": lambda: BulkServer(remote, Mock()),

@@ -12,7 +12,7 @@ import pytest
 
 from membership.base.errors import QueueClosed
 from tests.support.helpers import eventually
-from workers.queue.sealed import INLINE, KEY_BYTES, RECORD, TAG_BYTES, Message, SealedSocket, new_keys
+from workers.queue.sealed import INLINE, KEY_BYTES, RECORD, TAG_BYTES, Message, SealedSocket, drain, new_keys
 
 pytest.importorskip("cryptography")
 pytestmark = pytest.mark.unit
@@ -43,6 +43,26 @@ def received(far: SealedSocket, count: int, near: SealedSocket | None = None) ->
         if near is not None:
             near.flush()
     return found
+
+
+def test_connections_are_drained_together() -> None:
+    """One whose other side reads nothing takes no time from the others, nor does one that has ended."""
+    made = [tcp_pair() for _ in range(3)]
+    keys, size = new_keys(), 8 << 20
+    ends = {
+        n: SealedSocket(near, keys, connects=True)
+        for n, (near, _) in zip(("stuck", "gone", "reads"), made, strict=True)
+    }
+    reader = SealedSocket(made[2][1], keys, connects=False)
+    for near in ends.values():
+        assert not near.send(b"", [memoryview(bytes(size))]), "it is more than the socket takes"
+    made[1][1].close()
+    thread = threading.Thread(target=received, args=(reader, 1))
+    thread.start()
+    assert drain(ends, 0.5) == ({"stuck"}, {"gone"})
+    thread.join(30.0)
+    for each in (*ends.values(), reader, made[0][1]):
+        each.close()
 
 
 @pytest.mark.parametrize("sizes", [(), (0,), (5, 0, 7), (INLINE, 1), (RECORD, RECORD + 1), (3 << 20, 9)])
