@@ -12,6 +12,7 @@ from workers.model.cuda.kernels import rms_norm
 
 ROWS = 4  # in the check
 TOLERANCE = 1e-5  # of fp32
+MOSTLY = 0.95  # of a narrower type: some lie between two of its numbers, and are rounded the other way
 
 
 def fuse_norms(model: nn.Module) -> None:
@@ -23,10 +24,17 @@ def fuse_norms(model: nn.Module) -> None:
         if weight is None or weight.dim() != 1 or not isinstance(epsilon, float):
             continue
         fused = partial(_normed, module, epsilon)
-        sample = torch.randn(ROWS, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.device)
-        found, expected = fused(sample), module(sample)
-        if found.dtype == expected.dtype and torch.allclose(found, expected, TOLERANCE, TOLERANCE):
+        if _agrees(module, fused, torch.float32) and _agrees(module, fused, weight.dtype):
             module.forward = fused
+
+
+def _agrees(module: nn.Module, fused: partial[Tensor], dtype: torch.dtype) -> bool:
+    """For rows of that type: only in the model's own can be seen where it rounds."""
+    weight = module.get_parameter("weight")
+    sample = torch.randn(ROWS, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.device, dtype)
+    found, expected = fused(sample), module(sample)
+    near = torch.isclose(found, expected.to(found.dtype), TOLERANCE, TOLERANCE).float().mean()
+    return found.dtype == expected.dtype and bool(near >= (1.0 if dtype == torch.float32 else MOSTLY))
 
 
 def _normed(module: nn.Module, epsilon: float, hidden: Tensor) -> Tensor:

@@ -206,6 +206,28 @@ def test_a_norm_of_another_definition_stays_as_it_is(backend: CudaBackend) -> No
     assert usual(rows.to(torch.float16)).dtype == torch.float32, "the wider type, as torch has it"
 
 
+class Late(MixtralRMSNorm):
+    """Rounds once, after it has multiplied by its weight."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        wide = hidden.float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return (self.weight.float() * normed).to(hidden.dtype)
+
+
+@torch.inference_mode()
+def test_a_norm_that_rounds_elsewhere_stays_as_it_is(backend: CudaBackend) -> None:
+    """In fp32 there is no difference."""
+    usual, late = MixtralRMSNorm(72), Late(72)
+    for each in (usual, late):
+        each.weight.data.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(7))
+        each.to(torch.float16)
+    backend.fuse(nn.ModuleList([usual, late]))
+    assert ["forward" in vars(each) for each in (usual, late)] == [True, False]
+    rows = torch.randn(1, 9, 72, generator=torch.Generator().manual_seed(8)).half()
+    assert torch.allclose(usual(rows), MixtralRMSNorm.forward(usual, rows), 1e-3, 1e-3)
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("normed", [True, False])
 def test_a_router_chooses_by_one_kernel_what_it_chose(backend: CudaBackend, normed: bool) -> None:
