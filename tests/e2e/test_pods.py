@@ -49,6 +49,10 @@ def helm_test_kills_a_rank_and_each_role_says_what_it_knows_of_it(pods: Pods) ->
     assert found["answers"] >= 8, "four clients, before the death and after it"
     both = "the engine to say how it found the death, and the controller what it did"
     eventually(lambda: all(now > then for now, then in zip(said(), before, strict=True)), READY_S, both, POLL_S)
+    history = [json.loads(line) for line in pods.history()]
+    times = [each["ts"] for each in history]
+    assert times == sorted(times), "lines begin with their time"
+    assert {each["role"].split("-")[0] for each in history} >= {"agent", "controller", "engine", "gateway"}
     held = "elastic_ep_weight_store_bytes", "moe-agents-0"
     eventually(lambda: pods.metrics("agents-0").get(held, 0) > 0, READY_S, "its agent to say what it holds", POLL_S)
 

@@ -543,6 +543,8 @@ def test_the_notes_have_the_next_commands_of_this_mode(tmp_path: Path) -> None:
     assert "kubectl -n default exec deploy/demo-gateway -- elastic explain" in said
     assert "kubectl -n default scale statefulset/demo-agents --replicas=3" in said
     assert "demo-0" not in said
+    init = "kubectl -n default logs deploy/demo-gateway -c init"
+    assert (init in said, init in notes(tmp_path, "mode=many")) == (False, True), "it is in gateways with own etcd"
     fixed = notes(tmp_path, "mode=many", "etcd.endpoints={http://etcd:2379}", "agents.follow=false")
     assert "exec deploy/demo-gateway -- elastic scale 3" in fixed
 

@@ -166,6 +166,16 @@ class Pods:
         document: dict[str, Any] = json.loads(said.stdout)
         return document
 
+    def history(self) -> list[str]:
+        """Of all roles, as docs/KUBERNETES.md has it: lines of JSON, in the order of `sort`."""
+        said = {
+            host: pod.exec("elastic", "events", "-o", "json")
+            for host, pod in self.running.items()
+            if host.rpartition("-")[0] in ROLES
+        }
+        assert not [each.stderr for each in said.values() if each.returncode != 0]
+        return sorted(line for each in said.values() for line in each.stdout.splitlines())
+
     def serving(self) -> Counter[str]:
         """How many ranks serve in each pod."""
         return Counter(rank["node"] for rank in self.status()["ranks"] if rank["state"] == "serving")
