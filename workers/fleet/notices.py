@@ -66,7 +66,9 @@ class Notices:
             if self._wanted.get(source.node) != source.handle:  # it is another one by now
                 self._drop(source)
         found: list[RankId] = []
-        for source in list(self._open.values()):
+        if self._open:
+            self._doorbell.look()  # for all of them at once: this is done for each batch of answers
+        for source in [each for each in self._open.values() if each.queue.pending()]:
             try:
                 while (notice := source.queue.try_dequeue()) is not None:
                     found.append(notice.key)

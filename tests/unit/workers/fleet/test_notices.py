@@ -9,8 +9,10 @@ import pytest
 
 from membership.base.errors import WaitTimeout
 from membership.base.network import Network
+from membership.base.rank_id import RankId
 from workers.fleet import notices
 from workers.fleet.notices import RETRY_MAX_S, RETRY_S, Notices
+from workers.protocol.death_notice import DeathNotice
 from workers.queue.handle import Handle
 from workers.queue.message_queue import MessageQueue
 
@@ -26,7 +28,8 @@ class Scene:
         self.now, self.wakes = 100.0, 0
         self.asked: list[str] = []
         self.silent = {"a", "b", "c"}
-        self.notices = Notices(Mock(), lambda: self.now, self._woken)
+        self.doorbell = Mock()
+        self.notices = Notices(self.doorbell, lambda: self.now, self._woken)
         self.warned = Mock()
         monkeypatch.setattr(MessageQueue, "create_from_handle", self._created)
         monkeypatch.setattr(notices, "keys_for", lambda *_: None)
@@ -64,6 +67,21 @@ def test_one_agent_is_joined_in_a_turn_and_ranks_come_between(scene: Scene) -> N
     before = scene.wakes
     assert [scene.join() for _ in range(4)] == [["a"], ["b"], ["c"], []]
     assert scene.wakes - before == 2, "it has more to do after the first two turns"
+
+
+def test_agents_that_report_nothing_are_looked_at_together(scene: Scene) -> None:
+    """The engine does so for each batch of answers, and a read of a socket each would add up over many hosts."""
+    scene.silent = set()
+    for _ in range(3):
+        scene.join()
+    assert scene.notices.take() == []
+    queues = [source.queue for source in scene.notices._open.values()]
+    assert len(queues) == 3
+    assert not any(queue.try_dequeue.called for queue in queues)  # type: ignore[attr-defined]
+    scene.doorbell.look.assert_called_once()
+    queues[1].pending.return_value = True  # type: ignore[attr-defined]
+    queues[1].try_dequeue.side_effect = [DeathNotice(3, 12), None]  # type: ignore[attr-defined]
+    assert scene.notices.take() == [RankId(3, 12)]
 
 
 def test_an_agent_that_never_answers_is_asked_more_and_more_rarely_and_named_once(scene: Scene) -> None:
