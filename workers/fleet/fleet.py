@@ -446,7 +446,7 @@ class Fleet:
             with self._lock:
                 still_wanted = self._wanted.pop(key, None) is not None
             if not still_wanted:
-                link.resources.close()
+                self._leave(link)
                 continue
             self._joined.append(link)
             self._doorbell.ring()
@@ -456,7 +456,16 @@ class Fleet:
 
     def _close_dropped(self) -> None:
         while self._closing:
-            self._closing.popleft().resources.close()
+            self._leave(self._closing.popleft())
+
+    def _leave(self, link: _Link) -> None:
+        """Close what joined us to a rank. A thread of it that does not end in time (on an overloaded machine) is left
+        to end by itself: neither the engine nor the next rank waits for it.
+        """
+        try:
+            link.resources.close()
+        except WaitTimeout as error:
+            log.error("rank_queue_not_closed", rank=link.key.rank, error=str(error))
 
     def _join(self, record: RankRecord) -> _Link:
         key = record.id

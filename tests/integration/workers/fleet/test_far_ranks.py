@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from membership.base.enums import DetectedBy
-from membership.base.errors import ConfigError, QueueError
+from membership.base.errors import ConfigError, QueueError, WaitTimeout
 from membership.base.network import Network, Ports
 from membership.base.rank_id import RankId
 from membership.store.records import AgentRecord, ClusterState, RankRecord, RankState
@@ -237,6 +237,17 @@ def test_ranks_are_joined_before_others_are_left(monkeypatch: pytest.MonkeyPatch
         fleet.attach(record_of(steps.export_handle().encode()))
         fleet.join_wanted()
     assert done == ["joined", "left"]
+
+
+def test_a_rank_that_cannot_be_left_in_time_does_not_end_the_joiner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen at a load of 50 on two cores: the engine ended, since a thread of a dead rank's queue took too long."""
+    done: list[str] = []
+    with Doorbell() as bell, MessageQueue("steps") as steps, LiveMask.create() as mask:
+        fleet = Fleet(parts=(bell, steps, mask))
+        fleet._closing.append(Mock(**{"resources.close.side_effect": WaitTimeout("thread queue-remote-reader")}))
+        fleet._closing.append(Mock(**{"resources.close": lambda: done.append("left")}))
+        fleet.join_wanted()
+    assert done == ["left"]
 
 
 def test_an_agent_that_listens_anew_is_joined_anew(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
