@@ -487,6 +487,7 @@ OTHERS = {  # files that start threads, and why they are not in the table
     "workers/ipc/sockets.py": "the relay only waits and rings; where no thread is to be had its owner goes on without",
     "workers/fleet/fleet.py": "the joiner: it runs its only step through Attempts, as the others do",
     "workers/protocol/liveness.py": "the heartbeat only counts; the death watcher is part of the agent's scene",
+    "workers/rank/early_reads.py": "hands on what a read raised",
     "workers/rank/loading.py": "hands on what the load raised",
     "workers/rank/output.py": "hands on what an output raised",
     "workers/rank/worker.py": "hands on what the preparation raised",
