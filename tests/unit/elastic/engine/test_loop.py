@@ -27,7 +27,7 @@ def engine_in(state: ClusterState, events: object = None, gone: Callable[[Set[Ra
     """An engine without requests, whose status writer has noticed nothing."""
     server = SimpleNamespace(take=list, send=lambda _: pytest.fail("it goes on"))
     mirror, status = SimpleNamespace(state=lambda: state), SimpleNamespace(fenced=False)
-    fleet = SimpleNamespace(awaited=frozenset())
+    fleet = SimpleNamespace(awaited=frozenset(), meet=lambda _: None)
     peers: Any = SimpleNamespace(mirror=mirror, fleet=fleet, server=server, status=status, events=events, gone=gone)
     return Engine(config(), TOKEN, cast(Peers, peers))
 
