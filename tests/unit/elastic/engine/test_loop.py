@@ -114,15 +114,26 @@ class Ranks:
     mask = update = emit = meet = ring = ignore
 
 
-def test_the_step_after_a_death_has_all_requests_and_no_token_waits_for_it() -> None:
-    """What the dead rank has left is read before it, from its death on, however many pieces that takes."""
-    ranks: Any = Ranks()
+def in_a_step(ranks: Any, status: Any, **settings: int) -> Engine:
+    """An engine of these ranks in its first step, with two requests."""
     mirror: Any = SimpleNamespace(state=lambda: ClusterState(revision=1, engine_token=TOKEN))
-    engine = Engine(config(max_batched_tokens=50), TOKEN, Peers(mirror, ranks, ranks, ranks, ranks), clock=lambda: 0.0)
+    engine = Engine(config(**settings), TOKEN, Peers(mirror, ranks, ranks, status, ranks), clock=lambda: 0.0)
     engine._scheduler.set_view(view(1, ranks.members), (), 0.0)
     for first, name in enumerate("ab"):
         engine._scheduler.submit(ask(name, [first] * 14, 20, ignore_eos=True), 0.0)
     engine.turn()
+    return engine
+
+
+def recovering_in(seen: list[tuple[int, ...]]) -> SimpleNamespace:
+    """A status that notes which ranks' requests are being recovered."""
+    return SimpleNamespace(fenced=False, update=lambda status: seen.append(status.recovering))
+
+
+def test_the_step_after_a_death_has_all_requests_and_no_token_waits_for_it() -> None:
+    """What the dead rank has left is read before it, from its death on, however many pieces that takes."""
+    ranks: Any = Ranks()
+    engine = in_a_step(ranks, ranks, max_batched_tokens=50)
     ranks.dying = True
     engine.turn()
     assert ranks.log == [("step", [1, 2]), ("step", [1, 2]), ("token", "a"), ("token", "b"), ("copy", 4)]
@@ -136,13 +147,7 @@ def test_the_step_after_a_death_has_all_requests_and_no_token_waits_for_it() -> 
 def test_new_ranks_give_way_until_interrupted_requests_go_on_unless_these_wait_for_them() -> None:
     ranks: Any = Ranks()
     seen: list[tuple[int, ...]] = []
-    status: Any = SimpleNamespace(fenced=False, update=lambda status: seen.append(status.recovering))
-    mirror: Any = SimpleNamespace(state=lambda: ClusterState(revision=1, engine_token=TOKEN))
-    engine = Engine(config(), TOKEN, Peers(mirror, ranks, ranks, status, ranks), clock=lambda: 0.0)
-    engine._scheduler.set_view(view(1, ranks.members), (), 0.0)
-    for first, name in enumerate("ab"):
-        engine._scheduler.submit(ask(name, [first] * 14, 20, ignore_eos=True), 0.0)
-    engine.turn()
+    engine = in_a_step(ranks, recovering_in(seen))
     assert seen[-1] == ()
     ranks.dying = True
     engine.turn()
@@ -157,13 +162,7 @@ def test_new_ranks_give_way_until_interrupted_requests_go_on_unless_these_wait_f
 def test_what_a_rank_had_answered_before_its_death_is_sent_then_and_is_no_recovery() -> None:
     ranks: Any = Ranks()
     seen: list[tuple[int, ...]] = []
-    status: Any = SimpleNamespace(fenced=False, update=lambda status: seen.append(status.recovering))
-    mirror: Any = SimpleNamespace(state=lambda: ClusterState(revision=1, engine_token=TOKEN))
-    engine = Engine(config(), TOKEN, Peers(mirror, ranks, ranks, status, ranks), clock=lambda: 0.0)
-    engine._scheduler.set_view(view(1, ranks.members), (), 0.0)
-    for first, name in enumerate("ab"):
-        engine._scheduler.submit(ask(name, [first] * 14, 20, ignore_eos=True), 0.0)
-    engine.turn()
+    engine = in_a_step(ranks, recovering_in(seen))
     batch = engine._scheduler.schedule(0.0)
     assert batch is not None
     engine._begin_step(batch)
