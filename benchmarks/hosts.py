@@ -92,7 +92,7 @@ class Ways:
     def rows(self) -> Call:
         """Our exchange."""
         rank = Rank(0, self.here)
-        self.opened.callback(rank.exchange.close)
+        self.opened.callback(rank.close)
         _, handle = self.peer("exchange", rank.exchange.handle().hex())
         rank.link(RankId(1, 2), bytes.fromhex(handle))
         tensors, step = inputs(), StepContext(VIEW, 1, 1, 1)
@@ -134,7 +134,9 @@ class Ways:
     def gloo(self) -> Call:
         """And by collectives."""
         _, port = self.peer("gloo", str(TURNS * self.gloo_rounds))
-        return GlooCall(1, self.there, int(port))
+        call = GlooCall(1, self.there, int(port))
+        self.opened.callback(call.close)
+        return call
 
     @property
     def gloo_rounds(self) -> int:

@@ -9,6 +9,7 @@ import select
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from functools import partial
 
 import numpy as np
@@ -76,6 +77,11 @@ class Rank:
     def link(self, peer: RankId, handle: bytes) -> None:
         """With the other one."""
         self.exchange.connect({peer: handle}, WAIT_S)
+
+    def close(self) -> None:
+        """Its links, and the thread that waits for rings."""
+        self.exchange.close()
+        self.bell.close()
 
 
 def say(text: str) -> None:
@@ -146,9 +152,9 @@ def gloo(address: str, rounds: str) -> None:
     with socket.create_server((address, 0)) as free:
         port = free.getsockname()[1]
     say(str(port))
-    call = GlooCall(0, address, port)
-    for _ in range(int(rounds)):
-        call()
+    with closing(GlooCall(0, address, port)) as call:
+        for _ in range(int(rounds)):
+            call()
 
 
 class GlooCall:
@@ -167,6 +173,10 @@ class GlooCall:
         else:
             dist.all_to_all_single(self.none, self.rows, [0, 0], [ROWS, 0])
             dist.all_to_all_single(self.answers, self.none, [ROWS * TOP_K, 0], [0, 0])
+
+    def close(self) -> None:
+        """Join gloo's threads: C++ ends a process that lets go of one which runs (`std::terminate`)."""
+        dist.destroy_process_group()
 
 
 def queue(address: str, handle: str) -> None:

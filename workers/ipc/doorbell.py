@@ -65,7 +65,7 @@ class Doorbell(Bell):
         """Have the thread that waits read this, too. From any thread."""
         with self._opening:
             if self._sockets is None:
-                self._sockets = Sockets(self.address)
+                self._sockets = Sockets(self._segment)
             self._sockets.add(source)
         self.ring()  # it may sleep where only rings wake it
 

@@ -17,6 +17,7 @@ from typing import Protocol
 from membership.base.attempts import is_shortage
 from membership.base.errors import WaitTimeout
 from workers.ipc import futex
+from workers.ipc.shared_memory import Segment
 
 STOP_TIMEOUT_S = 5.0
 NAP_NS = 5_000_000
@@ -36,9 +37,11 @@ class Source(Protocol):
 class Sockets:
     """The sockets of one doorbell. Any thread adds and removes them; only the waiting one calls `look` and `sleep`."""
 
-    def __init__(self, bell: int) -> None:
-        """`bell`: the address of its semaphore."""
-        self._bell = bell
+    def __init__(self, bell: Segment) -> None:
+        """`bell`: the memory of its semaphore, kept while the relay may sleep there. A doorbell that is dropped without
+        being closed would unmap it, and end the process.
+        """
+        self._memory, self._bell = bell, bell.address
         self._sources: dict[int, Source] = {}
         self._lock = threading.Lock()
         self._ring = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -149,3 +151,30 @@ def test_what_is_not_watched_any_more_is_not_read(bell: Doorbell, source: Bytes)
     source.far.send(b"two")
     bell.look()
     assert not bell.wait(lambda: source.found != b"one", 0.05)
+
+
+FORGOTTEN = """
+import gc, socket, threading
+from workers.ipc import futex, sockets
+from workers.ipc.doorbell import Doorbell
+from tests.integration.workers.ipc.test_sockets import Bytes
+
+slept, wait = threading.Semaphore(0), futex.sem_wait_until
+def sleep(address, deadline_ns):
+    wait(address, deadline_ns)  # it looks at that memory when the time is over
+    slept.release()
+
+futex.sem_wait_until, sockets.SLICE_NS = sleep, 20_000_000
+bell, source = Doorbell(), Bytes()
+bell.watch(source)
+bell.wait(lambda: False, 0.001)  # from now on there is a relay
+del bell
+gc.collect()
+for _ in range(3):
+    assert slept.acquire(timeout=30.0)
+"""
+
+
+def test_a_doorbell_that_nobody_has_any_more_leaves_its_relay_the_memory_in_which_it_sleeps() -> None:
+    process = subprocess.run([sys.executable, "-c", FORGOTTEN], timeout=WAIT_S, check=False, capture_output=True)
+    assert process.returncode == 0, process
