@@ -25,6 +25,8 @@ from membership.base.errors import ConfigError, ElasticError
 
 Notify = Callable[[str], None]
 LOAD = Load()
+START_S = 300.0  # of a cluster of our own: on a GPU kernels are compiled first. One that cannot start ends earlier
+WHOLE_S = 120.0  # from then on
 SHOWN = 10  # differences that a receipt shows; all are in the record
 
 
@@ -87,7 +89,7 @@ class Campaign(ABC):
     def run(self, target: Target, notify: Notify = quiet) -> None:
         """All of it. ElasticError if it could not begin; what goes wrong under load is among `troubles`."""
         self.target, self.notify = target, notify
-        self.wait_whole()
+        self.wait_whole(START_S)
         notify("fault-free run of every request (the oracle)")
         model = target.model()
         self.workload = Workload(target.url, model, self.load, seed=self.seed)
@@ -121,9 +123,9 @@ class Campaign(ABC):
     def act(self, workload: Workload) -> None:
         """Faults and changes under load. An error ends the campaign; it is kept, and the rest is checked."""
 
-    def wait_whole(self) -> None:
+    def wait_whole(self, within_s: float = WHOLE_S) -> None:
         """Until every rank serves: before the load, and after the last fault."""
-        self.cluster.wait_serving(self.ranks, notify=self.notify)
+        self.cluster.wait_serving(self.ranks, within_s, notify=self.notify)
 
     def before(self) -> None:  # noqa: B027 - most need not
         """Look at the cluster before anything is done to it."""

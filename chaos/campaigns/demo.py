@@ -19,7 +19,7 @@ from chaos.campaigns.kill_host import KillHost
 from chaos.campaigns.kill_rank import KillRank
 from chaos.campaigns.targets import LocalTarget
 from chaos.campaigns.view import picture
-from chaos.cli.shared import end_in_order, progress, show_receipt
+from chaos.cli.shared import device_flags, end_in_order, progress, show_receipt
 from chaos.target.checkpoint import checkpoint
 from chaos.target.cluster import Cluster, ServedCluster
 from chaos.target.host_cluster import HostCluster
@@ -64,7 +64,7 @@ def demo(options: DemoOptions, output: OutputFlag = Output.TEXT) -> None:
     run = KillRank(seed=seed_of(options.seed), ranks=options.ranks, at_least_s=options.seconds)
     with tempfile.TemporaryDirectory(prefix="elastic-ep-demo-") as folder:
         path = checkpoint(options.model, Path(folder))
-        flags = () if options.device == ServeOptions.device else ("--device", options.device)
+        flags = device_flags(options.device)
         with ServedCluster(path, options.ranks, state_dir=Path(folder) / "state", flags=flags) as cluster:
             _play(cluster, run, plain=options.plain or output is Output.JSON)
             receipt = run.receipt(cluster.events())

@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
-from chaos.campaigns.campaign import LongReceipt
+from chaos.campaigns.campaign import START_S, LongReceipt
 from chaos.campaigns.host_bursts import ETCD, NETWORK, PHASES, Cell, HostBurst, HostFault, bursts, matrix
 from chaos.campaigns.host_faults import Injection
 from chaos.campaigns.host_phases import PhaseUnderWay
-from chaos.campaigns.kill_host import START_S
 from chaos.campaigns.recorded import Recorded
 from chaos.faults.base import Injected, NotInjected
 from chaos.target.host_cluster import HostCluster, over_hosts
@@ -77,8 +76,8 @@ class HostSoak(Recorded):
         cluster.join(more[-1], "agent", "--capacity", "2")
         cluster.join(more[-1], "gateway", "--host", cluster.hosts.addresses[more[-1]])
 
-    def wait_whole(self) -> None:
-        self.cluster.wait_serving(self.ranks, START_S, notify=self.notify)
+    def wait_whole(self, within_s: float = START_S) -> None:
+        self.cluster.wait_serving(self.ranks, within_s, notify=self.notify)
 
     def act(self, workload: Workload) -> None:
         """Burst after burst, each followed by full strength."""

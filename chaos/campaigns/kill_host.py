@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from chaos.campaigns.campaign import SHOWN, Campaign, Receipt
+from chaos.campaigns.campaign import SHOWN, START_S, Campaign, Receipt
 from chaos.campaigns.kill_rank import epochs_of, uneven, until_tokens
 from chaos.target.host_cluster import HostCluster, over_hosts
 from chaos.target.waiting import until
@@ -19,7 +19,6 @@ from chaos.workload.history import RequestRecord, percentile
 from chaos.workload.streams import FULL, Load, Workload
 from membership.base.events import Event
 
-START_S = 240.0
 BACK_S = 120.0
 DETECTION = ("engine_elected", "rank_masked")
 
@@ -70,8 +69,8 @@ class KillHost(Campaign):
             cluster.join(second, role)
         cluster.join(second, "gateway", "--host", cluster.hosts.addresses[second])
 
-    def wait_whole(self) -> None:
-        self.cluster.wait_serving(self.ranks, START_S, notify=self.notify)
+    def wait_whole(self, within_s: float = START_S) -> None:
+        self.cluster.wait_serving(self.ranks, within_s, notify=self.notify)
 
     def act(self, workload: Workload) -> None:
         """Kill, wait, start again."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from chaos.campaigns.campaign import Campaign
+from chaos.campaigns.campaign import WHOLE_S, Campaign
 from chaos.workload.history import RequestRecord, broke_off, compare
 from chaos.workload.streams import Workload
 from membership.base.errors import ElasticError
@@ -45,10 +45,10 @@ class Matrix(Campaign, Generic[Cell, Result]):
             self.results.append(result)
             self.notify(f"{len(self.results)}/{total} {self.words(result)}")
 
-    def wait_whole(self) -> None:
+    def wait_whole(self, within_s: float = WHOLE_S) -> None:
         """Before the first cell; each cell waits for it by itself."""
         if not self.results:
-            super().wait_whole()
+            super().wait_whole(within_s)
 
     def fail(self, error: ElasticError) -> None:
         """A cell never raises: this is a fault of the matrix itself."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -36,8 +36,8 @@ def unable_here(step: Inject, victim: str) -> str:
 
 
 @contextmanager
-def own_cluster(scenario: Scenario, model: Path | None) -> Iterator[ServedCluster]:
-    """The cluster; it serves the shipped model if none is named."""
+def own_cluster(scenario: Scenario, model: Path | None, more: Sequence[str] = ()) -> Iterator[ServedCluster]:
+    """The cluster; it serves the shipped model if none is named. `more`: flags that the scenario does not name."""
     needs = {need for step in scenario.faults for need in step.needs}
     with ExitStack() as opened:
         folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="elastic-ep-chaos-")))
@@ -45,7 +45,7 @@ def own_cluster(scenario: Scenario, model: Path | None) -> Iterator[ServedCluste
         model = checkpoint(model, folder)
         if needs & DISK:
             opened.enter_context(disk.small_disk(state, DISK_MB))
-        flags = ("--redundancy", f"{scenario.cluster.redundancy:g}", *map(str, scenario.cluster.flags))
+        flags = ("--redundancy", f"{scenario.cluster.redundancy:g}", *map(str, scenario.cluster.flags), *more)
         flags += (CHAOS,) if CHAOS in needs else ()
         environ = clock.environment(state) if needs & CLOCKS else {}
         ranks = scenario.cluster.ranks

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from chaos.campaigns.campaign import SHOWN, Campaign, Interrupted, LongReceipt, Notify, quiet
+from chaos.campaigns.campaign import SHOWN, WHOLE_S, Campaign, Interrupted, LongReceipt, Notify, quiet
 from chaos.campaigns.injecting import Faults
 from chaos.campaigns.targets import Target
 from chaos.campaigns.watch import Streaming, TooFar, Watch
@@ -28,7 +28,6 @@ from membership.operations.change import Change as Request
 from membership.operations.change import drain, scale, undrain
 from membership.store.records import Operation, Phase
 
-WHOLE_S = 120.0  # at the start and in the end
 ENDED_S = 30.0  # after its deadline an operation has ended
 
 
@@ -98,9 +97,9 @@ class ScenarioRun(Campaign):
         if self.limits is not None:
             self._restore()
 
-    def wait_whole(self) -> None:
+    def wait_whole(self, within_s: float = WHOLE_S) -> None:
         """Until every rank serves, none of them one that was killed, and nothing else goes on."""
-        self._watch.until(self._watch.is_whole, WHOLE_S, "whole")
+        self._watch.until(self._watch.is_whole, within_s, "whole")
 
     def after(self) -> None:
         """Keep the history; note what only the run itself can know."""

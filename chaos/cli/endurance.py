@@ -19,7 +19,15 @@ from chaos.campaigns.host_soak import HostSoak
 from chaos.campaigns.own_hosts import own_hosts
 from chaos.campaigns.soak import FLAGS, LOAD, Soak
 from chaos.campaigns.targets import LocalTarget
-from chaos.cli.shared import RanksFlag, RunOptions, progress, run_on_own_cluster, save_record, show_receipt
+from chaos.cli.shared import (
+    RanksFlag,
+    RunOptions,
+    device_flags,
+    progress,
+    run_on_own_cluster,
+    save_record,
+    show_receipt,
+)
 from chaos.target.checkpoint import checkpoint
 from chaos.workload.streams import FULL
 from elastic.cli.command import command
@@ -78,13 +86,14 @@ def soak(
 ) -> None:
     """Inject faults into ranks, roles and etcd at random moments under load, nested too. Exit 1 if a promise broke."""
     if over.hosts > 1:
+        options.refuse_device("--hosts")
         soak_over_hosts(over, options, ranks, output)
         return
     quota, load = wanted.quota(), msgspec.structs.replace(LOAD, streams=streams)
     run = Soak(seed=seed_of(options.seed), ranks=ranks, quota=quota, minutes=wanted.minutes, load=load)
     counts = f"--kills {quota.kills} --zombies {quota.zombies} --outages {quota.outages} --requests {quota.requests}"
     again = f"elastic-chaos soak {f'--minutes {run.minutes:g}' if run.minutes else counts} --ranks {ranks}"
-    run.replay = f"{again} --streams {streams} --seed {run.seed}"
+    run.replay = " ".join((again, f"--streams {streams} --seed {run.seed}", *device_flags(options.device)))
     run_on_own_cluster(run, options, FLAGS)
     receipt = run.receipt()
     done = f"{receipt.kills} kills, {receipt.zombies} zombies, {receipt.outages} outages, {receipt.roles} roles"
@@ -122,7 +131,8 @@ def churn(
     """Change size and ranks at random under load, some changes cancelled. Exit 1 if a promise broke."""
     load = msgspec.structs.replace(FULL, streams=streams)
     run = Churn(seed=seed_of(options.seed), ranks=ranks, changes=changes, most=most, load=load)
-    run.replay = f"elastic-chaos churn --changes {changes} --ranks {ranks} --most {most} --seed {run.seed}"
+    again = f"elastic-chaos churn --changes {changes} --ranks {ranks} --most {most} --seed {run.seed}"
+    run.replay = " ".join((again, *device_flags(options.device)))
     run_on_own_cluster(run, options)
     receipt = run.receipt()
     show_receipt(receipt, f"{receipt.changes} changes", output)

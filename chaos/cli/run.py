@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
-from chaos.campaigns.campaign import Notify
+from chaos.campaigns.campaign import START_S, Notify
 from chaos.campaigns.own_cluster import own_cluster, unable_here
 from chaos.campaigns.scenario_run import ScenarioRun
 from chaos.campaigns.targets import LocalTarget, RemoteTarget, Target
-from chaos.cli.shared import RunOptions, progress, save_record, show_receipt
+from chaos.cli.shared import RunOptions, device_flags, progress, save_record, show_receipt
 from chaos.faults.catalogue import FAULTS
 from chaos.scenarios.blast_radius import HARMLESS, Limits, unfit
 from chaos.scenarios.dry_run import DryRun, Expected
 from chaos.scenarios.dry_run import dry_run as plan
 from chaos.scenarios.reading import find, library
 from chaos.scenarios.script import Inject
-from chaos.target.cluster import Cluster
+from chaos.target.cluster import Cluster, ServedCluster
 from elastic.cli.client import AdminClient
 from elastic.cli.command import command
 from elastic.cli.connection import AdminConnection
@@ -81,20 +82,29 @@ def run(
     played = ScenarioRun(scenario=wanted, seed=seed, watched=record is not None)
     played.replay = f"elastic-chaos run {scenario} --seed {played.seed}"
     if not there.target:
-        _run_own(played, options.model, dry_run, record, output)
+        flags = device_flags(options.device)
+        played.replay += "".join(f" {flag}" for flag in flags)
+        _run_own(played, partial(own_cluster, wanted, options.model, flags), dry_run, record, output)
         return
+    options.refuse_device("--target")
     played.limits = there.limits()
     with _target(there.target, connection) as target:
         _run_there(played, target, dry_run, there.yes, record, output)
 
 
-def _run_own(played: ScenarioRun, model: Path | None, dry_run: bool, record: Path | None, output: Output) -> None:
+def _run_own(
+    played: ScenarioRun,
+    served: Callable[[], AbstractContextManager[ServedCluster]],
+    dry_run: bool,
+    record: Path | None,
+    output: Output,
+) -> None:
     """On a cluster of its own."""
     ranks = played.scenario.cluster.ranks
     _plan(played, Expected(list(range(ranks)), unable=unable_here), dry_run, output)
     notify = _announce(played)
-    with own_cluster(played.scenario, model) as cluster:
-        cluster.wait_serving(ranks, notify=notify)
+    with served() as cluster:
+        cluster.wait_serving(ranks, START_S, notify=notify)
         _finish(played, LocalTarget(cluster), notify, record, output)
 
 

@@ -20,7 +20,9 @@ from chaos.campaigns.targets import LocalTarget
 from chaos.target.checkpoint import checkpoint
 from chaos.target.cluster import ServedCluster
 from elastic.cli.flags import Output, write_json
-from elastic.serve.options import option
+from elastic.serve.options import ServeOptions, option
+from membership.base.enums import Device
+from membership.base.errors import ConfigError
 from membership.base.starter import end_with_starter
 
 RanksFlag = Annotated[int, typer.Option(min=1, help="Ranks to serve with.")]
@@ -34,6 +36,17 @@ class RunOptions:
     seed: int | None = option(None, "Chooses what happens, and the sampled requests.")
     model: Path | None = option(None, "Serve this checkpoint instead of the shipped one.")
     record: Path | None = option(None, "Also save all that happened, for check and report.")
+    device: Device = option(ServeOptions.device, "Where ranks compute (auto = a GPU if there is one).")
+
+    def refuse_device(self, where: str) -> None:
+        """ConfigError if a device is asked for, which has no effect there."""
+        if self.device != ServeOptions.device:
+            raise ConfigError("--device goes with a cluster of the run's own, on one host", hint=f"leave out {where}")
+
+
+def device_flags(device: Device) -> tuple[str, ...]:
+    """What `elastic serve` is given for it."""
+    return () if device == ServeOptions.device else ("--device", device)
 
 
 def end_in_order() -> None:
@@ -75,6 +88,7 @@ def served(
 
 def run_on_own_cluster(run: Campaign, options: RunOptions, flags: Sequence[str] = ()) -> None:
     """Run a campaign on a cluster that is served for it, and save its record if that was asked for."""
+    flags = (*flags, *device_flags(options.device))
     with served(options.model, run.ranks, flags, seed=run.seed) as (cluster, notify):
         run.run(LocalTarget(cluster), notify)
     save_record(run, options.record)

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.table import Table
 
 from elastic.cli.doctor_gpus import Gpus, describe, fits, probe
+from elastic.cli.flags import DISTRIBUTION
 from elastic.cli.render import console, in_bytes
 from elastic.serve.model_check import Finding, check_model
 from elastic.serve.state_dir import StateDir
@@ -22,7 +23,6 @@ from membership.planning.identity import HINT
 from membership.store.records import Placement
 from workers.model.content import changed_files, small_files, stamp_files
 
-DISTRIBUTION = "elastic-ep"
 OUR_PACKAGES = ("membership", "workers", "elastic", "chaos")
 
 

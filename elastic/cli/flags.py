@@ -16,6 +16,8 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
+DISTRIBUTION = "elastic-ep"
+
 
 class Output(StrEnum):
     """What `-o` takes."""
@@ -29,7 +31,7 @@ OutputFlag = Annotated[Output, typer.Option("-o", "--output", help="text for peo
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"elastic-ep {version('elastic-ep')}")
+        typer.echo(f"elastic-ep {version(DISTRIBUTION)}")
         raise typer.Exit
 
 

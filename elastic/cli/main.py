@@ -7,7 +7,9 @@ from chaos/, which this package may not import).
 from __future__ import annotations
 
 import sys
-from importlib.metadata import entry_points
+import tomllib
+from collections.abc import Sequence
+from importlib.metadata import EntryPoint, PackageNotFoundError, distribution, entry_points
 from pathlib import Path
 from typing import Annotated
 
@@ -16,8 +18,11 @@ import typer
 from elastic.cli import changes, cluster, keys, roles
 from elastic.cli.command import command
 from elastic.cli.entry import run
-from elastic.cli.flags import Output, OutputFlag, described, show, write_json
+from elastic.cli.flags import DISTRIBUTION, Output, OutputFlag, described, show, write_json
 from elastic.serve.options import DEFAULT_RANKS, ServeOptions, StoreOptions
+
+EXTRA = "elastic.commands"  # the group
+SOURCES = Path(__file__).parents[2]
 
 app = typer.Typer(
     name="elastic",
@@ -109,9 +114,22 @@ def main() -> None:
 
 def extra_commands(arguments: list[str]) -> None:
     """Add those commands of other packages that these arguments may call or list."""
-    for extra in entry_points(group="elastic.commands"):
+    for extra in (*entry_points(group=EXTRA), *declared_in(SOURCES)):
         if wanted(extra.name, arguments):
             app.command(extra.name)(extra.load())
+
+
+def declared_in(folder: Path) -> Sequence[EntryPoint]:
+    """Those that the sources themselves declare, if they are in no installed distribution (`python -m elastic`)."""
+    try:
+        distribution(DISTRIBUTION)
+        return ()
+    except PackageNotFoundError:
+        project = folder / "pyproject.toml"
+    if not project.exists():
+        return ()
+    declared = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["entry-points"][EXTRA]
+    return [EntryPoint(name, value, EXTRA) for name, value in declared.items()]
 
 
 def wanted(command: str, arguments: list[str]) -> bool:

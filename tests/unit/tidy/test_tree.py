@@ -22,6 +22,8 @@ TIERS = ("tests/unit/", "tests/contract/", "tests/integration/")
 # Files that nothing in the product names, and what they are for. An entry that is no longer needed fails the test.
 NAMED_BY_NOTHING = {
     "chaos/faults/clockwork/sitecustomize.py": "the interpreter imports it, where the clock fault puts it on the path",
+    "chaos/__main__.py": "python -m chaos",
+    "elastic/__main__.py": "python -m elastic",
     "elastic/cli/__main__.py": "python -m elastic.cli",
     "workers/worker_proc.py": "both halves of WorkerProc under one name, for whom that name is known from vLLM",
     "workers/agent/cross_host.py": "ranks of several hosts under one parent: tested, not yet wired into the agent",

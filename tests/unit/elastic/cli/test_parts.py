@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pwd
 import re
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
@@ -12,11 +12,12 @@ import typer
 from rich.table import Table
 from typer.testing import CliRunner
 
+from chaos.campaigns.demo import demo
 from chaos.cli.main import app as chaos
 from elastic.cli.changes import user
 from elastic.cli.command import command
 from elastic.cli.flags import seconds, size
-from elastic.cli.main import app, wanted
+from elastic.cli.main import app, declared_in, wanted
 from elastic.cli.render import console, event_line, plan_view
 from elastic.serve.options import StoreOptions
 from elastic.serve.role_process import leases_of, restart_delay_s
@@ -28,6 +29,7 @@ from membership.store.codec import encode
 from membership.store.credentials import NO_CREDENTIALS, Credentials
 from membership.store.in_memory import MemoryStore
 from membership.store.records import AgentRecord
+from tests.support import ROOT
 
 pytestmark = pytest.mark.unit
 
@@ -95,6 +97,19 @@ def test_commands_of_other_packages_load_only_when_called_or_listed() -> None:
     assert wanted("demo", ["--help"])
     assert not wanted("demo", ["status"])
     assert not wanted("demo", ["--version"])
+
+
+def test_sources_that_are_not_installed_have_the_same_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`python -m elastic demo` with the sources on the path and nothing else, as on a bare machine with GPUs."""
+
+    def missing(name: str) -> None:
+        raise PackageNotFoundError(name)
+
+    assert not declared_in(ROOT), "an installed distribution has declared them already"
+    monkeypatch.setattr("elastic.cli.main.distribution", missing)
+    found = {each.name: each.load() for each in declared_in(ROOT)}
+    assert found == {"demo": demo}
+    assert not declared_in(tmp_path)
 
 
 @pytest.mark.parametrize("program", [app, chaos])
