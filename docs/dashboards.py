@@ -129,6 +129,12 @@ BOARDS: dict[str, tuple[str, tuple[Panel, ...]]] = {
             Panel("Experts without a replica", "short", {"experts": most("experts_uncovered")}),
             Panel("Busiest rank over the mean", "short", {"load of experts": most("expert_imbalance_ratio")}),
             Panel("Weights that moved", "Bps", {"{{trigger}}": rate("weight_bytes_moved_total", "trigger")}, HISTORY),
+            Panel("GPU memory in use", "bytes", {
+                "{{node}} GPU {{gpu}}": most("gpu_memory_used_bytes", "node, gpu"),
+                "{{node}} GPU {{gpu}}: there is": most("gpu_memory_total_bytes", "node, gpu"),
+            }, SHARED),
+            Panel("Steps recorded as graphs", "short", {"rank {{rank}}": most("gpu_graphs", "rank")}, SHARED),
+            Panel("Rows may travel between GPUs", "short", {"rank {{rank}}": most("gpu_exchange_ready", "rank")}),
             Panel("Weights in memory", "bytes", {"{{node}}": most("weight_store_bytes", "node")}, HISTORY),
         ),
     ),

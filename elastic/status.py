@@ -56,6 +56,25 @@ class LoadStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     sources: tuple[str, ...] = ()  # nodes from which its host takes weights, if it lacks the files
 
 
+class GpuStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The GPU of a rank, as the rank last saw it (once in two seconds); memory is of all processes there.
+
+    `graphs`: kinds of steps that the rank has recorded, of `graph_rows` rows, the last at `recorded_at`.
+    `exchange`: how rows travel to the host's other ranks, cuda or host; `exchange_reason`: why over host memory.
+    """
+
+    index: int
+    uuid: str
+    used_gb: float
+    free_gb: float
+    total_gb: float
+    graphs: int = 0
+    graph_rows: tuple[int, ...] = ()
+    recorded_at: float = 0.0
+    exchange: str = ""
+    exchange_reason: str = ""
+
+
 class RankStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One rank slot. `pid` 0 and `slots` 0: it has none. `heartbeat_age_ms` (age of the last heartbeat
     that its agent observed, published once per second) null: no agent has published one."""
@@ -71,6 +90,7 @@ class RankStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     slow: bool = False  # far slower than the others, but it serves on; left out if it is not
     reason: str = ""  # why its slot is set aside; left out if it is not
     load: LoadStatus | None = None  # left out while it loads nothing
+    gpu: GpuStatus | None = None  # left out if it computes on none
 
 
 class CoverageStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -381,7 +401,24 @@ def _rank(facts: ClusterFacts, member: Member, state: RankState) -> RankStatus:
         slow=state is RankState.SERVING and load is not None and member.rank in load.slow,
         reason=last.reason if last is not None and state is RankState.QUARANTINED else "",
         load=_load(facts, member),
+        gpu=_gpu(facts, member),
     )
+
+
+def _gpu(facts: ClusterFacts, member: Member) -> GpuStatus | None:
+    published = facts.state.heartbeats.get(member.node)
+    seen = published.gpus.get(member.incarnation) if published is not None else None
+    if seen is None:
+        return None
+    return GpuStatus(
+        index=seen.index, uuid=seen.uuid, used_gb=_gb(seen.total - seen.free), free_gb=_gb(seen.free),
+        total_gb=_gb(seen.total), graphs=seen.graphs, graph_rows=seen.graph_rows, recorded_at=seen.recorded_at,
+        exchange=seen.exchange, exchange_reason=seen.exchange_reason,
+    )  # fmt: skip
+
+
+def _gb(nbytes: int) -> float:
+    return round(nbytes / 1e9, 2)
 
 
 def _load(facts: ClusterFacts, member: Member) -> LoadStatus | None:

@@ -21,6 +21,7 @@ from membership.planning.identity import KERNELS
 from membership.store.records import View
 from workers.exchange.model_side import StepContext
 from workers.fleet.watchdog import Look
+from workers.protocol.device_note import NOTHING, DeviceNote
 from workers.protocol.identity import Identity
 from workers.protocol.load_progress import LoadSeen
 from workers.protocol.messages import CopyBlocks, StepBatch
@@ -253,6 +254,11 @@ class RankProcess(Process):
     def load(self) -> LoadSeen:
         """It loads nothing, but each call that begins or ends is progress."""
         return LoadSeen(False, 0, 0, self._marks)
+
+    @property
+    def note(self) -> DeviceNote:
+        """Nothing: it has no device."""
+        return NOTHING
 
     def call_off_before(self, now: float) -> None:
         """It has no GPU."""

@@ -41,6 +41,7 @@ def console() -> Console:
 def status_view(document: dict[str, Any]) -> RenderableType:
     """The status document as a heading and a table of ranks."""
     lines: list[RenderableType] = [_heading(document), _ranks_table(document["ranks"], document.get("nodes", ()))]
+    lines += map(Text, _gpu_lines(document["ranks"]))
     if operation := document.get("operation"):
         lines.append(Text(f"{operation['what']}: {operation['phase']} ({operation['id']})", "cyan"))
     return Group(*lines)
@@ -83,6 +84,18 @@ def _troubles(document: dict[str, Any]) -> Iterator[str]:
     yield from (f"rank {rank['rank']} is set aside: {rank['reason']}" for rank in set_aside)
     if document.get("store"):
         yield document["store"]
+
+
+def _gpu_lines(ranks: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """What ranks use of their GPUs, a rank a line."""
+    for rank in ranks:
+        if gpu := rank.get("gpu"):
+            rows = f" of {_ranks(gpu['graph_rows'])} rows" if gpu.get("graph_rows") else ""
+            reason = f" ({gpu['exchange_reason']})" if gpu.get("exchange_reason") else ""
+            yield (
+                f"rank {rank['rank']}: GPU {gpu['index']}, {gpu['used_gb']:g} of {gpu['total_gb']:g} GB used; "
+                f"{gpu.get('graphs', 0)} steps recorded{rows}; rows travel by {gpu.get('exchange', 'host')}{reason}"
+            )
 
 
 def _ranks_table(ranks: list[dict[str, Any]], nodes: Sequence[dict[str, Any]]) -> Table:

@@ -16,7 +16,7 @@ from elastic.gateway.key_ring import KeyRing
 from elastic.gateway.load_metrics import LoadGauges, OpenRequests
 from elastic.gateway.metric_aliases import with_aliases
 from elastic.gateway.traffic import Traffic
-from elastic.status import LinkStatus, cluster_status
+from elastic.status import LinkStatus, RankStatus, cluster_status
 from membership.store.records import ClusterState, RankState
 
 LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -148,6 +148,7 @@ class ClusterGauges(Collector):
         salvaged = state.engine_status.salvaged_tokens if state.engine_status else 0
         yield _counter("kv_salvaged_tokens", "Tokens whose KV blocks were read from dead ranks' pools.", salvaged)
         yield from _links(status.links)
+        yield from _gpus(status.ranks)
         if status.prefix_cache is not None:
             queries, hits = "Prompt tokens of requests that got a rank.", "Those of them that its prefix cache had."
             yield _counter("prefix_cache_queries", queries, status.prefix_cache.queried_tokens)
@@ -185,6 +186,25 @@ class KeyCounters(Collector):
     def describe(self) -> Iterable[Metric]:
         """Nothing: names are known at collection."""
         return []
+
+
+def _gpus(ranks: Iterable[RankStatus]) -> Iterable[Metric]:
+    """One series per rank that computes on one; ranks of the same GPU report the same memory."""
+    labels = ["rank", "node", "gpu", "uuid"]
+    used = GaugeMetricFamily(PREFIX + "gpu_memory_used_bytes", "Of a rank's GPU, by all processes.", labels=labels)
+    total = GaugeMetricFamily(PREFIX + "gpu_memory_total_bytes", "Of a rank's GPU.", labels=labels)
+    graphs = GaugeMetricFamily(PREFIX + "gpu_graphs", "Kinds of steps that a rank has recorded.", labels=labels)
+    direct = GaugeMetricFamily(
+        PREFIX + "gpu_exchange_ready", "1: a rank's rows may travel between GPUs, 0: host memory only.", labels=labels
+    )
+    for rank in ranks:
+        if (gpu := rank.gpu) is not None:
+            where = [str(rank.rank), rank.node, str(gpu.index), gpu.uuid]
+            used.add_metric(where, gpu.used_gb * 1e9)
+            total.add_metric(where, gpu.total_gb * 1e9)
+            graphs.add_metric(where, gpu.graphs)
+            direct.add_metric(where, float(gpu.exchange == "cuda"))
+    return (used, total, graphs, direct)
 
 
 def _links(links: Iterable[LinkStatus]) -> Iterable[Metric]:

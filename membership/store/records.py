@@ -295,6 +295,20 @@ class HostLink(Record, frozen=True, kw_only=True):
     cuts: int = 0  # links that ended though both ends lived on
 
 
+class GpuUse(Record, frozen=True, kw_only=True):
+    """A rank's GPU, as the rank last saw it. Memory is of all processes there."""
+
+    index: int  # as the rank counts the GPUs of its host
+    uuid: str
+    free: int  # bytes
+    total: int
+    graphs: int = 0  # kinds of steps that the rank has recorded
+    graph_rows: tuple[int, ...] = ()  # the numbers of rows of these
+    recorded_at: float = 0.0  # the last of them
+    exchange: str = ""  # cuda | host: how rows travel to other ranks of the host
+    exchange_reason: str = ""  # why over host memory
+
+
 class Heartbeats(Record, frozen=True, kw_only=True):
     """The last observed heartbeat of each of a node's ranks. Key `heartbeats/<node>`, under the agent's lease; 1 Hz.
 
@@ -307,6 +321,7 @@ class Heartbeats(Record, frozen=True, kw_only=True):
     loads: dict[int, tuple[int, int]] = {}  # incarnation of a rank that loads -> bytes that are there, bytes in all
     links: dict[str, HostLink] = {}  # node -> links of this node's ranks with ranks there
     weights_from: tuple[str, ...] = ()  # nodes from which this node's ranks take weights now
+    gpus: dict[int, GpuUse] = {}  # incarnation of a rank that computes on one -> what it last saw
 
 
 class EngineRecord(Record, frozen=True, kw_only=True):

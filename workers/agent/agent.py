@@ -39,6 +39,7 @@ from membership.store.records import AgentRecord, ClusterConfig, ClusterState
 from workers.agent import decide
 from workers.agent.begin import admitted, model_of
 from workers.agent.decide import LocalRank, Phase
+from workers.agent.devices import Devices, Noted
 from workers.agent.executor import Death, Elsewhere, MultiprocExecutor
 from workers.agent.exits import Exits
 from workers.agent.forkserver import Serving
@@ -126,7 +127,7 @@ class Agent:
         self._next_check = self._publish_heartbeats_at = 0.0  # when heartbeats are looked at next, and written
         self._attempts = Attempts("agent", clock=self._clock)
         self._start_failures, self._start_at = 0, 0.0  # in a row, for want of something; when to start again after that
-        self._links = HostLinks()
+        self._links, self._devices = HostLinks(), Devices(self._emit)
         self._asked: set[RankId] = set()  # for their links, and have not answered yet
         self._unreported: dict[RankId, float] = {}  # ranks that have prepared a view -> since when
         self._buried: set[RankId] = set()
@@ -445,7 +446,9 @@ class Agent:
     def _died(self, death: Death) -> None:
         if death.key in self._ranks:
             self._emit("rank_died", death.key, pid=death.pid, detected_by=death.detected_by)
-            self._bury(death.key, f"detected by {death.detected_by}")
+            worker = self._executor.workers.get(death.key)
+            why = self._devices.died(death.key, worker.liveness if worker is not None else None)
+            self._bury(death.key, f"{why}detected by {death.detected_by}")
         self._spares.died(death.key, f"detected by {death.detected_by}")
         self._executor.forget(death.key)
 
@@ -481,11 +484,12 @@ class Agent:
         ttl_s = self._config.lease_ttl_s
         if now < self._next_check:
             return
-        self._next_check = now + ttl_s / CHECKS_PER_TTL
+        self._next_check, pages = now + ttl_s / CHECKS_PER_TTL, dict[RankId, Noted]()
         for key, known in list(self._heartbeats.items()):
             worker = self._executor.workers.get(key)
             if worker is None:
                 continue
+            pages[key] = worker.liveness
             self._heartbeats[key] = seen = decide.observe(known, worker.liveness.heartbeats, now)
             self._registrar.set_renewing(key, decide.advancing(seen))
             if decide.hung(seen, now, after_s=ttl_s) and self._ranks[key].phase is Phase.READY:
@@ -498,7 +502,8 @@ class Agent:
             node = self.me.node
             record = decide.heartbeats(node, self._heartbeats, self._loads.seen, now, self._wall())
             taking = self._executor.weights.taking_from if self.me.address else ()
-            record = changed(record, links=self._links.record(), weights_from=taking)
+            gpus = self._devices.look(pages)
+            record = changed(record, links=self._links.record(), weights_from=taking, gpus=gpus)
             self._registrar.note(self._keys.heartbeats(node), record, beside=self._keys.agent(node))
             if self.me.address:
                 self._ask_for_links()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from membership.base.enums import Exactness
+from membership.store.records import GpuUse
 from workers.model.attention_plan import StepPlan
 from workers.model.calibrations import Calibrations
 from workers.model.expert_source import ExpertWeights
@@ -199,6 +200,10 @@ class Backend(Protocol):
 
     def check(self, error: BaseException) -> None:
         """After work that failed with this error: DeviceLost if all that follows would fail, too. Does not wait."""
+
+    def seen(self) -> GpuUse | None:
+        """The GPU that it computes on, with the memory that is free there and the steps that were recorded; None if it
+        is none. Takes some tens of microseconds. How rows travel is not known here."""
 
     def use_cores(self, count: int) -> None:
         """How many of the host's cores the next products may take, this thread's included; shows in no bit of them."""

@@ -22,6 +22,7 @@ from workers.ipc.futex import MUTEX_BYTES, RobustMutex
 from workers.ipc.shared_memory import PAGE, Segment
 from workers.ipc.shared_page import SharedPage
 from workers.protocol import load_progress
+from workers.protocol.device_note import NOTE_BYTES, DeviceNote, DeviceNotes
 from workers.protocol.load_progress import LoadProgress, LoadSeen
 
 HEARTBEAT_S = 0.1
@@ -31,6 +32,7 @@ STOP_TIMEOUT_S = 5.0
 PASSED_ON_S = 0.01
 _HEARTBEATS, _STEPS, _TURNS, _WAITED = range(4)  # 64-bit words behind the mutex; then those of the load
 _COUNTERS = 4
+_NOTE_AT = PAGE // 4
 _CALLED_OFF_AT = PAGE // 2  # away from what the rank writes
 
 
@@ -45,6 +47,7 @@ class LivenessPage(SharedPage):
         self._counters = segment.view(MUTEX_BYTES, 8 * _COUNTERS, "Q")
         self._load = segment.view(MUTEX_BYTES + 8 * _COUNTERS, 8 * load_progress.WORDS, "Q")
         self.load_progress = LoadProgress(self._load)  # for the rank itself
+        self.notes = DeviceNotes(segment.view(_NOTE_AT, NOTE_BYTES))  # for the rank itself
         self._called_off = segment.view(_CALLED_OFF_AT, 8, "Q")
         self.called_off_at = segment.address + _CALLED_OFF_AT  # for the rank's kernels
         self._stop = threading.Event()
@@ -93,6 +96,11 @@ class LivenessPage(SharedPage):
     def load(self) -> LoadSeen:
         """How far the rank has loaded."""
         return load_progress.seen(self._load)
+
+    @property
+    def note(self) -> DeviceNote:
+        """What the rank says of its device."""
+        return self.notes.read()
 
     @property
     def called_off(self) -> int:

@@ -66,6 +66,11 @@ class GpuExchange:
         self._mapped: list[Mapped] = []  # for as long as this process lives: kernels know their addresses
         self._called_off = 0  # where kernels find that word; likewise, and CUDA takes its page once only
 
+    @property
+    def refusal(self) -> str:
+        """Why this rank's rows go over host memory; empty if they may travel between GPUs."""
+        return "" if self._shared is not None else self._refusal
+
     def open(self, runner: ModelRunner) -> None:
         """Map the windows of all slots, and make what uses them; in the thread that prepares. Never an error."""
         if self._shared is not None:

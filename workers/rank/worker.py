@@ -35,6 +35,7 @@ from workers.protocol.messages import CopyBlocks, StepBatch, StepResult, StepSta
 from workers.rank.environment import give_memory_back
 from workers.rank.expert_pieces import open_room
 from workers.rank.gpu_exchange import Apart, GpuExchange
+from workers.rank.gpu_report import GpuReport
 from workers.rank.left_pools import LeftPools, keep_pool, map_on
 from workers.rank.load_turns import LoadTurns
 from workers.rank.step_clock import StepClock
@@ -182,6 +183,7 @@ class EPWorker:
         self._latest: Preparation | None = None
         self._engine_token = 0
         self._load_turns = LoadTurns()
+        self._gpu_report = GpuReport(ctx.notes)
         self._lost: DeviceLost | None = None  # as was found beside a step, maybe by another thread
         self._left: set[RankId] = set()  # members of earlier views since the last retire_epoch
 
@@ -530,6 +532,7 @@ class EPWorker:
         """Compute what peers have asked for, and let go of what is not read any more. DeviceLost."""
         try:
             self._pools.rest()
+            self._gpu_report.rest(self._backend, self._gpu_exchange)
             if self.exchange.pending():
                 self.exchange.serve()
         except Exception as error:

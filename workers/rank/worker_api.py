@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 from membership.base.errors import ConfigError
 from membership.base.network import Network
 from membership.store.records import ClusterConfig, View
+from workers.protocol.device_note import DeviceNotes
 from workers.protocol.identity import Identity
 from workers.protocol.load_progress import LoadProgress
 from workers.protocol.messages import CopyBlocks, StepBatch, StepResult
@@ -40,6 +41,7 @@ class WorkerContext:
     experts: bytes = b""  # handle of this host's memory of experts on GPUs, likewise
     called_off_at: int = 0  # where the engine calls off what runs on GPUs (`LivenessPage`)
     pool_fd: int = -1  # this rank's own: an empty memfd for its KV cache
+    notes: DeviceNotes = field(default_factory=DeviceNotes)  # where it says what it uses of its device
     progress: LoadProgress = field(default_factory=LoadProgress)  # where the worker counts what it has loaded
     network: Network | None = None  # how ranks on other hosts are reached
     look_ahead: Callable[[], None] = lambda: None  # call it amid a step, if `copy_blocks` may read a pool beside that

@@ -31,6 +31,7 @@ from membership.base.timing import ORPHAN_GRACE_S
 from workers.ipc.doorbell import Doorbell
 from workers.ipc.handover import close_default
 from workers.ipc.host_lock import HostLock
+from workers.protocol.device_note import DeviceNote
 from workers.protocol.identity import Identity
 from workers.protocol.launch import FAILED_STR, READY_STR, Launch, Ready
 from workers.protocol.liveness import LivenessPage
@@ -96,6 +97,7 @@ class WorkerProcChild:
             experts=launch.experts,
             called_off_at=self.liveness.called_off_at,
             pool_fd=pool,
+            notes=self.liveness.notes,
             progress=self.liveness.load_progress,
             network=launch.network,
             look_ahead=lambda: self.engine.look_ahead(),  # it is made after the worker
@@ -119,6 +121,8 @@ class WorkerProcChild:
         except Exception as error:
             if isinstance(error, DeviceLost):
                 log.error("device_lost", reason=str(error))
+                if proc is not None:
+                    proc.liveness.notes.write(DeviceNote(last_words=str(error)))
                 os._exit(LOST_STATUS)  # at once: to end in order asks more of the device, which may wait for ever
             if proc is None:
                 why = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"

@@ -12,6 +12,7 @@ const rank = (e) => `Rank ${e.rank ?? "?"}`;
 export const SAY = {
   rank_died: (e, f) => ["bad", `${rank(e)} died`, f.reason ?? f.detected_by],
   rank_masked: (e, f) => ["bad", `${rank(e)} is masked`, `${plural(f.requests, "request")} to move on; noticed by ${f.source ?? "?"}${f.ms >= 0 ? ` in ${ms(f.ms)}` : ""}`],
+  device_failed: (e, f) => ["bad", `The device of rank ${e.rank ?? "?"} failed`, f.reason],
   rank_quarantined: (e, f) => ["bad", `${rank(e)} is set aside`, f.reason],
   rank_refused: (e, f) => ["bad", `${rank(e)} is another model, and refused`, f.reason],
   rank_load_failed: (e, f) => ["bad", `${rank(e)} cannot load`, f.error],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from membership.store.records import (
     Desired,
     EngineStatus,
     ExpertLoad,
+    GpuUse,
     Heartbeats,
     HostLink,
     Operation,
@@ -306,6 +308,36 @@ def test_the_load_of_a_rank_is_shown_in_bytes_while_it_loads() -> None:
     with shown.capture() as captured:
         shown.print(status_view(document))
     assert "1.2 MB of 2.8 MB" in captured.get()
+
+
+def test_a_ranks_gpu_is_shown_and_measured_where_it_has_one(tmp_path: Path) -> None:
+    seen = GpuUse(
+        index=1, uuid="GPU-8f", free=120_000_000_000, total=150_750_000_000, graphs=3, graph_rows=(1, 8, 32),
+        recorded_at=9.0, exchange="host", exchange_reason="no P2P between GPUs 0 and 1",
+    )  # fmt: skip
+    plain = healthy(2)
+    state = replace(plain, heartbeats={"n": replace(plain.heartbeats["n"], gpus={2: seen})})
+    document = json.loads(msgspec.json.encode(cluster_status(state, 10.0)))
+    assert "gpu" not in document["ranks"][0]
+    assert document["ranks"][1]["gpu"] == {
+        "index": 1, "uuid": "GPU-8f", "used_gb": 30.75, "free_gb": 120.0, "total_gb": 150.75, "graphs": 3,
+        "graph_rows": [1, 8, 32], "recorded_at": 9.0, "exchange": "host",
+        "exchange_reason": "no P2P between GPUs 0 and 1",
+    }  # fmt: skip
+    shown = Console(width=200)
+    with shown.capture() as captured:
+        shown.print(status_view(document))
+    line = (
+        "rank 1: GPU 1, 30.75 of 150.75 GB used; 3 steps recorded of 1, 8, 32 rows; "
+        "rows travel by host (no P2P between GPUs 0 and 1)"
+    )
+    assert line in captured.get()
+    assert "rank 0:" not in captured.get()
+    scraped = GatewayMetrics(lambda: state, tmp_path / "events.jsonl", "c").exposition().decode()
+    where = '{gpu="1",node="n",rank="1",uuid="GPU-8f"}'
+    values = {"memory_used_bytes": "3.075e+10", "memory_total_bytes": "1.5075e+11", "graphs": "3.0"}
+    for name, value in (values | {"exchange_ready": "0.0"}).items():
+        assert re.findall(rf"^elastic_ep_gpu_{name}{re.escape(where)} (\S+)$", scraped, re.MULTILINE) == [value]
 
 
 def test_where_weights_come_from_is_shown_while_a_rank_takes_them() -> None:

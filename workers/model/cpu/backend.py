@@ -37,6 +37,9 @@ class CpuBackend:
     def check(self, error: BaseException) -> None:
         """Nothing: a CPU computes on."""
 
+    def seen(self) -> None:
+        """None: it computes on no GPU."""
+
     def use_cores(self, count: int) -> None:
         """See `Backend`."""
         self._threads.count = max(1, min(count, MOST)) if self.device.type == "cpu" else 1

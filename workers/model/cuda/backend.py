@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from membership.base.enums import Exactness
 from membership.base.errors import DeviceLost, ModelError
+from membership.store.records import GpuUse
 from workers.model.backend import NO_POOL, Activation, Attention, AttentionSpec, HeldExperts, MoeBoundary, StepFunction
 from workers.model.calibrations import Calibrations
 from workers.model.cpu.compute_threads import ComputeThreads
@@ -35,6 +37,8 @@ class CudaBackend:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.pool_fd = NO_POOL
+        self._recorded: list[int] = []  # rows of each step that was
+        self._recorded_at = 0.0
         self.enter_thread()
 
     def enter_thread(self) -> None:
@@ -63,6 +67,26 @@ class CudaBackend:
                 torch.cuda.empty_cache()
         except RuntimeError as failed:
             raise DeviceLost(f"{self.device}: {str(failed).splitlines()[0]}") from error
+
+    def seen(self) -> GpuUse | None:
+        """See `Backend`."""
+        if self.device.type != "cuda":
+            return None
+        free, total = torch.cuda.mem_get_info(self.device)
+        index = self.device.index or 0
+        return GpuUse(
+            index=index,
+            uuid=f"GPU-{torch.cuda.get_device_properties(index).uuid}",  # as nvidia-smi has it
+            free=free,
+            total=total,
+            graphs=len(self._recorded),
+            graph_rows=tuple(sorted(set(self._recorded))),
+            recorded_at=self._recorded_at,
+        )
+
+    def _note_recorded(self, rows: int) -> None:
+        self._recorded.append(rows)
+        self._recorded_at = time.time()
 
     def use_cores(self, count: int) -> None:
         """Nothing: cores do not compute."""
@@ -116,4 +140,4 @@ class CudaBackend:
             return step
         if not isinstance(attention, CudaAttention):
             raise ModelError("this attention is not of the CUDA backend")
-        return StepGraphs(step, attention, experts)
+        return StepGraphs(step, attention, experts, self._note_recorded)

@@ -9,6 +9,7 @@ each kind is kept.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -140,8 +141,15 @@ class _Recording:
 class StepGraphs:
     """A step function that records decode steps of each size when it has met it a few times."""
 
-    def __init__(self, step: StepFunction, attention: CudaAttention, experts: MoeBoundary) -> None:
+    def __init__(
+        self,
+        step: StepFunction,
+        attention: CudaAttention,
+        experts: MoeBoundary,
+        on_recorded: Callable[[int], None] = lambda rows: None,
+    ) -> None:
         self._step = step
+        self._on_recorded = on_recorded
         self._attention = attention
         self._experts = experts
         self._met: Counter[_Size] = Counter()
@@ -179,5 +187,6 @@ class StepGraphs:
         finally:
             here.wait_stream(self._stream)
         self._recorded[size] = recording
+        self._on_recorded(size[0])
         log.info("step_recorded", rows=size[0], splits=size[1], whole=self._experts.on_device is not None)
         return out

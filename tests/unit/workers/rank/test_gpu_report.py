@@ -1,0 +1,62 @@
+"""A rank says what it uses of its GPU now and then, and how its rows travel."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+
+from membership.store.records import GpuUse
+from workers.protocol.device_note import NOTHING, DeviceNotes
+from workers.rank.gpu_report import EVERY_S, NOT_WANTED, GpuReport
+
+pytestmark = pytest.mark.unit
+
+
+class Device:
+    """A backend, as far as it is asked."""
+
+    def __init__(self, gpu: GpuUse | None) -> None:
+        self.gpu, self.asked = gpu, 0
+
+    def seen(self) -> GpuUse | None:
+        self.asked += 1
+        return self.gpu
+
+
+class Exchange:
+    def __init__(self, refusal: str) -> None:
+        self.refusal = refusal
+
+
+@pytest.mark.parametrize(
+    ("exchange", "said"),
+    [
+        (None, ("host", NOT_WANTED)),
+        (Exchange("rank 1: no P2P between GPUs 0 and 1"), ("host", "rank 1: no P2P between GPUs 0 and 1")),
+        (Exchange(""), ("cuda", "")),
+    ],
+)
+def test_the_note_has_the_gpu_and_how_rows_travel(exchange: Any, said: tuple[str, str]) -> None:
+    notes = DeviceNotes()
+    GpuReport(notes).rest(cast("Any", Device(GpuUse(index=1, uuid="u", free=2, total=9))), exchange)
+    gpu = notes.read().gpu
+    assert gpu is not None
+    assert (gpu.index, gpu.free, gpu.exchange, gpu.exchange_reason) == (1, 2, *said)
+
+
+def test_the_device_is_not_asked_in_each_step() -> None:
+    now = [100.0]
+    notes, device = DeviceNotes(), Device(GpuUse(index=0, uuid="u", free=2, total=9))
+    report = GpuReport(notes, lambda: now[0])
+    report.rest(None, None)  # it has none yet
+    for turn in range(1000):
+        now[0] = 100.0 + turn * EVERY_S / 500
+        report.rest(cast("Any", device), None)
+    assert device.asked == 2
+
+
+def test_a_rank_without_a_gpu_says_nothing() -> None:
+    notes = DeviceNotes()
+    GpuReport(notes).rest(cast("Any", Device(None)), None)
+    assert notes.read() == NOTHING

@@ -1,0 +1,39 @@
+"""When a rank says what it uses of its GPU (`device_note.py`): now and then, in its main thread between two steps.
+
+Asking the driver takes some tens of microseconds, so it is not done in each step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from workers.protocol.device_note import DeviceNote, DeviceNotes
+
+if TYPE_CHECKING:
+    from workers.model.backend import Backend
+    from workers.rank.gpu_exchange import GpuExchange
+
+EVERY_S = 2.0
+NOT_WANTED = "started without --gpu-exchange"
+
+
+class GpuReport:
+    """Of one rank process."""
+
+    def __init__(self, notes: DeviceNotes, clock: Callable[[], float] = time.monotonic) -> None:
+        self._notes, self._clock = notes, clock
+        self._due_at = 0.0
+
+    def rest(self, backend: Backend | None, exchange: GpuExchange | None) -> None:
+        """Call it often. What the device raises, it raises."""
+        if backend is None or (now := self._clock()) < self._due_at:
+            return
+        self._due_at = now + EVERY_S
+        if (gpu := backend.seen()) is not None:
+            refusal = NOT_WANTED if exchange is None else exchange.refusal
+            gpu = msgspec.structs.replace(gpu, exchange="host" if refusal else "cuda", exchange_reason=refusal)
+            self._notes.write(DeviceNote(gpu=gpu))
