@@ -15,6 +15,7 @@ from typing import Protocol
 
 import structlog
 
+from elastic.engine import relief
 from elastic.engine.adoption import Adoption, absent, adoption, leaving, trigger
 from elastic.engine.cut_links import CutLinks
 from elastic.engine.expert_load import LoadWindow
@@ -107,6 +108,7 @@ class Engine:
         self._staged_revision = 0  # of that next view, while it is staged
         self._pause_since: float | None = None  # since when a flip has kept tokens waiting
         self._expire_at = 0.0
+        self._relief_at = -math.inf  # when lost experts were last seen on their way back
         self._step_began: float | None = None  # the first one under the new view
         self._pause_ms = 0.0
         self._outcome = "ok"  # of the step under way
@@ -234,13 +236,22 @@ class Engine:
         now = self._clock()
         if now >= self._expire_at:
             self._expire_at = now + EXPIRE_EVERY_S
-            self._put(self._scheduler.expire(now))
+            if self._scheduler.held and self._relief_is_near():
+                self._relief_at = now
+            self._put(self._scheduler.expire(now, self._relief_at))
             if self._unrecorded:
                 self._fleet.probe()
             loads = self._loads.due(now, self._wall())
             if loads is not None:
                 self._status.publish_loads(loads)
             self._look_at_links()
+
+    def _relief_is_near(self) -> bool:
+        """Whether lost experts are on their way. No while the state is unreadable, which was logged."""
+        try:
+            return relief.is_near(self._mirror.state(), self._epoch, self._wall())
+        except SchemaError:
+            return False
 
     def _look_at_links(self) -> None:
         """Take in what our connections with other hosts have carried. Members only: of others the node is not known."""

@@ -6,6 +6,7 @@ an answer other than OK changes nothing here, and the same chunk is simply sched
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from itertools import count
@@ -99,6 +100,7 @@ class Scheduler:
         self.attempt = 0
         self.uncovered = config.moe_layers * config.experts
         self._held_since: float | None = now  # since when no step may run at all
+        self._covered_since = now  # since when they may, or could last
         self._homes: dict[int, Home] = {}
         copies = count(1)
         self._migration = Migration(config, engine_token, copies)
@@ -237,6 +239,7 @@ class Scheduler:
         if self.view is not None:
             self.uncovered = uncovered(self.view, self.masked, self.config)
         if self._homes and not self.uncovered:
+            self._covered_since = now if self.held else self._covered_since
             self._held_since = None
         elif self._held_since is None:
             self._held_since = now
@@ -316,17 +319,18 @@ class Scheduler:
         if sequence is not None:
             self._forget(sequence)
 
-    def expire(self, now: float) -> list[Output]:
-        """Reject what has waited for too long: for lost experts to come back, or for a place."""
+    def expire(self, now: float, relief_at: float = -math.inf) -> list[Output]:
+        """Reject what has waited for too long: for a place, or for lost experts since they were last on their way."""
         expired = []
         for sequence in self._sequences.values():
-            held = max(self._held_since, sequence.submitted) if self._held_since is not None else now
-            since = held if sequence.stalled_since is None else min(held, sequence.stalled_since)
+            since = now if sequence.stalled_since is None else max(sequence.stalled_since, self._covered_since)
+            if self._held_since is not None:
+                since = max(min(since, max(self._held_since, sequence.submitted)), relief_at)
             if now - since >= self.config.coverage_deadline_s:
                 expired.append(sequence)
         message = f"experts were not available for {self.config.coverage_deadline_s:g} s"
         rejected: list[Output] = [self._reject(sequence, 503, message, RETRY_AFTER_S) for sequence in expired]
-        for sequence in [] if self.held else self._waiting.late(now):
+        for sequence in [] if self.held else self._waiting.late(now, self._covered_since):
             self._forget(sequence)
             rejected.append(self._shed(sequence.request.request_id, Shed.WAIT, now))
         return rejected

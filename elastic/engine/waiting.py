@@ -7,6 +7,7 @@ worth asking again. One that an engine has taken on before (it ran, or its engin
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -109,10 +110,10 @@ class WaitingRoom:
             return Shed.TOKENS
         return None
 
-    def late(self, now: float) -> list[Sequence]:
-        """Those that have waited for too long."""
+    def late(self, now: float, since: float = -math.inf) -> list[Sequence]:
+        """Those that have waited for too long. Since `since` there are places."""
         limit = now - self._config.max_wait_s
-        return [each for each in self._waiting if not each.taken and each.submitted <= limit]
+        return [each for each in self._waiting if not each.taken and max(each.submitted, since) <= limit]
 
     def retry_after_s(self, now: float) -> float:
         """In how long all that wait now have a place, as fast as they found one lately."""

@@ -502,7 +502,8 @@ class ConfigOptions:
         kind=Kind.SIZE,
     )
     coverage_deadline_s: float = option(
-        DEFAULTS["coverage_deadline_s"], "Max time a request waits for lost experts before it gets a 503."
+        DEFAULTS["coverage_deadline_s"],
+        "Max time a request waits for lost experts, while no rank that may bring them starts, before it gets a 503.",
     )
     launch_deadline_s: float = option(
         DEFAULTS["launch_deadline_s"], "Max time for a rank to start and to link with the others; a load has none."

@@ -184,7 +184,7 @@ STEP_ANSWER_TIMEOUT_S = _time(1.0, "Max wait of a rank for room for its answer t
 
 _time = _times("request", "membership/store/records.py")
 COVERAGE_DEADLINE_S = _time(
-    30.0, "Max wait of a request for lost experts before it gets a 503 (default of `coverage_deadline_s`)"
+    30.0, "Max wait of a request for lost experts, none on their way, before a 503 (default of `coverage_deadline_s`)"
 )
 STEP_BUDGET_S = _time(0.1, "Time of a step that the prompts in it keep to; 0: none (default of `step_budget_s`)")
 MAX_WAIT_S = _time(120.0, "Max wait of a request for a place on a rank before it gets a 429 (default of `max_wait_s`)")

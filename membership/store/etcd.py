@@ -38,7 +38,8 @@ from membership.base.timing import STORE_CALL_TIMEOUT_S, STORE_CONNECT_TIMEOUT_S
 from membership.store.credentials import NO_CREDENTIALS, Credentials
 from membership.store.durability import acknowledges_early
 from membership.store.endpoints import parsed
-from membership.store.etcd3_compat import etcd3, etcdrpc
+from membership.store.etcd3_compat import etcdrpc
+from membership.store.etcd_channels import Channels
 from membership.store.etcd_session import Session, tls_refusal
 from membership.store.etcd_watch import EtcdWatch, Metadata, key_value, translated
 from membership.store.interface import (
@@ -55,20 +56,6 @@ from membership.store.interface import (
 )
 from membership.store.provenance import Provenance
 
-CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
-    ("grpc.keepalive_time_ms", 5000),
-    ("grpc.keepalive_timeout_ms", 2000),
-    ("grpc.http2.ping_timeout_ms", 2000),
-    ("grpc.keepalive_permit_without_calls", 0),  # etcd answers pings without a stream with "too many pings"
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-    ("grpc.lb_policy_name", "round_robin"),  # over the addresses of one name
-    ("grpc.use_local_subchannel_pool", 1),  # separate connections per store object
-    ("grpc.enable_http_proxy", 0),
-    ("grpc.max_receive_message_length", -1),  # a list of the whole prefix may exceed the default 4 MiB
-)
 LEAST_S = 0.05  # that an attempt is given
 FIRST_PROBE_S = 1.0  # then it is asked whether certificates are to blame
 _OPERATORS = {"=": "EQUAL", "!=": "NOT_EQUAL", "<": "LESS", ">": "GREATER"}
@@ -92,19 +79,9 @@ def connect(
     urls = parsed(endpoints)
     secure = urls[0].scheme == "https"
     credentials.check(secure=secure)
-    certificates = {
-        "ca_cert": credentials.ca,
-        "cert_cert": credentials.cert or None,
-        "cert_key": credentials.key or None,
-    }
-    clients: list[Any] = []
-    for url in urls:
-        # gRPC resolves a name anew for each connection
-        host, _, port = f"dns:///{url.netloc}".rpartition(":") if url.netloc else ("unix", "", url.path)
-        options = list(CHANNEL_OPTIONS)
-        clients.append(etcd3.Etcd3Client(host, port, grpc_options=options, **(certificates if secure else {})))
     where = ",".join(f"{url.scheme}://{url.netloc}{url.path}" for url in urls)
-    store = EtcdStore(clients, where, timeout_s, Provenance(seen), Session(credentials, where), prefix)
+    channels, session = Channels(urls, credentials), Session(credentials, where)
+    store = EtcdStore(channels, where, timeout_s, Provenance(seen), session, prefix)
     with ExitStack() as undo:
         undo.callback(store.close)
         if secure:
@@ -139,18 +116,18 @@ class EtcdStore:
 
     def __init__(
         self,
-        clients: Sequence[Any],
+        channels: Channels,
         where: str,
         timeout_s: float,
         provenance: Provenance,
         session: Session,
         prefix: str,
     ) -> None:
-        self._clients = clients
+        self._channels = channels
         self._session = session
         self._nothing = Get(prefix + "\0")  # a key that does not exist
         self._acknowledges_early = True  # until its version is known
-        self._turn = random.randrange(len(clients))  # so that clients use different members
+        self._turn = random.randrange(len(channels))  # so that clients use different members
         self._provenance = provenance
         self._where = where
         self._timeout_s = timeout_s
@@ -237,11 +214,11 @@ class EtcdStore:
         self._probe_if_doubtful(self._timeout_s)
         turn = self._turn
         try:
-            watch = self._begin_watch(self._clients[turn], prefix, start_revision)
+            watch = self._begin_watch(self._channels[turn], prefix, start_revision)
         except StoreDenied as error:
             if not self._session.forgotten(error):
                 raise
-            watch = self._begin_watch(self._clients[turn], prefix, start_revision)
+            watch = self._begin_watch(self._channels[turn], prefix, start_revision)
         self._watches = {old: endpoint for old, endpoint in self._watches.items() if not old.closed} | {watch: turn}
         return watch
 
@@ -253,8 +230,7 @@ class EtcdStore:
         self._closed.set()
         for watch in self._watches:
             watch.close()
-        for client in self._clients:
-            client.close()
+        self._channels.close()
 
     def _begin_watch(self, client: Any, prefix: str, start_revision: int) -> EtcdWatch:
         stub, metadata = etcdrpc.WatchStub(client.channel), self._session.metadata(client, self._timeout_s)
@@ -268,8 +244,8 @@ class EtcdStore:
 
     def _next_endpoint(self, turn: int) -> None:
         """Use the next endpoint, unless another thread has switched already; break watches of the old one."""
-        if self._turn == turn and len(self._clients) > 1:
-            self._turn = (turn + 1) % len(self._clients)
+        if self._turn == turn and len(self._channels) > 1:
+            self._turn = (turn + 1) % len(self._channels)
             for watch, endpoint in list(self._watches.items()):  # otherwise its silence would look like no changes
                 if endpoint == turn:
                     watch.break_off()
@@ -348,17 +324,25 @@ class EtcdStore:
         if self._closed.is_set():
             raise StoreUnavailable(f"the connection to etcd at {self._where} is closed")
         try:
-            return self._send(method, self._clients[turn], request, timeout_s)
+            return self._send(method, self._channels[turn], request, timeout_s)
         except grpc.RpcError as error:
             ours = translated(error, what, self._where)
-            if isinstance(ours, StoreUnavailable) and not ours.definite:
-                self._provenance.doubt()
-                self._next_endpoint(turn)
+            self._note(ours, turn)
             raise ours from error
+        except StoreUnavailable as error:  # so soon: it was asked for a token first
+            self._note(error, turn)
+            raise
         except ValueError as error:  # raised by gRPC if the channel was closed meanwhile
             raise StoreUnavailable(f"etcd at {self._where}: {what}: {error}") from error
         except Exception as error:
             raise self._without_resources(error, what) from error
+
+    def _note(self, error: Exception, turn: int) -> None:
+        """Where there was no answer, the next call may be to another store, with other certificates, elsewhere."""
+        if isinstance(error, StoreUnavailable) and not error.definite:
+            self._provenance.doubt()
+            self._channels.lost()
+            self._next_endpoint(turn)
 
     def _without_resources(self, error: Exception, what: str) -> Exception:
         """What this process lacked (a thread, memory, a descriptor) is an outage of the store to its callers."""

@@ -116,7 +116,7 @@ class ClusterConfig(Record, frozen=True, kw_only=True):
     restart_window_s: float = RESTART_WINDOW_S
     launch_deadline_s: float = LAUNCH_DEADLINE_S  # of a rank's start and of its handshakes, never of a load
     load_stall_s: float = LOAD_STALL_S  # a load that makes no progress for this long is given up
-    coverage_deadline_s: float = COVERAGE_DEADLINE_S  # max wait of a request for lost experts before it gets a 503
+    coverage_deadline_s: float = COVERAGE_DEADLINE_S  # max wait of a request for lost experts, none on their way
     files: tuple[tuple[str, str], ...] = ()  # (name, digest) of the checkpoint's small files, e.g. tokenizer.json
     served_model_aliases: tuple[str, ...] = ()  # more names of the model in the API
     min_agents: int = 1  # how many must be there before the first ranks start

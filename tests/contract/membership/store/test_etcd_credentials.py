@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import select
+import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import msgspec
 import pytest
 
 from elastic.serve.etcd_server import EtcdServer
-from membership.base.errors import ConfigError, StoreDenied
+from membership.base.errors import ConfigError, StoreDenied, StoreUnavailable
 from membership.store.credentials import Credentials
 from membership.store.etcd import EtcdStore, connect
 from membership.store.etcd_session import tls_refusal
@@ -118,6 +119,27 @@ def test_a_password_may_change_while_it_is_served(own: SecuredEtcd) -> None:
         assert "--etcd-password-file" in caught.value.hint
         Path(own.credentials.password_file).write_text("another\n")
         store.probe(T)
+
+
+def test_certificates_may_change_while_it_is_served(own: SecuredEtcd, tmp_path: Path) -> None:
+    """All of them, as with another authority; first the client's are not all there yet."""
+    other = Authority(tmp_path / "other")
+    made = {Path(path).name: path for name in ("etcd", "client") for path in other.issue(name)}
+    with closing(own.connect(prefix=KEYS.prefix)) as store, Mirror(store, KEYS.cluster, probe_every_s=0.1) as mirror:
+        store.put(KEYS.desired, b"")
+        eventually(lambda: mirror.synced, T, "the first watch")
+        own.server.kill()
+        ours = Path(own.credentials.ca).parent
+        shutil.copy(other.pem, own.credentials.ca)
+        for name in ("etcd.pem", "etcd.key", "client.pem"):
+            shutil.copy(made[name], ours / name)
+        own.server.restart()
+        with pytest.raises(StoreUnavailable):
+            store.probe(1.0)
+        shutil.copy(made["client.key"], own.credentials.key)
+        store.probe(T)
+        store.put(KEYS.desired, b"")
+        eventually(lambda: mirror.synced, T, "the mirror to watch again")
 
 
 def test_a_password_is_in_no_error_and_no_repr(own: SecuredEtcd) -> None:

@@ -85,7 +85,8 @@ def test_a_request_that_loses_its_rank_is_never_refused() -> None:
     scheduler.set_view(view(2, {1: 11}), [], 1.0)
     scheduler.lose_ranks([1], 1.0)
     scheduler.set_view(view(3, {2: 12}), [], 25.0)
-    client.take(scheduler.expire(25.0))
+    assert scheduler.expire(25.0) == [], "there were no places to wait for until now"
+    client.take(scheduler.expire(45.0))
     assert sorted(client.ends) == ["r4", "r5"]
 
 
