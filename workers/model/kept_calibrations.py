@@ -1,21 +1,25 @@
 """Measurements of this host's kernels on disk, so that the next start need not measure: that takes seconds to minutes.
 
-By CPU, code (ours, torch's), threads and the model's config: what was measured for anything else is another file.
+By CPU, libraries with their settings, the code of kernels and of measuring (`code.py`), threads and the model's
+config: what was measured for anything else is another file, and no edit elsewhere has it measured again.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 import msgspec
+import torch
 
 from membership.base.kept_files import KeptFiles
 
 FOLDER = "calibrations"
 CPU_LINES = ("vendor_id", "model name", "stepping", "microcode", "flags", "CPU implementer", "CPU part", "Features")
+SETTINGS = ("ATEN_", "DNNL_", "MKL_", "ONEDNN_")  # of the environment: which kernels the libraries choose
 Known = dict[str, tuple[int, ...]]
 
 
@@ -28,11 +32,17 @@ def cpu() -> str:
     return ""
 
 
+def libraries() -> str:
+    """What computes: the libraries that torch was built with, and how the environment has them choose their kernels."""
+    set_here = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith(SETTINGS))
+    return "\n".join((torch.__config__.show(), *set_here))
+
+
 class KeptCalibrations:
     """What is known for `key`."""
 
     def __init__(self, key: str, directory: Path | None = None) -> None:
-        self._key = f"{cpu()}\n{key}".encode()
+        self._key = f"{cpu()}\n{libraries()}\n{key}".encode()
         self._files = KeptFiles(FOLDER, directory)
 
     def load(self) -> Known:

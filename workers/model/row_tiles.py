@@ -17,7 +17,9 @@ from torch import Tensor
 from membership.base.errors import ModelError
 
 REFERENCE = 16
-FILLED_AT_ONCE = 1024  # rows of a matrix that is made up to measure with
+SAMPLE = 128  # rows
+TELLING = 1 << 14  # elements of products, in nearly each of which another order of summation shows
+MADE_UP = 1024  # rows of a matrix to measure with, after which it repeats them
 CANDIDATES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 96, 112, 128)
 
 
@@ -49,23 +51,23 @@ class RowTiles:
         return out if padded == count else out[:count]
 
 
-def calibrate(fn: Callable[[Tensor], Tensor], sample: Tensor, what: str) -> RowTiles:
+def calibrate(fn: Callable[[Tensor], Tensor], sample: Tensor, what: str, enough: int = SAMPLE) -> RowTiles:
     """Find the row counts on which `fn` agrees with its 16-row results on the 128 rows of `sample`.
 
-    ModelError if already those depend on the order of the rows; `what` is named in it.
+    `enough` of them, whole calls and two where they fit, are looked at for each count. ModelError if already the 16-row
+    results depend on the order of the rows; `what` is named in it.
     """
     reference = torch.cat([fn(part) for part in cut(sample, REFERENCE)])
-    turned = torch.cat([fn(part.flip(0)).flip(0) for part in cut(sample, REFERENCE)])
-    if not torch.equal(reference, turned):
+
+    def agree(size: int, rows: int, there: Callable[[Tensor], Tensor] = fn) -> bool:
+        pieces = zip(cut(sample[:rows], size), cut(reference[:rows], size), strict=True)
+        return all(torch.equal(there(part), wanted) for part, wanted in pieces)
+
+    if not agree(REFERENCE, enough, lambda part: fn(part.flip(0)).flip(0)):
         hint = "--exactness stock serves without the guarantee"
         raise ModelError(f"{what}: a row's result depends on its place in the batch on this machine", hint=hint)
-    agreed = []
-    for size in CANDIDATES:
-        count = len(sample) // size * size
-        out = torch.cat([fn(part) for part in cut(sample[:count], size)])
-        if torch.equal(out, reference[:count]):
-            agreed.append(size)
-    return RowTiles(tuple(agreed))
+    looked_at = {size: min(max(enough, 2 * size), SAMPLE) // size * size for size in CANDIDATES}
+    return RowTiles(tuple(size for size, rows in looked_at.items() if agree(size, rows)))
 
 
 def calibrate_product(
@@ -84,11 +86,14 @@ def calibrate_product(
     pairs = width // 2
     order = torch.randperm(width, generator=generator)
     left, right = order[:pairs], order[pairs : 2 * pairs]
-    rows, columns = torch.zeros(128, width), torch.zeros(out_width, width, dtype=weight.dtype)
-    rows[:, left] = torch.randn(128, pairs, generator=generator)
+    rows, some = torch.zeros(SAMPLE, width), torch.zeros(min(out_width, MADE_UP), width, dtype=weight.dtype)
+    rows[:, left] = torch.randn(SAMPLE, pairs, generator=generator)
     rows[:, right] = -rows[:, left]
-    for part in torch.split(columns, FILLED_AT_ONCE):  # an output layer is large, a loading rank is not to be
-        part[:, left] = torch.randn(len(part), pairs, generator=generator).to(weight.dtype)
-        part[:, right] = part[:, left]
+    some[:, left] = torch.randn(len(some), pairs, generator=generator).to(weight.dtype)
+    some[:, right] = some[:, left]
+    columns = torch.empty(out_width, width, dtype=weight.dtype)
+    for part in torch.split(columns, len(some)):  # an output layer is large, a loading rank is not to be
+        part.copy_(some[: len(part)])
     made = lay(columns.to(weight.device))
-    return calibrate(lambda part: product(part, made), rows.to(weight.device, weight.dtype), what)
+    enough = min(-(-TELLING // (out_width * REFERENCE)) * REFERENCE, SAMPLE)  # few rows of a wide matrix
+    return calibrate(lambda part: product(part, made), rows.to(weight.device, weight.dtype), what, enough)

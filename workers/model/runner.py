@@ -13,7 +13,7 @@ from membership.base.errors import ModelError
 from workers.model.attention_plan import StepPlan, plan_step
 from workers.model.backend import AttentionSpec, KVCache, Reached
 from workers.model.calibrations import Calibrations
-from workers.model.code import code_version
+from workers.model.code import measured_code
 from workers.model.expert_bank import LocalExpertBank
 from workers.model.grammar import Grammars
 from workers.model.hooks import connect_attention, connect_experts
@@ -58,7 +58,8 @@ class ModelRunner:
         self.moe = MoeLayers(len(loaded.expert_modules), loaded.info.experts)
         invariant = exactness == Exactness.INVARIANT
         kernels = f"{self.fingerprint()}/{backend.device.type}"
-        measured_for = f"{code_version()}\n{torch.get_num_threads()} threads\n{loaded.config_digest}\n{kernels}"
+        code = measured_code(backend.device.type)
+        measured_for = f"{code}\n{torch.get_num_threads()} threads\n{loaded.config_digest}\n{kernels}"
         kept = KeptCalibrations(measured_for) if invariant else None
         activation = activation_of(loaded.expert_modules[0])
         self.products = backend.expert_products(

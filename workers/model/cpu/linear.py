@@ -16,7 +16,7 @@ from membership.base.errors import ModelError
 from workers.model.calibrations import Calibrations
 from workers.model.cpu.compute_threads import ComputeThreads, product_work
 from workers.model.packing import is_packed, linear, repacked
-from workers.model.row_tiles import CANDIDATES, REFERENCE, RowTiles, calibrate, calibrate_product, cut
+from workers.model.row_tiles import CANDIDATES, REFERENCE, SAMPLE, RowTiles, calibrate, calibrate_product, cut
 
 VECTOR = 64  # no narrower than two vectors of any type: what elementwise kernels handle at once
 
@@ -72,7 +72,7 @@ def _calibrate_module(module: nn.Module, name: str) -> RowTiles:
         return calibrate_product(lambda rows, w: functional.linear(rows, w, bias), weight, name)
     # Norms compute in fp32 whatever they are given, and show it when given fp32.
     dtype = weight.dtype if weight.dim() == 2 else torch.float32
-    sample = torch.randn(128, weight.shape[-1], generator=torch.Generator().manual_seed(0)).to(weight.device, dtype)
+    sample = torch.randn(SAMPLE, weight.shape[-1], generator=torch.Generator().manual_seed(0)).to(weight.device, dtype)
     tiles = calibrate(lambda rows: _row_outputs(module(rows)), sample, name)
     if weight.dim() < 2:
         return tiles

@@ -9,8 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.families import write_checkpoint
+from tests.support.model_helpers import make_runner
 from workers.agent.weight_store import WeightStore
+from workers.model import code
 from workers.model.calibrations import Calibrations
+from workers.model.cpu import expert_products, linear
 from workers.model.kept_calibrations import FOLDER, KeptCalibrations
 from workers.model.shared_weights import SharedWeights
 from workers.protocol.weight_client import WeightClient
@@ -39,6 +43,33 @@ def test_the_next_start_measures_nothing(tmp_path: Path, kept: KeptCalibrations)
     again.keep()
     assert kept.load() == SIZES | {"attention": (4,)}
     assert KeptCalibrations("another model", tmp_path).load() == {}
+
+
+def test_other_settings_of_the_libraries_are_measured_anew(
+    tmp_path: Path, kept: KeptCalibrations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert KeptCalibrations("this model", tmp_path).load() == {}
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+    assert KeptCalibrations("this model", tmp_path).load() == SIZES
+
+
+def test_a_start_after_an_edit_that_touches_no_kernel_measures_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ELASTIC_CACHE_DIR", str(tmp_path / "cache"))
+    write_checkpoint(tmp_path / "model", "qwen3_moe")
+    make_runner(tmp_path / "model").close()
+    before = code.code_version()
+    monkeypatch.setattr(code, "ROOMS", ("model",))  # as if code elsewhere were other code
+    code.code_version.cache_clear()
+    try:
+        assert code.code_version() != before
+        for place in (linear, expert_products):
+            monkeypatch.setattr(place, "calibrate_product", lambda *_: pytest.fail("it was measured"))
+        make_runner(tmp_path / "model").close()
+    finally:
+        code.code_version.cache_clear()
 
 
 def test_a_damaged_file_is_measured_again_and_replaced(kept: KeptCalibrations, file: Path) -> None:
