@@ -1,6 +1,6 @@
 """Which steps all ranks run together over their GPUs' windows (`--gpu-exchange`), and when one of them is called off.
 
-It may have pieces of prompts, as long as each rank's rows fit into the windows: prompts are cut for that (`most_rows`).
+It may have pieces of prompts: windows have room for as many rows as a rank has in any step (`max_batched_tokens`).
 Ranks of such a step wait for each other's kernels, also for those of ranks without requests. So all live ranks are
 named in it, and once one of them is lost or does not finish, it is called off for all: the word that their kernels look
 at is set beyond its numbers. Its chunks are in the next step again. Pure: the loop carries out what is decided here.
@@ -15,7 +15,7 @@ import msgspec
 from membership.base.rank_id import RankId
 from membership.store.records import ClusterConfig, View
 from workers.protocol.liveness import NUMBERS_PER_S
-from workers.protocol.messages import TOGETHER_ROWS, StepBatch, StepResult, StepStatus
+from workers.protocol.messages import StepBatch, StepResult, StepStatus
 
 
 class GpuSteps:
@@ -35,7 +35,7 @@ class GpuSteps:
         Numbers are microseconds of the host's clock, so that those of the next engine are larger than all of ours.
         """
         live = frozenset(view.ranks) - set(batch.masked)
-        self._running = all(_rows(batch, rank) <= TOGETHER_ROWS for rank in live) and self._able(view, live, near)
+        self._running = self._able(view, live, near)
         if not self._running:
             return batch
         self._epoch = view.epoch
@@ -43,11 +43,6 @@ class GpuSteps:
         self._below = first + self._layers
         named = {rank: batch.ranks.get(rank, []) for rank in sorted(live)}
         return msgspec.structs.replace(batch, ranks=named, together=first)
-
-    def most_rows(self, view: View, masked: Set[int], near: Set[RankId], usual: int) -> int:
-        """How many rows a rank should have in the next step, so that all may run it together; or as many as usual."""
-        able = self._slots and self._able(view, frozenset(view.ranks) - masked, near)
-        return min(usual, TOGETHER_ROWS) if able else usual
 
     def _able(self, view: View, live: frozenset[int], near: Set[RankId]) -> bool:
         return (
@@ -88,7 +83,3 @@ class GpuSteps:
         if result.status is StepStatus.APART or (result.status is StepStatus.CALLED_OFF and self._running):
             self._apart = result.epoch
         return self.failed()
-
-
-def _rows(batch: StepBatch, rank: int) -> int:
-    return sum(len(chunk.tokens) for chunk in batch.ranks.get(rank, ()))

@@ -148,8 +148,6 @@ class Engine:
                 self._flush()
                 self._handle(self._fleet.collect(min(wait_s, IDLE_S), self._has_news))
                 return
-            if self._config.gpu_exchange:
-                self._limit_rows()
             batch = self._scheduler.schedule(self._clock())
             if batch is None:
                 self._idle()
@@ -178,12 +176,6 @@ class Engine:
         self._fleet.broadcast(self._traces.begun(batch))
         self._flush()
         self._take_requests()
-
-    def _limit_rows(self) -> None:
-        """Prompts, too, are cut so that ranks may run a step together over their GPUs: host memory is far slower."""
-        scheduler, usual = self._scheduler, self._config.max_batched_tokens
-        if scheduler.view is not None:
-            scheduler.most_rows = self._gpu.most_rows(scheduler.view, scheduler.masked, self._fleet.near, usual)
 
     def _end_step(self) -> None:
         self._steps[self._outcome] += 1

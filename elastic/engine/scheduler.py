@@ -17,7 +17,7 @@ from elastic.engine.prefix import Contents, crowding
 from elastic.engine.reserve import Reserve
 from elastic.engine.salvage import Salvage
 from elastic.engine.sequence import Home, Sequence, refusal
-from elastic.engine.step_budget import FLOOR_TOKENS, StepBudget, Work, shares
+from elastic.engine.step_budget import StepBudget, Work, shares
 from elastic.engine.turns import OUTPUT_COST
 from elastic.engine.waiting import Shed, WaitingRoom
 from elastic.protocol import EndToken, Rejected, Submit, Tokens
@@ -109,7 +109,6 @@ class Scheduler:
         self._waiting = WaitingRoom(config)
         self._reserve = Reserve(config)
         self._budget = StepBudget(config.step_budget_s, config.max_batched_tokens)
-        self.most_rows = config.max_batched_tokens  # of a rank in the next step, if that leaves prompts a share
         self._serving: set[int] = set()  # ranks without chunks that owe an answer, too
         self._under_way: tuple[Work, float] | None = None  # the step in flight, if its time will mean something
         self._begun: Work | None = None  # the last step, until it is known that it took too long
@@ -471,9 +470,7 @@ class Scheduler:
         for sequence in [each for each in able if not _prefilling(each)][: self.config.max_batched_tokens]:
             self._begin(home, sequence, 1)
         prompts = sorted((each for each in able if _prefilling(each) and each.home is home), key=_new)
-        few = self.most_rows - len(home.in_flight)
-        most = few if few >= FLOOR_TOKENS else self.config.max_batched_tokens - len(home.in_flight)
-        budget = min(prompt_tokens, most)
+        budget = min(prompt_tokens, self.config.max_batched_tokens - len(home.in_flight))
         given = shares([(_new(each), each.remaining) for each in prompts], budget)
         for sequence, tokens in zip(prompts, given, strict=True):
             self._begin(home, sequence, tokens)

@@ -12,6 +12,8 @@ from membership.planning.cluster_facts import scale_refusal
 from membership.store.records import ClusterConfig
 from workers.model.content import small_files
 
+GPU_TOKENS = 2048  # of a rank and step: fewer are bound by reading the weights, and by how fast the host launches
+
 
 def cluster_config(options: ServeOptions | InitOptions) -> ClusterConfig:
     """Check the options against the model. Raises ModelError, ConfigError or PlanRefused."""
@@ -27,6 +29,7 @@ def cluster_config(options: ServeOptions | InitOptions) -> ClusterConfig:
         model=str(directory),
         served_model_name=names[0],
         served_model_aliases=names[1:],
+        max_batched_tokens=_batched_tokens(options),
         moe_layers=info.moe_layers,
         experts=info.experts,
         expert_bytes=info.expert_bytes(options.dtype),
@@ -42,6 +45,11 @@ def cluster_config(options: ServeOptions | InitOptions) -> ClusterConfig:
     if refused:
         raise PlanRefused(refused)
     return config
+
+
+def _batched_tokens(options: ServeOptions | InitOptions) -> int:
+    on_gpus = options.device is Device.CUDA or options.gpu_exchange
+    return GPU_TOKENS if on_gpus else int(DEFAULTS["max_batched_tokens"])
 
 
 def _check_gpu_exchange(slots: int, device: Device, ranks: int) -> None:

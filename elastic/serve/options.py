@@ -447,7 +447,7 @@ class ConfigOptions:
     )
     gpu_exchange: int = option(
         DEFAULTS["gpu_exchange"],
-        "Rows travel between the GPUs of so many ranks of one host, 2 to 8, 128 per step (0 = over host memory).",
+        "Rows travel between the GPUs of so many ranks of one host, 2 to 8 (0 = over host memory).",
         minimum=0,
         maximum=8,
     )
@@ -468,7 +468,7 @@ class ConfigOptions:
     )
     step_budget_s: float = option(
         DEFAULTS["step_budget_s"],
-        "Max time of a step while requests wait for each other: prompts are cut to fit (0 = 512 tokens each).",
+        "Max time of a step while requests wait for each other: prompts are cut to fit (0: 512 tokens, GPUs 2048).",
     )
     max_waiting_requests: int = option(
         DEFAULTS["max_waiting_requests"],

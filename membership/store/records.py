@@ -94,7 +94,7 @@ class ClusterConfig(Record, frozen=True, kw_only=True):
     max_model_len: int = 4096
     block_size: int = 16  # tokens per KV block
     kv_blocks: int = 1024  # KV blocks per rank
-    gpu_exchange: int = 0  # rows of decode steps travel between the GPUs of so many ranks; 0: over host memory
+    gpu_exchange: int = 0  # rows travel between the GPUs of so many ranks; 0: over host memory
     homes: Homes = Homes.APART
     prefix_cache: bool = True  # KV blocks of earlier requests serve later ones that begin alike
     kv_pools: bool = True  # a dead rank's KV blocks serve its requests on the other ranks of its host

@@ -69,10 +69,6 @@ Known = dict[int, bytes]
 """What a rank's KV blocks hold: block -> name (`elastic/engine/prefix.py`); empty: nothing that is known."""
 
 
-TOGETHER_ROWS = 128
-"""Of a rank at most, in a step that all ranks run together; each is the only token of its sequence in the step."""
-
-
 class StepBatch(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """One step of the whole cluster, broadcast to all ranks. Ranks that are not named only serve experts."""
 

@@ -17,7 +17,7 @@ import structlog
 from membership.base.errors import ElasticError
 from membership.base.timing import TOGETHER_S
 from membership.store.records import View
-from workers.protocol.messages import TOGETHER_ROWS, StepBatch
+from workers.protocol.messages import StepBatch
 from workers.protocol.window_client import WindowAsked, window_of
 from workers.rank.worker_api import WorkerContext
 
@@ -95,7 +95,7 @@ class GpuExchange:
         from workers.model.moe import activation_of
 
         hidden = int(runner.loaded.model.config.hidden_size)
-        shape = WindowShape(config.gpu_exchange, config.experts, TOGETHER_ROWS, hidden, info.top_k)
+        shape = WindowShape(config.gpu_exchange, config.experts, config.max_batched_tokens, hidden, info.top_k)
         if self._ctx.rank >= shape.ranks:
             raise Apart(f"--gpu-exchange {shape.ranks} is for ranks 0 to {shape.ranks - 1}")
         gpu = torch.cuda.current_device()

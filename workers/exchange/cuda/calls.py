@@ -65,11 +65,8 @@ class DeviceCalls:
         self._loads = self._numbers(layers, shape.held, kind=torch.int64)
         self._held = self._numbers(places, kind=torch.int64) + NO_PLACE
         self._real = self._numbers(1)
-        self._ends, self._starts, self._sizes = (
-            self._numbers(shape.held + 1),
-            self._numbers(places),
-            self._numbers(places),
-        )
+        self._ends = self._numbers(shape.held + 1)
+        self._starts, self._sizes, self._firsts = self._numbers(3, places)
         self._row_of = self._numbers(shape.rows * shape.top_k)
         self._packed = torch.zeros(shape.room, shape.hidden, dtype=torch.bfloat16, device=self._device)
 
@@ -133,7 +130,7 @@ class DeviceCalls:
         ]  # fmt: skip
         tensors = [
             self._where[of_layer], self._held, self._real, ids, weights, self._row_of, hidden, self._packed,
-            self._ends, self._loads[of_layer], self._starts, self._sizes, computed, out,
+            self._ends, self._loads[of_layer], self._starts, self._sizes, self._firsts, computed, out,
         ]  # fmt: skip
         words = [*numbers, *(tensor.data_ptr() for tensor in tensors), *self._windows]
         return struct.pack(f"<{len(words)}Q", *words)

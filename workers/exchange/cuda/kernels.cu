@@ -2,6 +2,7 @@
 //
 // A call has a number, the attempt's base + the layer. Numbers rise, also from one attempt to the next.
 //   dispatch  writes the rows for each expert in use into its holder's window, then their number as `asked`.
+//             There they lie by place without gaps: their holder adds up numbers to find them, as their owner did.
 //   collect   waits for `asked` of every live rank, also of those that have no rows, and packs rows by expert.
 //   reply     writes what the experts gave into the windows of the rows' owners, then `answered`.
 //   combine   waits for `answered` of the holders of its rows alone, and sums in fp32 by ascending expert.
@@ -31,12 +32,12 @@ struct Args {  // 64 bits each, in the order of calls.py
   const int *real;                // rows of the step, of which there are `tokens` with its padding
   const long long *ids;           // [tokens, TOP_K]
   const float *weights;           // [tokens, TOP_K]
-  int *row_of;                    // [tokens, TOP_K]: which row for its expert each pair is
+  int *row_of;                    // [tokens, TOP_K]: which row of all that its holder is asked each pair is
   const uint4 *hidden;            // [tokens, CHUNKS]
   uint4 *packed;                  // [ROOM, CHUNKS]: group g is rows ends[g] to ends[g + 1]
   int *ends;                      // [HELD + 1]
   u64 *loads;                     // [HELD]: rows for each place since the host last looked
-  int *starts, *sizes;            // [RANKS * HELD]: where the rows of each rank for each place are in `packed`
+  int *starts, *sizes, *firsts;   // [RANKS * HELD]: where rows of each rank for each place are in `packed`, and there
   const uint4 *computed;          // [ROOM, CHUNKS]
   uint4 *out;                     // [tokens, CHUNKS]
   char *windows[8];
@@ -44,10 +45,10 @@ struct Args {  // 64 bits each, in the order of calls.py
 
 #define THREADS 256
 #define WARPS (THREADS / 32)
-#define LOOKS ((ROWS * TOP_K + THREADS - 1) / THREADS)
 #define WORDS (RANKS * HELD)
-#define QUESTION(window, bank, at) ((uint4 *)((window) + QUESTIONS_AT) + ((u64)(bank) * WORDS + (at)) * ROWS * CHUNKS)
-#define ANSWER(window, at) ((uint4 *)((window) + ANSWERS_AT) + (u64)(at) * ROWS * CHUNKS)
+#define PAIRS (ROWS * TOP_K)
+#define QUESTIONS(window, bank, rank) ((uint4 *)((window) + QUESTIONS_AT) + ((u64)(bank) * RANKS + (rank)) * PAIRS * CHUNKS)
+#define ANSWERS(window, rank) ((uint4 *)((window) + ANSWERS_AT) + (u64)(rank) * PAIRS * CHUNKS)
 #define ASKED(window, bank, at) ((u64 *)((window) + ASKED_AT) + (bank) * WORDS + (at))
 #define ANSWERED(window, at) ((u64 *)((window) + ANSWERED_AT) + (at))
 #define ROW_BITS 16
@@ -124,37 +125,46 @@ extern "C" __global__ void __launch_bounds__(THREADS) dispatch(const __grid_cons
   if (blockIdx.x == 0 && threadIdx.x == 0) *a.ended = 0;
   long long expert = a.held[blockIdx.x];
   bool masked = is_masked(a, rank), used = expert >= 0 && expert < a.experts && a.where[expert] == (rank << 32 | place);
-  int tokens = min(max(*a.real, 0), (int)a.tokens), pairs = used ? tokens * TOP_K : 0;
+  int tokens = min(min(max(*a.real, 0), (int)a.tokens), ROWS), pairs = used ? tokens * TOP_K : 0;
   if (is_off(a) || masked) return;
-  __shared__ int chosen[ROWS], of_warp[WARPS];
-  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, found = 0;
-  unsigned votes[LOOKS];
-#pragma unroll
-  for (int i = 0; i < LOOKS; ++i) {  // each warp looks at pairs that follow each other
-    int pair = (warp * LOOKS + i) * 32 + lane;
-    votes[i] = __ballot_sync(~0u, pair < pairs && a.ids[pair] == expert);
-    found += __popc(votes[i]);
+  __shared__ int chosen[ROWS], of_warp[WARPS], before;
+  if (threadIdx.x == 0) before = 0;
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, found = 0, earlier = 0;
+  int looks = (pairs + THREADS - 1) / THREADS, first = warp * looks * 32 + lane;  // each warp's pairs follow each other
+#pragma unroll 4
+  for (int i = 0; i < looks; ++i) {
+    int pair = first + i * 32;
+    long long id = pair < pairs ? a.ids[pair] : -1;
+    u64 at = id >= 0 && id < a.experts ? a.where[id] : ~0ull;
+    earlier += at >> 32 == rank && (at & 0xffffffff) < place;
+    found += __popc(__ballot_sync(~0u, id == expert));
   }
-  if (lane == 0) of_warp[warp] = found;
+  earlier = __reduce_add_sync(~0u, earlier);
+  __syncthreads();
+  if (lane == 0) of_warp[warp] = found, atomicAdd(&before, earlier);
   __syncthreads();
   int next = 0, count = 0;
   for (int w = 0; w < WARPS; ++w) next += w < warp ? of_warp[w] : 0, count += of_warp[w];
-#pragma unroll
-  for (int i = 0; i < LOOKS; ++i) {
-    int pair = (warp * LOOKS + i) * 32 + lane, row = next + __popc(votes[i] & ((1u << lane) - 1));
-    if ((votes[i] >> lane & 1) && row < ROWS) chosen[row] = pair / TOP_K, a.row_of[pair] = row;
-    next += __popc(votes[i]);
+#pragma unroll 4
+  for (int i = 0; i < looks; ++i) {
+    int pair = first + i * 32;
+    bool mine = pair < pairs && a.ids[pair] == expert;
+    unsigned votes = __ballot_sync(~0u, mine);
+    int row = next + __popc(votes & ((1u << lane) - 1));
+    if (mine && row < ROWS) chosen[row] = pair / TOP_K, a.row_of[pair] = before + row;
+    next += __popc(votes);
   }
   __syncthreads();
-  if (count > ROWS) {  // only where a token names an expert twice
+  if (count > ROWS || before + count > PAIRS) {  // only where a token names an expert twice
     if (threadIdx.x == 0) fail(a, TOO_MANY);
     return;
   }
   char *window = a.windows[rank];
-  u64 at = a.me * HELD + place, bank = number & 1;
-  copy_rows(QUESTION(window, bank, at), count, [&](int r) { return a.hidden + (u64)chosen[r] * CHUNKS; });
+  u64 bank = number & 1;
+  uint4 *to = QUESTIONS(window, bank, a.me) + (u64)before * CHUNKS;
+  copy_rows(to, count, [&](int r) { return a.hidden + (u64)chosen[r] * CHUNKS; });
   __syncthreads();
-  if (threadIdx.x == 0) release(ASKED(window, bank, at), number << ROW_BITS | (unsigned)count);
+  if (threadIdx.x == 0) release(ASKED(window, bank, a.me * HELD + place), number << ROW_BITS | (unsigned)count);
 }
 
 // Block: 0, or 1 + the place of an expert that this rank holds.
@@ -162,12 +172,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) collect(const __grid_const
   if (blockIdx.x == 0) return watch(a, HELD);
   int place = blockIdx.x - 1;
   u64 number = number_of(a), bank = number & 1;
-  __shared__ int counts[RANKS];  // of rows for this place
-  __shared__ int failed, before, all;
-  if (threadIdx.x == 0) failed = before = all = 0;
+  __shared__ int counts[RANKS], firsts[RANKS];  // of each rank's rows: for this place, and for places before it
+  __shared__ int failed, all;
+  if (threadIdx.x == 0) failed = all = 0;
+  for (int rank = threadIdx.x; rank < RANKS; rank += THREADS) firsts[rank] = 0;
   u64 masked = *a.masked;
   bool off = is_off(a);
-  int here = 0, earlier = 0;
+  int here = 0;
   for (int i = threadIdx.x; i < WORDS; i += THREADS) {
     int count = 0;
     if (!off && !(masked >> i / HELD & 1)) {
@@ -177,20 +188,23 @@ extern "C" __global__ void __launch_bounds__(THREADS) collect(const __grid_const
     }
     if (i % HELD == place) counts[i / HELD] = count;
     here += count;
-    if (i % HELD < place) earlier += count;
+    if (count && i % HELD < place) atomicAdd(&firsts[i / HELD], count);
   }
-  here = __reduce_add_sync(~0u, here), earlier = __reduce_add_sync(~0u, earlier);
-  if (threadIdx.x % 32 == 0) atomicAdd(&all, here), atomicAdd(&before, earlier);
+  here = __reduce_add_sync(~0u, here);
+  if (threadIdx.x % 32 == 0) atomicAdd(&all, here);
   __syncthreads();
   wait_no_more(a);
-  bool bad = off || failed || all > ROOM;
-  if (all > ROOM && threadIdx.x == 0) fail(a, TOO_MANY);
+  int before = 0;
+  bool many = all > ROOM;
+  for (int rank = 0; rank < RANKS; ++rank) before += firsts[rank], many |= firsts[rank] + counts[rank] > PAIRS;
+  bool bad = off || failed || many;
+  if (many && threadIdx.x == 0) fail(a, TOO_MANY);
   int at = bad ? 0 : before;
   if (place == 0 && threadIdx.x == 0) a.ends[0] = 0;
   for (int rank = 0; rank < RANKS; ++rank) {
     int word = rank * HELD + place, count = bad ? 0 : counts[rank];
-    if (threadIdx.x == 0) a.starts[word] = at, a.sizes[word] = count;
-    const uint4 *from = QUESTION(a.windows[a.me], bank, word);
+    if (threadIdx.x == 0) a.starts[word] = at, a.sizes[word] = count, a.firsts[word] = firsts[rank];
+    const uint4 *from = QUESTIONS(a.windows[a.me], bank, rank) + (bad ? 0 : (u64)firsts[rank] * CHUNKS);
     copy_rows(a.packed + (u64)at * CHUNKS, count, [&](int r) { return from + (u64)r * CHUNKS; });
     at += count;
   }
@@ -199,14 +213,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) collect(const __grid_const
 
 // Block: a rank and the place of an expert that this rank holds.
 extern "C" __global__ void __launch_bounds__(THREADS) reply(const __grid_constant__ Args a) {
-  u64 rank = blockIdx.x / HELD, place = blockIdx.x % HELD, at = a.me * HELD + place;
+  u64 rank = blockIdx.x / HELD, place = blockIdx.x % HELD;
   int count = a.sizes[blockIdx.x];
   bool masked = is_masked(a, rank);
   const uint4 *from = a.computed + (u64)a.starts[blockIdx.x] * CHUNKS;
   if (is_off(a) || !count || masked) return;
-  copy_rows(ANSWER(a.windows[rank], at), count, [&](int r) { return from + (u64)r * CHUNKS; });
+  uint4 *to = ANSWERS(a.windows[rank], a.me) + (u64)a.firsts[blockIdx.x] * CHUNKS;
+  copy_rows(to, count, [&](int r) { return from + (u64)r * CHUNKS; });
   __syncthreads();
-  if (threadIdx.x == 0) release(ANSWERED(a.windows[rank], at), number_of(a));
+  if (threadIdx.x == 0) release(ANSWERED(a.windows[rank], a.me * HELD + place), number_of(a));
 }
 
 __device__ __forceinline__ float low(unsigned pair) { return __uint_as_float(pair << 16); }
@@ -257,12 +272,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) combine(const __grid_const
   }
   bool off = is_off(a);
   if (k < TOP_K && real && !off) {
-    if (rank >= RANKS || place >= HELD || row < 0 || row >= ROWS || is_masked(a, rank)) {
+    if (rank >= RANKS || place >= HELD || row < 0 || row >= PAIRS || is_masked(a, rank)) {
       fail(a, UNCOVERED), failed = 1;
     } else {
-      u64 at = rank * HELD + place;
-      if (!await(a, ANSWERED(a.windows[a.me], at), number, 0)) failed = 1;
-      parts[order] = ANSWER(a.windows[a.me], at) + (u64)row * CHUNKS;
+      if (!await(a, ANSWERED(a.windows[a.me], rank * HELD + place), number, 0)) failed = 1;
+      parts[order] = ANSWERS(a.windows[a.me], rank) + (u64)row * CHUNKS;
       weights[order] = weight;
     }
   }

@@ -2,6 +2,8 @@
 
 Each word has one writer, the rank whose number is in its index, so what a dead rank's kernels still write lies where
 no live rank looks. A window belongs to a slot and not to a process: whichever incarnation is in the slot maps it.
+A rank's rows lie there without gaps, by place, so it has room for as many as the rank can ask about in all and not for
+so many at each place: rows of a long piece of a prompt fit.
 """
 
 from __future__ import annotations
@@ -42,14 +44,14 @@ class WindowShape:
 
     @property
     def room(self) -> int:
-        """Rows that a rank may be asked to compute in one call: those of all ranks."""
+        """Rows that a rank may be asked to compute in one call, or be answered: of all ranks, all for one."""
         return self.ranks * self.rows * self.top_k
 
     @cached_property
     def offsets(self) -> dict[str, int]:
         """Where each part begins, and under "bytes" the size of the whole."""
         words = self.ranks * self.held * WORD_BYTES
-        rows = self.ranks * self.held * self.rows * self.row_bytes
+        rows = self.room * self.row_bytes
         found, at = {}, 0
         parts = {"asked": BANKS * words, "answered": words, "questions": BANKS * rows, "answers": rows}
         for name, size in parts.items():

@@ -26,6 +26,8 @@ SPLIT = 256  # cells per program
 CELLS = 64  # cells per product
 NARROWEST = 16  # what a matrix unit takes
 ALL = 1 << 30  # a window that hides nothing
+PARTIAL_BYTES = 256 << 20  # of what splits give before they are merged; a long prompt's rows are computed in turns
+TURN = 16  # rows, or a multiple: where a turn begins is as aligned as where the first does, so none is compiled anew
 
 
 @dataclass(frozen=True)
@@ -98,15 +100,23 @@ class CudaAttention:
         page, heads, value_width = values.shape[1:]
         group, splits = query_heads // heads, layout.splits
         wide, value_wide = (max(NARROWEST, triton.next_power_of_2(w)) for w in (width, value_width))
-        partial = torch.empty(rows, query_heads, splits, value_width, dtype=torch.float32, device=queries.device)
-        sizes = torch.empty(rows, query_heads, splits, dtype=torch.float32, device=queries.device)
+        most = PARTIAL_BYTES // (query_heads * splits * value_width * torch.float32.itemsize)
+        most = max(most // TURN, 1) * TURN
+        partial = torch.empty(min(rows, most), query_heads, splits, value_width, device=queries.device)
+        sizes = torch.empty(min(rows, most), query_heads, splits, device=queries.device)
         out = torch.empty(rows, query_heads, value_width, dtype=queries.dtype, device=queries.device)
-        attend[(rows, heads, splits)](
-            queries.to(keys.dtype), keys, values, layout.tables, layout.sequences, layout.positions, partial, sizes,
-            scaling, splits, layout.tables.shape[1], window,
-            PAGE=page, HEADS=heads, GROUP=group, WIDTH=width, VALUE_WIDTH=value_width,
-            SPLIT=SPLIT, ROWS=max(NARROWEST, triton.next_power_of_2(group)), CELLS=CELLS,
-            WIDE=wide, VALUE_WIDE=value_wide,
-        )  # fmt: skip
-        merge[(rows * query_heads,)](partial, sizes, out, splits, VALUE_WIDTH=value_width, VALUE_WIDE=value_wide)
+        queries = queries.to(keys.dtype)
+        for first in range(0, rows, most):
+            part = slice(first, min(first + most, rows))
+            count = part.stop - first
+            attend[(count, heads, splits)](
+                queries[part], keys, values, layout.tables, layout.sequences[part], layout.positions[part],
+                partial, sizes, scaling, splits, layout.tables.shape[1], window,
+                PAGE=page, HEADS=heads, GROUP=group, WIDTH=width, VALUE_WIDTH=value_width,
+                SPLIT=SPLIT, ROWS=max(NARROWEST, triton.next_power_of_2(group)), CELLS=CELLS,
+                WIDE=wide, VALUE_WIDE=value_wide,
+            )  # fmt: skip
+            merge[(count * query_heads,)](
+                partial, sizes, out[part], splits, VALUE_WIDTH=value_width, VALUE_WIDE=value_wide
+            )
         return out

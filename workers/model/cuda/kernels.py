@@ -125,6 +125,7 @@ def grouped_product(
     width,
     inner_stride,
     width_stride,
+    GATED: tl.constexpr,
     SHARED_BY: tl.constexpr,
     KIND: tl.constexpr,
     ROWS: tl.constexpr,
@@ -135,7 +136,8 @@ def grouped_product(
 
     out [R, width]; group g is rows ends[g] to ends[g + 1]; matrices[g] is the address of its matrix [inner, width] with
     these strides, all of type KIND. rows [R, inner], or with SHARED_BY > 0 [R // SHARED_BY, inner]: then row i of the
-    product is made of row order[i] // SHARED_BY.
+    product is made of row order[i] // SHARED_BY. GATED: matrices are [inner, 2 * width], and out is silu(rows times the
+    first half) * (rows times the second), each rounded as if it were kept. Nothing is done for rows of no group.
     """
     group = tl.program_id(1)
     begin, end = tl.load(ends + group).to(tl.int32), tl.load(ends + group + 1).to(tl.int32)
@@ -149,15 +151,22 @@ def grouped_product(
         real = row[:, None] < end
         source = tl.load(order + row, mask=row < end, other=0) // SHARED_BY if SHARED_BY > 0 else row
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        second = tl.zeros((ROWS, COLUMNS), tl.float32)
         for start in range(0, inner, PIECE):
             at = start + piece
             left = tl.load(rows + source[:, None] * inner + at[None, :], mask=real & (at[None, :] < inner), other=0.0)
-            right = tl.load(
-                matrix + at[:, None] * inner_stride + column[None, :] * width_stride,
-                mask=inside & (at[:, None] < inner), other=0.0,
-            )  # fmt: skip
-            total = tl.dot(left, right, total, input_precision="ieee")
-        tl.store(out + row[:, None] * width + column[None, :], total.to(out.dtype.element_ty), mask=real & inside)
+            known = inside & (at[:, None] < inner)
+            right = matrix + at[:, None] * inner_stride + column[None, :] * width_stride
+            total = tl.dot(left, tl.load(right, mask=known, other=0.0), total, input_precision="ieee")
+            if GATED:
+                right += width * width_stride
+                second = tl.dot(left, tl.load(right, mask=known, other=0.0), second, input_precision="ieee")
+        kind = out.dtype.element_ty
+        if GATED:
+            gate = total.to(kind).to(tl.float32)
+            gate = (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32)
+            total = gate * second.to(kind).to(tl.float32)
+        tl.store(out + row[:, None] * width + column[None, :], total.to(kind), mask=real & inside)
 
 
 NO_EXPERT = tl.constexpr(1 << 30)

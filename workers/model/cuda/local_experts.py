@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from workers.model.backend import Activation, HeldExperts
-from workers.model.cuda.expert_products import addresses_of, multiply
+from workers.model.cuda.expert_products import ExpertKernels, addresses_of
 from workers.model.cuda.kernels import group_pairs, weighted_sum
 
 PAIRS = 1024  # of a token and one of its experts, looked at together
@@ -26,7 +26,7 @@ class CudaLocalExperts:
     def __init__(self, held: HeldExperts, activation: Activation, shape: tuple[int, int], device: torch.device) -> None:
         """`shape`: MoE layers, experts."""
         self._held = held
-        self._activation = activation
+        self._kernels = ExpertKernels(activation)
         self._layers, self._experts = shape
         self._seen = -1  # the version of `held` that the tables are of
         self._complete = False
@@ -51,6 +51,7 @@ class CudaLocalExperts:
         if len(found) < len(keys):
             return False
         self._up, self._down = found[0].gate_up, found[0].down
+        self._kernels.look(self._up)
         for table, matrices in (
             (self._up_at, [weights.gate_up for weights in found]),
             (self._down_at, [weights.down for weights in found]),
@@ -67,8 +68,8 @@ class CudaLocalExperts:
         group_pairs[(self._experts,)](
             ids, self._rows, pairs, places, ends, self._counts[layer], tokens * k, K=k, PAIRS=PAIRS
         )
-        both = multiply(hidden, self._up, self._up_at[layer], ends, pairs, k)
-        parts = multiply(self._activation(both), self._down, self._down_at[layer], ends)
+        up, down = (self._up, self._up_at[layer]), (self._down, self._down_at[layer])
+        parts = self._kernels.run(hidden, up, down, ends, pairs, k)
         total = torch.empty_like(hidden)
         weighted_sum[(tokens, triton.cdiv(width, COLUMNS))](
             parts, ids, weights, places, self._rows, total, width,

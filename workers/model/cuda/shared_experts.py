@@ -18,7 +18,7 @@ from membership.base.errors import CalledOff, ModelError
 from workers.exchange.cuda.calls import DeviceCalls, Failure
 from workers.exchange.cuda.window import WindowShape
 from workers.model.backend import Activation, HeldExperts
-from workers.model.cuda.expert_products import addresses_of, multiply
+from workers.model.cuda.expert_products import ExpertKernels, addresses_of
 
 log = structlog.get_logger(__name__)
 
@@ -31,13 +31,14 @@ class SharedExperts:
 
     def __init__(self, calls: DeviceCalls, shape: WindowShape, held: HeldExperts, activation: Activation, layers: int):
         """ModelError if `held` has nothing yet. `layers`: MoE layers, as `calls` has them."""
-        self._calls, self._held, self._activation = calls, held, activation
+        self._calls, self._held, self._kernels = calls, held, ExpertKernels(activation)
         self._shape, self._layers = shape, layers
         keys = [(layer, expert) for layer in range(layers) for expert in range(shape.held)]
         some = next((held.weights(*key) for key in keys if held.holds(*key)), None)
         if some is None:
             raise ModelError("this rank holds no expert")
         self._some = some
+        self._kernels.look(some.gate_up)
         device = some.gate_up.device
         self._up_at, self._down_at = torch.zeros(2, layers, shape.held, dtype=torch.int64, device=device)
         self._base = self._masked = 0
@@ -79,8 +80,8 @@ class SharedExperts:
         """See `LocalExperts`."""
 
         def products(packed: Tensor, ends: Tensor) -> Tensor:
-            both = multiply(packed, self._some.gate_up, self._up_at[layer], ends)
-            return multiply(self._activation(both), self._some.down, self._down_at[layer], ends)
+            up, down = (self._some.gate_up, self._up_at[layer]), (self._some.down, self._down_at[layer])
+            return self._kernels.run(packed, up, down, ends)
 
         return self._calls.call(layer, hidden, ids, weights, products)
 

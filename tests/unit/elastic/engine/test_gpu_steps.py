@@ -16,7 +16,7 @@ from membership.store.records import ClusterState, View
 from tests.support.rank_model import TOKEN, ask, config, view
 from tests.unit.elastic.engine.test_loop import Ranks
 from workers.fleet.fleet import RankLost
-from workers.protocol.messages import TOGETHER_ROWS, SeqChunk, StepBatch, StepResult, StepStatus
+from workers.protocol.messages import SeqChunk, StepBatch, StepResult, StepStatus
 
 pytestmark = pytest.mark.unit
 
@@ -50,13 +50,11 @@ def test_a_decode_step_names_all_live_ranks_and_rises() -> None:
 @pytest.mark.parametrize(
     ("sizes", "used", "near"),
     [
-        ({0: [1, TOGETHER_ROWS]}, apart_view(), NEAR),
-        ({0: [1] * (TOGETHER_ROWS + 1)}, apart_view(), NEAR),
         ({0: [1]}, apart_view(1, (0, 2)), NEAR),
         ({0: [1]}, apart_view(), frozenset({RankId(0, 10)})),
         ({0: [1]}, view(1, {0: 10, 1: 11}), NEAR),
     ],
-    ids=["a long prompt", "many rows", "no slot", "another host", "all hold all"],
+    ids=["no slot", "another host", "all hold all"],
 )
 def test_other_steps_are_as_ever(sizes: dict[int, list[int]], used: View, near: frozenset[RankId]) -> None:
     given = batch(sizes)
@@ -174,19 +172,7 @@ def test_the_loss_of_a_rank_without_requests_is_a_loss_all_the_same() -> None:
 
 
 def test_a_piece_of_a_prompt_is_computed_together_too() -> None:
+    """Whatever its length: windows have room for what the scheduler gives a rank at most."""
     gpu = steps()
-    assert gpu.plan(batch({0: [1, TOGETHER_ROWS - 1], 1: [60, 60]}), apart_view(), NEAR, 5.0).together
-
-
-def test_prompts_are_cut_only_where_rows_travel_between_gpus() -> None:
-    def rows(gpu: GpuSteps, used: View, near: frozenset[RankId] = NEAR, usual: int = 512) -> int:
-        return gpu.most_rows(used, frozenset(), near, usual)
-
-    assert rows(steps(), apart_view()) == TOGETHER_ROWS
-    assert rows(steps(), apart_view(), usual=64) == 64
-    assert rows(steps(), view(1, {0: 10, 1: 11})) == 512, "all hold all"
-    assert rows(steps(), apart_view(), frozenset({RankId(0, 10)})) == 512, "another host"
-    assert rows(steps(0), apart_view()) == 512
-    gpu = steps()
-    gpu.answered(answer(StepStatus.APART))
-    assert rows(gpu, apart_view()) == 512, "one of them cannot"
+    most = config().max_batched_tokens
+    assert gpu.plan(batch({0: [1, most - 1], 1: [60, 60]}), apart_view(), NEAR, 5.0).together

@@ -340,19 +340,3 @@ def test_nothing_passes_by_those_that_wait_while_no_step_may_run() -> None:
 @pytest.mark.parametrize(("kv_blocks", "places"), [(64, 8), (63, 0)])
 def test_no_place_is_kept_where_the_cache_has_no_share_for_it(kv_blocks: int, places: int) -> None:
     assert Reserve(config(kv_blocks=kv_blocks, max_seqs=64)).places == places
-
-
-def test_prompts_leave_room_for_a_limit_of_rows_unless_decodes_take_it_all() -> None:
-    """As the loop sets it where ranks run steps together over their GPUs."""
-    rng, machine = random.Random(9), Machine(step_budget_s=0.0)
-    for number in range(30):
-        machine.ask(f"short {number}", 4, 60, rng)
-        machine.step()
-    machine.ask("long", 900, 4, rng)
-    for limit, most in ((64, 34), (40, MOST - 30)):
-        machine.scheduler.most_rows = limit
-        batch = machine.scheduler.schedule(machine.now)
-        assert batch is not None
-        assert max(len(chunk.tokens) for chunk in batch.ranks[0]) == min(most, 900)
-        for result in machine.ranks.run(batch, {0: 10}):
-            machine.client.take(machine.scheduler.apply(result, machine.now))

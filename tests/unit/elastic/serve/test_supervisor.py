@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -16,6 +17,7 @@ from elastic.serve.cluster_config import cluster_config
 from elastic.serve.options import ApiOptions, GatewayOptions, ServeOptions
 from elastic.serve.roles import Roles
 from elastic.serve.supervisor import Readiness, Supervisor
+from membership.base.enums import Device
 from membership.base.errors import ConfigError, PlanRefused, StoreUnavailable
 from workers.model.content import small_files
 
@@ -70,6 +72,14 @@ def test_a_model_may_be_served_under_a_name_with_a_slash() -> None:
 @pytest.mark.parametrize("given", [("a", "b/c"), ("a,b/c",), ("a, b/c,", "a")])
 def test_a_model_may_have_several_names(given: tuple[str, ...]) -> None:
     assert cluster_config(replace(OPTIONS, served_model_name=given)).model_names == ("a", "b/c")
+
+
+@pytest.mark.parametrize(
+    ("settings", "most"),
+    [({}, 512), ({"device": Device.CUDA}, 2048), ({"device": Device.AUTO, "ranks": 2, "gpu_exchange": 2}, 2048)],
+)
+def test_steps_on_gpus_have_more_tokens(settings: dict[str, Any], most: int) -> None:
+    assert cluster_config(replace(OPTIONS, **settings)).max_batched_tokens == most
 
 
 def test_the_config_names_the_small_files_by_content() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional
 from transformers import DeepseekV2Config, Glm4MoeConfig, MixtralConfig, Qwen3MoeConfig
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeTopkRouter
@@ -19,10 +20,10 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_moe
 
 from membership.base.enums import Exactness
 from membership.base.errors import ConfigError, ModelError
-from tests.support.filled_bank import FilledBank, gated
+from tests.support.filled_bank import INNER, FilledBank, gated
 from tests.support.local_exchange import LocalExchange
 from workers.model.attention_plan import plan_step
-from workers.model.backend import AttentionSpec
+from workers.model.backend import Activation, AttentionSpec
 from workers.model.calibrations import Calibrations
 from workers.model.devices import open_backend
 from workers.model.expert_source import ExpertWeights
@@ -50,8 +51,9 @@ SHAPES = {  # key/value heads, query heads per key/value head, width of keys, of
 
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch) -> CudaBackend:
-    """With splits so small that short sequences have several."""
+    """With splits so small that short sequences have several, and so little room that a prompt's rows take turns."""
     monkeypatch.setattr(cuda_attention, "SPLIT", 16)
+    monkeypatch.setattr(cuda_attention, "PARTIAL_BYTES", 1)
     monkeypatch.setattr(cuda_attention, "CELLS", 16)
     return CudaBackend(torch.device("cpu"))
 
@@ -143,6 +145,31 @@ def test_experts_products_are_right_and_exact(dtype: torch.dtype) -> None:
         assert (found[first:last].double() - expected).abs().max() < (1e-5 if dtype == torch.float32 else 5e-3)
     again = product(rows.flip(0)[:30], [matrices[2]], [0, 30]).flip(0)
     assert torch.equal(again, found[10:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_an_activation_within_the_product_gives_what_it_gives_after_it(dtype: torch.dtype) -> None:
+    """Rounded where it was rounded when both halves were kept: so the bits do not depend on which way is taken."""
+    generator = torch.Generator().manual_seed(5)
+    matrices = [(torch.randn(2 * 40, 72, generator=generator) * 0.1).to(dtype).t() for _ in range(2)]
+    rows = torch.randn(21, 72, generator=generator).to(dtype)
+    order = torch.randint(42, (25,), generator=generator, dtype=torch.int32)
+    ends, addresses = _on_device([0, 17, 25], addresses_of(matrices), device=rows.device)
+    found = multiply(rows, matrices[0], addresses, ends, order, 2, gated=True)
+    gate, up = multiply(rows, matrices[0], addresses, ends, order, 2).chunk(2, dim=1)
+    assert torch.allclose(found, functional.silu(gate) * up, 1e-6, 1e-6)
+    if dtype == torch.float16:
+        assert (found == functional.silu(gate) * up).double().mean() > 0.99
+
+
+@pytest.mark.parametrize("gate", [gated, lambda both: functional.gelu(both[:, :INNER]) * both[:, INNER:]])
+def test_another_activation_stays_as_it_is(backend: CudaBackend, gate: Activation) -> None:
+    weights = FilledBank(backend, 1, 1, 24).weights(0, 0)
+    rows = torch.randn(5, 24, generator=torch.Generator().manual_seed(3))
+    products = backend.expert_products(gate, Exactness.STOCK, Calibrations())
+    found = products.compute([weights], [5], rows)
+    assert torch.allclose(found, gate(rows @ weights.gate_up) @ weights.down, 1e-5, 1e-5)
+    assert products._kernels._gated == (gate is gated)
 
 
 def product(rows: Tensor, matrices: Sequence[Tensor], ends: list[int]) -> Tensor:

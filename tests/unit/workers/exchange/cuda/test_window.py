@@ -13,7 +13,7 @@ SHAPE = WindowShape(ranks=3, held=5, rows=7, hidden=24, top_k=2)
 
 
 def test_parts_lie_one_behind_the_other() -> None:
-    words, rows = 3 * 5 * WORD_BYTES, 3 * 5 * 7 * SHAPE.row_bytes
+    words, rows = 3 * 5 * WORD_BYTES, 3 * (7 * 2) * SHAPE.row_bytes
     sizes = {"asked": BANKS * words, "answered": words, "questions": BANKS * rows, "answers": rows}
     ends = [*SHAPE.offsets.values()][1:]
     for (name, size), end in zip(sizes.items(), ends, strict=True):
