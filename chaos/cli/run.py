@@ -29,8 +29,9 @@ from elastic.cli.client import AdminClient
 from elastic.cli.command import command
 from elastic.cli.connection import AdminConnection
 from elastic.cli.flags import Output, OutputFlag, interruptible, write_json
-from elastic.serve.options import http_url, option
+from elastic.serve.options import option
 from elastic.serve.state_dir import StateDir
+from elastic.serve.tokens import http_url
 from membership.base.errors import ConfigError, PlanRefused
 
 

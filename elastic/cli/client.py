@@ -17,7 +17,7 @@ import msgspec
 
 from elastic.explain import Explanation, explain
 from elastic.http_errors import from_http
-from elastic.serve.options import admin_token, http_url
+from elastic.serve.tokens import admin_token, http_url
 from elastic.status import cluster_status
 from membership.base.enums import OperationKind
 from membership.base.errors import ConfigError, ElasticError, NoAnswer, WaitTimeout

@@ -6,14 +6,16 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 
 from rich.table import Table
 
-from elastic.cli.doctor_gpus import Gpus, describe, fits, probe
+from elastic.cli.doctor_gpus import describe, fits, software
 from elastic.cli.flags import DISTRIBUTION
 from elastic.cli.render import console, in_bytes
+from elastic.serve.gpus import probe
 from elastic.serve.model_check import Finding, check_model
 from elastic.serve.state_dir import StateDir
 from membership.base.errors import ConfigError, ElasticError
@@ -178,11 +180,13 @@ def _machine() -> Iterator[Finding]:
 
 
 def _gpus() -> Iterator[Finding]:
-    found = probe()
-    if isinstance(found, Gpus):
-        yield from describe(found)
-    elif found is not None:
-        yield found
+    try:
+        found = probe()
+    except ConfigError as error:
+        yield Finding("gpu", "warn", str(error), error.hint)
+        return
+    yield from describe(found)
+    yield from software(found)
 
 
 def _model(model: Path, ranks: int, redundancy: float, hosts: int) -> Iterator[Finding]:
@@ -200,9 +204,9 @@ def _model(model: Path, ranks: int, redundancy: float, hosts: int) -> Iterator[F
         yield Finding("coverage", "fail", str(error), error.hint)
         return
     yield from _coverage(placement, nodes, info.moe_layers, info.experts, info.expert_bytes("auto"))
-    gpus = probe()
-    if hosts == 1 and isinstance(gpus, Gpus) and gpus.each:
-        yield from fits(gpus.each, info, placement)
+    if hosts == 1:
+        with suppress(ConfigError):  # `_gpus` has said it
+            yield from fits(probe().each, info, placement)
 
 
 def _coverage(

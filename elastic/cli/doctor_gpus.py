@@ -1,88 +1,24 @@
-"""What `elastic doctor` says of this machine's GPUs, by the driver's own tool: no context is made, nothing is imported.
+"""What `elastic doctor` says of this machine's GPUs: what they are, what is between them, whether ranks fit.
 
-Findings are made of what the tool printed, so they are tested without a GPU.
+Findings are made of what was read (`elastic/serve/gpus.py`), so they are tested without a GPU.
 """
 
 from __future__ import annotations
 
-import json
-import re
-import shutil
-import subprocess
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from itertools import combinations
-from pathlib import Path
-from typing import Any
 
 from elastic.cli.render import in_bytes
+from elastic.serve.gpu_memory import CONTEXT_BYTES, ModelMemory
+from elastic.serve.gpus import Gpu, Gpus
 from elastic.serve.model_check import Finding
 from elastic.serve.options import DEFAULTS
 from membership.store.records import Placement
 from workers.model.families import ModelInfo
 
-TOOL = "nvidia-smi"
-TIMEOUT_S = 20.0
-MIB = 1 << 20
-CONTEXT_BYTES = 1 << 30  # of a rank: context, libraries' workspaces, kernels
-QUERY = "--query-gpu=index,name,driver_version,memory.total,memory.used"
-CELL = re.compile(r"\x1b\[[0-9;]*m")  # the tool underlines its heads
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """One of this machine's."""
-
-    index: int
-    name: str
-    driver: str
-    total: int  # bytes
-    used: int
-
-
-@dataclass(frozen=True)
-class Gpus:
-    """All of them, and which pairs reach one another: by P2P, and over what ("NV18", "PIX", ...)."""
-
-    each: tuple[Gpu, ...] = ()
-    peers: frozenset[tuple[int, int]] = frozenset()
-    links: Mapping[tuple[int, int], str] | None = None
-
-
-def read_gpus(listed: str, p2p: str, topology: str) -> Gpus:
-    """Of what the tool printed."""
-    rows = [[cell.strip() for cell in line.split(",")] for line in listed.splitlines() if line.strip()]
-    each = tuple(Gpu(int(i), name, driver, int(t) * MIB, int(u) * MIB) for i, name, driver, t, u in rows)
-    peers = frozenset(pair for pair, said in _matrix(p2p, len(each)).items() if said == "OK")
-    return Gpus(each, peers, _matrix(topology, len(each)))
-
-
-def _matrix(printed: str, count: int) -> dict[tuple[int, int], str]:
-    """What is said of each pair, from rows such as "GPU0  X  NV18  0-31"."""
-    found: dict[tuple[int, int], str] = {}
-    for line in CELL.sub("", printed).splitlines():
-        head, *cells = line.split() or [""]
-        if (row := re.fullmatch(r"GPU(\d+)", head)) and len(cells) >= count and not cells[0].startswith("GPU"):
-            found |= {(int(row[1]), column): cell for column, cell in enumerate(cells[:count])}
-    return found
-
-
-def probe() -> Gpus | Finding | None:
-    """This machine's; None without NVIDIA's driver; a finding if its tool fails."""
-    if shutil.which(TOOL) is None:
-        return None
-    try:
-        printed = [_said(QUERY, "--format=csv,noheader,nounits"), _said("topo", "-p2p", "r"), _said("topo", "-m")]
-        return read_gpus(*printed)
-    except (OSError, subprocess.SubprocessError, ValueError) as error:
-        return Finding(
-            "gpu", "warn", f"{TOOL}: {error}", "is the driver loaded, and are devices given to this container?"
-        )
-
-
-def _said(*arguments: str) -> str:
-    command = [TOOL, *arguments]
-    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=TIMEOUT_S, check=True).stdout
+FOR_GPUS = ("triton", "cuda-bindings", "nvidia-cuda-nvrtc")
+FAST = "NV"  # NVLink, as the tool calls it
 
 
 def describe(gpus: Gpus) -> Iterator[Finding]:
@@ -94,48 +30,79 @@ def describe(gpus: Gpus) -> Iterator[Finding]:
         return
     pairs = list(combinations(range(len(gpus.each)), 2))
     apart = [(a, b) for a, b in pairs if not {(a, b), (b, a)} <= gpus.peers]
-    links = ", ".join(sorted({(gpus.links or {}).get(pair, "unknown") for pair in pairs}))
+    over = {pair: (gpus.links or {}).get(pair, "unknown") for pair in pairs}
+    links = ", ".join(sorted(set(over.values())))
     if apart:
         said = ", ".join(f"{a} and {b}" for a, b in apart)
         hint = "rows and KV blocks go through host memory there: leave --gpu-exchange out"
         yield Finding("gpu p2p", "warn", f"not between GPUs {said}; links: {links}", hint)
-    else:
-        yield Finding("gpu p2p", "ok", f"between all {len(gpus.each)} GPUs; links: {links}")
+        return
+    slow = sorted({link for link in over.values() if not link.startswith(FAST)})
+    nvlink = f"NVLink, but {', '.join(slow)} between some" if len(slow) < len(set(over.values())) else "no NVLink"
+    yield Finding(
+        "gpu p2p", "ok", f"between all {len(gpus.each)} GPUs; links: {links}" + (f" ({nvlink})" if slow else "")
+    )
 
 
-def kv_token_bytes(config: Mapping[str, Any], itemsize: int) -> int:
-    """Of one token in all layers of a model with this config.json."""
-    heads = int(config["num_attention_heads"])
-    if "qk_nope_head_dim" in config:
-        widths = heads * (config["qk_nope_head_dim"] + config["qk_rope_head_dim"] + config["v_head_dim"])
-    else:
-        width = config.get("head_dim") or config["hidden_size"] // heads
-        widths = 2 * (config.get("num_key_value_heads") or heads) * width
-    return int(config["num_hidden_layers"]) * int(widths) * itemsize
+def software(gpus: Gpus, version_of: Callable[[str], str] = version) -> Iterator[Finding]:
+    """Whether what is installed can use the GPUs."""
+    if not gpus.each:
+        return
+    try:
+        torch = version_of("torch")
+    except PackageNotFoundError:
+        return  # said already
+    if "+cpu" in torch:
+        yield Finding(
+            "gpu torch", "warn", f"torch {torch} computes on CPUs alone: the GPUs are not used",
+            "install a CUDA build of torch, as https://pytorch.org says",
+        )  # fmt: skip
+    missing = []
+    for package in FOR_GPUS:
+        try:
+            version_of(package)
+        except PackageNotFoundError:
+            missing.append(package)
+    if missing:
+        yield Finding(
+            "gpu packages", "warn", f"{', '.join(missing)} not installed: {_without(missing)}",
+            "pip install 'elastic-ep[cuda]'",
+        )  # fmt: skip
+
+
+def _without(missing: Sequence[str]) -> str:
+    if FOR_GPUS[0] in missing:
+        return "ranks cannot compute on GPUs"
+    return "KV blocks and experts end with their rank, and rows do not travel between GPUs"
 
 
 def fits(gpus: Sequence[Gpu], info: ModelInfo, placement: Placement) -> Iterator[Finding]:
     """Whether each GPU has room for its ranks, which take GPUs in turn; with the default `--kv-blocks`."""
-    folder, expert = Path(info.path), info.expert_bytes("auto")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    stored = sum((folder / file).stat().st_size for file in info.files)
-    dense = max(0, stored - expert * info.experts * info.moe_layers)
-    itemsize = 4 if info.dtype == "float32" else 2
-    cache = kv_token_bytes(config, itemsize) * DEFAULTS["kv_blocks"] * DEFAULTS["block_size"]
-    needed = dict.fromkeys(range(len(gpus)), 0)
-    for rank, layers in placement.items():
-        slots = sum(len(layer) for layer in layers)
-        needed[rank % len(gpus)] += dense + slots * expert + cache + CONTEXT_BYTES
-    once = expert * info.experts * info.moe_layers
-    copies = sum(len(layer) for layers in placement.values() for layer in layers) * expert - once
+    memory = ModelMemory.of(info)
+    cache = memory.kv_token * DEFAULTS["kv_blocks"] * DEFAULTS["block_size"]
+    held = {rank: sum(map(len, layers)) * memory.expert for rank, layers in placement.items()}
+    copies = sum(held.values()) - memory.once
     for gpu in gpus:
-        parts = f"its ranks need {in_bytes(needed[gpu.index])} of {in_bytes(gpu.total)}"
-        said = (
-            f"{parts}; a rank: {in_bytes(dense)} dense, {in_bytes(cache)} KV cache; replicas: {in_bytes(copies)} in all"
+        ranks = [rank for rank in placement if rank % len(gpus) == gpu.index]
+        needed = sum(memory.dense + held[rank] + cache + CONTEXT_BYTES for rank in ranks)
+        parts = ", ".join(
+            f"rank {rank}: {in_bytes(memory.dense)} dense, {in_bytes(held[rank])} experts, {in_bytes(cache)} KV cache"
+            for rank in ranks
         )
-        hint = ""
-        if needed[gpu.index] > gpu.total:
-            hint = "more GPUs, a lower --redundancy, or fewer --kv-blocks"
-        elif needed[gpu.index] + cache > gpu.total:
-            hint = "no room for a dead rank's KV cache beside its successor's, which would wait: fewer --kv-blocks"
-        yield Finding(f"gpu {gpu.index} fit", "warn" if hint else "ok", said, hint)
+        replicas = in_bytes(copies * sum(held[rank] for rank in ranks) / max(1, sum(held.values())))
+        said = f"its ranks need {in_bytes(needed)} of {in_bytes(gpu.total)} ({parts}); replicas take {replicas} of that"
+        yield Finding(f"gpu {gpu.index} fit", *_verdict(gpu, needed, cache, said))
+
+
+def _verdict(gpu: Gpu, needed: int, cache: int, said: str) -> tuple[str, str, str]:
+    """Level, message, hint."""
+    free = gpu.total - gpu.used
+    if needed > gpu.total:
+        return "warn", said, "more GPUs, a lower --redundancy, or fewer --kv-blocks"
+    if needed + cache > gpu.total:
+        hint = "no room for a dead rank's KV cache beside its successor's, which would wait: fewer --kv-blocks"
+        return "warn", said, hint
+    if needed > free:
+        hint = "unless these are ranks of ours: end what uses the GPU, see nvidia-smi"
+        return "warn", f"{said}, and {in_bytes(free)} are free", hint
+    return "ok", said, ""

@@ -20,11 +20,11 @@ from elastic.serve.options import (
     NetworkOptions,
     RoleOptions,
     StoreOptions,
-    admin_token,
 )
 from elastic.serve.probe import Report, probe
 from elastic.serve.role_main import role
 from elastic.serve.state_dir import ClusterAddress, StateDir, home
+from elastic.serve.tokens import admin_token
 from membership.base.errors import ConfigError
 from membership.base.network import Network
 from membership.store.records import ClusterConfig

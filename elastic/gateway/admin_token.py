@@ -6,7 +6,7 @@ from pathlib import Path
 
 import structlog
 
-from elastic.serve.options import read_admin_token
+from elastic.serve.tokens import read_admin_token
 from membership.base.errors import ConfigError
 
 log = structlog.get_logger(__name__)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
-import re
 import secrets
 import socket
 from collections.abc import Iterator
@@ -18,14 +17,12 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
-from urllib.parse import urlsplit
 
 import msgspec
 
 from membership.base.enums import Device, Dtype, Exactness, GenerationConfig, Homes, ReasoningParser, ToolCallParser
 from membership.base.errors import ConfigError
 from membership.base.rotation import MAX_FILES, MEGABYTE, Limit
-from membership.base.text_file import text_of
 from membership.base.timing import STOP_GRACE_S, STORE_AWAITED_S
 from membership.store.credentials import NO_CREDENTIALS, Credentials
 from membership.store.records import MAX_RANKS, ClusterConfig
@@ -113,37 +110,6 @@ def option(default: T, help: str, **details: Any) -> T:
     known = Option(help=help, **details)
     described: T = field(default=default, repr=not known.secret, metadata={"option": known})
     return described
-
-
-def admin_token(token: str) -> str:
-    """The token; ConfigError unless a request's header can carry it. An empty one is none."""
-    if not re.fullmatch("[!-~]*", token):
-        raise ConfigError(
-            "the admin token has characters that a header cannot carry",
-            hint="use ASCII letters, digits and -._~+/= for ELASTIC_ADMIN_TOKEN and --admin-token",
-        )
-    return token
-
-
-def read_admin_token(path: Path) -> str:
-    """The admin token in a file. ConfigError: it cannot be read, is empty, or no header can carry it."""
-    token = admin_token(text_of("--admin-token-file", path).strip())
-    if not token:
-        raise ConfigError(f"--admin-token-file {path} is empty", hint="write the token into it")
-    return token
-
-
-def http_url(text: str, flag: str) -> str:
-    """The URL; ConfigError naming the flag unless it has http or https, a host, and perhaps a port."""
-    try:
-        parts = urlsplit(text)
-        host = (parts.hostname or "").encode("idna")  # ValueError: it cannot be a name
-        good = parts.scheme in ("http", "https") and bool(host) and parts.port != 0 and not re.search(r"\s", text)
-    except ValueError:
-        good = False
-    if not good:
-        raise ConfigError(f"{flag} {text!r} is not a URL", hint="write it like http://HOST:8001 or http://[::1]:8001")
-    return text
 
 
 def options_of(kind: type[Any]) -> Iterator[Stated]:
@@ -444,6 +410,12 @@ class ConfigOptions:
     )
     kv_blocks: int = option(
         DEFAULTS["kv_blocks"], f"KV-cache blocks per rank, of {DEFAULTS['block_size']} tokens each.", minimum=1
+    )
+    kv_cache_memory: float = option(
+        0.0,
+        "Part of a GPU's memory of its ranks together, e.g. 0.9: what weights leave is KV cache (0 = --kv-blocks).",
+        minimum=0,
+        maximum=1,
     )
     gpu_exchange: int = option(
         DEFAULTS["gpu_exchange"],

@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING
 import msgspec
 import structlog
 
-from elastic.serve.options import read_admin_token
+from elastic.serve.tokens import read_admin_token
 from membership.base.errors import ConfigError
 from membership.base.run_dir import entered
 from membership.store.credentials import NO_CREDENTIALS, Credentials

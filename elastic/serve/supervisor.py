@@ -29,7 +29,7 @@ from elastic.serve.etcd_server import EtcdServer
 from elastic.serve.listening import Listeners, listening, most_connections, urls_of
 from elastic.serve.load_bar import LoadBar, RankLoad
 from elastic.serve.log_stream import LogStream
-from elastic.serve.options import DEFAULT_RANKS, ServeOptions, admin_token, read_admin_token
+from elastic.serve.options import DEFAULT_RANKS, ServeOptions
 from elastic.serve.predecessor import Predecessor
 from elastic.serve.role_fork import WaitingProcess
 from elastic.serve.role_main import STORE_SEEN, Stop, StopSignal, reach_store
@@ -39,6 +39,7 @@ from elastic.serve.state_dir import ClusterAddress, StateDir, home
 from elastic.serve.store_guard import StoreGuard
 from elastic.serve.stored_config import require_no_secret, write_config
 from elastic.serve.tls import certificates_of, pinned
+from elastic.serve.tokens import admin_token, read_admin_token
 from elastic.serve.trace_export import require_no_sdk
 from membership.base import descriptors, rotation
 from membership.base.attempts import Attempts

@@ -19,11 +19,10 @@ from elastic.serve.options import (
     Kind,
     ServeOptions,
     Stated,
-    admin_token,
-    http_url,
     options_of,
 )
 from elastic.serve.supervisor import Supervisor
+from elastic.serve.tokens import admin_token, http_url
 from membership.base.errors import ConfigError
 from membership.store.etcd import connect
 

@@ -1,0 +1,96 @@
+"""This machine's GPUs, by the driver's own tool: no context is made, nothing is imported. What it printed is parsed by
+pure functions, so they are tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from membership.base.errors import ConfigError
+
+TOOL = "nvidia-smi"
+TIMEOUT_S = 20.0
+MIB = 1 << 20
+QUERY = "--query-gpu=index,name,driver_version,memory.total,memory.used,uuid"
+CELL = re.compile(r"\x1b\[[0-9;]*m")  # the tool underlines its heads
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One of this machine's."""
+
+    index: int
+    name: str
+    driver: str
+    total: int  # bytes
+    used: int
+    uuid: str = ""
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """All of them, and which pairs reach one another: by P2P, and over what ("NV18", "PIX", ...)."""
+
+    each: tuple[Gpu, ...] = ()
+    peers: frozenset[tuple[int, int]] = frozenset()
+    links: Mapping[tuple[int, int], str] | None = None
+
+
+def read_gpus(listed: str, p2p: str, topology: str, visible: str | None = None) -> Gpus:
+    """Of what the tool printed. `visible`: CUDA_VISIBLE_DEVICES, if it is set; ranks count only those, from 0."""
+    rows = [[cell.strip() for cell in line.split(",")] for line in listed.splitlines() if line.strip()]
+    every = [Gpu(int(i), name, driver, int(t) * MIB, int(u) * MIB, uuid) for i, name, driver, t, u, uuid in rows]
+    chosen = every if visible is None else _chosen(every, visible)
+    number = {gpu.index: place for place, gpu in enumerate(chosen)}
+
+    def renumbered(said: Mapping[tuple[int, int], str]) -> dict[tuple[int, int], str]:
+        return {(number[a], number[b]): cell for (a, b), cell in said.items() if a in number and b in number}
+
+    peers = frozenset(pair for pair, said in renumbered(_matrix(p2p, len(every))).items() if said == "OK")
+    each = tuple(replace(gpu, index=place) for place, gpu in enumerate(chosen))
+    return Gpus(each, peers, renumbered(_matrix(topology, len(every))))
+
+
+def _chosen(every: list[Gpu], visible: str) -> list[Gpu]:
+    """As CUDA does: by number or by the beginning of a UUID, up to the first that is not there."""
+    found: list[Gpu] = []
+    for name in map(str.strip, visible.split(",")):
+        gpu = next((g for g in every if name and (str(g.index) == name or g.uuid.startswith(name))), None)
+        if gpu is None:
+            break
+        found.append(gpu)
+    return found
+
+
+def _matrix(printed: str, count: int) -> dict[tuple[int, int], str]:
+    """What is said of each pair, from rows such as "GPU0  X  NV18  0-31"."""
+    found: dict[tuple[int, int], str] = {}
+    for line in CELL.sub("", printed).splitlines():
+        head, *cells = line.split() or [""]
+        if (row := re.fullmatch(r"GPU(\d+)", head)) and len(cells) >= count and not cells[0].startswith("GPU"):
+            found |= {(int(row[1]), column): cell for column, cell in enumerate(cells[:count])}
+    return found
+
+
+def probe() -> Gpus:
+    """This machine's; none without NVIDIA's driver. ConfigError if its tool fails."""
+    if shutil.which(TOOL) is None:
+        return Gpus()
+    try:
+        listed = _said(QUERY, "--format=csv,noheader,nounits")
+        return read_gpus(listed, _said("topo", "-p2p", "r"), _said("topo", "-m"), os.environ.get(VISIBLE))
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        raise ConfigError(
+            f"{TOOL}: {error}", hint="is the driver loaded, and are devices given to this container?"
+        ) from error
+
+
+def _said(*arguments: str) -> str:
+    command = [TOOL, *arguments]
+    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=TIMEOUT_S, check=True).stdout
