@@ -9,9 +9,10 @@ from pathlib import Path
 
 from chaos.campaigns.suite import Goal, Part, Receipt, Stages, all_of, at_least, at_most, none_of
 
-FAULTS = 120_000  # simulated
+FAULTS = 120_000  # simulated on one host
+FAULTS_OF_HOSTS = 12_000  # and over several, their network's included
 FAULTS_PER_MINUTE = 20_000
-REPLAYS = 500
+REPLAYS, REPLAYS_OF_HOSTS = 500, 50
 BUGS = 25
 EVENTS = 6  # median of the minimised schedules
 COMPUTED_S, BESIDE_S = 600.0, 2400.0  # limits of what only computes: alone; at the lowest priority beside tests
@@ -45,6 +46,12 @@ def parts(seed: int, folder: Path, pace: bool = True, dose: Dose = Dose()) -> St
         ("simulate", "--faults", str(dose.of(FAULTS)), "--replays", str(dose.of(REPLAYS)), *drawn),
         partial(_simulated, pace, dose), limit_s,
     )  # fmt: skip
+    over_hosts = Part(
+        "simulate-hosts", "the same over three hosts and their network",
+        ("simulate", "--hosts", "3", "--faults", str(dose.of(FAULTS_OF_HOSTS)),
+         "--replays", str(dose.of(REPLAYS_OF_HOSTS)), *drawn),
+        partial(_simulated_hosts, dose), limit_s,
+    )  # fmt: skip
     planted = Part("planted", "guards taken out one by one", ("planted", "-o", "json"), _planted, limit_s)
     roles = Part("roles", "each process fault for each role", ("role-matrix", "-o", "json"), _roles, 900.0)
     points = Part("failpoints", "each failpoint", ("failpoint-matrix", "-o", "json"), _points, 900.0)
@@ -63,7 +70,7 @@ def parts(seed: int, folder: Path, pace: bool = True, dose: Dose = Dose()) -> St
     report = Part(
         "report", f"and drawn: {page}", ("report", str(record), "--output", str(page), "--json", "-"), _drawn, 120.0
     )
-    first = ((simulate,), (planted,)) if pace else ((simulate, planted),)
+    first = ((simulate,), (over_hosts, planted)) if pace else ((simulate, over_hosts, planted),)
     return *first, (points, roles), (formed,), (soak,), (check, report)
 
 
@@ -76,6 +83,12 @@ def _simulated(pace: bool, dose: Dose, receipt: Receipt) -> Iterator[Goal]:
     yield at_least("seeds that replay identically", dose.of(REPLAYS), receipt["replayed"])
     if dose.share == 1:  # the last pairs are rare
         yield all_of("ordered pairs of faults", int(total), int(seen))
+
+
+def _simulated_hosts(dose: Dose, receipt: Receipt) -> Iterator[Goal]:
+    yield at_least("faults", dose.of(FAULTS_OF_HOSTS), receipt["faults"])
+    yield none_of("violations", len(receipt["violations"]))
+    yield at_least("seeds that replay identically", dose.of(REPLAYS_OF_HOSTS), receipt["replayed"])
 
 
 def _planted(receipt: Receipt) -> Iterator[Goal]:

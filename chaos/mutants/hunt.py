@@ -108,7 +108,7 @@ def _control_tests(mutants: Sequence[Mutant], pool: Executor) -> list[Control]:
 
 def _control_runs(found: Sequence[Hunted], pool: Executor) -> list[Control]:
     """The simulated runs that have shown a mutant, in the unchanged product."""
-    shown = [run for each in found if each.shown for run in (each.shown, Shown(each.seed))]
+    shown = [run for each in found if each.shown for run in (each.shown, Shown(each.seed, hosts=each.shown.hosts))]
     runs = list(dict.fromkeys(shown))
     shares = [_simulated(runs[at : at + CONTROL_SHARE]) for at in range(0, len(runs), CONTROL_SHARE)]
     return [(SIMULATE, pool.submit(_catch, None, SIMULATE, share)) for share in shares]
@@ -123,7 +123,10 @@ def _hunt(mutant: Mutant, lives: int, on_result: Callable[[Hunted], None]) -> Hu
     if mutant.tests:
         catch = _catch(mutant, PYTEST, mutant.tests)
     else:
-        runs = [*filter(None, [mutant.shown]), *map(Shown, range(FIRST, FIRST + lives))]
+        runs = [
+            *filter(None, [mutant.shown]),
+            *(Shown(seed, hosts=mutant.hosts) for seed in range(FIRST, FIRST + lives)),
+        ]
         catch = _catch(mutant, SIMULATE, _simulated(runs))
     found = Hunted(
         bug=mutant.name,

@@ -13,6 +13,7 @@ class Shown(msgspec.Struct, frozen=True):
     seed: int
     keep: tuple[int, ...] | None = None
     timing: int = 0
+    hosts: int = 0
 
 
 class Mutant(msgspec.Struct, frozen=True, kw_only=True):
@@ -25,6 +26,7 @@ class Mutant(msgspec.Struct, frozen=True, kw_only=True):
     after: str = ""
     tests: tuple[str, ...] = ()  # ids of the tests that must fail; empty: simulated runs must find a violation
     shown: Shown | None = None  # tried first, only to be quick
+    hosts: int = 0  # of the simulated runs that must find it; 0: all is on one
 
     @property
     def caught_by(self) -> str:

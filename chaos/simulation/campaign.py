@@ -13,13 +13,12 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain, count, islice
+from itertools import chain, count, islice, product
 
 import msgspec
 
-from chaos.simulation.episode import PAIRED_EVERY, WALKED, Episode, run_episode
-from chaos.simulation.faults import FAULTS
-from chaos.simulation.minimise import Minimal, minimise
+from chaos.simulation.episode import PAIRED_EVERY, WALKED, Episode, every_fault, run_episode
+from chaos.simulation.minimise import Minimal, command, minimise
 from chaos.simulation.pairs import Pair, pairs_of, parts
 from membership.base.starter import end_with_starter
 
@@ -59,6 +58,7 @@ class SimulationReceipt(msgspec.Struct, frozen=True, kw_only=True):
 
     ok: bool
     seed: int
+    hosts: int  # 0: all on one
     episodes: int = msgspec.field(name="lives")
     faults: int
     faults_per_minute: int
@@ -81,6 +81,7 @@ class _Campaign:
     """The results so far."""
 
     seed: int
+    hosts: int
     on_progress: OnProgress
     began: float = field(default_factory=time.monotonic)
     digests: dict[int, str] = field(default_factory=dict)
@@ -99,7 +100,7 @@ class _Campaign:
             self.totals[name] += getattr(episode, name)
         self.kinds.update(episode.kinds)
         self.points.update(episode.points)
-        self.pairs |= pairs_of(episode.steps, FAULTS)
+        self.pairs |= pairs_of(episode.steps, every_fault(self.hosts))
         self.virtual_s += episode.seconds
         if episode.violation:
             self.broken.append((episode, episode.violation))
@@ -114,11 +115,12 @@ class _Campaign:
             self.broken.append((episode, "another outcome when it was run again"))
 
     def receipt(self, violations: Sequence[Broken]) -> SimulationReceipt:
-        every = [(first, second) for first in sorted(FAULTS) for second in sorted(FAULTS)]
+        every = list(product(sorted(every_fault(self.hosts)), repeat=2))
         missing = [f"{first} then {second}" for first, second in every if (first, second) not in self.pairs]
         return SimulationReceipt(
             ok=not violations,
             seed=self.seed,
+            hosts=self.hosts,
             episodes=len(self.digests),
             faults_per_minute=round(60 * self.totals["faults"] / max(self.seconds, 1e-9)),
             kinds=dict(sorted(self.kinds.items())),
@@ -141,10 +143,11 @@ def simulate(
     *,
     replays: int = 0,
     minimised: int = MINIMISED,
+    hosts: int = 0,
 ) -> SimulationReceipt:
     """Run episodes from `seed` on in `jobs` processes until there were `faults`, then `replays` of them again."""
-    campaign = _Campaign(seed, on_progress)
-    episodes = _episodes(seeds_from(seed), jobs)
+    campaign = _Campaign(seed, hosts, on_progress)
+    episodes = _episodes(seeds_from(seed, hosts), jobs, hosts)
     for episode in episodes:
         campaign.add(episode)
         if len(campaign.digests) % PROGRESS_EVERY == 0:
@@ -154,17 +157,17 @@ def simulate(
     episodes.close()
     campaign.progress()
     campaign.seconds = time.monotonic() - campaign.began
-    for episode in _replayed(list(campaign.digests), replays, jobs):
+    for episode in _replayed(list(campaign.digests), replays, jobs, hosts):
         campaign.replay(episode)
         if campaign.replayed % BATCH == 0:
             campaign.progress(f"running again {campaign.replayed}/{replays}")
     return campaign.receipt(list(_minimised(campaign, minimised)))
 
 
-def seeds_from(seed: int) -> Iterator[int]:
+def seeds_from(seed: int, hosts: int = 0) -> Iterator[int]:
     """All seeds in order: first those that walk along the pairs of faults, then the others."""
     first = -(-seed // PAIRED_EVERY) * PAIRED_EVERY
-    walks = list(range(first, first + PAIRED_EVERY * ROUNDS * parts(sorted(FAULTS), WALKED), PAIRED_EVERY))
+    walks = list(range(first, first + PAIRED_EVERY * ROUNDS * parts(sorted(every_fault(hosts)), WALKED), PAIRED_EVERY))
     known = set(walks)
     return chain(walks, (other for other in count(seed) if other not in known))
 
@@ -175,46 +178,46 @@ def _minimised(campaign: _Campaign, most: int) -> Iterator[Broken]:
         if number < most and episode.violation == violation:
             campaign.progress(f"minimising seed {episode.seed}")
             minimal = minimise(episode, MINIMISE_S / most)
-        again = minimal.again if minimal else f"elastic-chaos replay --seed {episode.seed}"
+        again = minimal.again if minimal else command(episode.seed, None, hosts=episode.hosts)
         yield Broken(seed=episode.seed, violation=violation, again=again, minimal=minimal)
 
 
-def _episodes(seeds: Iterator[int], jobs: int) -> Generator[Episode, None, None]:
+def _episodes(seeds: Iterator[int], jobs: int, hosts: int) -> Generator[Episode, None, None]:
     """Episodes in the order of `seeds`, without end."""
     if jobs == 1:
-        yield from map(run_episode, seeds)
+        yield from (run_episode(seed, hosts=hosts) for seed in seeds)
         return
     batches = (list(islice(seeds, BATCH)) for _ in count())
-    for batch in _in_processes(batches, jobs):
+    for batch in _in_processes(batches, jobs, hosts):
         yield from batch
 
 
-def _replayed(known: Sequence[int], replays: int, jobs: int) -> Iterator[Episode]:
+def _replayed(known: Sequence[int], replays: int, jobs: int, hosts: int) -> Iterator[Episode]:
     """A sample of the known seeds, run by fresh processes."""
     some = known[:: max(1, len(known) // replays)][:replays] if replays else []
     batches = [list(some[at : at + BATCH]) for at in range(0, len(some), BATCH)]
-    return (episode for batch in _in_processes(iter(batches), jobs) for episode in batch)
+    return (episode for batch in _in_processes(iter(batches), jobs, hosts) for episode in batch)
 
 
-def _in_processes(batches: Iterator[list[int]], jobs: int) -> Generator[list[Episode], None, None]:
+def _in_processes(batches: Iterator[list[int]], jobs: int, hosts: int) -> Generator[list[Episode], None, None]:
     first = list(islice(batches, 2 * jobs))
     if not first:
         return
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), end_with_starter) as pool:
-        running = deque(pool.submit(_batch, batch) for batch in first)
+        running = deque(pool.submit(_batch, batch, hosts) for batch in first)
         try:
             while running:
                 yield running.popleft().result(timeout=BATCH_LIMIT_S)
-                running.extend(pool.submit(_batch, batch) for batch in islice(batches, 1))
+                running.extend(pool.submit(_batch, batch, hosts) for batch in islice(batches, 1))
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _batch(seeds: Iterable[int]) -> list[Episode]:
+def _batch(seeds: Iterable[int], hosts: int) -> list[Episode]:
     """Run some episodes here. Their garbage is small, and collecting it would take a tenth of the time."""
     gc.disable()
     try:
-        return [run_episode(seed) for seed in seeds]
+        return [run_episode(seed, hosts=hosts) for seed in seeds]
     finally:
         gc.enable()
         gc.collect()

@@ -6,7 +6,7 @@ It starts and restarts processes, reports their ends to those that watch them, a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from random import Random
 from typing import Any
 
@@ -19,6 +19,7 @@ from chaos.simulation.gateway import ClientRequest, GatewayProcess
 from chaos.simulation.host import Host
 from chaos.simulation.invariants import Invariants, Violation, early, require, require_none, unmasked
 from chaos.simulation.kv_model import EOS, KvModel
+from chaos.simulation.network import Network, Stream, Way
 from chaos.simulation.process import Died, Process
 from chaos.simulation.rank import Outbox, RankProcess
 from chaos.simulation.store import SimStore
@@ -83,10 +84,14 @@ class Failpoints:
 class Cluster:
     """All processes and what connects them. Only the cluster itself draws from `chance`, never what is done to it."""
 
-    def __init__(self, seed: str, nodes: tuple[str, ...], desired: int, config: ClusterConfig = SERVED) -> None:
+    def __init__(
+        self, seed: str, nodes: tuple[str, ...], desired: int, config: ClusterConfig = SERVED, *, hosts: bool = False
+    ) -> None:
+        """`hosts`: each node is a host of its own, with a network between them; else all is on one."""
         self.seed, self.nodes, self.config = seed, nodes, config
         self.chance = Random(f"{seed} cluster")
         self.clock = Clock()
+        self.network = Network(self.clock, Random(f"{seed} network"), nodes if hosts else ())
         self.keys = Keys(config.cluster)
         self.store = SimStore(self.clock, self.keys)
         self.invariants = Invariants(config)
@@ -99,6 +104,7 @@ class Cluster:
         self.outboxes: dict[bytes, Outbox] = {}
         self.servers: dict[str, SimServer] = {}
         self.bad: set[int] = set()  # slots whose ranks cannot prepare
+        self.dark: Counter[str] = Counter()  # hosts without power, and by how many faults
         self.delay_s = DELAY_S
         self.running: Process | None = None
         self.violation: Violation | None = None
@@ -112,9 +118,12 @@ class Cluster:
         self.store.put(self.keys.desired, encode(Desired(ranks=desired)))
         self.store.on_change = self._changed
         self.hosts = {node: self._host(node) for node in nodes}
-        self.controllers = [self._controller(), self._controller()]
-        self.engines = [self._engine(), self._engine()]
-        self.gateway = self._gateway()
+        places = list(nodes) if hosts else [""]
+        Random(f"{seed} places").shuffle(places)
+        one, two = places[0], places[-1]
+        self.controllers = [self._controller(two), self._controller(one)]
+        self.engines = [self._engine(one), self._engine(two)]
+        self.gateway = self._gateway(places[len(places) // 2])
 
     # --- processes
 
@@ -123,16 +132,16 @@ class Cluster:
         return self._started
 
     def _host(self, node: str) -> Host:
-        return Host(self, node, self._next_number())
+        return Host(self, node, self._next_number(), node if self.network.hosts else "")
 
-    def _controller(self) -> ControllerProcess:
-        return ControllerProcess(self, self._next_number())
+    def _controller(self, at: str) -> ControllerProcess:
+        return ControllerProcess(self, self._next_number(), at)
 
-    def _engine(self) -> EngineProcess:
-        return EngineProcess(self, self._next_number())
+    def _engine(self, at: str) -> EngineProcess:
+        return EngineProcess(self, self._next_number(), at)
 
-    def _gateway(self) -> GatewayProcess:
-        return GatewayProcess(self, self._next_number())
+    def _gateway(self, at: str) -> GatewayProcess:
+        return GatewayProcess(self, self._next_number(), at)
 
     def next_pid(self) -> int:
         """A number that is never used again."""
@@ -146,22 +155,40 @@ class Cluster:
         return self.ranks[key]
 
     def rank_died(self, rank: RankProcess) -> None:
-        """The kernel notifies its agent and the engines."""
+        """The kernel notifies its agent, and engines of its host; its agent others; its connections end."""
         self.ranks.pop(rank.key, None)
         rank.host.executor.died(rank)
         for process in self.engines:
-            if process.fleet is not None:
+            if process.fleet is None:
+                continue
+            if process.at == rank.at:
                 process.after(0.001, process.fleet.on_death, rank.key)
+            elif rank.host.alive and not rank.host.stopped:
+                self.tell(rank.at, process, process.fleet.reported.arrived, rank.key)
+        for other in list(self.ranks.values()) if rank.at else ():
+            if other.at != rank.at and rank.key in other.exchange.links:
+                self.tell(rank.at, other, other.exchange.lost, rank.key)
+
+    def tell(self, at: str, process: Process, call: Callable[[RankId], None], key: RankId) -> None:
+        """A process of another host, over the network."""
+        Stream(self.network, self.clock, at, process.at).send(self.delay(), process.after, 0.0, call, key)
+
+    def connected(self, one: Process, two: Process) -> bool:
+        """Whether each of them can hear the other."""
+        return self.network.connected(one.at, two.at)
 
     def supervise(self, delay_s: float = 0.0) -> None:
-        """Start every process again that has ended, as `elastic serve` does."""
+        """Start every process again that has ended, as `elastic serve` does; not on a host without power."""
         for node, host in self.hosts.items():
-            if not host.alive:
+            if not host.alive and not self.dark[node]:
                 self.hosts[node] = self._host(node)
-        self.controllers = [each if each.alive else self._controller() for each in self.controllers]
-        self.engines = [each if each.alive else self._engine() for each in self.engines]
-        if not self.gateway.alive:
-            self.gateway = self._gateway()
+        self.controllers = [each if self._stays(each) else self._controller(each.at) for each in self.controllers]
+        self.engines = [each if self._stays(each) else self._engine(each.at) for each in self.engines]
+        if not self._stays(self.gateway):
+            self.gateway = self._gateway(self.gateway.at)
+
+    def _stays(self, process: Process) -> bool:
+        return process.alive or self.dark[process.at] > 0
 
     def kill(self, process: Process) -> bool:
         """SIGKILL. It is started again a little later. False if it was dead."""
@@ -170,6 +197,25 @@ class Cluster:
         if was:
             self.clock.after(self.chance.uniform(*RESTART_S), self.supervise)
         return was
+
+    def processes_of(self, host: str) -> list[Process]:
+        """All that lives there; ranks before their agent."""
+        every = (*sorted(self.ranks.values(), key=lambda rank: rank.key), *self.processes)
+        return [process for process in every if process.at == host and process.alive]
+
+    def lose_power(self, host: str, ways: list[Way]) -> None:
+        """All of a host ends at once, and what its connections have not sent is lost. `ways`: all of its ways."""
+        self.dark[host] += 1
+        self.network.cut(ways)
+        self.network.boots[host] += 1
+        for process in self.processes_of(host):
+            process.die()
+
+    def power_back(self, host: str, ways: list[Way]) -> None:
+        """It runs again."""
+        self.dark[host] = max(0, self.dark[host] - 1)
+        self.network.heal(ways)
+        self.clock.after(self.chance.uniform(*RESTART_S), self.supervise)
 
     def freeze(self, process: Process, seconds: float) -> bool:
         """SIGSTOP, and SIGCONT after `seconds`. False if it was dead or stopped."""
@@ -209,6 +255,8 @@ class Cluster:
         self.failpoints.armed.clear()
         self.bad.clear()
         self.delay_s, self.store.outage = DELAY_S, False
+        self.dark.clear()
+        self.network.heal_all()
         for process in (*self.processes, *self.ranks.values()):
             process.client.cut, process.client.doubtful, process.skew_s = False, 0, 0.0
         for process in self.processes:
@@ -245,7 +293,7 @@ class Cluster:
             self.report(violation)
         if any(event.kv.key.startswith(self.keys.quiet) is False for event in self.store._history[-1].events):
             for process in (*self.hosts.values(), *self.controllers, *self.engines, self.gateway):
-                if process.alive and not process.client.cut:
+                if process.alive and not process.client.away:
                     process.wake(0.001 + 4 * self.delay())
 
     def _check(self, author: str, before: ClusterState, after: ClusterState) -> None:

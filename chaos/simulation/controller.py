@@ -35,8 +35,8 @@ STANDBY_S = 0.3
 class ControllerProcess(Process):
     """One controller process."""
 
-    def __init__(self, cluster: Cluster, number: int) -> None:
-        super().__init__(cluster, f"controller {number}")
+    def __init__(self, cluster: Cluster, number: int, at: str) -> None:
+        super().__init__(cluster, f"controller {number}", at)
         self.mirror: Mirror | None = None
         self.election: Election | None = None
         self.past: deque[tuple[Effect, ClusterState, Term, Election, Decided]] = deque(maxlen=8)

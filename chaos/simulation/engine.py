@@ -63,8 +63,8 @@ class SimServer(EngineServer):
 class EngineProcess(Process):
     """One engine process."""
 
-    def __init__(self, cluster: Cluster, number: int) -> None:
-        super().__init__(cluster, f"engine {number}")
+    def __init__(self, cluster: Cluster, number: int, at: str) -> None:
+        super().__init__(cluster, f"engine {number}", at)
         self.mirror: Mirror | None = None
         self.engine: Engine | None = None
         self.fleet: SimFleet | None = None

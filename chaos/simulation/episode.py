@@ -20,7 +20,8 @@ import structlog
 from chaos.simulation.actions import ACTIONS
 from chaos.simulation.clock import WALL_S
 from chaos.simulation.cluster import Cluster
-from chaos.simulation.faults import FAULTS
+from chaos.simulation.faults import FAULTS, Action
+from chaos.simulation.host_faults import HOST_FAULTS
 from chaos.simulation.invariants import require
 from chaos.simulation.pairs import walk
 from membership.base import failpoints
@@ -68,6 +69,7 @@ class Episode(msgspec.Struct, frozen=True, kw_only=True):
     """The result of one seed. `violation`: the invariant that broke, "" if none did."""
 
     seed: int
+    hosts: int = 0
     faults: int
     kinds: tuple[str, ...]
     steps: tuple[Step, ...] = ()
@@ -89,18 +91,20 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     desired: int
     fresh: bool  # the first events occur while the cluster is still starting
     schedule: tuple[Scheduled, ...]
+    hosts: int = 0  # with a network between them; 0: all is on one
 
 
-def setup(seed: int) -> Setup:
-    """What the seed determines."""
-    random = Random(seed)
-    nodes = ("a", "b", "c")[: random.choice([1, 2, 2, 3])]
+def setup(seed: int, hosts: int = 0) -> Setup:
+    """What the seed determines, on one host or several."""
+    random = Random(f"{seed} on {hosts} hosts" if hosts else seed)
+    nodes = ("a", "b", "c")[: hosts or random.choice([1, 2, 2, 3])]
     desired, fresh = random.choice([1, 2, 3, 4, 4, 5]), random.random() < 0.15
     events, pace = random.choice(PACES)
-    kinds = sorted({*FAULTS, *ACTIONS})
+    faults = sorted(every_fault(hosts))
+    kinds = sorted({*faults, *ACTIONS})
     if seed % PAIRED_EVERY == 0:
-        faults = walk(sorted(FAULTS), seed // PAIRED_EVERY, WALKED)
-        order = [kind for i, each in enumerate(faults) for kind in ([each, "change"] if i % 5 == 4 else [each])]
+        walked = walk(faults, seed // PAIRED_EVERY, WALKED)
+        order = [kind for i, each in enumerate(walked) for kind in ([each, "change"] if i % 5 == 4 else [each])]
     else:
         some = random.sample(kinds, random.choice([2, 4, 6, 8, 12, len(kinds)]))
         weights = [random.choice([1, 1, 3]) * WEIGHTS.get(kind, 1.0) for kind in some]
@@ -109,7 +113,12 @@ def setup(seed: int) -> Setup:
     for kind in order:
         at += pace * random.choice(GAPS_S) * random.uniform(0.5, 1.0)
         schedule.append(Scheduled(round(at, 4), kind, random.getrandbits(48)))
-    return Setup(seed=seed, nodes=nodes, desired=desired, fresh=fresh, schedule=tuple(schedule))
+    return Setup(seed=seed, nodes=nodes, desired=desired, fresh=fresh, schedule=tuple(schedule), hosts=hosts)
+
+
+def every_fault(hosts: int = 0) -> dict[str, Action]:
+    """What may go wrong on one host, or on several."""
+    return FAULTS | HOST_FAULTS if hosts else FAULTS
 
 
 class _Run:
@@ -118,7 +127,7 @@ class _Run:
     def __init__(self, plan: Setup, on_step: OnStep, timing: int) -> None:
         self.plan, self.on_step = plan, on_step
         seed = f"{plan.seed}.{timing}" if timing else str(plan.seed)
-        self.cluster = Cluster(seed, plan.nodes, plan.desired)
+        self.cluster = Cluster(seed, plan.nodes, plan.desired, hosts=plan.hosts > 0)
         self.random = Random(f"{seed} clients")
         self.trace: list[str] = []
         self.steps: list[Step] = []
@@ -144,7 +153,8 @@ class _Run:
 
     def _execute(self, index: int, event: Scheduled, began: float) -> None:
         cluster = self.cluster
-        outcome = (FAULTS.get(event.kind) or ACTIONS[event.kind])(cluster, Random(event.seed))
+        action = every_fault(self.plan.hosts).get(event.kind) or ACTIONS[event.kind]
+        outcome = action(cluster, Random(event.seed))
         step = Step(index, round(cluster.clock.now - began, 3), event.kind, outcome)
         self.steps.append(step)
         self.trace.append(f"{_traced(step)} {cluster.store.state.revision} {cluster.tokens} {cluster.clock.calls}")
@@ -211,12 +221,13 @@ class _Run:
 
     def result(self, violation: str) -> Episode:
         cluster, steps = self.cluster, tuple(self.steps)
-        effective = [s for s in steps if s.kind in FAULTS and s.outcome and not s.outcome.startswith("armed")]
+        effective = [s for s in steps if s.kind not in ACTIONS and s.outcome and not s.outcome.startswith("armed")]
         requests = [f"{name} {ask.tokens} {ask.ended}" for name, ask in cluster.requests.items()]
         counted = [f"{cluster.events.counts} {cluster.clock.now} {cluster.clock.calls} {cluster.invariants.epochs}"]
         digest = hashlib.blake2b("\n".join([*self.trace, *requests, *counted, violation]).encode(), digest_size=8)
         return Episode(
             seed=self.plan.seed,
+            hosts=self.plan.hosts,
             faults=len(effective) + len(cluster.failpoints.triggered),
             kinds=tuple(sorted({step.kind for step in steps if step.outcome})),
             steps=steps,
@@ -237,14 +248,18 @@ def _traced(step: Step) -> str:
 
 
 def run_episode(
-    seed: int, keep: Collection[int] | None = None, on_step: OnStep = lambda step: None, timing: int = 0
+    seed: int,
+    keep: Collection[int] | None = None,
+    on_step: OnStep = lambda step: None,
+    timing: int = 0,
+    hosts: int = 0,
 ) -> Episode:
     """Run the seed's episode, or only the events `keep` of it. `on_step` gets each event that was executed.
 
     Another `timing` gives the same events at the same moments, with other delays of messages and turns between them.
     """
     with _quiet_logs():
-        run, violation = _Run(setup(seed), on_step, timing), ""
+        run, violation = _Run(setup(seed, hosts), on_step, timing), ""
         try:
             run.run(keep)
         except ElasticError as broken:

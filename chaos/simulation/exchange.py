@@ -12,11 +12,15 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from chaos.simulation.invariants import Violation, require
+from chaos.simulation.silence import Watch
 from membership.base.errors import CoverageLost
 from membership.base.rank_id import RankId
 from workers.exchange.model_side import StepContext
 from workers.exchange.router import Parcel, Refused, Router
+from workers.exchange.tcp import redial
+from workers.exchange.tcp.redial import Redial
 from workers.ipc.shared_memory import Segment
+from workers.protocol.exchange_handle import TcpHandle
 from workers.protocol.live_mask import LiveMask
 from workers.protocol.messages import SampledToken, SeqChunk, StepBatch
 
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
 
 LAYERS, EXPERTS = 2, 8
 NONSENSE = 49  # a token
+NOWHERE = TcpHandle("", b"")  # there are no addresses here
 Pair = tuple[int, int]
 """(layer, expert)"""
 
@@ -50,6 +55,87 @@ class SimMask(LiveMask):
         """Nothing is mapped."""
 
 
+class FarLinks:
+    """A rank's links with ranks of other hosts. When they are made again is decided by the shipped `redial.py`."""
+
+    def __init__(self, rank: RankProcess, exchange: SimExchange) -> None:
+        self.returning: set[RankId] = set()  # cut, and still wanted
+        self._rank, self._exchange = rank, exchange
+        self._watches: dict[RankId, Watch] = {}
+        self._redials: dict[RankId, Redial] = {}  # of links that this side has made, and makes again
+
+    def has(self, peer: RankId) -> bool:
+        """Whether there is a link with it, which is on another host."""
+        return peer in self._watches
+
+    def made(self, peer: RankId) -> None:
+        """There is a link now, maybe again."""
+        rank = self._rank
+        found = rank.cluster.ranks.get(peer)
+        if found is None or found.at == rank.at:
+            return
+        self._stop(peer)
+        self.returning.discard(peer)
+        self._exchange.links.add(peer)
+        if peer.incarnation < rank.key.incarnation:
+            before = self._redials.get(peer, Redial(NOWHERE, rank.clock.now))
+            self._redials[peer] = redial.linked(before, rank.clock.now)
+        self._watches[peer] = Watch(rank, found.at, lambda silent_s: self.lost(peer))
+
+    def lost(self, peer: RankId) -> None:
+        """It has ended: rows go around. The other side is notified, where that still arrives."""
+        if peer not in self._watches:
+            return
+        self._stop(peer)
+        self._exchange.links.discard(peer)
+        self.returning.add(peer)
+        self._rank.wake(0.0)
+        found = self._rank.cluster.ranks.get(peer)
+        if found is not None:
+            self._rank.cluster.tell(self._rank.at, found, found.exchange.lost, self._rank.key)
+        self._later(peer)
+
+    def drop(self, peers: set[RankId]) -> None:
+        """Not wanted any more."""
+        self.returning -= peers
+        for peer in peers & self._watches.keys():
+            self._stop(peer)
+
+    def _stop(self, peer: RankId) -> None:
+        watch = self._watches.pop(peer, None)
+        if watch is not None:
+            watch.stop()
+
+    def _later(self, peer: RankId) -> None:
+        """Try to make it again after the pause that is due, if it is this side that does."""
+        if peer in self._redials:
+            known = self._redials[peer] = redial.cut(self._redials[peer], self._rank.clock.now)
+            self._rank.after(known.due - self._rank.clock.now, self._try, peer)
+
+    def _try(self, peer: RankId) -> None:
+        if peer not in self.returning:
+            return
+        rank, now = self._rank, self._rank.clock.now
+        known = self._redials[peer] = redial.begin(self._redials[peer], now)
+        found = rank.cluster.ranks.get(peer)
+        if found is None:  # refused
+            self._later(peer)
+        elif found.stopped or not rank.cluster.connected(rank, found):
+            rank.after(known.due - now, self._given_up, peer)
+        else:
+            found.exchange.far.admitted(rank.key)
+            self.made(peer)
+
+    def _given_up(self, peer: RankId) -> None:
+        if peer in self.returning:
+            self._later(peer)
+
+    def admitted(self, peer: RankId) -> None:
+        """The other side has made the link again, maybe before this one has missed it."""
+        if peer in self.returning or peer in self._watches:
+            self.made(peer)
+
+
 class Bank:
     """The experts that a rank holds."""
 
@@ -67,13 +153,19 @@ class SimExchange:
         self.suspects: set[int] = set()
         self.retried_rows, self.retried_at = 0, 0.0
         self.links: set[RankId] = set()
+        self.far = FarLinks(rank, self)
         self._rank = rank
         self._ctx: StepContext | None = None
         self._router: Router | None = None
 
     def unlinked(self) -> list[int]:
-        """Links are cut by deaths only, which the engine sees."""
-        return []
+        """Those of other hosts: links of one host are cut by deaths only, which the engine sees."""
+        ctx = self._ctx
+        if ctx is None or not self.far.returning:
+            return []
+        gone = ctx.masked | self._rank.worker.masked()
+        keys = [RankId(*each) for each in ctx.incarnations.items()]
+        return [key.rank for key in keys if key in self.far.returning and not gone >> key.rank & 1]
 
     def stays(self) -> bool:
         """Rows travel: nothing here computes, so no cores are shared out."""
@@ -85,8 +177,32 @@ class SimExchange:
         self._ctx = ctx
         self.suspects.clear()
 
+    def link(self, peer: RankId) -> None:
+        """A view that is prepared has this peer. A link that was cut returns by itself."""
+        if peer in self.links or peer in self.far.returning:
+            return
+        self.links.add(peer)
+        self.far.made(peer)
+
+    def lost(self, peer: RankId) -> None:
+        """The link with a rank of another host has ended."""
+        self.far.lost(peer)
+
+    def reaches(self, peer: RankId) -> bool:
+        """Whether a link with it is there, or can be made, or returns by itself."""
+        found = self._rank.cluster.ranks.get(peer)
+        if found is None or found.stopped:
+            return False
+        return peer in self.links or peer in self.far.returning or self._rank.cluster.connected(self._rank, found)
+
+    def keeps_waiting(self, peer: RankId) -> bool:
+        """Whether what this peer was asked is not answered now, nor known not to be."""
+        found = self._rank.cluster.ranks.get(peer)
+        return found is None or found.stopped or not self._rank.cluster.connected(self._rank, found)
+
     def disconnect(self, left: set[RankId]) -> None:
         self.links -= left
+        self.far.drop(left)
 
     def stir(self) -> None:
         """Nothing sleeps here."""
@@ -108,11 +224,15 @@ class SimExchange:
         excluded = 0
         for rank, incarnation in ctx.incarnations.items():
             key = RankId(rank, incarnation)
-            if key != self._rank.key and (key not in self.links or key not in self._rank.cluster.ranks):
+            if key != self._rank.key and not self._linked(key):
                 excluded |= 1 << rank
                 if not ctx.masked >> rank & 1:
                     self.suspects.add(rank)
         return excluded
+
+    def _linked(self, key: RankId) -> bool:
+        """A death on this host is seen at once; elsewhere when the network says so."""
+        return key in self.links and (key in self._rank.cluster.ranks or self.far.has(key))
 
     def _settled(
         self, router: Router, layer: int, wanted: Any, excluded: int, ctx: StepContext

@@ -234,6 +234,8 @@ def compaction(cluster: Cluster, random: Random) -> str:
 def doubt(cluster: Cluster, random: Random) -> str:
     """The answers to a process's next writes are lost. Some of those writes take effect."""
     processes = [process for process in cluster.processes if process.alive]
+    if not processes:
+        return NOTHING
     process = random.choice(processes)
     process.client.doubtful = random.choice([1, 2, 5])
     return f"{process.name} gets no answer to its next {process.client.doubtful} writes"

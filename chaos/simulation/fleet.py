@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from chaos.simulation.exchange import SimMask
 from chaos.simulation.invariants import require
-from chaos.simulation.rank import Inbox, RankProcess
+from chaos.simulation.rank import Inbox, Outbox, RankProcess
 from membership.base.enums import DetectedBy
-from membership.base.errors import QueueClosed
+from membership.base.errors import QueueClosed, WaitTimeout
 from membership.base.rank_id import RankId
+from membership.base.timing import LINK_SUSPECT_MIN_S, REMOTE_SILENCE_S
 from membership.store.records import RankRecord
 from workers.fleet.fleet import Fleet, RankLost, _Link
 from workers.fleet.watchdog import Look
@@ -55,8 +56,13 @@ class Broadcast:
         return self.name
 
     def join(self, rank: RankProcess) -> Inbox:
-        inbox = self._readers[reader_id(rank.key)] = Inbox(rank)
+        inbox = self._readers[reader_id(rank.key)] = Inbox(rank, self._process)
         return inbox
+
+    @property
+    def at(self) -> str:
+        """The host of the engine."""
+        return self._process.at
 
     def enqueue(self, message: Any, timeout_s: float) -> None:
         """To all readers, each with its own delay."""
@@ -74,12 +80,32 @@ class Broadcast:
         self._readers.clear()
 
 
+class SimNotices:
+    """What agents of other hosts report of their ranks' deaths: see workers/fleet/notices.py."""
+
+    def __init__(self, ring: Callable[[], None]) -> None:
+        self._ring = ring
+        self._keys: list[RankId] = []
+
+    def arrived(self, key: RankId) -> None:
+        """A rank has ended."""
+        self._keys.append(key)
+        self._ring()
+
+    def pending(self) -> bool:
+        return bool(self._keys)
+
+    def take(self) -> list[RankId]:
+        keys, self._keys = self._keys, []
+        return keys
+
+
 class Link(_Link):
     """A rank, attached."""
 
     def look(self) -> Look | None:
-        rank = cast(RankProcess, self.page)
-        return rank.look() if rank.alive else None
+        rank = cast(RankProcess | None, self.page)
+        return rank.look() if rank is not None and rank.alive else None
 
 
 class SimFleet(Fleet):
@@ -91,6 +117,8 @@ class SimFleet(Fleet):
         self.mask_page = SimMask(b"mask-%d" % number)
         super().__init__(clock=process.clock, parts=(cast(Any, self.bell), cast(Any, self.steps), self.mask_page))
         self._wake = cast(Any, Bell(self._join_soon))
+        self.reported = SimNotices(process.wake_now)
+        self._notices = cast(Any, self.reported)
 
     def on_death(self, key: RankId) -> None:
         """The kernel released the robust futex of a rank."""
@@ -122,12 +150,37 @@ class SimFleet(Fleet):
         if answers is None or answers.left or not answers.rank.alive:
             raise QueueClosed(f"rank {record.rank} is gone, or has left")
         answers.ring = self._doorbell.ring
-        return Link(answers.rank.key, cast(Any, answers), cast(Any, answers.rank), ExitStack())
+        opened, near = ExitStack(), answers.rank.at == self._process.at
+        if not near:
+            if not cluster.network.connected(self._process.at, answers.rank.at):
+                raise WaitTimeout(f"rank {record.rank} did not admit us")
+            opened.callback(answers.end_on_silence(self._process, self._others).stop)
+        return Link(answers.rank.key, cast(Any, answers), cast(Any, answers.rank if near else None), opened)
 
     def _lose(self, key: RankId, source: DetectedBy, at: float, *, ended: bool = False) -> list[RankLost]:
         rank = self._process.cluster.ranks.get(key)
         if rank is not None and key in self._links:
             ill = rank.stopped or rank.ill_until > self._clock() - 1.0
             released = source is DetectedBy.QUEUE and not self._assigned(key)  # as its agent asked
-            require(ill or released, f"rank {key[0]} beats and advances, and was evicted: {source}")
+            cut = self._network_troubled(rank.at)
+            require(ill or released or cut, f"rank {key[0]} beats and advances, and was evicted: {source}")
+            if source is DetectedBy.SILENCE:
+                self._require_not_ours(key, rank.at)
         return super()._lose(key, source, at, ended=ended)
+
+    def _network_troubled(self, host: str) -> bool:
+        """Whether that host, or an acknowledgement of it, did not get through lately."""
+        return self._process.cluster.network.troubled(self._process.at, host, REMOTE_SILENCE_S + 1.0)
+
+    def _require_not_ours(self, key: RankId, host: str) -> None:
+        """Violation if all other hosts are silent, of two or more, for long enough to be seen: it is ours that is cut
+        off. That they are all gone is believed only after a time without messages.
+        """
+        process, now = self._process, self._clock()
+        waits: dict[str, list[float]] = {}
+        for answers in (cast(Outbox, link.answers) for link in self._links.values() if link.page is None):
+            if answers.watch is not None:
+                waits.setdefault(answers.rank.at, []).append(answers.watch.connection.waited_s(now))
+        ours = len(waits) > 1 and all(min(each) >= LINK_SUSPECT_MIN_S for each in waits.values())
+        believed = process.cluster.network.cut_s(host, process.at) > REMOTE_SILENCE_S or process.ill_until > now - 1.0
+        require(not ours or believed, f"rank {key.rank} is given up by an engine that is cut off itself")

@@ -9,6 +9,7 @@ import msgspec
 
 from chaos.simulation.invariants import require
 from chaos.simulation.kv_model import oracle
+from chaos.simulation.network import Stream
 from chaos.simulation.process import Process
 from elastic.gateway.engine_link import EngineLink, LinkSettings, Target
 from elastic.gateway.journal import Delta, Request
@@ -65,13 +66,14 @@ class Connection:
         self.name = b"c%d" % number
         self.alive, self.cut = True, False
         self._gateway, self._server, self._engine = gateway, server, engine
-        self._there = self._back = 0.0
+        network, clock = gateway.cluster.network, gateway.clock
+        self._there = Stream(network, clock, gateway.at, engine.at)
+        self._back = Stream(network, clock, engine.at, gateway.at)
         server.connections[self.name] = self
 
     def send(self, data: bytes) -> Connection:
         """As a socket does. Returns an object that takes a callback."""
-        self._there = max(self._there, self._gateway.clock.now + self._gateway.cluster.delay())
-        self._gateway.clock.after(self._there - self._gateway.clock.now, self._arrive, _decoder.decode(data))
+        self._there.send(self._gateway.cluster.delay(), self._arrive, _decoder.decode(data))
         return self
 
     def add_done_callback(self, callback: Any) -> None:
@@ -93,8 +95,7 @@ class Connection:
         """False if there is no connection any more."""
         if not self.alive:
             return False
-        self._back = max(self._back, self._gateway.clock.now + self._gateway.cluster.delay())
-        self._gateway.clock.after(self._back - self._gateway.clock.now, self._come, message)
+        self._back.send(self._gateway.cluster.delay(), self._come, message)
         return True
 
     def _come(self, message: ToGateway) -> None:
@@ -106,14 +107,17 @@ class Connection:
         if self.alive:
             self.alive = False
             self._server.connections.pop(self.name, None)
-            self._gateway.after(0.002, self._gateway.disconnected, self)
+            if self._engine.at == self._gateway.at:
+                self._gateway.after(0.002, self._gateway.disconnected, self)
+            else:
+                self._back.finish(0.002, self._gateway.after, 0.0, self._gateway.disconnected, self)
 
 
 class GatewayProcess(Process):
     """One gateway process."""
 
-    def __init__(self, cluster: Cluster, number: int) -> None:
-        super().__init__(cluster, f"gateway {number}")
+    def __init__(self, cluster: Cluster, number: int, at: str) -> None:
+        super().__init__(cluster, f"gateway {number}", at)
         self.link = EngineLink(self.name, SETTINGS, clock=self.clock)
         self.mirror: Mirror | None = None
         self.connection: Connection | None = None
@@ -141,6 +145,8 @@ class GatewayProcess(Process):
         server = self.cluster.servers.get(target.address) if target is not None else None
         if self.connection is None and server is not None and now >= self._retry_at:
             engine = server._process
+            if not self.cluster.network.connected(self.at, engine.at):
+                return
             self.connection = Connection(self, server, engine, self.cluster.next_pid())
             self.link._last_message_at = now
             self.link._socket = cast(Any, self.connection)

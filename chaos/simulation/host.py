@@ -218,8 +218,8 @@ class SimAgent(Agent):
 class Host(Process):
     """One agent process of a node."""
 
-    def __init__(self, cluster: Cluster, node: str, number: int) -> None:
-        super().__init__(cluster, f"agent {node}.{number}")
+    def __init__(self, cluster: Cluster, node: str, number: int, at: str) -> None:
+        super().__init__(cluster, f"agent {node}.{number}", at)
         self.node = node
         self.mirror: Mirror | None = None
         self.agent: SimAgent | None = None

@@ -23,11 +23,6 @@ LONG_TIMINGS = 2
 RunEpisode = Callable[[int, Sequence[int], int], Episode]
 
 
-def with_timing(seed: int, keep: Sequence[int], timing: int) -> Episode:
-    """One attempt."""
-    return run_episode(seed, keep, timing=timing)
-
-
 class Minimal(msgspec.Struct, frozen=True, kw_only=True):
     """The shortest schedule found. `again` is the command that shows it."""
 
@@ -48,27 +43,32 @@ def invariant_of(violation: str) -> str:
     return re.sub(r"\b\w*\d[\w.]*\b|'.*?'", "#", words).strip()[:60]
 
 
-def command(seed: int, keep: Sequence[int], timing: int = 0) -> str:
-    """The command line that reproduces it."""
-    timed = f" --timing {timing}" if timing else ""
-    return f"elastic-chaos replay --seed {seed} --keep {','.join(map(str, keep)) or 'none'}{timed}"
+def command(seed: int, keep: Sequence[int] | None, timing: int = 0, hosts: int = 0) -> str:
+    """The command line that reproduces it; `keep` None: all of its events."""
+    kept = "" if keep is None else f" --keep {','.join(map(str, keep)) or 'none'}"
+    over, timed = f" --hosts {hosts}" if hosts else "", f" --timing {timing}" if timing else ""
+    return f"elastic-chaos replay --seed {seed}{over}{kept}{timed}"
 
 
 def minimise(
     broken: Episode,
     limit_s: float = LIMIT_S,
-    run: RunEpisode = with_timing,
+    run: RunEpisode | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Minimal:
     """The fewest events of this episode that still break the same invariant, as far as `limit_s` allows."""
-    search = _Search(broken, run, clock, clock() + limit_s)
+
+    def again(seed: int, keep: Sequence[int], timing: int) -> Episode:
+        return run_episode(seed, keep, timing=timing, hosts=broken.hosts)
+
+    search = _Search(broken, run or again, clock, clock() + limit_s)
     search.shrink([step for step in broken.steps if step.outcome])
     return Minimal(
         seed=broken.seed,
         keep=tuple(search.keep),
         events=search.shown.steps,
         violation=search.shown.violation,
-        again=command(broken.seed, search.keep, search.timing),
+        again=command(broken.seed, search.keep, search.timing, broken.hosts),
         timing=search.timing,
         episodes=search.episodes,
         complete=not search.late,
@@ -85,7 +85,7 @@ def _one_of_each_first(steps: Sequence[Step]) -> list[int]:
 class _Search:
     def __init__(self, broken: Episode, run: RunEpisode, clock: Callable[[], float], deadline: float) -> None:
         self.shown, self.timing, self.episodes = broken, 0, 0
-        self.keep = [step.index for step in broken.steps] or list(range(len(setup(broken.seed).schedule)))
+        self.keep = [step.index for step in broken.steps] or list(range(len(setup(broken.seed, broken.hosts).schedule)))
         self._run, self._clock, self._deadline = run, clock, deadline
         self._invariant = invariant_of(broken.violation)
 

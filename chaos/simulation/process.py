@@ -21,10 +21,11 @@ class Died(Exception):
 class Process:
     """Anything that runs by itself. `skew_s`: the error of its wall clock."""
 
-    def __init__(self, cluster: Cluster, name: str) -> None:
-        self.cluster, self.name, self.clock = cluster, name, cluster.clock
+    def __init__(self, cluster: Cluster, name: str, at: str = "") -> None:
+        """`at`: its host, if hosts are simulated."""
+        self.cluster, self.name, self.clock, self.at = cluster, name, cluster.clock, at
         self.random = Random(f"{cluster.seed} {name}")
-        self.client = Client(cluster.store, name, self.random)
+        self.client = Client(cluster.store, name, self.random, cluster.network, at)
         self.alive = True
         self.stopped = False
         self.ill_until = -1.0  # when it was last stopped or hung

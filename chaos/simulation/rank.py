@@ -11,11 +11,13 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
-from chaos.simulation.exchange import Bank, Runner, SimExchange
+from chaos.simulation.exchange import Bank, Runner, SimExchange, SimMask
 from chaos.simulation.invariants import Violation, require
+from chaos.simulation.network import Stream
 from chaos.simulation.process import Process
+from chaos.simulation.silence import Watch
 from membership.base import failpoints
-from membership.base.errors import CoverageLost, ElasticError, Fenced, QueueClosed
+from membership.base.errors import CoverageLost, ElasticError, Fenced, QueueClosed, QueueSilent, WaitTimeout
 from membership.base.rank_id import RankId
 from membership.planning.identity import KERNELS
 from membership.store.records import View
@@ -23,10 +25,12 @@ from workers.exchange.model_side import StepContext
 from workers.fleet.watchdog import Look
 from workers.protocol.device_note import NOTHING, DeviceNote
 from workers.protocol.identity import Identity
+from workers.protocol.live_mask import LiveMask
 from workers.protocol.load_progress import LoadSeen
 from workers.protocol.messages import CopyBlocks, StepBatch
 from workers.protocol.step_fence import FENCED_STATUS
-from workers.rank.engine_port import EnginePort
+from workers.queue.silence import OtherHosts
+from workers.rank.engine_port import JOIN_TIMEOUT_S, EnginePort
 from workers.rank.load_turns import LoadTurns
 from workers.rank.worker import EPWorker, Preparation, experts_of
 from workers.rank.worker_api import WorkerContext
@@ -111,24 +115,39 @@ class SimWorker(EPWorker):
 class Inbox:
     """The rank's end of an engine's queue of steps."""
 
-    def __init__(self, rank: RankProcess) -> None:
+    def __init__(self, rank: RankProcess, engine: Process) -> None:
         self.messages: deque[Any] = deque()
         self.closed = ""
-        self._rank, self._last = rank, 0.0
+        self._rank, self._far = rank, rank.at != engine.at
+        self._stream = Stream(rank.cluster.network, rank.clock, engine.at, rank.at)
+        self._on_arrival: Callable[[Any], None] = lambda message: None
+        self._silence = Watch(rank, engine.at, lambda silent_s: self._close("its writer is silent"), soon=False)
 
     def deliver(self, message: Any, delay_s: float) -> None:
         """Messages arrive in order, each after its delay."""
-        clock = self._rank.clock
-        self._last = max(self._last, clock.now + delay_s)
-        clock.after(self._last - clock.now, self._put, message)
+        self._stream.send(delay_s, self._put, message)
 
     def _put(self, message: Any) -> None:
         if not self.closed:
+            self._on_arrival(message)
             self.messages.append(message)
             self._rank.wake(0.0)
 
+    def watch(self, on_arrival: Callable[[Any], None]) -> None:
+        """See MessageQueue."""
+        self._on_arrival = on_arrival
+        for message in self.messages:
+            on_arrival(message)
+
     def close(self, why: str) -> None:
         """The engine is gone, or has dropped this rank."""
+        if self._far:
+            self._stream.finish(0.001, self._close, why)
+        else:
+            self._close(why)
+
+    def _close(self, why: str) -> None:
+        self._silence.stop()
         self.closed = why
         self._rank.wake(0.001)
 
@@ -142,25 +161,27 @@ class Inbox:
         return self.messages.popleft() if self.messages else None
 
     def shutdown(self) -> None:
+        self._silence.stop()
         self.closed = "left"
 
 
 class Outbox:
     """The rank's answers to one engine."""
 
-    def __init__(self, rank: RankProcess, name: bytes) -> None:
-        self.name, self.rank = name, rank
+    def __init__(self, rank: RankProcess, name: bytes, to: str) -> None:
+        """`to`: the host of that engine."""
+        self.name, self.rank, self.to = name, rank, to
         self.items: deque[Any] = deque()
         self.ring: Callable[[], None] = lambda: None
         self.left = False
         self.ended = False  # the end has reached the engine
-        self._last = 0.0
+        self._silent_s = 0.0  # as the engine finds it
+        self.watch: Watch | None = None  # of an engine on another host
+        self._stream = Stream(rank.cluster.network, rank.clock, rank.at, to)
 
     def enqueue(self, message: Any, timeout_s: float) -> None:
         """Delivered even if the rank dies on the way."""
-        clock = self.rank.clock
-        self._last = max(self._last, clock.now + self.rank.cluster.delay())
-        clock.after(self._last - clock.now, self._put, message)
+        self._stream.send(self.rank.cluster.delay(), self._put, message)
 
     def _put(self, message: Any) -> None:
         self.items.append(message)
@@ -175,17 +196,31 @@ class Outbox:
 
     def pending(self) -> bool:
         """Whether there is a message, or the end."""
-        return bool(self.items) or self.ended
+        return bool(self.items) or self.ended or self._silent_s > 0
 
     def try_dequeue(self) -> Any:
+        if not self.items and self._silent_s:
+            silent = QueueSilent("its host is silent")
+            silent.silent_s = self._silent_s
+            raise silent
         if not self.items and self.ended:
             raise QueueClosed("the rank has left")
         return self.items.popleft() if self.items else None
 
+    def end_on_silence(self, engine: Process, others: OtherHosts) -> Watch:
+        """See MessageQueue. The caller stops it."""
+        self.watch = Watch(engine, self.rank.at, self._is_silent, others)
+        return self.watch
+
+    def _is_silent(self, silent_s: float) -> None:
+        self._silent_s = silent_s
+        self.ring()
+
     def shutdown(self) -> None:
         """The rank leaves. What it has sent arrives before its end does."""
         self.left = True
-        self.rank.clock.after(max(0.0, self._last - self.rank.clock.now), self._end)
+        far = self.to != self.rank.at  # its end is looked for there: its agent's word comes first
+        self._stream.finish(3 * self.rank.cluster.delay() if far else 0.0, self._end)
 
     def _end(self) -> None:
         self.ended = True
@@ -203,10 +238,22 @@ class Port(EnginePort):
         cluster = self._process.cluster
         if broadcast_handle not in cluster.broadcasts:
             raise QueueClosed(f"engine {token} is gone")
-        self._worker.attach_mask(mask_handle)
-        answers = Outbox(self._process, b"%d.%d-to-%d" % (*self.key, token))
+        steps, me = cluster.broadcasts[broadcast_handle], self._process
+        if not cluster.network.connected(me.at, steps.at):
+            raise WaitTimeout(f"engine {token} did not admit us")
+        if steps.at == me.at:
+            self._worker.attach_mask(mask_handle)
+        answers = Outbox(me, b"%d.%d-to-%d" % (*self.key, token), steps.at)
         cluster.outboxes[answers.name] = answers
-        return cluster.broadcasts[broadcast_handle].join(self._process), answers
+        inbox = steps.join(me)
+        if steps.at != me.at:
+            self._follow_mask(cast(Any, inbox))
+        return inbox, answers
+
+    def _new_page(self) -> LiveMask:
+        page = SimMask(b"mask-of-%d.%d-%d" % (*self.key, self.token))
+        self._process.cluster.masks[page.name] = page
+        return page
 
     @property
     def head(self) -> Any:
@@ -219,7 +266,7 @@ class RankProcess(Process):
     """One incarnation of a rank, which is also its own liveness page."""
 
     def __init__(self, cluster: Cluster, key: RankId, host: Host) -> None:
-        super().__init__(cluster, f"rank {key[0]}.{key[1]}")
+        super().__init__(cluster, f"rank {key[0]}.{key[1]}", host.at)
         self.key, self.host, self.pid = key, host, cluster.next_pid()
         self.born, self.steps, self.slow, self.hang = self.clock.now, 0, 1.0, ""
         self.exchange = SimExchange(self)
@@ -354,12 +401,14 @@ class RankProcess(Process):
         except CoverageLost:
             return False
         peers = {RankId(parcel.rank, ctx.incarnations[parcel.rank]) for _, parcel in asked} - {self.key}
-        return any(self.cluster.ranks[peer].stopped for peer in peers)
+        return any(self.exchange.keeps_waiting(peer) for peer in peers)
 
     def _begin_call(self, method: str, args: tuple[Any, ...], reply: Reply) -> None:
         self._marks += 1
         low, high = TOOK_S.get(method, (0.001, 0.01))
         took_s = self.random.uniform(low, high) * self.slow
+        if method == "attach_engine" and self._cannot_join(args[1]):
+            took_s = JOIN_TIMEOUT_S
         if method == "prepare_epoch":  # in the background: the rank goes on
             made = self.worker.prepare_epoch(*args)
             limit = self.clock.now + self.cluster.config.launch_deadline_s
@@ -377,6 +426,10 @@ class RankProcess(Process):
         else:
             reply(value, "")
         self.turn()
+
+    def _cannot_join(self, broadcast_handle: bytes) -> bool:
+        steps = self.cluster.broadcasts.get(broadcast_handle)
+        return steps is not None and not self.cluster.network.connected(self.at, steps.at)
 
     def _called(self, method: str, args: tuple[Any, ...]) -> Any:
         if method == "attach_engine":
@@ -402,9 +455,10 @@ class RankProcess(Process):
             reply(None, "no memory")
             return
         others = {RankId(rank, incarnation) for rank, (incarnation, _) in peers.items()} - {self.key}
-        reached = {peer for peer in others if peer in self.cluster.ranks and not self.cluster.ranks[peer].stopped}
+        reached = {peer for peer in others if self.exchange.reaches(peer)}
         if reached == others:
-            self.exchange.links |= others
+            for peer in sorted(others):
+                self.exchange.link(peer)
             self.worker.names.held |= experts_of(view, self.key[0])
             cast(Any, made).ready, cast(Any, made).running = True, False
             reply({}, "")

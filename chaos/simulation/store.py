@@ -11,6 +11,7 @@ from random import Random
 from typing import TypeVar, cast
 
 from chaos.simulation.clock import Clock
+from chaos.simulation.network import ETCD, Network
 from membership.base.errors import StoreUnavailable
 from membership.store.in_memory import MemoryStore
 from membership.store.interface import Compare, KeyValue, Op, Response, TxnResult, Watch, WatchBatch
@@ -97,9 +98,10 @@ class SimStore(MemoryStore):
 class Client:
     """One process's connection to the store: a Store."""
 
-    def __init__(self, store: SimStore, name: str, random: Random) -> None:
+    def __init__(self, store: SimStore, name: str, random: Random, network: Network, at: str) -> None:
         self._store, self._name, self._random = store, name, random
-        self.cut = False  # from the store
+        self._network, self._at = network, at
+        self.cut = False  # from the store, by a fault of this process alone
         self._current = (-1, -1)  # (revision, breaks) of the store when a mirror last took its turn here
         self.doubtful = 0  # number of writes whose answers will be lost, whether they take effect or not
 
@@ -148,27 +150,45 @@ class Client:
         store = self._store
         store.pass_time()
         current = (store._revision, store._breaks)
-        if self.cut or store.outage or current != self._current or not mirror.synced:
+        if self.away or store.outage or current != self._current or not mirror.synced:
             mirror.turn()
             self._current = (mirror.state().revision, store._breaks)
 
+    @property
+    def away(self) -> bool:
+        """Whether it has no answers from the store."""
+        return self.cut or (self._at != "" and not self._network.connected(self._at, ETCD))
+
+    @property
+    def _doubtful(self) -> bool:
+        """Whether the next write may take effect, and is not answered."""
+        return self.doubtful > 0 or (
+            self._at != "" and self._network.passes(self._at, ETCD) and not self._network.passes(ETCD, self._at)
+        )
+
     def check(self) -> None:
         """StoreUnavailable while it is cut off."""
-        if self.cut:
+        if self.away:
             raise StoreUnavailable(f"{self._name} is cut off from the store")
 
     def _reach(self) -> SimStore:
         self.check()
+        return self._sent()
+
+    def _sent(self) -> SimStore:
+        """What a request reaches, even if its answer does not come."""
+        if self.cut or not self._network.passes(self._at, ETCD):
+            raise StoreUnavailable(f"{self._name} does not reach the store")
         self._store.pass_time()  # what expires now has no author
         self._store.author = self._name
         return self._store
 
     def _write(self, write: Callable[[SimStore], R]) -> R:
-        if not self.doubtful:
+        if not self._doubtful:
             return write(self._reach())
-        self.doubtful -= 1
+        self.doubtful = max(0, self.doubtful - 1)
         if self._random.random() < 0.5:
-            write(self._reach())
+            write(self._sent())
         raise StoreUnavailable(f"{self._name} has no answer from the store")
 
 

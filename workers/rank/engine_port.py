@@ -134,7 +134,7 @@ class EnginePort:
 
     def _follow_mask(self, steps: MessageQueue) -> None:
         """Keep a page of our own as the engine on another host has its page: a step looks at it while it waits."""
-        self._own_mask = mask = LiveMask.create()
+        self._own_mask = mask = self._new_page()
         self._worker.attach_mask(mask.handle())
 
         def arrived(message: EngineMessage) -> None:
@@ -142,6 +142,9 @@ class EnginePort:
                 mask.reset(message.masked)
 
         steps.watch(arrived)
+
+    def _new_page(self) -> LiveMask:
+        return LiveMask.create()
 
     def leave(self) -> None:
         """Let go of the engine's queues; another may be joined later."""

@@ -56,12 +56,14 @@ def test_a_share_does_less_and_leaves_no_part_out(tmp_path: Path) -> None:
         {each.name: each for stage in parts(1, tmp_path, dose=Dose(share)) for each in stage} for share in (1, 3)
     )
     assert whole.keys() == third.keys()
-    for name, share in (("simulate", 3), ("soak", 3)):
+    for name, share in (("simulate", 3), ("simulate-hosts", 3), ("soak", 3)):
         numbers = zip(whole[name].arguments, third[name].arguments, strict=True)
         drawn = [(int(a), int(b)) for a, b in numbers if a != b]
         assert drawn
         assert all(b == -(-a // share) for a, b in drawn)
-    assert all(whole[name].arguments == third[name].arguments for name in whole.keys() - {"simulate", "soak"})
+    assert all(
+        whole[name].arguments == third[name].arguments for name in whole.keys() - {"simulate", "simulate-hosts", "soak"}
+    )
     numbers = dict(itertools.pairwise(third["soak"].arguments))
     done = {name: int(numbers[f"--{name}"]) for name in ("kills", "zombies", "outages", "requests")}
     clean = dict.fromkeys(("lost", "duplicated", "altered", "non_2xx"), 0) | {"broken": []}
@@ -88,6 +90,6 @@ def test_answers_with_a_form_are_judged_by_kills_and_by_each_request(tmp_path: P
 
 def test_a_speed_is_judged_of_what_runs_alone(tmp_path: Path) -> None:
     stages = {pace: [[each.name for each in stage] for stage in parts(1, tmp_path, pace)] for pace in (True, False)}
-    assert stages[True][:2] == [["simulate"], ["planted"]]
-    assert stages[False][0] == ["simulate", "planted"]
+    assert stages[True][:2] == [["simulate"], ["simulate-hosts", "planted"]]
+    assert stages[False][0] == ["simulate", "simulate-hosts", "planted"]
     assert stages[True][2:] == stages[False][1:]

@@ -13,10 +13,11 @@ import pytest
 from typer.testing import CliRunner
 
 from chaos.cli.main import app
-from chaos.cli.simulate import kept
+from chaos.cli.simulate import kept, several
 from chaos.simulation.campaign import Progress, SimulationReceipt, simulate
 from chaos.simulation.episode import Episode, Step, run_episode, setup
 from chaos.simulation.faults import FAULTS
+from chaos.simulation.host_faults import HOST_FAULTS
 from chaos.simulation.minimise import invariant_of, minimise
 from chaos.simulation.pairs import pairs_of, parts, walk
 from elastic.engine.scheduler import Scheduler
@@ -83,6 +84,26 @@ def test_a_campaign_breaks_no_invariant() -> None:
     assert total == len(FAULTS) ** 2
     assert seen + len(receipt.pairs_missing) == total
     assert seen > total / 4
+
+
+def test_a_campaign_over_hosts_breaks_no_invariant() -> None:
+    receipt = simulate(seed=1, faults=300, jobs=1, hosts=3)
+    assert receipt.ok, receipt.violations
+    assert receipt.faults >= 300
+    assert set(receipt.kinds) >= HOST_FAULTS.keys()
+    seen, total = map(int, receipt.pairs.split("/"))
+    assert total == (len(FAULTS) + len(HOST_FAULTS)) ** 2
+    assert seen > total / 6
+
+
+def test_hosts_are_another_episode_of_the_same_seed() -> None:
+    assert run_episode(7, hosts=3) == run_episode(7, hosts=3)
+    assert len({run_episode(7, hosts=hosts).digest for hosts in (0, 2, 3)}) == 3
+    assert not {event.kind for event in setup(4).schedule} & HOST_FAULTS.keys()
+    again = CliRunner().invoke(app, ["replay", "--seed", "7", "--hosts", "3", "--keep", "none", "-o", "json"])
+    assert msgspec.json.decode(again.stdout.splitlines()[-1], type=Episode) == run_episode(7, keep=[], hosts=3)
+    with pytest.raises(ConfigError, match="no network within a host"):
+        several(1)
 
 
 @pytest.mark.parametrize("line", CORPUS)
