@@ -104,16 +104,20 @@ class CpuAttention:
             return mix(_probs(picked[own], context.keys[own], seen, scaling, group), context.values[own])
 
         numbers = picked.shape[1] * tiles.length
-        some = parts(count, heads, numbers)
-        found = self._threads.map(attend, some, len(some[0]) * numbers * (width + context.values.shape[-1]))
+        work = numbers * (width + context.values.shape[-1])  # of each
+        some = parts(count, heads, numbers, self._threads.sharing(count * heads * work))
+        found = self._threads.map(attend, some, len(some[0]) * work)
         mixed = found[0] if len(found) == 1 else torch.cat(found)
         mixed = mixed[:, : positions * group].view(count, heads, positions, group, -1)
         return mixed.transpose(1, 2).reshape(count * positions, query_heads, -1)
 
 
-def parts(tiles: int, heads: int, numbers: int) -> list[range]:
-    """All (tile, head), each with so many numbers, in parts that fit in the cache: whole tiles, or heads of one."""
-    most = max(1, CACHED // numbers)
+def parts(tiles: int, heads: int, numbers: int, threads: int = 1) -> list[range]:
+    """All (tile, head), each with so many numbers, in parts that fit in the cache: whole tiles, or heads of one.
+
+    There are as many as threads at least, of about one size: a decode step's would fit in one.
+    """
+    most = max(1, min(CACHED // numbers, -(-tiles * heads // threads)))
     size = most // heads * heads or most
     within = tiles * heads if most >= heads else heads
     starts = range(0, tiles * heads, within)

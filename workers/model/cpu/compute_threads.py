@@ -40,6 +40,10 @@ class ComputeThreads:
         """Whether helpers would take calls of so many multiply-adds."""
         return self.count > 1 and work >= LEAST
 
+    def sharing(self, work: int) -> int:
+        """How many threads would take even parts of so many multiply-adds."""
+        return self.count if self.helps(work // self.count) else 1
+
     def map(self, call: Callable[[Item], Result], items: Sequence[Item], work: int) -> list[Result]:
         """`call` of each item, in any thread and order; the results in the order of the items.
 

@@ -9,8 +9,11 @@ from contextlib import closing
 import pytest
 import torch
 
-from workers.model.cpu.attention import parts
+from workers.model.attention_plan import plan_step
+from workers.model.cpu.attention import CpuAttention, parts
 from workers.model.cpu.compute_threads import LEAST, ComputeThreads
+from workers.model.cpu.kv_cache import CpuKVCache
+from workers.protocol.messages import SeqChunk
 
 pytestmark = pytest.mark.unit
 DEADLINE_S = 60.0
@@ -73,10 +76,47 @@ def test_an_error_is_raised_once_no_call_is_under_way(threads: ComputeThreads, *
     assert threads.map(abs, [-1, -2, -3], LEAST) == [1, 2, 3]
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(("tiles", "heads", "numbers"), [(3, 5, 1000), (3, 5, 30_000), (2, 16, 131_072), (1, 1, 10**7)])
-def test_parts_are_whole_tiles_or_heads_of_one(tiles: int, heads: int, numbers: int) -> None:
-    found = parts(tiles, heads, numbers)
+def test_parts_are_whole_tiles_or_heads_of_one(tiles: int, heads: int, numbers: int, threads: int) -> None:
+    found = parts(tiles, heads, numbers, threads)
     assert [entry for part in found for entry in part] == list(range(tiles * heads))
     for part in found:
         assert len(part) * numbers <= 128 * 1024 or len(part) == 1
         assert len(part) % heads == 0 or part.start // heads == (part.stop - 1) // heads
+
+
+def test_a_decode_step_is_cut_for_all_threads() -> None:
+    """Four streams with 512 cells of context would fit in one part: a quarter of the step, in one thread."""
+    rows, cells, width = 4, 512, 64
+    assert parts(4, 16, rows * cells, 2) == [range(32), range(32, 64)]
+    assert parts(1, 16, rows * cells, 2) == [range(8), range(8, 16)]
+    assert len(parts(4, 16, rows * cells)) == 1
+    threads = ComputeThreads()
+    threads.count = 2
+    assert threads.sharing(64 * rows * cells * 2 * width) == 2
+    assert threads.sharing(2 * LEAST - 1) == 1
+
+
+def test_attention_of_a_decode_step_is_computed_by_all_threads(
+    threads: ComputeThreads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, both = list[int](), threading.Barrier(2)
+
+    def attend(queries: torch.Tensor, *_: object) -> torch.Tensor:
+        both.wait(DEADLINE_S)  # fails unless two threads are here at once
+        calls.append(len(queries))
+        return queries
+
+    monkeypatch.setattr("workers.model.cpu.attention._probs", attend)
+    monkeypatch.setattr("workers.model.cpu.attention.mix", lambda probs, _: probs)
+    cache = CpuKVCache(1, 160, 16, torch.float32)
+    attention, chunks = (
+        CpuAttention(cache, threads),
+        [SeqChunk(s, 500, [1], [*range(32 * s, 32 * s + 32)]) for s in range(4)],
+    )
+    attention.plan, attention.min_rows, threads.count = plan_step(chunks, 16, 4, torch.device("cpu")), 4, 2
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        attention.forward(0, *(torch.zeros(1, 16, 4, 64) for _ in range(3)), 1.0, None)
+    assert calls == [32, 32]
