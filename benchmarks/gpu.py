@@ -52,7 +52,7 @@ class Server:
             "--redundancy", f"{arguments.redundancy:g}", "--device", arguments.device,
             "--state-dir", str(self.state), "--exactness", exactness,
             "--max-model-len", str(LONGEST if arguments.prefill else 1024), "--ready-timeout", f"{READY_S:g}s",
-            *(["--gpu-exchange", str(arguments.ranks)] if arguments.gpu_exchange else []),
+            "--gpu-exchange", str(arguments.ranks if arguments.gpu_exchange else 0),
         ]  # fmt: skip
 
     def __enter__(self) -> Server:

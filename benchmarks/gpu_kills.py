@@ -320,7 +320,7 @@ def served(arguments: argparse.Namespace, model: Path) -> ServedCluster:
         "--max-model-len", str(LONGEST if arguments.prefill else 1024), "--no-prefix-cache",
         "--ready-timeout", f"{arguments.ready:g}s",
         "--spares", str(arguments.spares), *arguments.flag,
-        *(["--gpu-exchange", str(arguments.ranks)] if arguments.gpu_exchange else []),
+        "--gpu-exchange", str(arguments.ranks if arguments.gpu_exchange else 0),
     ]  # fmt: skip
     if arguments.timed:
         os.environ[WORKER] = "benchmarks.gpu_worker:TimedWorker"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from elastic.cli.doctor_gpus import describe, fits, software
+from elastic.cli.doctor_gpus import describe, exchange, fits, software
 from elastic.cli.flags import DISTRIBUTION
 from elastic.cli.render import console, in_bytes
 from elastic.serve.gpus import probe
@@ -187,6 +187,7 @@ def _gpus() -> Iterator[Finding]:
         return
     yield from describe(found)
     yield from software(found)
+    yield from exchange(found)
 
 
 def _model(model: Path, ranks: int, redundancy: float, hosts: int) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from itertools import combinations
 
 from elastic.cli.render import in_bytes
 from elastic.serve.gpu_memory import CONTEXT_BYTES, ModelMemory
-from elastic.serve.gpus import Gpu, Gpus
+from elastic.serve.gpus import Gpu, Gpus, exchange_slots, unlinked, usable
 from elastic.serve.model_check import Finding
 from elastic.serve.options import DEFAULTS
 from membership.store.records import Placement
@@ -29,12 +29,12 @@ def describe(gpus: Gpus) -> Iterator[Finding]:
     if len(gpus.each) < 2:
         return
     pairs = list(combinations(range(len(gpus.each)), 2))
-    apart = [(a, b) for a, b in pairs if not {(a, b), (b, a)} <= gpus.peers]
+    apart = unlinked(gpus)
     over = {pair: (gpus.links or {}).get(pair, "unknown") for pair in pairs}
     links = ", ".join(sorted(set(over.values())))
     if apart:
         said = ", ".join(f"{a} and {b}" for a, b in apart)
-        hint = "rows and KV blocks go through host memory there: leave --gpu-exchange out"
+        hint = "rows and KV blocks go through host memory there, also with --gpu-exchange"
         yield Finding("gpu p2p", "warn", f"not between GPUs {said}; links: {links}", hint)
         return
     slow = sorted({link for link in over.values() if not link.startswith(FAST)})
@@ -68,6 +68,15 @@ def software(gpus: Gpus, version_of: Callable[[str], str] = version) -> Iterator
             "gpu packages", "warn", f"{', '.join(missing)} not installed: {_without(missing)}",
             "pip install 'elastic-ep[cuda]'",
         )  # fmt: skip
+
+
+def exchange(gpus: Gpus) -> Iterator[Finding]:
+    """How ranks' rows travel if `--gpu-exchange` is not given."""
+    slots, reason = exchange_slots(gpus)
+    if gpus.each:
+        reason = reason or usable()
+        said = f"over host memory: {reason}" if reason else f"between GPUs, of ranks 0 to {slots - 1}"
+        yield Finding("gpu exchange", "ok", f"ranks' rows travel {said}")
 
 
 def _without(missing: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from elastic.serve.gpu_memory import FLAG, Plan, kv_blocks
-from elastic.serve.gpus import probe
+from elastic.serve.gpus import exchange_slots, probe, usable
 from elastic.serve.model_check import require_model
 from elastic.serve.options import DEFAULT_RANKS, DEFAULTS, InitOptions, ServeOptions, check_options
 from membership.base.enums import Device
@@ -22,18 +22,19 @@ def cluster_config(options: ServeOptions | InitOptions) -> ClusterConfig:
     """Check the options against the model. Raises ModelError, ConfigError or PlanRefused."""
     check_options(options)
     ranks = options.ranks or DEFAULT_RANKS
-    _check_gpu_exchange(options.gpu_exchange, options.device, ranks)
+    slots, reason = _gpu_exchange(options, ranks)
     info = require_model(options.model)
     directory = options.model.resolve()
     names = _listed(options.served_model_name) or (directory.name,)
     as_given = {name: getattr(options, name) for name in DEFAULTS if hasattr(options, name)}
     longest = min(info.max_position, options.max_model_len or DEFAULTS["max_model_len"])
+    batched = GPU_TOKENS if options.device is Device.CUDA or slots else DEFAULTS["max_batched_tokens"]
     derived = dict(
         cluster=options.cluster or directory.name,
         model=str(directory),
         served_model_name=names[0],
         served_model_aliases=names[1:],
-        max_batched_tokens=_batched_tokens(options),
+        max_batched_tokens=batched,
         moe_layers=info.moe_layers,
         experts=info.experts,
         expert_bytes=info.expert_bytes(options.dtype),
@@ -43,9 +44,13 @@ def cluster_config(options: ServeOptions | InitOptions) -> ClusterConfig:
         vocab_size=info.vocab_size,
         ranks_asked=options.ranks or 0,
         files=tuple(small_files(directory).items()),
+        gpu_exchange=slots,
+        gpu_exchange_reason=reason,
     )
     if options.kv_cache_memory:
-        derived["kv_blocks"] = _kv_blocks(options, info, ranks, longest)
+        spares = options.spares if isinstance(options, ServeOptions) else 0
+        plan = Plan(ranks, options.redundancy, spares, slots, batched)
+        derived["kv_blocks"] = _kv_blocks(options, info, plan, longest)
     config = ClusterConfig(**{**as_given, **derived})
     refused = scale_refusal(config, ranks)
     if refused:
@@ -53,26 +58,37 @@ def cluster_config(options: ServeOptions | InitOptions) -> ClusterConfig:
     return config
 
 
-def _batched_tokens(options: ServeOptions | InitOptions) -> int:
-    on_gpus = options.device is Device.CUDA or options.gpu_exchange
-    return GPU_TOKENS if on_gpus else int(DEFAULTS["max_batched_tokens"])
-
-
-def _kv_blocks(options: ServeOptions | InitOptions, info: ModelInfo, ranks: int, longest: int) -> int:
+def _kv_blocks(options: ServeOptions | InitOptions, info: ModelInfo, plan: Plan, longest: int) -> int:
     """What `--kv-cache-memory` comes to on this machine's GPUs. ConfigError."""
     flag = f"{FLAG} {options.kv_cache_memory:g}"
     if options.device is Device.CPU:
         raise ConfigError(f"{flag}: ranks compute on the CPU", hint="use --kv-blocks, or --device cuda")
     if options.kv_blocks != DEFAULTS["kv_blocks"]:
         raise ConfigError(f"{flag} and --kv-blocks {options.kv_blocks} say different things", hint="give one of them")
-    spares = options.spares if isinstance(options, ServeOptions) else 0
-    plan = Plan(ranks, options.redundancy, spares, options.gpu_exchange, _batched_tokens(options))
     block_size = DEFAULTS["block_size"]
     return kv_blocks(options.kv_cache_memory, probe().each, info, plan, block_size, longest, options.dtype)
 
 
+def _gpu_exchange(options: ServeOptions | InitOptions, ranks: int) -> tuple[int, str]:
+    """Ranks whose rows may travel between GPUs, and why not if it is 0 without being asked for. ConfigError if they
+    are asked for and certainly cannot. What only the ranks find out, an event reports."""
+    if (asked := options.gpu_exchange) is not None:
+        _check_gpu_exchange(asked, options.device, ranks)
+        return asked, ""
+    if options.device is Device.CPU:
+        return 0, "ranks compute on the CPU"
+    if isinstance(options, InitOptions) or options.advertise:
+        return 0, "ranks are on several hosts; within one it takes --gpu-exchange"
+    try:
+        slots, reason = exchange_slots(probe())
+    except ConfigError as error:
+        return 0, str(error)
+    reason = reason or usable()
+    return (0, reason) if reason else (slots, "")
+
+
 def _check_gpu_exchange(slots: int, device: Device, ranks: int) -> None:
-    """ConfigError if rows certainly cannot travel between GPUs. What only the GPUs know, an event reports."""
+    """ConfigError if rows certainly cannot travel between GPUs."""
     flag = f"--gpu-exchange {slots}"
     if slots and device is Device.CPU:
         raise ConfigError(f"{flag}: ranks compute on the CPU", hint="use --device cuda, or leave it out")

@@ -70,10 +70,10 @@ class Plan:
     rows: int = 0
 
     def window(self, info: ModelInfo) -> int:
-        """Bytes of a rank's window."""
+        """Bytes of a rank's window, and of what the rank packs and computes for it, which is as much again."""
         if not self.gpu_exchange:
             return 0
-        return WindowShape(self.gpu_exchange, info.experts, self.rows, info.hidden, info.top_k).offsets["bytes"]
+        return 2 * WindowShape(self.gpu_exchange, info.experts, self.rows, info.hidden, info.top_k).offsets["bytes"]
 
     def held(self, experts: int) -> int:
         """Experts of a layer that a rank holds at most while one of the others is dead."""

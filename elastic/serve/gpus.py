@@ -8,16 +8,22 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from itertools import combinations
 
 from membership.base.errors import ConfigError
+from workers.exchange.cuda.window import MOST_RANKS
 
 TOOL = "nvidia-smi"
 TIMEOUT_S = 20.0
 MIB = 1 << 20
 QUERY = "--query-gpu=index,name,driver_version,memory.total,memory.used,uuid"
 CELL = re.compile(r"\x1b\[[0-9;]*m")  # the tool underlines its heads
+MODULES = ("triton", "cuda.bindings.driver")
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
@@ -89,6 +95,38 @@ def probe() -> Gpus:
         raise ConfigError(
             f"{TOOL}: {error}", hint="is the driver loaded, and are devices given to this container?"
         ) from error
+
+
+def unlinked(gpus: Gpus) -> list[tuple[int, int]]:
+    """Pairs that do not reach one another's memory in both directions."""
+    pairs = combinations(range(len(gpus.each)), 2)
+    return [(a, b) for a, b in pairs if not {(a, b), (b, a)} <= gpus.peers]
+
+
+def usable(version_of: Callable[[str], str] = version, found: Callable[[str], object] = find_spec) -> str:
+    """Why ranks could not let rows travel between GPUs with the packages that are installed; empty: they could."""
+    with suppress(PackageNotFoundError):
+        if "+cpu" in (torch := version_of("torch")):
+            return f"torch {torch} computes on CPUs alone"
+    for module in MODULES:
+        try:
+            missing = found(module) is None
+        except ModuleNotFoundError:
+            missing = True
+        if missing:
+            return f"there is no Python package {module}"
+    return ""
+
+
+def exchange_slots(gpus: Gpus) -> tuple[int, str]:
+    """Slots of ranks whose rows may travel between GPUs: as many as there are GPUs, so that each has one of its own.
+    0, and why, if they cannot.
+    """
+    if len(gpus.each) < 2:
+        return 0, f"there {'is one GPU' if gpus.each else 'is no GPU'} here"
+    if apart := unlinked(gpus):
+        return 0, f"no P2P between GPUs {', '.join(f'{a} and {b}' for a, b in apart)}"
+    return min(len(gpus.each), MOST_RANKS), ""
 
 
 def _said(*arguments: str) -> str:

@@ -417,9 +417,10 @@ class ConfigOptions:
         minimum=0,
         maximum=1,
     )
-    gpu_exchange: int = option(
-        DEFAULTS["gpu_exchange"],
-        "Rows travel between the GPUs of so many ranks of one host, 2 to 8 (0 = over host memory).",
+    gpu_exchange: int | None = option(
+        None,
+        "Rows travel between the GPUs of so many ranks of one host, 2 to 8 (0 = over host memory)."
+        " Default: as many as there are GPUs, if all reach one another by P2P.",
         minimum=0,
         maximum=8,
     )

@@ -196,7 +196,9 @@ def in_words(settings: Iterable[str]) -> str:
 
 def differing(config: ClusterConfig, options: ServeOptions | InitOptions, known: ClusterConfig) -> list[str]:
     """Names of the settings that the known config has otherwise, save those that hosts or operations may change."""
-    free = {"model", "ranks_asked"} | (set() if options.max_ranks else {"max_ranks"})
+    free = {"model", "ranks_asked", "gpu_exchange_reason"} | (set() if options.max_ranks else {"max_ranks"})
+    free |= {"gpu_exchange", "max_batched_tokens"} if options.gpu_exchange is None else set()  # by each host's GPUs
+    free |= {"kv_blocks"} if options.kv_cache_memory else set()
     names = [each.name for each in msgspec.structs.fields(ClusterConfig) if each.name not in free]
     return [name for name in names if getattr(config, name) != getattr(known, name)]
 

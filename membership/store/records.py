@@ -125,6 +125,7 @@ class ClusterConfig(Record, frozen=True, kw_only=True):
     join_keys_before: tuple[str, ...] = ()  # of all secrets that were replaced, the oldest first
     join_grace: bool = False  # whether the last of these still opens what listens with it
     join_since: int = 0  # the last incarnation that was given out before the secret was replaced
+    gpu_exchange_reason: str = ""  # why `gpu_exchange` is 0, if it was not asked for
 
     @property
     def model_names(self) -> tuple[str, ...]:

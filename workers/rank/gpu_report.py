@@ -18,14 +18,15 @@ if TYPE_CHECKING:
     from workers.rank.gpu_exchange import GpuExchange
 
 EVERY_S = 2.0
-NOT_WANTED = "started without --gpu-exchange"
+NOT_WANTED = "served with --gpu-exchange 0"
 
 
 class GpuReport:
     """Of one rank process."""
 
-    def __init__(self, notes: DeviceNotes, clock: Callable[[], float] = time.monotonic) -> None:
-        self._notes, self._clock = notes, clock
+    def __init__(self, notes: DeviceNotes, off: str = "", clock: Callable[[], float] = time.monotonic) -> None:
+        """`off`: why there is no exchange between GPUs, where it is known."""
+        self._notes, self._off, self._clock = notes, off or NOT_WANTED, clock
         self._due_at = 0.0
 
     def rest(self, backend: Backend | None, exchange: GpuExchange | None) -> None:
@@ -34,6 +35,6 @@ class GpuReport:
             return
         self._due_at = now + EVERY_S
         if (gpu := backend.seen()) is not None:
-            refusal = NOT_WANTED if exchange is None else exchange.refusal
+            refusal = self._off if exchange is None else exchange.refusal
             gpu = msgspec.structs.replace(gpu, exchange="host" if refusal else "cuda", exchange_reason=refusal)
             self._notes.write(DeviceNote(gpu=gpu))

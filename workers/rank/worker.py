@@ -183,7 +183,7 @@ class EPWorker:
         self._latest: Preparation | None = None
         self._engine_token = 0
         self._load_turns = LoadTurns()
-        self._gpu_report = GpuReport(ctx.notes)
+        self._gpu_report = GpuReport(ctx.notes, ctx.config.gpu_exchange_reason)
         self._lost: DeviceLost | None = None  # as was found beside a step, maybe by another thread
         self._left: set[RankId] = set()  # members of earlier views since the last retire_epoch
 
@@ -425,7 +425,7 @@ class EPWorker:
         together = bool(batch.together)
         if together:
             if self._gpu_exchange is None:
-                raise Apart(f"rank {self.rank} was started without --gpu-exchange")
+                raise Apart(f"rank {self.rank} has no exchange between GPUs")
             shared = self._gpu_exchange.begin(self._view, batch)
             if not chunks:
                 shared.serve()

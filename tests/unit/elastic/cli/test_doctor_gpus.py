@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from elastic.cli.doctor import Finding, examine
-from elastic.cli.doctor_gpus import describe, fits, software
+from elastic.cli.doctor_gpus import describe, exchange, fits, software
 from elastic.cli.render import in_bytes
 from elastic.demo.model import write_demo_model
 from elastic.serve.gpu_memory import kv_token_bytes
@@ -107,6 +107,17 @@ def test_software_that_cannot_use_the_gpus_is_named(installed: dict[str, str], s
     found = list(software(TWO, version_of))
     assert [wanted in each.message for wanted, each in zip(said, found, strict=True)] == [True] * len(said)
     assert not list(software(Gpus(), version_of))
+
+
+def test_how_rows_travel_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("elastic.cli.doctor_gpus.usable", lambda: "")
+    one = read_gpus(LISTED.splitlines()[0], "", "")
+    found = [[each.message for each in exchange(gpus)] for gpus in (TWO, one, Gpus())]
+    assert found == [
+        ["ranks' rows travel between GPUs, of ranks 0 to 1"],
+        ["ranks' rows travel over host memory: there is one GPU here"],
+        [],
+    ]
 
 
 def test_one_gpu_has_nobody_to_reach() -> None:

@@ -69,8 +69,10 @@ def test_what_is_stored_has_the_same_defaults() -> None:
     shared = [stated for stated in options_of(ServeOptions) if stated.field in stored and not stated.required]
     assert {"kv_blocks", "redundancy", "rebalance_bytes", "coverage_deadline_s"} <= {each.field for each in shared}
     differ = {each.field: each.default for each in shared if each.default != stored[each.field]}
-    derived = {"cluster": "", "served_model_name": (), "max_model_len": None, "max_ranks": None}
-    assert differ == derived, "only these depend on the model or on --ranks"
+    derived = {
+        "cluster": "", "served_model_name": (), "max_model_len": None, "max_ranks": None, "gpu_exchange": None,
+    }  # fmt: skip
+    assert differ == derived, "only these depend on the model, on --ranks or on the GPUs"
 
 
 @pytest.mark.parametrize(

@@ -32,14 +32,14 @@ class Exchange:
 @pytest.mark.parametrize(
     ("exchange", "said"),
     [
-        (None, ("host", NOT_WANTED)),
+        (None, ("host", "there is one GPU here")),
         (Exchange("rank 1: no P2P between GPUs 0 and 1"), ("host", "rank 1: no P2P between GPUs 0 and 1")),
         (Exchange(""), ("cuda", "")),
     ],
 )
 def test_the_note_has_the_gpu_and_how_rows_travel(exchange: Any, said: tuple[str, str]) -> None:
-    notes = DeviceNotes()
-    GpuReport(notes).rest(cast("Any", Device(GpuUse(index=1, uuid="u", free=2, total=9))), exchange)
+    notes, device = DeviceNotes(), Device(GpuUse(index=1, uuid="u", free=2, total=9))
+    GpuReport(notes, "there is one GPU here").rest(cast("Any", device), exchange)
     gpu = notes.read().gpu
     assert gpu is not None
     assert (gpu.index, gpu.free, gpu.exchange, gpu.exchange_reason) == (1, 2, *said)
@@ -48,12 +48,20 @@ def test_the_note_has_the_gpu_and_how_rows_travel(exchange: Any, said: tuple[str
 def test_the_device_is_not_asked_in_each_step() -> None:
     now = [100.0]
     notes, device = DeviceNotes(), Device(GpuUse(index=0, uuid="u", free=2, total=9))
-    report = GpuReport(notes, lambda: now[0])
+    report = GpuReport(notes, clock=lambda: now[0])
     report.rest(None, None)  # it has none yet
     for turn in range(1000):
         now[0] = 100.0 + turn * EVERY_S / 500
         report.rest(cast("Any", device), None)
     assert device.asked == 2
+
+
+def test_an_exchange_that_is_switched_off_is_called_so() -> None:
+    notes = DeviceNotes()
+    GpuReport(notes).rest(cast("Any", Device(GpuUse(index=1, uuid="u", free=2, total=9))), None)
+    gpu = notes.read().gpu
+    assert gpu is not None
+    assert gpu.exchange_reason == NOT_WANTED
 
 
 def test_a_rank_without_a_gpu_says_nothing() -> None:
