@@ -1,8 +1,9 @@
 """A doorbell: the one word on which a thread waits for all its sources, in memory that others can map and ring.
 
-The thread checks its sources, goes on checking for at most 40 us, then sleeps on a semaphore. A source writes first and
-rings afterwards; the semaphore is atomic, so no ring is lost between the last check and the sleep. Ringing a thread
-that is awake costs 0.1 us and no system call. Sockets that it is to read as well are in `sockets.py`.
+The thread checks its sources, goes on checking for at most 40 us (three times that for sockets), then sleeps on a
+semaphore. A source writes first and rings afterwards; the semaphore is atomic, so no ring is lost between the last
+check and the sleep. Ringing a thread that is awake costs 0.1 us and no system call. Sockets that it is to read as well
+are in `sockets.py`.
 """
 
 from __future__ import annotations
@@ -18,9 +19,14 @@ from workers.ipc.shared_memory import PAGE, Segment
 from workers.ipc.sockets import Sockets, Source
 
 SPIN_US = 40
-"""Never longer: ranks outnumber cores in tests and under CPU limits, and a spinning one delays the others' answers."""
+"""Not longer: ranks outnumber cores in tests and under CPU limits, and a spinning one delays the others' answers."""
 SPIN_IF_WITHIN = 25
 """Spin only if the last wait began at most this number of spins (1 ms) ago: a rare wait would spin for nothing."""
+FAR_SPIN, VAIN = 3, 8
+"""A thread that reads sockets spins so many times as long: to be woken for what another host sends costs a processor
+half of that, and if both sides sleep, each comes too late for the other's spin. But after VAIN waits in a row that
+took twice as long as it would have spun it does not, until one was shorter.
+"""
 SLICE_NS = 500_000_000
 """Longest single sleep, so that signal handlers of Python run soon even if the signal came just before the sleep."""
 _sched_yield = os.sched_yield
@@ -58,6 +64,7 @@ class Doorbell(Bell):
         self._waiting = False
         self._spin_ns = int(spin_us * 1000)
         self._began_ns = 0
+        self._long = 0  # waits in a row that were too long to spin for
         self._opening = threading.Lock()
         self._sockets: Sockets | None = None
 
@@ -100,11 +107,13 @@ class Doorbell(Bell):
         self._waiting = True
         now = _now_ns()
         deadline = now + int(timeout_s * 1e9)
-        often = now - self._began_ns < SPIN_IF_WITHIN * self._spin_ns
+        far = self._sockets is not None
+        often = now - self._began_ns < SPIN_IF_WITHIN * self._spin_ns and not (far and self._long >= VAIN)
+        spin_ns = FAR_SPIN * self._spin_ns if far else self._spin_ns
         self._began_ns = now
         try:
             while now < deadline:
-                if often and self._spin(ready, now):
+                if often and self._spin(ready, now, now + spin_ns):
                     return True
                 now = _now_ns()
                 rung = self._sleep(ready, now, deadline)
@@ -121,11 +130,11 @@ class Doorbell(Bell):
                 now = _now_ns()
             return False
         finally:
+            self._long = self._long + 1 if _now_ns() - self._began_ns > 2 * spin_ns else 0
             self._waiting = False
 
-    def _spin(self, ready: Callable[[], object], now: int) -> bool:
-        spin_until = now + self._spin_ns
-        while now < spin_until:
+    def _spin(self, ready: Callable[[], object], now: int, until: int) -> bool:
+        while now < until:
             _sched_yield()
             if self._sockets is not None:
                 self._sockets.look()
