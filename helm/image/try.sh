@@ -27,6 +27,7 @@ fi
 "$here/build.sh" cpu "$BASE" "$folder/elastic-ep.tar"
 echo "archive: $(du --apparent-size --block-size=MB "$folder/elastic-ep.tar" | cut -f1)"
 container=$(buildah from --quiet "oci-archive:$folder/elastic-ep.tar")
+echo "unpacked: $(du --apparent-size --summarize --block-size=MB "$(buildah mount "$container")" | cut -f1)"
 inside() { buildah run --isolation=chroot "$container" -- tini -- "$@"; }
 inside sh -c '[ "$(id -u)" = 10001 ] && [ "$(id -un)" = elastic ]'
 inside elastic --version

@@ -5,6 +5,7 @@ here: `make test-image` does that.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -126,6 +127,16 @@ def test_what_is_taken_out_leaves_what_runs(tmp_path: Path) -> None:
     subprocess.run(["sh", "-ec", taken_out.replace("/opt/elastic", str(tmp_path))], check=True, timeout=30)
     assert {str(path.relative_to(packages)) for path in packages.rglob("*") if path.is_file()} == needed
     assert {path.name for path in (tmp_path / "bin").iterdir()} == {"elastic", "etcd", "python"}
+
+
+def test_two_large_libraries_of_torch_are_stripped_by_a_tool_that_stays_behind() -> None:
+    """No others: what auditwheel has patched does not survive it. This environment's torch has both."""
+    [stripped] = [rest for rest in of("RUN") if "strip " in rest]
+    names = stripped.partition("--strip-unneeded ")[2].split()
+    folder = Path(str(importlib.util.find_spec("torch").origin)).parent / "lib"  # type: ignore[union-attr]
+    assert names == [name for name in ("libtorch_cpu.so", "libtorch_python.so") if (folder / name).exists()]
+    order = [(word, rest) for word, rest in instructions() if word == "FROM" or rest == stripped]
+    assert [word for word, _ in order[:3]] == ["FROM", "RUN", "FROM"], "in the stage that is left behind"
 
 
 def test_bytecode_is_compiled_once_and_of_what_is_imported() -> None:
