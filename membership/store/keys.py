@@ -73,6 +73,7 @@ class Keys:
         self.engine = prefix + "engine"  # its create revision is the engine token
         self.engine_status = prefix + "engine-status"
         self.expert_load = prefix + "expert-load"
+        self.agents = prefix + "agents/"
         self.assignments = prefix + "assign/"
         self.unassigned = prefix + "unassigned"  # the node whose agent took its assignment away last
         self.all_heartbeats = prefix + "heartbeats/"
@@ -82,7 +83,7 @@ class Keys:
 
     def agent(self, node: str) -> str:
         """AgentRecord."""
-        return f"{self.prefix}agents/{_segment(node, 'node name')}"
+        return f"{self.agents}{_segment(node, 'node name')}"
 
     def assign(self, node: str) -> str:
         """Assignment."""

@@ -16,14 +16,14 @@ import pytest
 
 from tests.support.helpers import eventually
 from tests.support.pod import NEEDS_NAMESPACES
-from tests.support.pods import MEMBERS, POLL_S, READY_S, Pods, made_pods
+from tests.support.pods import ELSEWHERE, MEMBERS, POLL_S, READY_S, Pods, made_pods
 from tests.support.streams import Streams
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800), NEEDS_NAMESPACES]
 
 SETTINGS = (
     "agents.ranksPerPod=1", "terminationGracePeriodSeconds=100", "preStopSeconds=0", "tests.kill=true",
-    "admin.existingSecret=admin", "service.adminHost=0.0.0.0",
+    "tests.deletePod=true", "admin.existingSecret=admin", "service.adminHost=0.0.0.0",
 )  # fmt: skip
 
 
@@ -47,6 +47,8 @@ def helm_test_kills_a_rank_and_each_role_says_what_it_knows_of_it(pods: Pods) ->
     found = json.loads(receipt)
     assert (found["lost"], found["altered"], found["kept"], found["exactness"]) == (0, 0, True, "invariant"), found
     assert found["answers"] >= 8, "four clients, before the death and after it"
+    assert found["deleted"] == "moe-agents-0"
+    assert found["ready_after_s"] > 0
     both = "the engine to say how it found the death, and the controller what it did"
     eventually(lambda: all(now > then for now, then in zip(said(), before, strict=True)), READY_S, both, POLL_S)
     history = [json.loads(line) for line in pods.history()]
@@ -95,6 +97,18 @@ def test_a_member_that_lost_its_volume_is_replaced_as_the_page_says(pods: Pods) 
     assert lost not in members
 
 
+def a_node_is_lost_and_comes_back_with_a_pod_that_has_a_successor(pods: Pods) -> None:
+    """Requests go on meanwhile. Two agents of one name would take each other's ranks away: the older one ends."""
+    lost = pods.lose_node("agents-1")
+    eventually(lambda: pods.serving() == {"moe-agents-0": 1}, READY_S, "the loss to be noticed", POLL_S)
+    pods.start("agents-1", ELSEWHERE)
+    pods.until_ready("agents-1")
+    pods.return_node("agents-1")
+    assert lost.wait(READY_S) == 1
+    assert "runs as node moe-agents-1 by now" in lost.lines()[-1]
+    assert pods.serving() == {"moe-agents-0": 1, "moe-agents-1": 1}
+
+
 def test_pods_of_each_role_serve_and_each_may_be_replaced_under_load(pods: Pods) -> None:
     for host in ("agents-0", "agents-1", "controller-0", "engine-0", "gateway-0", *MEMBERS):
         pods.start(host)
@@ -120,5 +134,6 @@ def test_pods_of_each_role_serve_and_each_may_be_replaced_under_load(pods: Pods)
         assert not {*upgraded.values()} & {*pods.running.values()}, "and another one again"
         assert pods.arguments("gateway") == before
         assert pods.serving() == {"moe-agents-0": 1, "moe-agents-1": 1}
+        a_node_is_lost_and_comes_back_with_a_pod_that_has_a_successor(pods)
         streams.go_on()
     assert streams.failed == []

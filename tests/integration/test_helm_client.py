@@ -12,15 +12,20 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 
-from tests.support.chart import CHART
+from tests.support.chart import CHART, KUBERNETES, render_many, template
+from tests.support.pods_api import Cluster, pods_api
+from tests.support.role_pods import pods
 
 pytestmark = pytest.mark.integration
 
 TOKEN = "admin-token"
+SCRIPT = (CHART / "files" / "serves.py").read_text()
 
 
 class Service(ThreadingHTTPServer):
@@ -103,10 +108,12 @@ def served(fault: str) -> Iterator[Service]:
             thread.join(timeout=10.0)
 
 
-def asked(service: Service, *, kill: bool = True) -> subprocess.CompletedProcess[str]:
+def asked(
+    service: Service, *, kill: bool = True, script: str = SCRIPT, pod: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
     url = f"http://127.0.0.1:{service.server_port}"
-    command = [sys.executable, "-c", (CHART / "files" / "serves.py").read_text(), url, *([url] if kill else [])]
-    environment = {"ELASTIC_ADMIN_TOKEN": TOKEN}
+    command = [sys.executable, "-c", script, url, *([url] if kill else []), *([pod] if pod else [])]
+    environment["ELASTIC_ADMIN_TOKEN"] = TOKEN
     return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
 
 
@@ -136,3 +143,67 @@ def test_a_kill_that_no_operator_has_allowed_fails_the_test_with_the_reason() ->
         outcome = asked(service)
     assert outcome.returncode == 1
     assert "may not be killed on request" in outcome.stderr
+
+
+class Deletion:
+    """One pod: gone at once when it is deleted, back at the third look, ready at the fifth."""
+
+    def __init__(self, service: Service) -> None:
+        self._service, self.deleted, self.looks = service, 0, 0
+
+    def find(self) -> tuple[str, bool] | None:
+        if not self.deleted:
+            return "first", True
+        self.looks += 1
+        return None if self.looks < 3 else ("second", self.looks >= 5)
+
+    def delete(self) -> None:
+        self.deleted += 1
+        assert self._service.posted, "after the kill"
+
+
+def test_it_deletes_a_pod_and_waits_until_the_next_one_is_ready(tmp_path: Path) -> None:
+    with served("") as service:
+        deletion = Deletion(service)
+        with pods_api(tmp_path / "account", Cluster("a-0", deletion.find, deletion.delete)) as (script, where):
+            outcome = asked(service, script=script, pod="a-0", **where)
+            other = asked(service, script=script, pod="a-1", **where)
+    assert outcome.returncode == 0, outcome.stderr
+    receipt = json.loads(outcome.stdout.splitlines()[1])
+    assert (receipt["deleted"], receipt["kept"]) == ("a-0", True)
+    assert (deletion.deleted, deletion.looks) == (1, 5)
+    assert (other.returncode, other.stderr.strip()) == (1, "there is no pod a-1")
+
+
+KILL = "tests.kill=true", "admin.existingSecret=admin", "service.adminHost=0.0.0.0"
+
+
+def test_a_pod_is_deleted_only_where_the_values_allow_it_and_it_is_that_pod_alone() -> None:
+    made = render_many(*KILL, "tests.deletePod=true", "api.keysSecret=keys")
+    account, role, binding = (made[kind, "test"] for kind in ("ServiceAccount", "Role", "RoleBinding"))
+    client = made["Pod", ""]
+    for each in (account, role, binding, client):
+        kubernetes_validate.validate(each, KUBERNETES, strict=True)
+        assert each["metadata"]["annotations"]["helm.sh/hook"] == "test"
+    victim = f"{made['StatefulSet', 'agents']['metadata']['name']}-0"
+    may = {"apiGroups": [""], "resources": ["pods"], "resourceNames": [victim], "verbs": ["get", "delete"]}
+    assert role["rules"] == [may]
+    names = {binding["roleRef"]["name"], binding["subjects"][0]["name"], client["spec"]["serviceAccountName"]}
+    assert names == {account["metadata"]["name"]} == {role["metadata"]["name"]}
+    [container] = client["spec"]["containers"]
+    assert container["args"][-1] == victim
+    mounts = {each["name"]: each["mountPath"] for each in container["volumeMounts"]}
+    assert mounts == {"api-keys": "/etc/elastic-ep/api-keys", "kubernetes": "/etc/elastic-ep/kubernetes"}
+    volumes = {each["name"]: each for each in client["spec"]["volumes"]}
+    found = {kind for source in volumes["kubernetes"]["projected"]["sources"] for kind in source}
+    assert found == {"serviceAccountToken", "configMap", "downwardAPI"}
+    assert not client["spec"]["automountServiceAccountToken"], "but for this volume"
+    assert {pod.get("serviceAccountName") for _, pod in pods(made)}.isdisjoint(names)
+    without = render_many(*KILL)
+    assert not [kind for kind, _ in without if kind.startswith("Role")]
+    assert "serviceAccountName" not in without["Pod", ""]["spec"]
+
+
+@pytest.mark.parametrize("lacking", [("mode=many",), (*KILL, "mode=single"), (*KILL, "mode=many", "agents.replicas=1")])
+def test_a_pod_is_deleted_after_the_kill_and_where_there_are_others(lacking: tuple[str, ...]) -> None:
+    assert "tests.deletePod: it comes after the kill" in template(*lacking, "tests.deletePod=true").stderr

@@ -80,7 +80,8 @@ def made() -> Iterator[dict[str, Any]]:
 
 def test_each_object_that_is_named_is_made_by_the_chart() -> None:
     there = {(each["kind"].lower(), each["metadata"]["name"]) for each in made()}
-    there |= {("pod", f"{RELEASE}-0"), *(("pod", f"{RELEASE}-etcd-{n}") for n in range(3))}  # of StatefulSets
+    places = ("", "etcd-", "agents-")  # of StatefulSets
+    there |= {("pod", f"{RELEASE}-{place}{n}") for place in places for n in range(3 if place == "etcd-" else 2)}
     named = {(KINDS.get(kind, kind), name) for each in commands() | {*table()} for kind, name in OBJECTS.findall(each)}
     assert len(named) >= 5
     assert {each for each in named if each[0] != "Secret"} - there == set()

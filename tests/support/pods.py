@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -26,11 +27,13 @@ from tests.support.chart import render_many
 from tests.support.helpers import eventually
 from tests.support.hosts import Hosts, made_hosts
 from tests.support.pod import Pod
+from tests.support.pods_api import Cluster, pods_api
 from tests.support.streams import client
 
 WORKLOADS = {"agents": "StatefulSet", "etcd": "StatefulSet"}  # the others are Deployments
 MEMBERS = ("etcd-0", "etcd-1", "etcd-2")
 ROLES = ("agents", "controller", "engine", "gateway")
+ELSEWHERE = "other"  # a node on which a pod is put whose own was lost
 READY_S = 180.0
 RESTARTS = 3  # of a place: under load a role gives up on an etcd that is late
 POLL_S = 0.25  # between two questions of ours, each of which costs processor time here and in the pod
@@ -51,12 +54,16 @@ class Pods:
         self._before = self.manifests  # of the revision before
         self._made = 0
         self.running: dict[str, Pod] = {}
+        self._lost: list[Pod] = []  # run on nodes that are lost, though their places have others
+        self._places: dict[str, str] = {}  # of pods that are not where they were first
         self.restarts: Counter[str] = Counter()
+        self._stopping: set[str] = set()
         self._gateway = "gateway-0"  # behind the Service
         self._client = client()
 
-    def start(self, host: str) -> Pod:
-        """A new pod, with new emptyDirs."""
+    def start(self, host: str, place: str = "") -> Pod:
+        """A new pod, with new emptyDirs. `place`: ELSEWHERE, if not where it was."""
+        self._places[host] = place = place or self._places.get(host, host)
         role = host.rpartition("-")[0]
         workload = self.manifests[WORKLOADS.get(role, "Deployment"), role]["spec"]
         template = copy.deepcopy(workload["template"])
@@ -64,8 +71,8 @@ class Pods:
         for name in (each["metadata"]["name"] for each in workload.get("volumeClaimTemplates", ())):
             volumes.append({"name": name, "persistentVolumeClaim": {"claimName": f"{name}-moe-{host}"}})
         self._made += 1
-        folder, address = self._folder / str(self._made), self._hosts.addresses[host]
-        inside = self._hosts.command(host)
+        folder, address = self._folder / str(self._made), self._hosts.addresses[place]
+        inside = self._hosts.command(place)
         pod = Pod(template, f"moe-{host}", folder, address=address, inside=inside, names=self._names)
         for name, key, value in (("join", "join-secret", self._secret), ("admin-token", "token", TOKEN)):
             if any(each["name"] == name for each in volumes):
@@ -83,9 +90,21 @@ class Pods:
     def stop(self, host: str) -> None:
         """End it as the kubelet does, within its grace."""
         pod = self.running[host]
+        self._stopping.add(host)
         pod.signal(signal.SIGTERM)
         assert pod.wait(pod.grace_s) == 0, pod.lines()[-5:]
         del self.running[host]  # one that did not end is still ours to end
+        self._stopping.discard(host)
+
+    def lose_node(self, host: str) -> Pod:
+        """Its node cannot be reached any more; what runs there goes on. Kubernetes has its pod deleted by force."""
+        self._hosts.cut(self._places[host])
+        self._lost.append(lost := self.running.pop(host))
+        return lost
+
+    def return_node(self, host: str) -> None:
+        """The node on which it was first is back, and its kubelet has not yet ended what runs there."""
+        self._hosts.heal(host)
 
     def claim(self, host: str) -> Path:
         """The volume of its StatefulSet's claim."""
@@ -131,8 +150,10 @@ class Pods:
             eventually(partial(self.ready, host), READY_S, f"{host} to be ready", POLL_S)
 
     def ready(self, host: str) -> bool:
-        """What the rendered readiness probe finds. A container that has ended is started again, as the kubelet does."""
-        pod = self.running[host]
+        """What the rendered probe finds. A container that has ended is started again, unless its pod is deleted."""
+        pod = self.running.get(host)
+        if pod is None or host in self._stopping:
+            return False
         if pod.ended():
             self.restarts[host] += 1
             assert self.restarts[host] <= RESTARTS, (host, pod.lines()[-5:])
@@ -153,11 +174,11 @@ class Pods:
 
     def _address(self, host: str, port: str) -> str:
         ports = {each["name"]: each["containerPort"] for each in self.running[host].container["ports"]}
-        return f"http://{self._hosts.addresses[host]}:{ports[port]}"
+        return f"http://{self._hosts.addresses[self._places[host]]}:{ports[port]}"
 
     def url(self) -> str:
         """Where the Service leads to now."""
-        return f"http://{self._hosts.addresses[self._gateway]}:8000"
+        return self._address(self._gateway, "http")
 
     def status(self) -> dict[str, Any]:
         """By `kubectl exec`."""
@@ -168,11 +189,9 @@ class Pods:
 
     def history(self) -> list[str]:
         """Of all roles, as docs/KUBERNETES.md has it: lines of JSON, in the order of `sort`."""
-        said = {
-            host: pod.exec("elastic", "events", "-o", "json")
-            for host, pod in self.running.items()
-            if host.rpartition("-")[0] in ROLES
-        }
+        roles = [host for host in self.running if host.rpartition("-")[0] in ROLES]
+        self.until_ready(*roles)  # one that has given up on an etcd that is late is started again
+        said = {host: self.running[host].exec("elastic", "events", "-o", "json") for host in roles}
         assert not [each.stderr for each in said.values() if each.returncode != 0]
         return sorted(line for each in said.values() for line in each.stdout.splitlines())
 
@@ -181,23 +200,39 @@ class Pods:
         return Counter(rank["node"] for rank in self.status()["ranks"] if rank["state"] == "serving")
 
     def helm_test(self) -> list[str]:
-        """What its client says; the only gateway stands for both Services here."""
+        """What its client says; the only gateway stands for both Services here. It may delete a pod of agents."""
         [client] = self.manifests["Pod", ""]["spec"]["containers"]
-        script, service, admin = client["args"]
+        _, service, admin, pod = client["args"]
         assert (service, admin) == ("http://moe:8000", "http://moe-admin:8001")
         [variable] = client["env"]
         assert variable["valueFrom"] == {"secretKeyRef": {"name": "admin", "key": "token"}}
-        command = [sys.executable, *client["command"][1:], script, self.url(), self._address(self._gateway, "admin")]
-        environment = {variable["name"]: TOKEN}
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=READY_S, env=environment)
+        host = pod.removeprefix("moe-")
+        with ThreadPoolExecutor(1, thread_name_prefix="statefulset") as deleting:
+            begun: list[Future[None]] = []
+            cluster = Cluster(
+                pod, partial(self._found, host), lambda: begun.append(deleting.submit(self.replace, host))
+            )
+            with pods_api(self._folder / "account", cluster) as (script, environment):
+                where = self.url(), self._address(self._gateway, "admin"), pod
+                command = [sys.executable, *client["command"][1:], script, *where]
+                environment |= {variable["name"]: TOKEN}
+                asked = subprocess.run(command, capture_output=True, text=True, timeout=2 * READY_S, env=environment)
         assert asked.returncode == 0, asked.stderr + asked.stdout
+        assert [each.result() for each in begun] == [None], "it was deleted once"
         return asked.stdout.splitlines()
+
+    def _found(self, host: str) -> tuple[str, bool] | None:
+        """The pod as the API has it."""
+        pod = self.running.get(host)
+        if pod is None:
+            return None
+        return pod.output.parent.name, self.ready(host)
 
     def close(self) -> None:
         """End all, also where one cannot be ended."""
         with ExitStack() as ends:
             ends.callback(self._client.close)
-            for pod in self.running.values():
+            for pod in (*self.running.values(), *self._lost):
                 ends.callback(pod.close)
 
 
@@ -211,7 +246,7 @@ def made_pods(model: Path, *settings: str) -> Iterator[Pods]:
         shutil.copytree(model, models / model.name)
         for each in (models, *models.rglob("*")):
             each.chmod(0o755 if each.is_dir() else 0o644)
-        hosts = ends.enter_context(made_hosts(*names, *MEMBERS))
+        hosts = ends.enter_context(made_hosts(*names, *MEMBERS, ELSEWHERE))
         made = Pods(hosts, models / model.name, folder, *settings)
         ends.callback(made.close)
         yield made

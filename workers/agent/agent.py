@@ -176,7 +176,8 @@ class Agent:
             self.turn()
 
     def turn(self, timeout_s: float = TICK_S) -> None:
-        """Take what was posted, waiting a little for something, and do what is due."""
+        """Take what was posted, waiting a little for something, and do what is due. Fenced: its name is another's."""
+        self._registrar.require_name()
         self._take_posted(timeout_s)
         now = self._wall()
         self._check_heartbeats(self._clock())

@@ -19,7 +19,15 @@ import structlog
 
 from membership.base import failpoints
 from membership.base.attempts import Attempts
-from membership.base.errors import LeaseLost, SchemaError, StoreError, StoreReplaced, StoreUnavailable, WaitTimeout
+from membership.base.errors import (
+    Fenced,
+    LeaseLost,
+    SchemaError,
+    StoreError,
+    StoreReplaced,
+    StoreUnavailable,
+    WaitTimeout,
+)
 from membership.base.rank_id import RankId
 from membership.store.codec import decode, encode
 from membership.store.interface import Compare, Delete, Get, KeyValue, Put, Store
@@ -80,6 +88,7 @@ class Registrar:
         self._dirty = False
         self._closing = False
         self._reachable = True
+        self._fenced = ""  # why nothing is written any more
         self._attempts = Attempts("registrar", clock=clock)
         self._thread = threading.Thread(target=self._run, name="registrar", daemon=True)
         if background:
@@ -130,6 +139,12 @@ class Registrar:
                 self._notes[key] = (beside, encode(record))
                 self._touch()
 
+    def require_name(self) -> None:
+        """Fenced once another agent of this node's name stands in the store: its pod was started anew while we were cut
+        off, say. Each would take the other's assignment away."""
+        if self._fenced:
+            raise Fenced(self._fenced, hint="give each host its own --node name")
+
     @property
     def settled(self) -> bool:
         """Whether the store holds what it should, as far as we know."""
@@ -178,6 +193,8 @@ class Registrar:
             except StoreReplaced as replaced:  # the ranks run on
                 log.error("records_frozen", error=str(replaced), hint=replaced.hint)
                 return
+            if self._fenced:
+                return
             if not done:
                 with self._changed:
                     self._dirty = True
@@ -191,6 +208,8 @@ class Registrar:
             self._dirty = False
         try:
             self._sync()
+        except Fenced as error:
+            self._fenced = str(error)
         except StoreUnavailable as error:
             self._note_reachable(False, str(error))
             with self._changed:
@@ -207,7 +226,7 @@ class Registrar:
     @property
     def due(self) -> bool:
         """Whether a turn would find something to do."""
-        return self._dirty or self._idle_s() <= 0
+        return not self._fenced and (self._dirty or self._idle_s() <= 0)
 
     def _idle_s(self) -> float:
         now = self._clock()
@@ -336,8 +355,13 @@ class Registrar:
                     self._write([each])
 
     def _put(self, together: list[_Wanted]) -> bool:
-        """Write them over what we know of. If one is not as we knew it, none is written, and we know it then."""
-        if self._change([Put(key, value, entry.lease) for key, entry, value in together]) is not None:
+        """Write them over what we know of. If one is not as we knew it, none is written, and we know it then; Fenced if
+        that is another agent of our name."""
+        found = self._change([Put(key, value, entry.lease) for key, entry, value in together])
+        if found is not None:
+            for key, _, value in together:
+                if key.startswith(self._keys.agents):
+                    _require_ours(found[key], value)
             return False
         for _, entry, value in together:
             entry.written = value
@@ -356,6 +380,18 @@ class Registrar:
         entry.lease, entry.written, entry.renew_at = 0, None, 0.0
         with self._changed:
             self._dirty = True
+
+
+def _require_ours(found: KeyValue | None, ours: bytes) -> None:
+    """Fenced if what stands there is another agent's record. What cannot be read is none."""
+    try:
+        there, mine = decode(found.value, AgentRecord) if found is not None else None, decode(ours, AgentRecord)
+    except SchemaError as error:
+        log.warning("unreadable_agent", error=str(error))
+        return
+    if there is not None and there.started != mine.started:
+        where = f" at {there.address}" if there.address else ""
+        raise Fenced(f"another agent (pid {there.pid}{where}) runs as node {mine.node} by now")
 
 
 def _later(found: KeyValue | None, ours: bytes) -> bool:

@@ -1,9 +1,10 @@
 """`helm test`: one streamed answer of the served model, through the Service. Standard library only.
 
-serves.py URL [ADMIN]
+serves.py URL [ADMIN [POD]]
 
 With ADMIN, the URL of the admin API, a rank is killed as well while answers stream: each must be whole, and have the
-tokens that it had before. What was seen is written as one line of JSON. The token is in ELASTIC_ADMIN_TOKEN.
+tokens that it had before. What was seen is written as one line of JSON. The token is in ELASTIC_ADMIN_TOKEN. With POD
+that pod is deleted then, and answers stream until its successor is ready.
 """
 
 import json
@@ -18,7 +19,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 KEYS = Path("/etc/elastic-ep/api-keys/keys")  # NAME:KEY and perhaps limits, one a line
+KUBERNETES = Path("/etc/elastic-ep/kubernetes")  # who we are to its API
 TIMEOUT_S = 120
+POD_S = 300  # its grace, and until all ranks of the next one serve
 PROMPTS = ["The", "A rank", "One two three", "In the end"]
 TOKENS = 64
 POLL_S = 0.2
@@ -111,7 +114,49 @@ def kill(admin, begun):
     return {"rank": slot, "incarnation": incarnation, "exactness": before["exactness"], "successor_after_s": took_s}
 
 
-def kill_while_streaming(url, admin, model):
+def kubernetes(method, pod):
+    """The pod as the Kubernetes API has it; nothing if there is none."""
+    host, port = os.environ["KUBERNETES_SERVICE_HOST"], int(os.environ["KUBERNETES_SERVICE_PORT"])
+    token, namespace = ((KUBERNETES / each).read_text().strip() for each in ("token", "namespace"))
+    context = ssl.create_default_context(cafile=str(KUBERNETES / "ca.crt"))
+    asked = HTTPSConnection(host, port, timeout=TIMEOUT_S, context=context)
+    path = f"/api/v1/namespaces/{namespace}/pods/{pod}"
+    try:
+        asked.request(method, path, headers={"Authorization": f"Bearer {token}"})
+        answer = asked.getresponse()
+        text = answer.read().decode()
+    except (OSError, HTTPException) as error:
+        raise Failed(f"{method} {path}: {error!r}") from error
+    finally:
+        asked.close()
+    if answer.status not in (200, 202, 404):
+        raise Failed(f"{method} {path}: {answer.status} {text}")
+    return json.loads(text) if answer.status != 404 else {}
+
+
+def uid(found):
+    return found.get("metadata", {}).get("uid", "")
+
+
+def is_ready(found):
+    conditions = found.get("status", {}).get("conditions", ())
+    return any((each["type"], each["status"]) == ("Ready", "True") for each in conditions)
+
+
+def delete(pod):
+    """Delete it, as for an update or an eviction; return the receipt's part about it once the next one is ready."""
+    before, at = uid(kubernetes("GET", pod)), time.monotonic()
+    if not before:
+        raise Failed(f"there is no pod {pod}")
+    kubernetes("DELETE", pod)
+    while uid(found := kubernetes("GET", pod)) in ("", before) or not is_ready(found):
+        if time.monotonic() - at > POD_S:
+            raise Failed(f"no other pod {pod} was ready within {POD_S} s")
+        time.sleep(POLL_S)
+    return {"deleted": pod, "ready_after_s": round(time.monotonic() - at, 1)}
+
+
+def kill_while_streaming(url, admin, model, pod=""):
     """The receipt. Clients go on until a successor serves, so answers stream at the death whenever it comes."""
     with ThreadPoolExecutor(len(PROMPTS) + 1) as pool:
         wanted = list(pool.map(lambda prompt: tokens(url, model, prompt), PROMPTS))
@@ -130,7 +175,7 @@ def kill_while_streaming(url, admin, model):
 
         clients = [pool.submit(client, number) for number in range(len(PROMPTS))]
         try:
-            receipt = kill(admin, begun)
+            receipt = kill(admin, begun) | (delete(pod) if pod else {})
         finally:
             over.set()
         counts = [each.result(TIMEOUT_S) for each in clients]
@@ -140,15 +185,15 @@ def kill_while_streaming(url, admin, model):
     return {**receipt, "answers": answers, "lost": len(lost), "altered": altered, "errors": lost[:3], "kept": kept}
 
 
-def main(url, admin=""):
+def main(url, admin="", pod=""):
     model = json.loads("".join(lines_of(url, api_key(), "GET", "/v1/models")))["data"][0]["id"]
     text = "".join(each["text"] for each in streamed(url, model=model, prompt="The", max_tokens=16))
     sys.stdout.write(f"{model} answers: {text!r}\n")
     if admin:
-        receipt = kill_while_streaming(url, admin, model)
+        receipt = kill_while_streaming(url, admin, model, pod)
         sys.stdout.write(json.dumps(receipt) + "\n")
         if not receipt["kept"]:
-            raise Failed("the death of a rank was seen by clients")
+            raise Failed("what was killed or deleted was felt by clients")
 
 
 try:

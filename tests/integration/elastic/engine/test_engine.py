@@ -253,6 +253,28 @@ def test_coverage_that_does_not_come_back_ends_in_503(tmp_path: Path) -> None:
         service.close()
 
 
+def test_while_a_view_is_prepared_that_may_bring_lost_experts_no_request_is_given_up(tmp_path: Path) -> None:
+    service = Service(tmp_path, coverage_deadline_s=0.5)
+    try:
+        service.cluster.spawn(0, 1)
+        service.cluster.attach()
+        service.cluster.commit(0, 1, experts={0: (0, 1), 1: (1, 2, 3)})
+        service.cluster.adopted()
+        service.gateway.connect()
+        service.gateway.submit(4, 190)
+        service.underway(20)
+        service.cluster.stage(0, 1)
+        service.cluster.ranks[1].kill()
+        eventually(lambda: (s := service.cluster.state().engine_status) and s.uncovered == 2, 30.0, "coverage lost")
+        service.gateway.silence(1.5)
+        assert len(service.gateway.ends) < 4, "nothing was left to hold"
+        service.cluster.bury(1)
+        service.cluster.commit(0)
+        service.gateway.finish()
+    finally:
+        service.close()
+
+
 def test_experts_that_are_not_restored_cost_a_503_and_the_next_requests_nothing(tmp_path: Path) -> None:
     service = Service(tmp_path, coverage_deadline_s=2.0)
     try:

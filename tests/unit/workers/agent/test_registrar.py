@@ -8,6 +8,7 @@ from contextlib import closing
 
 import pytest
 
+from membership.base.errors import Fenced
 from membership.base.rank_id import RankId
 from membership.store.codec import decode, encode
 from membership.store.in_memory import MemoryStore
@@ -393,3 +394,35 @@ def found(store: MemoryStore, key: str) -> KeyValue:
     kv = store.get(key)
     assert kv is not None
     return kv
+
+
+def test_an_agent_whose_name_is_anothers_by_now_writes_nothing_and_says_so(
+    store: MemoryStore, skew: list[float]
+) -> None:
+    """It was cut off, and its pod was started anew elsewhere."""
+    now = [0.0]
+    with closing(Registrar(store, KEYS, ttl_s=TTL_S, clock=lambda: now[0], background=False)) as registrar:
+        registrar.publish(KEYS.agent("n"), AgentRecord(node="n", pid=1, started=1.0))
+        publish(registrar, record())
+        registrar.turn()
+        registrar.require_name()
+        skew[0] = now[0] = 2 * TTL_S
+        assert store.get(KEYS.agent("n")) is None, "its leases have run out"
+        other = AgentRecord(node="n", pid=2, started=2.0, address="10.0.0.9")
+        store.put(KEYS.agent("n"), encode(other))
+        registrar.turn()
+        with pytest.raises(Fenced, match=r"another agent \(pid 2 at 10\.0\.0\.9\) runs as node n"):
+            registrar.require_name()
+        assert not registrar.due
+    assert [kv.value for kv in store.range(KEYS.prefix)[1]] == [encode(other)]
+
+
+def test_its_own_earlier_record_is_no_other_agents(store: MemoryStore, registrar: Registrar) -> None:
+    """A write that was thought lost took effect."""
+    store.put(KEYS.agent("n"), encode(AgentRecord(node="n", pid=1, started=1.0)))
+    newer = AgentRecord(node="n", pid=1, started=1.0, leaving=True)
+    registrar.publish(KEYS.agent("n"), newer)
+    eventually(
+        lambda: (kv := store.get(KEYS.agent("n"))) and decode(kv.value, AgentRecord) == newer, T, "the newer one"
+    )
+    registrar.require_name()
