@@ -5,7 +5,9 @@
 Each way answers from a process in the other namespace; the ways take turns in one run. `rows`: dispatch + combine of 32
 rows, top-2, hidden 1024, against bare TCP and gloo's all_to_all with the same bytes (which encrypt nothing), and
 `sealed`: TCP, encrypted as rows are. `step`: 200 bytes to a rank and back over our queues, against a bare ZeroMQ DEALER
-and ROUTER, and (`shm`) the queues of one host: `cpu_us` is processor time of both ends per round.
+and ROUTER, bare TCP (`small`) and (`shm`) the queues of one host: `cpu_us` is processor time of both ends per round.
+Each host has half of the processors for itself: a kernel that may choose puts both ends on one core as it likes, and
+then a packet costs half as much.
 `--decode N`: N rounds of eight streams on 2 hosts x 2 ranks and on 1 host x 4 ranks. `--weights GB`: see
 benchmarks/hosts_weights.py. `--faults N`: N deaths of a rank, and a sixth as many of a host and of its cable; see
 benchmarks/hosts_faults.py. It takes root.
@@ -70,8 +72,9 @@ Table = dict[str, dict[str, float]]
 class Ways:
     """All ways to the other host, opened from ours."""
 
-    def __init__(self, hosts: Hosts, rounds: int, opened: ExitStack) -> None:
-        self.hosts, self.rounds, self.opened = hosts, rounds, opened
+    def __init__(self, hosts: Hosts, rounds: int, cores: set[int], opened: ExitStack) -> None:
+        """`cores`: those of the other ends."""
+        self.hosts, self.rounds, self.cores, self.opened = hosts, rounds, cores, opened
         self.there, self.here = hosts.addresses["b"], hosts.outside
         self.peers = dict[str, int]()  # way -> process at its other end, where its processor time counts
 
@@ -82,6 +85,7 @@ class Ways:
         environ = {**os.environ, "GLOO_SOCKET_IFNAME": "eth0", starter.ENV: starter.named()}
         process = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8", env=environ)
         self.opened.callback(_end, process)
+        os.sched_setaffinity(process.pid, self.cores)  # before it has started: what it starts inherits that
         return process, (process.stdout.readline() if process.stdout else "").strip()
 
     def spent_s(self, way: str) -> float:
@@ -105,10 +109,19 @@ class Ways:
 
     def tcp(self) -> Call:
         """The same bytes over a bare socket."""
-        _, port = self.peer("echo")
+        return self.bare("tcp", ASKED, ANSWERED)
+
+    def small(self) -> Call:
+        """The bytes of a step, and of its answer."""
+        return self.bare("small", len(SMALL), len(SMALL))
+
+    def bare(self, way: str, nbytes: int, answered: int) -> Call:
+        """There and back; both ends sleep in `recv`."""
+        process, port = self.peer("echo", f"{nbytes} {answered}")
+        self.peers[way] = process.pid
         connection = self.opened.enter_context(socket.create_connection((self.there, int(port)), timeout=WAIT_S))
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        asked, answer = bytes(ASKED), memoryview(bytearray(ANSWERED))
+        asked, answer = bytes(nbytes), memoryview(bytearray(answered))
 
         def call() -> None:
             connection.sendall(asked)
@@ -190,7 +203,8 @@ def race(ways: Ways) -> tuple[dict[str, list[float]], dict[str, float]]:
     contenders = {
         "rows": (ways.rows(), rounds), "tcp": (ways.tcp(), rounds), "sealed": (ways.sealed(), rounds),
         "gloo": (ways.gloo(), ways.gloo_rounds),
-        "step": (ways.step(), rounds), "ping": (ways.ping(), rounds), "shm": (ways.shm(), rounds),
+        "step": (ways.step(), rounds), "ping": (ways.ping(), rounds), "small": (ways.small(), rounds),
+        "shm": (ways.shm(), rounds),
     }  # fmt: skip
     found: dict[str, list[float]] = {name: [] for name in contenders}
     spent = dict.fromkeys(ways.peers, 0.0)
@@ -251,9 +265,22 @@ def report(times: dict[str, list[float]], spent: dict[str, float]) -> Table:
         "rows over sealed": round(p50["rows"] / p50["sealed"], 2),
         "gloo over rows": round(p50["gloo"] / p50["rows"], 2),
         "step over ping": round(p50["step"] / p50["ping"], 2),
+        "step over small": round(p50["step"] / p50["small"], 2),
     }
-    found["ratios (cpu)"] = {"step over shm": round(spent["step"] / spent["shm"], 2)}
+    found["ratios (cpu)"] = {f"{way} over shm": round(spent[way] / spent["shm"], 2) for way in ("step", "small")}
     return found
+
+
+@contextmanager
+def halved() -> Iterator[set[int]]:
+    """This process keeps to half of its processors meanwhile; the other half. All of them, where there is one."""
+    every = os.sched_getaffinity(0)
+    ours = set(sorted(every)[: max(1, len(every) // 2)])
+    os.sched_setaffinity(0, ours)
+    try:
+        yield every - ours or every
+    finally:
+        os.sched_setaffinity(0, every)
 
 
 def decode_row(rounds: int) -> dict[str, float]:
@@ -277,9 +304,9 @@ def main() -> None:
     found: Table = {}
     if options.rounds:
         with ExitStack() as opened:
-            hosts = opened.enter_context(made_hosts("b"))
+            hosts, cores = opened.enter_context(made_hosts("b")), opened.enter_context(halved())
             os.environ["GLOO_SOCKET_IFNAME"] = hosts.bridge
-            found |= report(*race(Ways(hosts, options.rounds, opened)))
+            found |= report(*race(Ways(hosts, options.rounds, cores, opened)))
     if options.decode:
         found["decode, tokens/s"] = decode_row(options.decode)
     if options.weights:

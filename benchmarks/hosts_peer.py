@@ -100,13 +100,14 @@ def exchange(address: str, handle: str) -> None:
         rank.exchange.serve()
 
 
-def echo(address: str, _: str) -> None:
-    """Bare TCP: as many bytes as the rows of a request, and as those of its answer."""
+def echo(address: str, sizes: str) -> None:
+    """Bare TCP: so many bytes are asked, and so many answered."""
+    nbytes, answered = map(int, sizes.split())
     with socket.create_server((address, 0)) as server:
         say(str(server.getsockname()[1]))
         connection, _peer = server.accept()
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        asked, answer = memoryview(bytearray(ASKED)), bytes(ANSWERED)
+        asked, answer = memoryview(bytearray(nbytes)), bytes(answered)
         while take(connection, asked):
             connection.sendall(answer)
 
