@@ -26,10 +26,9 @@ def combine(outputs: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
     """
     weights = weights.unsqueeze(-1)
     if outputs.numel() <= SMALL:
-        weighted = _weighted(outputs, weights)
-        total = weighted[:, 0]
-        for k in range(1, weighted.shape[1]):
-            total = total + weighted[:, k]
+        total, *others = _weighted(outputs, weights).unbind(1)
+        for each in others:
+            total.add_(each)
     else:
         total = _weighted(outputs[:, 0], weights[:, 0])
         for k in range(1, outputs.shape[1]):
