@@ -1,4 +1,4 @@
-"""A rank process's surroundings: its title, its frozen environment, its signals and its parallel groups."""
+"""A rank process's surroundings: its title, frozen environment, signals, parallel groups, and its allocator."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from types import FrameType, MappingProxyType
 import setproctitle
 
 from membership.base.logs import PrefixedStream
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+KEPT_BYTES = 128 << 20  # of freed memory: more than a step of 512 tokens takes for what lies between its operations
+LARGEST_KEPT_BYTES = 32 << 20  # the most that every glibc takes
 
 
 def set_name(name: str) -> None:
@@ -59,3 +63,15 @@ def give_memory_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
     if trim is not None:
         trim(0)
+
+
+def keep_for_steps() -> None:
+    """From now on, what a step frees is kept for the next one.
+
+    By its own rule the allocator gives freed memory back that is more than twice the largest piece that there was. A
+    step of a prompt takes and frees several such pieces at each layer: 100,000 page faults, a tenth of its time.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_BYTES)
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)

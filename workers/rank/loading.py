@@ -12,7 +12,7 @@ from typing import Any
 from membership.base.errors import WaitTimeout
 from workers.ipc.cpu_priority import at_low_priority
 from workers.protocol.load_progress import LoadProgress
-from workers.rank.environment import give_memory_back
+from workers.rank.environment import give_memory_back, keep_for_steps
 
 
 class Loading:
@@ -50,5 +50,6 @@ class Loading:
             with self._progress.loading():
                 self._value = self._load()
             give_memory_back()
+            keep_for_steps()
         except BaseException as error:  # noqa: BLE001 - raised by get_output
             self._error = error

@@ -148,7 +148,8 @@ class Preparation:
             self._room_s = time.monotonic() - began
             self.bytes_loaded = bank.load_all(wanted, self._stopped.is_set, brake)
         self.bytes_mapped = bank.bytes_mapped - mapped
-        give_memory_back()
+        if self.bytes_loaded:  # else it is what the next step wants: after a death nothing is loaded as a rule
+            give_memory_back()
 
 
 def experts_of(view: View, rank: int) -> frozenset[tuple[int, int]]:

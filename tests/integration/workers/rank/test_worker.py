@@ -244,6 +244,18 @@ def test_steps_go_on_while_the_next_epoch_is_prepared(worker: TestedWorker) -> N
     assert worker.execute_model(batch(1)).status is StepStatus.STALE  # type: ignore[union-attr]
 
 
+def test_memory_is_given_back_only_where_experts_were_read(
+    worker: TestedWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it is what the next step takes, such as the one after a death, for which nothing is read as a rule."""
+    given_back = list[int]()
+    monkeypatch.setattr("workers.rank.worker.give_memory_back", lambda: given_back.append(1))
+    assert worker.prepare_epoch(view(1, WHOLE), {}).get_output(60.0)["bytes_loaded"] > 0
+    assert given_back == [1]
+    assert worker.prepare_epoch(view(2, WHOLE), {}).get_output(60.0)["bytes_loaded"] == 0
+    assert given_back == [1]
+
+
 def test_retire_drops_what_is_not_needed_any_more(worker: TestedWorker) -> None:
     worker.prepare_epoch(view(1, WHOLE), {}).get_output(60)
     worker.execute_model(batch(1))
